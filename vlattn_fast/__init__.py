@@ -14,6 +14,7 @@ from vlattn_fast.ops.attention_statistics import attention_statistics
 from vlattn_fast.ops.congruence_loss import congruence_loss
 from vlattn_fast.ops.maxsim import maxsim
 from vlattn_fast.ops.paged_attention_statistics import paged_attention_statistics
+from vlattn_fast.ops.recurrent_step import recurrent_step
 from vlattn_fast.ops.relevancy_attention import relevancy_attention
 from vlattn_fast.ops.relevancy_residual import relevancy_residual
 from vlattn_fast.ops.relevancy_step import relevancy_step
@@ -93,6 +94,7 @@ __all__ = [
     "probe",
     "prompt_maps",
     "record_heads",
+    "recurrent_step",
     "reference",
     "relevancy_attention",
     "relevancy_residual",

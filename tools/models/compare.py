@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tools.models.inputs import inputs_of
+from tools.models.mixers import each_within
 from tools.models.shrink import small_model
 from tools.models.stored import Double, Maps, stored_rows, stored_rows_between
 from vlattn_fast.interpret import explain
@@ -32,7 +33,8 @@ def last_real(mask: Tensor) -> Tensor:
 def compared(mapping: str, model: nn.Module, eager: nn.Module, inputs: dict[str, Any]) -> Row:
     """The row of a model; `eager` is the same model with eager attention."""
     try:
-        explanation = explain(model, inputs)
+        with each_within(model, Double):
+            explanation = explain(model, inputs)
     except Exception as error:
         return Row("refused", described(error))
     if mapping == "zero-shot":
@@ -42,12 +44,12 @@ def compared(mapping: str, model: nn.Module, eager: nn.Module, inputs: dict[str,
     row = next(iter(explanation.relevancy.values()))
     size = row.shape[1]
     try:
-        with Maps() as kept, Steps(eager) as steps:
+        with Maps(eager) as kept, Steps(eager) as steps:
             outputs = eager(**inputs, output_attentions=True, output_hidden_states=True)
         scores = next_logits(outputs, inputs).max(-1).values
         maps = getattr(outputs, "attentions", None) or ()
-        if not are_maps(maps, size, scores):  # copies, or parts of them
-            maps = [m for m in kept.maps if m.shape[-2:] == (size, size)]
+        if kept.mixes or not are_maps(maps, size, scores):  # copies, or parts of them
+            maps = kept.of_size(size)
         if not maps:
             return Row("cannot be compared", "the model gives no maps of its tokens")
         if outputs.logits.ndim == 2:
@@ -145,7 +147,7 @@ def mixed_beside_attention(
         embeddings = [part.get_input_embeddings() for part in (model.get_encoder(), model.get_decoder())]
     handles = [module.register_forward_hook(keep) for module in dict.fromkeys(embeddings)]
     try:
-        with Maps(cut=True):
+        with Maps(model, cut=True):
             outputs = model(**inputs, output_hidden_states=averaged)
     finally:
         for handle in handles:

@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+
+from tools.models.mixers import Mixed, Mixers
 
 SOFTMAX = (torch.softmax, functional.softmax, Tensor.softmax)
 PRODUCTS = {torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__, torch.einsum, functional.linear}
@@ -31,16 +33,35 @@ def _double(value: Any) -> Any:
 
 
 class Maps(TorchFunctionMode):
-    """Keeps the maps (B, H, N, M) of a run.
+    """Keeps the maps of a run of `model`: (B, H, N, M) of attention, and those of recurrences.
 
     Args:
         cut: what attention gives is a constant, so that no gradient goes from a token to another through attention.
     """
 
-    def __init__(self, cut: bool = False) -> None:
+    def __init__(self, model: nn.Module, cut: bool = False) -> None:
         super().__init__()
-        self.cut, self.maps = cut, list[Tensor]()
+        self.cut, self.maps = cut, list[Tensor | Mixed]()
+        self._mixers = Mixers(model, self.maps.append, cut)
         self._of_maps: dict[int, Tensor] = {}  # by id; held, so that no new tensor takes the id
+
+    def __enter__(self) -> Maps:
+        self._mixers.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._mixers.__exit__(*error)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether some layer has no softmax."""
+        return any(isinstance(one, Mixed) for one in self.maps)
+
+    def of_size(self, size: int) -> list[Tensor | Mixed]:
+        """The maps of `size` tokens."""
+        return [m for m in self.maps if (m.map if isinstance(m, Mixed) else m).shape[-2:] == (size, size)]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -64,14 +85,31 @@ class Maps(TorchFunctionMode):
         return result
 
 
-def stored_rows(maps: Sequence[Tensor], scores: Tensor, rows: Tensor) -> Tensor:
-    """The rows (B, N) of R = (I + Abar_L) ... (I + Abar_1) that `rows` (B, N) weigh, from maps (B, H, N, N), first to last."""
-    gradients = torch.autograd.grad(scores.sum(), list(maps), allow_unused=True, retain_graph=True)
+def stored_rows(maps: Sequence[Tensor | Mixed], scores: Tensor, rows: Tensor) -> Tensor:
+    """The rows (B, N) of R = (I + Abar_L) ... (I + Abar_1) that `rows` (B, N) weigh, from maps (B, H, N, N), first to last. That
+    of a layer with a convolution in front of its values is Abar times the convolution's, whose rows sum to one."""
+    flat = [part for m in maps for part in ((m.map, m.before) if isinstance(m, Mixed) else (m,)) if part is not None]
+    gradients = iter(torch.autograd.grad(scores.sum(), flat, allow_unused=True, retain_graph=True))
+    means = list[list[Tensor]]()
+    for m in maps:
+        means.append([_mean(m.map if isinstance(m, Mixed) else m, next(gradients))])
+        if isinstance(m, Mixed) and m.before is not None:
+            means[-1].append(_mean(m.before, next(gradients), m.of_values))
     carried = rows[:, None]
-    for stored, gradient in zip(reversed(maps), reversed(gradients), strict=True):
-        if gradient is not None:
-            carried = carried + carried @ (stored * gradient).clamp(min=0).mean(1)
+    for mean, *before in reversed(means):
+        step = carried @ mean
+        for each in before:
+            total = each.sum(-1, keepdim=True)
+            itself = torch.eye(each.shape[-1]).expand_as(each)
+            step = step @ torch.where(total == 0, itself, each / total.masked_fill(total == 0, 1.0))
+        carried = carried + step
     return carried[:, 0].detach()
+
+
+def _mean(stored: Tensor, gradient: Tensor | None, heads: Tensor | None = None) -> Tensor:
+    """The mean over the heads, or some of them, of relu(A * dA)."""
+    products = (torch.zeros_like(stored) if gradient is None else stored * gradient).clamp(min=0).detach()
+    return (products if heads is None else products[:, heads]).mean(1)
 
 
 def stored_rows_between(

@@ -10,6 +10,7 @@ from vlattn_fast.backends.reference.attention_statistics import attention_statis
 from vlattn_fast.backends.reference.congruence_loss import congruence_loss
 from vlattn_fast.backends.reference.maxsim import maxsim
 from vlattn_fast.backends.reference.paged_attention_statistics import paged_attention_statistics
+from vlattn_fast.backends.reference.recurrent_step import recurrent_map, recurrent_step
 from vlattn_fast.backends.reference.relevancy_attention import relevancy_attention, relevancy_step
 from vlattn_fast.backends.reference.relevancy_residual import relevancy_residual
 from vlattn_fast.backends.reference.score_attention import score_attention
@@ -23,6 +24,8 @@ __all__ = [
     "damsm_similarity",
     "maxsim",
     "paged_attention_statistics",
+    "recurrent_map",
+    "recurrent_step",
     "relevancy_attention",
     "relevancy_residual",
     "relevancy_step",

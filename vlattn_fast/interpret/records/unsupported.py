@@ -8,7 +8,7 @@ from torch import nn
 
 _RECURRENT = (
     *("MambaMixer", "Mamba2Mixer", "BambaMixer", "FalconH1Mixer", "MambaLayer"),
-    *("GatedDeltaNet", "DeltaAttention", "LightningAttention", "RecurrentBlock"),
+    *("LightningAttention", "RecurrentBlock"),
 )
 # By the end of the class's name.
 _REASONS = {

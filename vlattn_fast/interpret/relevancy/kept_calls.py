@@ -12,6 +12,7 @@ from torch import Tensor
 from vlattn_fast._ground.tensors import expand_heads
 from vlattn_fast.interpret.relevancy.last_attention import attention_rows, rows_to_read
 from vlattn_fast.interpret.relevancy.method import BackwardPass, Method
+from vlattn_fast.interpret.relevancy.mixing_call import MixingCall
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import TracedCall
 from vlattn_fast.interpret.relevancy.two_modalities import rows_between
@@ -27,13 +28,13 @@ class KeptCalls(Method):
     def attend(self, tower: TowerTrace, call: TracedCall) -> Tensor:
         self._check(call)
         output = self.watched(tower, call.computed())
-        self.kept.setdefault(tower, []).append(_detached(call, output))
+        self.kept.setdefault(tower, []).append(replace(call.detached(), output=output))
         return output
 
     def pool(self, tower: TowerTrace, call: TracedCall) -> Tensor:
         self._check(call)
         output = self.watched(tower, call.computed())
-        self.pools = {**getattr(self, "pools", {}), tower: _detached(call, output)}
+        self.pools = {**getattr(self, "pools", {}), tower: replace(call.detached(), output=output)}
         return output
 
     def cross(self, tower: TowerTrace, call: TracedCall) -> Tensor:
@@ -100,6 +101,10 @@ class KeptCalls(Method):
     def rows_of_call(self, call: TracedCall, start: Tensor, grad: Tensor | None) -> Tensor:
         """The rows (B, H, M) of a call's maps over its tokens, from the weights `start` (B, 1, N)."""
         start = start.to(call.query.device)
+        if isinstance(call, MixingCall):
+            if self.needs_score and grad is None:
+                return start.new_zeros(start.shape[0], call.value.shape[1], call.tokens)
+            return call.rows_of_heads(start, grad)
         rows = start.new_zeros(start.shape[0], call.query.shape[1], call.key.shape[2])
         for index, maps, slopes in rows_of_maps(call, grad, start, self.needs_score):
             maps = maps if slopes is None else (maps * slopes).relu()
@@ -139,7 +144,3 @@ def rows_of_maps(
         else:
             picked = grad.to(dtype).gather(2, index[:, None, :, None].expand(-1, heads, -1, grad.shape[3]))
             yield index, attention_rows(call, index), picked @ value.mT
-
-
-def _detached(call: TracedCall, output: Tensor) -> TracedCall:
-    return replace(call, query=call.query.detach(), key=call.key.detach(), value=call.value.detach(), output=output)

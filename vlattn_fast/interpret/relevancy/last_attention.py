@@ -47,8 +47,7 @@ class LastAttentionMethod(Method):
     def _leaf(self, tower: TowerTrace, call: TracedCall, output: Tensor) -> Tensor:
         """`output`, where the graph starts: only the gradient at it is used, unless those of several calls are."""
         output = (output if tower.keeps else output.detach()).requires_grad_()
-        query, key, value = call.query.detach(), call.key.detach(), call.value.detach()
-        self.kept[tower] = replace(call, query=query, key=key, value=value, output=output)
+        self.kept[tower] = replace(call.detached(), output=output)
         tower.enters_gradient(output)
         return output
 

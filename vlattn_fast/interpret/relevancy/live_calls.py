@@ -66,13 +66,13 @@ class LiveCalls(Method):
         assert tower.last_call is not None
         self.formula.begins(tower, call.chunk)
         output = self._computed(tower, call)
-        kept = LiveCall(tower.last_call, tower.depth, self._as_kept(replace(call, output=output)))
+        kept = LiveCall(tower.last_call, tower.depth, replace(call, output=output).kept(self.higher_order))
         self.kept.setdefault(tower, []).append(kept)
         return output
 
     def pool(self, tower: TowerTrace, call: TracedCall) -> Tensor:
         output = self._computed(tower, call)
-        self.pools[tower] = self._as_kept(replace(call, output=output))
+        self.pools[tower] = replace(call, output=output).kept(self.higher_order)
         return output
 
     def cross(self, tower: TowerTrace, call: TracedCall) -> Tensor:
@@ -81,7 +81,7 @@ class LiveCalls(Method):
 
     def _computed(self, tower: TowerTrace, call: TracedCall) -> Tensor:
         self._check(call, tower.model.get_submodule(call.path))
-        if self.higher_order and "score" not in call.masks:
+        if self.higher_order and "score" not in call.masks and not call.of_one_sequence:
             # the lse keeps torch's own attention out, which is differentiable once
             options = {**call.masks, "dropout_p": call.dropout_p, "return_lse": True}
             output, _ = score_attention(call.query, call.key, call.value, **options)
@@ -136,13 +136,6 @@ class LiveCalls(Method):
 
     # --- afterwards ---
 
-    def _as_kept(self, call: TracedCall) -> TracedCall:
-        """The call as its map is made again: dA = dO V^T is a constant but for `higher_order`."""
-        query, key, value = call.query, call.key, call.value
-        if len({query.dtype, key.dtype, value.dtype}) > 1:  # autocast casts them within the attention
-            query, key, value = (x.to(call.output.dtype) for x in (query, key, value))
-        return replace(call, query=query, key=key, value=value if self.higher_order else value.detach())
-
     def carry(self, backward: BackwardPass) -> list[Tensor]:
         terms = [self.formula.terms(tower) for tower in backward.towers]
         calls = [self._calls(tower, backward.start_layer) for tower in backward.towers]
@@ -174,7 +167,7 @@ class LiveCalls(Method):
         return rows
 
     def between(self, backward: BackwardPass) -> list[Tensor]:
-        calls = [replace(call, attention=self._as_kept(call.attention)) for call in backward.calls]
+        calls = [replace(call, attention=call.attention.kept(self.higher_order)) for call in backward.calls]
         return self.formula.between(replace(backward, calls=calls))
 
     def check_between(self, start_layer: int, records: Sequence[Any]) -> None:

@@ -12,8 +12,9 @@ A trace is active in the thread and context that entered it; other threads may r
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,12 +26,15 @@ from torch.overrides import TorchFunctionMode
 from vlattn_fast._ground.marks import add_mark, new_mark, read_mark
 from vlattn_fast._ground.tensors import compute_dtype, expand_heads, mask_padding
 from vlattn_fast.attach.current import RUNNING, SCORE_ATTENTION, SOFTMAX, edits_of, first_argument
+from vlattn_fast.attach.recurrences.reading import Convolution, FunctionCall, Reader, Reading
+from vlattn_fast.attach.recurrent_calls import recurs
 from vlattn_fast.attach.session import Steps, Stepwise, as_mode, in_layers, is_checkpointed, layers_of, visible
 from vlattn_fast.backends.inputs import ScoreAttentionInputs
 from vlattn_fast.interpret.records.record import Family
 from vlattn_fast.interpret.records.unsupported import check_rules
 from vlattn_fast.interpret.relevancy.joined_keys import JoinedKeys, check_cross
 from vlattn_fast.interpret.relevancy.method import LinkedCall, Method
+from vlattn_fast.interpret.relevancy.mixing_call import check_reading, mixing_call, unsaved
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace, begun, submodule
 from vlattn_fast.interpret.relevancy.traced_call import Scored, TracedCall
 from vlattn_fast.interpret.relevancy.tracking.lost_gradients import note_lost_gradient
@@ -80,6 +84,8 @@ class Trace(Stepwise, TorchFunctionMode):
         self._joined = JoinedKeys(self._marks.origin, refuses=self.finds_towers)
         self.moves = TokenMoves(self._marks.calls, self._marks.constants)
         self.without_gradient: list[str] = []  # the innermost modules in which a gradient ends
+        self._convolutions: dict[int, tuple[Reading, Tensor]] = {}  # by the module's run: the last one, and its output
+        self._aside = False  # a recurrence computes its states
         self._key_mark = new_mark("keys")  # of a tensor: the towers whose self-attention took it for its keys, as bits
         self._around, self._edits, self._is_over = RUNNING.get(), None if self.trains else edits_of(model), False
         self._follows = type(method).follow is not Method.follow  # most methods do not
@@ -127,6 +133,7 @@ class Trace(Stepwise, TorchFunctionMode):
 
     def _pop(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         path, run = self._paths.pop(), self._runs.pop()
+        self._convolutions.pop(run, None)
         first = output[0] if isinstance(output, tuple) else output
         if path and self.method.needs_score:
             note_lost_gradient(self.without_gradient, path, args, output)
@@ -149,7 +156,7 @@ class Trace(Stepwise, TorchFunctionMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self._is_over:  # torch takes a mode off for each call, and may put it back after Ctrl-C when the run has ended
+        if self._is_over or self._aside:  # torch takes a mode off for each call, and may put it back after Ctrl-C in a run that ended
             return func(*args, **kwargs)
         if func is functional.scaled_dot_product_attention:
             return self._sdpa(*args, **kwargs)
@@ -292,12 +299,52 @@ class Trace(Stepwise, TorchFunctionMode):
             call = TracedCall(path or "", query, key, value, masks, dropout_p=dropout_p if self.trains else 0.0)
             output, owner = (call.computed(), None) if path is None else self._attend(call, calls)
             output = output if finish is None else finish(output)
-            if owner is not None:
-                calls |= 1 << len(self._owners)
-                self._owners.append(owner)
-            self._marks.add_calls(output, calls, query, key, value)
-            self.moves.hand_on(output, query)
+            self._attended(call, owner, calls, output)
         return output
+
+    def _attended(self, call: TracedCall, owner: TowerTrace | None, calls: int, output: Tensor) -> None:
+        """Marks the output of a call whose queries came through `calls`; `owner`: the tower that it belongs to, if any."""
+        if owner is not None:
+            calls |= 1 << len(self._owners)
+            self._owners.append(owner)
+        self._marks.add_calls(output, calls, call.query, call.key, call.value)
+        self.moves.hand_on(output, call.query)
+
+    # --- recurrences and short convolutions ---
+
+    def recur(self, reader: Reader, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of a function that the table of recurrences names, as the model computes it; relevancy goes along."""
+        path = self._paths[-1]
+        if path is None or self._is_over or self._aside or not self._concerns(path):
+            return function(*args, **kwargs)
+        module = self.model.get_submodule(path)
+        call = FunctionCall(function, args, kwargs, module)
+        with unsaved():  # a checkpoint's second run has no reader
+            reading = reader(call)
+        check_reading(reading, call, path)
+        with self._computing():
+            result = function(*args, **kwargs)
+        output, mixer = reading.output_of(result), reading.mixer
+        if isinstance(mixer, Convolution) and recurs(module):
+            self._convolutions[self._runs[-1]] = reading, output
+            return reading.with_output(result, self._marked_as(output, mixer.value))
+        seen = mixing_call(path, module, reading, output, self._convolutions.get(self._runs[-1]), self._computing)
+        with torch._C.DisableTorchFunction():
+            if isinstance(mixer, Convolution):
+                self._marked_as(seen.query, mixer.value, 3)
+            calls = self._marks.calls((seen.query, seen.value))
+            output, owner = self._attend(seen, calls)
+            self._attended(seen, owner, calls, output)
+        return reading.with_output(result, output[..., 0] if isinstance(mixer, Convolution) else output)
+
+    @contextlib.contextmanager
+    def _computing(self) -> Iterator[None]:
+        """The run sees nothing meanwhile; other modes of torch do."""
+        before, self._aside = self._aside, True
+        try:
+            yield
+        finally:
+            self._aside = before
 
     def _attend(self, call: TracedCall, calls: int) -> tuple[Tensor, TowerTrace | None]:
         """The output, and the tower that it belongs to, None where it is not explained. `calls`: those that the queries came
@@ -318,8 +365,8 @@ class Trace(Stepwise, TorchFunctionMode):
         # A layer may share an earlier layer's keys, which came through fewer calls than its queries.
         shared = owner is not None and bool(read_mark((call.key,), self._key_mark) >> self.towers.index(owner) & 1)
         held = owner is not None and owner.places.holds(key_ids, all_of=True)  # also where they are others than the queries'
-        same = held or shared or self._same_tokens(call, calls, key_calls)
-        if not held:
+        same = call.of_one_sequence or held or shared or self._same_tokens(call, calls, key_calls)
+        if not held and not call.of_one_sequence:
             call = self._joined.with_columns(call, [queries] if same else [tower.size for tower in self._reached(key_calls)])
             same = same and queries == call.tokens
         if owner is None and (not self.finds_towers or not (same or in_layers(path))):

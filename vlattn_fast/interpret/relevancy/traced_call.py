@@ -8,8 +8,9 @@ again, one tile at a time.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,13 @@ class Scored:
 
 @dataclass(frozen=True, eq=False)
 class TracedCall:
-    """One attention call of a model."""
+    """One attention call of a model.
+
+    Attributes:
+        of_one_sequence: it has no softmax, so queries and keys are the same tokens, and all of them; see `mixing_call`.
+    """
+
+    of_one_sequence: ClassVar[bool] = False
 
     path: str  # of the module that calls
     query: Tensor  # (B, H, N, D), as the operators take it; keys and values of grouped-query attention have fewer heads
@@ -175,6 +182,29 @@ class TracedCall:
         options = {"rule": rule, "row_normalize": row_normalize, "sink": self.sink(), **self._options()}
         return mean_over(self.mesh, core_step(relevancy, core, self.value, grad_output, **options))
 
+    # --- for the backward pass ---
+
+    def detached(self) -> TracedCall:
+        return replace(self, query=self.query.detach(), key=self.key.detach(), value=self.value.detach())
+
+    def apart(self) -> tuple[tuple[Tensor | None, ...], Callable[..., TracedCall]]:
+        """The tensors that relevancy needs, which autograd keeps, and the call that is made of them again."""
+
+        def together(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> TracedCall:
+            return TracedCall("", query, key, value, {**masks, "attn_mask": mask}, mesh, columns=columns)
+
+        masks, mesh, columns = self.masks, self.mesh, self.columns
+        return (self.query, self.key, self.value, masks["attn_mask"]), together
+
+    def kept(self, higher_order: bool) -> TracedCall:
+        """The call as its map is made again where the model trains: dA = dO V^T is a constant but for `higher_order`."""
+        query, key, value = self.query, self.key, self.value
+        if len({query.dtype, key.dtype, value.dtype}) > 1:  # autocast casts them within the attention
+            query, key, value = (x.to(self.output.dtype) for x in (query, key, value))
+        return replace(self, query=query, key=key, value=value if higher_order else value.detach())
+
+    # --- scores ---
+
     def _scale(self) -> float:
         scale: float | None = self.masks["scale"]
         return self.query.shape[-1] ** -0.5 if scale is None else scale
@@ -204,15 +234,15 @@ class Through(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, carrier: Tensor, call: TracedCall, recursion: Recursion) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(call.query, call.key, call.value, call.masks["attn_mask"])
-        ctx.masks, ctx.mesh, ctx.recursion, ctx.columns = call.masks, call.mesh, recursion, call.columns
+        tensors, ctx.together = call.apart()
+        ctx.save_for_backward(*tensors)
+        ctx.recursion = recursion
         # A copy, since the model may write into it.
         return output.clone(), carrier.new_zeros(carrier.shape[0], carrier.shape[1], call.query.shape[2])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, relevancy: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, mask = ctx.saved_tensors
-        call = TracedCall("", query, key, value, {**ctx.masks, "attn_mask": mask}, ctx.mesh, columns=ctx.columns)
+        call: TracedCall = ctx.together(*ctx.saved_tensors)
         recursion: Recursion = ctx.recursion
         grad_output = grad if recursion.rule == "gradient" else None
         a, b = (_as_line(weight, relevancy) for weight in call.weights(recursion))

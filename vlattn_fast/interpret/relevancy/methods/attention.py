@@ -9,7 +9,8 @@ from torch import Tensor
 from vlattn_fast._ground.tensors import expand_heads
 from vlattn_fast.attach.tensor_parallel import mean_over
 from vlattn_fast.interpret.relevancy.last_attention import LastAttentionMethod, Real, times_map
-from vlattn_fast.interpret.relevancy.traced_call import TracedCall
+from vlattn_fast.interpret.relevancy.mixing_call import MixingCall
+from vlattn_fast.interpret.relevancy.traced_call import Recursion, TracedCall
 
 
 class RawAttention(LastAttentionMethod):
@@ -20,6 +21,8 @@ class RawAttention(LastAttentionMethod):
     needs_score = False
 
     def read(self, start: Tensor, call: TracedCall, grad: Tensor | None, real: Real) -> Tensor:
+        if isinstance(call, MixingCall):
+            return call.step(start, None, Recursion("attention"))
         key = expand_heads(call.key.to(start.dtype), call.query.shape[1])
         call = replace(call, query=call.query.to(start.dtype), key=key)
         return times_map(start, call, lambda attention: mean_over(call.mesh, attention.mean(1)))

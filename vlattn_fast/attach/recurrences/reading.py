@@ -1,0 +1,108 @@
+"""What a reader makes of a call: the map through which tokens reach one another, and the way to and from the model's tensors."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, eq=False)
+class Recurrence:
+    """o_t = sum_{s <= t} A_ts v_s, one A a head, which `va.reference.recurrent_map` writes out:
+
+        S_t = diag(exp(log_decay_t)) S_{t-1}
+        S_t = S_t + beta_t k_t (v_t - S_t^T k_t)^T   with beta, the delta rule;   S_t = S_t + k_t v_t^T   without
+        o_t = S_t^T q_t + diagonal_t v_t
+
+    The query is used as it is: the reader has scaled and normalized it. Heads of query and key may divide those of the value. A
+    channel that has a state of its own is a head with Dv = 1.
+    """
+
+    query: Tensor  # (B, H, N, Dk)
+    key: Tensor  # (B, H, N, Dk)
+    value: Tensor  # (B, H, N, Dv)
+    log_decay: Tensor | None = None  # (B, H, N) or (B, H, N, Dk); None = nothing is forgotten
+    beta: Tensor | None = None  # (B, H, N)
+    diagonal: Tensor | None = None  # (B, H, N)
+
+
+@dataclass(frozen=True, eq=False)
+class Convolution:
+    """o_u = gate_u * (sum_w weight_w x_{u-W+1+w} + bias) of each channel: depthwise, causal, W taps. The gate is what the
+    activation multiplies the sum with, act(z) / z."""
+
+    value: Tensor  # (B, C, N), x
+    weight: Tensor  # (C, W), the tap of the token itself is the last
+    gate: Tensor | None = None  # (B, C, N); None = without an activation
+
+    def part(self, channels: slice, count: int) -> Convolution:
+        """That of some channels, for the last `count` tokens: a cache puts zeros in front of them."""
+        gate = None if self.gate is None else self.gate[:, channels, -count:]
+        return Convolution(self.value[:, channels, -count:], self.weight[channels], gate)
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """A call of a function that the table names.
+
+    Attributes:
+        mixer: what mixes its tokens, which has a map.
+        run: the result of the model's function for other values, in the shape and the dtype of `mixer.value`.
+        output_of: the output in a result, in the shape of the values: (B, H, N, Dv) of a recurrence, (B, C, N) of a convolution.
+        with_output: the result with another output, as the model goes on with it.
+        channels: which channels of a short convolution that the module called before are the values, in their order (H, Dv);
+            None = no convolution in front of this function is looked for.
+        convolution: one that the function itself has in front of its values, of their channels alone.
+        refusal: why relevancy cannot go through this call, behind "which"; "" = it can.
+    """
+
+    mixer: Recurrence | Convolution
+    run: Callable[[Tensor], Any]
+    output_of: Callable[[Any], Tensor]
+    with_output: Callable[[Any, Tensor], Any]
+    channels: slice | None = None
+    convolution: Convolution | None = None
+    refusal: str = ""
+
+
+class FunctionCall:
+    """A call as the model makes it. `module`: the one whose forward it is, or that calls the function."""
+
+    def __init__(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], module: nn.Module) -> None:
+        self.function, self.args, self.kwargs, self.module = function, tuple(args), dict(kwargs), module
+        self._parameters = _signature(function.forward if isinstance(function, nn.Module) else function).parameters
+        self._named = dict(zip(self._parameters, self.args, strict=False)) | self.kwargs
+
+    def __getitem__(self, name: str) -> Any:
+        """The argument, or what stands for it by default; None where the function has none of this name."""
+        if name in self._named or name not in self._parameters:
+            return self._named.get(name)
+        default = self._parameters[name].default
+        return None if default is inspect.Parameter.empty else default
+
+    def run(self, **changed: Any) -> Any:
+        """The function's result with some of its arguments changed. The others stand where the model put them: a kernel of
+        another package may have other names for them."""
+        names = list(self._parameters)
+        args = [changed.get(name, value) for name, value in zip(names, self.args, strict=False)]
+        kwargs = {name: changed.get(name, value) for name, value in self.kwargs.items()}
+        return self.function(*args, **kwargs)
+
+
+Reader = Callable[[FunctionCall], Reading]
+
+
+@functools.cache
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(function)
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or in float64 where it is."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

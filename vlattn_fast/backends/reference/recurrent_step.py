@@ -1,0 +1,97 @@
+"""The map of a linear recurrence, and relevancy through it, with whole maps.
+
+With its queries, keys and gates held fixed a recurrence is linear in the values: o_t = sum_{s <= t} A_ts v_s, one number A_ts a
+head. So it has a map, as attention has one: Zimerman, Ali, Wolf, "Explaining Modern Gated-Linear RNNs via a Unified Implicit
+Attention Formulation", ICLR 2025, section 3; for Mamba alone Ali, Zimerman, Wolf, "The Hidden Attention of Mamba Models", 2024.
+The map of the delta rule is our reading: the papers have none.
+
+    S_t = diag(a_t) S_{t-1} + k_t v_t^T                                                          without beta
+    S_t = (I - beta_t k_t k_t^T) diag(a_t) S_{t-1} + beta_t k_t v_t^T                            with it (delta rule)
+    o_t = S_t^T q_t + d_t v_t                                                                    S_t (Dk, Dv)
+
+Shapes: query (B, Hq, N, Dk), key (B, Hk, N, Dk), value and grad_output (B, H, N, Dv), gates (B, H, N); A (B, H, N, N).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlattn_fast._ground.checks import check_choice
+from vlattn_fast._ground.tensors import compute_dtype, expand_heads, product
+from vlattn_fast.backends.reference.relevancy_attention import RULES, head_mean
+
+
+def recurrent_map(
+    query: Tensor, key: Tensor, *, log_decay: Tensor | None = None, beta: Tensor | None = None, diagonal: Tensor | None = None
+) -> Tensor:
+    """The map A (B, H, N, N) of a linear recurrence whose queries, keys and gates are held fixed: o_t = sum_{s <= t} A_ts v_s.
+
+    The recurrence is S_t = diag(a_t) S_{t-1} + k_t v_t^T, o_t = S_t^T q_t + d_t v_t, with a_t = exp(log_decay_t). With beta it is
+    the delta rule, which writes beta_t k_t (v_t - S^T k_t)^T, S the decayed state, in place of k_t v_t^T.
+
+    Args:
+        query, key: (B, Hq, N, Dk) and (B, Hk, N, Dk), as they enter the recurrence: scaled and normalised. Hq and Hk divide H.
+        log_decay: (B, H, N), or (B, H, N, Dk) for a gate per feature of the key; None = 0, no decay.
+        beta: (B, H, N), how much of a value is written; None = no delta rule.
+        diagonal: (B, H, N), what goes from a token's value straight to its output; None = 0.
+
+    Returns:
+        A in the dtype of sums, float32 for 16-bit inputs. H is the number of heads of the gates, without gates the larger of
+        Hq and Hk. A later token has 0, whatever stands in the inputs. NaN in a token's query is in its row, NaN in its key in its
+        column, and what the recurrence carries past a NaN is NaN.
+    """
+    dtype, num_heads = compute_dtype(query), heads_of(query, key, log_decay, beta, diagonal)
+    query, key = (expand_heads(x, num_heads).to(dtype) for x in (query, key))
+    decay = None if log_decay is None else (log_decay if log_decay.dim() == 4 else log_decay[..., None]).to(dtype).exp()
+    length = query.shape[2]
+    rows = query[:, :, :0]  # z_t of the queries t >= s, (B, H, N - s, Dk): A_ts = w_s z_t . k_s, w_s = beta_s or 1
+    columns = []
+    for s in reversed(range(length)):
+        now = slice(s, s + 1)
+        rows = torch.cat([query[:, :, now], rows], 2)  # z_s = q_s
+        dots = product(rows, key[:, :, now].mT)
+        if beta is not None:
+            dots = dots * beta[:, :, now, None].to(dtype)
+            rows = rows - dots * key[:, :, now]  # z <- z - beta_s (z . k_s) k_s
+        columns.append(F.pad(dots, (0, 0, s, 0)))
+        if decay is not None:
+            rows = rows * decay[:, :, now]  # z <- diag(a_s) z
+    whole = torch.cat(columns[::-1], -1) if columns else query.new_zeros(*query.shape[:2], 0, 0)
+    return whole if diagonal is None else whole + torch.diag_embed(diagonal.to(dtype))
+
+
+def recurrent_step(
+    relevancy: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None = None,
+    grad_output: Tensor | None = None,
+    *,
+    log_decay: Tensor | None = None,
+    beta: Tensor | None = None,
+    diagonal: Tensor | None = None,
+    rule: str = "gradient",
+    row_normalize: bool = False,
+) -> Tensor:
+    """relevancy @ Abar, (B, T, N) -> (B, T, N); Abar = mean_h relu(A * dA), or of the rows of |A| divided by their sums."""
+    check_choice("rule", rule, RULES)
+    num_heads = heads_of(query, key, value, log_decay, beta, diagonal)
+    query = expand_heads(query, num_heads)
+    each = recurrent_map(query, key, log_decay=log_decay, beta=beta, diagonal=diagonal)
+    if rule == "gradient":
+        if value is None or grad_output is None:
+            raise ValueError("value and grad_output must be given for rule='gradient'; got None")
+        grad_each = product(grad_output.to(each.dtype), value.to(each.dtype).mT)  # dA_ts = dO_t . v_s
+        abar = head_mean(each, torch.tril(grad_each), row_normalize)
+    else:
+        share = each.abs()
+        total = share.sum(-1, keepdim=True)
+        abar = head_mean(share / torch.where(total == 0, 1.0, total), None, row_normalize)  # a zero row stays zero
+    return product(relevancy.to(abar.dtype), abar).to(relevancy.dtype)
+
+
+def heads_of(*tensors: Tensor | None) -> int:
+    """The number of heads of a call, which those of query and key divide."""
+    return max(x.shape[1] for x in tensors if x is not None)

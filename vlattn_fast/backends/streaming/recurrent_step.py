@@ -1,0 +1,339 @@
+"""recurrent_step in O(N) memory with plain PyTorch, on any device and dtype.
+
+The keys are swept from the last to the first. Each query t has a state row z, which is q_t where the sweep reaches it:
+
+    A_ts = w_s z . k_s,  w_s = beta_s or 1;      then  z <- (z - beta_s (z . k_s) k_s) * a_s
+
+No decay is divided by, and none is a difference of sums of logarithms, so a decay of 0 is as good as any. A step is linear in z.
+So a chunk of C tokens is one matrix, `_Chunks`: the sweep over its own queries and over the unit vectors. Its rows for unit
+vectors take all later queries through the chunk in one product, z -> (columns of A, z behind the chunk).
+A tile of queries has its whole rows of A, and no tile is kept. The backward pass computes tiles and sweeps again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlattn_fast._ground.tensors import compute_dtype, expand_heads, fold_heads
+from vlattn_fast.backends.inputs import RecurrentStepBackwardInputs, RecurrentStepInputs
+from vlattn_fast.backends.streaming import _tiles
+
+CHUNK = 64  # tokens that one product takes a query through
+Inputs = RecurrentStepInputs | RecurrentStepBackwardInputs
+
+
+def forward(inputs: RecurrentStepInputs) -> Tensor:
+    """relevancy @ Abar, (B, T, N) -> (B, T, N)."""
+    abar = _Abar(inputs)
+    relevancy = inputs.relevancy.to(abar.dtype)
+    weighted, result = relevancy * abar.weight(_row_sums(abar)), torch.zeros_like(relevancy)
+    for part in abar.parts():
+        for tile in part.tiles():
+            result[part.b, :, : tile.stop] += weighted[part.b, :, tile.i] @ tile.each().sum(1)
+    return result.to(inputs.relevancy.dtype)
+
+
+def _row_sums(abar: _Abar) -> Tensor | None:
+    """The sums over heads and keys by which rows are divided, (B, N), 1 for a zero row; None without row_normalize."""
+    if not abar.inputs.row_normalize:
+        return None
+    total = abar.query.new_zeros(abar.query.shape[0], abar.query.shape[2])
+    for part in abar.parts():
+        for tile in part.tiles():
+            total[part.b, tile.i] += tile.each().sum((1, 3))
+    return torch.where(total == 0, 1.0, total)
+
+
+def backward(inputs: RecurrentStepBackwardInputs) -> tuple[Tensor | None, ...]:
+    """Gradients of relevancy, query, key, value, grad_output, log_decay, beta and diagonal; None for those not needed.
+
+    With u the gradient of the result, that of relevancy is u Abar^T and that of Abar is relevancy^T u, a tile at a time.
+    """
+    abar = _Abar(inputs)
+    relevancy, grad = inputs.relevancy.to(abar.dtype), inputs.grad.to(abar.dtype)
+    total = _row_sums(abar)
+    weight = abar.weight(total)
+    by_relevancy = torch.zeros_like(relevancy)
+    if inputs.need_relevancy or total is not None:
+        for part in abar.parts():
+            for tile in part.tiles():
+                by_relevancy[part.b, :, tile.i] += grad[part.b, :, : tile.stop] @ tile.each().sum(1).mT
+        by_relevancy *= weight
+    first = by_relevancy.to(inputs.relevancy.dtype) if inputs.need_relevancy else None
+    if not inputs.need_inputs:
+        return first, *(None,) * 7
+    # a row that is divided by its sum: the gradient of the sum is that of all of the row's numbers
+    of_sum = None if total is None else (relevancy * by_relevancy).sum(1)
+    weighted, gradients = relevancy * weight, abar.zeros()
+    for part in abar.parts(gradients):
+        for tile in part.tiles():
+            by_each = weighted[part.b, :, tile.i].mT @ grad[part.b, :, : tile.stop]
+            if total is not None and of_sum is not None:
+                by_each -= (of_sum / total)[part.b, tile.i, None]
+            tile.backward(by_each[:, None])
+        part.backward()
+    return first, *gradients.result(abar)
+
+
+class _Abar:
+    """Abar of a call, in parts of samples and heads. Tensors have all heads and the dtype of sums."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.inputs, self.num_heads, self.dtype = inputs, inputs.num_heads, compute_dtype(inputs.query)
+        self.query, self.key = (expand_heads(x, self.num_heads).to(self.dtype) for x in (inputs.query, inputs.key))
+        self.value, self.grad_output = (
+            None if x is None or inputs.rule != "gradient" else x.to(self.dtype) for x in (inputs.value, inputs.grad_output)
+        )
+        self.beta, self.diagonal = (None if x is None else x.to(self.dtype) for x in (inputs.beta, inputs.diagonal))
+        self.decay = None
+        if inputs.log_decay is not None:
+            log_decay = inputs.log_decay if inputs.log_decay.dim() == 4 else inputs.log_decay[..., None]
+            self.decay = log_decay.to(self.dtype).exp()
+        self.chunk = max(1, min(CHUNK, self.query.shape[2]))
+
+    def parts(self, gradients: Gradients | None = None) -> Iterator[_Part]:
+        """A part's tile has as many samples and heads as TILE_ELEMENTS allow, one of each at least."""
+        batch, heads, length, _ = self.query.shape
+        if not batch * heads * length:
+            return
+        per_head = self.chunk * length
+        step_h = max(1, min(heads, _tiles.TILE_ELEMENTS // per_head))
+        step_b = max(1, _tiles.TILE_ELEMENTS // (per_head * heads)) if step_h == heads else 1
+        for b in range(0, batch, step_b):
+            for h in range(0, heads, step_h):
+                yield _Part(self, slice(b, min(b + step_b, batch)), slice(h, min(h + step_h, heads)), gradients)
+
+    def weight(self, total: Tensor | None) -> Tensor | float:
+        """What the sum of a row over the heads is multiplied by."""
+        return 1.0 / max(1, self.num_heads) if total is None else 1.0 / total[:, None]
+
+    def zeros(self) -> Gradients:
+        """What parts add their gradients to: of query, key, value, grad_output, decay, beta and diagonal."""
+        tensors = self.query, self.key, self.value, self.grad_output, self.decay, self.beta, self.diagonal
+        return Gradients(*[None if x is None else torch.zeros_like(x, memory_format=torch.contiguous_format) for x in tensors])
+
+
+class Gradients(NamedTuple):
+    """In the dtype of sums and with all heads."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor | None
+    grad_output: Tensor | None
+    decay: Tensor | None
+    beta: Tensor | None
+    diagonal: Tensor | None
+
+    def result(self, abar: _Abar) -> tuple[Tensor | None, ...]:
+        """Those of the inputs, in their dtypes."""
+        inputs = abar.inputs
+        by_query, by_key = (fold_heads(grad, x.shape[1]) for grad, x in zip(self[:2], (inputs.query, inputs.key), strict=True))
+        by_log = None
+        if self.decay is not None and abar.decay is not None and inputs.log_decay is not None:
+            by_log = (self.decay * abar.decay).view(inputs.log_decay.shape)
+        grads = by_query, by_key, self.value, self.grad_output, by_log, self.beta, self.diagonal
+        names = ("query", "key", "value", "grad_output", "log_decay", "beta", "diagonal")
+        pairs = zip(grads, (getattr(inputs, name) for name in names), strict=True)
+        return tuple(None if grad is None else grad.to(x.dtype) for grad, x in pairs)
+
+
+class _Part:
+    """Some samples b and heads h. `matrices` (b, h, chunks, C + Dk, C + Dk): what a chunk makes of a query's state, `_sweep`."""
+
+    def __init__(self, abar: _Abar, b: slice, h: slice, gradients: Gradients | None) -> None:
+        self.abar, self.b, self.h, self.gradients, self.chunk = abar, b, h, gradients, abar.chunk
+        length = abar.query.shape[2]
+        self.length, self.num_chunks = length, -(-length // self.chunk)
+        tensors = (None if x is None else x[b, h] for x in (abar.query, abar.key, abar.decay, abar.beta))
+        self.heads = b.stop - b.start, h.stop - h.start
+        self.query, self.key, self.decay, self.beta = (None if x is None else self._chunks(x) for x in tensors)
+        self.matrices = _sweep(self.query, self.key, self.decay, self.beta).unflatten(0, (*self.heads, self.num_chunks))
+        self.by_matrices = torch.zeros_like(self.matrices) if gradients is not None else None
+
+    def _chunks(self, x: Tensor) -> Tensor:
+        """(b, h, N, ...) as (b * h * chunks, C, ...). Zeros behind the last token reach none before it."""
+        behind = self.num_chunks * self.chunk - self.length
+        padding = (0, 0) * (x.dim() - 3) + (0, behind)
+        return F.pad(x, padding).unflatten(2, (self.num_chunks, self.chunk)).flatten(0, 2)
+
+    def tiles(self) -> Iterator[_Tile]:
+        """Slices of whole chunks of the queries, the last of which may be shorter."""
+        per_chunk = self.heads[0] * self.heads[1] * self.chunk * self.length
+        step = max(1, _tiles.TILE_ELEMENTS // per_chunk) * self.chunk
+        for start in range(0, self.length, step):
+            yield _Tile(self, slice(start, min(start + step, self.length)))
+
+    def backward(self) -> None:
+        """The gradients of query, key and gates from those of the matrices, some chunks at a time."""
+        assert self.gradients is not None and self.by_matrices is not None
+        by_matrices = self.by_matrices.flatten(0, 2)
+        count, size, _ = by_matrices.shape
+        step = max(1, 32 * _tiles.TILE_ELEMENTS // (self.chunk * size * max(1, size - self.chunk)))
+        grads = self.gradients.query, self.gradients.key, self.gradients.decay, self.gradients.beta
+        parts: list[tuple[Tensor | None, ...]] = []
+        for first in range(0, count, step):
+            g = slice(first, first + step)
+            tensors = [None if x is None else x[g] for x in (self.query, self.key, self.decay, self.beta)]
+            parts.append(_sweep_backward(*tensors, by_matrices[g]))
+        for total, pieces in zip(grads, zip(*parts, strict=True), strict=True):
+            if total is not None:
+                whole = torch.cat(pieces).view(*self.heads, self.num_chunks * self.chunk, *total.shape[3:])
+                total[self.b, self.h] = whole[:, :, : self.length]
+
+
+class _Tile:
+    """Some queries i of a part with their keys, which end where the queries do."""
+
+    def __init__(self, part: _Part, i: slice) -> None:
+        self.part, self.i, self.stop = part, i, i.stop
+
+    def each(self) -> Tensor:
+        """relu(A * dA), or the rows of |A| divided by their sums, of each head (b, h, i, stop)."""
+        a = self._map()
+        grad_a = self._grad_map()
+        if grad_a is not None:
+            return a.mul_(grad_a).clamp_min_(0.0)
+        share = a.abs_()
+        return share.div_(_divisor(share))
+
+    def backward(self, by_each: Tensor) -> None:
+        """Adds to the gradients what those of `each`, (b, 1, i, stop), give."""
+        part, grads = self.part, self.part.gradients
+        assert grads is not None
+        states: list[Tensor] = []
+        a = self._map(states)
+        grad_a = self._grad_map()
+        if grad_a is not None:
+            assert grads.value is not None and grads.grad_output is not None
+            value, grad_output = part.abar.value, part.abar.grad_output
+            assert value is not None and grad_output is not None
+            by_each = torch.where(a * grad_a > 0, by_each, 0.0)
+            by_grad = by_each * a
+            grads.grad_output[part.b, part.h, self.i] += by_grad @ value[part.b, part.h, : self.stop]
+            grads.value[part.b, part.h, : self.stop] += by_grad.mT @ grad_output[part.b, part.h, self.i]
+            by_a = by_each * grad_a
+        else:
+            size = a.abs()
+            total = _divisor(size)
+            by_a = (by_each - (by_each * size).sum(-1, keepdim=True) / total) / total * a.sign()
+        by_a = by_a.tril_(self.i.start)
+        if grads.diagonal is not None:
+            grads.diagonal[part.b, part.h, self.i] += by_a.diagonal(self.i.start, -2, -1)
+        self._map_backward(by_a, states)
+
+    def _map(self, states: list[Tensor] | None = None) -> Tensor:
+        """A (b, h, i, stop). `states` takes the queries' states in front of each chunk, from the last chunk to the first."""
+        part, query = self.part, self.part.abar.query
+        num_rows, chunk = self.i.stop - self.i.start, part.chunk
+        a = query.new_zeros(*part.heads, num_rows, self.stop)
+        z = query.new_empty(*part.heads, num_rows, query.shape[3])
+        for keys, those, later in self._chunks():
+            matrix = part.matrices[:, :, keys.start // chunk]
+            size = keys.stop - keys.start
+            if states is not None:
+                states.append(z[:, :, later].clone())
+            behind = z[:, :, later] @ matrix[:, :, chunk:]
+            a[:, :, later, keys], z[:, :, later] = behind[..., :size], behind[..., chunk:]
+            if those is not None:
+                a[:, :, those, keys], z[:, :, those] = matrix[:, :, :size, :size], matrix[:, :, :size, chunk:]
+        if (diagonal := part.abar.diagonal) is not None:
+            a.diagonal(self.i.start, -2, -1).add_(diagonal[part.b, part.h, self.i])
+        return a
+
+    def _map_backward(self, by_a: Tensor, states: list[Tensor]) -> None:
+        """The gradients of the chunks' matrices."""
+        part, chunk = self.part, self.part.chunk
+        assert part.by_matrices is not None
+        by_z = by_a.new_zeros(*by_a.shape[:3], part.abar.query.shape[3])
+        for (keys, those, later), z in zip(reversed(list(self._chunks())), reversed(states), strict=True):
+            matrix, by_matrix = (x[:, :, keys.start // chunk] for x in (part.matrices, part.by_matrices))
+            size = keys.stop - keys.start
+            if those is not None:
+                by_matrix[:, :, :size, :size] += by_a[:, :, those, keys]
+                by_matrix[:, :, :size, chunk:] += by_z[:, :, those]
+            by_columns = F.pad(by_a[:, :, later, keys], (0, chunk - size))
+            behind = torch.cat([by_columns, by_z[:, :, later]], -1)
+            by_matrix[:, :, chunk:] += z.mT @ behind
+            by_z[:, :, later] = behind @ matrix[:, :, chunk:].mT
+
+    def _chunks(self) -> Iterator[tuple[slice, slice | None, slice]]:
+        """From the last chunk to the first: its keys, and among the tile's rows its queries, if they are here, and all later
+        ones."""
+        chunk, start = self.part.chunk, self.i.start
+        num_rows = self.stop - start
+        for first in reversed(range(0, self.stop, chunk)):
+            stop = min(first + chunk, self.stop)
+            those = slice(first - start, stop - start) if first >= start else None
+            yield slice(first, stop), those, slice(max(0, stop - start), num_rows)
+
+    def _grad_map(self) -> Tensor | None:
+        """dA = grad_output . value (b, h, i, stop) for rule "gradient"; 0 for later tokens, whatever their values are."""
+        part, value, grad_output = self.part, self.part.abar.value, self.part.abar.grad_output
+        if value is None or grad_output is None:
+            return None
+        product = grad_output[part.b, part.h, self.i] @ value[part.b, part.h, : self.stop].mT
+        return product.tril_(self.i.start)
+
+
+def _divisor(share: Tensor) -> Tensor:
+    total = share.sum(-1, keepdim=True)
+    return torch.where(total == 0, 1.0, total)
+
+
+def _sweep(query: Tensor, key: Tensor, decay: Tensor | None, beta: Tensor | None, states: list[Tensor] | None = None) -> Tensor:
+    """The matrices (G, C + Dk, C + Dk) of chunks. query and key (G, C, Dk), decay (G, C, 1 or Dk), beta (G, C).
+
+    The first C rows are those of the chunk's queries, the others those of the unit vectors, for later queries. The first C
+    columns are those of A, the others the state behind the chunk. `states` takes the states in front of each token, the last
+    first.
+    """
+    count, chunk, dim = query.shape
+    unit = torch.eye(dim, dtype=query.dtype, device=query.device)
+    rows = torch.cat([query, unit.expand(count, dim, dim)], 1)
+    columns = query.new_zeros(count, chunk + dim, chunk)
+    for s in reversed(range(chunk)):
+        z = rows[:, s:]  # that of a query in front of the token is as it was
+        if states is not None:
+            states.append(z.clone())
+        written = z @ key[:, s, :, None]
+        if beta is not None:
+            written = written * beta[:, s, None, None]
+            z -= written * key[:, s, None]
+        columns[:, s:, s] = written[..., 0]
+        if decay is not None:
+            z *= decay[:, s, None]
+    return torch.cat([columns, rows], -1)
+
+
+def _sweep_backward(
+    query: Tensor, key: Tensor, decay: Tensor | None, beta: Tensor | None, by_matrix: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of query, key, decay and beta."""
+    chunk = query.shape[1]
+    states: list[Tensor] = []
+    _sweep(query, key, decay, beta, states)
+    by_columns, by_rows = by_matrix[..., :chunk], by_matrix[..., chunk:].clone()
+    by_key = torch.zeros_like(key)
+    by_decay, by_beta = (None if x is None else torch.zeros_like(x) for x in (decay, beta))
+    for s, z in enumerate(reversed(states)):
+        k, by_z = key[:, s, None], by_rows[:, s:]  # (G, 1, Dk), (G, rows, Dk)
+        dots = z @ k.mT
+        written = dots if beta is None else dots * beta[:, s, None, None]
+        if decay is not None and by_decay is not None:
+            by_features = (by_z * (z if beta is None else z - written * k)).sum(1)
+            by_decay[:, s] = by_features if decay.shape[2] > 1 else by_features.sum(-1, keepdim=True)
+            by_z *= decay[:, s, None]
+        by_written = by_columns[:, s:, s, None]
+        if beta is not None and by_beta is not None:
+            by_written = by_written - by_z @ k.mT
+            by_beta[:, s] = (by_written * dots).sum((1, 2))
+            by_key[:, s] -= (written * by_z).sum(1)
+            by_written = by_written * beta[:, s, None, None]
+        by_key[:, s] += (by_written * z).sum(1)
+        by_z += by_written * k
+    return by_rows[:, :chunk], by_key, by_decay, by_beta

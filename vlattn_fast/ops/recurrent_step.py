@@ -1,0 +1,201 @@
+"""relevancy @ Abar through a linear recurrence: the gated delta rule, Mamba, RetNet, linear attention, RWKV.
+
+Formula: reference/recurrent_step.py. O(N) memory: streaming/recurrent_step.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from vlattn_fast._ground.checks import (
+    FLOAT_DTYPES,
+    check_bool,
+    check_choice,
+    check_device,
+    check_floating,
+    check_head_dim,
+    check_tensor,
+    describe,
+)
+from vlattn_fast._ground.tensors import as_fake_outputs, as_outputs, without_autocast
+from vlattn_fast.backends.inputs import RecurrentStepBackwardInputs, RecurrentStepInputs
+from vlattn_fast.backends.reference.recurrent_step import heads_of
+from vlattn_fast.dispatch.call import Call, make_call
+from vlattn_fast.dispatch.choice import planned, select
+from vlattn_fast.dispatch.loading import launcher, load
+from vlattn_fast.dispatch.operator import Operator
+from vlattn_fast.dispatch.table import table
+from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
+from vlattn_fast.ops._stages import arguments_of, cast, described
+from vlattn_fast.ops.relevancy_attention import RULES, check_carried
+
+BACKENDS = table("recurrent_step", cpu=None, triton=None)
+
+
+def recurrent_step(
+    relevancy: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None = None,
+    grad_output: Tensor | None = None,
+    *,
+    log_decay: Tensor | None = None,
+    beta: Tensor | None = None,
+    diagonal: Tensor | None = None,
+    rule: str = "gradient",
+    row_normalize: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """relevancy @ Abar through a linear recurrence, as relevancy_step through attention: (B, T, N) -> (B, T, N), in O(N) memory.
+
+    With its queries, keys and gates held fixed a recurrence is a map of values, o_t = sum_{s <= t} A_ts v_s, one number A_ts a
+    head: `vlattn_fast.reference.recurrent_map`. With a_t = exp(log_decay_t) its state is
+
+        S_t = diag(a_t) S_{t-1} + k_t v_t^T                    without beta: Mamba, RetNet, lightning attention, RWKV-4
+        S_t = (I - beta_t k_t k_t^T) diag(a_t) S_{t-1} + beta_t k_t v_t^T      with it: the gated delta rule (Qwen3-Next, Kimi)
+        o_t = S_t^T q_t + d_t v_t
+
+    Abar = mean_h relu(A * dA) with dA_ts = grad_output_t . v_s, or by rule "attention" the mean over the heads of |A|, each row
+    divided by its sum: A has signs and rows of any sum, and rollout carries shares. The map is that of Zimerman, Ali, Wolf (ICLR
+    2025); its extension to the delta rule is our reading.
+
+    Args:
+        relevancy: (B, T, N) floating point.
+        query, key: (B, Hq, N, Dk) and (B, Hk, N, Dk), as they enter the recurrence: scaled and normalised. Hq and Hk divide H.
+        value: (B, H, N, Dv), needed for rule "gradient".
+        grad_output: (B, H, N, Dv), the gradient of the recurrence's output, needed for rule "gradient".
+        log_decay: (B, H, N), or (B, H, N, Dk) for a gate per feature of the key; None = 0, no decay. -inf forgets.
+        beta: (B, H, N); None = no delta rule. A token whose beta (without the delta rule, whose key) is 0 counts for nothing.
+        diagonal: (B, H, N), the d_t above; None = 0.
+        rule: "gradient" or "attention".
+        row_normalize: whether rows of Abar are divided by their sums; a zero row stays zero.
+        backend: "auto", "reference" or "streaming".
+
+    Gates may have another floating dtype than query. Sums are in float32, in float64 for float64.
+
+    Returns:
+        (B, T, N) in relevancy's dtype, differentiable once in every floating tensor. The backward pass computes the map again, a
+        tile at a time, in O(N) memory.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong (it is named), or the backend asked for cannot run the call.
+
+    >>> query, key = torch.randn(2, 1, 2, 64, 8).softmax(-1)
+    >>> value, grad_output = torch.randn(2, 1, 4, 64, 16)
+    >>> gates = {"log_decay": -torch.rand(1, 4, 64), "beta": torch.rand(1, 4, 64)}
+    >>> recurrent_step(torch.rand(1, 3, 64), query, key, value, grad_output, **gates).shape
+    torch.Size([1, 3, 64])
+    """
+    operands = relevancy, query, key, value, grad_output, log_decay, beta, diagonal
+    arguments = Arguments(*operands, rule, row_normalize, backend)
+    backend = planned(_backend, arguments)
+    x = cast(arguments)
+    if backend == "reference":
+        options = {name: argument for name, argument in zip(x._fields, x, strict=True) if name != "backend"}
+        with without_autocast(query):
+            return load(BACKENDS, backend).recurrent_step(**options)
+    num_heads = heads_of(*x[1:4], *operands[5:])
+    return _forward_op(RecurrentStepInputs(*x[:5], log_decay, beta, diagonal, num_heads, rule, row_normalize, backend))
+
+
+Arguments = arguments_of(recurrent_step)
+
+
+def _backend(x: Any) -> str:
+    return select(BACKENDS, _facts(x), x.backend)
+
+
+def _facts(x: Any) -> Call:
+    """The facts of a call, which is checked."""
+    query, key = x.query, x.key
+    check_tensor("query", query, rank=4, shape="(B, Hq, N, Dk)")
+    check_tensor("key", key, rank=4, shape="(B, Hk, N, Dk)")
+    check_choice("rule", x.rule, RULES)
+    check_bool(row_normalize=x.row_normalize)
+    tensors = {"value": x.value, "grad_output": x.grad_output}
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    for name, tensor in tensors.items():
+        check_tensor(name, tensor, rank=4, shape="(B, H, N, Dv)")
+    check_floating(query=query, key=key, **tensors)
+    if x.rule == "gradient" and len(tensors) < 2:
+        raise ValueError("value and grad_output must be given for rule='gradient'; got None")
+    gates = {"log_decay": x.log_decay, "beta": x.beta, "diagonal": x.diagonal}
+    gates = {name: gate for name, gate in gates.items() if gate is not None}
+    for name, gate in gates.items():
+        check_tensor(name, gate)
+        check_device(name, gate, "query", query)
+        if gate.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"{name} must be floating point; got {describe(gate)}")
+        if gate.dim() != 3 and not (name == "log_decay" and gate.dim() == 4):
+            feature = " or (B, H, N, Dk)" if name == "log_decay" else ""
+            raise ValueError(f"{name} must have shape (B, H, N){feature}; got {describe(gate)}")
+    check_head_dim(query, key)
+    batch, _, length, head_dim = query.shape
+    if key.shape[0] != batch or key.shape[2] != length:
+        raise ValueError(f"key must have query's batch size {batch} and length {length}; got {describe(key)}")
+    num_heads = heads_of(query, key, *tensors.values(), *gates.values())
+    for name, tensor in (("query", query), ("key", key)):
+        heads = tensor.shape[1]
+        if heads != num_heads and (heads == 0 or num_heads % heads):
+            raise ValueError(f"{name}'s number of heads must divide the call's {num_heads}; got {describe(tensor)}")
+    for name, tensor in {**tensors, **gates}.items():
+        if tuple(tensor.shape[:3]) != (batch, num_heads, length):
+            raise ValueError(f"{name} must begin with the sizes (B, H, N) = {(batch, num_heads, length)}; got {describe(tensor)}")
+    if "log_decay" in gates and x.log_decay.dim() == 4 and x.log_decay.shape[3] != head_dim:
+        raise ValueError(f"log_decay must have a number for each of the {head_dim} key features; got {describe(x.log_decay)}")
+    if len(tensors) == 2 and x.value.shape != x.grad_output.shape:
+        raise ValueError(f"grad_output must have value's shape {tuple(x.value.shape)}; got {describe(x.grad_output)}")
+    check_carried("relevancy", x.relevancy, query)
+    value_dim = 0 if x.value is None else x.value.shape[3]
+    sizes = {"queries": length, "head_dim": head_dim, "value_dim": value_dim, "rows": x.relevancy.shape[1]}
+    flags = {"rule": x.rule, "row_normalize": x.row_normalize, "delta_rule": "beta" in gates}
+    flags["decay_per_feature"] = "log_decay" in gates and x.log_decay.dim() == 4
+    return make_call("recurrent_step", query, sizes, flags)
+
+
+def _forward_fake(inputs: RecurrentStepInputs) -> Tensor:
+    return inputs.relevancy.new_empty(inputs.relevancy.shape)
+
+
+_forward_op = define("recurrent_step", RecurrentStepInputs, "Tensor", launcher(BACKENDS, "forward"), _forward_fake)
+
+
+def _backward(inputs: RecurrentStepBackwardInputs) -> tuple[Tensor | None, ...]:
+    """By streaming where the backend has no backward pass."""
+    module = load(BACKENDS, inputs.backend)
+    module = module if hasattr(module, "backward") else load(BACKENDS, "streaming")
+    return as_outputs(module.backward(inputs))
+
+
+def _backward_fake(x: RecurrentStepBackwardInputs) -> tuple[Tensor, ...]:
+    pair = (x.value, x.grad_output) if x.rule == "gradient" else (None, None)
+    inputs = (x.query, x.key, *pair, x.log_decay, x.beta, x.diagonal) if x.need_inputs else (None,) * 7
+    return as_fake_outputs(x.query, (x.relevancy if x.need_relevancy else None, *inputs))
+
+
+_backward_op = define(
+    "recurrent_step_backward", RecurrentStepBackwardInputs, f"({', '.join(['Tensor'] * 8)})", _backward, _backward_fake
+)
+_saved = Saved(RecurrentStepInputs, RecurrentStepBackwardInputs, grads=("grad", "need_relevancy", "need_inputs"))
+
+
+def _setup_context(ctx: Any, inputs: RecurrentStepInputs, output: Tensor) -> None:
+    _saved.save(ctx, inputs)
+    ctx.by_gradient = inputs.rule == "gradient"
+
+
+def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needed = list(ctx.needs_input_grad[:8])
+    if not ctx.by_gradient:  # rule "attention" reads neither value nor grad_output
+        needed[3] = needed[4] = False
+    grads = _backward_op(_saved.inputs(ctx, grad, needed[0], any(needed[1:])))
+    return tuple([x if is_needed else None for x, is_needed in zip(grads, needed, strict=True)])
+
+
+differentiable("recurrent_step", _autograd, _setup_context)
+once_differentiable("recurrent_step_backward")
+
+describe_call = described(Arguments, _facts)
+OPERATOR = Operator(recurrent_step, describe_call, BACKENDS)
