@@ -51,6 +51,13 @@ def test_both_captioners_have_as_many_parameters():
     assert kinds[0] - kinds[1] >= {"Qwen3_5GatedDeltaNet"} and not kinds[1] - kinds[0]
 
 
+def test_gates_begin_with_a_long_memory():
+    """Of three layers with two heads each; transformers' own first value is 1."""
+    gates = {name: bias for name, bias in models.build(models.config("hybrid")).named_parameters() if name.endswith("dt_bias")}
+    steps = torch.nn.functional.softplus(torch.stack([*gates.values()])).detach()
+    assert steps.shape == (3, 2) and len(steps.unique()) == 6 and 0.001 <= float(steps.min()) <= float(steps.max()) <= 0.1
+
+
 def test_training_and_model_compute_the_same_words(untrained):
     """Texts of two lengths: padding stands behind the words, so it changes none of them."""
     processor = lab.SceneProcessor()

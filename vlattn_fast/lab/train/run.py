@@ -62,7 +62,7 @@ def _mapper(task: str, steps: int) -> Training:
 
 
 def _beside_image(kind: str) -> Training:
-    """Of a captioner whose words and patches are one sequence."""
+    """The training of a captioner whose words and patches are one sequence."""
     train = functools.partial(hybrid.train, kind)
     return Training(hybrid_model.WEIGHTS[kind], hybrid.STEPS, train, hybrid.evaluate, lambda model: hybrid_model.config(kind))
 
