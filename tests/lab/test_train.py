@@ -12,6 +12,7 @@ from vlattn_fast.lab import (
     digit_scans,
     digit_scenes,
     held_out_captions,
+    hybrid,
     is_true,
     load_captioner,
     load_clip,
@@ -26,6 +27,7 @@ from vlattn_fast.lab.train import clip, mapper, run, uniter
 from vlattn_fast.models import CLIPMapper
 
 LOADERS = {"uniter": load_uniter, "clip": load_clip, "vqa": load_vqa, "captions": load_captioner}
+LOADERS |= {kind: lambda folder, kind=kind: (hybrid.load(kind, folder), None) for kind in hybrid.WEIGHTS}
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Trains the models of DigitScenes: python -m vlattn_fast.lab.train uniter|clip|vqa|captions [options].
+"""Trains the models of DigitScenes: python -m vlattn_fast.lab.train uniter|clip|vqa|captions|hybrid|transformer [options].
 
 In: options of a training.
 Out: a file of weights.

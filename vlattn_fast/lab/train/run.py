@@ -18,14 +18,22 @@ from torch import nn
 from vlattn_fast._ground.checks import check_integer, check_writable
 from vlattn_fast.interpret.result.numbers.tensor_files import write_tensors
 from vlattn_fast.lab import clip as clip_model
+from vlattn_fast.lab import hybrid as hybrid_model
 from vlattn_fast.lab import mapper as mapper_model
 from vlattn_fast.lab import uniter as uniter_model
 from vlattn_fast.lab.provenance import commit
 from vlattn_fast.lab.records import read_json, write_records
-from vlattn_fast.lab.train import clip, mapper, uniter
+from vlattn_fast.lab.train import clip, hybrid, mapper, uniter
 from vlattn_fast.lab.weights import DATA
 
-EVALUATED = {"uniter": 5000, "clip": 2000, "vqa": 1000, "captions": 1000}  # test scenes per measure
+EVALUATED = {
+    "uniter": 5000,
+    "clip": 2000,
+    "vqa": 1000,
+    "captions": 1000,
+    "hybrid": 400,
+    "transformer": 400,
+}  # test scenes per measure
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,12 @@ def _mapper(task: str, steps: int) -> Training:
     )
 
 
+def _beside_image(kind: str) -> Training:
+    """The training of a captioner whose words and patches are one sequence."""
+    train = functools.partial(hybrid.train, kind)
+    return Training(hybrid_model.WEIGHTS[kind], hybrid.STEPS, train, hybrid.evaluate, lambda model: hybrid_model.config(kind))
+
+
 TRAININGS = {
     "uniter": Training(
         uniter_model.WEIGHTS, 3000, uniter.train, uniter.evaluate, lambda model: asdict(uniter_model.CONFIG), half=False
@@ -60,6 +74,7 @@ TRAININGS = {
     "clip": Training(clip_model.WEIGHTS, 3600, clip.train, clip.evaluate, lambda model: clip_model.CONFIG),
     "vqa": _mapper("vqa", 5000),
     "captions": _mapper("captions", 3000),
+    **{kind: _beside_image(kind) for kind in hybrid_model.WEIGHTS},
 }
 
 
