@@ -31,15 +31,15 @@ def library() -> Path:
     return building.build("torch", f"-DVLATTN_TORCH={TORCH}") / "libvlattn_torch.so"
 
 
-def run(*command: Any, kernels: Path = native.library.path) -> str:
-    environment = {**os.environ, "VLATTN_CPU_LIBRARY": str(kernels), "LD_LIBRARY_PATH": str(TORCH / "lib")}
+def run(*command: Any) -> str:
+    environment = {**os.environ, "VLATTN_CPU_LIBRARY": str(native.library.path), "LD_LIBRARY_PATH": str(TORCH / "lib")}
     done = subprocess.run([str(x) for x in command], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
-def program(code: str, *arguments: Path) -> str:
-    done = programs.run(code, *arguments, VLATTN_CPU_LIBRARY=str(native.library.path))
+def program(code: str, *arguments: Path, kernels: Path = native.library.path) -> str:
+    done = programs.run(code, *arguments, VLATTN_CPU_LIBRARY=str(kernels))
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -149,7 +149,7 @@ except RuntimeError as error: print(str(error).split(chr(10))[0])
 
 
 def test_a_library_without_kernels_is_refused(library: Path) -> None:
-    said = run(sys.executable, "-c", OTHER, library, kernels=library)
+    said = program(OTHER, library, kernels=library)
     assert f"{library} has no vlattn_set_threads: VLATTN_CPU_LIBRARY must name libvlattn_cpu.so" in said
 
 
