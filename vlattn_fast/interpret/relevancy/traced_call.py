@@ -254,9 +254,9 @@ class TracedCall:
         """The tensors that relevancy needs, which autograd keeps, and the call that is made of them again."""
 
         def together(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> TracedCall:
-            return TracedCall("", query, key, value, {**masks, "attn_mask": mask}, mesh, **keys)
+            return TracedCall("", query, key, value, {**masks, "attn_mask": mask}, mesh, columns=columns, left_out=left_out)
 
-        masks, mesh, keys = self.masks, self.mesh, {"columns": self.columns, "left_out": self.left_out}
+        masks, mesh, columns, left_out = self.masks, self.mesh, self.columns, self.left_out
         return (self.query, self.key, self.value, masks["attn_mask"]), together
 
     def kept(self, higher_order: bool) -> TracedCall:
