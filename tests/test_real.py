@@ -241,9 +241,9 @@ def test_the_words_of_a_sentence():
     rows = {row["method"]: row for row in measures.word_rows(model, Tokenizer(), "5 6 7", "8 9")}
     other = embed(1, 8, 9, 2)
     whole, without = (nn.functional.cosine_similarity(one, other) for one in (embed(1, 5, 6, 7, 2), embed(1, 5, 7, 2)))
-    without = [row for row in sinks.word_rows(model, Tokenizer(), "5 6 7", "8 9") if row["task"] == "sink words"]
-    assert [(row["method"], row["sinks"]) for row in without] == [(m, s) for m in sinks.METHODS for s in sinks.MODES]
-    assert without[0]["values"] == pytest.approx(rows["gradient"]["values"])
+    by_mode = [row for row in sinks.word_rows(model, Tokenizer(), "5 6 7", "8 9") if row["task"] == "sink words"]
+    assert [(row["method"], row["sinks"]) for row in by_mode] == [(m, s) for m in sinks.METHODS for s in sinks.MODES]
+    assert by_mode[0]["values"] == pytest.approx(rows["gradient"]["values"])
     assert rows["left out"]["words"] == ["5", "6", "7"]
     assert rows["left out"]["values"][1] == pytest.approx(float(whole - without), abs=1e-6)
     assert len(rows["gradient"]["values"]) == 3 and {"rollout", "integrated_gradients"} <= set(rows)
