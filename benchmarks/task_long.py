@@ -37,12 +37,12 @@ def build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
     tensors["carrier"] = torch.zeros(b, 1, n, device=device, dtype=wide)
     tensors["relevancy"] = torch.zeros_like(tensors["carrier"])
     tensors["relevancy"][:, :, -1] = 1.0
-    options = {"is_causal": True, "enable_gqa": True}
-    arguments = _measure.taking(*INPUTS, **options)
+    arguments = _measure.taking(*INPUTS, is_causal=True, enable_gqa=True)
     finish = _measure.backward(INPUTS, ("grad_output", "relevancy"))
 
     def sdpa(t: Tensors) -> Tensor:
-        return F.scaled_dot_product_attention(*(t[name] for name in QKV), **options)
+        query, key, value = (t[name] for name in QKV)
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
     def ours(name: str) -> Variant:
         return Variant(finish(lambda t: va.relevancy_attention(**arguments(t), backend=name)))
