@@ -147,9 +147,14 @@ table: $(READY)
 	@$(PY) -m tools.compiled.cuda --write
 
 models: export OMP_NUM_THREADS := 1
-models: $(READY)
+models: export PYTHONPATH := $(VENV)/timm
+models: $(READY) $(VENV)/timm/timm
 	@$(PY) -m tools.models.run $(ARGS)
 	@$(PY) -m tools.pages.models_page
+
+# Beside the environment: its tests run without timm. It imports torchvision, of the release that belongs to torch 2.13.
+$(VENV)/timm/timm: | $(INSTALLED)
+	@$(PIP) --no-deps --target $(VENV)/timm timm "torchvision==0.28.*"
 
 real: .venv-real/.installed
 	@.venv-real/bin/python -m tools.real $(ARGS)

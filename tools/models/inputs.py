@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlattn_fast.interpret.records.derived import drafts
+
 PADDINGS = ("both", "right", "none")  # some models give NaN where a padded token sees none
 SIDE = 32  # of a picture
 
@@ -44,9 +46,9 @@ def texts(model: Any, padded: str) -> dict[str, Tensor]:
         mask[2, 6:] = 0
     inputs = {"input_ids": ids, "attention_mask": mask}
     if not getattr(model.config, "is_encoder_decoder", False):
-        if "decoder_input_ids" not in inspect.signature(model.forward).parameters:
+        if not drafts(model):
             return inputs
-        drafted = decoded(model, 3)  # of block diffusion
+        drafted = decoded(model, 3)
         masks = [mask, torch.ones_like(drafted["decoder_input_ids"])]
         return inputs | drafted | {"decoder_attention_mask": torch.cat(masks, 1)}
     if isinstance(end := model.config.eos_token_id, int):  # classifiers read it

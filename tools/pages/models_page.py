@@ -63,6 +63,8 @@ listed record, one is derived:
 - **An encoder-decoder** is a class of transformers whose config says so and that generates. A run finds its towers. The row is
   the decoder's, that of the position which predicts the next token behind `decoder_input_ids`, or behind the start token where
   the inputs have none. The rules for two modalities give what the encoder's tokens count for it.
+- **A model of block diffusion** generates too, and its decoder takes `decoder_input_ids`, all of which it predicts at once. The
+  row of the last of them is read. `answer=` is refused.
 - **A dual encoder** has `logits_per_image` among its outputs, a `vision_model` and a `text_model`. Patches are the last tokens of
   the vision model. Or it has the parts of CLIP as its authors and open_clip write it (`visual`, `encode_image`, `encode_text`,
   `logit_scale`) and takes `image` and `text`: both of open_clip's classes, with its own attention or torch's, a vision tower of

@@ -41,10 +41,11 @@ SOME = {
         "cpmant",
         "xlnet",
     ],
-    "image-text": ["qwen3_vl_moe", "aya_vision", "molmo2", "qwen3_5"],
-    "zero-shot": ["tipsv2"],  # no record lists it
+    # Cross-attention behind a gate, a decoder beside the keys of its encoder's layers, tokens of a picture in words.
+    "image-text": ["qwen3_vl_moe", "aya_vision", "molmo2", "qwen3_5", "idefics", "mllama", "diffusion_gemma", "chameleon"],
+    "zero-shot": ["tipsv2", "siglip2"],  # no record lists the first; a learnt query reads the other
     "sequence": ["t5", "t5gemma2", "pegasus_x"],  # keys of encoder and decoder in one call, blocks of tokens beside a map
-    "text": ["gptj", "eurobert", "funnel"],  # written out, a mean of the real tokens, pooled queries
+    "text": ["gptj", "eurobert", "funnel", "mobilebert"],  # written out, a mean of the real tokens, pooled queries, trigrams
     "image": ["ijepa"],
 }
 
@@ -272,3 +273,18 @@ def test_a_borrowed_record():
         explain(own, inputs, like="GPT2LMHeadModel")
     with pytest.raises(TypeError, match="like must be the name of a class with a record; got type"):
         explain(own, inputs, like=transformers.LlamaForCausalLM)
+
+
+def test_pictures_beside_a_decoder_with_gates():
+    """One picture is the vision tower's tokens, and has a map. Several stand in one call that the tower saw apart."""
+    model = small_model(transformers.IdeficsForVisionText2Text)
+    inputs = next(iter(inputs_of("image-text", model)))()
+    inputs |= {"pixel_values": inputs["pixel_values"].reshape(2, 1, 3, 32, 32)}
+    inputs["image_attention_mask"] = torch.ones(*inputs["input_ids"].shape, 1)
+    single = explain(model, inputs)
+    assert list(single.relevancy) == ["language", "vision"] and single.image.shape == (2, 4, 4)
+    assert (single.image > 0).any()
+    several = {"pixel_values": inputs["pixel_values"].expand(-1, 2, -1, -1, -1)}
+    several["image_attention_mask"] = torch.ones(*inputs["input_ids"].shape, 2)
+    with pytest.raises(ValueError, match="tower 'vision' on whole inputs; got a batch of 4 for 2 scores"):
+        explain(model, inputs | several)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vlattn_fast.interpret.explaining.naming import encoded
+from vlattn_fast.interpret.records.derived import drafts
 from vlattn_fast.interpret.records.record import Family
 from vlattn_fast.interpret.records.tokens import Text
 
@@ -219,8 +219,7 @@ def encoder_decoder(model: nn.Module) -> Family | None:
 def block_decoder(model: nn.Module) -> Family | None:
     """The record of a model that predicts all tokens of its decoder's input at once, as by block diffusion: the last is read. It
     explains no answer, whose tokens would be predicted one behind the other."""
-    takes = "decoder_input_ids" in inspect.signature(model.forward).parameters
-    return Family((), "token", answers="decoder_input_ids") if takes else None
+    return Family((), "token", answers="decoder_input_ids") if drafts(model) else None
 
 
 def start_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:

@@ -26,10 +26,9 @@ def derive_family(model: nn.Module) -> Family:
         return Family(towers, "pair")
     if all(hasattr(model, part) for part in _OF_CLIP):
         return _clip(model)
-    accepted = inspect.signature(model.forward).parameters
-    if not generates(model) or "input_ids" not in accepted:
+    if not generates(model) or "input_ids" not in inspect.signature(model.forward).parameters:
         raise ValueError(f"{name} does not predict the next token, as classes of transformers that generate do")
-    if "decoder_input_ids" in accepted:  # of block diffusion
+    if drafts(model):
         raise ValueError(f"{name} predicts the tokens of its decoder's input, and none of them is the next one")
     return Family((_language(model),), "token")
 
@@ -88,6 +87,12 @@ def generates(model: nn.Module) -> bool:
     """Whether the model predicts the next token."""
     can_generate = getattr(model, "can_generate", None)
     return can_generate is not None and bool(can_generate())
+
+
+def drafts(model: Any) -> bool:
+    """Whether the model predicts all tokens of its decoder's input at once, as by block diffusion."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    return decoder is not None and "decoder_input_ids" in inspect.signature(decoder.forward).parameters
 
 
 def _language(model: Any) -> Tower:
