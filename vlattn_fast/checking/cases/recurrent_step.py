@@ -62,10 +62,8 @@ def draw(dice: Dice, dtype: torch.dtype) -> Example:
         size = (*shape, dim) if dice.pick("per feature", (False, True)) else shape
         factor = {"weak": 1e-3, "of a model": 1.0, "strong": 50.0, "none at all": 0.0}[decay]
         tensors["log_decay"] = -factor * dice.randn(*size).abs()
-    if decay == "strong" and (
-        rule == "attention" or options["row_normalize"]
-    ):  # gradients overflow where a row's sum is subnormal
-        differentiable = False
+    if decay == "strong" and (rule == "attention" or options["row_normalize"]):
+        differentiable = False  # the formula's own gradients overflow where a row's sum is subnormal
     if dice.pick("delta rule", (False, True)):
         tensors["beta"] = 2 * torch.sigmoid(dice.randn(*shape))
     if dice.pick("diagonal", (False, False, True)):
