@@ -14,7 +14,9 @@ from tools.models.compare import next_logits
 from tools.models.mixers import Mixed, each_within
 from tools.models.shrink import small_model
 from tools.models.stored import Double, Maps, stored_rows
+from vlattn_fast.attach.session import overridden
 from vlattn_fast.interpret import explain
+from vlattn_fast.interpret.relevancy.recurrent_calls import replacements
 from vlattn_fast.nn import capture_relevancy
 
 transformers = pytest.importorskip("transformers")
@@ -137,6 +139,16 @@ def test_the_model_is_put_back(kind: str) -> None:
     explain(model, INPUTS)
     assert not any("forward" in vars(module) for module in model.modules())
     assert torch.equal(model(**INPUTS).logits, before)
+
+
+@pytest.mark.parametrize("kind", ["MiniMax", "RecurrentGemma", "Rwkv", "Zamba"])
+def test_other_runs_have_the_models_own_forward(kind: str) -> None:
+    model = made(kind)
+    model.config.use_cache = True
+    before = model(**INPUTS).logits
+    with overridden(replacements(model)):
+        assert any("forward" in vars(module) for module in model.modules())
+        assert torch.equal(model(**INPUTS).logits, before)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ def replacements(root: nn.Module) -> Iterator[tuple[Any, str, Any]]:
         if reader is not None:
             yield module, attribute, _handed(reader, getattr(module, attribute))
         elif written is not None:
-            yield module, attribute, functools.partial(written, module, _handed)
+            yield module, attribute, functools.partial(_written, written, module, getattr(module, attribute))
         files = [sys.modules.get(kind.__module__) for kind in type(module).__mro__ if kind not in (nn.Module, object)]
         for target in (module, *files):
             if target is None or id(target) in seen:
@@ -50,6 +50,13 @@ def recurs(module: nn.Module) -> bool:
     return any(name in FUNCTIONS for target in (module, *files) if target is not None for name in named_in(target)) or any(
         kind.__name__ in CLASSES for part in module.modules() for kind in type(part).__mro__
     )
+
+
+def _written(written: Callable[..., Any], module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The output of a forward that `written` takes the place of. Other threads run the model's own, maybe with a cache."""
+    if getattr(RUNNING.get(), "recur", None) is None:
+        return forward(*args, **kwargs)
+    return written(module, _handed, *args, **kwargs)
 
 
 class _Handed:
