@@ -1,7 +1,7 @@
 """The maps of recurrences and short convolutions, from unit impulses through the model's own functions.
 
-The function of a recurrence is linear in its values. So its output for a value that is 1 at token s and 0 elsewhere is column s of
-its map A. The run goes on with A times the values, which is the function's own output, so that the score has a gradient at A.
+The function of a recurrence is linear in its values. So its output for a value that is 1 at token s and 0 elsewhere is column s
+of its map A. The run goes on with A times the values, which is the function's own output, so that the score has a gradient at A.
 Nothing of the package makes these maps.
 """
 
@@ -42,10 +42,7 @@ class Values:
 
 _DELTA = Values("value", "bnhd")
 # By the functions' names in the files of transformers.
-RECURRENCES = {
-    "torch_chunk_gated_delta_rule": _DELTA,
-    "chunk_kimi_delta_attention": _DELTA,
-}
+RECURRENCES = {"torch_chunk_gated_delta_rule": _DELTA, "chunk_kimi_delta_attention": _DELTA}
 CONVOLUTION, CHANNELS = "causal_conv1d_fn", Values("hidden_states", "bhn")
 
 
@@ -110,7 +107,7 @@ class Mixers:
             columns.append(values.heads_first(result[0] if isinstance(result, tuple) else result)[..., 0])
         of_map = torch.stack(columns, -1)
         product = values.as_they_were(of_map @ given)
-        assert float((product - output).abs().max()) <= LINEAR * float(output.abs().max()), "the function is not linear"
+        assert agree(product, output), "the function is not linear"
         return of_map, product
 
     def _convolution(self, function: Any, stands_in_front: bool, *args: Any, **kwargs: Any) -> Any:
@@ -127,12 +124,16 @@ class Mixers:
         of_map = gate[..., None] * taps
         product = (of_map @ states[..., None])[..., 0]
         product = product if bias is None else product + gate * bias[:, None]
-        assert float((product - output).abs().max()) <= LINEAR * float(output.abs().max()), "the activation is none that is known"
+        assert agree(product, output), "the activation is none that is known"
         if stands_in_front:
             self._before = of_map, product
         else:
             self.take(Mixed(of_map))
         return product
+
+
+def agree(product: Tensor, output: Tensor) -> bool:
+    return bool((product - output).detach().abs().max() <= LINEAR * output.detach().abs().max())
 
 
 def files_of(model: nn.Module) -> set[Any]:

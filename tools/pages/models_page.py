@@ -76,8 +76,10 @@ holds for a score that a callable target takes from the outputs of a listed clas
 listed one and has a forward of its own.
 
 A derived record has no connector, so `through_connector=True` refuses the model.
-A layer in which no attention is seen, a recurrence, a convolution over tokens, keys of two towers in one call, tokens that are
-pooled in front of attention and attention outside of the layers are refused by name.
+Layers that recur, as the gated delta rule of Qwen3.5 does, stand beside attention: with queries, keys and gates held fixed their
+outputs are a map of their values (`va.reference.recurrent_map`). A layer in which neither is seen, a convolution over tokens in
+front of attention, keys of two towers in one call, tokens that are pooled in front of attention and attention outside of the
+layers are refused by name.
 
 {measured}
 ## Listed records

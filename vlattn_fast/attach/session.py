@@ -17,7 +17,6 @@ from torch import nn
 from torch._C._dynamo.eval_frame import set_eval_frame
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
-from vlattn_fast.attach import recurrent_calls
 from vlattn_fast.attach.current import edits_of, plain
 from vlattn_fast.attach.handwritten import replacements
 from vlattn_fast.attach.transformers_interface import configs, sdpa_function
@@ -168,12 +167,16 @@ def dispatched(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def visible(roots: Sequence[nn.Module], keeps_sdpa: bool = False, edited: nn.Module | None = None) -> overridden:
+def visible(
+    roots: Sequence[nn.Module],
+    keeps_sdpa: bool = False,
+    edited: nn.Module | None = None,
+    further: Iterable[tuple[Any, str, Any]] = (),
+) -> overridden:
     """A context in which the attention below `roots` goes where a run sees it. `edited`: the model, where the run takes edits of
-    its attention along."""
+    its attention along. `further`: changes that hold in it, too."""
     edits_of(edited)
-    of_roots = (chain(replacements(root), _switches(root), recurrent_calls.replacements(root)) for root in roots)
-    return overridden(chain(configs(roots, keeps_sdpa), *of_roots))
+    return overridden(chain(configs(roots, keeps_sdpa), *(chain(replacements(root), _switches(root)) for root in roots), further))
 
 
 def _switches(root: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:

@@ -181,24 +181,3 @@ def test_clipseg_reads_the_decoder_behind_frozen_towers():
 
 
 # --- tokens that meet elsewhere than in attention ---
-
-MAMBA = dict(T5, num_key_value_heads=2, pad_token_id=0)
-RECURRENT = {
-    # In layers of a class of their own.
-    "Jamba": dict(MAMBA, attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False, num_experts=2),
-    "OlmoHybrid": dict(MAMBA, layer_types=["linear_attention", "full_attention"], num_hidden_layers=2, linear_num_key_heads=2),
-    # Beside attention.
-    "FalconH1": dict(MAMBA, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1),
-}
-
-
-@pytest.mark.parametrize("kind", RECURRENT)
-def test_recurrences_are_refused(kind):
-    """Relevancy by the attention layers alone would leave out what they bring."""
-    config = getattr(transformers, f"{kind}Config")(**RECURRENT[kind])
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
-    inputs = text()
-    model(**inputs)
-    for options in ({}, {"read": "last", "target": lambda o: o.logits[:, -1, 7]}):
-        with pytest.raises(ValueError, match=r"'model\.layers\.0\.\w+' \(\w+\), which hands on what tokens hold by a recurrence"):
-            explain(model, inputs, **options)

@@ -17,6 +17,8 @@ def _in_folder(name: str) -> dict[str, Reader]:
     return readers
 
 
-FUNCTIONS = _in_folder("FUNCTIONS")  # recurrences, by their names in the file of the model's class, or as attributes of its modules
+FUNCTIONS = _in_folder(
+    "FUNCTIONS"
+)  # recurrences, by their names in the file of the model's class, or as attributes of its modules
 CONVOLUTIONS = _in_folder("CONVOLUTIONS")  # short ones, in front of a recurrence, or a layer's only mixer
 CLASSES = _in_folder("CLASSES")  # modules whose forward is read, by the names of their classes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from torch import nn
@@ -11,7 +12,7 @@ from vlattn_fast.interpret.records import derived_grids
 from vlattn_fast.interpret.records.derived import generates, why_underived
 from vlattn_fast.interpret.records.record import Family, Tower
 from vlattn_fast.interpret.records.registry import find_family, listed_family
-from vlattn_fast.interpret.records.unsupported import check_rules
+from vlattn_fast.interpret.records.unsupported import RECURRENT, check_rules
 from vlattn_fast.interpret.relevancy.tower_trace import matching, submodule
 
 SCORES = {
@@ -55,6 +56,9 @@ def _of_tower(model: nn.Module, record: Family, tower: Tower, when: str = "") ->
     count = sum(len(model.get_submodule(each)._modules) for each in lists)
     shown = f"{', '.join(lists)}, {count} layers" if lists else f"{tower.path}, attended to"
     yield f"{'tower':12}{when}{tower.name} ({shown})"
+    kinds = Counter(type(part).__name__ for part in root.modules() if type(part).__name__.endswith(RECURRENT))
+    if kinds:
+        yield f"{'  mixers':12}{', '.join(f'{number} {kind}' for kind, number in kinds.items())}: by maps of their values"
     read = not record.bimodal or tower is record.towers[0]
     yield f"{'  row':12}{tower.row.label if read else 'read through the first tower'}"
     yield f"{'  tokens':12}{tower.tokens}{_image_ids(model, tower)}"

@@ -48,6 +48,7 @@ class EdgeTable(Sequence[Edge]):
         groups: the tokens of each name, as they were given.
         asked: what the score is: the arguments target, answer, tokenizer, processor, like and tower of the call.
         first_order: the effects are gradients; else the edges were cut.
+        without_edges: the layers that have none, as recurrences, which hand on what tokens hold otherwise.
     """
 
     edges: tuple[Edge, ...]
@@ -56,6 +57,7 @@ class EdgeTable(Sequence[Edge]):
     groups: Mapping[str, Any]
     asked: Mapping[str, Any] = field(repr=False)
     first_order: bool = True
+    without_edges: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.edges)
@@ -76,7 +78,10 @@ class EdgeTable(Sequence[Edge]):
             for e in self
         ]
         kind = "first-order effects" if self.first_order else "effects"
-        return "\n".join([f"{len(self)} edges, {kind}:", *lines[:10], *(["..."] if len(lines) > 10 else [])])
+        lines = [*lines[:10], *(["..."] if len(lines) > 10 else [])]
+        if self.without_edges:
+            lines.append(f"no edges in layers {', '.join(map(str, self.without_edges))}, which take no softmax")
+        return "\n".join([f"{len(self)} edges, {kind}:", *lines])
 
     def _chosen(self, numbers: Sequence[int]) -> EdgeTable:
         return replace(self, edges=tuple(self.edges[i] for i in numbers), effects=self.effects[list(numbers)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -53,7 +54,8 @@ def attribute_edges(
         tokenizer, processor, like: as in `explain`.
 
     Returns:
-        An `EdgeTable` of layers x heads x groups x groups rows, each with the mean over the samples.
+        An `EdgeTable` of layers x heads x groups x groups rows, each with the mean over the samples. Layers without a softmax,
+        as recurrences, have no edges: the table's `without_edges` names them.
 
     Raises:
         TypeError, ValueError: an argument is of no such kind; a group that is empty, or that several towers have; a score that
@@ -87,7 +89,8 @@ def attribute_edges(
         names = [(head, f, t) for head in range(leaf.shape[1]) for f in keys for t in queries]
         means = of_layer.double().mean(1).tolist()
         edges += [Edge(layer, *name, mean) for name, mean in zip(names, means, strict=True)]
-    return EdgeTable(tuple(edges), torch.cat(effects), scores.detach(), named, question)
+    table = EdgeTable(tuple(edges), torch.cat(effects), scores.detach(), named, question)
+    return replace(table, without_edges=tuple(plans.without_edges([pair])))
 
 
 @never_compiled

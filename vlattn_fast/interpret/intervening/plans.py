@@ -161,11 +161,19 @@ class Plans:
         pairs = set(pairs)
         plans = [plan for plan in self.of_calls if plan.pair in pairs]
         known, tower = sorted({plan.call.layer for plan in plans}), plans[0].call.tower.name
-        numbers = known if numbers is None else list(numbers)
+        numbers, mixing = known if numbers is None else list(numbers), self.without_edges(pairs)
         for number in numbers:
+            if number not in known and number in mixing:
+                raise ValueError(f"layers must be among {known}, which attend; got {number}, {mixing[number]}, without a softmax")
             if number not in known:
                 raise ValueError(f"layers must be among {known[0]} to {known[-1]} in tower '{tower}'; got {number}")
         return [plan for plan in plans if plan.call.layer in numbers]
+
+    def without_edges(self, pairs: Iterable[Pair]) -> dict[int, str]:
+        """By the number of each layer that has no softmax, as recurrences have none: the module's path and class."""
+        towers = [pair[0] for pair in pairs if pair[0] is pair[1]]
+        with_edges = {plan.call.layer for plan in self.of_calls if plan.call.tower in towers}
+        return {layer: place for tower, layer, place in self.seen.mixing if tower in towers and layer not in with_edges}
 
     # --- edits ---
 
@@ -174,6 +182,12 @@ class Plans:
         what = type(edit).__name__
         if isinstance(edit, EdgeEdit):
             sets = self.with_tokens(what, edit.queries, edit.keys, edit.tower)
+            mixing = self.without_edges(sets)
+            if mixing and edit.layers is None:
+                number, place = next(iter(mixing.items()))
+                raise ValueError(
+                    f"{what} needs layers= where some take no softmax, and have no edges; got None, and layer {number}, {place}"
+                )
             for plan in self.layers(sets, edit.layers):  # type: ignore[arg-type]
                 chosen = heads_of(plan.call, edit.heads)  # type: ignore[arg-type]
                 bias = torch.zeros(plan.call.heads, dtype=torch.float64).index_fill(0, chosen, edit.bias)

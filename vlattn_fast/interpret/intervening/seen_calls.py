@@ -63,11 +63,13 @@ class SeenCall:
 
 @dataclass(frozen=True, eq=False)
 class SeenModel:
-    """A model without its wrappers, and its calls in the order in which they ran."""
+    """A model without its wrappers, and its calls in the order in which they ran. `mixing`: those without a softmax, as of
+    recurrences, which have no edges: the tower and the layer of each, and the module's path and class."""
 
     model: nn.Module
     record: Family
     calls: list[SeenCall]
+    mixing: list[tuple[SeenTower, int, str]]
 
     @cached_property
     def towers(self) -> list[SeenTower]:
@@ -100,6 +102,7 @@ class _Noted:
     columns: Tensor | None
     heads: int
     problem: str
+    mixes: bool  # it has no softmax
 
 
 class _NotesCalls(Method):
@@ -125,7 +128,7 @@ class _NotesCalls(Method):
         if call.chunk or call.token_places is not None:
             problem = "attends in windows or chunks, or to tokens in another order"
         at = tower.last_call, tower, tower.depth, call.path
-        self.calls.append(_Noted(*at, (batch, queries), keys, call.columns, heads, problem))
+        self.calls.append(_Noted(*at, (batch, queries), keys, call.columns, heads, problem, call.of_one_sequence))
         return call.computed()
 
 
@@ -186,8 +189,12 @@ def see_run(
             tokens_of[id(tower)] = SeenTower(tower.name, tokens, *_answered(tokens, answer if predicts else None), beside)
         return tokens_of[id(tower)]
 
-    calls = []
+    calls, mixing = [], []
     for noted, layer in zip(method.calls, _layers(method.calls, sources), strict=True):
+        if noted.mixes:
+            place = f"'{noted.path}' ({type(model.get_submodule(noted.path)).__name__})"
+            mixing.append((seen(noted.tower), layer, place))
+            continue
         source = sources.get(noted.number, noted.tower)
         of_tokens, kind = len(noted.columns) if noted.columns is not None else noted.keys, model.get_submodule(noted.path)
         problem = noted.problem
@@ -196,7 +203,7 @@ def see_run(
         problem = problem and f"'{noted.path}' ({type(kind).__name__}) {problem}"
         sizes = noted.heads, noted.keys, noted.columns
         calls.append(SeenCall(noted.path, seen(noted.tower), seen(source), layer, *sizes, problem))
-    return SeenModel(model, record, calls)
+    return SeenModel(model, record, calls, mixing)
 
 
 def _layers(calls: Sequence[_Noted], sources: Mapping[int, TowerTrace]) -> list[int]:

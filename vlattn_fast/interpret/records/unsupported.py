@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-_RECURRENT = (
-    *("MambaMixer", "Mamba2Mixer", "BambaMixer", "FalconH1Mixer", "MambaLayer"),
-    *("LightningAttention", "RecurrentBlock"),
-)
 # By the end of the class's name.
 _REASONS = {
     "DeformableAttention": "which samples values at a few learnt points and takes no softmax over keys",
@@ -19,8 +15,13 @@ _REASONS = {
     "NystromformerSelfAttention": "which multiplies three maps over landmarks, and adds a convolution over tokens",
     "ShortConvolution": "which mixes neighbouring tokens beside attention",
     "BridgeTowerLinkTower": "which adds up two streams of the same tokens, whose relevancies no published rule joins",
-    **dict.fromkeys(_RECURRENT, "which hands on what tokens hold by a recurrence, beside attention or in place of it"),
 }
+# Modules that hand on what tokens hold by a recurrence or a short convolution, by the end of the class's name. The functions that
+# they call for it are in `attach.recurrences`.
+RECURRENT = (
+    *("MambaMixer", "Mamba2Mixer", "BambaMixer", "FalconH1Mixer", "MambaLayer"),
+    *("GatedDeltaNet", "DeltaAttention", "LightningAttention", "RecurrentBlock", "ShortConv"),
+)
 
 
 class UndefinedRelevancy(ValueError):
@@ -41,3 +42,15 @@ def check_rules(model: nn.Module, parts: Sequence[str]) -> None:
             f"model must have no modules in its towers that no rule covers; got {'; '.join(uncovered.values())}. "
             "method='input_gradient' needs no rule"
         )
+
+
+def check_recurrences(ran: Mapping[str, nn.Module], called: Sequence[str]) -> None:
+    """ValueError, naming the module, if a recurrence among the modules that ran is none of those that `called` one that is seen:
+    beside attention in the same layer it would be left out."""
+    for path, module in ran.items():
+        kind = type(module).__name__
+        if kind.endswith(RECURRENT) and not any(f"{caller}.".startswith(f"{path}.") for caller in called):
+            raise ValueError(
+                f"model must recur by functions that are known; got '{path}' ({kind}), which hands on what tokens hold by a "
+                "recurrence that is not seen. method='input_gradient' needs no rule"
+            )

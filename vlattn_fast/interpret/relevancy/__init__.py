@@ -2,5 +2,5 @@
 
 In: a model, its record and a method.
 Out: a trace of its towers, and the relevancy row of each tower after a backward pass.
-Imports: interpret.relevancy.tracking, interpret.records, attach, ops, backends, scores, _ground.
+Imports: interpret.relevancy.tracking, interpret.records, attach.recurrences, attach, ops, backends, scores, _ground.
 """

@@ -84,13 +84,14 @@ class LayerMaps(KeptCalls):
     def counts(self, tower: TowerTrace) -> tuple[list[int], list[int]]:
         """The numbers of the layers and of the heads of a tower that are asked for."""
         calls = self.kept[tower]
-        heads = {call.query.shape[1] for call in calls}
-        if len(heads) > 1:
-            raise ValueError(
-                f"per must be None where layers differ in their number of heads; got {sorted(heads)} in '{tower.name}'"
-            )
         layers = self.selection.chosen("layers", len(calls), tower.name)
-        return layers, self.selection.chosen("heads", heads.pop(), tower.name)
+        counts = {max(call.query.shape[1], call.value.shape[1]) for call in (calls[layer] for layer in layers)}
+        if len(counts) > 1 and (self.selection.per == "head" or self.selection.heads is not None):
+            raise ValueError(
+                "per must be 'layer', without heads=, where layers differ in their number of heads, or layers= name those of one "
+                f"number; got {sorted(counts)} in '{tower.name}'"
+            )
+        return layers, self.selection.chosen("heads", max(counts), tower.name)
 
     def rows_of(self, tower: TowerTrace) -> int:
         layers, heads = self.counts(tower)
@@ -100,5 +101,6 @@ class LayerMaps(KeptCalls):
         numbers = [self.counts(tower) for tower in backward.towers]
         pairs = zip(backward.towers, numbers, strict=True)
         of_towers = self.rows_of_towers(backward, [[self.kept[tower][layer] for layer in layers] for tower, (layers, _) in pairs])
-        rows = [torch.stack([row[:, heads] for row in of], 1) for of, (_, heads) in zip(of_towers, numbers, strict=True)]
-        return [row.flatten(1, 2) if self.selection.per == "head" else row.mean(2) for row in rows]
+        chosen = [[row[:, heads[: row.shape[1]]] for row in of] for of, (_, heads) in zip(of_towers, numbers, strict=True)]
+        by_head = self.selection.per == "head"
+        return [torch.cat(rows, 1) if by_head else torch.stack([row.mean(1) for row in rows], 1) for rows in chosen]

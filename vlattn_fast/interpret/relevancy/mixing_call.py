@@ -3,20 +3,16 @@ convolution alone. It does for relevancy what an attention call does."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from vlattn_fast._ground.tensors import compute_dtype
-from vlattn_fast.attach.recurrences.reading import Convolution, FunctionCall, Reading
-from vlattn_fast.attach.session import is_checkpointed
-from vlattn_fast.attach.tensor_parallel import has_dtensors
+from vlattn_fast.attach.recurrences.reading import Convolution
 from vlattn_fast.interpret.relevancy.traced_call import Recursion, Through, TracedCall
 from vlattn_fast.ops.recurrent_step import recurrent_step
 
@@ -70,25 +66,18 @@ class MixingCall(TracedCall):
         """relevancy (B, T, N) @ Abar of the map; `apart`: (B * H, T, N), each head's row times its own."""
         by_gradient = recursion.rule == "gradient"
         if isinstance(self.mixer, Convolution):
-            taps = self._taps(self.mixer, grad_output[..., 0] if by_gradient and grad_output is not None else None)
+            taps = [*self._taps(self.mixer, grad_output[..., 0] if by_gradient and grad_output is not None else None)]
             if not by_gradient:
-                taps = _shares(taps)
-            taps = taps.flatten(0, 1) if apart else taps.mean(1)
-            return through_band(relevancy, _shares(taps) if recursion.row_normalize else taps)
-        dtype = compute_dtype(self.value)
-        value, grad_output = (None if x is None or not by_gradient else x.to(dtype) for x in (self.value, grad_output))
-        query, key = self.query.to(dtype), self.key.to(dtype)
-        gates = {name: gate.to(dtype) for name in _GATES if (gate := getattr(self.mixer, name)) is not None}
-        if apart:
-            heads = self.value.shape[1]
-            query, key = (x.repeat_interleave(heads // x.shape[1], 1) for x in (query, key))
-            query, key, value, grad_output = (
-                None if x is None else x.flatten(0, 1)[:, None] for x in (query, key, value, grad_output)
-            )
-            gates = {name: gate.flatten(0, 1)[:, None] for name, gate in gates.items()}
-        how = {"rule": recursion.rule, "row_normalize": recursion.row_normalize}
+                taps = [*_shares(torch.stack(taps, -1)).unbind(-1)]
+            band = torch.stack([tap.flatten(0, 1) if apart else tap.mean(1) for tap in taps], -1)
+            return through_band(relevancy, _shares(band) if recursion.row_normalize else band)
+        gates = [getattr(self.mixer, name) for name in _GATES]
+        tensors = self.query, self.key, *((self.value, grad_output) if by_gradient else (None, None)), *gates
+        dtype, heads = compute_dtype(self.value), self.value.shape[1] if apart else None
+        query, key, value, grad_output, *gates = (None if x is None else _each(x.to(dtype), heads) for x in tensors)
         assert query is not None and key is not None
-        return recurrent_step(relevancy, query, key, value, grad_output, **gates, **how)
+        options: dict[str, Any] = {**dict(zip(_GATES, gates, strict=True)), "rule": recursion.rule}
+        return recurrent_step(relevancy, query, key, value, grad_output, row_normalize=recursion.row_normalize, **options)
 
     def _in_front(self, relevancy: Tensor, grad_output: Tensor | None, rule: str) -> Tensor:
         """relevancy (B, T, N) @ Abar of the convolution in front."""
@@ -98,9 +87,9 @@ class MixingCall(TracedCall):
         if rule == "gradient":
             assert grad_output is not None
             grad = self._value_gradient(grad_output).transpose(2, 3).flatten(1, 2)  # (B, H * Dv, N), the channels' order
-        taps = _shares(self._taps(self.convolution, grad).mean(1))
-        itself = functional.pad(torch.zeros_like(taps[..., 1:]), (0, 1), value=1.0)
-        return through_band(relevancy, torch.where(taps.sum(-1, keepdim=True) == 0, itself, taps))
+        band = _shares(torch.stack([tap.mean(1) for tap in self._taps(self.convolution, grad)], -1))
+        itself = functional.pad(torch.zeros_like(band[..., 1:]), (0, 1), value=1.0)
+        return through_band(relevancy, torch.where(band.sum(-1, keepdim=True) == 0, itself, band))
 
     def _value_gradient(self, grad_output: Tensor) -> Tensor:
         """The score's gradient at the values: the function is linear in them, and runs once more."""
@@ -112,16 +101,20 @@ class MixingCall(TracedCall):
             (grad,) = torch.autograd.grad(output, value, grad_output, create_graph=self.differentiable)
         return grad
 
-    def _taps(self, convolution: Convolution, grad: Tensor | None) -> Tensor:
-        """relu(K * dK) of the gradient at the output (B, C, N), else |K|, as (B, C, N, W): of token u the tap w is that of token
-        u - W + 1 + w. Padding, whose values are all zero, has none."""
+    def _taps(self, convolution: Convolution, grad: Tensor | None) -> Iterator[Tensor]:
+        """relu(K * dK) of the gradient at the output (B, C, N), else |K|, tap by tap: the entries (B, C, N) of each token u for
+        token u - W + 1, then for the next one, up to itself. Padding, whose values are all zero, has none."""
         value, weight = (x.to(compute_dtype(convolution.value)) for x in (convolution.value, convolution.weight))
-        width = weight.shape[1]
-        taps = weight[:, None] if convolution.gate is None else weight[:, None] * convolution.gate.to(weight)[..., None]
-        windows = functional.pad(value, (width - 1, 0)).unfold(2, width, 1)
-        if grad is not None:
-            return (taps * grad.to(taps)[..., None] * (windows if self.differentiable else windows.detach())).relu()
-        return taps.abs() * (windows != 0).any(1, keepdim=True)
+        value = value.detach() if grad is not None and not self.differentiable else value
+        gate = torch.ones_like(value) if convolution.gate is None else convolution.gate.to(value)
+        gate = gate if grad is None else gate * grad.to(gate)
+        width, count = weight.shape[1], value.shape[2]
+        for tap in range(width):
+            earlier = functional.pad(value, (width - 1 - tap, 0))[..., :count]
+            if grad is not None:
+                yield (gate * weight[:, tap, None] * earlier).relu()
+            else:
+                yield (gate * weight[:, tap, None]).abs() * (earlier != 0).any(1, keepdim=True)
 
     # --- for the backward pass ---
 
@@ -136,73 +129,20 @@ class MixingCall(TracedCall):
         return replace(self, differentiable=higher_order, value=self.value if higher_order else self.value.detach(), ran=None)
 
 
-# --- how a call is read ---
+def check_softmax(method: str, call: TracedCall) -> None:
+    """ValueError for a call without one, by a method that has no rule for it."""
+    if call.of_one_sequence:
+        raise ValueError(
+            "method must be one with a rule for recurrences and short convolutions, as 'gradient' and 'rollout' are; got "
+            f"{method!r} and '{call.path}', which takes no softmax"
+        )
 
 
-def check_reading(reading: Reading, call: FunctionCall, path: str) -> None:
-    """ValueError where relevancy cannot go through a call of a module at `path`."""
-    why = reading.refusal
-    if has_dtensors(call.module):
-        why = "has its heads in several processes. Run it in one"
-    if why:
-        raise ValueError(f"model must run each layer on its whole sequence; got '{path}' ({type(call.module).__name__}), which {why}")
-
-
-def mixing_call(
-    path: str,
-    module: nn.Module,
-    reading: Reading,
-    output: Tensor,
-    before: tuple[Reading, Tensor] | None,
-    computing: Callable[[], AbstractContextManager[None]],
-) -> MixingCall:
-    """The call of a recurrence, or of a convolution alone.
-
-    Args:
-        output: as the model computed it.
-        before: the short convolution that the module called last, and its output; None = none.
-        computing: a context in which the model's function runs once more.
-    """
-
-    def run(value: Tensor) -> Tensor:
-        with computing():
-            return reading.output_of(reading.run(value))
-
-    mixer, masks = reading.mixer, {"attn_mask": None}
-    if isinstance(mixer, Convolution):
-        value = mixer.value[..., None]
-        return MixingCall(path, value, value, value, masks, mixer=mixer, run=run, ran=output[..., None])
-    of_values = reading.convolution
-    if of_values is None and reading.channels is not None:
-        of_values = _in_front_of(path, module, mixer.value, reading.channels, before)
-    return MixingCall(path, mixer.query, mixer.key, mixer.value, masks, mixer=mixer, convolution=of_values, run=run, ran=output)
-
-
-def _in_front_of(
-    path: str, module: nn.Module, value: Tensor, channels: slice, before: tuple[Reading, Tensor] | None
-) -> Convolution | None:
-    """The convolution that gave the values (B, H, N, Dv), of their channels; None without one."""
-    name, count = f"'{path}' ({type(module).__name__})", value.shape[2]
-    if before is None:
-        if any(isinstance(part, nn.Conv1d) for part in module.modules()):
-            raise ValueError(f"model must call its short convolutions by causal_conv1d_fn; got {name}, whose own is not seen")
-        return None
-    reading, output = before
-    values = value.transpose(2, 3).flatten(1, 2)
-    if not torch.allclose(output[:, channels, -count:].to(values.dtype), values, rtol=0, atol=0, equal_nan=True):
-        raise ValueError(f"model must take its values from its short convolution as they are; got {name}, which changes them")
-    assert isinstance(reading.mixer, Convolution)
-    return reading.mixer.part(channels, count)
-
-
-@contextlib.contextmanager
-def unsaved() -> Iterator[None]:
-    """A context whose graph keeps its tensors itself, also inside of a checkpoint, whose second run would miss them."""
-    if not is_checkpointed():
-        yield
-        return
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
-        yield
+def _each(tensor: Tensor, heads: int | None) -> Tensor:
+    """(B * heads, 1, N, ..), each head by itself, of a tensor (B, H', N, ..) whose H' divide the heads; None = as it is."""
+    if heads is None:
+        return tensor
+    return tensor.repeat_interleave(heads // tensor.shape[1], 1).flatten(0, 1)[:, None]
 
 
 def _detached(mixer: Any) -> Any:

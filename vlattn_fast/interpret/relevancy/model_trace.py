@@ -12,9 +12,9 @@ A trace is active in the thread and context that entered it; other threads may r
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,17 +24,17 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from vlattn_fast._ground.marks import add_mark, new_mark, read_mark
-from vlattn_fast._ground.tensors import compute_dtype, expand_heads, mask_padding
+from vlattn_fast._ground.tensors import expand_heads, mask_padding
 from vlattn_fast.attach.current import RUNNING, SCORE_ATTENTION, SOFTMAX, edits_of, first_argument
-from vlattn_fast.attach.recurrences.reading import Convolution, FunctionCall, Reader, Reading
-from vlattn_fast.attach.recurrent_calls import recurs
-from vlattn_fast.attach.session import Steps, Stepwise, as_mode, in_layers, is_checkpointed, layers_of, visible
+from vlattn_fast.attach.session import Steps, Stepwise, as_mode, in_layers, is_checkpointed, visible
 from vlattn_fast.backends.inputs import ScoreAttentionInputs
 from vlattn_fast.interpret.records.record import Family
-from vlattn_fast.interpret.records.unsupported import check_rules
+from vlattn_fast.interpret.records.unsupported import check_recurrences, check_rules
+from vlattn_fast.interpret.relevancy.found_towers import FindsTowers
 from vlattn_fast.interpret.relevancy.joined_keys import JoinedKeys, check_cross
 from vlattn_fast.interpret.relevancy.method import LinkedCall, Method
-from vlattn_fast.interpret.relevancy.mixing_call import check_reading, mixing_call, unsaved
+from vlattn_fast.interpret.relevancy.recurrent_calls import replacements
+from vlattn_fast.interpret.relevancy.seen_mixers import SeesMixers
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace, begun, submodule
 from vlattn_fast.interpret.relevancy.traced_call import Scored, TracedCall
 from vlattn_fast.interpret.relevancy.tracking.lost_gradients import note_lost_gradient
@@ -53,7 +53,7 @@ _BY_HAND = (
 )
 
 
-class Trace(Stepwise, TorchFunctionMode):
+class Trace(FindsTowers, SeesMixers, Stepwise, TorchFunctionMode):
     """A context with one run of a model in it; everything is put back on leaving, also by an exception.
 
     Args:
@@ -84,8 +84,7 @@ class Trace(Stepwise, TorchFunctionMode):
         self._joined = JoinedKeys(self._marks.origin, refuses=self.finds_towers)
         self.moves = TokenMoves(self._marks.calls, self._marks.constants)
         self.without_gradient: list[str] = []  # the innermost modules in which a gradient ends
-        self._convolutions: dict[int, tuple[Reading, Tensor]] = {}  # by the module's run: the last one, and its output
-        self._aside = False  # a recurrence computes its states
+        self._begin_mixers()
         self._key_mark = new_mark("keys")  # of a tensor: the towers whose self-attention took it for its keys, as bits
         self._around, self._edits, self._is_over = RUNNING.get(), None if self.trains else edits_of(model), False
         self._follows = type(method).follow is not Method.follow  # most methods do not
@@ -102,7 +101,8 @@ class Trace(Stepwise, TorchFunctionMode):
     # --- the run ---
 
     def _steps(self) -> Steps:
-        attention = visible(self._roots, self.trains, None if self.trains else self.model)
+        mixers = itertools.chain.from_iterable(map(replacements, self._roots))
+        attention = visible(self._roots, self.trains, None if self.trains else self.model, mixers)
         yield attention.__exit__
         attention.__enter__()
         yield self._end
@@ -156,7 +156,9 @@ class Trace(Stepwise, TorchFunctionMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self._is_over or self._aside:  # torch takes a mode off for each call, and may put it back after Ctrl-C in a run that ended
+        if (
+            self._is_over or self._aside
+        ):  # torch takes a mode off for each call, and may put it back after Ctrl-C in a run that ended
             return func(*args, **kwargs)
         if func is functional.scaled_dot_product_attention:
             return self._sdpa(*args, **kwargs)
@@ -310,42 +312,6 @@ class Trace(Stepwise, TorchFunctionMode):
         self._marks.add_calls(output, calls, call.query, call.key, call.value)
         self.moves.hand_on(output, call.query)
 
-    # --- recurrences and short convolutions ---
-
-    def recur(self, reader: Reader, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The result of a function that the table of recurrences names, as the model computes it; relevancy goes along."""
-        path = self._paths[-1]
-        if path is None or self._is_over or self._aside or not self._concerns(path):
-            return function(*args, **kwargs)
-        module = self.model.get_submodule(path)
-        call = FunctionCall(function, args, kwargs, module)
-        with unsaved():  # a checkpoint's second run has no reader
-            reading = reader(call)
-        check_reading(reading, call, path)
-        with self._computing():
-            result = function(*args, **kwargs)
-        output, mixer = reading.output_of(result), reading.mixer
-        if isinstance(mixer, Convolution) and recurs(module):
-            self._convolutions[self._runs[-1]] = reading, output
-            return reading.with_output(result, self._marked_as(output, mixer.value))
-        seen = mixing_call(path, module, reading, output, self._convolutions.get(self._runs[-1]), self._computing)
-        with torch._C.DisableTorchFunction():
-            if isinstance(mixer, Convolution):
-                self._marked_as(seen.query, mixer.value, 3)
-            calls = self._marks.calls((seen.query, seen.value))
-            output, owner = self._attend(seen, calls)
-            self._attended(seen, owner, calls, output)
-        return reading.with_output(result, output[..., 0] if isinstance(mixer, Convolution) else output)
-
-    @contextlib.contextmanager
-    def _computing(self) -> Iterator[None]:
-        """The run sees nothing meanwhile; other modes of torch do."""
-        before, self._aside = self._aside, True
-        try:
-            yield
-        finally:
-            self._aside = before
-
     def _attend(self, call: TracedCall, calls: int) -> tuple[Tensor, TowerTrace | None]:
         """The output, and the tower that it belongs to, None where it is not explained. `calls`: those that the queries came
         through, as bits."""
@@ -422,53 +388,13 @@ class Trace(Stepwise, TorchFunctionMode):
             seen = next((i for i in behind if key_calls >> i & 1 and self._owners[i] is source), None)
             self.calls.append(LinkedCall(tower, source, replace(call, output=output), len(self._owners), seen))
 
-    # --- towers ---
-
-    def _new_tower(self) -> TowerTrace:
-        self.towers.append(self._make_tower(None))
-        return self.towers[-1]
-
-    def _reached(self, calls: int) -> list[TowerTrace]:
-        """The towers among whose calls `calls` are, the latest call's first."""
-        owners = (self._owners[i] for i in range(calls.bit_length() - 1, -1, -1) if calls >> i & 1)
-        return list(dict.fromkeys(owner for owner in owners if owner is not None))
-
-    def _tower_of(self, path: str, calls: int, batch: int, size: int, ids: Tensor | None) -> TowerTrace | None:
-        """The tower that a call at `path` continues. `ids`: the numbers (B, N) of its queries' tokens, where they are known."""
-        layers = layers_of(path)
-        for tower in sorted(self._reached(calls), key=lambda tower: not tower.places.holds(ids)):
-            if tower.goes_on(path, batch, size, ids):
-                return tower
-        # A tower's first call, a further part of a sequence that is cut into chunks, or one whose past was hidden from the trace.
-        for tower in reversed(self.towers):
-            again = path == tower.path and tower.last_run == self._runs[-1]
-            if layers in tower.lists and (again or path not in tower.paths) and tower.fits(path, batch, size):
-                return tower
-        return None
-
-    def _same_tokens(self, call: TracedCall, calls: int, key_calls: int) -> bool:
-        """Whether queries and keys are of one sequence: in cross-attention they came through the calls of different towers, or
-        from different inputs."""
-        if calls == key_calls or not calls:
-            return calls == key_calls and (calls > 0 or self._marks.from_same(call.query, call.key))
-        reached = self._reached(key_calls)
-        return bool(reached) and reached[0] in self._reached(calls)[:1]
-
-    def _source_of(self, calls: int, call: TracedCall) -> TowerTrace:
-        """The tower whose tokens are the keys; where they are no tower's, a made-up one without layers."""
-        key, batch, size = call.key, call.key.shape[0], call.tokens
-        for tower in (*self._reached(calls), *(tower for tower in self.towers if not tower.paths)):
-            if (tower.batch, tower.size) == (batch, size):
-                return tower
-        tower = next((tower for tower in self.towers if not tower.lists and tower.batch is None), None) or self._new_tower()
-        tower.batch, tower.size, tower.dtype, tower.device = batch, size, compute_dtype(key), key.device
-        return tower
-
     # --- after the forward pass ---
 
     def check(self) -> None:
         """ValueError, naming the module, if attention of an explained tower was not seen."""
         called = {path for tower in self.towers for path in tower.paths}
+        ran = {path: self.model.get_submodule(path) for path in self._ran if self._concerns(path)}
+        check_recurrences(ran, [*called])
         for path, shapes in self.by_hand.items():
             # (B, N, n, n) mixes streams of one token, as hyper-connections do.
             is_map = any(shape[:2] not in [tower.shape for tower in self.towers] for shape in shapes)

@@ -132,7 +132,8 @@ class TowerTrace:
         self._edges: list[tuple[int, GradientEdge]] = []
         self._whole_calls = 0  # calls that take no further part of a sequence
         self.chunked = False  # some call takes a further part of a sequence
-        self.attended: Tensor | None = None  # bool (B, N), False = no query of the first call sees it; None = all are seen
+        self.attended: Tensor | None = None  # bool (B, N), False = no query of the first softmax sees it; None = all are seen
+        self._has_masks = False  # a call came that says which tokens are seen
         self.pooling_path: str | None = None
         self.probes: int | None = None  # queries of the pooling head; None before it ran
         self._has_dtensors = distributed.is_available() and distributed.is_initialized() and has_dtensors(model)
@@ -197,7 +198,8 @@ class TowerTrace:
         if self.batch is None:
             self.batch, self.dtype, self.device = query.shape[0], compute_dtype(query), query.device
             self.carriers.dtype = self.dtype
-            self.attended = None if chunk else _attended(call)
+        if not self._has_masks and not call.of_one_sequence:
+            self._has_masks, self.attended = True, None if chunk else _attended(call)
         begins_layer = not chunk and (self.path is None or path in self.paths or split_path(self.path) != split_path(path))
         self.depth += begins_layer
         if not self.paths or (chunk and self._whole_calls == 1):

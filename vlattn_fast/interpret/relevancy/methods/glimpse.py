@@ -26,6 +26,7 @@ from torch import Tensor
 from vlattn_fast.interpret.records.record import Tower
 from vlattn_fast.interpret.relevancy.kept_calls import KeptCalls, from_layer, rows_of_maps
 from vlattn_fast.interpret.relevancy.method import BackwardPass
+from vlattn_fast.interpret.relevancy.mixing_call import check_softmax
 from vlattn_fast.interpret.relevancy.traced_call import TracedCall
 
 
@@ -38,6 +39,10 @@ class Glimpse(KeptCalls):
     name = "glimpse"
     holds_start = True
     temperature, depth = 0.5, 0.2  # lambda and lambda_d of the paper
+
+    def _check(self, call: TracedCall) -> None:
+        super()._check(call)
+        check_softmax(self.name, call)
 
     def check_between(self, start_layer: int, records: Sequence[Tower | None]) -> None:
         raise ValueError("method must be one with a rule for towers that attend to one another; got 'glimpse', which has none")

@@ -10,6 +10,7 @@ from torch import Tensor
 from vlattn_fast._ground.tensors import expand_heads
 from vlattn_fast.attach.tensor_parallel import mean_over
 from vlattn_fast.interpret.relevancy.last_attention import LastAttentionMethod, Real, times_map
+from vlattn_fast.interpret.relevancy.mixing_call import check_softmax
 from vlattn_fast.interpret.relevancy.traced_call import TracedCall
 
 
@@ -23,6 +24,7 @@ class GradCam(LastAttentionMethod):
 
     def read(self, start: Tensor, call: TracedCall, grad: Tensor | None, real: Real) -> Tensor:
         """The mean leaves padding out. It includes pairs that a causal mask masks, as in the published code."""
+        check_softmax(self.name, call)
         real_queries, real_keys = real()
         dtype, heads = start.dtype, call.query.shape[1]
         grad = (torch.zeros_like(call.output) if grad is None else grad).to(dtype)

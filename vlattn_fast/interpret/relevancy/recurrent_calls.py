@@ -5,19 +5,13 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 
 from vlattn_fast.attach.current import RUNNING
-from vlattn_fast.attach.recurrences.reading import FunctionCall, Reader
+from vlattn_fast.attach.recurrences.reading import Reader
 from vlattn_fast.attach.recurrences.table import CLASSES, CONVOLUTIONS, FUNCTIONS
-
-
-class SeesRecurrences(Protocol):
-    """A run that takes these calls, and gives the model their results."""
-
-    def recur(self, reader: Reader, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
 
 
 def replacements(root: nn.Module) -> Iterator[tuple[Any, str, Any]]:

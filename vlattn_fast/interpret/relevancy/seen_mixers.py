@@ -1,0 +1,147 @@
+"""Calls of recurrences and short convolutions, as a trace sees them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlattn_fast.attach.recurrences.reading import Convolution, FunctionCall, Reader, Reading
+from vlattn_fast.attach.session import is_checkpointed
+from vlattn_fast.attach.tensor_parallel import has_dtensors
+from vlattn_fast.interpret.relevancy.mixing_call import MixingCall
+from vlattn_fast.interpret.relevancy.recurrent_calls import recurs
+from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
+from vlattn_fast.interpret.relevancy.traced_call import TracedCall
+from vlattn_fast.interpret.relevancy.tracking.tensor_marks import TensorMarks
+
+_ALONE = "ShortConv"  # the end of the names of modules that have no mixer beside their short convolution: LFM2's
+
+
+class SeesMixers:
+    """The part of a trace that takes these calls."""
+
+    model: nn.Module
+    _is_over: bool
+    _paths: list[str | None]  # of the modules that run
+    _runs: list[int]  # and the numbers of their runs
+    _marks: TensorMarks
+    _concerns: Callable[[str], bool]
+    _marked_as: Callable[..., Tensor]
+    _attend: Callable[[TracedCall, int], tuple[Tensor, TowerTrace | None]]
+    _attended: Callable[[TracedCall, TowerTrace | None, int, Tensor], None]
+
+    def _begin_mixers(self) -> None:
+        self._convolutions: dict[int, tuple[Reading, Tensor]] = {}  # by the module's run: the last one, and its output
+        self._aside = False  # a model's function computes, and the trace sees nothing
+
+    def recur(self, reader: Reader, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of a function that the table of recurrences names, as the model computes it; relevancy goes along."""
+        path = self._paths[-1]
+        if path is None or self._is_over or self._aside or not self._concerns(path):
+            return function(*args, **kwargs)
+        module = self.model.get_submodule(path)
+        call = FunctionCall(function, args, kwargs, module)
+        with _unsaved():  # a checkpoint's second run has no reader
+            reading = reader(call)
+        _check(reading, call, path)
+        with self._computing():
+            result = function(*args, **kwargs)
+        output, mixer = reading.output_of(result), reading.mixer
+        if isinstance(mixer, Convolution) and recurs(module):
+            self._convolutions[self._runs[-1]] = reading, output
+            return reading.with_output(result, self._marked_as(output, mixer.value))
+        if isinstance(mixer, Convolution) and not type(module).__name__.endswith(_ALONE):
+            raise ValueError(
+                f"model must recur by functions that are known; got '{path}' ({type(module).__name__}), whose short convolution "
+                "stands in front of a recurrence that is not seen, or of attention"
+            )
+        seen = _mixing_call(path, module, reading, output, self._convolutions.get(self._runs[-1]), self._computing)
+        with torch._C.DisableTorchFunction():
+            if isinstance(mixer, Convolution):
+                self._marked_as(seen.query, mixer.value, 3)
+            calls = self._marks.calls((seen.query, seen.value))
+            output, owner = self._attend(seen, calls)
+            self._attended(seen, owner, calls, output)
+        return reading.with_output(result, output[..., 0] if isinstance(mixer, Convolution) else output)
+
+    @contextlib.contextmanager
+    def _computing(self) -> Iterator[None]:
+        """The run sees nothing meanwhile; other modes of torch do."""
+        before, self._aside = self._aside, True
+        try:
+            yield
+        finally:
+            self._aside = before
+
+
+def _check(reading: Reading, call: FunctionCall, path: str) -> None:
+    """ValueError where relevancy cannot go through a call of a module at `path`."""
+    why = reading.refusal
+    if has_dtensors(call.module):
+        why = "has its heads in several processes. Run it in one"
+    if why:
+        raise ValueError(
+            f"model must run each layer on its whole sequence; got '{path}' ({type(call.module).__name__}), which {why}"
+        )
+
+
+def _mixing_call(
+    path: str,
+    module: nn.Module,
+    reading: Reading,
+    output: Tensor,
+    before: tuple[Reading, Tensor] | None,
+    computing: Callable[[], AbstractContextManager[None]],
+) -> MixingCall:
+    """The call of a recurrence, or of a convolution alone.
+
+    Args:
+        output: as the model computed it.
+        before: the short convolution that the module called last, and its output; None = none.
+        computing: a context in which the model's function runs once more.
+    """
+
+    def run(value: Tensor) -> Tensor:
+        with computing():
+            return reading.output_of(reading.run(value))
+
+    mixer, masks = reading.mixer, {"attn_mask": None}
+    if isinstance(mixer, Convolution):
+        value = mixer.value[..., None]
+        return MixingCall(path, value, value, value, masks, mixer=mixer, run=run, ran=output[..., None])
+    of_values = reading.convolution
+    if of_values is None and reading.channels is not None:
+        of_values = _in_front_of(path, module, mixer.value, reading.channels, before)
+    return MixingCall(path, mixer.query, mixer.key, mixer.value, masks, mixer=mixer, convolution=of_values, run=run, ran=output)
+
+
+def _in_front_of(
+    path: str, module: nn.Module, value: Tensor, channels: slice, before: tuple[Reading, Tensor] | None
+) -> Convolution | None:
+    """The convolution that gave the values (B, H, N, Dv), of their channels; None without one."""
+    name, count = f"'{path}' ({type(module).__name__})", value.shape[2]
+    if before is None:
+        if any(isinstance(part, nn.Conv1d) for part in module.modules()):
+            raise ValueError(f"model must call its short convolutions by causal_conv1d_fn; got {name}, whose own is not seen")
+        return None
+    reading, output = before
+    values = value.transpose(2, 3).flatten(1, 2)
+    if not torch.allclose(output[:, channels, -count:].to(values.dtype), values, rtol=0, atol=0, equal_nan=True):
+        raise ValueError(f"model must take its values from its short convolution as they are; got {name}, which changes them")
+    assert isinstance(reading.mixer, Convolution)
+    return reading.mixer.part(channels, count)
+
+
+@contextlib.contextmanager
+def _unsaved() -> Iterator[None]:
+    """A context whose graph keeps its tensors itself, also inside of a checkpoint, whose second run would miss them."""
+    if not is_checkpointed():
+        yield
+        return
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        yield
