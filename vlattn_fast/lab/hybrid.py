@@ -54,7 +54,7 @@ def build(config: dict[str, Any]) -> LlavaForConditionalGeneration:
         from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen3_5TextConfig
 
     text, vision = Qwen3_5TextConfig(**config["text"]), CLIPVisionConfig(**config["vision"])
-    options = {"image_token_id": IMAGE, "vision_feature_layer": -1, "tie_word_embeddings": False}
+    options: dict[str, Any] = {"image_token_id": IMAGE, "vision_feature_layer": -1, "tie_word_embeddings": False}
     model = LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision, **options))
     for name, parameter in model.named_parameters():
         if name.endswith("dt_bias"):

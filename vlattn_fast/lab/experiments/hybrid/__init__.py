@@ -10,14 +10,15 @@ Imports: lab, interpret.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlattn_fast.interpret.evaluating.evaluate import evaluate
+from vlattn_fast.interpret.evaluating.plan import Rival
 from vlattn_fast.interpret.explaining.explain import explain
 from vlattn_fast.interpret.result.explanation import Explanation
 from vlattn_fast.lab.experiments.experiment import Cell, Experiment, Record, Settings, Stage
@@ -31,8 +32,6 @@ from vlattn_fast.lab.texts import TEXT_VOCABULARY, SceneProcessor
 from vlattn_fast.lab.train.hybrid import STEPS, train
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from transformers import LlavaForConditionalGeneration
 
 SCENES, BATCH = 20, 20  # scenes whose captions are explained
@@ -49,12 +48,11 @@ def measure(cell: Cell, settings: Settings) -> dict[str, Any]:
     kind, seed = cell["kind"], cell["seed"]
     model = trained(kind, seed, settings)
     scenes = digit_prompts(2 if settings.smoke else SCENES, seed=seed, kind="caption")
-    methods = {name: last_layer if name == LAST else name for name in METHODS}
+    methods: dict[str, str | Rival] = {name: last_layer if name == LAST else name for name in METHODS}
     steps = (0.0, 0.5, 1.0) if settings.smoke else STEPS_OF_CURVES
-    of_words = {"words": lambda inputs: torch.zeros_like(inputs["input_ids"], dtype=torch.bool)}  # no word is removed
     # a model of a smoke run says no digits, so that the true captions stand in
     said = SceneProcessor(end=False).words(scenes.answers)["input_ids"] if settings.smoke else captions(model, scenes.images)
-    report = evaluate(model, items(scenes, said), methods=methods, tests=TESTS, steps=steps, seed=seed, **of_words)
+    report = evaluate(model, items(scenes, said), methods=methods, tests=TESTS, steps=steps, seed=seed, words=no_word)
     kept = [record for record in report.table if record["part"] == "image"]
     return {
         "weights": fingerprint(model),
@@ -88,7 +86,12 @@ def items(scenes: Questions, said: Tensor) -> Iterator[tuple[dict[str, Tensor], 
             yield inputs(scenes.images[samples], said[samples, :place]), word.tolist(), boxes
 
 
-def last_layer(model: LlavaForConditionalGeneration, inputs: dict[str, Tensor], target: Any) -> Explanation:
+def no_word(inputs: Mapping[str, Any]) -> Tensor:
+    """The words that tests may remove: none, since the image is measured."""
+    return torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+
+
+def last_layer(model: nn.Module, inputs: Mapping[str, Any], target: Any) -> Explanation:
     """Method "gradient" in the last layer alone, which is attention in both kinds."""
     return explain(model, inputs, target=target, method="gradient", start_layer=-1)
 

@@ -52,8 +52,9 @@ def tables(records: Sequence[Record]) -> Iterator[str]:
 
 
 def _compared(records: Sequence[Record], method: str, test: str) -> list[str]:
-    of_kinds = [values(records, kind, method, test) for kind in KINDS]
-    return [f"`{method}`" if " " not in method else method, *map(spread, of_kinds), *paired_change(*of_kinds)]
+    hybrid, transformer = (values(records, kind, method, test) for kind in KINDS)
+    name = method if method == LAST else f"`{method}`"
+    return [name, spread(hybrid), spread(transformer), *paired_change(hybrid, transformer)]
 
 
 def curves_figure(records: Sequence[Record]) -> Figure:
