@@ -185,39 +185,24 @@ x = torch.randn(1, 2, 9, 5)
 torch.testing.assert_close(va.score_attention(x, x, x, backend="cpu"), va.reference.score_attention(x, x, x))
 assert native.library.path.is_relative_to(sys.prefix), native.library.path
 """
-AUDITWHEEL = (sys.executable, "-m", "auditwheel")
 
 
-@pytest.fixture(scope="module")
-def platform_wheel(tmp_path_factory) -> Path:
-    """A wheel with the library of this tree, already compiled."""
+def test_an_installed_wheel_has_a_library_that_runs(tmp_path):
+    """In an environment that has nothing but it, and torch by its path. The library is that of this tree, already compiled: it
+    needs no library of the system beyond those of manylinux, and of Python no function beyond the stable ABI."""
     if not native.library.exists:
         pytest.skip(native.state())
     real = CMAKE.replace('write_text("the library")', f"write_bytes(pathlib.Path({str(native.library.path)!r}).read_bytes())")
-    folder = tmp_path_factory.mktemp("platform")
-    done = build(copied(folder / "source"), folder, machine(folder / "machine", CPU_TOOLS, cmake=real))
+    done = build(copied(tmp_path / "source"), tmp_path, machine(tmp_path / "machine", CPU_TOOLS, cmake=real))
     assert done.returncode == 0, done.stderr
-    (built,) = (folder / "wheel").iterdir()
-    return built
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="auditwheel reads wheels for Linux")
-def test_the_library_needs_nothing_that_a_system_of_manylinux_lacks(platform_wheel):
-    """auditwheel finds a tag of manylinux, which it does not where a library is asked for that only this machine has. abi3audit
-    finds no function of Python's beyond the stable ABI: the library takes none, so it serves every Python."""
-    shown = subprocess.run([*AUDITWHEEL, "show", platform_wheel], capture_output=True, text=True, check=True).stdout
+    (wheel,) = (tmp_path / "wheel").iterdir()
+    shown = subprocess.run([sys.executable, "-m", "auditwheel", "show", wheel], capture_output=True, text=True, check=True).stdout
     assert '"manylinux_2_' in shown, shown
-    with zipfile.ZipFile(platform_wheel) as archive:
-        library = archive.extract(CPU_LIBRARY, platform_wheel.parent)
-    audit = [sys.executable, "-m", "abi3audit", "--strict", "--summary", "--assume-minimum-abi3", "3.2", library]
+    audit = [sys.executable, "-m", "abi3audit", "--strict", "--summary", "--assume-minimum-abi3", "3.2", native.library.path]
     said = subprocess.run(audit, capture_output=True, text=True, check=True)
     assert "0 ABI version mismatches and 0 ABI violations" in " ".join((said.stdout + said.stderr).split())
-
-
-def test_an_installed_wheel_has_a_library_that_runs(platform_wheel, tmp_path):
-    """In an environment that has nothing but it, and torch by its path."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "empty"], check=True)
-    python, wheel = tmp_path / "empty" / "bin" / "python", platform_wheel
+    python = tmp_path / "empty" / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
     subprocess.run([*pip, wheel], check=True)
     (packages,) = (tmp_path / "empty").glob("lib/*/site-packages")
