@@ -2,5 +2,5 @@
 
 In: a model, or its config and inputs.
 Out: its record: which tokens are real, words or patches, which row is read, which score is explained.
-Imports: nothing.
+Imports: _ground.
 """
