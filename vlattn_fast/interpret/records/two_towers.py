@@ -33,7 +33,7 @@ _CHUNK = Tower("actions", "model.dit", "layers", "gradient", actions.Actions.nam
 _SEEN = Tower("language", "model.vlm", "language_model.layers", "mean", "image_text", grid=image_grids.cameras)
 _POLICY = Family((_CHUNK, _SEEN), actions.Velocity.name, bimodal=True)
 
-# Of prompts with one picture: several are keys of one call, and the vision tower has them one by one.
+# A prompt has one picture: several would be keys of one call, while the vision tower has them one by one.
 _BETWEEN = Tower("language", "model", "layers", "target", "text", further=("model.gated_cross_attn_layers",))
 _IDEFICS = Family((_BETWEEN, replace(_TO_MAP, path="model.vision_model")), "token", bimodal=True)
 
