@@ -22,7 +22,7 @@ def lightning(module: Any) -> Callable[..., Any]:
         query, key, value = packed.unflatten(-1, (heads, 3 * size)).split(size, -1)
 
         def of_values(value: Tensor) -> Tensor:
-            """What enters the norm behind the recurrence."""
+            """The input of the norm behind the recurrence."""
             seen = []
             mixed = torch.cat([query, key, value], -1).flatten(2)
             parts = SimpleNamespace(act_fn=lambda _: mixed, norm=lambda states: seen.append(states) or states)

@@ -116,7 +116,7 @@ class Mixers:
             yield module, "forward", None
 
     def _of_values(self, function: Any, value: Tensor) -> Tensor:
-        """What a function of the values (B, N, H, D) gives, by its map."""
+        """The result of a function of the values (B, N, H, D), by its map."""
         output: Tensor = self._recurrence(lambda value: function(value), _DELTA, value)
         return output
 
@@ -172,15 +172,15 @@ class Mixers:
     def _by_map(self, function: Any, values: Values, output: Tensor, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
         """A, and A times the values."""
         arguments = bound(function, args, kwargs)
-        given = values.heads_first(arguments[values.name])
+        of_heads = values.heads_first(arguments[values.name])
         columns = []
-        for token in range(given.shape[2]):
-            impulse = torch.zeros_like(given)
+        for token in range(of_heads.shape[2]):
+            impulse = torch.zeros_like(of_heads)
             impulse[:, :, token, 0] = 1
             result = function(**{**arguments, values.name: values.as_they_were(impulse)})
             columns.append(values.heads_first(result[0] if isinstance(result, tuple) else result)[..., 0])
         of_map = torch.stack(columns, -1)
-        product = values.as_they_were(of_map @ given)
+        product = values.as_they_were(of_map @ of_heads)
         assert agree(product, output), "the function is not linear"
         return of_map, product
 
@@ -257,14 +257,14 @@ def bound(function: Any, args: Sequence[Any], kwargs: Any) -> dict[str, Any]:
     return {name: value for name, value in call.arguments.items() if name not in ("kwargs", "_")}
 
 
-def _apart(of_map: Tensor, states: Tensor, output: Tensor, given: Tensor, values: Values) -> tuple[Tensor, Tensor]:
-    """The map of the channels of a convolution's output that became the values `given`, those at which these have a gradient, and
-    the values, which have a gradient at it. Queries, keys and gates that are made of the same channels have none."""
-    (gradient,) = torch.autograd.grad(given.sum(), output, retain_graph=True)
+def _apart(of_map: Tensor, states: Tensor, output: Tensor, of_heads: Tensor, values: Values) -> tuple[Tensor, Tensor]:
+    """The map of the channels of a convolution's output that became the values `of_heads`, those at which these have a gradient,
+    and the values, which have a gradient at it. Queries, keys and gates that are made of the same channels have none."""
+    (gradient,) = torch.autograd.grad(of_heads.sum(), output, retain_graph=True)
     channels = (gradient != 0).any(0).any(-1)
     of_values = of_map.detach()[:, channels].requires_grad_()
     product = (of_values @ states[:, channels, :, None].detach())[..., 0]
-    like = values.heads_first(given)
+    like = values.heads_first(of_heads)
     change, before = (x.view(*like.shape[:2], like.shape[3], -1).transpose(2, 3) for x in (product, output[:, channels]))
     written = (like / before).detach().nan_to_num(0.0, 0.0, 0.0)  # gates that the values have taken, and zeros of padding
-    return of_values, given + values.as_they_were(written * (change - change.detach()))
+    return of_values, of_heads + values.as_they_were(written * (change - change.detach()))

@@ -1,4 +1,4 @@
-"""What a reader makes of a call: the map through which tokens reach one another, and the way to and from the model's tensors."""
+"""A call as a reader gives it: the map through which tokens reach one another, and the way to and from the model's tensors."""
 
 from __future__ import annotations
 

@@ -23,6 +23,6 @@ def _in_folder(name: str) -> dict[str, Any]:
 FUNCTIONS: dict[str, Reader] = _in_folder("FUNCTIONS")
 CONVOLUTIONS: dict[str, Reader] = _in_folder("CONVOLUTIONS")  # short ones, in front of a recurrence, or a layer's only mixer
 CLASSES: dict[str, Reader] = _in_folder("CLASSES")  # modules whose forward is read, by the names of their classes
-# What takes the place of forwards that write a recurrence out, by the names of their classes: functions of the module, `handed`
+# Replacements of forwards that write a recurrence out, by the names of their classes: functions of the module, `handed`
 # and the forward's arguments. `handed` makes, of a reader and a function, the function whose calls are read.
 FORWARDS: dict[str, Callable[..., Any]] = _in_folder("FORWARDS")

@@ -176,8 +176,8 @@ def _shares(taps: Tensor) -> Tensor:
 def through_band(relevancy: Tensor, taps: Tensor) -> Tensor:
     """relevancy (B, T, N) @ the map whose row u has `taps` (B, N, W) at the tokens u - W + 1 to u."""
     width, count = taps.shape[-1], relevancy.shape[-1]
-    moved = [
+    by_taps = [
         functional.pad((relevancy * taps[:, None, :, w])[..., width - 1 - w :], (0, min(width - 1 - w, count)))
         for w in range(width)
     ]
-    return torch.stack(moved).sum(0).to(relevancy.dtype)
+    return torch.stack(by_taps).sum(0).to(relevancy.dtype)
