@@ -63,6 +63,8 @@ PAGED_ANSWERS = _workload(
 PAGED_PROMPT = _workload(
     "paged-prompt", "half of a prompt", "R 1, Hkv 8, shared 4, N 2048, M 4096, D 128", "Hkv 1, N 1024, M 2048", "N 256, M 512"
 )
+DELTA_RULE = _workload("delta-rule", "Qwen3-Next, 2,048 tokens", "B 1, H 32, N 2048, D 128, causal 1", "H 4", "H 1, N 512")
+SCALAR_DECAY = _workload("scalar-decay", "Mamba-2, 2,048 tokens", "B 1, H 64, N 2048, D 128, causal 1", "H 4", "H 1, N 512")
 SCAN = _workload(
     "scan", "SCAN", "images 128, captions 128, R 36, T 20, D 1024", "images 32, captions 32", "images 12, captions 12"
 )

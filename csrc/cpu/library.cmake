@@ -1,5 +1,5 @@
 # Each operator's source once per instruction set; which one runs is chosen when the library is loaded (library.cpp).
-set(OPERATORS mask_shifts score_attention score_attention_second attention_map abar_backward attention_statistics congruence_loss stacked_cross_attention maxsim paged_attention_statistics)
+set(OPERATORS mask_shifts score_attention score_attention_second attention_map abar_backward attention_statistics congruence_loss stacked_cross_attention maxsim paged_attention_statistics recurrent_step)
 # Products by tiles are those of bfloat16 alone: for other operators `amx` takes the kernels of the next set (native.py).
 set(OPERATORS_amx score_attention score_attention_second attention_map abar_backward attention_statistics tiles_check)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")

@@ -496,6 +496,40 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> paged_attention_stati
     return {mass, entropy, maximum, received, max_logit, lse};
 }
 
+Tensor recurrent_step(Tensor relevancy, Tensor q, Tensor k, Maybe v, Maybe g, Maybe log_decay, Maybe beta, Maybe diagonal,
+                      int64_t num_heads, Word rule, bool row_normalize, Word backend) {
+    check_backend(backend);
+    const bool by_gradient = place("rule", rule, RULES) == 0;
+    check("query", q, {ANY, ANY, ANY, ANY}, FLOATS);
+    const Size batch = q.size(0), length = q.size(2), size = q.size(3);
+    check("key", k, {batch, ANY, length, size}, {q.scalar_type()});
+    for (const Size heads : {q.size(1), k.size(1)})
+        STD_TORCH_CHECK(heads == num_heads || (heads > 0 && num_heads > 0 && num_heads % heads == 0),
+                        "the numbers of heads of query and key must divide ", num_heads, "; got ", heads);
+    const Sizes gates = {batch, num_heads, length};
+    check("relevancy", relevancy, {batch, ANY, length}, {}), check("beta", beta, gates, {}),
+        check("diagonal", diagonal, gates, {});
+    const bool per_feature = log_decay && log_decay->dim() == 4;
+    check("log_decay", log_decay, per_feature ? Sizes{batch, num_heads, length, size} : gates, {});
+    if (by_gradient) {
+        check_given("value", v), check_given("grad_output", g);
+        check("value", v, {batch, num_heads, length, ANY}, {q.scalar_type()});
+        check("grad_output", g, {batch, num_heads, length, v->size(3)}, {q.scalar_type()});
+    }
+    const Tensor query = unit_stride(q), key = unit_stride(k), rows = *as(ScalarType::Float, relevancy);
+    const Maybe value = by_gradient ? unit_stride(v) : std::nullopt, grad = by_gradient ? unit_stride(g) : std::nullopt;
+    const Tensor result = empty(rows, sizes_of(rows));
+    Call call("recurrent_step_forward");
+    call.number("dtype", dtype_of(query)).number("B", batch).number("H", num_heads).number("Hq", q.size(1));
+    call.number("Hk", k.size(1)).number("N", length).number("D", size).number("Dv", value ? value->size(3) : 0);
+    call.number("T", rows.size(1)).number("gradient", by_gradient).number("row_normalize", row_normalize);
+    call.number("decays", log_decay ? per_feature ? size : 1 : 0).strided("query", query).strided("key", key);
+    call.strided("value", value).strided("grad_output", grad).pointer("log_decay", as(ScalarType::Float, log_decay));
+    call.pointer("beta", as(ScalarType::Float, beta)).pointer("diagonal", as(ScalarType::Float, diagonal));
+    call.pointer("relevancy", rows).pointer("result", result).run();
+    return torch::stable::to(result, relevancy.scalar_type());
+}
+
 // Of each query's group its row of the table; zeros for a group out of range.
 Tensor group_rows(Tensor table_in, Tensor groups_in) {
     check("table", table_in, {ANY, ANY, ANY, ANY}, {});
@@ -630,6 +664,9 @@ STABLE_TORCH_LIBRARY(vlattn, m) {
         "paged_attention_statistics(Tensor query, Tensor key_cache, Tensor block_table, Tensor lengths, Tensor query_starts, "
         "Tensor? key_groups, SymInt num_groups, str statistics, SymInt window, " SCORE
         "str backend) -> (Tensor mass, Tensor entropy, Tensor maximum, Tensor received, Tensor max_logit, Tensor lse)");
+    m.def(
+        "recurrent_step(Tensor relevancy, Tensor query, Tensor key, Tensor? value, Tensor? grad_output, Tensor? log_decay, "
+        "Tensor? beta, Tensor? diagonal, SymInt num_heads, str rule, bool row_normalize, str backend) -> Tensor");
     m.def("group_rows(Tensor table, Tensor groups) -> Tensor");
     m.def(
         "maxsim(Tensor queries, Tensor documents, Tensor? query_mask, Tensor? document_mask, bool saves, str backend) -> "
@@ -649,6 +686,7 @@ STABLE_TORCH_LIBRARY_IMPL(vlattn, CPU, m) {
     m.impl("attention_map", TORCH_BOX(&attention_map));
     m.impl("attention_statistics", TORCH_BOX(&attention_statistics));
     m.impl("paged_attention_statistics", TORCH_BOX(&paged_attention_statistics));
+    m.impl("recurrent_step", TORCH_BOX(&recurrent_step));
     m.impl("group_rows", TORCH_BOX(&group_rows));
     m.impl("maxsim", TORCH_BOX(&maxsim));
     m.impl("congruence_loss", TORCH_BOX(&congruence_loss));

@@ -32,6 +32,7 @@ OUTPUTS = {
     "score_attention": ("out", "lse"),
     "relevancy_attention": ("out", "carrier"),
     "relevancy_step": ("relevancy",),
+    "recurrent_step": ("relevancy",),
     "attention_map": ("map",),
     "congruence_loss": ("loss",),
     "stacked_cross_attention": ("similarity",),
@@ -50,6 +51,10 @@ def calls(name: str) -> Iterator[Example]:
             continue
         tensors = {key: _exact(key, x) for key, x in example.tensors.items()}
         options = {**example.options, **({"reduction": "none"} if name == "congruence_loss" else {})}
+        if name == "recurrent_step":  # its gradients are those of streaming
+            yield replace(example, tensors=tensors, differentiable=False)
+            yield replace(example, tensors={**tensors, "key": tensors["key"][:, :2]}, differentiable=False)
+            continue
         yield replace(example, tensors=tensors, options=options)
         if "key" in tensors:
             tensors |= {key: x[:, :2] for key, x in tensors.items() if key in ("key", "value")}

@@ -63,7 +63,9 @@ def test_plain_tensors_do_without_the_dispatcher(name: str, backend: str) -> Non
         # statistics with a sink begin with the log-sum-exp, and rollout through a sink is a step apart
         of_statistics = name == "attention_statistics, softcap and sink"
         kernels = 2 if of_statistics or name == "relevancy_attention, softcap and sink" else 1
-        in_tiles = name.startswith(("relevancy_step", "attention_map"))  # whose backward pass is that of streaming
+        in_tiles = name.startswith(
+            ("relevancy_step", "attention_map", "recurrent_step")
+        )  # whose backward pass is that of streaming
         assert ours <= (2 if of_statistics else 1) * FORWARD and (in_tiles or ours_backward <= kernels * BACKWARD)
 
 

@@ -20,8 +20,9 @@ from vlattn_fast._ground.checks import (
     describe,
 )
 from vlattn_fast._ground.tensors import as_fake_outputs, as_outputs, without_autocast
-from vlattn_fast.backends.inputs import RecurrentStepBackwardInputs, RecurrentStepInputs
+from vlattn_fast.backends.recurrent_inputs import RecurrentStepBackwardInputs, RecurrentStepInputs
 from vlattn_fast.backends.reference.recurrent_step import heads_of
+from vlattn_fast.backends.reference.relevancy_attention import RULES
 from vlattn_fast.dispatch.call import Call, make_call
 from vlattn_fast.dispatch.choice import planned, select
 from vlattn_fast.dispatch.loading import launcher, load
@@ -29,9 +30,9 @@ from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
 from vlattn_fast.ops._stages import arguments_of, cast, described
-from vlattn_fast.ops.relevancy_attention import RULES, check_carried
+from vlattn_fast.ops.relevancy_attention import check_carried
 
-BACKENDS = table("recurrent_step", cpu=None, triton=None)
+BACKENDS = table("recurrent_step", triton=None)
 
 
 def recurrent_step(
@@ -71,7 +72,7 @@ def recurrent_step(
         diagonal: (B, H, N), the d_t above; None = 0.
         rule: "gradient" or "attention".
         row_normalize: whether rows of Abar are divided by their sums; a zero row stays zero.
-        backend: "auto", "reference" or "streaming".
+        backend: "auto", "reference", "streaming" or "cpu", whose backward pass is that of "streaming".
 
     Gates may have another floating dtype than query. Sums are in float32, in float64 for float64.
 
@@ -88,16 +89,18 @@ def recurrent_step(
     >>> recurrent_step(torch.rand(1, 3, 64), query, key, value, grad_output, **gates).shape
     torch.Size([1, 3, 64])
     """
-    operands = relevancy, query, key, value, grad_output, log_decay, beta, diagonal
-    arguments = Arguments(*operands, rule, row_normalize, backend)
+    gates = log_decay, beta, diagonal
+    arguments = Arguments(relevancy, query, key, value, grad_output, *gates, rule, row_normalize, backend)
     backend = planned(_backend, arguments)
     x = cast(arguments)
     if backend == "reference":
         options = {name: argument for name, argument in zip(x._fields, x, strict=True) if name != "backend"}
         with without_autocast(query):
             return load(BACKENDS, backend).recurrent_step(**options)
-    num_heads = heads_of(*x[1:4], *operands[5:])
-    return _forward_op(RecurrentStepInputs(*x[:5], log_decay, beta, diagonal, num_heads, rule, row_normalize, backend))
+    relevancy, query, key, value, grad_output = x[:5]
+    num_heads = heads_of(query, key, value, *gates)
+    tensors = relevancy, query, key, value, grad_output, log_decay, beta, diagonal
+    return _forward_op(RecurrentStepInputs(*tensors, num_heads, rule, row_normalize, backend))
 
 
 Arguments = arguments_of(recurrent_step)
@@ -109,50 +112,61 @@ def _backend(x: Any) -> str:
 
 def _facts(x: Any) -> Call:
     """The facts of a call, which is checked."""
-    query, key = x.query, x.key
-    check_tensor("query", query, rank=4, shape="(B, Hq, N, Dk)")
-    check_tensor("key", key, rank=4, shape="(B, Hk, N, Dk)")
     check_choice("rule", x.rule, RULES)
     check_bool(row_normalize=x.row_normalize)
-    tensors = {"value": x.value, "grad_output": x.grad_output}
-    tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    for name, tensor in tensors.items():
-        check_tensor(name, tensor, rank=4, shape="(B, H, N, Dv)")
-    check_floating(query=query, key=key, **tensors)
-    if x.rule == "gradient" and len(tensors) < 2:
+    check_tensor("query", x.query, rank=4, shape="(B, Hq, N, Dk)")
+    check_tensor("key", x.key, rank=4, shape="(B, Hk, N, Dk)")
+    values = _given(x, "value", "grad_output")
+    for name, value in values.items():
+        check_tensor(name, value, rank=4, shape="(B, H, N, Dv)")
+    check_floating(query=x.query, key=x.key, **values)
+    if x.rule == "gradient" and len(values) < 2:
         raise ValueError("value and grad_output must be given for rule='gradient'; got None")
-    gates = {"log_decay": x.log_decay, "beta": x.beta, "diagonal": x.diagonal}
-    gates = {name: gate for name, gate in gates.items() if gate is not None}
+    gates = _given(x, "log_decay", "beta", "diagonal")
+    _check_gates(gates, x.query)
+    _check_sizes(x, {**values, **gates})
+    if len(values) == 2 and x.value.shape != x.grad_output.shape:
+        raise ValueError(f"grad_output must have value's shape {tuple(x.value.shape)}; got {describe(x.grad_output)}")
+    check_carried("relevancy", x.relevancy, x.query)
+    value_dim, (_, _, length, head_dim) = 0 if x.value is None else x.value.shape[3], x.query.shape
+    sizes = {"queries": length, "head_dim": head_dim, "value_dim": value_dim, "rows": x.relevancy.shape[1]}
+    return make_call("recurrent_step", x.query, sizes, {"rule": x.rule, "row_normalize": x.row_normalize})
+
+
+def _given(x: Any, *names: str) -> dict[str, Tensor]:
+    """The arguments of these names that are not None."""
+    arguments = {name: getattr(x, name) for name in names}
+    return {name: argument for name, argument in arguments.items() if argument is not None}
+
+
+def _check_gates(gates: dict[str, Tensor], query: Tensor) -> None:
     for name, gate in gates.items():
         check_tensor(name, gate)
         check_device(name, gate, "query", query)
         if gate.dtype not in FLOAT_DTYPES:
             raise TypeError(f"{name} must be floating point; got {describe(gate)}")
-        if gate.dim() != 3 and not (name == "log_decay" and gate.dim() == 4):
-            feature = " or (B, H, N, Dk)" if name == "log_decay" else ""
-            raise ValueError(f"{name} must have shape (B, H, N){feature}; got {describe(gate)}")
+        is_decay = name == "log_decay"
+        if gate.dim() != 3 and not (is_decay and gate.dim() == 4):
+            raise ValueError(f"{name} must have shape (B, H, N){' or (B, H, N, Dk)' * is_decay}; got {describe(gate)}")
+        if gate.dim() == 4 and gate.shape[3] != query.shape[3]:
+            raise ValueError(f"{name} must have a number for each of the {query.shape[3]} key features; got {describe(gate)}")
+
+
+def _check_sizes(x: Any, others: dict[str, Tensor]) -> None:
+    """Key fits query, and `others` have (B, H, N) of which the heads of query and key divide H."""
+    query, key = x.query, x.key
     check_head_dim(query, key)
-    batch, _, length, head_dim = query.shape
+    batch, _, length, _ = query.shape
     if key.shape[0] != batch or key.shape[2] != length:
         raise ValueError(f"key must have query's batch size {batch} and length {length}; got {describe(key)}")
-    num_heads = heads_of(query, key, *tensors.values(), *gates.values())
+    num_heads = heads_of(query, key, *others.values())
     for name, tensor in (("query", query), ("key", key)):
         heads = tensor.shape[1]
         if heads != num_heads and (heads == 0 or num_heads % heads):
             raise ValueError(f"{name}'s number of heads must divide the call's {num_heads}; got {describe(tensor)}")
-    for name, tensor in {**tensors, **gates}.items():
+    for name, tensor in others.items():
         if tuple(tensor.shape[:3]) != (batch, num_heads, length):
             raise ValueError(f"{name} must begin with the sizes (B, H, N) = {(batch, num_heads, length)}; got {describe(tensor)}")
-    if "log_decay" in gates and x.log_decay.dim() == 4 and x.log_decay.shape[3] != head_dim:
-        raise ValueError(f"log_decay must have a number for each of the {head_dim} key features; got {describe(x.log_decay)}")
-    if len(tensors) == 2 and x.value.shape != x.grad_output.shape:
-        raise ValueError(f"grad_output must have value's shape {tuple(x.value.shape)}; got {describe(x.grad_output)}")
-    check_carried("relevancy", x.relevancy, query)
-    value_dim = 0 if x.value is None else x.value.shape[3]
-    sizes = {"queries": length, "head_dim": head_dim, "value_dim": value_dim, "rows": x.relevancy.shape[1]}
-    flags = {"rule": x.rule, "row_normalize": x.row_normalize, "delta_rule": "beta" in gates}
-    flags["decay_per_feature"] = "log_decay" in gates and x.log_decay.dim() == 4
-    return make_call("recurrent_step", query, sizes, flags)
 
 
 def _forward_fake(inputs: RecurrentStepInputs) -> Tensor:

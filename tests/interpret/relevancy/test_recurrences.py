@@ -283,6 +283,13 @@ def test_a_recurrence_that_is_not_seen_is_refused(monkeypatch: pytest.MonkeyPatc
         explain(model, INPUTS, target=score_of)
 
 
+def test_a_convolution_in_front_of_a_recurrence_that_is_not_seen_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own map alone would leave out the recurrence."""
+    monkeypatch.setattr("vlattn_fast.interpret.relevancy.recurrent_calls.FUNCTIONS", {})
+    with pytest.raises(ValueError, match=rf"got {PLACE}, whose short convolution stands in front of a recurrence"):
+        explain(made("Qwen3Next", dtype=torch.float32), INPUTS, target=score_of)
+
+
 def test_a_convolution_that_is_not_seen_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = made("Qwen3Next", dtype=torch.float32)
     monkeypatch.setattr("vlattn_fast.interpret.relevancy.recurrent_calls.CONVOLUTIONS", {})

@@ -12,7 +12,8 @@ A tile of queries has its whole rows of A, and no tile is kept. The backward pas
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import compute_dtype, expand_heads, fold_heads
-from vlattn_fast.backends.inputs import RecurrentStepBackwardInputs, RecurrentStepInputs
+from vlattn_fast.backends.recurrent_inputs import RecurrentStepBackwardInputs, RecurrentStepInputs
 from vlattn_fast.backends.streaming import _tiles
 
 CHUNK = 64  # tokens that one product takes a query through
@@ -109,13 +110,18 @@ class _Abar:
                 yield _Part(self, slice(b, min(b + step_b, batch)), slice(h, min(h + step_h, heads)), gradients)
 
     def weight(self, total: Tensor | None) -> Tensor | float:
-        """What the sum of a row over the heads is multiplied by."""
+        """The factor of a row's sum over the heads."""
         return 1.0 / max(1, self.num_heads) if total is None else 1.0 / total[:, None]
 
     def zeros(self) -> Gradients:
-        """What parts add their gradients to: of query, key, value, grad_output, decay, beta and diagonal."""
-        tensors = self.query, self.key, self.value, self.grad_output, self.decay, self.beta, self.diagonal
-        return Gradients(*[None if x is None else torch.zeros_like(x, memory_format=torch.contiguous_format) for x in tensors])
+        """Sums for the gradients of all parts: of query, key, value, grad_output, decay, beta and diagonal."""
+        optional = self.value, self.grad_output, self.decay, self.beta, self.diagonal
+        value, grad_output, decay, beta, diagonal = (None if x is None else _zeros(x) for x in optional)
+        return Gradients(_zeros(self.query), _zeros(self.key), value, grad_output, decay, beta, diagonal)
+
+
+def _zeros(x: Tensor) -> Tensor:
+    return torch.zeros_like(x, memory_format=torch.contiguous_format)
 
 
 class Gradients(NamedTuple):
@@ -142,6 +148,19 @@ class Gradients(NamedTuple):
         return tuple(None if grad is None else grad.to(x.dtype) for grad, x in pairs)
 
 
+class _Tokens(NamedTuple):
+    """The inputs of a sweep: query and key (..., Dk), decay (..., 1 or Dk), beta (...); or the gradients of these."""
+
+    query: Tensor
+    key: Tensor
+    decay: Tensor | None
+    beta: Tensor | None
+
+    def each(self, f: Callable[[Tensor], Tensor]) -> _Tokens:
+        decay, beta = (None if x is None else f(x) for x in (self.decay, self.beta))
+        return _Tokens(f(self.query), f(self.key), decay, beta)
+
+
 class _Part:
     """Some samples b and heads h. `matrices` (b, h, chunks, C + Dk, C + Dk): what a chunk makes of a query's state, `_sweep`."""
 
@@ -149,10 +168,9 @@ class _Part:
         self.abar, self.b, self.h, self.gradients, self.chunk = abar, b, h, gradients, abar.chunk
         length = abar.query.shape[2]
         self.length, self.num_chunks = length, -(-length // self.chunk)
-        tensors = (None if x is None else x[b, h] for x in (abar.query, abar.key, abar.decay, abar.beta))
         self.heads = b.stop - b.start, h.stop - h.start
-        self.query, self.key, self.decay, self.beta = (None if x is None else self._chunks(x) for x in tensors)
-        self.matrices = _sweep(self.query, self.key, self.decay, self.beta).unflatten(0, (*self.heads, self.num_chunks))
+        self.tokens = _Tokens(abar.query, abar.key, abar.decay, abar.beta).each(lambda x: self._chunks(x[b, h]))
+        self.matrices = _sweep(self.tokens).unflatten(0, (*self.heads, self.num_chunks))
         self.by_matrices = torch.zeros_like(self.matrices) if gradients is not None else None
 
     def _chunks(self, x: Tensor) -> Tensor:
@@ -174,12 +192,11 @@ class _Part:
         by_matrices = self.by_matrices.flatten(0, 2)
         count, size, _ = by_matrices.shape
         step = max(1, 32 * _tiles.TILE_ELEMENTS // (self.chunk * size * max(1, size - self.chunk)))
-        grads = self.gradients.query, self.gradients.key, self.gradients.decay, self.gradients.beta
-        parts: list[tuple[Tensor | None, ...]] = []
+        parts = []
         for first in range(0, count, step):
-            g = slice(first, first + step)
-            tensors = [None if x is None else x[g] for x in (self.query, self.key, self.decay, self.beta)]
-            parts.append(_sweep_backward(*tensors, by_matrices[g]))
+            some = itemgetter(slice(first, first + step))
+            parts.append(_sweep_backward(self.tokens.each(some), some(by_matrices)))
+        grads = self.gradients.query, self.gradients.key, self.gradients.decay, self.gradients.beta
         for total, pieces in zip(grads, zip(*parts, strict=True), strict=True):
             if total is not None:
                 whole = torch.cat(pieces).view(*self.heads, self.num_chunks * self.chunk, *total.shape[3:])
@@ -285,13 +302,14 @@ def _divisor(share: Tensor) -> Tensor:
     return torch.where(total == 0, 1.0, total)
 
 
-def _sweep(query: Tensor, key: Tensor, decay: Tensor | None, beta: Tensor | None, states: list[Tensor] | None = None) -> Tensor:
-    """The matrices (G, C + Dk, C + Dk) of chunks. query and key (G, C, Dk), decay (G, C, 1 or Dk), beta (G, C).
+def _sweep(tokens: _Tokens, states: list[Tensor] | None = None) -> Tensor:
+    """The matrices (G, C + Dk, C + Dk) of chunks, whose tokens are (G, C, ...).
 
     The first C rows are those of the chunk's queries, the others those of the unit vectors, for later queries. The first C
     columns are those of A, the others the state behind the chunk. `states` takes the states in front of each token, the last
     first.
     """
+    query, key, decay, beta = tokens
     count, chunk, dim = query.shape
     unit = torch.eye(dim, dtype=query.dtype, device=query.device)
     rows = torch.cat([query, unit.expand(count, dim, dim)], 1)
@@ -310,13 +328,12 @@ def _sweep(query: Tensor, key: Tensor, decay: Tensor | None, beta: Tensor | None
     return torch.cat([columns, rows], -1)
 
 
-def _sweep_backward(
-    query: Tensor, key: Tensor, decay: Tensor | None, beta: Tensor | None, by_matrix: Tensor
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of query, key, decay and beta."""
+def _sweep_backward(tokens: _Tokens, by_matrix: Tensor) -> _Tokens:
+    """The gradients of the tokens."""
+    query, key, decay, beta = tokens
     chunk = query.shape[1]
     states: list[Tensor] = []
-    _sweep(query, key, decay, beta, states)
+    _sweep(tokens, states)
     by_columns, by_rows = by_matrix[..., :chunk], by_matrix[..., chunk:].clone()
     by_key = torch.zeros_like(key)
     by_decay, by_beta = (None if x is None else torch.zeros_like(x) for x in (decay, beta))
@@ -336,4 +353,4 @@ def _sweep_backward(
             by_written = by_written * beta[:, s, None, None]
         by_key[:, s] += (by_written * z).sum(1)
         by_z += by_written * k
-    return by_rows[:, :chunk], by_key, by_decay, by_beta
+    return _Tokens(by_rows[:, :chunk], by_key, by_decay, by_beta)

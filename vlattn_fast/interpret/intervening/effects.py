@@ -54,7 +54,8 @@ def attribute_edges(
         tokenizer, processor, like: as in `explain`.
 
     Returns:
-        An `EdgeTable` of layers x heads x groups x groups rows, each with the mean over the samples.
+        An `EdgeTable` of layers x heads x groups x groups rows, each with the mean over the samples. Layers without a softmax,
+        as recurrences, have no edges: the table's `without_edges` names them.
 
     Raises:
         TypeError, ValueError: an argument is of no such kind; a group that is empty, or that several towers have; a score that

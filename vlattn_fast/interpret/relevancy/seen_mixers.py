@@ -19,6 +19,8 @@ from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import TracedCall
 from vlattn_fast.interpret.relevancy.tracking.tensor_marks import TensorMarks
 
+_ALONE = "ShortConv"  # the end of the names of modules that have no mixer beside their short convolution: LFM2's
+
 
 class SeesMixers:
     """The part of a trace that takes these calls."""
@@ -53,6 +55,11 @@ class SeesMixers:
         if isinstance(mixer, Convolution) and recurs(module):
             self._convolutions[self._runs[-1]] = reading, output
             return reading.with_output(result, self._marked_as(output, mixer.value))
+        if isinstance(mixer, Convolution) and not type(module).__name__.endswith(_ALONE):
+            raise ValueError(
+                f"model must recur by functions that are known; got '{path}' ({type(module).__name__}), whose short convolution "
+                "stands in front of a recurrence that is not seen, or of attention"
+            )
         seen = _mixing_call(path, module, reading, output, self._convolutions.get(self._runs[-1]), self._computing)
         with torch._C.DisableTorchFunction():
             if isinstance(mixer, Convolution):
