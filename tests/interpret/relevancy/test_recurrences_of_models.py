@@ -79,30 +79,32 @@ def test_rows_equal_those_of_unit_impulses(kind: str, double: None) -> None:
     near(row(made(kind)), expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# The stored map of RecurrentGemma is one of gated values: relu(A * dA) is the same, shares are not (tests/attach has its A).
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "RecurrentGemma"])
 def test_rollout_carries_shares(kind: str, double: None) -> None:
     maps, _ = stored(kind)
+    real = MASK.bool() | (kind in NO_MASK)
     carried = of_last()[:, None]
     if kind == "FalconH1":
         for pair in reversed([*zip(maps[::2], maps[1::2], strict=True)]):
-            carried = (carried + sum(carried @ one for one in by_attention(pair))) / 3
+            carried = (carried + sum(carried @ one for one in by_attention(pair, real))) / 3
     else:
-        for one in reversed(by_attention(maps)):
+        for one in reversed(by_attention(maps, real)):
             carried = (carried + carried @ one) / 2
-    real = MASK.bool() | (kind in NO_MASK)
     near(row(made(kind), method="rollout") * real, carried[:, 0] * real)
 
 
-def by_attention(maps: Sequence[Tensor | Mixed]) -> list[Tensor]:
-    """The mean over the heads of each layer's map: of a recurrence |A|, rows over their sums, times that of its convolution."""
+def by_attention(maps: Sequence[Tensor | Mixed], real: Tensor) -> list[Tensor]:
+    """The mean over the heads of each layer's map: of a recurrence |A|, rows over their sums, times that of its convolution.
+    Padding, whose values are zero, counts for nothing."""
     means = []
     for one in maps:
         if isinstance(one, Tensor):
-            means.append(one.mean(1))
+            means.append(one.detach().mean(1))
             continue
-        means.append(shares(torch.cat(one.maps, 1).abs()).mean(1))
+        means.append(shares(torch.cat(one.maps, 1).detach().abs() * real[:, None, None]).mean(1))
         if one.before:
-            band = torch.cat(one.before, 1).abs().mean(1)
+            band = torch.cat(one.before, 1).detach().abs().mean(1) * real[:, None]
             means[-1] = means[-1] @ torch.where(band.sum(-1, keepdim=True) == 0, torch.eye(9), shares(band))
     return means
 
