@@ -19,7 +19,8 @@ from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import TracedCall
 from vlattn_fast.interpret.relevancy.tracking.tensor_marks import TensorMarks
 
-_ALONE = "ShortConv"  # the end of the names of modules that have no mixer beside their short convolution: LFM2's
+# The ends of the names of modules that have no mixer beside their short convolution: LFM2's, and RWKV's feed-forward layer.
+_ALONE = ("ShortConv", "RwkvFeedForward")
 
 
 class SeesMixers:
