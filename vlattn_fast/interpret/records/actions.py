@@ -67,6 +67,8 @@ class Velocity(Score, name="velocity"):
             if not isinstance(inputs.get(name), Tensor):
                 raise ValueError(f"inputs must hold '{name}', {meaning}; got {sorted(inputs)}")
         noise, time = inputs["noise"], target.time if isinstance(target, Action) else None
+        if noise.ndim != 3:
+            raise ValueError(f"noise must be (B, steps, dimensions); got {tuple(noise.shape)}")
         if isinstance(target, Action):
             for name, size in zip(("step", "dimension"), noise.shape[1:], strict=True):
                 if (getattr(target, name) or 0) >= size:
