@@ -81,6 +81,17 @@ class Velocity(Score, name="velocity"):
         dtype = torch.promote_types(noise.dtype, torch.float32)
         return {**inputs, "timestep": torch.full((len(noise),), time, dtype=dtype, device=noise.device)}
 
+    def measured(self, inputs: Mapping[str, Any], target: Any) -> tuple[Mapping[str, Any], Any]:
+        """The score of an action as a callable, with the noise level among the inputs."""
+        prepared = self.prepared(inputs, target)
+        if not isinstance(target, Action):
+            return prepared, target
+
+        def velocity(outputs: Any, arguments: Mapping[str, Any]) -> Tensor:
+            return self.choose(outputs, target, arguments)[0]
+
+        return prepared, velocity
+
     def choose(self, outputs: Any, target: Any, arguments: Mapping[str, Any]) -> tuple[Tensor, None]:
         velocity, noise = self.logits(outputs), arguments["noise"]
         if velocity is None or velocity.shape[1:] != noise.shape[1:]:
