@@ -28,7 +28,7 @@ def draw_rivals(records: Sequence[Record], path: Path, title: str) -> Path:
     looks = _looks(records)
     columns = 2 if len(by_module) > 1 else 1
     shelves = [list(by_module)[start : start + columns] for start in range(0, len(by_module), columns)] or [[]]
-    heights = [0.9 + 0.18 * max((len(by_module[module]) for module in shelf), default=1) for shelf in shelves]
+    heights = [0.9 + 0.17 * max((len(by_module[module]) for module in shelf), default=1) for shelf in shelves]
     size = 9.3 * columns, sum(heights) + 1.2
     figure, axes = panels(len(shelves), columns, size, gridspec_kw={"height_ratios": heights})
     for shelf, cells in zip(shelves, axes, strict=True):

@@ -34,6 +34,7 @@ from vlattn_fast.interpret.explaining.loading import load_model, load_without_we
 from vlattn_fast.interpret.intervening.one import cut_of, intervene_one, scale_of
 from vlattn_fast.interpret.probing.run import TESTS
 from vlattn_fast.interpret.relevancy.methods.registry import METHODS
+from vlattn_fast.interpret.relevancy.sinks import KEEP
 from vlattn_fast.interpret.relevancy.sinks import MODES as SINKS
 from vlattn_fast.ops import OPERATORS
 
@@ -296,6 +297,7 @@ def explain(
         raise typer.BadParameter(f"--dataset must be given with {names}; got none")
     chosen, row = (int(x) if x is not None and x.lstrip("-").isdecimal() else x for x in (target, read))
     texts = tuple(text or ())
+    sinks = None if sinks == KEEP else sinks  # one option by two names: a run that is taken up again may have the other
     options = Options(model, methods[0], start_layer, texts, chosen, answer, generate, dtype, through_connector, row, sinks)
     try:
         with _refusing(ImportError, TypeError, ValueError, command=explain):

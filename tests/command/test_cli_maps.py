@@ -51,6 +51,13 @@ def test_through_the_connector(vit, llava, picture, tmp_path):
     assert refused.exit_code == 2 and "through_connector=True needs a record of the model's connector" in said(refused)
 
 
+def test_a_run_goes_on_with_its_sinks(vit, picture, tmp_path):
+    asked = ("explain", "--model", vit, "--dataset", picture.parent, "--out", tmp_path / "folder")
+    begun, same, other = (vlattn(*asked, *more) for more in ((), ("--sinks", "keep"), ("--sinks", "remove")))
+    assert begun.exit_code == same.exit_code == 0 and "skipped 1 (done before)" in same.output, same.output
+    assert other.exit_code == 2 and "--sinks must be null, as in the earlier runs" in said(other)
+
+
 def test_sinks_are_named_and_removed(vit, picture, tmp_path):
     asked = ("explain", "--model", vit, "--image", picture, "--out", tmp_path / "page.html")
     plain, kept, removed = (vlattn(*asked, *more) for more in ((), ("--sinks", "keep"), ("--sinks", "remove")))

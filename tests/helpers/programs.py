@@ -56,6 +56,8 @@ def _forked(code: str, arguments: list[str], environment: dict[str, str], folder
             status = 0
         except SystemExit as ended:
             status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+            if status and not isinstance(ended.code, int):
+                print(ended.code, file=sys.stderr)
         except BaseException:
             traceback.print_exc()
         finally:

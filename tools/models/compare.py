@@ -84,7 +84,7 @@ def compared_crossing(eager: nn.Module, inputs: dict[str, Any], got: list[Tensor
     batch, size = got[0].shape
     keys = got[1].shape[1]
     try:
-        with Maps() as kept:
+        with Maps(eager) as kept:
             outputs = eager(**inputs)
         maps = [one for one in kept.maps if len(one) == batch]
         if "noise" in inputs:  # behind the state
@@ -133,7 +133,7 @@ def judged(rows: list[tuple[Tensor, Tensor, Tensor]], beside: bool) -> Row:
 def compared_pairs(eager: nn.Module, inputs: dict[str, Any], relevancy: dict[str, Tensor]) -> Row:
     """The row of a model that matches pictures with texts."""
     try:
-        with Maps() as kept, Steps(eager) as steps:
+        with Maps(eager) as kept, Steps(eager) as steps:
             outputs = eager(**inputs, output_attentions=True, output_hidden_states=True)
         scores = outputs.logits_per_image.diagonal()
         heads = [one for one in kept.maps if one.shape[2] == 1]  # whose only query is learnt
@@ -162,7 +162,7 @@ def is_encoder_decoder(model: Any) -> bool:
 def compared_between(eager: nn.Module, inputs: dict[str, Any], got: list[Tensor]) -> Row:
     """The row of an encoder-decoder, from those of its decoder and of what this attends to."""
     try:
-        with Maps() as kept, Steps(eager) as steps:
+        with Maps(eager) as kept, Steps(eager) as steps:
             outputs = eager(**inputs, output_attentions=True, output_hidden_states=True)
         scores = next_logits(outputs, inputs).max(-1).values
         rows = read_by_head([(getattr(outputs, "decoder_hidden_states", None) or steps.of_size(got[0].shape[1]))[-1]], scores)

@@ -83,6 +83,7 @@ def recurrent_step(
     Raises:
         ValueError, TypeError: an argument is wrong (it is named), or the backend asked for cannot run the call.
 
+    >>> import torch
     >>> query, key = torch.randn(2, 1, 2, 64, 8).softmax(-1)
     >>> value, grad_output = torch.randn(2, 1, 4, 64, 16)
     >>> gates = {"log_decay": -torch.rand(1, 4, 64), "beta": torch.rand(1, 4, 64)}

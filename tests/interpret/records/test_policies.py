@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import transformers
@@ -118,12 +120,51 @@ def test_a_state_of_several_tokens_names_the_joints():
         (ValueError, "must give the noise level; got neither", dict(dimension=0), {}),
         (ValueError, "must give the noise level; got both", dict(dimension=0, time=0.5), {"timestep": torch.ones(2)}),
         (ValueError, "noise must have as many steps", dict(dimension=0, time=0.5), {"noise": torch.zeros(2, 2, 4).double()}),
+        (ValueError, "noise must be (B, steps, dimensions); got (3, 4)", dict(dimension=0), {"noise": torch.zeros(3, 4)}),
         (TypeError, "target must be a vlattn_fast.Action", None, {}),
     ],
 )  # fmt: skip
 def test_refusals_name_the_argument(error, message, target, changes):
-    with pytest.raises(error, match=message.replace("(", r"\(")):
+    with pytest.raises(error, match=re.escape(message)):
         va.explain(policy(), {**seen(), **changes}, target=target and va.Action(**target))
+
+
+def test_evaluate_takes_an_action():
+    model, inputs = policy(), seen()
+    options = dict(methods=["gradient", "rollout"], tests=["positive", "deletion"], steps=(0.0, 0.5, 1.0))
+    got = va.evaluate(model, [(inputs, va.Action(2, step=1, time=0.5), None)], **options)
+    timed = {**inputs, "timestep": torch.full((2,), 0.5).double()}
+    called = va.evaluate(model, [(timed, lambda outputs: -outputs.logits[:, 1, 2], None)], **options)
+    values = [got.value(method, test, "text") for method in options["methods"] for test in options["tests"]]
+    assert None not in values
+    assert values == [called.value(method, test, "text") for method in options["methods"] for test in options["tests"]]
+
+
+def test_edges_of_what_a_policy_sees():
+    model, inputs, groups, action = policy(), seen(), ["image", "text"], va.Action(2, step=1, time=0.5)
+    timed = {**inputs, "timestep": torch.full((2,), 0.5).double()}
+    table = va.attribute_edges(model, inputs, groups, target=action, tower="language")
+    called = va.attribute_edges(model, timed, groups, target=lambda outputs: -outputs.logits[:, 1, 2], tower="language")
+    assert table.effects.abs().max() > 1e-3 and torch.equal(table.effects, called.effects)
+    edges = [(0, None, "image", "text"), (1, 0, "text", "text")]
+    true = va.intervene_each(model, inputs, edges, groups=groups, target=action, tower="language")
+    with torch.no_grad():
+        whole = model(**timed).logits[:, 1, 2]
+        with va.intervene(model, timed, va.Knockout(queries="text", keys="image", layers=[0], tower="language")):
+            cut = model(**timed).logits[:, 1, 2]
+    torch.testing.assert_close(true.effects[0], cut - whole)
+
+
+@pytest.mark.parametrize(
+    ("tower", "message"),
+    [
+        ("actions", "groups must be of tokens that attend to one another: tower=('actions', 'language') names tokens of two"),
+        (("actions", "language"), "'model.dit.layers.0.self_attn' (GemmaAttention) attends to tokens of several towers"),
+    ],
+)
+def test_edges_of_a_softmax_over_two_towers_are_refused(tower, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        va.attribute_edges(policy(), seen(), ["image", "last"], target=va.Action(2, step=1, time=0.5), tower=tower)
 
 
 @pytest.mark.parametrize(

@@ -200,11 +200,13 @@ def masked_calls():
     by_head = torch.rand(batch, heads, size, size, generator=generator) < 0.8
     by_head[..., 0] = True
     added = torch.zeros(batch, 1, size, size, dtype=torch.float64).masked_fill(~padded[:, :1], torch.finfo(torch.float64).min)
+    finite = torch.zeros(batch, heads, size, size, dtype=torch.float64).masked_fill(~(causal & padded), -10000.0)
     for name, mask, is_causal, seen, counted in (
         ("none", None, False, every, None),
         ("causal", None, True, causal, None),
         ("bool", causal & padded, False, causal & padded, real),
         ("added", added, False, padded, real),
+        ("-10000", finite, False, causal & padded, real),
         ("by head", by_head, False, by_head, None),
     ):
         masks = {"attn_mask": mask, "is_causal": is_causal, "scale": None, "enable_gqa": True}

@@ -49,6 +49,7 @@ class Judge:
         check_inputs(self.model, inputs)
         if is_empty(inputs):
             return None
+        inputs, target = self._recorded.scoring.measured(inputs, target)
         if self._recorded.scoring.pairs and not callable(target):
             return self._ask_pair(inputs, target)
         outputs, arguments = self._call(inputs, target)

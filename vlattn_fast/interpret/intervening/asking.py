@@ -74,7 +74,9 @@ class Asked:
 
     @property
     def batch(self) -> int:
-        return self.seen.towers[0].shape[0]
+        """The samples. A tower without a record, as that of several cameras, may have more rows."""
+        recorded = [tower.name for tower in self.request.record.towers]
+        return next((tower for tower in self.seen.towers if tower.name in recorded), self.seen.towers[0]).shape[0]
 
     def run(self, plans: Plans) -> Any:
         """The outputs of the edited model in eval mode."""

@@ -100,7 +100,7 @@ def _by_edits(asked: Asked, plans: Plans, chosen: Sequence[CallPlan], queries: S
     cannot take them where a module calls `score_attention` itself, or learns a mask."""
     weight = next(asked.request.model.parameters(), torch.zeros(()))
     made: Any = {"dtype": torch.promote_types(weight.dtype, torch.float32), "device": weight.device, "requires_grad": True}
-    leaves = [torch.zeros(asked.batch, plan.call.heads, len(keys), len(queries), **made) for plan in chosen]
+    leaves = [torch.zeros(plan.call.tower.shape[0], plan.call.heads, len(keys), len(queries), **made) for plan in chosen]
     for plan, leaf in zip(chosen, leaves, strict=True):
         for column, of_keys in enumerate(keys.values()):
             for row, of_queries in enumerate(queries.values()):
@@ -200,7 +200,7 @@ def _cuts(asked: Asked, pair: Pair, edges: Sequence[Edge], queries: Sets, keys: 
         call = of_layers[edge.layer][0].call
         chosen = heads_of(call, None if edge.head is None else [edge.head])
         key = edge.layer, edge.to, edge.from_
-        bias = biases.setdefault(key, torch.zeros(copies, asked.batch, call.heads))
+        bias = biases.setdefault(key, torch.zeros(copies, call.tower.shape[0], call.heads))
         bias[copy, :, chosen] = -torch.inf
     for (layer, to, from_), bias in biases.items():
         for plan in of_layers[layer]:

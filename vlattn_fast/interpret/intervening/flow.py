@@ -156,7 +156,7 @@ def _of_one(asked: Asked, cut: Knockout, window: int, batch_size: int) -> tuple[
         sets = {pair: (repeated_set(q, copies), repeated_set(k, copies)) for pair, (q, k) in of_pairs.items()}
         for plan in plans.layers(of_pairs, None):
             is_cut = (middles - (window - 1) // 2 <= plan.call.layer) & (plan.call.layer <= middles + window // 2)
-            bias = torch.zeros(copies, asked.batch, plan.call.heads)
+            bias = torch.zeros(copies, plan.call.tower.shape[0], plan.call.heads)
             for copy in is_cut.nonzero()[:, 0].tolist():
                 bias[copy, :, heads_of(plan.call, cut.heads)] = -torch.inf  # type: ignore[arg-type]
             if bool(is_cut.any()):

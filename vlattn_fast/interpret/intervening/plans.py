@@ -143,8 +143,10 @@ class Plans:
         """The towers of queries and keys that have all groups, and their sets. In a named pair each has those that it can."""
         chosen: dict[Pair, tuple[dict[str, TokenSet], dict[str, TokenSet]]] = {}
         problems: list[str] = []
+        across: list[str] = []
         for pair in self.pairs(tower):
             if pair[0] is not pair[1] and not isinstance(tower, tuple):
+                across.append(f"tower={(pair[0].name, pair[1].name)!r} names tokens of two towers")
                 continue
             sets = [{name: token_set(f"groups[{name!r}]", group, of) for name, group in groups.items()} for of in pair]
             queries, keys = ({name: each for name, each in of.items() if isinstance(each, TokenSet)} for of in sets)
@@ -152,7 +154,7 @@ class Plans:
             problems += missing
             if not missing:
                 chosen[pair] = queries, keys if pair[0] is not pair[1] else queries
-        _check_one("groups", chosen, problems)
+        _check_one("groups", chosen, problems or across)
         ((pair, (queries, keys)),) = chosen.items()
         return pair, queries, keys
 

@@ -194,6 +194,7 @@ def watched_run(
         outputs = model(**trace.prepare(arguments))
     trace.check()
     sources = {call.number: call.source for call in trace.calls}
+    joint = {call.number for call in trace.calls if call.joint}
     crossing = {id(call.tower) for call in trace.calls if call.tower is not call.source}
     tokens_of: dict[int, SeenTower] = {}
 
@@ -213,7 +214,7 @@ def watched_run(
             continue
         source = sources.get(noted.number, noted.tower)
         of_tokens, kind = len(noted.columns) if noted.columns is not None else noted.keys, model.get_submodule(noted.path)
-        problem = noted.problem
+        problem = "attends to tokens of several towers in one softmax" if noted.number in joint else noted.problem
         if not problem and (noted.queries != noted.tower.shape or of_tokens != source.size):
             problem = f"has {noted.queries[1]} queries and {of_tokens} keys of {noted.tower.size} and {source.size} tokens"
         problem = problem and f"'{noted.path}' ({type(kind).__name__}) {problem}"

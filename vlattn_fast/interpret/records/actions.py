@@ -67,6 +67,8 @@ class Velocity(Score, name="velocity"):
             if not isinstance(inputs.get(name), Tensor):
                 raise ValueError(f"inputs must hold '{name}', {meaning}; got {sorted(inputs)}")
         noise, time = inputs["noise"], target.time if isinstance(target, Action) else None
+        if noise.ndim != 3:
+            raise ValueError(f"noise must be (B, steps, dimensions); got {tuple(noise.shape)}")
         if isinstance(target, Action):
             for name, size in zip(("step", "dimension"), noise.shape[1:], strict=True):
                 if (getattr(target, name) or 0) >= size:
@@ -78,6 +80,17 @@ class Velocity(Score, name="velocity"):
             return inputs
         dtype = torch.promote_types(noise.dtype, torch.float32)
         return {**inputs, "timestep": torch.full((len(noise),), time, dtype=dtype, device=noise.device)}
+
+    def measured(self, inputs: Mapping[str, Any], target: Any) -> tuple[Mapping[str, Any], Any]:
+        """The score of an action as a callable, with the noise level among the inputs."""
+        prepared = self.prepared(inputs, target)
+        if not isinstance(target, Action):
+            return prepared, target
+
+        def velocity(outputs: Any, arguments: Mapping[str, Any]) -> Tensor:
+            return self.choose(outputs, target, arguments)[0]
+
+        return prepared, velocity
 
     def choose(self, outputs: Any, target: Any, arguments: Mapping[str, Any]) -> tuple[Tensor, None]:
         velocity, noise = self.logits(outputs), arguments["noise"]

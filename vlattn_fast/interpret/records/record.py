@@ -225,6 +225,10 @@ class Score(Named):
         """The inputs as the score of a target needs them."""
         return inputs
 
+    def measured(self, inputs: Mapping[str, Any], target: Any) -> tuple[Mapping[str, Any], Any]:
+        """Inputs and target, for scores of inputs like these too."""
+        return inputs, target
+
     def pick(self, logits: Tensor, target: Any) -> list[int]:
         """The index of each row of logits (B, classes): `target`, by default the largest."""
         return logits.argmax(-1).tolist() if target is None else indices(target, len(logits), logits.shape[1], self.among)

@@ -68,7 +68,9 @@ def _seen_by(call: TracedCall, counted: Tensor, real: Tensor | None) -> Tensor:
     mask, is_causal, keys = masks["attn_mask"], masks["is_causal"], masks.get("key_mask")
     if mask is not None:
         visible = mask[(None,) * (4 - mask.ndim)]
-        visible = visible if mask.dtype == torch.bool else visible > torch.finfo(mask.dtype).min / 2
+        if mask.dtype != torch.bool:  # some models hide a key by -10000, at which the softmax is zero, too
+            hidden = (visible.amax(-1, keepdim=True) - 1000.0).clamp(min=torch.finfo(mask.dtype).min / 2)
+            visible = visible > hidden
         visible = visible.expand(-1, -1, counted.shape[1], count)
         visible = visible if real is None else visible & real[:, None, :, None].to(visible.device)
         seen = (visible.tril() if is_causal else visible).sum(2).to(counted).mean(1)
