@@ -297,6 +297,25 @@ def test_a_convolution_that_is_not_seen_is_refused(monkeypatch: pytest.MonkeyPat
         explain(model, INPUTS, target=score_of)
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_a_function_of_a_known_name_computes_what_the_name_says(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A class of a user may have another recurrence under the name."""
+    model, file = made("Qwen3Next", dtype=torch.float32), transformers.models.qwen3_next.modeling_qwen3_next
+    want = explain(model, INPUTS, target=score_of).relevancy["language"]
+    original = file.torch_chunk_gated_delta_rule
+
+    def scaled(query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, **options: Any) -> tuple[Tensor, Any]:
+        output, state = original(query, key, value, g, beta, **options)
+        return output * scale, state
+
+    monkeypatch.setattr(file, "torch_chunk_gated_delta_rule", scaled)
+    if scale == 1:
+        torch.testing.assert_close(explain(model, INPUTS, target=score_of).relevancy["language"], want, rtol=0, atol=0)
+        return
+    with pytest.raises(ValueError, match=rf"got {PLACE}, whose function has the name of one of transformers, and computes"):
+        explain(model, INPUTS, target=score_of)
+
+
 # --- capture_relevancy ---
 
 WEIGHTS = torch.linspace(-1, 2, 9)

@@ -32,6 +32,22 @@ class Recurrence:
     diagonal: Tensor | None = None  # (B, H, N)
     reads_before: bool = False  # o_t = S_{t-1}^T q_t + diagonal_t v_t: the state that a token reads is without itself
 
+    def outputs(self) -> Tensor:
+        """o (B, H, N, Dv), token by token."""
+        value = at_least_float32(self.value)
+        query, key = (x.to(value).repeat_interleave(value.shape[1] // x.shape[1], 1) for x in (self.query, self.key))
+        decay = None if self.log_decay is None else self.log_decay.to(value).exp().reshape(*value.shape[:3], -1, 1)
+        state, outputs = torch.zeros_like(key[:, :, 0, :, None] * value[:, :, 0, None]), []
+        for t in range(value.shape[2]):
+            before, written, k = state, value[:, :, t, None], key[:, :, t, :, None]
+            state = state if decay is None else state * decay[:, :, t]
+            if self.beta is not None:
+                written = self.beta[:, :, t, None, None].to(value) * (written - k.mT @ state)
+            state = state + k * written
+            outputs.append(query[:, :, t, None] @ (before if self.reads_before else state))
+        output = torch.cat(outputs, 2)
+        return output if self.diagonal is None else output + self.diagonal[..., None].to(value) * value
+
 
 @dataclass(frozen=True, eq=False)
 class Convolution:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast.attach.recurrences.reading import Convolution, FunctionCall, Reader, Reading
+from vlattn_fast.attach.recurrences.reading import Convolution, FunctionCall, Reader, Reading, Recurrence
 from vlattn_fast.attach.session import is_checkpointed
 from vlattn_fast.attach.tensor_parallel import has_dtensors
 from vlattn_fast.interpret.relevancy.mixing_call import MixingCall
@@ -21,6 +21,8 @@ from vlattn_fast.interpret.relevancy.tracking.tensor_marks import TensorMarks
 
 # The ends of the names of modules that have no mixer beside their short convolution: LFM2's, and RWKV's feed-forward layer.
 _ALONE = ("ShortConv", "RwkvFeedForward")
+# The packages whose functions compute what their names say. Others may have another recurrence under such a name.
+_KNOWN = ("transformers.", "vlattn_fast.")
 
 
 class SeesMixers:
@@ -52,7 +54,9 @@ class SeesMixers:
         _check(reading, call, path)
         with self._computing():
             result = function(*args, **kwargs)
-        output, mixer = reading.output_of(result), reading.mixer
+            output, mixer = reading.output_of(result), reading.mixer
+            if isinstance(mixer, Recurrence) and not str(getattr(function, "__module__", "")).startswith(_KNOWN):
+                _check_outputs(mixer, output, path, module)
         if isinstance(mixer, Convolution) and recurs(module):
             self._convolutions[self._runs[-1]] = reading, output
             return reading.with_output(result, self._marked_as(output, mixer.value))
@@ -88,6 +92,17 @@ def _check(reading: Reading, call: FunctionCall, path: str) -> None:
     if why:
         raise ValueError(
             f"model must run each layer on its whole sequence; got '{path}' ({type(call.module).__name__}), which {why}"
+        )
+
+
+@torch.no_grad()
+def _check_outputs(recurrence: Recurrence, output: Tensor, path: str, module: nn.Module) -> None:
+    """ValueError where a function's output is not that of the recurrence which its name stands for."""
+    expected = recurrence.outputs()
+    if output.shape != expected.shape or (output.to(expected) - expected).norm() > 0.05 * expected.norm():
+        raise ValueError(
+            f"model must recur by functions that are known; got '{path}' ({type(module).__name__}), whose function has the name of "
+            "one of transformers, and computes something else. method='input_gradient' needs no rule"
         )
 
 
