@@ -283,6 +283,20 @@ def test_a_recurrence_that_is_not_seen_is_refused(monkeypatch: pytest.MonkeyPatc
         explain(model, INPUTS, target=score_of)
 
 
+def test_a_recurrence_of_a_users_class_beside_attention_is_refused() -> None:
+    sizes = {"d_ssm": 32, "n_heads": 4, "d_head": 8, "n_groups": 1, "d_state": 8}
+    config = transformers.FalconH1Config(**SIZES, num_hidden_layers=1, **{f"mamba_{name}": size for name, size in sizes.items()})
+    model = transformers.FalconH1ForCausalLM(config).eval()
+
+    class Mine(type(model.model.layers[0].mamba)):  # type: ignore[misc]
+        def forward(self, hidden_states: Tensor, **options: Any) -> Tensor:
+            return hidden_states.cumsum(1)
+
+    model.model.layers[0].mamba.__class__ = Mine
+    with pytest.raises(ValueError, match=r"'model\.layers\.0\.mamba' \(Mine\), which hands on what tokens hold"):
+        explain(model, INPUTS, target=score_of)
+
+
 def test_a_convolution_in_front_of_a_recurrence_that_is_not_seen_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own map alone would leave out the recurrence."""
     monkeypatch.setattr("vlattn_fast.interpret.relevancy.recurrent_calls.FUNCTIONS", {})

@@ -101,8 +101,8 @@ def _check_outputs(recurrence: Recurrence, output: Tensor, path: str, module: nn
     expected = recurrence.outputs()
     if output.shape != expected.shape or (output.to(expected) - expected).norm() > 0.05 * expected.norm():
         raise ValueError(
-            f"model must recur by functions that are known; got '{path}' ({type(module).__name__}), whose function has the name of "
-            "one of transformers, and computes something else. method='input_gradient' needs no rule"
+            f"model must recur by functions that are known; got '{path}' ({type(module).__name__}), whose function has the name "
+            "of one of transformers, and computes something else. method='input_gradient' needs no rule"
         )
 
 
