@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -311,23 +312,32 @@ def test_a_convolution_that_is_not_seen_is_refused(monkeypatch: pytest.MonkeyPat
         explain(model, INPUTS, target=score_of)
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.5])
-def test_a_function_of_a_known_name_computes_what_the_name_says(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A class of a user may have another recurrence under the name."""
+@pytest.mark.parametrize("name", ["torch_chunk_gated_delta_rule", "causal_conv1d_fn"])
+def test_a_function_of_a_known_name_computes_what_the_name_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A class of a user may have something else under the name."""
     model, file = made("Qwen3Next", dtype=torch.float32), transformers.models.qwen3_next.modeling_qwen3_next
     want = explain(model, INPUTS, target=score_of).relevancy["language"]
-    original = file.torch_chunk_gated_delta_rule
+    original = getattr(file, name)
 
-    def scaled(query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, **options: Any) -> tuple[Tensor, Any]:
-        output, state = original(query, key, value, g, beta, **options)
-        return output * scale, state
+    def same(*args: Any, **options: Any) -> Any:
+        return original(*args, **options)
 
-    monkeypatch.setattr(file, "torch_chunk_gated_delta_rule", scaled)
-    if scale == 1:
-        torch.testing.assert_close(explain(model, INPUTS, target=score_of).relevancy["language"], want, rtol=0, atol=0)
-        return
-    with pytest.raises(ValueError, match=rf"got {PLACE}, whose function has the name of one of transformers, and computes"):
-        explain(model, INPUTS, target=score_of)
+    same.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+    monkeypatch.setattr(file, name, same)
+    torch.testing.assert_close(explain(model, INPUTS, target=score_of).relevancy["language"], want, rtol=0, atol=0)
+
+    def halved(*args: Any, **options: Any) -> Any:
+        result = original(*args, **options)
+        return result / 2 if isinstance(result, Tensor) else (result[0] / 2, *result[1:])
+
+    def renamed(x: Tensor, *args: Any, **options: Any) -> Any:
+        return original(x, *args, **options)
+
+    halved.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+    for other in (halved, renamed):
+        monkeypatch.setattr(file, name, other)
+        with pytest.raises(ValueError, match=rf"got {PLACE}, whose function has the name of one of transformers, and has other"):
+            explain(model, INPUTS, target=score_of)
 
 
 # --- capture_relevancy ---

@@ -59,6 +59,14 @@ class Convolution:
     gate: Tensor | None = None  # (B, C, N); None = without an activation
     projection: Tensor | None = None  # (values, C), which makes values of its output; None = it is the values
 
+    def outputs(self, bias: Tensor | None) -> Tensor:
+        """o (B, C, N)."""
+        weight = at_least_float32(self.weight)
+        padded = nn.functional.pad(self.value.to(weight), (weight.shape[1] - 1, 0))
+        bias = None if bias is None else bias.to(weight)
+        summed = nn.functional.conv1d(padded, weight[:, None], bias, groups=len(weight))
+        return summed if self.gate is None else summed * self.gate
+
     def part(self, channels: slice, count: int) -> Convolution:
         """That of some channels, for the last `count` tokens: a cache puts zeros in front of them."""
         gate = None if self.gate is None else self.gate[:, channels, -count:]

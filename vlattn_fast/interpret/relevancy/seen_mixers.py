@@ -49,14 +49,20 @@ class SeesMixers:
             return function(*args, **kwargs)
         module = self.model.get_submodule(path)
         call = FunctionCall(function, args, kwargs, module)
-        with _unsaved():  # a checkpoint's second run has no reader
-            reading = reader(call)
+        is_foreign = not str(getattr(function, "__module__", "")).startswith(_KNOWN)
+        try:
+            with _unsaved():  # a checkpoint's second run has no reader
+                reading = reader(call)
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:  # of other arguments
+            if is_foreign:
+                raise _another(path, module) from error
+            raise
         _check(reading, call, path)
         with self._computing():
             result = function(*args, **kwargs)
             output, mixer = reading.output_of(result), reading.mixer
-            if isinstance(mixer, Recurrence) and not str(getattr(function, "__module__", "")).startswith(_KNOWN):
-                _check_outputs(mixer, output, path, module)
+            if is_foreign and not _computes(mixer, call, output):
+                raise _another(path, module)
         if isinstance(mixer, Convolution) and recurs(module):
             self._convolutions[self._runs[-1]] = reading, output
             return reading.with_output(result, self._marked_as(output, mixer.value))
@@ -96,14 +102,17 @@ def _check(reading: Reading, call: FunctionCall, path: str) -> None:
 
 
 @torch.no_grad()
-def _check_outputs(recurrence: Recurrence, output: Tensor, path: str, module: nn.Module) -> None:
-    """ValueError where a function's output is not that of the recurrence which its name stands for."""
-    expected = recurrence.outputs()
-    if output.shape != expected.shape or (output.to(expected) - expected).norm() > 0.05 * expected.norm():
-        raise ValueError(
-            f"model must recur by functions that are known; got '{path}' ({type(module).__name__}), whose function has the name "
-            "of one of transformers, and computes something else. method='input_gradient' needs no rule"
-        )
+def _computes(mixer: Recurrence | Convolution, call: FunctionCall, output: Tensor) -> bool:
+    """Whether a function's output is what its name stands for."""
+    expected = mixer.outputs() if isinstance(mixer, Recurrence) else mixer.outputs(call["bias"])
+    return output.shape == expected.shape and not (output.to(expected) - expected).norm() > 0.05 * expected.norm()
+
+
+def _another(path: str, module: nn.Module) -> ValueError:
+    return ValueError(
+        f"model must recur by functions that are known; got '{path}' ({type(module).__name__}), whose function has the name "
+        "of one of transformers, and has other arguments or computes something else. method='input_gradient' needs no rule"
+    )
 
 
 def _mixing_call(
