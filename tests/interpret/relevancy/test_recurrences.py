@@ -313,6 +313,17 @@ def test_a_convolution_that_is_not_seen_is_refused(monkeypatch: pytest.MonkeyPat
         explain(model, INPUTS, target=score_of)
 
 
+def test_a_convolution_that_the_module_writes_out_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = made("Qwen3Next", dtype=torch.float32)
+    mixer = model.model.layers[0].linear_attn
+    parameters = nn.Module()  # no convolution by its class
+    parameters.weight, parameters.bias = mixer.conv1d.weight, mixer.conv1d.bias
+    mixer.conv1d = parameters
+    monkeypatch.setattr("vlattn_fast.interpret.relevancy.recurrent_calls.CONVOLUTIONS", {})
+    with pytest.raises(ValueError, match=r"short convolutions by causal_conv1d_fn; got 'model\.layers\.0\.linear_attn'"):
+        explain(model, INPUTS, target=score_of)
+
+
 @pytest.mark.parametrize("name", ["torch_chunk_gated_delta_rule", "causal_conv1d_fn"])
 def test_a_function_of_a_known_name_computes_what_the_name_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A class of a user may have something else under the name."""

@@ -40,6 +40,7 @@ class SeesMixers:
 
     def _begin_mixers(self) -> None:
         self._convolutions: dict[int, tuple[Reading, Tensor]] = {}  # by the module's run: the last one, and its output
+        self._convolved = set[int]()  # the runs of modules that called torch's convolution themselves
         self._aside = False  # a model's function computes, and the trace sees nothing
 
     def recur(self, reader: Reader, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -71,7 +72,10 @@ class SeesMixers:
                 f"model must recur by functions that are known; got '{path}' ({type(module).__name__}), whose short convolution "
                 "stands in front of a recurrence that is not seen, or of attention"
             )
-        seen = _mixing_call(path, module, reading, output, self._convolutions.get(self._runs[-1]), self._computing)
+        before = self._convolutions.get(self._runs[-1])
+        if before is None and self._runs[-1] in self._convolved and reading.channels is not None:
+            raise _unseen_convolution(path, module)
+        seen = _mixing_call(path, module, reading, output, before, self._computing)
         with torch._C.DisableTorchFunction():
             if isinstance(mixer, Convolution):
                 self._marked_as(seen.query, mixer.value, 3)
@@ -152,7 +156,7 @@ def _in_front_of(
     name, count = f"'{path}' ({type(module).__name__})", value.shape[2]
     if before is None:
         if any(isinstance(part, nn.Conv1d) for part in module.modules()):
-            raise ValueError(f"model must call its short convolutions by causal_conv1d_fn; got {name}, whose own is not seen")
+            raise _unseen_convolution(path, module)
         return None
     reading, output = before
     values = value.detach().transpose(2, 3).flatten(1, 2)
@@ -163,6 +167,11 @@ def _in_front_of(
         raise ValueError(f"model must take its values from its short convolution as they are; got {name}, which changes them")
     assert isinstance(reading.mixer, Convolution)
     return reading.mixer.part(channels, count)
+
+
+def _unseen_convolution(path: str, module: nn.Module) -> ValueError:
+    name = f"'{path}' ({type(module).__name__})"
+    return ValueError(f"model must call its short convolutions by causal_conv1d_fn; got {name}, whose own is not seen")
 
 
 @contextlib.contextmanager
