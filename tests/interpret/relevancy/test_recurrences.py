@@ -489,6 +489,12 @@ def test_edits_of_a_recurrence_are_refused() -> None:
     assert (row - explain(model, INPUTS, method="rollout").relevancy["language"]).abs().max() > 1e-3
 
 
+def test_a_model_without_attention_has_no_edges() -> None:
+    model = made("Mamba", "eager", dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"model must have layers that attend.*got one whose layers all take no softmax"):
+        va.attribute_edges(model, INPUTS, {"first": (3, 5), "last": (8, 9)}, target=7)
+
+
 def test_info_tells_of_them() -> None:
     from vlattn_fast.interpret.explaining.description import described
 
