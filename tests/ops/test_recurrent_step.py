@@ -238,6 +238,19 @@ def test_rows_of_shares(backend: str) -> None:
 
 
 @on("reference", *BACKENDS)
+def test_a_row_of_small_numbers_has_shares(backend: str) -> None:
+    """The sum of a row may be so small that its inverse is no number."""
+    small = torch.ones(1, 1, 9, 1)
+    small[:, :, 5] = 1e-42
+    ones, eye = torch.ones(1, 1, 9, 1), torch.eye(9)[None].requires_grad_()
+    abar = call(backend, row_normalize=True)(eye, small, ones, ones, ones)
+    want = torch.ones(9, 9).tril() / torch.arange(1, 10)[:, None]
+    torch.testing.assert_close(abar[0], want, rtol=1e-4, atol=0)
+    (grad,) = torch.autograd.grad(abar.sum(), eye)
+    torch.testing.assert_close(grad[0], torch.ones(9, 9), rtol=1e-4, atol=0)
+
+
+@on("reference", *BACKENDS)
 @pytest.mark.parametrize("empty", ("b", "h", "n", "d", "dv"))
 def test_empty_sizes(backend: str, empty: str) -> None:
     sizes = {"n": 4, empty: 0} | ({"hq": 0, "hk": 0} if empty == "h" else {})

@@ -32,6 +32,22 @@ class Recurrence:
     diagonal: Tensor | None = None  # (B, H, N)
     reads_before: bool = False  # o_t = S_{t-1}^T q_t + diagonal_t v_t: the state that a token reads is without itself
 
+    def outputs(self) -> Tensor:
+        """o (B, H, N, Dv), token by token."""
+        value = at_least_float32(self.value)
+        query, key = (x.to(value).repeat_interleave(value.shape[1] // x.shape[1], 1) for x in (self.query, self.key))
+        decay = None if self.log_decay is None else self.log_decay.to(value).exp().reshape(*value.shape[:3], -1, 1)
+        state, outputs = torch.zeros_like(key[:, :, 0, :, None] * value[:, :, 0, None]), []
+        for t in range(value.shape[2]):
+            before, written, k = state, value[:, :, t, None], key[:, :, t, :, None]
+            state = state if decay is None else state * decay[:, :, t]
+            if self.beta is not None:
+                written = self.beta[:, :, t, None, None].to(value) * (written - k.mT @ state)
+            state = state + k * written
+            outputs.append(query[:, :, t, None] @ (before if self.reads_before else state))
+        output = torch.cat(outputs, 2)
+        return output if self.diagonal is None else output + self.diagonal[..., None].to(value) * value
+
 
 @dataclass(frozen=True, eq=False)
 class Convolution:
@@ -42,6 +58,14 @@ class Convolution:
     weight: Tensor  # (C, W), the tap of the token itself is the last
     gate: Tensor | None = None  # (B, C, N); None = without an activation
     projection: Tensor | None = None  # (values, C), which makes values of its output; None = it is the values
+
+    def outputs(self, bias: Tensor | None) -> Tensor:
+        """o (B, C, N)."""
+        weight = at_least_float32(self.weight)
+        padded = nn.functional.pad(self.value.to(weight), (weight.shape[1] - 1, 0))
+        bias = None if bias is None else bias.to(weight)
+        summed = nn.functional.conv1d(padded, weight[:, None], bias, groups=len(weight))
+        return summed if self.gate is None else summed * self.gate
 
     def part(self, channels: slice, count: int) -> Convolution:
         """That of some channels, for the last `count` tokens: a cache puts zeros in front of them."""

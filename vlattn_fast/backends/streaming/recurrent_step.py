@@ -31,11 +31,11 @@ Inputs = RecurrentStepInputs | RecurrentStepBackwardInputs
 def forward(inputs: RecurrentStepInputs) -> Tensor:
     """relevancy @ Abar, (B, T, N) -> (B, T, N)."""
     abar = _Abar(inputs)
-    relevancy = inputs.relevancy.to(abar.dtype)
-    weighted, result = relevancy * abar.weight(_row_sums(abar)), torch.zeros_like(relevancy)
+    relevancy, total = inputs.relevancy.to(abar.dtype), _row_sums(abar)
+    result = torch.zeros_like(relevancy)
     for part in abar.parts():
         for tile in part.tiles():
-            result[part.b, :, : tile.stop] += weighted[part.b, :, tile.i] @ tile.each().sum(1)
+            result[part.b, :, : tile.stop] += relevancy[part.b, :, tile.i] @ tile.mean(total)
     return result.to(inputs.relevancy.dtype)
 
 
@@ -63,8 +63,7 @@ def backward(inputs: RecurrentStepBackwardInputs) -> tuple[Tensor | None, ...]:
     if inputs.need_relevancy or total is not None:
         for part in abar.parts():
             for tile in part.tiles():
-                by_relevancy[part.b, :, tile.i] += grad[part.b, :, : tile.stop] @ tile.each().sum(1).mT
-        by_relevancy *= weight
+                by_relevancy[part.b, :, tile.i] += grad[part.b, :, : tile.stop] @ tile.mean(total).mT
     first = by_relevancy.to(inputs.relevancy.dtype) if inputs.need_relevancy else None
     if not inputs.need_inputs:
         return first, *(None,) * 7
@@ -217,6 +216,13 @@ class _Tile:
             return a.mul_(grad_a).clamp_min_(0.0)
         share = a.abs_()
         return share.div_(_divisor(share))
+
+    def mean(self, total: Tensor | None) -> Tensor:
+        """The part of Abar (b, i, stop) that these heads have; its rows over `total` (B, N), whose inverse may be no number."""
+        some = self.each().sum(1)
+        if total is None:
+            return some.div_(self.part.abar.num_heads)
+        return some.div_(total[self.part.b, self.i, None])
 
     def backward(self, by_each: Tensor) -> None:
         """Adds to the gradients what those of `each`, (b, 1, i, stop), give."""

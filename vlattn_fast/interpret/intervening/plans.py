@@ -114,6 +114,8 @@ class Plans:
         if tower is None:
             pairs = [pair for pair in pairs if not pair[0].beside]
         chosen = [pair for pair in pairs if all(name in (None, of.name) for name, of in zip(names, pair, strict=True))]
+        if not self.of_calls:
+            raise ValueError("model must have layers that attend, which have edges; got one whose layers all take no softmax")
         if not chosen:
             known = ", ".join(str((of.name, to.name)) for of, to in pairs)
             raise ValueError(f"tower must be a pair of which the first attends to the second, {known}; got {tower!r}")

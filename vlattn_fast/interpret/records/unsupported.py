@@ -51,7 +51,8 @@ def check_recurrences(ran: Mapping[str, nn.Module], called: Sequence[str]) -> No
     beside attention in the same layer it would be left out."""
     for path, module in ran.items():
         kind = type(module).__name__
-        if kind.endswith(RECURRENT) and not any(f"{caller}.".startswith(f"{path}.") for caller in called):
+        names = (each.__name__ for each in type(module).__mro__)  # a class of a user may stand on one of them
+        if any(name.endswith(RECURRENT) for name in names) and not any(f"{caller}.".startswith(f"{path}.") for caller in called):
             raise ValueError(
                 f"model must recur by functions that are known; got '{path}' ({kind}), which hands on what tokens hold by a "
                 "recurrence that is not seen. method='input_gradient' needs no rule"

@@ -126,7 +126,9 @@ class LiveCalls(Method):
             raise ValueError(
                 f"capture_relevancy does not support dropout in {where}, which is written out by hand. Set its dropout to 0"
             )
-        names = {getattr(value, CONFIG_NAME, None) for value in vars(module).values()}
+        names = set[Any]()  # of the attention, which a call without a softmax has none of
+        if not call.of_one_sequence:
+            names = {getattr(value, CONFIG_NAME, None) for value in vars(module).values()}
         if is_checkpointed() and (written or self.higher_order or names & {SDPA_NAME, ADDITIVE_NAME}):
             needed = "higher_order=False" if self.higher_order else "attn_implementation='sdpa'"
             raise ValueError(

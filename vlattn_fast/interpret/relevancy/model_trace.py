@@ -160,6 +160,8 @@ class Trace(FindsTowers, SeesMixers, Stepwise, TorchFunctionMode):
             return self._score_attention(ScoreAttentionInputs(*args))
         if func is with_sink:
             return self._with_sink(*args)
+        if func is functional.conv1d:
+            self._convolved.add(self._runs[-1])
         path = self._paths[-1]
         if func is functional.multi_head_attention_forward and path is not None:
             if self.finds_towers or self._around_of(path) is not None:

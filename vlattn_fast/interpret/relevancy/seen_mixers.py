@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast.attach.recurrences.reading import Convolution, FunctionCall, Reader, Reading
+from vlattn_fast.attach.recurrences.reading import Convolution, FunctionCall, Reader, Reading, Recurrence
 from vlattn_fast.attach.session import is_checkpointed
 from vlattn_fast.attach.tensor_parallel import has_dtensors
 from vlattn_fast.interpret.relevancy.mixing_call import MixingCall
@@ -21,6 +21,8 @@ from vlattn_fast.interpret.relevancy.tracking.tensor_marks import TensorMarks
 
 # The ends of the names of modules that have no mixer beside their short convolution: LFM2's, and RWKV's feed-forward layer.
 _ALONE = ("ShortConv", "RwkvFeedForward")
+# The packages whose functions compute what their names say. Others may have another recurrence under such a name.
+_KNOWN = ("transformers.", "vlattn_fast.")
 
 
 class SeesMixers:
@@ -38,6 +40,7 @@ class SeesMixers:
 
     def _begin_mixers(self) -> None:
         self._convolutions: dict[int, tuple[Reading, Tensor]] = {}  # by the module's run: the last one, and its output
+        self._convolved = set[int]()  # the runs of modules that called torch's convolution themselves
         self._aside = False  # a model's function computes, and the trace sees nothing
 
     def recur(self, reader: Reader, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -47,12 +50,20 @@ class SeesMixers:
             return function(*args, **kwargs)
         module = self.model.get_submodule(path)
         call = FunctionCall(function, args, kwargs, module)
-        with _unsaved():  # a checkpoint's second run has no reader
-            reading = reader(call)
+        is_foreign = not str(getattr(function, "__module__", "")).startswith(_KNOWN)
+        try:
+            with _unsaved():  # a checkpoint's second run has no reader
+                reading = reader(call)
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:  # of other arguments
+            if is_foreign:
+                raise _another(path, module) from error
+            raise
         _check(reading, call, path)
         with self._computing():
             result = function(*args, **kwargs)
-        output, mixer = reading.output_of(result), reading.mixer
+            output, mixer = reading.output_of(result), reading.mixer
+            if is_foreign and not _computes(mixer, call, output):
+                raise _another(path, module)
         if isinstance(mixer, Convolution) and recurs(module):
             self._convolutions[self._runs[-1]] = reading, output
             return reading.with_output(result, self._marked_as(output, mixer.value))
@@ -61,7 +72,10 @@ class SeesMixers:
                 f"model must recur by functions that are known; got '{path}' ({type(module).__name__}), whose short convolution "
                 "stands in front of a recurrence that is not seen, or of attention"
             )
-        seen = _mixing_call(path, module, reading, output, self._convolutions.get(self._runs[-1]), self._computing)
+        before = self._convolutions.get(self._runs[-1])
+        if before is None and self._runs[-1] in self._convolved and reading.channels is not None:
+            raise _unseen_convolution(path, module)
+        seen = _mixing_call(path, module, reading, output, before, self._computing)
         with torch._C.DisableTorchFunction():
             if isinstance(mixer, Convolution):
                 self._marked_as(seen.query, mixer.value, 3)
@@ -89,6 +103,20 @@ def _check(reading: Reading, call: FunctionCall, path: str) -> None:
         raise ValueError(
             f"model must run each layer on its whole sequence; got '{path}' ({type(call.module).__name__}), which {why}"
         )
+
+
+@torch.no_grad()
+def _computes(mixer: Recurrence | Convolution, call: FunctionCall, output: Tensor) -> bool:
+    """Whether a function's output is what its name stands for."""
+    expected = mixer.outputs() if isinstance(mixer, Recurrence) else mixer.outputs(call["bias"])
+    return output.shape == expected.shape and not (output.to(expected) - expected).norm() > 0.05 * expected.norm()
+
+
+def _another(path: str, module: nn.Module) -> ValueError:
+    return ValueError(
+        f"model must recur by functions that are known; got '{path}' ({type(module).__name__}), whose function has the name "
+        "of one of transformers, and has other arguments or computes something else. method='input_gradient' needs no rule"
+    )
 
 
 def _mixing_call(
@@ -128,7 +156,7 @@ def _in_front_of(
     name, count = f"'{path}' ({type(module).__name__})", value.shape[2]
     if before is None:
         if any(isinstance(part, nn.Conv1d) for part in module.modules()):
-            raise ValueError(f"model must call its short convolutions by causal_conv1d_fn; got {name}, whose own is not seen")
+            raise _unseen_convolution(path, module)
         return None
     reading, output = before
     values = value.detach().transpose(2, 3).flatten(1, 2)
@@ -139,6 +167,11 @@ def _in_front_of(
         raise ValueError(f"model must take its values from its short convolution as they are; got {name}, which changes them")
     assert isinstance(reading.mixer, Convolution)
     return reading.mixer.part(channels, count)
+
+
+def _unseen_convolution(path: str, module: nn.Module) -> ValueError:
+    name = f"'{path}' ({type(module).__name__})"
+    return ValueError(f"model must call its short convolutions by causal_conv1d_fn; got {name}, whose own is not seen")
 
 
 @contextlib.contextmanager
