@@ -71,7 +71,7 @@ def build(what: str, delta: bool, sizes: Sizes, device: torch.device, dtype: tor
     bound = attention(partial(sdpa, is_causal=True))
     floor = passes(sizes, dtype, *work)
     maps = 3 if what == STEP else 6
-    return operator_problem(
+    problem = operator_problem(
         "recurrent_step",
         arguments,
         tensors,
@@ -83,6 +83,8 @@ def build(what: str, delta: bool, sizes: Sizes, device: torch.device, dtype: tor
         floor,
         rivals=rivals,
     )
+    # A loop over thousands of tokens is no graph.
+    return problem._replace(variants={name: one for name, one in problem.variants.items() if not one.compiled})
 
 
 def _all(name: str, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@
 // Decays are multiplied and never divided by, so none is too strong.
 // A task has some tiles of some heads of a sample, and a partial result. How tiles are dealt out depends on the call's sizes alone,
 // and partial results are added in their order: the bits are those of any number of threads.
-// Not measured yet: benchmarks/recurrent_step.py.
+// Measured: rows recurrent_step of benchmarks/results/cpu.json.
 #include "products.h"
 #include "rows.h"
 
