@@ -230,3 +230,59 @@ def test_the_table_sees_tokens_that_meet_beside_attention(mixer, beside):
         model.model.layers[0].feed_forward.register_forward_hook(lambda module, args, states: states + states.roll(1, 1))
     inputs = {"input_ids": torch.tensor([words(6)]), "attention_mask": torch.ones(1, 6, dtype=torch.long)}
     assert mixed_beside_attention(model, inputs, torch.tensor([5])) == beside
+
+
+# --- a record of another class ---
+
+
+class OwnDecoder(torch.nn.Module):
+    """A class of a user's own, with a language model of transformers where that has its parts."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.lm_head, self.config = model.model, model.lm_head, model.config
+
+    def forward(self, input_ids, attention_mask=None, **options):
+        states = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        return transformers.modeling_outputs.CausalLMOutput(logits=self.lm_head(states))
+
+
+def test_a_borrowed_record():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**{name: value for name, value in LLAMA.items() if name != "model_type"})
+    model = lively(transformers.LlamaForCausalLM(config)).eval().double()
+    inputs = {"input_ids": torch.tensor([words(5)]), "attention_mask": torch.ones(1, 5, dtype=torch.long)}
+    own = OwnDecoder(model)
+    for options in ({}, {"answer": [7, 9]}, {"method": "weighted"}):
+        want = explain(model, inputs, **options)
+        for name in ("LlamaForCausalLM", "MistralForCausalLM"):  # listed, derived
+            got = explain(own, inputs, like=name, **options)
+            assert torch.allclose(want.relevancy["language"], got.relevancy["language"], atol=BOUNDS[torch.float64])
+            assert want.token_ids == got.token_ids
+    with pytest.raises(ValueError, match=r"got OwnDecoder\. like='\w+' borrows the record of a class that has the same towers"):
+        explain(own, inputs, answer=[7])
+    with pytest.raises(
+        ValueError, match=r"like must be the name of a class with a record, as 'LlamaForCausalLM'.*got 'LamaForCa"
+    ):
+        explain(own, inputs, like="LamaForCausalLM")
+    with pytest.raises(
+        ValueError, match=r"like must name a class with the towers of OwnDecoder; got 'GPT2LMHeadModel', which has 't"
+    ):
+        explain(own, inputs, like="GPT2LMHeadModel")
+    with pytest.raises(TypeError, match="like must be the name of a class with a record; got type"):
+        explain(own, inputs, like=transformers.LlamaForCausalLM)
+
+
+def test_pictures_beside_a_decoder_with_gates():
+    """One picture is the vision tower's tokens, and has a map. Several stand in one call that the tower saw apart."""
+    model = small_model(transformers.IdeficsForVisionText2Text)
+    inputs = next(iter(inputs_of("image-text", model)))()
+    inputs |= {"pixel_values": inputs["pixel_values"].reshape(2, 1, 3, 32, 32)}
+    inputs["image_attention_mask"] = torch.ones(*inputs["input_ids"].shape, 1)
+    single = explain(model, inputs)
+    assert list(single.relevancy) == ["language", "vision"] and single.image.shape == (2, 4, 4)
+    assert (single.image > 0).any()
+    several = {"pixel_values": inputs["pixel_values"].expand(-1, 2, -1, -1, -1)}
+    several["image_attention_mask"] = torch.ones(*inputs["input_ids"].shape, 2)
+    with pytest.raises(ValueError, match="tower 'vision' on whole inputs; got a batch of 4 for 2 scores"):
+        explain(model, inputs | several)
