@@ -1,11 +1,10 @@
 """Programs of Python, each in a new process that has imported torch and nothing else: one process imports it and forks them.
 
-It serves all tests of this process, `python -m tests.helpers.programs`: a line of its input is a program as JSON.
+A line of its input is a program as JSON.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import subprocess
@@ -17,28 +16,22 @@ from typing import Any
 
 import torch  # noqa: F401  for the programs
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers import forking
+
+_PROCESS = forking.Forking("tests.helpers.programs")
 
 
 def run(code: str, *arguments: str | Path, text: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
     """As `python -c code arguments` in the repository, with `text` as its input and these variables beside those of this process.
     What torch reads at its import is this process's."""
-    process = _forking()
-    assert process.stdin and process.stdout
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "in").write_text(text)
         variables = {**os.environ, **environment}
         asked = {"code": code, "arguments": [*map(str, arguments)], "environment": variables, "folder": folder}
-        print(json.dumps(asked), file=process.stdin, flush=True)
-        status = int(process.stdout.readline())
+        status = _PROCESS.ask(json.dumps(asked))
+        assert status.lstrip("-").isdigit(), status
         said = [(Path(folder) / name).read_text() for name in ("out", "err")]
-    return subprocess.CompletedProcess(code, status, *said)
-
-
-@functools.cache
-def _forking() -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tests.helpers.programs"]
-    return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return subprocess.CompletedProcess(code, int(status), *said)
 
 
 def _forked(code: str, arguments: list[str], environment: dict[str, str], folder: str) -> int:
@@ -68,6 +61,4 @@ def _forked(code: str, arguments: list[str], environment: dict[str, str], folder
 
 
 if __name__ == "__main__":
-    for line in sys.stdin:
-        print(_forked(**json.loads(line)), flush=True)
-    os._exit(0)  # at once: nothing is left to do
+    forking.answer(lambda line: _forked(**json.loads(line)))

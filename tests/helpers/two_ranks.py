@@ -1,16 +1,13 @@
 """Two processes of one group. A process that has imported what they need forks them: a fork starts in no time.
 
-It serves all tests of this process, `python -m tests.helpers.two_ranks`: a line of its input names a module, a function and a
-folder. Each rank calls the function and saves the tensors or words that it returns, by name, as <folder>/<rank>.pt.
+A line of its input names a module, a function and a folder. Each rank calls the function and saves the tensors or words that it
+returns, by name, as <folder>/<rank>.pt.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib
 import os
-import select
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,30 +15,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 300
+from tests.helpers import forking
+
+_PROCESS = forking.Forking("tests.helpers.two_ranks")
 SAID = "said"  # in the folder: what ranks print
 
 
 def results_of(module: str, function: str, folder: Path) -> list[dict[str, Any]]:
     """What the function returns in each of the two processes."""
-    process = _forking()
-    assert process.stdin and process.stdout
-    print(module, function, folder, file=process.stdin, flush=True)
-    answers = select.select([process.stdout], [], [], SECONDS)[0]
-    status = process.stdout.readline().strip() if answers else f"no answer in {SECONDS} seconds"
+    status = _PROCESS.ask(f"{module} {function} {folder}")
     if status != "0":
-        process.kill()
-        _forking.cache_clear()
         said = folder / SAID
         raise AssertionError(f"{status}\n{said.read_text(errors='replace') if said.exists() else ''}")
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
-
-
-@functools.cache
-def _forking() -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tests.helpers.two_ranks"]
-    return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def main(module: str, function: str, folder: str) -> int:
@@ -77,6 +63,4 @@ def main(module: str, function: str, folder: str) -> int:
 
 
 if __name__ == "__main__":
-    for line in sys.stdin:
-        print(main(*line.split()), flush=True)
-    os._exit(0)  # at once: nothing is left to do
+    forking.answer(lambda line: main(*line.split()))
