@@ -2,5 +2,5 @@
 
 In: a call of such a function, as the model makes it.
 Out: its map, as query, key, value and gates of a recurrence, or as the taps of a short convolution.
-Imports: nothing.
+Imports: _ground.
 """

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlattn_fast._ground.tensors import compute_dtype
+
 
 @dataclass(frozen=True, eq=False)
 class Recurrence:
@@ -131,4 +133,4 @@ def _signature(function: Callable[..., Any]) -> inspect.Signature:
 
 def at_least_float32(tensor: Tensor) -> Tensor:
     """The tensor in float32, or in float64 where it is."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor.to(compute_dtype(tensor))

@@ -31,23 +31,24 @@ Inputs = RecurrentStepInputs | RecurrentStepBackwardInputs
 def forward(inputs: RecurrentStepInputs) -> Tensor:
     """relevancy @ Abar, (B, T, N) -> (B, T, N)."""
     abar = _Abar(inputs)
-    relevancy, total = inputs.relevancy.to(abar.dtype), _row_sums(abar)
+    relevancy, divisors = inputs.relevancy.to(abar.dtype), _divisors(abar)
     result = torch.zeros_like(relevancy)
     for part in abar.parts():
         for tile in part.tiles():
-            result[part.b, :, : tile.stop] += relevancy[part.b, :, tile.i] @ tile.mean(total)
+            result[part.b, :, : tile.stop] += relevancy[part.b, :, tile.i] @ tile.over(divisors)
     return result.to(inputs.relevancy.dtype)
 
 
-def _row_sums(abar: _Abar) -> Tensor | None:
-    """The sums over heads and keys by which rows are divided, (B, N), 1 for a zero row; None without row_normalize."""
-    if not abar.inputs.row_normalize:
-        return None
+def _divisors(abar: _Abar) -> Tensor:
+    """The divisors of the rows (B, N) of a sum over the heads: their number, or the row's sum with row_normalize. An inverse may
+    be no number."""
     total = abar.query.new_zeros(abar.query.shape[0], abar.query.shape[2])
+    if not abar.inputs.row_normalize:
+        return total.fill_(max(1, abar.num_heads))
     for part in abar.parts():
         for tile in part.tiles():
             total[part.b, tile.i] += tile.each().sum((1, 3))
-    return torch.where(total == 0, 1.0, total)
+    return _not_zero(total)
 
 
 def backward(inputs: RecurrentStepBackwardInputs) -> tuple[Tensor | None, ...]:
@@ -57,24 +58,23 @@ def backward(inputs: RecurrentStepBackwardInputs) -> tuple[Tensor | None, ...]:
     """
     abar = _Abar(inputs)
     relevancy, grad = inputs.relevancy.to(abar.dtype), inputs.grad.to(abar.dtype)
-    total = _row_sums(abar)
-    weight = abar.weight(total)
+    divisors = _divisors(abar)
     by_relevancy = torch.zeros_like(relevancy)
-    if inputs.need_relevancy or total is not None:
+    if inputs.need_relevancy or inputs.row_normalize:
         for part in abar.parts():
             for tile in part.tiles():
-                by_relevancy[part.b, :, tile.i] += grad[part.b, :, : tile.stop] @ tile.mean(total).mT
+                by_relevancy[part.b, :, tile.i] += grad[part.b, :, : tile.stop] @ tile.over(divisors).mT
     first = by_relevancy.to(inputs.relevancy.dtype) if inputs.need_relevancy else None
     if not inputs.need_inputs:
         return first, *(None,) * 7
     # a row that is divided by its sum: the gradient of the sum is that of all of the row's numbers
-    of_sum = None if total is None else (relevancy * by_relevancy).sum(1)
-    weighted, gradients = relevancy * weight, abar.zeros()
+    of_sum = (relevancy * by_relevancy).sum(1) / divisors if inputs.row_normalize else None
+    weighted, gradients = relevancy / divisors[:, None], abar.zeros()
     for part in abar.parts(gradients):
         for tile in part.tiles():
             by_each = weighted[part.b, :, tile.i].mT @ grad[part.b, :, : tile.stop]
-            if total is not None and of_sum is not None:
-                by_each -= (of_sum / total)[part.b, tile.i, None]
+            if of_sum is not None:
+                by_each -= of_sum[part.b, tile.i, None]
             tile.backward(by_each[:, None])
         part.backward()
     return first, *gradients.result(abar)
@@ -107,10 +107,6 @@ class _Abar:
         for b in range(0, batch, step_b):
             for h in range(0, heads, step_h):
                 yield _Part(self, slice(b, min(b + step_b, batch)), slice(h, min(h + step_h, heads)), gradients)
-
-    def weight(self, total: Tensor | None) -> Tensor | float:
-        """The factor of a row's sum over the heads."""
-        return 1.0 / max(1, self.num_heads) if total is None else 1.0 / total[:, None]
 
     def zeros(self) -> Gradients:
         """Sums for the gradients of all parts: of query, key, value, grad_output, decay, beta and diagonal."""
@@ -215,14 +211,11 @@ class _Tile:
         if grad_a is not None:
             return a.mul_(grad_a).clamp_min_(0.0)
         share = a.abs_()
-        return share.div_(_divisor(share))
+        return share.div_(_not_zero(share.sum(-1, keepdim=True)))
 
-    def mean(self, total: Tensor | None) -> Tensor:
-        """The part of Abar (b, i, stop) that these heads have; its rows over `total` (B, N), whose inverse may be no number."""
-        some = self.each().sum(1)
-        if total is None:
-            return some.div_(self.part.abar.num_heads)
-        return some.div_(total[self.part.b, self.i, None])
+    def over(self, divisors: Tensor) -> Tensor:
+        """The part of Abar (b, i, stop) that these heads have, its rows over `divisors` (B, N)."""
+        return self.each().sum(1).div_(divisors[self.part.b, self.i, None])
 
     def backward(self, by_each: Tensor) -> None:
         """Adds to the gradients what those of `each`, (b, 1, i, stop), give."""
@@ -242,7 +235,7 @@ class _Tile:
             by_a = by_each * grad_a
         else:
             size = a.abs()
-            total = _divisor(size)
+            total = _not_zero(size.sum(-1, keepdim=True))
             by_a = (by_each - (by_each * size).sum(-1, keepdim=True) / total) / total * a.sign()
         by_a = by_a.tril_(self.i.start)
         if grads.diagonal is not None:
@@ -303,8 +296,8 @@ class _Tile:
         return product.tril_(self.i.start)
 
 
-def _divisor(share: Tensor) -> Tensor:
-    total = share.sum(-1, keepdim=True)
+def _not_zero(total: Tensor) -> Tensor:
+    """1 for a sum of zero: the numbers of the row, which are zero, stay so."""
     return torch.where(total == 0, 1.0, total)
 
 

@@ -27,9 +27,8 @@ def replacements(root: nn.Module) -> Iterator[tuple[Any, str, Any]]:
             yield module, attribute, _handed(reader, getattr(module, attribute))
         elif written is not None:
             yield module, attribute, functools.partial(_written, written, module, getattr(module, attribute))
-        files = [sys.modules.get(kind.__module__) for kind in type(module).__mro__ if kind not in (nn.Module, object)]
-        for target in (module, *files):
-            if target is None or id(target) in seen:
+        for target in _with_files(module):
+            if id(target) in seen:
                 continue
             seen.add(id(target))
             for name in named_in(target):
@@ -46,10 +45,15 @@ def named_in(target: Any) -> list[str]:
 
 def recurs(module: nn.Module) -> bool:
     """Whether the file of a module's class has a recurrence: then its short convolutions stand in front of it."""
-    files = [sys.modules.get(kind.__module__) for kind in type(module).__mro__ if kind not in (nn.Module, object)]
-    return any(name in FUNCTIONS for target in (module, *files) if target is not None for name in named_in(target)) or any(
+    return any(name in FUNCTIONS for target in _with_files(module) for name in named_in(target)) or any(
         kind.__name__ in CLASSES for part in module.modules() for kind in type(part).__mro__
     )
+
+
+def _with_files(module: nn.Module) -> list[Any]:
+    """A module of torch, and the files of its classes."""
+    files = [sys.modules.get(kind.__module__) for kind in type(module).__mro__ if kind not in (nn.Module, object)]
+    return [module, *(file for file in files if file is not None)]
 
 
 def _written(written: Callable[..., Any], module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
