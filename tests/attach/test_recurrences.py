@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tests.helpers.recurrent_calls import CALLS
-from tools.models.stored import Double
+from tools.models.stored import in_double
 from vlattn_fast.attach.recurrences import lightning, rg_lru, rwkv
 from vlattn_fast.attach.recurrences.reading import FunctionCall, Reading, Recurrence
 from vlattn_fast.attach.recurrences.table import CLASSES, FUNCTIONS
@@ -59,12 +58,10 @@ def by_impulses(reading: Reading) -> Tensor:
 
 
 @pytest.fixture(autouse=True)
-def double() -> Any:
+def double() -> Iterator[None]:
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    with Double():
+    with in_double():
         yield
-    torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tools.models.inputs import texts
 from tools.models.shrink import small_model
-from tools.models.stored import Double
+from tools.models.stored import in_double
 from vlattn_fast.attach.recurrences.table import FORWARDS
 
 MODELS = {
@@ -25,11 +25,9 @@ MODELS = {
 
 
 @pytest.fixture
-def in_double() -> Any:
-    torch.set_default_dtype(torch.float64)
-    with Double():
+def double() -> Iterator[None]:
+    with in_double():
         yield
-    torch.set_default_dtype(torch.float32)
 
 
 def test_each_forward_has_a_model() -> None:
@@ -37,7 +35,7 @@ def test_each_forward_has_a_model() -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_output_is_the_models(name: str, in_double: None) -> None:
+def test_the_output_is_the_models(name: str, double: None) -> None:
     import transformers
 
     model = small_model(getattr(transformers, MODELS[name]))
@@ -65,7 +63,7 @@ def test_the_output_is_the_models(name: str, in_double: None) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_cache_is_refused(name: str, in_double: None) -> None:
+def test_a_cache_is_refused(name: str, double: None) -> None:
     import transformers
 
     model = small_model(getattr(transformers, MODELS[name]))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tools.models.inputs import inputs_of
 from tools.models.mixers import each_within
 from tools.models.shrink import small_model
-from tools.models.stored import Double, Maps, stored_rows, stored_rows_between
+from tools.models.stored import Double, Maps, in_double, stored_rows, stored_rows_between
 from vlattn_fast.interpret import Action, explain
 
 BOUND = 1e-9  # of a row's largest value beside the identity
@@ -244,13 +244,8 @@ def embedding_of(part: Any) -> nn.Module | None:
 
 def outcome_of(mapping: str, name: str, judge: Judge = compared) -> Row:
     """The row of a class of transformers, by the mapping that it stands in."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with Double():
-            return _outcome_of(mapping, name, judge)
-    finally:
-        torch.set_default_dtype(before)
+    with in_double():
+        return _outcome_of(mapping, name, judge)
 
 
 def _outcome_of(mapping: str, name: str, judge: Judge) -> Row:

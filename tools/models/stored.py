@@ -6,8 +6,9 @@ A forward pass with eager attention keeps its maps, and one backward pass gives 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +28,18 @@ class Double(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         func = Tensor.double if func is Tensor.float else func
         return func(*map(_double, args), **{name: _double(value) for name, value in (kwargs or {}).items()})
+
+
+@contextlib.contextmanager
+def in_double() -> Iterator[None]:
+    """A context in which models are made and run in float64."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with Double():
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _double(value: Any) -> Any:

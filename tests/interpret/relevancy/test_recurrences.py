@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import vlattn_fast as va
 from tools.models.mixers import Mixed, each_within
 from tools.models.shrink import lively
-from tools.models.stored import Double, Maps, stored_rows
+from tools.models.stored import Double, Maps, in_double, stored_rows
 from vlattn_fast.attach.recurrences.reading import Convolution
 from vlattn_fast.interpret import explain
 from vlattn_fast.interpret.relevancy.mixing_call import MixingCall
@@ -69,11 +69,8 @@ def score_of(outputs: Any) -> Tensor:
 @pytest.fixture
 def double() -> Iterator[None]:
     """The recurrences ask for float32."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    with Double():
+    with in_double():
         yield
-    torch.set_default_dtype(before)
 
 
 def shares(rows: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from tools.models.compare import next_logits
 from tools.models.mixers import Mixed, each_within
 from tools.models.shrink import small_model
-from tools.models.stored import Double, Maps, stored_rows
+from tools.models.stored import Double, Maps, in_double, stored_rows
 from vlattn_fast.attach.session import overridden
 from vlattn_fast.interpret import explain
 from vlattn_fast.interpret.relevancy.recurrent_calls import replacements
@@ -34,16 +33,6 @@ INPUTS = {"input_ids": IDS, "attention_mask": MASK}
 def double() -> Iterator[None]:
     with in_double():
         yield
-
-
-@contextlib.contextmanager
-def in_double() -> Iterator[None]:
-    """The recurrences ask for float32."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    with Double():
-        yield
-    torch.set_default_dtype(before)
 
 
 def made(kind: str, implementation: str | None = None) -> Any:
