@@ -296,6 +296,11 @@ def test_what_is_refused() -> None:
         term_of("relevancy", model, score="logits")
     with pytest.raises(TypeError, match="image_mask must be the name of one of the model's inputs"):
         term_of("congruence", model_of("congruence"), image_mask=torch.ones(2, 5))
+    with term_of("congruence", model := model_of("congruence").train(), text_mask="attention_maks"):
+        with pytest.raises(
+            ValueError, match="text_mask must name one of the model's inputs; got 'attention_maks', and the inputs"
+        ):
+            model(**batches("congruence")[0])
     trainer = trainer_of("relevancy", label_smoothing_factor=0.1)
     trainer.add_callback(term_of("relevancy", trainer.model).trainer_callback(trainer))
     with pytest.raises(ValueError, match="trainer must take the loss from the model's outputs.*label_smoother"):

@@ -5,6 +5,7 @@ A training loop that takes the loss from the model's outputs, as Trainer of tran
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -20,6 +21,8 @@ from vlattn_fast.nn.capture_relevancy import capture_relevancy
 from vlattn_fast.nn.congruence_loss import CongruenceLoss
 from vlattn_fast.nn.relevancy_loss import RelevancyLoss
 from vlattn_fast.train.attached import Attached, Mean
+
+_MASK = "attention_mask"  # the name that models of transformers have for it; a model of one's own may have none
 
 
 class Term(Attached):
@@ -103,7 +106,8 @@ class CongruenceTerm(Term):
         model: any model that `capture_attention` takes; wrappers (DDP, FSDP, torch.compile) are allowed, and a compiled
             model runs uncompiled.
         loss: a `CongruenceLoss`, with its weight and schedule.
-        text_mask, image_mask: the names of the model's inputs with 1 for each real token; None = the layer's own mask.
+        text_mask, image_mask: the names of the model's inputs with 1 for each real token; None, and an input that a batch leaves
+            out, = the layer's own mask.
         layers, modality: as in `capture_attention`; one layer.
         every: steps from one log to the next.
 
@@ -118,7 +122,7 @@ class CongruenceTerm(Term):
         model: nn.Module,
         loss: CongruenceLoss,
         *,
-        text_mask: str | None = "attention_mask",
+        text_mask: str | None = _MASK,
         image_mask: str | None = None,
         layers: int = -1,
         modality: Mapping[str, str] | None = None,
@@ -140,6 +144,10 @@ class CongruenceTerm(Term):
         super()._enter(stack)
 
     def _value(self, batch: dict[str, Any], outputs: Any) -> Tensor:
+        takes = inspect.signature(self.model.forward).parameters
+        for name, key in self._masks.items():
+            if key not in {None, _MASK, *takes, *batch}:
+                raise ValueError(f"{name} must name one of the model's inputs; got {key!r}, and the inputs {', '.join(batch)}")
         named = ((name, batch.get(key)) for name, key in self._masks.items() if key is not None)
         masks = {name: mask.bool() for name, mask in named if mask is not None}
         return self.loss(self._capture, **masks, step=self.step).mean()
