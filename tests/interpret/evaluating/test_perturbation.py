@@ -370,3 +370,24 @@ def test_a_batch_whose_tiles_cannot_be_told_apart(monkeypatch):
     first = {name: value[: 7 if name == "pixel_values" else 1] for name, value in both.items()}
     result = va.evaluate(decoder.model, [(first, None, None)], tests=("deletion",), steps=[0, 1])
     assert rows(result)["gradient", "deletion", "text"]["samples"] == 1
+
+
+def test_a_picture_without_patches_is_no_padding():
+    """SmolVLM, as Idefics 3, leaves out pictures of zeros; then its placeholders would have no features."""
+    from tools.models.inputs import inputs_of
+    from tools.models.shrink import small_model
+
+    model = small_model(transformers.SmolVLMForConditionalGeneration)
+    made = (make() for make in inputs_of("image-text", model))
+    inputs = next(
+        one for one in made if one["pixel_values"].ndim == 5 and (one["input_ids"] == model.config.image_token_id).any()
+    )
+    options = dict(
+        methods=["gradient"], tests=["deletion"], steps=(0.0, 1.0), probability=lambda outputs: outputs.logits[:, -1, 3]
+    )
+    got = va.evaluate(model, [(inputs, None, None)], **options).value("gradient", "deletion", "image")
+    blank = torch.zeros_like(inputs["pixel_values"])
+    blank[:, :, 0, 0, 0] = 1e-30
+    with torch.no_grad():
+        ends = [model(**{**inputs, "pixel_values": pixels}).logits[:, -1, 3] for pixels in (inputs["pixel_values"], blank)]
+    assert got == pytest.approx(torch.stack(ends).mean().item(), abs=1e-6)

@@ -140,6 +140,28 @@ def test_evaluate_takes_an_action():
     assert values == [called.value(method, test, "text") for method in options["methods"] for test in options["tests"]]
 
 
+def test_evaluate_removes_patches_of_each_camera():
+    model, inputs, action = policy(), seen(), va.Action(2, step=1, time=0.5)
+    got = va.evaluate(model, [(inputs, action, None)], methods=["gradient"], tests=["positive"], steps=(0.0, 0.5, 1.0))
+    maps = va.explain(model, inputs, target=action).image.flatten(1)
+    timed = {**inputs, "timestep": torch.full((2,), 0.5).double()}
+    cameras, areas = [[(0, 0), (0, 1)], [(1, 0)]], []
+    for row, places in enumerate(cameras):
+        values = torch.cat([part for part, owner in zip(maps, (0, 0, 1), strict=True) if owner == row])
+        scores = []
+        for share in (1.0, 0.5, 0.0):
+            stays = torch.zeros(len(values)).double()
+            stays[values.argsort()[: int(share * len(values))]] = 1
+            pixels = inputs["pixel_values"].clone()
+            for place, cells in zip(places, stays.view(-1, 2, 2), strict=True):
+                pixels[place] *= cells.kron(torch.ones(4, 4).double())
+            with torch.no_grad():
+                scores.append(-model(**{**timed, "pixel_values": pixels}).logits[row, 1, 2])
+        areas.append((scores[0] + 2 * scores[1] + scores[2]) / 4)
+    assert got.value("gradient", "positive", "image") == pytest.approx(torch.stack(areas).mean().item(), abs=1e-6)
+    assert got.value("gradient", "positive", "text") is not None
+
+
 def test_edges_of_what_a_policy_sees():
     model, inputs, groups, action = policy(), seen(), ["image", "text"], va.Action(2, step=1, time=0.5)
     timed = {**inputs, "timestep": torch.full((2,), 0.5).double()}

@@ -88,8 +88,12 @@ class Sample:
         """The inputs of the image with these patches or regions alone."""
         if self.regions is None:
             stays = torch.zeros(self.count("image"), dtype=torch.bool).index_fill_(0, chosen, True)
-            sizes = _real_sizes(self.inputs["pixel_values"], self.inputs)
-            return {"pixel_values": _masked(self.inputs["pixel_values"], sizes, self.grids or [], stays)}
+            pixels, real = _pictures(self.inputs)
+            masked = _masked(pixels, _real_sizes(self.inputs), self.grids or [], stays)
+            if real is not None:
+                masked[:, 0, 0, 0] += torch.finfo(masked.dtype).tiny  # Idefics takes a picture of zeros for padding
+                masked = self.inputs["pixel_values"].index_put((real,), masked)
+            return {"pixel_values": masked}
         index = self.regions[chosen]
         if not len(index) and "visual_feats" in self.inputs:  # Hugging Face's LXMERT cannot run without any box
             visual = ((name, value) for name, value in self._tensors() if name.startswith("visual_"))
@@ -100,10 +104,26 @@ class Sample:
         return ((name, value) for name, value in self.inputs.items() if isinstance(value, Tensor))
 
 
-def _real_sizes(pixels: Tensor, inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """Height and width of each image of pixels (images, C, H, W), without the padding that `pixel_mask` (images, H, W) or
+def _pictures(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """Pixels without a dimension of samples, and None; or, of pixels (B, S, C, H, W), the pictures (images, C, H, W) and where they
+    are, bool (B, S): a sample with fewer than S has padding, which `pixel_attention_mask`, (B, S) or (B, S, H, W), leaves out
+    and whose pixels are zeros."""
+    pixels, real = inputs["pixel_values"], inputs.get("pixel_attention_mask")
+    if pixels.ndim != 5:
+        return pixels, None
+    real = real if isinstance(real, Tensor) else pixels != 0
+    real = real.bool() if real.ndim == 2 else real.flatten(2).any(-1)
+    return pixels[real], real
+
+
+def _real_sizes(inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Height and width of each image, without the padding that `pixel_mask` (images, H, W), `pixel_attention_mask` (B, S, H, W) or
     `image_sizes` (images, 2) tell."""
+    pixels, real = _pictures(inputs)
     mask, sizes = inputs.get("pixel_mask"), inputs.get("image_sizes")
+    if real is not None:
+        mask, sizes = inputs.get("pixel_attention_mask"), None
+        mask = mask[real] if isinstance(mask, Tensor) and mask.ndim == 4 else None
     if isinstance(mask, Tensor):
         return [(int(each[:, 0].sum()), int(each[0].sum())) for each in mask]
     if isinstance(sizes, Tensor):
@@ -144,7 +164,7 @@ def split(record: Family | None, inputs: Mapping[str, Any], count: int, shown: A
             asking = read.position(record.scoring.kind(inputs, (removable.shape[0], removable.shape[1])))
             removable = removable if asking is None else removable.scatter(1, asking[:, None].cpu(), False)
     region_boxes, pixels = getattr(shown, "boxes", None), inputs.get("pixel_values")
-    if grids and not _fit(pixels, grids, inputs):
+    if grids and not _fit(pixels, grids, [list(owners).count(number) for number in range(count)], inputs):
         grids = []
     pictures = _pictures_of_maps(grids, len(pixels)) if grids and isinstance(pixels, Tensor) and pixels.ndim == 4 else None
     problem = None
@@ -168,6 +188,7 @@ def split(record: Family | None, inputs: Mapping[str, Any], count: int, shown: A
             columns = removable[number].nonzero()[:, 0]
             entries = removable[number][text[number]].nonzero()[:, 0]
         rows = images if images is None or pictures is None else [row for index in images for row in pictures[index]]
+        rows = None if isinstance(pixels, Tensor) and pixels.ndim == 5 else rows  # pictures of a sample lie together
         alone = _alone(inputs, number, count, rows)
         filled = record is not None and record.names != NAMES  # its positions are those of the longest text
         samples.append(Sample(alone, columns, entries, own_grids, regions, boxes, problem, filled))
@@ -205,16 +226,20 @@ def _words(record: Family | None, inputs: Mapping[str, Any], shown: Any) -> Tens
     return real & (place > 1) & (place < place[:, -1:])
 
 
-def _fit(pixels: Any, grids: list[tuple[int, int]], inputs: Mapping[str, Any]) -> bool:
-    """Whether patches can be told apart in `pixel_values`. ValueError for an image that is no whole number of patches."""
+def _fit(pixels: Any, grids: list[tuple[int, int]], counts: list[int], inputs: Mapping[str, Any]) -> bool:
+    """Whether patches can be told apart in `pixel_values`, of which each sample has `counts` maps. ValueError for an image that is
+    no whole number of patches."""
     if not isinstance(pixels, Tensor):
         return False
     if pixels.ndim == 2:
         return inputs.get("image_grid_thw") is not None and pixels.shape[0] % sum(h * w for h, w in grids) == 0
+    pixels, real = _pictures(inputs)
+    if real is not None and real.sum(1).tolist() != counts:
+        return False
     if pixels.ndim != 4 or (pictures := _pictures_of_maps(grids, len(pixels))) is None:
         return False
     shapes = [min(grids) if len(grids) < len(pixels) else grid for grid, rows in zip(grids, pictures, strict=True) for _ in rows]
-    for (height, width), (h, w) in zip(_real_sizes(pixels, inputs), shapes, strict=True):
+    for (height, width), (h, w) in zip(_real_sizes(inputs), shapes, strict=True):
         if height % h or width % w:
             raise ValueError(f"pixel_values must be a whole number of patches, {h} x {w}; got {height} x {width} pixels")
     return True
