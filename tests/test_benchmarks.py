@@ -4,6 +4,10 @@ import contextlib
 import importlib
 import json
 import math
+import multiprocessing
+import os
+import select
+import time
 from dataclasses import replace
 from unittest import mock
 
@@ -286,6 +290,29 @@ def test_variants_in_processes_of_their_own():
         assert row["rounds"] == 2 and row["ratio_to_bound"] == row["p50_us"] / rows[0]["p50_us"]
         assert row["error"] is None if row["is_bound"] else row["error"] <= 1e-4
         assert row["sizes"]["L"] == TINY["L"] and row["peak_bytes"] is not None
+
+
+def test_a_worker_ends_with_a_killed_process():
+    forked, (reader, writer) = multiprocessing.get_context("fork"), os.pipe()
+
+    def work():
+        _isolated._begin()
+        time.sleep(600)
+
+    def wait():
+        worker = forked.Process(target=work)
+        worker.start()
+        os.write(writer, str(worker.pid).encode())
+        time.sleep(600)
+
+    process = forked.Process(target=wait)
+    process.start()
+    worker = os.pidfd_open(int(os.read(reader, 20)))
+    process.kill()
+    assert select.select([worker], [], [], 60)[0]
+    process.join()
+    for opened in (reader, writer, worker):
+        os.close(opened)
 
 
 def test_a_slow_variant_in_its_own_process_misses_no_round(monkeypatch):

@@ -105,8 +105,8 @@ class Sample:
 
 
 def _pictures(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """Pixels without a dimension of samples, and None; or, of pixels (B, S, C, H, W), the pictures (images, C, H, W) and where they
-    are, bool (B, S): a sample with fewer than S has padding, which `pixel_attention_mask`, (B, S) or (B, S, H, W), leaves out
+    """Pixels without a dimension of samples, and None; or, of pixels (B, S, C, H, W), the pictures (images, C, H, W) and where
+    they are, bool (B, S): a sample with fewer than S has padding, which `pixel_attention_mask`, (B, S) or (B, S, H, W), leaves out
     and whose pixels are zeros."""
     pixels, real = inputs["pixel_values"], inputs.get("pixel_attention_mask")
     if pixels.ndim != 5:
@@ -117,8 +117,8 @@ def _pictures(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
 
 
 def _real_sizes(inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """Height and width of each image, without the padding that `pixel_mask` (images, H, W), `pixel_attention_mask` (B, S, H, W) or
-    `image_sizes` (images, 2) tell."""
+    """Height and width of each image, without the padding that `pixel_mask` (images, H, W), `pixel_attention_mask` (B, S, H, W)
+    or `image_sizes` (images, 2) tell."""
     pixels, real = _pictures(inputs)
     mask, sizes = inputs.get("pixel_mask"), inputs.get("image_sizes")
     if real is not None:
@@ -227,8 +227,8 @@ def _words(record: Family | None, inputs: Mapping[str, Any], shown: Any) -> Tens
 
 
 def _fit(pixels: Any, grids: list[tuple[int, int]], counts: list[int], inputs: Mapping[str, Any]) -> bool:
-    """Whether patches can be told apart in `pixel_values`, of which each sample has `counts` maps. ValueError for an image that is
-    no whole number of patches."""
+    """Whether patches can be told apart in `pixel_values`, of which each sample has `counts` maps. ValueError for an image that
+    is no whole number of patches."""
     if not isinstance(pixels, Tensor):
         return False
     if pixels.ndim == 2:
