@@ -106,8 +106,8 @@ class Sample:
 
 def _pictures(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
     """Pixels without a dimension of samples, and None; or, of pixels (B, S, C, H, W), the pictures (images, C, H, W) and where
-    they are, bool (B, S): a sample with fewer than S has padding, which `pixel_attention_mask`, (B, S) or (B, S, H, W), leaves out
-    and whose pixels are zeros."""
+    they are, bool (B, S). The others are padding: `pixel_attention_mask`, (B, S) or (B, S, H, W), leaves them out, or their
+    pixels are zeros."""
     pixels, real = inputs["pixel_values"], inputs.get("pixel_attention_mask")
     if pixels.ndim != 5:
         return pixels, None
