@@ -35,6 +35,7 @@ class LiveCalls(Method):
     """The rows of `formula` from calls with their graph. `higher_order`: the score's gradient has a gradient, too."""
 
     trains = True
+    adds_beside: bool
     holds_start: bool
     kept: dict[TowerTrace, list[LiveCall]]
 
@@ -48,6 +49,7 @@ class LiveCalls(Method):
         self.formula, self.higher_order = formula(), higher_order
         self.formula.trains = True
         self.name, self.needs_score, self.holds_start = formula.name, formula.needs_score, formula.holds_start
+        self.adds_beside = formula.adds_beside
         self.pools: dict[TowerTrace, TracedCall] = {}
         if self.higher_order and not self.needs_score:
             raise ValueError(f"higher_order must be False for method {self.name!r}, which takes no gradient; got True")
@@ -159,12 +161,19 @@ class LiveCalls(Method):
                     row = at.spread(row, at.keys)
             each = zip(calls[tower], of_calls[tower], of_terms[tower], strict=True)
             places = backward.towers[tower].places
+            of_last, added = 1.0, None  # by a mixer beside the call
             for call, grad, of_term in reversed(list(each)):
+                if call.attention.beside:
+                    of_last, of_this = self.formula.recursion.beside
+                    added = of_this * self._step(row, call.attention, grad).to(row)
+                    continue
                 a, b = self.formula.weights(call.attention, terms[tower].get(call.number), of_term)
                 if places.reorders:
                     row = self._moved(row, a, b, call, grad, places, terms[tower].get(call.number))
                     continue
                 row = row * _as_row(a, row) + self._step(row * _as_row(b, row), call.attention, grad).to(row)
+                if added is not None:
+                    row, added = row * of_last + added, None
             rows.append(row)
         return rows
 

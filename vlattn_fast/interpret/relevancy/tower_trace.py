@@ -63,17 +63,14 @@ class Carriers:
         return output
 
     def _through_beside(self, call: TracedCall, recursion: Recursion) -> Tensor:
-        """The output of a call over the tokens of the last one. The maps of both are added: r <- r + r (Abar + Abar'), by rollout
-        (r + r A + r A') / 3."""
-        if call.token_places is not None or len(self.behind) != 1:
-            raise ValueError(f"model must have its tokens in order where two mixers take them; got '{call.path}'")
-        thirds = 0 < recursion.residual_weight < 1
-        how = recursion._replace(residual_weight=0.0, attention_weight=1 / 3 if thirds else recursion.attention_weight)
+        """The output of a call over the tokens of the last one. The maps of both are added."""
+        of_last, of_this = recursion.beside
+        how = recursion._replace(residual_weight=0.0, attention_weight=of_this)
         before = self.entering[0][-1] if self._before is None else self._before
         if self._before is None and self.below is not None:
             before = before + self.below(before)
         output, carrier = call.through(before.to(call.query.device, compute_dtype(call.query)), how)
-        last = self.behind[0] * (2 / 3) if thirds else self.behind[0]
+        last = self.behind[0] * of_last
         self.behind = [last + carrier.to(last)]
         return output
 
@@ -235,6 +232,8 @@ class TowerTrace:
         if moves is not None:
             key, columns = (call.query, None) if source else (call.key, call.columns)
             token_places = self.places.enter(moves, call.query, key, columns, path, chunk, self.size)
+        if call.beside and (token_places is not None or self.chunked):
+            raise ValueError(f"model must have its tokens in order where two mixers take them; got '{path}'")
         self.places.end = None
         return dataclasses.replace(call, mesh=self._mesh(call), begins_layer=begins_layer, chunk=chunk, token_places=token_places)
 

@@ -35,6 +35,12 @@ class Recursion(NamedTuple):
     residual_weight: float = 1.0  # a
     attention_weight: float = 1.0  # b
 
+    @property
+    def beside(self) -> tuple[float, float]:
+        """The weights of the row behind one of two mixers over the same tokens, and of r Abar' of the other one: the sum is
+        r + r (Abar + Abar'), by rollout (r + r A + r A') / 3."""
+        return (2 / 3, 1 / 3) if 0 < self.residual_weight < 1 else (1.0, self.attention_weight)
+
 
 @dataclass(frozen=True, eq=False)
 class Scored:
