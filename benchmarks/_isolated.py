@@ -59,9 +59,12 @@ def _worker() -> ProcessPoolExecutor:
 
 def _begin() -> None:
     """A worker ends with the process that it works for, also where that is killed."""
-    parent = parent_process()
-    assert parent is not None
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    threading.Thread(target=_end_behind, args=(parent_process(),), daemon=True).start()
+
+
+def _end_behind(process: Any) -> None:
+    process.join()
+    os._exit(1)
 
 
 def _measurement(name: str, overrides: Sizes | None, **options: Any) -> Measurement:

@@ -128,7 +128,7 @@ class Method:
     takes_rows: ClassVar[bool] = False
     default_steps: ClassVar[int] = 0
     by_layer: ClassVar[bool] = False
-    adds_beside: ClassVar[bool] = False
+    adds_beside: bool = False
     holds_start: bool = False
     removes_sinks: bool = False
     trains: bool = False
