@@ -196,6 +196,12 @@ def weigh_rows(carried: Tensor, weight: Tensor | None) -> Tensor:
     return carried if weight is None else carried * weight[:, None]
 
 
+def over_sums(rows: Tensor) -> Tensor:
+    """Each row over its sum; rows without a sum stay as they are."""
+    total = rows.sum(-1, keepdim=True)
+    return rows / total.masked_fill(total == 0, 1.0)
+
+
 def mask_padding(key_mask: Tensor | None, *tensors: Tensor | None, fill: float = 0.0) -> tuple[Any, ...]:
     """(B, Hkv, M, *) tensors with `fill` at padding, so that NaN or Inf there reaches no output and no gradient."""
     if key_mask is None:
