@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vlattn_fast._ground.tensors import over_sums
+from vlattn_fast._ground.tensors import not_zero, over_sums
 from vlattn_fast.interpret.records.record import Tower
 from vlattn_fast.interpret.relevancy.kept_calls import KeptCalls, from_layer, rows_of_maps
 from vlattn_fast.interpret.relevancy.method import BackwardPass
@@ -91,7 +91,7 @@ class Glimpse(KeptCalls):
             reached += (slope * maps).relu().sum((2, 3))
             slopes += slope.relu().sum((2, 3))
             norm += slope.sum(1).abs().sum((1, 2))
-        return (reached / slopes.masked_fill(slopes == 0, 1.0) / self.temperature).softmax(-1), norm
+        return (reached / not_zero(slopes) / self.temperature).softmax(-1), norm
 
     def _layers(self, norms: Tensor) -> Tensor:
         """The weights (L, B) of the layers from n (L, B): with no gradient anywhere, by their depth alone."""
