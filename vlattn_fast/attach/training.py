@@ -7,7 +7,7 @@ from typing import Any, Self
 
 
 class TrainingContext:
-    """What is attached to a model while it trains. A callback leaves a context alone that is entered by hand."""
+    """A base for all that is attached to a model while it trains. A callback leaves alone what is entered by hand."""
 
     _ways_back: ExitStack | None = None  # where it is entered
     _by_callback = False

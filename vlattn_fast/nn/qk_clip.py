@@ -27,7 +27,7 @@ _HIDDEN = -9999.0  # what a float mask adds at most where it hides a key; some m
 
 @dataclass
 class _Seen:
-    """What was seen of attention since the last step."""
+    """Calls of attention since the last step."""
 
     calls: int = 0
     largest: dict[nn.Module, Tensor] = field(default_factory=dict)  # (H,) of a module
