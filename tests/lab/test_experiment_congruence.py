@@ -18,6 +18,7 @@ from vlattn_fast.lab.experiments import run as frame
 from vlattn_fast.lab.experiments.congruence import cost, report, training
 from vlattn_fast.lab.experiments.congruence.official import published_loss
 from vlattn_fast.lab.processor import DIGIT_WORDS, VOCABULARY
+from vlattn_fast.lab.records import having
 from vlattn_fast.lab.scenes import held_out_captions
 from vlattn_fast.nn import CongruenceLoss, capture_attention
 from vlattn_fast.nn.capture_attention import CapturedLayer
@@ -37,12 +38,12 @@ def test_everything_is_measured_once(tmp_path, capsys, monkeypatch):
     frame.main([*options, "--processes", "1"])
     stored = (tmp_path / "rows.json").read_text()
     rows = json.loads(stored)["rows"]
-    trained = report.of(rows, "training")
+    trained = having(rows, what="training")
     assert [row["loss"] for row in trained] == ["untrained", *report.ARMS]
     assert trained[0]["curve"] == {} and all(row["curve"]["step"] == [2, 4] for row in trained[1:])
     assert len({json.dumps(row["curve"]) for row in trained}) == 5, "each arm trains in its own way"
     assert all(0 <= row[pairs][score] <= 1 for row in trained for pairs in ("held_out", "seen") for score in report.SCORES)
-    assert {row["loss"] for row in report.of(rows, "sweep")} == set(report.ARMS) and report.of(rows, "cost")
+    assert {row["loss"] for row in having(rows, what="sweep")} == set(report.ARMS) and having(rows, what="cost")
     assert {path.stem for path in tmp_path.glob("*.png")} == set(report.FIGURES)
     shown = capsys.readouterr().out
     assert all(table in shown for table in report.tables(rows))

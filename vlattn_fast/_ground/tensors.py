@@ -196,6 +196,16 @@ def weigh_rows(carried: Tensor, weight: Tensor | None) -> Tensor:
     return carried if weight is None else carried * weight[:, None]
 
 
+def not_zero(divisor: Tensor) -> Tensor:
+    """1 for a divisor of zero; NaN stays NaN."""
+    return torch.where(divisor == 0, 1.0, divisor)
+
+
+def over_sums(rows: Tensor) -> Tensor:
+    """Each row over its sum; rows of zeros stay zeros."""
+    return rows / not_zero(rows.sum(-1, keepdim=True))
+
+
 def mask_padding(key_mask: Tensor | None, *tensors: Tensor | None, fill: float = 0.0) -> tuple[Any, ...]:
     """(B, Hkv, M, *) tensors with `fill` at padding, so that NaN or Inf there reaches no output and no gradient."""
     if key_mask is None:

@@ -318,6 +318,11 @@ def split_path(path: str) -> tuple[str, int]:
     return (path, 0) if numbered is None else (numbered[1] or "", int(numbered[2]))
 
 
+def named(path: str, module: nn.Module) -> str:
+    """A module in an error."""
+    return f"'{path}' ({type(module).__name__})"
+
+
 def is_checkpointed() -> bool:
     """Whether torch.utils.checkpoint is to run this part again in the backward pass, where no trace sees it."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)

@@ -1,22 +1,44 @@
-"""A context around training, which a callback of a Trainer enters and leaves."""
+"""A context around training, which is entered by hand or by a callback of a Trainer."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Self
 
 
-class TrainingContext(ABC):
-    """A context whose `__enter__` keeps its ways back. A callback calls `_begin_training` and `_end_training`; these leave a
-    context alone that is entered by hand."""
+class TrainingContext:
+    """A base for all that is attached to a model while it trains. A callback leaves alone what is entered by hand."""
 
     _ways_back: ExitStack | None = None  # where it is entered
     _by_callback = False
 
-    @abstractmethod
-    def __enter__(self) -> Any:
-        """Attaches it, and sets `_ways_back`."""
+    # --- what a subclass does ---
+
+    def _enter(self, stack: ExitStack) -> None:
+        """Attaches it; `stack` gets the ways back."""
+
+    def _begin_step(self, step: int) -> None:
+        """In front of a step of the optimizer."""
+
+    def _end_step(self, step: int, is_first_process: bool) -> dict[str, float]:
+        """Behind a step of the optimizer, which is its `step`-th, from 1 on: the numbers to log now."""
+        return {}
+
+    def _begin_evaluation(self) -> None:
+        """In front of an evaluation. transformers' Trainer, which evaluates between two steps, has no event for it."""
+
+    def _end_evaluation(self) -> None:
+        """Behind an evaluation."""
+
+    # --- the context ---
+
+    def __enter__(self) -> Self:
+        if self._ways_back is not None:
+            raise RuntimeError(f"this {type(self).__name__} is entered already; make another one")
+        with ExitStack() as stack:
+            self._enter(stack)
+            self._ways_back = stack.pop_all()
+        return self
 
     def __exit__(self, *error: Any) -> None:
         ways_back, self._ways_back, self._by_callback = self._ways_back, None, False
@@ -32,3 +54,71 @@ class TrainingContext(ABC):
     def _end_training(self) -> None:
         if self._by_callback:
             self.__exit__()
+
+    # --- the callbacks ---
+
+    def _callback_of_trainer(self, log: Any = None) -> Any:
+        """A callback of transformers' Trainer; `log` takes the numbers to log."""
+        from transformers import TrainerCallback
+
+        context = self
+
+        class Callback(TrainerCallback):
+            def on_train_begin(self, *_: Any, **__: Any) -> None:
+                context._begin_training()
+
+            def on_step_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+                context._begin_step(state.global_step)
+
+            def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+                if values := context._end_step(state.global_step, state.is_world_process_zero):
+                    log(values)
+
+            def on_evaluate(self, *_: Any, **__: Any) -> None:
+                context._end_evaluation()
+
+            on_predict = on_evaluate
+
+            def on_train_end(self, *_: Any, **__: Any) -> None:
+                context._end_training()
+
+        return Callback()
+
+    def lightning_callback(self) -> Any:
+        """A callback for Lightning's Trainer, `callbacks=[x.lightning_callback()]`. It enters the context when training begins;
+        what there is to log goes by the module's `log_dict` to the Trainer's logger."""
+        from lightning import Callback as Base
+
+        context = self
+
+        class Callback(Base):
+            begun = -1
+
+            def on_train_start(self, *_: Any) -> None:
+                self.begun = -1
+                context._begin_training()
+
+            def on_train_batch_start(self, trainer: Any, *_: Any, **__: Any) -> None:
+                if trainer.global_step != self.begun:  # else the batch is accumulated
+                    self.begun = trainer.global_step
+                    context._begin_step(self.begun)
+
+            def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any, **__: Any) -> None:
+                if trainer.global_step != self.begun and (
+                    values := context._end_step(trainer.global_step, trainer.is_global_zero)
+                ):
+                    pl_module.log_dict(values)
+
+            def on_validation_start(self, *_: Any) -> None:  # may come while batches accumulate
+                context._begin_evaluation()
+
+            def on_validation_end(self, *_: Any) -> None:
+                context._end_evaluation()
+
+            def on_train_end(self, *_: Any) -> None:
+                context._end_training()
+
+            def on_exception(self, *_: Any) -> None:
+                self.on_train_end()
+
+        return Callback()

@@ -8,7 +8,7 @@ behind the image's tokens in one sequence.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vlattn_fast._ground.extras import extra
 from vlattn_fast.lab.clip import CONFIG, PATCH
-from vlattn_fast.lab.questions import digit_prompts, is_true
+from vlattn_fast.lab.questions import are_true, digit_prompts
 from vlattn_fast.lab.scenes import CANVAS
 from vlattn_fast.lab.texts import END, MOST_WORDS, PAD, START, TEXT_VOCABULARY, SceneProcessor
 from vlattn_fast.lab.weights import load_model
@@ -91,19 +91,9 @@ def captions(model: LlavaForConditionalGeneration, images: Tensor) -> Tensor:
     return ids
 
 
-def caption_truth(
-    model: LlavaForConditionalGeneration, *, count: int = 400, seed: int = 0, pairs: str | None = None
-) -> dict[str, float]:
-    """Share of captions of `count` test scenes that are true of the scene, and of the scene before ("other image"); pairs as in
-    `digit_scenes`."""
-    asked = digit_prompts(count, seed=seed, kind="caption", pairs=pairs)
+def caption_truth(model: LlavaForConditionalGeneration, *, count: int, seed: int) -> dict[str, float]:
+    """Share of captions of `count` test scenes that are true of the scene, and of the scene before ("other image")."""
+    asked = digit_prompts(count, seed=seed, kind="caption")
     said = SceneProcessor().decode(torch.cat([captions(model, part)[:, 1:] for part in asked.images.split(100)]))
-    shares = {}
-    for name, shift in (("true", 0), ("other image", 1)):
-        scenes = zip(said, asked.digits.roll(shift, 0), asked.boxes.roll(shift, 0), strict=True)
-        shares[name] = _share([is_true("", *scene) for scene in scenes])
-    return shares
-
-
-def _share(right: Sequence[bool]) -> float:
-    return round(sum(right) / len(right), 4)
+    before = replace(asked, digits=asked.digits.roll(1, 0), boxes=asked.boxes.roll(1, 0))
+    return {name: round(sum(are_true(of, said)) / count, 4) for name, of in (("true", asked), ("other image", before))}

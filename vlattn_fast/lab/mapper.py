@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from vlattn_fast.lab.clip import build_clip
-from vlattn_fast.lab.questions import PROMPTS, QUESTIONS, Questions, digit_prompts, digit_questions, is_true
+from vlattn_fast.lab.questions import PROMPTS, QUESTIONS, Questions, are_true, digit_prompts, digit_questions
 from vlattn_fast.lab.records import grouped
 from vlattn_fast.lab.texts import ANSWERS, END, TEXT_VOCABULARY, SceneProcessor
 from vlattn_fast.lab.weights import DATA, load_model
@@ -94,8 +94,7 @@ def prompt_accuracy(
         asked = digit_prompts(count, seed=seed, kind=kind, pairs=pairs)
         for name, images in (("true", None), ("other_image", asked.images.roll(1, 0))):
             said = complete(model, asked, images=images)
-            samples = zip(asked.questions, said, asked.digits, asked.boxes, strict=True)
-            accuracy[name][kind] = _share([is_true(*sample) for sample in samples], [True] * count)
+            accuracy[name][kind] = _share(are_true(asked, said), [True] * count)
     return accuracy
 
 

@@ -174,6 +174,11 @@ def _ask(scenes: Scenes, facts: _Facts, kind: str, prompts: bool, generator: tor
     return Questions(about.images, about.boxes, about.digits, (kind,) * len(samples), questions, answers, named), samples
 
 
+def are_true(prompts: Questions, answers: Sequence[str]) -> list[bool]:
+    """`is_true` of an answer to each prompt."""
+    return [is_true(*one) for one in zip(prompts.questions, answers, prompts.digits, prompts.boxes, strict=True)]
+
+
 def is_true(question: str, answer: str, digits: Tensor, boxes: Tensor) -> bool:
     """Whether an answer to one of `digit_prompts` is well formed, and true of the scene with digits (R) and boxes (R, 4)."""
     if question == WHICH:

@@ -12,6 +12,7 @@ from vlattn_fast.interpret.dataset.store import write_text
 
 Item = TypeVar("Item")
 Key = TypeVar("Key")
+Fact = TypeVar("Fact", bound=Mapping[str, Any])
 
 
 def read_json(path: Path, fits: Callable[[Any], bool], must: str) -> Any:
@@ -48,6 +49,11 @@ def grouped(records: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, li
     for record in records:
         groups.setdefault(key(record), []).append(record)
     return groups
+
+
+def having(records: Iterable[Fact], **facts: Any) -> list[Fact]:
+    """The records that hold all of these facts."""
+    return [record for record in records if all(record.get(name) == value for name, value in facts.items())]
 
 
 def number(x: float | None, form: str) -> str:

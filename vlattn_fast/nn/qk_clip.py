@@ -8,6 +8,7 @@ most the threshold on this batch.
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +23,16 @@ from vlattn_fast.nn.projections import FUSED, PAIRS, Projections, faults_of, mis
 from vlattn_fast.ops.attention_statistics import attention_statistics
 
 _HIDDEN = -9999.0  # what a float mask adds at most where it hides a key; some models add -10000, biases add less
+
+
+@dataclass
+class _Seen:
+    """Calls of attention since the last step."""
+
+    calls: int = 0
+    largest: dict[nn.Module, Tensor] = field(default_factory=dict)  # (H,) of a module
+    misfits: dict[nn.Module, Tensor] = field(default_factory=dict)  # whether a factor would miss logits above the threshold
+    refusal: Exception | None = None  # of a call, which `step` raises in all processes
 
 
 class QKClip(TrainingContext):
@@ -82,47 +93,39 @@ class QKClip(TrainingContext):
         self._paths = {module: path for path, module in self.model.named_modules()}
         self._running: list[nn.Module] = []
         self._outputs: dict[nn.Module, Tensor] = {}  # of projections, until their module ends
-        self._largest: dict[nn.Module, Tensor] = {}
-        self._misfits: dict[nn.Module, Tensor] = {}  # whether a factor would miss logits above the threshold
         self._faults: dict[nn.Module, str] = {}
-        self._refusal: Exception | None = None  # of a call of attention, which `step` raises in all processes
-        self._seen = 0
+        self._seen, self._aside = _Seen(), _Seen()  # aside: that of the step under way, during an evaluation
 
-    def __enter__(self) -> QKClip:
-        if self._ways_back is not None:
-            raise RuntimeError("this QKClip is entered already; make another one")
+    def _enter(self, stack: ExitStack) -> None:
         self._faults = faults_of(self.model, self._projections)
         self._running.clear()
         self._forget()
-        with ExitStack() as stack:
-            stack.enter_context(uncompiled(self.model))
-            stack.enter_context(Watch(self.model, {}, lambda _: None, self._see, parts=self._projections, needs_graph=False))
-            for module, projections in self._projections.items():
-                stack.callback(module.register_forward_pre_hook(self._begin).remove)
-                stack.callback(module.register_forward_hook(self._end, always_call=True).remove)
-                for each in projections.modules():
-                    stack.callback(each.register_forward_hook(self._projected).remove)
-            self._ways_back = stack.pop_all()
-        return self
+        stack.enter_context(uncompiled(self.model))
+        stack.enter_context(Watch(self.model, {}, lambda _: None, self._see, parts=self._projections, needs_graph=False))
+        for module, projections in self._projections.items():
+            stack.callback(module.register_forward_pre_hook(self._begin).remove)
+            stack.callback(module.register_forward_hook(self._end, always_call=True).remove)
+            for each in projections.modules():
+                stack.callback(each.register_forward_hook(self._projected).remove)
 
     @torch.no_grad()
     def step(self) -> dict[str, dict[int, float]]:
         """Rescales the heads whose largest logit since the last step passed the threshold. Returns path of an attention module ->
         head -> that logit, of the heads that were rescaled."""
-        refusal = self._refusal
-        if refusal is None and self._seen == 0:
-            refusal = RuntimeError(
+        seen = self._seen
+        self._forget()
+        if seen.refusal is None and seen.calls == 0:
+            seen.refusal = RuntimeError(
                 "QKClip saw no attention since its last step; run the model inside of its context, with attention that torch "
                 "shows (attn_implementation='sdpa' or 'eager')"
             )
-        largest, misfits = self._largest.copy(), self._misfits.copy()
-        self._forget()
-        self._raise_in_all_processes(refusal)
+        self._raise_in_all_processes(seen.refusal)
+        largest = seen.largest
         if _are_several():
             for_all = {module: _of_all_processes(largest.get(module), x) for module, x in self._projections.items()}
             largest = {module: x for module, x in for_all.items() if x is not None}
         heads = {module: (x > self.threshold).nonzero()[:, 0].tolist() for module, x in largest.items()}
-        refusals = (self._refused(module, largest[module], heads[module], misfits) for module in heads)
+        refusals = (self._refused(module, largest[module], heads[module], seen.misfits) for module in heads)
         self._raise_in_all_processes(next((error for error in refusals if error is not None), None))
         clipped: dict[str, dict[int, float]] = {}
         for module, too_large in heads.items():
@@ -162,70 +165,26 @@ class QKClip(TrainingContext):
 
     def trainer_callback(self) -> Any:
         """A callback of transformers' Trainer."""
-        from transformers import TrainerCallback
-
-        clip = self
-
-        class Callback(TrainerCallback):
-            def on_train_begin(self, *_: Any, **__: Any) -> None:
-                clip._begin_training()
-
-            def on_step_end(self, *_: Any, **__: Any) -> None:
-                clip.step()
-
-            def on_evaluate(self, *_: Any, **__: Any) -> None:  # comes between two steps
-                clip._forget()
-
-            on_predict = on_evaluate
-
-            def on_train_end(self, *_: Any, **__: Any) -> None:
-                clip._end_training()
-
-        return Callback()
-
-    def lightning_callback(self) -> Any:
-        """A callback of Lightning's Trainer."""
-        from lightning import Callback as Base
-
-        clip = self
-
-        class Callback(Base):
-            steps = 0
-            before: Any = None
-
-            def on_train_start(self, trainer: Any, module: Any) -> None:
-                self.steps = trainer.global_step
-                clip._begin_training()
-
-            def on_train_batch_end(self, trainer: Any, *_: Any, **__: Any) -> None:
-                if trainer.global_step != self.steps:  # else the batch was accumulated
-                    self.steps = trainer.global_step
-                    clip.step()
-
-            def on_validation_start(self, *_: Any) -> None:  # may come while batches accumulate
-                self.before = clip._seen, {**clip._largest}, {**clip._misfits}
-
-            def on_validation_end(self, *_: Any) -> None:
-                clip._seen, clip._largest, clip._misfits = self.before
-
-            def on_train_end(self, *_: Any) -> None:
-                clip._end_training()
-
-            def on_exception(self, *_: Any) -> None:
-                self.on_train_end()
-
-        return Callback()
+        return self._callback_of_trainer()
 
     def _begin_training(self) -> None:
         self._forget()
         super()._begin_training()
 
+    def _end_step(self, step: int, is_first_process: bool) -> dict[str, float]:
+        self.step()
+        return {}
+
+    def _begin_evaluation(self) -> None:
+        self._aside, self._seen = self._seen, _Seen()
+
+    def _end_evaluation(self) -> None:
+        self._seen, self._aside = self._aside, _Seen()
+
     def _forget(self) -> None:
         """Drops what was seen since the last step."""
-        self._seen, self._refusal = 0, None
+        self._seen, self._aside = _Seen(), _Seen()
         self._outputs.clear()
-        self._largest.clear()
-        self._misfits.clear()
 
     def _begin(self, module: nn.Module, _: Any) -> None:
         self._running.append(module)
@@ -246,7 +205,7 @@ class QKClip(TrainingContext):
         except ValueError as error:
             if not _are_several():
                 raise
-            self._refusal = self._refusal or error
+            self._seen.refusal = self._seen.refusal or error
 
     def _take_up(self, call: AttentionCall) -> None:
         if not self._running:
@@ -254,8 +213,8 @@ class QKClip(TrainingContext):
                 "QKClip found no projections around a call of attention; it knows modules with children "
                 f"{', '.join(' and '.join(pair) for pair in PAIRS)}, with one of {', '.join(FUSED)}, and nn.MultiheadAttention"
             )
-        module = self._running[-1]
-        self._seen += 1
+        module, seen = self._running[-1], self._seen
+        seen.calls += 1
         path, projections = self._paths[module], self._projections[module]
         if module in self._faults:
             raise ValueError(f"the projections of '{path}' must {self._faults[module]}, for QKClip")
@@ -267,9 +226,9 @@ class QKClip(TrainingContext):
             if largest is None:
                 return
             misses = largest.gt(self.threshold).any() & ~projections.fit(call, self._outputs)
-            before = self._largest.get(module)
-            self._largest[module] = largest if before is None else torch.maximum(before, largest)
-            self._misfits[module] = misses if before is None else self._misfits[module] | misses
+            before = seen.largest.get(module)
+            seen.largest[module] = largest if before is None else torch.maximum(before, largest)
+            seen.misfits[module] = misses if before is None else seen.misfits[module] | misses
 
     def _max_logits(self, module: nn.Module, call: AttentionCall) -> Tensor | None:
         """(H,); None where no logit can reach the threshold."""

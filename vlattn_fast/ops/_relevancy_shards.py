@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_bool
+from vlattn_fast._ground.tensors import not_zero
 from vlattn_fast.ops._groups import gated
 from vlattn_fast.ops._shards import Local, Shards
 from vlattn_fast.ops.attention_map import attention_map
@@ -69,7 +70,7 @@ def _normalized(carried: Tensor, x: Local, grad_output: Tensor | None, shards: S
     masks = {name: x[name] for name in (*_MASKS, *_GROUPS)}
     abar = attention_map(x["query"], x["key"], *tensors, rule=x["rule"], **masks) * shards.share
     total = shards.over_heads(abar.sum(-1), goes_on=True)
-    return (carried.to(abar.dtype) / torch.where(total == 0, 1.0, total)[:, None]) @ abar
+    return (carried.to(abar.dtype) / not_zero(total)[:, None]) @ abar
 
 
 class _Normalized(torch.autograd.Function):

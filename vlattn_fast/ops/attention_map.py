@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_attention, check_bool, check_choice, check_head_dim, check_lse, describe
-from vlattn_fast._ground.tensors import as_fake_outputs, compute_dtype
+from vlattn_fast._ground.tensors import as_fake_outputs, compute_dtype, over_sums
 from vlattn_fast.backends.inputs import AttentionMapBackwardInputs, AttentionMapInputs
 from vlattn_fast.backends.reference.attention_map import HEAD_REDUCTIONS, RULES
 from vlattn_fast.dispatch import choice
@@ -51,10 +50,7 @@ def _on_shards(call: Callable[..., Tensor], shards: Shards, x: Local) -> Tensor:
         abar = shards.over_heads(abar * shards.share)
     else:
         abar = shards.over_heads(abar, x["head_reduction"])
-    if not x["row_normalize"]:
-        return abar
-    total = abar.sum(-1, keepdim=True)
-    return abar / torch.where(total == 0, 1.0, total)
+    return over_sums(abar) if x["row_normalize"] else abar
 
 
 _SHARDED = dict.fromkeys(("query", "key", "value", "grad_output"), ATTENTION) | {"lse": PER_ROW} | MASKS

@@ -67,10 +67,8 @@ class AttentionLog(Attached):
         stack.enter_context(uncompiled(self.model))
         stack.enter_context(Watch(self.model, self._modality, lambda _: None, self._see, needs_graph=False))
 
-    # A step that is not logged is not watched: the context is that of a step, and not of the training.
-
     def _begin_training(self) -> None:
-        self.step = None
+        """A step that is not logged is not watched: the context is that of a step, and not of the training."""
 
     def _begin_step(self, step: int) -> None:
         if step % self.every == 0 and self._ways_back is None:

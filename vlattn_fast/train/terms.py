@@ -82,13 +82,14 @@ class Term(Attached):
             raise self._saw_nothing()
         return {self.name: mean}
 
-    def _check_trainer(self, trainer: Any) -> None:
+    def _begin_training(self) -> None:
         for name in ("compute_loss_func", "label_smoother"):
-            if getattr(trainer, name, None) is not None:
+            if getattr(self._trainer, name, None) is not None:
                 raise ValueError(
                     f"trainer must take the loss from the model's outputs, to which {type(self).__name__} adds its own; it has "
                     f"a {name}. Add the loss there, or leave that out"
                 )
+        super()._begin_training()
 
 
 class CongruenceTerm(Term):
@@ -116,6 +117,7 @@ class CongruenceTerm(Term):
     """
 
     name = "congruence_loss"
+    step: int | None = None  # of the optimizer
 
     def __init__(
         self,
@@ -142,6 +144,13 @@ class CongruenceTerm(Term):
     def _enter(self, stack: ExitStack) -> None:
         stack.enter_context(self._capture)  # whose hook comes first
         super()._enter(stack)
+
+    def _begin_step(self, step: int) -> None:
+        self.step = step
+
+    def _end_training(self) -> None:
+        self.step = None
+        super()._end_training()
 
     def _value(self, batch: dict[str, Any], outputs: Any) -> Tensor:
         takes = inspect.signature(self.model.forward).parameters

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from vlattn_fast.attach.recurrences.reading import FunctionCall, Reading, Recurrence, at_least_float32
+from vlattn_fast.attach.recurrences.reading import GOES_ON, PACKED, FunctionCall, Reading, Recurrence, at_least_float32
 
 _EPSILON = 1e-6  # of the norms of queries and keys
 
@@ -18,18 +18,13 @@ def read(call: FunctionCall) -> Reading:
     value: Tensor = call["value"].transpose(1, 2)
     if call["use_qk_l2norm_in_kernel"]:
         query, key = (x * (x.square().sum(-1, keepdim=True) + _EPSILON).rsqrt() for x in (query, key))
-    refusal = ""
-    if call["initial_state"] is not None:
-        refusal = "goes on from the state of an earlier pass. Pass the whole sequence in one forward pass, without a cache"
-    elif call["cu_seqlens"] is not None:
-        refusal = "takes several sequences as one. Pass them as a batch"
     return Reading(
         Recurrence(query * query.shape[-1] ** -0.5, key, value, log_decay, beta),
         run=lambda value: call.run(value=value.transpose(1, 2)),
         output_of=lambda result: result[0].transpose(1, 2),
         with_output=lambda result, output: (output.transpose(1, 2), *result[1:]),
         channels=slice(-value.shape[1] * value.shape[3], None),  # behind those of queries and keys
-        refusal=refusal,
+        refusal=GOES_ON if call["initial_state"] is not None else PACKED if call["cu_seqlens"] is not None else "",
     )
 
 

@@ -24,10 +24,7 @@ def _log_decay(value: Tensor, slopes: Tensor) -> Tensor:
 def read(call: FunctionCall) -> Reading:
     value: Tensor = call["value"]
     return Reading(
-        Recurrence(call["query"], call["key"], value, _log_decay(value, call["slopes"])),
-        run=lambda value: call.run(value=value),
-        output_of=lambda result: result,
-        with_output=lambda result, output: output,
+        Recurrence(call["query"], call["key"], value, _log_decay(value, call["slopes"])), run=lambda value: call.run(value=value)
     )
 
 

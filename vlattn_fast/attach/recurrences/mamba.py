@@ -15,10 +15,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vlattn_fast.attach.recurrences.reading import FunctionCall, Reading, Recurrence, at_least_float32
-
-_GOES_ON = "goes on from the state of an earlier pass. Pass the whole sequence in one forward pass, without a cache"
-_PACKED = "takes several sequences as one. Pass them as a batch"
+from vlattn_fast.attach.recurrences.reading import (
+    GOES_ON,
+    PACKED,
+    FunctionCall,
+    Reading,
+    Recurrence,
+    at_least_float32,
+    first_of,
+    with_first,
+)
 
 
 def read_channels(call: FunctionCall) -> Reading:
@@ -33,10 +39,10 @@ def read_channels(call: FunctionCall) -> Reading:
     return Reading(
         Recurrence(query, step[..., None] * key, value, step[..., None] * call["A"][:, None], diagonal=diagonal),
         run=lambda value: call.run(hidden_states=value[..., 0]),
-        output_of=lambda result: _first(result)[..., None],
-        with_output=lambda result, output: _with_first(result, output[..., 0]),
+        output_of=lambda result: first_of(result)[..., None],
+        with_output=lambda result, output: with_first(result, output[..., 0]),
         channels=slice(None),
-        refusal=_PACKED if call["seq_idx"] is not None else "",
+        refusal=PACKED if call["seq_idx"] is not None else "",
     )
 
 
@@ -47,15 +53,14 @@ def read_heads(call: FunctionCall) -> Reading:
     step = _step(call, call["dt_bias"], None).clamp(least, largest).transpose(1, 2)
     key, query = (at_least_float32(call[name]).transpose(1, 2) for name in "BC")
     key = key.repeat_interleave(value.shape[1] // key.shape[1], 1)
-    refusal = _GOES_ON if call["initial_states"] is not None else _PACKED if call["seq_idx"] is not None else ""
     diagonal = None if call["D"] is None else call["D"][None, :, None].expand_as(step)
     return Reading(
         Recurrence(query, step[..., None] * key, value, step * call["A"][:, None], diagonal=diagonal),
         run=lambda value: call.run(hidden_states=value.transpose(1, 2)),
-        output_of=lambda result: _first(result).transpose(1, 2),
-        with_output=lambda result, output: _with_first(result, output.transpose(1, 2)),
+        output_of=lambda result: first_of(result).transpose(1, 2),
+        with_output=lambda result, output: with_first(result, output.transpose(1, 2)),
         channels=slice(value.shape[1] * value.shape[3]),  # in front of those of keys and queries
-        refusal=refusal,
+        refusal=GOES_ON if call["initial_states"] is not None else PACKED if call["seq_idx"] is not None else "",
     )
 
 
@@ -115,7 +120,7 @@ def read_update(call: FunctionCall) -> Reading:
         run=lambda value: call.run(hidden_states=value[..., 0]),
         output_of=lambda result: result[..., None],
         with_output=lambda result, output: output[..., 0],
-        refusal=_GOES_ON,
+        refusal=GOES_ON,
     )
 
 
@@ -125,15 +130,6 @@ def _step(call: FunctionCall, bias: Tensor | None, dim: int | None) -> Tensor:
     if bias is not None:
         step = step + (bias if dim is None else bias[:, None])
     return functional.softplus(step) if call["dt_softplus"] or call["delta_softplus"] else step
-
-
-def _first(result: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-    """The output of a function that may give its last state, too."""
-    return result[0] if isinstance(result, tuple) else result
-
-
-def _with_first(result: Tensor | tuple[Tensor, Tensor], output: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-    return (output, *result[1:]) if isinstance(result, tuple) else output
 
 
 FUNCTIONS = {

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vlattn_fast.attach.recurrences.chunks import recurred
-from vlattn_fast.attach.recurrences.reading import FunctionCall, Reading, Recurrence
+from vlattn_fast.attach.recurrences.reading import GOES_ON, FunctionCall, Reading, Recurrence
 
 
 def read(call: FunctionCall) -> Reading:
@@ -32,15 +32,10 @@ def read(call: FunctionCall) -> Reading:
     below = torch.maximum(normalizers.abs(), (-largest).exp()) + config.eps
     as_double = value.dtype == torch.float64
     query, key, log_decay = (x if as_double else x.float() for x in (query / below[..., None], key, log_decay))
-    state = call["c_initial"]
     return Reading(
         Recurrence(query, key, value, log_decay),
         run=lambda value: call.run(value=value),
-        output_of=lambda result: result[0] if isinstance(result, tuple) else result,
-        with_output=lambda result, output: (output, *result[1:]) if isinstance(result, tuple) else output,
-        refusal=""
-        if state is None
-        else "goes on from the state of an earlier pass. Pass the whole sequence in one forward pass, without a cache",
+        refusal="" if call["c_initial"] is None else GOES_ON,
     )
 
 

@@ -13,6 +13,10 @@ from torch import Tensor, nn
 
 from vlattn_fast._ground.tensors import compute_dtype
 
+# Why relevancy cannot go through a call, see `Reading.refusal`.
+GOES_ON = "goes on from the state of an earlier pass. Pass the whole sequence in one forward pass, without a cache"
+PACKED = "takes several sequences as one. Pass them as a batch"
+
 
 @dataclass(frozen=True, eq=False)
 class Recurrence:
@@ -75,6 +79,15 @@ class Convolution:
         return Convolution(self.value[:, channels, -count:], self.weight[channels], gate)
 
 
+def first_of(result: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """The output of a function that may give its last state, too."""
+    return result[0] if isinstance(result, tuple) else result
+
+
+def with_first(result: Tensor | tuple[Tensor, ...], output: Tensor) -> Tensor | tuple[Tensor, ...]:
+    return (output, *result[1:]) if isinstance(result, tuple) else output
+
+
 @dataclass(frozen=True, eq=False)
 class Reading:
     """A call of a function that the table names.
@@ -87,15 +100,17 @@ class Reading:
         channels: which channels of a short convolution that the module called before are the values, in their order (H, Dv);
             None = no convolution in front of this function is looked for.
         convolution: one that the function itself has in front of its values, of their channels alone.
+        alone: a convolution that is the only mixer of its module.
         refusal: why relevancy cannot go through this call, behind "which"; "" = it can.
     """
 
     mixer: Recurrence | Convolution
     run: Callable[[Tensor], Any]
-    output_of: Callable[[Any], Tensor]
-    with_output: Callable[[Any, Tensor], Any]
+    output_of: Callable[[Any], Tensor] = first_of
+    with_output: Callable[[Any, Tensor], Any] = with_first
     channels: slice | None = None
     convolution: Convolution | None = None
+    alone: bool = False
     refusal: str = ""
 
 

@@ -54,12 +54,7 @@ def read(convolution: Convolution | None, call: FunctionCall) -> Reading:
 
 
 def read_shift(call: FunctionCall) -> Reading:
-    return Reading(
-        Convolution(call["states"], call["weight"]),
-        run=lambda states: call.run(states=states),
-        output_of=lambda result: result,
-        with_output=lambda result, output: output,
-    )
+    return Reading(Convolution(call["states"], call["weight"]), run=lambda states: call.run(states=states), alone=True)
 
 
 def shifted(states: Tensor, weight: Tensor) -> Tensor:

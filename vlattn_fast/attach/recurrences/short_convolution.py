@@ -5,23 +5,20 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 
-from vlattn_fast.attach.recurrences.reading import Convolution, FunctionCall, Reading
+from vlattn_fast.attach.recurrences.reading import GOES_ON, PACKED, Convolution, FunctionCall, Reading
 
 
 def read(call: FunctionCall) -> Reading:
     """The states are (B, C, N)."""
     states, weight = call["hidden_states"], call["weight"]
-    activation, refusal = call["activation"], ""
-    if call["seq_idx"] is not None:
-        refusal = "takes several sequences as one. Pass them as a batch"
-    elif activation not in (None, "silu", "swish"):
+    activation, refusal = call["activation"], PACKED if call["seq_idx"] is not None else ""
+    if not refusal and activation not in (None, "silu", "swish"):
         refusal = f"has the activation {activation!r}, of which no gate is known"
     gate = None if activation is None else gate_of_silu(states, weight, call["bias"])
     return Reading(
         Convolution(states, weight, gate),
         run=lambda states: call.run(hidden_states=states),
-        output_of=lambda result: result,
-        with_output=lambda result, output: output,
+        alone=type(call.module).__name__.endswith("ShortConv"),  # of LFM2: all others have a recurrence behind it
         refusal=refusal,
     )
 
@@ -34,15 +31,8 @@ def gate_of_silu(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def read_update(call: FunctionCall) -> Reading:
     """One token of generation, which has the tokens before it in a cache."""
-    refusal = "goes on from the state of an earlier pass. Pass the whole sequence in one forward pass, without a cache"
-    states = call["hidden_states"]
-    return Reading(
-        Convolution(states, call["weight"]),
-        run=lambda states: call.run(hidden_states=states),
-        output_of=lambda result: result,
-        with_output=lambda result, output: output,
-        refusal=refusal,
-    )
+    convolution = Convolution(call["hidden_states"], call["weight"])
+    return Reading(convolution, run=lambda states: call.run(hidden_states=states), refusal=GOES_ON)
 
 
 CONVOLUTIONS = {"causal_conv1d_fn": read, "causal_conv1d_update": read_update}

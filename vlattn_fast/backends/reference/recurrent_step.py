@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_choice
-from vlattn_fast._ground.tensors import compute_dtype, expand_heads, product
+from vlattn_fast._ground.tensors import compute_dtype, expand_heads, over_sums, product
 from vlattn_fast.backends.reference.relevancy_attention import RULES, head_mean
 
 
@@ -86,9 +86,7 @@ def recurrent_step(
         grad_each = product(grad_output.to(each.dtype), value.to(each.dtype).mT)  # dA_ts = dO_t . v_s
         abar = head_mean(each, torch.tril(grad_each), row_normalize)
     else:
-        share = each.abs()
-        total = share.sum(-1, keepdim=True)
-        abar = head_mean(share / torch.where(total == 0, 1.0, total), None, row_normalize)  # a zero row stays zero
+        abar = head_mean(over_sums(each.abs()), None, row_normalize)
     return product(relevancy.to(abar.dtype), abar).to(relevancy.dtype)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_choice
-from vlattn_fast._ground.tensors import expand_heads, mask_padding, product, resolve_scale, scaled_dot_default
+from vlattn_fast._ground.tensors import expand_heads, mask_padding, over_sums, product, resolve_scale, scaled_dot_default
 from vlattn_fast.backends.reference._softmax import attend, gated, pair_bias_of
 
 RULES = ("gradient", "attention")
@@ -91,10 +91,7 @@ def head_mean(prob: Tensor, grad_prob: Tensor | None, row_normalize: bool) -> Te
     """Abar = mean_h relu(A * dA) (eq. 5), or mean_h A without dA. row_normalize divides each row by its sum."""
     each = prob if grad_prob is None else torch.relu(prob * grad_prob)
     abar = each.mean(1) if each.shape[1] > 0 else each.sum(1)  # 0 without heads
-    if row_normalize:
-        total = abar.sum(-1, keepdim=True)
-        abar = abar / torch.where(total == 0, 1.0, total)  # a zero row stays zero, NaN stays NaN
-    return abar
+    return over_sums(abar) if row_normalize else abar
 
 
 class _Carry(torch.autograd.Function):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_choice, describe
-from vlattn_fast._ground.tensors import compute_dtype
+from vlattn_fast._ground.tensors import compute_dtype, not_zero
 
 WEIGHTINGS = ("contribution", "norm", "equal")
 Weighting = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -74,5 +74,5 @@ def residual_weights(residual: Tensor, branch: Tensor, grad: Tensor, weighting: 
     else:
         by_residual, by_branch = x.norm(dim=-1), o.norm(dim=-1)
     total = by_residual + by_branch
-    a = torch.where(total == 0, 0.5, by_residual / torch.where(total == 0, 1.0, total))  # NaN stays NaN
+    a = torch.where(total == 0, 0.5, by_residual / not_zero(total))
     return a, 1 - a

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from vlattn_fast._ground.tensors import compute_dtype, expand_heads, fold_heads
+from vlattn_fast._ground.tensors import compute_dtype, expand_heads, fold_heads, not_zero, over_sums
 from vlattn_fast.backends.inputs import (
     AttentionMapBackwardInputs,
     AttentionMapInputs,
@@ -50,7 +50,7 @@ class Abar:
         if self.head_reduction == "mean" and not self.inputs.row_normalize:
             abar = abar.mul_(1.0 / max(1, self.shape[1]))
         if self.inputs.row_normalize:
-            abar = abar / _divisor(abar)
+            abar = over_sums(abar)
         return abar
 
     def _reduced(self, b: slice, i: slice) -> Tensor:
@@ -112,7 +112,7 @@ class AbarGradients:
         ranked = abar.head_reduction != "mean"
         reduced = abar._reduced(b, i) if ranked or inputs.row_normalize else grad
         if inputs.row_normalize:
-            total = _divisor(reduced)
+            total = not_zero(reduced.sum(-1, keepdim=True))
             grad = (grad - (grad * reduced).sum(-1, keepdim=True) / total) / total  # a zero row has no gradient of its sum
         elif not ranked:
             grad = grad / max(1, abar.shape[1])
@@ -155,9 +155,3 @@ class AbarGradients:
 def _each(prob: Tensor, grad_prob: Tensor | None, out: Tensor | None = None) -> Tensor:
     """The map of each head."""
     return prob if grad_prob is None else torch.mul(prob, grad_prob, out=out).clamp_min_(0.0)
-
-
-def _divisor(abar: Tensor) -> Tensor:
-    """The sums of the rows, (b, i, 1), and 1 for a zero row."""
-    total = abar.sum(-1, keepdim=True)
-    return torch.where(total == 0, 1.0, total)

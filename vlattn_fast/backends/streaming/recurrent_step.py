@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlattn_fast._ground.tensors import compute_dtype, expand_heads, fold_heads
+from vlattn_fast._ground.tensors import compute_dtype, expand_heads, fold_heads, not_zero
 from vlattn_fast.backends.recurrent_inputs import RecurrentStepBackwardInputs, RecurrentStepInputs
 from vlattn_fast.backends.streaming import _tiles
 
@@ -48,7 +48,7 @@ def _divisors(abar: _Abar) -> Tensor:
     for part in abar.parts():
         for tile in part.tiles():
             total[part.b, tile.i] += tile.each().sum((1, 3))
-    return _not_zero(total)
+    return not_zero(total)
 
 
 def backward(inputs: RecurrentStepBackwardInputs) -> tuple[Tensor | None, ...]:
@@ -211,7 +211,7 @@ class _Tile:
         if grad_a is not None:
             return a.mul_(grad_a).clamp_min_(0.0)
         share = a.abs_()
-        return share.div_(_not_zero(share.sum(-1, keepdim=True)))
+        return share.div_(not_zero(share.sum(-1, keepdim=True)))
 
     def over(self, divisors: Tensor) -> Tensor:
         """The part of Abar (b, i, stop) that these heads have, its rows over `divisors` (B, N)."""
@@ -235,7 +235,7 @@ class _Tile:
             by_a = by_each * grad_a
         else:
             size = a.abs()
-            total = _not_zero(size.sum(-1, keepdim=True))
+            total = not_zero(size.sum(-1, keepdim=True))
             by_a = (by_each - (by_each * size).sum(-1, keepdim=True) / total) / total * a.sign()
         by_a = by_a.tril_(self.i.start)
         if grads.diagonal is not None:
@@ -294,11 +294,6 @@ class _Tile:
             return None
         product = grad_output[part.b, part.h, self.i] @ value[part.b, part.h, : self.stop].mT
         return product.tril_(self.i.start)
-
-
-def _not_zero(total: Tensor) -> Tensor:
-    """1 for a sum of zero: the numbers of the row, which are zero, stay so."""
-    return torch.where(total == 0, 1.0, total)
 
 
 def _sweep(tokens: _Tokens, states: list[Tensor] | None = None) -> Tensor:

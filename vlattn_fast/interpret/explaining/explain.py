@@ -165,25 +165,10 @@ def explain(
             nothing but itself counts for; a word that is no class and no single token; a `grid` that fits no tower.
     """
     request = Request.check(
-        model,
-        inputs,
-        target=target,
-        method=method,
-        start_layer=start_layer,
-        weighting=weighting,
-        steps=steps,
-        per=per,
-        layers=layers,
-        heads=heads,
-        read=read,
-        answer=answer,
-        each=each,
-        tokenizer=tokenizer_of(tokenizer, processor),
-        through_connector=through_connector,
-        patches=PatchGrid.check(grid, prefix),
-        like=like,
-        sinks=sinks,
-    )
+        model, inputs, target=target, method=method, start_layer=start_layer, weighting=weighting, steps=steps, sinks=sinks,
+        per=per, layers=layers, heads=heads, read=read, answer=answer, each=each, tokenizer=tokenizer_of(tokenizer, processor),
+        through_connector=through_connector, patches=PatchGrid.check(grid, prefix), like=like,
+    )  # fmt: skip
     with torch.inference_mode(False), torch.enable_grad(), at_rest(request.model):
         prompt = lay_out(request, inputs)
         with torch.set_grad_enabled(not request.method.steps):  # each step has a run with gradients

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from vlattn_fast._ground.checks import call_on
+from vlattn_fast.attach.session import named
 from vlattn_fast.interpret.explaining.answer import Answer
 from vlattn_fast.interpret.explaining.read_rows import starts_of
 from vlattn_fast.interpret.explaining.request import Prompt, Request
@@ -232,6 +233,6 @@ def _why(run: Run) -> str:
 
 def _names(run: Run, paths: Sequence[str]) -> str:
     """Modules in which a gradient ends, and the way out."""
-    named = [f"'{path}' ({type(run.trace.model.get_submodule(path)).__name__})" for path in paths[:3]]
+    some = [named(path, run.trace.model.get_submodule(path)) for path in paths[:3]]
     more = f" and {len(paths) - 3} more modules" if len(paths) > 3 else ""
-    return f"{', '.join(named)}{more}, whose output has no gradient. Explain the model before it is quantised"
+    return f"{', '.join(some)}{more}, whose output has no gradient. Explain the model before it is quantised"

@@ -43,9 +43,8 @@ class KeptCalls(Method):
 
     def _check(self, call: TracedCall) -> None:
         """ValueError where a call has a part of the maps alone."""
-        if call.chunk or call.mesh is not None:
-            why = "a module attends in chunks" if call.chunk else "processes share the heads"
-            raise ValueError(f"{self.asked} must be left out where {why}; got attention '{call.path}'")
+        if call.part:
+            raise ValueError(f"{self.asked} must be left out where {call.part}; got attention '{call.path}'")
 
     @property
     def asked(self) -> str:

@@ -107,7 +107,7 @@ class LastAttentionMethod(Method):
             every = None
             for mask, (_, columns) in zip(masks, keys, strict=True):
                 if mask is not None:
-                    of_columns = columns.among_keys(mask.to(call.key.device))
+                    of_columns = columns.over_keys(mask.to(call.key.device), True)
                     every = of_columns if every is None else every & of_columns
             return queries, every
 

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast.attach.session import is_checkpointed
+from vlattn_fast.attach.session import is_checkpointed, named
 from vlattn_fast.attach.transformers_interface import ADDITIVE_NAME, CONFIG_NAME, SDPA_NAME
 from vlattn_fast.interpret.relevancy.method import BackwardPass, CarriedMethod, Hook, Method
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
-from vlattn_fast.interpret.relevancy.traced_call import TracedCall
+from vlattn_fast.interpret.relevancy.traced_call import TracedCall, as_factor
 from vlattn_fast.interpret.relevancy.tracking.token_places import Places
 from vlattn_fast.ops.score_attention import score_attention
 
@@ -103,7 +103,7 @@ class LiveCalls(Method):
 
     def _check(self, call: TracedCall, module: nn.Module) -> None:
         """ValueError for a call whose relevancy has no gradient, or not that of the model as it is."""
-        where = f"attention '{call.path}' ({type(module).__name__})"
+        where = f"attention {named(call.path, module)}"
         if not torch.is_grad_enabled():
             raise ValueError(
                 f"capture_relevancy needs the graph of {where}, which runs without gradients, as layers under "
@@ -171,7 +171,7 @@ class LiveCalls(Method):
                 if places.reorders:
                     row = self._moved(row, a, b, call, grad, places, terms[tower].get(call.number))
                     continue
-                row = row * _as_row(a, row) + self._step(row * _as_row(b, row), call.attention, grad).to(row)
+                row = row * as_factor(a, row) + self._step(row * as_factor(b, row), call.attention, grad).to(row)
                 if added is not None:
                     row, added = row * of_last + added, None
             rows.append(row)
@@ -202,11 +202,6 @@ class LiveCalls(Method):
         if self.needs_score and grad is None:
             return row.new_zeros(*row.shape[:2], call.tokens)
         return call.step(row, None if grad is None else grad.to(call.value.dtype), self.formula.recursion)
-
-
-def _as_row(weight: Any, row: Tensor) -> Any:
-    """a or b, a number or (B, N), as a factor of a row (B, T, N)."""
-    return weight[:, None].to(row) if isinstance(weight, Tensor) else weight
 
 
 def _drops_out(module: nn.Module) -> bool:

@@ -187,15 +187,15 @@ class Method:
         """A call from the tokens of `tower` to those of `source`, without the keys that `sinks` says to remove."""
         if self.sinks == KEEP or call.of_one_sequence:  # a recurrence has no softmax whose rest a token takes
             return call
-        if call.chunk or call.mesh is not None:
-            why = "a module attends in chunks" if call.chunk else "processes share the heads"
-            raise ValueError(f"sinks must be {KEEP!r} where {why}; got {self.sinks!r} and attention '{call.path}'")
+        if call.part:
+            raise ValueError(f"sinks must be {KEEP!r} where {call.part}; got {self.sinks!r} and attention '{call.path}'")
         queries = (call.query.shape[0], call.query.shape[2])
         real = tower.attended
         real = real if real is not None and tuple(real.shape) == queries and call.token_places is None else None
         seen = judge(call, real, tower.depth - (not tower.pooled))
         self.seen.append((tower, source, seen))
-        return replace(call, left_out=call.over_keys(seen.sinks)) if self.sinks == REMOVE and bool(seen.sinks.any()) else call
+        removes = self.sinks == REMOVE and bool(seen.sinks.any())
+        return replace(call, left_out=call.over_keys(seen.sinks, False)) if removes else call
 
     def attended(self, tower: TowerTrace, source: TowerTrace, call: TracedCall) -> tuple[TracedCall, Tensor]:
         """A call from the tokens of `tower` to those of `source`, as `judged` gives it, and its output."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vlattn_fast._ground.tensors import compute_dtype
+from vlattn_fast._ground.tensors import compute_dtype, over_sums
 from vlattn_fast.attach.recurrences.reading import Convolution
 from vlattn_fast.interpret.relevancy.traced_call import Recursion, Through, TracedCall
 from vlattn_fast.ops.recurrent_step import recurrent_step
@@ -68,9 +68,9 @@ class MixingCall(TracedCall):
         if isinstance(self.mixer, Convolution):
             taps = [*self._taps(self.mixer, grad_output[..., 0] if by_gradient and grad_output is not None else None)]
             if not by_gradient:
-                taps = [*_shares(torch.stack(taps, -1)).unbind(-1)]
+                taps = [*over_sums(torch.stack(taps, -1)).unbind(-1)]
             band = torch.stack([tap.flatten(0, 1) if apart else tap.mean(1) for tap in taps], -1)
-            return through_band(relevancy, _shares(band) if recursion.row_normalize else band)
+            return through_band(relevancy, over_sums(band) if recursion.row_normalize else band)
         gates = [getattr(self.mixer, name) for name in _GATES]
         tensors = self.query, self.key, *((self.value, grad_output) if by_gradient else (None, None)), *gates
         dtype, heads = compute_dtype(self.value), self.value.shape[1] if apart else None
@@ -95,7 +95,7 @@ class MixingCall(TracedCall):
         if rule == "gradient":
             assert grad_output is not None
             grad = self._value_gradient(grad_output).transpose(2, 3).flatten(1, 2)  # (B, H * Dv, N), the channels' order
-        band = _shares(torch.stack([tap.mean(1) for tap in self._taps(self.convolution, grad)], -1))
+        band = over_sums(torch.stack([tap.mean(1) for tap in self._taps(self.convolution, grad)], -1))
         itself = functional.pad(torch.zeros_like(band[..., 1:]), (0, 1), value=1.0)
         return through_band(relevancy, torch.where(band.sum(-1, keepdim=True) == 0, itself, band))
 
@@ -165,12 +165,6 @@ def _detached(mixer: Any) -> Any:
 def _in_turn(tensor: Tensor, of: str) -> Tensor:
     """(B, H, 2 N, ...) of (B, H, N, ...): each entry at the token that reads ("r" is in `of`) and at that which writes ("w")."""
     return torch.stack([tensor if one in of else torch.zeros_like(tensor) for one in "rw"], 3).flatten(2, 3)
-
-
-def _shares(taps: Tensor) -> Tensor:
-    """Each row over its sum; a row of zeros stays one."""
-    total = taps.sum(-1, keepdim=True)
-    return taps / total.masked_fill(total == 0, 1.0)
 
 
 def through_band(relevancy: Tensor, taps: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from vlattn_fast._ground.marks import add_mark, new_mark, read_mark
 from vlattn_fast._ground.tensors import expand_heads, mask_padding
 from vlattn_fast.attach.current import RUNNING, SCORE_ATTENTION, SOFTMAX, edits_of, first_argument
-from vlattn_fast.attach.session import Steps, Stepwise, as_mode, in_layers, is_checkpointed, visible
+from vlattn_fast.attach.session import Steps, Stepwise, as_mode, in_layers, is_checkpointed, named, visible
 from vlattn_fast.backends.inputs import ScoreAttentionInputs
 from vlattn_fast.interpret.records.record import Family
 from vlattn_fast.interpret.records.unsupported import check_recurrences, check_rules
@@ -138,8 +138,8 @@ class Trace(FindsTowers, SeesMixers, Stepwise, TorchFunctionMode):
             if first.numel() != queries * first.shape[-1]:  # calls over the same tokens look like chunks until the module returns
                 raise ValueError(
                     f"model must attend to each token once in a run of a module; got {queries} queries for an output of "
-                    f"{tuple(first.shape)} in '{path}' ({type(module).__name__}), and no published rule joins several attentions "
-                    "over the same tokens"
+                    f"{tuple(first.shape)} in {named(path or '', module)}, and no published rule joins several attentions over "
+                    "the same tokens"
                 )
 
     def _of_this_run(self, hook: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vlattn_fast.attach.recurrences.reading import Convolution, FunctionCall, Reader, Reading, Recurrence
-from vlattn_fast.attach.session import is_checkpointed
+from vlattn_fast.attach.session import is_checkpointed, named
 from vlattn_fast.attach.tensor_parallel import has_dtensors
 from vlattn_fast.interpret.relevancy.mixing_call import MixingCall
 from vlattn_fast.interpret.relevancy.recurrent_calls import recurs
@@ -19,8 +19,6 @@ from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import TracedCall
 from vlattn_fast.interpret.relevancy.tracking.tensor_marks import TensorMarks
 
-# The ends of the names of modules that have no mixer beside their short convolution: LFM2's, and RWKV's feed-forward layer.
-_ALONE = ("ShortConv", "RwkvFeedForward")
 # The packages whose functions compute what their names say. Others may have another recurrence under such a name.
 _KNOWN = ("transformers.", "vlattn_fast.")
 
@@ -67,10 +65,10 @@ class SeesMixers:
         if isinstance(mixer, Convolution) and recurs(module):
             self._convolutions[self._runs[-1]] = reading, output
             return reading.with_output(result, self._marked_as(output, mixer.value))
-        if isinstance(mixer, Convolution) and not type(module).__name__.endswith(_ALONE):
+        if isinstance(mixer, Convolution) and not reading.alone:
             raise ValueError(
-                f"model must recur by functions that are known; got '{path}' ({type(module).__name__}), whose short convolution "
-                "stands in front of a recurrence that is not seen, or of attention"
+                f"model must recur by functions that are known; got {named(path, module)}, whose short convolution stands in "
+                "front of a recurrence that is not seen, or of attention"
             )
         before = self._convolutions.get(self._runs[-1])
         if before is None and self._runs[-1] in self._convolved and reading.channels is not None:
@@ -100,9 +98,7 @@ def _check(reading: Reading, call: FunctionCall, path: str) -> None:
     if has_dtensors(call.module):
         why = "has its heads in several processes. Run it in one"
     if why:
-        raise ValueError(
-            f"model must run each layer on its whole sequence; got '{path}' ({type(call.module).__name__}), which {why}"
-        )
+        raise ValueError(f"model must run each layer on its whole sequence; got {named(path, call.module)}, which {why}")
 
 
 @torch.no_grad()
@@ -114,8 +110,8 @@ def _computes(mixer: Recurrence | Convolution, call: FunctionCall, output: Tenso
 
 def _another(path: str, module: nn.Module) -> ValueError:
     return ValueError(
-        f"model must recur by functions that are known; got '{path}' ({type(module).__name__}), whose function has the name "
-        "of one of transformers, and has other arguments or computes something else. method='input_gradient' needs no rule"
+        f"model must recur by functions that are known; got {named(path, module)}, whose function has the name of one of "
+        "transformers, and has other arguments or computes something else. method='input_gradient' needs no rule"
     )
 
 
@@ -153,25 +149,26 @@ def _in_front_of(
     path: str, module: nn.Module, value: Tensor, channels: slice, before: tuple[Reading, Tensor] | None
 ) -> Convolution | None:
     """The convolution that gave the values (B, H, N, Dv), of their channels; None without one."""
-    name, count = f"'{path}' ({type(module).__name__})", value.shape[2]
     if before is None:
         if any(isinstance(part, nn.Conv1d) for part in module.modules()):
             raise _unseen_convolution(path, module)
         return None
-    reading, output = before
+    (reading, output), count = before, value.shape[2]
     values = value.detach().transpose(2, 3).flatten(1, 2)
     convolved = (
         output.detach()[:, channels, -count:].to(values.dtype).masked_fill((values == 0).all(1, keepdim=True), 0)
     )  # padding
     if not torch.allclose(convolved, values, rtol=0, atol=0, equal_nan=True):
-        raise ValueError(f"model must take its values from its short convolution as they are; got {name}, which changes them")
+        raise ValueError(
+            f"model must take its values from its short convolution as they are; got {named(path, module)}, which changes them"
+        )
     assert isinstance(reading.mixer, Convolution)
     return reading.mixer.part(channels, count)
 
 
 def _unseen_convolution(path: str, module: nn.Module) -> ValueError:
-    name = f"'{path}' ({type(module).__name__})"
-    return ValueError(f"model must call its short convolutions by causal_conv1d_fn; got {name}, whose own is not seen")
+    where = named(path, module)
+    return ValueError(f"model must call its short convolutions by causal_conv1d_fn; got {where}, whose own is not seen")
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor, distributed, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from vlattn_fast._ground.tensors import compute_dtype
-from vlattn_fast.attach.session import layers_of, split_path
+from vlattn_fast.attach.session import layers_of, named, split_path
 from vlattn_fast.attach.tensor_parallel import has_dtensors, heads_mesh
 from vlattn_fast.interpret.records.record import Tower
 from vlattn_fast.interpret.records.tokens import Tokens
@@ -307,7 +307,7 @@ class TowerTrace:
                 mixes = getattr(layer, "block_type", None) not in TOKENWISE
                 if (recorded or type(layer) in kinds) and mixes and not left_out and not _calls(path, called):
                     raise ValueError(
-                        f"explain saw no attention call in layer '{path}' ({type(layer).__name__}) of tower '{self.name}'. Use "
+                        f"explain saw no attention call in layer {named(path, layer)} of tower '{self.name}'. Use "
                         "scaled_dot_product_attention or transformers' attention interface there"
                     )
         if self.pooling_path is not None and not self.pooled:

@@ -80,6 +80,11 @@ class TracedCall:
     left_out: Tensor | None = None  # bool (B, M), True = a key whose column of Abar is zero, see `_without_left_out`
 
     @property
+    def part(self) -> str:
+        """Where the call has a part of the maps alone, behind "where"; "" = it has all."""
+        return "a module attends in chunks" if self.chunk else "" if self.mesh is None else "processes share the heads"
+
+    @property
     def tokens(self) -> int:
         """How many of the keys are tokens."""
         return self.key.shape[2] if self.columns is None else len(self.columns)
@@ -88,18 +93,11 @@ class TracedCall:
         """(..., M) without the columns of keys that are no tokens."""
         return rows if self.columns is None else rows.index_select(-1, self.columns.to(rows.device))
 
-    def among_keys(self, of_tokens: Tensor) -> Tensor:
-        """Values of the tokens (B, N) for all keys (B, M): others count as ones."""
+    def over_keys(self, of_tokens: Tensor, others: float) -> Tensor:
+        """Values (B, N) of the tokens for all keys (B, M), where `others` have one value."""
         if self.columns is None:
             return of_tokens
-        every = of_tokens.new_ones(len(of_tokens), self.key.shape[2])
-        return every.index_copy(1, self.columns.to(every.device), of_tokens)
-
-    def over_keys(self, of_tokens: Tensor) -> Tensor:
-        """bool (B, N) of the tokens for all keys (B, M), False for others."""
-        if self.columns is None:
-            return of_tokens
-        every = of_tokens.new_zeros(len(of_tokens), self.key.shape[2])
+        every = of_tokens.new_full((len(of_tokens), self.key.shape[2]), others)
         return every.index_copy(1, self.columns.to(every.device), of_tokens)
 
     def computed(self) -> Tensor:
@@ -136,7 +134,7 @@ class TracedCall:
             return Through.apply(self.computed(), carrier, self, recursion)
         with torch.no_grad():
             a, b = self.weights(recursion)
-        both, kept = carrier.unflatten(1, (2, -1)).sum(1), carrier * _as_line(a, carrier)
+        both, kept = carrier.unflatten(1, (2, -1)).sum(1), carrier * as_factor(a, carrier)
         if self.mesh is not None:
             (query, key, value), masks, both, b = on_mesh(self.mesh, (query, key, value), masks, both, b)
         options = recursion._replace(residual_weight=0.0, attention_weight=b)._asdict()
@@ -292,9 +290,9 @@ class TracedCall:
         return {**options, **{name: None if x is None else x.detach() for name, x in added.items()}}
 
 
-def _as_line(weight: Any, carrier: Tensor) -> Any:
-    """a or b, a number or (B, N), as a factor of a carrier (B, T, N)."""
-    return weight[:, None].to(carrier) if isinstance(weight, Tensor) else weight
+def as_factor(weight: Any, rows: Tensor) -> Any:
+    """a or b, a number or (B, N), as a factor of rows (B, T, N)."""
+    return weight[:, None].to(rows) if isinstance(weight, Tensor) else weight
 
 
 class Through(torch.autograd.Function):
@@ -314,7 +312,7 @@ class Through(torch.autograd.Function):
         call: TracedCall = ctx.together(*ctx.saved_tensors)
         recursion: Recursion = ctx.recursion
         grad_output = grad if recursion.rule == "gradient" else None
-        a, b = (_as_line(weight, relevancy) for weight in call.weights(recursion))
+        a, b = (as_factor(weight, relevancy) for weight in call.weights(recursion))
         carried = call.step(relevancy.chunk(2, 1)[0] * b, grad_output, recursion).repeat(1, 2, 1)
         if recursion.residual_weight:
             carried = carried + relevancy * a

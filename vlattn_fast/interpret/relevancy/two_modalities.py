@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from vlattn_fast._ground.tensors import over_sums
 from vlattn_fast.interpret.relevancy.method import BackwardPass, LinkedCall, read_tokens
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 
@@ -47,7 +48,7 @@ class Equations:
     def normalized(self, call: LinkedCall, relevancy: Tensor) -> Tensor:
         """Equations 8 and 9: what lies beside the identity, each row divided by its sum, plus the identity. Zero rows stay."""
         eye = torch.eye(relevancy.shape[-1], dtype=relevancy.dtype, device=relevancy.device)
-        return divided_by_sums(relevancy - eye) + eye
+        return over_sums(relevancy - eye) + eye
 
     def across(self, of_queries: Tensor, abar: Tensor, of_keys: Tensor) -> Tensor:
         """Equation 10: what cross-attention adds between its two towers, from the relevancies within each."""
@@ -107,12 +108,6 @@ def _additions(
     if (q, s) in of_keys:
         additions.append(((s, s), equations.within(abar, of_keys[q, s].to(abar))))
     return additions
-
-
-def divided_by_sums(rows: Tensor) -> Tensor:
-    """Each row divided by its sum; rows without a sum stay as they are."""
-    total = rows.sum(-1, keepdim=True)
-    return rows / total.masked_fill(total == 0, 1.0)
 
 
 def rows_between(backward: BackwardPass, read: Callable[[TowerTrace, TowerTrace, Tensor], Tensor]) -> list[Tensor]:

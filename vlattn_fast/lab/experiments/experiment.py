@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,16 +65,26 @@ def panels(lines: int, columns: int, size: tuple[float, float], **options: Any) 
     return figure, figure.subplots(lines, columns, squeeze=False, **options)
 
 
-def least_seconds(calls: Mapping[str, Callable[[], Any]], rounds: int, least: float = 0.0) -> dict[str, float]:
+def band(axis: Any, places: Sequence[float], values: Sequence[Sequence[float]], **style: Any) -> None:
+    """A line through the means of `values`, those of the seeds at each place, and their deviations around it."""
+    means, deviations = (np.array(part) for part in zip(*map(mean_and_deviation, values), strict=True))
+    axis.plot(places, means, **style)
+    axis.fill_between(places, means - deviations, means + deviations, color=style["color"], alpha=0.12, linewidth=0)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def least_seconds(
+    calls: Mapping[str, Callable[[], Any]], rounds: int, least: float = 0.0, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
     """The least mean seconds of each call in `rounds`, in which the calls take turns, at least `least` seconds each."""
     seconds = dict.fromkeys(calls, math.inf)
     for _ in range(rounds):
         for name, call in calls.items():
-            began, count = time.perf_counter(), 0
-            while not count or time.perf_counter() - began < least:
+            began, count = clock(), 0
+            while not count or clock() - began < least:
                 call()
                 count += 1
-            seconds[name] = min(seconds[name], (time.perf_counter() - began) / count)
+            seconds[name] = min(seconds[name], (clock() - began) / count)
     return seconds
 
 
@@ -98,12 +109,8 @@ def paired_change(first: Sequence[float], second: Sequence[float], form: str = "
 
 def spearman(one: Tensor, two: Tensor) -> Tensor:
     """Rank correlation along the last axis, ties sharing their mean rank; 0 where one side is constant."""
-    ranks = []
-    for x in (one, two):
-        below = (x[..., :, None] > x[..., None, :]).double().sum(-1)
-        same = (x[..., :, None] == x[..., None, :]).double().sum(-1)
-        rank = below + same / 2
-        ranks.append(rank - rank.mean(-1, keepdim=True))
-    a, b = ranks
+    from scipy.stats import rankdata
+
+    a, b = (torch.from_numpy(rankdata(x.numpy(), axis=-1)) - (x.shape[-1] + 1) / 2 for x in (one, two))
     norms = (a.square().sum(-1) * b.square().sum(-1)).sqrt()
     return torch.where(norms > 0, (a * b).sum(-1) / norms.clamp(min=1e-12), 0.0)

@@ -15,8 +15,8 @@ from torch import Tensor
 from vlattn_fast.interpret.explaining.explain import explain
 from vlattn_fast.lab.experiments.experiment import Cell, Experiment, Record, Settings, Stage, panels
 from vlattn_fast.lab.mapper import LONGEST, load_captioner
-from vlattn_fast.lab.questions import PROMPTS, Questions, digit_prompts, is_true
-from vlattn_fast.lab.records import markdown, spread
+from vlattn_fast.lab.questions import PROMPTS, Questions, are_true, digit_prompts
+from vlattn_fast.lab.records import having, markdown, spread
 from vlattn_fast.lab.texts import END, SceneProcessor
 from vlattn_fast.models.clip_mapper import CLIPMapper
 from vlattn_fast.nn.capture_attention import capture_attention
@@ -117,14 +117,14 @@ def measure(cell: Cell, settings: Settings) -> dict[str, Any]:
 def _accuracy(model: CLIPMapper, inputs: Inputs, asked: Questions, image_states: Tensor) -> float:
     words = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     said = SceneProcessor().decode(model.generate(**words, image_states=image_states, max_new_tokens=LONGEST, stop_token=END))
-    right = [is_true(*sample) for sample in zip(asked.questions, said, asked.digits, asked.boxes, strict=True)]
+    right = are_true(asked, said)
     return round(sum(right) / len(right), 4)
 
 
 def _of_sets(records: Sequence[Record], rule: str, share: str) -> list[float]:
     """The accuracy of each set, the mean over the kinds of prompts."""
     seeds = sorted({record["seed"] for record in records})
-    each = [[record["accuracy"][rule][share] for record in records if record["seed"] == seed] for seed in seeds]
+    each = [[record["accuracy"][rule][share] for record in having(records, seed=seed)] for seed in seeds]
     return [sum(values) / len(values) for values in each]
 
 
@@ -138,7 +138,7 @@ def figure(records: Sequence[Record]) -> Figure:
     """Accuracy over the share of patches, a panel for each kind of prompt."""
     drawn, (axes,) = panels(1, len(PROMPTS), (3.2 * len(PROMPTS), 3.6), sharey=True)
     for axis, kind in zip(axes, PROMPTS, strict=True):
-        of_kind = [record for record in records if record["kind"] == kind]
+        of_kind = having(records, kind=kind)
         for rule in RULES:
             means = [sum(_of_sets(of_kind, rule, str(share))) / len({r["seed"] for r in of_kind}) for share in SHARES]
             style = {"color": "black", "linestyle": "--"} if rule == "chance" else {}

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vlattn_fast._ground.tensors import not_zero, over_sums
 from vlattn_fast.interpret.records.record import Tower
 from vlattn_fast.interpret.relevancy.kept_calls import KeptCalls, from_layer, rows_of_maps
 from vlattn_fast.interpret.relevancy.method import BackwardPass
@@ -64,9 +65,8 @@ class Glimpse(KeptCalls):
             for call, grad in zip(pool, of_pool, strict=True):
                 start = _carried(call, grad, start, self._weights(call, grad, start, None, real)[0])
             weights = [self._weights(call, grad, start, real, real) for call, grad in zip(of_tower, of_calls, strict=True)]
-            of_layers = self._layers(
-                torch.stack([norm.to(start.device) for _, norm in weights])
-            )  # layers may have several devices
+            norms = [norm.to(start.device) for _, norm in weights]  # layers may have several devices
+            of_layers = self._layers(torch.stack(norms))
             row, brought = start, start if pool else torch.zeros_like(start)
             for call, grad, (heads, _), share in reversed([*zip(of_tower, of_calls, weights, of_layers, strict=True)]):
                 step = share[:, None, None].to(row) / 2 * _carried(call, grad, row, heads).to(row)
@@ -84,14 +84,14 @@ class Glimpse(KeptCalls):
         reached, slopes, norm = like.new_zeros(batch, heads), like.new_zeros(batch, heads), like.new_zeros(batch)
         every = like.new_ones(batch, 1, count)
         of_queries = every[:, 0] if queries is None else queries.to(every)
-        of_keys = like.new_ones(batch, call.key.shape[2]) if keys is None else call.among_keys(keys.to(every))
+        of_keys = like.new_ones(batch, call.key.shape[2]) if keys is None else call.over_keys(keys.to(every), 1.0)
         for index, maps, slope in rows_of_maps(call, grad, every, True):
             assert slope is not None
             slope = slope * of_queries.gather(1, index)[:, None, :, None] * of_keys[:, None, None]
             reached += (slope * maps).relu().sum((2, 3))
             slopes += slope.relu().sum((2, 3))
             norm += slope.sum(1).abs().sum((1, 2))
-        return (reached / slopes.masked_fill(slopes == 0, 1.0) / self.temperature).softmax(-1), norm
+        return (reached / not_zero(slopes) / self.temperature).softmax(-1), norm
 
     def _layers(self, norms: Tensor) -> Tensor:
         """The weights (L, B) of the layers from n (L, B): with no gradient anywhere, by their depth alone."""
@@ -108,6 +108,5 @@ def _carried(call: TracedCall, grad: Tensor | None, row: Tensor, heads: Tensor) 
     for index, maps, slopes in rows_of_maps(call, grad, row, True):
         assert slopes is not None
         edges = torch.einsum("bh,bhrm->brm", heads, (maps * slopes).relu())
-        total = edges.sum(-1, keepdim=True)
-        result += row.gather(2, index.unsqueeze(1)) @ (edges / total.masked_fill(total == 0, 1.0))
+        result += row.gather(2, index.unsqueeze(1)) @ over_sums(edges)
     return call.of_tokens(result)

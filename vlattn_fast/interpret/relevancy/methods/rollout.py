@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlattn_fast.interpret.relevancy.method import BackwardPass, CarriedMethod, LinkedCall
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
-from vlattn_fast.interpret.relevancy.traced_call import Recursion
+from vlattn_fast.interpret.relevancy.traced_call import Recursion, as_factor
 from vlattn_fast.interpret.relevancy.two_modalities import last_between, rows_between
 
 
@@ -103,8 +103,8 @@ def _sum(row: Tensor | None, addition: Tensor | None) -> Any:
 
 
 def _over_row_sum(call: LinkedCall, like: Tensor) -> Tensor | float:
-    weight = call.attention.over_row_sum()
-    return weight[:, None].to(like) if isinstance(weight, Tensor) else float(weight)
+    weight: Tensor | float = as_factor(call.attention.over_row_sum(), like)
+    return weight
 
 
 def _mean_attention(carried: Tensor, call: LinkedCall) -> Tensor:

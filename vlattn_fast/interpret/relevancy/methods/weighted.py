@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from vlattn_fast._ground.marks import new_mark
+from vlattn_fast._ground.tensors import over_sums
 from vlattn_fast.backends.reference.relevancy_residual import Weighting, residual_weights
 from vlattn_fast.interpret.relevancy.method import BackwardPass, Hook, LinkedCall
 from vlattn_fast.interpret.relevancy.methods.gradient import Gradient, rows_by_equations
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import Recursion, TracedCall
 from vlattn_fast.interpret.relevancy.tracking.token_places import flat_rows
-from vlattn_fast.interpret.relevancy.two_modalities import Equations, divided_by_sums
+from vlattn_fast.interpret.relevancy.two_modalities import Equations
 from vlattn_fast.ops.relevancy_residual import relevancy_residual
 
 _SUMS = ("add", "radd", "iadd")  # names of torch's functions, without underscores
@@ -197,7 +198,7 @@ class _WeightedEquations(Equations):
         self.weights, self.weighting, self.row_normalize = weights, weighting, row_normalize
 
     def weighed(self, abar: Tensor) -> Tensor:
-        return divided_by_sums(abar) if self.row_normalize else abar
+        return over_sums(abar) if self.row_normalize else abar
 
     def normalized(self, call: LinkedCall, relevancy: Tensor) -> Tensor:
         """Where a + b = 1, and the rows of Abar are divided by their sums, rows sum to one anyway: R itself stands in equation 10

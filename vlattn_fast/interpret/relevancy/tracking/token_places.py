@@ -71,6 +71,11 @@ class Places:
         self._in_order: dict[int, Numbers] = {}  # that were seen to be of all tokens, in the order of the first call
         self._report: Tensor | None = None  # the places (B, N) of the tokens in the order in which they entered
 
+    @property
+    def _in_rows(self) -> Tensor:
+        """The places (B, N) in the order of the first call."""
+        return torch.arange(self.shape[0] * self.shape[1]).view(self.shape)
+
     # --- numbers ---
 
     def numbers(self, tensor: Tensor) -> Numbers | None:
@@ -168,7 +173,7 @@ class Places:
     def pool(self, moves: TokenMoves, key: Tensor, columns: Tensor | None) -> Moved | None:
         """The places of the keys of a pooling head; None where they are all of the tower's tokens, in order."""
         ids = _of_columns(ids_of(moves.of(key), key), columns)
-        whole = torch.arange(self.shape[0] * self.shape[1]).view(self.shape)
+        whole = self._in_rows
         keys = whole if ids is None or not self.holds(ids) else self.locate(ids)
         if torch.equal(keys, whole) and not self.reorders:
             return None
@@ -183,7 +188,7 @@ class Places:
             if (batch, count) != self.shape:
                 self.refuse(f"model must keep its tokens where they can be followed; got lost tokens in attention '{path}'")
                 return torch.arange(batch * count).view(batch, count) % self.count
-            places = torch.arange(self.shape[0] * self.shape[1]).view(self.shape)
+            places = self._in_rows
             if self.latest is not None and self.latest.shape == (batch, 1, count, 1):
                 moves.rename(query, self.latest, ids)  # as the last call had them
                 return self.locate(self.latest.ids)[:, 0, :, 0]
@@ -228,10 +233,7 @@ class Places:
         numbers = None if self.moves is None else self.moves.of(states)
         if numbers is None or numbers is self.end:
             return
-        size = 1
-        for of in numbers.shape:
-            size *= of
-        if self.end is None or size >= self.end.ids.numel():
+        if self.end is None or math.prod(numbers.shape) >= self.end.ids.numel():
             self.end = numbers
 
     def finish(self, recorded: bool) -> tuple[int, int] | None:
@@ -270,14 +272,12 @@ class Places:
         """The places of a call, also of one that has them in order."""
         if at is not None:
             return Moved(at.queries, at.keys, self.count)
-        places = torch.arange(self.shape[0] * self.shape[1]).view(self.shape)
-        return Moved(places, places, self.count)
+        return Moved(self._in_rows, self._in_rows, self.count)
 
     @property
     def entered(self) -> Tensor:
         """The places (B, N) of the tokens as they entered."""
-        whole = torch.arange(self.shape[0] * self.shape[1]).view(self.shape)
-        return whole if self._report is None else self._report
+        return self._in_rows if self._report is None else self._report
 
     def flattened(self, row: Tensor) -> Tensor:
         """The flat row (1, 1, places) of a row (B, 1, N) over the tokens as they entered."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from vlattn_fast._ground.extras import extra
 from vlattn_fast.lab.experiments.congruence.training import JUMP, RELATIONAL, jump, value_name
 from vlattn_fast.lab.experiments.experiment import Cell, Record, paired_change, panels
-from vlattn_fast.lab.records import grouped, markdown, number, spread
+from vlattn_fast.lab.records import grouped, having, markdown, number, spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,10 +25,6 @@ LABELS = {
 COLOURS = {"none": "#555555", "iais_singular": "#1b7f79", "iais_distributed": "#c8702a", "cacr": "#6a4fa3"}
 SCORES = ("text", "image", "group", "digit", "relation", "order")
 CHANCE = {"text": 1 / 4, "image": 1 / 4, "group": 1 / 6, "digit": 1 / 2, "relation": 1 / 2, "order": 1 / 2}
-
-
-def of(records: Sequence[Record], what: str, loss: str | None = None) -> list[Record]:
-    return [record for record in records if record["what"] == what and loss in (None, record["loss"])]
 
 
 # --- the choice of settings ---
@@ -49,7 +45,7 @@ def at_most(record: Record, names: Sequence[str] = RELATIONAL) -> float:
 def swept(records: Sequence[Record], kind: str) -> list[tuple[Cell, list[Record]]]:
     """Each setting of a loss with its records of the sweep."""
     names = ("loss", "weight", "layer")
-    groups = grouped(of(records, "sweep", kind), lambda record: tuple(record[name] for name in names))
+    groups = grouped(having(records, what="sweep", loss=kind), lambda record: tuple(record[name] for name in names))
     return [(dict(zip(names, setting, strict=True)), members) for setting, members in groups.items()]
 
 
@@ -89,15 +85,15 @@ def _swept_table(records: Sequence[Record]) -> str:
             shown = [f"{sign}{at_most(record):,.0f}" for sign, record in zip(signs, members, strict=True)]
             mean = sum(map(at_most, members)) / len(members)
             lines.append([_name(members[0]) + mark, *shown, f"{max(signs)}{mean:,.0f}"])
-    seeds = dict.fromkeys(record["seed"] for record in of(records, "sweep"))
+    seeds = dict.fromkeys(record["seed"] for record in having(records, what="sweep"))
     return markdown(["validation: step of the jump", *(f"seed {seed}" for seed in seeds), "mean"], lines)
 
 
 def _jump_table(records: Sequence[Record]) -> str:
     lines = []
-    plain = [at_most(record) for record in of(records, "training", "none")]
+    plain = [at_most(record) for record in having(records, what="training", loss="none")]
     for arm in ARMS:
-        members = of(records, "training", arm)
+        members = having(records, what="training", loss=arm)
         steps = [[at_most(record, names) for record in members] for names in (["order"], ["relation"], RELATIONAL)]
         jumped = f"{sum(jump_of(record) is not None for record in members)} of {len(members)}"
         change = ("", "") if arm == "none" else paired_change(steps[-1], plain, ",.0f")
@@ -109,15 +105,15 @@ def _jump_table(records: Sequence[Record]) -> str:
 def _score_table(records: Sequence[Record]) -> str:
     lines = [["chance", *(f"{CHANCE[score]:.3f}" for score in SCORES)]]
     for arm in ("untrained", *ARMS):
-        members = of(records, "training", arm)
+        members = having(records, what="training", loss=arm)
         lines.append([_name(members[0]), *(spread([record["held_out"][score] for record in members]) for score in SCORES)])
     return markdown(["held-out pairs, test scans", *SCORES], lines)
 
 
 def _difference_table(records: Sequence[Record]) -> str:
-    plain, lines = of(records, "training", "none"), []
+    plain, lines = having(records, what="training", loss="none"), []
     for arm in ARMS[1:]:
-        members = of(records, "training", arm)
+        members = having(records, what="training", loss=arm)
         for pairs, label in (("held_out", "held-out pairs"), ("seen", "pairs seen in training")):
             scores = ([[record[pairs][score] for record in group] for group in (members, plain)] for score in SCORES)
             changes = (paired_change(trained, without) for trained, without in scores)
@@ -128,10 +124,10 @@ def _difference_table(records: Sequence[Record]) -> str:
 def _value_table(records: Sequence[Record]) -> str:
     lines = []
     for arm in ARMS[1:]:
-        members = of(records, "training", arm)
+        members = having(records, what="training", loss=arm)
         value = value_name(arm, members[0]["layer"])
         arms = ("untrained", "none", arm)
-        values = [[record["held_out"][value] for record in of(records, "training", name)] for name in arms]
+        values = [[record["held_out"][value] for record in having(records, what="training", loss=name)] for name in arms]
         lines.append([_name(members[0]), *(spread(one, ".2g") for one in values), *paired_change(values[2], values[1], ".2g")])
     return markdown(["the loss's value, held-out pairs", "untrained", "no loss", "with the loss", "less no loss", "p"], lines)
 
@@ -139,7 +135,7 @@ def _value_table(records: Sequence[Record]) -> str:
 def _cost_table(records: Sequence[Record]) -> str:
     calls = ("step none", "step ours", "step official", "loss ours", "loss official")
     lines = []
-    for record in of(records, "cost"):
+    for record in having(records, what="cost"):
         times = [f"{record[f'{call} ms']:.{1 if call.startswith('step') else 2}f}" for call in calls]
         peaks = [number(record[f"{call} MiB"], ".1f") or "not measured" for call in calls]
         lines.append([record["problem"], LABELS[record["loss"]], *times, *peaks])
@@ -156,7 +152,7 @@ def learning_curves(records: Sequence[Record]) -> Figure:
     figure, (line,) = panels(1, len(ARMS), (2.6 * len(ARMS) + 0.6, 2.7), sharey=True)
     for panel, arm in zip(line, ARMS, strict=True):
         for loss in dict.fromkeys(("none", arm)):
-            members = of(records, "training", loss)
+            members = having(records, what="training", loss=loss)
             behind = loss != arm
             for record in members:
                 colour, width = ("#bbbbbb", 0.8) if behind else (COLOURS[arm], 1.1)
@@ -164,7 +160,7 @@ def learning_curves(records: Sequence[Record]) -> Figure:
             mean = sum(at_most(record, ["order"]) for record in members) / len(members)
             panel.plot([mean], [0.44], marker="^", color="#bbbbbb" if behind else COLOURS[arm], clip_on=False, linestyle="none")
         panel.axhline(JUMP, color="#999999", linewidth=0.6, linestyle=":")
-        panel.set_title(_name(of(records, "training", arm)[0]).replace(", weight", "\nweight"), fontsize=9)
+        panel.set_title(_name(having(records, what="training", loss=arm)[0]).replace(", weight", "\nweight"), fontsize=9)
         panel.set_ylim(0.44, 1.01)
         _quiet(panel)
     line[0].set_ylabel("accuracy, order of the digits", fontsize=9)
@@ -178,10 +174,10 @@ def congruence_curves(records: Sequence[Record]) -> Figure:
 
     figure, (line,) = panels(1, len(ARMS[1:]), (2.6 * len(ARMS[1:]) + 0.6, 2.7), sharey=True)
     for panel, arm in zip(line, ARMS[1:], strict=True):
-        members = of(records, "training", arm)
+        members = having(records, what="training", loss=arm)
         value = value_name(arm, members[0]["layer"])
         for loss, colour in (("none", "#999999"), (arm, COLOURS[arm])):
-            for record in of(records, "training", loss):
+            for record in having(records, what="training", loss=loss):
                 panel.plot(record["curve"]["step"], record["curve"][value], color=colour, linewidth=1.0)
         panel.set_yscale("log")
         panel.set_title(f"{LABELS[arm]}, layer {members[0]['layer'] + 1}", fontsize=9)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from vlattn_fast.lab.experiments.experiment import Record, panels
+from vlattn_fast.lab.experiments.experiment import Record, band, panels
 from vlattn_fast.lab.experiments.flow.edges import CUT, FLOWS, LISTS
 from vlattn_fast.lab.experiments.flow.failures import EFFECTS
-from vlattn_fast.lab.records import grouped, markdown, mean_and_deviation, spread
+from vlattn_fast.lab.records import grouped, having, markdown, spread
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,15 +27,18 @@ DRAWN = (
 
 def of(records: Sequence[Record], task: str, part: str, **names: Any) -> list[dict[str, Any]]:
     """The measurement of a part that has these names, one a seed."""
-    rows = [row for record in records if record["task"] == task for row in record[part]]
-    return [row for row in rows if all(row[name] == value for name, value in names.items())]
+    return having((row for record in having(records, task=task) for row in record[part]), **names)
+
+
+def _tasks(records: Sequence[Record]) -> list[str]:
+    return [task for task in TASKS if having(records, task=task)]
 
 
 def tables(records: Sequence[Record]) -> Iterator[str]:
-    tasks = [task for task in TASKS if any(record["task"] == task for record in records)]
+    tasks = _tasks(records)
     lines = []
     for task in tasks:
-        seeds = [record for record in records if record["task"] == task]
+        seeds = having(records, task=task)
         lines.append([TASKS[task], *(spread([record[name] for record in seeds]) for name in ("accuracy", "probability"))])
     yield markdown(["model of", "right answers", "probability of the answers that are measured"], lines)
     for task in tasks:
@@ -96,16 +99,17 @@ def _sources(records: Sequence[Record], task: str) -> str:
 
 def flow_figure(records: Sequence[Record]) -> Figure:
     """The share of the answer's probability that is lost, by the layer where an edge is cut, and by the edges of a list."""
-    tasks = [task for task in TASKS if any(record["task"] == task for record in records)]
+    tasks = _tasks(records)
     drawn, lines = panels(len(tasks), 2, (9.6, 3.3 * len(tasks)))
     for task, (left, right) in zip(tasks, lines, strict=True):
         for name, colour in zip(DRAWN, COLOURS, strict=False):
             rows = of(records, task, "flow", edge=name)
             layers = [layer for layer in rows[0] if layer.isdigit()]
-            _band(left, [int(layer) for layer in layers], [[row[layer] for row in rows] for layer in layers], colour, name)
+            values = [[row[layer] for row in rows] for layer in layers]
+            band(left, [int(layer) for layer in layers], values, color=colour, label=name, marker="o", markersize=3)
         for name, colour in zip(LISTS, COLOURS, strict=True):
             values = [[row["fall"] for row in of(records, task, "cuts", list=name, edges=count)] for count in CUT]
-            _band(right, list(CUT), values, colour, name)
+            band(right, CUT, values, color=colour, label=name, marker="o", markersize=3)
         left.set(xlabel="layer that is cut", ylabel="share of the probability lost", title=TASKS[task], xticks=range(5))
         right.set(xlabel="edges that are cut together", xscale="log", title=TASKS[task])
         right.set_xticks(CUT, [str(count) for count in CUT])
@@ -115,20 +119,12 @@ def flow_figure(records: Sequence[Record]) -> Figure:
     return drawn
 
 
-def _band(axis: Any, places: Sequence[float], values: Sequence[Sequence[float]], colour: str, label: str) -> None:
-    means, deviations = zip(*map(mean_and_deviation, values), strict=True)
-    low, high = ([mean + sign * deviation for mean, deviation in zip(means, deviations, strict=True)] for sign in (-1, 1))
-    axis.plot(places, means, color=colour, marker="o", markersize=3, label=label)
-    axis.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
-    axis.spines[["top", "right"]].set_visible(False)
-
-
 def effects_figure(records: Sequence[Record]) -> Figure:
     """A dot for every edge of every model, coloured by attention: first-order effect across, true effect up; sample means."""
-    tasks = [task for task in TASKS if any(record["task"] == task for record in records)]
+    tasks = _tasks(records)
     drawn, lines = panels(1, len(tasks), (4.8 * len(tasks), 4.0))
     for task, axis in zip(tasks, lines[0], strict=True):
-        edges = [record["edges"] for record in records if record["task"] == task]
+        edges = [record["edges"] for record in having(records, task=task)]
         first_order, true, mass = ([x for one in edges for x in one[name]] for name in ("first_order", "true", "mass"))
         dots = axis.scatter(first_order, true, c=mass, cmap="viridis_r", vmin=0, vmax=1, s=9, alpha=0.8, linewidths=0)
         ends = min(*first_order, *true), max(*first_order, *true)

@@ -10,7 +10,7 @@ from torch import Tensor
 from vlattn_fast.lab.clip import PATCH
 from vlattn_fast.lab.mapper import answer, complete
 from vlattn_fast.lab.processor import DIGIT_WORDS
-from vlattn_fast.lab.questions import Questions, digit_prompts, digit_questions, is_true
+from vlattn_fast.lab.questions import Questions, are_true, digit_prompts, digit_questions
 from vlattn_fast.lab.scenes import CANVAS, Scenes, select
 from vlattn_fast.lab.texts import SceneProcessor
 from vlattn_fast.models.clip_mapper import CLIPMapper
@@ -52,8 +52,7 @@ def draw(task: str, model: CLIPMapper, count: int, samples: int, seed: int, ever
     else:
         drawn = digit_prompts(count, seed=seed, kind="caption")
         said = tuple(drawn.answers) if every else tuple(complete(model, drawn))
-        scenes = zip(drawn.questions, said, drawn.digits, drawn.boxes, strict=True)
-        right = [is_true(*scene) for scene in scenes]
+        right = are_true(drawn, said)
         texts, asked = [caption.rpartition(" ")[0] for caption in said], [caption.split(" ")[0] for caption in said]
         answers = tuple(caption.rpartition(" ")[2] for caption in said)
     accuracy = sum(right) / count

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vlattn_fast.lab.experiments.experiment import Record, paired_change, panels
+from vlattn_fast.lab.experiments.experiment import Record, band, paired_change, panels
 from vlattn_fast.lab.questions import digit_prompts
-from vlattn_fast.lab.records import markdown, mean_and_deviation, spread
+from vlattn_fast.lab.records import having, markdown, spread
 from vlattn_fast.lab.scenes import CANVAS
 
 if TYPE_CHECKING:
@@ -25,19 +25,17 @@ SEED = 0  # of the picture
 
 
 def of(records: Sequence[Record], kind: str) -> list[Record]:
-    return sorted((record for record in records if record["kind"] == kind), key=lambda record: record["seed"])
+    return sorted(having(records, kind=kind), key=lambda record: record["seed"])
 
 
 def values(records: Sequence[Record], kind: str, method: str, test: str) -> list[float]:
     """One a seed."""
-    return [
-        row["value"] for record in of(records, kind) for row in record["table"] if (row["method"], row["test"]) == (method, test)
-    ]
+    return [row["value"] for record in of(records, kind) for row in having(record["table"], method=method, test=test)]
 
 
 def curves(records: Sequence[Record], kind: str, method: str, test: str) -> list[dict[str, Any]]:
     """One a seed."""
-    return [row for record in of(records, kind) for row in record["curves"] if (row["method"], row["test"]) == (method, test)]
+    return [row for record in of(records, kind) for row in having(record["curves"], method=method, test=test)]
 
 
 def tables(records: Sequence[Record]) -> Iterator[str]:
@@ -65,13 +63,10 @@ def curves_figure(records: Sequence[Record]) -> Figure:
         for test, axis in zip(("insertion", "deletion"), axes, strict=True):
             for method, colour in zip(METHODS, COLOURS, strict=True):
                 of_seeds = curves(records, kind, method, test)
-                steps = of_seeds[0]["steps"]
-                at_steps = [mean_and_deviation(column) for column in zip(*(curve["mean"] for curve in of_seeds), strict=True)]
-                mean, deviation = (torch.tensor(numbers) for numbers in zip(*at_steps, strict=True))
-                axis.plot(steps, mean, color=colour, label=method, linestyle=":" if method == "random" else "-")
-                axis.fill_between(steps, mean - deviation, mean + deviation, color=colour, alpha=0.12, linewidth=0)
+                at_steps = [*zip(*(curve["mean"] for curve in of_seeds), strict=True)]
+                style = ":" if method == "random" else "-"
+                band(axis, of_seeds[0]["steps"], at_steps, color=colour, label=method, linestyle=style)
             axis.set(title=f"{kind}, {test}")
-            axis.spines[["top", "right"]].set_visible(False)
         axes[0].set_ylabel("probability of the word")
     lines[-1][0].set_xlabel("share of patches put in")
     lines[-1][1].set_xlabel("share of patches removed")
@@ -82,7 +77,7 @@ def curves_figure(records: Sequence[Record]) -> Figure:
 def maps_figure(records: Sequence[Record]) -> Figure:
     """Each method's map of the last word of both models' captions of one scene, over the scene's ink."""
     ink = 1 - digit_prompts(1, seed=SEED, kind="caption").images[0]
-    rows = [(kind, record["shown"]) for kind in KINDS for record in of(records, kind) if record["seed"] == SEED]
+    rows = [(kind, record["shown"]) for kind in KINDS for record in having(records, kind=kind, seed=SEED)]
     names = list(rows[0][1]["maps"])
     drawn, lines = panels(len(rows), len(names), (1.7 * len(names), 2.1 * len(rows)))
     for (kind, seen), axes in zip(rows, lines, strict=True):

@@ -10,7 +10,7 @@ import torch
 from vlattn_fast._ground.extras import extra
 from vlattn_fast.lab.experiments.experiment import Record, paired_change, panels
 from vlattn_fast.lab.experiments.robust.training import CORNERS, SHADE, shown_scenes
-from vlattn_fast.lab.records import grouped, markdown, spread
+from vlattn_fast.lab.records import grouped, having, markdown, spread
 from vlattn_fast.lab.scenes import CANVAS, DIGIT
 
 if TYPE_CHECKING:
@@ -27,13 +27,9 @@ POINTING = ("in the digit", "in the shade", "hits", "rollout in the digit", "rol
 Setting = tuple[str, float, float]  # loss, weight, learning rate
 
 
-def of(records: Sequence[Record], what: str) -> list[Record]:
-    return [record for record in records if record["what"] == what]
-
-
 def swept(records: Sequence[Record]) -> dict[Setting, list[dict[str, Any]]]:
     """The measurements of each setting, one a seed."""
-    tried = [one for record in of(records, "sweep") for one in record["tried"]]
+    tried = [one for record in having(records, what="sweep") for one in record["tried"]]
     return grouped(tried, lambda one: (one["loss"], one["weight"], one["rate"]))
 
 
@@ -47,11 +43,11 @@ def chosen(records: Sequence[Record]) -> list[Setting]:
 
 def values(records: Sequence[Record], loss: str, scenes: str, measured: str) -> list[float]:
     """One a seed; scenes: "shaded" or "clean", see `measure_training`."""
-    return [one[measured] for record in of(records, "training") for one in record[scenes] if one["loss"] == loss]
+    return [one[measured] for record in having(records, what="training") for one in having(record[scenes], loss=loss)]
 
 
 def tables(records: Sequence[Record]) -> Iterator[str]:
-    best, seeds = chosen(records), [f"seed {record['seed']}" for record in of(records, "sweep")]
+    best, seeds = chosen(records), [f"seed {record['seed']}" for record in having(records, what="sweep")]
     lines = []
     for setting, of_seeds in swept(records).items():
         loss, weight, rate = setting
@@ -85,7 +81,7 @@ def figure(records: Sequence[Record]) -> Figure:
     with extra("viz"):
         from matplotlib.patches import Rectangle
 
-    record = of(records, "training")[0]
+    record = having(records, what="training")[0]
     plain = shown_scenes(record["seed"])
     drawn, lines = panels(len(plain.answer), 1 + len(LABELS), (10.2, 3.9))
     for place, line in enumerate(lines):
@@ -99,7 +95,7 @@ def figure(records: Sequence[Record]) -> Figure:
             else:
                 ink = plain.images[place].numpy()
                 frames.append(((x, y), SHADE, "#555555", ":"))
-                (one,) = (one for one in record["shaded"] if one["loss"] == loss)
+                (one,) = having(record["shaded"], loss=loss)
                 map_ = torch.tensor(one["maps"][place])
                 axis.imshow((map_ / map_.max().clamp(min=1e-30)).numpy(), cmap="YlOrRd", vmin=0, extent=(0, CANVAS, CANVAS, 0))
                 axis.set_xlabel(f"says {one['says'][place]}", fontsize=9)

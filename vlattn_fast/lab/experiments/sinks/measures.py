@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +15,7 @@ from vlattn_fast._ground.extras import extra
 from vlattn_fast.interpret.explaining.explain import explain
 from vlattn_fast.interpret.relevancy import sinks as detector
 from vlattn_fast.interpret.result.explanation import Explanation
+from vlattn_fast.lab.experiments.experiment import least_seconds
 from vlattn_fast.lab.experiments.sinks.planted import TOKEN
 from vlattn_fast.lab.experiments.sinks.samples import Samples
 from vlattn_fast.models.clip_mapper import CLIPMapper
@@ -140,9 +140,5 @@ def seconds(tokens: int, rounds: int) -> dict[str, float]:
         for method in METHODS
         for sinks in detector.MODES
     }
-    least = dict.fromkeys(calls, math.inf)
-    for _, (name, call) in itertools.product(range(rounds), calls.items()):
-        began = time.process_time()
-        call()
-        least[name] = min(least[name], time.process_time() - began)
+    least = least_seconds(calls, rounds, clock=time.process_time)
     return {name: round(value, 4) for name, value in least.items()}

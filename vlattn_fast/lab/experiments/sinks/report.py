@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlattn_fast.lab.experiments.experiment import Record, paired_change, panels
+from vlattn_fast.lab.experiments.experiment import Record, band, paired_change, panels
 from vlattn_fast.lab.experiments.flow.samples import GRID
 from vlattn_fast.lab.experiments.sinks.measures import METHODS, NORMS, SINKS
 from vlattn_fast.lab.experiments.sinks.samples import TASKS
-from vlattn_fast.lab.records import grouped, markdown, mean_and_deviation, spread
+from vlattn_fast.lab.records import grouped, having, markdown, spread
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,8 +21,7 @@ COLOURS = dict(zip(METHODS, ("#111111", "#0f766e", "#c2410c", "#4456b5"), strict
 
 def of(records: Sequence[Record], part: str, task: str, share: float, **names: Any) -> list[dict[str, Any]]:
     """The measurements of a part that have these names, one a seed."""
-    rows = [row for record in records if (record["task"], record.get("share")) == (task, share) for row in record[part]]
-    return [row for row in rows if all(row[name] == value for name, value in names.items())]
+    return having((row for record in having(records, task=task, share=share) for row in record[part]), **names)
 
 
 def _shares(records: Sequence[Record]) -> list[float]:
@@ -30,7 +29,7 @@ def _shares(records: Sequence[Record]) -> list[float]:
 
 
 def _tasks(records: Sequence[Record]) -> list[str]:
-    return [task for task in TASKS if any(record["task"] == task for record in records)]
+    return [task for task in TASKS if having(records, task=task)]
 
 
 def tables(records: Sequence[Record]) -> Iterator[str]:
@@ -46,7 +45,7 @@ def _named(records: Sequence[Record]) -> str:
     """The sinks of models as they are."""
     lines = []
     for task in _tasks(records):
-        seeds = [record for record in records if (record["task"], record.get("share")) == (task, 0.0)]
+        seeds = having(records, task=task, share=0.0)
         rows = [(record["seed"], row) for record in seeds for row in record["sinks"]]
         for (tower, reader, token), rows_of_token in grouped(
             rows, lambda row: (row[1]["tower"], row[1]["reader"], row[1]["token"])
@@ -99,18 +98,17 @@ def _agreement(records: Sequence[Record]) -> str:
     shares = _shares(records)
     lines = []
     for task in _tasks(records):
-        mine = [record for record in records if record["task"] == task]
-        lines.append([TASKS[task], *(spread([r["agreement"] for r in mine if r["share"] == share]) for share in shares)])
+        of_shares = (having(records, task=task, share=share) for share in shares)
+        lines.append([TASKS[task], *(spread([record["agreement"] for record in seeds]) for seeds in of_shares)])
     return markdown(["same answer as without a planted sink", *(f"{share:.1f}" for share in shares)], lines)
 
 
 def _times(records: Sequence[Record]) -> str:
     lines = []
-    for record in records:
-        if record["task"] == "cost":
-            for method in METHODS:
-                keep, report, remove = (record["times"][f"{method} {sinks}"] for sinks in ("keep", "report", "remove"))
-                lines.append([f"`{method}`", f"{keep:.3f} s", f"{report / keep:.2f} ×", f"{remove / keep:.2f} ×"])
+    for record in having(records, task="cost"):
+        for method in METHODS:
+            keep, report, remove = (record["times"][f"{method} {sinks}"] for sinks in ("keep", "report", "remove"))
+            lines.append([f"`{method}`", f"{keep:.3f} s", f"{report / keep:.2f} ×", f"{remove / keep:.2f} ×"])
     return markdown(["method", "keep, processor time", "report", "remove"], lines)
 
 
@@ -124,11 +122,9 @@ def figure(records: Sequence[Record]) -> Figure:
                 values = [
                     [row["pointing"] for row in of(records, "maps", task, share, method=method, sinks=sinks)] for share in shares
                 ]
-                means, deviations = (np.array(part) for part in zip(*map(mean_and_deviation, values), strict=True))
-                axis.plot(shares, means, style, color=colour, marker="o", markersize=3, label=f"{method}, {sinks}")
-                axis.fill_between(shares, means - deviations, means + deviations, color=colour, alpha=0.12, linewidth=0)
+                look = {"color": colour, "linestyle": style, "marker": "o", "markersize": 3}
+                band(axis, shares, values, label=f"{method}, {sinks}", **look)
         axis.set(title=TASKS[task], xlabel="attention of the planted sink", ylim=(-0.03, 1.03), xticks=shares)
-        axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("pointing")
     drawn.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return drawn
