@@ -77,7 +77,7 @@ def attribute_edges(
             scores, _ = asked.scores(asked.outputs)
             calls = notes.of_plans(plans, chosen, queries, keys)
             _gradients(scores, [call.leaf for call in calls])
-            of_calls = [call.by_sets() for call in calls]
+            of_calls = [plan.call.share.whole(call.by_sets(), 1) for plan, call in zip(chosen, calls, strict=True)]
         else:
             scores, of_calls = _by_edits(asked, plans, chosen, queries, keys)
     of_layers: dict[int, Tensor] = {}  # (B, H, F, T)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vlattn_fast.attach.current import edits_of
 from vlattn_fast.attach.session import at_rest, in_layers, unwrapped
+from vlattn_fast.attach.tensor_parallel import HeadShare
 from vlattn_fast.interpret.explaining.answer import Answer, encoder_decoder, start_tokens
 from vlattn_fast.interpret.explaining.inputs import is_empty, prepare_inputs
 from vlattn_fast.interpret.records.derived import generates
@@ -51,10 +52,16 @@ class SeenCall:
     tower: SeenTower
     source: SeenTower
     layer: int  # its number in the tower, from 0
-    heads: int  # of the queries
+    share: HeadShare  # this process's heads of the queries
     keys: int
     columns: Tensor | None  # int64, which of the keys are tokens; None = all
     problem: str  # why its queries and keys have no groups; "" = they have
+    by_hand: bool  # its module takes the softmax itself
+
+    @property
+    def heads(self) -> int:
+        """Those of all processes."""
+        return self.share.heads
 
     @property
     def crosses(self) -> bool:
@@ -100,8 +107,9 @@ class _Noted:
     queries: tuple[int, int]  # (B, N)
     keys: int
     columns: Tensor | None
-    heads: int
+    share: HeadShare
     problem: str
+    by_hand: bool
     mixes: bool  # it has no softmax
 
 
@@ -123,12 +131,12 @@ class NotesCalls(Method):
     def _noted(self, tower: TowerTrace, call: TracedCall) -> Tensor:
         assert tower.last_call is not None
         (batch, heads, queries, _), keys, problem = call.query.shape, call.key.shape[2], ""
-        if call.mesh is not None:
-            raise ValueError(f"model must have all heads of a layer in one process; got '{call.path}', whose heads several share")
         if call.chunk or call.token_places is not None:
             problem = "attends in windows or chunks, or to tokens in another order"
-        at = tower.last_call, tower, tower.depth, call.path
-        self.calls.append(_Noted(*at, (batch, queries), keys, call.columns, heads, problem, call.of_one_sequence))
+        at, score = (tower.last_call, tower, tower.depth, call.path), call.masks.get("score")
+        share = HeadShare(heads if call.mesh is None else heads * call.mesh.size(), call.mesh)
+        by_hand = score is not None and score.by_hand
+        self.calls.append(_Noted(*at, (batch, queries), keys, call.columns, share, problem, by_hand, call.of_one_sequence))
         return self.output(call)
 
     def output(self, call: TracedCall) -> Tensor:
@@ -218,8 +226,8 @@ def watched_run(
         if not problem and (noted.queries != noted.tower.shape or of_tokens != source.size):
             problem = f"has {noted.queries[1]} queries and {of_tokens} keys of {noted.tower.size} and {source.size} tokens"
         problem = problem and f"'{noted.path}' ({type(kind).__name__}) {problem}"
-        sizes = noted.heads, noted.keys, noted.columns
-        calls.append(SeenCall(noted.path, seen(noted.tower), seen(source), layer, *sizes, problem))
+        sizes = noted.share, noted.keys, noted.columns
+        calls.append(SeenCall(noted.path, seen(noted.tower), seen(source), layer, *sizes, problem, noted.by_hand))
     return SeenModel(model, record, calls, mixing), outputs
 
 
