@@ -22,7 +22,8 @@ WEIGHT = 3.0
 
 
 class EditedMaps(TorchFunctionMode):
-    """Multiplies the maps (B, H, N, M), one after the other, by `weights` (H, N, M), and divides rows by their sums."""
+    """Multiplies the maps (B, H, N, M) or (B * H, N, M), one after the other, by `weights` (H, N, M), and divides rows by their
+    sums."""
 
     def __init__(self, weights: list[Tensor]) -> None:
         super().__init__()
@@ -30,14 +31,26 @@ class EditedMaps(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        sizes = self.weights[0].shape
-        if func not in SOFTMAX or result.ndim != 4 or result.shape[1:3] != sizes[:2] or result.shape[3] - sizes[2] not in (0, 1):
+        if func is torch.logsumexp and (weight := self._weight(args[0])) is not None:  # of the scores, for a sink's share
+            return result + (args[0].reshape(-1, *weight.shape[-3:]).softmax(-1) * weight).sum(-1).log().view(result.shape)
+        if func not in SOFTMAX or (weight := self._weight(args[0] if args else kwargs["input"])) is None:
             return result
-        weight = self.weights[self.count % len(self.weights)]
         self.count += 1
-        weighed = result * nn.functional.pad(weight, (0, result.shape[3] - sizes[2]), value=1.0)  # a sink's column stays
+        weighed = result.reshape(-1, *weight.shape[-3:]) * weight
         total = weighed.sum(-1, keepdim=True)
-        return weighed / total.masked_fill(total == 0, 1.0)
+        return (weighed / total.masked_fill(total == 0, 1.0)).view(result.shape)
+
+    def _weight(self, scores: Tensor) -> Tensor | None:
+        """(H, N, M), or (B, H, N, M), of the map that is made next of these scores; None where they make none."""
+        weight = self.weights[self.count % len(self.weights)]
+        heads, size, _ = weight.shape
+        sinks = scores.shape[-1] - size  # whose column stays
+        by_head = scores.ndim == 4 and scores.shape[1] == heads or scores.ndim == 3 and len(scores) % heads == 0
+        if not by_head or scores.shape[-2] != size or sinks not in (0, 1):
+            return None
+        weight = nn.functional.pad(weight, (0, sinks), value=1.0)
+        blind = (scores.reshape(-1, *weight.shape)[..., :size] < -1e30).all(-1, keepdim=True)
+        return weight.where((weight == 0) | ~blind, 1.0)  # a finite mask over a whole row swallows what is added to it
 
 
 def spans(size: int) -> tuple[list[tuple[int, int]], tuple[int, int], tuple[int, int]]:
@@ -71,7 +84,7 @@ def compared(mapping: str, model: nn.Module, eager: nn.Module, inputs: dict[str,
         queries, keys, steered = spans(size)
         heads, of_tower = range(min(2, calls[0].heads)), (tower.name, tower.name)
         edits = [
-            Knockout(queries=queries, keys=keys, heads=heads, tower=of_tower),
+            Knockout(queries=queries, keys=keys, layers={call.layer for call in calls}, heads=heads, tower=of_tower),
             Steer(keys=steered, layers=calls[0].layer, weight=WEIGHT, tower=of_tower),
         ]
         with torch.no_grad(), intervene(model, inputs, edits):

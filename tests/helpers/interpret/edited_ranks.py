@@ -16,7 +16,7 @@ from tests.helpers.interpret import cases, parallel_cases
 from tests.helpers.releases import OLDER
 from tools.models.stored import in_double
 
-ACROSS = ("language", "tower0")  # of mllama
+ACROSS = ("language", "vision")  # of mllama
 Made = tuple[Any, dict[str, Any]]
 
 

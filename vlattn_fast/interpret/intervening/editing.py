@@ -60,10 +60,11 @@ class Editing(Stepwise, TorchFunctionMode):
         self._of_modules: dict[nn.Module, list[CallPlan]] = {}  # each module's calls in their order
         for plan in self._plans:
             self._of_modules.setdefault(self.model.get_submodule(plan.call.path), []).append(plan)
-        self._firsts: dict[nn.Module, list[SeenTower]] = {}  # towers by the modules that attend first in them
+        self._firsts: dict[nn.Module, list[tuple[SeenTower, int]]] = {}  # by module: towers that it attends in first, at which call
         for tower in dict.fromkeys(plan.call.tower for plan in self._plans):
             first = next(plan for plan in self._plans if plan.call.tower is tower)
-            self._firsts.setdefault(self.model.get_submodule(first.call.path), []).append(tower)
+            module = self.model.get_submodule(first.call.path)
+            self._firsts.setdefault(module, []).append((tower, self._of_modules[module].index(first)))
 
     def __getstate__(self) -> None:
         """A model that is copied or pickled meanwhile takes its hooks along. A copy's hooks do nothing."""
@@ -106,8 +107,9 @@ class Editing(Stepwise, TorchFunctionMode):
             return
         by_hand = any(plan.call.by_hand and not plan.is_empty for plan in self._of_modules[module])
         self._inside.append(_Inside(module, maps=WrittenMaps() if by_hand else None))
-        for tower in self._firsts.get(module, ()):
-            self._before[tower] = _cached((*args, *kwargs.values()))
+        for tower, number in self._firsts.get(module, ()):
+            if self._numbers[module] == number:  # a model that runs its layers again has filled its cache meanwhile
+                self._before[tower] = _cached((*args, *kwargs.values()))
 
     def _leave(self, module: nn.Module, args: Any, result: Any) -> None:
         if RUNNING.get() is not self or not self._inside:

@@ -80,8 +80,8 @@ class SeenModel:
 
     @cached_property
     def towers(self) -> list[SeenTower]:
-        """Those that attend, in the order of their first calls."""
-        return list({id(call.tower): call.tower for call in self.calls}.values())
+        """Those that attend, in the order of their first calls, then those that only others attend to."""
+        return list(dict.fromkeys([call.tower for call in self.calls] + [call.source for call in self.calls]))
 
     @property
     def roots(self) -> list[nn.Module]:
@@ -117,6 +117,7 @@ class NotesCalls(Method):
     """Notes the attention calls of the towers and keeps none of their tensors."""
 
     needs_score = False
+    adds_beside = True  # of a recurrence beside it attention is edited alone
 
     def __init__(self) -> None:
         super().__init__()
