@@ -59,16 +59,18 @@ def spans(size: int) -> tuple[list[tuple[int, int]], tuple[int, int], tuple[int,
     return [(0, 1), (min(middle, size - 1), size)], (1, middle), (0, 2)
 
 
-def weights_of(calls: list[SeenCall], size: int) -> list[Tensor]:
-    """Those of each call."""
-    (queries, keys, steered), first = spans(size), calls[0].layer
+def weights_of(calls: list[SeenCall], edited: list[SeenCall], size: int) -> list[Tensor]:
+    """Those of each call; ones but for the `edited` ones."""
+    (queries, keys, steered), first = spans(size), edited[0].layer
     weights = []
     for call in calls:
         weight = torch.ones(call.heads, size, size)
+        weights.append(weight)
+        if call not in edited:
+            continue
         for start, stop in queries:
             weight[:2, start:stop, slice(*keys)] = 0.0
         weight[:, :, slice(*steered)] *= WEIGHT if call.layer == first else 1.0
-        weights.append(weight)
     return weights
 
 
@@ -81,6 +83,7 @@ def compared(mapping: str, model: nn.Module, eager: nn.Module, inputs: dict[str,
             return Row("cannot be compared", "no tower of three tokens attends to itself")
         tower = itself[-1].tower
         calls, size = [call for call in itself if call.tower is tower], tower.shape[1]
+        of_size = calls[0].heads, size, calls[0].keys
         queries, keys, steered = spans(size)
         heads, of_tower = range(min(2, calls[0].heads)), (tower.name, tower.name)
         edits = [
@@ -94,12 +97,13 @@ def compared(mapping: str, model: nn.Module, eager: nn.Module, inputs: dict[str,
     try:
         with torch.no_grad():
             base = next_logits(eager(**inputs), inputs)
-            with EditedMaps(weights_of(calls, size)) as edited:
+            alike = [call for call in seen.calls if (call.heads, call.tower.shape[1], call.keys) == of_size]
+            with EditedMaps(weights_of(alike, calls, size)) as edited:
                 expected = next_logits(eager(**inputs), inputs)
     except Exception as error:
         return Row("cannot be compared", described(error))
-    if edited.count != len(calls):
-        return Row("cannot be compared", f"the eager model makes {edited.count} maps for {len(calls)} calls of attention")
+    if edited.count != len(alike):
+        return Row("cannot be compared", f"the eager model makes {edited.count} maps for {len(alike)} calls of attention")
     change = float((expected - base).abs().max())
     if change <= 1e-9:
         return Row("cannot be compared", "the edits change no logit")
