@@ -97,7 +97,7 @@ def logits(model: Any, inputs: dict[str, Any], edits: Any) -> Tensor:
 
 
 def divided(model: nn.Module, mesh: Any) -> None:
-    """By torch's own styles; the only head of keys stays whole in each process."""
+    """By torch's own styles; the only head of keys stays whole in each process, which has a part of its gradient."""
     config = getattr(model.config, "text_config", None) or model.config
     if getattr(config, "num_key_value_heads", None) != 1:
         parallel_cases.divided(model, mesh)
@@ -106,9 +106,22 @@ def divided(model: nn.Module, mesh: Any) -> None:
                 module.num_attention_heads //= 2
         return
     parallel_cases.divided(model, mesh, whole=("k_proj", "v_proj"))
-    for module in model.modules():
+    for name, module in model.named_modules():
         if hasattr(module, "num_key_value_groups"):
             module.num_key_value_groups //= 2
+        if name.endswith(("k_proj", "v_proj")):
+            module.register_forward_hook(sum_gradients)
+
+
+def sum_gradients(module: nn.Module, args: Any, output: Tensor) -> None:
+    if output.requires_grad:
+        output.register_hook(summed)
+
+
+def summed(gradient: Tensor) -> Tensor:
+    total = gradient.clone()
+    torch.distributed.all_reduce(total)
+    return total
 
 
 def sharded(model: nn.Module, mesh: Any) -> None:

@@ -105,6 +105,7 @@ class Trace(FindsTowers, SeesMixers, Stepwise, TorchFunctionMode):
         # The hooks that follow the modules are torch's global ones: they also see modules of other models, which a hook may run.
         yield nn.modules.module.register_module_forward_pre_hook(self._of_this_run(self._push)).remove
         yield nn.modules.module.register_module_forward_hook(self._of_this_run(self._pop), always_call=True).remove
+        yield from self._marks.across_processes(self.model, self._of_this_run)
         for handle in self.method.hooks(self.model, self.towers, self._of_this_run):
             yield handle.remove
 
