@@ -36,7 +36,7 @@ def gptj() -> Made:
 
 
 MODELS: dict[str, Callable[[], Made]] = {
-    **{name: functools.partial(parallel_cases.made, name) for name in ("llama", "llava", "clip", "mllama")},
+    **{name: functools.partial(parallel_cases.made, name) for name in ("llama", "llava", "mllama")},
     "one key head": one_key_head,
     "gptj": gptj,
 }
@@ -44,7 +44,6 @@ MODELS: dict[str, Callable[[], Made]] = {
 EDGES: dict[str, tuple[Any, Any, Any]] = {
     "llama": ((4, 7), [(0, 2), (3, 4)], None),
     "llava": ("last", "image", None),
-    "clip": ("special", "image", "vision"),
     "mllama": (None, (0, 9), ACROSS),
     "one key head": ((4, 7), (0, 2), None),
     "gptj": ((4, 7), (0, 2), None),
@@ -59,57 +58,44 @@ def outcomes(name: str, model: Any, inputs: dict[str, Any]) -> dict[str, Tensor]
 
 def _outcomes(name: str, model: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
     queries, keys, tower = EDGES[name]
-    some: dict[str, Any] = {"queries": queries, "keys": keys, "tower": tower}
-    edges = [va.Knockout(**some, heads=[1, 2]), va.Steer(**some, heads=[0, 3], weight=4.0)]
-    results: dict[str, Tensor] = {"cut": logits(model, inputs, edges)}
-    itself = tower if isinstance(tower, str) or tower is None else tower[0]
+    itself = tower if tower is None else tower[0]
     run = va.record_heads(model, {**inputs, "input_ids": inputs["input_ids"].flip(0)}, tower=itself)
     assert run.outputs is not None
-    results |= {f"outputs of layer {layer}": x for layer, x in run.outputs.items()}
+    results = {f"outputs of layer {layer}": x for layer, x in run.outputs.items()}
     first, *_, last = run.outputs
-    heads = [
+    some: dict[str, Any] = {"queries": queries, "keys": keys, "tower": tower}
+    edits = [
+        va.Knockout(**some, heads=[1, 2]),
+        va.Steer(**some, heads=[0, 3], weight=4.0),
         va.ScaleHeads({first: [0, 3]}, 0.25, tower=itself),
-        va.ScaleHeads({first: [1]}, 0.5, mean=va.record_heads(model, [inputs], tower=itself), tower=itself),
+        va.ScaleHeads({first: [1]}, 0.5, mean=run, tower=itself),
         va.Patch(run, {last: [1, 2]}, tower=itself),
     ]
-    results["heads"] = logits(model, inputs, heads)
-    target = {"target": None} if name in ("clip", "mllama") else {"target": 7}
-    groups = {"some": (0, 3), "others": (2, 7)} if name == "mllama" else {"from": keys, "to": queries}
-    table = va.attribute_edges(model, inputs, groups, tower=tower, **target)
-    true = va.intervene_each(model, inputs, table[2:5])
-    results |= {"first order": table.effects, "means": torch.tensor([edge.effect for edge in table]), "true": true.effects}
-    if name not in ("clip", "mllama"):
-        curve = va.information_flow(model, [(inputs, None)], window=2, **{**some, "heads": [0, 3]})
-        results["flow"] = curve.probability
-    if name == "llama":
-        with va.intervene(model, inputs, [*edges, *heads]), torch.no_grad():
+    with torch.no_grad(), va.intervene(model, inputs, edits):
+        results["logits"] = model(**inputs).logits
+        if name == "llama":
             results["answer"] = model.generate(**inputs, max_new_tokens=4, do_sample=False)
-    if name in ("llama", "llava"):
-        with va.intervene(model, inputs, [*edges, *heads]):
+    groups = {"some": (0, 3), "others": (2, 7)} if name == "mllama" else {"from": keys, "to": queries}
+    table = va.attribute_edges(model, inputs, groups, tower=tower, target=None if name == "mllama" else 7)
+    results |= {"first order": table.effects, "means": torch.tensor([edge.effect for edge in table])}
+    if name == "llava":
+        results["true"] = va.intervene_each(model, inputs, table[2:5]).effects
+        results["flow"] = va.information_flow(model, [(inputs, None)], window=2, **{**some, "heads": [0, 3]}).probability
+        with va.intervene(model, inputs, edits):
             results["explained"] = va.explain(model, inputs).relevancy["language"]
     return results
 
 
-def logits(model: Any, inputs: dict[str, Any], edits: Any) -> Tensor:
-    with torch.no_grad(), va.intervene(model, inputs, edits):
-        outputs = model(**inputs)
-    return outputs.logits_per_image if hasattr(outputs, "logits_per_image") else outputs.logits
-
-
 def divided(model: nn.Module, mesh: Any) -> None:
     """By torch's own styles; the only head of keys stays whole in each process, which has a part of its gradient."""
-    config = getattr(model.config, "text_config", None) or model.config
-    if getattr(config, "num_key_value_heads", None) != 1:
-        parallel_cases.divided(model, mesh)
-        for module in model.modules():
-            if type(module).__name__ == "GPTJAttention":
-                module.num_attention_heads //= 2
-        return
-    parallel_cases.divided(model, mesh, whole=("k_proj", "v_proj"))
+    whole = ("k_proj", "v_proj") if getattr(model.config, "num_key_value_heads", None) == 1 else ()
+    parallel_cases.divided(model, mesh, whole)
     for name, module in model.named_modules():
-        if hasattr(module, "num_key_value_groups"):
+        if type(module).__name__ == "GPTJAttention":
+            module.num_attention_heads //= 2
+        if whole and hasattr(module, "num_key_value_groups"):
             module.num_key_value_groups //= 2
-        if name.endswith(("k_proj", "v_proj")):
+        if whole and name.endswith(whole):
             module.register_forward_hook(sum_gradients)
 
 
