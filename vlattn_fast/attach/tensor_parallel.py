@@ -61,9 +61,11 @@ def on_mesh(mesh: Any, heads: Sequence[Tensor | None], masks: Mapping[str, Any],
 
     def divided(mask: Any) -> bool:
         """Whether a mask has an entry for each head of this process."""
-        return isinstance(mask, Tensor) and mask.ndim > 2 and heads[0] is not None and mask.shape[-3] == heads[0].shape[1] > 1
+        return mask.ndim > 2 and heads[0] is not None and mask.shape[-3] == heads[0].shape[1] > 1
 
     def place_of(name: str, x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return None
         return Shard(0) if name == "sink" else Shard(x.ndim - 3) if name == "group_bias" or divided(x) else Replicate()
 
     return (

@@ -17,6 +17,9 @@ from tools.models.run import EDITS, classes
         ("causal", "LlamaForCausalLM"),
         ("causal", "GptOssForCausalLM"),
         ("causal", "BloomForCausalLM"),
+        ("causal", "HrmTextForCausalLM"),  # runs its layers several times
+        ("causal", "GraniteSWAForCausalLM"),  # has sinks behind its softmax
+        ("causal", "FalconH1ForCausalLM"),  # has recurrences beside its attention
         ("text", "DebertaV2ForSequenceClassification"),
         ("zero-shot", "CLIPModel"),
         ("sequence", "T5ForConditionalGeneration"),

@@ -165,6 +165,24 @@ def test_attention_that_is_not_seen() -> None:
         va.intervene(nn.Linear(3, 3), {"input": torch.randn(2, 3)}, va.Knockout(keys=(0, 2)))
     with pytest.raises(TypeError, match="model must be a torch.nn.Module"):
         va.intervene(3, inputs, va.Knockout(keys=(0, 2)))
+    with pytest.raises(TypeError, match="inputs must be a mapping of the model's keyword arguments; got Tensor"):
+        va.intervene(model, inputs["x"], va.Knockout(keys=(0, 2)))
+
+
+def test_a_layer_that_attends_twice_has_no_record() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            parts = {"first": Heads("torch", 16), "second": Heads("torch", 16)}
+            self.layers = nn.ModuleList([nn.ModuleDict(parts)])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for part in self.layers[0].values():
+                x = x + part(x, torch.ones(x.shape[:2], dtype=torch.bool))
+            return x
+
+    with pytest.raises(ValueError, match="model must attend once in a layer where heads are recorded; got layer 0"):
+        va.record_heads(Twice(), {"x": torch.randn(2, 5, 16)})
 
 
 def test_attention_in_chunks_has_heads_and_no_edges() -> None:
@@ -182,6 +200,10 @@ def test_attention_in_chunks_has_heads_and_no_edges() -> None:
     [
         ([(9, 0, "a", "a")], "layers must be among 0 to 2"),
         ([(0, 9, "a", "a")], "heads must be below 4"),
+        ([(0, -1, "a", "a")], "edges must have a head from 0; got -1"),
+        ([(0, 1.0, "a", "a")], "edges must have a head from 0; got 1.0"),
+        ([(True, 1, "a", "a")], "edges must have a layer from 0; got True"),
+        ([(None, 1, "a", "a")], "edges must have a layer from 0; got None"),
         ([(0, 0, "a", "c")], "edges must go between groups among 'a', 'b'; got 'c'"),
         ([(0, 0, "a")], "edges must be va.Edge or tuples"),
         ([], "edges must have at least one; got none"),

@@ -18,7 +18,7 @@ from vlattn_fast.attach.current import edits_of
 from vlattn_fast.attach.session import at_rest, in_layers, unwrapped
 from vlattn_fast.attach.tensor_parallel import HeadShare
 from vlattn_fast.interpret.explaining.answer import Answer, encoder_decoder, start_tokens
-from vlattn_fast.interpret.explaining.inputs import is_empty, prepare_inputs
+from vlattn_fast.interpret.explaining.inputs import check_inputs, is_empty, prepare_inputs
 from vlattn_fast.interpret.records.derived import generates
 from vlattn_fast.interpret.records.record import UNRECORDED, Family
 from vlattn_fast.interpret.records.registry import find_family
@@ -155,6 +155,7 @@ def see(model: Any, inputs: Mapping[str, Any], towers: Iterable[TowerName] = ())
         TypeError, ValueError: `model` is no module, or its attention is not seen; `inputs` are no mapping, or have no sample.
     """
     module = unwrapped(model)
+    check_inputs(module, inputs)
     record = _record_of(module)
     arguments, _ = prepare_inputs(module, with_start(module, inputs), record, _all_of_it)
     return see_run(module, record, arguments, towers)
