@@ -44,6 +44,10 @@ class Edits(Attends, Protocol):
         """The masks of the call that the module at `path` makes next in `run`, with the edits of its edges; and a function that
         edits its output (B, H, N, Dv)."""
 
+    def edited_softmax(self, run: object, path: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """The result of a softmax that the module at `path` takes itself in `run`, for the call that it makes next, with the
+        edits of that call's edges; None where these have none."""
+
 
 class Plain:
     """Attends as torch does."""

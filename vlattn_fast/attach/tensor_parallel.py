@@ -1,4 +1,5 @@
-"""Models whose attention heads several processes share (tensor parallelism): which mesh shares them, and means over all heads.
+"""Models whose attention heads several processes share (tensor parallelism): which mesh shares them, means over all heads, and
+the heads of all processes in their order.
 
 Inside such a model each process sees its own heads as plain tensors; the parameters of the projections are DTensors, whose
 placements say how the heads are divided. FSDP's parameters are whole while the layer that they belong to runs.
@@ -8,9 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from vlattn_fast.ops._shards import Defined, is_dtensor
 
@@ -36,9 +40,9 @@ def heads_mesh(module: nn.Module, query: Tensor, key: Tensor) -> Any:
         size = fused if _FUSED.search(name) else of_queries
         if not divided or weight.shape[0] == size:
             continue
-        if len(divided) > 1 or weight.to_local().shape[0] != size:
+        if len(divided) > 1 or weight.to_local().shape[0] != size or weight.shape[0] != size * mesh.size(divided[0]):
             raise ValueError(
-                f"model must divide whole heads among processes, along one dimension of a mesh; got '{name}' of shape "
+                f"model must divide whole heads among processes, as many to each, along one dimension of a mesh; got '{name}' of shape "
                 f"{tuple(weight.shape)} with placements {weight.placements} for {query.shape[1]} heads of {query.shape[3]}"
             )
         return mesh if mesh.ndim == 1 else mesh[mesh.mesh_dim_names[divided[0]]]
@@ -57,10 +61,12 @@ def on_mesh(mesh: Any, heads: Sequence[Tensor | None], masks: Mapping[str, Any],
 
     def divided(mask: Any) -> bool:
         """Whether a mask has an entry for each head of this process."""
-        return isinstance(mask, Tensor) and mask.ndim > 2 and heads[0] is not None and mask.shape[-3] == heads[0].shape[1] > 1
+        return mask.ndim > 2 and heads[0] is not None and mask.shape[-3] == heads[0].shape[1] > 1
 
     def place_of(name: str, x: Any) -> Any:
-        return Shard(0) if name == "sink" else Shard(x.ndim - 3) if divided(x) else Replicate()
+        if not isinstance(x, Tensor):
+            return None
+        return Shard(0) if name == "sink" else Shard(x.ndim - 3) if name == "group_bias" or divided(x) else Replicate()
 
     return (
         tuple(placed(x if x is None else Defined.apply(x), Shard(1)) for x in heads),
@@ -82,3 +88,50 @@ def mean_over(mesh: Any, mean: Tensor) -> Tensor:
 
     dist.all_reduce(mean, group=mesh.get_group())
     return mean.div_(mesh.size())
+
+
+@dataclass(frozen=True, eq=False)
+class HeadShare:
+    """The heads of one attention call that this process has: an equal part of all `heads`, in the order of the processes of
+    `mesh`; without a mesh, all of them."""
+
+    heads: int
+    mesh: Any = None
+
+    @property
+    def count(self) -> int:
+        return self.heads if self.mesh is None else self.heads // self.mesh.size()
+
+    def part(self, x: Tensor, dim: int) -> Tensor:
+        """This process's heads among all of them, which lie along dimension `dim`. Each process gets the whole gradient."""
+        return x if self.mesh is None else _Part.apply(x, self, dim)
+
+    def indices(self, heads: Tensor) -> tuple[Tensor, Tensor]:
+        """Of some heads (K,), int64, those that this process has: their places in `heads`, and their numbers in this process."""
+        if self.mesh is None:
+            return torch.arange(len(heads)), heads
+        first = self.mesh.get_local_rank() * self.count
+        places = ((heads >= first) & (heads < first + self.count)).nonzero()[:, 0]
+        return places, heads[places] - first
+
+    def whole(self, x: Tensor, dim: int) -> Tensor:
+        """All heads, of this process's heads `x`. All processes have to call it."""
+        if self.mesh is None:
+            return x
+        import torch.distributed as dist
+
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.mesh.size())]
+        dist.all_gather(parts, x.contiguous(), group=self.mesh.get_group())
+        return torch.cat(parts, dim)
+
+
+class _Part(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, share: HeadShare, dim: int) -> Tensor:
+        ctx.share, ctx.dim = share, dim
+        return x.chunk(share.mesh.size(), dim)[share.mesh.get_local_rank()].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.share.whole(grad, ctx.dim), None, None

@@ -59,6 +59,11 @@ class WrittenScores:
         return False
 
 
+def is_masked_score(scores: Tensor) -> Tensor:
+    """bool, True where a mask that was added to finished scores hides a key."""
+    return scores <= _MASKED / 2  # it may be added to a positive score
+
+
 def is_masked(mask: Tensor) -> Tensor:
     """bool, of the mask's shape: True where a query does not see a key."""
     return ~mask if mask.dtype == torch.bool else mask <= _MASKED

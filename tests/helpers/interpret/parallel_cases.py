@@ -72,14 +72,14 @@ def explained(name: str, model: nn.Module, inputs: dict[str, Any], methods: tupl
     return found
 
 
-def divided(model: nn.Module, mesh: Any) -> None:
-    """The projections of attention and MLP, by torch's own styles."""
+def divided(model: nn.Module, mesh: Any, whole: tuple[str, ...] = ()) -> None:
+    """The projections of attention and MLP but for those that stay `whole`, by torch's own styles."""
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     plan: dict[str, Any] = {}
     for path, module in model.named_modules():
         name = path.rpartition(".")[2]
-        if isinstance(module, nn.Linear) and (name in COLUMNS or name in ROWS):
+        if isinstance(module, nn.Linear) and (name in COLUMNS or name in ROWS) and name not in whole:
             plan[path] = ColwiseParallel() if name in COLUMNS else RowwiseParallel()
         if hasattr(module, "q_proj") and type(module).__name__.startswith("Mllama"):  # it does not infer how many heads it has
             for name in ("num_heads", "num_key_value_heads"):
@@ -100,12 +100,18 @@ def tensor_parallel() -> dict[str, Tensor]:
 
 
 def planned_by_transformers() -> dict[str, Tensor]:
-    """As from_pretrained(tp_plan="auto") divides it."""
     from torch.distributed.device_mesh import init_device_mesh
-    from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
     model, inputs = made("llama")
+    planned(model, mesh)
+    return explained("llama", model, inputs, WAYS[planned_by_transformers]["llama"])
+
+
+def planned(model: Any, mesh: Any) -> None:
+    """Divides a language model as from_pretrained(tp_plan="auto") does."""
+    from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+
     whole = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     styles = {f"model.{name}": style for name, style in model.config.base_model_tp_plan.items()}
     plan = {}
@@ -120,7 +126,6 @@ def planned_by_transformers() -> dict[str, Tensor]:
         for name, parameter in model.named_parameters():
             if hasattr(parameter, "placements"):
                 parameter.copy_(distribute_tensor(whole[name], mesh, parameter.placements))
-    return explained("llama", model, inputs, WAYS[planned_by_transformers]["llama"])
 
 
 def shard(model: nn.Module) -> None:

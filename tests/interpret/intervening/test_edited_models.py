@@ -16,6 +16,11 @@ from tools.models.run import EDITS, classes
     [
         ("causal", "LlamaForCausalLM"),
         ("causal", "GptOssForCausalLM"),
+        ("causal", "BloomForCausalLM"),
+        ("causal", "HrmTextForCausalLM"),  # runs its layers several times
+        ("causal", "GraniteSWAForCausalLM"),  # has sinks behind its softmax
+        ("causal", "FalconH1ForCausalLM"),  # has recurrences beside its attention
+        ("text", "DebertaV2ForSequenceClassification"),
         ("zero-shot", "CLIPModel"),
         ("sequence", "T5ForConditionalGeneration"),
     ],
@@ -36,8 +41,8 @@ def test_another_edit_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_attention_that_is_not_seen_is_refused() -> None:
-    row = outcome_of("causal", "BloomForCausalLM", edited.compared)
-    assert row.outcome == "refused" and "whose attention va.intervene does not see" in row.reason
+    row = outcome_of("text", "YosoForSequenceClassification", edited.compared)
+    assert row.outcome == "refused" and "model must call attention through" in row.reason
 
 
 def test_the_stored_outcomes_are_of_classes_and_none_is_wrong() -> None:

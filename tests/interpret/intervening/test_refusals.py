@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import types
 from typing import Any
 
 import pytest
@@ -17,8 +16,6 @@ from tests.helpers.interpret.edited_maps import llama, made
 from tests.helpers.interpret.encoder_cases import MADE
 from tests.helpers.interpret.tower_cases import Heads
 from vlattn_fast.attach.current import RUNNING
-from vlattn_fast.interpret.intervening.seen_calls import NotesCalls
-from vlattn_fast.interpret.relevancy.traced_call import TracedCall
 
 
 @pytest.mark.parametrize(
@@ -152,7 +149,7 @@ def test_other_inputs_than_those_of_the_context() -> None:
 class ByHand(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([Heads("by hand", 16), Heads("by hand", 16)])
+        self.layers = nn.ModuleList([Heads("exponentials", 16), Heads("exponentials", 16)])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
@@ -162,13 +159,30 @@ class ByHand(nn.Module):
 
 def test_attention_that_is_not_seen() -> None:
     model, inputs = ByHand(), {"x": torch.randn(2, 5, 16)}
-    cut = va.intervene(model, inputs, va.Knockout(keys=(0, 2)))
-    with cut, pytest.raises(ValueError, match="got 'layers.0' .Heads., whose attention va.intervene does not see"):
-        model(**inputs)
+    with pytest.raises(ValueError, match="model must call attention through"):
+        va.intervene(model, inputs, va.Knockout(keys=(0, 2)))
     with pytest.raises(ValueError, match="model must call attention through"):
         va.intervene(nn.Linear(3, 3), {"input": torch.randn(2, 3)}, va.Knockout(keys=(0, 2)))
     with pytest.raises(TypeError, match="model must be a torch.nn.Module"):
         va.intervene(3, inputs, va.Knockout(keys=(0, 2)))
+    with pytest.raises(TypeError, match="inputs must be a mapping of the model's keyword arguments; got Tensor"):
+        va.intervene(model, inputs["x"], va.Knockout(keys=(0, 2)))
+
+
+def test_a_layer_that_attends_twice_has_no_record() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            parts = {"first": Heads("torch", 16), "second": Heads("torch", 16)}
+            self.layers = nn.ModuleList([nn.ModuleDict(parts)])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for part in self.layers[0].values():
+                x = x + part(x, torch.ones(x.shape[:2], dtype=torch.bool))
+            return x
+
+    with pytest.raises(ValueError, match="model must attend once in a layer where heads are recorded; got layer 0"):
+        va.record_heads(Twice(), {"x": torch.randn(2, 5, 16)})
 
 
 def test_attention_in_chunks_has_heads_and_no_edges() -> None:
@@ -181,18 +195,15 @@ def test_attention_in_chunks_has_heads_and_no_edges() -> None:
         assert not torch.equal(model(**inputs).logits, before)
 
 
-def test_heads_that_several_processes_share() -> None:
-    query = torch.randn(1, 2, 3, 4)
-    tower: Any = types.SimpleNamespace(last_call=0, depth=1)
-    with pytest.raises(ValueError, match="model must have all heads of a layer in one process; got 'layers.0'"):
-        NotesCalls().attend(tower, TracedCall("layers.0", query, query, query, {}, mesh=object()))
-
-
 @pytest.mark.parametrize(
     ("edges", "message"),
     [
         ([(9, 0, "a", "a")], "layers must be among 0 to 2"),
         ([(0, 9, "a", "a")], "heads must be below 4"),
+        ([(0, -1, "a", "a")], "edges must have a head from 0; got -1"),
+        ([(0, 1.0, "a", "a")], "edges must have a head from 0; got 1.0"),
+        ([(True, 1, "a", "a")], "edges must have a layer from 0; got True"),
+        ([(None, 1, "a", "a")], "edges must have a layer from 0; got None"),
         ([(0, 0, "a", "c")], "edges must go between groups among 'a', 'b'; got 'c'"),
         ([(0, 0, "a")], "edges must be va.Edge or tuples"),
         ([], "edges must have at least one; got none"),

@@ -142,3 +142,9 @@ def _answers(answer: Answer, copies: int) -> Answer:
 
 def repeated_set(tokens: TokenSet, copies: int) -> TokenSet:
     return replace(tokens, mask=tokens.mask.repeat(copies, 1))
+
+
+def check_scores(scores: Tensor) -> None:
+    """ValueError for scores that are NaN."""
+    if bool(scores.isnan().any()):
+        raise ValueError(f"target must give scores that are numbers; got nan in rows {scores.isnan().nonzero()[:, 0].tolist()}")

@@ -179,6 +179,9 @@ def as_edge(edge: Any, groups: Mapping[str, Any]) -> Edge:
         edge = Edge(*edge)
     if not isinstance(edge, Edge):
         raise TypeError(f"edges must be va.Edge or tuples (layer, head, from, to); got {describe(edge)}")
+    for name, number in (("layer", edge.layer), ("head", edge.head)):
+        if (number is not None or name == "layer") and (type(number) is not int or number < 0):
+            raise ValueError(f"edges must have a {name} from 0; got {number!r}")
     for name in (edge.from_, edge.to):
         if name not in groups:
             raise ValueError(f"edges must go between groups among {', '.join(map(repr, groups))}; got {name!r}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -13,12 +13,13 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from vlattn_fast._ground.groups import columns_of_groups, rows_of_groups
-from vlattn_fast.attach.current import RUNNING, SCORE_ATTENTION, attention, edits_of
+from vlattn_fast.attach.current import RUNNING, SCORE_ATTENTION, SOFTMAX, attention, edits_of, first_argument
 from vlattn_fast.attach.session import Steps, Stepwise, as_mode, uncompiled, visible
-from vlattn_fast.attach.written_scores import joined
+from vlattn_fast.attach.written_scores import is_masked_score, joined
 from vlattn_fast.backends.inputs import ScoreAttentionInputs
 from vlattn_fast.interpret.intervening.plans import CallPlan, Plans
 from vlattn_fast.interpret.intervening.seen_calls import SeenTower
+from vlattn_fast.interpret.relevancy.written_maps import WrittenMaps
 from vlattn_fast.ops._groups import gated, group_bias_inputs
 from vlattn_fast.ops.score_attention import score_attention
 
@@ -40,6 +41,8 @@ class _Inside:
 
     module: nn.Module
     attended: bool = False
+    maps: WrittenMaps | None = None  # where the module takes its softmax itself: those that are not yet multiplied with values
+    of_maps: dict[int, tuple[CallPlan, int]] = field(default_factory=dict)  # of each, and the place of its first query
 
 
 class Editing(Stepwise, TorchFunctionMode):
@@ -57,10 +60,11 @@ class Editing(Stepwise, TorchFunctionMode):
         self._of_modules: dict[nn.Module, list[CallPlan]] = {}  # each module's calls in their order
         for plan in self._plans:
             self._of_modules.setdefault(self.model.get_submodule(plan.call.path), []).append(plan)
-        self._firsts: dict[nn.Module, list[SeenTower]] = {}  # towers by the modules that attend first in them
+        self._firsts: dict[nn.Module, list[tuple[SeenTower, int]]] = {}  # by module: towers that it attends in first, at which call
         for tower in dict.fromkeys(plan.call.tower for plan in self._plans):
             first = next(plan for plan in self._plans if plan.call.tower is tower)
-            self._firsts.setdefault(self.model.get_submodule(first.call.path), []).append(tower)
+            module = self.model.get_submodule(first.call.path)
+            self._firsts.setdefault(module, []).append((tower, self._of_modules[module].index(first)))
 
     def __getstate__(self) -> None:
         """A model that is copied or pickled meanwhile takes its hooks along. A copy's hooks do nothing."""
@@ -101,15 +105,18 @@ class Editing(Stepwise, TorchFunctionMode):
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if RUNNING.get() is not self:
             return
-        self._inside.append(_Inside(module))
-        for tower in self._firsts.get(module, ()):
-            self._before[tower] = _cached((*args, *kwargs.values()))
+        by_hand = any(plan.call.by_hand and not plan.is_empty for plan in self._of_modules[module])
+        self._inside.append(_Inside(module, maps=WrittenMaps() if by_hand else None))
+        for tower, number in self._firsts.get(module, ()):
+            if self._numbers[module] == number:  # a model that runs its layers again has filled its cache meanwhile
+                self._before[tower] = _cached((*args, *kwargs.values()))
 
     def _leave(self, module: nn.Module, args: Any, result: Any) -> None:
         if RUNNING.get() is not self or not self._inside:
             return
         inside = self._inside.pop()
-        if result is not None and not inside.attended and not all(plan.is_empty for plan in self._of_modules[module]):
+        unseen = not inside.attended or inside.of_maps
+        if result is not None and unseen and not all(plan.is_empty for plan in self._of_modules[module]):
             path = self._of_modules[module][0].call.path
             raise ValueError(
                 "model must call attention through transformers' AttentionInterface or scaled_dot_product_attention where it is "
@@ -139,6 +146,8 @@ class Editing(Stepwise, TorchFunctionMode):
                 return self._sdpa(*args, **kwargs)
             if func is SCORE_ATTENTION:
                 return self._score_attention(*args)
+            if self._inside[-1].maps is not None:
+                return self._by_hand(self._inside[-1], func, args, kwargs)
         return func(*args, **kwargs)
 
     def _sdpa(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -162,11 +171,10 @@ class Editing(Stepwise, TorchFunctionMode):
         with torch._C.DisableTorchFunction():  # the run does not see what it computes itself
             if plan is None:
                 return attention(query, key, value, masks)
-            start, total = self._rows(plan, query, key)
+            start, total = self._rows(plan, query.shape[2], key.shape[2])
             if not plan.terms:
                 return _with_heads(plan, attention(query, key, value, masks), start)
-            with torch.inference_mode(False):  # other runs, with gradients, use the same tensors
-                groups = _groups(plan, query, key, start, total)
+            groups = _groups(plan, query, key.shape[2], start, total)
             mask = masks.get("attn_mask")
             if mask is not None and mask.is_floating_point() and plan.cuts:
                 masks = {**masks, "attn_mask": (mask := self._with_zeros(mask))}
@@ -180,22 +188,18 @@ class Editing(Stepwise, TorchFunctionMode):
         self, run: object, path: str, query: Tensor, key: Tensor, masks: dict[str, Any]
     ) -> tuple[dict[str, Any], Callable[[Tensor], Tensor]]:
         """See `Edits`: this call of `explain`, whose queries are one group each."""
-        if self._explained is not run:
-            self._explained, self._numbers = run, dict.fromkeys(self._of_modules, 0)
-            self._before.clear()
-        module = self.model.get_submodule(path)
+        module = self._explains(run, path)
         plan = self._next_plan(module) if module in self._of_modules else None
         if plan is None:
             return masks, torch.nn.Identity()
-        start, total = self._rows(plan, query, key)
-        if plan.terms:
+        start, total = self._rows(plan, query.shape[2], key.shape[2])
+        if plan.terms and not plan.call.by_hand:
             if "score" in masks:
                 raise ValueError(
                     "model must call attention through transformers' AttentionInterface or scaled_dot_product_attention where "
                     f"explain runs it with edited edges; got '{path}' ({type(module).__name__})"
                 )
-            with torch.inference_mode(False):
-                groups = _Grouped(query, **_groups(plan, query, key, start, total))
+            groups = _Grouped(query, **_groups(plan, query, key.shape[2], start, total))
             mask = masks["attn_mask"]
             if mask is not None and mask.is_floating_point() and plan.cuts:
                 masks = {**masks, "attn_mask": self._with_zeros(mask)}
@@ -203,6 +207,23 @@ class Editing(Stepwise, TorchFunctionMode):
             each = torch.arange(query.shape[2], device=query.device)
             masks = {**masks, "query_groups": each, "key_groups": key_groups, "group_bias": row_bias}
         return masks, functools.partial(_with_heads, plan, start=start)
+
+    def edited_softmax(self, run: object, path: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """See `Edits`."""
+        module = self._explains(run, path)
+        if module not in self._of_modules:
+            return None
+        plan = self._of_modules[module][self._numbers[module]]  # its call follows
+        if not (plan.terms and plan.call.by_hand and _is_by_head(first_argument(args, kwargs), plan.call.share.count)):
+            return None
+        return self._softmax(plan, func, args, kwargs)
+
+    def _explains(self, run: object, path: str) -> nn.Module:
+        """The module at `path`, which attends in a run of `explain`; counts anew where the run is new."""
+        if self._explained is not run:
+            self._explained, self._numbers = run, dict.fromkeys(self._of_modules, 0)
+            self._before.clear()
+        return self.model.get_submodule(path)
 
     def _score_attention(self, *args: Any) -> tuple[Tensor, Tensor]:
         """The operator's output and log-sum-exp, where the model calls `score_attention` itself."""
@@ -217,15 +238,50 @@ class Editing(Stepwise, TorchFunctionMode):
                     f"model must have no sink where outputs of heads are recorded, patched or replaced by means; got one in "
                     f"'{plan.call.path}'"
                 )  # it is applied behind the operator
-            start, total = self._rows(plan, inputs.query, inputs.key)
+            start, total = self._rows(plan, inputs.query.shape[2], inputs.key.shape[2])
             if plan.terms:
-                with torch.inference_mode(False):
-                    groups = _Grouped(inputs.query, **_groups(plan, inputs.query, inputs.key, start, total))
+                groups = _Grouped(inputs.query, **_groups(plan, inputs.query, inputs.key.shape[2], start, total))
                 row_bias, key_groups = group_bias_inputs(groups)
                 # The backend was chosen for a call without groups, which this one takes everywhere.
                 inputs = inputs._replace(row_bias=row_bias, key_groups=key_groups, backend="streaming")
             output, lse = SCORE_ATTENTION(*inputs)
             return _with_heads(plan, output, start), lse
+
+    def _by_hand(self, inside: _Inside, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of a function in a module that takes its softmax itself. The softmax gets edited scores, and its product
+        with the values edited heads."""
+        assert inside.maps is not None
+        heads = self._of_modules[inside.module][0].call.share.count
+        if func not in SOFTMAX or not _is_by_head(scores := first_argument(args, kwargs), heads):
+            result = func(*args, **kwargs)
+            with torch._C.DisableTorchFunction():
+                call = inside.maps.product(func, args, kwargs, result) if inside.of_maps else None
+                if call is None:
+                    return result
+                plan, start = inside.of_maps.pop(call.number)
+                return call.as_product(_with_heads(plan, call.output, start))
+        plan = self._plan()
+        result = func(*args, **kwargs) if plan is None or not plan.terms else self._softmax(plan, func, args, kwargs)
+        if plan is not None and plan.edits_heads:
+            with torch._C.DisableTorchFunction():
+                number = inside.maps.take(plan.call.path, result, None if scores.ndim == 4 else heads)
+                inside.of_maps[number] = plan, self._rows(plan, *result.shape[-2:])[0]
+        return result
+
+    def _softmax(self, plan: CallPlan, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The softmax `func` of scores (B, H, N, M) or (B * H, N, M), its first argument, with edited edges; zeros in rows that
+        lose all keys."""
+        taken: Tensor = first_argument(args, kwargs)
+        with torch._C.DisableTorchFunction():
+            scores = taken if taken.ndim == 4 else taken.unflatten(0, (-1, plan.call.share.count))
+            groups = _groups(plan, scores, scores.shape[3], *self._rows(plan, *scores.shape[2:]))
+            edited, masked = scores + _as_mask(scores, **groups), is_masked_score(scores)
+            edited = edited.masked_fill(masked & ~masked.all(-1, keepdim=True), -torch.inf)  # see `_with_zeros`
+            empty = edited.isneginf().all(-1, keepdim=True) & ~scores.isneginf().all(-1, keepdim=True)
+            edited = edited.masked_fill(empty, 0.0).reshape(taken.shape)
+        result: Tensor = func(edited, *args[1:], **{name: value for name, value in kwargs.items() if name != "input"})
+        with torch._C.DisableTorchFunction():
+            return result.view(scores.shape).masked_fill(empty, 0.0).view(taken.shape)
 
     def _with_zeros(self, mask: Tensor) -> Tensor:
         """A float mask with -inf where it masks by the lowest finite number. Else a row whose visible keys are all cut would
@@ -235,13 +291,13 @@ class Editing(Stepwise, TorchFunctionMode):
             self._mask = mask, mask.masked_fill(low & ~low.all(-1, keepdim=True), -torch.inf)
         return self._mask[1]
 
-    def _rows(self, plan: CallPlan, query: Tensor, key: Tensor) -> tuple[int, int]:
-        """The place of the first query, and how many tokens the tower has so far."""
-        tower, count = plan.call.tower, query.shape[2]
+    def _rows(self, plan: CallPlan, count: int, keys: int) -> tuple[int, int]:
+        """The place of the first of `count` queries, and how many tokens the tower has so far."""
+        tower = plan.call.tower
         cached = self._before.get(tower)
         if plan.call.problem:  # of its tokens nothing is known, and heads alone are edited
             return 0, count
-        total = (count if plan.call.crosses else max(count, key.shape[2])) if cached is None else cached + count
+        total = (count if plan.call.crosses else max(count, keys)) if cached is None else cached + count
         if total < tower.shape[1]:
             raise ValueError(
                 f"model must run on the {tower.shape[1]} tokens of tower '{tower.name}' of va.intervene's inputs at once, "
@@ -270,9 +326,16 @@ def token_groups(
     return plan.queries.of(start, queries, total, batch, device), key_groups
 
 
-def _groups(plan: CallPlan, query: Tensor, key: Tensor, start: int, total: int) -> dict[str, Any]:
-    query_groups, key_groups = token_groups(plan, (*query.shape[::2], key.shape[2]), start, total, query.device)
-    return {"query_groups": query_groups, "key_groups": key_groups, "group_bias": plan.group_bias(query)}
+def _groups(plan: CallPlan, queries: Tensor, keys: int, start: int, total: int) -> dict[str, Any]:
+    """Of queries (B, H, N, *) and so many keys."""
+    with torch.inference_mode(False):  # other runs, with gradients, use the same tensors
+        query_groups, key_groups = token_groups(plan, (*queries.shape[::2], keys), start, total, queries.device)
+        return {"query_groups": query_groups, "key_groups": key_groups, "group_bias": plan.group_bias(queries)}
+
+
+def _is_by_head(scores: Tensor, heads: int) -> bool:
+    """Whether scores may be (B, H, N, M), or (B * H, N, M)."""
+    return scores.ndim == 4 or (scores.ndim == 3 and len(scores) % heads == 0)
 
 
 def _as_mask(query: Tensor, query_groups: Tensor, key_groups: Tensor, group_bias: Tensor) -> Tensor:
@@ -283,17 +346,19 @@ def _as_mask(query: Tensor, query_groups: Tensor, key_groups: Tensor, group_bias
 
 def _with_heads(plan: CallPlan, output: Tensor, start: int) -> Tensor:
     """The outputs (B, H, N, Dv) of a call, whose first query is at place `start`, with the edits of its heads."""
+    share = plan.call.share
     if plan.gate is not None:
-        output = gated(output, plan.gate.to(output.device))
+        output = gated(output, share.part(plan.gate, 0).to(output.device))
     if plan.shift is not None:
-        output = output + plan.shift.to(output)[:, None]
+        output = output + share.part(plan.shift, 0).to(output)[:, None]
     for patched in plan.patched:
         size, copies = patched.tokens.shape[1], len(output) // len(patched.tokens)
-        rows = torch.arange(start, min(size, start + output.shape[2]))
+        rows = torch.arange(start, max(start, min(size, start + output.shape[2])))
         if not len(rows):
             continue
-        heads = patched.heads.to(output.device)
+        here, heads = (x.to(output.device) for x in share.indices(patched.heads))
         tokens, outputs = (x.repeat_interleave(copies, 0).to(output.device) for x in (patched.tokens, patched.outputs))
+        outputs = outputs[:, here]
         before = output[:, heads]
         after = torch.where(tokens[:, None, rows, None], outputs[:, :, rows].to(output), before[:, :, : len(rows)])
         output = output.index_copy(1, heads, torch.cat([after, before[:, :, len(rows) :]], 2))

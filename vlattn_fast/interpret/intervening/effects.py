@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vlattn_fast._ground.checks import check_integer, check_items, describe
 from vlattn_fast._ground.extras import with_progress
 from vlattn_fast.attach.session import never_compiled
-from vlattn_fast.interpret.intervening.asking import Asked, repeated_set
+from vlattn_fast.interpret.intervening.asking import Asked, check_scores, repeated_set
 from vlattn_fast.interpret.intervening.edges import Edge, EdgeTable, as_edge
 from vlattn_fast.interpret.intervening.edits import check_tower
 from vlattn_fast.interpret.intervening.first_order import KeepsCalls
@@ -77,7 +77,7 @@ def attribute_edges(
             scores, _ = asked.scores(asked.outputs)
             calls = notes.of_plans(plans, chosen, queries, keys)
             _gradients(scores, [call.leaf for call in calls])
-            of_calls = [call.by_sets() for call in calls]
+            of_calls = [plan.call.share.whole(call.by_sets(), 1) for plan, call in zip(chosen, calls, strict=True)]
         else:
             scores, of_calls = _by_edits(asked, plans, chosen, queries, keys)
     of_layers: dict[int, Tensor] = {}  # (B, H, F, T)
@@ -112,7 +112,7 @@ def _by_edits(asked: Asked, plans: Plans, chosen: Sequence[CallPlan], queries: S
 
 def _gradients(scores: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
     """The gradient of the scores' sum at each leaf. ValueError for scores that are NaN, or depend on no leaf."""
-    _check_scores(scores)
+    check_scores(scores)
     gradients = torch.autograd.grad(scores.sum(), leaves, allow_unused=True) if scores.requires_grad else (None,) * len(leaves)
     if all(gradient is None for gradient in gradients):
         raise ValueError("target must give scores that depend on the attention; got scores without a gradient there")
@@ -169,7 +169,7 @@ def intervene_each(
     pair, queries, keys = Plans(asked.seen).with_groups(named, question["tower"])
     with torch.no_grad():
         scores, chosen = asked.scores(asked.run(Plans(asked.seen)))
-        _check_scores(scores)
+        check_scores(scores)
         effects = []
         for first in with_progress(range(0, len(listed), batch_size), "cutting edges"):
             some = listed[first : first + batch_size]
@@ -221,8 +221,3 @@ def _checked(groups: Any) -> dict[str, Any]:
             raise TypeError(f"groups must have names; got {describe(name)}")
         check_group(f"groups[{name!r}]", group)
     return dict(groups)
-
-
-def _check_scores(scores: Tensor) -> None:
-    if bool(scores.isnan().any()):
-        raise ValueError(f"target must give scores that are numbers; got nan in rows {scores.isnan().nonzero()[:, 0].tolist()}")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vlattn_fast._ground.checks import check_integer, check_items, describe
 from vlattn_fast._ground.extras import extra, with_progress
 from vlattn_fast.attach.session import never_compiled
-from vlattn_fast.interpret.intervening.asking import Asked, repeated_set
+from vlattn_fast.interpret.intervening.asking import Asked, check_scores, repeated_set
 from vlattn_fast.interpret.intervening.edits import Knockout, Numbers
 from vlattn_fast.interpret.intervening.plans import Plans, Term, heads_of
 from vlattn_fast.interpret.intervening.token_sets import TokenGroup
@@ -144,7 +144,8 @@ def _in_words(group: Any) -> str:
 def _of_one(asked: Asked, cut: Knockout, window: int, batch_size: int) -> tuple[Tensor, Tensor, tuple[int, ...]]:
     """The probabilities (B,) and (B, L) of one batch, and the numbers of the layers."""
     outputs = asked.run(Plans(asked.seen))
-    _, chosen = asked.scores(outputs)
+    scores, chosen = asked.scores(outputs)
+    check_scores(scores)
     base = asked.probabilities(outputs)
     plans = Plans(asked.seen)
     of_pairs = plans.with_tokens("information_flow", cut.queries, cut.keys, cut.tower)

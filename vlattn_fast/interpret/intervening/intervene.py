@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -41,7 +42,7 @@ def intervene(model: nn.Module, inputs: Mapping[str, Any], edits: Edit | Sequenc
     Raises:
         TypeError, ValueError: no edit, or an unknown layer, head or tower; a group that is empty, or has another length than the
             tokens; a group that several towers have; heads that are patched and scaled; a model whose attention is not seen, or
-            is in windows where edges are edited, or in several processes; an intervene within another one, or within `explain`.
+            is in windows where edges are edited; an intervene within another one, or within `explain`.
             In the context: inputs of other sizes, or another run that sees attention, as `attribute_edges` or `explain` of
             another model. Other inputs of the same sizes keep the groups of these.
 
@@ -102,14 +103,17 @@ def _of_one_run(model: nn.Module, inputs: Mapping[str, Any], layers: Sequence[in
     plans = Plans(seen)
     pair = plans.self_pair("record_heads", tower)
     outputs: dict[int, Tensor] = {}
-    for plan in plans.layers([pair], layers):
+    chosen = plans.layers([pair], layers)
+    by_layer = Counter(plan.call.layer for plan in chosen)
+    for plan in chosen:
         if plan.call.problem:
             raise ValueError(f"model must attend over whole inputs where heads are recorded; got {plan.call.problem}")
-        if plan.call.layer in outputs or plan.sees is not None:
+        if by_layer[plan.call.layer] > 1:
             raise ValueError(f"model must attend once in a layer where heads are recorded; got layer {plan.call.layer}")
         plan.sees = functools.partial(_keep, outputs, plan)
     with torch.inference_mode(False), torch.no_grad(), at_rest(unwrapped(model)), Editing(plans):
         unwrapped(model)(**with_start(unwrapped(model), inputs))
+    outputs = {plan.call.layer: plan.call.share.whole(outputs[plan.call.layer], 1) for plan in chosen}
     real = pair[0].tokens.real()
     real = torch.ones(pair[0].shape, dtype=torch.bool) if real is None else real.bool().cpu()
     with torch.inference_mode(False):

@@ -52,7 +52,12 @@ class CallPlan:
 
     @property
     def is_empty(self) -> bool:
-        return not (self.terms or self.patched) and self.gate is None and self.sees is None
+        return not (self.terms or self.edits_heads)
+
+    @property
+    def edits_heads(self) -> bool:
+        """Whether it changes or sees outputs, beside edges."""
+        return bool(self.patched) or not (self.gate is None and self.shift is None and self.sees is None)
 
     @property
     def cuts(self) -> bool:
@@ -64,7 +69,8 @@ class CallPlan:
         return self.call.tower, self.call.source
 
     def group_bias(self, query: Tensor) -> Tensor:
-        """(H, Gq, Gk) or (B, H, Gq, Gk): for each pair of groups the sum of the terms whose sets they are in."""
+        """(H, Gq, Gk) or (B, H, Gq, Gk), of this process's heads: for each pair of groups the sum of the terms whose sets they
+        are in."""
         assert self.queries is not None and self.keys is not None
         dtype, total = torch.float64 if query.dtype == torch.float64 else torch.float32, None
         if self._bias is not None and self._bias.dtype == dtype and self._bias.device == query.device:
@@ -75,6 +81,7 @@ class CallPlan:
             part = torch.where(of_both, term.bias.to(query.device, dtype)[..., None, None], 0.0)
             total = part if total is None else total + part
         assert total is not None
+        total = self.call.share.part(total, total.ndim - 3)
         self._bias = None if total.requires_grad else total
         return total
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from vlattn_fast.attach.current import edits_of
 from vlattn_fast.attach.session import at_rest, in_layers, unwrapped
+from vlattn_fast.attach.tensor_parallel import HeadShare
 from vlattn_fast.interpret.explaining.answer import Answer, encoder_decoder, start_tokens
-from vlattn_fast.interpret.explaining.inputs import is_empty, prepare_inputs
+from vlattn_fast.interpret.explaining.inputs import check_inputs, is_empty, prepare_inputs
 from vlattn_fast.interpret.records.derived import generates
 from vlattn_fast.interpret.records.record import UNRECORDED, Family
 from vlattn_fast.interpret.records.registry import find_family
@@ -51,10 +52,16 @@ class SeenCall:
     tower: SeenTower
     source: SeenTower
     layer: int  # its number in the tower, from 0
-    heads: int  # of the queries
+    share: HeadShare  # this process's heads of the queries
     keys: int
     columns: Tensor | None  # int64, which of the keys are tokens; None = all
     problem: str  # why its queries and keys have no groups; "" = they have
+    by_hand: bool  # its module takes the softmax itself
+
+    @property
+    def heads(self) -> int:
+        """Those of all processes."""
+        return self.share.heads
 
     @property
     def crosses(self) -> bool:
@@ -73,8 +80,8 @@ class SeenModel:
 
     @cached_property
     def towers(self) -> list[SeenTower]:
-        """Those that attend, in the order of their first calls."""
-        return list({id(call.tower): call.tower for call in self.calls}.values())
+        """Those that attend, in the order of their first calls, then those that only others attend to."""
+        return list(dict.fromkeys([call.tower for call in self.calls] + [call.source for call in self.calls]))
 
     @property
     def roots(self) -> list[nn.Module]:
@@ -100,8 +107,9 @@ class _Noted:
     queries: tuple[int, int]  # (B, N)
     keys: int
     columns: Tensor | None
-    heads: int
+    share: HeadShare
     problem: str
+    by_hand: bool
     mixes: bool  # it has no softmax
 
 
@@ -109,6 +117,7 @@ class NotesCalls(Method):
     """Notes the attention calls of the towers and keeps none of their tensors."""
 
     needs_score = False
+    adds_beside = True  # of a recurrence beside it attention is edited alone
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,12 +132,12 @@ class NotesCalls(Method):
     def _noted(self, tower: TowerTrace, call: TracedCall) -> Tensor:
         assert tower.last_call is not None
         (batch, heads, queries, _), keys, problem = call.query.shape, call.key.shape[2], ""
-        if call.mesh is not None:
-            raise ValueError(f"model must have all heads of a layer in one process; got '{call.path}', whose heads several share")
         if call.chunk or call.token_places is not None:
             problem = "attends in windows or chunks, or to tokens in another order"
-        at = tower.last_call, tower, tower.depth, call.path
-        self.calls.append(_Noted(*at, (batch, queries), keys, call.columns, heads, problem, call.of_one_sequence))
+        at, score = (tower.last_call, tower, tower.depth, call.path), call.masks.get("score")
+        share = HeadShare(heads if call.mesh is None else heads * call.mesh.size(), call.mesh)
+        by_hand = score is not None and score.by_hand
+        self.calls.append(_Noted(*at, (batch, queries), keys, call.columns, share, problem, by_hand, call.of_one_sequence))
         return self.output(call)
 
     def output(self, call: TracedCall) -> Tensor:
@@ -146,6 +155,7 @@ def see(model: Any, inputs: Mapping[str, Any], towers: Iterable[TowerName] = ())
         TypeError, ValueError: `model` is no module, or its attention is not seen; `inputs` are no mapping, or have no sample.
     """
     module = unwrapped(model)
+    check_inputs(module, inputs)
     record = _record_of(module)
     arguments, _ = prepare_inputs(module, with_start(module, inputs), record, _all_of_it)
     return see_run(module, record, arguments, towers)
@@ -218,8 +228,8 @@ def watched_run(
         if not problem and (noted.queries != noted.tower.shape or of_tokens != source.size):
             problem = f"has {noted.queries[1]} queries and {of_tokens} keys of {noted.tower.size} and {source.size} tokens"
         problem = problem and f"'{noted.path}' ({type(kind).__name__}) {problem}"
-        sizes = noted.heads, noted.keys, noted.columns
-        calls.append(SeenCall(noted.path, seen(noted.tower), seen(source), layer, *sizes, problem))
+        sizes = noted.share, noted.keys, noted.columns
+        calls.append(SeenCall(noted.path, seen(noted.tower), seen(source), layer, *sizes, problem, noted.by_hand))
     return SeenModel(model, record, calls, mixing), outputs
 
 

@@ -105,6 +105,7 @@ class Trace(FindsTowers, SeesMixers, Stepwise, TorchFunctionMode):
         # The hooks that follow the modules are torch's global ones: they also see modules of other models, which a hook may run.
         yield nn.modules.module.register_module_forward_pre_hook(self._of_this_run(self._push)).remove
         yield nn.modules.module.register_module_forward_hook(self._of_this_run(self._pop), always_call=True).remove
+        yield from self._marks.across_processes(self.model, self._of_this_run)
         for handle in self.method.hooks(self.model, self.towers, self._of_this_run):
             yield handle.remove
 
@@ -176,7 +177,10 @@ class Trace(FindsTowers, SeesMixers, Stepwise, TorchFunctionMode):
                 self.written.leave_out(path)
             dim = args[1] if len(args) > 1 else kwargs.get("dim")
             self.by_hand.setdefault(path, set()).update([scores.shape] if is_map(scores, dim) else [])
-        result = self.method.follow(func, args, kwargs, self._behind) if self._follows else func(*args, **kwargs)
+        takes_edits = func in SOFTMAX and path is not None and self._edits is not None
+        result = self._edits.edited_softmax(self, path, func, args, kwargs) if takes_edits else None
+        if result is None:
+            result = self.method.follow(func, args, kwargs, self._behind) if self._follows else func(*args, **kwargs)
         result = result if self._is_over else self._written(func, args, kwargs, result)
         if isinstance(result, torch.Size) or not (result is None or isinstance(result, (Tensor, tuple, list))):
             return result  # a shape, a dtype, a number: many of the calls
@@ -202,9 +206,10 @@ class Trace(FindsTowers, SeesMixers, Stepwise, TorchFunctionMode):
         call = self.written.product(func, args, kwargs, result)
         if call is None:
             return result
-        for tensor, part in zip((call.query, call.key, call.value), call.marks, strict=True):
+        *tensors, masks = call.as_call()
+        for tensor, part in zip(tensors, call.marks, strict=True):
             self._marked_as(tensor, part)
-        output = self.attend(call.query, call.key, call.value, call.masks)
+        output = self.attend(*tensors, masks)
         return self._marked_as(call.as_product(output), output)
 
     def _around_of(self, path: str) -> TowerTrace | None:

@@ -263,7 +263,11 @@ class TowerTrace:
         return output
 
     def _mesh(self, call: TracedCall) -> Any:
-        return heads_mesh(self.model.get_submodule(call.path), call.query, call.key) if self._has_dtensors else None
+        if not self._has_dtensors:
+            return None
+        score = call.masks.get("score")
+        heads = (call.query, call.key) if score is None or not score.by_hand else (call.value, call.value)  # queries are maps
+        return heads_mesh(self.model.get_submodule(call.path), *heads)
 
     def leaves_call(self, output: Tensor, chunk: bool) -> None:
         """Begin the steps of a call anew at its output; a further part of a sequence is no call of its own."""

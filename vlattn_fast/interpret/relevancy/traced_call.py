@@ -45,13 +45,14 @@ class Recursion(NamedTuple):
 @dataclass(frozen=True, eq=False)
 class Scored:
     """A call of score_attention that ran: its core score (see vlattn_fast.scores), its output (B, H, N, Dv), and its
-    sink, broadcastable to (B, H, N)."""
+    sink, broadcastable to (B, H, N). `by_hand`: a module wrote the call out, as a softmax and its product with values."""
 
     kind: str
     vector: Tensor | None
     parameter: float
     output: Tensor
     sink: Tensor | None = None
+    by_hand: bool = False
 
 
 @dataclass(frozen=True, eq=False)

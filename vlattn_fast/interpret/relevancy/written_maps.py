@@ -32,14 +32,25 @@ _BY_HAND = (
 
 @dataclass(frozen=True, eq=False)
 class WrittenCall:
-    """A product of a map with values, as the tensors and masks of an attention call."""
+    """A product of a map with values."""
 
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    masks: dict[str, Any]
+    number: int  # of the map, among those that were taken
+    probabilities: Tensor  # (B, H, N, M)
+    value: Tensor  # (B, H, M, Dv)
+    output: Tensor  # (B, H, N, Dv)
     marks: tuple[Tensor, Tensor, Tensor]  # the module's tensors whose marks query, key and value get
-    as_product: Callable[[Tensor], Tensor]  # gives the output (B, H, N, D) the shape in which the module goes on with it
+    as_product: Callable[[Tensor], Tensor]  # gives the output the shape in which the module goes on with it
+
+    def as_call(self) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+        """Query, key, value and masks of an attention call that gives the product."""
+        dtype, (batch, heads, _, keys) = torch.promote_types(self.probabilities.dtype, self.value.dtype), self.probabilities.shape
+        probabilities = self.probabilities.to(dtype)
+        query = probabilities.clamp(min=torch.finfo(dtype).tiny).log()
+        key = torch.eye(keys, dtype=dtype, device=query.device).expand(batch, heads, keys, keys)
+        value = self.value.to(dtype).expand(batch, heads, -1, -1)
+        score = Scored("dot", None, 0.0, self.output, by_hand=True)
+        masks = {"attn_mask": probabilities > 0, "key_mask": None, "is_causal": False, "scale": 1.0, "score": score}
+        return query, key, value, masks
 
 
 class WrittenMaps:
@@ -51,10 +62,11 @@ class WrittenMaps:
         self._maps: list[tuple[str, Tensor | None]] = []  # with the module's path; None = multiplied with its values
         self._changed: set[str] = set()  # modules that do something else with a map
 
-    def take(self, path: str, result: Tensor, heads: int | None = None) -> None:
-        """A map that the module at `path` took: (B, H, N, M), or (B * H, N, M) of a module with `heads`."""
+    def take(self, path: str, result: Tensor, heads: int | None = None) -> int:
+        """A map that the module at `path` took: (B, H, N, M), or (B * H, N, M) of a module with `heads`. Returns its number."""
         add_mark(result, self._mark, 1 << len(self._maps))
         self._maps.append((path, result if heads is None else result.view(-1, heads, *result.shape[-2:])))
+        return len(self._maps) - 1
 
     def leave_out(self, path: str) -> None:
         """Notes that the module at `path` has another map, which is not followed."""
@@ -117,16 +129,9 @@ class WrittenMaps:
             self._changed.add(path)
             return None
         value, output, as_product = parts
-        batch, heads, _, keys = stored.shape
         self._maps[number] = path, None
-        probabilities = (stored if self._keeps_graph else stored.detach()).to(torch.promote_types(stored.dtype, value.dtype))
-        visible = probabilities > 0
-        query = probabilities.clamp(min=torch.finfo(probabilities.dtype).tiny).log()
-        key = torch.eye(keys, dtype=query.dtype, device=query.device).expand(batch, heads, keys, keys)
-        value = value.to(query.dtype).expand(batch, heads, -1, -1)
-        score = Scored("dot", None, 0.0, output)
-        masks = {"attn_mask": visible, "key_mask": None, "is_causal": False, "scale": 1.0, "score": score}
-        return WrittenCall(query, key, value, masks, (args[0], args[1], args[1]), as_product)
+        stored = stored if self._keeps_graph else stored.detach()
+        return WrittenCall(number, stored, value, output, (args[0], args[1], args[1]), as_product)
 
 
 Parts = tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]  # values (B, H, M, D), output (B, H, N, D), and `as_product`

@@ -5,12 +5,13 @@ The marks are bits of an int, which a tensor hands on to what is computed from i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from vlattn_fast._ground.marks import add_mark, new_mark, read_mark
+from vlattn_fast.ops._shards import is_dtensor
 
 # The lowest bits: functions of the run made the tensor; it came from the first, second, ... tensor that the model was given (the
 # last bit for all further ones); through the first, second, ... states that entered a layer. Bits of calls are above them.
@@ -56,6 +57,24 @@ class TensorMarks:
         """Take the marks off tensors that functions of the run did not make."""
         for tensor in self._marked:
             vars(tensor).pop(self._name, None)
+
+    def across_processes(self, model: nn.Module, of_this_run: Callable[..., Any]) -> Iterator[Callable[[], None]]:
+        """Hooks by which modules whose parameters several processes share hand marks on: they exchange tensors where no mode
+        sees it. Yields the way back of each."""
+        entering: list[int] = []
+
+        def enters(module: nn.Module, args: Sequence[Any]) -> None:
+            entering.append(read_mark(args, self._name))
+
+        def leaves(module: nn.Module, args: Any, output: Any) -> None:
+            marks = entering.pop()
+            if isinstance(output, Tensor) and not read_mark((output,), self._name) & ~_MADE:
+                add_mark(output, self._name, marks)
+
+        for module in model.modules():
+            if not module._modules and any(map(is_dtensor, module.parameters())):
+                yield module.register_forward_pre_hook(of_this_run(enters), prepend=True).remove
+                yield module.register_forward_hook(of_this_run(leaves), always_call=True).remove
 
     def calls(self, values: Iterable[Any]) -> int:
         """The calls that the tensors among `values`, also in nested tuples and lists, came through."""
