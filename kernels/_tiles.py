@@ -135,8 +135,9 @@ class Heads(NamedTuple):
     stride_n: int
 
 
-def heads_of(x: Tensor) -> Heads:
-    stride_b, stride_h, stride_n, _ = x.stride()
+def heads_of(x: Tensor, stride: tuple[int, ...] | None = None) -> Heads:
+    """`x` with its strides, which the caller may have read."""
+    stride_b, stride_h, stride_n, _ = x.stride() if stride is None else stride
     return tuple.__new__(Heads, (x, stride_b, stride_h, stride_n))  # half of the microsecond that Heads(...) takes
 
 

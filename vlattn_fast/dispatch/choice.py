@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -70,7 +71,7 @@ def planned(plan: Callable[[Arguments], Plan], arguments: Arguments) -> Plan:
 
 _PLANS: dict[tuple[Any, ...], Any] = {}
 _PLAIN = {str, bool, int, float, type(None)}
-_SCORES, _SEQUENCES = frozenset(scores.SCORES.values()), frozenset((tuple, list))
+_SEQUENCES = frozenset((tuple, list))
 
 
 def _key(plan: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -105,13 +106,23 @@ def _key(plan: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, ...
     )
 
 
-Pick = Callable[[tuple[Any, ...]], tuple[Any, ...]]
+Pick = Callable[[Any], tuple[Any, ...]]
+
+
+def _fields(kind: type[scores.Score]) -> Pick:
+    """A function that returns the fields of such a score."""
+    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    return attrgetter(*names) if len(names) > 1 else lambda score: tuple([getattr(score, name) for name in names])
+
+
+_FIELDS = {kind: _fields(kind) for kind in scores.SCORES.values()}
 
 
 def _parts(x: Any) -> tuple[Any, ...]:
     """The fields of a score function; the items of a sequence, flat, each sequence behind its length."""
-    if type(x) in _SCORES:
-        return tuple(vars(x).values())
+    fields = _FIELDS.get(type(x))
+    if fields is not None:
+        return fields(x)
     parts = [len(x)]
     for each in x:
         parts += _parts(each) if type(each) in _SEQUENCES else (each,)
@@ -133,7 +144,7 @@ _SORTS: dict[tuple[type, ...], _Sorts] = {}
 
 
 def _sort(kinds: tuple[type, ...]) -> _Sorts:
-    sorts = _PLAIN, {Tensor, Parameter}, _SCORES | _SEQUENCES
+    sorts = _PLAIN, {Tensor, Parameter}, _SEQUENCES.union(_FIELDS)
     plain, tensors, with_parts = [[i for i, kind in enumerate(kinds) if kind in sort] for sort in sorts]
     has_all = len(plain) + len(tensors) + len(with_parts) == len(kinds)
     if len(_SORTS) >= 4096:

@@ -121,10 +121,9 @@ def score_attention(
     """
     if is_dtensor(query):
         return over_shards(score_attention, locals(), _SHARDED, [ATTENTION, PER_ROW], _on_shards)
-    operands = query, key, value, score
     logits = attn_mask, key_mask, dropout_p, is_causal, scale, enable_gqa, return_lse, softcap, sink
     edits = query_groups, key_groups, group_bias, head_gate
-    arguments = Arguments(*operands, *logits, *edits, backend)
+    arguments = tuple.__new__(Arguments, (query, key, value, score, *logits, *edits, backend))
     plan = planned(_plan, arguments)
     if plan.backend == "reference":
         return by_formula(load(BACKENDS, "reference").score_attention, arguments, plan.scale)
@@ -240,7 +239,8 @@ def _features(x: Any, plan: Plan) -> Features:
     if packs:
         query = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
         row_bias = None if row_bias is None else row_bias.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
-    return Features(query, key, value, vector, logit, core, out_dtype, packs, row_bias, key_groups, x, plan)
+    # tuple.__new__ takes half of the microsecond that Features(...) takes
+    return tuple.__new__(Features, (query, key, value, vector, logit, core, out_dtype, packs, row_bias, key_groups, x, plan))
 
 
 def _run(features: Features) -> tuple[Tensor, Any]:
@@ -253,7 +253,8 @@ def _run(features: Features) -> tuple[Tensor, Any]:
     sink = None if logit is None else (logit - plan.scale * core.offset).detach()  # beside the core score, which lacks the offset
     kind = (core.kind, core.parameter, plan.scale) if plan.softcapped is None else plan.softcapped
     tensors = query, key, value, vector, x.attn_mask, x.key_mask, row_bias, key_groups, seed, sink
-    out, lse = _forward_op(ScoreAttentionInputs(*tensors, *kind, float(x.dropout_p), x.is_causal, plan.backend))
+    numbers = *kind, float(x.dropout_p), x.is_causal, plan.backend
+    out, lse = _forward_op(tuple.__new__(ScoreAttentionInputs, (*tensors, *numbers)))  # as in `_features`
     return out, lse
 
 
