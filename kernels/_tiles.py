@@ -174,6 +174,8 @@ def masks_and_kind(
     key_groups: Tensor | None = None,
 ) -> tuple[Masks, int]:
     """The masks, and the constant MASK. `like` is the query (B, H, N, D), which stands in for absent masks."""
+    if attn_mask is None and key_mask is None and row_bias is None:
+        return tuple.__new__(Masks, (like, 0, 0, 0, 0, like, *_NO_BIAS)), 0
     keys = like if key_mask is None else key_mask.contiguous()
     masks: tuple[Any, ...] = (like, 0, 0, 0, 0, keys)
     kind = 0
