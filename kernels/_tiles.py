@@ -135,8 +135,9 @@ class Heads(NamedTuple):
     stride_n: int
 
 
-def heads_of(x: Tensor) -> Heads:
-    stride_b, stride_h, stride_n, _ = x.stride()
+def heads_of(x: Tensor, stride: tuple[int, ...] | None = None) -> Heads:
+    """`x` with its strides, which the caller may have read."""
+    stride_b, stride_h, stride_n, _ = x.stride() if stride is None else stride
     return tuple.__new__(Heads, (x, stride_b, stride_h, stride_n))  # half of the microsecond that Heads(...) takes
 
 
@@ -173,6 +174,8 @@ def masks_and_kind(
     key_groups: Tensor | None = None,
 ) -> tuple[Masks, int]:
     """The masks, and the constant MASK. `like` is the query (B, H, N, D), which stands in for absent masks."""
+    if attn_mask is None and key_mask is None and row_bias is None:
+        return tuple.__new__(Masks, (like, 0, 0, 0, 0, like, *_NO_BIAS)), 0
     keys = like if key_mask is None else key_mask.contiguous()
     masks: tuple[Any, ...] = (like, 0, 0, 0, 0, keys)
     kind = 0

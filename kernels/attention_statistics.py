@@ -178,7 +178,7 @@ def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, 
 def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of query, key, row_weight and row_bias; mass, maximum, argmax and rows as `forward` gave them."""
     query, num_groups, grad_mass = inputs.query, inputs.num_groups, inputs.grad_mass
-    mass, maximum, rows = inputs.mass, inputs.maximum, inputs.rows
+    mass, maximum, argmax, rows = inputs.mass, inputs.maximum, inputs.argmax, inputs.rows
     assert mass is not None and maximum is not None and rows is not None  # which the operator saves for these kernels
     row_max, mean_x = rows.contiguous().unbind()
     if inputs.key_groups is None or num_groups == 0:
@@ -188,7 +188,7 @@ def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor,
     call = _arguments(inputs)
     call |= {
         "p_grads": tuple(query if x is None else x.contiguous() for x in grads.values()),
-        "p_rows": (inputs.argmax.contiguous(), row_max, maximum.contiguous(), torch.empty_like(row_max)),
+        "p_rows": (query if argmax is None else argmax.contiguous(), row_max, maximum.contiguous(), torch.empty_like(row_max)),
         "scale": inputs.scale,
         "C": call["C"]._replace(**{name.upper(): x is not None for name, x in grads.items()}, FEW=few(num_groups)),
     }

@@ -200,6 +200,7 @@ def arguments(inputs: ScoreAttentionInputs | ScoreAttentionBackwardInputs) -> di
     constants, most_aligned = _of_call(shapes, strides, score, query.dtype, kind, padded, inputs.is_causal, precision)
     if not most_aligned or (query.data_ptr() | key.data_ptr() | value.data_ptr()) % most_aligned:
         query, key, value = aligned(query), aligned(key), aligned(value)
+        strides = query.stride(), key.stride(), value.stride()
     pre_q = pre_k = query
     if score in UNIT_KINDS or score == "cosine":
         # where y is a product, the query carries the factor of 1 / (1 + 2^(factor y)), or in bfloat16 of tanh(factor y)
@@ -209,8 +210,9 @@ def arguments(inputs: ScoreAttentionInputs | ScoreAttentionBackwardInputs) -> di
     if score == "cosine":
         parameter = math.inf if parameter == 0.0 else min(1.0 / parameter, 3.4e38)
     dropout = None if seed is None else Dropout(seed, dropout_p, int(dropout_p * 2**32))
-    sides = heads_of(query), heads_of(key), heads_of(value)
-    return {"x": Call(*sides, (pre_q, pre_k), masks, dropout, heads, num_q, num_k, scale * LOG2_E, parameter), "C": constants}
+    sides = heads_of(query, strides[0]), heads_of(key, strides[1]), heads_of(value, strides[2])
+    of_call = *sides, (pre_q, pre_k), masks, dropout, heads, num_q, num_k, scale * LOG2_E, parameter, None, 0.0
+    return {"x": tuple.__new__(Call, of_call), "C": constants}
 
 
 @functools.lru_cache(maxsize=1024)  # a model asks for the same in each of its layers

@@ -341,6 +341,16 @@ static void load_mask_row(const Masks& m, Size at, Size some, float* row) {
     else
         for (Size n = 0; n < some; ++n) widen(element(m.mask, m.dtype, at + n * m.stride_m), m.dtype, 1, row + n);
 }
+// Whether a bool mask hides nothing of GROUP keys, whose numbers in it begin at `at` in the tile's first row.
+static bool hides_nothing(const Masks& m, const Tile& t, Size at) {
+    uint64_t zeros = m.dtype != BOOL || m.stride_m != 1;
+    for (Size i = 0; zeros == 0 && i < (m.stride_n == 0 ? 1 : t.rows); ++i) {
+        uint64_t words[GROUP / 8];
+        memcpy(words, element(m.mask, BOOL, at + i * m.stride_n), GROUP);
+        for (const uint64_t x : words) zeros |= (x - 0x0101010101010101) & ~x & 0x8080808080808080;  // of the bytes that are 0
+    }
+    return zeros == 0;
+}
 // A mask of any other dtype. `scratch` holds 2 * GROUP * LANES.
 static void add_mask(const Attention& a, const Tile& t, Size j0, Size count, float* S, float* scratch) {
     const Masks& m = a.masks;
@@ -349,6 +359,7 @@ static void add_mask(const Attention& a, const Tile& t, Size j0, Size count, flo
     float *rows = scratch, *tile = scratch + GROUP * LANES;
     for (Size j = 0; j < count; j += GROUP) {  // GROUP keys at a time, so that rows of the mask can be read along the keys
         const Size some = least(GROUP, count - j);
+        if (some == GROUP && hides_nothing(m, t, base + (j0 + j) * m.stride_m)) continue;
         for (Size i = 0; i < w; ++i) {
             float* row = rows + i * GROUP;
             if (i > 0 && m.stride_n == 0) memcpy(row, rows, sizeof(float) * GROUP);

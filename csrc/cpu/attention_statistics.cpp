@@ -16,9 +16,10 @@
 // bfloat16 are those of pairs (pairs.h), for which the gradients of the logits are rounded. Received attention and the gradients of keys are
 // sums over rows: see SharedSums. Forward keeps the exponentials of a tile up to MOST_KEYS keys, or of one with few rows up to
 // MOST_KEYS_OF_FEW, where reading the keys is what takes time. Beyond, and backward beyond MOST_KEYS, the logits are made twice:
-// D more.
+// D more. Few queries would leave lanes of a tile empty: vectors run along the keys there, which are read once for all query heads
+// of an item (FewStatistics), in their own dtype.
 // Measured: rows attention_statistics of benchmarks/results/cpu.json.
-#include "forward.h"
+#include "few_rows.h"
 #include "shared_sums.h"
 #include "statistics.h"
 
@@ -156,9 +157,10 @@ struct StatisticsForward {
     Score score;  // a function of dot products
     KeyGroups groups;
     const float* weight;  // (B, H, N) of rows; null: 1
-    float *mass, *entropy, *maximum;  // (B, H, N, G), (B, H, N), (B, H, N)
-    int64_t* argmax;  // (B, H, N)
-    float *received, *max_logit;  // (B, H, M), null for none; (B, H, N)
+    // (B, H, N, G), (B, H, M) received, and (B, H, N) the others; null for what nobody asks for
+    float *mass, *entropy, *maximum;
+    int64_t* argmax;
+    float *received, *max_logit;
     FIELDS(a, score, groups, weight, mass, entropy, maximum, argmax, received, max_logit)
 
     struct Space {
@@ -181,16 +183,13 @@ struct StatisticsForward {
     void add(Space& space, const Tile& t, float* sums) const;
 };
 
-// Entropy, largest weight, where it is and its logit, of the rows of a tile
-static void store_rows(const StatisticsForward& c, const StatisticsRows& r, const Tile& t) {
-    const Size at = (t.b * c.a.H + t.h) * c.a.N + t.first;
-    for (Size i = 0; i < t.rows; ++i) {
-        const float factor = r.factor[i];
-        c.entropy[at + i] = r.entropy(i);
-        c.maximum[at + i] = factor;
-        c.max_logit[at + i] = r.max_logit(i);
-        c.argmax[at + i] = factor == 0 ? -1 : factor != factor ? 0 : r.argmax[i];  // of NaN the first
-    }
+// Entropy, largest weight, where it is and its logit, of row i, which is number `at` of all rows
+static void store_row(const StatisticsForward& c, const RowSums& r, Size i, Size at) {
+    const float factor = r.factor[i];
+    if (c.entropy) c.entropy[at] = r.entropy(i);
+    if (c.maximum) c.maximum[at] = factor;
+    if (c.max_logit) c.max_logit[at] = r.max_logit(i);
+    if (c.argmax) c.argmax[at] = factor == 0 ? -1 : factor != factor ? 0 : r.argmax[i];  // of NaN the first
 }
 static void add_block_mass(const KeyGroups& groups, StatisticsForward::Space& x, const Tile& t, Size j0, Size count,
                            const float* E) {
@@ -224,7 +223,7 @@ void StatisticsForward::add(Space& space, const Tile& t, float* sums) const {
     });
     if (whole) sweep(r, keys, w, ForwardSweep(0), r.S);
     finish_sweeps(r, w);
-    store_rows(*this, r, t);
+    for (Size i = 0; i < t.rows; ++i) store_row(*this, r, i, (t.b * a.H + t.h) * a.N + t.first + i);
     for (Size i = 0; i < w; ++i) r.weight[i] *= r.factor[i];
     memset(space.mass, 0, (groups.count + 1) * w * sizeof(float));
     by_blocks(a, groups.count > 0 || received ? keys : 0, [&](Size j0, Size count) {
@@ -236,11 +235,137 @@ void StatisticsForward::add(Space& space, const Tile& t, float* sums) const {
         if (groups.count > 0) add_block_mass(groups, space, t, j0, count, E);
         if (received) add_received(E, count, w, r.weight, sums + j0 * 2 * VL);
     });
+    if (groups.count == 0) return;
     scale_rows(space.mass, groups.count, w, r.factor);
     transpose(space.mass, w, groups.count, t.rows, mass + ((t.b * a.H + t.h) * a.N + t.first) * groups.count, groups.count);
 }
 
-static Size attention_statistics_forward(const StatisticsForward& c) { return run_pass(c); }
+// ---- forward of few queries, with the products of few_rows.h. The logits of all keys stay.
+
+// An item has all rows of one query head, or of some that share a key head: up to MOST_ROWS_AT_ONCE.
+static const Size MOST_ROWS_AT_ONCE = 16;
+struct FewStatistics {
+    const StatisticsForward& c;
+    Size heads, parts, items, tasks;  // query heads of an item; items of a key head
+    explicit FewStatistics(const StatisticsForward& c) : c(c) {
+        heads = most(least(c.a.group(), MOST_ROWS_AT_ONCE / c.a.N), 1);
+        parts = (c.a.group() + heads - 1) / heads, items = c.a.B * c.a.Hkv * parts, tasks = least(thread_count(), items);
+    }
+    static bool takes(const Attention& a) {
+        const Size few = VL == 16 ? MOST_ROWS_AT_ONCE : FEW_QUERIES;
+        return a.N > 0 && a.N <= few && a.M <= MOST_KEYS_OF_FEW && a.H > 0;
+    }
+};
+struct FewStatisticsSpace : RowSums {
+    Size stride;  // of S
+    float* query;
+    RowBias bias;
+    Size* group;
+    double* mass;
+    void plan(const FewStatistics& call, Memory& memory) {
+        const Attention& a = call.c.a;
+        const Size rows = round_up(call.heads * a.N, BLOCK_ROWS);
+        stride = round_up(a.M, GROUP);
+        RowSums::plan(rows * stride, memory), query = memory.take(rows * round_up(a.D, 2 * VL)), bias.plan(a, memory);
+        group = (Size*)memory.take(2 * a.M), mass = memory.take_doubles(call.c.groups.count + 1);
+    }
+};
+
+// S = the products of `rows` rows of the query, from head h on, with `keys` keys
+template <class E> static void few_raw_scores(const Attention& a, FewStatisticsSpace& x, Size b, Size h, Size rows, Size keys) {
+    const Size stride = round_up(a.D, E::STEP);
+    const bool fetches = fetches_rows(a, rows);
+    typename E::Number* query = (typename E::Number*)x.query;
+    memset(query, 0, round_up(rows, BLOCK_ROWS) * stride * sizeof(*query));
+    for (Size r = 0; r < rows; ++r)
+        E::load_query(element(a.query.data, a.dtype, a.query.at(b, h + r / a.N, r % a.N)), a.D, 1.f, query + r * stride);
+    for (Size j0 = 0; j0 < keys; j0 += BLOCK_KEYS) {
+        const RowsInPlace block = rows_in_place(a, a.key, b, h / a.group(), j0), none = {};
+        const RowsInPlace next = fetches && j0 + BLOCK_KEYS < keys ? block.from(BLOCK_KEYS) : none;
+        few_products<E>(query, stride, rows, a.D, block, least(BLOCK_KEYS, keys - j0), next, x.S + j0, x.stride);
+    }
+}
+// The products of row i, a row of head h, become e^(logit - largest), and its sums are taken. Behind the keys they are 0.
+static void sweep_row(const StatisticsForward& c, FewStatisticsSpace& x, Size b, Size h, Size i, Size keys) {
+    const Attention& a = c.a;
+    const Size padded = round_up(keys, GROUP);
+    float* S = x.S + i * x.stride;
+    if (c.score.bends()) activate(c.score, (float)a.scale, S, padded, nullptr);
+    else
+        for (Size j = 0; j < padded; j += VL) store(S + j, load(S + j) * splat((float)a.scale));
+    mask_row(a, b, h, i % a.N, 0, keys, x.bias, S);
+    for (Size j = keys; j < padded; ++j) S[j] = -INFINITY;
+    const float top = largest(larger_than_all(splat(-INFINITY), S, padded / VL, VL)), shift = top == -INFINITY ? 0.f : top;
+    for (Size j = 0; c.argmax && x.argmax[i] < 0 && j < keys; ++j)
+        if (S[j] == top) x.argmax[i] = (int32_t)j;
+    for (Size chunk = 0; chunk < padded; chunk += SHORT_SUM * VL) {
+        Vector total = {}, weighted = {};
+        for (Size j = chunk; j < least(chunk + SHORT_SUM * VL, padded); j += VL) {
+            const Vector d = load(S + j) - splat(shift), e = exp_negative(d);
+            store(S + j, e);
+            total += e, weighted += e * maximum(splat(LOWEST), d);
+        }
+        x.total[i] += sum(total), x.weighted[i] += sum(weighted);
+    }
+    x.largest[i] = top;
+}
+// The sum of n numbers
+static float sum_of(const float* x, Size n) {
+    Vector total = {};
+    Size j = 0;
+    for (; j + VL <= n; j += VL) total += load(x + j);
+    return sum(j < n ? total + load_some(x + j, n - j) : total);
+}
+// Runs of keys of one group are summed at once.
+static void store_row_mass(const StatisticsForward& c, FewStatisticsSpace& x, Size i, Size keys, float* mass) {
+    const float* E = x.S + i * x.stride;
+    for (Size g = 0; g <= c.groups.count; ++g) x.mass[g] = 0;
+    for (Size j = 0, last; j < keys; j = last) {
+        for (last = j + 1; last < least(j + SHORT_SUM * VL, keys) && x.group[last] == x.group[j];) ++last;
+        x.mass[x.group[j]] += sum_of(E + j, last - j);
+    }
+    for (Size g = 0; g < c.groups.count; ++g) mass[g] = (float)x.mass[g] * x.factor[i];
+}
+// What the keys receive from the rows of a head: from row i on, whose number among all rows is `at`. It takes the place of row i.
+static void store_received(const StatisticsForward& c, FewStatisticsSpace& x, Size i, Size at, Size keys, float* received) {
+    float* E = x.S + i * x.stride;
+    for (Size j = 0; j < keys; j += VL) {
+        Vector some = {};
+        for (Size n = 0; n < c.a.N; ++n)
+            some += load(E + n * x.stride + j) * splat((c.weight ? c.weight[at + n] : 1.f) * x.factor[i + n]);
+        store(E + j, some);
+    }
+    if (keys > 0) memcpy(received, E, keys * sizeof(float));
+    if (keys < c.a.M) memset(received + keys, 0, (c.a.M - keys) * sizeof(float));
+}
+static void few_statistics_task(FewStatistics& call, FewStatisticsSpace& x, Size task) {
+    const StatisticsForward& c = call.c;
+    const Attention& a = c.a;
+    for (Size item = share(call.items, task, call.tasks); item < share(call.items, task + 1, call.tasks); ++item) {
+        const Size head = item / call.parts, b = head / a.Hkv, before = item % call.parts * call.heads;
+        const Size heads = least(call.heads, a.group() - before), h = head % a.Hkv * a.group() + before, rows = heads * a.N;
+        const Size visible = visible_keys(a, b), keys = a.masks.is_causal ? least(a.N, visible) : visible;
+        with_numbers(a.dtype, [&](auto e) { few_raw_scores<decltype(e)>(a, x, b, h, rows, keys); });
+        if (c.groups.count > 0) c.groups.rows(b, 0, keys, 1, x.group);
+        x.bias.load_heads(a, b, h, heads, 0, keys);
+        x.start(rows);
+        for (Size i = 0; i < rows; ++i) sweep_row(c, x, b, h + i / a.N, i, keys);
+        finish_sweeps(x, rows);
+        for (Size i = 0; i < rows; ++i) {
+            const Size at = (b * a.H + h) * a.N + i;
+            store_row(c, x, i, at);
+            if (c.groups.count > 0) store_row_mass(c, x, i, keys, c.mass + at * c.groups.count);
+        }
+        for (Size n = 0; c.received && n < heads; ++n)
+            store_received(c, x, n * a.N, (b * a.H + h + n) * a.N, keys, c.received + (b * a.H + h + n) * a.M);
+    }
+}
+
+static Size attention_statistics_forward(const StatisticsForward& c) {
+    if (!FewStatistics::takes(c.a)) return run_pass(c);
+    FewStatistics call(c);
+    return call.items == 0 ? DONE : run_with_space(call.tasks, call, few_statistics_task);
+}
 
 // ---- backward
 

@@ -279,7 +279,10 @@ static void softmax_of_keys(float* S, Size padded, bool first, float* largest_of
 // NaN.
 static void add_bool_row(const Masks& m, Size at, Size count, float* S) {
     const uint8_t* visible = (const uint8_t*)m.mask + at;
-    for (Size j = 0; j < count; ++j) S[j] = visible[j * m.stride_m] ? S[j] : -INFINITY;
+    if (m.stride_m == 1)  // vectors
+        for (Size j = 0; j < count; ++j) S[j] = visible[j] ? S[j] : -INFINITY;
+    else
+        for (Size j = 0; j < count; ++j) S[j] = visible[j * m.stride_m] ? S[j] : -INFINITY;
 }
 static void add_float_row(const Masks& m, Size at, Size count, float* S) {
     for (Size j = 0; j < count; ++j) {

@@ -98,10 +98,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.mT + bias, weight (A, D) and bias (A), or weight (H, A, D) without a bias. It is the `product`, or in float32
     where that is faster."""
     if weight.dim() == 2:
-        in_16_bits = x.is_cpu and x.dtype.itemsize == 2 and not torch.compiler.is_compiling()
+        in_16_bits = x.dtype.itemsize == 2 and x.is_cpu and not torch.compiler.is_compiling()
         if in_16_bits and x.numel() * weight.shape[0] in _IN_FLOAT32 and not autocasts(x):
             return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
-        if reads_rows_alone(x, weight):
+        if _TILE == 1 or reads_rows_alone(x, weight):
             return F.linear(x, weight, bias)
     y = product(x, weight.mT)
     return y if bias is None else y + bias

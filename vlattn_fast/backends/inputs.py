@@ -308,7 +308,7 @@ class AttentionStatisticsBackwardInputs(NamedTuple):
     key: Tensor
     mass: Tensor | None
     maximum: Tensor | None
-    argmax: Tensor
+    argmax: Tensor | None
     rows: Tensor | None
     key_groups: Tensor | None
     row_weight: Tensor | None

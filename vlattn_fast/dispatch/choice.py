@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -70,7 +71,6 @@ def planned(plan: Callable[[Arguments], Plan], arguments: Arguments) -> Plan:
 
 _PLANS: dict[tuple[Any, ...], Any] = {}
 _PLAIN = {str, bool, int, float, type(None)}
-_SCORES, _SEQUENCES = frozenset(scores.SCORES.values()), frozenset((tuple, list))
 
 
 def _key(plan: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -79,8 +79,8 @@ def _key(plan: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, ...
     kinds = tuple(map(type, arguments))
     sorts = _SORTS.get(kinds) or _sort(kinds)
     if sorts.with_parts:
-        for i in sorts.with_parts:
-            parts = _parts(arguments[i])
+        for i, parts_of in sorts.with_parts:
+            parts = parts_of(arguments[i])
             arguments, kinds = arguments + parts, kinds + tuple(map(type, parts))
         sorts = _SORTS.get(kinds) or _sort(kinds)
     if not sorts.has_all or getattr(forward_ad, "_current_level", -1) >= 0:
@@ -105,27 +105,34 @@ def _key(plan: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, ...
     )
 
 
-Pick = Callable[[tuple[Any, ...]], tuple[Any, ...]]
+Pick = Callable[[Any], tuple[Any, ...]]
 
 
-def _parts(x: Any) -> tuple[Any, ...]:
-    """The fields of a score function; the items of a sequence, flat, each sequence behind its length."""
-    if type(x) in _SCORES:
-        return tuple(vars(x).values())
-    parts = [len(x)]
+def _fields(kind: type[scores.Score]) -> Pick:
+    """A function that returns the fields of such a score."""
+    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    return attrgetter(*names) if len(names) > 1 else lambda score: tuple([getattr(score, name) for name in names])
+
+
+def _items(x: Any) -> tuple[Any, ...]:
+    """The items of a sequence, flat, each sequence behind its length."""
+    items = [len(x)]
     for each in x:
-        parts += _parts(each) if type(each) in _SEQUENCES else (each,)
-    return tuple(parts)
+        items += _items(each) if type(each) in (tuple, list) else (each,)
+    return tuple(items)
+
+
+_PARTS: dict[type, Pick] = {kind: _fields(kind) for kind in scores.SCORES.values()} | dict.fromkeys((tuple, list), _items)
 
 
 class _Sorts(NamedTuple):
-    """For values of some kinds: what picks the plain ones and the tensors among them, where score functions and sequences stand,
-    and whether there are no others. A subclass of tensors or score functions is another: it may have more facts than its
-    fields."""
+    """For values of some kinds: what picks the plain ones and the tensors among them; where score functions and sequences stand,
+    and what takes them apart; whether there are no others. A subclass of tensors or score functions is another: it may have more
+    facts than its fields."""
 
     plain: Pick
     tensors: Pick
-    with_parts: list[int]
+    with_parts: list[tuple[int, Pick]]
     has_all: bool
 
 
@@ -133,8 +140,8 @@ _SORTS: dict[tuple[type, ...], _Sorts] = {}
 
 
 def _sort(kinds: tuple[type, ...]) -> _Sorts:
-    sorts = _PLAIN, {Tensor, Parameter}, _SCORES | _SEQUENCES
-    plain, tensors, with_parts = [[i for i, kind in enumerate(kinds) if kind in sort] for sort in sorts]
+    plain, tensors = [[i for i, kind in enumerate(kinds) if kind in sort] for sort in (_PLAIN, {Tensor, Parameter})]
+    with_parts = [(i, _PARTS[kind]) for i, kind in enumerate(kinds) if kind in _PARTS]
     has_all = len(plain) + len(tensors) + len(with_parts) == len(kinds)
     if len(_SORTS) >= 4096:
         _SORTS.clear()

@@ -110,7 +110,8 @@ def _records(tensors: Sequence[Tensor | None]) -> bool | None:
         if x is not None:
             if keys_of(x).raw_repr() & _OTHER_TENSOR_KEYS:
                 return None
-            records = records or (enabled and x.requires_grad)
+            if enabled and x.requires_grad:
+                records = True
     return records
 
 

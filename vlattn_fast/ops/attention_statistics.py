@@ -123,18 +123,13 @@ def attention_statistics(
     operands = query, key, " ".join(DEFAULT if statistics is None else statistics), key_groups, num_groups, row_weight
     logits = attn_mask, key_mask, is_causal, scale, enable_gqa, softcap, sink, query_groups, group_bias
     arguments = Arguments(*operands, *logits, backend)
-    plan = planned(_plan, arguments)
-    if plan.dot.backend == "reference":
-        groups = {"statistics": statistics, "num_groups": _resolve_groups(arguments)}
-        return by_formula(load(BACKENDS, "reference").attention_statistics, arguments._replace(**groups), plan.dot.scale)
-    features = _features(arguments, plan)
-    return _finish(_forward_op(features.inputs), features, plan.asked)
+    return statistics_of(arguments, planned(make_statistics_plan, arguments))
 
 
-Arguments = arguments_of(attention_statistics)
+Arguments = arguments_of(attention_statistics)  # `statistics` are names with spaces between them
 
 
-class Plan(NamedTuple):
+class StatisticsPlan(NamedTuple):
     """How a call runs. `outputs`: the names of what the call or its backward pass needs; `asked`: those that it returns."""
 
     dot: DotPlan
@@ -180,7 +175,7 @@ def _facts(x: Any) -> Call:
     return make_call("attention_statistics", x.query, sizes, {**flags, **logit_flags(x)})
 
 
-def _plan(x: Any) -> Plan:
+def make_statistics_plan(x: Any) -> StatisticsPlan:
     backend = choice.select(BACKENDS, _facts(x), x.backend)
     asked = x.statistics.split()
     needed, leaves = [*asked], (x.query, x.key, x.row_weight, x.group_bias, x.sink if "received" in asked else None)
@@ -190,10 +185,19 @@ def _plan(x: Any) -> Plan:
         needed += BACKENDS[backend].saves
         if "maximum" in asked:
             needed.append("argmax")  # its gradient goes there
-    return Plan(make_plan(BACKENDS, backend, x), asked, " ".join([name for name in OUTPUTS if name in needed]))
+    return StatisticsPlan(make_plan(BACKENDS, backend, x), asked, " ".join([name for name in OUTPUTS if name in needed]))
 
 
-def _features(arguments: Any, plan: Plan) -> Features:
+def statistics_of(arguments: Any, plan: StatisticsPlan) -> AttentionStatistics:
+    """The statistics of a call that is checked and planned."""
+    if plan.dot.backend == "reference":
+        groups = {"statistics": plan.asked, "num_groups": _resolve_groups(arguments)}
+        return by_formula(load(BACKENDS, "reference").attention_statistics, arguments._replace(**groups), plan.dot.scale)
+    features = _features(arguments, plan)
+    return _finish(_forward_op(features.inputs), features, plan.asked)
+
+
+def _features(arguments: Any, plan: StatisticsPlan) -> Features:
     num_groups = _resolve_groups(arguments)
     logit = None if arguments.sink is None else arguments.sink[:, None]
     share = None if logit is None or not set(plan.asked) & set(DEFAULT) else share_of_keys(lse_behind(arguments, plan.dot), logit)
@@ -264,25 +268,21 @@ def _resolve_groups(arguments: Any) -> int:
     return resolve_groups(arguments.key_groups, arguments.num_groups if bias is None else bias.shape[-1])
 
 
-def _forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, ...]:
-    """Empty tensors stand for outputs that are not asked for."""
-    query, asked = inputs.query, inputs.statistics.split()
+def _forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor | None, ...]:
+    asked = inputs.statistics.split()
     outputs = load(BACKENDS, inputs.backend).forward(inputs)
-    return tuple(
-        [x if name in asked else query.new_empty(0, dtype=_dtype(name, query)) for name, x in zip(OUTPUTS, outputs, strict=True)]
-    )
-
-
-def _dtype(name: str, query: Tensor) -> torch.dtype:
-    return torch.int64 if name == "argmax" else compute_dtype(query)
+    return tuple([x if name in asked else None for name, x in zip(OUTPUTS, outputs, strict=True)])
 
 
 def _forward_fake(inputs: AttentionStatisticsInputs) -> tuple[Tensor, ...]:
     query, asked = inputs.query, inputs.statistics.split()
-    per_row = query.shape[:3]
+    per_row, dtypes = query.shape[:3], {"argmax": torch.int64}
     shapes = {"mass": (*per_row, inputs.num_groups), "received": (*per_row[:2], inputs.key.shape[2]), "rows": (2, *per_row)}
     return tuple(
-        query.new_empty(shapes.get(name, per_row) if name in asked else (0,), dtype=_dtype(name, query)) for name in OUTPUTS
+        query.new_empty(shapes.get(name, per_row), dtype=dtypes.get(name, compute_dtype(query)))
+        if name in asked
+        else query.new_empty(0)
+        for name in OUTPUTS
     )
 
 
@@ -328,7 +328,7 @@ _saved = Saved(
 
 def _setup_context(ctx: Any, inputs: AttentionStatisticsInputs, output: tuple[Tensor, ...]) -> None:
     mass, _, maximum, argmax, _, max_logit, rows = output
-    ctx.mark_non_differentiable(argmax, max_logit, rows)
+    ctx.mark_non_differentiable(*[x for x in (argmax, max_logit, rows) if x is not None])
     ctx.set_materialize_grads(False)
     if "rows" in BACKENDS[inputs.backend].saves:
         _saved.save(ctx, inputs, mass, maximum, argmax, rows)

@@ -121,10 +121,9 @@ def score_attention(
     """
     if is_dtensor(query):
         return over_shards(score_attention, locals(), _SHARDED, [ATTENTION, PER_ROW], _on_shards)
-    operands = query, key, value, score
     logits = attn_mask, key_mask, dropout_p, is_causal, scale, enable_gqa, return_lse, softcap, sink
     edits = query_groups, key_groups, group_bias, head_gate
-    arguments = Arguments(*operands, *logits, *edits, backend)
+    arguments = tuple.__new__(Arguments, (query, key, value, score, *logits, *edits, backend))  # in half the time of Arguments(...)
     plan = planned(_plan, arguments)
     if plan.backend == "reference":
         return by_formula(load(BACKENDS, "reference").score_attention, arguments, plan.scale)
@@ -230,17 +229,19 @@ def _features(x: Any, plan: Plan) -> Features:
     if x.key_mask is not None and not (plan.masks_padding and score.is_plain):  # features of padding would reach parameters
         (key,) = mask_padding(x.key_mask, key, fill=score.masked_key)
     core = score.core(x.query, key)
-    query, key, vector, value = cast_by_autocast(core.query, core.key, core.vector, value)
+    _, query, key, vector, _, _, keeps_dtype = core
+    if autocasts(query):
+        query, key, vector, value = cast_by_autocast(query, key, vector, value)
     out_dtype = value.dtype
     logit = None if x.sink is None else as_dtype(x.sink, compute_dtype(query))[:, None]
-    if core.keeps_dtype:
+    if keeps_dtype:
         query, key, vector, value = core.query, core.key, core.vector, as_dtype(value, core.query.dtype)
     row_bias, key_groups = NO_BIAS if x.group_bias is None else group_bias_inputs(x)
     packs = plan.packs and vector is None and key.shape[1] == value.shape[1]
     if packs:
         query = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
         row_bias = None if row_bias is None else row_bias.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
-    return Features(query, key, value, vector, logit, core, out_dtype, packs, row_bias, key_groups, x, plan)
+    return tuple.__new__(Features, (query, key, value, vector, logit, core, out_dtype, packs, row_bias, key_groups, x, plan))
 
 
 def _run(features: Features) -> tuple[Tensor, Any]:
@@ -253,7 +254,8 @@ def _run(features: Features) -> tuple[Tensor, Any]:
     sink = None if logit is None else (logit - plan.scale * core.offset).detach()  # beside the core score, which lacks the offset
     kind = (core.kind, core.parameter, plan.scale) if plan.softcapped is None else plan.softcapped
     tensors = query, key, value, vector, x.attn_mask, x.key_mask, row_bias, key_groups, seed, sink
-    out, lse = _forward_op(ScoreAttentionInputs(*tensors, *kind, float(x.dropout_p), x.is_causal, plan.backend))
+    numbers = *kind, float(x.dropout_p), x.is_causal, plan.backend
+    out, lse = _forward_op(tuple.__new__(ScoreAttentionInputs, (*tensors, *numbers)))
     return out, lse
 
 

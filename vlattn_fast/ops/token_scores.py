@@ -6,6 +6,8 @@ rule that reads a few queries computes their rows alone.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -19,11 +21,13 @@ from vlattn_fast.backends.reference.token_scores import (
     chosen_queries,
     finish,
     hide_later,
-    positions,
     real_queries,
     resolve_rule,
 )
-from vlattn_fast.ops.attention_statistics import attention_statistics
+from vlattn_fast.dispatch.choice import planned
+from vlattn_fast.ops._stages import arguments_of
+from vlattn_fast.ops.attention_statistics import Arguments as StatisticsArguments
+from vlattn_fast.ops.attention_statistics import StatisticsPlan, attention_statistics, make_statistics_plan, statistics_of
 
 
 def token_scores(
@@ -96,28 +100,39 @@ def token_scores(
     >>> scores.shape, scores.topk(16, dim=-1).indices.shape
     (torch.Size([1, 2, 64]), torch.Size([1, 2, 16]))
     """
-    check_attention(query, key, enable_gqa)
-    how = resolve_rule(query, rule, queries, kernel_size, pooling, recent, per_head, is_causal)
-    check_masks(query, key, attn_mask, key_mask, how.is_causal)
-    rows, weight, place = _rows(how, query, key, key_mask)
-    attn_mask, flag = _mask(how, attn_mask, query, key, place)
-    received = attention_statistics(
-        rows,
-        key,
-        statistics=["received"],
-        row_weight=weight,
-        attn_mask=attn_mask,
-        key_mask=key_mask,
-        is_causal=flag,
-        scale=scale,
-        enable_gqa=enable_gqa,
-        softcap=softcap,
-        sink=sink,
-        backend=backend,
-    ).received
-    if weight is None and not how.is_sum:
-        received = received / max(rows.shape[2], 1)  # as many in each sample
+    operands = query, key, rule, queries, kernel_size, pooling, recent, per_head
+    arguments = Arguments(*operands, attn_mask, key_mask, is_causal, scale, enable_gqa, softcap, sink, backend)
+    plan = planned(_plan, arguments)
+    how = plan.how if plan.how.queries is not None else plan.how._replace(queries=queries)
+    of_rows = _of_rows(how, plan.rows, arguments)
+    received, rows = statistics_of(of_rows, plan.statistics).received, of_rows.query.shape[2]
+    if of_rows.row_weight is None and not how.is_sum and rows > 1:
+        received = received / rows  # as many in each sample
     return finish(received, how, query.shape[2], key, key_mask)
+
+
+Arguments = arguments_of(token_scores)
+
+
+class Plan(NamedTuple):
+    """How a call runs. `how.queries` is None where a tensor names them, since plans are kept. `rows`: the queries that give; None
+    where a mask of tokens chooses them."""
+
+    how: Rule
+    rows: slice | None
+    statistics: StatisticsPlan
+
+
+def _plan(x: Any) -> Plan:
+    check_attention(x.query, x.key, x.enable_gqa)
+    how = resolve_rule(x.query, x.rule, x.queries, x.kernel_size, x.pooling, x.recent, x.per_head, x.is_causal)
+    check_masks(x.query, x.key, x.attn_mask, x.key_mask, how.is_causal)
+    names_mask, rows = isinstance(how.queries, Tensor), None
+    if not names_mask and real_queries(how, x.query, x.key, x.key_mask) is None:
+        num_queries, few = x.query.shape[2], _fewest(how, x.query)
+        rows = slice(0, few) if how.queries == "first" else slice(num_queries - few, num_queries)
+    statistics = make_statistics_plan(_of_rows(how, rows, x))
+    return Plan(how._replace(queries=None) if names_mask else how, rows, statistics)
 
 
 def text_raters(hidden: Tensor, image: Tensor, text: Tensor, *, backend: str = "auto") -> Tensor:
@@ -152,47 +167,49 @@ def text_raters(hidden: Tensor, image: Tensor, text: Tensor, *, backend: str = "
     return above_mean(statistics.received[:, 0], text)
 
 
-def _rows(how: Rule, query: Tensor, key: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The queries (B, H, R, D) that are computed, their weights (B, R), None = 1 each or the same each, and their places among
-    the keys, (R) or (B, R)."""
-    num_queries, num_keys = query.shape[2], key.shape[2]
-    place = positions(num_queries, num_keys, key.device)
-    few = {"last": 1, "first": 1}.get(how.queries) if isinstance(how.queries, str) else None
-    if isinstance(how.queries, int):
-        few = how.queries
-    if few is not None:
-        few = min(few, num_queries)
-    if real_queries(how, query, key, key_mask) is None and not isinstance(how.queries, Tensor):
-        if few is None or few == num_queries:
-            return query, None, place
-        start = 0 if how.queries == "first" else num_queries - few
-        return query[:, :, start : start + few], None, place[start : start + few]
-    chosen = chosen_queries(how, query, key, key_mask)
-    if few is not None and few < num_queries:  # the places of the chosen queries, in their order; -1 where a sample has fewer
+def _of_rows(how: Rule, rows: slice | None, x: Any) -> Any:
+    """The arguments of attention_statistics for the queries that give. `rows` as in `Plan`."""
+    query, weight, places = x.query, None, rows
+    if rows is None:
+        query, weight, places = _chosen_rows(how, x)
+    elif rows.stop - rows.start < query.shape[2]:
+        query = query[:, :, rows]
+    mask, is_causal = _mask(how, x.attn_mask, x.query, x.key, places)
+    logits = mask, x.key_mask, is_causal, x.scale, x.enable_gqa, x.softcap, x.sink
+    return StatisticsArguments(query, x.key, "received", None, None, weight, *logits, None, None, x.backend)
+
+
+def _fewest(how: Rule, query: Tensor) -> int:
+    """How many queries of a sample give at most."""
+    count = {"last": 1, "first": 1}.get(how.queries) if isinstance(how.queries, str) else how.queries
+    return min(count, query.shape[2]) if isinstance(count, int) else query.shape[2]
+
+
+def _chosen_rows(how: Rule, x: Any) -> tuple[Tensor, Tensor, slice | Tensor]:
+    """The queries (B, H, R, D) that are computed, their weights (B, R), and which queries they are: all, or those of (B, R)."""
+    query, num_queries, few = x.query, x.query.shape[2], _fewest(how, x.query)
+    chosen, rows = chosen_queries(how, query, x.key, x.key_mask), slice(0, num_queries)
+    if few < num_queries:  # the places of the chosen queries, in their order; -1 where a sample has fewer
         index = torch.where(chosen, torch.arange(num_queries, device=query.device), -1).topk(few, 1).values.flip(1)
-        chosen, index = index >= 0, index.clamp(min=0)
-        query, place = _of_rows(query, index), index + (num_keys - num_queries)
+        chosen, rows = index >= 0, index.clamp(min=0)
+        query = torch.take_along_dim(query, rows[:, None, :, None], 2)
     weight = chosen.to(compute_dtype(query))
     if not how.is_sum:
         weight = weight / chosen.sum(1, keepdim=True).clamp(min=1)
-    return query.masked_fill(~chosen[:, None, :, None], 0.0), weight, place
+    return query.masked_fill(~chosen[:, None, :, None], 0.0), weight, rows
 
 
-def _mask(how: Rule, attn_mask: Tensor | None, query: Tensor, key: Tensor, place: Tensor) -> tuple[Tensor | None, bool]:
-    """The mask of the rows at these places, and SDPA's flag where it says that no query sees a later key."""
+def _mask(how: Rule, attn_mask: Tensor | None, query: Tensor, key: Tensor, rows: slice | Tensor) -> tuple[Tensor | None, bool]:
+    """The mask of these rows, and SDPA's flag where it says that no query sees a later key."""
     num_queries, num_keys = query.shape[2], key.shape[2]
-    has_all_rows = place.shape[-1] == num_queries
+    has_all_rows = isinstance(rows, slice) and rows.stop - rows.start == num_queries
     if attn_mask is not None and attn_mask.dim() > 1 and attn_mask.shape[-2] > 1 and not has_all_rows:
-        attn_mask = _of_rows(attn_mask[(None,) * (4 - attn_mask.dim())], place - (num_keys - num_queries))
+        if isinstance(rows, slice):
+            attn_mask = attn_mask[..., rows, :]
+        else:
+            attn_mask = torch.take_along_dim(attn_mask[(None,) * (4 - attn_mask.dim())], rows[:, None, :, None], 2)
     if not how.is_causal or how.queries == "last":  # the last query sees all
         return attn_mask, False
     if has_all_rows and num_queries == num_keys:
         return attn_mask, True
-    return hide_later(attn_mask, place, num_keys), False
-
-
-def _of_rows(x: Tensor, index: Tensor) -> Tensor:
-    """x (B, H, N, ...) at these rows, (R) or (B, R)."""
-    if index.dim() == 1:
-        return x.index_select(2, index)
-    return torch.take_along_dim(x, index[:, None, :, None], 2)
+    return hide_later(attn_mask, rows, num_queries, key), False

@@ -93,7 +93,7 @@ class Additive(Score):
         if self.query_weight is not None or self.bias is not None:
             query = affine(query, self.query_weight, self.bias)
         if self.key_weight is not None:
-            key = affine(per_head(key, query.shape[1], self.key_weight, None), self.key_weight, None)
+            key = affine(per_head(key, query, self.key_weight, None), self.key_weight, None)
         vector = self.vector.expand(query.shape[1], -1)
         if self.method == "exact":
             return Core("additive", query, key, vector)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import product
-from vlattn_fast.scores.projections import activated, project, projected, row_dot, sides
+from vlattn_fast.scores.projections import activated, affine, per_head, project, projected, row_dot, sides
 from vlattn_fast.scores.score import ACTIVATIONS, BIAS, MATRIX, Core, Layer, Score, check_parameter
 
 
@@ -57,7 +57,10 @@ class General(Score):
         if self.activation is None and self.projects == "key" and self.bias is not None:
             offset = row_dot(query, self.bias)  # q . b, the same for every key
             return Core("dot", *project(self.weight, None, query, key, self.projects), offset=offset)
-        query, key = project(self.weight, self.bias, query, key, self.projects)
+        if self.projects == "query":
+            query = affine(query, self.weight, self.bias)
+        else:
+            key = affine(per_head(key, query, self.weight, self.bias), self.weight, self.bias)
         return Core(self.kind, query, key, None, self.negative_slope)
 
     @classmethod

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_choice, check_number
-from vlattn_fast._ground.tensors import compute_dtype, linear, product
+from vlattn_fast._ground.tensors import compute_dtype, expand_heads, linear, product
 from vlattn_fast.scores.score import ACTIVATIONS
 
 # --- for formulas ---
@@ -45,10 +45,10 @@ def sides(score: Any, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     return (key, query) if score.projects == "key" else (query, key)
 
 
-def per_head(x: Tensor, num_heads: int, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+def per_head(key: Tensor, query: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """The key, with as many heads as the query where key heads are shared and a parameter is per query head."""
     has_heads = (weight is not None and weight.dim() == 3) or (bias is not None and bias.dim() == 2)
-    return x.repeat_interleave(num_heads // x.shape[1], dim=1) if has_heads and x.shape[1] != num_heads else x
+    return expand_heads(key, query.shape[1]) if has_heads else key
 
 
 def affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -66,7 +66,7 @@ def project(weight: Tensor | None, bias: Tensor | None, query: Tensor, key: Tens
         return query, key
     if projects == "query":
         return affine(query, weight, bias), key
-    return query, affine(per_head(key, query.shape[1], weight, bias), weight, bias)
+    return query, affine(per_head(key, query, weight, bias), weight, bias)
 
 
 def row_dot(x: Tensor, bias: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ def chosen_statistics(values: Iterable[Tensor | None], names: Collection[str]) -
     """The statistics with these `names`; None for the others. Most calls ask for all that weigh: to type checkers those fields
     are tensors, of the type that has no logits."""
     chosen = [x if name in names else None for name, x in zip(LogitStatistics._fields, values, strict=True)]
-    if set(names) <= set(AttentionStatistics._fields):
+    if "max_logit" not in names and "lse" not in names:
         return AttentionStatistics(*chosen[: len(AttentionStatistics._fields)])  # type: ignore[arg-type]
     return LogitStatistics(*chosen)  # type: ignore[arg-type, return-value]
 
