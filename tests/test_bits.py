@@ -8,9 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.helpers.accuracy import drawn
-from tools import bits
+from tests.helpers import bits
 
+ROOT = Path(__file__).parents[1]
 PLANTED = """
 import pytest
 import torch
@@ -77,29 +77,46 @@ def test_of_nothing_and_of_no_number():
 """
 
 
-def test_what_rests_on_bits_is_seen(tmp_path: Path) -> None:
-    planted = tmp_path / "test_planted.py"
-    planted.write_text(PLANTED, encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", "-p", "tests.helpers.bits", "-rA", "--tb=no", "--rootdir", tmp_path, planted]
-    path = os.pathsep.join([str(bits.ROOT), os.environ.get("PYTHONPATH", "")])
+def outcomes_of(code: str, folder: Path, *options: str) -> dict[str, str]:
+    """PASSED or FAILED by the names of a file's tests."""
+    planted = folder / bits.FOLDERS[0] / "test_planted.py"
+    planted.parent.mkdir(parents=True)
+    planted.write_text(code, encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-p", "tests.helpers.bits", *options, "-rA", "--tb=no", "--rootdir", folder, planted]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    outcomes = {name: state for state, name in re.findall(r"^(PASSED|FAILED) \S+::(\S+)", done.stdout, re.M)}
-    assert len(outcomes) == 20, done.stdout + done.stderr
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    outcomes = {name: state for state, name in re.findall(r"^(PASSED|FAILED) (\S+)", done.stdout, re.M)}
+    assert outcomes, done.stdout + done.stderr
+    return outcomes
+
+
+def test_what_rests_on_bits_is_seen(tmp_path: Path) -> None:
+    outcomes = outcomes_of(PLANTED, tmp_path)
+    assert len(outcomes) == 20
     assert {name for name, state in outcomes.items() if state == "FAILED"} == {name for name in outcomes if "rests_on" in name}
 
 
-def test_an_import_changes_no_product() -> None:
+def test_one_in_ten_is_seen_by_make_test(tmp_path: Path) -> None:
+    many = PLANTED.replace('"dtype", FLOATS)\ndef test_rests', '"dtype", FLOATS * 10)\ndef test_rests')
+    outcomes = outcomes_of(many, tmp_path, "--bits-of-a-tenth")
+    seen = {name for name in outcomes if "rests_on" in name and bits.in_the_tenth(name)}
+    assert seen and {name for name, state in outcomes.items() if state == "FAILED"} == seen
+
+
+def test_no_product_is_changed_elsewhere() -> None:
     """The doctests import each file of tests/."""
     code = (
         "import torch; a, b = torch.rand(40, 40), torch.rand(40, 40); before = a @ b\n"
         "import tests.helpers.bits as bits; assert torch.equal(a @ b, before)\n"
-        "bits.pytest_configure(); assert not torch.equal(a @ b, before)"
+        "with bits.other_bits(): assert not torch.equal(a @ b, before)\n"
+        "assert torch.equal(a @ b, before)"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=bits.ROOT, check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_a_tenth_is_drawn() -> None:
     names = [f"tests/ops/test_score_attention.py::test[{n}]" for n in range(6000)]
-    assert 530 < sum(drawn(name, bits.SHARE) for name in names) < 670
-    assert all((bits.ROOT / folder).is_dir() for folder in bits.FOLDERS)
+    assert 530 < sum(map(bits.in_the_tenth, names)) < 670
+    assert not any(bits.in_the_tenth(name.replace("/ops/", "/kernels/")) for name in names)
+    assert all((ROOT / folder).is_dir() for folder in bits.FOLDERS)

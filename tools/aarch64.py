@@ -21,6 +21,7 @@ from tools import building, sanitize
 COMPILER = "aarch64-linux-gnu-g++"
 SETS = ("bf16", "baseline")
 TARGET = ("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={COMPILER}")
+TARGET += ("-DCMAKE_CXX_FLAGS_RELEASE=-O1",)  # compiles in half the time of -O3
 CHOSEN = f"{sanitize.CHOSEN} and not test_memory"  # which measures this process, in which nothing is computed
 
 

@@ -1,11 +1,13 @@
 # Each operator's source once per instruction set; which one runs is chosen when the library is loaded (library.cpp).
 set(OPERATORS mask_shifts score_attention score_attention_second attention_map abar_backward attention_statistics congruence_loss stacked_cross_attention maxsim paged_attention_statistics recurrent_step)
-# Products by tiles are those of bfloat16 alone: for other operators `amx` takes the kernels of the next set (native.py).
-set(OPERATORS_amx score_attention score_attention_second attention_map abar_backward attention_statistics tiles_check)
+# Products by pairs and by tiles are those of bfloat16 alone: for other operators these sets take the kernels of v4 (native.py),
+# whose machine code is the same.
+set(OPERATORS_v4_bf16 score_attention score_attention_second attention_map abar_backward attention_statistics)
+set(OPERATORS_amx ${OPERATORS_v4_bf16} tiles_check)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   # x86-64-v3 and -v4, as far as the kernels use them, in options that compilers older than these names take, too
   set(SETS baseline v3 v4 v4_bf16)
-  set(FLAGS_baseline -march=x86-64)
+  set(FLAGS_baseline -march=x86-64 -O1)  # compiles in half the time; it runs without AVX2 alone, on processors of before 2013
   set(FLAGS_v3 -march=x86-64 -mavx2 -mfma -mf16c -mbmi -mbmi2)
   set(FLAGS_v4 ${FLAGS_v3} -mavx512f -mavx512bw -mavx512cd -mavx512dq -mavx512vl -mprefer-vector-width=512)
   set(FLAGS_v4_bf16 ${FLAGS_v4} -mavx512bf16)
@@ -31,10 +33,10 @@ else()
 endif()
 if(VLATTN_SETS)
   set(SETS ${VLATTN_SETS})
+  unset(OPERATORS_v4_bf16)  # v4 may not be built
 elseif(SANITIZE AND NOT VLATTN_HAS_AMX)
   list(APPEND SETS amx)
 endif()
-set(OPTIMIZE -O3)
 if(SANITIZE)
   # `amx`, the last, is the first set with a stand-in for tiles (tiles.h)
   list(GET SETS 0 FIRST)

@@ -1,17 +1,18 @@
 """A plug-in of pytest: torch's own products on the CPU come out in other bits, as another processor may round them.
 
-`-p tests.helpers.bits`, as `make bits` asks for it. In a result of `PRODUCTS`, forward and backward, each row is moved up or down
-by an ulp, or left, by the row's place, the result's shape and SEED: equal rows differ, and so does a batch from its samples. A
-number that is exact is the same on every processor, and stays. VLATTN_BITS_SHARE=i/n keeps one test in n.
+`-p tests.helpers.bits`, as `make bits` asks for it; with `--bits-of-a-tenth` in one test in ten, as `make test` does. In a result
+of `PRODUCTS`, forward and backward, each row is moved up or down by an ulp, or left, by the row's place, the result's shape and
+SEED: equal rows differ, and so does a batch from its samples. A number that is exact is the same on every processor, and stays.
+No test may rest on the others.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import os
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,12 +24,14 @@ from torch._C._dynamo import eval_frame
 from tests.helpers.accuracy import drawn
 
 SEED = 52
+SHARE = "0/10"
+# the folders of the tests that compare what torch multiplies with something: others compile, print, or start processes
+FOLDERS = tuple(f"tests/{name}/" for name in ("cpu", "interpret", "nn", "ops"))
 _SHARED = ("mm", "addmm", "bmm", "baddbmm", "addmv")  # each of which can also write into a tensor of the caller
 PRODUCTS = (*_SHARED, *(f"{name}.out" for name in _SHARED), "addmm_", "baddbmm_", "addmv_", "convolution", "convolution_backward")
 _INTEGERS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 _FINE, _SMALL = 2.0**8, 2.0**12  # sums of thousands of products of multiples of 1 / _FINE below _SMALL are exact in float64
 _SKIP = eval_frame._FrameAction.SKIP  # torch.compile looks into no function that a product runs
-_library = torch.library.Library("aten", "IMPL")
 _inside = threading.local()  # a product that computes another one moves its result once
 
 
@@ -100,14 +103,44 @@ def _computed(kernel: Any, keys: Any, args: tuple[Any, ...], kwargs: dict[str, A
     return results
 
 
-def pytest_configure() -> None:
-    """Puts the products in place where pytest takes this file for a plug-in; an import, as of the doctests, changes nothing."""
+@contextlib.contextmanager
+def other_bits() -> Iterator[None]:
+    """Within it the products of torch come out in other bits."""
+    library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in PRODUCTS:
-            _library.impl(name, _other_bits(name), "CPU", with_keyset=True, allow_override=True)
+            library.impl(name, _other_bits(name), "CPU", with_keyset=True, allow_override=True)
+    try:
+        yield
+    finally:
+        library._destroy()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if share := os.environ.get("VLATTN_BITS_SHARE"):
-        items[:] = [item for item in items if drawn(item.nodeid, share)]
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--bits-of-a-tenth", action="store_true", help="other bits in one test in ten of those that compare numbers")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Where pytest takes this file for a plug-in; an import, as of the doctests, changes nothing."""
+    if not config.getoption("bits_of_a_tenth"):
+        whole_run = contextlib.ExitStack()
+        whole_run.enter_context(other_bits())
+        config.add_cleanup(whole_run.close)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
+    """Fixtures of modules keep torch's bits in a tenth: tests that do so share them."""
+    if not item.config.getoption("bits_of_a_tenth") or not in_the_tenth(item.nodeid):
+        return (yield)
+    with other_bits():
+        try:
+            return (yield)
+        except BaseException:
+            item.add_report_section("call", "bits", "torch's products were an ulp off: tests/helpers/bits.py")
+            raise
+
+
+def in_the_tenth(test: str) -> bool:
+    return test.startswith(FOLDERS) and drawn(test, SHARE)

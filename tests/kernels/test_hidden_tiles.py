@@ -13,6 +13,7 @@ from torch import Tensor
 
 import vlattn_fast as va
 from tests.helpers.ops.interpreter import reads_outside
+from tests.helpers.ops.tile_edges import in_turn
 from tests.kernels.test_group_bias import check, runs
 from tests.kernels.test_relevancy_attention import OneRow
 from tests.kernels.test_score_attention import KINDS, Ahead
@@ -37,25 +38,23 @@ def planted(x: Tensor, keys: tuple[int, ...], value: float) -> Tensor:
     return x.index_fill(2, torch.tensor([PLANTED[one] for one in keys]), value)
 
 
-@pytest.mark.parametrize("hides", HIDDEN)
-@pytest.mark.parametrize(
-    "kind, n, options",
-    [
-        ("dot", 40, {}),
-        ("dot", 300, {"is_causal": True}),
-        ("dot", 40, {"scale": -0.7}),
-        ("dot", 3, {"parts": True}),
-        ("dot", 40, {"ahead": True}),
-        ("cosine", 40, {}),
-        ("additive", 3, {}),
-    ],
-    ids=str,
+PLAIN = ("dot", 40, {})
+OTHERS: tuple[tuple[str, int, dict[str, Any]], ...] = (
+    ("dot", 300, {"is_causal": True}),
+    ("dot", 40, {"scale": -0.7}),
+    ("dot", 3, {"parts": True}),
+    ("dot", 40, {"ahead": True}),
+    ("cosine", 40, {}),
+    ("additive", 3, {}),
 )
+
+
+@pytest.mark.parametrize("call, hides", [*((PLAIN, hides) for hides in HIDDEN), *in_turn(OTHERS, [*HIDDEN])], ids=str)
 def test_hidden_tiles_of_keys_are_not_read(
-    kind: str, n: int, options: dict[str, Any], hides: str, monkeypatch: pytest.MonkeyPatch
+    call: tuple[str, int, dict[str, Any]], hides: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """NaN in their values would be NaN in sums, since 0 times NaN is NaN."""
-    options = dict(options)
+    kind, n, options = call[0], call[1], dict(call[2])
     if options.pop("parts", False):
         monkeypatch.setattr(_tiles, "FEWEST_KEYS", 16)
     if options.pop("ahead", False):
@@ -71,15 +70,18 @@ def test_hidden_tiles_of_keys_are_not_read(
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind, heads", [("dot", 1), ("dot", 2), ("additive", 1)])
-@pytest.mark.parametrize("row, causal", [(5, False), (190, False), (190, True)])
-def test_hidden_tiles_of_queries_are_not_read(row: int, causal: bool, kind: str, heads: int) -> None:
+ROWS = ((5, False), (190, False), (190, True))
+
+
+@pytest.mark.parametrize("scores, rows", in_turn((("dot", 1), ("dot", 2), ("additive", 1)), ROWS), ids=str)
+def test_hidden_tiles_of_queries_are_not_read(scores: tuple[str, int], rows: tuple[int, bool]) -> None:
     """Those in front of all that see a tile of keys, and those behind: NaN in their gradients stays away."""
+    (kind, heads), (row, causal) = scores, rows
     query, key, value = (torch.randn(1, h, rows, 8) for h, rows in ((heads, 200), (1, 300), (1, 300)))
-    rows = runs(200, 0, 100)
+    query_groups = runs(200, 0, 100)
     table = torch.zeros(heads, 2, 3)
-    table[:, rows[row], 1] = -torch.inf
-    groups = {"query_groups": rows, "key_groups": runs(300, 0, 64, 200), "group_bias": table, "is_causal": causal}
+    table[:, query_groups[row], 1] = -torch.inf
+    groups = {"query_groups": query_groups, "key_groups": runs(300, 0, 64, 200), "group_bias": table, "is_causal": causal}
     groups |= {"score": KINDS[kind]({"vector": VECTOR})}
     grad, results = torch.randn(1, heads, 200, 8), []
     for operator, number, more in OPERATORS:
@@ -100,8 +102,7 @@ MAPS: dict[str, Callable[..., Any]] = {  # of an operator, by name
 }
 
 
-@pytest.mark.parametrize("heads", ((0, 1), (0,), (1,)), ids=str)
-@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize("name, heads", in_turn([*MAPS], ((0, 1), (0,), (1,))), ids=str)
 def test_hidden_tiles_of_maps_and_statistics_are_not_read(name: str, heads: tuple[int, ...]) -> None:
     """Nor is NaN there, which would be NaN in gradients of what sees other keys; heads: those that hide keys. Programs over keys
     read theirs, as those of relevancy_step."""

@@ -213,8 +213,8 @@ def kernel(name: str, fields: Fields) -> Callable[..., None]:
     @functools.cache
     def function() -> Any:
         chosen = instruction_set()
-        if chosen == "amx" and not hasattr(library.load(), f"vlattn_amx_{name}"):
-            chosen = _available()[1]  # `amx` has the kernels alone that multiply bfloat16
+        if chosen in ("amx", "v4_bf16"):  # they may have the kernels alone that multiply bfloat16
+            chosen = next(each for each in (chosen, *_available()) if hasattr(library.load(), f"vlattn_{each}_{name}"))
         return library.operator(f"vlattn_{chosen}_{name}", fields, ctypes.c_int64, ctypes.c_char_p)
 
     def run(numbers: tuple[Any, ...]) -> None:

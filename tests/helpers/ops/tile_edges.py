@@ -1,7 +1,7 @@
 """The sizes at which tests of edges run: where tiles and blocks of each backend's kernels end, and why.
 
 A size stands beside an edge for what a kernel may do wrong there: one less leaves a row over, one more begins a tile, and the
-edge itself fills one. Pairs are (queries, keys). `covering` combines further choices with them.
+edge itself fills one. Pairs are (queries, keys). `covering` and `in_turn` combine further choices with them.
 """
 
 from __future__ import annotations
@@ -36,6 +36,11 @@ TRITON_SQUARES_16_BIT = (1, 63, 65, 130)
 CUDA_FEW: Pairs = [(1, 1), (15, 17), (16, 31), (17, 32), (31, 33), (32, 63), (33, 64)]
 CUDA: Pairs = [*CUDA_FEW, (63, 65), (64, 16), (65, 1), (100, 15), (160, 40), (40, 160)]
 CUDA_SQUARES = (1, 15, 16, 17, 33, 129, 256)
+
+
+def in_turn(first: Sequence[Any], second: Sequence[Any], each: int = 2) -> list[tuple[Any, Any]]:
+    """Each of `first` with `each` of `second`, which take turns: for choices that do not act on each other."""
+    return [(one, second[(n * each + k) % len(second)]) for n, one in enumerate(first) for k in range(each)]
 
 
 def covering(*choices: Sequence[Hashable]) -> list[tuple[Any, ...]]:
