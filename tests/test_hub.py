@@ -210,7 +210,8 @@ def compare(dtype, tolerance):
         got = hub.attention_map(*inputs, head_reduction="max", **options)
         close([got], [formula.attention_map(*inputs, head_reduction="max", enable_gqa=True, **options)])
     options = {"key_groups": torch.randint(-1, 2, (2, 11)), "num_groups": 2, "row_weight": torch.rand(2, 9), **masks}
-    close(hub.attention_statistics(query, key, **options), formula.attention_statistics(query, key, enable_gqa=True, **options)[:5])
+    wanted = formula.attention_statistics(query, key, enable_gqa=True, **options)
+    close(hub.attention_statistics(query, key, **options), wanted[:5])
     text, image = (torch.randn(2, 2, 2, length, 16).to(dtype).unbind() for length in (6, 7))
     for kind in ("cacr", "iais_singular", "iais_distributed"):
         options = {"kind": kind, "image_mask": masks["key_mask"][:, 4:]}

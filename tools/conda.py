@@ -14,7 +14,6 @@ import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +62,8 @@ def script(name: str) -> str:
     if name == "python":
         folders = sorted({str(Path(origin(package)).parents[1]) for package in PACKAGES})
         site = f"$PREFIX/lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages"
-        lines = [f"{sys.executable} -m venv --without-pip $PREFIX", *[f"echo {folder} >> {site}/packages.pth" for folder in folders]]
-        return " && ".join(lines)
+        links = [f"echo {folder} >> {site}/packages.pth" for folder in folders]
+        return " && ".join([f"{sys.executable} -m venv --without-pip $PREFIX", *links])
     program = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     return f"mkdir -p $PREFIX/bin && ln -s {program} $PREFIX/bin/{name}" if name in PROGRAMS else "true"
 

@@ -36,8 +36,10 @@ def _forward(name: str, inputs_type: Any, fake: Callable[[Any], Any]) -> Callabl
     def call(inputs: Any) -> Any:
         tensors = [x for each in inputs for x in (each if isinstance(each, list) else [each]) if isinstance(x, Tensor)]
         if torch.is_grad_enabled() and any([x.requires_grad for x in tensors]):
-            raise ValueError(f"{name} must get tensors without gradients: on CPUs it has a forward pass alone. Call it under "
-                             "torch.no_grad(), or install the package vlattn_fast, which has the backward pass")
+            raise ValueError(
+                f"{name} must get tensors without gradients: on CPUs it has a forward pass alone. Call it under "
+                "torch.no_grad(), or install the package vlattn_fast, which has the backward pass"
+            )
         return operator(*inputs)
 
     return call

@@ -98,7 +98,7 @@ def blip() -> Model:
     )
     model = transformers.Blip2ForConditionalGeneration(config)
     model.language_projection.weight.data.mul_(20)
-    folder = with_tokenizer(tempfile.mkdtemp(), picture=PICTURE)
+    folder = with_tokenizer(tempfile.mkdtemp(), image=PICTURE)
     images = transformers.BlipImageProcessor(size={"height": 24, "width": 24})
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     processor = transformers.Blip2Processor(images, tokenizer, num_query_tokens=4)

@@ -1,6 +1,6 @@
 """Tokens per second of vLLM without the plug-in, with it, and where requests ask; and what the plug-in adds to a step.
 
-    .venv-serve/bin/python -m tests.helpers.serve.throughput [--seconds 40] [--requests 1 64] [--only "nobody asks"] [--out FOLDER]
+    .venv-serve/bin/python -m tests.helpers.serve.throughput [--seconds 40] [--requests 1 64] [--only "nobody asks"]
 
 One engine serves all rounds, and a round has a block of requests of each kind, in random order: blocks of a round share what else
 the machine does, so a share is the median over the rounds. The model is a small random Llama of 8 layers and 8 heads. Prompts

@@ -1,4 +1,4 @@
-"""Scenario: LLaVA and Qwen2-VL with two pictures, as in `pictures`. vLLM imports torchvision for them.
+"""Scenario: LLaVA or Qwen2-VL, as the command line says, with two pictures, as in `pictures`. vLLM imports torchvision for them.
 
 Where none is installed, `make serve-test` has put its Python beside the environment, which is all that these models call.
 """
@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+VIDEO = 510
 PROMPT = "w20 w21 <image> w22 <image> w23 w24"
 STARTUP = Path(__file__).with_name("startup")
 
@@ -29,9 +30,9 @@ def main() -> None:
         sys.path[:0] = folders
         os.environ["PYTHONPATH"] = os.pathsep.join([*folders, os.environ.get("PYTHONPATH", "")])  # of the engine's processes
         runpy.run_path(str(STARTUP / "sitecustomize.py"))
-    for model in (llava(), qwen2_vl()):
-        for ranks in (1, 2):
-            check(model, ranks)
+    model = {"llava": llava, "qwen2_vl": qwen2_vl}[sys.argv[1]]()
+    for ranks in (1, 2):
+        check(model, ranks)
 
 
 def llava() -> Model:
@@ -48,7 +49,7 @@ def llava() -> Model:
     )
     model = transformers.LlavaForConditionalGeneration(config)
     model.model.multi_modal_projector.linear_2.weight.data.mul_(20)
-    folder = with_tokenizer(tempfile.mkdtemp(), picture=PICTURE)
+    folder = with_tokenizer(tempfile.mkdtemp(), image=PICTURE)
     size = {"height": 24, "width": 24}
     images = transformers.CLIPImageProcessor(size=size, crop_size=size)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -68,11 +69,11 @@ def qwen2_vl() -> Model:
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
     vision = {"depth": 2, "embed_dim": 32, "num_heads": 2, "hidden_size": 128, "mlp_ratio": 2, "patch_size": 4}
     config = transformers.Qwen2VLConfig(
-        vision_config=vision, text_config={**SIZES, "rope_parameters": rope}, image_token_id=PICTURE, video_token_id=510
+        vision_config=vision, text_config={**SIZES, "rope_parameters": rope}, image_token_id=PICTURE, video_token_id=VIDEO
     )
     model = transformers.Qwen2VLForConditionalGeneration(config)
     model.model.visual.merger.mlp[2].weight.data.mul_(20)
-    folder = with_tokenizer(tempfile.mkdtemp(), picture=PICTURE)
+    folder = with_tokenizer(tempfile.mkdtemp(), image=PICTURE, video=VIDEO)
     options = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2, "size": {"shortest_edge": 64, "longest_edge": 2048}}
     images = transformers.Qwen2VLImageProcessor(**options)
     videos = transformers.Qwen2VLVideoProcessor(**options)

@@ -1,5 +1,5 @@
-"""Python imports this first where this folder is in PYTHONPATH: names for two operators of torchvision, which its Python registers
-and no processor calls. torchvision's library, which would name them, is one for another torch."""
+"""Python imports this first where this folder is in PYTHONPATH: names for two operators of torchvision. Its Python registers them
+and no processor calls them; its library, which would name them, is one for another torch."""
 
 from __future__ import annotations
 
