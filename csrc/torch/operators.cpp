@@ -447,14 +447,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_sta
     call.number("groups.count", num_groups).contiguous("weight", row_weight).pointer("mass", mass).pointer("entropy", entropy);
     call.pointer("maximum", maximum).pointer("argmax", argmax).pointer("max_logit", max_logit);
     call.pointer("received", asks(statistics, "received") ? Maybe(received) : std::nullopt).run();
-    const Tensor none = empty(query, {0}, ScalarType::Float), no_place = empty(query, {0}, ScalarType::Long);
-    return {asks(statistics, "mass") ? mass : none,
-            asks(statistics, "entropy") ? entropy : none,
-            asks(statistics, "maximum") ? maximum : none,
-            asks(statistics, "argmax") ? argmax : no_place,
-            asks(statistics, "received") ? received : none,
-            asks(statistics, "max_logit") ? max_logit : none,
-            none};
+    const auto none = [&](ScalarType type = ScalarType::Float) { return empty(query, {0}, type); };  // outputs share no memory
+    return {asks(statistics, "mass") ? mass : none(),
+            asks(statistics, "entropy") ? entropy : none(),
+            asks(statistics, "maximum") ? maximum : none(),
+            asks(statistics, "argmax") ? argmax : none(ScalarType::Long),
+            asks(statistics, "received") ? received : none(),
+            asks(statistics, "max_logit") ? max_logit : none(),
+            none()};
 }
 
 // Of T packed tokens of R requests, over keys in a paged cache.
@@ -640,10 +640,17 @@ Tensor stacked_cross_attention(Tensor images_in, Tensor captions_in, Maybe capti
 
 }  // namespace
 
+// VLATTN_NAMESPACE: another one where operators of several versions meet in a process. The macros of torch do not expand it.
+#ifndef VLATTN_NAMESPACE
+#define VLATTN_NAMESPACE vlattn
+#endif
+#define OPERATORS(space, m) STABLE_TORCH_LIBRARY(space, m)
+#define OPERATORS_ON(space, device, m) STABLE_TORCH_LIBRARY_IMPL(space, device, m)
+
 // tests/test_stable_operators.py holds these to the operators of vlattn_fast/ops
 #define SCORE "str score, float parameter, float scale, "
 #define MASKS "Tensor? attn_mask, Tensor? key_mask, Tensor? row_bias, "
-STABLE_TORCH_LIBRARY(vlattn, m) {
+OPERATORS(VLATTN_NAMESPACE, m) {
     m.def("score_attention(Tensor query, Tensor key, Tensor value, Tensor? vector, " MASKS
           "Tensor? key_groups, Tensor? seed, Tensor? sink, " SCORE
           "float dropout_p, bool is_causal, str backend) -> (Tensor out, Tensor lse)");
@@ -679,7 +686,7 @@ STABLE_TORCH_LIBRARY(vlattn, m) {
         "str direction, str? first_norm, float smooth, str aggregation, float lambda_lse, str backend) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(vlattn, CPU, m) {
+OPERATORS_ON(VLATTN_NAMESPACE, CPU, m) {
     m.impl("score_attention", TORCH_BOX(&score_attention));
     m.impl("relevancy_attention", TORCH_BOX(&relevancy_attention));
     m.impl("relevancy_step", TORCH_BOX(&relevancy_step));

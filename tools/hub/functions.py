@@ -1,13 +1,14 @@
-"""Attention with any score function, relevancy, maps and statistics of attention, and losses on it, in Triton.
+"""Attention with any score function, relevancy, maps and statistics of attention, and losses on it.
 
 No function holds an N x M map per head, forward or backward, but `attention_map`, which gives the map reduced over the heads.
 B batch, H query heads, Hkv heads of key and value (Hkv divides H), N queries, M keys, D head_dim, Dv value_dim, T carried rows.
 Everywhere: query (B, H, N, D), key (B, Hkv, M, D), value (B, Hkv, M, Dv) in float16, bfloat16 or float32 with D <= 256; attn_mask
 bool (True = may attend) or float (added), broadcastable to (B, H, N, M); key_mask bool (B, M), True = a real token; is_causal:
-query i sees keys j <= i; scale multiplies the score, default 1/sqrt(D). A row without visible keys gives zeros, lse -inf. All
-functions are differentiable once, in every floating tensor but attn_mask.
+query i sees keys j <= i; scale multiplies the score, default 1/sqrt(D). A row without visible keys gives zeros, lse -inf.
 
-GPUs need compute capability 8.0. No device has run this version.
+On GPUs of compute capability 8.0 or more the kernels are Triton's, and all functions are differentiable once, in every floating
+tensor but attn_mask. No device has run this version. On CPUs the kernels are C++ behind torch's stable ABI, with forward passes
+alone: the functions refuse tensors that require gradients.
 """
 
 from __future__ import annotations
@@ -18,7 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tools.hub.operators import STATISTICS, congruence_op, map_op, relevancy_op, score_op, statistics_op, step_op
+from tools.hub.operators import (
+    BACKEND,
+    STATISTICS,
+    check_device,
+    congruence_op,
+    map_op,
+    relevancy_op,
+    score_op,
+    statistics_op,
+    step_op,
+)
 from vlattn_fast._ground.checks import check_attention, check_choice, check_masks
 from vlattn_fast.backends.inputs import (
     AttentionMapInputs,
@@ -29,7 +40,6 @@ from vlattn_fast.backends.inputs import (
     ScoreAttentionInputs,
 )
 from vlattn_fast.backends.reference.congruence_loss import block_inputs
-from vlattn_fast.kernels._tiles import INTERPRETED
 
 __all__ = ["attention_map", "attention_statistics", "congruence_loss", "relevancy_attention", "relevancy_step", "score_attention"]
 SCORES = (
@@ -83,7 +93,7 @@ def score_attention(
         "key_groups": None,
         **masks,
     }
-    out, lse = score_op(ScoreAttentionInputs(query, key, value, vector, **options, backend="triton"))
+    out, lse = score_op(ScoreAttentionInputs(query, key, value, vector, **options, backend=BACKEND))
     return out, lse
 
 
@@ -108,7 +118,7 @@ def relevancy_attention(
     _check(query, key, attn_mask, key_mask, is_causal, value=value)
     check_choice("rule", rule, ("gradient", "attention"))
     tensors = query, key, value, carrier, None, None, attn_mask, key_mask, None, None, None
-    options = rule, row_normalize, "dot", 0.0, _scale(query, scale), is_causal, "triton"
+    options = rule, row_normalize, "dot", 0.0, _scale(query, scale), is_causal, BACKEND
     out, carried, _ = relevancy_op(RelevancyAttentionInputs(*tensors, *options))
     return out, carried
 
@@ -138,7 +148,7 @@ def relevancy_step(
     if rule == "attention":  # it reads neither
         value = grad_output = None
     tensors = relevancy, query, key, value, grad_output, lse, attn_mask, key_mask, None, None
-    options = rule, row_normalize, "dot", 0.0, _scale(query, scale), is_causal, "triton"
+    options = rule, row_normalize, "dot", 0.0, _scale(query, scale), is_causal, BACKEND
     return step_op(RelevancyStepInputs(*tensors, *options))
 
 
@@ -164,7 +174,7 @@ def attention_map(
     if (rule == "gradient") != (value is not None and grad_output is not None):
         raise ValueError(f"value and grad_output must be tensors for rule='gradient' alone; got rule={rule!r}")
     tensors = query, key, value, grad_output, lse, attn_mask, key_mask, None, None
-    options = rule, head_reduction, row_normalize, "dot", 0.0, _scale(query, scale), is_causal, "triton"
+    options = rule, head_reduction, row_normalize, "dot", 0.0, _scale(query, scale), is_causal, BACKEND
     return map_op(AttentionMapInputs(*tensors, *options))
 
 
@@ -189,7 +199,7 @@ def attention_statistics(
     if row_weight is not None:
         row_weight = row_weight[:, None].expand(query.shape[:3])
     tensors = query, key, key_groups, row_weight, attn_mask, key_mask, None
-    options = num_groups, " ".join(STATISTICS), "dot", 0.0, _scale(query, scale), is_causal, "triton"
+    options = num_groups, " ".join(STATISTICS), "dot", 0.0, _scale(query, scale), is_causal, BACKEND
     outputs = statistics_op(AttentionStatisticsInputs(*tensors, *options))
     return tuple(outputs[: len(STATISTICS)])
 
@@ -213,9 +223,9 @@ def congruence_loss(
     """
     check_choice("kind", kind, ("cacr", "iais_singular", "iais_distributed"))
     check_choice("direction", direction, ("text", "image", "both"))
-    _check_device(text[0])
+    check_device(text[0])
     queries, keys = block_inputs(text, image, cross, None, None)  # the kernels mask padding
-    options = kind, direction, _scale(text[0], scale), "triton"
+    options = kind, direction, _scale(text[0], scale), BACKEND
     loss, _ = congruence_op(CongruenceLossInputs(queries, keys, text_mask, image_mask, *options))
     return loss
 
@@ -229,11 +239,4 @@ def _check(query: Any, key: Any, attn_mask: Any, key_mask: Any, is_causal: Any, 
     check_masks(query, key, attn_mask, key_mask, is_causal)
     if query.dtype == torch.float64 or max(query.shape[3], key.shape[3]) > 256:
         raise ValueError(f"query must be float16, bfloat16 or float32 with a head_dim of at most 256; got {query.dtype}")
-    _check_device(query)
-
-
-def _check_device(query: Tensor) -> None:
-    if query.device.type != "cuda" and not INTERPRETED and not torch.compiler.is_compiling():
-        raise ValueError(f"query must be on a CUDA device (on the CPU in Triton's interpreter); got {query.device}")
-    if query.device.type == "cuda" and torch.cuda.get_device_capability(query.device) < (8, 0):
-        raise ValueError("query must be on a GPU of compute capability 8.0 or more")
+    check_device(query)

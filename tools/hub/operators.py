@@ -1,4 +1,4 @@
-"""The operators of torch.library behind the functions, forward and backward."""
+"""The operators of torch.library behind the functions on GPUs, forward and backward."""
 
 from __future__ import annotations
 
@@ -28,7 +28,18 @@ from vlattn_fast.kernels import attention_statistics as _statistics
 from vlattn_fast.kernels import congruence_loss as _congruence
 from vlattn_fast.kernels import relevancy_attention as _relevancy
 from vlattn_fast.kernels import score_attention as _scores
+from vlattn_fast.kernels._tiles import INTERPRETED
 from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
+
+BACKEND = "triton"
+STATISTICS = ("mass", "entropy", "maximum", "argmax", "received")
+
+
+def check_device(query: Tensor) -> None:
+    if query.device.type != "cuda" and not INTERPRETED and not torch.compiler.is_compiling():
+        raise ValueError(f"query must be on a CUDA device (on the CPU in Triton's interpreter); got {query.device}")
+    if query.device.type == "cuda" and torch.cuda.get_device_capability(query.device) < (8, 0):
+        raise ValueError("query must be on a GPU of compute capability 8.0 or more")
 
 
 def _rows(like: Tensor) -> Tensor:
@@ -169,9 +180,6 @@ _of_map = Saved(AttentionMapInputs, AttentionMapBackwardInputs, grads=("grad", "
 
 def _map_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return _needed(ctx, _map_gradients(_of_map.inputs(ctx, grad, ctx.needs_input_grad[4])))
-
-
-STATISTICS = ("mass", "entropy", "maximum", "argmax", "received")
 
 
 def _statistics_fake(inputs: AttentionStatisticsInputs) -> tuple[Tensor, ...]:

@@ -103,11 +103,11 @@ def _process_outputs(original: Any, processor: Any, outputs: Any, *args: Any, **
 
 
 def _new_completion_output(original: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
-    from vllm.sampling_params import RequestOutputKind
-
     completion = original(state, *args, **kwargs)
     parts = state.__dict__.get(_PARTS)
     if parts:
+        from vllm.sampling_params import RequestOutputKind
+
         completion.attention = joined(parts)
         delta = state.output_kind == RequestOutputKind.DELTA
         state.__dict__[_PARTS] = [] if delta else [completion.attention]

