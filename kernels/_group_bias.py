@@ -11,7 +11,7 @@ branch around its products would keep copies from running ahead.
 
 In kernels a group's number is one more than the caller's, and 0 is no group, whose bias is 0.
 
-A product adds the bias to dot products in 16 bits, of up to MOST_MULTIPLIED groups and beside no attn_mask (`GROUP_PRODUCT`):
+A product adds the bias to dot products in 16 bits, of up to MULTIPLIED groups and beside no attn_mask (`GROUP_PRODUCT`):
 logits += parts @ members^T. A row of members has ones for the group of its key, a row of parts the bias of its query, divided by
 the scale, as a sum of two numbers of 16 bits or more. A bias that such numbers do not hold is special: -inf, which masks a pair
 whatever the score is, NaN, and what is large. Its part is 0, and a branch adds it, which only blocks of queries with a special
@@ -31,7 +31,7 @@ from torch import Tensor
 BOOL_MASK, FLOAT_MASK, GROUP_BIAS = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 GROUP_PRODUCT = tl.constexpr(6)  # instead of the third: a product adds the bias
 MOST_GROUPS = 32  # whose sums a program keeps in registers
-MOST_MULTIPLIED = 8
+MULTIPLIED = tl.constexpr(8)  # groups of a product, at most
 SLOTS = tl.constexpr(16)  # numbers in a row of a product's factor, its least
 BLOCK_OF_ROWS = tl.constexpr(64)
 LARGEST_BIAS, LARGEST_PART = tl.constexpr(64.0), tl.constexpr(32768.0)  # two parts of 8 bits err by 5e-4 then
@@ -56,8 +56,8 @@ class BiasProduct(NamedTuple):
     """The factors of the product that adds a bias, and what it leaves out.
 
     parts (B, H, padded N, SLOTS) and members (B, padded M, SLOTS): in slot s < G * (SLOTS // G) the part s // G of the bias for
-    group s % G, and 1 or 0; else zeros. special (B, H, padded N / BLOCK_OF_ROWS, 2) int32, of each block of queries: a bit for
-    each group whose bias is special for some query, and for each that is masked from all of them.
+    group s % G, and 1 or 0; else zeros. special (B, H, padded N / BLOCK_OF_ROWS) int32, of each block of queries: a bit for
+    each group whose bias is special for some query, and 16 bits higher for each that is masked from all of them.
     """
 
     parts: Tensor
@@ -81,7 +81,7 @@ def prepared_product(row_bias: Tensor, key_groups: Tensor, dtype: torch.dtype, s
     batch, heads, rows, groups = row_bias.shape
     num_keys, padded = key_groups.shape[1], rows + -rows % PADDED.value
     padded_keys = num_keys + -num_keys % PADDED.value
-    special = key_groups.new_empty((batch, heads, padded // BLOCK_OF_ROWS.value, 2), dtype=torch.int32)
+    special = key_groups.new_empty((batch, heads, padded // BLOCK_OF_ROWS.value), dtype=torch.int32)
     bias = row_bias.new_empty((batch, heads, 1 + groups, padded), dtype=torch.float32)
     of_bias = GroupBias(bias, special, key_groups.new_empty((batch, num_keys + RUNS.value + 1)))
     parts = row_bias.new_empty((batch, heads, padded, SLOTS.value), dtype=dtype)
@@ -220,13 +220,13 @@ def _store_parts(p_parts, p_rows, p_bias, p_special, i_bh, i_q, factor, N, NP, G
     b_bit = tl.where(o_s < G, 2 << o_s, 0)[None, :]  # as groups are numbered in kernels
     b_special = tl.where(m_plain, 0, b_bit)
     b_seen = tl.where((b_bias == float("-inf")) | (o_q >= N)[:, None], 0, b_bit)
-    p_special += (i_bh * (NP // BLOCK_OF_ROWS) + i_q * (PADDED // BLOCK_OF_ROWS)) * 2
+    p_special += i_bh * (NP // BLOCK_OF_ROWS) + i_q * (PADDED // BLOCK_OF_ROWS)
     some = 0
     for block in tl.static_range(PADDED // BLOCK_OF_ROWS):
         m_block = (tl.arange(0, PADDED) // BLOCK_OF_ROWS == block)[:, None]
         special = _any_bits(tl.where(m_block, b_special, 0))
-        tl.store(p_special + 2 * block, special)
-        tl.store(p_special + 2 * block + 1, (2 << G) - 2 - _any_bits(tl.where(m_block, b_seen, 0)))
+        hidden = (2 << G) - 2 - _any_bits(tl.where(m_block, b_seen, 0))
+        tl.store(p_special + block, special | hidden << 16)
         some |= special
     if some != 0:
         b_large = tl.where(m_plain, 0.0, _in_base_2(b_bias))
@@ -269,17 +269,11 @@ def groups_of_tile(masks, start, M, BLOCK: tl.constexpr, MASK: tl.constexpr):
 
 
 @triton.jit
-def seen_keys(masks, o_q, N, M, MASK: tl.constexpr, hidden=0):
+def seen_keys(masks, o_q, N, M, MASK: tl.constexpr):
     """The keys that the queries o_q see: none before the first number, none from the second on, and none from the third to the
-    fourth. hidden: of `special_groups`, beside a `BiasProduct`."""
+    fourth."""
     first, end, gap, resume = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32) + M, tl.full([], 0, tl.int32), 0
-    if MASK == GROUP_PRODUCT:
-        resume = first
-        if hidden != 0:
-            b_group, b_start, b_end, unknown = _runs(masks, M)
-            m_seen = ((hidden >> b_group) & 1 == 0) & (b_start < b_end)
-            first, end, gap, resume = _seen_runs(m_seen, b_start, b_end, unknown, end, M)
-    elif MASK >= GROUP_BIAS:
+    if MASK >= GROUP_BIAS:
         resume = first
         b_group, b_start, b_end, unknown = _runs(masks, M)
         if tl.max(tl.load(masks.p_masked + b_group), axis=0) != 0:
@@ -356,7 +350,15 @@ def seeing_queries(masks, start, N, M, BLOCK: tl.constexpr, MASK: tl.constexpr):
 def seen_tiles(seen, start, end, BLOCK: tl.constexpr, MASK: tl.constexpr):
     """A loop over the tiles from start to end that are `seen_keys`: the first step and the last, and for `tile_at` from which
     step on how many keys are skipped."""
-    if MASK >= GROUP_BIAS:
+    if MASK == GROUP_PRODUCT:
+        first, last, gap, resume, some = seen
+        skipped = tl.full([], 0, tl.int32)
+        if some:
+            first, end, gap, skipped = _seen_tiles(first, last, gap, resume, start, end, BLOCK)
+        else:
+            first, gap = start + skipped, end + skipped
+        return first, end + 0, gap, skipped
+    elif MASK >= GROUP_BIAS:
         first, last, gap, resume = seen
         start += tl.maximum(first - start, 0) // BLOCK * BLOCK
         end = start + tl.cdiv(tl.maximum(tl.minimum(end, last) - start, 0), BLOCK) * BLOCK
@@ -366,6 +368,16 @@ def seen_tiles(seen, start, end, BLOCK: tl.constexpr, MASK: tl.constexpr):
         return start, end - skipped, gap, skipped
     else:
         return start, end, 0, 0
+
+
+@triton.jit
+def _seen_tiles(first, last, gap, resume, start, end, BLOCK: tl.constexpr):
+    start += tl.maximum(first - start, 0) // BLOCK * BLOCK
+    end = start + tl.cdiv(tl.maximum(tl.minimum(end, last) - start, 0), BLOCK) * BLOCK
+    gap = start + tl.cdiv(tl.maximum(gap - start, 0), BLOCK) * BLOCK
+    resume = start + tl.maximum(tl.minimum(resume, end) - start, 0) // BLOCK * BLOCK
+    skipped = tl.maximum(resume - gap, 0)
+    return start, end - skipped, gap, skipped
 
 
 @triton.jit
@@ -482,60 +494,96 @@ def store_group_sums(p, masks, i_bh, o_q, N, first_group, b_sums):
 
 
 @triton.jit
+def store_sums_of_product(p, masks, i_bh, row, N, b_sums):
+    """As `store_group_sums`, of all groups, and of the queries from `row` on."""
+    G = masks.num_groups
+    o_row, o_g = tl.arange(0, b_sums.shape[0]), tl.arange(0, b_sums.shape[1])
+    p += (i_bh * N + row) * G
+    tl.store(p + (o_row[:, None] * G + o_g[None, :]), b_sums, mask=(o_row < N - row)[:, None] & (o_g < G)[None, :])
+
+
+@triton.jit
+def seen_keys_of_product(masks, hidden, M):
+    """`seen_keys`, and whether they are not all. hidden: of `special_groups`."""
+    first, end, gap = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32) + M, tl.full([], 0, tl.int32)
+    resume = first
+    if hidden != 0:
+        b_group, b_start, b_end, unknown = _runs(masks, M)
+        m_seen = ((hidden >> b_group) & 1 == 0) & (b_start < b_end)
+        first, end, gap, resume = _seen_runs(m_seen, b_start, b_end, unknown, end, M)
+    return first, end, gap, resume, hidden != 0
+
+
+@triton.jit
 def special_groups(product, i_bh, row, N, BLOCK: tl.constexpr):
     """Bits of the groups whose bias is special for some of the BLOCK queries from `row` on, and of those that all of them do not
     see."""
-    p = product.special + (i_bh * (tl.cdiv(N, PADDED) * (PADDED // BLOCK_OF_ROWS)) + row // BLOCK_OF_ROWS) * 2
-    special, hidden = tl.load(p), tl.load(p + 1)
+    p = product.special + i_bh * (tl.cdiv(N, PADDED) * (PADDED // BLOCK_OF_ROWS)) + row // BLOCK_OF_ROWS
+    some = tl.load(p)
+    every = some
     for i in tl.static_range(1, BLOCK // BLOCK_OF_ROWS):
-        special |= tl.load(p + 2 * i)
-        hidden &= tl.load(p + 2 * i + 1)
-    return special, hidden
+        bits = tl.load(p + i)
+        some, every = some | bits, every & bits
+    return some & 0xFFFF, every >> 16
 
 
 @triton.jit
 def parts_of(product, i_bh, row, N, BLOCK: tl.constexpr):
     """[q,SLOTS] of `BiasProduct` for the BLOCK queries from `row` on."""
-    p = product.parts + (i_bh * (tl.cdiv(N, PADDED) * PADDED) + row) * SLOTS
+    p = product.parts + i_bh * (tl.cdiv(N, PADDED) * PADDED) * SLOTS + (tl.full([], 0, tl.int64) + row) * SLOTS
     return tl.load(p + (tl.arange(0, BLOCK)[:, None] * SLOTS + tl.arange(0, SLOTS)[None, :]))
 
 
 @triton.jit
 def members_of(product, i_b, start, M, BLOCK: tl.constexpr):
     """[kv,SLOTS] of `BiasProduct` for the BLOCK keys from `start` on."""
-    p = product.members + (i_b * (tl.cdiv(M, PADDED) * PADDED) + start) * SLOTS
+    p = product.members + i_b * (tl.cdiv(M, PADDED) * PADDED) * SLOTS + (tl.full([], 0, tl.int64) + start) * SLOTS
     return tl.load(p + (tl.arange(0, BLOCK)[:, None] * SLOTS + tl.arange(0, SLOTS)[None, :]))
 
 
 @triton.jit
-def add_special(b_log2, masks, special, o_q, o_kv, N, M, KEY_MAJOR: tl.constexpr):
-    """Logits [q,kv], or KEY_MAJOR [kv,q], and the special bias, of the groups of these bits."""
-    if special != 0:
-        b_group = groups_of_keys(masks, o_kv, M)
-        for group in range(1, masks.num_groups + 1):
-            if (special >> group) & 1 != 0:
-                m_group = (b_group == group)[:, None] if KEY_MAJOR else (b_group == group)[None, :]
-                b_rest = row_bias_of(masks, tl.full([], 0, tl.int32) + group, o_q, N)
-                b_log2 = tl.where(m_group, _added(b_log2, b_rest, KEY_MAJOR, False), b_log2)
+def unforeseen(o, PRECISION: tl.constexpr):
+    """Numbers that the compiler does not know, so that it prepares nothing for a branch that is hardly taken."""
+    if PRECISION == "widen":
+        return o
+    else:
+        o = o.to(tl.int32)
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [o], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def add_special(b_log2, masks, special, o_q, o_kv, N, M, KEY_MAJOR: tl.constexpr, PRECISION: tl.constexpr):
+    """Logits [q,kv], or KEY_MAJOR [kv,q], and the special bias, of the groups of these bits.
+
+    Groups do not loop: the compiler computes addresses anew in a loop that holds another one.
+    """
+    special, o_q = unforeseen(special, PRECISION), unforeseen(o_q, PRECISION)
+    b_group = groups_of_keys(masks, unforeseen(o_kv, PRECISION), M)
+    for group in tl.static_range(1, MULTIPLIED + 1):
+        if special & (1 << group) != 0:
+            m_group = (b_group == group)[:, None] if KEY_MAJOR else (b_group == group)[None, :]
+            b_rest = row_bias_of(masks, tl.full([], group, tl.int32), o_q, N)
+            b_log2 = tl.where(m_group, _added(b_log2, b_rest, KEY_MAJOR, False), b_log2)
     return b_log2
 
 
 @triton.jit
-def seeing_queries_of_product(masks, product, first_head, HEADS: tl.constexpr, o_kv, N, M):
+def seeing_queries_of_product(masks, product, first_head, HEADS: tl.constexpr, start_kv, N, M, BLOCK: tl.constexpr):
     """`seeing_queries` of HEADS heads that one loop takes, in whole blocks: those that see something in some head."""
-    b_group = groups_of_keys(masks, o_kv, M)
-    groups = tl.reduce(1 << b_group, 0, _or)
+    first_word, last_word = tl.load(masks.p_words + start_kv), tl.load(masks.p_words + (tl.minimum(start_kv + BLOCK, M) - 1))
+    groups = (1 << first_word.to(tl.int32)) | (1 << last_word.to(tl.int32))
+    groups = tl.where((last_word >> 32) - (first_word >> 32) <= 1, groups << 16, 1)  # bit 0 is never hidden
     blocks = tl.cdiv(N, PADDED) * (PADDED // BLOCK_OF_ROWS)
     end = tl.full([], 0, tl.int32)
     first = end + blocks
-    for start in range(0, blocks, 128):
-        o_block = start + tl.arange(0, 128)
+    for start in range(0, blocks, 32):
+        o_block = start + tl.arange(0, 32)
         m_seeing = o_block < 0
-        for h in range(HEADS):
-            p = product.special + ((first_head + h) * blocks + o_block) * 2 + 1
+        for h in tl.static_range(HEADS):
+            p = product.special + (first_head + h) * blocks + o_block
             b_hidden = tl.load(p, mask=o_block < blocks, other=-1)
             m_seeing = m_seeing | (b_hidden & groups != groups)
         first = tl.minimum(first, tl.min(tl.where(m_seeing, o_block, blocks), axis=0))
         end = tl.maximum(end, tl.max(tl.where(m_seeing, o_block + 1, 0), axis=0))
     first, end = first * BLOCK_OF_ROWS, end * BLOCK_OF_ROWS
-    return first, end, end, end
+    return first, end, end, end, (first > 0) | (end < N)

@@ -30,9 +30,11 @@ from vlattn_fast.kernels._group_bias import (
     parts_of,
     seeing_queries_of_product,
     seen_keys,
+    seen_keys_of_product,
     seen_tiles,
     special_groups,
     store_group_sums,
+    store_sums_of_product,
     tile_at,
 )
 from vlattn_fast.kernels._scores import (
@@ -284,7 +286,7 @@ def _backward_q_kernel(
     special = tl.full([], 0, tl.int32)
     if C.MASK == GROUP_PRODUCT:
         special, hidden = special_groups(x.product, i_bh, i_q * BLOCK_Q, N, BLOCK_Q)
-        seen = seen_keys(masks, o_q, N, M, C.MASK, hidden)
+        seen = seen_keys_of_product(masks, hidden, M)
         b_parts = parts_of(x.product, i_bh, i_q * BLOCK_Q, N, BLOCK_Q)  # [q,slot]
     else:
         seen = seen_keys(masks, o_q, N, M, C.MASK)
@@ -346,7 +348,13 @@ def _backward_q_kernel(
         tl.store(stats.total + i_bh * NP + o_q, b_total)
     elif C.MASK >= FLOAT_MASK:
         b_total = tl.load(stats.total + i_bh * NP + o_q)
-    if C.EXACT or C.MASK >= FLOAT_MASK:
+    if C.MASK == GROUP_PRODUCT:
+        if special != 0:  # else the total is 1
+            b_dq = [b / b_total[:, None] for b in b_dq]
+            b_sums /= b_total
+            if BLOCK_G > 0:
+                b_bias /= b_total[:, None]
+    elif C.EXACT or C.MASK >= FLOAT_MASK:
         b_dq = [b / b_total[:, None] for b in b_dq]
         b_along /= b_total
         b_sums /= b_total
@@ -362,11 +370,13 @@ def _backward_q_kernel(
     store_head(grad_q, i_b, i_h, o_q, o_a, N, C.A, [b * x.scale for b in b_dq])
     if BLOCK_G > 0:
         if C.MASK == GROUP_PRODUCT:
-            m_bad = (tl.max((tl.abs(b_bias) < float("inf")).to(tl.int32) ^ 1, axis=1) > 0) & (o_q < N)
+            m_bad = tl.sum(b_bias * 0.0, axis=1) != 0.0  # what is not finite makes NaN
             if tl.max(m_bad.to(tl.int32), axis=0) > 0:
                 b_again = _group_sums(x, stats, i_q, i_bh, i_b, i_h, i_hk, special, C, BLOCK_Q, BLOCK_KV, BLOCK_G) / b_total[:, None]
                 b_bias = tl.where(m_bad[:, None], b_again, b_bias)
-        store_group_sums(p_grad_bias, masks, i_bh, o_q, N, first_group, b_bias)
+            store_sums_of_product(p_grad_bias, masks, i_bh, i_q * BLOCK_Q, N, b_bias)
+        else:
+            store_group_sums(p_grad_bias, masks, i_bh, o_q, N, first_group, b_bias)
 
 
 @triton.jit
@@ -509,7 +519,8 @@ def _backward_kv_kernel(
         of_tile = 0, 0, 0, False
         if C.MASK == GROUP_PRODUCT:
             of_sample, first_head = masks_at(masks, i_b, i_hkv * GROUP, M), i_b * H + i_hkv * GROUP
-            seeing = seeing_queries_of_product(of_sample, x.product, first_head, GROUP, o_kv, N, M)
+            start_kv = i_kv * BLOCK_KV
+            seeing = seeing_queries_of_product(of_sample, x.product, first_head, GROUP, start_kv, N, M, BLOCK_KV)
             b_member = members_of(x.product, i_b, i_kv * BLOCK_KV, M, BLOCK_KV)  # [kv,slot]
         else:
             seeing = seeing_queries_of_heads(masks, i_b, i_hkv * GROUP, GROUP, i_kv * BLOCK_KV, N, M, BLOCK_KV, C.MASK)
@@ -532,10 +543,15 @@ def _backward_kv_kernel(
             tiles = seen_tiles(seeing, first, last, BLOCK_EDGE if EDGE else BLOCK_Q, C.MASK)
             first, last = tiles[0], tiles[1]
             num_q = tl.cdiv(last - first, BLOCK_EDGE if EDGE else BLOCK_Q)
-            for j in range(GROUP * num_q):  # one loop over tiles and query heads of this key head: nested loops spill
+            begin = 0
+            if C.MASK == GROUP_PRODUCT:  # tiles are numbered from the first query on, else their addresses are computed anew
+                begin, first = (first // (BLOCK_EDGE if EDGE else BLOCK_Q)).to(tl.int64), 0
+            skipped = 0 if GROUP == 1 else begin
+            # one loop over tiles and query heads of this key head: nested loops spill
+            for j in range(begin - skipped, begin - skipped + GROUP * num_q):
                 i_h = i_hkv if GROUP == 1 else i_hkv * GROUP + j // num_q
                 i_bh = i_b * H + i_h
-                i_q = j if GROUP == 1 else j % num_q
+                i_q = j if GROUP == 1 else skipped + j % num_q
                 o_q = first + (i_q * BLOCK_EDGE + tl.arange(0, BLOCK_EDGE) if EDGE else i_q * BLOCK_Q + tl.arange(0, BLOCK_Q))
                 # rows beyond N are the last one again, with P = 0: zeros times an infinite key would be NaN
                 o_row = tl.minimum(o_q, N - 1) if EDGE or C.CAUSAL else o_q
@@ -551,7 +567,7 @@ def _backward_kv_kernel(
                     b_x += dot(b_member, tl.trans(b_parts), C.PRECISION)
                 b_s, b_slope = activate(b_x, norms[0], norms[1], b_weight, parameter, EDGE, C)
                 start_kv, b_shift = i_kv * BLOCK_KV, tl.load(stats.shift + i_bh * NP + o_q)  # [q]
-                p_total = stats.total + i_bh * NP + o_q if stats.total is not None else 0
+                p_total = stats.total + i_bh * NP if stats.total is not None else 0
                 of_pairs = i_b, i_h, start_kv, o_kv, o_q, o_row, N, M
                 b_p = power_key_major(b_s, b_scale, b_shift, p_total, masks, special, of_tile, *of_pairs, C, EDGE)
                 if C.MASK == GROUP_PRODUCT:

@@ -29,7 +29,7 @@ from vlattn_fast.kernels._group_bias import (
     FLOAT_MASK,
     GROUP_BIAS,
     GROUP_PRODUCT,
-    MOST_MULTIPLIED,
+    MULTIPLIED,
     RUNS,
     BiasProduct,
     add_group_bias,
@@ -41,6 +41,7 @@ from vlattn_fast.kernels._group_bias import (
     prepared_product,
     row_bias_of,
     seeing_queries,
+    unforeseen,
 )
 
 LOG2_E = 1.4426950408889634
@@ -211,7 +212,7 @@ def masks_and_product(
         or attn_mask is not None
         or like.dtype == torch.float32
         or OLD_TRITON
-        or not 0 < row_bias.shape[3] <= MOST_MULTIPLIED
+        or not 0 < row_bias.shape[3] <= MULTIPLIED.value
         or not 2.0**-40 < abs(scale) < 2.0**40
     ):
         return *masks_and_kind(attn_mask, key_mask, like, num_keys, row_bias, key_groups), None
@@ -643,7 +644,7 @@ def power_tile(b_s, b_scale, b_shift, masks, special, of_tile, start, o_q, o_kv,
     """
     if C.MASK == GROUP_PRODUCT:
         if special != 0:
-            b_logit = add_special(b_s * b_scale[:, None], masks, special, o_q, o_kv, N, M, False)
+            b_logit = add_special(b_s * b_scale[:, None], masks, special, o_q, o_kv, N, M, False, C.PRECISION)
             b_p = tl.exp2(mask_tile(b_logit, masks, start, o_q, o_kv, N, M, C, EDGE) - b_shift[:, None])
         else:
             b_logit = mask_tile(b_s * b_scale[:, None], masks, start, o_q, o_kv, N, M, C, EDGE)
@@ -674,13 +675,14 @@ def power_key_major(
     of_tile: of `groups_of_heads`. special: of `special_groups`; the power is divided by the total of queries there.
     """
     if C.MASK == GROUP_PRODUCT:
-        b_logit = b_s * b_scale[:, None]
         if special != 0:
-            b_logit = add_special(b_logit, masks_at(masks, i_b, i_h, M), special, o_row, o_kv, N, M, True)
+            b_factor = tl.div_rn(1.0, tl.load(p_total + unforeseen(o_q, C.PRECISION)))  # first: what both branches begin with is computed apart
+            of_head = masks_at(masks, i_b, i_h, M)
+            b_logit = add_special(b_s * b_scale[:, None], of_head, special, o_row, o_kv, N, M, True, C.PRECISION)
             b_logit = mask_key_major(b_logit, masks, i_b, i_h, start, o_kv, o_q, o_row, N, M, C, EDGE)
-            b_p = tl.exp2(b_logit - b_shift[None, :]) * tl.div_rn(1.0, tl.load(p_total))[None, :]
+            b_p = tl.exp2(b_logit - b_shift[None, :]) * b_factor[None, :]
         else:
-            b_logit = mask_key_major(b_logit, masks, i_b, i_h, start, o_kv, o_q, o_row, N, M, C, EDGE)
+            b_logit = mask_key_major(b_s * b_scale[:, None], masks, i_b, i_h, start, o_kv, o_q, o_row, N, M, C, EDGE)
             b_p = tl.exp2(b_logit - b_shift[None, :])
         return b_p
     elif C.MASK == GROUP_BIAS and not (C.CAUSAL and EDGE):

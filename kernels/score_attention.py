@@ -41,6 +41,7 @@ from vlattn_fast.kernels._group_bias import (
     parts_of,
     row_bias_of,
     seen_keys,
+    seen_keys_of_product,
     seen_tiles,
     special_groups,
     tile_at,
@@ -635,7 +636,7 @@ def _over_keys(
     special = tl.full([], 0, tl.int32)
     if C.MASK == GROUP_PRODUCT:
         special, hidden = special_groups(x.product, i_bh, i_q * BLOCK_Q, N, BLOCK_Q)
-        seen = seen_keys(masks, o_q, N, M, C.MASK, hidden)
+        seen = seen_keys_of_product(masks, hidden, M)
         b_parts = parts_of(x.product, i_bh, i_q * BLOCK_Q, N, BLOCK_Q)  # [q,slot]
     else:
         seen = seen_keys(masks, o_q, N, M, C.MASK)
@@ -653,7 +654,8 @@ def _over_keys(
         begin, finish = edge if EDGE else start_of_part, end if EDGE else whole
         tiles = seen_tiles(seen, begin, finish, BLOCK_EDGE if EDGE else BLOCK_KV, C.MASK)
         for step in range(tiles[0], tiles[1], BLOCK_EDGE if EDGE else BLOCK_KV):
-            start = tile_at(step, tiles, C.MASK)
+            if C.MASK != GROUP_PRODUCT or EDGE or not AHEAD:
+                start = tile_at(step, tiles, C.MASK)
             o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
             if C.UNITS:
                 units_q, units_k = (p_q, p_pre_q, o_q, x.q.stride_n, N), (p_k, p_pre_k, o_kv, x.k.stride_n, M)
@@ -693,6 +695,8 @@ def _over_keys(
                 b_dp = row_products(b_do, of_do, b_v, of_v, C.DV, C.PRECISION)  # [q,kv]
                 b_out = b_out * b_alpha + tl.sum(map_of(b_p, b_dp, o_kv, M if EDGE else None), axis=1)
             b_max = b_new
+            if C.MASK == GROUP_PRODUCT and AHEAD and not EDGE:
+                start = first
     return b_max, b_sum, b_out
 
 
@@ -705,7 +709,8 @@ def _softmax_of_tile(
     if EDGE or C.KEY_MASK or C.MASK % GROUP_BIAS != 0:
         b_x = b_s * b_scale[:, None]
         if C.MASK == GROUP_PRODUCT:
-            b_x = add_special(b_x, masks, special, o_q, o_kv, N, M, False)
+            if special != 0:
+                b_x = add_special(b_x, masks, special, o_q, o_kv, N, M, False, C.PRECISION)
         b_x = _masked(b_x, masks, start, o_q, o_kv, N, M, EDGE, C)
         b_new = tl.maximum(b_max, tl.max(b_x, axis=1))
         b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)  # -inf - -inf is NaN in a row that has no key yet
@@ -714,7 +719,7 @@ def _softmax_of_tile(
         b_p, b_new, b_safe = _softmax_under_bias(b_s, b_scale, b_max, masks, start, o_q, o_kv, N, M, NEGATIVE, C)
     elif C.MASK == GROUP_PRODUCT:
         if special != 0:
-            b_x = add_special(b_s * b_scale[:, None], masks, special, o_q, o_kv, N, M, False)
+            b_x = add_special(b_s * b_scale[:, None], masks, special, o_q, o_kv, N, M, False, C.PRECISION)
             b_new = tl.maximum(b_max, tl.max(b_x, axis=1))
             b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
             b_p = tl.exp2(b_x - b_safe[:, None])
