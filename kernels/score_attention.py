@@ -706,38 +706,36 @@ def _softmax_of_tile(
 ):
     """p [q,kv], the new maximum [q] and alpha [q] of one step of `_over_keys`, from the scores of the tile. special: of
     `special_groups`."""
-    if EDGE or C.KEY_MASK or C.MASK % GROUP_BIAS != 0:
-        b_x = b_s * b_scale[:, None]
-        if C.MASK == GROUP_PRODUCT:
-            if special != 0:
-                b_x = add_special(b_x, masks, special, o_q, o_kv, N, M, False, C.PRECISION)
-        b_x = _masked(b_x, masks, start, o_q, o_kv, N, M, EDGE, C)
-        b_new = tl.maximum(b_max, tl.max(b_x, axis=1))
-        b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)  # -inf - -inf is NaN in a row that has no key yet
-        b_p = tl.exp2(b_x - b_safe[:, None])
-    elif C.MASK == GROUP_BIAS:
-        b_p, b_new, b_safe = _softmax_under_bias(b_s, b_scale, b_max, masks, start, o_q, o_kv, N, M, NEGATIVE, C)
-    elif C.MASK == GROUP_PRODUCT:
+    if C.MASK == GROUP_PRODUCT:
         if special != 0:
             b_x = add_special(b_s * b_scale[:, None], masks, special, o_q, o_kv, N, M, False, C.PRECISION)
-            b_new = tl.maximum(b_max, tl.max(b_x, axis=1))
-            b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
-            b_p = tl.exp2(b_x - b_safe[:, None])
+            b_p, b_new, b_safe = _softmax_under_masks(b_x, b_max, masks, start, o_q, o_kv, N, M, EDGE, C)
         else:
-            b_p, b_new = _softmax_without_masks(b_s, b_scale, b_max, NEGATIVE)
-            b_safe = b_new
+            if EDGE or C.KEY_MASK:
+                b_p, b_new, b_safe = _softmax_under_masks(b_s * b_scale[:, None], b_max, masks, start, o_q, o_kv, N, M, EDGE, C)
+            else:  # as below
+                b_safe = tl.maximum(b_max, (tl.min(b_s, axis=1) if NEGATIVE else tl.max(b_s, axis=1)) * b_scale)
+                b_new = b_safe
+                b_p = tl.exp2(b_s * b_scale[:, None] - b_safe[:, None])
+    elif EDGE or C.KEY_MASK or C.MASK % GROUP_BIAS != 0:
+        b_p, b_new, b_safe = _softmax_under_masks(b_s * b_scale[:, None], b_max, masks, start, o_q, o_kv, N, M, EDGE, C)
+    elif C.MASK == GROUP_BIAS:
+        b_p, b_new, b_safe = _softmax_under_bias(b_s, b_scale, b_max, masks, start, o_q, o_kv, N, M, NEGATIVE, C)
     else:
-        b_p, b_new = _softmax_without_masks(b_s, b_scale, b_max, NEGATIVE)
-        b_safe = b_new
+        # the maximum first, then one multiply-add per pair; a NEGATIVE scale turns the smallest score into the largest logit
+        b_safe = tl.maximum(b_max, (tl.min(b_s, axis=1) if NEGATIVE else tl.max(b_s, axis=1)) * b_scale)
+        b_new = b_safe
+        b_p = tl.exp2(b_s * b_scale[:, None] - b_safe[:, None])
     return b_p, b_new, tl.exp2(b_max - b_safe)
 
 
 @triton.jit
-def _softmax_without_masks(b_s, b_scale, b_max, NEGATIVE: tl.constexpr):
-    """p [q,kv] and the new maximum [q]."""
-    # the maximum first, then one multiply-add per pair; a NEGATIVE scale turns the smallest score into the largest logit
-    b_new = tl.maximum(b_max, (tl.min(b_s, axis=1) if NEGATIVE else tl.max(b_s, axis=1)) * b_scale)
-    return tl.exp2(b_s * b_scale[:, None] - b_new[:, None]), b_new
+def _softmax_under_masks(b_logit, b_max, masks, start, o_q, o_kv, N, M, EDGE: tl.constexpr, C: tl.constexpr):
+    """p [q,kv], the new maximum [q], and what stands for it where that is -inf."""
+    b_x = _masked(b_logit, masks, start, o_q, o_kv, N, M, EDGE, C)
+    b_new = tl.maximum(b_max, tl.max(b_x, axis=1))
+    b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)  # -inf - -inf is NaN in a row that has no key yet
+    return tl.exp2(b_x - b_safe[:, None]), b_new, b_safe
 
 
 @triton.jit
