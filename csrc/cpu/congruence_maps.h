@@ -42,6 +42,7 @@ INLINE Size odd_groups(Size n) { return (n + GROUP - 1) / (2 * GROUP) * (2 * GRO
 
 struct Workspace {
     float *keys, *rows, *transposed, *S, *E, *T, *cross, *grad_query, *grad_keys;
+    float* top;  // (TILE): the largest score of each row
     void plan(const CongruenceLoss& c, Memory& memory) {
         const Size longest = most(c.lengths[0], c.lengths[1]), padded = round_up(c.D, GROUP);
         keys = memory.take(longest * padded);
@@ -49,6 +50,7 @@ struct Workspace {
         S = memory.take(longest * TILE), E = memory.take(longest * TILE), T = memory.take(longest * TILE);
         cross = memory.take(TILE * odd_groups(longest));
         grad_query = memory.take(TILE * padded), grad_keys = memory.take(longest * padded);
+        top = memory.take(TILE);
     }
 };
 
@@ -129,27 +131,26 @@ static TokenRows load_keys(const Job& job, int block, Size b, Size h, float* cop
     return load_rows(job.c, job.c.keys[block], tokens, b, h, 0, tokens.count, copy);
 }
 
-// S: the scores (keys, width) of a tile of rows. Gives the queries.
+// S: the scores (keys, width) of a tile of rows, and `top` of each row. Gives the queries.
 static TokenRows scores(const Job& job, int block, Size b, Size h, const RowTile& t, const TokenRows& K, Workspace& w) {
     const CongruenceLoss& c = job.c;
     const TokenRows Q = load_rows(c, c.queries[block], job.of(b, ROW_SIDE[block]), b, h, t.first, t.rows, w.rows);
-    const Vector scale = splat((float)c.scale);
+    const Size M = job.of(b, KEY_SIDE[block]).count;
     transpose(Q.data, Q.stride, t.rows, c.D, w.transposed, t.width);
-    for (Size d = 0; d < c.D; ++d) {
-        float* column = w.transposed + d * t.width;
-        for (Size i = t.rows; i < t.width; ++i) column[i] = 0;
-        for (Size i = 0; i < t.width; i += VL) store(column + i, load(column + i) * scale);
-    }
-    product<false>(job.of(b, KEY_SIDE[block]).count, t.width, c.D, K.data, K.stride, w.transposed, t.width, w.S, t.width, false);
+    for (Size d = 0; d < c.D; ++d)
+        for (Size i = t.rows; i < t.width; ++i) w.transposed[d * t.width + i] = 0;
+    for (Size i = 0; i < t.width; i += VL) store(w.top + i, splat(-INFINITY));
+    product<false>(M, t.width, c.D, K.data, K.stride, w.transposed, t.width, w.S, t.width, false,
+                   scaled((float)c.scale, StoreAndTop{w.top}));
     return Q;
 }
 
 // ---- maps
 
 // map (M, width) += softmax(S) / H
-static void add_softmax(float* S, Size M, Size w, Size H, bool first, float* map, Size ld) {
+static void add_softmax(float* S, const float* top, Size M, Size w, Size H, bool first, float* map, Size ld) {
     for (Size i = 0; i < w; i += VL) {
-        const Vector total = exponentials(S + i, M, w, top_of(S + i, M, w), S + i), factor = 1.f / (total * (float)H);
+        const Vector total = exponentials(S + i, M, w, load(top + i), S + i), factor = 1.f / (total * (float)H);
         for (Size j = 0; j < M; ++j) {
             float* to = map + j * ld + i;
             const Vector p = load(S + j * w + i) * factor;
@@ -159,9 +160,10 @@ static void add_softmax(float* S, Size M, Size w, Size H, bool first, float* map
 }
 
 // The largest log-softmax of the heads so far, `map`, and the sum of e^(log-softmax - largest), `sums`. E is scratch.
-static void add_log_softmax(const float* S, Size M, Size w, bool first, float* map, Size ld, float* sums, float* E) {
+static void add_log_softmax(const float* S, const float* tops, Size M, Size w, bool first, float* map, Size ld, float* sums,
+                            float* E) {
     for (Size i = 0; i < w; i += VL) {
-        const Vector top = top_of(S + i, M, w), lse = log_all(exponentials(S + i, M, w, top, E + i));
+        const Vector top = load(tops + i), lse = log_all(exponentials(S + i, M, w, top, E + i));
         for (Size j = 0; j < M; ++j) {
             float *largest = map + j * ld + i, *sum = sums + j * w + i;
             const Vector x = (load(S + j * w + i) - top) - lse;
@@ -201,9 +203,9 @@ static void map_of_tile(Job& job, Size b, int block, const RowTile& t, Workspace
     float* map = job.map(b, block) + t.first;
     for (Size h = 0; h < c.H; ++h) {
         scores(job, block, b, h, t, load_keys(job, block, b, h, w.keys), w);
-        if (logs) add_log_softmax(w.S, M, t.width, h == 0, map, ld, w.T, w.E);
-        else if (picks) add_softmax(w.S, M, t.width, c.H, h == 0, w.T, t.width);
-        else add_softmax(w.S, M, t.width, c.H, h == 0, map, ld);
+        if (logs) add_log_softmax(w.S, w.top, M, t.width, h == 0, map, ld, w.T, w.E);
+        else if (picks) add_softmax(w.S, w.top, M, t.width, c.H, h == 0, w.T, t.width);
+        else add_softmax(w.S, w.top, M, t.width, c.H, h == 0, map, ld);
     }
     if (logs) finish_log_sum(M, t.width, map, ld, w.T);
     if (picks) first_largest(w.T, M, t.width, map);  // in place of the block's map
@@ -224,10 +226,11 @@ static void maps_task(Job& job, Size task) {
 // ---- gradients of queries and keys
 
 // S (scores) becomes the gradient at the scores, times `scale`, from the gradients G at the head-mean map (one or two, to be added).
-static void scores_backward(float* S, Size M, Size w, Size H, float scale, const float* G0, const float* G1, Size ld) {
+static void scores_backward(float* S, const float* tops, Size M, Size w, Size H, float scale, const float* G0, const float* G1,
+                            Size ld) {
     const float share_of_head = scale / H;
     for (Size i = 0; i < w; i += VL) {
-        const Vector top = top_of(S + i, M, w);
+        const Vector top = load(tops + i);
         Vector total = {}, dot = {};
         for (Size j0 = 0; j0 < M; j0 += SPAN) {
             Vector part = {}, part_dot = {};
@@ -250,11 +253,11 @@ static void scores_backward(float* S, Size M, Size w, Size H, float scale, const
 
 // The same from gradients L at the logarithm of the sum over heads, `map`, and G at the mean, each of which may be null. They are
 // not added before the last step: where P is 1, its share of G is exactly 0, and L may be thousands of times smaller.
-static void scores_backward_log(float* S, Size M, Size w, Size H, float scale, const float* L, const float* G, const float* map,
-                                Size ld, float* E) {
+static void scores_backward_log(float* S, const float* tops, Size M, Size w, Size H, float scale, const float* L, const float* G,
+                                const float* map, Size ld, float* E) {
     const float share_of_head = 1.f / H;
     for (Size i = 0; i < w; i += VL) {
-        const Vector top = top_of(S + i, M, w), total = exponentials(S + i, M, w, top, E + i), lse = log_all(total);
+        const Vector top = load(tops + i), total = exponentials(S + i, M, w, top, E + i), lse = log_all(total);
         Vector sum = {}, dot = {};
         for (Size j = 0; j < M; ++j) {
             const Size at = j * ld + i;
@@ -298,12 +301,12 @@ static void gradients_of_head(Job& job, Size b, int block, Size h, const float* 
     float* grad_keys = keys_ready ? (float*)gradient_row(c, c.grad_keys[block], columns, b, h, 0) : w.grad_keys;
     for (Size tile = 0; tile < row_tiles(row_tokens.count, TILE); ++tile) {
         const RowTile t = row_tile(row_tokens.count, TILE, tile);
+        float* grad_query = rows_ready ? (float*)gradient_row(c, c.grad_queries[block], rows, b, h, t.first) : w.grad_query;
         const TokenRows Q = scores(job, block, b, h, t, K, w);
         const float *own = of_own ? of_own + t.first : nullptr, *other = of_other ? of_other + t.first : nullptr;
         if (c.kind == SINGULAR)
-            scores_backward_log(w.S, M, t.width, c.H, scale, own, other, job.map(b, block) + t.first, ld, w.E);
-        else scores_backward(w.S, M, t.width, c.H, scale, own ? own : other, own ? other : nullptr, ld);
-        float* grad_query = rows_ready ? (float*)gradient_row(c, c.grad_queries[block], rows, b, h, t.first) : w.grad_query;
+            scores_backward_log(w.S, w.top, M, t.width, c.H, scale, own, other, job.map(b, block) + t.first, ld, w.E);
+        else scores_backward(w.S, w.top, M, t.width, c.H, scale, own ? own : other, own ? other : nullptr, ld);
         product<false>(M, padded, t.rows, w.S, t.width, Q.data, Q.stride, grad_keys, padded, tile > 0);
         product<true>(t.rows, padded, M, w.S, t.width, K.data, K.stride, grad_query, padded, false);
         for (Size i = 0; !rows_ready && i < t.rows; ++i)
