@@ -54,15 +54,31 @@ struct Workspace {
     }
 };
 
-struct Job : Queue {
+struct Job {
     const CongruenceLoss& c;
+    Size tasks;
+    Size* taken;  // (tasks, GROUP): of the items of each task's share. No two tasks' numbers lie in one line of the cache.
     int32_t* tokens;  // (B, L + V)
     Size* counts;  // (B, 2); a negative count: the tokens are the first ones
     float* losses;  // (B, 2) of both directions
     float* grads;  // (samples, 2, ...) gradients at the maps from both directions
     Workspace* workspaces;
     Size first, samples;  // of the batch that are at work
-    explicit Job(const CongruenceLoss& c) : c(c), first(0), samples(c.B) {}
+    explicit Job(const CongruenceLoss& c) : c(c), tasks(thread_count()), first(0), samples(c.B) {}
+
+    void run_tasks(void (*task)(Job&, Size)) {
+        memset(taken, 0, tasks * GROUP * sizeof(Size));
+        run(tasks, *this, task);
+    }
+    // f(item) for each item: a task takes those of its share, which belong to samples that its cache holds, and then what other tasks
+    // have left. No result depends on who takes an item.
+    template <class F> void for_items(Size items, Size task, const F& f) {
+        for (Size n = 0; n < tasks; ++n) {
+            const Size at = (task + n) % tasks, last = share(items, at + 1, tasks);
+            Size* count = taken + at * GROUP;
+            for (Size item; (item = share(items, at, tasks) + __atomic_fetch_add(count, 1, __ATOMIC_RELAXED)) < last;) f(item);
+        }
+    }
 
     Size padded(int side) const { return odd_groups(c.lengths[side]); }  // the stride of a map
     Size map_size() const { return (c.lengths[0] + c.lengths[1]) * (padded(0) + padded(1)); }
@@ -71,9 +87,10 @@ struct Job : Queue {
         for (int n = 0; n < block; ++n) at += c.lengths[KEY_SIDE[n]] * padded(ROW_SIDE[n]);
         return at;
     }
+    Size grad_size() const { return c.kind == DISTRIBUTED ? map_size() : offset(LV); }  // of the blocks that have gradients
     float* map(Size b, int block) const { return c.maps + b * map_size() + offset(block); }
     float* grad(Size b, int direction, int block) const {
-        return grads + ((b - first) * 2 + direction) * map_size() + offset(block);
+        return grads + ((b - first) * 2 + direction) * grad_size() + offset(block);
     }
     Tokens of(Size b, int side) const {
         const Size count = counts[b * 2 + side];
@@ -211,16 +228,27 @@ static void map_of_tile(Job& job, Size b, int block, const RowTile& t, Workspace
     if (picks) first_largest(w.T, M, t.width, map);  // in place of the block's map
 }
 
+// Zeros where no tile of the block writes: a call gives the same bits in every number of its maps.
+static void clear_rest(const Job& job, Size b, int block) {
+    const Size ld = job.padded(ROW_SIDE[block]), columns = round_up(job.of(b, ROW_SIDE[block]).count, GROUP);
+    const bool is_empty = job.empty(b) || !job.used(block), is_index = job.c.kind == SINGULAR && block >= LV;
+    const Size rows = is_empty ? 0 : is_index ? 1 : job.of(b, KEY_SIDE[block]).count;
+    float* map = job.map(b, block);
+    for (Size j = 0; j < rows; ++j) memset(map + j * ld + columns, 0, (ld - columns) * sizeof(float));
+    memset(map + rows * ld, 0, (job.c.lengths[KEY_SIDE[block]] - rows) * ld * sizeof(float));
+}
+
 static void maps_task(Job& job, Size task) {
     const CongruenceLoss& c = job.c;
     const Size tiles = row_tiles(most(c.lengths[0], c.lengths[1]), TILE), items = c.B * 4 * tiles;
-    for (Size item = job.take(); item < items; item = job.take()) {
+    job.for_items(items, task, [&](Size item) {
         const Size b = item / (4 * tiles), tile = item % tiles;
         const int block = item / tiles % 4;
         const Size n = job.of(b, ROW_SIDE[block]).count;
-        if (job.empty(b) || !job.used(block) || tile >= row_tiles(n, TILE)) continue;
+        if (tile == 0) clear_rest(job, b, block);
+        if (job.empty(b) || !job.used(block) || tile >= row_tiles(n, TILE)) return;
         map_of_tile(job, b, block, row_tile(n, TILE, tile), job.workspaces[task]);
-    }
+    });
 }
 
 // ---- gradients of queries and keys
@@ -320,7 +348,7 @@ static void gradients_of_head(Job& job, Size b, int block, Size h, const float* 
 static void gradients_task(Job& job, Size task) {
     const CongruenceLoss& c = job.c;
     const int blocks = c.kind == DISTRIBUTED ? 4 : 2;
-    for (Size item = job.take(); item < job.samples * blocks * c.H; item = job.take()) {
+    job.for_items(job.samples * blocks * c.H, task, [&](Size item) {
         const Size b = job.first + item / (blocks * c.H), h = item % c.H;
         const int block = item / c.H % blocks, rows = ROW_SIDE[block], columns = KEY_SIDE[block];
         // of IAIS distributed the own block belongs to its direction alone
@@ -328,11 +356,11 @@ static void gradients_task(Job& job, Size task) {
         const bool none = job.empty(b) || !(own || other);
         clear_rows(job, c.grad_queries[block], rows, b, h, none);
         clear_rows(job, c.grad_keys[block], columns, b, h, none);
-        if (none) continue;
+        if (none) return;
         const float* of_own = own ? job.grad(b, rows, block) : nullptr;
         const float* of_other = other ? job.grad(b, 1 - rows, block) : nullptr;
         gradients_of_head(job, b, block, h, of_own, of_other, job.workspaces[task]);
-    }
+    });
 }
 
 }  // namespace
