@@ -413,19 +413,6 @@ struct Statistics {
     float *shift, *factor;  // (LANES)
 };
 
-// Finish of a product of keys and query rows: stores it and updates `top`, the largest logit of each row in a block of keys.
-struct StoreAndTop {
-    float* top;
-    template <int ROWS, int COLUMNS>
-    METHOD void operator()(Vector (&c)[ROWS][COLUMNS], Size row, Size column, float* C, Size ldc) const {
-        for (int n = 0; n < COLUMNS; ++n) {
-            Vector x = load(top + column + n * VL);
-            for (int r = 0; r < ROWS; ++r) x = maximum(x, c[r][n]);
-            store(top + column + n * VL, x);
-        }
-        Store{}(c, row, column, C, ldc);
-    }
-};
 // top = the largest logit of each query row in S (count, w).
 static void find_top(const float* S, Size count, Size w, float* top) {
     const int CHAINS = VL / 4;  // as the registers allow: each maximum waits for the one before

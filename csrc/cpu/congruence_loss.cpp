@@ -157,7 +157,7 @@ static Direction direction_of(const Job& job, Size b, int side, bool gradients) 
                    job.map(b, own),      job.map(b, other),      job.map(b, cross), job.map(b, back)};
     if (!gradients) return x;
     x.grad_own = job.grad(b, side, own), x.grad_other = job.grad(b, side, other);
-    x.grad_cross = job.grad(b, side, cross), x.grad_back = job.grad(b, side, back);
+    if (job.c.kind == DISTRIBUTED) x.grad_cross = job.grad(b, side, cross), x.grad_back = job.grad(b, side, back);
     x.weight = job.c.grad_loss[b] / (float)x.n;
     return x;
 }
@@ -181,13 +181,13 @@ static float divergence(Job& job, Size b, int side, bool gradients, Workspace& w
 }
 
 template <bool GRADIENTS> static void divergence_task(Job& job, Size task) {
-    for (Size item = job.take(); item < job.samples * 2; item = job.take()) {
+    job.for_items(job.samples * 2, task, [&](Size item) {
         const Size b = job.first + item / 2;
         const int side = item % 2;
         const bool counts = job.c.directions[side] && !job.empty(b);
         const float loss = counts ? divergence(job, b, side, GRADIENTS, job.workspaces[task]) : 0.f;
         if (!GRADIENTS) job.losses[b * 2 + side] = loss;
-    }
+    });
 }
 
 // ---- the operator
@@ -195,40 +195,40 @@ template <bool GRADIENTS> static void divergence_task(Job& job, Size task) {
 static const Size CHUNK = 1 << 20;  // numbers of gradients at maps, at most, or those of a sample for each thread
 
 // false where there is not enough memory
-static bool prepare(Job& job, Memory& memory, Size threads, bool gradients) {
+static bool prepare(Job& job, Memory& memory, bool gradients) {
     const CongruenceLoss& c = job.c;
-    if (gradients) job.samples = least(c.B, most(threads, CHUNK / (2 * job.map_size() + 1)));
+    if (gradients) job.samples = least(c.B, most(job.tasks, CHUNK / (2 * job.grad_size() + 1)));
     const bool placed = memory.place([&] {
         job.counts = (Size*)memory.take(c.B * 4);
         job.tokens = (int32_t*)memory.take(c.B * (c.lengths[0] + c.lengths[1]));
         job.losses = memory.take(c.B * 2);
-        job.grads = gradients ? memory.take(job.samples * 2 * job.map_size()) : nullptr;
-        job.workspaces = memory.take_spaces<Workspace>(threads, [&](Workspace& w) { w.plan(c, memory); });
+        job.grads = gradients ? memory.take(job.samples * 2 * job.grad_size()) : nullptr;
+        job.taken = (Size*)memory.take(2 * job.tasks * GROUP);
+        job.workspaces = memory.take_spaces<Workspace>(job.tasks, [&](Workspace& w) { w.plan(c, memory); });
     });
     if (placed) list_tokens(job);
     return placed;
 }
 
 static Size congruence_loss_forward(const CongruenceLoss& c) {
-    const Size threads = thread_count();
     Job job(c);
     Memory memory;
-    if (!prepare(job, memory, threads, false)) return NO_MEMORY;
-    run_queue(threads, job, maps_task);
-    run_queue(threads, job, divergence_task<false>);
+    if (!prepare(job, memory, false)) return NO_MEMORY;
+    take_large_pages(c.maps, c.B * job.map_size() * sizeof(float));
+    job.run_tasks(maps_task);
+    job.run_tasks(divergence_task<false>);
     for (Size b = 0; b < c.B; ++b) c.loss[b] = job.losses[b * 2] + job.losses[b * 2 + 1];
     return DONE;
 }
 
 static Size congruence_loss_backward(const CongruenceLoss& c) {
-    const Size threads = thread_count();
     Job job(c);
     Memory memory;
-    if (!prepare(job, memory, threads, true)) return NO_MEMORY;
+    if (!prepare(job, memory, true)) return NO_MEMORY;
     for (const Size step = job.samples; job.first < c.B; job.first += step) {
         job.samples = least(step, c.B - job.first);
-        run_queue(threads, job, divergence_task<true>);
-        run_queue(threads, job, gradients_task);
+        job.run_tasks(divergence_task<true>);
+        job.run_tasks(gradients_task);
     }
     return DONE;
 }

@@ -42,6 +42,7 @@ INLINE Size odd_groups(Size n) { return (n + GROUP - 1) / (2 * GROUP) * (2 * GRO
 
 struct Workspace {
     float *keys, *rows, *transposed, *S, *E, *T, *cross, *grad_query, *grad_keys;
+    float* top;  // (TILE): the largest score of each row
     void plan(const CongruenceLoss& c, Memory& memory) {
         const Size longest = most(c.lengths[0], c.lengths[1]), padded = round_up(c.D, GROUP);
         keys = memory.take(longest * padded);
@@ -49,18 +50,35 @@ struct Workspace {
         S = memory.take(longest * TILE), E = memory.take(longest * TILE), T = memory.take(longest * TILE);
         cross = memory.take(TILE * odd_groups(longest));
         grad_query = memory.take(TILE * padded), grad_keys = memory.take(longest * padded);
+        top = memory.take(TILE);
     }
 };
 
-struct Job : Queue {
+struct Job {
     const CongruenceLoss& c;
+    Size tasks;
+    Size* taken;  // (tasks, GROUP): of the items of each task's share. No two tasks' numbers lie in one line of the cache.
     int32_t* tokens;  // (B, L + V)
     Size* counts;  // (B, 2); a negative count: the tokens are the first ones
     float* losses;  // (B, 2) of both directions
     float* grads;  // (samples, 2, ...) gradients at the maps from both directions
     Workspace* workspaces;
     Size first, samples;  // of the batch that are at work
-    explicit Job(const CongruenceLoss& c) : c(c), first(0), samples(c.B) {}
+    explicit Job(const CongruenceLoss& c) : c(c), tasks(thread_count()), first(0), samples(c.B) {}
+
+    void run_tasks(void (*task)(Job&, Size)) {
+        memset(taken, 0, tasks * GROUP * sizeof(Size));
+        run(tasks, *this, task);
+    }
+    // f(item) for each item: a task takes those of its share, which belong to samples that its cache holds, and then what other tasks
+    // have left. No result depends on who takes an item.
+    template <class F> void for_items(Size items, Size task, const F& f) {
+        for (Size n = 0; n < tasks; ++n) {
+            const Size at = (task + n) % tasks, last = share(items, at + 1, tasks);
+            Size* count = taken + at * GROUP;
+            for (Size item; (item = share(items, at, tasks) + __atomic_fetch_add(count, 1, __ATOMIC_RELAXED)) < last;) f(item);
+        }
+    }
 
     Size padded(int side) const { return odd_groups(c.lengths[side]); }  // the stride of a map
     Size map_size() const { return (c.lengths[0] + c.lengths[1]) * (padded(0) + padded(1)); }
@@ -69,9 +87,10 @@ struct Job : Queue {
         for (int n = 0; n < block; ++n) at += c.lengths[KEY_SIDE[n]] * padded(ROW_SIDE[n]);
         return at;
     }
+    Size grad_size() const { return c.kind == DISTRIBUTED ? map_size() : offset(LV); }  // of the blocks that have gradients
     float* map(Size b, int block) const { return c.maps + b * map_size() + offset(block); }
     float* grad(Size b, int direction, int block) const {
-        return grads + ((b - first) * 2 + direction) * map_size() + offset(block);
+        return grads + ((b - first) * 2 + direction) * grad_size() + offset(block);
     }
     Tokens of(Size b, int side) const {
         const Size count = counts[b * 2 + side];
@@ -129,27 +148,26 @@ static TokenRows load_keys(const Job& job, int block, Size b, Size h, float* cop
     return load_rows(job.c, job.c.keys[block], tokens, b, h, 0, tokens.count, copy);
 }
 
-// S: the scores (keys, width) of a tile of rows. Gives the queries.
+// S: the scores (keys, width) of a tile of rows, and `top` of each row. Gives the queries.
 static TokenRows scores(const Job& job, int block, Size b, Size h, const RowTile& t, const TokenRows& K, Workspace& w) {
     const CongruenceLoss& c = job.c;
     const TokenRows Q = load_rows(c, c.queries[block], job.of(b, ROW_SIDE[block]), b, h, t.first, t.rows, w.rows);
-    const Vector scale = splat((float)c.scale);
+    const Size M = job.of(b, KEY_SIDE[block]).count;
     transpose(Q.data, Q.stride, t.rows, c.D, w.transposed, t.width);
-    for (Size d = 0; d < c.D; ++d) {
-        float* column = w.transposed + d * t.width;
-        for (Size i = t.rows; i < t.width; ++i) column[i] = 0;
-        for (Size i = 0; i < t.width; i += VL) store(column + i, load(column + i) * scale);
-    }
-    product<false>(job.of(b, KEY_SIDE[block]).count, t.width, c.D, K.data, K.stride, w.transposed, t.width, w.S, t.width, false);
+    for (Size d = 0; d < c.D; ++d)
+        for (Size i = t.rows; i < t.width; ++i) w.transposed[d * t.width + i] = 0;
+    for (Size i = 0; i < t.width; i += VL) store(w.top + i, splat(-INFINITY));
+    product<false>(M, t.width, c.D, K.data, K.stride, w.transposed, t.width, w.S, t.width, false,
+                   scaled((float)c.scale, StoreAndTop{w.top}));
     return Q;
 }
 
 // ---- maps
 
 // map (M, width) += softmax(S) / H
-static void add_softmax(float* S, Size M, Size w, Size H, bool first, float* map, Size ld) {
+static void add_softmax(float* S, const float* top, Size M, Size w, Size H, bool first, float* map, Size ld) {
     for (Size i = 0; i < w; i += VL) {
-        const Vector total = exponentials(S + i, M, w, top_of(S + i, M, w), S + i), factor = 1.f / (total * (float)H);
+        const Vector total = exponentials(S + i, M, w, load(top + i), S + i), factor = 1.f / (total * (float)H);
         for (Size j = 0; j < M; ++j) {
             float* to = map + j * ld + i;
             const Vector p = load(S + j * w + i) * factor;
@@ -159,9 +177,10 @@ static void add_softmax(float* S, Size M, Size w, Size H, bool first, float* map
 }
 
 // The largest log-softmax of the heads so far, `map`, and the sum of e^(log-softmax - largest), `sums`. E is scratch.
-static void add_log_softmax(const float* S, Size M, Size w, bool first, float* map, Size ld, float* sums, float* E) {
+static void add_log_softmax(const float* S, const float* tops, Size M, Size w, bool first, float* map, Size ld, float* sums,
+                            float* E) {
     for (Size i = 0; i < w; i += VL) {
-        const Vector top = top_of(S + i, M, w), lse = log_all(exponentials(S + i, M, w, top, E + i));
+        const Vector top = load(tops + i), lse = log_all(exponentials(S + i, M, w, top, E + i));
         for (Size j = 0; j < M; ++j) {
             float *largest = map + j * ld + i, *sum = sums + j * w + i;
             const Vector x = (load(S + j * w + i) - top) - lse;
@@ -201,33 +220,45 @@ static void map_of_tile(Job& job, Size b, int block, const RowTile& t, Workspace
     float* map = job.map(b, block) + t.first;
     for (Size h = 0; h < c.H; ++h) {
         scores(job, block, b, h, t, load_keys(job, block, b, h, w.keys), w);
-        if (logs) add_log_softmax(w.S, M, t.width, h == 0, map, ld, w.T, w.E);
-        else if (picks) add_softmax(w.S, M, t.width, c.H, h == 0, w.T, t.width);
-        else add_softmax(w.S, M, t.width, c.H, h == 0, map, ld);
+        if (logs) add_log_softmax(w.S, w.top, M, t.width, h == 0, map, ld, w.T, w.E);
+        else if (picks) add_softmax(w.S, w.top, M, t.width, c.H, h == 0, w.T, t.width);
+        else add_softmax(w.S, w.top, M, t.width, c.H, h == 0, map, ld);
     }
     if (logs) finish_log_sum(M, t.width, map, ld, w.T);
     if (picks) first_largest(w.T, M, t.width, map);  // in place of the block's map
 }
 
+// Zeros where no tile of the block writes: a call gives the same bits in every number of its maps.
+static void clear_rest(const Job& job, Size b, int block) {
+    const Size ld = job.padded(ROW_SIDE[block]), columns = round_up(job.of(b, ROW_SIDE[block]).count, GROUP);
+    const bool is_empty = job.empty(b) || !job.used(block), is_index = job.c.kind == SINGULAR && block >= LV;
+    const Size rows = is_empty ? 0 : is_index ? 1 : job.of(b, KEY_SIDE[block]).count;
+    float* map = job.map(b, block);
+    for (Size j = 0; j < rows; ++j) memset(map + j * ld + columns, 0, (ld - columns) * sizeof(float));
+    memset(map + rows * ld, 0, (job.c.lengths[KEY_SIDE[block]] - rows) * ld * sizeof(float));
+}
+
 static void maps_task(Job& job, Size task) {
     const CongruenceLoss& c = job.c;
     const Size tiles = row_tiles(most(c.lengths[0], c.lengths[1]), TILE), items = c.B * 4 * tiles;
-    for (Size item = job.take(); item < items; item = job.take()) {
+    job.for_items(items, task, [&](Size item) {
         const Size b = item / (4 * tiles), tile = item % tiles;
         const int block = item / tiles % 4;
         const Size n = job.of(b, ROW_SIDE[block]).count;
-        if (job.empty(b) || !job.used(block) || tile >= row_tiles(n, TILE)) continue;
+        if (tile == 0) clear_rest(job, b, block);
+        if (job.empty(b) || !job.used(block) || tile >= row_tiles(n, TILE)) return;
         map_of_tile(job, b, block, row_tile(n, TILE, tile), job.workspaces[task]);
-    }
+    });
 }
 
 // ---- gradients of queries and keys
 
 // S (scores) becomes the gradient at the scores, times `scale`, from the gradients G at the head-mean map (one or two, to be added).
-static void scores_backward(float* S, Size M, Size w, Size H, float scale, const float* G0, const float* G1, Size ld) {
+static void scores_backward(float* S, const float* tops, Size M, Size w, Size H, float scale, const float* G0, const float* G1,
+                            Size ld) {
     const float share_of_head = scale / H;
     for (Size i = 0; i < w; i += VL) {
-        const Vector top = top_of(S + i, M, w);
+        const Vector top = load(tops + i);
         Vector total = {}, dot = {};
         for (Size j0 = 0; j0 < M; j0 += SPAN) {
             Vector part = {}, part_dot = {};
@@ -250,11 +281,11 @@ static void scores_backward(float* S, Size M, Size w, Size H, float scale, const
 
 // The same from gradients L at the logarithm of the sum over heads, `map`, and G at the mean, each of which may be null. They are
 // not added before the last step: where P is 1, its share of G is exactly 0, and L may be thousands of times smaller.
-static void scores_backward_log(float* S, Size M, Size w, Size H, float scale, const float* L, const float* G, const float* map,
-                                Size ld, float* E) {
+static void scores_backward_log(float* S, const float* tops, Size M, Size w, Size H, float scale, const float* L, const float* G,
+                                const float* map, Size ld, float* E) {
     const float share_of_head = 1.f / H;
     for (Size i = 0; i < w; i += VL) {
-        const Vector top = top_of(S + i, M, w), total = exponentials(S + i, M, w, top, E + i), lse = log_all(total);
+        const Vector top = load(tops + i), total = exponentials(S + i, M, w, top, E + i), lse = log_all(total);
         Vector sum = {}, dot = {};
         for (Size j = 0; j < M; ++j) {
             const Size at = j * ld + i;
@@ -298,12 +329,12 @@ static void gradients_of_head(Job& job, Size b, int block, Size h, const float* 
     float* grad_keys = keys_ready ? (float*)gradient_row(c, c.grad_keys[block], columns, b, h, 0) : w.grad_keys;
     for (Size tile = 0; tile < row_tiles(row_tokens.count, TILE); ++tile) {
         const RowTile t = row_tile(row_tokens.count, TILE, tile);
+        float* grad_query = rows_ready ? (float*)gradient_row(c, c.grad_queries[block], rows, b, h, t.first) : w.grad_query;
         const TokenRows Q = scores(job, block, b, h, t, K, w);
         const float *own = of_own ? of_own + t.first : nullptr, *other = of_other ? of_other + t.first : nullptr;
         if (c.kind == SINGULAR)
-            scores_backward_log(w.S, M, t.width, c.H, scale, own, other, job.map(b, block) + t.first, ld, w.E);
-        else scores_backward(w.S, M, t.width, c.H, scale, own ? own : other, own ? other : nullptr, ld);
-        float* grad_query = rows_ready ? (float*)gradient_row(c, c.grad_queries[block], rows, b, h, t.first) : w.grad_query;
+            scores_backward_log(w.S, w.top, M, t.width, c.H, scale, own, other, job.map(b, block) + t.first, ld, w.E);
+        else scores_backward(w.S, w.top, M, t.width, c.H, scale, own ? own : other, own ? other : nullptr, ld);
         product<false>(M, padded, t.rows, w.S, t.width, Q.data, Q.stride, grad_keys, padded, tile > 0);
         product<true>(t.rows, padded, M, w.S, t.width, K.data, K.stride, grad_query, padded, false);
         for (Size i = 0; !rows_ready && i < t.rows; ++i)
@@ -317,7 +348,7 @@ static void gradients_of_head(Job& job, Size b, int block, Size h, const float* 
 static void gradients_task(Job& job, Size task) {
     const CongruenceLoss& c = job.c;
     const int blocks = c.kind == DISTRIBUTED ? 4 : 2;
-    for (Size item = job.take(); item < job.samples * blocks * c.H; item = job.take()) {
+    job.for_items(job.samples * blocks * c.H, task, [&](Size item) {
         const Size b = job.first + item / (blocks * c.H), h = item % c.H;
         const int block = item / c.H % blocks, rows = ROW_SIDE[block], columns = KEY_SIDE[block];
         // of IAIS distributed the own block belongs to its direction alone
@@ -325,11 +356,11 @@ static void gradients_task(Job& job, Size task) {
         const bool none = job.empty(b) || !(own || other);
         clear_rows(job, c.grad_queries[block], rows, b, h, none);
         clear_rows(job, c.grad_keys[block], columns, b, h, none);
-        if (none) continue;
+        if (none) return;
         const float* of_own = own ? job.grad(b, rows, block) : nullptr;
         const float* of_other = other ? job.grad(b, 1 - rows, block) : nullptr;
         gradients_of_head(job, b, block, h, of_own, of_other, job.workspaces[task]);
-    }
+    });
 }
 
 }  // namespace

@@ -113,21 +113,6 @@ static void load_pairs(const StridedTensor& x, const Tile& t, Size size, Pair* t
             (const uint16_t*)(scratch + i * n), (const uint16_t*)(scratch + (i + 1) * n), size, across + i / 2 * stride, stride);
 }
 
-// `Finish` of products that are still to be multiplied by the scale
-template <class Finish> struct Scaled {
-    float scale;
-    Finish finish;
-    template <int ROWS, int COLUMNS>
-    METHOD void operator()(Vector (&c)[ROWS][COLUMNS], Size row, Size column, float* C, Size ldc) const {
-#pragma GCC unroll 8
-        for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 8
-            for (int n = 0; n < COLUMNS; ++n) c[r][n] *= scale;
-        finish(c, row, column, C, ldc);
-    }
-};
-template <class Finish> static Scaled<Finish> scaled(float scale, const Finish& finish) { return {scale, finish}; }
-
 // A block of keys, or of values: as `Keys`
 struct PairedKeys {
     const Pair* rows;  // (count, stride)

@@ -67,6 +67,34 @@ struct Store {
     }
 };
 
+// Finish of a product of keys and query rows: stores it and updates `top`, the largest logit of each row in a block of keys.
+struct StoreAndTop {
+    float* top;
+    template <int ROWS, int COLUMNS>
+    METHOD void operator()(Vector (&c)[ROWS][COLUMNS], Size row, Size column, float* C, Size ldc) const {
+        for (int n = 0; n < COLUMNS; ++n) {
+            Vector x = load(top + column + n * VL);
+            for (int r = 0; r < ROWS; ++r) x = maximum(x, c[r][n]);
+            store(top + column + n * VL, x);
+        }
+        Store{}(c, row, column, C, ldc);
+    }
+};
+// `Finish` of products that are still to be multiplied by the scale
+template <class Finish> struct Scaled {
+    float scale;
+    Finish finish;
+    template <int ROWS, int COLUMNS>
+    METHOD void operator()(Vector (&c)[ROWS][COLUMNS], Size row, Size column, float* C, Size ldc) const {
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+            for (int n = 0; n < COLUMNS; ++n) c[r][n] *= scale;
+        finish(c, row, column, C, ldc);
+    }
+};
+template <class Finish> static Scaled<Finish> scaled(float scale, const Finish& finish) { return {scale, finish}; }
+
 // One panel of C: what stays the same from block to block
 template <class Element, class Finish> struct Panel {
     Size depth;

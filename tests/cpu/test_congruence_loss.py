@@ -5,6 +5,8 @@ The rest stands in tests/ops/test_congruence_loss.py.
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ import vlattn_fast as va
 from tests.helpers.compare import LargestAllocation, as_dtype, outputs_and_grads
 from tests.helpers.ops.backends import assert_refused
 from tests.helpers.ops.congruence_loss_cases import call, check, make, prefix
+from vlattn_fast.backends.cpu import congruence_loss as backend
 from vlattn_fast.ops.congruence_loss import KINDS
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -69,8 +72,21 @@ def test_the_maps_live_for_a_backward_pass_alone(kind: str) -> None:
 def test_nothing_else_is_as_large_as_the_maps(kind: str) -> None:
     """Such as zeros for their gradient."""
     with LargestAllocation() as both:
-        outputs_and_grads(call(va.congruence_loss, kind=kind, backend="cpu"), as_dtype(make(40, 30, d=4), F32))
-    assert both.bytes < 4 * 40 * 40, both.by
+        outputs_and_grads(call(va.congruence_loss, kind=kind, backend="cpu"), as_dtype(make(80, 60, d=4), F32))
+    assert both.peak < 1.5 * 4 * math.prod(backend.maps_shape(1, 80, 60)), both.by
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("direction", ("text", "both"))
+def test_every_number_of_the_maps_is_written(kind: str, direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those of padding, of a sample without text, and of blocks that do not count."""
+    run = backend._run_forward
+    monkeypatch.setattr(backend, "_run_forward", lambda **members: (members["maps"].fill_(torch.nan), run(**members)))
+    x = as_dtype(make(70, 30, b=3), F32)
+    queries, keys = [x["text_query"], x["image_query"]] * 2, [x["text_key"], x["image_key"], x["image_key"], x["text_key"]]
+    masks = prefix(70, 70, 3, 0), prefix(30, 9, 30, 30)
+    _, maps = torch.ops.vlattn.congruence_loss(queries, keys, *masks, kind, direction, 0.5, "cpu")
+    assert torch.isfinite(maps).all() and (maps != 0).any()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,9 +26,7 @@ def forward(inputs: CongruenceLossInputs) -> tuple[Tensor, Tensor]:
     queries = inputs.queries
     (batch, _, L, _), V = queries[0].shape, queries[1].shape[2]
     loss = queries[0].new_empty(batch, dtype=torch.float32)
-    # Zeros, since an output must have the same bits in every run, and the kernel does not fill all of it. The pages of NumPy's
-    # zeros come when they are first written, by two megabytes where Linux has such pages.
-    maps = torch.from_numpy(np.zeros(maps_shape(batch, L, V), np.float32))
+    maps = loss.new_empty(maps_shape(batch, L, V))
     _call(_run_forward, inputs, maps=maps, loss=loss)
     return loss, maps
 
