@@ -237,9 +237,11 @@ HOTTEST = (
     ),
     Hot("attention_map map gradient", ("_map_kernel",), "attention_map/gradient/llava", ("gradient", "D128"), 128),
 )
-# The benchmarks that are timed first: plain dot products, whose rates docs/kernels.md estimates, and those of the launches above
+# The benchmarks that are timed first: plain dot products, whose rates docs/kernels.md estimates, those of the launches above, and
+# the two operators that are swept nowhere
 PLAIN = (f"{DOT}/clip", "score_attention/scaled dot, forward/llava", "score_attention/scaled dot, forward/highres")
-NAMED = tuple(dict.fromkeys((*PLAIN, *(hot.benchmark for hot in HOTTEST))))
+UNSWEPT = ("maxsim/forward+backward/colpali", "paged_attention_statistics/forward/paged-answers")
+NAMED = tuple(dict.fromkeys((*PLAIN, *(hot.benchmark for hot in HOTTEST), *UNSWEPT)))
 
 
 def calls() -> list[tuple[str, str]]:

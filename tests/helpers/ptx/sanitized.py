@@ -45,6 +45,13 @@ def _infinities(x, out, N: tl.constexpr):
         tl.store(out + k * N + i, results[k])
 
 
+@triton.jit
+def _itself(x, out, N: tl.constexpr):
+    i = tl.arange(0, N)
+    a = tl.load(x + i)
+    tl.store(out + i, ((a == a) & ~(a != a)).to(tl.int8))
+
+
 @gluon.jit
 def _copied(x, out, WAITS: gl.constexpr):
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
@@ -84,6 +91,15 @@ def infinities() -> tuple[torch.Tensor, torch.Tensor]:
     with ptx.sanitizers.fpsan(90):
         _infinities[(1,)](x, out, N=LENGTH)
     return x, out
+
+
+def equal_to_itself(bits: list[int], dtype: torch.dtype) -> list[bool]:
+    """Which numbers of these bits a kernel finds equal to themselves."""
+    integers = torch.tensor(bits, dtype={2: torch.int16, 4: torch.int32}[dtype.itemsize])
+    out = torch.zeros(len(bits), dtype=torch.int8)
+    with ptx.sanitizers.fpsan(90):
+        _itself[(1,)](integers.view(dtype), out, N=len(bits))
+    return out.bool().tolist()
 
 
 def copied(waits: bool) -> tuple[bool, str]:
