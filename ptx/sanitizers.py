@@ -169,7 +169,7 @@ def _infinities() -> Iterator[None]:
     """Within it what Triton compiles treats infinities as masks need it."""
     names = "sub", "mul", "maximum", "minimum", "equal", "not_equal"
     before = [getattr(TritonSemantic, name) for name in names]
-    powers = tl.exp, tl.exp2
+    powers, assembly = (tl.exp, tl.exp2), tl.inline_asm_elementwise
     sub, mul, maximum, minimum, equals, differs = before
 
     def infinite(semantic: Any, x: Any) -> Any:
@@ -233,6 +233,19 @@ def _infinities() -> Iterator[None]:
         raised.__module__ = raise_to.__module__  # which Triton asks before it looks for what a kernel depends on
         return raised
 
+    @tl.core.builtin
+    def assembled(
+        asm: Any, constraints: Any, args: Any, dtype: Any, is_pure: Any, pack: Any, _semantic: Any = None
+    ) -> Any:
+        """Of integers FpSan makes a number that depends on them, whatever the instruction. So their result is one, too."""
+        kind, registers = tl.core._unwrap_if_constexpr(dtype), tl.core._unwrap_if_constexpr(constraints)
+        if kind != tl.float32 or any(x.dtype.is_floating() for x in args):
+            return assembly(asm, constraints, args, dtype, is_pure, pack, _semantic=_semantic)
+        bits = assembly(asm, registers.replace("=f", "=r"), args, tl.int32, is_pure, pack, _semantic=_semantic)
+        return _semantic.bitcast(bits, tl.float32)
+
+    assembled.__module__ = assembly.__module__
+
     try:
         for name, function in zip(
             names,
@@ -248,8 +261,10 @@ def _infinities() -> Iterator[None]:
         ):
             setattr(TritonSemantic, name, function)
         tl.exp, tl.exp2 = map(power, powers)
+        tl.inline_asm_elementwise = assembled
         yield
     finally:
         for name, function in zip(names, before, strict=True):
             setattr(TritonSemantic, name, function)
         tl.exp, tl.exp2 = powers
+        tl.inline_asm_elementwise = assembly

@@ -47,4 +47,4 @@ def behind(times: dict[Entry, Times]) -> str:
     head = f"{len(slower) - len(lines)} of {len(slower)} estimates are at most {WITHIN} times as long as FlashAttention-3 takes"
     if not lines:
         return f"{head}."
-    return "\n".join([f"{head}. Not so those of 160 tokens, where the published rate is of 512:", "", *lines])
+    return "\n".join([f"{head}.", "Not so those of 160 tokens, where the published rate is of 512:", "", *lines])
