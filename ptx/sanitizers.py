@@ -234,9 +234,7 @@ def _infinities() -> Iterator[None]:
         return raised
 
     @tl.core.builtin
-    def assembled(
-        asm: Any, constraints: Any, args: Any, dtype: Any, is_pure: Any, pack: Any, _semantic: Any = None
-    ) -> Any:
+    def assembled(asm: Any, constraints: Any, args: Any, dtype: Any, is_pure: Any, pack: Any, _semantic: Any = None) -> Any:
         """Of integers FpSan makes a number that depends on them, whatever the instruction. So their result is one, too."""
         kind, registers = tl.core._unwrap_if_constexpr(dtype), tl.core._unwrap_if_constexpr(constraints)
         if kind != tl.float32 or any(x.dtype.is_floating() for x in args):

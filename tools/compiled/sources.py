@@ -1,8 +1,10 @@
-"""What a launch gives Triton to compile, as a digest: equal ones compile alike. No version of Triton changes it, so it says of a
-row stored under another version than the installed one whether the row is out of date.
+"""What a launch gives Triton to compile, as a digest: equal ones compile alike.
 
-It reads the kernel's text, with all that the text names in the package's kernels and without comments and docstrings, and the
-constants and types of the arguments.
+*source*: the kernel's text, with all that the text names in the package's kernels and without comments and docstrings, and the
+constants and types of the arguments. It takes a millisecond, and no version of Triton changes it: so it says of a row stored
+under another version than the installed one whether the row is out of date.
+*text*: what Triton's first passes make of this. Other sources may have the same, as after a change of what constants leave out.
+It takes a tenth of a second, and the version that compiles the row.
 """
 
 from __future__ import annotations
@@ -11,11 +13,13 @@ import ast
 import functools
 import hashlib
 import importlib.util
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 PACKAGE = "vlattn_fast.kernels."
-Launches = dict[str, list[str]]  # by kernel
+OPTIONS = ("num_warps", "num_ctas", "num_stages", "maxnreg", "enable_fp_fusion")
 
 
 def launch_text(kernel: Any, arguments: dict[str, Any]) -> str:
@@ -81,3 +85,33 @@ def _statements(module: str) -> dict[str, ast.stmt]:
         names += [statement.name] if isinstance(statement, (ast.FunctionDef, ast.ClassDef)) else []
         statements |= dict.fromkeys(names, statement)
     return statements
+
+
+class _FirstText(Exception):
+    """Ends the compilation behind the first passes."""
+
+
+def first_text(run: Callable[..., Any], kernel: Any, arguments: dict[str, Any]) -> str:
+    """run: `JITFunction.run`."""
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    def stop(module: Any, metadata: Any, options: Any, capability: int) -> None:
+        raise _FirstText(canonical(str(module), options))
+
+    make_ttgir, CUDABackend.make_ttgir = CUDABackend.make_ttgir, staticmethod(stop)
+    try:
+        compiled = run(kernel, grid=(1,), warmup=True, **arguments)
+        return canonical(compiled.asm["ttir"], compiled.metadata)  # compiled before
+    except _FirstText as text:
+        return str(text)
+    finally:
+        CUDABackend.make_ttgir = staticmethod(make_ttgir)
+
+
+def canonical(ttir: str, options: Any) -> str:
+    """Without names and places in the source."""
+    lines = [line for line in ttir.splitlines() if not line.startswith("#loc")]
+    text = re.sub(r" loc\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)", "", "\n".join(lines))
+    names: dict[str, str] = {}
+    text = re.sub(r"%[\w$.-]+", lambda name: names.setdefault(name[0], f"%{len(names)}"), text)
+    return "\n".join((*(f"{name} {getattr(options, name, None)}" for name in OPTIONS), text))

@@ -5,7 +5,8 @@
     python -m tools.compiled.triton --some                        # compare every kernel once, as in `make test`
     python -m tools.compiled.triton --stale                       # rows out of date, of every version of Triton; compiles nothing
 
-A row is out of date where its `source` is another one than that of the launch now (tools/compiled/sources.py).
+A row is out of date where its `source` is another one than that of the launch now (tools/compiled/sources.py). Where Triton's
+first passes make the same `text` of it all the same, the row is kept.
 
 No GPU is needed. The kernels' launchers run as they are, on CPU tensors: triton is told that an sm_80, sm_90 or sm_100 device is
 there, and each launch compiles its kernel with the specialisation for this device, and ends. An opcode that the emulator `ptx/`
@@ -32,7 +33,7 @@ from typing import Any
 from ptx.reading.opcodes import matching
 from tools.compiled.device import pretend
 from tools.compiled.machine_code import facts, waits
-from tools.compiled.sources import digest, launch_text
+from tools.compiled.sources import digest, first_text, launch_text
 from tools.compiled.table import Row, cuobjdump, differences, nvdisasm, read, write
 
 TABLE = Path(__file__).parents[2] / "tests" / "compiled" / "triton.json"
@@ -77,40 +78,61 @@ def launches(operator: str, name: str, architecture: int, launch: Callable[[Any,
 def sources_of(operator: str, name: str, architecture: int) -> dict[str, str]:
     """By the names of the kernels that one call launches, a digest of what Triton compiles for it."""
     texts: dict[str, list[str]] = {}
-    launches(operator, name, architecture, lambda kernel, kwargs: texts.setdefault(kernel.fn.__name__, []).append(launch_text(kernel, kwargs)))
+    launches(
+        operator,
+        name,
+        architecture,
+        lambda kernel, kwargs: texts.setdefault(kernel.fn.__name__, []).append(launch_text(kernel, kwargs)),
+    )
     assert texts, f"{operator} {name}: no kernel was launched"
     return {kernel: digest(of_kernel) for kernel, of_kernel in texts.items()}
 
 
-def compile_call(operator: str, name: str, architecture: int, chosen: set[str] | None = None) -> dict[str, Row]:
-    """The rows of the kernels that one call launches, or of those with a name in `chosen`."""
+def compile_call(operator: str, name: str, architecture: int, stored: dict[str, Row] | None = None) -> dict[str, Row]:
+    """The rows of the kernels that one call launches. Of `stored` rows those that are not out of date are kept."""
     from triton.runtime.jit import JITFunction
 
     run = JITFunction.run
+    sources = sources_of(operator, name, architecture)
+    texts: dict[str, list[str]] = {}
     launched: dict[str, list[Row]] = {}
 
-    def compile_only(kernel: Any, kwargs: dict[str, Any]) -> None:
-        kernel_name = kernel.fn.__name__
-        if chosen is not None and kernel_name not in chosen:
-            return
-        compiled = run(kernel, grid=(1,), warmup=True, **kwargs)
-        where = f"{operator} {name} {kernel_name}"
-        overwritten = overwritten_operands(compiled.asm["ttgir"])
-        assert not overwritten, f"{where}: copies overwrite what products in flight read: {overwritten}"
-        narrow = narrow_offsets(compiled.asm["ttir"])
-        assert not narrow, f"{where}: products of 32 bits reach an address: {narrow}"
-        unknown = unknown_opcodes(compiled.asm["ptx"])
-        assert not unknown, f"{where}: opcodes that ptx/reading/opcodes.txt lacks: {unknown}"
-        launched.setdefault(kernel_name, []).append(_row(compiled) | facts(compiled, kwargs))
+    def read_first(kernel: Any, kwargs: dict[str, Any]) -> None:
+        if kernel.fn.__name__ in stale:
+            texts.setdefault(kernel.fn.__name__, []).append(first_text(run, kernel, kwargs))
 
-    sources = sources_of(operator, name, architecture)
+    def compile_only(kernel: Any, kwargs: dict[str, Any]) -> None:
+        if kernel.fn.__name__ in changed:
+            compiled = run(kernel, grid=(1,), warmup=True, **kwargs)
+            check(f"{operator} {name} {kernel.fn.__name__}", compiled.asm)
+            launched.setdefault(kernel.fn.__name__, []).append(_row(compiled) | facts(compiled, kwargs))
+
+    stale = {kernel for kernel in sources if not _agree(stored, kernel, "source", sources[kernel])}
+    launches(operator, name, architecture, read_first)
+    changed = {kernel for kernel in stale if not _agree(stored, kernel, "text", digest(texts[kernel]))}
     launches(operator, name, architecture, compile_only)
-    return {
-        f"{operator} {name} {kernel}{f' launch {n + 1}' if n else ''} sm_{architecture}": {**row, "source": sources[kernel]}
+    kept = {key: row for key, row in (stored or {}).items() if _kernel(key) in sources.keys() - changed}
+    fresh = {
+        f"{operator} {name} {kernel}{f' launch {n + 1}' if n else ''} sm_{architecture}": row
         for kernel, rows in launched.items()
         for n, row in enumerate(rows)
         if row not in rows[:n]
     }
+    named = {kernel: {"text": digest(of_kernel)} for kernel, of_kernel in texts.items()}
+    return {key: {**row, "source": sources[_kernel(key)], **named.get(_kernel(key), {})} for key, row in (kept | fresh).items()}
+
+
+def _agree(stored: dict[str, Row] | None, kernel: str, name: str, value: str) -> bool:
+    return {row.get(name) for key, row in (stored or {}).items() if _kernel(key) == kernel} == {value}
+
+
+def check(what: str, asm: dict[str, str]) -> None:
+    overwritten = overwritten_operands(asm["ttgir"])
+    assert not overwritten, f"{what}: copies overwrite what products in flight read: {overwritten}"
+    narrow = narrow_offsets(asm["ttir"])
+    assert not narrow, f"{what}: products of 32 bits reach an address: {narrow}"
+    unknown = unknown_opcodes(asm["ptx"])
+    assert not unknown, f"{what}: opcodes that ptx/reading/opcodes.txt lacks: {unknown}"
 
 
 def _row(kernel: Any) -> Row:
@@ -219,15 +241,14 @@ def rows_of(tasks: list[Task], rows: dict[str, Row]) -> dict[str, Row]:
     return {key: row for key, row in rows.items() if pattern.fullmatch(key)}
 
 
-def out_of_date(tasks: list[Task], rows: dict[str, Row], version: str, workers: int | None = None) -> dict[Task, set[str]]:
+def out_of_date(tasks: list[Task], rows: dict[str, Row], version: str, workers: int | None = None) -> dict[Task, list[str]]:
     """By task the kernels whose rows are missing, or are of other sources than what the task launches under this Triton."""
     stale = {}
     with _processes(workers, version) as pool:
         for task, sources in zip(tasks, pool.map(sources_of, *zip(*tasks, strict=True), chunksize=8), strict=True):
-            stored: dict[str, set[str]] = {}
-            for key, row in rows_of([task], rows).items():
-                stored.setdefault(_kernel(key), set()).add(row.get("source", ""))
-            if kernels := {one for one in sources | stored if stored.get(one) != {sources.get(one)}}:
+            stored = rows_of([task], rows)
+            launched = sources | {_kernel(key): "not launched" for key in stored if _kernel(key) not in sources}
+            if kernels := [one for one in launched if not _agree(stored, one, "source", launched[one])]:
                 stale[task] = kernels
     return stale
 
@@ -290,17 +311,18 @@ def _print_stale(tasks: list[Task], workers: int | None) -> None:
 
 def _write(tasks: list[Task], version: str, workers: int | None) -> None:
     """Stores the rows call by call: another version's may be stored at the same time, and an end in between loses little."""
-    stale = out_of_date(tasks, read(TABLE).get(version, {}), version, workers)
-    print(f"triton {version}: {len(stale)} calls to compile")
+    rows = read(TABLE).get(version, {})
+    stale = [*out_of_date(tasks, rows, version, workers)]
+    print(f"triton {version}: {len(stale)} calls to compile, but for kernels whose text is the stored one")
     too_large = []
     with _processes(workers) as pool:
-        done = pool.map(compile_call, *zip(*stale, strict=True), stale.values()) if stale else ()
-        for task, compiled in zip(stale, done, strict=True):
-            before = {key: row for key, row in rows_of([task], read(TABLE).get(version, {})).items() if _kernel(key) in stale[task]}
-            print(*differences(compiled, before), sep="\n", flush=True)
+        before = [rows_of([task], rows) for task in stale]
+        done = pool.map(compile_call, *zip(*stale, strict=True), before) if stale else ()
+        for old, compiled in zip(before, done, strict=True):
+            print(*differences(compiled, old), sep="\n", flush=True)
             too_large += differences(compiled, compiled)
             table = read(TABLE)
-            table[version] = {key: row for key, row in table.get(version, {}).items() if key not in before} | compiled
+            table[version] = {key: row for key, row in table.get(version, {}).items() if key not in old} | compiled
             write(TABLE, table)
     sys.exit(1 if too_large else 0)
 

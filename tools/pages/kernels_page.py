@@ -305,7 +305,9 @@ def _beyond(times: dict[Entry, Times]) -> str:
         rate, at_best = rate_of(entry, of_entry.estimate), nearest(entry)
         if at_best and rate > at_best.flash3:
             name = f"{entry.what}, {entry.workload.name}"
-            lines.append(f"- {name}: {rate:.0f} TFLOP/s, where FlashAttention-3 has {at_best.flash3} at {at_best.tokens:,} tokens.")
+            lines.append(
+                f"- {name}: {rate:.0f} TFLOP/s, where FlashAttention-3 has {at_best.flash3} at {at_best.tokens:,} tokens."
+            )
     if not lines:
         return "No estimate is above FlashAttention-3's rate."
     return "\n".join(["Estimates above FlashAttention-3's rate leave waits out. Do not expect them:", "", *lines])

@@ -133,7 +133,15 @@ def changed_by_a_mode() -> tuple[bool, bool]:
         options = knobs.compilation.instrumentation_mode, knobs.compilation.fpsan_homomorphic_casts
         names = "sum", "__matmul__", "baddbmm_"
         host = [getattr(torch.Tensor, name) for name in names]
-        return *options, knobs.runtime.add_stages_inspection_hook, TritonSemantic.sub, tl.exp, tl.exp2, tl.inline_asm_elementwise, *host
+        return (
+            *options,
+            knobs.runtime.add_stages_inspection_hook,
+            TritonSemantic.sub,
+            tl.exp,
+            tl.exp2,
+            tl.inline_asm_elementwise,
+            *host,
+        )
 
     before = facts()
     with ptx.sanitizers.fpsan(90, rounding=False):

@@ -1,4 +1,4 @@
-"""Calls of paged_attention_statistics to compile: one token of each request and prompts, every dtype, head sizes 64 to 256, masks."""
+"""Calls of paged_attention_statistics to compile: one token of each request and prompts, every dtype, sizes 64 to 256."""
 
 from __future__ import annotations
 
