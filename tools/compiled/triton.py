@@ -4,6 +4,7 @@
     python -m tools.compiled.triton [OPERATOR ...] --write        # compile what is out of date, and store its rows
     python -m tools.compiled.triton --some                        # compare every kernel once, as in `make test`
     python -m tools.compiled.triton --stale                       # rows out of date, of every version of Triton; compiles nothing
+    python -m tools.compiled.triton --forget                      # they stay as rows of which nobody knows the source
 
 A row is out of date where its `source` is another one than that of the launch now (tools/compiled/sources.py). Where Triton's
 first passes make the same `text` of it all the same, the row is kept.
@@ -287,26 +288,36 @@ def main() -> None:
     modes.add_argument("--some", action="store_true", help="compile as few calls as have every kernel")
     modes.add_argument("--write", action="store_true", help="compile the kernels whose rows are out of date, and store the rows")
     modes.add_argument("--stale", action="store_true", help="print the rows that are out of date, of every version")
+    modes.add_argument("--forget", action="store_true", help="take the sources of these rows out of the table")
     options = parser.parse_args()
     chosen = options.operators or operators()
     if unknown := sorted(set(chosen) - set(operators())):
         parser.error(f"OPERATOR must be one of {', '.join(operators())}; got {', '.join(unknown)}")
     tasks = tasks_of(chosen)
-    if options.stale:
-        _print_stale(tasks, options.workers)
+    if options.stale or options.forget:
+        _show_stale(tasks, options.workers, options.forget)
     elif options.write:
         _write(tasks, triton.__version__, options.workers)
     else:
         _compare(tasks, triton.__version__, options.workers, options.some)
 
 
-def _print_stale(tasks: list[Task], workers: int | None) -> None:
-    lines = []
-    for version, rows in read(TABLE).items():
-        for (operator, name, arch), kernels in out_of_date(tasks, rows, version, workers).items():
-            lines += [f"triton {version}: {operator} {name} {kernel} sm_{arch}" for kernel in sorted(kernels)]
-    print(*lines, f"{len(lines)} kernels of calls are out of date in {TABLE.name}", sep="\n")
-    sys.exit(1 if lines else 0)
+def _show_stale(tasks: list[Task], workers: int | None, forget: bool) -> None:
+    """Prints what is out of date. Rows without a source, of which this is not known, are counted."""
+    table, lines = read(TABLE), []
+    for version, rows in table.items():
+        unknown = sum("source" not in row for row in rows.values())
+        print(f"triton {version}: {len(rows) - unknown} rows with their source, {unknown} without")
+        for task, kernels in out_of_date(tasks, rows, version, workers).items():
+            for key in rows_of([task], rows):
+                if _kernel(key) in kernels and "source" in rows[key]:
+                    lines.append(f"triton {version}: {key}")
+                    if forget:
+                        del rows[key]["source"]
+    if forget:
+        write(TABLE, table)
+    print(*lines, f"{len(lines)} rows are out of date in {TABLE.name}", sep="\n")
+    sys.exit(1 if lines and not forget else 0)
 
 
 def _write(tasks: list[Task], version: str, workers: int | None) -> None:

@@ -6,11 +6,11 @@ from tools.pages.kernel_times import Entry, Times, nearest, rate_of
 
 WITHIN = 1.5
 
-TORCH = """On a GPU `"auto"` takes `sdpa`, which is torch's own attention, for a plain dot product without log-sum-exp and dropout, forward
-and backward. `relevancy_attention` and calls with `return_lse` run our forward pass. It was weighed whether output and
+TORCH = """On a GPU `"auto"` takes `sdpa`, torch's own attention, for a plain dot product without log-sum-exp and dropout,
+forward and backward. `relevancy_attention` and calls with `return_lse` run our forward pass. It was weighed whether output and
 log-sum-exp should come from torch there, too. This is not in: by the published rates no forward pass of 512 tokens or more would
-take less time than its estimate. All rates are in TFLOP/s; ours are estimates, the others were measured on an H100 in float16, for
-the figures of FlashAttention-3's paper:
+take less time than its estimate. All rates are in TFLOP/s. Ours are estimates; the others were measured on an H100 in float16,
+for the figures of FlashAttention-3's paper:
 
 {table}
 
