@@ -24,7 +24,7 @@
 # make oldest the suite with the lowest versions that pyproject.toml claims, in .venv-oldest; ARGS="-k causal" for some
 # make newest the suite with the highest versions that pip offers, in .venv-newest. Both download several GB and take the disk of two
 #             CUDA builds of torch.
-# make table  facts of the compiled Triton and CUDA C++ kernels, stored anew in tests/compiled/triton.json and cuda.json
+# make table  facts of the compiled Triton kernels whose sources changed, and of the CUDA C++ kernels, in tests/compiled/*.json
 # make gpu    on a machine with a GPU, torch, triton and pytest; installs nothing. Nine minutes a call, the most telling evidence
 #             first, and each call continues the last one; PARTS=verify for a part, ARGS="--out DIR";
 #             ARGS="--device cpu" rehearses it without a GPU, on emulated kernels, with g++ and, for CUDA C++, nvcc

@@ -2,7 +2,8 @@
 
 FpSan puts integers modulo 2^w in place of floats of w bits: sums and products are exact, and exp2(x + y) = exp2(x) exp2(y).
 Infinity is a number like any other there, and 2^-inf is not 0, so that a masked key would count. Here infinities are what masks
-take them for: -inf is the least number, infinity minus or times a number is infinity, and 2^-inf = 0.
+take them for: -inf is the least number, infinity minus or times a number is infinity, and 2^-inf = 0. One integer of 256, or of 32
+in 16 bits of float16, looks like NaN. Each equals itself here, but for the one that a NaN in the kernel's text has.
 
     with ptx.sanitizers.fpsan(90):
         kernel[grid](x, out, BLOCK=64)  # compare with another launch under FpSan alone
@@ -33,6 +34,7 @@ from ptx.triton import emulated
 Emulated = Callable[[int, Options | None], AbstractContextManager[list[Launch]]]  # as ptx.triton.emulated
 UNOPTIMISED = "DISABLE_LLVM_OPT"  # a kernel compiles in less than half the time, and runs for a second longer
 INFINITY = float("inf")
+NAN = {"fp32": 0x7FC00000, "fp16": 0x7E00, "bf16": 0x7FC0}  # the bits of the NaN that a text names
 
 
 @contextmanager
@@ -165,10 +167,10 @@ def _host() -> Iterator[None]:
 @contextmanager
 def _infinities() -> Iterator[None]:
     """Within it what Triton compiles treats infinities as masks need it."""
-    names = "sub", "mul", "maximum", "minimum"
+    names = "sub", "mul", "maximum", "minimum", "equal", "not_equal"
     before = [getattr(TritonSemantic, name) for name in names]
-    powers = tl.exp, tl.exp2
-    sub, mul, maximum, minimum = before
+    powers, assembly = (tl.exp, tl.exp2), tl.inline_asm_elementwise
+    sub, mul, maximum, minimum, equals, differs = before
 
     def infinite(semantic: Any, x: Any) -> Any:
         return semantic.or_(semantic.equal(x, INFINITY), semantic.equal(x, -INFINITY))
@@ -202,7 +204,7 @@ def _infinities() -> Iterator[None]:
             x, y = semantic.binary_op_type_checking_impl(x, y)
             for one, other in ((x, y), (y, x)):
                 chosen = semantic.where(precedes(semantic, one, other), one, chosen)
-            nan_x, nan_y = semantic.not_equal(x, x), semantic.not_equal(y, y)
+            nan_x, nan_y = differs(semantic, x, x), differs(semantic, y, y)
             for one, other, passed in (
                 (x, y, semantic.and_(nan_x, semantic.not_(nan_y))),
                 (y, x, semantic.and_(nan_y, semantic.not_(nan_x))),
@@ -214,6 +216,15 @@ def _infinities() -> Iterator[None]:
 
         return compared
 
+    def equal(semantic: Any, x: Any, y: Any) -> Any:
+        same = equals(semantic, x, y)
+        x, y = semantic.binary_op_type_checking_impl(x, y)
+        kind = x.dtype
+        if kind.name not in NAN:
+            return same
+        x, y = (semantic.bitcast(one, tl.dtype(f"int{kind.primitive_bitwidth}")) for one in (x, y))
+        return semantic.or_(same, semantic.and_(equals(semantic, x, y), differs(semantic, x, NAN[kind.name])))
+
     def power(raise_to: Any) -> Any:
         @tl.core.builtin
         def raised(x: Any, _semantic: Any = None) -> Any:
@@ -221,6 +232,17 @@ def _infinities() -> Iterator[None]:
 
         raised.__module__ = raise_to.__module__  # which Triton asks before it looks for what a kernel depends on
         return raised
+
+    @tl.core.builtin
+    def assembled(asm: Any, constraints: Any, args: Any, dtype: Any, is_pure: Any, pack: Any, _semantic: Any = None) -> Any:
+        """Of integers FpSan makes a number that depends on them, whatever the instruction. So their result is one, too."""
+        kind, registers = tl.core._unwrap_if_constexpr(dtype), tl.core._unwrap_if_constexpr(constraints)
+        if kind != tl.float32 or any(x.dtype.is_floating() for x in args):
+            return assembly(asm, constraints, args, dtype, is_pure, pack, _semantic=_semantic)
+        bits = assembly(asm, registers.replace("=f", "=r"), args, tl.int32, is_pure, pack, _semantic=_semantic)
+        return _semantic.bitcast(bits, tl.float32)
+
+    assembled.__module__ = assembly.__module__
 
     try:
         for name, function in zip(
@@ -230,13 +252,17 @@ def _infinities() -> Iterator[None]:
                 multiply,
                 extreme(maximum, TritonSemantic.greater_than, -INFINITY),
                 extreme(minimum, TritonSemantic.less_than, INFINITY),
+                equal,
+                lambda semantic, x, y: semantic.not_(equal(semantic, x, y)),
             ),
             strict=True,
         ):
             setattr(TritonSemantic, name, function)
         tl.exp, tl.exp2 = map(power, powers)
+        tl.inline_asm_elementwise = assembled
         yield
     finally:
         for name, function in zip(names, before, strict=True):
             setattr(TritonSemantic, name, function)
         tl.exp, tl.exp2 = powers
+        tl.inline_asm_elementwise = assembly

@@ -13,7 +13,7 @@ from tools.compiled.triton import operators
 from tools.pages import kernel_times
 from tools.pages.cuda_times import PAIRS, estimates
 from tools.pages.kernel_limits import REASONS, lines_beyond, reasons_of
-from tools.pages.kernel_times import LAUNCH, Entry, Workload, beside_softmax, floor_of, published, rate_of, times_of
+from tools.pages.kernel_times import LAUNCH, Entry, Workload, beside_softmax, floor_of, nearest, rate_of, times_of
 from tools.pages.kernels_page import CLIP, ENTRIES, FORWARD, HIGHRES, LLAVA, PAGE, UNITER, counted, page
 from vlattn_fast.benchmarks._rates import H200
 
@@ -50,7 +50,7 @@ def test_counts_are_shared_by_the_pairs_of_the_call() -> None:
     of_calls = {
         row["call"]: row["pairs"]
         for row in read()
-        if row["call"].split()[0] not in ("congruence_loss", "maxsim", "stacked_cross_attention")
+        if row["call"].split()[0] not in ("congruence_loss", "maxsim", "paged_attention_statistics", "stacked_cross_attention")
     }
     assert len(of_calls) > 80
     other = {call: pairs for call, pairs in of_calls.items() if pairs[1] != pairs[2]}
@@ -109,7 +109,7 @@ def test_the_columns_of_a_forward_pass_by_hand() -> None:
     assert [round(x) for x in (times.issue, times.special, times.products, times.l2, times.memory)] == [132, 331, 130, 123, 70]
     assert round(times.estimate) == 480 and round(floor_of(DOT)) == 110
     assert round(rate_of(DOT, times.estimate)) == 182
-    assert published(DOT) == (333, 512, False)
+    assert nearest(DOT) == (282, 335, 333, 512, False)
 
 
 def test_a_kernel_takes_no_less_than_l2_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,8 +182,8 @@ def test_the_configuration_says_which_scores_are_ahead() -> None:
 
 
 def test_published_rates_are_the_nearest_and_of_dot_products_alone() -> None:
-    rates = {(entry.what, entry.workload): published(entry) for entry in ENTRIES}
-    assert {key: rate for key, rate in rates.items() if rate} == {
+    rates = {(entry.what, entry.workload): nearest(entry) for entry in ENTRIES}
+    assert {key: rate[2:] for key, rate in rates.items() if rate} == {
         ("score_attention, dot, forward", CLIP): (333, 512, False),
         ("score_attention, dot, backward", CLIP): (272, 512, False),
         ("score_attention, dot, forward", UNITER): (333, 512, False),

@@ -64,6 +64,20 @@ def test_infinities_mask() -> None:
     assert torch.equal(passed[even], x[even]) and passed[~even].isneginf().all()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "nan", "like_nan"),
+    [(torch.float32, 0x7FC00000, 0x7F812345), (torch.bfloat16, 0x7FC0, 0x7F81), (torch.float16, 0x7E00, 0x7D01)],
+)
+def test_a_number_that_looks_like_nan_equals_itself(dtype: torch.dtype, nan: int, like_nan: int) -> None:
+    """And the NaN of a text does not."""
+    assert sanitizing("tests.helpers.ptx.sanitized.equal_to_itself", [nan, like_nan, 1, 0], dtype) == [False, True, True, True]
+
+
+def test_an_instruction_that_makes_zero_of_integers_makes_zero() -> None:
+    """By itself FpSan makes a number of them, which depends on the grid."""
+    assert (sanitizing("tests.helpers.ptx.sanitized.zero_of_an_instruction") == 0).all()
+
+
 def test_consan_reports_a_copy_that_nothing_waits_for() -> None:
     assert sanitizing("tests.helpers.ptx.sanitized.copied", True) == (True, "")
     done, text = sanitizing("tests.helpers.ptx.sanitized.copied", False)

@@ -1,8 +1,13 @@
 """Compares registers, shared memory, spills, tensor cores and warps of the compiled Triton kernels with a stored table.
 
     python -m tools.compiled.triton [OPERATOR ...]                # compare with tests/compiled/triton.json
-    python -m tools.compiled.triton [OPERATOR ...] --write        # store the compiled rows
+    python -m tools.compiled.triton [OPERATOR ...] --write        # compile what is out of date, and store its rows
     python -m tools.compiled.triton --some                        # compare every kernel once, as in `make test`
+    python -m tools.compiled.triton --stale                       # rows out of date, of every version of Triton; compiles nothing
+    python -m tools.compiled.triton --forget                      # they stay as rows of which nobody knows the source
+
+A row is out of date where its `source` is another one than that of the launch now (tools/compiled/sources.py). Where Triton's
+first passes make the same `text` of it all the same, the row is kept.
 
 No GPU is needed. The kernels' launchers run as they are, on CPU tensors: triton is told that an sm_80, sm_90 or sm_100 device is
 there, and each launch compiles its kernel with the specialisation for this device, and ends. An opcode that the emulator `ptx/`
@@ -20,6 +25,7 @@ import random
 import re
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -28,6 +34,7 @@ from typing import Any
 from ptx.reading.opcodes import matching
 from tools.compiled.device import pretend
 from tools.compiled.machine_code import facts, waits
+from tools.compiled.sources import digest, first_text, launch_text
 from tools.compiled.table import Row, cuobjdump, differences, nvdisasm, read, write
 
 TABLE = Path(__file__).parents[2] / "tests" / "compiled" / "triton.json"
@@ -50,41 +57,83 @@ def calls_of(operator: str) -> dict[str, Any]:
     return dict(calls_module(operator).calls())
 
 
-def compile_call(operator: str, name: str, architecture: int) -> dict[str, Row]:
-    """The rows of the kernels that one call launches."""
+def launches(operator: str, name: str, architecture: int, launch: Callable[[Any, dict[str, Any]], None]) -> None:
+    """Runs one call as on a device of this architecture. Its launches go to `launch`, with the kernel and its arguments."""
     from triton.runtime.jit import JITFunction
 
     from vlattn_fast.kernels import _configurations
 
-    launched: dict[str, list[Row]] = {}
-    run = JITFunction.run
-
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        overwritten = overwritten_operands(kernel.asm["ttgir"])
-        assert not overwritten, (
-            f"{operator} {name} {self.fn.__name__}: copies overwrite what products in flight read: {overwritten}"
-        )
-        narrow = narrow_offsets(kernel.asm["ttir"])
-        assert not narrow, f"{operator} {name} {self.fn.__name__}: products of 32 bits reach an address: {narrow}"
-        unknown = unknown_opcodes(kernel.asm["ptx"])
-        assert not unknown, f"{operator} {name} {self.fn.__name__}: opcodes that ptx/reading/opcodes.txt lacks: {unknown}"
-        launched.setdefault(self.fn.__name__, []).append(_row(kernel) | facts(kernel, kwargs))
+    def without_launch(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        assert not args, f"{operator} {name} {self.fn.__name__}: name the arguments of the launch"
+        launch(self, kwargs)
 
     _configurations.TARGET = f"sm_{architecture}"
     pretend(architecture)
-    JITFunction.run = compile_only
+    run, JITFunction.run = JITFunction.run, without_launch
     try:
         calls_of(operator)[name]()
     finally:
         JITFunction.run = run
-    assert launched, f"{operator} {name}: no kernel was launched"
-    return {
+
+
+def sources_of(operator: str, name: str, architecture: int) -> dict[str, str]:
+    """By the names of the kernels that one call launches, a digest of what Triton compiles for it."""
+    texts: dict[str, list[str]] = {}
+    launches(
+        operator,
+        name,
+        architecture,
+        lambda kernel, kwargs: texts.setdefault(kernel.fn.__name__, []).append(launch_text(kernel, kwargs)),
+    )
+    assert texts, f"{operator} {name}: no kernel was launched"
+    return {kernel: digest(of_kernel) for kernel, of_kernel in texts.items()}
+
+
+def compile_call(operator: str, name: str, architecture: int, stored: dict[str, Row] | None = None) -> dict[str, Row]:
+    """The rows of the kernels that one call launches. Of `stored` rows those that are not out of date are kept."""
+    from triton.runtime.jit import JITFunction
+
+    run = JITFunction.run
+    sources = sources_of(operator, name, architecture)
+    texts: dict[str, list[str]] = {}
+    launched: dict[str, list[Row]] = {}
+
+    def read_first(kernel: Any, kwargs: dict[str, Any]) -> None:
+        if kernel.fn.__name__ in stale:
+            texts.setdefault(kernel.fn.__name__, []).append(first_text(run, kernel, kwargs))
+
+    def compile_only(kernel: Any, kwargs: dict[str, Any]) -> None:
+        if kernel.fn.__name__ in changed:
+            compiled = run(kernel, grid=(1,), warmup=True, **kwargs)
+            check(f"{operator} {name} {kernel.fn.__name__}", compiled.asm)
+            launched.setdefault(kernel.fn.__name__, []).append(_row(compiled) | facts(compiled, kwargs))
+
+    stale = {kernel for kernel in sources if not _agree(stored, kernel, "source", sources[kernel])}
+    launches(operator, name, architecture, read_first)
+    changed = {kernel for kernel in stale if not _agree(stored, kernel, "text", digest(texts[kernel]))}
+    launches(operator, name, architecture, compile_only)
+    kept = {key: row for key, row in (stored or {}).items() if _kernel(key) in sources.keys() - changed}
+    fresh = {
         f"{operator} {name} {kernel}{f' launch {n + 1}' if n else ''} sm_{architecture}": row
         for kernel, rows in launched.items()
         for n, row in enumerate(rows)
         if row not in rows[:n]
     }
+    named = {kernel: {"text": digest(of_kernel)} for kernel, of_kernel in texts.items()}
+    return {key: {**row, "source": sources[_kernel(key)], **named.get(_kernel(key), {})} for key, row in (kept | fresh).items()}
+
+
+def _agree(stored: dict[str, Row] | None, kernel: str, name: str, value: str) -> bool:
+    return {row.get(name) for key, row in (stored or {}).items() if _kernel(key) == kernel} == {value}
+
+
+def check(what: str, asm: dict[str, str]) -> None:
+    overwritten = overwritten_operands(asm["ttgir"])
+    assert not overwritten, f"{what}: copies overwrite what products in flight read: {overwritten}"
+    narrow = narrow_offsets(asm["ttir"])
+    assert not narrow, f"{what}: products of 32 bits reach an address: {narrow}"
+    unknown = unknown_opcodes(asm["ptx"])
+    assert not unknown, f"{what}: opcodes that ptx/reading/opcodes.txt lacks: {unknown}"
 
 
 def _row(kernel: Any) -> Row:
@@ -176,9 +225,7 @@ def tasks_of(chosen: list[str]) -> list[Task]:
 def some_of(tasks: list[Task], rows: dict[str, Row]) -> list[Task]:
     """Few tasks until every kernel is compiled, the architectures in turn: each the one that takes fewest registers, by which
     kernels compile soon, for a kernel that none before it compiles."""
-    kernels = {
-        task: {(task[0], key.split(" sm_")[0].split(" launch")[0].split()[-1]) for key in rows_of([task], rows)} for task in tasks
-    }
+    kernels = {task: {(task[0], _kernel(key)) for key in rows_of([task], rows)} for task in tasks}
     registers = {task: sum(row["registers"] + row["spills"] // 4 for row in rows_of([task], rows).values()) for task in tasks}
     left, chosen = set().union(*kernels.values()), []
     while left:
@@ -195,12 +242,40 @@ def rows_of(tasks: list[Task], rows: dict[str, Row]) -> dict[str, Row]:
     return {key: row for key, row in rows.items() if pattern.fullmatch(key)}
 
 
+def out_of_date(tasks: list[Task], rows: dict[str, Row], version: str, workers: int | None = None) -> dict[Task, list[str]]:
+    """By task the kernels whose rows are missing, or are of other sources than what the task launches under this Triton."""
+    stale = {}
+    with _processes(workers, version) as pool:
+        for task, sources in zip(tasks, pool.map(sources_of, *zip(*tasks, strict=True), chunksize=8), strict=True):
+            stored = rows_of([task], rows)
+            launched = sources | {_kernel(key): "not launched" for key in stored if _kernel(key) not in sources}
+            if kernels := [one for one in launched if not _agree(stored, one, "source", launched[one])]:
+                stale[task] = kernels
+    return stale
+
+
+def _kernel(key: str) -> str:
+    return key.split(" sm_")[0].split(" launch")[0].split()[-1]
+
+
 def compile_all(tasks: list[Task], workers: int | None = None) -> dict[str, Row]:
     rows: dict[str, Row] = {}
-    with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=get_context("spawn"), initializer=gc.disable) as pool:
+    with _processes(workers) as pool:
         for compiled in pool.map(compile_call, *zip(*tasks, strict=True)):
             rows |= compiled
     return rows
+
+
+def _processes(workers: int | None, version: str | None = None) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(workers or os.cpu_count(), get_context("spawn"), _begin, (version,))
+
+
+def _begin(version: str | None) -> None:
+    gc.disable()
+    if version is not None:  # before the kernels are imported, which ask for it
+        import triton
+
+        triton.__version__ = version
 
 
 def main() -> None:
@@ -208,32 +283,71 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(prog="python -m tools.compiled.triton", description=__doc__.splitlines()[0])
     parser.add_argument("operators", nargs="*", metavar="OPERATOR", help=f"of {', '.join(operators())}; default: all")
-    parser.add_argument("--some", action="store_true", help="compile as few calls as have every kernel")
     parser.add_argument("--workers", type=int, metavar="N", help="processes; default: one for each processor")
-    parser.add_argument("--write", action="store_true", help="store the compiled rows")
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--some", action="store_true", help="compile as few calls as have every kernel")
+    modes.add_argument("--write", action="store_true", help="compile the kernels whose rows are out of date, and store the rows")
+    modes.add_argument("--stale", action="store_true", help="print the rows that are out of date, of every version")
+    modes.add_argument("--forget", action="store_true", help="take the sources of these rows out of the table")
     options = parser.parse_args()
     chosen = options.operators or operators()
     if unknown := sorted(set(chosen) - set(operators())):
         parser.error(f"OPERATOR must be one of {', '.join(operators())}; got {', '.join(unknown)}")
-    if options.write and options.some:
-        parser.error("--write must come without --some: it replaces all rows of an operator")
     tasks = tasks_of(chosen)
-    tasks = some_of(tasks, read(TABLE).get(triton.__version__, {})) if options.some else tasks
-    compiled = compile_all(tasks, options.workers)
-    table = read(TABLE)  # only now: with another version of Triton it may have been written in between
-    rows = table.get(triton.__version__, {})
-    if options.write:
-        table[triton.__version__] = {key: row for key, row in rows.items() if key.split()[0] not in chosen} | compiled
-        write(TABLE, table)
-        rows = compiled
+    if options.stale or options.forget:
+        _show_stale(tasks, options.workers, options.forget)
+    elif options.write:
+        _write(tasks, triton.__version__, options.workers)
     else:
-        rows = rows_of(tasks, rows)
-    lines = differences(compiled, rows)
+        _compare(tasks, triton.__version__, options.workers, options.some)
+
+
+def _show_stale(tasks: list[Task], workers: int | None, forget: bool) -> None:
+    """Prints what is out of date. Rows without a source, of which this is not known, are counted."""
+    table, lines = read(TABLE), []
+    for version, rows in table.items():
+        unknown = sum("source" not in row for row in rows.values())
+        print(f"triton {version}: {len(rows) - unknown} rows with their source, {unknown} without")
+        for task, kernels in out_of_date(tasks, rows, version, workers).items():
+            for key in rows_of([task], rows):
+                if _kernel(key) in kernels and "source" in rows[key]:
+                    lines.append(f"triton {version}: {key}")
+                    if forget:
+                        del rows[key]["source"]
+    if forget:
+        write(TABLE, table)
+    print(*lines, f"{len(lines)} rows are out of date in {TABLE.name}", sep="\n")
+    sys.exit(1 if lines and not forget else 0)
+
+
+def _write(tasks: list[Task], version: str, workers: int | None) -> None:
+    """Stores the rows call by call: another version's may be stored at the same time, and an end in between loses little."""
+    rows = read(TABLE).get(version, {})
+    stale = [*out_of_date(tasks, rows, version, workers)]
+    print(f"triton {version}: {len(stale)} calls to compile, but for kernels whose text is the stored one")
+    too_large = []
+    with _processes(workers) as pool:
+        before = [rows_of([task], rows) for task in stale]
+        done = pool.map(compile_call, *zip(*stale, strict=True), before) if stale else ()
+        for old, compiled in zip(before, done, strict=True):
+            print(*differences(compiled, old), sep="\n", flush=True)
+            too_large += differences(compiled, compiled)
+            table = read(TABLE)
+            table[version] = {key: row for key, row in table.get(version, {}).items() if key not in old} | compiled
+            write(TABLE, table)
+    sys.exit(1 if too_large else 0)
+
+
+def _compare(tasks: list[Task], version: str, workers: int | None, some: bool) -> None:
+    rows = read(TABLE).get(version, {})
+    tasks = some_of(tasks, rows) if some else tasks
+    compiled = compile_all(tasks, workers)
+    lines = differences(compiled, rows_of(tasks, rows))
     for key, row in compiled.items():
         if row["spills"]:
             print(f"spills {row['spills']} bytes: {key}")
     print("\n".join(lines))
-    print(f"triton {triton.__version__}: {len(compiled)} kernels compiled, {len(lines)} not as stored")
+    print(f"triton {version}: {len(compiled)} kernels compiled, {len(lines)} not as stored")
     sys.exit(1 if lines else 0)
 
 

@@ -1,4 +1,5 @@
-"""Calls of the sizes of models, whose formulas run in blocks (vlattn_fast/checking/blocks.py), on a device in float64.
+"""Calls of the sizes of models, whose formulas run in float64 on a device, those of attention in blocks
+(vlattn_fast/checking/blocks.py).
 
 In a rehearsal they have a sample or two, few heads and fewer tokens.
 """
@@ -7,11 +8,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
-from vlattn_fast.checking import blocks
+from vlattn_fast.checking import blocks, verify
 from vlattn_fast.checking.cases import Example, Sizes
 from vlattn_fast.checking.cases._attention import carried, grad_output, plain
 from vlattn_fast.ops import OPERATORS
@@ -22,13 +24,16 @@ SIZES = {
     "llava": Sizes(704, 704, 128, 128, batch=4, heads=32, rows=1),
     "4096": Sizes(4096, 4096, 64, 64, batch=1, heads=1, rows=1),
     "16384": Sizes(16384, 16384, 128, 128, batch=1, heads=1, rows=1),
+    "colpali": Sizes(regions=1030, words=32, features=128, images=64),
+    "llama": Sizes(1024, 4096, 128, 128, heads=8),
 }
+CASES = ("maxsim", "paged_attention_statistics")  # their maps are small, and need no blocks
 SHARED = 4  # query heads of a key head, where heads are grouped
 DROPOUT = 0.1
 
 
 class Full(NamedTuple):
-    """A call. `what`: words of "causal", "grouped", "padding" and "dropout"."""
+    """A call. `what`: words of "causal", "grouped", "padding" and "dropout"; for an operator of CASES the name of a case."""
 
     operator: str
     what: str
@@ -43,6 +48,10 @@ class Full(NamedTuple):
         if rehearsed:
             short = min(sizes.queries, 150)
             sizes = sizes._replace(queries=short, keys=short, batch=min(sizes.batch, 2), heads=min(sizes.heads, SHARED))
+            sizes = sizes._replace(regions=min(sizes.regions, 150), images=min(sizes.images, 4))
+        if self.operator in CASES:
+            (case,) = [one for one in verify.cases(3, sizes, [self.operator]) if one.name == self.what]
+            return replace(case, name=self.name)
         generator = torch.Generator().manual_seed(3)
         tensors = plain(sizes, functools.partial(torch.randn, generator=generator))
         options: dict[str, Any] = {"is_causal": "causal" in words}
@@ -83,6 +92,8 @@ FULL = [
         ("siglip", "relevancy_attention", ("",)),
         ("clip", "attention_map", ("",)),
         ("clip", "attention_statistics", ("padding",)),
+        ("colpali", "maxsim", ("masks",)),
+        ("llama", "paged_attention_statistics", ("requests", "softcap and window")),
     )
     for what in kinds
 ]

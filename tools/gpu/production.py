@@ -24,6 +24,7 @@ from vlattn_fast.benchmarks._choice import MODULES, choose
 from vlattn_fast.checking import verify
 from vlattn_fast.checking.cases import Example, Sizes
 from vlattn_fast.checking.tolerance import Errors
+from vlattn_fast.dispatch.limits import no_kernel
 from vlattn_fast.ops import OPERATORS
 
 # The cheapest first. Several tiles a loop and ragged tiles, heads of 64, 72 and 128 features, and short lengths for CUDA C++.
@@ -59,6 +60,12 @@ class Check(NamedTuple):
             return case_named(self.operator, self.name, self.sizes)
         (one,) = [one for one in full.FULL if (one.operator, one.name, one.sizes) == self[:3]]
         return one.example(rehearsed=device == "cpu")
+
+
+def backends_of(operator: str) -> tuple[str, ...]:
+    """Those that a device has to show. Where Triton has no kernel "auto" takes `streaming`."""
+    refuses = OPERATORS[operator].backends["triton"].refusals
+    return BACKENDS if getattr(refuses, "func", None) is not no_kernel else ("streaming",)
 
 
 @functools.cache
@@ -237,9 +244,11 @@ HOTTEST = (
     ),
     Hot("attention_map map gradient", ("_map_kernel",), "attention_map/gradient/llava", ("gradient", "D128"), 128),
 )
-# The benchmarks that are timed first: plain dot products, whose rates docs/kernels.md estimates, and those of the launches above
+# The benchmarks that are timed first: plain dot products, whose rates docs/kernels.md estimates, those of the launches above, and
+# the two operators that are swept nowhere
 PLAIN = (f"{DOT}/clip", "score_attention/scaled dot, forward/llava", "score_attention/scaled dot, forward/highres")
-NAMED = tuple(dict.fromkeys((*PLAIN, *(hot.benchmark for hot in HOTTEST))))
+UNSWEPT = ("maxsim/forward+backward/colpali", "paged_attention_statistics/forward/paged-answers")
+NAMED = tuple(dict.fromkeys((*PLAIN, *(hot.benchmark for hot in HOTTEST), *UNSWEPT)))
 
 
 def calls() -> list[tuple[str, str]]:

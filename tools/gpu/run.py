@@ -3,7 +3,7 @@
     python -m tools.gpu.run [PART ...] [--device cuda] [--out benchmarks/results] [--minutes 9]        make gpu PARTS=verify
 
 verify:     every Triton and CUDA kernel against the formula, by the tolerance rule: outputs and gradients. Calls of the sizes of
-            models first, then each case at several sizes.
+            models first, then each case at several sizes. Operators without a kernel run on `streaming`.
 benchmarks: all of `python -m vlattn_fast.benchmarks`: calls and CUDA graphs beside the compiled formula, FlexAttention, and each
             of SDPA's kernels; the host's time. A variant of this package that breaks the rule has no time, and fails.
 tests:      tests that need a device, the tests of tests/ops/, tests/kernels/ and tests/cuda/, and the tools of
@@ -177,19 +177,19 @@ def build(run: Session) -> bool:
 
 
 def verify(run: Session, first: bool = False) -> bool:
-    """`first`: Triton's calls of models and its cases at the smallest size, while nvcc compiles the others."""
+    """`first`: the calls of models and the cases at the smallest size, without CUDA C++, which nvcc compiles meanwhile."""
     from tools.gpu import production
 
-    checks = [(check, backend) for check in production.checks() for backend in production.BACKENDS]
+    checks = [(check, backend) for check in production.checks() for backend in production.backends_of(check.operator)]
     if first:
         smallest = next(iter(production.SIZES))
-        checks = [(check, name) for check, name in checks if name == "triton" and (check.is_full or check.sizes == smallest)]
+        checks = [(check, name) for check, name in checks if name != "cuda" and (check.is_full or check.sizes == smallest)]
     items = [
         {"item": f"{one.item}/{backend}", "sizes": one.sizes, "backend": backend, **({"limit": LAST} if one.is_full else {})}
         for one, backend in checks
     ]
     built = first or run.with_library()
-    items = [item for item in run.selected(items) if built or item["backend"] == "triton"]
+    items = [item for item in run.selected(items) if built or item["backend"] != "cuda"]
     return run.run("verify", items, run.worker, run.options.workers) and built
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -16,12 +17,13 @@ from vlattn_fast.kernels._tiles import CACHED
 # of an H200, as those of benchmarks/_measure.py; docs/kernels.md names the sources
 ISSUE, L2 = 128 * CLOCK * SMS, 6.65e12  # instructions of threads and bytes a second
 FIRST, LAUNCH = 700 / CLOCK, 1.3e-6  # seconds
-# TFLOP/s of FlashAttention-3 on an H100 by (pass, features, causal), then by tokens; a backward pass has no causal figure
+# TFLOP/s of FlashAttention-2, cuDNN and FlashAttention-3 on an H100 by (pass, features, causal), then by tokens; a backward pass
+# has no causal figure
 PUBLISHED = {
-    ("forward", 64, False): {512: 333, 1024: 392},
-    ("backward", 64, False): {512: 272, 1024: 363},
-    ("forward", 128, True): {512: 292, 1024: 423, 16384: 616},
-    ("backward", 128, False): {512: 316, 1024: 424, 16384: 561},
+    ("forward", 64, False): {512: (282, 335, 333), 1024: (306, 373, 392)},
+    ("backward", 64, False): {512: (198, 266, 272), 1024: (238, 348, 363)},
+    ("forward", 128, True): {512: (191, 315, 292), 1024: (260, 410, 423), 16384: (335, 539, 616)},
+    ("backward", 128, False): {512: (214, 305, 316), 1024: (260, 408, 424), 16384: (322, 516, 561)},
 }
 
 
@@ -162,8 +164,18 @@ def rate_of(entry: Entry, microseconds: float) -> float:
     return 2e-6 * entry.products * entry.workload.size * entry.workload.pairs / microseconds
 
 
-def published(entry: Entry) -> tuple[int, int, bool] | None:
-    """FlashAttention-3's rate in TFLOP/s at the nearest published length, this length, and whether that call was causal."""
+class Published(NamedTuple):
+    """Rates in TFLOP/s of calls with so many tokens."""
+
+    flash2: int
+    cudnn: int
+    flash3: int
+    tokens: int
+    causal: bool
+
+
+def nearest(entry: Entry) -> Published | None:
+    """The rates at the nearest published length."""
     *operator, way = entry.what.split(", ")
     if operator != ["score_attention", "dot"]:
         return None
@@ -171,4 +183,4 @@ def published(entry: Entry) -> tuple[int, int, bool] | None:
     causal = work.causal and (way, work.size, True) in PUBLISHED
     rates = PUBLISHED[way, work.size, causal]
     tokens = min(rates, key=lambda tokens: abs(tokens - work.tokens))
-    return rates[tokens], tokens, causal
+    return Published(*rates[tokens], tokens, causal)

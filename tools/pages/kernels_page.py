@@ -9,6 +9,7 @@ from tools.compiled.counts import LEAST_USED, MOST_CONFLICTS, Row, conflicts, re
 from tools.compiled.triton import TABLE
 from tools.pages.cuda_times import section
 from tools.pages.kernel_limits import lines_beyond
+from tools.pages.kernel_rivals import behind, torch_section
 from tools.pages.kernel_times import (
     FIRST,
     L2,
@@ -20,7 +21,7 @@ from tools.pages.kernel_times import (
     Workload,
     floor_of,
     issued,
-    published,
+    nearest,
     rate_of,
     times_of,
 )
@@ -150,6 +151,8 @@ than PTX. It is too short where instructions wait for one another. Small kernels
 and the host's time, are left out. Passes over 16,384 tokens have the counts of 4,096 tokens, for as many pairs as they have.
 
 {beyond}
+
+{behind}
 
 At 512 tokens and 64 features FlashAttention-3 takes {forward:.1f} times the floor forward and {backward:.1f} times backward. So
 the floor is no goal; FlashAttention-3's rate is. The passes furthest from their floors do more work than these count:
@@ -289,22 +292,22 @@ def _cells(entry: Entry, times: Times) -> list[str]:
     floor = floor_of(entry)
     parts = (times.issue, times.special, times.products, times.l2, times.memory, floor, times.estimate)
     cells = [*(f"{x:,.0f}" for x in parts), f"{times.estimate / floor:.2f}"]
-    if (rate := published(entry)) is None:
+    if (rates := nearest(entry)) is None:
         return [*cells, "", ""]
-    tflops, tokens, causal = rate
-    without = ", not causal" if entry.workload.causal and not causal else ""
-    return [*cells, f"{rate_of(entry, times.estimate):.0f}", f"{tflops} ({tokens:,} tokens{without})"]
+    without = ", not causal" if entry.workload.causal and not rates.causal else ""
+    return [*cells, f"{rate_of(entry, times.estimate):.0f}", f"{rates.flash3} ({rates.tokens:,} tokens{without})"]
 
 
 def _beyond(times: dict[Entry, Times]) -> str:
     """Says which estimates are above FlashAttention-3's rate."""
     lines = []
     for entry, of_entry in times.items():
-        rate, at_best = rate_of(entry, of_entry.estimate), published(entry)
-        if at_best and rate > at_best[0]:
-            tflops, tokens, _ = at_best
+        rate, at_best = rate_of(entry, of_entry.estimate), nearest(entry)
+        if at_best and rate > at_best.flash3:
             name = f"{entry.what}, {entry.workload.name}"
-            lines.append(f"- {name}: {rate:.0f} TFLOP/s, where FlashAttention-3 has {tflops} at {tokens:,} tokens.")
+            lines.append(
+                f"- {name}: {rate:.0f} TFLOP/s, where FlashAttention-3 has {at_best.flash3} at {at_best.tokens:,} tokens."
+            )
     if not lines:
         return "No estimate is above FlashAttention-3's rate."
     return "\n".join(["Estimates above FlashAttention-3's rate leave waits out. Do not expect them:", "", *lines])
@@ -321,8 +324,9 @@ def page() -> str:
         clocks=FIRST * CLOCK,
         launch=LAUNCH * 1e6,
         beyond=_beyond(times),
-        forward=H200.products / 1e12 / PUBLISHED["forward", 64, False][512],
-        backward=H200.products / 1e12 / PUBLISHED["backward", 64, False][512],
+        behind=behind(times),
+        forward=H200.products / 1e12 / PUBLISHED["forward", 64, False][512][2],
+        backward=H200.products / 1e12 / PUBLISHED["backward", 64, False][512][2],
         sms=SMS,
         clock=CLOCK / 1e9,
     )
@@ -343,6 +347,7 @@ def page() -> str:
         ]
     limits = BEYOND.format(conflicts=MOST_CONFLICTS, used=LEAST_USED)
     lines += [section(rows)]
+    lines += torch_section(times)
     lines += ["## Tensor descriptors", "", DESCRIPTORS, *TRIED.splitlines()]
     lines += ["## Counts", "", COUNTED.rstrip("\n"), "", *_counted(rows, facts), ""]
     lines += ["## Conflicts and sectors", "", limits.rstrip("\n"), "", *lines_beyond(read()), ""]

@@ -45,6 +45,19 @@ def _infinities(x, out, N: tl.constexpr):
         tl.store(out + k * N + i, results[k])
 
 
+@triton.jit
+def _itself(x, out, N: tl.constexpr):
+    i = tl.arange(0, N)
+    a = tl.load(x + i)
+    tl.store(out + i, ((a == a) & ~(a != a)).to(tl.int8))
+
+
+@triton.jit
+def _assembled(out, N: tl.constexpr):
+    zero = tl.inline_asm_elementwise("mov.b32 $0, 0;", "=f,r", [tl.num_programs(0)], dtype=tl.float32, is_pure=True, pack=1)
+    tl.store(out + tl.arange(0, N), tl.full([N], zero, dtype=tl.float32))
+
+
 @gluon.jit
 def _copied(x, out, WAITS: gl.constexpr):
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
@@ -86,6 +99,22 @@ def infinities() -> tuple[torch.Tensor, torch.Tensor]:
     return x, out
 
 
+def equal_to_itself(bits: list[int], dtype: torch.dtype) -> list[bool]:
+    """Which numbers of these bits a kernel finds equal to themselves."""
+    integers = torch.tensor(bits, dtype={2: torch.int16, 4: torch.int32}[dtype.itemsize])
+    out = torch.zeros(len(bits), dtype=torch.int8)
+    with ptx.sanitizers.fpsan(90):
+        _itself[(1,)](integers.view(dtype), out, N=len(bits))
+    return out.bool().tolist()
+
+
+def zero_of_an_instruction() -> torch.Tensor:
+    out = torch.ones(LENGTH)
+    with ptx.sanitizers.fpsan(90):
+        _assembled[(3,)](out, N=LENGTH)
+    return ptx.sanitizers.payload(out)
+
+
 def copied(waits: bool) -> tuple[bool, str]:
     """Whether a copy through shared memory comes through under ConSan, and what the error says."""
     x, out = torch.randn(128), torch.zeros(128)
@@ -104,7 +133,15 @@ def changed_by_a_mode() -> tuple[bool, bool]:
         options = knobs.compilation.instrumentation_mode, knobs.compilation.fpsan_homomorphic_casts
         names = "sum", "__matmul__", "baddbmm_"
         host = [getattr(torch.Tensor, name) for name in names]
-        return *options, knobs.runtime.add_stages_inspection_hook, TritonSemantic.sub, tl.exp, tl.exp2, *host
+        return (
+            *options,
+            knobs.runtime.add_stages_inspection_hook,
+            TritonSemantic.sub,
+            tl.exp,
+            tl.exp2,
+            tl.inline_asm_elementwise,
+            *host,
+        )
 
     before = facts()
     with ptx.sanitizers.fpsan(90, rounding=False):

@@ -1,0 +1,50 @@
+"""Of docs/kernels.md: the estimates of plain dot products beside published rates."""
+
+from __future__ import annotations
+
+from tools.pages.kernel_times import Entry, Times, nearest, rate_of
+
+WITHIN = 1.5
+
+TORCH = """On a GPU `"auto"` takes `sdpa`, torch's own attention, for a plain dot product without log-sum-exp and dropout,
+forward and backward. `relevancy_attention` and calls with `return_lse` run our forward pass. It was weighed whether output and
+log-sum-exp should come from torch there, too. This is not in: by the published rates no forward pass of 512 tokens or more would
+take less time than its estimate. All rates are in TFLOP/s. Ours are estimates; the others were measured on an H100 in float16,
+for the figures of FlashAttention-3's paper:
+
+{table}
+
+- Torch runs FlashAttention-2, and on sm_90 cuDNN from torch 2.11 on. FlashAttention-3 needs a package that is no dependency of
+  torch or of ours, and so does FlexAttention's backend FLASH.
+- UNITER has 160 tokens where the rates are of 512. Its tensors alone take half of the estimate, at the rate of memory.
+- The operators by which torch hands out the log-sum-exp of FlashAttention-2 and cuDNN have names that may change
+  (`_scaled_dot_product_flash_attention`), and no gradient of the log-sum-exp. FlexAttention has both, compiled.
+- The backward pass of `relevancy_attention` has the gradients of its inputs and of the map in the same kernels. With torch's
+  kernels for the former the map would be computed once more.
+
+An estimate leaves waits out, and a measured rate does not. `make gpu` times each of SDPA's kernels beside ours. Where cuDNN's
+forward pass takes 5 % less time than ours there, its output and log-sum-exp are worth taking."""
+
+
+def torch_section(times: dict[Entry, Times]) -> list[str]:
+    lines = ["| | tokens | ours | FlashAttention-2 | cuDNN | FlashAttention-3 | at tokens |", f"| --- |{' ---: |' * 6}"]
+    for entry, of_entry in times.items():
+        if (rates := nearest(entry)) is not None:
+            shown = f"{rates.tokens:,}{', not causal' if entry.workload.causal and not rates.causal else ''}"
+            cells = f"{rate_of(entry, of_entry.estimate):.0f} | {rates.flash2} | {rates.cudnn} | {rates.flash3} | {shown}"
+            lines.append(f"| {entry.what.split(', ')[-1]}, {entry.workload.name} | {entry.workload.tokens:,} | {cells} |")
+    return ["## Torch's attention for plain dot products", "", *TORCH.format(table="\n".join(lines)).splitlines(), ""]
+
+
+def behind(times: dict[Entry, Times]) -> str:
+    """Says which estimates are more than 1.5 times as long as FlashAttention-3 takes."""
+    slower = {
+        entry: rates.flash3 / rate_of(entry, of_entry.estimate)
+        for entry, of_entry in times.items()
+        if (rates := nearest(entry)) is not None
+    }
+    lines = [f"- {entry.what}, {entry.workload.name}: {ratio:.2f}" for entry, ratio in slower.items() if ratio > WITHIN]
+    head = f"{len(slower) - len(lines)} of {len(slower)} estimates are at most {WITHIN} times as long as FlashAttention-3 takes"
+    if not lines:
+        return f"{head}."
+    return "\n".join([f"{head}.", "Not so those of 160 tokens, where the published rate is of 512:", "", *lines])
