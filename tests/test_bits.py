@@ -82,10 +82,10 @@ def outcomes_of(code: str, folder: Path, *options: str) -> dict[str, str]:
     planted = folder / bits.FOLDERS[0] / "test_planted.py"
     planted.parent.mkdir(parents=True)
     planted.write_text(code, encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", "-p", "tests.helpers.bits", *options, "-rA", "--tb=no", "--rootdir", folder, planted]
+    words = [sys.executable, "-m", "pytest", "-p", "tests.helpers.bits", *options, "-rA", "--tb=no", "--rootdir", folder]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    done = subprocess.run([*words, planted], cwd=folder, env=environment, capture_output=True, text=True)
     outcomes = {name: state for state, name in re.findall(r"^(PASSED|FAILED) (\S+)", done.stdout, re.M)}
     assert outcomes, done.stdout + done.stderr
     return outcomes
