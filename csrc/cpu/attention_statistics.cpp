@@ -279,11 +279,15 @@ template <class E> static void few_raw_scores(const Attention& a, FewStatisticsS
     memset(query, 0, round_up(rows, BLOCK_ROWS) * stride * sizeof(*query));
     for (Size r = 0; r < rows; ++r)
         E::load_query(element(a.query.data, a.dtype, a.query.at(b, h + r / a.N, r % a.N)), a.D, 1.f, query + r * stride);
-    for (Size j0 = 0; j0 < keys; j0 += BLOCK_KEYS) {
-        const RowsInPlace block = rows_in_place(a, a.key, b, h / a.group(), j0), none = {};
-        const RowsInPlace next = fetches && j0 + BLOCK_KEYS < keys ? block.from(BLOCK_KEYS) : none;
-        few_products<E>(query, stride, rows, a.D, block, least(BLOCK_KEYS, keys - j0), next, x.S + j0, x.stride);
-    }
+    const auto products = [&](Size j0, Size count, bool fetches) {
+        const RowsInPlace block = rows_in_place(a, a.key, b, h / a.group(), j0);
+        const RowsInPlace next = fetches ? block.from(BLOCK_KEYS) : RowsInPlace{};
+        few_products<E>(query, stride, rows, a.D, block, count, next, x.S + j0, x.stride);
+    };
+    const Size whole = keys < 4 ? keys : keys / 4 * 4;
+    for (Size j0 = 0; j0 < whole; j0 += BLOCK_KEYS)
+        products(j0, least(BLOCK_KEYS, whole - j0), fetches && j0 + BLOCK_KEYS < whole);
+    if (whole < keys) products(keys - 4, 4, false);  // by fours, so that products with alike keys are equal
 }
 // The products of row i, a row of head h, become e^(logit - largest), and its sums are taken. Behind the keys they are 0.
 static void sweep_row(const StatisticsForward& c, FewStatisticsSpace& x, Size b, Size h, Size i, Size keys) {

@@ -47,6 +47,28 @@ def test_few_queries_over_many_keys(n: int, m: int, dtype: torch.dtype) -> None:
     check_statistics("cpu", as_dtype(statistics_inputs(n, m, 3, b=1, h=2), dtype), key_mask=torch.rand(1, m) > 0.3, **groups(m))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [1, 3, 8, 16, 17])
+def test_the_first_of_alike_keys(n: int, dtype: torch.dtype) -> None:
+    """Products with alike keys are equal, wherever the keys stand."""
+    for m in (2, 5, 47, 515):
+        inputs = as_dtype(statistics_inputs(n, m, 20, b=1), dtype)
+        inputs["key"] = inputs["key"][:, :, :1].expand(inputs["key"].shape)
+        assert va.attention_statistics(**inputs, backend="cpu").argmax.eq(0).all()
+
+
+@pytest.mark.parametrize("n, group", [(1, 32), (3, 8), (8, 2), (16, 2)])
+def test_few_queries_of_shared_keys(n: int, group: int) -> None:
+    """Query heads that share a key head meet its keys together, up to 16 rows at once; in any order of groups, with any mask."""
+    m = 70
+    inputs = as_dtype(statistics_inputs(n, m, 24, b=2, h=2 * group, kv=2), torch.float32)
+    options = {"enable_gqa": True, **groups(m)}
+    check_statistics("cpu", inputs, **options)
+    check_statistics("cpu", inputs, attn_mask=torch.rand(2, 1, n, m) > 0.3, key_mask=key_mask(m), **options)
+    mask = torch.randn(n, m, dtype=torch.float64).masked_fill(torch.rand(n, m) > 0.7, -torch.inf)
+    check_statistics("cpu", inputs, attn_mask=mask, softcap=2.0, is_causal=True, **options)
+
+
 def test_many_queries_that_are_alike() -> None:
     """All parts of the attention that a key receives are rounded the same way."""
     inputs = as_dtype(statistics_inputs(16384, 33, 3, b=1, h=2), torch.float32)

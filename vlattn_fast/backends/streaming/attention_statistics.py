@@ -68,7 +68,7 @@ def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor,
         if grad_entropy is not None:
             # the 1 of d(-P log P)/dP = -(log P + 1) cancels in the softmax
             grad_prob -= grad_entropy[b, h, i, None] * torch.where(prob > 0, prob.log(), 0.0)
-        if grad_maximum is not None:
+        if grad_maximum is not None and inputs.argmax is not None:  # which comes beside it
             grad_prob += torch.where(o_kv == inputs.argmax[b, h, i, None], grad_maximum[b, h, i, None], 0.0)
         if grad_received is not None:
             grad_row = grad_received[b, h, None, :]  # the same for every query
