@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlattn_fast._ground.tensors import expand_heads
 from vlattn_fast.benchmarks._measure import QKV, Pass, Tensors
 from vlattn_fast.benchmarks._workloads import Sizes
 
@@ -23,6 +24,17 @@ def softmax_map(query: Tensor, key: Tensor, is_causal: bool = False) -> Tensor:
     if is_causal:
         scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1), -torch.inf)
     return torch.softmax(scores, dim=-1)
+
+
+def stored_map(t: Tensors, is_causal: bool) -> tuple[Tensor, Tensor, Tensor, Tensors]:
+    """Attention whose map A (B, H, N, M) is stored: A, its gradient dA, the output, and the gradients of the inputs by name."""
+    leaves = {name: t[name].detach().requires_grad_() for name in QKV}
+    key, value = (expand_heads(leaves[name], t["query"].shape[1]) for name in QKV[1:])
+    prob = softmax_map(leaves["query"], key, is_causal)
+    output = prob @ value
+    grad, *grads = torch.autograd.grad(output, [prob, *leaves.values()], t["grad_output"])
+    gradients = {f"gradient of {name}": x for name, x in zip(QKV, grads, strict=True)}
+    return prob.detach(), grad, output.detach(), gradients
 
 
 def pairs(sizes: Sizes) -> int:

@@ -30,6 +30,15 @@ def ends(x: Tensor, axes: int = 1) -> Tensor:
     return x
 
 
+def end(name: str, x: Tensor) -> Tensor:
+    """The part that is compared, of a tensor whose first axis is of samples: all heads, since maps are means over them."""
+    return ends(x)
+
+
+def whole(name: str, x: Tensor) -> Tensor:
+    return x
+
+
 class Formula:
     """The formula's results on a part of the inputs, draw by draw: by `truth` in float64, by `plain` in the inputs' dtype."""
 

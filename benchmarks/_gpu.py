@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from vlattn_fast.benchmarks._formula import Run, Tensors
 from vlattn_fast.dispatch.table import BACKEND_NAMES
-
-Tensors = dict[str, Tensor]
-Run = Callable[[Tensors], Tensors]
 
 GRAPH = ", graph"  # ends the name of a variant that is replayed
 CALLS_BEFORE_CAPTURE = 3  # the last of these calls may not synchronise

@@ -120,6 +120,11 @@ def backward(inputs: Sequence[str], cotangents: Sequence[str], not_compared: Seq
     return wrap
 
 
+def finished(both: bool, inputs: Sequence[str], cotangents: Sequence[str], not_compared: Sequence[str] = ()) -> Finish:
+    """`backward` where `both` passes are measured, else `forward`."""
+    return backward(inputs, cotangents, not_compared) if both else forward
+
+
 def without_output(run: Run) -> Run:
     """A bound without its result, which is not the benchmark's."""
 

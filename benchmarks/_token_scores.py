@@ -15,6 +15,7 @@ from torch import Tensor
 import vlattn_fast as va
 from vlattn_fast.benchmarks import _measure
 from vlattn_fast.benchmarks._bounds import pairs, sdpa, standard
+from vlattn_fast.benchmarks._formula import whole
 from vlattn_fast.benchmarks._measure import Pass, Problem, Tensors, Variant, randoms, without_output
 from vlattn_fast.benchmarks._workloads import Sizes
 
@@ -39,7 +40,7 @@ def build(rule: str, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> 
     b, h, rows, d = *tensors["query"].shape[:2], RULES[rule] or n, tensors["query"].shape[3]
     seen = b * h * rows * n / (2 if rows == n else 1)  # the causal half, where all queries are read
     floor = [Pass(2 * seen * d, b * h * (rows + n) * d * dtype.itemsize, seen)]
-    return Problem(tensors, variants, "SDPA", _measure.forward(formula), lambda _, x: x, pairs(sizes), floor)
+    return Problem(tensors, variants, "SDPA", _measure.forward(formula), whole, pairs(sizes), floor)
 
 
 def _eager(rule: str, t: Tensors) -> Tensor:

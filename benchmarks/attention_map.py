@@ -12,20 +12,8 @@ from typing import Any
 import torch
 
 from vlattn_fast.benchmarks._bounds import keys, pairs, passes, sdpa, softmax_map, standard
-from vlattn_fast.benchmarks._formula import ends
-from vlattn_fast.benchmarks._measure import (
-    QKV,
-    Benchmark,
-    Finish,
-    Problem,
-    Tensors,
-    Variant,
-    backward,
-    forward,
-    operator_problem,
-    randoms,
-    taking,
-)
+from vlattn_fast.benchmarks._formula import end
+from vlattn_fast.benchmarks._measure import QKV, Benchmark, Problem, Tensors, Variant, finished, operator_problem, randoms, taking
 from vlattn_fast.benchmarks._workloads import CLIP, FEW_QUERIES, LLAVA, ONE_QUERY, UNITER, Sizes
 
 
@@ -42,17 +30,13 @@ def build(rule: str, differentiates: bool, sizes: Sizes, device: torch.device, d
 
     products = 1 if rule == "attention" else 2
     n, attention = tensors["query"].shape[2], partial(sdpa, is_causal=causal)
-    terms = [(products, 2 * products, 1)]
-    bound, part = forward(attention), lambda name, x: ends(x)
-    finish: Finish = forward
-    rivals = {"published": Variant(published, 4)} if rule == "gradient" else {}
-    maps = 2 if rule == "attention" else 3
-    if differentiates:
-        tensors["cotangent"] = randn(sizes["B"], n, n).float()
-        bound, finish = backward(QKV, ("grad_output",))(attention), backward(names, ("cotangent",))
-        terms, rivals, maps = [*terms, (3 * products, 4 * products, 1)], {}, 2 * maps
+    tensors |= {"cotangent": randn(sizes["B"], n, n).float()} if differentiates else {}
+    bound, finish = finished(differentiates, QKV, ("grad_output",))(attention), finished(differentiates, names, ("cotangent",))
+    rivals = {"published": Variant(published, 4)} if rule == "gradient" and not differentiates else {}
+    maps = (2 if rule == "attention" else 3) * (2 if differentiates else 1)
+    terms = [(products, 2 * products, 1), (3 * products, 4 * products, 1)][: 1 + differentiates]
     floor = passes(sizes, dtype, *terms, extra_bytes=4 * sizes["B"] * n * keys(sizes))
-    return operator_problem("attention_map", arguments, tensors, finish, maps, bound, part, pairs(sizes), floor, rivals=rivals)
+    return operator_problem("attention_map", arguments, tensors, finish, maps, bound, end, pairs(sizes), floor, rivals=rivals)
 
 
 def _declared(rule: str, *workloads: Any, differentiates: bool = False) -> list[Benchmark]:

@@ -11,10 +11,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from vlattn_fast.benchmarks import _measure, _token_scores
+from vlattn_fast.benchmarks import _token_scores
 from vlattn_fast.benchmarks._bounds import pairs, passes, sdpa, softmax_map, standard
 from vlattn_fast.benchmarks._formula import ends
-from vlattn_fast.benchmarks._measure import QKV, Benchmark, Problem, Tensors, Variant, operator_problem, randoms, taking
+from vlattn_fast.benchmarks._measure import QKV, Benchmark, Problem, Tensors, Variant, finished, operator_problem, randoms, taking
 from vlattn_fast.benchmarks._workloads import CLIP, LLAVA, UNITER, Sizes
 
 STATISTICS = ("mass", "entropy", "maximum", "received")
@@ -35,12 +35,9 @@ def build(both: bool, sizes: Sizes, device: torch.device, dtype: torch.dtype) ->
         statistics = (mass, entropy, prob.amax(-1), prob.sum(-2))
         return {name: x.to(t["grad_mass"].dtype) for name, x in zip(STATISTICS, statistics, strict=True)}
 
-    finish: _measure.Finish = _measure.forward
-    plain, maps = finish, 3
-    if both:
-        finish = _measure.backward(("query", "key"), [f"grad_{name}" for name in STATISTICS])
-        plain, maps = _measure.backward(QKV, ("grad_output",)), 6
-    floor = passes(sizes, dtype, (1, 2, 1), *([(3, 4, 1)] if both else []))
+    finish = finished(both, ("query", "key"), [f"grad_{name}" for name in STATISTICS])
+    plain, maps = finished(both, QKV, ("grad_output",)), 6 if both else 3
+    floor = passes(sizes, dtype, (1, 2, 1), (3, 4, 1))[: 1 + both]
     rivals, part = {"published": Variant(finish(published), maps)}, lambda name, x: ends(x, 2)
     return operator_problem(
         "attention_statistics", arguments, tensors, finish, maps, plain(sdpa), part, pairs(sizes), floor, rivals=rivals

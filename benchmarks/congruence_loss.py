@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast.benchmarks._bounds import pairs, passes, sdpa
-from vlattn_fast.benchmarks._formula import ends
+from vlattn_fast.benchmarks._formula import end
 from vlattn_fast.benchmarks._measure import QKV, Benchmark, Pass, Problem, Tensors, Variant, backward, operator_problem, randoms
 from vlattn_fast.benchmarks._workloads import UNITER, UNITER_DENSE, Sizes
 from vlattn_fast.lab.experiments.congruence.official import published_loss, uneven_masks
@@ -42,7 +42,7 @@ def build(kind: str, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> 
 
     return operator_problem(
         "congruence_loss", partial(arguments, kind), tensors, finish, 5,
-        lambda _: plain(whole), lambda name, x: ends(x), pairs(sizes), _floor(sizes, dtype),
+        lambda _: plain(whole), end, pairs(sizes), _floor(sizes, dtype),
         rivals={"published": Variant(finish(loop), 5)},
     )  # fmt: skip
 

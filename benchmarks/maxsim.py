@@ -13,19 +13,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlattn_fast.benchmarks import _measure
+from vlattn_fast.benchmarks._formula import whole
 from vlattn_fast.benchmarks._measure import (
     Benchmark,
     Pass,
     Problem,
     Tensors,
     Variant,
-    forward,
+    finished,
     in_bfloat16,
     operator_problem,
     randoms,
+    taking,
 )
 from vlattn_fast.benchmarks._workloads import COLBERT, COLPALI, Sizes
+
+EMBEDDINGS = ("queries", "documents")
 
 
 def inputs(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Tensors:
@@ -59,22 +62,12 @@ def build(both: bool, sizes: Sizes, device: torch.device, dtype: torch.dtype) ->
     randn = randoms(device, torch.promote_types(dtype, torch.float32))
     tensors["grad_similarity"] = randn(sizes["A"], sizes["B"])
     bound_tensors = tensors | {"grad_output": all_pairs(tensors)}
-    arguments = _measure.taking("queries", "documents")
-    finish: _measure.Finish = forward
-    plain = finish
-    if both:
-        finish = _measure.backward(("queries", "documents"), ("grad_similarity",))
-        plain = _measure.backward(("queries", "documents"), ("grad_output",))
-    bound = plain(all_pairs)
+    finish, bound = finished(both, EMBEDDINGS, ("grad_similarity",)), finished(both, EMBEDDINGS, ("grad_output",))(all_pairs)
     rivals = {"published": Variant(finish(published_similarity))}
     least = floor(sizes, dtype, both)
     return operator_problem(
-        "maxsim", arguments, tensors, finish, 0, lambda _: bound(bound_tensors), _all, 0, least, rivals=rivals
+        "maxsim", taking(*EMBEDDINGS), tensors, finish, 0, lambda _: bound(bound_tensors), whole, 0, least, rivals=rivals
     )
-
-
-def _all(name: str, x: Tensor) -> Tensor:
-    return x
 
 
 BENCHMARKS = [

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vlattn_fast.backends.reference.paged_attention_statistics import STATISTICS
 from vlattn_fast.benchmarks import _measure
+from vlattn_fast.benchmarks._formula import whole
 from vlattn_fast.benchmarks._measure import Benchmark, Pass, Problem, Tensors, Variant, operator_problem, randoms
 from vlattn_fast.benchmarks._workloads import PAGED_ANSWERS, PAGED_PROMPT, Sizes
 
@@ -67,12 +68,8 @@ def build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
     rivals = {"gathered": Variant(_measure.forward(gathered), 3)}
     run = _measure.forward(bound)
     return operator_problem(
-        "paged_attention_statistics", arguments, tensors, _measure.forward, 3, run, _all, maps, floor, rivals=rivals
+        "paged_attention_statistics", arguments, tensors, _measure.forward, 3, run, whole, maps, floor, rivals=rivals
     )
-
-
-def _all(name: str, x: Tensor) -> Tensor:
-    return x
 
 
 BENCHMARKS = [Benchmark(__name__, "forward", workload, build) for workload in (PAGED_ANSWERS, PAGED_PROMPT)]

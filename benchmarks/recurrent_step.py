@@ -14,7 +14,8 @@ from torch import Tensor
 
 from vlattn_fast.benchmarks import _measure
 from vlattn_fast.benchmarks._bounds import pairs, passes, sdpa, standard
-from vlattn_fast.benchmarks._measure import Benchmark, Finish, Problem, Tensors, Variant, in_bfloat16, operator_problem, randoms
+from vlattn_fast.benchmarks._formula import whole
+from vlattn_fast.benchmarks._measure import QKV, Benchmark, Problem, Tensors, Variant, in_bfloat16, operator_problem, randoms
 from vlattn_fast.benchmarks._workloads import DELTA_RULE, SCALAR_DECAY, Sizes, Workload
 
 STEP = "step"
@@ -60,35 +61,18 @@ def build(what: str, delta: bool, sizes: Sizes, device: torch.device, dtype: tor
     def arguments(t: Tensors) -> Tensors:
         return {"query": t["rows"], **{name: t[name] for name in names}}
 
-    attention: Finish = _measure.forward
-    finish, work = attention, [(2.0, 4.0, 0.0)]
-    rivals = {"unit impulses": Variant(_measure.forward(impulses), 3)}
+    both = what != STEP
     bound_tensors = {"query": tensors["rows"], **{name: tensors[name] for name in ("key", "value", "grad_output")}}
-    if what != STEP:
-        tensors["cotangent"] = torch.rand_like(tensors["relevancy"])
-        finish, work, rivals = _measure.backward([*names, "rows"], ("cotangent",)), [*work, (6.0, 8.0, 0.0)], {}
-        attention = _measure.backward(("query", "key", "value"), ("grad_output",))
-    bound = attention(partial(sdpa, is_causal=True))
-    floor = passes(sizes, dtype, *work)
-    maps = 3 if what == STEP else 6
+    tensors |= {"cotangent": torch.rand_like(tensors["relevancy"])} if both else {}
+    finish, plain = _measure.finished(both, [*names, "rows"], ("cotangent",)), _measure.finished(both, QKV, ("grad_output",))
+    bound, floor = plain(partial(sdpa, is_causal=True)), passes(sizes, dtype, (2.0, 4.0, 0.0), (6.0, 8.0, 0.0))[: 1 + both]
+    rivals = {} if both else {"unit impulses": Variant(_measure.forward(impulses), 3)}
     problem = operator_problem(
-        "recurrent_step",
-        arguments,
-        tensors,
-        finish,
-        maps,
-        lambda _: bound(bound_tensors),
-        _all,
-        pairs(sizes),
-        floor,
-        rivals=rivals,
-    )
+        "recurrent_step", arguments, tensors, finish, 6 if both else 3,
+        lambda _: bound(bound_tensors), whole, pairs(sizes), floor, rivals=rivals,
+    )  # fmt: skip
     # A loop over thousands of tokens is no graph.
     return problem._replace(variants={name: one for name, one in problem.variants.items() if not one.compiled})
-
-
-def _all(name: str, x: Tensor) -> Tensor:
-    return x
 
 
 def _declared(what: str, workload: Workload, delta: bool) -> Benchmark:

@@ -10,18 +10,17 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from vlattn_fast.benchmarks import _measure
-from vlattn_fast.benchmarks._bounds import SDPA_BACKWARD, SDPA_FORWARD, pairs, passes, sdpa, softmax_map, standard
-from vlattn_fast.benchmarks._formula import ends
+from vlattn_fast.benchmarks._bounds import SDPA_BACKWARD, SDPA_FORWARD, pairs, passes, sdpa, standard, stored_map
+from vlattn_fast.benchmarks._formula import end
 from vlattn_fast.benchmarks._measure import (
     QKV,
     Benchmark,
-    Finish,
     Problem,
     Tensors,
     Variant,
+    finished,
     in_bfloat16,
     operator_problem,
     randoms,
@@ -41,38 +40,25 @@ def build(what: str, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> 
     tensors["relevancy"] = torch.eye(n, device=device, dtype=wide)[read_out].repeat(b, 1, 1)
 
     def published(t: Tensors) -> Tensors:
-        leaves = {name: t[name].detach().requires_grad_() for name in QKV}
-        prob = softmax_map(leaves["query"], leaves["key"], causal)
-        output = prob @ leaves["value"]
-        grad, *grads = torch.autograd.grad(output, [prob, *leaves.values()], t["grad_output"])
-        abar = (grad * prob.detach()).clamp(min=0).mean(dim=1).to(t["carrier"].dtype)
+        prob, grad, output, gradients = stored_map(t, causal)
+        abar = (grad * prob).clamp(min=0).mean(dim=1).to(t["carrier"].dtype)
         relevancy = torch.eye(n, device=device, dtype=abar.dtype).expand(len(abar), n, n)
         relevancy = relevancy + torch.bmm(abar, relevancy)
-        gradients = {f"gradient of {name}": x for name, x in zip(QKV, grads, strict=True)}
-        return {"output 0": output.detach(), **gradients, "gradient of carrier": relevancy[:, read_out]}
+        return {"output 0": output, **gradients, "gradient of carrier": relevancy[:, read_out]}
 
     carried, attention = _measure.taking(*QKV, "carrier", is_causal=causal), partial(sdpa, is_causal=causal)
     if what != ATTENTION:
-        names = _measure.backends("relevancy_attention", carried(tensors))
-        bound, floor = _measure.forward(attention), passes(sizes, dtype, (2, 4, 1))
+        names, both = _measure.backends("relevancy_attention", carried(tensors)), what != STEP_ALONE
         arguments = _measure.taking(*QKV, "grad_output", "relevancy", is_causal=causal)
-        finish: Finish = _measure.forward
-        maps = 3
-        if what != STEP_ALONE:
-            tensors["cotangent"] = torch.rand_like(tensors["relevancy"])
-            finish, maps = _measure.backward(("relevancy", *QKV, "grad_output"), ("cotangent",)), 6
-            bound, floor = _measure.backward(QKV, ("grad_output",))(attention), passes(sizes, dtype, (2, 4, 1), (6, 8, 1))
-        return operator_problem(
-            "relevancy_step", arguments, tensors, finish, maps, bound, _part, pairs(sizes), floor, names=names
-        )
+        tensors |= {"cotangent": torch.rand_like(tensors["relevancy"])} if both else {}
+        finish = finished(both, ("relevancy", *QKV, "grad_output"), ("cotangent",))
+        bound, floor = finished(both, QKV, ("grad_output",))(attention), passes(sizes, dtype, (2, 4, 1), (6, 8, 1))[: 1 + both]
+        maps = 6 if both else 3
+        return operator_problem("relevancy_step", arguments, tensors, finish, maps, bound, end, pairs(sizes), floor, names=names)
     finish = _measure.backward((*QKV, "carrier"), ("grad_output", "relevancy"))
     bound, floor = _measure.backward(QKV, ("grad_output",))(attention), passes(sizes, dtype, SDPA_FORWARD, SDPA_BACKWARD)
     rivals = {"published": Variant(published, 5)}
-    return operator_problem("relevancy_attention", carried, tensors, finish, 4, bound, _part, pairs(sizes), floor, rivals=rivals)
-
-
-def _part(name: str, x: Tensor) -> Tensor:
-    return ends(x)  # all heads: Abar is the mean over heads
+    return operator_problem("relevancy_attention", carried, tensors, finish, 4, bound, end, pairs(sizes), floor, rivals=rivals)
 
 
 def _declared(what: str, *workloads: Workload) -> list[Benchmark]:

@@ -18,7 +18,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from vlattn_fast import scores
 from vlattn_fast.benchmarks import _measure
 from vlattn_fast.benchmarks._bounds import SDPA_BACKWARD, SDPA_FORWARD, pairs, passes, sdpa, standard
-from vlattn_fast.benchmarks._formula import ends
+from vlattn_fast.benchmarks._formula import ends, whole
 from vlattn_fast.benchmarks._measure import (
     QKV,
     Benchmark,
@@ -26,6 +26,7 @@ from vlattn_fast.benchmarks._measure import (
     Problem,
     Tensors,
     Variant,
+    finished,
     in_bfloat16,
     operator_problem,
     randoms,
@@ -75,11 +76,9 @@ def build(kind: str, both: bool, sizes: Sizes, device: torch.device, dtype: torc
     def arguments(t: Tensors) -> dict[str, Any]:
         return {**{name: t[name] for name in QKV}, "score": _score(kind, t), "is_causal": causal}
 
-    finish: _measure.Finish = _measure.forward
-    plain, maps = finish, 2
-    if both:  # gradients of shared parameters are sums over the batch, and only a part of the batch is compared
-        finish = _measure.backward((*QKV, *used), ("grad_output",), used)
-        plain, maps = _measure.backward(QKV, ("grad_output",)), 4
+    # gradients of shared parameters are sums over the batch, and only a part of the batch is compared
+    finish, plain = finished(both, (*QKV, *used), ("grad_output",), used), finished(both, QKV, ("grad_output",))
+    maps = 4 if both else 2
     maps *= d if kind in ("additive", "hadamard relu", "hadamard tanh") else 1  # the formula holds features for every pair
     bound, floor = plain(partial(sdpa, is_causal=causal)), passes(sizes, dtype, *_floor(kind, d)[: 1 + both])
     rivals = {}
@@ -96,16 +95,16 @@ def build_token(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Probl
     randn = randoms(device, dtype)
     tensors = {"query": randn(b, h, 1, d), "key": randn(b, kv, m, d), "value": randn(b, kv, m, d)}
     arguments = _measure.taking(*QKV, enable_gqa=True)
-    bound, part = _measure.forward(lambda t: F.scaled_dot_product_attention(**arguments(t))), lambda name, x: x
+    bound = _measure.forward(lambda t: F.scaled_dot_product_attention(**arguments(t)))
     floor = (Pass(4 * b * h * m * d, 2 * b * kv * m * d * dtype.itemsize, b * h * m),)
-    return operator_problem("score_attention", arguments, tensors, _measure.forward, 2, bound, part, b * h * m, floor)
+    return operator_problem("score_attention", arguments, tensors, _measure.forward, 2, bound, whole, b * h * m, floor)
 
 
 def build_dot(padding: bool, both: bool, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
     """Scaled dot products, with `padding` where a quarter of the keys is padding."""
     tensors, causal = standard(sizes, randoms(device, dtype)), bool(sizes.get("causal"))
     b, _, n, d = tensors["query"].shape
-    finish = _measure.backward(QKV, ("grad_output",)) if both else _measure.forward
+    finish = finished(both, QKV, ("grad_output",))
     visible, rivals = 1.0, {}
     arguments, bound = _measure.taking(*QKV, is_causal=causal), finish(partial(sdpa, is_causal=causal))
     if padding:

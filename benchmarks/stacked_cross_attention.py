@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vlattn_fast.benchmarks import _measure
 from vlattn_fast.benchmarks._formula import ends
-from vlattn_fast.benchmarks._measure import Benchmark, Pass, Problem, Tensors, Variant, forward, operator_problem, randoms
+from vlattn_fast.benchmarks._measure import Benchmark, Pass, Problem, Tensors, Variant, operator_problem, randoms
 from vlattn_fast.benchmarks._workloads import DAMSM, SCAN, Sizes
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -83,11 +83,9 @@ def build(kind: str, both: bool, sizes: Sizes, device: torch.device, dtype: torc
     def loop(t: Tensors) -> Tensor:
         return published_similarity(t["images"], t["captions"], lengths, options).to(t["grad_similarity"].dtype)
 
-    finish: _measure.Finish = forward
-    plain = finish
-    if both:  # a caption's gradient is a sum over all images, and only a part of the images is compared
-        finish = _measure.backward(("images", "captions"), ("grad_similarity",), not_compared=("captions",))
-        plain = _measure.backward(("images", "words"), ("grad_output",))
+    # a caption's gradient is a sum over all images, and only a part of the images is compared
+    finish = _measure.finished(both, ("images", "captions"), ("grad_similarity",), not_compared=("captions",))
+    plain = _measure.finished(both, ("images", "words"), ("grad_output",))
     bound, least = plain(all_pairs), floor(sizes, len(words["words"]), dtype, both)
     rivals = {"published": Variant(finish(loop))}
     problem = operator_problem(

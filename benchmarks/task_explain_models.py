@@ -106,17 +106,26 @@ def _model(whole: Whole, sizes: Sizes, device: torch.device, dtype: torch.dtype)
     return lively(model, device, dtype)
 
 
+def _in(model: nn.Module, wide: bool) -> nn.Module:
+    """A copy of the model in float64, or the model as it is."""
+    return copy.deepcopy(model).double() if wide else model
+
+
 def _run(model: nn.Module, whole: Whole, t: Tensors) -> Tensor:
     return whole.score(model(**t, **whole.options))
 
 
-def _stored(model: nn.Module, whole: Whole, read: Read, one_backward: bool, t: Tensors) -> Tensors:
+def _with_maps(model: nn.Module, whole: Whole, run: Callable[[nn.Module], Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The result of `run` on the model in eager attention, and the maps of this run."""
     with _eager(model, whole), _starting(model, whole.embeddings), _Maps() as kept:
-        score = _run(model, whole, t).sum()
+        return run(model), kept.maps
+
+
+def _stored(model: nn.Module, whole: Whole, read: Read, one_backward: bool, t: Tensors) -> Tensors:
+    score, maps = _with_maps(model, whole, lambda model: _run(model, whole, t).sum())
     if one_backward:
-        return _relevancy(kept.maps, torch.autograd.grad(score, kept.maps, allow_unused=True), read)
-    grads = (torch.autograd.grad(score, one, retain_graph=True)[0] for one in kept.maps)
-    return _relevancy(kept.maps, grads, read)
+        return _relevancy(maps, torch.autograd.grad(score, maps, allow_unused=True), read)
+    return _relevancy(maps, (torch.autograd.grad(score, one, retain_graph=True)[0] for one in maps), read)
 
 
 def _with_weights(model: nn.Module, whole: Whole, read: Read, t: Tensors) -> Tensors:
@@ -200,7 +209,7 @@ def build(whole: Whole, sizes: Sizes, device: torch.device, dtype: torch.dtype) 
     read, layers = whole.read(sizes), sizes["layers"]
 
     def formula(wide: bool, t: Tensors) -> Tensors:
-        return _stored(copy.deepcopy(make()).double() if wide else make(), whole, read, True, t)
+        return _stored(_in(make(), wide), whole, read, True, t)
 
     def published(t: Tensors) -> Tensors:
         return _with_weights(make(), whole, read, t) if whole.eager is None else _stored(make(), whole, read, False, t)
@@ -274,16 +283,14 @@ def build_answer(whole: Whole, method: str, one_by_one: bool, sizes: Sizes, devi
     places = {"relevancy, first token": (0, sizes["N"] - 1), "relevancy, last token": (sizes["T"] - 1, last)}
 
     def formula(wide: bool, t: Tensors) -> Tensors:
-        model = copy.deepcopy(make()).double() if wide else make()
-        with _eager(model, whole), _starting(model, whole.embeddings), _Maps() as kept:
-            scores = forward(model, t)
+        scores, maps = _with_maps(_in(make(), wide), whole, lambda model: forward(model, t))
         relevancy: Tensors = {}
         for name, (token, place) in places.items():
             if method == "rollout":
-                relevancy[name] = without(_rolled(kept.maps, place), place)
+                relevancy[name] = without(_rolled(maps, place), place)
                 continue
-            grads = torch.autograd.grad(scores[:, token].sum(), kept.maps, retain_graph=True)
-            (relevancy[name],) = _relevancy(kept.maps, grads, {name: (sizes["N"] + sizes["T"], place)}).values()
+            grads = torch.autograd.grad(scores[:, token].sum(), maps, retain_graph=True)
+            (relevancy[name],) = _relevancy(maps, grads, {name: (sizes["N"] + sizes["T"], place)}).values()
         return relevancy
 
     bound, run = (BACKWARDS, plain) if method == "gradient" else (FORWARD, read_forward)
@@ -310,14 +317,12 @@ def build_edges(whole: Whole, sizes: Sizes, device: torch.device, dtype: torch.d
 
     def formula(wide: bool, t: Tensors) -> Tensors:
         """A (dA - sum_j A dA), summed over the pairs of each two groups."""
-        model = copy.deepcopy(make()).double() if wide else make()
-        with _eager(model, whole), _starting(model, whole.embeddings), _Maps() as kept:
-            score = _run(model, whole, t).sum()
+        score, maps = _with_maps(_in(make(), wide), whole, lambda model: _run(model, whole, t).sum())
         image = t["input_ids"][0] == sizes["vocabulary"] - 1
         last = torch.arange(sizes["N"], device=device) == sizes["N"] - 1
         members = torch.stack([image, ~image, last]).to(score.dtype)
         effects = []
-        for prob, grad in zip(kept.maps, torch.autograd.grad(score, kept.maps), strict=True):
+        for prob, grad in zip(maps, torch.autograd.grad(score, maps), strict=True):
             logits = prob.detach() * (grad - (prob.detach() * grad).sum(-1, keepdim=True))
             effects.append((members @ logits.mT @ members.mT).flatten(1))  # by head, keys and queries
         return {"effects": torch.cat(effects, 1)}

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlattn_fast.benchmarks import _measure
-from vlattn_fast.benchmarks._bounds import SDPA_BACKWARD, SDPA_FORWARD, pairs, passes, sdpa, softmax_map, standard
+from vlattn_fast.benchmarks._bounds import SDPA_BACKWARD, SDPA_FORWARD, pairs, passes, sdpa, standard, stored_map
 from vlattn_fast.benchmarks._formula import ends
-from vlattn_fast.benchmarks._measure import QKV, Benchmark, Problem, Tensors, Variant, operator_problem, randoms
+from vlattn_fast.benchmarks._measure import QKV, Benchmark, Problem, Tensors, Variant, finished, operator_problem, randoms
 from vlattn_fast.benchmarks._workloads import KNOCKOUTS, Sizes
 
 IMAGE, TEXT, LAST = range(3)
@@ -42,8 +42,8 @@ def build(both: bool, sizes: Sizes, device: torch.device, dtype: torch.dtype) ->
         tensors["group_bias"][:, :, LAST, IMAGE] = -torch.inf
     constants = {"query_groups": groups, "key_groups": groups, "is_causal": True}
     arguments = _measure.taking(*QKV, "group_bias", **constants)
-    finish = _measure.backward((*QKV, "group_bias"), ("grad_output",)) if both else _measure.forward
-    bound = (_measure.backward(QKV, ("grad_output",)) if both else _measure.forward)(partial(sdpa, is_causal=True))
+    finish = finished(both, (*QKV, "group_bias"), ("grad_output",))
+    bound = finished(both, QKV, ("grad_output",))(partial(sdpa, is_causal=True))
     rivals = (
         {
             "maps stored, one backward": Variant(partial(_stored, groups), 5),
@@ -85,14 +85,10 @@ def _dense_bias(groups: Tensor, t: Tensors) -> Tensor:
 
 
 def _stored(groups: Tensor, t: Tensors) -> Tensors:
-    leaves = {name: t[name].detach().requires_grad_() for name in QKV}
-    prob = softmax_map(leaves["query"], leaves["key"], is_causal=True)
-    output = prob @ leaves["value"]
-    grad, *grads = torch.autograd.grad(output, [prob, *leaves.values()], t["grad_output"])
-    prob, members = prob.detach(), F.one_hot(groups, 3).to(prob.dtype)
+    prob, grad, output, gradients = stored_map(t, is_causal=True)
+    members = F.one_hot(groups, 3).to(prob.dtype)
     logits = prob * (grad - (prob * grad).sum(-1, keepdim=True))
-    gradients = {f"gradient of {name}": x for name, x in zip(QKV, grads, strict=True)}
-    return {"output": output.detach(), **gradients, "gradient of group_bias": members.mT @ logits @ members}
+    return {"output": output, **gradients, "gradient of group_bias": members.mT @ logits @ members}
 
 
 def _part(name: str, x: Tensor) -> Tensor:

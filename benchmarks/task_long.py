@@ -18,8 +18,8 @@ from torch import Tensor
 
 import vlattn_fast as va
 from vlattn_fast.benchmarks import _measure
-from vlattn_fast.benchmarks._bounds import SDPA_BACKWARD, SDPA_FORWARD, pairs, passes, softmax_map
-from vlattn_fast.benchmarks._formula import ends
+from vlattn_fast.benchmarks._bounds import SDPA_BACKWARD, SDPA_FORWARD, pairs, passes, stored_map
+from vlattn_fast.benchmarks._formula import end
 from vlattn_fast.benchmarks._measure import QKV, Benchmark, Problem, Tensors, Variant, randoms, without_output
 from vlattn_fast.benchmarks._workloads import LONG, Sizes
 from vlattn_fast.checking import blocks
@@ -55,23 +55,14 @@ def build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
     variants["SDPA"] = Variant(without_output(_measure.forward(sdpa)))
     truth = finish(lambda t: blocks.formula("relevancy_attention")(**arguments(t)))
     floor = passes(sizes, dtype, SDPA_FORWARD, SDPA_BACKWARD)
-    return Problem(tensors, variants, "SDPA", truth, _part, pairs(sizes), floor, in_blocks=True)
+    return Problem(tensors, variants, "SDPA", truth, end, pairs(sizes), floor, in_blocks=True)
 
 
 def _stored(t: Tensors) -> Tensors:
-    leaves = {name: t[name].detach().requires_grad_() for name in QKV}
-    key, value = (leaves[name].repeat_interleave(t["query"].shape[1] // t[name].shape[1], 1) for name in ("key", "value"))
-    prob = softmax_map(leaves["query"], key, is_causal=True)
-    output = prob @ value
-    grad, *grads = torch.autograd.grad(output, [prob, *leaves.values()], t["grad_output"])
-    abar = (grad * prob.detach()).clamp(min=0).mean(dim=1).to(t["carrier"].dtype)
+    prob, grad, output, gradients = stored_map(t, is_causal=True)
+    abar = (grad * prob).clamp(min=0).mean(dim=1).to(t["carrier"].dtype)
     relevancy = t["relevancy"] + t["relevancy"] @ abar
-    gradients = {f"gradient of {name}": x for name, x in zip(QKV, grads, strict=True)}
-    return {"output 0": output.detach(), **gradients, "gradient of carrier": relevancy}
-
-
-def _part(name: str, x: Tensor) -> Tensor:
-    return ends(x)
+    return {"output 0": output, **gradients, "gradient of carrier": relevancy}
 
 
 BENCHMARKS = [

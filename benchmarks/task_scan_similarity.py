@@ -16,27 +16,18 @@ from vlattn_fast.benchmarks._formula import ends
 from vlattn_fast.benchmarks._measure import Benchmark, Problem, Tensors, Variant, backends, backward, without_output
 from vlattn_fast.benchmarks._workloads import SCAN_BATCH, Sizes
 from vlattn_fast.benchmarks.stacked_cross_attention import OPTIONS, all_pairs, floor, inputs, packed, published_similarity
-
-MARGIN = 0.2
-
-
-def triplet_loss(similarity: Tensor) -> Tensor:
-    """Hinge in both directions against the hardest negative."""
-    matched = similarity.diagonal()
-    diagonal = torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
-    captions, images = ((MARGIN + similarity - x).clamp(min=0).masked_fill(diagonal, 0.0) for x in (matched[:, None], matched))
-    return captions.amax(1).sum() + images.amax(0).sum()
+from vlattn_fast.nn.matching_losses import triplet_loss
 
 
 def build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
     tensors, lengths = inputs(sizes, device, dtype)
-    words = packed(tensors, lengths)
+    words, diagonal = packed(tensors, lengths), torch.eye(len(lengths), dtype=torch.bool, device=device)
     arguments: dict[str, Any] = {"caption_lengths": lengths, **OPTIONS["SCAN"]}
 
     def step(similarity: Any, t: Tensors) -> Tensors:
         leaves = {name: x.detach().requires_grad_() for name, x in t.items()}
         scores = similarity(leaves["images"], leaves["captions"])
-        torch.autograd.grad(triplet_loss(scores), list(leaves.values()))
+        torch.autograd.grad(triplet_loss(scores, diagonal), list(leaves.values()))
         return {"similarity": scores.detach()}
 
     def truth(t: Tensors) -> Tensors:  # for a few images: the loss couples all pairs
