@@ -33,7 +33,6 @@ from vlattn_fast.kernels._group_bias import (
     RUNS,
     BiasProduct,
     add_group_bias,
-    add_special,
     chosen_rows,
     groups_of_tile,
     members_of,
@@ -41,6 +40,7 @@ from vlattn_fast.kernels._group_bias import (
     prepared_product,
     row_bias_of,
     seeing_queries,
+    special_logits,
     unforeseen,
 )
 
@@ -644,7 +644,7 @@ def power_tile(b_s, b_scale, b_shift, masks, special, of_tile, start, o_q, o_kv,
     """
     if C.MASK == GROUP_PRODUCT:
         if special != 0:
-            b_logit = add_special(b_s * b_scale[:, None], masks, special, o_q, o_kv, N, M, False, C.PRECISION)
+            b_logit = special_logits(b_s, b_scale, masks, special, o_q, o_kv, N, M, False, C.PRECISION)
             b_p = tl.exp2(mask_tile(b_logit, masks, start, o_q, o_kv, N, M, C, EDGE) - b_shift[:, None])
         else:
             b_logit = mask_tile(b_s * b_scale[:, None], masks, start, o_q, o_kv, N, M, C, EDGE)
@@ -676,11 +676,11 @@ def power_key_major(
     """
     if C.MASK == GROUP_PRODUCT:
         if special != 0:
-            b_factor = tl.div_rn(1.0, tl.load(p_total + unforeseen(o_q, C.PRECISION)))  # first: what both branches begin with is computed apart
             of_head = masks_at(masks, i_b, i_h, M)
-            b_logit = add_special(b_s * b_scale[:, None], of_head, special, o_row, o_kv, N, M, True, C.PRECISION)
+            b_logit = special_logits(b_s, b_scale, of_head, special, o_row, o_kv, N, M, True, C.PRECISION)
             b_logit = mask_key_major(b_logit, masks, i_b, i_h, start, o_kv, o_q, o_row, N, M, C, EDGE)
-            b_p = tl.exp2(b_logit - b_shift[None, :]) * b_factor[None, :]
+            b_total = tl.load(p_total + unforeseen(o_q, C.PRECISION))
+            b_p = tl.exp2(b_logit - b_shift[None, :]) * tl.div_rn(1.0, b_total)[None, :]
         else:
             b_logit = mask_key_major(b_s * b_scale[:, None], masks, i_b, i_h, start, o_kv, o_q, o_row, N, M, C, EDGE)
             b_p = tl.exp2(b_logit - b_shift[None, :])
