@@ -138,9 +138,7 @@ def gradient_blocks(row_bias: Tensor | None, mask: int = 0) -> tuple[Tensor | No
 
 
 @triton.jit
-def _group_bias_kernel(
-    p_groups, p_rows, p_words, p_bias, p_masked, product, factor, B, N, NP, M, G, BLOCK: tl.constexpr
-):
+def _group_bias_kernel(p_groups, p_rows, p_words, p_bias, p_masked, product, factor, B, N, NP, M, G, BLOCK: tl.constexpr):
     """`GroupBias`: words by the first B programs, one a sample; bias and masked by the others, one a head and group. Beside a
     `BiasProduct` these are for PADDED keys of a sample, or PADDED queries of a head."""
     i = tl.program_id(0).to(tl.int64)
