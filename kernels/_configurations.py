@@ -85,6 +85,12 @@ def _current() -> str | None:
     return _architecture(torch.cuda.current_device()) if torch.cuda.is_initialized() else TARGET
 
 
+def multiplies_biases() -> bool:
+    """Whether a product adds a bias of groups on the current device. On sm_80 the kernels would spill up to 528 bytes; on sm_100
+    none was compiled. Triton's interpreter has no architecture."""
+    return _current() in (None, "sm_90")
+
+
 @functools.cache
 def _architecture(device: int) -> str:
     major, minor = torch.cuda.get_device_capability(device)

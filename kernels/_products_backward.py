@@ -21,12 +21,20 @@ from vlattn_fast.kernels._configurations import Config
 from vlattn_fast.kernels._group_bias import (
     FLOAT_MASK,
     GROUP_BIAS,
+    GROUP_PRODUCT,
     add_group_sums,
+    add_sums_of_all_groups,
     gradient_blocks,
     groups_of_tile,
+    members_of,
+    parts_of,
+    seeing_queries_of_product,
     seen_keys,
+    seen_keys_of_product,
     seen_tiles,
+    special_groups,
     store_group_sums,
+    store_sums_of_product,
     tile_at,
 )
 from vlattn_fast.kernels._scores import (
@@ -50,6 +58,7 @@ from vlattn_fast.kernels._tiles import (
     dot,
     edge_block,
     extended,
+    first_sums,
     groups_of_heads,
     head_side,
     heads_in_turn,
@@ -61,6 +70,7 @@ from vlattn_fast.kernels._tiles import (
     load_head,
     load_side,
     map_of,
+    masks_at,
     padded_rows,
     power_key_major,
     power_tile,
@@ -74,6 +84,7 @@ from vlattn_fast.kernels._tiles import (
     seeing_queries_of_heads,
     side_at,
     store_head,
+    with_bias,
     zero_sums,
 )
 
@@ -130,7 +141,7 @@ def queries(
     shift = new_rows(query) if coarse is None else coarse.shift
     total = coarse.total if coarse is not None else new_rows(query) if call["C"].EXACT else None
     stats = RowStats(shift, total, new_rows(query), new_rows(query) if summed else None)
-    grad_bias, blocks = gradient_blocks(row_bias)
+    grad_bias, blocks = gradient_blocks(row_bias, call["C"].MASK)
     for p_grad_bias, first_group, block_g in blocks if shift.numel() > 0 else ():
         _backward_q_kernel[(padded_rows(num_q) // config["BLOCK_Q"] * batch * heads,)](
             **launched(call),
@@ -263,6 +274,8 @@ def _backward_q_kernel(
     if BLOCK_G > 0:
         b_bias = tl.zeros([BLOCK_Q, BLOCK_G], dtype=tl.float32)
         b_mean_bias = b_bias
+        if C.MASK == GROUP_PRODUCT:
+            b_bias = first_sums(q.p.dtype.element_ty, BLOCK_Q, BLOCK_G)
     if C.EXACT:
         b_rest = tl.zeros([BLOCK_Q], dtype=tl.float32)
         b_mean = b_dq
@@ -270,7 +283,13 @@ def _backward_q_kernel(
     # tiles at the edge take masks and cosine's clamp; where it acts on some pair of the block, all of them do
     whole, end = key_range(i_q, M, False, C.CAUSAL, BLOCK_Q, BLOCK_KV)
     whole = tl.where(clamped, 0, whole)
-    seen = seen_keys(masks, o_q, N, M, C.MASK)
+    special = tl.full([], 0, tl.int32)
+    if C.MASK == GROUP_PRODUCT:
+        special, hidden = special_groups(x.product, i_bh, i_q * BLOCK_Q, N, BLOCK_Q)
+        seen = seen_keys_of_product(masks, hidden, M)
+        b_parts = parts_of(x.product, i_bh, i_q * BLOCK_Q, N, BLOCK_Q)  # [q,slot]
+    else:
+        seen = seen_keys(masks, o_q, N, M, C.MASK)
     for EDGE in tl.static_range(2):
         begin, finish = whole if EDGE else 0, end if EDGE else whole
         tiles = seen_tiles(seen, begin, finish, BLOCK_EDGE if EDGE else BLOCK_KV, C.MASK)
@@ -283,9 +302,13 @@ def _backward_q_kernel(
             b_v = load_side(of_v, o_d, C.DV)  # [kv,Dv]
             norms = b_inv_q, inverse_norm(p_pre_k, o_kv, C.SCORE), b_weight
             b_x = row_products(b_q, of_q, b_k, of_k, C.A, C.PRECISION)  # [q,kv]
+            of_tile = 0, 0, 0, False
+            if C.MASK == GROUP_PRODUCT:
+                b_x = with_bias(b_x, b_parts, x.product, i_b, start, M, C.PRECISION)
+            else:
+                of_tile = groups_of_tile(masks, start, M, o_kv.shape[0], C.MASK)
             b_s, b_slope = activate(b_x, norms[0], norms[1], b_weight, parameter, EDGE, C)
-            of_tile = groups_of_tile(masks, start, M, o_kv.shape[0], C.MASK)
-            b_p = power_tile(b_s, b_scale, b_shift, masks, of_tile, start, o_q, o_kv, N, M, C, EDGE)
+            b_p = power_tile(b_s, b_scale, b_shift, masks, special, of_tile, start, o_q, o_kv, N, M, C, EDGE)
             b_dp = row_products(b_do, of_do, b_v, of_v, C.DV, C.PRECISION)  # [q,kv]
             if x.dropout is not None:
                 b_dp *= keep_factor(x.dropout, i_bh, o_q, o_kv, N)
@@ -293,7 +316,10 @@ def _backward_q_kernel(
             b_ds = b_p * (b_dp - b_delta[:, None])
             if C.EXACT:
                 b_rest += tl.sum(b_ds, axis=1)  # before the slope: it is the softmax whose rows sum to 0
-            if BLOCK_G > 0:
+            if BLOCK_G > 0 and C.MASK == GROUP_PRODUCT:
+                b_member = members_of(x.product, i_b, start, M, o_kv.shape[0])  # [kv,slot]
+                b_bias += dot(b_ds.to(b_member.dtype), b_member, C.PRECISION)
+            elif BLOCK_G > 0:
                 b_bias = add_group_sums(b_bias, b_ds, masks, of_tile, o_kv, M, first_group)
                 if C.EXACT:
                     b_mean_bias = add_group_sums(b_mean_bias, b_p, masks, of_tile, o_kv, M, first_group)
@@ -322,7 +348,13 @@ def _backward_q_kernel(
         tl.store(stats.total + i_bh * NP + o_q, b_total)
     elif C.MASK >= FLOAT_MASK:
         b_total = tl.load(stats.total + i_bh * NP + o_q)
-    if C.EXACT or C.MASK >= FLOAT_MASK:
+    if C.MASK == GROUP_PRODUCT:
+        if special != 0:  # else the total is 1
+            b_dq = [b / b_total[:, None] for b in b_dq]
+            b_sums /= b_total
+            if BLOCK_G > 0:
+                b_bias /= b_total[:, None]
+    elif C.EXACT or C.MASK >= FLOAT_MASK:
         b_dq = [b / b_total[:, None] for b in b_dq]
         b_along /= b_total
         b_sums /= b_total
@@ -337,7 +369,55 @@ def _backward_q_kernel(
     tl.store(stats.delta + i_bh * NP + o_q, b_delta)
     store_head(grad_q, i_b, i_h, o_q, o_a, N, C.A, [b * x.scale for b in b_dq])
     if BLOCK_G > 0:
-        store_group_sums(p_grad_bias, masks, i_bh, o_q, N, first_group, b_bias)
+        if C.MASK == GROUP_PRODUCT:
+            m_bad = tl.sum(b_bias * 0.0, axis=1) != 0.0  # what is not finite makes NaN
+            if tl.max(m_bad.to(tl.int32), axis=0) > 0:
+                b_again = _group_sums(x, stats, i_q, i_bh, i_b, i_h, i_hk, special, C, BLOCK_Q, BLOCK_KV, BLOCK_G)
+                b_bias = tl.where(m_bad[:, None], b_again / b_total[:, None], b_bias)
+            store_sums_of_product(p_grad_bias, masks, i_bh, i_q * BLOCK_Q, N, b_bias)
+        else:
+            store_group_sums(p_grad_bias, masks, i_bh, o_q, N, first_group, b_bias)
+
+
+@triton.jit
+def _group_sums(
+    x,
+    stats,
+    i_q,
+    i_bh,
+    i_b,
+    i_h,
+    i_hk,
+    special,
+    C: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+):
+    """total_i dbias_ig [q,BLOCK_G] of `_backward_q_kernel`, where some dS is not finite: a product has 0 times infinity, NaN."""
+    N, M = x.N, x.M
+    NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
+    p_q, p_k, p_v, _, _, masks = head_of(x, i_bh, i_b, i_h, i_hk, C)
+    o_q, o_a, o_d = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, C.BLOCK_A), tl.arange(0, C.BLOCK_DV)
+    of_q, of_do = side_at(p_q, x.q.stride_n, o_q, N, C.A), head_side(x.grad, i_b, i_h, o_q, N, C.DV)
+    b_q, b_do = load_side(of_q, o_a, C.A), load_side(of_do, o_d, C.DV)
+    b_shift, b_delta = tl.load(stats.shift + i_bh * NP + o_q), tl.load(stats.delta + i_bh * NP + o_q)
+    b_scale = tl.full([BLOCK_Q], 1.0, dtype=tl.float32) * x.scale_log2
+    b_parts = parts_of(x.product, i_bh, i_q * BLOCK_Q, N, BLOCK_Q)
+    b_sums = tl.zeros([BLOCK_Q, BLOCK_G], dtype=tl.float32)
+    _, end = key_range(i_q, M, True, C.CAUSAL, BLOCK_Q, BLOCK_KV)
+    for start in range(0, end, BLOCK_KV):
+        o_kv = start + tl.arange(0, BLOCK_KV)
+        of_k = key_side(p_k, x.k.stride_n, masks.p_keys, o_kv, M, C.A, C.KEY_MASK)
+        of_v = key_side(p_v, x.v.stride_n, masks.p_keys, o_kv, M, C.DV, C.KEY_MASK)
+        b_x = row_products(b_q, of_q, load_side(of_k, o_a, C.A), of_k, C.A, C.PRECISION)
+        b_x = with_bias(b_x, b_parts, x.product, i_b, start, M, C.PRECISION)
+        b_p = power_tile(b_x, b_scale, b_shift, masks, special, None, start, o_q, o_kv, N, M, C, True)
+        b_dp = row_products(b_do, of_do, load_side(of_v, o_d, C.DV), of_v, C.DV, C.PRECISION)
+        if x.dropout is not None:
+            b_dp *= keep_factor(x.dropout, i_bh, o_q, o_kv, N)
+        b_sums = add_sums_of_all_groups(b_sums, b_p * (b_dp - b_delta[:, None]), masks, o_kv, M)
+    return b_sums
 
 
 @triton.jit
@@ -436,8 +516,15 @@ def _backward_kv_kernel(
     whole, end, edge, edge_end = query_range(i_kv, N, C.CAUSAL, BLOCK_Q, BLOCK_KV)
     for i in range(KEY_HEADS):
         i_hkv = i_p * KEY_HEADS + i
-        seeing = seeing_queries_of_heads(masks, i_b, i_hkv * GROUP, GROUP, i_kv * BLOCK_KV, N, M, BLOCK_KV, C.MASK)
-        of_tile = groups_of_heads(masks, i_b, i_hkv * GROUP, GROUP, i_kv * BLOCK_KV, M, BLOCK_KV, C.MASK)
+        of_tile = 0, 0, 0, False
+        if C.MASK == GROUP_PRODUCT:
+            of_sample, first_head = masks_at(masks, i_b, i_hkv * GROUP, M), i_b * H + i_hkv * GROUP
+            start_kv = i_kv * BLOCK_KV
+            seeing = seeing_queries_of_product(of_sample, x.product, first_head, GROUP, start_kv, N, M, BLOCK_KV)
+            b_member = members_of(x.product, i_b, i_kv * BLOCK_KV, M, BLOCK_KV)  # [kv,slot]
+        else:
+            seeing = seeing_queries_of_heads(masks, i_b, i_hkv * GROUP, GROUP, i_kv * BLOCK_KV, N, M, BLOCK_KV, C.MASK)
+            of_tile = groups_of_heads(masks, i_b, i_hkv * GROUP, GROUP, i_kv * BLOCK_KV, M, BLOCK_KV, C.MASK)
         i_hk = i_hkv if GROUP == C.GROUP_K else i_hkv * GROUP // C.GROUP_K
         i_hv = i_hkv if GROUP == C.GROUP_V else i_hkv * GROUP // C.GROUP_V
         of_k = head_side(k, i_b, i_hk, o_kv, M, C.A)
@@ -456,10 +543,15 @@ def _backward_kv_kernel(
             tiles = seen_tiles(seeing, first, last, BLOCK_EDGE if EDGE else BLOCK_Q, C.MASK)
             first, last = tiles[0], tiles[1]
             num_q = tl.cdiv(last - first, BLOCK_EDGE if EDGE else BLOCK_Q)
-            for j in range(GROUP * num_q):  # one loop over tiles and query heads of this key head: nested loops spill
+            begin = 0
+            if C.MASK == GROUP_PRODUCT:  # tiles are numbered from the first query on, else their addresses are computed anew
+                begin, first = (first // (BLOCK_EDGE if EDGE else BLOCK_Q)).to(tl.int64), 0
+            skipped = 0 if GROUP == 1 else begin
+            # one loop over tiles and query heads of this key head: nested loops spill
+            for j in range(begin - skipped, begin - skipped + GROUP * num_q):
                 i_h = i_hkv if GROUP == 1 else i_hkv * GROUP + j // num_q
                 i_bh = i_b * H + i_h
-                i_q = j if GROUP == 1 else j % num_q
+                i_q = j if GROUP == 1 else skipped + j % num_q
                 o_q = first + (i_q * BLOCK_EDGE + tl.arange(0, BLOCK_EDGE) if EDGE else i_q * BLOCK_Q + tl.arange(0, BLOCK_Q))
                 # rows beyond N are the last one again, with P = 0: zeros times an infinite key would be NaN
                 o_row = tl.minimum(o_q, N - 1) if EDGE or C.CAUSAL else o_q
@@ -467,10 +559,20 @@ def _backward_kv_kernel(
                 b_q = load_side(of_q, o_a, C.A)  # [q,A]
                 norms = b_inv_k, inverse_norm(precomputed_at(p_pres[0], i_bh, N, C.A, False), o_row, C.SCORE), b_weight
                 b_x = row_products(b_k, of_k, b_q, of_q, C.A, C.PRECISION)  # [kv,q]
+                special = 0
+                if C.MASK == GROUP_PRODUCT:
+                    row = first + i_q * (BLOCK_EDGE if EDGE else BLOCK_Q)
+                    special = special_groups(x.product, i_bh, row, N, BLOCK_EDGE if EDGE else BLOCK_Q)[0]
+                    b_parts = parts_of(x.product, i_bh, row, N, BLOCK_EDGE if EDGE else BLOCK_Q)  # [q,slot]
+                    b_x += dot(b_member, tl.trans(b_parts), C.PRECISION)
                 b_s, b_slope = activate(b_x, norms[0], norms[1], b_weight, parameter, EDGE, C)
                 start_kv, b_shift = i_kv * BLOCK_KV, tl.load(stats.shift + i_bh * NP + o_q)  # [q]
-                b_p = power_key_major(b_s, b_scale, b_shift, masks, of_tile, i_b, i_h, start_kv, o_kv, o_q, o_row, N, M, C, EDGE)
-                if C.MASK >= GROUP_BIAS and not C.EXACT:
+                p_total = stats.total + i_bh * NP if stats.total is not None else 0
+                of_pairs = i_b, i_h, start_kv, o_kv, o_q, o_row, N, M
+                b_p = power_key_major(b_s, b_scale, b_shift, p_total, masks, special, of_tile, *of_pairs, C, EDGE)
+                if C.MASK == GROUP_PRODUCT:
+                    pass
+                elif C.MASK >= GROUP_BIAS and not C.EXACT:
                     b_p *= reciprocal(tl.load(stats.total + i_bh * NP + o_q), C.PRECISION)[None, :]
                 elif stats.total is not None:  # one division a query, not one a pair
                     b_p *= tl.div_rn(1.0, tl.load(stats.total + i_bh * NP + o_q))[None, :]

@@ -11,13 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlattn_fast.kernels._group_bias import FLOAT_MASK
+from vlattn_fast.kernels._group_bias import FLOAT_MASK, BiasProduct
 from vlattn_fast.kernels._tiles import FEATURES, Dropout, Heads, Masks, extended, head_at, masks_at, part_of, real_tokens
 
 
 class Call(NamedTuple):
-    """All kernels of score_attention and its backward pass take it, as x. p_pres: what `_prepare` has made of query and key. grad
-    and scale are there in the backward pass."""
+    """All kernels of score_attention and its backward pass take it, as x. p_pres: what `_prepare` has made of query and key.
+    product: where the constant MASK is GROUP_PRODUCT. grad and scale are there in the backward pass."""
 
     q: Heads
     k: Heads
@@ -30,6 +30,7 @@ class Call(NamedTuple):
     M: int
     scale_log2: float
     parameter: float
+    product: BiasProduct | None = None
     grad: Heads | None = None
     scale: float = 0.0
 

@@ -23,18 +23,25 @@ from torch import Tensor
 from triton.language.target_info import cuda_capability_geq
 
 from vlattn_fast._ground.tensors import cast_float_mask
-from vlattn_fast.kernels._configurations import Config
+from vlattn_fast.kernels._configurations import Config, multiplies_biases
 from vlattn_fast.kernels._group_bias import (
     BOOL_MASK,
     FLOAT_MASK,
     GROUP_BIAS,
+    GROUP_PRODUCT,
+    MULTIPLIED,
     RUNS,
+    BiasProduct,
     add_group_bias,
     chosen_rows,
     groups_of_tile,
+    members_of,
     prepared,
+    prepared_product,
     row_bias_of,
     seeing_queries,
+    special_logits,
+    unforeseen,
 )
 
 LOG2_E = 1.4426950408889634
@@ -186,6 +193,34 @@ def masks_and_kind(
         of_bias = bias, *bias.stride()[:2], masked, masked.stride(0), words, groups
         kind += GROUP_BIAS.value
     return tuple.__new__(Masks, masks + of_bias), kind  # as `heads_of`
+
+
+def masks_and_product(
+    attn_mask: Tensor | None,
+    key_mask: Tensor | None,
+    like: Tensor,
+    num_keys: int,
+    row_bias: Tensor | None,
+    key_groups: Tensor | None,
+    scale: float | None,
+) -> tuple[Masks, int, BiasProduct | None]:
+    """`masks_and_kind`, and what a product takes that adds the bias to logits of this scale. None: it may not."""
+    if (
+        row_bias is None
+        or key_groups is None
+        or scale is None
+        or attn_mask is not None
+        or like.dtype == torch.float32
+        or OLD_TRITON
+        or not multiplies_biases()
+        or not 0 < row_bias.shape[3] <= MULTIPLIED.value
+        or not 2.0**-40 < abs(scale) < 2.0**40
+    ):
+        return *masks_and_kind(attn_mask, key_mask, like, num_keys, row_bias, key_groups), None
+    (bias, masked, words), product = prepared_product(row_bias, key_groups, like.dtype, scale)
+    keys = like if key_mask is None else key_mask.contiguous()
+    of_bias = bias, *bias.stride()[:2], masked, 0, words, row_bias.shape[3]
+    return tuple.__new__(Masks, (like, 0, 0, 0, 0, keys, *of_bias)), GROUP_PRODUCT.value, product
 
 
 def staged(config: Config, mask: int) -> Config:
@@ -520,7 +555,7 @@ def add_mask(b_log2, masks, start, o_q, o_kv, N, M, MASK: tl.constexpr, KEY_MAJO
     Loads have no conditions of their own, which would cost as much as the loads. start: the first key. KEY_MAJOR: the keys are
     the rows o_q, and the masks are `transposed`.
     """
-    if MASK >= GROUP_BIAS and MASK % GROUP_BIAS != FLOAT_MASK:  # before a bool mask, which masks also NaN
+    if MASK == GROUP_BIAS or MASK == GROUP_BIAS + BOOL_MASK:  # before a bool mask, which masks also NaN
         b_log2 = _add_bias(b_log2, masks, start, o_q, o_kv, N, M, KEY_MAJOR, False)
     if MASK % GROUP_BIAS != 0:
         p_rows = masks.p + (tl.minimum(o_q, N - 1).to(tl.int64) * masks.stride_n)[:, None]
@@ -588,7 +623,7 @@ def mask_key_major(b_log2, masks, i_b, i_h, start, o_kv, o_q, o_row, N, M, C: tl
 
     Pairs outside of N x M and padding of keys stay: P of such a row is 0, and such a key is dropped after the loop.
     """
-    if C.MASK != 0:
+    if C.MASK != 0 and C.MASK != GROUP_PRODUCT:
         b_log2 = add_mask(b_log2, transposed(masks_at(masks, i_b, i_h, M)), start, o_kv, o_q, M, N, C.MASK, True)
     if C.CAUSAL and EDGE:
         b_log2 = tl.where(o_kv[:, None] <= o_row[None, :], b_log2, float("-inf"))
@@ -596,12 +631,27 @@ def mask_key_major(b_log2, masks, i_b, i_h, start, o_kv, o_q, o_row, N, M, C: tl
 
 
 @triton.jit
-def power_tile(b_s, b_scale, b_shift, masks, of_tile, start, o_q, o_kv, N, M, C: tl.constexpr, EDGE: tl.constexpr):
+def with_bias(b_x, b_parts, product, i_b, start, M, PRECISION: tl.constexpr):
+    """Products [q,kv] of a tile of keys, and the bias over their scale, by `BiasProduct`."""
+    return b_x + dot(b_parts, tl.trans(members_of(product, i_b, start, M, b_x.shape[1])), PRECISION)
+
+
+@triton.jit
+def power_tile(b_s, b_scale, b_shift, masks, special, of_tile, start, o_q, o_kv, N, M, C: tl.constexpr, EDGE: tl.constexpr):
     """2^(logit - shift) [q,kv] of scores, by `mask_tile`; scale and shift are those of queries [q].
 
     of_tile: of `groups_of_tile`. A bias that is the same for all keys costs no instruction a pair: the shift takes it.
+    special: of `special_groups`.
     """
-    if C.MASK == GROUP_BIAS and not EDGE and not C.KEY_MASK:
+    if C.MASK == GROUP_PRODUCT:
+        if special != 0:
+            b_logit = special_logits(b_s, b_scale, masks, special, o_q, o_kv, N, M, False, C.PRECISION)
+            b_p = tl.exp2(mask_tile(b_logit, masks, start, o_q, o_kv, N, M, C, EDGE) - b_shift[:, None])
+        else:
+            b_logit = mask_tile(b_s * b_scale[:, None], masks, start, o_q, o_kv, N, M, C, EDGE)
+            b_p = tl.exp2(b_logit - b_shift[:, None])
+        return b_p
+    elif C.MASK == GROUP_BIAS and not EDGE and not C.KEY_MASK:
         first, last, changes, masked = of_tile
         if (changes == 0) & (not masked):
             b_p = tl.exp2(b_s * b_scale[:, None] - (b_shift - row_bias_of(masks, first, o_q, N))[:, None])
@@ -619,13 +669,40 @@ def power_tile(b_s, b_scale, b_shift, masks, of_tile, start, o_q, o_kv, N, M, C:
 
 @triton.jit
 def power_key_major(
-    b_s, b_scale, b_shift, masks, of_tile, i_b, i_h, start, o_kv, o_q, o_row, N, M, C: tl.constexpr, EDGE: tl.constexpr
+    b_s,
+    b_scale,
+    b_shift,
+    p_total,
+    masks,
+    special,
+    of_tile,
+    i_b,
+    i_h,
+    start,
+    o_kv,
+    o_q,
+    o_row,
+    N,
+    M,
+    C: tl.constexpr,
+    EDGE: tl.constexpr,
 ):
     """2^(logit - shift) [kv,q] of scores, by `mask_key_major`; the scale is that of keys [kv], the shift that of queries [q].
 
-    of_tile: of `groups_of_heads`.
+    of_tile: of `groups_of_heads`. special: of `special_groups`; the power is divided by the total of queries there.
     """
-    if C.MASK == GROUP_BIAS and not (C.CAUSAL and EDGE):
+    if C.MASK == GROUP_PRODUCT:
+        if special != 0:
+            of_head = masks_at(masks, i_b, i_h, M)
+            b_logit = special_logits(b_s, b_scale, of_head, special, o_row, o_kv, N, M, True, C.PRECISION)
+            b_logit = mask_key_major(b_logit, masks, i_b, i_h, start, o_kv, o_q, o_row, N, M, C, EDGE)
+            b_total = tl.load(p_total + unforeseen(o_q, C.PRECISION))
+            b_p = tl.exp2(b_logit - b_shift[None, :]) * tl.div_rn(1.0, b_total)[None, :]
+        else:
+            b_logit = mask_key_major(b_s * b_scale[:, None], masks, i_b, i_h, start, o_kv, o_q, o_row, N, M, C, EDGE)
+            b_p = tl.exp2(b_logit - b_shift[None, :])
+        return b_p
+    elif C.MASK == GROUP_BIAS and not (C.CAUSAL and EDGE):
         of_head = masks_at(masks, i_b, i_h, M)
         first, last, changes, masked = of_tile
         if (changes == 0) & (not masked):

@@ -34,11 +34,16 @@ from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._group_bias import (
     FLOAT_MASK,
     GROUP_BIAS,
+    GROUP_PRODUCT,
     chosen_rows,
     groups_of_tile,
+    parts_of,
     row_bias_of,
     seen_keys,
+    seen_keys_of_product,
     seen_tiles,
+    special_groups,
+    special_logits,
     tile_at,
 )
 from vlattn_fast.kernels._products_backward import RowStats, new_rows
@@ -86,7 +91,7 @@ from vlattn_fast.kernels._tiles import (
     load_tile,
     map_of,
     mask_tile,
-    masks_and_kind,
+    masks_and_product,
     natural_lse,
     row_products,
     row_shift,
@@ -94,6 +99,7 @@ from vlattn_fast.kernels._tiles import (
     side_at,
     staged,
     store_sums,
+    with_bias,
     zero_sums,
 )
 
@@ -139,7 +145,7 @@ def forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
     lse = query.new_empty(batch, heads, num_q, dtype=torch.float32)
     if batch * heads * num_q == 0:
         return out, lse
-    call = arguments(inputs)
+    call = arguments(inputs, True)
     x, constants = call["x"], call["C"]
     config, of_launch = _forward_launch(constants, query.dtype, num_q, x.M, x.scale_log2 < 0.0)
     keys = 0 if constants.CAUSAL else keys_of_a_part(batch * heads, num_q, x.M, config)
@@ -169,7 +175,7 @@ def forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
 @on_device
 def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of query, key, value, vector and row_bias."""
-    call = with_gradient(arguments(inputs), inputs.grad_out, inputs.scale)
+    call = with_gradient(arguments(inputs, True), inputs.grad_out, inputs.scale)
     x, constants = call["x"], call["C"]
     vector, out, lse = inputs.vector, inputs.out, inputs.lse.contiguous()
     grad_lse = None if inputs.grad_lse is None else inputs.grad_lse.contiguous()
@@ -189,13 +195,17 @@ def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tens
     return grad_q, grad_k, grad_v, None, grad_bias
 
 
-def arguments(inputs: ScoreAttentionInputs | ScoreAttentionBackwardInputs) -> dict[str, Any]:
-    """The named arguments that all kernels here and of the backward passes share. The query stands in for absent masks."""
+def arguments(inputs: ScoreAttentionInputs | ScoreAttentionBackwardInputs, multiplied: bool = False) -> dict[str, Any]:
+    """The named arguments that all kernels here and of the backward passes share. The query stands in for absent masks.
+
+    multiplied: a product may add a group bias, which kernels know that take `_over_keys` or those of _products_backward.py.
+    """
     query, key, value, seed, dropout_p = inputs.query, inputs.key, inputs.value, inputs.seed, inputs.dropout_p
     score, parameter, scale = inputs.score, inputs.parameter, inputs.scale
     shapes, strides = (query.shape, key.shape, value.shape), (query.stride(), key.stride(), value.stride())
     (_, heads, num_q, _), (_, _, num_k, _), _ = shapes
-    masks, kind = masks_and_kind(inputs.attn_mask, inputs.key_mask, query, num_k, inputs.row_bias, inputs.key_groups)
+    of_masks = inputs.attn_mask, inputs.key_mask, query, num_k, inputs.row_bias, inputs.key_groups
+    masks, kind, product = masks_and_product(*of_masks, scale if multiplied and score == "dot" else None)
     padded, precision = inputs.key_mask is not None, input_precision(query.dtype)
     constants, most_aligned = _of_call(shapes, strides, score, query.dtype, kind, padded, inputs.is_causal, precision)
     if not most_aligned or (query.data_ptr() | key.data_ptr() | value.data_ptr()) % most_aligned:
@@ -210,7 +220,8 @@ def arguments(inputs: ScoreAttentionInputs | ScoreAttentionBackwardInputs) -> di
         parameter = math.inf if parameter == 0.0 else min(1.0 / parameter, 3.4e38)
     dropout = None if seed is None else Dropout(seed, dropout_p, int(dropout_p * 2**32))
     sides = heads_of(query), heads_of(key), heads_of(value)
-    return {"x": Call(*sides, (pre_q, pre_k), masks, dropout, heads, num_q, num_k, scale * LOG2_E, parameter), "C": constants}
+    sizes = heads, num_q, num_k, scale * LOG2_E, parameter
+    return {"x": Call(*sides, (pre_q, pre_k), masks, dropout, *sizes, product), "C": constants}
 
 
 @functools.lru_cache(maxsize=1024)  # a model asks for the same in each of its layers
@@ -531,6 +542,8 @@ def _rows_kernel(
     reads_keys = True
     if WITH_LSE and PAIR:
         m_coarse = is_coarse(tl.load(p_lse + i_bh * N + o_q, mask=o_q < N, other=0.0), LIMIT)
+        if C.MASK == GROUP_PRODUCT:  # elsewhere the key-major pass does not divide by a total
+            m_coarse = m_coarse & (special_groups(x.product, i_bh, i_q * BLOCK_Q, N, BLOCK_Q)[0] != 0)
         if not SUMS:
             reads_keys = tl.max(m_coarse.to(tl.int32), axis=0) > 0
     indices = i_q, i_bh, i_b, i_h, i_hk
@@ -620,7 +633,13 @@ def _over_keys(
         end = tl.minimum(end, end_of_part)
         whole = tl.minimum(whole, end)
         edge = tl.maximum(whole, start_of_part)
-    seen = seen_keys(masks, o_q, N, M, C.MASK)
+    special = tl.full([], 0, tl.int32)
+    if C.MASK == GROUP_PRODUCT:
+        special, hidden = special_groups(x.product, i_bh, i_q * BLOCK_Q, N, BLOCK_Q)
+        seen = seen_keys_of_product(masks, hidden, M)
+        b_parts = parts_of(x.product, i_bh, i_q * BLOCK_Q, N, BLOCK_Q)  # [q,slot]
+    else:
+        seen = seen_keys(masks, o_q, N, M, C.MASK)
     if AHEAD:
         tiles = seen_tiles(seen, start_of_part, whole, BLOCK_KV, C.MASK)
         start = tile_at(tiles[0], tiles, C.MASK)
@@ -629,11 +648,14 @@ def _over_keys(
         else:
             b_first = load_box(boxes.k, i_b, i_hk, start)
         b_next = dot(b_q, tl.trans(b_first), C.PRECISION)  # [q,kv]
+        if C.MASK == GROUP_PRODUCT:
+            b_next = with_bias(b_next, b_parts, x.product, i_b, start, M, C.PRECISION)
     for EDGE in tl.static_range(1 if C.UNITS else 0, 2):
         begin, finish = edge if EDGE else start_of_part, end if EDGE else whole
         tiles = seen_tiles(seen, begin, finish, BLOCK_EDGE if EDGE else BLOCK_KV, C.MASK)
         for step in range(tiles[0], tiles[1], BLOCK_EDGE if EDGE else BLOCK_KV):
-            start = tile_at(step, tiles, C.MASK)
+            if C.MASK != GROUP_PRODUCT or EDGE or not AHEAD:
+                start = tile_at(step, tiles, C.MASK)
             o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
             if C.UNITS:
                 units_q, units_k = (p_q, p_pre_q, o_q, x.q.stride_n, N), (p_k, p_pre_k, o_kv, x.k.stride_n, M)
@@ -651,10 +673,12 @@ def _over_keys(
                     b_k = load_box(boxes.k_edge if EDGE else boxes.k, i_b, i_hk, first)
                 b_inv_k = inverse_norm(p_pre_k, o_kv, C.SCORE)  # [kv]
                 b_x = row_products(b_q, of_q, b_k, of_k, C.A, C.PRECISION)  # [q,kv]
+                if C.MASK == GROUP_PRODUCT:
+                    b_x = with_bias(b_x, b_parts, x.product, i_b, first, M, C.PRECISION)
                 if AHEAD and not EDGE:
                     b_x, b_next = b_next, b_x
                 b_s, _ = activate(b_x, b_inv_q, b_inv_k, b_weight, parameter, EDGE, C)
-            b_p, b_new, b_alpha = _softmax_of_tile(b_s, b_scale, b_max, masks, start, o_q, o_kv, N, M, NEGATIVE, EDGE, C)
+            b_p, b_new, b_alpha = _softmax_of_tile(b_s, b_scale, b_max, masks, special, start, o_q, o_kv, N, M, NEGATIVE, EDGE, C)
             b_sum = b_sum * b_alpha + tl.sum(b_p, axis=1)
             if SUM != "":
                 of_v = key_side(p_v, x.v.stride_n, masks.p_keys, o_kv, M if EDGE else None, C.DV, C.KEY_MASK)
@@ -671,19 +695,30 @@ def _over_keys(
                 b_dp = row_products(b_do, of_do, b_v, of_v, C.DV, C.PRECISION)  # [q,kv]
                 b_out = b_out * b_alpha + tl.sum(map_of(b_p, b_dp, o_kv, M if EDGE else None), axis=1)
             b_max = b_new
+            if C.MASK == GROUP_PRODUCT and AHEAD and not EDGE:
+                start = first
     return b_max, b_sum, b_out
 
 
 @triton.jit
 def _softmax_of_tile(
-    b_s, b_scale, b_max, masks, start, o_q, o_kv, N, M, NEGATIVE: tl.constexpr, EDGE: tl.constexpr, C: tl.constexpr
+    b_s, b_scale, b_max, masks, special, start, o_q, o_kv, N, M, NEGATIVE: tl.constexpr, EDGE: tl.constexpr, C: tl.constexpr
 ):
-    """p [q,kv], the new maximum [q] and alpha [q] of one step of `_over_keys`, from the scores of the tile."""
-    if EDGE or C.KEY_MASK or C.MASK % GROUP_BIAS != 0:
-        b_x = _masked(b_s * b_scale[:, None], masks, start, o_q, o_kv, N, M, EDGE, C)
-        b_new = tl.maximum(b_max, tl.max(b_x, axis=1))
-        b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)  # -inf - -inf is NaN in a row that has no key yet
-        b_p = tl.exp2(b_x - b_safe[:, None])
+    """p [q,kv], the new maximum [q] and alpha [q] of one step of `_over_keys`, from the scores of the tile. special: of
+    `special_groups`."""
+    if C.MASK == GROUP_PRODUCT:
+        if special != 0:
+            b_x = special_logits(b_s, b_scale, masks, special, o_q, o_kv, N, M, False, C.PRECISION)
+            b_p, b_new, b_safe = _softmax_under_masks(b_x, b_max, masks, start, o_q, o_kv, N, M, EDGE, C)
+        else:
+            if EDGE or C.KEY_MASK:
+                b_p, b_new, b_safe = _softmax_under_masks(b_s * b_scale[:, None], b_max, masks, start, o_q, o_kv, N, M, EDGE, C)
+            else:  # as below
+                b_safe = tl.maximum(b_max, (tl.min(b_s, axis=1) if NEGATIVE else tl.max(b_s, axis=1)) * b_scale)
+                b_new = b_safe
+                b_p = tl.exp2(b_s * b_scale[:, None] - b_safe[:, None])
+    elif EDGE or C.KEY_MASK or C.MASK % GROUP_BIAS != 0:
+        b_p, b_new, b_safe = _softmax_under_masks(b_s * b_scale[:, None], b_max, masks, start, o_q, o_kv, N, M, EDGE, C)
     elif C.MASK == GROUP_BIAS:
         b_p, b_new, b_safe = _softmax_under_bias(b_s, b_scale, b_max, masks, start, o_q, o_kv, N, M, NEGATIVE, C)
     else:
@@ -692,6 +727,15 @@ def _softmax_of_tile(
         b_new = b_safe
         b_p = tl.exp2(b_s * b_scale[:, None] - b_safe[:, None])
     return b_p, b_new, tl.exp2(b_max - b_safe)
+
+
+@triton.jit
+def _softmax_under_masks(b_logit, b_max, masks, start, o_q, o_kv, N, M, EDGE: tl.constexpr, C: tl.constexpr):
+    """p [q,kv], the new maximum [q], and what stands for it where that is -inf."""
+    b_x = _masked(b_logit, masks, start, o_q, o_kv, N, M, EDGE, C)
+    b_new = tl.maximum(b_max, tl.max(b_x, axis=1))
+    b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)  # -inf - -inf is NaN in a row that has no key yet
+    return tl.exp2(b_x - b_safe[:, None]), b_new, b_safe
 
 
 @triton.jit
