@@ -8,7 +8,8 @@ under Triton 3.6, and of more than 128 in bfloat16 under a float mask. Tiles of 
 instructions, spills included. With more than 128 features in float32 score_attention's forward pass spills up to 928 bytes, 5 %
 of its instructions on sm_90. None of the tiles tried was without spills, and the one with half of them took a third more
 instructions. r Abar of one row of 64 features in float32 spills 136 bytes on sm_90: 32 keys instead of 64 do not, and take 60 %
-more instructions. Additive scores in float32 keep one number out of registers while the loop over keys runs. A reason says what
+more instructions. Additive scores in float32 keep one number out of registers while the loop over keys runs. Statistics of paged
+keys in float32 spill 40 to 464 bytes; no smaller tile of theirs was tried. A reason says what
 else decided. `make gpu PARTS=sweep` tries others on a device, and stores what is faster in configurations.json, by architecture.
 Those come before the lines here.
 
@@ -82,6 +83,12 @@ def of_facts(make: Callable[..., Launch]) -> Callable[..., Launch]:
 def _current() -> str | None:
     """The architecture whose configurations hold."""
     return _architecture(torch.cuda.current_device()) if torch.cuda.is_initialized() else TARGET
+
+
+def multiplies_biases() -> bool:
+    """Whether a product adds a bias of groups on the current device. On sm_80 the kernels would spill up to 528 bytes; on sm_100
+    none was compiled. Triton's interpreter has no architecture."""
+    return _current() in (None, "sm_90")
 
 
 @functools.cache

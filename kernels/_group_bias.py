@@ -138,9 +138,7 @@ def gradient_blocks(row_bias: Tensor | None, mask: int = 0) -> tuple[Tensor | No
 
 
 @triton.jit
-def _group_bias_kernel(
-    p_groups, p_rows, p_words, p_bias, p_masked, product, factor, B, N, NP, M, G, BLOCK: tl.constexpr
-):
+def _group_bias_kernel(p_groups, p_rows, p_words, p_bias, p_masked, product, factor, B, N, NP, M, G, BLOCK: tl.constexpr):
     """`GroupBias`: words by the first B programs, one a sample; bias and masked by the others, one a head and group. Beside a
     `BiasProduct` these are for PADDED keys of a sample, or PADDED queries of a head."""
     i = tl.program_id(0).to(tl.int64)
@@ -499,7 +497,7 @@ def store_sums_of_product(p, masks, i_bh, row, N, b_sums):
     G = masks.num_groups
     o_row, o_g = tl.arange(0, b_sums.shape[0]), tl.arange(0, b_sums.shape[1])
     p += (i_bh * N + row) * G
-    tl.store(p + (o_row[:, None] * G + o_g[None, :]), b_sums, mask=(o_row < N - row)[:, None] & (o_g < G)[None, :])
+    tl.store(p + (o_row.to(tl.int64)[:, None] * G + o_g[None, :]), b_sums, mask=(o_row < N - row)[:, None] & (o_g < G)[None, :])
 
 
 @triton.jit
@@ -552,13 +550,15 @@ def unforeseen(o, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def add_special(b_log2, masks, special, o_q, o_kv, N, M, KEY_MAJOR: tl.constexpr, PRECISION: tl.constexpr):
-    """Logits [q,kv], or KEY_MAJOR [kv,q], and the special bias, of the groups of these bits.
+def special_logits(b_s, b_scale, masks, special, o_q, o_kv, N, M, KEY_MAJOR: tl.constexpr, PRECISION: tl.constexpr):
+    """Logits [q,kv], or KEY_MAJOR [kv,q], of scores and the scale of each row, and the special bias of the groups of these bits.
 
-    Groups do not loop: the compiler computes addresses anew in a loop that holds another one.
+    Groups do not loop: the compiler computes addresses anew in a loop that holds another one. The first instructions are none of
+    a branch without a special bias: they would be computed in front of both, apart from what follows.
     """
     special, o_q = unforeseen(special, PRECISION), unforeseen(o_q, PRECISION)
     b_group = groups_of_keys(masks, unforeseen(o_kv, PRECISION), M)
+    b_log2 = b_s * b_scale[:, None]
     for group in tl.static_range(1, MULTIPLIED + 1):
         if special & (1 << group) != 0:
             m_group = (b_group == group)[:, None] if KEY_MAJOR else (b_group == group)[None, :]

@@ -372,8 +372,8 @@ def _backward_q_kernel(
         if C.MASK == GROUP_PRODUCT:
             m_bad = tl.sum(b_bias * 0.0, axis=1) != 0.0  # what is not finite makes NaN
             if tl.max(m_bad.to(tl.int32), axis=0) > 0:
-                b_again = _group_sums(x, stats, i_q, i_bh, i_b, i_h, i_hk, special, C, BLOCK_Q, BLOCK_KV, BLOCK_G) / b_total[:, None]
-                b_bias = tl.where(m_bad[:, None], b_again, b_bias)
+                b_again = _group_sums(x, stats, i_q, i_bh, i_b, i_h, i_hk, special, C, BLOCK_Q, BLOCK_KV, BLOCK_G)
+                b_bias = tl.where(m_bad[:, None], b_again / b_total[:, None], b_bias)
             store_sums_of_product(p_grad_bias, masks, i_bh, i_q * BLOCK_Q, N, b_bias)
         else:
             store_group_sums(p_grad_bias, masks, i_bh, o_q, N, first_group, b_bias)

@@ -23,7 +23,7 @@ from torch import Tensor
 from triton.language.target_info import cuda_capability_geq
 
 from vlattn_fast._ground.tensors import cast_float_mask
-from vlattn_fast.kernels._configurations import Config
+from vlattn_fast.kernels._configurations import Config, multiplies_biases
 from vlattn_fast.kernels._group_bias import (
     BOOL_MASK,
     FLOAT_MASK,
@@ -33,7 +33,6 @@ from vlattn_fast.kernels._group_bias import (
     RUNS,
     BiasProduct,
     add_group_bias,
-    add_special,
     chosen_rows,
     groups_of_tile,
     members_of,
@@ -41,6 +40,7 @@ from vlattn_fast.kernels._group_bias import (
     prepared_product,
     row_bias_of,
     seeing_queries,
+    special_logits,
     unforeseen,
 )
 
@@ -215,6 +215,7 @@ def masks_and_product(
         or attn_mask is not None
         or like.dtype == torch.float32
         or OLD_TRITON
+        or not multiplies_biases()
         or not 0 < row_bias.shape[3] <= MULTIPLIED.value
         or not 2.0**-40 < abs(scale) < 2.0**40
     ):
@@ -557,7 +558,7 @@ def add_mask(b_log2, masks, start, o_q, o_kv, N, M, MASK: tl.constexpr, KEY_MAJO
     Loads have no conditions of their own, which would cost as much as the loads. start: the first key. KEY_MAJOR: the keys are
     the rows o_q, and the masks are `transposed`.
     """
-    if MASK >= GROUP_BIAS and MASK < GROUP_PRODUCT and MASK % GROUP_BIAS != FLOAT_MASK:  # before a bool mask, which masks also NaN
+    if MASK == GROUP_BIAS or MASK == GROUP_BIAS + BOOL_MASK:  # before a bool mask, which masks also NaN
         b_log2 = _add_bias(b_log2, masks, start, o_q, o_kv, N, M, KEY_MAJOR, False)
     if MASK % GROUP_BIAS != 0:
         p_rows = masks.p + (tl.minimum(o_q, N - 1).to(tl.int64) * masks.stride_n)[:, None]
@@ -642,12 +643,12 @@ def with_bias(b_x, b_parts, product, i_b, start, M, PRECISION: tl.constexpr):
 def power_tile(b_s, b_scale, b_shift, masks, special, of_tile, start, o_q, o_kv, N, M, C: tl.constexpr, EDGE: tl.constexpr):
     """2^(logit - shift) [q,kv] of scores, by `mask_tile`; scale and shift are those of queries [q].
 
-    of_tile: of `groups_of_tile`. A bias that is the same for all keys costs no instruction a pair: the shift takes it. special: of
-    `special_groups`.
+    of_tile: of `groups_of_tile`. A bias that is the same for all keys costs no instruction a pair: the shift takes it.
+    special: of `special_groups`.
     """
     if C.MASK == GROUP_PRODUCT:
         if special != 0:
-            b_logit = add_special(b_s * b_scale[:, None], masks, special, o_q, o_kv, N, M, False, C.PRECISION)
+            b_logit = special_logits(b_s, b_scale, masks, special, o_q, o_kv, N, M, False, C.PRECISION)
             b_p = tl.exp2(mask_tile(b_logit, masks, start, o_q, o_kv, N, M, C, EDGE) - b_shift[:, None])
         else:
             b_logit = mask_tile(b_s * b_scale[:, None], masks, start, o_q, o_kv, N, M, C, EDGE)
@@ -671,7 +672,23 @@ def power_tile(b_s, b_scale, b_shift, masks, special, of_tile, start, o_q, o_kv,
 
 @triton.jit
 def power_key_major(
-    b_s, b_scale, b_shift, p_total, masks, special, of_tile, i_b, i_h, start, o_kv, o_q, o_row, N, M, C: tl.constexpr, EDGE: tl.constexpr
+    b_s,
+    b_scale,
+    b_shift,
+    p_total,
+    masks,
+    special,
+    of_tile,
+    i_b,
+    i_h,
+    start,
+    o_kv,
+    o_q,
+    o_row,
+    N,
+    M,
+    C: tl.constexpr,
+    EDGE: tl.constexpr,
 ):
     """2^(logit - shift) [kv,q] of scores, by `mask_key_major`; the scale is that of keys [kv], the shift that of queries [q].
 
@@ -679,11 +696,11 @@ def power_key_major(
     """
     if C.MASK == GROUP_PRODUCT:
         if special != 0:
-            b_factor = tl.div_rn(1.0, tl.load(p_total + unforeseen(o_q, C.PRECISION)))  # first: what both branches begin with is computed apart
             of_head = masks_at(masks, i_b, i_h, M)
-            b_logit = add_special(b_s * b_scale[:, None], of_head, special, o_row, o_kv, N, M, True, C.PRECISION)
+            b_logit = special_logits(b_s, b_scale, of_head, special, o_row, o_kv, N, M, True, C.PRECISION)
             b_logit = mask_key_major(b_logit, masks, i_b, i_h, start, o_kv, o_q, o_row, N, M, C, EDGE)
-            b_p = tl.exp2(b_logit - b_shift[None, :]) * b_factor[None, :]
+            b_total = tl.load(p_total + unforeseen(o_q, C.PRECISION))
+            b_p = tl.exp2(b_logit - b_shift[None, :]) * tl.div_rn(1.0, b_total)[None, :]
         else:
             b_logit = mask_key_major(b_s * b_scale[:, None], masks, i_b, i_h, start, o_kv, o_q, o_row, N, M, C, EDGE)
             b_p = tl.exp2(b_logit - b_shift[None, :])

@@ -35,7 +35,6 @@ from vlattn_fast.kernels._group_bias import (
     FLOAT_MASK,
     GROUP_BIAS,
     GROUP_PRODUCT,
-    add_special,
     chosen_rows,
     groups_of_tile,
     parts_of,
@@ -44,6 +43,7 @@ from vlattn_fast.kernels._group_bias import (
     seen_keys_of_product,
     seen_tiles,
     special_groups,
+    special_logits,
     tile_at,
 )
 from vlattn_fast.kernels._products_backward import RowStats, new_rows
@@ -709,7 +709,7 @@ def _softmax_of_tile(
     `special_groups`."""
     if C.MASK == GROUP_PRODUCT:
         if special != 0:
-            b_x = add_special(b_s * b_scale[:, None], masks, special, o_q, o_kv, N, M, False, C.PRECISION)
+            b_x = special_logits(b_s, b_scale, masks, special, o_q, o_kv, N, M, False, C.PRECISION)
             b_p, b_new, b_safe = _softmax_under_masks(b_x, b_max, masks, start, o_q, o_kv, N, M, EDGE, C)
         else:
             if EDGE or C.KEY_MASK:

@@ -66,14 +66,16 @@ def test_some_calls_have_every_kernel_and_architecture() -> None:
         kernel = re.compile(r"(\S+) .* (\w+_kernel)( launch \d+)? sm_\d+")
         compiled, stored = ({kernel.fullmatch(key).group(1, 2) for key in some} for some in (rows_of(tasks, rows), rows))
         assert compiled == stored and len(stored) > 25 and len(tasks) < len(stored)
-        assert {operator for operator, _, _ in tasks} == set(operators()) and {arch for *_, arch in tasks} == set(ARCHITECTURES)
+        assert {operator for operator, _, _ in tasks} == {operator for operator, _ in stored}
+        assert {arch for *_, arch in tasks} == set(ARCHITECTURES)
 
 
 def test_the_table_has_all_calls() -> None:
-    for rows in read(TABLE).values():
-        tasks = tasks_of(operators())
-        assert rows_of(tasks, rows) == rows
-        assert all(rows_of([task], rows) for task in tasks)
+    """Of the newest version; of others no row of a call that is none any more."""
+    table, tasks = read(TABLE), tasks_of(operators())
+    newest = max(table, key=lambda version: [int(part) for part in version.split(".")])
+    assert all(rows_of(tasks, rows) == rows for rows in table.values())
+    assert [task for task in tasks if not rows_of([task], table[newest])] == []
 
 
 def test_an_opcode_that_the_emulator_lacks_is_seen() -> None:
@@ -88,6 +90,7 @@ def test_forward_kernels_do_not_spill_on_sm_90() -> None:
     dot = ("masked bf16 256", "bf16 192", "masked fp32 256", "fp32 256", "fp32 192", "fp32 96")
     named = (*(f"score_attention dot {call} " for call in dot), "score_attention additive fp32 64 ")
     named += ("relevancy_attention step fp32 64 _step_kernel ", "attention_map gradient groups bf16 577 64 _map_kernel ")
+    named += tuple(f"paged_attention_statistics {queries} fp32 128 " for queries in ("tokens", "prompt"))
     forward = [(key, row) for key, row in STORED if key.endswith("sm_90") and not re.search(BACKWARD, key)]
     assert len(forward) > 50
     assert [key for key, row in forward if row["spills"] > 0 and not key.startswith(named)] == []
@@ -98,9 +101,12 @@ def test_forward_kernels_do_not_spill_on_sm_90() -> None:
 def test_no_product_is_computed_by_two_warps() -> None:
     """Warps whose layout is larger than the tile do. On sm_90, which the tiles are chosen for: heads of 256 features, and of 192,
     which are padded to 256, leave no registers for fewer warps, nor does the divergence, whose smallest product, of 32 rows and
-    columns, is repeated, nor do sums over hidden units in float32. `_step_kernel` repeats the first tile's products alone."""
+    columns, is repeated, nor do sums over hidden units in float32. `_step_kernel` repeats the products of the first tile alone, few
+    rows over paged keys those with the groups, of 16 columns."""
     excepted = (" 256 ", " 192 ", " _divergence_kernel ", " fp32 64 _units_rows_kernel ", " bf16 64 _step_kernel ")
+    groups = re.compile(r"paged_attention_statistics (tokens|\S+ fp32) .*_rows_kernel")
     rows = [(key, row) for key, row in STORED if key.endswith("sm_90") and not any(words in key for words in excepted)]
+    rows = [(key, row) for key, row in rows if not groups.match(key)]
     assert [key for key, row in rows if row["repeated"] > 1] == []
 
 

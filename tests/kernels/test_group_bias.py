@@ -149,11 +149,12 @@ def test_scores_that_are_computed_a_tile_ahead(options: dict[str, Any], monkeypa
     check(tensors(35, 50) | {"group_bias": bias(1, 2, 3)}, "dot", runs(50, 0, 16, 37), **options)
 
 
+@pytest.mark.parametrize("dtype", (F32, BF16))
 @pytest.mark.parametrize("groups", ("runs", "mixed"))
 @pytest.mark.parametrize("value", (torch.nan, torch.inf))
-def test_what_is_no_number(value: float, groups: str) -> None:
+def test_what_is_no_number(value: float, groups: str, dtype: torch.dtype) -> None:
     """NaN of a bias stays in rows that see the group. A pair that a mask or -inf masks has none, whatever the score is."""
-    query, key, value_rows = (torch.randn(1, 1, rows, 8) for rows in (40, 75, 75))
+    query, key, value_rows = (torch.randn(1, 1, rows, 8).to(dtype) for rows in (40, 75, 75))
     columns, table = GROUPS[groups](75), torch.zeros(1, 2, 4)
     of_call = {"query_groups": torch.arange(40) // 20, "key_groups": columns, "backend": "triton"}
     table[0, 1, 1] = value
@@ -164,8 +165,75 @@ def test_what_is_no_number(value: float, groups: str) -> None:
     table[0, :, 1] = -torch.inf
     key[..., columns == 1, :] = value
     out = va.score_attention(query, key, value_rows, group_bias=table, **of_call)
-    expected = va.reference.score_attention(query, key, value_rows, attn_mask=columns != 1)
-    torch.testing.assert_close(out, expected)
+    expected = va.reference.score_attention(query.float(), key.float(), value_rows.float(), attn_mask=columns != 1)
+    torch.testing.assert_close(out.float(), expected, **({} if dtype == F32 else {"rtol": 0.02, "atol": 0.02}))
+
+
+@pytest.mark.parametrize("kind, dtype", [("dot", BF16), ("dot", FP16), ("negative", BF16)])
+@pytest.mark.parametrize("options", ({}, {"is_causal": True}, {"key_mask": True}), ids=str)
+def test_biases_that_a_product_does_not_add(options: dict[str, Any], kind: str, dtype: torch.dtype) -> None:
+    """Rows of three blocks: with biases that a product adds, with those that it does not, and with both. Against a float mask."""
+    n, columns = 150, torch.arange(100) % 6 - 1
+    query, key, value = (torch.randn(1, 2, rows, 16).to(dtype) for rows in (n, 100, 100))
+    lowest = torch.finfo(F32).min
+    table = torch.randn(2, 6, 5)
+    table[0, 1], table[0, 2] = torch.tensor([[-torch.inf, 0.5, 3.0, -60.0, 1.0], [lowest, 1e5, 65.0, 0.0, -1e4]])
+    table[1, 3], table[1, 4], table[1, 5] = torch.tensor([[-torch.inf] * 5, [lowest] * 5, [torch.nan, torch.inf, 0.0, 0.0, 0.0]])
+    rows = torch.arange(n) // 25
+    dense = table[:, rows][..., columns.clamp(min=0)].masked_fill(columns < 0, 0.0)
+    options = {**options, **({"key_mask": torch.arange(100)[None] % 7 != 0} if "key_mask" in options else {})}
+    options["scale"] = -0.3 if kind == "negative" else 0.25
+    grads = torch.randn(1, 2, n, 16).to(dtype), torch.randn(1, 2, n)
+    results = []
+    for bias in ({"group_bias": table, "query_groups": rows, "key_groups": columns}, {"attn_mask": dense}):
+        leaves = [x.clone().requires_grad_() for x in (query, key, value)]
+        outs = va.score_attention(*leaves, return_lse=True, backend="triton", **bias, **options)
+        results.append([x.float() for x in (*outs, *torch.autograd.grad(outs, leaves, grads))])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=0.02, atol=0.02, equal_nan=True)
+
+
+@pytest.mark.parametrize("planted", (torch.inf, torch.nan))
+def test_sums_of_gradients_that_are_not_finite(planted: float) -> None:
+    """As in streaming: a product of the gradients with zeros is NaN in other groups, and in those without a key."""
+    query, key, value = (torch.randn(1, 1, rows, 8).to(BF16) for rows in (70, 90, 90))
+    grad = torch.randn(1, 1, 70, 8)
+    grad[0, 0, 3, 2] = planted
+    table, groups = torch.randn(1, 70, 4), {"query_groups": torch.arange(70), "key_groups": runs(90, 0, 40)}
+    results = []
+    for backend, dtype in (("triton", BF16), ("streaming", F32)):
+        leaf = table.clone().requires_grad_()
+        inputs = (x.to(dtype) for x in (query, key, value.abs()))
+        out = va.score_attention(*inputs, group_bias=leaf, backend=backend, **groups)
+        results.append(*torch.autograd.grad(out, leaf, grad.to(dtype)))
+    got, want = results
+    assert not got[0, 3, :2].isfinite().any() and (got[0, :, 2:] == 0).all()
+    others = torch.arange(70) != 3
+    torch.testing.assert_close(got[:, others], want[:, others], rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("groups", (1, 3, 5, 6, 8))
+@pytest.mark.parametrize("dtype", (BF16, FP16))
+def test_the_factors_of_a_product(dtype: torch.dtype, groups: int) -> None:
+    """Their product is the bias over the scale, to 2^-16 of it. Of special biases it is 0, and a word tells of each block."""
+    n, scale = 200, 0.125
+    table, columns = torch.randn(2, 3, n, groups), torch.randint(-2, groups + 1, (2, 150))
+    table[0, 1, 70:], table[1, 2, 5, groups - 1], table[1, 0, 130, 0] = -torch.inf, torch.nan, 64.5
+    (rest, _, _), product = _group_bias.prepared_product(table, columns, dtype, scale)
+    plain = table.abs() <= 64
+    known = (columns >= 0) & (columns < groups)
+    got = product.parts[:, :, :n].float() @ product.members[:, None, :150].float().mT
+    want = table.where(plain, 0.0)[:, torch.arange(3)].gather(3, columns.clamp(0, groups - 1)[:, None, None].expand(2, 3, n, 150))
+    want = want * known[:, None, None] / scale
+    assert ((got - want).abs() <= 2.0**-16 * want.abs() + 2.0**-24).all()
+    assert not product.members[:, 150:].any() and not product.parts[:, :, n:].any()
+    blocks = torch.nn.functional.pad(table, (0, 0, 0, 56), value=-torch.inf).unflatten(2, (4, 64))
+    real = torch.arange(256).view(4, 64, 1) < n
+    bits = 2 << torch.arange(groups)
+    special = ((~(blocks.abs() <= 64) & real).any(3) * bits).sum(-1)
+    hidden = ((blocks == -torch.inf).all(3) * bits).sum(-1)
+    assert torch.equal(product.special.long(), special | hidden << 16)
+    assert abs(rest[1, 0, 1, 130] - 64.5 * 1.4426950408889634) < 1e-4 and (rest[0, 1, 1:, 70:n] == -torch.inf).all()
 
 
 def test_a_row_that_sees_no_group() -> None:

@@ -44,6 +44,8 @@ OTHERS: tuple[tuple[str, int, dict[str, Any]], ...] = (
     ("dot", 40, {"scale": -0.7}),
     ("dot", 3, {"parts": True}),
     ("dot", 40, {"ahead": True}),
+    ("dot", 150, {"dtype": BF16}),
+    ("dot", 150, {"dtype": BF16, "ahead": True}),
     ("cosine", 40, {}),
     ("additive", 3, {}),
 )
@@ -59,25 +61,29 @@ def test_hidden_tiles_of_keys_are_not_read(
         monkeypatch.setattr(_tiles, "FEWEST_KEYS", 16)
     if options.pop("ahead", False):
         monkeypatch.setattr(_configurations, "OVERRIDES", Ahead(unused={}))
-    query, key, value = (torch.randn(1, heads, rows, 8) for heads, rows in ((4, n), (2, 300), (2, 300)))
+    dtype = options.pop("dtype", F32)
+    query, key, value = (torch.randn(1, heads, rows, 8).to(dtype) for heads, rows in ((4, n), (2, 300), (2, 300)))
     groups = {"query_groups": torch.zeros(n, dtype=torch.int64), "key_groups": runs(300, 0, 64, 200), "enable_gqa": True}
     table, grad, results = hidden(4, HIDDEN[hides]), torch.randn(1, 4, n, 8), []
     for operator, number, more in OPERATORS:
-        leaves = [x.clone().requires_grad_() for x in (query, key, planted(value, HIDDEN[hides], number), table)]
+        made_of = dtype if more else F32
+        given = (x.to(made_of) for x in (query, key, planted(value, HIDDEN[hides], number), table))
+        leaves = [x.clone().requires_grad_() for x in given]
         of_call = {**groups, **options, **more, "score": KINDS[kind]({"vector": VECTOR}), "group_bias": leaves[3]}
         out, lse = operator(*leaves[:3], return_lse=True, **of_call)
-        results.append((out, lse, *torch.autograd.grad(out, leaves, grad)))
-    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
+        results.append([x.float() for x in (out, lse, *torch.autograd.grad(out, leaves, grad.to(made_of)))])
+    torch.testing.assert_close(*results, **({"rtol": 1e-3, "atol": 1e-4} if dtype == F32 else {"rtol": 0.05, "atol": 0.05}))
 
 
+SCORES = (("dot", 1, F32), ("dot", 2, F32), ("dot", 2, BF16), ("additive", 1, F32))
 ROWS = ((5, False), (190, False), (190, True))
 
 
-@pytest.mark.parametrize("scores, rows", in_turn((("dot", 1), ("dot", 2), ("additive", 1)), ROWS), ids=str)
-def test_hidden_tiles_of_queries_are_not_read(scores: tuple[str, int], rows: tuple[int, bool]) -> None:
+@pytest.mark.parametrize("scores, rows", in_turn(SCORES, ROWS), ids=str)
+def test_hidden_tiles_of_queries_are_not_read(scores: tuple[str, int, torch.dtype], rows: tuple[int, bool]) -> None:
     """Those in front of all that see a tile of keys, and those behind: NaN in their gradients stays away."""
-    (kind, heads), (row, causal) = scores, rows
-    query, key, value = (torch.randn(1, h, rows, 8) for h, rows in ((heads, 200), (1, 300), (1, 300)))
+    (kind, heads, dtype), (row, causal) = scores, rows
+    query, key, value = (torch.randn(1, h, rows, 8).to(dtype) for h, rows in ((heads, 200), (1, 300), (1, 300)))
     query_groups = runs(200, 0, 100)
     table = torch.zeros(heads, 2, 3)
     table[:, query_groups[row], 1] = -torch.inf
@@ -85,11 +91,12 @@ def test_hidden_tiles_of_queries_are_not_read(scores: tuple[str, int], rows: tup
     groups |= {"score": KINDS[kind]({"vector": VECTOR})}
     grad, results = torch.randn(1, heads, 200, 8), []
     for operator, number, more in OPERATORS:
-        leaves = [x.clone().requires_grad_() for x in (key, value)]
-        out = operator(query, *leaves, enable_gqa=True, **groups, **more)
-        of_out = grad.index_fill(2, torch.tensor([row]), number)
-        results.append([x[:, :, 64:192] for x in torch.autograd.grad(out, leaves, of_out)])
-    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
+        made_of = dtype if more else F32
+        leaves = [x.to(made_of).clone().requires_grad_() for x in (key, value)]
+        out = operator(query.to(made_of), *leaves, enable_gqa=True, **groups, **more)
+        of_out = grad.index_fill(2, torch.tensor([row]), number).to(made_of)
+        results.append([x[:, :, 64:192].float() for x in torch.autograd.grad(out, leaves, of_out)])
+    torch.testing.assert_close(*results, **({"rtol": 1e-3, "atol": 1e-4} if dtype == F32 else {"rtol": 0.05, "atol": 0.05}))
 
 
 MAPS: dict[str, Callable[..., Any]] = {  # of an operator, by name

@@ -229,7 +229,7 @@ def some_of(tasks: list[Task], rows: dict[str, Row]) -> list[Task]:
     registers = {task: sum(row["registers"] + row["spills"] // 4 for row in rows_of([task], rows).values()) for task in tasks}
     left, chosen = set().union(*kernels.values()), []
     while left:
-        of_turn = (task for task in tasks if task[2] == ARCHITECTURES[len(chosen) % len(ARCHITECTURES)])
+        of_turn = (task for task in tasks if task[2] == ARCHITECTURES[len(chosen) % len(ARCHITECTURES)] and kernels[task])
         chosen.append(max(of_turn, key=lambda task: len(kernels[task] & left) / registers[task]))
         left -= kernels[chosen[-1]]
     return chosen
