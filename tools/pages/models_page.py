@@ -130,36 +130,36 @@ eager attention: *equal* is a difference of at most {BOUND:.0e} of a row's large
 *Refused* is an error that names its reason. A class *cannot be built* where its default config with small sizes does not run, and
 *cannot be compared* where the model gives no maps, or nothing but `explain` says which row is read.
 """
-    for mapping, title in MAPPED.items():
-        if mapping not in table:
-            continue
-        rows = table[mapping]
-        counts = Counter(outcome for _, outcome, _ in rows.values())
-        shown = ", ".join(f"{counts[outcome]} {outcome}" for outcome in OUTCOMES if counts[outcome])
-        text += f"\n### {title}\n\n{len(rows)} model types: {shown}.\n\n"
-        equal = sorted({name for name, outcome, _ in rows.values() if outcome == "equal"})
-        text += f"Equal: {', '.join(f'`{name}`' for name in equal)}.\n\n| class | outcome | reason |\n| --- | --- | --- |\n"
-        others = sorted({(name, outcome, reason) for name, outcome, reason in rows.values() if outcome != "equal"})
-        text += "".join(f"| `{name}` | {outcome} | {_short(reason)} |\n" for name, outcome, reason in others)
-    return text
+    return text + outcomes(table)
 
 
 def edited(table: dict[str, Any]) -> str:
     """The stored outcomes of `make models ARGS="--edits"`."""
     text = f"""## Edited attention
 
-`make models ARGS="--edits"` takes such models, cuts edges of two heads in all layers and steers a layer, by `va.intervene` with
+`make models ARGS="--edits"` takes the same models, cuts edges of two heads in all layers and steers a layer, by `va.intervene` with
 `Knockout` and `Steer`, and compares the logits with those of eager attention with edited maps. *Equal* is a difference of at most
-{BOUND:.0e} of what the edits change. Classes that are not named below were not measured.
-
-| task | equal | others |
-| --- | --- | --- |
+{BOUND:.0e} of what the edits change. A class *cannot be compared* where no tower of three tokens attends to itself, or the edits
+change no logit.
 """
+    return text + outcomes(table, names_equal=False)
+
+
+def outcomes(table: dict[str, Any], names_equal: bool = True) -> str:
+    """The counts of each mapping, and a table of the classes that are not equal."""
+    text = ""
     for mapping, title in MAPPED.items():
-        rows = table.get(mapping, {})
-        equal = ", ".join(sorted({f"`{name}`" for name, outcome, _ in rows.values() if outcome == "equal"}))
+        if mapping not in table:
+            continue
+        rows = table[mapping]
+        counts = Counter(outcome for _, outcome, _ in rows.values())
+        shown = ", ".join(f"{counts[outcome]} {outcome}" for outcome in OUTCOMES if counts[outcome])
+        equal = sorted({name for name, outcome, _ in rows.values() if outcome == "equal"})
+        text += f"\n### {title}\n\n{len(rows)} model types: {shown}.\n\n"
+        text += f"Equal: {', '.join(f'`{name}`' for name in equal)}.\n\n" if names_equal else ""
+        text += "| class | outcome | reason |\n| --- | --- | --- |\n"
         others = sorted({(name, outcome, reason) for name, outcome, reason in rows.values() if outcome != "equal"})
-        text += f"| {title} | {equal} | {'; '.join(f'`{name}` {outcome}: {_short(why)}' for name, outcome, why in others)} |\n"
+        text += "".join(f"| `{name}` | {outcome} | {_short(reason)} |\n" for name, outcome, reason in others)
     return text
 
 

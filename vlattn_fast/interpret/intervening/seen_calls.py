@@ -118,6 +118,7 @@ class NotesCalls(Method):
 
     needs_score = False
     adds_beside = True  # of a recurrence beside it attention is edited alone
+    goes_beside = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -254,7 +255,9 @@ def _tokens(tower: TowerTrace, model: nn.Module, arguments: Mapping[str, Any], d
     if tower.record is not None:
         return tower.tokens_in(arguments)
     named = decoder_inputs(arguments) if decodes else arguments
-    ids = named.get("input_ids")
+    ids, mask = (named.get(name) for name in ("input_ids", "attention_mask"))
+    if decodes and isinstance(mask, Tensor):  # it may begin with that of the encoder's tokens
+        named = {**named, "attention_mask": mask[..., -tower.size :]}
     if isinstance(ids, Tensor) and tuple(ids.shape) == tower.shape:
         return Text(named, tower.shape, getattr(model, "config", None), attended=tower.attended)
     return Tokens({}, tower.shape, attended=tower.attended)

@@ -6,13 +6,16 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-# By the end of the class's name.
-_REASONS = {
+# By the end of the class's name: attention that is no softmax of one map over tokens.
+_ATTENTION = {
     "DeformableAttention": "which samples values at a few learnt points and takes no softmax over keys",
     "BiMultiHeadAttention": "which takes two softmaxes of one clamped score matrix, over its rows and over its columns",
     "CvtSelfAttention": "which makes queries, keys and values by convolutions over tokens",
-    "ConvBertSelfAttention": "which adds a convolution over tokens to attention",
     "NystromformerSelfAttention": "which multiplies three maps over landmarks, and adds a convolution over tokens",
+}
+# And what goes on beside attention.
+_BESIDE = {
+    "ConvBertSelfAttention": "which adds a convolution over tokens to attention",
     "ShortConvolution": "which mixes neighbouring tokens beside attention",
     "MobileBertEmbeddings": "which joins each token with its neighbours in front of attention",
     "BridgeTowerLinkTower": "which adds up two streams of the same tokens, whose relevancies no published rule joins",
@@ -30,13 +33,15 @@ class UndefinedRelevancy(ValueError):
     """The call is right, but this model's weights give a score that is NaN, or no row beside the one that is read."""
 
 
-def check_rules(model: nn.Module, parts: Sequence[str]) -> None:
-    """ValueError, naming the modules, if the rules for relevancy do not cover the parts of `model` at these paths."""
+def check_rules(model: nn.Module, parts: Sequence[str], beside: bool = True) -> None:
+    """ValueError, naming the modules, if the rules for relevancy do not cover the parts of `model` at these paths: their attention,
+    and what goes on `beside` it."""
     uncovered: dict[str, str] = {}
+    reasons = _ATTENTION | _BESIDE if beside else _ATTENTION
     below = ((name, module) for part in parts for name, module in model.get_submodule(part).named_modules(prefix=part))
     for name, module in below:
         kind = type(module).__name__
-        for ending, reason in _REASONS.items():
+        for ending, reason in reasons.items():
             if kind.endswith(ending) and getattr(module, "trigram_input", True):  # of MobileBERT
                 uncovered.setdefault(ending, f"'{name}' ({kind}), {reason}")
     if uncovered:

@@ -109,6 +109,7 @@ class Method:
         default_steps: on how many scaled inputs it runs the model; 0 = it runs on the input itself, and once.
         by_layer: each layer's own map has a meaning: relu(A * dA) where it takes gradients, else A.
         adds_beside: the maps of attention and of a recurrence over the same tokens are added. Other methods refuse such layers.
+        goes_beside: what mixes tokens beside attention counts, so that a rule must cover it.
         holds_start: a relevancy row begins as the weights of the row that is read, and the layers add to it. A row that equals
             these weights at the end means that the score does not depend on the row that is read: `explain` refuses it.
         removes_sinks: its rows can leave out tokens that receive attention without content.
@@ -128,6 +129,7 @@ class Method:
     takes_rows: ClassVar[bool] = False
     default_steps: ClassVar[int] = 0
     by_layer: ClassVar[bool] = False
+    goes_beside: ClassVar[bool] = True
     adds_beside: bool = False
     holds_start: bool = False
     removes_sinks: bool = False

@@ -85,7 +85,8 @@ class Trace(FindsTowers, SeesMixers, Stepwise, TorchFunctionMode):
         self._roots = [submodule(model, tower.path, tower) for tower in family.towers]
         if self.finds_towers:
             self._roots = [model.get_submodule(family.within)]
-        check_rules(model, [family.within] if self.finds_towers else [tower.path for tower in family.towers])
+        parts = [family.within] if self.finds_towers else [tower.path for tower in family.towers]
+        check_rules(model, parts, beside=method.goes_beside)
 
     @property
     def links(self) -> set[tuple[TowerTrace, TowerTrace]]:
