@@ -124,10 +124,7 @@ def _run(case: Example, tensors: Tensors, backend: str, dtype: torch.dtype | Non
 
 
 def outputs_and_gradients(
-    call: Callable[[Tensors], Any],
-    tensors: Tensors,
-    cotangents: Callable[[list[Tensor]], list[Tensor]],
-    differentiable: bool = True,
+    call: Callable[[Tensors], Any], tensors: Tensors, cotangents: Callable[[list[Tensor]], list[Tensor]], differentiable: bool
 ) -> Tensors:
     """Floating outputs of call(tensors) by number, and the gradient of every tensor by name; inputs keep their strides.
 

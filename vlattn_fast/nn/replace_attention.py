@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vlattn_fast import scores
 from vlattn_fast._ground.checks import check_bool, check_choice
 from vlattn_fast.attach.handwritten import calls_interface, has_core, with_core
-from vlattn_fast.attach.session import split_path, unwrapped
+from vlattn_fast.attach.session import named, split_path, unwrapped
 from vlattn_fast.attach.transformers_interface import CONFIG_NAME, REPLACED, RULE, masks_of
 from vlattn_fast.nn.score_attention import ScoreFactory, make_score
 from vlattn_fast.ops import BACKEND_NAMES
@@ -151,9 +151,7 @@ def _sizes_of(module: nn.Module) -> tuple[int, int] | None:
 def sizes_of(path: str, module: nn.Module) -> tuple[int, int]:
     sizes = _sizes_of(module)
     if sizes is None:
-        raise ValueError(
-            f"'{path}' ({type(module).__name__}) does not tell the number and size of its heads; leave it out by layers="
-        )
+        raise ValueError(f"{named(path, module)} does not tell the number and size of its heads; leave it out by layers=")
     return sizes
 
 
@@ -198,9 +196,9 @@ def _replace(module: nn.Module, score: nn.Module | str, backend: str) -> None:
     config = module.config
     setattr(module, RULE, None)  # the model's config decides at each call
     module._attention_config = config
-    named = copy.copy(config)
-    setattr(named, CONFIG_NAME, _NAME)
-    module.config = named
+    changed = copy.copy(config)
+    setattr(changed, CONFIG_NAME, _NAME)
+    module.config = changed
 
 
 def _restore(module: nn.Module) -> None:

@@ -32,7 +32,7 @@ def special_ids(tokenizer: Any) -> frozenset[int] | None:
     return None if ids is None else frozenset(ids)
 
 
-def token_target(target: Any, tokenizer: Any, model: nn.Module, record: Family, read: Any = "mean") -> Any:
+def token_target(target: Any, tokenizer: Any, model: nn.Module, record: Family, read: Any) -> Any:
     """`target` with its words, one or one a row, as indices: of tokens, or of classes by their names in the config. The word
     "similarity" is a callable, of encoders whose embedding `read` says. ValueError for a word of several tokens, or no class."""
     scored = record.scoring

@@ -31,7 +31,7 @@ class Photo:
     first: bool = False  # the thumbnail is in front of the crops
 
 
-def photos_in(pictures: Tensor, first: bool | None = None, one: bool = False) -> list[Photo]:
+def photos_in(pictures: Tensor, first: bool | None, one: bool) -> list[Photo]:
     """The photos that pictures (n, C, H, W) of a prompt show; with `one` all show the same, or nothing tells.
 
     Crops of one photo, row by row, have a thumbnail behind or in front of them (`first`; None = either): at one grid alone they

@@ -56,7 +56,7 @@ class WrittenCall:
 class WrittenMaps:
     """The maps (B, H, N, M) of a run that modules took themselves. `keeps_graph`: the calls have gradients by the maps."""
 
-    def __init__(self, keeps_graph: bool = False) -> None:
+    def __init__(self, keeps_graph: bool) -> None:
         self._keeps_graph = keeps_graph
         self._mark = new_mark("maps")  # of a tensor: the map that it holds, as a bit
         self._maps: list[tuple[str, Tensor | None]] = []  # with the module's path; None = multiplied with its values

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+_NAMED = 5  # tokens of a line
+
 
 @dataclass(frozen=True)
 class Sink:
@@ -54,7 +56,7 @@ def _of_json(layers: Any, shares: Any, norms: Any, place: Any, **others: Any) ->
     return Sink(layers=tuple(layers), shares=of_shares, norms=of_norms, place=None if place is None else tuple(place), **others)
 
 
-def sinks_line(samples: Sequence[Sequence[Sink]] | None, most: int = 5) -> str:
+def sinks_line(samples: Sequence[Sequence[Sink]] | None) -> str:
     """One line that names the sinks of all samples, those of the most attention first; "" where none was asked for."""
     if samples is None:
         return ""
@@ -67,7 +69,7 @@ def sinks_line(samples: Sequence[Sequence[Sink]] | None, most: int = 5) -> str:
         return "No token receives attention without content."
     ordered = sorted(by_name.items(), key=lambda item: -item[1])
     row = (lambda number: f"row {number}: ") if len(samples) > 1 else lambda number: ""
-    named = [f"{row(number)}{name}, up to {share:.0%} of a layer" for (number, name), share in ordered[:most]]
-    more = f"; and {len(ordered) - most} more" if len(ordered) > most else ""
+    named = [f"{row(number)}{name}, up to {share:.0%} of a layer" for (number, name), share in ordered[:_NAMED]]
+    more = f"; and {len(ordered) - _NAMED} more" if len(ordered) > _NAMED else ""
     removed = any(sink.removed for sample in samples for sink in sample)
     return f"Attention without content{', left out of the maps' if removed else ''}: {'; '.join(named)}{more}."
