@@ -9,7 +9,8 @@
 // Bound: multiply-adds. Forward: the scores of all four blocks; backward: three times those of the blocks that have gradients.
 // Tricks: the real tokens of a sample alone are taken up, so nothing below knows of masks. The forward pass stores its maps for
 // the backward pass (O((L + V)^2) a sample, no head axis), which then computes each head once. Maps lie as (keys, rows), so that
-// a lane is a row: no sum over lanes, and every product of maps but one reads them as they lie.
+// a lane is a row: no sum over lanes, and every product of maps but one reads them as they lie. The scale and the largest score of a
+// row are taken while scores are in registers. A task keeps to its samples, whose queries, keys and maps fit its second cache.
 // Measured: rows congruence_loss of benchmarks/results/cpu.json.
 #include "congruence_maps.h"
 

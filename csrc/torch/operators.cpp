@@ -599,7 +599,7 @@ std::tuple<Tensor, Tensor> congruence_loss(std::vector<Tensor> queries, std::vec
     check("image_mask", image_mask, {batch, V}, {ScalarType::Bool});
     place("direction", direction, {"text", "image", "both"});
     const Tensor loss = empty(text, {batch}, ScalarType::Float);
-    const Tensor maps = zeros(text, {batch, L + V, (L + 15) / 32 * 32 + (V + 15) / 32 * 32 + 32}, ScalarType::Float);
+    const Tensor maps = empty(text, {batch, L + V, (L + 15) / 32 * 32 + (V + 15) / 32 * 32 + 32}, ScalarType::Float);
     call.number("dtype", dtype_of(text)).number("B", batch).number("H", text.size(1)).number("D", text.size(3));
     call.number("lengths[0]", L).number("lengths[1]", V).number("scale", scale);
     call.number("kind", place("kind", kind, {"cacr", "iais_singular", "iais_distributed"}));
