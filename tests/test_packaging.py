@@ -9,12 +9,10 @@ import importlib
 import importlib.util
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
 import tarfile
-import tomllib
 import zipfile
 from pathlib import Path
 from types import ModuleType
@@ -445,17 +443,3 @@ def test_mypy_finds_the_packages_that_lie_elsewhere():
     assert 'files = ["vlattn_fast", "typings"]' in settings and 'mypy_path = ["typings"]' in settings
     linked = {path.name: path.resolve() for path in (ROOT / "typings" / "vlattn_fast").iterdir()}
     assert linked == {name: ROOT / name for name in MAPPED}
-
-
-def test_the_recipe_for_conda_has_the_facts_of_pyproject():
-    """`make conda` builds it. Another registry has torch under the name pytorch."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    recipe = [line.strip() for line in (ROOT / "conda" / "recipe.yaml").read_text().splitlines()]
-    facts = project["project"]
-    assert f'version: "{facts["version"]}"' in recipe and f"summary: {facts['description']}" in recipe
-    assert recipe.count(f"- python {facts['requires-python']}") == 2
-    needs = [re.sub(r"^(\w+)(>=.*)$", r"\1 \2", need) for need in (*facts["dependencies"], *project["build-system"]["requires"])]
-    needs = [need.replace("torch ", "pytorch ") for need in needs]
-    assert not {f"- {need}" for need in needs} - {*recipe}
-    (command,) = facts["scripts"].items()
-    assert f"- {' = '.join(command)}" in recipe

@@ -58,7 +58,7 @@ def version(name: str) -> str:
 
 
 def script(name: str) -> str:
-    """Of bash, which makes the files of a package in $PREFIX."""
+    """The lines of bash that make the files of a package in $PREFIX."""
     if name == "python":
         folders = sorted({str(Path(origin(package)).parents[1]) for package in PACKAGES})
         site = f"$PREFIX/lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages"

@@ -146,7 +146,7 @@ def write_cpu(out: Path) -> Path:
 
 
 def _facts(backend: str, content: bytes) -> dict[str, Any]:
-    """What a variant's metadata.json says. `id` names the module, and the namespace of its operators."""
+    """The content of a variant's metadata.json. `id` names the module, and the namespace of its operators."""
     identity = f"_{NAME.replace('-', '_')}_{backend}_{hashlib.sha256(content).hexdigest()[:7]}"
     facts = {"name": NAME, "id": identity, "version": VERSION, "license": "Apache-2.0", "python-depends": []}
     return {**facts, "backend": {"type": backend}}

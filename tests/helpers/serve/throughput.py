@@ -44,7 +44,12 @@ PROMPT, TOKENS, LAYERS = 256, 32, 8
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=40, help="for each number of requests, and at least three rounds, the first of which warms up")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=40,
+        help="for each number of requests, and at least three rounds, the first of which warms up",
+    )
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 64])
     parser.add_argument("--only", nargs="+", default=[*ASKS][1:], choices=[*ASKS][1:], help="kinds beside the first")
     parser.add_argument("--out", type=Path, default=RESULTS)

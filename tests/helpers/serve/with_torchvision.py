@@ -11,7 +11,6 @@ from tests.helpers.serve.tiny import SIZES, with_tokenizer
 # isort: split
 import importlib.util
 import os
-import runpy
 import sys
 import tempfile
 from pathlib import Path
@@ -21,15 +20,14 @@ from safetensors.torch import load_file, save_file
 
 VIDEO = 510
 PROMPT = "w20 w21 <image> w22 <image> w23 w24"
-STARTUP = Path(__file__).with_name("startup")
+STARTUP, BESIDE = Path(__file__).with_name("startup"), Path(sys.prefix) / "torchvision"
 
 
 def main() -> None:
-    if importlib.util.find_spec("torchvision") is None:
-        folders = [str(STARTUP), str(Path(sys.prefix) / "torchvision")]
-        sys.path[:0] = folders
-        os.environ["PYTHONPATH"] = os.pathsep.join([*folders, os.environ.get("PYTHONPATH", "")])  # of the engine's processes
-        runpy.run_path(str(STARTUP / "sitecustomize.py"))
+    if importlib.util.find_spec("torchvision") is None and BESIDE.is_dir():  # this process anew, and the engine's below it
+        paths = [str(STARTUP), str(BESIDE), *filter(None, [os.environ.get("PYTHONPATH")])]
+        os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+        os.execv(sys.executable, [sys.executable, "-m", "tests.helpers.serve.with_torchvision", *sys.argv[1:]])
     model = {"llava": llava, "qwen2_vl": qwen2_vl}[sys.argv[1]]()
     for ranks in (1, 2):
         check(model, ranks)
