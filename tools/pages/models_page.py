@@ -137,10 +137,10 @@ def edited(table: dict[str, Any]) -> str:
     """The stored outcomes of `make models ARGS="--edits"`."""
     text = f"""## Edited attention
 
-`make models ARGS="--edits"` takes the same models, cuts edges of two heads in all layers and steers a layer, by `va.intervene` with
-`Knockout` and `Steer`, and compares the logits with those of eager attention with edited maps. *Equal* is a difference of at most
-{BOUND:.0e} of what the edits change. A class *cannot be compared* where no tower of three tokens attends to itself, or the edits
-change no logit.
+`make models ARGS="--edits"` takes the same models, cuts edges of two heads in all layers and steers a layer, by `va.intervene`
+with `Knockout` and `Steer`, and compares the logits with those of eager attention with edited maps. *Equal* is a difference of at
+most {BOUND:.0e} of what the edits change. A class *cannot be compared* where no tower of three tokens attends to itself, or the
+edits change no logit.
 """
     return text + outcomes(table, names_equal=False)
 

@@ -42,8 +42,9 @@ def heads_mesh(module: nn.Module, query: Tensor, key: Tensor) -> Any:
             continue
         if len(divided) > 1 or weight.to_local().shape[0] != size or weight.shape[0] != size * mesh.size(divided[0]):
             raise ValueError(
-                f"model must divide whole heads among processes, as many to each, along one dimension of a mesh; got '{name}' of shape "
-                f"{tuple(weight.shape)} with placements {weight.placements} for {query.shape[1]} heads of {query.shape[3]}"
+                "model must divide whole heads among processes, as many to each, along one dimension of a mesh; got "
+                f"'{name}' of shape {tuple(weight.shape)} with placements {weight.placements} for {query.shape[1]} heads of "
+                f"{query.shape[3]}"
             )
         return mesh if mesh.ndim == 1 else mesh[mesh.mesh_dim_names[divided[0]]]
     return None
@@ -107,7 +108,7 @@ class HeadShare:
         return x if self.mesh is None else _Part.apply(x, self, dim)
 
     def indices(self, heads: Tensor) -> tuple[Tensor, Tensor]:
-        """Of some heads (K,), int64, those that this process has: their places in `heads`, and their numbers in this process."""
+        """Those of some heads (K,), int64, that this process has: their places in `heads`, and their numbers in this process."""
         if self.mesh is None:
             return torch.arange(len(heads)), heads
         first = self.mesh.get_local_rank() * self.count

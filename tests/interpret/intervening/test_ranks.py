@@ -10,8 +10,8 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("torch.distributed.tensor")
 
-from tests.helpers.interpret import edited_ranks  # noqa: E402
-from tests.helpers.two_ranks import results_of  # noqa: E402
+from tests.helpers.interpret import edited_ranks
+from tests.helpers.two_ranks import results_of
 
 
 def test_each_way_of_dividing(tmp_path: Path) -> None:

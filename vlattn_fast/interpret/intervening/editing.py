@@ -60,7 +60,9 @@ class Editing(Stepwise, TorchFunctionMode):
         self._of_modules: dict[nn.Module, list[CallPlan]] = {}  # each module's calls in their order
         for plan in self._plans:
             self._of_modules.setdefault(self.model.get_submodule(plan.call.path), []).append(plan)
-        self._firsts: dict[nn.Module, list[tuple[SeenTower, int]]] = {}  # by module: towers that it attends in first, at which call
+        self._firsts: dict[
+            nn.Module, list[tuple[SeenTower, int]]
+        ] = {}  # by module: towers that it attends in first, at which call
         for tower in dict.fromkeys(plan.call.tower for plan in self._plans):
             first = next(plan for plan in self._plans if plan.call.tower is tower)
             module = self.model.get_submodule(first.call.path)
@@ -327,7 +329,7 @@ def token_groups(
 
 
 def _groups(plan: CallPlan, queries: Tensor, keys: int, start: int, total: int) -> dict[str, Any]:
-    """Of queries (B, H, N, *) and so many keys."""
+    """The groups and the bias of queries (B, H, N, *) with so many keys."""
     with torch.inference_mode(False):  # other runs, with gradients, use the same tensors
         query_groups, key_groups = token_groups(plan, (*queries.shape[::2], keys), start, total, queries.device)
         return {"query_groups": query_groups, "key_groups": key_groups, "group_bias": plan.group_bias(queries)}

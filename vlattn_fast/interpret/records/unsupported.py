@@ -34,8 +34,8 @@ class UndefinedRelevancy(ValueError):
 
 
 def check_rules(model: nn.Module, parts: Sequence[str], beside: bool = True) -> None:
-    """ValueError, naming the modules, if the rules for relevancy do not cover the parts of `model` at these paths: their attention,
-    and what goes on `beside` it."""
+    """ValueError, naming the modules, if the rules for relevancy do not cover the parts of `model` at these paths: their
+    attention, and what goes on `beside` it."""
     uncovered: dict[str, str] = {}
     reasons = _ATTENTION | _BESIDE if beside else _ATTENTION
     below = ((name, module) for part in parts for name, module in model.get_submodule(part).named_modules(prefix=part))
