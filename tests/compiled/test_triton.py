@@ -101,7 +101,7 @@ def test_forward_kernels_do_not_spill_on_sm_90() -> None:
 def test_no_product_is_computed_by_two_warps() -> None:
     """Warps whose layout is larger than the tile do. On sm_90, which the tiles are chosen for: heads of 256 features, and of 192,
     which are padded to 256, leave no registers for fewer warps, nor does the divergence, whose smallest product, of 32 rows and
-    columns, is repeated, nor do sums over hidden units in float32. `_step_kernel` repeats the products of the first tile alone, few
+    columns, is repeated, nor do sums over hidden units in float32. `_step_kernel` repeats products of the first tile alone, few
     rows over paged keys those with the groups, of 16 columns."""
     excepted = (" 256 ", " 192 ", " _divergence_kernel ", " fp32 64 _units_rows_kernel ", " bf16 64 _step_kernel ")
     groups = re.compile(r"paged_attention_statistics (tokens|\S+ fp32) .*_rows_kernel")

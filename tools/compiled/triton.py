@@ -341,8 +341,12 @@ def _write(tasks: list[Task], version: str, workers: int | None) -> None:
 def _compare(tasks: list[Task], version: str, workers: int | None, some: bool) -> None:
     rows = read(TABLE).get(version, {})
     tasks = some_of(tasks, rows) if some else tasks
-    compiled = compile_all(tasks, workers)
-    lines = differences(compiled, rows_of(tasks, rows))
+    stored = rows_of(tasks, rows)
+    compiled = {
+        key: {name: x for name, x in row.items() if name not in ("source", "text") or name in stored.get(key, row)}
+        for key, row in compile_all(tasks, workers).items()
+    }
+    lines = differences(compiled, stored)
     for key, row in compiled.items():
         if row["spills"]:
             print(f"spills {row['spills']} bytes: {key}")
