@@ -69,7 +69,9 @@ struct Logits {
     static float query_factor(const Score& score, double scale) { return score.kind == DOT ? (float)scale : 1.f; }
     float row_factor(const Score& score, double scale) const { return pairs ? 1.f : query_factor(score, scale); }
     float product_factor(const Score& score, double scale) const { return pairs ? query_factor(score, scale) : 1.f; }
-    static bool takes_pairs(const Attention& a, const Score& score) { return ::ISA::takes_pairs(a, score, least(a.D, a.Dv)); }
+    static bool takes_pairs(const Attention& a, const Score& score) {  // a map of weights alone has no values
+        return ::ISA::takes_pairs(a, score, a.Dv > 0 ? least(a.D, a.Dv) : a.D);
+    }
 
     void plan(const Attention& a, const Score& score, Memory& memory, bool backward) {
         keys.plan(a, a.key, a.D, pairs, backward, memory), values.plan(a, a.value, a.Dv, pairs, true, memory);
