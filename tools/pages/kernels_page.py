@@ -205,7 +205,7 @@ polynomials were worked out from them, and not written:
 - *A product for biases of groups*, on sm_90: it is in, for up to 8 groups in 16 bits. It adds the bias to the scores, in two
   parts of 16 bits at least, and another product sums dS by groups. Before, each pair chose between two numbers of its query:
   nearly all tiles have two groups where a bias has 8 and there are 577 tokens. Other calls still do so. Instructions a pair
-  fall from 17.6 to 13.3 forward, from 24.0 to 15.4 for dQ and from 21.2 to 15.9 for dK and dV. By the estimate such a bias costs
+  fall from 17.6 to 13.3 forward, from 24.0 to 15.5 for dQ and from 21.2 to 15.9 for dK and dV. By the estimate such a bias costs
   1.13 times the forward pass without it, and 1.12 times the backward pass (1.31 and 1.26 before). A branch adds biases that two
   parts do not hold, and divides by sums where their log-sum-exp is coarse. Sums of dS that are not finite are computed again
   without a product. The rest is 17 of 212 µs for products forward and 47 of 801 backward, copies of their factors, and the
