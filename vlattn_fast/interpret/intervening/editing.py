@@ -60,9 +60,8 @@ class Editing(Stepwise, TorchFunctionMode):
         self._of_modules: dict[nn.Module, list[CallPlan]] = {}  # each module's calls in their order
         for plan in self._plans:
             self._of_modules.setdefault(self.model.get_submodule(plan.call.path), []).append(plan)
-        self._firsts: dict[
-            nn.Module, list[tuple[SeenTower, int]]
-        ] = {}  # by module: towers that it attends in first, at which call
+        # By module, the towers whose first call it makes, and which of its calls that is.
+        self._firsts: dict[nn.Module, list[tuple[SeenTower, int]]] = {}
         for tower in dict.fromkeys(plan.call.tower for plan in self._plans):
             first = next(plan for plan in self._plans if plan.call.tower is tower)
             module = self.model.get_submodule(first.call.path)
