@@ -259,8 +259,8 @@ class Editing(Stepwise, TorchFunctionMode):
                 call = inside.maps.product(func, args, kwargs, result) if inside.of_maps else None
                 if call is None:
                     return result
-                plan, start = inside.of_maps.pop(call.number)
-                return call.as_product(_with_heads(plan, call.output, start))
+                of_map, start = inside.of_maps.pop(call.number)
+                return call.as_product(_with_heads(of_map, call.output, start))
         plan = self._plan()
         result = func(*args, **kwargs) if plan is None or not plan.terms else self._softmax(plan, func, args, kwargs)
         if plan is not None and plan.edits_heads:
