@@ -60,9 +60,8 @@ class Editing(Stepwise, TorchFunctionMode):
         self._of_modules: dict[nn.Module, list[CallPlan]] = {}  # each module's calls in their order
         for plan in self._plans:
             self._of_modules.setdefault(self.model.get_submodule(plan.call.path), []).append(plan)
-        self._firsts: dict[
-            nn.Module, list[tuple[SeenTower, int]]
-        ] = {}  # by module: towers that it attends in first, at which call
+        # By module, the towers whose first call it makes, and which of its calls that is.
+        self._firsts: dict[nn.Module, list[tuple[SeenTower, int]]] = {}
         for tower in dict.fromkeys(plan.call.tower for plan in self._plans):
             first = next(plan for plan in self._plans if plan.call.tower is tower)
             module = self.model.get_submodule(first.call.path)
@@ -260,8 +259,8 @@ class Editing(Stepwise, TorchFunctionMode):
                 call = inside.maps.product(func, args, kwargs, result) if inside.of_maps else None
                 if call is None:
                     return result
-                plan, start = inside.of_maps.pop(call.number)
-                return call.as_product(_with_heads(plan, call.output, start))
+                of_map, start = inside.of_maps.pop(call.number)
+                return call.as_product(_with_heads(of_map, call.output, start))
         plan = self._plan()
         result = func(*args, **kwargs) if plan is None or not plan.terms else self._softmax(plan, func, args, kwargs)
         if plan is not None and plan.edits_heads:

@@ -178,8 +178,9 @@ class Trace(FindsTowers, SeesMixers, Stepwise, TorchFunctionMode):
                 self.written.leave_out(path)
             dim = args[1] if len(args) > 1 else kwargs.get("dim")
             self.by_hand.setdefault(path, set()).update([scores.shape] if is_map(scores, dim) else [])
-        takes_edits = func in SOFTMAX and path is not None and self._edits is not None
-        result = self._edits.edited_softmax(self, path, func, args, kwargs) if takes_edits else None
+        result = None
+        if func in SOFTMAX and path is not None and self._edits is not None:
+            result = self._edits.edited_softmax(self, path, func, args, kwargs)
         if result is None:
             result = self.method.follow(func, args, kwargs, self._behind) if self._follows else func(*args, **kwargs)
         result = result if self._is_over else self._written(func, args, kwargs, result)
@@ -207,10 +208,10 @@ class Trace(FindsTowers, SeesMixers, Stepwise, TorchFunctionMode):
         call = self.written.product(func, args, kwargs, result)
         if call is None:
             return result
-        *tensors, masks = call.as_call()
-        for tensor, part in zip(tensors, call.marks, strict=True):
+        query, key, value, masks = call.as_call()
+        for tensor, part in zip((query, key, value), call.marks, strict=True):
             self._marked_as(tensor, part)
-        output = self.attend(*tensors, masks)
+        output = self.attend(query, key, value, masks)
         return self._marked_as(call.as_product(output), output)
 
     def _around_of(self, path: str) -> TowerTrace | None:
