@@ -34,6 +34,9 @@ endif()
 if(VLATTN_SETS)
   set(SETS ${VLATTN_SETS})
   unset(OPERATORS_v4_bf16)  # v4 may not be built
+  if(VLATTN_SETS MATCHES ";amx$")  # what has products by tiles is run with them alone
+    list(REMOVE_ITEM OPERATORS ${OPERATORS_amx})
+  endif()
 elseif(SANITIZE AND NOT VLATTN_HAS_AMX)
   list(APPEND SETS amx)
 endif()

@@ -1,4 +1,6 @@
-"""A part of `make sanitize` (sanitize.py), with the instruction set that runs here: edges of tiles, layouts and empty sizes."""
+"""A part of `make sanitize` (sanitize.py): edges of tiles, layouts and empty sizes. Under `address` products by tiles have a
+stand-in for the instructions; the code that lays out tiles is the processor's, and other kernels are of the set that runs here.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.cpu import test_tiles
 from tools import sanitize, tiles
 from tools.building import Missing
 
-CHOSEN = {"address": "layouts or empty or grouped", "thread": "layouts or grouped"}
+CHOSEN = {"address": "layouts or empty or grouped or test_pairs or panels", "thread": "layouts or grouped"}
+SETS = {"address": ("amx",), "thread": ()}  # beside the one that runs here
 # Threads divide a call by its sizes: one layout that is read where it lies, and one that is copied, have each size.
 LEFT_OUT = {"address": "", "thread": " and not (sliced or offset or expanded)"}
 
@@ -25,7 +27,7 @@ def files_with(chosen: str) -> list[str]:
 
 def folder(kind: str) -> Path:
     try:
-        return sanitize.sanitized(kind, sanitize.others_than_amx()[0], *(["amx"] if kind == "address" else []))
+        return sanitize.sanitized(kind, sanitize.others_than_amx()[0], *SETS[kind])
     except Missing as missing:
         pytest.skip(str(missing))
 
@@ -33,13 +35,8 @@ def folder(kind: str) -> Path:
 @pytest.mark.parametrize("kind", sanitize.KINDS)
 def test_nothing_is_found(kind: str) -> None:
     chosen = f"{sanitize.CHOSEN} and ({CHOSEN[kind]}){LEFT_OUT[kind]}"
-    done = sanitize.run(kind, folder(kind), sanitize.others_than_amx()[0], "-x", *files_with(CHOSEN[kind]), "-k", chosen)
-    assert done.returncode == 0, done.stdout[-10000:]
-
-
-def test_nothing_is_found_in_products_by_tiles() -> None:
-    """A stand-in for the instructions; the code that lays out tiles is the processor's."""
-    done = sanitize.run("address", folder("address"), "amx", "-x", *test_tiles.FILES)
+    instruction_set = [sanitize.others_than_amx()[0], *SETS[kind]][-1]
+    done = sanitize.run(kind, folder(kind), instruction_set, "-x", *files_with(CHOSEN[kind]), "-k", chosen)
     assert done.returncode == 0, done.stdout[-10000:]
 
 
