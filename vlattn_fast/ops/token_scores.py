@@ -169,11 +169,14 @@ def text_raters(hidden: Tensor, image: Tensor, text: Tensor, *, backend: str = "
 
 def _of_rows(how: Rule, rows: slice | None, x: Any) -> Any:
     """The arguments of attention_statistics for the queries that give. `rows` as in `Plan`."""
-    query, weight, places = x.query, None, rows
+    query, weight = x.query, None
+    places: slice | Tensor
     if rows is None:
         query, weight, places = _chosen_rows(how, x)
-    elif rows.stop - rows.start < query.shape[2]:
-        query = query[:, :, rows]
+    else:
+        places = rows
+        if rows.stop - rows.start < query.shape[2]:
+            query = query[:, :, rows]
     mask, is_causal = _mask(how, x.attn_mask, x.query, x.key, places)
     logits = mask, x.key_mask, is_causal, x.scale, x.enable_gqa, x.softcap, x.sink
     return StatisticsArguments(query, x.key, "received", None, None, weight, *logits, None, None, x.backend)
@@ -188,11 +191,12 @@ def _fewest(how: Rule, query: Tensor) -> int:
 def _chosen_rows(how: Rule, x: Any) -> tuple[Tensor, Tensor, slice | Tensor]:
     """The queries (B, H, R, D) that are computed, their weights (B, R), and which queries they are: all, or those of (B, R)."""
     query, num_queries, few = x.query, x.query.shape[2], _fewest(how, x.query)
-    chosen, rows = chosen_queries(how, query, x.key, x.key_mask), slice(0, num_queries)
+    chosen = chosen_queries(how, query, x.key, x.key_mask)
+    rows: slice | Tensor = slice(0, num_queries)
     if few < num_queries:  # the places of the chosen queries, in their order; -1 where a sample has fewer
         index = torch.where(chosen, torch.arange(num_queries, device=query.device), -1).topk(few, 1).values.flip(1)
-        chosen, rows = index >= 0, index.clamp(min=0)
-        query = torch.take_along_dim(query, rows[:, None, :, None], 2)
+        chosen, rows = index >= 0, (picked := index.clamp(min=0))
+        query = torch.take_along_dim(query, picked[:, None, :, None], 2)
     weight = chosen.to(compute_dtype(query))
     if not how.is_sum:
         weight = weight / chosen.sum(1, keepdim=True).clamp(min=1)

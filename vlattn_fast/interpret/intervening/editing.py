@@ -107,7 +107,7 @@ class Editing(Stepwise, TorchFunctionMode):
         if RUNNING.get() is not self:
             return
         by_hand = any(plan.call.by_hand and not plan.is_empty for plan in self._of_modules[module])
-        self._inside.append(_Inside(module, maps=WrittenMaps() if by_hand else None))
+        self._inside.append(_Inside(module, maps=WrittenMaps(keeps_graph=False) if by_hand else None))
         for tower, number in self._firsts.get(module, ()):
             if self._numbers[module] == number:  # a model that runs its layers again has filled its cache meanwhile
                 self._before[tower] = _cached((*args, *kwargs.values()))
