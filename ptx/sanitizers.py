@@ -3,7 +3,7 @@
 FpSan puts integers modulo 2^w in place of floats of w bits: sums and products are exact, and exp2(x + y) = exp2(x) exp2(y).
 Infinity is a number like any other there, and 2^-inf is not 0, so that a masked key would count. Here infinities are what masks
 take them for: -inf is the least number, infinity minus or times a number is infinity, and 2^-inf = 0. One integer of 256, or of
-32 in 16 bits of float16, looks like NaN. Each equals itself here, but for the one that a NaN in the kernel's text has.
+32 in float16, looks like NaN. Each equals itself here, but for the one that a NaN in the kernel's text has.
 
     with ptx.sanitizers.fpsan(90):
         kernel[grid](x, out, BLOCK=64)  # compare with another launch under FpSan alone

@@ -365,8 +365,9 @@ def test_triton_kernels_are_checked_while_nvcc_compiles(tree, monkeypatch):
     asked, closed = [], []
     monkeypatch.setattr(tree, "run", lambda part, items, *_: asked.append([item["item"] for item in items]) or True)
     monkeypatch.setattr(tree, "close", lambda: closed.append(len(asked)))
-    checks = production.checks()
-    everything = [f"{check.item}/{backend}" for check in checks for backend in production.backends_of(check.operator)]
+    everything = [
+        f"{check.item}/{backend}" for check in production.checks() for backend in production.backends_of(check.operator)
+    ]
     triton = [name for name in everything if not name.endswith("/cuda")]
     without_kernel = {name.split("/")[0] for name in everything if name.endswith("/streaming")}
     assert without_kernel == {"recurrent_step"} == {name for name in OPERATORS if production.backends_of(name) == ("streaming",)}
