@@ -714,20 +714,23 @@ def _softmax_of_tile(
         else:
             if EDGE or C.KEY_MASK:
                 b_p, b_new, b_safe = _softmax_under_masks(b_s * b_scale[:, None], b_max, masks, start, o_q, o_kv, N, M, EDGE, C)
-            else:  # as below
-                b_safe = tl.maximum(b_max, (tl.min(b_s, axis=1) if NEGATIVE else tl.max(b_s, axis=1)) * b_scale)
-                b_new = b_safe
-                b_p = tl.exp2(b_s * b_scale[:, None] - b_safe[:, None])
+            else:
+                b_p, b_new, b_safe = _softmax_of_all(b_s, b_scale, b_max, NEGATIVE)
     elif EDGE or C.KEY_MASK or C.MASK % GROUP_BIAS != 0:
         b_p, b_new, b_safe = _softmax_under_masks(b_s * b_scale[:, None], b_max, masks, start, o_q, o_kv, N, M, EDGE, C)
     elif C.MASK == GROUP_BIAS:
         b_p, b_new, b_safe = _softmax_under_bias(b_s, b_scale, b_max, masks, start, o_q, o_kv, N, M, NEGATIVE, C)
     else:
-        # the maximum first, then one multiply-add per pair; a NEGATIVE scale turns the smallest score into the largest logit
-        b_safe = tl.maximum(b_max, (tl.min(b_s, axis=1) if NEGATIVE else tl.max(b_s, axis=1)) * b_scale)
-        b_new = b_safe
-        b_p = tl.exp2(b_s * b_scale[:, None] - b_safe[:, None])
+        b_p, b_new, b_safe = _softmax_of_all(b_s, b_scale, b_max, NEGATIVE)
     return b_p, b_new, tl.exp2(b_max - b_safe)
+
+
+@triton.jit
+def _softmax_of_all(b_s, b_scale, b_max, NEGATIVE: tl.constexpr):
+    """p [q,kv], and the new maximum [q] twice, of a tile without masks."""
+    # the maximum first, then one multiply-add per pair; a NEGATIVE scale turns the smallest score into the largest logit
+    b_new = tl.maximum(b_max, (tl.min(b_s, axis=1) if NEGATIVE else tl.max(b_s, axis=1)) * b_scale)
+    return tl.exp2(b_s * b_scale[:, None] - b_new[:, None]), b_new, b_new
 
 
 @triton.jit

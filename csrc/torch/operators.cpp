@@ -447,11 +447,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_sta
     call.number("groups.count", num_groups).contiguous("weight", row_weight).pointer("mass", mass).pointer("entropy", entropy);
     call.pointer("maximum", maximum).pointer("argmax", argmax).pointer("max_logit", max_logit);
     call.pointer("received", asks(statistics, "received") ? Maybe(received) : std::nullopt).run();
-    const auto none = [&](ScalarType type = ScalarType::Float) { return empty(query, {0}, type); };  // outputs share no memory
+    const auto none = [&] { return empty(query, {0}, query.scalar_type()); };  // outputs share no memory
     return {asks(statistics, "mass") ? mass : none(),
             asks(statistics, "entropy") ? entropy : none(),
             asks(statistics, "maximum") ? maximum : none(),
-            asks(statistics, "argmax") ? argmax : none(ScalarType::Long),
+            asks(statistics, "argmax") ? argmax : none(),
             asks(statistics, "received") ? received : none(),
             asks(statistics, "max_logit") ? max_logit : none(),
             none()};

@@ -27,7 +27,7 @@ OPERATORS: tuple[tuple[Callable[..., Any], float, dict[str, Any]], ...] = (  # e
     (va.reference.score_attention, 0.0, {}),
 )
 VECTOR = torch.linspace(-1, 1, 8)
-TOLERANCES = {F32: {"rtol": 1e-3, "atol": 1e-4}, BF16: {"rtol": 0.1, "atol": 0.1}}  # NaN is neither
+TOLERANCES = {F32: {"rtol": 1e-3, "atol": 1e-4}, BF16: {"rtol": 0.1, "atol": 0.25}}  # NaN is neither
 PLANTED = (10, 130, 270)  # a key of each, in a tile whose other keys are of the same run
 
 

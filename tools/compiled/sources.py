@@ -1,4 +1,4 @@
-"""What a launch gives Triton to compile, as a digest: equal ones compile alike.
+"""Digests of the text that a launch gives Triton to compile: equal ones compile alike.
 
 *source*: the kernel's text, with all that the text names in the package's kernels and without comments and docstrings, and the
 constants and types of the arguments. It takes a millisecond, and no version of Triton changes it: so it says of a row stored
@@ -31,7 +31,7 @@ def launch_text(kernel: Any, arguments: dict[str, Any]) -> str:
 
 
 def argument_text(x: Any, runtime: bool = True) -> str:
-    """What Triton compiles a kernel for: of a number whether it is 1, a multiple of 16 or wide, of a tensor its dtype."""
+    """The facts that Triton compiles a kernel for: whether a number is 1, a multiple of 16 or wide, and a tensor's dtype."""
     if isinstance(x, tuple):
         return f"({', '.join(argument_text(one, runtime) for one in x)})"
     if type(x).__name__ == "constexpr":

@@ -90,7 +90,7 @@ def sources_of(operator: str, name: str, architecture: int) -> dict[str, str]:
 
 
 def compile_call(operator: str, name: str, architecture: int, stored: dict[str, Row] | None = None) -> dict[str, Row]:
-    """The rows of the kernels that one call launches. Of `stored` rows those that are not out of date are kept."""
+    """The rows of the kernels that one call launches. Rows of `stored` that are not out of date are kept."""
     from triton.runtime.jit import JITFunction
 
     run = JITFunction.run

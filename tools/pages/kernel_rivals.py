@@ -1,4 +1,4 @@
-"""Of docs/kernels.md: the estimates of plain dot products beside published rates."""
+"""A part of docs/kernels.md: the estimates of plain dot products beside published rates."""
 
 from __future__ import annotations
 

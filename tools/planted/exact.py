@@ -42,7 +42,7 @@ class Planted(NamedTuple):
 FAULTS = (
     Planted(
         "a softmax subtracts it, and may subtract another number",
-        *("score_attention", "softcap and sink", torch.bfloat16, "score_attention._softmax_of_tile"),
+        *("score_attention", "softcap and sink", torch.bfloat16, "score_attention._softmax_of_all"),
         "tl.max(b_s, axis=1)) * b_scale",
         "tl.max(b_s, axis=1))",
     ),

@@ -213,8 +213,10 @@ def kernel(name: str, fields: Fields) -> Callable[..., None]:
     @functools.cache
     def function() -> Any:
         chosen = instruction_set()
-        if chosen in ("amx", "v4_bf16"):  # they may have the kernels alone that multiply bfloat16
-            chosen = next(each for each in (chosen, *_available()) if hasattr(library.load(), f"vlattn_{each}_{name}"))
+        if not hasattr(
+            library.load(), f"vlattn_{chosen}_{name}"
+        ):  # `amx` and `v4_bf16` have kernels alone that multiply bfloat16
+            chosen = next(each for each in _available() if hasattr(library.load(), f"vlattn_{each}_{name}"))
         return library.operator(f"vlattn_{chosen}_{name}", fields, ctypes.c_int64, ctypes.c_char_p)
 
     def run(numbers: tuple[Any, ...]) -> None:

@@ -171,12 +171,12 @@ def _of_rows(how: Rule, rows: slice | None, x: Any) -> Any:
     """The arguments of attention_statistics for the queries that give. `rows` as in `Plan`."""
     query, weight = x.query, None
     places: slice | Tensor
-    if rows is None:
-        query, weight, places = _chosen_rows(how, x)
-    else:
+    if isinstance(rows, slice):  # torch.compile takes the numbers of a slice that is compared with None for constants
         places = rows
         if rows.stop - rows.start < query.shape[2]:
             query = query[:, :, rows]
+    else:
+        query, weight, places = _chosen_rows(how, x)
     mask, is_causal = _mask(how, x.attn_mask, x.query, x.key, places)
     logits = mask, x.key_mask, is_causal, x.scale, x.enable_gqa, x.softcap, x.sink
     return StatisticsArguments(query, x.key, "received", None, None, weight, *logits, None, None, x.backend)
