@@ -215,8 +215,8 @@ def test_sums_of_gradients_that_are_not_finite(planted: float) -> None:
 @pytest.mark.parametrize("groups", (1, 3, 5, 6, 8))
 @pytest.mark.parametrize("dtype", (BF16, FP16))
 def test_the_factors_of_a_product(dtype: torch.dtype, groups: int) -> None:
-    """Their product is the bias over the scale, to 2^-14 of it, since the interpreter cuts where a GPU rounds. A special bias gives
-    0, and a word tells of each block."""
+    """Their product is the bias over the scale, to 2^-14 of it, since the interpreter cuts where a GPU rounds. A special bias
+    gives 0, and a word tells of each block."""
     n, scale = 200, 0.125
     table, columns = torch.randn(2, 3, n, groups), torch.randint(-2, groups + 1, (2, 150))
     table[0, 1, 70:], table[1, 2, 5, groups - 1], table[1, 0, 130, 0] = -torch.inf, torch.nan, 64.5
