@@ -115,11 +115,11 @@ Arguments = arguments_of(token_scores)
 
 
 class Plan(NamedTuple):
-    """How a call runs. `how.queries` is None where a tensor names them, since plans are kept. `rows`: the queries that give; None
-    where a mask of tokens chooses them."""
+    """How a call runs. `how.queries` is None where a tensor names them, since plans are kept. `rows`: the first query that gives,
+    and the one behind the last; None where a mask of tokens chooses them. Of a slice torch.compile would make a constant."""
 
     how: Rule
-    rows: slice | None
+    rows: tuple[int, int] | None
     statistics: StatisticsPlan
 
 
@@ -130,7 +130,7 @@ def _plan(x: Any) -> Plan:
     names_mask, rows = isinstance(how.queries, Tensor), None
     if not names_mask and real_queries(how, x.query, x.key, x.key_mask) is None:
         num_queries, few = x.query.shape[2], _fewest(how, x.query)
-        rows = slice(0, few) if how.queries == "first" else slice(num_queries - few, num_queries)
+        rows = (0, few) if how.queries == "first" else (num_queries - few, num_queries)
     statistics = make_statistics_plan(_of_rows(how, rows, x))
     return Plan(how._replace(queries=None) if names_mask else how, rows, statistics)
 
@@ -167,16 +167,16 @@ def text_raters(hidden: Tensor, image: Tensor, text: Tensor, *, backend: str = "
     return above_mean(statistics.received[:, 0], text)
 
 
-def _of_rows(how: Rule, rows: slice | None, x: Any) -> Any:
+def _of_rows(how: Rule, rows: tuple[int, int] | None, x: Any) -> Any:
     """The arguments of attention_statistics for the queries that give. `rows` as in `Plan`."""
     query, weight = x.query, None
     places: slice | Tensor
-    if isinstance(rows, slice):  # torch.compile takes the numbers of a slice that is compared with None for constants
-        places = rows
-        if rows.stop - rows.start < query.shape[2]:
-            query = query[:, :, rows]
-    else:
+    if rows is None:
         query, weight, places = _chosen_rows(how, x)
+    else:
+        (first, end), places = rows, slice(*rows)
+        if end - first < query.shape[2]:
+            query = query[:, :, places]
     mask, is_causal = _mask(how, x.attn_mask, x.query, x.key, places)
     logits = mask, x.key_mask, is_causal, x.scale, x.enable_gqa, x.softcap, x.sink
     return StatisticsArguments(query, x.key, "received", None, None, weight, *logits, None, None, x.backend)
