@@ -107,6 +107,7 @@ def attention_map(
         ValueError, TypeError: an argument is wrong (it is named), or the backend asked for cannot run the call.
         RuntimeError: in the backward pass of a backward pass.
 
+    >>> import torch
     >>> query, key = torch.randn(1, 4, 5, 8), torch.randn(1, 4, 7, 8)
     >>> abar = attention_map(query, key)
     >>> abar.shape, torch.allclose(abar.sum(-1), torch.ones(1, 5))
