@@ -116,7 +116,7 @@ Arguments = arguments_of(token_scores)
 
 class Plan(NamedTuple):
     """How a call runs. `how.queries` is None where a tensor names them, since plans are kept. `rows`: the first query that gives,
-    and the one behind the last; None where a mask of tokens chooses them. Of a slice torch.compile would make a constant."""
+    and the one behind the last; None where a mask of tokens chooses them. A slice would be a constant to torch.compile."""
 
     how: Rule
     rows: tuple[int, int] | None
