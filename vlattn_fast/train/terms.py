@@ -153,12 +153,13 @@ class CongruenceTerm(Term):
         super()._end_training()
 
     def _value(self, batch: dict[str, Any], outputs: Any) -> Tensor:
-        takes = inspect.signature(self.model.forward).parameters
+        masks = {}
         for name, key in self._masks.items():
-            if key not in {None, _MASK, *takes, *batch}:
+            mask = None if key is None else batch.get(key)
+            if mask is not None:
+                masks[name] = mask.bool()
+            elif key not in {None, _MASK, *batch} and key not in inspect.signature(self.model.forward).parameters:
                 raise ValueError(f"{name} must name one of the model's inputs; got {key!r}, and the inputs {', '.join(batch)}")
-        named = ((name, batch.get(key)) for name, key in self._masks.items() if key is not None)
-        masks = {name: mask.bool() for name, mask in named if mask is not None}
         return self.loss(self._capture, **masks, step=self.step).mean()
 
 
