@@ -358,12 +358,7 @@ def seen_tiles(seen, start, end, BLOCK: tl.constexpr, MASK: tl.constexpr):
         return first, end + 0, gap, skipped
     elif MASK >= GROUP_BIAS:
         first, last, gap, resume = seen
-        start += tl.maximum(first - start, 0) // BLOCK * BLOCK
-        end = start + tl.cdiv(tl.maximum(tl.minimum(end, last) - start, 0), BLOCK) * BLOCK
-        gap = start + tl.cdiv(tl.maximum(gap - start, 0), BLOCK) * BLOCK
-        resume = start + tl.maximum(tl.minimum(resume, end) - start, 0) // BLOCK * BLOCK
-        skipped = tl.maximum(resume - gap, 0)
-        return start, end - skipped, gap, skipped
+        return _seen_tiles(first, last, gap, resume, start, end, BLOCK)
     else:
         return start, end, 0, 0
 
