@@ -50,6 +50,10 @@ class Library(NamedTuple):
         except OSError as error:
             raise RuntimeError(f"the {self.title} kernels cannot be loaded (install vlattn_fast again): {error}") from error
 
+    def has(self, name: str) -> bool:
+        """Whether there is a C function of this name."""
+        return hasattr(self.load(), name)
+
     def function(self, name: str, result: Any, *arguments: Any) -> Any:
         """The C function `name`, with the types of its result and arguments."""
         function = getattr(self.load(), name, None)
@@ -212,12 +216,10 @@ def kernel(name: str, fields: Fields) -> Callable[..., None]:
 
     @functools.cache
     def function() -> Any:
-        chosen = instruction_set()
-        if not hasattr(
-            library.load(), f"vlattn_{chosen}_{name}"
-        ):  # `amx` and `v4_bf16` have kernels alone that multiply bfloat16
-            chosen = next(each for each in _available() if hasattr(library.load(), f"vlattn_{each}_{name}"))
-        return library.operator(f"vlattn_{chosen}_{name}", fields, ctypes.c_int64, ctypes.c_char_p)
+        names = [f"vlattn_{each}_{name}" for each in (instruction_set(), *_available())]
+        # `amx` and `v4_bf16` have kernels alone that multiply bfloat16
+        present = next(filter(library.has, names), names[0])
+        return library.operator(present, fields, ctypes.c_int64, ctypes.c_char_p)
 
     def run(numbers: tuple[Any, ...]) -> None:
         if function()(pack(*numbers)) != 0:

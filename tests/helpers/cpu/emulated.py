@@ -38,6 +38,9 @@ class Emulated(native.Library):
         command = [*QEMU, self.path.with_name("runner"), self.path]
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
+    def has(self, name: str) -> bool:
+        return self._described(f"{name}_fields") != ""
+
     def function(self, name: str, result: Any, *arguments: Any) -> Any:
         if name.endswith("_fields"):
             return functools.partial(self._describe, name)

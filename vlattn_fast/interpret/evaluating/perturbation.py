@@ -89,7 +89,7 @@ class Sample:
         if self.regions is None:
             stays = torch.zeros(self.count("image"), dtype=torch.bool).index_fill_(0, chosen, True)
             pixels, real = _pictures(self.inputs)
-            masked = _masked(pixels, _real_sizes(self.inputs), self.grids or [], stays)
+            masked = _masked(pixels, _real_sizes(pixels, real, self.inputs), self.grids or [], stays)
             if real is not None:
                 masked[:, 0, 0, 0] += torch.finfo(masked.dtype).tiny  # Idefics takes a picture of zeros for padding
                 masked = self.inputs["pixel_values"].index_put((real,), masked)
@@ -116,10 +116,9 @@ def _pictures(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
     return pixels[real], real
 
 
-def _real_sizes(inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """Height and width of each image, without the padding that `pixel_mask` (images, H, W), `pixel_attention_mask` (B, S, H, W)
+def _real_sizes(pixels: Tensor, real: Tensor | None, inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Height and width of each image of `_pictures`, without the padding that `pixel_mask` (images, H, W), `pixel_attention_mask` (B, S, H, W)
     or `image_sizes` (images, 2) tell."""
-    pixels, real = _pictures(inputs)
     mask, sizes = inputs.get("pixel_mask"), inputs.get("image_sizes")
     if real is not None:
         mask, sizes = inputs.get("pixel_attention_mask"), None
@@ -239,7 +238,7 @@ def _fit(pixels: Any, grids: list[tuple[int, int]], counts: list[int], inputs: M
     if pixels.ndim != 4 or (pictures := _pictures_of_maps(grids, len(pixels))) is None:
         return False
     shapes = [min(grids) if len(grids) < len(pixels) else grid for grid, rows in zip(grids, pictures, strict=True) for _ in rows]
-    for (height, width), (h, w) in zip(_real_sizes(inputs), shapes, strict=True):
+    for (height, width), (h, w) in zip(_real_sizes(pixels, real, inputs), shapes, strict=True):
         if height % h or width % w:
             raise ValueError(f"pixel_values must be a whole number of patches, {h} x {w}; got {height} x {width} pixels")
     return True
