@@ -44,7 +44,7 @@ class Kernels:
     name: str
     title: str
     obstacle: Callable[[str], str | None]  # the request ("", "0" or "1") -> why the library is not built, or None
-    options: Callable[[], list[str]]  # of CMakeLists.txt
+    options: Callable[[bool], list[str]]  # of CMakeLists.txt; whether the install is editable
     facts: Callable[[Path], dict[str, object]]  # a build folder -> the facts in the record of the build
     keeps: Path | None = None  # build folder of editable installs, so that the next one compiles only changes
 
@@ -76,7 +76,7 @@ class Kernels:
         """The library and its record, or the record of why there is none."""
         target.mkdir(parents=True, exist_ok=True)
         start, reason = time.monotonic(), self.reason()
-        record = None if reason else self._compile(target, self.keeps if editable else None)
+        record = None if reason else self._compile(target, editable)
         reason = reason or f"the build failed (an install with {self.variable}=1 shows how)"
         if record is None:
             (target / self.library).unlink(missing_ok=True)  # from an earlier build
@@ -89,15 +89,16 @@ class Kernels:
         record = {"reason": reason} if record is None else {**record, "seconds": round(time.monotonic() - start)}
         (target / RECORD).write_text(json.dumps(record) + "\n")
 
-    def _compile(self, target: Path, kept: Path | None) -> dict[str, object] | None:
+    def _compile(self, target: Path, editable: bool) -> dict[str, object] | None:
         """The record of the build; None where the build failed."""
+        kept = self.keeps if editable else None
         folder: AbstractContextManager[str | Path] = tempfile.TemporaryDirectory() if kept is None else nullcontext(kept)
         with folder as made:
             chosen = {"CXX": compiler()} if compiler() else {}
             if kept is not None and outdated(kept):
                 shutil.rmtree(kept)
             for command in (
-                ["cmake", "-G", "Ninja", "-S", ROOT, "-B", made, f"-DCMAKE_MAKE_PROGRAM={which('ninja')}", *self.options()],
+                ["cmake", "-G", "Ninja", "-S", ROOT, "-B", made, f"-DCMAKE_MAKE_PROGRAM={which('ninja')}", *self.options(editable)],
                 ["cmake", "--build", made, "--parallel", str(jobs())],
             ):
                 if subprocess.run(command, env={**ENVIRONMENT, **chosen}).returncode != 0:
@@ -189,7 +190,12 @@ def cuda_obstacle(asked: str) -> str | None:
     return None
 
 
-def cuda_options() -> list[str]:
+def cpu_options(editable: bool) -> list[str]:
+    """A wheel may go to other processors; an editable install stays on this machine, and compiles for its processor alone."""
+    return ["-DVLATTN_CPU=ON", f"-DVLATTN_NATIVE={'ON' if editable else 'OFF'}"]
+
+
+def cuda_options(editable: bool) -> list[str]:
     return [f"-DVLATTN_TARGETS={cuda_targets()}"] if cuda_targets() else []
 
 
@@ -197,7 +203,7 @@ def cuda_facts(folder: Path) -> dict[str, object]:
     return {"targets": cached(folder, "VLATTN_TARGETS").split(";"), "nvcc": nvcc_version()}
 
 
-CPU = Kernels("cpu", "CPU C++", cpu_obstacle, lambda: ["-DVLATTN_CPU=ON"], cpu_facts, ROOT / "build" / "install")
+CPU = Kernels("cpu", "CPU C++", cpu_obstacle, cpu_options, cpu_facts, ROOT / "build" / "install")
 CUDA = Kernels("cuda", "CUDA C++", cuda_obstacle, cuda_options, cuda_facts)
 BOTH = (CPU, CUDA)
 

@@ -15,6 +15,9 @@
 #endif
 #endif
 
+#if !defined(VLATTN_SETS)
+#define VLATTN_SETS "baseline v3 v4 v4_bf16 bf16"
+#endif
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 extern "C" {
@@ -168,8 +171,19 @@ static const char* common_sets() {
 
 // The names of the instruction sets that this processor runs and this library has, the fastest first
 EXPORT const char* vlattn_instruction_sets() {
-    static char names[40];
-    const char* others = common_sets();
-    strcpy(names, runs_amx(others) ? "amx " : "");
-    return strcat(names, others);
+    struct Names {
+        char text[40] = "";
+        Names() {
+            const char* common = common_sets();
+            if (runs_amx(common)) strcpy(text, "amx ");
+            for (const char* name = common; *name; name += strspn(name, " ")) {
+                char word[16] = " ";
+                strcat(strncat(word, name, strcspn(name, " ")), " ");
+                if (strstr(" " VLATTN_SETS " ", word)) strcat(text, word + 1);
+                name += strcspn(name, " ");
+            }
+        }
+    };
+    static const Names names;
+    return names.text;
 }

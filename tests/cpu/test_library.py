@@ -15,6 +15,7 @@ import torch
 
 import vlattn_fast as va
 from tests.helpers import programs
+from tools import building
 from vlattn_fast.backends import native
 from vlattn_fast.backends.cpu import score_attention
 
@@ -248,6 +249,44 @@ def test_a_product_by_tiles_that_is_wrong_takes_the_next_set(old: str, new: str,
     sets.restype = ctypes.c_char_p
     common = [name for name in available() if name != "amx"]
     assert sets().decode().split() == ["amx"] * right + common
+
+
+def configured(folder: Path, *options: str) -> list[str]:
+    """The instruction sets of a library that CMake would build in this folder."""
+    if shutil.which("c++") is None:
+        pytest.skip("c++ is not installed")
+    command = ["cmake", "-G", "Ninja", "-S", ROOT, "-B", folder, "-DVLATTN_CPU=ON", *options]
+    subprocess.run(command, env=building.tools(), check=True, capture_output=True)
+    found = re.search("^VLATTN_BUILT_SETS:INTERNAL=(.*)$", (folder / "CMakeCache.txt").read_text(), re.M)
+    assert found
+    return found[1].split(";")
+
+
+def test_an_editable_install_has_the_sets_of_this_processor(tmp_path: Path) -> None:
+    """`amx` is asked for when the library is loaded."""
+    sets = configured(tmp_path, "-DVLATTN_NATIVE=ON")
+    assert {*sets} - {"amx"} == {*available()} - {"amx"} and ("amx" in sets) <= ("v4_bf16" in sets)
+
+
+def test_a_library_names_the_sets_that_it_has(tmp_path: Path) -> None:
+    if shutil.which("c++") is None:
+        pytest.skip("c++ is not installed")
+    library = tmp_path / "libsets.so"
+    command = ["c++", "-std=c++17", "-shared", "-fPIC", '-DVLATTN_SETS="v4_bf16 baseline"', "-o", library]
+    subprocess.run([*command, ROOT / "csrc" / "cpu" / "library.cpp"], check=True)
+    sets = ctypes.CDLL(str(library)).vlattn_instruction_sets
+    sets.restype = ctypes.c_char_p
+    assert sets().decode().split() == [name for name in available() if name in ("v4_bf16", "baseline")]
+
+
+def test_sets_of_other_processors_compile(tmp_path: Path) -> None:
+    """The library in this tree may lack them. `amx` has the code of `v4` and `v4_bf16`, too."""
+    if "amx" not in configured(tmp_path):
+        pytest.skip("the compiler knows no tiles")
+    configured(tmp_path, "-DVLATTN_SETS=amx", "-DCMAKE_CXX_FLAGS_RELEASE=-fsyntax-only")
+    command = ["cmake", "--build", tmp_path, "--target", "amx", "--", "-k", "0"]
+    done = subprocess.run(command, env=building.tools(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 def test_no_torch_in_it() -> None:

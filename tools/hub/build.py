@@ -120,13 +120,14 @@ def write(out: Path) -> Path:
     return kernel
 
 
-def write_cpu(out: Path) -> Path:
-    """Adds the CPU's variant to the folder `out`, for this machine's architecture, and returns its folder.
+def write_cpu(out: Path, kernels: Path = ROOT / "vlattn_fast" / "backends" / "cpu") -> Path:
+    """Adds the CPU's variant to the folder `out`, for this machine's architecture, with the library of the CPU's kernels in the
+    folder `kernels`, and returns its folder.
 
     Raises:
         building.Missing: a compiler, torch 2.10 or the library of the CPU's kernels is not there.
     """
-    kernels = ROOT / "vlattn_fast" / "backends" / "cpu" / LIBRARIES[1]
+    kernels /= LIBRARIES[1]
     if not kernels.is_file():
         raise building.Missing(f"{kernels} is not built; `make` builds it")
     sources = [path for folder in ("csrc", "csrc/cpu", "csrc/torch") for path in (ROOT / folder).glob("*.*")]
@@ -168,6 +169,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "hub")
     out = parser.parse_args().out
-    for kernel in (write(out), write_cpu(out)):
+    every_set = building.build("hub-cpu", "-DVLATTN_CPU=ON")  # the installed library may have those of this processor alone
+    for kernel in (write(out), write_cpu(out, every_set)):
         files = [path for path in kernel.rglob("*") if path.is_file()]
         print(f"{kernel}: {len(files)} files, {sum(path.stat().st_size for path in files) // 1024} KiB, version {VERSION}")
