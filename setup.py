@@ -97,8 +97,9 @@ class Kernels:
             chosen = {"CXX": compiler()} if compiler() else {}
             if kept is not None and outdated(kept):
                 shutil.rmtree(kept)
+            options = [f"-DCMAKE_MAKE_PROGRAM={which('ninja')}", *self.options(editable)]
             for command in (
-                ["cmake", "-G", "Ninja", "-S", ROOT, "-B", made, f"-DCMAKE_MAKE_PROGRAM={which('ninja')}", *self.options(editable)],
+                ["cmake", "-G", "Ninja", "-S", ROOT, "-B", made, *options],
                 ["cmake", "--build", made, "--parallel", str(jobs())],
             ):
                 if subprocess.run(command, env={**ENVIRONMENT, **chosen}).returncode != 0:
