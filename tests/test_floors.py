@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.imports import Repository
-from vlattn_fast.backends import inputs
 
 HERE = Repository(Path(__file__).resolve().parents[1])
 # Each place of the repository with those that it may import: tests → tools → ptx and the package, which know none of them.
@@ -231,12 +230,23 @@ def test_no_argument_is_taken_by_its_number() -> None:
     assert not any(found.values()), {module: lines for module, lines in found.items() if lines}
 
 
+@cache
+def fields_of_inputs() -> dict[str, list[str]]:
+    """The fields of each NamedTuple that a backend takes."""
+    classes = [node for tree in trees().values() for node in tree.body if isinstance(node, ast.ClassDef)]
+    return {
+        each.name: [ast.unparse(field.target) for field in each.body if isinstance(field, ast.AnnAssign)]
+        for each in classes
+        if each.name.endswith("Inputs")
+    }
+
+
 def misplaced(tree: ast.Module) -> list[str]:
     """Variables that pass, by position, a field of another name to the inputs of a backend."""
     wrong = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and (called := getattr(node.func, "id", "")).endswith("Inputs"):
-            for argument, field in zip(node.args, getattr(getattr(inputs, called, None), "_fields", ()), strict=False):
+            for argument, field in zip(node.args, fields_of_inputs().get(called, ()), strict=False):
                 if isinstance(argument, ast.Starred):
                     break
                 name = getattr(argument, "id", getattr(argument, "attr", field))  # constants have none

@@ -117,8 +117,8 @@ def _pictures(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
 
 
 def _real_sizes(pixels: Tensor, real: Tensor | None, inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """Height and width of each image of `_pictures`, without the padding that `pixel_mask` (images, H, W), `pixel_attention_mask` (B, S, H, W)
-    or `image_sizes` (images, 2) tell."""
+    """Height and width of each image of `_pictures`, without the padding that `pixel_mask` (images, H, W), `pixel_attention_mask`
+    (B, S, H, W) or `image_sizes` (images, 2) tell."""
     mask, sizes = inputs.get("pixel_mask"), inputs.get("image_sizes")
     if real is not None:
         mask, sizes = inputs.get("pixel_attention_mask"), None
