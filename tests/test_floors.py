@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.imports import Repository
-from vlattn_fast.backends import inputs
 
 HERE = Repository(Path(__file__).resolve().parents[1])
 # Each place of the repository with those that it may import: tests → tools → ptx and the package, which know none of them.
@@ -191,7 +190,8 @@ def trees() -> dict[str, ast.Module]:
     return {module: ast.parse(file.read_text(encoding="utf-8")) for module, file in ours.items()}
 
 
-LONGEST_STAGE = 25  # lines of a function of `ops` without its docstring
+STAGES = r"vlattn_fast\.(ops\.[a-z]\w*|interpret\.explaining\.explain)"  # files whose functions are the stages of a call
+LONGEST_STAGE = 25  # lines of such a function without its docstring
 
 
 def lengths(tree: ast.Module) -> dict[str, int]:
@@ -203,7 +203,7 @@ def lengths(tree: ast.Module) -> dict[str, int]:
 
 def test_the_stages_of_a_call_are_short() -> None:
     assert lengths(ast.parse('def f():\n    """Text.\n    """\n    x = 1\n\n    return x')) == {"f": 3}
-    found = {module: lengths(tree) for module, tree in trees().items() if re.fullmatch(r"vlattn_fast\.ops\.[a-z]\w*", module)}
+    found = {module: lengths(tree) for module, tree in trees().items() if re.fullmatch(STAGES, module)}
     assert found["vlattn_fast.ops.score_attention"]["score_attention"] > 1
     too_long = {module: {name: n for name, n in each.items() if n > LONGEST_STAGE} for module, each in found.items()}
     assert not any(too_long.values()), {module: each for module, each in too_long.items() if each}
@@ -231,12 +231,23 @@ def test_no_argument_is_taken_by_its_number() -> None:
     assert not any(found.values()), {module: lines for module, lines in found.items() if lines}
 
 
+@cache
+def fields_of_inputs() -> dict[str, list[str]]:
+    """The fields of each NamedTuple that a backend takes."""
+    classes = [node for tree in trees().values() for node in tree.body if isinstance(node, ast.ClassDef)]
+    return {
+        each.name: [ast.unparse(field.target) for field in each.body if isinstance(field, ast.AnnAssign)]
+        for each in classes
+        if each.name.endswith("Inputs")
+    }
+
+
 def misplaced(tree: ast.Module) -> list[str]:
     """Variables that pass, by position, a field of another name to the inputs of a backend."""
     wrong = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and (called := getattr(node.func, "id", "")).endswith("Inputs"):
-            for argument, field in zip(node.args, getattr(getattr(inputs, called, None), "_fields", ()), strict=False):
+            for argument, field in zip(node.args, fields_of_inputs().get(called, ()), strict=False):
                 if isinstance(argument, ast.Starred):
                     break
                 name = getattr(argument, "id", getattr(argument, "attr", field))  # constants have none

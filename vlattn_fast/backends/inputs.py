@@ -1,4 +1,5 @@
-"""The inputs of backends: a NamedTuple for each operator that is registered, which goes whole to the backend that it names.
+"""The inputs of backends: a NamedTuple for each operator, which goes whole to the backend that it names. An operator may have its
+own beside its streaming backend instead.
 
 The fields stand in the order of the operator's schema, which `vlattn_fast.ops` derives from them. All tensors come first. The
 public calls pass fields by position, which takes half the time, in variables of the fields' names (`tests/test_floors.py`).

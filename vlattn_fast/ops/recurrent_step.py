@@ -20,9 +20,9 @@ from vlattn_fast._ground.checks import (
     describe,
 )
 from vlattn_fast._ground.tensors import as_fake_outputs, as_outputs, without_autocast
-from vlattn_fast.backends.recurrent_inputs import RecurrentStepBackwardInputs, RecurrentStepInputs
 from vlattn_fast.backends.reference.recurrent_step import heads_of
 from vlattn_fast.backends.reference.relevancy_attention import RULES
+from vlattn_fast.backends.streaming.recurrent_step import RecurrentStepBackwardInputs, RecurrentStepInputs
 from vlattn_fast.dispatch.call import Call, make_call
 from vlattn_fast.dispatch.choice import planned, select
 from vlattn_fast.dispatch.loading import launcher, load

@@ -4,5 +4,5 @@ A launcher's own time counts on small tensors. It gives torch sizes one by one: 
 
 In: the inputs of an operator, checked, as CPU tensors.
 Out: its outputs, or its gradients.
-Imports: backends, backends.reference, _ground.
+Imports: backends, backends.reference, backends.streaming, _ground.
 """

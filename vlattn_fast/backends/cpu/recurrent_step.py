@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vlattn_fast._ground.tensors import unit_strides
 from vlattn_fast.backends.native import DTYPES, Fields, kernel
-from vlattn_fast.backends.recurrent_inputs import RecurrentStepInputs
+from vlattn_fast.backends.streaming.recurrent_step import RecurrentStepInputs
 
 _FIELDS = Fields(
     "integer dtype B H Hq Hk N D Dv T gradient row_normalize decays, tensor query key value grad_output, "

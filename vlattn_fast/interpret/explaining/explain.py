@@ -202,13 +202,8 @@ def _rows_of_run(request: Request, prompt: Prompt, run: Run, question: Question)
     joined: list[Tensor] = []
     filled = [0] * len(run.towers)
     shows = len(question.passes) > 1 and not request.method.steps
-    logits = request.record.scoring.logits(run.outputs)
     for number, (score, starts) in enumerate(_with_bar(question.passes, "pass") if shows else question.passes):
-        if run.vision is not None:  # its row starts from the decoder's image tokens
-            starts = [*starts, torch.zeros_like(run.vision.carriers.leaving()[:, :1])]
-        keep = number + 1 < len(question.passes)
-        said = None if logits is None or not request.method.takes_logits else question.said(logits, number)
-        backward = backward_pass(request, run, score, starts, prompt.arguments, keep=keep, said=said)
+        backward = _pass_back(request, prompt, run, question, number, score, starts)
         rows = request.method.carried(backward)
         # A small tensor kept from each pass would lie between the large ones that the next pass cannot take again.
         joined = joined or [row.new_empty(len(row), row.shape[1] * len(question.passes), row.shape[2]) for row in rows]
@@ -217,20 +212,28 @@ def _rows_of_run(request: Request, prompt: Prompt, run: Run, question: Question)
             filled[tower] += row.shape[1]
         if len(question.passes) == 1:  # the tokens of an answer are read one by one
             brought = without_single_rows(backward)
-    if not question.passes:
-        joined = [
-            torch.zeros(0, request.method.rows_of(tower), tower.size, dtype=tower.dtype, device=tower.device)
-            for tower in run.towers
-        ]
-    else:
-        joined = [
-            every if every.shape[1] == count else every[:, :count].clone() for every, count in zip(joined, filled, strict=True)
-        ]
+    if question.passes:
+        joined = [x if x.shape[1] == count else x[:, :count].clone() for x, count in zip(joined, filled, strict=True)]
         check_relevancy(request, question, run, joined, brought)
+    else:
+        of_tower = request.method.rows_of
+        joined = [torch.zeros(0, of_tower(x), x.size, dtype=x.dtype, device=x.device) for x in run.towers]
     has_rows = (question.answer is not None and request.each) or request.selection is not None
     read = (row if has_rows else row[:, 0] for row in joined)
     relevancy = {tower.name: row for tower, row in zip(run.towers, read, strict=True)}
     return Rows(relevancy, {tower.name: row.detach()[:, 0] for tower, row in brought.items()})
+
+
+def _pass_back(
+    request: Request, prompt: Prompt, run: Run, question: Question, number: int, score: Tensor, starts: Sequence[Tensor]
+) -> BackwardPass:
+    """The backward pass of this number, from the score's gradient."""
+    if run.vision is not None:  # its row starts from the decoder's image tokens
+        starts = [*starts, torch.zeros_like(run.vision.carriers.leaving()[:, :1])]
+    keep = number + 1 < len(question.passes)
+    logits = request.record.scoring.logits(run.outputs) if request.method.takes_logits else None
+    said = None if logits is None else question.said(logits, number)
+    return backward_pass(request, run, score, starts, prompt.arguments, keep=keep, said=said)
 
 
 def _with_bar(items: Collection[T], unit: str) -> Iterable[T]:
@@ -238,11 +241,11 @@ def _with_bar(items: Collection[T], unit: str) -> Iterable[T]:
     return with_progress(items, "explaining", unit=unit) if _progress.get() else items
 
 
-def assemble(request: Request, prompt: Prompt, run: Run, question: Question, rows: Rows) -> Explanation:
-    warn_of_lost_gradients(run)
-    warn_of_other_keys(run)
+def _of_towers(
+    request: Request, prompt: Prompt, run: Run, question: Question, rows: Rows, special: frozenset[int] | None
+) -> tuple[Rows, dict[str, Any], dict[str, str]]:
+    """The rows of each tower, also of one behind a connector; the fields of their tokens, and whose they are."""
     arguments, (relevancy, brought) = prompt.arguments, rows
-    special = special_ids(request.tokenizer)
     positions = question.start_positions or {}
     brought = {name: row for name, row in brought.items() if name not in positions}
     beside = {
@@ -259,6 +262,14 @@ def assemble(request: Request, prompt: Prompt, run: Run, question: Question, row
         fields |= maps
     elif request.vision is not None:  # an empty batch
         relevancy[request.vision.name] = next(iter(relevancy.values())).new_zeros(0, 0)
+    return Rows(relevancy, brought), fields, owners
+
+
+def assemble(request: Request, prompt: Prompt, run: Run, question: Question, rows: Rows) -> Explanation:
+    warn_of_lost_gradients(run)
+    warn_of_other_keys(run)
+    special = special_ids(request.tokenizer)
+    (relevancy, brought), fields, owners = _of_towers(request, prompt, run, question, rows, special)
     fields |= {
         "position": question.start_positions,
         "brought": {name: row for name, row in brought.items() if not torch.equal(row, relevancy[name])} or None,
