@@ -257,3 +257,20 @@ def test_long_calls_show_how_far_they_are(monkeypatch: pytest.MonkeyPatch) -> No
     bars.clear()
     va.evaluate(model, [(inputs, 7, None)], methods=["attention"], tests=["intervention"])
     assert bars[0] == ("evaluating", 1, None) and {name for name, _, _ in bars} >= {"explaining", "cutting attention"}
+
+
+def test_a_callable_target_gets_the_outputs_of_the_batch_as_it_was_given() -> None:
+    """Though cuts of copies run at once where the target is an index."""
+    model, inputs = made("llava")
+    edges = [(0, 1, "image", "last"), (1, 0, "question", "last"), (2, 3, "image", "question")]
+
+    def target(outputs: Any) -> Tensor:
+        return outputs.logits[[0, 1], [23, 21], 7]
+
+    called, by_index = (va.intervene_each(model, inputs, edges, groups=GROUPS, target=each) for each in (target, 7))
+    torch.testing.assert_close(called.effects, by_index.effects, rtol=1e-9, atol=1e-12)
+    table = va.attribute_edges(model, inputs, GROUPS, target=target)
+    assert len(va.intervene_each(model, inputs, table.top(4))) == 4
+    curve = va.information_flow(model, [(inputs, None)], window=1, target=target)
+    torch.testing.assert_close(curve.base, by_index.scores, rtol=1e-9, atol=0)
+    assert curve.probability.shape == (2, 3)

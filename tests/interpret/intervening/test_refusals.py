@@ -124,15 +124,12 @@ def test_runs_within_runs() -> None:
             with pytest.raises(ValueError, match="model must be left by va.intervene before another run sees its attention"):
                 call()
     waiting = va.intervene(model, inputs, cut)
-
-    def target(outputs: Any) -> Any:
-        with waiting:
-            return outputs.logits[:, -1, 0]
-
-    hook = model.model.layers[1].register_forward_hook(lambda *_: target(None))
-    with pytest.raises(ValueError, match="model must not be edited while explain runs it"):
-        va.explain(model, inputs)
-    hook.remove()
+    # The second would run the model, and so this hook, before its context is entered.
+    for call in (waiting.__enter__, lambda: va.intervene(model, inputs, cut)):
+        hook = model.model.layers[1].register_forward_hook(lambda *_, call=call: call())
+        with pytest.raises(ValueError, match="model must not be edited while explain runs it"):
+            va.explain(model, inputs)
+        hook.remove()
     assert RUNNING.get() is None and torch.equal(model(**inputs).logits, expected)
 
 

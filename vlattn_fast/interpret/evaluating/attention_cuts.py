@@ -73,7 +73,7 @@ class _Question:
     @torch.no_grad()
     def cut(self, masks: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
         """Scores and probabilities (K, B) with the tokens of masks (K, B, N) cut."""
-        copies, results = max(1, batch_size // masks.shape[1]), []
+        copies, results = self.asked.at_once(max(1, batch_size // masks.shape[1])), []
         for part in with_progress(masks.split(copies), "cutting attention", leave=False):
             asked, plans = self.asked.repeated(len(part), self.target), Plans(self.asked.seen)
             queries, keys = repeated_set(self.queries, len(part)), TokenSet(part.flatten(0, 1))

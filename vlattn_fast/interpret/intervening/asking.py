@@ -115,6 +115,10 @@ class Asked:
         logits = scoring.per_row(scoring.logits(outputs), self.prompt.arguments)
         return (scores.double() - logits.double().logsumexp(-1)).exp()
 
+    def at_once(self, batch_size: int) -> int:
+        """How many copies of the batch run at once: one for a callable target, which expects the outputs of the batch alone."""
+        return 1 if callable(self.request.target) else batch_size
+
     def repeated(self, copies: int, target: Any) -> Asked:
         """The same of `copies` of the batch, one behind the other, about a target that a first run has chosen."""
         prompt, request = self.prompt, self.request

@@ -72,9 +72,8 @@ class Editing(Stepwise, TorchFunctionMode):
 
     def _steps(self) -> Steps:
         edits_of(None)
+        check_not_explained()
         self._around = RUNNING.get()
-        if self._around is not None and self._around.explains:
-            raise ValueError("model must not be edited while explain runs it; got va.intervene within. Enter it outside")
         self._numbers = dict.fromkeys(self._of_modules, 0)  # of the call that a module makes next
         self._inside: list[_Inside] = []
         self._explained: object = None  # the run of `explain` that takes the edits along
@@ -305,6 +304,13 @@ class Editing(Stepwise, TorchFunctionMode):
                 f"and then on tokens behind them; got {total}"
             )
         return total - count, total
+
+
+def check_not_explained() -> None:
+    """ValueError within a run of `explain`."""
+    around = RUNNING.get()
+    if around is not None and around.explains:
+        raise ValueError("model must not be edited while explain runs it; got va.intervene within. Enter it outside")
 
 
 def token_groups(

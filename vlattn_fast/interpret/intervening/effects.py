@@ -142,7 +142,7 @@ def intervene_each(
             following arguments are left out. Or `Edge`s, or tuples (layer, head, from, to), where head None = all heads.
         groups, target, answer, tower, tokenizer, processor, like: as in `attribute_edges`. A target of None is the one that the
             model as it is gives.
-        batch_size: how many copies of the inputs, each with one edge cut, run at once.
+        batch_size: how many copies of the inputs, each with one edge cut, run at once; under a callable target one does.
 
     Returns:
         An `EdgeTable` of the edges in their order.
@@ -171,8 +171,9 @@ def intervene_each(
         scores, chosen = asked.scores(asked.run(Plans(asked.seen)))
         check_scores(scores)
         effects = []
-        for first in with_progress(range(0, len(listed), batch_size), "cutting edges"):
-            some = listed[first : first + batch_size]
+        copies = asked.at_once(batch_size)
+        for first in with_progress(range(0, len(listed), copies), "cutting edges"):
+            some = listed[first : first + copies]
             of_copies = asked.repeated(len(some), chosen)
             cut, _ = of_copies.scores(of_copies.run(_cuts(asked, pair, some, queries, keys)))
             effects.append(scores - cut.view(len(some), -1))

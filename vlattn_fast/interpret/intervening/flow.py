@@ -104,7 +104,7 @@ def information_flow(
         target: of samples without an answer, as in `explain`: None = the token or class that the model as it is gives. A callable
             gives (B,) numbers that take the probability's place.
         tokenizer, processor, like: as in `explain`.
-        batch_size: how many copies of the inputs, each with one window cut, run at once.
+        batch_size: how many copies of the inputs, each with one window cut, run at once; under a callable target one does.
 
     Returns:
         A `FlowCurve`.
@@ -124,7 +124,7 @@ def information_flow(
             raise TypeError(f"dataset must give (inputs, answer) for each sample or batch; got {describe(item)}")
         of_target = {"target": None if item[1] is not None else target, "answer": item[1]}
         asked = Asked.check(model, item[0], **of_target, tokenizer=tokenizer, processor=processor, like=like, tower=tower)
-        base, curve, numbers = _of_one(asked, cut, window, batch_size)
+        base, curve, numbers = _of_one(asked, cut, window, asked.at_once(batch_size))
         bases.append(base)
         curves.append(curve)
         layers.add(numbers)

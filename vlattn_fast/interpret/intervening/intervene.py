@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vlattn_fast._ground.checks import check_items, describe
 from vlattn_fast._ground.extras import with_progress
 from vlattn_fast.attach.session import at_rest, unwrapped
-from vlattn_fast.interpret.intervening.editing import Editing
+from vlattn_fast.interpret.intervening.editing import Editing, check_not_explained
 from vlattn_fast.interpret.intervening.edits import EdgeEdit, Edit, HeadEdit, Numbers, check_numbers, check_tower
 from vlattn_fast.interpret.intervening.head_record import HeadRecord
 from vlattn_fast.interpret.intervening.plans import CallPlan, Plans, tower_of
@@ -54,6 +54,7 @@ def intervene(model: nn.Module, inputs: Mapping[str, Any], edits: Edit | Sequenc
         raise TypeError(f"edits must be va.Knockout, va.Steer, va.ScaleHeads or va.Patch, or a list; got {describe(edits)}")
     if not edits:
         raise ValueError("edits must have at least one; got none")
+    check_not_explained()
     with torch.inference_mode(False):  # the context may train
         return Editing(Plans(see(model, inputs, map(tower_of, edits)), edits))
 
