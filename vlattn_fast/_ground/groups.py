@@ -14,8 +14,11 @@ _MEMBERS = 1 << 22  # the elements of a membership, at most: 16 MB in float32
 
 def rows_of_groups(table: Tensor, groups: Tensor) -> Tensor:
     """(B, H, G, K) and (B, N): the row of each token's group, (B, H, N, K), and zeros for a token without one."""
-    padded, index = F.pad(table, (0, 0, 0, 1)), _index(groups, table.shape[2])
-    return padded.gather(2, index[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[3]))
+    batch, heads, num_groups, columns = table.shape
+    first = torch.arange(batch * heads, device=table.device).view(batch, heads, 1) * (num_groups + 1)
+    index = first + _index(groups, num_groups)[:, None]
+    rows = F.pad(table, (0, 0, 0, 1)).flatten(0, 2).index_select(0, index.flatten())  # gather takes three times as long
+    return rows.view(batch, heads, groups.shape[1], columns)
 
 
 def columns_of_groups(table: Tensor, groups: Tensor) -> Tensor:
