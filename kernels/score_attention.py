@@ -383,8 +383,10 @@ def _boxes(call: dict[str, Any], config: Config, out: Tensor) -> dict[str, Tenso
 
 
 def _edge_of_keys(num_k: int, constants: Constants, config: Config) -> int:
-    """The last tile of keys. Scores over hidden units have one loop for all tiles."""
-    return edge_block(num_k, config["BLOCK_KV"], constants.CAUSAL or constants.UNITS)
+    """The last tile of keys, and those along a causal diagonal. Scores over hidden units have one loop for all tiles."""
+    if constants.CAUSAL and not constants.UNITS:
+        return min(config["BLOCK_KV"], config["BLOCK_Q"])
+    return edge_block(num_k, config["BLOCK_KV"], constants.UNITS)
 
 
 @triton.jit

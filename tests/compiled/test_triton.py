@@ -114,7 +114,9 @@ def test_no_kernel_waits_for_each_product_alone() -> None:
     """ptxas may serialise a kernel, and says so in a remark that Triton drops (C7515): each wgmma instruction then has a wait of
     its own. Else the instructions of a product share one. Excepted are products of one instruction: the empty one that gives
     additive scores their layout, and those of `_attend_kernel` in float32, over 16 keys. Backward passes of over 128 features in
-    float32 are serialised. Rows without the numbers were stored before these were counted: `make table` adds them."""
+    float32 are serialised for want of registers (C7512): two sums of 64 rows, of which wgmma takes no fewer, are 192 numbers a
+    thread for 192 features, and 256 for 256, of 255 registers. Rows without the numbers were stored before these were counted:
+    `make table` adds them."""
     single = r"stacked_\w+ \w+ fp32 _attend_kernel|score_attention additive .* _rows_kernel"
     excepted = re.compile(rf"{single}|score_attention dot (masked )?fp32 (192|256) _backward")
     counted = [(key, row) for key, row in STORED if "waits" in row and not excepted.match(key)]
