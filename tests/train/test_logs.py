@@ -139,28 +139,43 @@ def test_a_relevancy_term_has_the_attention_for_itself(tmp_path: Path) -> None:
     trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)  # Trainer does not, where a step failed
 
 
-def pictures_of_ranks() -> dict[str, Any]:
-    """FSDP2: both processes run the model, one stores the picture."""
+def logs_of_ranks() -> dict[str, Any]:
+    """Numbers of DDP and of FSDP2, each process with one of two samples, and of FSDP2 a picture."""
     import tempfile
 
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    model = model_of("relevancy")
-    mesh = init_device_mesh("cpu", (2,))
-    for part in model.modules():
-        if type(part).__name__ == "ViTLayer":
-            fully_shard(part, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    rank, mesh = torch.distributed.get_rank(), init_device_mesh("cpu", (2,))
+    sample = {key: x[rank : rank + 1] for key, x in batches("congruence")[0].items()}
+    ddp = torch.nn.parallel.DistributedDataParallel(model_of("congruence").train(), find_unused_parameters=True)
+    sharded, classifier = model_of("congruence").train(), model_of("relevancy")
+    for model in (sharded, classifier):
+        for part in model.modules():
+            if type(part).__name__ in ("ViTLayer", "VisualBertLayer"):
+                fully_shard(part, mesh=mesh)
+        fully_shard(model, mesh=mesh)
     with tempfile.TemporaryDirectory() as folder:
-        pictures = va.train.PictureLog(model, {"pixel_values": torch.ones(1, 3, 32, 32)}, folder, every=1)
-        pictures._end_step(1, torch.distributed.get_rank() == 0)
-        return {"files": [path.name for path in Path(folder).iterdir()]}
+        pictures = va.train.PictureLog(classifier, {"pixel_values": torch.ones(1, 3, 32, 32)}, folder, every=1)
+        pictures._end_step(1, rank == 0)
+        files = [path.name for path in Path(folder).iterdir()]
+    return {"ddp": logged(ddp, sample), "fsdp": logged(sharded, sample), "files": files}
+
+
+def logged(model: Any, batch: dict[str, Any]) -> dict[str, float]:
+    with va.train.AttentionLog(model) as log:
+        model(**batch).loss.backward()
+    return log.take()
 
 
 def test_two_ranks(tmp_path: Path) -> None:
-    first, second = results_of("tests.train.test_logs", "pictures_of_ranks", tmp_path)
+    """Each process logs its own samples. All run the sharded model for a picture, and one stores it."""
+    first, second = results_of("tests.train.test_logs", "logs_of_ranks", tmp_path)
     assert first["files"] == ["step_000001.png"] and second["files"] == []
+    whole = logged(model_of("congruence").train(), batches("congruence")[0])
+    for way in ("ddp", "fsdp"):
+        means = {name: (x + second[way][name]) / 2 for name, x in first[way].items()}
+        assert means == pytest.approx(whole, rel=1e-4) and first[way] != second[way]
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
