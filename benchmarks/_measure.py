@@ -357,6 +357,7 @@ class Measurement:
             "workload": self.benchmark.workload.title,
             "sizes": self.sizes,
             "dtype": str(self.dtype).removeprefix("torch."),
+            "peaks": {name: round(peak / 1e9) for name, peak in can.peaks.items()} if can else {},  # GFLOP/s
         }
         table = []
         for name, x in self.standing.items():

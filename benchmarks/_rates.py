@@ -6,7 +6,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -24,14 +25,17 @@ class Rates(NamedTuple):
     products: float  # FLOP/s
     memory: float  # bytes/s
     exponentials: float
+    peaks: Mapping[str, float] = MappingProxyType({})  # FLOP/s of instructions on registers, of which the most may be `products`
 
     def limit(self, passes: Sequence[Sequence[float]]) -> tuple[float, str]:
-        """The least seconds of passes, each a Pass of _measure.py, and the rate that most of them is due to."""
-        by = dict.fromkeys(self._fields, 0.0)
+        """The least seconds of passes, each a Pass of _measure.py, and the rate, or the peak, that most of them is due to."""
+        by = dict.fromkeys(self._fields[:3], 0.0)
         for work in passes:
-            seconds, rate = max(zip((x / rate for x, rate in zip(work, self, strict=True)), self._fields, strict=True))
+            seconds, rate = max(zip((x / rate for x, rate in zip(work, self[:3], strict=True)), by, strict=True))
             by[rate] += seconds
-        return sum(by.values()), max(by, key=by.__getitem__)
+        most = max(by, key=by.__getitem__)
+        reached = (name for name, peak in self.peaks.items() if most == "products" and peak == self.products)
+        return sum(by.values()), next(reached, most)
 
 
 H200 = Rates(790e12, 4.3e12, 16 * CLOCK * SMS)  # bf16
@@ -40,29 +44,41 @@ H200 = Rates(790e12, 4.3e12, 16 * CLOCK * SMS)  # bf16
 def rates(device: torch.device, dtype: torch.dtype) -> Rates | None:
     """None for another GPU than an H200."""
     if device.type == "cpu":
-        products, exponentials = _arithmetic(dtype, torch.get_num_threads())
-        return Rates(products, _memory(), exponentials)
+        threads = torch.get_num_threads()
+        products, exponentials = _arithmetic(dtype, threads)
+        peaks = {name: peak * threads for name, peak in _peaks(dtype).items()}
+        return Rates(max(products, *peaks.values()), _memory(), exponentials, peaks)
     return H200 if "H200" in device_name(device) else None
 
 
 @functools.cache
 def _arithmetic(dtype: torch.dtype, threads: int) -> tuple[float, float]:
     """Products by torch's large matrix product or convolution (on an AMD EPYC the float32 product has half of the convolution's
-    rate), or by AMX tiles where that is faster, and exponentials by torch's exp2 in the cache."""
+    rate), and exponentials by torch's exp2 in the cache."""
     square, numbers = torch.randn(2048, 2048).to(dtype), torch.rand(2**18)
     image, weight = torch.randn(2, 256, 32, 32).to(dtype), torch.randn(256, 256, 3, 3).to(dtype)
     product = 2 * len(square) ** 3 / _fastest(lambda: square @ square)
     convolution = 2 * image.numel() * weight[0].numel() / _fastest(lambda: F.conv2d(image, weight, padding=1))
     powers = torch.empty_like(numbers)
-    return max(product, convolution, _tiles(dtype) * threads), len(numbers) / _fastest(lambda: torch.exp2(numbers, out=powers))
+    return max(product, convolution), len(numbers) / _fastest(lambda: torch.exp2(numbers, out=powers))
 
 
-def _tiles(dtype: torch.dtype) -> float:
-    """FLOP/s of one core's AMX tiles, by a loop over registers; 0 where the kernels take none. Torch's product has 0.4 of it."""
-    if dtype != torch.bfloat16 or not native.library.exists or native.instruction_set() != "amx":
-        return 0.0
-    products: float = native.library.function("vlattn_amx_tile_products_a_second", ctypes.c_double)()
-    return OPERATIONS_OF_TILES * products
+@functools.cache
+def _peaks(dtype: torch.dtype) -> dict[str, float]:
+    """FLOP/s of one core by loops over registers: of FMA, which takes every number type as float32, and in bfloat16 of pairs
+    and of AMX tiles, where the kernels take them. Torch's product has 0.4 of the last."""
+    if not native.library.exists:
+        return {}
+
+    def measured(name: str) -> float:
+        return float(native.library.function(f"vlattn_{name}", ctypes.c_double)())
+
+    peaks = {"FMA": 2 * measured("multiply_adds_a_second")}
+    if dtype == torch.bfloat16:
+        peaks["pairs"] = peaks["FMA"] * measured("rate_of_pairs")
+        if native.instruction_set() == "amx":
+            peaks["AMX"] = OPERATIONS_OF_TILES * measured("amx_tile_products_a_second")
+    return {name: peak for name, peak in peaks.items() if peak}
 
 
 def _memory() -> float:

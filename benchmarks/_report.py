@@ -46,11 +46,12 @@ variant is shown.
 - *error*: the largest error of any output or compared gradient over its largest magnitude, against the formula in float64 on a
   part of the batch.
 - *of bound*: p50 over the p50 of the bound. The bound, the variant in italics, is a yardstick and not a limit.
-- *of limit*: the least time that the machine's rates allow, over p50, and the rate that is reached first: operations of torch's
-  large matrix product or convolution in the same number type, or of AMX tiles in registers, bytes from memory, or torch's
-  exponentials, a second. A CPU's rates are measured in the same run (`_rates.py`), those of tiles in rows that come from now
-  on. A row is above 100 % where torch's product is slower than the processor allows, where the caches hold a part of the data,
-  or where other programs took memory's rate while it was measured. Every benchmark counts the least work of its operator
+- *of limit*: the least time that the machine's rates allow, over p50, and the rate that is reached first: *FMA*, *pairs* of
+  bfloat16 or *AMX* tiles are operations of these instructions on registers, *products* those of torch's large matrix product or
+  convolution in the same number type where they are more, or where a row is older than these loops; then bytes from memory, and
+  torch's exponentials. A CPU's rates are measured in the same run (`_rates.py`). A row is above 100 % where torch's product is
+  slower than the processor allows, where the caches hold a part of the data, or where other programs took memory's rate while it
+  was measured. Every benchmark counts the least work of its operator
   (`passes` in `_bounds.py`). The rest goes to exponentials beside the products, the passes over tiles between them, and threads
   that wait for one another; a small call also pays for Python.
 - CPU rows have fewer batches and heads (SCAN: fewer pairs; whole models: less depth and width). Each table names its sizes.
@@ -219,7 +220,8 @@ def _table(records: Sequence[Record], origins: Sequence[str]) -> str:
     first = records[0]
     sizes = ", ".join(f"{name} {size}" for name, size in first["sizes"].items())
     runs = sorted({origins.index(_origin(record)) + 1 for record in records})
-    about = f"{first['workload']}: {sizes}; {first['dtype']}; {_setting(first)}; run {', '.join(map(str, runs))}."
+    peaks = "".join(f"; {name} {peak:,} GFLOP/s" for name, peak in first.get("peaks", {}).items())
+    about = f"{first['workload']}: {sizes}; {first['dtype']}; {_setting(first)}{peaks}; run {', '.join(map(str, runs))}."
     lines = [(f"*{record['variant']}*" if record["is_bound"] else record["variant"], *_cells(record)) for record in records]
     return "\n".join([about, "", markdown(COLUMNS, lines), ""])
 

@@ -2,27 +2,50 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from vlattn_fast.backends import native
 from vlattn_fast.benchmarks import _rates
 
+GIGA = 1e9
+# What the library's loops over registers give: multiply-adds and products of tiles a second and core, and pairs over FMA
+LOOPS = {"vlattn_multiply_adds_a_second": 50 * GIGA, "vlattn_rate_of_pairs": 0.5, "vlattn_amx_tile_products_a_second": GIGA / 8}
 
-def test_the_limit_of_bfloat16_is_the_peak_of_amx_tiles_where_kernels_take_them(monkeypatch):
-    """With a stand-in for the library's loop over registers: a hundred million products a second and core."""
-    asked = []
 
-    class Library:
-        exists = True
+class Library:
+    exists = True
 
-        def function(self, name, result):
-            asked.append(name)
-            return lambda: 1e8
+    def function(self, name, result):
+        return lambda: LOOPS[name]
 
+
+@pytest.fixture
+def processor(monkeypatch):
+    """One with AMX and three cores, whose torch is slow."""
     monkeypatch.setattr(_rates.native, "library", Library())
     monkeypatch.setattr(_rates.native, "instruction_set", lambda: "amx")
-    monkeypatch.setattr(_rates, "_fastest", lambda call: 1.0)
-    products, _ = _rates._arithmetic.__wrapped__(torch.bfloat16, 3)
-    assert products == 3 * 1e8 * 16384 and asked == ["vlattn_amx_tile_products_a_second"]
-    assert _rates._tiles(torch.float32) == 0
+    monkeypatch.setattr(_rates, "_memory", lambda: 1.0)
+    monkeypatch.setattr(_rates, "_arithmetic", lambda dtype, threads: (1.0, 1.0))
+    monkeypatch.setattr(_rates, "_peaks", _rates._peaks.__wrapped__)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+
+
+@pytest.mark.usefixtures("processor")
+def test_the_limit_names_the_peak_of_the_instruction_that_does_most(monkeypatch):
+    cpu = torch.device("cpu")
+    single, half = _rates.rates(cpu, torch.float32), _rates.rates(cpu, torch.bfloat16)
+    assert single.peaks == {"FMA": 300 * GIGA} and half.peaks == {"FMA": 300 * GIGA, "pairs": 150 * GIGA, "AMX": 6144 * GIGA}
+    assert single.limit([(600 * GIGA, 0, 0)]) == (2, "FMA") and half.limit([(6144 * GIGA, 0, 0)]) == (1, "AMX")
+    assert half.limit([(0, 0, 1)]) == (1, "exponentials")
     monkeypatch.setattr(_rates.native, "instruction_set", lambda: "v4_bf16")
-    assert _rates._tiles(torch.bfloat16) == 0
+    assert _rates.rates(cpu, torch.bfloat16).limit([(300 * GIGA, 0, 0)]) == (1, "FMA")
+    monkeypatch.setattr(_rates, "_arithmetic", lambda dtype, threads: (400 * GIGA, 1.0))
+    assert _rates.rates(cpu, torch.float32).limit([(400 * GIGA, 0, 0)]) == (1, "products")
+
+
+def test_the_peak_of_fma_is_that_of_a_processor():
+    """The library's own loop: between a multiply-add a nanosecond and two vectors of 16 at 8 GHz."""
+    if not native.library.exists or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip("no library, or no FMA")
+    assert 1 < _rates._peaks(torch.float32)["FMA"] / (2 * GIGA) < 2 * 16 * 8

@@ -5,8 +5,9 @@ The keys are swept from the last to the first. Each query t has a state row z, w
     A_ts = w_s z . k_s,  w_s = beta_s or 1;      then  z <- (z - beta_s (z . k_s) k_s) * a_s
 
 No decay is divided by, and none is a difference of sums of logarithms, so a decay of 0 is as good as any. A step is linear in z.
-So a chunk of C tokens is one matrix, `_Chunks`: the sweep over its own queries and over the unit vectors. Its rows for unit
-vectors take all later queries through the chunk in one product, z -> (columns of A, z behind the chunk).
+So a chunk of C tokens is one matrix, `_sweep`: the sweep over its own queries and over the unit vectors. Its rows for unit
+vectors take all later queries through the chunk in one product, z -> (columns of A, z behind the chunk). A sequence of one chunk
+has no later queries, and no such rows.
 A tile of queries has its whole rows of A, and no tile is kept. The backward pass computes tiles and sweeps again.
 """
 
@@ -197,7 +198,7 @@ class _Tokens(NamedTuple):
 
 
 class _Part:
-    """Some samples b and heads h. `matrices` (b, h, chunks, C + Dk, C + Dk): what a chunk makes of a query's state, `_sweep`."""
+    """Some samples b and heads h. `matrices` (b, h, chunks, *, C + Dk): what a chunk makes of a query's state, `_sweep`."""
 
     def __init__(self, abar: _Abar, b: slice, h: slice, gradients: Gradients | None) -> None:
         self.abar, self.b, self.h, self.gradients, self.chunk = abar, b, h, gradients, abar.chunk
@@ -205,7 +206,7 @@ class _Part:
         self.length, self.num_chunks = length, -(-length // self.chunk)
         self.heads = b.stop - b.start, h.stop - h.start
         self.tokens = _Tokens(abar.query, abar.key, abar.decay, abar.beta).each(lambda x: self._chunks(x[b, h]))
-        self.matrices = _sweep(self.tokens).unflatten(0, (*self.heads, self.num_chunks))
+        self.matrices = _sweep(self.tokens, self.num_chunks > 1).unflatten(0, (*self.heads, self.num_chunks))
         self.by_matrices = torch.zeros_like(self.matrices) if gradients is not None else None
 
     def _chunks(self, x: Tensor) -> Tensor:
@@ -225,8 +226,8 @@ class _Part:
         """The gradients of query, key and gates from those of the matrices, some chunks at a time."""
         assert self.gradients is not None and self.by_matrices is not None
         by_matrices = self.by_matrices.flatten(0, 2)
-        count, size, _ = by_matrices.shape
-        step = max(1, 32 * _tiles.TILE_ELEMENTS // (self.chunk * size * max(1, size - self.chunk)))
+        count, rows, columns = by_matrices.shape
+        step = max(1, 32 * _tiles.TILE_ELEMENTS // (self.chunk * rows * max(1, columns - self.chunk)))
         parts = []
         for first in range(0, count, step):
             some = itemgetter(slice(first, first + step))
@@ -293,8 +294,9 @@ class _Tile:
             size = keys.stop - keys.start
             if states is not None:
                 states.append(z[:, :, later].clone())
-            behind = z[:, :, later] @ matrix[:, :, chunk:]
-            a[:, :, later, keys], z[:, :, later] = behind[..., :size], behind[..., chunk:]
+            if later.start < num_rows:
+                behind = z[:, :, later] @ matrix[:, :, chunk:]
+                a[:, :, later, keys], z[:, :, later] = behind[..., :size], behind[..., chunk:]
             if those is not None:
                 a[:, :, those, keys], z[:, :, those] = matrix[:, :, :size, :size], matrix[:, :, :size, chunk:]
         if (diagonal := part.abar.diagonal) is not None:
@@ -312,6 +314,8 @@ class _Tile:
             if those is not None:
                 by_matrix[:, :, :size, :size] += by_a[:, :, those, keys]
                 by_matrix[:, :, :size, chunk:] += by_z[:, :, those]
+            if later.start == by_a.shape[2]:
+                continue
             by_columns = F.pad(by_a[:, :, later, keys], (0, chunk - size))
             behind = torch.cat([by_columns, by_z[:, :, later]], -1)
             by_matrix[:, :, chunk:] += z.mT @ behind
@@ -336,18 +340,18 @@ class _Tile:
         return product.tril_(self.i.start)
 
 
-def _sweep(tokens: _Tokens, states: list[Tensor] | None = None) -> Tensor:
-    """The matrices (G, C + Dk, C + Dk) of chunks, whose tokens are (G, C, ...).
+def _sweep(tokens: _Tokens, has_later: bool, states: list[Tensor] | None = None) -> Tensor:
+    """The matrices (G, C + Dk or C, C + Dk) of chunks, whose tokens are (G, C, ...).
 
-    The first C rows are those of the chunk's queries, the others those of the unit vectors, for later queries. The first C
-    columns are those of A, the others the state behind the chunk. `states` takes the states in front of each token, the last
-    first.
+    The first C rows are those of the chunk's queries; where it `has_later` queries the others are those of the unit vectors. The
+    first C columns are those of A, the others the state behind the chunk. `states` takes the states in front of each token, the
+    last first.
     """
     query, key, decay, beta = tokens
     count, chunk, dim = query.shape
     unit = torch.eye(dim, dtype=query.dtype, device=query.device)
-    rows = torch.cat([query, unit.expand(count, dim, dim)], 1)
-    columns = query.new_zeros(count, chunk + dim, chunk)
+    rows = torch.cat([query, unit.expand(count, dim, dim)], 1) if has_later else query.clone()
+    columns = query.new_zeros(count, rows.shape[1], chunk)
     for s in reversed(range(chunk)):
         z = rows[:, s:]  # that of a query in front of the token is as it was
         if states is not None:
@@ -367,7 +371,7 @@ def _sweep_backward(tokens: _Tokens, by_matrix: Tensor) -> _Tokens:
     query, key, decay, beta = tokens
     chunk = query.shape[1]
     states: list[Tensor] = []
-    _sweep(tokens, states)
+    _sweep(tokens, by_matrix.shape[1] > chunk, states)
     by_columns, by_rows = by_matrix[..., :chunk], by_matrix[..., chunk:].clone()
     by_key = torch.zeros_like(key)
     by_decay, by_beta = (None if x is None else torch.zeros_like(x) for x in (decay, beta))
