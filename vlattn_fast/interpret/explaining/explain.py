@@ -225,7 +225,7 @@ def _rows_of_run(request: Request, prompt: Prompt, run: Run, question: Question)
 
 
 def _pass_back(
-    request: Request, prompt: Prompt, run: Run, question: Question, number: int, score: Tensor, starts: Sequence[Tensor]
+    request: Request, prompt: Prompt, run: Run, question: Question, number: int, score: Tensor | None, starts: list[Tensor]
 ) -> BackwardPass:
     """The backward pass of this number, from the score's gradient."""
     if run.vision is not None:  # its row starts from the decoder's image tokens
