@@ -58,6 +58,8 @@ def kernel_text(module: str, name: str) -> str:
         statement = _statements(place[0]).get(place[1])
         if place in texts or statement is None:  # None: an argument, a local name, or Triton's
             continue
+        if isinstance(statement, ast.FunctionDef) and not statement.decorator_list:  # of the host; a local name may be the same
+            continue
         if isinstance(statement, ast.ImportFrom):
             texts[place] = ""
             if (statement.module or "").startswith(PACKAGE):
