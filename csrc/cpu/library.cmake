@@ -39,6 +39,9 @@ if(VLATTN_NATIVE)
   if("v4_bf16" IN_LIST RUNS)
     list(APPEND RUNS amx)  # library.cpp asks Linux and the processor for tiles when it is loaded
   endif()
+  if(NOT "baseline" IN_LIST RUNS)
+    set(RUNS ${SETS})  # no answer: all of them
+  endif()
   foreach(SET ${SETS})
     if(NOT SET IN_LIST RUNS)
       list(REMOVE_ITEM SETS ${SET})
