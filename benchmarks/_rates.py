@@ -18,6 +18,7 @@ from vlattn_fast.benchmarks._records import device_name
 
 CLOCK, SMS = 1.83e9, 132  # of an H200; docs/kernels.md names the sources
 OPERATIONS_OF_TILES = 2 * 16 * 16 * 32  # a product of AMX tiles
+SIDE, CHANNELS = 2048, 256  # of the products and the convolution that are measured
 LEAST_SECONDS, LEAST_CALLS = 0.3, 5  # of a measurement, whose fastest call counts
 
 
@@ -54,9 +55,14 @@ def rates(device: torch.device, dtype: torch.dtype) -> Rates | None:
 @functools.cache
 def _arithmetic(dtype: torch.dtype, threads: int) -> tuple[float, float]:
     """Products by torch's large matrix product or convolution (on an AMD EPYC the float32 product has half of the convolution's
-    rate), and exponentials by torch's exp2 in the cache."""
-    square, numbers = torch.randn(2048, 2048).to(dtype), torch.rand(2**18)
-    image, weight = torch.randn(2, 256, 32, 32).to(dtype), torch.randn(256, 256, 3, 3).to(dtype)
+    rate), and exponentials by torch's exp2 in the cache. Where torch has no instruction for products of this type (one of SIDE
+    rows then takes half a minute), the numbers are widened, as kernels do."""
+    small = torch.randn(256, 256)
+    narrow = small.to(dtype)
+    if _fastest(lambda: narrow @ narrow) > 2 * _fastest(lambda: small @ small):
+        dtype = torch.float32
+    square, numbers = torch.randn(SIDE, SIDE).to(dtype), torch.rand(2**18)
+    image, weight = torch.randn(2, CHANNELS, 32, 32).to(dtype), torch.randn(CHANNELS, CHANNELS, 3, 3).to(dtype)
     product = 2 * len(square) ** 3 / _fastest(lambda: square @ square)
     convolution = 2 * image.numel() * weight[0].numel() / _fastest(lambda: F.conv2d(image, weight, padding=1))
     powers = torch.empty_like(numbers)
