@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from typing import Any
 
@@ -104,6 +105,13 @@ def test_contradictions_and_what_is_no_edit() -> None:
         va.intervene(model, shorter, patch)
     with pytest.raises(ValueError, match="mean must have recorded layer 0 of .* with 4 heads; got layers 2 of"):
         va.intervene(model, inputs, va.ScaleHeads({0: 0}, 0.0, mean=va.record_heads(model, inputs, layers=2)))
+    of_another = dataclasses.replace(run, model="MistralForCausalLM")  # of the same sizes
+    assert run.model == va.record_heads(model, [inputs]).model == "LlamaForCausalLM"
+    for edit, name in ((va.Patch(of_another, {1: [0]}), "other_run"), (va.ScaleHeads({1: [0]}, 0.0, mean=of_another), "mean")):
+        with pytest.raises(
+            ValueError, match=f"{name} must be recorded of a LlamaForCausalLM, as .*; got one of a MistralForCausalLM"
+        ):
+            va.intervene(model, inputs, edit)
     with pytest.raises(ValueError, match="inputs must have at least one item"):
         va.record_heads(model, [])
     with pytest.raises(ValueError, match="inputs must have a sample"):

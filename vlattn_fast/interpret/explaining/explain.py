@@ -202,8 +202,8 @@ def _rows_of_run(request: Request, prompt: Prompt, run: Run, question: Question)
     joined: list[Tensor] = []
     filled = [0] * len(run.towers)
     shows = len(question.passes) > 1 and not request.method.steps
-    for number, (score, starts) in enumerate(_with_bar(question.passes, "pass") if shows else question.passes):
-        backward = _pass_back(request, prompt, run, question, number, score, starts)
+    for number in _with_bar(range(len(question.passes)), "pass") if shows else range(len(question.passes)):
+        backward = _pass_back(request, prompt, run, question, number)
         rows = request.method.carried(backward)
         # A small tensor kept from each pass would lie between the large ones that the next pass cannot take again.
         joined = joined or [row.new_empty(len(row), row.shape[1] * len(question.passes), row.shape[2]) for row in rows]
@@ -224,10 +224,9 @@ def _rows_of_run(request: Request, prompt: Prompt, run: Run, question: Question)
     return Rows(relevancy, {tower.name: row.detach()[:, 0] for tower, row in brought.items()})
 
 
-def _pass_back(
-    request: Request, prompt: Prompt, run: Run, question: Question, number: int, score: Tensor | None, starts: list[Tensor]
-) -> BackwardPass:
+def _pass_back(request: Request, prompt: Prompt, run: Run, question: Question, number: int) -> BackwardPass:
     """The backward pass of this number, from the score's gradient."""
+    score, starts = question.passes[number]
     if run.vision is not None:  # its row starts from the decoder's image tokens
         starts = [*starts, torch.zeros_like(run.vision.carriers.leaving()[:, :1])]
     keep = number + 1 < len(question.passes)
@@ -242,9 +241,10 @@ def _with_bar(items: Collection[T], unit: str) -> Iterable[T]:
 
 
 def _of_towers(
-    request: Request, prompt: Prompt, run: Run, question: Question, rows: Rows, special: frozenset[int] | None
+    request: Request, prompt: Prompt, run: Run, question: Question, rows: Rows
 ) -> tuple[Rows, dict[str, Any], dict[str, str]]:
     """The rows of each tower, also of one behind a connector; the fields of their tokens, and whose they are."""
+    special = special_ids(request.tokenizer)
     arguments, (relevancy, brought) = prompt.arguments, rows
     positions = question.start_positions or {}
     brought = {name: row for name, row in brought.items() if name not in positions}
@@ -268,8 +268,7 @@ def _of_towers(
 def assemble(request: Request, prompt: Prompt, run: Run, question: Question, rows: Rows) -> Explanation:
     warn_of_lost_gradients(run)
     warn_of_other_keys(run)
-    special = special_ids(request.tokenizer)
-    (relevancy, brought), fields, owners = _of_towers(request, prompt, run, question, rows, special)
+    (relevancy, brought), fields, owners = _of_towers(request, prompt, run, question, rows)
     fields |= {
         "position": question.start_positions,
         "brought": {name: row for name, row in brought.items() if not torch.equal(row, relevancy[name])} or None,
@@ -277,7 +276,7 @@ def assemble(request: Request, prompt: Prompt, run: Run, question: Question, row
         "target": question.target,
         "method": request.method.name,
         "start_layer": request.start_layer,
-        "sinks": named_sinks(request, prompt, run, fields.get("image_rows"), special),
+        "sinks": named_sinks(request, prompt, run, fields.get("image_rows")),
     }
     explanation = (
         Explanation(relevancy=relevancy, **fields)

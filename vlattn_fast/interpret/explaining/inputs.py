@@ -34,7 +34,40 @@ def prepare_inputs(
         ValueError: no input has a name that the model takes, images and texts cannot be paired, or a target is out of range.
     """
     check_inputs(model, inputs)
-    inputs, (pictures, texts) = record.scoring.prepared(inputs, target), record.names
+    inputs, scoring = record.scoring.prepared(inputs, target), record.scoring
+    accepted = inspect.signature(model.forward).parameters
+    _check_values(inputs, record)
+    _check_names(inputs, accepted)
+    # Tensors made under inference mode cannot be saved for a backward pass; a copy made outside of it can.
+    arguments = {k: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for k, v in inputs.items()}
+    if hasattr(model, "config") and hasattr(model.config, "return_dict"):
+        arguments["return_dict"] = True
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
+    if "use_cache" in accepted or (scoring.predicts and takes_any):
+        arguments["use_cache"] = False
+    # Whether logits are counted as the prompt's tokens are.
+    follows = record.towers[0].kind.follows_ids if record.towers else logit_positions is not None or record.answers == "input_ids"
+    if scoring.predicts and not all_logits and not callable(target) and "logits_to_keep" in accepted and follows:
+        _keep_logits(arguments, record, logit_positions)
+    if not scoring.pairs or callable(target):
+        return arguments, None
+    for name in record.names:
+        if not isinstance(inputs.get(name), Tensor):
+            raise ValueError(f"inputs must contain '{name}' for the similarity of an image and a text; got {sorted(inputs)}")
+    return _paired(arguments, target, *record.names)
+
+
+def _keep_logits(arguments: dict[str, Any], record: Family, positions: Tensor | None) -> None:
+    """Logits of the whole prompt are large, and only a few rows of them are asked for."""
+    shape = prompt_shape(arguments)
+    arguments.pop("labels", None)
+    positions = record.scoring.kind(arguments, shape).last_real() if positions is None else positions
+    arguments["logits_to_keep"] = positions.unique()
+
+
+def _check_values(inputs: Mapping[str, Any], record: Family) -> None:
+    """TypeError or ValueError unless these inputs are tensors of a batch, and ask for no map and no cache."""
+    pictures, texts = record.names
     for name in (pictures, texts, "attention_mask") if record.towers else ():
         value = whole = inputs.get(name)
         while isinstance(value, (list, tuple)) and value:  # pictures of several sizes
@@ -48,34 +81,14 @@ def prepare_inputs(
         raise ValueError("inputs must not contain output_attentions, since explain stores no maps; got True")
     if inputs.get("past_key_values") is not None:
         raise ValueError("inputs must give the whole sequence in one forward pass, without past_key_values; got a cache")
-    # Tensors made under inference mode cannot be saved for a backward pass; a copy made outside of it can.
-    arguments = {k: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for k, v in inputs.items()}
-    accepted = inspect.signature(model.forward).parameters
+
+
+def _check_names(inputs: Mapping[str, Any], accepted: Mapping[str, inspect.Parameter]) -> None:
+    """ValueError where no input has a name of the model's `forward`."""
     by_name = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
     named = [name for name, parameter in accepted.items() if parameter.kind in by_name]
     if named and not set(named) & set(inputs):
         raise ValueError(f"inputs must be named as in the model's forward ({', '.join(named)}); got {sorted(inputs)}")
-    if hasattr(model, "config") and hasattr(model.config, "return_dict"):
-        arguments["return_dict"] = True
-    scoring = record.scoring
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
-    if "use_cache" in accepted or (scoring.predicts and takes_any):
-        arguments["use_cache"] = False
-    # Whether logits are counted as the prompt's tokens are.
-    follows = record.towers[0].kind.follows_ids if record.towers else logit_positions is not None or record.answers == "input_ids"
-    if scoring.predicts and not all_logits and not callable(target) and "logits_to_keep" in accepted and follows:
-        # Logits of the whole prompt are large and only a few rows of them are asked for.
-        shape = prompt_shape(arguments)
-        arguments.pop("labels", None)
-        if logit_positions is None:
-            logit_positions = scoring.kind(arguments, shape).last_real()
-        arguments["logits_to_keep"] = logit_positions.unique()
-    if not scoring.pairs or callable(target):
-        return arguments, None
-    for name in (pictures, texts):
-        if not isinstance(inputs.get(name), Tensor):
-            raise ValueError(f"inputs must contain '{name}' for the similarity of an image and a text; got {sorted(inputs)}")
-    return _paired(arguments, target, pictures, texts)
 
 
 def check_inputs(model: Any, inputs: Any) -> None:

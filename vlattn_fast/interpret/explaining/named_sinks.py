@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vlattn_fast.interpret.explaining.fields import parts, tokens_of
+from vlattn_fast.interpret.explaining.naming import special_ids
 from vlattn_fast.interpret.explaining.request import Prompt, Request
 from vlattn_fast.interpret.explaining.run import Run
 from vlattn_fast.interpret.relevancy.sinks import KEEP, REMOVE, Seen
@@ -19,9 +20,7 @@ from vlattn_fast.interpret.result.numbers.sinks import Sink
 Place = tuple[int, int, int]
 
 
-def named_sinks(
-    request: Request, prompt: Prompt, run: Run, image_rows: Sequence[int] | None, special: frozenset[int] | None
-) -> list[list[Sink]] | None:
+def named_sinks(request: Request, prompt: Prompt, run: Run, image_rows: Sequence[int] | None) -> list[list[Sink]] | None:
     """The sinks of each sample; None where nobody asked. `image_rows`: of the explanation, the sample of each map."""
     if request.method.sinks == KEEP:
         return None
@@ -31,7 +30,7 @@ def named_sinks(
     for reader, source, seen in request.method.seen:
         if source in run.towers:
             by_towers.setdefault((reader, source), []).append(seen)
-    names = _Names(request, prompt, run, special)
+    names = _Names(request, prompt, run)
     for (reader, source), calls in by_towers.items():
         shares, norms, sinks = (
             [_as_entered(source, getattr(seen, name), seen) for seen in calls] for name in ("shares", "norms", "sinks")
@@ -65,11 +64,12 @@ def _as_entered(tower: TowerTrace, values: Tensor, seen: Seen) -> Tensor:
 class _Names:
     """Where tokens lie in the picture, and what their ids are called."""
 
-    def __init__(self, request: Request, prompt: Prompt, run: Run, special: frozenset[int] | None) -> None:
+    def __init__(self, request: Request, prompt: Prompt, run: Run) -> None:
         self._convert = getattr(request.tokenizer, "convert_ids_to_tokens", None)
         towers, arguments = [*run.read, *run.attended], prompt.arguments
         # Each token's number in place of its relevancy: the maps then say which token each patch is.
         numbers = {tower.name: torch.arange(tower.size, dtype=torch.float64).expand(tower.shape) for tower in towers}
+        special = special_ids(request.tokenizer)
         fields, owners = parts(towers, arguments, numbers, None, request.patches, special)
         self._owner, self._places = owners.get("image"), _places(fields)
         self._ids: dict[str, Tensor] = {}

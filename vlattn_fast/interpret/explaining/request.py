@@ -74,41 +74,28 @@ class Request:
     ) -> Request:
         """The request, with the errors of `explain`."""
         check_inputs(model, inputs)
-        selection, kind = Selection.check(per, layers, heads), find_method(method)
-        chosen = kind(weighting, steps)
-        if selection is not None:
-            chosen = LayerMaps(kind, selection)
-        chosen.take_sinks(sinks)
         check_read(read)
-        embedded_by = "mean" if read is None or isinstance(read, Mapping) else read
-        if not isinstance(start_layer, int) or isinstance(start_layer, bool):
-            raise TypeError(f"start_layer must be an int; got {type(start_layer).__name__}")
-        chosen.check_start_layer(start_layer)
-        if read is not None and (chosen.takes_logits or not chosen.reads_row):
-            if not (isinstance(target, str) and target == SIMILARITY):  # whose embedding it is
-                warnings.warn(f"read={read!r} has no effect on method {chosen.name!r}, which reads no row", stacklevel=2)
-            read = None
         check_bool(each=each, through_connector=through_connector)
-        if selection is not None and (through_connector or (answer is not None and each)):
-            needs = "through_connector=False" if through_connector else "each=False where an answer is explained"
-            raise ValueError(f"per needs {needs}, since its maps are those of one backward pass; got per={per!r}")
+        selection = Selection.check(per, layers, heads)
+        if selection is not None:
+            _check_one_pass(selection, through_connector, answer is not None and each)
+        chosen = _method_of_call(find_method(method), weighting, steps, selection)
+        chosen.take_sinks(sinks)
+        _check_start_layer(chosen, start_layer)
         model = unwrapped(model)
         check_has_gradients(model)
+        embedded_by = "mean" if read is None or isinstance(read, Mapping) else read
+        if read is not None and _reads_nothing(chosen, target):
+            warnings.warn(f"read={read!r} has no effect on method {chosen.name!r}, which reads no row", stacklevel=2)
+        read = read if chosen.reads_row and not chosen.takes_logits else None
         borrowed = None if like is None else borrowed_family(model, like)
         if answer is None:
-            if not each:
-                raise ValueError("each=False needs answer=, over whose tokens it sums; got none")
-            known = (
-                borrowed or find_family(model) or (encoder_decoder(model) or block_decoder(model) if generates(model) else None)
-            )
-            if isinstance(read, Mapping) and borrowed is None and listed_family(model) is None and not _names_towers(known, read):
-                known = None  # the caller names towers that are found
-            if known is None and read is None and chosen.reads_row and not classifies(model):
+            _check_each(each)
+            record = _record_of_target(model, borrowed, read)
+            if record is UNRECORDED and read is None and chosen.reads_row and not classifies(model):
                 raise ValueError(_how_to_read(model, inputs))
-            record = UNRECORDED if known is None else known
         else:
-            if target is not None or read is not None:
-                raise ValueError("answer must be given without target and read, which it takes the place of; got both")
+            _check_answer_alone(target, read)
             record = _record_of_answers(model, borrowed)
         target = token_target(target, tokenizer, model, record, embedded_by)
         chosen.check_record(record, type(model).__name__)
@@ -147,7 +134,53 @@ def lay_out(request: Request, inputs: Mapping[str, Any]) -> Prompt:
     return Prompt(arguments, pairs, answer)
 
 
+# --- what the call takes ---
+
+
+def _method_of_call(kind: type[Method], weighting: str | Weighting, steps: int | None, selection: Selection | None) -> Method:
+    """The method, or its maps of layers or heads."""
+    whole = kind(weighting, steps)  # with the errors of its arguments
+    return whole if selection is None else LayerMaps(kind, selection)
+
+
+def _record_of_target(model: nn.Module, borrowed: Family | None, read: Any) -> Family:
+    """The record of a model whose `target` is explained; UNRECORDED where its towers are found."""
+    known = borrowed or find_family(model)
+    if known is None and generates(model):
+        known = encoder_decoder(model) or block_decoder(model)
+    finds = isinstance(read, Mapping) and borrowed is None and listed_family(model) is None  # the caller names towers
+    return UNRECORDED if known is None or (finds and not _names_towers(known, read)) else known
+
+
 # --- refusals ---
+
+
+def _check_start_layer(method: Method, start_layer: Any) -> None:
+    if not isinstance(start_layer, int) or isinstance(start_layer, bool):
+        raise TypeError(f"start_layer must be an int; got {type(start_layer).__name__}")
+    method.check_start_layer(start_layer)
+
+
+def _check_one_pass(selection: Selection, through_connector: bool, one_by_one: bool) -> None:
+    if through_connector or one_by_one:
+        needs = "through_connector=False" if through_connector else "each=False where an answer is explained"
+        raise ValueError(f"per needs {needs}, since its maps are those of one backward pass; got per={selection.per!r}")
+
+
+def _reads_nothing(method: Method, target: Any) -> bool:
+    """Whether `read` is without effect: the method reads no row, and no similarity reads an embedding."""
+    is_similarity = isinstance(target, str) and target == SIMILARITY
+    return (method.takes_logits or not method.reads_row) and not is_similarity
+
+
+def _check_each(each: bool) -> None:
+    if not each:
+        raise ValueError("each=False needs answer=, over whose tokens it sums; got none")
+
+
+def _check_answer_alone(target: Any, read: Any) -> None:
+    if target is not None or read is not None:
+        raise ValueError("answer must be given without target and read, which it takes the place of; got both")
 
 
 def check_read(read: Any) -> None:
@@ -161,8 +194,8 @@ def check_read(read: Any) -> None:
             raise TypeError(f"read must be a name, an index or weights; got {type(value).__name__}")
 
 
-def _names_towers(record: Family | None, read: Mapping[str, Any]) -> bool:
-    return record is not None and (not record.towers or set(read) <= {tower.name for tower in record.towers})
+def _names_towers(record: Family, read: Mapping[str, Any]) -> bool:
+    return not record.towers or set(read) <= {tower.name for tower in record.towers}
 
 
 def _record_of_answers(model: nn.Module, borrowed: Family | None) -> Family:

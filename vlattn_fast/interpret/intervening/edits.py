@@ -132,8 +132,8 @@ class Patch(HeadEdit):
     ICLR 2023).
 
     Args:
-        other_run: what `va.record_heads(model, inputs)` returned of another run of the same model, with as many samples (or one)
-            and tokens.
+        other_run: what `va.record_heads(model, inputs)` returned of another run of a model of this class, with as many samples
+            (or one) and tokens.
         heads: {layer: heads}, numbers from 0; heads None = all of the layer.
         queries: the tokens whose outputs are replaced, as in `Knockout`. None = all. Tokens that `generate` adds keep theirs.
         tower: as in `Knockout`.

@@ -17,9 +17,11 @@ class HeadRecord:
         means: layer -> (H, Dv), over all real tokens of all samples.
         outputs: layer -> (B, H, N, Dv) of one run; None of a data set.
         count: how many tokens the means are of.
+        model: the class of the model. Edits of a model of another class refuse the record.
     """
 
     tower: tuple[str, str]
     means: Mapping[int, Tensor]
     outputs: Mapping[int, Tensor] | None
     count: int
+    model: str = ""

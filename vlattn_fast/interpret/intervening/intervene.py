@@ -84,19 +84,19 @@ def record_heads(
         return _of_one_run(model, inputs, chosen, tower)
     check_items("inputs", inputs, "a mapping of the model's keyword arguments, or several")
     sums: dict[int, Tensor] = {}
-    count, towers = 0, ("", "")
+    count, towers, name = 0, ("", ""), ""
     for one in with_progress(inputs, "recording"):
         if not isinstance(one, Mapping):
             raise TypeError(f"inputs must be mappings of the model's keyword arguments; got {describe(one)}")
         record = _of_one_run(model, one, chosen, tower)
-        towers = record.tower
+        towers, name = record.tower, record.model
         for layer, means in record.means.items():
             part = means.double() * record.count
             sums[layer] = sums[layer] + part if layer in sums else part
         count += record.count
     if not sums:
         raise ValueError("inputs must have at least one item; got an empty data set")
-    return HeadRecord(towers, {layer: total / count for layer, total in sums.items()}, None, count)
+    return HeadRecord(towers, {layer: total / count for layer, total in sums.items()}, None, count, name)
 
 
 def _of_one_run(model: nn.Module, inputs: Mapping[str, Any], layers: Sequence[int] | None, tower: TowerName) -> HeadRecord:
@@ -119,7 +119,7 @@ def _of_one_run(model: nn.Module, inputs: Mapping[str, Any], layers: Sequence[in
     real = torch.ones(pair[0].shape, dtype=torch.bool) if real is None else real.bool().cpu()
     with torch.inference_mode(False):
         means = {layer: x.transpose(1, 2)[real.to(x.device)].double().mean(0) for layer, x in outputs.items()}
-    return HeadRecord((pair[0].name, pair[1].name), means, outputs, int(real.sum()))
+    return HeadRecord((pair[0].name, pair[1].name), means, outputs, int(real.sum()), seen.name)
 
 
 def _keep(outputs: dict[int, Tensor], plan: CallPlan, output: Tensor) -> None:

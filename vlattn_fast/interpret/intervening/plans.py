@@ -204,6 +204,7 @@ class Plans:
                 bias = torch.zeros(plan.call.heads, dtype=torch.float64).index_fill(0, chosen, edit.bias)
                 self.add_term(plan, Term(*sets[plan.pair], bias))
         elif isinstance(edit, (ScaleHeads, Patch)):
+            self._check_record(edit)
             pair = self.self_pair(what, tower_of(edit))
             for layer, heads in edit.heads.items():
                 for plan in self.layers([pair], [layer]):
@@ -215,6 +216,14 @@ class Plans:
                         _patch(plan, edit, chosen)
         else:
             raise TypeError(f"edits must be va.Knockout, va.Steer, va.ScaleHeads or va.Patch; got {what}")
+
+    def _check_record(self, edit: ScaleHeads | Patch) -> None:
+        """ValueError for a record of another class of models. Other weights are taken, as of a checkpoint before training."""
+        name, record = ("mean", edit.mean) if isinstance(edit, ScaleHeads) else ("other_run", edit.other_run)
+        if record is not None and record.model not in ("", self.seen.name):
+            raise ValueError(
+                f"{name} must be recorded of a {self.seen.name}, as the edited model is; got one of a {record.model}"
+            )
 
     def add_term(self, plan: CallPlan, term: Term) -> None:
         check_edges(plan)

@@ -78,6 +78,11 @@ class SeenModel:
     calls: list[SeenCall]
     mixing: list[tuple[SeenTower, int, str]]
 
+    @property
+    def name(self) -> str:
+        """The class of the model, which FSDP2 makes one of its own of."""
+        return type(self.model).__name__.removeprefix("FSDP")
+
     @cached_property
     def towers(self) -> list[SeenTower]:
         """Those that attend, in the order of their first calls, then those that only others attend to."""
