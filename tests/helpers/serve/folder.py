@@ -1,4 +1,5 @@
-"""Scenario: `collect` writes answers into a folder, takes up a run that was killed, and refuses another one's folder."""
+"""Scenario: `collect` writes answers into a folder, takes up a run that was killed, and refuses another one's folder; a thousand
+prompts in one call."""
 
 from __future__ import annotations
 
@@ -44,6 +45,19 @@ def main() -> None:
             assert "earlier runs" in str(error), error
         else:
             raise AssertionError(changed)
+    a_thousand(llm, maps, out.with_name("thousand"))
+
+
+def a_thousand(llm: Any, maps: Maps, out: Path) -> None:
+    some = prompts(*[5 + number % 20 for number in range(1000)])
+    answers = collect(llm, some, out, everything(), params=sampling(2))
+    assert len(answers) == 1000 and not answers.failures and answers.ids == [str(number) for number in range(1000)]
+    for number in (0, 499, 999):
+        maps.check(
+            SimpleNamespace(token_ids=answers[number].tokens, attention=answers[number].attention),
+            some[number]["prompt_token_ids"],
+        )
+    assert len(load(out)) == 1000
 
 
 if __name__ == "__main__":
