@@ -19,6 +19,7 @@ SCENARIOS = (
     "with_torchvision qwen2_vl",
     "many",
     "folder",
+    "refused",
     "ranks",
     "server",
 )

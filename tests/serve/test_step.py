@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.helpers.ops.backends import ready
+from vlattn_fast.dispatch import choice
 from vlattn_fast.serve import blocks, worker
 from vlattn_fast.serve.ask import check_ask, groups_of_tokens
-from vlattn_fast.serve.worker import Asking, Step, layer_number, refusal
+from vlattn_fast.serve.worker import Asking, Step, layer_number, refusal, window
 
 SIZE, HEADS, KEY_HEADS, HEAD_DIM = 4, 4, 2, 8
 IMPL = SimpleNamespace(scale=0.5, logits_soft_cap=0, sliding_window=-1)
@@ -72,6 +74,21 @@ class Batch:
         return logits.masked_fill(torch.arange(length) > positions[:, None, None], -torch.inf).softmax(-1)
 
 
+class OnGpu(Batch):
+    """The same as the layers of GPUs have it: a token's key in front of its value, and batches that are filled up."""
+
+    def __init__(self, lengths: list[int], queries: list[int]) -> None:
+        super().__init__(lambda key, isa: key.flatten(), lengths, queries)
+        keys, self.cache = self.cache.flatten(2)[..., : SIZE * HEAD_DIM].unflatten(2, (SIZE, HEAD_DIM)), self.cache.clone()
+        self.cache[..., :HEAD_DIM], self.cache[..., HEAD_DIM:] = keys, torch.nan
+        self.query = torch.cat([self.query, torch.full((3, HEADS, HEAD_DIM), torch.nan)])
+
+    def see(self, step: Step, number: int = 0, impl: Any = IMPL) -> None:
+        layer, impl = SimpleNamespace(layer_name=f"model.layers.{number}.attn"), SimpleNamespace(**vars(impl))
+        impl.sliding_window = (-1, -1)
+        step.see(impl, layer, self.query, self.cache, self.metadata)
+
+
 def asking(prompt: int, counted: int = 0, **ask: Any) -> Asking:
     checked = check_ask({"layers": [0], **ask}, 2, prompt, [])
     return Asking(checked, prompt, groups_of_tokens(checked, prompt + 20), counted)
@@ -127,6 +144,20 @@ def test_queries_that_ran_before_count_once(order: Any) -> None:
     assert got.received is None and got.mass is not None and one.counted == 10
 
 
+def test_layers_of_gpus_hand_over_keys_in_front_of_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the Triton kernel, which a GPU takes."""
+    monkeypatch.setattr(choice, "AUTO", "triton")
+    batch = OnGpu([9, 6], [9, 1])
+    step = Step({"one": asking(9, statistics=BOTH), "two": asking(5, statistics=["maximum"])}, ids("one", "two"))
+    with ready("triton"):
+        batch.see(step)
+    got = step.numbers(lambda columns: columns)
+    maps = batch.maps(0)
+    torch.testing.assert_close(got["one"].received, maps.sum(0)[None])
+    torch.testing.assert_close(got["two"].maximum[0, 0], batch.maps(1)[0].amax(-1))
+    assert [window(SimpleNamespace(sliding_window=kept)) for kept in (-1, 16, (-1, -1), (15, 0))] == [None, 16, None, 16]
+
+
 def test_ranks_have_parts_of_the_heads(order: Any) -> None:
     batch = Batch(order, [9], [9])
     step = Step({"one": asking(9, statistics=BOTH)}, ids("one"))
@@ -143,6 +174,7 @@ def test_ranks_have_parts_of_the_heads(order: Any) -> None:
         ({"sinks": torch.ones(4)}, {}, "sinks"),
         ({}, {"causal": False}, "not causal"),
         ({}, {"dynamic_causal": torch.ones(1)}, "not causal"),
+        ({}, {"mm_prefix_query_range_tensor": torch.ones(1)}, "not causal"),
     ],
 )
 def test_what_the_operator_does_not_compute_is_refused_by_name(order: Any, impl: Any, metadata: Any, words: str) -> None:
@@ -155,7 +187,9 @@ def test_what_the_operator_does_not_compute_is_refused_by_name(order: Any, impl:
 
 
 def test_another_backend_is_refused_by_name() -> None:
-    assert "must be CPU_ATTN; got SimpleNamespace" in refusal(SimpleNamespace(), SimpleNamespace())
+    assert "must be one of CPU_ATTN, FLASH_ATTN, TRITON_ATTN; got SimpleNamespace" in refusal(
+        SimpleNamespace(), SimpleNamespace()
+    )
 
 
 def test_the_number_of_a_layer() -> None:

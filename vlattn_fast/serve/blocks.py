@@ -1,8 +1,9 @@
-"""The keys of vLLM's paged cache on the CPU, as the operator takes them.
+"""The keys of vLLM's paged cache, as the operator takes them.
 
-The engine's kernels lay the keys of a block out as their instruction set wants them: one behind the other, transposed, or in
-tiles. No field says how. So the engine itself writes numbered keys into a block, and their order is read there. An order with
-strides is a view of the cache. Any other order is undone for the blocks of the requests that ask, and for these alone.
+On a GPU a token's key lies in front of its value. On a CPU the engine's kernels lay the keys of a block out as their instruction
+set wants them: one behind the other, transposed, or in tiles. No field says how. So the engine itself writes numbered keys into
+a block, and their order is read there. An order with strides is a view of the cache. Any other order is undone for the blocks of
+the requests that ask, and for these alone.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ from torch import Tensor
 _DIGITS = 128  # numbers that every floating type holds exactly
 
 
-def keys_in_blocks(kv_cache: Tensor, isa: str, block_table: Tensor) -> tuple[Tensor, Tensor]:
+def keys_in_blocks(kv_cache: Tensor, isa: str | None, block_table: Tensor) -> tuple[Tensor, Tensor]:
     """(key cache (blocks, Hkv, block size, D), block table), a view of the cache where its order has strides.
 
-    kv_cache: (blocks, Hkv, block size, 2 * D), a block's keys and then its values.
+    kv_cache: (blocks, Hkv, block size, 2 * D). By an instruction set `isa`: a block's keys and then its values; None on GPUs.
     """
     blocks, heads, size, both = kv_cache.shape
     head_dim = both // 2
+    if isa is None:
+        return kv_cache[..., :head_dim], block_table
     order, strides = _order(isa, kv_cache.dtype, size, head_dim)
     if strides is not None:
         shape = blocks, heads, size, head_dim

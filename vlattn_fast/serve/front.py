@@ -7,6 +7,7 @@ from typing import Any
 from vlattn_fast.serve.ask import KEY, Span, check_ask
 from vlattn_fast.serve.attention import Attention, from_bytes, joined
 from vlattn_fast.serve.engine import FIELD
+from vlattn_fast.serve.worker import LAYERS
 from vlattn_fast.serve.wrapping import wrap
 
 _PARTS = "_vlattn_parts"  # an attribute of the front end's RequestState: chunks that no completion has yet
@@ -29,8 +30,14 @@ def refusals(config: Any, params: Any, resumable: bool) -> list[str]:
     from vllm.platforms import current_platform
 
     model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
+    graphs = config.compilation_config.cudagraph_mode
     reasons = {
-        "the device is not the CPU; vlattn_fast.serve has run on CPUs alone": not current_platform.is_cpu(),
+        f"the device is of the kind {current_platform.device_type!r}; use one of {', '.join(LAYERS)}": (
+            current_platform.device_type not in LAYERS
+        ),
+        "CUDA graphs replay attention, where no layer can be seen; set enforce_eager=True or cudagraph_mode='PIECEWISE'": (
+            current_platform.device_type != "cpu" and graphs is not None and graphs.has_full_cudagraphs()
+        ),
         "the model runner is version 2; set VLLM_USE_V2_MODEL_RUNNER=0": config.use_v2_model_runner,
         "the model runs in several pipeline stages; use tensor parallelism": parallel.pipeline_parallel_size > 1,
         "contexts run in parallel; use tensor parallelism": parallel.decode_context_parallel_size > 1

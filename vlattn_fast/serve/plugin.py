@@ -68,6 +68,6 @@ def _begin_front_end(original: Any, *args: Any, **kwargs: Any) -> None:
 def _begin_worker(original: Any, *args: Any, **kwargs: Any) -> None:
     from vllm.platforms import current_platform
 
-    if current_platform.is_cpu():  # elsewhere requests that ask are refused
-        worker.install()
+    if current_platform.device_type in worker.LAYERS:  # elsewhere requests that ask are refused
+        worker.install(current_platform.device_type)
     original(*args, **kwargs)

@@ -6,6 +6,7 @@ attention they hand their queries and paged keys to the operator. The numbers le
 
 from __future__ import annotations
 
+import importlib
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,12 @@ from vlattn_fast.serve.wrapping import wrap
 NUMBERS = "vlattn_numbers"  # an attribute of ModelRunnerOutput: Attention by request, `received` of this step alone
 _ASKING = "_vlattn_asking"  # an attribute of the model runner: Asking by request
 _NOW = threading.local()  # the Step of the batch that runs in this thread
+# vLLM's attention backends whose layers hand over their keys, by the kind of device: modules of vllm.v1.attention.backends
+LAYERS = {
+    "cpu": {"cpu_attn": "CPUAttentionBackendImpl"},
+    "cuda": {"flash_attn": "FlashAttentionImpl", "triton_attn": "TritonAttentionImpl"},
+}
+_NOT_CAUSAL = ("dynamic_causal", "mm_prefix_query_range_tensor", "mm_prefix_range_tensor", "rswa_prefix_lens")
 
 
 @dataclass
@@ -69,11 +76,11 @@ class Step:
         number = layer_number(layer.layer_name)
         names = tuple(name for name, *_ in self._places if number in self.asking[name].ask.layers)
         if names not in self._rows:
-            self._rows[names] = self._packed(names)
+            self._rows[names] = self._packed(names, query.device)
         rows = self._rows[names]
         if rows is None:
             return
-        keys, table = keys_in_blocks(kv_cache, layer.isa, metadata.block_table[rows.of_batch])
+        keys, table = keys_in_blocks(kv_cache, getattr(layer, "isa", None), metadata.block_table[rows.of_batch])
         results = paged_attention_statistics(
             query[rows.tokens],
             keys,
@@ -85,7 +92,7 @@ class Step:
             statistics=rows.statistics,
             scale=impl.scale,
             softcap=impl.logits_soft_cap or None,
-            window=None if impl.sliding_window == -1 else impl.sliding_window,
+            window=window(impl),
         )
         self._keep(number, rows, results)
 
@@ -98,7 +105,7 @@ class Step:
                 places.append((name, number, starts[number], starts[number + 1] - starts[number]))
         return places
 
-    def _packed(self, names: tuple[str, ...]) -> Rows | None:
+    def _packed(self, names: tuple[str, ...], device: torch.device) -> Rows | None:
         """A request that asks for `received` has all its new queries here. Any other one has its last query, and none in the
         middle of its prompt, where no token is chosen."""
         chosen: list[str] = []
@@ -131,7 +138,8 @@ class Step:
                 of_tokens = self.asking[name].groups[:length]
                 row[: len(of_tokens)] = of_tokens
         most = max(len(ask.groups) for ask in asks)
-        batch, queries_of, ends, keys = (torch.tensor(values) for values in (of_batch, tokens, starts, lengths))
+        groups = None if groups is None else groups.to(device)
+        batch, queries_of, ends, keys = (torch.tensor(values, device=device) for values in (of_batch, tokens, starts, lengths))
         return Rows(chosen, counts, batch, queries_of, ends, keys, groups, most, statistics)
 
     def _keep(self, layer: int, rows: Rows, results: Any) -> None:
@@ -161,7 +169,7 @@ class Step:
             for key in next(iter(by_layer.values()))
         }  # (heads, layers, ...)
         if stacks:
-            columns = gathered(torch.cat([stack.flatten(1) for stack in stacks.values()], 1))
+            columns = gathered(torch.cat([stack.flatten(1) for stack in stacks.values()], 1)).cpu()
             parts = columns.split([stack[0].numel() for stack in stacks.values()], 1)
             stacks = {key: part.view(-1, *stacks[key].shape[1:]).transpose(0, 1) for key, part in zip(stacks, parts, strict=True)}
         return {name: self._attention(name, stacks) for name in self._seen}
@@ -182,14 +190,22 @@ class Step:
 def refusal(impl: Any, metadata: Any) -> str:
     """Why the attention of a layer is not what the operator computes; empty where it is."""
     if not hasattr(metadata, "block_table") or not hasattr(impl, "logits_soft_cap"):
-        return f"the attention backend must be CPU_ATTN; got {type(impl).__name__}"
+        names = ", ".join(name.upper() for of_device in LAYERS.values() for name in of_device)
+        return f"the attention backend must be one of {names}; got {type(impl).__name__}"
     if getattr(impl, "alibi_slopes", None) is not None:
         return "attention statistics of ALiBi are not computed; choose a model without it"
     if getattr(impl, "sinks", None) is not None:
         return "attention statistics of attention sinks are not computed; choose a model without them"
-    if metadata.causal is not True or getattr(metadata, "dynamic_causal", None) is not None:
+    if metadata.causal is not True or any(getattr(metadata, name, None) is not None for name in _NOT_CAUSAL):
         return "attention statistics are those of causal attention; this model's attention is not causal"
     return ""
+
+
+def window(impl: Any) -> int | None:
+    """How many keys a query sees at most, itself among them. Backends of GPUs keep those before it and behind it, -1 for all."""
+    kept = impl.sliding_window
+    size = kept[0] + 1 if isinstance(kept, tuple) else kept
+    return size if size > 0 else None
 
 
 def layer_number(name: str) -> int:
@@ -197,14 +213,14 @@ def layer_number(name: str) -> int:
     return next(int(part) for part in name.split(".") if part.isdigit())
 
 
-def install(*_: Any) -> None:
-    """Wraps the model runner and the attention layers of this process."""
-    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+def install(device: str) -> None:
+    """Wraps the model runner and the attention layers of this process, whose device is of this kind."""
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     wrap(GPUModelRunner, "execute_model", _execute_model)
     wrap(GPUModelRunner, "sample_tokens", _sample_tokens)
-    wrap(CPUAttentionBackendImpl, "forward", _forward)
+    for module, kind in LAYERS[device].items():
+        wrap(getattr(importlib.import_module(f"vllm.v1.attention.backends.{module}"), kind), "forward", _forward)
 
 
 def _forward(

@@ -1,0 +1,57 @@
+"""Scenario: what the plug-in refuses by an engine's configuration, while requests that do not ask go on; layers of GPUs."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+from tests.helpers.serve.tiny import engine, prompts, sampling, saved
+from vlattn_fast.serve import front, worker
+
+GUESSES = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+
+
+def main() -> None:
+    folder, (prompt,) = saved(), prompts(12)
+    llm = engine(folder)
+    config = llm.llm_engine.vllm_config
+    assert not front.refusals(config, sampling(), False)
+    quantised = replaced(config.cache_config, cache_dtype="fp8")
+    for changed, words in (
+        (replaced(config, speculative_config=GUESSES), "tokens are guessed ahead"),
+        (replaced(config, cache_config=quantised), "the cache is quantised (kv_cache_dtype=fp8)"),
+    ):
+        with mock.patch.object(llm.llm_engine.input_processor, "vllm_config", changed):
+            try:
+                llm.generate(prompt, sampling(2, {}), use_tqdm=False)
+            except ValueError as error:
+                assert words in str(error), error
+            else:
+                raise AssertionError(words)
+            assert len(llm.generate(prompt, sampling(2), use_tqdm=False)[0].outputs[0].token_ids) == 2
+    on_gpus(config)
+
+
+def on_gpus(config: Any) -> None:
+    """CUDA graphs hide the layers; without them nothing is refused, and the layers take what `worker` hands on."""
+    from vllm import platforms
+    from vllm.config import CUDAGraphMode
+
+    with mock.patch.object(platforms, "_current_platform", SimpleNamespace(device_type="cuda")):
+        for mode, refused in (("FULL_AND_PIECEWISE", 1), ("PIECEWISE", 0), ("NONE", 0)):
+            graphs = replaced(config.compilation_config, cudagraph_mode=CUDAGraphMode[mode])
+            reasons = front.refusals(replaced(config, compilation_config=graphs), sampling(), False)
+            assert len(reasons) == refused and all("CUDA graphs" in reason for reason in reasons), reasons
+    with mock.patch.object(platforms, "_current_platform", SimpleNamespace(device_type="xpu")):
+        assert "'xpu'" in front.refusals(config, sampling(), False)[0]
+    worker.install("cuda")  # each class is there, and has the method
+
+
+def replaced(config: Any, **fields: Any) -> Any:
+    """The fields of a configuration with others."""
+    return SimpleNamespace(**{**{name: getattr(config, name) for name in dir(config) if not name.startswith("_")}, **fields})
+
+
+if __name__ == "__main__":
+    main()
