@@ -75,11 +75,12 @@ class Dice:
                 return 1e-3 * x + float(kind.removeprefix("near "))
         return x * factors[kind] if kind in factors else x
 
-    def sizes(self) -> tuple[int, int, int, int, int]:
-        """B, H, Hkv, N, M."""
+    def sizes(self, square: bool = False) -> tuple[int, int, int, int, int]:
+        """B, H, Hkv, N, M; M = N where tokens attend to themselves."""
         while True:
             batch, heads = self.choice.choice((1, 1, 2, 3, 0 if self.chance(0.05) else 2)), self.choice.choice((1, 2, 3, 4, 6, 8))
             queries, keys = self.choice.choice(LENGTHS), self.choice.choice(LENGTHS)
+            keys = queries if square else keys
             if batch * heads * queries * keys <= self.pairs:
                 break
         divisors = [n for n in range(1, heads + 1) if heads % n == 0]

@@ -41,7 +41,7 @@ def verify(generator: torch.Generator, sizes: Sizes) -> Iterator[Example]:
 
 
 def draw(dice: Dice, dtype: torch.dtype) -> Example:
-    batch, heads, key_heads, length, _ = dice.sizes()
+    batch, heads, key_heads, length, _ = dice.sizes(square=True)  # the formula makes the map of N x N
     dim, value_dim = dice.pick("D", DIMS), dice.pick("Dv", DIMS)
     rule = dice.pick("rule", ("gradient", "attention"))
     options: dict[str, Any] = {"rule": rule, "row_normalize": dice.pick("row_normalize", (False, True))}
