@@ -19,7 +19,8 @@ SCENARIOS = (
     "with_torchvision qwen2_vl",
     "many",
     "folder",
-    "refused",
+    "refused guesses",
+    "refused others",
     "ranks",
     "server",
 )
