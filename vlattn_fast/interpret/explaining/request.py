@@ -85,22 +85,14 @@ class Request:
         model = unwrapped(model)
         check_has_gradients(model)
         embedded_by = "mean" if read is None or isinstance(read, Mapping) else read
-        if read is not None and _reads_nothing(chosen, target):
-            warnings.warn(f"read={read!r} has no effect on method {chosen.name!r}, which reads no row", stacklevel=2)
-        read = read if chosen.reads_row and not chosen.takes_logits else None
+        read = _row_to_read(read, chosen, target)
         borrowed = None if like is None else borrowed_family(model, like)
         if answer is None:
-            _check_each(each)
-            record = _record_of_target(model, borrowed, read)
-            if record is UNRECORDED and read is None and chosen.reads_row and not classifies(model):
-                raise ValueError(_how_to_read(model, inputs))
+            record = _record_of_target(model, inputs, borrowed, read, chosen, each)
         else:
-            _check_answer_alone(target, read)
-            record = _record_of_answers(model, borrowed)
+            record = _record_of_answers(model, borrowed, target, read)
         target = token_target(target, tokenizer, model, record, embedded_by)
-        chosen.check_record(record, type(model).__name__)
-        if record.bimodal:
-            chosen.check_between(start_layer, record.towers)
+        _check_fits(chosen, record, model, start_layer)
         if record.scoring.names_row and read is not None and not callable(target):
             raise ValueError(f"read must be None where target is the object query that is read; got {read!r}")
         vision = _vision_of(model, record, chosen, start_layer) if through_connector else None
@@ -143,13 +135,43 @@ def _method_of_call(kind: type[Method], weighting: str | Weighting, steps: int |
     return whole if selection is None else LayerMaps(kind, selection)
 
 
-def _record_of_target(model: nn.Module, borrowed: Family | None, read: Any) -> Family:
+def _row_to_read(read: Any, method: Method, target: Any) -> Any:
+    """`read` where the method reads a row, else None; a warning where it is then without any effect."""
+    if method.reads_row and not method.takes_logits:
+        return read
+    if read is not None and not (isinstance(target, str) and target == SIMILARITY):  # whose embedding it is
+        warnings.warn(f"read={read!r} has no effect on method {method.name!r}, which reads no row", stacklevel=3)
+    return None
+
+
+def _record_of_target(
+    model: nn.Module, inputs: Mapping[str, Any], borrowed: Family | None, read: Any, method: Method, each: bool
+) -> Family:
     """The record of a model whose `target` is explained; UNRECORDED where its towers are found."""
+    if not each:
+        raise ValueError("each=False needs answer=, over whose tokens it sums; got none")
     known = borrowed or find_family(model)
     if known is None and generates(model):
         known = encoder_decoder(model) or block_decoder(model)
     finds = isinstance(read, Mapping) and borrowed is None and listed_family(model) is None  # the caller names towers
-    return UNRECORDED if known is None or (finds and not _names_towers(known, read)) else known
+    if known is not None and not (finds and not _names_towers(known, read)):
+        return known
+    if read is None and method.reads_row and not classifies(model):
+        raise ValueError(_how_to_read(model, inputs))
+    return UNRECORDED
+
+
+def _record_of_answers(model: nn.Module, borrowed: Family | None, target: Any, read: Any) -> Family:
+    """The record of a model that predicts tokens."""
+    if target is not None or read is not None:
+        raise ValueError("answer must be given without target and read, which it takes the place of; got both")
+    record = borrowed or find_family(model) or encoder_decoder(model)
+    if record is None or not record.scoring.predicts:
+        raise ValueError(
+            "answer must be of a decoder with a record, which predicts the next token, or of an encoder-decoder; got "
+            f"{type(model).__name__}{_like_the_nearest(model)}"
+        )
+    return record
 
 
 # --- refusals ---
@@ -167,20 +189,11 @@ def _check_one_pass(selection: Selection, through_connector: bool, one_by_one: b
         raise ValueError(f"per needs {needs}, since its maps are those of one backward pass; got per={selection.per!r}")
 
 
-def _reads_nothing(method: Method, target: Any) -> bool:
-    """Whether `read` is without effect: the method reads no row, and no similarity reads an embedding."""
-    is_similarity = isinstance(target, str) and target == SIMILARITY
-    return (method.takes_logits or not method.reads_row) and not is_similarity
-
-
-def _check_each(each: bool) -> None:
-    if not each:
-        raise ValueError("each=False needs answer=, over whose tokens it sums; got none")
-
-
-def _check_answer_alone(target: Any, read: Any) -> None:
-    if target is not None or read is not None:
-        raise ValueError("answer must be given without target and read, which it takes the place of; got both")
+def _check_fits(method: Method, record: Family, model: nn.Module, start_layer: int) -> None:
+    """ValueError where the method cannot go through the towers of the record."""
+    method.check_record(record, type(model).__name__)
+    if record.bimodal:
+        method.check_between(start_layer, record.towers)
 
 
 def check_read(read: Any) -> None:
@@ -196,17 +209,6 @@ def check_read(read: Any) -> None:
 
 def _names_towers(record: Family, read: Mapping[str, Any]) -> bool:
     return not record.towers or set(read) <= {tower.name for tower in record.towers}
-
-
-def _record_of_answers(model: nn.Module, borrowed: Family | None) -> Family:
-    """The record of a model that predicts tokens."""
-    record = borrowed or find_family(model) or encoder_decoder(model)
-    if record is None or not record.scoring.predicts:
-        raise ValueError(
-            "answer must be of a decoder with a record, which predicts the next token, or of an encoder-decoder; got "
-            f"{type(model).__name__}{_like_the_nearest(model)}"
-        )
-    return record
 
 
 def _vision_of(model: nn.Module, record: Family, method: Method, start_layer: int) -> Tower:
