@@ -2,7 +2,7 @@
 
 The server is vLLM's own, where vlattn_fast is installed (docs/guides/serve.md):
 
-    vllm serve MODEL
+    python -m vllm.entrypoints.openai.api_server --model MODEL
     python examples/served_attention.py "What is on the table?" --model MODEL
 """
 
