@@ -59,7 +59,7 @@ def _arithmetic(dtype: torch.dtype, threads: int) -> tuple[float, float]:
     rows then takes half a minute), the numbers are widened, as kernels do."""
     small = torch.randn(256, 256)
     narrow = small.to(dtype)
-    if _fastest(lambda: narrow @ narrow) > 2 * _fastest(lambda: small @ small):
+    if narrow.itemsize < small.itemsize and _fastest(lambda: narrow @ narrow) > 2 * _fastest(lambda: small @ small):
         dtype = torch.float32
     square, numbers = torch.randn(SIDE, SIDE).to(dtype), torch.rand(2**18)
     image, weight = torch.randn(2, CHANNELS, 32, 32).to(dtype), torch.randn(CHANNELS, CHANNELS, 3, 3).to(dtype)

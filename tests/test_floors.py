@@ -196,17 +196,16 @@ LONGEST_STAGE = 25  # lines of such a function without its docstring
 
 def lengths(tree: ast.Module) -> dict[str, int]:
     """The lines of each function and method of a file, but for limits, which are lists."""
-    nodes = [node for each in tree.body for node in (each, *(each.body if isinstance(each, ast.ClassDef) else ()))]
-    functions = [node for node in nodes if isinstance(node, ast.FunctionDef) and not node.name.endswith("_limits")]
-    bodies = {each.name: each.body[ast.get_docstring(each) is not None :] for each in functions}
+    owners = {"": tree.body} | {f"{each.name}.": each.body for each in tree.body if isinstance(each, ast.ClassDef)}
+    functions = {owner + node.name: node for owner, body in owners.items() for node in body if isinstance(node, ast.FunctionDef)}
+    functions = {name: each for name, each in functions.items() if not name.endswith("_limits")}
+    bodies = {name: each.body[ast.get_docstring(each) is not None :] for name, each in functions.items()}
     return {name: (body[-1].end_lineno or 0) - body[0].lineno + 1 for name, body in bodies.items()}
 
 
 def test_the_stages_of_a_call_are_short() -> None:
-    assert lengths(ast.parse('def f():\n    """Text.\n    """\n    x = 1\n\n    return x\nclass A:\n    def g(): pass')) == {
-        "f": 3,
-        "g": 1,
-    }
+    functions = 'def f():\n    """Text.\n    """\n    x = 1\n\n    return x\nclass A:\n    def f(): pass'
+    assert lengths(ast.parse(functions)) == {"f": 3, "A.f": 1}
     found = {module: lengths(tree) for module, tree in trees().items() if re.fullmatch(STAGES, module)}
     assert found["vlattn_fast.ops.score_attention"]["score_attention"] > 1
     too_long = {module: {name: n for name, n in each.items() if n > LONGEST_STAGE} for module, each in found.items()}

@@ -45,10 +45,10 @@ def on_gpus(config: Any) -> None:
     from vllm.config import CUDAGraphMode
 
     with mock.patch.object(platforms, "_current_platform", SimpleNamespace(device_type="cuda")):
-        for mode, refused in (("FULL_AND_PIECEWISE", 1), ("PIECEWISE", 0), ("NONE", 0)):
+        for mode, count in (("FULL_AND_PIECEWISE", 1), ("PIECEWISE", 0), ("NONE", 0)):
             graphs = replaced(config.compilation_config, cudagraph_mode=CUDAGraphMode[mode])
             reasons = front.refusals(replaced(config, compilation_config=graphs), sampling(), False)
-            assert len(reasons) == refused and all("CUDA graphs" in reason for reason in reasons), reasons
+            assert len(reasons) == count and all("CUDA graphs" in reason for reason in reasons), reasons
     with mock.patch.object(platforms, "_current_platform", SimpleNamespace(device_type="xpu")):
         assert "'xpu'" in front.refusals(config, sampling(), False)[0]
     worker.install("cuda")  # each class is there, and has the method

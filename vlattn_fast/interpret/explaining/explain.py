@@ -20,7 +20,7 @@ from vlattn_fast.attach.session import at_rest, never_compiled
 from vlattn_fast.backends.reference.relevancy_residual import Weighting
 from vlattn_fast.interpret.explaining.fields import parts, vision_maps
 from vlattn_fast.interpret.explaining.named_sinks import named_sinks
-from vlattn_fast.interpret.explaining.naming import special_ids, tokenizer_of
+from vlattn_fast.interpret.explaining.naming import tokenizer_of
 from vlattn_fast.interpret.explaining.patch_grid import PatchGrid
 from vlattn_fast.interpret.explaining.question import (
     Question,
@@ -202,7 +202,8 @@ def _rows_of_run(request: Request, prompt: Prompt, run: Run, question: Question)
     joined: list[Tensor] = []
     filled = [0] * len(run.towers)
     shows = len(question.passes) > 1 and not request.method.steps
-    for number in _with_bar(range(len(question.passes)), "pass") if shows else range(len(question.passes)):
+    numbers = range(len(question.passes))
+    for number in _with_bar(numbers, "pass") if shows else numbers:
         backward = _pass_back(request, prompt, run, question, number)
         rows = request.method.carried(backward)
         # A small tensor kept from each pass would lie between the large ones that the next pass cannot take again.
@@ -244,14 +245,13 @@ def _of_towers(
     request: Request, prompt: Prompt, run: Run, question: Question, rows: Rows
 ) -> tuple[Rows, dict[str, Any], dict[str, str]]:
     """The rows of each tower, also of one behind a connector; the fields of their tokens, and whose they are."""
-    special = special_ids(request.tokenizer)
     arguments, (relevancy, brought) = prompt.arguments, rows
     positions = question.start_positions or {}
     brought = {name: row for name, row in brought.items() if name not in positions}
     beside = {
         name: without_self(row, brought.get(name), _of_rows(request, positions.get(name))) for name, row in relevancy.items()
     }
-    fields, owners = parts([*run.read, *run.attended], arguments, beside, question.answer, request.patches, special)
+    fields, owners = parts([*run.read, *run.attended], arguments, beside, question.answer, request.patches, request.special)
     if run.vision is not None:
         name = run.vision.name
         layouts = run.towers[0].tokens_in(arguments).layouts

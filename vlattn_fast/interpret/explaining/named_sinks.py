@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from vlattn_fast.interpret.explaining.fields import parts, tokens_of
-from vlattn_fast.interpret.explaining.naming import special_ids
 from vlattn_fast.interpret.explaining.request import Prompt, Request
 from vlattn_fast.interpret.explaining.run import Run
 from vlattn_fast.interpret.relevancy.sinks import KEEP, REMOVE, Seen
@@ -69,7 +68,7 @@ class _Names:
         towers, arguments = [*run.read, *run.attended], prompt.arguments
         # Each token's number in place of its relevancy: the maps then say which token each patch is.
         numbers = {tower.name: torch.arange(tower.size, dtype=torch.float64).expand(tower.shape) for tower in towers}
-        special = special_ids(request.tokenizer)
+        special = request.special
         fields, owners = parts(towers, arguments, numbers, None, request.patches, special)
         self._owner, self._places = owners.get("image"), _places(fields)
         self._ids: dict[str, Tensor] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from vlattn_fast.attach.session import at_rest, check_has_gradients, unwrapped
 from vlattn_fast.backends.reference.relevancy_residual import Weighting
 from vlattn_fast.interpret.explaining.answer import Answer, block_decoder, encoder_decoder, prepare_answer, start_tokens
 from vlattn_fast.interpret.explaining.inputs import check_inputs, is_empty, prepare_inputs
-from vlattn_fast.interpret.explaining.naming import token_target
+from vlattn_fast.interpret.explaining.naming import special_ids, token_target
 from vlattn_fast.interpret.explaining.patch_grid import PatchGrid
 from vlattn_fast.interpret.explaining.similarity import NAMED_ROWS, SIMILARITY
 from vlattn_fast.interpret.records.actions import Action
@@ -48,6 +49,11 @@ class Request:
     tokenizer: Any  # names tokens and encodes words; None = nothing does
     vision: Tower | None  # that relevancy is carried on into through the model's connector; None = it ends in the decoder
     patches: PatchGrid  # where the tokens of towers without a record lie in the picture
+
+    @cached_property
+    def special(self) -> frozenset[int] | None:
+        """The ids of special tokens; None where the tokenizer does not say."""
+        return special_ids(self.tokenizer)
 
     @classmethod
     def check(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -84,19 +85,19 @@ def record_heads(
         return _of_one_run(model, inputs, chosen, tower)
     check_items("inputs", inputs, "a mapping of the model's keyword arguments, or several")
     sums: dict[int, Tensor] = {}
-    count, towers, name = 0, ("", ""), ""
+    count, record = 0, None
     for one in with_progress(inputs, "recording"):
         if not isinstance(one, Mapping):
             raise TypeError(f"inputs must be mappings of the model's keyword arguments; got {describe(one)}")
         record = _of_one_run(model, one, chosen, tower)
-        towers, name = record.tower, record.model
         for layer, means in record.means.items():
             part = means.double() * record.count
             sums[layer] = sums[layer] + part if layer in sums else part
         count += record.count
-    if not sums:
+    if record is None:
         raise ValueError("inputs must have at least one item; got an empty data set")
-    return HeadRecord(towers, {layer: total / count for layer, total in sums.items()}, None, count, name)
+    means_of_all = {layer: total / count for layer, total in sums.items()}
+    return replace(record, means=means_of_all, outputs=None, count=count)
 
 
 def _of_one_run(model: nn.Module, inputs: Mapping[str, Any], layers: Sequence[int] | None, tower: TowerName) -> HeadRecord:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vlattn_fast.attach.current import edits_of
+from vlattn_fast.attach.handwritten import defining_class
 from vlattn_fast.attach.session import at_rest, in_layers, unwrapped
 from vlattn_fast.attach.tensor_parallel import HeadShare
 from vlattn_fast.interpret.explaining.answer import Answer, encoder_decoder, start_tokens
@@ -80,8 +81,8 @@ class SeenModel:
 
     @property
     def name(self) -> str:
-        """The class of the model, which FSDP2 makes one of its own of."""
-        return type(self.model).__name__.removeprefix("FSDP")
+        """The class of the model, also where FSDP2 made one of its own of it."""
+        return defining_class(type(self.model)).__name__
 
     @cached_property
     def towers(self) -> list[SeenTower]:
