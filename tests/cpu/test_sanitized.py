@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.cases import SOME_CASES
 from tools import sanitize, tiles
 from tools.building import Missing
 
@@ -36,7 +37,8 @@ def folder(kind: str) -> Path:
 def test_nothing_is_found(kind: str) -> None:
     chosen = f"{sanitize.CHOSEN} and ({CHOSEN[kind]}){LEFT_OUT[kind]}"
     instruction_set = [sanitize.others_than_amx()[0], *SETS[kind]][-1]
-    done = sanitize.run(kind, folder(kind), instruction_set, "-x", *files_with(CHOSEN[kind]), "-k", chosen)
+    options = (*SOME_CASES, "-x", *files_with(CHOSEN[kind]), "-k", chosen)
+    done = sanitize.run(kind, folder(kind), instruction_set, *options)
     assert done.returncode == 0, done.stdout[-10000:]
 
 
