@@ -102,6 +102,17 @@ class RowStats(NamedTuple):
     sums: Tensor | None = None
 
 
+class _Tiles(NamedTuple):
+    """Of queries, for one loop over them and the heads that share a key head: its first step and its end; the query from which
+    tiles are numbered; how many each head has, and the number of its first one."""
+
+    begin: Any
+    end: Any
+    first: Any
+    of_head: Any
+    number: Any
+
+
 def new_rows(like: Tensor) -> Tensor:
     """(B, H, padded N) float32 for `like` (B, H, N, ...)."""
     return like.new_empty((*like.shape[:2], padded_rows(like.shape[2])), dtype=torch.float32)
@@ -174,7 +185,7 @@ def keys(
     r is (B, T, N) with N padded. config has BLOCK_T, 0 without r. A program takes `key_heads` heads, one where there are
     gradients.
     """
-    x, precision = call["x"], call["C"].PRECISION
+    x = call["x"]
     query, key, value = x.q.p, x.k.p, x.v.p
     (batch, heads, num_q, _), num_kv = query.shape, key.shape[2]
     num_t = 0 if relevancy is None else relevancy.shape[1]
@@ -191,7 +202,6 @@ def keys(
             if empty is not None:
                 empty.zero_()
     else:
-        precision_t = precision if query.dtype == torch.float32 or precision == "widen" else "tf32"
         blocks = cdiv(num_kv, config["BLOCK_KV"]) * (cdiv(num_t, config["BLOCK_T"]) if num_t > 0 else 1)
         _backward_kv_kernel[(blocks * batch * parts,)](
             **launched(call),
@@ -205,8 +215,6 @@ def keys(
             factor=factor,
             GROUP=heads // heads_kv,
             BY_GRADIENT=by_gradient,
-            PRECISION_T=precision_t,
-            ROUND=query.dtype != torch.float32 or precision_t == "tf32",
             BLOCK_EDGE=edge_block(num_q, config["BLOCK_Q"], call["C"].CAUSAL),
             **config,
         )
@@ -465,8 +473,6 @@ def _backward_kv_kernel(
     factor,
     GROUP: tl.constexpr,
     BY_GRADIENT: tl.constexpr,
-    PRECISION_T: tl.constexpr,
-    ROUND: tl.constexpr,
     C: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
@@ -481,114 +487,52 @@ def _backward_kv_kernel(
     shift, total and delta are those of `RowStats`, x_ij that of `_backward_q_kernel`. Tiles are [kv,q]. r Abar is summed over
     KEY_HEADS heads; gradients are there for one.
     """
-    q, k, v, p_pres, masks, grad = x.q, x.k, x.v, x.p_pres, x.masks, x.grad
-    H, N, M, scale_log2, parameter = x.H, x.N, x.M, x.scale_log2, x.parameter
+    N, M, parameter = x.N, x.M, x.parameter
     GRADS: tl.constexpr = grad_k is not None
-    HALF: tl.constexpr = C.SCORE == "cosine" and q.p.dtype.element_ty == tl.float16
-    num_kv = tl.cdiv(M, BLOCK_KV)
-    num_t = tl.cdiv(T, BLOCK_T) if BLOCK_T > 0 else 1
-    if C.CAUSAL:  # most queries see the first keys
-        elements = N * (GROUP * KEY_HEADS * (C.A + C.DV))
-        i_block, i_bp, i_b, i_p, _ = heads_in_turn(num_kv * num_t, H // (GROUP * KEY_HEADS), 1, elements)
-    else:
-        i_block, i_bp, i_b, i_p, _ = block_and_head(num_kv * num_t, H // (GROUP * KEY_HEADS), 1)
-    i_kv = i_block % num_kv
-    o_kv = i_kv * BLOCK_KV + tl.arange(0, BLOCK_KV)
-    o_t = (i_block // num_kv) * BLOCK_T + tl.arange(0, BLOCK_T if BLOCK_T > 0 else 1)
-    o_a = tl.arange(0, C.BLOCK_A)
-    o_d = tl.arange(0, C.BLOCK_DV)
+    HALF: tl.constexpr = C.SCORE == "cosine" and x.q.p.dtype.element_ty == tl.float16
+    i_kv, o_kv, o_t, i_bp, i_b, i_p = _keys_and_rows(x, KEY_HEADS, T, GROUP, C, BLOCK_KV, BLOCK_T)
+    o_a, o_d = tl.arange(0, C.BLOCK_A), tl.arange(0, C.BLOCK_DV)
     NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
     if BLOCK_T > 0:
         p_r += i_b * T * NP
     # rows beyond N have P = 0, and keys are rows of the tiles below: those of padding are dropped at the end, without masks
-    m_kv = o_kv < M
-    m_key = real_tokens(masks.p_keys + i_b * M, o_kv, M, C.KEY_MASK)
+    m_key = real_tokens(x.masks.p_keys + i_b * M, o_kv, M, C.KEY_MASK)
     if GRADS:
-        # beside carried rows Triton 3.9, too, makes copies of the one number (`first_sums`)
-        EACH: tl.constexpr = BLOCK_T > 1 or OLD_TRITON
-        b_dk = zero_sums(q.p.dtype.element_ty, BLOCK_KV, C.A, C.BLOCK_A, EACH)
-        b_dv = zero_sums(q.p.dtype.element_ty, BLOCK_KV, C.DV, C.BLOCK_DV, EACH)
-        b_along = tl.zeros([BLOCK_KV], dtype=tl.float32)
-    if BLOCK_T == 1:
-        b_r_abar = tl.zeros([BLOCK_KV], dtype=tl.float32)
-    elif BLOCK_T > 1:
-        b_r_abar = tl.zeros([BLOCK_KV, BLOCK_T], dtype=tl.float32)
-    whole, end, edge, edge_end = query_range(i_kv, N, C.CAUSAL, BLOCK_Q, BLOCK_KV)
+        b_dk, b_dv, b_along = _zero_gradients(x, C, BLOCK_KV, BLOCK_T)
+    b_r_abar = _zero_carried(BLOCK_KV, BLOCK_T)
+    ranges = query_range(i_kv, N, C.CAUSAL, BLOCK_Q, BLOCK_KV)
     for i in range(KEY_HEADS):
         i_hkv = i_p * KEY_HEADS + i
-        of_tile = 0, 0, 0, False
-        if C.MASK == GROUP_PRODUCT:
-            of_sample, first_head = masks_at(masks, i_b, i_hkv * GROUP, M), i_b * H + i_hkv * GROUP
-            start_kv = i_kv * BLOCK_KV
-            seeing = seeing_queries_of_product(of_sample, x.product, first_head, GROUP, start_kv, N, M, BLOCK_KV)
-            b_member = members_of(x.product, i_b, i_kv * BLOCK_KV, M, BLOCK_KV)  # [kv,slot]
-        else:
-            seeing = seeing_queries_of_heads(masks, i_b, i_hkv * GROUP, GROUP, i_kv * BLOCK_KV, N, M, BLOCK_KV, C.MASK)
-            of_tile = groups_of_heads(masks, i_b, i_hkv * GROUP, GROUP, i_kv * BLOCK_KV, M, BLOCK_KV, C.MASK)
-        i_hk = i_hkv if GROUP == C.GROUP_K else i_hkv * GROUP // C.GROUP_K
-        i_hv = i_hkv if GROUP == C.GROUP_V else i_hkv * GROUP // C.GROUP_V
-        of_k = head_side(k, i_b, i_hk, o_kv, M, C.A)
-        b_k = load_side(of_k, o_a, C.A)  # [kv,A]
+        seeing, of_tile, b_member = _groups_of_keys(x, i_b, i_hkv * GROUP, i_kv * BLOCK_KV, GROUP, C, BLOCK_KV)
+        i_hk, i_hv = _heads_of_keys(i_hkv, GROUP, C)
+        of_k, b_k = _tile_of_head(x.k, i_b, i_hk, o_kv, o_a, M, C.A)  # [kv,A]
         if GRADS or BY_GRADIENT:
-            of_v = head_side(v, i_b, i_hv, o_kv, M, C.DV)
-            b_v = load_side(of_v, o_d, C.DV)  # [kv,Dv]
-        b_inv_k = inverse_norm(precomputed_at(p_pres[1], i_b * (H // C.GROUP_K) + i_hk, M, C.A, False), o_kv, C.SCORE)  # [kv]
-        p_inv_q = precomputed_at(p_pres[0], i_b * H + i_hkv * GROUP, N, C.A, False)
-        b_weight, clamped = weights_of_rows(b_inv_k, p_inv_q, GROUP * tl.cdiv(N, 128) * 128, parameter, C.SCORE, HALF)
-        b_scale = scale_log2 * b_weight  # [kv]
+            of_v, b_v = _tile_of_head(x.v, i_b, i_hv, o_kv, o_d, M, C.DV)  # [kv,Dv]
+        b_inv_k, b_weight, clamped = _weights_of_keys(x, i_b, i_hkv, i_hk, o_kv, GROUP, HALF, C)  # [kv]
+        b_scale = x.scale_log2 * b_weight
         # under a causal mask the tiles at the edge come before the whole ones; where cosine's clamp acts, all are at the edge
         for EDGE in tl.static_range(2):
-            first = tl.where(clamped, tl.minimum(whole, edge), edge) if EDGE else whole
-            last = tl.where(clamped, N, edge_end) if EDGE else tl.where(clamped, whole, end)
-            tiles = seen_tiles(seeing, first, last, BLOCK_EDGE if EDGE else BLOCK_Q, C.MASK)
-            first, last = tiles[0], tiles[1]
-            num_q = tl.cdiv(last - first, BLOCK_EDGE if EDGE else BLOCK_Q)
-            begin = 0
-            if C.MASK == GROUP_PRODUCT:  # tiles are numbered from the first query on, else their addresses are computed anew
-                begin, first = (first // (BLOCK_EDGE if EDGE else BLOCK_Q)).to(tl.int64), 0
-            skipped = 0 if GROUP == 1 else begin
+            tiles = _tiles_of_queries(seeing, ranges, clamped, N, GROUP, EDGE, C, BLOCK_EDGE if EDGE else BLOCK_Q)
             # one loop over tiles and query heads of this key head: nested loops spill
-            for j in range(begin - skipped, begin - skipped + GROUP * num_q):
-                i_h = i_hkv if GROUP == 1 else i_hkv * GROUP + j // num_q
-                i_bh = i_b * H + i_h
-                i_q = j if GROUP == 1 else skipped + j % num_q
-                o_q = first + (i_q * BLOCK_EDGE + tl.arange(0, BLOCK_EDGE) if EDGE else i_q * BLOCK_Q + tl.arange(0, BLOCK_Q))
-                # rows beyond N are the last one again, with P = 0: zeros times an infinite key would be NaN
-                o_row = tl.minimum(o_q, N - 1) if EDGE or C.CAUSAL else o_q
-                of_q = head_side(q, i_b, i_h, o_row, None, C.A)
-                b_q = load_side(of_q, o_a, C.A)  # [q,A]
-                norms = b_inv_k, inverse_norm(precomputed_at(p_pres[0], i_bh, N, C.A, False), o_row, C.SCORE), b_weight
+            for j in range(tiles.begin, tiles.end):
+                i_h = i_hkv if GROUP == 1 else i_hkv * GROUP + j // tiles.of_head
+                i_bh = i_b * x.H + i_h
+                row, o_q, o_row = _queries_of_tile(j, tiles, N, GROUP, EDGE, C, BLOCK_EDGE if EDGE else BLOCK_Q)
+                of_q, b_q = _tile_of_head(x.q, i_b, i_h, o_row, o_a, None, C.A)  # [q,A]
+                norms = b_inv_k, inverse_norm(precomputed_at(x.p_pres[0], i_bh, N, C.A, False), o_row, C.SCORE), b_weight
                 b_x = row_products(b_k, of_k, b_q, of_q, C.A, C.PRECISION)  # [kv,q]
-                special = 0
-                if C.MASK == GROUP_PRODUCT:
-                    row = first + i_q * (BLOCK_EDGE if EDGE else BLOCK_Q)
-                    special = special_groups(x.product, i_bh, row, N, BLOCK_EDGE if EDGE else BLOCK_Q)[0]
-                    b_parts = parts_of(x.product, i_bh, row, N, BLOCK_EDGE if EDGE else BLOCK_Q)  # [q,slot]
-                    b_x += dot(b_member, tl.trans(b_parts), C.PRECISION)
+                b_x, special = _with_bias(b_x, b_member, x.product, i_bh, row, N, C)
                 b_s, b_slope = activate(b_x, norms[0], norms[1], b_weight, parameter, EDGE, C)
-                start_kv, b_shift = i_kv * BLOCK_KV, tl.load(stats.shift + i_bh * NP + o_q)  # [q]
-                p_total = stats.total + i_bh * NP if stats.total is not None else 0
-                of_pairs = i_b, i_h, start_kv, o_kv, o_q, o_row, N, M
-                b_p = power_key_major(b_s, b_scale, b_shift, p_total, masks, special, of_tile, *of_pairs, C, EDGE)
-                if C.MASK == GROUP_PRODUCT:
-                    pass
-                elif C.MASK >= GROUP_BIAS and not C.EXACT:
-                    b_p *= reciprocal(tl.load(stats.total + i_bh * NP + o_q), C.PRECISION)[None, :]
-                elif stats.total is not None:  # one division a query, not one a pair
-                    b_p *= tl.div_rn(1.0, tl.load(stats.total + i_bh * NP + o_q))[None, :]
+                of_pairs = i_b, i_h, i_kv * BLOCK_KV, o_kv, o_q, o_row, N, M
+                b_p = _probabilities(b_s, b_scale, x, stats, special, of_tile, of_pairs, C, EDGE)
                 if GRADS or BY_GRADIENT:
-                    of_do = head_side(grad, i_b, i_h, o_q, N if EDGE or C.CAUSAL else None, C.DV)
-                    b_do = load_side(of_do, o_d, C.DV)  # [q,Dv]
+                    of_do, b_do = _tile_of_head(x.grad, i_b, i_h, o_q, o_d, N if EDGE or C.CAUSAL else None, C.DV)  # [q,Dv]
                     b_dp = row_products(b_v, of_v, b_do, of_do, C.DV, C.PRECISION)  # [kv,q]
                 if BLOCK_T > 0:
                     b_map = map_of(b_p, b_dp, o_q, N if EDGE or C.CAUSAL else None) if BY_GRADIENT else b_p
-                    b_r_abar = _add_carried(b_r_abar, b_map, p_r, o_q, o_t, NP, T, ROUND, PRECISION_T)
+                    b_r_abar = _add_carried(b_r_abar, b_map, p_r, o_q, o_t, T, x, C)
                 if GRADS:
-                    b_dropped_p = b_p  # dropout acts on dV and dP; P itself stays in dS
-                    if x.dropout is not None:
-                        b_factor = tl.trans(keep_factor(x.dropout, i_bh, o_q, o_kv, N))
-                        b_dropped_p = b_p * b_factor
-                        b_dp *= b_factor
+                    b_dropped_p, b_dp = dropped(b_p, b_dp, x, i_bh, o_q, o_kv)
                     b_dv = add_products(b_dv, b_dropped_p, b_do, of_do, C.DV, C.PRECISION)
                     b_ds = b_p * (b_dp - tl.load(stats.delta + i_bh * NP + o_q)[None, :])
                     b_ds, b_along = through_score(b_ds, b_along, b_s, b_slope, norms, parameter, C.SCORE, EDGE, HALF)
@@ -601,24 +545,168 @@ def _backward_kv_kernel(
     if GRADS:
         store_head(grad_k, i_b, i_p, o_kv, o_a, M, C.A, [tl.where(m_key[:, None], b * x.scale, 0.0) for b in b_dk])
         store_head(grad_v, i_b, i_p, o_kv, o_d, M, C.DV, [tl.where(m_key[:, None], b, 0.0) for b in b_dv])
-    if BLOCK_T == 1:
-        tl.store(p_r_abar + i_bp * M + o_kv, tl.where(m_key, b_r_abar * factor, 0.0), mask=m_kv)
-    elif BLOCK_T > 1:
-        offsets = (i_bp * T + o_t[None, :]) * M + o_kv[:, None]
-        b_r_abar = tl.where(m_key[:, None], b_r_abar * factor, 0.0)
-        tl.store(p_r_abar + offsets, b_r_abar, mask=m_kv[:, None] & (o_t < T)[None, :])
+    if BLOCK_T > 0:
+        _store_carried(p_r_abar, b_r_abar, factor, i_bp, o_t, T, o_kv, m_key, M)
 
 
 @triton.jit
-def _add_carried(b_r_abar, b_map, p_r, o_q, o_t, NP, T, ROUND: tl.constexpr, PRECISION: tl.constexpr):
-    """b_r_abar [kv,T], or [kv] of one row, and sum_i r_ti E_ij of a tile b_map [kv,q] of E."""
+def _keys_and_rows(x, KEY_HEADS, T, GROUP: tl.constexpr, C: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Of a program the number of its block of keys, these keys, its rows of r, and its heads as `block_and_head` has them."""
+    num_kv = tl.cdiv(x.M, BLOCK_KV)
+    num_t = tl.cdiv(T, BLOCK_T) if BLOCK_T > 0 else 1
+    if C.CAUSAL:  # most queries see the first keys
+        elements = x.N * (GROUP * KEY_HEADS * (C.A + C.DV))
+        i_block, i_bp, i_b, i_p, _ = heads_in_turn(num_kv * num_t, x.H // (GROUP * KEY_HEADS), 1, elements)
+    else:
+        i_block, i_bp, i_b, i_p, _ = block_and_head(num_kv * num_t, x.H // (GROUP * KEY_HEADS), 1)
+    i_kv = i_block % num_kv
+    o_kv = i_kv * BLOCK_KV + tl.arange(0, BLOCK_KV)
+    o_t = (i_block // num_kv) * BLOCK_T + tl.arange(0, BLOCK_T if BLOCK_T > 0 else 1)
+    return i_kv, o_kv, o_t, i_bp, i_b, i_p
+
+
+@triton.jit
+def _zero_gradients(x, C: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Zeros for the sums of dK and dV, and for cosine's along the norms."""
+    # beside carried rows Triton 3.9, too, makes copies of the one number (`first_sums`)
+    EACH: tl.constexpr = BLOCK_T > 1 or OLD_TRITON
+    b_dk = zero_sums(x.q.p.dtype.element_ty, BLOCK_KV, C.A, C.BLOCK_A, EACH)
+    b_dv = zero_sums(x.q.p.dtype.element_ty, BLOCK_KV, C.DV, C.BLOCK_DV, EACH)
+    return b_dk, b_dv, tl.zeros([BLOCK_KV], dtype=tl.float32)
+
+
+@triton.jit
+def _tile_of_head(x, i_b, i_h, o_row, o_col, num_rows, SIZE: tl.constexpr):
+    """Where rows of a head of `Heads` x lie, and their tile [rows,SIZE]."""
+    side = head_side(x, i_b, i_h, o_row, num_rows, SIZE)
+    return side, load_side(side, o_col, SIZE)
+
+
+@triton.jit
+def _heads_of_keys(i_hkv, GROUP: tl.constexpr, C: tl.constexpr):
+    """The head of keys and that of values which the i_hkv-th GROUP query heads share."""
+    i_hk = i_hkv if GROUP == C.GROUP_K else i_hkv * GROUP // C.GROUP_K
+    i_hv = i_hkv if GROUP == C.GROUP_V else i_hkv * GROUP // C.GROUP_V
+    return i_hk, i_hv
+
+
+@triton.jit
+def _groups_of_keys(x, i_b, first_head, start, HEADS: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr):
+    """Beside a group bias: the queries that see some of BLOCK keys in some of HEADS heads, `groups_of_heads`, `members_of`."""
+    of_tile = 0, 0, 0, False
+    b_member = 0
+    if C.MASK == GROUP_PRODUCT:
+        of_sample = masks_at(x.masks, i_b, first_head, x.M)
+        seeing = seeing_queries_of_product(of_sample, x.product, i_b * x.H + first_head, HEADS, start, x.N, x.M, BLOCK)
+        b_member = members_of(x.product, i_b, start, x.M, BLOCK)  # [kv,slot]
+    else:
+        seeing = seeing_queries_of_heads(x.masks, i_b, first_head, HEADS, start, x.N, x.M, BLOCK, C.MASK)
+        of_tile = groups_of_heads(x.masks, i_b, first_head, HEADS, start, x.M, BLOCK, C.MASK)
+    return seeing, of_tile, b_member
+
+
+@triton.jit
+def _weights_of_keys(x, i_b, i_hkv, i_hk, o_kv, GROUP: tl.constexpr, HALF: tl.constexpr, C: tl.constexpr):
+    """For cosine 1 / |k_j| of a tile of keys, and their `weights_of_rows` beside the queries of GROUP heads."""
+    b_inv_k = inverse_norm(precomputed_at(x.p_pres[1], i_b * (x.H // C.GROUP_K) + i_hk, x.M, C.A, False), o_kv, C.SCORE)  # [kv]
+    p_inv_q = precomputed_at(x.p_pres[0], i_b * x.H + i_hkv * GROUP, x.N, C.A, False)
+    b_weight, clamped = weights_of_rows(b_inv_k, p_inv_q, GROUP * tl.cdiv(x.N, 128) * 128, x.parameter, C.SCORE, HALF)
+    return b_inv_k, b_weight, clamped
+
+
+@triton.jit
+def _tiles_of_queries(seeing, ranges, clamped, N, GROUP: tl.constexpr, EDGE: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr):
+    """The tiles of BLOCK queries that see a tile of keys, those at its EDGE or the whole ones. ranges: of `query_range`."""
+    whole, end, edge, edge_end = ranges
+    first = tl.where(clamped, tl.minimum(whole, edge), edge) if EDGE else whole
+    last = tl.where(clamped, N, edge_end) if EDGE else tl.where(clamped, whole, end)
+    tiles = seen_tiles(seeing, first, last, BLOCK, C.MASK)
+    first, last = tiles[0], tiles[1]
+    of_head = tl.cdiv(last - first, BLOCK)
+    number = 0
+    if C.MASK == GROUP_PRODUCT:  # tiles are numbered from the first query on, else their addresses are computed anew
+        number, first = (first // BLOCK).to(tl.int64), 0
+    begin = number if GROUP == 1 else 0
+    return _Tiles(begin, begin + GROUP * of_head, first, of_head, number)
+
+
+@triton.jit
+def _queries_of_tile(j, tiles, N, GROUP: tl.constexpr, EDGE: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr):
+    """Of the j-th tile the first query, the queries, and the rows to read."""
+    i_q = j if GROUP == 1 else tiles.number + j % tiles.of_head
+    o_q = tiles.first + (i_q * BLOCK + tl.arange(0, BLOCK))
+    # rows beyond N are the last one again, with P = 0: zeros times an infinite key would be NaN
+    return tiles.first + i_q * BLOCK, o_q, tl.minimum(o_q, N - 1) if EDGE or C.CAUSAL else o_q
+
+
+@triton.jit
+def _with_bias(b_x, b_member, product, i_bh, row, N, C: tl.constexpr):
+    """q k of the queries from `row` on, and where a product adds it their bias over the scale; and `special_groups`."""
+    special = 0
+    if C.MASK == GROUP_PRODUCT:
+        special = special_groups(product, i_bh, row, N, b_x.shape[1])[0]
+        b_x += dot(b_member, tl.trans(parts_of(product, i_bh, row, N, b_x.shape[1])), C.PRECISION)
+    return b_x, special
+
+
+@triton.jit
+def _probabilities(b_s, b_scale, x, stats, special, of_tile, of_pairs, C: tl.constexpr, EDGE: tl.constexpr):
+    """P_ij = 2^(x_ij - shift_i) / total_i of scores [kv,q]. special, of_tile, of_pairs: of `power_key_major`."""
+    i_b, i_h, _, _, o_q, _, _, _ = of_pairs
+    row = (i_b * x.H + i_h) * (tl.cdiv(x.N, ROW_MULTIPLE) * ROW_MULTIPLE)
+    b_shift = tl.load(stats.shift + row + o_q)  # [q]
+    p_total = stats.total + row if stats.total is not None else 0
+    b_p = power_key_major(b_s, b_scale, b_shift, p_total, x.masks, special, of_tile, *of_pairs, C, EDGE)
+    if C.MASK == GROUP_PRODUCT:
+        pass
+    elif C.MASK >= GROUP_BIAS and not C.EXACT:
+        b_p *= reciprocal(tl.load(stats.total + row + o_q), C.PRECISION)[None, :]
+    elif stats.total is not None:  # one division a query, not one a pair
+        b_p *= tl.div_rn(1.0, tl.load(stats.total + row + o_q))[None, :]
+    return b_p
+
+
+@triton.jit
+def dropped(b_p, b_dp, x, i_bh, o_q, o_kv):
+    """dropout_ij P_ij, which dV takes, and dropout_ij dP_ij [kv,q]; P itself stays in dS."""
+    if x.dropout is None:
+        return b_p, b_dp
+    else:
+        b_factor = tl.trans(keep_factor(x.dropout, i_bh, o_q, o_kv, x.N))
+        return b_p * b_factor, b_dp * b_factor
+
+
+@triton.jit
+def _zero_carried(BLOCK_KV: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Zeros for the sums of r Abar: [kv,T], or [kv] of one row."""
+    if BLOCK_T <= 1:
+        return tl.zeros([BLOCK_KV], dtype=tl.float32)
+    else:
+        return tl.zeros([BLOCK_KV, BLOCK_T], dtype=tl.float32)
+
+
+@triton.jit
+def _add_carried(b_r_abar, b_map, p_r, o_q, o_t, T, x, C: tl.constexpr):
+    """b_r_abar and sum_i r_ti E_ij of a tile b_map [kv,q] of E."""
     if o_t.shape[0] == 1:
         b_r = tl.load(p_r + o_q)  # [q]
         b_r_abar += tl.sum(b_map * b_r[None, :], axis=1)
     else:
-        o_r = o_t[None, :].to(tl.int64) * NP + o_q[:, None]
+        o_r = o_t[None, :].to(tl.int64) * (tl.cdiv(x.N, ROW_MULTIPLE) * ROW_MULTIPLE) + o_q[:, None]
         b_r = tl.load(p_r + o_r, mask=(o_t < T)[None, :], other=0.0)  # [q,T]
-        if ROUND:  # what a matrix unit would cut off
+        if x.q.p.dtype.element_ty != tl.float32 or C.PRECISION == "tf32":  # what a matrix unit would cut off
             b_map, b_r = round_tf32(b_map), round_tf32(b_r)
-        b_r_abar += dot(b_map, b_r, PRECISION)
+        b_r_abar += dot(b_map, b_r, "tf32" if C.PRECISION == "ieee" else C.PRECISION)
     return b_r_abar
+
+
+@triton.jit
+def _store_carried(p_r_abar, b_r_abar, factor, i_bp, o_t, T, o_kv, m_key, M):
+    """r Abar of a tile of keys, and 0 for padding."""
+    m_kv = o_kv < M
+    if o_t.shape[0] == 1:
+        tl.store(p_r_abar + i_bp * M + o_kv, tl.where(m_key, b_r_abar * factor, 0.0), mask=m_kv)
+    else:
+        offsets = (i_bp * T + o_t[None, :]) * M + o_kv[:, None]
+        b_r_abar = tl.where(m_key[:, None], b_r_abar * factor, 0.0)
+        tl.store(p_r_abar + offsets, b_r_abar, mask=m_kv[:, None] & (o_t < T)[None, :])

@@ -15,7 +15,7 @@ Exactness: in float32 `_units_rows_kernel` first sums P and P dP, which undoes t
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -35,7 +35,7 @@ from vlattn_fast.kernels._group_bias import (
     store_group_sums,
     tile_at,
 )
-from vlattn_fast.kernels._products_backward import RowStats, empty_key_gradients, grad_of_lse, heads_summed, new_rows
+from vlattn_fast.kernels._products_backward import RowStats, dropped, empty_key_gradients, grad_of_lse, heads_summed, new_rows
 from vlattn_fast.kernels._scores import (
     add_masks,
     head_of,
@@ -76,6 +76,23 @@ from vlattn_fast.kernels._tiles import (
 
 PROGRAMS = 2  # for each multiprocessor, as many as their registers allow
 LARGEST = 2**28  # numbers in the sums of dQ of all programs
+
+
+class _Keys(NamedTuple):
+    """A block of keys: the sample; the head, what is precomputed of it, and the sample's mask; the number of the block, its keys
+    and their values [kv,Dv]; where a thread's units lie, of which keys, and which [k,gA]; and offsets for `units_backward`."""
+
+    i_b: Any
+    p: Any
+    p_pre: Any
+    p_mask: Any
+    i_kv: Any
+    o_kv: Any
+    b_v: Any
+    p_units: Any
+    o_keys: Any
+    o_units: Any
+    offsets: Any
 
 
 def launch(
@@ -333,8 +350,7 @@ def _units_backward_kernel(
     A program takes ranges of keys of a head, one after another: parts says how many, and PARTIAL that a head has several. Then
     dQ stays a sum for each range. `units_backward` sums du, dk and dq; u and the factors of g' are multiplied in at the end.
     """
-    q, k, v, p_pres, masks, grad = x.q, x.k, x.v, x.p_pres, x.masks, x.grad
-    H, N, M, scale_log2 = x.H, x.N, x.M, x.scale_log2
+    k, v, masks, H, N, M = x.k, x.v, x.masks, x.H, x.N, x.M
     grad_q, grad_k, grad_v, p_grad_u = grads
     HEADS_KV, GROUP, RANGES, RANGE, PARTS = parts
     NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
@@ -347,7 +363,6 @@ def _units_backward_kernel(
     o_ga = tl.arange(0, GROUPS * C.BLOCK_A)
     o_unit_k = one_a_thread(o_ga % C.BLOCK_A, C.PRECISION)[None, :]
     o_g = tl.arange(0, GROUPS)
-    FACTOR_K, FACTOR_Q, FACTOR_U, FACTOR_SUM = units_factors(C.SCORE, C.EXACT, C.FAST)
     # as many programs as run at once take one part after another, since each has scratch memory and sums of its own
     for i_work in range(i_program, PARTS, tl.num_programs(0)):
         i_part = tl.full([], i_work, tl.int64)
@@ -357,7 +372,7 @@ def _units_backward_kernel(
         p_k_h = head_at(k, i_b, i_hk, C.A)
         p_v_h = head_at(v, i_b, i_hkv * GROUP // C.GROUP_V, C.DV)
         p_key_mask = masks.p_keys + i_b * M
-        p_pre_k_h = precomputed_at(p_pres[1], i_b * (H // C.GROUP_K) + i_hk, M, C.A, True)
+        p_pre_k_h = precomputed_at(x.p_pres[1], i_b * (H // C.GROUP_K) + i_hk, M, C.A, True)
         # the sums of dQ, of all heads that share this one's keys
         sums = NP.to(tl.int64) * C.A
         step = sums * RANGES if PARTIAL else sums
@@ -374,55 +389,70 @@ def _units_backward_kernel(
                 p_unit_k = p_k_h + o_kg.to(tl.int64) * k.stride_n + o_unit_k
                 b_dk = tl.zeros([o_k.shape[0], GROUPS, C.BLOCK_A], dtype=tl.float32)
                 b_dv = tl.zeros([o_kv.shape[0], C.BLOCK_DV], dtype=tl.float32)
-                begin = (i_kv * BLOCK_KV) // BLOCK_Q * BLOCK_Q if C.CAUSAL else 0  # queries before it see none of these keys
+                keys = _Keys(i_b, p_k_h, p_pre_k_h, p_key_mask, i_kv, o_kv, b_v, p_unit_k, o_kg, o_unit_k, (o_k, o_g, o_unit))
                 for i_g in range(0, GROUP):
+                    memory = p_scratch, p_first + i_g * step, p_grad_u
                     i_h = i_hkv * GROUP + i_g
-                    i_bh = i_b * H + i_h
-                    p_q_h = head_at(q, i_b, i_h, C.A)
-                    p_grad_h = head_at(grad, i_b, i_h, C.DV)
-                    masks_h = transposed(masks_at(masks, i_b, i_h, M))
-                    p_u_h = p_u + i_h * C.A
-                    largest, total = weights_summed(p_u_h, o_a, C.A)
-                    p_pre_q_h = precomputed_at(p_pres[0], i_bh, N, C.A, True)
-                    bound = largest_argument(p_q_h, p_k_h, p_pre_q_h, p_pre_k_h, p_key_mask, N, M, C)
-                    b_units = tl.zeros([o_k.shape[0], GROUPS, C.BLOCK_A], dtype=tl.float32)
-                    b_du = tl.zeros([GROUPS, C.BLOCK_A], dtype=tl.float32)
-                    b_sum = tl.zeros([o_kv.shape[0]], dtype=tl.float32)
-                    seeing = seeing_queries(masks_h, i_kv * BLOCK_KV, N, M, o_kv.shape[0], C.MASK)
-                    tiles = seen_tiles(seeing, begin, N, BLOCK_Q, C.MASK)
-                    for start in range(tiles[0], tiles[1], BLOCK_Q):
-                        o_q = start + tl.arange(0, BLOCK_Q)
-                        b_do = load_rows(p_grad_h, grad.stride_n, o_q, o_d, N, C.DV)  # [q,Dv]
-                        of_k, of_q = (p_k_h, p_pre_k_h, o_kv, k.stride_n, M), (p_q_h, p_pre_q_h, o_q, q.stride_n, N)
-                        b_s = sum_units(of_k, of_q, p_u_h, bound, largest, total, C)  # [kv,q]
-                        b_logit = _masked(b_s * scale_log2, masks_h, i_kv * BLOCK_KV, o_q, o_kv, N, M, True, C)
-                        b_dv, b_ds = _through_softmax(b_dv, b_logit, b_v, b_do, x, stats, p_key_mask, i_bh, o_q, o_kv, C)
-                        b_sum += sum_of_rest(b_ds, bound, C)
-                        _share_tile(p_scratch, b_ds, BLOCK_KV)
-                        p_dq = p_first + i_g * step + tl.full([], start, tl.int64) * C.A
-                        p_q_tile = p_q_h + tl.full([], start, tl.int64) * q.stride_n
-                        queries = p_q_tile, q.stride_n, p_dq, tl.minimum(BLOCK_Q, N - start)
-                        m_unit = real_tokens(p_key_mask, o_kg, M, C.KEY_MASK) & (o_unit_k < C.A)
-                        offsets = o_k, o_g, o_unit
-                        b_units, b_du = units_backward(
-                            b_units, b_du, (p_unit_k, m_unit), queries, p_scratch, offsets, bound, BLOCK_KV, C
-                        )
-                    # every query head has its u: the sums over a head's queries get it, not each pair
-                    b_u = tl.load(p_u_h + o_a, mask=o_a < C.A, other=0.0).to(tl.float32)
-                    b_dk += b_units * (b_u * FACTOR_K)[None, None, :]
-                    b_grad_u = tl.sum(b_du, axis=0) * FACTOR_U + tl.sum(b_sum, axis=0) * FACTOR_SUM
-                    tl.store(p_grad_u + (i_bh * tl.cdiv(M, BLOCK_KV) + i_kv) * C.A + o_a, b_grad_u, mask=o_a < C.A)
-                # scores of padding are those of whatever stands there: its gradients are dropped at the end
-                if C.KEY_MASK:
-                    b_dv = tl.where(real_tokens(p_key_mask, o_kv, M, True)[:, None], b_dv, 0.0)
-                p_grad_k = grad_k.p + i_b * grad_k.stride_b + i_hkv * grad_k.stride_h
-                p_unit_k = p_grad_k + o_kg.to(tl.int64) * grad_k.stride_n + o_unit_k
-                b_dk = tl.reshape(b_dk, [o_k.shape[0], GROUPS * C.BLOCK_A])
-                if C.KEY_MASK:
-                    b_dk = tl.where(real_tokens(p_key_mask, o_kg, M, True), b_dk, 0.0)
-                tl.store(p_unit_k, b_dk.to(grad_k.p.dtype.element_ty), mask=(o_kg < M) & (o_unit_k < C.A))
-                store_head(grad_v, i_b, i_hkv, o_kv, o_d, M, C.DV, (b_dv,))
-        _end_sums(p_first, step, p_u, grad_q, i_b, i_hkv, GROUP, N, FACTOR_Q, PARTIAL, C, BLOCK_Q)
+                    b_dk, b_dv = _over_queries((b_dk, b_dv), keys, x, p_u, stats, i_h, memory, C, BLOCK_Q, BLOCK_KV)
+                _store_keys(grad_k, grad_v, i_hkv, b_dk, b_dv, keys, M, C)
+        _end_sums(p_first, step, p_u, grad_q, i_b, i_hkv, GROUP, N, PARTIAL, C, BLOCK_Q)
+
+
+@triton.jit
+def _over_queries(sums, keys, x, p_u, stats, i_h, memory, C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr):
+    """b_dk, b_dv and what the queries of a head add to them: their sums over i. memory: the program's scratch memory, the head's
+    sums of dQ, which it adds to, and du of all blocks of keys, of which it writes one."""
+    q, grad, N, M = x.q, x.grad, x.N, x.M
+    b_dk, b_dv = sums
+    p_scratch, p_sums, p_grad_u = memory
+    o_a, o_d = tl.arange(0, C.BLOCK_A), tl.arange(0, C.BLOCK_DV)
+    i_bh = keys.i_b * x.H + i_h
+    p_q_h = head_at(q, keys.i_b, i_h, C.A)
+    p_grad_h = head_at(grad, keys.i_b, i_h, C.DV)
+    masks_h = transposed(masks_at(x.masks, keys.i_b, i_h, M))
+    p_u_h = p_u + i_h * C.A
+    largest, total = weights_summed(p_u_h, o_a, C.A)
+    p_pre_q_h = precomputed_at(x.p_pres[0], i_bh, N, C.A, True)
+    bound = largest_argument(p_q_h, keys.p, p_pre_q_h, keys.p_pre, keys.p_mask, N, M, C)
+    b_units, b_du = tl.zeros_like(b_dk), tl.zeros([b_dk.shape[1], C.BLOCK_A], dtype=tl.float32)
+    b_sum = tl.zeros([b_dv.shape[0]], dtype=tl.float32)
+    begin = (keys.i_kv * BLOCK_KV) // BLOCK_Q * BLOCK_Q if C.CAUSAL else 0  # queries before it see none of these keys
+    tiles = seen_tiles(seeing_queries(masks_h, keys.i_kv * BLOCK_KV, N, M, b_dv.shape[0], C.MASK), begin, N, BLOCK_Q, C.MASK)
+    for start in range(tiles[0], tiles[1], BLOCK_Q):
+        o_q = start + tl.arange(0, BLOCK_Q)
+        b_do = load_rows(p_grad_h, grad.stride_n, o_q, o_d, N, C.DV)  # [q,Dv]
+        of_k, of_q = (keys.p, keys.p_pre, keys.o_kv, x.k.stride_n, M), (p_q_h, p_pre_q_h, o_q, q.stride_n, N)
+        b_s = sum_units(of_k, of_q, p_u_h, bound, largest, total, C)  # [kv,q]
+        b_logit = _masked(b_s * x.scale_log2, masks_h, keys.i_kv * BLOCK_KV, o_q, keys.o_kv, N, M, True, C)
+        b_dv, b_ds = _through_softmax(b_dv, b_logit, keys.b_v, b_do, x, stats, keys.p_mask, i_bh, o_q, keys.o_kv, C)
+        b_sum += sum_of_rest(b_ds, bound, C)
+        _share_tile(p_scratch, b_ds, BLOCK_KV)
+        p_dq = p_sums + tl.full([], start, tl.int64) * C.A
+        p_q_tile = p_q_h + tl.full([], start, tl.int64) * q.stride_n
+        queries = p_q_tile, q.stride_n, p_dq, tl.minimum(BLOCK_Q, N - start)
+        units_k = keys.p_units, real_tokens(keys.p_mask, keys.o_keys, M, C.KEY_MASK) & (keys.o_units < C.A)
+        b_units, b_du = units_backward(b_units, b_du, units_k, queries, p_scratch, keys.offsets, bound, BLOCK_KV, C)
+    # every query head has its u: the sums over a head's queries get it, not each pair
+    FACTOR_K, _, FACTOR_U, FACTOR_SUM = units_factors(C.SCORE, C.EXACT, C.FAST)
+    b_u = tl.load(p_u_h + o_a, mask=o_a < C.A, other=0.0).to(tl.float32)
+    b_dk += b_units * (b_u * FACTOR_K)[None, None, :]
+    b_grad_u = tl.sum(b_du, axis=0) * FACTOR_U + tl.sum(b_sum, axis=0) * FACTOR_SUM
+    tl.store(p_grad_u + (i_bh * tl.cdiv(M, BLOCK_KV) + keys.i_kv) * C.A + o_a, b_grad_u, mask=o_a < C.A)
+    return b_dk, b_dv
+
+
+@triton.jit
+def _store_keys(grad_k, grad_v, i_hkv, b_dk, b_dv, keys, M, C: tl.constexpr):
+    """dK and dV of a block. Scores of padding are those of whatever stands there: its gradients are dropped."""
+    if C.KEY_MASK:
+        b_dv = tl.where(real_tokens(keys.p_mask, keys.o_kv, M, True)[:, None], b_dv, 0.0)
+    p_grad_k = grad_k.p + keys.i_b * grad_k.stride_b + i_hkv * grad_k.stride_h
+    p_unit_k = p_grad_k + keys.o_keys.to(tl.int64) * grad_k.stride_n + keys.o_units
+    b_dk = tl.reshape(b_dk, keys.o_keys.shape)
+    if C.KEY_MASK:
+        b_dk = tl.where(real_tokens(keys.p_mask, keys.o_keys, M, True), b_dk, 0.0)
+    tl.store(p_unit_k, b_dk.to(grad_k.p.dtype.element_ty), mask=(keys.o_keys < M) & (keys.o_units < C.A))
+    store_head(grad_v, keys.i_b, i_hkv, keys.o_kv, tl.arange(0, C.BLOCK_DV), M, C.DV, (b_dv,))
 
 
 @triton.jit
@@ -438,10 +468,9 @@ def _begin_sums(p_first, step, GROUP, N, C: tl.constexpr, BLOCK_Q: tl.constexpr)
 
 
 @triton.jit
-def _end_sums(
-    p_first, step, p_u, grad_q, i_b, i_hkv, GROUP, N, FACTOR_Q, PARTIAL: tl.constexpr, C: tl.constexpr, BLOCK_Q: tl.constexpr
-):
+def _end_sums(p_first, step, p_u, grad_q, i_b, i_hkv, GROUP, N, PARTIAL: tl.constexpr, C: tl.constexpr, BLOCK_Q: tl.constexpr):
     """dQ of GROUP heads from the sums, or PARTIAL sums that the host adds. Here they get the factors u and FACTOR_Q."""
+    _, FACTOR_Q, _, _ = units_factors(C.SCORE, C.EXACT, C.FAST)
     o_a = tl.arange(0, C.BLOCK_A)
     tl.debug_barrier()  # the sums are in memory
     for i_g in range(0, GROUP):
@@ -465,11 +494,7 @@ def _through_softmax(b_dv, b_logit, b_v, b_do, x, stats, p_key_mask, i_bh, o_q, 
     if C.EXACT or C.MASK >= FLOAT_MASK:  # else the shift is a log-sum-exp
         b_p /= tl.load(stats.total + row + o_q)[None, :]
     b_dp = dot(b_v, tl.trans(b_do), C.PRECISION)  # [kv,q]
-    b_dropped_p = b_p
-    if x.dropout is not None:
-        b_factor = tl.trans(keep_factor(x.dropout, i_bh, o_q, o_kv, N))
-        b_dropped_p = b_p * b_factor
-        b_dp *= b_factor
+    b_dropped_p, b_dp = dropped(b_p, b_dp, x, i_bh, o_q, o_kv)
     b_dv += dot(keep_layout(b_dropped_p, True, C.PRECISION).to(b_do.dtype), b_do, C.PRECISION)
     b_ds = b_p * (b_dp - tl.load(stats.delta + row + o_q)[None, :]) * x.scale
     m_pair = real_tokens(p_key_mask, o_kv, M, C.KEY_MASK)[:, None] & (o_q < N)[None, :]
