@@ -521,7 +521,7 @@ def _backward_kv_kernel(
                 of_q, b_q = _tile_of_head(x.q, i_b, i_h, o_row, o_a, None, C.A)  # [q,A]
                 norms = b_inv_k, inverse_norm(precomputed_at(x.p_pres[0], i_bh, N, C.A, False), o_row, C.SCORE), b_weight
                 b_x = row_products(b_k, of_k, b_q, of_q, C.A, C.PRECISION)  # [kv,q]
-                b_x, special = _with_bias(b_x, b_member, x.product, i_bh, row, N, C)
+                b_x, special = _with_bias_key_major(b_x, b_member, x.product, i_bh, row, N, C)
                 b_s, b_slope = activate(b_x, norms[0], norms[1], b_weight, parameter, EDGE, C)
                 of_pairs = i_b, i_h, i_kv * BLOCK_KV, o_kv, o_q, o_row, N, M
                 b_p = _probabilities(b_s, b_scale, x, stats, special, of_tile, of_pairs, C, EDGE)
@@ -640,7 +640,7 @@ def _queries_of_tile(j, tiles, N, GROUP: tl.constexpr, EDGE: tl.constexpr, C: tl
 
 
 @triton.jit
-def _with_bias(b_x, b_member, product, i_bh, row, N, C: tl.constexpr):
+def _with_bias_key_major(b_x, b_member, product, i_bh, row, N, C: tl.constexpr):
     """q k of the queries from `row` on, and where a product adds it their bias over the scale; and `special_groups`."""
     special = 0
     if C.MASK == GROUP_PRODUCT:

@@ -212,6 +212,31 @@ def test_the_stages_of_a_call_are_short() -> None:
     assert not any(too_long.values()), {module: each for module, each in too_long.items() if each}
 
 
+SCREEN, LONGER = 60, 5  # lines of a Triton function without its docstring; how many functions have more
+LONGEST_LOOP = 46  # with the loops in it
+
+
+def of_triton(tree: ast.Module) -> ast.Module:
+    """The functions of a file that Triton compiles."""
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    return ast.Module([each for each in functions if any("triton.jit" in ast.unparse(one) for one in each.decorator_list)], [])
+
+
+def longest_loop(tree: ast.Module) -> int:
+    loops = [node for node in ast.walk(tree) if isinstance(node, (ast.For, ast.While))]
+    return max((int(node.end_lineno or 0) - node.body[0].lineno + 1 for node in loops), default=0)
+
+
+def test_kernels_can_be_read_in_a_screen() -> None:
+    kernel = '@triton.jit\ndef f():\n    """Text."""\n    for i in range(2):\n        while x:\n            y\n        z\n'
+    planted = of_triton(ast.parse(kernel + "def g():\n    for i in range(2):\n        a\n\n\n\n        b"))
+    assert (lengths(planted), longest_loop(planted)) == ({"f": 4}, 3)
+    found = {module: of_triton(tree) for module, tree in trees().items() if module.startswith("vlattn_fast.kernels.")}
+    longer = [f"{module}.{name}: {n}" for module, tree in found.items() for name, n in lengths(tree).items() if n > SCREEN]
+    assert len(longer) <= LONGER, longer
+    assert {module: n for module, tree in found.items() if (n := longest_loop(tree)) > LONGEST_LOOP} == {}
+
+
 ARGUMENTS = ("args", "arguments", "inputs", "rest", "tensors", "options")  # what holds the arguments of a call
 
 
