@@ -103,8 +103,8 @@ class RowStats(NamedTuple):
 
 
 class _Tiles(NamedTuple):
-    """Of queries, for one loop over them and the heads that share a key head: its first step and its end; the query from which
-    tiles are numbered; how many each head has, and the number of its first one."""
+    """Tiles of queries for one loop over them and the heads that share a key head: its first step and its end; the query from
+    which tiles are numbered; how many each head has, and the number of its first one."""
 
     begin: Any
     end: Any
@@ -551,7 +551,7 @@ def _backward_kv_kernel(
 
 @triton.jit
 def _keys_and_rows(x, KEY_HEADS, T, GROUP: tl.constexpr, C: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Of a program the number of its block of keys, these keys, its rows of r, and its heads as `block_and_head` has them."""
+    """A program's block of keys, its number and the keys; its rows of r; and its heads, as `block_and_head` has them."""
     num_kv = tl.cdiv(x.M, BLOCK_KV)
     num_t = tl.cdiv(T, BLOCK_T) if BLOCK_T > 0 else 1
     if C.CAUSAL:  # most queries see the first keys
@@ -632,7 +632,7 @@ def _tiles_of_queries(seeing, ranges, clamped, N, GROUP: tl.constexpr, EDGE: tl.
 
 @triton.jit
 def _queries_of_tile(j, tiles, N, GROUP: tl.constexpr, EDGE: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr):
-    """Of the j-th tile the first query, the queries, and the rows to read."""
+    """The first query of the j-th tile, all its queries, and the rows to read."""
     i_q = j if GROUP == 1 else tiles.number + j % tiles.of_head
     o_q = tiles.first + (i_q * BLOCK + tl.arange(0, BLOCK))
     # rows beyond N are the last one again, with P = 0: zeros times an infinite key would be NaN
