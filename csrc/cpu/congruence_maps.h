@@ -10,6 +10,7 @@ enum Kind : Size { CACR = 0, SINGULAR = 1, DISTRIBUTED = 2 };
 enum : int { LL = 0, VV = 1, LV = 2, VL_BLOCK = 3 };
 static const int ROW_SIDE[4] = {0, 1, 0, 1}, KEY_SIDE[4] = {0, 1, 1, 0};  // 0 = text, 1 = image
 static const Size TILE = 64;  // rows of a tile at most
+static const Size TOGETHER = 1 << 16;  // numbers of keys and of a tile of maps, at most
 static const Size SPAN = 64;  // so many numbers are added in a row; then sums of sums
 
 struct CongruenceLoss {
@@ -263,7 +264,9 @@ static void maps_of_tile(Job& job, Size b, int first, int step, const RowTile& t
 
 static void maps_task(Job& job, Size task) {
     const CongruenceLoss& c = job.c;
-    const int parts = job.samples < job.tasks ? 2 : 1;  // then two tasks may take the two blocks of a tile
+    // A tile's two blocks share their queries, where no task is left without a sample and keys and maps of both fit the second cache.
+    const bool together = job.samples >= job.tasks && (c.lengths[0] + c.lengths[1]) * (c.D + TILE) <= TOGETHER;
+    const int parts = together ? 1 : 2;
     const Size tiles = row_tiles(most(c.lengths[0], c.lengths[1]), TILE), of_sample = parts * 2 * tiles;
     job.for_items(job.samples * of_sample, task, [&](Size item) {
         const Size b = job.first + item / of_sample, tile = item % tiles;
