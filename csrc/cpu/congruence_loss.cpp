@@ -11,7 +11,7 @@
 // Tricks: the real tokens of a sample alone are taken up, so nothing below knows of masks. The weights of as many heads as are a few
 // megabytes stay until the gradients are made; those of other heads are computed again. Maps lie as (keys, rows), so that a lane is
 // a row: no sum over lanes, and every product of maps but one reads them as they lie. The scale and the largest score of a row are
-// taken while scores are in registers. Few samples are at work at once, and a task keeps to its own, so they stay in its caches.
+// taken while scores are in registers. A task does a sample whole, so that it stays in the task's cache.
 // Measured: rows congruence_loss of benchmarks/results/cpu.json.
 #include "congruence_maps.h"
 
@@ -191,23 +191,20 @@ static void divergence_task(Job& job, Size task) {
 
 // ---- the operator
 
-// Numbers: of samples that are at work, for each task; of weights that are kept, for each sample. A sample may have more.
-static const Size CHUNK = 1 << 17, KEPT = 1 << 20;
+static const Size KEPT = 1 << 20;  // numbers of weights that are kept for a sample, at most
 
 // false where there is not enough memory
 static bool prepare(Job& job, Memory& memory) {
     const CongruenceLoss& c = job.c;
     const Size weights = job.weights_size(job.blocks()), grads = c.gradients ? 2 * job.grad_size() : 0;
     job.heads_kept = c.gradients ? least(c.H, KEPT / most(weights, 1)) : 0;
-    const Size kept = job.heads_kept * weights, of_sample = job.map_size() + grads + kept;
-    job.samples = least(c.B, job.tasks * most(1, CHUNK / (of_sample + 1)));
     const bool placed = memory.place([&] {
         job.counts = (Size*)memory.take(c.B * 4);
         job.tokens = (int32_t*)memory.take(c.B * (c.lengths[0] + c.lengths[1]));
         job.losses = memory.take(c.B * 2);
         job.maps = memory.take(job.samples * job.map_size());
         job.grads = memory.take(job.samples * grads);
-        job.kept = memory.take(job.samples * kept);
+        job.kept = memory.take(job.samples * job.heads_kept * weights);
         job.taken = (Size*)memory.take(2 * job.tasks * GROUP);
         job.workspaces = memory.take_spaces<Workspace>(job.tasks, [&](Workspace& w) { w.plan(c, memory); });
     });
@@ -215,17 +212,27 @@ static bool prepare(Job& job, Memory& memory) {
     return placed;
 }
 
+static void run_samples(Job& job) {  // those at work
+    job.run_tasks(maps_task);
+    job.run_tasks(divergence_task);
+    if (job.c.gradients) job.run_tasks(gradients_task);
+}
+static void whole_samples_task(Job& job, Size task) {
+    Job alone = job.alone(task);
+    while ((alone.first = job.whole->take()) < job.first) run_samples(alone);
+}
+
 static Size congruence_loss(const CongruenceLoss& c) {
     Job job(c);
     Memory memory;
     if (!prepare(job, memory)) return NO_MEMORY;
     if (c.gradients) take_large_pages(c.gradients, job.gradients_size() * sizeof(float));
-    for (const Size step = job.samples; job.first < c.B; job.first += step) {
-        job.samples = least(step, c.B - job.first);
-        job.run_tasks(maps_task);
-        job.run_tasks(divergence_task);
-        if (c.gradients) job.run_tasks(gradients_task);
-    }
+    // A task does whole samples, which stay in its cache. Of those that are fewer than tasks each does a part.
+    job.samples = c.B % job.tasks, job.first = c.B - job.samples;
+    Queue whole;
+    job.whole = &whole;
+    if (job.first > 0) run(job.tasks, job, whole_samples_task);
+    if (job.samples > 0) run_samples(job);
     for (Size b = 0; b < c.B; ++b) c.loss[b] = job.losses[b * 2] + job.losses[b * 2 + 1];
     return DONE;
 }

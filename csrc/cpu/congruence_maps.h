@@ -63,8 +63,17 @@ struct Job {
     float* kept;  // (samples, heads_kept, ...) weights of the blocks that have gradients
     Size heads_kept;
     Workspace* workspaces;
+    Queue* whole;  // samples that a task does by itself
     Size first, samples;  // of the batch that are at work
-    explicit Job(const CongruenceLoss& c) : c(c), tasks(thread_count()), first(0) {}
+    explicit Job(const CongruenceLoss& c) : c(c), tasks(thread_count()), samples(least(c.B, tasks)) {}
+
+    Job alone(Size task) const {  // of a task that does samples by itself
+        Job job = *this;
+        job.tasks = job.samples = 1, job.taken += task * GROUP, job.workspaces += task;
+        job.maps += task * map_size(), job.grads += task * 2 * grad_size();
+        job.kept += task * heads_kept * weights_size(blocks());
+        return job;
+    }
 
     void run_tasks(void (*task)(Job&, Size)) {
         memset(taken, 0, tasks * GROUP * sizeof(Size));

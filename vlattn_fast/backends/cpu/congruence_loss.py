@@ -10,12 +10,10 @@ from vlattn_fast.backends.inputs import CongruenceLossBackwardInputs, Congruence
 from vlattn_fast.backends.native import DTYPES, Fields, kernel
 from vlattn_fast.backends.reference.congruence_loss import num_gradients
 
-_run = kernel(
-    "congruence_loss",
-    Fields(
-        "integer dtype B H D lengths[2] kind directions[2], number scale, tensor queries[4] keys[4], pointer masks[2] loss gradients"
-    ),
+_FIELDS = Fields(
+    "integer dtype B H D lengths[2] kind directions[2], number scale, tensor queries[4] keys[4], pointer masks[2] loss gradients"
 )
+_run = kernel("congruence_loss", _FIELDS)
 _KINDS = ("cacr", "iais_singular", "iais_distributed")  # Kind of the kernel
 
 
