@@ -19,12 +19,16 @@ import pytest
 def test_sizes(backend, size):
     pass
 
+@pytest.mark.parametrize("call", ["score_attention, dot", "score_attention, additive", "maxsim"])
+def test_calls(call):
+    pass
+
 def test_once():
     pass
 """
 
 
-def test_the_first_case_on_a_backend_and_a_quarter_of_the_others(tmp_path: Path) -> None:
+def test_the_first_case_of_an_operator_on_a_backend_and_a_quarter_of_the_others(tmp_path: Path) -> None:
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     for folder in ("ops", "command"):
         (tmp_path / "tests" / folder).mkdir(parents=True)
@@ -33,8 +37,10 @@ def test_the_first_case_on_a_backend_and_a_quarter_of_the_others(tmp_path: Path)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     kept = [line.removeprefix("tests/") for line in done.stdout.splitlines() if "::" in line]
-    assert sum(name.startswith("command/") for name in kept) == 81  # a case is a thing of its own there
-    assert "ops/test_ops.py::test_once" in kept
+    assert sum(name.startswith("command/") for name in kept) == 84  # a case is a thing of its own there
+    assert {f"ops/test_ops.py::{name}" for name in ("test_once", "test_calls[score_attention, dot]", "test_calls[maxsim]")} <= {
+        *kept
+    }
     for backend in ("cpu", "triton"):
         cases = [int(size) for size in re.findall(rf"ops/test_ops.py::test_sizes\[{backend}-(\d+)\]", "\n".join(kept))]
         assert cases[0] == 0 and 4 < len(cases) < 18

@@ -33,8 +33,15 @@ def folder(kind: str) -> Path:
         pytest.skip(str(missing))
 
 
-@pytest.mark.parametrize("kind", sanitize.KINDS)
-def test_nothing_is_found(kind: str) -> None:
+def test_no_wrong_address_is_found() -> None:
+    _run("address")
+
+
+def test_no_race_is_found() -> None:
+    _run("thread")
+
+
+def _run(kind: str) -> None:
     chosen = f"{sanitize.CHOSEN} and ({CHOSEN[kind]}){LEFT_OUT[kind]}"
     instruction_set = [sanitize.others_than_amx()[0], *SETS[kind]][-1]
     options = (*SOME_CASES, "-x", *files_with(CHOSEN[kind]), "-k", chosen)

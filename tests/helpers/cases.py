@@ -1,9 +1,12 @@
 """A plug-in of pytest: `-p tests.helpers.cases --one-case-in 4`, as `make test` asks for it, keeps some cases of each test.
 
-A test in FOLDERS keeps its first case on each backend, and one in four of the others, drawn by their names: the same everywhere.
+A test in FOLDERS keeps its first case of each operator on each backend, and one in four of the others, drawn by their names: the
+same everywhere.
 """
 
 from __future__ import annotations
+
+import re
 
 import pytest
 
@@ -20,16 +23,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Before items are deselected by -k, so that what is asked for by name is drawn as it is without."""
-    many, seen = config.getoption("one_case_in"), set[tuple[str, str]]()
-    kept = [item for item in items if _is_first(item, seen) or drawn(item.nodeid, f"0/{many}")]
+    from vlattn_fast.ops import OPERATORS  # not before tests/conftest.py has imported the kernels
+
+    names = {*OPERATORS, *(backend for operator in OPERATORS.values() for backend in operator.backends)}
+    many, seen, kept = config.getoption("one_case_in"), set[tuple[str, ...]](), []
+    for item in items:
+        test, _, words = item.nodeid.partition("[")
+        case = test, *(word for word in re.findall(r"\w+", words) if word in names)
+        if not test.startswith(FOLDERS) or case not in seen or drawn(item.nodeid, f"0/{many}"):
+            kept.append(item)
+        seen.add(case)
     config.hook.pytest_deselected(items=list({*items} - {*kept}))
     items[:] = kept
-
-
-def _is_first(item: pytest.Item, seen: set[tuple[str, str]]) -> bool:
-    """Whether the test has no such case before; `seen` takes it up."""
-    parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-    case = item.nodeid.partition("[")[0], str(parameters.get("backend"))
-    first = case not in seen or not item.nodeid.startswith(FOLDERS)
-    seen.add(case)
-    return first
