@@ -66,7 +66,7 @@ test: $(READY)
 	@$(MAKE) --no-print-directory --jobs=2 lint suite
 
 suite: $(READY)
-	@$(PYTEST) -p tests.helpers.bits --bits-of-a-tenth $(or $(ARGS),-p tests.helpers.cases --one-case-in 4)
+	@$(PYTEST) -p tests.helpers.bits --bits-of-a-tenth $(or $(ARGS),-p tests.helpers.cases)
 	@$(if $(ARGS),:,$(PY) -m tools.cpus --tenth --workers $(WORKERS))
 
 cpus: $(READY)
@@ -208,7 +208,7 @@ $(VENV)/rattler/rattler_build: | $(INSTALLED)
 gpu:
 	@$(PYTHON) -m tools.gpu.run $(PARTS) $(ARGS)
 
-BUILD_CPU = PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) setup.py --quiet build_cpu --inplace >build/install.log 2>&1
+BUILD_CPU = mkdir -p build && PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) setup.py --quiet build_cpu --inplace >build/install.log 2>&1
 
 # torch is installed first and by itself: with a range, pip would take the newest torch and its CUDA libraries.
 # triton is installed without dependencies, and only on Linux. The library is built meanwhile, which needs neither; the editable
@@ -217,7 +217,6 @@ define INSTALL
 set -e
 if [ $(INSTALLED) -nt pyproject.toml ] && [ $(INSTALLED) -nt setup.py ]; then exit 0; fi
 echo "installing into $(VENV), which takes minutes the first time"
-mkdir -p build
 test -x $(PY) || $(PYTHON) -m venv $(VENV)
 $(PIP) "setuptools>=77" "cmake>=3.25" ninja
 $(BUILD_CPU) &
@@ -238,8 +237,7 @@ $(INSTALLED): pyproject.toml setup.py
 # ninja continue the install's build, which the system's would begin anew.
 define KERNELS
 set -e
-mkdir -p build
-if ! $(BUILD_CPU) || grep -q "the build failed" build/install.log; then
+if ! { $(BUILD_CPU); } || grep -q "the build failed" build/install.log; then
   cat build/install.log
   exit 1
 fi

@@ -1,4 +1,4 @@
-"""A plug-in of pytest: `-p tests.helpers.cases --one-case-in 4`, as `make test` asks for it, keeps some cases of each test.
+"""A plug-in of pytest: `-p tests.helpers.cases`, as `make test` asks for it, keeps some cases of each test.
 
 A test in FOLDERS keeps its first case of each operator on each backend, and one in four of the others, drawn by their names: the
 same everywhere.
@@ -14,11 +14,8 @@ from tests.helpers.accuracy import drawn
 
 # There cases are sizes, dtypes, masks and options of a call. Elsewhere a case is a thing of its own: a page, a file, an example.
 FOLDERS = tuple(f"tests/{name}/" for name in ("attach", "cpu", "cuda", "interpret", "kernels", "lab", "nn", "ops", "power"))
-SOME_CASES = ("-p", "tests.helpers.cases", "--one-case-in", "4")  # as `make test` has it, for tests that run pytest
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--one-case-in", type=int, default=1, help="some cases of each test")
+SHARE = "0/4"  # of the other cases
+SOME_CASES = ("-p", "tests.helpers.cases")  # as `make test` has it, for tests that run pytest
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -26,11 +23,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     from vlattn_fast.ops import OPERATORS  # not before tests/conftest.py has imported the kernels
 
     names = {*OPERATORS, *(backend for operator in OPERATORS.values() for backend in operator.backends)}
-    many, seen, kept = config.getoption("one_case_in"), set[tuple[str, ...]](), []
+    seen, kept = set[tuple[str, ...]](), []
     for item in items:
         test, _, words = item.nodeid.partition("[")
         case = test, *(word for word in re.findall(r"\w+", words) if word in names)
-        if not test.startswith(FOLDERS) or case not in seen or drawn(item.nodeid, f"0/{many}"):
+        if not test.startswith(FOLDERS) or case not in seen or drawn(item.nodeid, SHARE):
             kept.append(item)
         seen.add(case)
     config.hook.pytest_deselected(items=list({*items} - {*kept}))
