@@ -6,11 +6,12 @@
 //     iais_distributed:  t = X Y, p = own                                    Y = back                       [distributed_target]
 //     value = sum_k (p - t) (ln p - ln t)                                    [softmax_divergence, plain_divergence]
 //
-// Bound: multiply-adds. Forward: the scores of all four blocks; backward: three times those of the blocks that have gradients.
-// Tricks: the real tokens of a sample alone are taken up, so nothing below knows of masks. The forward pass stores its maps for
-// the backward pass (O((L + V)^2) a sample, no head axis), which then computes each head once. Maps lie as (keys, rows), so that
-// a lane is a row: no sum over lanes, and every product of maps but one reads them as they lie. The scale and the largest score of a
-// row are taken while scores are in registers. A task keeps to its samples, whose queries, keys and maps fit its second cache.
+// Bound: multiply-adds: the scores of all four blocks, and twice those of the blocks that have gradients. The gradient is linear in
+// that of the loss, so it is made together with the loss, and the backward pass only multiplies it.
+// Tricks: the real tokens of a sample alone are taken up, so nothing below knows of masks. The weights of as many heads as are a few
+// megabytes stay until the gradients are made; those of other heads are computed again. Maps lie as (keys, rows), so that a lane is
+// a row: no sum over lanes, and every product of maps but one reads them as they lie. The scale and the largest score of a row are
+// taken while scores are in registers. A task does a sample whole, so that it stays in the task's cache.
 // Measured: rows congruence_loss of benchmarks/results/cpu.json.
 #include "congruence_maps.h"
 
@@ -110,10 +111,8 @@ static void plain_divergence(const Direction& x, const RowTile& tile, float* T, 
             const Size at = tile.first + k * x.ld_n + i;
             const Vector p = load(x.own + at), t = load(T + k * w + i), safe_p = maximum(tiny, p), safe_t = maximum(tiny, t);
             const Vector first_p = log_all(p + eps), first_t = log_all(t + eps);
-            if (!x.grad_own) {
-                sum += (t - p) * (first_t - first_p) - t * log1p_all(eps / safe_t) - p * log1p_all(eps / safe_p);
-                continue;
-            }
+            sum += (t - p) * (first_t - first_p) - t * log1p_all(eps / safe_t) - p * log1p_all(eps / safe_p);
+            if (!x.grad_own) continue;
             store(x.grad_own + at, x.weight * (log_all(safe_p) - first_t + (p - t + eps) / (p + eps)));
             store(T + k * w + i, x.weight * (log_all(safe_t) - first_p + (t - p + eps) / (t + eps)));
         }
@@ -152,22 +151,22 @@ static void target_backward(Size kind, const Direction& x, const RowTile& t, boo
     }
 }
 
-static Direction direction_of(const Job& job, Size b, int side, bool gradients) {
+static Direction direction_of(const Job& job, Size b, int side) {
     const int own = side, other = 1 - side, cross = LV + side, back = VL_BLOCK - side;
     Direction x = {job.of(b, own).count, job.of(b, other).count, job.padded(own),   job.padded(other),
                    job.map(b, own),      job.map(b, other),      job.map(b, cross), job.map(b, back)};
-    if (!gradients) return x;
+    if (!job.c.gradients) return x;
     x.grad_own = job.grad(b, side, own), x.grad_other = job.grad(b, side, other);
     if (job.c.kind == DISTRIBUTED) x.grad_cross = job.grad(b, side, cross), x.grad_back = job.grad(b, side, back);
-    x.weight = job.c.grad_loss[b] / (float)x.n;
+    x.weight = 1.f / x.n;
     return x;
 }
 
-// The loss of a direction of a sample, or its gradients at the maps.
-static float divergence(Job& job, Size b, int side, bool gradients, Workspace& w) {
+// The loss of a direction of a sample, and its gradients at the maps
+static float divergence(Job& job, Size b, int side, Workspace& w) {
     const Size kind = job.c.kind;
-    const Direction x = direction_of(job, b, side, gradients);
-    if (gradients && kind == SINGULAR) memset(x.grad_other, 0, x.m * x.ld_m * sizeof(float));
+    const Direction x = direction_of(job, b, side);
+    if (job.c.gradients && kind == SINGULAR) memset(x.grad_other, 0, x.m * x.ld_m * sizeof(float));
     double loss = 0;
     for (Size tile = 0; tile < row_tiles(x.n, TILE); ++tile) {
         const RowTile t = row_tile(x.n, TILE, tile);
@@ -176,34 +175,36 @@ static float divergence(Job& job, Size b, int side, bool gradients, Workspace& w
         if (kind == DISTRIBUTED) plain_divergence(x, t, w.T, value);
         else softmax_divergence(kind == SINGULAR, job.c.H, x, t, w.T, w.E, value);
         for (Size i = 0; i < t.rows; ++i) loss += value[i];
-        if (gradients) target_backward(kind, x, t, tile > 0, w);
+        if (job.c.gradients) target_backward(kind, x, t, tile > 0, w);
     }
     return (float)(loss / x.n);
 }
 
-template <bool GRADIENTS> static void divergence_task(Job& job, Size task) {
+static void divergence_task(Job& job, Size task) {
     job.for_items(job.samples * 2, task, [&](Size item) {
         const Size b = job.first + item / 2;
         const int side = item % 2;
         const bool counts = job.c.directions[side] && !job.empty(b);
-        const float loss = counts ? divergence(job, b, side, GRADIENTS, job.workspaces[task]) : 0.f;
-        if (!GRADIENTS) job.losses[b * 2 + side] = loss;
+        job.losses[b * 2 + side] = counts ? divergence(job, b, side, job.workspaces[task]) : 0.f;
     });
 }
 
 // ---- the operator
 
-static const Size CHUNK = 1 << 20;  // numbers of gradients at maps, at most, or those of a sample for each thread
+static const Size KEPT = 1 << 20;  // numbers of weights that are kept for a sample, at most
 
 // false where there is not enough memory
-static bool prepare(Job& job, Memory& memory, bool gradients) {
+static bool prepare(Job& job, Memory& memory) {
     const CongruenceLoss& c = job.c;
-    if (gradients) job.samples = least(c.B, most(job.tasks, CHUNK / (2 * job.grad_size() + 1)));
+    const Size weights = job.weights_size(job.blocks()), grads = c.gradients ? 2 * job.grad_size() : 0;
+    job.heads_kept = c.gradients ? least(c.H, KEPT / most(weights, 1)) : 0;
     const bool placed = memory.place([&] {
         job.counts = (Size*)memory.take(c.B * 4);
         job.tokens = (int32_t*)memory.take(c.B * (c.lengths[0] + c.lengths[1]));
         job.losses = memory.take(c.B * 2);
-        job.grads = gradients ? memory.take(job.samples * 2 * job.grad_size()) : nullptr;
+        job.maps = memory.take(job.samples * job.map_size());
+        job.grads = memory.take(job.samples * grads);
+        job.kept = memory.take(job.samples * job.heads_kept * weights);
         job.taken = (Size*)memory.take(2 * job.tasks * GROUP);
         job.workspaces = memory.take_spaces<Workspace>(job.tasks, [&](Workspace& w) { w.plan(c, memory); });
     });
@@ -211,31 +212,32 @@ static bool prepare(Job& job, Memory& memory, bool gradients) {
     return placed;
 }
 
-static Size congruence_loss_forward(const CongruenceLoss& c) {
-    Job job(c);
-    Memory memory;
-    if (!prepare(job, memory, false)) return NO_MEMORY;
-    take_large_pages(c.maps, c.B * job.map_size() * sizeof(float));
+static void run_samples(Job& job) {  // those at work
     job.run_tasks(maps_task);
-    job.run_tasks(divergence_task<false>);
-    for (Size b = 0; b < c.B; ++b) c.loss[b] = job.losses[b * 2] + job.losses[b * 2 + 1];
-    return DONE;
+    job.run_tasks(divergence_task);
+    if (job.c.gradients) job.run_tasks(gradients_task);
+}
+static void whole_samples_task(Job& job, Size task) {
+    Job alone = job.alone(task);
+    while ((alone.first = job.whole->take()) < job.first) run_samples(alone);
 }
 
-static Size congruence_loss_backward(const CongruenceLoss& c) {
+static Size congruence_loss(const CongruenceLoss& c) {
     Job job(c);
     Memory memory;
-    if (!prepare(job, memory, true)) return NO_MEMORY;
-    for (const Size step = job.samples; job.first < c.B; job.first += step) {
-        job.samples = least(step, c.B - job.first);
-        job.run_tasks(divergence_task<true>);
-        job.run_tasks(gradients_task);
-    }
+    if (!prepare(job, memory)) return NO_MEMORY;
+    if (c.gradients) take_large_pages(c.gradients, job.gradients_size() * sizeof(float));
+    // A task does whole samples, which stay in its cache. Of those that are fewer than tasks each does a part.
+    job.samples = c.B % job.tasks, job.first = c.B - job.samples;
+    Queue whole;
+    job.whole = &whole;
+    if (job.first > 0) run(job.tasks, job, whole_samples_task);
+    if (job.samples > 0) run_samples(job);
+    for (Size b = 0; b < c.B; ++b) c.loss[b] = job.losses[b * 2] + job.losses[b * 2 + 1];
     return DONE;
 }
 
 }  // namespace
 }  // namespace ISA
 
-OPERATOR(congruence_loss_forward, CongruenceLoss)
-OPERATOR(congruence_loss_backward, CongruenceLoss)
+OPERATOR(congruence_loss, CongruenceLoss)

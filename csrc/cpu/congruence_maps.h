@@ -10,6 +10,7 @@ enum Kind : Size { CACR = 0, SINGULAR = 1, DISTRIBUTED = 2 };
 enum : int { LL = 0, VV = 1, LV = 2, VL_BLOCK = 3 };
 static const int ROW_SIDE[4] = {0, 1, 0, 1}, KEY_SIDE[4] = {0, 1, 1, 0};  // 0 = text, 1 = image
 static const Size TILE = 64;  // rows of a tile at most
+static const Size TOGETHER = 1 << 16;  // numbers of keys and of a tile of maps, at most
 static const Size SPAN = 64;  // so many numbers are added in a row; then sums of sums
 
 struct CongruenceLoss {
@@ -17,11 +18,9 @@ struct CongruenceLoss {
     double scale;
     StridedTensor queries[4], keys[4];  // of the four blocks
     const uint8_t* masks[2];   // (B, L), (B, V), 0 = padding; null for none
-    float* maps;               // (B, (L + V) (L' + V')), lengths with a dash rounded up to odd multiples of GROUP
-    float* loss;               // (B)
-    const float* grad_loss;    // (B)
-    void *grad_queries[4], *grad_keys[4];  // (B, H, N, D) of the blocks that have gradients
-    FIELDS(dtype, B, H, D, lengths, kind, directions, scale, queries, keys, masks, maps, loss, grad_loss, grad_queries, grad_keys)
+    float* loss;       // (B)
+    float* gradients;  // of each sample's loss: (B, H, N, D) of the queries, then of the keys, of blocks that have any; or null
+    FIELDS(dtype, B, H, D, lengths, kind, directions, scale, queries, keys, masks, loss, gradients)
 };
 
 // The real tokens of one side of a sample
@@ -42,15 +41,13 @@ INLINE Size odd_groups(Size n) { return (n + GROUP - 1) / (2 * GROUP) * (2 * GRO
 
 struct Workspace {
     float *keys, *rows, *transposed, *S, *E, *T, *cross, *grad_query, *grad_keys;
-    float* top;  // (TILE): the largest score of each row
     void plan(const CongruenceLoss& c, Memory& memory) {
         const Size longest = most(c.lengths[0], c.lengths[1]), padded = round_up(c.D, GROUP);
         keys = memory.take(longest * padded);
         rows = memory.take(TILE * padded), transposed = memory.take(TILE * c.D);
-        S = memory.take(longest * TILE), E = memory.take(longest * TILE), T = memory.take(longest * TILE);
+        S = memory.take((longest + 1) * TILE), E = memory.take(longest * TILE), T = memory.take(longest * TILE);
         cross = memory.take(TILE * odd_groups(longest));
         grad_query = memory.take(TILE * padded), grad_keys = memory.take(longest * padded);
-        top = memory.take(TILE);
     }
 };
 
@@ -61,10 +58,22 @@ struct Job {
     int32_t* tokens;  // (B, L + V)
     Size* counts;  // (B, 2); a negative count: the tokens are the first ones
     float* losses;  // (B, 2) of both directions
+    float* maps;  // (samples, (L + V) (L' + V')), lengths with a dash rounded up to odd multiples of GROUP
     float* grads;  // (samples, 2, ...) gradients at the maps from both directions
+    float* kept;  // (samples, heads_kept, ...) weights of the blocks that have gradients
+    Size heads_kept;
     Workspace* workspaces;
+    Queue* whole;  // samples that a task does by itself
     Size first, samples;  // of the batch that are at work
-    explicit Job(const CongruenceLoss& c) : c(c), tasks(thread_count()), first(0), samples(c.B) {}
+    explicit Job(const CongruenceLoss& c) : c(c), tasks(thread_count()), samples(least(c.B, tasks)) {}
+
+    Job alone(Size task) const {  // of a task that does samples by itself
+        Job job = *this;
+        job.tasks = job.samples = 1, job.taken += task * GROUP, job.workspaces += task;
+        job.maps += task * map_size(), job.grads += task * 2 * grad_size();
+        job.kept += task * heads_kept * weights_size(blocks());
+        return job;
+    }
 
     void run_tasks(void (*task)(Job&, Size)) {
         memset(taken, 0, tasks * GROUP * sizeof(Size));
@@ -87,8 +96,15 @@ struct Job {
         for (int n = 0; n < block; ++n) at += c.lengths[KEY_SIDE[n]] * padded(ROW_SIDE[n]);
         return at;
     }
-    Size grad_size() const { return c.kind == DISTRIBUTED ? map_size() : offset(LV); }  // of the blocks that have gradients
-    float* map(Size b, int block) const { return c.maps + b * map_size() + offset(block); }
+    int blocks() const { return c.kind == DISTRIBUTED ? 4 : 2; }  // that have gradients
+    Size grad_size() const { return c.kind == DISTRIBUTED ? map_size() : offset(LV); }
+    Size gradients_size() const { return blocks() * c.B * c.H * (c.lengths[0] + c.lengths[1]) * c.D; }
+    Size weights_size(int blocks) const {  // of a head
+        Size size = 0;
+        for (int n = 0; n < blocks; ++n) size += (c.lengths[KEY_SIDE[n]] + 1) * round_up(c.lengths[ROW_SIDE[n]], GROUP);
+        return size;
+    }
+    float* map(Size b, int block) const { return maps + (b - first) * map_size() + offset(block); }
     float* grad(Size b, int direction, int block) const {
         return grads + ((b - first) * 2 + direction) * grad_size() + offset(block);
     }
@@ -98,6 +114,13 @@ struct Job {
         return {count < 0 ? nullptr : at, count < 0 ? -count - 1 : count};
     }
     bool empty(Size b) const { return of(b, 0).count == 0 || of(b, 1).count == 0 || c.H == 0; }
+    bool logs(int block) const { return c.kind == SINGULAR && block < LV; }
+    // where the weights of a tile stay until its gradients are made; null where they are computed again
+    float* kept_weights(Size b, int block, Size h, const RowTile& t) const {
+        if (h >= heads_kept || block >= blocks()) return nullptr;
+        const Size before = ((b - first) * heads_kept + h) * weights_size(blocks()) + weights_size(block);
+        return kept + before + t.first * (c.lengths[KEY_SIDE[block]] + 1);
+    }
     bool used(int block) const {  // by the directions that count
         if (block == LV || block == VL_BLOCK) return c.kind == DISTRIBUTED || c.directions[block - LV];
         return c.kind != DISTRIBUTED || c.directions[block];
@@ -148,26 +171,35 @@ static TokenRows load_keys(const Job& job, int block, Size b, Size h, float* cop
     return load_rows(job.c, job.c.keys[block], tokens, b, h, 0, tokens.count, copy);
 }
 
-// S: the scores (keys, width) of a tile of rows, and `top` of each row. Gives the queries.
-static TokenRows scores(const Job& job, int block, Size b, Size h, const RowTile& t, const TokenRows& K, Workspace& w) {
+// The queries of a tile of rows. w.transposed: (D, width), with zeros behind the last row.
+static TokenRows load_queries(const Job& job, int block, Size b, Size h, const RowTile& t, Workspace& w) {
     const CongruenceLoss& c = job.c;
-    const TokenRows Q = load_rows(c, c.queries[block], job.of(b, ROW_SIDE[block]), b, h, t.first, t.rows, w.rows);
-    const Size M = job.of(b, KEY_SIDE[block]).count;
-    transpose(Q.data, Q.stride, t.rows, c.D, w.transposed, t.width);
-    for (Size d = 0; d < c.D; ++d)
+    return load_rows(c, c.queries[block], job.of(b, ROW_SIDE[block]), b, h, t.first, t.rows, w.rows);
+}
+static void transpose_queries(const Job& job, const TokenRows& Q, const RowTile& t, Workspace& w) {
+    transpose(Q.data, Q.stride, t.rows, job.c.D, w.transposed, t.width);
+    for (Size d = 0; d < job.c.D; ++d)
         for (Size i = t.rows; i < t.width; ++i) w.transposed[d * t.width + i] = 0;
-    for (Size i = 0; i < t.width; i += VL) store(w.top + i, splat(-INFINITY));
-    product<false>(M, t.width, c.D, K.data, K.stride, w.transposed, t.width, w.S, t.width, false,
-                   scaled((float)c.scale, StoreAndTop{w.top}));
-    return Q;
+}
+
+// S: weights (keys, width) of the transposed queries, which are e^(score - the largest one of the row), and behind them the row's
+// sum. The own blocks of IAIS singular take logarithms: scores, and the largest.
+static void weights(const Job& job, int block, const RowTile& t, Size M, const TokenRows& K, const Workspace& w, float* S) {
+    const CongruenceLoss& c = job.c;
+    float* last = S + M * t.width;
+    for (Size i = 0; i < t.width; i += VL) store(last + i, splat(-INFINITY));
+    product<false>(
+        M, t.width, c.D, K.data, K.stride, w.transposed, t.width, S, t.width, false, scaled((float)c.scale, StoreAndTop{last}));
+    if (job.logs(block)) return;
+    for (Size i = 0; i < t.width; i += VL) store(last + i, exponentials(S + i, M, t.width, load(last + i), S + i));
 }
 
 // ---- maps
 
-// map (M, width) += softmax(S) / H
-static void add_softmax(float* S, const float* top, Size M, Size w, Size H, bool first, float* map, Size ld) {
+// map (M, width) += weights / their sum / H
+static void add_softmax(const float* S, Size M, Size w, Size H, bool first, float* map, Size ld) {
     for (Size i = 0; i < w; i += VL) {
-        const Vector total = exponentials(S + i, M, w, load(top + i), S + i), factor = 1.f / (total * (float)H);
+        const Vector factor = 1.f / (load(S + M * w + i) * (float)H);
         for (Size j = 0; j < M; ++j) {
             float* to = map + j * ld + i;
             const Vector p = load(S + j * w + i) * factor;
@@ -177,10 +209,9 @@ static void add_softmax(float* S, const float* top, Size M, Size w, Size H, bool
 }
 
 // The largest log-softmax of the heads so far, `map`, and the sum of e^(log-softmax - largest), `sums`. E is scratch.
-static void add_log_softmax(const float* S, const float* tops, Size M, Size w, bool first, float* map, Size ld, float* sums,
-                            float* E) {
+static void add_log_softmax(const float* S, Size M, Size w, bool first, float* map, Size ld, float* sums, float* E) {
     for (Size i = 0; i < w; i += VL) {
-        const Vector top = load(tops + i), lse = log_all(exponentials(S + i, M, w, top, E + i));
+        const Vector top = load(S + M * w + i), lse = log_all(exponentials(S + i, M, w, top, E + i));
         for (Size j = 0; j < M; ++j) {
             float *largest = map + j * ld + i, *sum = sums + j * w + i;
             const Vector x = (load(S + j * w + i) - top) - lse;
@@ -200,92 +231,87 @@ static void finish_log_sum(Size M, Size w, float* map, Size ld, const float* sum
         }
 }
 
-// The first largest key of each row, as a number
-static void first_largest(const float* map, Size M, Size w, float* index) {
+// The first largest key of each row, as a number, in place of the map's first row
+static void first_largest(float* map, Size M, Size w, Size ld) {
     for (Size i = 0; i < w; i += VL) {
         Vector best = load(map + i), at = {};
         for (Size j = 1; j < M; ++j) {
-            const Vector x = load(map + j * w + i);
+            const Vector x = load(map + j * ld + i);
             const Integers above = x > best;
             best = above ? x : best, at = above ? splat((float)j) : at;
         }
-        store(index + i, at);
+        store(map + i, at);
     }
 }
 
-static void map_of_tile(Job& job, Size b, int block, const RowTile& t, Workspace& w) {
+INLINE bool same(const StridedTensor& x, const StridedTensor& y) {
+    return x.data == y.data && x.stride_b == y.stride_b && x.stride_h == y.stride_h && x.stride_n == y.stride_n;
+}
+
+// A tile of rows in the maps of the blocks `first`, `first` + `step`, ..., which all have these rows
+static void maps_of_tile(Job& job, Size b, int first, int step, const RowTile& t, Workspace& w) {
     const CongruenceLoss& c = job.c;
-    const Size M = job.of(b, KEY_SIDE[block]).count, ld = job.padded(ROW_SIDE[block]);
-    const bool cross = block == LV || block == VL_BLOCK, picks = c.kind == SINGULAR && cross, logs = c.kind == SINGULAR && !cross;
-    float* map = job.map(b, block) + t.first;
+    const Size ld = job.padded(ROW_SIDE[first]);
     for (Size h = 0; h < c.H; ++h) {
-        scores(job, block, b, h, t, load_keys(job, block, b, h, w.keys), w);
-        if (logs) add_log_softmax(w.S, w.top, M, t.width, h == 0, map, ld, w.T, w.E);
-        else if (picks) add_softmax(w.S, w.top, M, t.width, c.H, h == 0, w.T, t.width);
-        else add_softmax(w.S, w.top, M, t.width, c.H, h == 0, map, ld);
+        int transposed = -1;  // the block whose queries are
+        for (int block = first; block < 4; block += step) {
+            if (!job.used(block)) continue;
+            if (transposed < 0 || !same(c.queries[transposed], c.queries[block]))
+                transpose_queries(job, load_queries(job, block, b, h, t, w), t, w);
+            transposed = block;
+            const Size M = job.of(b, KEY_SIDE[block]).count;
+            float *map = job.map(b, block) + t.first, *kept = job.kept_weights(b, block, h, t), *S = kept ? kept : w.S;
+            weights(job, block, t, M, load_keys(job, block, b, h, w.keys), w, S);
+            if (job.logs(block)) add_log_softmax(S, M, t.width, h == 0, map, ld, w.T, w.E);
+            else add_softmax(S, M, t.width, c.H, h == 0, map, ld);
+            if (h + 1 < c.H) continue;
+            if (job.logs(block)) finish_log_sum(M, t.width, map, ld, w.T);
+            else if (c.kind == SINGULAR) first_largest(map, M, t.width, ld);
+        }
     }
-    if (logs) finish_log_sum(M, t.width, map, ld, w.T);
-    if (picks) first_largest(w.T, M, t.width, map);  // in place of the block's map
-}
-
-// Zeros where no tile of the block writes: a call gives the same bits in every number of its maps.
-static void clear_rest(const Job& job, Size b, int block) {
-    const Size ld = job.padded(ROW_SIDE[block]), columns = round_up(job.of(b, ROW_SIDE[block]).count, GROUP);
-    const bool is_empty = job.empty(b) || !job.used(block), is_index = job.c.kind == SINGULAR && block >= LV;
-    const Size rows = is_empty ? 0 : is_index ? 1 : job.of(b, KEY_SIDE[block]).count;
-    float* map = job.map(b, block);
-    for (Size j = 0; j < rows; ++j) memset(map + j * ld + columns, 0, (ld - columns) * sizeof(float));
-    memset(map + rows * ld, 0, (job.c.lengths[KEY_SIDE[block]] - rows) * ld * sizeof(float));
 }
 
 static void maps_task(Job& job, Size task) {
     const CongruenceLoss& c = job.c;
-    const Size tiles = row_tiles(most(c.lengths[0], c.lengths[1]), TILE), items = c.B * 4 * tiles;
-    job.for_items(items, task, [&](Size item) {
-        const Size b = item / (4 * tiles), tile = item % tiles;
-        const int block = item / tiles % 4;
+    // A tile's two blocks share their queries, where no task is left without a sample and keys and maps of both fit the second cache.
+    const bool together = job.samples >= job.tasks && (c.lengths[0] + c.lengths[1]) * (c.D + TILE) <= TOGETHER;
+    const int parts = together ? 1 : 2;
+    const Size tiles = row_tiles(most(c.lengths[0], c.lengths[1]), TILE), of_sample = parts * 2 * tiles;
+    job.for_items(job.samples * of_sample, task, [&](Size item) {
+        const Size b = job.first + item / of_sample, tile = item % tiles;
+        const int block = item % of_sample / tiles;
         const Size n = job.of(b, ROW_SIDE[block]).count;
-        if (tile == 0) clear_rest(job, b, block);
-        if (job.empty(b) || !job.used(block) || tile >= row_tiles(n, TILE)) return;
-        map_of_tile(job, b, block, row_tile(n, TILE, tile), job.workspaces[task]);
+        if (job.empty(b) || tile >= row_tiles(n, TILE)) return;
+        maps_of_tile(job, b, block, 2 * parts, row_tile(n, TILE, tile), job.workspaces[task]);
     });
 }
 
 // ---- gradients of queries and keys
 
-// S (scores) becomes the gradient at the scores, times `scale`, from the gradients G at the head-mean map (one or two, to be added).
-static void scores_backward(float* S, const float* tops, Size M, Size w, Size H, float scale, const float* G0, const float* G1,
-                            Size ld) {
+// S (weights) becomes the gradient at the scores, times `scale`, from the gradients G at the head-mean map (one or two, to be added).
+static void scores_backward(float* S, Size M, Size w, Size H, float scale, const float* G0, const float* G1, Size ld) {
     const float share_of_head = scale / H;
     for (Size i = 0; i < w; i += VL) {
-        const Vector top = load(tops + i);
-        Vector total = {}, dot = {};
-        for (Size j0 = 0; j0 < M; j0 += SPAN) {
-            Vector part = {}, part_dot = {};
-            for (Size j = j0; j < least(j0 + SPAN, M); ++j) {
-                float* s = S + j * w + i;
-                const Vector e = exp_negative(load(s) - top), g = load(G0 + j * ld + i);
-                store(s, e);
-                part += e, part_dot += e * (G1 ? g + load(G1 + j * ld + i) : g);
-            }
-            total += part, dot += part_dot;
-        }
-        const Vector inverse = 1.f / total, mean = dot * inverse, factor = inverse * share_of_head;
+        const auto gradient = [&](Size j) {
+            const Vector g = load(G0 + j * ld + i);
+            return G1 ? g + load(G1 + j * ld + i) : g;
+        };
+        const Vector dot = sum_over<SPAN>(M, [&](Size j) { return load(S + j * w + i) * gradient(j); });
+        const Vector inverse = 1.f / load(S + M * w + i), mean = dot * inverse, factor = inverse * share_of_head;
         for (Size j = 0; j < M; ++j) {
             float* s = S + j * w + i;
-            const Vector g = load(G0 + j * ld + i);
-            store(s, load(s) * factor * ((G1 ? g + load(G1 + j * ld + i) : g) - mean));
+            store(s, load(s) * factor * (gradient(j) - mean));
         }
     }
 }
 
 // The same from gradients L at the logarithm of the sum over heads, `map`, and G at the mean, each of which may be null. They are
 // not added before the last step: where P is 1, its share of G is exactly 0, and L may be thousands of times smaller.
-static void scores_backward_log(float* S, const float* tops, Size M, Size w, Size H, float scale, const float* L, const float* G,
-                                const float* map, Size ld, float* E) {
+static void scores_backward_log(float* S, Size M, Size w, Size H, float scale, const float* L, const float* G, const float* map,
+                                Size ld, float* E) {
     const float share_of_head = 1.f / H;
     for (Size i = 0; i < w; i += VL) {
-        const Vector top = load(tops + i), total = exponentials(S + i, M, w, top, E + i), lse = log_all(total);
+        const Vector top = load(S + M * w + i), total = exponentials(S + i, M, w, top, E + i), lse = log_all(total);
         Vector sum = {}, dot = {};
         for (Size j = 0; j < M; ++j) {
             const Size at = j * ld + i;
@@ -305,57 +331,59 @@ static void scores_backward_log(float* S, const float* tops, Size M, Size w, Siz
     }
 }
 
-static void* gradient_row(const CongruenceLoss& c, void* data, int side, Size b, Size h, Size n) {
-    return (void*)element(data, c.dtype, ((b * c.H + h) * c.lengths[side] + n) * c.D);
-}
-// Zeros at padding, or in all rows
-static void clear_rows(const Job& job, void* data, int side, Size b, Size h, bool all) {
-    const CongruenceLoss& c = job.c;
-    const Tokens tokens = job.of(b, side);
-    const Size first = all || tokens.at ? 0 : tokens.count, rows = c.lengths[side] - first;
-    // an empty tensor has no pointer
-    if (rows * c.D > 0) memset(gradient_row(c, data, side, b, h, first), 0, rows * c.D * bytes_of(c.dtype));
+// Where the gradient of a token's query or key lies
+static float* gradient_of(const CongruenceLoss& c, int blocks, int block, bool keys, Size b, Size h, Size n) {
+    const auto side = [=](int n) { return n < blocks ? ROW_SIDE[n] : KEY_SIDE[n - blocks]; };
+    const int number = keys ? blocks + block : block;
+    Size before = 0;
+    for (int n = 0; n < number; ++n) before += c.lengths[side(n)];
+    return c.gradients + (before * c.B * c.H + (b * c.H + h) * c.lengths[side(number)] + n) * c.D;
 }
 
 // of_own, of_other: gradients at the map from the directions of the block's rows and of the other side; null where there is none
 static void gradients_of_head(Job& job, Size b, int block, Size h, const float* of_own, const float* of_other, Workspace& w) {
     const CongruenceLoss& c = job.c;
-    const int rows = ROW_SIDE[block], columns = KEY_SIDE[block];
+    const int rows = ROW_SIDE[block], columns = KEY_SIDE[block], blocks = job.blocks();
     const Tokens row_tokens = job.of(b, rows), key_tokens = job.of(b, columns);
     const Size M = key_tokens.count, ld = job.padded(rows), padded = round_up(c.D, GROUP);
     const float scale = (float)c.scale;
     const TokenRows K = load_keys(job, block, b, h, w.keys);
-    const bool keys_ready = lies_ready(c, key_tokens), rows_ready = lies_ready(c, row_tokens);
-    float* grad_keys = keys_ready ? (float*)gradient_row(c, c.grad_keys[block], columns, b, h, 0) : w.grad_keys;
+    const bool whole = c.D == padded, keys_ready = whole && !key_tokens.at, rows_ready = whole && !row_tokens.at;
+    float* grad_keys = keys_ready ? gradient_of(c, blocks, block, true, b, h, 0) : w.grad_keys;
     for (Size tile = 0; tile < row_tiles(row_tokens.count, TILE); ++tile) {
         const RowTile t = row_tile(row_tokens.count, TILE, tile);
-        float* grad_query = rows_ready ? (float*)gradient_row(c, c.grad_queries[block], rows, b, h, t.first) : w.grad_query;
-        const TokenRows Q = scores(job, block, b, h, t, K, w);
+        float* grad_query = rows_ready ? gradient_of(c, blocks, block, false, b, h, t.first) : w.grad_query;
+        float *kept = job.kept_weights(b, block, h, t), *S = kept ? kept : w.S;
+        const TokenRows Q = load_queries(job, block, b, h, t, w);
+        if (!kept) transpose_queries(job, Q, t, w), weights(job, block, t, M, K, w, S);
         const float *own = of_own ? of_own + t.first : nullptr, *other = of_other ? of_other + t.first : nullptr;
-        if (c.kind == SINGULAR)
-            scores_backward_log(w.S, w.top, M, t.width, c.H, scale, own, other, job.map(b, block) + t.first, ld, w.E);
-        else scores_backward(w.S, w.top, M, t.width, c.H, scale, own ? own : other, own ? other : nullptr, ld);
-        product<false>(M, padded, t.rows, w.S, t.width, Q.data, Q.stride, grad_keys, padded, tile > 0);
-        product<true>(t.rows, padded, M, w.S, t.width, K.data, K.stride, grad_query, padded, false);
+        if (c.kind == SINGULAR) scores_backward_log(S, M, t.width, c.H, scale, own, other, job.map(b, block) + t.first, ld, w.E);
+        else scores_backward(S, M, t.width, c.H, scale, own ? own : other, own ? other : nullptr, ld);
+        product<false>(M, padded, t.rows, S, t.width, Q.data, Q.stride, grad_keys, padded, tile > 0);
+        product<true>(t.rows, padded, M, S, t.width, K.data, K.stride, grad_query, padded, false);
         for (Size i = 0; !rows_ready && i < t.rows; ++i)
-            narrow(grad_query + i * padded, c.D, c.dtype,
-                   gradient_row(c, c.grad_queries[block], rows, b, h, row_tokens[t.first + i]));
+            memcpy(gradient_of(c, blocks, block, false, b, h, row_tokens[t.first + i]), grad_query + i * padded,
+                   c.D * sizeof(float));
     }
     for (Size j = 0; !keys_ready && j < M; ++j)
-        narrow(grad_keys + j * padded, c.D, c.dtype, gradient_row(c, c.grad_keys[block], columns, b, h, key_tokens[j]));
+        memcpy(gradient_of(c, blocks, block, true, b, h, key_tokens[j]), grad_keys + j * padded, c.D * sizeof(float));
 }
 
 static void gradients_task(Job& job, Size task) {
     const CongruenceLoss& c = job.c;
-    const int blocks = c.kind == DISTRIBUTED ? 4 : 2;
+    const int blocks = job.blocks();
     job.for_items(job.samples * blocks * c.H, task, [&](Size item) {
         const Size b = job.first + item / (blocks * c.H), h = item % c.H;
-        const int block = item / c.H % blocks, rows = ROW_SIDE[block], columns = KEY_SIDE[block];
+        const int block = item / c.H % blocks, rows = ROW_SIDE[block];
         // of IAIS distributed the own block belongs to its direction alone
         const bool own = c.directions[rows], other = c.directions[1 - rows] && !(c.kind == DISTRIBUTED && block < LV);
         const bool none = job.empty(b) || !(own || other);
-        clear_rows(job, c.grad_queries[block], rows, b, h, none);
-        clear_rows(job, c.grad_keys[block], columns, b, h, none);
+        for (int keys = 0; keys < 2; ++keys) {  // zeros at padding, or in all rows
+            const int side = keys ? KEY_SIDE[block] : rows;
+            const Tokens tokens = job.of(b, side);
+            const Size from = none || tokens.at ? 0 : tokens.count, bytes = (c.lengths[side] - from) * c.D * sizeof(float);
+            if (bytes > 0) memset(gradient_of(c, blocks, block, keys, b, h, from), 0, bytes);
+        }
         if (none) return;
         const float* of_own = own ? job.grad(b, rows, block) : nullptr;
         const float* of_other = other ? job.grad(b, 1 - rows, block) : nullptr;

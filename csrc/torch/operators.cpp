@@ -579,7 +579,7 @@ std::tuple<Tensor, Tensor> maxsim(Tensor queries_in, Tensor documents_in, Maybe 
 }
 
 std::tuple<Tensor, Tensor> congruence_loss(std::vector<Tensor> queries, std::vector<Tensor> keys, Maybe text_mask,
-                                           Maybe image_mask, Word kind, Word direction, double scale, Word backend) {
+                                           Maybe image_mask, Word kind, Word direction, double scale, bool saves, Word backend) {
     check_backend(backend);
     STD_TORCH_CHECK(
         queries.size() == 4 && keys.size() == 4, "queries and keys must be those of the four blocks LL, VV, LV and VL");
@@ -587,7 +587,7 @@ std::tuple<Tensor, Tensor> congruence_loss(std::vector<Tensor> queries, std::vec
     check("queries[0]", text, {ANY, ANY, ANY, ANY}, FLOATS);
     check("queries[1]", queries[1], {ANY, ANY, ANY, ANY}, {});
     const Size batch = text.size(0), L = text.size(2), V = queries[1].size(2);
-    Call call("congruence_loss_forward");
+    Call call("congruence_loss");
     for (const size_t n : {0, 1, 2, 3}) {  // text or image
         const std::string index = "[" + std::to_string(n) + "]";
         const Size of_queries = n % 2 ? V : L, of_keys = n == 0 || n == 3 ? L : V;
@@ -599,13 +599,15 @@ std::tuple<Tensor, Tensor> congruence_loss(std::vector<Tensor> queries, std::vec
     check("image_mask", image_mask, {batch, V}, {ScalarType::Bool});
     place("direction", direction, {"text", "image", "both"});
     const Tensor loss = empty(text, {batch}, ScalarType::Float);
-    const Tensor maps = empty(text, {batch, L + V, (L + 15) / 32 * 32 + (V + 15) / 32 * 32 + 32}, ScalarType::Float);
+    const Size of_blocks = kind == "iais_distributed" ? 4 : 2;
+    const Tensor gradients = empty(text, {saves ? of_blocks * (text.numel() + queries[1].numel()) : 0}, ScalarType::Float);
     call.number("dtype", dtype_of(text)).number("B", batch).number("H", text.size(1)).number("D", text.size(3));
     call.number("lengths[0]", L).number("lengths[1]", V).number("scale", scale);
     call.number("kind", place("kind", kind, {"cacr", "iais_singular", "iais_distributed"}));
     call.number("directions[0]", direction != "image").number("directions[1]", direction != "text");
-    call.contiguous("masks[0]", text_mask).contiguous("masks[1]", image_mask).pointer("maps", maps).pointer("loss", loss).run();
-    return {loss, maps};
+    call.contiguous("masks[0]", text_mask).contiguous("masks[1]", image_mask);
+    call.pointer("loss", loss).pointer("gradients", gradients).run();
+    return {loss, gradients};
 }
 
 Tensor stacked_cross_attention(Tensor images_in, Tensor captions_in, Maybe caption_lengths, Maybe image_lengths, Word direction,
@@ -680,7 +682,7 @@ OPERATORS(VLATTN_NAMESPACE, m) {
         "(Tensor similarity, Tensor places)");
     m.def(
         "congruence_loss(Tensor[] queries, Tensor[] keys, Tensor? text_mask, Tensor? image_mask, str kind, str direction, "
-        "float scale, str backend) -> (Tensor loss, Tensor maps)");
+        "float scale, bool saves, str backend) -> (Tensor loss, Tensor gradients)");
     m.def(
         "stacked_cross_attention(Tensor images, Tensor captions, Tensor? caption_lengths, Tensor? image_lengths, "
         "str direction, str? first_norm, float smooth, str aggregation, float lambda_lse, str backend) -> Tensor");

@@ -130,7 +130,7 @@ wrong("documents must have the shape (any, any, 4)", lambda: operators.maxsim(x[
 wrong("lengths must lie from 0 to 5; got 9", lambda: operators.stacked_cross_attention(
     x[0], x[0], torch.tensor([9, 1]), None, "t2i", None, 9.0, "mean", 6.0, "cpu"))
 wrong("keys[1] must have the shape", lambda: operators.congruence_loss(
-    [x, few, x, few], [x] * 4, None, None, "cacr", "both", 0.5, "cpu"))
+    [x, few, x, few], [x] * 4, None, None, "cacr", "both", 0.5, False, "cpu"))
 print("all were refused")
 """
 

@@ -237,7 +237,7 @@ def op_arguments(kind: str, masked: bool, grad: bool) -> tuple[Any, ...]:
     tail = (prefix(5, 5, 1), prefix(4, 4, 2)) if masked else (None, None)
     queries = [x[name] for name in ("text_query", "image_query", "cross_text_query", "cross_image_query")]
     keys = [x[name] for name in ("text_key", "image_key", "cross_image_key", "cross_text_key")]
-    return queries, keys, *tail, kind, "both", 0.5, "streaming"
+    return queries, keys, *tail, kind, "both", 0.5, grad, "streaming"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -246,7 +246,8 @@ def test_opcheck(kind: str) -> None:
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")[: 3 + (kind == "cacr")]
     torch.library.opcheck(torch.ops.vlattn.congruence_loss, op_arguments(kind, True, True), test_utils=checks)
     torch.library.opcheck(torch.ops.vlattn.congruence_loss, op_arguments(kind, False, False), test_utils=checks)
-    backward = (torch.tensor([0.5, 2.0]), torch.empty(0), *op_arguments(kind, True, False))
+    *arguments, _, backend = op_arguments(kind, True, False)
+    backward = (torch.tensor([0.5, 2.0]), torch.empty(0), *arguments, backend)
     torch.library.opcheck(torch.ops.vlattn.congruence_loss_backward, backward, test_utils=checks)
 
 

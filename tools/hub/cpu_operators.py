@@ -66,10 +66,8 @@ def _statistics(inputs: AttentionStatisticsInputs) -> tuple[Tensor, ...]:
 
 
 def _congruence(inputs: CongruenceLossInputs) -> tuple[Tensor, Tensor]:
-    text, (batch, _, regions, _) = inputs.queries[0], inputs.queries[1].shape
-    columns = 32 + sum([(length + 15) // 32 * 32 for length in (text.shape[2], regions)])
-    maps = text.new_empty(batch, text.shape[2] + regions, columns, dtype=torch.float32)
-    return text.new_empty(batch, dtype=torch.float32), maps
+    text = inputs.queries[0]
+    return text.new_empty(text.shape[0], dtype=torch.float32), text.new_empty(0, dtype=torch.float32)
 
 
 _score = _forward("score_attention", ScoreAttentionInputs, lambda x: (_out(x), _rows(x, dtype=torch.float64)))

@@ -252,8 +252,8 @@ def _congruence_saved(ctx: Any, inputs: CongruenceLossInputs, output: tuple[Tens
 
 
 def _congruence_autograd(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[list[Any], list[Any]]:
-    *blocks, text_mask, image_mask, maps = ctx.saved_tensors
-    inputs = CongruenceLossBackwardInputs(grad_loss, maps, blocks[:4], blocks[4:], text_mask, image_mask, *ctx.options)
+    *blocks, text_mask, image_mask, gradients = ctx.saved_tensors
+    inputs = CongruenceLossBackwardInputs(grad_loss, gradients, blocks[:4], blocks[4:], text_mask, image_mask, *ctx.options)
     grad_queries, grad_keys = _congruence_gradients(inputs)
     none = [None] * (4 - len(grad_queries))
     return [*grad_queries, *none], [*grad_keys, *none]

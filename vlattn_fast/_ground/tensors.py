@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -178,6 +178,15 @@ class _Layouts(threading.local):
 
 
 _LAYOUTS = _Layouts()
+
+
+def saved_for_the_last_time() -> bool:
+    """Whether what was saved for this backward pass may be overwritten: no other pass will read it (retain_graph=True), and the
+    operator is not a registered one, which promises to leave its inputs."""
+    return not (_LAYOUTS.promised or _keeps_graph())
+
+
+_keeps_graph: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
 def _gradient_strides(x: Tensor, heads: int, length: int, size: int) -> tuple[int, ...]:

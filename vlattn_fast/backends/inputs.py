@@ -346,7 +346,7 @@ class PagedAttentionStatisticsInputs(NamedTuple):
 
 class CongruenceLossInputs(NamedTuple):
     """queries and keys (B, H, L or V, D) of the blocks LL, VV, LV, VL (see reference.congruence_loss.block_inputs), text_mask
-    bool (B, L), image_mask bool (B, V)."""
+    bool (B, L), image_mask bool (B, V). saves: whether gradients are needed."""
 
     queries: list[Tensor]
     keys: list[Tensor]
@@ -355,14 +355,15 @@ class CongruenceLossInputs(NamedTuple):
     kind: str
     direction: str
     scale: float
+    saves: bool
     backend: str
 
 
 class CongruenceLossBackwardInputs(NamedTuple):
-    """grad_loss (B), maps as the backend's forward pass gave them; the others as in CongruenceLossInputs."""
+    """grad_loss (B), gradients as the backend's forward pass gave them; the others as in CongruenceLossInputs."""
 
     grad_loss: Tensor
-    maps: Tensor
+    gradients: Tensor
     queries: list[Tensor]
     keys: list[Tensor]
     text_mask: Tensor | None

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_choice, check_floating, check_not_batched, check_tensor, check_token_mask, describe
 from vlattn_fast._ground.tensors import cast_by_autocast, compute_dtype, resolve_scale, scaled_dot_default
-from vlattn_fast.backends.cpu.congruence_loss import maps_shape
 from vlattn_fast.backends.inputs import CongruenceLossBackwardInputs, CongruenceLossInputs
 from vlattn_fast.backends.reference.congruence_loss import DIRECTIONS, KINDS, REDUCTIONS, block_inputs, num_gradients
 from vlattn_fast.dispatch.call import Call, make_call
@@ -36,7 +36,7 @@ def _cuda_limits(call: Call) -> list[tuple[str, bool]]:
     ]
 
 
-BACKENDS = table("congruence_loss", triton=_triton_limits, cuda=_cuda_limits, saves={"cpu": ("maps",)})
+BACKENDS = table("congruence_loss", triton=_triton_limits, cuda=_cuda_limits, saves={"cpu": ("gradients",)})
 
 
 def congruence_loss(
@@ -100,7 +100,8 @@ def congruence_loss(
     written = (None, None) if BACKENDS[backend].masks_padding else (text_mask, image_mask)
     queries, keys = block_inputs(cast_by_autocast(*text), cast_by_autocast(*image), cross, *written)
     check_not_batched("tensors of congruence_loss", "backend='reference' takes them", *queries, *keys, text_mask, image_mask)
-    loss, _ = _forward_op(CongruenceLossInputs(queries, keys, text_mask, image_mask, kind, direction, scale, backend))
+    saves = torch.is_grad_enabled() and any([x.requires_grad for x in (*queries, *keys)])
+    loss, _ = _forward_op(CongruenceLossInputs(queries, keys, text_mask, image_mask, kind, direction, scale, saves, backend))
     if reduction == "none":
         return loss
     return loss.mean() if loss.shape[0] else loss.sum()
@@ -159,9 +160,9 @@ def _check_pair(name: str, x: Any, legend: str) -> None:
 
 def _forward_fake(inputs: CongruenceLossInputs) -> tuple[Tensor, Tensor]:
     text, image, *_ = inputs.queries
-    (batch, _, L, _), V = text.shape, image.shape[2]
-    loss = text.new_empty(batch, dtype=compute_dtype(text))
-    return loss, loss.new_empty(maps_shape(batch, L, V) if "maps" in BACKENDS[inputs.backend].saves else 0)
+    loss = text.new_empty(text.shape[0], dtype=compute_dtype(text))
+    saves = inputs.saves and "gradients" in BACKENDS[inputs.backend].saves
+    return loss, loss.new_empty(num_gradients(inputs.kind) * (text.numel() + image.numel()) if saves else 0)
 
 
 def _backward_fake(inputs: CongruenceLossBackwardInputs) -> tuple[list[Tensor], list[Tensor]]:
@@ -169,9 +170,9 @@ def _backward_fake(inputs: CongruenceLossBackwardInputs) -> tuple[list[Tensor], 
     return [x.new_empty(x.shape) for x in inputs.queries[:n]], [x.new_empty(x.shape) for x in inputs.keys[:n]]
 
 
-# `maps`: what the backend keeps of its forward pass for the backward pass, without a head axis; empty where it recomputes
+# `gradients`: those of each sample's loss, which the backend makes together with it; empty where the backward pass makes them
 _forward_op = define(
-    "congruence_loss", CongruenceLossInputs, "(Tensor loss, Tensor maps)", launcher(BACKENDS, "forward"), _forward_fake
+    "congruence_loss", CongruenceLossInputs, "(Tensor loss, Tensor gradients)", launcher(BACKENDS, "forward"), _forward_fake
 )
 _backward_op = define(
     "congruence_loss_backward",
@@ -183,19 +184,19 @@ _backward_op = define(
 
 
 def _setup_context(ctx: Any, inputs: CongruenceLossInputs, output: tuple[Tensor, Tensor]) -> None:
-    _, maps = output
-    ctx.mark_non_differentiable(maps)
-    ctx.set_materialize_grads(False)  # else zeros as large as the maps
-    ctx.save_for_backward(*inputs.queries, *inputs.keys, inputs.text_mask, inputs.image_mask, maps)
+    _, gradients = output
+    ctx.mark_non_differentiable(gradients)
+    ctx.set_materialize_grads(False)  # else zeros as large as the gradients
+    ctx.save_for_backward(*inputs.queries, *inputs.keys, inputs.text_mask, inputs.image_mask, gradients)
     ctx.options = inputs.kind, inputs.direction, inputs.scale, inputs.backend
 
 
 def _autograd(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[list[Any], list[Any]]:
     if grad_loss is None:  # the loss has no part in what is differentiated
         return [None] * 4, [None] * 4
-    *blocks, text_mask, image_mask, maps = ctx.saved_tensors
+    *blocks, text_mask, image_mask, gradients = ctx.saved_tensors
     queries, keys = blocks[:4], blocks[4:]
-    inputs = CongruenceLossBackwardInputs(grad_loss, maps, queries, keys, text_mask, image_mask, *ctx.options)
+    inputs = CongruenceLossBackwardInputs(grad_loss, gradients, queries, keys, text_mask, image_mask, *ctx.options)
     grad_queries, grad_keys = _backward_op(inputs)
     none = [None] * (4 - len(grad_queries))
     return [*grad_queries, *none], [*grad_keys, *none]

@@ -51,7 +51,9 @@ def run(
         kind=kind,
         direction="both",
         scale=size**-0.5,
+        saves=True,
         backend="triton",
     )
-    _, maps = kernels.forward(inputs)
-    kernels.backward(CongruenceLossBackwardInputs(grad_loss=torch.ones(1), maps=maps, **inputs._asdict()))
+    _, gradients = kernels.forward(inputs)
+    shared = {name: x for name, x in inputs._asdict().items() if name != "saves"}
+    kernels.backward(CongruenceLossBackwardInputs(grad_loss=torch.ones(1), gradients=gradients, **shared))
