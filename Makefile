@@ -46,7 +46,10 @@ PYTEST := $(PY) -m tests.helpers.process --numprocesses $(WORKERS) --dist workst
 CXX_SOURCES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu ptx/*/*.h ptx/*/*.cpp tests/ptx/*.cu tests/cpu/*.cpp)
 INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.kernels
-PIP := $(PY) -m pip --disable-pip-version-check install --quiet
+# Python compiles a module when it is first imported and keeps it, also where the variable below says otherwise. pip would compile
+# all of them, which takes nearly as long as the rest of the install.
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet --no-compile
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test suite cpus bits ptx ptx-others sanitize aarch64 published format lint venv bench report docs oldest newest table models real serve-test hub conda gpu clean
 
@@ -54,11 +57,9 @@ demo: $(READY)
 	@$(PY) -m vlattn_fast.cli demo --out demo
 
 # One thread a process: two processes of one thread finish sooner than one process of two, and sums keep their order.
-# Compiled test modules are kept also where the variable below says otherwise: the processes of a run share them.
 suite bits: export OMP_NUM_THREADS := 1
 # Threads that wait for work would take the processors from the threads that they wait for: tests have more threads than processors.
 suite cpus bits sanitize: export OMP_WAIT_POLICY := passive
-suite bits: export PYTHONDONTWRITEBYTECODE :=
 # torch.compile tries each instruction set of the processor with a compiler first; this one serves.
 suite bits: export TORCHINDUCTOR_VEC_ISA_OK := 1
 # mypy takes one processor for more than a minute: it runs beside the tests.
