@@ -24,9 +24,11 @@ from tools import sanitize
 from vlattn_fast.backends import native
 
 ROOT = Path(__file__).parents[1]
-SIZES = ((2048, 128), (577, 64))  # tokens and features of one head
-TILES = "tiles of 64 rows"
+TILES, PAIRS = "tiles of 64 rows", "products of pairs"
 HEADER = "| bfloat16, one head | call | schedule | tile products | loads | products per load | stores | bytes packed |"
+
+
+Calls = dict[tuple[str, str], Callable[[], Tensor]]  # by operator and schedule
 
 
 class Counts(NamedTuple):
@@ -48,21 +50,38 @@ def counted(call: Callable[[], Tensor]) -> list[Counts]:
     return [forward, Counts(*counts)]
 
 
-def counted_lines(tokens: int, features: int) -> Iterator[str]:
-    query, key, value = (x.requires_grad_() for x in torch.randn(3, 1, 1, tokens, features).to(torch.bfloat16))
-    calls: dict[tuple[str, str], Callable[[], Tensor]] = {
+def attention(query: Tensor, key: Tensor, value: Tensor) -> Calls:
+    return {
         ("score_attention", TILES): lambda: va.score_attention(query, key, value, dropout_p=0.5, backend="cpu"),
         ("score_attention", "panels"): lambda: va.score_attention(query, key, value, backend="cpu"),
         ("attention_statistics", TILES): lambda: va.attention_statistics(query, key, backend="cpu").entropy,
     }
-    for (operator, schedule), call in calls.items():
+
+
+def others(query: Tensor, key: Tensor, value: Tensor) -> Calls:
+    sets = query[0], key[0]  # one set of queries and one of contexts
+    return {
+        ("congruence_loss", PAIRS): lambda: va.congruence_loss((query, key), (value, key), backend="cpu"),
+        ("stacked_cross_attention", PAIRS): lambda: va.stacked_cross_attention(*sets, backend="cpu").sum(),
+        ("maxsim", PAIRS): lambda: va.maxsim(*sets, backend="cpu").sum(),
+    }
+
+
+SIZES = {(2048, 128): attention, (577, 64): attention, (160, 64): others}  # tokens and features of one head: its calls
+
+
+def counted_lines(tokens: int, features: int) -> Iterator[str]:
+    query, key, value = (x.requires_grad_() for x in torch.randn(3, 1, 1, tokens, features).to(torch.bfloat16))
+    for (operator, schedule), call in SIZES[tokens, features](query, key, value).items():
         for name, x in zip(("forward", "backward"), counted(call), strict=True):
+            if x.products == 0:  # congruence_loss makes its gradients with the loss; maxsim's are no products
+                continue
             numbers = f"{x.products:,} | {x.loads:,} | {x.products / x.loads:.2f} | {x.stores:,} | {x.packed_bytes:,}"
             yield f"| {tokens:,} × {features} | `{operator}` {name} | {schedule} | {numbers} |"
 
 
 def lines(*sizes: tuple[int, int]) -> list[str]:
-    """Lines of the table, six a size, from a process with the sanitized library."""
+    """Lines of the table from a process with the sanitized library."""
     folder = sanitize.sanitized("address", sanitize.others_than_amx()[0], "amx")
     environment = {
         **sanitize.sanitizing("address"),

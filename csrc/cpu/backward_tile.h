@@ -334,7 +334,7 @@ static void value_gradients(const BackwardCall& call, Gradients& g, const Block&
         return product<false>(
             x.count, stride, x.t.rows, dropped, x.t.width, g.grad_out, stride, to, g.grad_value.stride, !x.fresh);
     const Pair *along = g.rounded_tile, *rows = (const Pair*)g.grad_out;
-    round_tile(dropped, x.t, x.count, 1.f, g.rounded_tile, nullptr);
+    round_tile(dropped, x.t.rows, x.t.width, x.count, 1.f, g.rounded_tile, nullptr);
     product<false>(x.count, stride, half(x.t.rows), along, x.t.width / 2, rows, stride, to, g.grad_value.stride, !x.fresh);
 }
 

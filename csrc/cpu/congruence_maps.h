@@ -1,7 +1,8 @@
 // Head-mean maps of the blocks LL, VV, LV, VL of congruence_loss, and from gradients at them those of queries and keys.
+//
+// Products of bfloat16 heads are those of pairs (pairs.h), for which gradients of scores are rounded. Maps stay float32.
 #pragma once
-#include "products.h"
-#include "rows.h"
+#include "pairs.h"
 
 namespace ISA {
 namespace {
@@ -23,6 +24,10 @@ struct CongruenceLoss {
     FIELDS(dtype, B, H, D, lengths, kind, directions, scale, queries, keys, masks, loss, gradients)
 };
 
+static bool takes_pairs(const CongruenceLoss& c) {
+    return PAIRS && c.dtype == BFLOAT16 && (least(c.D, least(c.lengths[0], c.lengths[1])) >= TILE_SIDE || pairs_are_fast());
+}
+
 // The real tokens of one side of a sample
 struct Tokens {
     const int32_t* at;  // null where they are the first `count`
@@ -30,10 +35,13 @@ struct Tokens {
     Size operator[](Size i) const { return at ? at[i] : i; }
 };
 
-// Real tokens of a head as float32 rows of D rounded up: the tensor itself where it can be read as it is, else a copy
+// Real tokens of a head as float32 rows of D rounded up, or as rows of pairs: the tensor itself where it can be read as it is, else a
+// copy
 struct TokenRows {
-    const float* data;
+    const void* data;
     Size stride;
+    const float* numbers() const { return (const float*)data; }
+    const Pair* pairs() const { return (const Pair*)data; }
 };
 
 // A number rounded up to an odd number of groups: rows of such a stride do not fall onto one set of the cache.
@@ -41,6 +49,8 @@ INLINE Size odd_groups(Size n) { return (n + GROUP - 1) / (2 * GROUP) * (2 * GRO
 
 struct Workspace {
     float *keys, *rows, *transposed, *S, *E, *T, *cross, *grad_query, *grad_keys;
+    // of pairs: of two keys and of two rows, (*, padded); of a tile of gradients, (keys, TILE / 2) and twice (rows, half(keys))
+    Pair *key_pairs, *row_pairs, *along, *across, *turned;
     void plan(const CongruenceLoss& c, Memory& memory) {
         const Size longest = most(c.lengths[0], c.lengths[1]), padded = round_up(c.D, GROUP);
         keys = memory.take(longest * padded);
@@ -48,11 +58,16 @@ struct Workspace {
         S = memory.take((longest + 1) * TILE), E = memory.take(longest * TILE), T = memory.take(longest * TILE);
         cross = memory.take(TILE * odd_groups(longest));
         grad_query = memory.take(TILE * padded), grad_keys = memory.take(longest * padded);
+        if (!takes_pairs(c)) return;
+        key_pairs = (Pair*)memory.take(half(longest) * padded), row_pairs = (Pair*)memory.take(half(TILE) * padded);
+        along = (Pair*)memory.take(longest * half(TILE)), across = (Pair*)memory.take(half(longest) * TILE);
+        turned = (Pair*)memory.take(half(longest) * TILE);
     }
 };
 
 struct Job {
     const CongruenceLoss& c;
+    bool pairs = takes_pairs(c);
     Size tasks;
     Size* taken;  // (tasks, GROUP): of the items of each task's share. No two tasks' numbers lie in one line of the cache.
     int32_t* tokens;  // (B, L + V)
@@ -89,6 +104,7 @@ struct Job {
         }
     }
 
+    Size depth() const { return pairs ? half(c.D) : c.D; }  // of the products of queries and keys
     Size padded(int side) const { return odd_groups(c.lengths[side]); }  // the stride of a map
     Size map_size() const { return (c.lengths[0] + c.lengths[1]) * (padded(0) + padded(1)); }
     Size offset(int block) const {
@@ -155,10 +171,14 @@ INLINE bool lies_ready(const CongruenceLoss& c, const Tokens& tokens) {
     return !tokens.at && c.dtype == FLOAT32 && c.D % GROUP == 0;
 }
 // The tokens [first, first + count); `copy` holds as many rows.
-static TokenRows load_rows(const CongruenceLoss& c, const StridedTensor& x, const Tokens& tokens, Size b, Size h, Size first,
-                           Size count, float* copy) {
+static TokenRows load_rows(const Job& job, const StridedTensor& x, const Tokens& tokens, Size b, Size h, Size first, Size count,
+                           float* copy) {
+    const CongruenceLoss& c = job.c;
     if (lies_ready(c, tokens)) return {(const float*)x.data + x.at(b, h, first), x.stride_n};
-    const Size padded = round_up(c.D, GROUP);
+    const Size padded = round_up(c.D, GROUP), n = half(c.D);
+    for (Size i = 0; job.pairs && i < count; ++i)
+        fill_pairs(element(x.data, c.dtype, x.at(b, h, tokens[first + i])), c.D, (Pair*)copy + i * n);
+    if (job.pairs) return {copy, n};
     for (Size i = 0; i < count; ++i) {
         float* row = copy + i * padded;
         widen(element(x.data, c.dtype, x.at(b, h, tokens[first + i])), c.dtype, c.D, row);
@@ -168,17 +188,17 @@ static TokenRows load_rows(const CongruenceLoss& c, const StridedTensor& x, cons
 }
 static TokenRows load_keys(const Job& job, int block, Size b, Size h, float* copy) {
     const Tokens tokens = job.of(b, KEY_SIDE[block]);
-    return load_rows(job.c, job.c.keys[block], tokens, b, h, 0, tokens.count, copy);
+    return load_rows(job, job.c.keys[block], tokens, b, h, 0, tokens.count, copy);
 }
 
-// The queries of a tile of rows. w.transposed: (D, width), with zeros behind the last row.
+// The queries of a tile of rows. w.transposed: (depth, width), with zeros behind the last row.
 static TokenRows load_queries(const Job& job, int block, Size b, Size h, const RowTile& t, Workspace& w) {
-    const CongruenceLoss& c = job.c;
-    return load_rows(c, c.queries[block], job.of(b, ROW_SIDE[block]), b, h, t.first, t.rows, w.rows);
+    return load_rows(job, job.c.queries[block], job.of(b, ROW_SIDE[block]), b, h, t.first, t.rows, w.rows);
 }
 static void transpose_queries(const Job& job, const TokenRows& Q, const RowTile& t, Workspace& w) {
-    transpose(Q.data, Q.stride, t.rows, job.c.D, w.transposed, t.width);
-    for (Size d = 0; d < job.c.D; ++d)
+    if (job.pairs) count_packed(job.depth() * t.width * sizeof(Pair));
+    transpose(Q.numbers(), Q.stride, t.rows, job.depth(), w.transposed, t.width);
+    for (Size d = 0; d < job.depth(); ++d)
         for (Size i = t.rows; i < t.width; ++i) w.transposed[d * t.width + i] = 0;
 }
 
@@ -188,8 +208,12 @@ static void weights(const Job& job, int block, const RowTile& t, Size M, const T
     const CongruenceLoss& c = job.c;
     float* last = S + M * t.width;
     for (Size i = 0; i < t.width; i += VL) store(last + i, splat(-INFINITY));
-    product<false>(
-        M, t.width, c.D, K.data, K.stride, w.transposed, t.width, S, t.width, false, scaled((float)c.scale, StoreAndTop{last}));
+    const auto finish = scaled((float)c.scale, StoreAndTop{last});
+    const auto multiply = [&](const auto* keys, const auto* queries) {
+        product<false>(M, t.width, job.depth(), keys, K.stride, queries, t.width, S, t.width, false, finish);
+    };
+    if (job.pairs) multiply(K.pairs(), (const Pair*)w.transposed);
+    else multiply(K.numbers(), w.transposed);
     if (job.logs(block)) return;
     for (Size i = 0; i < t.width; i += VL) store(last + i, exponentials(S + i, M, t.width, load(last + i), S + i));
 }
@@ -340,6 +364,23 @@ static float* gradient_of(const CongruenceLoss& c, int blocks, int block, bool k
     return c.gradients + (before * c.B * c.H + (b * c.H + h) * c.lengths[side(number)] + n) * c.D;
 }
 
+// grad_query (rows, padded) = that of a tile's queries, and grad_keys (M, padded) = that of the keys, or += with `add`, from S (M, width)
+static void products_backward(const Job& job, const RowTile& t, Size M, const float* S, const TokenRows& Q, const TokenRows& K,
+                              float* grad_query, float* grad_keys, bool add, const Workspace& w) {
+    const Size padded = round_up(job.c.D, GROUP), width = t.width;
+    if (!job.pairs) {
+        product<false>(M, padded, t.rows, S, width, Q.numbers(), Q.stride, grad_keys, padded, add);
+        product<true>(t.rows, padded, M, S, width, K.numbers(), K.stride, grad_query, padded, false);
+        return;
+    }
+    round_tile(S, t.rows, width, M, 1.f, w.along, w.across);
+    transpose((const float*)w.across, width, half(M), width, (float*)w.turned, half(M));
+    pair_all_rows(Q.pairs(), Q.stride, t.rows, job.c.D, w.row_pairs, padded);
+    if (!add) pair_all_rows(K.pairs(), K.stride, M, job.c.D, w.key_pairs, padded);  // for the head's other tiles, too
+    product<false>(M, padded, half(t.rows), w.along, width / 2, w.row_pairs, padded, grad_keys, padded, add);
+    product<false>(t.rows, padded, half(M), w.turned, half(M), w.key_pairs, padded, grad_query, padded, false);
+}
+
 // of_own, of_other: gradients at the map from the directions of the block's rows and of the other side; null where there is none
 static void gradients_of_head(Job& job, Size b, int block, Size h, const float* of_own, const float* of_other, Workspace& w) {
     const CongruenceLoss& c = job.c;
@@ -359,8 +400,7 @@ static void gradients_of_head(Job& job, Size b, int block, Size h, const float* 
         const float *own = of_own ? of_own + t.first : nullptr, *other = of_other ? of_other + t.first : nullptr;
         if (c.kind == SINGULAR) scores_backward_log(S, M, t.width, c.H, scale, own, other, job.map(b, block) + t.first, ld, w.E);
         else scores_backward(S, M, t.width, c.H, scale, own ? own : other, own ? other : nullptr, ld);
-        product<false>(M, padded, t.rows, S, t.width, Q.data, Q.stride, grad_keys, padded, tile > 0);
-        product<true>(t.rows, padded, M, S, t.width, K.data, K.stride, grad_query, padded, false);
+        products_backward(job, t, M, S, Q, K, grad_query, grad_keys, tile > 0, w);
         for (Size i = 0; !rows_ready && i < t.rows; ++i)
             memcpy(gradient_of(c, blocks, block, false, b, h, row_tokens[t.first + i]), grad_query + i * padded,
                    c.D * sizeof(float));

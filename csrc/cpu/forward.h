@@ -7,7 +7,7 @@
 //     out_i = rescale out_i + sum_j Z P_ij v_j                                       [drop, values.sum]
 // At the end out_i / total_i and lse_i = top_i + ln total_i                          [finish_rows, store_lse]
 #pragma once
-#include "pairs.h"
+#include "paired_keys.h"
 #include "scores.h"
 
 namespace ISA {

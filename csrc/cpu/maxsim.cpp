@@ -9,10 +9,10 @@
 // Bound: multiply-adds, one product over features a pair of tokens. Tricks: a lane is a query token, so that a maximum over the
 // document's tokens needs no sum over lanes; short queries share the lanes of a group. The products of a block of document tokens
 // with a group stay in the first cache. The backward pass reads one token a pair of query token and document: no product at all.
-// A document belongs to one thread or to several that have other queries: no sum depends on the threads.
+// A document belongs to one thread or to several that have other queries: no sum depends on the threads. Products of bfloat16 tokens are
+// those of pairs by tiles (pairs.h), where there are any.
 // Measured: rows maxsim of benchmarks/results/cpu.json.
-#include "products.h"
-#include "rows.h"
+#include "pairs.h"
 
 namespace ISA {
 namespace {
@@ -40,6 +40,13 @@ struct Maxsim {
     const float* grad_similarity;  // backward (A, B)
     void *grad_query, *grad_document;  // (A, N, D), (B, M, D)
     FIELDS(dtype, D, query, document, similarity, places, grad_similarity, grad_query, grad_document)
+    bool takes_pairs() const { return TILES && dtype == BFLOAT16 && D >= TILE_SIDE; }
+    Size depth() const { return takes_pairs() ? half(D) : D; }  // of a product
+    // A token's row as products take it: numbers, or pairs
+    void load_row(const Tokens& x, Size set, Size i, float* to) const {
+        if (takes_pairs()) fill_pairs(element(x.data, dtype, set * x.stride_set + i * x.stride_token), D, (Pair*)to);
+        else x.widened(dtype, D, set, i, to);
+    }
     int32_t* places_at(Size a, Size b) const { return places + (a * document.count + b) * query.tokens; }
     Size stride() const { return round_up(D, VL); }
 };
@@ -60,7 +67,7 @@ struct MaxsimForward : Queue {
     const Maxsim& c;
     Groups groups;
     Size parts;  // of the groups, which threads take side by side
-    float* packed;  // (groups, D, width)
+    float* packed;  // (groups, depth, width)
     explicit MaxsimForward(const Maxsim& c) : c(c), groups(c.query) {
         const Size tasks = 4 * thread_count();
         parts = most(1, least(groups.count, tasks / most(1, c.document.count)));
@@ -90,9 +97,9 @@ static void pack_groups(MaxsimForward& job, PackingSpace& space, Size) {
         memset(space.rows, 0, width * stride * sizeof(float));
         for (Size n = 0; n < job.groups.queries * c.query.tokens; ++n) {
             const Size a = group * job.groups.queries + n / c.query.tokens, i = n % c.query.tokens;
-            if (a < c.query.count && c.query.real(a, i)) c.query.widened(c.dtype, c.D, a, i, space.rows + n * stride);
+            if (a < c.query.count && c.query.real(a, i)) c.load_row(c.query, a, i, space.rows + n * stride);
         }
-        transpose(space.rows, stride, width, c.D, job.packed + group * c.D * width, width);
+        transpose(space.rows, stride, width, c.depth(), job.packed + group * c.depth() * width, width);
     }
 }
 
@@ -128,7 +135,7 @@ static Size load_tokens(const Maxsim& c, Size b, Size& j, const DocumentSpace& s
     Size count = 0;
     for (; j < c.document.tokens && count < BLOCK_TOKENS; ++j)
         if (c.document.real(b, j)) {
-            c.document.widened(c.dtype, c.D, b, j, space.rows + count * c.stride());
+            c.load_row(c.document, b, j, space.rows + count * c.stride());
             space.index[count++] = (int32_t)j;
         }
     return count;
@@ -147,8 +154,13 @@ static void forward_documents(MaxsimForward& job, DocumentSpace& space, Size) {
             for (Size group = 0; group < some; ++group)
                 for (Size i = 0; i < width; i += LANES_OF_A_PRODUCT) {
                     const Size lanes = least(LANES_OF_A_PRODUCT, width - i), at = group * width + i;
-                    const float* packed = job.packed + (first + group) * c.D * width + i;
-                    product<false>(count, lanes, c.D, space.rows, c.stride(), packed, width, space.S, LANES_OF_A_PRODUCT, false);
+                    const float* packed = job.packed + (first + group) * c.depth() * width + i;
+                    const auto multiply = [&](const auto* rows, const auto* lanes_of) {
+                        product<false>(
+                            count, lanes, c.depth(), rows, c.stride(), lanes_of, width, space.S, LANES_OF_A_PRODUCT, false);
+                    };
+                    if (c.takes_pairs()) multiply((const Pair*)space.rows, (const Pair*)packed);
+                    else multiply(space.rows, packed);
                     keep_largest(space.S, count, lanes, space.index, space.largest + at, space.places + at);
                 }
         }
@@ -162,7 +174,7 @@ static void forward_documents(MaxsimForward& job, DocumentSpace& space, Size) {
 static Size maxsim_forward(const Maxsim& c) {
     MaxsimForward job(c);
     Memory memory;
-    if (!memory.place([&] { job.packed = memory.take(job.groups.count * c.D * job.groups.width); })) return NO_MEMORY;
+    if (!memory.place([&] { job.packed = memory.take(job.groups.count * c.depth() * job.groups.width); })) return NO_MEMORY;
     const Size threads = thread_count();
     if (run_with_space<PackingSpace>(threads, job, pack_groups) != DONE) return NO_MEMORY;
     job.next = 0;

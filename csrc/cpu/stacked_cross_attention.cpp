@@ -18,9 +18,10 @@
 // a lane is a context, so what is normalised over the queries of a set needs no sum over lanes. A context set belongs to one
 // thread, which finishes its gradient; what the queries' gradients need of a pair is one number a query and context, stored for a
 // chunk of context sets, and summed over these in a second sweep over the query sets. So no sum depends on the threads.
+// Products of bfloat16 sets are those of pairs by tiles (pairs.h). Similarities are float32 numbers: for a_i P is the sum of three
+// bfloat16 numbers, in as many products. Gradients are bfloat16 numbers: for them P, G_a, G_S and sums of these are rounded.
 // Measured: rows stacked_cross_attention of benchmarks/results/cpu.json.
-#include "products.h"
-#include "rows.h"
+#include "pairs.h"
 
 namespace ISA {
 namespace {
@@ -52,6 +53,10 @@ struct StackedCrossAttention {
            stride_x, grad_query, grad_context)
 };
 
+static bool takes_pairs(const StackedCrossAttention& c) {
+    return TILES && c.dtype == BFLOAT16 && least(c.D, c.context.rows) >= TILE_SIDE;  // fewer fill no tile
+}
+
 // The stride of maps: an odd number of groups where it is long, so that their rows do not fall onto one set of the cache
 static Size padded(Size contexts) {
     const Size groups = (contexts + GROUP - 1) / GROUP;
@@ -67,6 +72,11 @@ struct Rows32 {
     Size count(Size set) const { return first[set + 1] - first[set]; }
     const float* at(Size set) const { return data + (copy ? first[set] * stride : set * stride_set); }
 };
+// They as pairs, in calls that take these
+struct PairedRows {
+    Pair* along;  // of two numbers of a row: (rows, features / 2)
+    Pair* across;  // of two rows of a set of contexts: (half(rows) of each set, features)
+};
 
 struct Workspace {
     // of a block of query sets, (rows, contexts): scores, normalised scores, their softmax, the gradients at P and then at S
@@ -74,16 +84,20 @@ struct Workspace {
     float* A;  // (rows, features): attended vectors, and then their gradients
     float *dot, *norm_a, *cosine, *weight;  // (rows): q . a, and then the gradient at it; |a|; see aggregate
     float* norms;  // (sets, contexts) of the columns
+    // of a block: P or weights, along and across (rows); the latter transposed; A along and across, and query rows across
+    Pair *map_along, *map_across, *map_transposed, *A_along, *A_across, *query_across;
     // of a context set
-    float* CT;  // (D, contexts) from context `start` of set `set`
+    float* CT;  // (D, contexts) from context `start` of set `set`, or pairs
     Size set, start;
     float* grad_context;
 };
 
 struct Job : Queue {
     const StackedCrossAttention& c;
+    bool pairs = takes_pairs(c);
     Size threads = thread_count();
     Rows32 query, context;
+    PairedRows query_pairs, context_pairs;
     Size *blocks, num_blocks;  // block b: query sets [blocks[b], blocks[b + 1])
     float* norm_q;  // of all query rows
     // for the second sweep, of a chunk of context sets: (x, rows, contexts) G_S + by_dot P, and (x, rows)
@@ -95,6 +109,12 @@ struct Job : Queue {
 
     explicit Job(const StackedCrossAttention& c) : c(c) {}
     Size features() const { return round_up(c.D, GROUP); }
+    Size depth() const { return pairs ? half(c.D) : c.D; }  // of products over the features
+    // Of a product with `rows` rows of the batch: fewer than a tile's would be multiplied, and so round, otherwise than in a larger batch.
+    Size product_rows(Size rows) const { return pairs ? most(rows, TILE_SIDE) : rows; }
+    const Pair* query_along(Size row) const { return query_pairs.along + row * features() / 2; }
+    const Pair* context_along(Size x) const { return context_pairs.along + context.first[x] * features() / 2; }
+    Pair* context_across(Size x) const { return context_pairs.across + (context.first[x] + x) / 2 * features(); }
     Size width() const { return padded(c.context.rows); }
     Size rows() const { return query.first[c.query.count]; }
     // of query row `row` and context set x, whose maps have `width` columns
@@ -263,16 +283,41 @@ static Size load_contexts(const Job& job, Size x, Size start, Workspace& w) {
     const Size m = job.context.count(x), n = least(MOST_CONTEXTS, padded(m) - start), real = most(0, least(n, m - start));
     if (w.set == x && w.start == start) return n;
     w.set = x, w.start = start;
-    if (real < n) memset(w.CT, 0, n * job.c.D * sizeof(float));
-    transpose(job.context.at(x) + start * job.context.stride, job.context.stride, real, job.c.D, w.CT, n);
+    if (real < n) memset(w.CT, 0, n * job.depth() * sizeof(float));
+    const Size stride = job.pairs ? job.features() / 2 : job.context.stride;
+    const float* rows = job.pairs ? (const float*)job.context_along(x) : job.context.at(x);
+    if (job.pairs) count_packed(job.depth() * n * sizeof(Pair));
+    transpose(rows + start * stride, stride, real, job.depth(), w.CT, n);
     return n;
 }
-// to (rows, width) = from (rows, D), whose stride is `stride`, times the contexts of set x transposed
-static void times_contexts(const Job& job, Size x, Size rows, const float* from, Size stride, float* to, Size width,
+// to (rows, width) = from (rows, D), whose stride is `stride`, times the contexts of set x transposed; `from` may be pairs
+template <class Element>
+static void times_contexts(const Job& job, Size x, Size rows, const Element* from, Size stride, float* to, Size width,
                            Workspace& w) {
     for (Size j = 0, n; j < width; j += n) {
         n = load_contexts(job, x, j, w);
-        product<false>(rows, n, job.c.D, from, stride, w.CT, n, to + j, width, false);
+        product<false>(job.product_rows(rows), n, job.depth(), from, stride, (const Element*)w.CT, n, to + j, width, false);
+    }
+}
+static const int WHOLE = 3;  // bfloat16 numbers whose sum is a float32 number
+// to (rows, features) = map (rows, width) times the contexts of set x, or += with `add`. Pairs take the first `parts` of the map: it
+// rounded, and then what that leaves.
+static void map_times_contexts(const Job& job, Size x, Size rows, const float* map, int parts, float* to, bool add,
+                               Workspace& w) {
+    const Size m = job.context.count(x), width = padded(m), features = job.features();
+    const auto multiply = [&](bool adds) {
+        const Size some = job.product_rows(rows);
+        product<false>(some, features, half(m), w.map_along, width / 2, job.context_across(x), features, to, features, adds);
+    };
+    if (!job.pairs)
+        return product<false>(rows, features, m, map, width, job.context.at(x), job.context.stride, to, features, add);
+    for (int part = 0; part < parts; ++part) {
+        for (Size n = 0; n < rows * width; n += VL) {
+            Vector rest = load(map + n);
+            for (int before = 0; before < part; ++before) rest -= widened(rounded(rest), true);
+            store((uint16_t*)w.map_along + n, rounded(rest));
+        }
+        multiply(add || part > 0);
     }
 }
 
@@ -298,12 +343,13 @@ static void cosines(const Job& job, const Block& b, Workspace& w) {
 static void block_forward(const Job& job, const Block& b, Size x, Workspace& w) {
     const StackedCrossAttention& c = job.c;
     const Size m = job.context.count(x), width = padded(m), features = job.features();
-    times_contexts(job, x, b.rows, job.query.at(b.first_set), job.query.stride, w.S, width, w);
+    if (job.pairs) times_contexts(job, x, b.rows, job.query_along(b.first_row), features / 2, w.S, width, w);
+    else times_contexts(job, x, b.rows, job.query.at(b.first_set), job.query.stride, w.S, width, w);
     for_maps(job, b, width, w, [&](Size n, Size at, float* norms) {
         normalize(c, w.S + at, n, width, w.N + at, norms);
         attend((float)c.smooth, w.N + at, n, m, width, w.P + at);
     });
-    product<false>(b.rows, features, m, w.P, width, job.context.at(x), job.context.stride, w.A, features, false);
+    map_times_contexts(job, x, b.rows, w.P, WHOLE, w.A, false, w);
     cosines(job, b, w);
 }
 
@@ -333,20 +379,34 @@ static void cosine_gradients(const Job& job, const Block& b, Size x, Workspace& 
 static void map_gradients(const Job& job, const Block& b, Size x, Workspace& w) {
     const StackedCrossAttention& c = job.c;
     const Size width = padded(job.context.count(x)), features = job.features();
-    times_contexts(job, x, b.rows, w.A, features, w.G, width, w);
+    if (job.pairs) {
+        round_tile(w.A, features, features, b.rows, 1.f, w.A_along, w.A_across);
+        times_contexts(job, x, b.rows, w.A_along, features / 2, w.G, width, w);
+    } else times_contexts(job, x, b.rows, w.A, features, w.G, width, w);
     for_maps(job, b, width, w, [&](Size n, Size at, const float* norms) {
         attend_backward((float)c.smooth, w.P + at, n, width, w.G + at);
         with_columns(c, [&](auto columns) { columns.gradients(w.S + at, w.N + at, norms, n, width, w.G + at); });
     });
 }
-static void add_to_contexts(const Job& job, const Block& b, Size x, Workspace& w) {
-    const Size m = job.context.count(x), width = padded(m), features = job.features();
+// The gradient of the contexts += map^T (m, rows) times rows, which are given (rows, features) and, for pairs, across
+static void add_map_to_contexts(const Job& job, Size rows, Size m, const float* map, const float* other, Size stride,
+                                const Pair* other_across, Workspace& w) {
+    const Size width = padded(m), features = job.features();
+    if (job.pairs) round_tile(map, width, width, rows, 1.f, nullptr, w.map_across);
     for (Size j = 0; j < m; j += MOST_CONTEXTS) {
-        const Size some = least(MOST_CONTEXTS, m - j);
+        const Size some = least(MOST_CONTEXTS, m - j), depth = half(rows);
         float* grad = w.grad_context + j * features;
-        product<true>(some, features, b.rows, w.P + j, width, w.A, features, grad, features, true);
-        product<true>(some, features, b.rows, w.G + j, width, job.query.at(b.first_set), job.query.stride, grad, features, true);
+        if (job.pairs) {
+            transpose((const float*)(w.map_across + j), width, depth, some, (float*)w.map_transposed, depth);
+            product<false>(some, features, depth, w.map_transposed, depth, other_across, features, grad, features, true);
+        } else product<true>(some, features, rows, map + j, width, other, stride, grad, features, true);
     }
+}
+static void add_to_contexts(const Job& job, const Block& b, Size x, Workspace& w) {
+    const Size m = job.context.count(x), features = job.features();
+    if (job.pairs) pair_all_rows(job.query_along(b.first_row), features / 2, b.rows, features, w.query_across, features);
+    add_map_to_contexts(job, b.rows, m, w.P, w.A, features, w.A_across, w);
+    add_map_to_contexts(job, b.rows, m, w.G, job.query.at(b.first_set), job.query.stride, w.query_across, w);
 }
 static void store_for_queries(const Job& job, const Block& b, Size x, const Workspace& w) {
     const Size width = padded(job.context.count(x));
@@ -411,8 +471,8 @@ static void contexts_task(Job& job, Size task) {
 }
 
 // Rows [first, first + some) of the queries' gradients += those by way of context set x
-static void add_to_queries(const Job& job, Size first, Size some, Size x) {
-    const Size m = job.context.count(x), width = padded(m), features = job.features();
+static void add_to_queries(const Job& job, Size first, Size some, Size x, Workspace& w) {
+    const Size width = padded(job.context.count(x)), features = job.features();
     const float *Q = job.query.data + first * job.query.stride, *by_norm_q = job.by_norm_q_at(x, first);
     float* grad = job.grad_query + first * features;
     for (Size i = 0; i < some; ++i)
@@ -420,16 +480,18 @@ static void add_to_queries(const Job& job, Size first, Size some, Size x) {
             float* to = grad + i * features + d;
             store(to, load(to) + load(Q + i * job.query.stride + d) * by_norm_q[i]);
         }
-    product<false>(
-        some, features, m, job.weights_at(x, first, width), width, job.context.at(x), job.context.stride, grad, features, true);
+    const float* weights = job.weights_at(x, first, width);
+    if (!job.pairs) return map_times_contexts(job, x, some, weights, 1, grad, true, w);
+    map_times_contexts(job, x, some, weights, 1, w.A, false, w);
+    for (Size n = 0; n < some * features; n += VL) store(grad + n, load(grad + n) + load(w.A + n));
 }
-static void queries_task(Job& job, Size) {
+static void queries_task(Job& job, Size task) {
     const Size features = job.features(), rows = job.rows();
     for (Size first = job.take() * BLOCK_ROWS; first < rows; first = job.take() * BLOCK_ROWS) {
         const Size some = least(BLOCK_ROWS, rows - first);
         if (job.first == 0) memset(job.grad_query + first * features, 0, some * features * sizeof(float));
         for (Size x = job.first; x < job.first + job.sets; ++x)
-            if (job.context.count(x) > 0) add_to_queries(job, first, some, x);
+            if (job.context.count(x) > 0) add_to_queries(job, first, some, x, job.workspaces[task]);
     }
 }
 static void store_task(Job& job, Size) {
@@ -441,27 +503,35 @@ static void store_task(Job& job, Size) {
 
 // ---- before they start
 
-// The task's share of the sets of a side, as float32 rows where they are copied. norms: those of the rows, or null
-static void pack_side(const Job& job, Size task, const Sets& sets, const Rows32& rows, float* norms) {
+// The task's share of the sets of a side, as float32 rows where they are copied, and as pairs. norms: those of the rows, or null
+static void pack_side(const Job& job, Size task, const Sets& sets, const Rows32& rows, const PairedRows& pairs, float* norms) {
     const StackedCrossAttention& c = job.c;
     const Size features = job.features(), tasks = job.threads;
-    for (Size set = share(sets.count, task, tasks); set < share(sets.count, task + 1, tasks); ++set)
+    for (Size set = share(sets.count, task, tasks); set < share(sets.count, task + 1, tasks); ++set) {
+        Pair* along = pairs.along + rows.first[set] * features / 2;
         for (Size i = 0; i < rows.count(set); ++i) {
             const void* from = element(sets.data, c.dtype, set * sets.stride_set + i * sets.stride_row);
             float* to = rows.copy + (rows.first[set] + i) * features;
             if (rows.copy) widen(from, c.dtype, c.D, to), memset(to + c.D, 0, (features - c.D) * sizeof(float));
             const float* row = rows.at(set) + i * rows.stride;
             if (norms) norms[rows.first[set] + i] = sqrtf(inner(row, row, features));
+            if (!job.pairs) continue;
+            Pair* pair = along + i * features / 2;
+            memset(pair + c.D / 2, 0, (features / 2 - c.D / 2) * sizeof(Pair));
+            fill_pairs(from, c.D, pair);
         }
+        if (pairs.across) pair_all_rows(along, features / 2, rows.count(set), features, job.context_across(set), features);
+    }
 }
 static void pack_task(Job& job, Size task) {
-    pack_side(job, task, job.c.query, job.query, job.norm_q);
-    pack_side(job, task, job.c.context, job.context, nullptr);
+    pack_side(job, task, job.c.query, job.query, job.query_pairs, job.norm_q);
+    pack_side(job, task, job.c.context, job.context, job.context_pairs, nullptr);
 }
 
-// The real rows of a side: read where they lie, or in a copy. in_a_row: the sets must lie one after the other, since several are
-// taken at a time; else each set may lie anywhere.
-static void plan_rows(const StackedCrossAttention& c, const Sets& sets, bool in_a_row, Memory& memory, Rows32& rows) {
+// The real rows of a side: read where they lie, or in a copy. Query sets must lie one after the other, since several are taken at a
+// time; each set of contexts may lie anywhere.
+static void plan_rows(const StackedCrossAttention& c, const Sets& sets, bool are_queries, Memory& memory, Rows32& rows,
+                      PairedRows& pairs) {
     rows.first = (Size*)memory.take(2 * (sets.count + 1));
     Size total = 0;
     for (Size set = 0; set < sets.count; ++set) {
@@ -471,9 +541,12 @@ static void plan_rows(const StackedCrossAttention& c, const Sets& sets, bool in_
     }
     if (!memory.counts()) rows.first[sets.count] = total;
     const bool as_it_is = c.dtype == FLOAT32 && c.D % GROUP == 0 &&
-                          (!in_a_row || (total == sets.count * sets.rows && sets.stride_set == sets.rows * sets.stride_row));
+                          (!are_queries || (total == sets.count * sets.rows && sets.stride_set == sets.rows * sets.stride_row));
     const Size features = round_up(c.D, GROUP);
-    rows.copy = as_it_is ? nullptr : memory.take(total * features);
+    const bool paired = takes_pairs(c), across = paired && !are_queries;
+    pairs.along = paired ? (Pair*)memory.take((total + TILE_SIDE) * features / 2) : nullptr;  // see product_rows
+    pairs.across = across ? (Pair*)memory.take((total + sets.count) / 2 * features) : nullptr;
+    rows.copy = as_it_is || across ? nullptr : memory.take(total * features);
     rows.data = as_it_is ? (const float*)sets.data : rows.copy;
     rows.stride = as_it_is ? sets.stride_row : features, rows.stride_set = sets.stride_set;
 }
@@ -492,10 +565,18 @@ static void list_blocks(Job& job) {
 }
 
 static void plan_workspace(const Job& job, bool backward, Memory& memory, Workspace& w) {
-    const Size rows = job.block_rows, map = rows * job.width(), features = job.features();
+    const Size block_rows = job.block_rows,
+               rows = job.pairs ? most(block_rows, BLOCK_ROWS) : block_rows;  // as add_to_queries has
+    const Size map = rows * job.width(), features = job.features();
     w.set = w.start = -1;
     w.CT = memory.take(job.c.D * least(job.width(), MOST_CONTEXTS)), w.A = memory.take(rows * features);
     w.S = memory.take(map), w.N = memory.take(map), w.P = memory.take(map), w.G = backward ? memory.take(map) : nullptr;
+    if (job.pairs) {
+        w.map_along = (Pair*)memory.take(map / 2), w.map_across = (Pair*)memory.take(half(rows) * job.width());
+        w.map_transposed = (Pair*)memory.take(half(rows) * least(job.width(), MOST_CONTEXTS));
+        w.A_along = (Pair*)memory.take(rows * features / 2), w.A_across = (Pair*)memory.take(half(rows) * features);
+        w.query_across = (Pair*)memory.take(half(rows) * features);
+    }
     w.norms = memory.take(job.block_sets * job.width());
     w.grad_context = backward ? memory.take(job.c.context.rows * features) : nullptr;
     w.dot = memory.take(rows + GROUP), w.norm_a = memory.take(rows + GROUP);
@@ -506,8 +587,8 @@ static bool prepare(Job& job, Memory& lists, Memory& memory, bool backward) {
     const StackedCrossAttention& c = job.c;
     const Size threads = job.threads;
     const bool listed = lists.place([&] {
-        plan_rows(c, c.query, true, lists, job.query);
-        plan_rows(c, c.context, false, lists, job.context);
+        plan_rows(c, c.query, true, lists, job.query, job.query_pairs);
+        plan_rows(c, c.context, false, lists, job.context, job.context_pairs);
         job.blocks = (Size*)lists.take(2 * (c.query.count + 1));
     });
     if (!listed) return false;

@@ -3,6 +3,7 @@ so `make test` runs this code on any processor (test_sanitized.py, which takes t
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,9 +11,18 @@ import torch
 from torch import Tensor
 
 import vlattn_fast as va
-from tests.helpers.compare import as_dtype, assert_close_to
-from tests.helpers.ops import abar_cases, map_cases, relevancy_cases, second_cases, tile_edges
+from tests.helpers.compare import as_dtype, assert_all_close_to, assert_close_to
+from tests.helpers.ops import (
+    abar_cases,
+    congruence_loss_cases,
+    map_cases,
+    relevancy_cases,
+    second_cases,
+    stacked_cross_attention_cases,
+    tile_edges,
+)
 from tests.helpers.ops.score_cases import MASKS, SCORES, attention_inputs, check, lay_out
+from vlattn_fast.ops.congruence_loss import KINDS
 
 BF16 = torch.bfloat16
 SIZES = ((3, 5), (17, 16), (49, 63), (65, 130), (33, 801), (100, 1025))  # numbers of queries and keys: odd, tiles, blocks
@@ -71,6 +81,29 @@ def test_layouts_of_pairs_in_gradients_of_maps(operator: str, rule: str, n: int)
 def test_layouts_of_pairs_in_second_derivatives(size: tuple[int, int], features: tuple[int, int], layout: str) -> None:
     (n, m), (d, dv) = size, features
     second_cases.check(second_cases.inputs(n, m, b=2, d=d, dv=dv, dtype=BF16), layout=layout, return_lse=True)
+
+
+@pytest.mark.parametrize("kind, size, d", tile_edges.covering(KINDS, ((17, 16), (49, 63), (100, 33)), (16, 17, 64)))
+def test_layouts_of_pairs_in_congruence(kind: str, size: tuple[int, int], d: int) -> None:
+    """Text in several tiles, images whose tokens are scattered."""
+    length, regions = size
+    inputs = as_dtype(congruence_loss_cases.make(length, regions, b=2, d=d, cross=d == 17), BF16)
+    congruence_loss_cases.check("cpu", inputs, kind=kind, image_mask=torch.rand(2, regions) > 0.2)
+
+
+@pytest.mark.parametrize("regions, words, d", tile_edges.covering((16, 36, 600), (1, 20, 51), (16, 33, 100)))
+def test_layouts_of_pairs_in_stacked_cross_attention(regions: int, words: int, d: int) -> None:
+    inputs = stacked_cross_attention_cases.tensors((3, 3), regions, words, d, BF16)
+    lengths = {"image_lengths": (regions, 15, regions - 1), "caption_lengths": (words, 1, words)}
+    stacked_cross_attention_cases.check("cpu", inputs, **lengths)
+
+
+@pytest.mark.parametrize("n, m, d", tile_edges.covering((1, 17, 40), (16, 65, 130), (16, 17, 128)))
+def test_layouts_of_pairs_in_maxsim(n: int, m: int, d: int) -> None:
+    inputs = {"queries": random(5, n, d), "documents": random(3, m, d)}
+    masks = {"query_mask": torch.rand(5, n) > 0.1, "document_mask": torch.rand(3, m) > 0.3}
+    ours, formula = (partial(fn, **masks) for fn in (partial(va.maxsim, backend="cpu"), va.reference.maxsim))
+    assert_all_close_to(ours, formula, inputs, [torch.randn(5, 3)])
 
 
 @pytest.mark.parametrize("score", ("general-relu-key", "general-tanh-key", "general-sigmoid-key"))
