@@ -49,10 +49,10 @@ variant is shown.
 - *of limit*: the least time that the machine's rates allow, over p50, and the rate that is reached first: *FMA*, *pairs* of
   bfloat16 or *AMX* tiles are operations of these instructions on registers, *products* those of torch's large matrix product or
   convolution in the same number type where they are more, or where a row is older than these loops; then bytes from memory, and
-  torch's exponentials. A CPU's rates are measured in the same run (`_rates.py`). A row is above 100 % where torch's product is
-  slower than the processor allows, where the caches hold a part of the data, or where other programs took memory's rate while it
-  was measured. Every benchmark counts the least work of its operator
-  (`passes` in `_bounds.py`). The rest goes to exponentials beside the products, the passes over tiles between them, and threads
+  torch's exponentials. A CPU's rates are measured in the same run (`_rates.py`). A row is above 100 % where torch's product or
+  exponential is slower than the processor allows, where the caches hold a part of the data, or where other programs took memory's
+  rate while it was measured. Every benchmark counts the least work of its operator (`floor` in `_measure.py`); older rows of
+  `congruence_loss` have no share, since it was counted too high. The rest goes to exponentials beside the products, the passes over tiles between them, and threads
   that wait for one another; a small call also pays for Python.
 - CPU rows have fewer batches and heads (SCAN: fewer pairs; whole models: less depth and width). Each table names its sizes.
 """

@@ -6,13 +6,14 @@ batch, then a Python loop over the samples that cuts off the padding.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlattn_fast.benchmarks._bounds import pairs, passes, sdpa
+from vlattn_fast.benchmarks._bounds import pairs, sdpa
 from vlattn_fast.benchmarks._formula import end
 from vlattn_fast.benchmarks._measure import QKV, Benchmark, Pass, Problem, Tensors, Variant, backward, operator_problem, randoms
 from vlattn_fast.benchmarks._workloads import UNITER, UNITER_DENSE, Sizes
@@ -35,14 +36,16 @@ def build(kind: str, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> 
     whole = {name: randn(b, h, n + v, d) for name in (*QKV, "grad_output")}
     finish, plain = backward(BLOCKS, ("grad_loss",)), backward(QKV, ("grad_output",))(sdpa)
 
-    real = {name: torch.ones(b, size, dtype=torch.bool, device=device) for name, size in zip(MASKS, (n, v), strict=True)}
+    full = {name: torch.ones(b, size, dtype=torch.bool, device=device) for name, size in zip(MASKS, (n, v), strict=True)}
+    real = {name: tensors.get(name, mask) for name, mask in full.items()}
+    lengths = list(zip(*(mask.sum(-1).tolist() for mask in real.values()), strict=True))
 
     def loop(t: Tensors) -> Tensor:
         return published_loss({**real, **t}, kind).to(t["grad_loss"].dtype)
 
     return operator_problem(
         "congruence_loss", partial(arguments, kind), tensors, finish, 5,
-        lambda _: plain(whole), end, pairs(sizes), _floor(sizes, dtype),
+        lambda _: plain(whole), end, pairs(sizes), _floor(kind, lengths, sizes, dtype),
         rivals={"published": Variant(finish(loop), 5)},
     )  # fmt: skip
 
@@ -53,12 +56,17 @@ def arguments(kind: str, t: Tensors) -> dict[str, Any]:
     return {"text": text, "image": image, "kind": kind, "reduction": "none", **{name: t[name] for name in MASKS if name in t}}
 
 
-def _floor(sizes: Sizes, dtype: torch.dtype) -> tuple[Pass, Pass]:
-    """Forward: the scores, the change of basis of every head in both directions, two exponentials a pair; backward: 3 times."""
-    (once,) = passes(sizes, dtype, (1, 2, 2))
-    n, v = sizes["L"], sizes["V"]
-    forward = once._replace(flops=once.flops + sizes["B"] * sizes["H"] * 4 * n * v * (n + v))
-    return forward, Pass(*(3 * x for x in forward))
+def _floor(kind: str, real: Sequence[tuple[int, int]], sizes: Sizes, dtype: torch.dtype) -> tuple[Pass, Pass]:
+    """Forward: the scores, an exponential a pair, and the change of basis of the means over heads; backward: two products of the
+    blocks that have gradients, and twice the change of basis, or of CACR, whose cross maps have none, as much. `real`: how many
+    text and image tokens each sample has."""
+    h, d = sizes["H"], sizes["D"]
+    tensor = h * d * dtype.itemsize * sum(n + v for n, v in real)
+    whole, own = (sum((n + v) ** 2 for n, v in real), sum(n * n + v * v for n, v in real))
+    basis = {"cacr": 4, "iais_singular": 0, "iais_distributed": 2}[kind] * sum(n * v * (n + v) for n, v in real)
+    again, with_gradients = (2, whole) if kind == "iais_distributed" else (1, own)
+    forward = Pass(2 * h * d * whole + basis, 2 * tensor, h * whole)
+    return forward, Pass(4 * h * d * with_gradients + again * basis, 4 * tensor)
 
 
 BENCHMARKS = [
