@@ -52,8 +52,8 @@ variant is shown.
   torch's exponentials. A CPU's rates are measured in the same run (`_rates.py`). A row is above 100 % where torch's product or
   exponential is slower than the processor allows, where the caches hold a part of the data, or where other programs took memory's
   rate while it was measured. Every benchmark counts the least work of its operator (`floor` in `_measure.py`); older rows of
-  `congruence_loss` have no share, since it was counted too high. The rest goes to exponentials beside the products, the passes over tiles between them, and threads
-  that wait for one another; a small call also pays for Python.
+  `congruence_loss` have no share, since it was counted too high. The rest goes to exponentials beside the products, the passes
+  over tiles between them, and threads that wait for one another; a small call also pays for Python.
 - CPU rows have fewer batches and heads (SCAN: fewer pairs; whole models: less depth and width). Each table names its sizes.
 """
 
