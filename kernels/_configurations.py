@@ -154,6 +154,14 @@ _FLOAT32_KEYS = [
     _line((64, 64, 4, 1), _PARTS, architecture="sm_90", dtype=FLOAT32),
     _line((64, 32, 4, 1), _PARTS, dtype=FLOAT32),
 ]
+# two sums of 64 rows of 192 features are 192 numbers a thread: a tile of 64 x 64 pairs leaves ptxas too few registers
+_FLOAT32_TWO_SUMS = "a larger tile of pairs beside two sums makes ptxas wait for each product of 192 features alone"
+_FLOAT32_BACKWARD_Q = [_line((64, 32, 4, 1), _FLOAT32_TWO_SUMS, architecture="sm_90", dtype=FLOAT32), *_FLOAT32_ROWS]
+_FLOAT32_BACKWARD_KV = [
+    _FLOAT32_KEYS[0],
+    _line((32, 128, 8, 1), _FLOAT32_TWO_SUMS, architecture="sm_90", dtype=FLOAT32),
+    *_FLOAT32_KEYS[1:],
+]
 _RELEVANCY_ROWS = [
     *_FLOAT32_ROWS,
     _line((64, 32, 4, 2), _MASK, masked=True, size=128),
@@ -187,7 +195,7 @@ LINES: dict[str, list[Line]] = {
     ],
     "score_attention backward_q": [
         *_UNITS_ROWS,
-        *_FLOAT32_ROWS,
+        *_FLOAT32_BACKWARD_Q,
         _line((64, 32, 4, 2), _MASK, masked=True, size=128),
         _line((64, 64, 4, 3), _ONCE, score="dot", size=64),
         _line((64, 64, 4, 2), _ONCE, size=64),
@@ -201,7 +209,7 @@ LINES: dict[str, list[Line]] = {
         _line((64, 64, 4, 1), _OWNED, score=UNIT_KINDS, size=64),
         _line((64, 64, 8, 1), _OWNED, score=UNIT_KINDS, size=128),
         _line((32, 16, 8, 1), _WIDER, score=UNIT_KINDS),
-        *_FLOAT32_KEYS,
+        *_FLOAT32_BACKWARD_KV,
         _line((32, 32, 4, 2), _NORMS, score="cosine", masked=True, size=128),
         _line((32, 64, 4, 2), _MASK, masked=True, size=128),
         _line((64, 64, 4, 2), _ONCE, size=64),
@@ -212,13 +220,13 @@ LINES: dict[str, list[Line]] = {
     ],
     "relevancy_attention statistics": _RELEVANCY_ROWS,
     "relevancy_attention backward_q": [
-        *_FLOAT32_ROWS,
+        *_FLOAT32_BACKWARD_Q,
         _line((64, 32, 4, 2), _MASK, masked=True, size=128),
         _line((64, 64, 4, 2), _FEWER, size=128),
         _line((32, 32, 4, 1), _WIDER),
     ],
     "relevancy_attention backward_kv": [  # block_t: rows of r in a program
-        *_FLOAT32_KEYS,
+        *_FLOAT32_BACKWARD_KV,
         _line((64, 64, 4, 2), _SHORT_KEYS, masked=False, block_t=1, M=512, size=64),
         _line((32, 64, 4, 2), "and a mask's addresses, or rows of r, take registers", M=512, size=64),
         _line((64, 128, 8, 2), "128 keys read Q and dO half as often as 64", masked=False, block_t=16, size=64),

@@ -51,8 +51,8 @@ from vlattn_fast.kernels._scores import (
 from vlattn_fast.kernels._tiles import (
     OLD_TRITON,
     ROW_MULTIPLE,
+    add_product_and_rounded,
     add_products,
-    add_two_products,
     block_and_head,
     cdiv,
     dot,
@@ -335,7 +335,7 @@ def _backward_q_kernel(
             b_k = lengthened(b_k, norms[1], HALF and EDGE)
             if C.EXACT:
                 b_p, b_mean_along = through_score(b_p, b_mean_along, b_s, b_slope, norms, parameter, C.SCORE, EDGE)
-                b_dq, b_mean = add_two_products(b_dq, b_ds, b_mean, b_p, b_k, of_k, C.A, C.PRECISION)
+                b_dq, b_mean = add_product_and_rounded(b_dq, b_ds, b_mean, b_p, b_k, of_k, C.A, C.PRECISION)
             else:
                 b_dq = add_products(b_dq, b_ds, b_k, of_k, C.A, C.PRECISION)
         if C.SCORE == "cosine" and not EDGE:  # without a clamp sum_j dS_ij S_ij is q_i dQ_i
@@ -452,7 +452,8 @@ def _without_rounding(b_dq, b_along, b_mean, b_mean_along, b_rest):
     """Sums over dS = P (dP - delta) as a delta larger by b_rest makes them: less b_rest times the same sums over P.
 
     The rows of dS sum to 0, or to the gradient of the log-sum-exp, when delta is exact. It is not, since it is made of the
-    rounded `out`. `b_rest` is what they sum to instead, known only after the loop; so the loop also sums P slope k_j, `b_mean`.
+    rounded `out`. `b_rest` is what they sum to instead, known only after the loop; so the loop also sums P slope k_j, `b_mean`,
+    of numbers in bfloat16: b_rest is a rounding error, of which 8 bits do.
     """
     b_exact = ()
     for i in tl.static_range(len(b_dq)):
