@@ -102,13 +102,8 @@ PAIRS = (
     Item("parts", "score_attention", "grouped heads, few queries"),
     Item("rows", "congruence_loss", "iais_singular, long rows"),
 )
-# they have not run on sm_80
-ON_SM_90_ALONE = (
-    Item("tiles", "score_attention", "scaled_dot causal", torch.float32),
-    Item("tiles", "relevancy_attention", "gradient", torch.float32),
-)
 # on sm_80, in float16, congruence_loss divides rows of a tile by their largest entry: other tiles, other quotients
-SM_80 = tuple(item for item in PAIRS if item.operator != "congruence_loss" and item not in ON_SM_90_ALONE)
+SM_80 = tuple(item for item in PAIRS if item.operator != "congruence_loss")
 ITEMS = {90: (*(Item("consan", *call) for call in CALLS), *PAIRS), 80: SM_80}
 
 # its terms are cut off where 2^x is 0 in numbers, that is by the distance from the largest logit so far
