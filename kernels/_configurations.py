@@ -154,13 +154,17 @@ _FLOAT32_KEYS = [
     _line((64, 64, 4, 1), _PARTS, architecture="sm_90", dtype=FLOAT32),
     _line((64, 32, 4, 1), _PARTS, dtype=FLOAT32),
 ]
-# two sums of 64 rows of 192 features are 192 numbers a thread: a tile of 64 x 64 pairs leaves ptxas too few registers
-_FLOAT32_TWO_SUMS = "a larger tile of pairs beside two sums makes ptxas wait for each product of 192 features alone"
-_FLOAT32_BACKWARD_Q = [_line((64, 32, 4, 1), _FLOAT32_TWO_SUMS, architecture="sm_90", dtype=FLOAT32), *_FLOAT32_ROWS]
+# two sums of 64 rows of 192 features are 192 numbers a thread: beside 64 x 64 pairs ptxas has too few registers
+_TWO_SUMS = "two sums and a tile of more pairs make ptxas serialise the products of 192 features"
+_FLOAT32_BACKWARD_Q = [
+    _line((64, 32, 4, 1), _TWO_SUMS, architecture="sm_90", dtype=FLOAT32),
+    _FLOAT32_128[1],
+    _line((32, 64, 4, 1), _PARTS, dtype=FLOAT32),
+]
 _FLOAT32_BACKWARD_KV = [
-    _FLOAT32_KEYS[0],
-    _line((32, 128, 8, 1), _FLOAT32_TWO_SUMS, architecture="sm_90", dtype=FLOAT32),
-    *_FLOAT32_KEYS[1:],
+    *_FLOAT32_KEYS[:2],
+    _line((32, 128, 8, 1), _TWO_SUMS, architecture="sm_90", dtype=FLOAT32),
+    _FLOAT32_KEYS[-1],
 ]
 _RELEVANCY_ROWS = [
     *_FLOAT32_ROWS,
