@@ -95,7 +95,7 @@ def test_forward_kernels_do_not_spill_on_sm_90() -> None:
     assert len(forward) > 50
     assert [key for key, row in forward if row["spills"] > 0 and not key.startswith(named)] == []
     assert max(row["spills"] for key, row in forward if " fp32 " not in key) <= 512
-    assert max(row["spills"] for key, row in forward) <= 928
+    assert max(row["spills"] for key, row in forward) <= 992
 
 
 def test_no_product_is_computed_by_two_warps() -> None:

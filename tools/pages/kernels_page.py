@@ -198,7 +198,20 @@ polynomials were worked out from them, and not written:
   takes at most 0.5 % of CLIP's dot products, and a persistent grid has the same rounds. For 160 tokens, where first tiles are a
   fifth of the estimate, programs that share a multiprocessor fill these waits already; the estimate leaves that out.
 - *Tiles for 160 keys*, on sm_90: a forward pass takes one of 128 keys and one of 32, where it took 64, 64 and 32. UNITER's fell
-  from 122 to 115 µs. Backward, 128 keys a tile for dQ save 2.1 %, and 128 queries a tile for dK and dV 0.6 %: not in.
+  from 122 to 115 µs. Backward, 128 keys a tile for dQ save 2.1 %, and 128 queries a tile for dK and dV 0.6 %: not in. A
+  bound of P in place of dQ's masks of padding, whose keys are zeros, saves another 1.8 %, and the three 4.5 %. First tiles are
+  27 of 115 µs forward and 54 of 287 backward.
+- *The sum that corrects dQ in float32*: it is in. Each product of float32 was six of bfloat16; that of P and K is multiplied by what
+  rounding leaves of the sum of dS, and is one now. Errors of dQ stay, to three digits. CLIP's backward pass in float32 falls from
+  5,961 to 5,494 µs.
+- *Serialised products in float32*, on sm_90 (a wait for each instruction of wgmma, C7512). Backward passes of 192 features have none
+  any more: dQ takes tiles of 64 x 32, dK and dV of 32 x 128 with eight warps, each instead of 64 x 64. Products and waits, bytes
+  spilled, and the estimate with CLIP's tokens under Triton 3.6: dQ from 276 and 276, 1,536, 8,572 µs to 159 and 66, 880, 8,251;
+  dK and dV from 276 and 276, 1,288, 8,897 to 204 and 96, 984, 8,601. Those of 256 features stay serialised in the same tiles: dQ
+  from 336 and 336, 2,240, 11,300 to 180 and 180, 1,384, 10,896; dK and dV from 336 and 336, 2,064, 11,735 to 240 and 240, 1,568,
+  11,352. What is not serialised there takes longer by the estimate: dQ in tiles of 64 x 32 with eight warps, of which each half
+  computes all scores (320 and 80, 616 bytes), 17,687; dK and dV in tiles of 16 x 64 (192 and 120, 864) 15,457, and in two launches
+  of 64 x 128 (168 and 60, 544; 216 and 72, 760) 13,565.
 - *Exponentials by polynomials*, on sm_100, as FlashAttention-4 has them: not in. They help where special functions take
   longest. In clocks a pair and multiprocessor, issue takes 0.082 and special 0.081 forward with 64 features, 0.104 and 0.089
   with 128 features, and 0.089 to 0.114 and 0.071 backward. Range reduction and three multiply-adds take at least seven
