@@ -201,17 +201,8 @@ polynomials were worked out from them, and not written:
   from 122 to 115 µs. Backward, 128 keys a tile for dQ save 2.1 %, and 128 queries a tile for dK and dV 0.6 %: not in. A
   bound of P in place of dQ's masks of padding, whose keys are zeros, saves another 1.8 %, and the three 4.5 %. First tiles are
   27 of 115 µs forward and 54 of 287 backward.
-- *The sum that corrects dQ in float32*: it is in. Each product of float32 was six of bfloat16; that of P and K is multiplied by what
-  rounding leaves of the sum of dS, and is one now. Errors of dQ stay, to three digits. CLIP's backward pass in float32 falls from
-  5,961 to 5,494 µs.
-- *Serialised products in float32*, on sm_90 (a wait for each instruction of wgmma, C7512). Backward passes of 192 features have none
-  any more: dQ takes tiles of 64 x 32, dK and dV of 32 x 128 with eight warps, each instead of 64 x 64. Products and waits, bytes
-  spilled, and the estimate with CLIP's tokens under Triton 3.6: dQ from 276 and 276, 1,536, 8,572 µs to 159 and 66, 880, 8,251;
-  dK and dV from 276 and 276, 1,288, 8,897 to 204 and 96, 984, 8,601. Those of 256 features stay serialised in the same tiles: dQ
-  from 336 and 336, 2,240, 11,300 to 180 and 180, 1,384, 10,896; dK and dV from 336 and 336, 2,064, 11,735 to 240 and 240, 1,568,
-  11,352. What is not serialised there takes longer by the estimate: dQ in tiles of 64 x 32 with eight warps, of which each half
-  computes all scores (320 and 80, 616 bytes), 17,687; dK and dV in tiles of 16 x 64 (192 and 120, 864) 15,457, and in two launches
-  of 64 x 128 (168 and 60, 544; 216 and 72, 760) 13,565.
+- *The sum that corrects dQ in float32*: it is in. The product of P and K, which a rounding error multiplies, was six products of
+  bfloat16 and is one. Errors of dQ stay, to three digits. CLIP's backward pass in float32 falls from 5,961 to 5,494 µs.
 - *Exponentials by polynomials*, on sm_100, as FlashAttention-4 has them: not in. They help where special functions take
   longest. In clocks a pair and multiprocessor, issue takes 0.082 and special 0.081 forward with 64 features, 0.104 and 0.089
   with 128 features, and 0.089 to 0.114 and 0.071 backward. Range reduction and three multiply-adds take at least seven
@@ -226,6 +217,25 @@ polynomials were worked out from them, and not written:
   without a product. The rest is 17 of 212 µs for products forward and 47 of 801 backward, copies of their factors, and the
   beginning of a program. The estimate leaves out that a tile waits for one product more. On sm_80 the kernels would spill 528
   bytes.
+
+In float32 ptxas serialises backward passes of 256 features on sm_90 (C7515): each instruction of wgmma has its own wait. Those of
+192 features were serialised, too, until they took smaller tiles of pairs. These are the kernels under Triton 3.6, with the bytes
+that a thread spills and the estimate for CLIP's tokens. Of 256 features no tile without such waits takes as little time:
+
+| features, kernel | tile | warps | instructions | waits | spilled | estimate, µs |
+| --- | --- | ---: | ---: | ---: | ---: | ---: |
+| 192, dQ, before | 64 x 64 | 4 | 276 | 276 | 1,536 | 8,572 |
+| 192, dQ | 64 x 32 | 4 | 159 | 66 | 880 | 8,251 |
+| 192, dK and dV, before | 64 x 64 | 4 | 276 | 276 | 1,288 | 8,897 |
+| 192, dK and dV | 32 x 128 | 8 | 204 | 96 | 984 | 8,601 |
+| 256, dQ, before | 64 x 64 | 4 | 336 | 336 | 2,240 | 11,300 |
+| 256, dQ | 64 x 32 | 4 | 180 | 180 | 1,384 | 10,896 |
+| 256, dQ, not in | 64 x 16 | 4 | 152 | 152 | 848 | 13,124 |
+| 256, dQ, not in: each half of the warps computes all scores | 64 x 32 | 8 | 320 | 80 | 616 | 17,687 |
+| 256, dK and dV, before | 64 x 64 | 4 | 336 | 336 | 2,064 | 11,735 |
+| 256, dK and dV | 32 x 128 | 8 | 240 | 240 | 1,568 | 11,352 |
+| 256, dK and dV, not in | 16 x 64 | 4 | 192 | 120 | 864 | 15,457 |
+| 256, dV and then dK, not in | 64 x 128 | 8 | 168, 216 | 60, 72 | 544, 760 | 13,565 |
 
 """
 
