@@ -1,5 +1,5 @@
 # make demo   a picture, a table of checks and a comparison of costs
-# make test   lint, types and every test with one in four of its cases, one in ten as `make bits` runs it, then a tenth of `make cpus`;
+# make test   lint, types and every test with one in eight of its cases, one in ten as `make bits` runs it, then a tenth of `make cpus`;
 #             ARGS="tests vlattn_fast" for all cases, ARGS="-k causal" for some; WORKERS=2 processes
 # make cpus   the tests of accuracy as this CPU computes, and as three others would
 # make bits   every test, where torch's own products come out an ulp away, as on another processor; ARGS="-k causal" for some

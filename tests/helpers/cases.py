@@ -1,7 +1,7 @@
 """A plug-in of pytest: `-p tests.helpers.cases`, as `make test` asks for it, keeps some cases of each test.
 
-A test in FOLDERS keeps its first case of each operator on each backend, and one in four of the others, drawn by their names: the
-same everywhere.
+A test in FOLDERS keeps its first case of each operator on each backend, and one in eight of the others, drawn by their names:
+the same everywhere.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tests.helpers.accuracy import drawn
 
 # There cases are sizes, dtypes, masks and options of a call. Elsewhere a case is a thing of its own: a page, a file, an example.
 FOLDERS = tuple(f"tests/{name}/" for name in ("attach", "cpu", "cuda", "interpret", "kernels", "lab", "nn", "ops", "power"))
-SHARE = "0/4"  # of the other cases
+SHARE = "0/8"  # of the other cases
 SOME_CASES = ("-p", "tests.helpers.cases")  # as `make test` has it, for tests that run pytest
 
 
