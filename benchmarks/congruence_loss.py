@@ -62,10 +62,10 @@ def _floor(kind: str, real: Sequence[tuple[int, int]], sizes: Sizes, dtype: torc
     text and image tokens each sample has."""
     h, d = sizes["H"], sizes["D"]
     tensor = h * d * dtype.itemsize * sum(n + v for n, v in real)
-    whole, own = (sum((n + v) ** 2 for n, v in real), sum(n * n + v * v for n, v in real))
+    all_pairs, within = sum((n + v) ** 2 for n, v in real), sum(n * n + v * v for n, v in real)
     basis = {"cacr": 4, "iais_singular": 0, "iais_distributed": 2}[kind] * sum(n * v * (n + v) for n, v in real)
-    again, with_gradients = (2, whole) if kind == "iais_distributed" else (1, own)
-    forward = Pass(2 * h * d * whole + basis, 2 * tensor, h * whole)
+    again, with_gradients = (2, all_pairs) if kind == "iais_distributed" else (1, within)
+    forward = Pass(2 * h * d * all_pairs + basis, 2 * tensor, h * all_pairs)
     return forward, Pass(4 * h * d * with_gradients + again * basis, 4 * tensor)
 
 
