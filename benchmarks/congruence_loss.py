@@ -58,8 +58,8 @@ def arguments(kind: str, t: Tensors) -> dict[str, Any]:
 
 def _floor(kind: str, real: Sequence[tuple[int, int]], sizes: Sizes, dtype: torch.dtype) -> tuple[Pass, Pass]:
     """Forward: the scores, an exponential a pair, and the change of basis of the means over heads; backward: two products of the
-    blocks that have gradients, and twice the change of basis, or of CACR, whose cross maps have none, as much. `real`: how many
-    text and image tokens each sample has."""
+    blocks that have gradients, and twice the change of basis. The cross maps of CACR have no gradients: it takes that once.
+    `real`: how many text and image tokens each sample has."""
     h, d = sizes["H"], sizes["D"]
     tensor = h * d * dtype.itemsize * sum(n + v for n, v in real)
     all_pairs, within = sum((n + v) ** 2 for n, v in real), sum(n * n + v * v for n, v in real)

@@ -70,13 +70,13 @@ def close(got, wanted, leaves=()):
         sent = [torch.randn_like(x) for x in wanted]
         torch.testing.assert_close(grad(got, leaves, sent), grad(wanted, leaves, sent), rtol=2e-3, atol=2e-4)
 
-query, key, value = leaf(2, 2, 9, 16), leaf(2, 1, 11, 16), leaf(2, 1, 11, 8)
+query, key, value = leaf(2, 4, 9, 16), leaf(2, 2, 11, 16), leaf(2, 2, 11, 8)
 key_mask = torch.ones(2, 11, dtype=torch.bool)
 key_mask[1, 8:] = False
 masks = {"attn_mask": torch.randn(9, 11), "key_mask": key_mask}
 with torch.no_grad():  # what stands in padding has no influence
     key[1, :, 8:] = value[1, :, 8:] = torch.nan
-vector = leaf(2, 16)
+vector = leaf(4, 16)
 for score, of_formula in (
     ("dot", "scaled_dot"),
     ("cosine", va.scores.Cosine(1e-8)),
@@ -92,7 +92,7 @@ for score, of_formula in (
 with torch.no_grad():
     key[1, :, 8:] = value[1, :, 8:] = 0.0
 
-keys, values = leaf(2, 1, 9, 16), leaf(2, 1, 9, 8)
+keys, values = leaf(2, 2, 9, 16), leaf(2, 2, 9, 8)
 carrier = torch.eye(9)[:3].expand(2, -1, -1).clone().requires_grad_()
 for rule in ("gradient", "attention"):
     got = hub.relevancy_attention(query, keys, values, carrier, rule=rule, row_normalize=True, is_causal=True)
@@ -108,16 +108,17 @@ for rule in ("gradient", "attention"):
     sent = [torch.ones_like(x) for x in theirs]
     for a, b in zip(grad(ours, (*halves, carrier), sent), grad(theirs, (*halves, carrier), sent), strict=True):
         assert (a - b).abs().max() <= 0.03 * b.abs().max()
-grad_output = leaf(2, 2, 9, 8)
-for rule, normalize, reduction in (("gradient", False, "mean"), ("attention", True, "max")):
+grad_output = leaf(2, 4, 9, 8)
+for rule in ("gradient", "attention"):
     inputs = (query, key, value, grad_output) if rule == "gradient" else (query, key)
-    options = {"rule": rule, "row_normalize": normalize, **masks}
-    got = hub.relevancy_step(carrier, query, key, value, grad_output, **options)
-    wanted = formula.relevancy_step(carrier, query, key, value, grad_output, enable_gqa=True, **options)
-    close([got], [wanted], (carrier, *inputs))
-    got = hub.attention_map(*inputs, head_reduction=reduction, **options)
-    wanted = formula.attention_map(*inputs, head_reduction=reduction, enable_gqa=True, **options)
-    close([got], [wanted], inputs)
+    for normalize, reduction in ((False, "mean"), (True, "max")):
+        options = {"rule": rule, "row_normalize": normalize, **masks}
+        got = hub.relevancy_step(carrier, query, key, value, grad_output, **options)
+        wanted = formula.relevancy_step(carrier, query, key, value, grad_output, enable_gqa=True, **options)
+        close([got], [wanted], (carrier, *inputs))
+        got = hub.attention_map(*inputs, head_reduction=reduction, **options)
+        wanted = formula.attention_map(*inputs, head_reduction=reduction, enable_gqa=True, **options)
+        close([got], [wanted], inputs)
 # through the log-sum-exp of the attention, too
 def lse_of():
     return hub.score_attention(query, key, value, **masks)[1]

@@ -24,9 +24,7 @@ struct CongruenceLoss {
     FIELDS(dtype, B, H, D, lengths, kind, directions, scale, queries, keys, masks, loss, gradients)
 };
 
-static bool takes_pairs(const CongruenceLoss& c) {
-    return PAIRS && c.dtype == BFLOAT16 && (least(c.D, least(c.lengths[0], c.lengths[1])) >= TILE_SIDE || pairs_are_fast());
-}
+static bool takes_pairs(const CongruenceLoss& c) { return pairs_pay(c.dtype, least(c.D, least(c.lengths[0], c.lengths[1]))); }
 
 // The real tokens of one side of a sample
 struct Tokens {
@@ -35,8 +33,8 @@ struct Tokens {
     Size operator[](Size i) const { return at ? at[i] : i; }
 };
 
-// Real tokens of a head as float32 rows of D rounded up, or as rows of pairs: the tensor itself where it can be read as it is, else a
-// copy
+// Real tokens of a head as float32 rows of D rounded up: the tensor itself where it can be read as it is, else a copy; or a copy as
+// rows of pairs
 struct TokenRows {
     const void* data;
     Size stride;
@@ -49,7 +47,8 @@ INLINE Size odd_groups(Size n) { return (n + GROUP - 1) / (2 * GROUP) * (2 * GRO
 
 struct Workspace {
     float *keys, *rows, *transposed, *S, *E, *T, *cross, *grad_query, *grad_keys;
-    // of pairs: of two keys and of two rows, (*, padded); of a tile of gradients, (keys, TILE / 2) and twice (rows, half(keys))
+    // of pairs: of two keys, (half(keys), padded), and of two rows, (half(TILE), padded); of a tile of gradients, of two rows,
+    // (keys, half(TILE)), and of two keys, (half(keys), TILE), and the latter transposed
     Pair *key_pairs, *row_pairs, *along, *across, *turned;
     void plan(const CongruenceLoss& c, Memory& memory) {
         const Size longest = most(c.lengths[0], c.lengths[1]), padded = round_up(c.D, GROUP);
@@ -176,9 +175,11 @@ static TokenRows load_rows(const Job& job, const StridedTensor& x, const Tokens&
     const CongruenceLoss& c = job.c;
     if (lies_ready(c, tokens)) return {(const float*)x.data + x.at(b, h, first), x.stride_n};
     const Size padded = round_up(c.D, GROUP), n = half(c.D);
-    for (Size i = 0; job.pairs && i < count; ++i)
-        fill_pairs(element(x.data, c.dtype, x.at(b, h, tokens[first + i])), c.D, (Pair*)copy + i * n);
-    if (job.pairs) return {copy, n};
+    if (job.pairs) {
+        for (Size i = 0; i < count; ++i)
+            fill_pairs(element(x.data, c.dtype, x.at(b, h, tokens[first + i])), c.D, (Pair*)copy + i * n);
+        return {copy, n};
+    }
     for (Size i = 0; i < count; ++i) {
         float* row = copy + i * padded;
         widen(element(x.data, c.dtype, x.at(b, h, tokens[first + i])), c.dtype, c.D, row);

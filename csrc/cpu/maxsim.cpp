@@ -40,7 +40,7 @@ struct Maxsim {
     const float* grad_similarity;  // backward (A, B)
     void *grad_query, *grad_document;  // (A, N, D), (B, M, D)
     FIELDS(dtype, D, query, document, similarity, places, grad_similarity, grad_query, grad_document)
-    bool takes_pairs() const { return TILES && dtype == BFLOAT16 && D >= TILE_SIDE; }
+    bool takes_pairs() const { return tiles_pay(dtype, D); }
     Size depth() const { return takes_pairs() ? half(D) : D; }  // of a product
     // A token's row as products take it: numbers, or pairs
     void load_row(const Tokens& x, Size set, Size i, float* to) const {
@@ -155,9 +155,9 @@ static void forward_documents(MaxsimForward& job, DocumentSpace& space, Size) {
                 for (Size i = 0; i < width; i += LANES_OF_A_PRODUCT) {
                     const Size lanes = least(LANES_OF_A_PRODUCT, width - i), at = group * width + i;
                     const float* packed = job.packed + (first + group) * c.depth() * width + i;
-                    const auto multiply = [&](const auto* rows, const auto* lanes_of) {
+                    const auto multiply = [&](const auto* rows, const auto* queries) {
                         product<false>(
-                            count, lanes, c.depth(), rows, c.stride(), lanes_of, width, space.S, LANES_OF_A_PRODUCT, false);
+                            count, lanes, c.depth(), rows, c.stride(), queries, width, space.S, LANES_OF_A_PRODUCT, false);
                     };
                     if (c.takes_pairs()) multiply((const Pair*)space.rows, (const Pair*)packed);
                     else multiply(space.rows, packed);

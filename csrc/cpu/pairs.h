@@ -9,6 +9,14 @@
 namespace ISA {
 namespace {
 
+// Whether products of a call go by tiles, or are those of pairs; `numbers` are the fewest along a side of them
+INLINE bool tiles_pay(Size dtype, Size numbers) {
+    return TILES && dtype == BFLOAT16 && numbers >= TILE_SIDE;
+}  // fewer fill no tile
+INLINE bool pairs_pay(Size dtype, Size numbers) {
+    return tiles_pay(dtype, numbers) || (PAIRS && dtype == BFLOAT16 && pairs_are_fast());
+}
+
 INLINE Size half(Size n) { return (n + 1) / 2; }
 INLINE Words interleave(Halves first, Halves second) { return as_words(first) | as_words(second) << 16; }
 INLINE Halves rounded(Vector x) {

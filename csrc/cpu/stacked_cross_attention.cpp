@@ -53,9 +53,7 @@ struct StackedCrossAttention {
            stride_x, grad_query, grad_context)
 };
 
-static bool takes_pairs(const StackedCrossAttention& c) {
-    return TILES && c.dtype == BFLOAT16 && least(c.D, c.context.rows) >= TILE_SIDE;  // fewer fill no tile
-}
+static bool takes_pairs(const StackedCrossAttention& c) { return tiles_pay(c.dtype, least(c.D, c.context.rows)); }
 
 // The stride of maps: an odd number of groups where it is long, so that their rows do not fall onto one set of the cache
 static Size padded(Size contexts) {
@@ -72,7 +70,7 @@ struct Rows32 {
     Size count(Size set) const { return first[set + 1] - first[set]; }
     const float* at(Size set) const { return data + (copy ? first[set] * stride : set * stride_set); }
 };
-// They as pairs, in calls that take these
+// The same rows as pairs, in calls that take pairs
 struct PairedRows {
     Pair* along;  // of two numbers of a row: (rows, features / 2)
     Pair* across;  // of two rows of a set of contexts: (half(rows) of each set, features)
@@ -84,7 +82,8 @@ struct Workspace {
     float* A;  // (rows, features): attended vectors, and then their gradients
     float *dot, *norm_a, *cosine, *weight;  // (rows): q . a, and then the gradient at it; |a|; see aggregate
     float* norms;  // (sets, contexts) of the columns
-    // of a block: P or weights, along and across (rows); the latter transposed; A along and across, and query rows across
+    // pairs of a block: of a map's numbers in a row (rows, width / 2), in two rows (half(rows), width), and the latter transposed; of A
+    // likewise (rows, features / 2) and (half(rows), features); of query rows as the last
     Pair *map_along, *map_across, *map_transposed, *A_along, *A_across, *query_across;
     // of a context set
     float* CT;  // (D, contexts) from context `start` of set `set`, or pairs

@@ -54,7 +54,8 @@ def test_the_page_has_the_counts_of_tiles() -> None:
     folder("address")  # skips where it cannot be built
     page = (sanitize.ROOT / "docs" / "reliability.md").read_text(encoding="utf-8").splitlines()
     assert tiles.HEADER in page
-    counted = tiles.lines(*[*tiles.SIZES][1:])
+    _, *smaller = tiles.SIZES
+    counted = tiles.lines(*smaller)
     if not sanitize.others_than_amx()[0].startswith("v4"):  # the stand-in has the vectors of this processor: fewer rows a tile
         counted = [line for line in counted if tiles.TILES not in line]
     assert counted and not [line for line in counted if line not in page]
