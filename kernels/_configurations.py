@@ -166,6 +166,8 @@ _FLOAT32_BACKWARD_KV = [
     _line((32, 128, 8, 1), _TWO_SUMS, architecture="sm_90", dtype=FLOAT32),
     _FLOAT32_KEYS[-1],
 ]
+_ALL = "all keys of a head: one kernel has all gradients, and five products for seven"
+_WHOLE = {"architecture": (None, "sm_90"), "dtype": (torch.bfloat16, torch.float16), "block_t": 1}
 _RELEVANCY_ROWS = [
     *_FLOAT32_ROWS,
     _line((64, 32, 4, 2), _MASK, masked=True, size=128),
@@ -221,6 +223,13 @@ LINES: dict[str, list[Line]] = {
         _line((32, 32, 4, 2), _NORMS, score="cosine", size=128),
         _line((32, 64, 4, 2), _WIDE, size=128),
         _line((32, 32, 4, 1), _WIDER),
+    ],
+    "score_attention backward_whole": [  # few: heads, of all samples; block_t: as below. relevancy_attention's, too
+        _line((32, 64, 4, 2), _ALL, **_WHOLE, M=64, size=64),
+        _line((32, 128, 4, 2), _ALL, **_WHOLE, M=128, size=64, few=False),
+        _line((32, 256, 8, 2), _ALL, **_WHOLE, M=256, size=64, few=False),
+        _line((32, 128, 8, 2), _ALL, **_WHOLE, M=128, size=128, few=False),
+        _line((0, 0, 0, 0), "two kernels, each of smaller tiles"),
     ],
     "relevancy_attention statistics": _RELEVANCY_ROWS,
     "relevancy_attention backward_q": [

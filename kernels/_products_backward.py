@@ -4,6 +4,7 @@ Two passes, no atomics. The query-major one comes first: it computes dQ and, for
 one computes dK, dV and, where rows r (B, T, N) are carried along, r Abar (B, T, M): that is a sum over queries, and
 this pass owns its keys and has P and dP in registers anyway. Tiles lie [kv,q] there, so that P and dS enter the next product
 without leaving registers.
+Up to 256 keys fit into one tile, in 16 bits. Then the key-major pass is the only one: it has all terms of dQ, too.
 In float32 the rounding of lse and out would cost half a digit. The sums of P and dS, which should be 1 and 0, undo it.
 """
 
@@ -17,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import as_dtype, empty_gradient, fold_heads
-from vlattn_fast.kernels._configurations import Config
+from vlattn_fast.kernels._configurations import Config, configuration, of_facts
 from vlattn_fast.kernels._group_bias import (
     FLOAT_MASK,
     GROUP_BIAS,
@@ -53,6 +54,7 @@ from vlattn_fast.kernels._tiles import (
     ROW_MULTIPLE,
     add_product_and_rounded,
     add_products,
+    aligned_step,
     block_and_head,
     cdiv,
     dot,
@@ -60,6 +62,7 @@ from vlattn_fast.kernels._tiles import (
     extended,
     first_sums,
     groups_of_heads,
+    head_at,
     head_side,
     heads_in_turn,
     heads_of,
@@ -100,6 +103,19 @@ class RowStats(NamedTuple):
     total: Tensor | None = None
     delta: Tensor | None = None
     sums: Tensor | None = None
+
+
+class OwnRows(NamedTuple):
+    """In place of `RowStats`, for programs that have all keys: what they make the numbers of rows from, which is the output, the
+    log-sum-exp (B, H, N) and its gradient; and dQ, which they write."""
+
+    out: Tensor
+    lse: Tensor
+    grad_lse: Tensor | None
+    grad_q: Tensor
+
+
+FEW = 64  # key heads of all samples: a program for each keeps half of an H200 at work. The number is the same on every GPU
 
 
 class _Tiles(NamedTuple):
@@ -171,16 +187,32 @@ def queries(
     return grad_q, stats, grad_bias
 
 
+def whole_config(call: dict[str, Any], row_bias: Tensor | None, block_t: int = 0) -> Config | None:
+    """The configuration of the key-major pass where it is the only one, else None."""
+    x, constants = call["x"], call["C"]
+    if row_bias is not None or constants.MASK >= FLOAT_MASK.value or constants.SCORE == "cosine":
+        return None
+    few = x.q.p.shape[0] * max(x.k.p.shape[1], x.v.p.shape[1]) < FEW
+    config = _whole_config(x.q.p.dtype, x.M, max(constants.BLOCK_A, constants.BLOCK_DV), few, block_t)
+    return config if 0 < x.M <= config["BLOCK_KV"] else None
+
+
+@of_facts
+def _whole_config(dtype: torch.dtype, num_k: int, size: int, few: bool, block_t: int) -> Config:
+    return configuration("score_attention", "backward_whole", dtype=dtype, M=num_k, size=size, few=few, block_t=block_t)
+
+
 def keys(
     call: dict[str, Any],
     config: Config,
-    rows: RowStats,
+    rows: RowStats | OwnRows,
     relevancy: Tensor | None = None,
     factor: float = 1.0,
     by_gradient: bool = False,
     key_heads: int = 1,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dK and dV where the rows have a delta; factor * sum over heads of r Abar, (B, T, M), where there is a relevancy r.
+    """dK and dV where the rows have a delta or are `OwnRows`; factor * sum over heads of r Abar, (B, T, M), where there is a
+    relevancy r.
 
     r is (B, T, N) with N padded. config has BLOCK_T, 0 without r. A program takes `key_heads` heads, one where there are
     gradients.
@@ -190,7 +222,10 @@ def keys(
     (batch, heads, num_q, _), num_kv = query.shape, key.shape[2]
     num_t = 0 if relevancy is None else relevancy.shape[1]
     heads_kv = key.shape[1]
-    grad_k = grad_v = r_abar = None
+    grad_k = grad_v = r_abar = own = None
+    block_edge = edge_block(num_q, config["BLOCK_Q"], call["C"].CAUSAL)
+    if isinstance(rows, OwnRows):
+        own, rows, block_edge = rows, RowStats(rows.lse, delta=rows.lse), config["BLOCK_Q"]
     if rows.delta is not None:
         grad_k, grad_v = empty_key_gradients(key, value)
         heads_kv = grad_k.shape[1]
@@ -206,6 +241,10 @@ def keys(
         _backward_kv_kernel[(blocks * batch * parts,)](
             **launched(call),
             stats=RowStats(rows.shift, rows.total, rows.delta),
+            own_out=None if own is None else heads_of(own.out),
+            p_own_lse=None if own is None else own.lse,
+            p_own_grad_lse=None if own is None else own.grad_lse,
+            own_grad_q=None if own is None else heads_of(own.grad_q),
             p_r=relevancy,
             grad_k=None if grad_k is None else heads_of(grad_k),
             grad_v=None if grad_v is None else heads_of(grad_v),
@@ -215,7 +254,7 @@ def keys(
             factor=factor,
             GROUP=heads // heads_kv,
             BY_GRADIENT=by_gradient,
-            BLOCK_EDGE=edge_block(num_q, config["BLOCK_Q"], call["C"].CAUSAL),
+            BLOCK_EDGE=block_edge,
             **config,
         )
     if grad_k is not None and grad_v is not None:
@@ -263,9 +302,8 @@ def _backward_q_kernel(
     of_do = head_side(grad, i_b, i_h, o_q, N, C.DV)
     b_do = load_side(of_do, o_d, C.DV)  # [q,Dv]
     b_out = load_head(out, i_b, i_h, o_q, o_d, N, C.DV)  # [q,Dv]
-    b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), axis=1)
     b_grad_lse = grad_of_lse(p_grad_lse, i_bh, o_q, N)
-    b_delta -= b_grad_lse
+    b_delta = delta_of(b_do, b_out, b_grad_lse)
     of_q = side_at(p_q, q.stride_n, o_q, N, C.A)
     b_q = load_side(of_q, o_a, C.A)  # [q,A]
     b_inv_q = inverse_norm(p_pre_q, o_q, C.SCORE)  # [q]
@@ -429,6 +467,12 @@ def _group_sums(
 
 
 @triton.jit
+def delta_of(b_do, b_out, b_grad_lse):
+    """sum_d dO_id out_id - dlse_i of rows [q]."""
+    return tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), axis=1) - b_grad_lse
+
+
+@triton.jit
 def grad_of_lse(p_grad_lse, i_bh, o_q, N):
     """The gradient of the log-sum-exp of rows [q], 0 where there is none."""
     if p_grad_lse is None:
@@ -465,6 +509,10 @@ def _without_rounding(b_dq, b_along, b_mean, b_mean_along, b_rest):
 def _backward_kv_kernel(
     x,
     stats,
+    own_out,
+    p_own_lse,
+    p_own_grad_lse,
+    own_grad_q,
     p_r,
     grad_k,
     grad_v,
@@ -486,10 +534,12 @@ def _backward_kv_kernel(
     dP_ij = dropout_ij dO_i v_j                    dk_j = scale sum_i dS_ij score'(q_i k_j) q_i
     dS_ij = P_ij (dP_ij - delta_i)                 r_abar_tj = factor sum_i r_ti E_ij, E = P or BY_GRADIENT relu(P dP)
     shift, total and delta are those of `RowStats`, x_ij that of `_backward_q_kernel`. Tiles are [kv,q]. r Abar is summed over
-    KEY_HEADS heads; gradients are there for one.
+    KEY_HEADS heads; gradients are there for one. With own_grad_q, of `OwnRows`, the tile has all keys: dQ is there, too, and
+    shift and delta are computed as `_backward_q_kernel` computes them.
     """
     N, M, parameter = x.N, x.M, x.parameter
     GRADS: tl.constexpr = grad_k is not None
+    WHOLE: tl.constexpr = own_grad_q is not None
     HALF: tl.constexpr = C.SCORE == "cosine" and x.q.p.dtype.element_ty == tl.float16
     i_kv, o_kv, o_t, i_bp, i_b, i_p = _keys_and_rows(x, KEY_HEADS, T, GROUP, C, BLOCK_KV, BLOCK_T)
     o_a, o_d = tl.arange(0, C.BLOCK_A), tl.arange(0, C.BLOCK_DV)
@@ -501,18 +551,22 @@ def _backward_kv_kernel(
     if GRADS:
         b_dk, b_dv, b_along = _zero_gradients(x, C, BLOCK_KV, BLOCK_T)
     b_r_abar = _zero_carried(BLOCK_KV, BLOCK_T)
-    ranges = query_range(i_kv, N, C.CAUSAL, BLOCK_Q, BLOCK_KV)
+    ranges = (N, N, 0, N) if WHOLE else query_range(i_kv, N, C.CAUSAL, BLOCK_Q, BLOCK_KV)
     for i in range(KEY_HEADS):
         i_hkv = i_p * KEY_HEADS + i
         seeing, of_tile, b_member = _groups_of_keys(x, i_b, i_hkv * GROUP, i_kv * BLOCK_KV, GROUP, C, BLOCK_KV)
         i_hk, i_hv = _heads_of_keys(i_hkv, GROUP, C)
-        of_k, b_k = _tile_of_head(x.k, i_b, i_hk, o_kv, o_a, M, C.A)  # [kv,A]
-        if GRADS or BY_GRADIENT:
-            of_v, b_v = _tile_of_head(x.v, i_b, i_hv, o_kv, o_d, M, C.DV)  # [kv,Dv]
+        if WHOLE:  # dQ is a sum over keys, and those of padding are zeros
+            of_k, b_k = _real_tile(x.k, i_b, i_hk, o_kv, o_a, m_key, C.A)  # [kv,A]
+            of_v, b_v = _real_tile(x.v, i_b, i_hv, o_kv, o_d, m_key, C.DV)  # [kv,Dv]
+        else:
+            of_k, b_k = _tile_of_head(x.k, i_b, i_hk, o_kv, o_a, M, C.A)
+            if GRADS or BY_GRADIENT:
+                of_v, b_v = _tile_of_head(x.v, i_b, i_hv, o_kv, o_d, M, C.DV)
         b_inv_k, b_weight, clamped = _weights_of_keys(x, i_b, i_hkv, i_hk, o_kv, GROUP, HALF, C)  # [kv]
         b_scale = x.scale_log2 * b_weight
         # under a causal mask the tiles at the edge come before the whole ones; where cosine's clamp acts, all are at the edge
-        for EDGE in tl.static_range(2):
+        for EDGE in tl.static_range(1 if WHOLE else 0, 2):
             tiles = _tiles_of_queries(seeing, ranges, clamped, N, GROUP, EDGE, C, BLOCK_EDGE if EDGE else BLOCK_Q)
             # one loop over tiles and query heads of this key head: nested loops spill
             for j in range(tiles.begin, tiles.end):
@@ -525,7 +579,10 @@ def _backward_kv_kernel(
                 b_x, special = _with_bias_key_major(b_x, b_member, x.product, i_bh, row, N, C)
                 b_s, b_slope = activate(b_x, norms[0], norms[1], b_weight, parameter, EDGE, C)
                 of_pairs = i_b, i_h, i_kv * BLOCK_KV, o_kv, o_q, o_row, N, M
-                b_p = _probabilities(b_s, b_scale, x, stats, special, of_tile, of_pairs, C, EDGE)
+                b_shift = row_shift(p_own_lse + i_bh * N, o_q, N) if WHOLE else tl.load(stats.shift + i_bh * NP + o_q)  # [q]
+                b_p = _probabilities(b_s, b_scale, b_shift, x, stats, special, of_tile, of_pairs, C, EDGE)
+                if WHOLE:  # P of padding, whose keys and values are zeros, must be finite
+                    b_p = tl.minimum(b_p, 2.0, propagate_nan=tl.PropagateNan.ALL)
                 if GRADS or BY_GRADIENT:
                     of_do, b_do = _tile_of_head(x.grad, i_b, i_h, o_q, o_d, N if EDGE or C.CAUSAL else None, C.DV)  # [q,Dv]
                     b_dp = row_products(b_v, of_v, b_do, of_do, C.DV, C.PRECISION)  # [kv,q]
@@ -535,10 +592,22 @@ def _backward_kv_kernel(
                 if GRADS:
                     b_dropped_p, b_dp = dropped(b_p, b_dp, x, i_bh, o_q, o_kv)
                     b_dv = add_products(b_dv, b_dropped_p, b_do, of_do, C.DV, C.PRECISION)
-                    b_ds = b_p * (b_dp - tl.load(stats.delta + i_bh * NP + o_q)[None, :])
+                    if WHOLE:
+                        # dO by another address: Triton has one buffer for a tile that not only products read, and copies the
+                        # next tile there while a product reads this one
+                        b_row = load_head(x.grad, i_b, i_h, o_row, o_d, None, C.DV)
+                        b_out = load_head(own_out, i_b, i_h, o_row, o_d, None, C.DV)  # [q,Dv]
+                        b_delta = delta_of(b_row, b_out, grad_of_lse(p_own_grad_lse, i_bh, o_row, N))
+                        b_delta = tl.where(o_q < N, b_delta, 0.0)
+                    else:
+                        b_delta = tl.load(stats.delta + i_bh * NP + o_q)
+                    b_ds = b_p * (b_dp - b_delta[None, :])
                     b_ds, b_along = through_score(b_ds, b_along, b_s, b_slope, norms, parameter, C.SCORE, EDGE, HALF)
                     b_q = lengthened(b_q, norms[1], HALF and EDGE)
                     b_dk = add_products(b_dk, b_ds, b_q, of_q, C.A, C.PRECISION)
+                    if WHOLE:
+                        b_dq = dot(tl.trans(b_k), b_ds.to(b_k.dtype), C.PRECISION)  # [A,q]: wgmma takes no fewer than 64 rows
+                        store_head(own_grad_q, i_b, i_h, o_q, o_a, N, C.A, (tl.trans(b_dq) * x.scale,))
             if GRADS and C.SCORE == "cosine" and not EDGE:  # as in `_backward_q_kernel`
                 b_along = rows_times_sums(b_k, of_k, b_dk, C.A)
         if GRADS and C.SCORE == "cosine":
@@ -580,6 +649,13 @@ def _zero_gradients(x, C: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_T: tl.cons
 def _tile_of_head(x, i_b, i_h, o_row, o_col, num_rows, SIZE: tl.constexpr):
     """Where rows of a head of `Heads` x lie, and their tile [rows,SIZE]."""
     side = head_side(x, i_b, i_h, o_row, num_rows, SIZE)
+    return side, load_side(side, o_col, SIZE)
+
+
+@triton.jit
+def _real_tile(x, i_b, i_h, o_row, o_col, m_row, SIZE: tl.constexpr):
+    """The same of rows of which those without m_row are zeros."""
+    side = head_at(x, i_b, i_h, SIZE), aligned_step(x.stride_n, SIZE), o_row, m_row
     return side, load_side(side, o_col, SIZE)
 
 
@@ -651,11 +727,10 @@ def _with_bias_key_major(b_x, b_member, product, i_bh, row, N, C: tl.constexpr):
 
 
 @triton.jit
-def _probabilities(b_s, b_scale, x, stats, special, of_tile, of_pairs, C: tl.constexpr, EDGE: tl.constexpr):
+def _probabilities(b_s, b_scale, b_shift, x, stats, special, of_tile, of_pairs, C: tl.constexpr, EDGE: tl.constexpr):
     """P_ij = 2^(x_ij - shift_i) / total_i of scores [kv,q]. special, of_tile, of_pairs: of `power_key_major`."""
     i_b, i_h, _, _, o_q, _, _, _ = of_pairs
     row = (i_b * x.H + i_h) * (tl.cdiv(x.N, ROW_MULTIPLE) * ROW_MULTIPLE)
-    b_shift = tl.load(stats.shift + row + o_q)  # [q]
     p_total = stats.total + row if stats.total is not None else 0
     b_p = power_key_major(b_s, b_scale, b_shift, p_total, x.masks, special, of_tile, *of_pairs, C, EDGE)
     if C.MASK == GROUP_PRODUCT:

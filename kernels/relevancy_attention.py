@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlattn_fast._ground.tensors import as_dtype, weigh_rows
+from vlattn_fast._ground.tensors import as_dtype, empty_gradient, weigh_rows
 from vlattn_fast.backends.inputs import (
     AttentionMapBackwardInputs,
     AttentionMapInputs,
@@ -25,10 +25,11 @@ from vlattn_fast.backends.inputs import (
     RelevancyStepInputs,
 )
 from vlattn_fast.kernels import attention_map, score_attention
+from vlattn_fast.kernels._configurations import Config
 from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._group_bias import GROUP_BIAS, seeing_queries
 from vlattn_fast.kernels._map_backward import MAX_T, Launch, MapGradient, config_of, describe, gradients, statistics, sums
-from vlattn_fast.kernels._products_backward import RowStats, keys, queries
+from vlattn_fast.kernels._products_backward import OwnRows, RowStats, keys, queries, whole_config
 from vlattn_fast.kernels._scores import head_of, softcapped
 from vlattn_fast.kernels._tiles import (
     OWN_LSE,
@@ -68,17 +69,19 @@ def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, .
     if inputs.need_inputs and grad_out is not None:
         launch = describe(inputs.attention(grad_out), inputs.rule, grad_out)
         fused_r = None if weighted_r is None or weighted_r.shape[1] > MAX_T else weighted_r  # more rows go through `step`
-        lse, coarse = inputs.lse.contiguous(), None
-        if launch.float_mask:
-            coarse = statistics(launch, lse, limit=OWN_LSE)
-        config = config_of("backward_q", launch)
         summed = fused_r is not None and row_normalize
-        out = aligned(inputs.out)
+        lse, out = inputs.lse.contiguous(), aligned(inputs.out)
         grad_lse = None if inputs.grad_lse is None else inputs.grad_lse.contiguous()
-        of_rows = lse, out, coarse, grad_lse, launch.by_gradient, summed
-        grad_q, rows, grad_bias = queries(launch.call, config, *of_rows, launch.row_bias)
-        grad_k, grad_v, r_abar = _keys(launch, rows, fused_r)
-        grads = (grad_q, grad_k, grad_v)
+        whole = None if summed else whole_config(launch.call, launch.row_bias, _block_t(fused_r))
+        if whole is not None:
+            grad_q = empty_gradient(inputs.query)
+            grads = (grad_q, *_keys(launch, OwnRows(out, lse, grad_lse, grad_q), fused_r, whole))
+        else:
+            coarse = statistics(launch, lse, limit=OWN_LSE) if launch.float_mask else None
+            of_rows = lse, out, coarse, grad_lse, launch.by_gradient, summed
+            grad_q, rows, grad_bias = queries(launch.call, config_of("backward_q", launch), *of_rows, launch.row_bias)
+            grads = (grad_q, *_keys(launch, rows, fused_r))
+        *grads, r_abar = grads
     if weighted_r is not None and r_abar is None:
         # in float32 the rounding of lse is half of the error of r Abar, and under float masks it shows: step recomputes the sums
         float_mask = inputs.attn_mask is not None and inputs.attn_mask.dtype != torch.bool
@@ -198,24 +201,31 @@ def _stored_maps(relevancy: Tensor, query: Tensor, key: Tensor) -> int:
     return max(1 << 22, query.numel(), batch * num_t * num_kv) // (num_q * num_kv)
 
 
-def _keys(launch: Launch, rows: RowStats, relevancy: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The kernel that takes keys block by block: gradients of key and value, and r Abar, each None where it is not computed. r is
-    divided by the number of heads, or by the row sums of Abar."""
-    query, key = launch.call["x"].q.p, launch.call["x"].k.p
+def _block_t(relevancy: Tensor | None) -> int:
+    """How many rows of r a program carries."""
     num_t = 0 if relevancy is None else relevancy.shape[1]
-    block_t = 0 if num_t == 0 else 1 if num_t == 1 else min(MAX_T, block_size(num_t))
+    return num_t if num_t <= 1 else min(MAX_T, block_size(num_t))
+
+
+def _keys(
+    launch: Launch, rows: RowStats | OwnRows, relevancy: Tensor | None, config: Config | None = None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The kernel that takes keys block by block: gradients of key and value, and r Abar, each None where it is not computed. r is
+    divided by the number of heads, or by the row sums of Abar. config: where a program takes all keys."""
+    query, key = launch.call["x"].q.p, launch.call["x"].k.p
+    num_t, block_t = 0 if relevancy is None else relevancy.shape[1], _block_t(relevancy)
     factor, weighted_r = 1.0 / query.shape[1] if query.shape[1] > 0 else 1.0, None
     if relevancy is not None:
         weighted_r = pad_rows(as_dtype(relevancy, torch.float32))
-        if rows.sums is not None:
+        if isinstance(rows, RowStats) and rows.sums is not None:
             total, factor = rows.sums.sum(1, keepdim=True), 1.0
             # where the sum is 0, so is the row of Abar; over a subnormal number r overflows, and times 0 it would be NaN
             weighted_r = weighted_r / torch.where(total < torch.finfo(torch.float32).tiny, 1.0, total)
-    if weighted_r is not None and num_t == 1 and rows.delta is None and launch.pairs > 0:
-        return None, None, _one_row(launch, rows, weighted_r, factor)
+        if num_t == 1 and isinstance(rows, RowStats) and rows.delta is None and launch.pairs > 0:
+            return None, None, _one_row(launch, rows, weighted_r, factor)
     # with many rows of r a program takes all key heads, so that the partial sums stay O(B H N)
     key_heads = max(1, key.shape[1]) if num_t > MAX_T else 1
-    config = {**config_of("backward_kv", launch, block_t), "BLOCK_T": block_t}
+    config = {**(config or config_of("backward_kv", launch, block_t)), "BLOCK_T": block_t}
     return keys(launch.call, config, rows, weighted_r, factor, launch.by_gradient, key_heads)
 
 

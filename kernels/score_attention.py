@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from vlattn_fast._ground.tensors import empty_rows_first
+from vlattn_fast._ground.tensors import empty_gradient, empty_rows_first
 from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs
 from vlattn_fast.kernels import _products_backward, _units_backward
 from vlattn_fast.kernels._boxes import Boxes, boxes_of, fits, load_box, store_box
@@ -46,7 +46,7 @@ from vlattn_fast.kernels._group_bias import (
     special_logits,
     tile_at,
 )
-from vlattn_fast.kernels._products_backward import RowStats, new_rows
+from vlattn_fast.kernels._products_backward import OwnRows, RowStats, new_rows
 from vlattn_fast.kernels._scores import (
     Call,
     activate,
@@ -181,6 +181,11 @@ def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tens
     grad_lse = None if inputs.grad_lse is None else inputs.grad_lse.contiguous()
     coarse = None
     of_call = constants, x.q.p.dtype, x.N, x.M
+    if vector is None and (config := _products_backward.whole_config(call, inputs.row_bias)) is not None:
+        grad_q = empty_gradient(x.q.p)
+        own = OwnRows(aligned(out), lse, grad_lse, grad_q)
+        grad_k, grad_v, _ = _products_backward.keys(call, {**config, "BLOCK_T": 0}, own)
+        return grad_q, grad_k, grad_v, None, None
     if constants.MASK >= FLOAT_MASK.value:
         coarse = row_statistics(call, _config("forward", *of_call, True), lse, OWN_LSE, pair=True, vector=vector)
     config_q, config_kv = _config("backward_q", *of_call), _config("backward_kv", *of_call)
