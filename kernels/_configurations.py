@@ -60,8 +60,8 @@ def configuration(operator: str, kernel: str, **facts: Any) -> Config:
         return by_table(operator, kernel, architecture=architecture, **facts)
     shown = (1 << max(x - 1, 0).bit_length() if type(x) is int else x for x in facts.values())
     name = " ".join(map(str, (operator, kernel, *shown)))
-    measured = MEASURED.get(architecture or "", {}).get(name)
-    return OVERRIDES.get(name, measured or by_table(operator, kernel, architecture=architecture, **facts))
+    known = MEASURED.get(architecture or "", {}).get(name) or by_table(operator, kernel, architecture=architecture, **facts)
+    return OVERRIDES.get(name, known) if known else known  # where no kernel is to run, none is tried
 
 
 @functools.lru_cache(maxsize=4096)
@@ -167,7 +167,9 @@ _FLOAT32_BACKWARD_KV = [
     _FLOAT32_KEYS[-1],
 ]
 _ALL = "all keys of a head: one kernel has all gradients, and five products for seven"
-_WHOLE = {"architecture": (None, "sm_90"), "dtype": (torch.bfloat16, torch.float16), "block_t": 1}
+_READ_ONCE = "a program reads all keys of a head once"
+# a program goes over all queries: with more of them there are too few programs
+_WHOLE = {"architecture": (None, "sm_90"), "dtype": (torch.bfloat16, torch.float16), "N": 256}
 _RELEVANCY_ROWS = [
     *_FLOAT32_ROWS,
     _line((64, 32, 4, 2), _MASK, masked=True, size=128),
@@ -224,12 +226,19 @@ LINES: dict[str, list[Line]] = {
         _line((32, 64, 4, 2), _WIDE, size=128),
         _line((32, 32, 4, 1), _WIDER),
     ],
-    "score_attention backward_whole": [  # few: heads, of all samples; block_t: as below. relevancy_attention's, too
-        _line((32, 64, 4, 2), _ALL, **_WHOLE, M=64, size=64),
-        _line((32, 128, 4, 2), _ALL, **_WHOLE, M=128, size=64, few=False),
-        _line((32, 256, 8, 2), _ALL, **_WHOLE, M=256, size=64, few=False),
-        _line((32, 128, 8, 2), _ALL, **_WHOLE, M=128, size=128, few=False),
-        _line((0, 0, 0, 0), "two kernels, each of smaller tiles"),
+    # of all keys of a head; relevancy_attention's, too. block_t: as below
+    "score_attention forward_whole": [
+        _whole((64, 4, 2), _READ_ONCE, **_WHOLE, M=256, size=64),
+        _whole((64, 4, 2), _READ_ONCE, **_WHOLE, M=128, size=128),
+        _line((), "tiles of keys", names=""),
+    ],
+    "score_attention backward_whole": [
+        _line((32, 64, 4, 2), _ALL, **_WHOLE, block_t=1, M=64, size=64),
+        _line((32, 128, 4, 2), _ALL, **_WHOLE, block_t=0, M=128, size=64),
+        _line((32, 128, 8, 2), "and a row of r takes registers", **_WHOLE, block_t=1, M=128, size=64),
+        _line((32, 256, 8, 2), _ALL, **_WHOLE, block_t=1, M=256, size=64),
+        _line((32, 128, 8, 2), _ALL, **_WHOLE, block_t=1, M=128, size=128),
+        _line((), "two kernels with tiles of keys", names=""),
     ],
     "relevancy_attention statistics": _RELEVANCY_ROWS,
     "relevancy_attention backward_q": [

@@ -115,9 +115,6 @@ class OwnRows(NamedTuple):
     grad_q: Tensor
 
 
-FEW = 64  # key heads of all samples: a program for each keeps half of an H200 at work. The number is the same on every GPU
-
-
 class _Tiles(NamedTuple):
     """Tiles of queries for one loop over them and the heads that share a key head: its first step and its end; the query from
     which tiles are numbered; how many each head has, and the number of its first one."""
@@ -187,19 +184,21 @@ def queries(
     return grad_q, stats, grad_bias
 
 
-def whole_config(call: dict[str, Any], row_bias: Tensor | None, block_t: int = 0) -> Config | None:
-    """The configuration of the key-major pass where it is the only one, else None."""
+def whole_config(kernel: str, call: dict[str, Any], row_bias: Tensor | None, block_t: int = 0) -> Config | None:
+    """The configuration of a kernel whose programs have all keys of a head, or None where others run in its place.
+
+    Samples and heads have no say: results have the same bits in any batch.
+    """
     x, constants = call["x"], call["C"]
     if row_bias is not None or constants.MASK >= FLOAT_MASK.value or constants.SCORE == "cosine":
         return None
-    few = x.q.p.shape[0] * max(x.k.p.shape[1], x.v.p.shape[1]) < FEW
-    config = _whole_config(x.q.p.dtype, x.M, max(constants.BLOCK_A, constants.BLOCK_DV), few, block_t)
-    return config if 0 < x.M <= config["BLOCK_KV"] else None
+    config = _whole_config(kernel, x.q.p.dtype, x.N, x.M, max(constants.BLOCK_A, constants.BLOCK_DV), block_t)
+    return config if config and 0 < x.M <= config.get("BLOCK_KV", x.M) else None
 
 
 @of_facts
-def _whole_config(dtype: torch.dtype, num_k: int, size: int, few: bool, block_t: int) -> Config:
-    return configuration("score_attention", "backward_whole", dtype=dtype, M=num_k, size=size, few=few, block_t=block_t)
+def _whole_config(kernel: str, dtype: torch.dtype, num_q: int, num_k: int, size: int, block_t: int) -> Config:
+    return configuration("score_attention", kernel, dtype=dtype, N=num_q, M=num_k, size=size, block_t=block_t)
 
 
 def keys(
@@ -549,7 +548,7 @@ def _backward_kv_kernel(
     # rows beyond N have P = 0, and keys are rows of the tiles below: those of padding are dropped at the end, without masks
     m_key = real_tokens(x.masks.p_keys + i_b * M, o_kv, M, C.KEY_MASK)
     if GRADS:
-        b_dk, b_dv, b_along = _zero_gradients(x, C, BLOCK_KV, BLOCK_T)
+        b_dk, b_dv, b_along = _zero_gradients(x, C, BLOCK_KV, WHOLE or BLOCK_T > 1)
     b_r_abar = _zero_carried(BLOCK_KV, BLOCK_T)
     ranges = (N, N, 0, N) if WHOLE else query_range(i_kv, N, C.CAUSAL, BLOCK_Q, BLOCK_KV)
     for i in range(KEY_HEADS):
@@ -581,8 +580,6 @@ def _backward_kv_kernel(
                 of_pairs = i_b, i_h, i_kv * BLOCK_KV, o_kv, o_q, o_row, N, M
                 b_shift = row_shift(p_own_lse + i_bh * N, o_q, N) if WHOLE else tl.load(stats.shift + i_bh * NP + o_q)  # [q]
                 b_p = _probabilities(b_s, b_scale, b_shift, x, stats, special, of_tile, of_pairs, C, EDGE)
-                if WHOLE:  # P of padding, whose keys and values are zeros, must be finite
-                    b_p = tl.minimum(b_p, 2.0, propagate_nan=tl.PropagateNan.ALL)
                 if GRADS or BY_GRADIENT:
                     of_do, b_do = _tile_of_head(x.grad, i_b, i_h, o_q, o_d, N if EDGE or C.CAUSAL else None, C.DV)  # [q,Dv]
                     b_dp = row_products(b_v, of_v, b_do, of_do, C.DV, C.PRECISION)  # [kv,q]
@@ -599,6 +596,7 @@ def _backward_kv_kernel(
                         b_out = load_head(own_out, i_b, i_h, o_row, o_d, None, C.DV)  # [q,Dv]
                         b_delta = delta_of(b_row, b_out, grad_of_lse(p_own_grad_lse, i_bh, o_row, N))
                         b_delta = tl.where(o_q < N, b_delta, 0.0)
+                        b_p = tl.where(m_key[:, None], b_p, 0.0)  # of a key of zeros P may be infinite
                     else:
                         b_delta = tl.load(stats.delta + i_bh * NP + o_q)
                     b_ds = b_p * (b_dp - b_delta[None, :])
@@ -636,12 +634,11 @@ def _keys_and_rows(x, KEY_HEADS, T, GROUP: tl.constexpr, C: tl.constexpr, BLOCK_
 
 
 @triton.jit
-def _zero_gradients(x, C: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Zeros for the sums of dK and dV, and for cosine's along the norms."""
-    # beside carried rows Triton 3.9, too, makes copies of the one number (`first_sums`)
-    EACH: tl.constexpr = BLOCK_T > 1 or OLD_TRITON
-    b_dk = zero_sums(x.q.p.dtype.element_ty, BLOCK_KV, C.A, C.BLOCK_A, EACH)
-    b_dv = zero_sums(x.q.p.dtype.element_ty, BLOCK_KV, C.DV, C.BLOCK_DV, EACH)
+def _zero_gradients(x, C: tl.constexpr, BLOCK_KV: tl.constexpr, MORE: tl.constexpr):
+    """Zeros for the sums of dK and dV, and for cosine's along the norms. MORE: there are other products, of dQ or carried rows."""
+    # beside those Triton 3.9, too, makes copies of the one number (`first_sums`)
+    b_dk = zero_sums(x.q.p.dtype.element_ty, BLOCK_KV, C.A, C.BLOCK_A, MORE or OLD_TRITON)
+    b_dv = zero_sums(x.q.p.dtype.element_ty, BLOCK_KV, C.DV, C.BLOCK_DV, MORE or OLD_TRITON)
     return b_dk, b_dv, tl.zeros([BLOCK_KV], dtype=tl.float32)
 
 

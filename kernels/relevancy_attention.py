@@ -24,12 +24,12 @@ from vlattn_fast.backends.inputs import (
     RelevancyStepBackwardInputs,
     RelevancyStepInputs,
 )
-from vlattn_fast.kernels import attention_map, score_attention
+from vlattn_fast.kernels import _products_backward, attention_map, score_attention
 from vlattn_fast.kernels._configurations import Config
 from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._group_bias import GROUP_BIAS, seeing_queries
 from vlattn_fast.kernels._map_backward import MAX_T, Launch, MapGradient, config_of, describe, gradients, statistics, sums
-from vlattn_fast.kernels._products_backward import OwnRows, RowStats, keys, queries, whole_config
+from vlattn_fast.kernels._products_backward import OwnRows, RowStats, keys, queries
 from vlattn_fast.kernels._scores import head_of, softcapped
 from vlattn_fast.kernels._tiles import (
     OWN_LSE,
@@ -72,7 +72,9 @@ def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, .
         summed = fused_r is not None and row_normalize
         lse, out = inputs.lse.contiguous(), aligned(inputs.out)
         grad_lse = None if inputs.grad_lse is None else inputs.grad_lse.contiguous()
-        whole = None if summed else whole_config(launch.call, launch.row_bias, _block_t(fused_r))
+        whole = (
+            None if summed else _products_backward.whole_config("backward_whole", launch.call, launch.row_bias, _block_t(fused_r))
+        )
         if whole is not None:
             grad_q = empty_gradient(inputs.query)
             grads = (grad_q, *_keys(launch, OwnRows(out, lse, grad_lse, grad_q), fused_r, whole))

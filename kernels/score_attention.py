@@ -8,7 +8,8 @@ Trick: tanh(a+b) = 2/(1 + e^-2a e^-2b) - 1, so exponentials are taken once per r
 hidden units share one reciprocal. Keys that are left after whole tiles have a smaller tile of their own (`edge_block`). Cosine: a
 program first sees whether the clamp acts on any of its pairs. Where not, the scores are plain products with inverse norms.
 Few queries, such as a decoder's, leave most SMs without a program: their keys are split into parts (`keys_of_a_part`), which
-`_join_kernel` joins.
+`_join_kernel` joins. Up to 256 keys of 16 bits fit into registers beside their queries: a program has all of a head
+(`_whole_forward_kernel`).
 The backward passes are in _products_backward.py and _units_backward.py. Under a float mask `_rows_kernel` recomputes rows whose
 lse is too large to be rounded. Not yet measured on a GPU.
 """
@@ -147,6 +148,12 @@ def forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
         return out, lse
     call = arguments(inputs, True)
     x, constants = call["x"], call["C"]
+    if vector is None and (config := _products_backward.whole_config("forward_whole", call, inputs.row_bias)) is not None:
+        tiles = _tiles_of_keys(x.M)
+        _whole_forward_kernel[(batch * heads,)](
+            **launched(call), p_out=out, p_lse=lse, NEGATIVE=x.scale_log2 < 0.0, BLOCK_KV=tiles[0], BLOCK_EDGE=tiles[1], **config
+        )
+        return out, lse
     config, of_launch = _forward_launch(constants, query.dtype, num_q, x.M, x.scale_log2 < 0.0)
     keys = 0 if constants.CAUSAL else keys_of_a_part(batch * heads, num_q, x.M, config)
     parts = None if keys == 0 else _parts(x, constants, keys)
@@ -181,7 +188,7 @@ def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tens
     grad_lse = None if inputs.grad_lse is None else inputs.grad_lse.contiguous()
     coarse = None
     of_call = constants, x.q.p.dtype, x.N, x.M
-    if vector is None and (config := _products_backward.whole_config(call, inputs.row_bias)) is not None:
+    if vector is None and (config := _products_backward.whole_config("backward_whole", call, inputs.row_bias)) is not None:
         grad_q = empty_gradient(x.q.p)
         own = OwnRows(aligned(out), lse, grad_lse, grad_q)
         grad_k, grad_v, _ = _products_backward.keys(call, {**config, "BLOCK_T": 0}, own)
@@ -387,6 +394,13 @@ def _boxes(call: dict[str, Any], config: Config, out: Tensor) -> dict[str, Tenso
     }
 
 
+def _tiles_of_keys(num_k: int) -> tuple[int, int]:
+    """One tile that holds so many keys, or two that together have fewer: the largest power of two, and the rest."""
+    first = max(16, 1 << num_k.bit_length() - 1)
+    rest = block_size(num_k - first) if num_k > first else 0
+    return (first, rest) if rest < first else (2 * first, 0)
+
+
 def _edge_of_keys(num_k: int, constants: Constants, config: Config) -> int:
     """The last tile of keys, and those along a causal diagonal. Scores over hidden units have one loop for all tiles."""
     if constants.CAUSAL and not constants.UNITS:
@@ -486,6 +500,88 @@ def _forward_kernel(
         else:
             store_box(boxes_out, i_b, i_h, i_q * BLOCK_Q, b_o[0])
         tl.store(p_lse + i_bh * N + o_q, b_lse, mask=o_q < N)
+
+
+@triton.jit
+def _whole_forward_kernel(
+    x,
+    p_out,
+    p_lse,
+    NEGATIVE: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+    BLOCK_EDGE: tl.constexpr,
+):
+    """Attention of all queries of one head, as `_forward_kernel` defines it. The keys lie in one tile, or BLOCK_EDGE of them in a
+    second one: a program reads them once, and a row has its largest logit before it takes powers."""
+    N, M = x.N, x.M
+    _, i_bh, i_b, i_h, i_hk = block_and_head(1, x.H, C.GROUP_K)
+    p_q, p_k, p_v, _, _, masks = head_of(x, i_bh, i_b, i_h, i_hk, C)
+    o_a, o_d = tl.arange(0, C.BLOCK_A), tl.arange(0, C.BLOCK_DV)
+    EDGE: tl.constexpr = BLOCK_EDGE > 0
+    MASKED: tl.constexpr = not EDGE or C.KEY_MASK or C.CAUSAL or C.MASK != 0
+    o_kv = tl.arange(0, BLOCK_KV)
+    of_k, b_k, of_v, b_v = _keys_and_values(x, p_k, p_v, masks, o_kv, None if EDGE else M, C)
+    if EDGE:
+        o_edge = BLOCK_KV + tl.arange(0, BLOCK_EDGE)
+        of_k_edge, b_k_edge, of_v_edge, b_v_edge = _keys_and_values(x, p_k, p_v, masks, o_edge, M, C)
+    for start in range(0, N, BLOCK_Q):
+        o_q = start + tl.arange(0, BLOCK_Q)
+        of_q = side_at(p_q, x.q.stride_n, o_q, N, C.A)
+        b_q = load_side(of_q, o_a, C.A)  # [q,A]
+        b_x = _logits(x, b_q, of_q, b_k, of_k, masks, 0, o_q, o_kv, MASKED, C)  # [q,kv]
+        b_max = _largest(b_x, x.scale_log2, MASKED, NEGATIVE)
+        if EDGE:
+            b_x_edge = _logits(x, b_q, of_q, b_k_edge, of_k_edge, masks, BLOCK_KV, o_q, o_edge, True, C)
+            b_max = tl.maximum(b_max, _largest(b_x_edge, x.scale_log2, True, NEGATIVE))
+        b_safe = tl.where(b_max == float("-inf"), 0.0, b_max)  # -inf - -inf is NaN in a fully masked row
+        b_p = _powers(b_x, x.scale_log2, b_safe, MASKED)
+        b_sum = tl.sum(b_p, axis=1)
+        if x.dropout is not None:
+            b_p *= keep_factor(x.dropout, i_bh, o_q, o_kv, N)
+        b_o = add_products((tl.zeros([BLOCK_Q, C.BLOCK_DV], dtype=tl.float32),), b_p, b_v, of_v, C.DV, C.PRECISION)
+        if EDGE:
+            b_p = _powers(b_x_edge, x.scale_log2, b_safe, True)
+            b_sum += tl.sum(b_p, axis=1)
+            if x.dropout is not None:
+                b_p *= keep_factor(x.dropout, i_bh, o_q, o_edge, N)
+            b_o = add_products(b_o, b_p, b_v_edge, of_v_edge, C.DV, C.PRECISION)
+        b_one = tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
+        store_sums(p_out + (i_b * N * x.H + i_h) * C.DV, x.H * C.DV, o_q, o_d, N, C.DV, [b / b_one for b in b_o])
+        tl.store(p_lse + i_bh * N + o_q, natural_lse(b_max, b_sum, C.MASK), mask=o_q < N)
+
+
+@triton.jit
+def _keys_and_values(x, p_k, p_v, masks, o_kv, M, C: tl.constexpr):
+    """A tile of keys and one of values, and where they lie."""
+    of_k = side_at(p_k, x.k.stride_n, o_kv, M, C.A)
+    of_v = key_side(p_v, x.v.stride_n, masks.p_keys, o_kv, M, C.DV, C.KEY_MASK)
+    return of_k, load_side(of_k, tl.arange(0, C.BLOCK_A), C.A), of_v, load_side(of_v, tl.arange(0, C.BLOCK_DV), C.DV)
+
+
+@triton.jit
+def _logits(x, b_q, of_q, b_k, of_k, masks, start, o_q, o_kv, MASKED: tl.constexpr, C: tl.constexpr):
+    """The logits [q,kv] of a tile in base 2, or bare scores where they are not MASKED."""
+    b_one = tl.full(o_q.shape, 1.0, dtype=tl.float32)
+    b_s, _ = activate(row_products(b_q, of_q, b_k, of_k, C.A, C.PRECISION), b_one, b_one, b_one, x.parameter, True, C)
+    if MASKED:
+        b_s = mask_tile(b_s * x.scale_log2, masks, start, o_q, o_kv, x.N, x.M, C, True)
+    return b_s
+
+
+@triton.jit
+def _largest(b_x, scale_log2, MASKED: tl.constexpr, NEGATIVE: tl.constexpr):
+    """The largest logit of each row of `_logits`."""
+    if MASKED:
+        return tl.max(b_x, axis=1)
+    return (tl.min(b_x, axis=1) if NEGATIVE else tl.max(b_x, axis=1)) * scale_log2
+
+
+@triton.jit
+def _powers(b_x, scale_log2, b_safe, MASKED: tl.constexpr):
+    """2^(logit - safe) of `_logits`."""
+    return tl.exp2((b_x if MASKED else b_x * scale_log2) - b_safe[:, None])
 
 
 @triton.jit

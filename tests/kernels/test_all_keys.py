@@ -1,4 +1,5 @@
-"""The backward pass in one kernel, whose programs have all keys of a head, for calls of so few heads that others take two."""
+"""Kernels whose programs have all keys of a head: the forward pass, and the backward pass in one kernel. Beside them the kernels
+that take keys tile by tile, which other calls of 16 bits have."""
 
 from __future__ import annotations
 
@@ -13,25 +14,24 @@ from tests.helpers.compare import as_dtype
 from tests.helpers.ops import relevancy_cases, score_cases
 from tests.helpers.ops.score_cases import PRODUCTS
 from vlattn_fast.kernels import _products_backward
+from vlattn_fast.kernels._products_backward import whole_config
 
 BF16, FP16 = torch.bfloat16, torch.float16
 
 
-@pytest.fixture(autouse=True)
-def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
-    """Whether the one kernel runs, of all backward passes: it does."""
-    of_all: list[bool] = []
-    keys = _products_backward.keys
+@pytest.fixture(params=[True, False], ids=["all keys", "tiles"], autouse=True)
+def taken(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every pass, forward and backward, takes the kernel of all keys; and the same with the kernels of tiles."""
+    of_all: set[tuple[str, bool]] = set()
 
-    def noted(call: Any, config: Any, rows: Any, *others: Any) -> Any:
-        of_all.append(isinstance(rows, _products_backward.OwnRows))
-        return keys(call, config, rows, *others)
+    def noted(kernel: str, *others: Any) -> Any:
+        config = whole_config(kernel, *others)
+        of_all.add((kernel, config is not None))
+        return config if request.param else None
 
-    monkeypatch.setattr(_products_backward, "FEW", 0)
-    monkeypatch.setattr(_products_backward, "keys", noted)
-    monkeypatch.setattr("vlattn_fast.kernels.relevancy_attention.keys", noted)
-    yield of_all
-    assert of_all and all(of_all)
+    monkeypatch.setattr(_products_backward, "whole_config", noted)
+    yield
+    assert of_all == {("forward_whole", True), ("backward_whole", True)}
 
 
 def masks(n: int, m: int) -> dict[str, Any]:
@@ -52,6 +52,7 @@ def masks(n: int, m: int) -> dict[str, Any]:
         (40, 129, 16, ("key_mask", "attn_mask")),
         (65, 256, 16, ("attn_mask", "is_causal")),
         (32, 100, 128, ("key_mask", "is_causal")),
+        (66, 160, 64, ()),
     ],
 )
 @pytest.mark.parametrize("dtype", (BF16, FP16), ids=str)

@@ -25,19 +25,22 @@ ROOT = Path(__file__).parents[2]
 # what one operator's calls run together, for each architecture
 KERNELS = {
     "score_attention": """score_attention._prepare_kernel score_attention._forward_kernel score_attention._join_kernel
+        score_attention._whole_forward_kernel
         _products_backward._backward_q_kernel _products_backward._backward_kv_kernel _units_backward._units_rows_kernel
         _units_backward._units_backward_kernel score_attention._rows_kernel _group_bias._group_bias_kernel""",
     "relevancy_attention": """score_attention._forward_kernel score_attention._rows_kernel _products_backward._backward_q_kernel
+        score_attention._whole_forward_kernel
         _products_backward._backward_kv_kernel relevancy_attention._step_kernel
         _group_bias._group_bias_kernel""",
     # maps and statistics take a sink by way of the attention's log-sum-exp
     "attention_map": """attention_map._map_kernel attention_map._rows_kernel score_attention._rows_kernel
-        score_attention._forward_kernel _map_backward._map_backward_rows_kernel _map_backward._map_backward_q_kernel
+        score_attention._forward_kernel score_attention._whole_forward_kernel
+        _map_backward._map_backward_rows_kernel _map_backward._map_backward_q_kernel
         _map_backward._map_backward_kv_kernel _map_backward._map_taken_kernel _group_bias._group_bias_kernel""",
     "attention_statistics": """_key_groups._members_kernel attention_statistics._rows_kernel attention_statistics._join_kernel
         attention_statistics._received_kernel _statistics_backward._backward_q_kernel _statistics_backward._backward_kv_kernel
-        score_attention._forward_kernel _products_backward._backward_q_kernel _products_backward._backward_kv_kernel
-        _group_bias._group_bias_kernel""",
+        score_attention._forward_kernel score_attention._whole_forward_kernel
+        _products_backward._backward_q_kernel _products_backward._backward_kv_kernel _group_bias._group_bias_kernel""",
     "congruence_loss": """congruence_maps.map_kernel congruence_maps.statistics_kernel congruence_maps.gradient_kernel
         congruence_maps.gradient_q_kernel congruence_loss._divergence_kernel congruence_loss._target_backward_kernel""",
     "maxsim": "maxsim._largest_kernel maxsim._query_gradient_kernel maxsim._document_gradient_kernel",
@@ -50,10 +53,12 @@ KERNELS = {
 @needs_fences
 @pytest.mark.parametrize("operator", KERNELS)
 def test_calls_are_right_and_nothing_is_reported(operator: str) -> None:
+    every = set()
     for architecture in CALLED:
         worst, launched = compiling("tests.helpers.ptx.triton_calls.ratios", operator, architecture)
         assert {name: ratio for name, ratio in worst.items() if not ratio <= 1.0} == {} != worst, f"sm_{architecture}"
-        assert launched == set(KERNELS[operator].split()), f"sm_{architecture}"
+        every |= launched
+    assert every == set(KERNELS[operator].split())  # on sm_90 calls of few tokens have kernels of their own
 
 
 @needs_fences

@@ -31,10 +31,12 @@ PAGE = Path(__file__).parents[2] / "docs" / "kernels.md"
 
 CLIP = Workload("CLIP ViT-L/14@336, batch of 64", 64, 16, 577, 64)
 UNITER = Workload("UNITER, batch of 256", 256, 12, 160, 64)
+VIT = Workload("ViT-B/16, batch of 64", 64, 12, 197, 64)
 LLAVA = Workload("LLaVA-7B, batch of 4", 4, 32, 704, 128, causal=True)
 HIGHRES = Workload("16,384 tokens, 32 heads of 128", 1, 32, 16384, 128, causal=True)
 
 FORWARD, BACKWARD = {"_forward_kernel": 4}, {"_backward_q_kernel": 6, "_backward_kv_kernel": 6}
+WHOLE_FORWARD, WHOLE_BACKWARD = {"_whole_forward_kernel": 4}, {"_backward_kv_kernel": 8}  # programs of all keys of a head
 # with the exponentials of each side in float32; the backward pass reads and writes sums of dQ for each block of keys
 UNITS_FORWARD, UNITS_BACKWARD = {"_forward_kernel": 8}, {"_units_backward_kernel": 11}
 ROWS, OF_A_MAP, OF_A_GRADIENT = {"_rows_kernel": 2}, {"_map_kernel": 2}, {"_map_kernel": 4}
@@ -57,13 +59,14 @@ def _scores() -> list[Entry]:
         call = f"score_attention {kind} bf16 64"
         entries.append(Entry(f"score_attention, {kind}, forward", CLIP, call, UNITS_FORWARD, 1, 4, special))
         entries.append(Entry(f"score_attention, {kind}, backward", CLIP, call, UNITS_BACKWARD, 2, 8, 2 * special))
-    for workload, call in (
-        (UNITER, "score_attention dot padded bf16 160 64"),
-        (LLAVA, "score_attention dot causal bf16 704 128"),
-        (HIGHRES, "score_attention dot causal bf16 4096 128"),
+    for workload, call, forward, backward in (
+        (UNITER, "score_attention dot padded bf16 160 64", WHOLE_FORWARD, WHOLE_BACKWARD),
+        (VIT, "score_attention dot bf16 197 64", WHOLE_FORWARD, WHOLE_BACKWARD),
+        (LLAVA, "score_attention dot causal bf16 704 128", FORWARD, BACKWARD),
+        (HIGHRES, "score_attention dot causal bf16 4096 128", FORWARD, BACKWARD),
     ):
-        entries.append(Entry("score_attention, dot, forward", workload, call, FORWARD, 2, 4))
-        entries.append(Entry("score_attention, dot, backward", workload, call, BACKWARD, 5, 8))
+        entries.append(Entry("score_attention, dot, forward", workload, call, forward, 2, 4))
+        entries.append(Entry("score_attention, dot, backward", workload, call, backward, 5, 8))
     for workload in DECODING:
         call, kernels = f"score_attention dot decoding {workload.batch} bf16 128", {"_forward_kernel": 2, "_join_kernel": 0}
         entries.append(Entry("score_attention, dot of few queries, forward", workload, call, kernels, 2, 2))
@@ -77,7 +80,7 @@ def _scores() -> list[Entry]:
 ENTRIES = [
     *_scores(),
     Entry("relevancy_attention, backward", CLIP, "relevancy_attention backward bf16 64", BACKWARD, 5, 8),
-    Entry("relevancy_attention, backward", UNITER, "relevancy_attention backward 1 rows of 160 bf16 64", BACKWARD, 5, 8),
+    Entry("relevancy_attention, backward", UNITER, "relevancy_attention backward 1 rows of 160 bf16 64", WHOLE_BACKWARD, 5, 8),
     Entry("relevancy_attention, backward", LLAVA, "relevancy_attention backward causal bf16 704 128", BACKWARD, 5, 8),
     Entry("relevancy_attention, backward", HIGHRES, "relevancy_attention backward causal bf16 4096 128", BACKWARD, 5, 8),
     Entry("relevancy_step, lse given", CLIP, "relevancy_attention step bf16 64", {"_step_kernel": 4}, 2, 4),

@@ -19,6 +19,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -55,6 +56,8 @@ class Item(NamedTuple):
 CALLS = {
     ("score_attention", "scaled_dot causal"): """score_attention._forward_kernel _products_backward._backward_q_kernel
         _products_backward._backward_kv_kernel""",
+    ("score_attention", "scaled_dot causal, all keys"): """score_attention._whole_forward_kernel
+        _products_backward._backward_kv_kernel""",
     ("score_attention", "additive"): """score_attention._prepare_kernel score_attention._forward_kernel
         _units_backward._units_rows_kernel _units_backward._units_backward_kernel""",
     ("score_attention", "grouped heads, few queries"): "score_attention._forward_kernel score_attention._join_kernel",
@@ -63,6 +66,8 @@ CALLS = {
     ("score_attention", "groups and gate, runs"): """_group_bias._group_bias_kernel score_attention._forward_kernel
         score_attention._rows_kernel _products_backward._backward_q_kernel _products_backward._backward_kv_kernel""",
     ("relevancy_attention", "gradient"): """score_attention._forward_kernel _products_backward._backward_q_kernel
+        _products_backward._backward_kv_kernel""",
+    ("relevancy_attention", "gradient, all keys"): """score_attention._whole_forward_kernel
         _products_backward._backward_kv_kernel""",
     ("relevancy_step", "gradient"): """score_attention._rows_kernel _products_backward._backward_kv_kernel
         _map_backward._map_backward_rows_kernel _map_backward._map_backward_q_kernel _map_backward._map_backward_kv_kernel""",
@@ -102,8 +107,9 @@ PAIRS = (
     Item("parts", "score_attention", "grouped heads, few queries"),
     Item("rows", "congruence_loss", "iais_singular, long rows"),
 )
-# on sm_80, in float16, congruence_loss divides rows of a tile by their largest entry: other tiles, other quotients
-SM_80 = tuple(item for item in PAIRS if item.operator != "congruence_loss")
+# on sm_80, in float16, congruence_loss divides rows of a tile by their largest entry: other tiles, other quotients. No program
+# has all keys of a head there
+SM_80 = tuple(item for item in PAIRS if item.operator != "congruence_loss" and not item.case.endswith("all keys"))
 ITEMS = {90: (*(Item("consan", *call) for call in CALLS), *PAIRS), 80: SM_80}
 
 # its terms are cut off where 2^x is 0 in numbers, that is by the distance from the largest logit so far
@@ -141,7 +147,9 @@ def case_of(item: Item) -> tuple[Example, Callable[[], AbstractContextManager[No
     if variant == "runs":
         groups = torch.arange(sizes.keys) // 40  # some tiles have one group, others parts of two
         case = replace(case, options={**case.options, "key_groups": groups})
-    return replace(case, differentiable=case.differentiable and variant not in OTHER_SIZES), VARIANTS.get(variant, nullcontext)
+    whole = variant == "all keys"
+    case = replace(case, differentiable=case.differentiable and (whole or variant not in OTHER_SIZES))
+    return case, nullcontext if whole else partial(by_tiles, VARIANTS.get(variant, nullcontext))
 
 
 def provable(case: Example) -> Example:
@@ -218,6 +226,8 @@ class Tiles(dict[str, dict[str, int]]):
     def get(self, key: str, default: Any = None) -> Any:
         sizes = {"BLOCK_Q": self.rows, "BLOCK_I": self.rows, "BLOCK_KV": self.columns, "BLOCK_J": self.columns}
         tile = {name: sizes.get(name, 32) for name in default if name.startswith("BLOCK")}
+        if key.startswith("score_attention backward_whole"):
+            tile["BLOCK_KV"] = default["BLOCK_KV"]  # which holds all keys
         few = self.but and key.startswith(self.but)
         return SQUARE.get(key, default) if few else {**tile, "num_warps": 4, "num_stages": self.stages}
 
@@ -273,14 +283,25 @@ def whole_rows(whole: bool) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def by_tiles(variant: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    """The variant, within which no program has all keys of a head."""
+    from vlattn_fast.kernels import _products_backward
+
+    with _changed(_products_backward, "whole_config", lambda *_: None), variant():
+        yield
+
+
 VARIANTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    "all keys": nullcontext,
     "few queries": lambda: parts_of_keys(32),
     "float mask": nullcontext,
     "long rows": lambda: whole_rows(False),
     "one row": nullcontext,
     "runs": nullcontext,
 }
-OTHER_SIZES = {"few queries": {"queries": 6}, "one row": {"rows": 1}}  # of calls without gradients
+# the others are of calls without gradients
+OTHER_SIZES = {"all keys": {"rows": 1}, "few queries": {"queries": 6}, "one row": {"rows": 1}}
 
 
 @contextmanager

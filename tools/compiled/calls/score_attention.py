@@ -22,7 +22,10 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"{kind} bf16 64", lambda kind=kind: run(kind, torch.bfloat16, 64)
     yield "cosine fp16 64", lambda: run("cosine", torch.float16, 64)  # this score lengthens short vectors
     yield "dot padded bf16 64", lambda: run("dot", torch.bfloat16, 64, padded=True)
-    yield "dot padded bf16 160 64", lambda: run("dot", torch.bfloat16, 64, padded=True, tokens=160)  # UNITER's
+    # a program has all keys of a head: UNITER's, ViT-B/16's, and of 128 features
+    yield "dot padded bf16 160 64", lambda: run("dot", torch.bfloat16, 64, padded=True, tokens=160)
+    yield "dot bf16 197 64", lambda: run("dot", torch.bfloat16, 64, tokens=197)
+    yield "dot bf16 77 128", lambda: run("dot", torch.bfloat16, 128, tokens=77)
     yield "dot groups bf16 64", lambda: run("dot", torch.bfloat16, 64, groups=8)
     yield "dot bf16 72", lambda: run("dot", torch.bfloat16, 72)  # SigLIP-so400m's heads
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
