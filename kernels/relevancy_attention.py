@@ -1,8 +1,9 @@
 """relevancy_attention in Triton: a flash backward pass that also gives r Abar, and r Abar alone behind any attention.
 
 Shapes: query (B, H, N, D), key (B, Hk, M, D), value (B, Hk, M, Dv), relevancy r (B, T, N) -> r Abar (B, T, M). Hk divides H.
-Roofline: tensor cores, 7 matrix products in the two passes of the backward and 2 in r Abar alone (rule "gradient"). There the
-exponentials (MUFU) take as long at D = 64. r Abar within the backward pass adds a maximum and two multiply-adds per pair.
+Roofline: tensor cores, 7 matrix products in the two passes of the backward, 5 in the one of few tokens, and 2 in r Abar alone
+(rule "gradient"). There the exponentials (MUFU) take as long at D = 64. r Abar within the backward pass adds a maximum and two
+multiply-adds per pair.
 The kernels are those of score_attention's backward pass (_products_backward.py), which carry rows of r along, and its
 `_rows_kernel`; one row without gradients has a kernel here. There is one partial sum of r Abar per key head, or per head of that
 one row, and they are added in order: no atomics. Not yet measured on a GPU.

@@ -77,6 +77,7 @@ from vlattn_fast.kernels._tiles import (
     cdiv,
     dot,
     edge_block,
+    extended,
     head_side,
     heads_of,
     input_precision,
@@ -100,6 +101,7 @@ from vlattn_fast.kernels._tiles import (
     side_at,
     staged,
     store_sums,
+    store_tile,
     with_bias,
     zero_sums,
 )
@@ -149,9 +151,9 @@ def forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
     call = arguments(inputs, True)
     x, constants = call["x"], call["C"]
     if vector is None and (config := _products_backward.whole_config("forward_whole", call, inputs.row_bias)) is not None:
-        tiles = _tiles_of_keys(x.M)
+        keys = cdiv(x.M, 16) * 16
         _whole_forward_kernel[(batch * heads,)](
-            **launched(call), p_out=out, p_lse=lse, NEGATIVE=x.scale_log2 < 0.0, BLOCK_KV=tiles[0], BLOCK_EDGE=tiles[1], **config
+            **launched(call), p_out=out, p_lse=lse, NEGATIVE=x.scale_log2 < 0.0, KEYS=keys, **config
         )
         return out, lse
     config, of_launch = _forward_launch(constants, query.dtype, num_q, x.M, x.scale_log2 < 0.0)
@@ -394,13 +396,6 @@ def _boxes(call: dict[str, Any], config: Config, out: Tensor) -> dict[str, Tenso
     }
 
 
-def _tiles_of_keys(num_k: int) -> tuple[int, int]:
-    """One tile that holds so many keys, or two that together have fewer: the largest power of two, and the rest."""
-    first = max(16, 1 << num_k.bit_length() - 1)
-    rest = block_size(num_k - first) if num_k > first else 0
-    return (first, rest) if rest < first else (2 * first, 0)
-
-
 def _edge_of_keys(num_k: int, constants: Constants, config: Config) -> int:
     """The last tile of keys, and those along a causal diagonal. Scores over hidden units have one loop for all tiles."""
     if constants.CAUSAL and not constants.UNITS:
@@ -502,86 +497,83 @@ def _forward_kernel(
         tl.store(p_lse + i_bh * N + o_q, b_lse, mask=o_q < N)
 
 
+@triton.constexpr_function
+def powers_of(number):
+    """The powers of two that add up to a number, the largest first."""
+    return [1 << i for i in reversed(range(number.bit_length())) if number >> i & 1]
+
+
+@triton.constexpr_function
+def number_of_tiles(keys):
+    return len(powers_of(keys))
+
+
+@triton.constexpr_function
+def tile_size(keys, i):
+    return powers_of(keys)[i]
+
+
+@triton.constexpr_function
+def tile_start(keys, i):
+    return sum(powers_of(keys)[:i])
+
+
 @triton.jit
-def _whole_forward_kernel(
-    x,
-    p_out,
-    p_lse,
-    NEGATIVE: tl.constexpr,
-    C: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
-    BLOCK_EDGE: tl.constexpr,
-):
-    """Attention of all queries of one head, as `_forward_kernel` defines it. The keys lie in one tile, or BLOCK_EDGE of them in a
-    second one: a program reads them once, and a row has its largest logit before it takes powers."""
-    N, M = x.N, x.M
+def _whole_forward_kernel(x, p_out, p_lse, NEGATIVE: tl.constexpr, C: tl.constexpr, KEYS: tl.constexpr, BLOCK_Q: tl.constexpr):
+    """Attention of all queries of one head, as `_forward_kernel` defines it.
+
+    KEYS, a multiple of 16, lie in tiles of powers of two: a program reads them once, and a row has its largest logit before it
+    takes powers.
+    """
+    N, M, scale_log2 = x.N, x.M, x.scale_log2
+    TILES: tl.constexpr = number_of_tiles(KEYS)
     _, i_bh, i_b, i_h, i_hk = block_and_head(1, x.H, C.GROUP_K)
     p_q, p_k, p_v, _, _, masks = head_of(x, i_bh, i_b, i_h, i_hk, C)
     o_a, o_d = tl.arange(0, C.BLOCK_A), tl.arange(0, C.BLOCK_DV)
-    EDGE: tl.constexpr = BLOCK_EDGE > 0
-    MASKED: tl.constexpr = not EDGE or C.KEY_MASK or C.CAUSAL or C.MASK != 0
-    o_kv = tl.arange(0, BLOCK_KV)
-    of_k, b_k, of_v, b_v = _keys_and_values(x, p_k, p_v, masks, o_kv, None if EDGE else M, C)
-    if EDGE:
-        o_edge = BLOCK_KV + tl.arange(0, BLOCK_EDGE)
-        of_k_edge, b_k_edge, of_v_edge, b_v_edge = _keys_and_values(x, p_k, p_v, masks, o_edge, M, C)
+    b_keys, b_values = (), ()
+    for i in tl.static_range(TILES):
+        o_kv = tile_start(KEYS, i) + tl.arange(0, tile_size(KEYS, i))
+        of_v = key_side(p_v, x.v.stride_n, masks.p_keys, o_kv, M if i == TILES - 1 else None, C.DV, C.KEY_MASK)
+        b_keys = extended(b_keys, load_rows(p_k, x.k.stride_n, o_kv, o_a, M if i == TILES - 1 else None, C.A))  # [kv,A]
+        b_values = extended(b_values, load_side(of_v, o_d, C.DV))  # [kv,Dv]
     for start in range(0, N, BLOCK_Q):
         o_q = start + tl.arange(0, BLOCK_Q)
-        of_q = side_at(p_q, x.q.stride_n, o_q, N, C.A)
-        b_q = load_side(of_q, o_a, C.A)  # [q,A]
-        b_x = _logits(x, b_q, of_q, b_k, of_k, masks, 0, o_q, o_kv, MASKED, C)  # [q,kv]
-        b_max = _largest(b_x, x.scale_log2, MASKED, NEGATIVE)
-        if EDGE:
-            b_x_edge = _logits(x, b_q, of_q, b_k_edge, of_k_edge, masks, BLOCK_KV, o_q, o_edge, True, C)
-            b_max = tl.maximum(b_max, _largest(b_x_edge, x.scale_log2, True, NEGATIVE))
+        b_q = load_rows(p_q, x.q.stride_n, o_q, o_a, N, C.A)
+        b_one = tl.full([BLOCK_Q], 1.0, dtype=tl.float32)
+        b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
+        b_scores = ()
+        for i in tl.static_range(TILES):
+            b_s, b_slope = activate(
+                dot(b_q, tl.trans(b_keys[i]), C.PRECISION), b_one, b_one, b_one, x.parameter, True, C
+            )  # [q,kv]
+            if i == TILES - 1 or is_masked(C.KEY_MASK, C.CAUSAL, C.MASK):
+                o_kv = tile_start(KEYS, i) + tl.arange(0, tile_size(KEYS, i))
+                b_s = mask_tile(b_s * scale_log2, masks, tile_start(KEYS, i), o_q, o_kv, N, M, C, True)
+                b_max = tl.maximum(b_max, tl.max(b_s, axis=1))
+            else:
+                b_max = tl.maximum(b_max, (tl.min(b_s, axis=1) if NEGATIVE else tl.max(b_s, axis=1)) * scale_log2)
+            b_scores = extended(b_scores, b_s)
         b_safe = tl.where(b_max == float("-inf"), 0.0, b_max)  # -inf - -inf is NaN in a fully masked row
-        b_p = _powers(b_x, x.scale_log2, b_safe, MASKED)
-        b_sum = tl.sum(b_p, axis=1)
-        if x.dropout is not None:
-            b_p *= keep_factor(x.dropout, i_bh, o_q, o_kv, N)
-        b_o = add_products((tl.zeros([BLOCK_Q, C.BLOCK_DV], dtype=tl.float32),), b_p, b_v, of_v, C.DV, C.PRECISION)
-        if EDGE:
-            b_p = _powers(b_x_edge, x.scale_log2, b_safe, True)
+        b_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
+        b_o = tl.zeros([BLOCK_Q, C.BLOCK_DV], dtype=tl.float32)
+        for i in tl.static_range(TILES):
+            if i == TILES - 1 or is_masked(C.KEY_MASK, C.CAUSAL, C.MASK):
+                b_p = tl.exp2(b_scores[i] - b_safe[:, None])
+            else:
+                b_p = tl.exp2(b_scores[i] * scale_log2 - b_safe[:, None])
             b_sum += tl.sum(b_p, axis=1)
             if x.dropout is not None:
-                b_p *= keep_factor(x.dropout, i_bh, o_q, o_edge, N)
-            b_o = add_products(b_o, b_p, b_v_edge, of_v_edge, C.DV, C.PRECISION)
-        b_one = tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
-        store_sums(p_out + (i_b * N * x.H + i_h) * C.DV, x.H * C.DV, o_q, o_d, N, C.DV, [b / b_one for b in b_o])
+                o_kv = tile_start(KEYS, i) + tl.arange(0, tile_size(KEYS, i))
+                b_p *= keep_factor(x.dropout, i_bh, o_q, o_kv, N)
+            b_o += dot(b_p.to(b_values[i].dtype), b_values[i], C.PRECISION)
+        b_o = b_o / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
+        store_tile(p_out + (i_b * N * x.H + i_h) * C.DV, x.H * C.DV, o_q, o_d, N, C.DV, b_o)
         tl.store(p_lse + i_bh * N + o_q, natural_lse(b_max, b_sum, C.MASK), mask=o_q < N)
 
 
-@triton.jit
-def _keys_and_values(x, p_k, p_v, masks, o_kv, M, C: tl.constexpr):
-    """A tile of keys and one of values, and where they lie."""
-    of_k = side_at(p_k, x.k.stride_n, o_kv, M, C.A)
-    of_v = key_side(p_v, x.v.stride_n, masks.p_keys, o_kv, M, C.DV, C.KEY_MASK)
-    return of_k, load_side(of_k, tl.arange(0, C.BLOCK_A), C.A), of_v, load_side(of_v, tl.arange(0, C.BLOCK_DV), C.DV)
-
-
-@triton.jit
-def _logits(x, b_q, of_q, b_k, of_k, masks, start, o_q, o_kv, MASKED: tl.constexpr, C: tl.constexpr):
-    """The logits [q,kv] of a tile in base 2, or bare scores where they are not MASKED."""
-    b_one = tl.full(o_q.shape, 1.0, dtype=tl.float32)
-    b_s, _ = activate(row_products(b_q, of_q, b_k, of_k, C.A, C.PRECISION), b_one, b_one, b_one, x.parameter, True, C)
-    if MASKED:
-        b_s = mask_tile(b_s * x.scale_log2, masks, start, o_q, o_kv, x.N, x.M, C, True)
-    return b_s
-
-
-@triton.jit
-def _largest(b_x, scale_log2, MASKED: tl.constexpr, NEGATIVE: tl.constexpr):
-    """The largest logit of each row of `_logits`."""
-    if MASKED:
-        return tl.max(b_x, axis=1)
-    return (tl.min(b_x, axis=1) if NEGATIVE else tl.max(b_x, axis=1)) * scale_log2
-
-
-@triton.jit
-def _powers(b_x, scale_log2, b_safe, MASKED: tl.constexpr):
-    """2^(logit - safe) of `_logits`."""
-    return tl.exp2((b_x if MASKED else b_x * scale_log2) - b_safe[:, None])
+@triton.constexpr_function
+def is_masked(key_mask, causal, mask):
+    return key_mask or causal or mask != 0
 
 
 @triton.jit

@@ -201,8 +201,13 @@ SERIALISED = (
     Hot("score_attention backward_kv dot", KV, f"{DOT}/llava", DOT_D128),
     Hot("relevancy_attention backward_kv", KV, LLAVA_RELEVANCY, ONE_ROW_D128),
     Hot("relevancy_attention backward_q", Q, CLIP_RELEVANCY, ONE_ROW_D64),
-    Hot("score_attention forward dot", FORWARD, "score_attention/scaled dot, padding, forward+backward/uniter", DOT_N200, 128),
-    Hot("score_attention backward_q dot", Q, "score_attention/scaled dot, padding, forward+backward/uniter", DOT_N200),
+    Hot(
+        "score_attention forward_whole",
+        ("_whole_forward_kernel",),
+        "score_attention/scaled dot, padding, forward+backward/uniter",
+        DOT_N200,
+        128,
+    ),
 )
 HOTTEST = (
     *SERIALISED,

@@ -160,8 +160,9 @@ and the host's time, are left out. Passes over 16,384 tokens have the counts of 
 At 512 tokens and 64 features FlashAttention-3 takes {forward:.1f} times the floor forward and {backward:.1f} times backward. So
 the floor is no goal; FlashAttention-3's rate is. The passes furthest from their floors do more work than these count:
 
-- Backward passes compute the scores and the gradients of the probabilities in each of two kernels, seven products for five. Those
-  of tanh and sigmoid take two special functions a pair in each kernel. With 577 tokens they compute 640 rows.
+- Backward passes of more than 256 tokens compute the scores and the gradients of the probabilities in each of two kernels, seven
+  products for five. Those of tanh and sigmoid take two special functions a pair in each kernel. With 577 tokens they compute 640
+  rows. Those of fewer tokens have one kernel, which computes 256 keys with 160 tokens and with 197.
 - A map without a given log-sum-exp takes two exponentials a pair, one in the kernel for the log-sum-exp and one in the kernel
   for the map. Each tile of a map reads its rows and keys of every head. With 577 tokens and the rule "gradient", this takes L2
   longer than all else in the kernel.
@@ -198,12 +199,13 @@ polynomials were worked out from them, and not written:
 - *A persistent grid*: not in. It can save what programs wait for their first tiles: 5 to 7 % with CLIP's tokens, 4 to 6 % with
   LLaVA's and 0.4 % with 16,384. But a loop over blocks hides a wait only where the next block's copies begin before this one
   ends: by warp groups, which Triton lacks on Hopper. Without them a block still waits. The last round of programs of one length
-  takes at most 0.5 % of CLIP's dot products, and a persistent grid has the same rounds. For 160 tokens, where first tiles are a
-  fifth of the estimate, programs that share a multiprocessor fill these waits already; the estimate leaves that out.
-- *Tiles for 160 keys*, on sm_90: a forward pass takes one of 128 keys and one of 32, where it took 64, 64 and 32. UNITER's fell
-  from 122 to 115 µs. Backward, 128 keys a tile for dQ save 2.1 %, and 128 queries a tile for dK and dV 0.6 %: not in. A
-  bound of P in place of dQ's masks of padding, whose keys are zeros, saves another 1.8 %, and the three 4.5 %. First tiles are
-  27 of 115 µs forward and 54 of 287 backward.
+  takes at most 0.5 % of CLIP's dot products, and a persistent grid has the same rounds.
+- *Programs of all keys of a head*, on sm_90, for up to 256 queries and keys in 16 bits (64 features; 128 keys of 128): they are
+  in. Forward, a program reads the keys once for all queries, a row has its largest logit before it takes powers, and a third of
+  the programs wait for a first tile. Backward, a tile has all terms of dQ, too: one kernel for two, five products for seven, no
+  atomics. {whole} A program goes over all queries, so a batch of one sample has fewer programs: there the launch that is saved
+  takes as long as is lost. The estimate leaves out that tiles of 32 queries read operands of wgmma from shared memory at 128
+  bytes a clock: that takes 1.5 times as long as the five products. Backward, a thread spills up to {spilled} bytes.
 - *The sum that corrects dQ in float32*: it is in. The product of P and K, which a rounding error multiplies, was six products of
   bfloat16 and is one. Errors of dQ stay, to three digits. CLIP's backward pass in float32 falls from 5,961 to 5,494 µs.
 - *Exponentials by polynomials*, on sm_100, as FlashAttention-4 has them: not in. They help where special functions take
