@@ -14,7 +14,7 @@ from tools.pages import kernel_times
 from tools.pages.cuda_times import PAIRS, estimates
 from tools.pages.kernel_limits import REASONS, lines_beyond, reasons_of
 from tools.pages.kernel_times import LAUNCH, Entry, Workload, beside_softmax, floor_of, nearest, rate_of, times_of
-from tools.pages.kernels_page import CLIP, ENTRIES, FORWARD, HIGHRES, LLAVA, PAGE, UNITER, counted, page
+from tools.pages.kernels_page import CLIP, ENTRIES, FORWARD, HIGHRES, LLAVA, PAGE, UNITER, VIT, counted, page
 from vlattn_fast.benchmarks._rates import H200
 
 CLOCK, SMS = 1.83e9, 132
@@ -188,6 +188,8 @@ def test_published_rates_are_the_nearest_and_of_dot_products_alone() -> None:
         ("score_attention, dot, backward", CLIP): (272, 512, False),
         ("score_attention, dot, forward", UNITER): (333, 512, False),
         ("score_attention, dot, backward", UNITER): (272, 512, False),
+        ("score_attention, dot, forward", VIT): (333, 512, False),
+        ("score_attention, dot, backward", VIT): (272, 512, False),
         ("score_attention, dot, forward", LLAVA): (292, 512, True),
         ("score_attention, dot, backward", LLAVA): (316, 512, False),
         ("score_attention, dot, forward", HIGHRES): (616, 16384, True),
