@@ -448,17 +448,6 @@ def add_products(b_sums, b_x, b_y, y, SIZE: tl.constexpr, PRECISION: tl.constexp
 
 
 @triton.jit
-def add_product_and_rounded(b_sums, b_x, b_sums_2, b_x_2, b_y, y, SIZE: tl.constexpr, PRECISION: tl.constexpr):
-    """b_sums + b_x b_y and, with operands in bfloat16, b_sums_2 + b_x_2 b_y: a part of b_y is read once for both."""
-    b_new, b_new_2 = (), ()
-    for i in tl.static_range(len(b_sums)):
-        b_part = part_of(b_y, y, i * FEATURES, SIZE)
-        b_new = extended(b_new, b_sums[i] + dot(b_x.to(b_y.dtype), b_part, PRECISION))
-        b_new_2 = extended(b_new_2, b_sums_2[i] + dot(b_x_2.to(tl.bfloat16), b_part.to(tl.bfloat16), PRECISION))
-    return b_new, b_new_2
-
-
-@triton.jit
 def rows_times_sums(b_x, x, b_sums, SIZE: tl.constexpr):
     """The sums [x] of the products of b_x [x,SIZE], at side x, and b_sums."""
     b = tl.sum(part_of(b_x, x, 0, SIZE).to(tl.float32) * b_sums[0], axis=1)
