@@ -62,6 +62,7 @@ from vlattn_fast.kernels._tiles import (
     extended,
     first_sums,
     groups_of_heads,
+    has_wgmma,
     head_at,
     head_side,
     heads_in_turn,
@@ -339,7 +340,8 @@ def _backward_q_kernel(
         seen = seen_keys(masks, o_q, N, M, C.MASK)
     if APART:
         rows = of_q, b_scale, b_shift, b_inv_q, b_weight
-        b_mean_along = _store_mean(x, grad_q, rows, p_k, p_pre_k, masks, seen, i_q, i_b, i_h, C, BLOCK_Q, BLOCK_KV)
+        BLOCK: tl.constexpr = 32 if BLOCK_KV > 32 else BLOCK_KV  # of 64 whole keys sm_80 would have 144 KB in shared memory
+        b_mean_along = _store_mean(x, grad_q, rows, p_k, p_pre_k, masks, seen, i_q, i_b, i_h, C, BLOCK_Q, BLOCK)
     for EDGE in tl.static_range(2):
         begin, finish = whole if EDGE else 0, end if EDGE else whole
         tiles = seen_tiles(seen, begin, finish, BLOCK_EDGE if EDGE else BLOCK_KV, C.MASK)
@@ -587,7 +589,7 @@ def _backward_kv_kernel(
     GRADS: tl.constexpr = grad_k is not None
     WHOLE: tl.constexpr = own_grad_q is not None
     HALF: tl.constexpr = C.SCORE == "cosine" and x.q.p.dtype.element_ty == tl.float16
-    APART: tl.constexpr = GRADS and x.q.p.dtype.element_ty == tl.float32 and (C.A > 192 or C.DV > 192)
+    APART: tl.constexpr = GRADS and x.q.p.dtype.element_ty == tl.float32 and (C.A > 192 or C.DV > 192) and has_wgmma()
     i_kv, o_kv, o_t, i_bp, i_b, i_p = _keys_and_rows(x, KEY_HEADS, T, GROUP, C, BLOCK_KV, BLOCK_T)
     o_a, o_d = tl.arange(0, C.BLOCK_A), tl.arange(0, C.BLOCK_DV)
     NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
@@ -613,8 +615,8 @@ def _backward_kv_kernel(
         b_inv_k, b_weight, clamped = _weights_of_keys(x, i_b, i_hkv, i_hk, o_kv, GROUP, HALF, C)  # [kv]
         b_scale = x.scale_log2 * b_weight
         # under a causal mask the tiles at the edge come before the whole ones; where cosine's clamp acts, all are at the edge
-        # LOOP 0 has all, or 1 has dV and 2 the rest: two sums of 64 rows and 256 features would be 256 numbers a thread, and
-        # ptxas would serialise the products
+        # LOOP 0 has all, or 1 has dV and 2 the rest: two sums of wgmma's 64 rows and 256 features would be 256 numbers a thread,
+        # and ptxas would serialise the products
         for LOOP in tl.static_range(1 if APART else 0, 3 if APART else 1):
             for EDGE in tl.static_range(1 if WHOLE else 0, 2):
                 tiles = _tiles_of_queries(seeing, ranges, clamped, N, GROUP, EDGE, C, BLOCK_EDGE if EDGE else BLOCK_Q)

@@ -415,6 +415,12 @@ def zero_sums(dtype, ROWS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr
         return (first_sums(dtype, ROWS, BLOCK, EACH),)
 
 
+@triton.constexpr_function
+def has_wgmma():
+    """Whether it is for sm_90. Triton's interpreter runs what that runs."""
+    return INTERPRETED or (cuda_capability_geq(9) and not cuda_capability_geq(10))
+
+
 @triton.jit
 def first_sums(dtype, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EACH: tl.constexpr = OLD_TRITON):
     """Zeros [ROWS,COLUMNS] for sums of products of `dtype`. The compiler does not know them on sm_90, if `dtype` has 16 bits.
@@ -426,7 +432,7 @@ def first_sums(dtype, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EACH: tl.conste
     other goes there through shared memory. But Triton 3.6 makes copies of one number between a product and its wait, too.
     """
     b = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
-    if COMPILED and dtype != tl.float32 and cuda_capability_geq(9) and not cuda_capability_geq(10):
+    if COMPILED and dtype != tl.float32 and has_wgmma():
         if EACH:
             b = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [b], dtype=tl.float32, is_pure=False, pack=1)
         else:
