@@ -154,16 +154,11 @@ _FLOAT32_KEYS = [
     _line((64, 64, 4, 1), _PARTS, architecture="sm_90", dtype=FLOAT32),
     _line((64, 32, 4, 1), _PARTS, dtype=FLOAT32),
 ]
-# two sums of 64 rows of 192 features are 192 numbers a thread: beside 64 x 64 pairs ptxas has too few registers
-_TWO_SUMS = "two sums and a tile of more pairs make ptxas serialise the products of 192 features"
-_FLOAT32_BACKWARD_Q = [
-    _line((64, 32, 4, 1), _TWO_SUMS, architecture="sm_90", dtype=FLOAT32),
-    _FLOAT32_128[1],
-    _line((32, 64, 4, 1), _PARTS, dtype=FLOAT32),
-]
 _FLOAT32_BACKWARD_KV = [
     *_FLOAT32_KEYS[:2],
-    _line((32, 128, 8, 1), _TWO_SUMS, architecture="sm_90", dtype=FLOAT32),
+    # two sums of 64 rows of 192 features are 192 numbers a thread: beside 64 x 64 pairs ptxas has too few registers
+    _line((32, 128, 8, 1), "a tile of more pairs makes ptxas serialise products", architecture="sm_90", dtype=FLOAT32, size=192),
+    _line((64, 128, 8, 1), _PARTS, architecture="sm_90", dtype=FLOAT32),
     _FLOAT32_KEYS[-1],
 ]
 _ALL = "all keys of a head: one kernel has all gradients, and five products for seven"
@@ -203,7 +198,7 @@ LINES: dict[str, list[Line]] = {
     ],
     "score_attention backward_q": [
         *_UNITS_ROWS,
-        *_FLOAT32_BACKWARD_Q,
+        *_FLOAT32_ROWS,
         _line((64, 32, 4, 2), _MASK, masked=True, size=128),
         _line((64, 64, 4, 3), _ONCE, score="dot", size=64),
         _line((64, 64, 4, 2), _ONCE, size=64),
@@ -242,7 +237,7 @@ LINES: dict[str, list[Line]] = {
     ],
     "relevancy_attention statistics": _RELEVANCY_ROWS,
     "relevancy_attention backward_q": [
-        *_FLOAT32_BACKWARD_Q,
+        *_FLOAT32_ROWS,
         _line((64, 32, 4, 2), _MASK, masked=True, size=128),
         _line((64, 64, 4, 2), _FEWER, size=128),
         _line((32, 32, 4, 1), _WIDER),

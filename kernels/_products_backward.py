@@ -50,9 +50,9 @@ from vlattn_fast.kernels._scores import (
     weights_of_rows,
 )
 from vlattn_fast.kernels._tiles import (
+    FEATURES,
     OLD_TRITON,
     ROW_MULTIPLE,
-    add_product_and_rounded,
     add_products,
     aligned_step,
     block_and_head,
@@ -62,6 +62,7 @@ from vlattn_fast.kernels._tiles import (
     extended,
     first_sums,
     groups_of_heads,
+    has_wgmma,
     head_at,
     head_side,
     heads_in_turn,
@@ -87,6 +88,7 @@ from vlattn_fast.kernels._tiles import (
     seeing_queries_of_heads,
     side_at,
     store_head,
+    wide,
     with_bias,
     zero_sums,
 )
@@ -292,6 +294,7 @@ def _backward_q_kernel(
     H, N, M, scale_log2, parameter = x.H, x.N, x.M, x.scale_log2, x.parameter
     SUMS: tl.constexpr = stats.sums is not None
     HALF: tl.constexpr = C.SCORE == "cosine" and q.p.dtype.element_ty == tl.float16
+    APART: tl.constexpr = wide(q.p.dtype.element_ty, C.BLOCK_A)  # b_mean beside dQ would take too many registers
     NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
     i_q, i_bh, i_b, i_h, i_hk = rows_and_head(NP // BLOCK_Q, H, C.GROUP_K, M * (C.A + C.DV), C.CAUSAL)
     p_q, p_k, p_v, p_pre_q, p_pre_k, masks = head_of(x, i_bh, i_b, i_h, i_hk, C)
@@ -335,6 +338,10 @@ def _backward_q_kernel(
         b_parts = parts_of(x.product, i_bh, i_q * BLOCK_Q, N, BLOCK_Q)  # [q,slot]
     else:
         seen = seen_keys(masks, o_q, N, M, C.MASK)
+    if APART:
+        rows = of_q, b_scale, b_shift, b_inv_q, b_weight
+        BLOCK: tl.constexpr = 32 if BLOCK_KV > 32 else BLOCK_KV  # of 64 whole keys sm_80 would have 144 KB in shared memory
+        b_mean_along = _store_mean(x, grad_q, rows, p_k, p_pre_k, masks, seen, i_q, i_b, i_h, C, BLOCK_Q, BLOCK)
     for EDGE in tl.static_range(2):
         begin, finish = whole if EDGE else 0, end if EDGE else whole
         tiles = seen_tiles(seen, begin, finish, BLOCK_EDGE if EDGE else BLOCK_KV, C.MASK)
@@ -370,14 +377,13 @@ def _backward_q_kernel(
                     b_mean_bias = add_group_sums(b_mean_bias, b_p, masks, of_tile, o_kv, M, first_group)
             b_ds, b_along = through_score(b_ds, b_along, b_s, b_slope, norms, parameter, C.SCORE, EDGE, HALF)
             b_k = lengthened(b_k, norms[1], HALF and EDGE)
-            if C.EXACT:
+            b_dq = add_products(b_dq, b_ds, b_k, of_k, C.A, C.PRECISION)
+            if C.EXACT and not APART:
                 b_p, b_mean_along = through_score(b_p, b_mean_along, b_s, b_slope, norms, parameter, C.SCORE, EDGE)
-                b_dq, b_mean = add_product_and_rounded(b_dq, b_ds, b_mean, b_p, b_k, of_k, C.A, C.PRECISION)
-            else:
-                b_dq = add_products(b_dq, b_ds, b_k, of_k, C.A, C.PRECISION)
+                b_mean = add_products(b_mean, b_p, b_k.to(tl.bfloat16), of_k, C.A, C.PRECISION)
         if C.SCORE == "cosine" and not EDGE:  # without a clamp sum_j dS_ij S_ij is q_i dQ_i
             b_along = rows_times_sums(b_q, of_q, b_dq, C.A)
-            if C.EXACT:
+            if C.EXACT and not APART:
                 b_mean_along = rows_times_sums(b_q, of_q, b_mean, C.A)
     if not BY_GRADIENT:
         b_sums = b_total  # before a fully masked row gets a total of 1
@@ -387,7 +393,14 @@ def _backward_q_kernel(
         b_rest = tl.where(o_q < N, b_rest / b_total, 0.0)  # NaN in the mask of the last row reaches padding
         b_rest -= b_grad_lse
         b_delta += b_rest
-        b_dq, b_along = _without_rounding(b_dq, b_along, b_mean, b_mean_along, b_rest)
+        b_factor = b_rest
+        if APART:
+            b_factor *= b_total
+            of_mean = head_side(grad_q, i_b, i_h, o_q, N, C.A)
+            b_mean = ()
+            for i in tl.static_range(len(b_dq)):
+                b_mean = extended(b_mean, load_side(of_mean, tl.arange(0, FEATURES) + i * FEATURES, C.A))
+        b_dq, b_along = _without_rounding(b_dq, b_along, b_mean, b_mean_along, b_factor)
         if BLOCK_G > 0:
             b_bias -= b_rest[:, None] * b_mean_bias
         tl.store(stats.total + i_bh * NP + o_q, b_total)
@@ -466,6 +479,42 @@ def _group_sums(
 
 
 @triton.jit
+def _store_mean(
+    x, grad_q, rows, p_k, p_pre_k, masks, seen, i_q, i_b, i_h, C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr
+):
+    """Stores `b_mean` of `_without_rounding`, over the sum of P, in the place of dQ, and returns b_mean_along over it.
+
+    Scores are made of bfloat16, too: P errs by 2^-9 of a logit, and in float32 by 2^-24, the size of b_rest. An error that all
+    keys of a row share falls out of the quotient. P is at most 1, which a large logit's error could exceed.
+    """
+    of_q, b_scale, b_shift, b_inv_q, b_weight = rows
+    o_q, o_a = of_q[2], tl.arange(0, C.BLOCK_A)
+    b_q = load_side(of_q, o_a, C.A).to(tl.bfloat16)
+    b_mean = zero_sums(tl.bfloat16, BLOCK_Q, C.A, C.BLOCK_A)
+    b_total = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    b_along = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    _, end = key_range(i_q, x.M, True, C.CAUSAL, BLOCK_Q, BLOCK_KV)
+    tiles = seen_tiles(seen, 0, end, BLOCK_KV, C.MASK)
+    for step in range(tiles[0], tiles[1], BLOCK_KV):
+        start = tile_at(step, tiles, C.MASK)
+        o_kv = start + tl.arange(0, BLOCK_KV)
+        of_k = key_side(p_k, x.k.stride_n, masks.p_keys, o_kv, x.M, C.A, C.KEY_MASK)
+        b_k = load_side(of_k, o_a, C.A).to(tl.bfloat16)
+        norms = b_inv_q, inverse_norm(p_pre_k, o_kv, C.SCORE), b_weight
+        b_x = row_products(b_q, of_q, b_k, of_k, C.A, C.PRECISION)
+        b_s, b_slope = activate(b_x, norms[0], norms[1], b_weight, x.parameter, True, C)
+        b_p = power_tile(b_s, b_scale, b_shift, masks, 0, None, start, o_q, o_kv, x.N, x.M, C, True)
+        b_p = tl.minimum(b_p, 1.0, propagate_nan=tl.PropagateNan.ALL)
+        b_total += tl.sum(b_p, axis=1)
+        b_p, b_along = through_score(b_p, b_along, b_s, b_slope, norms, x.parameter, C.SCORE, True)
+        b_mean = add_products(b_mean, b_p, b_k, of_k, C.A, C.PRECISION)
+    b_total = tl.where(b_total > 0.0, b_total, 1.0)
+    store_head(grad_q, i_b, i_h, o_q, o_a, x.N, C.A, [b / b_total[:, None] for b in b_mean])
+    tl.debug_barrier()  # other threads load it
+    return b_along / b_total
+
+
+@triton.jit
 def delta_of(b_do, b_out, b_grad_lse):
     """sum_d dO_id out_id - dlse_i of rows [q]."""
     return tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), axis=1) - b_grad_lse
@@ -540,6 +589,7 @@ def _backward_kv_kernel(
     GRADS: tl.constexpr = grad_k is not None
     WHOLE: tl.constexpr = own_grad_q is not None
     HALF: tl.constexpr = C.SCORE == "cosine" and x.q.p.dtype.element_ty == tl.float16
+    APART: tl.constexpr = GRADS and x.q.p.dtype.element_ty == tl.float32 and (C.A > 192 or C.DV > 192) and has_wgmma()
     i_kv, o_kv, o_t, i_bp, i_b, i_p = _keys_and_rows(x, KEY_HEADS, T, GROUP, C, BLOCK_KV, BLOCK_T)
     o_a, o_d = tl.arange(0, C.BLOCK_A), tl.arange(0, C.BLOCK_DV)
     NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
@@ -565,54 +615,62 @@ def _backward_kv_kernel(
         b_inv_k, b_weight, clamped = _weights_of_keys(x, i_b, i_hkv, i_hk, o_kv, GROUP, HALF, C)  # [kv]
         b_scale = x.scale_log2 * b_weight
         # under a causal mask the tiles at the edge come before the whole ones; where cosine's clamp acts, all are at the edge
-        for EDGE in tl.static_range(1 if WHOLE else 0, 2):
-            tiles = _tiles_of_queries(seeing, ranges, clamped, N, GROUP, EDGE, C, BLOCK_EDGE if EDGE else BLOCK_Q)
-            # one loop over tiles and query heads of this key head: nested loops spill
-            for j in range(tiles.begin, tiles.end):
-                i_h = i_hkv if GROUP == 1 else i_hkv * GROUP + j // tiles.of_head
-                i_bh = i_b * x.H + i_h
-                row, o_q, o_row = _queries_of_tile(j, tiles, N, GROUP, EDGE, C, BLOCK_EDGE if EDGE else BLOCK_Q)
-                of_q, b_q = _tile_of_head(x.q, i_b, i_h, o_row, o_a, None, C.A)  # [q,A]
-                norms = b_inv_k, inverse_norm(precomputed_at(x.p_pres[0], i_bh, N, C.A, False), o_row, C.SCORE), b_weight
-                b_x = row_products(b_k, of_k, b_q, of_q, C.A, C.PRECISION)  # [kv,q]
-                b_x, special = _with_bias_key_major(b_x, b_member, x.product, i_bh, row, N, C)
-                b_s, b_slope = activate(b_x, norms[0], norms[1], b_weight, parameter, EDGE, C)
-                of_pairs = i_b, i_h, i_kv * BLOCK_KV, o_kv, o_q, o_row, N, M
-                b_shift = row_shift(p_own_lse + i_bh * N, o_q, N) if WHOLE else tl.load(stats.shift + i_bh * NP + o_q)  # [q]
-                b_p = _probabilities(b_s, b_scale, b_shift, x, stats, special, of_tile, of_pairs, C, EDGE)
-                if GRADS or BY_GRADIENT:
-                    of_do, b_do = _tile_of_head(x.grad, i_b, i_h, o_q, o_d, N if EDGE or C.CAUSAL else None, C.DV)  # [q,Dv]
-                    b_dp = row_products(b_v, of_v, b_do, of_do, C.DV, C.PRECISION)  # [kv,q]
-                if BLOCK_T > 0:
-                    b_map = map_of(b_p, b_dp, o_q, N if EDGE or C.CAUSAL else None) if BY_GRADIENT else b_p
-                    b_r_abar = _add_carried(b_r_abar, b_map, p_r, o_q, o_t, T, x, C)
-                if GRADS:
-                    b_dropped_p, b_dp = dropped(b_p, b_dp, x, i_bh, o_q, o_kv)
-                    b_dv = add_products(b_dv, b_dropped_p, b_do, of_do, C.DV, C.PRECISION)
-                    if WHOLE:
-                        # dO by another address: Triton has one buffer for a tile that not only products read, and copies the
-                        # next tile there while a product reads this one
-                        b_row = load_head(x.grad, i_b, i_h, o_row, o_d, None, C.DV)
-                        b_out = load_head(own_out, i_b, i_h, o_row, o_d, None, C.DV)  # [q,Dv]
-                        b_delta = delta_of(b_row, b_out, grad_of_lse(p_own_grad_lse, i_bh, o_row, N))
-                        b_delta = tl.where(o_q < N, b_delta, 0.0)
-                        b_p = tl.where(m_key[:, None], b_p, 0.0)  # of a key of zeros P may be infinite
-                    else:
-                        b_delta = tl.load(stats.delta + i_bh * NP + o_q)
-                    b_ds = b_p * (b_dp - b_delta[None, :])
-                    b_ds, b_along = through_score(b_ds, b_along, b_s, b_slope, norms, parameter, C.SCORE, EDGE, HALF)
-                    b_q = lengthened(b_q, norms[1], HALF and EDGE)
-                    b_dk = add_products(b_dk, b_ds, b_q, of_q, C.A, C.PRECISION)
-                    if WHOLE:
-                        b_dq = dot(tl.trans(b_k), b_ds.to(b_k.dtype), C.PRECISION)  # [A,q]: wgmma takes no fewer than 64 rows
-                        store_head(own_grad_q, i_b, i_h, o_q, o_a, N, C.A, (tl.trans(b_dq) * x.scale,))
-            if GRADS and C.SCORE == "cosine" and not EDGE:  # as in `_backward_q_kernel`
-                b_along = rows_times_sums(b_k, of_k, b_dk, C.A)
+        # LOOP 0 has all, or 1 has dV and 2 the rest: two sums of wgmma's 64 rows and 256 features would be 256 numbers a thread,
+        # and ptxas would serialise the products
+        for LOOP in tl.static_range(1 if APART else 0, 3 if APART else 1):
+            for EDGE in tl.static_range(1 if WHOLE else 0, 2):
+                tiles = _tiles_of_queries(seeing, ranges, clamped, N, GROUP, EDGE, C, BLOCK_EDGE if EDGE else BLOCK_Q)
+                # one loop over tiles and query heads of this key head: nested loops spill
+                for j in range(tiles.begin, tiles.end):
+                    i_h = i_hkv if GROUP == 1 else i_hkv * GROUP + j // tiles.of_head
+                    i_bh = i_b * x.H + i_h
+                    row, o_q, o_row = _queries_of_tile(j, tiles, N, GROUP, EDGE, C, BLOCK_EDGE if EDGE else BLOCK_Q)
+                    of_q, b_q = _tile_of_head(x.q, i_b, i_h, o_row, o_a, None, C.A)  # [q,A]
+                    norms = b_inv_k, inverse_norm(precomputed_at(x.p_pres[0], i_bh, N, C.A, False), o_row, C.SCORE), b_weight
+                    b_x = row_products(b_k, of_k, b_q, of_q, C.A, C.PRECISION)  # [kv,q]
+                    b_x, special = _with_bias_key_major(b_x, b_member, x.product, i_bh, row, N, C)
+                    b_s, b_slope = activate(b_x, norms[0], norms[1], b_weight, parameter, EDGE, C)
+                    of_pairs = i_b, i_h, i_kv * BLOCK_KV, o_kv, o_q, o_row, N, M
+                    b_shift = row_shift(p_own_lse + i_bh * N, o_q, N) if WHOLE else tl.load(stats.shift + i_bh * NP + o_q)  # [q]
+                    b_p = _probabilities(b_s, b_scale, b_shift, x, stats, special, of_tile, of_pairs, C, EDGE)
+                    if GRADS or BY_GRADIENT:
+                        of_do, b_do = _tile_of_head(x.grad, i_b, i_h, o_q, o_d, N if EDGE or C.CAUSAL else None, C.DV)  # [q,Dv]
+                        b_dp = row_products(b_v, of_v, b_do, of_do, C.DV, C.PRECISION)  # [kv,q]
+                    if BLOCK_T > 0 and LOOP != 1:
+                        b_map = map_of(b_p, b_dp, o_q, N if EDGE or C.CAUSAL else None) if BY_GRADIENT else b_p
+                        b_r_abar = _add_carried(b_r_abar, b_map, p_r, o_q, o_t, T, x, C)
+                    if GRADS:
+                        b_dropped_p, b_dp = dropped(b_p, b_dp, x, i_bh, o_q, o_kv)
+                    if GRADS and LOOP != 2:
+                        b_dv = add_products(b_dv, b_dropped_p, b_do, of_do, C.DV, C.PRECISION)
+                    if GRADS and LOOP != 1:
+                        if WHOLE:
+                            # dO by another address: Triton has one buffer for a tile that not only products read, and copies the
+                            # next tile there while a product reads this one
+                            b_row = load_head(x.grad, i_b, i_h, o_row, o_d, None, C.DV)
+                            b_out = load_head(own_out, i_b, i_h, o_row, o_d, None, C.DV)  # [q,Dv]
+                            b_delta = delta_of(b_row, b_out, grad_of_lse(p_own_grad_lse, i_bh, o_row, N))
+                            b_delta = tl.where(o_q < N, b_delta, 0.0)
+                            b_p = tl.where(m_key[:, None], b_p, 0.0)  # of a key of zeros P may be infinite
+                        else:
+                            b_delta = tl.load(stats.delta + i_bh * NP + o_q)
+                        b_ds = b_p * (b_dp - b_delta[None, :])
+                        b_ds, b_along = through_score(b_ds, b_along, b_s, b_slope, norms, parameter, C.SCORE, EDGE, HALF)
+                        b_q = lengthened(b_q, norms[1], HALF and EDGE)
+                        b_dk = add_products(b_dk, b_ds, b_q, of_q, C.A, C.PRECISION)
+                        if WHOLE:
+                            b_dq = dot(tl.trans(b_k), b_ds.to(b_k.dtype), C.PRECISION)  # [A,q]: wgmma takes no fewer than 64 rows
+                            store_head(own_grad_q, i_b, i_h, o_q, o_a, N, C.A, (tl.trans(b_dq) * x.scale,))
+                if GRADS and C.SCORE == "cosine" and not EDGE and LOOP != 1:  # as in `_backward_q_kernel`
+                    b_along = rows_times_sums(b_k, of_k, b_dk, C.A)
+            if LOOP == 1:  # registers are free then
+                store_head(grad_v, i_b, i_p, o_kv, o_d, M, C.DV, [tl.where(m_key[:, None], b, 0.0) for b in b_dv])
         if GRADS and C.SCORE == "cosine":
             b_dk = along_norms(b_dk, b_weight, b_k, of_k, b_inv_k, b_along, C.A)
     if GRADS:
         store_head(grad_k, i_b, i_p, o_kv, o_a, M, C.A, [tl.where(m_key[:, None], b * x.scale, 0.0) for b in b_dk])
-        store_head(grad_v, i_b, i_p, o_kv, o_d, M, C.DV, [tl.where(m_key[:, None], b, 0.0) for b in b_dv])
+        if not APART:
+            store_head(grad_v, i_b, i_p, o_kv, o_d, M, C.DV, [tl.where(m_key[:, None], b, 0.0) for b in b_dv])
     if BLOCK_T > 0:
         _store_carried(p_r_abar, b_r_abar, factor, i_bp, o_t, T, o_kv, m_key, M)
 

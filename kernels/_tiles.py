@@ -415,6 +415,12 @@ def zero_sums(dtype, ROWS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr
         return (first_sums(dtype, ROWS, BLOCK, EACH),)
 
 
+@triton.constexpr_function
+def has_wgmma():
+    """Whether it is for sm_90. Triton's interpreter runs what that runs."""
+    return INTERPRETED or (cuda_capability_geq(9) and not cuda_capability_geq(10))
+
+
 @triton.jit
 def first_sums(dtype, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EACH: tl.constexpr = OLD_TRITON):
     """Zeros [ROWS,COLUMNS] for sums of products of `dtype`. The compiler does not know them on sm_90, if `dtype` has 16 bits.
@@ -426,7 +432,7 @@ def first_sums(dtype, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EACH: tl.conste
     other goes there through shared memory. But Triton 3.6 makes copies of one number between a product and its wait, too.
     """
     b = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
-    if COMPILED and dtype != tl.float32 and cuda_capability_geq(9) and not cuda_capability_geq(10):
+    if COMPILED and dtype != tl.float32 and has_wgmma():
         if EACH:
             b = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [b], dtype=tl.float32, is_pure=False, pack=1)
         else:
@@ -445,17 +451,6 @@ def add_products(b_sums, b_x, b_y, y, SIZE: tl.constexpr, PRECISION: tl.constexp
         # rounded to the dtype of b_y: matrix units take two operands of one dtype
         b_new = extended(b_new, b_sums[i] + dot(b_x.to(b_y.dtype), part_of(b_y, y, i * FEATURES, SIZE), PRECISION))
     return b_new
-
-
-@triton.jit
-def add_product_and_rounded(b_sums, b_x, b_sums_2, b_x_2, b_y, y, SIZE: tl.constexpr, PRECISION: tl.constexpr):
-    """b_sums + b_x b_y and, with operands in bfloat16, b_sums_2 + b_x_2 b_y: a part of b_y is read once for both."""
-    b_new, b_new_2 = (), ()
-    for i in tl.static_range(len(b_sums)):
-        b_part = part_of(b_y, y, i * FEATURES, SIZE)
-        b_new = extended(b_new, b_sums[i] + dot(b_x.to(b_y.dtype), b_part, PRECISION))
-        b_new_2 = extended(b_new_2, b_sums_2[i] + dot(b_x_2.to(tl.bfloat16), b_part.to(tl.bfloat16), PRECISION))
-    return b_new, b_new_2
 
 
 @triton.jit

@@ -361,7 +361,7 @@ def _config(kernel: str, constants: Constants, dtype: torch.dtype, num_q: int, n
         dtype=dtype,
         N=num_q,
         M=num_k,
-        size=max(constants.BLOCK_A, constants.BLOCK_DV),
+        size=max(constants.A, constants.DV),
         masked=masked or constants.MASK % GROUP_BIAS.value != 0,
     )
     return staged(config, constants.MASK)

@@ -87,7 +87,7 @@ def test_a_launch_takes_what_is_configured(monkeypatch: pytest.MonkeyPatch) -> N
     asked = [
         "attention_map map attention torch.float32 32 32 8 False",
         "attention_map rows attention torch.float32 32 32 8 False",  # as a tile of 16 holds no whole row
-        "score_attention forward dot_tanh torch.float32 32 32 16 False",
+        "score_attention forward dot_tanh torch.float32 32 32 8 False",
     ]
     assert [*override] == ["unused", *asked]
 
