@@ -4,14 +4,14 @@ A launch takes the first of its kernel's lines whose conditions it meets. No lin
 tried that compile for sm_90 within 99 KB of shared memory, which every GPU since sm_80 has, or, where the line names
 architectures, within theirs, and without register spills. Backward passes spill all the same, as tests/compiled/triton.json says,
 and some forward passes, 8 to 416 bytes: additive scores in float32, and dot products of 65 to 128 features in float32, of 192
-under Triton 3.6, of more than 128 in bfloat16 under a float mask, and of about 200 keys that a program has all of. Tiles of theirs that do not spill take 13 to 20 % more
-instructions, spills included. With more than 128 features in float32 score_attention's forward pass spills up to 992 bytes, 5 %
-of its instructions on sm_90. None of the tiles tried was without spills, and the one with half of them took a third more
-instructions. r Abar of one row of 64 features in float32 spills 136 bytes on sm_90: 32 keys instead of 64 do not, and take 60 %
-more instructions. Additive scores in float32 keep one number out of registers while the loop over keys runs. Statistics of paged
-keys in float32 spill 40 to 464 bytes; no smaller tile of theirs was tried. A reason says what
-else decided. `make gpu PARTS=sweep` tries others on a device, and stores what is faster in configurations.json, by architecture.
-Those come before the lines here.
+under Triton 3.6, of more than 128 in bfloat16 under a float mask, and of about 200 keys that a program has all of. Tiles of
+theirs that do not spill take 13 to 20 % more instructions, spills included. With more than 128 features in float32
+score_attention's forward pass spills up to 992 bytes, 5 % of its instructions on sm_90. None of the tiles tried was without
+spills, and the one with half of them took a third more instructions. r Abar of one row of 64 features in float32 spills 136 bytes
+on sm_90: 32 keys instead of 64 do not, and take 60 % more instructions. Additive scores in float32 keep one number out of
+registers while the loop over keys runs. Statistics of paged keys in float32 spill 40 to 464 bytes; no smaller tile of theirs was
+tried. A reason says what else decided. `make gpu PARTS=sweep` tries others on a device, and stores what is faster in
+configurations.json, by architecture. Those come before the lines here.
 
 Sizes that follow from the data, as of tiles that hold whole rows, stay with the kernels, and so do the warps of small kernels.
 """

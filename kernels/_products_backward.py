@@ -90,6 +90,7 @@ from vlattn_fast.kernels._tiles import (
     store_head,
     wide,
     with_bias,
+    within,
     zero_sums,
 )
 
@@ -223,10 +224,10 @@ def keys(
     (batch, heads, num_q, _), num_kv = query.shape, key.shape[2]
     num_t = 0 if relevancy is None else relevancy.shape[1]
     heads_kv = key.shape[1]
-    grad_k = grad_v = r_abar = own = None
+    grad_k = grad_v = r_abar = whole_rows = None
     block_edge = edge_block(num_q, config["BLOCK_Q"], call["C"].CAUSAL)
     if isinstance(rows, OwnRows):
-        own, rows, block_edge = rows, RowStats(rows.lse, delta=rows.lse), config["BLOCK_Q"]
+        whole_rows, rows, block_edge = rows, RowStats(rows.lse, delta=rows.lse), config["BLOCK_Q"]
     if rows.delta is not None:
         grad_k, grad_v = empty_key_gradients(key, value)
         heads_kv = grad_k.shape[1]
@@ -242,10 +243,10 @@ def keys(
         _backward_kv_kernel[(blocks * batch * parts,)](
             **launched(call),
             stats=RowStats(rows.shift, rows.total, rows.delta),
-            own_out=None if own is None else heads_of(own.out),
-            p_own_lse=None if own is None else own.lse,
-            p_own_grad_lse=None if own is None else own.grad_lse,
-            own_grad_q=None if own is None else heads_of(own.grad_q),
+            own_out=None if whole_rows is None else heads_of(whole_rows.out),
+            p_own_lse=None if whole_rows is None else whole_rows.lse,
+            p_own_grad_lse=None if whole_rows is None else whole_rows.grad_lse,
+            own_grad_q=None if whole_rows is None else heads_of(whole_rows.grad_q),
             p_r=relevancy,
             grad_k=None if grad_k is None else heads_of(grad_k),
             grad_v=None if grad_v is None else heads_of(grad_v),
@@ -592,28 +593,16 @@ def _backward_kv_kernel(
     APART: tl.constexpr = GRADS and x.q.p.dtype.element_ty == tl.float32 and (C.A > 192 or C.DV > 192) and has_wgmma()
     i_kv, o_kv, o_t, i_bp, i_b, i_p = _keys_and_rows(x, KEY_HEADS, T, GROUP, C, BLOCK_KV, BLOCK_T)
     o_a, o_d = tl.arange(0, C.BLOCK_A), tl.arange(0, C.BLOCK_DV)
-    NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
-    if BLOCK_T > 0:
-        p_r += i_b * T * NP
     # rows beyond N have P = 0, and keys are rows of the tiles below: those of padding are dropped at the end, without masks
     m_key = real_tokens(x.masks.p_keys + i_b * M, o_kv, M, C.KEY_MASK)
-    if GRADS:
-        b_dk, b_dv, b_along = _zero_gradients(x, C, BLOCK_KV, WHOLE or BLOCK_T > 1)
+    b_dk, b_dv, b_along = _zero_gradients(x, C, BLOCK_KV, WHOLE or BLOCK_T > 1)
     b_r_abar = _zero_carried(BLOCK_KV, BLOCK_T)
     ranges = (N, N, 0, N) if WHOLE else query_range(i_kv, N, C.CAUSAL, BLOCK_Q, BLOCK_KV)
     for i in range(KEY_HEADS):
         i_hkv = i_p * KEY_HEADS + i
         seeing, of_tile, b_member = _groups_of_keys(x, i_b, i_hkv * GROUP, i_kv * BLOCK_KV, GROUP, C, BLOCK_KV)
-        i_hk, i_hv = _heads_of_keys(i_hkv, GROUP, C)
-        if WHOLE:  # dQ is a sum over keys, and those of padding are zeros
-            of_k, b_k = _real_tile(x.k, i_b, i_hk, o_kv, o_a, m_key, C.A)  # [kv,A]
-            of_v, b_v = _real_tile(x.v, i_b, i_hv, o_kv, o_d, m_key, C.DV)  # [kv,Dv]
-        else:
-            of_k, b_k = _tile_of_head(x.k, i_b, i_hk, o_kv, o_a, M, C.A)
-            if GRADS or BY_GRADIENT:
-                of_v, b_v = _tile_of_head(x.v, i_b, i_hv, o_kv, o_d, M, C.DV)
-        b_inv_k, b_weight, clamped = _weights_of_keys(x, i_b, i_hkv, i_hk, o_kv, GROUP, HALF, C)  # [kv]
-        b_scale = x.scale_log2 * b_weight
+        of_k, b_k, of_v, b_v = _keys_and_values(x, i_b, i_hkv, o_kv, m_key, GROUP, WHOLE, C)  # [kv,A], [kv,Dv]
+        b_inv_k, b_weight, clamped = _weights_of_keys(x, i_b, i_hkv, o_kv, GROUP, HALF, C)  # [kv]
         # under a causal mask the tiles at the edge come before the whole ones; where cosine's clamp acts, all are at the edge
         # LOOP 0 has all, or 1 has dV and 2 the rest: two sums of wgmma's 64 rows and 256 features would be 256 numbers a thread,
         # and ptxas would serialise the products
@@ -622,57 +611,41 @@ def _backward_kv_kernel(
                 tiles = _tiles_of_queries(seeing, ranges, clamped, N, GROUP, EDGE, C, BLOCK_EDGE if EDGE else BLOCK_Q)
                 # one loop over tiles and query heads of this key head: nested loops spill
                 for j in range(tiles.begin, tiles.end):
-                    i_h = i_hkv if GROUP == 1 else i_hkv * GROUP + j // tiles.of_head
-                    i_bh = i_b * x.H + i_h
-                    row, o_q, o_row = _queries_of_tile(j, tiles, N, GROUP, EDGE, C, BLOCK_EDGE if EDGE else BLOCK_Q)
+                    i_h, i_bh, row, o_q, o_row = _queries(
+                        x, j, tiles, i_b, i_hkv, GROUP, EDGE, C, BLOCK_EDGE if EDGE else BLOCK_Q
+                    )
                     of_q, b_q = _tile_of_head(x.q, i_b, i_h, o_row, o_a, None, C.A)  # [q,A]
                     norms = b_inv_k, inverse_norm(precomputed_at(x.p_pres[0], i_bh, N, C.A, False), o_row, C.SCORE), b_weight
-                    b_x = row_products(b_k, of_k, b_q, of_q, C.A, C.PRECISION)  # [kv,q]
-                    b_x, special = _with_bias_key_major(b_x, b_member, x.product, i_bh, row, N, C)
+                    b_x, special = _with_bias(row_products(b_k, of_k, b_q, of_q, C.A, C.PRECISION), b_member, x, i_bh, row, C)
                     b_s, b_slope = activate(b_x, norms[0], norms[1], b_weight, parameter, EDGE, C)
                     of_pairs = i_b, i_h, i_kv * BLOCK_KV, o_kv, o_q, o_row, N, M
-                    b_shift = row_shift(p_own_lse + i_bh * N, o_q, N) if WHOLE else tl.load(stats.shift + i_bh * NP + o_q)  # [q]
-                    b_p = _probabilities(b_s, b_scale, b_shift, x, stats, special, of_tile, of_pairs, C, EDGE)
+                    b_p = _probabilities(b_s, b_weight, x, stats, p_own_lse, special, of_tile, of_pairs, C, EDGE)
                     if GRADS or BY_GRADIENT:
                         of_do, b_do = _tile_of_head(x.grad, i_b, i_h, o_q, o_d, N if EDGE or C.CAUSAL else None, C.DV)  # [q,Dv]
                         b_dp = row_products(b_v, of_v, b_do, of_do, C.DV, C.PRECISION)  # [kv,q]
                     if BLOCK_T > 0 and LOOP != 1:
                         b_map = map_of(b_p, b_dp, o_q, N if EDGE or C.CAUSAL else None) if BY_GRADIENT else b_p
-                        b_r_abar = _add_carried(b_r_abar, b_map, p_r, o_q, o_t, T, x, C)
+                        b_r_abar = _add_carried(b_r_abar, b_map, p_r, i_b, o_q, o_t, T, x, C)
                     if GRADS:
                         b_dropped_p, b_dp = dropped(b_p, b_dp, x, i_bh, o_q, o_kv)
-                    if GRADS and LOOP != 2:
-                        b_dv = add_products(b_dv, b_dropped_p, b_do, of_do, C.DV, C.PRECISION)
-                    if GRADS and LOOP != 1:
-                        if WHOLE:
-                            # dO by another address: Triton has one buffer for a tile that not only products read, and copies the
-                            # next tile there while a product reads this one
-                            b_row = load_head(x.grad, i_b, i_h, o_row, o_d, None, C.DV)
-                            b_out = load_head(own_out, i_b, i_h, o_row, o_d, None, C.DV)  # [q,Dv]
-                            b_delta = delta_of(b_row, b_out, grad_of_lse(p_own_grad_lse, i_bh, o_row, N))
-                            b_delta = tl.where(o_q < N, b_delta, 0.0)
-                            b_p = tl.where(m_key[:, None], b_p, 0.0)  # of a key of zeros P may be infinite
-                        else:
-                            b_delta = tl.load(stats.delta + i_bh * NP + o_q)
-                        b_ds = b_p * (b_dp - b_delta[None, :])
-                        b_ds, b_along = through_score(b_ds, b_along, b_s, b_slope, norms, parameter, C.SCORE, EDGE, HALF)
-                        b_q = lengthened(b_q, norms[1], HALF and EDGE)
-                        b_dk = add_products(b_dk, b_ds, b_q, of_q, C.A, C.PRECISION)
-                        if WHOLE:
-                            b_dq = dot(tl.trans(b_k), b_ds.to(b_k.dtype), C.PRECISION)  # [A,q]: wgmma takes no fewer than 64 rows
-                            store_head(own_grad_q, i_b, i_h, o_q, o_a, N, C.A, (tl.trans(b_dq) * x.scale,))
+                        if LOOP != 2:
+                            b_dv = add_products(b_dv, b_dropped_p, b_do, of_do, C.DV, C.PRECISION)
+                        if LOOP != 1:
+                            b_delta = _deltas(x, stats, own_out, p_own_grad_lse, i_bh, i_b, i_h, o_q, o_row, C)  # [q]
+                            b_ds = _gradients_of_logits(b_p, b_dp, b_delta, m_key, WHOLE)
+                            b_ds, b_along = through_score(b_ds, b_along, b_s, b_slope, norms, parameter, C.SCORE, EDGE, HALF)
+                            b_q = lengthened(b_q, norms[1], HALF and EDGE)
+                            b_dk = add_products(b_dk, b_ds, b_q, of_q, C.A, C.PRECISION)
+                            _store_query_gradients(own_grad_q, b_k, b_ds, x, i_b, i_h, o_q, C)
                 if GRADS and C.SCORE == "cosine" and not EDGE and LOOP != 1:  # as in `_backward_q_kernel`
                     b_along = rows_times_sums(b_k, of_k, b_dk, C.A)
-            if LOOP == 1:  # registers are free then
+            if GRADS and LOOP != 2:  # registers are free then
                 store_head(grad_v, i_b, i_p, o_kv, o_d, M, C.DV, [tl.where(m_key[:, None], b, 0.0) for b in b_dv])
         if GRADS and C.SCORE == "cosine":
             b_dk = along_norms(b_dk, b_weight, b_k, of_k, b_inv_k, b_along, C.A)
     if GRADS:
         store_head(grad_k, i_b, i_p, o_kv, o_a, M, C.A, [tl.where(m_key[:, None], b * x.scale, 0.0) for b in b_dk])
-        if not APART:
-            store_head(grad_v, i_b, i_p, o_kv, o_d, M, C.DV, [tl.where(m_key[:, None], b, 0.0) for b in b_dv])
-    if BLOCK_T > 0:
-        _store_carried(p_r_abar, b_r_abar, factor, i_bp, o_t, T, o_kv, m_key, M)
+    _store_carried(p_r_abar, b_r_abar, factor, i_bp, o_t, T, o_kv, m_key, M)
 
 
 @triton.jit
@@ -708,18 +681,22 @@ def _tile_of_head(x, i_b, i_h, o_row, o_col, num_rows, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _real_tile(x, i_b, i_h, o_row, o_col, m_row, SIZE: tl.constexpr):
-    """The same of rows of which those without m_row are zeros."""
-    side = head_at(x, i_b, i_h, SIZE), aligned_step(x.stride_n, SIZE), o_row, m_row
-    return side, load_side(side, o_col, SIZE)
-
-
-@triton.jit
 def _heads_of_keys(i_hkv, GROUP: tl.constexpr, C: tl.constexpr):
     """The head of keys and that of values which the i_hkv-th GROUP query heads share."""
     i_hk = i_hkv if GROUP == C.GROUP_K else i_hkv * GROUP // C.GROUP_K
     i_hv = i_hkv if GROUP == C.GROUP_V else i_hkv * GROUP // C.GROUP_V
     return i_hk, i_hv
+
+
+@triton.jit
+def _keys_and_values(x, i_b, i_hkv, o_kv, m_key, GROUP: tl.constexpr, WHOLE: tl.constexpr, C: tl.constexpr):
+    """Where keys and values of the i_hkv-th GROUP query heads lie, and their tiles. WHOLE: padding is zeros, for dQ is a sum over
+    the keys."""
+    i_hk, i_hv = _heads_of_keys(i_hkv, GROUP, C)
+    m_row = m_key if WHOLE else within(o_kv, x.M)
+    of_k = head_at(x.k, i_b, i_hk, C.A), aligned_step(x.k.stride_n, C.A), o_kv, m_row
+    of_v = head_at(x.v, i_b, i_hv, C.DV), aligned_step(x.v.stride_n, C.DV), o_kv, m_row
+    return of_k, load_side(of_k, tl.arange(0, C.BLOCK_A), C.A), of_v, load_side(of_v, tl.arange(0, C.BLOCK_DV), C.DV)
 
 
 @triton.jit
@@ -738,8 +715,9 @@ def _groups_of_keys(x, i_b, first_head, start, HEADS: tl.constexpr, C: tl.conste
 
 
 @triton.jit
-def _weights_of_keys(x, i_b, i_hkv, i_hk, o_kv, GROUP: tl.constexpr, HALF: tl.constexpr, C: tl.constexpr):
+def _weights_of_keys(x, i_b, i_hkv, o_kv, GROUP: tl.constexpr, HALF: tl.constexpr, C: tl.constexpr):
     """For cosine 1 / |k_j| of a tile of keys, and their `weights_of_rows` beside the queries of GROUP heads."""
+    i_hk, _ = _heads_of_keys(i_hkv, GROUP, C)
     b_inv_k = inverse_norm(precomputed_at(x.p_pres[1], i_b * (x.H // C.GROUP_K) + i_hk, x.M, C.A, False), o_kv, C.SCORE)  # [kv]
     p_inv_q = precomputed_at(x.p_pres[0], i_b * x.H + i_hkv * GROUP, x.N, C.A, False)
     b_weight, clamped = weights_of_rows(b_inv_k, p_inv_q, GROUP * tl.cdiv(x.N, 128) * 128, x.parameter, C.SCORE, HALF)
@@ -763,31 +741,37 @@ def _tiles_of_queries(seeing, ranges, clamped, N, GROUP: tl.constexpr, EDGE: tl.
 
 
 @triton.jit
-def _queries_of_tile(j, tiles, N, GROUP: tl.constexpr, EDGE: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr):
-    """The first query of the j-th tile, all its queries, and the rows to read."""
+def _queries(x, j, tiles, i_b, i_hkv, GROUP: tl.constexpr, EDGE: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr):
+    """The head of the j-th tile, its number in all samples, the tile's first query, all its queries, and the rows to read."""
+    i_h = i_hkv if GROUP == 1 else i_hkv * GROUP + j // tiles.of_head
     i_q = j if GROUP == 1 else tiles.number + j % tiles.of_head
     o_q = tiles.first + (i_q * BLOCK + tl.arange(0, BLOCK))
     # rows beyond N are the last one again, with P = 0: zeros times an infinite key would be NaN
-    return tiles.first + i_q * BLOCK, o_q, tl.minimum(o_q, N - 1) if EDGE or C.CAUSAL else o_q
+    return i_h, i_b * x.H + i_h, tiles.first + i_q * BLOCK, o_q, tl.minimum(o_q, x.N - 1) if EDGE or C.CAUSAL else o_q
 
 
 @triton.jit
-def _with_bias_key_major(b_x, b_member, product, i_bh, row, N, C: tl.constexpr):
+def _with_bias(b_x, b_member, x, i_bh, row, C: tl.constexpr):
     """q k of the queries from `row` on, and where a product adds it their bias over the scale; and `special_groups`."""
     special = 0
     if C.MASK == GROUP_PRODUCT:
-        special = special_groups(product, i_bh, row, N, b_x.shape[1])[0]
-        b_x += dot(b_member, tl.trans(parts_of(product, i_bh, row, N, b_x.shape[1])), C.PRECISION)
+        special = special_groups(x.product, i_bh, row, x.N, b_x.shape[1])[0]
+        b_x += dot(b_member, tl.trans(parts_of(x.product, i_bh, row, x.N, b_x.shape[1])), C.PRECISION)
     return b_x, special
 
 
 @triton.jit
-def _probabilities(b_s, b_scale, b_shift, x, stats, special, of_tile, of_pairs, C: tl.constexpr, EDGE: tl.constexpr):
-    """P_ij = 2^(x_ij - shift_i) / total_i of scores [kv,q]. special, of_tile, of_pairs: of `power_key_major`."""
+def _probabilities(b_s, b_weight, x, stats, p_lse, special, of_tile, of_pairs, C: tl.constexpr, EDGE: tl.constexpr):
+    """P_ij = 2^(x_ij - shift_i) / total_i of scores [kv,q]. p_lse: that of `OwnRows`. special, of_tile, of_pairs: of
+    `power_key_major`."""
     i_b, i_h, _, _, o_q, _, _, _ = of_pairs
     row = (i_b * x.H + i_h) * (tl.cdiv(x.N, ROW_MULTIPLE) * ROW_MULTIPLE)
+    if p_lse is None:
+        b_shift = tl.load(stats.shift + row + o_q)  # [q]
+    else:
+        b_shift = row_shift(p_lse + (i_b * x.H + i_h) * x.N, o_q, x.N)
     p_total = stats.total + row if stats.total is not None else 0
-    b_p = power_key_major(b_s, b_scale, b_shift, p_total, x.masks, special, of_tile, *of_pairs, C, EDGE)
+    b_p = power_key_major(b_s, x.scale_log2 * b_weight, b_shift, p_total, x.masks, special, of_tile, *of_pairs, C, EDGE)
     if C.MASK == GROUP_PRODUCT:
         pass
     elif C.MASK >= GROUP_BIAS and not C.EXACT:
@@ -795,6 +779,36 @@ def _probabilities(b_s, b_scale, b_shift, x, stats, special, of_tile, of_pairs, 
     elif stats.total is not None:  # one division a query, not one a pair
         b_p *= tl.div_rn(1.0, tl.load(stats.total + row + o_q))[None, :]
     return b_p
+
+
+@triton.jit
+def _deltas(x, stats, out, p_grad_lse, i_bh, i_b, i_h, o_q, o_row, C: tl.constexpr):
+    """delta_i [q] of `RowStats`, or where there is the out of `OwnRows` computed from it."""
+    if out is None:
+        return tl.load(stats.delta + i_bh * (tl.cdiv(x.N, ROW_MULTIPLE) * ROW_MULTIPLE) + o_q)
+    else:
+        # dO by another address than products read it by: Triton has one buffer for a tile that not only products read, and copies
+        # the next tile there while a product reads this one
+        o_d = tl.arange(0, C.BLOCK_DV)
+        b_do = load_head(x.grad, i_b, i_h, o_row, o_d, None, C.DV)  # [q,Dv]
+        b_out = load_head(out, i_b, i_h, o_row, o_d, None, C.DV)
+        return tl.where(o_q < x.N, delta_of(b_do, b_out, grad_of_lse(p_grad_lse, i_bh, o_row, x.N)), 0.0)
+
+
+@triton.jit
+def _gradients_of_logits(b_p, b_dp, b_delta, m_key, WHOLE: tl.constexpr):
+    """dS [kv,q]. WHOLE: of keys of zeros, padding, it is 0, where P may be infinite."""
+    if WHOLE:
+        b_p = tl.where(m_key[:, None], b_p, 0.0)
+    return b_p * (b_dp - b_delta[None, :])
+
+
+@triton.jit
+def _store_query_gradients(grad_q, b_k, b_ds, x, i_b, i_h, o_q, C: tl.constexpr):
+    """dQ of a tile of queries where the tile of keys is all of them. It is [A,q] first: wgmma takes no fewer than 64 rows."""
+    if grad_q is not None:
+        b_dq = dot(tl.trans(b_k), b_ds.to(b_k.dtype), C.PRECISION)
+        store_head(grad_q, i_b, i_h, o_q, tl.arange(0, C.BLOCK_A), x.N, C.A, (tl.trans(b_dq) * x.scale,))
 
 
 @triton.jit
@@ -817,8 +831,9 @@ def _zero_carried(BLOCK_KV: tl.constexpr, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
-def _add_carried(b_r_abar, b_map, p_r, o_q, o_t, T, x, C: tl.constexpr):
+def _add_carried(b_r_abar, b_map, p_r, i_b, o_q, o_t, T, x, C: tl.constexpr):
     """b_r_abar and sum_i r_ti E_ij of a tile b_map [kv,q] of E."""
+    p_r += i_b * T * (tl.cdiv(x.N, ROW_MULTIPLE) * ROW_MULTIPLE)
     if o_t.shape[0] == 1:
         b_r = tl.load(p_r + o_q)  # [q]
         b_r_abar += tl.sum(b_map * b_r[None, :], axis=1)
@@ -833,9 +848,11 @@ def _add_carried(b_r_abar, b_map, p_r, o_q, o_t, T, x, C: tl.constexpr):
 
 @triton.jit
 def _store_carried(p_r_abar, b_r_abar, factor, i_bp, o_t, T, o_kv, m_key, M):
-    """r Abar of a tile of keys, and 0 for padding."""
+    """r Abar of a tile of keys, and 0 for padding; nothing without rows of r."""
     m_kv = o_kv < M
-    if o_t.shape[0] == 1:
+    if p_r_abar is None:
+        pass
+    elif o_t.shape[0] == 1:
         tl.store(p_r_abar + i_bp * M + o_kv, tl.where(m_key, b_r_abar * factor, 0.0), mask=m_kv)
     else:
         offsets = (i_bp * T + o_t[None, :]) * M + o_kv[:, None]

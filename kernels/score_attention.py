@@ -192,8 +192,8 @@ def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tens
     of_call = constants, x.q.p.dtype, x.N, x.M
     if vector is None and (config := _products_backward.whole_config("backward_whole", call, inputs.row_bias)) is not None:
         grad_q = empty_gradient(x.q.p)
-        own = OwnRows(aligned(out), lse, grad_lse, grad_q)
-        grad_k, grad_v, _ = _products_backward.keys(call, {**config, "BLOCK_T": 0}, own)
+        whole_rows = OwnRows(aligned(out), lse, grad_lse, grad_q)
+        grad_k, grad_v, _ = _products_backward.keys(call, {**config, "BLOCK_T": 0}, whole_rows)
         return grad_q, grad_k, grad_v, None, None
     if constants.MASK >= FLOAT_MASK.value:
         coarse = row_statistics(call, _config("forward", *of_call, True), lse, OWN_LSE, pair=True, vector=vector)

@@ -17,7 +17,7 @@ from tests.helpers.ops.backends import assert_refused
 from tests.helpers.ops.interpreter import reads_outside
 from tests.helpers.ops.score_cases import check
 from vlattn_fast import scores as S
-from vlattn_fast.kernels import _boxes, _configurations, score_attention
+from vlattn_fast.kernels import _boxes, _configurations, _products_backward, score_attention
 from vlattn_fast.scores import cosine
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -97,6 +97,7 @@ def test_scores_that_are_computed_a_tile_ahead(
 def test_tiles_by_tensor_descriptors(m: int, options: dict[str, Any], d: int, dv: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Heads of rows (B, N, H, D), and grouped ones; the last tiles reach out of the tensors, in whose place there is NaN."""
     monkeypatch.setattr(_configurations, "OVERRIDES", Ahead(unused={}))
+    monkeypatch.setattr(_products_backward, "whole_config", lambda *_: None)
     described = spied(monkeypatch)
     query, key, value = (room(2, rows, heads, size) for rows, heads, size in ((35, 4, d), (m, 2, d), (m, 2, dv)))
     outs = []
@@ -110,6 +111,7 @@ def test_tiles_by_tensor_descriptors(m: int, options: dict[str, Any], d: int, dv
 @pytest.mark.parametrize("why", ["float32", "12 features", "padding", "one key for all samples"])
 def test_other_calls_have_no_descriptors(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_configurations, "OVERRIDES", Ahead(unused={}))
+    monkeypatch.setattr(_products_backward, "whole_config", lambda *_: None)
     described = spied(monkeypatch)
     query, key, value = (room(2, 20, 2, 12 if why == "12 features" else 16) for _ in range(3))
     if why == "one key for all samples":
