@@ -18,7 +18,7 @@ import torch
 
 import ptx.sanitizers
 from tools.emulated.triton import emulated
-from tools.planted.calls import changed_source
+from tools.planted.calls import changed_source, tile_by_tile
 from vlattn_fast.checking import verify
 from vlattn_fast.checking.cases import Sizes, Tensors
 from vlattn_fast.kernels import _configurations
@@ -92,7 +92,7 @@ def seen(planted: Planted, architecture: int = 90) -> bool:
 
     before, _configurations.OVERRIDES = _configurations.OVERRIDES, _Tile()
     try:
-        with ptx.sanitizers.fpsan(architecture, emulated=emulated):
+        with ptx.sanitizers.fpsan(architecture, emulated=emulated), tile_by_tile():
             right = results()
             with changed_source(planted.function, _edited(planted)):
                 wrong = results()

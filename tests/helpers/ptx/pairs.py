@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from tools.emulated.triton import emulated
-from tools.planted.calls import changed_source
+from tools.planted.calls import changed_source, tile_by_tile
 from vlattn_fast.checking import verify
 from vlattn_fast.checking.cases import Example, Sizes, Tensors
 
@@ -286,9 +286,7 @@ def whole_rows(whole: bool) -> Iterator[None]:
 @contextmanager
 def by_tiles(variant: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
     """The variant, within which no program has all keys of a head."""
-    from vlattn_fast.kernels import _products_backward
-
-    with _changed(_products_backward, "whole_config", lambda *_: None), variant():
+    with tile_by_tile(), variant():
         yield
 
 
