@@ -164,7 +164,7 @@ _FLOAT32_BACKWARD_KV = [
 _ALL = "all keys of a head: one kernel has all gradients, and five products for seven"
 _READ_ONCE = "a program reads all keys of a head once"
 # a program goes over all queries: with more of them there are too few programs
-_WHOLE = {"architecture": (None, "sm_90"), "dtype": (torch.bfloat16, torch.float16), "N": 256}
+_WHOLE: dict[str, Any] = {"architecture": (None, "sm_90"), "dtype": (torch.bfloat16, torch.float16), "N": 256}
 _RELEVANCY_ROWS = [
     *_FLOAT32_ROWS,
     _line((64, 32, 4, 2), _MASK, masked=True, size=128),

@@ -78,13 +78,13 @@ def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, .
         )
         if whole is not None:
             grad_q = empty_gradient(inputs.query)
-            grads = (grad_q, *_keys(launch, OwnRows(out, lse, grad_lse, grad_q), fused_r, whole))
+            grad_k, grad_v, r_abar = _keys(launch, OwnRows(out, lse, grad_lse, grad_q), fused_r, whole)
         else:
             coarse = statistics(launch, lse, limit=OWN_LSE) if launch.float_mask else None
             of_rows = lse, out, coarse, grad_lse, launch.by_gradient, summed
             grad_q, rows, grad_bias = queries(launch.call, config_of("backward_q", launch), *of_rows, launch.row_bias)
-            grads = (grad_q, *_keys(launch, rows, fused_r))
-        *grads, r_abar = grads
+            grad_k, grad_v, r_abar = _keys(launch, rows, fused_r)
+        grads = (grad_q, grad_k, grad_v)
     if weighted_r is not None and r_abar is None:
         # in float32 the rounding of lse is half of the error of r Abar, and under float masks it shows: step recomputes the sums
         float_mask = inputs.attn_mask is not None and inputs.attn_mask.dtype != torch.bool

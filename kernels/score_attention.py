@@ -194,6 +194,7 @@ def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tens
         grad_q = empty_gradient(x.q.p)
         whole_rows = OwnRows(aligned(out), lse, grad_lse, grad_q)
         grad_k, grad_v, _ = _products_backward.keys(call, {**config, "BLOCK_T": 0}, whole_rows)
+        assert grad_k is not None and grad_v is not None
         return grad_q, grad_k, grad_v, None, None
     if constants.MASK >= FLOAT_MASK.value:
         coarse = row_statistics(call, _config("forward", *of_call, True), lse, OWN_LSE, pair=True, vector=vector)
