@@ -250,7 +250,7 @@ def keys(
             p_r=relevancy,
             grad_k=None if grad_k is None else heads_of(grad_k),
             grad_v=None if grad_v is None else heads_of(grad_v),
-            p_r_abar=r_abar,
+            p_r_abar=None if num_t == 0 else r_abar,
             KEY_HEADS=key_heads,
             T=num_t,
             factor=factor,
