@@ -205,8 +205,8 @@ polynomials were worked out from them, and not written:
   programs wait for a first tile. Backward, a tile has all terms of dQ, too: one kernel for two, five products for seven, no
   atomics. UNITER's passes fell from 115 to 82 µs and from 287 to 204, that of relevancy from 287 to 222. The same bits in any
   batch forbid that the number of samples decides: with one, which has few programs, relevancy's pass takes 14.4 µs where it took
-  10.6. The estimate leaves out that wgmma reads operands from shared memory, at 128 bytes a clock: beside 32 queries a tile that
-  takes 1.5 times as long as the five products.
+  10.6. The estimate leaves out that wgmma reads operands from shared memory. At 128 bytes a clock, and 32 queries a tile, that
+  would take 1.5 times as long as the five products: worked out from the tiles, and not counted.
 - *The sum that corrects dQ in float32*: it is in. The product of P and K, which a rounding error multiplies, was six products of
   bfloat16 and is one. Errors of dQ stay, to three digits. CLIP's backward pass in float32 falls from 5,961 to 5,494 µs.
 - *Exponentials by polynomials*, on sm_100, as FlashAttention-4 has them: not in. They help where special functions take
@@ -242,7 +242,8 @@ tokens, which leaves waits for latency out:
 
 Under Triton 3.9 dV and then dK take 12,700 µs, and not in are other tiles: 14,478 with 32 x 128, 14,595 with 64 x 64 and 4 warps,
 16,332 with 32 x 64 and 4 warps. With 192 features dV and then dK would take 9,632, and both sums in one loop take 8,736. Scores
-of three products in place of one, before dQ's loop, would take 12 % longer. The errors of dQ stay within 1 %.
+of three products in place of one, before dQ's loop, would take 12 % longer. With 256 features the errors of dQ against float64
+stay within 1 %, by the means of three seeds in Triton's interpreter.
 
 """
 
