@@ -33,6 +33,7 @@ class Call(NamedTuple):
     product: BiasProduct | None = None
     grad: Heads | None = None
     scale: float = 0.0
+    end: None = None
 
 
 @triton.jit

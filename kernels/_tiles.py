@@ -8,7 +8,8 @@ powers (where not, `below_max` does it). A log-sum-exp named `lse` is natural, o
 A kernel takes what belongs together as one tuple: a tensor with its strides (`Heads`), the masks (`Masks`), as x all that the
 kernels of an operator share, and as C the constants of a call; it is compiled for each C. C of an operator with
 attn_mask has MASK (see `GROUP_BIAS`), KEY_MASK and CAUSAL. Triton 3.6 assigns and compares no tuple that holds None, takes no
-nested targets, and makes a tensor of each constant that is assigned: C is passed on.
+nested targets, and makes a tensor of each constant that is assigned: C is passed on. In loops it forgets constants, such as
+strides of 1, in tuples that a tuple holds, unless this tuple has one of its own behind them: x has `end`.
 """
 
 from __future__ import annotations

@@ -109,6 +109,7 @@ class Call(NamedTuple):
     G: int
     scale_log2: float
     parameter: float | None
+    end: None = None
 
 
 @on_device

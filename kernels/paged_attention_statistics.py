@@ -76,6 +76,7 @@ class Call(NamedTuple):
     window: int
     scale_log2: float
     parameter: float | None
+    end: None = None
 
 
 @on_device

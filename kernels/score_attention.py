@@ -236,7 +236,7 @@ def arguments(inputs: ScoreAttentionInputs | ScoreAttentionBackwardInputs, multi
         parameter = math.inf if parameter == 0.0 else min(1.0 / parameter, 3.4e38)
     dropout = None if seed is None else Dropout(seed, dropout_p, int(dropout_p * 2**32))
     sides = heads_of(query, strides[0]), heads_of(key, strides[1]), heads_of(value, strides[2])
-    of_call = *sides, (pre_q, pre_k), masks, dropout, heads, num_q, num_k, scale * LOG2_E, parameter, product, None, 0.0
+    of_call = *sides, (pre_q, pre_k), masks, dropout, heads, num_q, num_k, scale * LOG2_E, parameter, product, None, 0.0, None
     return {"x": tuple.__new__(Call, of_call), "C": constants}
 
 
@@ -276,9 +276,9 @@ def _of_call(
 def with_gradient(call: dict[str, Any], grad_out: Tensor | None, scale: float) -> dict[str, Any]:
     """`arguments` with the gradient and the scale, which a backward pass also reads."""
     x = call["x"]
-    *others, _, _ = x
+    *others, _, _, _ = x
     grad = x.q if grad_out is None else heads_of(aligned(grad_out))
-    return {"x": tuple.__new__(Call, (*others, grad, scale)), "C": call["C"]}
+    return {"x": tuple.__new__(Call, (*others, grad, scale, None)), "C": call["C"]}
 
 
 def row_statistics(

@@ -152,7 +152,7 @@ def launch(
         {kind: int(n) for kind, (_, n) in zip(kinds, by_kind, strict=True)},
         Accesses(*map(int, total[1:5])),
         {int(n): Accesses(*map(int, by_instruction[n])) for n in np.flatnonzero(by_instruction.any(axis=1))},
-        [*_misuses(program), *findings],
+        [one for one in (*_misuses(program), *findings) if options.fences or "fence" not in one.kind],
         once=(int(total[5]), int(total[6])),
         flop=program.flop() - before if options.counts else 0,
         program=program,

@@ -22,6 +22,7 @@ class FindingsError(AssertionError):
 class Options:
     seed: int = 0
     races: bool = True  # look for races, reads of what was never written, copies in flight
+    fences: bool = True  # look for fences that matrix products and bulk copies lack
     noise: int = 0  # special functions err as much as documented, each number in another way; 0: not at all
     counts: bool = False  # count instructions by kind, wavefronts and sectors
     interleave: bool | int = False  # several programs run at once; a number: how many
