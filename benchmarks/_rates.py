@@ -48,7 +48,7 @@ def rates(device: torch.device, dtype: torch.dtype) -> Rates | None:
         threads = torch.get_num_threads()
         products, exponentials = _arithmetic(dtype, threads)
         peaks = {name: peak * threads for name, peak in _peaks(dtype).items()}
-        return Rates(max(products, *peaks.values()), _memory(), exponentials, peaks)
+        return Rates(max([products, *peaks.values()]), _memory(), exponentials, peaks)
     return H200 if "H200" in device_name(device) else None
 
 

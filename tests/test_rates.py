@@ -44,6 +44,12 @@ def test_the_limit_names_the_peak_of_the_instruction_that_does_most(monkeypatch)
     assert _rates.rates(cpu, torch.float32).limit([(400 * GIGA, 0, 0)]) == (1, "products")
 
 
+@pytest.mark.usefixtures("processor")
+def test_without_the_library_torch_sets_the_rate(monkeypatch):
+    monkeypatch.setattr(Library, "exists", False)
+    assert _rates.rates(torch.device("cpu"), torch.float32) == (1.0, 1.0, 1.0, {})
+
+
 def test_the_peak_of_fma_is_that_of_a_processor():
     """The library's own loop: between a multiply-add a nanosecond and two vectors of 16 at 8 GHz."""
     if not native.library.exists or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
