@@ -7,6 +7,8 @@
 #             then pairs of ways to compute one thing, equal to the bit under Triton's FpSan, and calls under its ConSan
 # make ptx-others  kernels of Liger-Kernel and flash-linear-attention, emulated; pip installs them into build/; ARGS="-k swiglu"
 # make sanitize  the tests of the CPU's C++ kernels under sanitizers of addresses, undefined behaviour and threads; ARGS="-k causal"
+# make once      a part of `make sanitize` and `make aarch64`, where it has not passed with these sources; stores that it passed, which
+#                `make test` asks before it runs the same; ARGS="thread" for one of its checks
 # make aarch64  the tests of the CPU's C++ kernels compiled for ARM, in qemu's emulation; ARGS="-k causal"
 # make published CLONES=DIR  results beside those of the authors' code, cloned in DIR (tests/helpers/published/authors.py)
 # make bench  times, memory and errors of operators and tasks into benchmarks/results/; ARGS="--device cuda --quick"
@@ -51,7 +53,7 @@ READY := $(VENV)/.kernels
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet --no-compile
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test suite cpus bits ptx ptx-others sanitize aarch64 published format lint venv bench report docs oldest newest table models real serve-test hub conda gpu clean
+.PHONY: demo test suite cpus bits ptx ptx-others sanitize once aarch64 published format lint venv bench report docs oldest newest table models real serve-test hub conda gpu clean
 
 demo: $(READY)
 	@$(PY) -m vlattn_fast.cli demo --out demo
@@ -59,7 +61,7 @@ demo: $(READY)
 # One thread a process: two processes of one thread finish sooner than one process of two, and sums keep their order.
 suite bits: export OMP_NUM_THREADS := 1
 # Threads that wait for work would take the processors from the threads that they wait for: tests have more threads than processors.
-suite cpus bits sanitize: export OMP_WAIT_POLICY := passive
+suite cpus bits sanitize once: export OMP_WAIT_POLICY := passive
 # torch.compile tries each instruction set of the processor with a compiler first; this one serves.
 suite bits: export TORCHINDUCTOR_VEC_ISA_OK := 1
 # mypy takes one processor for more than a minute: it runs beside the tests.
@@ -94,6 +96,9 @@ ptx-others: $(INSTALLED)
 
 sanitize: $(READY)
 	@$(PY) -m tools.sanitize $(ARGS)
+
+once: $(READY)
+	@$(PY) -m tools.once $(ARGS)
 
 aarch64: $(READY)
 	@$(PY) -m tools.aarch64 $(ARGS)

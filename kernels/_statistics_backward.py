@@ -269,7 +269,7 @@ def _grad_weight(
 ):
     """sum_j 2^x_ij dreceived_j of a tile of queries, [q]. keys: of `key_range`, and `seen_keys`."""
     whole, end, seen = keys
-    N, M, scale_log2, parameter = x.N, x.M, x.scale_log2, x.parameter
+    N, M, stride_k, scale_log2, parameter = x.N, x.M, x.k.stride_n, x.scale_log2, x.parameter
     o_d = tl.arange(0, C.BLOCK_D)
     b_received = tl.zeros([BLOCK_Q], dtype=tl.float32)
     for EDGE in tl.static_range(2):
@@ -278,7 +278,7 @@ def _grad_weight(
         for step in range(tiles[0], tiles[1], BLOCK_EDGE if EDGE else BLOCK_KV):
             start = tile_at(step, tiles, C.MASK)
             o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
-            b_k = load_rows(p_k, x.k.stride_n, o_kv, o_d, M if EDGE else None, C.D)  # [kv,D]
+            b_k = load_rows(p_k, stride_k, o_kv, o_d, M if EDGE else None, C.D)  # [kv,D]
             b_s, _ = scores_of(dot(b_q, tl.trans(b_k), C.PRECISION), parameter, scale_log2, C)  # [q,kv]
             b_s = mask_tile(b_s, masks, start, o_q, o_kv, N, M, C, EDGE)
             b_e = tl.exp2(below_max(b_s, b_max, scale_log2, C.FOLDED))

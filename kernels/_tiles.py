@@ -9,7 +9,8 @@ A kernel takes what belongs together as one tuple: a tensor with its strides (`H
 kernels of an operator share, and as C the constants of a call; it is compiled for each C. C of an operator with
 attn_mask has MASK (see `GROUP_BIAS`), KEY_MASK and CAUSAL. Triton 3.6 assigns and compares no tuple that holds None, takes no
 nested targets, and makes a tensor of each constant that is assigned: C is passed on. In loops it forgets constants, such as
-strides of 1, in tuples that a tuple holds, unless this tuple has one of its own behind them: x has `end`.
+strides of 1, of the tuples in a tuple, unless this tuple has a constant behind them: `Call` of _scores.py has `end`, and other
+kernels unpack x before.
 """
 
 from __future__ import annotations

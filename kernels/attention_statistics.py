@@ -109,7 +109,6 @@ class Call(NamedTuple):
     G: int
     scale_log2: float
     parameter: float | None
-    end: None = None
 
 
 @on_device

@@ -76,7 +76,6 @@ class Call(NamedTuple):
     window: int
     scale_log2: float
     parameter: float | None
-    end: None = None
 
 
 @on_device

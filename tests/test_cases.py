@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.helpers.cases import SOME_CASES
+from tools.once import SOME_CASES
 
 ROOT = Path(__file__).parents[1]
 TESTS = """

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 KINDS = ("address", "thread")
 PATHS = ("tests/cpu", "tests/ops")
 # left out: what compiles, starts processes, or runs on torch's threads, which the sanitizer of threads cannot follow
-NOT = ("compile", "opcheck", "test_library", "test_sanitized", "test_aarch64", "threads_are_those", "same_bits")
+NOT = ("compile", "opcheck", "test_library", "test_once", "threads_are_those", "same_bits")
 CHOSEN = " and not ".join(("cpu", *NOT))
 MOST = 2**31  # filled bytes of a workspace
 

@@ -51,23 +51,19 @@ TTGIR = """
 """
 
 
-def test_every_kernel_compiles_as_stored() -> None:
-    """In one call: all calls take minutes, and `make table` compiles them and stores what has changed. Triton 3.9 warns of
-    launches that do not say whether they fuse multiply-adds, which 3.10 will not do unasked."""
+def test_calls_compile_as_stored() -> None:
+    """One for each architecture. `make table` compiles those whose sources have changed, and test_sources.py tells of them: the
+    same Triton compiles the same from the same sources. Triton 3.9 warns of launches that do not say whether they fuse
+    multiply-adds, which 3.10 will not do unasked."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-W", "error", "-m", "tools.compiled.triton", "--some"]
     done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
 
 
-def test_some_calls_have_every_kernel_and_architecture() -> None:
+def test_some_calls_have_every_architecture() -> None:
     for rows in read(TABLE).values():
-        tasks = some_of(tasks_of(operators()), rows)
-        kernel = re.compile(r"(\S+) .* (\w+_kernel)( launch \d+)? sm_\d+")
-        compiled, stored = ({kernel.fullmatch(key).group(1, 2) for key in some} for some in (rows_of(tasks, rows), rows))
-        assert compiled == stored and len(stored) > 25 and len(tasks) < len(stored)
-        assert {operator for operator, _, _ in tasks} == {operator for operator, _ in stored}
-        assert {arch for *_, arch in tasks} == set(ARCHITECTURES)
+        assert [arch for *_, arch in some_of(tasks_of(operators()), rows)] == list(ARCHITECTURES)
 
 
 def test_the_table_has_all_calls() -> None:

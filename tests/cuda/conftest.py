@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     names = {_name(item) for item in items}
     if not names & LATE or names <= LATE:
         return
-    items.sort(key=lambda item: (_name(item) in LATE) - (_name(item) == "cpu/test_sanitized.py"))
+    items.sort(key=lambda item: (_name(item) in LATE) - (_name(item) == "cpu/test_once.py"))
     threading.Thread(target=_build_early, daemon=True).start()
 
 

@@ -15,7 +15,6 @@ from tests.helpers.accuracy import drawn
 # There cases are sizes, dtypes, masks and options of a call. Elsewhere a case is a thing of its own: a page, a file, an example.
 FOLDERS = tuple(f"tests/{name}/" for name in ("attach", "cpu", "cuda", "interpret", "kernels", "lab", "nn", "ops", "power"))
 SHARE = "0/8"  # of the other cases
-SOME_CASES = ("-p", "tests.helpers.cases")  # as `make test` has it, for tests that run pytest
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -6,10 +6,18 @@ And kernels assign to no nested targets, which Triton 3.6 cannot compile, though
 from __future__ import annotations
 
 import ast
+import inspect
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from triton.runtime.jit import KernelInterface
 
+from tools.gpu import production
+from vlattn_fast.checking import verify
+from vlattn_fast.checking.cases import Sizes
 from vlattn_fast.kernels import __path__ as folders
 
 FILES = [file for file in sorted(Path(folders[0]).glob("*.py")) if "@triton.jit" in file.read_text()]
@@ -50,3 +58,35 @@ def test_targets_are_flat(file: Path) -> None:
 def test_a_nested_target_is_seen() -> None:
     assert nested_targets("@triton.jit\ndef f(x, y):\n    a, b = y\n    (a, b), c = x\n") == [4]
     assert nested_targets("def f(x):\n    (a, b), c = x\n") == []  # runs in Python
+
+
+SMALL = Sizes(queries=8, keys=9, regions=4, words=5, features=16)
+
+
+def names_in_loops(source: str) -> set[str]:
+    """What the file's loops read, without those that Triton unrolls."""
+    loops = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.For) and "static" not in ast.unparse(node.iter)]
+    return {node.id for loop in loops for part in loop.body for node in ast.walk(part) if isinstance(node, ast.Name)}
+
+
+def test_tuples_in_a_tuple_have_a_constant_behind_them() -> None:
+    """Or no loop reads the tuple: there Triton 3.6 forgets constants, such as strides of 1, of all others."""
+    held = set()
+    launch = KernelInterface.__getitem__
+
+    def watched(kernel: Any, grid: Any) -> Callable[..., Any]:
+        def see(**named: Any) -> Any:
+            for name, value in named.items():
+                if isinstance(value, tuple) and any(isinstance(one, tuple) for one in value):
+                    held.add((inspect.getsourcefile(kernel.fn), name, value[-1] is None))
+            return launch(kernel, grid)(**named)
+
+        return see
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(KernelInterface, "__getitem__", watched)
+        for case in verify.cases(sizes=SMALL):
+            if "triton" in production.backends_of(case.operator):
+                verify._run(case, case.in_dtype(torch.float32, "cpu"), "triton")
+    assert [(file, name) for file, name, behind in held if not behind and name in names_in_loops(Path(file).read_text())] == []
+    assert {name for _, name, _ in held} == {"x", "qs", "ks", "grads", "attention"}

@@ -30,7 +30,10 @@ def digest(item: Item) -> str:
 
 
 # a tenth: of each architecture those with the least digests, the same ones on every machine until titles change
-TENTH = {n: sorted(items, key=digest)[: -(-len(items) // 10)] for n, items in ITEMS.items()}
+LONG = ("rows, congruence_loss iais_singular, long rows",)  # takes longer than all others of a tenth
+TENTH = {
+    n: sorted((one for one in items if one.title not in LONG), key=digest)[: -(-len(items) // 10)] for n, items in ITEMS.items()
+}
 CHOSEN = [(n, item) for n, items in (ITEMS if ALL else TENTH).items() for item in items if not ALL or str(n) in ALL]
 
 

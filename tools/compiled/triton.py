@@ -2,7 +2,7 @@
 
     python -m tools.compiled.triton [OPERATOR ...]                # compare with tests/compiled/triton.json
     python -m tools.compiled.triton [OPERATOR ...] --write        # compile what is out of date, and store its rows
-    python -m tools.compiled.triton --some                        # compare every kernel once, as in `make test`
+    python -m tools.compiled.triton --some                        # compare a call for each architecture, as in `make test`
     python -m tools.compiled.triton --stale                       # rows out of date, of every version of Triton; compiles nothing
     python -m tools.compiled.triton --forget                      # they stay as rows of which nobody knows the source
 
@@ -223,16 +223,10 @@ def tasks_of(chosen: list[str]) -> list[Task]:
 
 
 def some_of(tasks: list[Task], rows: dict[str, Row]) -> list[Task]:
-    """Few tasks until every kernel is compiled, the architectures in turn: each the one that takes fewest registers, by which
-    kernels compile soon, for a kernel that none before it compiles."""
-    kernels = {task: {(task[0], _kernel(key)) for key in rows_of([task], rows)} for task in tasks}
-    registers = {task: sum(row["registers"] + row["spills"] // 4 for row in rows_of([task], rows).values()) for task in tasks}
-    left, chosen = set().union(*kernels.values()), []
-    while left:
-        of_turn = (task for task in tasks if task[2] == ARCHITECTURES[len(chosen) % len(ARCHITECTURES)] and kernels[task])
-        chosen.append(max(of_turn, key=lambda task: len(kernels[task] & left) / registers[task]))
-        left -= kernels[chosen[-1]]
-    return chosen
+    """For each architecture the task whose kernels have fewest registers: they compile soonest."""
+    registers = {task: sum(row["registers"] for row in rows_of([task], rows).values()) for task in tasks}
+    compiled = [task for task in tasks if registers[task]]
+    return [min((task for task in compiled if task[2] == arch), key=registers.__getitem__) for arch in ARCHITECTURES]
 
 
 def rows_of(tasks: list[Task], rows: dict[str, Row]) -> dict[str, Row]:
@@ -285,7 +279,7 @@ def main() -> None:
     parser.add_argument("operators", nargs="*", metavar="OPERATOR", help=f"of {', '.join(operators())}; default: all")
     parser.add_argument("--workers", type=int, metavar="N", help="processes; default: one for each processor")
     modes = parser.add_mutually_exclusive_group()
-    modes.add_argument("--some", action="store_true", help="compile as few calls as have every kernel")
+    modes.add_argument("--some", action="store_true", help="compile a call for each architecture")
     modes.add_argument("--write", action="store_true", help="compile the kernels whose rows are out of date, and store the rows")
     modes.add_argument("--stale", action="store_true", help="print the rows that are out of date, of every version")
     modes.add_argument("--forget", action="store_true", help="take the sources of these rows out of the table")
