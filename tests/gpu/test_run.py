@@ -19,7 +19,6 @@ import pytest
 import torch
 
 from tests.helpers.ops.backends import ready
-from tests.helpers.releases import OLDER_TRITON, WITHOUT_FENCES
 from tools import building
 from tools.emulated.cuda import emulated
 from tools.gpu import full, launch, ncu, production, run, session, suite, sweep
@@ -97,8 +96,6 @@ class Call:
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Call, list[tuple[int, str]]]:
     """Every step, killed at racecheck; then all of them again."""
-    if OLDER_TRITON:
-        pytest.skip(WITHOUT_FENCES)
     call = Call(tmp_path_factory.mktemp("gpu"))
     return call, [call(), call()]
 

@@ -17,7 +17,6 @@ import torch
 
 from tests.helpers.ptx.compiling import compiling
 from tests.helpers.ptx.triton_calls import CALLED
-from tests.helpers.releases import needs_fences
 from tools.emulated import package
 
 pytest.importorskip("triton")
@@ -50,7 +49,6 @@ KERNELS = {
 }
 
 
-@needs_fences
 @pytest.mark.parametrize("operator", KERNELS)
 def test_calls_are_right_and_nothing_is_reported(operator: str) -> None:
     every = set()
@@ -61,7 +59,6 @@ def test_calls_are_right_and_nothing_is_reported(operator: str) -> None:
     assert every == set(KERNELS[operator].split())  # on sm_90 calls of few tokens have kernels of their own
 
 
-@needs_fences
 @pytest.mark.parametrize("architecture", [90, 100])
 def test_calls_of_many_tokens_copy_tiles_by_descriptors(architecture: int) -> None:
     outcomes = compiling("tests.helpers.ptx.triton_calls.by_descriptors", architecture)
@@ -69,7 +66,6 @@ def test_calls_of_many_tokens_copy_tiles_by_descriptors(architecture: int) -> No
     assert all(0 < ratio <= 1 and copied for ratio, copied in outcomes.values()), outcomes
 
 
-@needs_fences
 def test_hidden_tiles_are_not_read() -> None:
     got, expected = compiling("tests.helpers.ptx.triton_calls.hidden_tiles")
     torch.testing.assert_close(got, expected, rtol=0.02, atol=0.05)
@@ -96,7 +92,6 @@ def test_a_variable_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch
         package.install("90")
 
 
-@needs_fences
 def test_the_variable_is_obeyed() -> None:
     """Kernels may not read what nothing has written."""
     call = "import os, tools.emulated.package as package; package.install(os.environ['VLATTN_PTX']); "

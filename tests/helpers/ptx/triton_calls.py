@@ -57,9 +57,10 @@ def _mask_for(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
 def ratios(operator: str, architecture: int) -> tuple[dict[str, float], set[str]]:
     """The worst error of each call as a multiple of the allowed one, and the kernels that ran. A finding raises."""
     import tools.emulated.triton
+    from tools.emulated.package import options_of_process
 
     torch.set_num_threads(1)
-    with tools.emulated.triton.emulated(architecture) as launches:
+    with tools.emulated.triton.emulated(architecture, options_of_process()) as launches:
         worst = {}
         for case in calls_of(operator, architecture):
             errors = settle(verify._Problem(case, CALLED[architecture], "cpu").runs("triton"), enough=lambda: 1)
@@ -70,10 +71,11 @@ def ratios(operator: str, architecture: int) -> tuple[dict[str, float], set[str]
 def by_descriptors(architecture: int) -> dict[str, tuple[float, bool]]:
     """Calls of many tokens: the worst error as in `ratios`, and whether instructions copied whole tiles. A finding raises."""
     import tools.emulated.triton
+    from tools.emulated.package import options_of_process
 
     torch.set_num_threads(1)
     outcomes = {}
-    with tools.emulated.triton.emulated(architecture) as launches:
+    with tools.emulated.triton.emulated(architecture, options_of_process()) as launches:
         for case in verify.cases(sizes=MANY, operators=["score_attention"]):
             if case.name not in ("scaled_dot causal", "softcap and sink")[: 2 if architecture == 90 else 1]:
                 continue
@@ -92,6 +94,7 @@ def hidden_tiles() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Out and gradients under a group bias that hides keys between others, in whole tiles of NaN values, and those expected."""
     import tools.emulated.triton
     import vlattn_fast as va
+    from tools.emulated.package import options_of_process
 
     torch.set_num_threads(1)
     query, key, value = (torch.randn(1, 1, rows, 16).bfloat16() for rows in (20, 400, 400))
@@ -100,7 +103,7 @@ def hidden_tiles() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     groups = {"query_groups": torch.zeros(20, dtype=torch.int64), "key_groups": columns, "group_bias": table}
     results = []
     for operator, hidden in ((va.score_attention, torch.nan), (va.reference.score_attention, 0.0)):
-        with tools.emulated.triton.emulated(90):
+        with tools.emulated.triton.emulated(90, options_of_process()):
             leaves = [x.clone().requires_grad_() for x in (query, key, value.index_fill(2, torch.arange(128, 256), hidden))]
             out = operator(*leaves, **groups, backend="triton") if operator is va.score_attention else operator(*leaves, **groups)
             results.append([x.detach().float() for x in (out, *torch.autograd.grad(out.float().square().sum(), leaves))])
