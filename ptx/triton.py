@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import repeat
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -51,7 +52,8 @@ def emulated(
 ) -> Iterator[list[Launch]]:
     """Within it Triton launches on CPU tensors. Gives the list of launches, which grows unless not `keep`.
 
-    A launch with findings raises, unless not `strict`. Errors, after which a kernel cannot go on, raise in any case.
+    A launch with findings raises, unless not `strict`. Errors, after which a kernel cannot go on, raise in any case. Kernels are
+    kept in a folder of their own: Triton 3.6 would take their PTX for what a GPU runs.
     """
     if knobs.runtime.interpret:
         raise RuntimeError("Triton was imported with TRITON_INTERPRET=1, and leaves kernels uncompiled: unset it")
@@ -63,7 +65,9 @@ def emulated(
     knobs.runtime.add_stages_inspection_hook = _end_at_ptx
     Autotuner.run = _untimed(Autotuner.run)  # type: ignore[method-assign]
     try:
-        yield emulating.launches
+        with knobs.cache.scope():
+            knobs.cache.dir = str(Path(knobs.cache.dir, "ptx"))
+            yield emulating.launches
     finally:
         driver._active, knobs.runtime.add_stages_inspection_hook, Autotuner.run = before  # type: ignore[method-assign]
 

@@ -51,6 +51,10 @@ def test_these_are_all_calls() -> None:
     assert compiling("tests.helpers.ptx.kernels.names") == list(KERNELS)
 
 
+def test_no_gpu_takes_what_is_compiled_here_for_its_own(tmp_path: Path) -> None:
+    assert compiling("tests.helpers.ptx.kernels.kept_in", str(tmp_path)) == (["ptx"], True)
+
+
 def test_an_autotuned_kernel_has_its_first_configuration() -> None:
     """Triton times none of them. Heuristics and a grid by the configuration are obeyed."""
     assert compiling("tests.helpers.ptx.kernels.tuned") == (True, (5, 1, 1), {"BLOCK": 64})

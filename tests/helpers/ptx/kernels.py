@@ -5,6 +5,7 @@ They run in a process whose Triton kernels are compiled (`compiling` in tests/pt
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -198,6 +199,14 @@ def outcome(name: str, arch: int) -> tuple[float, list[str], int]:
     call, allowed = CALLS[name]
     error, launches = call(arch)
     return error / allowed, [str(one) for launch in launches for one in launch.findings], sum(one.executed for one in launches)
+
+
+def kept_in(folder: str) -> tuple[list[str], bool]:
+    """Where a launch leaves what Triton compiles, and whether Triton's cache is this folder again."""
+    with triton.knobs.cache.scope():
+        triton.knobs.cache.dir = folder
+        ptx.run(add, 1, *torch.randn(3, 7), 7, BLOCK=16)
+        return sorted(os.listdir(folder)), triton.knobs.cache.dir == folder
 
 
 def tuned() -> tuple[bool, tuple[int, ...], dict[str, int]]:
