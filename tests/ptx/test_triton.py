@@ -18,6 +18,7 @@ import torch
 from tests.helpers.ptx.compiling import compiling
 from tests.helpers.ptx.triton_calls import CALLED
 from tools.emulated import package
+from vlattn_fast.kernels._tiles import OLD_TRITON
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
@@ -63,7 +64,8 @@ def test_calls_are_right_and_nothing_is_reported(operator: str) -> None:
 def test_calls_of_many_tokens_copy_tiles_by_descriptors(architecture: int) -> None:
     outcomes = compiling("tests.helpers.ptx.triton_calls.by_descriptors", architecture)
     assert len(outcomes) == (2 if architecture == 90 else 1)
-    assert all(0 < ratio <= 1 and copied for ratio, copied in outcomes.values()), outcomes
+    by_boxes = architecture == 90 or not OLD_TRITON.value  # see `_boxes` in kernels/score_attention.py
+    assert all(0 < ratio <= 1 and copied == by_boxes for ratio, copied in outcomes.values()), outcomes
 
 
 def test_hidden_tiles_are_not_read() -> None:
