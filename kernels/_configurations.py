@@ -85,11 +85,6 @@ def _current() -> str | None:
     return _architecture(torch.cuda.current_device()) if torch.cuda.is_initialized() else TARGET
 
 
-def sums_in_tensor_memory() -> bool:
-    """Whether the current device keeps the sums of products outside of registers."""
-    return _current() == "sm_100"
-
-
 def multiplies_biases() -> bool:
     """Whether a product adds a bias of groups on the current device. On sm_80 the kernels would spill up to 528 bytes; on sm_100
     none was compiled. Triton's interpreter has no architecture."""

@@ -30,7 +30,7 @@ from vlattn_fast._ground.tensors import empty_gradient, empty_rows_first
 from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs
 from vlattn_fast.kernels import _products_backward, _units_backward
 from vlattn_fast.kernels._boxes import Boxes, boxes_of, fits, load_box, store_box
-from vlattn_fast.kernels._configurations import UNIT_KINDS, Config, configuration, of_facts, sums_in_tensor_memory
+from vlattn_fast.kernels._configurations import UNIT_KINDS, Config, configuration, of_facts
 from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._group_bias import (
     FLOAT_MASK,
@@ -378,12 +378,11 @@ def _parts(x: Call, constants: Constants, keys: int) -> Parts:
 def _boxes(call: dict[str, Any], config: Config, out: Tensor) -> dict[str, TensorDescriptor]:
     """Tensor descriptors for `_forward_kernel`, where it computes scores ahead: on sm_90 and newer, in calls of many tokens.
 
-    Descriptors do not know padding among the keys. On sm_100 Triton 3.6 and 3.7 overwrite scores that are computed ahead before
-    they are read, where descriptors copy the tiles, and only there: the emulator found wrong numbers.
+    Descriptors do not know padding among the keys.
     """
     x, constants = call["x"], call["C"]
     tensors = x.q.p, x.k.p, x.v.p
-    if not config["AHEAD"] or constants.KEY_MASK or not all(map(fits, tensors)) or (OLD_TRITON and sums_in_tensor_memory()):
+    if not config["AHEAD"] or constants.KEY_MASK or not all(map(fits, tensors)):
         return {}
     q, k, v = tensors
     rows, keys, edge = config["BLOCK_Q"], config["BLOCK_KV"], _edge_of_keys(x.M, constants, config)

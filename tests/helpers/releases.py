@@ -20,7 +20,7 @@ needs_stable_abi = pytest.mark.skipif(
 # the forward pass of transformers 5.24's Llama 4 asks its own output for a field that it lacks
 LLAMA4_FAILS = find_spec("transformers") is not None and version("transformers").startswith("5.24.")
 OLDER_TRITON = bool(extras.missing("triton", 3, 8))
-WITHOUT_FENCES = "Triton before 3.8 leaves out fences that the emulator asks for on sm_90, and brings the tools of CUDA 12"
+WITHOUT_FENCES = "Triton before 3.8 leaves out fences on sm_90, has races on sm_100, and brings the tools of CUDA 12"
 needs_fences = pytest.mark.skipif(OLDER_TRITON, reason=WITHOUT_FENCES)
 WITHOUT_SANITIZERS = "Triton before 3.9 has no FpSan, or other numbers in it"
 needs_sanitizers = pytest.mark.skipif(bool(extras.missing("triton", 3, 9)), reason=WITHOUT_SANITIZERS)

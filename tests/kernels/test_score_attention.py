@@ -108,14 +108,11 @@ def test_tiles_by_tensor_descriptors(m: int, options: dict[str, Any], d: int, dv
     assert described == [query.shape, key.shape, key.shape, value.shape, value.shape, outs[0].shape]
 
 
-@pytest.mark.parametrize("why", ["float32", "12 features", "padding", "one key for all samples", "sm_100 under Triton 3.6"])
+@pytest.mark.parametrize("why", ["float32", "12 features", "padding", "one key for all samples"])
 def test_other_calls_have_no_descriptors(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_configurations, "OVERRIDES", Ahead(unused={}))
     monkeypatch.setattr(_products_backward, "whole_config", lambda *_: None)
     described = spied(monkeypatch)
-    if why == "sm_100 under Triton 3.6":
-        monkeypatch.setattr(score_attention, "OLD_TRITON", True)
-        monkeypatch.setattr(_configurations, "TARGET", "sm_100")
     query, key, value = (room(2, 20, 2, 12 if why == "12 features" else 16) for _ in range(3))
     if why == "one key for all samples":
         key = key[:1].expand(2, -1, -1, -1)

@@ -17,8 +17,8 @@ import torch
 
 from tests.helpers.ptx.compiling import compiling
 from tests.helpers.ptx.triton_calls import CALLED
+from tests.helpers.releases import needs_fences
 from tools.emulated import package
-from vlattn_fast.kernels._tiles import OLD_TRITON
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
@@ -60,12 +60,11 @@ def test_calls_are_right_and_nothing_is_reported(operator: str) -> None:
     assert every == set(KERNELS[operator].split())  # on sm_90 calls of few tokens have kernels of their own
 
 
-@pytest.mark.parametrize("architecture", [90, 100])
+@pytest.mark.parametrize("architecture", [90, pytest.param(100, marks=needs_fences)])
 def test_calls_of_many_tokens_copy_tiles_by_descriptors(architecture: int) -> None:
     outcomes = compiling("tests.helpers.ptx.triton_calls.by_descriptors", architecture)
     assert len(outcomes) == (2 if architecture == 90 else 1)
-    by_boxes = architecture == 90 or not OLD_TRITON.value  # see `_boxes` in kernels/score_attention.py
-    assert all(0 < ratio <= 1 and copied == by_boxes for ratio, copied in outcomes.values()), outcomes
+    assert all(0 < ratio <= 1 and copied for ratio, copied in outcomes.values()), outcomes
 
 
 def test_hidden_tiles_are_not_read() -> None:
