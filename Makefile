@@ -29,7 +29,7 @@
 # make newest the suite with the highest versions that pip offers, in .venv-newest. Both download several GB and take the disk of two
 #             CUDA builds of torch.
 # make table  facts of the compiled Triton kernels whose sources changed, under the newest and the lowest Triton, and of the CUDA C++
-#             kernels, in tests/compiled/*.json
+#             kernels, in tests/compiled/*.json; counts of what changed, emulated, and docs/kernels.md
 # make gpu    on a machine with a GPU, torch, triton and pytest; installs nothing. Nine minutes a call, the most telling evidence
 #             first, and each call continues the last one; PARTS=verify for a part, ARGS="--out DIR";
 #             ARGS="--device cpu" rehearses it without a GPU, on emulated kernels, with g++ and, for CUDA C++, nvcc
@@ -162,6 +162,8 @@ table: $(READY) $(VENV)/triton-lowest/triton
 	@$(PY) -m tools.compiled.triton --write
 	@PYTHONPATH=$(VENV)/triton-lowest:. $(PY) -m tools.compiled.triton --write
 	@$(PY) -m tools.compiled.cuda --write
+	@$(PY) -m tools.compiled.counts --stale
+	@$(PY) -m tools.pages.kernels_page
 
 $(VENV)/triton-lowest/triton: | $(INSTALLED)
 	@$(PIP) --no-deps --target $(VENV)/triton-lowest "$(TRITON_LOWEST)"
