@@ -28,7 +28,7 @@ def limited(call: Call, limits: Limits) -> list[str]:
 
 
 _TRITON_MISSING = extras.missing("triton", 3, 6)
-_RACES_ON_SM_100 = bool(extras.missing("triton", 3, 8))  # in tensor memory, as the emulator ptx/ found
+_FAULTY_ON_SM_100 = bool(extras.missing("triton", 3, 9))  # in tensor memory, as the emulator ptx/ found
 
 
 def triton_refusals(call: Call, limits: Limits = accept) -> list[str]:
@@ -42,9 +42,9 @@ def triton_refusals(call: Call, limits: Limits = accept) -> list[str]:
         reasons.append("our Triton kernels hold PTX, which AMD GPUs do not run")
     if call.capability is not None and call.capability < (8, 0):
         reasons.append("Triton kernels need a compute capability of 8.0 (Ampere) or more")
-    if call.capability is not None and call.capability[0] in (10, 11) and _RACES_ON_SM_100:
+    if call.capability is not None and call.capability[0] in (10, 11) and _FAULTY_ON_SM_100:
         reasons.append(
-            "Triton before 3.8 compiles races for sm_100, which give wrong numbers: install triton 3.8"
+            "Triton before 3.9 compiles races and wrong addresses for sm_100: install triton 3.9"
         )
     if call.dtype not in KERNEL_DTYPES:
         reasons.append("Triton kernels take float16, bfloat16 and float32")
