@@ -85,7 +85,7 @@ def rows_of_page() -> list[str]:
 
 
 def _problem(done: CompletedProcess[str]) -> str:
-    """What pytest printed where a test failed, else nothing."""
+    """The output of pytest where a test failed, else nothing."""
     return done.stdout[-10000:] if done.returncode else ""
 
 

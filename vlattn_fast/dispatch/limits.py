@@ -43,9 +43,7 @@ def triton_refusals(call: Call, limits: Limits = accept) -> list[str]:
     if call.capability is not None and call.capability < (8, 0):
         reasons.append("Triton kernels need a compute capability of 8.0 (Ampere) or more")
     if call.capability is not None and call.capability[0] in (10, 11) and _FAULTY_ON_SM_100:
-        reasons.append(
-            "Triton before 3.9 compiles races and wrong addresses for sm_100: install triton 3.9"
-        )
+        reasons.append("Triton before 3.9 compiles races and wrong addresses for sm_100: install triton 3.9")
     if call.dtype not in KERNEL_DTYPES:
         reasons.append("Triton kernels take float16, bfloat16 and float32")
     if max(call.sizes.get("head_dim", 0), call.sizes.get("value_dim", 0)) > 256:
