@@ -160,6 +160,20 @@ for wrong in ({"score": "dots"}, {"score": "additive"}):
         assert "must be" in str(error)
     else:
         raise AssertionError(wrong)
+
+from types import SimpleNamespace
+
+of_hub = [one for name, one in sys.modules.items() if name.startswith(hub.__name__)]
+(operators,) = [one for one in of_hub if hasattr(one, "STATISTICS") and hasattr(one, "define")]
+operators.OLD_TRITON = SimpleNamespace(value=True)
+for capability, why in (((7, 5), "8.0 or more"), ((9, 0), ""), ((10, 0), "install triton 3.9")):
+    torch.cuda.get_device_capability = lambda device: capability
+    said = ""
+    try:
+        operators.check_device(SimpleNamespace(device=torch.device("cuda")))
+    except ValueError as error:
+        said = str(error)
+    assert why in said and bool(why) == bool(said), (capability, said)
 print("end")
 """
 

@@ -28,7 +28,7 @@ from vlattn_fast.kernels import attention_statistics as _statistics
 from vlattn_fast.kernels import congruence_loss as _congruence
 from vlattn_fast.kernels import relevancy_attention as _relevancy
 from vlattn_fast.kernels import score_attention as _scores
-from vlattn_fast.kernels._tiles import INTERPRETED
+from vlattn_fast.kernels._tiles import INTERPRETED, OLD_TRITON
 from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
 
 BACKEND = "triton"
@@ -38,8 +38,13 @@ STATISTICS = ("mass", "entropy", "maximum", "argmax", "received")
 def check_device(query: Tensor) -> None:
     if query.device.type != "cuda" and not INTERPRETED and not torch.compiler.is_compiling():
         raise ValueError(f"query must be on a CUDA device (on the CPU in Triton's interpreter); got {query.device}")
-    if query.device.type == "cuda" and torch.cuda.get_device_capability(query.device) < (8, 0):
+    if query.device.type != "cuda":
+        return
+    capability = torch.cuda.get_device_capability(query.device)
+    if capability < (8, 0):
         raise ValueError("query must be on a GPU of compute capability 8.0 or more")
+    if capability[0] in (10, 11) and OLD_TRITON.value:
+        raise ValueError("Triton before 3.9 compiles races and wrong addresses for sm_100: install triton 3.9")
 
 
 def _rows(like: Tensor) -> Tensor:
