@@ -812,7 +812,8 @@ def _softmax_of_tile(
                 b_p, b_new, b_safe = _softmax_under_masks(b_s * b_scale[:, None], b_max, masks, start, o_q, o_kv, N, M, EDGE, C)
             else:
                 b_p, b_new, b_safe = _softmax_of_all(b_s, b_scale, b_max, NEGATIVE)
-    elif EDGE or C.KEY_MASK or C.MASK % GROUP_BIAS != 0:
+    elif EDGE or C.KEY_MASK or C.MASK % GROUP_BIAS != 0 or (C.EXACT and C.MASK == GROUP_BIAS and OLD_TRITON):
+        # the last: Triton 3.6 does not compile `_softmax_under_bias` in float32
         b_p, b_new, b_safe = _softmax_under_masks(b_s * b_scale[:, None], b_max, masks, start, o_q, o_kv, N, M, EDGE, C)
     elif C.MASK == GROUP_BIAS:
         b_p, b_new, b_safe = _softmax_under_bias(b_s, b_scale, b_max, masks, start, o_q, o_kv, N, M, NEGATIVE, C)

@@ -305,7 +305,7 @@ def _show_stale(tasks: list[Task], workers: int | None) -> None:
 
 
 def _write(tasks: list[Task], version: str, workers: int | None) -> None:
-    """Stores the rows call by call: another version's may be stored at the same time, and an end in between loses little."""
+    """Stores the rows call by call, so that an end in between loses little."""
     rows = read(TABLE).get(version, {})
     stale = [*out_of_date(tasks, rows, version, workers)]
     print(f"triton {version}: {len(stale)} calls to compile, but for kernels whose text is the stored one")
