@@ -116,11 +116,10 @@ _PARTS = "parts of wide rows are split again for each tile of pairs, which is la
 _MASK = "addresses of attn_mask take registers"
 _ONCE = "four warps compute a tile of 64 rows once, eight would compute it twice"
 _AHEAD = "products of 128 features take longer than instructions: the next tile's scores are computed under this one's softmax"
-_BESIDE = "as for 128 features, by docs/kernels.md in a fifth less time; its registers leave an SM one or two programs"
+_FOUR = "measured on an H100: an SM has four programs, which fill one another's waits"
 _TURNS = "products of every second tile run beside exponentials, by docs/kernels.md in a tenth less time than without"
 _FEWER = "64 keys take fewer instructions a pair than 32"
 _HALF = "128 keys read Q and dO half as often as 64, copied two tiles ahead, since an SM holds one block; it spills a few bytes"
-_FEWER_TILES = "160 keys are a tile of 128 and one of 32, by docs/kernels.md in 6 % less time than 64, 64 and 32"
 _WIDE = "sums over rows of 128 features take twice the registers of 64"
 _WIDER = "sums over rows of 256 features take four times the registers of 64"
 _UNITS = "reciprocals of many pairs a thread hide one another's latency"
@@ -187,10 +186,9 @@ LINES: dict[str, list[Line]] = {
         _line((64, 64, 4, 2), _STAGED_NORMS, score="cosine", N=512, size=64),
         _line((128, 64, 8, 2), _STAGED_NORMS, score="cosine", size=64),
         _line((64, 64, 4, 3), _SHORT, N=512, M=128, size=64),
-        _line((64, 128, 4, 2), _FEWER_TILES, architecture="sm_90", score="dot", N=512, M=192, size=64),
         _line((64, 64, 4, 3), _SHORT, N=512, size=64),
         _line((64, 64, 4, 2), _SHORT, N=512, size=128),
-        _ahead((128, 64, 8, 2, 1), _BESIDE, architecture="sm_90", size=64),
+        _line((64, 64, 4, 3), _FOUR, architecture="sm_90", size=64),
         _line((128, 64, 8, 3), "128 rows read K and V half as often as 64", size=64),
         _ahead((128, 64, 8, 2, 1), _AHEAD, architecture=_ASYNCHRONOUS, size=128),
         _line((128, 64, 8, 2), "as for 64 features, but a third stage exceeds shared memory", size=128),
@@ -380,7 +378,7 @@ LINES: dict[str, list[Line]] = {
         _line((16, 32, 4, 1), _FLOAT32, dtype=FLOAT32),
         _line((16, 64, 4, 2), "the query heads of a token fill 16 rows at most in most models", few=True, size=128),
         _line((16, 32, 4, 2), _WIDER, few=True),
-        _line((64, 64, 4, 1), "addresses of keys that lie anywhere take registers", size=128),
+        _line((64, 32, 4, 2), "of 64 keys ptxas of CUDA 12.8 loses descriptors (tools/compiled/descriptors.py)", size=128),
         _line((32, 32, 4, 1), _WIDER),
     ],
     "paged_attention_statistics received": [

@@ -209,13 +209,13 @@ def _rows_kernel(
         o_t, i_h = first + o_q // C.GROUP, i_hk * C.HEADS + o_q % C.GROUP
         m_row = (o_t < end) & (o_q % C.GROUP < C.HEADS)
         b_q = _load_query(p_query, stride_t, stride_h, o_t, i_h, o_d, m_row, C)  # [q,D]
-        o_position = o_t + ahead
+        o_position = _position(o_t, ahead)
         o_g = i_g * BLOCK_G + tl.arange(0, BLOCK_G)
         b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
         b_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
         b_log = b_sum
         b_mass = tl.zeros([BLOCK_Q, BLOCK_G], dtype=tl.float32)
-        low = tl.maximum(first + ahead - window + 1, 0) // BLOCK_KV * BLOCK_KV if C.WINDOW else first * 0
+        low = tl.maximum(_position(first, ahead) - window + 1, 0) // BLOCK_KV * BLOCK_KV if C.WINDOW else 0
         for start in range(low, last_key, BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_KV)
             b_k, m_kv = _load_keys(cache, i_r, i_hk, o_kv, last_key, o_d, C)  # [kv,D]
@@ -262,7 +262,7 @@ def _received_kernel(x, p_maximum, p_row_max, p_received, C: tl.constexpr, BLOCK
     blocks = tl.cdiv(room, BLOCK_KV)
     i = tl.program_id(0).to(tl.int64)
     i_h, i_kv, i_r = i % H, i // H % blocks, i // (H * blocks)  # heads that share keys are neighbours
-    o_kv = i_kv * BLOCK_KV + tl.arange(0, BLOCK_KV)
+    o_kv = i_kv.to(tl.int32) * BLOCK_KV + tl.arange(0, BLOCK_KV)
     o_d = tl.arange(0, C.BLOCK_D)
     first, end = _tokens_of(cache, i_r, T)
     ahead, last_key = _positions(cache, i_r, end, end - first, first)
@@ -276,11 +276,12 @@ def _received_kernel(x, p_maximum, p_row_max, p_received, C: tl.constexpr, BLOCK
             o_t = start + tl.arange(0, BLOCK_Q)
             m_row = o_t < end
             b_q = _load_query(p_query, stride_t, stride_h, o_t, i_h, o_d, m_row, C)  # [q,D]
-            b_s = _logits(b_q, b_k, o_t + ahead, o_kv, m_kv, window, scale_log2, parameter, C)  # [q,kv]
+            o_position = _position(o_t, ahead)
+            b_s = _logits(b_q, b_k, o_position, o_kv, m_kv, window, scale_log2, parameter, C)  # [q,kv]
             b_max = tl.load(p_row_max + o_t * H + i_h, mask=m_row, other=0.0)
             b_maximum = tl.load(p_maximum + o_t * H + i_h, mask=m_row, other=0.0)
             b_p = tl.exp2(b_s - tl.where(b_max == float("-inf"), 0.0, b_max)[:, None]) * b_maximum[:, None]
-            m_pair = m_row[:, None] & _seen(o_t + ahead, o_kv, m_kv, window, C)
+            m_pair = m_row[:, None] & _seen(o_position, o_kv, m_kv, window, C)
             b_received += tl.sum(tl.where(m_pair, b_p, 0.0), axis=0)
     tl.store(p_received + (i_r * H + i_h) * room + o_kv, b_received, mask=o_kv < room)
 
@@ -309,10 +310,20 @@ def _request_of(cache, i_tile, T, BLOCK_T: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def _positions(cache, i_r, end, count, first):
-    """The difference from a token's number to its position, and the key behind the last that a token before `end` sees."""
+    """The difference from a token's number to its position, and the key behind the last that a token before `end` sees.
+
+    Numbers of keys have 32 bits: a block's number is a quotient, which takes a function call for 64.
+    """
     ahead = tl.load(cache.p_lengths + i_r).to(tl.int64) - tl.load(cache.p_starts + i_r + 1).to(tl.int64)
     room = (cache.W * cache.block_size).to(tl.int64)
-    return ahead, tl.minimum(tl.minimum(end, first + count) + ahead, room)
+    last_key = tl.minimum(tl.minimum(end, first + count) + ahead, room)
+    return ahead, tl.maximum(last_key, 0).to(tl.int32)
+
+
+@triton.jit
+def _position(o_t, ahead):
+    """The positions of tokens in 32 bits. Lengths that nobody has checked may give any number."""
+    return tl.minimum(tl.maximum(o_t + ahead, -1), 0x7FFFFFFF).to(tl.int32)
 
 
 @triton.jit

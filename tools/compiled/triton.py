@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from ptx.reading.opcodes import matching
+from tools.compiled.descriptors import stale_descriptors
 from tools.compiled.device import pretend
 from tools.compiled.machine_code import facts, waits
 from tools.compiled.sources import digest, first_text, launch_text
@@ -104,8 +105,9 @@ def compile_call(operator: str, name: str, architecture: int, stored: dict[str, 
     def compile_only(kernel: Any, kwargs: dict[str, Any]) -> None:
         if kernel.fn.__name__ in changed:
             compiled = run(kernel, grid=(1,), warmup=True, **kwargs)
-            check(f"{operator} {name} {kernel.fn.__name__}", compiled.asm)
-            launched.setdefault(kernel.fn.__name__, []).append(_row(compiled) | facts(compiled, kwargs))
+            what = f"{operator} {name} {kernel.fn.__name__}"
+            check(what, compiled.asm)
+            launched.setdefault(kernel.fn.__name__, []).append(_row(what, compiled) | facts(compiled, kwargs))
 
     stale = {kernel for kernel in sources if not _agree(stored, kernel, "source", sources[kernel])}
     launches(operator, name, architecture, read_first)
@@ -135,16 +137,18 @@ def check(what: str, asm: dict[str, str]) -> None:
     assert not unknown, f"{what}: opcodes that ptx/reading/opcodes.txt lacks: {unknown}"
 
 
-def _row(kernel: Any) -> Row:
+def _row(what: str, kernel: Any) -> Row:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = cuobjdump("--dump-resource-usage", file.name)
         cores = [name for name, words in TENSOR_CORES.items() if words in kernel.asm["ptx"]]
-        waiting = waits(nvdisasm(file.name)) if "wgmma" in cores else {}
+        sass = nvdisasm(file.name) if "wgmma" in cores else ""
+    stale = stale_descriptors(sass)
+    assert not stale, f"{what}: descriptors of products are computed from what is no address: {stale}"
     registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
     row = {"registers": registers, "spills": stack, "shared": kernel.metadata.shared, "tensor_cores": "+".join(cores)}
-    return row | waiting
+    return row | (waits(sass) if sass else {})
 
 
 def narrow_offsets(ttir: str) -> list[str]:

@@ -61,7 +61,7 @@ def verify(generator: torch.Generator, sizes: Sizes) -> Iterator[Example]:
     groups = {"key_groups": torch.randint(-1, 3, (len(lengths), sizes.keys), generator=generator), "num_groups": 3}
     options: dict[str, Any] = {**requests, **groups, "statistics": STATISTICS}
     yield Example(paged_attention_statistics, "requests", tensors, options, differentiable=False)
-    options |= {"softcap": 1.5, "window": sizes.queries // 2}
+    options = {**options, "softcap": 1.5, "window": sizes.queries // 2}
     yield Example(paged_attention_statistics, "softcap and window", tensors, options, differentiable=False)
 
 
