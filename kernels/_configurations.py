@@ -1,17 +1,20 @@
 """Tiles, warps and stages of the launches: a table with a reason a line.
 
-A launch takes the first of its kernel's lines whose conditions it meets. No line was measured. The tiles are the largest of those
-tried that compile for sm_90 within 99 KB of shared memory, which every GPU since sm_80 has, or, where the line names
-architectures, within theirs, and without register spills. Backward passes spill all the same, as tests/compiled/triton.json says,
-and some forward passes, 8 to 416 bytes: additive scores in float32, and dot products of 65 to 128 features in float32, of 192
-under Triton 3.6, of more than 128 in bfloat16 under a float mask, and of about 200 keys that a program has all of. Tiles of
-theirs that do not spill take 13 to 20 % more instructions, spills included. With more than 128 features in float32
-score_attention's forward pass spills up to 992 bytes, 5 % of its instructions on sm_90. None of the tiles tried was without
-spills, and the one with half of them took a third more instructions. r Abar of one row of 64 features in float32 spills 136 bytes
-on sm_90: 32 keys instead of 64 do not, and take 60 % more instructions. Additive scores in float32 keep one number out of
-registers while the loop over keys runs. Statistics of paged keys in float32 spill 40 to 464 bytes; no smaller tile of theirs was
-tried. A reason says what else decided. `make gpu PARTS=sweep` tries others on a device, and stores what is faster in
-configurations.json, by architecture. Those come before the lines here.
+A launch takes the first of its kernel's lines whose conditions it meets. A reason that names an H100 was measured there: the
+part "tiles" of benchmarks/results/gpu.json has 180 times of three kernels, and a reason "as for" carries them over to a similar
+kernel. An SM should hold two programs or more. With one program, 64 features and products ahead a forward pass took twice as
+long. No other line was measured. Their tiles are the largest of those tried that compile for sm_90 within 99 KB of shared
+memory, which every GPU since sm_80 has, or, where the line names architectures, within theirs, and without register spills.
+Backward passes spill all the same, as tests/compiled/triton.json says, and some forward passes, 8 to 416 bytes: additive scores
+in float32, and dot products of 65 to 128 features in float32, of 192 under Triton 3.6, of more than 128 in bfloat16 under a
+float mask, and of about 200 keys that a program has all of. Tiles of theirs that do not spill take 13 to 20 % more
+instructions, spills included. With more than 128 features in float32 score_attention's forward pass spills up to 992 bytes, 5 %
+of its instructions on sm_90. None of the tiles tried was without spills, and the one with half of them took a third more
+instructions. r Abar of one row of 64 features in float32 spills 136 bytes on sm_90: 32 keys instead of 64 do not, and take 60 %
+more instructions. Additive scores in float32 keep one number out of registers while the loop over keys runs. Statistics of
+paged keys in float32 spill 40 to 464 bytes; no smaller tile of theirs was tried. A reason says what else decided. `make gpu
+PARTS=sweep` tries others on a device, and stores what is faster in configurations.json, by architecture. Those come before the
+lines here.
 
 Sizes that follow from the data, as of tiles that hold whole rows, stay with the kernels, and so do the warps of small kernels.
 """
@@ -116,7 +119,8 @@ _PARTS = "parts of wide rows are split again for each tile of pairs, which is la
 _MASK = "addresses of attn_mask take registers"
 _ONCE = "four warps compute a tile of 64 rows once, eight would compute it twice"
 _AHEAD = "products of 128 features take longer than instructions: the next tile's scores are computed under this one's softmax"
-_FOUR = "measured on an H100: an SM has four programs, which fill one another's waits"
+_FOUR = "measured on an H100: an SM has three or four programs, which fill one another's waits"
+_THIRD = "as for dot products on an H100: a third stage saves an eighth of the time or more"
 _TURNS = "products of every second tile run beside exponentials, by docs/kernels.md in a tenth less time than without"
 _FEWER = "64 keys take fewer instructions a pair than 32"
 _HALF = "128 keys read Q and dO half as often as 64, copied two tiles ahead, since an SM holds one block; it spills a few bytes"
@@ -189,6 +193,7 @@ LINES: dict[str, list[Line]] = {
         _line((64, 64, 4, 3), _SHORT, N=512, size=64),
         _line((64, 64, 4, 2), _SHORT, N=512, size=128),
         _line((64, 64, 4, 3), _FOUR, architecture="sm_90", size=64),
+        _ahead((64, 32, 4, 3, 1), _FOUR, architecture="sm_90", N=1024, size=128),
         _line((128, 64, 8, 3), "128 rows read K and V half as often as 64", size=64),
         _ahead((128, 64, 8, 2, 1), _AHEAD, architecture=_ASYNCHRONOUS, size=128),
         _line((128, 64, 8, 2), "as for 64 features, but a third stage exceeds shared memory", size=128),
@@ -199,6 +204,8 @@ LINES: dict[str, list[Line]] = {
         *_FLOAT32_ROWS,
         _line((64, 32, 4, 2), _MASK, masked=True, size=128),
         _line((64, 64, 4, 3), _ONCE, score="dot", size=64),
+        _line((64, 64, 4, 2), _NORMS, score="cosine", size=64),
+        _line((64, 64, 4, 3), _THIRD, architecture="sm_90", size=64),
         _line((64, 64, 4, 2), _ONCE, size=64),
         _line((64, 64, 4, 2), _FEWER, score="dot", size=128),
         _line((64, 32, 4, 2), _WIDE, size=128),
@@ -213,6 +220,9 @@ LINES: dict[str, list[Line]] = {
         *_FLOAT32_BACKWARD_KV,
         _line((32, 32, 4, 2), _NORMS, score="cosine", masked=True, size=128),
         _line((32, 64, 4, 2), _MASK, masked=True, size=128),
+        _line((64, 64, 4, 2), _NORMS, score="cosine", size=64),
+        _line((32, 128, 4, 3), "measured on an H100; it spills 4 bytes", architecture="sm_90", score="dot", size=64),
+        _line((32, 64, 4, 3), _THIRD, architecture="sm_90", size=64),
         _line((64, 64, 4, 2), _ONCE, size=64),
         _line((64, 128, 8, 3), _HALF, architecture=_ASYNCHRONOUS, score="dot", size=128),
         _line((32, 32, 4, 2), _NORMS, score="cosine", size=128),
@@ -237,11 +247,13 @@ LINES: dict[str, list[Line]] = {
     "relevancy_attention backward_q": [
         *_FLOAT32_ROWS,
         _line((64, 32, 4, 2), _MASK, masked=True, size=128),
+        _line((64, 64, 4, 3), _THIRD, architecture="sm_90", size=64),
         _line((64, 64, 4, 2), _FEWER, size=128),
         _line((32, 32, 4, 1), _WIDER),
     ],
     "relevancy_attention backward_kv": [  # block_t: rows of r in a program
         *_FLOAT32_BACKWARD_KV,
+        _line((32, 64, 4, 3), _THIRD, architecture="sm_90", masked=False, block_t=1, size=64),
         _line((64, 64, 4, 2), _SHORT_KEYS, masked=False, block_t=1, M=512, size=64),
         _line((32, 64, 4, 2), "and a mask's addresses, or rows of r, take registers", M=512, size=64),
         _line((64, 128, 8, 2), "128 keys read Q and dO half as often as 64", masked=False, block_t=16, size=64),
@@ -318,6 +330,7 @@ LINES: dict[str, list[Line]] = {
         *_FLOAT32_FORWARD,
         _line((64, 32, 4, 1), _MASK, masked=True, size=128),
         _line((64, 64, 4, 2), _SHORT, groups=32, N=512, size=128),
+        _line((128, 64, 8, 3), _THIRD, architecture="sm_90", groups=32, size=64),
         _line((128, 64, 8, 2), "128 rows read K half as often as 64", groups=32, size=128),
         _line((128, 32, 8, 2), "sums of 64 groups take registers", size=128),
         _line((32, 32, 4, 1), "rows of 256 features fill shared memory"),
@@ -378,7 +391,7 @@ LINES: dict[str, list[Line]] = {
         _line((16, 32, 4, 1), _FLOAT32, dtype=FLOAT32),
         _line((16, 64, 4, 2), "the query heads of a token fill 16 rows at most in most models", few=True, size=128),
         _line((16, 32, 4, 2), _WIDER, few=True),
-        _line((64, 32, 4, 2), "of 64 keys ptxas of CUDA 12.8 loses descriptors (tools/compiled/descriptors.py)", size=128),
+        _line((64, 32, 4, 2), "addresses of keys that lie anywhere take registers; an SM has three programs", size=128),
         _line((32, 32, 4, 1), _WIDER),
     ],
     "paged_attention_statistics received": [

@@ -1,4 +1,4 @@
-"""The guard round a Triton launch: its device."""
+"""The guards round a Triton launch: its device, and the ptxas that compiles it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+
+from vlattn_fast.kernels import _ptxas as _ptxas  # compiles each kernel that is launched from here on
 
 Launcher = TypeVar("Launcher", bound=Callable[..., Any])
 

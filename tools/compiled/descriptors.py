@@ -15,7 +15,9 @@ from typing import NamedTuple
 
 FIRST_PARAMETER = 0x210  # of constant bank 0 on sm_90; below lie the launch's sizes and the stack
 REGISTER = re.compile(r"(?<!\w)(UR|R)(\d+)\b")
-WITHOUT_RESULT = re.compile(r"ST|U?BRA|EXIT|RET|BSSY|BSYNC|BAR|WARP|NOP|U?[FIDH]SETP|U?PLOP3|DEPBAR|MEMBAR|FENCE|SYNCS|UTMA|LDGSTS")
+WITHOUT_RESULT = re.compile(
+    r"ST|U?BRA|EXIT|RET|BSSY|BSYNC|BAR|WARP|NOP|U?[FIDH]SETP|U?PLOP3|DEPBAR|MEMBAR|FENCE|SYNCS|UTMA|LDGSTS"
+)
 KNOWN = re.compile(r"S2U?R|CS2R|LDS|LDL|SHFL|HGMMA")  # special registers, and numbers that a kernel has stored itself
 
 

@@ -1,7 +1,7 @@
 """Tiles of the score matrix: some query rows with all their keys, so that each statistic of a row is a plain reduction.
 
-A tile holds at most TILE_ELEMENTS scores, or one row of one head where that is longer. So memory is O(N + M), and the temporaries
-of one tile stay in cache.
+A tile holds at most `tile_elements` scores, or one row of one head where that is longer. So memory is O(N + M), and on a CPU the
+temporaries of one tile stay in cache.
 """
 
 from __future__ import annotations
@@ -16,26 +16,38 @@ from torch import Tensor
 from vlattn_fast._ground.groups import columns_of_groups, sums_of_groups
 from vlattn_fast._ground.tensors import add_mask
 
-TILE_ELEMENTS = 1 << 19  # 2 MB in float32: r Abar at CLIP ViT-L/14@336 size took as long from 2^18 to 2^22 on one CPU core
+ON_A_CPU = 1 << 19  # 2 MB in float32: r Abar at CLIP ViT-L/14@336 size took as long from 2^18 to 2^22 on one CPU core
+# 64 MB in float32. A tile takes some 80 launches: on an H100 a layer of CLIP with a batch of 64, forward and backward, took
+# 813 ms in 1,024 tiles of 2^19
+ON_A_GPU = 1 << 24
+
+
+def tile_elements(x: Tensor) -> int:
+    """The most scores of a tile on the tensor's device."""
+    return ON_A_CPU if x.device.type == "cpu" else ON_A_GPU
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """The tiles of a (B, H, N, M) score matrix: `for b, i in query_tiles(): for h in heads(): ...`, all slices."""
+    """The tiles of a (B, H, N, M) score matrix: `for b, i in query_tiles(): for h in heads(): ...`, all slices.
+
+    elements: see `tile_elements`.
+    """
 
     batch: int
     num_heads: int
     num_queries: int
     num_keys: int
+    elements: int
 
     def _rows_per_tile(self) -> int:
-        return max(1, min(self.num_queries, TILE_ELEMENTS // max(1, self.num_keys)))
+        return max(1, min(self.num_queries, self.elements // max(1, self.num_keys)))
 
     def query_tiles(self) -> Iterator[tuple[slice, slice]]:
         """Slices of the batch and of the query rows. A tile has several samples only where it has all their rows and heads."""
         step_i = self._rows_per_tile()
         per_sample = max(1, self.num_keys) * step_i * self.num_heads
-        step_b = max(1, TILE_ELEMENTS // max(1, per_sample)) if step_i == self.num_queries else 1
+        step_b = max(1, self.elements // max(1, per_sample)) if step_i == self.num_queries else 1
         for b in range(0, self.batch, step_b):
             for i in range(0, self.num_queries, step_i):
                 yield slice(b, min(b + step_b, self.batch)), slice(i, min(i + step_i, self.num_queries))
@@ -43,7 +55,7 @@ class Tiling:
     def heads(self) -> Iterator[slice]:
         """Slices of the heads; one tile holds the heads of a slice."""
         per_head = max(1, self.num_keys) * self._rows_per_tile()
-        step_h = max(1, min(self.num_heads, TILE_ELEMENTS // per_head))
+        step_h = max(1, min(self.num_heads, self.elements // per_head))
         for h in range(0, self.num_heads, step_h):
             yield slice(h, min(h + step_h, self.num_heads))
 

@@ -103,7 +103,7 @@ def _group_columns(key_groups: Tensor | None, num_groups: int, b: slice, dtype: 
     if key_groups is None:
         return
     groups = key_groups[b, :, None]
-    step = max(1, _tiles.TILE_ELEMENTS // max(1, groups.numel()))
+    step = max(1, _tiles.tile_elements(groups) // max(1, groups.numel()))
     for g in range(0, num_groups, step):
         index = torch.arange(g, min(g + step, num_groups), device=groups.device)
         yield slice(g, g + len(index)), (groups == index).to(dtype)

@@ -1,7 +1,7 @@
 """congruence_loss in plain PyTorch without per-head maps: each block is computed in tiles of rows, averaged over the heads.
 
 Held whole are maps of a few samples without a head axis: the cross block and the change of basis, O(L V). A tensor with a head
-axis is one tile of a block, at most TILE_ELEMENTS. Only the inputs are saved for the backward pass.
+axis is one tile of a block, at most `tile_elements`. Only the inputs are saved for the backward pass.
 
 Each kind is a forward function, which gives the loss, and a backward function, which gives the gradients of blocks. A `_Block`
 computes the rows of one block, and a `_BackwardBlock` also takes their gradients.
@@ -27,8 +27,7 @@ from torch import Tensor
 from vlattn_fast._ground.tensors import compute_dtype
 from vlattn_fast.backends.inputs import CongruenceLossBackwardInputs, CongruenceLossInputs
 from vlattn_fast.backends.reference.congruence_loss import EPSILON, num_gradients
-from vlattn_fast.backends.streaming import _tiles
-from vlattn_fast.backends.streaming._tiles import Tiling
+from vlattn_fast.backends.streaming._tiles import Tiling, tile_elements
 
 
 def forward(inputs: CongruenceLossInputs) -> tuple[Tensor, Tensor]:
@@ -77,7 +76,8 @@ class _Block:
 
     def tiles(self, width: int = 0) -> list[slice]:
         """Slices of the rows. `width`: the length of the rows that the caller holds beside them, where that is more."""
-        return [i for _, i in Tiling(1, 1, self.query.shape[2], max(width, self.key.shape[2])).query_tiles()]
+        of_one_head = Tiling(1, 1, self.query.shape[2], max(width, self.key.shape[2]), tile_elements(self.query))
+        return [i for _, i in of_one_head.query_tiles()]
 
     def map_tile(self, i: slice) -> Tensor:
         """Rows i of the block, (b, I, M)."""
@@ -104,7 +104,7 @@ class _Block:
 
     def heads(self, i: slice) -> list[slice]:
         """Slices of the heads, of which one tile holds rows i."""
-        return list(Tiling(1, self.num_heads, i.stop - i.start, self.key.shape[2]).heads())
+        return list(Tiling(1, self.num_heads, i.stop - i.start, self.key.shape[2], tile_elements(self.query)).heads())
 
     @cached_property
     def _mean_of_all_rows(self) -> Tensor:
@@ -267,7 +267,7 @@ def _batches(queries: list[Tensor]) -> list[slice]:
     (batch, num_heads, L, _), V = queries[0].shape, queries[1].shape[2]
     if num_heads == 0 or L == 0 or V == 0:
         return []
-    step = max(1, _tiles.TILE_ELEMENTS // (num_heads * max(L, V) ** 2))
+    step = max(1, tile_elements(queries[0]) // (num_heads * max(L, V) ** 2))
     return [slice(b, min(b + step, batch)) for b in range(0, batch, step)]
 
 

@@ -21,8 +21,9 @@ def forward(inputs: MaxsimInputs) -> tuple[Tensor, Tensor]:
     largest = queries.new_zeros(num_queries * tokens, num_documents, dtype=dtype)
     places = queries.new_full((num_queries * tokens if inputs.saves else 0, num_documents), -1, dtype=torch.int32)
     rows = queries.flatten(0, 1)
-    step_b = max(1, min(num_documents, _tiles.TILE_ELEMENTS // max(1, keys * min(64, len(rows)))))
-    step_i = max(1, _tiles.TILE_ELEMENTS // max(1, keys * step_b))
+    most = _tiles.tile_elements(queries)
+    step_b = max(1, min(num_documents, most // max(1, keys * min(64, len(rows)))))
+    step_i = max(1, most // max(1, keys * step_b))
     for first in range(0, num_documents if keys else 0, step_b):
         b = slice(first, first + step_b)
         columns = documents[b].to(dtype).flatten(0, 1).mT

@@ -40,7 +40,7 @@ def forward(inputs: PagedAttentionStatisticsInputs) -> tuple[Tensor, Tensor, Ten
         for key_head in range(key_heads):
             key = _keys(inputs, r, low, high, key_head)
             h = slice(key_head * heads // key_heads, (key_head + 1) * heads // key_heads)
-            step = max(1, _tiles.TILE_ELEMENTS // ((high - low) * max(1, heads // key_heads)))
+            step = max(1, _tiles.tile_elements(query) // ((high - low) * max(1, heads // key_heads)))
             for start in range(first, end, step):
                 i = slice(start, min(start + step, end))
                 visible = _visible(i, ahead, low, is_key, inputs.window)

@@ -138,13 +138,13 @@ class _Abar:
         self.chunk = max(1, min(CHUNK, self.query.shape[2]))
 
     def parts(self, gradients: Gradients | None = None) -> Iterator[_Part]:
-        """A part's tile has as many samples and heads as TILE_ELEMENTS allow, one of each at least."""
+        """A part's tile has as many samples and heads as `tile_elements` allow, one of each at least."""
         batch, heads, length, _ = self.query.shape
         if not batch * heads * length:
             return
-        per_head = self.chunk * length
-        step_h = max(1, min(heads, _tiles.TILE_ELEMENTS // per_head))
-        step_b = max(1, _tiles.TILE_ELEMENTS // (per_head * heads)) if step_h == heads else 1
+        per_head, most = self.chunk * length, _tiles.tile_elements(self.query)
+        step_h = max(1, min(heads, most // per_head))
+        step_b = max(1, most // (per_head * heads)) if step_h == heads else 1
         for b in range(0, batch, step_b):
             for h in range(0, heads, step_h):
                 yield _Part(self, slice(b, min(b + step_b, batch)), slice(h, min(h + step_h, heads)), gradients)
@@ -218,7 +218,7 @@ class _Part:
     def tiles(self) -> Iterator[_Tile]:
         """Slices of whole chunks of the queries, the last of which may be shorter."""
         per_chunk = self.heads[0] * self.heads[1] * self.chunk * self.length
-        step = max(1, _tiles.TILE_ELEMENTS // per_chunk) * self.chunk
+        step = max(1, _tiles.tile_elements(self.abar.query) // per_chunk) * self.chunk
         for start in range(0, self.length, step):
             yield _Tile(self, slice(start, min(start + step, self.length)))
 
@@ -227,7 +227,7 @@ class _Part:
         assert self.gradients is not None and self.by_matrices is not None
         by_matrices = self.by_matrices.flatten(0, 2)
         count, rows, columns = by_matrices.shape
-        step = max(1, 32 * _tiles.TILE_ELEMENTS // (self.chunk * rows * max(1, columns - self.chunk)))
+        step = max(1, _tiles.ON_A_GPU // (self.chunk * rows * max(1, columns - self.chunk)))
         parts = []
         for first in range(0, count, step):
             some = itemgetter(slice(first, first + step))

@@ -86,13 +86,14 @@ def _sides(inputs: _Inputs) -> tuple[_Side, _Side]:
 
 def _tile_pairs(query: Tensor, context: Tensor) -> Iterator[tuple[slice, list[slice]]]:
     """Slices of the context sets, each with all slices of the query sets. The maps of a tile, its rows of either side and its
-    Gram matrices have at most TILE_ELEMENTS elements each, or those of one pair where that is more."""
+    Gram matrices have at most `tile_elements` elements each, or those of one pair where that is more."""
     (num_y, n, size), (num_x, m, _) = query.shape, context.shape
     if n == 0 or m == 0:
         return
     m += 1  # the mean
-    step_x = max(1, min(num_x, _tiles.TILE_ELEMENTS // (m * max(m, n, size))))
-    step_y = max(1, _tiles.TILE_ELEMENTS // (n * max(step_x * m, size)))
+    most = _tiles.tile_elements(query)
+    step_x = max(1, min(num_x, most // (m * max(m, n, size))))
+    step_y = max(1, most // (n * max(step_x * m, size)))
     tiles_y = [slice(y, min(y + step_y, num_y)) for y in range(0, num_y, step_y)]
     for x in range(0, num_x, step_x):
         yield slice(x, min(x + step_x, num_x)), tiles_y
