@@ -32,7 +32,8 @@
 #             kernels, in tests/compiled/*.json; counts of what changed, emulated, and docs/kernels.md
 # make gpu    on a machine with a GPU, torch, triton and pytest; installs nothing. Nine minutes a call, the most telling evidence
 #             first, and each call continues the last one; PARTS=verify for a part, ARGS="--out DIR";
-#             ARGS="--device cpu" rehearses it without a GPU, on emulated kernels, with g++ and, for CUDA C++, nvcc
+#             ARGS="--device cpu" rehearses it without a GPU, on emulated kernels, with g++ and, for CUDA C++, nvcc;
+#             python -m tools.gpu.ahead compiles its kernels on a machine without a GPU
 
 PYTHON ?= python3
 VENV ?= .venv

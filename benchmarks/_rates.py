@@ -1,5 +1,5 @@
 """The rates of a machine, a second: operations of large products, bytes, exponentials. A CPU's are measured: those of arithmetic
-once a process and number type, that of memory at each call, since other programs share it. An H200's are constants."""
+once a process and number type, that of memory at each call, since other programs share it. Those of GPUs are constants."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from vlattn_fast.backends import native
 from vlattn_fast.benchmarks._records import device_name
 
-CLOCK, SMS = 1.83e9, 132  # of an H200; docs/kernels.md names the sources
+CLOCK, SMS = 1.83e9, 132  # of an H200 and an H100; docs/kernels.md names the sources
 OPERATIONS_OF_TILES = 2 * 16 * 16 * 32  # a product of AMX tiles
 SIDE, CHANNELS = 2048, 256  # of the products and the convolution that are measured
 LEAST_SECONDS, LEAST_CALLS = 0.3, 5  # of a measurement, whose fastest call counts
@@ -39,17 +39,19 @@ class Rates(NamedTuple):
         return sum(by.values()), next(reached, most)
 
 
-H200 = Rates(790e12, 4.3e12, 16 * CLOCK * SMS)  # bf16
+# In bfloat16: a product of 8,192 rows and a copy, both by torch
+H200 = Rates(790e12, 4.3e12, 16 * CLOCK * SMS)
+GPUS = {"H200": H200, "H100": Rates(798e12, 3.0e12, 16 * CLOCK * SMS)}
 
 
 def rates(device: torch.device, dtype: torch.dtype) -> Rates | None:
-    """None for another GPU than an H200."""
+    """None for a GPU that GPUS does not have."""
     if device.type == "cpu":
         threads = torch.get_num_threads()
         products, exponentials = _arithmetic(dtype, threads)
         peaks = {name: peak * threads for name, peak in _peaks(dtype).items()}
         return Rates(max([products, *peaks.values()]), _memory(), exponentials, peaks)
-    return H200 if "H200" in device_name(device) else None
+    return next((known for name, known in GPUS.items() if name in device_name(device)), None)
 
 
 @functools.cache

@@ -8,7 +8,7 @@ Trick: the heads are the inner loop, so no map of one head exists. Padding and t
 applied once, to the reduced tile. Where a tile holds whole rows, which have at most 256 keys, one kernel does everything. So it
 does where the caller has the log-sum-exp of the rows and there is no float mask. Otherwise a first kernel stores the maximum and
 1/sum of each row. It does not store their logarithm, which would be rounded. A fully masked row has the maximum +inf, so that
-exp2(s - max) is 0 without a test. Not yet measured on a GPU.
+exp2(s - max) is 0 without a test. Measured on an H100: docs/operators/attention_map.md.
 """
 
 from __future__ import annotations

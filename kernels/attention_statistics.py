@@ -9,7 +9,7 @@ Trick: one pass over the keys gives all statistics of a row. The entropy is ln l
 sum e, two terms of one sign. The mass of up to four groups is a sum for each: a multiply-add per pair. That of more groups is a
 matrix product with 0s and 1s, with the weights in two halves so that 16-bit products keep 24 bits of them. `received` is
 key-major, without atomics, and has the same bits each time. The keys of few queries are split into parts (`keys_of_a_part`):
-`_rows_kernel` gives the statistics of each, which `_join_kernel` joins. Not yet measured on a GPU.
+`_rows_kernel` gives the statistics of each, which `_join_kernel` joins. Measured on an H100: docs/operators.
 """
 
 from __future__ import annotations

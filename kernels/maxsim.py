@@ -5,7 +5,7 @@ Roofline: tensor cores, one product forward and two (in bfloat16 parts) for the 
 gathered.
 Trick: a maximum of every BLOCK_KV-th product, and where it stood, stay in registers: nothing is exchanged between threads before
 the loop ends. The gradient of a document is a product with 0s and 1s, which says what query tokens chose a token, so that sums
-have an order: no atomics. Not yet measured on a GPU.
+have an order: no atomics. Measured on an H100: docs/operators/maxsim.md.
 """
 
 from __future__ import annotations

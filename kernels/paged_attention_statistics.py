@@ -6,7 +6,7 @@ Roofline: HBM for decoding, where a program reads each key once for all query he
 and an exponential per pair, in each of two passes where `received` is asked for.
 Trick: the host reads no value. T tokens of R requests have at most T / BLOCK_T + R tiles of BLOCK_T tokens of one request: so
 many programs run for each key head, find their request in `starts`, and those without tokens end at once. The rows of a tile are
-the tokens of all query heads that share keys. Not yet measured on a GPU.
+the tokens of all query heads that share keys. Measured on an H100: docs/operators.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ Roofline: tensor cores, 7 matrix products in the two passes of the backward, 5 i
 multiply-adds per pair.
 The kernels are those of score_attention's backward pass (_products_backward.py), which carry rows of r along, and its
 `_rows_kernel`; one row without gradients has a kernel here. There is one partial sum of r Abar per key head, or per head of that
-one row, and they are added in order: no atomics. Not yet measured on a GPU.
+one row, and they are added in order: no atomics. Measured on an H100: docs/operators.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from tests.helpers.ops.backends import DEVICE, F64, core, each, finest, on
 from tests.helpers.ops.score_cases import lay_out
 from vlattn_fast.backends.reference.paged_attention_statistics import STATISTICS
 from vlattn_fast.backends.streaming import _tiles
+from vlattn_fast.checking import verify
 
 FAST = ("streaming", "cpu", "triton")
 LENGTHS, COUNTS = (37, 70, 9, 0, 64), (37, 1, 0, 0, 5)  # keys and queries of each request
@@ -421,3 +422,9 @@ def test_what_it_refuses(name: str, backend: str) -> None:
     of = requests()
     with pytest.raises(error, match=words):
         va.paged_attention_statistics(**{**as_dtype(tensors(of), torch.float32), **of, **wrong}, backend=backend)
+
+
+def test_verify_has_calls_without_softcap_and_window() -> None:
+    """A case that adds options to those of another one must not change the other one."""
+    plain, more = (case.options for case in verify.cases(operators=["paged_attention_statistics"]))
+    assert {*more} - {*plain} == {"softcap", "window"}

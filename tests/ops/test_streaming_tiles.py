@@ -20,16 +20,16 @@ CASES = [pytest.param(case, id=f"{case.operator}, {case.name}") for case in veri
 
 
 def test_a_gpu_has_larger_tiles() -> None:
-    assert _tiles.tile_elements(torch.empty(0)) == _tiles.ON_A_CPU
-    assert _tiles.tile_elements(torch.empty(0, device="meta")) == _tiles.ON_A_GPU > _tiles.ON_A_CPU
+    assert _tiles.tile_elements(torch.empty(0)) == _tiles.TILE_ELEMENTS
+    assert _tiles.tile_elements(torch.empty(0, device="meta")) == 32 * _tiles.TILE_ELEMENTS
 
 
-@pytest.mark.parametrize("elements", [50, _tiles.ON_A_GPU])
+@pytest.mark.parametrize("elements", [1000, 1 << 24])
 @pytest.mark.parametrize("case", CASES)
 def test_the_same_numbers(case: Example, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = case.in_dtype(torch.float64)
     wanted = verify._run(case, tensors, "streaming")
-    monkeypatch.setattr(_tiles, "ON_A_CPU", elements)
+    monkeypatch.setattr(_tiles, "TILE_ELEMENTS", elements)
     got = verify._run(case, tensors, "streaming")
     for name, x in wanted.items():
         torch.testing.assert_close(got[name], x, rtol=1e-9, atol=1e-12, equal_nan=True)

@@ -120,7 +120,7 @@ class Kernel:
 
 
 def stale_descriptors(sass: str) -> list[str]:
-    """The products whose descriptors are computed from parameters or from global memory, with the instructions that read these."""
+    """The products whose descriptors are computed from parameters or global memory, with the instructions that read these."""
     kernel, stale = Kernel(sass), []
     for place, one in enumerate(kernel.instructions):
         descriptors = re.search(r"gdesc\[UR(\d+)\]", one.operands) if one.opcode.startswith("HGMMA") else None

@@ -105,9 +105,8 @@ def compile_call(operator: str, name: str, architecture: int, stored: dict[str, 
     def compile_only(kernel: Any, kwargs: dict[str, Any]) -> None:
         if kernel.fn.__name__ in changed:
             compiled = run(kernel, grid=(1,), warmup=True, **kwargs)
-            what = f"{operator} {name} {kernel.fn.__name__}"
-            check(what, compiled.asm)
-            launched.setdefault(kernel.fn.__name__, []).append(_row(what, compiled) | facts(compiled, kwargs))
+            check(f"{operator} {name} {kernel.fn.__name__}", compiled.asm)
+            launched.setdefault(kernel.fn.__name__, []).append(_row(compiled) | facts(compiled, kwargs))
 
     stale = {kernel for kernel in sources if not _agree(stored, kernel, "source", sources[kernel])}
     launches(operator, name, architecture, read_first)
@@ -137,7 +136,7 @@ def check(what: str, asm: dict[str, str]) -> None:
     assert not unknown, f"{what}: opcodes that ptx/reading/opcodes.txt lacks: {unknown}"
 
 
-def _row(what: str, kernel: Any) -> Row:
+def _row(kernel: Any) -> Row:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -145,7 +144,7 @@ def _row(what: str, kernel: Any) -> Row:
         cores = [name for name, words in TENSOR_CORES.items() if words in kernel.asm["ptx"]]
         sass = nvdisasm(file.name) if "wgmma" in cores else ""
     stale = stale_descriptors(sass)
-    assert not stale, f"{what}: descriptors of products are computed from what is no address: {stale}"
+    assert not stale, f"{kernel.metadata.name}: descriptors of products are computed from what is no address: {stale}"
     registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
     row = {"registers": registers, "spills": stack, "shared": kernel.metadata.shared, "tensor_cores": "+".join(cores)}
     return row | (waits(sass) if sass else {})

@@ -266,13 +266,13 @@ def calls() -> list[tuple[str, str]]:
 def call_of(benchmark: str, backend: str, device: str, batch: int | None = None) -> Callable[[], Any] | None:
     """The benchmark's variant of this backend, ready to run; None where the backend does not take the call.
 
-    batch: this batch at full size, to be compiled and not run.
+    batch: at most this batch at full size, to be compiled and not run.
     """
     (chosen,) = choose([benchmark])
     place = torch.device(device)
     sizes = dict(chosen.workload.full) if batch else chosen.workload.sizes(place, quick=True)
     if batch:
-        sizes |= {name: batch for name in ("B", "images", "captions") if name in sizes}
+        sizes |= {name: min(batch, sizes[name]) for name in ("B", "images", "captions") if name in sizes}
     with emulated_too():
         problem = chosen.build(sizes, place, chosen.cuda_dtype)
     variant = problem.variants.get(backend)

@@ -67,6 +67,15 @@ def emulate() -> None:
         install(architecture)
 
 
+def pack(compiled: Path, archive: Path, most: int) -> None:
+    """Writes the compiled kernels of the folder `compiled` into an archive of about `most` bytes."""
+    with open(archive, "wb") as file, tarfile.open(fileobj=file, mode="w:xz", preset=1) as kernels:
+        for path in (path for pattern in KEPT for path in sorted(compiled.glob(pattern)) if path.is_file()):
+            kernels.add(path, path.relative_to(compiled))
+            if file.tell() > most:
+                break
+
+
 class Session:
     """A call of run.py: its options, its known rows, and the time left of a part."""
 
@@ -164,13 +173,8 @@ class Session:
 
     def pack_kernels(self) -> None:
         """Adds an archive of compiled kernels, as many as it may hold, to the folder of a device's rows."""
-        if self.device == "cpu" or self.options.out.resolve() == STORED:
-            return
-        with open(self.options.out / KERNELS, "wb") as file, tarfile.open(fileobj=file, mode="w:xz", preset=1) as archive:
-            for path in (path for pattern in KEPT for path in sorted(self.compiled.glob(pattern)) if path.is_file()):
-                archive.add(path, path.relative_to(self.compiled))
-                if file.tell() > MOST_BYTES:
-                    break
+        if self.device != "cpu" and self.options.out.resolve() != STORED:
+            pack(self.compiled, self.options.out / KERNELS, MOST_BYTES)
 
     def run(
         self, part: str, items: Sequence[Item], executor: Callable[[], Execute], side_by_side: int = 1, stored: bool = True

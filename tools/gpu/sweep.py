@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
 from typing import Any
 
@@ -25,6 +26,7 @@ Row = dict[str, Any]
 WARPS, FASTEST = (4, 8), 3
 LEAST_TILE, MOST_KEYS = 16, 128
 SAVES = 0.03
+FAILURES = ("OutOfResources", "CompilationError", "PTXASError")  # of a configuration, which are results
 
 
 def label(config: Config | None) -> str:
@@ -108,7 +110,7 @@ def tried(item: dict[str, Any], device: str) -> Row:
     try:
         row = _measured(launch, device)
     except Exception as error:
-        if type(error).__name__ not in ("OutOfResources", "CompilationError", "PTXASError"):
+        if type(error).__name__ not in FAILURES:
             raise
         row = {"passed": True, "not_run": f"{type(error).__name__}: {error}"[:300]}
     finally:
@@ -133,10 +135,18 @@ def _measured(launch: _Launch, device: str) -> Row:
     return {"passed": True, "ratio": ratio, "us": round(us, 3), **facts}
 
 
+def every_candidate(default: Config, most: int, stages: Sequence[int]) -> list[Config]:
+    """All that `candidates` may ask for, whatever is fast."""
+    first = [default, *candidates(default, most, [], stages)]
+    all_of = [{**config, "num_stages": count} for config in first for count in stages]
+    return [config for n, config in enumerate(all_of) if config not in all_of[:n]]
+
+
 def compiled(item: dict[str, Any], device: str) -> Row:
     """Compiles a batch into Triton's cache on the disk, in processes side by side."""
     pool = new_pool(item["processes"])
-    ahead: list[Future[None]] = [pool.submit(compile_one, item["hot"], each, item["architecture"]) for each in item["batch"]]
+    shares = [item["batch"][first :: item["processes"]] for first in range(item["processes"])]
+    ahead = [pool.submit(compile_some, item["hot"], share, item["architecture"]) for share in shares if share]
     for one in ahead:
         one.exception()  # the launch of this configuration raises it again, and stores it
     pool.shutdown()
@@ -154,33 +164,52 @@ def _end_with_parent() -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def compile_one(hot: int, config: Config | None, architecture: int) -> None:
-    """Compiles one launch for a GPU, on CPU tensors: with the sizes and masks of the timed call, and with those of the check. All
-    remaining launches of these calls do nothing."""
+def compile_some(hot: int, configs: Sequence[Config | None], architecture: int) -> list[Config]:
+    """Compiles one launch in these configurations for a GPU, on CPU tensors: with the sizes and masks of the timed call, and with
+    those of the check. All remaining launches of these calls do nothing. Returns the launch's own configuration for None.
+    """
+    chosen, defaults = production.HOTTEST[hot], []
+    name, sizes = chosen.check
+    cases = production.causal_too(production.case_named(chosen.operator, name, sizes))
+    with for_a_gpu(architecture, chosen.kernels):
+        # with so many heads no kernel divides a head's keys among programs, as on a device with the whole batch
+        call = production.call_of(chosen.benchmark, "triton", "cpu", batch=16)
+        assert call is not None
+        for config in configs:
+            recorder = Recorder(chosen.key, config)
+            _configurations.OVERRIDES = recorder
+            try:
+                call()
+                for case in cases:
+                    verify._run(case, case.in_dtype(torch.bfloat16), "triton")
+            except Exception as error:
+                if type(error).__name__ not in FAILURES:
+                    raise
+            if config is None:
+                defaults += recorder.asked.values()
+        _configurations.OVERRIDES = {}
+    return defaults
+
+
+@contextmanager
+def for_a_gpu(architecture: int, kernels: Sequence[str] = ()) -> Iterator[None]:
+    """Inside, launches of these kernels, by default of all, compile for a GPU of this architecture, and run nothing."""
     from triton.runtime.jit import JITFunction
 
     from tools.compiled.device import pretend
     from vlattn_fast.dispatch.call import OnCpu, run_gpu_kernels_on_cpu
 
-    chosen = production.HOTTEST[hot]
     run_gpu_kernels_on_cpu(OnCpu(divmod(architecture, 10)))
     _configurations.TARGET = f"sm_{architecture}"
-    _configurations.OVERRIDES = Recorder(chosen.key, config)
     pretend(architecture)
     run = JITFunction.run
 
-    def only_this(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        if self.fn.__name__ in chosen.kernels:
+    def only_compiled(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        if not kernels or self.fn.__name__ in kernels:
             run(self, *args, grid=grid, warmup=True, **kwargs)
 
-    JITFunction.run = only_this
+    JITFunction.run = only_compiled
     try:
-        # with so many heads no kernel divides a head's keys among programs, as on a device with the whole batch
-        call = production.call_of(chosen.benchmark, "triton", "cpu", batch=16)
-        assert call is not None
-        call()
-        name, sizes = chosen.check
-        for case in production.causal_too(production.case_named(chosen.operator, name, sizes)):
-            verify._run(case, case.in_dtype(torch.bfloat16), "triton")
+        yield
     finally:
         JITFunction.run = run

@@ -1,13 +1,15 @@
 """A process of `make gpu` that reads items, a line of JSON each, and answers each by a row.
 
 Each item runs in a process of its own, forked from this one, which has imported everything and touched no GPU: one that hangs,
-crashes or runs out of memory costs its row. The configurations of a sweep share data, and run in this process.
+crashes or runs out of memory costs its row. The configurations of a sweep share data, and run in this process; so do benchmarks,
+of which the first one takes 15 s to load torch.compile.
 
 usage: python -m tools.gpu.worker DEVICE
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -39,7 +41,7 @@ def main(device: str) -> None:
     emulate()  # once, for all processes
     for line in sys.stdin:
         start, item = time.monotonic(), json.loads(line)
-        shared = item["part"] == "sweep"
+        shared = item["part"] in ("sweep", "benchmarks")
         if item.get("sizes") in production.SIZES:
             production.cases(item["sizes"])  # made once, for all processes
         row = answered(item, device) if shared else apart(item, device)
@@ -216,6 +218,9 @@ def benchmarked(item: Item, device: str) -> Row:
 
         return {"passed": True, "rows": measure(device, quick=True)}
     rows = measurement(item, device).run()
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()  # the next benchmark asks how much memory is free
     failed = [f"{row['variant']}: {problem}" for row in rows if (problem := problem_of(row))]
     placed = [{**row, "device": device_name(torch.device(device))} for row in rows]
     return {"passed": not failed, "problem": "; ".join(failed), "rows": placed}

@@ -9,6 +9,7 @@ from tools.compiled.counts import LEAST_USED, MOST_CONFLICTS, Row, conflicts, re
 from tools.compiled.triton import TABLE
 from tools.pages.cuda_times import section
 from tools.pages.kernel_limits import lines_beyond
+from tools.pages.kernel_measured import measured_section
 from tools.pages.kernel_rivals import behind, torch_section
 from tools.pages.kernel_times import (
     FIRST,
@@ -120,11 +121,14 @@ ENTRIES = [
 ]
 
 
-HEAD = """# Triton kernels, estimated
+HEAD = """# Triton kernels, measured and estimated
 
-No kernel on this page was measured on a GPU. Triton {version} compiles each kernel for sm_90 down to PTX, `ptx/` emulates some
-programs of the launch, and `python -m tools.compiled.counts` counts what their threads do. The first columns
-are the times that one part of an H200 needs for its share of all kernels of a pass:
+{measured}
+## Estimates
+
+Triton {version} compiles each kernel for sm_90 down to PTX, `ptx/` emulates some programs of the launch, and
+`python -m tools.compiled.counts` counts what their threads do. The first columns are the times that one part of an H200 needs for
+its share of all kernels of a pass:
 
 - *issue*: all instructions but moves between registers, at 128 a clock and SM;
 - *special*: exponentials, logarithms, reciprocals and tanh, at 16 a clock and SM;
@@ -139,9 +143,9 @@ Three figures follow:
 - *floor*: the largest of special, products and memory for the least work that the pass needs. The least work of a backward pass
   includes the scores once more, since no map is kept: a matrix product, or a tanh or half a reciprocal for each hidden unit.
 - *estimate*: the sum over the kernels of a pass. A program takes its products, then the longer of issue and special: its softmax
-  waits for the scores. Forward passes whose configuration says `AHEAD` compute the next tile's scores beforehand: of more than
-  512 tokens, but for a cosine and float32. There half of the products, those for the scores, run beside issue and special. So do
-  two fifths of those of `relevancy_step`, both products of every second tile but the first.
+  waits for the scores. Forward passes whose configuration says `AHEAD` compute the next tile's scores beforehand: of 65 to 128
+  features and more than 512 tokens, but for a cosine and float32. There half of the products, those for the scores, run beside
+  issue and special. So do two fifths of those of `relevancy_step`, both products of every second tile but the first.
   A program also waits {clocks:.0f} clocks for its first tile. An SM has one program at a time, and takes the next one when it
   ends; the kernel ends with its last program. Programs of a causal call have different lengths, and begin in the order in which
   `heads_in_turn` numbers them. L2 and memory are read meanwhile, so that a kernel takes no less than either.
@@ -283,8 +287,8 @@ counts; ptxas gave the registers:
 | LLaVA-7B, batch of 4 | 19.8, 16.5 | 38, 36 | 210, 171 |
 | 16,384 tokens, 32 heads of 128 | 1,614, 1,448 | 3,084, 2,927 | 210, 171 |
 
-With 64 features the estimate falls by 3 to 4 % alone. It leaves out that 128 registers let an SM hold two programs. The emulator
-misses fences between copies and products in what Triton 3.6 compiles for sm_90. It misses none with descriptors, because a bulk
+With 64 features the estimate falls by 3 to 4 % alone, and by an H100's times these passes have no products ahead any more. The
+emulator misses fences between copies and products in what Triton 3.6 compiles for sm_90. It misses none with descriptors, because a bulk
 copy needs no such fence. On sm_100 the forward pass of 128 features issues 18 % fewer instructions.
 
 Descriptors in `_backward_q_kernel` and `_backward_kv_kernel` were tried, and are not there. With Triton 3.9 the estimate of the
@@ -357,6 +361,7 @@ def page() -> str:
         memory=H200.memory / 1e12,
         clocks=FIRST * CLOCK,
         launch=LAUNCH * 1e6,
+        measured=measured_section(ENTRIES, rows),
         beyond=_beyond(times),
         behind=behind(times),
         forward=H200.products / 1e12 / PUBLISHED["forward", 64, False][512][2],

@@ -27,7 +27,8 @@ AUTO = os.environ.get("VLATTN_BACKEND", "auto")  # the backend that "auto" stand
 
 
 def select(backends: Table, call: Call, backend: Any) -> str:
-    """The name of the backend that runs `call`: `backend`, or for "auto" the first without refusals.
+    """The name of the backend that runs `call`: `backend`, or for "auto" the first without refusals, of those that lead if there
+    is one.
 
     On the CPU "auto" takes no GPU kernel: Triton's interpreter and the host build of CUDA C++ are there for tests, by name. Where
     the environment has VLATTN_BACKEND, its value takes the place of "auto".
@@ -42,8 +43,9 @@ def select(backends: Table, call: Call, backend: Any) -> str:
         if library.error and (backend == name or (backend == "auto" and call.device_type == library.device_type)):
             raise ValueError(library.error)
     if backend == "auto":
-        for name, candidate in backends.items():
-            if not candidate.refusals(call) and not (name in ("triton", "cuda") and call.device_type == "cpu"):
+        leading = [name for name, one in backends.items() if one.leads is not None and one.leads(call)]
+        for name in (*leading, *backends):
+            if not backends[name].refusals(call) and not (name in ("triton", "cuda") and call.device_type == "cpu"):
                 return name
     reasons = backends[backend].refusals(call)
     if reasons:

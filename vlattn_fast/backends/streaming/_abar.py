@@ -16,7 +16,7 @@ from vlattn_fast.backends.inputs import (
     RelevancyStepInputs,
 )
 from vlattn_fast.backends.streaming._scores import score_tile, score_tile_backward
-from vlattn_fast.backends.streaming._tiles import Masks, Tiling, probabilities, tile_elements
+from vlattn_fast.backends.streaming._tiles import Masks, Tiling, probabilities
 
 Inputs = AttentionMapInputs | AttentionMapBackwardInputs | RelevancyStepInputs | RelevancyStepBackwardInputs
 # of heads in a tile, and of tiles
@@ -68,7 +68,7 @@ class Abar:
     def _heads(self, b: slice, i: slice) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         """Slices of the heads with A and, for rule "gradient", dA, each (b, h, i, M)."""
         inputs, dtype = self.inputs, self.dtype
-        for h in Tiling(*self.shape, tile_elements(self.inputs.query)).heads():
+        for h in Tiling.of(self.inputs.query, *self.shape).heads():
             q, k, vector = self._operands(b, h, i)
             if inputs.score == "dot":
                 tile = (q * inputs.scale) @ k.mT

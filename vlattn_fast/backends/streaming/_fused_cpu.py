@@ -21,7 +21,7 @@ def runs(query: Tensor, key: Tensor, value: Tensor, masks: Masks, dropout_p: flo
     sizes = (*query.shape, *key.shape[1:3], value.shape[3])
     if query.device.type != "cpu" or dropout_p > 0.0 or any(size == 0 for size in sizes):
         return False
-    if query.dtype == torch.float32 and query.shape[:3].numel() * key.shape[2] <= _tiles.ON_A_CPU:
+    if query.dtype == torch.float32 and query.shape[:3].numel() * key.shape[2] <= _tiles.TILE_ELEMENTS:
         return False
     if key.shape[2] < 16:  # the kernel takes a row of NaN for a hidden one where no vector register is full of keys
         return False

@@ -16,29 +16,30 @@ from torch import Tensor
 from vlattn_fast._ground.groups import columns_of_groups, sums_of_groups
 from vlattn_fast._ground.tensors import add_mask
 
-ON_A_CPU = 1 << 19  # 2 MB in float32: r Abar at CLIP ViT-L/14@336 size took as long from 2^18 to 2^22 on one CPU core
-# 64 MB in float32. A tile takes some 80 launches: on an H100 a layer of CLIP with a batch of 64, forward and backward, took
-# 813 ms in 1,024 tiles of 2^19
-ON_A_GPU = 1 << 24
+TILE_ELEMENTS = 1 << 19  # 2 MB in float32: r Abar at CLIP ViT-L/14@336 size took as long from 2^18 to 2^22 on one CPU core
+# A tile takes some 80 launches: on an H100 a layer of CLIP with a batch of 64, forward and backward, took 813 ms in 1,024 tiles
+TIMES_ON_A_GPU = 32
 
 
 def tile_elements(x: Tensor) -> int:
     """The most scores of a tile on the tensor's device."""
-    return ON_A_CPU if x.device.type == "cpu" else ON_A_GPU
+    return TILE_ELEMENTS if x.device.type == "cpu" else TIMES_ON_A_GPU * TILE_ELEMENTS
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """The tiles of a (B, H, N, M) score matrix: `for b, i in query_tiles(): for h in heads(): ...`, all slices.
-
-    elements: see `tile_elements`.
-    """
+    """The tiles of a (B, H, N, M) score matrix: `for b, i in query_tiles(): for h in heads(): ...`, all slices."""
 
     batch: int
     num_heads: int
     num_queries: int
     num_keys: int
     elements: int
+
+    @classmethod
+    def of(cls, x: Tensor, batch: int, num_heads: int, num_queries: int, num_keys: int) -> Tiling:
+        """Those on the tensor's device."""
+        return cls(batch, num_heads, num_queries, num_keys, tile_elements(x))
 
     def _rows_per_tile(self) -> int:
         return max(1, min(self.num_queries, self.elements // max(1, self.num_keys)))

@@ -7,7 +7,7 @@ from torch import Tensor
 from vlattn_fast._ground.tensors import compute_dtype
 from vlattn_fast.backends.inputs import AttentionMapBackwardInputs, AttentionMapInputs
 from vlattn_fast.backends.streaming._abar import Abar, AbarGradients
-from vlattn_fast.backends.streaming._tiles import Tiling, tile_elements
+from vlattn_fast.backends.streaming._tiles import Tiling
 
 
 def forward(inputs: AttentionMapInputs, vector: Tensor | None = None) -> Tensor:
@@ -16,7 +16,7 @@ def forward(inputs: AttentionMapInputs, vector: Tensor | None = None) -> Tensor:
     batch, num_heads, num_queries, _ = query.shape
     result = query.new_empty(batch, num_queries, num_keys, dtype=compute_dtype(query))
     abar = Abar(inputs, vector, inputs.head_reduction)
-    for b, i in Tiling(batch, num_heads, num_queries, num_keys, tile_elements(query)).query_tiles():
+    for b, i in Tiling.of(query, batch, num_heads, num_queries, num_keys).query_tiles():
         result[b, i] = abar.tile(b, i)
     return result
 
@@ -25,6 +25,6 @@ def backward(inputs: AttentionMapBackwardInputs) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value, grad_output, lse and row_bias from that of Abar (B, N, M); None for those without one."""
     abar = Abar(inputs, None, inputs.head_reduction)
     gradients = AbarGradients(abar, inputs.need_lse)
-    for b, i in Tiling(*abar.shape, tile_elements(inputs.query)).query_tiles():
+    for b, i in Tiling.of(inputs.query, *abar.shape).query_tiles():
         gradients.add(b, i, inputs.grad[b, i].to(abar.dtype))
     return gradients.result()

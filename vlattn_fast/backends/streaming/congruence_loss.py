@@ -76,7 +76,7 @@ class _Block:
 
     def tiles(self, width: int = 0) -> list[slice]:
         """Slices of the rows. `width`: the length of the rows that the caller holds beside them, where that is more."""
-        of_one_head = Tiling(1, 1, self.query.shape[2], max(width, self.key.shape[2]), tile_elements(self.query))
+        of_one_head = Tiling.of(self.query, 1, 1, self.query.shape[2], max(width, self.key.shape[2]))
         return [i for _, i in of_one_head.query_tiles()]
 
     def map_tile(self, i: slice) -> Tensor:
@@ -104,7 +104,7 @@ class _Block:
 
     def heads(self, i: slice) -> list[slice]:
         """Slices of the heads, of which one tile holds rows i."""
-        return list(Tiling(1, self.num_heads, i.stop - i.start, self.key.shape[2], tile_elements(self.query)).heads())
+        return list(Tiling.of(self.query, 1, self.num_heads, i.stop - i.start, self.key.shape[2]).heads())
 
     @cached_property
     def _mean_of_all_rows(self) -> Tensor:

@@ -227,7 +227,7 @@ class _Part:
         assert self.gradients is not None and self.by_matrices is not None
         by_matrices = self.by_matrices.flatten(0, 2)
         count, rows, columns = by_matrices.shape
-        step = max(1, _tiles.ON_A_GPU // (self.chunk * rows * max(1, columns - self.chunk)))
+        step = max(1, 32 * _tiles.TILE_ELEMENTS // (self.chunk * rows * max(1, columns - self.chunk)))
         parts = []
         for first in range(0, count, step):
             some = itemgetter(slice(first, first + step))

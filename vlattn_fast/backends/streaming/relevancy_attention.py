@@ -17,7 +17,7 @@ from vlattn_fast.backends.inputs import (
 )
 from vlattn_fast.backends.streaming import score_attention
 from vlattn_fast.backends.streaming._abar import Abar, AbarGradients
-from vlattn_fast.backends.streaming._tiles import Tiling, tile_elements
+from vlattn_fast.backends.streaming._tiles import Tiling
 
 
 def forward(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,7 +48,7 @@ def step(inputs: RelevancyStepInputs, vector: Tensor | None = None) -> Tensor:
     dtype = compute_dtype(query)
     result = torch.zeros(*relevancy.shape[:2], num_keys, dtype=dtype, device=query.device)
     abar = Abar(inputs, vector)
-    for b, i in Tiling(batch, num_heads, num_queries, num_keys, tile_elements(query)).query_tiles():
+    for b, i in Tiling.of(query, batch, num_heads, num_queries, num_keys).query_tiles():
         result[b] += relevancy[b, :, i].to(dtype) @ abar.tile(b, i)
     return result.to(relevancy.dtype)
 
@@ -62,7 +62,7 @@ def step_backward(inputs: RelevancyStepBackwardInputs) -> tuple[Tensor | None, .
     relevancy, grad = inputs.relevancy.to(abar.dtype), inputs.grad.to(abar.dtype)
     by_relevancy = torch.zeros_like(relevancy) if inputs.need_relevancy else None
     gradients = AbarGradients(abar, inputs.need_lse) if inputs.need_inputs else None
-    for b, i in Tiling(*abar.shape, tile_elements(inputs.query)).query_tiles():
+    for b, i in Tiling.of(inputs.query, *abar.shape).query_tiles():
         if by_relevancy is not None:
             by_relevancy[b, :, i] = grad[b] @ abar.tile(b, i).mT
         if gradients is not None:

@@ -16,7 +16,7 @@ from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAtten
 from vlattn_fast.backends.streaming import _fused_cpu
 from vlattn_fast.backends.streaming._dropout import keep_factor
 from vlattn_fast.backends.streaming._scores import score_tile, score_tile_backward
-from vlattn_fast.backends.streaming._tiles import Masks, Tiling, logsumexp, probabilities, tile_elements
+from vlattn_fast.backends.streaming._tiles import Masks, Tiling, logsumexp, probabilities
 
 
 def forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
@@ -137,7 +137,7 @@ def logit_tiles(
 ) -> Iterator[tuple[slice, slice, slice, Tensor]]:
     """Slices of batch, heads and query rows with their masked logits (b, h, i, M) in the dtype of sums."""
     shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-    tiling = Tiling(*shape, tile_elements(query))
+    tiling = Tiling.of(query, *shape)
     for b, i in tiling.query_tiles():
         for h in tiling.heads():
             tile = score_tile(score, *_operands(query, key, vector, b, h, i), parameter) * scale

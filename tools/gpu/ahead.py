@@ -1,0 +1,90 @@
+"""Compiles what `make gpu` launches on a machine without a GPU, so that a lent one spends its minutes on running.
+
+    python -m tools.gpu.ahead [--architecture 90] [--processes 2] [--sweep NAME]
+
+Triton finds a compiled kernel by its source and by Triton's own files. So the Python of this process needs the minor version of
+the other machine's, and the same wheels of torch and Triton. build/kernels.tar.xz then holds the kernels of the first step of
+`verify`, of the named benchmarks, and of all tiles of the sweep, by default of all its launches; `make gpu` unpacks it there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable
+
+from tools.gpu.run import lay_out_tree
+from tools.gpu.session import KERNELS, ROOT, TREE, pack
+
+MOST_BYTES = 36 * 2**20  # beside the tree a lent machine may take 64 MiB
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--architecture", type=int, default=90)
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--sweep", default="", metavar="NAME", help="a regular expression: only launches whose names match")
+    options = parser.parse_args()
+    lay_out_tree()
+    sys.path.insert(0, str(TREE))
+    os.environ["TRITON_CACHE_DIR"] = str(ROOT / "build" / "triton-cache")
+    from tools.gpu import production
+    from tools.gpu.sweep import new_pool
+
+    hot = [n for n, one in enumerate(production.HOTTEST) if re.search(options.sweep, one.name)]
+    tasks: list[tuple[Callable[..., str], str | int]] = [(tiles, n) for n in hot]
+    tasks += [(benchmark, name) for name in production.NAMED]
+    tasks += [(check, one.item) for one in production.checks() if one.is_full or one.sizes == next(iter(production.SIZES))]
+    with new_pool(options.processes) as pool:
+        for done in [pool.submit(task, what, options.architecture) for task, what in tasks]:
+            print(done.result(), flush=True)
+    archive = ROOT / "build" / KERNELS
+    pack(ROOT / "build", archive, MOST_BYTES)
+    print(f"{archive}: {archive.stat().st_size / 2**20:.0f} MiB")
+
+
+def tiles(number: int, architecture: int) -> str:
+    from tools.gpu import production
+    from tools.gpu.sweep import compile_some, every_candidate
+
+    hot = production.HOTTEST[number]
+    (default,) = compile_some(number, [None], architecture)
+    configs = every_candidate(default, hot.most, hot.stages)
+    compile_some(number, configs, architecture)
+    return f"{hot.name}: {len(configs)} configurations"
+
+
+def benchmark(name: str, architecture: int) -> str:
+    from tools.gpu import production
+    from tools.gpu.sweep import for_a_gpu
+
+    with for_a_gpu(architecture):
+        call = production.call_of(name, "triton", "cpu", batch=16)
+        if call is not None:
+            call()
+    return name
+
+
+def check(item: str, architecture: int) -> str:
+    from tools.gpu import full, production
+    from tools.gpu.sweep import for_a_gpu
+    from vlattn_fast.checking import verify
+    from vlattn_fast.ops import OPERATORS
+
+    (one,) = [each for each in production.checks() if each.item == item]
+    # a launch of fewer samples compiles alike; the lengths say what Triton specialises for
+    few = {name: sizes._replace(batch=min(sizes.batch, 4)) for name, sizes in full.SIZES.items()}
+    full.SIZES.update(few)
+    case = one.example("cuda")
+    tensors = case.in_dtype(one.dtype)
+    with for_a_gpu(architecture):
+        if OPERATORS[case.operator].refusals("triton", case.arguments(tensors)):
+            return f"{item}: not on triton"
+        verify._run(case, tensors, "triton")
+    return item
+
+
+if __name__ == "__main__":
+    main()
