@@ -40,12 +40,10 @@ def test_measured_ones_hold_on_their_kind_of_device(monkeypatch: pytest.MonkeyPa
 def test_a_line_may_name_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
     """That of the device, or where there is none that which kernels are compiled for."""
     facts = {"score": "dot", "dtype": torch.bfloat16, "N": 577, "M": 577, "size": 128, "masked": False}
-    ahead = {128: ("sm_90", "sm_100"), 64: ("sm_90",)}  # by features
     for architecture in (None, "sm_80", "sm_89", "sm_90", "sm_100"):
         monkeypatch.setattr(_configurations, "TARGET", architecture)
-        for size, architectures in ahead.items():
-            config = configuration("score_attention", "forward", **{**facts, "size": size})
-            assert ("AHEAD" in config) == (architecture in architectures)
+        config = configuration("score_attention", "forward", **facts)
+        assert ("AHEAD" in config) == (architecture in ("sm_90", "sm_100"))
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(_configurations, "_architecture", lambda device: "sm_80")

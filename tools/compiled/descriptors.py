@@ -3,7 +3,8 @@
 A descriptor says where in shared memory an operand lies. It is made of the address of shared memory, of constants and of loop
 counters. ptxas of CUDA 12.8, which Triton 3.6 brings along, can drop the instruction that copies a descriptor to a uniform
 register: the product then reads whatever the register held before, such as a stride. On an H100
-`paged_attention_statistics` ended so in an illegal access; ptxas of CUDA 12.9 compiles the same PTX right.
+`paged_attention_statistics` ended so in an illegal access; ptxas of CUDA 12.9 compiles the same PTX right. Triton counts stages
+from 0. A kernel whose first stage is computed from a parameter would be found here, too.
 """
 
 from __future__ import annotations

@@ -24,8 +24,9 @@ import random
 import re
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -127,27 +128,35 @@ def _agree(stored: dict[str, Row] | None, kernel: str, name: str, value: str) ->
     return {row.get(name) for key, row in (stored or {}).items() if _kernel(key) == kernel} == {value}
 
 
-def check(what: str, asm: dict[str, str]) -> None:
+def check(what: str, asm: dict[str, Any]) -> None:
     overwritten = overwritten_operands(asm["ttgir"])
     assert not overwritten, f"{what}: copies overwrite what products in flight read: {overwritten}"
     narrow = narrow_offsets(asm["ttir"])
     assert not narrow, f"{what}: products of 32 bits reach an address: {narrow}"
     unknown = unknown_opcodes(asm["ptx"])
     assert not unknown, f"{what}: opcodes that ptx/reading/opcodes.txt lacks: {unknown}"
+    if TENSOR_CORES["wgmma"] in asm["ptx"]:
+        with _cubin(asm) as file:
+            stale = stale_descriptors(nvdisasm(file))
+        assert not stale, f"{what}: descriptors of products come from what is no address: {stale}"
 
 
 def _row(kernel: Any) -> Row:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        usage = cuobjdump("--dump-resource-usage", file.name)
-        cores = [name for name, words in TENSOR_CORES.items() if words in kernel.asm["ptx"]]
-        sass = nvdisasm(file.name) if "wgmma" in cores else ""
-    stale = stale_descriptors(sass)
-    assert not stale, f"{kernel.metadata.name}: descriptors of products are computed from what is no address: {stale}"
+    cores = [name for name, words in TENSOR_CORES.items() if words in kernel.asm["ptx"]]
+    with _cubin(kernel.asm) as file:
+        usage = cuobjdump("--dump-resource-usage", file)
+        waiting = waits(nvdisasm(file)) if "wgmma" in cores else {}
     registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
     row = {"registers": registers, "spills": stack, "shared": kernel.metadata.shared, "tensor_cores": "+".join(cores)}
-    return row | (waits(sass) if sass else {})
+    return row | waiting
+
+
+@contextmanager
+def _cubin(asm: dict[str, Any]) -> Iterator[str]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        yield file.name
 
 
 def narrow_offsets(ttir: str) -> list[str]:

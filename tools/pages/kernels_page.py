@@ -288,8 +288,8 @@ counts; ptxas gave the registers:
 | 16,384 tokens, 32 heads of 128 | 1,614, 1,448 | 3,084, 2,927 | 210, 171 |
 
 With 64 features the estimate falls by 3 to 4 % alone, and by an H100's times these passes have no products ahead any more. The
-emulator misses fences between copies and products in what Triton 3.6 compiles for sm_90. It misses none with descriptors, because a bulk
-copy needs no such fence. On sm_100 the forward pass of 128 features issues 18 % fewer instructions.
+emulator misses fences between copies and products in what Triton 3.6 compiles for sm_90. It misses none with descriptors,
+because a bulk copy needs no such fence. On sm_100 the forward pass of 128 features issues 18 % fewer instructions.
 
 Descriptors in `_backward_q_kernel` and `_backward_kv_kernel` were tried, and are not there. With Triton 3.9 the estimate of the
 backward pass fell from 808 to 773 µs for CLIP, from 136 to 132 µs for LLaVA-7B, and from 1,328 to 1,261 µs for CLIP with heads of
