@@ -120,6 +120,7 @@ _MASK = "addresses of attn_mask take registers"
 _ONCE = "four warps compute a tile of 64 rows once, eight would compute it twice"
 _AHEAD = "products of 128 features take longer than instructions: the next tile's scores are computed under this one's softmax"
 _FOUR = "measured on an H100: an SM has three or four programs, which fill one another's waits"
+_TWO = "norms take registers: an SM has one program of eight warps, and an H100 shows that it should have two"
 _THIRD = "as for dot products on an H100: a third stage saves an eighth of the time or more"
 _TURNS = "products of every second tile run beside exponentials, by docs/kernels.md in a tenth less time than without"
 _FEWER = "64 keys take fewer instructions a pair than 32"
@@ -188,6 +189,7 @@ LINES: dict[str, list[Line]] = {
         _line((64, 64, 4, 1), _MASK, masked=True, size=64),
         _line((64, 32, 4, 1), _MASK, masked=True),
         _line((64, 64, 4, 2), _STAGED_NORMS, score="cosine", N=512, size=64),
+        _line((64, 64, 4, 2), _TWO, architecture="sm_90", score="cosine", size=64),
         _line((128, 64, 8, 2), _STAGED_NORMS, score="cosine", size=64),
         _line((64, 64, 4, 3), _SHORT, N=512, M=128, size=64),
         _line((64, 64, 4, 3), _SHORT, N=512, size=64),
@@ -195,6 +197,7 @@ LINES: dict[str, list[Line]] = {
         _line((64, 64, 4, 3), _FOUR, architecture="sm_90", size=64),
         _ahead((64, 32, 4, 3, 1), _FOUR, architecture="sm_90", N=1024, size=128),
         _line((128, 64, 8, 3), "128 rows read K and V half as often as 64", size=64),
+        _ahead((128, 64, 8, 3, 1), _AHEAD, architecture="sm_90", size=128),
         _ahead((128, 64, 8, 2, 1), _AHEAD, architecture=_ASYNCHRONOUS, size=128),
         _line((128, 64, 8, 2), "as for 64 features, but a third stage exceeds shared memory", size=128),
         _line((64, 32, 4, 1), _WIDER),

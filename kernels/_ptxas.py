@@ -2,8 +2,8 @@
 
 That one can lose the address of an operand of wgmma, which tools/compiled/descriptors.py finds in machine code. On an H100
 `paged_attention_statistics` then ended in an illegal access; other kernels would read other numbers. Triton 3.6 and 3.7 have a
-ptxas of CUDA 12.8 for Hopper, and a newer one for Blackwell beside it. Of 20 kernels that take the most time both make the same
-machine code. A ptxas that TRITON_PTXAS_PATH names is kept, unless it is one of CUDA 12.8, too.
+ptxas of CUDA 12.8 for Hopper, and a newer one for Blackwell beside it. Both make the same machine code of
+the 20 kernels that take the most time. A ptxas that TRITON_PTXAS_PATH names is kept, unless it is one of CUDA 12.8, too.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ def newer_ptxas() -> str | None:
     A driver runs what a ptxas of its major version of CUDA makes, and the driver is as new as torch's CUDA.
     """
     nvidia = triton.knobs.nvidia
-    other = getattr(nvidia, "ptxas_blackwell", None)
-    if nvidia.ptxas.version != FAULTY or other is None or other.version == FAULTY:
+    blackwell = getattr(nvidia, "ptxas_blackwell", None)
+    if nvidia.ptxas.version != FAULTY or blackwell is None or blackwell.version == FAULTY:
         return None
-    major, most = (int(version.split(".")[0]) for version in (other.version, torch.version.cuda or other.version))
-    return str(other.path) if major <= most else None
+    major, most = (int(version.split(".")[0]) for version in (blackwell.version, torch.version.cuda or blackwell.version))
+    return str(blackwell.path) if major <= most else None
 
 
 def install() -> None:

@@ -394,28 +394,6 @@ def test_what_no_cuda_kernel_takes(change: dict[str, Any], words: str, monkeypat
     assert refusals(call) == ["the CUDA C++ kernels are not built (`vlattn info` says why)"]
 
 
-@pytest.mark.parametrize(
-    "what, size, dtype, taken",
-    [
-        ("dot", 4, torch.bfloat16, "sdpa"),
-        ("padding", 4, torch.bfloat16, "triton"),
-        ("padding", 4, torch.float32, "sdpa"),
-        ("additive", 4, torch.bfloat16, "cuda"),
-        ("additive", 4, torch.float32, "triton"),
-        ("additive", 200, torch.bfloat16, "triton"),  # CUDA C++ takes 128 units
-    ],
-)
-def test_what_leads_on_a_gpu(what: str, size: int, dtype: torch.dtype, taken: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the times of an H100."""
-    monkeypatch.setattr(_shared_library, "library", _shared_library.library._replace(exists=True, device_type="cuda", error=None))
-    options: dict[str, Any] = {"key_mask": torch.ones(1, 3, dtype=torch.bool)} if what == "padding" else {}
-    if what == "additive":
-        options["score"] = S.Additive(torch.ones(1, size, dtype=dtype))
-    operator, rows = OPERATORS["score_attention"], torch.ones(1, 1, 3, size, dtype=dtype)
-    call = operator.describe(query=rows, key=rows, value=rows, **options)
-    assert choice.select(operator.backends, call._replace(device_type="cuda", capability=(9, 0)), "auto") == taken
-
-
 @pytest.mark.parametrize("operator", TABLES)
 def test_a_call_carries_the_capability_of_its_device(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a device that is too old is refused by name, and not failed at the launch."""

@@ -18,6 +18,7 @@ from vlattn_fast.backends import native
 from vlattn_fast.backends.cuda import _shared_library
 from vlattn_fast.dispatch import call as calls
 from vlattn_fast.dispatch import choice
+from vlattn_fast.ops import OPERATORS
 
 X = torch.zeros(2, 3)
 
@@ -239,3 +240,25 @@ def test_auto_takes_the_same_with_and_without_a_backward_pass(kept: dict[Any, An
         with state:
             va.score_attention(tensor, Q, Q)
     assert [plan.backend for plan in kept.values()] == ["cpu" if native.library.exists else "sdpa"] * 3
+
+
+@pytest.mark.parametrize(
+    "what, size, dtype, taken",
+    [
+        ("dot", 4, torch.bfloat16, "sdpa"),
+        ("padding", 4, torch.bfloat16, "triton"),
+        ("padding", 4, torch.float32, "sdpa"),
+        ("additive", 4, torch.bfloat16, "cuda"),
+        ("additive", 4, torch.float32, "triton"),
+        ("additive", 200, torch.bfloat16, "triton"),  # CUDA C++ takes 128 units
+    ],
+)
+def test_what_leads_on_a_gpu(what: str, size: int, dtype: torch.dtype, taken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the times of an H100."""
+    monkeypatch.setattr(_shared_library, "library", _shared_library.library._replace(exists=True, device_type="cuda", error=None))
+    options: dict[str, Any] = {"key_mask": torch.ones(1, 3, dtype=torch.bool)} if what == "padding" else {}
+    if what == "additive":
+        options["score"] = scores.Additive(torch.ones(1, size, dtype=dtype))
+    operator, rows = OPERATORS["score_attention"], torch.ones(1, 1, 3, size, dtype=dtype)
+    call = operator.describe(query=rows, key=rows, value=rows, **options)
+    assert choice.select(operator.backends, call._replace(device_type="cuda", capability=(9, 0)), "auto") == taken

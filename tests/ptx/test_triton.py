@@ -63,7 +63,7 @@ def test_calls_are_right_and_nothing_is_reported(operator: str) -> None:
 @pytest.mark.parametrize("architecture", [90, pytest.param(100, marks=needs_fences)])
 def test_calls_of_many_tokens_copy_tiles_by_descriptors(architecture: int) -> None:
     outcomes = compiling("tests.helpers.ptx.triton_calls.by_descriptors", architecture)
-    assert len(outcomes) == (2 if architecture == 90 else 1)
+    assert len(outcomes) == 2
     assert all(0 < ratio <= 1 and copied for ratio, copied in outcomes.values()), outcomes
 
 

@@ -103,7 +103,7 @@ class Kernel:
 
     def sources(self, place: int, registers: list[str]) -> set[str]:
         """The instructions that read a kernel's parameter or global memory, of those that these registers are computed from."""
-        found: set[str] = set()
+        loads: set[str] = set()
         ahead, seen = [(register, place) for register in registers], set()
         while ahead:
             register, at = ahead.pop()
@@ -114,10 +114,10 @@ class Kernel:
                 one = self.instructions[i]
                 banks = re.findall(r"c\[0x0\]\[(0x[0-9a-f]+)\]", one.operands)
                 if one.opcode.startswith("LDG") or any(int(address, 16) >= FIRST_PARAMETER for address in banks):
-                    found.add(f"{one.opcode} {one.operands}")
+                    loads.add(f"{one.opcode} {one.operands}")
                 elif not KNOWN.match(one.opcode):
                     ahead += [(name, i) for name in one.reads]
-        return found
+        return loads
 
 
 def stale_descriptors(sass: str) -> list[str]:

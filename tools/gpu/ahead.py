@@ -12,11 +12,10 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import sys
 from collections.abc import Callable
 
 from tools.gpu.run import lay_out_tree
-from tools.gpu.session import KERNELS, ROOT, TREE, pack
+from tools.gpu.session import KERNELS, ROOT, import_from_tree, pack
 
 MOST_BYTES = 36 * 2**20  # beside the tree a lent machine may take 64 MiB
 
@@ -28,7 +27,7 @@ def main() -> None:
     parser.add_argument("--sweep", default="", metavar="NAME", help="a regular expression: only launches whose names match")
     options = parser.parse_args()
     lay_out_tree()
-    sys.path.insert(0, str(TREE))
+    import_from_tree()
     os.environ["TRITON_CACHE_DIR"] = str(ROOT / "build" / "triton-cache")
     from tools.gpu import production
     from tools.gpu.sweep import new_pool

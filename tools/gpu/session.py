@@ -59,6 +59,11 @@ def sources() -> str:
     return digest.hexdigest()[:16]
 
 
+def import_from_tree() -> None:
+    """From here on `vlattn_fast` is that of the laid-out tree."""
+    sys.path.insert(0, str(TREE))
+
+
 def emulate() -> None:
     """In a rehearsal this process runs the kernels of a GPU on CPU tensors."""
     if architecture := os.environ.get("VLATTN_PTX"):
@@ -80,7 +85,7 @@ class Session:
     """A call of run.py: its options, its known rows, and the time left of a part."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        sys.path.insert(0, str(TREE))
+        import_from_tree()
         self._rows = importlib.import_module("vlattn_fast.benchmarks._records")
         import torch
 
