@@ -41,7 +41,7 @@ class Rates(NamedTuple):
 
 # In bfloat16: a product of 8,192 rows and a copy, both by torch
 H200 = Rates(790e12, 4.3e12, 16 * CLOCK * SMS)
-GPUS = {"H200": H200, "H100": Rates(798e12, 3.0e12, 16 * CLOCK * SMS)}
+GPUS = {"H200": H200, "H100 80GB HBM3": Rates(798e12, 3.0e12, 16 * CLOCK * SMS)}
 
 
 def rates(device: torch.device, dtype: torch.dtype) -> Rates | None:

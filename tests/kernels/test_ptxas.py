@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,34 +20,63 @@ def tools(ptxas: str, blackwell: str | None) -> Any:
 
 
 @pytest.mark.parametrize(
-    "ptxas, blackwell, cuda, taken",
+    "blackwell, cuda, taken",
     [
-        ("12.8", "12.9", "13.0", True),  # Triton 3.6, torch 2.11
-        ("12.8", "12.9", "12.6", True),
-        ("12.8", "13.1", "13.0", True),  # Triton 3.7
-        ("12.8", "13.1", "12.6", False),  # the driver may be too old
-        ("12.8", "13.1", None, True),  # torch for the CPU: nothing runs
-        ("12.8", "12.8", "13.0", False),
-        ("12.8", None, "13.0", False),
-        ("12.9", "13.1", "13.0", False),  # Triton 3.8, or another ptxas that the user names
+        ("12.9", "13.0", True),  # Triton 3.6, torch 2.11
+        ("12.9", "12.6", True),
+        ("13.1", "13.0", True),  # Triton 3.7
+        ("13.1", "12.6", False),  # the driver may be too old
+        ("13.1", None, True),  # torch for the CPU: nothing runs
+        ("12.8", "13.0", False),
+        ("12.6", "13.0", False),
+        (None, "13.0", False),
     ],
 )
-def test_which_ptxas(monkeypatch: pytest.MonkeyPatch, ptxas: str, blackwell: str | None, cuda: str | None, taken: bool) -> None:
-    monkeypatch.setattr(triton.knobs, "nvidia", tools(ptxas, blackwell))
+def test_which_ptxas(monkeypatch: pytest.MonkeyPatch, blackwell: str | None, cuda: str | None, taken: bool) -> None:
+    monkeypatch.setattr(triton.knobs, "nvidia", tools("12.8", blackwell))
     monkeypatch.setattr(torch.version, "cuda", cuda)
-    assert _ptxas.newer_ptxas() == ("bin/ptxas_blackwell" if taken else None)
+    assert _ptxas.is_faulty() and _ptxas.newer_ptxas() == ("bin/ptxas_blackwell" if taken else None)
 
 
-def test_only_kernels_of_this_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = triton.knobs.nvidia.ptxas.path
+def test_a_triton_without_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Nvidia:
+        ptxas = SimpleNamespace(path="bin/ptxas", version="12.9")
+
+        @property
+        def ptxas_blackwell(self) -> Any:
+            raise RuntimeError("Cannot find ptxas-blackwell")
+
+    monkeypatch.setattr(triton.knobs, "nvidia", Nvidia())
+    assert not _ptxas.is_faulty() and _ptxas.newer_ptxas() is None
+
+
+@pytest.fixture
+def compiled_by(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The ptxas that is set while a kernel of a module compiles; None for Triton's own."""
     monkeypatch.setattr(JITFunction, "_do_compile", lambda self, *_: triton.knobs.nvidia.__dict__.get("ptxas"))
-    monkeypatch.setattr(_ptxas, "newer_ptxas", lambda: before)
+    monkeypatch.setattr(_ptxas, "is_faulty", lambda: True)
     _ptxas.install()
+    return lambda module: JITFunction._do_compile(SimpleNamespace(fn=SimpleNamespace(__module__=module)), "key")
 
-    def by_kernel_of(module: str) -> Any:
-        kernel = SimpleNamespace(fn=SimpleNamespace(__module__=module))
-        return JITFunction._do_compile(kernel, "key")
 
-    assert by_kernel_of("vlattn_fast.kernels.score_attention") is not None
-    assert by_kernel_of("somebody_else.kernels") is None
+def test_only_kernels_of_this_package(monkeypatch: pytest.MonkeyPatch, compiled_by: Any) -> None:
+    before = triton.knobs.nvidia.ptxas.path
+    monkeypatch.setattr(_ptxas, "newer_ptxas", lambda: before)
+    assert compiled_by("vlattn_fast.kernels.score_attention") is not None
+    assert compiled_by("somebody_else.kernels") is None and compiled_by(None) is None
     assert "ptxas" not in triton.knobs.nvidia.__dict__
+
+
+@pytest.mark.parametrize("capability", [(9, 0), (8, 0)])
+def test_where_nothing_newer_is_there_hopper_is_warned(
+    monkeypatch: pytest.MonkeyPatch, compiled_by: Any, capability: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(_ptxas, "newer_ptxas", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    _ptxas.warn.cache_clear()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert compiled_by("vlattn_fast.kernels.maxsim") is None and compiled_by("vlattn_fast.kernels.maxsim") is None
+    _ptxas.warn.cache_clear()
+    assert [("Install triton 3.8" in str(one.message)) for one in seen] == [True] * (capability == (9, 0))

@@ -250,14 +250,15 @@ def test_auto_takes_the_same_with_and_without_a_backward_pass(kept: dict[Any, An
         ("padding", 4, torch.float32, "sdpa"),
         ("additive", 4, torch.bfloat16, "cuda"),
         ("additive", 4, torch.float32, "triton"),
+        ("additive, padding", 4, torch.bfloat16, "cuda"),
         ("additive", 200, torch.bfloat16, "triton"),  # CUDA C++ takes 128 units
     ],
 )
 def test_what_leads_on_a_gpu(what: str, size: int, dtype: torch.dtype, taken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the times of an H100."""
     monkeypatch.setattr(_shared_library, "library", _shared_library.library._replace(exists=True, device_type="cuda", error=None))
-    options: dict[str, Any] = {"key_mask": torch.ones(1, 3, dtype=torch.bool)} if what == "padding" else {}
-    if what == "additive":
+    options: dict[str, Any] = {"key_mask": torch.ones(1, 3, dtype=torch.bool)} if "padding" in what else {}
+    if "additive" in what:
         options["score"] = scores.Additive(torch.ones(1, size, dtype=dtype))
     operator, rows = OPERATORS["score_attention"], torch.ones(1, 1, 3, size, dtype=dtype)
     call = operator.describe(query=rows, key=rows, value=rows, **options)

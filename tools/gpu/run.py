@@ -12,8 +12,9 @@ sweep:      tiles, warps and stages of the hottest launches; the fastest right o
 ncu:        the time of each kernel, and stalls and pipes of the eight slowest by Nsight Compute, where it is installed.
 
 A call goes through ORDER, step by step, for --minutes. The first steps take items of each part, each step for its share of the
-call; the last ones take all the other items. Each item runs in a process of its own: one that hangs, crashes or runs out of
-memory costs its own row. An item that takes more than 30 s in the first steps comes again in the last ones, for 90 s.
+call; the last ones take all the other items. Each check runs in a process of its own: one that hangs, crashes or runs out of
+memory costs its own row. Tiles share a process, and so do benchmarks. An item that takes more than 30 s in the first steps
+comes again in the last ones, for 90 s.
 
 Each row goes to OUT/gpu.json at once, on a device to benchmarks/results/ as well. A new call on the same sources continues
 where the last one stopped. The CUDA C++ kernels are built first, where nvcc is installed; after a failed build the rest runs
@@ -247,7 +248,9 @@ def benchmarks(run: Session, first: bool = False) -> bool:
     names = [*sorted(names, key=rank.__getitem__)[: len(NAMED) if first else None], *([] if first else ["host"])]
     items = run.selected([{"item": name} for name in names])
     prepare(run, "benchmarks", [item for item in items if item["item"] in NAMED])
-    return run.run("benchmarks", items, run.worker)
+    done = run.run("benchmarks", items, run.worker)
+    run.close()  # the worker has touched the device, and cannot be forked any more
+    return done
 
 
 # --- sweep ---
@@ -255,6 +258,13 @@ def benchmarks(run: Session, first: bool = False) -> bool:
 
 def sweep(run: Session, first: bool = False) -> bool:
     """`first`: the launches whose products wait for one another."""
+    try:
+        return _swept(run, first)
+    finally:
+        run.close()  # the worker holds memory of the device, and a table without the winners
+
+
+def _swept(run: Session, first: bool) -> bool:
     from tools.gpu import production
     from tools.gpu.sweep import candidates, label, winner
 
@@ -296,7 +306,6 @@ def sweep(run: Session, first: bool = False) -> bool:
                 run.store("sweep", {"item": f"{hot.name}: winner", "passed": True, "changed": best != default, **won})
             print(f"{hot.name}: {label(best)}, {won['us']} us, before {won['us_before']} us", flush=True)
             write_table(run)
-    run.close()  # the worker holds memory of the device, and a table without the winners
     return True
 
 

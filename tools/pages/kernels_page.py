@@ -144,8 +144,8 @@ Three figures follow:
   includes the scores once more, since no map is kept: a matrix product, or a tanh or half a reciprocal for each hidden unit.
 - *estimate*: the sum over the kernels of a pass. A program takes its products, then the longer of issue and special: its softmax
   waits for the scores. Forward passes whose configuration says `AHEAD` compute the next tile's scores beforehand: of 65 to 128
-  features and more than 512 tokens, but for a cosine and float32. There half of the products, those for the scores, run beside
-  issue and special. So do two fifths of those of `relevancy_step`, both products of every second tile but the first.
+  features and 513 to 1,024 tokens, but for float32. There half of the products, those for the scores, run beside issue and
+  special. So do two fifths of those of `relevancy_step`, both products of every second tile but the first.
   A program also waits {clocks:.0f} clocks for its first tile. An SM has one program at a time, and takes the next one when it
   ends; the kernel ends with its last program. Programs of a causal call have different lengths, and begin in the order in which
   `heads_in_turn` numbers them. L2 and memory are read meanwhile, so that a kernel takes no less than either.

@@ -27,8 +27,8 @@ AUTO = os.environ.get("VLATTN_BACKEND", "auto")  # the backend that "auto" stand
 
 
 def select(backends: Table, call: Call, backend: Any) -> str:
-    """The name of the backend that runs `call`: `backend`, or for "auto" the first without refusals, of those that lead if there
-    is one.
+    """The name of the backend that runs `call`: `backend`, or for "auto" the first without refusals. Backends that lead are tried
+    first.
 
     On the CPU "auto" takes no GPU kernel: Triton's interpreter and the host build of CUDA C++ are there for tests, by name. Where
     the environment has VLATTN_BACKEND, its value takes the place of "auto".

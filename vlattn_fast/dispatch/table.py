@@ -71,7 +71,7 @@ def table(
     shared_sums: Mapping[str, tuple[str, ...]] | None = None,
     leads: Mapping[str, Callable[[Call], bool]] | None = None,
 ) -> Table:
-    """The backends of the operator `stem` in the order in which "auto" takes them, but for what `leads`.
+    """The backends of the operator `stem` in the order in which "auto" takes them. `leads` names calls with another order.
 
     `sdpa`, `cpu`, `triton` and `cuda` are the limits of the operator's own kernels, beside those of all operators; None where
     there is no such kernel: `table(stem, cpu=None, triton=None)` has streaming alone. `masks_padding` names the backends whose

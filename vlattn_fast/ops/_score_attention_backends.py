@@ -76,7 +76,7 @@ def _in_16_bits_on_a_gpu(call: Call) -> bool:
 # On an H100, in bfloat16: SDPA under padding of 160 keys took 2.6 times as long as Triton, forward and backward, and Triton 1.7
 # times as long as CUDA C++ for additive scores of 64 hidden units, forward
 _LEADS = {
-    "triton": lambda call: _in_16_bits_on_a_gpu(call) and call.flags["key_mask"],
+    "triton": lambda call: _in_16_bits_on_a_gpu(call) and call.flags["key_mask"] and call.flags["dot_product"],
     "cuda": lambda call: _in_16_bits_on_a_gpu(call) and call.flags["score"] == "additive",
 }
 BACKENDS = table(
