@@ -47,6 +47,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     text = "all tests run Triton's launches as this GPU would: sm_90 is 90"
     group.addoption("--ptx-arch", type=int, choices=ARCHITECTURES, help=text)
     group.addoption("--ptx-seed", type=int, default=0, help="draws the order of blocks and warps")
+    text = "asks for no fences, which Triton before 3.8 leaves out"
+    group.addoption("--ptx-without-fences", dest="ptx_fences", action="store_false", help=text)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -64,7 +66,7 @@ def pytest_report_header(config: pytest.Config) -> str | None:
 def _emulated(config: pytest.Config, arch: int | None = None, **options: Any) -> AbstractContextManager[list[Launch]]:
     from ptx.running.reports import Options
 
-    options.setdefault("seed", config.option.ptx_seed)
+    options = {"seed": config.option.ptx_seed, "fences": config.option.ptx_fences} | options
     return config.hook.pytest_ptx_emulated(arch=arch or config.option.ptx_arch or DEFAULT, options=Options(**options))
 
 

@@ -75,7 +75,8 @@ def pytest_configure(config: pytest.Config) -> None:
     would wait 10 seconds for it."""
     if "VLATTN_PTX" in os.environ:
         config.option.ptx_arch = package.architecture_of(os.environ["VLATTN_PTX"])
-        config.option.ptx_seed = package.options_of_process().seed
+        options = package.options_of_process()
+        config.option.ptx_seed, config.option.ptx_fences = options.seed, options.fences
     if hasattr(config, "workerinput"):
         tests.helpers.process.status = 0
 

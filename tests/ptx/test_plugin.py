@@ -77,7 +77,7 @@ import contextlib, ptx
 
 @contextlib.contextmanager
 def context(arch, options):
-    print("conftest: sm", arch, "seed", options.seed)
+    print("conftest: sm", arch, "seed", options.seed, "fences", options.fences)
     with ptx.emulated(arch, options) as launches:
         yield launches
 
@@ -117,7 +117,7 @@ def test_a_marked_test_runs_emulated_and_fails_by_what_is_found(tmp_path: Path) 
 
 def test_the_option_takes_all_tests_and_a_conftest_may_add_to_it(tmp_path: Path) -> None:
     (tmp_path / "conftest.py").write_text(CONFTEST)
-    ended, said = outcomes(tmp_path, EVERYWHERE, "--ptx-arch", "80", "--ptx-seed", "7", "-s")
+    ended, said = outcomes(tmp_path, EVERYWHERE, "--ptx-arch", "80", "--ptx-seed", "7", "--ptx-without-fences", "-s")
     assert ended == {"right": "PASSED", "alone": "PASSED", "race": "FAILED"}, said
     assert "ptx: Triton's launches are emulated, as on sm_80" in said
-    assert said.count("conftest: sm 80 seed 7") == 1 and "sm_80, seed 7" in said
+    assert said.count("conftest: sm 80 seed 7 fences False") == 1 and "sm_80, seed 7" in said
