@@ -84,11 +84,11 @@ ROWS = ((5, False), (190, False), (190, True))
 def test_hidden_tiles_of_queries_are_not_read(scores: tuple[str, int, torch.dtype], rows: tuple[int, bool]) -> None:
     """Those in front of all that see a tile of keys, and those behind: NaN in their gradients stays away."""
     (kind, heads, dtype), (row, causal) = scores, rows
-    query, key, value = (torch.randn(1, h, rows, 8).to(dtype) for h, rows in ((heads, 200), (1, 300), (1, 300)))
+    query, key, value = (torch.randn(1, h, rows, 8).to(dtype) for h, rows in ((heads, 200), (1, 450), (1, 450)))
     query_groups = runs(200, 0, 100)
     table = torch.zeros(heads, 2, 3)
     table[:, query_groups[row], 1] = -torch.inf
-    groups = {"query_groups": query_groups, "key_groups": runs(300, 0, 64, 200), "group_bias": table, "is_causal": causal}
+    groups = {"query_groups": query_groups, "key_groups": runs(450, 0, 128, 384), "group_bias": table, "is_causal": causal}
     groups |= {"score": KINDS[kind]({"vector": VECTOR})}
     grad, results = torch.randn(1, heads, 200, 8), []
     for operator, number, more in OPERATORS:
@@ -96,7 +96,7 @@ def test_hidden_tiles_of_queries_are_not_read(scores: tuple[str, int, torch.dtyp
         leaves = [x.to(made_of).clone().requires_grad_() for x in (key, value)]
         out = operator(query.to(made_of), *leaves, enable_gqa=True, **groups, **more)
         of_out = grad.index_fill(2, torch.tensor([row]), number).to(dtype).to(made_of)
-        results.append([x[:, :, 64:192].float() for x in torch.autograd.grad(out, leaves, of_out)])
+        results.append([x[:, :, 128:384].float() for x in torch.autograd.grad(out, leaves, of_out)])
     torch.testing.assert_close(*results, **TOLERANCES[dtype])
 
 
