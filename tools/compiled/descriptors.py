@@ -62,10 +62,10 @@ class Kernel:
 
     def __init__(self, sass: str) -> None:
         self.instructions: list[Instruction] = []
-        self._labels: dict[str, int] = {}
+        self.labels: dict[str, int] = {}
         for line in sass.splitlines():
             if label := re.match(r"\s*(\.L_x_\d+):", line):
-                self._labels[label[1]] = len(self.instructions)
+                self.labels[label[1]] = len(self.instructions)
             elif code := re.match(r"\s*/\*[0-9a-f]+\*/\s+(@!?U?P\w+\s+)?([\w.]+)\s*(.*?)\s*;", line):
                 guarded = code[1] is not None or re.match(r"!?U?P\d", code[3]) is not None and code[2].startswith("BRA")
                 target = re.search(r"`\((\.L_x_\d+)\)", code[3]) if code[2].startswith("BRA") else None
@@ -75,7 +75,7 @@ class Kernel:
     def _before(self) -> list[list[int]]:
         before: list[list[int]] = [[] for _ in self.instructions]
         for i, one in enumerate(self.instructions):
-            after = [self._labels[one.target]] if one.target in self._labels else []
+            after = [self.labels[one.target]] if one.target in self.labels else []
             if one.guarded or not re.match(r"BRA(?!\.DIV)|EXIT|RET", one.opcode):
                 after.append(i + 1)
             for j in after:

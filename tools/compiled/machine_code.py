@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tools.compiled.descriptors import Kernel
+
 MMA = r"(HGMMA|HMMA|UTC\w*MMA)\b"
 
 
@@ -20,23 +22,14 @@ class Loop:
 
 def innermost_loops(sass: str) -> list[Loop]:
     """The innermost loops in nvdisasm's text: stretches from a label to a branch back to the label, without an inner stretch."""
-    labels: dict[str, int] = {}
-    lines: list[str] = []
-    for line in sass.splitlines():
-        if label := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[label[1]] = len(lines)
-        elif code := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(.*?);", line):
-            lines.append(code[1].strip())
-    stretches = []
-    for end, code in enumerate(lines):
-        branch = re.match(r"BRA\b.*?(\.L_x_\d+)", code)
-        if branch and labels.get(branch[1], end + 1) <= end:
-            stretches.append((labels[branch[1]], end))
+    kernel = Kernel(sass)
+    branches = [(kernel.labels.get(one.target or "", end + 1), end) for end, one in enumerate(kernel.instructions)]
+    stretches = [(start, end) for start, end in branches if start <= end]
     loops = []
     for start, end in stretches:
         if not any(inner != (start, end) and start <= inner[0] and inner[1] <= end for inner in stretches):
-            body = lines[start : end + 1]
-            loops.append(Loop(len(body), sum(re.match(MMA, code) is not None for code in body)))
+            body = kernel.instructions[start : end + 1]
+            loops.append(Loop(len(body), sum(re.match(MMA, one.opcode) is not None for one in body)))
     return loops
 
 

@@ -17,6 +17,7 @@ interpreter must be off.
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import importlib
 import os
@@ -136,25 +137,30 @@ def check(what: str, asm: dict[str, Any]) -> None:
     unknown = unknown_opcodes(asm["ptx"])
     assert not unknown, f"{what}: opcodes that ptx/reading/opcodes.txt lacks: {unknown}"
     if TENSOR_CORES["wgmma"] in asm["ptx"]:
-        with _cubin(asm) as file:
-            stale = stale_descriptors(nvdisasm(file))
+        stale = stale_descriptors(_sass(asm["cubin"]))
         assert not stale, f"{what}: descriptors of products come from what is no address: {stale}"
 
 
 def _row(kernel: Any) -> Row:
     cores = [name for name, words in TENSOR_CORES.items() if words in kernel.asm["ptx"]]
-    with _cubin(kernel.asm) as file:
+    with _file(kernel.asm["cubin"]) as file:
         usage = cuobjdump("--dump-resource-usage", file)
-        waiting = waits(nvdisasm(file)) if "wgmma" in cores else {}
+    waiting = waits(_sass(kernel.asm["cubin"])) if "wgmma" in cores else {}
     registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
     row = {"registers": registers, "spills": stack, "shared": kernel.metadata.shared, "tensor_cores": "+".join(cores)}
     return row | waiting
 
 
+@functools.lru_cache(maxsize=1)  # of a kernel that is checked first, and then has its row
+def _sass(cubin: bytes) -> str:
+    with _file(cubin) as file:
+        return nvdisasm(file)
+
+
 @contextmanager
-def _cubin(asm: dict[str, Any]) -> Iterator[str]:
+def _file(cubin: bytes) -> Iterator[str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(asm["cubin"])
+        file.write(cubin)
         file.flush()
         yield file.name
 
