@@ -67,6 +67,9 @@ struct AddSaturated {
 struct SubtractSaturated {
     static s32 of(s32 a, s32 b) { return clamped((s64)a - b); }
 };
+template <class Operation> struct Positive {  // .relu: negative results are 0
+    template <class T> static T of(T a, T b) { return std::max(T(0), Operation::of(a, b)); }
+};
 struct MultiplyAddHighSaturated {
     static s32 of(s32 a, s32 b, s32 c) { return clamped((s64)high_half(a, b) + c); }
 };
@@ -305,6 +308,10 @@ const bool added = [] {
     for_types<u16, s16, u32, s32, u64, s64>([](auto zero) { add_arithmetic<decltype(zero)>(); });
     for_types<u16, u32, u64>([](auto zero) { add_bits<decltype(zero)>(); });
     for_types<u16, s16>([](auto zero) { add_pairs<decltype(zero)>(); });
+    add_handler("min.relu.s32", map<s32, Positive<Minimum>, s32, s32>);
+    add_handler("max.relu.s32", map<s32, Positive<Maximum>, s32, s32>);
+    add_handler("min.relu.s16x2", map_pairs<s16, u32, Positive<Minimum>, u32, u32>);
+    add_handler("max.relu.s16x2", map_pairs<s16, u32, Positive<Maximum>, u32, u32>);
     add_handler("add.sat.s32", map<s32, AddSaturated, s32, s32>);
     add_handler("sub.sat.s32", map<s32, SubtractSaturated, s32, s32>);
     add_handler("mad.hi.sat.s32", map<s32, MultiplyAddHighSaturated, s32, s32, s32>);
