@@ -172,3 +172,17 @@ def test_the_gradient_of_a_small_sink_keeps_its_digits(backend: str, call: str) 
 
     want = gradient("reference", torch.float64).float()
     torch.testing.assert_close(gradient(backend, torch.float32), want, rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("activation", ("relu", "leaky_relu"))
+def test_the_gradient_of_a_vector_over_many_rows_keeps_its_digits(activation: str) -> None:
+    """A rehearsal of `make gpu` found it, on every backend: torch added the 8,192 terms of each number one after the other."""
+    g = torch.Generator().manual_seed(0)
+    query, cotangent = torch.randn(1, 2, 4096, 16, generator=g), torch.rand(1, 2, 4096, 32, generator=g)
+
+    def gradient(dtype: torch.dtype) -> torch.Tensor:
+        vector = torch.ones(2, 16, dtype=dtype, requires_grad=True)
+        core = va.scores.Hadamard(vector, activation=activation).core(query.to(dtype), query.to(dtype))
+        return torch.autograd.grad(core.query, vector, cotangent.to(dtype))[0]
+
+    torch.testing.assert_close(gradient(torch.float32).double(), gradient(torch.float64), rtol=5e-7, atol=0.0)

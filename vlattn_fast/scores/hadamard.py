@@ -85,8 +85,9 @@ class Hadamard(Score):
         slope = self.negative_slope if self.activation == "leaky_relu" else 0.0
         query_pos, query_neg = _parts(query, slope)
         key_pos, key_neg = _parts(key, slope)
+        weight = vector[:, None]  # multiplied part by part: torch sums over rows and a last dimension one number after the other
         with without_autocast(query):  # torch.stack under autocast to float16 refuses bfloat16
-            phi = torch.stack([query_pos, query_neg], dim=-1) * vector[:, None, :, None]
+            phi = torch.stack([query_pos * weight, query_neg * weight], dim=-1)
             psi = torch.stack([key_pos - slope * key_neg, key_neg - slope * key_pos], dim=-1)
         return Core("dot", phi.flatten(-2), psi.flatten(-2), offset=offset)
 
