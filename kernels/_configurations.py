@@ -85,7 +85,7 @@ def of_facts(make: Callable[..., Launch]) -> Callable[..., Launch]:
 
 def _current() -> str | None:
     """The architecture whose configurations hold."""
-    return _architecture(torch.cuda.current_device()) if torch.cuda.is_initialized() else TARGET
+    return architecture(torch.cuda.current_device()) if torch.cuda.is_initialized() else TARGET
 
 
 def multiplies_biases() -> bool:
@@ -95,7 +95,7 @@ def multiplies_biases() -> bool:
 
 
 @functools.cache
-def _architecture(device: int) -> str:
+def architecture(device: int) -> str:
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
 

@@ -9,7 +9,7 @@ hidden units share one reciprocal. Keys that are left after whole tiles have a s
 program first sees whether the clamp acts on any of its pairs. Where not, the scores are plain products with inverse norms.
 Few queries, such as a decoder's, leave most SMs without a program: their keys are split into parts (`keys_of_a_part`), which
 `_join_kernel` joins. Up to 256 keys of 16 bits fit into registers beside their queries: a program has all of a head
-(`_whole_forward_kernel`).
+(`_whole_forward_kernel`). Long causal dot products take cuDNN's forward pass on sm_90 (_cudnn.py).
 The backward passes are in _products_backward.py and _units_backward.py. Under a float mask `_rows_kernel` recomputes rows whose
 lse is too large to be rounded. Measured on an H100: docs/kernels.md.
 """
@@ -28,7 +28,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vlattn_fast._ground.tensors import empty_gradient, empty_rows_first
 from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs
-from vlattn_fast.kernels import _products_backward, _units_backward
+from vlattn_fast.kernels import _cudnn, _products_backward, _units_backward
 from vlattn_fast.kernels._boxes import Boxes, boxes_of, fits, load_box, store_box
 from vlattn_fast.kernels._configurations import UNIT_KINDS, Config, configuration, of_facts
 from vlattn_fast.kernels._device import on_device
@@ -142,6 +142,8 @@ class Parts(NamedTuple):
 @on_device
 def forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
     """out (B, H, N, Dv), laid out (B, N, H, Dv) as SDPA does, and lse (B, H, N)."""
+    if (by_cudnn := _cudnn.forward(inputs)) is not None:
+        return by_cudnn
     query, vector = inputs.query, inputs.vector
     batch, heads, num_q, _ = query.shape
     out = empty_rows_first(query, heads, num_q, inputs.value.shape[3])

@@ -30,7 +30,7 @@ def test_measured_ones_hold_on_their_kind_of_device(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     for architecture, expected in (("sm_90", MEASURED), ("sm_80", TABLE)):
-        monkeypatch.setattr(_configurations, "_architecture", lambda device, name=architecture: name)
+        monkeypatch.setattr(_configurations, "architecture", lambda device, name=architecture: name)
         for size in (33, 64):  # up to the next power of two
             assert configuration("attention_map", "map", **{**FACTS, "size": size}) == expected
         for changed in ({"N": 65}, {"rule": "gradient"}, {"dtype": torch.float16}):
@@ -46,7 +46,7 @@ def test_a_line_may_name_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
         assert ("AHEAD" in config) == (architecture in ("sm_90", "sm_100"))
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(_configurations, "_architecture", lambda device: "sm_80")
+    monkeypatch.setattr(_configurations, "architecture", lambda device: "sm_80")
     assert "AHEAD" not in configuration("score_attention", "forward", **facts)
 
 

@@ -1,0 +1,131 @@
+"""The forward pass that cuDNN computes for long causal dot products, on a stand-in for torch's operator."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import vlattn_fast as va
+from tests.helpers.compare import assert_all_close_to
+from vlattn_fast.backends.inputs import ScoreAttentionInputs
+from vlattn_fast.kernels import _cudnn
+
+BF16 = torch.bfloat16
+N, D = 80, 72
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    """The scales of calls of the stand-in, which takes tensors on a CPU from 64 tokens on."""
+    seen: list[float] = []
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, bias: None, wants_lse: bool, *, is_causal: bool, scale: float) -> Any:
+        assert bias is None and wants_lse and is_causal
+        seen.append(scale)
+        logits = query.double() @ key.double().mT * scale
+        logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).triu(1), -math.inf)
+        lse = logits.logsumexp(-1, keepdim=True)
+        out = torch.empty_like(query).copy_((logits - lse).exp() @ value.double())  # in the layout of the query, as cuDNN's is
+        return out, lse.float(), *[None] * 7
+
+    monkeypatch.setattr(_cudnn, "attend", attend)
+    monkeypatch.setattr(_cudnn, "can_use_cudnn_attention", lambda _: True)
+    monkeypatch.setattr(_cudnn, "_on_hopper", lambda _: True)
+    monkeypatch.setattr(_cudnn, "LONG", 64)
+    yield seen
+
+
+def sides(rows_first: bool = True, **change: Any) -> dict[str, Tensor]:
+    """Query, key and value of two samples and two heads."""
+
+    def side() -> Tensor:
+        shape = (2, change.get("tokens", N), 2, change.get("size", D))
+        x = torch.randn(shape, dtype=change.get("dtype", BF16)).transpose(1, 2)
+        return x if rows_first else x.contiguous()
+
+    return {name: side() for name in ("query", "key", "value")}
+
+
+@pytest.mark.parametrize("rows_first", (True, False))
+@pytest.mark.parametrize("dtype", (BF16, torch.float16))
+def test_score_attention(calls: list[float], rows_first: bool, dtype: torch.dtype) -> None:
+    """Output, log-sum-exp and gradients, whatever the layout."""
+
+    def call(function: Any, **tensors: Tensor) -> Any:
+        return function(**tensors, score="dot", scale=0.2, is_causal=True, return_lse=True)
+
+    ours, formula = partial(va.score_attention, backend="triton"), va.reference.score_attention
+    tensors = sides(rows_first, dtype=dtype)
+    cotangents = [torch.randn(2, 2, N, D), torch.randn(2, 2, N)]
+    assert_all_close_to(partial(call, ours), partial(call, formula), tensors, cotangents)
+    assert set(calls) == {0.2}
+    out, lse = call(ours, **tensors)
+    assert out.transpose(1, 2).is_contiguous() and lse.is_contiguous() and lse.shape == (2, 2, N)
+
+
+def test_relevancy_attention(calls: list[float]) -> None:
+    def call(function: Any, **tensors: Tensor) -> Any:
+        return function(**tensors, is_causal=True)
+
+    ours, formula = partial(va.relevancy_attention, backend="triton"), va.reference.relevancy_attention
+    tensors = {**sides(), "carrier": torch.rand(2, 1, N)}
+    assert_all_close_to(partial(call, ours), partial(call, formula), tensors, [torch.randn(2, 2, N, D), torch.rand(2, 1, N)])
+    assert calls
+
+
+def test_compiled(calls: list[float]) -> None:
+    """The operator has the layout that its fake declares."""
+    tensors = sides(False)
+    make = partial(va.score_attention, score="dot", is_causal=True, return_lse=True, backend="triton")
+    compiled = torch.compile(lambda **x: make(**x)[0].transpose(1, 2).reshape(2, N, -1) + 1, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(**tensors), make(**tensors)[0].transpose(1, 2).reshape(2, N, -1) + 1)
+    assert len(calls) == 2
+
+
+LEFT: dict[str, dict[str, Any]] = {  # calls that stay with the Triton kernel
+    "not causal": {"is_causal": False},
+    "a scale of zero": {"scale": 0.0},
+    "a negative scale": {"scale": -0.5},
+    "padding": {"key_mask": torch.ones(2, N, dtype=torch.bool)},
+    "a mask": {"attn_mask": torch.ones(N, N, dtype=torch.bool)},
+    "dropout": {"seed": torch.zeros((), dtype=torch.int64), "dropout_p": 0.5},
+    "another score": {"score": "additive", "vector": torch.ones(2, D, dtype=BF16)},
+    "a bias of groups": {"row_bias": torch.zeros(2, 2, N, 3), "key_groups": torch.zeros(2, N, dtype=torch.int64)},
+    "float32": sides(dtype=torch.float32),
+    "few tokens": sides(tokens=63),
+    "64 features": sides(size=64),
+    "160 features": sides(size=160),
+    "fewer key heads": {name: x if name == "query" else x[:, :1] for name, x in sides().items()},
+    "more keys": {name: x for name, x in sides(tokens=96).items() if name != "query"},
+    "a smaller value": {"value": sides(size=68)["value"]},
+}
+
+
+def inputs(**change: Any) -> ScoreAttentionInputs:
+    absent = dict.fromkeys(("vector", "attn_mask", "key_mask", "row_bias", "key_groups", "seed", "sink"))
+    plain = {"score": "dot", "parameter": 0.0, "scale": 0.2, "dropout_p": 0.0, "is_causal": True, "backend": "triton"}
+    return ScoreAttentionInputs(**{**absent, **plain, **sides(), **change})
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_what_stays_with_the_triton_kernel(calls: list[float], name: str) -> None:
+    assert _cudnn.forward(inputs()) is not None
+    assert _cudnn.forward(inputs(**LEFT[name])) is None
+    assert len(calls) == 1
+
+
+def test_where_cudnn_is_switched_off_or_absent(calls: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cudnn, "can_use_cudnn_attention", lambda _: False)
+    assert _cudnn.forward(inputs()) is None
+    assert calls == []
+
+
+def test_a_cpu_takes_no_cudnn() -> None:
+    """An emulated Hopper, too."""
+    assert not _cudnn._on_hopper(sides()["query"])
