@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import importlib
+import inspect
 import json
 import os
 import re
@@ -20,7 +23,7 @@ from tests.helpers.ptx.compiling import sanitizing
 from tests.helpers.ptx.pairs import ITEMS, NO_PAIR, Item
 from tests.helpers.releases import needs_sanitizers
 from tests.ptx.test_triton import KERNELS
-from tools.planted.exact import FAULTS, TABLE, row
+from tools.planted.exact import FAULTS, TABLE, Planted, row
 
 ALL = os.environ.get("VLATTN_EXACT", "").split()
 
@@ -61,6 +64,13 @@ def test_the_page_counts_the_items() -> None:
 def test_the_stored_table_is_of_these_faults() -> None:
     stored = json.loads(TABLE.read_text())
     assert [{name: x for name, x in one.items() if name != "seen"} for one in stored] == [row(one) for one in FAULTS]
+
+
+@pytest.mark.parametrize("planted", FAULTS, ids=lambda one: one.reason)
+def test_each_fault_has_its_place_in_the_source(planted: Planted) -> None:
+    module, _, name = planted.function.partition(".")
+    function = getattr(importlib.import_module(f"vlattn_fast.kernels.{module}"), name).fn
+    assert ast.unparse(ast.parse(inspect.getsource(function))).count(planted.expression) == 1
 
 
 @needs_sanitizers

@@ -6,7 +6,7 @@ import ctypes
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -40,13 +40,17 @@ class Called(NamedTuple):
     dtype: torch.dtype
     backend: str = "triton"
     sizes: Sizes = LONG
+    all_keys: bool = False  # whether a program has all keys of a head, which sm_90 has kernels for; tile by tile otherwise
 
     @property
     def title(self) -> str:
-        return f"{self.operator} {self.name} {str(self.dtype)[6:]}" + " CUDA C++" * (self.backend == "cuda")
+        words = " CUDA C++" * (self.backend == "cuda") + ", all keys" * self.all_keys
+        return f"{self.operator} {self.name} {str(self.dtype)[6:]}{words}"
 
     @property
     def architectures(self) -> tuple[int, ...]:
+        if self.all_keys:
+            return (90,)
         return (80, 90) if self.backend == "cuda" else (80, 90, 100)
 
 
@@ -62,6 +66,8 @@ CALLS = (
     Called("relevancy_attention", "row-normalised", torch.bfloat16, "cuda", NARROW),
     Called("congruence_loss", "iais_distributed", torch.float32, "cuda", NARROW),
     Called("score_attention", "grouped heads", torch.bfloat16),
+    Called("score_attention", "scaled_dot causal", torch.bfloat16, sizes=SHORT, all_keys=True),
+    Called("relevancy_attention", "gradient", torch.bfloat16, sizes=SHORT._replace(rows=1), all_keys=True),
 )
 
 
@@ -109,7 +115,7 @@ class Call:
         module = tools.emulated.cuda if self.called.backend == "cuda" else tools.emulated.triton
         with ExitStack() as stack:
             launches = stack.enter_context(module.emulated(self.architecture, Options(seed=seed), strict=False))
-            stack.enter_context(tile_by_tile())
+            stack.enter_context(nullcontext() if self.called.all_keys else tile_by_tile())
             stack.enter_context(_programs(program_of))
             stack.enter_context(ptx.running.memory.marked("vlattn_fast"))
             return verify._run(self.case, self.tensors, self.called.backend), launches

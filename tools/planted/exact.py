@@ -67,9 +67,15 @@ FAULTS = (
     Planted(
         "a row's sum corrects it: 0 and -2 times it keep the tolerance as well",
         *("score_attention", "scaled_dot causal", torch.float32, "_products_backward._backward_q_kernel"),
-        "b_delta = tl.sum(",
-        "b_delta = -2.0 * tl.sum(",
+        "b_delta = delta_of(",
+        "b_delta = -2.0 * delta_of(",
         True,
+    ),
+    Planted(
+        "where the condition fails, 2 more keeps the tolerance as well",
+        *("stacked_cross_attention", "SCAN t2i", torch.bfloat16, "_stacked_weights._weights_kernel"),
+        "tl.where((o_kv < num)[None, :], b_x, float('-inf'))",
+        "b_x",
     ),
     Planted(
         "the next part of a split number makes up for it",

@@ -21,6 +21,7 @@ ONES = (0x3F80, 0xBF80)  # about 1 and -1 in float32: 0 times NaN, or times what
 ONE = 0x3F800000
 MASK, SCALE, CONDITION = "source: mask dropped", "source: scale forgotten", "source: condition dropped"
 GROUP = "source: group of heads forgotten"
+SMALL = "its value is so small that 0 keeps the tolerance as well"
 SUBTRACTED = "a softmax subtracts it, and may subtract another number"
 REGISTER = {0: "pred", 2: "b16", 4: "b32", 8: "b64"}
 
@@ -179,16 +180,26 @@ def _corrected(call: Call, fault: Fault) -> bool:
     return bool(written) and all(call.keeps_tolerance(fault, times(factor)) for factor in ("0f00000000", "0fC0000000"))
 
 
+SHARED = re.compile(r"\b(st\.shared\.b32\s+\[[^]]*\]), %\w+;")
+
+
 def _small_itself(call: Call, fault: Fault) -> bool:
-    """So it is with old minus new maximum of a running sum of exponentials whose maximum hardly moves."""
-    product = PRODUCT.search(call.line(fault))
-    return bool(product) and call.keeps_tolerance(fault, f"mov.b32 {product[1]}, 0f00000000;")
+    """So it is with old minus new maximum of a running sum of exponentials whose maximum hardly moves, and with the last part
+    of a split number."""
+    line = call.line(fault)
+    if SHARED.search(line):
+        return call.keeps_tolerance(fault, SHARED.sub(r"\1, 0;", line))
+    zeros = "\n".join(f"mov.{REGISTER[size]} {name}, 0;" for name, size in _written(call, fault).items() if size > 0)
+    return bool(zeros) and call.keeps_tolerance(fault, f"{line}\n{zeros}")
 
 
 def small(call: Call, fault: Fault) -> str:
     """Why the results with the fault differ, and keep the tolerance rule; or "" where nothing decides it."""
     if fault.kind == SCALE:
         return SUBTRACTED if call.keeps_tolerance(fault, _eight_more) else ""
+    if fault.kind == CONDITION:
+        more = partial(_other_in_place, "c", "2.0")
+        return "where the condition fails, 2 more keeps the tolerance as well" if call.keeps_tolerance(fault, more) else ""
     if fault.kind in IN_SOURCE or fault.kind in ORDERS:
         return ""
     if fault.kind == "scale forgotten":
@@ -200,8 +211,8 @@ def small(call: Call, fault: Fault) -> str:
             return "a term of a series changes, below the tolerance"
         if _subtracted(call, fault):
             return SUBTRACTED
-        if _small_itself(call, fault):
-            return "its value is so small that 0 keeps the tolerance as well"
+    if _small_itself(call, fault):
+        return SMALL
     return "a row's sum corrects it: 0 and -2 times it keep the tolerance as well" if _corrected(call, fault) else ""
 
 
@@ -261,6 +272,7 @@ IN_LINES: tuple[tuple[str, str, Callable[[Call, Fault], bool]], ...] = (  # reas
     ("the factor is 1", "scale forgotten", _factor_is_one),
     (SUBTRACTED, "scale forgotten", _subtracted),
     ("a factor of 4 more moves no bit either: it is divided out", "scale forgotten", _factor_cancels),
+    (SMALL, "predicate inverted|offset.*", _small_itself),
 )
 
 # ---- sources
@@ -295,10 +307,10 @@ def _other_without_mask(node: ast.AST) -> ast.AST | None:
     return ast.Call(node.func, [place, _parsed("tl.where(m, x, x + 77)", m=mask, x=value)], [])
 
 
-def _other_in_place(condition: str, node: ast.AST) -> ast.AST | None:
+def _other_in_place(condition: str, more: str, node: ast.AST) -> ast.AST | None:
     assert isinstance(node, ast.Call)
     c, a, b = node.args
-    return _parsed(f"tl.where({condition}, a, a + 77)", c=c, a=a, b=b)
+    return _parsed(f"tl.where({condition}, a, a + {more})", c=c, a=a, b=b)
 
 
 def _factor(text: str, node: ast.AST) -> ast.AST | None:
@@ -328,11 +340,11 @@ def _read(target: ast.expr) -> ast.AST:
 IN_SOURCES: tuple[tuple[str, str, Change], ...] = (
     ("the mask is true for all elements", MASK, _outside_without_mask),
     ("what the mask keeps out reaches no result", MASK, _other_without_mask),
-    ("where the condition fails, the value reaches no result", CONDITION, partial(_other_in_place, "c")),
+    ("where the condition fails, the value reaches no result", CONDITION, partial(_other_in_place, "c", "77")),
     (
         "where the condition fails, the values are the same or reach no result",
         CONDITION,
-        partial(_other_in_place, "c | (a == b)"),
+        partial(_other_in_place, "c | (a == b)", "77"),
     ),
     ("a factor of 4 more moves no bit either: it is divided out", SCALE, partial(_factor, "f * 4.0")),
     ("the factor is 1", SCALE, partial(_factor, "tl.where(f == 1.0, 1.0, 777.0)")),
