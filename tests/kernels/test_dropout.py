@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 import triton
@@ -15,7 +13,7 @@ from vlattn_fast.kernels._tiles import Dropout, keep_factor
 HEADS, QUERIES, KEYS, PROBABILITY = 4, 16, 16, 0.4
 
 
-def _factors(p_out: Any, dropout: Any, i_bh: Any, N: Any) -> None:
+def _factors(p_out, dropout, i_bh, N):  # without annotations, which Triton 3.6 looks up when it compiles
     """The factors of the first 16 rows and keys of a head."""
     o = tl.arange(0, 16)
     i_bh = tl.full([], i_bh, tl.int64)

@@ -20,6 +20,7 @@ import vlattn_fast as va
 from tests.helpers.compare import as_dtype, assert_all_close_to
 from tests.helpers.ops import abar_cases, map_cases, relevancy_cases
 from tests.helpers.ops.backends import ROOT
+from tests.helpers.releases import needs_interpreted_loops
 from tests.kernels.test_score_attention import KINDS, Ahead, tensors
 from vlattn_fast.kernels import _configurations, _group_bias, _tiles, relevancy_attention, score_attention
 
@@ -367,6 +368,7 @@ def test_statistics_of_few_queries() -> None:
     map_cases.check_statistics("triton", inputs, only="entropy", **of_tokens(3, runs(1200, 0, 300, 301, 700)))
 
 
+@needs_interpreted_loops
 def test_the_interpreter_as_users_have_it() -> None:
     """TRITON_INTERPRET=1 alone, without what tests/helpers/ops/interpreter.py changes."""
     program = (
