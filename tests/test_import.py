@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 import vlattn_fast
 
@@ -105,6 +108,16 @@ def test_what_is_imported_late_is_there_at_its_first_use() -> None:
 def test_the_version_is_that_of_the_project() -> None:
     (stated,) = re.findall(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M)
     assert vlattn_fast.__version__ == stated and "__version__" in dir(vlattn_fast)
+
+
+def test_a_tree_that_is_not_installed_has_a_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`vlattn` asks for it."""
+
+    def absent(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    assert vlattn_fast.__version__ == "0+unknown"
 
 
 def test_a_clone_beside_an_editable_install_warns_of_two_trees(tmp_path: Path) -> None:

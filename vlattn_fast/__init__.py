@@ -123,7 +123,10 @@ def __getattr__(name: str) -> Any:
         globals()[name] = value = getattr(importlib.import_module(f"{__name__}.interpret"), name)
         return value
     if name == "__version__":
-        return importlib.metadata.version(__name__)
+        try:
+            return importlib.metadata.version(__name__)
+        except importlib.metadata.PackageNotFoundError:  # a tree on sys.path that is not installed
+            return "0+unknown"
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

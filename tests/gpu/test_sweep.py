@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from tests.helpers import programs
+from tools.gpu import sweep
 
 ROOT = Path(__file__).resolve().parents[2]
 # what Triton compiles a launch for, ahead and then as it is timed and checked; ends with 1 where something was not compiled ahead
@@ -41,6 +42,11 @@ for number in (0, 2):
 def test_the_sweep_compiles_ahead_what_is_timed_and_what_is_checked():
     done = programs.run(AHEAD)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_configuration_that_triton_does_not_compile_is_a_result():
+    assert sweep.is_of_a_configuration(RuntimeError("PassManager::run failed\nThe backend 'triton' failed."))
+    assert not sweep.is_of_a_configuration(RuntimeError("CUDA error: an illegal memory access was encountered"))
 
 
 DIES = """

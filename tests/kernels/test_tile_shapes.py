@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from tests.helpers.compare import as_dtype
-from tests.helpers.ops import abar_cases, map_cases, relevancy_cases, score_cases
+from tests.helpers.ops import abar_cases, backends, map_cases, relevancy_cases, score_cases
+from vlattn_fast._ground import extras
 from vlattn_fast.kernels import _configurations
 
 N, H, HEADS = 36, 4, {"h": 4, "kv": 2}
@@ -59,7 +60,11 @@ def test_relevancy_attention(rule: str) -> None:
     relevancy_cases.check("triton", relevancy_cases.tensors(N, **HEADS), rule=rule, **options)
 
 
-@pytest.mark.parametrize("operator", ("step", "map"))
+COMPILED_BY_OLD_TRITON = not backends.INTERPRET and bool(extras.missing("triton", 3, 7))
+REFUSED = pytest.mark.skipif(COMPILED_BY_OLD_TRITON, reason="Triton 3.6 compiles no such tile; no configuration has one")
+
+
+@pytest.mark.parametrize("operator", (pytest.param("step", marks=REFUSED), "map"))
 def test_gradients_of_maps(operator: str) -> None:
     make = partial(_drawn, b=1, **HEADS)
     abar_cases.check("triton", operator, make, rule="gradient", **masks())

@@ -26,7 +26,12 @@ Row = dict[str, Any]
 WARPS, FASTEST = (4, 8), 3
 LEAST_TILE, MOST_KEYS = 16, 128
 SAVES = 0.03
-FAILURES = ("OutOfResources", "CompilationError", "PTXASError")  # of a configuration, which are results
+FAILURES = ("OutOfResources", "CompilationError", "PTXASError")
+
+
+def is_of_a_configuration(error: Exception) -> bool:
+    """Whether it says that a configuration does not fit or does not compile, which is a result. The last is a fault of Triton."""
+    return type(error).__name__ in FAILURES or "PassManager::run failed" in str(error)
 
 
 def label(config: Config | None) -> str:
@@ -110,7 +115,7 @@ def tried(item: dict[str, Any], device: str) -> Row:
     try:
         row = _measured(launch, device)
     except Exception as error:
-        if type(error).__name__ not in FAILURES:
+        if not is_of_a_configuration(error):
             raise
         row = {"passed": True, "not_run": f"{type(error).__name__}: {error}"[:300]}
     finally:
@@ -183,7 +188,7 @@ def compile_some(hot: int, configs: Sequence[Config | None], architecture: int) 
                 for case in cases:
                     verify._run(case, case.in_dtype(torch.bfloat16), "triton")
             except Exception as error:
-                if type(error).__name__ not in FAILURES:
+                if not is_of_a_configuration(error):
                     raise
             if config is None:
                 defaults += recorder.asked.values()
