@@ -14,7 +14,7 @@ from torch import Tensor
 import vlattn_fast as va
 from tests.helpers.compare import assert_all_close_to
 from vlattn_fast.backends.inputs import ScoreAttentionInputs
-from vlattn_fast.kernels import _cudnn
+from vlattn_fast.kernels import _configurations, _cudnn
 
 BF16 = torch.bfloat16
 N, D = 80, 72
@@ -27,6 +27,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
 
     def attend(query: Tensor, key: Tensor, value: Tensor, bias: None, wants_lse: bool, *, is_causal: bool, scale: float) -> Any:
         assert bias is None and wants_lse and is_causal
+        for x in (query, key, value):  # as cuDNN takes them
+            assert x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(step % 8 == 0 for step in x.stride()[:3])
         seen.append(scale)
         logits = query.double() @ key.double().mT * scale
         logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).triu(1), -math.inf)
@@ -35,8 +37,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
         return out, lse.float(), *[None] * 7
 
     monkeypatch.setattr(_cudnn, "attend", attend)
-    monkeypatch.setattr(_cudnn, "can_use_cudnn_attention", lambda _: True)
+    monkeypatch.setattr(_cudnn, "can_use_cudnn_attention", lambda parameters: parameters.is_causal)
     monkeypatch.setattr(_cudnn, "_on_hopper", lambda _: True)
+    monkeypatch.setattr(_cudnn, "_version", lambda: 91501)
     monkeypatch.setattr(_cudnn, "LONG", 64)
     yield seen
 
@@ -67,6 +70,16 @@ def test_score_attention(calls: list[float], rows_first: bool, dtype: torch.dtyp
     assert set(calls) == {0.2}
     out, lse = call(ours, **tensors)
     assert out.transpose(1, 2).is_contiguous() and lse.is_contiguous() and lse.shape == (2, 2, N)
+
+
+@pytest.mark.parametrize("cut", (slice(1, None), slice(None, -1), slice(None, None, 2)), ids=str)
+def test_addresses_and_strides(calls: list[float], cut: slice) -> None:
+    """Rows that begin anywhere, or have gaps, are copied."""
+    size = {"size": 2 * D if cut.step else D + 1}
+    tensors = {name: x[..., cut] for name, x in sides(**size).items()}
+    got = va.score_attention(**tensors, is_causal=True, backend="triton")
+    want = va.score_attention(**{name: x.contiguous() for name, x in tensors.items()}, is_causal=True, backend="triton")
+    assert len(calls) == 2 and torch.equal(got, want)
 
 
 def test_relevancy_attention(calls: list[float]) -> None:
@@ -120,12 +133,29 @@ def test_what_stays_with_the_triton_kernel(calls: list[float], name: str) -> Non
     assert len(calls) == 1
 
 
-def test_where_cudnn_is_switched_off_or_absent(calls: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_cudnn, "can_use_cudnn_attention", lambda _: False)
+ABSENT: dict[str, tuple[str, Any]] = {
+    "switched off": ("can_use_cudnn_attention", lambda _: False),
+    "older than torch prefers": ("_version", lambda: 91500),
+    "without the operator": ("attend", None),
+}
+
+
+@pytest.mark.parametrize("name", ABSENT)
+def test_where_cudnn_is_not_taken(calls: list[float], monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(_cudnn, *ABSENT[name])
     assert _cudnn.forward(inputs()) is None
     assert calls == []
 
 
-def test_a_cpu_takes_no_cudnn() -> None:
-    """An emulated Hopper, too."""
+def test_an_emulated_hopper_takes_no_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_configurations, "TARGET", "sm_90")
     assert not _cudnn._on_hopper(sides()["query"])
+
+
+def test_torch_has_the_operator() -> None:
+    """As it is called: on tensors without numbers."""
+    query, key, value = (x.to("meta") for x in sides().values())
+    assert _cudnn.attend is not None
+    out, lse = _cudnn.attend(query, key, value, None, True, is_causal=True, scale=0.2)[:2]
+    assert out.shape == query.shape and out.dtype == BF16
+    assert lse.numel() == 2 * 2 * N and lse.dtype == torch.float32

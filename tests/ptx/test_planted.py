@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from collections import Counter
 from typing import Any
@@ -12,12 +13,13 @@ pytest.importorskip("triton")
 
 from tests.helpers.ptx.compiling import compiling
 from tests.helpers.releases import needs_fences
+from tools.planted import reasons as reasons_of
 from tools.planted.calls import CALLS, Outcome
-from tools.planted.faults import IN_PTX, IN_SOURCE
+from tools.planted.faults import IN_PTX, IN_SOURCE, Fault
 from tools.planted.table import TABLE, reasons, summary
 
 STORED = json.loads(TABLE.read_text())
-SAMPLES = ((80, 1, 6), (90, 0, 6), (90, 7, 2), (90, 8, 2), (90, 9, 2))  # architecture, call and number of faults
+SAMPLES = ((80, 1, 6), (90, 0, 6), (90, 7, 2), (90, 8, 2), (90, 9, 2), (90, 11, 2))  # architecture, call and number of faults
 
 
 def rows() -> list[tuple[dict[str, Any], list[Any]]]:
@@ -61,3 +63,38 @@ def test_a_few_faults_planted_again(architecture: int, number: int, few: int) ->
 def test_a_kernel_without_a_fault_is_harmless() -> None:
     """The judgement itself finds no fault."""
     assert compiling("tests.helpers.ptx.planting.without_fault", 90, 0) == Outcome("harmless")
+
+
+class Checked:
+    """A call whose results keep the tolerance with whatever a check puts in the place of a fault; it notes what that is."""
+
+    def __init__(self, line: str = "") -> None:
+        self._line, self.instead = line, list[Any]()
+
+    def line(self, fault: Fault) -> str:
+        return self._line
+
+    def keeps_tolerance(self, fault: Fault, instead: Any) -> bool:
+        self.instead.append(instead)
+        return True
+
+
+@pytest.mark.parametrize(
+    ("kind", "line", "instead"),
+    [
+        ("offset off by one element", "st.shared.b32 [%r45+1536], %r1826;", "st.shared.b32 [%r45+1536], 0;"),
+        ("predicate inverted", "@%p10 ld.global.b16 { %rs21 }, [ %rd78 + 0 ];", "{line}\nmov.b16 %rs21, 0;"),
+    ],
+)
+def test_zeros_stand_for_what_is_small(monkeypatch: pytest.MonkeyPatch, kind: str, line: str, instead: str) -> None:
+    monkeypatch.setattr(reasons_of, "_written", lambda call, fault: {"%rs21": 2})
+    call: Any = Checked(line)
+    assert reasons_of.small(call, Fault(kind, "a kernel", 1)) == reasons_of.SMALL
+    assert call.instead == [instead.format(line=line)]
+
+
+def test_a_value_that_a_condition_keeps_out_may_be_larger() -> None:
+    call: Any = Checked()
+    assert "2 more" in reasons_of.small(call, Fault("source: condition dropped", "a function", 0))
+    (change,) = call.instead
+    assert ast.unparse(change(ast.parse("tl.where(m, x, y)", mode="eval").body)) == "tl.where(m, x, x + 2.0)"

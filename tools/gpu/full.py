@@ -33,7 +33,8 @@ DROPOUT = 0.1
 
 
 class Full(NamedTuple):
-    """A call. `what`: words of "causal", "grouped", "padding" and "dropout"; for an operator of CASES the name of a case."""
+    """A call. `what`: words of "causal", "grouped", "padding", "dropout" and "without cuDNN", whose forward pass is ours in any
+    case; for an operator of CASES the name of a case."""
 
     operator: str
     what: str
@@ -74,6 +75,7 @@ class Full(NamedTuple):
             case "attention_statistics":
                 del tensors["value"]
         call = in_blocks(OPERATORS[self.operator].call)
+        call = without_cudnn(call) if "cuDNN" in words else call
         return Example(call, self.name, tensors, options, in_float32=("carrier",))
 
 
@@ -84,7 +86,7 @@ FULL = [
         ("clip", "relevancy_attention", ("", "padding")),
         ("llava", "score_attention", ("causal", "causal grouped", "causal grouped dropout", "causal padding")),
         ("llava", "relevancy_attention", ("causal", "causal grouped", "causal padding")),
-        ("16384", "score_attention", ("", "causal")),
+        ("16384", "score_attention", ("", "causal", "causal without cuDNN")),
         ("16384", "relevancy_attention", ("causal",)),
         ("4096", "score_attention", ("", "causal dropout")),
         ("4096", "relevancy_attention", ("",)),
@@ -97,6 +99,19 @@ FULL = [
     )
     for what in kinds
 ]
+
+
+def without_cudnn(call: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(call)
+    def run(**arguments: Any) -> Any:
+        before = torch.backends.cuda.cudnn_sdp_enabled()
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        try:
+            return call(**arguments)
+        finally:
+            torch.backends.cuda.enable_cudnn_sdp(before)
+
+    return run
 
 
 def in_blocks(call: Callable[..., Any]) -> Callable[..., Any]:

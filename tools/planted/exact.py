@@ -29,7 +29,7 @@ TILE = {"BLOCK_Q": 32, "BLOCK_KV": 32, "num_warps": 4, "num_stages": 1}
 
 
 class Planted(NamedTuple):
-    reason: str  # by which tests/ptx/planted.json explains that the fault keeps the tolerance
+    reason: str  # by which tools/planted/reasons.py explains that a fault keeps the tolerance
     operator: str
     case: str
     dtype: torch.dtype

@@ -187,7 +187,7 @@ def _small_itself(call: Call, fault: Fault) -> bool:
     """So it is with old minus new maximum of a running sum of exponentials whose maximum hardly moves, and with the last part
     of a split number."""
     line = call.line(fault)
-    if SHARED.search(line):
+    if fault.kind.startswith("offset") and SHARED.search(line):
         return call.keeps_tolerance(fault, SHARED.sub(r"\1, 0;", line))
     zeros = "\n".join(f"mov.{REGISTER[size]} {name}, 0;" for name, size in _written(call, fault).items() if size > 0)
     return bool(zeros) and call.keeps_tolerance(fault, f"{line}\n{zeros}")
