@@ -29,10 +29,10 @@ template <> struct torch::stable::detail::ToImpl<Word> {
         const StringHandle handle = to<StringHandle>(value);
         const char* data = nullptr;
         size_t length = 0;
-        STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
-        STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+        TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+        TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
         const Word word(data, length);
-        STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+        TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
         return word;
     }
 };
@@ -196,7 +196,7 @@ Tensor repeated_heads(const Tensor& x, Size heads) {
     StableIValue stack[] = {torch::stable::detail::from(x), torch::stable::detail::from(heads / x.size(1)),
                             torch::stable::detail::from(std::optional<int64_t>(1)),
                             torch::stable::detail::from(std::optional<int64_t>())};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::repeat_interleave", "self_int", stack, TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::repeat_interleave", "self_int", stack, TORCH_ABI_VERSION));
     return torch::stable::detail::to<Tensor>(stack[0]);
 }
 size_t place(Text name, Text value, std::initializer_list<const char*> values) {

@@ -28,7 +28,7 @@ static int run(char** arguments) {
     StableIValue pairs[] = {
         from(tensor({1, 2, 2}, query)), from(tensor({1, 3, 2}, document)), from(none), from(none), from(false),
         from(std::string("cpu"))};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("vlattn::maxsim", "", pairs, TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("vlattn::maxsim", "", pairs, TORCH_ABI_VERSION));
     const float similarity = *(const float*)to<Tensor>(pairs[0]).const_data_ptr();
     to<Tensor>(pairs[1]);
     // attention of one query over two keys with logits 0 and log 3: 1/4 and 3/4 of the values 8 and 4
@@ -49,7 +49,7 @@ static int run(char** arguments) {
                           from(0.0),
                           from(false),
                           from(std::string("cpu"))};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("vlattn::score_attention", "", row, TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("vlattn::score_attention", "", row, TORCH_ABI_VERSION));
     const float out = *(const float*)to<Tensor>(row[0]).const_data_ptr();
     const double lse = *(const double*)to<Tensor>(row[1]).const_data_ptr();
     printf("%.6f %.6f %.6f\n", similarity, out, lse);
