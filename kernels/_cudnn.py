@@ -24,7 +24,7 @@ OLDEST = 91501  # 9.15.1: torch prefers no older one on Hopper
 attend = getattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention", None)  # not a public name
 
 
-def forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor] | None:
+def out_and_lse(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor] | None:
     """out (B, H, N, D), laid out (B, N, H, D), and lse (B, H, N) in float32; None where the Triton kernel runs."""
     if attend is None or not (_on_hopper(inputs.query) and _is_plain(inputs) and _is_long(inputs)) or _version() < OLDEST:
         return None

@@ -142,7 +142,7 @@ class Parts(NamedTuple):
 @on_device
 def forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
     """out (B, H, N, Dv), laid out (B, N, H, Dv) as SDPA does, and lse (B, H, N)."""
-    if (by_cudnn := _cudnn.forward(inputs)) is not None:
+    if (by_cudnn := _cudnn.out_and_lse(inputs)) is not None:
         return by_cudnn
     query, vector = inputs.query, inputs.vector
     batch, heads, num_q, _ = query.shape

@@ -128,8 +128,8 @@ def inputs(**change: Any) -> ScoreAttentionInputs:
 
 @pytest.mark.parametrize("name", LEFT)
 def test_what_stays_with_the_triton_kernel(calls: list[float], name: str) -> None:
-    assert _cudnn.forward(inputs()) is not None
-    assert _cudnn.forward(inputs(**LEFT[name])) is None
+    assert _cudnn.out_and_lse(inputs()) is not None
+    assert _cudnn.out_and_lse(inputs(**LEFT[name])) is None
     assert len(calls) == 1
 
 
@@ -143,7 +143,7 @@ ABSENT: dict[str, tuple[str, Any]] = {
 @pytest.mark.parametrize("name", ABSENT)
 def test_where_cudnn_is_not_taken(calls: list[float], monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(_cudnn, *ABSENT[name])
-    assert _cudnn.forward(inputs()) is None
+    assert _cudnn.out_and_lse(inputs()) is None
     assert calls == []
 
 
