@@ -26,7 +26,8 @@ attend = getattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention", None)  #
 
 def out_and_lse(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor] | None:
     """out (B, H, N, D), laid out (B, N, H, D), and lse (B, H, N) in float32; None where the Triton kernel runs."""
-    if attend is None or not (_on_hopper(inputs.query) and _is_plain(inputs) and _is_long(inputs)) or _version() < OLDEST:
+    # what most calls are not comes first: each call of the Triton backend asks
+    if not (_is_plain(inputs) and _on_hopper(inputs.query) and _is_long(inputs)) or attend is None or _version() < OLDEST:
         return None
     query, key, value = aligned(inputs.query), aligned(inputs.key), aligned(inputs.value)
     if not can_use_cudnn_attention(SDPAParams(query, key, value, None, 0.0, True, False)):  # switched off, or not of these sizes

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vlattn_fast.checking import blocks, verify
 from vlattn_fast.checking.cases import Example, Sizes
@@ -30,6 +31,7 @@ SIZES = {
 CASES = ("maxsim", "paged_attention_statistics")  # their maps are small, and need no blocks
 SHARED = 4  # query heads of a key head, where heads are grouped
 DROPOUT = 0.1
+WITHOUT_CUDNN = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 class Full(NamedTuple):
@@ -75,7 +77,7 @@ class Full(NamedTuple):
             case "attention_statistics":
                 del tensors["value"]
         call = in_blocks(OPERATORS[self.operator].call)
-        call = without_cudnn(call) if "cuDNN" in words else call
+        call = WITHOUT_CUDNN(call) if "cuDNN" in words else call
         return Example(call, self.name, tensors, options, in_float32=("carrier",))
 
 
@@ -99,19 +101,6 @@ FULL = [
     )
     for what in kinds
 ]
-
-
-def without_cudnn(call: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(call)
-    def run(**arguments: Any) -> Any:
-        before = torch.backends.cuda.cudnn_sdp_enabled()
-        torch.backends.cuda.enable_cudnn_sdp(False)
-        try:
-            return call(**arguments)
-        finally:
-            torch.backends.cuda.enable_cudnn_sdp(before)
-
-    return run
 
 
 def in_blocks(call: Callable[..., Any]) -> Callable[..., Any]:
