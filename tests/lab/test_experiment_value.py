@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,3 +53,13 @@ def test_words_and_regions_are_weighed_by_their_number():
         {"test": "modality", "kind": kind, "layer": 0, "head": 0, "value": count / 11} for kind, count in value.TOKENS.items()
     ]
     assert value.per_token({"trained": even}, "trained") == pytest.approx(1.0)
+
+
+def test_the_page_says_which_observations_were_not_tested():
+    """The paper's (iv) is about plots and (v) about heads; the probes read two numbers of each head, and states."""
+    page = (Path(__file__).parents[2] / "docs" / "experiments" / "value.md").read_text(encoding="utf-8")
+    asked = dict(re.findall(r"^\| \((\w+)\) [^|]+ \| (yes|no)\b", page, re.M))
+    assert asked == {"i": "yes", "ii": "yes", "iii": "yes", "iv": "no", "v": "no"}
+    results = re.findall(r"^- \*\*\((\w+)\) [^*]+: not tested\.\*\*", page, re.M)
+    assert results == ["iv", "v"]
+    assert "(v) attention heads hold" in page and "from states behind" in page
