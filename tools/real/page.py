@@ -278,7 +278,7 @@ def page() -> str:
     area = {row["photo"]: row["area"] for row in stored.of("photo")}
     sentences = list(dict.fromkeys(row["sentence"] for row in stored.of("words")))
     return TEXT.format(
-        seconds=math.fsum(stored.facts["seconds"].values()),
+        minutes=math.fsum(stored.facts["seconds"].values()) / 60,
         device="; ".join(dict.fromkeys(stored.facts["device"].values())),
         versions=stored.facts["versions"],
         rows=ROWS.relative_to(ROOT),
