@@ -11,7 +11,7 @@ from vlattn_fast.serve.ask import Ask, check_ask, groups_of_tokens
 
 
 def ask(value: Any, pictures: tuple[tuple[int, int], ...] = ((2, 4), (6, 7))) -> Ask:
-    return check_ask(value, layers=3, prompt=9, pictures=pictures)
+    return check_ask(value, layers=3, prompt=9, pictures=pictures, most=29)
 
 
 def test_an_empty_ask_is_the_mass_of_image_question_and_answer_in_all_layers() -> None:
@@ -28,8 +28,9 @@ def test_a_text_has_no_image() -> None:
 
 
 def test_spans() -> None:
-    got = ask({"groups": {"a": [[0, 2], [5, 5]], "b": [[4, None]], "none": []}})
-    assert groups_of_tokens(got, 7).tolist() == [0, 0, -1, -1, 1, 1, 1]
+    got = ask({"groups": {"a": [[0, 2], [3, 4]], "b": [[4, None]]}})
+    assert groups_of_tokens(got, 7).tolist() == [0, 0, -1, 0, 1, 1, 1]
+    assert ask({"groups": {"last": [[28, 29]], "answer": [[9, 28]]}}).groups == (("last", ((28, 29),)), ("answer", ((9, 28),)))
 
 
 def test_an_ask_survives_json() -> None:
@@ -57,13 +58,20 @@ def test_no_groups_without_mass() -> None:
         ({"groups": "image|dog"}, "groups must"),
         ({"groups": {"a": [[1, 3]], "b": [[2, None]]}}, "'a' and 'b', which both have token 2"),
         ({"groups": {"a": [[0, None]], "b": [[5, 6]]}}, "both have token 5"),
-        ({"groups": {"a": [[3, 1]]}}, "the end of a span of 'a' must be at least 3"),
+        ({"groups": {"a": [[3, 1]]}}, "the end of a span of 'a' must be at least 4"),
+        ({"groups": {"a": [[3, 3]]}}, "the end of a span of 'a' must be at least 4; got 3"),
+        ({"groups": {"a": []}}, "groups['a'] must be a list of at least one [start, end]"),
+        ({"groups": {"a": [[9000, 9005]]}}, "within the 29 tokens of the prompt and its longest answer; got [9000, 9005]"),
+        ({"groups": {"a": [[29, None]]}}, "within the 29 tokens of the prompt and its longest answer; got [29, None]"),
+        ({"groups": {"a": [[3, 30]]}}, "got [3, 30]. An end of None is the newest token"),
+        ({"groups": "image|image"}, "groups must name each once; got ['image', 'image']"),
+        ({"statistics": ["mass", "mass"]}, "statistics must name each once"),
         ({"groups": {"a": [[-1, 1]]}}, "the start of a span of 'a' must be at least 0"),
         ({"groups": {}}, "groups must have at least one group"),
         ({"groups": {str(n): [] for n in range(65)}}, "groups must be at most 64; got 65"),
         ({"groups": {1: [[0, 1]], "1": [[2, 3]]}}, "each with a string for its name"),
-        ({"groups": {"a": [1, 3]}}, "groups['a'] must be a list of [start, end]"),
-        ({"groups": {"a": "1-3"}}, "groups['a'] must be a list of [start, end]"),
+        ({"groups": {"a": [1, 3]}}, "groups['a'] must be a list of at least one [start, end]"),
+        ({"groups": {"a": "1-3"}}, "groups['a'] must be a list of at least one [start, end]"),
         ({"statistics": ["entropy"], "groups": {"a": [[0, 1]]}}, "must name 'mass' where groups are given"),
     ],
 )

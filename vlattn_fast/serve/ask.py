@@ -36,8 +36,9 @@ class Ask(NamedTuple):
         return Ask(tuple(value["layers"]), tuple(value["statistics"]), groups)
 
 
-def check_ask(value: Any, layers: int, prompt: int, pictures: Sequence[Span]) -> Ask:
-    """The Ask of a request to a model of so many layers; `prompt`: its number of tokens; `pictures`: their spans in it.
+def check_ask(value: Any, layers: int, prompt: int, pictures: Sequence[Span], most: int) -> Ask:
+    """The Ask of a request to a model of so many layers; `prompt`: its number of tokens; `pictures`: their spans in it; `most`:
+    tokens of the prompt and of its longest answer.
 
     Raises:
         ValueError, TypeError: naming the part of `value` that is wrong.
@@ -45,12 +46,12 @@ def check_ask(value: Any, layers: int, prompt: int, pictures: Sequence[Span]) ->
     if not isinstance(value, Mapping) or not set(value) <= {"layers", *DEFAULT}:
         raise ValueError(f"{KEY} must be a dict with some of layers, statistics and groups; got {value!r:.200}")
     numbers = _layers(value.get("layers"), layers)
-    statistics = tuple(check_names("statistics", value.get("statistics", DEFAULT["statistics"]), STATISTICS))
+    statistics = _names("statistics", value.get("statistics", DEFAULT["statistics"]), STATISTICS)
     if "mass" not in statistics:
         if "groups" in value:
             raise ValueError(f"statistics must name 'mass' where groups are given; got {list(statistics)}")
         return Ask(numbers, statistics, ())
-    groups = _groups(value.get("groups", NAMED), prompt, pictures)
+    groups = _groups(value.get("groups", NAMED), prompt, pictures, most)
     check_disjoint(groups)
     return Ask(numbers, statistics, groups)
 
@@ -67,16 +68,23 @@ def _layers(value: Any, layers: int) -> tuple[int, ...]:
     return tuple(value)
 
 
-def _groups(value: Any, prompt: int, pictures: Sequence[Span]) -> tuple[tuple[str, tuple[Span, ...]], ...]:
+def _names(name: str, value: Any, known: Sequence[str]) -> tuple[str, ...]:
+    names = check_names(name, value, known)
+    if isinstance(value, Sequence) and len(names) < len(value):
+        raise ValueError(f"{name} must name each once; got {list(value)}")
+    return names
+
+
+def _groups(value: Any, prompt: int, pictures: Sequence[Span], most: int) -> tuple[tuple[str, tuple[Span, ...]], ...]:
     if isinstance(value, Mapping):
         if not value or not all([isinstance(name, str) for name in value]):
             raise ValueError(f"groups must have at least one group, each with a string for its name; got {value!r:.200}")
         if len(value) > MOST_GROUPS:  # each takes a number for each token, layer and head
             raise ValueError(f"groups must be at most {MOST_GROUPS}; got {len(value)}")
-        return tuple((name, _spans(name, spans)) for name, spans in value.items())
+        return tuple((name, _spans(name, spans, most)) for name, spans in value.items())
     names = value.split("|") if isinstance(value, str) else value
     spans = {"image": tuple(pictures), "question": _between(pictures, prompt), "answer": ((prompt, None),)}
-    return tuple((name, spans[name]) for name in check_names("groups", names, NAMED))
+    return tuple((name, spans[name]) for name in _names("groups", names, NAMED))
 
 
 def _between(pictures: Sequence[Span], prompt: int) -> tuple[Span, ...]:
@@ -86,23 +94,28 @@ def _between(pictures: Sequence[Span], prompt: int) -> tuple[Span, ...]:
     return tuple((start, end) for start, end in zip(starts, ends, strict=True) if start < end)
 
 
-def _spans(name: str, value: Any) -> tuple[Span, ...]:
-    legend = f"groups[{name!r}] must be a list of [start, end], numbers of tokens, where end may be None"
-    if isinstance(value, str) or not isinstance(value, Sequence):
+def _spans(name: str, value: Any, most: int) -> tuple[Span, ...]:
+    legend = f"groups[{name!r}] must be a list of at least one [start, end], numbers of tokens, where end may be None"
+    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) == 0:
         raise TypeError(f"{legend}; got {describe(value)}")
     for span in value:
         if isinstance(span, str) or not isinstance(span, Sequence) or len(span) != 2:
             raise ValueError(f"{legend}; got {value!r:.200}")
-        check_integer(f"the start of a span of {name!r}", span[0], low=0)
-        if span[1] is not None:
-            check_integer(f"the end of a span of {name!r}", span[1], low=span[0])
+        start, end = span
+        check_integer(f"the start of a span of {name!r}", start, low=0)
+        if end is not None:
+            check_integer(f"the end of a span of {name!r}", end, low=start + 1)
+        if start >= most or (end is not None and end > most):
+            raise ValueError(
+                f"a span of {name!r} must lie within the {most} tokens of the prompt and its longest answer; got {list(span)}. "
+                f"An end of None is the newest token"
+            )
     return tuple((start, end) for start, end in value)
 
 
 def check_disjoint(groups: Sequence[tuple[str, Sequence[Span]]]) -> None:
     """A token has one group."""
     spans = sorted((start, float("inf") if end is None else end, name) for name, some in groups for start, end in some)
-    spans = [span for span in spans if span[0] < span[1]]
     for (_, end, before), (start, _, name) in zip(spans, spans[1:], strict=False):
         if start < end:
             raise ValueError(f"groups must not share tokens; got {before!r} and {name!r}, which both have token {start}")

@@ -29,7 +29,7 @@ class Attention:
         received: (layers, heads, prompt), what each token of the prompt gets from the queries from queries[0] to queries[1] - 1,
             added. None in the chunks of a stream but the last.
         queries: positions. The first is above 0 where vLLM took a prefix out of its cache: these queries did not run.
-        refused: why there are no numbers, where only the running model could tell; empty otherwise.
+        refused: why there are no numbers, or none in `received` alone, where only the running engine could tell; empty otherwise.
     """
 
     layers: tuple[int, ...]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from vlattn_fast.serve.ask import KEY
 from vlattn_fast.serve.attention import Attention, to_bytes
 from vlattn_fast.serve.worker import NUMBERS
 from vlattn_fast.serve.wrapping import wrap
@@ -20,6 +21,16 @@ def install() -> None:
     from vllm.v1.core.sched.scheduler import Scheduler
 
     wrap(Scheduler, "update_from_output", _update_from_output)
+    wrap(Scheduler, "_preempt_request", _preempt_request)
+
+
+def _preempt_request(original: Any, scheduler: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+    """In the middle of its prompt, a request that sums `received` runs from its first token again: blocks that another request
+    cached meanwhile would stand for queries that it never ran."""
+    asked = ((request.sampling_params and request.sampling_params.extra_args) or {}).get(KEY)
+    if asked and "received" in asked["statistics"] and request.num_computed_tokens < request.num_prompt_tokens:
+        request.skip_reading_prefix_cache = True
+    return original(scheduler, request, *args, **kwargs)
 
 
 def _update_from_output(original: Any, scheduler: Any, scheduled: Any, out: Any) -> Any:
@@ -39,12 +50,19 @@ def _update_from_output(original: Any, scheduler: Any, scheduled: Any, out: Any)
 
 
 def _add(request: Any, attention: Attention) -> None:
-    """Each query counts once: workers leave out those that ran before a preemption."""
-    assert attention.received is not None and attention.queries is not None
-    before = request.__dict__.get(_SUM)
-    if before is not None:
-        first, received = before.queries[0], before.received + attention.received
-        attention = replace(attention, received=received, queries=(first, attention.queries[1]))
+    """Each query counts once: workers leave out those that ran before a preemption. A sum with a gap is none."""
+    before, after = request.__dict__.get(_SUM), attention.queries
+    assert attention.received is not None and after is not None
+    if before is not None and before.queries is None:
+        return
+    if before is not None and before.queries[1] < after[0]:
+        reason = (
+            f"received lacks the queries of positions {before.queries[1]} to {after[0] - 1}: their keys came out of a cache when "
+            f"the request had begun; ask again with enable_prefix_caching=False and without a KV connector"
+        )
+        attention = replace(attention, received=None, queries=None, refused=reason)
+    elif before is not None:
+        attention = replace(attention, received=before.received + attention.received, queries=(before.queries[0], after[1]))
     request.__dict__[_SUM] = attention
 
 
@@ -52,10 +70,10 @@ def _attach(output: Any, attention: Attention, request: Any) -> None:
     total = request.__dict__.get(_SUM)
     # The front end alone sees a stop string, and then asks the core for nothing more.
     last = output.finish_reason is not None or bool(request.sampling_params.stop)
-    whole = total if last else None
-    attention = replace(
-        attention, received=None if whole is None else whole.received, queries=None if whole is None else whole.queries
-    )
+    if last and total is not None:
+        attention = replace(attention, received=total.received, queries=total.queries, refused=attention.refused or total.refused)
+    else:
+        attention = replace(attention, received=None, queries=None)
     if not output.new_token_ids:
         attention = replace(attention, mass=None, entropy=None, maximum=None)
     output.kv_transfer_params = {**(output.kv_transfer_params or {}), FIELD: to_bytes(attention)}

@@ -59,25 +59,30 @@ def refusals(config: Any, params: Any, resumable: bool) -> list[str]:
 
 
 def _process_inputs(original: Any, processor: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-    extra = getattr(params, "extra_args", None)
-    if not extra or KEY not in extra:
+    if not asks(params):
         return original(processor, request_id, prompt, params, *args, **kwargs)
     reasons = refusals(processor.vllm_config, params, bool(kwargs.get("resumable")))
     if reasons:
-        raise _refusal(f"{KEY} cannot be answered: {'; '.join(reasons)}")
+        raise refused_request(f"{KEY} cannot be answered: {'; '.join(reasons)}")
     request = original(processor, request_id, prompt, params, *args, **kwargs)
     if request.prompt_token_ids is None:
-        raise _refusal(f"{KEY} cannot be answered: the prompt is one of embeddings; send tokens")
-    layers = processor.vllm_config.model_config.get_total_num_hidden_layers()
+        raise refused_request(f"{KEY} cannot be answered: the prompt is one of embeddings; send tokens")
+    layers, prompt_length = processor.vllm_config.model_config.get_total_num_hidden_layers(), len(request.prompt_token_ids)
+    most = prompt_length + (request.sampling_params.max_tokens or 0)
     try:
-        ask = check_ask(extra[KEY], layers, len(request.prompt_token_ids), _pictures(request.mm_features or ()))
+        ask = check_ask(params.extra_args[KEY], layers, prompt_length, _pictures(request.mm_features or ()), most)
     except (TypeError, ValueError) as error:
-        raise _refusal(str(error)) from error
+        raise refused_request(str(error)) from error
     request.sampling_params.extra_args = {**request.sampling_params.extra_args, KEY: ask.written()}
     return request
 
 
-def _refusal(message: str) -> Exception:
+def asks(params: Any) -> bool:
+    """Whether parameters of sampling or pooling ask."""
+    return any(KEY in (getattr(params, name, None) or {}) for name in ("extra_args", "extra_kwargs"))
+
+
+def refused_request(message: str) -> Exception:
     """A ValueError that the server answers with the status 400."""
     from vllm.exceptions import VLLMValidationError
 

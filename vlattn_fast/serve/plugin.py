@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import warnings
 from typing import Any
 
-from vlattn_fast.serve import engine, front, server, worker
+from vlattn_fast.serve import engine, front, guard, server, worker
 from vlattn_fast.serve.ask import KEY
 from vlattn_fast.serve.wrapping import wrap
 
 VERSION = "0.32.0"  # its internal names change with each release; `make serve-test` runs with this one
+# where requests come in, in that and other versions
+ENTRANCES = {"vllm.v1.engine.input_processor": "InputProcessor", "vllm.v1.engine.processor": "Processor"}
 
 
 def register() -> None:
@@ -27,6 +30,7 @@ def register() -> None:
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.worker.worker_base import WorkerBase
 
+    guard.install()
     front.install()
     engine.install()
     wrap(AsyncLLM, "__init__", _begin_front_end)
@@ -44,19 +48,30 @@ def refused_version(version: str) -> str:
 
 
 def _refuse(reason: str) -> None:
-    try:
-        from vllm.v1.engine.input_processor import InputProcessor
-    except ImportError:
-        return
+    """In Python, and in the server.
 
-    def process_inputs(
-        original: Any, processor: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        if KEY in (getattr(params, "extra_args", None) or {}):
+    Raises:
+        ImportError: this version has none of the ENTRANCES, so requests that ask would be answered without numbers.
+    """
+
+    def process_inputs(original: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(front.asks(value) for value in (*args, *kwargs.values())):
             raise ValueError(reason)
-        return original(processor, request_id, prompt, params, *args, **kwargs)
+        return original(*args, **kwargs)
 
-    wrap(InputProcessor, "process_inputs", process_inputs)
+    owners = [owner for module, name in ENTRANCES.items() if (owner := _class(module, name)) is not None]
+    if not owners:
+        raise ImportError(f"{reason}. No place to refuse them was found in this version")
+    for owner in owners:
+        wrap(owner, "process_inputs", process_inputs)
+    guard.install(reason)
+
+
+def _class(module: str, name: str) -> Any:
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except ImportError:
+        return None
 
 
 def _begin_front_end(original: Any, *args: Any, **kwargs: Any) -> None:

@@ -1,19 +1,22 @@
 """vLLM's OpenAI server: `"vlattn": {...}` in a request is its ask, and `"vlattn"` in the choices of the answer has the numbers.
 
-A stream has them in the chunk of the tokens that they belong to.
+A stream has them in the chunk of the tokens that they belong to. Endpoints without a place for them are the matter of `guard`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
+from http import HTTPStatus
 from typing import Any
 
 from vlattn_fast.serve.ask import KEY
 from vlattn_fast.serve.attention import Attention, joined
+from vlattn_fast.serve.front import refused_request
+from vlattn_fast.serve.guard import FIELD
 from vlattn_fast.serve.wrapping import wrap
 
-FIELD = "vlattn"
 _DATA = "data: "
 
 
@@ -25,10 +28,13 @@ def install() -> None:
 
     for request in (ChatCompletionRequest, CompletionRequest):
         wrap(request, "to_sampling_params", _to_sampling_params)
+        wrap(request, "to_beam_search_params", _to_beam_search_params)
     wrap(OpenAIServingCompletion, "completion_stream_generator", _completion_chunks)
     wrap(OpenAIServingCompletion, "request_output_to_completion_response", _completion)
     wrap(OpenAIServingChat, "chat_completion_stream_generator", _chat_chunks)
     wrap(OpenAIServingChat, "chat_completion_full_generator", _chat)
+    wrap(OpenAIServingCompletion, "create_completion", _created)
+    wrap(OpenAIServingChat, "create_chat_completion", _created)
 
 
 def _asks(request: Any) -> bool:
@@ -40,6 +46,33 @@ def _to_sampling_params(original: Any, request: Any, *args: Any, **kwargs: Any) 
     if _asks(request):
         params.extra_args = {**(params.extra_args or {}), KEY: request.model_extra[FIELD]}
     return params
+
+
+def _to_beam_search_params(original: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+    if _asks(request):
+        raise refused_request(f"{FIELD} is not answered for beams, whose tokens change places; ask without use_beam_search")
+    return original(request, *args, **kwargs)
+
+
+async def _created(original: Any, serving: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+    """The engine checks a stream's request when the stream is read. So the first chunk of one that asks is read here, and an
+    error is answered with its own status."""
+    answer = await original(serving, request, *args, **kwargs)
+    if not _asks(request) or not hasattr(answer, "__anext__"):
+        return answer
+    first = await anext(answer, "")
+    refused = json.loads(first.removeprefix(_DATA)).get("error") if first.startswith(_DATA + "{") else None
+    if refused is None:
+        return _continued(first, answer)
+    await answer.aclose()
+    return serving.create_error_response(refused["message"], refused["type"], HTTPStatus(refused["code"]), refused.get("param"))
+
+
+async def _continued(first: str, rest: AsyncGenerator[str]) -> AsyncIterator[str]:
+    async with aclosing(rest):
+        yield first
+        async for line in rest:
+            yield line
 
 
 class Waiting:

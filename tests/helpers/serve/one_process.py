@@ -90,6 +90,8 @@ def refused(llm: Any) -> None:
         "statistics must": {"statistics": ["median"]},
         "must not share": {"groups": {"a": [[0, 4]], "b": [[3, 5]]}},
         "groups must": {"groups": "image|dog"},
+        "groups must name each once": {"groups": "image|image"},
+        "within the 7 tokens": {"groups": {"a": [[9000, 9005]]}},
         "some of layers, statistics and groups": {"heads": [1]},
         "'mass' where groups": {"statistics": ["entropy"], "groups": {"a": [[0, 1]]}},
     }

@@ -1,4 +1,8 @@
-"""Scenario: vLLM's OpenAI server. Streams, answers at once, a cancelled stream, a killed client, wrong asks; and the example."""
+"""Scenario: vLLM's OpenAI server. Streams, answers at once, a cancelled stream, a killed client, wrong asks; and the example.
+
+`pooling`: the server of a model of embeddings. `another_version`: the server where the plug-in is for another version of vLLM.
+Both refuse every ask.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,7 @@ import torch
 
 from tests.helpers.serve.tiny import Maps, everything, saved, with_tokenizer
 from vlattn_fast.serve.attention import Attention, joined
+from vlattn_fast.serve.guard import ANSWERED
 
 PORT = 18357
 URL = f"http://127.0.0.1:{PORT}"
@@ -25,13 +30,30 @@ ASK = everything()
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def main() -> None:
+ANOTHER_VERSION = """
+import runpy
+from vlattn_fast.serve import plugin
+plugin.VERSION = "0.1.0"
+runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__")
+"""
+
+
+def main(kind: str = "") -> None:
     folder = with_tokenizer(saved("Llama"))  # Qwen 2 has a class of tokenizers of its own
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--served-model-name", "tiny"]
+    start = ["-c", ANOTHER_VERSION] if kind == "another_version" else ["-m", "vllm.entrypoints.openai.api_server"]
+    command = [sys.executable, *start, "--model", folder, "--served-model-name", "tiny"]
     options = ["--port", str(PORT), "--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "8"]
-    server = subprocess.Popen([*command, *options])
+    server = subprocess.Popen([*command, *options, *(["--runner", "pooling"] if kind == "pooling" else [])])
     try:
         wait(server)
+        if kind == "another_version":
+            every_endpoint("needs vLLM 0.1.0 and found", ())
+            assert answer("/v1/completions", prompt=WORDS)["choices"]
+            return
+        every_endpoint("has no place for 'vlattn'; ask at /v1/completions or /v1/chat/completions", ANSWERED)
+        if kind == "pooling":
+            assert answer("/v1/embeddings", input=WORDS)["data"] and answer("/pooling", input=WORDS)["data"]
+            return
         completions(Maps(folder))
         chats(Maps(folder))
         refusals()
@@ -51,18 +73,18 @@ def main() -> None:
         assert printed.count(" w") == 5 and printed.count("▒") > 20 * (len(printed.splitlines()) - 1) > 20, printed
     finally:
         server.terminate()
-        server.wait(60)
+        server.wait()
 
 
 def wait(server: subprocess.Popen[bytes]) -> None:
-    for _ in range(300):
+    """Until it answers, or ends."""
+    while True:
         assert server.poll() is None, "the server ended"
         try:
             urllib.request.urlopen(f"{URL}/health").close()
             return
         except OSError:
             time.sleep(1)
-    raise AssertionError("the server does not answer")
 
 
 def posted(path: str, **body: Any) -> Any:
@@ -102,6 +124,12 @@ def completions(maps: Maps) -> None:
         for i in range(4)
     ]
     assert counts == [6] * 4, counts
+    both = answer("/v1/completions", prompt=[prompt, prompt[:20]], n=2, best_of=2, vlattn=ASK, temperature=1.5, seed=1)["choices"]
+    for number, choice in enumerate(both):
+        first = choice["vlattn"]["queries"][0]
+        checked(maps, choice["vlattn"], [prompt, prompt[:20]][number // 2], choice["token_ids"], first)
+    (echoed,) = answer("/v1/completions", prompt=WORDS, echo=True, vlattn=ASK)["choices"]
+    assert echoed["text"].startswith("w20 w21") and len(echoed["vlattn"]["mass"]) == 6
     assert not any("vlattn" in choice for chunk in chunks("/v1/completions", prompt=WORDS) for choice in chunk["choices"])
 
 
@@ -110,6 +138,10 @@ def chats(maps: Maps) -> None:
     whole = answer("/v1/chat/completions", messages=messages, vlattn=ASK)
     (choice,) = whole["choices"]
     checked(maps, choice["vlattn"], prompt, choice["token_ids"], first=choice["vlattn"]["queries"][0])
+    several = answer("/v1/chat/completions", messages=messages, vlattn=ASK, n=2, temperature=1.5, seed=1)["choices"]
+    for one in several:
+        checked(maps, one["vlattn"], prompt, one["token_ids"], first=one["vlattn"]["queries"][0])
+    assert several[0]["token_ids"] != several[1]["token_ids"]
     parts = [c for chunk in chunks("/v1/chat/completions", messages=messages, vlattn=ASK) for c in chunk["choices"]]
     assert "vlattn" not in parts[0] and parts[0]["delta"]["role"] == "assistant"
     attention = joined([Attention.from_dict(one["vlattn"]) for one in parts if "vlattn" in one])
@@ -120,18 +152,49 @@ def checked(maps: Maps, numbers: dict[str, Any], prompt: list[int], tokens: list
     maps.check(SimpleNamespace(attention=Attention.from_dict(numbers), token_ids=tokens), prompt, first)
 
 
+def refused(path: str, words: str, **body: Any) -> None:
+    """The status 400, with these words in the message."""
+    try:
+        text = posted(path, **body).read().decode()
+    except urllib.error.HTTPError as error:
+        message = json.loads(error.read())["error"]["message"]
+        assert error.code == 400 and words in message, (path, body, error.code, message)
+    else:
+        raise AssertionError(f"{path} answers {body}: {text:.200}")
+
+
+def every_endpoint(words: str, answered: tuple[str, ...]) -> None:
+    """All that the server lists, with a model for it or without."""
+    with urllib.request.urlopen(f"{URL}/openapi.json") as response:
+        paths = {path for path, methods in json.loads(response.read())["paths"].items() if "post" in methods}
+    assert len(paths) > 5, paths
+    for path in {*paths, "/v1/responses", "/v1/messages", "/pooling", "/score", *ANSWERED} - {*answered}:
+        for stream in (False, True):
+            refused(path, words, vlattn={"statistics": ["median"]}, input=WORDS, prompt=WORDS, stream=stream)
+        refused(path, words, sampling_params={"extra_args": {"attention": ASK}}, token_ids=[5, 6, 7])
+
+
 def refusals() -> None:
+    """Wrong asks, with the same status in streams; beams, which have no numbers."""
+    wrong = {
+        "must be at most 1; got 7": {"layers": [7]},
+        "statistics must be among": {"statistics": ["median"]},
+        "groups['a'] must be a list of at least one": {"groups": {"a": []}},
+        "must be at least 4; got 3": {"groups": {"a": [[3, 3]]}},
+        "tokens of the prompt and its longest answer; got [9000, 9005]": {"groups": {"a": [[9000, 9005]]}},
+        "groups must name each once": {"groups": "image|image"},
+        "must be a dict": None,
+    }
     for path, body in (
         ("/v1/completions", {"prompt": WORDS}),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "w9"}]}),
     ):
         for stream in (False, True):
-            try:
-                text = posted(path, vlattn={"layers": [7]}, stream=stream, **body).read().decode()
-            except urllib.error.HTTPError as error:
-                assert error.code == 400, error.code
-                text = error.read().decode()
-            assert "must be at most 1; got 7" in text, text
+            for words, ask in wrong.items():
+                refused(path, words, vlattn=ask, stream=stream, **body)
+            refused(path, "attention must be a dict", vllm_xargs={"attention": "mass"}, stream=stream, **body)
+        refused(path, "ask without use_beam_search", vlattn=ASK, use_beam_search=True, n=2, **body)
+        assert len(answer(path, use_beam_search=True, n=2, **body)["choices"]) == 2
 
 
 def clients_that_go() -> None:
@@ -162,4 +225,4 @@ def clients_that_go() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])
