@@ -320,7 +320,7 @@ def build_edges(whole: Whole, sizes: Sizes, device: torch.device, dtype: torch.d
         score, maps = _with_maps(_in(make(), wide), whole, lambda model: _run(model, whole, t).sum())
         image = t["input_ids"][0] == sizes["vocabulary"] - 1
         last = torch.arange(sizes["N"], device=device) == sizes["N"] - 1
-        members = torch.stack([image, ~image, last]).to(maps[0].dtype)
+        members = torch.stack([image, ~image & ~last, last]).to(maps[0].dtype)
         effects = []
         for prob, grad in zip(maps, torch.autograd.grad(score, maps), strict=True):
             logits = prob.detach() * (grad - (prob.detach() * grad).sum(-1, keepdim=True))

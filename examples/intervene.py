@@ -35,4 +35,4 @@ table = va.attribute_edges(model, inputs, {"words": "text", "picture": "image", 
 true = va.intervene_each(model, inputs, table.top(6), batch_size=6)
 print("edges by their first-order effect on the answer's logit, and by what a cut takes from it:")
 for first, cut in zip(table.top(6), true, strict=True):
-    print(f"  layer {first.layer} head {first.head}, {first.from_} to {first.to}: {first.effect:+.4f}, {cut.effect:+.4f}")
+    print(f"  layer {first.layer} head {first.head}, {first.from_} -> {first.to}: {first.effect:+.4f}, {cut.effect:+.4f}")

@@ -30,11 +30,10 @@ from vlattn_fast.interpret.dataset.run import explain_dataset
 from vlattn_fast.interpret.dataset.store import FAILURES
 from vlattn_fast.interpret.dataset.stored import load_explanations
 from vlattn_fast.interpret.evaluating.plan import TESTS as EVALUATION_TESTS
-from vlattn_fast.interpret.explaining.loading import load_model, load_without_weights
+from vlattn_fast.interpret.explaining.loading import check_model, load_model, load_without_weights
 from vlattn_fast.interpret.intervening.one import cut_of, intervene_one, scale_of
 from vlattn_fast.interpret.probing.run import TESTS
 from vlattn_fast.interpret.relevancy.methods.registry import METHODS
-from vlattn_fast.interpret.relevancy.sinks import KEEP
 from vlattn_fast.interpret.relevancy.sinks import MODES as SINKS
 from vlattn_fast.ops import OPERATORS
 
@@ -89,8 +88,10 @@ def _check_file(out: Path | None) -> None:
             check_writable("--out", out)
 
 
-def _check_outcome(endings: tuple[str, str], out: Path | None, dtype: str | None, device: str | None) -> None:
-    """Refuses wrong options of a command that measures a model, before the work."""
+def _check_outcome(model: str, endings: tuple[str, str], out: Path | None, dtype: str | None, device: str | None) -> None:
+    """Refuses wrong options of a command that measures a model, before the work; the model first, and then where results go."""
+    with _refusing(ImportError, ValueError, command=info):
+        check_model(model)
     _check_known("--dtype", [dtype], MODEL_DTYPES)
     if out is not None and out.suffix not in endings:
         raise typer.BadParameter(f"--out must end in {' or '.join(endings)}; got {out.name}")
@@ -296,21 +297,21 @@ def explain(
         names = ", ".join("--" + name.replace("_", "-") for name in sizes)
         raise typer.BadParameter(f"--dataset must be given with {names}; got none")
     chosen, row = (int(x) if x is not None and x.lstrip("-").isdecimal() else x for x in (target, read))
-    texts = tuple(text or ())
-    sinks = None if sinks == KEEP else sinks  # one option by two names: a run that is taken up again may have the other
-    options = Options(model, methods[0], start_layer, texts, chosen, answer, generate, dtype, through_connector, row, sinks)
+    by_name = {"method": methods[0], "start_layer": start_layer, "text": text or (), "target": chosen, "answer": answer}
+    by_name |= {"generate": generate, "dtype": dtype, "through_connector": through_connector, "read": row, "sinks": sinks}
     try:
         with _refusing(ImportError, TypeError, ValueError, command=explain):
+            check_model(model)  # before `out`: the reader mends what is named first
             if dataset is None:
                 if out.suffix not in (".html", ".png"):
                     raise ValueError(f"out must end in .html or .png; got {out.name!r}")
                 _check_file(out)
-                for line in explain_one(options, methods, image, out, device, per):
+                for line in explain_one(Options.check(model, **by_name), methods, image, out, device, per):
                     typer.echo(line)
                 return
             if image is not None:
                 raise typer.BadParameter("--image must be given without --dataset; got both")
-            outcome = explain_dataset(dataset, out, options, device=device, **sizes)
+            outcome = explain_dataset(model, dataset, out, device=device, **sizes, **by_name)
     except KeyboardInterrupt:
         if dataset is None:
             raise
@@ -335,7 +336,7 @@ def intervene(
     model: Annotated[str, typer.Option(help="Directory or id of a Hugging Face model.")],
     image: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="Picture.")] = None,
     text: Annotated[list[str] | None, typer.Option(help="Text; repeat it for several texts beside one picture.")] = None,
-    cut: Annotated[list[str] | None, typer.Option(help="QUERIES:KEYS[:LAYERS[:HEADS]], as last:image:10-15; several.")] = None,
+    cut: Annotated[list[str] | None, typer.Option(help='KEYS->QUERIES[:LAYERS[:HEADS]], as "image->last:1-5"; several.')] = None,
     scale: Annotated[list[str] | None, typer.Option(help="LAYER:HEADS:FACTOR, as 14:3,7:0 for no heads 3 and 7.")] = None,
     tower: Annotated[str | None, typer.Option(help="Whose attention, where several towers have such tokens.")] = None,
     generate: Annotated[int, typer.Option(min=1, help="Decoders: generate so many tokens.")] = 20,
@@ -344,9 +345,11 @@ def intervene(
 ) -> None:
     """Cut attention, or scale heads, and compare what the model says with what it says as it is.
 
-    Names of tokens are image, text, question, answer, last, special and all.
+    Information flows from keys to queries: "image->last" is what the last token reads of the image. The quotes keep the arrow
+    from the shell. Names of tokens are image, text, question, answer, last, special and all. Layers and heads count from 0,
+    negative ones from the end: -1 is the last.
     """
-    _check_outcome(("", ""), None, dtype, device)
+    _check_outcome(model, ("", ""), None, dtype, device)
     with _refusing(ImportError, TypeError, ValueError, command=intervene):
         edits: list[Any] = [cut_of(each, tower) for each in cut or ()]
         edits += [scale_of(each, tower) for each in scale or ()]
@@ -375,7 +378,7 @@ def evaluate(
     from vlattn_fast.interpret.dataset.samples import samples
     from vlattn_fast.interpret.evaluating.evaluate import evaluate as run
 
-    _check_outcome((".json", ".png"), out, dtype, device)
+    _check_outcome(model, (".json", ".png"), out, dtype, device)
     with _refusing(ImportError, TypeError, ValueError, command=evaluate):
         loaded, processor = _load(model, dtype, device)
         outcome = run(loaded, samples(loaded, processor, dataset, text or ()), methods=method or ["gradient"], tests=test)
@@ -404,7 +407,7 @@ def probe(
     from vlattn_fast.interpret.probing import probe as run
     from vlattn_fast.interpret.probing.files import samples
 
-    _check_outcome((".html", ".json"), out, dtype, device)
+    _check_outcome(model, (".html", ".json"), out, dtype, device)
     with _refusing(ImportError, TypeError, ValueError, command=probe):
         loaded, processor = _load(model, dtype, device)
         report = run(loaded, samples(loaded, processor, dataset), tests=test)

@@ -34,7 +34,7 @@ def photo(tmp_path: Path) -> str:
 def test_a_decoder_says_another_answer(tmp_path: Path, photo: str) -> None:
     model = saved_models.save_llava(tmp_path / "llava")
     GenerationConfig(suppress_tokens=[1, 2, 8]).save_pretrained(model)  # random weights say neither <end> nor <image>
-    result = run("--model", str(model), "--image", photo, "--text", "a red", "--cut", "last:image:0-1", "--generate", "3")
+    result = run("--model", str(model), "--image", photo, "--text", "a red", "--cut", "image->last:0-1", "--generate", "3")
     assert result.exit_code == 0, result.output
     first, second = result.stdout.splitlines()
     assert first.startswith("as it is: '") and second.startswith("edited:   '")
@@ -47,7 +47,9 @@ def test_a_decoder_says_another_answer(tmp_path: Path, photo: str) -> None:
 
 def test_scores_of_a_dual_encoder(tmp_path: Path, photo: str) -> None:
     folder = saved_models.save_clip(tmp_path / "clip")
-    result = run("--model", str(folder), "--image", photo, "--text", "a red square", "--cut", "all:image:1", "--tower", "vision")
+    result = run(
+        "--model", str(folder), "--image", photo, "--text", "a red square", "--cut", "image->all:-1", "--tower", "vision"
+    )
     assert result.exit_code == 0, result.output
     model, processor = load_model(str(folder))
     inputs = build_inputs(model, processor, Image.open(photo), ["a red square"])
@@ -62,13 +64,22 @@ def test_scores_of_a_dual_encoder(tmp_path: Path, photo: str) -> None:
     ("options", "message"),
     [
         ([], "--cut or --scale must be given; got neither"),
-        (["--cut", "last"], "--cut must be QUERIES:KEYS[:LAYERS[:HEADS]]"),
-        (["--cut", "last:words"], "--cut must be QUERIES:KEYS"),
-        (["--cut", "last:image:x"], "--cut must be QUERIES:KEYS"),
+        (["--cut", "last"], """--cut must be "KEYS->QUERIES[:LAYERS[:HEADS]]" in quotes, as "image->last:10-15", with names"""),
+        (["--cut", "words->last"], '--cut must be "KEYS->QUERIES'),
+        (["--cut", "image->last:x"], '--cut must be "KEYS->QUERIES'),
+        (["--cut", "image->last:3-1"], '--cut must be "KEYS->QUERIES'),
+        (["--cut", "image->last:1:2:3"], '--cut must be "KEYS->QUERIES'),
+        (["--cut", "image-"], "got 'image-'"),  # the shell took the rest for a file
+        (["--cut", "last:image"], """information flows from keys to queries: "image->last"; got 'last:image'"""),
+        (
+            ["--cut", "last:image:0-1:3"],
+            """information flows from keys to queries: "image->last:0-1:3"; got 'last:image:0-1:3'""",
+        ),
+        (["--cut", "all->all"], "queries, keys or heads must be given, since Knockout without them is of all attention"),
         (["--scale", "1:2"], "--scale must be LAYER:HEADS:FACTOR, as 14:3,7:0; got '1:2'"),
-        (["--cut", "last:image:9"], "layers must be among 0 to 1 in tower 'language'; got 9"),
-        (["--cut", "last:image", "--tower", "text"], "--tower must be one of 'language'; got 'text'"),
-        (["--cut", "last:image", "--dtype", "int8"], "--dtype must be one of"),
+        (["--cut", "image->last:9"], "layers must be from -2 to 1 in tower 'language', which has 2; got 9"),
+        (["--cut", "image->last", "--tower", "text"], "--tower must be one of 'language'; got 'text'"),
+        (["--cut", "image->last", "--dtype", "int8"], "--dtype must be one of"),
     ],
 )
 def test_wrong_options_are_refused(options: list[str], message: str, tmp_path: Path, photo: str) -> None:
@@ -78,7 +89,10 @@ def test_wrong_options_are_refused(options: list[str], message: str, tmp_path: P
 
 
 def test_numbers_are_spans_and_lists() -> None:
-    cut = cut_of("all:special:0,3-5:2", None)
+    cut = cut_of("special->all:0,3-5:2", None)
     assert (cut.queries, cut.keys, cut.layers, cut.heads) == (None, "special", (0, 3, 4, 5), (2,))
+    cut = cut_of("question - last->last:-3--2,-1", None)
+    assert (cut.queries, cut.keys, cut.layers, cut.heads) == ("last", "question - last", (-3, -2, -1), None)
+    assert cut_of("image:1->last", None).keys == "image:1"
     scale = scale_of("14:3,7:0.5", "vision")
     assert dict(scale.heads) == {14: (3, 7)} and scale.factor == 0.5 and scale.tower == "vision"

@@ -243,6 +243,13 @@ def check_integer(name: str, value: Any, *, low: int = _INT64[0], high: int = _I
         raise ValueError(f"{name} must be at most {high}; got {value!r:.80}")
 
 
+def check_index(name: str, number: int, count: int, where: str) -> int:
+    """An int as one from 0; negative ones count from the end of the `count` that there are `where`."""
+    if not -count <= number < count:
+        raise ValueError(f"{name} must be from {-count} to {count - 1} in {where}, which has {count}; got {number}")
+    return number % count
+
+
 def check_writable(name: str, path: Path, *, folder: bool = False) -> None:
     """`path` is a file that can be written, or a folder, which is made. Long work checks this before it starts."""
     try:

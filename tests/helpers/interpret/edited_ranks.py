@@ -75,7 +75,7 @@ def _outcomes(name: str, model: Any, inputs: dict[str, Any]) -> dict[str, Tensor
         results["logits"] = model(**inputs).logits
         if name == "llama":
             results["answer"] = model.generate(**inputs, max_new_tokens=4, do_sample=False)
-    groups = {"some": (0, 3), "others": (2, 7)} if name == "mllama" else {"from": keys, "to": queries}
+    groups = {"some": (0, 3), "others": (3, 7)} if name == "mllama" else {"from": keys, "to": queries}
     table = va.attribute_edges(model, inputs, groups, tower=tower, target=None if name == "mllama" else 7)
     results |= {"first order": table.effects, "means": torch.tensor([edge.effect for edge in table])}
     if name == "llava":

@@ -120,6 +120,17 @@ def widget() -> Any:
     return va.widget(model, inputs, GROUPS, image=PHOTOS, generate=0)
 
 
+def test_a_click_cuts_the_edge_that_the_table_has(widget: Any) -> None:
+    """The last token is no part of the question, whose edge to itself is cut by a click of its own."""
+    send(widget, {"edits": [{"layer": 2, "head": None, "from": "question", "to": "last"}]})
+    model, inputs = widget._exploration.models["model"], widget._exploration.inputs
+    (cut,) = widget.edits
+    assert (cut.queries, cut.keys, cut.layers) == ("last", "question - last", (2,))
+    with va.intervene(model, inputs, cut):
+        same(widget.explanations["gradient"], va.explain(model, inputs, target=widget._exploration.question["target"]))
+    assert widget.page["groups"] == GROUPS
+
+
 def test_another_error_is_shown_and_does_not_stop_the_widget(widget: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any) -> None:
         raise RuntimeError("out of memory")

@@ -23,7 +23,7 @@ def chosen_logit(model: Any, inputs: dict[str, Any]) -> Tensor:
 
 
 def exact(family: str) -> tuple[Any, dict[str, Any], dict[str, Tensor], Any, Any]:
-    """A model without a step in float32; groups that overlap; its score; the attention of its layers."""
+    """A model without a step in float32; groups of other tokens in each sample; its score; the attention of its layers."""
     if family == "clip":
         model, inputs = made("clip")
         score = lambda: model(**inputs).logits_per_image.diagonal()  # noqa: E731
@@ -36,7 +36,7 @@ def exact(family: str) -> tuple[Any, dict[str, Any], dict[str, Tensor], Any, Any
         (batch, size), (path, name) = inputs["input_ids"].shape, EXACT[family]
         layers = [layer.get_submodule(name) for layer in model.get_submodule(path)]
     groups = {name: torch.zeros(batch, size, dtype=torch.bool) for name in ("some", "later", "last")}
-    groups["some"][:, 1:5], groups["later"][0, 4:], groups["later"][1:, 3:], groups["last"][:, -1] = True, True, True, True
+    groups["some"][:, 1:5], groups["later"][0, 5:-1], groups["later"][1:, 6:-1], groups["last"][:, -1] = True, True, True, True
     return model, inputs, groups, score, layers
 
 
@@ -99,7 +99,8 @@ def test_true_effects_are_those_of_single_knockouts(batch_size: int) -> None:
         base = chosen_logit(model, inputs)
         torch.testing.assert_close(true.scores, base, rtol=0, atol=1e-9)
         for number, edge in enumerate(true):
-            cut = va.Knockout(queries=edge.to, keys=edge.from_, layers=edge.layer, heads=edge.head)
+            sides = {"queries": true.groups[edge.to], "keys": true.groups[edge.from_]}
+            cut = va.Knockout(**sides, layers=edge.layer, heads=edge.head)
             with va.intervene(model, inputs, cut):
                 expected = base - chosen_logit(model, inputs)
             torch.testing.assert_close(true.effects[number], expected, rtol=0, atol=1e-9)

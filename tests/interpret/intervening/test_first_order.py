@@ -14,7 +14,7 @@ from tests.helpers.interpret.edited_maps import made
 from vlattn_fast.interpret.intervening.first_order import KeepsCalls
 from vlattn_fast.interpret.relevancy.traced_call import TracedCall
 
-GROUPS = {"first": (0, 4), "some": (3, 8), "last": "last"}
+GROUPS = {"first": (0, 4), "some": (4, 8), "last": "last"}
 
 
 def case_of(family: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:

@@ -26,18 +26,22 @@ from vlattn_fast.attach.current import RUNNING
         (lambda: va.Knockout(keys=(3, 3)), ValueError, "keys must be a name, spans .*; got"),
         (lambda: va.Knockout(keys=[(0, 2), (4,)]), ValueError, "keys must be a name, spans"),
         (lambda: va.Knockout(keys=torch.ones(2, 9)), ValueError, r"keys must be bool \(B, N\) or \(N,\)"),
-        (lambda: va.Knockout(layers=[]), ValueError, "layers must be ints from 0, at least one"),
-        (lambda: va.Knockout(layers=-1), ValueError, "layers must be ints from 0"),
-        (lambda: va.Knockout(heads="all"), TypeError, "heads must be a number from 0"),
-        (lambda: va.Knockout(heads=[True]), ValueError, "heads must be ints from 0"),
-        (lambda: va.Knockout(tower=3), TypeError, "tower must be a name, a pair of names, or None"),
+        (lambda: va.Knockout(layers=[]), ValueError, "layers must be ints, at least one, where -1 is the last"),
+        (lambda: va.Knockout(layers=-1.0), TypeError, "layers must be a number, numbers, or None; got float"),
+        (lambda: va.Knockout(heads="all"), TypeError, "heads must be a number, numbers, or None"),
+        (lambda: va.Knockout(heads=[True]), ValueError, "heads must be ints, at least one"),
+        (lambda: va.Knockout(), ValueError, "queries, keys or heads must be given, since Knockout without them is of all"),
+        (lambda: va.Knockout(layers=[3]), ValueError, "queries, keys or heads must be given, since Knockout without"),
+        (lambda: va.Steer(weight=2.0), ValueError, "queries, keys or heads must be given, since Steer without them is of all"),
+        (lambda: va.Knockout(keys="last - words"), ValueError, "or one less others, as 'question - last'; got 'last - words'"),
+        (lambda: va.Knockout(keys="last", tower=3), TypeError, "tower must be a name, a pair of names, or None"),
         (lambda: va.Steer(keys="image", weight=0.0), ValueError, r"weight must be above 0 \(va.Knockout takes edges away\)"),
         (lambda: va.Steer(keys="image", weight=-1.0), ValueError, "weight must be above 0"),
         (lambda: va.Steer(keys="image", weight=math.nan), ValueError, "weight must be a finite number"),
         (lambda: va.Steer(keys="image", weight=torch.ones(2)), TypeError, "weight must be a real number"),
         (lambda: va.ScaleHeads([3], 0.0), TypeError, r"heads must be a dict \{layer: heads\}"),
         (lambda: va.ScaleHeads({}, 0.0), ValueError, "heads must name a layer"),
-        (lambda: va.ScaleHeads({-1: 0}, 0.0), ValueError, "heads must be ints from 0"),
+        (lambda: va.ScaleHeads({0: [1.0]}, 0.0), ValueError, "heads must be ints, at least one"),
         (lambda: va.ScaleHeads({0: 0}, math.inf), ValueError, "factor must be a finite number"),
         (lambda: va.ScaleHeads({0: 0}, 0.0, mean=torch.ones(4)), TypeError, "mean must be what va.record_heads returns"),
         (lambda: va.Patch({}, {0: 0}), TypeError, "other_run must be what va.record_heads returns"),
@@ -52,10 +56,16 @@ def test_an_edit_checks_itself(make: Any, error: type[Exception], message: str) 
 @pytest.mark.parametrize(
     ("edits", "message"),
     [
-        ([va.Knockout(keys="image", layers=3)], "layers must be among 0 to 2 in tower 'language'; got 3"),
-        ([va.Knockout(keys="image", heads=[0, 4])], "heads must be below 4 in layer 0 of tower 'language'; got 4"),
-        ([va.ScaleHeads({7: [0]}, 0.0)], "layers must be among 0 to 2 in tower 'language'; got 7"),
-        ([va.ScaleHeads({0: [9]}, 0.0)], "heads must be below 4 in layer 0 of tower 'language'; got 9"),
+        ([va.Knockout(keys="image", layers=3)], "layers must be from -3 to 2 in tower 'language', which has 3; got 3"),
+        ([va.Knockout(keys="image", layers=-4)], "layers must be from -3 to 2 in tower 'language', which has 3; got -4"),
+        (
+            [va.Knockout(keys="image", heads=[0, 4])],
+            "heads must be from -4 to 3 in layer 0 of tower 'language', which has 4; got 4",
+        ),
+        ([va.Steer(keys="image", heads=-5, weight=2)], "heads must be from -4 to 3 in layer 0 of tower 'language', .*; got -5"),
+        ([va.ScaleHeads({7: [0]}, 0.0)], "layers must be from -3 to 2 in tower 'language', which has 3; got 7"),
+        ([va.ScaleHeads({0: [9]}, 0.0)], "heads must be from -4 to 3 in layer 0 of tower 'language', which has 4; got 9"),
+        ([va.ScaleHeads({2: [0], -1: [0]}, 2.0)], "heads must name each layer once; got 2 and -1 of 3"),
         ([va.Knockout(keys="image", tower="text")], "tower must be one of 'language'; got 'text'"),
         ([va.Knockout(keys="image:1")], "keys must have a token; got 'image:1', which is empty in tower 'language' of 24 tokens"),
         ([va.Knockout(keys=(20, 25))], r"keys must end within tower 'language' of 24 tokens; got the span \(20, 25\)"),
@@ -85,7 +95,7 @@ def test_names_without_a_meaning_and_names_of_several_towers() -> None:
     with pytest.raises(ValueError, match="Knockout must be of tokens that attend to one another"):
         va.intervene(clip, pairs, va.Knockout(queries="text", keys="image"))
     with pytest.raises(ValueError, match="tower must be a pair of which the first attends to the second"):
-        va.intervene(clip, pairs, va.Knockout(tower=("text", "vision")))
+        va.intervene(clip, pairs, va.Knockout(keys="image", tower=("text", "vision")))
 
 
 def test_contradictions_and_what_is_no_edit() -> None:
@@ -203,12 +213,12 @@ def test_attention_in_chunks_has_heads_and_no_edges() -> None:
 @pytest.mark.parametrize(
     ("edges", "message"),
     [
-        ([(9, 0, "a", "a")], "layers must be among 0 to 2"),
-        ([(0, 9, "a", "a")], "heads must be below 4"),
-        ([(0, -1, "a", "a")], "edges must have a head from 0; got -1"),
-        ([(0, 1.0, "a", "a")], "edges must have a head from 0; got 1.0"),
-        ([(True, 1, "a", "a")], "edges must have a layer from 0; got True"),
-        ([(None, 1, "a", "a")], "edges must have a layer from 0; got None"),
+        ([(9, 0, "a", "a")], "layers must be from -3 to 2 in tower 'language', which has 3; got 9"),
+        ([(0, 9, "a", "a")], "heads must be from -4 to 3"),
+        ([(0, -5, "a", "a")], "heads must be from -4 to 3 in layer 0 of tower 'language', which has 4; got -5"),
+        ([(0, 1.0, "a", "a")], "edges must have an int as their head, where -1 is the last; got 1.0"),
+        ([(True, 1, "a", "a")], "edges must have an int as their layer, where -1 is the last; got True"),
+        ([(None, 1, "a", "a")], "edges must have an int as their layer, where -1 is the last; got None"),
         ([(0, 0, "a", "c")], "edges must go between groups among 'a', 'b'; got 'c'"),
         ([(0, 0, "a")], "edges must be va.Edge or tuples"),
         ([], "edges must have at least one; got none"),

@@ -125,17 +125,17 @@ def test_first_order_effects_are_finite_differences(name: str) -> None:
     model, inputs, _ = MODELS[name]()
     inputs["attention_mask"][:] = 1
     target = 3
-    table = va.attribute_edges(model, inputs, {"a": (2, 5), "b": (4, 8)}, target=target)
+    table = va.attribute_edges(model, inputs, {"a": (1, 4), "b": (4, 8)}, target=target)
     edge = next(each for each in table if (each.layer, each.head, each.from_, each.to) == (1, 2, "a", "b"))
     scores = []
     for weight in (math.exp(1e-4), math.exp(-1e-4)):
-        cut = va.Steer(queries=(4, 8), keys=(2, 5), layers=1, heads=2, weight=weight)
+        cut = va.Steer(queries=(4, 8), keys=(1, 4), layers=1, heads=2, weight=weight)
         with torch.no_grad(), va.intervene(model, inputs, cut):
             logits = model(**inputs).logits
         scores.append(logits[:, target] if logits.ndim == 2 else logits[:, -1, target])
     assert edge.effect == pytest.approx(float(((scores[0] - scores[1]) / 2e-4).mean()), rel=1e-5) and abs(edge.effect) > 1e-5
-    true = va.intervene_each(model, inputs, [edge], groups={"a": (2, 5), "b": (4, 8)}, target=target)
-    with torch.no_grad(), va.intervene(model, inputs, va.Knockout(queries=(4, 8), keys=(2, 5), layers=1, heads=2)):
+    true = va.intervene_each(model, inputs, [edge], groups={"a": (1, 4), "b": (4, 8)}, target=target)
+    with torch.no_grad(), va.intervene(model, inputs, va.Knockout(queries=(4, 8), keys=(1, 4), layers=1, heads=2)):
         logits = model(**inputs).logits
     torch.testing.assert_close(true.scores - true.effects[0], logits[:, target] if logits.ndim == 2 else logits[:, -1, target])
 

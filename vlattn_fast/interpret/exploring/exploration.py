@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 
 from vlattn_fast._ground.checks import check_integer, describe
+from vlattn_fast._ground.extras import without_progress
 from vlattn_fast.attach.session import at_rest, unwrapped
-from vlattn_fast.interpret.explaining.explain import explain, without_progress
+from vlattn_fast.interpret.explaining.explain import explain
 from vlattn_fast.interpret.explaining.naming import tokenizer_of
 from vlattn_fast.interpret.intervening.asking import Asked
 from vlattn_fast.interpret.intervening.editing import Editing
@@ -66,7 +67,7 @@ class Exploration:
 
     def _facts(self, name: str) -> tuple[tuple[str, str], dict[int, int]]:
         """The towers between which the edges of a model go, and how many heads its layers have."""
-        pair, *_ = Plans(self._asked[name].seen).with_groups(self.groups, self.question["tower"])
+        pair = Plans(self._asked[name].seen).with_groups(self.groups, self.question["tower"]).pair
         return (pair[0].name, pair[1].name), {edge.layer: (edge.head or 0) + 1 for edge in self.tables[name]}  # the last head's
 
     def state(self, message: Any) -> State:

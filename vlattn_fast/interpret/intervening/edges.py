@@ -1,4 +1,4 @@
-"""Edges of attention, from one group of tokens to another in one head, and what they do for a score."""
+"""Edges of attention, from keys of one group of tokens to queries of another in one head, and what they do for a score."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Edge:
-    """The attention of one head from the tokens of one group to those of another.
+    """The attention of one head between two groups, from -> to: information flows from the keys of one to the queries of another.
 
     Args:
-        layer: from 0.
-        head: from 0; None = all heads of the layer.
+        layer: from 0; of an edge that is asked for also negative, from the end.
+        head: in the same way; None = all heads of the layer.
         from_: the group whose keys and values are read.
         to: the group whose queries read them.
         effect: what the edge adds to the score, the mean over the samples; NaN where it was not measured.
@@ -45,7 +45,8 @@ class EdgeTable(Sequence[Edge]):
         edges: each with its mean effect.
         effects: (E, B), of each edge and sample.
         scores: (B,), of the model as it is.
-        groups: the tokens of each name, as they were given.
+        groups: the tokens of each name, as `Knockout` takes them; no token is in two. Where a name gave way to another, it is
+            given so: "question - last".
         asked: what the score is: the arguments target, answer, tokenizer, processor, like and tower of the call.
         first_order: the effects are gradients; else the edges were cut.
         without_edges: the layers that have none, as recurrences, which hand on what tokens hold otherwise.
@@ -93,7 +94,8 @@ class EdgeTable(Sequence[Edge]):
         return self._chosen(order[:k].tolist())
 
     def matrix(self, from_: str, to: str) -> Tensor:
-        """The effects (L, H) of the edges between two groups; NaN where the table has none. ValueError for unknown groups."""
+        """The effects (L, H) of the edges from_ -> to, from keys of one group to queries of the other: layers down, heads across.
+        NaN where the table has none. ValueError for unknown groups."""
         for name, group in (("from_", from_), ("to", to)):
             if group not in self.groups:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, self.groups))}; got {group!r}")
@@ -106,8 +108,9 @@ class EdgeTable(Sequence[Edge]):
         return matrix
 
     def by_layer(self) -> Tensor:
-        """The effects (L, F, F) of a layer's edges from each group to each, in the order of `groups`: that of all heads at once
-        where the table has it, else the sum over its heads. NaN where it has neither."""
+        """The effects (L, F, F) of a layer's edges, [layer, from, to]: from the keys of one group to the queries of another, both
+        in the order of `groups`. It is that of all heads at once where the table has it, else the sum over its heads. NaN where
+        it has neither."""
         names, size = list(self.groups), 1 + max((edge.layer for edge in self.edges), default=-1)
         effects = torch.full((size, len(names), len(names)), torch.nan, dtype=torch.float64)
         for edge in sorted(self.edges, key=lambda edge: edge.head is None):  # edges of all heads take the place of sums
@@ -126,7 +129,7 @@ class EdgeTable(Sequence[Edge]):
         return rank_correlation(*(torch.tensor([edge.effect for edge in each]) for each in pair))
 
     def plot(self, from_: str, to: str) -> Figure:
-        """The effects of the edges between two groups as a picture, layers by heads. ModuleNotFoundError without matplotlib."""
+        """`matrix` as a picture, layers down, heads across. ModuleNotFoundError without matplotlib."""
         matrix = self.matrix(from_, to)
         with extra("viz"):
             from matplotlib.figure import Figure
@@ -139,8 +142,9 @@ class EdgeTable(Sequence[Edge]):
         return figure
 
     def plot_flow(self) -> Figure:
-        """The effects of `by_layer` as ribbons from group to group, layer behind layer. A ribbon is as wide as its effect, red
-        where the edge adds to the score, and blue where it takes away. ModuleNotFoundError without matplotlib."""
+        """The effects of `by_layer` as ribbons, layer behind layer, each from keys of a group on the left to queries of one on the
+        right. A ribbon is as wide as its effect, red where the edge adds to the score, and blue where it takes away.
+        ModuleNotFoundError without matplotlib."""
         effects, names = self.by_layer().nan_to_num(), list(self.groups)
         with extra("viz"):
             from matplotlib.figure import Figure
@@ -165,7 +169,8 @@ class EdgeTable(Sequence[Edge]):
         return figure
 
     def to_pandas(self) -> pd.DataFrame:
-        """A row for each edge, with columns layer, head, from, to and effect. ModuleNotFoundError without pandas."""
+        """A row for each edge, with columns layer, head, from (keys), to (queries) and effect. ModuleNotFoundError without
+        pandas."""
         with extra("tables"):
             import pandas as pd
         columns = {"layer": "layer", "head": "head", "from": "from_", "to": "to", "effect": "effect"}
@@ -180,8 +185,8 @@ def as_edge(edge: Any, groups: Mapping[str, Any]) -> Edge:
     if not isinstance(edge, Edge):
         raise TypeError(f"edges must be va.Edge or tuples (layer, head, from, to); got {describe(edge)}")
     for name, number in (("layer", edge.layer), ("head", edge.head)):
-        if (number is not None or name == "layer") and (type(number) is not int or number < 0):
-            raise ValueError(f"edges must have a {name} from 0; got {number!r}")
+        if (number is not None or name == "layer") and type(number) is not int:
+            raise ValueError(f"edges must have an int as their {name}, where -1 is the last; got {number!r}")
     for name in (edge.from_, edge.to):
         if name not in groups:
             raise ValueError(f"edges must go between groups among {', '.join(map(repr, groups))}; got {name!r}")

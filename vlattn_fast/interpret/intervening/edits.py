@@ -14,12 +14,13 @@ from vlattn_fast._ground.checks import check_number, describe
 from vlattn_fast.interpret.intervening.head_record import HeadRecord
 from vlattn_fast.interpret.intervening.token_sets import TokenGroup, check_group
 
-Numbers = int | Iterable[int] | None  # of layers or heads, from 0; None = all
+Numbers = int | Iterable[int] | None  # of layers or heads, from 0, or negative from the end; None = all
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class EdgeEdit(abc.ABC):
-    """A number that is added to the logits of some queries with some keys: the base of `Knockout` and `Steer`."""
+    """A number that is added to the logits of some queries with some keys: the base of `Knockout` and `Steer`. Information flows
+    from the keys to the queries: an edge is written key -> query."""
 
     queries: TokenGroup | None = None
     keys: TokenGroup | None = None
@@ -33,6 +34,9 @@ class EdgeEdit(abc.ABC):
         object.__setattr__(self, "layers", check_numbers("layers", self.layers))
         object.__setattr__(self, "heads", check_numbers("heads", self.heads))
         check_tower(self.tower)
+        if self.queries is None and self.keys is None and self.heads is None:
+            what = type(self).__name__
+            raise ValueError(f"queries, keys or heads must be given, since {what} without them is of all attention; got none")
 
     @property
     @abc.abstractmethod
@@ -45,17 +49,20 @@ class Knockout(EdgeEdit):
     """Cuts edges of attention: these queries do not see these keys (attention knockout: Geva et al., EMNLP 2023; in
     vision-language models Basu et al., 2024, and "Cross-modal Information Flow in MLLMs", CVPR 2025).
 
-    The other keys share the attention, as under a mask. A query without a key gives zeros.
+    Information flows from keys to queries: the edge that is cut is keys -> queries. The other keys share the attention, as under
+    a mask. A query without a key gives zeros.
 
     Args:
         queries: the tokens that read: a name, a span (start, stop) or several, or bool (B, N). None = all. Names are "image"
-            ("image:0" for one of several), "text" (words), "question" (words without the answer's), "answer" (the answer's
-            tokens, and those that `generate` adds), "last" (the last real token, and the row that runs in `generate`; of inputs
-            with an answer the tokens that predict it) and "special" (other real tokens, as [CLS] and registers). ("image",
-            (x1, y1, x2, y2)), relative to the image, are the patches whose centres lie in the box.
+            ("image:0" for one of several), "text" (words, also the answer's), "question" (words without the answer's), "answer"
+            (the answer's tokens, and those that `generate` adds), "last" (the last real token, a word or not, and the row that
+            runs in `generate`; of inputs with an answer the tokens that predict it) and "special" (real tokens that are no words,
+            no patches and no answer, as [CLS] and registers). Names may overlap: "question - last" is one without another, among
+            the tokens of the inputs. ("image", (x1, y1, x2, y2)), relative to the image, are the patches whose centres lie in the
+            box.
         keys: the tokens that are read, in the same ways. None = all.
-        layers: numbers from 0; None = all.
-        heads: numbers from 0; None = all.
+        layers: numbers from 0, or negative from the end, -1 the last; None = all.
+        heads: in the same way. Queries, keys or heads have to be given.
         tower: the name of the tower whose queries are meant, where several have such tokens; (queries', keys') where a tower
             also attends to another. None = the only one that has them.
 
@@ -104,7 +111,7 @@ class ScaleHeads(HeadEdit):
     """Multiplies the outputs of heads, in front of the output projection, by `factor`: mean + factor * (output - mean).
 
     Args:
-        heads: {layer: heads}, numbers from 0; heads None = all of the layer.
+        heads: {layer: heads}, numbers from 0, or negative from the end; heads None = all of the layer.
         factor: any finite number; 0 takes the heads away, or puts their means in.
         mean: a `HeadRecord`, whose means the outputs are scaled towards: with factor 0, mean ablation. None = zero.
         tower: as in `Knockout`.
@@ -134,7 +141,7 @@ class Patch(HeadEdit):
     Args:
         other_run: what `va.record_heads(model, inputs)` returned of another run of a model of this class, with as many samples
             (or one) and tokens.
-        heads: {layer: heads}, numbers from 0; heads None = all of the layer.
+        heads: {layer: heads}, numbers from 0, or negative from the end; heads None = all of the layer.
         queries: the tokens whose outputs are replaced, as in `Knockout`. None = all. Tokens that `generate` adds keep theirs.
         tower: as in `Knockout`.
 
@@ -163,15 +170,15 @@ Edit = EdgeEdit | HeadEdit
 
 
 def check_numbers(name: str, numbers: Any) -> tuple[int, ...] | None:
-    """Numbers from 0 in their order, without repeats; None = all."""
+    """Numbers in their order, without repeats; negative ones count from an end that no one knows here. None = all."""
     if numbers is None:
         return None
     listed = [numbers] if type(numbers) is int else numbers
     if isinstance(listed, (str, Tensor)) or not isinstance(listed, Iterable):
-        raise TypeError(f"{name} must be a number from 0, numbers, or None; got {describe(numbers)}")
+        raise TypeError(f"{name} must be a number, numbers, or None; got {describe(numbers)}")
     listed = tuple(dict.fromkeys(listed))
-    if not listed or not all(type(number) is int and number >= 0 for number in listed):
-        raise ValueError(f"{name} must be ints from 0, at least one; got {numbers!r:.80}")
+    if not listed or not all(type(number) is int for number in listed):
+        raise ValueError(f"{name} must be ints, at least one, where -1 is the last; got {numbers!r:.80}")
     return tuple(sorted(listed))
 
 

@@ -47,7 +47,8 @@ def attribute_edges(
         model: as `explain` takes it, with its target.
         inputs: the model's keyword arguments.
         groups: {name: tokens}, tokens as `Knockout` takes them; or names that `Knockout` knows, as ["image", "question", "last"].
-            Groups may overlap.
+            The table has each token once: other names give way to "answer", "last" and "special", in this order, and other groups
+            must not overlap.
         target: as in `explain`: the score is a logit, or what a callable gives.
         answer: as in `explain`, in place of a target: the score is the sum of the log-probabilities of its tokens.
         tower: whose edges: a name, or (queries', keys') for cross-attention, whose groups are those that each of the two has.
@@ -59,8 +60,8 @@ def attribute_edges(
         as recurrences, have no edges: the table's `without_edges` names them.
 
     Raises:
-        TypeError, ValueError: an argument is of no such kind; a group that is empty, or that several towers have; a score that
-            does not depend on the attention, or is NaN; and what `explain` and `intervene` raise.
+        TypeError, ValueError: an argument is of no such kind; a group that is empty, or that several towers have; groups that
+            overlap; a score that does not depend on the attention, or is NaN; and what `explain` and `intervene` raise.
     """
     named = _checked(groups)
     check_tower(tower)
@@ -69,7 +70,7 @@ def attribute_edges(
         notes = KeepsCalls()
         asked = Asked.check(model, inputs, **question, notes=notes)
         plans = Plans(asked.seen)
-        pair, queries, keys = plans.with_groups(named, tower)
+        pair, named, queries, keys = plans.with_groups(named, tower)
         chosen = plans.layers([pair], None)
         for plan in chosen:
             check_edges(plan)
@@ -139,7 +140,8 @@ def intervene_each(
     Args:
         model, inputs: as in `attribute_edges`.
         edges: a table of `attribute_edges`, or a part of it, as `table.top(20)`: its groups and its score count, and the
-            following arguments are left out. Or `Edge`s, or tuples (layer, head, from, to), where head None = all heads.
+            following arguments are left out. Or `Edge`s, or tuples (layer, head, from, to), where head None = all heads, and
+            negative numbers count from the end.
         groups, target, answer, tower, tokenizer, processor, like: as in `attribute_edges`. A target of None is the one that the
             model as it is gives.
         batch_size: how many copies of the inputs, each with one edge cut, run at once; under a callable target one does.
@@ -166,7 +168,9 @@ def intervene_each(
         raise ValueError("edges must have at least one; got none")
     check_tower(question["tower"])
     asked = Asked.check(model, inputs, **question)
-    pair, queries, keys = Plans(asked.seen).with_groups(named, question["tower"])
+    plans = Plans(asked.seen)
+    pair, named, queries, keys = plans.with_groups(named, question["tower"])
+    listed = [_from_start(plans, pair, edge) for edge in listed]
     with torch.no_grad():
         scores, chosen = asked.scores(asked.run(Plans(asked.seen)))
         check_scores(scores)
@@ -181,6 +185,12 @@ def intervene_each(
     means = joined.double().mean(1).tolist()
     measured = tuple(Edge(e.layer, e.head, e.from_, e.to, mean) for e, mean in zip(listed, means, strict=True))
     return EdgeTable(measured, joined, scores, named, question, first_order=False)
+
+
+def _from_start(plans: Plans, pair: Pair, edge: Edge) -> Edge:
+    """The edge, with numbers from 0."""
+    call = plans.layers([pair], [edge.layer])[0].call
+    return replace(edge, layer=call.layer, head=None if edge.head is None else int(heads_of(call, [edge.head])))
 
 
 def _cuts(asked: Asked, pair: Pair, edges: Sequence[Edge], queries: Sets, keys: Sets) -> Plans:

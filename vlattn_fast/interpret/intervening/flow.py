@@ -14,8 +14,8 @@ from vlattn_fast._ground.extras import extra, with_progress
 from vlattn_fast.attach.session import never_compiled
 from vlattn_fast.interpret.intervening.asking import Asked, check_scores, repeated_set
 from vlattn_fast.interpret.intervening.edits import Knockout, Numbers
-from vlattn_fast.interpret.intervening.plans import Plans, Term, heads_of
-from vlattn_fast.interpret.intervening.token_sets import TokenGroup
+from vlattn_fast.interpret.intervening.plans import Pair, Plans, Term, heads_of
+from vlattn_fast.interpret.intervening.token_sets import TokenGroup, TokenSet, disjoint, token_set
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,7 +31,7 @@ class FlowCurve:
         probability: (S, L), where the window around layer l is cut.
         layers: (L), the numbers of the layers that attend so.
         window: how many layers are cut at once, fewer at the ends.
-        label: the edge in words.
+        label: the edge in words, keys -> queries.
     """
 
     base: Tensor
@@ -100,7 +100,8 @@ def information_flow(
         model: as `explain` takes it; a decoder or a classifier.
         dataset: (inputs, answer) for each sample or batch. answer: as in `explain`; None = `target`.
         window: how many layers are cut at once.
-        queries, keys, heads, tower: as in `Knockout`.
+        queries, keys, heads, tower: as in `Knockout`; the edge is keys -> queries. Two groups that overlap are told apart as in
+            `attribute_edges`.
         target: of samples without an answer, as in `explain`: None = the token or class that the model as it is gives. A callable
             gives (B,) numbers that take the probability's place.
         tokenizer, processor, like: as in `explain`.
@@ -140,6 +141,23 @@ def _in_words(group: Any) -> str:
     return group if isinstance(group, str) else "all" if group is None else "some tokens"
 
 
+def _apart(plans: Plans, cut: Knockout) -> dict[Pair, tuple[TokenSet, TokenSet]]:
+    """The sets of queries and keys by their towers. Two groups of a tower hold each token once; one group may flow to itself."""
+    of_pairs = plans.with_tokens("information_flow", cut.queries, cut.keys, cut.tower)
+    (tower,) = {pair[0] for pair in of_pairs}
+    itself = tower, tower
+    if itself not in of_pairs or cut.queries is None or cut.keys is None:
+        return of_pairs
+    if torch.equal(*(each.mask for each in of_pairs[itself])):
+        return of_pairs
+    apart = disjoint({"queries": cut.queries, "keys": cut.keys}, [tower])
+    queries, keys = (token_set(name, group, tower) for name, group in apart.items())
+    for each in (queries, keys):
+        if isinstance(each, str):
+            raise ValueError(each)
+    return {**of_pairs, itself: (queries, keys)}
+
+
 @torch.no_grad()
 def _of_one(asked: Asked, cut: Knockout, window: int, batch_size: int) -> tuple[Tensor, Tensor, tuple[int, ...]]:
     """The probabilities (B,) and (B, L) of one batch, and the numbers of the layers."""
@@ -148,7 +166,7 @@ def _of_one(asked: Asked, cut: Knockout, window: int, batch_size: int) -> tuple[
     check_scores(scores)
     base = asked.probabilities(outputs)
     plans = Plans(asked.seen)
-    of_pairs = plans.with_tokens("information_flow", cut.queries, cut.keys, cut.tower)
+    of_pairs = _apart(plans, cut)
     layers = sorted({plan.call.layer for plan in plans.layers(of_pairs, None)})
     parts = []
     for first in with_progress(range(0, len(layers), batch_size), "cutting windows", leave=False):

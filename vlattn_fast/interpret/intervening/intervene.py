@@ -72,7 +72,7 @@ def record_heads(
         model: as `intervene` takes it; it runs in eval mode.
         inputs: the model's keyword arguments: a record with the outputs and their means. Or several of them, as a data set gives
             them: a record with the means alone.
-        layers: numbers from 0; None = all.
+        layers: numbers from 0, or negative from the end; None = all.
         tower: whose heads: a name, or (queries', keys') for cross-attention. None = the only one that attends to itself.
 
     Raises:

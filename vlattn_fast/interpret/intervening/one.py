@@ -15,25 +15,33 @@ from vlattn_fast.interpret.intervening.asking import Asked
 from vlattn_fast.interpret.intervening.edits import EdgeEdit, HeadEdit, Knockout, ScaleHeads
 from vlattn_fast.interpret.intervening.intervene import intervene
 from vlattn_fast.interpret.intervening.plans import Plans
-from vlattn_fast.interpret.intervening.token_sets import NAMES
+from vlattn_fast.interpret.intervening.token_sets import NAMES, is_name
 from vlattn_fast.interpret.records.registry import find_family
 from vlattn_fast.interpret.result.pictures.photos import open_image
 
-_NUMBERS = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*$")
+_CUT = re.compile(r"([^>]+)->([^:>]+)(?::([^:]+))?(?::([^:]+))?$")
+_SPAN = re.compile(r"(-?\d+)(?:-(-?\d+))?$")
 
 
 def cut_of(text: str, tower: str | None) -> Knockout:
-    """The knockout of "last:image", "last:image:10-15" or "last:image:10-15:0,3": queries, keys, layers and heads."""
-    queries, _, rest = text.partition(":")
-    keys, *numbers = rest.split(":")
-    known = (*NAMES, "all")
-    if queries not in known or keys not in known or len(numbers) > 2 or not all(map(_NUMBERS.match, numbers)):
-        raise ValueError(
-            f"cut must be QUERIES:KEYS[:LAYERS[:HEADS]], as last:image:10-15, with names among {', '.join(known)}; got {text!r}"
-        )
-    layers, heads = ([_numbers(each) for each in numbers] + [None, None])[:2]
-    sides = (None if name == "all" else name for name in (queries, keys))
-    return Knockout(**dict(zip(("queries", "keys"), sides, strict=True)), layers=layers, heads=heads, tower=tower)
+    """The knockout of "image->last", "image->last:10-15" or "image->last:10-15:0,3": keys, queries, layers and heads."""
+    known, match = (*NAMES, "all"), _CUT.match(text)
+    try:
+        if match is None:
+            raise ValueError
+        keys, queries, *numbers = match.groups()
+        if not all(name == "all" or is_name(name) for name in (keys, queries)):
+            raise ValueError
+        layers, heads = (None if each is None else _numbers(each) for each in numbers)
+    except ValueError:
+        form = f'"KEYS->QUERIES[:LAYERS[:HEADS]]" in quotes, as "image->last:10-15", with names among {", ".join(known)}'
+        first, second, *rest = [*text.split(":"), ""]
+        if first in known and second in known:  # the order of earlier versions
+            form += f'; information flows from keys to queries: "{":".join([f"{second}->{first}", *rest]).rstrip(":")}"'
+        raise ValueError(f"cut must be {form}; got {text!r}") from None
+    sides = {"keys": keys, "queries": queries}
+    groups = {side: None if name == "all" else name for side, name in sides.items()}
+    return Knockout(**groups, layers=layers, heads=heads, tower=tower)
 
 
 def scale_of(text: str, tower: str | None) -> ScaleHeads:
@@ -47,9 +55,16 @@ def scale_of(text: str, tower: str | None) -> ScaleHeads:
 
 
 def _numbers(text: str) -> list[int]:
-    """ "10-12,15" as 10, 11, 12 and 15."""
-    spans = ([int(end) for end in part.split("-")] for part in text.split(","))
-    return [number for span in spans for number in range(span[0], span[-1] + 1)]
+    """ "10-12,15" as 10, 11, 12 and 15, "-2--1" as the last two. ValueError for other texts, and spans without a number."""
+    numbers = list[int]()
+    for part in text.split(","):
+        if (span := _SPAN.match(part)) is None:
+            raise ValueError(f"numbers must be as 10-12,15; got {text!r}")
+        start, stop = int(span[1]), int(span[2] or span[1])
+        if stop < start or start < 0 <= stop:
+            raise ValueError(f"numbers must rise in a span; got {part!r}")
+        numbers += range(start, stop + 1)
+    return numbers
 
 
 def intervene_one(

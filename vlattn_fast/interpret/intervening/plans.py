@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from vlattn_fast._ground.checks import check_index
 from vlattn_fast.interpret.intervening.edits import EdgeEdit, Edit, Patch, ScaleHeads
 from vlattn_fast.interpret.intervening.grouping import Groups
 from vlattn_fast.interpret.intervening.head_record import HeadRecord
 from vlattn_fast.interpret.intervening.seen_calls import SeenCall, SeenModel, SeenTower, TowerName
-from vlattn_fast.interpret.intervening.token_sets import TokenSet, token_set
+from vlattn_fast.interpret.intervening.token_sets import TokenSet, disjoint, token_set
 
 Pair = tuple[SeenTower, SeenTower]  # of the queries and of the keys
 
@@ -25,6 +26,15 @@ class Term:
     queries: TokenSet
     keys: TokenSet
     bias: Tensor
+
+
+class Grouped(NamedTuple):
+    """The groups of a table, which hold each token once, and their sets in the towers of the queries and of the keys."""
+
+    pair: Pair
+    groups: dict[str, Any]
+    queries: dict[str, TokenSet]
+    keys: dict[str, TokenSet]
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,9 +158,15 @@ class Plans:
         _check_one(what, chosen, problems)
         return chosen
 
-    def with_groups(self, groups: Mapping[str, Any], tower: TowerName) -> tuple[Pair, dict[str, TokenSet], dict[str, TokenSet]]:
-        """The towers of queries and keys that have all groups, and their sets. In a named pair each has those that it can."""
-        chosen: dict[Pair, tuple[dict[str, TokenSet], dict[str, TokenSet]]] = {}
+    def with_groups(self, groups: Mapping[str, Any], tower: TowerName) -> Grouped:
+        """The towers of queries and keys that have all groups. In a named pair each has those that it can. ValueError for groups
+        that overlap, see `disjoint`."""
+        (pair,) = self._of_groups(groups, tower)
+        apart = disjoint(groups, pair)
+        return Grouped(pair, apart, *self._of_groups(apart, tower)[pair])
+
+    def _of_groups(self, groups: Mapping[str, Any], tower: TowerName) -> dict[Pair, tuple[dict[str, TokenSet], ...]]:
+        chosen: dict[Pair, tuple[dict[str, TokenSet], ...]] = {}
         problems: list[str] = []
         across: list[str] = []
         for pair in self.pairs(tower):
@@ -164,21 +180,27 @@ class Plans:
             if not missing:
                 chosen[pair] = queries, keys if pair[0] is not pair[1] else queries
         _check_one("groups", chosen, problems or across)
-        ((pair, (queries, keys)),) = chosen.items()
-        return pair, queries, keys
+        return chosen
 
     def layers(self, pairs: Iterable[Pair], numbers: Iterable[int] | None) -> list[CallPlan]:
-        """The plans of the calls of some layers between these towers; None = of all layers. ValueError for an unknown layer."""
+        """The plans of the calls of some layers between these towers; None = of all layers. Negative numbers count from the
+        tower's end. ValueError for an unknown layer."""
         pairs = set(pairs)
         plans = [plan for plan in self.of_calls if plan.pair in pairs]
-        known, tower = sorted({plan.call.layer for plan in plans}), plans[0].call.tower.name
-        numbers, mixing = known if numbers is None else list(numbers), self.without_edges(pairs)
-        for number in numbers:
-            if number not in known and number in mixing:
-                raise ValueError(f"layers must be among {known}, which attend; got {number}, {mixing[number]}, without a softmax")
-            if number not in known:
-                raise ValueError(f"layers must be among {known[0]} to {known[-1]} in tower '{tower}'; got {number}")
-        return [plan for plan in plans if plan.call.layer in numbers]
+        if numbers is None:
+            return plans
+        known, tower = sorted({plan.call.layer for plan in plans}), plans[0].call.tower
+        mixing = {layer: f"{place}, without a softmax" for layer, place in self.without_edges(pairs).items()}
+        chosen = {check_index("layers", number, self._depth(tower), f"tower '{tower.name}'") for number in numbers}
+        for layer in sorted(chosen.difference(known)):
+            what = mixing.get(layer, f"which does not attend to {', '.join(repr(pair[1].name) for pair in pairs)}")
+            raise ValueError(f"layers must be among {known}, which attend; got {layer}, {what}")
+        return [plan for plan in plans if plan.call.layer in chosen]
+
+    def _depth(self, tower: SeenTower) -> int:
+        """How many layers a tower has."""
+        layers = [plan.call.layer for plan in self.of_calls if plan.call.tower is tower]
+        return 1 + max(layers + [layer for of, layer, _ in self.seen.mixing if of is tower])
 
     def without_edges(self, pairs: Iterable[Pair]) -> dict[int, str]:
         """By the number of each layer that has no softmax, as recurrences have none: the module's path and class."""
@@ -205,9 +227,12 @@ class Plans:
                 self.add_term(plan, Term(*sets[plan.pair], bias))
         elif isinstance(edit, (ScaleHeads, Patch)):
             self._check_record(edit)
-            pair = self.self_pair(what, tower_of(edit))
+            pair, named = self.self_pair(what, tower_of(edit)), dict[int, int]()
             for layer, heads in edit.heads.items():
-                for plan in self.layers([pair], [layer]):
+                plans = self.layers([pair], [layer])
+                if (before := named.setdefault(plans[0].call.layer, layer)) != layer:
+                    raise ValueError(f"heads must name each layer once; got {before} and {layer} of {self._depth(pair[0])}")
+                for plan in plans:
                     chosen = heads_of(plan.call, heads)  # type: ignore[arg-type]
                     self._claim(plan, chosen, what)
                     if isinstance(edit, ScaleHeads):
@@ -279,11 +304,11 @@ def check_edges(plan: CallPlan) -> None:
 
 
 def heads_of(call: SeenCall, numbers: Sequence[int] | None) -> Tensor:
-    """int64, some heads of a call; None = all."""
-    for number in numbers or ():
-        if number >= call.heads:
-            raise ValueError(f"heads must be below {call.heads} in layer {call.layer} of tower '{call.tower.name}'; got {number}")
-    return torch.arange(call.heads) if numbers is None else torch.tensor(numbers)
+    """int64, some heads of a call; None = all. Negative numbers count from the end."""
+    if numbers is None:
+        return torch.arange(call.heads)
+    where = f"layer {call.layer} of tower '{call.tower.name}'"
+    return torch.tensor(sorted({check_index("heads", number, call.heads, where) for number in numbers}))
 
 
 def _scale(plan: CallPlan, edit: ScaleHeads, heads: Tensor) -> None:

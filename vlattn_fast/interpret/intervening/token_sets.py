@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,8 @@ from vlattn_fast.interpret.records.tokens import Patches, TextPatches, Tokens
 
 NAMES = ("image", "text", "question", "answer", "last", "special")
 _ONE_IMAGE = re.compile(r"image:(\d+)$")
+_LESS = " - "  # "question - last": the tokens of one name without those of another
+_KEEP = ("answer", "last", "special")  # in a table other names give way to these, and each of them to those in front of it
 # A name; a span (start, stop), or several; bool (B, N) or (N,); the patches of an image whose centres lie in a box of it.
 TokenGroup = str | tuple[int, int] | Sequence[tuple[int, int]] | Tensor | tuple[str, Box]
 
@@ -35,8 +38,9 @@ def check_group(name: str, group: Any) -> None:
     if group is None:
         return
     if isinstance(group, str):
-        if group not in NAMES and not _ONE_IMAGE.match(group):
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, NAMES))} or 'image:0', 'image:1', ...; got {group!r}")
+        if not is_name(group):
+            known = f"one of {', '.join(map(repr, NAMES))} or 'image:0', 'image:1', ..."
+            raise ValueError(f"{name} must be {known}, or one less others, as 'question - last'; got {group!r}")
     elif isinstance(group, Tensor):
         if group.dtype != torch.bool or group.ndim not in (1, 2):
             raise ValueError(f"{name} must be bool (B, N) or (N,), True = a token of the group; got {describe(group)}")
@@ -48,6 +52,11 @@ def check_group(name: str, group: Any) -> None:
             )
     elif not isinstance(group, Sequence) or not group or not all(_is_span(span) for span in _spans(group)):
         raise ValueError(f"{name} must be a name, spans (start, stop) with 0 <= start < stop, or bool (B, N); got {group!r:.80}")
+
+
+def is_name(group: str) -> bool:
+    """Whether it is a name of `NAMES`, "image:0", or such a name less others."""
+    return all(name in NAMES or _ONE_IMAGE.match(name) for name in group.split(_LESS))
 
 
 def _is_of_box(group: Any) -> bool:
@@ -79,9 +88,11 @@ def token_set(name: str, group: Any, tower: SeenTower) -> TokenSet | str:
             return f"{name} must have the shape (B, N) = ({batch}, {size}) of tower '{tower.name}'; got {tuple(group.shape)}"
         chosen = TokenSet(group.cpu().expand(batch, size))
     elif isinstance(group, str):
-        mask = _named(group, tower)
+        mask, *less = (_named(each, tower) for each in group.split(_LESS))
         if mask is None:
             return f"{name}={group!r} has no meaning in {where}"
+        for taken in less:
+            mask = mask if taken is None else mask.cpu() & ~taken.cpu()
         chosen = TokenSet(mask.cpu(), grows=group in ("answer", "text"), runs=group == "last")
     elif _is_of_box(group):
         mask = _in_box(str(group[0]), group[1], tower)
@@ -98,6 +109,35 @@ def token_set(name: str, group: Any, tower: SeenTower) -> TokenSet | str:
     if not bool(chosen.mask.any()) and not chosen.grows:
         return f"{name} must have a token; got {describe_group(group)}, which is empty in {where}"
     return chosen
+
+
+def disjoint(groups: Mapping[str, Any], towers: Iterable[SeenTower]) -> dict[str, Any]:
+    """The groups of a table, which has each token once: in the towers names give way to those of `_KEEP`.
+
+    Raises:
+        ValueError: other groups overlap.
+    """
+    kept = dict(groups)
+    order = sorted(kept, key=lambda name: _strength(kept[name]))
+    for tower, (one, two) in itertools.product(dict.fromkeys(towers), itertools.combinations(order, 2)):
+        first, second = (token_set(name, kept[name], tower) for name in (one, two))
+        if isinstance(first, str) or isinstance(second, str) or not bool((shared := first.mask & second.mask).any()):
+            continue
+        if not isinstance(kept[two], str) or _strength(kept[one]) == _strength(kept[two]):
+            sample = int(shared.any(1).nonzero()[0])
+            tokens = ", ".join(map(str, shared[sample].nonzero()[:, 0].tolist()[:10]))
+            raise ValueError(
+                f"groups of a table must hold each token once; got {one!r} and {two!r}, which share tokens {tokens} of sample "
+                f"{sample} in tower '{tower.name}' (edits of va.intervene may overlap)"
+            )
+        kept[two] += _LESS + kept[one].split(_LESS)[0]
+    return kept
+
+
+def _strength(group: Any) -> int:
+    """The place in `_KEEP` of the name; others come behind these."""
+    name = group.split(_LESS)[0] if isinstance(group, str) else None
+    return _KEEP.index(name) if name in _KEEP else len(_KEEP)
 
 
 def describe_group(group: Any) -> str:

@@ -13,18 +13,18 @@ from vlattn_fast.lab.experiments.flow.maps import Map, stored_maps
 from vlattn_fast.lab.experiments.flow.samples import PAIRS, Asked
 from vlattn_fast.models.clip_mapper import CLIPMapper
 
-# Edges of information flow: the tokens that read, those that are read (None = all), and the pair of towers.
+# Edges of information flow: the tokens that are read (None = all), those that read, and the pair of towers.
 FLOWS = {
-    "picture to the last token": ("last", None, "cross"),
-    "answer's digit to the last token": ("last", "answer", "cross"),
-    "asked digit to the last token": ("last", "asked", "cross"),
-    "other digits to the last token": ("last", "others", "cross"),
-    "picture to the words": ("words", None, "cross"),
-    "answer's digit to the words": ("words", "answer", "cross"),
-    "asked digit to the words": ("words", "asked", "cross"),
-    "words to the last token": ("last", "words", "text"),
-    "answer's digit to empty patches": ("empty", "answer", "vision"),
-    "asked digit to the answer's": ("answer", "asked", "vision"),
+    "picture to the last token": (None, "last", "cross"),
+    "answer's digit to the last token": ("answer", "last", "cross"),
+    "asked digit to the last token": ("asked", "last", "cross"),
+    "other digits to the last token": ("others", "last", "cross"),
+    "picture to the words": (None, "words", "cross"),
+    "answer's digit to the words": ("answer", "words", "cross"),
+    "asked digit to the words": ("asked", "words", "cross"),
+    "words to the last token": ("words", "last", "text"),
+    "answer's digit to empty patches": ("answer", "empty", "vision"),
+    "asked digit to the answer's": ("asked", "answer", "vision"),
 }
 CUT = (1, 2, 4, 8, 16, 32, 64)  # edges
 LISTS = ("true effect", "first order", "first order, by size", "first order behind the cut", "relevancy", "attention", "random")
@@ -92,7 +92,7 @@ def falls(model: CLIPMapper, asked: Asked) -> list[dict[str, Any]]:
     """By the edge of FLOWS: the share of the answer's probability that is lost where it is cut in one layer, and in all; the mean
     over the samples."""
     measured = []
-    for name, (to, from_, pair) in FLOWS.items():
+    for name, (from_, to, pair) in FLOWS.items():
         groups = asked.groups(pair)
         cut: dict[str, Any] = {"queries": groups[to], "keys": None if from_ is None else groups[from_], "tower": PAIRS[pair]}
         data = [(asked.inputs, None)]
