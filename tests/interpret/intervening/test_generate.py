@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -151,3 +152,54 @@ def test_an_encoder_decoder_generates_with_edits_of_its_cross_attention() -> Non
         masked = model.generate(encoder_outputs=states, attention_mask=mask, **chosen)
     for one, other in zip(cut.logits, masked.logits, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+# Pairs of edits: one of keys="last", and one whose set holds the prompt's last token, or grows behind it.
+PAIRS = ("answer", "span", "mask", "image")
+
+
+def of_pair(inputs: dict[str, Any], name: str) -> tuple[list[Any], Any]:
+    """The edits, and the bias that they are on whole sequences: each row from the prompt's last one on ran as the newest."""
+    prompt = inputs["input_ids"].shape[1]
+    second: dict[str, Any] = {
+        "answer": {"keys": "answer"},
+        "span": {"queries": "last", "keys": (prompt - 4, prompt)},
+        "mask": {"keys": nn.functional.one_hot(torch.tensor(prompt - 1), prompt).bool()},
+        "image": {"queries": "last", "keys": "image"},
+    }[name]
+
+    def bias(module: nn.Module, n: int, m: int) -> Tensor | float:
+        if "vision" in type(module.config).__name__.lower():
+            return 0.0
+        row, column = torch.arange(n)[:, None], torch.arange(m)
+        runs = row >= prompt - 1
+        keys = {"answer": column >= prompt, "span": (column >= prompt - 4) & (column < prompt), "mask": column == prompt - 1}
+        of_keys = nn.functional.pad(places(inputs), (0, m - prompt))[:, None, None] if name == "image" else keys[name]
+        of_second = of_keys & (runs if "queries" in second else torch.ones_like(runs))
+        return (runs & (row == column)) * math.log(0.2) + of_second * math.log(4.0)
+
+    return [va.Steer(queries="last", keys="last", weight=0.2), va.Steer(**second, weight=4.0)], bias
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        *(("LlavaForConditionalGeneration", name) for name in PAIRS),
+        *((kind, name) for kind in ("LlamaForCausalLM", "Gemma3ForCausalLM") for name in PAIRS if name != "image"),
+    ],
+)
+def test_each_cache_counts_tokens_and_not_its_places(kind: str, name: str) -> None:
+    """A cache of fixed length has places behind the prompt before any token is there; one of a sliding window loses the first."""
+    model, inputs = decoder(kind)
+    inputs["attention_mask"][:] = 1
+    edits, bias = of_pair(inputs, name)
+    how: Any = {"max_new_tokens": NEW, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    with torch.no_grad(), biased(model, bias):
+        expected = torch.stack(list(steps(model, inputs, None)))
+    with torch.no_grad():
+        plain = torch.stack(model.generate(**inputs, **how).logits)
+        for cache in ("static", "dynamic"):
+            with va.intervene(model, inputs, edits):
+                logits = torch.stack(model.generate(**inputs, **how, cache_implementation=cache).logits)
+            torch.testing.assert_close(logits.double(), expected, rtol=0, atol=1e-5)
+    assert float((plain.double() - expected).abs().amax((1, 2)).min()) > 1e-3  # in each step

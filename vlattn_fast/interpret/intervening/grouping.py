@@ -38,7 +38,8 @@ class Groups:
         self._latest: tuple[tuple[object, ...], Tensor] | None = None  # all layers ask for the same
 
     def of(self, start: int, count: int, total: int, batch: int, device: torch.device) -> Tensor:
-        """int64 (`batch`, `count`), the groups of `count` tokens from place `start` on, where `total` tokens are there.
+        """int64 (`batch`, `count`), the groups of `count` places from `start` on, where `total` tokens are there: a cache of fixed
+        length has places behind them.
 
         Raises:
             ValueError: a batch of another size; several new rows at once, where "last" is among the keys.
@@ -53,7 +54,7 @@ class Groups:
         if end > self.size:
             tail = groups.new_full((self.batch, end - max(start, self.size)), self._new)
             groups = torch.cat([groups[:, start:], tail], 1)
-            if self._newest_alone and start < total <= end:
+            if self._newest_alone and total > self.size and start < total <= end:
                 groups[:, total - 1 - start] = self._newest
         else:
             groups = groups[:, start:end]
