@@ -69,7 +69,10 @@ def test_an_answer_keeps_its_tokens() -> None:
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
-        ({"a": (0, 4), "b": [(2, 3), (3, 6)]}, r"got 'a' and 'b', which share tokens 2, 3 of sample 0 in tower 'language' \(edits"),
+        (
+            {"a": (0, 4), "b": [(2, 3), (3, 6)]},
+            r"got 'a' and 'b', which share tokens 2, 3 of sample 0 in tower 'language' \(edits",
+        ),
         ({"end": (6, 9), "last": "last"}, "got 'last' and 'end', which share tokens 8 of sample 0"),
         ({"one": "last", "two": "last"}, "got 'one' and 'two', which share tokens 8 of sample 0"),
         (["text", "question"], "got 'text' and 'question', which share tokens"),
@@ -98,6 +101,16 @@ def test_spans_of_a_curve_that_overlap_are_refused_and_one_span_may_flow_to_itse
 
 
 def test_a_group_that_gives_all_its_tokens_away_is_named() -> None:
+    model, inputs = llama()
+    short = {name: value[:, :1] for name, value in inputs.items()}
+    empty = "must have a token; got 'text - last', which is empty in tower 'language' of 1 tokens"
+    with pytest.raises(ValueError, match=rf"groups\['words'\] {empty}"):
+        va.attribute_edges(model, short, {"words": "text", "end": "last"})
+    with pytest.raises(ValueError, match=f"keys {empty}"):
+        va.information_flow(model, [(short, None)], window=1, keys="text")
+
+
+def test_names_less_others_are_groups_of_edits() -> None:
     model, inputs = llama()
     mask = torch.zeros(9, dtype=torch.bool)
     mask[8] = True

@@ -142,7 +142,7 @@ class EdgeTable(Sequence[Edge]):
         return figure
 
     def plot_flow(self) -> Figure:
-        """The effects of `by_layer` as ribbons, layer behind layer, each from keys of a group on the left to queries of one on the
+        """The effects of `by_layer` as ribbons, layer behind layer, from keys of a group on the left to queries of one on the
         right. A ribbon is as wide as its effect, red where the edge adds to the score, and blue where it takes away.
         ModuleNotFoundError without matplotlib."""
         effects, names = self.by_layer().nan_to_num(), list(self.groups)

@@ -148,13 +148,13 @@ def _apart(plans: Plans, cut: Knockout) -> dict[Pair, tuple[TokenSet, TokenSet]]
     itself = tower, tower
     if itself not in of_pairs or cut.queries is None or cut.keys is None:
         return of_pairs
-    if torch.equal(*(each.mask for each in of_pairs[itself])):
+    names = [group for group in (cut.queries, cut.keys) if isinstance(group, str)]
+    if names[0] == names[1] if len(names) == 2 else torch.equal(*(each.mask for each in of_pairs[itself])):
         return of_pairs
     apart = disjoint({"queries": cut.queries, "keys": cut.keys}, [tower])
     queries, keys = (token_set(name, group, tower) for name, group in apart.items())
-    for each in (queries, keys):
-        if isinstance(each, str):
-            raise ValueError(each)
+    if isinstance(queries, str) or isinstance(keys, str):
+        raise ValueError(queries if isinstance(queries, str) else keys)
     return {**of_pairs, itself: (queries, keys)}
 
 
