@@ -32,6 +32,13 @@ def gpt2() -> Any:
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, **tokens))
 
 
+def gemma2() -> Any:
+    """In its default attention, written by hand with a softcap; every second layer has a window."""
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "query_pre_attn_scalar": 8, "sliding_window": 5}
+    return transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**sizes, **heads, attn_logit_softcapping=0.4))
+
+
 def bert() -> Any:
     sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     return transformers.BertModel(transformers.BertConfig(**sizes))
@@ -63,6 +70,7 @@ def sharpened(model: Any) -> Any:
 MODELS: dict[str, tuple[Callable[[], Any], Callable[[Any], Callable[[], Any]]]] = {
     "grouped heads, rotary": (llama, run_ids),
     "written by hand": (lambda: llama(attn_implementation="eager"), run_ids),
+    "written by hand, softcap": (gemma2, run_ids),
     "fused, transposed": (gpt2, run_ids),
     "biases": (bert, run_ids),
     "multihead": (multihead, run_states),
@@ -109,6 +117,33 @@ def test_the_rule() -> None:
             before[name] if factor is None else before[name] * factor.repeat_interleave(8).view(-1, *[1] * (parameter.ndim - 1))
         )
         torch.testing.assert_close(parameter.detach(), wanted, rtol=1e-6, atol=0)
+
+
+def test_a_softcap_written_by_hand_does_not_count() -> None:
+    """The logits of Gemma 2 are q k / sqrt(scalar) in front of the softcap, which bounds them by itself."""
+    model, tokens, expected = sharpened(gemma2()), ids(), list[dict[int, float]]()
+
+    def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, **_: Any) -> Any:
+        key, value = (x.repeat_interleave(2, 1) for x in (key, value))
+        logits = scaling * query @ key.mT
+        largest = logits.masked_fill(mask < 0, -torch.inf).amax((0, 2, 3))
+        expected.append({head: logit for head, logit in enumerate(largest.tolist()) if logit > TAU})
+        return ((0.4 * (logits / 0.4).tanh() + mask).softmax(-1) @ value).transpose(1, 2).contiguous(), None
+
+    before = model.config._attn_implementation
+    assert before == "eager"
+    transformers.AttentionInterface.register("noted", attention)
+    transformers.masking_utils.AttentionMaskInterface.register("noted", transformers.masking_utils.eager_mask)
+    model.set_attn_implementation("noted")
+    wanted = model(input_ids=tokens).logits
+    model.set_attn_implementation(before)
+    with va.nn.QKClip(model, threshold=TAU) as clip:
+        torch.testing.assert_close(model(input_ids=tokens).logits, wanted)
+        clipped = clip.step()
+    assert all(max(heads.values()) > 5 * TAU for heads in expected)
+    assert list(clipped) == [f"model.layers.{layer}.self_attn" for layer in range(2)]
+    for heads, of_layer in zip(clipped.values(), expected, strict=True):
+        assert heads == pytest.approx(of_layer, rel=1e-5)
 
 
 def test_the_largest_of_several_batches_counts() -> None:

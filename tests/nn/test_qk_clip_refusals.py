@@ -24,6 +24,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         query, key = (p(x).unflatten(-1, (2, 8)).transpose(1, 2) for p in (self.q_proj, self.k_proj))
+        if "by hand" in self.options:
+            return (self.options["by hand"](query @ key.mT)).softmax(-1) @ key
         if "softcap" in self.options:
             return va.score_attention(query, key, key, **self.options)[0]
         return nn.functional.scaled_dot_product_attention(query, key, key, **self.options)
@@ -34,6 +36,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "hidden by -10000": {"attn_mask": torch.tensor([0.0, 0.0, 0.0, -1e4, -1e4]).expand(5, 5)},
     "hidden by the least number": {"attn_mask": torch.full((5, 5), torch.finfo().min).triu(1)},
     "softcap": {"softcap": 0.75},
+    "softcap by hand": {"by hand": lambda scores: 0.75 * torch.tanh(scores / 8**0.5 / 0.75)},
+    "tanh by hand": {"by hand": lambda scores: (scores / 8**0.5).tanh()},
 }
 
 
