@@ -133,6 +133,12 @@ def test_what_stays_with_the_triton_kernel(calls: list[float], name: str) -> Non
     assert len(calls) == 1
 
 
+def test_more_elements_than_32_bits_count_stay_with_the_triton_kernel() -> None:
+    for tokens, is_taken in ((2**24 - 1, True), (2**24, False)):
+        x = torch.empty(1, 1, tokens, 128, dtype=BF16, device="meta")
+        assert _cudnn._is_long(inputs(query=x, key=x, value=x)) is is_taken
+
+
 ABSENT: dict[str, tuple[str, Any]] = {
     "switched off": ("can_use_cudnn_attention", lambda _: False),
     "older than torch prefers": ("_version", lambda: 91500),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import vlattn_fast as va
+from tests.helpers.compare import as_dtype, assert_all_close_to
 from tests.helpers.ops.interpreter import reads_outside
 from tests.helpers.ops.tile_edges import in_turn
 from tests.kernels.test_group_bias import check, runs
@@ -147,6 +148,38 @@ def test_hidden_queries_of_received_attention_are_not_read(row: int) -> None:
         received = made.received[..., 128:384]
         results.append((received, torch.autograd.grad(received.sum(), leaf)[0][:, :, 128:384]))
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("head", (0, 1))
+@pytest.mark.parametrize("dtype", (F32, BF16), ids=str)
+def test_queries_of_one_head_of_two_do_not_see_keys_that_both_share(dtype: torch.dtype, head: int) -> None:
+    """One loop takes the queries of both for a tile of keys: blocks of them, in front and behind, which the other head needs."""
+    inputs = {"query": torch.randn(1, 2, 330, 8), "key": torch.randn(1, 1, 300, 8), "value": torch.randn(1, 1, 300, 8)}
+    table = torch.zeros(2, 3, 3)
+    table[head, 0, 1] = table[head, 2, 1] = -torch.inf
+    inputs = as_dtype(inputs | {"group_bias": table}, dtype)
+    groups = {"query_groups": runs(330, 0, 128, 200), "key_groups": runs(300, 0, 64, 256), "enable_gqa": True}
+    assert_all_close_to(
+        partial(va.score_attention, backend="triton", **groups),
+        partial(va.reference.score_attention, **groups),
+        inputs,
+        [torch.randn(1, 2, 330, 8)],
+    )
+
+
+@pytest.mark.parametrize("dtype", (F32, BF16), ids=str)
+def test_seen_keys_that_begin_and_end_within_tiles(dtype: torch.dtype) -> None:
+    """Hidden in front of them, in a gap between them, and behind them."""
+    inputs = {"query": torch.randn(1, 1, 70, 8), "key": torch.randn(1, 1, 470, 8), "value": torch.randn(1, 1, 470, 8)}
+    table = torch.zeros(1, 1, 5)
+    table[..., ::2] = -torch.inf
+    groups = {"query_groups": torch.zeros(70, dtype=torch.int64), "key_groups": runs(470, 0, 39, 107, 309, 421)}
+    assert_all_close_to(
+        partial(va.score_attention, return_lse=True, backend="triton", **groups),
+        partial(va.reference.score_attention, return_lse=True, **groups),
+        as_dtype(inputs | {"group_bias": table}, dtype),
+        [torch.randn(1, 1, 70, 8), torch.randn(1, 1, 70)],
+    )
 
 
 def test_heads_that_see_other_tiles_share_keys() -> None:

@@ -50,6 +50,16 @@ def test_masked_keys_take_no_digits_of_a_distance(masked: str, backend: str) -> 
     torch.testing.assert_close(got.double(), want, rtol=4e-6, atol=4e-6)
 
 
+@pytest.mark.parametrize("sigma", (0.7, 1.3, 11.0))
+def test_the_features_of_long_vectors_keep_a_small_distance(sigma: float) -> None:
+    """Their product in float64 has it: the square beside the feature w q is that of the feature as it is rounded."""
+    key = 40 * torch.randn(1, 2, 200, 8)
+    query, score = key + 0.01 * torch.randn(key.shape), S.Distance(sigma)
+    core, exact = score.core(query, key), score.formula(query.double(), key.double())
+    errors = (core.query.double() @ core.key.double().mT - exact).diagonal(dim1=2, dim2=3)
+    assert errors.abs().max() < 1e-5 / sigma**2
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("sigma", (300.0, 3e19, 1e300, torch.tensor(torch.inf)), ids=str)
 def test_a_sigma_whose_square_has_no_place_attends_evenly(sigma: float | Tensor, dtype: torch.dtype) -> None:

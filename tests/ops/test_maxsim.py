@@ -155,6 +155,15 @@ def test_large_numbers(backend: str) -> None:
     assert (check(backend, inputs)["out0"] < 0).all()
 
 
+@on("reference", *FAST)
+def test_weights_keep_more_digits_than_bfloat16_has(backend: str) -> None:
+    """Three tokens of a query chose the document's token, each with the weight 1 + 2^-9: float16 holds three times that."""
+    queries, documents = (torch.ones(1, size, 16, dtype=torch.float16, requires_grad=True) for size in (3, 1))
+    similarity = va.maxsim(queries, documents, backend=backend)
+    (grad,) = torch.autograd.grad(similarity, documents, torch.tensor([[1 + 2.0**-9]]).to(similarity.dtype))
+    assert torch.equal(grad, torch.full((1, 1, 16), 3 + 3 * 2.0**-9, dtype=torch.float16))
+
+
 # ------------------------------------------------------------------ autograd, compile, memory
 
 

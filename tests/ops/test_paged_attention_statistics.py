@@ -18,6 +18,7 @@ from tests.helpers.ops.score_cases import lay_out
 from vlattn_fast.backends.reference.paged_attention_statistics import STATISTICS
 from vlattn_fast.backends.streaming import _tiles
 from vlattn_fast.checking import verify
+from vlattn_fast.ops import paged_attention_statistics as operator
 
 FAST = ("streaming", "cpu", "triton")
 LENGTHS, COUNTS = (37, 70, 9, 0, 64), (37, 1, 0, 0, 5)  # keys and queries of each request
@@ -168,6 +169,29 @@ def test_sizes(backend: str, heads: int, key_heads: int, block_size: int, size: 
 def test_lengths(backend: str, lengths: tuple[int, ...], counts: tuple[int, ...]) -> None:
     of = requests(lengths, counts, more=0)
     check(backend, as_dtype(tensors(of, more=0), finest(backend)), {**of, **groups(of, max(lengths))})
+
+
+@on(*FAST)
+@pytest.mark.parametrize("window", [20, 45])
+def test_windows_that_begin_within_a_tile_of_keys(window: int, backend: str) -> None:
+    """Of some tokens that are computed together the first see keys of one tile more than the last."""
+    of = requests((90, 70), (70, 3))
+    check(backend, as_dtype(tensors(of), finest(backend)), {**of, **groups(of, 90), "window": window})
+
+
+@on(*FAST)
+def test_blocks_that_the_cache_does_not_have(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU nobody reads the numbers of the table before a kernel does: no query sees these keys. What lies in front of the
+    cache and behind it is NaN."""
+    monkeypatch.setattr(operator, "_check_values", lambda _: None)
+    of = requests()
+    inputs = as_dtype(tensors(of), finest(backend))
+    cache = inputs["key_cache"]
+    blocks, beyond = len(cache), torch.full((2, *cache.shape[1:]), torch.nan, dtype=cache.dtype)
+    inputs["key_cache"] = torch.cat([beyond, cache, beyond])[2:-2]
+    for (r, column), number in {(0, 1): blocks, (1, 2): blocks + 1, (1, 0): -1, (4, 3): blocks, (4, 0): -2}.items():
+        of["block_table"][r, column] = number
+    check(backend, inputs, {**of, **groups(of, 70)})
 
 
 @on(*FAST)
