@@ -174,14 +174,16 @@ def test_a_picture_of_too_many_pixels_says_what_to_do(tmp_path, monkeypatch) -> 
             draw(tmp_path / "large.png")
 
 
-def test_queries_have_no_place_and_no_grid() -> None:
-    """BLIP-2's image tokens are queries of a Q-Former: the advice to pass grid= would end in another error."""
-    of_record = Explanation({"language": torch.rand(1, 9)})
-    for draw in (of_record.plot, of_record.to_html, of_record.overlay):
-        with pytest.raises(ValueError, match=r"no token of language has a place in it: .* queries .*Q-Former"):
-            draw(PHOTO)
-    with pytest.raises(ValueError, match=r"no token of tower0 has a place in it. Explain with grid=\(h, w\) and prefix="):
-        Explanation({"tower0": torch.rand(1, 9)}).plot(PHOTO)
+def test_an_explanation_without_maps_says_what_to_do() -> None:
+    """`tests/interpret/explaining/test_without_map.py` has what BLIP-2 and Whisper say."""
+    for explanation in (
+        Explanation({"tower0": torch.rand(1, 9)}),
+        Explanation({"tower0": torch.rand(1, 9)}, no_map="it is a sound"),
+    ):
+        why = explanation.no_map or r"no token of tower0 has a place in it. .* explain with grid=\(h, w\) and prefix="
+        for draw in (explanation.plot, explanation.to_html, explanation.overlay):
+            with pytest.raises(ValueError, match=f"image must be None for .* without maps and boxes: {why}. Leave the image out"):
+                draw(PHOTO)
 
 
 def test_an_explanation_with_its_photo_shows_it_in_a_notebook() -> None:

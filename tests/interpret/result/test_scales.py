@@ -112,4 +112,74 @@ def test_frames_of_a_video_wrap_into_lines(photo):
         assert len(figure.axes) == (9 + 2 if frames == 9 else 3)  # maps or their sheet, words, scale
     page = va.compare({"a": video, "b": video}).to_html(rows=[0])
     sizes = [Image.open(io.BytesIO(base64.b64decode(one))).size for one in re.findall(r'base64,([^"]+)"', page)]
-    assert sizes == [sizes[0]] * 2 and max(sizes[0]) <= 1040
+    assert sizes == [sizes[0]] * 2 and max(sizes[0]) <= 4 * 260 + 3 * 2
+
+
+# --- a scale that clips ---
+
+PEAK = torch.cat([torch.linspace(0.0, 0.016, 195), torch.tensor([0.082])]).view(1, 14, 14).repeat(2, 1, 1)  # as "rollout" has it
+SQUARE = np.full((28, 28, 3), 255, np.uint8)
+END = float(PEAK[0].flatten()[193])  # of 196 entries, two are larger
+
+
+def test_one_large_patch_does_not_hide_the_others():
+    explanation = made(image=PEAK)
+    for photo in (None, SQUARE):
+        for scale, end, text in (("max", 0.082, "values 0 to 0.082"), ("quantile", END, "values 0 to 0.082, clipped at 0.0159")):
+            figure = explanation.plot(photo, rows=[0], scale=scale)
+            drawn = next(axis.images[-1] for axis in figure.axes if axis.images and axis.images[-1].get_array().shape == (14, 14))
+            (bar,) = bars(figure)
+            assert drawn.get_clim() == pytest.approx((0, end)) and bar.get_ylabel() == text
+            assert bar._colorbar.extend == ("neither" if scale == "max" else "max")
+            figure.canvas.draw()
+    info = explanation.overlay(SQUARE, scale="quantile").info
+    assert info["scale"] == pytest.approx((0, END)) and info["range"] == pytest.approx((0, 0.082))
+    dark, light = (np.asarray(explanation.overlay(SQUARE, scale=scale)).astype(int)[27, 20] for scale in ("quantile", "max"))
+    assert (255 - dark).max() > 100 > 50 > (255 - light).max()  # a patch of 0.015
+
+
+def test_a_scale_that_clips_has_two_ends_below_zero():
+    signed = made(image=torch.where(PEAK > 0.05, -PEAK, PEAK))
+    figure = signed.plot(rows=[0], scale="quantile")
+    drawn = next(axis.images[-1] for axis in figure.axes if axis.images)
+    assert drawn.get_clim() == pytest.approx((-END, END)) and bars(figure)[0]._colorbar.extend == "both"
+    assert bars(figure)[0].get_ylabel() == "values \u22120.082 to 0.016, clipped at ±0.0159"
+
+
+@pytest.mark.parametrize(
+    ("values", "end"),
+    [([0.5], 0.5), ([0.0, 0.0, 3.0], 3.0), ([0.25, 1.0], 0.25), ([float("nan"), 0.25, 1.0], 0.25), ([0.0], 0.0)],
+)
+def test_the_end_of_few_patches(values, end):
+    """The largest is left out, unless nothing else is above 0."""
+    image = torch.tensor(values).view(1, 1, -1).repeat(2, 1, 1)
+    figure = made(image=image).plot(rows=[0], scale="quantile")
+    drawn = next(axis.images[-1] for axis in figure.axes if axis.images)
+    assert drawn.get_clim() == pytest.approx((0, end))
+
+
+def test_one_scale_for_all_rows_reaches_as_far_as_the_widest():
+    both = made(image=torch.stack([PEAK[0], 3 * PEAK[0]]))
+    drawn = [axis.images[-1] for axis in both.plot(scale="quantile", common=True).axes if axis.images]
+    assert [image.get_clim() for image in drawn if image.get_array().shape == (14, 14)] == [pytest.approx((0, 3 * END))] * 2
+
+
+def test_a_page_and_small_multiples_clip_as_figures_do():
+    pytest.importorskip("jinja2")
+    pages = {scale: made(image=PEAK).to_html(scale=scale) for scale in ("max", "quantile")}
+    for scale, page in pages.items():
+        data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
+        view = data["methods"][0]["choices"][0]["views"][""]
+        assert [view["high"], view["clip"]] == pytest.approx([0.082, END], rel=1e-3)
+        assert ('id="clip" type="checkbox" checked' in page) == (scale == "quantile")
+    beside = va.compare({"a": made(image=PEAK), "b": made()}, scale="quantile")
+    assert [bar._colorbar.norm.vmax for bar in bars(beside.plot(rows=[0]))][0] == pytest.approx(END)
+    assert "clipped at 0.0159" in beside.to_html() and "clipped at 0.0159" not in beside.to_html(scale="max")
+
+
+@pytest.mark.parametrize("draw", ["plot", "to_html", "overlay"])
+def test_an_unknown_scale_is_named(draw):
+    with pytest.raises(ValueError, match="scale must be one of 'max', 'quantile'; got 'log'"):
+        getattr(made(), draw)(PHOTO, scale="log")
+    with pytest.raises(ValueError, match="scale must be one of 'max', 'quantile'; got None"):
+        va.compare({"a": made()}, scale=None)

@@ -39,18 +39,58 @@ def test_two_checkpoints_on_one_photo(tmp_path):
     found = va.compare({"before": before, "after <b>": after}, WHITE)
     page = found.save_html(tmp_path / "page.html", title="A & B").read_text()
     assert "<h1>A &amp; B</h1>" in page and "after &lt;b&gt;" in page and "after <b>" not in page
-    assert "score 1.5, values 0.01 to 1" in page and "score 2.5, values 0.01 to 1" in page
+    assert "score 1.5<" in page and "score 2.5<" in page and page.count('<span class="note">values 0.01 to 1</span>') == 4
     first, second = pictures_of(page)[:2]
     assert first.shape == second.shape == (195, 260, 3)
     for picture, strong, weak in ((first, (20, 20), (180, 240)), (second, (180, 240), (20, 20))):
         assert picture[strong].min() < 120 and picture[weak].min() > 230
     figure = found.plot(rows=[0])
     figure.savefig(tmp_path / "figure.png")
-    maps, words = figure.axes
-    assert [text.get_text().split("\n")[0] for text in maps.texts] == ["before", "after <b>"]
+    *maps, words = [axis for axis in figure.axes if axis.get_label() != "<colorbar>"]
+    assert [axis.get_title(loc="left") for axis in maps] == ["before\nscore 1.5", "after <b>\nscore 2.5"]
     assert [label.get_text() for label in words.get_yticklabels()] == ["before", "after <b>"]
-    assert maps.get_title() == words.get_title() == "7 8 9"
+    assert [part.get_suptitle() for part in figure.subfigs] == ["7 8 9"] * 2
     assert repr(found) == "SideBySide('before', 'after <b>')" and "<iframe" in found._repr_html_()
+
+
+def bars_of(figure) -> list:
+    return [axis for axis in figure.axes if axis.get_label() == "<colorbar>"]
+
+
+def test_each_map_has_its_scale_and_colours():
+    found = va.compare({"one": made(), "other": made(image=3 * torch.rand(2, 3, 4))}, WHITE, cmap="viridis")
+    for figure, name in ((found.plot(rows=[0]), "viridis"), (found.plot(rows=[0], cmap="magma"), "magma")):
+        ends = [one.image[0].max().item() for one in found.explanations.values()]
+        assert [bar._colorbar.norm.vmax for bar in bars_of(figure)] == pytest.approx(ends)
+        assert {bar._colorbar.cmap.name for bar in bars_of(figure)} == {name}
+        assert [bar.get_xlabel().startswith("values ") for bar in bars_of(figure)] == [True, True]
+    assert {bar._colorbar.norm.vmax for bar in bars_of(found.plot(rows=[0], common=True))} == {max(ends)}
+    page = found.to_html(rows=[0])
+    assert page.count("linear-gradient(") == 2 and found._repr_html_() != va.compare(found.explanations, WHITE)._repr_html_()
+    with pytest.raises(ValueError, match="cmap must be a name of matplotlib's colours"):
+        va.compare({"a": made()}, cmap="rainbows").plot()
+
+
+def test_a_frame_shows_the_part_that_the_model_saw():
+    found = va.compare({"one": made(image=torch.zeros(2, 3, 4))}, WHITE, crop=(0.25, 0, 0.75, 1))
+    (picture, _) = pictures_of(found.to_html())
+    assert picture.shape == (195, 260, 3)
+    for column in (65, 194):  # black and white dashes
+        assert {0, 255} == set(picture[:, column].ravel().tolist())
+    assert (picture[20:-20, 70:190] == 255).all() and (picture[:, :60] == 255).all()
+    assert (pictures_of(va.compare({"one": made(image=torch.zeros(2, 3, 4))}, WHITE).to_html())[0] == 255).all()
+
+
+def test_columns_are_aligned():
+    """Photos of several shapes stand in columns of one width, in figures and pages."""
+    photos = {"tall": np.full((90, 30, 3), 255, np.uint8), **{name: WHITE for name in "abcd"}}
+    found = va.compare({name: made() for name in photos}, photos, crop=(0, 0, 1, 1))
+    figure = found.plot(rows=[0])
+    figure.canvas.draw()
+    maps = [axis for axis in figure.axes if axis.images and axis.get_title(loc="left")]
+    lefts = [axis.get_subplotspec().get_position(axis.figure).x0 for axis in maps]
+    assert len(maps) == 5 and lefts[4] == lefts[0] and len(set(lefts)) == 4
+    assert set(re.findall(r"grid-auto-columns: (\d+)px", found.to_html())) == {"260"}
 
 
 def test_the_numbers():
@@ -76,7 +116,8 @@ def test_words_of_an_answer_and_maps_of_one_scale():
     found = va.compare({"one": answered(), "other": answered(method="rollout")}, WHITE)
     page = found.to_html(common=True)
     assert page.count("<figure>") == 2 * 4 and "what is it?: giraffe" in page
-    assert len(va.compare({"one": answered(), "other": answered()}).plot(rows=iter([1])).axes) == 4
+    figure = va.compare({"one": answered(), "other": answered()}).plot(rows=iter([1]))
+    assert len(figure.axes) - len(bars_of(figure)) == 2 * 3 and len(bars_of(figure)) == 4  # maps and a table of two words
 
 
 def test_without_maps():

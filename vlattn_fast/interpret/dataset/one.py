@@ -52,8 +52,9 @@ def explain_one(
     placed = explanation.is_spatial and len(set(explanation.photos or [0])) == 1
     photo = {"image": picture, "processor": processor} if picture is not None and placed else {}
     if picture is not None and not photo:
-        lies = "crops whose place nothing tells" if explanation.is_spatial else "no tokens with a place in the picture"
-        yield f"{type(model).__name__} has {lies}: {out} shows none"
+        lies = "crops whose place nothing tells" if explanation.is_spatial else "no tokens with a place in it"
+        why = explanation.no_map or f"{type(model).__name__} has {lies}"
+        yield f"{out} does not show the picture: {why}"
     if out.suffix == ".html":
         title = " | ".join(texts or [str(image)])
         explanation.save_html(out, **photo, beside=beside, title=title if len(title) <= 80 else title[:79] + "…")

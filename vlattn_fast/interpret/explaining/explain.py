@@ -6,11 +6,9 @@ Six stages, each of which takes what those before it give: `Request.check` and `
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +30,7 @@ from vlattn_fast.interpret.explaining.question import (
 )
 from vlattn_fast.interpret.explaining.request import Prompt, Read, Request, Target, lay_out
 from vlattn_fast.interpret.explaining.run import Run, run_traced
+from vlattn_fast.interpret.explaining.without_map import why_no_map
 from vlattn_fast.interpret.relevancy.layer_maps import LayerMaps
 from vlattn_fast.interpret.relevancy.method import BackwardPass
 from vlattn_fast.interpret.relevancy.methods.registry import lists_methods
@@ -40,9 +39,6 @@ from vlattn_fast.interpret.result.by_layer import LayerExplanation
 from vlattn_fast.interpret.result.explanation import Explanation
 from vlattn_fast.interpret.result.numbers.explained import without_self
 from vlattn_fast.interpret.result.numbers.interference import with_filtered_image
-
-_progress: ContextVar[bool] = ContextVar("_progress", default=True)
-T = TypeVar("T")
 
 
 class Rows(NamedTuple):
@@ -115,13 +111,14 @@ def explain(
             many, and the score's gradient names the row that is read: of one token, or the mean of several. "similarity", of an
             encoder without logits: the cosine of rows 0 and 1, 2 and 3, ..., each with the other held fixed, of the states that
             `read` names, by default the mean. A `vlattn_fast.Action` = a dimension of a robot policy's actions.
-        start_layer: 0 = all layers, -1 = the last only, i = layers i and later.
+        start_layer: 0 = all layers, -1 = the last only, i = layers i and later. Layers are the model's blocks, by their index in
+            its list of blocks; -1 is the last one that mixes tokens.
         weighting: for "weighted": "contribution" (|g.x| and |g.o|), "norm" (|x| and |o|), "equal" (1 and 1), or a
             callable(residual, branch, gradient) -> (a, b), (B, N) each.
         steps: for "integrated_gradients": how many scaled inputs the model runs on, one behind the other; 32.
         per: for "gradient" and "attention": "layer" = the row of each layer's own map by itself, relevancy (L, B, N); "head" =
             that of each head's, (L, H, B, N). The map is relu(A * dA), or A. The result is a `LayerExplanation`.
-        layers: with `per`: the numbers of the layers, -1 the last; all by default.
+        layers: with `per`: the numbers of the layers, as in `start_layer`; all by default.
         heads: with `per`: the numbers of the heads, which per="layer" takes the mean over; all by default.
         read: the row that is read, instead of what the model's record says: "cls" (token 0), "last" (the last real token),
             "mean" (1/N of each real token), an index (negative from the end), or weights (N,) or (B, N); or a dict from towers to
@@ -186,7 +183,7 @@ def carry_back(request: Request, prompt: Prompt, run: Run, question: Question) -
     if question.target is not None:  # scaled inputs may have another
         request = replace(request, target=question.target)
     mean = Rows({}, {})
-    for step in _with_bar(range(method.steps), "step"):
+    for step in with_progress(range(method.steps), "explaining", unit="step"):
         method.scale = (step + 0.5) / method.steps
         scaled = run_traced(request, prompt)
         for total, rows in zip(mean, _rows_of_run(request, prompt, scaled, ask(request, prompt, scaled)), strict=True):
@@ -203,7 +200,7 @@ def _rows_of_run(request: Request, prompt: Prompt, run: Run, question: Question)
     filled = [0] * len(run.towers)
     shows = len(question.passes) > 1 and not request.method.steps
     numbers = range(len(question.passes))
-    for number in _with_bar(numbers, "pass") if shows else numbers:
+    for number in with_progress(numbers, "explaining", unit="pass") if shows else numbers:
         backward = _pass_back(request, prompt, run, question, number)
         rows = request.method.carried(backward)
         # A small tensor kept from each pass would lie between the large ones that the next pass cannot take again.
@@ -234,11 +231,6 @@ def _pass_back(request: Request, prompt: Prompt, run: Run, question: Question, n
     logits = request.record.scoring.logits(run.outputs) if request.method.takes_logits else None
     said = None if logits is None else question.said(logits, number)
     return backward_pass(request, run, score, starts, prompt.arguments, keep=keep, said=said)
-
-
-def _with_bar(items: Collection[T], unit: str) -> Iterable[T]:
-    """The items, with a progress bar unless `without_progress`."""
-    return with_progress(items, "explaining", unit=unit) if _progress.get() else items
 
 
 def _of_towers(
@@ -276,6 +268,7 @@ def assemble(request: Request, prompt: Prompt, run: Run, question: Question, row
         "target": question.target,
         "method": request.method.name,
         "start_layer": request.start_layer,
+        "no_map": why_no_map(request.model, run.towers, prompt.arguments, fields),
         "sinks": named_sinks(request, prompt, run, fields.get("image_rows")),
     }
     explanation = (
@@ -312,13 +305,3 @@ def _by_layer(
     assert request.selection is not None and isinstance(request.method, LayerMaps)
     counts = {tower.name: request.method.counts(tower) for tower in run.towers}
     return LayerExplanation.of_rows(request.selection.per, counts, owners, relevancy, fields)
-
-
-@contextlib.contextmanager
-def without_progress() -> Iterator[None]:
-    """Within it `explain` shows no progress bar of its own."""
-    token = _progress.set(False)
-    try:
-        yield
-    finally:
-        _progress.reset(token)

@@ -150,12 +150,13 @@ class LayerExplanation(Explanation):
         processor: Any = None,
         cmap: str = "inferno",
         alpha: float = 0.85,
+        scale: str = "max",
         common: bool = False,
     ) -> Figure:
         """Small multiples: a map for each layer, or with per="head" a line of heads for each; the words as a table, a line for
         each map. The arguments are those of `Explanation.plot`; every map has its own scale, or with `common` all have one."""
         with extra("viz"):
-            return Multiples([*self.items()], image, labels, crop, processor, cmap, rows, alpha, common).figure()
+            return Multiples([*self.items()], image, labels, crop, processor, cmap, rows, alpha, scale, common).figure()
 
     def to_html(
         self,
@@ -166,13 +167,14 @@ class LayerExplanation(Explanation):
         processor: Any = None,
         title: str = "Relevancy by layer",
         cmap: str = "inferno",
+        scale: str = "max",
         beside: Sequence[Explanation] = (),
     ) -> Page:
         """One self-contained page of small multiples, with the arguments of `Explanation.to_html`; `beside` must be empty."""
         if len(beside):
             raise ValueError(f"beside must be empty for maps of layers; got {len(beside)} explanations")
         with extra("viz"):
-            return Multiples([*self.items()], image, labels, crop, processor, cmap).page(title)
+            return Multiples([*self.items()], image, labels, crop, processor, cmap, scale=scale).page(title)
 
     def to_pandas(self) -> pd.DataFrame:
         """Every entry as a line, as `Explanation.to_pandas` has it, with its layer and head in front."""

@@ -35,8 +35,7 @@ _OF_TOWERS = ("relevancy", "position", "brought")
 _TENSORS = ("text", "regions", "boxes", "scores")
 _FACTS = (
     *("image_rows", "token_ids", "words", "target", "method", "start_layer", "answer", "text_positions", "photos", "crops"),
-    "token_names",
-    "sinks",
+    *("token_names", "sinks", "no_map"),
 )
 
 
@@ -73,6 +72,8 @@ class Explanation(Explained):
         answer: the ids of the tokens of a decoder's explained answer, row by row, or of the prompt of `prompt_maps`, or None.
         token_names: the tokens of the first tower, where they are neither words nor patches, as a robot's state and its steps.
         sinks: the tokens of each sample that receive attention without content, where `explain` was asked for them; else None.
+        no_map: why there is no map, though the model was given a picture or a sound, as for BLIP-2 and Whisper; else None.
+            Figures and pages say it, too.
         tower_images: tower -> maps like `image`, where several towers see the images. `image` is of the one nearest to the
             pixels.
 
@@ -242,17 +243,18 @@ class Explanation(Explained):
         processor: Any = None,
         cmap: str = "inferno",
         alpha: float = 0.85,
+        scale: str = "max",
         common: bool = False,
     ) -> Figure:
         """Draw maps and words: a line per row, or a map per word of an answer with a table of its words.
 
         The maps of a row share a scale, from 0 (transparent over an image, and on the scale) to their largest value. Where some
-        values are below 0, it goes as far below as above, and they are blue. Beside it stands the range of the values. More
-        than six rows wrap into a grid, and more than six panels of a row into lines; above three maps of a row, its photos are
-        under the maps alone. An answer of more than 40 words, or a video of more than 40 frames, has its maps on one sheet with
-        one scale, and the answer's table has fewer names than words. A row without maps and words shows the entries of its
-        towers. Letters that matplotlib's font lacks (Chinese, Japanese, Korean, emoji) are drawn in an installed font that has
-        them, if any.
+        values are below 0, it goes as far below as above, and they are blue. Beside it stands the range of the values. Of a photo
+        that the model saw in tiles, one map is called "thumbnail" and one "tiles". More than six rows wrap into a grid, and more
+        than four panels of a row into lines; with more than six, its photos are under the maps only. An answer of more than 40
+        words, or a video of more than 40 frames, has its maps on one sheet with one scale, and the answer's table has fewer names
+        than words. A row without maps and words shows the entries of its towers. Letters that matplotlib's font lacks (Chinese,
+        Japanese, Korean, emoji) are drawn in an installed font that has them, if any.
 
         Args:
             image: the photo under the maps: a path or file, a PIL image, array or tensor (H, W, 3) or (3, H, W), floats in [0, 1]
@@ -266,13 +268,16 @@ class Explanation(Explained):
                 the part is measured on pictures of the photo's size.
             cmap: matplotlib's name of the colours.
             alpha: opacity of the largest value over an image.
+            scale: where the colours of the maps end: "max" = at the largest value; "quantile" = at the value that 99 % of the
+                patches do not exceed, for a map in which one patch is many times the others. Larger values then have the last
+                colour, the scale ends in a point, and the range beside it says where it clips.
             common: one scale for all rows and all words, as the box "One scale" of the page.
 
         Returns:
             A matplotlib Figure (without pyplot: nothing is shown or kept open).
         """
         with extra("viz"):
-            return draw(self, image, rows, labels, crop, processor, cmap, alpha, common)
+            return draw(self, image, rows, labels, crop, processor, cmap, alpha, scale, common)
 
     def overlay(
         self,
@@ -285,12 +290,13 @@ class Explanation(Explained):
         processor: Any = None,
         cmap: str = "inferno",
         alpha: float = 0.85,
+        scale: str = "max",
     ) -> Picture:
         """A photo under the map of one row, as a picture of the photo's size: no title, no scale. The ends of the scale, which
         begins at 0 as that of `plot`, and the range of the values are the picture's `info["scale"]` and `info["range"]`.
 
         Args:
-            image, crop, processor, cmap, alpha: as for `plot`.
+            image, crop, processor, cmap, alpha, scale: as for `plot`.
             row: of the batch.
             word: of the row's answer, where each word has a map; None = the sum of their maps.
             panel: which of the row's maps, where it has several: frames of a video, a thumbnail beside tiles.
@@ -299,7 +305,7 @@ class Explanation(Explained):
             A PIL image in RGB.
         """
         with extra("viz"):
-            return overlay(self, image, row, word, panel, crop, processor, cmap, alpha)
+            return overlay(self, image, row, word, panel, crop, processor, cmap, alpha, scale)
 
     def to_html(
         self,
@@ -310,6 +316,7 @@ class Explanation(Explained):
         processor: Any = None,
         title: str = "Relevancy",
         cmap: str = "inferno",
+        scale: str = "max",
         beside: Sequence[Explanation] = (),
     ) -> Page:
         """One self-contained page without network: choose a row, or a word of the answer, and see its map and words.
@@ -317,7 +324,7 @@ class Explanation(Explained):
         The page stores the image once, in its resolution or, above 300 kB, in a smaller one.
 
         Args:
-            image, labels, crop, processor, cmap: as for `plot`.
+            image, labels, crop, processor, cmap, scale: as for `plot`. The page has a box that switches the scale.
             title: heading of the page.
             beside: explanations of the same input by other methods, to switch to.
 
@@ -331,7 +338,7 @@ class Explanation(Explained):
             for one in beside:
                 if not isinstance(one, Explanation):
                     raise TypeError(f"beside must be a sequence of explanations; got {describe(one)}")
-            return render([self, *beside], image, labels, crop, processor, title, cmap)
+            return render([self, *beside], image, labels, crop, processor, title, cmap, scale)
 
     def save_html(self, path: str | Path, image: Any = None, **options: Any) -> Path:
         """Write the page of `to_html`, which has the same options, to `path`."""

@@ -14,6 +14,7 @@ from vlattn_fast.interpret.result.explanation import Explanation
 from vlattn_fast.interpret.result.numbers import table
 from vlattn_fast.interpret.result.pictures.multiples import Multiples
 from vlattn_fast.interpret.result.pictures.page import Page
+from vlattn_fast.interpret.result.pictures.scale import check_scale
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,6 +29,8 @@ class SideBySide:
     labels: Any = None
     crop: Any = None
     processor: Any = None
+    cmap: str = "inferno"
+    scale: str = "max"
 
     @property
     def table(self) -> list[dict[str, Any]]:
@@ -40,20 +43,31 @@ class SideBySide:
                 lines += [{"one": first, "other": name, **line} for line in one.compare(second).table]
         return lines
 
-    def plot(self, *, rows: Any = None, cmap: str = "inferno", alpha: float = 0.85, common: bool = False) -> Figure:
-        """A map for each explanation, with its name, its score and the range of its values; words as a table, a line for each.
+    def plot(
+        self, *, rows: Any = None, cmap: str | None = None, alpha: float = 0.85, scale: str | None = None, common: bool = False
+    ) -> Figure:
+        """A map for each explanation, under its name and score and above its scale with the range of its values; dashes around
+        the part of the photo that a model saw, if it did not see all; words as a table, a line for each explanation.
 
-        The arguments are those of `Explanation.plot`. Each map has its own scale, or with `common` all of a row have one.
+        The arguments are those of `Explanation.plot`; `cmap` and `scale` are by default those of `compare`. Each map has its own
+        scale, or with `common` all of a row have one.
         """
         with extra("viz"):
-            return self._multiples(cmap, rows, alpha, common).figure()
+            return self._multiples(rows, cmap, alpha, scale, common).figure()
 
     def to_html(
-        self, *, title: str = "Side by side", rows: Any = None, cmap: str = "inferno", alpha: float = 0.85, common: bool = False
+        self,
+        *,
+        title: str = "Side by side",
+        rows: Any = None,
+        cmap: str | None = None,
+        alpha: float = 0.85,
+        scale: str | None = None,
+        common: bool = False,
     ) -> Page:
         """The same as one self-contained page, with `table` below. A notebook shows it in a frame."""
         with extra("viz"):
-            return self._multiples(cmap, rows, alpha, common).page(title, self.table)
+            return self._multiples(rows, cmap, alpha, scale, common).page(title, self.table)
 
     def save_html(self, path: str | Path, **options: Any) -> Path:
         """Write the page of `to_html`, which has the same options, to `path`."""
@@ -61,9 +75,10 @@ class SideBySide:
         Path(path).write_text(self.to_html(**options), encoding="utf-8")
         return Path(path)
 
-    def _multiples(self, cmap: str, rows: Any, alpha: float, common: bool) -> Multiples:
+    def _multiples(self, rows: Any, cmap: str | None, alpha: float, scale: str | None, common: bool) -> Multiples:
+        cmap, scale = self.cmap if cmap is None else cmap, self.scale if scale is None else scale
         maps = [*self.explanations.items()]
-        return Multiples(maps, self.image, self.labels, self.crop, self.processor, cmap, rows, alpha, common)
+        return Multiples(maps, self.image, self.labels, self.crop, self.processor, cmap, rows, alpha, scale, common)
 
     def _repr_html_(self) -> str | None:
         """The page for a notebook; None, for plain text, where a package for pages is missing."""
@@ -77,7 +92,14 @@ class SideBySide:
 
 
 def compare(
-    explanations: Mapping[str, Explanation], image: Any = None, *, labels: Any = None, crop: Any = None, processor: Any = None
+    explanations: Mapping[str, Explanation],
+    image: Any = None,
+    *,
+    labels: Any = None,
+    crop: Any = None,
+    processor: Any = None,
+    cmap: str = "inferno",
+    scale: str = "max",
 ) -> SideBySide:
     """Explanations side by side, as a figure and as a page: by several methods, of several checkpoints or of several inputs.
 
@@ -85,11 +107,13 @@ def compare(
         explanations: by the names under which they are shown. Each has the same number of rows, and with an answer the same
             number of words.
         image: the photo under all maps, as for `Explanation.plot`; or one for each name, in a dict.
-        labels, crop, processor: as for `Explanation.plot`.
+        labels, crop, processor, cmap, scale: as for `Explanation.plot`. `scale="quantile"` shows more of maps in which one patch
+            is many times the others, as "rollout" and "weighted" make them.
 
     Raises:
         TypeError: `explanations` is no dict of explanations.
-        ValueError: explanations of different numbers of rows or words; names of `image` that are not those of `explanations`.
+        ValueError: explanations of different numbers of rows or words; names of `image` that are not those of `explanations`; an
+            unknown `scale`.
 
     Example:
         >>> import torch, vlattn_fast as va
@@ -117,4 +141,5 @@ def compare(
         raise ValueError(f"image must be None for explanations without maps; got {describe(image)}")
     if isinstance(image, Mapping) and set(image) != set(explanations):
         raise ValueError(f"image must have the names {list(explanations)}; got {list(image)}")
-    return SideBySide(dict(explanations), image, labels, crop, processor)
+    check_scale(scale)
+    return SideBySide(dict(explanations), image, labels, crop, processor, cmap, scale)

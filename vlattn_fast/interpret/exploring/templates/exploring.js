@@ -88,12 +88,12 @@ function explore(model, el) {
       pane.canvases = view.figures.map((figure) => frame(pane.figures, figure, page));
     }
     const views = compared(i, (each) => each.views[""]).filter((each) => each.figures.length);
-    const least = Math.min(...views.map((each) => each.low)), high = Math.max(...views.map((each) => each.high)), low = least < 0 ? -high : least;
+    const [low, high] = rangeOf(views, parts.clip.checked);
     view.figures.forEach((figure, number) => {
       paint(pane.canvases[number], figure, page, low, high, parts.opacity.value, parts.patches.checked);
       pane.canvases[number].setAttribute("aria-label", `Map of ${page.panes[i].name} for ${one.label}`);
     });
-    pane.range.textContent = view.figures.length ? `Values from ${format(view.range[0])} to ${format(view.range[1])}, in colours from ${format(low)} to ${format(high)}.` : "";
+    pane.range.textContent = view.figures.length ? `${rangeText(view, low, high)}, in colours from ${format(low)} to ${format(high)}.` : "";
     pane.score.textContent = shows() ? `${before.scored} \u2192 ${one.scored}` : one.scored;
     const answers = [page.models[page.panes[i].model].answers, shows() ? edited().answers[page.panes[i].model] : []].map((all) => all[one.row]);
     pane.said.textContent = answers[0] === undefined ? "" : answers[1] === undefined ? `says: ${answers[0]}` : `says: ${answers[0]} \u2192 ${answers[1]}`;
@@ -235,6 +235,7 @@ function explore(model, el) {
     parts.opacity = make("input", opaque, { type: "range", min: 0, max: 100, value: 85 });
     parts.opacity.addEventListener("input", show);
     check(look, "Show patches", "patches").hidden = !spatial || !page.pictures.length;
+    check(look, "Clip the largest 1 %", "clip").hidden = !spatial;
     check(look, "One scale for all maps", "common").hidden = page.panes.length < 2;
     parts.afterBar = make("span", look, { className: "bar" });
     parts.after = ["as it is", "edited"].map((name, i) => {

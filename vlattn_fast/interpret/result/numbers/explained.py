@@ -43,6 +43,7 @@ class Explained:
     crops: list[Any] | None = None
     token_names: list[str] | None = None
     sinks: list[list[Sink]] | None = None
+    no_map: str | None = None
 
     def __post_init__(self) -> None:
         relevancy = self.relevancy

@@ -24,9 +24,19 @@ from vlattn_fast.interpret.result.numbers.choices import (
     score_text,
 )
 from vlattn_fast.interpret.result.numbers.explained import Explained
-from vlattn_fast.interpret.result.pictures.figure_parts import LINE, SIZE, draw_bar, draw_words, lines_of, set_title
+from vlattn_fast.interpret.result.pictures.figure_parts import (
+    LINE,
+    SIZE,
+    draw_bar,
+    draw_note,
+    draw_words,
+    lines_of,
+    set_title,
+    with_frame,
+)
+from vlattn_fast.interpret.result.pictures.panel_names import panel_names
 from vlattn_fast.interpret.result.pictures.photos import each_once, read_boxes, read_pictures
-from vlattn_fast.interpret.result.pictures.scale import colors, for_scale, scale_of, shares, strengths
+from vlattn_fast.interpret.result.pictures.scale import check_scale, colors, for_scale, joint, scale_of, shares, strengths
 
 if TYPE_CHECKING:
     from matplotlib.colors import ListedColormap
@@ -34,9 +44,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
 _WIDTH, _SMALL = 3.4, 2.3  # inches of a row's panel, and of an answer's
+_TITLE = 0.15  # inches of an answer's title
 _COLUMNS = 5  # for an answer's maps
 _ROWS = 6  # that stand below one another at full size; more wrap into a grid of smaller ones
-_ACROSS = 6  # panels of a row in a line
+_ACROSS = 4  # panels of a row in a line
+_BESIDE = 6  # panels of a row at most, if its photos stand beside its maps
 _MANY = 40  # words of an answer; a longer answer has one sheet of maps, and fewer names than lines in its table
 _SHEET, _TILE = 16, 72  # maps in a line of the sheet, and pixels in a line of a map
 _NAMES = 80  # that fit above the columns of a table
@@ -49,7 +61,16 @@ _FONTS = (  # with these letters; no coloured emoji, which matplotlib cannot dra
 
 
 def draw(
-    explanation: Explained, image: Any, rows: Any, labels: Any, crop: Any, processor: Any, cmap: str, alpha: float, common: bool
+    explanation: Explained,
+    image: Any,
+    rows: Any,
+    labels: Any,
+    crop: Any,
+    processor: Any,
+    cmap: str,
+    alpha: float,
+    scale: str,
+    common: bool,
 ) -> Figure:
     """See `Explanation.plot`."""
     from matplotlib import rc_context
@@ -58,16 +79,16 @@ def draw(
     rows = chosen_numbers(rows, len(explanation))
     check_number("alpha", alpha, low=0, high=1)
     check_bool(common=common)
+    check_scale(scale)
     pictures = read_pictures(explanation, image, rows)
     boxes = read_boxes(explanation, pictures, crop, processor)
-    painter = Painter(pictures, boxes, colors(cmap), alpha)
+    painter = Painter(pictures, boxes, colors(cmap), alpha, scale, explanation.photos)
     samples, each = read_samples(explanation, labels, rows), explanation.each
     if common:
-        choices = [choice for sample in samples for choice in sample.choices]
-        painter.shared = scale_of(*(patch.values for choice in choices for patch in choice.patches))
+        painter.shared = joint(painter.range(choice.patches) for sample in samples for choice in sample.choices)
     with rc_context({"font.family": _fonts(samples)}):
         if each:
-            sizes = [(_COLUMNS * _SMALL, 0.4 + sum(_answer_heights(sample, painter))) for sample in samples]
+            sizes = [(_COLUMNS * _SMALL, _TITLE + sum(_answer_heights(sample, painter))) for sample in samples]
         else:
             sizes = [_sample_size(sample, painter, _unit(samples)) for sample in samples]
         if not samples:
@@ -81,6 +102,8 @@ def draw(
                 _draw_answer(part, sample, painter)
             else:
                 _draw_sample(part, sample, painter, _unit(samples))
+        if explanation.no_map is not None:
+            draw_note(figure, f"No map: {explanation.no_map}.", width)
     return figure
 
 
@@ -103,6 +126,8 @@ class Painter:
     crops: list[Box]
     cmap: ListedColormap
     alpha: float
+    scale: str = "max"  # its kind, see `scale_of`
+    photos: list[int] | None = None  # the number of the photo of each map, if known
     shared: tuple[float, float] | None = None  # the range of one scale for all maps; None = each choice has its own
 
     def shades(self, low: float) -> ListedColormap:
@@ -115,10 +140,15 @@ class Painter:
 
     def range(self, patches: Sequence[Patch]) -> tuple[float, float]:
         """The ends of the scale that some maps have."""
-        return scale_of(*(patch.values for patch in patches)) if self.shared is None else self.shared
+        return scale_of(*(patch.values for patch in patches), scale=self.scale) if self.shared is None else self.shared
 
     def panels(self, choice: Choice) -> list[list[Patch]]:
         return panels(choice.patches, self.pictures, self.crops)
+
+    def named(self, choice: Choice) -> list[tuple[str, list[Patch]]]:
+        """The panels with their names, which are empty where a name says nothing."""
+        views = self.panels(choice)
+        return list(zip(panel_names(self.photos, views), views, strict=True))
 
     def picture(self, patches: list[Patch]) -> Array | None:
         """The picture under the maps of a panel."""
@@ -169,15 +199,16 @@ class Painter:
             smooth = "nearest" if picture is None or region else "bilinear"
             extent = x1 * width, x2 * width, y2 * height, y1 * height
             drawn = axis.imshow(patch.values, extent=extent, interpolation=smooth, **painted)
-            if region or (x1, y1, x2, y2) != (0, 0, 1, 1):
-                style = {"edgecolor": "black", "alpha": 0.6} if region else {"edgecolor": "white", "linestyle": "--"}
+            if region or (x1, y1, x2, y2) != WHOLE:  # white dashes on black show on any photo
                 size = (x2 - x1) * width, (y2 - y1) * height
-                axis.add_patch(Rectangle((x1 * width, y1 * height), *size, fill=False, linewidth=0.7, **style))
+                for style in [{"edgecolor": "black", "alpha": 0.6}, {"edgecolor": "white", "linestyle": "--"}][: 2 - region]:
+                    axis.add_patch(Rectangle((x1 * width, y1 * height), *size, fill=False, linewidth=0.7, **style))
         axis.set(xlim=(0, width) if picture is None else (-0.5, width - 0.5), ylim=(height, 0), aspect="equal")
         return drawn
 
-    def laid_over(self, patches: Sequence[Patch], side: int = 0) -> Picture:
-        """The maps of one panel over their picture, of its size; without one on white, whose longer side is `side` pixels."""
+    def laid_over(self, patches: Sequence[Patch], side: int = 0, outlined: bool = False) -> Picture:
+        """The maps of one panel over their picture, of its size; without one on white, whose longer side is `side` pixels.
+        `outlined`: with a frame around a map of a part of the picture."""
         from PIL import Image
 
         (low, high), picture = self.range(patches), self.picture([*patches])
@@ -199,6 +230,8 @@ class Painter:
             layer = Image.new("RGBA", shown.size)
             layer.paste(Image.fromarray(np.rint(255 * colored).astype(np.uint8)), (left, top))
             shown = Image.alpha_composite(shown, layer)
+            if outlined and box != WHOLE:
+                shown = Image.fromarray(with_frame(np.array(shown), left, top, right, bottom))
         return shown.convert("RGB")
 
 
@@ -216,19 +249,30 @@ def _grid(sizes: Sequence[tuple[float, float]]) -> tuple[list[float], int]:
     return [max(h for _, h in sizes[first : first + across]) for first in range(0, count, across)], across
 
 
+def _cells(painter: Painter, choice: Choice) -> list[tuple[str | None, list[Patch]]]:
+    """The axes of a sample's maps in turn: their name, or None for their photo, which stands before the first map of it unless
+    there are many; and the maps."""
+    cells: list[tuple[str | None, list[Patch]]] = []
+    before = None
+    for name, view in painter.named(choice):
+        if (photo := painter.picture(view)) is not before:
+            cells.append((None, view))
+        cells.append((name, view))
+        before = photo
+    return cells if len(cells) <= _BESIDE else [cell for cell in cells if cell[0] is not None]
+
+
 def _axes(sample: Sample, painter: Painter) -> tuple[int, int, int]:
-    """The number of axes of a sample: panels, and photos beside a few of them, or towers without panels and words; the lines and
-    columns in which they stand. Words have a further column."""
-    panels = len(painter.panels(sample.choices[0]))
-    if panels > _MANY:
+    """The number of axes of a sample: panels and photos, or towers without panels and words; the lines and columns in which they
+    stand. Words have a further column."""
+    cells = _cells(painter, sample.choices[0])
+    if len(cells) > _MANY:
         return 1, 1, 1
-    count = panels * (2 if _has_photos(painter, panels) else 1) or (0 if sample.words else len(sample.choices[0].relevancy))
-    columns = min(count, _ACROSS)
+    count = len(cells) or (0 if sample.words else len(sample.choices[0].relevancy))
+    photos = [number for number, (name, _) in enumerate(cells) if name is None]
+    group = photos[1] if len(photos) > 1 else 1  # a photo and its maps stand in one line
+    columns = min(count, max(1, _ACROSS // group) * group)
     return count, -(-count // max(columns, 1)), columns
-
-
-def _has_photos(painter: Painter, panels: int) -> bool:
-    return painter.pictures is not None and 2 * panels <= _ACROSS
 
 
 def _sample_size(sample: Sample, painter: Painter, unit: float) -> tuple[float, float]:
@@ -246,11 +290,11 @@ def _sample_size(sample: Sample, painter: Painter, unit: float) -> tuple[float, 
 def _draw_sample(part: Any, sample: Sample, painter: Painter, unit: float) -> None:
     """Draws photo, overlay and words of a sample, or its towers' entries without these, under its label and score."""
     (choice,), (count, lines, columns) = sample.choices, _axes(sample, painter)
-    views = painter.panels(choice)
-    if len(views) > _MANY:
+    cells = _cells(painter, choice)
+    if len(cells) > _MANY:
         widths = [_COLUMNS * _SMALL, unit][: 1 + bool(sample.words)]
         maps, *rest = part.subfigures(1, len(widths), squeeze=False, width_ratios=widths)[0]
-        _draw_sheet(maps, [(f"map {number}", view) for number, view in enumerate(views, start=1)], painter)
+        _draw_sheet(maps, [((name or "").split(" of ")[0], view) for name, view in cells], painter)
         axes, words = [], [one.subplots() for one in rest]
     else:
         grid = part.add_gridspec(max(lines, 1), columns + bool(sample.words))
@@ -264,23 +308,24 @@ def _draw_sample(part: Any, sample: Sample, painter: Painter, unit: float) -> No
             axis.stairs(values, fill=True, color=painter.cmap(0.5))
             axis.set_title(name, fontsize=9, parse_math=False)
     if choice.patches and axes:
-        _draw_panels(part, axes, views, choice, painter)
+        _draw_panels(part, axes, cells, choice, painter)
     if sample.words:
         draw_words(words[0], sample.words, choice.values, unit)
     size, _ = _sample_size(sample, painter, unit)
     set_title(part.suptitle("", fontsize=SIZE), sample.label, score_text(choice.score, choice.of_answer), size)
 
 
-def _draw_panels(part: Any, axes: Sequence[Any], views: list[list[Patch]], choice: Choice, painter: Painter) -> None:
-    """Draws the maps of a choice, each behind its photo where there is room, with one scale."""
-    (low, high), free = painter.range(choice.patches), iter(axes)
-    for number, patches in enumerate(views, start=1):
-        if _has_photos(painter, len(views)):
-            painter.photo(next(free), patches)
-        axis = next(free)
-        drawn = painter.overlay(axis, patches, low, high)
-        if len(views) > 1:
-            axis.set_title(f"map {number} of {len(views)}", fontsize=9)
+def _draw_panels(
+    part: Any, axes: Sequence[Any], cells: Sequence[tuple[str | None, list[Patch]]], choice: Choice, painter: Painter
+) -> None:
+    """Draws the maps of a choice and their photos, with one scale."""
+    low, high = painter.range(choice.patches)
+    for axis, (name, patches) in zip(axes, cells, strict=True):
+        if name is None:
+            painter.photo(axis, patches)
+        else:
+            drawn = painter.overlay(axis, patches, low, high)
+            axis.set_title(name, fontsize=9)
     if high > low:
         draw_bar(part, drawn.norm, painter.shades(low), axes, of=choice.patches)
 
@@ -305,7 +350,7 @@ def _lines(sample: Sample, painter: Painter) -> tuple[int, int]:
 def _draw_answer(part: Any, sample: Sample, painter: Painter) -> None:
     """Draws a map per word of the answer, and a table of the relevancy of its words for each other."""
     heights, (lines, columns) = _answer_heights(sample, painter), _lines(sample, painter)
-    parts = list(part.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0])
+    _, *parts = part.subfigures(1 + len(heights), 1, squeeze=False, height_ratios=[_TITLE, *heights])[:, 0]  # under the title
     if lines:
         if columns == _COLUMNS:
             _draw_maps(parts.pop(0), sample, painter, lines)
@@ -337,11 +382,12 @@ def _draw_maps(part: Any, sample: Sample, painter: Painter, lines: int) -> None:
         painter.photo(next(free), painter.panels(sample.choices[0])[0])
     for choice in sample.choices:
         low, high = painter.range(choice.patches)
-        for patches in painter.panels(choice):
+        for name, patches in painter.named(choice):
             axis = next(free)
             drawn = painter.overlay(axis, patches, low, high)
             said = "" if choice.score is None else f"p {exp(choice.score):.2g}"
-            set_title(axis.set_title("", fontsize=9), choice.label, said, _SMALL)
+            label = f"{choice.label} ({name})" if name else choice.label
+            set_title(axis.set_title("", fontsize=9), label, said, _SMALL)
             if high > low:
                 draw_bar(part, drawn.norm, painter.shades(low), [axis], location="bottom", of=choice.patches)
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vlattn_fast._ground.checks import check_bool, check_number
-from vlattn_fast.interpret.result.numbers.choices import Array, Choice, Sample, chosen_numbers, read_samples, score_text
+from vlattn_fast.interpret.result.numbers.choices import Array, Choice, Patch, Sample, chosen_numbers, read_samples, score_text
 from vlattn_fast.interpret.result.numbers.explained import Explained
 from vlattn_fast.interpret.result.numbers.sinks import sinks_line
 from vlattn_fast.interpret.result.pictures.figure import Painter
+from vlattn_fast.interpret.result.pictures.figure_parts import draw_bar, fitted
 from vlattn_fast.interpret.result.pictures.page import TEMPLATES, Page, data_uri, fill_template
 from vlattn_fast.interpret.result.pictures.photos import each_once, read_boxes, read_pictures
-from vlattn_fast.interpret.result.pictures.scale import colors, for_scale, range_text, scale_of, shares
+from vlattn_fast.interpret.result.pictures.scale import check_scale, colors, for_scale, joint, range_text, scale_of, shares
 
 if TYPE_CHECKING:
     from matplotlib.colors import ListedColormap
@@ -29,9 +31,34 @@ Rows = list[tuple[Place, Array]]  # one number a word
 
 _SIDE, _SMALL_SIDE, _MANY = 112, 56, 60  # pixels of a map's longer side, and of one among many
 _LARGE_SIDE = 260  # of the maps of named explanations
-_COLUMNS, _LARGE_COLUMNS = 6, 4  # of the maps of layers, and of those
-_GAP = 6  # pixels between maps
+_COLUMNS, _LARGE_COLUMNS = 6, 4  # of the maps of layers, and of those; fewer where a map is wider than its side
+_LEAST = 210  # pixels of a column of named explanations, so that their names have room
+_IN_LINE = 4  # maps of a row side by side
+_GAP, _SEAM = 6, 2  # pixels between maps, and between those of one row
 _INCH = 100  # pixels of a map in an inch of a figure, as matplotlib draws it
+_TEXTS = 0.85  # inches above and below the map of a named explanation, for its name, score and scale
+
+
+@dataclass(frozen=True)
+class Bar:
+    """The scale of the map of a named explanation."""
+
+    low: float
+    high: float
+    shades: ListedColormap
+    of: list[Patch]
+
+    @property
+    def range(self) -> str:
+        return range_text(*(patch.values for patch in self.of), end=self.high)
+
+    @property
+    def css(self) -> str:
+        """The colours, as a background of a page."""
+        from matplotlib.colors import to_hex
+
+        stops = self.shades(np.linspace(0, 1, 17))
+        return f"linear-gradient(to right, {', '.join(to_hex(stop, keep_alpha=True) for stop in stops)})"
 
 
 @dataclass(frozen=True)
@@ -41,8 +68,10 @@ class Sheet:
     label: str
     places: list[Place]
     tiles: list[Picture | None]  # of each place; None where it has no picture
-    notes: dict[Place, str] = field(default_factory=dict)  # of named explanations: the score, and the range of the map
+    notes: dict[Place, str] = field(default_factory=dict)  # of named explanations: the score, and what maps stand side by side
+    bars: dict[Place, Bar] = field(default_factory=dict)  # of those with maps
     tables: list[tuple[list[str], Rows]] = field(default_factory=list)  # words, and the places that have these words
+    beside: str = ""  # of maps of layers and heads: what maps stand side by side
 
     @property
     def lines(self) -> list[list[tuple[Place, Picture]]]:
@@ -51,8 +80,16 @@ class Sheet:
         if shown and _is_head(shown[0][0]):
             layers = dict.fromkeys(place[0] for place, _ in shown)
             return [[one for one in shown if one[0][0] == layer] for layer in layers]
-        columns = _LARGE_COLUMNS if self.notes else _COLUMNS
+        most, side = (_LARGE_COLUMNS, _LARGE_SIDE) if self.notes else (_COLUMNS, _SIDE)
+        columns = max(1, min(most, most * (side + _GAP) // self.cell[0])) if shown else 1
         return [shown[first : first + columns] for first in range(0, len(shown), columns)]
+
+    @property
+    def cell(self) -> tuple[int, int]:
+        """Pixels of the column and of the line of a map, with a gap."""
+        tiles = [tile for tile in self.tiles if tile is not None]
+        width, height = max(tile.width for tile in tiles), max(tile.height for tile in tiles)
+        return max(width, _LEAST if self.notes else 0) + _GAP, height + _GAP
 
 
 def _is_head(place: Place) -> bool:
@@ -78,32 +115,38 @@ class Multiples:
     cmap: str
     rows: Any = None
     alpha: float = 0.85
+    scale: str = "max"
     common: bool = False
 
     def figure(self) -> Figure:
         """See `LayerExplanation.plot`."""
         from matplotlib.figure import Figure
 
-        drawn = [(_joined(sheet), sheet) for sheet in self._sheets()]
-        # The parts under a title: a picture of maps, or a table of words; and its width and height in inches.
-        parts: list[tuple[str, Array | tuple[list[str], Rows], float, float]] = []
-        for picture, sheet in drawn:
-            if picture is not None:
-                parts.append((sheet.label, picture, picture.shape[1] / _INCH, picture.shape[0] / _INCH + 0.5))
-            for table in sheet.tables:
-                parts.append((sheet.label, table, 1.5 + 0.35 * len(table[0]), 1.2 + 0.16 * len(table[1])))
+        # The parts under a title: maps, or a table of words; what draws each, and its width and height in inches.
+        parts: list[tuple[str, Callable[[Any], None], float, float]] = []
+        for sheet in self._sheets():
+            if lines := sheet.lines:
+                width, height = (pixels / _INCH for pixels in sheet.cell)
+                width, height = width * max(map(len, lines)), (height + (_TEXTS if sheet.notes else 0.18)) * len(lines) + 0.4
+                parts.append(
+                    (
+                        sheet.label + sheet.beside,
+                        partial(_draw_named if sheet.notes else _draw_joined, sheet=sheet),
+                        width,
+                        height,
+                    )
+                )
+            for words, rows in sheet.tables:
+                draw = partial(_draw_table, words=words, rows=rows, cmap=colors(self.cmap))
+                parts.append((sheet.label, draw, 1.5 + 0.35 * len(words), 1.2 + 0.16 * len(rows)))
         width, height = (max(sizes, default=1) for sizes in ([w for _, _, w, _ in parts], [sum(h for *_, h in parts)]))
         figure = Figure(figsize=(max(3.0, min(width, 40)), max(height, 1)), layout="constrained")
         if not parts:
             return figure
-        axes = figure.subplots(len(parts), 1, squeeze=False, height_ratios=[h for *_, h in parts])[:, 0]
-        for axis, (label, part, _, _) in zip(axes, parts, strict=True):
-            axis.set_title(label, fontsize=9, parse_math=False)
-            if isinstance(part, tuple):
-                _draw_table(axis, *part, colors(self.cmap))
-            else:
-                axis.imshow(part, interpolation="nearest", aspect="equal")
-                _name_tiles(axis, next(sheet for picture, sheet in drawn if picture is part))
+        figures = figure.subfigures(len(parts), 1, squeeze=False, height_ratios=[h for *_, h in parts])[:, 0]
+        for part, (label, draw, _, _) in zip(figures, parts, strict=True):
+            part.suptitle(label, fontsize=9, parse_math=False)
+            draw(part)
         return figure
 
     def page(self, title: str, similarity: Sequence[Mapping[str, Any]] = ()) -> Page:
@@ -114,7 +157,12 @@ class Multiples:
         for sheet in self._sheets():
             lines = [
                 [
-                    {"name": name_of(place), "note": sheet.notes.get(place), "source": data_uri(tile.save, "png")}
+                    {
+                        "name": name_of(place),
+                        "note": sheet.notes.get(place),
+                        "source": data_uri(tile.save, "png"),
+                        "bar": sheet.bars.get(place),
+                    }
                     for place, tile in line
                 ]
                 for line in sheet.lines
@@ -135,13 +183,15 @@ class Multiples:
                 }
                 for words, rows in sheet.tables
             ]
-            blocks.append({"label": sheet.label, "lines": lines, "tables": tables})
+            width = sheet.cell[0] - _GAP if lines else 0
+            blocks.append({"label": sheet.label + sheet.beside, "lines": lines, "width": width, "tables": tables})
         sinks = sinks_line(self.maps[0][1].sinks)
         values = {"blocks": blocks, "similarity": similarity, "sinks": sinks}
         return Page(fill_template(TEMPLATES / "multiples.html", title=title, **values))
 
     def _sheets(self) -> list[Sheet]:
         check_bool(common=self.common)
+        check_scale(self.scale)
         check_number("alpha", self.alpha, low=0, high=1)
         shown = next((one for _, one in self.maps if one.is_spatial), self.maps[0][1])
         rows = chosen_numbers(self.rows, len(shown))
@@ -158,7 +208,7 @@ class Multiples:
         pictures = read_pictures(shown, image, rows)
         boxes = read_boxes(shown, pictures, self.crop if shown.is_spatial or place is None else None, self.processor)
         small = each_once(pictures, lambda picture: _fitted(picture, side))
-        return Painter(small, boxes, colors(self.cmap), self.alpha)
+        return Painter(small, boxes, colors(self.cmap), self.alpha, self.scale, shown.photos)
 
     def _of_row(self, samples: Sequence[Sample], painters: Sequence[Painter], side: int) -> list[Sheet]:
         """The sheets of a row: one, or one for each word of its answer."""
@@ -169,7 +219,7 @@ class Multiples:
         sheets = []
         for choices in zip(*(sample.choices for sample in samples), strict=True):
             if self.common:
-                shared = scale_of(*(patch.values for choice in choices for patch in choice.patches))
+                shared = joint(painter.range(one.patches) for painter, one in zip(painters, choices, strict=True))
                 painters = [replace(painter, shared=shared) for painter in painters]
             tables: list[tuple[list[str], Rows]] = []
             for place, sample, choice in zip(places, samples, choices, strict=True):
@@ -178,18 +228,29 @@ class Multiples:
                     tables.append((words, []))
                 if words:
                     tables[-1][1].append((place, choice.values))
-            notes: dict[Place, str] = {
-                place: _note(choice) for place, choice in zip(places, choices, strict=True) if isinstance(place, str)
-            }
-            tiles = [_tile(painter, choice, side) for painter, choice in zip(painters, choices, strict=True)]
-            sheets.append(Sheet(_label(samples, choices), places, tiles, notes, tables))
+            notes, bars = dict[Place, str](), dict[Place, Bar]()
+            for place, painter, choice in zip(places, painters, choices, strict=True):
+                if isinstance(place, str):
+                    notes[place] = _note(painter, choice)
+                    low, high = painter.range(choice.patches)
+                    bars |= {place: Bar(low, high, painter.shades(low), choice.patches)} if high > low else {}
+            tiles = [
+                _tile(painter, choice, side, outlined=bool(notes)) for painter, choice in zip(painters, choices, strict=True)
+            ]
+            names = "" if notes else _beside(painters[0], choices[0])
+            sheets.append(Sheet(_label(samples, choices), places, tiles, notes, bars, tables, f" ({names})" if names else ""))
         return sheets
 
 
-def _note(choice: Choice) -> str:
-    """The line below the name of an explanation: its score, and the range of its map."""
-    values = [patch.values for patch in choice.patches]
-    return ", ".join(filter(None, (score_text(choice.score, choice.of_answer), range_text(*values) if values else "")))
+def _note(painter: Painter, choice: Choice) -> str:
+    """The line below the name of an explanation: its score, and the names of maps that stand side by side."""
+    return ", ".join(filter(None, (score_text(choice.score, choice.of_answer), _beside(painter, choice))))
+
+
+def _beside(painter: Painter, choice: Choice) -> str:
+    """The names of maps that stand side by side, such as "thumbnail | tiles"."""
+    names = [name for name, _ in painter.named(choice)]
+    return " | ".join(names) if len(names) <= _IN_LINE else ""
 
 
 def _label(samples: Sequence[Sample], choices: Sequence[Choice]) -> str:
@@ -209,71 +270,73 @@ def _fitted(picture: Array, side: int) -> Array:
     return np.asarray(Image.fromarray(picture).resize((size[0], size[1])))
 
 
-def _tile(painter: Painter, choice: Choice, side: int) -> Picture | None:
-    """The map of a choice, over its picture; several maps of a row, as frames of a video, side by side, and many in a square."""
+def _tile(painter: Painter, choice: Choice, side: int, outlined: bool) -> Picture | None:
+    """The map of a choice, over its picture; several maps of a row, as frames of a video, side by side, and many in a square.
+    `outlined`: with a frame around a part of the picture that has a map."""
     from PIL import Image
 
     panels = [panel for panel in painter.panels(choice) if panel]
     if not panels:
         return None
-    pictures = [painter.laid_over(panel, side) for panel in panels]
-    columns = len(pictures) if len(pictures) <= 4 else math.isqrt(len(pictures) - 1) + 1
-    if len(pictures) > 4:  # as wide as four together
-        pictures = [picture.resize((4 * picture.width // columns, 4 * picture.height // columns)) for picture in pictures]
-    width, height = max(p.width for p in pictures), max(p.height for p in pictures)
+    pictures = [painter.laid_over(panel, side, outlined) for panel in panels]
+    columns = len(pictures) if len(pictures) <= _IN_LINE else math.isqrt(len(pictures) - 1) + 1
+    if len(pictures) > _IN_LINE:  # as wide as those of a line together
+        smaller = [[_IN_LINE * (side + _SEAM) // columns - _SEAM for side in picture.size] for picture in pictures]
+        pictures = [picture.resize((width, height)) for picture, (width, height) in zip(pictures, smaller, strict=True)]
+    width, height = max(p.width for p in pictures) + _SEAM, max(p.height for p in pictures) + _SEAM
     lines = -(-len(pictures) // columns)
-    whole = Image.new("RGB", (columns * width, lines * height), "white")
+    whole = Image.new("RGB", (columns * width - _SEAM, lines * height - _SEAM), "white")
     for number, picture in enumerate(pictures):
         whole.paste(picture, (number % columns * width, number // columns * height))
     return whole
 
 
-def _joined(sheet: Sheet) -> Array | None:
-    """All maps of a sheet as one picture, with room for their names above each; None without maps."""
+def _draw_named(part: Any, sheet: Sheet) -> None:
+    """The maps of named explanations in columns, each under its name and score and above its scale."""
+    from matplotlib.colors import Normalize
+
     lines = sheet.lines
-    if not lines:
-        return None
-    width, height = _cell(sheet)
-    whole = np.full((len(lines) * height, max(map(len, lines)) * width, 3), 255, dtype=np.uint8)
+    axes, width = part.subplots(len(lines), max(map(len, lines)), squeeze=False), (sheet.cell[0] - _GAP) / _INCH
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for of_line, line in zip(axes, lines, strict=True):
+        for axis, (place, tile) in zip(of_line, line, strict=False):  # the last line may be shorter
+            axis.imshow(np.asarray(tile), interpolation="nearest")
+            title = axis.set_title("", fontsize=8, loc="left", parse_math=False)
+            title.set_text("\n".join(fitted(title, text, width) for text in (name_of(place), sheet.notes[place]) if text))
+            if (bar := sheet.bars.get(place)) is not None:
+                draw_bar(part, Normalize(bar.low, bar.high), bar.shades, [axis], location="bottom", of=bar.of)
+
+
+def _draw_joined(part: Any, sheet: Sheet) -> None:
+    """The maps of layers and heads as one picture, with names beside the lines and above the columns, or above each map."""
+    axis, lines = part.subplots(), sheet.lines
+    (width, height), names = sheet.cell, [place for place, _ in max(lines, key=len)]
+    head_room = 0 if _is_head(names[0]) else 3 * _GAP  # for a line of names above each map
+    height += head_room
+    whole = np.full((len(lines) * height, len(names) * width, 3), 255, dtype=np.uint8)
     for y, line in enumerate(lines):
         for x, (_, tile) in enumerate(line):
-            top, left = y * height + _head_room(sheet), x * width
+            top, left = y * height + head_room, x * width
             whole[top : top + tile.height, left : left + tile.width] = np.asarray(tile)
-    return whole
-
-
-def _head_room(sheet: Sheet) -> int:
-    """Pixels above each map, for one line of names or two."""
-    return (6 if sheet.notes else 3) * _GAP
-
-
-def _cell(sheet: Sheet) -> tuple[int, int]:
-    tiles = [tile for tile in sheet.tiles if tile is not None]
-    return max(tile.width for tile in tiles) + _GAP, max(tile.height for tile in tiles) + _head_room(sheet) + _GAP
-
-
-def _name_tiles(axis: Any, sheet: Sheet) -> None:
-    """Names beside the lines and above the columns: of maps of layers and of named explanations above each."""
-    (width, height), lines = _cell(sheet), sheet.lines
-    places = [place for place, _ in max(lines, key=len)]
+    axis.imshow(whole, interpolation="nearest", aspect="equal")
     axis.tick_params(length=0, labelsize=6, top=True, labeltop=True, bottom=False, labelbottom=False)
     axis.spines[:].set_visible(False)
-    if not _is_head(places[0]):
-        axis.set_xticks([])
-        axis.set_yticks([])
-        for y, line in enumerate(lines):
-            for x, (place, _) in enumerate(line):
-                bottom, text = y * height + _head_room(sheet) - 0.6 * _GAP, name_of(place)
-                if sheet.notes:
-                    text = f"{text if len(text) <= 40 else text[:39] + '…'}\n{sheet.notes[place]}"
-                axis.text(x * width, bottom, text, fontsize=7 if sheet.notes else 6, va="bottom", parse_math=False)
+    if _is_head(names[0]):
+        axis.set_xticks([(x + 0.5) * width for x in range(len(names))], [f"head {place[1]}" for place in names])
+        axis.set_yticks([(y + 0.5) * height for y in range(len(lines))], [f"layer {line[0][0][0]}" for line in lines])
         return
-    axis.set_xticks([(x + 0.5) * width for x in range(len(places))], [f"head {place[1]}" for place in places])
-    axis.set_yticks([(y + 0.5) * height for y in range(len(lines))], [f"layer {line[0][0][0]}" for line in lines])
+    axis.set_xticks([])
+    axis.set_yticks([])
+    for y, line in enumerate(lines):
+        for x, (place, _) in enumerate(line):
+            axis.text(x * width, y * height + head_room - 0.6 * _GAP, name_of(place), fontsize=6, va="bottom", parse_math=False)
 
 
-def _draw_table(axis: Any, words: list[str], rows: Rows, cmap: ListedColormap) -> None:
+def _draw_table(part: Any, words: list[str], rows: Rows, cmap: ListedColormap) -> None:
     """Words (across) of several maps (down), each line on a scale of its own."""
+    axis = part.subplots()
+    axis.set_title("words, each line on a scale of its own", fontsize=7, color="gray")
     cells = np.stack([_cell_colors(row, cmap) for _, row in rows])
     axis.imshow(cells, aspect="auto", interpolation="nearest")
     ticks = axis.set_xticks(range(len(words)), words, rotation=60, ha="right", fontsize=7)

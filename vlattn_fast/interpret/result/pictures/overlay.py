@@ -10,23 +10,33 @@ from vlattn_fast.interpret.result.numbers.choices import read_samples
 from vlattn_fast.interpret.result.numbers.explained import Explained
 from vlattn_fast.interpret.result.pictures.figure import Painter
 from vlattn_fast.interpret.result.pictures.photos import read_boxes, read_pictures
-from vlattn_fast.interpret.result.pictures.scale import colors, limits
+from vlattn_fast.interpret.result.pictures.scale import check_scale, colors, limits
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
 
 def overlay(
-    explanation: Explained, image: Any, row: int, word: int | None, panel: int, crop: Any, processor: Any, cmap: str, alpha: float
+    explanation: Explained,
+    image: Any,
+    row: int,
+    word: int | None,
+    panel: int,
+    crop: Any,
+    processor: Any,
+    cmap: str,
+    alpha: float,
+    scale: str,
 ) -> Picture:
     """See `Explanation.overlay`."""
     check_number("alpha", alpha, low=0, high=1)
+    check_scale(scale)
     check_integer("row", row, low=0, high=len(explanation) - 1)
     pictures = read_pictures(explanation, image, [row])
     if pictures is None:
         raise ValueError("image must be the photo under the map; got None")
     boxes = read_boxes(explanation, pictures, crop, processor)
-    painter = Painter(pictures, boxes, colors(cmap), alpha)
+    painter = Painter(pictures, boxes, colors(cmap), alpha, scale)
     (sample,) = read_samples(explanation, None, [row])
     if word is not None:
         if not explanation.each:

@@ -26,8 +26,9 @@ from vlattn_fast.interpret.result.numbers.choices import (
 )
 from vlattn_fast.interpret.result.numbers.explained import Explained
 from vlattn_fast.interpret.result.numbers.sinks import sinks_line
+from vlattn_fast.interpret.result.pictures.panel_names import panel_names
 from vlattn_fast.interpret.result.pictures.photos import read_boxes, read_pictures
-from vlattn_fast.interpret.result.pictures.scale import colors, for_scale, limits, scale_of, shares
+from vlattn_fast.interpret.result.pictures.scale import check_scale, colors, for_scale, limits, scale_of, shares
 
 TEMPLATES = Path(__file__).parent / "templates"  # page.html is the frame of all pages
 _PHOTO_SIZE = 400_000  # in base64, 300 kB of JPEG, so that a page of 24 maps stays within a megabyte
@@ -52,9 +53,17 @@ def fill_template(path: Path, **values: Any) -> str:
 
 
 def render(
-    explanations: Sequence[Explained], image: Any, labels: Sequence[Any] | None, crop: Any, processor: Any, title: str, cmap: str
+    explanations: Sequence[Explained],
+    image: Any,
+    labels: Sequence[Any] | None,
+    crop: Any,
+    processor: Any,
+    title: str,
+    cmap: str,
+    scale: str,
 ) -> Page:
     """See `Explanation.to_html`."""
+    check_scale(scale)
     first = explanations[0]
     pictures = read_pictures(first, image)
     drawn = Drawn(first, labels, pictures, read_boxes(first, pictures, crop, processor), read_samples(first, labels))
@@ -72,7 +81,8 @@ def render(
         parts = [{"label": name, "choices": group} for name, group in zip(names, groups, strict=True)]
     else:
         parts = [{"label": None, "choices": [one for group in groups for one in group]}]
-    values = {"data": data, "groups": parts, "kind": kind, "sinks": sinks_line(first.sinks)}
+    values = {"data": data, "groups": parts, "kind": kind, "clips": scale == "quantile"}
+    values |= {"sinks": sinks_line(first.sinks), "no_map": first.no_map}
     return Page(fill_template(TEMPLATES / "explanation.html", title=title, **values))
 
 
@@ -119,7 +129,7 @@ class Drawn:
                 "scored": score_text(choice.score, choice.of_answer).replace(" -", " \u2212"),
                 "words": [finite(value) for value in choice.values.tolist()],
                 "views": {
-                    name: _view(patches, self.crops, self.pictures)
+                    name: _view(patches, self.crops, self.pictures, explanation.photos)
                     for name, patches in {"": choice.patches, **choice.towers}.items()
                 },
                 "rows": {name: _values(values) for name, values in choice.relevancy.items()},
@@ -136,19 +146,21 @@ def _kinds(samples: Sequence[Sample]) -> list[tuple[Any, ...]]:
     return [(c.sample, c.label, len(c.values), len(c.patches), *c.relevancy, *c.towers) for c in chosen]
 
 
-def _view(patches: list[Patch], crops: list[Box], pictures: list[Array] | None) -> dict[str, Any]:
-    """The maps of a choice by figure, with their scale and the range of their values."""
-    low, high = scale_of(*(patch.values for patch in patches))
-    range_ = limits(*(patch.values for patch in patches))
+def _view(patches: list[Patch], crops: list[Box], pictures: list[Array] | None, photos: Sequence[int] | None) -> dict[str, Any]:
+    """The maps of a choice by figure, with their scale, the end of the scale that clips, and the range of their values."""
+    values = [patch.values for patch in patches]
+    (low, high), (_, clip), range_ = scale_of(*values), scale_of(*values, scale="quantile"), limits(*values)
     figures = []
-    for panel in panels(patches, pictures, crops):
+    views = panels(patches, pictures, crops)
+    for name, panel in zip(panel_names(photos, views), views, strict=True):
         maps = []
         for patch in panel:
             box = crops[patch.index] if patch.box is None else patch.box
-            values = _values(patch.values)
-            maps.append({"box": [round(x, 5) for x in box], "size": list(patch.values.shape), **values})
-        figures.append({"picture": None if pictures is None else picture_number(panel[0], pictures), "maps": maps})
-    return {"low": finite(low), "high": finite(high), "range": [finite(end) for end in range_], "figures": figures}
+            maps.append({"box": [round(x, 5) for x in box], "size": list(patch.values.shape), **_values(patch.values)})
+        picture = None if pictures is None else picture_number(panel[0], pictures)
+        figures.append({"picture": picture, "name": name, "maps": maps})
+    ends = {"low": finite(low), "high": finite(high), "clip": finite(clip), "range": [finite(end) for end in range_]}
+    return {**ends, "figures": figures}
 
 
 def _values(values: Array) -> dict[str, Any]:

@@ -23,15 +23,11 @@ def read_pictures(explanation: Explained, image: Any, rows: Sequence[int] | None
     if image is None:
         return None
     if not explanation.is_spatial:
-        towers = explanation.relevancy
-        way = ". Explain with grid=(h, w) and prefix=, which say where a tower's patches lie"
-        if not any(name.startswith("tower") for name in towers):  # as towers of models without a record are called
-            way = (
-                ": they are words, or learnt queries of which each looks at the whole picture, as those of a Q-Former (BLIP-2, "
-                "InstructBLIP) or a resampler (Idefics 2). Leave the image out"
-            )
-        none = f"no token of {', '.join(towers)} has a place in it"
-        raise ValueError(f"image must be None for an explanation without maps and boxes: {none}{way}")
+        why = explanation.no_map
+        if why is None:  # made by hand, or by a model that saw words only
+            names = ", ".join(explanation.relevancy)
+            why = f"no token of {names} has a place in it. Of a model that saw a picture, explain with grid=(h, w) and prefix="
+        raise ValueError(f"image must be None for an explanation without maps and boxes: {why}. Leave the image out")
     many = isinstance(image, (list, tuple)) or (hasattr(image, "ndim") and image.ndim == 4)
     pictures = [_picture(part) for part in image] if many else [_picture(image)]
     owners = list(range(len(explanation))) if explanation.image_rows is None else explanation.image_rows

@@ -1,10 +1,12 @@
 """The colours of numbers in pictures: from 0 to the largest, and where some are below 0, as far below it as above.
 
-A scale that began at the smallest number would draw a map that is nearly even at full contrast.
+A scale that began at the smallest number would draw a map that is nearly even at full contrast. A scale that ends at the largest
+number hides the rest of a map in which one entry is many times the others; one of the kind "quantile" ends below it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,26 +16,55 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 
+KINDS = ("max", "quantile")
+_SHARE = 0.99  # of the numbers lie on a scale of the kind "quantile"
 _BELOW = (0.43, 0.70, 1.0)  # the colour of the scale's lower end, as that of words below 0
+
+
+def check_scale(scale: Any) -> None:
+    if scale not in KINDS:
+        raise ValueError(f"scale must be one of {', '.join(map(repr, KINDS))}; got {scale!r}")
 
 
 def limits(*parts: Array) -> tuple[float, float]:
     """The smallest and the largest finite number; 0 and 0 without numbers."""
-    values = np.concatenate([np.zeros(0), *(part.ravel() for part in parts)])
-    values = values[np.isfinite(values)]
+    values = _finite(parts)
     return (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
 
 
-def scale_of(*parts: Array) -> tuple[float, float]:
-    """The ends of the scale on which numbers are drawn."""
-    low, high = limits(*parts)
-    return (0.0, high) if low >= 0 else (-max(-low, high), max(-low, high))
+def _finite(parts: Sequence[Array]) -> Array:
+    values = np.concatenate([np.zeros(0), *(part.ravel() for part in parts)])
+    return values[np.isfinite(values)]
 
 
-def range_text(*parts: Array) -> str:
-    """The range of numbers, as it stands beside their scale."""
+def scale_of(*parts: Array, scale: str = "max") -> tuple[float, float]:
+    """The ends of the scale on which numbers are drawn: the largest magnitude, or with "quantile" that of the number which is at
+    least as large as 99 % of them, which leaves out at least one. Where that number is 0, the largest again."""
     low, high = limits(*parts)
-    return f"values {low:.3g} to {high:.3g}".replace("-", "\u2212")
+    end = max(high, -low)
+    if scale == "quantile" and end > 0:
+        end = float(np.quantile(np.abs(_finite(parts)), _SHARE, method="lower")) or end
+    return (0.0, end) if low >= 0 else (-end, end)
+
+
+def joint(scales: Iterable[tuple[float, float]]) -> tuple[float, float]:
+    """The ends of one scale that reaches as far as each of these."""
+    ends = list(scales)
+    high = max((high for _, high in ends), default=0.0)
+    return (-high if any(low < 0 for low, _ in ends) else 0.0), high
+
+
+def clipped(end: float, *parts: Array) -> bool:
+    """Whether a scale that ends at `end` leaves out some of the numbers."""
+    low, high = limits(*parts)
+    return max(high, -low) > end
+
+
+def range_text(*parts: Array, end: float | None = None) -> str:
+    """The range of numbers, as it stands beside their scale; and where this clips them, if it ends at `end`."""
+    low, high = limits(*parts)
+    cut = "" if end is None or not clipped(end, *parts) else f", clipped at {'±' if low < 0 else ''}{end:.3g}"
+    return f"values {low:.3g} to {high:.3g}{cut}".replace("-", "\u2212")
 
 
 def shares(values: Array, low: float, high: float) -> Array:

@@ -10,6 +10,18 @@ function make(tag, parent, properties = {}) {
   return parent.appendChild(Object.assign(document.createElement(tag), properties));
 }
 
+/* The ends of one scale for views: from 0, or as far below 0 as it ends above, to the largest value; or where it clips. */
+function rangeOf(views, clips) {
+  const low = Math.min(...views.map((view) => view.low)), high = Math.max(...views.map((view) => (clips ? view.clip : view.high)));
+  return [low < 0 ? -high : low, high];
+}
+
+/* The range of a view's values, and where the scale clips them. */
+function rangeText(view, low, high) {
+  const [least, most] = view.range, cut = Math.max(most, -least) > high ? `, clipped at ${least < 0 ? "\u00b1" : ""}${format(high)}` : "";
+  return `Values from ${format(least)} to ${format(most)}${cut}`;
+}
+
 /* A map's value at column u and row v, counted in cells from its corner. */
 function valueAt(map, u, v, smooth, steps) {
   const [rows, columns] = map.size;
@@ -69,8 +81,11 @@ function paint(canvas, figure, data, low, high, opacity, patches) {
     }
     context.putImageData(pixels, left, top);
     const whole = right - left === width && bottom - top === height; /* else its frame is worth seeing */
-    context.strokeStyle = rows * columns === 1 ? "#0008" : "#fffa";
-    context.setLineDash(rows * columns === 1 ? [] : [6, 5]);
-    if (!whole) context.strokeRect(left + 0.5, top + 0.5, right - left - 1, bottom - top - 1);
+    if (whole) continue;
+    for (const [color, dashes] of [["#0008", []], ["#fffc", [6, 5]]].slice(0, rows * columns === 1 ? 1 : 2)) { /* shows on any photo */
+      context.strokeStyle = color;
+      context.setLineDash(dashes);
+      context.strokeRect(left + 0.5, top + 0.5, right - left - 1, bottom - top - 1);
+    }
   }
 }

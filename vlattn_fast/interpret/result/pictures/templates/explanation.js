@@ -9,11 +9,9 @@ const viewOf = (choice) => choice.views[state.tower] || choice.views[""];
 
 /* --- the picture --- */
 
-/* The scale of colours: of the choice alone, or of all of them. It begins at 0, or as far below 0 as it ends above. */
+/* The scale of colours: of the choice alone, or of all of them. */
 function range(choice) {
-  const views = (element("common").checked ? choices() : [choice]).map(viewOf).filter((view) => view.figures.length);
-  const low = Math.min(...views.map((view) => view.low)), high = Math.max(...views.map((view) => view.high));
-  return [low < 0 ? -high : low, high];
+  return rangeOf((element("common").checked ? choices() : [choice]).map(viewOf).filter((view) => view.figures.length), element("clip").checked);
 }
 
 function showPicture(choice) {
@@ -26,7 +24,7 @@ function showPicture(choice) {
       const canvas = frame(holder, figure, data);
       canvas.addEventListener("pointermove", (event) => tell(canvas, event));
       canvas.addEventListener("pointerleave", () => { element("under").textContent = ""; });
-      if (view.figures.length > 1) make("figcaption", canvas.parentElement, { textContent: `map ${i + 1} of ${view.figures.length}` });
+      if (figure.name) make("figcaption", canvas.parentElement, { textContent: figure.name });
     });
   }
   [...holder.querySelectorAll("canvas")].forEach((canvas, i) => {
@@ -35,6 +33,7 @@ function showPicture(choice) {
   });
   const patches = view.figures.some((figure) => figure.maps.some((map) => map.cells.length > 1));
   element("stage").hidden = !any;
+  element("clips").hidden = !patches;
   element("opaque").hidden = !any || data.pictures.length === 0;
   element("grid").hidden = !patches || data.pictures.length === 0;
   document.querySelector("main").classList.toggle("wordsonly", !any);
@@ -42,7 +41,7 @@ function showPicture(choice) {
   element("bar").style.background = `linear-gradient(to right, ${shades.join(", ")})`;
   element("low").textContent = any ? format(low) : "";
   element("high").textContent = any ? format(high) : "";
-  element("range").textContent = any ? `Values from ${format(view.range[0])} to ${format(view.range[1])}.` : "";
+  element("range").textContent = any ? `${rangeText(view, low, high)}.` : "";
 }
 
 /* The value of the patch under the pointer. */
@@ -57,14 +56,14 @@ function tell(canvas, event) {
 
 function strongest(figures) {
   let best = { value: -Infinity, place: "" };
-  for (const [number, map] of figures.flatMap((figure, i) => figure.maps.map((map) => [i + 1, map]))) {
+  for (const [name, map] of figures.flatMap((figure) => figure.maps.map((map) => [figure.name, map]))) {
     const [x1, y1, x2, y2] = map.box, index = map.cells.indexOf(Math.max(...map.cells));
     const value = index < 0 ? -Infinity : map.low + (map.cells[index] / data.steps) * (map.high - map.low);
     if (value <= best.value) continue;
     const x = x1 + (x2 - x1) * ((index % map.size[1]) + 0.5) / map.size[1], y = y1 + (y2 - y1) * (Math.floor(index / map.size[1]) + 0.5) / map.size[0];
     const third = (share, names) => names[Math.max(0, Math.min(2, Math.floor(3 * share)))];
     const place = `${third(y, ["top", "", "bottom"])} ${third(x, ["left", "", "right"])}`.trim();
-    best = { value, place: (place || "centre") + (figures.length > 1 ? ` of map ${number}` : "") };
+    best = { value, place: (place || "centre") + (figures.length > 1 ? ` of ${name}` : "") };
   }
   return best;
 }
@@ -161,7 +160,7 @@ buttons.forEach((button, i) => {
   });
 });
 document.querySelectorAll("[role=radiogroup]").forEach((group) => group.addEventListener("mouseleave", () => show(state.pinned)));
-for (const id of ["opacity", "common", "patches"]) element(id).addEventListener("input", () => show(state.shown));
+for (const id of ["opacity", "common", "clip", "patches"]) element(id).addEventListener("input", () => show(state.shown));
 for (const [id, names] of [["method", data.methods.map((method) => method.name)], ["tower", data.towers]]) {
   names.forEach((name, i) => make("option", element(id), { textContent: name, value: id === "method" ? i : name }));
   element(id).parentElement.hidden = names.length < 2;

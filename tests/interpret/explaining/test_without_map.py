@@ -1,0 +1,68 @@
+"""A model whose tokens have no place in a picture says so, and why."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+transformers = pytest.importorskip("transformers")
+
+import vlattn_fast as va  # noqa: E402
+from tests.helpers.interpret.cases import CASES  # noqa: E402
+from tests.helpers.interpret.decoder_cases import blip2, idefics2, instructblip  # noqa: E402
+
+PHOTO = np.full((32, 32, 3), 255, np.uint8)
+
+
+def whisper() -> torch.nn.Module:
+    layers = dict(encoder_layers=2, encoder_attention_heads=4, decoder_layers=2, decoder_attention_heads=4, d_model=32)
+    tokens = dict(vocab_size=99, decoder_start_token_id=1, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    sizes = dict(num_mel_bins=8, encoder_ffn_dim=48, decoder_ffn_dim=48, max_source_positions=20, max_target_positions=20)
+    return transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**layers, **tokens, **sizes)).eval()
+
+
+def notes(figure) -> str:
+    return " ".join(figure.get_supxlabel().split())
+
+
+@pytest.mark.parametrize(
+    ("make", "queries"),
+    [(blip2, "Blip2QFormerModel"), (instructblip, "InstructBlipQFormerModel"), (idefics2, "Idefics2PerceiverResampler")],
+)
+def test_learnt_queries(make, queries, tmp_path):
+    case = make()
+    explanation = va.explain(case.model.eval(), case.inputs())
+    why = (
+        f"the image tokens are the learned queries of {queries}, each of which looks at the whole picture: their numbers are in "
+    )
+    assert explanation.no_map.startswith(why + "explanation.relevancy['language']. For a map, explain a model whose image tokens")
+    for draw in (explanation.plot, explanation.overlay, explanation.to_html):
+        with pytest.raises(ValueError, match=f"without maps and boxes: {why[:60]}.*Leave the image out"):
+            draw(PHOTO)
+    assert notes(explanation.plot()) == f"No map: {explanation.no_map}."
+    explanation.plot().savefig(tmp_path / "words.png")
+    assert f"No map: {why}" in explanation.to_html()
+    for one in (explanation[0], va.Explanation.load(explanation.save(tmp_path / "one.safetensors"))):
+        assert one.no_map == explanation.no_map
+    layers = va.explain(case.model, case.inputs(), per="layer")
+    assert layers.no_map == layers.at(0).no_map == explanation.no_map
+
+
+def test_sound():
+    explanation = va.explain(whisper(), {"input_features": torch.randn(1, 8, 40)}, answer=[[5, 6, 7]])
+    heard = explanation.no_map.split("explanation.relevancy['")[1].split("']")[0]
+    assert explanation.no_map.startswith("the model hears a sound, whose tokens are stretches of time")
+    assert explanation.relevancy[heard].shape == (1, 3, 20)  # the encoder's
+    assert notes(explanation.plot()) == f"No map: {explanation.no_map}."
+    with pytest.raises(ValueError, match="without maps and boxes: the model hears a sound, .*Leave the image out"):
+        explanation.plot(PHOTO)
+
+
+def test_models_with_maps_and_models_of_words_have_no_such_sentence():
+    for case in (CASES["clip"](), CASES["bert"]()):
+        explanation = va.explain(case.model, case.inputs)
+        assert explanation.no_map is None and notes(explanation.plot()) == ""
+    with pytest.raises(ValueError, match=r"no token of text has a place in it. .*grid=\(h, w\) and prefix=. Leave the image out"):
+        va.Explanation({"text": torch.rand(1, 3)}).plot(PHOTO)
