@@ -13,7 +13,7 @@ import vlattn_fast as va  # noqa: E402
 from tests import test_explain_dataset as runs  # noqa: E402
 from tests.helpers.commands import said, vlattn  # noqa: E402
 from tests.test_explain_dataset import CAPTIONS, alone, assert_same, check_all, closing, picture, start, write_lines  # noqa: E402
-from vlattn_fast.interpret.dataset import store  # noqa: E402
+from vlattn_fast.interpret.dataset import run, store  # noqa: E402
 
 models, pictures, many = runs.models, runs.pictures, runs.many
 
@@ -81,7 +81,28 @@ def test_all_files_have_the_rights_that_the_umask_leaves(four, tmp_path, umask):
     assert len(rights) == 7 and set(rights.values()) == {0o666 & ~umask}, rights
 
 
-@pytest.mark.parametrize("damage", ["cut", "cut within its header", "no shard", "lines"])
+def damaged(data: bytes, damage: str) -> bytes:
+    """The bytes of a file, some of which are lost or other ones. Facts of the items are in the header, too."""
+    ends = {"cut": -300, "cut within its header": 300, "lines": 20}
+    if damage in ends:
+        return data[: ends[damage]]
+    if damage == "length":
+        return bytes(7) + data[7:]
+    if damage == "header":
+        return data[:8] + b"\0" * 40 + data[48:]
+    old, new = {
+        "name": (b"/relevancy.", b"/relevancx."),
+        "facts": (b'\\"method\\"', b'\\"methox\\"'),
+        "shape": (b"[1,4,4]", b"[4,1,4]"),
+    }[damage]
+    assert old in data
+    return data.replace(old, new)
+
+
+DAMAGES = ["cut", "cut within its header", "no shard", "lines", "length", "header", "name", "facts", "shape"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_shard_is_named_and_explained_anew(models, four, tmp_path, damage):
     rows, run = four
     assert vlattn(*run).exit_code == 0
@@ -93,22 +114,42 @@ def test_a_damaged_shard_is_named_and_explained_anew(models, four, tmp_path, dam
     if damage == "no shard":
         shard.unlink()
     else:
-        shard.write_bytes(shard.read_bytes()[: {"cut": -300, "cut within its header": 300, "lines": 20}[damage]])
-    with pytest.raises(ValueError, match=f"directory must have whole shards; got .*{shard.name} is (cut or missing|broken)"):
+        shard.write_bytes(damaged(shard.read_bytes(), damage))
+    broken = f"{shard.name} is (cut, damaged or missing|broken)"
+    with pytest.raises(ValueError, match=f"directory must have whole shards; got .*{broken}"):
         va.load_explanations(out)
-    if damage != "lines":
+    if damage not in ("lines", "shape"):
         with pytest.raises(ValueError, match=f"directory must have whole shards; got .*{shard.name} cannot be read"):
             before[3]
-    with pytest.warns(UserWarning, match=f"{shard.name} is .*; its inputs are explained anew"):
+    with pytest.warns(UserWarning, match=f"{broken}; its inputs are explained anew"):
         result = vlattn(*run)
     assert closing(result) == f"done 2, failed 0, skipped 2 (done before), of 4: {out}"
     for row, explanation in zip(rows, va.load_explanations(out), strict=True):
         assert_same(explanation, alone(models["clip"], row["image"], [row["text"]]))
 
 
-def test_a_folder_that_takes_no_file_is_refused_before_the_model_is_loaded(tmp_path):
+@pytest.mark.parametrize("damage", ["nothing", "header"])
+def test_a_shard_of_an_earlier_version_is_opened(four, tmp_path, damage):
+    """It stored no seal, so its shards are opened to see whether they are whole."""
+    rows, run = four
+    assert vlattn(*run).exit_code == 0
+    out = tmp_path / "out"
+    for lines in (out / store.SHARDS).glob("*.jsonl"):
+        lines.write_text("".join(line for line in lines.read_text().splitlines(True) if "seal" not in line))
+    if damage != "nothing":
+        shard = sorted((out / store.SHARDS).glob("*.safetensors"))[1]
+        shard.write_bytes(damaged(shard.read_bytes(), damage))
+        with pytest.raises(ValueError, match="is cut, damaged or missing"):
+            va.load_explanations(out)
+        with pytest.warns(UserWarning, match="its inputs are explained anew"):
+            vlattn(*run)
+    assert len(va.load_explanations(out)) == len(rows)
+
+
+def test_a_folder_that_takes_no_file_is_refused_before_the_model_is_loaded(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "load_model", None)
     dataset = write_lines(tmp_path / "one.jsonl", [{"text": "a"}])
     for out in [path for path in ("/proc/maps_of_one", "/proc") if os.path.isdir("/proc/self")]:
-        result = vlattn("explain", "--model", tmp_path / "no", "--dataset", dataset, "--out", out)
+        result = vlattn("explain", "--model", models["clip"], "--dataset", dataset, "--out", out)
         assert result.exit_code == 2 and "no directory" not in result.output, result.output
         assert ("nothing can be made in /proc" if out != "/proc" else "must be a new or an empty directory") in said(result)

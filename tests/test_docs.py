@@ -33,7 +33,7 @@ MADE = (
 )  # by the commands themselves
 SHOWN = ("cpu", "maps stored, one backward", "published")  # by README, of the costs of a map
 OPERATORS = {example.operator for example in examples(Sizes())}  # public calls, with and without backends
-NO_OPERATORS = {"compare", "evaluate", "explain", "load_explanations", "probe", "prompt_maps"}
+NO_OPERATORS = {"compare", "evaluate", "explain", "explain_dataset", "load_explanations", "probe", "prompt_maps"}
 NO_OPERATORS |= {"attribute_edges", "information_flow", "intervene", "intervene_each", "record_heads", "text_raters", "widget"}
 
 

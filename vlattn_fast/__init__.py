@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         compare,
         evaluate,
         explain,
+        explain_dataset,
         information_flow,
         intervene,
         intervene_each,
@@ -84,6 +85,7 @@ __all__ = [
     "damsm_similarity",
     "evaluate",
     "explain",
+    "explain_dataset",
     "information_flow",
     "intervene",
     "intervene_each",
@@ -131,4 +133,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_PACKAGES, "__version__"})
+    """The public names alone."""
+    return sorted({*__all__, *_PACKAGES, "__version__"})

@@ -11,7 +11,6 @@ import socket
 import sys
 
 from vlattn_fast.interpret.dataset import store
-from vlattn_fast.interpret.dataset.batches import Options
 from vlattn_fast.interpret.dataset.run import explain_dataset
 from vlattn_fast.interpret.explaining.loading import load_model
 
@@ -39,7 +38,7 @@ def main(world: str, die: str, model: str, dataset: str, out: str) -> int:
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             if die != "no" and rank == int(world) - 1:
                 die_in(die)
-            outcome = explain_dataset(dataset, out, Options(model), batch_size=2, shard_size=3, workers=1)
+            outcome = explain_dataset(model, dataset, out, batch_size=2, shard_size=3, workers=1)
             if outcome.first:
                 print(outcome.done, outcome.failed, outcome.skipped, flush=True)
             os._exit(0)

@@ -10,7 +10,6 @@ import sys
 import threading
 
 from vlattn_fast.interpret.dataset import run
-from vlattn_fast.interpret.dataset.batches import Options
 from vlattn_fast.interpret.explaining.loading import load_model
 
 
@@ -21,7 +20,7 @@ def main(model: str, dataset: str, out: str) -> int:
     def wait_and_write(path, text):
         if path.name == run.SETTINGS:
             with contextlib.suppress(threading.BrokenBarrierError):
-                barrier.wait(timeout=60)
+                barrier.wait()
         write_text(path, text)
 
     run.write_text = wait_and_write
@@ -29,11 +28,12 @@ def main(model: str, dataset: str, out: str) -> int:
     for _ in range(2):
         if os.fork() == 0:
             try:
-                outcome = run.explain_dataset(dataset, out, Options(model), workers=1)
+                outcome = run.explain_dataset(model, dataset, out, workers=1)
                 print("explained", outcome.done, flush=True)
             except ValueError as error:
                 print(error, flush=True)
-                barrier.abort()
+            finally:
+                barrier.abort()  # nobody waits for a process that has ended, however it did
             os._exit(0)
     return max(os.wait()[1] for _ in range(2))
 

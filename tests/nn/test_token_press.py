@@ -107,18 +107,3 @@ def test_decoding_goes_on_behind_the_pruned_prompt() -> None:
         model(**prompt(), past_key_values=cache)
         model(input_ids=torch.ones(2, 1, dtype=torch.int64), past_key_values=cache)
     assert [layer.keys.shape[2] for layer in cache.layers] == [N // 2 + 1] * 2
-
-
-@pytest.mark.parametrize(
-    ("arguments", "options", "message"),
-    [
-        (("visionzip", 0.5), {}, "rule must be one of a decoder's cache"),
-        (("snapkv", 1.0), {}, "compression_ratio must be"),
-        (("snapkv", 0.5), {"kernel_size": 4}, "kernel_size must be odd"),
-        (("snapkv", 0.5), {"queries": torch.ones(1, 5, dtype=torch.bool)}, "queries must be a name or a number"),
-        (("knorm", 0.5), {}, "rule must be"),
-    ],
-)
-def test_wrong_arguments(arguments: tuple[str, float], options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        va.nn.token_press(*arguments, **options)

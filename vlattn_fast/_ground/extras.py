@@ -1,17 +1,21 @@
-"""Optional packages, and the extra that installs each."""
+"""Optional packages, the extra that installs each, and the bars of progress of one of them."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.metadata
 import importlib.util
+import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+SECONDS = 2.0  # of a call before its bar appears
+_bars: ContextVar[bool] = ContextVar("_bars", default=True)
 
 
 @contextlib.contextmanager
@@ -41,13 +45,45 @@ def missing(package: str, *lowest: int) -> str:
 
 
 def with_progress(items: Iterable[T], what: str, **options: Any) -> Iterable[T]:
-    """`items`, with a progress bar on a terminal or in a notebook where tqdm is installed; `options` are tqdm's."""
+    """`items`, with a progress bar that appears after two seconds; `options` are tqdm's.
+
+    Bars are drawn on a terminal or in a notebook, where tqdm is installed. `without_progress` and TQDM_DISABLE=1 in the
+    environment switch all of them off.
+    """
+    bar = _bar(items, what, options)
+    return items if bar is None else bar
+
+
+@contextlib.contextmanager
+def progress(what: str, **options: Any) -> Iterator[Callable[[int], None]]:
+    """A context with such a bar; gives the function that sets its count."""
+    bar = _bar(None, what, options)
+    if bar is None:
+        yield lambda count: None
+        return
+    with bar:
+        yield lambda count: bar.update(count - bar.n)
+
+
+@contextlib.contextmanager
+def without_progress() -> Iterator[None]:
+    """Within it no call shows a bar."""
+    token = _bars.set(False)
+    try:
+        yield
+    finally:
+        _bars.reset(token)
+
+
+def _bar(items: Any, what: str, options: dict[str, Any]) -> Any:
+    """tqdm's bar; None where bars are switched off or tqdm is not installed."""
+    if not _bars.get() or os.environ.get("TQDM_DISABLE", "0") not in ("", "0"):
+        return None
     with contextlib.suppress(ModuleNotFoundError):
         from tqdm.auto import tqdm
 
-        bar: Iterable[T] = tqdm(items, desc=what, disable=None, **options)
-        return bar
-    return items
+        return tqdm(items, desc=what, disable=None, delay=SECONDS, **options)  # None = unless stderr is no terminal
+    return None
 
 
 def warn_of_two_trees() -> None:

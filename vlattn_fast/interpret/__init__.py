@@ -7,7 +7,7 @@ Out: an `Explanation`, `SideBySide`, `Evaluation`, `ProbeReport`, `PromptMaps`, 
 Imports: interpret.
 """
 
-from vlattn_fast.interpret.dataset import Explanations, load_explanations
+from vlattn_fast.interpret.dataset import Explanations, explain_dataset, load_explanations
 from vlattn_fast.interpret.evaluating.evaluate import evaluate
 from vlattn_fast.interpret.evaluating.evaluation import Evaluation
 from vlattn_fast.interpret.explaining.explain import explain
@@ -51,6 +51,7 @@ __all__ = [
     "compare",
     "evaluate",
     "explain",
+    "explain_dataset",
     "information_flow",
     "intervene",
     "intervene_each",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast._ground.checks import check_number
+from vlattn_fast._ground.checks import check_choice, check_number
 from vlattn_fast._ground.extras import extra
 from vlattn_fast.attach.written_scores import is_masked
 from vlattn_fast.backends.reference.token_scores import RULES
@@ -29,10 +29,11 @@ def token_press(rule: str = "snapkv", compression_ratio: float = 0.0, **options:
     TOVAPress keeps. Its ObservedAttentionPress, which is near "h2o", divides by the number of queries that see a token. A prompt
     that is not longer than a window is refused by SnapKVPress, and pruned here to its last tokens.
 
-    kvpress 0.5.5 wants transformers below 5.3, which no longer runs with newer ones; this press does.
+    `pip install 'vlattn_fast[press]'` chooses the newest kvpress that takes the transformers of this package, which is 0.5.2:
+    0.5.5 wants transformers below 5.3.
 
     Args:
-        rule: a rule of `token_scores`, but "sparsevlm" and "visionzip", which look at images.
+        rule: a rule of `token_scores` for caches: "snapkv", "h2o" or "tova".
         compression_ratio: the part of the tokens that is removed, from 0 to below 1.
         options: those of `token_scores`: queries ("all", "last", "first" or a number of last ones), kernel_size, pooling, recent,
             per_head, backend.
@@ -41,15 +42,14 @@ def token_press(rule: str = "snapkv", compression_ratio: float = 0.0, **options:
         ModuleNotFoundError: kvpress is not installed.
         ValueError, TypeError: an argument is wrong (it is named).
     """
+    check_choice("rule", rule, tuple(name for name, known in RULES.items() if known.of_cache))
+    check_number("compression_ratio", compression_ratio, low=0.0, high=1.0, open_high=True)
+    if isinstance(options.get("queries"), Tensor):
+        raise ValueError("queries must be a name or a number for a press, which serves prompts of any length; got a tensor")
+    token_scores(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1), rule, **options)  # refuses what is wrong
     with extra("press"):
         from kvpress import ScorerPress
         from kvpress.utils import get_prerope_query_states
-
-    check_number("compression_ratio", compression_ratio, low=0.0, high=1.0, open_high=True)
-    if rule in ("sparsevlm", "visionzip"):
-        raise ValueError(f"rule must be one of a decoder's cache, {', '.join(RULES)} but for those of images; got {rule!r}")
-    if isinstance(options.get("queries"), Tensor):
-        raise ValueError("queries must be a name or a number for a press, which serves prompts of any length; got a tensor")
 
     @dataclass
     class TokenPress(ScorerPress):  # type: ignore[misc, unused-ignore]
@@ -90,9 +90,7 @@ def token_press(rule: str = "snapkv", compression_ratio: float = 0.0, **options:
             )
             return scores if scores.dim() == 3 else scores[:, None].expand(-1, keys.shape[1], -1)
 
-    press = TokenPress(float(compression_ratio), rule, options)
-    token_scores(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1), rule, **options)  # refuses what is wrong now
-    return press
+    return TokenPress(float(compression_ratio), rule, options)
 
 
 def _masks(mask: Any, keys: Tensor) -> tuple[Tensor | None, Tensor | None]:

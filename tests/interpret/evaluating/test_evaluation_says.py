@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import sys
 
 import pytest
@@ -16,16 +15,8 @@ import transformers as hf
 import vlattn_fast as va
 from tests.helpers.interpret.evaluation_cases import Planted, made, planted_data, rows, truth
 from tests.helpers.saved_models import tokenizer
+from tests.helpers.screen import Clock, Screen
 from vlattn_fast.interpret.probing.report import ProbeReport
-
-
-class Screen(io.StringIO):
-    def __init__(self, terminal: bool) -> None:
-        super().__init__()
-        self.terminal = terminal
-
-    def isatty(self) -> bool:
-        return self.terminal
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -33,6 +24,7 @@ def test_bars_on_a_terminal_and_nothing_elsewhere(terminal, monkeypatch):
     """Of one batch, too: the methods that explain it, and the passes over perturbed inputs."""
     screen = Screen(terminal)
     monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr("tqdm.std.time", Clock(3.0))
     va.evaluate(Planted(), planted_data(1), methods={"truth": truth()}, tests=("positive",))
     said = screen.getvalue()
     assert [name for name in ("evaluating:", "explaining:", "perturbing:") if name in said] == (
@@ -43,6 +35,7 @@ def test_bars_on_a_terminal_and_nothing_elsewhere(terminal, monkeypatch):
 
 def test_bars_of_the_cascade(monkeypatch):
     monkeypatch.setattr(sys, "stderr", screen := Screen(True))
+    monkeypatch.setattr("tqdm.std.time", Clock(3.0))
     model, inputs = made("vit")
     va.evaluate(model, [(inputs, None, None)], tests=("sanity",), sanity_stages=2)
     assert "randomising:" in screen.getvalue() and "/2 [" in screen.getvalue()
@@ -76,6 +69,33 @@ def test_a_wrapped_text_model_asks_for_its_tokenizer():
         va.evaluate(model, data, **{**options, "methods": ("gradient",)}, tests=("positive",))
     named = va.evaluate(model, data, **options, tokenizer=tokenizer())
     assert rows(named)["gradient", "positive", "text"]["samples"] == 2
+
+
+class Stubborn(Planted):
+    """Its answer is always the same; its probability follows the picture."""
+
+    def forward(self, pixel_values, input_ids, attention_mask=None):
+        outputs = super().forward(pixel_values, input_ids, attention_mask)
+        return type(outputs)(logits=outputs.logits + torch.tensor([0.0, 5.0]))
+
+
+class Deaf(Planted):
+    def forward(self, pixel_values, input_ids, attention_mask=None):
+        outputs = super().forward(torch.ones_like(pixel_values), input_ids, attention_mask)
+        return type(outputs)(logits=outputs.logits)
+
+
+@pytest.mark.parametrize(("kind", "measure", "parts"), [(Stubborn, "accuracy", {"image", "text"}), (Deaf, None, {"image"})])
+def test_answers_that_never_change_are_noted(kind, measure, parts):
+    found = va.evaluate(
+        kind(), planted_data(2), methods={"truth": truth(), "random": "random"}, tests=("positive", "deletion", "iou")
+    )
+    for (_, test, part), row in rows(found).items():
+        of = {"positive": "accuracy", "deletion": "probability"}.get(test)
+        same = of is not None and part in parts and measure in (None, of)
+        said = f"the {of} is the same whatever is removed of the {part}: this value does not tell maps apart"
+        assert row["note"] == (said if same else None) and row["value"] is not None
+        assert not same or said in str(found)
 
 
 def test_a_report_of_heads_alone_shows_each_layer():

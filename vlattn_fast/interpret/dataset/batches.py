@@ -7,20 +7,24 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vlattn_fast._ground.checks import check_choice
 from vlattn_fast.interpret.dataset.items import Item, Items
 from vlattn_fast.interpret.dataset.pieces import split
 from vlattn_fast.interpret.explaining.answer import Alone, token_ids
-from vlattn_fast.interpret.explaining.explain import explain, without_progress
+from vlattn_fast.interpret.explaining.explain import explain
 from vlattn_fast.interpret.explaining.inputs import prepare_inputs
 from vlattn_fast.interpret.explaining.loading import build_inputs, check_parts, generate, on_device
 from vlattn_fast.interpret.explaining.similarity import SIMILARITY
 from vlattn_fast.interpret.records.registry import find_family
+from vlattn_fast.interpret.relevancy.methods.registry import find_method
+from vlattn_fast.interpret.relevancy.sinks import KEEP, MODES
 from vlattn_fast.interpret.result.explanation import Explanation
 
 _WINDOW = 32  # batches whose inputs may wait for others of their shape
@@ -41,6 +45,22 @@ class Options:
     through_connector: bool = False
     read: str | int | None = None  # the row that is read; None = the record's
     sinks: str | None = None  # None = "keep", as runs had it that were begun without this option
+
+    @classmethod
+    def check(cls, model: str | Path, **options: Any) -> Options:
+        """The options, with the errors of `explain_dataset`."""
+        if not isinstance(model, (str, Path)):
+            raise TypeError(f"model must be a directory or an id, which each process loads; got {type(model).__name__}")
+        known = [field.name for field in fields(cls) if field.name != "model"]
+        if unknown := [name for name in options if name not in known]:
+            raise TypeError(f"options must be among {', '.join(known)}; got {', '.join(unknown)}")
+        text, dtype, sinks = options.get("text", ()), options.get("dtype"), options.get("sinks")
+        if dtype is not None and not (isinstance(dtype, str) and isinstance(getattr(torch, dtype, None), torch.dtype)):
+            raise ValueError(f"dtype must be the name of one of torch's, as 'bfloat16'; got {dtype!r}")
+        check_choice("sinks", KEEP if sinks is None else sinks, MODES)
+        find_method(options.get("method", cls.method))
+        told = {"text": (text,) if isinstance(text, str) else tuple(text), "sinks": None if sinks == KEEP else sinks}
+        return cls(**{**options, **told, "model": str(model)})
 
     @property
     def of_sinks(self) -> dict[str, Any]:
@@ -197,14 +217,13 @@ class Batches:
         targets = None if paired or first.target is None else [index for one in group for index in one.target or []]
         alike = SIMILARITY if targets and set(targets) == {SIMILARITY} else targets
         of_input: dict[str, Any] = {"target": alike, "answer": answer, "read": options.read}
-        with without_progress():
-            same: dict[str, Any] = {
-                "method": options.method,
-                "start_layer": options.start_layer,
-                "through_connector": options.through_connector,
-                **options.of_sinks,
-            }
-            explanation = explain(self.model, inputs, processor=self.processor, **same, **of_input)
+        same: dict[str, Any] = {
+            "method": options.method,
+            "start_layer": options.start_layer,
+            "through_connector": options.through_connector,
+            **options.of_sinks,
+        }
+        explanation = explain(self.model, inputs, processor=self.processor, **same, **of_input)
         results: list[tuple[Any, Explanation | str]] = []
         for one, piece in zip(group, split(explanation, [one.count for one in group]), strict=True):
             results.append((one, replace(piece, target=one.target) if paired else piece))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from vlattn_fast._ground.extras import with_progress
 from vlattn_fast.interpret.dataset.failures import summary
 from vlattn_fast.interpret.result.explanation import Explanation
 from vlattn_fast.interpret.result.numbers.choices import Patch, Sample, read_samples, score_text, to_array
@@ -27,7 +28,8 @@ SIDE = 240  # the longer side of a thumbnail, in pixels
 def gallery(explanations: Any, processor: Any, limit: int | None, title: str, cmap: str) -> Page:
     """See `Explanations.to_html`."""
     shown = explanations if limit is None else explanations[:limit]
-    cards = [card for index in range(len(shown)) for card in _cards(shown, index, processor, cmap)]
+    numbers = with_progress(range(len(shown)), "drawing")
+    cards = [card for index in numbers for card in _cards(shown, index, processor, cmap)]
     facts = f"{len(shown)} of {len(explanations)} explanations, {len(explanations.failures)} failures"
     try:
         mean = _source(_alone(explanations.mean_map(), cmap))

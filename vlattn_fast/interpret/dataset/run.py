@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from vlattn_fast._ground.checks import check_place
+from vlattn_fast._ground.checks import check_integer, check_place
+from vlattn_fast._ground.extras import progress, without_progress
 from vlattn_fast.interpret.dataset.batches import Batches, Options, in_threads
 from vlattn_fast.interpret.dataset.items import Items
 from vlattn_fast.interpret.dataset.ranks import Ranks, joined
@@ -27,7 +28,6 @@ from vlattn_fast.interpret.dataset.store import (
     write_text,
 )
 from vlattn_fast.interpret.explaining.loading import load_model
-from vlattn_fast.interpret.relevancy.methods.registry import find_method
 
 _SECONDS = 60.0  # between two shards at the most
 
@@ -43,50 +43,65 @@ class Outcome:
 
 
 def explain_dataset(
-    source: str | Path,
+    model: str | Path,
+    dataset: str | Path,
     out: str | Path,
-    options: Options,
     *,
     batch_size: int = 8,
     shard_size: int = 256,
     workers: int = 2,
     device: str | None = None,
+    **options: Any,
 ) -> Outcome:
-    """Explain each input of `source` and write the explanations to the directory `out`.
+    """Explain each input of a data set and write the explanations to the directory `out`, which `load_explanations` reads.
 
     Under torchrun each process takes a share. Inputs that `out` already holds are skipped; failed inputs are tried again. `out`
-    must be on a file system that all processes share.
+    must be on a file system that all processes share. It is what `vlattn explain --dataset` does.
 
     Args:
-        source: see `Items`.
+        model: directory or id of a Hugging Face model, which each process loads.
+        dataset: a .jsonl or .csv file with the columns image, text, target, answer and id, and paths relative to its folder; a
+            folder of images, subfolders included; or a folder that `datasets.Dataset.save_to_disk` wrote.
+        out: a new or an empty directory, or one of an earlier run.
         batch_size: rows of one batch, whose inputs have one shape.
         shard_size: explanations in a file. A shard is also written a minute after the last one.
         workers: threads that read pictures ahead.
         device: of the model; by default a GPU for each process, or the CPU.
+        options: method, start_layer, read, sinks and through_connector as in `explain`; text (one or several), target and answer
+            of inputs without them; generate (the most tokens of the model's own answer, which is then explained); dtype (the name
+            of the model's, by default as stored).
+
+    Returns:
+        The numbers of inputs that were explained now (`done`), that `failed`, and that were done before (`skipped`); `first`:
+        whether this is the first process.
 
     Raises:
-        ValueError: no such model or dataset; `out` was begun with other options, or another run writes to it.
+        TypeError, ValueError: an argument is wrong (it is named); no such model or dataset; `out` was begun with other options,
+            or another run writes to it.
         OSError: a file of `out` cannot be written, as on a full disk. Finished shards are kept.
     """
-    find_method(options.method)
+    asked = Options.check(model, **options)
+    for name, value, low in (("batch_size", batch_size, 1), ("shard_size", shard_size, 1), ("workers", workers, 0)):
+        check_integer(name, value, low=low)
     out = Path(out)
     with joined() as ranks, contextlib.ExitStack() as stack:
-        items = Items(source)
-        model_name = str(Path(options.model).resolve()) if Path(options.model).is_dir() else options.model
-        settings = {"format": FORMAT, **asdict(options), "text": list(options.text), "model": model_name, "dataset": items.digest}
+        items = Items(dataset)
+        model_name = str(Path(asked.model).resolve()) if Path(asked.model).is_dir() else asked.model
+        settings = {"format": FORMAT, **asdict(asked), "text": list(asked.text), "model": model_name, "dataset": items.digest}
         _by_first(ranks, lambda: check_settings(out, settings))
         _by_first(ranks, lambda: check_place("out", out))
-        batches = Batches(*_load(options, ranks, device), options)
+        batches = Batches(*_load(asked, ranks, device), asked)
         batches.check_parts(items)
         done = _by_first(ranks, lambda: begin(out, settings, stack))
         if ranks.rank > 0:
             stack.enter_context(locked(out / SETTINGS, shared=True))
+            stack.enter_context(without_progress())  # the first rank's bar counts all inputs
         todo = [number for number in range(len(items)) if number not in done]
         numbers = todo[ranks.rank :: ranks.world]
         stream = in_threads(lambda number: batches.prepare(number, items[number]), numbers, workers)
         writer, failures = ShardWriter(out, ranks.rank), []
         written = time.monotonic()
-        with _bar(ranks, len(items), len(done)) as seen:
+        with progress("explaining", total=len(items), initial=len(done), unit="input") as seen, without_progress():
             for batch in batches.explained(stream, batch_size):
                 for one, result in batch:
                     if isinstance(result, str):
@@ -100,9 +115,9 @@ def explain_dataset(
                 if len(writer.lines) >= shard_size or time.monotonic() - written > _SECONDS:
                     writer.flush()
                     written = time.monotonic()
-                seen(ranks.count(len(batch)))
+                seen(len(done) + ranks.count(len(batch)))
             writer.flush()
-            ranks.wait(len(todo), seen)
+            ranks.wait(len(todo), lambda count: seen(len(done) + count))
         failures = sorted(ranks.gather(failures), key=lambda line: line["item"])
         if ranks.rank == 0:
             write_text(out / FAILURES, to_lines(failures))
@@ -133,15 +148,3 @@ def _load(options: Options, ranks: Ranks, device: str | None) -> tuple[Any, Any]
     if device is None:
         device = f"cuda:{ranks.local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
     return model.to(device), processor
-
-
-@contextlib.contextmanager
-def _bar(ranks: Ranks, total: int, before: int) -> Any:
-    """A progress bar of all ranks' items on the first rank's terminal; returns the function that sets its count."""
-    try:
-        from tqdm import tqdm
-    except ModuleNotFoundError:
-        yield lambda count: None
-        return
-    with tqdm(total=total, initial=before, desc="explaining", unit="input", disable=True if ranks.rank else None) as bar:
-        yield lambda count: bar.update(before + count - bar.n)

@@ -1,11 +1,12 @@
 """A directory of explanations: shards of safetensors, and beside each shard the lines of its finished inputs.
 
 A file is written under another name, synchronised and renamed. A shard counts once its lines exist, so a later run writes over
-the half-written files of a killed one. A shard that was truncated or deleted later does not count either.
+the half-written files of a killed one. A shard that was truncated or deleted later, or whose header was damaged, does not count
+either.
 
     settings.json           the options that decide the results, and a digest of the dataset
     shards/R-N.safetensors  the N-th shard of rank R: tensors "<item>/<place>", in the metadata the facts of each item
-    shards/R-N.jsonl        its lines: {"item", "id", "image"}, and for an input that failed also {"text", "error"}
+    shards/R-N.jsonl        its lines: {"item", "id", "image"}, and for an input that failed also {"text", "error"}; then {"seal"}
     failures.jsonl          the inputs that failed, written when a run ends
 """
 
@@ -16,12 +17,14 @@ import json
 import os
 import re
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from vlattn_fast._ground.extras import extra
 from vlattn_fast.interpret.dataset.pieces import pack
 from vlattn_fast.interpret.result.explanation import Explanation
 from vlattn_fast.interpret.result.numbers.tensor_files import write_tensors
@@ -126,8 +129,9 @@ def finished(directory: Path) -> Iterator[Shard]:
         except ValueError:
             yield Shard(path.stem, [], f"{path} is broken")
             continue
-        whole = all("error" in line for line in lines) or _is_whole(path.with_suffix(".safetensors"))
-        yield Shard(path.stem, lines, None if whole else f"{path.with_suffix('.safetensors')} is cut or missing")
+        shard, seal = path.with_suffix(".safetensors"), lines.pop()["seal"] if lines and "seal" in lines[-1] else None
+        whole = all("error" in line for line in lines) or (_opens(shard) if seal is None else seal == _seal(shard))
+        yield Shard(path.stem, lines, None if whole else f"{shard} is cut, damaged or missing")
 
 
 def stored_items(directory: Path, broken: Callable[[str], Exception]) -> tuple[list[tuple[str, Line]], list[Line]]:
@@ -135,7 +139,7 @@ def stored_items(directory: Path, broken: Callable[[str], Exception]) -> tuple[l
     no other line.
 
     Raises:
-        broken(fault): a shard is cut or missing.
+        broken(fault): a shard is cut, damaged or missing.
     """
     items: dict[int, tuple[str, Line]] = {}
     failures: dict[int, Line] = {}
@@ -150,17 +154,25 @@ def stored_items(directory: Path, broken: Callable[[str], Exception]) -> tuple[l
     return [items[item] for item in sorted(items)], [failures[item] for item in sorted(failures) if item not in items]
 
 
-_END = re.compile(rb'"data_offsets":\[\d+,(\d+)\]')  # of a tensor in the header of safetensors
-
-
-def _is_whole(shard: Path) -> bool:
-    """Whether a file of safetensors is as long as its header says; opening thousands of files would take minutes."""
+def _seal(shard: Path) -> str | None:
+    """The size of a file of safetensors and the sum of its header, None without the file: to open thousands of files would take
+    minutes."""
     try:
         with shard.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            size = shard.stat().st_size - 8 - length
-            return size >= 0 and size == max(map(int, _END.findall(file.read(length))), default=-1)
+            size, length = shard.stat().st_size, file.read(8)
+            return f"{size} {zlib.crc32(length + file.read(min(size, int.from_bytes(length, 'little')))):08x}"
     except FileNotFoundError:
+        return None
+
+
+def _opens(shard: Path) -> bool:
+    """Whether a file of safetensors, of a run that stored no seal, has a header for all its bytes."""
+    with extra("explain"):
+        from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(shard, framework="pt"):
+            return True
+    except (SafetensorError, OSError):
         return False
 
 
@@ -250,5 +262,6 @@ class ShardWriter:
             shard = lines.with_suffix(".safetensors")
             with _published(shard) as unfinished:
                 write_tensors(unfinished, self._tensors, self._facts)
+            self.lines.append({"seal": _seal(shard)})
         write_text(lines, to_lines(self.lines))
         self._tensors, self._facts, self.lines = {}, {}, []

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_integer, check_writable
-from vlattn_fast._ground.extras import extra
+from vlattn_fast._ground.extras import extra, with_progress
 from vlattn_fast.interpret.dataset.failures import summary
 from vlattn_fast.interpret.dataset.gallery import gallery
 from vlattn_fast.interpret.dataset.pieces import unpack
@@ -66,21 +66,21 @@ class Explanations(Sequence[Explanation]):
             from safetensors import SafetensorError, safe_open
 
         item, _, name, _ = self._entries[index]
-        if self._opened is None or self._opened[0] != name:
-            path = self.directory / SHARDS / f"{name}.safetensors"
-            try:
+        path = self.directory / SHARDS / f"{name}.safetensors"
+        try:
+            if self._opened is None or self._opened[0] != name:
                 opened = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise _broken(self.directory, f"{path} cannot be read ({error})") from error
-            self._opened = name, opened, opened.metadata()
-        _, shard, facts = self._opened
-        return unpack(json.loads(facts[str(item)]), lambda place: shard.get_tensor(f"{item}/{place}"))
+                self._opened = name, opened, opened.metadata()
+            _, shard, facts = self._opened
+            return unpack(json.loads(facts[str(item)]), lambda place: shard.get_tensor(f"{item}/{place}"))
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:  # damaged since this folder was read
+            raise _broken(self.directory, f"{path} cannot be read ({error})") from error
 
     def to_pandas(self) -> pd.DataFrame:
         """Every entry of every explanation as a line: its id, and the columns of `Explanation.to_pandas`."""
         with extra("tables"):
             import pandas as pd
-        frames = [one.to_pandas() for one in self]
+        frames = [one.to_pandas() for one in with_progress(self, "reading")]
         for frame, identity in zip(frames, self.ids, strict=True):
             frame.insert(0, "id", identity)
         return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame({"id": []})
@@ -92,7 +92,7 @@ class Explanations(Sequence[Explanation]):
             ValueError: no explanation has a map, or their grids differ.
         """
         total, count, grid = torch.zeros(()), 0, None
-        for identity, explanation in zip(self.ids, self, strict=True):
+        for identity, explanation in zip(self.ids, with_progress(self, "reading", leave=False), strict=True):
             for part in explanation.image if explanation.image is not None else ():
                 single = (part.sum(0) if part.ndim > 2 else part).double()
                 if grid is not None and single.shape != grid:
@@ -147,7 +147,7 @@ def load_explanations(directory: str | Path) -> Explanations:
         A lazy sequence of `Explanation` in the order of the dataset, named by `ids`. `failures` lists the failed, missing inputs.
 
     Raises:
-        ValueError: no such run wrote `directory`; one of its shards is truncated or missing.
+        ValueError: no such run wrote `directory`; one of its shards is truncated, damaged or missing.
     """
     directory = Path(directory)
     settings = read_settings(directory)

@@ -100,7 +100,9 @@ def evaluate(
         methods: names of `explain`'s methods and ablations, "weighted:norm" and "weighted:equal" (and
             "weighted:norm:no_normalization") with another weighting, "random", "attribute_edges" (the
             first-order effects, for the test "intervention" alone), or callables (model, inputs, target) -> an object
-            with `.image` (B, h, w), `.regions` (B, R) or `.text` (B, T) as an `Explanation` has. A dict names them.
+            with `.image` (B, h, w), `.regions` (B, R) or `.text` (B, T) as an `Explanation` has, tensors or NumPy arrays. T is
+            the largest number of words of a text of the batch, with zeros behind shorter texts, or the width of `input_ids`,
+            with a number for each column, special tokens and padding included. A dict names them.
         tests: some of those above. None = "positive", "negative" and "pointing", and the record of an impossible test has no
             value.
         steps: increasing fractions removed ("insertion": put in, "sufficiency": left), from 0 to 1. None = as published: 0, .25,
@@ -119,12 +121,14 @@ def evaluate(
             weighted ones.
 
     Returns:
-        An `Evaluation`. A record leaves out samples without its part, or without ground truth, and counts them.
+        An `Evaluation`. A record leaves out samples without its part, or without ground truth, and counts them. Its note says if
+        the model's answers never change, whatever is removed: such a value does not tell maps apart.
 
     Raises:
         TypeError, ValueError: an unknown method or test, an argument that no chosen test or method reads, steps out of order, an
             item of `dataset` that is no triple, boxes outside of the image, a mask that is not bool, a similarity without a
-            second text to tell apart, a map that is not finite or whose shape does not fit, a data set without a sample,
+            second text to tell apart, a map that is no tensor or array, that is not finite or whose shape does not fit, a text
+            whose width may be that of words or of columns of a padded batch, a data set without a sample,
             attention that cannot be cut, a test that is named and leaves out every sample; and what `explain` raises.
     """
     chosen = {"accuracy": accuracy, "probability": probability, "words": words, "sanity_stages": sanity_stages}

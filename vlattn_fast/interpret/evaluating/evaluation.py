@@ -27,7 +27,7 @@ class Evaluation(Report):
         table: a record for each method, test and part: "method", "test", "part" ("image", "text", or "both" for what is measured
             of them together), "value" (the mean over samples; None without any), "sd" (their standard deviation; None below two),
             "samples", "left_out": samples without that part, without ground truth, or with too little of them, and "note": why
-            there is no value.
+            there is no value, or why it says nothing of the maps.
         curves: a record for each method, test and part with a curve: "method", "test", "part", "steps", "mean" and "sd" (a number
             a step), "samples". The steps of "sanity" are shares of randomised modules, and its samples have a map at each step.
         facts: the arguments of the run.
@@ -100,6 +100,7 @@ class Tally:
         self._curves: dict[tuple[str, str, str], list[list[float]]] = {key: [] for key in keys}
         self._left_out = dict.fromkeys(keys, 0)
         self.lacks = dict.fromkeys(keys, "")  # what a sample must have; the record says it where no sample has it
+        self.changed: set[tuple[str, str]] = set()  # (measure, part) that differ between inputs with more and less of the part
 
     def add(self, key: tuple[str, str, str], value: float | None, curve: list[float] | None = None) -> None:
         """Adds a sample's value; None = left out."""
@@ -116,9 +117,16 @@ class Tally:
             numbers = torch.tensor(values, dtype=torch.float64)
             mean, sd = float(numbers.mean()) if values else None, float(numbers.std()) if len(values) > 1 else None
             counts: dict[str, Any] = {"samples": len(values), "left_out": self._left_out[method, test, part]}
-            counts["note"] = None if values else self.lacks[method, test, part]
+            counts["note"] = self._note(test, part) if values else self.lacks[method, test, part]
             records.append({"method": method, "test": test, "part": part, "value": mean, "sd": sd, **counts})
         return records
+
+    def _note(self, test: str, part: str) -> str | None:
+        measure = CURVES[test].measure if test in CURVES else None
+        if measure is None or (measure, part) in self.changed:
+            return None
+        removed = "image and text" if part == BOTH else f"the {part}"
+        return f"the {measure} is the same whatever is removed of {removed}: this value does not tell maps apart"
 
     def curves(self, steps: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
         records = []

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vlattn_fast._ground.checks import describe
 from vlattn_fast._ground.extras import with_progress
 from vlattn_fast.interpret.evaluating.box_scores import Truth, check_truth
 from vlattn_fast.interpret.evaluating.curves import PARTS
@@ -20,6 +22,7 @@ from vlattn_fast.interpret.explaining.explain import explain
 from vlattn_fast.interpret.result.explanation import Explanation
 
 Maps = list[dict[str, Tensor | None]]  # per sample: part -> (n,)
+_PARTS = ("image", "regions", "text")
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ def explain_batch(plan: Plan, judge: Judge, item: Any, generator: torch.Generato
     if question is None:
         return None
     methods = with_progress(plan.methods.items(), "explaining", leave=False)
-    results = {name: run_method(plan.model, question, method, plan.options) for name, method in methods}
+    results = {name: run_method(plan.model, question, name, method, plan.options) for name, method in methods}
     # An explanation tells where patches and words are; without a record, any result with `.image` does.
     shown = next((result for result in results.values() if isinstance(result, Explanation)), None)
     if shown is None and judge.record is not None:
@@ -58,18 +61,39 @@ def explain_batch(plan: Plan, judge: Judge, item: Any, generator: torch.Generato
     return Batch(question, samples, maps, check_truth(boxes, question.count))
 
 
-def run_method(model: nn.Module, question: Question, method: str | Rival, options: Mapping[str, Any]) -> Any:
-    """The result of a method; None = random."""
+def run_method(model: nn.Module, question: Question, name: str, method: str | Rival, options: Mapping[str, Any]) -> Any:
+    """The result of the method that the table calls `name`; None = random."""
     if callable(method):
-        return method(model, question.inputs, question.target)
+        return _of_tensors(name, method(model, question.inputs, question.target))
     if method == "random":
         return None
     if method == EDGES:  # it has no map
         return SimpleNamespace(image=None, text=None)
-    name, weighting = with_weighting(method)
+    of_explain, weighting = with_weighting(method)
     arguments = {option: value for option, value in options.items() if option != "weighting" or takes_weighting(method)}
     arguments |= {"weighting": weighting} if weighting else {}
-    return explain(model, question.inputs, target=question.target, method=name, **arguments)
+    return explain(model, question.inputs, target=question.target, method=of_explain, **arguments)
+
+
+def _of_tensors(name: str, result: Any) -> Any:
+    """The result of a caller's method with tensors for NumPy's arrays."""
+    if isinstance(result, Explanation) or not any(hasattr(result, part) for part in _PARTS):
+        return result
+    fields = {field: getattr(result, field, None) for field in (*_PARTS, "image_rows", "boxes", "text_positions")}
+    for part in (*_PARTS, "boxes"):
+        values = fields[part]
+        if isinstance(values, (tuple, list)):
+            fields[part] = [_tensor(name, part, one) for one in values]
+        elif values is not None:
+            fields[part] = _tensor(name, part, values)
+    return SimpleNamespace(**fields)
+
+
+def _tensor(name: str, part: str, values: Any) -> Tensor:
+    try:
+        return values if isinstance(values, Tensor) else torch.from_numpy(np.ascontiguousarray(values))
+    except (TypeError, ValueError):  # an array of objects, or rows of several lengths
+        raise TypeError(f"methods must give {part} as tensors or arrays; got {describe(values)} of {name!r}") from None
 
 
 def maps_of(name: str, result: Any, samples: list[Sample], generator: torch.Generator) -> Maps:
@@ -90,8 +114,10 @@ def maps_of(name: str, result: Any, samples: list[Sample], generator: torch.Gene
             if shapes != sample.grids:
                 raise ValueError(f"methods must give maps on the grids {sample.grids}; got {shapes} of {name!r}")
             values["image"] = torch.cat([part.flatten() for part in parts])
-        if sample.entries is not None and text is not None:
-            values["text"] = _entries(name, text[number], sample.entries)
+        if text is not None and isinstance(result, Explanation) and sample.shown_entries is not None:
+            values["text"] = text[number][sample.shown_entries.to(text.device)]
+        elif text is not None and sample.entries:
+            values["text"] = _text_entries(name, text[number], sample)
         # In float64, since bytes have no negative and means of 16 bits are rounded.
         maps.append({part: None if value is None else value.detach().cpu().double() for part, value in values.items()})
     return maps
@@ -99,11 +125,10 @@ def maps_of(name: str, result: Any, samples: list[Sample], generator: torch.Gene
 
 def _check_counts(name: str, result: Any, count: int) -> None:
     """A method gives a map for each of `count` samples, or for each entry of its `image_rows`."""
-    parts = ("image", "regions", "text")
-    if not any(hasattr(result, part) for part in parts):
+    if not any(hasattr(result, part) for part in _PARTS):
         raise TypeError(f"methods must give an object with .image, .regions or .text; got {type(result).__name__} of {name!r}")
     owners = getattr(result, "image_rows", None)
-    for part in parts:
+    for part in _PARTS:
         if (values := getattr(result, part, None)) is None:
             continue
         if part == "image" and owners is not None:
@@ -114,6 +139,26 @@ def _check_counts(name: str, result: Any, count: int) -> None:
             raise ValueError(
                 f"methods must give one {part} for each of {count} samples of a batch; got {len(values)} of {name!r}"
             )
+
+
+def _text_entries(name: str, values: Tensor, sample: Sample) -> Tensor:
+    """The numbers of the sample's words in its row of a caller's `.text`."""
+    width = len(values) if values.ndim == 1 else -1
+    readings = sample.entries.get(width, [])
+    if width == sample.inputs["input_ids"].shape[1] and bool((values[-1:] != 0).any()):  # no zeros behind a shorter text
+        readings = readings[-1:]  # by columns
+    if len(readings) == 1:
+        return values[readings[0].to(values.device)]
+    if readings:
+        raise ValueError(
+            f"methods must give a text that is read in one way; got {width} entries of {name!r}, which may be the words of a "
+            "padded batch or its columns of input_ids. Let the data set give its samples one by one"
+        )
+    widths = " or ".join(str(width) for width, places in sorted(sample.entries.items()) if places)
+    raise ValueError(
+        "methods must give a text with an entry for each word of the batch's longest text, or for each column of input_ids, "
+        f"{widths} of them; got {tuple(values.shape)} of {name!r}"
+    )
 
 
 def _entries(name: str, values: Tensor, index: Tensor) -> Tensor:

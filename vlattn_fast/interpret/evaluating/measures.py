@@ -18,7 +18,7 @@ from vlattn_fast.interpret.evaluating.evaluation import Tally
 from vlattn_fast.interpret.evaluating.maps import Batch, maps_of, run_method
 from vlattn_fast.interpret.evaluating.model_answers import Judge, Key
 from vlattn_fast.interpret.evaluating.plan import INTERVENTION, MEASURED, Plan
-from vlattn_fast.interpret.evaluating.ties import constant
+from vlattn_fast.interpret.evaluating.ties import coarsest, constant, rounding
 from vlattn_fast.interpret.records.unsupported import UndefinedRelevancy
 from vlattn_fast.interpret.result.numbers.rank_correlation import rank_correlation
 
@@ -80,6 +80,7 @@ def perturb(plan: Plan, judge: Judge, batch: Batch, tally: Tally) -> None:
                         places.setdefault(key, len(places))
                     planned.append(((name, test, part), keys))
     measures = dict(zip(("accuracy", "probability"), judge.run(batch.question, batch.samples, list(places)), strict=True))
+    noise = rounding(coarsest(plan.model.parameters()))
     for record, keys in planned:
         curve, steps = CURVES[record[1]], plan.steps[record[1]]
         scores = [measures[curve.measure][places[key]] for key in keys]
@@ -90,6 +91,8 @@ def perturb(plan: Plan, judge: Judge, batch: Batch, tally: Tally) -> None:
                 raise ValueError(
                     f"The model gave NaN for sample {number} of a batch with {left or 'all'} left. Pass steps= that keep more"
                 )
+        if max(scores) - min(scores) > noise * max(map(abs, scores)):
+            tally.changed.add((curve.measure, record[2]))
         drawn = curve.curve(scores, steps)
         tally.add(record, curve.value(drawn, steps), drawn)
 
@@ -106,7 +109,7 @@ def compare_randomised(plan: Plan, batches: list[Batch], tally: Tally, generator
         for item, batch in enumerate(with_progress(batches, "explaining", leave=False)):
             for name, method in plan.methods.items():
                 try:
-                    result = run_method(changed, batch.question, method, plan.options)
+                    result = run_method(changed, batch.question, name, method, plan.options)
                     again = maps_of(name, result, batch.samples, generator)
                 except UndefinedRelevancy:  # as random weights may cause
                     again = [dict.fromkeys(PARTS) for _ in batch.samples]

@@ -30,7 +30,8 @@ class Sample:
 
     inputs: dict[str, Any]  # of this sample alone, tensors (1, ...)
     words: Tensor | None  # the columns of `input_ids` that hold the words that may go; None without text
-    entries: Tensor | None  # their places among the words of an explanation's `.text`
+    shown_entries: Tensor | None  # their places in the row of an explanation's `.text`
+    entries: dict[int, list[Tensor]]  # and in that of a caller's method, by its width: several where it has several readings
     grids: list[tuple[int, int]] | None  # (h, w) of each of its images; None without patches that can be taken away
     regions: Tensor | None  # the indices of its real regions; None without regions
     boxes: Tensor | None  # (n, 4) where each entry of the image lies; None where they lie in several images
@@ -153,11 +154,13 @@ def split(record: Family | None, inputs: Mapping[str, Any], count: int, shown: A
     image, owners = getattr(shown, "image", None), getattr(shown, "image_rows", None)
     grids = [tuple(part.shape[-2:]) for part in image] if image is not None else []
     owners = list(range(len(grids))) if owners is None else owners
-    text = _words(record, inputs, shown)
-    removable = text if text is None or words is None else _asked(words, inputs, None if record is None else text)
-    if record is None:
-        text = removable
-    elif removable is not None and record.towers and record.answers == "input_ids":
+    text, inner = _shown_words(record, inputs, shown), _inner_words(record, inputs)
+    texts = [mask for mask in (text, inner) if mask is not None]  # as `.text` may have them
+    removable = texts[0] & texts[-1] if texts else None
+    if removable is not None and words is not None:
+        removable = _asked(words, inputs, text if record is None else removable)
+        texts += [removable] if record is None else []
+    if record is not None and removable is not None and record.towers and record.answers == "input_ids":
         read = record.towers[0].row
         if read is not None and read.position is not None and read.asks:  # without these words another question would be asked
             asking = read.position(record.scoring.kind(inputs, (removable.shape[0], removable.shape[1])))
@@ -182,15 +185,14 @@ def split(record: Family | None, inputs: Mapping[str, Any], count: int, shown: A
             boxes = region_boxes[number].cpu().double()[regions]
         elif own_grids is not None and len(own_grids) == 1:
             boxes = grid_entries(*own_grids[0])
-        columns = entries = None
-        if text is not None and removable is not None:
-            columns = removable[number].nonzero()[:, 0]
-            entries = removable[number][text[number]].nonzero()[:, 0]
+        columns = None if removable is None else removable[number].nonzero()[:, 0]
+        shown_entries = None if text is None or columns is None else text[number].cumsum(0)[columns] - 1
+        entries = {} if columns is None else _entries(texts, number, columns)
         rows = images if images is None or pictures is None else [row for index in images for row in pictures[index]]
         rows = None if isinstance(pixels, Tensor) and pixels.ndim == 5 else rows  # pictures of a sample lie together
         alone = _alone(inputs, number, count, rows)
         filled = record is not None and record.names != NAMES  # its positions are those of the longest text
-        samples.append(Sample(alone, columns, entries, own_grids, regions, boxes, problem, filled))
+        samples.append(Sample(alone, columns, shown_entries, entries, own_grids, regions, boxes, problem, filled))
     return samples
 
 
@@ -202,27 +204,41 @@ def _asked(words: Words, inputs: Mapping[str, Any], text: Tensor | None) -> Tens
     return removable.cpu() if text is None else removable.cpu() & text
 
 
-def _words(record: Family | None, inputs: Mapping[str, Any], shown: Any) -> Tensor | None:
-    """bool (B, N), True = a word, as `.text` has them; None without text."""
-    ids = inputs.get("input_ids")
-    if not isinstance(ids, Tensor):
+def _shown_words(record: Family | None, inputs: Mapping[str, Any], shown: Any) -> Tensor | None:
+    """bool (B, N), True = a word, as the `.text` of an explanation has them; None without."""
+    ids, positions = inputs.get("input_ids"), getattr(shown, "text_positions", None)
+    if not isinstance(ids, Tensor) or positions is None:
         return None
-    if record is not None and record.towers:
-        positions = getattr(shown, "text_positions", None)
-        if positions is None:
-            return None
-        # Where patches come in front of the words, positions count from the first patch.
-        towers = [(tower.kind, shown.relevancy[tower.name]) for tower in record.towers if tower.kind.text]
-        before = sum(kind(inputs, (len(positions), carried.shape[-1])).before for kind, carried in towers)
-        words = torch.zeros(len(positions), ids.shape[-1], dtype=torch.bool)
-        for number, columns in enumerate(positions):
-            words[number, torch.tensor(columns, dtype=torch.long) - before] = True
-        return words
-    # Without a record: everything but padding and the first and last token, as [CLS] and [SEP] are.
-    mask = inputs.get("attention_mask")
+    # Where patches come in front of the words, positions count from the first patch.
+    towers = () if record is None else record.towers
+    of_text = [(tower.kind, shown.relevancy[tower.name]) for tower in towers if tower.kind.text]
+    before = sum(kind(inputs, (len(positions), carried.shape[-1])).before for kind, carried in of_text)
+    words = torch.zeros(len(positions), ids.shape[-1], dtype=torch.bool)
+    for number, columns in enumerate(positions):
+        words[number, torch.tensor(columns, dtype=torch.long) - before] = True
+    return words
+
+
+def _inner_words(record: Family | None, inputs: Mapping[str, Any]) -> Tensor | None:
+    """bool (B, N) where no record tells words: all but padding and the first and last token, as [CLS] and [SEP] are."""
+    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    if not isinstance(ids, Tensor) or (record is not None and record.towers):
+        return None
     real = mask.bool().cpu() if isinstance(mask, Tensor) else torch.ones(ids.shape, dtype=torch.bool)
     place = real.cumsum(1)
     return real & (place > 1) & (place < place[:, -1:])
+
+
+def _entries(texts: list[Tensor], number: int, columns: Tensor) -> dict[int, list[Tensor]]:
+    """The places of a sample's columns in its row of `.text`, by the width of the row, which has an entry for each word of one of
+    the masks `texts`, with zeros behind shorter texts, or for each column of `input_ids`."""
+    places: dict[int, list[Tensor]] = {}
+    for mask in [*texts, torch.ones_like(texts[0])]:
+        of_width = places.setdefault(int(mask.sum(1).max()), [])
+        place = (mask[number].cumsum(0) - 1)[columns]
+        if bool(mask[number][columns].all()) and not any(torch.equal(place, one) for one in of_width):
+            of_width.append(place)
+    return places
 
 
 def _fit(pixels: Any, grids: list[tuple[int, int]], counts: list[int], inputs: Mapping[str, Any]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import itertools
 import json
 import socket
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from urllib.request import getproxies
 import torch
 from torch import Tensor
 
-from vlattn_fast._ground.extras import extra
+from vlattn_fast._ground.extras import extra, progress
 from vlattn_fast.interpret.explaining.answer import Alone, end_tokens, without_ends
 from vlattn_fast.interpret.records.registry import find_family
 
@@ -37,6 +38,12 @@ def load_model(name: str, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
         except ImportError as error:  # as of torchvision, for models that see videos
             reason = _first_line(error).partition(". ")[0]  # advice follows
             raise ImportError(f"The processor of {name} cannot be loaded: {reason}") from error
+
+
+def check_model(name: str) -> None:
+    """ValueError where no config tells what model this is. Reads no weights."""
+    with extra("explain"), _refusing_names(name) as where:
+        _class_of(name, where)
 
 
 def load_without_weights(name: str) -> Any:
@@ -195,7 +202,15 @@ def generate(model: Any, inputs: Mapping[str, Any], count: int) -> Alone:
         raise ValueError(f"generate must be asked of a decoder with a record; got {type(model).__name__}")
     pictures = (getattr(model.config, name, None) for name in ("image_token_id", "video_token_id"))  # no words
     never = [*(model.generation_config.suppress_tokens or []), *(token for token in pictures if token is not None)]
-    with torch.no_grad():
-        made = model.generate(**inputs, max_new_tokens=count, do_sample=False, num_beams=1, suppress_tokens=never or None)
+    with torch.no_grad(), progress("generating", total=count, unit="token", leave=False) as seen:
+        steps = itertools.count(1)
+
+        def ends(ids: Tensor, scores: Any, **options: Any) -> Tensor:
+            """No answer ends here: it is asked after each token, which the bar counts."""
+            seen(next(steps))
+            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+        greedy = {"max_new_tokens": count, "do_sample": False, "num_beams": 1, "suppress_tokens": never or None}
+        made = model.generate(**inputs, **greedy, stopping_criteria=[ends])
     prompt = inputs.get(record.answers)  # without one a decoder behind an encoder begins with its start token
     return Alone(without_ends(made[:, 1 if prompt is None else prompt.shape[1] :].tolist(), end_tokens(model)))

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vlattn_fast._ground.extras import with_progress
 from vlattn_fast.interpret.probing.labels import Labels, regions_of, tokens_of
 from vlattn_fast.interpret.probing.layout import IMAGE, SPECIAL, TEXT, Layout
 from vlattn_fast.interpret.probing.linear import Array, Probed, fusion, linear_probe
@@ -190,7 +191,8 @@ class Gathered:
         stacked = np.stack(traces)  # (S, L, H, 2)
         whole = linear_probe(stacked.reshape(len(stacked), -1), classes, groups, self.seed)
         records = [_record(test, left_out=left_out, **vars(whole))]
-        for layer, head in np.ndindex(*stacked.shape[1:3]) if whole.value is not None else ():
+        heads = list(np.ndindex(*stacked.shape[1:3])) if whole.value is not None else []
+        for layer, head in with_progress(heads, f"fitting probes of {test}", leave=False):
             one = linear_probe(stacked[:, layer, head], classes, groups, self.seed, control=False)
             records.append(_record(test, None, layer, head, left_out=left_out, **vars(one)))
         return records
@@ -226,7 +228,8 @@ class Gathered:
 
 def _of_task(task: str, states: Array, classes: Any, groups: Any, seed: int, left_out: int) -> list[dict[str, Any]]:
     layers = range(states.shape[1] if states.ndim == 3 else 0)
-    probes = [linear_probe(states[:, layer], classes, groups, seed) for layer in layers]
+    fitted = with_progress(layers, f"fitting probes of {task}", leave=False)
+    probes = [linear_probe(states[:, layer], classes, groups, seed) for layer in fitted]
     if not probes or probes[0].value is None:
         first = probes[0] if probes else Probed(None, None, None, 0, "no samples")
         return [_record("linguistic", task, left_out=left_out, **vars(first))]
