@@ -19,7 +19,7 @@ ASK = {"statistics": ["median"]}  # which no place that answers would take
 FORM = b'--x\r\nContent-Disposition: form-data; name="%s"\r\n\r\n{}\r\n--x--\r\n'
 
 
-def posted(path: str, body: bytes, refused: str = "", root: str = "") -> tuple[int, bytes]:
+def posted(path: str, body: bytes, refused: str = "", root: str = "", **state: Any) -> tuple[int, bytes]:
     """(status, body) of the answer. The application behind the guard answers 200 with the body that it reads."""
     parts = [body[:5], body[5:]]
     messages = [{"type": "http.request", "body": part, "more_body": part is not parts[-1]} for part in parts]
@@ -38,7 +38,8 @@ def posted(path: str, body: bytes, refused: str = "", root: str = "") -> tuple[i
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": read})
 
-    scope = {"type": "http", "method": "POST", "path": root + path, "root_path": root}
+    app = SimpleNamespace(state=SimpleNamespace(**(state or {"vllm_config": 1})))
+    scope = {"type": "http", "method": "POST", "path": root + path, "root_path": root, "app": app}
     asyncio.run(Guard(echo, refused)(scope, receive, send))
     return sent[0]["status"], sent[1]["body"]
 
@@ -93,20 +94,6 @@ def test_another_version_refuses_at_every_endpoint() -> None:
         assert posted(path, b'{"prompt": "w9"}', refused=reason) == (200, b'{"prompt": "w9"}')
 
 
-def test_only_the_servers_of_vllm_are_guarded(monkeypatch: pytest.MonkeyPatch) -> None:
-    module: Any = ModuleType("starlette.middleware")
-    module.Middleware = lambda *parts: parts
-    monkeypatch.setitem(sys.modules, "starlette.middleware", module)
-    for state, middleware in ((SimpleNamespace(vllm_config=1), [(Guard, "why")]), (SimpleNamespace(), [])):
-        app = SimpleNamespace(state=state, user_middleware=[])
-        assert guard._guarded("why", lambda app: "stack", app) == "stack" and app.user_middleware == middleware
-
-
-class Processor:
-    def process_inputs(self, request_id: str, prompt: Any, params: Any) -> str:
-        return request_id
-
-
 def module(monkeypatch: pytest.MonkeyPatch, name: str, **values: Any) -> None:
     """A module of this name, and packages around it."""
     parts = name.split(".")
@@ -115,6 +102,26 @@ def module(monkeypatch: pytest.MonkeyPatch, name: str, **values: Any) -> None:
         made.__path__ = []
         monkeypatch.setitem(sys.modules, made.__name__, made)
     vars(sys.modules[name]).update(values)
+
+
+def test_only_the_servers_of_vllm_are_guarded() -> None:
+    body = json.dumps({"vlattn": ASK}).encode()
+    assert posted("/ask", body, database=1) == (200, body)
+
+
+def test_a_stack_that_is_built_twice_is_guarded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Innermost, so that a server's check of keys comes first."""
+    module(monkeypatch, "starlette.middleware", Middleware=lambda cls, *args: SimpleNamespace(cls=cls, args=args))
+    keys = SimpleNamespace(cls=object)
+    app = SimpleNamespace(user_middleware=[keys])
+    for _ in range(2):
+        assert guard._guarded("why", lambda app: len(app.user_middleware), app) == 2
+    assert app.user_middleware[0] is keys and app.user_middleware[1].args == ("why",)
+
+
+class Processor:
+    def process_inputs(self, request_id: str, prompt: Any, params: Any) -> str:
+        return request_id
 
 
 @pytest.fixture

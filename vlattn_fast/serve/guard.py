@@ -28,10 +28,10 @@ def install(refused: str = "") -> None:
 
 
 def _guarded(refused: str, original: Any, app: Any) -> Any:
-    """As the innermost middleware, behind the check of keys."""
-    if hasattr(app.state, "vllm_config"):  # not the server of a program that runs an engine
-        from starlette.middleware import Middleware
+    """As the innermost middleware, behind the check of keys. A stack may be built more than once."""
+    from starlette.middleware import Middleware
 
+    if not any(each.cls is Guard for each in app.user_middleware):
         app.user_middleware.append(Middleware(Guard, refused))
     return original(app)
 
@@ -44,7 +44,10 @@ class Guard:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
-        if scope["type"] != "http" or (path in ANSWERED and not self.refused):
+        of_vllm = scope["type"] == "http" and hasattr(
+            scope["app"].state, "vllm_config"
+        )  # a program with an engine may have a server
+        if not of_vllm or (path in ANSWERED and not self.refused):
             await self.app(scope, receive, send)
             return
         messages = [await receive()]
