@@ -14,6 +14,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -28,6 +29,7 @@ from vlattn_fast.benchmarks import _gpu
 from vlattn_fast.benchmarks._formula import OURS, WRONG, Formula, largest_error
 from vlattn_fast.benchmarks._formula import Run as Run
 from vlattn_fast.benchmarks._formula import Tensors as Tensors
+from vlattn_fast.benchmarks._launches import Tile, recording
 from vlattn_fast.benchmarks._rates import rates
 from vlattn_fast.benchmarks._workloads import Sizes, Workload
 from vlattn_fast.checking import blocks
@@ -215,6 +217,7 @@ class _Standing:
     peak: int | None = None
     error: float | None = None
     not_run: str = ""
+    tiles: list[Tile] = field(default_factory=list)  # of the Triton launches of its first call
 
 
 class Measurement:
@@ -300,11 +303,12 @@ class Measurement:
 
     def _warm_up(self, name: str) -> None:
         run, standing = functools.partial(self.problem.variants[name].run, self.problem.tensors), self.standing[name]
-        if self.once:
-            standing.peak, spent, _ = _peak_of(run, self.device)
-            standing.seconds = [spent]
-            return
-        first = run()
+        with self._recording(name) as standing.tiles:
+            if self.once:
+                standing.peak, spent, _ = _peak_of(run, self.device)
+                standing.seconds = [spent]
+                return
+            first = run()
         standing.error = largest_error({n: self.problem.part(n, x) for n, x in first.items()}, self.truth)
         if self.formula and name.removesuffix(_gpu.GRAPH) in OURS:
             wrong = self.formula.wrong(self.problem.variants[name].run, first)
@@ -316,6 +320,11 @@ class Measurement:
         standing.backlog = min(1.5 * host + 5e-5, LONGEST_BACKLOG)
         affordable = max(LEAST_ROUNDS, int(SECONDS_A_VARIANT[self.device.type] / (10 if self.quick else 1) / spent))
         standing.stride = math.ceil(self.rounds / affordable)
+
+    def _recording(self, name: str) -> AbstractContextManager[list[Tile]]:
+        """Of variants of this package that may launch Triton kernels. Other calls import no Triton."""
+        ours = name.removesuffix(_gpu.GRAPH)
+        return recording() if ours in OURS and (self.device.type == "cuda" or ours == "triton") else nullcontext([])
 
     def round(self, number: int = 0) -> None:
         """One call of each variant, in another order each round, since the formula's maps spoil the caches for the next variant.
@@ -348,7 +357,8 @@ class Measurement:
         return self.records()
 
     def records(self) -> list[dict[str, Any]]:
-        """A record per variant. Times are in microseconds; without a time, `not_run` says why."""
+        """A record per variant. Times are in microseconds; without a time, `not_run` says why. `tiles` are those of the Triton
+        launches that a variant of this package made, since the table of a commit need not be what ran."""
         bound = self.standing[self.problem.bound].seconds if self.problem.bound in self.standing else None
         can = rates(self.device, self.dtype)
         least, limit = can.limit(self.problem.floor) if can else (None, None)
@@ -374,6 +384,7 @@ class Measurement:
                     "ratio_to_bound": p50 / float(np.median(bound)) if bound else None,
                     "share_of_limit": least / p50 if least else None,
                     "limit": limit,
+                    **({"tiles": x.tiles} if x.tiles else {}),
                 }
             table.append(record if "p50_us" in record else {**record, "not_run": x.not_run or "no round was left for it"})
         return table + [{**shared, "variant": name, "is_bound": False, "not_run": x} for name, x in self.problem.not_run.items()]

@@ -49,11 +49,13 @@ variant is shown.
 - *of limit*: the least time that the machine's rates allow, over p50, and the rate that is reached first: *FMA*, *pairs* of
   bfloat16 or *AMX* tiles are operations of these instructions on registers, *products* those of torch's large matrix product or
   convolution in the same number type where they are more, or where a row is older than these loops; then bytes from memory, and
-  torch's exponentials. A CPU's rates are measured in the same run (`_rates.py`). A row is above 100 % where torch's product or
-  exponential is slower than the processor allows, where the caches hold a part of the data, or where other programs took memory's
-  rate while it was measured. Every benchmark counts the least work of its operator (`floor` in `_measure.py`); older rows of
-  `congruence_loss` have no share, since it was counted too high. The rest goes to exponentials beside the products, the passes
-  over tiles between them, and threads that wait for one another; a small call also pays for Python.
+  torch's exponentials. A CPU's rates are measured in the same run; those of a GPU are constants, of torch's product and copy in
+  bfloat16 and of the special function units (`_rates.py`). A row is above 100 % where torch's product or exponential is slower
+  than the processor allows, where the caches hold a part of the data, or where other programs took memory's rate while it was
+  measured. Every benchmark counts the least work of its operator (`floor` in `_measure.py`); older rows of `congruence_loss`
+  have no share, since it was counted too high. The rest goes to exponentials beside the products, the passes over tiles between
+  them, and threads that wait for one another; a small call also pays for Python.
+- A sentence under a table says what its rows do not carry.
 - CPU rows have fewer batches and heads (SCAN: fewer pairs; whole models: less depth and width). Each table names its sizes.
 """
 
@@ -223,7 +225,9 @@ def _table(records: Sequence[Record], origins: Sequence[str]) -> str:
     peaks = "".join(f"; {name} {peak:,} GFLOP/s" for name, peak in first.get("peaks", {}).items())
     about = f"{first['workload']}: {sizes}; {first['dtype']}; {_setting(first)}{peaks}; run {', '.join(map(str, runs))}."
     lines = [(f"*{record['variant']}*" if record["is_bound"] else record["variant"], *_cells(record)) for record in records]
-    return "\n".join([about, "", markdown(COLUMNS, lines), ""])
+    of_notes = grouped((record for record in records if "note" in record), lambda record: record["note"])
+    notes = [f"{', '.join(one['variant'] for one in noted)}: {note}" for note, noted in of_notes.items()]
+    return "\n".join([about, "", markdown(COLUMNS, lines), "", *(line for note in notes for line in (note, ""))])
 
 
 def _cells(record: Record) -> list[str]:

@@ -1,7 +1,8 @@
 """Statistics of requests whose keys lie in a paged cache: the newest token of each, and the second half of a prompt.
 
-Bound: plain SDPA over the gathered keys. Gathered: each request's keys copied out of the cache, and the statistics of the stored
-map, as a server without this operator has to do it.
+Bound: plain SDPA over the gathered keys, in which the query heads of a key head are rows of its one block of queries, so that
+keys are read once. Gathered: each request's keys copied out of the cache, and the statistics of the stored map, as a server
+without this operator has to do it.
 """
 
 from __future__ import annotations
@@ -42,14 +43,17 @@ def build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
         return {"query": t["tokens"], "key_cache": t["cache"], **named}
 
     def operands(t: Tensors) -> tuple[Tensor, Tensor]:
-        keys = t["cache"][of["block_table"].long()].transpose(1, 2).flatten(2, 3)[:, :, :length]  # (R, Hkv, M, D)
-        return t["tokens"].unflatten(0, (-1, tokens)).transpose(1, 2), keys.repeat_interleave(sizes["shared"], 1)
+        """Queries (R, Hkv, shared * N, D), and keys (R, Hkv, M, D), which no query head repeats."""
+        keys = t["cache"][of["block_table"].long()].transpose(1, 2).flatten(2, 3)[:, :, :length]
+        query = t["tokens"].unflatten(1, (sizes["Hkv"], -1)).unflatten(0, (-1, tokens))  # (R, N, Hkv, shared, D)
+        return query.permute(0, 2, 3, 1, 4).flatten(2, 3), keys
 
     seen = torch.ones(tokens, length, dtype=torch.bool, device=device).tril(length - tokens)
 
     def gathered(t: Tensors) -> dict[str, Tensor]:
         query, keys = operands(t)
-        logits = (query @ keys.mT / size**0.5).to(torch.promote_types(dtype, torch.float32)).masked_fill(~seen, -torch.inf)
+        logits = (query @ keys.mT / size**0.5).to(torch.promote_types(dtype, torch.float32))
+        logits = logits.unflatten(2, (-1, tokens)).flatten(1, 2).masked_fill(~seen, -torch.inf)  # (R, H, N, M)
         prob = logits.softmax(-1)
         members = F.one_hot(of["key_groups"], GROUPS).to(prob.dtype)[:, None]
         entropy, lse = torch.special.entr(prob).sum(-1), logits.logsumexp(-1)
@@ -60,7 +64,8 @@ def build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
 
     def bound(t: Tensors) -> dict[str, Tensor]:
         query, keys = sdpa_operands
-        return {"out": F.scaled_dot_product_attention(query, keys, keys, attn_mask=None if tokens == 1 else seen)}
+        mask = None if tokens == 1 else seen.repeat(sizes["shared"], 1)
+        return {"out": F.scaled_dot_product_attention(query, keys, keys, attn_mask=mask)}
 
     sdpa_operands = operands(tensors)
     pairs, maps = sizes["R"] * heads * tokens * length, sizes["R"] ** 2 * heads * tokens * length

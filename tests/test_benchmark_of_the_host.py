@@ -59,5 +59,5 @@ def test_the_host_is_timed_without_the_interpreter(tmp_path):
     pytest.importorskip("triton")
     plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "vlattn_fast.benchmarks", "host", "--rounds", "1", "--out", str(tmp_path)]
-    subprocess.run(command, check=True, env=plain, timeout=300)
+    subprocess.run(command, check=True, env=plain)
     assert "triton" in {row["backend"] for row in json.loads((tmp_path / "host-cpu.json").read_text())}

@@ -2,6 +2,7 @@
 
 import json
 import struct
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +10,7 @@ from vlattn_fast.benchmarks import __main__ as command
 from vlattn_fast.benchmarks import _choice, _pictures, _records, _report
 
 DECLARED = _choice.declared()
+ROOT = Path(__file__).parents[1]
 
 
 def made_up(**changes):
@@ -105,6 +107,33 @@ def test_settings_of_one_machine_stand_side_by_side(tmp_path):
     assert "## CPU: one, AVX512, 2 threads" in text
     assert "| benchmark | CPU: one, AVX512, 2 threads | CPU: one, AVX512, 1 thread |" in text
     assert "| attention_map/attention/clip | 1.75, 2.00x | 1.50, 2.00x |" in text
+
+
+def test_a_sentence_stands_under_the_rows_that_it_is_of(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [made_up(variant=name, note="its tiles were not stored") for name in ("triton", "triton, graph")]
+    _records.append([*rows, made_up(variant="SDPA", is_bound=True)], tmp_path / "h200.json")
+    _report.write(tmp_path, tmp_path / "REPORT.md")
+    table = (tmp_path / "REPORT.md").read_text().split("### attention_map")[1]
+    assert table.endswith("50 |\n\ntriton, triton, graph: its tiles were not stored\n")
+
+
+def test_stored_rows_of_gpus_have_their_tiles_or_say_that_they_have_not():
+    """The tiles of a row need not be those of the commit that it names."""
+    folder, counted = ROOT / "benchmarks" / "results", 0
+    for path in folder.glob("*.json"):
+        for row in (row for row in json.loads(path.read_text()) if isinstance(row, dict) and "benchmark" in row):
+            if not row["device"].startswith("CPU") and row["variant"].startswith("triton"):
+                counted += 1
+                assert row.get("tiles") or "its tiles were not stored" in row["note"], (path.name, row["benchmark"])
+            assert "p50_us" not in row or row["device"].startswith("CPU") or row["share_of_limit"] > 0
+    assert counted > 20
+
+
+def test_a_stored_row_without_a_comparison_has_not_passed():
+    rows = [row for row in json.loads((ROOT / "benchmarks/results/gpu.json").read_text()) if row["part"] == "verify"]
+    assert all((row["passed"] is None) == ("refused" in row) and (row["passed"] is not True or "ratio" in row) for row in rows)
+    assert sum(row["passed"] is None for row in rows) == 12
 
 
 def test_the_report_in_the_tree_is_that_of_the_stored_rows(tmp_path):

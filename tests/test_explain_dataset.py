@@ -351,9 +351,7 @@ def check_all(models, out, rows):
 
 def start(*command):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
+    return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

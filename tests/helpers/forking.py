@@ -23,7 +23,7 @@ class Forking:
     """The process of a module, which starts where it is first asked. It ends, with all that it forked, where it does not answer
     in time, where the question is interrupted, and with this process."""
 
-    def __init__(self, module: str, seconds: int = 300) -> None:
+    def __init__(self, module: str, seconds: int = 3600) -> None:
         self._module, self._seconds = module, seconds
         self._process: subprocess.Popen[str] | None = None
         atexit.register(self._end)

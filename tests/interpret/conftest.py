@@ -54,7 +54,7 @@ def browse(tmp_path: Path) -> Callable[[str, str], dict[str, Any]]:
         path.write_text(page.replace("</body>", tail), "utf-8")
         command = [CHROMIUM, "--headless", "--no-sandbox", *OFFLINE.split(), f"--user-data-dir={tmp_path / 'profile'}"]
         done = subprocess.run(
-            [*command, "--virtual-time-budget=2000", "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=120
+            [*command, "--virtual-time-budget=2000", "--dump-dom", path.as_uri()], capture_output=True, text=True
         )
         found = re.search(r'data-results="([^"]*)"', done.stdout)
         assert found, done.stdout[-2000:] + done.stderr[-2000:]

@@ -151,15 +151,17 @@ def test_captures_that_overlap_leave_the_fast_path_as_it_was() -> None:
     def other() -> None:
         with second:
             entered.set()
-            left.wait(60)
+            left.wait()
 
     thread = threading.Thread(target=other)
     with first:
         thread.start()
-        entered.wait(60)
-    assert not torch.backends.mha.get_fastpath_enabled()
+        while not entered.wait(0.1) and thread.is_alive():
+            pass  # until it is there, or has failed
+    enabled = torch.backends.mha.get_fastpath_enabled()
     left.set()
     thread.join()
+    assert not enabled
     assert torch.backends.mha.get_fastpath_enabled() == fast
 
 

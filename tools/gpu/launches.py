@@ -1,40 +1,24 @@
-"""Watches Triton's launches: the kernels that a call launches, and one launch again, to be timed by itself."""
+"""The kernels that a call launches, and one launch again, to be timed by itself."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from triton.runtime.jit import KernelInterface
 
-Launch = Callable[[], Any]  # a launch with its arguments, which stay alive
+from vlattn_fast.benchmarks._launches import Launch, watching
+
 GRAPH_SECONDS, REPLAYS = 2e-3, 30  # the least time of a replay, and their number
-
-
-@contextmanager
-def watching(see: Callable[[str, Launch], Any]) -> Iterator[None]:
-    """`see(name, launch)` in place of each launch."""
-    before = KernelInterface.__getitem__
-
-    def watched(kernel: Any, grid: Any) -> Callable[..., Any]:
-        return lambda *args, **kwargs: see(kernel.fn.__name__, lambda: before(kernel, grid)(*args, **kwargs))
-
-    KernelInterface.__getitem__ = watched
-    try:
-        yield
-    finally:
-        KernelInterface.__getitem__ = before
 
 
 def launched(call: Callable[[], Any]) -> list[tuple[str, Launch, Any]]:
     """The launches of a call, and the compiled kernel of each."""
     seen = []
 
-    def see(name: str, launch: Launch) -> None:
-        seen.append((name, launch, launch()))
+    def see(kernel: Any, named: Mapping[str, Any], launch: Launch) -> None:
+        seen.append((kernel.fn.__name__, launch, launch()))
 
     with watching(see):
         call()

@@ -16,10 +16,11 @@ call; the last ones take all the other items. Each check runs in a process of it
 memory costs its own row. Tiles share a process, and so do benchmarks. An item that takes more than 30 s in the first steps
 comes again in the last ones, for 90 s.
 
-Each row goes to OUT/gpu.json at once, on a device to benchmarks/results/ as well. A new call on the same sources continues
-where the last one stopped. The CUDA C++ kernels are built first, where nvcc is installed; after a failed build the rest runs
-without these kernels. Compiled kernels are kept in build/ from call to call. OUT/kernels.tar.xz holds them for another machine,
-which takes them from build/kernels.tar.xz.
+Each row goes to OUT/gpu.json at once, on a device to benchmarks/results/ as well, with the tiles of its launches. Its `passed` is
+null where nothing was compared, timed or run, as where a backend refuses the call. A new call on the same sources continues where
+the last one stopped. The CUDA C++ kernels are built first, where nvcc is installed; after a failed build the rest runs without
+these kernels. Compiled kernels are kept in build/ from call to call. OUT/kernels.tar.xz holds them for another machine, which
+takes them from build/kernels.tar.xz.
 
 make gpu needs torch >= 2.9, triton >= 3.6, numpy and pytest, and ends with status 1 where something failed or is left to do.
 With --device cpu it is a rehearsal: the compiled kernels are emulated (ptx/), as on sm_90 or on the architecture that VLATTN_PTX
@@ -47,7 +48,7 @@ from typing import NamedTuple
 
 from tools import building
 from tools.gpu import ncu, session, suite
-from tools.gpu.session import LAST, ROOT, TREE, Item, Row, Session, hung
+from tools.gpu.session import LAST, ROOT, TREE, Item, Row, Session, failed, hung
 
 SLOWEST = 8
 MINUTES = 9.0  # of a call; a lent machine runs a command for ten
@@ -65,8 +66,8 @@ def main() -> None:
     parser.add_argument(
         "--table", type=Path, help="table that the sweep writes; default: kernels/configurations.json, in a rehearsal in OUT"
     )
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="of the call; the next call does the rest")
-    parser.add_argument("--seconds", type=float, help="of an item; a rehearsal may need more")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="of the call; the next call does the rest; inf = no limit")
+    parser.add_argument("--seconds", type=float, help="of an item; a rehearsal may need more; inf = no limit")
     parser.add_argument("--select", default="", help="a regular expression: only items whose names contain a match")
     parser.add_argument("--again", action="store_true", help="run failed items again")
     parser.add_argument(
@@ -81,18 +82,18 @@ def main() -> None:
     options.table = options.table or (ROOT / "kernels" if options.device == "cuda" else options.out) / "configurations.json"
     os.environ["PATH"] = with_tools(os.environ.get("PATH", ""))
     lay_out_tree()
-    run, failed = Session(options), False
+    run, all_passed = Session(options), True
     run.unpack_kernels()
     write_table(run)
     run.built = ThreadPoolExecutor(1).submit(build, run)
     try:
         for step in ORDER:
             if not options.parts or step.part in options.parts:
-                failed |= not taken(run, step)
+                all_passed &= taken(run, step)
     finally:
         run.close()
         run.pack_kernels()
-    sys.exit(1 if failed or not run.built.result() else 0)
+    sys.exit(0 if all_passed and run.built.result() else 1)
 
 
 def taken(run: Session, step: Step) -> bool:
@@ -101,11 +102,13 @@ def taken(run: Session, step: Step) -> bool:
     run.begin(step.seconds * run.options.minutes / MINUTES)
     done = step.run(run)
     rows = run.known(step.part)
-    wrong = [row for row in rows.values() if not row["passed"]]
+    wrong = [row for row in rows.values() if failed(row)]
+    without = sum(row["passed"] is None for row in rows.values())
     is_last = math.isinf(step.seconds)
     said = "FAILED" if wrong else "passed" if done else "NOT FINISHED: call it again" if is_last else "the rest comes later"
     new, seconds = len(rows.keys() - before), time.monotonic() - start
-    print(f"{step.part}, {step.what}: {said}, {len(rows)} rows ({new} new), {len(wrong)} failed, in {seconds:.0f} s", flush=True)
+    counts = f"{len(rows)} rows ({new} new), {len(wrong)} failed, {without} without a result"
+    print(f"{step.part}, {step.what}: {said}, {counts}, in {seconds:.0f} s", flush=True)
     for row in wrong[:40]:
         if row["item"] not in before or is_last:
             print(f"  {row['item']}: {row.get('problem', '')[:300]}")

@@ -44,6 +44,11 @@ Row = dict[str, Any]
 Execute = Callable[[Item, float], Row]  # (item, seconds) -> its row, with "hung" where the seconds did not suffice
 
 
+def failed(row: Row) -> bool:
+    """Whether a row is of a failure. Its `passed` is None where nothing was compared, timed or run: the row says why."""
+    return row["passed"] is False
+
+
 def hung(seconds: float, said: str) -> Row:
     """The row of an item that was ended."""
     return {"passed": False, "hung": True, "problem": f"hung: ended after {seconds:.0f} s: {said[-1500:]}"}
@@ -82,9 +87,9 @@ def pack(compiled: Path, archive: Path, most: int) -> None:
 
 
 class Session:
-    """A call of run.py: its options, its known rows, and the time left of a part."""
+    """A call of run.py: its options, its known rows, and the time left of a part by `clock`, in seconds."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, options: argparse.Namespace, clock: Callable[[], float] = time.monotonic) -> None:
         import_from_tree()
         self._rows = importlib.import_module("vlattn_fast.benchmarks._records")
         import torch
@@ -108,19 +113,20 @@ class Session:
         self.compiled = ROOT / "build"
         self.library = self.compiled / folder / name
         self.built: Future[bool]  # whether its build has not failed
-        self._call_ends = time.monotonic() + 60 * options.minutes
+        self._clock = clock
+        self._call_ends = clock() + 60 * options.minutes
         self._end, self._limit, self._is_last, self._lock = 0.0, LAST, True, threading.Lock()
         self._workers: list[Worker] = []
         self._idle: list[Worker] = []
 
     def begin(self, seconds: float = math.inf) -> None:
         """A step that may take a share of the call, or, as the last ones, all that is left of it."""
-        self._end = min(self._call_ends, time.monotonic() + seconds)
+        self._end = min(self._call_ends, self._clock() + seconds)
         self._is_last = math.isinf(seconds)
         self._limit = LAST if self._is_last else FIRST
 
     def left(self) -> float:
-        return self._end - time.monotonic()
+        return self._end - self._clock()
 
     def known(self, part: str) -> dict[str, Row]:
         """The rows of a part by item, of this tree on this device."""
@@ -164,7 +170,7 @@ class Session:
     def lacks(self, part: str, program: str) -> None:
         """Stores and says that a program is not installed."""
         if program not in self.known(part):
-            self.store(part, {"item": program, "passed": True, "not_run": f"{program} is not installed"})
+            self.store(part, {"item": program, "passed": None, "not_run": f"{program} is not installed"})
         print(f"{program} is not installed", flush=True)
 
     def unpack_kernels(self) -> None:
@@ -187,7 +193,7 @@ class Session:
         """Runs the items without a known row, in this order, on `side_by_side` threads with an executor each; returns whether
         all are known now. stored False: the items' files count, and rows are not stored."""
         known, again = self.known(part), self.options.again
-        waiting = [item for item in items if item["item"] not in known or (again and not known[item["item"]]["passed"])]
+        waiting = [item for item in items if item["item"] not in known or (again and failed(known[item["item"]]))]
         total, lock, cut, begun = len(waiting), threading.Lock(), [], time.monotonic()
 
         def serve() -> None:
@@ -210,8 +216,9 @@ class Session:
                     self.store(part, {"item": item["item"], "seconds": round(time.monotonic() - start, 2), **row})
                 if total > 1:
                     done = total - len(waiting)
-                    failed = "  CUT" if item in cut else "" if row["passed"] else f"  FAILED: {row.get('problem', '')}"[:300]
-                    print(f"[{done} of {total}, {time.monotonic() - begun:.0f} s] {item['item']}{failed}", flush=True)
+                    problem = f"  FAILED: {row.get('problem', '')}"[:300] if failed(row) else ""
+                    outcome = "  CUT" if item in cut else problem
+                    print(f"[{done} of {total}, {time.monotonic() - begun:.0f} s] {item['item']}{outcome}", flush=True)
 
         threads = [threading.Thread(target=serve, daemon=True) for _ in range(min(side_by_side, total))]
         for thread in threads:
@@ -255,7 +262,7 @@ class Session:
         """(exit status, output) of a command; (None, output) where it was ended after the seconds."""
         process = subprocess.Popen(words, cwd=TREE, env=self.environment(**more), **PIPES)
         try:
-            said, _ = process.communicate(timeout=seconds)
+            said, _ = process.communicate(timeout=None if math.isinf(seconds) else seconds)
             return process.returncode, said
         except subprocess.TimeoutExpired:
             end(process)
@@ -287,7 +294,7 @@ class Worker:
             out_of_time.set()
             end(process)
 
-        timer, said = threading.Timer(seconds + GRACE, stop), [""]
+        timer, said = threading.Timer(min(seconds + GRACE, threading.TIMEOUT_MAX), stop), [""]
         timer.start()
         try:
             assert process.stdin is not None and process.stdout is not None

@@ -117,7 +117,7 @@ def tried(item: dict[str, Any], device: str) -> Row:
     except Exception as error:
         if not is_of_a_configuration(error):
             raise
-        row = {"passed": True, "not_run": f"{type(error).__name__}: {error}"[:300]}
+        row = {"passed": None, "not_run": f"{type(error).__name__}: {error}"[:300]}
     finally:
         _configurations.OVERRIDES = before
     if len(recorder.asked) > 1:

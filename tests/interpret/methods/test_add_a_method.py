@@ -118,7 +118,7 @@ def test_one_file_is_all(tmp_path):
     """The docstring of `explain`, both commands, `explain`, `evaluate`, and the error for an unknown name have the method."""
     (tmp_path / f"{NAME}.py").write_text(example())
     command = [sys.executable, "-c", FOUND_EVERYWHERE, str(tmp_path)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert f'- "{NAME}": The mean over the layers of the row of mean_h relu(A * dA).\n' in run.stdout
     for begin in ("explain .*", "evaluate .*", "Explanation\\(method='", "\\[\\{'method': '", "method must be one of .*"):
