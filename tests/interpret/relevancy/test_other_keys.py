@@ -9,7 +9,9 @@ from torch.nn import functional
 
 transformers = pytest.importorskip("transformers")
 
+import vlattn_fast as va  # noqa: E402
 from tests.helpers.interpret.cases import lively  # noqa: E402
+from tests.helpers.interpret.edited_maps import Cut, hooked  # noqa: E402
 from tests.helpers.interpret.stored_maps import Kept, Place, assert_rows, check, layer_sums  # noqa: E402
 from tests.helpers.interpret.tower_cases import HEADS, METHODS, Stack, first_rows, second, sequences  # noqa: E402
 from vlattn_fast.interpret import explain  # noqa: E402
@@ -92,6 +94,46 @@ def test_rows_have_the_columns_of_the_tokens(kind):
     place = Place("blocks", first_rows(7), inputs["attention_mask"], sums=SUMS, others=others)
     target = lambda outputs: -outputs[:, 1]  # noqa: E731
     check(with_attention(make), inputs, {"tower0": place}, target, (*METHODS, "weighted"), read="cls", target=target)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if isinstance(KINDS[kind][0](32), Prefixed) and kind != "by hand"])
+def test_edits_are_of_the_tokens(kind):
+    """Other keys shift neither the queries nor the keys of an edit."""
+    make, (before, behind) = KINDS[kind]
+    model, inputs = with_attention(make).double(), sequences()
+    inputs["x"] = inputs["x"].double()
+    queries, keys = torch.zeros(2, 7, dtype=torch.bool), torch.zeros(2, 7, dtype=torch.bool)
+    queries[:, 2:4], keys[:, 0:3] = True, True
+    with Cut(queries, functional.pad(keys, (before, behind))) as cut, torch.no_grad():
+        expected = model(**inputs)
+    assert cut.count == BLOCKS
+    with torch.no_grad():
+        with va.intervene(model, inputs, va.Knockout(queries=(2, 4), keys=(0, 3), heads=[0, 1])):
+            torch.testing.assert_close(model(**inputs), expected, rtol=0, atol=1e-10)
+        assert float((model(**inputs) - expected).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["prefix", "by hand", "states"])
+def test_outputs_of_heads_are_patched_at_the_tokens(kind):
+    model, inputs = with_attention(KINDS[kind][0]).double(), sequences()
+    inputs["x"] = inputs["x"].double()
+    others = {**inputs, "x": inputs["x"].flip(0)}
+    of_others = list[Tensor]()
+    projections = [block.attend.out for block in model.blocks]
+    with torch.no_grad(), hooked(projections[0], lambda x: of_others.append(x) or x, HEADS):
+        model(**others)
+
+    def changed(x: Tensor) -> Tensor:
+        x[:, 2:4, 1] = of_others[0][:, 2:4, 1]
+        return x
+
+    with torch.no_grad():
+        with hooked(projections[0], changed, HEADS):
+            expected = model(**inputs)
+        run = va.record_heads(model, others)
+        with va.intervene(model, inputs, va.Patch(run, {0: [1]}, queries=(2, 4))):
+            torch.testing.assert_close(model(**inputs), expected, rtol=0, atol=1e-10)
+        assert float((model(**inputs) - expected).abs().max()) > 1e-4
 
 
 class Numbers(nn.Module):
@@ -256,6 +298,19 @@ def test_towers_that_reduce_their_keys_are_refused(make, depths):
         explain(
             lively(make(depths)).eval(), inputs, read="mean", target=lambda outputs: outputs.last_hidden_state.flatten(1).mean(1)
         )
+
+
+def test_edits_of_a_prefix_tuned_model():
+    """Its cache counts the prefix, which has no tokens."""
+    torch.manual_seed(0)
+    model, ids = lively(PrefixTuned()).double().eval(), torch.randint(3, 50, (2, 6))
+    queries, keys = torch.zeros(2, 6, dtype=torch.bool), torch.zeros(2, 9, dtype=torch.bool)
+    queries[:, 5], keys[:, 4:6] = True, True
+    with Cut(queries, keys) as cut, torch.no_grad():
+        expected = model(ids)
+    assert cut.count == 2
+    with torch.no_grad(), va.intervene(model, {"input_ids": ids}, va.Knockout(queries="last", keys=(1, 3), heads=[0, 1])):
+        torch.testing.assert_close(model(ids), expected, rtol=0, atol=1e-10)
 
 
 class Cached(nn.Module):

@@ -297,7 +297,10 @@ class Editing(Stepwise, TorchFunctionMode):
         cached = self._before.get(tower)
         if plan.call.problem:  # of its tokens nothing is known, and heads alone are edited
             return 0, count
-        total = (count if plan.call.crosses else max(count, keys)) if cached is None else cached + count
+        if (columns := plan.call.columns) is not None:  # a cache may count keys that are no tokens, or not
+            total = keys - (plan.call.keys - len(columns))
+        else:
+            total = (count if plan.call.crosses else max(count, keys)) if cached is None else cached + count
         if total < tower.shape[1]:
             raise ValueError(
                 f"model must run on the {tower.shape[1]} tokens of tower '{tower.name}' of va.intervene's inputs at once, "

@@ -38,8 +38,8 @@ class Groups:
         self._latest: tuple[tuple[object, ...], Tensor] | None = None  # all layers ask for the same
 
     def of(self, start: int, count: int, total: int, batch: int, device: torch.device) -> Tensor:
-        """int64 (`batch`, `count`), the groups of `count` places from `start` on, where `total` tokens are there: a cache of fixed
-        length has places behind them.
+        """int64 (`batch`, `count`), the groups of `count` places from `start` on, where `total` tokens are there: a cache of a
+        fixed length has places behind them.
 
         Raises:
             ValueError: a batch of another size; several new rows at once, where "last" is among the keys.
