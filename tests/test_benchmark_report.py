@@ -136,6 +136,31 @@ def test_a_stored_row_without_a_comparison_has_not_passed():
     assert sum(row["passed"] is None for row in rows) == 12
 
 
+def test_the_readmes_times_of_an_h100_are_stored():
+    """Milliseconds on the device and on the host; the call of a plain product by "auto" takes SDPA."""
+    stored = _report.newest(json.loads((ROOT / "benchmarks/results/h100-80gb-hbm3.json").read_text()))
+    rows = {(row["benchmark"], row["variant"]): row for row in stored}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    calls = {
+        'attention, `backend="triton"`': "score_attention/scaled dot, forward+backward/clip",
+        "attention with relevancy": "relevancy_attention/gradient, forward+backward/clip",
+        "attention with tanh of a bilinear product": "score_attention/general tanh, forward+backward/clip",
+    }
+
+    def times(benchmark, variant):
+        return [f"{rows[benchmark, variant][name] / 1e3:.2f}" for name in ("p50_us", "host_p50_us")]
+
+    plain = calls['attention, `backend="triton"`']
+    for call, benchmark in calls.items():
+        assert f"| {call} | {' | '.join(times(benchmark, 'triton'))} | " in readme
+    assert "SDPA (cuDNN) {}, host {};".format(*times(plain, "SDPA")) in readme
+    assert "torch's SDPA alone {}, host {};".format(*times(calls["attention with relevancy"], "SDPA")) in readme
+    llava = "score_attention/scaled dot, forward+backward/llava"
+    said = "takes {} ms on the device and {} of the host, SDPA {} and {}.".format(*times(llava, "triton"), *times(llava, "SDPA"))
+    assert said in " ".join(readme.split())
+    assert f"SDPA for plain attention, {times(plain, 'sdpa')[0]} ms" in readme
+
+
 def test_the_report_in_the_tree_is_that_of_the_stored_rows(tmp_path):
     pytest.importorskip("matplotlib")
     out = tmp_path / "REPORT.md"
