@@ -22,20 +22,20 @@ def why_no_map(
     """A sentence for an explanation with these `fields`; None where it has a map or boxes, or the model saw words only."""
     if any(fields.get(name) is not None for name in ("image", "tower_images", "boxes")):
         return None
-    given = {name for name, value in inputs.items() if isinstance(value, Tensor) and value.is_floating_point()}
-    if given.intersection(_SOUNDS):
+    names = {name for name, value in inputs.items() if isinstance(value, Tensor) and value.is_floating_point()}
+    if names.intersection(_SOUNDS):
         heard = towers[-1].name  # the encoder, to which the others attend; else the tower that has all tokens
         return (
             "the model hears a sound, whose tokens are stretches of time and have no place in a picture: read the numbers in "
             f"explanation.relevancy[{heard!r}], which stand in the order of time"
         )
-    if not given.intersection(_PICTURES) and only_picture(inputs) is None:
+    if not names.intersection(_PICTURES) and only_picture(inputs) is None:
         return None
     tower = next((tower for tower in towers if tower.record is not None and tower.record.kind.image_ids), None)
     if tower is None:
-        names = ", ".join(tower.name for tower in towers if tower.record is None) or ", ".join(t.name for t in towers)
+        which = ", ".join(tower.name for tower in towers if tower.record is None) or ", ".join(t.name for t in towers)
         return (
-            f"nothing says which tokens of {names} are patches of the picture, and how these lie: explain with grid=(h, w) and "
+            f"nothing says which tokens of {which} are patches of the picture, and how these lie: explain with grid=(h, w) and "
             "prefix="
         )
     parts = (type(part).__name__ for part in model.modules())

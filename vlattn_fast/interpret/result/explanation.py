@@ -249,8 +249,8 @@ class Explanation(Explained):
         """Draw maps and words: a line per row, or a map per word of an answer with a table of its words.
 
         The maps of a row share a scale, from 0 (transparent over an image, and on the scale) to their largest value. Where some
-        values are below 0, it goes as far below as above, and they are blue. Beside it stands the range of the values. Of a photo
-        that the model saw in tiles, one map is called "thumbnail" and one "tiles". More than six rows wrap into a grid, and more
+        values are below 0, it goes as far below as above, and they are blue. Beside it stands the range of the values. If the
+        model saw a photo in tiles, one map is called "thumbnail" and one "tiles". More than six rows wrap into a grid, and more
         than four panels of a row into lines; with more than six, its photos are under the maps only. An answer of more than 40
         words, or a video of more than 40 frames, has its maps on one sheet with one scale, and the answer's table has fewer names
         than words. A row without maps and words shows the entries of its towers. Letters that matplotlib's font lacks (Chinese,

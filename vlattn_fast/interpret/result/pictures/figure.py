@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
 _WIDTH, _SMALL = 3.4, 2.3  # inches of a row's panel, and of an answer's
-_TITLE = 0.15  # inches of an answer's title
+_TITLE = 0.15  # inches between the title of an answer and its maps
 _COLUMNS = 5  # for an answer's maps
 _ROWS = 6  # that stand below one another at full size; more wrap into a grid of smaller ones
 _ACROSS = 4  # panels of a row in a line
@@ -88,7 +88,7 @@ def draw(
         painter.shared = joint(painter.range(choice.patches) for sample in samples for choice in sample.choices)
     with rc_context({"font.family": _fonts(samples)}):
         if each:
-            sizes = [(_COLUMNS * _SMALL, _TITLE + sum(_answer_heights(sample, painter))) for sample in samples]
+            sizes = [(_COLUMNS * _SMALL, 0.25 + _TITLE + sum(_answer_heights(sample, painter))) for sample in samples]
         else:
             sizes = [_sample_size(sample, painter, _unit(samples)) for sample in samples]
         if not samples:
