@@ -150,11 +150,16 @@ def test_a_version_in_which_nothing_can_be_refused_does_not_start() -> None:
         plugin._refuse("needs vLLM 0.32.0")
 
 
+def server_request(parameters: Any = None, **extra: Any) -> Any:
+    return SimpleNamespace(model_extra=extra, vllm_xargs=parameters)
+
+
 def test_beams_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     module(monkeypatch, "vllm.exceptions", VLLMValidationError=type("VLLMValidationError", (Exception,), {}))
-    with pytest.raises(ValueError, match="vlattn is not answered for beams.*ask without use_beam_search"):
-        server._to_beam_search_params(lambda *_: "params", SimpleNamespace(model_extra={"vlattn": ASK}), 6)
-    assert server._to_beam_search_params(lambda *_: "params", SimpleNamespace(model_extra={}), 6) == "params"
+    for request in (server_request(vlattn=ASK), server_request({"attention": "mass"})):
+        with pytest.raises(ValueError, match="vlattn is not answered for beams.*ask without use_beam_search"):
+            server._to_beam_search_params(lambda *_: "params", request, 6)
+    assert server._to_beam_search_params(lambda *_: "params", server_request(), 6) == "params"
 
 
 async def lines(*texts: str) -> AsyncIterator[str]:
@@ -179,10 +184,10 @@ def created(request: Any, answer: Any) -> Any:
 
 
 def test_a_stream_that_begins_with_an_error_is_answered_with_its_status() -> None:
-    asking = SimpleNamespace(model_extra={"vlattn": ASK})
+    asking = server_request(vlattn=ASK)
     stream = f"data: {json.dumps(ERROR)}\n\n", "data: [DONE]\n\n"
     assert created(asking, lines(*stream)) == ("statistics must be ...", "BadRequestError", HTTPStatus.BAD_REQUEST, None)
-    assert created(SimpleNamespace(model_extra=None), lines(*stream)) == [*stream]
+    assert created(server_request(), lines(*stream)) == [*stream]
     for whole in (("data: {}\n\n", stream[1]), (stream[1],), (": a comment\n\n",), ("data: {}\n\n", *stream)):
         assert created(asking, lines(*whole)) == [*whole]
     assert created(asking, "no stream") == "no stream"

@@ -38,12 +38,13 @@ def install() -> None:
 
 
 def _asks(request: Any) -> bool:
-    return FIELD in (request.model_extra or {})
+    """By its field; or among vLLM's own parameters for plug-ins, whose values cannot say what is asked for."""
+    return FIELD in (request.model_extra or {}) or KEY in (request.vllm_xargs or {})
 
 
 def _to_sampling_params(original: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
     params = original(request, *args, **kwargs)
-    if _asks(request):
+    if FIELD in (request.model_extra or {}):
         params.extra_args = {**(params.extra_args or {}), KEY: request.model_extra[FIELD]}
     return params
 

@@ -128,7 +128,7 @@ def completions(maps: Maps) -> None:
     for number, choice in enumerate(both):
         first = choice["vlattn"]["queries"][0]
         checked(maps, choice["vlattn"], [prompt, prompt[:20]][number // 2], choice["token_ids"], first)
-    (echoed,) = answer("/v1/completions", prompt=WORDS, echo=True, vlattn=ASK)["choices"]
+    (echoed,) = answer("/v1/completions", prompt=WORDS, echo=True, return_token_ids=False, vlattn=ASK)["choices"]
     assert echoed["text"].startswith("w20 w21") and len(echoed["vlattn"]["mass"]) == 6
     assert not any("vlattn" in choice for chunk in chunks("/v1/completions", prompt=WORDS) for choice in chunk["choices"])
 
@@ -193,7 +193,8 @@ def refusals() -> None:
             for words, ask in wrong.items():
                 refused(path, words, vlattn=ask, stream=stream, **body)
             refused(path, "attention must be a dict", vllm_xargs={"attention": "mass"}, stream=stream, **body)
-        refused(path, "ask without use_beam_search", vlattn=ASK, use_beam_search=True, n=2, **body)
+        for ask in ({"vlattn": ASK}, {"vllm_xargs": {"attention": "mass"}}):
+            refused(path, "ask without use_beam_search", use_beam_search=True, n=2, **ask, **body)
         assert len(answer(path, use_beam_search=True, n=2, **body)["choices"]) == 2
 
 
