@@ -34,7 +34,6 @@ CALLS: dict[str, tuple[str, str, Callable[[Path], Any]]] = {
     "report table": ("pandas", "tables", lambda path: va.ProbeReport([]).to_pandas()),
     "page": ("jinja2", "viz", lambda path: EXPLANATION.save_html(path)),
     "model": ("transformers", "explain", lambda path: loading.load_model("x")),
-    "press": ("kvpress", "press", lambda path: va.nn.token_press()),
     "picture": ("PIL", "viz", lambda path: photos.open_image(path)),
     "widget": ("anywidget", "widget", lambda path: va.widget(torch.nn.Identity(), {}, ["image"])),
     "flow": ("matplotlib", "viz", lambda path: va.EdgeTable((), torch.zeros(0, 1), torch.zeros(1), {}, {}).plot_flow()),

@@ -15,7 +15,6 @@ from vlattn_fast.nn.register_attention import RegisteredAttention, register_atte
 from vlattn_fast.nn.relevancy_loss import RelevancyLoss
 from vlattn_fast.nn.replace_attention import ReplacedAttention, replace_attention
 from vlattn_fast.nn.score_attention import ScoreAttention
-from vlattn_fast.nn.token_press import token_press
 
 __all__ = [
     "AttentionCapture",
@@ -34,6 +33,5 @@ __all__ = [
     "capture_relevancy",
     "register_attention",
     "replace_attention",
-    "token_press",
     "training_signal_annealing",
 ]

@@ -39,13 +39,14 @@ from vlattn_fast.interpret.records.derived import generates
 from vlattn_fast.interpret.records.record import UNRECORDED
 from vlattn_fast.interpret.records.registry import find_family
 from vlattn_fast.interpret.relevancy.live_calls import LiveCalls
-from vlattn_fast.interpret.relevancy.methods.registry import find_method
+from vlattn_fast.interpret.relevancy.method import Method
+from vlattn_fast.interpret.relevancy.methods.registry import method_of
 from vlattn_fast.interpret.relevancy.model_trace import Trace
 from vlattn_fast.interpret.relevancy.tower_trace import find_rows
 
 
 def capture_relevancy(
-    model: nn.Module, *, method: str = "gradient", start_layer: int = 0, higher_order: bool = False
+    model: nn.Module, *, method: str | Method = "gradient", start_layer: int = 0, higher_order: bool = False
 ) -> RelevancyCapture:
     """A context around the forward pass of a training step, whose relevancy has a gradient by the model's parameters.
 
@@ -65,7 +66,8 @@ def capture_relevancy(
 
     Args:
         model: a model that `explain` takes, see there. Attention must be dot products, and its bias constant.
-        method: "gradient", "weighted", "rollout", or an ablation of theirs.
+        method: "gradient", "weighted", "rollout", or an ablation of theirs; or one with options, as
+            `va.methods.Gradient(freeze=("norms",))`: the loss keeps the plain derivatives, the relevancy's takes the others.
         start_layer: as in `explain`.
         higher_order: False = the score's gradient in the maps is a constant, as RobustViT trains. True = the relevancy's
             gradient goes through it, too: attention is then computed by `score_attention`, and the rest of the
@@ -90,7 +92,7 @@ class _Pass:
 class RelevancyCapture:
     """The result of `capture_relevancy`: a context, then `relevancy`."""
 
-    def __init__(self, model: nn.Module, method: str, start_layer: int, higher_order: bool) -> None:
+    def __init__(self, model: nn.Module, method: str | Method, start_layer: int, higher_order: bool) -> None:
         check_bool(higher_order=higher_order)
         check_integer("start_layer", start_layer)
         self.model, self._inner = model, unwrapped(model)
@@ -99,7 +101,7 @@ class RelevancyCapture:
             raise ValueError("model must run in this thread; got DataParallel over several devices. Use DistributedDataParallel")
         if higher_order and is_sharded(model):
             raise ValueError("higher_order must be False under FSDP, whose first backward pass frees the weights; got True")
-        self._higher_order, self._formula = higher_order, find_method(method)
+        self._higher_order, self._formula = higher_order, method_of(method)
         if self._formula.needs_score and any(isinstance(x, DistributedDataParallel) and x.static_graph for x in model.modules()):
             raise ValueError(
                 "model must have several backward passes a step; got DistributedDataParallel(static_graph=True), which takes the "
@@ -158,7 +160,7 @@ class RelevancyCapture:
             return forward(*args, **kwargs)
         method = self._new_method()
         arguments = {**dict(zip(inspect.signature(forward).parameters, args, strict=False)), **kwargs}
-        with Trace(self._inner, self._request.record, method) as trace:
+        with method.freezing(self._inner), Trace(self._inner, self._request.record, method) as trace:
             trace.prepare(arguments)
             find_rows(trace.towers)
             outputs = forward(*args, **kwargs)
@@ -191,7 +193,8 @@ class RelevancyCapture:
         if scores is not None:
             check_scores("score", scores, request, run)
         how = {"keep": True, "differentiable": self._higher_order}
-        with _naming_a_freed_graph():
+        assert seen.method.frozen is not None
+        with _naming_a_freed_graph(), seen.method.frozen.holding():
             starts = starts_of(run, read, scores, seen.arguments, "score")
             backward = backward_pass(request, run, scores, starts, seen.arguments, **how)
             rows = seen.method.carried(backward)

@@ -49,14 +49,12 @@ class Rule(NamedTuple):
     recent: int = 0
     """The last tokens that are kept in any case."""
     pooling: str = "avg"
-    of_cache: bool = False
-    """Whether the tokens are those of a decoder's cache; else the model itself goes on without some of them."""
 
 
 RULES = {
-    "snapkv": Rule(32, is_sum=True, kernel_size=5, per_head=True, is_causal=True, keeps_window=True, of_cache=True),
-    "h2o": Rule("all", is_sum=True, kernel_size=1, per_head=True, is_causal=True, of_cache=True),
-    "tova": Rule("last", is_sum=False, kernel_size=1, per_head=False, is_causal=True, of_cache=True),
+    "snapkv": Rule(32, is_sum=True, kernel_size=5, per_head=True, is_causal=True, keeps_window=True),
+    "h2o": Rule("all", is_sum=True, kernel_size=1, per_head=True, is_causal=True),
+    "tova": Rule("last", is_sum=False, kernel_size=1, per_head=False, is_causal=True),
     "fastv": Rule("last", is_sum=False, kernel_size=1, per_head=False, is_causal=True),
     "sparsevlm": Rule(None, is_sum=False, kernel_size=1, per_head=False, is_causal=True),
     "visionzip": Rule("first", is_sum=False, kernel_size=1, per_head=False, is_causal=False, keeps_first=True),
