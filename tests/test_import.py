@@ -82,8 +82,8 @@ FIRST_USE = """
 import inspect, sys
 import vlattn_fast as va
 packages = {"interpret", "lab", "models", "nn", "serve"}
-assert packages | set(va.__all__) <= set(dir(va))
-for name in ("explain", "evaluate", "probe", "prompt_maps", "load_explanations"):
+assert set(dir(va)) == {*packages, *va.__all__, "__version__"}, set(dir(va)) - set(va.__all__)
+for name in ("explain", "evaluate", "probe", "prompt_maps", "explain_dataset", "load_explanations"):
     function = getattr(va, name)
     assert function is getattr(sys.modules["vlattn_fast.interpret"], name) and function.__doc__ and name in vars(va)
     assert inspect.signature(function).parameters

@@ -131,6 +131,17 @@ def test_explain_refuses(vit, picture, tmp_path, monkeypatch, options, words):
     assert words in said(result)
 
 
+@pytest.mark.parametrize("command", ["explain", "explain --dataset", "evaluate", "probe"])
+def test_a_model_that_is_not_there_is_named_before_the_file_to_write(picture, tmp_path, command):
+    """Whoever mistypes a path makes no folder first."""
+    inputs = ["--image", picture] if command == "explain" else ["--dataset", tmp_path]
+    for out in (tmp_path / "nowhere" / "x.pdf", picture):
+        result = vlattn(command.split()[0], "--model", tmp_path / "gone", *inputs, "--out", out)
+        assert result.exit_code == 2 and "--model must be a directory or id of a Hugging Face model" in said(result), (
+            result.output
+        )
+
+
 def test_a_folder_without_a_model(picture, tmp_path):
     result = vlattn("explain", "--model", tmp_path, "--image", picture, "--out", tmp_path / "x.png")
     assert result.exit_code == 2

@@ -1,0 +1,64 @@
+"""`va.explain_dataset`: the command's run of a data set, called from Python."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+image_module = pytest.importorskip("PIL.Image")
+
+import vlattn_fast as va  # noqa: E402
+from tests.helpers import saved_models  # noqa: E402
+from tests.helpers.commands import vlattn  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(saved_models.save_vit(tmp_path_factory.mktemp("vit")))
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(3):
+        image_module.effect_noise((30, 24), 80).convert("RGB").save(folder / f"{number}.png")
+    return folder
+
+
+def test_it_writes_what_the_command_goes_on_with(vit: Path, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    outcome = va.explain_dataset(vit, pictures, out, method="rollout", sinks="keep", batch_size=2)
+    assert (outcome.done, outcome.failed, outcome.skipped, outcome.first) == (3, 0, 0, True)
+    explanations = va.load_explanations(out)
+    assert explanations.ids == ["0.png", "1.png", "2.png"] and explanations[0].method == "rollout"
+    again = vlattn("explain", "--model", vit, "--dataset", pictures, "--out", out, "--method", "rollout")
+    assert "done 0, failed 0, skipped 3" in again.output
+    refused = vlattn("explain", "--model", vit, "--dataset", pictures, "--out", out)
+    assert refused.exit_code == 2 and 'method must be "rollout", as in the earlier runs' in " ".join(refused.output.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"model": torch.nn.Identity()}, TypeError, "model must be a directory or an id, which each process loads; got Identity"),
+        ({"model": "nowhere/at/all"}, ValueError, "model must be a directory or id of a Hugging Face model; got nowhere/at/all"),
+        ({"methods": "rollout"}, TypeError, "options must be among method, start_layer, text, .*; got methods"),
+        ({"method": "magic"}, ValueError, "method must be one of gradient, .*; got 'magic'"),
+        ({"sinks": "drop"}, ValueError, "sinks must be one of .*; got 'drop'"),
+        ({"dtype": "float8"}, ValueError, "dtype must be the name of one of torch's, as 'bfloat16'; got 'float8'"),
+        ({"dtype": "nn"}, ValueError, "dtype must be the name"),
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
+        ({"workers": -1}, ValueError, "workers must be at least 0"),
+    ],
+)
+def test_what_it_refuses(
+    vit: Path, pictures: Path, tmp_path: Path, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        va.explain_dataset(**{"model": vit, "dataset": pictures, "out": tmp_path / "out", **options})
+    assert not (tmp_path / "out").exists()
