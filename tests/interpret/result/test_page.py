@@ -324,6 +324,29 @@ results.live = document.getElementById("summary").getAttribute("aria-live");
     assert found["pressed"] == [["true", 0], ["false", -1], ["false", -1], ["false", -1]]
 
 
+def test_the_box_that_clips(browse):
+    """One patch of 0.8 among 11 of 0.1 hides them; the box shows them, and says so."""
+    image = torch.full((1, 3, 4), 0.1).index_put((torch.tensor(0), torch.tensor(0), torch.tensor(0)), torch.tensor(0.8))
+    explanation = Explanation(
+        {"vision": torch.rand(1, 12)}, image=(image[0], torch.full((6, 8), 0.1)), image_rows=[0, 0], photos=[0, 0]
+    )
+    script = """
+const told = () => ["high", "range"].map((id) => document.getElementById(id).textContent);
+const box = document.getElementById("clip");
+results.before = told();
+box.checked = true;
+box.dispatchEvent(new Event("input", { bubbles: true }));
+results.after = told();
+results.names = [...document.querySelectorAll("figcaption")].map((one) => one.textContent);
+results.said = document.getElementById("summary").textContent;
+"""
+    found = browse(explanation.to_html(), script)
+    assert found["before"] == ["0.8", "Values from 0.1 to 0.8."]
+    assert found["after"] == ["0.1", "Values from 0.1 to 0.8, clipped at 0.1."]
+    assert found["names"] == ["thumbnail", "tiles"] and "strongest at the top left of the thumbnail (0.8)" in found["said"]
+    assert browse(explanation.to_html(scale="quantile"), script)["before"] == found["after"]
+
+
 @pytest.mark.parametrize("kind", ["rows", "regions", "bare", "tokens", "empty", "towers", "nan"])
 def test_every_kind_of_page_runs(browse, kind):
     corners = torch.rand(2, 3, 2) / 2

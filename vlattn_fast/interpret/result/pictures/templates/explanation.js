@@ -63,7 +63,7 @@ function strongest(figures) {
     const x = x1 + (x2 - x1) * ((index % map.size[1]) + 0.5) / map.size[1], y = y1 + (y2 - y1) * (Math.floor(index / map.size[1]) + 0.5) / map.size[0];
     const third = (share, names) => names[Math.max(0, Math.min(2, Math.floor(3 * share)))];
     const place = `${third(y, ["top", "", "bottom"])} ${third(x, ["left", "", "right"])}`.trim();
-    best = { value, place: (place || "centre") + (figures.length > 1 ? ` of ${name}` : "") };
+    best = { value, place: (place || "centre") + (figures.length > 1 ? ` of ${/^t/.test(name) ? "the " : ""}${name}` : "") }; /* the tiles, the thumbnail */
   }
   return best;
 }
