@@ -312,6 +312,8 @@ INLINE float masked_by_float64(float score, double added, double shift) {
     if (added == -INFINITY || score == -INFINITY) return -INFINITY;
     return sum < -FLT_MAX ? -FLT_MAX : (float)sum;  // a finite sum masks nothing
 }
+// What float32 holds of a finite number: -Inf would say that a row sees no key.
+INLINE double finite_in_float32(double x) { return x < -FLT_MAX ? -FLT_MAX : x > FLT_MAX && x < INFINITY ? FLT_MAX : x; }
 // `rows` holds GROUP * LANES.
 static void add_float64_mask(const Attention& a, const Tile& t, Size j0, Size count, float* S, float* rows,
                              const GroupBias* bias) {

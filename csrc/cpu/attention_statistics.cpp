@@ -183,12 +183,16 @@ struct StatisticsForward {
     void add(Space& space, const Tile& t, float* sums) const;
 };
 
+// The largest logit of row number `at`, whose shift by a float64 mask it does not have yet
+static float shifted_back(const Attention& a, Size at, float logit) {
+    return a.masks.shifts && logit != -INFINITY ? (float)finite_in_float32(logit + a.masks.shifts[at]) : logit;
+}
 // Entropy, largest weight, where it is and its logit, of row i, which is number `at` of all rows
 static void store_row(const StatisticsForward& c, const RowSums& r, Size i, Size at) {
     const float factor = r.factor[i];
     if (c.entropy) c.entropy[at] = r.entropy(i);
     if (c.maximum) c.maximum[at] = factor;
-    if (c.max_logit) c.max_logit[at] = r.max_logit(i);
+    if (c.max_logit) c.max_logit[at] = shifted_back(c.a, at, r.max_logit(i));
     if (c.argmax) c.argmax[at] = factor == 0 ? -1 : factor != factor ? 0 : r.argmax[i];  // of NaN the first
 }
 static void add_block_mass(const KeyGroups& groups, StatisticsForward::Space& x, const Tile& t, Size j0, Size count,

@@ -221,7 +221,7 @@ static void store_lse(const Attention& a, const Tile& t, const float* largest, c
     for (Size i = 0; i < t.rows; ++i) {
         const double x = largest[i] + log(total[i]) + (shifts ? shifts[i] : 0.);
         const bool masked = largest[i] == -INFINITY && total[i] == 0.;
-        lse[i] = masked ? -INFINITY : x < -FLT_MAX ? -FLT_MAX : x > FLT_MAX && x < INFINITY ? FLT_MAX : x;
+        lse[i] = masked ? -INFINITY : finite_in_float32(x);
     }
 }
 // f(first, last) for the items from `begin` to `end`, tiles of query rows, in runs of at most `most_tiles` that share a key head

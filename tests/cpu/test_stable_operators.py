@@ -85,6 +85,7 @@ def test_they_are_those_of_python_to_the_bit(library: Path, tmp_path: Path) -> N
                 verify._run(case, case.in_dtype(dtype), "cpu")
         x, mask = torch.randn(2, 3, 5, 4), torch.randn(5, 5, dtype=torch.float64)  # what the cases leave out
         va.score_attention(x, x, x, attn_mask=mask, dropout_p=0.3, backend="cpu")
+        va.attention_statistics(x, x, statistics=("max_logit", "lse"), attn_mask=mask, backend="cpu")
         va.stacked_cross_attention(x[0], x[0], first_norm="clipped", backend="cpu")
         va.relevancy_step(x[:, 0, :1], x[:, :, :4], x, rule="attention", attn_mask=mask[:4, :4][None].expand(2, 3, 4, 4)[..., :1])
         key, vector = torch.randn(2, 1, 5, 4), torch.randn(3, 4)

@@ -44,6 +44,28 @@ def test_against_the_formula(backend: str, dtype: torch.dtype, mask: str) -> Non
     assert_right(backend, as_dtype(statistics_inputs(), dtype), **MASKS[mask]())
 
 
+def wide_mask(heads: int, m: int) -> Tensor:
+    """(heads, N, m) float64, as torch.from_numpy gives it: rows with offsets, one of -1e300 throughout, one of it and of a larger
+    number, and one that sees no key."""
+    mask = torch.randn(heads, N, m, dtype=F64) + torch.linspace(-37.0, 37.0, N, dtype=F64)[:, None]
+    mask[torch.rand(heads, N, m) > 0.8] = -torch.inf
+    mask[:, 1:3], mask[:, 2, 3], mask[:, 3] = -1e300, -1e299, -torch.inf
+    return mask
+
+
+@pytest.mark.parametrize("n", [N, 50])  # few queries, and tiles of them
+@each("dtype", reference=(F64, torch.float32), **{name: core(name) for name in FAST})
+def test_a_float64_mask(backend: str, dtype: torch.dtype, n: int) -> None:
+    """Whatever the dtype of the query is. A finite logit stays finite: only a row that sees no key has -inf."""
+    inputs = as_dtype(statistics_inputs(n), dtype)
+    heads, m = inputs["query"].shape[1], inputs["key"].shape[2]
+    mask = wide_mask(heads, m).repeat_interleave(-(-n // N), 1)[:, :n]
+    assert_right(backend, inputs, attn_mask=mask)
+    options = {"key_mask": torch.rand(len(inputs["key"]), m) > 0.3, "is_causal": True, "sink": torch.randn(heads), "softcap": 2.5}
+    options |= {"query_groups": torch.arange(n) % 3 - 1, "key_groups": torch.arange(m) % 4 - 1}
+    assert_right(backend, inputs, attn_mask=mask, group_bias=torch.randn(heads, 2, 3), **options)
+
+
 @on(*FAST)
 @pytest.mark.parametrize("scale", [1.7, -0.4, 0.0])
 def test_softcap_and_sink(backend: str, scale: float) -> None:

@@ -14,7 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_names
-from vlattn_fast._ground.tensors import compute_dtype, expand_heads, mask_padding, product, resolve_scale, scaled_dot_default
+from vlattn_fast._ground.tensors import (
+    cast_finite,
+    compute_dtype,
+    expand_heads,
+    mask_padding,
+    product,
+    resolve_scale,
+    scaled_dot_default,
+)
 from vlattn_fast.backends.reference._softmax import attend, logits, pair_bias_of
 
 
@@ -114,4 +122,5 @@ def attention_statistics(
     max_logit = F.pad(torch.where(visible, shown, -torch.inf), (0, 1), value=-torch.inf).amax(-1)
     dtype = compute_dtype(prob)
     of_weights = mass.to(dtype), entropy.to(dtype), maximum.to(dtype), argmax, received.to(dtype)
-    return chosen_statistics((*of_weights, max_logit.detach().to(dtype), lse.detach().to(dtype)), asked)
+    of_logits = cast_finite(max_logit.detach(), dtype), cast_finite(lse.detach(), dtype)
+    return chosen_statistics((*of_weights, *of_logits), asked)

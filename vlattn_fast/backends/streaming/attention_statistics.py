@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from vlattn_fast._ground.tensors import compute_dtype, expand_heads, fold_heads
+from vlattn_fast._ground.tensors import cast_finite, compute_dtype, expand_heads, fold_heads
 from vlattn_fast.backends.inputs import AttentionStatisticsBackwardInputs, AttentionStatisticsInputs
 from vlattn_fast.backends.streaming import _tiles
 from vlattn_fast.backends.streaming._scores import score_tile_backward
@@ -32,7 +32,7 @@ def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, 
     key = expand_heads(inputs.key, query.shape[1])
     for b, h, i, logits in _logit_tiles(inputs, key):
         if "max_logit" in statistics:
-            max_logit[b, h, i] = logits.amax(-1)
+            max_logit[b, h, i] = cast_finite(logits.amax(-1), dtype)
         prob = probabilities(logits, dtype)
         if "entropy" in statistics:
             entropy[b, h, i] = torch.special.entr(prob).sum(-1)
