@@ -297,8 +297,9 @@ def explain(
         names = ", ".join("--" + name.replace("_", "-") for name in sizes)
         raise typer.BadParameter(f"--dataset must be given with {names}; got none")
     chosen, row = (int(x) if x is not None and x.lstrip("-").isdecimal() else x for x in (target, read))
-    by_name = {"method": methods[0], "start_layer": start_layer, "text": text or (), "target": chosen, "answer": answer}
-    by_name |= {"generate": generate, "dtype": dtype, "through_connector": through_connector, "read": row, "sinks": sinks}
+    by_name: dict[str, Any] = {"method": methods[0], "start_layer": start_layer, "text": text or (), "target": chosen}
+    by_name |= {"answer": answer, "generate": generate, "dtype": dtype, "read": row, "sinks": sinks}
+    by_name |= {"through_connector": through_connector}
     try:
         with _refusing(ImportError, TypeError, ValueError, command=explain):
             check_model(model)  # before `out`: the reader mends what is named first
