@@ -322,7 +322,7 @@ class Measurement:
         standing.stride = math.ceil(self.rounds / affordable)
 
     def _recording(self, name: str) -> AbstractContextManager[list[Tile]]:
-        """Of variants of this package that may launch Triton kernels. Other calls import no Triton."""
+        """Records a variant of this package that may launch Triton kernels. Other calls import no Triton."""
         ours = name.removesuffix(_gpu.GRAPH)
         return recording() if ours in OURS and (self.device.type == "cuda" or ours == "triton") else nullcontext([])
 
