@@ -123,9 +123,9 @@ def test_a_tower_beside_texts_needs_its_grid() -> None:
     }
     unplaced = explain(model, inputs, **options)
     assert unplaced.image is None
-    with pytest.raises(ValueError, match=r"image must be None for an explanation without maps .* Explain with grid=\(h, w\)"):
+    with pytest.raises(ValueError, match=r"image must be None for an explanation without maps .* explain with grid=\(h, w\)"):
         unplaced.plot(np.ones((32, 32, 3)))
-    with pytest.raises(ValueError, match=r"Explain with grid=\(h, w\)"):
+    with pytest.raises(ValueError, match=r"explain with grid=\(h, w\)"):
         unplaced.to_html(np.ones((32, 32, 3)))
     placed = explain(model, inputs, **options, grid=(4, 4), prefix=1)
     assert torch.equal(placed.image, placed.relevancy["tower0"][:, 1:].reshape(2, 4, 4))

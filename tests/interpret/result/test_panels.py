@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import vlattn_fast as va
+from tests.helpers.interpret.cases import CASES
 from tests.helpers.interpret.made import answered, made
 
 pytest.importorskip("matplotlib")
@@ -75,3 +76,13 @@ def test_small_multiples_of_wide_rows_wrap():
     assert figure.get_size_inches()[0] < 12
     assert [axis.get_title(loc="left") for axis in maps] == [f"{number}\nthumbnail | tiles" for number in range(4)]
     assert beside.to_html().count('class="line"') == 2
+
+
+def test_sheets_of_layers_say_their_scale():
+    case = CASES["clip"]()
+    whole = va.explain(case.model, case.inputs, per="layer")
+    apart, together = whole.plot(rows=[0]), whole.plot(rows=[0], common=True)
+    assert [axis.get_xlabel() for axis in apart.axes if axis.get_xlabel()] == ["each map on a scale of its own"]
+    (bar,) = [axis for axis in together.axes if axis.get_label() == "<colorbar>"]
+    assert bar._colorbar.norm.vmax == whole.image[:, 0].max().item() and bar.get_ylabel().startswith("values ")
+    assert [axis.get_title() for axis in apart.axes if axis.get_title()] == ["words, each line on a scale of its own"]

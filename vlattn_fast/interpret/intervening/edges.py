@@ -159,7 +159,8 @@ class EdgeTable(Sequence[Edge]):
             sides = [(layer + way).tolist(), (middle - half).tolist(), (middle + half).tolist()]
             axes.fill_between(*sides, color="#b2182b" if effect > 0 else "#2166ac", alpha=0.6, linewidth=0)
         axes.set(xlim=(0, max(len(effects), 1)), ylim=(len(names) - 0.5, -0.5), xlabel="layer")
-        axes.set_title(f"{'first-order effects' if self.first_order else 'effects'}, the widest {largest:.3g}", fontsize=10)
+        kind = "first-order effects" if self.first_order else "effects"
+        axes.set_title(f"{kind}, the widest {largest:.3g}\nred adds to the score, blue takes away", fontsize=10)
         axes.set_yticks(range(len(names)), names)
         step = -(-len(effects) // 16)  # numbers that can be read
         numbers = list(range(0, len(effects), step or 1))

@@ -201,7 +201,8 @@ class Painter:
             drawn = axis.imshow(patch.values, extent=extent, interpolation=smooth, **painted)
             if region or (x1, y1, x2, y2) != WHOLE:  # white dashes on black show on any photo
                 size = (x2 - x1) * width, (y2 - y1) * height
-                for style in [{"edgecolor": "black", "alpha": 0.6}, {"edgecolor": "white", "linestyle": "--"}][: 2 - region]:
+                styles: list[dict[str, Any]] = [{"edgecolor": "black", "alpha": 0.6}, {"edgecolor": "white", "linestyle": "--"}]
+                for style in styles[: 1 if region else 2]:
                     axis.add_patch(Rectangle((x1 * width, y1 * height), *size, fill=False, linewidth=0.7, **style))
         axis.set(xlim=(0, width) if picture is None else (-0.5, width - 0.5), ylim=(height, 0), aspect="equal")
         return drawn

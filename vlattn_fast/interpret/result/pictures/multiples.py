@@ -69,7 +69,7 @@ class Sheet:
     places: list[Place]
     tiles: list[Picture | None]  # of each place; None where it has no picture
     notes: dict[Place, str] = field(default_factory=dict)  # of named explanations: the score, and what maps stand side by side
-    bars: dict[Place, Bar] = field(default_factory=dict)  # of those with maps
+    bars: dict[Place, Bar] = field(default_factory=dict)  # of those with maps; of maps of layers, if they share one, the first's
     tables: list[tuple[list[str], Rows]] = field(default_factory=list)  # words, and the places that have these words
     beside: str = ""  # of maps of layers and heads: what maps stand side by side
 
@@ -137,8 +137,8 @@ class Multiples:
                     )
                 )
             for words, rows in sheet.tables:
-                draw = partial(_draw_table, words=words, rows=rows, cmap=colors(self.cmap))
-                parts.append((sheet.label, draw, 1.5 + 0.35 * len(words), 1.2 + 0.16 * len(rows)))
+                table = partial(_draw_table, words=words, rows=rows, cmap=colors(self.cmap))
+                parts.append((sheet.label, table, 1.5 + 0.35 * len(words), 1.2 + 0.16 * len(rows)))
         width, height = (max(sizes, default=1) for sizes in ([w for _, _, w, _ in parts], [sum(h for *_, h in parts)]))
         figure = Figure(figsize=(max(3.0, min(width, 40)), max(height, 1)), layout="constrained")
         if not parts:
@@ -237,6 +237,9 @@ class Multiples:
             tiles = [
                 _tile(painter, choice, side, outlined=bool(notes)) for painter, choice in zip(painters, choices, strict=True)
             ]
+            if self.common and not notes:
+                (low, high), patches = painters[0].range([]), [patch for choice in choices for patch in choice.patches]
+                bars = {places[0]: Bar(low, high, painters[0].shades(low), patches)} if high > low else {}
             names = "" if notes else _beside(painters[0], choices[0])
             sheets.append(Sheet(_label(samples, choices), places, tiles, notes, bars, tables, f" ({names})" if names else ""))
         return sheets
@@ -310,6 +313,8 @@ def _draw_named(part: Any, sheet: Sheet) -> None:
 
 def _draw_joined(part: Any, sheet: Sheet) -> None:
     """The maps of layers and heads as one picture, with names beside the lines and above the columns, or above each map."""
+    from matplotlib.colors import Normalize
+
     axis, lines = part.subplots(), sheet.lines
     (width, height), names = sheet.cell, [place for place, _ in max(lines, key=len)]
     head_room = 0 if _is_head(names[0]) else 3 * _GAP  # for a line of names above each map
@@ -320,6 +325,10 @@ def _draw_joined(part: Any, sheet: Sheet) -> None:
             top, left = y * height + head_room, x * width
             whole[top : top + tile.height, left : left + tile.width] = np.asarray(tile)
     axis.imshow(whole, interpolation="nearest", aspect="equal")
+    for bar in sheet.bars.values():
+        draw_bar(part, Normalize(bar.low, bar.high), bar.shades, [axis], of=bar.of)
+    if not sheet.bars:
+        axis.set_xlabel("each map on a scale of its own", fontsize=7, color="gray")
     axis.tick_params(length=0, labelsize=6, top=True, labeltop=True, bottom=False, labelbottom=False)
     axis.spines[:].set_visible(False)
     if _is_head(names[0]):

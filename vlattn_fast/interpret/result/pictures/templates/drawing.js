@@ -43,7 +43,7 @@ function shadesOf(data, bare, low, opacity) {
   return palette.map((color, i) => [...color, most * (bare ? 1 : Math.min(1, 1.5 * strength(i)) ** 1.5)]);
 }
 
-/* A figure with its photo, if it has one, and a canvas for its maps. */
+/* A figure with its photo and its name, if it has them, and a canvas for its maps. */
 function frame(holder, figure, data) {
   const picture = data.pictures[figure.picture], [rows, columns] = figure.maps[0].size;
   const box = make("figure", holder, { className: picture ? (picture.width < 300 ? "tiny" : "") : "bare" });
@@ -51,6 +51,7 @@ function frame(holder, figure, data) {
   const canvas = make("canvas", box, { width: picture ? Math.max(360, Math.min(720, picture.width)) : 360 });
   canvas.height = Math.max(1, Math.round(canvas.width * (picture ? picture.height / picture.width : rows / columns)));
   canvas.setAttribute("role", "img");
+  if (figure.name) make("figcaption", box, { textContent: figure.name });
   return canvas;
 }
 

@@ -20,11 +20,10 @@ function showPicture(choice) {
   if (holder.dataset.layout !== layout) {
     holder.replaceChildren();
     holder.dataset.layout = layout;
-    view.figures.forEach((figure, i) => {
+    view.figures.forEach((figure) => {
       const canvas = frame(holder, figure, data);
       canvas.addEventListener("pointermove", (event) => tell(canvas, event));
       canvas.addEventListener("pointerleave", () => { element("under").textContent = ""; });
-      if (figure.name) make("figcaption", canvas.parentElement, { textContent: figure.name });
     });
   }
   [...holder.querySelectorAll("canvas")].forEach((canvas, i) => {
