@@ -24,7 +24,7 @@ from vlattn_fast.ops.token_scores import text_raters, token_scores
 
 if TYPE_CHECKING:
     from vlattn_fast import interpret as interpret  # not in __all__, and yet an attribute of the package
-    from vlattn_fast import lab, models, nn, serve, train
+    from vlattn_fast import lab, methods, models, nn, serve, train
     from vlattn_fast.interpret import (
         Action,
         Edge,
@@ -57,7 +57,8 @@ if TYPE_CHECKING:
 
     __version__: str
 
-_PACKAGES = "interpret", "lab", "models", "nn", "serve", "train"  # imported when they are first asked for, since they take long
+# imported when they are first asked for, since they take long
+_PACKAGES = "interpret", "lab", "methods", "models", "nn", "serve", "train"
 
 __all__ = [
     "Action",
@@ -92,6 +93,7 @@ __all__ = [
     "lab",
     "load_explanations",
     "maxsim",
+    "methods",
     "models",
     "nn",
     "paged_attention_statistics",

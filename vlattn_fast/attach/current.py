@@ -33,6 +33,13 @@ SOFTMAX = (torch.softmax, functional.softmax, Tensor.softmax)
 SCORE_ATTENTION = torch.ops.vlattn.score_attention
 
 
+def is_map(scores: Tensor, dim: Any) -> bool:
+    """Whether a softmax is over the keys of attention maps: (B, H, N, M) with several queries, or (B, N, N)."""
+    if dim not in (-1, scores.ndim - 1) or scores.shape[-2] == 1:
+        return False
+    return scores.ndim == 4 or (scores.ndim == 3 and scores.shape[1] == scores.shape[2])
+
+
 class Edits(Attends, Protocol):
     """A run that edits the attention of `model`, and says so to a run of `explain` within it."""
 

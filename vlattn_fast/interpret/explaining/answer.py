@@ -14,6 +14,7 @@ from vlattn_fast.interpret.explaining.naming import encoded
 from vlattn_fast.interpret.records.derived import drafts
 from vlattn_fast.interpret.records.record import Family
 from vlattn_fast.interpret.records.tokens import Text
+from vlattn_fast.interpret.relevancy.method import LOG_PROBABILITY, LOGIT
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class Answer:
         column = torch.arange(self.answer_positions.shape[1]).expand(len(last), -1)
         return self.answer_positions.gather(1, torch.minimum(column, last))
 
-    def scores(self, logits: Any, kept: Tensor | None) -> Tensor:
-        """The log-probabilities (B, T) of the answer's tokens, 0 for padding.
+    def scores(self, logits: Any, kept: Tensor | None, of: str) -> Tensor:
+        """The logits, log-probabilities or margins (`of`) of the answer's tokens, (B, T), 0 for padding.
 
         Args:
             logits: (B, N + T, vocabulary), or of the positions `kept` alone; ValueError for others, or none.
@@ -50,14 +51,25 @@ class Answer:
             logit_positions = torch.searchsorted(kept.to(logits.device), logit_positions)
         samples = torch.arange(len(logit_positions), device=logits.device)[:, None]
         ids, real = (part.to(logits.device) for part in _padded(self.ids))
-        log_probabilities = logits[samples, logit_positions].to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-        return log_probabilities.gather(2, ids[..., None])[..., 0].masked_fill(~real, 0.0)
+        return explained_number(of, logits[samples, logit_positions], ids).masked_fill(~real, 0.0)
 
     def start(self, like: Tensor, token: int | None) -> Tensor:
         """The weights (B, 1, N + T) of the row that predicts `token`, or of all such rows together; `like` has their shape."""
         some = slice(None) if token is None else slice(token, token + 1)
         weights = self.real[:, some].to(device=like.device, dtype=like.dtype)
         return torch.zeros_like(like[:, 0]).scatter_add_(1, self.answer_positions[:, some].to(like.device), weights)[:, None]
+
+
+def explained_number(of: str, logits: Tensor, index: Tensor) -> Tensor:
+    """The logit (...) of a class or token `index` among logits (..., C); its log-probability; or its margin, the logit less the
+    log-sum-exp of all others."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    chosen = logits.gather(-1, index[..., None])[..., 0]
+    if of == LOGIT:
+        return chosen
+    if of == LOG_PROBABILITY:
+        return chosen - logits.logsumexp(-1)
+    return chosen - logits.scatter(-1, index[..., None], -torch.inf).logsumexp(-1)
 
 
 class Alone(list[list[int]]):

@@ -32,7 +32,7 @@ from vlattn_fast.interpret.explaining.request import Prompt, Read, Request, Targ
 from vlattn_fast.interpret.explaining.run import Run, run_traced
 from vlattn_fast.interpret.explaining.without_map import why_no_map
 from vlattn_fast.interpret.relevancy.layer_maps import LayerMaps
-from vlattn_fast.interpret.relevancy.method import BackwardPass
+from vlattn_fast.interpret.relevancy.method import BackwardPass, Method
 from vlattn_fast.interpret.relevancy.methods.registry import lists_methods
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.result.by_layer import LayerExplanation
@@ -55,7 +55,7 @@ def explain(
     inputs: Mapping[str, Any],
     *,
     target: Target = None,
-    method: str = "gradient",
+    method: str | Method = "gradient",
     start_layer: int = 0,
     weighting: str | Weighting = "contribution",
     steps: int | None = None,
@@ -81,7 +81,8 @@ def explain(
     During the call the model is in eval mode, its parameters are frozen and its attention is replaced. Several threads may
     explain the same model, or models that share a config. No thread may train or run a model that another one explains.
 
-    `method` is the name of a class in `vlattn_fast.interpret.relevancy.methods`. Below, r is one row of the relevancy matrix,
+    `method` is a name, or an object of `va.methods`, which takes the method's options: what the backward pass takes for constants
+    (`freeze`), and which number of a class or token is explained (`of`). Below, r is one row of the relevancy matrix,
     from the last layer to `start_layer`; A is an attention map and dA the score's gradient there; x is the embedding of a token
     and g the score's gradient there. A name with a colon is an ablation of a paper.
 
@@ -266,7 +267,7 @@ def assemble(request: Request, prompt: Prompt, run: Run, question: Question, row
         "brought": {name: row for name, row in brought.items() if not torch.equal(row, relevancy[name])} or None,
         "scores": None if question.scores is None else question.scores.detach(),
         "target": question.target,
-        "method": request.method.name,
+        "method": request.method.label,
         "start_layer": request.start_layer,
         "no_map": why_no_map(request.model, run.towers, prompt.arguments, fields),
         "sinks": named_sinks(request, prompt, run, fields.get("image_rows")),

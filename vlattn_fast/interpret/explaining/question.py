@@ -16,12 +16,12 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from vlattn_fast._ground.checks import call_on
 from vlattn_fast.attach.session import named
-from vlattn_fast.interpret.explaining.answer import Answer
+from vlattn_fast.interpret.explaining.answer import Answer, explained_number
 from vlattn_fast.interpret.explaining.read_rows import starts_of
 from vlattn_fast.interpret.explaining.request import Prompt, Request
 from vlattn_fast.interpret.explaining.run import Run
 from vlattn_fast.interpret.records.unsupported import UndefinedRelevancy
-from vlattn_fast.interpret.relevancy.method import BackwardPass, Said, read_tokens
+from vlattn_fast.interpret.relevancy.method import LOG_PROBABILITY, LOGIT, BackwardPass, Said, read_tokens
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 
 Pass = tuple[Tensor | None, list[Tensor]]  # of one backward pass: the score (B,), and the rows (B, T, N) to read in each tower
@@ -91,7 +91,8 @@ def _about_target(request: Request, prompt: Prompt, run: Run) -> Question:
 def _about_answer(request: Request, prompt: Prompt, run: Run, answer: Answer) -> Question:
     before = run.read[0].tokens_in(prompt.arguments).before  # patches stand in front of the text
     answer = replace(answer, answer_positions=answer.answer_positions + before)
-    scores = answer.scores(request.record.scoring.logits(run.outputs), prompt.arguments.get("logits_to_keep"))
+    logits, of = request.record.scoring.logits(run.outputs), request.method.of or LOG_PROBABILITY
+    scores = answer.scores(logits, prompt.arguments.get("logits_to_keep"), of)
     rows = run.read if request.method.reads_row else []
     likes = [torch.zeros(*tower.shape, dtype=tower.dtype, device=tower.device)[:, None] for tower in rows]
     if request.each:
@@ -114,6 +115,8 @@ def choose_score(request: Request, prompt: Prompt, outputs: Any, batch: int) -> 
     without a gradient where the outputs have no logits."""
     record, target = request.record, request.target
     if callable(target):
+        if request.method.of is not None:
+            raise ValueError(f"of must be left out where target is a callable, which gives the score; got {request.method.of!r}")
         scores = call_on("target", target, outputs, prompt.arguments)
         if not isinstance(scores, Tensor):
             raise TypeError(f"target must return a tensor of scores; got {type(scores).__name__}")
@@ -122,7 +125,16 @@ def choose_score(request: Request, prompt: Prompt, outputs: Any, batch: int) -> 
         return scores, None
     if not request.method.needs_score and target is None and record.scoring.logits(outputs) is None:
         return None, None
-    return record.scoring.choose(outputs, target if prompt.pairs is None else prompt.pairs, prompt.arguments)
+    scores, chosen = record.scoring.choose(outputs, target if prompt.pairs is None else prompt.pairs, prompt.arguments)
+    if request.method.of in (None, LOGIT):
+        return scores, chosen
+    if not record.scoring.among_logits or chosen is None:
+        raise ValueError(
+            f"of must be 'logit' where the score is not one of several logits; got {request.method.of!r} for "
+            f"{type(request.model).__name__}"
+        )
+    logits = record.scoring.per_row(record.scoring.logits(outputs), prompt.arguments)
+    return explained_number(request.method.of, logits, torch.tensor(chosen, device=logits.device)), chosen
 
 
 def check_scores(name: str, scores: Tensor, request: Request, run: Run) -> None:

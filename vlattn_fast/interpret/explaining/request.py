@@ -25,7 +25,7 @@ from vlattn_fast.interpret.records.record import UNRECORDED, Family, Tower
 from vlattn_fast.interpret.records.registry import borrowed_family, find_family, listed_family, nearest_family
 from vlattn_fast.interpret.relevancy.layer_maps import LayerMaps, Selection
 from vlattn_fast.interpret.relevancy.method import Method
-from vlattn_fast.interpret.relevancy.methods.registry import find_method
+from vlattn_fast.interpret.relevancy.methods.registry import find_method, method_of
 from vlattn_fast.interpret.relevancy.model_trace import Trace
 from vlattn_fast.interpret.relevancy.sinks import KEEP
 
@@ -62,7 +62,7 @@ class Request:
         inputs: Mapping[str, Any],
         *,
         target: Target,
-        method: str,
+        method: str | Method,
         start_layer: int,
         weighting: str | Weighting,
         steps: int | None,
@@ -85,7 +85,7 @@ class Request:
         selection = Selection.check(per, layers, heads)
         if selection is not None:
             _check_one_pass(selection, through_connector, answer is not None and each)
-        chosen = _method_of_call(find_method(method), weighting, steps, selection)
+        chosen = _method_of_call(method, weighting, steps, selection)
         chosen.take_sinks(sinks)
         _check_start_layer(chosen, start_layer)
         model = unwrapped(model)
@@ -135,10 +135,17 @@ def lay_out(request: Request, inputs: Mapping[str, Any]) -> Prompt:
 # --- what the call takes ---
 
 
-def _method_of_call(kind: type[Method], weighting: str | Weighting, steps: int | None, selection: Selection | None) -> Method:
+def _method_of_call(method: str | Method, weighting: str | Weighting, steps: int | None, selection: Selection | None) -> Method:
     """The method, or its maps of layers or heads."""
-    whole = kind(weighting, steps)  # with the errors of its arguments
-    return whole if selection is None else LayerMaps(kind, selection)
+    if isinstance(method, Method):
+        if weighting != "contribution" or steps is not None:
+            raise ValueError(
+                f"weighting and steps must be options of the method where it is an object; got them beside {method!r}"
+            )
+        whole = method_of(method)
+    else:
+        whole = find_method(method)(weighting, steps)  # with the errors of its arguments
+    return whole if selection is None else LayerMaps(whole, selection)
 
 
 def _row_to_read(read: Any, method: Method, target: Any) -> Any:

@@ -50,7 +50,7 @@ def run_traced(request: Request, prompt: Prompt) -> Run:
         _check_pictures(model.config, arguments)
         record = replace(record, towers=(*record.towers, behind))
     request.method.finds_row, request.method.rows = request.read is None, _rows_at_once(request, prompt)
-    with _TRACES[request.method.needs](model, record, request.method) as trace:
+    with request.method.freezing(model), _TRACES[request.method.needs](model, record, request.method) as trace:
         if callable(request.target) or rewrites_forward(model):
             find_rows(trace.towers)
         vision = None if behind is None else trace.towers[-1]

@@ -5,8 +5,7 @@ The pass is that of `explain`'s trace, so whatever `explain` refuses to see is r
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from vlattn_fast.attach.current import edits_of
 from vlattn_fast.attach.handwritten import defining_class
-from vlattn_fast.attach.session import at_rest, in_layers, unwrapped
+from vlattn_fast.attach.session import at_rest, unwrapped
 from vlattn_fast.attach.tensor_parallel import HeadShare
 from vlattn_fast.interpret.explaining.answer import Answer, encoder_decoder, start_tokens
 from vlattn_fast.interpret.explaining.inputs import check_inputs, is_empty, prepare_inputs
@@ -108,7 +107,7 @@ class SeenModel:
 class _Noted:
     number: int
     tower: TowerTrace
-    depth: int  # layers of the tower so far
+    layer: int  # its number in the tower
     path: str
     queries: tuple[int, int]  # (B, N)
     keys: int
@@ -141,7 +140,7 @@ class NotesCalls(Method):
         (batch, heads, queries, _), keys, problem = call.query.shape, call.key.shape[2], ""
         if call.chunk or call.token_places is not None:
             problem = "attends in windows or chunks, or to tokens in another order"
-        at, score = (tower.last_call, tower, tower.depth, call.path), call.masks.get("score")
+        at, score = (tower.last_call, tower, call.layer, call.path), call.masks.get("score")
         share = HeadShare(heads if call.mesh is None else heads * call.mesh.size(), call.mesh)
         by_hand = score is not None and score.by_hand
         self.calls.append(_Noted(*at, (batch, queries), keys, call.columns, share, problem, by_hand, call.of_one_sequence))
@@ -224,10 +223,10 @@ def watched_run(
         return tokens_of[id(tower)]
 
     calls, mixing = [], []
-    for noted, layer in zip(method.calls, _layers(method.calls, sources), strict=True):
+    for noted in method.calls:
         if noted.mixes:
             place = f"'{noted.path}' ({type(model.get_submodule(noted.path)).__name__})"
-            mixing.append((seen(noted.tower), layer, place))
+            mixing.append((seen(noted.tower), noted.layer, place))
             continue
         source = sources.get(noted.number, noted.tower)
         of_tokens, kind = len(noted.columns) if noted.columns is not None else noted.keys, model.get_submodule(noted.path)
@@ -236,24 +235,8 @@ def watched_run(
             problem = f"has {noted.queries[1]} queries and {of_tokens} keys of {noted.tower.size} and {source.size} tokens"
         problem = problem and f"'{noted.path}' ({type(kind).__name__}) {problem}"
         sizes = noted.share, noted.keys, noted.columns
-        calls.append(SeenCall(noted.path, seen(noted.tower), seen(source), layer, *sizes, problem, noted.by_hand))
+        calls.append(SeenCall(noted.path, seen(noted.tower), seen(source), noted.layer, *sizes, problem, noted.by_hand))
     return SeenModel(model, record, calls, mixing), outputs
-
-
-def _layers(calls: Sequence[_Noted], sources: Mapping[int, TowerTrace]) -> list[int]:
-    """The layer of each call, from 0 in its tower. Self-attention and cross-attention in one part of a list of layers are in one
-    layer, also where they lie in a list of their own, as in T5."""
-    numbers, last = list[int](), dict[TowerTrace, tuple[_Noted, bool, int]]()
-    for call in calls:
-        crosses = sources.get(call.number, call.tower) is not call.tower
-        before, crossed, number = last.get(call.tower, (None, crosses, -1))
-        parts = zip(call.path.split("."), "" if before is None else before.path.split("."), strict=False)
-        common = ".".join(one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], parts))
-        if before is None or (call.depth != before.depth and not (crosses != crossed and in_layers(common))):
-            number += 1
-        numbers.append(number)
-        last[call.tower] = call, crosses, number
-    return numbers
 
 
 def _tokens(tower: TowerTrace, model: nn.Module, arguments: Mapping[str, Any], decodes: bool) -> Tokens:

@@ -54,6 +54,8 @@ class Action:
 class Velocity(Score, name="velocity"):
     """An action of a policy whose logits (B, steps, dimensions) are the velocity towards the noise."""
 
+    among_logits = False
+
     among = "action dimensions"
 
     def prepared(self, inputs: Mapping[str, Any], target: Any) -> Mapping[str, Any]:

@@ -205,6 +205,7 @@ class Score(Named):
     pairs: ClassVar[bool] = False  # a row is an image with a text
     predicts: ClassVar[bool] = False  # the next token is scored, so that an answer may be
     names_row: ClassVar[bool] = False  # a target names the row that is read
+    among_logits: ClassVar[bool] = True  # it is one of the logits (B, classes) of its row, so it has a log-probability
 
     def logits(self, outputs: Any) -> Tensor | None:
         """The logits as the model gives them, by name or as its only output; None where it gives none."""
@@ -267,6 +268,7 @@ class Pair(Score, name="pair"):
 
     among = "texts"
     pairs = True
+    among_logits = False
 
     def logits(self, outputs: Any) -> Tensor:
         """As the model names them, or as CLIP's authors give them, in front of those per text; of features, as open_clip gives
@@ -294,6 +296,7 @@ class Query(Score, name="query"):
 
     among = "object queries"
     names_row = True
+    among_logits = False
 
     def choose(self, outputs: Any, target: Any, arguments: Mapping[str, Any]) -> tuple[Tensor, list[int]]:
         """By default the query that is surest of its class."""

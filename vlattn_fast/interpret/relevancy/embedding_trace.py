@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vlattn_fast._ground.tensors import compute_dtype
 from vlattn_fast.attach.current import RUNNING, Plain, edits_of
-from vlattn_fast.attach.session import Steps, Stepwise, patches_in_order
+from vlattn_fast.attach.session import Steps, Stepwise, patches_in_order, visible
 from vlattn_fast.interpret.records.record import Family
 from vlattn_fast.interpret.relevancy.method import LinkedCall, Method
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
@@ -77,6 +77,10 @@ class EmbeddingTrace(Stepwise, Plain):
         in_order = patches_in_order(self.model)
         yield in_order.__exit__
         in_order.__enter__()
+        if self.method.frozen is not None and self.method.frozen.attention:  # it sees torch's and this package's functions
+            attention = visible([self.model])
+            yield attention.__exit__
+            attention.__enter__()
         for tower in self.towers:
             hook = self._hook(lambda module, args, kwargs, tower=tower: self._enter_layer(tower, args, kwargs))
             for layer in (layer for layers in tower.lists for layer in self.model.get_submodule(layers).children()):
@@ -137,7 +141,7 @@ class EmbeddingTrace(Stepwise, Plain):
         passed = values * self.method.scale
         embeddings = Embeddings(values, passed, dim)
         tower.batch, tower.size = embeddings.per_token(torch.sum, values.detach()).shape
-        tower.dtype, tower.device, tower.depth = compute_dtype(values), values.device, 1
+        tower.dtype, tower.device, tower.numbers.last = compute_dtype(values), values.device, 0
         tower.paths.append(path)
         tower.enters_gradient(passed)
         self.method.kept.setdefault(tower, []).append(embeddings)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -64,8 +63,8 @@ class KeptCalls(Method):
         raise NotImplementedError(f"method {self.name!r} defines neither `combine` nor `carry`")
 
     def carry(self, backward: BackwardPass) -> list[Tensor]:
-        calls = [from_layer(self.kept[tower], backward.start_layer) for tower in backward.towers]
-        return [self.combine(rows)[:, None] for rows in self.rows_of_towers(backward, calls)]
+        blocks = [[[call] for call in self.from_layer(tower, backward.start_layer)] for tower in backward.towers]
+        return [self.combine(rows)[:, None] for rows in self.rows_of_towers(backward, blocks)]
 
     def between(self, backward: BackwardPass) -> list[Tensor]:
         """The rows of every call from a tower to itself, or to one that it attends to, count for the second."""
@@ -82,20 +81,30 @@ class KeptCalls(Method):
 
         return rows_between(backward, read)
 
-    def rows_of_towers(self, backward: BackwardPass, calls: Sequence[Sequence[TracedCall]]) -> list[list[Tensor]]:
-        """The rows (B, H, M) of the maps of `calls`, some of each of `backward.towers`. Behind a pooling head the row that is
-        read is what the head's own map makes of it."""
+    def rows_of_towers(self, backward: BackwardPass, blocks: Sequence[Sequence[Sequence[TracedCall]]]) -> list[list[Tensor]]:
+        """The rows (B, H, M) of the maps of `blocks`, some of each of `backward.towers`, of one call each or of several. Behind a
+        pooling head the row that is read is what the head's own map makes of it."""
         pools = [[self.pools[tower]] if tower.pooled else [] for tower in backward.towers]
-        in_order = [call for of_tower, pool in zip(calls, pools, strict=True) for call in (*of_tower, *pool)]
+        in_order = [call for of_tower, pool in zip(blocks, pools, strict=True) for block in (*of_tower, pool) for call in block]
         grads = iter(self.gradients(backward, in_order))
         of_towers = []
-        for tower, start, of_tower, pool in zip(backward.towers, backward.starts, calls, pools, strict=True):
-            of_calls = [next(grads) for _ in of_tower]
+        for tower, start, of_tower, pool in zip(backward.towers, backward.starts, blocks, pools, strict=True):
+            of_blocks = [[(call, next(grads)) for call in block] for block in of_tower]
             for call in pool:
                 start = self._in_places(tower, call, start, next(grads)).mean(1, keepdim=True)
-            pairs = zip(of_tower, of_calls, strict=True)
-            of_towers.append([self._in_places(tower, call, start, grad).to(start) for call, grad in pairs])
+            of_towers.append([self._of_block(tower, block, start) for block in of_blocks])
         return of_towers
+
+    def _of_block(self, tower: TowerTrace, block: Sequence[tuple[TracedCall, Tensor | None]], start: Tensor) -> Tensor:
+        """The rows (B, H, M) of the one call of a block. Where it has several, one behind the other, the row (B, 1, M) of what
+        they bring to the residual stream: start @ ((I + A_2) (I + A_1) - I), with the mean over the heads of each."""
+        if len(block) == 1:
+            ((call, grad),) = block
+            return self._in_places(tower, call, start, grad).to(start)
+        row = start
+        for call, grad in reversed(block):
+            row = row + self._in_places(tower, call, row, grad).mean(1, keepdim=True).to(start)
+        return row - start
 
     def rows_of_call(self, call: TracedCall, start: Tensor, grad: Tensor | None) -> Tensor:
         """The rows (B, H, M) of a call's maps over its tokens, from the weights `start` (B, 1, N)."""
@@ -111,6 +120,11 @@ class KeptCalls(Method):
             rows += torch.einsum("br,bhrm->bhm", start[:, 0].gather(1, index), maps)
         return call.of_tokens(call.rest_of_columns(rows))
 
+    def from_layer(self, tower: TowerTrace, start_layer: int) -> list[TracedCall]:
+        """The calls of layer `start_layer` (-1 = the last) and later ones."""
+        first = tower.first_layer(start_layer)
+        return [call for call in self.kept[tower] if call.layer >= first]
+
     def _in_places(self, tower: TowerTrace, call: TracedCall, start: Tensor, grad: Tensor | None) -> Tensor:
         """`rows_of_call`, from flat weights to flat rows (1, H, places) where the tower's tokens move."""
         if not tower.places.reorders:
@@ -118,13 +132,6 @@ class KeptCalls(Method):
         at = tower.places.call(call.token_places)
         part = start if call is getattr(self, "pools", {}).get(tower) else at.pick(start, at.queries)
         return at.spread(self.rows_of_call(call, part, grad), at.keys)
-
-
-def from_layer(calls: Sequence[TracedCall], start_layer: int) -> list[TracedCall]:
-    """The calls of layer `start_layer` (-1 = the last) and later ones."""
-    layers = [*accumulate(int(call.begins_layer) for call in calls)]
-    first = layers[-1] if start_layer == -1 else start_layer + 1
-    return [call for call, layer in zip(calls, layers, strict=True) if layer >= first]
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from vlattn_fast.interpret.records.record import Tower
 from vlattn_fast.interpret.relevancy.kept_calls import KeptCalls
 from vlattn_fast.interpret.relevancy.method import BackwardPass, Method
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
+from vlattn_fast.interpret.relevancy.traced_call import TracedCall
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,15 @@ class Selection:
         check_choice("per", per, ("layer", "head"))
         return cls(per, None if layers is None else tuple(layers), None if heads is None else tuple(heads))
 
-    def chosen(self, name: str, count: int, tower: str) -> list[int]:
-        """The numbers of the layers or heads (`name`) of a tower that has `count` of them."""
-        asked = getattr(self, name)
+    def chosen(self, name: str, known: Sequence[int], tower: str) -> list[int]:
+        """The numbers of the layers or heads (`name`) of a tower that has those that are `known`, in their order."""
+        asked, count = getattr(self, name), known[-1] + 1
         if asked is None:
-            return list(range(count))
+            return list(known)
+        legend = f"from {-count} to {count - 1}" if len(known) == count else f"among {list(known)}, which mix tokens,"
         for number in asked:
-            if not -count <= number < count:
-                raise ValueError(f"{name} must be from {-count} to {count - 1} in tower '{tower}'; got {number}")
+            if not -count <= number < count or number % count not in known:
+                raise ValueError(f"{name} must be {legend} in tower '{tower}'; got {number}")
         numbers = [number % count for number in asked]
         if len(set(numbers)) < len(numbers):
             raise ValueError(f"{name} must be numbers that differ in tower '{tower}'; got {list(asked)}")
@@ -60,13 +62,14 @@ class LayerMaps(KeptCalls):
     """The rows that are read of the attention maps of a method, each layer's by itself: relu(A * dA) of a method that takes
     gradients, else A. Behind a pooling head the row is what the head's own map makes of it."""
 
-    def __init__(self, method: type[Method], selection: Selection) -> None:
+    def __init__(self, method: Method, selection: Selection) -> None:
         if not method.by_layer:
             raise ValueError(
                 f"per must be None for method {method.name!r}, which has no map of each layer; got {selection.per!r}"
             )
         super().__init__()
         self.name, self.needs_score, self.selection = method.name, method.needs_score, selection
+        self.freeze, self.of = method.freeze, method.of
         self.removes_sinks = method.removes_sinks
 
     @property
@@ -84,15 +87,29 @@ class LayerMaps(KeptCalls):
 
     def counts(self, tower: TowerTrace) -> tuple[list[int], list[int]]:
         """The numbers of the layers and of the heads of a tower that are asked for."""
-        calls = self.kept[tower]
-        layers = self.selection.chosen("layers", len(calls), tower.name)
-        counts = {max(call.query.shape[1], call.value.shape[1]) for call in (calls[layer] for layer in layers)}
-        if len(counts) > 1 and (self.selection.per == "head" or self.selection.heads is not None):
+        blocks, by_head = self._blocks(tower), self.selection.per == "head" or self.selection.heads is not None
+        layers = self.selection.chosen("layers", sorted(blocks), tower.name)
+        several = next((blocks[layer] for layer in layers if len(blocks[layer]) > 1), None)
+        if several is not None and by_head:
+            paths = " and ".join(f"'{call.path}'" for call in several)
+            raise ValueError(
+                "per must be 'layer', without heads=, where a layer mixes tokens several times, or layers= name others; got "
+                f"{paths} in layer {several[0].layer} of '{tower.name}'"
+            )
+        counts = {max(call.query.shape[1], call.value.shape[1]) for layer in layers for call in blocks[layer]}
+        if len(counts) > 1 and by_head:
             raise ValueError(
                 "per must be 'layer', without heads=, where layers differ in their number of heads, or layers= name those of one "
                 f"number; got {sorted(counts)} in '{tower.name}'"
             )
-        return layers, self.selection.chosen("heads", max(counts), tower.name)
+        return layers, self.selection.chosen("heads", range(max(counts)), tower.name)
+
+    def _blocks(self, tower: TowerTrace) -> dict[int, list[TracedCall]]:
+        """The calls of each layer, by its number."""
+        blocks: dict[int, list[TracedCall]] = {}
+        for call in self.kept[tower]:
+            blocks.setdefault(call.layer, []).append(call)
+        return blocks
 
     def rows_of(self, tower: TowerTrace) -> int:
         layers, heads = self.counts(tower)
@@ -100,8 +117,9 @@ class LayerMaps(KeptCalls):
 
     def carry(self, backward: BackwardPass) -> list[Tensor]:
         numbers = [self.counts(tower) for tower in backward.towers]
-        pairs = zip(backward.towers, numbers, strict=True)
-        of_towers = self.rows_of_towers(backward, [[self.kept[tower][layer] for layer in layers] for tower, (layers, _) in pairs])
+        of_blocks = [self._blocks(tower) for tower in backward.towers]
+        pairs = zip(of_blocks, numbers, strict=True)
+        of_towers = self.rows_of_towers(backward, [[blocks[layer] for layer in layers] for blocks, (layers, _) in pairs])
         chosen = [[row[:, heads[: row.shape[1]]] for row in of] for of, (_, heads) in zip(of_towers, numbers, strict=True)]
         by_head = self.selection.per == "head"
         return [torch.cat(rows, 1) if by_head else torch.stack([row.mean(1) for row in rows], 1) for rows in chosen]

@@ -27,7 +27,6 @@ class LiveCall(NamedTuple):
     """A call that is kept."""
 
     number: int  # among all calls of the run
-    depth: int  # the number of its layer, from 1
     attention: TracedCall
 
 
@@ -39,14 +38,14 @@ class LiveCalls(Method):
     holds_start: bool
     kept: dict[TowerTrace, list[LiveCall]]
 
-    def __init__(self, formula: type[Method], higher_order: bool) -> None:
+    def __init__(self, formula: Method, higher_order: bool) -> None:
         super().__init__()
-        if not issubclass(formula, CarriedMethod):
+        if not isinstance(formula, CarriedMethod):
             raise ValueError(
                 "method must be one that carries a row through the layers, as 'gradient', 'weighted' and 'rollout' do; got "
                 f"{formula.name!r}"
             )
-        self.formula, self.higher_order = formula(), higher_order
+        self.formula, self.higher_order, self.freeze = formula.of_call(), higher_order, formula.freeze
         self.formula.trains = True
         self.name, self.needs_score, self.holds_start = formula.name, formula.needs_score, formula.holds_start
         self.adds_beside = formula.adds_beside
@@ -68,7 +67,7 @@ class LiveCalls(Method):
         assert tower.last_call is not None
         self.formula.begins(tower, call.chunk)
         output = self._computed(tower, call)
-        kept = LiveCall(tower.last_call, tower.depth, replace(call, output=output).kept(self.higher_order))
+        kept = LiveCall(tower.last_call, replace(call, output=output).kept(self.higher_order))
         self.kept.setdefault(tower, []).append(kept)
         return output
 
@@ -186,8 +185,8 @@ class LiveCalls(Method):
 
     def _calls(self, tower: TowerTrace, start_layer: int) -> list[LiveCall]:
         """The calls of layer `start_layer` and later ones."""
-        first = tower.layers_before(start_layer)
-        return [call for call in self.kept[tower] if call.depth > first]
+        first = tower.first_layer(start_layer)
+        return [call for call in self.kept[tower] if call.attention.layer >= first]
 
     def _moved(self, row: Tensor, a: Any, b: Any, call: LiveCall, grad: Tensor | None, places: Places, term: Any) -> Tensor:
         """The flat row in front of a call, whose tokens are elsewhere. Weights of a sum are of the tokens of its stream."""

@@ -3,15 +3,17 @@ other file names it."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from vlattn_fast._ground.checks import check_choice, check_integer
+from vlattn_fast._ground.checks import check_choice, check_integer, check_names
+from vlattn_fast.attach.frozen import Frozen
 from vlattn_fast.backends.reference.relevancy_residual import WEIGHTINGS, Weighting
 from vlattn_fast.interpret.records.record import Family, Tower
 from vlattn_fast.interpret.records.tokens import decoder_inputs
@@ -20,6 +22,8 @@ from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import Recursion, TracedCall
 
 Hook = Callable[..., Any]
+NORMS, ATTENTION = FREEZABLE = ("norms", "attention")
+LOGIT, LOG_PROBABILITY, MARGIN = EXPLAINED = ("logit", "log_probability", "margin")
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +95,7 @@ def read_tokens(start: Tensor) -> Tensor:
 
 
 class Method:
-    """A method of `explain`; an instance serves one call of it.
+    """A method of `explain`, with its options; each call of `explain` takes a copy (`of_call`).
 
     During the forward pass it sees every attention call of the towers (`attend`, `pool`, `cross`), and returns what the call
     gives the model. Afterwards `carry` or `between` makes the relevancy rows, once for each score.
@@ -106,6 +110,7 @@ class Method:
         rank_filter: the maps of the image are filtered, see `result.numbers.interference`.
         takes_weighting: it takes `explain`'s argument `weighting`.
         takes_rows: a backward pass carries several rows of a tower at once, where no score is differentiated.
+        default_freeze: what the backward pass takes for constants, see `freeze`.
         default_steps: on how many scaled inputs it runs the model; 0 = it runs on the input itself, and once.
         by_layer: each layer's own map has a meaning: relu(A * dA) where it takes gradients, else A.
         adds_beside: the maps of attention and of a recurrence over the same tokens are added. Other methods refuse such layers.
@@ -128,6 +133,7 @@ class Method:
     takes_weighting: ClassVar[bool] = False
     takes_rows: ClassVar[bool] = False
     default_steps: ClassVar[int] = 0
+    default_freeze: ClassVar[tuple[str, ...]] = ()
     by_layer: ClassVar[bool] = False
     goes_beside: ClassVar[bool] = True
     adds_beside: bool = False
@@ -135,7 +141,27 @@ class Method:
     removes_sinks: bool = False
     trains: bool = False
 
-    def __init__(self, weighting: str | Weighting = "contribution", steps: int | None = None) -> None:
+    def __init__(
+        self,
+        weighting: str | Weighting = "contribution",
+        steps: int | None = None,
+        *,
+        freeze: Sequence[str] | None = None,
+        of: str | None = None,
+    ) -> None:
+        """
+        Args:
+            weighting: see `explain`.
+            steps: see `explain`.
+            freeze: constants of the backward pass: "norms", the denominators of LayerNorm, RMSNorm and GroupNorm, including those
+                that a module writes out; "attention", the attention weights. () = nothing; None = the method's default.
+            of: the number that is explained of a class, a token, or each token of an answer: its "logit", its "log_probability",
+                or its "margin", the logit less the log-sum-exp of all others. None = the method's default of an answer, and
+                the logit of a target.
+
+        Raises:
+            TypeError, ValueError: an option is of no such kind, or none of this method's.
+        """
         if not callable(weighting) and not (isinstance(weighting, str) and weighting in WEIGHTINGS):
             raise ValueError(f"weighting must be 'contribution', 'norm', 'equal' or a callable; got {weighting!r}")
         if weighting != "contribution" and not self.takes_weighting:
@@ -144,13 +170,56 @@ class Method:
             if not self.default_steps:
                 raise ValueError(f"steps must be left out for a method that runs the model once; got {steps!r} for {self.name!r}")
             check_integer("steps", steps, low=1)
+        for name, value in (("freeze", freeze), ("of", of)):
+            if value is not None and not self.needs_score:
+                raise ValueError(f"{name} must be left out for a method without gradients; got {value!r} for {self.name!r}")
+        if of is not None:
+            check_choice("of", of, EXPLAINED)
+        if freeze is not None and not (isinstance(freeze, Sequence) and len(freeze) == 0):
+            freeze = check_names("freeze", freeze, FREEZABLE, "a sequence of names, or ()")
         self.weighting, self.steps = weighting, self.default_steps if steps is None else steps
+        self.freeze = self.default_freeze if freeze is None else tuple(freeze)
+        self.of = of
+        self.begin()
+
+    def begin(self) -> None:
+        """The state of one call of `explain`, as it is before it."""
         self.scale = 1.0  # of the embeddings in the run that comes next
         self.rows = 1  # how many rows of a tower a backward pass carries
         self.finds_row = False  # the caller does not say which row is read
         self.kept: dict[TowerTrace, Any] = {}
         self.sinks = KEEP
         self.seen: list[tuple[TowerTrace, TowerTrace, Seen]] = []
+        self.frozen: Frozen | None = None  # what the backward pass of the run takes for constants
+
+    def freezing(self, model: nn.Module) -> Frozen:
+        """The context around a run whose backward pass takes for constants what `freeze` names."""
+        self.frozen = Frozen(model, NORMS in self.freeze, ATTENTION in self.freeze, self.trains)
+        return self.frozen
+
+    def of_call(self) -> Self:
+        """The method for one call of `explain`, with the same options."""
+        copied = copy.copy(self)
+        copied.begin()
+        return copied
+
+    @property
+    def label(self) -> str:
+        """The name, with the options that differ from the defaults: "weighted(freeze=norms, of=logit)"."""
+        options = {}
+        if self.freeze != self.default_freeze:
+            options["freeze"] = "+".join(self.freeze) or "nothing"
+        if self.of is not None:
+            options["of"] = self.of
+        if self.weighting != "contribution":
+            options["weighting"] = self.weighting if isinstance(self.weighting, str) else "callable"
+        if self.steps != self.default_steps:
+            options["steps"] = str(self.steps)
+        inside = ", ".join(f"{name}={value}" for name, value in options.items())
+        return f"{self.name}({inside})" if inside else self.name
+
+    def __repr__(self) -> str:
+        return f"<method {self.label}>"
 
     # --- what it can explain ---
 
@@ -194,7 +263,7 @@ class Method:
         queries = (call.query.shape[0], call.query.shape[2])
         real = tower.attended
         real = real if real is not None and tuple(real.shape) == queries and call.token_places is None else None
-        seen = judge(call, real, tower.depth - (not tower.pooled))
+        seen = judge(call, real, tower.layer + tower.pooled)
         self.seen.append((tower, source, seen))
         removes = self.sinks == REMOVE and bool(seen.sinks.any())
         return replace(call, left_out=call.over_keys(seen.sinks, False)) if removes else call
@@ -322,7 +391,7 @@ class CarriedMethod(Method):
         if backward.scores is not None:
             score = backward.scores.sum()
             outputs, carried = [score, *outputs], [torch.ones_like(score), *carried]
-        entering = [one.entering[backward.start_layer] for one in carriers]
+        entering = [tower.carriers.entering_from(tower.first_layer(backward.start_layer)) for tower in backward.towers]
         parts = [part for of_tower in entering for part in of_tower]
         grads = iter(torch.autograd.grad(outputs, parts, carried, retain_graph=backward.keep))
         rows = [torch.cat([next(grads) for _ in of_tower], 2) for of_tower in entering]

@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from vlattn_fast._ground.marks import add_mark, new_mark, read_mark
 from vlattn_fast._ground.tensors import expand_heads, mask_padding
-from vlattn_fast.attach.current import RUNNING, SCORE_ATTENTION, SOFTMAX, edits_of, first_argument
+from vlattn_fast.attach.current import RUNNING, SCORE_ATTENTION, SOFTMAX, edits_of, first_argument, is_map
 from vlattn_fast.attach.session import Steps, Stepwise, as_mode, in_layers, is_checkpointed, named, visible
 from vlattn_fast.backends.inputs import ScoreAttentionInputs
 from vlattn_fast.interpret.records.record import Family
@@ -42,7 +42,7 @@ from vlattn_fast.interpret.relevancy.tracking.module_paths import ModulePaths
 from vlattn_fast.interpret.relevancy.tracking.tensor_marks import TensorMarks
 from vlattn_fast.interpret.relevancy.tracking.token_moves import TokenMoves
 from vlattn_fast.interpret.relevancy.tracking.token_places import ids_of
-from vlattn_fast.interpret.relevancy.written_maps import WrittenMaps, is_map
+from vlattn_fast.interpret.relevancy.written_maps import WrittenMaps
 from vlattn_fast.ops._groups import bias_arguments
 from vlattn_fast.ops._sinks import with_sink
 
@@ -62,7 +62,8 @@ class Trace(FindsTowers, SeesMixers, Stepwise, TorchFunctionMode):
         super().__init__()
         self.model, self.method, self.trains = model, method, method.trains
         self.finds_towers = not family.towers or family.bimodal  # towers that no record names, and cross-attention
-        self._make_tower = functools.partial(TowerTrace, model=model, keeps=self.finds_towers)
+        self._ran: set[str] = set()
+        self._make_tower = functools.partial(TowerTrace, model=model, keeps=self.finds_towers, ran=self._ran)
         self.towers = [self._make_tower(record) for record in family.towers]
         self.calls: list[LinkedCall] = []  # in the order in which they ran, where rules for several towers may read them
         self.written = WrittenMaps(self.trains)
@@ -70,7 +71,6 @@ class Trace(FindsTowers, SeesMixers, Stepwise, TorchFunctionMode):
         self._names = ModulePaths(model, family.within)
         # Paths of the modules that run now, the outermost first; None = of another model, or a part that is not explained.
         self._paths: list[str | None] = [""]
-        self._ran: set[str] = set()
         self._chunks: dict[int, int] = {}  # of the runs that attended in chunks: their queries, over the whole batch
         self._runs, self._run = [0], 0  # each run of each module has a number: those under way, and the last number given
         self._owners: list[TowerTrace | None] = []  # the tower of each call, by its bit
@@ -262,8 +262,18 @@ class Trace(FindsTowers, SeesMixers, Stepwise, TorchFunctionMode):
         query, key, value = (self._marked_as(x.unsqueeze(1), x, 1) for x in (query, key, value))  # (B, N, D) is one head
         return self._marked_as((output := self.attend(query, key, value, masks)).squeeze(1), output, -1)
 
+    def _frozen(self, tensor: Tensor) -> Tensor:
+        """A tensor that attention weights are made of, as a constant of the backward pass where the method freezes them."""
+        frozen = self.method.frozen
+        if frozen is None or not frozen.attention or not tensor.requires_grad:
+            return tensor
+        with torch._C.DisableTorchFunction():
+            constant = frozen.constant(tensor)
+        return self._marked_as(constant, tensor)
+
     def _score_attention(self, inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
         """The operator's output and log-sum-exp."""
+        inputs = inputs._replace(query=self._frozen(inputs.query), key=self._frozen(inputs.key))
         with torch._C.DisableTorchFunction():
             output, lse = SCORE_ATTENTION(*(inputs if self.trains else inputs._replace(seed=None, dropout_p=0.0)))
             query, key, value = (x if self.trains else x.detach() for x in (inputs.query, inputs.key, inputs.value))
@@ -299,6 +309,7 @@ class Trace(FindsTowers, SeesMixers, Stepwise, TorchFunctionMode):
         dropout_p = masks.pop("dropout_p", 0.0)
         with torch._C.DisableTorchFunction():  # the trace does not see what it computes itself
             path, calls = self._paths[-1], self._marks.calls((query,))
+            query, key = self._frozen(query), self._frozen(key)
             edits = None if path is None else self._edits
             masks, finish = (masks, None) if edits is None else edits.edited(self, path or "", query, key, masks)
             call = TracedCall(path or "", query, key, value, masks, dropout_p=dropout_p if self.trains else 0.0)

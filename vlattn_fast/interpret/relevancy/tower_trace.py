@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,12 +17,12 @@ from vlattn_fast.attach.session import layers_of, named, split_path
 from vlattn_fast.attach.tensor_parallel import has_dtensors, heads_mesh
 from vlattn_fast.interpret.records.record import Tower
 from vlattn_fast.interpret.records.tokens import Tokens
+from vlattn_fast.interpret.relevancy.layer_numbers import TOKENWISE, LayerNumbers
 from vlattn_fast.interpret.relevancy.traced_call import Recursion, Through, TracedCall
 from vlattn_fast.interpret.relevancy.tracking.token_moves import TokenMoves
 from vlattn_fast.interpret.relevancy.tracking.token_numbers import Numbers
 from vlattn_fast.interpret.relevancy.tracking.token_places import Places, flat_rows
 
-TOKENWISE = ("mlp", "moe")  # kinds of layers whose tokens do not reach one another, as layers of Nemotron-H say of themselves
 _NUMBER = re.compile(r"\b\d+\b")
 
 
@@ -36,6 +37,7 @@ class Carriers:
 
     def __init__(self) -> None:
         self.entering: list[list[Tensor]] = []  # in front of each layer; one tensor a chunk in front of the first
+        self._layers: list[int] = []  # their numbers
         self.behind: list[Tensor] = []  # behind the last call, one a chunk
         self._before: Tensor | None = None  # in front of the call that runs; None = the first
         self.rows = 1  # T
@@ -50,8 +52,9 @@ class Carriers:
         if not call.chunk:
             self._before = self.leaving() if self.behind else None
             self.behind = []
-            if call.begins_layer or not self.entering:
+            if not self._layers or call.layer != self._layers[-1]:
                 self.entering.append([] if self._before is None else [self._before])
+                self._layers.append(call.layer)
         if call.token_places is not None:
             output, carrier = self._through_moved(call, recursion)
         else:
@@ -110,6 +113,10 @@ class Carriers:
             carrier = carrier.narrow(2, sum(out.shape[2] for out in self.behind), size)
         return carrier.to(query.device, compute_dtype(query))  # layers of a model may have several devices and dtypes
 
+    def entering_from(self, layer: int) -> list[Tensor]:
+        """The carriers in front of the first layer from number `layer` on."""
+        return self.entering[bisect_left(self._layers, layer)]
+
     @property
     def before(self) -> Tensor:
         """The carrier in front of the last call."""
@@ -121,9 +128,9 @@ class Carriers:
 
 
 class TowerTrace:
-    """The state of one tower during a run of `model`."""
+    """The state of one tower during a run of `model`, of whose modules `ran` has the paths."""
 
-    def __init__(self, record: Tower | None, model: nn.Module, keeps: bool) -> None:
+    def __init__(self, record: Tower | None, model: nn.Module, keeps: bool, ran: Collection[str] = ()) -> None:
         self.record, self.model = record, model  # no record: a tower that is found
         self.keeps = keeps  # every call is kept, for rules that read them after the backward pass
         self.name = "" if record is None else record.name
@@ -139,7 +146,6 @@ class TowerTrace:
         self.last_call: int | None = None  # the number of the last call among all of the run
         self.last_calls = 0  # those that its queries came through, as bits
         self.last_mixes = False  # it was a recurrence
-        self.depth = 0  # layers that ran
         # By module: how many of its keys are no tokens, and the share of attention that they take; None = not measured.
         self.others: dict[str, tuple[int, Tensor | None]] = {}
         self.finds_row = record is None or record.row.by_gradient  # the score's gradient names the row that is read
@@ -167,6 +173,12 @@ class TowerTrace:
             if record.pooling is not None:
                 submodule(root, record.pooling, record)
                 self.pooling_path = _joined(record.path, record.pooling)
+        self.numbers = LayerNumbers(model, tuple(self.lists), ran)
+
+    @property
+    def layer(self) -> int:
+        """The number of the last layer that ran; -1 before the first."""
+        return self.numbers.last
 
     @property
     def path(self) -> str | None:
@@ -220,8 +232,8 @@ class TowerTrace:
             self.carriers.dtype = self.dtype
         if not self._has_masks and not call.of_one_sequence:
             self._has_masks, self.attended = True, None if chunk else _attended(call)
-        begins_layer = not chunk and (self.path is None or path in self.paths or split_path(self.path) != split_path(path))
-        self.depth += begins_layer
+        if not chunk:
+            self.numbers.enter(path, source)
         if not self.paths or (chunk and self._whole_calls == 1):
             self.size += query.shape[2]
         self._whole_calls += not chunk
@@ -235,7 +247,7 @@ class TowerTrace:
         if call.beside and (token_places is not None or self.chunked):
             raise ValueError(f"model must have its tokens in order where two mixers take them; got '{path}'")
         self.places.end = None
-        return dataclasses.replace(call, mesh=self._mesh(call), begins_layer=begins_layer, chunk=chunk, token_places=token_places)
+        return dataclasses.replace(call, mesh=self._mesh(call), layer=self.layer, chunk=chunk, token_places=token_places)
 
     def stands_beside(self, call: TracedCall, calls: int) -> bool:
         """Whether a call, whose queries came through `calls`, and the last one are the attention and the recurrence of one layer,
@@ -289,7 +301,7 @@ class TowerTrace:
     def enters_gradient(self, output: Tensor) -> None:
         """Note that the score's gradient enters an attention call at `output`, if it has one."""
         if output.requires_grad:
-            self._edges.append((self.depth, get_gradient_edge(output)))
+            self._edges.append((self.layer, get_gradient_edge(output)))
 
     # --- after the forward pass ---
 
@@ -327,19 +339,19 @@ class TowerTrace:
                 f"model must run tower '{self.name}' with gradients on; got attention '{self.carriers.without_gradients}' in a "
                 "part that turns them off"
             )
-        if not -1 <= start_layer < self.depth:
+        if not -1 <= start_layer <= self.layer:
             raise ValueError(
-                f"start_layer must be from -1 (the last layer) to {self.depth - 1} for tower '{self.name}'; got {start_layer}"
+                f"start_layer must be from -1 (the last layer) to {self.layer} for tower '{self.name}'; got {start_layer}"
             )
 
-    def layers_before(self, start_layer: int) -> int:
-        """How many layers are in front of layer `start_layer` (-1 = the last)."""
-        return self.depth - 1 if start_layer == -1 else start_layer
+    def first_layer(self, start_layer: int) -> int:
+        """The number of layer `start_layer` (-1 = the last)."""
+        return self.layer if start_layer == -1 else start_layer
 
     def edges(self, start_layer: int) -> list[GradientEdge]:
         """Where gradients enter the attention of layer `start_layer` (-1 = the last) and later ones."""
-        first = self.layers_before(start_layer)
-        return [edge for depth, edge in self._edges if depth > first]
+        first = self.first_layer(start_layer)
+        return [edge for layer, edge in self._edges if layer >= first]
 
 
 def edge_at(tensor: Tensor) -> GradientEdge:

@@ -1,7 +1,8 @@
 """Relevancy between towers that attend to one another: the rules for two modalities of Chefer, Gur, Wolf (ICCV 2021).
 
 R_st (B, N_s, N_t) holds how much the tokens of tower t count for those of tower s. It begins as the identity where s = t, and as
-zero elsewhere. The attention calls are gone through in the order in which they ran; Abar (N x M) is a call's head mean
+zero elsewhere. R is kept without its part of the identity, which would take the digits of small relevancies: R_ss =
+Rhat_ss + diag(i_s). The attention calls are gone through in the order in which they ran; Abar (N x M) is a call's head mean
 relu(A * dA), streamed without a head axis.
 
 Keys may be older than the tokens they are of: both directions of a cross-attention layer read its input, so neither sees what
@@ -23,14 +24,15 @@ from vlattn_fast._ground.tensors import over_sums
 from vlattn_fast.interpret.relevancy.method import BackwardPass, LinkedCall, read_tokens
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 
-Relevancies = dict[tuple[TowerTrace, TowerTrace], Tensor]
+Relevancies = dict[tuple[TowerTrace, TowerTrace], Tensor]  # without the part of the identity
+Identities = dict[TowerTrace, Tensor]  # i_s (B, N, 1), the part of the identity that is left
 
 
 class Equations:
     """Equations 6 to 11. A method that differs in one of them overrides its part."""
 
     def begin(self, relevancies: Relevancies, calls: Sequence[LinkedCall]) -> None:
-        """The entries of `relevancies` beside the identities before the first call: none, since nothing counts yet."""
+        """The entries of `relevancies` between towers before the first call: none, since nothing counts yet."""
 
     def mean_map(self, call: LinkedCall, grad: Tensor, like: Tensor) -> Tensor:
         """Equation 5: Abar (B, N, M) over the keys that are tokens, on the device and in the dtype of `like`: layers may have
@@ -41,14 +43,10 @@ class Equations:
         """Abar over all keys, its rows divided by their sums where a rule says so."""
         return abar
 
-    def within(self, abar: Tensor, relevancy: Tensor) -> Tensor:
-        """Equations 6, 7 and 11: what a call adds to the relevancy of its queries' tower from that of its keys' tower."""
-        return abar @ relevancy
-
-    def normalized(self, call: LinkedCall, relevancy: Tensor) -> Tensor:
-        """Equations 8 and 9: what lies beside the identity, each row divided by its sum, plus the identity. Zero rows stay."""
-        eye = torch.eye(relevancy.shape[-1], dtype=relevancy.dtype, device=relevancy.device)
-        return over_sums(relevancy - eye) + eye
+    def normalized(self, call: LinkedCall, relevancy: Tensor, identity: Tensor) -> Tensor:
+        """Equations 8 and 9: R - I, each row divided by its sum, plus I. Zero rows stay. `relevancy` is R less diag(identity)."""
+        beside = relevancy + torch.diag_embed(identity[..., 0] - 1)
+        return over_sums(beside) + torch.eye(relevancy.shape[-1], dtype=relevancy.dtype, device=relevancy.device)
 
     def across(self, of_queries: Tensor, abar: Tensor, of_keys: Tensor) -> Tensor:
         """Equation 10: what cross-attention adds between its two towers, from the relevancies within each."""
@@ -61,23 +59,22 @@ class Equations:
 
 def relevancies(
     calls: Sequence[LinkedCall], grads: Sequence[Tensor | None], equations: Equations
-) -> tuple[Relevancies, dict[TowerTrace, Tensor]]:
-    """R_st of all towers of `calls`, whose outputs have the gradients `grads` (None = the score does not depend on it), and what
-    is left in each R_ss of the identity: the numbers (B, N, 1) on its diagonal."""
+) -> tuple[Relevancies, Identities]:
+    """R_st of all towers of `calls`, whose outputs have the gradients `grads` (None = the score does not depend on it)."""
     state: Relevancies = {}
-    identity: dict[TowerTrace, Tensor] = {}
+    identity: Identities = {}
     for call in calls:
         for tower in (call.tower, call.source):
-            eye = torch.eye(tower.size, dtype=tower.dtype, device=tower.device)
-            state.setdefault((tower, tower), eye.expand(tower.batch or 0, -1, -1))
-            identity.setdefault(tower, torch.ones_like(state[tower, tower][..., :1]))
+            zeros = torch.zeros(tower.batch or 0, tower.size, 1, dtype=tower.dtype, device=tower.device)
+            state.setdefault((tower, tower), zeros.expand(-1, -1, tower.size))
+            identity.setdefault(tower, torch.ones_like(zeros))
     equations.begin(state, calls)
-    begun = dict(state)
+    begun = dict(state), dict(identity)
     waited = Counter(call.seen for call in calls if call.seen is not None)
-    behind: dict[int, Relevancies] = {}  # R_s behind a call of s that keys came through, while calls wait for it
+    behind: dict[int, tuple[Relevancies, Identities]] = {}  # of s after a call of s that keys came through, while calls wait
     for call, grad in zip(calls, grads, strict=True):
         of_keys = begun if call.seen is None else behind[call.seen]
-        for pair, addition in [] if grad is None else _additions(state, of_keys, call, grad, equations):
+        for pair, addition in [] if grad is None else _additions(state, identity, *of_keys, call, grad, equations):
             if call.joint:  # beside the part of the queries' own tower, which has weighed what was there
                 state[pair] = state.get(pair, 0.0) + equations.added(call, None, addition)
                 continue
@@ -89,24 +86,38 @@ def relevancies(
             if not waited[call.seen]:
                 del behind[call.seen]
         if waited[call.number]:
-            behind[call.number] = {pair: part for pair, part in state.items() if pair[0] is call.tower}
+            kept = {pair: part for pair, part in state.items() if pair[0] is call.tower}
+            behind[call.number] = kept, {call.tower: identity[call.tower]}
     return state, identity
 
 
 def _additions(
-    state: Relevancies, of_keys: Relevancies, call: LinkedCall, grad: Tensor, equations: Equations
+    state: Relevancies,
+    identity: Identities,
+    of_keys: Relevancies,
+    identity_of_keys: Identities,
+    call: LinkedCall,
+    grad: Tensor,
+    equations: Equations,
 ) -> list[tuple[tuple[TowerTrace, TowerTrace], Tensor]]:
     """The additions of a call to the relevancies."""
     s, q = call.tower, call.source
     abar = equations.mean_map(call, grad, state[s, s])
+
+    def within(of: TowerTrace, t: TowerTrace, part: Tensor, left: Identities) -> Tensor:
+        """Equations 6, 7 and 11: Abar R of a pair, whose part of the identity scales the columns of Abar."""
+        addition = abar @ part.to(abar)
+        return addition if of is not t else addition + abar * left[t].mT.to(abar)
+
     if s is q:
-        return [((s, t), equations.within(abar, part)) for (of, t), part in state.items() if of is s]
+        return [((s, t), within(s, t, part, identity)) for (of, t), part in state.items() if of is s]
     if call.joint:
-        return [((s, t), equations.within(abar, part.to(abar))) for (of, t), part in of_keys.items() if of is q]
-    of_s, of_q = (equations.normalized(call, part) for part in (state[s, s], of_keys[q, q].to(abar)))
+        return [((s, t), within(q, t, part, identity_of_keys)) for (of, t), part in of_keys.items() if of is q]
+    of_s = equations.normalized(call, state[s, s], identity[s])
+    of_q = equations.normalized(call, of_keys[q, q].to(abar), identity_of_keys[q].to(abar))
     additions = [((s, q), equations.across(of_s, abar, of_q))]
     if (q, s) in of_keys:
-        additions.append(((s, s), equations.within(abar, of_keys[q, s].to(abar))))
+        additions.append(((s, s), within(q, s, of_keys[q, s], identity)))
     return additions
 
 

@@ -175,10 +175,3 @@ def _alike(result: Tensor, stored: Tensor) -> bool:
     if result.numel() != stored.numel() or result.shape[-2:] != stored.shape[-2:] or result.dtype != stored.dtype:
         return False
     return torch.equal(result.detach().view(stored.shape), stored.detach().nan_to_num(0.0))
-
-
-def is_map(scores: Tensor, dim: Any) -> bool:
-    """Whether a softmax is over the keys of attention maps: (B, H, N, M) with several queries, or (B, N, N)."""
-    if dim not in (-1, scores.ndim - 1) or scores.shape[-2] == 1:
-        return False
-    return scores.ndim == 4 or (scores.ndim == 3 and scores.shape[1] == scores.shape[2])

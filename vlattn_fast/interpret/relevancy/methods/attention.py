@@ -13,7 +13,7 @@ from vlattn_fast.interpret.relevancy.mixing_call import MixingCall
 from vlattn_fast.interpret.relevancy.traced_call import Recursion, TracedCall
 
 
-class RawAttention(LastAttentionMethod):
+class Attention(LastAttentionMethod):
     """The row of mean_h A in the last layer; `start_layer` has no effect. It takes no gradient."""
 
     name = "attention"

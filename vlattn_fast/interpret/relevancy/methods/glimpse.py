@@ -25,7 +25,7 @@ from torch import Tensor
 
 from vlattn_fast._ground.tensors import not_zero, over_sums
 from vlattn_fast.interpret.records.record import Tower
-from vlattn_fast.interpret.relevancy.kept_calls import KeptCalls, from_layer, rows_of_maps
+from vlattn_fast.interpret.relevancy.kept_calls import KeptCalls, rows_of_maps
 from vlattn_fast.interpret.relevancy.method import BackwardPass
 from vlattn_fast.interpret.relevancy.mixing_call import check_softmax
 from vlattn_fast.interpret.relevancy.traced_call import TracedCall
@@ -55,7 +55,7 @@ class Glimpse(KeptCalls):
                     f"method must be one whose layers have no weights where tokens move; got 'glimpse' and tower '{tower.name}', "
                     "whose layers have its tokens in another order or number. Pass another method="
                 )
-        calls = [from_layer(self.kept[tower], backward.start_layer) for tower in backward.towers]
+        calls = [self.from_layer(tower, backward.start_layer) for tower in backward.towers]
         pools = [[self.pools[tower]] if tower.pooled else [] for tower in backward.towers]
         grads = iter(self.gradients(backward, [call for part in zip(calls, pools, strict=True) for call in (*part[0], *part[1])]))
         rows = []

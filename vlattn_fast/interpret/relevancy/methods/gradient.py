@@ -42,9 +42,11 @@ def rows_by_equations(
     def read(tower: TowerTrace, source: TowerTrace, start: Tensor) -> Tensor:
         if (tower, source) not in matrices:  # the score depends on no attention between them
             return start.new_zeros(*start.shape[:2], source.size)
-        if tower is source:
-            backward.brought[tower] = start @ (matrices[tower, tower] - torch.diag_embed(identity[tower][..., 0]))
-        return start @ matrices[tower, source]
+        row = start @ matrices[tower, source]
+        if tower is not source:
+            return row
+        backward.brought[tower] = row
+        return row + start * identity[tower].mT
 
     return rows_between(backward, read)
 
@@ -53,8 +55,8 @@ def rows_by_equations(
 
 
 class _NotNormalized(Equations):
-    def normalized(self, call: LinkedCall, relevancy: Tensor) -> Tensor:
-        return relevancy
+    def normalized(self, call: LinkedCall, relevancy: Tensor, identity: Tensor) -> Tensor:
+        return relevancy + torch.diag_embed(identity[..., 0])
 
 
 class _NotAdded(_NotNormalized):

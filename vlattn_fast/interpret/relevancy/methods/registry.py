@@ -39,6 +39,13 @@ def find_method(name: str) -> type[Method]:
     raise ValueError(f"method must be one of {', '.join(known)}; got {name!r}")
 
 
+def method_of(method: str | Method) -> Method:
+    """A method by its name, with its defaults, or an object, for one call. TypeError where it is neither."""
+    if isinstance(method, type) and issubclass(method, Method):
+        raise TypeError(f"method must be a name or an object, as va.methods.{method.__name__}(); got the class")
+    return method.of_call() if isinstance(method, Method) else find_method(method)()
+
+
 def first_lines() -> dict[str, str]:
     """By the name of each method, then of each ablation, the first line of its class's docstring."""
     return {name: (kind.__doc__ or "").partition("\n")[0] for name, kind in {**METHODS, **ABLATIONS}.items()}

@@ -26,7 +26,7 @@ from vlattn_fast.interpret.relevancy.method import BackwardPass, Method
 from vlattn_fast.interpret.result.numbers.interference import rest_of_map
 
 
-class TokenActivationMap(Method):
+class Tam(Method):
     """For one token c of a decoder: max(z_i[c], 0) of its logit at position i, less earlier words' maps (Li et al. 2025)."""
 
     name = "tam"

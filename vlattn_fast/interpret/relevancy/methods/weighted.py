@@ -57,8 +57,8 @@ class Weighted(Gradient):
 
     kept: dict[TowerTrace, _Sums]
 
-    def __init__(self, weighting: str | Weighting = "contribution", steps: int | None = None) -> None:
-        super().__init__(weighting, steps)
+    def begin(self) -> None:
+        super().begin()
         self._mark = new_mark("entered")  # of a tensor: how many attention calls were before it entered a module
         self._calls = 0
 
@@ -200,10 +200,12 @@ class _WeightedEquations(Equations):
     def weighed(self, abar: Tensor) -> Tensor:
         return over_sums(abar) if self.row_normalize else abar
 
-    def normalized(self, call: LinkedCall, relevancy: Tensor) -> Tensor:
+    def normalized(self, call: LinkedCall, relevancy: Tensor, identity: Tensor) -> Tensor:
         """Where a + b = 1, and the rows of Abar are divided by their sums, rows sum to one anyway: R itself stands in equation 10
         but with equal weights."""
-        return super().normalized(call, relevancy) if self.weighting == "equal" else relevancy
+        if self.weighting == "equal":
+            return super().normalized(call, relevancy, identity)
+        return relevancy + torch.diag_embed(identity[..., 0])
 
     def added(self, call: LinkedCall, old: Tensor | None, addition: Tensor) -> Tensor:
         if call.number not in self.weights:

@@ -1,0 +1,277 @@
+"""Constants of the backward pass: denominators of norms, attention weights. The forward pass stays as it is.
+
+A norm is y = (x - mean(x)) / d(x) * weight + bias, or the same without the mean, where d(x) is the norm of the numerator. A
+gradient that comes back through it is orthogonal to x, so the contributions of tokens to x cancel. With a constant d, y is linear
+in x (Ali et al., ICML 2022; studies of circuits linearise models so).
+
+torch's own functions are replaced by one with this gradient. A module that writes its norm out is found by what it computes: a
+copy of it runs on numbers of our own, and on a multiple of them. If the output is the same, it divides by a norm of its input,
+and the roots that it takes become constants. The gradient shows whether that is all: a linear function has <gradient, x> =
+<cotangent, y - bias>, a norm has <gradient, x> = 0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from vlattn_fast.attach.current import SCORE_ATTENTION, SOFTMAX, first_argument, is_map
+from vlattn_fast.attach.session import Steps, Stepwise, as_mode, named
+
+_FUSED = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)  # call the functions that are replaced
+_ROOTS = (torch.sqrt, torch.rsqrt, torch.std, torch.norm, torch.linalg.norm, torch.linalg.vector_norm)
+_ROOTS += (Tensor.sqrt, Tensor.rsqrt, Tensor.std, Tensor.norm)
+_POWERS = (torch.pow, Tensor.pow, Tensor.__pow__)
+_LARGER = 64.0  # the norm of an input so many times as large is the same, but for the eps in its denominator
+_EQUAL = 0.02  # relative to the largest number: below, outputs are the same, and a gradient is as expected
+
+_NONE, _HELD, _MISSED = "no norm", "held fixed", "not held fixed"
+_kinds: weakref.WeakKeyDictionary[type[nn.Module], str] = weakref.WeakKeyDictionary()
+
+
+class Frozen(Stepwise, TorchFunctionMode):
+    """A context in which the backward pass of `model` takes some things for constants.
+
+    Args:
+        model: the model; other models that run meanwhile in this thread have their torch functions replaced, too.
+        norms: the denominators of norms are constants.
+        attention: so are attention weights. A run that takes attention calls itself asks for `constant` queries and keys.
+        trains: the model trains on the same graph: things are constants only while `holds` is set.
+
+    Attributes:
+        missed: the modules, named, that divide by a norm of their input which keeps its derivative.
+    """
+
+    def __init__(self, model: nn.Module, norms: bool = True, attention: bool = False, trains: bool = False) -> None:
+        super().__init__()
+        self.norms, self.attention, self.trains, self.holds = norms, attention, trains, not trains
+        self._thread, self._within = threading.get_ident(), 0
+        modules = [(path, module) for path, module in model.named_modules() if norms and _may_be_written(module)]
+        written = [(path, module, _kind(module)) for path, module in modules]
+        self._written = [module for _, module, kind in written if kind == _HELD]
+        self.missed = [named(path, module) for path, module, kind in written if kind == _MISSED]
+
+    def _steps(self) -> Steps:
+        if not (self.norms or self.attention):
+            return
+        yield from as_mode(self)
+        for module in self._written:
+            yield module.register_forward_pre_hook(lambda *_: self._step(1)).remove
+            yield module.register_forward_hook(lambda *_: self._step(-1), always_call=True).remove
+
+    @contextlib.contextmanager
+    def holding(self) -> Iterator[None]:
+        """A context whose backward passes take them for constants, of a model that trains."""
+        before, self.holds = self.holds, True
+        try:
+            yield
+        finally:
+            self.holds = before
+
+    def constant(self, tensor: Tensor) -> Tensor:
+        """The tensor, as a constant of the backward pass."""
+        return _Switch.apply(tensor, None, self) if self.trains else tensor.detach()
+
+    def _step(self, into: int) -> None:
+        if threading.get_ident() == self._thread:
+            self._within += into
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return self.followed(func, args, kwargs or {}, roots=self._within > 0)
+
+    def followed(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], roots: bool) -> Any:
+        """The result of a function of torch: a norm's with the gradient of a linear function, a root's as a constant."""
+        if self.norms and func in _NORMS:
+            return _NORMS[func](self, func, *args, **kwargs)
+        if self.attention and func in (functional.scaled_dot_product_attention, SCORE_ATTENTION):
+            query, key, *rest = args
+            return func(self.constant(query), self.constant(key), *rest, **kwargs)
+        if roots and func is functional.normalize:
+            return _normalize(self.constant, *args, **kwargs)
+        result = func(*args, **kwargs)
+        is_constant = roots and (func in _ROOTS or (func in _POWERS and len(args) > 1 and args[1] in (0.5, -0.5)))
+        if self.attention and func in SOFTMAX:
+            is_constant = is_map(first_argument(args, kwargs), args[1] if len(args) > 1 else kwargs.get("dim"))
+        return self.constant(result) if is_constant else result
+
+    def linear(self, func: Any, args: tuple[Any, ...], x: Tensor, norm: _Norm) -> Any:
+        """func(*args), a norm of x, whose backward pass is that of a linear function."""
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return func(*args)
+        if not self.trains:
+            return _Linear.apply(x, norm, func, args)
+        output = func(*args)
+        held = norm.times_weight(norm.scaled(x, norm.over_root(x).detach()))
+        return _Switch.apply(output, held.to(output.dtype), self)
+
+
+class _Norm(NamedTuple):
+    """y = (x - mean) / root * weight + bias, over the last dimension of x in the shape `groups`."""
+
+    groups: Sequence[int]
+    weight: Tensor | None  # broadcasts to x
+    centred: bool
+    eps: float
+
+    def over_root(self, x: Tensor) -> Tensor:
+        """1 / root, over the groups, in float32 or float64."""
+        rows = x.reshape(*self.groups).to(torch.promote_types(x.dtype, torch.float32))
+        squares = rows.var(-1, correction=0, keepdim=True) if self.centred else rows.square().mean(-1, keepdim=True)
+        return (squares + self.eps).rsqrt()
+
+    def scaled(self, x: Tensor, over_root: Tensor) -> Tensor:
+        """(x - mean) / root, which is also the transposed of this map."""
+        rows = x.reshape(*self.groups).to(over_root.dtype)
+        return ((rows - rows.mean(-1, keepdim=True) if self.centred else rows) * over_root).reshape(x.shape)
+
+    def times_weight(self, x: Tensor) -> Tensor:
+        return x if self.weight is None else x * self.weight
+
+
+class _Linear(torch.autograd.Function):
+    """A norm whose root is a constant; its weight and bias are constants as well."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, norm: _Norm, func: Any, args: tuple[Any, ...]) -> Any:
+        ctx.norm, ctx.dtype = norm, x.dtype
+        ctx.save_for_backward(norm.over_root(x))
+        return func(*args)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        (over_root,) = ctx.saved_tensors
+        return ctx.norm.scaled(ctx.norm.times_weight(grad), over_root).to(ctx.dtype), None, None, None
+
+
+class _Switch(torch.autograd.Function):
+    """The first tensor, whose gradient goes to the second one while the owner holds denominators fixed; None = to nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, plain: Tensor, held: Tensor | None, owner: Frozen) -> Tensor:
+        ctx.owner = owner
+        return plain.view_as(plain)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        return (None, grad, None) if ctx.owner.holds else (grad, None, None)
+
+
+# --- torch's functions ---
+
+
+def _layer_norm(
+    frozen: Frozen, func: Any, input: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5,
+    *cudnn: bool,
+) -> Any:  # fmt: skip
+    norm = _Norm(_trailing(input, normalized_shape), weight, True, eps)
+    return frozen.linear(func, (input, normalized_shape, weight, bias, eps, *cudnn), input, norm)
+
+
+def _rms_norm(frozen: Frozen, func: Any, input: Tensor, normalized_shape: Any, weight: Any = None, eps: Any = None) -> Any:
+    norm = _Norm(_trailing(input, normalized_shape), weight, False, torch.finfo(input.dtype).eps if eps is None else eps)
+    return frozen.linear(func, (input, normalized_shape, weight, eps), input, norm)
+
+
+def _group_norm(
+    frozen: Frozen, func: Any, input: Tensor, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5,
+    *cudnn: bool,
+) -> Any:  # fmt: skip
+    channels = None if weight is None else weight.reshape(-1, *(1,) * (input.ndim - 2))
+    norm = _Norm((len(input), num_groups, -1), channels, True, eps)
+    return frozen.linear(func, (input, num_groups, weight, bias, eps, *cudnn), input, norm)
+
+
+def _trailing(x: Tensor, normalized_shape: Sequence[int]) -> tuple[int, ...]:
+    return (*x.shape[: x.ndim - len(normalized_shape)], -1)
+
+
+_NORMS: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys((functional.layer_norm, torch.layer_norm), _layer_norm),
+    **dict.fromkeys((functional.rms_norm, torch.rms_norm), _rms_norm),
+    **dict.fromkeys((functional.group_norm, torch.group_norm), _group_norm),
+}
+
+
+# --- norms that a module writes out ---
+
+
+def _may_be_written(module: nn.Module) -> bool:
+    """Whether a module may write a norm out: it has no parts, and no parameters but vectors."""
+    of_torch = type(module).__module__.startswith("torch.nn.modules.")
+    return not of_torch and next(module.children(), None) is None and all(x.ndim < 2 for x in module.parameters())
+
+
+def _kind(module: nn.Module) -> str:
+    kind = _kinds.get(type(module))
+    if kind is None:
+        tried = [_kind_of(module, x) for x in _numbers(module)]
+        kind = _kinds[type(module)] = next((each for each in tried if each != _NONE), _NONE)
+    return kind
+
+
+def _numbers(module: nn.Module) -> Iterator[Tensor]:
+    """Inputs that a norm of the module's size may take, with features last or second."""
+    size = max((x.numel() for x in module.parameters()), default=0)
+    size = size if size > 1 else 12
+    numbers = torch.sin(torch.arange(1.0, 6 * size + 1).square())
+    yield numbers.reshape(2, 3, size)
+    yield numbers[: 4 * size].reshape(1, size, 2, 2)
+
+
+def _kind_of(module: nn.Module, x: Tensor) -> str:
+    """The kind of a module, by a copy of it with parameters of our own: those of a model may be elsewhere."""
+    alike = copy.copy(module)
+    weights = {
+        name: None if p is None else 1 + torch.cos(torch.arange(1.0, p.numel() + 1)) / 2 for name, p in module._parameters.items()
+    }
+    vars(alike)["_parameters"] = {n: None if w is None else nn.Parameter(w, requires_grad=False) for n, w in weights.items()}
+    for gates in ((), (torch.ones_like(x),)):  # some take a gate, and have none by default
+
+        def run(numbers: Tensor, gates: tuple[Tensor, ...] = gates) -> Tensor:
+            output: Tensor = type(module).forward(alike, numbers, *gates)
+            return output
+
+        try:
+            with torch.no_grad():
+                output, larger, bias, unlike = run(x), run(x * _LARGER), run(torch.zeros_like(x)), run(x.roll(1, -1).square())
+            largest = (output - bias).abs().max()
+            if output.shape != x.shape or not bool((larger - output).abs().max() < _EQUAL * largest):
+                continue
+            if bool((unlike - output).abs().max() < _EQUAL * largest):
+                continue
+            return _HELD if _is_linear(run, x, (output - bias).detach()) else _MISSED
+        except Exception:  # a module of another kind takes other arguments, or none
+            continue
+    return _NONE
+
+
+def _is_linear(run: Callable[[Tensor], Tensor], x: Tensor, linear: Tensor) -> bool:
+    """Whether the module has the gradient of a linear function where its roots are constants."""
+    x = x.clone().requires_grad_()
+    with torch.enable_grad(), _AllRoots(nn.Module()):
+        output = run(x)
+    (grad,) = torch.autograd.grad(output, x, linear)
+    expected = linear.square().sum()
+    return bool(((grad * x).sum() - expected).abs() < _EQUAL * expected)
+
+
+class _AllRoots(Frozen):
+    """Roots are constants wherever they are taken."""
+
+    def followed(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], roots: bool = True) -> Any:
+        return super().followed(func, args, kwargs, roots=True)
+
+
+def _normalize(constant: Callable[[Tensor], Tensor], input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12) -> Tensor:
+    return input / constant(input.norm(p, dim, keepdim=True).clamp_min(eps)).expand_as(input)
