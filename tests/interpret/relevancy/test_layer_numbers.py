@@ -1,0 +1,140 @@
+"""Layers have one numbering, that of the model's blocks, wherever a number of a layer goes in or comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import vlattn_fast as va
+from tests.interpret.relevancy.test_recurrences_of_models import IDS, INPUTS, made, near, of_last, stored
+from tools.models.mixers import each_within
+from tools.models.stored import Double, in_double, stored_rows
+from vlattn_fast.interpret.intervening.seen_calls import see
+
+transformers = pytest.importorskip("transformers")
+HYBRIDS = [
+    *("Jamba", "Bamba", "Zamba", "Zamba2", "Qwen3Next", "RecurrentGemma", "FalconH1", "NemotronH", "GraniteMoeHybrid", "MiniMax"),
+    *("KimiLinear", "OlmoHybrid", "Lfm3", "Rwkv", "xLSTM"),
+]
+WHOLE = {"input_ids": IDS}
+
+
+@pytest.fixture
+def double() -> Iterator[None]:
+    with in_double():
+        yield
+
+
+def mllama() -> Any:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 64, "pad_token_id": 0}
+    crosses = {"num_hidden_layers": 5, "cross_attention_layers": [1, 3], "num_key_value_heads": 2}
+    return transformers.MllamaForCausalLM(transformers.MllamaTextConfig(**sizes, **crosses)).eval()
+
+
+def relevancy(model: Any, **options: Any) -> Any:
+    with each_within(model, Double):
+        return va.explain(model, INPUTS, target=7, **options)
+
+
+@pytest.mark.parametrize("kind", [*HYBRIDS, "Mllama"])
+def test_a_layer_is_a_block_by_its_index(kind: str) -> None:
+    model = mllama() if kind == "Mllama" else made(kind)
+    seen = see(model, WHOLE)
+    attend = {call.layer: call.path for call in seen.calls}
+    mix = {layer: place.strip("'") for _, layer, place in seen.mixing}
+    blocks = "rwkv.blocks" if kind == "Rwkv" else "backbone.blocks" if kind == "xLSTM" else "model.layers"
+    for layer, path in (attend | mix).items():
+        assert path.startswith(f"{blocks}.{layer}.")
+    if kind != "FalconH1":  # no rule has a map of one of its layers
+        assert va.explain(model, WHOLE, per="layer").layers == {"language": sorted(attend | mix)}
+    if not attend:
+        return
+    last = sorted(attend)[-1]
+    table = va.attribute_edges(model, WHOLE, {"first": (0, 4), "others": (4, 9)})
+    assert {edge.layer for edge in table} == set(attend)
+    assert va.information_flow(model, [(WHOLE, None)], window=1, keys=(0, 4)).layers == tuple(sorted(attend))
+    assert set(va.record_heads(model, WHOLE).means) == set(attend)
+    cut = va.Knockout(queries="last", keys=(0, 4), layers=last)
+    states = [around(model, model.get_submodule(blocks)[last], edits) for edits in ([], [cut])]
+    assert torch.equal(states[0][0], states[1][0]) and not torch.equal(states[0][1], states[1][1])
+
+
+def around(model: Any, block: nn.Module, edits: list[Any]) -> list[Tensor]:
+    """The states in front of a block and behind it."""
+    states = list[Tensor]()
+
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        states.extend([args[0] if args else kwargs["hidden_states"], output[0] if isinstance(output, tuple) else output])
+
+    with torch.no_grad(), va.intervene(model, WHOLE, edits) if edits else nullcontext():
+        handle = block.register_forward_hook(note, with_kwargs=True)
+        model(**WHOLE, use_cache=False)
+        handle.remove()
+    return states
+
+
+@pytest.mark.parametrize("kind", ["Zamba", "Zamba2", "Rwkv", "NemotronH", "Jamba", "RecurrentGemma"])
+def test_the_last_layer_is_the_same_for_all(kind: str, double: None) -> None:
+    model = made(kind)
+    alone = relevancy(model, per="layer", layers=[-1])
+    (last,) = alone.layers["language"]
+    assert last == relevancy(model, per="layer").layers["language"][-1]
+    expected = alone.relevancy["language"][0] + of_last()
+    for start_layer in (-1, last):
+        near(relevancy(model, start_layer=start_layer).relevancy["language"], expected)
+        with each_within(model, Double), va.nn.capture_relevancy(model, start_layer=start_layer) as captured:
+            scores = model(**INPUTS, use_cache=False).logits[:, -1, 7]
+            near(captured.relevancy(scores.sum()).detach(), expected)
+
+
+@pytest.mark.parametrize("kind", ["Zamba", "Rwkv"])
+def test_a_block_of_two_mixers_has_the_row_of_both(kind: str, double: None) -> None:
+    maps, scores = stored(kind)
+    model = made(kind)
+    got = relevancy(model, per="layer")
+    sizes = {"Zamba": [1, 2, 1, 2], "Rwkv": [2, 2]}[kind]
+    assert got.layers == {"language": list(range(len(sizes)))}
+    for row, of_block in zip(got.relevancy["language"], torch.arange(len(maps)).split(sizes), strict=True):
+        expected = stored_rows([maps[number] for number in of_block], scores, of_last())
+        near(row + of_last(), expected)
+    by_number = relevancy(model, per="layer", layers=[1, -2]).relevancy["language"]
+    torch.testing.assert_close(by_number, got.relevancy["language"][[1, len(sizes) - 2]], rtol=1e-9, atol=0)
+
+
+def test_blocks_without_the_map_that_is_asked_for() -> None:
+    with pytest.raises(
+        ValueError, match=r"mixes tokens several times.*got 'rwkv.blocks.1.attention' and 'rwkv.blocks.1.feed_f.* in layer 1 "
+    ):
+        va.explain(made("Rwkv"), WHOLE, per="head", layers=[1])
+    zamba = made("Zamba")
+    assert va.explain(zamba, WHOLE, per="head", layers=[0, 2]).layers == {"language": [0, 2]}
+    with pytest.raises(ValueError, match=r"in layer 3 of 'language'"):
+        va.explain(zamba, WHOLE, per="layer", layers=[0, 3], heads=[0])
+    nemotron = made("NemotronH")  # recurrence, experts, attention, MLP
+    for number in (1, -2, 3):
+        with pytest.raises(
+            ValueError, match=rf"layers must be among \[0, 2\], which mix tokens, in tower 'language'; got {number}"
+        ):
+            va.explain(nemotron, WHOLE, per="layer", layers=[number])
+    rows = [va.explain(nemotron, WHOLE, start_layer=number).relevancy["language"] for number in (1, 2, -1)]
+    assert torch.equal(rows[0], rows[1]) and torch.equal(rows[1], rows[2])
+    with pytest.raises(ValueError, match=r"start_layer must be from -1 \(the last layer\) to 2"):
+        va.explain(nemotron, WHOLE, start_layer=3)
+    for number, why in ((0, "'model.layers.0.mixer' .*, without a softmax"), (1, "")):
+        with pytest.raises(ValueError, match=rf"layers must be among \[2\], which attend; got {number}, {why}"):
+            va.intervene(nemotron, WHOLE, va.Knockout(queries="last", keys=(0, 2), layers=number))
+
+
+def test_both_attentions_of_a_decoders_block_are_one_layer() -> None:
+    sizes = {"vocab_size": 60, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)).eval()
+    seen = see(model, {"input_ids": IDS})
+    assert [(call.layer, call.crosses) for call in seen.calls if "decoder" in call.path] == [
+        *((0, False), (0, True)),
+        *((1, False), (1, True)),
+    ]

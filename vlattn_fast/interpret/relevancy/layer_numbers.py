@@ -1,0 +1,64 @@
+"""The numbers of a tower's layers."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection
+
+from torch import nn
+
+from vlattn_fast.attach.session import in_layers, split_path
+
+TOKENWISE = ("mlp", "moe")  # kinds of layers whose tokens do not reach one another, as layers of Nemotron-H say of themselves
+
+
+class LayerNumbers:
+    """Counts blocks: all calls in one part of a list of layers are of one layer. Parts of the list that mix no tokens count as
+    well, and so do those of a recorded list that do not run: the number is the part's index where a tower has one list.
+
+    Args:
+        model: the whole model.
+        recorded: the lists of layers that the tower's record names.
+        ran: the paths of the modules that have run.
+    """
+
+    def __init__(self, model: nn.Module, recorded: Collection[str], ran: Collection[str]) -> None:
+        self._model, self._recorded, self._ran = model, recorded, ran
+        self.last = -1  # the number of the last layer that called attention, from 0
+        self._paths: list[str] = []  # the modules in it that did
+        self._crossed = False  # the last of them attended to another tower
+
+    def enter(self, path: str, crosses: bool) -> int:
+        """The number of the layer of the next call. Self-attention and cross-attention in one part of a list of layers are in one
+        layer, also where they lie in a list of their own, as in T5."""
+        before = self._paths[-1] if self._paths else None
+        same = before is not None and path not in self._paths
+        if same and before is not None and split_path(before) != split_path(path):
+            same = crosses != self._crossed and in_layers(_common(before, path))
+        if same:
+            self._paths.append(path)
+        else:
+            self.last += 1 + self._without_call(before, path)
+            self._paths = [path]
+        self._crossed = crosses
+        return self.last
+
+    def _without_call(self, before: str | None, path: str) -> int:
+        """How many layers lie between that of the last call and that of `path` in its list."""
+        if not in_layers(path):
+            return 0
+        layers, index = split_path(path)
+        last, number = ("", -1) if before is None else split_path(before)
+        parts = list(self._model.get_submodule(layers).named_children())[number + 1 if last == layers else 0 : index]
+        recorded = layers in self._recorded
+        return sum(
+            getattr(part, "block_type", None) in TOKENWISE
+            or (recorded and ".".join(filter(None, (layers, name))) not in self._ran)
+            for name, part in parts
+        )
+
+
+def _common(one: str, another: str) -> str:
+    """The modules around both paths."""
+    pairs = zip(one.split("."), another.split("."), strict=False)
+    return ".".join(part for part, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
