@@ -1,7 +1,8 @@
 """The five observations of VALUE (Cao et al., "Behind the Scene", ECCV 2020), on UNITER trained on DigitScenes.
 
 Observations (i), (ii) and (iii) of the paper's abstract are tested. For (iv), relations of regions in plotted attention, a linear
-probe reads two numbers of each head. For (v), linguistic knowledge in attention heads, linear probes read the states after a layer.
+probe reads two numbers of each head. For (v), linguistic knowledge in attention heads, linear probes read the states after a
+layer.
 
 A seed stands for a trained model, the same model untrained, and its test scenes. Controls are the untrained model and captions of
 other scenes. [CLS] and [SEP] count as neither text nor image: otherwise seven of eleven tokens would be text, and a head that
