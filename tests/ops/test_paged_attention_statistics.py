@@ -18,7 +18,6 @@ from tests.helpers.ops.score_cases import lay_out
 from vlattn_fast.backends.reference.paged_attention_statistics import STATISTICS
 from vlattn_fast.backends.streaming import _tiles
 from vlattn_fast.checking import verify
-from vlattn_fast.ops import paged_attention_statistics as operator
 
 FAST = ("streaming", "cpu", "triton")
 LENGTHS, COUNTS = (37, 70, 9, 0, 64), (37, 1, 0, 0, 5)  # keys and queries of each request
@@ -181,16 +180,13 @@ def test_windows_that_begin_within_a_tile_of_keys(window: int, backend: str) -> 
 
 @on(*FAST)
 def test_blocks_that_the_cache_does_not_have(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU nobody reads the numbers of the table before a kernel does: no query sees these keys. What lies in front of the
-    cache and behind it is NaN."""
-    monkeypatch.setattr(operator, "_check_values", lambda _: None)
+    """No query sees their keys where nobody reads the table first, as on a GPU. NaN lies in front of the cache and behind it."""
+    monkeypatch.setattr("vlattn_fast.ops.paged_attention_statistics._check_values", lambda _: None)
     of = requests()
     inputs = as_dtype(tensors(of), finest(backend))
-    cache = inputs["key_cache"]
-    blocks, beyond = len(cache), torch.full((2, *cache.shape[1:]), torch.nan, dtype=cache.dtype)
-    inputs["key_cache"] = torch.cat([beyond, cache, beyond])[2:-2]
-    for (r, column), number in {(0, 1): blocks, (1, 2): blocks + 1, (1, 0): -1, (4, 3): blocks, (4, 0): -2}.items():
-        of["block_table"][r, column] = number
+    blocks, beyond = len(inputs["key_cache"]), torch.full_like(inputs["key_cache"][:2], torch.nan)
+    inputs["key_cache"] = torch.cat([beyond, inputs["key_cache"], beyond])[2:-2]
+    of["block_table"][[0, 1, 1, 4, 4], [1, 2, 0, 3, 0]] = torch.tensor([blocks, blocks + 1, -1, blocks, -2])
     check(backend, inputs, {**of, **groups(of, 70)})
 
 
