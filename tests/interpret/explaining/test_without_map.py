@@ -64,5 +64,5 @@ def test_models_with_maps_and_models_of_words_have_no_such_sentence():
     for case in (CASES["clip"](), CASES["bert"]()):
         explanation = va.explain(case.model, case.inputs)
         assert explanation.no_map is None and notes(explanation.plot()) == ""
-    with pytest.raises(ValueError, match=r"no token of text has a place in it. .*grid=\(h, w\) and prefix=; or leave the image out"):
+    with pytest.raises(ValueError, match=r"no token of text has a place .*grid=\(h, w\) and prefix=; or leave the image out"):
         va.Explanation({"text": torch.rand(1, 3)}).plot(PHOTO)

@@ -182,7 +182,7 @@ def test_an_explanation_without_maps_says_what_to_do() -> None:
     ):
         why = explanation.no_map or r"no token of tower0 has a place in it. .* explain with grid=\(h, w\) and prefix="
         for draw in (explanation.plot, explanation.to_html, explanation.overlay):
-            with pytest.raises(ValueError, match=f"image must be None for .* without maps and boxes: {why}; or leave the image out"):
+            with pytest.raises(ValueError, match=f"image must be None .* without maps and boxes: {why}; or leave the image out"):
                 draw(PHOTO)
 
 
