@@ -82,7 +82,7 @@ FIRST_USE = """
 import inspect, sys
 import vlattn_fast as va
 packages = {"interpret", "lab", "models", "nn", "serve"}
-assert set(dir(va)) == {*packages, *va.__all__, "__version__"}, set(dir(va)) - set(va.__all__)
+assert packages <= set(dir(va)) == {*va._PACKAGES, *va.__all__, "__version__"}, set(dir(va)) - set(va.__all__)
 for name in ("explain", "evaluate", "probe", "prompt_maps", "explain_dataset", "load_explanations"):
     function = getattr(va, name)
     assert function is getattr(sys.modules["vlattn_fast.interpret"], name) and function.__doc__ and name in vars(va)
