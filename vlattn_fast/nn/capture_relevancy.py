@@ -30,6 +30,7 @@ from vlattn_fast.interpret.explaining.question import (
     check_relevancy,
     check_scores,
     warn_of_lost_gradients,
+    warn_of_missed_norms,
     warn_of_other_keys,
 )
 from vlattn_fast.interpret.explaining.read_rows import starts_of
@@ -200,6 +201,7 @@ class RelevancyCapture:
             rows = seen.method.carried(backward)
         check_relevancy(request, Question(scores, [(scores, starts)]), run, rows, backward.brought)
         warn_of_lost_gradients(run)
+        warn_of_missed_norms(seen.method)
         warn_of_other_keys(run)
         by_tower = {tower.name: row[:, 0] for tower, row in zip(run.towers, rows, strict=True)}
         return by_tower if len(by_tower) > 1 or isinstance(read, Mapping) else next(iter(by_tower.values()))

@@ -37,7 +37,7 @@ class Answer:
         column = torch.arange(self.answer_positions.shape[1]).expand(len(last), -1)
         return self.answer_positions.gather(1, torch.minimum(column, last))
 
-    def scores(self, logits: Any, kept: Tensor | None, of: str) -> Tensor:
+    def scores(self, logits: Any, kept: Tensor | None, of: str = LOG_PROBABILITY) -> Tensor:
         """The logits, log-probabilities or margins (`of`) of the answer's tokens, (B, T), 0 for padding.
 
         Args:

@@ -26,6 +26,7 @@ from vlattn_fast.interpret.explaining.question import (
     backward_pass,
     check_relevancy,
     warn_of_lost_gradients,
+    warn_of_missed_norms,
     warn_of_other_keys,
 )
 from vlattn_fast.interpret.explaining.request import Prompt, Read, Request, Target, lay_out
@@ -260,6 +261,7 @@ def _of_towers(
 
 def assemble(request: Request, prompt: Prompt, run: Run, question: Question, rows: Rows) -> Explanation:
     warn_of_lost_gradients(run)
+    warn_of_missed_norms(request.method)
     warn_of_other_keys(run)
     (relevancy, brought), fields, owners = _of_towers(request, prompt, run, question, rows)
     fields |= {

@@ -21,7 +21,7 @@ from vlattn_fast.interpret.explaining.read_rows import starts_of
 from vlattn_fast.interpret.explaining.request import Prompt, Request
 from vlattn_fast.interpret.explaining.run import Run
 from vlattn_fast.interpret.records.unsupported import UndefinedRelevancy
-from vlattn_fast.interpret.relevancy.method import LOG_PROBABILITY, LOGIT, BackwardPass, Said, read_tokens
+from vlattn_fast.interpret.relevancy.method import LOG_PROBABILITY, LOGIT, BackwardPass, Method, Said, read_tokens
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 
 Pass = tuple[Tensor | None, list[Tensor]]  # of one backward pass: the score (B,), and the rows (B, T, N) to read in each tower
@@ -222,6 +222,14 @@ def warn_of_lost_gradients(run: Run) -> None:
     layers = tuple(f"{path}." for tower in run.carrying for path in tower.lists)
     if lost := [path for path in run.trace.without_gradient if path.startswith(layers)]:
         warnings.warn(f"The relevancy lacks what goes through {_names(run, lost)}", stacklevel=2)
+
+
+def warn_of_missed_norms(method: Method) -> None:
+    """A warning where modules divide by a norm of their input whose derivative stays."""
+    if method.frozen is not None and (missed := method.frozen.missed):
+        more = f" and {len(missed) - 3} more modules" if len(missed) > 3 else ""
+        some = f"{', '.join(missed[:3])}{more}"
+        warnings.warn(f"freeze does not reach the norm in {some}, which keeps its derivative", stacklevel=2)
 
 
 def warn_of_other_keys(run: Run) -> None:

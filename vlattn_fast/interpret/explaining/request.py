@@ -137,14 +137,14 @@ def lay_out(request: Request, inputs: Mapping[str, Any]) -> Prompt:
 
 def _method_of_call(method: str | Method, weighting: str | Weighting, steps: int | None, selection: Selection | None) -> Method:
     """The method, or its maps of layers or heads."""
-    if isinstance(method, Method):
+    if isinstance(method, str):
+        whole = find_method(method)(weighting, steps)  # with the errors of its arguments
+    else:
+        whole = method_of(method)
         if weighting != "contribution" or steps is not None:
             raise ValueError(
-                f"weighting and steps must be options of the method where it is an object; got them beside {method!r}"
+                f"weighting and steps must be options of the method where it is an object; got them beside {whole!r}"
             )
-        whole = method_of(method)
-    else:
-        whole = find_method(method)(weighting, steps)  # with the errors of its arguments
     return whole if selection is None else LayerMaps(whole, selection)
 
 

@@ -1,0 +1,259 @@
+"""`freeze`: the backward pass takes denominators of norms, or attention weights, for constants, and nothing else changes."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import vlattn_fast as va
+from tests.helpers.interpret.cases import CASES, in_double, lively
+from vlattn_fast.attach.frozen import Frozen
+
+METHODS = [va.methods.Gradient, va.methods.Weighted, va.methods.GradCam, va.methods.InputGradient, va.methods.Glimpse]
+
+
+class Detached(nn.Module):
+    """A LayerNorm or a norm by the root mean square, written out, whose denominator is detached."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.weight, self.bias = norm.weight, getattr(norm, "bias", None)
+        self.eps = norm.eps if isinstance(norm, nn.LayerNorm) else norm.variance_epsilon
+        self.centred = isinstance(norm, nn.LayerNorm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.centred:
+            x = x - x.mean(-1, keepdim=True)
+            return x / (x.square().mean(-1, keepdim=True) + self.eps).sqrt().detach() * self.weight + self.bias
+        x32 = x.float()  # as transformers computes it, whatever the dtype
+        root = torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps).detach()
+        return self.weight * (x32 * root).to(x.dtype)
+
+
+def detached(model: nn.Module) -> nn.Module:
+    """A copy of the model with detached denominators."""
+    model = copy.deepcopy(model)
+    for module in list(model.modules()):
+        for name, part in list(module.named_children()):
+            if isinstance(part, nn.LayerNorm) or type(part).__name__.endswith("RMSNorm"):
+                setattr(module, name, Detached(part))
+    return model
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("case", CASES, indirect=True)
+def test_norms_are_constants(case: Any, method: type[va.methods.Method]) -> None:
+    inputs = in_double(case)
+    frozen = va.explain(case.model, inputs, method=method(freeze=("norms",)))
+    plain = va.explain(case.model, inputs, method=method.name)
+    expected = va.explain(detached(case.model), inputs, method=method.name)
+    assert torch.equal(frozen.scores, plain.scores)
+    for tower, row in expected.relevancy.items():
+        assert (frozen.relevancy[tower] - row).abs().max() < 1e-9 * row.abs().max()
+        assert (plain.relevancy[tower] - row).abs().max() > 1e-4 * row.abs().max()
+
+
+@pytest.mark.parametrize("case", ["vit"], indirect=True)
+def test_each_layer_and_the_label(case: Any) -> None:
+    inputs = in_double(case)
+    frozen = va.explain(case.model, inputs, method=va.methods.Gradient(freeze=("norms",), of="margin"), per="layer")
+    expected = va.explain(detached(case.model), inputs, method=va.methods.Gradient(of="margin"), per="layer")
+    torch.testing.assert_close(frozen.relevancy["vision"], expected.relevancy["vision"], rtol=0, atol=1e-12)
+    whole = va.explain(case.model, inputs, method=va.methods.Weighted("norm", freeze=("norms", "attention")))
+    assert whole.method == "weighted(freeze=norms+attention, weighting=norm)"
+
+
+class Attends(nn.Module):
+    """Two layers of attention, by torch's function or written out; `constant`: with detached weights."""
+
+    def __init__(self, by_hand: bool, constant: bool = False) -> None:
+        super().__init__()
+        self.embed = nn.Linear(6, 8)
+        self.layers = nn.ModuleList(nn.Linear(8, 24) for _ in range(2))
+        self.by_hand, self.constant = by_hand, constant
+
+    def forward(self, features: Tensor) -> Tensor:
+        x = self.embed(features)
+        for layer in self.layers:
+            query, key, value = layer(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+            if self.by_hand or self.constant:
+                weights = (query @ key.mT / 2).softmax(-1)
+                out = (weights.detach() if self.constant else weights) @ value
+            else:
+                out = nn.functional.scaled_dot_product_attention(query, key, value)
+            x = x + out.transpose(1, 2).flatten(2)
+        return x[:, 0].square()
+
+
+@pytest.mark.parametrize("method", [va.methods.Gradient, va.methods.Weighted, va.methods.InputGradient])
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_attention_is_constant(method: type[va.methods.Method], by_hand: bool) -> None:
+    torch.manual_seed(0)
+    model, inputs = Attends(by_hand).double(), {"features": torch.randn(2, 5, 6).double()}
+    constant = Attends(by_hand, constant=True).double()
+    constant.load_state_dict(model.state_dict())
+    how: dict[str, Any] = {"target": lambda outputs: outputs[:, 1]}
+    if method.needs == "attention":
+        how["read"] = "cls"
+    frozen = va.explain(model, inputs, method=method(freeze=("attention",)), **how)
+    expected = va.explain(constant, inputs, method=method.name, **how)
+    plain = va.explain(model, inputs, method=method.name, **how)
+    for tower, row in expected.relevancy.items():
+        torch.testing.assert_close(frozen.relevancy[tower], row, rtol=0, atol=1e-12)
+        assert not torch.allclose(plain.relevancy[tower], row)
+
+
+def test_training_keeps_its_gradients() -> None:
+    """The loss has the plain derivatives, the relevancy those of constant denominators, from one forward pass."""
+    torch.manual_seed(0)
+    case = CASES["vit"]()
+    lively(case.model)
+    inputs = in_double(case)
+    model = case.model.eval()
+    for freeze in (("norms",), ("norms", "attention")):
+        with va.nn.capture_relevancy(model, method=va.methods.Gradient(freeze=freeze)) as captured:
+            logits = model(**inputs).logits
+        row = captured.relevancy(logits[:, 1])
+        expected = va.explain(model, inputs, target=1, method=va.methods.Gradient(freeze=freeze)).relevancy["vision"]
+        torch.testing.assert_close(row.detach(), expected, rtol=0, atol=1e-10)
+        of_loss = torch.autograd.grad(logits.square().sum(), list(model.parameters()), allow_unused=True)
+        plain = torch.autograd.grad(model(**inputs).logits.square().sum(), list(model.parameters()), allow_unused=True)
+        for one, another in zip(of_loss, plain, strict=True):
+            assert one is another is None or torch.allclose(one, another, rtol=1e-10, atol=0)
+
+
+class Gated(nn.Module):
+    """A norm by the root mean square of groups, behind a gate."""
+
+    def __init__(self, size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.rand(size)), eps
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        x = (x * nn.functional.silu(gate)).unflatten(-1, (2, -1))
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)).flatten(-2)
+
+
+class ByLargest(nn.Module):
+    """A norm by the largest magnitude, which takes no root."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / x.abs().amax(-1, keepdim=True)
+
+
+class ByPower(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (x.pow(2).mean(-1, keepdim=True) + 1e-6) ** -0.5
+
+
+class Squash(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sigmoid()
+
+
+def test_norms_are_found_by_what_they_compute() -> None:
+    model = nn.ModuleDict({"gated": Gated(12), "largest": ByLargest(), "squash": Squash(), "power": ByPower(), "gelu": nn.GELU()})
+    frozen = Frozen(model)
+    assert frozen.missed == ["'largest' (ByLargest)"]
+    x = torch.randn(3, 12, dtype=torch.float64, requires_grad=True)
+    gate, cotangent = torch.randn(3, 12).double(), torch.randn(3, 12).double()
+    with frozen:
+        gated, powered, squashed = model["gated"](x, gate), model["power"](x), model["squash"](x)
+    for output, is_norm in ((gated, True), (powered, True), (squashed, False)):
+        (grad,) = torch.autograd.grad(output, x, cotangent, retain_graph=True)
+        assert bool(torch.isclose((grad * x).sum(), (cotangent * output).sum())) == is_norm
+    (grad,) = torch.autograd.grad(model["gated"](x, gate), x, cotangent)
+    assert (grad * x).sum().abs() < 1e-4  # it is plain again
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_functions_of_torch(groups: int) -> None:
+    x = torch.randn(2, 6, 5, dtype=torch.float64, requires_grad=True)
+    cotangent, weight, bias = torch.randn(2, 6, 5).double(), torch.rand(6).double(), torch.rand(6).double()
+    f = nn.functional
+    calls = [
+        lambda: f.layer_norm(x, (6, 5)),
+        lambda: f.layer_norm(x, [5], eps=1e-3),
+        lambda: f.rms_norm(x, (5,), weight[:5]),
+        lambda: f.group_norm(x, groups, weight, bias),
+        lambda: torch.layer_norm(x, (5,), weight[:5], bias[:5]),
+    ]
+    for call in calls:
+        plain = call()
+        with Frozen(nn.Identity()):
+            output = call()
+        assert torch.equal(plain, output)
+        (grad,) = torch.autograd.grad(output, x, cotangent)
+        (of_plain,) = torch.autograd.grad(plain, x, cotangent)
+        constant = bias[:, None] if output is not None and call is calls[3] else bias[:5] if call is calls[4] else 0.0
+        torch.testing.assert_close((grad * x).sum(), (cotangent * (output - constant)).sum(), rtol=1e-9, atol=0)
+        assert (of_plain * x).sum().abs() < 0.1 * (grad * x).sum().abs() + 0.05
+
+
+@pytest.mark.parametrize("case", ["vit"], indirect=True)
+def test_it_leaves_no_trace(case: Any) -> None:
+    """After the call, after an error in it, and in another thread during it."""
+    model, inputs = case.model, case.inputs
+    x = torch.randn(3, 7, requires_grad=True)
+
+    def product() -> Tensor:
+        (grad,) = torch.autograd.grad(nn.functional.layer_norm(x, (7,)), x, torch.ones(3, 7).cumsum(1))
+        return (grad * x).sum().abs()
+
+    others: list[Tensor] = []
+
+    def fails(outputs: Any) -> Tensor:
+        thread = threading.Thread(target=lambda: others.append(product()))
+        thread.start()
+        thread.join()
+        raise RuntimeError("no score")
+
+    with pytest.raises(RuntimeError, match="no score"):
+        va.explain(model, inputs, target=fails, method=va.methods.Gradient(freeze=("norms",)))
+    va.explain(model, inputs, method=va.methods.Gradient(freeze=("norms",)))
+    assert product() < 1e-3 and others[0] < 1e-3
+    hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+    assert not any(hooks) and not nn.modules.module._global_forward_hooks
+
+
+class Missed(Attends):
+    def __init__(self) -> None:
+        super().__init__(by_hand=False)
+        self.norm = ByLargest()
+
+    def forward(self, features: Tensor) -> Tensor:
+        return super().forward(self.norm(features))
+
+
+def test_a_norm_that_is_not_reached_is_said() -> None:
+    model, inputs = Missed(), {"features": torch.randn(2, 5, 6)}
+    how: dict[str, Any] = {"target": lambda outputs: outputs[:, 1], "read": "cls"}
+    with pytest.warns(UserWarning, match=r"freeze does not reach the norm in 'norm' \(ByLargest\), which keeps its derivative"):
+        va.explain(model, inputs, method=va.methods.Gradient(freeze=("norms",)), **how)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        va.explain(model, inputs, method="gradient", **how)
+
+
+def test_options_that_are_none() -> None:
+    with pytest.raises(ValueError, match="freeze must be among norms, attention; got 'norm'"):
+        va.methods.Gradient(freeze=("norm",))
+    with pytest.raises(TypeError, match="freeze must be a sequence of names, or \\(\\)"):
+        va.methods.Gradient(freeze="norms")
+    with pytest.raises(ValueError, match="freeze must be left out for a method without gradients"):
+        va.methods.Rollout(freeze=("norms",))
+    with pytest.raises(ValueError, match="of must be left out for a method without gradients"):
+        va.methods.Attention(of="logit")
+    with pytest.raises(ValueError, match="of must be .*logit.*; got 'logits'"):
+        va.methods.Weighted(of="logits")
+    model, inputs = Attends(by_hand=False), {"features": torch.randn(2, 5, 6)}
+    with pytest.raises(TypeError, match=r"method must be a name or an object, as va.methods.Gradient\(\); got the class"):
+        va.explain(model, inputs, method=va.methods.Gradient, read="cls")
+    with pytest.raises(ValueError, match="of must be left out where target is a callable"):
+        va.explain(model, inputs, method=va.methods.Gradient(of="logit"), read="cls", target=lambda outputs: outputs[:, 0])
