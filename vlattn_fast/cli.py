@@ -33,6 +33,7 @@ from vlattn_fast.interpret.evaluating.plan import TESTS as EVALUATION_TESTS
 from vlattn_fast.interpret.explaining.loading import check_model, load_model, load_without_weights
 from vlattn_fast.interpret.intervening.one import cut_of, intervene_one, scale_of
 from vlattn_fast.interpret.probing.run import TESTS
+from vlattn_fast.interpret.relevancy.method import EXPLAINED
 from vlattn_fast.interpret.relevancy.methods.registry import METHODS
 from vlattn_fast.interpret.relevancy.sinks import MODES as SINKS
 from vlattn_fast.ops import OPERATORS
@@ -259,6 +260,8 @@ def explain(
     through_connector: Annotated[bool, typer.Option("--through-connector", help="Go on into the vision tower.")] = False,
     per: Annotated[str | None, typer.Option(help="layer or head: the map of each by itself, on one sheet.")] = None,
     sinks: Annotated[str | None, typer.Option(help="Attention without content: report names its tokens, remove; keep.")] = None,
+    freeze: Annotated[list[str] | None, typer.Option(help="Constants of the backward pass: norms, attention, or none.")] = None,
+    of: Annotated[str | None, typer.Option(help=f"Number that is explained: {', '.join(EXPLAINED)}.")] = None,
     answer: Annotated[str | None, typer.Option(help="Decoders: explain each token of this answer.")] = None,
     generate: Annotated[int | None, typer.Option(min=1, help="Decoders: generate so many tokens, and explain each.")] = None,
     dtype: Annotated[str | None, typer.Option(help=f"Of the model: {', '.join(MODEL_DTYPES)}; by default as stored.")] = None,
@@ -299,7 +302,8 @@ def explain(
     chosen, row = (int(x) if x is not None and x.lstrip("-").isdecimal() else x for x in (target, read))
     by_name: dict[str, Any] = {"method": methods[0], "start_layer": start_layer, "text": text or (), "target": chosen}
     by_name |= {"answer": answer, "generate": generate, "dtype": dtype, "read": row, "sinks": sinks}
-    by_name |= {"through_connector": through_connector}
+    by_name |= {"through_connector": through_connector, "of": of}
+    by_name |= {} if freeze is None else {"freeze": () if freeze == ["none"] else tuple(freeze)}
     try:
         with _refusing(ImportError, TypeError, ValueError, command=explain):
             check_model(model)  # before `out`: the reader mends what is named first

@@ -42,6 +42,20 @@ def test_explain_the_next_token_of_a_decoder(llava, picture, tmp_path):
     assert refused.exit_code == 2 and "is what LlavaForConditionalGeneration takes; got 2" in said(refused)
 
 
+def test_constants_and_the_explained_number(llava, picture, tmp_path):
+    run = ("explain", "--model", llava, "--image", picture, "--text", "a red square", "--answer", "blue circle")
+    said_of = {}
+    for of, options in (("logit", ("--of", "logit", "--freeze", "norms", "--freeze", "attention")), ("margin", ("--of", "margin"))):
+        result = vlattn(*run, "--out", tmp_path / "out.html", *options)
+        assert result.exit_code == 0, result.output
+        said_of[of] = re.search(rf"token 0: {of} (\S+)", result.output)[1]
+    assert said_of["logit"] != said_of["margin"]
+    refused = vlattn(*run, "--out", tmp_path / "out.html", "--freeze", "norm")
+    assert refused.exit_code == 2 and "freeze must be among norms, attention; got 'norm'" in said(refused)
+    refused = vlattn(*run, "--out", tmp_path / "out.html", "--method", "rollout", "--of", "logit")
+    assert refused.exit_code == 2 and "of must be left out for a method without gradients" in said(refused)
+
+
 def test_a_long_text_is_no_title(bert, tmp_path):
     out = tmp_path / "out.html"
     assert vlattn("explain", "--model", bert, "--text", "a red " * 40, "--out", out).exit_code == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 import transformers
@@ -59,6 +61,46 @@ def test_towers_that_attend_to_one_another(method):
     agrees(*(explain(model, inputs, method=m).relevancy.values() for m in (method, "gradient")), want)
     if method == "gradient:no_aggregation":  # what rule 11 puts in place of R_tt is zero in every other layer
         assert want[0].count_nonzero() == 0 and want[1].count_nonzero() > 0
+
+
+@pytest.mark.parametrize("kind", ["bart", "t5"])
+def test_one_hot_rollout_of_a_decoder(kind):
+    """Row t of the last cross-attention for each token of an answer. The published rule takes what later tokens take from t, and
+    says so."""
+    model, inputs = text_encoder_decoder(kind)
+    inputs["decoder_input_ids"] = torch.randint(3, 60, (2, 5))
+    outputs = model(**inputs, output_attentions=True)
+    maps = encoder_decoder_maps(outputs, outputs.logits.sum())
+    read = {"tower1": 2}
+    with pytest.warns(UserWarning, match="'rollout:one_hot' reads the attention of t alone") as warned:
+        other = explain(model, inputs, target=lambda o: o.logits[:, 2, 7], read=read, method="rollout").relevancy
+    assert len(warned) == 1
+    got = explain(model, inputs, target=lambda o: o.logits[:, 2, 7], read=read, method="rollout:one_hot").relevancy
+    for method, rows_of_method in (("rollout", other), ("rollout:one_hot", got)):
+        for name, want in zip(("tower1", "tower0"), published(method, maps, [2, 2]), strict=True):
+            assert_rows(rows_of_method[name], want, what=(method, name))
+    with torch.no_grad():  # the score cannot depend on what stands behind position 2, and nor does the map
+        inputs["decoder_input_ids"][:, 3:] = torch.randint(3, 60, (2, 2))
+    for method in ("rollout:one_hot", "rollout"):
+        with pytest.warns(UserWarning, match="later tokens") if method == "rollout" else contextlib.nullcontext():
+            again = explain(model, inputs, target=lambda o: o.logits[:, 2, 7], read=read, method=method).relevancy["tower0"]
+        before = (got if method == "rollout:one_hot" else other)["tower0"]
+        assert torch.allclose(again, before, rtol=1e-9, atol=0) == (method == "rollout:one_hot")
+    with pytest.warns(UserWarning, match="later tokens") as warned:  # of each token of an answer, once
+        explain(model, {"input_ids": inputs["input_ids"]}, answer=[[17, 30, 21]] * 2, method="rollout")
+    assert len(warned) == 1
+
+
+def test_one_hot_rollout_between_towers_that_see_all():
+    model, inputs = lxmert()
+    maps = lxmert_maps(model, inputs, lambda o: o.question_answering_score.max(-1).values.sum())
+    got = explain(model, inputs, method="rollout:one_hot").relevancy.values()  # no token is hidden from another: no warning
+    for row, want in zip(got, published("rollout:one_hot", maps, [0, 0]), strict=True):
+        assert_rows(row, want)
+    with pytest.raises(
+        ValueError, match="method must be 'rollout' for towers that do not attend to one another; got 'rollout:one"
+    ):
+        explain(*made("vit"), method="rollout:one_hot")
 
 
 def first(outputs):

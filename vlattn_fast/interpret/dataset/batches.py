@@ -23,6 +23,7 @@ from vlattn_fast.interpret.explaining.inputs import prepare_inputs
 from vlattn_fast.interpret.explaining.loading import build_inputs, check_parts, generate, on_device
 from vlattn_fast.interpret.explaining.similarity import SIMILARITY
 from vlattn_fast.interpret.records.registry import find_family
+from vlattn_fast.interpret.relevancy.method import Method
 from vlattn_fast.interpret.relevancy.methods.registry import find_method
 from vlattn_fast.interpret.relevancy.sinks import KEEP, MODES
 from vlattn_fast.interpret.result.explanation import Explanation
@@ -45,6 +46,8 @@ class Options:
     through_connector: bool = False
     read: str | int | None = None  # the row that is read; None = the record's
     sinks: str | None = None  # None = "keep", as runs had it that were begun without this option
+    freeze: tuple[str, ...] | None = None  # see `Method`; None = the method's default
+    of: str | None = None
 
     @classmethod
     def check(cls, model: str | Path, **options: Any) -> Options:
@@ -58,9 +61,16 @@ class Options:
         if dtype is not None and not (isinstance(dtype, str) and isinstance(getattr(torch, dtype, None), torch.dtype)):
             raise ValueError(f"dtype must be the name of one of torch's, as 'bfloat16'; got {dtype!r}")
         check_choice("sinks", KEEP if sinks is None else sinks, MODES)
-        find_method(options.get("method", cls.method))
         told = {"text": (text,) if isinstance(text, str) else tuple(text), "sinks": None if sinks == KEEP else sinks}
-        return cls(**{**options, **told, "model": str(model)})
+        if options.get("freeze") is not None:
+            told["freeze"] = tuple(options["freeze"])
+        asked = cls(**{**options, **told, "model": str(model)})
+        asked.method_of(asked.method)  # with its errors
+        return asked
+
+    def method_of(self, name: str) -> Method:
+        """The method of this name with the options."""
+        return find_method(name)(freeze=self.freeze, of=self.of)
 
     @property
     def of_sinks(self) -> dict[str, Any]:
@@ -218,7 +228,7 @@ class Batches:
         alike = SIMILARITY if targets and set(targets) == {SIMILARITY} else targets
         of_input: dict[str, Any] = {"target": alike, "answer": answer, "read": options.read}
         same: dict[str, Any] = {
-            "method": options.method,
+            "method": options.method_of(options.method),
             "start_layer": options.start_layer,
             "through_connector": options.through_connector,
             **options.of_sinks,

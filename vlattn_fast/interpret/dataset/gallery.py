@@ -12,7 +12,7 @@ from torch import Tensor
 from vlattn_fast._ground.extras import with_progress
 from vlattn_fast.interpret.dataset.failures import summary
 from vlattn_fast.interpret.result.explanation import Explanation
-from vlattn_fast.interpret.result.numbers.choices import Patch, Sample, read_samples, score_text, to_array
+from vlattn_fast.interpret.result.numbers.choices import Patch, Sample, explained_as, read_samples, score_text, to_array
 from vlattn_fast.interpret.result.pictures.figure import Painter
 from vlattn_fast.interpret.result.pictures.page import Page, data_uri, fill_template
 from vlattn_fast.interpret.result.pictures.photos import open_image, read_boxes, read_pictures
@@ -52,7 +52,7 @@ def _cards(explanations: Any, index: int, processor: Any, cmap: str) -> Iterator
             picture, note = _thumbnail(explanation, sample, None, None, cmap), str(error)
         yield {
             "name": name if len(explanation) == 1 else f"{name}, row {row}",
-            "scored": score_text(score, explanation.answer is not None),
+            "scored": score_text(score, explained_as(explanation)),
             "source": None if picture is None else _source(picture),
             "words": _words(sample),
             "note": note,

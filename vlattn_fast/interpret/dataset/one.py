@@ -37,7 +37,7 @@ def explain_one(
             model,
             inputs,
             target=options.target,
-            method=method,
+            method=options.method_of(method),
             start_layer=options.start_layer,
             read=options.read,
             answer=answer,
@@ -69,11 +69,11 @@ def explain_one(
 def _scores(explanation: Explanation, answer: Any, processor: Any, per: str | None) -> Iterator[str]:
     scores = [] if explanation.scores is None else explanation.scores.tolist()
     if answer is not None and per is not None:
-        yield f"answer: {score_text(scores[0], of_answer=True)}"
+        yield f"answer: {score_text(scores[0], explanation.of)}"
     elif answer is not None:
         for number, score in enumerate(scores[0]):
             word = processor.decode(token_ids(answer, processor, 1)[0][number])
-            yield f"token {number}: {score_text(score, of_answer=True)} {word!r}"
+            yield f"token {number}: {score_text(score, explanation.of)} {word!r}"
     for sample, score in enumerate(scores if answer is None else []):
         aim = "" if explanation.target is None else f" (target {explanation.target[sample]})"
         yield f"score {sample}: {score:.6g}{aim}"

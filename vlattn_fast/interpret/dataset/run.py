@@ -67,9 +67,9 @@ def explain_dataset(
         shard_size: explanations in a file. A shard is also written a minute after the last one.
         workers: threads that read pictures ahead.
         device: of the model; by default a GPU for each process, or the CPU.
-        options: method, start_layer, read, sinks and through_connector as in `explain`; text (one or several), target and answer
-            of inputs without them; generate (the most tokens of the model's own answer, which is then explained); dtype (the name
-            of the model's, by default as stored).
+        options: method, start_layer, read, sinks and through_connector as in `explain`; freeze and of as in `va.methods.Method`;
+            text (one or several), target and answer of inputs without them; generate (the most tokens of the model's own answer,
+            which is then explained); dtype (the name of the model's, by default as stored).
 
     Returns:
         The numbers of inputs that were explained now (`done`), that `failed`, and that were done before (`skipped`); `first`:
@@ -87,7 +87,10 @@ def explain_dataset(
     with joined() as ranks, contextlib.ExitStack() as stack:
         items = Items(dataset)
         model_name = str(Path(asked.model).resolve()) if Path(asked.model).is_dir() else asked.model
-        settings = {"format": FORMAT, **asdict(asked), "text": list(asked.text), "model": model_name, "dataset": items.digest}
+        listed = {
+            name: list(value) for name, value in asdict(asked).items() if isinstance(value, tuple)
+        }  # as JSON gives them back
+        settings = {"format": FORMAT, **asdict(asked), **listed, "model": model_name, "dataset": items.digest}
         _by_first(ranks, lambda: check_settings(out, settings))
         _by_first(ranks, lambda: check_place("out", out))
         batches = Batches(*_load(asked, ranks, device), asked)

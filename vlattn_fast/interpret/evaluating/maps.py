@@ -19,6 +19,7 @@ from vlattn_fast.interpret.evaluating.model_answers import Judge, Question
 from vlattn_fast.interpret.evaluating.perturbation import Sample, split
 from vlattn_fast.interpret.evaluating.plan import EDGES, Plan, Rival, takes_weighting, with_weighting
 from vlattn_fast.interpret.explaining.explain import explain
+from vlattn_fast.interpret.relevancy.method import Method
 from vlattn_fast.interpret.result.explanation import Explanation
 
 Maps = list[dict[str, Tensor | None]]  # per sample: part -> (n,)
@@ -61,7 +62,7 @@ def explain_batch(plan: Plan, judge: Judge, item: Any, generator: torch.Generato
     return Batch(question, samples, maps, check_truth(boxes, question.count))
 
 
-def run_method(model: nn.Module, question: Question, name: str, method: str | Rival, options: Mapping[str, Any]) -> Any:
+def run_method(model: nn.Module, question: Question, name: str, method: str | Method | Rival, options: Mapping[str, Any]) -> Any:
     """The result of the method that the table calls `name`; None = random."""
     if callable(method):
         return _of_tensors(name, method(model, question.inputs, question.target))
@@ -69,6 +70,9 @@ def run_method(model: nn.Module, question: Question, name: str, method: str | Ri
         return None
     if method == EDGES:  # it has no map
         return SimpleNamespace(image=None, text=None)
+    if isinstance(method, Method):
+        arguments = {option: value for option, value in options.items() if option != "weighting"}
+        return explain(model, question.inputs, target=question.target, method=method, **arguments)
     of_explain, weighting = with_weighting(method)
     arguments = {option: value for option, value in options.items() if option != "weighting" or takes_weighting(method)}
     arguments |= {"weighting": weighting} if weighting else {}

@@ -20,6 +20,7 @@ from vlattn_fast.interpret.evaluating.model_answers import Judge, Key
 from vlattn_fast.interpret.evaluating.plan import INTERVENTION, MEASURED, Plan
 from vlattn_fast.interpret.evaluating.ties import coarsest, constant, rounding
 from vlattn_fast.interpret.records.unsupported import UndefinedRelevancy
+from vlattn_fast.interpret.relevancy.method import Method
 from vlattn_fast.interpret.result.numbers.rank_correlation import rank_correlation
 
 _NEEDS = {
@@ -46,7 +47,7 @@ def lacks(tally: Tally, batch: Batch, plan: Plan) -> None:
     """Says of each test what no sample of the batch has."""
     texts = "input_ids" in batch.question.paired and not any(plan.options.get(name) for name in ("tokenizer", "processor"))
     for name, test, part in plan.keys:
-        unnamed = texts and part != "image" and isinstance(plan.methods[name], str)
+        unnamed = texts and part != "image" and isinstance(plan.methods[name], (str, Method))
         hint = "; tokenizer= tells which tokens are words" if unnamed and batch.maps[name][0]["text"] is None else ""
         tally.lacks[name, test, part] = f"no sample has {_NEEDS[test]}{hint}"
 

@@ -13,6 +13,7 @@ from vlattn_fast.attach.session import unwrapped
 from vlattn_fast.interpret.evaluating.box_scores import BOX_SCORES
 from vlattn_fast.interpret.evaluating.curves import CURVES, PARTS, TENTHS
 from vlattn_fast.interpret.evaluating.perturbation import Words
+from vlattn_fast.interpret.relevancy.method import Method
 from vlattn_fast.interpret.relevancy.methods.registry import ABLATIONS, METHODS, find_method
 
 PARTS_OF = {**{test: curve.parts for test, curve in CURVES.items()}, **dict.fromkeys(BOX_SCORES, ("image",)), "sanity": PARTS}
@@ -42,7 +43,7 @@ class Plan:
     """The arguments of one `evaluate`, checked."""
 
     model: nn.Module  # without its wrappers
-    methods: dict[str, str | Rival]  # name in the table -> a name of `explain`'s methods or of `_NO_METHODS`, or a callable
+    methods: dict[str, str | Method | Rival]  # name in the table -> a method of `explain`, a name of `_NO_METHODS`, or a callable
     tests: tuple[str, ...]
     steps: dict[str, tuple[float, ...]]  # of each test with a curve over perturbed inputs
     accuracy: Measure | None
@@ -100,7 +101,7 @@ class Plan:
         return {**named, "seed": self.seed, "sanity_stages": self.sanity_stages}
 
 
-def named_methods(methods: Any) -> dict[str, str | Rival]:
+def named_methods(methods: Any) -> dict[str, str | Method | Rival]:
     check_items("methods", methods, "a sequence or a dict of names and callables")
     if isinstance(methods, Mapping):
         named = dict(methods)
@@ -108,16 +109,17 @@ def named_methods(methods: Any) -> dict[str, str | Rival]:
         named = {}
         for method in methods:
             name = method if isinstance(method, str) else getattr(method, "__name__", type(method).__name__)
+            name = method.label if isinstance(method, Method) else name
             if name in named:
                 raise ValueError(f"methods must have different names (a dict gives them); got {name!r} twice")
             named[name] = method
     if not named:
         raise ValueError("methods must name at least one; got none")
     for method in named.values():
-        if callable(method):
+        if callable(method) or isinstance(method, Method):
             continue
         if not isinstance(method, str):
-            raise TypeError(f"methods must be names and callables; got {type(method).__name__}")
+            raise TypeError(f"methods must be names, objects of va.methods and callables; got {type(method).__name__}")
         name, weighting = with_weighting(method)
         known = [*METHODS, *ABLATIONS]
         if method not in _NO_METHODS and (name not in known or (weighting and not find_method(name).takes_weighting)):

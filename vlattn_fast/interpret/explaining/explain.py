@@ -28,12 +28,13 @@ from vlattn_fast.interpret.explaining.question import (
     warn_of_lost_gradients,
     warn_of_missed_norms,
     warn_of_other_keys,
+    warn_of_remarks,
 )
 from vlattn_fast.interpret.explaining.request import Prompt, Read, Request, Target, lay_out
 from vlattn_fast.interpret.explaining.run import Run, run_traced
 from vlattn_fast.interpret.explaining.without_map import why_no_map
 from vlattn_fast.interpret.relevancy.layer_maps import LayerMaps
-from vlattn_fast.interpret.relevancy.method import BackwardPass, Method
+from vlattn_fast.interpret.relevancy.method import LOG_PROBABILITY, BackwardPass, Method
 from vlattn_fast.interpret.relevancy.methods.registry import lists_methods
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.result.by_layer import LayerExplanation
@@ -263,12 +264,14 @@ def assemble(request: Request, prompt: Prompt, run: Run, question: Question, row
     warn_of_lost_gradients(run)
     warn_of_missed_norms(request.method)
     warn_of_other_keys(run)
+    warn_of_remarks(request.method)
     (relevancy, brought), fields, owners = _of_towers(request, prompt, run, question, rows)
     fields |= {
         "position": question.start_positions,
         "brought": {name: row for name, row in brought.items() if not torch.equal(row, relevancy[name])} or None,
         "scores": None if question.scores is None else question.scores.detach(),
         "target": question.target,
+        "of": request.method.of or (None if question.answer is None else LOG_PROBABILITY),
         "method": request.method.label,
         "start_layer": request.start_layer,
         "no_map": why_no_map(request.model, run.towers, prompt.arguments, fields),

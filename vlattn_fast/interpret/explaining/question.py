@@ -232,6 +232,12 @@ def warn_of_missed_norms(method: Method) -> None:
         warnings.warn(f"freeze does not reach the norm in {some}, which keeps its derivative", stacklevel=2)
 
 
+def warn_of_remarks(method: Method) -> None:
+    """A warning for each remark of the method."""
+    for remark in dict.fromkeys(method.remarks):
+        warnings.warn(remark, stacklevel=2)
+
+
 def warn_of_other_keys(run: Run) -> None:
     """A warning where towers attend to keys that are none of their tokens: no row has a place for them."""
     for tower in run.towers:

@@ -19,6 +19,8 @@ from vlattn_fast.interpret.intervening.editing import Editing
 from vlattn_fast.interpret.intervening.plans import Plans
 from vlattn_fast.interpret.intervening.seen_calls import NotesCalls, SeenModel, TowerName, see_run, watched_run
 from vlattn_fast.interpret.intervening.token_sets import TokenSet
+from vlattn_fast.interpret.relevancy.method import LOG_PROBABILITY
+from vlattn_fast.interpret.relevancy.methods.input_gradient import InputGradient
 
 _OF_NO_SAMPLE = ("logits_to_keep", "cache_position")  # tensors without an entry for each sample
 
@@ -44,6 +46,7 @@ class Asked:
         processor: Any,
         like: str | None,
         tower: TowerName,
+        of: str | None = None,
         notes: NotesCalls | None = None,
     ) -> Asked:
         """With the errors of `explain`, whose method "input_gradient" reads no row. `notes`: sees the calls, with gradients where
@@ -52,7 +55,7 @@ class Asked:
             model,
             inputs,
             target=target,
-            method="input_gradient",
+            method=InputGradient(freeze=(), of=of),
             start_layer=0,
             weighting="contribution",
             steps=None,
@@ -92,7 +95,8 @@ class Asked:
                 raise ValueError("target must be a callable where the outputs have no logits; got None")
             return scores, request.target if target is None else target
         answer = replace(prompt.answer, answer_positions=prompt.answer.answer_positions + self._before)
-        return answer.scores(request.record.scoring.logits(outputs), prompt.arguments.get("logits_to_keep")).sum(1), None
+        logits, of = request.record.scoring.logits(outputs), request.method.of or LOG_PROBABILITY
+        return answer.scores(logits, prompt.arguments.get("logits_to_keep"), of).sum(1), None
 
     @property
     def _before(self) -> int:

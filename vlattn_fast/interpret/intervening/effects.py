@@ -30,6 +30,7 @@ def attribute_edges(
     *,
     target: Any = None,
     answer: Any = None,
+    of: str | None = None,
     tower: str | tuple[str, str] | None = None,
     tokenizer: Any = None,
     processor: Any = None,
@@ -50,7 +51,9 @@ def attribute_edges(
             The table has each token once: other names give way to "answer", "last" and "special", in this order, and other groups
             must not overlap.
         target: as in `explain`: the score is a logit, or what a callable gives.
-        answer: as in `explain`, in place of a target: the score is the sum of the log-probabilities of its tokens.
+        answer: as in `explain`, in place of a target: the score is the sum over its tokens of what `of` says.
+        of: what is explained of a token or a class, "logit", "log_probability" or "margin", see `va.methods.Method`. None = the
+            log-probability of an answer, the logit of a target.
         tower: whose edges: a name, or (queries', keys') for cross-attention, whose groups are those that each of the two has.
             None = the only one that has all groups.
         tokenizer, processor, like: as in `explain`.
@@ -65,7 +68,8 @@ def attribute_edges(
     """
     named = _checked(groups)
     check_tower(tower)
-    question = {"target": target, "answer": answer, "tokenizer": tokenizer, "processor": processor, "like": like, "tower": tower}
+    question = {"target": target, "answer": answer, "of": of, "tower": tower}
+    question |= {"tokenizer": tokenizer, "processor": processor, "like": like}
     with torch.inference_mode(False), torch.enable_grad():
         notes = KeepsCalls()
         asked = Asked.check(model, inputs, **question, notes=notes)

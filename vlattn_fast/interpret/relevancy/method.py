@@ -122,6 +122,7 @@ class Method:
         kept: of each tower, what the method keeps for the backward pass.
         sinks: `explain`'s argument.
         seen: unless `sinks` is "keep", what each call says of its keys: the tower that attends, the tower of the keys, and that.
+        remarks: what a reader of the result must know; `explain` warns of each once.
     """
 
     name: str = ""
@@ -191,6 +192,7 @@ class Method:
         self.sinks = KEEP
         self.seen: list[tuple[TowerTrace, TowerTrace, Seen]] = []
         self.frozen: Frozen | None = None  # what the backward pass of the run takes for constants
+        self.remarks: list[str] = []
 
     def freezing(self, model: nn.Module) -> Frozen:
         """The context around a run whose backward pass takes for constants what `freeze` names."""

@@ -35,7 +35,7 @@ _OF_TOWERS = ("relevancy", "position", "brought")
 _TENSORS = ("text", "regions", "boxes", "scores")
 _FACTS = (
     *("image_rows", "token_ids", "words", "target", "method", "start_layer", "answer", "text_positions", "photos", "crops"),
-    *("token_names", "sinks", "no_map"),
+    *("token_names", "sinks", "no_map", "of"),
 )
 
 
@@ -62,6 +62,8 @@ class Explanation(Explained):
         regions: (B, R), the entries of image regions, for models that see boxes instead of patches.
         boxes: (B, R, 4), x1, y1, x2, y2 of the regions relative to the image.
         scores: (B,) the explained scores; None for methods without scores.
+        of: what the scores are, "logit", "log_probability" or "margin": always of an answer, of a target where the method's `of`
+            says it. None = a target's logit or similarity, or what a callable gives.
         target: text, class or token index of each score; None for a callable.
         method, start_layer: the arguments of `explain`.
         position: tower -> (B,) int64, the token whose row is read. Towers without such a token (mean, pooling head) are missing.

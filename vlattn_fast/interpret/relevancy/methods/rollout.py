@@ -40,15 +40,52 @@ class Rollout(CarriedMethod):
                 row, backward.brought[tower] = _rolled(calls, tower, start)
                 return row
             last = last_between(calls, tower, source)
-            column, eye = start, torch.eye(tower.size, dtype=start.dtype, device=start.device).expand(start.shape[0], -1, -1)
-            for call in calls[:last]:
-                if call.tower is tower and call.source is tower:
-                    column = (column + column @ _mean_attention(eye, call).mT) * _over_row_sum(call, column)
-            if (real := backward.real(tower)) is not None:
-                column = column.masked_fill(~real[:, None].to(column.device), 0.0)
-            return _rolled(calls[:last], source, _mean_attention(column, calls[last]))[0]
+            queries = self.attending(backward, tower, start, calls[:last])
+            return _rolled(calls[:last], source, _mean_attention(queries, calls[last]))[0]
 
         return rows_between(backward, read)
+
+    def attending(self, backward: BackwardPass, tower: TowerTrace, start: Tensor, calls: Sequence[LinkedCall]) -> Tensor:
+        """How much each token of `tower` counts in the attention behind `calls` (B, 1, N), whose rows it sums: column t of
+        rollout(tower) for the row `start` of t."""
+        column, eye = start, torch.eye(tower.size, dtype=start.dtype, device=start.device).expand(start.shape[0], -1, -1)
+        for call in calls:
+            if call.tower is tower and call.source is tower:
+                column = (column + column @ _mean_attention(eye, call).mT) * _over_row_sum(call, column)
+        if (real := backward.real(tower)) is not None:
+            column = column.masked_fill(~real[:, None].to(column.device), 0.0)
+        if bool((_later(start) & (column != 0) & (_rolled(calls, tower, start)[0] == 0)).any()):
+            self.remarks.append(
+                f"A part of the map is that of later tokens: the tokens of '{tower.name}' do not see those behind them, and column "
+                "t of its rollout, which method 'rollout' reads as published, is what later tokens take from t. Method "
+                "'rollout:one_hot' reads the attention of t alone"
+            )
+        return column
+
+
+class OneHot(Rollout):
+    """For towers that attend to one another: "rollout" whose map of a source is e_t^T mean_h A_ti rollout(i).
+
+    Row t of the last attention to the source, so that no token counts but the one that is read. The published rule takes column t
+    of rollout(t), which in a causal decoder is of later tokens, on which the score cannot depend.
+    """
+
+    name = "rollout:one_hot"
+
+    def carry(self, backward: BackwardPass) -> list[Tensor]:
+        raise ValueError(
+            f"method must be 'rollout' for towers that do not attend to one another; got {self.name!r}, which is another rule for "
+            "those that do"
+        )
+
+    def attending(self, backward: BackwardPass, tower: TowerTrace, start: Tensor, calls: Sequence[LinkedCall]) -> Tensor:
+        return start
+
+
+def _later(start: Tensor) -> Tensor:
+    """bool (B, T, N), True = a token behind the last one that has a weight in `start`."""
+    weighted = (start != 0).int()
+    return weighted.flip(-1).cumsum(-1).flip(-1) == 0
 
 
 def _rolled(calls: Sequence[LinkedCall], tower: TowerTrace, row: Tensor) -> tuple[Tensor, Tensor]:

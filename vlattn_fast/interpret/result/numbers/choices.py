@@ -38,7 +38,7 @@ class Choice:
     label: str  # the sample's text, class or the answer's word
     space: bool  # whether a space stands before the label
     score: float | None  # the explained score
-    of_answer: bool  # it is a log-probability
+    of: str | None  # what the score is, see `Explanation`
     patches: list[Patch]  # maps and regions
     towers: dict[str, list[Patch]]  # other maps, by tower
     values: Array  # one per word of `Sample.words`
@@ -107,11 +107,18 @@ def _join(tokens: list[str], answer: list[str] | None, marks: Marks) -> tuple[li
     return join_tokens(tokens[:split], marks), behind
 
 
-def score_text(score: float | None, of_answer: bool) -> str:
-    """How a score is shown: the log-probability of an answer or its word, also as a probability."""
+def score_text(score: float | None, of: str | None) -> str:
+    """How a score is shown, by what it is; a log-probability also as a probability."""
     if score is None:
         return ""
-    return f"log-probability {score:.4g} (p {math.exp(score):.2g})" if of_answer else f"score {score:.4g}"
+    if of == "log_probability":
+        return f"log-probability {score:.4g} (p {math.exp(score):.2g})"
+    return f"{of or 'score'} {score:.4g}"
+
+
+def explained_as(explanation: Explained) -> str | None:
+    """What the scores are; those of answers that were stored without it are log-probabilities."""
+    return explanation.of or (None if explanation.answer is None else "log_probability")
 
 
 def _shifted(words: list[Word], by: int) -> list[Word]:
@@ -178,7 +185,7 @@ def _choices(explanation: Explained, number: int, label: str, words: list[Word],
             label=label if said is None else said[i].text,
             space=said is None or said[i].space,
             score=None if scores is None else float(scores[i]),
-            of_answer=explanation.answer is not None,
+            of=explained_as(explanation),
             patches=of(i, patches),
             towers={name: of(i, parts) for name, parts in towers.items()},
             values=values[i],

@@ -44,6 +44,7 @@ class Explained:
     token_names: list[str] | None = None
     sinks: list[list[Sink]] | None = None
     no_map: str | None = None
+    of: str | None = None
 
     def __post_init__(self) -> None:
         relevancy = self.relevancy

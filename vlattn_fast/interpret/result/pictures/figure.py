@@ -313,7 +313,7 @@ def _draw_sample(part: Any, sample: Sample, painter: Painter, unit: float) -> No
     if sample.words:
         draw_words(words[0], sample.words, choice.values, unit)
     size, _ = _sample_size(sample, painter, unit)
-    set_title(part.suptitle("", fontsize=SIZE), sample.label, score_text(choice.score, choice.of_answer), size)
+    set_title(part.suptitle("", fontsize=SIZE), sample.label, score_text(choice.score, choice.of), size)
 
 
 def _draw_panels(

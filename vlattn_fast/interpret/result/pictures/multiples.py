@@ -247,7 +247,7 @@ class Multiples:
 
 def _note(painter: Painter, choice: Choice) -> str:
     """The line below the name of an explanation: its score, and the names of maps that stand side by side."""
-    return ", ".join(filter(None, (score_text(choice.score, choice.of_answer), _beside(painter, choice))))
+    return ", ".join(filter(None, (score_text(choice.score, choice.of), _beside(painter, choice))))
 
 
 def _beside(painter: Painter, choice: Choice) -> str:

@@ -126,7 +126,7 @@ class Drawn:
                 "row": choice.sample,
                 "label": choice.label,
                 "score": finite(choice.score),
-                "scored": score_text(choice.score, choice.of_answer).replace(" -", " \u2212"),
+                "scored": score_text(choice.score, choice.of).replace(" -", " \u2212"),
                 "words": [finite(value) for value in choice.values.tolist()],
                 "views": {
                     name: _view(patches, self.crops, self.pictures, explanation.photos)
