@@ -32,6 +32,8 @@ def published(
         tt, ti = gradient(maps, method.partition(":")[2])
     elif method == "rollout":
         tt, ti = rollout(maps, real_t)
+    elif method == "rollout:one_hot":
+        tt, ti = rollout(maps, None, one_hot=True)
     else:
         tt, ti = (last(method, maps, kind, real_t, real_i) for kind in ("tt", "ti"))
     batch = torch.arange(len(rows))
@@ -111,7 +113,9 @@ def gradient(maps: Maps, ablation: str = "", shares: Sequence[tuple[Tensor, Tens
     return tt, ti
 
 
-def rollout(maps: Maps, real_t: Tensor | None) -> tuple[Tensor, Tensor]:
+def rollout(maps: Maps, real_t: Tensor | None, one_hot: bool = False) -> tuple[Tensor, Tensor]:
+    """With `one_hot` a row of the cross-attention stands for itself."""
+
     def product(kind: str, count: int) -> Tensor:
         identity = eye(maps, kind[0])
         result = identity
@@ -125,7 +129,8 @@ def rollout(maps: Maps, real_t: Tensor | None) -> tuple[Tensor, Tensor]:
     between = maps[cross][1].mean(1)
     if real_t is not None:
         between = between * real_t[:, :, None]
-    return product("tt", len(maps)), product("tt", cross).transpose(1, 2) @ between @ product("ii", cross)
+    through = between @ product("ii", cross)
+    return product("tt", len(maps)), through if one_hot else product("tt", cross).transpose(1, 2) @ through
 
 
 def last(method: str, maps: Maps, kind: str, real_t: Tensor | None, real_i: Tensor | None) -> Tensor:

@@ -15,6 +15,8 @@ from tests.interpret.result.test_page import data
 from vlattn_fast.interpret import explain
 from vlattn_fast.models import CLIPMapper
 
+pytestmark = pytest.mark.filterwarnings("ignore:A part of the map is that of later tokens")  # of the published rollout
+
 EOS = 58
 # What a text is, and where it is read: padded on the right, with an end-of-text token.
 IDS = torch.tensor([[57, 4, 9, 11, 7, 23, EOS], [57, 8, 30, EOS, 0, 0, 0]])

@@ -13,6 +13,8 @@ from tests.helpers.interpret.stored_maps import Kept, assert_rows, with_floats
 from vlattn_fast.interpret import explain
 from vlattn_fast.interpret.explaining.loading import generate
 
+pytestmark = pytest.mark.filterwarnings("ignore:A part of the map is that of later tokens")  # of the published rollout
+
 LXMERT = dict(
     hidden_size=32,
     num_attention_heads=4,

@@ -94,8 +94,9 @@ def explain(
     none; in a model without a record each input is a tower with its name.
 
     Towers that attend to one another have the rules for two modalities (Chefer, Gur, Wolf, ICCV 2021, equations 5 to 11, and its
-    baselines). R_ti of "rollout" is rollout(t)^T mean_h A_ti rollout(i) with the last attention from t to i; "attention" and
-    "gradcam" read the last attention of t to itself and to i; with "weighted" an addition to R becomes diag(a) R + diag(b) (...).
+    baselines). R_ti of "rollout" is rollout(t)^T mean_h A_ti rollout(i) with the last attention from t to i, of which a causal
+    decoder has a part on later tokens: "rollout:one_hot" has e_t^T in place of rollout(t)^T. "attention" and "gradcam" read the
+    last attention of t to itself and to i; with "weighted" an addition to R becomes diag(a) R + diag(b) (...).
     The entry of the token that is read is set to zero.
 
     Args:
