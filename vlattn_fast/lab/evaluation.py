@@ -23,10 +23,11 @@ from vlattn_fast.interpret.evaluating.evaluation import Evaluation
 from vlattn_fast.interpret.evaluating.plan import INTERVENTION, Rival
 from vlattn_fast.interpret.evaluating.plan import TESTS as ALL_TESTS
 from vlattn_fast.interpret.explaining.explain import explain
+from vlattn_fast.interpret.relevancy.method import Method
 from vlattn_fast.lab import rivals
 from vlattn_fast.lab.provenance import commit, fingerprint, version, versions
 from vlattn_fast.lab.records import grouped, markdown, read_json, write_records
-from vlattn_fast.lab.tasks import TASKS, Task, matching
+from vlattn_fast.lab.tasks import FROZEN, TASKS, Task, matching
 from vlattn_fast.lab.uniter import log_odds
 from vlattn_fast.models.clip_mapper import CLIPMapper
 
@@ -34,9 +35,9 @@ RESULTS = Path("benchmarks/results")
 TESTS = tuple(test for test in ALL_TESTS if test != INTERVENTION)  # which models of two towers cannot take
 
 
-def methods_of(task: Task) -> dict[str, str | Rival]:
+def methods_of(task: Task) -> dict[str, str | Method | Rival]:
     """The methods and rivals of a task, by name; captum's methods only where captum is installed."""
-    methods: dict[str, str | Rival] = {name: name for name in task.methods}
+    methods: dict[str, str | Method | Rival] = {name: name for name in task.methods} | FROZEN
     for kind in task.rivals:
         if kind != "CAPTUM" or version("captum") is not None:
             methods |= getattr(rivals, kind)
@@ -44,7 +45,12 @@ def methods_of(task: Task) -> dict[str, str | Rival]:
 
 
 def run(
-    task: Task, model: nn.Module, samples: int, seed: int, methods: Mapping[str, str | Rival], tests: Sequence[str] = TESTS
+    task: Task,
+    model: nn.Module,
+    samples: int,
+    seed: int,
+    methods: Mapping[str, str | Method | Rival],
+    tests: Sequence[str] = TESTS,
 ) -> Evaluation:
     """Tests on scenes drawn with one seed."""
     read = {CURVES[test].measure: getattr(task, CURVES[test].measure) for test in tests if test in CURVES}

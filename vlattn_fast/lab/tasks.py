@@ -12,6 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlattn_fast.interpret.relevancy.methods.gradcam import GradCam
+from vlattn_fast.interpret.relevancy.methods.gradient import Gradient
+from vlattn_fast.interpret.relevancy.methods.input_gradient import InputGradient
+from vlattn_fast.interpret.relevancy.methods.weighted import Weighted
 from vlattn_fast.lab.clip import load_clip
 from vlattn_fast.lab.mapper import load_captioner, load_vqa
 from vlattn_fast.lab.processor import DIGIT_WORDS
@@ -25,6 +29,12 @@ Measure = Callable[[Any], Tensor]
 
 _WEIGHTED = ("weighted", "weighted:norm", "weighted:equal", "weighted:no_normalization", "weighted:norm:no_normalization")
 _BASELINES = ("rollout", "attention", "gradcam", "input_gradient", "integrated_gradients", "random")
+_NORMS, _BOTH = ("norms",), ("norms", "attention")
+FROZEN = {  # of every task, by their labels
+    method.label: method
+    for kind in (Gradient, Weighted, InputGradient, GradCam)
+    for method in (kind(freeze=_NORMS), kind(freeze=_BOTH))
+}
 TOWERS = ("gradient", "gradient:no_aggregation", *_WEIGHTED, "glimpse", *_BASELINES)
 LINKED = (*TOWERS[:2], "gradient:no_normalization", "gradient:no_self_attention", *_WEIGHTED, *_BASELINES)
 
