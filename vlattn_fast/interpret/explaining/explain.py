@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vlattn_fast._ground.extras import with_progress
 from vlattn_fast.attach.session import at_rest, never_compiled
 from vlattn_fast.backends.reference.relevancy_residual import Weighting
+from vlattn_fast.interpret.explaining.baseline import run_baseline
 from vlattn_fast.interpret.explaining.fields import parts, vision_maps
 from vlattn_fast.interpret.explaining.named_sinks import named_sinks
 from vlattn_fast.interpret.explaining.naming import tokenizer_of
@@ -33,6 +34,7 @@ from vlattn_fast.interpret.explaining.question import (
 from vlattn_fast.interpret.explaining.request import Prompt, Read, Request, Target, lay_out
 from vlattn_fast.interpret.explaining.run import Run, run_traced
 from vlattn_fast.interpret.explaining.without_map import why_no_map
+from vlattn_fast.interpret.records.unsupported import UndefinedRelevancy
 from vlattn_fast.interpret.relevancy.layer_maps import LayerMaps
 from vlattn_fast.interpret.relevancy.method import LOG_PROBABILITY, BackwardPass, Method
 from vlattn_fast.interpret.relevancy.methods.registry import lists_methods
@@ -41,6 +43,8 @@ from vlattn_fast.interpret.result.by_layer import LayerExplanation
 from vlattn_fast.interpret.result.explanation import Explanation
 from vlattn_fast.interpret.result.numbers.explained import without_self
 from vlattn_fast.interpret.result.numbers.interference import with_filtered_image
+
+_LARGEST_GAP = 0.1  # of the score's gain, that a method may miss without a remark
 
 
 class Rows(NamedTuple):
@@ -119,7 +123,8 @@ def explain(
             its list of blocks; -1 is the last one that mixes tokens.
         weighting: for "weighted": "contribution" (|g.x| and |g.o|), "norm" (|x| and |o|), "equal" (1 and 1), or a
             callable(residual, branch, gradient) -> (a, b), (B, N) each.
-        steps: for "integrated_gradients": how many scaled inputs the model runs on, one behind the other; 32.
+        steps: for "integrated_gradients": how many scaled inputs the model runs on, one after the other; 32. Its method object
+            calls it `n_steps`.
         per: for "gradient" and "attention": "layer" = the row of each layer's own map by itself, relevancy (L, B, N); "head" =
             that of each head's, (L, H, B, N). The map is relu(A * dA), or A. The result is a `LayerExplanation`.
         layers: with `per`: the numbers of the layers, as in `start_layer`; all by default.
@@ -172,6 +177,7 @@ def explain(
     )  # fmt: skip
     with torch.inference_mode(False), torch.enable_grad(), at_rest(request.model):
         prompt = lay_out(request, inputs)
+        run_baseline(request, prompt, processor)
         with torch.set_grad_enabled(not request.method.steps):  # each step has a run with gradients
             run = run_traced(request, prompt)
             question = ask(request, prompt, run)
@@ -188,13 +194,35 @@ def carry_back(request: Request, prompt: Prompt, run: Run, question: Question) -
         request = replace(request, target=question.target)
     mean = Rows({}, {})
     for step in with_progress(range(method.steps), "explaining", unit="step"):
-        method.scale = (step + 0.5) / method.steps
+        method.at_step(step + 0.5)
         scaled = run_traced(request, prompt)
         for total, rows in zip(mean, _rows_of_run(request, prompt, scaled, ask(request, prompt, scaled)), strict=True):
             for name, row in rows.items():
                 share = row / method.steps
                 total[name] = total[name] + share if name in total else share
+    if method.completes and not method.freeze:
+        _note_gap(request, prompt, question, mean)
     return mean
+
+
+@torch.no_grad()
+def _note_gap(request: Request, prompt: Prompt, question: Question, rows: Rows) -> None:
+    """A remark where the entries do not add up to the score's gain over the baseline."""
+    request.method.at_step(0)
+    try:
+        before = ask(request, prompt, run_traced(request, prompt)).scores
+    except UndefinedRelevancy:  # a score that is not a number
+        return
+    if before is None or question.scores is None:
+        return
+    gain = (question.scores - before).detach()
+    total = torch.stack([row.to(gain).sum(-1) for row in rows.relevancy.values()]).sum(0)
+    missing, whole = float((total - gain).abs().sum()), float(gain.abs().sum())
+    if missing > _LARGEST_GAP * whole:
+        request.method.remarks.append(
+            f"The entries add up to {float(total.sum()):.4g}, the score's gain over the baseline is {float(gain.sum()):.4g} "
+            f"({missing / max(whole, 1e-30):.0%} is missing or too much, row by row). Pass more steps than {request.method.steps}"
+        )
 
 
 def _rows_of_run(request: Request, prompt: Prompt, run: Run, question: Question) -> Rows:

@@ -138,7 +138,7 @@ def lay_out(request: Request, inputs: Mapping[str, Any]) -> Prompt:
 def _method_of_call(method: str | Method, weighting: str | Weighting, steps: int | None, selection: Selection | None) -> Method:
     """The method, or its maps of layers or heads."""
     if isinstance(method, str):
-        whole = find_method(method)(weighting, steps)  # with the errors of its arguments
+        whole = find_method(method).of_arguments(weighting, steps)  # with the errors of its arguments
     else:
         whole = method_of(method)
         if weighting != "contribution" or steps is not None:

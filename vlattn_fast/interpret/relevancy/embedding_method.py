@@ -1,21 +1,83 @@
-"""Methods that take the gradient of a score at the embeddings that enter the towers, and ask nothing of the attention."""
+"""Methods that read the embeddings that enter the towers, and ask nothing of the attention."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from vlattn_fast._ground.checks import describe
 from vlattn_fast.interpret.relevancy.embedding_trace import Embeddings
 from vlattn_fast.interpret.relevancy.method import BackwardPass, Method
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 
+PICTURES = BLACK, WHITE, BLUR, MEAN = ("black", "white", "blur", "mean")  # baselines that are made of pictures
+PAD = "pad"
+Baseline = None | str | int | Tensor | Mapping[str, str | int | Tensor]
 
-class EmbeddingMethod(Method):
-    """A token counts by its embedding times the gradient there, combined over the features."""
+
+class BaselineMethod(Method):
+    """A method that compares the embeddings with those of a baseline: an input in place of the input.
+
+    Attributes:
+        baseline: the option, see `__init__`.
+        records: the run that comes next is that of the baseline, whose embeddings are `origins`.
+        origins: the embeddings of the baseline, in the order in which they enter; None = zeros.
+    """
 
     needs = "embeddings"
     reads_row = False
+    option: ClassVar[str] = "baseline"  # its name
+    lenient: ClassVar[bool] = False  # an input without pictures has embeddings of zero in place of those of a picture
+    default_baseline: ClassVar[Baseline] = None
     kept: dict[TowerTrace, list[Embeddings]]  # several where an input is embedded several times
+
+    def __init__(
+        self, baseline: Baseline = None, *, steps: int | None = None, freeze: Sequence[str] | None = None, of: str | None = None
+    ) -> None:
+        """
+        Args:
+            baseline: what the input is compared with. None = embeddings of zero. In place of the pictures: "black" or "white", by
+                mean and standard deviation of the `processor` that `explain` is given, else the smallest or the largest number
+                of each picture; "mean", the mean of each channel of the picture; "blur", the picture under a Gaussian whose
+                standard deviation is a twentieth of the shorter side; or a tensor that broadcasts to them, of three dimensions
+                (C, H, W) or more. In place of words: a token's id, or "pad". A tensor of other shapes broadcasts to the
+                embeddings (B, N, C). A dict names inputs, as {"pixel_values": "white", "input_ids": 0}; others stay. Entries of
+                tokens that are the baseline's, as words beside a black picture, are 0.
+            steps: of methods of several steps: their number.
+            freeze: see `Method`.
+            of: see `Method`.
+
+        Raises:
+            TypeError, ValueError: an option is of no such kind.
+        """
+        values = baseline.values() if isinstance(baseline, Mapping) else [] if baseline is None else [baseline]
+        for value in values:
+            if isinstance(value, str):
+                if value not in (*PICTURES, PAD):
+                    known = ", ".join(map(repr, (*PICTURES, PAD)))
+                    raise ValueError(f"{self.option} must be one of {known}, a token id, a tensor or a dict; got {value!r}")
+            elif isinstance(value, bool) or not isinstance(value, (int, Tensor)):
+                raise TypeError(
+                    f"{self.option} must be a name, a token id, a tensor, or a dict from inputs to these; got {describe(value)}"
+                )
+        self.baseline = baseline
+        super().__init__(steps=steps, freeze=freeze, of=of)
+
+    def begin(self) -> None:
+        super().begin()
+        self.records = False
+        self.origins: list[Tensor] | None = None
+
+    @property
+    def options(self) -> dict[str, str]:
+        value = self.baseline
+        if value is self.default_baseline or (isinstance(value, (str, int)) and value == self.default_baseline):
+            return super().options
+        shown = str(value) if isinstance(value, (str, int)) else "tensor" if isinstance(value, Tensor) else "dict"
+        return {self.option: shown, **super().options}
 
     def check_start_layer(self, start_layer: int) -> None:
         if start_layer != 0:
@@ -23,17 +85,53 @@ class EmbeddingMethod(Method):
                 f"start_layer must be 0 for method {self.name!r}, which goes back to the embeddings; got {start_layer}"
             )
 
+    # --- the forward pass ---
+
+    def origin(self, tower: TowerTrace, values: Tensor) -> Tensor | None:
+        """The baseline's embeddings in place of those that enter next."""
+        if isinstance(self.baseline, Tensor) and self.origins is None and not self.records:
+            try:
+                return self.baseline.detach().to(values).expand_as(values)
+            except RuntimeError:
+                raise ValueError(
+                    f"{self.option} must broadcast to the pictures of inputs, or to the embeddings of each tower; got "
+                    f"{tuple(self.baseline.shape)} for {tuple(values.shape)} of '{tower.name}'"
+                ) from None
+        if self.records:
+            self.origins = [*(self.origins or []), values.detach()]
+        if self.origins is None:
+            return None
+        number = sum(map(len, self.kept.values()))
+        if number >= len(self.origins) or self.origins[number].shape != values.shape:
+            raise ValueError(
+                f"{self.option} must be an input that the model embeds as it embeds the input; got other embeddings of "
+                f"'{tower.name}'"
+            )
+        return self.origins[number]
+
+
+class EmbeddingMethod(BaselineMethod):
+    """A token counts by its embedding, less the baseline's, times the gradient there, combined over the features."""
+
     def combine(self, products: Tensor, dim: int) -> Tensor:
         """Embedding times gradient, combined over the features: their sum."""
         return products.sum(dim)
 
     def carried(self, backward: BackwardPass) -> list[Tensor]:
         parts = [self.kept[tower] for tower in (*backward.towers, *backward.attended)]
-        grads = iter(backward.gradients([part.passed for of_tower in parts for part in of_tower]))
+        every = [part for of_tower in parts for part in of_tower]
+        if every and all(part.origin is not None and torch.equal(part.origin, part.values) for part in every):
+            raise ValueError(
+                f"{self.option} must change what enters the towers {', '.join(tower.name for tower in self.kept)}; got "
+                "embeddings that are those of the input. Pass another, or a dict that names further inputs"
+            )
+        grads = iter(backward.gradients([part.passed for part in every]))
         return [torch.stack([self.row_of(part, next(grads)) for part in of_tower]).sum(0) for of_tower in parts]
 
     def row_of(self, part: Embeddings, grad: Tensor | None) -> Tensor:
         """The row (B, 1, N) of embeddings, zero where the score does not depend on them."""
         values = part.values.detach()
         values = values.to(torch.promote_types(values.dtype, torch.float32))
+        if part.origin is not None:
+            values = values - part.origin.to(values)
         return part.per_token(self.combine, values * (0.0 if grad is None else grad.to(values.dtype)))[:, None]

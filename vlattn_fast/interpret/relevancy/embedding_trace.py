@@ -29,8 +29,9 @@ class Embeddings:
     """Embeddings that entered a tower, whose tokens lie along all dimensions but the first and that of the features."""
 
     values: Tensor
-    passed: Tensor  # what the model went on with: the values times the method's scale
+    passed: Tensor  # what the model went on with: what the method makes of the values
     dim: int | None  # of the features; None = each number is a token
+    origin: Tensor | None = None  # the embeddings of the method's baseline; None = zeros
 
     def per_token(self, combine: Callable[[Tensor, int], Tensor], values: Tensor) -> Tensor:
         """`values` like the embeddings, combined over the features: (B, N)."""
@@ -44,7 +45,7 @@ class EmbeddingTrace(Stepwise, Plain):
     Args:
         model: the model, without wrappers.
         family: its record, which names the towers; where it names none, each input is a tower.
-        method: keeps the embeddings of each tower, and says what they are scaled by.
+        method: keeps the embeddings of each tower, and says what becomes of them.
     """
 
     explains = True
@@ -138,8 +139,9 @@ class EmbeddingTrace(Stepwise, Plain):
     def _enter(self, tower: TowerTrace, path: str, values: Tensor, dim: int | None) -> Tensor:
         """Take embeddings in; returns those that the model goes on with."""
         values = values if values.requires_grad or not self.method.needs_score else values.detach().requires_grad_()
-        passed = values * self.method.scale
-        embeddings = Embeddings(values, passed, dim)
+        origin = self.method.origin(tower, values)
+        passed = self.method.entering(tower, values, origin, dim)
+        embeddings = Embeddings(values, passed, dim, origin)
         tower.batch, tower.size = embeddings.per_token(torch.sum, values.detach()).shape
         tower.dtype, tower.device, tower.numbers.last = compute_dtype(values), values.device, 0
         tower.paths.append(path)

@@ -111,7 +111,10 @@ class Method:
         takes_weighting: it takes `explain`'s argument `weighting`.
         takes_rows: a backward pass carries several rows of a tower at once, where no score is differentiated.
         default_freeze: what the backward pass takes for constants, see `freeze`.
-        default_steps: on how many scaled inputs it runs the model; 0 = it runs on the input itself, and once.
+        default_steps: on how many changed inputs it runs the model; 0 = it runs on the input itself, and once.
+        steps_option: the name of its option with their number, which `explain` calls `steps`.
+        completes: its rows add up to the score's gain over a baseline, as the number of steps grows.
+        reads_score: it takes the score itself, of runs without gradients on changed inputs.
         by_layer: each layer's own map has a meaning: relu(A * dA) where it takes gradients, else A.
         adds_beside: the maps of attention and of a recurrence over the same tokens are added. Other methods refuse such layers.
         goes_beside: what mixes tokens beside attention counts, so that a rule must cover it.
@@ -134,6 +137,9 @@ class Method:
     takes_weighting: ClassVar[bool] = False
     takes_rows: ClassVar[bool] = False
     default_steps: ClassVar[int] = 0
+    steps_option: ClassVar[str] = "steps"
+    completes: ClassVar[bool] = False
+    reads_score: ClassVar[bool] = False
     default_freeze: ClassVar[tuple[str, ...]] = ()
     by_layer: ClassVar[bool] = False
     goes_beside: ClassVar[bool] = True
@@ -163,16 +169,9 @@ class Method:
         Raises:
             TypeError, ValueError: an option is of no such kind, or none of this method's.
         """
-        if not callable(weighting) and not (isinstance(weighting, str) and weighting in WEIGHTINGS):
-            raise ValueError(f"weighting must be 'contribution', 'norm', 'equal' or a callable; got {weighting!r}")
-        if weighting != "contribution" and not self.takes_weighting:
-            raise ValueError(f"weighting must be left out for a method without weights; got {weighting!r} for {self.name!r}")
-        if steps is not None:
-            if not self.default_steps:
-                raise ValueError(f"steps must be left out for a method that runs the model once; got {steps!r} for {self.name!r}")
-            check_integer("steps", steps, low=1)
+        self._check_arguments(weighting, steps)
         for name, value in (("freeze", freeze), ("of", of)):
-            if value is not None and not self.needs_score:
+            if value is not None and not (self.needs_score or (self.reads_score and name == "of")):
                 raise ValueError(f"{name} must be left out for a method without gradients; got {value!r} for {self.name!r}")
         if of is not None:
             check_choice("of", of, EXPLAINED)
@@ -183,9 +182,26 @@ class Method:
         self.of = of
         self.begin()
 
+    @classmethod
+    def of_arguments(cls, weighting: str | Weighting, steps: int | None) -> Self:
+        """The method with `explain`'s arguments of these names; ValueError for one that it does not take."""
+        cls._check_arguments(weighting, steps)
+        options = {"weighting": weighting} if cls.takes_weighting else {}
+        return cls(**options, **({} if steps is None else {cls.steps_option: steps}))  # type: ignore[arg-type]
+
+    @classmethod
+    def _check_arguments(cls, weighting: str | Weighting, steps: int | None) -> None:
+        if not callable(weighting) and not (isinstance(weighting, str) and weighting in WEIGHTINGS):
+            raise ValueError(f"weighting must be 'contribution', 'norm', 'equal' or a callable; got {weighting!r}")
+        if weighting != "contribution" and not cls.takes_weighting:
+            raise ValueError(f"weighting must be left out for a method without weights; got {weighting!r} for {cls.name!r}")
+        if steps is not None:
+            if not cls.default_steps:
+                raise ValueError(f"steps must be left out for a method that runs the model once; got {steps!r} for {cls.name!r}")
+            check_integer(cls.steps_option, steps, low=1)
+
     def begin(self) -> None:
         """The state of one call of `explain`, as it is before it."""
-        self.scale = 1.0  # of the embeddings in the run that comes next
         self.rows = 1  # how many rows of a tower a backward pass carries
         self.finds_row = False  # the caller does not say which row is read
         self.kept: dict[TowerTrace, Any] = {}
@@ -206,8 +222,8 @@ class Method:
         return copied
 
     @property
-    def label(self) -> str:
-        """The name, with the options that differ from the defaults: "weighted(freeze=norms, of=logit)"."""
+    def options(self) -> dict[str, str]:
+        """The options that differ from the defaults, for people."""
         options = {}
         if self.freeze != self.default_freeze:
             options["freeze"] = "+".join(self.freeze) or "nothing"
@@ -216,8 +232,13 @@ class Method:
         if self.weighting != "contribution":
             options["weighting"] = self.weighting if isinstance(self.weighting, str) else "callable"
         if self.steps != self.default_steps:
-            options["steps"] = str(self.steps)
-        inside = ", ".join(f"{name}={value}" for name, value in options.items())
+            options[self.steps_option] = str(self.steps)
+        return options
+
+    @property
+    def label(self) -> str:
+        """The name, with the options that differ from the defaults: "weighted(freeze=norms, of=logit)"."""
+        inside = ", ".join(f"{name}={value}" for name, value in self.options.items())
         return f"{self.name}({inside})" if inside else self.name
 
     def __repr__(self) -> str:
@@ -269,6 +290,17 @@ class Method:
         self.seen.append((tower, source, seen))
         removes = self.sinks == REMOVE and bool(seen.sinks.any())
         return replace(call, left_out=call.over_keys(seen.sinks, False)) if removes else call
+
+    def at_step(self, step: float) -> None:
+        """A run of this number comes next, of a method of several steps."""
+
+    def origin(self, tower: TowerTrace, values: Tensor) -> Tensor | None:
+        """The embeddings of a baseline, in place of those that enter a tower; None = zeros."""
+        return None
+
+    def entering(self, tower: TowerTrace, values: Tensor, origin: Tensor | None, dim: int | None) -> Tensor:
+        """The tensor, another one, that the model goes on with in their place; see `Embeddings`."""
+        return values * 1
 
     def attended(self, tower: TowerTrace, source: TowerTrace, call: TracedCall) -> tuple[TracedCall, Tensor]:
         """A call from the tokens of `tower` to those of `source`, as `judged` gives it, and its output."""

@@ -1,4 +1,7 @@
-"""Method "input_gradient": a token's embedding times the score's gradient there (Shrikumar et al. 2016, arXiv 1605.01713)."""
+"""Method "input_gradient": a token's embedding times the score's gradient there (Shrikumar et al. 2016, arXiv 1605.01713).
+
+With a baseline the embedding is less the baseline's, as in the first step of DeepLIFT and of integrated gradients.
+"""
 
 from __future__ import annotations
 

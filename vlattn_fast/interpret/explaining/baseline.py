@@ -1,0 +1,166 @@
+"""The stage of `explain` before the run: the embeddings of an input in place of the input."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlattn_fast.interpret.explaining.request import Prompt, Request
+from vlattn_fast.interpret.explaining.run import run_traced
+from vlattn_fast.interpret.records.tokens import Text
+from vlattn_fast.interpret.relevancy.embedding_method import BLACK, BLUR, MEAN, PAD, PICTURES, WHITE, BaselineMethod
+
+_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "cls_token_id", "sep_token_id", "image_token_id", "video_token_id")
+_BLUR = 1 / 20  # of the shorter side: the standard deviation
+
+
+def run_baseline(request: Request, prompt: Prompt, processor: Any) -> None:
+    """Give the method the embeddings of its baseline, by a run without gradients where that is an input."""
+    method = request.method
+    if not isinstance(method, BaselineMethod) or prompt.empty:
+        return
+    changed = _changed(request, prompt, processor, method)
+    if changed:
+        method.records = True
+        with torch.no_grad():
+            run_traced(request, replace(prompt, arguments={**prompt.arguments, **changed}))
+        method.records = False
+
+
+def _changed(request: Request, prompt: Prompt, processor: Any, method: BaselineMethod) -> dict[str, Tensor]:
+    """The inputs that the baseline changes; none where it is of the embeddings."""
+    inputs, baseline, option = prompt.arguments, method.baseline, method.option
+    pictures = [name for name, value in inputs.items() if _is_picture(name, value)]
+    words = [name for name in ("input_ids", request.record.names[1]) if _are_ids(inputs.get(name))][:1]
+    if not isinstance(baseline, Mapping):
+        if baseline is None:
+            return {}
+        if isinstance(baseline, Tensor):
+            names = [name for name in pictures if _fits(baseline, inputs[name])]
+        else:
+            names = pictures if baseline in PICTURES else words or [name for name, value in inputs.items() if _are_ids(value)][:1]
+            if not names:
+                if method.lenient:
+                    return {}
+                kind = "a picture" if baseline in PICTURES else "token ids"
+                raise ValueError(
+                    f"{option} must be of what inputs hold; got {baseline!r}, and no input with {kind} among {[*inputs]}"
+                )
+        baseline = dict.fromkeys(names, baseline)
+    changed = {}
+    for name, value in baseline.items():
+        whole = inputs.get(name)
+        if not isinstance(whole, Tensor):
+            raise ValueError(f"{option} must name inputs that are tensors, of {sorted(inputs)}; got {name!r}")
+        if isinstance(value, Tensor):
+            try:
+                changed[name] = value.detach().to(whole).expand_as(whole).contiguous()
+            except RuntimeError:
+                raise ValueError(f"{option} must broadcast to {name!r} {tuple(whole.shape)}; got {tuple(value.shape)}") from None
+        elif value in PICTURES:
+            if not _is_picture(name, whole):
+                raise ValueError(f"{option} must be {value!r} of a picture only; got it for {name!r} {tuple(whole.shape)}")
+            changed[name] = picture(value, whole, processor, option)
+        elif not _are_ids(whole):
+            raise ValueError(f"{option} must be a token of ids (B, N) only; got {value!r} for {name!r} {tuple(whole.shape)}")
+        else:
+            changed[name] = _other_words(request, whole, inputs, value, option)
+    return changed
+
+
+def _is_picture(name: str, value: Any) -> bool:
+    pixels = name.startswith("pixel_values") or (isinstance(value, Tensor) and value.ndim >= 4)
+    return isinstance(value, Tensor) and value.is_floating_point() and pixels and not name.endswith("mask")
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 2 and value.dtype in (torch.int64, torch.int32)
+
+
+def _fits(baseline: Tensor, pixels: Tensor) -> bool:
+    """Whether a tensor is in place of these pictures, and not of embeddings."""
+    if baseline.shape == pixels.shape:
+        return True
+    sizes = zip(reversed(baseline.shape), reversed(pixels.shape), strict=False)
+    return 3 <= baseline.ndim <= pixels.ndim and pixels.ndim >= 4 and all(one in (1, size) for one, size in sizes)
+
+
+# --- pictures ---
+
+
+def picture(kind: str, pixels: Tensor, processor: Any, option: str = "baseline") -> Tensor:
+    """Pictures like `pixels` (..., C, H, W) that are "black", "white", "mean" or "blur". Pictures that are cut into patches
+    (patches, features) have the first two only, as their smallest and largest number."""
+    if pixels.ndim < 4:
+        if kind in (MEAN, BLUR):
+            raise ValueError(
+                f"{option} must be {BLACK!r}, {WHITE!r} or a tensor for pictures that are cut into patches; got {kind!r} for "
+                f"{tuple(pixels.shape)}"
+            )
+        return torch.full_like(pixels, float(pixels.min() if kind == BLACK else pixels.max()))
+    if kind == MEAN:
+        return pixels.mean((-2, -1), keepdim=True).expand_as(pixels).contiguous()
+    if kind == BLUR:
+        return _blurred(pixels)
+    channels = _normalised(0.0 if kind == BLACK else 1.0, processor, pixels)
+    if channels is None:
+        of_each = pixels.flatten(1).amin(1) if kind == BLACK else pixels.flatten(1).amax(1)
+        channels = of_each.view(-1, *[1] * (pixels.ndim - 1))
+    return channels.expand_as(pixels).contiguous()
+
+
+def _normalised(value: float, processor: Any, pixels: Tensor) -> Tensor | None:
+    """A colour from 0 to 1 as an image processor normalises it, (C, 1, 1); None where it does not say."""
+    images = getattr(processor, "image_processor", processor)
+    mean, std = getattr(images, "image_mean", None), getattr(images, "image_std", None)
+    if mean is None or std is None:
+        return None
+    if getattr(images, "do_rescale", True) is False:
+        value *= 255.0
+    elif (factor := getattr(images, "rescale_factor", None)) is not None:
+        value *= 255.0 * factor
+    mean, std = (torch.as_tensor(part, dtype=pixels.dtype, device=pixels.device).reshape(-1, 1, 1) for part in (mean, std))
+    of_channels = (value - mean) / std if getattr(images, "do_normalize", True) else torch.full_like(mean, value)
+    return of_channels if len(of_channels) in (1, pixels.shape[-3]) else None
+
+
+def _blurred(pixels: Tensor) -> Tensor:
+    """Under a Gaussian; beyond the edges the pictures go on as at the edges."""
+    sigma = min(pixels.shape[-2:]) * _BLUR
+    radius = max(1, math.ceil(3 * sigma))
+    steps = torch.arange(-radius, radius + 1, dtype=pixels.dtype, device=pixels.device)
+    weights = (-(steps**2) / (2 * sigma**2)).exp()
+    weights = weights / weights.sum()
+    flat = nn.functional.pad(pixels.reshape(-1, 1, *pixels.shape[-2:]), (radius,) * 4, mode="replicate")
+    rows = nn.functional.conv2d(flat, weights.view(1, 1, 1, -1))
+    return nn.functional.conv2d(rows, weights.view(1, 1, -1, 1)).view(pixels.shape)
+
+
+# --- words ---
+
+
+def _other_words(request: Request, ids: Tensor, inputs: Mapping[str, Any], value: str | int, option: str) -> Tensor:
+    """The ids (B, N) with `value` in place of words; special tokens, image tokens and padding stay."""
+    config = getattr(request.model, "config", None)
+    configs = [config, getattr(config, "text_config", None)]
+    if value == PAD:
+        named = [getattr(one, "pad_token_id", None) for one in (request.tokenizer, *configs)]
+        token = next((one for one in named if isinstance(one, int)), None)
+        if token is None:
+            raise ValueError(
+                f"{option} must be a token's id where neither tokenizer nor config names a padding token; got {PAD!r}"
+            )
+    else:
+        token = int(value)
+    special = set(request.special or ()) | {getattr(one, name, None) for one in configs for name in _SPECIAL}
+    real = Text(inputs, (ids.shape[0], ids.shape[1])).real()
+    known = torch.tensor(sorted(one for one in special if isinstance(one, int)), device=ids.device, dtype=ids.dtype)
+    stays = torch.isin(ids, known)
+    if real is not None:
+        stays |= ~real.to(ids.device)
+    return torch.where(stays, ids, torch.full_like(ids, token))
