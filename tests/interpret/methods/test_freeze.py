@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import threading
 import warnings
 from typing import Any
@@ -257,3 +258,48 @@ def test_options_that_are_none() -> None:
         va.explain(model, inputs, method=va.methods.Gradient, read="cls")
     with pytest.raises(ValueError, match="of must be left out where target is a callable"):
         va.explain(model, inputs, method=va.methods.Gradient(of="logit"), read="cls", target=lambda outputs: outputs[:, 0])
+
+
+NORMS = {  # of transformers, each with the arguments of its class and the shape of an input
+    "llama.LlamaRMSNorm": ((12,), (2, 3, 12)),
+    "t5.T5LayerNorm": ((12,), (2, 3, 12)),
+    "gemma.GemmaRMSNorm": ((12,), (2, 3, 12)),
+    "gemma3.Gemma3RMSNorm": ((12,), (2, 3, 12)),
+    "cohere.CohereLayerNorm": ((12,), (2, 3, 12)),
+    "olmo.OlmoLayerNorm": ((12,), (2, 3, 12)),
+    "nemotron.NemotronLayerNorm1P": ((12,), (2, 3, 12)),
+    "bamba.BambaRMSNormGated": ((12, 4), (2, 3, 12)),
+    "llama4.Llama4TextL2Norm": ((), (2, 3, 12)),
+    "convnext.ConvNextLayerNorm": ((12,), (2, 3, 12)),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_norms_of_transformers(name: str) -> None:
+    """Held fixed, each is linear: <gradient, x> = <cotangent, y - y(0)>."""
+    module, _, kind = name.partition(".")
+    arguments, shape = NORMS[name]
+    norm = getattr(importlib.import_module(f"transformers.models.{module}.modeling_{module}"), kind)(*arguments)
+    model, x = nn.Sequential(norm), torch.randn(shape, requires_grad=True)
+    cotangent = torch.randn(shape)
+    frozen = Frozen(model)
+    assert not frozen.missed
+    with frozen:
+        output = model(x)
+    (grad,) = torch.autograd.grad(output, x, cotangent)
+    assert torch.equal(output, model(x))
+    linear = output - model(torch.zeros(shape)).nan_to_num(0.0)
+    torch.testing.assert_close((grad * x).sum(), (cotangent * linear).sum(), rtol=1e-4, atol=1e-4)
+    (plain,) = torch.autograd.grad(model(x), x, cotangent)
+    assert (plain * x).sum().abs() < 1e-3
+
+
+def test_a_batch_norm_is_none() -> None:
+    """Its denominators are constants anyway."""
+    detr = importlib.import_module("transformers.models.detr.modeling_detr")
+    frozen = Frozen(nn.Sequential(detr.DetrFrozenBatchNorm2d(4), nn.Dropout(), nn.SiLU()))
+    assert not frozen.missed
+    x = torch.randn(1, 4, 2, 2, requires_grad=True)
+    with frozen:
+        outputs = detr.DetrFrozenBatchNorm2d(4)(x)
+    assert outputs.requires_grad

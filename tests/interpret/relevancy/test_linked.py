@@ -58,6 +58,22 @@ def test_lxmert(regions):
     assert (got.relevancy["text"][1, 6:] == 0).all()
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-4, 1e-6])
+def test_small_relevancies_keep_their_digits(scale):
+    """Where the score's gradient vanishes, R - I is far below I; equation 9 divides it by its own sums."""
+    torch.manual_seed(0)
+    model = lively(transformers.LxmertForQuestionAnswering(transformers.LxmertConfig(**LXMERT, num_qa_labels=5))).eval()
+    inputs = {"input_ids": torch.randint(3, 60, (2, 9)), "visual_feats": torch.randn(2, 7, 10), "visual_pos": torch.rand(2, 7, 4)}
+
+    def rows(dtype):
+        target = lambda outputs: outputs.question_answering_score[:, 2] * scale  # noqa: E731
+        return explain(model.to(dtype), with_floats(inputs, dtype), target=target).relevancy
+
+    double, single = rows(torch.float64), rows(torch.float32)
+    for tower, want in double.items():
+        assert (single[tower] - want).abs().max() < 2e-4 * want.abs().max(), tower
+
+
 def test_other_classes_of_lxmert():
     torch.manual_seed(0)
     config = transformers.LxmertConfig(**LXMERT, num_qa_labels=5)
