@@ -313,13 +313,13 @@ def test_what_nobody_sees_has_no_influence(dtype: torch.dtype, value: float, bac
 
 
 @on("reference", *FAST)
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_nan_reaches_the_queries_that_see_it(value: float, backend: str) -> None:
+@pytest.mark.parametrize("value, window", [(torch.nan, None), (torch.inf, None), (torch.nan, 40), (torch.inf, 40)])
+def test_nan_reaches_the_queries_that_see_it(value: float, window: int | None, backend: str) -> None:
     of = requests((70, 30), (6, 30))
     inputs = as_dtype(tensors(of, more=0), torch.float32)
     inputs["query"] = inputs["query"].abs()
     inputs["key_cache"][of["block_table"][0, 66 // 16], 1, 66 % 16] = value  # heads 2 and 3 of the queries from position 66 on
-    call = partial(va.paged_attention_statistics, **of, **groups(of, 70), statistics=STATISTICS)
+    call = partial(va.paged_attention_statistics, **of, **groups(of, 70), window=window, statistics=STATISTICS)
     found, exact = call(**inputs, backend=backend), call(**as_dtype(inputs, F64), backend="reference")
     assert found.entropy.isnan().nonzero().tolist() == [[i, h] for i in (2, 3, 4, 5) for h in (2, 3)]
     for name, got, want in zip(STATISTICS, found, exact, strict=True):

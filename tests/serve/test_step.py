@@ -144,6 +144,24 @@ def test_queries_that_ran_before_count_once(order: Any) -> None:
     assert got.received is None and got.mass is not None and one.counted == 10
 
 
+def test_requests_of_a_batch_have_groups_of_their_own(order: Any) -> None:
+    """One, three, and one whose tokens from the sixth on are in no group."""
+    batch = Batch(order, [9, 6, 11], [9, 1, 1])
+    requests = {
+        "one": asking(9, groups={"a": [[0, 3]]}),
+        "three": asking(5, groups={"a": [[0, 2]], "b": [[2, 3]], "c": [[3, None]]}),
+        "short": asking(5, groups={"a": [[0, None]]}),
+    }
+    requests["short"].groups = requests["short"].groups[:5]
+    step = Step(requests, ids(*requests))
+    batch.see(step)
+    got = step.numbers(lambda columns: columns)
+    ends = {"one": [(0, 3)], "three": [(0, 2), (2, 3), (3, 6)], "short": [(0, 5)]}
+    for number, (name, spans) in enumerate(ends.items()):
+        mass = torch.stack([batch.maps(number)[-1, :, start:end].sum(-1) for start, end in spans], -1)
+        torch.testing.assert_close(got[name].mass, mass[None, None])
+
+
 def test_layers_of_gpus_hand_over_keys_in_front_of_values(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the Triton kernel, which a GPU takes."""
     monkeypatch.setattr(choice, "AUTO", "triton")
