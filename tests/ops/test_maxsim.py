@@ -123,6 +123,15 @@ def test_nan_stays(backend: str) -> None:
     assert nan[2].all() and nan[:, 1].all() and not nan[:2][:, [0, 2, 3]].any()
 
 
+@on("reference", *FAST)
+@pytest.mark.parametrize("first, second", [(3, 5), (3, 67), (3, 68)])
+def test_of_tokens_with_nan_the_first_is_chosen(first: int, second: int, backend: str) -> None:
+    inputs = as_dtype(tensors(m=70), torch.float32)
+    inputs["documents"][1, [first, second], 2] = torch.nan
+    grad = outputs_and_grads(partial(va.maxsim, backend=backend), inputs)["grad documents"]
+    assert grad[1].any(-1).nonzero().flatten().tolist() == [first]
+
+
 @on(*FAST)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
