@@ -52,9 +52,9 @@ class TimmClassifier(Classifier):
 class Dual(nn.Module):
     """As open_clip's: pictures and texts, and features and a scale as outputs."""
 
-    def __init__(self) -> None:
+    def __init__(self, prefix: int = 1) -> None:
         super().__init__()
-        self.visual, self.words, self.text = Classifier(), nn.Embedding(20, 16), nn.Sequential(Block(), Block())
+        self.visual, self.words, self.text = Classifier(prefix), nn.Embedding(20, 16), nn.Sequential(Block(), Block())
 
     def forward(self, image, text):
         return self.visual(image), self.text(self.words(text))[:, -1, :5], torch.tensor(10.0)
@@ -114,8 +114,8 @@ def test_grid_and_prefix_are_obeyed() -> None:
     assert explain(tokens, {"tokens": torch.randn(2, 18, 16)}, **score, prefix=2).image.shape == (2, 4, 4)
 
 
-def test_a_tower_beside_texts_needs_its_grid() -> None:
-    model = lively(Dual())
+def test_a_tower_as_large_as_a_text_needs_its_grid() -> None:
+    model = lively(Dual(prefix=0))
     inputs = {"image": pixels(), "text": torch.randint(20, (2, 16))}  # as many tokens as patches
     options = {
         "read": {"tower0": "cls", "tower1": "last"},
@@ -127,8 +127,10 @@ def test_a_tower_beside_texts_needs_its_grid() -> None:
         unplaced.plot(np.ones((32, 32, 3)))
     with pytest.raises(ValueError, match=r"explain with grid=\(h, w\)"):
         unplaced.to_html(np.ones((32, 32, 3)))
-    placed = explain(model, inputs, **options, grid=(4, 4), prefix=1)
-    assert torch.equal(placed.image, placed.relevancy["tower0"][:, 1:].reshape(2, 4, 4))
+    placed = explain(model, inputs, **options, grid=(4, 4), prefix=0)
+    assert torch.equal(placed.image.flatten(1)[:, 1:], placed.relevancy["tower0"][:, 1:])  # a token's part in itself is left out
+    beside_cls = explain(lively(Dual()), inputs, **options)  # the text's tower is that of its size, so the other is the picture's
+    assert torch.equal(beside_cls.image, beside_cls.relevancy["tower0"][:, 1:].reshape(2, 4, 4))
 
 
 def test_a_record_with_patches_of_a_model_with_other_inputs(monkeypatch) -> None:

@@ -259,8 +259,12 @@ def test_a_borrowed_record():
             got = explain(own, inputs, like=name, **options)
             assert torch.allclose(want.relevancy["language"], got.relevancy["language"], atol=BOUNDS[torch.float64])
             assert want.token_ids == got.token_ids
-    with pytest.raises(ValueError, match=r"got OwnDecoder\. like='\w+' borrows the record of a class that has the same towers"):
-        explain(own, inputs, answer=[7])
+        if "answer" in options:  # the only ids are those of a decoder
+            got = explain(own, inputs, **options)
+            assert torch.allclose(want.relevancy["language"], got.relevancy["tower0"], atol=BOUNDS[torch.float64])
+            assert got.token_ids == [[7, 9]] and got.text_positions == [[5, 6]]  # no tokenizer says which of the prompt are words
+    with pytest.raises(ValueError, match=r"got OwnDecoder.*\. like='\w+' borrows the record of a class that has the same towers"):
+        explain(own, {**inputs, "question": inputs["input_ids"]}, answer=[7])
     with pytest.raises(
         ValueError, match=r"like must be the name of a class with a record, as 'LlamaForCausalLM'.*got 'LamaForCa"
     ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from vlattn_fast.interpret.explaining.naming import encoded
 from vlattn_fast.interpret.records.derived import drafts
+from vlattn_fast.interpret.records.image_grids import is_ids
 from vlattn_fast.interpret.records.record import Family
 from vlattn_fast.interpret.records.tokens import Text
 from vlattn_fast.interpret.relevancy.method import LOG_PROBABILITY, LOGIT
@@ -24,6 +26,7 @@ class Answer:
     ids: list[list[int]]  # each row's tokens
     arguments: dict[str, Any]  # the model's inputs with the answer behind the last real token of each prompt, N + T in all
     answer_positions: Tensor  # int64 (B, T), where each token of the answer is predicted: the place in front of its own
+    name: str = "input_ids"  # of the input that it is put into
 
     @functools.cached_property
     def real(self) -> Tensor:
@@ -36,6 +39,14 @@ class Answer:
         last = self.real.sum(1, keepdim=True).sub(1).clamp(min=0)
         column = torch.arange(self.answer_positions.shape[1]).expand(len(last), -1)
         return self.answer_positions.gather(1, torch.minimum(column, last))
+
+    def masked(self, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The model's arguments, with a mask of the decoder's padding where an encoder-decoder takes none."""
+        mask = "decoder_attention_mask"
+        if self.name == "input_ids" or arguments.get(mask) is not None:
+            return arguments
+        last = self.answer_positions[:, :1] + self.real.sum(1, keepdim=True)
+        return {**arguments, mask: torch.arange(arguments[self.name].shape[1]) <= last}
 
     def scores(self, logits: Any, kept: Tensor | None, of: str = LOG_PROBABILITY) -> Tensor:
         """The logits, log-probabilities or margins (`of`) of the answer's tokens, (B, T), 0 for padding.
@@ -96,7 +107,8 @@ def prepare_answer(answer: Any, tokenizer: Any, inputs: Mapping[str, Any], recor
     if record.answers == "input_ids":  # a decoder behind an encoder may have another vocabulary
         _check_vocabulary(ids, model)
     shape = (prompts.shape[0], prompts.shape[1])
-    prefix = record.answers.removesuffix("input_ids")
+    renamed = not record.answers.endswith("input_ids")  # in a model of the caller's
+    prefix = f"{record.answers}_" if renamed else record.answers.removesuffix("input_ids")
     if prefix and inputs.get("labels") is not None:
         raise ValueError(
             "inputs must not contain 'labels' beside answer, since an encoder-decoder takes them for the answer; got both. "
@@ -109,14 +121,18 @@ def prepare_answer(answer: Any, tokenizer: Any, inputs: Mapping[str, Any], recor
         )
     arguments = {name: value for name, value in inputs.items() if name != "labels"}  # a decoder computes a loss alone of them
     beside = {name.removeprefix(prefix): value for name, value in arguments.items() if name.startswith(prefix)}
+    beside |= {"input_ids": prompts} if renamed else {}
     beside = {name: value for name, value in beside.items() if _follows_tokens(name, value, shape, prefix)}
-    if beside.get("attention_mask") is None and len({len(row) for row in ids}) > 1:
+    knows_masks = bool(record.towers) or hasattr(model, "can_generate")  # else the caller's own, which is causal
+    if knows_masks and beside.get("attention_mask") is None and len({len(row) for row in ids}) > 1:
         beside["attention_mask"] = torch.ones_like(prompts)
-    kind = Text if prefix else record.towers[0].kind
+    kind = record.towers[0].kind if record.towers and not prefix else Text
     places = _Places(ids, kind(beside, shape).last_real(), shape[1], record.answer_type)
     for name, value in beside.items():
-        arguments[f"{prefix}{name}"] = places.longer(name, value, beside)
-    return Answer(ids, arguments, places.answer_positions)
+        called = record.answers if name == "input_ids" else f"{prefix}{name}"
+        if called in inputs or not renamed:
+            arguments[called] = places.longer(name, value, beside)
+    return Answer(ids, arguments, places.answer_positions, record.answers)
 
 
 def _padded(ids: list[list[int]]) -> tuple[Tensor, Tensor]:
@@ -228,6 +244,25 @@ def encoder_decoder(model: nn.Module) -> Family | None:
     return None
 
 
+def own_decoder(model: nn.Module, inputs: Mapping[str, Any], answers: bool = False) -> Family | None:
+    """The record of a model of the caller's that predicts tokens, whose towers are found; None for others. Its decoder reads
+    'decoder_input_ids'; where it is known that the model explains `answers`, also other ids (B, N), if they are the only ones."""
+    if hasattr(model, "can_generate"):  # of transformers
+        return None
+    name = "decoder_input_ids"
+    if name not in inputs and name not in inspect.signature(model.forward).parameters:
+        names = ids_in(inputs)
+        if not answers or len(names) != 1:
+            return None
+        name = names[0]
+    return Family((), "token", answers=name)
+
+
+def ids_in(inputs: Mapping[str, Any]) -> list[str]:
+    """The names of inputs that are token ids (B, N)."""
+    return [name for name, value in inputs.items() if is_ids(value) and not name.endswith("mask")]
+
+
 def block_decoder(model: nn.Module) -> Family | None:
     """The record of a model that predicts all tokens of its decoder's input at once, as by block diffusion: the last is read. It
     explains no answer, whose tokens would be predicted one behind the other."""
@@ -243,7 +278,8 @@ def start_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     first = next((value for value in inputs.values() if isinstance(value, Tensor) and value.ndim), None)
     if start is None or first is None:
         raise ValueError(
-            f"inputs must contain 'decoder_input_ids' where the config has no decoder_start_token_id; got {sorted(inputs)}"
+            "inputs must contain 'decoder_input_ids' where the config has no decoder_start_token_id, (B, 1) of the token that "
+            f"texts begin with; got {sorted(inputs)}"
         )
     return torch.full((len(first), 1), start, device=first.device)
 

@@ -18,6 +18,7 @@ from vlattn_fast.attach.session import at_rest, never_compiled
 from vlattn_fast.backends.reference.relevancy_residual import Weighting
 from vlattn_fast.interpret.explaining.baseline import run_baseline
 from vlattn_fast.interpret.explaining.fields import parts, vision_maps
+from vlattn_fast.interpret.explaining.inputs import opened, packing
 from vlattn_fast.interpret.explaining.named_sinks import named_sinks
 from vlattn_fast.interpret.explaining.naming import tokenizer_of
 from vlattn_fast.interpret.explaining.patch_grid import PatchGrid
@@ -175,7 +176,8 @@ def explain(
         per=per, layers=layers, heads=heads, read=read, answer=answer, each=each, tokenizer=tokenizer_of(tokenizer, processor),
         through_connector=through_connector, patches=PatchGrid.check(grid, prefix), like=like,
     )  # fmt: skip
-    with torch.inference_mode(False), torch.enable_grad(), at_rest(request.model):
+    packs = opened(inputs)[1]
+    with torch.inference_mode(False), torch.enable_grad(), at_rest(request.model), packing(request.model, packs):
         prompt = lay_out(request, inputs)
         run_baseline(request, prompt, processor)
         with torch.set_grad_enabled(not request.method.steps):  # each step has a run with gradients
@@ -262,7 +264,8 @@ def _pass_back(request: Request, prompt: Prompt, run: Run, question: Question, n
     keep = number + 1 < len(question.passes)
     logits = request.record.scoring.logits(run.outputs) if request.method.takes_logits else None
     said = None if logits is None else question.said(logits, number)
-    return backward_pass(request, run, score, starts, prompt.arguments, keep=keep, said=said)
+    arguments = prompt.arguments if prompt.answer is None else prompt.answer.masked(prompt.arguments)
+    return backward_pass(request, run, score, starts, arguments, keep=keep, said=said)
 
 
 def _of_towers(

@@ -52,7 +52,7 @@ def parts(
         if "boxes" in further:
             fields["photos"] = list(range(len(row)))
         owners |= dict.fromkeys(further, tower.name)
-    if answer is not None and "decoder_input_ids" in arguments:
+    if answer is not None and (answer.name != "input_ids" or (towers[0].record is None and "text" not in fields)):
         fields |= _behind(fields, relevancy[towers[0].name], answer)
     return fields, owners
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vlattn_fast.interpret.records.record import Family, indices, prompt_shape
+
+Packs = Mapping[str, tuple[str, ...]]  # the names of the entries of each input that is a dict
+EMPTY: Packs = {}
 
 # what goes along with images and texts where these are chosen
 _IMAGE_INPUTS = ("pixel_attention_mask", "spatial_shapes", "pixel_mask")
@@ -23,11 +27,13 @@ def prepare_inputs(
     target: Any,
     logit_positions: Tensor | None = None,
     all_logits: bool = False,
+    packs: Packs = EMPTY,
 ) -> tuple[dict[str, Any], list[int] | None]:
     """Keyword arguments for the model, and for scores of pairs the text that each row stands for.
 
     One image with T texts becomes T pairs, as in the notebook of Chefer et al.; a target picks the text of each image.
     `logit_positions` says where a decoder's logits are read; None = at the last real token. With `all_logits` it gives all.
+    `packs`: see `opened`.
 
     Raises:
         TypeError: `inputs` is no mapping, or holds pictures or words that no processor made tensors of.
@@ -37,13 +43,13 @@ def prepare_inputs(
     inputs, scoring = record.scoring.prepared(inputs, target), record.scoring
     accepted = inspect.signature(model.forward).parameters
     _check_values(inputs, record)
-    _check_names(inputs, accepted)
+    _check_names([*inputs, *packs], accepted)
     # Tensors made under inference mode cannot be saved for a backward pass; a copy made outside of it can.
     arguments = {k: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for k, v in inputs.items()}
     if hasattr(model, "config") and hasattr(model.config, "return_dict"):
         arguments["return_dict"] = True
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
-    if "use_cache" in accepted or (scoring.predicts and takes_any):
+    if "use_cache" in accepted or (scoring.predicts and takes_any and hasattr(model, "config")):
         arguments["use_cache"] = False
     # Whether logits are counted as the prompt's tokens are.
     follows = record.towers[0].kind.follows_ids if record.towers else logit_positions is not None or record.answers == "input_ids"
@@ -83,7 +89,7 @@ def _check_values(inputs: Mapping[str, Any], record: Family) -> None:
         raise ValueError("inputs must give the whole sequence in one forward pass, without past_key_values; got a cache")
 
 
-def _check_names(inputs: Mapping[str, Any], accepted: Mapping[str, inspect.Parameter]) -> None:
+def _check_names(inputs: Collection[str], accepted: Mapping[str, inspect.Parameter]) -> None:
     """ValueError where no input has a name of the model's `forward`."""
     by_name = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
     named = [name for name, parameter in accepted.items() if parameter.kind in by_name]
@@ -98,6 +104,39 @@ def check_inputs(model: Any, inputs: Any) -> None:
         pictures = [name for name in names if name.startswith("pixel_values")] if getattr(inputs, "ndim", 0) == 4 else []
         way = f". Pass {{{(pictures or names)[0]!r}: ...}}" if names else ""
         raise TypeError(f"inputs must be a mapping of the model's keyword arguments; got {type(inputs).__name__}{way}")
+
+
+def opened(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Packs]:
+    """`inputs` with the entries of each dict of tensors in the dict's place, as of a `forward` that takes one dict."""
+    flat, packs = dict[str, Any](), dict[str, tuple[str, ...]]()
+    for name, value in inputs.items():
+        if not (isinstance(value, Mapping) and any(isinstance(entry, Tensor) for entry in value.values())):
+            value = {name: value}
+        else:
+            packs[name] = tuple(value)
+        if both := sorted(map(str, flat.keys() & value.keys())):
+            raise ValueError(f"inputs must have each name once, also in dicts; got {', '.join(both)} twice")
+        flat |= value
+    return flat, packs
+
+
+@contextlib.contextmanager
+def packing(model: nn.Module, packs: Packs) -> Iterator[None]:
+    """A context in which the model takes arguments that are `opened`, too."""
+
+    def pack(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        if all(name in kwargs for name in packs):  # called as ever
+            return None
+        inner = {entry for names in packs.values() for entry in names}
+        dicts = {name: {entry: kwargs[entry] for entry in names if entry in kwargs} for name, names in packs.items()}
+        return args, {**{name: value for name, value in kwargs.items() if name not in inner}, **dicts}
+
+    handle = model.register_forward_pre_hook(pack, prepend=True, with_kwargs=True) if packs else None
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
 
 
 def is_empty(arguments: Mapping[str, Any]) -> bool:

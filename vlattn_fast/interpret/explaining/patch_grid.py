@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_integer, describe
-from vlattn_fast.interpret.records.image_grids import only_picture, square_patches
+from vlattn_fast.interpret.records.image_grids import is_ids, only_picture, square_patches
 from vlattn_fast.interpret.records.pixels import Shape
 from vlattn_fast.interpret.records.tokens import Patches
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
@@ -44,9 +44,15 @@ class PatchGrid:
         """The first tower that has such a grid, and fields of an Explanation with its patches, from rows (B, N) or (B, T, N).
         ValueError where the caller asks for a grid, and no tower has it."""
         free = [tower for tower in towers if tower.record is None or (self.asked and tower.record.kind is Patches)]
+        if not self.asked:  # towers of ids are none of the picture
+            texts = {name: tuple(value.shape) for name, value in inputs.items() if is_ids(value)}
+            of_text = [tower for tower in free if tower.shape in texts.values()]
+            shapes = {tower.shape for tower in of_text}
+            inputs = {name: value for name, value in inputs.items() if texts.get(name) not in shapes}
+            free = [tower for tower in free if tower not in of_text]
         for tower in free:
             if tower.grid is not None:
-                if (picture := self._of_pixels(relevancy[tower.name], tower.grid)) is not None:
+                if (picture := self._of_pixels(relevancy[tower.name], tower)) is not None:
                     return tower.name, {"image": picture, "image_rows": list(range(len(picture)))}
             elif (grid := self._in(tower.size, inputs)) is not None:
                 before, (height, width) = grid
@@ -62,9 +68,20 @@ class PatchGrid:
             )
         return "", {}
 
-    def _of_pixels(self, row: Tensor, pixels: Shape) -> Tensor | None:
-        """A map of pixels, or of the sums over the patches that the caller asks for; None where these do not fit."""
-        height, width = self.shape or pixels
+    def grid_of_pixels(self, tower: TowerTrace) -> Shape:
+        """Rows and columns of the patches in a tower of pixels. ValueError where nothing tells, or the caller's do not fit."""
+        pixels, shape = tower.grid, self.shape or tower.patches
+        if pixels is None or shape is None or pixels[0] % shape[0] or pixels[1] % shape[1]:
+            raise ValueError(
+                f"grid must be rows and columns (h, w) of patches that divide the {pixels} pixels of '{tower.name}'; got {shape}"
+            )
+        return shape
+
+    def _of_pixels(self, row: Tensor, tower: TowerTrace) -> Tensor | None:
+        """A map of the sums over the patches that the caller asks for, or that the model cuts the picture into, else of pixels;
+        None where these do not fit."""
+        pixels = tower.grid or (1, 1)
+        height, width = self.shape or tower.patches or pixels
         if self.prefix or pixels[0] % height or pixels[1] % width:
             return None
         patches = row.reshape(*row.shape[:-1], height, pixels[0] // height, width, pixels[1] // width)

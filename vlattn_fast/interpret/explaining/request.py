@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -14,8 +14,16 @@ from torch import Tensor, nn
 from vlattn_fast._ground.checks import check_bool
 from vlattn_fast.attach.session import at_rest, check_has_gradients, unwrapped
 from vlattn_fast.backends.reference.relevancy_residual import Weighting
-from vlattn_fast.interpret.explaining.answer import Answer, block_decoder, encoder_decoder, prepare_answer, start_tokens
-from vlattn_fast.interpret.explaining.inputs import check_inputs, is_empty, prepare_inputs
+from vlattn_fast.interpret.explaining.answer import (
+    Answer,
+    block_decoder,
+    encoder_decoder,
+    ids_in,
+    own_decoder,
+    prepare_answer,
+    start_tokens,
+)
+from vlattn_fast.interpret.explaining.inputs import Packs, check_inputs, is_empty, opened, packing, prepare_inputs
 from vlattn_fast.interpret.explaining.naming import special_ids, token_target
 from vlattn_fast.interpret.explaining.patch_grid import PatchGrid
 from vlattn_fast.interpret.explaining.similarity import NAMED_ROWS, SIMILARITY
@@ -96,7 +104,7 @@ class Request:
         if answer is None:
             record = _record_of_target(model, inputs, borrowed, read, chosen, each)
         else:
-            record = _record_of_answers(model, borrowed, target, read)
+            record = _record_of_answers(model, opened(inputs)[0], borrowed, target, read)
         target = token_target(target, tokenizer, model, record, embedded_by)
         _check_fits(chosen, record, model, start_layer)
         if record.scoring.names_row and read is not None and not callable(target):
@@ -112,6 +120,7 @@ class Prompt:
     arguments: dict[str, Any]
     pairs: list[int] | None  # where images are compared with texts, the text of each row
     answer: Answer | None  # the answer among the tokens; None where a target is explained
+    packs: Packs = field(default_factory=dict)  # the arguments that stand in a dict when the model is called
 
     @property
     def empty(self) -> bool:
@@ -119,17 +128,17 @@ class Prompt:
 
 
 def lay_out(request: Request, inputs: Mapping[str, Any]) -> Prompt:
-    record = request.record
+    record, (inputs, packs) = request.record, opened(inputs)
     if request.answer is None:
         decodes = not record.towers and record.answers != "input_ids" and not callable(request.target)
         if decodes and inputs.get(record.answers) is None and inputs.get("labels") is None:
             inputs = {**inputs, record.answers: start_tokens(request.model, inputs)}
         whole = request.method.takes_logits
-        return Prompt(*prepare_inputs(request.model, inputs, record, request.target, all_logits=whole), None)
+        return Prompt(*prepare_inputs(request.model, inputs, record, request.target, None, whole, packs), None, packs)
     answer = prepare_answer(request.answer, request.tokenizer, inputs, request.record, request.model)
     positions, whole = answer.answer_positions, request.method.takes_logits
-    arguments, pairs = prepare_inputs(request.model, answer.arguments, record, None, positions, whole)
-    return Prompt(arguments, pairs, answer)
+    arguments, pairs = prepare_inputs(request.model, answer.arguments, record, None, positions, whole, packs)
+    return Prompt(arguments, pairs, answer, packs)
 
 
 # --- what the call takes ---
@@ -164,8 +173,9 @@ def _record_of_target(
     if not each:
         raise ValueError("each=False needs answer=, over whose tokens it sums; got none")
     known = borrowed or find_family(model)
-    if known is None and generates(model):
-        known = encoder_decoder(model) or block_decoder(model)
+    if known is None:
+        decodes = generates(model) and (encoder_decoder(model) or block_decoder(model))
+        known = decodes or own_decoder(model, opened(inputs)[0])
     finds = isinstance(read, Mapping) and borrowed is None and listed_family(model) is None  # the caller names towers
     if known is not None and not (finds and not _names_towers(known, read)):
         return known
@@ -174,17 +184,29 @@ def _record_of_target(
     return UNRECORDED
 
 
-def _record_of_answers(model: nn.Module, borrowed: Family | None, target: Any, read: Any) -> Family:
+def _record_of_answers(model: nn.Module, inputs: Mapping[str, Any], borrowed: Family | None, target: Any, read: Any) -> Family:
     """The record of a model that predicts tokens."""
     if target is not None or read is not None:
         raise ValueError("answer must be given without target and read, which it takes the place of; got both")
-    record = borrowed or find_family(model) or encoder_decoder(model)
+    known = borrowed or find_family(model) or encoder_decoder(model)
+    record = own_decoder(model, inputs, answers=True) if known is None else known
     if record is None or not record.scoring.predicts:
+        name, own = type(model).__name__, record is None and not hasattr(model, "can_generate")
         raise ValueError(
             "answer must be of a decoder with a record, which predicts the next token, or of an encoder-decoder; got "
-            f"{type(model).__name__}{_like_the_nearest(model)}"
+            f"{name}{_own_ids(name, inputs) if own else ''}{_like_the_nearest(model)}"
         )
     return record
+
+
+def _own_ids(name: str, inputs: Mapping[str, Any]) -> str:
+    """How a model of the caller's, called `name`, says which of its inputs an answer is put into."""
+    names = ids_in(inputs)
+    chosen = names[-1] if names else "decoder_input_ids"
+    return (
+        f", whose inputs of token ids (B, N) are {names}, where an answer is put into one. Name it 'decoder_input_ids', or say "
+        f'va.interpret.register_family("{name}", va.interpret.Family((), "token", answers="{chosen}"))'
+    )
 
 
 # --- refusals ---
@@ -243,10 +265,12 @@ def _how_to_read(model: nn.Module, inputs: Mapping[str, Any]) -> str:
     this forward pass is raised as it is, since no argument of `explain` mends it."""
     problem = f"model must be of a known family where read is None; got {type(model).__name__}"
     method = find_method("attention")()
-    with torch.inference_mode(False), torch.no_grad(), at_rest(model), Trace(model, UNRECORDED, method) as trace:
-        model(**trace.prepare(prepare_inputs(model, inputs, UNRECORDED, None)[0]))
+    inputs, packs = opened(inputs)
+    with torch.inference_mode(False), torch.no_grad(), at_rest(model), packing(model, packs):
+        with Trace(model, UNRECORDED, method) as trace:
+            model(**trace.prepare(prepare_inputs(model, inputs, UNRECORDED, None, packs=packs)[0]))
     trace.check()
-    towers = [f"{tower.name} ({tower.lists[0]}: {tower.size} tokens)" for tower in trace.towers if tower.paths]
+    towers = [tower.described for tower in trace.towers if tower.paths]
     line = f'va.explain(model, inputs, read={{"{trace.towers[0].name}": "cls"}}, target=lambda outputs: ...)'
     return (
         f"{problem}. Its towers are {', '.join(towers)}. Say which row is read and what the score is, as in {line}. "

@@ -105,7 +105,7 @@ def _towers_of(
     if isinstance(request.read, Mapping):
         for name in request.read:
             if name not in by_name:
-                raise ValueError(f"read must name towers among {', '.join(by_name)}; got {name!r}")
+                raise ValueError(f"read must name towers among {', '.join(x.described for x in towers)}; got {name!r}")
         read = [by_name[name] for name in request.read]
     else:
         recorded = [tower for tower in towers if tower.record is not None]  # towers without a record have no read-out row
@@ -116,6 +116,11 @@ def _towers_of(
         if prompt.answer is not None and not recorded:  # the decoder is the last tower of the answer's size
             answered = tuple(prompt.arguments[request.record.answers].shape)
             read = [tower for tower in read if tower.shape == answered][-1:]
+            if not read:
+                raise ValueError(
+                    f"model must have a tower of the tokens of '{request.record.answers}' {answered}, where an answer is; got "
+                    f"{', '.join(tower.described for tower in towers)}"
+                )
     return read, [tower for tower in towers if tower not in read and any((t, tower) in links for t in read)]
 
 

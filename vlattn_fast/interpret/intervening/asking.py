@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vlattn_fast.attach.session import at_rest
 from vlattn_fast.interpret.explaining.answer import Answer
+from vlattn_fast.interpret.explaining.inputs import packing
 from vlattn_fast.interpret.explaining.naming import tokenizer_of
 from vlattn_fast.interpret.explaining.patch_grid import PatchGrid
 from vlattn_fast.interpret.explaining.question import choose_score
@@ -73,7 +74,8 @@ class Asked:
         with torch.inference_mode(False), at_rest(request.model):
             prompt = lay_out(request, inputs)
         run = request.model, request.record, prompt.arguments, [tower], prompt.answer
-        return cls(request, prompt, see_run(*run)) if notes is None else cls(request, prompt, *watched_run(notes, *run))
+        with packing(request.model, prompt.packs):
+            return cls(request, prompt, see_run(*run)) if notes is None else cls(request, prompt, *watched_run(notes, *run))
 
     @property
     def batch(self) -> int:
@@ -83,7 +85,8 @@ class Asked:
 
     def run(self, plans: Plans) -> Any:
         """The outputs of the edited model in eval mode."""
-        with torch.inference_mode(False), at_rest(self.request.model), Editing(plans):
+        model, packs = self.request.model, self.prompt.packs
+        with torch.inference_mode(False), at_rest(model), packing(model, packs), Editing(plans):
             return self.request.model(**self.prompt.arguments)
 
     def scores(self, outputs: Any) -> tuple[Tensor, Any]:
@@ -131,7 +134,7 @@ class Asked:
         pairs = None if prompt.pairs is None else prompt.pairs * copies
         if isinstance(target, Sequence) and not isinstance(target, str):
             request = replace(request, target=list(target) * copies)
-        return Asked(request, Prompt(arguments, pairs, answer), self.seen)
+        return Asked(request, replace(self.prompt, arguments=arguments, pairs=pairs, answer=answer), self.seen)
 
     def _repeated(self, name: str, value: Any, copies: int) -> Any:
         if isinstance(value, list):

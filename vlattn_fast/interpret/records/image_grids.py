@@ -57,8 +57,12 @@ def only_picture(inputs: Mapping[str, Any]) -> Tensor | None:
     """The pictures (B, C, H, W) of a model that takes nothing beside them; None where it takes ids, too, or several."""
     tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
     pictures = [value for value in tensors if value.ndim == 4 and value.is_floating_point()]
-    ids = [value for value in tensors if value.ndim == 2 and not value.is_floating_point()]
-    return pictures[0] if len(pictures) == 1 and not ids else None
+    return pictures[0] if len(pictures) == 1 and not any(map(is_ids, tensors)) else None
+
+
+def is_ids(value: Any) -> bool:
+    """Whether an input may be token ids (B, N)."""
+    return isinstance(value, Tensor) and value.ndim == 2 and not value.is_floating_point()
 
 
 def square_patches(count: int, size: Sequence[int], prefix: int | None) -> tuple[int, Shape] | None:

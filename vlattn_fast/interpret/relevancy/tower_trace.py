@@ -137,6 +137,7 @@ class TowerTrace:
         self.batch: int | None = None
         self.size = 0
         self.grid: tuple[int, int] | None = None  # rows and columns, where the tokens are the pixels of a picture
+        self.patches: tuple[int, int] | None = None  # rows and columns of the patches that the model cuts these pixels into
         self.dtype, self.device = torch.float32, torch.device("cpu")  # of the carrier
         self.lists: list[str] = []  # lists of layers, in the order in which they ran
         self.paths: list[str] = []  # modules that called attention, in this order, too
@@ -188,6 +189,11 @@ class TowerTrace:
     @property
     def shape(self) -> tuple[int, int]:
         return self.batch or 0, self.size
+
+    @property
+    def described(self) -> str:
+        """Its name, first list of layers and size."""
+        return f"{self.name} ({self.lists[0]}: {self.size} tokens)" if self.lists else f"{self.name} ({self.size} tokens)"
 
     def tokens_in(self, inputs: Mapping[str, Any]) -> Tokens:
         """Its tokens, of the kind that the record says, or of none."""

@@ -56,8 +56,8 @@ class Rollout(CarriedMethod):
             column = column.masked_fill(~real[:, None].to(column.device), 0.0)
         if bool((_later(start) & (column != 0) & (_rolled(calls, tower, start)[0] == 0)).any()):
             self.remarks.append(
-                f"A part of the map is that of later tokens: the tokens of '{tower.name}' do not see those behind them, and column "
-                "t of its rollout, which method 'rollout' reads as published, is what later tokens take from t. Method "
+                f"A part of the map is that of later tokens: the tokens of '{tower.name}' do not see those behind them, and "
+                "column t of its rollout, which method 'rollout' reads as published, is what later tokens take from t. Method "
                 "'rollout:one_hot' reads the attention of t alone"
             )
         return column
@@ -74,8 +74,8 @@ class OneHot(Rollout):
 
     def carry(self, backward: BackwardPass) -> list[Tensor]:
         raise ValueError(
-            f"method must be 'rollout' for towers that do not attend to one another; got {self.name!r}, which is another rule for "
-            "those that do"
+            f"method must be 'rollout' for towers that do not attend to one another; got {self.name!r}, which is another rule "
+            "for those that do"
         )
 
     def attending(self, backward: BackwardPass, tower: TowerTrace, start: Tensor, calls: Sequence[LinkedCall]) -> Tensor:
