@@ -294,6 +294,7 @@ class Kept:
         self.path, self.end = path, time.monotonic() + 60 * minutes
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         self.rows: dict[str, list[Row]] = {line["key"]: line["rows"] for line in map(json.loads, lines)}
+        self.seconds = sum(line["seconds"] for line in map(json.loads, lines))
 
     def get(self, key: str, measured: Callable[[], list[Row]]) -> list[Row]:
         """The rows under a key; where there are none, they are measured and written, or [] behind the end of the time."""
@@ -303,10 +304,12 @@ class Kept:
         if began > self.end:
             return []
         self.rows[key] = measured()
+        seconds = time.monotonic() - began
+        self.seconds += seconds
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"key": key, "rows": self.rows[key]}) + "\n")
-        print(f"{key}: {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
+            file.write(json.dumps({"key": key, "seconds": seconds, "rows": self.rows[key]}) + "\n")
+        print(f"{key}: {seconds:.1f} s", file=sys.stderr, flush=True)
         return self.rows[key]
 
 
@@ -327,6 +330,7 @@ def rows(reader: Reader, kept: Kept, listed: Sequence[Formula]) -> Iterator[Row]
             tested += 1
         for reading in readings:
             yield from kept.get(f"other rules of {reading.formula.number}", partial(map_rows, reader, reading, OTHERS))
+    yield {"task": "formula time", "seconds": round(kept.seconds, 1)}
 
 
 def _one(measured: Callable[..., Row], *arguments: Any) -> list[Row]:
