@@ -50,8 +50,8 @@ def test_few_queries_over_many_keys(n: int, m: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("n", [1, 3, 8, 16, 17])
 def test_the_first_of_alike_keys(n: int, dtype: torch.dtype) -> None:
-    """Products with alike keys are equal, wherever the keys stand."""
-    for m in (2, 5, 47, 515):
+    """Products with alike keys are equal, wherever the keys stand, also in another block of keys."""
+    for m in (2, 5, 47, 515, 900):
         inputs = as_dtype(statistics_inputs(n, m, 20, b=1), dtype)
         inputs["key"] = inputs["key"][:, :, :1].expand(inputs["key"].shape)
         assert va.attention_statistics(**inputs, backend="cpu").argmax.eq(0).all()

@@ -33,7 +33,7 @@ class Prefixed(nn.Module):
     def forward(self, x: Tensor, visible: Tensor) -> Tensor:
         size, y = x.shape[1], x
         if self.kind == "states":
-            y = torch.cat([x, self.prefix.expand_as(x[:, : self.prefix.shape[1]])], 1)
+            y = torch.concatenate([x, self.prefix.expand_as(x[:, : self.prefix.shape[1]])], axis=1)
         q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in self.qkv(y).chunk(3, -1))
         q = q[:, :, :size]
         if self.kind == "turned":
