@@ -63,7 +63,7 @@ class Drawing:
 
 def formulas(count: int = COUNT, seed: int = SEED) -> list[Formula]:
     """The list: kinds and fonts take turns, so that any first part of it has all of them."""
-    draw, found = random.Random(seed), []
+    draw, listed = random.Random(seed), []
     for number in range(count):
         kind = [*KINDS][number % len(KINDS)]
         pools = {"L": [*LETTERS], "D": [*"123456789"], "G": [f"\\{name} " for name in GREEK]}
@@ -72,13 +72,13 @@ def formulas(count: int = COUNT, seed: int = SEED) -> list[Formula]:
         template = draw.choice(KINDS[kind])
         source = re.sub("[LDG]", lambda match, pools=pools: pools[match[0]].pop(), template)
         source = re.sub(" (?![A-Za-z])", "", source)  # a space ends a command where a letter follows
-        found.append(Formula(number, kind, FONTS[number // len(KINDS) % len(FONTS)], source))
-    return found
+        listed.append(Formula(number, kind, FONTS[number // len(KINDS) % len(FONTS)], source))
+    return listed
 
 
 def symbols(text: str) -> list[tuple[str, int]]:
     """The symbols of LaTeX in its order, each with the index of the first character that tells which one it is: the one behind a
-    backslash. What names no glyph is left out: braces, spaces, environments, fractions, styles."""
+    backslash. Parts without a glyph are left out: braces, spaces, environments, fractions, styles."""
     kept = LEFT_OUT.sub(lambda match: " " * len(match[0]), text)
     return [(match[0], match.start() + (len(match[0]) > 1)) for match in re.finditer(r"\\[A-Za-z]+|\\.|\S", kept)]
 
@@ -89,8 +89,8 @@ def places(source: str, answer: str) -> dict[str, int] | None:
     of_source, of_answer = symbols(source), symbols(answer)
     if sorted(symbol for symbol, _ in of_source) != sorted(symbol for symbol, _ in of_answer):
         return None
-    found = dict(of_answer)
-    return {symbol: found[symbol] for symbol, _ in of_source}
+    indices = dict(of_answer)
+    return {symbol: indices[symbol] for symbol, _ in of_source}
 
 
 def draw(formula: Formula) -> Drawing:

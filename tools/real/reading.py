@@ -219,8 +219,8 @@ def curves(reader: Reader, reading: Reading, symbol: str, values: Tensor) -> tup
     large = masks.repeat_interleave(PATCH, 1).repeat_interleave(PATCH, 2)[:, None]
     place = reading.places[symbol]
     means = []
-    for one, other in ((reading.images, reading.blank), (reading.blank, reading.images)):
-        logits = reader.logits(torch.where(large, other, one), reading.ids[: place + 1])
+    for before, after in ((reading.images, reading.blank), (reading.blank, reading.images)):
+        logits = reader.logits(torch.where(large, after, before), reading.ids[: place + 1])
         means.append(float(logits[:, -1].softmax(-1)[:, reading.ids[place]].mean()))
     return means[0], means[1]
 
@@ -235,7 +235,7 @@ def glyphs(boxes: Mapping[str, Any]) -> list[str]:
 
 
 def read(reader: Reader, formula: Formula) -> Row:
-    """What the model answers to a drawn formula, and where its glyphs lie."""
+    """The model's answer to a drawn formula, and the boxes of its glyphs."""
     drawing = draw(formula)
     ids = reader.answer(torch.tensor(drawing.picture)[None, None])
     answer = "".join(reader.names[number] for number in ids)
@@ -247,33 +247,33 @@ def read(reader: Reader, formula: Formula) -> Row:
 
 
 def reading_of(formula: Formula, row: Row) -> Reading:
-    found = places(formula.source, row["answer"])
-    assert found is not None
-    return Reading(formula, draw(formula), row["ids"], found)
+    of_symbols = places(formula.source, row["answer"])
+    assert of_symbols is not None
+    return Reading(formula, draw(formula), row["ids"], of_symbols)
 
 
 def map_rows(reader: Reader, reading: Reading, rules: Sequence[Rule]) -> list[Row]:
     """By rule, pointing and mass of the maps of `glyphs`."""
-    boxes, found = reading.drawing.boxes, []
+    boxes, measured = reading.drawing.boxes, []
     for rule in rules:
         maps = {symbol: relevancy(reader, reading, symbol, rule) for symbol in glyphs(boxes)}
         numbers = {
             "pointing": [int(pointing(values, boxes[symbol])) for symbol, values in maps.items()],
             "mass": [round(mass(values, boxes[symbol]), 4) for symbol, values in maps.items()],
         }
-        found.append({"task": "formula maps", "number": reading.formula.number, **rule.facts, **numbers})
-    return found
+        measured.append({"task": "formula maps", "number": reading.formula.number, **rule.facts, **numbers})
+    return measured
 
 
 def test_row(reader: Reader, reading: Reading) -> Row:
-    """Of one glyph, in the middle of the source: deletion, insertion and the rank correlation with occlusion over the windows
+    """The glyph in the middle of the source: deletion, insertion and the rank correlation with occlusion over the windows
     with ink, by each rule of COMPARED and by occlusion itself."""
     boxes = reading.drawing.boxes
     symbol = glyphs(boxes)[1]
     ink, fallen = falls(reader, reading, symbol, "logit")
     coarse = torch.zeros(ink.shape).masked_scatter_(ink, fallen)
     occluded = coarse.repeat_interleave(WINDOW, 0).repeat_interleave(WINDOW, 1)
-    found = []
+    measured = []
     for rule in (Rule("occlusion", None, "logit"), *COMPARED):
         values = occluded if rule.method == "occlusion" else relevancy(reader, reading, symbol, rule)
         deletion, insertion = curves(reader, reading, symbol, values)
@@ -283,8 +283,8 @@ def test_row(reader: Reader, reading: Reading) -> Row:
             **{"deletion": round(deletion, 4), "insertion": round(insertion, 4)},
             "occlusion": rank_correlation(pooled.double(), fallen.double()),
         }
-        found.append({**rule.facts, **numbers})
-    return {"task": "formula tests", "number": reading.formula.number, "glyph": symbol, "rules": found}
+        measured.append({**rule.facts, **numbers})
+    return {"task": "formula tests", "number": reading.formula.number, "glyph": symbol, "rules": measured}
 
 
 class Kept:

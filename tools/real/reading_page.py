@@ -93,9 +93,9 @@ class Readings:
     def values(self, rule: Rule, name: str) -> list[list[float]]:
         return [row[name] for row in self.maps.get(rule, {}).values()]
 
-    def differences(self, one: Rule, other: Rule, name: str) -> list[list[float]]:
-        """Of each glyph that both rules were measured on, the number of the second less that of the first."""
-        before, after = self.maps.get(one, {}), self.maps.get(other, {})
+    def differences(self, first: Rule, second: Rule, name: str) -> list[list[float]]:
+        """The number by the second rule less that by the first, of each glyph that has both."""
+        before, after = self.maps.get(first, {}), self.maps.get(second, {})
         return [
             [b - a for a, b in zip(before[number][name], after[number][name], strict=True)]
             for number in before
@@ -103,7 +103,7 @@ class Readings:
         ]
 
     def boxes(self) -> list[list[Sequence[float]]]:
-        """Of each formula with maps, the boxes of the explained glyphs."""
+        """The boxes of the explained glyphs, by formula."""
         numbers = sorted(set().union(*self.maps.values()))
         return [[self.right[number]["boxes"][symbol] for symbol in glyphs(self.right[number]["boxes"])] for number in numbers]
 
@@ -146,9 +146,9 @@ def _differences(readings: Readings) -> str:
 def _scores(readings: Readings) -> str:
     lines = []
     for rule in FIRST:
-        other = Rule(rule.method, rule.freeze, "log_probability")
-        if readings.maps.get(other):
-            cells = [shown(readings.differences(rule, other, name), "+") for name in ("pointing", "mass")]
+        second = Rule(rule.method, rule.freeze, "log_probability")
+        if readings.maps.get(second):
+            cells = [shown(readings.differences(rule, second, name), "+") for name in ("pointing", "mass")]
             lines.append([f"`{rule.method}`", HELD[rule.freeze], *cells])
     return markdown(["method", "held fixed", "pointing", "mass"], lines, (0, 1))
 
