@@ -10,6 +10,7 @@ from vlattn_fast.interpret.relevancy.methods.gradcam import GradCam
 from vlattn_fast.interpret.relevancy.methods.gradient import Gradient
 from vlattn_fast.interpret.relevancy.methods.input_gradient import InputGradient
 from vlattn_fast.interpret.relevancy.methods.integrated_gradients import IntegratedGradients
+from vlattn_fast.interpret.relevancy.methods.occlusion import Occlusion
 from vlattn_fast.interpret.relevancy.methods.rollout import Rollout
 from vlattn_fast.interpret.relevancy.methods.tam import Tam
 from vlattn_fast.interpret.relevancy.methods.weighted import Weighted
@@ -22,6 +23,7 @@ __all__ = [
     "InputGradient",
     "IntegratedGradients",
     "Method",
+    "Occlusion",
     "Rollout",
     "Tam",
     "Weighted",

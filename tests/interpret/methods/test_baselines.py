@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -124,8 +125,8 @@ def test_words() -> None:
     assert not got.relevancy["input_ids"][1, 3:].any() and got.relevancy["input_ids"][1, :3].all()  # padding stays
 
 
-def test_the_gap_to_the_gain() -> None:
-    """Entries add up to the score's gain over the baseline; where they do not, a warning has both numbers."""
+def test_the_gap_to_the_gain(tmp_path: Path) -> None:
+    """Entries add up to the score's gain over the baseline; where they do not, a warning says so."""
 
     class Steep(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -135,9 +136,17 @@ def test_the_gap_to_the_gain() -> None:
     black = torch.full((1, 1, 1), 0.5)
     got = va.explain(Steep(), {"x": x}, target=0, method=METHODS.IntegratedGradients(64, black))
     torch.testing.assert_close(got.relevancy["x"].sum(-1), got.scores - 2.0**9, rtol=1e-3, atol=0)
-    message = r"The entries add up to 1\.181e\+05, the score's gain over the baseline is 2\.616e\+05 \(55% is missing"
-    with pytest.warns(UserWarning, match=message):
-        va.explain(Steep(), {"x": x}, target=0, method=METHODS.IntegratedGradients(1, black))
+    torch.testing.assert_close(got.gap, got.relevancy["x"].sum(-1) - (got.scores - 2.0**9))
+    with pytest.warns(
+        UserWarning, match=r"The entries do not add up .* Pass more steps than 1, or another baseline; `explanation.gap`"
+    ):
+        few = va.explain(Steep(), {"x": x}, target=0, method=METHODS.IntegratedGradients(1, black))
+    assert few.gap.tolist() == [18 * 3.0**8 - (4.0**9 - 2.0**9)]  # at 3/4 of each pixel
+    few.save(tmp_path / "few.safetensors")
+    assert (
+        torch.equal(va.Explanation.load(tmp_path / "few.safetensors").gap, few.gap)
+        and va.explain(Steep(), {"x": x}, target=0, method=METHODS.IntegratedGradients(1, black, freeze=("norms",))).gap is None
+    )
     named = va.explain(Steep(), {"x": x}, target=0, method="integrated_gradients", steps=16)
     assert named.method == "integrated_gradients(n_steps=16)"
 
@@ -166,5 +175,6 @@ def test_pictures_that_are_cut_into_patches() -> None:
 
     patches = torch.tensor([[1.0, -2.0], [3.0, 0.5]])
     assert picture("white", patches, None).eq(3.0).all() and picture("black", patches, PROCESSOR).eq(-2.0).all()
-    with pytest.raises(ValueError, match="baseline must be 'black', 'white' or a tensor for pictures that are cut into patches"):
+    assert picture("mean", patches, None).eq(torch.tensor([2.0, -0.75])).all()
+    with pytest.raises(ValueError, match="baseline must be 'black', 'white', 'mean' or a tensor for pictures"):
         picture("blur", patches, None)

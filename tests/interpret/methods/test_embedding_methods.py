@@ -303,7 +303,7 @@ def test_evaluated(case):
 
 # --- integrated gradients ---
 
-few_steps = pytest.mark.filterwarnings("ignore:The entries add up to")
+few_steps = pytest.mark.filterwarnings("ignore:The entries do not add up")
 
 
 class Square(nn.Module):

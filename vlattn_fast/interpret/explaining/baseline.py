@@ -95,13 +95,13 @@ def _fits(baseline: Tensor, pixels: Tensor) -> bool:
 
 def picture(kind: str, pixels: Tensor, processor: Any, option: str = "baseline") -> Tensor:
     """Pictures like `pixels` (..., C, H, W) that are "black", "white", "mean" or "blur". Pictures that are cut into patches
-    (patches, features) have the first two only, as their smallest and largest number."""
+    (patches, features) are in all but "blur": as their smallest and largest number, and the mean of each feature over patches."""
     if pixels.ndim < 4:
-        if kind in (MEAN, BLUR):
-            raise ValueError(
-                f"{option} must be {BLACK!r}, {WHITE!r} or a tensor for pictures that are cut into patches; got {kind!r} for "
-                f"{tuple(pixels.shape)}"
-            )
+        if kind == BLUR:
+            known = f"{BLACK!r}, {WHITE!r}, {MEAN!r} or a tensor"
+            raise ValueError(f"{option} must be {known} for pictures that are cut into patches; got {kind!r}")
+        if kind == MEAN:
+            return pixels.mean(-2, keepdim=True).expand_as(pixels).contiguous()
         return torch.full_like(pixels, float(pixels.min() if kind == BLACK else pixels.max()))
     if kind == MEAN:
         return pixels.mean((-2, -1), keepdim=True).expand_as(pixels).contiguous()

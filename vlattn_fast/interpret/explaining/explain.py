@@ -21,6 +21,7 @@ from vlattn_fast.interpret.explaining.fields import parts, vision_maps
 from vlattn_fast.interpret.explaining.inputs import opened, packing
 from vlattn_fast.interpret.explaining.named_sinks import named_sinks
 from vlattn_fast.interpret.explaining.naming import tokenizer_of
+from vlattn_fast.interpret.explaining.occluded import occluded
 from vlattn_fast.interpret.explaining.patch_grid import PatchGrid
 from vlattn_fast.interpret.explaining.question import (
     Question,
@@ -39,13 +40,14 @@ from vlattn_fast.interpret.records.unsupported import UndefinedRelevancy
 from vlattn_fast.interpret.relevancy.layer_maps import LayerMaps
 from vlattn_fast.interpret.relevancy.method import LOG_PROBABILITY, BackwardPass, Method
 from vlattn_fast.interpret.relevancy.methods.registry import lists_methods
+from vlattn_fast.interpret.relevancy.occluding_method import OccludingMethod
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.result.by_layer import LayerExplanation
 from vlattn_fast.interpret.result.explanation import Explanation
 from vlattn_fast.interpret.result.numbers.explained import without_self
 from vlattn_fast.interpret.result.numbers.interference import with_filtered_image
 
-_LARGEST_GAP = 0.1  # of the score's gain, that a method may miss without a remark
+_LARGEST_GAP = 0.1  # of the score's gain: what entries may miss without a remark
 
 
 class Rows(NamedTuple):
@@ -53,6 +55,7 @@ class Rows(NamedTuple):
 
     relevancy: dict[str, Tensor]
     brought: dict[str, Tensor]  # what attention brought to it, where the method knows
+    gap: Tensor | None = None  # the sum of all entries less the score's gain, of a method whose entries add up
 
 
 @never_compiled
@@ -111,7 +114,8 @@ def explain(
             `vlattn_fast.models.UNITER`, or any other model, where `read` and `target` are given. Wrappers (torch.compile,
             DataParallel, DDP, PEFT, a pipeline) are seen through. Processes that share a model by tensor parallelism or FSDP2 all
             call this, and each gets the whole rows.
-        inputs: the model's keyword arguments, e.g. what a processor returns. An empty batch gives empty results.
+        inputs: the model's keyword arguments, e.g. what a processor returns. An empty batch gives empty results. The entries of a
+            dict among them, as {"inputs": {...}} of a `forward` that takes one dict, count as inputs of their own.
         target: None = CLIP-like: similarity logit of image i with text i (one image and T texts: T rows); classifier: the
             argmax class; decoder: the argmax token after the last real position; detector: the largest class logit of the
             object query that is surest of its class. An int or (B,) ints = that text, class, token or object query. A word, or
@@ -127,7 +131,8 @@ def explain(
         steps: for "integrated_gradients": how many scaled inputs the model runs on, one after the other; 32. Its method object
             calls it `n_steps`.
         per: for "gradient" and "attention": "layer" = the row of each layer's own map by itself, relevancy (L, B, N); "head" =
-            that of each head's, (L, H, B, N). The map is relu(A * dA), or A. The result is a `LayerExplanation`.
+            that of each head's, (L, H, B, N). The map is relu(A * dA), or A. The result is a `LayerExplanation`. Between towers,
+            a tower that is attended to has the rows of the cross-attention, by the layers of the tower that attends.
         layers: with `per`: the numbers of the layers, as in `start_layer`; all by default.
         heads: with `per`: the numbers of the heads, which per="layer" takes the mean over; all by default.
         read: the row that is read, instead of what the model's record says: "cls" (token 0), "last" (the last real token),
@@ -138,7 +143,8 @@ def explain(
             (T,), lists of ids, a text or one text a row; or what `model.generate` returned, ids whose rows begin with their
             prompts: these, and all from the first end token on, are left out. Its T tokens go behind the last real token of each
             prompt, of an encoder-decoder behind its start token or `decoder_input_ids`. The row that is read is that of the
-            position which predicts the token.
+            position which predicts the token. A model of your own is taken for an encoder-decoder where it takes
+            `decoder_input_ids`, or no other ids (B, N), and returns logits (B, T, vocabulary).
         each: True = every token of the answer by itself: relevancy (B, T, N + T) and scores (B, T), its log-probabilities, from
             one forward pass and one backward pass a token ("rollout", which differentiates no score: up to 32 tokens a pass).
             False = all of them together, with the sum of the log-probabilities as score (B,): relevancy (B, N + T) of the sum of
@@ -180,7 +186,8 @@ def explain(
     with torch.inference_mode(False), torch.enable_grad(), at_rest(request.model), packing(request.model, packs):
         prompt = lay_out(request, inputs)
         run_baseline(request, prompt, processor)
-        with torch.set_grad_enabled(not request.method.steps):  # each step has a run with gradients
+        once = not (request.method.steps or request.method.reads_score)  # else each step has a run with gradients, or none
+        with torch.set_grad_enabled(once):
             run = run_traced(request, prompt)
             question = ask(request, prompt, run)
         rows = carry_back(request, prompt, run, question)
@@ -190,6 +197,8 @@ def explain(
 def carry_back(request: Request, prompt: Prompt, run: Run, question: Question) -> Rows:
     """The rows of all towers. A method of several steps runs the model once for each, and gives the mean of their rows."""
     method = request.method
+    if isinstance(method, OccludingMethod) and not prompt.empty:
+        return Rows(occluded(request, prompt, run, question, method), {})
     if not method.steps or prompt.empty:
         return _rows_of_run(request, prompt, run, question)
     if question.target is not None:  # scaled inputs may have another
@@ -198,33 +207,35 @@ def carry_back(request: Request, prompt: Prompt, run: Run, question: Question) -
     for step in with_progress(range(method.steps), "explaining", unit="step"):
         method.at_step(step + 0.5)
         scaled = run_traced(request, prompt)
-        for total, rows in zip(mean, _rows_of_run(request, prompt, scaled, ask(request, prompt, scaled)), strict=True):
+        for total, rows in zip(mean[:2], _rows_of_run(request, prompt, scaled, ask(request, prompt, scaled))[:2], strict=True):
             for name, row in rows.items():
                 share = row / method.steps
                 total[name] = total[name] + share if name in total else share
     if method.completes and not method.freeze:
-        _note_gap(request, prompt, question, mean)
+        return mean._replace(gap=_gap(request, prompt, question, mean))
     return mean
 
 
 @torch.no_grad()
-def _note_gap(request: Request, prompt: Prompt, question: Question, rows: Rows) -> None:
-    """A remark where the entries do not add up to the score's gain over the baseline."""
-    request.method.at_step(0)
+def _gap(request: Request, prompt: Prompt, question: Question, rows: Rows) -> Tensor | None:
+    """The sum of all entries less the score's gain over the baseline, with a remark where it is large; None where the baseline
+    has no score."""
+    method = request.method
+    method.at_step(0)
     try:
         before = ask(request, prompt, run_traced(request, prompt)).scores
-    except UndefinedRelevancy:  # a score that is not a number
-        return
+    except UndefinedRelevancy:  # it is not a number
+        return None
     if before is None or question.scores is None:
-        return
+        return None
     gain = (question.scores - before).detach()
-    total = torch.stack([row.to(gain).sum(-1) for row in rows.relevancy.values()]).sum(0)
-    missing, whole = float((total - gain).abs().sum()), float(gain.abs().sum())
-    if missing > _LARGEST_GAP * whole:
-        request.method.remarks.append(
-            f"The entries add up to {float(total.sum()):.4g}, the score's gain over the baseline is {float(gain.sum()):.4g} "
-            f"({missing / max(whole, 1e-30):.0%} is missing or too much, row by row). Pass more steps than {request.method.steps}"
+    gap = torch.stack([row.to(gain).sum(-1) for row in rows.relevancy.values()]).sum(0) - gain
+    if bool(gap.abs().sum() > _LARGEST_GAP * gain.abs().sum()):
+        method.remarks.append(
+            f"The entries do not add up to the score's gain over the baseline: more than a tenth is missing, or too much. Pass "
+            f"more steps than {method.steps}, or another baseline; `explanation.gap` has the difference"
         )
+    return gap
 
 
 def _rows_of_run(request: Request, prompt: Prompt, run: Run, question: Question) -> Rows:
@@ -272,13 +283,14 @@ def _of_towers(
     request: Request, prompt: Prompt, run: Run, question: Question, rows: Rows
 ) -> tuple[Rows, dict[str, Any], dict[str, str]]:
     """The rows of each tower, also of one behind a connector; the fields of their tokens, and whose they are."""
-    arguments, (relevancy, brought) = prompt.arguments, rows
+    arguments, (relevancy, brought, gap) = prompt.arguments, rows
     positions = question.start_positions or {}
     brought = {name: row for name, row in brought.items() if name not in positions}
     beside = {
         name: without_self(row, brought.get(name), _of_rows(request, positions.get(name))) for name, row in relevancy.items()
     }
     fields, owners = parts([*run.read, *run.attended], arguments, beside, question.answer, request.patches, request.special)
+    fields["gap"] = gap
     if run.vision is not None:
         name = run.vision.name
         layouts = run.towers[0].tokens_in(arguments).layouts
@@ -297,7 +309,7 @@ def assemble(request: Request, prompt: Prompt, run: Run, question: Question, row
     warn_of_missed_norms(request.method)
     warn_of_other_keys(run)
     warn_of_remarks(request.method)
-    (relevancy, brought), fields, owners = _of_towers(request, prompt, run, question, rows)
+    (relevancy, brought, _), fields, owners = _of_towers(request, prompt, run, question, rows)
     fields |= {
         "position": question.start_positions,
         "brought": {name: row for name, row in brought.items() if not torch.equal(row, relevancy[name])} or None,

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from vlattn_fast._ground.tensors import compute_dtype
 from vlattn_fast.attach.current import RUNNING, Plain, edits_of
 from vlattn_fast.attach.session import Steps, Stepwise, patches_in_order, visible
+from vlattn_fast.interpret.records.image_grids import square_patches
+from vlattn_fast.interpret.records.pixels import Shape
 from vlattn_fast.interpret.records.record import Family
 from vlattn_fast.interpret.relevancy.method import LinkedCall, Method
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
@@ -37,6 +39,13 @@ class Embeddings:
         """`values` like the embeddings, combined over the features: (B, N)."""
         rows = values.unsqueeze(-1) if self.dim is None else values.movedim(self.dim, -1)
         return combine(rows, -1).flatten(1)
+
+    def over_features(self, rows: Tensor) -> Tensor:
+        """Rows (B, N) in a shape that broadcasts to the embeddings of a batch of B."""
+        if self.dim is None:
+            return rows.reshape(-1, *self.values.shape[1:])
+        sizes = [size for dim, size in enumerate(self.values.shape) if dim not in (0, self.dim % self.values.ndim)]
+        return rows.reshape(-1, *sizes).unsqueeze(self.dim)
 
 
 class EmbeddingTrace(Stepwise, Plain):
@@ -151,6 +160,9 @@ class EmbeddingTrace(Stepwise, Plain):
 
     def _at_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         first = output[0] if isinstance(output, tuple) and output else output
+        for tower in self.towers:
+            if tower.grid is not None and tower.patches is None and isinstance(first, Tensor):
+                tower.patches = _patches_of(module, args, first, tower.grid)
         if path := self._names[module]:
             note_lost_gradient(self.without_gradient, path, args, first)
 
@@ -166,3 +178,17 @@ class EmbeddingTrace(Stepwise, Plain):
                 "model must embed an input: ids by nn.Embedding, pictures (B, C, H, W), or features (B, N, C); got a run of "
                 f"{type(self.model).__name__} without"
             )
+
+
+def _patches_of(module: nn.Module, args: tuple[Any, ...], output: Tensor, pixels: Shape) -> Shape | None:
+    """The grid of the patches that a module cuts a picture of `pixels` into: a convolution that steps from patch to patch, or
+    what gives tokens (B, N, C), where N fits squares and at most eight tokens before them. None for other modules."""
+    if isinstance(module, nn.Conv2d):
+        steps = all(size == step > 1 for size, step in zip(module.kernel_size, module.stride, strict=True))
+        shape = (output.shape[-2], output.shape[-1])
+        whole = bool(args) and tuple(args[0].shape[-2:]) == pixels
+        return shape if steps and whole and not pixels[0] % shape[0] and not pixels[1] % shape[1] else None
+    if output.ndim != 3 or not output.is_floating_point():
+        return None
+    fitting = square_patches(output.shape[1], pixels, None)
+    return None if fitting is None else fitting[1]

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _FORMAT = "vlattn_fast.explanation.4"
 _OLDER = "vlattn_fast.explanation.3"  # its name of `text_positions` is "places"
 _OF_TOWERS = ("relevancy", "position", "brought")
-_TENSORS = ("text", "regions", "boxes", "scores")
+_TENSORS = ("text", "regions", "boxes", "scores", "gap")
 _FACTS = (
     *("image_rows", "token_ids", "words", "target", "method", "start_layer", "answer", "text_positions", "photos", "crops"),
     *("token_names", "sinks", "no_map", "of"),
@@ -64,6 +64,8 @@ class Explanation(Explained):
         scores: (B,) the explained scores; None for methods without scores.
         of: what the scores are, "logit", "log_probability" or "margin": always of an answer, of a target where the method's `of`
             says it. None = a target's logit or similarity, or what a callable gives.
+        gap: (B,), of "integrated_gradients": the sum of all entries less the score's gain over the baseline, which they miss with
+            few steps. None for methods whose entries need not add up, and with `freeze`.
         target: text, class or token index of each score; None for a callable.
         method, start_layer: the arguments of `explain`.
         position: tower -> (B,) int64, the token whose row is read. Towers without such a token (mean, pooling head) are missing.

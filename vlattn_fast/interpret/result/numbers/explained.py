@@ -13,7 +13,7 @@ from torch import Tensor
 from vlattn_fast._ground.checks import check_tensor, describe
 from vlattn_fast.interpret.result.numbers.sinks import Sink, as_sinks
 
-_BY_SAMPLE = ("text", "regions", "boxes", "scores", "target", "answer", "text_positions", "sinks")
+_BY_SAMPLE = ("text", "regions", "boxes", "scores", "gap", "target", "answer", "text_positions", "sinks")
 _OF_TEXT = ("words", "token_ids")
 _INTEGERS = ("image_rows", "token_ids", "target", "answer", "text_positions", "photos")
 
@@ -45,6 +45,7 @@ class Explained:
     sinks: list[list[Sink]] | None = None
     no_map: str | None = None
     of: str | None = None
+    gap: Tensor | None = None
 
     def __post_init__(self) -> None:
         relevancy = self.relevancy

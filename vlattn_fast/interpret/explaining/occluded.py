@@ -1,0 +1,186 @@
+"""In place of the backward pass: runs on a model's input without some of its tokens, whose scores are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlattn_fast._ground.extras import with_progress
+from vlattn_fast.interpret.explaining.answer import Answer
+from vlattn_fast.interpret.explaining.fields import parts, tokens_of
+from vlattn_fast.interpret.explaining.patch_grid import PatchGrid
+from vlattn_fast.interpret.explaining.question import Question, ask
+from vlattn_fast.interpret.explaining.request import Prompt, Request
+from vlattn_fast.interpret.explaining.run import Run, run_traced
+from vlattn_fast.interpret.relevancy.occluding_method import OccludingMethod
+from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
+
+_ALIKE = 0.05  # of the largest score: copies of an input in one batch have its score, but for rounding
+_SINGLE = ("logits_to_keep", "cache_position")  # arguments without a dimension of the batch
+
+Window = tuple[str, Tensor]  # a tower, and tokens of it
+
+
+def occluded(request: Request, prompt: Prompt, run: Run, question: Question, method: OccludingMethod) -> dict[str, Tensor]:
+    """The rows (B, N) of the towers, or (B, T, N) of an answer's tokens: the mean drop of the score over a token's windows."""
+    whole = question.scores
+    if whole is None:
+        raise ValueError(f"target must be a callable(outputs) -> (B,) scores for method {method.name!r}, where outputs have none")
+    for tower in run.towers:
+        if tower.batch != len(whole):
+            raise ValueError(
+                f"model must embed whole inputs in tower '{tower.name}'; got a batch of {tower.batch} for {len(whole)} scores"
+            )
+    windows = _windows(request, prompt, run, question, method)
+    if question.target is not None:  # other inputs may have another
+        request = replace(request, target=question.target)
+    copies = max(1, min(method.batch_size, max(map(len, windows))))
+    if copies > 1 and not _runs_copies(request, prompt, whole):
+        copies = 1
+    dtype = torch.promote_types(whole.dtype, torch.float32)
+    rows = {tower.name: torch.zeros(*whole.shape, tower.size, dtype=dtype, device=whole.device) for tower in run.towers}
+    counts = {tower.name: torch.zeros(len(whole), tower.size, dtype=dtype, device=whole.device) for tower in run.towers}
+    for first in with_progress(range(0, max(map(len, windows)), copies), "explaining", unit="pass"):
+        part = [of_sample[first : first + copies] for of_sample in windows]
+        count = max(map(len, part))
+        masks = {tower.name: torch.zeros(count * len(whole), tower.size, dtype=torch.bool) for tower in run.towers}
+        for sample, of_sample in enumerate(part):
+            for number, (name, tokens) in enumerate(of_sample):
+                masks[name][number * len(whole) + sample, tokens] = True
+        drops = whole.detach() - _scores(request, prompt, method, masks, count)
+        for sample, of_sample in enumerate(part):
+            for number, (name, tokens) in enumerate(of_sample):
+                tokens = tokens.to(whole.device)
+                rows[name][sample][..., tokens] += drops[number, sample, ..., None]
+                counts[name][sample, tokens] += 1
+    over = {name: count.clamp(min=1).view(len(whole), *[1] * (whole.ndim - 1), -1) for name, count in counts.items()}
+    return {name: row / over[name] for name, row in rows.items()}
+
+
+def _windows(request: Request, prompt: Prompt, run: Run, question: Question, method: OccludingMethod) -> list[list[Window]]:
+    """The windows of each sample: over maps of patches, and over the other tokens that are no special ones and no padding."""
+    windows: list[list[Window]] = [[] for _ in range(len(question.scores))]  # type: ignore[arg-type]
+    masks = {tower: torch.zeros(tower.shape, dtype=torch.bool) for tower in run.towers}
+    for tower, sample, tokens, is_map in _groups(request, prompt, run, question):
+        if is_map:
+            masks[tower][sample, tokens.flatten()] = True
+        windows[sample] += [(tower.name, window) for window in method.windows(tokens)]
+    for tower, mask in masks.items():
+        method.fill(tower, mask.to(tower.device))
+    return windows
+
+
+def _groups(request: Request, prompt: Prompt, run: Run, question: Question) -> list[tuple[TowerTrace, int, Tensor, bool]]:
+    """Tokens that lie side by side: a tower, a sample, the tokens' numbers (rows, columns, of each patch), and whether that is a
+    map of a picture."""
+    groups, plain = [], []
+    for tower in run.towers:
+        if tower.grid is None:
+            plain.append(tower)
+            continue
+        rows, columns = request.patches.grid_of_pixels(tower)
+        (height, width), pixels = tower.grid, torch.arange(tower.size)
+        blocks = pixels.view(rows, height // rows, columns, width // columns).transpose(1, 2).flatten(2)
+        groups += [(tower, sample, blocks, True) for sample in range(tower.batch or 0)]
+    if not plain:
+        return groups
+    # The fields of an explanation tell what tokens are, so they are made of the tokens' numbers, from 1 on.
+    index, owner, count = {}, [], 0
+    for tower in plain:
+        numbers = torch.arange(count + 1, count + 1 + tower.size, dtype=torch.float64)
+        index[tower.name] = numbers.expand(tower.batch or 0, -1)
+        owner += [tower] * tower.size
+        count += tower.size
+    firsts = {tower: int(index[tower.name][0, 0]) for tower in plain}
+    arguments = prompt.arguments if prompt.answer is None else prompt.answer.masked(prompt.arguments)
+    patches = request.patches if len(plain) == len(run.towers) else PatchGrid()
+    fields, _ = parts(plain, arguments, index, question.answer, patches, request.special)
+    real = {tower: tokens.real() for tower, tokens in tokens_of(plain, arguments, request.special).items()}
+    seen: set[TowerTrace] = set()
+
+    def add(sample: int, numbers: Tensor, is_map: bool) -> None:
+        numbers = numbers.long()
+        if numbers.numel() and bool((numbers > 0).all()):
+            tower = owner[int(numbers.flatten()[0]) - 1]
+            seen.add(tower)
+            groups.append((tower, sample, (numbers - firsts[tower])[..., None], is_map))
+
+    for sample, numbers in zip(fields.get("image_rows") or [], fields["image"] if "image_rows" in fields else [], strict=True):
+        add(sample, numbers, True)
+    for name in ("text", "regions"):
+        for sample, numbers in enumerate(fields.get(name, ())):
+            of_towers: dict[TowerTrace, list[int]] = {}
+            for number in numbers.long().tolist():
+                if number and _is_real(real.get(owner[number - 1]), sample, number - firsts[owner[number - 1]]):
+                    of_towers.setdefault(owner[number - 1], []).append(number)
+            for numbers_of_tower in of_towers.values():
+                add(sample, torch.tensor([numbers_of_tower]), False)
+    for tower in plain:
+        if tower not in seen:
+            known = real.get(tower)
+            for sample in range(tower.batch or 0):
+                numbers = torch.arange(tower.size) if known is None else known[sample].cpu().nonzero()[:, 0]
+                add(sample, numbers[None] + firsts[tower], False)
+    return groups
+
+
+def _is_real(real: Tensor | None, sample: int, token: int) -> bool:
+    return real is None or bool(real[sample, token])
+
+
+# --- runs on several windows at once ---
+
+
+def _scores(request: Request, prompt: Prompt, method: OccludingMethod, masks: Mapping[str, Tensor], copies: int) -> Tensor:
+    """(copies, B), or (copies, B, T): the scores of copies of the inputs under `masks`."""
+    method.masks = masks
+    try:
+        request, prompt = _repeated(request, prompt, copies)
+        scores = ask(request, prompt, run_traced(request, prompt)).scores
+    finally:
+        method.masks = {}
+    assert scores is not None
+    return scores.detach().unflatten(0, (copies, -1))
+
+
+def _runs_copies(request: Request, prompt: Prompt, whole: Tensor) -> bool:
+    """Whether the model takes a batch of copies of the inputs, and gives each copy the score of the inputs."""
+    assert isinstance(request.method, OccludingMethod)
+    try:
+        scores = _scores(request, prompt, request.method, {}, 2)
+    except (IndexError, RuntimeError, TypeError, ValueError):
+        return False
+    if scores.shape[1:] != whole.shape:
+        return False
+    return bool((scores - whole.detach()).abs().max() <= _ALIKE * whole.detach().abs().max())
+
+
+def _repeated(request: Request, prompt: Prompt, copies: int) -> tuple[Request, Prompt]:
+    if copies == 1:
+        return request, prompt
+    target = request.target * copies if isinstance(request.target, list) else request.target
+    pairs = None if prompt.pairs is None else prompt.pairs * copies
+    arguments = {name: _copies(name, value, copies) for name, value in prompt.arguments.items()}
+    return replace(request, target=target), replace(
+        prompt, arguments=arguments, pairs=pairs, answer=_answers(prompt.answer, copies)
+    )
+
+
+def _answers(answer: Answer | None, copies: int) -> Answer | None:
+    if answer is None:
+        return None
+    positions = torch.cat([answer.answer_positions] * copies)
+    return replace(answer, ids=answer.ids * copies, answer_positions=positions)
+
+
+def _copies(name: str, value: Any, copies: int) -> Any:
+    """An argument of the model, for a batch of copies: one after the other, as pictures of several samples lie in a row, too."""
+    if isinstance(value, list):
+        return value * copies
+    if not isinstance(value, Tensor) or value.ndim == 0 or name in _SINGLE:
+        return value
+    return torch.cat([value] * copies, 1 if name == "position_ids" and value.ndim == 3 else 0)
