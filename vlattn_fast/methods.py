@@ -12,6 +12,7 @@ from vlattn_fast.interpret.relevancy.methods.input_gradient import InputGradient
 from vlattn_fast.interpret.relevancy.methods.integrated_gradients import IntegratedGradients
 from vlattn_fast.interpret.relevancy.methods.occlusion import Occlusion
 from vlattn_fast.interpret.relevancy.methods.rollout import Rollout
+from vlattn_fast.interpret.relevancy.methods.smooth_grad import SmoothGrad
 from vlattn_fast.interpret.relevancy.methods.tam import Tam
 from vlattn_fast.interpret.relevancy.methods.weighted import Weighted
 
@@ -25,6 +26,7 @@ __all__ = [
     "Method",
     "Occlusion",
     "Rollout",
+    "SmoothGrad",
     "Tam",
     "Weighted",
 ]

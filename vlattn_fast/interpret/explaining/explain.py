@@ -129,7 +129,7 @@ def explain(
         weighting: for "weighted": "contribution" (|g.x| and |g.o|), "norm" (|x| and |o|), "equal" (1 and 1), or a
             callable(residual, branch, gradient) -> (a, b), (B, N) each.
         steps: for "integrated_gradients": how many scaled inputs the model runs on, one after the other; 32. Its method object
-            calls it `n_steps`.
+            calls it `n_steps`. For "smoothgrad": the number of samples; 16.
         per: for "gradient" and "attention": "layer" = the row of each layer's own map by itself, relevancy (L, B, N); "head" =
             that of each head's, (L, H, B, N). The map is relu(A * dA), or A. The result is a `LayerExplanation`. Between towers,
             a tower that is attended to has the rows of the cross-attention, by the layers of the tower that attends.

@@ -1,0 +1,73 @@
+"""Method "smoothgrad": input times gradient, whose gradient is the mean under noise (Smilkov et al. 2017, arXiv 1706.03825)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vlattn_fast._ground.checks import check_integer, check_number
+from vlattn_fast.interpret.relevancy.embedding_method import Baseline, EmbeddingMethod
+from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
+
+NOISE = 0.1
+
+
+class SmoothGrad(EmbeddingMethod):
+    """sum_c (x - x0)_c g_c, g the mean over `n_samples` embeddings x + noise, x0 a baseline (Smilkov et al. 2017).
+
+    The noise is Gaussian and drawn anew for each number. The paper shows the mean gradient itself, without a sum over embeddings;
+    times x it has a sign, and is comparable with "input_gradient". Each sample is a forward and a backward pass.
+    """
+
+    name = "smoothgrad"
+    default_steps = 16
+    steps_option = "n_samples"
+
+    def __init__(
+        self,
+        n_samples: int | None = None,
+        noise: float = NOISE,
+        baseline: Baseline = None,
+        *,
+        seed: int = 0,
+        freeze: Sequence[str] | None = None,
+        of: str | None = None,
+    ) -> None:
+        """
+        Args:
+            n_samples: how many noisy embeddings the model runs on, one after the other; 16.
+            noise: its standard deviation, relative to the range of a sample's embeddings (or pixels) in a tower: their largest
+                number less their smallest.
+            baseline: see `InputGradient`.
+            seed: of the noise, which is the same in every call.
+            freeze, of: see `Method`.
+
+        Raises:
+            TypeError, ValueError: an option is of no such kind.
+        """
+        check_number("noise", noise, low=0.0)
+        check_integer("seed", seed, low=0)
+        self.noise, self.seed = noise, seed
+        super().__init__(baseline, steps=n_samples, freeze=freeze, of=of)
+
+    def begin(self) -> None:
+        super().begin()
+        self.noisy = False  # the first run is on the input itself
+        self.generator = torch.Generator().manual_seed(self.seed)
+
+    def at_step(self, step: float) -> None:
+        self.noisy = True
+
+    @property
+    def options(self) -> dict[str, str]:
+        noise = {} if self.noise == NOISE else {"noise": f"{self.noise:g}"}
+        return {**noise, **({} if self.seed == 0 else {"seed": str(self.seed)}), **super().options}
+
+    def entering(self, tower: TowerTrace, values: Tensor, origin: Tensor | None, dim: int | None) -> Tensor:
+        if not self.noisy:
+            return values * 1
+        rows = values.detach().flatten(1)
+        scale = (rows.amax(1) - rows.amin(1)).view(-1, *[1] * (values.ndim - 1)) * self.noise
+        return values + scale * torch.randn(values.shape, generator=self.generator, dtype=torch.float64).to(values)
