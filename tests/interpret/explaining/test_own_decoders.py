@@ -100,9 +100,7 @@ def test_two_inputs_of_ids():
     model, images, ids = image_to_text(Translator), pictures(), torch.tensor(START)
     inputs = {"picture": images, "question": ids + 1, "caption": ids}
     line = r'register_family\("Translator", va.interpret.Family\(\(\), "token", answers="caption"\)\)'
-    with pytest.raises(
-        ValueError, match=rf"token ids \(B, N\) are \['question', 'caption'\].* or say va.interpret.{line}"
-    ):
+    with pytest.raises(ValueError, match=rf"token ids \(B, N\) are \['question', 'caption'\].* or say va.interpret.{line}"):
         explain(model, inputs, answer=ANSWERS)
     register_family("Translator", Family((), "token", answers="caption"))
     try:
@@ -117,9 +115,7 @@ def test_two_inputs_of_ids():
 def test_what_is_refused():
     images, ids = pictures(), torch.tensor(START)
     inputs = {"images": images, "decoder_input_ids": ids}
-    with pytest.raises(
-        ValueError, match=r"must contain 'decoder_input_ids' .*\(B, 1\) of the token that texts begin with"
-    ):
+    with pytest.raises(ValueError, match=r"must contain 'decoder_input_ids' .*\(B, 1\) of the token that texts begin with"):
         explain(image_to_text(), {"images": images}, answer=ANSWERS)
     names = r"tower0 \(encoder.layers: 6 tokens\), tower1 \(decoder.layers: 1 tokens\); got 'vision'"
     with pytest.raises(ValueError, match=f"read must name towers among {names}"):
@@ -131,9 +127,7 @@ def test_what_is_refused():
         def forward(self, images, decoder_input_ids):
             return super().forward(images, decoder_input_ids).mean(1)
 
-    with pytest.raises(
-        ValueError, match=r"must be of a model whose logits are \(B, N, vocabulary\); got logits \(2, 30\)"
-    ):
+    with pytest.raises(ValueError, match=r"must be of a model whose logits are \(B, N, vocabulary\); got logits \(2, 30\)"):
         explain(image_to_text(Pooled), inputs, answer=[4])
 
 

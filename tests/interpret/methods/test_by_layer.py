@@ -130,6 +130,8 @@ def test_towers_of_different_depths():
     assert set(got.at(1, 1).relevancy) == {"vision", "text"} and set(got.at(2, 1).relevancy) == {"vision"}
     assert got.at(1, 3).text is None and got.at(1, 3).token_ids is None and got.at(1, 3).image.shape == (2, 2, 2)
     assert len([*got.items()]) == 12
+    last = explain(model, inputs, per="layer", layers=[-1])  # the first number is that of the text alone
+    assert last.layers == {"vision": [2], "text": [1]} and last.image_rows == got.image_rows == [0, 1]
     with pytest.raises(ValueError, match=r"layers must be from -2 to 1 in tower 'text'; got 2"):
         explain(model, inputs, per="layer", layers=[2])
     pytest.importorskip("matplotlib")
@@ -270,14 +272,3 @@ def test_an_answer_word_by_word_is_refused():
 def test_through_a_connector_is_refused(case):
     with pytest.raises(ValueError, match="per needs through_connector=False"):
         explain(case.model, case.inputs, per="layer", through_connector=True)
-
-
-def test_towers_that_attend_to_one_another_are_refused():
-    import transformers
-
-    torch.manual_seed(0)
-    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "num_layers": 2, "vocab_size": 60}
-    model = lively(transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0))).eval()
-    inputs = {"input_ids": torch.randint(5, 50, (2, 9)), "decoder_input_ids": torch.randint(5, 50, (2, 4))}
-    with pytest.raises(ValueError, match="per must be None for towers that attend to one another; got 'layer'"):
-        explain(model, inputs, read="last", target=lambda outputs: outputs.logits[:, -1, 7], per="layer")

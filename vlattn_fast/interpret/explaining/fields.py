@@ -54,6 +54,7 @@ def parts(
         owners |= dict.fromkeys(further, tower.name)
     if answer is not None and (answer.name != "input_ids" or (towers[0].record is None and "text" not in fields)):
         fields |= _behind(fields, relevancy[towers[0].name], answer)
+        owners["text"] = towers[0].name
     return fields, owners
 
 
@@ -93,6 +94,8 @@ def _behind(fields: Mapping[str, Any], row: Tensor, answer: Answer) -> dict[str,
     """Fields of text with the answer behind that of the encoder, if there is one; `row` (B, N) or (B, T, N) is the decoder's."""
     decoded = [positions[: len(ids)] for positions, ids in zip((answer.answer_positions + 1).tolist(), answer.ids, strict=True)]
     text, before = fields.get("text"), fields.get("token_ids", [[] for _ in decoded])
+    if text is not None and text.shape[1:-1] != row.shape[1:-1]:  # rows of other layers than the decoder's
+        text, before, fields = None, [[] for _ in decoded], {}
     entries = []
     for number, (positions, ids) in enumerate(zip(decoded, before, strict=True)):
         prompt = [] if text is None else [text[number][..., : len(ids)].to(row)]

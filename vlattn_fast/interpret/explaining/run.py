@@ -78,6 +78,7 @@ def read_run(
     _check_ids(trace, prompt)
     read, attended = _towers_of(trace, request, prompt, vision)
     run = Run(outputs, trace, read, vision, attended)
+    request.method.ran(run.carrying, attended, trace.calls)
     for tower in run.carrying:
         tower.check_start(request.start_layer)
     return run

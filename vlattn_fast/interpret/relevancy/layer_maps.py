@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_choice, check_integer, check_items
-from vlattn_fast.interpret.records.record import Tower
 from vlattn_fast.interpret.relevancy.kept_calls import KeptCalls
-from vlattn_fast.interpret.relevancy.method import BackwardPass, Method
+from vlattn_fast.interpret.relevancy.method import BackwardPass, LinkedCall, Method
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import TracedCall
 
@@ -60,7 +59,11 @@ class Selection:
 
 class LayerMaps(KeptCalls):
     """The rows that are read of the attention maps of a method, each layer's by itself: relu(A * dA) of a method that takes
-    gradients, else A. Behind a pooling head the row is what the head's own map makes of it."""
+    gradients, else A. Behind a pooling head the row is what the head's own map makes of it.
+
+    Where towers attend to one another, a tower whose row is read has the rows of its maps to itself, and a tower that it attends
+    to has those of the cross-attention, by the numbers of the layers of the tower that attends.
+    """
 
     def __init__(self, method: Method, selection: Selection) -> None:
         if not method.by_layer:
@@ -71,6 +74,7 @@ class LayerMaps(KeptCalls):
         self.name, self.needs_score, self.selection = method.name, method.needs_score, selection
         self.freeze, self.of = method.freeze, method.of
         self.removes_sinks = method.removes_sinks
+        self.links: dict[TowerTrace, list[LinkedCall]] = {}  # by the tower of the keys, where towers attend to one another
 
     @property
     def asked(self) -> str:
@@ -80,14 +84,18 @@ class LayerMaps(KeptCalls):
         if start_layer != 0:
             raise ValueError(f"start_layer must be 0 with per=, whose layers= says which; got {start_layer}")
 
-    def check_between(self, start_layer: int, records: Sequence[Tower | None]) -> None:
-        raise ValueError(f"per must be None for towers that attend to one another; got {self.selection.per!r}")
-
     # --- the backward pass ---
+
+    def ran(self, read: Sequence[TowerTrace], attended: Sequence[TowerTrace], calls: Sequence[LinkedCall]) -> None:
+        for tower in (*read, *attended) if attended else ():
+            queries = [tower] if tower in read else read
+            self.links[tower] = [call for call in calls if call.source is tower and call.tower in queries]
 
     def counts(self, tower: TowerTrace) -> tuple[list[int], list[int]]:
         """The numbers of the layers and of the heads of a tower that are asked for."""
         blocks, by_head = self._blocks(tower), self.selection.per == "head" or self.selection.heads is not None
+        if not blocks:  # of a tower whose tokens do not attend to one another
+            return [], []
         layers = self.selection.chosen("layers", sorted(blocks), tower.name)
         several = next((blocks[layer] for layer in layers if len(blocks[layer]) > 1), None)
         if several is not None and by_head:
@@ -107,7 +115,7 @@ class LayerMaps(KeptCalls):
     def _blocks(self, tower: TowerTrace) -> dict[int, list[TracedCall]]:
         """The calls of each layer, by its number."""
         blocks: dict[int, list[TracedCall]] = {}
-        for call in self.kept[tower]:
+        for call in [link.attention for link in self.links[tower]] if self.links else self.kept[tower]:
             blocks.setdefault(call.layer, []).append(call)
         return blocks
 
@@ -120,6 +128,30 @@ class LayerMaps(KeptCalls):
         of_blocks = [self._blocks(tower) for tower in backward.towers]
         pairs = zip(of_blocks, numbers, strict=True)
         of_towers = self.rows_of_towers(backward, [[blocks[layer] for layer in layers] for blocks, (layers, _) in pairs])
-        chosen = [[row[:, heads[: row.shape[1]]] for row in of] for of, (_, heads) in zip(of_towers, numbers, strict=True)]
-        by_head = self.selection.per == "head"
-        return [torch.cat(rows, 1) if by_head else torch.stack([row.mean(1) for row in rows], 1) for rows in chosen]
+        return [self._joined(rows, heads) for rows, (_, heads) in zip(of_towers, numbers, strict=True)]
+
+    def between(self, backward: BackwardPass) -> list[Tensor]:
+        calls = [call for of_tower in self.links.values() for call in of_tower]
+        grads = dict(zip(calls, self.gradients(backward, [call.attention for call in calls]), strict=True))
+        starts = dict(zip(backward.towers, backward.starts, strict=True))
+
+        def of_layer(tower: TowerTrace, layer: int, like: Tensor) -> Tensor:
+            """The rows (B, H, M) of a layer that gives `tower` relevancy."""
+            links = [link for link in self.links[tower] if link.attention.layer == layer]
+            if all(link.tower is tower for link in links):
+                return self._of_block(tower, [(link.attention, grads[link]) for link in links], starts[tower])
+            rows = [self.rows_of_call(link.attention, starts[link.tower], grads[link]).to(like) for link in links]
+            return rows[0] if len(rows) == 1 else torch.stack([row.mean(1, keepdim=True) for row in rows]).sum(0)
+
+        joined = []
+        for tower in (*backward.towers, *backward.attended):
+            layers, heads = self.counts(tower)
+            like = starts.get(tower, backward.starts[0])
+            rows = [of_layer(tower, layer, like) for layer in layers]
+            joined.append(self._joined(rows, heads) if rows else like.new_zeros(len(like), 0, tower.size))
+        return joined
+
+    def _joined(self, rows: Sequence[Tensor], heads: Sequence[int]) -> Tensor:
+        """The rows (B, H, M) of layers as (B, K, M), of the heads that are asked for or of their mean."""
+        chosen = [row[:, heads[: row.shape[1]]] for row in rows]
+        return torch.cat(chosen, 1) if self.selection.per == "head" else torch.stack([row.mean(1) for row in chosen], 1)

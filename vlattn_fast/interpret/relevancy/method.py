@@ -111,8 +111,7 @@ class Method:
         takes_weighting: it takes `explain`'s argument `weighting`.
         takes_rows: a backward pass carries several rows of a tower at once, where no score is differentiated.
         default_freeze: what the backward pass takes for constants, see `freeze`.
-        default_steps: on how many changed inputs it runs the model; 0 = it runs on the input itself, and once.
-        steps_option: the name of its option with their number, which `explain` calls `steps`.
+        default_steps: on how many changed inputs it runs the model, its option `steps_option`; 0 = on the input itself, and once.
         completes: its rows add up to the score's gain over a baseline, as the number of steps grows.
         reads_score: it takes the score itself, of runs without gradients on changed inputs.
         by_layer: each layer's own map has a meaning: relu(A * dA) where it takes gradients, else A.
@@ -346,6 +345,9 @@ class Method:
         return func(*args, **kwargs)
 
     # --- the backward pass ---
+
+    def ran(self, read: Sequence[TowerTrace], attended: Sequence[TowerTrace], calls: Sequence[LinkedCall]) -> None:
+        """The forward pass is over: the towers whose own rows are read, those that they attend to, and `BackwardPass.calls`."""
 
     def rows_of(self, tower: TowerTrace) -> int:
         """How many rows a backward pass gives for a tower."""

@@ -74,7 +74,9 @@ class LayerExplanation(Explanation):
 
     def __post_init__(self) -> None:
         """The maps of one layer are checked as an `Explanation` is; the numbers of images, too."""
-        first = self.at(self._numbers("layers")[0], None if self.per == "layer" else self._numbers("heads")[0])
+        owner = self.owners.get("image", "")  # not every tower has every layer
+        layers, heads = (getattr(self, name).get(owner) or self._numbers(name) for name in ("layers", "heads"))
+        first = self.at(layers[0], None if self.per == "layer" else heads[0])
         for name in ("image_rows", "sinks"):
             object.__setattr__(self, name, getattr(first, name))
 
