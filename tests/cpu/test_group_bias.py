@@ -173,6 +173,18 @@ def test_a_block_of_keys_that_no_row_sees_is_not_read(n: int, causal: bool) -> N
             assert not found[name][:, :, key_groups[0] == block].any()
 
 
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("n, masked", [(1, False), (1, True), (3, False), (3, True), (20, False)])
+def test_a_block_of_keys_that_some_of_the_heads_that_share_it_see(n: int, masked: bool, dtype: torch.dtype) -> None:
+    """All but the first of them, the last, and none. Without a mask of each head few queries of heads are queries of one head."""
+    inputs = as_dtype(attention(n, 3 * BLOCK, 3, h=6, kv=2), dtype)
+    for head, block in ((0, 0), (0, 1), (5, 1), (3, 2), (4, 2), (5, 2)):
+        inputs["group_bias"][head, :, block] = -math.inf
+    groups = {"query_groups": torch.zeros(n, dtype=torch.int64), "key_groups": torch.arange(3 * BLOCK) // BLOCK}
+    mask = torch.randn(6, n, 3 * BLOCK) if masked else None
+    check("score_attention", inputs, attn_mask=mask, enable_gqa=True, return_lse=True, **groups)
+
+
 def test_a_hidden_group_has_no_gradient_in_a_row_of_nan() -> None:
     inputs, groups = attention(20, 40, 2), grouped(1, 20, 40, 2)
     inputs["query"][:] = math.nan

@@ -50,6 +50,14 @@ def test_head_sizes(score: str, sizes: tuple[int, int], n: int) -> None:
 
 
 @pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("score", KINDS)
+def test_samples_of_one_head(score: str) -> None:
+    """What a thread knows of a sample's keys is not that of the next one's."""
+    torch.set_num_threads(1)
+    check("cpu", *tensors("cpu", score, b=3, h=1, n=20, m=33), cancels=True)
+
+
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("score", ("dot", "additive"))
 def test_threads_that_share_a_head(score: str) -> None:
     """Each number of threads is right, and gives the same bits again."""
