@@ -15,6 +15,7 @@ pytest.importorskip("safetensors")
 
 import vlattn_fast as va
 from tests.helpers.interpret.cases import lively
+from tools.pages import which_method_page
 from tools.pages.evaluation_page import PAGE, page
 from vlattn_fast.interpret.evaluating.plan import named_methods as _named
 from vlattn_fast.lab import evaluation, tasks
@@ -41,7 +42,7 @@ def untrained(monkeypatch):
     models |= {"clip": clip, "matching": va.lab.load_uniter()[0]}
     for name, task in evaluation.TASKS.items():
         rivals = tuple(kind for kind in task.rivals if kind != "CAPTUM")
-        changed = replace(task, load=lambda model=models[name]: model, methods=("gradient", "weighted"), rivals=rivals)
+        changed = replace(task, load=lambda model=models[name]: model, methods=("gradient", "weighted"), frozen={}, rivals=rivals)
         monkeypatch.setitem(evaluation.TASKS, name, changed)
 
 
@@ -283,6 +284,11 @@ def test_the_page_has_the_stored_rows():
         for share in report.get("accepted", {}).get("without_word", []):
             assert f"{share:.1%}".replace("%", " %") in section
     assert named == {str(path.relative_to(ROOT)) for path in (ROOT / "benchmarks" / "results").glob("evaluation-*.json")}
+
+
+def test_which_method_has_the_stored_rows():
+    text = which_method_page.PAGE.read_text(encoding="utf-8")
+    assert which_method_page.page() == text, "python -m tools.pages.which_method_page writes the tables anew"
 
 
 def test_captions_are_accepted_by_their_odds():

@@ -27,7 +27,7 @@ from vlattn_fast.interpret.relevancy.method import Method
 from vlattn_fast.lab import rivals
 from vlattn_fast.lab.provenance import commit, fingerprint, version, versions
 from vlattn_fast.lab.records import grouped, markdown, read_json, write_records
-from vlattn_fast.lab.tasks import FROZEN, TASKS, Task, matching
+from vlattn_fast.lab.tasks import TASKS, Task, matching
 from vlattn_fast.lab.uniter import log_odds
 from vlattn_fast.models.clip_mapper import CLIPMapper
 
@@ -37,7 +37,7 @@ TESTS = tuple(test for test in ALL_TESTS if test != INTERVENTION)  # which model
 
 def methods_of(task: Task) -> dict[str, str | Method | Rival]:
     """The methods and rivals of a task, by name; captum's methods only where captum is installed."""
-    methods: dict[str, str | Method | Rival] = {name: name for name in task.methods} | FROZEN
+    methods: dict[str, str | Method | Rival] = {name: name for name in task.methods} | dict(task.frozen)
     for kind in task.rivals:
         if kind != "CAPTUM" or version("captum") is not None:
             methods |= getattr(rivals, kind)

@@ -6,12 +6,13 @@ The ground truth is the boxes of the digits that a caption, question or answer n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vlattn_fast.interpret.relevancy.method import Method
 from vlattn_fast.interpret.relevancy.methods.gradcam import GradCam
 from vlattn_fast.interpret.relevancy.methods.gradient import Gradient
 from vlattn_fast.interpret.relevancy.methods.input_gradient import InputGradient
@@ -30,7 +31,7 @@ Measure = Callable[[Any], Tensor]
 _WEIGHTED = ("weighted", "weighted:norm", "weighted:equal", "weighted:no_normalization", "weighted:norm:no_normalization")
 _BASELINES = ("rollout", "attention", "gradcam", "input_gradient", "integrated_gradients", "random")
 _NORMS, _BOTH = ("norms",), ("norms", "attention")
-FROZEN = {  # of every task, by their labels
+FROZEN: dict[str, Method] = {
     method.label: method
     for kind in (Gradient, Weighted, InputGradient, GradCam)
     for method in (kind(freeze=_NORMS), kind(freeze=_BOTH))
@@ -46,6 +47,7 @@ class Task:
     load: Callable[[], nn.Module]  # gives the shipped model
     items: Callable[[Any, int, int, int], Iterator[Item]]  # (model, samples, seed, batch) -> a dataset of `evaluate`
     methods: tuple[str, ...]  # names of `evaluate`
+    frozen: Mapping[str, Method] = field(default_factory=lambda: FROZEN)  # methods with constants, by their labels
     rivals: tuple[str, ...] = ("CAPTUM",)  # sets of `vlattn_fast.lab.rivals`
     batch: int = 50  # samples of an item
     accuracy: Measure | None = None  # see `evaluate`

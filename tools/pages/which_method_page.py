@@ -1,0 +1,52 @@
+"""The tables of docs/guides/which_method.md, from the stored rows: `python -m tools.pages.which_method_page` writes them.
+
+The sentences around the tables are written by hand. A table follows the heading of its test.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from vlattn_fast.lab.records import markdown
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "guides" / "which_method.md"
+TASKS = {"matching": "UNITER", "clip": "CLIP", "vqa": "questions", "captions": "captions"}  # with a file of rows each
+TESTS = {"Pointing": "pointing", "Mass": "mass", "Removing the most relevant first": "positive", "the least": "negative"}
+METHODS = ("gradient", "weighted", "input_gradient", "gradcam", "integrated_gradients", "rollout", "attention", "random")
+FORMS = {"": "", "norms": "(freeze=norms)", "norms, attention": "(freeze=norms+attention)"}
+
+
+def table(test: str) -> str:
+    """A line for each method and what it holds fixed; a column for each model of DigitScenes, with the mean over scenes."""
+    values: dict[tuple[str, str], float | None] = {}
+    for task in TASKS:
+        rows = json.loads((ROOT / f"benchmarks/results/evaluation-{task}.json").read_text(encoding="utf-8"))["rows"]
+        values |= {(row["method"], task): row["value"] for row in rows if (row["test"], row["part"]) == (test, "image")}
+    lines = []
+    for method in METHODS:
+        for frozen, suffix in FORMS.items():
+            numbers = [values.get((method + suffix, task)) for task in TASKS]
+            if any(number is not None for number in numbers):
+                cells = ("–" if number is None else f"{number:.3f}" for number in numbers)
+                lines.append([f"`{method}`", frozen, *cells])
+    return markdown(["method", "held fixed", *TASKS.values()], lines, words=(0, 1))
+
+
+def page() -> str:
+    text = PAGE.read_text(encoding="utf-8")
+    for heading, test in TESTS.items():
+        start = re.search(rf"^### .*{heading}.*$", text, re.M)
+        if start is None:
+            raise ValueError(f"{PAGE.name} must have a heading with {heading!r}; got none")
+        made = re.compile(r"(?:^\|.+\|\n)+", re.M).search(text, start.end())
+        if made is None:
+            raise ValueError(f"{PAGE.name} must have a table behind {start[0]!r}; got none")
+        text = text[: made.start()] + table(test) + "\n" + text[made.end() :]
+    return text
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
