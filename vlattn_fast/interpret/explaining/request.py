@@ -191,10 +191,10 @@ def _record_of_answers(model: nn.Module, inputs: Mapping[str, Any], borrowed: Fa
     known = borrowed or find_family(model) or encoder_decoder(model)
     record = own_decoder(model, inputs, answers=True) if known is None else known
     if record is None or not record.scoring.predicts:
-        name, own = type(model).__name__, record is None and not hasattr(model, "can_generate")
+        name, of_caller = type(model).__name__, record is None and not hasattr(model, "can_generate")
         raise ValueError(
             "answer must be of a decoder with a record, which predicts the next token, or of an encoder-decoder; got "
-            f"{name}{_own_ids(name, inputs) if own else ''}{_like_the_nearest(model)}"
+            f"{name}{_own_ids(name, inputs) if of_caller else ''}{_like_the_nearest(model)}"
         )
     return record
 
