@@ -17,7 +17,9 @@ from vlattn_fast.interpret.relevancy.traced_call import TracedCall
 class GradCam(LastAttentionMethod):
     """The row of relu(mean_h w_h A_h) in the last layer, w_h = mean_ij dA_h; `start_layer` has no effect.
 
-    mean_ij dA_h = (sum_i dO_i).(sum_j v_j) / (N M) needs no map.
+    mean_ij dA_h = (sum_i dO_i).(sum_j v_j) / (N M) needs no map. It is no property of the function that the model computes: a
+    constant c that is added to all values of a head, and taken away again by the bias behind it, leaves each output as it is, and
+    shifts w_h by (sum_i dO_i).c / N. Where no entry of the mean is above 0, relu leaves a row of zeros, and `explain` warns.
     """
 
     name = "gradcam"
@@ -40,4 +42,10 @@ class GradCam(LastAttentionMethod):
             mean = torch.einsum("bh,bhnm->bnm", weights, attention).div(heads)
             return mean_over(call.mesh, mean).relu()
 
-        return times_map(start, replace(call, query=call.query.to(dtype), key=key), combine)
+        row = times_map(start, replace(call, query=call.query.to(dtype), key=key), combine)
+        if bool(((row == 0).all(-1) & (start != 0).any(-1)).any()):
+            self.remarks.append(
+                "A map of 'gradcam' is all zeros: the mean of its heads, weighted by their mean gradients, is nowhere above 0. "
+                "Pass another method, such as 'gradient'"
+            )
+        return row
