@@ -208,7 +208,7 @@ def test_rows_of_a_reader(reader, tmp_path, monkeypatch):
     assert [numbers["method"] for numbers in rows[4]["rules"]] == ["occlusion", "gradient"]
     assert rows[4]["rules"][0]["occlusion"] == pytest.approx(1.0) and rows[4]["glyph"] == "b"
     again = reading.Kept(kept.path, minutes=0.0)  # a run that goes on
-    monkeypatch.setattr(reading, "map_rows", lambda *arguments: pytest.fail("measured again"))
+    monkeypatch.setattr(reading, "map_row", lambda *arguments: pytest.fail("measured again"))
     assert [*reading.rows(reader, again, LISTED)][:-1] == rows
     assert [*reading.rows(reader, reading.Kept(tmp_path / "none.jsonl", minutes=0.0), LISTED)] == [
         {"task": "formula time", "seconds": 0.0}

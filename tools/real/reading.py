@@ -28,7 +28,7 @@ from vlattn_fast.interpret.result.numbers.rank_correlation import rank_correlati
 PACKAGE = "latex_ocr_junia"
 GRID = (HEIGHT // PATCH, WIDTH // PATCH)
 LONGEST = 128  # characters of an answer
-BLOCK = 60  # formulas that are measured together: the first rules of all that are read right, their tests, the other rules
+BLOCK = 60  # formulas that are measured together: rule by rule of FIRST, then by the tests, then rule by rule of OTHERS
 TESTED = 30  # formulas with tests beside pointing and mass
 MINUTES = 60.0
 WINDOW = 2  # patches along each side of what is taken out at once, for occlusion
@@ -252,17 +252,15 @@ def reading_of(formula: Formula, row: Row) -> Reading:
     return Reading(formula, draw(formula), row["ids"], of_symbols)
 
 
-def map_rows(reader: Reader, reading: Reading, rules: Sequence[Rule]) -> list[Row]:
-    """By rule, pointing and mass of the maps of `glyphs`."""
-    boxes, measured = reading.drawing.boxes, []
-    for rule in rules:
-        maps = {symbol: relevancy(reader, reading, symbol, rule) for symbol in glyphs(boxes)}
-        numbers = {
-            "pointing": [int(pointing(values, boxes[symbol])) for symbol, values in maps.items()],
-            "mass": [round(mass(values, boxes[symbol]), 4) for symbol, values in maps.items()],
-        }
-        measured.append({"task": "formula maps", "number": reading.formula.number, **rule.facts, **numbers})
-    return measured
+def map_row(reader: Reader, reading: Reading, rule: Rule) -> Row:
+    """Pointing and mass of the maps of `glyphs`."""
+    boxes = reading.drawing.boxes
+    maps = {symbol: relevancy(reader, reading, symbol, rule) for symbol in glyphs(boxes)}
+    return {
+        **{"task": "formula maps", "number": reading.formula.number, **rule.facts},
+        "pointing": [int(pointing(values, boxes[symbol])) for symbol, values in maps.items()],
+        "mass": [round(mass(values, boxes[symbol]), 4) for symbol, values in maps.items()],
+    }
 
 
 def test_row(reader: Reader, reading: Reading) -> Row:
@@ -293,13 +291,13 @@ class Kept:
     def __init__(self, path: Path, minutes: float = MINUTES) -> None:
         self.path, self.end = path, time.monotonic() + 60 * minutes
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        self.rows: dict[str, list[Row]] = {line["key"]: line["rows"] for line in map(json.loads, lines)}
+        self.rows: dict[str, Row] = {line["key"]: line["row"] for line in map(json.loads, lines)}
         self.seconds = sum(line["seconds"] for line in map(json.loads, lines))
 
-    def get(self, key: str, measured: Callable[[], list[Row]]) -> list[Row]:
-        """The rows under a key; where there are none, they are measured and written, or [] behind the end of the time."""
+    def get(self, key: str, measured: Callable[[], Row]) -> list[Row]:
+        """The row under a key; where there is none, it is measured and written, or [] behind the end of the time."""
         if key in self.rows:
-            return self.rows[key]
+            return [self.rows[key]]
         began = time.monotonic()
         if began > self.end:
             return []
@@ -308,9 +306,9 @@ class Kept:
         self.seconds += seconds
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"key": key, "seconds": seconds, "rows": self.rows[key]}) + "\n")
+            file.write(json.dumps({"key": key, "seconds": seconds, "row": self.rows[key]}) + "\n")
         print(f"{key}: {seconds:.1f} s", file=sys.stderr, flush=True)
-        return self.rows[key]
+        return [self.rows[key]]
 
 
 def rows(reader: Reader, kept: Kept, listed: Sequence[Formula]) -> Iterator[Row]:
@@ -319,19 +317,21 @@ def rows(reader: Reader, kept: Kept, listed: Sequence[Formula]) -> Iterator[Row]
     for first in range(0, len(listed), BLOCK):
         readings = []
         for formula in listed[first : first + BLOCK]:
-            for row in kept.get(f"formula {formula.number}", partial(_one, read, reader, formula)):
+            for row in kept.get(f"formula {formula.number}", partial(read, reader, formula)):
                 yield row
                 if row["right"]:
                     readings.append(reading_of(formula, row))
-        for reading in readings:
-            yield from kept.get(f"first rules of {reading.formula.number}", partial(map_rows, reader, reading, FIRST))
+        for rule in FIRST:
+            yield from _of_rule(reader, kept, readings, rule)
         for reading in readings[: TESTED - tested]:
-            yield from kept.get(f"tests of {reading.formula.number}", partial(_one, test_row, reader, reading))
+            yield from kept.get(f"tests: formula {reading.formula.number}", partial(test_row, reader, reading))
             tested += 1
-        for reading in readings:
-            yield from kept.get(f"other rules of {reading.formula.number}", partial(map_rows, reader, reading, OTHERS))
+        for rule in OTHERS:
+            yield from _of_rule(reader, kept, readings, rule)
     yield {"task": "formula time", "seconds": round(kept.seconds, 1)}
 
 
-def _one(measured: Callable[..., Row], *arguments: Any) -> list[Row]:
-    return [measured(*arguments)]
+def _of_rule(reader: Reader, kept: Kept, readings: Sequence[Reading], rule: Rule) -> Iterator[Row]:
+    name = " ".join([rule.method, "+".join(rule.freeze or ()), rule.of or ""])
+    for reading in readings:
+        yield from kept.get(f"{name}: formula {reading.formula.number}", partial(map_row, reader, reading, rule))
