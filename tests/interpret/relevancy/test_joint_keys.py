@@ -15,8 +15,9 @@ FIRST, SECOND, LAYERS = 5, 3, 2
 
 
 class Layer(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, own_first: bool) -> None:
         super().__init__()
+        self.own_first = own_first
         self.project, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
 
     def heads(self, states):
@@ -25,8 +26,9 @@ class Layer(nn.Module):
     def forward(self, states, further=None):
         query, key, value = self.heads(states)
         kept = key, value
-        if further is not None:  # others' keys come last
-            key, value = (torch.cat(pair, 2) for pair in zip(kept, further, strict=True))
+        if further is not None:
+            pairs = zip(kept, further, strict=True)
+            key, value = (torch.cat(pair if self.own_first else pair[::-1], 2) for pair in pairs)
         output = functional.scaled_dot_product_attention(query, key, value)
         return states + self.out(output.transpose(1, 2).flatten(2)), kept
 
@@ -34,10 +36,10 @@ class Layer(nn.Module):
 class Two(nn.Module):
     """Two towers; the second attends to its own tokens and to the keys of the first one's layers, or of its end."""
 
-    def __init__(self, by_layer: bool) -> None:
+    def __init__(self, by_layer: bool, own_first: bool) -> None:
         super().__init__()
         self.by_layer = by_layer
-        self.first, self.second = nn.ModuleList(Layer() for _ in range(LAYERS)), nn.ModuleList(Layer() for _ in range(LAYERS))
+        self.first, self.second = (nn.ModuleList(Layer(own_first) for _ in range(LAYERS)) for _ in range(2))
         self.head = nn.Linear(16, 4)
 
     def forward(self, x, y):
@@ -51,25 +53,25 @@ class Two(nn.Module):
         return self.head(y[:, 1])
 
 
-def made(by_layer: bool):
+def made(by_layer: bool, own_first: bool = True):
     torch.manual_seed(0)
-    model = Two(by_layer).double()
+    model = Two(by_layer, own_first).double()
     inputs = {"x": torch.randn(2, FIRST, 16).double(), "y": torch.randn(2, SECOND, 16).double()}
     return model, inputs
 
 
-@pytest.mark.parametrize("by_layer", [True, False])
+@pytest.mark.parametrize("by_layer, own_first", [(True, True), (False, True), (True, False), (False, False)])
 @pytest.mark.parametrize("method", METHODS)
-def test_methods_beside_stored_maps(method, by_layer):
-    model, inputs = made(by_layer)
+def test_methods_beside_stored_maps(method, by_layer, own_first):
+    model, inputs = made(by_layer, own_first)
     kept = Kept(model)
     with kept.watching():
         score = model(**inputs)[:, 2]
     maps = [one for _, one in kept.maps]
     slopes = torch.autograd.grad(score.sum(), maps, allow_unused=True)
     pairs = [(one, torch.zeros_like(one) if slope is None else slope) for one, slope in zip(maps, slopes, strict=True)]
-    # The second tower's maps have its own columns first.
-    pairs[LAYERS:] = [tuple(one.roll(FIRST, -1) for one in pair) for pair in pairs[LAYERS:]]
+    if own_first:
+        pairs[LAYERS:] = [tuple(one.roll(FIRST, -1) for one in pair) for pair in pairs[LAYERS:]]
     none = (None, None)
     first, second = pairs[:LAYERS], pairs[LAYERS:]
     order = zip(first, second, strict=True) if by_layer else [*((one, none) for one in first), *((none, one) for one in second)]
