@@ -81,6 +81,14 @@ def test_the_next_token(kind):
     assert set(by_pixel) == {"images", "decoder_input_ids"}
 
 
+def test_a_callable_target_takes_inputs_as_the_model_does():
+    model, inputs = image_to_text(OfOneDict), {"images": pictures(), "decoder_input_ids": torch.tensor([[1, 4], [1, 7]])}
+    scored = lambda o, given: o[:, 1].gather(1, given["inputs"]["decoder_input_ids"][:, 1:])[:, 0]  # noqa: E731
+    got = explain(model, {"inputs": inputs}, target=scored, read={"tower1": 1})
+    torch.testing.assert_close(got.scores, model(inputs)[[0, 1], 1, [4, 7]].detach())
+    assert got.image.shape == (2, *GRID)
+
+
 def test_edges_of_a_model_of_one_dict():
     inputs = {"images": pictures(), "decoder_input_ids": torch.tensor([[1, 4], [1, 7]])}
     effects = [

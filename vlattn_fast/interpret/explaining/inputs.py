@@ -120,16 +120,19 @@ def opened(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Packs]:
     return flat, packs
 
 
+def packed(arguments: Mapping[str, Any], packs: Packs) -> dict[str, Any]:
+    """The opposite of `opened`."""
+    inner = {entry for names in packs.values() for entry in names}
+    dicts = {name: {entry: arguments[entry] for entry in names if entry in arguments} for name, names in packs.items()}
+    return {**{name: value for name, value in arguments.items() if name not in inner}, **dicts}
+
+
 @contextlib.contextmanager
 def packing(model: nn.Module, packs: Packs) -> Iterator[None]:
     """A context in which the model takes arguments that are `opened`, too."""
 
     def pack(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        if all(name in kwargs for name in packs):  # called as ever
-            return None
-        inner = {entry for names in packs.values() for entry in names}
-        dicts = {name: {entry: kwargs[entry] for entry in names if entry in kwargs} for name, names in packs.items()}
-        return args, {**{name: value for name, value in kwargs.items() if name not in inner}, **dicts}
+        return None if all(name in kwargs for name in packs) else (args, packed(kwargs, packs))  # None = called as ever
 
     handle = model.register_forward_pre_hook(pack, prepend=True, with_kwargs=True) if packs else None
     try:

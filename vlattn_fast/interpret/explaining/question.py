@@ -117,7 +117,7 @@ def choose_score(request: Request, prompt: Prompt, outputs: Any, batch: int) -> 
     if callable(target):
         if request.method.of is not None:
             raise ValueError(f"of must be left out where target is a callable, which gives the score; got {request.method.of!r}")
-        scores = call_on("target", target, outputs, prompt.arguments)
+        scores = call_on("target", target, outputs, prompt.called)
         if not isinstance(scores, Tensor):
             raise TypeError(f"target must return a tensor of scores; got {type(scores).__name__}")
         if scores.ndim != 1 or (record.towers and scores.shape != (batch,)):

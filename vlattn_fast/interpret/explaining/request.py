@@ -23,7 +23,7 @@ from vlattn_fast.interpret.explaining.answer import (
     prepare_answer,
     start_tokens,
 )
-from vlattn_fast.interpret.explaining.inputs import Packs, check_inputs, is_empty, opened, packing, prepare_inputs
+from vlattn_fast.interpret.explaining.inputs import Packs, check_inputs, is_empty, opened, packed, packing, prepare_inputs
 from vlattn_fast.interpret.explaining.naming import special_ids, token_target
 from vlattn_fast.interpret.explaining.patch_grid import PatchGrid
 from vlattn_fast.interpret.explaining.similarity import NAMED_ROWS, SIMILARITY
@@ -125,6 +125,11 @@ class Prompt:
     @property
     def empty(self) -> bool:
         return is_empty(self.arguments)
+
+    @property
+    def called(self) -> dict[str, Any]:
+        """The arguments as `forward` takes them."""
+        return packed(self.arguments, self.packs)
 
 
 def lay_out(request: Request, inputs: Mapping[str, Any]) -> Prompt:
