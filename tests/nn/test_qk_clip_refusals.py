@@ -100,11 +100,12 @@ def test_first_queries_of_zeros() -> None:
 
 
 class Twice(Attention):
-    """The second call attends with other tensors than the projections."""
+    """The second call, which a sample alone does not have, attends with other tensors than the projections."""
 
     def forward(self, x: Tensor) -> Tensor:
         heads = x.unflatten(-1, (2, 8)).transpose(1, 2)
-        return super().forward(x) + nn.functional.scaled_dot_product_attention(heads, heads, heads)
+        once = super().forward(x)
+        return once if len(x) == 1 else once + nn.functional.scaled_dot_product_attention(heads, heads, heads)
 
 
 def test_a_later_call_with_other_tensors_is_refused() -> None:
@@ -113,9 +114,12 @@ def test_a_later_call_with_other_tensors_is_refused() -> None:
     with va.nn.QKClip(model, 100.0) as clip:
         model(x)
         assert clip.step() == {}
-        model(30 * x)
-        with pytest.raises(ValueError, match="the heads of '' must be its projections"):
-            clip.step()
+        for last in (False, True):
+            model(30 * x)
+            if not last:
+                model(300 * x[:1])  # which is as it must be
+            with pytest.raises(ValueError, match="the heads of '' must be its projections"):
+                clip.step()
 
 
 class Checkpointed(nn.Module):

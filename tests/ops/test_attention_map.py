@@ -212,6 +212,22 @@ def test_an_lse_is_taken_as_it_is(rule: str, backend: str) -> None:
         assert not far.any()  # all that counts is elsewhere
 
 
+@on(*FAST)
+@pytest.mark.parametrize("size", (1.0, 2.0**20))  # the second has no digits for the logarithm of a sum
+@pytest.mark.parametrize("name", ("key_mask", "attn_mask", "float mask"))
+def test_rows_that_see_keys_elsewhere_alone(name: str, size: float, backend: str) -> None:
+    tensors = as_dtype(map_inputs("attention", 20, 70, b=2), torch.float32)
+    seen = torch.ones(2, 1, 20, 70, dtype=torch.bool)
+    seen[1, :, slice(None) if name == "key_mask" else slice(5, 9)] = False
+    masks = {"key_mask": seen[:, 0, 0]} if name == "key_mask" else {"attn_mask": seen}
+    if name == "float mask":
+        masks = {"attn_mask": torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)}
+    lse = torch.full(tensors["query"].shape[:3], size)
+    found = attention_map(**tensors, rule="attention", lse=lse, backend=backend, **masks)
+    assert found.isfinite().all() and not found[~seen.any(-1)[:, 0]].any()
+    assert size > 1 or found[seen.any(-1)[:, 0]].any(-1).all()
+
+
 @on("reference", *FAST)
 @pytest.mark.parametrize("rule", RULES)
 def test_what_stands_in_padding_reaches_nothing(rule: str, backend: str) -> None:

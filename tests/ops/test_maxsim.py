@@ -124,6 +124,16 @@ def test_nan_stays(backend: str) -> None:
 
 
 @on("reference", *FAST)
+def test_products_that_are_all_infinite(backend: str) -> None:
+    """And below 0: so is their sum, which is not that of a document without tokens."""
+    inputs = as_dtype(tensors(), torch.float32)
+    inputs["queries"][1, 2].fill_(0.0)[3], inputs["documents"][2, :, 3] = 1.0, -torch.inf
+    inputs["queries"][:, :, 3].abs_()
+    similarity = va.maxsim(**inputs, backend=backend)
+    assert similarity[:, 2].eq(-torch.inf).all() and similarity[:, [0, 1, 3]].isfinite().all()
+
+
+@on("reference", *FAST)
 @pytest.mark.parametrize("first, second", [(3, 5), (3, 67), (3, 68)])
 def test_of_tokens_with_nan_the_first_is_chosen(first: int, second: int, backend: str) -> None:
     inputs = as_dtype(tensors(m=70), torch.float32)
