@@ -67,8 +67,8 @@ class OneHot(Rollout):
     """For towers that attend to one another: "rollout" whose map of a source is e_t^T mean_h A_ti rollout(i).
 
     Row t of the last attention to the source, so that no token counts but the one that is read. The published rule takes column t
-    of rollout(t), which in a causal decoder is of later tokens, on which the score cannot depend. Towers whose tokens stand in one
-    softmax are one sequence, of which "rollout" reads row t itself: there both are the same.
+    of rollout(t), which in a causal decoder is of later tokens, on which the score cannot depend. Towers whose tokens stand
+    in one softmax are one sequence, of which "rollout" reads row t itself: there both are the same.
     """
 
     name = "rollout:one_hot"
