@@ -104,7 +104,6 @@ CALLS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:The entries do not add up")  # of three steps
 @pytest.mark.parametrize("name", CALLS)
 def test_calls_that_take_long(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each shows its bar where its parts take longer, and nothing where they do not."""

@@ -70,7 +70,6 @@ def test_explain_texts_alone(bert, tmp_path):
     assert out.exists() and "score 1:" in result.output
 
 
-@pytest.mark.filterwarnings("ignore:The entries do not add up")  # of integrated gradients from embeddings of zero
 @pytest.mark.parametrize("method", [name for name, kind in METHODS.items() if not kind.takes_logits])
 def test_explain_a_classifier_as_png(vit, picture, tmp_path, method):
     out = tmp_path / "out.png"
@@ -233,7 +232,6 @@ def test_verify_refuses(options, words):
     assert words in said(result)
 
 
-@pytest.mark.filterwarnings("ignore:The entries do not add up")  # of integrated gradients from embeddings of zero
 @pytest.mark.filterwarnings("ignore:A part of the map is that of later tokens")  # of rollout as published
 def test_demo_writes_its_pictures(tmp_path, monkeypatch):
     monkeypatch.setattr("vlattn_fast.benchmarks.demo.SCENES", 20)

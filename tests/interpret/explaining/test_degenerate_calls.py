@@ -17,7 +17,6 @@ def empty(inputs):
     return {name: value[:0] for name, value in inputs.items()}
 
 
-@pytest.mark.filterwarnings("ignore:The entries do not add up")  # of integrated gradients from embeddings of zero
 @pytest.mark.parametrize("method", ANY_MODEL)
 @pytest.mark.parametrize("case", CASES, indirect=True)
 def test_an_empty_batch_gives_empty_results(case, method, tmp_path):

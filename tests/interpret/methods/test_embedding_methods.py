@@ -303,8 +303,6 @@ def test_evaluated(case):
 
 # --- integrated gradients ---
 
-few_steps = pytest.mark.filterwarnings("ignore:The entries do not add up")
-
 
 class Square(nn.Module):
     """The score of tokens x is (sum of all numbers)^2, or the sum of their third powers."""
@@ -325,7 +323,6 @@ def test_integrated_gradients_worked_by_hand():
     assert got.scores.tolist() == [35.0]
 
 
-@few_steps
 @pytest.mark.parametrize("case", ["clip", "llava"], indirect=True)
 def test_all_towers_are_scaled_together(case, request):
     layers = LAYERS[request.node.callspec.params["case"]]
@@ -360,7 +357,6 @@ def test_all_entries_add_up_to_the_gain_over_zero_embeddings():
     assert missing[0] < 1e-2 and missing[1] < missing[0] / 12 and missing[2] < missing[1] / 12  # the square of the steps: 16
 
 
-@few_steps
 @pytest.mark.parametrize("case", ["bert"], indirect=True)
 def test_the_class_is_that_of_the_whole_input(case):
     """At every step, also where scaled embeddings have another; an answer and a callable stay as they are."""

@@ -369,9 +369,8 @@ def _draw_answer(part: Any, sample: Sample, painter: Painter) -> None:
             axis = _draw_table(parts.pop(0), sample, tower, [str(i) for i in range(len(values))], painter.cmap)
             axis.set_title(name, fontsize=9, parse_math=False)
     scores = [choice.score for choice in sample.choices if choice.score is not None]
-    set_title(
-        part.suptitle("", fontsize=SIZE), sample.label, score_text(sum(scores) if scores else None, True), _COLUMNS * _SMALL
-    )
+    text = score_text(sum(scores), sample.choices[0].of) if scores else ""
+    set_title(part.suptitle("", fontsize=SIZE), sample.label, text, _COLUMNS * _SMALL)
 
 
 def _draw_maps(part: Any, sample: Sample, painter: Painter, lines: int) -> None:
