@@ -30,6 +30,16 @@ def test_masks_across_tiles_and_blocks(score: str, mask: str, size: tuple[int, i
     assert not any(torch.isnan(x).any() for x in found.values())
 
 
+@pytest.mark.parametrize("n", (1, 16, 17, 64, 100))
+@pytest.mark.parametrize("score", ("dot", "additive"))
+def test_a_mask_of_one_pair(score: str, n: int) -> None:
+    """In the first row or in the last, of keys of which all other rows see all."""
+    for row in {0, n - 1}:
+        mask = torch.ones(n, 40, dtype=torch.bool)
+        mask[row, 20] = False
+        check("cpu", *tensors("cpu", score, b=1, n=n, m=40), cancels=True, attn_mask=mask)
+
+
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("score", ("dot", "additive"))
 def test_keys_that_are_copied(score: str, dtype: torch.dtype) -> None:

@@ -169,7 +169,10 @@ def test_statistics_of_nan_and_of_equal_weights() -> None:
     key[..., 150, :] = key[..., 30, :] = 9.0 * query[..., 0, :]  # the largest of the first query, in two parts
     first = va.attention_statistics(query, key, backend="triton")
     assert first.argmax[0, 0, 0] == 30
+    masked = va.attention_statistics(query, key, attn_mask=torch.tensor([[False], [True]]).expand(2, 200), backend="triton")
+    assert masked.argmax[0, 0, 0] == -1 and masked.argmax[0, 0, 1] == first.argmax[0, 0, 1]
     key[..., 190, :] = torch.nan
+    assert not va.attention_statistics(query, key, backend="triton").argmax.any()
     for ours, formula in zip(
         *(va.attention_statistics(query, key, backend=name) for name in ("triton", "reference")), strict=True
     ):
