@@ -45,7 +45,8 @@ def test_explain_the_next_token_of_a_decoder(llava, picture, tmp_path):
 def test_constants_and_the_explained_number(llava, picture, tmp_path):
     run = ("explain", "--model", llava, "--image", picture, "--text", "a red square", "--answer", "blue circle")
     said_of = {}
-    for of, options in (("logit", ("--of", "logit", "--freeze", "norms", "--freeze", "attention")), ("margin", ("--of", "margin"))):
+    frozen = ("--freeze", "norms", "--freeze", "attention")
+    for of, options in (("logit", ("--of", "logit", *frozen)), ("margin", ("--of", "margin"))):
         result = vlattn(*run, "--out", tmp_path / "out.html", *options)
         assert result.exit_code == 0, result.output
         said_of[of] = re.search(rf"token 0: {of} (\S+)", result.output)[1]

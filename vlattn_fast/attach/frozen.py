@@ -16,7 +16,7 @@ import contextlib
 import copy
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,8 +28,10 @@ from vlattn_fast.attach.current import SCORE_ATTENTION, SOFTMAX, first_argument,
 from vlattn_fast.attach.session import Steps, Stepwise, as_mode, named
 
 _FUSED = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)  # call the functions that are replaced
-_ROOTS = (torch.sqrt, torch.rsqrt, torch.std, torch.norm, torch.linalg.norm, torch.linalg.vector_norm)
-_ROOTS += (Tensor.sqrt, Tensor.rsqrt, Tensor.std, Tensor.norm)
+_ROOTS: tuple[Any, ...] = (
+    *(torch.sqrt, torch.rsqrt, torch.std, torch.norm, torch.linalg.norm, torch.linalg.vector_norm),
+    *(Tensor.sqrt, Tensor.rsqrt, Tensor.std, Tensor.norm),
+)
 _POWERS = (torch.pow, Tensor.pow, Tensor.__pow__)
 _LARGER = 64.0  # the norm of an input so many times as large is the same, but for the eps in its denominator
 _EQUAL = 0.02  # relative to the largest number: below, outputs are the same, and a gradient is as expected
@@ -90,7 +92,7 @@ class Frozen(Stepwise, TorchFunctionMode):
     ) -> Any:
         return self.followed(func, args, kwargs or {}, roots=self._within > 0)
 
-    def followed(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], roots: bool) -> Any:
+    def followed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], roots: bool) -> Any:
         """The result of a function of torch: a norm's with the gradient of a linear function, a root's as a constant."""
         if self.norms and func in _NORMS:
             return _NORMS[func](self, func, *args, **kwargs)
@@ -270,7 +272,7 @@ def _is_linear(run: Callable[[Tensor], Tensor], x: Tensor, linear: Tensor) -> bo
 class _AllRoots(Frozen):
     """Roots are constants wherever they are taken."""
 
-    def followed(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], roots: bool = True) -> Any:
+    def followed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], roots: bool = True) -> Any:
         return super().followed(func, args, kwargs, roots=True)
 
 

@@ -37,7 +37,7 @@ TESTS = tuple(test for test in ALL_TESTS if test != INTERVENTION)  # which model
 
 def methods_of(task: Task) -> dict[str, str | Method | Rival]:
     """The methods and rivals of a task, by name; captum's methods only where captum is installed."""
-    methods: dict[str, str | Method | Rival] = {name: name for name in task.methods} | dict(task.frozen)
+    methods: dict[str, str | Method | Rival] = {**{name: name for name in task.methods}, **task.frozen}
     for kind in task.rivals:
         if kind != "CAPTUM" or version("captum") is not None:
             methods |= getattr(rivals, kind)

@@ -19,6 +19,7 @@ from vlattn_fast.interpret.evaluating.model_answers import Judge
 from vlattn_fast.interpret.evaluating.perturbation import Words
 from vlattn_fast.interpret.evaluating.plan import Plan, Rival
 from vlattn_fast.interpret.records.registry import find_family
+from vlattn_fast.interpret.relevancy.method import Method
 
 
 @never_compiled
@@ -26,7 +27,7 @@ def evaluate(
     model: nn.Module,
     dataset: Iterable[tuple[Mapping[str, Any], Any, Any]],
     *,
-    methods: Sequence[str | Rival] | Mapping[str, str | Rival] = ("gradient",),
+    methods: Sequence[str | Method | Rival] | Mapping[str, str | Method | Rival] = ("gradient",),
     tests: Sequence[str] | None = None,
     steps: Sequence[float] | None = None,
     accuracy: Callable[[Any], Tensor] | None = None,
@@ -97,7 +98,7 @@ def evaluate(
             answer to the whole input: the class, the token or, for an image with several texts, the text. boxes: ground truth (K,
             4), x1, y1, x2, y2 relative to the image; or a mask, bool (h, w) of any size, which covers the whole image; for a
             batch, one of these or None per row; or None.
-        methods: names of `explain`'s methods and ablations, "weighted:norm" and "weighted:equal" (and
+        methods: names of `explain`'s methods and ablations, objects of `va.methods`, "weighted:norm" and "weighted:equal" (and
             "weighted:norm:no_normalization") with another weighting, "random", "attribute_edges" (the
             first-order effects, for the test "intervention" alone), or callables (model, inputs, target) -> an object
             with `.image` (B, h, w), `.regions` (B, R) or `.text` (B, T) as an `Explanation` has, tensors or NumPy arrays. T is

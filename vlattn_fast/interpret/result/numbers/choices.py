@@ -117,7 +117,7 @@ def score_text(score: float | None, of: str | None) -> str:
 
 
 def explained_as(explanation: Explained) -> str | None:
-    """What the scores are; those of answers that were stored without it are log-probabilities."""
+    """The kind of the scores; those of answers that were stored without it are log-probabilities."""
     return explanation.of or (None if explanation.answer is None else "log_probability")
 
 
