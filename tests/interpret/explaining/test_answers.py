@@ -274,6 +274,7 @@ def test_positions_in_three_axes_count_on_behind_the_image(decoder, side):
     named = {name: inputs[name] for name in ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")}
     positions = decoder.model.model.get_rope_index(**named)[0]
     assert positions.shape == (3, *inputs["input_ids"].shape)
+    positions = positions.where(inputs["attention_mask"].bool(), 50)  # what padding has is beside the point
     want = explain(decoder.model, inputs, answer=[[7, 12, 9], [9, 5]])
     got = explain(decoder.model, {**inputs, "position_ids": positions}, answer=[[7, 12, 9], [9, 5]])
     torch.testing.assert_close(got.scores, want.scores, rtol=1e-9, atol=1e-9)
