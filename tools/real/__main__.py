@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tools.real import cuts, measures, page, pictures, reading, sinks
+from tools.real import cuts, formula_picture, measures, page, pictures, reading, sinks
 from tools.real.formulas import formulas
 from tools.real.models import load_dino, load_sentences, onnx_saliency
 from tools.real.photos import SOURCES
@@ -105,10 +105,12 @@ class Study:
 
     def formulas(self) -> Rows:
         """A model that reads formulas. A run that was stopped, or whose time was over, goes on when it is called again."""
-        origin = {"commit": commit()}
-        kept = reading.Kept(page.ROOT / "build" / "real" / f"formulas-{origin['commit']}.jsonl")
-        for row in reading.rows(reading.load(), kept, formulas()):
-            yield {**origin, **row}
+        reader, listed = reading.load(), formulas()
+        rows = [*reading.rows(reader, reading.Kept(page.ROOT / "build" / "real" / f"formulas-{commit()}.jsonl"), listed)]
+        first = next(row for row in rows if row["task"] == "formula" and row["right"])
+        shown = formula_picture.picture(reader, reading.reading_of(listed[first["number"]], first))
+        pictures.save(shown, "experiments/real-formula.jpg")
+        yield from rows
 
     @property
     def parts(self) -> dict[str, Callable[[], Rows]]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from tools.real.photos import SOURCES
+from tools.real.reading_page import section
 from tools.real.text import BOX, OUTLIERS, SINKS, TEXT
 from vlattn_fast.interpret.result.numbers.rank_correlation import rank_correlation
 from vlattn_fast.lab.records import markdown, mean_and_deviation, spread
@@ -278,7 +279,7 @@ def page() -> str:
     area = {row["photo"]: row["area"] for row in stored.of("photo")}
     sentences = list(dict.fromkeys(row["sentence"] for row in stored.of("words")))
     return TEXT.format(
-        minutes=math.fsum(stored.facts["seconds"].values()) / 60,
+        minutes=math.fsum(seconds for part, seconds in stored.facts["seconds"].items() if part != "formulas") / 60,
         device="; ".join(dict.fromkeys(stored.facts["device"].values())),
         versions=stored.facts["versions"],
         rows=ROWS.relative_to(ROOT),
@@ -306,6 +307,7 @@ def page() -> str:
         late=stored.heads(slice(6, None))[0],
         low=min(each),
         high=max(each),
+        formulas=section(stored.rows, str(stored.facts["versions"].get("latex-ocr-junia"))),
         words="\n\n".join(words(stored, sentence) for sentence in sentences),
     )
 

