@@ -418,3 +418,19 @@ def test_tokens_that_are_added_between_layers():
         r = torch.cat([r, torch.zeros(2, 2, 2 * SIZE, dtype=torch.float64)], 1) if number == 1 else r
         r = r + (a * g).clamp(min=0).mean(1) @ r
     assert_close(got.relevancy["tower0"], r[:, 1].sum(0).view(2, SIZE).detach())
+
+
+def and_new_ones(attend, x):
+    """Learnt tokens come in front of the last layer, and stay."""
+    x = attend(1, attend(0, x))
+    return attend(2, torch.cat([x, torch.ones(1, 2, 1, dtype=x.dtype).expand(len(x), -1, x.shape[-1])], 1))
+
+
+def test_a_mean_is_of_the_real_tokens_that_entered():
+    model, real = made(Planned, and_new_ones).double(), torch.ones(2, SIZE)
+    real[1, 8:] = 0
+    given = {"x": inputs()["x"].double(), "attention_mask": real}
+    model.register_forward_pre_hook(lambda _, __, named: ((), {"x": named["x"]}), with_kwargs=True)
+    weights = functional.pad(real.double() / real.sum(1, keepdim=True), (0, 2))
+    got, want = (explain(model, given, read=read, target=target).relevancy["tower0"] for read in ("mean", weights))
+    assert_close(got, want)
