@@ -62,6 +62,8 @@ def test_each_token(side):
         assert (mine[:count, :begin] == 0).all() and (mine[:count, begin + rows.shape[1] :] == 0).all()
         assert (mine[count:] == 0).all() and (got.scores[row, count:] == 0).all()
         assert got.token_ids[row][-count:] == answer
+        first = begin + int(REAL[row].sum()) - 1
+        assert got.position["language"][row].tolist() == [first + min(token, count - 1) for token in range(3)]
 
 
 def test_all_tokens_together():
