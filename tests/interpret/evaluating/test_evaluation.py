@@ -328,7 +328,7 @@ WRONG = lambda model, inputs, target: SimpleNamespace(image=torch.ones(2, 4, 4))
         ({"methods": ("lime",)}, ValueError, "methods must be callables or among gradient, .*; got 'lime'"),
         ({"methods": ("weighted:none",)}, ValueError, "methods must be callables or among"),
         ({"methods": ("gradient:norm",)}, ValueError, "methods must be callables or among"),
-        ({"methods": (3,)}, TypeError, "methods must be names and callables; got int"),
+        ({"methods": (3,)}, TypeError, "methods must be names, objects of va.methods and callables; got int"),
         ({"tests": "positive"}, TypeError, "tests must be None or a sequence of names; got"),
         ({"tests": ()}, ValueError, "tests must name at least one"),
         ({"tests": ("auc",)}, ValueError, "tests must be among positive"),

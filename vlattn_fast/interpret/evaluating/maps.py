@@ -121,7 +121,7 @@ def maps_of(name: str, result: Any, samples: list[Sample], generator: torch.Gene
         if text is not None and isinstance(result, Explanation) and sample.shown_entries is not None:
             values["text"] = text[number][sample.shown_entries.to(text.device)]
         elif text is not None and sample.entries:
-            values["text"] = _text_entries(name, text[number], sample)
+            values["text"] = _text_entries(name, text[number], sample, apart=not isinstance(text, Tensor))
         # In float64, since bytes have no negative and means of 16 bits are rounded.
         maps.append({part: None if value is None else value.detach().cpu().double() for part, value in values.items()})
     return maps
@@ -145,14 +145,17 @@ def _check_counts(name: str, result: Any, count: int) -> None:
             )
 
 
-def _text_entries(name: str, values: Tensor, sample: Sample) -> Tensor:
-    """The numbers of the sample's words in its row of a caller's `.text`."""
+def _text_entries(name: str, values: Tensor, sample: Sample, apart: bool) -> Tensor:
+    """The numbers of the sample's words in its row of a caller's `.text`. `apart`: rows are no tensor together, so that each may
+    have its own words alone."""
     width = len(values) if values.ndim == 1 else -1
     readings = sample.entries.get(width, [])
     if width == sample.inputs["input_ids"].shape[1] and bool((values[-1:] != 0).any()):  # no zeros behind a shorter text
         readings = readings[-1:]  # by columns
     if len(readings) == 1:
         return values[readings[0].to(values.device)]
+    if not readings and apart and width == sample.count("text"):
+        return values
     if readings:
         raise ValueError(
             f"methods must give a text that is read in one way; got {width} entries of {name!r}, which may be the words of a "
