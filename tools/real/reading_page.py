@@ -35,16 +35,19 @@ formulas in brackets where some are missing. These rows took {minutes:.0f} minut
 
 {maps}
 
-The margin is the logit less the log-sum-exp of the other characters'. Its gradient is that of the log-probability times a
-number, so it is measured with `gradient` alone: maps of `weighted` and `input_gradient` would be those of the log-probability.
-
-![The glyphs of a formula, and the map of each by two rules](real-formula.jpg)
+{margin}![The glyphs of a formula, and the map of each by two rules](real-formula.jpg)
 
 Differences from the same method with nothing held fixed, glyph by glyph:
 
 {differences}
 
 {scores}{tests}"""
+
+MARGIN_TEXT = """\
+The margin is the logit less the log-sum-exp of the other characters'. Its gradient is that of the log-probability times a
+number, so it is measured with `gradient` alone: maps of `weighted` and `input_gradient` would be those of the log-probability.
+
+"""
 
 SCORE_TEXT = """Differences of the log-probability from the logit:
 
@@ -59,6 +62,11 @@ into a blank picture. *Occlusion* is Spearman's correlation with the fall of the
 blank, over the squares with ink. Occlusion itself is the first line.
 
 {table}
+
+"""
+
+
+UNTESTED = """Deletion, insertion and the correlation with occlusion have not been measured on formulas.
 
 """
 
@@ -113,6 +121,11 @@ class Readings:
         """The number of formulas with maps."""
         return len(set().union(*self.maps.values()))
 
+    @property
+    def scores(self) -> dict[str, str]:
+        """SCORES without those that no rule was measured with."""
+        return {score: title for score, title in SCORES.items() if any(rule.of == score for rule in self.maps)}
+
     def boxes(self) -> list[list[Sequence[float]]]:
         """The boxes of the explained glyphs, by formula."""
         numbers = sorted(set().union(*self.maps.values()))
@@ -127,15 +140,15 @@ def _maps(readings: Readings) -> str:
     def cells(rules: Sequence[Rule]) -> list[str]:
         return [shown(readings.values(rule, name), readings.measured) for rule in rules for name in ("pointing", "mass")]
 
-    lines = []
+    lines, titles = [], readings.scores
     for rule in FIRST:  # a line has all scores of a method
-        numbers = cells([rule if score == "logit" else Rule(rule.method, rule.freeze, score) for score in SCORES])
+        numbers = cells([rule if score == "logit" else Rule(rule.method, rule.freeze, score) for score in titles])
         if any(numbers):
             lines.append([f"`{rule.method}`", HELD[rule.freeze], *numbers])
     boxes = readings.boxes()
     chance = [shown([[of(box) for box in group] for group in boxes], 0) for of in (_near, _area)]
-    lines.append(["a map without content", "", *chance, *[""] * 4])
-    head = [f"{title}: {name}" for title in SCORES.values() for name in ("pointing", "mass")]
+    lines.append(["a map without content", "", *chance, *[""] * (2 * len(titles) - 2)])
+    head = [f"{title}: {name}" for title in titles.values() for name in ("pointing", "mass")]
     return markdown(["method", "held fixed", *head], lines, (0, 1))
 
 
@@ -153,7 +166,8 @@ def _differences(readings: Readings) -> str:
         if rule.freeze and readings.maps.get(rule):
             plain = Rule(rule.method, PLAIN, rule.of)
             cells = [shown(readings.differences(plain, rule, name), readings.measured, "+") for name in ("pointing", "mass")]
-            lines.append([f"`{rule.method}`", SCORES[str(rule.of)], HELD[rule.freeze], *cells])
+            if any(cells):
+                lines.append([f"`{rule.method}`", SCORES[str(rule.of)], HELD[rule.freeze], *cells])
     return markdown(["method", "score", "held fixed", "pointing", "mass"], lines, (0, 1, 2))
 
 
@@ -203,7 +217,8 @@ def section(rows: Sequence[Row], version: str) -> str:
         minutes=math.fsum(row["seconds"] for row in rows if row["task"] == "formula time") / 60,
         maps=_maps(readings),
         missing=still,
+        margin=MARGIN_TEXT if "margin" in readings.scores else "",
         differences=_differences(readings),
         scores=_scores(readings),
-        tests=_tests(readings) if readings.tests else "",
+        tests=_tests(readings) if readings.tests else UNTESTED,
     )
