@@ -27,7 +27,6 @@ from torch.overrides import TorchFunctionMode
 from vlattn_fast.attach.current import SCORE_ATTENTION, SOFTMAX, first_argument, is_map
 from vlattn_fast.attach.session import Steps, Stepwise, as_mode, named
 
-_FUSED = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)  # call the functions that are replaced
 _ROOTS: tuple[Any, ...] = (
     *(torch.sqrt, torch.rsqrt, torch.std, torch.norm, torch.linalg.norm, torch.linalg.vector_norm),
     *(Tensor.sqrt, Tensor.rsqrt, Tensor.std, Tensor.norm),
@@ -57,8 +56,8 @@ class Frozen(Stepwise, TorchFunctionMode):
         super().__init__()
         self.norms, self.attention, self.trains, self.holds = norms, attention, trains, not trains
         self._thread, self._within = threading.get_ident(), 0
-        modules = [(path, module) for path, module in model.named_modules() if norms and _may_be_written(module)]
-        written = [(path, module, _kind(module)) for path, module in modules]
+        modules = model.named_modules() if norms else ()
+        written = [(path, module, _kind(module)) for path, module in modules if _may_be_written(module)]
         self._written = [module for _, module, kind in written if kind == _HELD]
         self.missed = [named(path, module) for path, module, kind in written if kind == _MISSED]
 
@@ -97,8 +96,7 @@ class Frozen(Stepwise, TorchFunctionMode):
         if self.norms and func in _NORMS:
             return _NORMS[func](self, func, *args, **kwargs)
         if self.attention and func in (functional.scaled_dot_product_attention, SCORE_ATTENTION):
-            query, key, *rest = args
-            return func(self.constant(query), self.constant(key), *rest, **kwargs)
+            return self._attention(func, *args, **kwargs)
         if roots and func is functional.normalize:
             return _normalize(self.constant, *args, **kwargs)
         result = func(*args, **kwargs)
@@ -106,6 +104,9 @@ class Frozen(Stepwise, TorchFunctionMode):
         if self.attention and func in SOFTMAX:
             is_constant = is_map(first_argument(args, kwargs), args[1] if len(args) > 1 else kwargs.get("dim"))
         return self.constant(result) if is_constant else result
+
+    def _attention(self, func: Any, query: Tensor, key: Tensor, *rest: Any, **options: Any) -> Any:
+        return func(self.constant(query), self.constant(key), *rest, **options)
 
     def linear(self, func: Any, args: tuple[Any, ...], x: Tensor, norm: _Norm) -> Any:
         """func(*args), a norm of x, whose backward pass is that of a linear function."""

@@ -87,7 +87,7 @@ class Attends(nn.Module):
                 weights = (query @ key.mT / 2).softmax(-1)
                 out = (weights.detach() if self.constant else weights) @ value
             else:
-                out = nn.functional.scaled_dot_product_attention(query, key, value)
+                out = nn.functional.scaled_dot_product_attention(value=value, key=key, query=query)
             x = x + out.transpose(1, 2).flatten(2)
         return x[:, 0].square()
 
