@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -63,6 +63,10 @@ class Answer:
         samples = torch.arange(len(logit_positions), device=logits.device)[:, None]
         ids, real = (part.to(logits.device) for part in _padded(self.ids))
         return explained_number(of, logits[samples, logit_positions], ids).masked_fill(~real, 0.0)
+
+    def repeated(self, copies: int) -> Answer:
+        """The answers of `copies` of the batch, one behind the other."""
+        return replace(self, ids=self.ids * copies, answer_positions=self.answer_positions.repeat(copies, 1))
 
     def start(self, like: Tensor, token: int | None) -> Tensor:
         """The weights (B, 1, N + T) of the row that predicts `token`, or of all such rows together; `like` has their shape."""

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlattn_fast._ground.extras import with_progress
-from vlattn_fast.interpret.explaining.answer import Answer
 from vlattn_fast.interpret.explaining.fields import parts, tokens_of
 from vlattn_fast.interpret.explaining.patch_grid import PatchGrid
 from vlattn_fast.interpret.explaining.question import Question, ask
@@ -20,7 +18,6 @@ from vlattn_fast.interpret.relevancy.occluding_method import OccludingMethod
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 
 _ALIKE = 0.05  # of the largest score: copies of an input in one batch have its score, but for rounding
-_SINGLE = ("logits_to_keep", "cache_position")  # arguments without a dimension of the batch
 
 Window = tuple[str, Tensor]  # a tower, and tokens of it
 
@@ -51,7 +48,7 @@ def occluded(request: Request, prompt: Prompt, run: Run, question: Question, met
         for sample, of_sample in enumerate(part):
             for number, (name, tokens) in enumerate(of_sample):
                 masks[name][number * len(whole) + sample, tokens] = True
-        drops = whole.detach() - _scores(request, prompt, method, masks, count)
+        drops = whole.detach() - _scores(request, prompt, method, masks, count, len(whole))
         for sample, of_sample in enumerate(part):
             for number, (name, tokens) in enumerate(of_sample):
                 tokens = tokens.to(whole.device)
@@ -135,11 +132,15 @@ def _is_real(real: Tensor | None, sample: int, token: int) -> bool:
 # --- runs on several windows at once ---
 
 
-def _scores(request: Request, prompt: Prompt, method: OccludingMethod, masks: Mapping[str, Tensor], copies: int) -> Tensor:
-    """(copies, B), or (copies, B, T): the scores of copies of the inputs under `masks`."""
+def _scores(
+    request: Request, prompt: Prompt, method: OccludingMethod, masks: Mapping[str, Tensor], copies: int, batch: int
+) -> Tensor:
+    """(copies, B), or (copies, B, T): the scores of copies of the inputs, of `batch` samples, under `masks`."""
     method.masks = masks
     try:
-        request, prompt = _repeated(request, prompt, copies)
+        if copies > 1:
+            target = request.target * copies if isinstance(request.target, list) else request.target
+            request, prompt = replace(request, target=target), prompt.repeated(copies, batch)
         scores = ask(request, prompt, run_traced(request, prompt)).scores
     finally:
         method.masks = {}
@@ -151,36 +152,9 @@ def _runs_copies(request: Request, prompt: Prompt, whole: Tensor) -> bool:
     """Whether the model takes a batch of copies of the inputs, and gives each copy the score of the inputs."""
     assert isinstance(request.method, OccludingMethod)
     try:
-        scores = _scores(request, prompt, request.method, {}, 2)
+        scores = _scores(request, prompt, request.method, {}, 2, len(whole))
     except (IndexError, RuntimeError, TypeError, ValueError):
         return False
     if scores.shape[1:] != whole.shape:
         return False
     return bool((scores - whole.detach()).abs().max() <= _ALIKE * whole.detach().abs().max())
-
-
-def _repeated(request: Request, prompt: Prompt, copies: int) -> tuple[Request, Prompt]:
-    if copies == 1:
-        return request, prompt
-    target = request.target * copies if isinstance(request.target, list) else request.target
-    pairs = None if prompt.pairs is None else prompt.pairs * copies
-    arguments = {name: _copies(name, value, copies) for name, value in prompt.arguments.items()}
-    return replace(request, target=target), replace(
-        prompt, arguments=arguments, pairs=pairs, answer=_answers(prompt.answer, copies)
-    )
-
-
-def _answers(answer: Answer | None, copies: int) -> Answer | None:
-    if answer is None:
-        return None
-    positions = torch.cat([answer.answer_positions] * copies)
-    return replace(answer, ids=answer.ids * copies, answer_positions=positions)
-
-
-def _copies(name: str, value: Any, copies: int) -> Any:
-    """An argument of the model, for a batch of copies: one after the other, as pictures of several samples lie in a row, too."""
-    if isinstance(value, list):
-        return value * copies
-    if not isinstance(value, Tensor) or value.ndim == 0 or name in _SINGLE:
-        return value
-    return torch.cat([value] * copies, 1 if name == "position_ids" and value.ndim == 3 else 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -37,6 +37,7 @@ from vlattn_fast.interpret.relevancy.methods.registry import find_method, method
 from vlattn_fast.interpret.relevancy.model_trace import Trace
 from vlattn_fast.interpret.relevancy.sinks import KEEP
 
+_OF_NO_SAMPLE = ("logits_to_keep", "cache_position")  # tensors without an entry for each sample
 Target = None | int | str | Tensor | Sequence[int] | Sequence[str] | Action | Callable[..., Tensor]
 Read = str | int | Tensor | Sequence[float]
 
@@ -126,10 +127,29 @@ class Prompt:
     def empty(self) -> bool:
         return is_empty(self.arguments)
 
+    def repeated(self, copies: int, batch: int) -> Prompt:
+        """The same of `copies` of the batch, which has `batch` samples, one behind the other."""
+        arguments = {name: _repeated(name, value, copies, batch) for name, value in self.arguments.items()}
+        pairs = None if self.pairs is None else self.pairs * copies
+        answer = None if self.answer is None else self.answer.repeated(copies)
+        return replace(self, arguments=arguments, pairs=pairs, answer=answer)
+
     @property
     def called(self) -> dict[str, Any]:
         """The arguments as `forward` takes them."""
         return packed(self.arguments, self.packs)
+
+
+def _repeated(name: str, value: Any, copies: int, batch: int) -> Any:
+    """An argument of the model, of `copies` of a batch of `batch` samples."""
+    if isinstance(value, list):
+        return value * copies
+    if not isinstance(value, Tensor) or value.ndim == 0 or name in _OF_NO_SAMPLE:
+        return value
+    if name == "position_ids":  # (B, N), (1, N) of all samples, or (3, B, N)
+        dim = value.ndim - 2
+        return value if value.shape[dim] == 1 < batch else torch.cat([value] * copies, dim)
+    return torch.cat([value] * copies)
 
 
 def lay_out(request: Request, inputs: Mapping[str, Any]) -> Prompt:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from vlattn_fast.attach.session import at_rest
-from vlattn_fast.interpret.explaining.answer import Answer
 from vlattn_fast.interpret.explaining.inputs import packing
 from vlattn_fast.interpret.explaining.naming import tokenizer_of
 from vlattn_fast.interpret.explaining.patch_grid import PatchGrid
@@ -22,8 +21,6 @@ from vlattn_fast.interpret.intervening.seen_calls import NotesCalls, SeenModel, 
 from vlattn_fast.interpret.intervening.token_sets import TokenSet
 from vlattn_fast.interpret.relevancy.method import LOG_PROBABILITY
 from vlattn_fast.interpret.relevancy.methods.input_gradient import InputGradient
-
-_OF_NO_SAMPLE = ("logits_to_keep", "cache_position")  # tensors without an entry for each sample
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,26 +126,9 @@ class Asked:
     def repeated(self, copies: int, target: Any) -> Asked:
         """The same of `copies` of the batch, one behind the other, about a target that a first run has chosen."""
         prompt, request = self.prompt, self.request
-        arguments = {name: self._repeated(name, value, copies) for name, value in prompt.arguments.items()}
-        answer = None if prompt.answer is None else _answers(prompt.answer, copies)
-        pairs = None if prompt.pairs is None else prompt.pairs * copies
         if isinstance(target, Sequence) and not isinstance(target, str):
             request = replace(request, target=list(target) * copies)
-        return Asked(request, replace(self.prompt, arguments=arguments, pairs=pairs, answer=answer), self.seen)
-
-    def _repeated(self, name: str, value: Any, copies: int) -> Any:
-        if isinstance(value, list):
-            return value * copies
-        if not isinstance(value, Tensor) or value.ndim == 0 or name in _OF_NO_SAMPLE:
-            return value
-        if name == "position_ids":  # (B, N), (1, N) of all samples, or (3, B, N)
-            dim = value.ndim - 2
-            return value if value.shape[dim] == 1 < self.batch else torch.cat([value] * copies, dim)
-        return torch.cat([value] * copies)
-
-
-def _answers(answer: Answer, copies: int) -> Answer:
-    return replace(answer, ids=answer.ids * copies, answer_positions=answer.answer_positions.repeat(copies, 1))
+        return Asked(request, prompt.repeated(copies, self.batch), self.seen)
 
 
 def repeated_set(tokens: TokenSet, copies: int) -> TokenSet:
