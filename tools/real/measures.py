@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import vlattn_fast as va
 from tools.real.models import SaliencyHead
 from tools.real.photos import SIDE, pixels, square
-from vlattn_fast.interpret.relevancy.methods.registry import METHODS
+from vlattn_fast.interpret.relevancy.methods.registry import METHODS, method_of
 
 TESTS = {  # of the scores
     "class token": ("deletion", "insertion", "pointing", "mass", "sanity"),
@@ -22,6 +22,7 @@ FRACTIONS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # of the patches, removed or put in
 SCALED = 8  # inputs of integrated gradients
 BOX = 4  # patches along each side of the box
 Row = dict[str, Any]
+Methods = Mapping[str, va.methods.Method]
 
 
 @dataclass(frozen=True)
@@ -78,28 +79,35 @@ def scene(name: str, model: nn.Module, head: SaliencyHead) -> Scene:
     return Scene(name, photo, inputs, saliency > 0.5, (row, column), scores)
 
 
-def methods() -> list[str]:
-    """All methods of `va.explain` but those that need the logits of a decoder."""
-    return [name for name, kind in METHODS.items() if not kind.takes_logits]
+def methods() -> Methods:
+    """By their labels, all methods of `va.explain` but those that need the logits of a decoder. One that holds something fixed is
+    there with its default, with less of that, and in its published form, which holds nothing fixed."""
+    made: list[va.methods.Method] = []
+    for kind in METHODS.values():
+        if not kind.takes_logits:
+            held = kind.default_freeze
+            made += [kind(freeze=held[:count]) for count in range(len(held), -1, -1)] if held else [kind()]
+    return {method.label: method for method in made}
 
 
-def explain(model: nn.Module, inputs: Any, method: str, read: str | Tensor, **options: Any) -> Any:
+def explain(model: nn.Module, inputs: Any, method: str | va.methods.Method, read: str | Tensor, **options: Any) -> Any:
     """`va.explain`, with `read` where the method reads a row, and with SCALED steps of integrated gradients."""
-    if METHODS[method].reads_row:
+    made = method_of(method)
+    if made.reads_row:
         options["read"] = read
-    if method == "integrated_gradients":
-        options["steps"] = SCALED
-    return va.explain(model, inputs, method=method, **options)
+    if made.completes:
+        made.steps = SCALED
+    return va.explain(model, inputs, method=made, **options)
 
 
-def evaluated(model: nn.Module, scene: Scene, score: str, names: Sequence[str]) -> Iterator[Row]:
+def evaluated(model: nn.Module, scene: Scene, score: str, chosen: Methods) -> Iterator[Row]:
     """A row for each method, and for random maps, with the value of each test."""
     asked, tests = scene.scores[score], TESTS[score]
 
-    def calls(method: str) -> Callable[..., Any]:
+    def calls(method: va.methods.Method) -> Callable[..., Any]:
         return lambda model, inputs, target: explain(model, inputs, method, asked.read, target=target)
 
-    named = {**{method: calls(method) for method in names}, "random": "random"}
+    named = {**{label: calls(method) for label, method in chosen.items()}, "random": "random"}
     perturbed = {"steps": FRACTIONS, "batch_size": len(FRACTIONS), "sanity_stages": 1} if "deletion" in tests else {}
     item = (scene.inputs, asked.target, [scene.mask])
     evaluation = va.evaluate(model, [item], methods=named, tests=tests, **perturbed)
@@ -140,6 +148,6 @@ def word_rows(model: nn.Module, tokenizer: Any, sentence: str, beside: str) -> I
     facts = {"task": "words", "sentence": sentence, "beside": beside, "cosine": float(whole)}
     words = tokenizer.convert_ids_to_tokens(ids[1:-1].tolist())
     yield {**facts, "method": "left out", "words": words, "values": falls}
-    for method in methods():
+    for label, method in methods().items():
         explanation = explain(model, inputs, method, "mean", target=target, tokenizer=tokenizer)
-        yield {**facts, "method": method, "words": words, "values": explanation.text[0].tolist()}
+        yield {**facts, "method": label, "words": words, "values": explanation.text[0].tolist()}

@@ -254,18 +254,19 @@ def _sinks_said(stored: Stored) -> str:
 
 
 def words(stored: Stored, sentence: str) -> str:
-    """The share of each word in the sum of absolute values, a column for each method; then the correlation with the falls."""
+    """A line for each method: the share of each word in the sum of absolute values, and the correlation with the falls."""
     values = stored.words(sentence)
     (row, *_) = stored.of("words", sentence=sentence)
-    shares = {method: [value / math.fsum(map(abs, column)) for value in column] for method, column in values.items()}
-    lines = [[word, *(f"{share[place]:.2f}" for share in shares.values())] for place, word in enumerate(row["words"])]
-    falls = values["left out"]
-    correlations = ["" if method == "left out" else f"{spearman(column, falls):+.2f}" for method, column in values.items()]
+    falls, lines = values["left out"], []
+    for method, of_words in values.items():
+        total = math.fsum(map(abs, of_words))
+        correlation = "" if method == "left out" else f"{spearman(of_words, falls):+.2f}"
+        lines.append([shown(method), *(f"{value / total:.2f}" for value in of_words), correlation])
     names, most = row["words"], max(range(len(falls)), key=falls.__getitem__)
-    first = [shown(method) for method, column in values.items() if method != "left out" and max(column) == column[most]]
+    first = [shown(method) for method, of_words in values.items() if method != "left out" and max(of_words) == of_words[most]]
     named = f"\n\nThe cosine falls most without *{names[most]}*. This word is also first by {', '.join(first) or 'no method'}."
     title = f'"{sentence}" beside "{row["beside"]}", cosine {row["cosine"]:.3f}:\n\n'
-    return title + markdown(["word", *map(shown, values)], [*lines, ["Spearman with the falls", *correlations]]) + named
+    return title + markdown(["method", *names, "Spearman with the falls"], lines) + named
 
 
 def page() -> str:
@@ -307,7 +308,7 @@ def page() -> str:
         late=stored.heads(slice(6, None))[0],
         low=min(each),
         high=max(each),
-        formulas=section(stored.rows, str(stored.facts["versions"].get("latex-ocr-junia"))),
+        formulas=section(stored.rows, stored.facts["versions"]),
         words="\n\n".join(words(stored, sentence) for sentence in sentences),
     )
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import vlattn_fast as va
+from tools.real import rival
 from tools.real.formulas import HEIGHT, PATCH, WIDTH, Drawing, Formula, draw, places
 from tools.real.models import package
 from vlattn_fast.interpret.relevancy.methods.registry import METHODS
@@ -38,35 +39,53 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Rule:
-    """A method of `va.methods` with its options; None = it has no such option."""
+    """A method of `va.methods` with its options, None = it has no such option; or the package of `rival`."""
 
     method: str
     freeze: tuple[str, ...] | None = None
     of: str | None = None
+    baseline: str | None = None  # "blank" = the picture without ink
 
-    def made(self) -> va.methods.Method:
+    def made(self, blank: Tensor) -> va.methods.Method:
+        """The method; `blank`: the picture without ink."""
         kind = METHODS[self.method]
-        return kind() if self.freeze is None else kind(freeze=self.freeze, of=self.of)
+        options: Row = {} if self.freeze is None else {"freeze": self.freeze, "of": self.of}
+        return kind(**options, **({} if self.baseline is None else {"baseline": {"images": blank}}))
 
     @property
     def facts(self) -> Row:
-        return {"method": self.method, "freeze": None if self.freeze is None else [*self.freeze], "of": self.of}
+        facts = {"method": self.method, "freeze": None if self.freeze is None else [*self.freeze], "of": self.of}
+        return facts if self.baseline is None else {**facts, "baseline": self.baseline}
+
+    @property
+    def key(self) -> str:
+        """What its measurements are kept under."""
+        words = [self.method, "+".join(self.freeze or ()), self.of or ""]
+        return " ".join(words if self.baseline is None else [*words, self.baseline])
 
 
 PLAIN, NORMS, BOTH = FROZEN = ((), ("norms",), ("norms", "attention"))
 GRADIENTS = ("gradient", "weighted", "input_gradient")
+BESIDE = [  # what lies on the ink alone, and the external rows
+    Rule("input_gradient", BOTH, "logit", "blank"),
+    Rule(rival.PACKAGE, None, "logit", "blank"),
+    Rule(rival.PACKAGE, None, "logit"),
+]
 FIRST = [
     *(Rule(method, freeze, "logit") for method in GRADIENTS for freeze in FROZEN),
     *(Rule("gradcam", freeze, "logit") for freeze in (PLAIN, NORMS)),
     Rule("attention"),
     Rule("rollout"),
+    *BESIDE,
 ]
 OTHERS = [
     *(Rule(method, freeze, "log_probability") for method in GRADIENTS for freeze in FROZEN),
     # the margin's gradient is that of the log-probability times a number, which changes no map of the other two
     *(Rule("gradient", freeze, "margin") for freeze in FROZEN),
 ]
+OCCLUSION = Rule("occlusion", None, "logit")
 COMPARED = [  # by deletion, insertion and occlusion
+    OCCLUSION,
     *(Rule("gradient", freeze, "logit") for freeze in (PLAIN, BOTH)),
     Rule("weighted", NORMS, "logit"),
     Rule("input_gradient", BOTH, "logit"),
@@ -189,13 +208,24 @@ def relevancy(reader: Reader, reading: Reading, symbol: str, rule: Rule) -> Tens
     """The map (h, w) of the character that names a glyph; of a method that gives one number a pixel, the sums of each patch."""
     place = reading.places[symbol]
     characters = torch.tensor([[reader.begin, *reading.ids[:place]]])
-    method = rule.made()
+    if rule.method == rival.PACKAGE:
+        images = reading.images.requires_grad_()
+        with rival.rules():
+            logits = NextCharacter(reader.model)(images, characters)
+            (grad,) = torch.autograd.grad(of_logits(logits, reading.ids[place], str(rule.of)).sum(), images)
+        return of_patches(grad * (images.detach() - (0 if rule.baseline is None else reading.blank)))
+    method = rule.made(reading.blank)
     options: Row = {"read": {"tower1": -1}, "grid": GRID} if method.needs == "attention" else {}
     inputs = {"images": reading.images, "characters": characters}
     explained = va.explain(NextCharacter(reader.model), inputs, target=reading.ids[place], method=method, **options)
     if "tower0" in explained.relevancy:
         return explained.relevancy["tower0"][0].view(GRID)
-    return explained.relevancy["images"].view(GRID[0], PATCH, GRID[1], PATCH).sum((1, 3))
+    return of_patches(explained.relevancy["images"])
+
+
+def of_patches(pixels: Tensor) -> Tensor:
+    """(h, w), the sums over the pixels of each patch."""
+    return pixels.view(GRID[0], PATCH, GRID[1], PATCH).sum((1, 3))
 
 
 def falls(reader: Reader, reading: Reading, symbol: str, of: str) -> tuple[Tensor, Tensor]:
@@ -263,17 +293,17 @@ def map_row(reader: Reader, reading: Reading, rule: Rule) -> Row:
     }
 
 
-def test_row(reader: Reader, reading: Reading) -> Row:
+def test_row(reader: Reader, reading: Reading, rules: Sequence[Rule]) -> Row:
     """The glyph in the middle of the source: deletion, insertion and the rank correlation with occlusion over the windows
-    with ink, by each rule of COMPARED and by occlusion itself."""
+    with ink, by each rule and by OCCLUSION itself."""
     boxes = reading.drawing.boxes
     symbol = glyphs(boxes)[1]
     ink, fallen = falls(reader, reading, symbol, "logit")
     coarse = torch.zeros(ink.shape).masked_scatter_(ink, fallen)
     occluded = coarse.repeat_interleave(WINDOW, 0).repeat_interleave(WINDOW, 1)
     measured = []
-    for rule in (Rule("occlusion", None, "logit"), *COMPARED):
-        values = occluded if rule.method == "occlusion" else relevancy(reader, reading, symbol, rule)
+    for rule in rules:
+        values = occluded if rule == OCCLUSION else relevancy(reader, reading, symbol, rule)
         deletion, insertion = curves(reader, reading, symbol, values)
         pooled = nn.functional.avg_pool2d(values[None], WINDOW)[0][ink]
         numbers = {
@@ -324,7 +354,8 @@ def rows(reader: Reader, kept: Kept, listed: Sequence[Formula]) -> Iterator[Row]
         for rule in FIRST:
             yield from _of_rule(reader, kept, readings, rule)
         for reading in readings[: TESTED - tested]:
-            yield from kept.get(f"tests: formula {reading.formula.number}", partial(test_row, reader, reading))
+            for name, rules in (("tests", COMPARED), ("tests beside", BESIDE)):
+                yield from kept.get(f"{name}: formula {reading.formula.number}", partial(test_row, reader, reading, rules))
             tested += 1
         for rule in OTHERS:
             yield from _of_rule(reader, kept, readings, rule)
@@ -332,6 +363,5 @@ def rows(reader: Reader, kept: Kept, listed: Sequence[Formula]) -> Iterator[Row]
 
 
 def _of_rule(reader: Reader, kept: Kept, readings: Sequence[Reading], rule: Rule) -> Iterator[Row]:
-    name = " ".join([rule.method, "+".join(rule.freeze or ()), rule.of or ""])
     for reading in readings:
-        yield from kept.get(f"{name}: formula {reading.formula.number}", partial(map_row, reader, reading, rule))
+        yield from kept.get(f"{rule.key}: formula {reading.formula.number}", partial(map_row, reader, reading, rule))

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from tools.real import rival
 from tools.real.formulas import FONTS
-from tools.real.reading import COMPARED, FIRST, FRACTIONS, GRID, OTHERS, PLAIN, Rule, glyphs, inside, near
+from tools.real.reading import BESIDE, FIRST, FRACTIONS, GRID, OCCLUSION, OTHERS, PLAIN, Rule, glyphs, inside, near
 from vlattn_fast.lab.records import markdown
 
 Row = dict[str, Any]
 Groups = Sequence[Sequence[float]]  # numbers of glyphs, by formula
 HELD = {None: "", (): "nothing", ("norms",): "norms", ("norms", "attention"): "norms, attention"}
+RIVALS = [rule for rule in BESIDE if rule.method == rival.PACKAGE]
 SCORES = {"logit": "logit", "log_probability": "log-probability", "margin": "margin"}
 TESTS = {"deletion": "low", "insertion": "high", "occlusion": "high"}
 
@@ -30,18 +33,41 @@ Three glyphs of each formula are explained, the first, the middle and the last o
 formulas. The decoder gets the characters in front of the explained one, and none after it. The box of a glyph covers {area} of
 the picture. *Pointing* is the share of the maps whose largest entry lies in the box or at most one patch beside it, and *mass*
 the share of the positive part inside the box. *Held fixed* is the option `freeze`, and each score the option `of`;
-[the guide](../guides/explain_a_model.md) explains both. Values are means ± standard errors over formulas, with the number of
-formulas in brackets where some are missing. These rows took {minutes:.0f} minutes on a machine with other work; {missing}.
+[the guide](../guides/explain_a_model.md) explains both. Values are means ± standard errors over formulas: over the {common} that
+all rules of the table have, with the number of formulas in brackets where a score has fewer of these. *Formulas* is how many a
+rule was measured on with the logit. These rows took {minutes:.0f} minutes on a machine with other work; {missing}.
 
 {maps}
 
-{margin}![The glyphs of a formula, and the map of each by two rules](real-formula.jpg)
+{beside}{margin}![The glyphs of a formula, and the map of each by two rules](real-formula.jpg)
 
-Differences from the same method with nothing held fixed, glyph by glyph:
+Differences from the same method with nothing held fixed, glyph by glyph, on all formulas that both have:
 
 {differences}
 
-{scores}{tests}"""
+{rivals}{scores}{tests}"""
+
+BESIDE_TEXT = """\
+*Less the blank picture* means that the gradient is multiplied by the picture less the picture without ink (`baseline=`), so that
+the map lies on ink alone: the white of the paper and the black around it are 0. Without it a white pixel counts, and ink, which
+is 0, does not.
+
+"""
+
+RIVAL_TEXT = """\
+`lxt` {version} is another package, of the authors of AttnLRP (ICML 2024): layer-wise relevance propagation, the best rival known.
+Its licence (Clear BSD) grants no patents, and its authors say that the technique is patented; so it is measured here, and is no
+method of this package. The rules are its own: constant denominators of LayerNorm, the identity rule for GELU, and
+gradients of queries and keys divided by four, of values by two. Its file of rules is loaded without the package's `__init__`,
+which does not import beside transformers 5; of attention it has rules for transformers' functions, which are put here around
+torch's `scaled_dot_product_attention`. The map is the picture times its gradient, as its README computes relevancy. The gamma
+rule, for which it asks for a further package, was not measured.
+
+Differences from `lxt`, less the blank picture, glyph by glyph:
+
+{table}
+
+"""
 
 MARGIN_TEXT = """\
 The margin is the logit less the log-sum-exp of the other characters'. Its gradient is that of the log-probability times a
@@ -105,7 +131,8 @@ class Readings:
                 self.tests.setdefault(_rule(numbers), {})[row["number"]] = numbers
 
     def values(self, rule: Rule, name: str) -> list[list[float]]:
-        return [row[name] for row in self.maps.get(rule, {}).values()]
+        """Of the common formulas that it has."""
+        return [row[name] for number, row in self.maps.get(rule, {}).items() if number in self.common]
 
     def differences(self, first: Rule, second: Rule, name: str) -> list[list[float]]:
         """The number by the second rule less that by the first, of each glyph that has both."""
@@ -117,39 +144,51 @@ class Readings:
         ]
 
     @property
-    def measured(self) -> int:
-        """The number of formulas with maps."""
-        return len(set().union(*self.maps.values()))
+    def measured(self) -> set[int]:
+        """The formulas with maps."""
+        return set().union(*self.maps.values())
+
+    @property
+    def common(self) -> set[int]:
+        """The formulas that all rules of FIRST with maps have."""
+        return set.intersection(*(set(self.maps[rule]) for rule in FIRST if rule in self.maps))
 
     @property
     def scores(self) -> dict[str, str]:
         """SCORES without those that no rule was measured with."""
         return {score: title for score, title in SCORES.items() if any(rule.of == score for rule in self.maps)}
 
-    def boxes(self) -> list[list[Sequence[float]]]:
-        """The boxes of the explained glyphs, by formula."""
-        numbers = sorted(set().union(*self.maps.values()))
-        return [[self.right[number]["boxes"][symbol] for symbol in glyphs(self.right[number]["boxes"])] for number in numbers]
+    def boxes(self, numbers: Collection[int]) -> list[list[Sequence[float]]]:
+        """The boxes of the explained glyphs of some formulas."""
+        of_formulas = [self.right[number]["boxes"] for number in sorted(numbers)]
+        return [[boxes[symbol] for symbol in glyphs(boxes)] for boxes in of_formulas]
 
 
 def _rule(row: Row) -> Rule:
-    return Rule(row["method"], None if row["freeze"] is None else tuple(row["freeze"]), row["of"])
+    return Rule(row["method"], None if row["freeze"] is None else tuple(row["freeze"]), row["of"], row.get("baseline"))
+
+
+def _named(rule: Rule) -> list[str]:
+    """The method, and what is held fixed."""
+    external = {rival.PACKAGE: f"{rival.PACKAGE} (external)", OCCLUSION.method: OCCLUSION.method}
+    held = HELD[rule.freeze] if rule.baseline is None else f"{HELD[rule.freeze]}; less the blank picture".removeprefix("; ")
+    return [external.get(rule.method, f"`{rule.method}`"), held]
 
 
 def _maps(readings: Readings) -> str:
     def cells(rules: Sequence[Rule]) -> list[str]:
-        return [shown(readings.values(rule, name), readings.measured) for rule in rules for name in ("pointing", "mass")]
+        return [shown(readings.values(rule, name), len(readings.common)) for rule in rules for name in ("pointing", "mass")]
 
     lines, titles = [], readings.scores
     for rule in FIRST:  # a line has all scores of a method
-        numbers = cells([rule if score == "logit" else Rule(rule.method, rule.freeze, score) for score in titles])
+        numbers = cells([rule if score == "logit" else replace(rule, of=score) for score in titles])
         if any(numbers):
-            lines.append([f"`{rule.method}`", HELD[rule.freeze], *numbers])
-    boxes = readings.boxes()
+            lines.append([*_named(rule), str(len(readings.maps.get(rule, {}))), *numbers])
+    boxes = readings.boxes(readings.common)
     chance = [shown([[of(box) for box in group] for group in boxes], 0) for of in (_near, _area)]
-    lines.append(["a map without content", "", *chance, *[""] * (2 * len(titles) - 2)])
+    lines.append(["a map without content", "", "", *chance, *[""] * (2 * len(titles) - 2)])
     head = [f"{title}: {name}" for title in titles.values() for name in ("pointing", "mass")]
-    return markdown(["method", "held fixed", *head], lines, (0, 1))
+    return markdown(["method", "held fixed", "formulas", *head], lines, (0, 1))
 
 
 def _near(box: Sequence[float]) -> float:
@@ -165,10 +204,25 @@ def _differences(readings: Readings) -> str:
     for rule in [*FIRST, *OTHERS]:
         if rule.freeze and readings.maps.get(rule):
             plain = Rule(rule.method, PLAIN, rule.of)
-            cells = [shown(readings.differences(plain, rule, name), readings.measured, "+") for name in ("pointing", "mass")]
+            cells = [shown(readings.differences(plain, rule, name), len(readings.common), "+") for name in ("pointing", "mass")]
             if any(cells):
                 lines.append([f"`{rule.method}`", SCORES[str(rule.of)], HELD[rule.freeze], *cells])
     return markdown(["method", "score", "held fixed", "pointing", "mass"], lines, (0, 1, 2))
+
+
+def _rivals(readings: Readings, version: str | None) -> str:
+    """What rules of this package have more than the rival, of each glyph that both have."""
+    against = [rule for rule in RIVALS if rule in readings.maps]
+    if not against:
+        return ""
+    lines = []
+    for rule in FIRST:
+        if rule != against[0] and rule in readings.maps:
+            cells = [
+                shown(readings.differences(against[0], rule, name), len(readings.common), "+") for name in ("pointing", "mass")
+            ]
+            lines.append([*_named(rule), *cells])
+    return RIVAL_TEXT.format(version=version, table=markdown(["method", "held fixed", "pointing", "mass"], lines, (0, 1)))
 
 
 def _scores(readings: Readings) -> str:
@@ -176,26 +230,23 @@ def _scores(readings: Readings) -> str:
     for rule in FIRST:
         second = Rule(rule.method, rule.freeze, "log_probability")
         if readings.maps.get(second):
-            cells = [shown(readings.differences(rule, second, name), readings.measured, "+") for name in ("pointing", "mass")]
+            cells = [shown(readings.differences(rule, second, name), len(readings.common), "+") for name in ("pointing", "mass")]
             lines.append([f"`{rule.method}`", HELD[rule.freeze], *cells])
     return SCORE_TEXT.format(table=markdown(["method", "held fixed", "pointing", "mass"], lines, (0, 1))) if lines else ""
 
 
 def _tests(readings: Readings) -> str:
-    lines = []
+    lines, most = [], max(map(len, readings.tests.values()))
     for rule, numbers in readings.tests.items():
         values = [[[row[name]] for row in numbers.values() if row[name] is not None] for name in TESTS]
-        lines.append(
-            [f"`{rule.method}`" if rule in COMPARED else rule.method, HELD[rule.freeze], *(shown(groups, 0) for groups in values)]
-        )
-    count = len(next(iter(readings.tests.values())))
+        lines.append([*_named(rule), *(shown(groups, most) for groups in values)])
     fractions = ", ".join(f"{share:.0%}".rstrip("%") for share in FRACTIONS)
     table = markdown(["method", "held fixed", *(f"{test} ({good})" for test, good in TESTS.items())], lines, (0, 1))
-    return TEST_TEXT.format(count=count, fractions=fractions, table=table)
+    return TEST_TEXT.format(count=most, fractions=fractions, table=table)
 
 
-def section(rows: Sequence[Row], version: str) -> str:
-    """The section, "" without rows of formulas."""
+def section(rows: Sequence[Row], versions: Mapping[str, str]) -> str:
+    """The section, "" without rows of formulas; `versions` are those of the packages."""
     readings = Readings(rows)
     if not readings.maps:
         return ""
@@ -203,11 +254,11 @@ def section(rows: Sequence[Row], version: str) -> str:
     for font in FONTS:
         listed = [row for row in readings.formulas if row["font"] == font]
         of_font.append(f"{sum(row['right'] for row in listed)} of {len(listed)} in {font}")
-    boxes = readings.boxes()
-    missing = sum(len(readings.maps.get(rule, {})) < readings.measured for rule in (*FIRST, *OTHERS))
+    boxes = readings.boxes(readings.measured)
+    missing = sum(readings.maps.get(rule, {}).keys() != readings.right.keys() for rule in (*FIRST, *OTHERS))
     still = f"{missing} of the {len(FIRST) + len(OTHERS)} rules have none or not all yet" if missing else "no rule misses one"
     return TEXT.format(
-        version=version,
+        version=versions.get("latex-ocr-junia"),
         listed=len(readings.formulas),
         right=len(readings.right),
         fonts=", ".join(of_font),
@@ -215,7 +266,10 @@ def section(rows: Sequence[Row], version: str) -> str:
         measured=len(boxes),
         area=f"{clustered([[*map(_area, group)] for group in boxes])[0]:.1%}".replace("%", " %"),
         minutes=math.fsum(row["seconds"] for row in rows if row["task"] == "formula time") / 60,
+        common=len(readings.common),
         maps=_maps(readings),
+        beside=BESIDE_TEXT if any(rule.baseline for rule in readings.maps) else "",
+        rivals=_rivals(readings, versions.get(rival.PACKAGE)),
         missing=still,
         margin=MARGIN_TEXT if "margin" in readings.scores else "",
         differences=_differences(readings),

@@ -10,9 +10,12 @@ from torch import Tensor, nn
 
 import vlattn_fast as va
 from tools.real.cuts import read_most
-from tools.real.measures import FRACTIONS, Row, Scene, cosine, pooled
+from tools.real.measures import FRACTIONS, Methods, Row, Scene, cosine, pooled
 
-METHODS = ("gradient", "rollout", "attention", "weighted")
+METHODS: Methods = {
+    method.label: method
+    for method in (va.methods.Gradient(freeze=()), va.methods.Rollout(), va.methods.Attention(), va.methods.Weighted(freeze=()))
+}
 MODES = ("keep", "remove")
 TESTS = {"class token": ("deletion", "insertion", "pointing", "mass"), "saliency in a box": ("pointing", "mass")}
 SIZES = ("read", "values", "states", "largest")
@@ -72,24 +75,24 @@ def word_rows(model: nn.Module, tokenizer: Any, sentence: str, beside: str) -> I
             for name, values in (("shares", sink.shares), ("norms", sink.norms))
         }
         yield {"task": "sentence sinks", "sentence": sentence, **facts, **by_layer}
-    for method in METHODS:
+    for label, method in METHODS.items():
         for mode in MODES:
             values = va.explain(model, inputs, method=method, sinks=mode, **options).text[0].tolist()
-            yield {"task": "sink words", "sentence": sentence, "method": method, "sinks": mode, "values": values}
+            yield {"task": "sink words", "sentence": sentence, "method": label, "sinks": mode, "values": values}
 
 
 def map_rows(model: nn.Module, scene: Scene, score: str) -> Iterator[Row]:
     """By method, the tests of maps with all tokens and without sinks."""
     asked = scene.scores[score]
 
-    def calls(method: str, mode: str) -> Callable[..., Any]:
+    def calls(method: va.methods.Method, mode: str) -> Callable[..., Any]:
         return lambda model, inputs, target: va.explain(model, inputs, method=method, read=asked.read, target=target, sinks=mode)
 
-    named = {f"{method} {mode}": calls(method, mode) for method in METHODS for mode in MODES}
+    named = {f"{label} {mode}": calls(method, mode) for label, method in METHODS.items() for mode in MODES}
     perturbed = {"steps": FRACTIONS, "batch_size": len(FRACTIONS)} if "deletion" in TESTS[score] else {}
     item = (scene.inputs, asked.target, [scene.mask])
     evaluation = va.evaluate(model, [item], methods=named, tests=TESTS[score], **perturbed)
     for name in named:
-        method, _, mode = name.partition(" ")
+        method, _, mode = name.rpartition(" ")
         values = {test: evaluation.value(name, test) for test in TESTS[score]}
         yield {"task": "sinks", "score": score, "photo": scene.name, "method": method, "sinks": mode, **values}

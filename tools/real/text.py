@@ -99,7 +99,9 @@ Two scores are explained:
   the class token is read.
 - *saliency in a box*: the mean saliency in the 4 x 4 patches where it is largest. The mean row of these patches is read.
 
-All methods of `va.explain` were run but those that need the logits of a decoder.
+All methods of `va.explain` were run but those that need the logits of a decoder. `freeze=()` marks the published form of a
+method, and `freeze=norms` the one that holds the denominators of norms fixed. Without either a method has its default: `gradcam`
+holds these fixed, and `gradient`, `weighted` and `input_gradient` the attention weights as well.
 [Evaluate a map](../guides/evaluate_a_map.md) describes the tests. Here deletion and insertion take steps of a fifth, integrated
 gradients eight, and pointing and mass ask for the mask. Sanity is the rank correlation with the map of the model with
 random weights; a map that is constant there is left out. Maps of the box are compared with the mask alone. Values are means over
@@ -128,7 +130,7 @@ Sanity, where a good map is near 0, is none of these figures: on DINOv2-S `gradi
 ![Relevancy of 72 heads and the fall of the score without them](real-heads.png)
 
 `va.ScaleHeads` with a factor of 0 takes the heads away one by one, and the score of the class token is computed again. Beside it
-stands the head's relevancy (`per="head"`): the sum over the patches of its row of relu(A * dA). Spearman's rank
+stands the head's relevancy (`per="head"`, `freeze=()`): the sum over the patches of its row of relu(A * dA). Spearman's rank
 correlation of the two over 72 heads, means over the photos, is {heads:.2f}; over the heads of single photos it is {low:.2f} to
 {high:.2f}. Over the first six layers it is {early:.2f}, over the last six {late:.2f}. The relevancy is that of the class token's
 row alone: what a head does to the states of the patches is not in it. The relevancy of all heads takes one run of `va.explain`,
@@ -143,7 +145,7 @@ correlation over the heads of the mean change of the saliency is {saliency_fall:
 
 The score is the cosine of two embeddings, each the mean state of its sentence's tokens; that of the second sentence is fixed.
 With `read="mean"` the mean row is read. *Fall without it* is how much the cosine falls when the word is left out of the sentence.
-Columns are shares of the sum of absolute values.
+Lines are shares of the sum of absolute values.
 
 {words}
 
