@@ -25,7 +25,10 @@ from vlattn_fast.lab.experiments.experiment import Cell, Experiment, Record, Set
 from vlattn_fast.lab.provenance import commit, versions
 from vlattn_fast.lab.records import read_json, write_records
 
-NAMES = ("scores", "congruence", "value", "weighted_relevancy", "robust", "flow", "pruning", "sinks", "hybrid")
+NAMES = (
+    *("scores", "congruence", "value", "weighted_relevancy", "robust", "flow", "pruning", "sinks", "hybrid"),
+    "planted_circuits",
+)
 # Experiments that take trained models, and the trainings of these.
 MODELS = {"value": "uniter", "flow": "vqa and captions", "sinks": "vqa and captions", "hybrid": "hybrid and transformer"}
 RESULTS, FIGURES = Path("benchmarks/results"), Path("docs/experiments")
