@@ -62,12 +62,16 @@ class Erasure(Curve):
 
 
 class Synergy(Curve):
-    """Synergistic faithfulness (Ky, Ghamizi, Cordy, 2026, arXiv 2605.22168), as their published code computes it.
+    """Synergistic faithfulness (Ky, Ghamizi, Cordy, 2026, arXiv 2605.22168): `synergy_norm_auc` of their published code
+    (serval-uni-lu/xai-vdoc-benchmark, commit 6743a48).
 
     I and T are the round(step n) most relevant entries of image and text, v is the measure. The interaction of I and T is their
     joint Harsanyi dividend v(I, T) - v(I) - v(T) + v(neither) in an empty input, and v(all but I and T) - v(all but I) - v(all
     but T) + v(whole) in the whole one. Each is divided by |v(whole) - v(neither)|, 0.05 at least, and cut to [0, 1]: redundant
     parts have 0. A step's value is the mean of the two, and the area is by trapezoids.
+
+    What that code does otherwise: it blurs pixels and pads words, where `evaluate` removes entries; v is the product of the
+    probabilities of those tokens of an answer that need the input; and the maps of an answer's tokens are measured one by one.
     """
 
     parts = (BOTH,)
