@@ -271,13 +271,28 @@ def test_falls_and_curves_are_those_of_edited_pictures(reader):
 
 
 def test_the_picture_is_alight_where_the_map_is_large(reader):
-    grey, values = torch.ones(16, 16).numpy(), torch.tensor([[0.0, 2.0], [1.0, 0.0]]).numpy()
-    grey[0, 0] = 0.0
-    shown = formula_picture.alight(grey, values)
-    assert shown.shape == (16, 16, 3) and shown[3, 12].tolist() == [255, 0, 0] and shown[12, 3].tolist() == [255, 127, 127]
-    assert shown[0, 0].tolist() == [0, 0, 0] and shown[12, 12].tolist() == [255, 255, 255]
+    grey, shares = torch.ones(2, 2).numpy(), torch.tensor([[[1.0, 0.0], [0.5, 1.0]], [[0.0, 0.0], [0.0, 1.0]]]).numpy()
+    grey[0, 1] = 0.0
+    shown = formula_picture.lit(grey, shares, [(1.0, 0.0, 0.0), (0.0, 1.0, 1.0)])
+    assert shown.tolist() == [[[255, 0, 0], [0, 0, 0]], [[255, 128, 128], [0, 0, 0]]]  # ink, and two colours, give black
+    values = torch.full(GRID, -1.0)
+    values[4, 9] = 2.0
+    share = formula_picture.smooth(values)
+    assert share.shape == (128, 512) and share.min() == 0.0 and share.max() == 1.0
+    assert (share > 0.9).any() and not (share[:20] > 0).any(), "patches far from the one that counts"
+    row, column = divmod(int(share.argmax()), 512)
+    assert (row // 8, column // 8) == (4, 9)
+
+
+def test_each_character_that_names_a_glyph_has_a_colour(reader):
     one = reading.reading_of(LISTED[0], reading.read(reader, LISTED[0]))
-    assert len(formula_picture.picture(reader, one).axes) == len(formula_picture.SHOWN) * len(one.drawing.boxes)
+    figure = formula_picture.picture(reader, one)
+    assert "".join(text.get_text() for text in figure.texts) == ANSWER
+    marked = {text.get_text(): text.get_bbox_patch().get_facecolor() for text in figure.texts if text.get_bbox_patch()}
+    assert [*marked] == one.formula.symbols and len({*marked.values()}) == len(marked)
+    (image,) = figure.axes[0].images
+    paper = one.blank[0, 0] > 0
+    assert image.get_array().shape == (int(paper.any(1).sum()), int(paper.any(0).sum()), 3), "without the padding"
 
 
 def test_rules_are_methods_with_options():

@@ -1,36 +1,57 @@
-"""A formula, and the map of each of its glyphs: the picture of docs/experiments/real.md."""
+"""A formula, and what each character of the model's answer looks at: the picture of README and of docs/experiments/real.md."""
 
 from __future__ import annotations
 
+import colorsys
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from torch import Tensor, nn
 
 from tools.real.formulas import PATCH
-from tools.real.reading import BOTH, PLAIN, Reader, Reading, Rule, relevancy
+from tools.real.reading import BOTH, Reader, Reading, Rule, relevancy
 
-SHOWN = {"gradient": Rule("gradient", PLAIN, "logit"), "norms, attention\nheld fixed": Rule("gradient", BOTH, "logit")}
+Array = np.ndarray[Any, Any]
+RULE = Rule("gradient", BOTH, "logit")  # the default of `va.explain`
+NUMBER = 16  # of the list: a fraction with a power and an index
+WIDTH, LINE = 9.0, 0.5  # inches, of the figure and of the line above
+ANSWER, FORMULA = 0.95, 0.62  # the shares of the width that they take
 
 
-def picture(reader: Reader, reading: Reading, rules: dict[str, Rule] = SHOWN) -> Figure:
-    """A line for each rule, and a column for each glyph, whose box is green: ink in black, and the map over it in red."""
-    boxes = reading.drawing.boxes
-    columns = np.where(reading.drawing.blank[reading.drawing.blank.shape[0] // 2] > 0)[0]
-    figure = Figure(figsize=(1.7 * len(boxes), 0.75 * len(rules)))
-    axes = figure.subplots(len(rules), len(boxes), squeeze=False)
-    for (title, rule), line in zip(rules.items(), axes, strict=True):
-        for (symbol, box), axis in zip(boxes.items(), line, strict=True):
-            values = relevancy(reader, reading, symbol, rule).clamp(min=0).numpy()
-            axis.imshow(alight(reading.drawing.picture, values))
-            axis.add_patch(Rectangle(box[:2], box[2] - box[0], box[3] - box[1], fill=False, edgecolor="green"))
-            axis.set(xlim=(columns[0], columns[-1] + 1), xticks=[], yticks=[])
-        line[0].set_ylabel(title, fontsize=7)
-    figure.subplots_adjust(0.05, 0, 1, 1, wspace=0.03, hspace=0.03)
+def picture(reader: Reader, reading: Reading, rule: Rule = RULE) -> Figure:
+    """The answer, each character that names a glyph on a colour of its own; and the formula, lit in that colour by the map of the
+    character."""
+    symbols = [*reading.drawing.boxes]
+    colours = [colorsys.hsv_to_rgb(number / len(symbols), 0.85, 1.0) for number in range(len(symbols))]
+    shares = [smooth(relevancy(reader, reading, symbol, rule)) for symbol in symbols]
+    rows, columns = (slice(places.min(), places.max() + 1) for places in np.nonzero(reading.drawing.blank))  # without the padding
+    shown = lit(reading.drawing.picture, shares, colours)[rows, columns]
+    height = FORMULA * WIDTH * shown.shape[0] / shown.shape[1]
+    figure = Figure(figsize=(WIDTH, LINE + height))
+    axis = figure.add_axes(((1 - FORMULA) / 2, 0, FORMULA, height / (LINE + height)))
+    axis.imshow(shown, interpolation="bicubic", aspect="auto")
+    axis.set_axis_off()
+    characters = [reader.names[number] for number in reading.ids]
+    colour_at = {reading.places[symbol]: colour for symbol, colour in zip(symbols, colours, strict=True)}
+    size = 72 * ANSWER * WIDTH / len(characters) / 0.6  # a character of the font is 0.6 of its size wide
+    for place, character in enumerate(characters):
+        marked = {"bbox": {"facecolor": (*colour_at[place], 0.6), "linewidth": 0, "pad": 1.5}} if place in colour_at else {}
+        x, y = (1 - ANSWER) / 2 + ANSWER * (place + 0.5) / len(characters), 1 - LINE / 2 / (LINE + height)
+        figure.text(x, y, character, family="monospace", size=size, ha="center", va="center_baseline", parse_math=False, **marked)
     return figure
 
 
-def alight(grey: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """A grey picture (H, W) as RGB, whose paper is red where the map (h, w) is large: full red at its largest entry."""
-    share = np.kron(values / max(values.max(), 1e-30), np.ones((PATCH, PATCH)))
-    paper = np.stack([grey, grey * (1 - share), grey * (1 - share)], -1)
-    return (255 * paper).astype(np.uint8)
+def smooth(values: Tensor) -> Array:
+    """The positive part of a map (h, w) of patches as pixels (H, W), from 0 to 1 at its largest."""
+    large = nn.functional.interpolate(values[None, None].clamp(min=0), scale_factor=PATCH, mode="bicubic")[0, 0].clamp(min=0)
+    return (large / large.max().clamp(min=1e-30)).numpy()
+
+
+def lit(grey: Array, shares: Sequence[Array], colours: Sequence[Sequence[float]]) -> Array:
+    """A grey picture (H, W) as RGB under coloured light: where a share (H, W) is 1, white paper has its colour."""
+    light = np.ones((*grey.shape, 3))
+    for share, colour in zip(shares, colours, strict=True):
+        light *= 1 - share[..., None] * (1 - np.asarray(colour))
+    return np.round(255 * grey[..., None] * light).astype(np.uint8)

@@ -80,11 +80,12 @@ def scene(name: str, model: nn.Module, head: SaliencyHead) -> Scene:
 
 
 def methods() -> Methods:
-    """By their labels, all methods of `va.explain` but those that need the logits of a decoder. One that holds something fixed is
-    there with its default, with less of that, and in its published form, which holds nothing fixed."""
+    """By their labels, all methods of `va.explain` but those that need the logits of a decoder, and occlusion, which takes a run of
+    the model for each patch. One that holds something fixed is there with its default, with less of that, and in its published form,
+    which holds nothing fixed."""
     made: list[va.methods.Method] = []
     for kind in METHODS.values():
-        if not kind.takes_logits:
+        if not (kind.takes_logits or kind.reads_score):
             held = kind.default_freeze
             made += [kind(freeze=held[:count]) for count in range(len(held), -1, -1)] if held else [kind()]
     return {method.label: method for method in made}

@@ -24,6 +24,10 @@ TEXT = """## Formulas that a model reads
 The package `latex-ocr-junia` {version} has a model of 7.9 million parameters: an encoder sees a picture of 16 x 64 patches, and a
 decoder writes LaTeX, one character a token. Its metadata names no licence; nothing of it is in this repository.
 
+![The answer of the model, and the formula; a glyph is lit in the colour of its character](real-formula.jpg)
+
+*Each character of the answer has a colour, and its map by `gradient` lights the formula in it.*
+
 Here the truth is exact. A seeded list has 200 formulas: powers, fractions, sums, roots and Greek letters, in three fonts of
 matplotlib's mathtext, whose parser gives the box of each glyph. Each symbol stands once in a formula, so a character of the
 answer names one glyph. Boxes are those of glyphs; bars and roots have none. A formula counts as read right if the answer has
@@ -39,9 +43,7 @@ rule was measured on with the logit. These rows took {minutes:.0f} minutes on a 
 
 {maps}
 
-{beside}{margin}![The glyphs of a formula, and the map of each by two rules](real-formula.jpg)
-
-Differences from the same method with nothing held fixed, glyph by glyph, on all formulas that both have:
+{beside}{margin}Differences from the same method with nothing held fixed, glyph by glyph, on all formulas that both have:
 
 {differences}
 

@@ -99,9 +99,9 @@ Two scores are explained:
   the class token is read.
 - *saliency in a box*: the mean saliency in the 4 x 4 patches where it is largest. The mean row of these patches is read.
 
-All methods of `va.explain` were run but those that need the logits of a decoder. `freeze=()` marks the published form of a
-method, and `freeze=norms` the one that holds the denominators of norms fixed. Without either a method has its default: `gradcam`
-holds these fixed, and `gradient`, `weighted` and `input_gradient` the attention weights as well.
+All methods of `va.explain` were run but those that need the logits of a decoder, and occlusion. `freeze=()` marks the published
+form of a method, and `freeze=norms` the one that holds the denominators of norms fixed. Without either a method has its default:
+`gradcam` holds these fixed, and `gradient`, `weighted` and `input_gradient` the attention weights as well.
 [Evaluate a map](../guides/evaluate_a_map.md) describes the tests. Here deletion and insertion take steps of a fifth, integrated
 gradients eight, and pointing and mass ask for the mask. Sanity is the rank correlation with the map of the model with
 random weights; a map that is constant there is left out. Maps of the box are compared with the mask alone. Values are means over
