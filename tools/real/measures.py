@@ -80,9 +80,8 @@ def scene(name: str, model: nn.Module, head: SaliencyHead) -> Scene:
 
 
 def methods() -> Methods:
-    """By their labels, all methods of `va.explain` but those that need the logits of a decoder, and occlusion, which takes a run of
-    the model for each patch. One that holds something fixed is there with its default, with less of that, and in its published form,
-    which holds nothing fixed."""
+    """By their labels, all methods of `va.explain` but those that need the logits of a decoder, and occlusion, which takes a run
+    for each patch. One that holds something fixed is there with its default, with less of that, and in its published form."""
     made: list[va.methods.Method] = []
     for kind in METHODS.values():
         if not (kind.takes_logits or kind.reads_score):
