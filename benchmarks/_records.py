@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import os
-import platform
 import re
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
@@ -14,6 +12,7 @@ from typing import Any
 import torch
 
 from vlattn_fast._ground.checks import check_writable
+from vlattn_fast._ground.origin import device_name
 from vlattn_fast.backends import native
 from vlattn_fast.lab.provenance import commit, versions
 from vlattn_fast.lab.records import read_json, write_records
@@ -21,15 +20,6 @@ from vlattn_fast.lab.records import read_json, write_records
 HERE = Path(__file__).parent
 # In a checkout the records lie beside this file; an installed package is no place to write to.
 RESULTS = (HERE if (HERE.parent / "pyproject.toml").exists() else Path("benchmarks")) / "results"
-
-
-@functools.cache
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    model = re.search(r"^model name\s*: (.+)", info.read_text(), re.M) if info.exists() else None
-    return f"CPU: {model.group(1).strip() if model else platform.machine()}"
 
 
 def slug(device: torch.device) -> str:

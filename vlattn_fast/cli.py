@@ -260,7 +260,9 @@ def explain(
     through_connector: Annotated[bool, typer.Option("--through-connector", help="Go on into the vision tower.")] = False,
     per: Annotated[str | None, typer.Option(help="layer or head: the map of each by itself, on one sheet.")] = None,
     sinks: Annotated[str | None, typer.Option(help="Attention without content: report names its tokens, remove; keep.")] = None,
-    freeze: Annotated[list[str] | None, typer.Option(help="Constants of the backward pass: norms, attention, or none.")] = None,
+    freeze: Annotated[
+        list[str] | None, typer.Option(help="Constants of the backward pass: norms, attention, or none. Default: the method's.")
+    ] = None,
     of: Annotated[str | None, typer.Option(help=f"Number that is explained: {', '.join(EXPLAINED)}.")] = None,
     answer: Annotated[str | None, typer.Option(help="Decoders: explain each token of this answer.")] = None,
     generate: Annotated[int | None, typer.Option(min=1, help="Decoders: generate so many tokens, and explain each.")] = None,
@@ -382,6 +384,7 @@ def evaluate(
     """
     from vlattn_fast.interpret.dataset.samples import samples
     from vlattn_fast.interpret.evaluating.evaluate import evaluate as run
+    from vlattn_fast.lab.provenance import commit
 
     _check_outcome(model, (".json", ".png"), out, dtype, device)
     with _refusing(ImportError, TypeError, ValueError, command=evaluate):
@@ -390,6 +393,8 @@ def evaluate(
     typer.echo(str(outcome))
     if out is not None:
         if out.suffix == ".json":
+            checkpoint = Path(model).resolve().name if Path(model).exists() else model
+            outcome.facts.update(checkpoint=checkpoint, dataset=dataset.name, commit=commit())
             outcome.save(out)
         else:
             outcome.plot().savefig(out, dpi=120)

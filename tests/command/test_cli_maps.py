@@ -9,7 +9,9 @@ import pytest
 pytest.importorskip("typer")
 transformers = pytest.importorskip("transformers")
 
+import vlattn_fast as va  # noqa: E402
 from tests.helpers.commands import said, vlattn  # noqa: E402
+from tools.pages.evaluations_of_others import with_others  # noqa: E402
 from vlattn_fast import cli  # noqa: E402
 
 
@@ -83,6 +85,10 @@ def test_evaluate_prints_the_table(vit, picture, tmp_path):
     }
     assert (table["gradient", "pointing", "image"]["samples"], table["gradient", "pointing", "image"]["left_out"]) == (1, 1)
     assert re.search(r"^random +pointing +image", result.output, re.M)
+    facts = json.loads(out.read_text())["facts"]
+    assert (facts["model"], facts["checkpoint"]) == ("ViTForImageClassification", vit.name)
+    assert (facts["dataset"], facts["dtype"], facts["seed"]) == ("data.jsonl", "float32", 0)
+    assert facts["versions"]["transformers"] == transformers.__version__ and facts["device"].startswith("CPU: ")
     rows = tmp_path / "data.csv"
     rows.write_text(f'image,target,boxes\n{picture},2,"[[0, 0, 0.5, 1]]"\n')
     by_row = vlattn("evaluate", "--model", vit, "--dataset", rows, "--test", "pointing", "--out", tmp_path / "values.png")
@@ -96,6 +102,34 @@ def test_evaluate_prints_the_table(vit, picture, tmp_path):
         assert named.exit_code == 2 and f"{option} must be" in said(named)
     refused = vlattn("evaluate", "--model", vit, "--dataset", dataset)
     assert refused.exit_code == 2 and "which is not there, in input 'here' of the dataset" in said(refused)
+
+
+def test_a_file_of_evaluate_is_a_section_of_the_page(vit, picture, tmp_path):
+    dataset, folder = tmp_path / "data.jsonl", tmp_path / "evaluations"
+    dataset.write_text(json.dumps({"image": str(picture), "boxes": [[0, 0, 1, 1]], "target": 2}))
+    folder.mkdir()
+    asked = ("--method", "gradient", "--method", "random", "--test", "pointing", "--test", "positive")
+    result = vlattn("evaluate", "--model", vit, "--dataset", dataset, "--out", folder / "mine.json", *asked)
+    assert result.exit_code == 0, result.output
+    before = "# Page\n\n## What others measured\n\nA paragraph\nof two lines.\n\n"
+    page = with_others(f"{before}No file yet.\n\n## Next\n\nText.\n", folder)
+    assert with_others(page, folder) == page
+    kept, _, made = page.partition("### mine: ")
+    title, facts, table, *behind = made.split("\n\n")
+    assert kept == before and behind == ["## Next", "Text.\n"] and title == f"`ViTForImageClassification` ({vit.name})"
+    assert facts.startswith("1 samples of data.jsonl, seed 0, float32 on CPU: ") and "transformers" in facts and "commit" in facts
+    head, _, *lines = table.splitlines()
+    assert head == "| method | pointing, image | positive, image |"
+    value = va.Evaluation.load(folder / "mine.json").value("gradient", "pointing")
+    assert lines[0].startswith(f"| `gradient` | {value:.3f} | ") and lines[1].startswith("| `random` |")
+    whole = json.loads((folder / "mine.json").read_text())
+    del whole["facts"]["device"], whole["facts"]["versions"]
+    (folder / "old.json").write_text(json.dumps(whole))
+    with pytest.raises(ValueError, match="old.json must be a file of a present `vlattn evaluate`; it lacks device, versions"):
+        with_others(page, folder)
+    assert "No file yet.\n\n## Next" in with_others(page, tmp_path / "none")
+    with pytest.raises(ValueError, match="the page must have one section 'What others measured'"):
+        with_others("# Page\n", tmp_path / "none")
 
 
 def test_a_stopped_run_says_how_to_go_on(vit, picture, tmp_path, monkeypatch):

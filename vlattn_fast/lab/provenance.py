@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import platform
 import subprocess
-from importlib import metadata
 from pathlib import Path
 
-import torch
 from torch import nn
+
+from vlattn_fast._ground.origin import version, versions
+
+__all__ = ["commit", "fingerprint", "version", "versions"]
 
 
 def commit() -> str:
@@ -28,20 +29,6 @@ def commit() -> str:
         return git("rev-parse", "--short=12", "HEAD") + ("+dirty" if changes else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-def version(package: str) -> str | None:
-    if package == "torch":
-        return torch.__version__  # with the build, such as +cu130, which the metadata may leave out
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def versions(*packages: str) -> dict[str, str | None]:
-    """The versions of Python and of packages; None for a package that is not installed."""
-    return {"python": platform.python_version(), **{package: version(package) for package in packages}}
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vlattn_fast._ground.checks import check_items
 from vlattn_fast._ground.extras import with_progress
+from vlattn_fast._ground.origin import place_of
 from vlattn_fast.attach.session import never_compiled
 from vlattn_fast.interpret.evaluating.attention_cuts import cut_attention
 from vlattn_fast.interpret.evaluating.evaluation import Evaluation, Tally
@@ -152,4 +153,4 @@ def evaluate(
     if batches:
         compare_randomised(plan, batches, tally, generator)
     check_samples(tally, () if tests is None else plan.tests)
-    return Evaluation(tally.table(), tally.curves(plan.x_axes), plan.facts)
+    return Evaluation(tally.table(), tally.curves(plan.x_axes), {**plan.facts, **place_of(plan.model)})

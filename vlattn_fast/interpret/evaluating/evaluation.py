@@ -30,7 +30,7 @@ class Evaluation(Report):
             there is no value, or why it says nothing of the maps.
         curves: a record for each method, test and part with a curve: "method", "test", "part", "steps", "mean" and "sd" (a number
             a step), "samples". The steps of "sanity" are shares of randomised modules, and its samples have a map at each step.
-        facts: the arguments of the run.
+        facts: the arguments of the run, the class of the model, its dtype and device, and the versions of packages.
     """
 
     FORMAT: ClassVar[str] = "vlattn_fast.evaluation.1"
