@@ -20,7 +20,7 @@ _SECTION = re.compile(r"(^## What others measured\n\n(?:[^\n]+\n)+)\n.*?(?=^## |
 def with_others(text: str, folder: Path = FOLDER) -> str:
     """The page with a section for each file in `folder`, in the order of their names."""
     made = "\n".join(map(section, sorted(folder.glob("*.json")))) or "No file yet.\n"
-    text, count = _SECTION.subn(lambda found: f"{found[1]}\n{made}\n", text)
+    text, count = _SECTION.subn(lambda kept: f"{kept[1]}\n{made}\n", text)
     if count != 1:
         raise ValueError(f"the page must have one section 'What others measured', which begins with a paragraph; got {count}")
     return text
