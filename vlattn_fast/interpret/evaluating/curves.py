@@ -70,8 +70,8 @@ class Synergy(Curve):
     but T) + v(whole) in the whole one. Each is divided by |v(whole) - v(neither)|, 0.05 at least, and cut to [0, 1]: redundant
     parts have 0. A step's value is the mean of the two, and the area is by trapezoids.
 
-    What that code does otherwise: it blurs pixels and pads words, where `evaluate` removes entries; v is the product of the
-    probabilities of those tokens of an answer that need the input; and the maps of an answer's tokens are measured one by one.
+    That code blurs pixels and pads words, while `evaluate` removes entries. Its v is the product of the probabilities of those
+    tokens of an answer that need the input, and it measures the maps of an answer's tokens one by one.
     """
 
     parts = (BOTH,)

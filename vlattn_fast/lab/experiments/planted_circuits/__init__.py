@@ -24,7 +24,7 @@ from vlattn_fast.interpret.relevancy.method import Method
 from vlattn_fast.interpret.relevancy.methods.registry import find_method
 from vlattn_fast.lab.experiments.experiment import Cell, Experiment, Record, Settings, Stage, panels
 from vlattn_fast.lab.experiments.flow.samples import draw
-from vlattn_fast.lab.experiments.planted_circuits.mib import RANDOM, SHARES, of_planted, of_scenes
+from vlattn_fast.lab.experiments.planted_circuits.mib import FIRST_ORDER, HELD, LISTS, RANDOM, SHARES, of_planted, of_scenes
 from vlattn_fast.lab.experiments.planted_circuits.models import CIRCUITS, Circuit, Samples, planted
 from vlattn_fast.lab.mapper import load_captioner, load_vqa
 from vlattn_fast.lab.records import having, markdown, spread
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 ATTENTION = (0.8, 0.999)  # of a planted head, to the token that it looks for
 SAMPLES, OF_SYNERGY = 64, 32  # of a planted model
 SCENES = 32  # of DigitScenes, half of them to make lists
-HELD: tuple[tuple[str, ...], ...] = ((), ("norms",), ("norms", "attention"))
+FROZEN: tuple[tuple[str, ...], ...] = ((), ("norms",), ("norms", "attention"))
 GRADIENTS = ("gradient", "weighted", "gradcam", "glimpse", "input_gradient", "integrated_gradients")
 OTHERS = ("attention", "rollout", "occlusion")
 TRUTH = "the two causes"
@@ -44,8 +44,8 @@ TASKS = {"vqa": ("questions", load_vqa), "captions": ("captions", load_captioner
 
 
 def methods() -> dict[tuple[str, str], Method]:
-    """By name, and by what is held fixed in the backward pass."""
-    made = {(name, ", ".join(held)): find_method(name)(freeze=held) for name in GRADIENTS for held in HELD}
+    """The methods by their names and by what they hold fixed in the backward pass."""
+    made = {(name, ", ".join(held)): find_method(name)(freeze=held) for name in GRADIENTS for held in FROZEN}
     return {**made, **{(name, ""): find_method(name)() for name in OTHERS}}
 
 
@@ -71,8 +71,7 @@ def measure(cell: Cell, settings: Settings) -> dict[str, Any]:
 
 
 def maps(circuit: Circuit, samples: Samples, seed: int) -> list[dict[str, Any]]:
-    """Of each method, over all tokens but the one that gives the answer: how often the largest entry is one of the two causes,
-    how often the two largest are both, and the shares of the positive mass on the content and on the key."""
+    """The measures of each method's map and of random ones: see `of_map`."""
     rows = []
     for (name, held), method in methods().items():
         (relevancy,) = explain(circuit.model, samples.inputs, target=samples.answers.tolist(), method=method).relevancy.values()
@@ -82,6 +81,8 @@ def maps(circuit: Circuit, samples: Samples, seed: int) -> list[dict[str, Any]]:
 
 
 def of_map(relevancy: Tensor, samples: Samples) -> dict[str, float]:
+    """How often the largest entry is one of the two causes, and how often the two largest are both; the shares of the positive
+    mass on the content and on the key. The token that gives the answer is left out."""
     content, key, read = (samples.groups[name] for name in (samples.content, samples.key, samples.read))
     positive = relevancy.double().clamp(min=0).masked_fill(read, 0)
     largest = positive.topk(2)
@@ -120,63 +121,79 @@ def measure_scenes(cell: Cell, settings: Settings) -> dict[str, Any]:
 
 
 def tables(records: Sequence[Record]) -> Iterator[str]:
-    kinds = {(c, share): having(records, circuit=c, attention=share) for c in CIRCUITS for share in ATTENTION}
-    lines = [
-        [circuit, str(share), *(spread([one[fact] for one in of_kind]) for fact in ("right", "probability", "alone"))]
-        for (circuit, share), of_kind in kinds.items()
-    ]
-    yield markdown(["circuit", "attention", "right answers", "probability", "planted edges alone"], lines)
+    yield _of_models(records)
     for circuit in CIRCUITS:
-        heads = [f"{name}, {share}" for share in ATTENTION for name in MEASURES]
-        yield _of_methods(records, circuit, "maps", MEASURES, heads)
-    yield _of_methods(records, "lookup", "synergy", ("synergy",), [f"attention {share}" for share in ATTENTION])
-    lists = list(dict.fromkeys(row["list"] for record in records for row in record["areas"]))
-    lines = []
-    for name in lists:
-        if all(name in one["places"] for of_kind in kinds.values() for one in of_kind):
-            places = [[one["places"][name][number] for one in of_kind] for of_kind in kinds.values() for number in (0, 1)]
-            lines.append([name, *(f"{min(each)} to {max(each)}" if len({*each}) > 1 else str(each[0]) for each in places)])
-    named = [f"{circuit}, {share}" for circuit, share in kinds]
-    yield markdown(["list", *(f"{kind}: {edge}" for kind in named for edge in ("finds", "copies"))], lines)
-    all_kinds = dict(zip(named, kinds.values(), strict=True)) | _of_scenes(records)
+        yield _of_methods(records, circuit, "maps", MEASURES)
+    yield _of_methods(records, "lookup", "synergy", ("synergy",))
+    yield _of_places(records)
     for fact in ("cpr", "cmd"):
-        columns = [
-            [row[fact] for one in of_kind for row in having(one["areas"], list=name)]
-            for name in lists
-            for of_kind in all_kinds.values()
-        ]
-        cells = iter(spread(values, ".2f", none="–") for values in columns)
-        yield markdown([fact.upper(), *all_kinds], [[name, *(next(cells) for _ in all_kinds)] for name in lists])
+        yield _of_areas(records, fact)
+    yield _of_ranks(records)
+
+
+def _of_models(records: Sequence[Record]) -> str:
+    facts = {"right answers": "right", "probability": "probability", "faithfulness of the planted edges alone": "alone"}
     lines = [
-        [of, by, *(spread([one["ranks"][of][by] for one in of_task], ".2f") for of_task in _of_scenes(records).values())]
-        for of, by_list in next(iter(_of_scenes(records).values()))[0]["ranks"].items()
-        for by in by_list
+        [name, *(spread([one[fact] for one in rows]) for fact in facts.values())] for name, rows in _planted(records).items()
     ]
-    yield markdown(["true effects of", "by", *_of_scenes(records)], lines, words=(0, 1))
+    return markdown(["circuit, attention", *facts], lines)
 
 
-def _of_methods(records: Sequence[Record], circuit: str, rows: str, facts: Sequence[str], heads: Sequence[str]) -> str:
+def _of_methods(records: Sequence[Record], circuit: str, rows: str, facts: Sequence[str]) -> str:
     """A line for each method and what it holds fixed; for each of ATTENTION, columns of `facts`."""
     of_shares = [having(records, circuit=circuit, attention=share) for share in ATTENTION]
     lines = []
     for row in of_shares[0][0][rows]:
         named = {"method": row["method"], "held": row["held"]}
-        found = [[having(one[rows], **named)[0] for one in of_share] for of_share in of_shares]
-        values = [spread([each[fact] for each in of_share], ".2f") for of_share in found for fact in facts]
-        lines.append([row["method"], row["held"] or "–", *values])
-    return markdown(["method", "held fixed", *heads], lines, words=(0, 1))
+        same = [[having(one[rows], **named)[0] for one in of_share] for of_share in of_shares]
+        values = [spread([each[fact] for each in of_share], ".2f") for of_share in same for fact in facts]
+        lines.append([row["method"] if row["method"] == TRUTH else f"`{row['method']}`", row["held"] or "–", *values])
+    return markdown(["method", "held fixed", *(f"{fact}, {share}" for share in ATTENTION for fact in facts)], lines, words=(0, 1))
 
 
-def _of_scenes(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """The records of each task by its name, of tasks that have some."""
+def _of_places(records: Sequence[Record]) -> str:
+    """The places of the edge by which the content is found and of the one by which it is copied, from the best model's to the
+    worst one's."""
+    lines = []
+    for name in (name for name in LISTS if name in records[0]["places"]):
+        places = [[one["places"][name][number] for one in rows] for rows in _planted(records).values() for number in (0, 1)]
+        lines.append([name, *(f"{min(each)} to {max(each)}" if len({*each}) > 1 else str(each[0]) for each in places)])
+    return markdown(["list", *(f"{kind}: {edge}" for kind in _planted(records) for edge in ("finds", "copies"))], lines)
+
+
+def _of_areas(records: Sequence[Record], fact: str) -> str:
+    kinds = _planted(records) | _of_tasks(records)
+    lines = []
+    for name in LISTS:
+        values = [[row[fact] for one in rows for row in having(one["areas"], list=name)] for rows in kinds.values()]
+        lines.append([name, *(spread(each, ".2f", none="–") for each in values)])
+    return markdown([fact.upper(), *kinds], lines)
+
+
+def _of_ranks(records: Sequence[Record]) -> str:
+    tasks = _of_tasks(records)
+    lines = [
+        [of, by, *(spread([one["ranks"][of][by] for one in rows], ".2f") for rows in tasks.values())]
+        for of in ("edges", "heads")
+        for by in (FIRST_ORDER, HELD)
+    ]
+    return markdown(["true effects of", "by", *tasks], lines, words=(0, 1))
+
+
+def _planted(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """The records of each planted model."""
+    return {f"{c}, {share}": having(records, circuit=c, attention=share) for c in CIRCUITS for share in ATTENTION}
+
+
+def _of_tasks(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """The records of each task of DigitScenes that has some."""
     by_name = {name: having(records, task=task) for task, (name, _) in TASKS.items()}
-    return {name: of_task for name, of_task in by_name.items() if of_task}
+    return {name: rows for name, rows in by_name.items() if rows}
 
 
 def figure(records: Sequence[Record]) -> Figure:
     """Faithfulness over the share of edges that are kept, the mean over the seeds, a panel for each model."""
-    of_kinds = {f"{c}, {share}": having(records, circuit=c, attention=share) for c in CIRCUITS for share in ATTENTION}
-    of_kinds |= _of_scenes(records)
+    of_kinds = _planted(records) | _of_tasks(records)
     drawn, axes = panels(2, 3, (10, 6), sharey=True)
     for axis, (kind, of_kind) in zip(axes.flat, of_kinds.items(), strict=False):
         for row in of_kind[0]["areas"]:

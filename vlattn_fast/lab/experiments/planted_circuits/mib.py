@@ -32,6 +32,7 @@ from vlattn_fast.models.clip_mapper import CLIPMapper
 
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # of the edges that are kept
 TRUE, FIRST_ORDER, HELD, RELEVANCY, RANDOM = "true cuts", "first order", "first order, norms held fixed", "relevancy", "random"
+LISTS = (TRUE, FIRST_ORDER, HELD, RELEVANCY, RANDOM)
 Place = tuple[str, Edge]  # an edge, and the name of the towers that it lies between
 Lists = dict[str, Tensor]  # by its name, what a list orders the edges by, (E)
 
@@ -75,7 +76,7 @@ class Circuits:
         return self.seen[places]
 
     def faithfulness(self, kept: Sequence[int]) -> float:
-        """Of the circuit of these edges: 1 = the whole model's, 0 = that of no edge."""
+        """The faithfulness of the circuit of these edges, 1 if they are all edges, 0 if there are none."""
         none, whole = self.mean(()), self.mean(range(len(self.edges)))
         return (self.mean(kept) - none) / (whole - none)
 
@@ -137,8 +138,10 @@ def of_scenes(model: CLIPMapper, asked: Asked, seed: int) -> dict[str, Any]:
     with Frozen(model):
         tables = {pair: attribute_edges(model, ranking.inputs, ranking.groups(pair), tower=PAIRS[pair]) for pair in PAIRS}
         heads = torch.cat([stored.head.T for stored in stored_maps(model, ranking).values()]).double()
-    found = {(pair, *_named(edge)): row for pair, table in tables.items() for edge, row in zip(table, table.effects, strict=True)}
-    held = torch.stack([found[pair, *_named(edge)] for pair, edge in effects.edges]).double()
+    held_rows = {
+        (pair, *_named(edge)): row for pair, table in tables.items() for edge, row in zip(table, table.effects, strict=True)
+    }
+    held = torch.stack([held_rows[pair, *_named(edge)] for pair, edge in effects.edges]).double()
     lists = {TRUE: effects.true, FIRST_ORDER: effects.first_order, HELD: held, RELEVANCY: effects.relevancy}
     by_name = {name: values.mean(1) for name, values in lists.items()}
     by_name[RANDOM] = torch.rand(len(effects.edges), generator=torch.Generator().manual_seed(seed))
@@ -167,9 +170,9 @@ def _named(edge: Edge) -> tuple[Any, ...]:
     return edge.layer, edge.head, edge.from_, edge.to
 
 
-def _ranks(true: Tensor, *others: Tensor) -> list[float]:
+def _ranks(true: Tensor, *predicted: Tensor) -> list[float]:
     """Rank correlations of means over the samples."""
-    return [round(rank_correlation(other.mean(1), true.mean(1)) or 0.0, 4) for other in others]
+    return [round(rank_correlation(effects.mean(1), true.mean(1)) or 0.0, 4) for effects in predicted]
 
 
 def _rounded(values: Sequence[float]) -> list[float]:

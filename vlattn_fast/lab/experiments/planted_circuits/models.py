@@ -121,12 +121,12 @@ def lookup(share: float) -> Circuit:
     }
     sizes |= {"vocab_size": COLOURS + FILLERS + 2, "visual_embedding_dim": COLOURS + DIGITS, "num_labels": DIGITS}
     model = VisualBertForVisualReasoning(VisualBertConfig(**sizes, initializer_range=NOISE, pad_token_id=None)).eval()
-    named, other, flags, asked, colour, digit, out = _directions([COLOURS, FILLERS + 1, 2, COLOURS, COLOURS, DIGITS, DIGITS])
+    named, filler, flags, asked, colour, digit, out = _directions([COLOURS, FILLERS + 1, 2, COLOURS, COLOURS, DIGITS, DIGITS])
     first, is_colour = flags.split(1)
     embeddings = model.visual_bert.embeddings
     for name in ("position_embeddings", "token_type_embeddings", "visual_position_embeddings", "visual_token_type_embeddings"):
         nn.init.zeros_(getattr(embeddings, name).weight)
-    embeddings.word_embeddings.weight.data = torch.cat([named + is_colour, other, first])  # [SEP] and [CLS] are the last ones
+    embeddings.word_embeddings.weight.data = torch.cat([named + is_colour, filler, first])  # [SEP] and [CLS] are the last ones
     embeddings.visual_projection.weight.data = torch.cat([colour, digit]).T.contiguous()
     one, two = (layer.attention for layer in model.visual_bert.encoder.layer)
     _plant_linear(one, *_head(is_colour, first, named, asked, (2, 1), share))
