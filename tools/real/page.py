@@ -1,4 +1,4 @@
-"""docs/experiments/real.md from the stored rows: `python -m tools.real.page` writes it anew."""
+"""docs/experiments/real.md from the stored rows: `python -m tools.real.page` writes it anew, and prints README's table."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from tools.pages.which_method_page import TASKS
 from tools.real.photos import SOURCES
-from tools.real.reading_page import section
+from tools.real.reading import BOTH, PLAIN, Rule
+from tools.real.reading_page import Readings, clustered, section
 from tools.real.text import BOX, OUTLIERS, SINKS, TEXT
 from vlattn_fast.interpret.result.numbers.rank_correlation import rank_correlation
 from vlattn_fast.lab.records import markdown, mean_and_deviation, spread
@@ -24,6 +26,13 @@ DIGITSCENES = {  # models with maps of one picture, and the rows of `va.evaluate
     "DigitScenes' UNITER": "benchmarks/results/evaluation-matching.json",
 }
 COMPARED, SHARED = ("gradient", "rollout"), ("deletion", "insertion", "pointing", "mass")
+README = {  # the columns of its table, as rules of formulas; the defaults but for one
+    "gradient": Rule("gradient", BOTH, "logit"),
+    "gradient(freeze=())": Rule("gradient", PLAIN, "logit"),
+    "weighted": Rule("weighted", BOTH, "logit"),
+    "input_gradient": Rule("input_gradient", BOTH, "logit"),
+    "rollout": Rule("rollout"),
+}
 BETTER = {"deletion": "low", "insertion": "high", "pointing": "high", "mass": "high", "sanity": "near 0"}
 Row = dict[str, Any]
 
@@ -269,6 +278,22 @@ def words(stored: Stored, sentence: str) -> str:
     return title + markdown(["method", *names, "Spearman with the falls"], lines) + named
 
 
+def pointing(stored: Stored) -> str:
+    """README's table: how often the largest entry of a map lies where it should, by model and method; "–" = not measured."""
+    readings = Readings(stored.rows)
+    of_glyphs = {label: readings.values(rule, "pointing") for label, rule in README.items()}
+    lines: list[tuple[str, Row]] = [
+        (f"latex-ocr, {len(readings.common)} formulas", {label: clustered(x)[0] for label, x in of_glyphs.items() if x}),
+        (f"DINOv2-S, {len(SOURCES)} photos", {label: stored.value("class token", label, "pointing") for label in README}),
+    ]
+    for task, name in TASKS.items():
+        rows = json.loads((ROOT / f"benchmarks/results/evaluation-{task}.json").read_text(encoding="utf-8"))["rows"]
+        values = {row["method"]: row["value"] for row in rows if (row["test"], row["part"]) == ("pointing", "image")}
+        lines.append((f"DigitScenes, {name}", values))
+    cells = [[f"{values[label]:.3f}" if label in values else "–" for label in README] for _, values in lines]
+    return markdown(["model", *map(shown, README)], [[name, *row] for (name, _), row in zip(lines, cells, strict=True)])
+
+
 def page() -> str:
     stored = Stored(json.loads(ROWS.read_text(encoding="utf-8")))
     numbers = pairs(stored)
@@ -315,3 +340,4 @@ def page() -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+    print(pointing(Stored(json.loads(ROWS.read_text(encoding="utf-8")))))  # for README

@@ -64,7 +64,7 @@ gradients of queries and keys divided by four, of values by two. Its file of rul
 which does not import beside transformers 5; of attention it has rules for transformers' functions, which are put here around
 torch's `scaled_dot_product_attention`. The map is the picture times its gradient, as its README computes relevancy. The gamma
 rule, for which it asks for a further package, was not measured.
-
+{most}
 Differences from `lxt`, less the blank picture, glyph by glyph:
 
 {table}
@@ -83,10 +83,15 @@ SCORE_TEXT = """Differences of the log-probability from the logit:
 
 """
 
+MOST_TEXT = """\
+Less the blank picture, its maps have {theirs:.2f} of their mass on the glyph, and those of `input_gradient` with norms and
+attention weights held fixed {ours:.2f}.
+"""
+
 TEST_TEXT = """\
-Of {count} of these formulas the glyph in the middle was tested further, with the logit. *Deletion* and *insertion* are the
-mean probability of the character while the {fractions} % of the patches with the largest entries become blank, or come back
-into a blank picture. *Occlusion* is Spearman's correlation with the fall of the logit when a square of 2 x 2 patches becomes
+Of {count} of these formulas the glyph in the middle was tested further by each rule below, with the logit. *Deletion* and
+*insertion* are the mean probability of the character while the {fractions} % of the patches with the largest entries become
+blank, or come back into a blank picture. *Occlusion* is Spearman's correlation with the fall of the logit when a square of 2 x 2 patches becomes
 blank, over the squares with ink. Occlusion itself is the first line.
 
 {table}
@@ -204,7 +209,7 @@ def _area(box: Sequence[float]) -> float:
 def _differences(readings: Readings) -> str:
     lines = []
     for rule in [*FIRST, *OTHERS]:
-        if rule.freeze and readings.maps.get(rule):
+        if rule.freeze and rule.baseline is None and readings.maps.get(rule):
             plain = Rule(rule.method, PLAIN, rule.of)
             cells = [shown(readings.differences(plain, rule, name), len(readings.common), "+") for name in ("pointing", "mass")]
             if any(cells):
@@ -224,7 +229,11 @@ def _rivals(readings: Readings, version: str | None) -> str:
                 shown(readings.differences(against[0], rule, name), len(readings.common), "+") for name in ("pointing", "mass")
             ]
             lines.append([*_named(rule), *cells])
-    return RIVAL_TEXT.format(version=version, table=markdown(["method", "held fixed", "pointing", "mass"], lines, (0, 1)))
+    ours, theirs = (readings.values(rule, "mass") for rule in (BESIDE[0], against[0]))
+    most = MOST_TEXT.format(ours=clustered(ours)[0], theirs=clustered(theirs)[0]) if ours else ""
+    return RIVAL_TEXT.format(
+        version=version, most=most, table=markdown(["method", "held fixed", "pointing", "mass"], lines, (0, 1))
+    )
 
 
 def _scores(readings: Readings) -> str:
@@ -238,13 +247,14 @@ def _scores(readings: Readings) -> str:
 
 
 def _tests(readings: Readings) -> str:
-    lines, most = [], max(map(len, readings.tests.values()))
-    for rule, numbers in readings.tests.items():
-        values = [[[row[name]] for row in numbers.values() if row[name] is not None] for name in TESTS]
-        lines.append([*_named(rule), *(shown(groups, most) for groups in values)])
+    lines, common = [], set.intersection(*map(set, readings.tests.values()))
+    for rule, of_formulas in readings.tests.items():
+        rows = [row for number, row in of_formulas.items() if number in common]
+        values = [[[row[name]] for row in rows if row[name] is not None] for name in TESTS]
+        lines.append([*_named(rule), *(shown(groups, len(common)) for groups in values)])
     fractions = ", ".join(f"{share:.0%}".rstrip("%") for share in FRACTIONS)
     table = markdown(["method", "held fixed", *(f"{test} ({good})" for test, good in TESTS.items())], lines, (0, 1))
-    return TEST_TEXT.format(count=most, fractions=fractions, table=table)
+    return TEST_TEXT.format(count=len(common), fractions=fractions, table=table)
 
 
 def section(rows: Sequence[Row], versions: Mapping[str, str]) -> str:

