@@ -91,8 +91,8 @@ attention weights held fixed {ours:.2f}.
 TEST_TEXT = """\
 Of {count} of these formulas the glyph in the middle was tested further by each rule below, with the logit. *Deletion* and
 *insertion* are the mean probability of the character while the {fractions} % of the patches with the largest entries become
-blank, or come back into a blank picture. *Occlusion* is Spearman's correlation with the fall of the logit when a square of 2 x 2 patches becomes
-blank, over the squares with ink. Occlusion itself is the first line.
+blank, or come back into a blank picture. *Occlusion* is Spearman's correlation with the fall of the logit when a square of 2 x 2
+patches becomes blank, over the squares with ink. Occlusion itself is the first line.
 
 {table}
 
