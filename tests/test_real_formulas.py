@@ -354,13 +354,12 @@ def test_the_rules_of_the_rival_stand_in_place_of_torchs_and_leave_no_trace(monk
 def test_the_rules_are_loaded_without_the_packages_own_imports(tmp_path, monkeypatch):
     folder = tmp_path / rival.PACKAGE / "efficient"
     folder.mkdir(parents=True)
-    (folder.parent / "__init__.py").touch()
     (folder / "__init__.py").write_text("raise ImportError('a name that transformers no longer has')")
     (folder / "patches.py").write_text(f"from {rival.PACKAGE}.efficient.rules import RULE")
     (folder / "rules.py").write_text("RULE = 'identity'")
     for name in [name for name in sys.modules if name.partition(".")[0] == rival.PACKAGE]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(rival, "package", lambda name: tmp_path / name)
     try:
         assert rival.patches().RULE == "identity" and rival.patches() is rival.patches()
     finally:

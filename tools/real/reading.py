@@ -59,7 +59,7 @@ class Rule:
 
     @property
     def key(self) -> str:
-        """What its measurements are kept under."""
+        """The name of its measurements in a file."""
         words = [self.method, "+".join(self.freeze or ()), self.of or ""]
         return " ".join(words if self.baseline is None else [*words, self.baseline])
 

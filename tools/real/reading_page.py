@@ -138,7 +138,7 @@ class Readings:
                 self.tests.setdefault(_rule(numbers), {})[row["number"]] = numbers
 
     def values(self, rule: Rule, name: str) -> list[list[float]]:
-        """Of the common formulas that it has."""
+        """Numbers of the common formulas that it has, by formula."""
         return [row[name] for number, row in self.maps.get(rule, {}).items() if number in self.common]
 
     def differences(self, first: Rule, second: Rule, name: str) -> list[list[float]]:
@@ -218,7 +218,7 @@ def _differences(readings: Readings) -> str:
 
 
 def _rivals(readings: Readings, version: str | None) -> str:
-    """What rules of this package have more than the rival, of each glyph that both have."""
+    """The external rows, and by how much each rule is above them, of the glyphs that both have."""
     against = [rule for rule in RIVALS if rule in readings.maps]
     if not against:
         return ""
