@@ -64,34 +64,36 @@ def test_a_loss_on_masks_moves_relevancy_into_them(scenes):
     few = training.few(scenes.shaded("as in training"))[::3]
 
     def outside(model, method):
-        with capture_relevancy(model, method=method) as captured:
+        with capture_relevancy(model, method=training.RELEVANCIES[method]) as captured:
             logits = model(few.images[:, None])
-        score = logits.gather(1, few.answer[:, None]).sum() if method == "gradient" else None
+        score = None if method == "rollout" else logits.gather(1, few.answer[:, None]).sum()
         return RelevancyLoss("inside", prefix=1)(captured.relevancy(score, read="cls"), few.mask).item()
 
     start = seeded(0, training.Classifier)
     models = {}
-    for loss, weight in (("none", 0.0), ("crop", 1.0), ("rollout", 8.0), ("gradient", 8.0), ("gradient", 0.0)):
+    for loss, weight in (("none", 0.0), ("crop", 1.0), ("rollout", 8.0), ("gradient", 8.0), ("held", 8.0), ("gradient", 0.0)):
         models[loss, weight] = model = copy.deepcopy(start)
         training.second_training(model, few, loss, weight, 1e-3, 3)
-    assert outside(models["gradient", 8.0], "gradient") < outside(start, "gradient") - 0.02
-    assert outside(models["rollout", 8.0], "rollout") < outside(start, "rollout") - 0.02
+    for name in ("gradient", "held", "rollout"):
+        assert outside(models[name, 8.0], name) < outside(start, name) - 0.02
+    held, published = (models[name, 8.0].head.weight for name in ("held", "gradient"))
+    assert (held - published).abs().max() > 1e-4
     plain, silent, cropped = (models[key].head.weight for key in (("none", 0.0), ("gradient", 0.0), ("crop", 1.0)))
     torch.testing.assert_close(silent, plain, rtol=1e-4, atol=1e-6)
     assert (cropped - plain).abs().max() > 1e-4
 
 
 def test_pointing_counts_what_lies_in_the_digit_and_in_the_shade(scenes, monkeypatch):
-    def planted(model, shown, method="gradient"):
+    def planted(model, shown, name="gradient"):
         maps = torch.zeros(len(shown.answer), 8, 8)
-        if method == "gradient":  # all in the patch at the digit's centre
+        if name == "gradient":  # all in the patch at the digit's centre
             x, y = ((shown.box[:, :2] + 4) // 4).long().unbind(1)
             maps[torch.arange(len(maps)), y, x] = 3.0
         return maps
 
     monkeypatch.setattr(training, "relevancy_maps", planted)
     measured = training.pointing(None, scenes)
-    assert measured["hits"] == 1.0 and measured["rollout in the digit"] == 0.0
+    assert measured["hits"] == 1.0 and measured["rollout in the digit"] == measured["held fixed in the digit"] == 0.0
     assert measured["in the digit"] == 1.0 and measured["in the shade"] < 0.05  # few digits lie under the shade
 
 
@@ -99,8 +101,12 @@ def test_the_best_without_a_shade_is_chosen():
     def one(loss, weight, rate, none, inverted):
         return {"loss": loss, "weight": weight, "rate": rate, "none": none, "inverted": inverted, "as in training": 1.0}
 
-    rest = [one(loss, 1.0, 0.1, 0.5, 0.5) for loss in ("none", "crop", "rollout")]
+    rest = [one(loss, 1.0, 0.1, 0.5, 0.5) for loss in ("none", "crop", "rollout", "held")]
     first = [one("gradient", 1.0, 0.1, 0.8, 0.9), one("gradient", 2.0, 0.1, 0.7, 0.0), one("gradient", 3.0, 0.1, 0.7, 0.0)]
     second = [one("gradient", 1.0, 0.1, 0.2, 0.9), one("gradient", 2.0, 0.1, 0.5, 0.0), one("gradient", 3.0, 0.1, 0.5, 0.0)]
     rows = [{"what": "sweep", "seed": seed, "tried": rest + tried} for seed, tried in enumerate((first, second))]
-    assert report.chosen(rows) == [*((loss, 1.0, 0.1) for loss in ("none", "crop", "rollout")), ("gradient", 2.0, 0.1)]
+    assert report.chosen(rows) == [
+        *((loss, 1.0, 0.1) for loss in ("none", "crop", "rollout")),
+        ("gradient", 2.0, 0.1),
+        ("held", 1.0, 0.1),
+    ]

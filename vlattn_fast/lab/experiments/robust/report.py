@@ -22,8 +22,12 @@ LABELS = {
     "crop": "crop loss",
     "rollout": "rollout loss",
     "gradient": "relevancy loss",
+    "held": "relevancy loss, held fixed",
 }
-POINTING = ("in the digit", "in the shade", "hits", "rollout in the digit", "rollout in the shade")
+POINTING = (
+    *("in the digit", "in the shade", "hits", "held fixed in the digit", "held fixed in the shade"),
+    *("rollout in the digit", "rollout in the shade"),
+)
 Setting = tuple[str, float, float]  # loss, weight, learning rate
 
 
@@ -62,16 +66,20 @@ def tables(records: Sequence[Record]) -> Iterator[str]:
     yield markdown(["test accuracy", *names.values()], lines)
 
     lines = []
-    for loss in (loss for loss in LABELS if loss != "gradient"):
-        both = ([values(records, one, "shaded", cue) for one in ("gradient", loss)] for cue in names)
+    compared = [("gradient", loss) for loss in LABELS if loss not in ("gradient", "held")]
+    for pair in (*compared, ("held", "gradient"), ("held", "rollout"), ("held", "crop")):
+        both = ([values(records, one, "shaded", cue) for one in pair] for cue in names)
         changes = (paired_change(ours, theirs) for ours, theirs in both)
-        lines.append([f"{LABELS['gradient']} less {LABELS[loss]}", *(f"{change} (p {p})" for change, p in changes)])
+        lines.append([" less ".join(LABELS[one] for one in pair), *(f"{change} (p {p})" for change, p in changes)])
     yield markdown(["test accuracy", *names.values()], lines)
 
     lines = [[LABELS[loss], *(spread(values(records, loss, "shaded", one)) for one in POINTING)] for loss in LABELS]
     yield markdown(["relevancy", *POINTING], lines)
 
-    lines = [[LABELS[loss], spread(values(records, loss, "clean", "none"))] for loss in LABELS]
+    clean = {loss: values(records, loss, "clean", "none") for loss in LABELS}
+    lines = [[LABELS[loss], spread(of_seeds)] for loss, of_seeds in clean.items()]
+    change, p = paired_change(clean["held"], clean["gradient"])
+    lines.append([f"{LABELS['held']} less {LABELS['gradient']}", f"{change} (p {p})"])
     yield markdown(["test accuracy, no shade, never a shade in training", "accuracy"], lines)
 
 
@@ -83,7 +91,7 @@ def figure(records: Sequence[Record]) -> Figure:
 
     record = having(records, what="training")[0]
     plain = shown_scenes(record["seed"])
-    drawn, lines = panels(len(plain.answer), 1 + len(LABELS), (10.2, 3.9))
+    drawn, lines = panels(len(plain.answer), 1 + len(LABELS), (11.8, 3.9))
     for place, line in enumerate(lines):
         answer = int(plain.answer[place])
         for axis, loss in zip(line, (None, *LABELS), strict=True):

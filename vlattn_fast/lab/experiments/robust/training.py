@@ -15,6 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlattn_fast.interpret import explain
+from vlattn_fast.interpret.relevancy.method import FREEZABLE, Method
+from vlattn_fast.interpret.relevancy.methods.gradient import Gradient
+from vlattn_fast.interpret.relevancy.methods.rollout import Rollout
 from vlattn_fast.lab.clip import PATCH, load_clip
 from vlattn_fast.lab.pointing import box_shares
 from vlattn_fast.lab.scenes import CANVAS, sample_scenes
@@ -29,6 +32,7 @@ MASKS = 3  # a class
 BATCH = 32
 MAP = CANVAS // PATCH  # patches, both sides
 EXPLAINED, SHOWN = 200, 2  # scenes of a measurement at most, and of the picture
+RELEVANCIES: dict[str, Method] = {"rollout": Rollout(), "gradient": Gradient(freeze=()), "held": Gradient(freeze=FREEZABLE)}
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,7 @@ def few(scenes: Scenes) -> Scenes:
 
 def second_training(model: Classifier, scenes: Scenes, loss: str, weight: float, rate: float, steps: int) -> None:
     """Trains on all scenes at each step, by cross-entropy and `weight` times a loss on their masks: "none"; "crop", the
-    cross-entropy of the pictures with nothing but the digit; "rollout" or "gradient", the share of this relevancy outside."""
+    cross-entropy of the pictures with nothing but the digit; a name of RELEVANCIES, the share of this relevancy outside."""
     pixels, answer, mask = scenes.images[:, None], scenes.answer, scenes.mask
     inside = RelevancyLoss("inside", prefix=1)
 
@@ -127,9 +131,9 @@ def second_training(model: Classifier, scenes: Scenes, loss: str, weight: float,
         if loss in ("none", "crop"):
             parts = {"answer": F.cross_entropy(model(pixels), answer)}
             return parts if loss == "none" else {**parts, "mask": F.cross_entropy(model(pixels * mask[:, None]), answer)}
-        with capture_relevancy(model, method=loss) as captured:
+        with capture_relevancy(model, method=RELEVANCIES[loss]) as captured:
             logits = model(pixels)
-        score = logits.gather(1, answer[:, None]).sum() if loss == "gradient" else None
+        score = None if loss == "rollout" else logits.gather(1, answer[:, None]).sum()
         return {"answer": F.cross_entropy(logits, answer), "mask": inside(captured.relevancy(score, read="cls"), mask)}
 
     fit(model.parameters(), losses, {"answer": 1.0, "mask": weight}, steps, learning_rate=rate)
@@ -142,10 +146,10 @@ def accuracies(model: Classifier, scenes: Scenes, cues: Sequence[str] = CUES) ->
     return {cue: round(float(one.double().mean()), 4) for cue, one in right.items()}
 
 
-def relevancy_maps(model: Classifier, scenes: Scenes, method: str = "gradient") -> Tensor:
-    """(B, 8, 8): of the right answer."""
-    target = None if method == "rollout" else scenes.answer.tolist()
-    maps = explain(model, {"pixel_values": scenes.images[:, None]}, target=target, method=method, read="cls").image
+def relevancy_maps(model: Classifier, scenes: Scenes, name: str = "gradient") -> Tensor:
+    """(B, 8, 8): of the right answer, by one of RELEVANCIES."""
+    target = None if name == "rollout" else scenes.answer.tolist()
+    maps = explain(model, {"pixel_values": scenes.images[:, None]}, target=target, method=RELEVANCIES[name], read="cls").image
     assert isinstance(maps, Tensor)
     return maps
 
@@ -158,8 +162,8 @@ def pointing(model: Classifier, scenes: Scenes) -> dict[str, float]:
     boxes = torch.stack([shown.box, torch.cat([corners, corners + SHADE], 1)], 1)
     touched = F.adaptive_avg_pool2d(shown.mask.double(), MAP) > 0
     measured: dict[str, float] = {}
-    for method, name in (("gradient", ""), ("rollout", "rollout ")):
-        maps = relevancy_maps(model, shown, method).double()
+    for relevancy, name in (("gradient", ""), ("held", "held fixed "), ("rollout", "rollout ")):
+        maps = relevancy_maps(model, shown, relevancy).double()
         digit, shade = (box_shares(maps, boxes) / maps.sum((1, 2))[:, None].clamp(min=1e-30)).mean(0).tolist()
         measured |= {f"{name}in the digit": digit, f"{name}in the shade": shade}
         if not name:
