@@ -44,6 +44,7 @@ from vlattn_fast.benchmarks._workloads import (
 )
 from vlattn_fast.interpret.explaining.answer import prepare_answer
 from vlattn_fast.interpret.records.registry import find_family
+from vlattn_fast.interpret.relevancy.methods import registry
 
 PLAIN, ONE_BACKWARD, PUBLISHED = "plain forward+backward", "maps stored, one backward", "published"
 BACKWARDS = "one forward, a backward a token"
@@ -215,7 +216,7 @@ def build(whole: Whole, sizes: Sizes, device: torch.device, dtype: torch.dtype) 
         return _with_weights(make(), whole, read, t) if whole.eager is None else _stored(make(), whole, read, False, t)
 
     def ours(t: Tensors) -> Tensors:
-        relevancy = va.explain(make(), t, **whole.explained).relevancy
+        relevancy = va.explain(make(), t, method=registry.published("gradient"), **whole.explained).relevancy
         return {f"relevancy {name}": without(relevancy[name], token) for name, (_, token) in read.items()}
 
     def plain(t: Tensors) -> Tensors:
@@ -262,7 +263,7 @@ def build_answer(whole: Whole, method: str, one_by_one: bool, sizes: Sizes, devi
         return {}
 
     def ours(t: Tensors) -> Tensors:
-        relevancy = va.explain(make(), t, answer=answer, method=method).relevancy["language"]
+        relevancy = va.explain(make(), t, answer=answer, method=registry.published(method)).relevancy["language"]
         return {name: without(relevancy[:, token], place) for name, (token, place) in places.items()}
 
     def alone(t: Tensors) -> Tensors:
@@ -273,7 +274,8 @@ def build_answer(whole: Whole, method: str, one_by_one: bool, sizes: Sizes, devi
             before = torch.tensor([answer[:token]], dtype=torch.long, device=device).expand(len(t["input_ids"]), -1)
             longer = {**t, "input_ids": torch.cat([t["input_ids"], before], 1)}
             longer["attention_mask"] = torch.ones_like(longer["input_ids"])
-            row = va.explain(make(), longer, answer=answer[token : token + 1], method=method).relevancy["language"][:, 0]
+            said = answer[token : token + 1]
+            row = va.explain(make(), longer, answer=said, method=registry.published(method)).relevancy["language"][:, 0]
             if token in names:
                 row = torch.nn.functional.pad(row, (0, sizes["N"] + sizes["T"] - row.shape[1]))
                 relevancy[names[token]] = without(row, places[names[token]][1])

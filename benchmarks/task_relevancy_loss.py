@@ -21,6 +21,7 @@ from vlattn_fast.benchmarks._bounds import pairs, softmax_map, without
 from vlattn_fast.benchmarks._formula import CAPTURE
 from vlattn_fast.benchmarks._measure import Benchmark, Pass, Problem, Tensors, Variant, randoms, without_output
 from vlattn_fast.benchmarks._workloads import VIT_STEPS, Sizes
+from vlattn_fast.interpret.relevancy.methods.registry import published
 
 WEIGHT = 0.8  # of the loss on relevancy
 
@@ -60,7 +61,7 @@ def build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
 
     def ours(t: Tensors) -> Tensors:
         x, model = t["tokens"].detach().requires_grad_(), encoder(t, F.scaled_dot_product_attention)
-        with va.nn.capture_relevancy(model) as captured:
+        with va.nn.capture_relevancy(model, method=published("gradient")) as captured:
             scores = scores_of(t, model(x))
         relevancy = captured.relevancy(scores.sum(), read="cls")
         assert isinstance(relevancy, Tensor)

@@ -131,6 +131,16 @@ def _seeds() -> None:
     random.seed(0)
 
 
+@pytest.fixture
+def published(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Methods without options are the published forms: the formulas of the test hold nothing fixed. That constants change nothing
+    else is what tests/interpret/methods/test_freeze.py compares."""
+    from vlattn_fast.interpret.relevancy.methods.registry import METHODS
+
+    for kind in METHODS.values():
+        monkeypatch.setattr(kind, "default_freeze", ())
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()

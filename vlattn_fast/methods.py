@@ -1,6 +1,7 @@
 """The methods of `va.explain` as objects, which take options: `method=va.methods.Weighted(freeze=("norms",), of="logit")`.
 
-A name, as `method="weighted"`, means the same class with its defaults. Options are those of `Method`.
+A name, as `method="weighted"`, means the same class with its defaults. Options are those of `Method`. `freeze=()` gives a method
+in its published form.
 """
 
 from vlattn_fast.interpret.relevancy.method import Method

@@ -18,6 +18,7 @@ from tests.helpers.interpret.cases import lively
 from tools.pages import which_method_page
 from tools.pages.evaluation_page import PAGE, page
 from vlattn_fast.interpret.evaluating.plan import named_methods as _named
+from vlattn_fast.interpret.relevancy.methods.registry import published
 from vlattn_fast.lab import evaluation, tasks
 from vlattn_fast.lab.clip import CONFIG as CLIP_CONFIG
 from vlattn_fast.lab.clip import build_clip
@@ -25,10 +26,12 @@ from vlattn_fast.lab.evaluation import TESTS
 from vlattn_fast.lab.mapper import CONFIG as MAPPER_CONFIG
 from vlattn_fast.lab.processor import DIGIT_WORDS
 from vlattn_fast.lab.provenance import fingerprint
+from vlattn_fast.lab.tasks import PLAIN
 from vlattn_fast.lab.texts import SceneProcessor
 from vlattn_fast.models.clip_mapper import CLIPMapper
 
 ROOT = Path(__file__).parent.parent.parent
+WEIGHTED = published("weighted").label
 
 
 @pytest.fixture
@@ -55,17 +58,17 @@ def test_the_run_writes_rows(name, untrained, tmp_path, capsys):
     assert {"commit", "versions", "threads", "cpu_seconds", "facts", "accuracy_of_whole", "residual_shares"} <= set(report)
     assert ("accepted" in report) == (name == "matching")
     of_clip = {"gradient_last_layer", "legrad", "grad_eclip", "clip_surgery"} if name == "clip" else set()
-    assert {row["method"] for row in report["rows"]} == {"gradient", "weighted"} | of_clip
+    assert {row["method"] for row in report["rows"]} == {PLAIN, WEIGHTED} | of_clip
     samples = 8 if name == "captions" else 4  # two words a caption
     for row in report["rows"]:
         assert len(row["values"]) == 2 and row["samples"] + row["left_out"] == samples
-        if row["method"] == "gradient" and row["test"] != "sanity" and row["value"] is not None:
+        if row["method"] == PLAIN and row["test"] != "sanity" and row["value"] is not None:
             assert row["minus_gradient"] == 0 and row["value"] == pytest.approx(sum(row["values"]) / row["seeds"])
     # A skewed mean may lie outside of its percentiles: halves differ by rounding alone.
     assert all(0 <= row["p5"] <= row["p95"] <= 1 and 0 <= row["mean"] <= 1 for row in report["residual_shares"])
     printed = capsys.readouterr().out
-    assert printed.count("| less `gradient` | positive | negative |") == 2 and printed.count("| less `gradient` | synergy |") == 1
-    row = next(row for row in report["rows"] if row["method"] == "weighted" and row["test"] == "mass")
+    assert printed.count(f"| less `{PLAIN}` | positive | negative |") == 2 and printed.count(f"| less `{PLAIN}` | synergy |") == 1
+    row = next(row for row in report["rows"] if row["method"] == WEIGHTED and row["test"] == "mass")
     assert f"| {row['value']:.3f} ± {row['sd']:.3f} |" in printed
 
 
@@ -76,7 +79,7 @@ def test_a_stored_file_gains_what_it_lacks(untrained, tmp_path, monkeypatch, cap
     evaluation.main([*asked, "--out", str(whole)])
     every = json.loads(whole.read_text())
     report = json.loads(whole.read_text())
-    kept = [row for row in report["rows"] if row["method"] == "gradient" and row["test"] in ("positive", "mass")]
+    kept = [row for row in report["rows"] if row["method"] == PLAIN and row["test"] in ("positive", "mass")]
     part.write_text(json.dumps({**report, "rows": [{**row, "values": [7.0, 8.0]} for row in kept]}))
     evaluation.main([*asked, "--add", "--out", str(part)])
     added = json.loads(part.read_text())
@@ -90,12 +93,12 @@ def test_a_stored_file_gains_what_it_lacks(untrained, tmp_path, monkeypatch, cap
             assert row["values"] == [7.0, 8.0] and row["value"] == 7.5
         else:
             assert row["values"] == pytest.approx(full["values"], abs=1e-6)
-            kin = row["test"] in ("positive", "mass")  # whose "gradient" is the stored one
+            kin = row["test"] in ("positive", "mass")  # whose plain rule is the stored one
             less = None if full["minus_gradient"] is None else full["value"] - 7.5 if kin else full["minus_gradient"]
             assert row["minus_gradient"] == pytest.approx(less, abs=1e-6)
     (note,) = added["added"]
-    assert note["commit"] == added["commit"] and "positive" not in note["tests"]["gradient"]
-    assert note["tests"]["weighted"] == list(TESTS) and "synergy" in note["tests"]["gradient"]
+    assert note["commit"] == added["commit"] and "positive" not in note["tests"][PLAIN]
+    assert note["tests"][WEIGHTED] == list(TESTS) and "synergy" in note["tests"][PLAIN]
     assert added["facts"]["methods"] == every["facts"]["methods"] and set(added["facts"]["tests"]) == set(TESTS)
     capsys.readouterr()
     for text, options, said in (
@@ -113,7 +116,9 @@ def test_evaluate_knows_the_methods():
     for name, task in evaluation.TASKS.items():
         methods = evaluation.methods_of(task)
         assert list(_named(methods)) == list(methods)
-        assert {"gradient", "weighted", "weighted:norm", "weighted:equal", "random"} <= set(methods)
+        assert {"gradient", PLAIN, "weighted", WEIGHTED, "weighted(freeze=(), weighting=norm)", "gradcam", "random"} <= set(
+            methods
+        )
         assert ({"gradient_last_layer", "legrad", "grad_eclip", "clip_surgery"} <= set(methods)) == (name == "clip")
 
 
@@ -158,12 +163,12 @@ def test_weights_by_contribution_are_halves_behind_a_norm():
         name: value.double() if value.is_floating_point() else value for name, value in va.lab.digit_scenes(8).inputs().items()
     }
     one, two = (
-        va.explain(model, inputs, target=1, method="weighted", weighting=weighting).relevancy["joint"]
+        va.explain(model, inputs, target=1, method=published("weighted", weighting)).relevancy["joint"]
         for weighting in ("contribution", "equal")
     )
     layers = model.config.num_hidden_layers
     assert float((one * 2**layers - two).abs().max()) < 1e-4 * float(two.abs().max())
-    norm = va.explain(model, inputs, target=1, method="weighted", weighting="norm").relevancy["joint"]
+    norm = va.explain(model, inputs, target=1, method=published("weighted", "norm")).relevancy["joint"]
     assert float((norm * 2**layers - two).abs().max()) > 0.01 * float(two.abs().max())
 
 
@@ -174,18 +179,15 @@ def made(values):
         for name, value in values.items()
     ]
     curve = {"method": "gradient", "part": "image", "steps": [0.0, 1.0]}
-    curves = [
-        {**curve, "test": "insertion", "mean": [0.1, 0.9]},
-        {**curve, "test": "positive", "mean": [values["gradient"], 0.1]},
-    ]
+    curves = [{**curve, "test": "insertion", "mean": [0.1, 0.9]}, {**curve, "test": "positive", "mean": [values[PLAIN], 0.1]}]
     return va.Evaluation(table, curves)
 
 
 def test_seeds_are_compared_pair_by_pair():
     """By hand: of means and differences those of the seeds that have them, with the deviation of a sample."""
-    runs = [made({"gradient": a, "weighted": b}) for a, b in ((0.2, 0.5), (0.6, 0.7), (0.1, None))]
+    runs = [made({PLAIN: a, WEIGHTED: b}) for a, b in ((0.2, 0.5), (0.6, 0.7), (0.1, None))]
     plain, weighted = evaluation.over_seeds(runs)
-    assert (plain["method"], plain["minus_gradient"], plain["minus_gradient_sd"], plain["seeds"]) == ("gradient", 0.0, 0.0, 3)
+    assert (plain["method"], plain["minus_gradient"], plain["minus_gradient_sd"], plain["seeds"]) == (PLAIN, 0.0, 0.0, 3)
     assert plain["value"] == pytest.approx(0.3) and plain["sd"] == pytest.approx(0.07**0.5)
     assert weighted["values"] == [0.5, 0.7, None] and (weighted["seeds"], weighted["samples"], weighted["left_out"]) == (2, 9, 3)
     assert (weighted["value"], weighted["sd"]) == pytest.approx((0.6, 0.02**0.5))
@@ -249,8 +251,8 @@ def test_residual_shares_of_linked_towers():
 def test_tables_of_two_methods():
     """Values with their deviations, "–" for what has no value, and differences for weightings and ablations alone."""
     numbers = {
-        ("gradient", "positive"): (0.25, 0.0126, 0.0, 0.0),
-        ("gradient", "sanity"): (0.5, 0.25, 0.0, 0.0),
+        (PLAIN, "positive"): (0.25, 0.0126, 0.0, 0.0),
+        (PLAIN, "sanity"): (0.5, 0.25, 0.0, 0.0),
         ("gradient:no_aggregation", "positive"): (0.125, 0.5, -0.125, 0.0),
         ("gradient:no_aggregation", "sanity"): (None, None, None, None),
     }
@@ -260,7 +262,7 @@ def test_tables_of_two_methods():
         for (method, test), values in numbers.items()
     ]
     assert [table.splitlines()[2:] for table in evaluation.tables(rows)] == [
-        ["| `gradient` | 0.250 ± 0.013 | +0.500 ± 0.250 |", "| `gradient:no_aggregation` | 0.125 ± 0.500 | – |"],
+        [f"| `{PLAIN}` | 0.250 ± 0.013 | +0.500 ± 0.250 |", "| `gradient:no_aggregation` | 0.125 ± 0.500 | – |"],
         ["| `gradient:no_aggregation` | -0.125 ± 0.000 |"],
     ]
 

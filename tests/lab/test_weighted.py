@@ -17,6 +17,8 @@ from vlattn_fast.lab.mapper import CONFIG
 from vlattn_fast.lab.texts import SceneProcessor
 from vlattn_fast.models.clip_mapper import CLIPMapper
 
+pytestmark = pytest.mark.usefixtures("published")
+
 
 def make(task):
     clip = build_clip(CLIP_CONFIG)

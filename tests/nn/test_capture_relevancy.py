@@ -95,6 +95,7 @@ def gradients(model: nn.Module) -> Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
+@pytest.mark.usefixtures("published")
 @pytest.mark.parametrize("how", ["plain", "higher order", "checkpointed"])
 @pytest.mark.parametrize("method", ["gradient", "rollout", "weighted"])
 @pytest.mark.parametrize("name", CASES)

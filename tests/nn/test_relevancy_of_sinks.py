@@ -10,6 +10,7 @@ from vlattn_fast.nn import capture_relevancy
 hf = pytest.importorskip("transformers")
 
 
+@pytest.mark.usefixtures("published")
 @pytest.mark.parametrize(("method", "higher_order"), [("gradient", False), ("gradient", True), ("rollout", False)])
 def test_sinks_get_the_gradient_of_stored_maps(method: str, higher_order: bool) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 60}

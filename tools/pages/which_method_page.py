@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
+from tools.pages.evaluations_of_others import with_others
+from vlattn_fast.interpret.relevancy.methods import registry
 from vlattn_fast.lab.records import markdown
 
 ROOT = Path(__file__).parents[2]
@@ -16,7 +19,7 @@ PAGE = ROOT / "docs" / "guides" / "which_method.md"
 TASKS = {"matching": "UNITER", "clip": "CLIP", "vqa": "questions", "captions": "captions"}  # with a file of rows each
 TESTS = {"Pointing": "pointing", "Mass": "mass", "Removing the most relevant first": "positive", "the least": "negative"}
 METHODS = ("gradient", "weighted", "input_gradient", "gradcam", "integrated_gradients", "rollout", "attention", "random")
-FORMS = {"": "", "norms": "(freeze=norms)", "norms, attention": "(freeze=norms+attention)"}
+FORMS = ((), ("norms",), ("norms", "attention"))  # held fixed
 
 
 def table(test: str) -> str:
@@ -27,12 +30,23 @@ def table(test: str) -> str:
         values |= {(row["method"], task): row["value"] for row in rows if (row["test"], row["part"]) == (test, "image")}
     lines = []
     for method in METHODS:
-        for frozen, suffix in FORMS.items():
-            numbers = [values.get((method + suffix, task)) for task in TASKS]
+        for label, held in labels(method):
+            numbers = [values.get((label, task)) for task in TASKS]
             if any(number is not None for number in numbers):
                 cells = ("–" if number is None else f"{number:.3f}" for number in numbers)
-                lines.append([f"`{method}`", frozen, *cells])
+                lines.append([f"`{method}`", held, *cells])
     return markdown(["method", "held fixed", *TASKS.values()], lines, words=(0, 1))
+
+
+def labels(method: str) -> Iterator[tuple[str, str]]:
+    """The names of a method's forms in the stored rows, and what each holds fixed."""
+    kind = registry.METHODS.get(method)
+    if kind is None or not kind.needs_score:  # "random" is no method
+        yield method, ""
+        return
+    for freeze in FORMS:
+        is_default = bool(freeze) and freeze == kind.default_freeze
+        yield kind(freeze=freeze).label, ", ".join(freeze) + (" (default)" if is_default else "")
 
 
 def page() -> str:
@@ -45,7 +59,7 @@ def page() -> str:
         if made is None:
             raise ValueError(f"{PAGE.name} must have a table behind {start[0]!r}; got none")
         text = text[: made.start()] + table(test) + "\n" + text[made.end() :]
-    return text
+    return with_others(text)
 
 
 if __name__ == "__main__":

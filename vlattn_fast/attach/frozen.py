@@ -49,12 +49,14 @@ class Frozen(Stepwise, TorchFunctionMode):
         trains: the model trains on the same graph: things are constants only while `holds` is set.
 
     Attributes:
+        differentiable: where the model trains, the gradients with these constants are differentiated themselves.
         missed: the modules, named, that divide by a norm of their input which keeps its derivative.
     """
 
     def __init__(self, model: nn.Module, norms: bool = True, attention: bool = False, trains: bool = False) -> None:
         super().__init__()
         self.norms, self.attention, self.trains, self.holds = norms, attention, trains, not trains
+        self.differentiable = False
         self._thread, self._within = threading.get_ident(), 0
         modules = model.named_modules() if norms else ()
         written = [(path, module, _kind(module)) for path, module in modules if _may_be_written(module)]
@@ -80,7 +82,7 @@ class Frozen(Stepwise, TorchFunctionMode):
 
     def constant(self, tensor: Tensor) -> Tensor:
         """The tensor, as a constant of the backward pass."""
-        return _Switch.apply(tensor, None, self) if self.trains else tensor.detach()
+        return _Switch.apply(tensor, self) if self.trains else tensor.detach()
 
     def _step(self, into: int) -> None:
         if threading.get_ident() == self._thread:
@@ -114,9 +116,7 @@ class Frozen(Stepwise, TorchFunctionMode):
             return func(*args)
         if not self.trains:
             return _Linear.apply(x, norm, func, args)
-        output = func(*args)
-        held = norm.times_weight(norm.scaled(x, norm.over_root(x).detach()))
-        return _Switch.apply(output, held.to(output.dtype), self)
+        return _Switch.apply(func(*args), self, x, norm)
 
 
 class _Norm(NamedTuple):
@@ -148,26 +148,42 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm: _Norm, func: Any, args: tuple[Any, ...]) -> Any:
         ctx.norm, ctx.dtype = norm, x.dtype
+        ctx.set_materialize_grads(False)  # no zeros of a layer that no score depends on: FSDP has freed its weights
         ctx.save_for_backward(norm.over_root(x))
         return func(*args)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
+        if grad is None:
+            return None, None, None, None
         (over_root,) = ctx.saved_tensors
-        return ctx.norm.scaled(ctx.norm.times_weight(grad), over_root).to(ctx.dtype), None, None, None
+        return _linear_gradient(ctx, grad, over_root), None, None, None
 
 
 class _Switch(torch.autograd.Function):
-    """The first tensor, whose gradient goes to the second one while the owner holds denominators fixed; None = to nothing."""
+    """A tensor. While the owner holds things fixed, its gradient goes past it: to nothing, or to the norm's input x as that of a
+    linear function. No tensor is saved, since a layer under torch.utils.checkpoint saves what it saves without this context."""
 
     @staticmethod
-    def forward(ctx: Any, plain: Tensor, held: Tensor | None, owner: Frozen) -> Tensor:
-        ctx.owner, ctx.has_held = owner, held is not None
+    def forward(ctx: Any, plain: Tensor, owner: Frozen, x: Tensor | None = None, norm: _Norm | None = None) -> Tensor:
+        ctx.set_materialize_grads(False)  # see `_Linear`
+        ctx.owner, ctx.norm = owner, norm
+        if norm is not None and x is not None:
+            ctx.over_root, ctx.dtype, ctx.x = norm.over_root(x), x.dtype, x if owner.differentiable else None
         return plain.view_as(plain)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        return (None, grad if ctx.has_held else None, None) if ctx.owner.holds else (grad, None, None)
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, Tensor | None, None]:
+        if grad is None or not ctx.owner.holds:
+            return grad, None, None, None
+        if ctx.norm is None:
+            return None, None, None, None
+        return None, None, _linear_gradient(ctx, grad, ctx.over_root if ctx.x is None else ctx.norm.over_root(ctx.x)), None
+
+
+def _linear_gradient(ctx: Any, grad: Tensor, over_root: Tensor) -> Tensor:
+    gradient: Tensor = ctx.norm.scaled(ctx.norm.times_weight(grad), over_root).to(ctx.dtype)
+    return gradient
 
 
 # --- torch's functions ---

@@ -20,14 +20,15 @@ from vlattn_fast.backends.reference.relevancy_residual import residual_weights
 from vlattn_fast.interpret.evaluating.curves import BOTH, CURVES, PARTS
 from vlattn_fast.interpret.evaluating.evaluate import evaluate
 from vlattn_fast.interpret.evaluating.evaluation import Evaluation
-from vlattn_fast.interpret.evaluating.plan import INTERVENTION, Rival
+from vlattn_fast.interpret.evaluating.plan import INTERVENTION, RANDOM, Rival, with_weighting
 from vlattn_fast.interpret.evaluating.plan import TESTS as ALL_TESTS
 from vlattn_fast.interpret.explaining.explain import explain
 from vlattn_fast.interpret.relevancy.method import Method
+from vlattn_fast.interpret.relevancy.methods.registry import published
 from vlattn_fast.lab import rivals
 from vlattn_fast.lab.provenance import commit, fingerprint, version, versions
 from vlattn_fast.lab.records import grouped, markdown, read_json, write_records
-from vlattn_fast.lab.tasks import TASKS, Task, matching
+from vlattn_fast.lab.tasks import PLAIN, TASKS, Task, matching
 from vlattn_fast.lab.uniter import log_odds
 from vlattn_fast.models.clip_mapper import CLIPMapper
 
@@ -37,11 +38,20 @@ TESTS = tuple(test for test in ALL_TESTS if test != INTERVENTION)  # which model
 
 def methods_of(task: Task) -> dict[str, str | Method | Rival]:
     """The methods and rivals of a task, by name; captum's methods only where captum is installed."""
-    methods: dict[str, str | Method | Rival] = {**{name: name for name in task.methods}, **task.frozen}
+    methods: dict[str, str | Method | Rival] = {**dict(map(_in_published_form, task.methods)), **task.frozen}
     for kind in task.rivals:
         if kind != "CAPTUM" or version("captum") is not None:
             methods |= getattr(rivals, kind)
     return methods
+
+
+def _in_published_form(name: str) -> tuple[str, str | Method]:
+    """A method of `evaluate` and its name in a table."""
+    if name == RANDOM:
+        return name, name
+    method, weighting = with_weighting(name)
+    made = published(method, weighting or "contribution")
+    return made.label, made
 
 
 def run(
@@ -82,7 +92,7 @@ def residual_shares(task: Task, model: nn.Module, samples: int) -> list[dict[str
             of_size[id(residual)] = residual, a[gradient.abs().amax(-1) > 0]
             return a, b
 
-        explain(model, inputs, target=target, method="weighted", weighting=weighting)
+        explain(model, inputs, target=target, method=published("weighted", weighting))
         for size, sums in seen.items():
             parts = [part for _, part in sums.values()]
             image = "image" if "pixel_values" in inputs else "joint"
@@ -115,8 +125,8 @@ def accepted(samples: int, seeds: int) -> dict[str, Any]:
 
 
 def over_seeds(runs: Sequence[Evaluation], stored: Sequence[Mapping[str, Any]] = ()) -> list[dict[str, Any]]:
-    """A record for each method, test and part: mean and standard deviation of the value and of its difference from "gradient" in
-    the same run, over the "seeds" runs that have a value. Records of earlier runs over the same scenes, `stored`, come first."""
+    """A record for each method, test and part: mean and standard deviation of the value and of its difference from PLAIN in the
+    same run, over the "seeds" runs that have a value. Records of earlier runs over the same scenes, `stored`, come first."""
     counts = ("samples", "left_out")
     seen = {_place(record): {key: record[key] for key in ("values", *counts)} for record in stored}
     for place in map(_place, runs[0].table if runs else ()):
@@ -124,7 +134,7 @@ def over_seeds(runs: Sequence[Evaluation], stored: Sequence[Mapping[str, Any]] =
         seen[place] = {"values": [one["value"] for one in same], **{key: sum(one[key] for one in same) for key in counts}}
     records = []
     for (method, test, part), facts in seen.items():
-        plain = seen["gradient", test, part]["values"]
+        plain = seen[PLAIN, test, part]["values"]
         values = [one for one in facts["values"] if one is not None]
         less, less_sd = _mean([one - two for one, two in zip(facts["values"], plain, strict=True) if None not in (one, two)])
         mean, sd = _mean(values)
@@ -232,9 +242,9 @@ def tables(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     stored = {(record["method"], record["test"], record["part"]): record for record in records}
     methods = list(dict.fromkeys(record["method"] for record in records))
     for part in (*PARTS, BOTH):
-        tests = [test for test in TESTS if ("gradient", test, part) in stored]
+        tests = [test for test in TESTS if (PLAIN, test, part) in stored]
         shown = [m for m in methods if any(stored[m, test, part]["value"] is not None for test in tests)]
-        less = [m for m in shown if m.startswith(("gradient:", "weighted"))]
+        less = [m for m in shown if m.startswith(("gradient", "weighted")) and m != PLAIN]
         if shown:
             lines = [
                 [f"`{m}`", *(_cell(stored[m, test, part], "value", "sd", test == "sanity") for test in tests)] for m in shown
@@ -244,7 +254,7 @@ def tables(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             compared = [test for test in tests if test != "sanity"]
             keys = "minus_gradient", "minus_gradient_sd", True
             lines = [[f"`{m}`", *(_cell(stored[m, test, part], *keys) for test in compared)] for m in less]
-            yield markdown(["less `gradient`", *compared], lines)
+            yield markdown([f"less `{PLAIN}`", *compared], lines)
 
 
 def _cell(record: Mapping[str, Any], mean: str, deviation: str, signed: bool) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vlattn_fast._ground.checks import call_on
 from vlattn_fast.attach.session import at_rest
 from vlattn_fast.interpret import explain
+from vlattn_fast.interpret.relevancy.methods.registry import published
 
 Inputs = Mapping[str, Any]
 
@@ -115,7 +116,7 @@ def legrad(model: nn.Module, inputs: Inputs, target: Any, *, layers: int = 2) ->
 def gradient_last_layer(model: nn.Module, inputs: Inputs, target: Any) -> Any:
     """The plain method in the last layer of each tower alone (Chefer et al., ICCV 2021; code
     hila-chefer/Transformer-MM-Explainability, `CLIP_explainability.ipynb`, whose default start_layer is -1)."""
-    return explain(model, inputs, target=target, start_layer=-1)
+    return explain(model, inputs, target=target, method=published("gradient"), start_layer=-1)
 
 
 def grad_eclip(model: nn.Module, inputs: Inputs, target: Any) -> SimpleNamespace:

@@ -16,6 +16,7 @@ from vlattn_fast.interpret.relevancy.method import Method
 from vlattn_fast.interpret.relevancy.methods.gradcam import GradCam
 from vlattn_fast.interpret.relevancy.methods.gradient import Gradient
 from vlattn_fast.interpret.relevancy.methods.input_gradient import InputGradient
+from vlattn_fast.interpret.relevancy.methods.registry import published
 from vlattn_fast.interpret.relevancy.methods.weighted import Weighted
 from vlattn_fast.lab.clip import load_clip
 from vlattn_fast.lab.mapper import load_captioner, load_vqa
@@ -30,12 +31,12 @@ Measure = Callable[[Any], Tensor]
 
 _WEIGHTED = ("weighted", "weighted:norm", "weighted:equal", "weighted:no_normalization", "weighted:norm:no_normalization")
 _BASELINES = ("rollout", "attention", "gradcam", "input_gradient", "integrated_gradients", "random")
-_NORMS, _BOTH = ("norms",), ("norms", "attention")
 FROZEN: dict[str, Method] = {
     method.label: method
     for kind in (Gradient, Weighted, InputGradient, GradCam)
-    for method in (kind(freeze=_NORMS), kind(freeze=_BOTH))
+    for method in (kind(freeze=("norms",)), kind(freeze=("norms", "attention")))
 }
+PLAIN = published("gradient").label
 TOWERS = ("gradient", "gradient:no_aggregation", *_WEIGHTED, "glimpse", *_BASELINES)
 LINKED = (*TOWERS[:2], "gradient:no_normalization", "gradient:no_self_attention", *_WEIGHTED, *_BASELINES)
 
@@ -46,7 +47,7 @@ class Task:
 
     load: Callable[[], nn.Module]  # gives the shipped model
     items: Callable[[Any, int, int, int], Iterator[Item]]  # (model, samples, seed, batch) -> a dataset of `evaluate`
-    methods: tuple[str, ...]  # names of `evaluate`
+    methods: tuple[str, ...]  # names of `evaluate`; each is measured in its published form
     frozen: Mapping[str, Method] = field(default_factory=lambda: FROZEN)  # methods with constants, by their labels
     rivals: tuple[str, ...] = ("CAPTUM",)  # sets of `vlattn_fast.lab.rivals`
     batch: int = 50  # samples of an item

@@ -22,10 +22,14 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from vlattn_fast.interpret import explain
+from vlattn_fast.interpret.relevancy.method import FREEZABLE
+from vlattn_fast.interpret.relevancy.methods.registry import find_method
 
 Score = Callable[[Any], Tensor]
 METHODS = ("gradient", "weighted", "rollout", "attention", "gradcam")
 SOFTMAX = (torch.softmax, functional.softmax, Tensor.softmax)
+NORMS = {functional.layer_norm: True, functional.rms_norm: False}  # whether the mean is taken away
+ROOTS = (torch.rsqrt, torch.sqrt, Tensor.rsqrt, Tensor.sqrt, torch.pow, Tensor.pow, Tensor.__pow__)
 # of differences from float64; the layers of lively models multiply what float32 rounds away by hundreds
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-4}
 
@@ -64,15 +68,18 @@ def layer_sums(layers: str, count: int, stream: str, summed: str) -> tuple[tuple
 
 @dataclass
 class Kept(TorchFunctionMode):
-    """Every softmax over four dimensions, (B, H, N, M), by the path of the module."""
+    """Every softmax over four dimensions, (B, H, N, M), by the path of the module. `held`: these maps, and the denominators of
+    norms, are constants for everything behind them."""
 
     model: nn.Module
+    held: bool = False
     maps: list[tuple[str, Tensor]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__init__()
         self.paths = [""]
         self.names = {module: name for name, module in self.model.named_modules()}
+        self.norms = {name for name, module in self.model.named_modules() if "Norm" in type(module).__name__}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -82,7 +89,14 @@ class Kept(TorchFunctionMode):
         if func is functional.multi_head_attention_forward:
             with self:
                 return literal_multihead(*args, **kwargs)
+        if self.held and func in NORMS:
+            return literal_norm(NORMS[func], *args, **kwargs)
         result = func(*args, **kwargs)
+        if self.held and func in ROOTS and self.paths[-1] in self.norms:
+            squares = func in ROOTS[4:] and args[1] not in (0.5, -0.5)
+            return result if squares else result.detach()
+        if self.held and func in SOFTMAX and result.ndim == 4:
+            result = result.detach().requires_grad_()
         if func in SOFTMAX and result.ndim == 4:
             self.maps.append((self.paths[-1], result))
         elif func is Tensor.__getitem__ and self.maps and args[0] is self.maps[-1][1]:
@@ -154,6 +168,18 @@ def literal(
     return output[:, 0] if one_head else output
 
 
+def literal_norm(
+    centred: bool, x: Tensor, shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    """A norm of torch whose denominator is a constant."""
+    dims = tuple(range(-len(shape), 0))
+    x = x - x.mean(dims, keepdim=True) if centred else x
+    small = (1e-5 if centred else torch.finfo(x.dtype).eps) if eps is None else eps
+    squares = x.square().mean(dims, keepdim=True) + small
+    y = x / squares.sqrt().detach()
+    return ((y if weight is None else y * weight) + (0.0 if bias is None else bias)).contiguous()
+
+
 def literal_multihead(
     query: Tensor,
     key: Tensor,
@@ -199,11 +225,17 @@ def rows_of(
 
 
 def rows_by_method(
-    model: nn.Module, inputs: dict[str, Any], score: Score, places: dict[str, Place], methods: Sequence[str], start_layer: int = 0
+    model: nn.Module,
+    inputs: dict[str, Any],
+    score: Score,
+    places: dict[str, Place],
+    methods: Sequence[str],
+    start_layer: int = 0,
+    held: bool = False,
 ) -> dict[str, dict[str, Tensor]]:
     """By each method the relevancy row (B, N) of each tower: one forward pass with stored maps, their gradients, and full matrix
     products, a sample at a time."""
-    kept, streams, handles = Kept(model), {}, []
+    kept, streams, handles = Kept(model, held), {}, []
     for place in places.values():
         for number, path in dict.fromkeys((n, path) for pair in place.sums for n, path in enumerate(pair)):
             if path in streams:
@@ -345,11 +377,18 @@ def check(
     stored: Callable[[nn.Module], nn.Module] = lambda model: model,
     **options: Any,
 ) -> None:
-    """What `explain` gives by each method in float64, and by the first in float32, is what one stored graph gives; the model is
-    left in float32. `stored` makes the model whose maps are kept; `options` go to `explain`."""
+    """What `explain` gives by each method in float64, and by the first in float32, is what one stored graph gives, and so is what
+    the first gives with norms and attention held fixed. The model is left in float32. `stored` makes the model whose maps are
+    kept; `options` go to `explain`."""
     options["start_layer"] = start_layer
     exact = with_floats(inputs, torch.float64)
-    want = rows_by_method(stored(model.double()), exact, score, places, methods, start_layer)
+    kept = stored(model.double())
+    want = rows_by_method(kept, exact, score, places, methods, start_layer)
+    if find_method(methods[0]).needs_score:
+        held = rows_by_method(kept, exact, score, places, methods[:1], start_layer, held=True)[methods[0]]
+        got = explain(model, exact, method=find_method(methods[0])(freeze=FREEZABLE), **options).relevancy
+        for tower, place in places.items():
+            assert_rows(got[tower], held[tower], place, methods[0], ("held", methods[0], tower))
     for dtype, asked in ((torch.float64, methods), (torch.float32, methods[:1])):
         model = model.double() if dtype == torch.float64 else model.float()  # `to` would cast complex numbers, too
         for method in asked:

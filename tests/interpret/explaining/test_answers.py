@@ -15,6 +15,8 @@ from tests.helpers.interpret.stored_maps import METHODS, Place, assert_rows, row
 from vlattn_fast.interpret import explain
 from vlattn_fast.interpret.explaining.answer import Alone
 
+pytestmark = pytest.mark.usefixtures("published")
+
 PROMPTS = torch.tensor([[4, 9, 11, 7, 23, 8], [5, 6, 3, 12, 0, 0]])
 REAL = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
 ANSWERS = [[17, 30, 21], [14, 40]]

@@ -13,6 +13,8 @@ from tests.helpers.interpret.stored_maps import Kept, assert_rows
 from vlattn_fast.interpret import FAMILIES, Family, explain, register_family
 from vlattn_fast.interpret.explaining.inputs import packing
 
+pytestmark = pytest.mark.usefixtures("published")
+
 START, ANSWERS = [[1], [1]], [[4, 5, 6], [7, 8]]
 LATER = pytest.mark.filterwarnings("ignore:A part of the map is that of later tokens")
 

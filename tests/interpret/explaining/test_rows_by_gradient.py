@@ -17,6 +17,8 @@ from tests.interpret.records.test_detectors import detr, pictures  # noqa: E402
 from vlattn_fast.interpret import explain  # noqa: E402
 from vlattn_fast.nn import capture_relevancy  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("published")
+
 IMAGE = PATCHES + 1
 SUMS = layer_sums("encoder.layer", 3, "attention", "attention.output.LayerNorm")
 

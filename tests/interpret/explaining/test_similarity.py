@@ -18,6 +18,8 @@ from tests.helpers.interpret.encoder_cases import T5, WORDS, text  # noqa: E402
 from tests.helpers.interpret.stored_maps import Place, check  # noqa: E402
 from vlattn_fast.interpret import explain, load_explanations  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("published")
+
 METHODS = ("gradient", "rollout", "attention")
 
 

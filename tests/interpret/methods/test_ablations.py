@@ -15,6 +15,8 @@ from tests.helpers.interpret.stored_maps import assert_rows
 from tests.interpret.relevancy.test_linked import LXMERT, encoder_decoder_maps, lxmert_maps, text_encoder_decoder
 from vlattn_fast.interpret import evaluate, explain
 
+pytestmark = pytest.mark.usefixtures("published")
+
 OF_ONE_TOWER = ("gradient:no_aggregation", "weighted:no_normalization")
 
 

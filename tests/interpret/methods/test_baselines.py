@@ -14,6 +14,8 @@ import vlattn_fast as va
 from tests.helpers.interpret.cases import in_double
 from tests.interpret.methods.test_embedding_methods import IDS, Sees, Words, entered
 
+pytestmark = pytest.mark.usefixtures("published")
+
 METHODS = va.methods
 PROCESSOR = SimpleNamespace(image_processor=SimpleNamespace(image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.3, 0.4]))
 

@@ -17,6 +17,8 @@ from tests.helpers.interpret.decoder_cases import DECODERS
 from tests.helpers.interpret.stored_maps import with_floats
 from vlattn_fast.interpret import LayerExplanation, explain
 
+pytestmark = pytest.mark.usefixtures("published")
+
 
 def stored(model, inputs, score, prefix: str = "") -> list[tuple[Tensor, Tensor]]:
     """The maps (B, H, N, N) of each layer and the gradients there of a score."""

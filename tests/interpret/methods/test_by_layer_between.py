@@ -13,6 +13,8 @@ from tests.interpret.methods.test_ablations import lxmert
 from tests.interpret.relevancy.test_linked import lxmert_maps, text_encoder_decoder
 from vlattn_fast.interpret import LayerExplanation, explain
 
+pytestmark = pytest.mark.usefixtures("published")
+
 
 def rows_of(maps: Maps, kind: str, positions: list[int], method: str) -> Tensor:
     """(L, H, B, M), the rows at `positions` of the maps of a kind."""

@@ -21,6 +21,8 @@ from tools.models.run import classes
 from tools.models.shrink import small_model
 from vlattn_fast.interpret import evaluate, explain
 
+pytestmark = pytest.mark.usefixtures("published")
+
 COMBINED = {
     "input_gradient": lambda products: products.sum(-1),
     "input_gradient:absolute": lambda products: products.sum(-1).abs(),

@@ -11,6 +11,8 @@ from torch import Tensor
 import vlattn_fast as va
 from tests.helpers.interpret.image_to_text import GRID, ImageToText, OfOneDict, image_to_text, pictures
 
+pytestmark = pytest.mark.usefixtures("published")
+
 START, ANSWER = [[1], [1]], [[7, 3, 11], [4, 9, 5]]
 
 

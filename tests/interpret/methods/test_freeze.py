@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import threading
 import warnings
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 import vlattn_fast as va
@@ -52,8 +54,8 @@ def detached(model: nn.Module) -> nn.Module:
 def test_norms_are_constants(case: Any, method: type[va.methods.Method]) -> None:
     inputs = in_double(case)
     frozen = va.explain(case.model, inputs, method=method(freeze=("norms",)))
-    plain = va.explain(case.model, inputs, method=method.name)
-    expected = va.explain(detached(case.model), inputs, method=method.name)
+    plain = va.explain(case.model, inputs, method=method(freeze=()))
+    expected = va.explain(detached(case.model), inputs, method=method(freeze=()))
     assert torch.equal(frozen.scores, plain.scores)
     for tower, row in expected.relevancy.items():
         assert (frozen.relevancy[tower] - row).abs().max() < 1e-9 * row.abs().max()
@@ -64,10 +66,10 @@ def test_norms_are_constants(case: Any, method: type[va.methods.Method]) -> None
 def test_each_layer_and_the_label(case: Any) -> None:
     inputs = in_double(case)
     frozen = va.explain(case.model, inputs, method=va.methods.Gradient(freeze=("norms",), of="margin"), per="layer")
-    expected = va.explain(detached(case.model), inputs, method=va.methods.Gradient(of="margin"), per="layer")
+    expected = va.explain(detached(case.model), inputs, method=va.methods.Gradient(freeze=(), of="margin"), per="layer")
     torch.testing.assert_close(frozen.relevancy["vision"], expected.relevancy["vision"], rtol=0, atol=1e-12)
     whole = va.explain(case.model, inputs, method=va.methods.Weighted("norm", freeze=("norms", "attention")))
-    assert whole.method == "weighted(freeze=norms+attention, weighting=norm)"
+    assert whole.method == "weighted(weighting=norm)"
 
 
 class Attends(nn.Module):
@@ -103,8 +105,8 @@ def test_attention_is_constant(method: type[va.methods.Method], by_hand: bool) -
     if method.needs == "attention":
         how["read"] = "cls"
     frozen = va.explain(model, inputs, method=method(freeze=("attention",)), **how)
-    expected = va.explain(constant, inputs, method=method.name, **how)
-    plain = va.explain(model, inputs, method=method.name, **how)
+    expected = va.explain(constant, inputs, method=method(freeze=()), **how)
+    plain = va.explain(model, inputs, method=method(freeze=()), **how)
     for tower, row in expected.relevancy.items():
         torch.testing.assert_close(frozen.relevancy[tower], row, rtol=0, atol=1e-12)
         assert not torch.allclose(plain.relevancy[tower], row)
@@ -127,6 +129,44 @@ def test_training_keeps_its_gradients() -> None:
         plain = torch.autograd.grad(model(**inputs).logits.square().sum(), list(model.parameters()), allow_unused=True)
         for one, another in zip(of_loss, plain, strict=True):
             assert one is another is None or torch.allclose(one, another, rtol=1e-10, atol=0)
+
+
+def test_the_gradient_of_relevancy() -> None:
+    """Through the score's gradient, too, with what is constant in it as a function of the weights: by differences."""
+    case = CASES["vit"]()
+    lively(case.model)
+    inputs, method = in_double(case), va.methods.Gradient()
+    weight = case.model.vit.layers[0].layernorm_before.weight
+
+    def squares() -> float:
+        return float(va.explain(case.model, inputs, target=1, method=method).relevancy["vision"].square().sum())
+
+    with va.nn.capture_relevancy(case.model, method=method, higher_order=True) as captured:
+        logits = case.model(**inputs).logits
+    (grad,) = torch.autograd.grad(captured.relevancy(logits[:, 1]).square().sum(), [weight])
+    direction, step = torch.randn_like(weight), 1e-6
+    with torch.no_grad():
+        weight += step * direction
+        above = squares()
+        weight -= 2 * step * direction
+        below = squares()
+    assert (above - below) / (2 * step) == pytest.approx(float(grad @ direction), rel=1e-6)
+
+
+def test_layers_that_run_again_in_the_backward_pass() -> None:
+    case = CASES["vit"]()
+    lively(case.model)
+    inputs, grads = in_double(case), []
+    case.model.train()
+    for checkpointed in (False, True):
+        if checkpointed:
+            layer = case.model.vit.layers[1]
+            layer.forward = functools.partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
+        with va.nn.capture_relevancy(case.model, method=va.methods.Gradient()) as captured:
+            logits = case.model(**inputs).logits
+        row = captured.relevancy(logits[:, 1])
+        grads.append(torch.autograd.grad(row.square().sum() + logits.sum(), [*case.model.parameters()], allow_unused=True))
+    torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-12)
 
 
 class Gated(nn.Module):
@@ -235,11 +275,11 @@ class Missed(Attends):
 def test_a_norm_that_is_not_reached_is_said() -> None:
     model, inputs = Missed(), {"features": torch.randn(2, 5, 6)}
     how: dict[str, Any] = {"target": lambda outputs: outputs[:, 1], "read": "cls"}
-    with pytest.warns(UserWarning, match=r"freeze does not reach the norm in 'norm' \(ByLargest\), which keeps its derivative"):
+    with pytest.warns(UserWarning, match=r"the norm in 'norm' \(ByLargest\) is not held fixed"):
         va.explain(model, inputs, method=va.methods.Gradient(freeze=("norms",)), **how)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        va.explain(model, inputs, method="gradient", **how)
+        va.explain(model, inputs, method=va.methods.Gradient(freeze=()), **how)
 
 
 def test_options_that_are_none() -> None:

@@ -16,6 +16,8 @@ from tests.helpers.lab.weighted_maps import shares  # noqa: E402
 from tests.interpret.relevancy.test_linked import LXMERT, lxmert_maps, text_encoder_decoder  # noqa: E402
 from vlattn_fast.interpret import explain  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("published")
+
 KINDS = ["torch", "by name", "one head", "one key head", "nn.MultiheadAttention", "timm", "by hand", "keywords"]
 
 

@@ -12,6 +12,8 @@ import vlattn_fast as va
 from tests.helpers.interpret.cases import in_double
 from tests.interpret.methods.test_embedding_methods import IDS, Sees, Words
 
+pytestmark = pytest.mark.usefixtures("published")
+
 SmoothGrad = va.methods.SmoothGrad
 
 

@@ -17,7 +17,7 @@ from vlattn_fast.interpret.evaluating.box_scores import Truth, check_truth
 from vlattn_fast.interpret.evaluating.curves import PARTS
 from vlattn_fast.interpret.evaluating.model_answers import Judge, Question
 from vlattn_fast.interpret.evaluating.perturbation import Sample, split
-from vlattn_fast.interpret.evaluating.plan import EDGES, Plan, Rival, takes_weighting, with_weighting
+from vlattn_fast.interpret.evaluating.plan import EDGES, RANDOM, Plan, Rival, takes_weighting, with_weighting
 from vlattn_fast.interpret.explaining.explain import explain
 from vlattn_fast.interpret.relevancy.method import Method
 from vlattn_fast.interpret.result.explanation import Explanation
@@ -66,7 +66,7 @@ def run_method(model: nn.Module, question: Question, name: str, method: str | Me
     """The result of the method that the table calls `name`; None = random."""
     if callable(method):
         return _of_tensors(name, method(model, question.inputs, question.target))
-    if method == "random":
+    if method == RANDOM:
         return None
     if method == EDGES:  # it has no map
         return SimpleNamespace(image=None, text=None)

@@ -23,7 +23,8 @@ TESTS = tuple(PARTS_OF)
 # The tests of the table that one test of `evaluate` is
 MEASURED = {INTERVENTION: (INTERVENTION, *(f"{INTERVENTION}:{kind}" for kind in ("top", "insertion", "deletion")))}
 EDGES = "attribute_edges"  # the first-order effects, beside maps, in the test "intervention"
-_NO_METHODS = ("random", EDGES)  # of `explain`
+RANDOM = "random"
+_NO_METHODS = (RANDOM, EDGES)  # of `explain`
 _DEFAULT_TESTS = ("positive", "negative", "pointing")
 WEIGHTINGS = ("contribution", "norm", "equal")
 _READERS = {

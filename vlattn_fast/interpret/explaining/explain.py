@@ -92,9 +92,10 @@ def explain(
     explain the same model, or models that share a config. No thread may train or run a model that another one explains.
 
     `method` is a name, or an object of `va.methods`, which takes the method's options: what the backward pass takes for constants
-    (`freeze`), and which number of a class or token is explained (`of`). Below, r is one row of the relevancy matrix,
-    from the last layer to `start_layer`; A is an attention map and dA the score's gradient there; x is the embedding of a token
-    and g the score's gradient there. A name with a colon is an ablation of a paper.
+    (`freeze`), and which number of a class or token is explained (`of`). By default "gradient", "weighted" and "input_gradient"
+    hold norms and attention weights fixed, and "gradcam" norms; `freeze=()` is the form that their papers published. Below, r is
+    one row of the relevancy matrix, from the last layer to `start_layer`; A is an attention map and dA the score's gradient
+    there; x is the embedding of a token and g the score's gradient there. A name with a colon is an ablation of a paper.
 
     <methods>
 

@@ -229,7 +229,7 @@ def warn_of_missed_norms(method: Method) -> None:
     if method.frozen is not None and (missed := method.frozen.missed):
         more = f" and {len(missed) - 3} more modules" if len(missed) > 3 else ""
         some = f"{', '.join(missed[:3])}{more}"
-        warnings.warn(f"freeze does not reach the norm in {some}, which keeps its derivative", stacklevel=2)
+        warnings.warn(f"the norm in {some} is not held fixed: it keeps its derivative", stacklevel=2)
 
 
 def warn_of_remarks(method: Method) -> None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vlattn_fast.attach.frozen import Frozen
 from vlattn_fast.attach.session import is_checkpointed, named
 from vlattn_fast.attach.transformers_interface import ADDITIVE_NAME, CONFIG_NAME, SDPA_NAME
 from vlattn_fast.interpret.relevancy.method import BackwardPass, CarriedMethod, Hook, Method
@@ -54,6 +55,11 @@ class LiveCalls(Method):
             raise ValueError(f"higher_order must be False for method {self.name!r}, which takes no gradient; got True")
 
     # --- the forward pass ---
+
+    def freezing(self, model: nn.Module) -> Frozen:
+        frozen = super().freezing(model)
+        frozen.differentiable = self.higher_order
+        return frozen
 
     def hooks(self, model: nn.Module, towers: Sequence[TowerTrace], of_this_run: Callable[[Hook], Hook]) -> Iterator[Any]:
         yield from self.formula.hooks(model, towers, of_this_run)

@@ -225,7 +225,7 @@ class Method:
         """The options that differ from the defaults, for people."""
         options = {}
         if self.freeze != self.default_freeze:
-            options["freeze"] = "+".join(self.freeze) or "nothing"
+            options["freeze"] = "+".join(self.freeze) or "()"
         if self.of is not None:
             options["of"] = self.of
         if self.weighting != "contribution":

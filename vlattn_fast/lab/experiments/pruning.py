@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast.interpret.explaining.explain import explain
+from vlattn_fast.interpret.relevancy.methods.registry import published
 from vlattn_fast.lab.experiments.experiment import Cell, Experiment, Record, Settings, Stage, panels
 from vlattn_fast.lab.mapper import LONGEST, load_captioner
 from vlattn_fast.lab.questions import PROMPTS, Questions, are_true, digit_prompts
@@ -73,7 +74,7 @@ def _attention(model: CLIPMapper, inputs: Inputs) -> tuple[Tensor, Tensor, Tenso
 
 
 def gradient(model: CLIPMapper, inputs: Inputs, seed: int) -> Tensor:
-    return explain(model, inputs).relevancy["vision"]
+    return explain(model, inputs, method=published("gradient")).relevancy["vision"]
 
 
 def chance(model: CLIPMapper, inputs: Inputs, seed: int) -> Tensor:

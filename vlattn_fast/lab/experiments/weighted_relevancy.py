@@ -12,21 +12,30 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlattn_fast.interpret.relevancy.methods.registry import published
 from vlattn_fast.lab.experiments.experiment import Cell, Experiment, Record, Settings, Stage, paired_test, panels
 from vlattn_fast.lab.records import markdown, mean_and_deviation
+from vlattn_fast.lab.tasks import PLAIN
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RESULTS = Path("benchmarks/results")
 TASKS = {"matching": "UNITER", "clip": "CLIP", "vqa": "CLIPMapper, answers", "captions": "CLIPMapper, captions"}
-METHODS = {
-    "weighted": "its weights from gradients",
-    "weighted:norm": "its weights from norms",
-    "weighted:equal": "weights 1/2",
-    "weighted:no_normalization": "from gradients, rows not divided",
-    "weighted:norm:no_normalization": "from norms, rows not divided",
+METHODS = {  # by the names of the stored evaluations
+    **{
+        published(name, weighting).label: what
+        for name, weighting, what in (
+            ("weighted", "contribution", "its weights from gradients"),
+            ("weighted", "norm", "its weights from norms"),
+            ("weighted", "equal", "weights 1/2"),
+            ("weighted:no_normalization", "contribution", "from gradients, rows not divided"),
+            ("weighted:no_normalization", "norm", "from norms, rows not divided"),
+        )
+    },
+    "weighted": "from gradients, norms and attention held fixed",
 }
+COLOURS = dict(zip(METHODS, ("#1d4ed8", "#c2410c", "#111111", "#93c5fd", "#fdba74", "#15803d"), strict=True))
 LOW_IS_GOOD = ("positive", "deletion")
 # Not the control, which does not tell which map is better, and none of the tests that the evaluations gained later.
 COMPARED = ("positive", "negative", "insertion", "deletion", "pointing", "iou", "mass")
@@ -49,7 +58,7 @@ def measure(cell: Cell, settings: Settings) -> dict[str, Any]:
     stored = {(record["method"], record["test"], record["part"]): record["values"] for record in report["rows"]}
     compared = []
     for (method, test, part), values in stored.items():
-        plain = stored["gradient", test, part]
+        plain = stored["gradient" if method == "weighted" else PLAIN, test, part]  # the plain rule that holds the same fixed
         pairs = [(one, two) for one, two in zip(values, plain, strict=True) if one is not None and two is not None]
         if method not in METHODS or test not in COMPARED or len(pairs) < 2:
             continue
@@ -84,11 +93,11 @@ def tables(records: Sequence[Record]) -> Iterator[str]:
 def figure(records: Sequence[Record]) -> Figure:
     """The difference in each test with its spread over the sets of scenes."""
     drawn, (axes,) = panels(1, len(records), (3.4 * len(records), 5))
-    colours = dict(zip(METHODS, ("#1d4ed8", "#c2410c", "#111111", "#93c5fd", "#fdba74"), strict=True))
     for axis, record in zip(axes, records, strict=True):
         places = sorted(dict.fromkeys((one["part"], one["test"]) for one in record["compared"]), key=lambda place: place[0])
-        for shift, (method, colour) in zip((-0.32, -0.16, 0.0, 0.16, 0.32), colours.items(), strict=True):
+        for number, (method, colour) in enumerate(COLOURS.items()):
             compared = [one for one in record["compared"] if one["method"] == method]
+            shift = 0.14 * (number - (len(COLOURS) - 1) / 2)
             heights = [places.index((one["part"], one["test"])) + shift for one in compared]
             axis.errorbar(
                 [one["better_by"] for one in compared], heights, xerr=[one["sd"] for one in compared],

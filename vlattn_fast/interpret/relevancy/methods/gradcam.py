@@ -10,6 +10,7 @@ from torch import Tensor
 from vlattn_fast._ground.tensors import expand_heads
 from vlattn_fast.attach.tensor_parallel import mean_over
 from vlattn_fast.interpret.relevancy.last_attention import LastAttentionMethod, Real, times_map
+from vlattn_fast.interpret.relevancy.method import NORMS
 from vlattn_fast.interpret.relevancy.mixing_call import check_softmax
 from vlattn_fast.interpret.relevancy.traced_call import TracedCall
 
@@ -23,6 +24,7 @@ class GradCam(LastAttentionMethod):
     """
 
     name = "gradcam"
+    default_freeze = (NORMS,)
 
     def read(self, start: Tensor, call: TracedCall, grad: Tensor | None, real: Real) -> Tensor:
         """The mean leaves padding out. It includes pairs that a causal mask masks, as in the published code."""

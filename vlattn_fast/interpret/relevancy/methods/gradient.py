@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vlattn_fast.interpret.relevancy.method import BackwardPass, CarriedMethod, LinkedCall
+from vlattn_fast.interpret.relevancy.method import FREEZABLE, BackwardPass, CarriedMethod, LinkedCall
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import Recursion
 from vlattn_fast.interpret.relevancy.two_modalities import Equations, Relevancies, relevancies, rows_between
@@ -21,6 +21,7 @@ class Gradient(CarriedMethod):
     """r <- r + r Abar, Abar = mean_h relu(A * dA) (Chefer, Gur, Wolf, ICCV 2021, equations 5 and 6)."""
 
     name = "gradient"
+    default_freeze = FREEZABLE
     by_layer = True
     adds_beside = True
     holds_start = True

@@ -8,12 +8,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from vlattn_fast.interpret.relevancy.embedding_method import EmbeddingMethod
+from vlattn_fast.interpret.relevancy.method import FREEZABLE
 
 
 class InputGradient(EmbeddingMethod):
     """sum_c x_c g_c, with its sign: a token below zero lowers the score, to first order (Shrikumar et al. 2016)."""
 
     name = "input_gradient"
+    default_freeze = FREEZABLE
 
 
 class Absolute(InputGradient):

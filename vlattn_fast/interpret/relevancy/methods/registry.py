@@ -6,8 +6,9 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from textwrap import indent
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from vlattn_fast.backends.reference.relevancy_residual import Weighting
 from vlattn_fast.interpret.relevancy import methods
 from vlattn_fast.interpret.relevancy.method import Method
 
@@ -44,6 +45,13 @@ def method_of(method: str | Method) -> Method:
     if isinstance(method, type) and issubclass(method, Method):
         raise TypeError(f"method must be a name or an object, as va.methods.{method.__name__}(); got the class")
     return method.of_call() if isinstance(method, Method) else find_method(method)()
+
+
+def published(name: str, weighting: str | Weighting = "contribution") -> Method:
+    """A method by its name in its published form: nothing but the paper's rule is constant in the backward pass."""
+    kind = find_method(name)
+    options: dict[str, Any] = {"weighting": weighting} if kind.takes_weighting else {}
+    return kind(**options, **({"freeze": ()} if kind.default_freeze else {}))
 
 
 def first_lines() -> dict[str, str]:

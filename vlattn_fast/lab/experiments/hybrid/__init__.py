@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from vlattn_fast.interpret.evaluating.evaluate import evaluate
-from vlattn_fast.interpret.evaluating.plan import Rival
+from vlattn_fast.interpret.evaluating.plan import RANDOM, Rival
 from vlattn_fast.interpret.explaining.explain import explain
+from vlattn_fast.interpret.relevancy.method import Method
+from vlattn_fast.interpret.relevancy.methods.registry import published
 from vlattn_fast.interpret.result.explanation import Explanation
 from vlattn_fast.lab.experiments.experiment import Cell, Experiment, Record, Settings, Stage
 from vlattn_fast.lab.experiments.hybrid.report import LAST, METHODS, TESTS, curves_figure, maps_figure, tables
@@ -48,7 +50,8 @@ def measure(cell: Cell, settings: Settings) -> dict[str, Any]:
     kind, seed = cell["kind"], cell["seed"]
     model = trained(kind, seed, settings)
     scenes = digit_prompts(2 if settings.smoke else SCENES, seed=seed, kind="caption")
-    methods: dict[str, str | Rival] = {name: last_layer if name == LAST else name for name in METHODS}
+    methods: dict[str, str | Method | Rival] = {name: published(name) for name in METHODS if name not in (LAST, RANDOM)}
+    methods = {name: methods.get(name, last_layer if name == LAST else name) for name in METHODS}
     steps = (0.0, 0.5, 1.0) if settings.smoke else STEPS_OF_CURVES
     # a model of a smoke run says no digits, so that the true captions stand in
     said = SceneProcessor(end=False).words(scenes.answers)["input_ids"] if settings.smoke else captions(model, scenes.images)
@@ -93,15 +96,15 @@ def no_word(inputs: Mapping[str, Any]) -> Tensor:
 
 def last_layer(model: nn.Module, inputs: Mapping[str, Any], target: Any) -> Explanation:
     """Method "gradient" in the last layer alone, which is attention in both kinds."""
-    return explain(model, inputs, target=target, method="gradient", start_layer=-1)
+    return explain(model, inputs, target=target, method=published("gradient"), start_layer=-1)
 
 
 def shown(model: LlavaForConditionalGeneration, images: Tensor, said: Tensor) -> dict[str, Any]:
     """The caption `said` (1, 1 + words) of one picture, and each method's map of its last word."""
     maps = {}
     for method in METHODS:
-        if method not in (LAST, "random"):
-            map_ = explain(model, inputs(images, said[:, :-1]), target=said[:, -1].tolist(), method=method).image
+        if method not in (LAST, RANDOM):
+            map_ = explain(model, inputs(images, said[:, :-1]), target=said[:, -1].tolist(), method=published(method)).image
             assert isinstance(map_, Tensor)
             maps[method] = [_rounded(row) for row in map_[0].tolist()]
     return {"caption": [TEXT_VOCABULARY[word] for word in said[0, 1:].tolist()], "maps": maps}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vlattn_fast._ground.extras import extra
 from vlattn_fast.interpret.explaining.explain import explain
 from vlattn_fast.interpret.relevancy import sinks as detector
+from vlattn_fast.interpret.relevancy.methods.registry import published
 from vlattn_fast.interpret.result.explanation import Explanation
 from vlattn_fast.lab.experiments.experiment import least_seconds
 from vlattn_fast.lab.experiments.sinks.planted import TOKEN
@@ -27,7 +28,7 @@ PICTURES = 3  # of the first seed
 
 
 def run(model: nn.Module, asked: Samples, method: str, sinks: str) -> Explanation:
-    return explain(model, asked.inputs, target=asked.target, method=method, sinks=sinks)
+    return explain(model, asked.inputs, target=asked.target, method=published(method), sinks=sinks)
 
 
 def detected(model: nn.Module, asked: Samples) -> list[dict[str, Any]]:
@@ -136,7 +137,7 @@ def seconds(tokens: int, rounds: int) -> dict[str, float]:
     model = ViTForImageClassification(ViTConfig(image_size=side, patch_size=8, **sizes)).eval()
     inputs = {"pixel_values": torch.randn(1, 3, side, side)}
     calls = {
-        f"{method} {sinks}": lambda method=method, sinks=sinks: explain(model, inputs, method=method, sinks=sinks)
+        f"{method} {sinks}": lambda method=method, sinks=sinks: explain(model, inputs, method=published(method), sinks=sinks)
         for method in METHODS
         for sinks in detector.MODES
     }
