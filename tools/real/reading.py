@@ -29,7 +29,7 @@ from vlattn_fast.interpret.result.numbers.rank_correlation import rank_correlati
 PACKAGE = "latex_ocr_junia"
 GRID = (HEIGHT // PATCH, WIDTH // PATCH)
 LONGEST = 128  # characters of an answer
-BLOCK = 60  # formulas that are measured together: rule by rule of FIRST, then by the tests, then rule by rule of OTHERS
+BLOCK = 60  # formulas that are measured together, rule by rule of FIRST and then by the tests; all of them by OTHERS at the end
 TESTED = 30  # formulas with tests beside pointing and mass
 MINUTES = 60.0
 WINDOW = 2  # patches along each side of what is taken out at once, for occlusion
@@ -343,7 +343,7 @@ class Kept:
 
 def rows(reader: Reader, kept: Kept, listed: Sequence[Formula]) -> Iterator[Row]:
     """All rows that are kept or measured before the time is over, block by block of formulas; progress goes to stderr."""
-    tested = 0
+    tested, every = 0, list[Reading]()
     for first in range(0, len(listed), BLOCK):
         readings = []
         for formula in listed[first : first + BLOCK]:
@@ -357,8 +357,9 @@ def rows(reader: Reader, kept: Kept, listed: Sequence[Formula]) -> Iterator[Row]
             for name, rules in (("tests", COMPARED), ("tests beside", BESIDE)):
                 yield from kept.get(f"{name}: formula {reading.formula.number}", partial(test_row, reader, reading, rules))
             tested += 1
-        for rule in OTHERS:
-            yield from _of_rule(reader, kept, readings, rule)
+        every += readings
+    for rule in OTHERS:
+        yield from _of_rule(reader, kept, every, rule)
     yield {"task": "formula time", "seconds": round(kept.seconds, 1)}
 
 
