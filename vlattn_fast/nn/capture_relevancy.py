@@ -68,7 +68,7 @@ def capture_relevancy(
     Args:
         model: a model that `explain` takes, see there. Attention must be dot products, and its bias constant.
         method: "gradient", "weighted", "rollout", or an ablation of theirs; or one with options, as
-            `va.methods.Gradient(freeze=("norms",))`: the loss keeps the plain derivatives, the relevancy's takes the others.
+            `va.methods.Gradient(freeze=())` for the published form. The loss keeps the plain derivatives in any case.
         start_layer: as in `explain`.
         higher_order: False = the score's gradient in the maps is a constant, as RobustViT trains. True = the relevancy's
             gradient goes through it, too: attention is then computed by `score_attention`, and the rest of the

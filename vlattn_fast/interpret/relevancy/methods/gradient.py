@@ -52,7 +52,7 @@ def rows_by_equations(
     return rows_between(backward, read)
 
 
-# --- ablations ---
+# --- ablations, of the published form ---
 
 
 class _NotNormalized(Equations):
@@ -83,6 +83,7 @@ class WithoutAggregation(Gradient):
     """r <- r Abar: a call's addition takes the place of the relevancy. Rows may be zero."""
 
     name = "gradient:no_aggregation"
+    default_freeze = ()
     holds_start = False
     recursion = Recursion("gradient", residual_weight=0.0)
     equations = _NotAdded()
@@ -92,6 +93,7 @@ class _BetweenAlone(Gradient):
     """An ablation that differs from "gradient" only where towers attend to one another."""
 
     name = ""
+    default_freeze = ()
 
     def carry(self, backward: BackwardPass) -> list[Tensor]:
         raise ValueError(

@@ -25,6 +25,7 @@ class Absolute(InputGradient):
     """
 
     name = "input_gradient:absolute"
+    default_freeze = ()
 
     def combine(self, products: Tensor, dim: int) -> Tensor:
         return products.sum(dim).abs()
@@ -37,6 +38,7 @@ class Norm(InputGradient):
     """
 
     name = "input_gradient:norm"
+    default_freeze = ()
 
     def combine(self, products: Tensor, dim: int) -> Tensor:
         return products.norm(dim=dim)

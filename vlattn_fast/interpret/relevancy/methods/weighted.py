@@ -188,6 +188,7 @@ class WithoutNormalization(Weighted):
     """As "weighted", with the rows of Abar as they are."""
 
     name = "weighted:no_normalization"
+    default_freeze = ()
     recursion = Recursion("gradient", residual_weight=0.0)
 
 
