@@ -95,7 +95,7 @@ def explain(
     (`freeze`), and which number of a class or token is explained (`of`). By default "gradient", "weighted" and "input_gradient"
     hold norms and attention weights fixed, and "gradcam" norms; `freeze=()` is the form that their papers published. Below, r is
     one row of the relevancy matrix, from the last layer to `start_layer`; A is an attention map and dA the score's gradient
-    there; x is the embedding of a token and g the score's gradient there. A name with a colon is an ablation, of the published form.
+    there; x is the embedding of a token and g the score's gradient there. A name with a colon is an ablation as published.
 
     <methods>
 
