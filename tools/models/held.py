@@ -133,9 +133,10 @@ def formulas(module: nn.Module, tensors: list[Tensor]) -> Iterator[Callable[[], 
         groups = dict.fromkeys([x.shape[dim], *(size for size in sizes if x.shape[dim] % size == 0)])
         shape = (-1, *(1,) * (x.ndim - 2)) if dim == 1 else (-1,)
         factors = [None] if weight is None else [weight.reshape(shape), 1 + weight.reshape(shape)]
-        choices = itertools.product(groups, factors, (False, True), (True, False), epsilons, ("behind", "front", "first"))
-        for group, factor, centred, mean, eps, place in choices:
-            yield functools.partial(written_out, x, gate, dim, group, factor, bias, centred, mean, eps, place)
+        gated = [None] if gate is None else [functional.silu(gate), gate.sigmoid()]
+        choices = itertools.product(groups, factors, (False, True), (True, False), epsilons, gated, ("behind", "front", "first"))
+        for group, factor, centred, mean, eps, open_, place in choices:
+            yield functools.partial(written_out, x, open_, dim, group, factor, bias, centred, mean, eps, place)
     if weight is not None and bias is not None:
         yield lambda: x * weight + bias  # NoNorm, of MobileBERT
 
@@ -159,7 +160,7 @@ def written_out(
         place: where the gate multiplies, "front" or "behind"; "first" = the factor does so in front.
     """
     if gate is not None and place == "front":
-        x = x * functional.silu(gate)
+        x = x * gate
     if factor is not None and place == "first":
         x = x * factor
     rows = x.unflatten(dim, (-1, group))
@@ -169,7 +170,7 @@ def written_out(
     y = (rows / ((squares + eps) ** 0.5).detach()).flatten(*(dim - 1, dim) if dim < 0 else (dim, dim + 1))
     y = y * factor if factor is not None and place != "first" else y
     y = y if bias is None else y + bias.reshape(factor.shape if factor is not None else -1)
-    return y * functional.silu(gate) if gate is not None and place == "behind" else y
+    return y * gate if gate is not None and place == "behind" else y
 
 
 def _layer_norm(input: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any) -> Tensor:

@@ -104,11 +104,19 @@ class Frozen(Stepwise, TorchFunctionMode):
         result = func(*args, **kwargs)
         is_constant = roots and (func in _ROOTS or (func in _POWERS and len(args) > 1 and args[1] in (0.5, -0.5)))
         if self.attention and func in SOFTMAX:
-            is_constant = is_map(first_argument(args, kwargs), args[1] if len(args) > 1 else kwargs.get("dim"))
+            scores = first_argument(args, kwargs)
+            is_constant = is_map(scores, args[1] if len(args) > 1 else kwargs.get("dim"))
+            is_constant = is_constant and (scores.ndim == 4 or _is_of_products(scores))
         return self.constant(result) if is_constant else result
 
-    def _attention(self, func: Any, query: Tensor, key: Tensor, *rest: Any, **options: Any) -> Any:
-        return func(self.constant(query), self.constant(key), *rest, **options)
+    def _attention(self, func: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Any:
+        """The call, in which all but the values is constant: a mask may be computed from tokens."""
+        rest = tuple(map(self._constant, rest))
+        options = {name: self._constant(option) for name, option in options.items()}
+        return func(self.constant(query), self.constant(key), value, *rest, **options)
+
+    def _constant(self, option: Any) -> Any:
+        return self.constant(option) if isinstance(option, Tensor) and option.requires_grad else option
 
     def linear(self, func: Any, args: tuple[Any, ...], x: Tensor, norm: _Norm) -> Any:
         """func(*args), a norm of x, whose backward pass is that of a linear function."""
@@ -213,6 +221,21 @@ def _group_norm(
 
 def _trailing(x: Tensor, normalized_shape: Sequence[int]) -> tuple[int, ...]:
     return (*x.shape[: x.ndim - len(normalized_shape)], -1)
+
+
+def _is_of_products(scores: Tensor) -> bool:
+    """Whether scores are products of activations, and not those of a router (B, N, experts) with as many experts as tokens, which
+    a linear layer gives."""
+    nodes, seen = [scores.grad_fn], set[Any]()
+    while nodes and len(seen) < 100:
+        node = nodes.pop()
+        if node is None or node in seen or node.name().startswith(("MmBackward", "AddmmBackward")):
+            continue
+        if "bmm" in node.name().lower():
+            return True
+        seen.add(node)
+        nodes += [before for before, _ in node.next_functions]
+    return False
 
 
 _NORMS: dict[Any, Callable[..., Any]] = {

@@ -112,6 +112,39 @@ def test_attention_is_constant(method: type[va.methods.Method], by_hand: bool) -
         assert not torch.allclose(plain.relevancy[tower], row)
 
 
+class Biased(nn.Module):
+    """Attention whose bias is computed from tokens, behind a router with as many experts as there are tokens."""
+
+    def __init__(self, constant: bool = False) -> None:
+        super().__init__()
+        self.embed, self.layer, self.bias, self.router = nn.Linear(6, 8), nn.Linear(8, 24), nn.Linear(8, 2), nn.Linear(8, 5)
+        self.experts, self.constant = nn.Parameter(torch.randn(5, 8, 8)), constant
+
+    def forward(self, features: Tensor) -> Tensor:
+        x = self.embed(features)
+        x = x + torch.einsum("bne,bnd,edc->bnc", self.router(x).softmax(-1), x, self.experts)
+        query, key, value = self.layer(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        bias = self.bias(x).mT[:, :, None].expand(-1, -1, x.shape[1], -1)
+        if self.constant:
+            out = (query @ key.mT / 2 + bias).softmax(-1).detach() @ value
+        else:
+            out = nn.functional.scaled_dot_product_attention(query, key, value, bias)
+        return (x + out.transpose(1, 2).flatten(2))[:, 0].square()
+
+
+@pytest.mark.parametrize("method", [va.methods.Gradient, va.methods.InputGradient])
+def test_a_bias_is_constant_and_a_router_is_not(method: type[va.methods.Method]) -> None:
+    torch.manual_seed(0)
+    model, constant, inputs = Biased().double(), Biased(constant=True).double(), {"features": torch.randn(2, 5, 6).double()}
+    constant.load_state_dict(model.state_dict())
+    how: dict[str, Any] = {"target": lambda outputs: outputs[:, 1]} | ({"read": "cls"} if method.needs == "attention" else {})
+    got, plain = (va.explain(model, inputs, method=method(freeze=freeze), **how) for freeze in (("attention",), ()))
+    expected = va.explain(constant, inputs, method=method(freeze=()), **how)
+    for tower, row in expected.relevancy.items():
+        torch.testing.assert_close(got.relevancy[tower], row, rtol=0, atol=1e-12)
+        assert method.needs == "attention" or not torch.allclose(plain.relevancy[tower], row)
+
+
 def test_training_keeps_its_gradients() -> None:
     """The loss has the plain derivatives, the relevancy those of constant denominators, from one forward pass."""
     torch.manual_seed(0)

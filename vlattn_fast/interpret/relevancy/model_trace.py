@@ -310,6 +310,7 @@ class Trace(FindsTowers, SeesMixers, Stepwise, TorchFunctionMode):
         with torch._C.DisableTorchFunction():  # the trace does not see what it computes itself
             path, calls = self._paths[-1], self._marks.calls((query,))
             query, key = self._frozen(query), self._frozen(key)
+            masks = {name: self._frozen(mask) if isinstance(mask, Tensor) else mask for name, mask in masks.items()}
             edits = None if path is None else self._edits
             masks, finish = (masks, None) if edits is None else edits.edited(self, path or "", query, key, masks)
             call = TracedCall(path or "", query, key, value, masks, dropout_p=dropout_p if self.trains else 0.0)
