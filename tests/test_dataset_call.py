@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ image_module = pytest.importorskip("PIL.Image")
 import vlattn_fast as va  # noqa: E402
 from tests.helpers import saved_models  # noqa: E402
 from tests.helpers.commands import vlattn  # noqa: E402
+from vlattn_fast.interpret.dataset.store import SETTINGS  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +42,16 @@ def test_it_writes_what_the_command_goes_on_with(vit: Path, pictures: Path, tmp_
     assert "done 0, failed 0, skipped 3" in again.output
     refused = vlattn("explain", "--model", vit, "--dataset", pictures, "--out", out)
     assert refused.exit_code == 2 and 'method must be "rollout", as in the earlier runs' in " ".join(refused.output.split())
+
+
+def test_a_run_goes_on_with_the_same_constants(vit: Path, pictures: Path, tmp_path: Path) -> None:
+    """The default is stored by what it means, so that another release's default does not go on with it."""
+    out = tmp_path / "out"
+    va.explain_dataset(vit, pictures, out)
+    assert json.loads((out / SETTINGS).read_text())["freeze"] == ["norms", "attention"]
+    assert va.explain_dataset(vit, pictures, out, freeze=("norms", "attention")).skipped == 3
+    with pytest.raises(ValueError, match=r'freeze must be \["norms", "attention"\], as in the earlier runs in .*; got \[\]'):
+        va.explain_dataset(vit, pictures, out, freeze=())
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def check_settings(directory: Path, settings: Mapping[str, Any]) -> None:
         if directory.exists() and (not directory.is_dir() or set(directory.iterdir()) - begun):
             raise ValueError(f"out must be a new or an empty directory, or one of an earlier run; got {directory}")
         return
-    for name in sorted({*there, *settings}):
+    for name in sorted({*there, *settings}, key=lambda name: (name != "method", name)):  # the method's options come after it
         if there.get(name) != settings.get(name):
             if name == "dataset":  # the settings hold only its digest
                 raise ValueError(f"dataset must be that of the earlier runs in {directory}; got another or a changed dataset")
