@@ -312,11 +312,6 @@ def test_the_costs_of_a_map_are_stored():
     assert len(table) >= 5 and set(table) <= stored
 
 
-def test_the_readmes_figures_of_pointing_are_those_of_the_page():
-    lines = re.findall(r"^\| (\S.*?) \| pointing \| high \| ([\d.]+) \| ([\d.]+) \|", text("docs/experiments/real.md"), re.M)
-    assert len(lines) == 3 and re.findall(r"^\| (\S.*?) \| (\d\.\d{3}) \| (\d\.\d{3}) \|$", text("README.md"), re.M) == lines
-
-
 def test_a_million_images_cost_what_the_table_above_them_says():
     heading, _, row = extension()["cost"](["task_explain_clip"]).splitlines()[:3]
     cells = dict(zip((cell.strip(" *") for cell in heading.split("|")), row.split("|"), strict=True))

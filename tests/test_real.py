@@ -20,6 +20,7 @@ from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model
 import vlattn_fast as va
 from tools.real import cuts, measures, models, page, sinks
 from tools.real.photos import SIDE, SOURCES, pixels, square
+from tools.real.reading_page import Readings
 from vlattn_fast.interpret.relevancy.methods.registry import METHODS
 
 CHANNELS = (8, 6, 4)
@@ -276,6 +277,14 @@ def test_the_page_is_that_of_the_rows():
     assert len(stored().of("sink words")) == 2 * len(sinks.METHODS) * len(sinks.MODES)
     changes = torch.tensor(stored().without_heads("change")).view(12, 6)
     assert changes.argmax() == 6 * cuts.HEAD[0] + cuts.HEAD[1], "the head that is drawn"
+
+
+def test_readme_shows_the_stored_numbers_of_pointing():
+    readme = (page.ROOT / "README.md").read_text(encoding="utf-8")
+    assert page.pointing(stored()) in readme, "the table; `python -m tools.real.page` prints it"
+    glyphs = [hit for group in Readings(stored().rows).values(page.README["gradient"], "pointing") for hit in group]
+    said = f"for {sum(glyphs)} of {len(glyphs)} characters of {len(glyphs) // 3} formulas the largest entry lies on the glyph"
+    assert said in " ".join(readme.split())
 
 
 def test_pictures_are_there_and_small():
