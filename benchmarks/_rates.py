@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from vlattn_fast._ground.origin import device_name
 from vlattn_fast.backends import native
-from vlattn_fast.benchmarks._records import device_name
 
 CLOCK, SMS = 1.83e9, 132  # of an H200 and an H100; docs/kernels.md names the sources
 OPERATIONS_OF_TILES = 2 * 16 * 16 * 32  # a product of AMX tiles

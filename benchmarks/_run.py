@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
+from vlattn_fast._ground.origin import device_name
 from vlattn_fast.benchmarks import _isolated
 from vlattn_fast.benchmarks._choice import choose
 from vlattn_fast.benchmarks._formula import OURS
 from vlattn_fast.benchmarks._measure import Measurement
-from vlattn_fast.benchmarks._records import RESULTS, append, check_path, device_name, provenance, slug
+from vlattn_fast.benchmarks._records import RESULTS, append, check_path, provenance, slug
 from vlattn_fast.lab.records import number
 
 COLUMNS = """

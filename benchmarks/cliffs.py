@@ -23,8 +23,9 @@ from typing import Any
 
 import torch
 
+from vlattn_fast._ground.origin import device_name
 from vlattn_fast.benchmarks._measure import backends
-from vlattn_fast.benchmarks._records import RESULTS, append, device_name, provenance, slug
+from vlattn_fast.benchmarks._records import RESULTS, append, provenance, slug
 from vlattn_fast.benchmarks._run import check_device
 from vlattn_fast.checking.cases import Example, Sizes, cases_of
 from vlattn_fast.dispatch.loading import load

@@ -29,9 +29,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlattn_fast._ground.origin import device_name
 from vlattn_fast.backends.native import library
 from vlattn_fast.benchmarks._measure import percentiles
-from vlattn_fast.benchmarks._records import RESULTS, append, device_name, provenance, slug
+from vlattn_fast.benchmarks._records import RESULTS, append, provenance, slug
 from vlattn_fast.benchmarks._run import check_device
 from vlattn_fast.checking.cases import Example, Sizes, cases_of
 from vlattn_fast.dispatch.call import OnCpu, run_gpu_kernels_on_cpu

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
+from vlattn_fast._ground.origin import device_name
 from vlattn_fast.benchmarks._choice import declared
 from vlattn_fast.benchmarks._measure import Benchmark, Measurement
-from vlattn_fast.benchmarks._records import append, device_name, provenance
+from vlattn_fast.benchmarks._records import append, provenance
 from vlattn_fast.benchmarks._run import check_device, show
 
 pytest.importorskip("pytest_benchmark")

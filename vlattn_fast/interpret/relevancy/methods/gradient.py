@@ -21,7 +21,7 @@ class Gradient(CarriedMethod):
     """r <- r + r Abar, Abar = mean_h relu(A * dA) (Chefer, Gur, Wolf, ICCV 2021, equations 5 and 6)."""
 
     name = "gradient"
-    default_freeze = FREEZABLE
+    default_freeze: ClassVar[tuple[str, ...]] = FREEZABLE
     by_layer = True
     adds_beside = True
     holds_start = True

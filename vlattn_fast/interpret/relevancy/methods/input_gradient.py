@@ -5,6 +5,8 @@ With a baseline the embedding is less the baseline's, as in the first step of De
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from vlattn_fast.interpret.relevancy.embedding_method import EmbeddingMethod
@@ -15,7 +17,7 @@ class InputGradient(EmbeddingMethod):
     """sum_c x_c g_c, with its sign: a token below zero lowers the score, to first order (Shrikumar et al. 2016)."""
 
     name = "input_gradient"
-    default_freeze = FREEZABLE
+    default_freeze: ClassVar[tuple[str, ...]] = FREEZABLE
 
 
 class Absolute(InputGradient):

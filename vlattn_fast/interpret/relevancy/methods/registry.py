@@ -51,7 +51,7 @@ def published(name: str, weighting: str | Weighting = "contribution") -> Method:
     """A method by its name in its published form: nothing but the paper's rule is constant in the backward pass."""
     kind = find_method(name)
     options: dict[str, Any] = {"weighting": weighting} if kind.takes_weighting else {}
-    return kind(**options, **({"freeze": ()} if kind.default_freeze else {}))
+    return kind(**options, freeze=() if kind.needs_score else None)
 
 
 def first_lines() -> dict[str, str]:
