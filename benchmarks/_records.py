@@ -17,6 +17,8 @@ from vlattn_fast.backends import native
 from vlattn_fast.lab.provenance import commit, versions
 from vlattn_fast.lab.records import read_json, write_records
 
+__all__ = ["RESULTS", "append", "check_path", "device_name", "provenance", "slug"]
+
 HERE = Path(__file__).parent
 # In a checkout the records lie beside this file; an installed package is no place to write to.
 RESULTS = (HERE if (HERE.parent / "pyproject.toml").exists() else Path("benchmarks")) / "results"

@@ -55,7 +55,7 @@ class Detached(TorchFunctionMode):
     def __init__(self, model: nn.Module, attention: bool = False) -> None:
         super().__init__()
         self.model, self.attention, self.norms, self.kept = model, attention, 0, dict[str, None]()
-        self._stack: list[nn.Module] = []
+        self._stack: list[tuple[nn.Module, int]] = []  # and how many norms there were in front of it
 
     def __enter__(self) -> Detached:
         self._handles = []
@@ -73,12 +73,13 @@ class Detached(TorchFunctionMode):
             handle.remove()
 
     def _begin(self, module: nn.Module, args: Any) -> None:
-        self._stack.append(module)
+        self._stack.append((module, self.norms))
 
     def _end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         try:
             outputs = output if isinstance(output, tuple) else (output,)
-            if is_norm(module) and any(isinstance(one, Tensor) and one.requires_grad for one in outputs):
+            is_plain = self._stack[-1][1] == self.norms  # it calls no norm of torch
+            if is_norm(module) and is_plain and any(isinstance(one, Tensor) and one.requires_grad for one in outputs):
                 return self._written(module, [one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)], output)
         finally:
             self._stack.pop()
@@ -107,7 +108,7 @@ class Detached(TorchFunctionMode):
         if self.attention and of_maps and isinstance(args[0], Tensor) and args[0].ndim == 4:
             return func(Constant.apply(args[0]), *args[1:], **kwargs)
         result = func(*args, **kwargs)
-        inside = self._stack[-1] if self._stack else self.model
+        inside = self._stack[-1][0] if self._stack else self.model
         is_root = func in ROOTS or (func in POWERS and isinstance(args[1], float) and abs(args[1]) == 0.5)
         if is_root and result.requires_grad and not is_norm(inside):
             self.kept[type(inside).__name__] = None
