@@ -17,23 +17,26 @@ from vlattn_fast.lab.records import markdown
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "guides" / "which_method.md"
 TASKS = {"matching": "UNITER", "clip": "CLIP", "vqa": "questions", "captions": "captions"}  # with a file of rows each
-TESTS = {"Pointing": "pointing", "Mass": "mass", "Removing the most relevant first": "positive", "the least": "negative"}
-METHODS = ("gradient", "weighted", "input_gradient", "gradcam", "integrated_gradients", "rollout", "attention", "random")
+TESTS = {"Pointing": "pointing", "Mass": "mass", "the most relevant first": "positive", "the least": "negative"}
+TESTS["Random weights"] = "sanity"
+METHODS = ("gradient", "weighted", "input_gradient", "gradcam", "integrated_gradients", "glimpse", "rollout", "attention")
+METHODS += ("occlusion", "random")
 FORMS = ((), ("norms",), ("norms", "attention"))  # held fixed
 
 
 def table(test: str) -> str:
-    """A line for each method and what it holds fixed; a column for each model of DigitScenes, with the mean over scenes."""
-    values: dict[tuple[str, str], float | None] = {}
+    """A line for each method and what it holds fixed; a column for each model of DigitScenes, with the mean over sets of scenes and
+    the standard deviation between them."""
+    values: dict[tuple[str, str], str] = {}
     for task in TASKS:
         rows = json.loads((ROOT / f"benchmarks/results/evaluation-{task}.json").read_text(encoding="utf-8"))["rows"]
-        values |= {(row["method"], task): row["value"] for row in rows if (row["test"], row["part"]) == (test, "image")}
+        of_test = (row for row in rows if (row["test"], row["part"]) == (test, "image") and row["value"] is not None)
+        values |= {(row["method"], task): f"{row['value']:.3f} ± {row['sd']:.3f}" for row in of_test}
     lines = []
     for method in METHODS:
         for label, held in labels(method):
-            numbers = [values.get((label, task)) for task in TASKS]
-            if any(number is not None for number in numbers):
-                cells = ("–" if number is None else f"{number:.3f}" for number in numbers)
+            cells = [values.get((label, task), "–") for task in TASKS]
+            if {*cells} != {"–"}:
                 lines.append([f"`{method}`", held, *cells])
     return markdown(["method", "held fixed", *TASKS.values()], lines, words=(0, 1))
 
