@@ -248,13 +248,14 @@ def test_residual_shares_of_linked_towers():
     assert len({row["mean"] for row in rows}) == len(rows)
 
 
-def test_tables_of_two_methods():
-    """Values with their deviations, "–" for what has no value, and differences for weightings and ablations alone."""
+def test_tables_of_three_methods():
+    """Values with their deviations, "–" without a value or record, and differences for weightings and ablations alone."""
     numbers = {
         (PLAIN, "positive"): (0.25, 0.0126, 0.0, 0.0),
         (PLAIN, "sanity"): (0.5, 0.25, 0.0, 0.0),
         ("gradient:no_aggregation", "positive"): (0.125, 0.5, -0.125, 0.0),
         ("gradient:no_aggregation", "sanity"): (None, None, None, None),
+        ("weighted", "sanity"): (0.5, 0.25, 0.0, 0.0),  # not measured by the other test
     }
     keys = ("value", "sd", "minus_gradient", "minus_gradient_sd")
     rows = [
@@ -262,8 +263,12 @@ def test_tables_of_two_methods():
         for (method, test), values in numbers.items()
     ]
     assert [table.splitlines()[2:] for table in evaluation.tables(rows)] == [
-        [f"| `{PLAIN}` | 0.250 ± 0.013 | +0.500 ± 0.250 |", "| `gradient:no_aggregation` | 0.125 ± 0.500 | – |"],
-        ["| `gradient:no_aggregation` | -0.125 ± 0.000 |"],
+        [
+            f"| `{PLAIN}` | 0.250 ± 0.013 | +0.500 ± 0.250 |",
+            "| `gradient:no_aggregation` | 0.125 ± 0.500 | – |",
+            "| `weighted` | – | +0.500 ± 0.250 |",
+        ],
+        ["| `gradient:no_aggregation` | -0.125 ± 0.000 |", "| `weighted` | – |"],
     ]
 
 

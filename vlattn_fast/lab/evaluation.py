@@ -237,23 +237,28 @@ def _joined(one: Mapping[str, Any] | None, two: Mapping[str, Any]) -> dict[str, 
     return {**two, **lists, "steps": {**one["steps"], **two["steps"]}}
 
 
+_NONE: Mapping[str, Any] = dict.fromkeys(("value", "sd", "minus_gradient", "minus_gradient_sd"))
+
+
 def tables(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Markdown tables for the image, the text and both: every method, and how weights and ablations change the methods."""
-    stored = {(record["method"], record["test"], record["part"]): record for record in records}
+    """Markdown tables for the image, the text and both: every method, and how weights and ablations change the methods; – for a
+    test that a method lacks."""
+    stored = {_place(record): record for record in records}
     methods = list(dict.fromkeys(record["method"] for record in records))
     for part in (*PARTS, BOTH):
         tests = [test for test in TESTS if (PLAIN, test, part) in stored]
-        shown = [m for m in methods if any(stored[m, test, part]["value"] is not None for test in tests)]
+        shown = [m for m in methods if any(stored.get((m, test, part), _NONE)["value"] is not None for test in tests)]
         less = [m for m in shown if m.startswith(("gradient", "weighted")) and m != PLAIN]
         if shown:
             lines = [
-                [f"`{m}`", *(_cell(stored[m, test, part], "value", "sd", test == "sanity") for test in tests)] for m in shown
+                [f"`{m}`", *(_cell(stored.get((m, test, part), _NONE), "value", "sd", test == "sanity") for test in tests)]
+                for m in shown
             ]
             yield markdown(["method", *tests], lines)
         if less:
             compared = [test for test in tests if test != "sanity"]
             keys = "minus_gradient", "minus_gradient_sd", True
-            lines = [[f"`{m}`", *(_cell(stored[m, test, part], *keys) for test in compared)] for m in less]
+            lines = [[f"`{m}`", *(_cell(stored.get((m, test, part), _NONE), *keys) for test in compared)] for m in less]
             yield markdown([f"less `{PLAIN}`", *compared], lines)
 
 

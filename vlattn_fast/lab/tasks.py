@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from vlattn_fast.interpret.relevancy.method import Method
+from vlattn_fast.interpret.relevancy.methods.glimpse import Glimpse
 from vlattn_fast.interpret.relevancy.methods.gradcam import GradCam
 from vlattn_fast.interpret.relevancy.methods.gradient import Gradient
 from vlattn_fast.interpret.relevancy.methods.input_gradient import InputGradient
+from vlattn_fast.interpret.relevancy.methods.integrated_gradients import IntegratedGradients
 from vlattn_fast.interpret.relevancy.methods.registry import published
 from vlattn_fast.interpret.relevancy.methods.weighted import Weighted
 from vlattn_fast.lab.clip import load_clip
@@ -31,11 +33,15 @@ Measure = Callable[[Any], Tensor]
 
 _WEIGHTED = ("weighted", "weighted:norm", "weighted:equal", "weighted:no_normalization", "weighted:norm:no_normalization")
 _BASELINES = ("rollout", "attention", "gradcam", "input_gradient", "integrated_gradients", "random")
-FROZEN: dict[str, Method] = {
-    method.label: method
-    for kind in (Gradient, Weighted, InputGradient, GradCam)
-    for method in (kind(freeze=("norms",)), kind(freeze=("norms", "attention")))
-}
+
+
+def _with_constants(*kinds: Callable[..., Method]) -> dict[str, Method]:
+    made = (kind(freeze=freeze) for kind in kinds for freeze in (("norms",), ("norms", "attention")))
+    return {method.label: method for method in made}
+
+
+FROZEN = _with_constants(Gradient, Weighted, InputGradient, GradCam, IntegratedGradients)
+FROZEN_TOWERS = FROZEN | _with_constants(Glimpse)
 PLAIN = published("gradient").label
 TOWERS = ("gradient", "gradient:no_aggregation", *_WEIGHTED, "glimpse", *_BASELINES)
 LINKED = (*TOWERS[:2], "gradient:no_normalization", "gradient:no_self_attention", *_WEIGHTED, *_BASELINES)
@@ -117,10 +123,11 @@ TASKS: Mapping[str, Task] = {
         lambda: load_uniter()[0],
         matching,
         TOWERS,
+        FROZEN_TOWERS,
         accuracy=lambda outputs: (log_odds(outputs) > 0).float(),
         probability=lambda outputs: log_odds(outputs).sigmoid(),
     ),
-    "clip": Task(lambda: load_clip()[0], retrieval, TOWERS, rivals=("CLIP", "CAPTUM"), batch=10),
+    "clip": Task(lambda: load_clip()[0], retrieval, TOWERS, FROZEN_TOWERS, rivals=("CLIP", "CAPTUM"), batch=10),
     "vqa": Task(lambda: load_vqa()[0], answering, LINKED),
     "captions": Task(lambda: load_captioner()[0], captioning, LINKED),
 }
