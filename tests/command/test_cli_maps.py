@@ -32,6 +32,11 @@ def test_several_methods_on_one_page(vit, llava, picture, tmp_path):
     assert result.exit_code == 0, result.output
     data = json.loads(re.search(r'id="data">(.*?)</script>', out.read_text(), re.S)[1])
     assert [method["name"] for method in data["methods"]] == ["rollout", "gradient"]
+    each = ("--method", "gradient", "--method", "rollout", "--method", "integrated_gradients", "--method", "gradcam")
+    result = vlattn("explain", "--model", vit, "--image", picture, "--out", out, *each)  # each with its own defaults
+    assert result.exit_code == 0, result.output
+    data = json.loads(re.search(r'id="data">(.*?)</script>', out.read_text(), re.S)[1])
+    assert [method["name"] for method in data["methods"]] == list(each[1::2])
     for options in (
         ("--image", picture, "--out", tmp_path / "x.png"),
         ("--dataset", picture.parent, "--out", tmp_path / "folder"),

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -174,11 +176,12 @@ class _Switch(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, plain: Tensor, owner: Frozen, x: Tensor | None = None, norm: _Norm | None = None) -> Tensor:
+        """A copy, since a model may write into what a norm gives it."""
         ctx.set_materialize_grads(False)  # see `_Linear`
         ctx.owner, ctx.norm = owner, norm
         if norm is not None and x is not None:
             ctx.over_root, ctx.dtype, ctx.x = norm.over_root(x), x.dtype, x if owner.differentiable else None
-        return plain.view_as(plain)
+        return plain.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, Tensor | None, None]:
@@ -199,9 +202,10 @@ def _linear_gradient(ctx: Any, grad: Tensor, over_root: Tensor) -> Tensor:
 
 def _layer_norm(
     frozen: Frozen, func: Any, input: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5,
-    *cudnn: bool,
+    cudnn_enable: bool = True,
 ) -> Any:  # fmt: skip
     norm = _Norm(_trailing(input, normalized_shape), weight, True, eps)
+    cudnn = () if func is functional.layer_norm else (cudnn_enable,)
     return frozen.linear(func, (input, normalized_shape, weight, bias, eps, *cudnn), input, norm)
 
 
@@ -212,10 +216,11 @@ def _rms_norm(frozen: Frozen, func: Any, input: Tensor, normalized_shape: Any, w
 
 def _group_norm(
     frozen: Frozen, func: Any, input: Tensor, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5,
-    *cudnn: bool,
+    cudnn_enabled: bool = True,
 ) -> Any:  # fmt: skip
     channels = None if weight is None else weight.reshape(-1, *(1,) * (input.ndim - 2))
     norm = _Norm((len(input), num_groups, -1), channels, True, eps)
+    cudnn = () if func is functional.group_norm else (cudnn_enabled,)
     return frozen.linear(func, (input, num_groups, weight, bias, eps, *cudnn), input, norm)
 
 
@@ -249,15 +254,26 @@ _NORMS: dict[Any, Callable[..., Any]] = {
 
 
 def _may_be_written(module: nn.Module) -> bool:
-    """Whether a module may write a norm out: it has no parts, and no parameters but vectors."""
+    """Whether a module may write a norm out: it has no parts, no parameters but vectors, and its code reduces something."""
     of_torch = type(module).__module__.startswith("torch.nn.modules.")
-    return not of_torch and next(module.children(), None) is None and all(x.ndim < 2 for x in module.parameters())
+    vectors = next(module.children(), None) is None and all(x.ndim < 2 for x in module.parameters())
+    return not of_torch and vectors and _reduces(type(module))
+
+
+@functools.cache
+def _reduces(kind: type[nn.Module]) -> bool:
+    """Whether the code of a class, or its name, speaks of a norm or a reduction. Other code is never tried."""
+    own = [one for one in kind.__mro__ if one is not nn.Module and issubclass(one, nn.Module)]
+    codes = [one.__code__ for base in own for one in vars(base).values() if inspect.isfunction(one)]
+    said = " ".join([*(base.__name__ for base in own), *(name for code in codes for name in code.co_names)]).lower()
+    return any(name in said for name in ("norm", "std", "var", "mean", "sum", "max", "dot"))
 
 
 def _kind(module: nn.Module) -> str:
     kind = _kinds.get(type(module))
     if kind is None:
-        tried = [_kind_of(module, x) for x in _numbers(module)]
+        with torch.random.fork_rng(devices=[]):  # a module may draw numbers
+            tried = [_kind_of(module, x) for x in _numbers(module)]
         kind = _kinds[type(module)] = next((each for each in tried if each != _NONE), _NONE)
     return kind
 
@@ -271,13 +287,27 @@ def _numbers(module: nn.Module) -> Iterator[Tensor]:
     yield numbers[: 4 * size].reshape(1, size, 2, 2)
 
 
-def _kind_of(module: nn.Module, x: Tensor) -> str:
-    """The kind of a module, by a copy of it with parameters of our own: those of a model may be elsewhere."""
-    alike = copy.copy(module)
-    weights = {
-        name: None if p is None else 1 + torch.cos(torch.arange(1.0, p.numel() + 1)) / 2 for name, p in module._parameters.items()
+def _alike(module: nn.Module) -> nn.Module:
+    """A copy of a module, whose parameters are numbers of our own, since those of a model may be elsewhere. What its code changes
+    is the copy's."""
+    made = copy.copy(module)
+    own = {name: copy.deepcopy(x) for name, x in vars(module).items() if isinstance(x, (list, dict, set)) and name[0] != "_"}
+    own |= {name: x.detach().clone() for name, x in vars(module).items() if isinstance(x, Tensor)}
+    buffers = {name: None if x is None else x.detach().to("cpu", copy=True) for name, x in module._buffers.items()}
+    vectors = {
+        n: None if p is None else 1 + torch.cos(torch.arange(1.0, p.numel() + 1)) / 2 for n, p in module._parameters.items()
     }
-    vars(alike)["_parameters"] = {n: None if w is None else nn.Parameter(w, requires_grad=False) for n, w in weights.items()}
+    weights = {name: None if x is None else nn.Parameter(x, requires_grad=False) for name, x in vectors.items()}
+    vars(made).update(own, training=False, _buffers=buffers, _parameters=weights)
+    return made
+
+
+def _kind_of(module: nn.Module, x: Tensor) -> str:
+    """The kind of a module, by a copy of it that runs on `x`."""
+    try:
+        alike = _alike(module)
+    except Exception:  # as of tensors without storage
+        return _NONE
     for gates in ((), (torch.ones_like(x),)):  # some take a gate, and have none by default
 
         def run(numbers: Tensor, gates: tuple[Tensor, ...] = gates) -> Tensor:

@@ -315,6 +315,57 @@ def test_a_norm_that_is_not_reached_is_said() -> None:
         va.explain(model, inputs, method=va.methods.Gradient(freeze=()), **how)
 
 
+class Counts(nn.Module):
+    """A norm that counts its calls, and draws a number at each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.numbers: list[float] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.numbers.append(float(torch.rand(())))
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+
+
+def test_a_trial_changes_nothing_of_the_module() -> None:
+    module, before = Counts(), torch.get_rng_state()
+    frozen = Frozen(module)
+    assert frozen._written == [module] and not frozen.missed
+    assert float(module.calls) == 0 and module.numbers == [] and torch.equal(torch.get_rng_state(), before)
+
+
+class Overwrites(nn.Module):
+    """A layer that writes into what its norm gives it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Attends(by_hand=True)
+        self.norm = nn.LayerNorm(6)
+
+    def forward(self, features: Tensor) -> Tensor:
+        h = self.norm(features)
+        h *= 0.5
+        return self.attention(h)
+
+
+def test_a_model_may_write_into_what_a_norm_gives() -> None:
+    model, inputs = Overwrites().double(), {"features": torch.randn(2, 5, 6).double()}
+    expected = va.explain(model, inputs, target=lambda outputs: outputs[:, 1], read="cls").relevancy
+    with va.nn.capture_relevancy(model) as captured:
+        outputs = model(**inputs)
+    row = captured.relevancy(outputs[:, 1].sum(), read="cls")
+    torch.testing.assert_close(row.detach(), next(iter(expected.values())))
+
+
+def test_norms_of_torch_with_all_their_arguments() -> None:
+    x = torch.randn(2, 4, 3)
+    with Frozen(nn.Identity()):
+        assert torch.equal(torch.layer_norm(x, [3], cudnn_enable=False), nn.functional.layer_norm(x, [3]))
+        assert torch.equal(torch.group_norm(x, 2, cudnn_enabled=False), nn.functional.group_norm(x, 2))
+
+
 def test_options_that_are_none() -> None:
     with pytest.raises(ValueError, match="freeze must be among norms, attention; got 'norm'"):
         va.methods.Gradient(freeze=("norm",))

@@ -212,15 +212,16 @@ def test_one_nan_does_not_hide_a_map(tmp_path):
 
 
 def test_a_file_of_the_format_before(tmp_path):
-    """It calls `text_positions` by another name."""
+    """It calls `text_positions` by another name, and the published form of a method by the method's name."""
     safetensors = pytest.importorskip("safetensors")
     positions, path = [[1, 2, 3], [4]], tmp_path / "one.safetensors"
-    made(text_positions=positions).save(path)
+    made(text_positions=positions, method="gradient").save(path)
     with safetensors.safe_open(path, framework="pt") as file:
         facts, values = json.loads(file.metadata()["explanation"]), {name: file.get_tensor(name) for name in file.keys()}
     older = facts | {"format": "vlattn_fast.explanation.3", "places": facts.pop("text_positions")}
     safetensors.torch.save_file(values, path, metadata={"explanation": json.dumps(older)})
-    assert Explanation.load(path).text_positions == positions
+    read = Explanation.load(path)
+    assert (read.text_positions, read.method) == (positions, "gradient(freeze=())")
 
 
 def test_load_names_what_is_broken(tmp_path):
@@ -228,7 +229,7 @@ def test_load_names_what_is_broken(tmp_path):
     whole = made().save(tmp_path / "whole.safetensors")
     broken = tmp_path / "broken.safetensors"
     values = {f"relevancy.{name}": tensor for name, tensor in made().relevancy.items()}
-    facts = json.dumps({"format": "vlattn_fast.explanation.4", "towers": {"relevancy": ["vision"]}})
+    facts = json.dumps({"format": "vlattn_fast.explanation.5", "towers": {"relevancy": ["vision"]}})
     damages = [
         lambda: broken.write_bytes(whole.read_bytes()[:300]),
         lambda: broken.write_bytes(whole.read_bytes()[:-40]),

@@ -65,8 +65,8 @@ class Options:
         if options.get("freeze") is not None:
             told["freeze"] = tuple(options["freeze"])
         asked = cls(**{**options, **told, "model": str(model)})
-        method = asked.method_of(asked.method)  # with its errors
-        return replace(asked, freeze=method.freeze) if method.needs_score else asked  # a run that goes on asks for the same
+        asked.method_of(asked.method)  # with its errors
+        return asked
 
     def method_of(self, name: str) -> Method:
         """The method of this name with the options."""

@@ -87,10 +87,11 @@ def explain_dataset(
     with joined() as ranks, contextlib.ExitStack() as stack:
         items = Items(dataset)
         model_name = str(Path(asked.model).resolve()) if Path(asked.model).is_dir() else asked.model
-        listed = {
-            name: list(value) for name, value in asdict(asked).items() if isinstance(value, tuple)
-        }  # as JSON gives them back
-        settings = {"format": FORMAT, **asdict(asked), **listed, "model": model_name, "dataset": items.digest}
+        method = asked.method_of(asked.method)
+        held = method.freeze if method.needs_score else None  # a release with another default must not go on with this run
+        said = {**asdict(asked), "freeze": held}
+        listed = {name: list(value) for name, value in said.items() if isinstance(value, tuple)}  # as JSON gives them back
+        settings = {"format": FORMAT, **said, **listed, "model": model_name, "dataset": items.digest}
         _by_first(ranks, lambda: check_settings(out, settings))
         _by_first(ranks, lambda: check_place("out", out))
         batches = Batches(*_load(asked, ranks, device), asked)

@@ -101,6 +101,8 @@ def check_settings(directory: Path, settings: Mapping[str, Any]) -> None:
         if directory.exists() and (not directory.is_dir() or set(directory.iterdir()) - begun):
             raise ValueError(f"out must be a new or an empty directory, or one of an earlier run; got {directory}")
         return
+    if there.get("freeze") is None and settings.get("freeze") is not None:
+        there = {**there, "freeze": []}  # a run that was begun when nothing was held fixed by default
     for name in sorted({*there, *settings}, key=lambda name: (name != "method", name)):  # the method's options come after it
         if there.get(name) != settings.get(name):
             if name == "dataset":  # the settings hold only its digest

@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image as Picture
 
-_FORMAT = "vlattn_fast.explanation.4"
-_OLDER = "vlattn_fast.explanation.3"  # its name of `text_positions` is "places"
+_FORMAT = "vlattn_fast.explanation.5"
+_OLDER = ("vlattn_fast.explanation.3", "vlattn_fast.explanation.4")
+_HELD = ("gradient", "weighted", "input_gradient", "gradcam")  # whose names meant the published forms in older files
 _OF_TOWERS = ("relevancy", "position", "brought")
 _TENSORS = ("text", "regions", "boxes", "scores", "gap")
 _FACTS = (
@@ -161,8 +162,9 @@ class Explanation(Explained):
         """
         with open_tensors(Path(path), f"path must be a file that Explanation.save wrote ({_FORMAT}); got {path}") as file:
             facts = json.loads((file.metadata() or {}).get("explanation", "{}"))
-            if facts.get("format") == _OLDER:
-                facts["text_positions"] = facts.get("places")
+            if facts.get("format") in _OLDER:
+                facts["text_positions"] = facts.get("text_positions", facts.get("places"))
+                facts["method"] = f"{facts['method']}(freeze=())" if facts.get("method") in _HELD else facts.get("method")
             elif facts.get("format") != _FORMAT:
                 raise ValueError(f"its format is {facts.get('format')}")
             further: dict[str, Any] = json.loads(facts.get("of_class") or "{}")
