@@ -89,10 +89,11 @@ attention weights held fixed {ours:.2f}.
 """
 
 TEST_TEXT = """\
-Of {count} of these formulas the glyph in the middle was tested further by each rule below, with the logit. *Deletion* and
-*insertion* are the mean probability of the character while the {fractions} % of the patches with the largest entries become
-blank, or come back into a blank picture. *Occlusion* is Spearman's correlation with the fall of the logit when a square of 2 x 2
-patches becomes blank, over the squares with ink. Occlusion itself is the first line.
+Of {count} of these formulas the glyph in the middle was tested further, with the logit. A rule that was tested on fewer has
+their number in brackets, and cannot be compared with the others. *Deletion* and *insertion* are the mean probability of the
+character while the {fractions} % of the patches with the largest entries become blank, or come back into a blank picture.
+*Occlusion* is Spearman's correlation with the fall of the logit when a square of 2 x 2 patches becomes blank, over the squares
+with ink. Occlusion itself is the first line.
 
 {table}
 
@@ -247,14 +248,13 @@ def _scores(readings: Readings) -> str:
 
 
 def _tests(readings: Readings) -> str:
-    lines, common = [], set.intersection(*map(set, readings.tests.values()))
+    lines, most = [], max(map(len, readings.tests.values()))
     for rule, of_formulas in readings.tests.items():
-        rows = [row for number, row in of_formulas.items() if number in common]
-        values = [[[row[name]] for row in rows if row[name] is not None] for name in TESTS]
-        lines.append([*_named(rule), *(shown(groups, len(common)) for groups in values)])
+        values = [[[row[name]] for row in of_formulas.values() if row[name] is not None] for name in TESTS]
+        lines.append([*_named(rule), *(shown(groups, most) for groups in values)])
     fractions = ", ".join(f"{share:.0%}".rstrip("%") for share in FRACTIONS)
     table = markdown(["method", "held fixed", *(f"{test} ({good})" for test, good in TESTS.items())], lines, (0, 1))
-    return TEST_TEXT.format(count=len(common), fractions=fractions, table=table)
+    return TEST_TEXT.format(count=most, fractions=fractions, table=table)
 
 
 def section(rows: Sequence[Row], versions: Mapping[str, str]) -> str:
