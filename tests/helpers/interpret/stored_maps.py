@@ -389,6 +389,7 @@ def check(
         got = explain(model, exact, method=find_method(methods[0])(freeze=FREEZABLE), **options).relevancy
         for tower, place in places.items():
             assert_rows(got[tower], held[tower], place, methods[0], ("held", methods[0], tower))
+        assert any(not torch.allclose(held[tower], want[methods[0]][tower]) for tower in places), "nothing is held fixed"
     for dtype, asked in ((torch.float64, methods), (torch.float32, methods[:1])):
         model = model.double() if dtype == torch.float64 else model.float()  # `to` would cast complex numbers, too
         for method in asked:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 
+import vlattn_fast as va
 from tests.helpers.interpret.cases import lively
 from tests.helpers.interpret.decoder_cases import blip2, instructblip
 from tests.helpers.interpret.linked_maps import METHODS, bar, encoder_decoder_maps, published
@@ -27,13 +28,12 @@ LXMERT = dict(
 )
 
 
-def lxmert_maps(model, inputs, score):
-    """The maps of the model's own attention, in the order in which they ran, and their gradients."""
-    maps = []
-    softmax = torch.nn.functional.softmax
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.nn.functional, "softmax", lambda *a, **k: maps.append(softmax(*a, **k)) or maps[-1])
+def lxmert_maps(model, inputs, score, held=False):
+    """The maps of the model's own attention, in the order in which they ran, and their gradients; see `Kept`."""
+    kept = Kept(model, held)
+    with kept.watching():
         outputs = model(**inputs)
+    maps = [stored for _, stored in kept.maps]
     kinds = ["tt"] * LXMERT["l_layers"] + ["ii"] * LXMERT["r_layers"] + ["ti", "it", "tt", "ii"] * LXMERT["x_layers"]
     return list(zip(kinds, maps, torch.autograd.grad(score(outputs), maps, allow_unused=True, retain_graph=True), strict=True))
 
@@ -47,7 +47,13 @@ def test_lxmert(regions):
     inputs = {"input_ids": ids, "attention_mask": mask}
     inputs |= {"visual_feats": torch.randn(2, regions, 10, dtype=torch.float64), "visual_pos": torch.rand(2, regions, 4).double()}
     model.double()
-    maps = lxmert_maps(model, inputs, lambda o: o.question_answering_score.max(-1).values.sum())
+    score = lambda o: o.question_answering_score.max(-1).values.sum()  # noqa: E731
+    got = explain(model, inputs, method=va.methods.Gradient(freeze=("norms", "attention")))
+    for row, want in zip(
+        got.relevancy.values(), published("gradient", lxmert_maps(model, inputs, score, held=True), [0, 0], mask), strict=True
+    ):
+        assert_rows(row, want, what="held fixed")
+    maps = lxmert_maps(model, inputs, score)
     for dtype, method in (*((torch.float64, method) for method in METHODS), (torch.float32, "gradient")):
         got = explain(model.to(dtype), with_floats(inputs, dtype), method=method)
         assert list(got.relevancy) == ["text", "vision"] and got.relevancy["text"].dtype == dtype
@@ -136,6 +142,12 @@ def test_text_encoder_decoders(kind):
         got = explain(model, inputs, target=score, read="last", method=method)
         assert_rows(got.relevancy["tower0"], qi, what=method)
         assert_rows(got.relevancy["tower1"], qq, what=method)
+    with Kept(model, held=True).watching():
+        o = model(**inputs, output_attentions=True)
+    qq, qi = published("gradient", encoder_decoder_maps(o, score(o).sum()), [4, 4], None, inputs["attention_mask"])
+    got = explain(model, inputs, target=score, read="last", method=va.methods.Gradient(freeze=("norms", "attention")))
+    assert_rows(got.relevancy["tower0"], qi, what="held fixed")
+    assert_rows(got.relevancy["tower1"], qq, what="held fixed")
 
 
 @pytest.mark.parametrize("kind", ["bart", "t5"])
