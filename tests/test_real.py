@@ -296,7 +296,7 @@ def test_pictures_are_there_and_small():
         "real-formula.jpg",
     ]
     for picture in pictures:
-        assert 0 < (page.PAGE.parent / picture).stat().st_size < 150_000
+        assert 0 < (page.PAGE.parent / picture).stat().st_size < 160_000
     assert 0 < (page.ROOT / "docs" / "real.jpg").stat().st_size < 200_000
 
 
