@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from tools.models import compare
 from tools.models.compare import BOUND, Row, described, score_of
+from tools.models.shrink import HEADS
 from tools.models.stored import SOFTMAX
 from vlattn_fast.attach.frozen import Frozen
 
@@ -104,8 +105,7 @@ class Detached(TorchFunctionMode):
             return WRITTEN[func](*args, **kwargs)
         if self.attention and func is functional.multi_head_attention_forward:
             return func(Constant.apply(args[0]), Constant.apply(args[1]), *args[2:], **kwargs)
-        of_maps = func is torch.logsumexp or func in SOFTMAX
-        if self.attention and of_maps and isinstance(args[0], Tensor) and args[0].ndim == 4:
+        if self.attention and (func is torch.logsumexp or func in SOFTMAX) and are_scores(args[0]):
             return func(Constant.apply(args[0]), *args[1:], **kwargs)
         result = func(*args, **kwargs)
         inside = self._stack[-1][0] if self._stack else self.model
@@ -113,6 +113,11 @@ class Detached(TorchFunctionMode):
         if is_root and result.requires_grad and not is_norm(inside):
             self.kept[type(inside).__name__] = None
         return result
+
+
+def are_scores(tensor: Tensor) -> bool:
+    """Whether these are scores (B, H, N, M), or (B * H, N, N), of which H is known; not those of a router (B, N, experts)."""
+    return tensor.ndim == 4 or (tensor.ndim == 3 and tensor.shape[1] == tensor.shape[2] and len(tensor) % HEADS == 0)
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -34,8 +34,11 @@ def lightning(module: Any) -> Callable[..., Any]:
             return seen[0].unflatten(-1, (heads, size))
 
         output = recurrence(of_values, value).flatten(2)
-        norm = module.norm.forward
-        return _with(module.norm, {"forward": lambda _: norm(output)}, lambda: original(hidden_states, **kwargs))
+        handle = module.norm.register_forward_pre_hook(lambda *_: (output,))
+        try:
+            return original(hidden_states, **kwargs)
+        finally:
+            handle.remove()
 
     return forward
 
