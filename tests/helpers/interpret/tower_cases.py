@@ -55,6 +55,8 @@ class Heads(nn.Module):
             return torch.einsum("bhnm,bmhd->nhdb", weights, v.transpose(1, 2)).permute(3, 1, 0, 2)
         if self.kind == "einsum of a list":
             return torch.einsum("a h i j, a h j c -> a h i c", [weights, v])
+        if self.kind == "its shape is read":
+            assert weights.shape == (*v.shape[:3], v.shape[2])
         return weights @ v
 
     def weights(self, scores: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ WRITTEN = [
     "keywords",
     "einsum",
     "einsum of a list",
+    "its shape is read",
 ]  # a softmax of a module's own, times values
 
 

@@ -131,7 +131,9 @@ class Trace(FindsTowers, SeesMixers, Stepwise, TorchFunctionMode):
         path, run = self._paths.pop(), self._runs.pop()
         self._convolutions.pop(run, None)
         first = output[0] if isinstance(output, tuple) else output
-        if path and self.method.needs_score:
+        frozen = self.method.frozen
+        is_constant = frozen is not None and frozen.attention and self.written.holds(first)  # a map, held fixed
+        if path and self.method.needs_score and not is_constant:
             note_lost_gradient(self.without_gradient, path, args, output)
         attended = [1 << tower.last_call for tower in self.towers if tower.last_run == run and tower.last_call is not None]
         if attended and isinstance(first, Tensor) and not self._marks.calls((first,)):

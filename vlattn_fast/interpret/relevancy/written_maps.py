@@ -68,6 +68,10 @@ class WrittenMaps:
         self._maps.append((path, result if heads is None else result.view(-1, heads, *result.shape[-2:])))
         return len(self._maps) - 1
 
+    def holds(self, value: Any) -> bool:
+        """Whether this is a map that was taken, as it is."""
+        return isinstance(value, Tensor) and bool(read_mark((value,), self._mark))
+
     def leave_out(self, path: str) -> None:
         """Notes that the module at `path` has another map, which is not followed."""
         self._changed.add(path)
@@ -109,7 +113,7 @@ class WrittenMaps:
         """The call that a function of torch completes, if it multiplies a map with values."""
         equation, args = _einsum(func, args)
         bits = read_mark((*args, *kwargs.values()), self._mark)
-        if not bits or not isinstance(result, (Tensor, tuple, list)):
+        if not bits or not isinstance(result, (Tensor, tuple, list)) or isinstance(result, torch.Size):
             return None
         number = bits.bit_length() - 1
         path, stored = self._maps[number]

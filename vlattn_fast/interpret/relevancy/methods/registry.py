@@ -48,7 +48,7 @@ def method_of(method: str | Method) -> Method:
 
 
 def published(name: str, weighting: str | Weighting = "contribution") -> Method:
-    """A method by its name in its published form: nothing but the paper's rule is constant in the backward pass."""
+    """A method by its name in its published form, which holds no norm and no attention weight fixed."""
     kind = find_method(name)
     options: dict[str, Any] = {"weighting": weighting} if kind.takes_weighting else {}
     return kind(**options, freeze=() if kind.needs_score else None)
