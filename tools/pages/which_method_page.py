@@ -25,8 +25,8 @@ FORMS = ((), ("norms",), ("norms", "attention"))  # held fixed
 
 
 def table(test: str) -> str:
-    """A line for each method and what it holds fixed; a column for each model of DigitScenes, with mean and standard deviation over
-    sets of scenes."""
+    """A line for each method and what it holds fixed; a column for each model of DigitScenes, with mean and standard deviation
+    over sets of scenes."""
     values: dict[tuple[str, str], str] = {}
     for task in TASKS:
         rows = json.loads((ROOT / f"benchmarks/results/evaluation-{task}.json").read_text(encoding="utf-8"))["rows"]
