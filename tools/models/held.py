@@ -202,7 +202,7 @@ def _over_root(rows: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
 
 def _with(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     y = y if weight is None else y * weight
-    return y if bias is None else y + bias
+    return (y if bias is None else y + bias).contiguous()  # as torch's functions give it
 
 
 WRITTEN: dict[Any, Callable[..., Tensor]] = {
@@ -217,7 +217,9 @@ def gradients(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
     inputs = {name: one.clone().requires_grad_() if _is_read(name, one) else one for name, one in inputs.items()}
     leaves = [one for name, one in inputs.items() if _is_read(name, one)]
 
-    def keep(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    def keep(module: nn.Module, args: Any, output: Any) -> Any:
+        if not isinstance(output, Tensor):
+            return output  # positions, and their number
         leaves.append(output.detach().requires_grad_())
         return leaves[-1] * 1  # models may write into it
 
