@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import inspect
 import threading
 import weakref
@@ -254,18 +253,16 @@ _NORMS: dict[Any, Callable[..., Any]] = {
 
 
 def _may_be_written(module: nn.Module) -> bool:
-    """Whether a module may write a norm out: it has no parts, no parameters but vectors, and its code reduces something."""
+    """Whether a module may write a norm out: it has no parts, and no parameters but vectors."""
     of_torch = type(module).__module__.startswith("torch.nn.modules.")
-    vectors = next(module.children(), None) is None and all(x.ndim < 2 for x in module.parameters())
-    return not of_torch and vectors and _reduces(type(module))
+    return not of_torch and next(module.children(), None) is None and all(x.ndim < 2 for x in module.parameters())
 
 
-@functools.cache
 def _reduces(kind: type[nn.Module]) -> bool:
     """Whether the code of a class, or its name, speaks of a norm or a reduction. Other code is never tried."""
-    own = [one for one in kind.__mro__ if one is not nn.Module and issubclass(one, nn.Module)]
-    codes = [one.__code__ for base in own for one in vars(base).values() if inspect.isfunction(one)]
-    said = " ".join([*(base.__name__ for base in own), *(name for code in codes for name in code.co_names)]).lower()
+    bases = [one for one in kind.__mro__ if one is not nn.Module and issubclass(one, nn.Module)]
+    codes = [one.__code__ for base in bases for one in vars(base).values() if inspect.isfunction(one)]
+    said = " ".join([*(base.__name__ for base in bases), *(name for code in codes for name in code.co_names)]).lower()
     return any(name in said for name in ("norm", "std", "var", "mean", "sum", "max", "dot"))
 
 
@@ -273,7 +270,7 @@ def _kind(module: nn.Module) -> str:
     kind = _kinds.get(type(module))
     if kind is None:
         with torch.random.fork_rng(devices=[]):  # a module may draw numbers
-            tried = [_kind_of(module, x) for x in _numbers(module)]
+            tried = [_kind_of(module, x) for x in _numbers(module)] if _reduces(type(module)) else []
         kind = _kinds[type(module)] = next((each for each in tried if each != _NONE), _NONE)
     return kind
 
@@ -288,17 +285,18 @@ def _numbers(module: nn.Module) -> Iterator[Tensor]:
 
 
 def _alike(module: nn.Module) -> nn.Module:
-    """A copy of a module, whose parameters are numbers of our own, since those of a model may be elsewhere. What its code changes
-    is the copy's."""
+    """A copy of a module, whose parameters are numbers of our own, since those of a model may be elsewhere. Its code
+    changes nothing of the module."""
     made = copy.copy(module)
-    own = {name: copy.deepcopy(x) for name, x in vars(module).items() if isinstance(x, (list, dict, set)) and name[0] != "_"}
-    own |= {name: x.detach().clone() for name, x in vars(module).items() if isinstance(x, Tensor)}
+    parts = {name: x for name, x in vars(module).items() if name[0] != "_"}
+    copies: dict[str, Any] = {name: copy.deepcopy(x) for name, x in parts.items() if isinstance(x, (list, dict, set))}
+    copies |= {name: x.detach().clone() for name, x in parts.items() if isinstance(x, Tensor)}
     buffers = {name: None if x is None else x.detach().to("cpu", copy=True) for name, x in module._buffers.items()}
     vectors = {
         n: None if p is None else 1 + torch.cos(torch.arange(1.0, p.numel() + 1)) / 2 for n, p in module._parameters.items()
     }
     weights = {name: None if x is None else nn.Parameter(x, requires_grad=False) for name, x in vectors.items()}
-    vars(made).update(own, training=False, _buffers=buffers, _parameters=weights)
+    vars(made).update(copies, training=False, _buffers=buffers, _parameters=weights)
     return made
 
 
