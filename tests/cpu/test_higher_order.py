@@ -41,6 +41,7 @@ def rolled(model: nn.Module, shift: int) -> nn.Module:
     return model
 
 
+@pytest.mark.usefixtures("published")
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_by_the_kernels_is_as_exact_as_on_stored_maps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
