@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from vlattn_fast.attach.current import SCORE_ATTENTION, SOFTMAX, first_argument, is_map
 from vlattn_fast.attach.session import Steps, Stepwise, as_mode, named
+from vlattn_fast.ops._sinks import with_sink
 
 _ROOTS: tuple[Any, ...] = (
     *(torch.sqrt, torch.rsqrt, torch.std, torch.norm, torch.linalg.norm, torch.linalg.vector_norm),
@@ -100,6 +101,9 @@ class Frozen(Stepwise, TorchFunctionMode):
             return _NORMS[func](self, func, *args, **kwargs)
         if self.attention and func in (functional.scaled_dot_product_attention, SCORE_ATTENTION):
             return self._attention(func, *args, **kwargs)
+        if self.attention and func is with_sink:
+            out, lse, logit = args  # the log-sum-exp has the part of a score that counts beside a sink alone
+            return func(out, self.constant(lse), self.constant(logit))
         if roots and func is functional.normalize:
             return _normalize(self.constant, *args, **kwargs)
         result = func(*args, **kwargs)

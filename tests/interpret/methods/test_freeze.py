@@ -427,3 +427,21 @@ def test_a_batch_norm_is_none() -> None:
     with frozen:
         outputs = detr.DetrFrozenBatchNorm2d(4)(x)
     assert outputs.requires_grad
+
+
+def test_a_score_beside_a_sink_is_constant() -> None:
+    """A score's bias cancels in a softmax, but not beside a sink. The output is linear in the values: <gradient, x> is it."""
+    torch.manual_seed(0)
+    layer = va.nn.ScoreAttention(8, 2, "biased_general").double()
+    layer.sink = nn.Parameter(torch.randn(2).double())
+    for name, parameter in layer.named_parameters():
+        if name in ("v_proj.bias", "out_proj.bias"):
+            nn.init.zeros_(parameter)
+        elif name.startswith("score"):
+            nn.init.normal_(parameter)
+    x = torch.randn(2, 5, 8).double().requires_grad_()
+    for attention in (True, False):
+        with Frozen(layer, norms=False, attention=attention):
+            output = layer(x)[:, 0, 1].sum()
+            (grad,) = torch.autograd.grad(output, x)
+        assert torch.allclose((grad * x).sum(), output, rtol=1e-9) == attention

@@ -295,7 +295,7 @@ class Trace(FindsTowers, SeesMixers, Stepwise, TorchFunctionMode):
         """The output of the call of score_attention that ran last, with its sink."""
         tensors, masks, score = self._before_sink
         with torch._C.DisableTorchFunction():
-            score = replace(score, output=with_sink(output, lse, logit))
+            score = replace(score, output=with_sink(output, self._frozen(lse), self._frozen(logit)))
         return self.attend(*tensors, {**masks, "score": score})
 
     def _marked_as(self, view: Tensor, tensor: Tensor, dim: int | None = None) -> Tensor:
