@@ -50,8 +50,8 @@ def measure(cell: Cell, settings: Settings) -> dict[str, Any]:
     kind, seed = cell["kind"], cell["seed"]
     model = trained(kind, seed, settings)
     scenes = digit_prompts(2 if settings.smoke else SCENES, seed=seed, kind="caption")
-    methods: dict[str, str | Method | Rival] = {name: published(name) for name in METHODS if name not in (LAST, RANDOM)}
-    methods = {name: methods.get(name, last_layer if name == LAST else name) for name in METHODS}
+    others: dict[str, str | Rival] = {LAST: last_layer, RANDOM: RANDOM}
+    methods: dict[str, str | Method | Rival] = {name: others.get(name) or published(name) for name in METHODS}
     steps = (0.0, 0.5, 1.0) if settings.smoke else STEPS_OF_CURVES
     # a model of a smoke run says no digits, so that the true captions stand in
     said = SceneProcessor(end=False).words(scenes.answers)["input_ids"] if settings.smoke else captions(model, scenes.images)
