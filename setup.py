@@ -2,8 +2,9 @@
 
 The libraries do not need torch. The CPU library needs a C++ compiler, without which the install goes on. The CUDA library also
 needs nvcc, and is built on request alone. VLATTN_BUILD_CPU=1 (VLATTN_BUILD_CUDA=1) builds a library or fails, =0 leaves it out.
-CMakeLists.txt alone says how libraries are built. A record beside the library's place names the build, or why there is none;
-`vlattn info` reads the record (vlattn_fast/backends/native.py).
+VLATTN_BUILD_ISA=all compiles the CPU library for every processor, =native for this one only; the default is all for a wheel and
+native for an editable install. CMakeLists.txt says how libraries are built. A record beside the library's place names the build, or
+why there is none; `vlattn info` reads the record (vlattn_fast/backends/native.py).
 """
 
 from __future__ import annotations
@@ -191,9 +192,16 @@ def cuda_obstacle(asked: str) -> str | None:
     return None
 
 
+def cpu_isa(editable: bool) -> str:
+    """A wheel may go to other processors; an editable install stays on this machine, and compiles for its processor only."""
+    asked = os.environ.get("VLATTN_BUILD_ISA", "")
+    if asked not in ("", "all", "native"):
+        raise SystemExit(f"VLATTN_BUILD_ISA must be all, native or unset; got {asked!r}")
+    return asked or ("native" if editable else "all")
+
+
 def cpu_options(editable: bool) -> list[str]:
-    """A wheel may go to other processors; an editable install stays on this machine, and compiles for its processor alone."""
-    return ["-DVLATTN_CPU=ON", f"-DVLATTN_NATIVE={'ON' if editable else 'OFF'}"]
+    return ["-DVLATTN_CPU=ON", f"-DVLATTN_ISA={cpu_isa(editable)}"]
 
 
 def cuda_options(editable: bool) -> list[str]:
@@ -259,6 +267,7 @@ class Wheel(bdist_wheel):
 if __name__ == "__main__":
     for kernels in BOTH:
         kernels.reason()  # a wrong value ends here
+    cpu_isa(editable=True)
     # folders of data count as packages, too: setuptools warns that it will leave out folders that are not listed
     inside = ["vlattn_fast", *(f"vlattn_fast.{name}" for name in find_packages("vlattn_fast"))]
     setup(

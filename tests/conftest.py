@@ -83,19 +83,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects by the marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what compares with the formula. VLATTN_ACCURACY_SHARE=i/n keeps a draw of these, as tools/cpus.py asks for;
-    VLATTN_SHARD=i/n keeps each n-th test from the i-th on: `make gpu` runs n processes side by side."""
-    from tests.helpers.accuracy import compares, drawn
+    """Marks what compares with the formula, and keeps a shard: `make gpu` runs several processes side by side, and a part of
+    `make test-all` is one."""
+    from tests.helpers.accuracy import compares
+    from tools import shard
 
-    share = os.environ.get("VLATTN_ACCURACY_SHARE")
-    accuracy = [item for item in items if isinstance(item, pytest.Function) and compares(item.function)]
-    for item in accuracy:
-        item.add_marker("accuracy")
-    if share:
-        items[:] = [item for item in accuracy if drawn(item.nodeid, share)]
-    if shard := os.environ.get("VLATTN_SHARD"):
-        i, n = map(int, shard.split("/"))
-        items[:] = items[i::n]
+    for item in items:
+        if isinstance(item, pytest.Function) and compares(item.function):
+            item.add_marker("accuracy")
+    shard.pytest_collection_modifyitems(items)
 
 
 def pytest_collection_finish() -> None:

@@ -1,4 +1,4 @@
-"""`make bits` sees a test that rests on the bits of torch's products, and no other."""
+"""tests/helpers/bits.py sees a test that rests on the bits of torch's products, and no other."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-
-from tests.helpers import bits
 
 ROOT = Path(__file__).parents[1]
 PLANTED = """
@@ -82,8 +80,7 @@ PLUGIN = ("-p", "tests.helpers.bits")
 
 def outcomes_of(code: str, folder: Path, *options: str) -> dict[str, str]:
     """PASSED or FAILED by the names of a file's tests, under pytest's `options`."""
-    planted = folder / bits.FOLDERS[0] / "test_planted.py"
-    planted.parent.mkdir(parents=True)
+    planted = folder / "test_planted.py"
     planted.write_text(code, encoding="utf-8")
     words = [sys.executable, "-m", "pytest", *options, "-rA", "--tb=no", "--rootdir", folder]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -100,14 +97,6 @@ def test_what_rests_on_bits_is_seen(tmp_path: Path) -> None:
     assert {name for name, state in outcomes.items() if state == "FAILED"} == {name for name in outcomes if "rests_on" in name}
 
 
-def test_one_in_ten_is_seen_by_make_test(tmp_path: Path) -> None:
-    many = PLANTED.replace('"dtype", FLOATS)\ndef test_rests', '"dtype", FLOATS * 10)\ndef test_rests')
-    own, outcomes = outcomes_of(many, tmp_path / "own"), outcomes_of(many, tmp_path / "tenth", *PLUGIN, "--bits-of-a-tenth")
-    drawn = {name for name in outcomes if bits.in_the_tenth(name)}
-    assert drawn and {name for name in drawn if outcomes[name] == "FAILED"} == {name for name in drawn if "rests_on" in name}
-    assert all(outcomes[name] == own[name] for name in outcomes.keys() - drawn)  # some processors' own products fail some
-
-
 def test_no_product_is_changed_elsewhere() -> None:
     """The doctests import each file of tests/."""
     code = (
@@ -117,10 +106,3 @@ def test_no_product_is_changed_elsewhere() -> None:
         "assert torch.equal(a @ b, before)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-
-
-def test_a_tenth_is_drawn() -> None:
-    names = [f"tests/ops/test_score_attention.py::test[{n}]" for n in range(6000)]
-    assert 530 < sum(map(bits.in_the_tenth, names)) < 670
-    assert not any(bits.in_the_tenth(name.replace("/ops/", "/kernels/")) for name in names)
-    assert all((ROOT / folder).is_dir() for folder in bits.FOLDERS)

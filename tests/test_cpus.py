@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from tests.helpers.accuracy import compares, drawn
+from tests.helpers.accuracy import compares
 from tests.ops import test_congruence_loss, test_score_attention
 from tests.power import test_power
 from tools import cpus
@@ -26,14 +26,6 @@ def test_tests_that_compare_are_marked() -> None:
 def test_they_are_in_the_folders_that_are_collected(request: pytest.FixtureRequest) -> None:
     marked = [item.nodeid for item in request.session.items if item.get_closest_marker("accuracy")]
     assert [name for name in marked if not name.startswith(tuple(f"{folder}/" for folder in cpus.FOLDERS))] == []
-
-
-def test_the_shares_are_a_tenth_and_no_test_is_in_two() -> None:
-    names = [f"tests/ops/test_score_attention.py::test[{n}]" for n in range(6000)]
-    chosen = [{name for name in names if drawn(name, share)} for share in cpus.shares().values()]
-    assert sum(map(len, chosen)) == len(set().union(*chosen))
-    assert 530 < sum(map(len, chosen)) < 670 and all(160 < len(share) < 240 for share in chosen)
-    assert drawn(names[0], "0/1")
 
 
 @pytest.mark.parametrize("setting, name, words", [("avx2", "v3", "AVX2"), ("sse4", "baseline", "DEFAULT")])

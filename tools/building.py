@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +38,25 @@ def build(name: str, *options: str) -> Path:
     if configured.returncode != 0:
         raise RuntimeError(f"build/{name} could not be built:\n{configured.stdout}")
     return folder
+
+
+@functools.cache
+def instruction_sets() -> list[str]:
+    """The instruction sets that this processor runs, the fastest first, but `amx`, which a library has to be built with: an
+    editable install has only the fastest (VLATTN_BUILD_ISA)."""
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder, "libsets.so")
+        made = _run("c++", "-std=c++17", "-shared", "-fPIC", "-o", library, ROOT / "csrc" / "cpu" / "library.cpp")
+        if made.returncode != 0:
+            raise RuntimeError(f"library.cpp could not be built:\n{made.stdout}")
+        ask = ctypes.CDLL(str(library)).vlattn_instruction_sets
+        ask.restype = ctypes.c_char_p
+        return ask().decode().split()
+
+
+def all_sets() -> Path:
+    """The CPU library with every instruction set, which takes minutes to compile."""
+    return build("cpu-all", "-DVLATTN_CPU=ON") / "libvlattn_cpu.so"
 
 
 def tools() -> dict[str, str]:

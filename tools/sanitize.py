@@ -1,4 +1,4 @@
-"""The tests of the CPU kernels under sanitizers of addresses and undefined behaviour, and of threads: `make sanitize`.
+"""The tests of the CPU kernels under sanitizers of addresses and undefined behaviour, and of threads.
 
     python -m tools.sanitize                       everything, with address under each instruction set of this processor and `amx`
     python -m tools.sanitize --only thread -k causal  one sanitizer, with further arguments of pytest
@@ -14,21 +14,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tools.building import build
-from vlattn_fast.backends import native
+from tools.building import build, instruction_sets
 
 ROOT = Path(__file__).parents[1]
 KINDS = ("address", "thread")
 PATHS = ("tests/cpu", "tests/ops")
 # left out: what compiles, starts processes, or runs on torch's threads, which the sanitizer of threads cannot follow
-NOT = ("compile", "opcheck", "test_library", "test_once", "threads_are_those", "same_bits")
+NOT = ("compile", "opcheck", "test_library", "threads_are_those", "same_bits")
 CHOSEN = " and not ".join(("cpu", *NOT))
 MOST = 2**31  # filled bytes of a workspace
 
 
-def sanitized(kind: str, *instruction_sets: str) -> Path:
+def sanitized(kind: str, *sets: str) -> Path:
     """The folder of the library with these instruction sets, `amx` last, or with all; built where something changed."""
-    return build(f"cpu-{kind}", "-DVLATTN_CPU=ON", f"-DVLATTN_SANITIZE={kind}", f"-DVLATTN_SETS={';'.join(instruction_sets)}")
+    return build(f"cpu-{kind}", "-DVLATTN_CPU=ON", f"-DVLATTN_SANITIZE={kind}", f"-DVLATTN_ISA={';'.join(sets) or 'all'}")
 
 
 def sanitizing(kind: str) -> dict[str, str]:
@@ -61,17 +60,12 @@ def run(kind: str, folder: Path, instruction_set: str, *arguments: str) -> subpr
     )
 
 
-def others_than_amx() -> list[str]:
-    """The instruction sets that this processor runs; any runs a sanitized library's `amx`, by a stand-in."""
-    return [name for name in native._available() if name != "amx"]
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=KINDS)
     parser.add_argument("-k", dest="chosen", metavar="EXPRESSION", help="of pytest")
     options = parser.parse_args()
-    sets = others_than_amx()
+    sets = instruction_sets()  # any runs a sanitized library's `amx`, by a stand-in
     chosen = f"{CHOSEN} and ({options.chosen})" if options.chosen else CHOSEN
     codes = []
     for kind, instruction_set in [*(("address", name) for name in [*sets, "amx"]), ("thread", sets[0])]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 import vlattn_fast as va
 from tools import sanitize
+from tools.building import instruction_sets
 from vlattn_fast.backends import native
 
 ROOT = Path(__file__).parents[1]
@@ -82,7 +83,7 @@ def counted_lines(tokens: int, features: int) -> Iterator[str]:
 
 def lines(*sizes: tuple[int, int]) -> list[str]:
     """Lines of the table from a process with the sanitized library."""
-    folder = sanitize.sanitized("address", sanitize.others_than_amx()[0], "amx")
+    folder = sanitize.sanitized("address", instruction_sets()[0], "amx")
     environment = {
         **sanitize.sanitizing("address"),
         "ASAN_OPTIONS": "detect_leaks=0",

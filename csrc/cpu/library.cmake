@@ -31,27 +31,29 @@ else()
     set(FLAGS_bf16 ${FLAGS_baseline} -march=armv8.2-a+bf16)
   endif()
 endif()
-if(VLATTN_NATIVE)
+if(VLATTN_ISA STREQUAL "native")
+  # One set with every operator: the first that the library would choose here. It is asked once without tiles, whose check is
+  # compiled for processors that have them, and once with them.
   set(ASKING "#include <stdio.h>\nextern \"C\" const char* vlattn_instruction_sets();\nint main() { puts(vlattn_instruction_sets()); }")
-  try_run(RAN COMPILED SOURCES ${CMAKE_SOURCE_DIR}/csrc/cpu/library.cpp SOURCE_FROM_VAR asking.cpp ASKING NO_CACHE
-          RUN_OUTPUT_VARIABLE RUNS)
-  string(REGEX MATCHALL "[a-z0-9_]+" RUNS "${RUNS}")
-  if("v4_bf16" IN_LIST RUNS)
-    list(APPEND RUNS amx)  # library.cpp asks Linux and the processor for tiles when it is loaded
+  set(LIBRARY ${CMAKE_SOURCE_DIR}/csrc/cpu/library.cpp)
+  try_run(RAN COMPILED SOURCES ${LIBRARY} SOURCE_FROM_VAR asking.cpp ASKING NO_CACHE RUN_OUTPUT_VARIABLE RUNS)
+  if(VLATTN_HAS_AMX AND RUNS MATCHES "v4_bf16")
+    string(REPLACE " " ";" FLAGS "${FLAGS_amx}")
+    try_run(RAN COMPILED SOURCES ${LIBRARY} ${CMAKE_SOURCE_DIR}/csrc/cpu/tiles_check.cpp SOURCE_FROM_VAR asking.cpp ASKING NO_CACHE
+            COMPILE_DEFINITIONS ${FLAGS} -DVLATTN_AMX -DISA=amx RUN_OUTPUT_VARIABLE RUNS)
   endif()
-  if(NOT "baseline" IN_LIST RUNS)
-    set(RUNS ${SETS})  # no answer: all of them
-  endif()
-  foreach(SET ${SETS})
-    if(NOT SET IN_LIST RUNS)
-      list(REMOVE_ITEM SETS ${SET})
+  string(REGEX MATCH "^[a-z0-9_]+" FIRST "${RUNS}")
+  if(FIRST IN_LIST SETS)  # else there was no answer: all of them
+    set(SETS ${FIRST})
+    set(OPERATORS_${FIRST} ${OPERATORS})
+    if(FIRST STREQUAL "amx")
+      list(APPEND OPERATORS_amx tiles_check)
     endif()
-  endforeach()
-endif()
-if(VLATTN_SETS)
-  set(SETS ${VLATTN_SETS})
+  endif()
+elseif(NOT VLATTN_ISA STREQUAL "all")
+  set(SETS ${VLATTN_ISA})
   unset(OPERATORS_v4_bf16)  # v4 may not be built
-  if(VLATTN_SETS MATCHES ";amx$")  # what has products by tiles is run with them alone
+  if(VLATTN_ISA MATCHES ";amx$")  # what has products by tiles is run with them alone
     list(REMOVE_ITEM OPERATORS ${OPERATORS_amx})
   endif()
 elseif(SANITIZE AND NOT VLATTN_HAS_AMX)
@@ -63,7 +65,7 @@ if(SANITIZE)
   set(FLAGS_amx ${FLAGS_${FIRST}} -DVLATTN_TILES)
   # pairs of bfloat16 in each instruction set, so that the tests run their code on any processor (products.h)
   set(OPTIMIZE -O0 -g1 ${SANITIZE} -fno-sanitize-recover=undefined -DVLATTN_PAIRS)
-  if(VLATTN_SETS AND VLATTN_SANITIZE STREQUAL "address")
+  if(NOT VLATTN_ISA STREQUAL "all" AND VLATTN_SANITIZE STREQUAL "address")
     # what is undefined ends the process without a word, which compiles in two thirds of the time; `make sanitize` says what it is
     list(APPEND OPTIMIZE -fsanitize-undefined-trap-on-error)
   endif()

@@ -1,6 +1,6 @@
 """The backward pass of bfloat16 dot products by packed panels of keys (csrc/cpu/backward_panels.h), which the set `amx` takes.
 
-On other processors tools/once.py runs these tests with a stand-in for the products of tiles, and test_tiles.py with the
+On other processors tools/sanitize.py runs these tests with a stand-in for the products of tiles, and test_tiles.py with the
 machine code; in the set that runs here they test the other backward pass.
 """
 

@@ -1,5 +1,5 @@
 """bfloat16 calls whose products take pairs (csrc/cpu/pairs.h), in v4_bf16. A sanitized library has pairs in each instruction set:
-so `make test` runs this code on any processor (tools/once.py, which takes the tests of layouts)."""
+so tools/sanitize.py runs this code on any processor."""
 
 from __future__ import annotations
 

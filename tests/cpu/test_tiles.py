@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 FILES = tuple(f"tests/cpu/test_{name}.py" for name in ("pairs", "panels", "backward_panels"))
 CHOSEN = (
     "padding or one_key or zero or threads or lanes or relu or (in_maps and size2) or (in_gradients and 33)"
-    # of many keys one size each: tools/once.py computes all of them
+    # of many keys one size each: `python -m tools.sanitize` computes all of them
     " or (in_statistics and (size1- or size11 or size14 or size16)) or (second and (size1- or size11 or size18))"
     " or again or (beside_panels and 31)"
 )

@@ -1,13 +1,11 @@
-"""Which tests compare with the formula (marked `accuracy`), and a draw of them; tests/conftest.py applies both."""
+"""Which tests compare with the formula; tests/conftest.py marks them `accuracy`."""
 
 from __future__ import annotations
 
-import hashlib
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
-SEED = 9  # stored, so that a draw is the same everywhere
 COMPARATORS = ("assert_close_to", "assert_all_close_to")
 
 
@@ -33,9 +31,3 @@ def _names(code: types.CodeType) -> Iterator[str]:
     for inner in code.co_consts:
         if isinstance(inner, types.CodeType):
             yield from _names(inner)
-
-
-def drawn(test: str, share: str) -> bool:
-    """Whether the test, by its name, is in this share: "i/n" is one test in n, and no test is in two of them."""
-    which, of = map(int, share.split("/"))
-    return int(hashlib.sha256(f"{SEED} {test}".encode()).hexdigest(), 16) % of == which

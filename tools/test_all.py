@@ -1,0 +1,164 @@
+"""Every case of every test, in parts: `make test-all`.
+
+    python -m tools.test_all                   all parts that have not passed with these files; hours on two cores
+    python -m tools.test_all bits "ptx sm_90"  parts whose names begin so
+    python -m tools.test_all --list            the parts, and which have passed
+    python -m tools.test_all --turn            as .ci/run does: those of one turn of TURNS, by the number of commits on main
+    python -m tools.test_all --turn --minutes 6    what is not done by then is named
+
+A part that passed is stored in build/test-all.json, and runs again when a file of the repository has changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from tools.cpus import SETTINGS
+
+ROOT = Path(__file__).parents[1]
+PASSED = ROOT / "build" / "test-all.json"
+TURNS = 20
+SUITE = ("-m", "tests.helpers.process", "-q", "--tb=short", "--dist", "worksteal", "--numprocesses", "WORKERS")
+NO_TESTS = 5  # pytest's status if none was selected
+
+
+@dataclass(frozen=True)
+class Part:
+    name: str
+    command: tuple[str, ...]  # of this Python
+    folder: str = "."  # in which it runs
+    variables: dict[str, str] = field(default_factory=dict)
+    needs: str = ""  # a program without which it cannot run
+
+    def shards(self, count: int) -> list[Part]:
+        """`count` parts, each with every count-th test (tools/shard.py)."""
+        named = [(f"{self.name} {n + 1}/{count}", {**self.variables, "VLATTN_SHARD": f"{n}/{count}"}) for n in range(count)]
+        return [replace(self, name=name, variables=variables) for name, variables in named]
+
+
+def parts() -> list[Part]:
+    suite = Part("suite", SUITE).shards(20)
+    bits = Part(
+        "bits", (*SUITE, "-p", "tests.helpers.bits", *(f"tests/{name}" for name in ("cpu", "interpret", "nn", "ops")))
+    ).shards(20)
+    cpus = [part for name in SETTINGS for part in Part(f"cpus {name}", ("-m", "tools.cpus", name)).shards(5)]
+    cpus.append(Part("cpus library", ("-m", "tools.cpus", "library")))
+    sanitizers = [Part(kind, ("-m", "tools.sanitize", "--only", kind), needs="c++") for kind in ("address", "thread")]
+    sanitized = [part for each in sanitizers for part in each.shards(10)]
+    arm = Part("aarch64", ("-m", "tools.aarch64"), needs="qemu-aarch64").shards(10)
+    packages = [
+        part
+        for tests in sorted((ROOT / "packages").glob("*/tests"))
+        for name in [tests.parent.name]
+        for part in Part(name, ("-m", "pytest", "-q", "--tb=short", "-p", "tools.shard"), folder=f"packages/{name}").shards(5)
+    ]
+    ptx = [
+        part
+        for architecture in ("80", "90", "100")
+        for command in [(*SUITE, "tests/ops", "tests/kernels")]
+        for part in Part(f"ptx sm_{architecture}", command, variables={"VLATTN_PTX": architecture}).shards(20)
+    ]
+    return [*suite, *bits, *cpus, *packages, *sanitized, *arm, *(ptx if (ROOT / "packages" / "ptx").exists() else [])]
+
+
+def git(*words: str) -> str:
+    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def tree() -> str:
+    """A hash of what git tracks, as it lies here."""
+    digest = hashlib.sha256()
+    for path in (ROOT / name for name in git("ls-files", "-z").split("\0") if name):
+        digest.update(str(path).encode() + (path.read_bytes() if path.is_file() else b""))
+    return digest.hexdigest()[:16]
+
+
+def passed() -> set[str]:
+    """The parts that passed with these files."""
+    stored = json.loads(PASSED.read_text()) if PASSED.exists() else {}
+    return set(stored["parts"]) if stored.get("tree") == tree() else set()
+
+
+def turn(every: list[Part]) -> list[Part]:
+    """Those whose turn it is; after TURNS commits each has had one. A later round begins with another of them."""
+    count = int(
+        subprocess.run(["git", "rev-list", "--count", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    )
+    chosen = every[count % TURNS :: TURNS]
+    first = count // TURNS % len(chosen)
+    return chosen[first:] + chosen[:first]
+
+
+def run(part: Part, workers: int, seconds: float | None) -> str:
+    """ "passed", "failed", or why it did not run to its end."""
+    if part.needs and shutil.which(part.needs) is None:
+        return f"not run: {part.needs} is not installed"
+    command = [sys.executable, *(str(workers) if word == "WORKERS" else word for word in part.command)]
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **part.variables}
+    start = time.monotonic()
+    try:
+        done = subprocess.run(
+            command,
+            cwd=ROOT / part.folder,
+            env=environment,
+            timeout=seconds,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+    except subprocess.TimeoutExpired:
+        return "not finished in its time"
+    lines = done.stdout.strip().splitlines()
+    well = done.returncode in (0, NO_TESTS)
+    print(*(lines[-1:] if well else lines), f"  {part.name}: {time.monotonic() - start:.0f} s", sep="\n", flush=True)
+    return "passed" if well else "failed"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="PART", help="parts whose names begin so; default: all")
+    parser.add_argument("--list", action="store_true", help="name the parts, and run none")
+    parser.add_argument("--turn", action="store_true", help="the parts of one turn, by the number of commits")
+    parser.add_argument("--minutes", type=float, help="no part begins or goes on after these")
+    parser.add_argument("--workers", type=int, default=2, help="processes that run side by side")
+    options = parser.parse_args()
+    every = parts()
+    chosen = [part for part in every if not options.names or part.name.startswith(tuple(options.names))]
+    if not chosen:
+        parser.error(f"no part begins with {', '.join(options.names)}; --list names them")
+    if options.turn:
+        chosen = turn(chosen)
+    before, today = passed(), tree()
+    outcomes = {part.name: "passed before" for part in chosen if part.name in before}
+    if options.list:
+        print(*(f"{part.name}: {outcomes.get(part.name, 'open')}" for part in chosen), sep="\n")
+        return 0
+    end = None if options.minutes is None else time.monotonic() + 60 * options.minutes
+    for part in chosen:
+        if part.name in outcomes:
+            continue
+        left = None if end is None else end - time.monotonic()
+        outcomes[part.name] = "not begun" if left is not None and left < 20 else run(part, options.workers, left)
+        if outcomes[part.name] == "passed":
+            before.add(part.name)
+            PASSED.parent.mkdir(exist_ok=True)
+            PASSED.write_text(json.dumps({"tree": today, "parts": sorted(before)}, indent=1) + "\n")
+    for outcome in sorted({*outcomes.values()}):
+        print(f"{outcome}: {', '.join(name for name, each in outcomes.items() if each == outcome)}")
+    if options.turn:
+        print(f"{len(every) - len(chosen)} parts of `make test-all` have their turn at other commits")
+    return 1 if "failed" in outcomes.values() else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
