@@ -3,9 +3,7 @@
 import json
 import re
 import runpy
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
@@ -17,7 +15,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 TESTED = {
     "explain_clip", "relevancy_in_your_transformer", "relevancy_behind_sdpa", "swap_score_function", "train_with_cacr",
     "decoder_statistics", "prompt_maps", "replace_attention", "match_images_and_captions", "probe_heads",
-    "score_swapped_pairs", "train_on_relevancy", "intervene", "served_attention",
+    "score_swapped_pairs", "train_on_relevancy", "intervene",
 }  # fmt: skip
 
 
@@ -193,35 +191,3 @@ def test_the_notebook_runs(capsys):
 
 def words(text: str) -> str:
     return re.sub(r"[\d.]+", "#", text)
-
-
-def test_served_attention(capsys):
-    """A server replays chunks as vLLM's writes them; `make serve-test` runs the client with vLLM's."""
-    script = runpy.run_path(str(EXAMPLES / "served_attention.py"))
-    chunks = [
-        {"delta": {"role": "assistant", "content": ""}},
-        {"delta": {"content": "two words"}, "vlattn": {"mass": [[[[0.5, 0.5, 0.0]]], [[[0.1, 0.9, 0.0]]]]}},
-        {"delta": {"content": " end"}, "vlattn": {"mass": [[[[0.0, 0.4, 0.6], [0.2, 0.2, 0.6]]]]}},
-        {"delta": {}, "vlattn": {"received": [[[1.0]]]}},
-    ]
-    asked = []
-
-    class Server(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(200)
-            self.end_headers()
-            for chunk in chunks:
-                self.wfile.write(f"data: {json.dumps({'choices': [chunk]})}\n\n".encode())
-            self.wfile.write(b"data: [DONE]\n\n")
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Server) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
-        script["main"](["Where?", "--model", "tiny", "--url", f"http://127.0.0.1:{server.server_port}"])
-        server.shutdown()
-    lines = capsys.readouterr().out.splitlines()
-    assert asked[0]["vlattn"] == {"statistics": ["mass"], "groups": "image|question|answer"} and asked[0]["stream"]
-    assert [line.split() for line in lines[1:]] == [["two", "words", "▉" * 9 + "▒" * 21], ["end", "▉" * 3 + "▒" * 9 + "░" * 18]]

@@ -69,9 +69,7 @@ def test_import_is_cheap_and_brings_no_heavy_package() -> None:
     }
     assert not heavy, f"import vlattn_fast also imports {sorted(heavy)}"
     parts = {".".join(name.split(".")[:2]) for name in runs[0][1] if name.startswith("vlattn_fast.")}
-    late = parts & {
-        f"vlattn_fast.{name}" for name in ("interpret", "nn", "models", "lab", "serve", "verify", "kernels", "benchmarks")
-    }
+    late = parts & {f"vlattn_fast.{name}" for name in ("interpret", "nn", "models", "verify", "kernels", "benchmarks")}
     assert "vlattn_fast.ops" in parts and not late, f"import vlattn_fast also imports {sorted(late)}"
     assert not any(initialised for _, _, initialised, _ in runs), "import vlattn_fast initialises CUDA"
     part = min(part for part, *_ in runs)
@@ -81,7 +79,7 @@ def test_import_is_cheap_and_brings_no_heavy_package() -> None:
 FIRST_USE = """
 import inspect, sys
 import vlattn_fast as va
-packages = {"interpret", "lab", "models", "nn", "serve"}
+packages = {"interpret", "models", "nn"}
 assert packages <= set(dir(va)) == {*va._PACKAGES, *va.__all__, "__version__"}, set(dir(va)) - set(va.__all__)
 for name in ("explain", "evaluate", "probe", "prompt_maps", "explain_dataset", "load_explanations"):
     function = getattr(va, name)
@@ -103,6 +101,16 @@ def test_what_is_imported_late_is_there_at_its_first_use() -> None:
     froms = [f"from vlattn_fast import {name}; assert {name}.__doc__; from vlattn_fast import *"
              for name in ("explain", "Explanation", "interpret", "nn")]  # fmt: skip
     assert [said for *_, said in run(FIRST_USE, *froms)] == [""] * 5
+
+
+@pytest.mark.parametrize(("name", "package"), [("lab", "vlattn_lab"), ("serve", "vlattn_vllm")])
+def test_what_became_a_package_of_its_own_is_named(name: str, package: str) -> None:
+    words = f"{name} is now the package {package}: `pip install {package.replace('_', '-')}`.*then `import {package}`"
+    with pytest.raises(AttributeError, match=words):
+        getattr(vlattn_fast, name)
+    with pytest.raises(ImportError, match=name):
+        exec(f"from vlattn_fast import {name}", {})
+    assert not hasattr(vlattn_fast, name) and name not in dir(vlattn_fast)
 
 
 def test_the_version_is_that_of_the_project() -> None:

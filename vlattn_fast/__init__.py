@@ -24,7 +24,7 @@ from vlattn_fast.ops.token_scores import text_raters, token_scores
 
 if TYPE_CHECKING:
     from vlattn_fast import interpret as interpret  # not in __all__, and yet an attribute of the package
-    from vlattn_fast import lab, methods, models, nn, serve, train
+    from vlattn_fast import methods, models, nn, train
     from vlattn_fast.interpret import (
         Action,
         Edge,
@@ -58,7 +58,8 @@ if TYPE_CHECKING:
     __version__: str
 
 # imported when they are first asked for, since they take long
-_PACKAGES = "interpret", "lab", "methods", "models", "nn", "serve", "train"
+_PACKAGES = "interpret", "methods", "models", "nn", "train"
+_MOVED = {"lab": "vlattn-lab", "serve": "vlattn-vllm"}  # folders of packages/, each a package of its own
 
 __all__ = [
     "Action",
@@ -90,7 +91,6 @@ __all__ = [
     "information_flow",
     "intervene",
     "intervene_each",
-    "lab",
     "load_explanations",
     "maxsim",
     "methods",
@@ -107,7 +107,6 @@ __all__ = [
     "relevancy_step",
     "score_attention",
     "scores",
-    "serve",
     "stacked_cross_attention",
     "text_raters",
     "token_scores",
@@ -120,7 +119,11 @@ warn_of_two_trees()
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a package, or a function or class of `vlattn_fast.interpret`, at its first use; asks what version is installed."""
+    """Imports a package, or a function or class of `vlattn_fast.interpret`, at its first use; asks what version is installed.
+
+    Raises:
+        AttributeError: there is no such name; for one that became a package of its own, this names the package.
+    """
     if name in _PACKAGES:
         return importlib.import_module(f"{__name__}.{name}")
     if name in __all__:  # all that is not here is there
@@ -131,6 +134,12 @@ def __getattr__(name: str) -> Any:
             return importlib.metadata.version(__name__)
         except importlib.metadata.PackageNotFoundError:  # a tree on sys.path that is not installed
             return "0+unknown"
+    if name in _MOVED:
+        package = _MOVED[name]
+        module = package.replace("-", "_")
+        raise AttributeError(
+            f"{__name__}.{name} is now the package {module}: `pip install {package}` (packages/{package}), then `import {module}`"
+        )
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

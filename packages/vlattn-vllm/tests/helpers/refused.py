@@ -1,0 +1,66 @@
+"""Scenario: what the plug-in refuses by an engine's configuration, while requests that do not ask go on; layers of GPUs."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+from tests.helpers.tiny import engine, prompts, sampling, saved
+from vlattn_vllm import front, worker
+
+GUESSES = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+
+
+def main(kind: str) -> None:
+    if kind == "guesses":  # an engine that guesses ahead leaves no second one to its process
+        refused(engine(saved(), speculative_config=GUESSES), "tokens are guessed ahead")
+        return
+    llm = engine(saved())
+    config = llm.llm_engine.vllm_config
+    assert not front.refusals(config, sampling(), False)
+    quantised = replaced(config, cache_config=replaced(config.cache_config, cache_dtype="fp8"))  # which the CPU does not run
+    with mock.patch.object(llm.llm_engine.input_processor, "vllm_config", quantised):
+        refused(llm, "the cache is quantised (kv_cache_dtype=fp8)")
+    on_gpus(config)
+
+
+def refused(llm: Any, words: str) -> None:
+    """A request that asks; one that does not ask goes on."""
+    (prompt,) = prompts(12)
+    try:
+        llm.generate(prompt, sampling(2, {}), use_tqdm=False)
+    except ValueError as error:
+        assert words in str(error), error
+    else:
+        raise AssertionError(words)
+    assert len(llm.generate(prompt, sampling(2), use_tqdm=False)[0].outputs[0].token_ids) == 2
+
+
+def on_gpus(config: Any) -> None:
+    """CUDA graphs hide the layers; without them nothing is refused, and the layers take what `worker` hands on."""
+    from vllm import platforms
+    from vllm.config import CUDAGraphMode
+
+    with mock.patch.object(platforms, "_current_platform", SimpleNamespace(device_type="cuda")):
+        for mode, count in (("FULL_AND_PIECEWISE", 1), ("PIECEWISE", 0), ("NONE", 0)):
+            graphs = replaced(config.compilation_config, cudagraph_mode=CUDAGraphMode[mode])
+            reasons = front.refusals(replaced(config, compilation_config=graphs), sampling(), False)
+            assert len(reasons) == count and all("CUDA graphs" in reason for reason in reasons), reasons
+    with mock.patch.object(platforms, "_current_platform", SimpleNamespace(device_type="xpu")):
+        assert "'xpu'" in front.refusals(config, sampling(), False)[0]
+    worker.install("cuda")  # each class is there, and has the method
+
+
+def replaced(config: Any, **fields: Any) -> Any:
+    """A configuration with other fields, which vLLM would check."""
+    changed = copy.copy(config)
+    for name, value in fields.items():
+        object.__setattr__(changed, name, value)
+    return changed
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

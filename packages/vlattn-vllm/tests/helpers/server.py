@@ -1,0 +1,229 @@
+"""Scenario: vLLM's OpenAI server. Streams, answers at once, a cancelled stream, a killed client, wrong asks; and the example.
+
+`pooling`: the server of a model of embeddings. `another_version`: the server where the plug-in is for another version of vLLM.
+Both refuse every ask.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from tests.helpers.tiny import Maps, everything, saved, with_tokenizer
+from vlattn_vllm.attention import Attention, joined
+from vlattn_vllm.guard import ANSWERED
+
+PORT = 18357
+URL = f"http://127.0.0.1:{PORT}"
+WORDS = " ".join(f"w{number}" for number in range(20, 60))
+ASK = everything()
+ROOT = Path(__file__).resolve().parents[2]
+
+
+ANOTHER_VERSION = """
+import runpy
+from vlattn_vllm import plugin
+plugin.VERSION = "0.1.0"
+runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__")
+"""
+
+
+def main(kind: str = "") -> None:
+    folder = with_tokenizer(saved("Llama"))  # Qwen 2 has a class of tokenizers of its own
+    start = ["-c", ANOTHER_VERSION] if kind == "another_version" else ["-m", "vllm.entrypoints.openai.api_server"]
+    command = [sys.executable, *start, "--model", folder, "--served-model-name", "tiny"]
+    options = ["--port", str(PORT), "--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "8"]
+    server = subprocess.Popen([*command, *options, *(["--runner", "pooling"] if kind == "pooling" else [])])
+    try:
+        wait(server)
+        if kind == "another_version":
+            every_endpoint("needs vLLM 0.1.0 and found", ())
+            assert answer("/v1/completions", prompt=WORDS)["choices"]
+            return
+        every_endpoint("has no place for 'vlattn'; ask at /v1/completions or /v1/chat/completions", ANSWERED)
+        if kind == "pooling":
+            assert answer("/v1/embeddings", input=WORDS)["data"] and answer("/pooling", input=WORDS)["data"]
+            return
+        completions(Maps(folder))
+        chats(Maps(folder))
+        refusals()
+        clients_that_go()
+        example = [
+            sys.executable,
+            str(ROOT / "examples/served_attention.py"),
+            WORDS,
+            "--model",
+            "tiny",
+            "--url",
+            URL,
+            "--tokens",
+            "5",
+        ]
+        printed = subprocess.run(example, capture_output=True, text=True, check=True).stdout
+        assert printed.count(" w") == 5 and printed.count("▒") > 20 * (len(printed.splitlines()) - 1) > 20, printed
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def wait(server: subprocess.Popen[bytes]) -> None:
+    """Until it answers, or ends."""
+    while True:
+        assert server.poll() is None, "the server ended"
+        try:
+            urllib.request.urlopen(f"{URL}/health").close()
+            return
+        except OSError:
+            time.sleep(1)
+
+
+def posted(path: str, **body: Any) -> Any:
+    body = {"model": "tiny", "temperature": 0, "ignore_eos": True, "max_tokens": 6, "return_token_ids": True, **body}
+    return urllib.request.urlopen(
+        urllib.request.Request(URL + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    )
+
+
+def answer(path: str, **body: Any) -> Any:
+    with posted(path, **body) as response:
+        return json.loads(response.read())
+
+
+def chunks(path: str, **body: Any) -> list[Any]:
+    with posted(path, stream=True, **body) as response:
+        lines = [line.decode().removeprefix("data: ").strip() for line in response]
+    return [json.loads(line) for line in lines if line.startswith("{")]
+
+
+def completions(maps: Maps) -> None:
+    prompt = list(range(20, 60))
+    (choice,) = answer("/v1/completions", prompt=WORDS, vlattn=ASK)["choices"]
+    checked(maps, choice["vlattn"], prompt, choice["token_ids"])
+    (plain,) = answer("/v1/completions", prompt=WORDS)["choices"]
+    assert "vlattn" not in plain and plain["token_ids"] == choice["token_ids"]
+    parts = chunks("/v1/completions", prompt=WORDS, vlattn=ASK)
+    spoken = [choice for chunk in parts for choice in chunk["choices"] if "vlattn" in choice]
+    assert len(spoken) > 2 and "received" not in spoken[0]["vlattn"], "the numbers come with their tokens"
+    for one in spoken:
+        assert len(one["vlattn"]["mass"]) == len(one["token_ids"])
+    whole = joined([Attention.from_dict(one["vlattn"]) for one in spoken])
+    checked(maps, whole.to_dict(), prompt, choice["token_ids"], first=whole.queries[0])
+    two = chunks("/v1/completions", prompt=[prompt, prompt[:20]], n=2, vlattn=ASK, temperature=1.5, seed=1)
+    counts = [
+        sum(len(c["vlattn"]["mass"]) for chunk in two for c in chunk["choices"] if c["index"] == i and "vlattn" in c)
+        for i in range(4)
+    ]
+    assert counts == [6] * 4, counts
+    both = answer("/v1/completions", prompt=[prompt, prompt[:20]], n=2, best_of=2, vlattn=ASK, temperature=1.5, seed=1)["choices"]
+    for number, choice in enumerate(both):
+        first = choice["vlattn"]["queries"][0]
+        checked(maps, choice["vlattn"], [prompt, prompt[:20]][number // 2], choice["token_ids"], first)
+    (echoed,) = answer("/v1/completions", prompt=WORDS, echo=True, return_token_ids=False, vlattn=ASK)["choices"]
+    assert echoed["text"].startswith("w20 w21") and len(echoed["vlattn"]["mass"]) == 6
+    assert not any("vlattn" in choice for chunk in chunks("/v1/completions", prompt=WORDS) for choice in chunk["choices"])
+
+
+def chats(maps: Maps) -> None:
+    messages, prompt = [{"role": "user", "content": WORDS}], [3, *range(20, 60), 4]
+    whole = answer("/v1/chat/completions", messages=messages, vlattn=ASK)
+    (choice,) = whole["choices"]
+    checked(maps, choice["vlattn"], prompt, choice["token_ids"], first=choice["vlattn"]["queries"][0])
+    several = answer("/v1/chat/completions", messages=messages, vlattn=ASK, n=2, temperature=1.5, seed=1)["choices"]
+    for one in several:
+        checked(maps, one["vlattn"], prompt, one["token_ids"], first=one["vlattn"]["queries"][0])
+    assert several[0]["token_ids"] != several[1]["token_ids"]
+    parts = [c for chunk in chunks("/v1/chat/completions", messages=messages, vlattn=ASK) for c in chunk["choices"]]
+    assert "vlattn" not in parts[0] and parts[0]["delta"]["role"] == "assistant"
+    attention = joined([Attention.from_dict(one["vlattn"]) for one in parts if "vlattn" in one])
+    checked(maps, attention.to_dict(), prompt, choice["token_ids"], first=attention.queries[0])
+
+
+def checked(maps: Maps, numbers: dict[str, Any], prompt: list[int], tokens: list[int], first: int = 0) -> None:
+    maps.check(SimpleNamespace(attention=Attention.from_dict(numbers), token_ids=tokens), prompt, first)
+
+
+def refused(path: str, words: str, **body: Any) -> None:
+    """The status 400, with these words in the message."""
+    try:
+        text = posted(path, **body).read().decode()
+    except urllib.error.HTTPError as error:
+        message = json.loads(error.read())["error"]["message"]
+        assert error.code == 400 and words in message, (path, body, error.code, message)
+    else:
+        raise AssertionError(f"{path} answers {body}: {text:.200}")
+
+
+def every_endpoint(words: str, answered: tuple[str, ...]) -> None:
+    """All that the server lists, with a model for it or without."""
+    with urllib.request.urlopen(f"{URL}/openapi.json") as response:
+        paths = {path for path, methods in json.loads(response.read())["paths"].items() if "post" in methods}
+    assert len(paths) > 5, paths
+    for path in {*paths, "/v1/responses", "/v1/messages", "/pooling", "/score", *ANSWERED} - {*answered}:
+        for stream in (False, True):
+            refused(path, words, vlattn={"statistics": ["median"]}, input=WORDS, prompt=WORDS, stream=stream)
+        refused(path, words, sampling_params={"extra_args": {"attention": ASK}}, token_ids=[5, 6, 7])
+
+
+def refusals() -> None:
+    """Wrong asks, with the same status in streams; beams, which have no numbers."""
+    wrong = {
+        "must be at most 1; got 7": {"layers": [7]},
+        "statistics must be among": {"statistics": ["median"]},
+        "groups['a'] must be a list of at least one": {"groups": {"a": []}},
+        "must be at least 4; got 3": {"groups": {"a": [[3, 3]]}},
+        "tokens of the prompt and its longest answer; got [9000, 9005]": {"groups": {"a": [[9000, 9005]]}},
+        "groups must name each once": {"groups": "image|image"},
+        "must be a dict": None,
+    }
+    for path, body in (
+        ("/v1/completions", {"prompt": WORDS}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "w9"}]}),
+    ):
+        for stream in (False, True):
+            for words, ask in wrong.items():
+                refused(path, words, vlattn=ask, stream=stream, **body)
+            refused(path, "attention must be a dict", vllm_xargs={"attention": "mass"}, stream=stream, **body)
+        for ask in ({"vlattn": ASK}, {"vllm_xargs": {"attention": "mass"}}):
+            refused(path, "ask without use_beam_search", use_beam_search=True, n=2, **ask, **body)
+        assert len(answer(path, use_beam_search=True, n=2, **body)["choices"]) == 2
+
+
+def clients_that_go() -> None:
+    """A client that closes its connection, and one that is killed, in the middle of a stream."""
+    body = {"model": "tiny", "prompt": WORDS, "ignore_eos": True, "max_tokens": 180, "stream": True, "vlattn": ASK}
+    connection = http.client.HTTPConnection("127.0.0.1", PORT)
+    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+    connection.getresponse().readline()
+    connection.close()
+    client = subprocess.Popen(
+        ["curl", "-sN", f"{URL}/v1/completions", "-H", "Content-Type: application/json", "-d", json.dumps(body)],
+        stdout=subprocess.PIPE,
+    )
+    assert client.stdout is not None
+    client.stdout.readline()
+    client.kill()  # SIGKILL
+    client.wait()
+    for _ in range(60):
+        with urllib.request.urlopen(f"{URL}/metrics") as response:
+            running = [line for line in response.read().decode().splitlines() if line.startswith("vllm:num_requests_running")]
+        if all(line.endswith(" 0.0") for line in running):
+            break
+        time.sleep(0.5)
+    else:
+        raise AssertionError(running)
+    (choice,) = answer("/v1/completions", prompt="w9 w8 w7 w6 w5 w4", vlattn=ASK)["choices"]
+    assert torch.tensor(choice["vlattn"]["mass"]).shape == (6, 2, 4, 2)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

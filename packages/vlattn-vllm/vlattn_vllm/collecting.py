@@ -1,0 +1,188 @@
+"""`collect`: the attention of an engine's answers to many prompts, in a folder that a later run resumes."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vlattn_fast._ground.checks import check_integer, describe
+from vlattn_fast._ground.extras import with_progress
+from vlattn_vllm.ask import KEY
+from vlattn_vllm.attention import PER_TOKEN, Attention
+
+FORMAT = "vlattn_fast.attention.1"
+_TENSORS = (*PER_TOKEN, "received")
+
+
+class Answer(NamedTuple):
+    """The completion of a prompt. `text` is empty where the engine has no tokenizer."""
+
+    id: str
+    tokens: list[int]
+    text: str
+    attention: Attention
+
+
+class _Entry(NamedTuple):
+    item: int
+    id: str
+    shard: str
+
+
+class Answers(Sequence[Answer]):
+    """A lazy sequence in the order of the prompts, which reads an answer on access. `failures`: dicts with item, id and error."""
+
+    def __init__(self, directory: Path, settings: dict[str, Any], entries: list[_Entry], failures: list[dict[str, Any]]) -> None:
+        self.directory, self.settings, self.failures = directory, settings, failures
+        self._entries = entries
+
+    @property
+    def ids(self) -> list[str]:
+        return [entry.id for entry in self._entries]
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, index: Any) -> Any:
+        """The answer at `index`; for a slice, a lazy sequence."""
+        if isinstance(index, slice):
+            return Answers(self.directory, self.settings, self._entries[index], self.failures)
+        from safetensors import safe_open
+
+        item, identity, shard = self._entries[index]
+        with safe_open(self.directory / "shards" / f"{shard}.safetensors", framework="pt") as file:
+            facts = json.loads(file.metadata()[str(item)])
+            tensors = {name: file.get_tensor(f"{item}/{name}") for name in facts["tensors"]}
+        queries = None if facts["queries"] is None else tuple(facts["queries"])
+        attention = Attention(
+            tuple(facts["layers"]), tuple(facts["groups"]), **tensors, queries=queries, refused=facts["refused"]
+        )
+        return Answer(identity, facts["tokens"], facts["text"], attention)
+
+    def __repr__(self) -> str:
+        return f"Answers({str(self.directory)!r}, {len(self)} answers, {len(self.failures)} failures)"
+
+
+def collect(
+    engine: Any,
+    prompts: Iterable[Any],
+    out: str | Path,
+    attention: Mapping[str, Any] | None = None,
+    *,
+    params: Any = None,
+    ids: Sequence[str] | None = None,
+    shard_size: int = 256,
+) -> Answers:
+    """Generate an answer to each prompt and write its tokens and the statistics of its attention to the directory `out`.
+
+    Prompts that `out` holds already are skipped. A prompt that the engine refuses is among the failures, and the next run tries
+    it again.
+
+    Args:
+        engine: a vllm.LLM.
+        prompts: whatever `engine.generate` takes for one prompt: a text, or a dict with prompt_token_ids or multi_modal_data.
+        attention: what to ask for, the dict of a request: layers, statistics and groups.
+        params: vLLM's SamplingParams, the same for all prompts.
+        ids: names of the prompts; by default their numbers.
+        shard_size: prompts in a file. They go to the engine together, and are written together.
+
+    Returns:
+        The answers, read when they are indexed. `load` returns them later.
+
+    Raises:
+        ValueError: `out` was begun with other options or prompts, or another run writes to it.
+    """
+    from vllm import SamplingParams
+
+    from vlattn_fast.interpret.dataset.store import FAILURES, ShardWriter, begin, check_settings, to_lines, write_text
+
+    check_integer("shard_size", shard_size, low=1)
+    prompts, out, ask = list(prompts), Path(out), dict(attention or {})
+    names = [str(number) for number in range(len(prompts))] if ids is None else list(ids)
+    if len(names) != len(prompts):
+        raise ValueError(f"ids must have one name for each of the {len(prompts)} prompts; got {len(names)}")
+    params = SamplingParams() if params is None else params.clone()
+    model = engine.llm_engine.model_config.model
+    settings = {"format": FORMAT, "model": model, "params": repr(params), KEY: ask, "dataset": _digest(prompts)}
+    settings = json.loads(json.dumps(settings))  # as a later run reads them
+    params.extra_args = {**(params.extra_args or {}), KEY: ask}
+    check_settings(out, settings)
+    with contextlib.ExitStack() as stack:
+        done = begin(out, settings, stack)
+        todo = [number for number in range(len(prompts)) if number not in done]
+        writer, failures = ShardWriter(out, 0), []
+        parts = [todo[start : start + shard_size] for start in range(0, len(todo), shard_size)]
+        for numbers in with_progress(parts, "collecting"):
+            for number, result in zip(numbers, _answers(engine, [prompts[n] for n in numbers], params), strict=True):
+                if isinstance(result, str):
+                    failures.append({"item": number, "id": names[number], "error": result})
+                    writer.lines.append(failures[-1])
+                else:
+                    writer.put(number, names[number], None, *_packed(result))
+            writer.flush()
+        write_text(out / FAILURES, to_lines(failures))
+    return load(out)
+
+
+def _answers(engine: Any, prompts: list[Any], params: Any) -> list[Any]:
+    """The completion of each prompt, or why the engine refuses it."""
+    from vllm.exceptions import VLLMClientError
+
+    try:
+        return [output.outputs[0] for output in engine.generate(prompts, params, use_tqdm=False)]
+    except (VLLMClientError, ValueError, TypeError) as error:
+        if len(prompts) == 1:
+            return [str(error)]
+    return [result for prompt in prompts for result in _answers(engine, [prompt], params)]
+
+
+def _packed(completion: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    attention = completion.attention
+    tensors = {name: value.contiguous() for name in _TENSORS if (value := getattr(attention, name)) is not None}
+    facts = {"layers": attention.layers, "groups": attention.groups, "queries": attention.queries, "refused": attention.refused}
+    return tensors, {**facts, "tensors": list(tensors), "tokens": list(completion.token_ids), "text": completion.text}
+
+
+def load(directory: str | Path) -> Answers:
+    """The answers that `collect` wrote to a directory, also while it runs.
+
+    Raises:
+        ValueError: `collect` did not write it, or one of its shards is cut, damaged or missing.
+    """
+    from vlattn_fast.interpret.dataset.store import read_settings, stored_items
+
+    directory = Path(directory)
+    settings = read_settings(directory, FORMAT)
+    if settings is None:
+        raise ValueError(f"directory must be one that vlattn_vllm.collect wrote; got {directory}")
+
+    def broken(fault: str) -> ValueError:
+        return ValueError(
+            f"directory must have whole shards; got {directory}, where {fault}. The next run answers its prompts anew"
+        )
+
+    items, failures = stored_items(directory, broken)
+    return Answers(directory, settings, [_Entry(line["item"], line["id"], name) for name, line in items], failures)
+
+
+def _digest(prompts: list[Any]) -> str:
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(json.dumps(prompt, default=_content, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _content(value: Any) -> str:
+    """The content of a tensor, an array or a picture."""
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().contiguous().view(torch.uint8).numpy()
+    if not hasattr(value, "tobytes"):
+        raise TypeError(f"prompts must hold texts, numbers, tensors, arrays and pictures; got {describe(value)}")
+    return hashlib.sha256(value.tobytes()).hexdigest()

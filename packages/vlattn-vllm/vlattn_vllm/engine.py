@@ -1,0 +1,79 @@
+"""In the engine's core, between workers and front end: each token's numbers join its output; `received` adds up on the request.
+
+An EngineCoreOutput has one field that takes anything: kv_transfer_params. The numbers travel there, and `front` takes them out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from vlattn_vllm.ask import KEY
+from vlattn_vllm.attention import Attention, to_bytes
+from vlattn_vllm.worker import NUMBERS
+from vlattn_vllm.wrapping import wrap
+
+FIELD = "vlattn"  # in kv_transfer_params
+_SUM = "_vlattn_received"  # an attribute of the core's Request, so that it ends with the request
+
+
+def install() -> None:
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    wrap(Scheduler, "update_from_output", _update_from_output)
+    wrap(Scheduler, "_preempt_request", _preempt_request)
+
+
+def _preempt_request(original: Any, scheduler: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+    """In the middle of its prompt, a request that sums `received` runs from its first token again: blocks that another request
+    cached meanwhile would stand for queries that it never ran."""
+    asked = ((request.sampling_params and request.sampling_params.extra_args) or {}).get(KEY)
+    if asked and "received" in asked["statistics"] and request.num_computed_tokens < request.num_prompt_tokens:
+        request.skip_reading_prefix_cache = True
+    return original(scheduler, request, *args, **kwargs)
+
+
+def _update_from_output(original: Any, scheduler: Any, scheduled: Any, out: Any) -> Any:
+    numbers: dict[str, Attention] | None = getattr(out, NUMBERS, None)
+    if not numbers:
+        return original(scheduler, scheduled, out)
+    requests = {name: scheduler.requests.get(name) for name in numbers}  # finished ones leave the scheduler below
+    for name, attention in numbers.items():
+        if requests[name] is not None and attention.received is not None:
+            _add(requests[name], attention)
+    outputs = original(scheduler, scheduled, out)
+    for each in outputs.values():
+        for one in each.outputs:
+            if one.request_id in numbers:
+                _attach(one, numbers[one.request_id], requests[one.request_id])
+    return outputs
+
+
+def _add(request: Any, attention: Attention) -> None:
+    """Each query counts once: workers leave out those that ran before a preemption. A sum with a gap is none."""
+    before, after = request.__dict__.get(_SUM), attention.queries
+    assert attention.received is not None and after is not None
+    if before is not None and before.queries is None:
+        return
+    if before is not None and before.queries[1] < after[0]:
+        reason = (
+            f"received lacks the queries of positions {before.queries[1]} to {after[0] - 1}: their keys came out of a cache when "
+            f"the request had begun; ask again with enable_prefix_caching=False and without a KV connector"
+        )
+        attention = replace(attention, received=None, queries=None, refused=reason)
+    elif before is not None:
+        attention = replace(attention, received=before.received + attention.received, queries=(before.queries[0], after[1]))
+    request.__dict__[_SUM] = attention
+
+
+def _attach(output: Any, attention: Attention, request: Any) -> None:
+    total = request.__dict__.get(_SUM)
+    # The front end alone sees a stop string, and then asks the core for nothing more.
+    last = output.finish_reason is not None or bool(request.sampling_params.stop)
+    if last and total is not None:
+        attention = replace(attention, received=total.received, queries=total.queries, refused=attention.refused or total.refused)
+    else:
+        attention = replace(attention, received=None, queries=None)
+    if not output.new_token_ids:
+        attention = replace(attention, mass=None, entropy=None, maximum=None)
+    output.kv_transfer_params = {**(output.kv_transfer_params or {}), FIELD: to_bytes(attention)}

@@ -1,0 +1,139 @@
+"""In the front end: the ask of a request is checked as it comes in, and numbers become `completion.attention` as it leaves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vlattn_vllm.ask import KEY, Span, check_ask
+from vlattn_vllm.attention import Attention, from_bytes, joined
+from vlattn_vllm.engine import FIELD
+from vlattn_vllm.worker import LAYERS
+from vlattn_vllm.wrapping import wrap
+
+_PARTS = "_vlattn_parts"  # an attribute of the front end's RequestState: chunks that no completion has yet
+
+
+def install() -> None:
+    from vllm.outputs import CompletionOutput, RequestOutput
+    from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.engine.output_processor import OutputProcessor, RequestState
+
+    CompletionOutput.attention = None
+    wrap(InputProcessor, "process_inputs", _process_inputs)
+    wrap(OutputProcessor, "process_outputs", _process_outputs)
+    wrap(RequestState, "_new_completion_output", _new_completion_output)
+    wrap(RequestOutput, "add", _add)
+
+
+def refusals(config: Any, params: Any, resumable: bool) -> list[str]:
+    """Why an engine of this configuration cannot answer a request that asks, each with what to do."""
+    from vllm.platforms import current_platform
+
+    model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
+    graphs = config.compilation_config.cudagraph_mode
+    reasons = {
+        f"the device is of the kind {current_platform.device_type!r}; use one of {', '.join(LAYERS)}": (
+            current_platform.device_type not in LAYERS
+        ),
+        "CUDA graphs replay attention, where no layer can be seen; set enforce_eager=True or cudagraph_mode='PIECEWISE'": (
+            current_platform.device_type != "cpu" and graphs is not None and graphs.has_full_cudagraphs()
+        ),
+        "the model runner is version 2; set VLLM_USE_V2_MODEL_RUNNER=0": config.use_v2_model_runner,
+        "the model runs in several pipeline stages; use tensor parallelism": parallel.pipeline_parallel_size > 1,
+        "contexts run in parallel; use tensor parallelism": parallel.decode_context_parallel_size > 1
+        or getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        "tokens are guessed ahead (speculative decoding), and the guesses' queries would count; leave out speculative_config": (
+            config.speculative_config is not None
+        ),
+        f"the cache is quantised (kv_cache_dtype={cache.cache_dtype}); use kv_cache_dtype='auto'": cache.cache_dtype
+        not in ("auto", "float16", "bfloat16", "float32"),
+        "the model has multi-head latent attention (MLA), which caches no keys": model.use_mla,
+        "the model has an encoder and a decoder; choose one with a decoder alone": model.is_encoder_decoder,
+        "the model has layers without attention; choose one with attention in each layer": model.is_hybrid
+        or model.is_attention_free,
+        "tokens of a picture see one another in both directions; choose a model with causal attention": model.is_mm_prefix_lm,
+        "the request is a session that takes more input; send one request a prompt": resumable,
+        "it is a request for a pooling; ask where tokens are generated": not hasattr(params, "max_tokens"),
+    }
+    return [reason for reason, holds in reasons.items() if holds]
+
+
+def _process_inputs(original: Any, processor: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+    if not asks(params):
+        return original(processor, request_id, prompt, params, *args, **kwargs)
+    reasons = refusals(processor.vllm_config, params, bool(kwargs.get("resumable")))
+    if reasons:
+        raise refused_request(f"{KEY} cannot be answered: {'; '.join(reasons)}")
+    request = original(processor, request_id, prompt, params, *args, **kwargs)
+    if request.prompt_token_ids is None:
+        raise refused_request(f"{KEY} cannot be answered: the prompt is one of embeddings; send tokens")
+    layers, prompt_length = processor.vllm_config.model_config.get_total_num_hidden_layers(), len(request.prompt_token_ids)
+    most = prompt_length + (request.sampling_params.max_tokens or 0)
+    try:
+        ask = check_ask(params.extra_args[KEY], layers, prompt_length, _pictures(request.mm_features or ()), most)
+    except (TypeError, ValueError) as error:
+        raise refused_request(str(error)) from error
+    request.sampling_params.extra_args = {**request.sampling_params.extra_args, KEY: ask.written()}
+    return request
+
+
+def asks(params: Any) -> bool:
+    """Whether parameters of sampling or pooling ask."""
+    return any(KEY in (getattr(params, name, None) or {}) for name in ("extra_args", "extra_kwargs"))
+
+
+def refused_request(message: str) -> Exception:
+    """A ValueError that the server answers with the status 400."""
+    from vllm.exceptions import VLLMValidationError
+
+    refusal: Exception = type("AskRefused", (VLLMValidationError, ValueError), {})(message)
+    return refusal
+
+
+def _pictures(features: Any) -> list[Span]:
+    """The spans of tokens that stand for parts of a picture, or of another medium."""
+    spans: list[Span] = []
+    for feature in features:
+        start, mask = feature.mm_position.offset, feature.mm_position.is_embed
+        inside = [True] * feature.mm_position.length if mask is None else mask.tolist()
+        for token, is_part in enumerate(inside, start):
+            if is_part and spans and spans[-1][1] == token:
+                spans[-1] = spans[-1][0], token + 1
+            elif is_part:
+                spans.append((token, token + 1))
+    return spans
+
+
+def _process_outputs(original: Any, processor: Any, outputs: Any, *args: Any, **kwargs: Any) -> Any:
+    for output in outputs:
+        if output.kv_transfer_params is not None and FIELD in output.kv_transfer_params:
+            packed = output.kv_transfer_params.pop(FIELD)
+            output.kv_transfer_params = output.kv_transfer_params or None
+            if (state := processor.request_states.get(output.request_id)) is not None:
+                state.__dict__.setdefault(_PARTS, []).append(from_bytes(packed))
+    return original(processor, outputs, *args, **kwargs)
+
+
+def _new_completion_output(original: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
+    completion = original(state, *args, **kwargs)
+    parts = state.__dict__.get(_PARTS)
+    if parts:
+        from vllm.sampling_params import RequestOutputKind
+
+        completion.attention = joined(parts)
+        delta = state.output_kind == RequestOutputKind.DELTA
+        state.__dict__[_PARTS] = [] if delta else [completion.attention]
+    return completion
+
+
+def _add(original: Any, output: Any, following: Any, aggregate: bool) -> None:
+    """vLLM makes one output of chunks that nobody has fetched yet."""
+    before = {completion.index: completion.attention for completion in output.outputs} if aggregate else {}
+    original(output, following, aggregate)
+    added = {completion.index: completion.attention for completion in following.outputs}
+    for completion in output.outputs if aggregate else ():
+        parts: list[Attention] = [
+            part for part in (before.get(completion.index), added.get(completion.index)) if part is not None
+        ]
+        if parts and completion.index in before:
+            completion.attention = joined(parts)
