@@ -6,5 +6,5 @@ pytest benchmarks/test_benchmarks.py                                   the same 
 
 In: names of benchmarks.
 Out: records of times, memory and errors in results/, and the report of them.
-Imports: lab, checking, nn, interpret, ops, dispatch, backends, scores, _ground.
+Imports: measuring, checking, nn, interpret, ops, dispatch, backends, scores, _ground.
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from importlib.metadata import entry_points
 
 import torch
 
@@ -11,17 +12,19 @@ from vlattn_fast.benchmarks._measure import Benchmark
 from vlattn_fast.benchmarks._records import HERE
 from vlattn_fast.ops import OPERATORS
 
+# Tasks of installed packages: their entry points name a module as each file here is one.
+OF_PACKAGES = {entry.name: entry.value for entry in entry_points(group="vlattn_fast.benchmarks")}
 # One file per operator that is measured, one for all operators over the length, and one per task; file names list the tasks.
 MODULES = (
     *(name for name in OPERATORS if (HERE / f"{name}.py").exists()),
     "scaling",
-    *sorted(path.stem for path in HERE.glob("task_*.py")),
+    *sorted([*(path.stem for path in HERE.glob("task_*.py")), *OF_PACKAGES]),
 )
 
 
 def declared(device_type: str = "cpu") -> list[Benchmark]:
     """A GPU has no second number type."""
-    modules = (importlib.import_module(f"{__package__}.{name}") for name in MODULES)
+    modules = (importlib.import_module(OF_PACKAGES.get(name, f"{__package__}.{name}")) for name in MODULES)
     everything = [benchmark for module in modules for benchmark in module.BENCHMARKS]
     return [one for one in everything if device_type == "cpu" or one.cpu_dtype == torch.float32]
 

@@ -33,7 +33,7 @@ from vlattn_fast.benchmarks._launches import Tile, recording
 from vlattn_fast.benchmarks._rates import rates
 from vlattn_fast.benchmarks._workloads import Sizes, Workload
 from vlattn_fast.checking import blocks
-from vlattn_fast.lab.experiments.memory import peak_of_call
+from vlattn_fast.measuring.memory import peak_of_call
 from vlattn_fast.ops import OPERATORS
 
 ROUNDS = {"cpu": 7, "cuda": 50}

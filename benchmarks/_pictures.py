@@ -9,7 +9,7 @@ from typing import Any
 from vlattn_fast._ground.extras import extra
 from vlattn_fast.benchmarks._bounds import pairs, tokens
 from vlattn_fast.benchmarks._formula import OURS
-from vlattn_fast.lab.experiments.experiment import panels
+from vlattn_fast.measuring.figures import panels
 
 Record = dict[str, Any]
 BEST = "vlattn_fast"  # the name of our best backend in the first picture

@@ -14,8 +14,8 @@ import torch
 from vlattn_fast._ground.checks import check_writable
 from vlattn_fast._ground.origin import device_name
 from vlattn_fast.backends import native
-from vlattn_fast.lab.provenance import commit, versions
-from vlattn_fast.lab.records import read_json, write_records
+from vlattn_fast.measuring.provenance import commit, versions
+from vlattn_fast.measuring.records import read_json, write_records
 
 __all__ = ["RESULTS", "append", "check_path", "device_name", "provenance", "slug"]
 

@@ -12,7 +12,7 @@ from vlattn_fast.benchmarks import _pictures
 from vlattn_fast.benchmarks._choice import declared
 from vlattn_fast.benchmarks._formula import OURS
 from vlattn_fast.benchmarks._run import figures, share_of_limit
-from vlattn_fast.lab.records import grouped, markdown, number
+from vlattn_fast.measuring.records import grouped, markdown, number
 
 Record = dict[str, Any]
 

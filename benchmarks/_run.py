@@ -16,7 +16,7 @@ from vlattn_fast.benchmarks._choice import choose
 from vlattn_fast.benchmarks._formula import OURS
 from vlattn_fast.benchmarks._measure import Measurement
 from vlattn_fast.benchmarks._records import RESULTS, append, check_path, provenance, slug
-from vlattn_fast.lab.records import number
+from vlattn_fast.measuring.records import number
 
 COLUMNS = """
 p20, p50, p80: percentiles of the time of a call. MiB: what a call adds to memory at its peak.

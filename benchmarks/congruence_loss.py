@@ -16,8 +16,8 @@ from torch import Tensor
 from vlattn_fast.benchmarks._bounds import pairs, sdpa
 from vlattn_fast.benchmarks._formula import end
 from vlattn_fast.benchmarks._measure import QKV, Benchmark, Pass, Problem, Tensors, Variant, backward, operator_problem, randoms
+from vlattn_fast.benchmarks._published import published_loss, uneven_masks
 from vlattn_fast.benchmarks._workloads import UNITER, UNITER_DENSE, Sizes
-from vlattn_fast.lab.experiments.congruence.official import published_loss, uneven_masks
 
 BLOCKS = ("text_query", "text_key", "image_query", "image_key")
 MASKS = ("text_mask", "image_mask")

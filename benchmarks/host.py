@@ -36,7 +36,7 @@ from vlattn_fast.benchmarks._records import RESULTS, append, provenance, slug
 from vlattn_fast.benchmarks._run import check_device
 from vlattn_fast.checking.cases import Example, Sizes, cases_of
 from vlattn_fast.dispatch.call import OnCpu, run_gpu_kernels_on_cpu
-from vlattn_fast.lab.records import number
+from vlattn_fast.measuring.records import number
 from vlattn_fast.ops import OPERATORS
 
 ROUNDS, QUICK_ROUNDS = 20, 1

@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -384,7 +385,7 @@ def evaluate(
     """
     from vlattn_fast.interpret.dataset.samples import samples
     from vlattn_fast.interpret.evaluating.evaluate import evaluate as run
-    from vlattn_fast.lab.provenance import commit
+    from vlattn_fast.measuring.provenance import commit
 
     _check_outcome(model, (".json", ".png"), out, dtype, device)
     with _refusing(ImportError, TypeError, ValueError, command=evaluate):
@@ -433,11 +434,12 @@ def demo(
     costs: Annotated[bool, typer.Option(help="Also measure what one map costs (minutes).")] = True,
 ) -> None:
     """Check every operator, explain pictures of DigitScenes (the embedded benchmark), and compare the costs of one map."""
-    from vlattn_fast.benchmarks.demo import run
-
     with _refusing(ValueError):
         check_writable("--out", out, folder=True)
-    if not run(out, costs=costs):
+    installed = entry_points(group="vlattn_fast.commands", name="demo")
+    if not installed:
+        raise SystemExit("vlattn demo needs the package vlattn_lab: pip install vlattn_lab")
+    if not all(entry.load()(out, costs=costs) for entry in installed):
         raise typer.Exit(1)
 
 

@@ -15,7 +15,7 @@ import torch
 
 import vlattn_fast as va
 from vlattn_fast import scores as S
-from vlattn_fast.lab.experiments.memory import peak_of_call
+from vlattn_fast.measuring.memory import peak_of_call
 
 N, D = 4096, 16
 MAP = 4 * N * N  # bytes of one head's

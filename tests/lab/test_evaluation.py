@@ -25,9 +25,9 @@ from vlattn_fast.lab.clip import build_clip
 from vlattn_fast.lab.evaluation import TESTS
 from vlattn_fast.lab.mapper import CONFIG as MAPPER_CONFIG
 from vlattn_fast.lab.processor import DIGIT_WORDS
-from vlattn_fast.lab.provenance import fingerprint
 from vlattn_fast.lab.tasks import PLAIN
 from vlattn_fast.lab.texts import SceneProcessor
+from vlattn_fast.measuring.provenance import fingerprint
 from vlattn_fast.models.clip_mapper import CLIPMapper
 
 ROOT = Path(__file__).parent.parent.parent

@@ -12,14 +12,14 @@ import torch
 pytest.importorskip("sklearn")
 
 import vlattn_fast as va
+from vlattn_fast.benchmarks._published import published_loss
 from vlattn_fast.lab import digit_scans, is_true, swapped_pairs
 from vlattn_fast.lab.experiments import congruence
 from vlattn_fast.lab.experiments import run as frame
 from vlattn_fast.lab.experiments.congruence import cost, report, training
-from vlattn_fast.lab.experiments.congruence.official import published_loss
 from vlattn_fast.lab.processor import DIGIT_WORDS, VOCABULARY
-from vlattn_fast.lab.records import having
 from vlattn_fast.lab.scenes import held_out_captions
+from vlattn_fast.measuring.records import having
 from vlattn_fast.nn import CongruenceLoss, capture_attention
 from vlattn_fast.nn.capture_attention import CapturedLayer
 from vlattn_fast.ops.congruence_loss import KINDS

@@ -12,7 +12,7 @@ pytest.importorskip("sklearn")
 
 from vlattn_fast.lab.experiments import run as frame
 from vlattn_fast.lab.experiments.experiment import Experiment, Settings, Stage, paired_test
-from vlattn_fast.lab.records import mean_and_deviation
+from vlattn_fast.measuring.records import mean_and_deviation
 
 MEASURED = []
 

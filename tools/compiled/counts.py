@@ -35,8 +35,8 @@ from tools.compiled.triton import TABLE, calls_module, calls_of, operators
 from tools.emulated import cuda
 from tools.emulated.triton import emulated
 from vlattn_fast.benchmarks._records import RESULTS
-from vlattn_fast.lab.provenance import commit
-from vlattn_fast.lab.records import write_records
+from vlattn_fast.measuring.provenance import commit
+from vlattn_fast.measuring.records import write_records
 
 # the others branch on what they write
 WHOLE = ("score_attention._prepare_kernel", "_group_bias._group_bias_kernel")

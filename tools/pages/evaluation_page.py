@@ -14,7 +14,7 @@ from typing import Any
 
 from vlattn_fast.interpret.evaluating.curves import BOTH, PARTS
 from vlattn_fast.lab.evaluation import tables
-from vlattn_fast.lab.records import markdown
+from vlattn_fast.measuring.records import markdown
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "evaluation.md"

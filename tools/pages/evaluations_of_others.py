@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from vlattn_fast.interpret.evaluating.evaluation import Evaluation
-from vlattn_fast.lab.records import markdown
+from vlattn_fast.measuring.records import markdown
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "results" / "evaluations"
 NEEDED = ("model", "seed", "dtype", "device", "versions")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tools.pages.evaluations_of_others import with_others
 from vlattn_fast.interpret.relevancy.methods import registry
-from vlattn_fast.lab.records import markdown
+from vlattn_fast.measuring.records import markdown
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "guides" / "which_method.md"

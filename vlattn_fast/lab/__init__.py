@@ -5,7 +5,7 @@ scikit-learn (scans), safetensors (weights) and transformers (all models but UNI
 
 In: seeds and counts.
 Out: scenes, samples, trained models.
-Imports: interpret, attach, models, backends.reference, _ground.
+Imports: benchmarks, measuring, checking, interpret, attach, models, backends.reference, _ground.
 """
 
 from vlattn_fast.lab import winoground

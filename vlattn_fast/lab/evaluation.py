@@ -26,10 +26,10 @@ from vlattn_fast.interpret.explaining.explain import explain
 from vlattn_fast.interpret.relevancy.method import Method
 from vlattn_fast.interpret.relevancy.methods.registry import published
 from vlattn_fast.lab import rivals
-from vlattn_fast.lab.provenance import commit, fingerprint, version, versions
-from vlattn_fast.lab.records import grouped, markdown, read_json, write_records
 from vlattn_fast.lab.tasks import PLAIN, TASKS, Task, matching
 from vlattn_fast.lab.uniter import log_odds
+from vlattn_fast.measuring.provenance import commit, fingerprint, version, versions
+from vlattn_fast.measuring.records import grouped, markdown, read_json, write_records
 from vlattn_fast.models.clip_mapper import CLIPMapper
 
 RESULTS = Path("benchmarks/results")

@@ -13,9 +13,9 @@ import torch
 
 from vlattn_fast.lab.clip import build_clip
 from vlattn_fast.lab.questions import PROMPTS, QUESTIONS, Questions, are_true, digit_prompts, digit_questions
-from vlattn_fast.lab.records import grouped
 from vlattn_fast.lab.texts import ANSWERS, END, TEXT_VOCABULARY, SceneProcessor
 from vlattn_fast.lab.weights import DATA, load_model
+from vlattn_fast.measuring.records import grouped
 from vlattn_fast.models.clip_mapper import CLIPMapper
 
 WEIGHTS = {"vqa": "vqa_digitscenes.safetensors", "captions": "captions_digitscenes.safetensors"}

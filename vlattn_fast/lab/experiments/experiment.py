@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlattn_fast._ground.extras import extra
-from vlattn_fast.lab.records import mean_and_deviation, spread
+from vlattn_fast.measuring.records import mean_and_deviation, spread
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,15 +53,6 @@ class Experiment:
     stages: Sequence[Stage]
     tables: Callable[[Sequence[Record]], Iterator[str]]
     figures: dict[str, Callable[[Sequence[Record]], Figure]]
-
-
-def panels(lines: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Figure, Any]:
-    """A figure of `size` inches, and its panels line by line."""
-    with extra("viz"):
-        from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    return figure, figure.subplots(lines, columns, squeeze=False, **options)
 
 
 def band(axis: Any, places: Sequence[float], values: Sequence[Sequence[float]], **style: Any) -> None:

@@ -22,8 +22,8 @@ import torch
 from vlattn_fast._ground.checks import check_integer, check_writable
 from vlattn_fast._ground.extras import with_progress
 from vlattn_fast.lab.experiments.experiment import Cell, Experiment, Record, Settings, Stage
-from vlattn_fast.lab.provenance import commit, versions
-from vlattn_fast.lab.records import read_json, write_records
+from vlattn_fast.measuring.provenance import commit, versions
+from vlattn_fast.measuring.records import read_json, write_records
 
 NAMES = (
     *("scores", "congruence", "value", "weighted_relevancy", "robust", "flow", "pruning", "sinks", "hybrid"),

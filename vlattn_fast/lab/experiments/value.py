@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vlattn_fast.interpret.probing import probe
-from vlattn_fast.lab.experiments.experiment import Cell, Experiment, Record, Settings, Stage, panels, spearman
+from vlattn_fast.lab.experiments.experiment import Cell, Experiment, Record, Settings, Stage, spearman
 from vlattn_fast.lab.probing import probe_samples
-from vlattn_fast.lab.provenance import fingerprint
-from vlattn_fast.lab.records import markdown, spread
 from vlattn_fast.lab.train.fit import seeded
 from vlattn_fast.lab.train.uniter import train
 from vlattn_fast.lab.uniter import CONFIG, load_uniter, matching_accuracy
+from vlattn_fast.measuring.figures import panels
+from vlattn_fast.measuring.provenance import fingerprint
+from vlattn_fast.measuring.records import markdown, spread
 from vlattn_fast.models.uniter import UNITER, UNITERLayer
 
 if TYPE_CHECKING:

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlattn_fast.interpret.relevancy.methods.registry import published
-from vlattn_fast.lab.experiments.experiment import Cell, Experiment, Record, Settings, Stage, paired_test, panels
-from vlattn_fast.lab.records import markdown, mean_and_deviation
+from vlattn_fast.lab.experiments.experiment import Cell, Experiment, Record, Settings, Stage, paired_test
 from vlattn_fast.lab.tasks import PLAIN
+from vlattn_fast.measuring.figures import panels
+from vlattn_fast.measuring.records import markdown, mean_and_deviation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

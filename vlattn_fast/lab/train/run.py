@@ -21,10 +21,10 @@ from vlattn_fast.lab import clip as clip_model
 from vlattn_fast.lab import hybrid as hybrid_model
 from vlattn_fast.lab import mapper as mapper_model
 from vlattn_fast.lab import uniter as uniter_model
-from vlattn_fast.lab.provenance import commit
-from vlattn_fast.lab.records import read_json, write_records
 from vlattn_fast.lab.train import clip, hybrid, mapper, uniter
 from vlattn_fast.lab.weights import DATA
+from vlattn_fast.measuring.provenance import commit
+from vlattn_fast.measuring.records import read_json, write_records
 
 EVALUATED = {
     "uniter": 5000,

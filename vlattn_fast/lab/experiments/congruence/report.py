@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from vlattn_fast._ground.extras import extra
 from vlattn_fast.lab.experiments.congruence.training import JUMP, RELATIONAL, jump, value_name
-from vlattn_fast.lab.experiments.experiment import Cell, Record, paired_change, panels
-from vlattn_fast.lab.records import grouped, having, markdown, number, spread
+from vlattn_fast.lab.experiments.experiment import Cell, Record, paired_change
+from vlattn_fast.measuring.figures import panels
+from vlattn_fast.measuring.records import grouped, having, markdown, number, spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,7 +5,7 @@ layer; first-order effects of all edges and heads stand beside true ones; the fi
 
 In: options of the experiment.
 Out: its records.
-Imports: lab, interpret, models.
+Imports: lab, measuring, interpret, models.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from vlattn_fast.lab.experiments.flow.failures import by_mass, by_source, correl
 from vlattn_fast.lab.experiments.flow.report import effects_figure, flow_figure, tables
 from vlattn_fast.lab.experiments.flow.samples import draw
 from vlattn_fast.lab.mapper import load_captioner, load_vqa
-from vlattn_fast.lab.provenance import fingerprint
 from vlattn_fast.lab.train.mapper import train
+from vlattn_fast.measuring.provenance import fingerprint
 from vlattn_fast.models.clip_mapper import CLIPMapper
 
 STEPS = {"vqa": 800, "captions": 400}  # a sixth of the shipped models' training, so that five seeds take under half an hour

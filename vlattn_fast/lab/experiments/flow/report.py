@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from vlattn_fast.lab.experiments.experiment import Record, band, panels
+from vlattn_fast.lab.experiments.experiment import Record, band
 from vlattn_fast.lab.experiments.flow.edges import CUT, FLOWS, LISTS
 from vlattn_fast.lab.experiments.flow.failures import EFFECTS
-from vlattn_fast.lab.records import grouped, having, markdown, spread
+from vlattn_fast.measuring.figures import panels
+from vlattn_fast.measuring.records import grouped, having, markdown, spread
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -5,7 +5,7 @@ of test scenes; the two digits of each caption are explained, by every method, a
 
 In: options of the experiment.
 Out: its records.
-Imports: lab, interpret.
+Imports: lab, measuring, interpret.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from vlattn_fast.lab.experiments.experiment import Cell, Experiment, Record, Set
 from vlattn_fast.lab.experiments.hybrid.report import LAST, METHODS, TESTS, curves_figure, maps_figure, tables
 from vlattn_fast.lab.hybrid import WEIGHTS, caption_truth, captions, inputs, load
 from vlattn_fast.lab.processor import DIGIT_WORDS
-from vlattn_fast.lab.provenance import fingerprint
 from vlattn_fast.lab.questions import Questions, digit_prompts
 from vlattn_fast.lab.scenes import CANVAS
 from vlattn_fast.lab.texts import TEXT_VOCABULARY, SceneProcessor
 from vlattn_fast.lab.train.hybrid import STEPS, train
+from vlattn_fast.measuring.provenance import fingerprint
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration

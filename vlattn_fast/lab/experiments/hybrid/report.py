@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vlattn_fast.lab.experiments.experiment import Record, band, paired_change, panels
+from vlattn_fast.lab.experiments.experiment import Record, band, paired_change
 from vlattn_fast.lab.questions import digit_prompts
-from vlattn_fast.lab.records import having, markdown, spread
 from vlattn_fast.lab.scenes import CANVAS
+from vlattn_fast.measuring.figures import panels
+from vlattn_fast.measuring.records import having, markdown, spread
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

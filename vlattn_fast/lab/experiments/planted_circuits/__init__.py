@@ -6,7 +6,7 @@ the models of DigitScenes too.
 
 In: options of the experiment.
 Out: its records.
-Imports: lab, interpret, attach, models.
+Imports: lab, measuring, interpret, attach, models.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from vlattn_fast.interpret.evaluating.evaluate import evaluate
 from vlattn_fast.interpret.explaining.explain import explain
 from vlattn_fast.interpret.relevancy.method import Method
 from vlattn_fast.interpret.relevancy.methods.registry import find_method
-from vlattn_fast.lab.experiments.experiment import Cell, Experiment, Record, Settings, Stage, panels
+from vlattn_fast.lab.experiments.experiment import Cell, Experiment, Record, Settings, Stage
 from vlattn_fast.lab.experiments.flow.samples import draw
 from vlattn_fast.lab.experiments.planted_circuits.mib import FIRST_ORDER, HELD, LISTS, RANDOM, SHARES, of_planted, of_scenes
 from vlattn_fast.lab.experiments.planted_circuits.models import CIRCUITS, Circuit, Samples, planted
 from vlattn_fast.lab.mapper import load_captioner, load_vqa
-from vlattn_fast.lab.records import having, markdown, spread
+from vlattn_fast.measuring.figures import panels
+from vlattn_fast.measuring.records import having, markdown, spread
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -5,7 +5,7 @@ scenes with masks of the digit, by several losses. A sweep with separate seeds c
 
 In: options of the experiment.
 Out: its records.
-Imports: lab, interpret, nn, _ground.
+Imports: lab, measuring, interpret, nn, _ground.
 """
 
 from __future__ import annotations

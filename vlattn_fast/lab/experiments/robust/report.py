@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vlattn_fast._ground.extras import extra
-from vlattn_fast.lab.experiments.experiment import Record, paired_change, panels
+from vlattn_fast.lab.experiments.experiment import Record, paired_change
 from vlattn_fast.lab.experiments.robust.training import CORNERS, SHADE, shown_scenes
-from vlattn_fast.lab.records import grouped, having, markdown, spread
 from vlattn_fast.lab.scenes import CANVAS, DIGIT
+from vlattn_fast.measuring.figures import panels
+from vlattn_fast.measuring.records import grouped, having, markdown, spread
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

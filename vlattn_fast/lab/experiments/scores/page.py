@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vlattn_fast.lab.experiments.experiment import Record, paired_test, panels, spearman
+from vlattn_fast.lab.experiments.experiment import Record, paired_test, spearman
 from vlattn_fast.lab.experiments.scores.attend import SCORES, UNIFORM
-from vlattn_fast.lab.records import grouped, markdown, mean_and_deviation, number, spread
 from vlattn_fast.lab.scenes import CANVAS
+from vlattn_fast.measuring.figures import panels
+from vlattn_fast.measuring.records import grouped, markdown, mean_and_deviation, number, spread
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -5,7 +5,7 @@ attention, and its values are nearly zero.
 
 In: options of the experiment.
 Out: its records.
-Imports: lab, interpret, models, _ground.
+Imports: lab, measuring, interpret, models, _ground.
 """
 
 from __future__ import annotations

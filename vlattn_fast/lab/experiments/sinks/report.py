@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlattn_fast.lab.experiments.experiment import Record, band, paired_change, panels
+from vlattn_fast.lab.experiments.experiment import Record, band, paired_change
 from vlattn_fast.lab.experiments.flow.samples import GRID
 from vlattn_fast.lab.experiments.sinks.measures import METHODS, NORMS, SINKS
 from vlattn_fast.lab.experiments.sinks.samples import TASKS
-from vlattn_fast.lab.records import grouped, having, markdown, spread
+from vlattn_fast.measuring.figures import panels
+from vlattn_fast.measuring.records import grouped, having, markdown, spread
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

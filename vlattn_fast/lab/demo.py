@@ -15,9 +15,9 @@ from vlattn_fast.interpret import explain
 from vlattn_fast.interpret.relevancy.methods.registry import METHODS
 from vlattn_fast.lab import mapper, pointing
 from vlattn_fast.lab.processor import DIGIT_WORDS
-from vlattn_fast.lab.records import number
 from vlattn_fast.lab.scenes import select
 from vlattn_fast.lab.uniter import log_odds
+from vlattn_fast.measuring.records import number
 
 SEED = 1  # draws the scenes
 SCENES = 200

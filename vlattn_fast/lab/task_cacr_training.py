@@ -16,9 +16,9 @@ import vlattn_fast as va
 from vlattn_fast.benchmarks import _models
 from vlattn_fast.benchmarks._bounds import pairs
 from vlattn_fast.benchmarks._measure import Benchmark, Pass, Problem, Tensors, Variant, backends, randoms, without_output
+from vlattn_fast.benchmarks._published import published_loss
 from vlattn_fast.benchmarks._workloads import UNITER_ENCODER, Sizes
 from vlattn_fast.benchmarks.congruence_loss import BLOCKS, MASKS, arguments, masks
-from vlattn_fast.lab.experiments.congruence.official import published_loss
 
 
 def build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:

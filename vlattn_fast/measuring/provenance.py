@@ -22,7 +22,7 @@ def commit() -> str:
 
     try:
         top = Path(git("rev-parse", "--show-toplevel"))
-        if top / "vlattn_fast" / "lab" / Path(__file__).name != Path(__file__).resolve():
+        if top / "vlattn_fast" / "measuring" / Path(__file__).name != Path(__file__).resolve():
             return "unknown"  # the package is installed inside another repository
         left_out = (":!benchmarks/results", ":!benchmarks/REPORT.md", ":!docs")
         changes = git("-C", str(top), "status", "--porcelain", "--", ".", *left_out)
