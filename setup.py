@@ -3,8 +3,8 @@
 The libraries do not need torch. The CPU library needs a C++ compiler, without which the install goes on. The CUDA library also
 needs nvcc, and is built on request alone. VLATTN_BUILD_CPU=1 (VLATTN_BUILD_CUDA=1) builds a library or fails, =0 leaves it out.
 VLATTN_BUILD_ISA=all compiles the CPU library for every processor, =native for this one only; the default is all for a wheel and
-native for an editable install. CMakeLists.txt says how libraries are built. A record beside the library's place names the build, or
-why there is none; `vlattn info` reads the record (vlattn_fast/backends/native.py).
+native for an editable install. CMakeLists.txt says how libraries are built. A record beside the library names the build, or says
+why there is none; `vlattn info` reads it (vlattn_fast/backends/native.py).
 """
 
 from __future__ import annotations
