@@ -16,26 +16,26 @@ import pytest
 from tests.helpers.imports import Repository
 
 HERE = Repository(Path(__file__).resolve().parents[1])
-# Each place of the repository with those that it may import: tests → tools → ptx and the package, which know none of them.
+PACKAGES = {path.parent.name: Repository(path.parent) for path in sorted(HERE.root.glob("packages/*/pyproject.toml"))}
+ALL = {"core": HERE, **PACKAGES}
+# Each place of the repository with those that it may import: tests → tools → the package, which knows neither.
 MAY_IMPORT: dict[str, set[str]] = {
-    "tests": {"tools", "ptx", "vlattn_fast"},
-    "tools": {"ptx", "vlattn_fast"},
-    "ptx": set(),
+    "tests": {"tools", "vlattn_fast"},
+    "tools": {"vlattn_fast"},
     "vlattn_fast": set(),
     "examples": {"vlattn_fast"},
     "docs": set(),
     "setup": {"vlattn_fast"},  # the packages that it installs, by name
 }
+EMULATOR = "ptx"  # of the packages in packages/ the only one that something here imports: tests and tools, if it is installed
 # Who changes the path on which Python looks for modules, and why.
 CHANGES_PATH = {
-    "tests.ptx_others.conftest": "other libraries lie in build/",
     "tests.gpu.conftest": "takes back what a session of `make gpu` adds",
     "tests.published.test_congruence_loss": "the authors' code is not installed",
     "tests.published.test_prompt_maps": "the authors' code is not installed",
     "tools.gpu.session": "`make gpu` installs nothing, and lays the package out in build/",
 }
 MOST_FLOORS = 7  # of interpret and attach together
-LONGEST = 450  # lines of a Python file outside kernels/
 
 
 def upwards(repository: Repository) -> list[str]:
@@ -54,12 +54,49 @@ def test_no_place_imports_from_above() -> None:
     assert upwards(HERE) == []
 
 
-def test_no_two_files_import_each_other() -> None:
-    graphlib.TopologicalSorter(HERE.imports).prepare()  # raises CycleError, which names the circle
+def own_names(package: Repository) -> set[str]:
+    """The import names of a package in packages/."""
+    return {module.partition(".")[0] for module in package.files} - {"tests", "examples"}
 
 
-def test_no_two_folders_import_each_other() -> None:
-    graphlib.TopologicalSorter(HERE.folders).prepare()
+def test_the_core_imports_no_package() -> None:
+    """With packages/ deleted, all that is left works; tests of GPU kernels that are emulated are skipped."""
+    theirs = {name for package in PACKAGES.values() for name in own_names(package)}
+    assert {EMULATOR} <= theirs or not PACKAGES
+    found = {module: {name.partition(".")[0] for name in names} & theirs for module, names in HERE.names.items()}
+    assert {module: names for module, names in found.items() if names and not module.startswith(("tests", "tools"))} == {}
+    assert {name for names in found.values() for name in names} <= {EMULATOR}
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_packages_import_public_modules(name: str) -> None:
+    """Those of CONTRIBUTING.md, and no other package's."""
+    page = (HERE.root / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## Packages beside the core")[1].split("\n## ")[0]
+    public = set(re.findall(r"`(vlattn_fast[\w.]*)`", page))
+    assert "vlattn_fast" in public
+    package = PACKAGES[name]
+    others = {each for one in PACKAGES.values() if one is not package for each in own_names(one)} | {"tools"}
+    found = {each for names in package.names.values() for each in names}
+    assert not {each for each in found if each.partition(".")[0] in others}
+    modules = {of_core for each in found if each.startswith("vlattn_fast") and (of_core := module_of(each))}
+    assert modules <= public, sorted(modules - public)
+
+
+def module_of(name: str) -> str:
+    """The module or folder of the core that an imported name lies in."""
+    while name not in HERE.files:
+        name = name.rpartition(".")[0]
+    return name
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_no_two_files_import_each_other(name: str) -> None:
+    graphlib.TopologicalSorter(ALL[name].imports).prepare()  # raises CycleError, which names the circle
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_no_two_folders_import_each_other(name: str) -> None:
+    graphlib.TopologicalSorter(ALL[name].folders).prepare()
 
 
 WAYS = {
@@ -78,8 +115,8 @@ def test_what_it_must_not_import_is_seen(way: str, tmp_path: Path) -> None:
         (tmp_path / file).write_text("import torch\n" + "\n".join(WAYS[way].format(module) for module in modules))
 
     write("tests/helpers/words.py", "tools.read.text", "vlattn_fast.ops")
-    write("tools/read/text.py", "ptx.launch")
-    write("ptx/launch.py")
+    write("tools/read/text.py", "vlattn_fast.launch")
+    write("vlattn_fast/launch.py")
     write("kernels/tiles.py")
     write("vlattn_fast/ops/call.py")
     right = Repository(tmp_path)
@@ -87,19 +124,15 @@ def test_what_it_must_not_import_is_seen(way: str, tmp_path: Path) -> None:
     graphlib.TopologicalSorter(right.imports).prepare()
     graphlib.TopologicalSorter(right.folders).prepare()
 
-    write("kernels/tiles.py", "ptx.launch")
-    write("ptx/launch.py", "vlattn_fast.kernels.tiles")
-    write("tools/read/text.py", "ptx.launch", "tools.write.page")
+    write("kernels/tiles.py", "vlattn_fast.launch")
+    write("vlattn_fast/launch.py", "vlattn_fast.kernels.tiles", "tools.write.page")
+    write("tools/read/text.py", "vlattn_fast.launch", "tools.write.page")
     write("tools/write/form.py", "tools.read.letters")  # no circle of files
     write("tools/write/page.py")
     write("tools/read/letters.py", "tests.helpers.words")
     wrong = Repository(tmp_path)
-    assert upwards(wrong) == [
-        "vlattn_fast.kernels.tiles imports ptx.launch",
-        "ptx.launch imports vlattn_fast.kernels.tiles",
-        "tools.read.letters imports tests.helpers.words",
-    ]
-    with pytest.raises(graphlib.CycleError, match="ptx.launch"):
+    assert upwards(wrong) == ["tools.read.letters imports tests.helpers.words", "vlattn_fast.launch imports tools.write.page"]
+    with pytest.raises(graphlib.CycleError, match="vlattn_fast.launch"):
         graphlib.TopologicalSorter(wrong.imports).prepare()
     with pytest.raises(graphlib.CycleError, match="'tools.(read|write)', 'tools.(read|write)', "):
         graphlib.TopologicalSorter({name: wrong.folders[name] for name in ("tools.read", "tools.write")}).prepare()
@@ -121,7 +154,7 @@ def test_no_file_changes_where_python_looks() -> None:
     assert {module for module in named if changes_path(texts[module])} == {*CHANGES_PATH}
 
 
-# ---- the folders of the package and of ptx/
+# ---- the folders of the package, and of those beside it
 
 
 @cache
@@ -148,22 +181,30 @@ def test_interpret_and_attach_have_few_floors() -> None:
     assert max(floors.values()) <= MOST_FLOORS, floors
 
 
-def rooms() -> list[str]:
-    """The folders of the package and of ptx/; parses nothing."""
-    folders = {HERE.folder_of(module) for module in HERE.files if module.partition(".")[0] in ("vlattn_fast", "ptx")}
-    return sorted(name for name in folders - {"vlattn_fast"} if HERE.files.get(name, Path("__init__.py")).name == "__init__.py")
+def rooms() -> list[tuple[str, str]]:
+    """The folders of the package, and of those in packages/; parses nothing."""
+    found = []
+    for name, repository in ALL.items():
+        own = {"vlattn_fast"} if name == "core" else own_names(repository)
+        folders = {repository.folder_of(module) for module in repository.files if module.partition(".")[0] in own}
+        files = {each: repository.files.get(each, Path("__init__.py")).name for each in folders - {"vlattn_fast"}}
+        found += [(name, each) for each, file in sorted(files.items()) if file == "__init__.py"]
+    return found
 
 
-@pytest.mark.parametrize("folder", rooms())
-def test_a_folder_says_what_it_takes_and_gives_and_imports(folder: str) -> None:
-    assert folder in HERE.files, f"{folder} has no __init__.py"
-    text = ast.get_docstring(ast.parse(HERE.files[folder].read_text(encoding="utf-8"))) or ""
+@pytest.mark.parametrize(("place", "folder"), rooms())
+def test_a_folder_says_what_it_takes_and_gives_and_imports(place: str, folder: str) -> None:
+    files = ALL[place].files
+    assert folder in files, f"{folder} has no __init__.py"
+    text = ast.get_docstring(ast.parse(files[folder].read_text(encoding="utf-8"))) or ""
     parts = dict(re.findall(r"^(In|Out|Imports): ((?:.|\n)+?)(?=^[A-Z]\w+: |\n\n|\Z)", text, re.M))
     assert set(parts) == {"In", "Out", "Imports"}, f"{folder}: {text}"
     named = set(re.findall(r"[\w.]+\w", parts["Imports"])) - {"nothing"}
-    below = {short(name) if folder.startswith("vlattn_fast.") else name for name in HERE.folders[folder]}
+    below = {short(name) if folder.startswith("vlattn_fast.") else name for name in ALL[place].folders[folder]}
     uncovered = {name for name in below if not any(name == n or name.startswith(f"{n}.") for n in named)}
-    unused = {n for n in named if not any(name == n or name.startswith(f"{n}.") for name in below)}
+    unused = {
+        n for n in named if not any(name == n or name.startswith(f"{n}.") for name in below) and not n.startswith("vlattn_fast")
+    }
     assert not uncovered and not unused, f"{folder} imports {sorted(below)}"
 
 
@@ -315,9 +356,3 @@ def test_bundled_arguments_have_the_names_of_their_parameters() -> None:
     assert bundled(ast.parse(right + wrong)) == {"f": True, "g": False}
     calls = {name: fits for tree in trees().values() for name, fits in bundled(tree).items()}
     assert len(calls) >= 5 and all(calls.values()), calls
-
-
-def test_no_file_is_too_long() -> None:
-    files = {module: file for module, file in HERE.files.items() if not module.startswith("vlattn_fast.kernels")}
-    lines = {module: len(file.read_text(encoding="utf-8").splitlines()) for module, file in files.items()}
-    assert {module: count for module, count in lines.items() if count > LONGEST} == {}

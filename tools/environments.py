@@ -91,10 +91,10 @@ ENVIRONMENTS: dict[str, tuple[Callable[[Environment], None], str, tuple[str, ...
     "vllm": (vllm, "packages/vlattn-vllm", ("-m", "pytest")),
     "real": (real, ".", ("-m", "vlattn_lab.real")),
 }
-BESIDE: dict[str, tuple[str, tuple[str, ...]]] = {
-    "timm": ("vlattn_lab.model_classes", ("timm", VISION)),
-    "conda": ("tools.conda", ("py-rattler-build==0.73.*",)),
-    "triton": ("tools.compiled.triton", (TRITON_LOWEST,)),
+BESIDE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "timm": (("-m", "vlattn_lab.model_classes"), ("timm", VISION)),
+    "conda": (("-m", "tools.conda"), ("py-rattler-build==0.73.*",)),
+    "triton": (("-m", "tools.compiled.triton"), (TRITON_LOWEST,)),
 }
 
 
@@ -102,13 +102,13 @@ def main() -> int:
     name, *arguments = sys.argv[1:] or ["--help"]
     variables = {**os.environ, "OMP_NUM_THREADS": "1"}
     if name in BESIDE:
-        module, packages = BESIDE[name]
+        command, packages = BESIDE[name]
         folder = Path(sys.prefix) / name
         if not folder.exists():
-            command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps"]
-            subprocess.run([*command, "--target", folder, *packages], check=True)
+            pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps"]
+            subprocess.run([*pip, "--target", folder, *packages], check=True)
         variables["PYTHONPATH"] = f"{folder}{os.pathsep}{ROOT}"
-        return subprocess.run([sys.executable, "-m", module, *arguments], cwd=ROOT, env=variables).returncode
+        return subprocess.run([sys.executable, *command, *arguments], cwd=ROOT, env=variables).returncode
     if name not in ENVIRONMENTS:
         print(__doc__)
         return 0 if name in ("-h", "--help") else 2

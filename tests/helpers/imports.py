@@ -9,9 +9,9 @@ from functools import cached_property
 from pathlib import Path
 
 INSTALLED = {"kernels": "vlattn_fast.kernels", "benchmarks": "vlattn_fast.benchmarks"}  # a folder, and its name when installed
-LEFT_OUT = {"build", "demo", "dist", "site", "typings"}  # what is made, and links to folders
+LEFT_OUT = {"build", "demo", "dist", "packages", "site", "typings"}  # what is made, links to folders, repositories of their own
 # A module by its name, or the beginning of one in an f-string; not behind -m and -p in a command, for another process imports it.
-BY_NAME = re.compile(r"""(?<!"-[mp]", )"((?:vlattn_fast|ptx|tools|tests)(?:\.[a-z_0-9]+)+)\.?(?="|{)""")
+BY_NAME = re.compile(r"""(?<!"-[mp]", )"((?:vlattn_\w+|ptx|tools|tests)(?:\.[a-z_0-9]+)+)\.?(?="|{)""")
 BLOCKS = ("body", "orelse", "finalbody", "handlers", "cases")  # of a statement
 
 
@@ -27,7 +27,7 @@ class Repository:
         tops = [path for path in sorted(self.root.iterdir()) if path.name[0] != "." and path.name not in LEFT_OUT]
         tops = [path for path in tops if not (path / "pyvenv.cfg").exists()]
         files = [file for top in tops for file in (sorted(top.rglob("*.py")) if top.is_dir() else [top]) if file.suffix == ".py"]
-        made = [file for file in files if "build" in file.relative_to(self.root).parts]  # `pip install ./ptx` leaves it there
+        made = [file for file in files if "build" in file.relative_to(self.root).parts]  # `pip install` leaves it there
         return {self._name(file): file for file in files if file not in made}
 
     def _name(self, file: Path) -> str:
@@ -35,13 +35,19 @@ class Repository:
         return ".".join([INSTALLED.get(top, top), *rest]).removesuffix(".__init__")
 
     @cached_property
+    def names(self) -> dict[str, set[str]]:
+        """Each module with what it imports, as it stands there, of other packages, too."""
+        texts = {module: file.read_text(encoding="utf-8") for module, file in self.files.items()}
+        return {module: imported(ast.parse(text).body) | {*BY_NAME.findall(text)} for module, text in texts.items()}
+
+    @cached_property
     def imports(self) -> dict[str, set[str]]:
         """Each module with the modules that it imports, and with the folders out of which it takes modules by name. The package
         itself is left out for its own modules: nothing in it is imported before it."""
         edges = {}
-        for module, file in self.files.items():
-            text, package = file.read_text(encoding="utf-8"), {"vlattn_fast"} if module.startswith("vlattn_fast.") else set()
-            names = imported(ast.parse(text).body) | {*BY_NAME.findall(text)}
+        for module, names in self.names.items():
+            top = module.partition(".")[0]
+            package = {top} if top.startswith("vlattn_") and top != module else set()
             edges[module] = {self._resolved(name) for name in names} - {module, ""} - package
         return edges
 
