@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import vlattn_fast.kernels  # before the variable below is set, which vlattn_fast.dispatch reads
+from tools import part
 
 collect_ignore = ["helpers/ptx/sanitized.py"]  # kernels that Triton's interpreter cannot decorate; it has no doctest
 
@@ -86,12 +87,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks what compares with the formula, and keeps a shard: `make gpu` runs several processes side by side, and a part of
     `make test-all` is one."""
     from tests.helpers.accuracy import compares
-    from tools import shard
 
     for item in items:
         if isinstance(item, pytest.Function) and compares(item.function):
             item.add_marker("accuracy")
-    shard.pytest_collection_modifyitems(items)
+    part.pytest_collection_modifyitems(items)
+
+
+pytest_runtest_setup = part.pytest_runtest_setup
 
 
 def pytest_collection_finish() -> None:

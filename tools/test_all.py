@@ -3,8 +3,10 @@
     python -m tools.test_all                   all parts that have not passed with these files; hours on two cores
     python -m tools.test_all bits "ptx sm_90"  parts whose names begin so
     python -m tools.test_all --list            the parts, and which have passed
-    python -m tools.test_all --turn            as .ci/run does: those of one turn of TURNS, by the number of commits on main
-    python -m tools.test_all --turn --minutes 6    what is not done by then is named
+    python -m tools.test_all --touched         the tests of the folders that the last COMMITS commits touch
+    python -m tools.test_all --turn            the parts of one turn of TURNS, by the number of commits
+
+.ci/run takes the last two with --minutes: tests that no time is left for are skipped and counted, and parts are named.
 
 A part that passed is stored in build/test-all.json, and runs again when a file of the repository has changed.
 """
@@ -26,8 +28,10 @@ from tools.cpus import SETTINGS
 
 ROOT = Path(__file__).parents[1]
 PASSED = ROOT / "build" / "test-all.json"
-TURNS = 20
+TURNS = COMMITS = 20
 SUITE = ("-m", "tests.helpers.process", "-q", "--tb=short", "--dist", "worksteal", "--numprocesses", "WORKERS")
+PACKAGE = ("-m", "pytest", "-q", "--tb=short", "-p", "tools.part")
+START = 20  # seconds without which a part does not begin
 NO_TESTS = 5  # pytest's status if none was selected
 
 
@@ -40,7 +44,7 @@ class Part:
     needs: str = ""  # a program without which it cannot run
 
     def shards(self, count: int) -> list[Part]:
-        """`count` parts, each with every count-th test (tools/shard.py)."""
+        """`count` parts, each with every count-th test (tools/part.py)."""
         named = [(f"{self.name} {n + 1}/{count}", {**self.variables, "VLATTN_SHARD": f"{n}/{count}"}) for n in range(count)]
         return [replace(self, name=name, variables=variables) for name, variables in named]
 
@@ -59,7 +63,7 @@ def parts() -> list[Part]:
         part
         for tests in sorted((ROOT / "packages").glob("*/tests"))
         for name in [tests.parent.name]
-        for part in Part(name, ("-m", "pytest", "-q", "--tb=short", "-p", "tools.shard"), folder=f"packages/{name}").shards(5)
+        for part in Part(name, PACKAGE, folder=f"packages/{name}").shards(5)
     ]
     ptx = [
         part
@@ -98,41 +102,70 @@ def turn(every: list[Part]) -> list[Part]:
     return chosen[first:] + chosen[:first]
 
 
-def run(part: Part, workers: int, seconds: float | None) -> str:
+def touched() -> list[Part]:
+    """The tests of the folders that the last commits touch, the latest first, as one part; those of each package as another."""
+    paths = dict.fromkeys(git("log", f"-{COMMITS}", "--format=", "--name-only").split())
+    found = dict.fromkeys(tests for path in paths for tests in tests_of(Path(path)))
+    own = [tests for tests in found if tests.startswith("tests/")]
+    packages = [tests for tests in found if not tests.startswith("tests/")]
+    core = [Part("touched", (*SUITE, *own))] if own else []
+    return core + [Part(f"touched {folder}", PACKAGE, folder=folder) for folder in packages]
+
+
+BESIDE = {
+    "attach": "interpret",
+    "backends": "ops",
+    "csrc": "ops",
+    "dispatch": "ops",
+    "kernels": "ops",
+    "scores": "ops",
+    "_ground": "ops",
+}
+
+
+def tests_of(path: Path) -> list[str]:
+    """What tests a file: the package that it is in, itself, or the folders and files of tests/ that have a name of its folders;
+    BESIDE are tests of what rests on it."""
+    top, *_ = path.parts
+    if top == "packages":
+        return [f"packages/{path.parts[1]}"] if (ROOT / "packages" / path.parts[1] / "tests").is_dir() else []
+    if path.name.startswith("test_"):
+        return [path.as_posix()] if (ROOT / path).exists() else []
+    inner = [part for part in path.parts[:-1] if part not in ("vlattn_fast", "csrc", "tools", "backends", "tests")]
+    folders = ["/".join(("tests", *inner[:length])) for length in range(len(inner), 0, -1)]
+    found = [folder for folder in folders if any((ROOT / folder).rglob("test_*.py"))][:1]
+    found += [f"tests/{tests}" for part, tests in BESIDE.items() if part in path.parts]
+    files = (ROOT / "tests").glob(f"test_{top.rstrip('s')}*.py")  # of benchmarks/, docs/, examples/
+    return found or [file.relative_to(ROOT).as_posix() for file in sorted(files)]
+
+
+def run(part: Part, workers: int, end: float) -> str:
     """ "passed", "failed", or why it did not run to its end."""
     if part.needs and shutil.which(part.needs) is None:
         return f"not run: {part.needs} is not installed"
     command = [sys.executable, *(str(workers) if word == "WORKERS" else word for word in part.command)]
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **part.variables}
-    start = time.monotonic()
-    try:
-        done = subprocess.run(
-            command,
-            cwd=ROOT / part.folder,
-            env=environment,
-            timeout=seconds,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-    except subprocess.TimeoutExpired:
-        return "not finished in its time"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "VLATTN_UNTIL": str(end), **part.variables}
+    start = time.time()
+    done = subprocess.run(
+        command, cwd=ROOT / part.folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     lines = done.stdout.strip().splitlines()
     well = done.returncode in (0, NO_TESTS)
-    print(*(lines[-1:] if well else lines), f"  {part.name}: {time.monotonic() - start:.0f} s", sep="\n", flush=True)
-    return "passed" if well else "failed"
+    print(*(lines[-1:] if well else lines), f"  {part.name}: {time.time() - start:.0f} s", sep="\n", flush=True)
+    return "failed" if not well else "passed" if time.time() < end else "not finished, as no time was left"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="PART", help="parts whose names begin so; default: all")
     parser.add_argument("--list", action="store_true", help="name the parts, and run none")
+    parser.add_argument("--touched", action="store_true", help=f"instead the tests of what the last {COMMITS} commits touch")
     parser.add_argument("--turn", action="store_true", help="the parts of one turn, by the number of commits")
-    parser.add_argument("--minutes", type=float, help="no part begins or goes on after these")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="no test begins after these")
     parser.add_argument("--workers", type=int, default=2, help="processes that run side by side")
     options = parser.parse_args()
-    every = parts()
+    every = touched() if options.touched else parts()
     chosen = [part for part in every if not options.names or part.name.startswith(tuple(options.names))]
     if not chosen:
         parser.error(f"no part begins with {', '.join(options.names)}; --list names them")
@@ -143,12 +176,11 @@ def main() -> int:
     if options.list:
         print(*(f"{part.name}: {outcomes.get(part.name, 'open')}" for part in chosen), sep="\n")
         return 0
-    end = None if options.minutes is None else time.monotonic() + 60 * options.minutes
+    end = time.time() + 60 * options.minutes
     for part in chosen:
         if part.name in outcomes:
             continue
-        left = None if end is None else end - time.monotonic()
-        outcomes[part.name] = "not begun" if left is not None and left < 20 else run(part, options.workers, left)
+        outcomes[part.name] = "not begun" if end - time.time() < START else run(part, options.workers, end)
         if outcomes[part.name] == "passed":
             before.add(part.name)
             PASSED.parent.mkdir(exist_ok=True)
