@@ -21,7 +21,7 @@ MODELS ?= transformers==5.23.* diffusers==0.42.*
 PACKAGES := $(wildcard packages/ptx packages/vlattn-lab packages/vlattn-vllm)
 
 PY := $(VENV)/bin/python
-CXX_SOURCES = $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/cpu/*.cpp packages/ptx/*/*/*.h packages/ptx/*/*/*.cpp packages/ptx/tests/*.cu)
+CXX_SOURCES = $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/cpu/*.cpp packages/ptx/*/*/*.h packages/ptx/*/*/*.cpp packages/ptx/tests/*.h packages/ptx/tests/*.cu tests/compiled/*.cu)
 INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.kernels
 # Python compiles a module when it is first imported and keeps it, even if the variable below says otherwise. pip would compile all

@@ -20,12 +20,8 @@ import torch
 import vlattn_fast.kernels  # before the variable below is set, which vlattn_fast.dispatch reads
 from tools import part
 
-collect_ignore = ["helpers/ptx/sanitized.py"]  # kernels that Triton's interpreter cannot decorate; it has no doctest
-
 if "VLATTN_PTX" in os.environ:
-    from tools.emulated import package  # not with `make gpu`, whose tree has no emulator
-
-    pytest_plugins = ["ptx.plugin"]
+    from tools.emulated import package  # of ptx, whose plugin of pytest is there where it is installed
 
     def pytest_ptx_emulated(arch: int, options: Any) -> Any:
         """The plugin's context, in which the package's backends for GPUs run on CPU tensors, too."""

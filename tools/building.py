@@ -27,6 +27,8 @@ def build(name: str, *options: str) -> Path:
 
     One process or thread builds a folder at a time: pytest-xdist's workers share it.
     """
+    if any(option.startswith("-DVLATTN_PTX=") for option in options):
+        options = *options, f"-DVLATTN_PTX_RUNTIME={_runtime()}"
     for tool in ("cmake", "ninja", "c++", *([] if "".join(options).startswith(WITHOUT_NVCC) else ["nvcc"])):
         if shutil.which(tool, path=tools()["PATH"]) is None:
             raise Missing(f"{tool} is not installed")
@@ -57,6 +59,17 @@ def instruction_sets() -> list[str]:
 def all_sets() -> Path:
     """The CPU library with every instruction set, which takes minutes to compile."""
     return build("cpu-all", "-DVLATTN_CPU=ON") / "libvlattn_cpu.so"
+
+
+def _runtime() -> Path:
+    """The stand-in for CUDA's runtime that the package ptx brings along."""
+    try:
+        from ptx.cuda import RUNTIME
+    except ModuleNotFoundError as missing:
+        if missing.name != "ptx":
+            raise
+        raise Missing("ptx, which emulates them, is not installed") from missing
+    return RUNTIME
 
 
 def tools() -> dict[str, str]:

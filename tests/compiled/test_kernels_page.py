@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.releases import WITHOUT_PTX
+
 pytest.importorskip("triton")
+pytest.importorskip("ptx", reason=WITHOUT_PTX)
 from tools.compiled.counts import LEAST_USED, MOST_CONFLICTS, counted_calls, read
 from tools.compiled.triton import operators
 from tools.pages import kernel_times

@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers.releases import WITHOUT_PTX
+
+pytest.importorskip("triton")
+pytest.importorskip("ptx", reason=WITHOUT_PTX)
 from tools.compiled import sources, triton
 from tools.compiled.sources import argument_text, canonical, digest, kernel_text, launch_text
 from tools.compiled.table import write
-
-pytest.importorskip("triton")
 
 KERNELS = """
 \"\"\"Of a module.\"\"\"

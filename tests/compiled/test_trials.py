@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.helpers.ptx.compiling import compiling
-from tests.helpers.releases import needs_fences
+from tests.helpers.emulated.compiling import compiling
+from tests.helpers.releases import WITHOUT_PTX, needs_fences
 
 pytest.importorskip("triton")
+pytest.importorskip("ptx", reason=WITHOUT_PTX)
 GLUON = ["Gluon, products ahead", "Gluon, groups in turn"]
 
 

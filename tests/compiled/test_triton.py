@@ -8,6 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from tests.helpers.releases import WITHOUT_PTX
+
+pytest.importorskip("ptx", reason=WITHOUT_PTX)
 from tools.compiled.table import read
 from tools.compiled.triton import (
     ARCHITECTURES,

@@ -19,6 +19,9 @@ import pytest
 import torch
 
 from tests.helpers.ops.backends import ready
+from tests.helpers.releases import WITHOUT_PTX
+
+pytest.importorskip("ptx", reason=WITHOUT_PTX)
 from tools import building
 from tools.emulated.cuda import emulated
 from tools.gpu import full, launch, ncu, production, run, session, suite, sweep

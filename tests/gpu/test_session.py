@@ -292,12 +292,11 @@ def test_a_worker_that_dies_is_a_row_and_starts_anew(tree, monkeypatch):
 
 
 def test_packages_that_were_brought_along_are_behind_the_tree(tree, monkeypatch):
-    """So is ptx/, which builds the CUDA C++ kernels, and emulates in a rehearsal: tests import it on a device as well."""
     monkeypatch.setenv("PYTHONPATH", "/tmp/site")
     for tree.device in ("cpu", "cuda"):
-        assert tree.environment()["PYTHONPATH"] == f"{session.TREE}:/tmp/site:{session.ROOT}"
+        assert tree.environment()["PYTHONPATH"] == f"{session.TREE}:/tmp/site"
     monkeypatch.delenv("PYTHONPATH")
-    assert tree.environment()["PYTHONPATH"] == f"{session.TREE}:{session.ROOT}"
+    assert tree.environment()["PYTHONPATH"] == f"{session.TREE}"
 
 
 def test_rows_are_added_and_none_is_lost(tmp_path):

@@ -26,6 +26,9 @@ needs_interpreted_loops = pytest.mark.skipif(
     bool(extras.missing("triton", 3, 7)) and not extras.missing("numpy", 2, 5),
     reason="Triton 3.6 takes an array of one number for a Python number, which numpy 2.5 refuses",
 )
+# the package beside this one, which also has its plugin of pytest
+WITHOUT_PTX = "ptx, which emulates compiled kernels, is not installed: pip install packages/ptx"
+needs_ptx = pytest.mark.skipif(find_spec("ptx") is None, reason=WITHOUT_PTX)
 WITHOUT_SANITIZERS = "Triton before 3.9 has no FpSan, or other numbers in it"
 needs_sanitizers = pytest.mark.skipif(bool(extras.missing("triton", 3, 9)), reason=WITHOUT_SANITIZERS)
 

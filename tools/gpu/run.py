@@ -23,7 +23,7 @@ these kernels. Compiled kernels are kept in build/ from call to call. OUT/kernel
 takes them from build/kernels.tar.xz.
 
 make gpu needs torch >= 2.9, triton >= 3.6, numpy and pytest, and ends with status 1 where something failed or is left to do.
-With --device cpu it is a rehearsal: the compiled kernels are emulated (ptx/), as on sm_90 or on the architecture that VLATTN_PTX
+With --device cpu it is a rehearsal: the compiled kernels are emulated (ptx), as on sm_90 or on the architecture that VLATTN_PTX
 names. The cases are those of a device, those of models with fewer samples, heads and tokens; benchmarks have the sizes of a
 quick run on a CPU, and times say nothing.
 """

@@ -247,8 +247,7 @@ class Session:
         return {
             **{name: str(self.compiled / folder) for name, folder in caches.items()},
             **{name: value for name, value in os.environ.items() if name not in ("VLATTN_PTX", "TRITON_INTERPRET")},
-            # ptx/, which builds and emulates, lies in ROOT, and is not laid out in the tree
-            "PYTHONPATH": os.pathsep.join(filter(None, (str(TREE), os.environ.get("PYTHONPATH"), str(ROOT)))),
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(TREE), os.environ.get("PYTHONPATH")))),
             "VLATTN_TEST_DEVICE": self.device,
             **({"VLATTN_CUDA_LIBRARY": str(self.library)} if self.library.exists() else {}),
             "OMP_NUM_THREADS": "1",

@@ -1,6 +1,6 @@
 """Plants faults in the package's GPU kernels, in their PTX and in their source, and tells what notices each.
 
-    python -m tools.planted                     # all calls on all architectures; writes tests/ptx/planted.json
+    python -m tools.planted                     # all calls on all architectures; writes tests/compiled/planted.json
     python -m tools.planted --limit 0           # every place of every fault, not a few drawn ones: hours
 
 A fault is noticed by an error that ends a launch, by a finding, or by a result outside the tolerance rule. It is harmless where

@@ -19,10 +19,10 @@ import ptx.running.memory
 import ptx.triton
 import tools.emulated.cuda
 import tools.emulated.triton
+from ptx.planting.faults import IN_PTX, IN_SOURCE, Change, Fault, edited
 from ptx.reading.reader import Module, PtxError
 from ptx.running.program import Program
 from ptx.running.reports import EmulationError, Options
-from tools.planted.faults import IN_PTX, IN_SOURCE, Change, Fault, edited
 from vlattn_fast.checking import verify
 from vlattn_fast.checking.cases import Sizes, Tensors
 from vlattn_fast.checking.tolerance import Errors

@@ -23,7 +23,7 @@ from vlattn_fast.checking import verify
 from vlattn_fast.checking.cases import Sizes, Tensors
 from vlattn_fast.kernels import _configurations
 
-TABLE = Path(__file__).parents[2] / "tests" / "ptx" / "planted_exact.json"
+TABLE = Path(__file__).parents[2] / "tests" / "compiled" / "planted_exact.json"
 SIZES = Sizes(queries=40, keys=72, regions=40)
 TILE = {"BLOCK_Q": 32, "BLOCK_KV": 32, "num_warps": 4, "num_stages": 1}
 

@@ -11,10 +11,10 @@ import re
 from collections.abc import Callable
 from functools import partial
 
+from ptx.planting.faults import IN_PTX, IN_SOURCE, PRODUCT, Change, Fault, is_access
+from ptx.planting.paths import COPIES, PRODUCTS, Paths
 from ptx.reading.reader import Constant, Instruction
 from tools.planted.calls import Call
-from tools.planted.faults import IN_PTX, IN_SOURCE, PRODUCT, Change, Fault, is_access
-from tools.planted.paths import COPIES, PRODUCTS, Paths
 
 OTHERS = (0x7FC0, 0x7B00)  # twice in 32 bits: NaN, and a large number, of which one may be lost in a maximum
 ONES = (0x3F80, 0xBF80)  # about 1 and -1 in float32: 0 times NaN, or times what overflows, is no 0

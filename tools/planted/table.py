@@ -16,12 +16,12 @@ import torch
 import triton
 
 from ptx.architectures import ARCHITECTURES
+from ptx.planting.faults import IN_PTX, IN_SOURCE
 from ptx.running.program import Program
 from tools.planted.calls import CALLS, Call, alone
-from tools.planted.faults import IN_PTX, IN_SOURCE
 from tools.planted.reasons import judged
 
-TABLE = Path(__file__).parents[2] / "tests" / "ptx" / "planted.json"
+TABLE = Path(__file__).parents[2] / "tests" / "compiled" / "planted.json"
 STATES = ("noticed", "harmless", "within tolerance", "unexplained")
 SOURCES = 1  # of a kind in a call: each compiles the call's kernels
 

@@ -4,8 +4,9 @@ A test takes `backend` and names those it runs on: `@on("streaming", "triton")`,
 where each has choices of its own. `backend` is then the name, ready to be passed to the operator. Nothing is skipped because a
 backend refuses it: what a backend takes stands in the suite, and what it does not take is a test with assert_refused.
 
-On the CPU the Triton kernels run in Triton's interpreter, and the CUDA C++ kernels emulated, as nvcc compiles them (ptx/). With
-VLATTN_PTX=90 (`make ptx`) the Triton kernels are compiled for that architecture and emulated, too; a finding raises.
+On the CPU the Triton kernels run in Triton's interpreter, and the CUDA C++ kernels emulated, as nvcc compiles them, where the
+package ptx is installed. With VLATTN_PTX=90 (`make ptx`) the Triton kernels are compiled for that architecture and emulated, too;
+a finding raises.
 With VLATTN_TEST_DEVICE=cuda (`make gpu`) every backend runs on that device; VLATTN_CUDA_LIBRARY names the library then. The tests
 name no device: what they make lies on the default one. The CPU kernels are those that the install has built; they are not tested
 on a device.
@@ -120,7 +121,7 @@ def ready(backend: str, library: Path | None = None) -> Iterator[None]:
         if backend == "cuda":
             assert library is not None
             if DEVICE == "cpu":
-                from ptx.running.reports import Options  # not with `make gpu`, whose tree has no emulator
+                from ptx.running.reports import Options
                 from tools.emulated import cuda
 
                 # exp2, reciprocals and their like are as wrong as documented

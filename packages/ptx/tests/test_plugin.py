@@ -1,0 +1,123 @@
+"""The plugin of pytest (ptx/plugin.py) in other processes, with small suites of the kernels of tests/helpers/kernels.py."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).resolve().parents[1]
+SUITE = """
+import pytest, torch
+from tests.helpers.kernels import add, everyone_writes_the_first
+
+@pytest.fixture
+def sums():
+    x, y, out = torch.ones(300), torch.ones(300), torch.zeros(300)
+    add[(3,)](x, y, out, 300, BLOCK=128)  # a fixture's launches are emulated, too
+    return out
+
+@pytest.mark.ptx(arch=80)
+def test_right(sums, ptx_launches):
+    assert (sums == 2).all() and [launch.name for launch in ptx_launches] == ["kernels.add"]
+
+@pytest.mark.ptx
+def test_race():
+    everyone_writes_the_first[(3,)](torch.zeros(1, dtype=torch.int32))
+
+@pytest.mark.ptx(90, seed=5)
+def test_race_that_the_code_swallows():
+    try:
+        everyone_writes_the_first[(3,)](torch.zeros(1, dtype=torch.int32))
+    except AssertionError as error:
+        assert "sm_90, seed 5" in str(error)
+
+@pytest.mark.ptx
+def test_never_written():
+    add[(1,)](torch.empty(8), torch.ones(8), torch.zeros(8), 8, BLOCK=128)
+
+def test_without_a_mark(sums):
+    pass
+
+@pytest.mark.ptx(arch=75)
+def test_unknown():
+    pass
+
+def test_no_launches(ptx_launches):
+    assert ptx_launches == []
+"""
+EVERYWHERE = """
+import torch
+from tests.helpers.kernels import add, everyone_writes_the_first
+
+def sums():
+    x, y, out = torch.ones(300), torch.ones(300), torch.zeros(300)
+    add[(3,)](x, y, out, 300, BLOCK=128)
+    return out
+
+AT_IMPORT = sums()
+
+def test_right(ptx_launches):
+    assert ptx_launches == [] and (AT_IMPORT == 2).all()
+    assert (sums() == 2).all() and len(ptx_launches) == 1
+
+def test_alone(ptx_launches):
+    assert ptx_launches == []
+
+def test_race():
+    everyone_writes_the_first[(3,)](torch.zeros(1, dtype=torch.int32))  # seed 7, as in a process of its own
+"""
+CONFTEST = """
+import contextlib, ptx
+
+@contextlib.contextmanager
+def context(arch, options):
+    print("conftest: sm", arch, "seed", options.seed, "fences", options.fences)
+    with ptx.emulated(arch, options) as launches:
+        yield launches
+
+def pytest_ptx_emulated(arch, options):
+    return context(arch, options)
+"""
+
+
+def outcomes(folder: Path, suite: str, *options: str) -> tuple[dict[str, str], str]:
+    """How each test ended, and what the process said."""
+    (folder / "test_suite.py").write_text(suite)
+    (folder / "pytest.ini").write_text("[pytest]\n")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-v", "--strict-markers", *options]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, "test_suite.py"], cwd=folder, env=environment, capture_output=True, text=True)
+    ended = re.findall(r"^test_suite\.py::(?:test_)?(\w+) (PASSED|FAILED|ERROR)", done.stdout, re.M)
+    assert ended, done.stdout + done.stderr
+    return dict(ended), done.stdout
+
+
+def test_a_marked_test_runs_emulated_and_fails_by_what_is_found(tmp_path: Path) -> None:
+    ended, said = outcomes(tmp_path, SUITE)
+    assert ended == {
+        "right": "PASSED",
+        "race": "FAILED",
+        "race_that_the_code_swallows": "FAILED",
+        "never_written": "FAILED",
+        "without_a_mark": "ERROR",  # Triton finds no GPU
+        "unknown": "ERROR",
+        "no_launches": "ERROR",
+    }, said
+    assert len(re.findall(r"race in global memory: write after write(?:.|\n)*?kernels\.py:\d+: .*st\.global", said)) >= 2
+    assert "an architecture that is emulated is one of 80, 90, 100 (sm_90 is 90); got 75" in said
+    assert "ptx_launches is for tests with @pytest.mark.ptx, or for pytest --ptx-arch 90" in said
+    assert "never written" in said and "0 active drivers" in said
+
+
+def test_the_option_takes_all_tests_and_a_conftest_may_add_to_it(tmp_path: Path) -> None:
+    (tmp_path / "conftest.py").write_text(CONFTEST)
+    ended, said = outcomes(tmp_path, EVERYWHERE, "--ptx-arch", "80", "--ptx-seed", "7", "--ptx-without-fences", "-s")
+    assert ended == {"right": "PASSED", "alone": "PASSED", "race": "FAILED"}, said
+    assert "ptx: Triton's launches are emulated, as on sm_80" in said
+    assert said.count("conftest: sm 80 seed 7 fences False") == 1 and "sm_80, seed 7" in said

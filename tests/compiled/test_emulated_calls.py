@@ -1,0 +1,107 @@
+"""Each Triton kernel as it is compiled, emulated, forward and backward, against float64 by the tolerance rule. `make ptx` runs
+the whole suites of the operators so.
+
+The kernels of this process are those of Triton's interpreter (tests/conftest.py): calls run in another one.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers.releases import WITHOUT_PTX, needs_fences
+
+pytest.importorskip("triton")
+pytest.importorskip("ptx", reason=WITHOUT_PTX)
+from tests.helpers.emulated.compiling import compiling
+from tests.helpers.emulated.triton_calls import CALLED
+from tools.emulated import package
+
+ROOT = Path(__file__).parents[2]
+# what one operator's calls run together, for each architecture
+KERNELS = {
+    "score_attention": """score_attention._prepare_kernel score_attention._forward_kernel score_attention._join_kernel
+        score_attention._whole_forward_kernel
+        _products_backward._backward_q_kernel _products_backward._backward_kv_kernel _units_backward._units_rows_kernel
+        _units_backward._units_backward_kernel score_attention._rows_kernel _group_bias._group_bias_kernel""",
+    "relevancy_attention": """score_attention._forward_kernel score_attention._rows_kernel _products_backward._backward_q_kernel
+        score_attention._whole_forward_kernel
+        _products_backward._backward_kv_kernel relevancy_attention._step_kernel
+        _group_bias._group_bias_kernel""",
+    # maps and statistics take a sink by way of the attention's log-sum-exp
+    "attention_map": """attention_map._map_kernel attention_map._rows_kernel score_attention._rows_kernel
+        score_attention._forward_kernel score_attention._whole_forward_kernel
+        _map_backward._map_backward_rows_kernel _map_backward._map_backward_q_kernel
+        _map_backward._map_backward_kv_kernel _map_backward._map_taken_kernel _group_bias._group_bias_kernel""",
+    "attention_statistics": """_key_groups._members_kernel attention_statistics._rows_kernel attention_statistics._join_kernel
+        attention_statistics._received_kernel _statistics_backward._backward_q_kernel _statistics_backward._backward_kv_kernel
+        score_attention._forward_kernel score_attention._whole_forward_kernel
+        _products_backward._backward_q_kernel _products_backward._backward_kv_kernel _group_bias._group_bias_kernel""",
+    "congruence_loss": """congruence_maps.map_kernel congruence_maps.statistics_kernel congruence_maps.gradient_kernel
+        congruence_maps.gradient_q_kernel congruence_loss._divergence_kernel congruence_loss._target_backward_kernel""",
+    "maxsim": "maxsim._largest_kernel maxsim._query_gradient_kernel maxsim._document_gradient_kernel",
+    "paged_attention_statistics": "paged_attention_statistics._rows_kernel paged_attention_statistics._received_kernel",
+    "stacked_cross_attention": """_stacked_products._matmul_kernel _stacked_weights._weights_kernel
+        _stacked_cosines._attend_kernel _stacked_cosines._aggregate_kernel _stacked_gradients._maps_kernel""",
+}
+
+
+@pytest.mark.parametrize("operator", KERNELS)
+def test_calls_are_right_and_nothing_is_reported(operator: str) -> None:
+    every = set()
+    for architecture in CALLED:
+        worst, launched = compiling("tests.helpers.emulated.triton_calls.ratios", operator, architecture)
+        assert {name: ratio for name, ratio in worst.items() if not ratio <= 1.0} == {} != worst, f"sm_{architecture}"
+        every |= launched
+    assert every == set(KERNELS[operator].split())  # on sm_90 calls of few tokens have kernels of their own
+
+
+@pytest.mark.parametrize("architecture", [90, pytest.param(100, marks=needs_fences)])
+def test_calls_of_many_tokens_copy_tiles_by_descriptors(architecture: int) -> None:
+    outcomes = compiling("tests.helpers.emulated.triton_calls.by_descriptors", architecture)
+    assert len(outcomes) == 2
+    assert all(0 < ratio <= 1 and copied for ratio, copied in outcomes.values()), outcomes
+
+
+def test_hidden_tiles_are_not_read() -> None:
+    got, expected = compiling("tests.helpers.emulated.triton_calls.hidden_tiles")
+    torch.testing.assert_close(got, expected, rtol=0.02, atol=0.05)
+
+
+def test_these_are_all_kernels() -> None:
+    """Those of a file that no kernel names are launched."""
+    defined, called = set(), set()
+    for file in (ROOT / "kernels").glob("*.py"):
+        for function in ast.parse(file.read_text()).body:
+            if isinstance(function, ast.FunctionDef) and "triton.jit" in map(ast.unparse, function.decorator_list):
+                defined.add(f"{file.stem}.{function.name}")
+                called |= {node.id for statement in function.body for node in ast.walk(statement) if isinstance(node, ast.Name)}
+    launched = {name for name in defined if name.partition(".")[2] not in called}
+    named = {name for names in KERNELS.values() for name in names.split()}
+    assert launched == named
+
+
+def test_a_variable_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="VLATTN_PTX must be one of 80, 90, 100; got '75'"):
+        package.install("75")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(ValueError, match="VLATTN_PTX runs compiled kernels, .*: set one of the two"):
+        package.install("90")
+
+
+def test_the_variable_is_obeyed() -> None:
+    """Kernels may not read what nothing has written."""
+    call = "import os, tools.emulated.package as package; package.install(os.environ['VLATTN_PTX']); "
+    call += "import torch, vlattn_fast as va; x = torch.randn(1, 1, 5, 8).bfloat16()"  # compiles sooner than float32
+    both = "*(va.score_attention(x, x, x, backend=name) for name in ('triton', 'reference'))"
+    check = f"torch.testing.assert_close({both}, rtol=0, atol=0.02); "
+    check += "from vlattn_fast._ground import tensors; assert tensors.empty_gradient(x).isnan().all()"
+    environment = {**os.environ, "VLATTN_PTX": "90"}
+    done = subprocess.run([sys.executable, "-c", f"{call}; {check}"], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -1,0 +1,80 @@
+"""Pairs of ways to compute one thing, equal to the bit under FpSan, and calls under ConSan, without a report.
+
+`make ptx` runs all of them, for the architectures that VLATTN_EXACT names; else a tenth of them runs.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib
+import inspect
+import json
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.releases import WITHOUT_PTX, needs_sanitizers
+
+pytest.importorskip("triton")
+pytest.importorskip("ptx", reason=WITHOUT_PTX)
+from tests.compiled.test_emulated_calls import KERNELS
+from tests.helpers.emulated.compiling import sanitizing
+from tests.helpers.emulated.pairs import ITEMS, NO_PAIR, Item
+from tools.planted.exact import FAULTS, TABLE, Planted, row
+
+ALL = os.environ.get("VLATTN_EXACT", "").split()
+
+
+def digest(item: Item) -> str:
+    return hashlib.blake2b(item.title.encode()).hexdigest()
+
+
+# a tenth: of each architecture those with the least digests, the same ones on every machine until titles change
+LONG = ("rows, congruence_loss iais_singular, long rows",)  # takes longer than all others of a tenth
+TENTH = {
+    n: sorted((one for one in items if one.title not in LONG), key=digest)[: -(-len(items) // 10)] for n, items in ITEMS.items()
+}
+CHOSEN = [(n, item) for n, items in (ITEMS if ALL else TENTH).items() for item in items if not ALL or str(n) in ALL]
+
+
+@needs_sanitizers
+@pytest.mark.parametrize(("architecture", "item"), CHOSEN, ids=[f"sm_{n} {item.title}" for n, item in CHOSEN])
+def test_both_ways_are_equal_to_the_bit(architecture: int, item: Item) -> None:
+    different, launched = sanitizing("tests.helpers.emulated.pairs.differing", item, architecture)
+    assert different == {} and launched == item.kernels
+
+
+def test_items_launch_every_kernel() -> None:
+    every = {name for names in KERNELS.values() for name in names.split()}
+    assert {name for item in ITEMS[90] if item.kind == "consan" for name in item.kernels} == every
+    assert {name for item in ITEMS[90] if item.kind != "consan" for name in item.kernels} == every - set(NO_PAIR)
+
+
+def test_the_page_counts_the_items() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "reliability.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([a-z ]+) \| .+ \| (\d+) \| (\d+) \|$", page, re.M)
+    counts = {n: Counter(item.kind for item in items) for n, items in ITEMS.items()}
+    stated = {kind: (int(one), int(two)) for kind, one, two in rows}
+    assert stated == {kind: (counts[80][kind], n) for kind, n in counts[90].items()}
+
+
+def test_the_stored_table_is_of_these_faults() -> None:
+    stored = json.loads(TABLE.read_text())
+    assert [{name: x for name, x in one.items() if name != "seen"} for one in stored] == [row(one) for one in FAULTS]
+
+
+@pytest.mark.parametrize("planted", FAULTS, ids=lambda one: one.reason)
+def test_each_fault_has_its_place_in_the_source(planted: Planted) -> None:
+    module, _, name = planted.function.partition(".")
+    function = getattr(importlib.import_module(f"vlattn_fast.kernels.{module}"), name).fn
+    assert ast.unparse(ast.parse(inspect.getsource(function))).count(planted.expression) == 1
+
+
+@needs_sanitizers
+def test_a_fault_within_the_tolerance_is_seen_as_stored() -> None:
+    stored = json.loads(TABLE.read_text())
+    assert sanitizing("tools.planted.exact.seen", FAULTS[0]) is stored[0]["seen"]
