@@ -73,7 +73,7 @@ def readable(mangled: list[str]) -> list[str]:
 
 
 def assembled(library: Path, chosen: Callable[[str], object], folder: Path) -> list[Path]:
-    """Files in `folder` with the machine code of some kernels of a library of PTX (ptx/cuda.py), chosen by their names: the code
+    """Files in `folder` with the machine code of some kernels of a library of PTX (ptx.cuda), chosen by their names: the code
     that the library for GPUs has. Files of the same PTX that lie there already are taken, others are removed."""
     folder.mkdir(parents=True, exist_ok=True)
     files = []

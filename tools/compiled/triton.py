@@ -9,7 +9,7 @@ A row is out of date where its `source` is another one than that of the launch n
 first passes make the same `text` of it all the same, the row is kept.
 
 No GPU is needed. The kernels' launchers run as they are, on CPU tensors: triton is told that an sm_80, sm_90 or sm_100 device is
-there, and each launch compiles its kernel with the specialisation for this device, and ends. An opcode that the emulator `ptx/`
+there, and each launch compiles its kernel with the specialisation for this device, and ends. An opcode that the emulator `ptx`
 lacks is an error. tools/compiled/calls/ has the calls, a file per operator: `calls()` yields (name, function). Triton's
 interpreter must be off.
 """
@@ -135,7 +135,7 @@ def check(what: str, asm: dict[str, Any]) -> None:
     narrow = narrow_offsets(asm["ttir"])
     assert not narrow, f"{what}: products of 32 bits reach an address: {narrow}"
     unknown = unknown_opcodes(asm["ptx"])
-    assert not unknown, f"{what}: opcodes that ptx/reading/opcodes.txt lacks: {unknown}"
+    assert not unknown, f"{what}: opcodes that ptx's opcodes.txt lacks: {unknown}"
     if TENSOR_CORES["wgmma"] in asm["ptx"]:
         stale = stale_descriptors(_sass(asm["cubin"]))
         assert not stale, f"{what}: descriptors of products come from what is no address: {stale}"

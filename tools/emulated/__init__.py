@@ -1,4 +1,4 @@
-"""The package's kernels for GPUs on CPU tensors: `ptx/` emulates their launches, and here the package is told so, from outside.
+"""The package's kernels for GPUs on CPU tensors: `ptx` emulates their launches, and here the package is told so, from outside.
 
     VLATTN_PTX=90 python -m tools.emulated verify --backend triton     # any command of `vlattn`
 

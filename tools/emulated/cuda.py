@@ -1,4 +1,4 @@
-"""The package's CUDA C++ kernels on CPU tensors: their library is loaded with the emulated GPU of ptx/cuda.py.
+"""The package's CUDA C++ kernels on CPU tensors: their library is loaded with the emulated GPU of ptx.cuda.
 
 Kernels take pointers, so a call's tensors are copied between guards, and the pointers in the call's struct replaced: an access
 outside of these tensors ends the launch.

@@ -1,4 +1,4 @@
-"""The package's Triton kernels on CPU tensors: ptx/triton.py emulates their launches.
+"""The package's Triton kernels on CPU tensors: ptx.triton emulates their launches.
 
 with tools.emulated.triton.emulated(90) as launches:
     va.score_attention(query, key, value, backend="triton")

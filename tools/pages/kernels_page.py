@@ -126,7 +126,7 @@ HEAD = """# Triton kernels, measured and estimated
 {measured}
 ## Estimates
 
-Triton {version} compiles each kernel for sm_90 down to PTX, `ptx/` emulates some programs of the launch, and
+Triton {version} compiles each kernel for sm_90 down to PTX, `ptx` emulates some programs of the launch, and
 `python -m tools.compiled.counts` counts what their threads do. The first columns are the times that one part of an H200 needs for
 its share of all kernels of a pass:
 

@@ -28,7 +28,7 @@ def limited(call: Call, limits: Limits) -> list[str]:
 
 
 _TRITON_MISSING = extras.missing("triton", 3, 6)
-_FAULTY_ON_SM_100 = bool(extras.missing("triton", 3, 9))  # in tensor memory, as the emulator ptx/ found
+_FAULTY_ON_SM_100 = bool(extras.missing("triton", 3, 9))  # in tensor memory, as the emulator ptx found
 
 
 def triton_refusals(call: Call, limits: Limits = accept) -> list[str]:
