@@ -277,7 +277,6 @@ if __name__ == "__main__":
             "vlattn_fast.interpret.result.pictures.templates",
             "vlattn_fast.interpret.probing.templates",
             "vlattn_fast.interpret.exploring.templates",
-            "vlattn_fast.lab.data",
             "vlattn_fast.kernels",
             "vlattn_fast.benchmarks",
         ],

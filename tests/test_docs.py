@@ -16,7 +16,6 @@ import vlattn_fast as va
 from vlattn_fast.checking.cases import Sizes, examples
 from vlattn_fast.interpret.records import registry
 from vlattn_fast.interpret.relevancy.methods.registry import first_lines, method_list
-from vlattn_fast.lab.experiments.run import NAMES as EXPERIMENTS
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))
@@ -50,6 +49,11 @@ def blocks(name: str, language: str) -> list[str]:
     return [body for kind, body in re.findall(r"^```(\w*)\n(.*?)^```$", text(name), re.M | re.S) if kind == language]
 
 
+def there(path: Path) -> bool:
+    """Whether a path exists, or is of a package that this clone was made without."""
+    return path.exists() or ("packages" in path.parts and not (ROOT / "packages").exists())
+
+
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_every_path_exists(name):
     """A path is what stands in backticks and has a slash or a file's ending, and no blank; a link counts from its page.
@@ -61,9 +65,9 @@ def test_every_path_exists(name):
         path for path in re.findall(r"`([\w./-]+)`", prose) if "/" in path or re.search(r"\.(py|md|toml|png|html|json)$", path)
     }
     known = {*MADE, *(row["benchmark"] for row in json.loads(text("benchmarks/results/cpu.json")))}
-    missing = [path for path in named - known if not (ROOT / path).exists() and not is_left_out(path)]
+    missing = [path for path in named - known if not there(ROOT / path) and not is_left_out(path)]
     for path in re.findall(r"\]\(([\w./-]+)(?:#[\w-]*)?\)", prose):
-        if not ((ROOT / name).parent / path).exists():
+        if not there((ROOT / name).parent / path):
             missing.append(path)
     assert not missing, f"{name} names {sorted(missing)}"
 
@@ -84,8 +88,7 @@ def test_every_command_exists(name):
             assert extras and all(f"\n{extra} = [" in text("pyproject.toml") for extra in extras[1].split(",")), line
             continue
         if program == "python":
-            module, experiment, *_ = rest
-            assert (subject, module) == ("-m", "vlattn_fast.lab.experiments") and experiment in EXPERIMENTS, line
+            assert subject == "-m" and rest[0].startswith("vlattn_lab."), line  # whose tests know them
             continue
         known = {"make": targets, "vlattn": commands}[program]
         assert subject in known, line
@@ -104,6 +107,11 @@ def test_every_command_in_a_sentence_exists(name):
         assert subject in known[program], f"{program} {subject}"
 
 
+def of_packages(name: str) -> bool:
+    """Whether a page's code imports a package beside this one, whose tests run it."""
+    return bool(re.search(r"^import vlattn_lab", "".join(blocks(name, "python")), re.M))
+
+
 def save_what_readme_opens(folder: Path) -> None:
     """A small model under the name of a large one, where from_pretrained looks first, and a photo."""
     from PIL import Image
@@ -116,7 +124,7 @@ def save_what_readme_opens(folder: Path) -> None:
     Image.new("RGB", (60, 40), "white").save(folder / "photo.jpg")
 
 
-@pytest.mark.parametrize("name", [name for name in DOCUMENTS if blocks(name, "python")])
+@pytest.mark.parametrize("name", [name for name in DOCUMENTS if blocks(name, "python") and not of_packages(name)])
 def test_the_code_runs(name, tmp_path, monkeypatch, capsys):
     """The blocks of a page run in turn, and each `print(...)  # text` prints that text."""
     pytest.importorskip("matplotlib")
@@ -341,20 +349,6 @@ def test_the_price_is_that_of_the_stored_rows(name):
         assert 0 <= min(found) - least + 0.05 < 0.1 and 0 <= most - max(found) < 0.1
 
 
-def test_the_picture_is_the_demos(tmp_path):
-    """Same size and, up to the drawing library's version, same pixels."""
-    image = pytest.importorskip("PIL.Image")
-    np = pytest.importorskip("numpy")
-    from vlattn_fast.benchmarks import demo
-
-    demo.picture(tmp_path)
-    shown, made = (
-        np.asarray(image.open(path).convert("RGB"), dtype=float)
-        for path in (ROOT / "docs" / "answer.png", tmp_path / "answer.png")
-    )
-    assert shown.shape == made.shape
-    assert abs(shown - made).mean() < 2
-    assert (ROOT / "docs" / "answer.png").stat().st_size < 200_000
 
 
 def test_ci_runs_make_test():

@@ -20,9 +20,6 @@ from vlattn_fast.interpret.result.pictures import photos
 
 EXPLANATION = va.Explanation({"vision": torch.rand(1, 5)}, torch.rand(1, 2, 2), [0])
 CALLS: dict[str, tuple[str, str, Callable[[Path], Any]]] = {
-    "scans": ("sklearn", "lab", lambda path: va.lab.digit_scans.__wrapped__("train")),
-    "weights": ("safetensors", "lab", lambda path: va.lab.load_uniter()),
-    "encoders": ("transformers", "explain", lambda path: va.lab.load_clip()),
     "save": ("safetensors", "explain", lambda path: EXPLANATION.save(path)),
     "load": ("safetensors", "explain", lambda path: va.Explanation.load(path)),
     "plot": ("matplotlib", "viz", lambda path: EXPLANATION.plot()),
@@ -107,4 +104,4 @@ def test_the_environment_of_make_real_has_what_an_explanation_asks_for() -> None
     """Files, figures, pages and tables: pandas was missing."""
     makefile = (Path(__file__).parent.parent / "Makefile").read_text(encoding="utf-8")
     (installed,) = re.findall(r"\.venv-real/bin/python .*--editable \"\.\[([\w,]+)\]\"", makefile)
-    assert {CALLS[name][1] for name in ("weights", "save", "plot", "page", "table")} <= {*installed.split(",")}
+    assert {CALLS[name][1] for name in ("save", "plot", "page", "table")} <= {*installed.split(",")}

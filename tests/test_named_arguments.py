@@ -104,8 +104,6 @@ HUGE: dict[str, Callable[[int], Any]] = {
     "embed_dim": lambda x: va.nn.ScoreAttention(x, 4),
     "num_hidden_layers": lambda x: va.models.UNITERConfig(99, 32, x, 4, 64),
     "hidden_size": lambda x: va.models.UNITERConfig(99, x, 2, 4, 64),
-    "count": va.lab.digit_scenes,
-    "seed": lambda x: va.lab.digit_questions(1, seed=x),
 }
 
 

@@ -123,7 +123,7 @@ def test_every_data_file_is_in_it(names):
     files = [path for path in (ROOT / "vlattn_fast").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")]
     wanted = {path.relative_to(ROOT).as_posix() for path in files} - {LIBRARY, RECORD, CPU_LIBRARY, CPU_RECORD}
     assert "vlattn_fast/py.typed" in wanted
-    assert {Path(name).suffix for name in wanted} >= {".safetensors", ".html"}
+    assert {Path(name).suffix for name in wanted} >= {".html"}
     assert "vlattn_fast/kernels/configurations.json" in names
     assert wanted <= names, sorted(wanted - names)
 
@@ -137,11 +137,9 @@ def test_it_works_from_where_it_was_unpacked(wheel, tmp_path):
         archive.extractall(tmp_path)
     code = (
         "import importlib.util, pathlib, vlattn_fast, vlattn_fast.benchmarks, vlattn_fast.kernels\n"
-        "from vlattn_fast import lab\n"
         f"assert pathlib.Path(vlattn_fast.__file__).is_relative_to({str(tmp_path)!r}), vlattn_fast.__file__\n"
         f"assert pathlib.Path(vlattn_fast.kernels.__file__).is_relative_to({str(tmp_path)!r})\n"
         "assert not any(map(importlib.util.find_spec, ('kernels', 'benchmarks')))\n"
-        "lab.load_uniter()\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
 

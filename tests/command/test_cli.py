@@ -1,6 +1,7 @@
 """The vlattn command, on small random Hugging Face models saved to a temporary folder."""
 
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -166,7 +167,7 @@ def test_a_folder_without_a_model(picture, tmp_path):
 @pytest.mark.parametrize("command", ["explain", "verify", "bench", "demo"])
 def test_what_cannot_be_written_is_refused_at_the_start(vit, picture, tmp_path, command, monkeypatch):
     monkeypatch.setattr(cli, "load_model", None)  # none of these gets so far
-    monkeypatch.setattr("vlattn_fast.benchmarks.demo.run", None)
+    monkeypatch.setattr(cli, "entry_points", None)
     lines = {
         "explain": ["--model", vit, "--image", picture],
         "verify": ["attention_map", "--fuzz", 1],
@@ -233,38 +234,19 @@ def test_verify_refuses(options, words):
     assert words in said(result)
 
 
-@pytest.mark.filterwarnings("ignore:A part of the map is that of later tokens")  # of rollout as published
-def test_demo_writes_its_pictures(tmp_path, monkeypatch):
-    monkeypatch.setattr("vlattn_fast.benchmarks.demo.SCENES", 20)
-    result = vlattn("demo", "--out", tmp_path / "demo", "--no-costs")
-    assert result.exit_code == 0, result.output
-    assert (tmp_path / "demo" / "answer.png").read_bytes().startswith(b"\x89PNG")
-    assert "base64" in (tmp_path / "demo" / "answer.html").read_text()
-    assert len(re.findall(r"^gradient +\d", result.output, re.M)) == 2
-    words = re.search(r'^"which digits are there"\? "(\w+) (\w+) (\w+) (\w+)"', result.output, re.M).groups()
-    for word in words:  # each word's map is strongest on its own digit
-        assert re.search(rf"^{word} +[01]\.\d\d +{word} +\d", result.output, re.M)
+def test_the_demo_is_of_another_package(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "entry_points", lambda **asked: [])
+    result = vlattn("demo", "--out", tmp_path)
+    assert result.exit_code == 1 and said(result) == "vlattn demo needs the package vlattn_lab: pip install vlattn_lab "
+    calls = []
+    for passed in (True, False):
+        entry = SimpleNamespace(load=lambda passed=passed: lambda out, costs: calls.append((out, costs)) or passed)
+        monkeypatch.setattr(cli, "entry_points", lambda entry=entry, **asked: [entry] if asked == ASKED else [])
+        assert vlattn("demo", "--out", tmp_path, "--no-costs").exit_code == (0 if passed else 1)
+    assert calls == [(tmp_path, False)] * 2
 
 
-def test_the_demo_prints_the_costs_that_the_benchmark_measures(monkeypatch, capsys):
-    from vlattn_fast.benchmarks import _isolated, demo
-
-    def measure(name, variants, overrides):
-        """Rows at a tiny size; the processes are tested with the benchmarks."""
-        assert name == "task_explain_clip" and overrides == {"layers": 6}
-        from vlattn_fast.benchmarks import _choice, _measure
-
-        (benchmark,) = _choice.choose([name])
-        sizes = {"layers": 2, "H": 2, "N": 12, "C": 16}
-        rows = _measure.Measurement(benchmark, torch.device("cpu"), rounds=1, overrides=sizes, only=variants).run()
-        return [next(row for row in rows if row["variant"] == variant) for variant in variants]
-
-    monkeypatch.setattr(_isolated, "measure", measure)
-    demo.compare()
-    printed = capsys.readouterr().out
-    for variant in demo.VARIANTS:
-        assert re.search(rf"^{re.escape(variant)} +\d+\.\d\d +\d+\.\d\d", printed, re.M), printed
-    assert re.search(r"published procedure takes \d+\.\d times as long", printed)
+ASKED = {"group": "vlattn_fast.commands", "name": "demo"}
 
 
 def test_help_is_broken_into_lines_by_the_terminal_alone():

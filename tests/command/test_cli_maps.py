@@ -11,8 +11,8 @@ transformers = pytest.importorskip("transformers")
 
 import vlattn_fast as va  # noqa: E402
 from tests.helpers.commands import said, vlattn  # noqa: E402
-from tools.pages.evaluations_of_others import with_others  # noqa: E402
 from vlattn_fast import cli  # noqa: E402
+from vlattn_lab.pages.evaluations_of_others import with_others  # noqa: E402
 
 
 def test_a_target_may_be_a_word(vit, llava, bert, picture, tmp_path):

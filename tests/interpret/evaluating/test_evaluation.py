@@ -231,15 +231,6 @@ def test_maps_of_other_dtypes_are_their_numbers(dtype):
         assert result.value("one", test) == result.value("floats", test), test
 
 
-def test_regions_have_their_own_boxes():
-    scenes = va.lab.digit_scenes(6, seed=1) if pytest.importorskip("sklearn") else None
-    model, _ = va.lab.load_uniter()
-    boxes = [corners[named] / 32 for corners, named in zip(scenes.boxes, scenes.named, strict=True)]
-    named = lambda model, inputs, target: SimpleNamespace(regions=scenes.named.double())  # noqa: E731
-    found = rows(va.evaluate(model, [(scenes.inputs(), 1, boxes)], methods={"named": named}, tests=("pointing", "iou", "mass")))
-    assert [found["named", test, "image"]["value"] for test in ("pointing", "iou", "mass")] == [1.0, 1.0, 1.0]
-
-
 def test_without_boxes_samples_are_left_out():
     model, inputs = made("vit")
     found = rows(va.evaluate(model, [(inputs, None, None), (inputs, None, [[[0, 0, 1, 1]], None])], tests=("pointing",)))

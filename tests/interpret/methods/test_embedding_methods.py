@@ -16,10 +16,10 @@ from tests.helpers.interpret.cases import CASES, lively, vit
 from tests.helpers.interpret.decoder_cases import DECODERS, LLAMA, next_logits
 from tests.helpers.interpret.encoder_cases import vilt
 from tests.helpers.interpret.stored_maps import with_floats
-from tools.models.inputs import inputs_of
-from tools.models.run import classes
-from tools.models.shrink import small_model
+from vlattn_fast.checking.models.inputs import inputs_of
+from vlattn_fast.checking.models.shrink import small_model
 from vlattn_fast.interpret import evaluate, explain
+from vlattn_lab.models.run import classes
 
 pytestmark = pytest.mark.usefixtures("published")
 

@@ -8,17 +8,24 @@ from torch import nn
 
 transformers = pytest.importorskip("transformers")
 
+
 from tests.helpers.interpret.cases import lively  # noqa: E402
 from tests.helpers.interpret.linked_maps import encoder_decoder_maps, gradient  # noqa: E402
 from tests.helpers.interpret.stored_maps import Place, assert_rows, check, layer_sums  # noqa: E402
 from tests.helpers.interpret.tower_cases import Block, first_rows, second, sequences, stack  # noqa: E402
-from tests.helpers.lab.weighted_maps import shares  # noqa: E402
 from tests.interpret.relevancy.test_linked import LXMERT, lxmert_maps, text_encoder_decoder  # noqa: E402
 from vlattn_fast.interpret import explain  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("published")
 
 KINDS = ["torch", "by name", "one head", "one key head", "nn.MultiheadAttention", "timm", "by hand", "keywords"]
+
+
+def shares(x: torch.Tensor, o: torch.Tensor, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weights (B, N, 1) of both terms of x + o by their contributions to the score."""
+    before, after = ((gradient * term).sum(-1, keepdim=True).abs() for term in (x, o))
+    share = torch.where(before + after > 0, before / (before + after), 0.5)
+    return share, 1 - share
 
 
 class Scaled(Block):
@@ -138,7 +145,7 @@ def test_weights_between_towers(kind):
         handle.remove()
     grads = torch.autograd.grad(total, terms["y"], allow_unused=True)
     weights = [
-        shares("contribution", x, y - x, torch.zeros_like(y) if grad is None else grad)
+        shares(x, y - x, torch.zeros_like(y) if grad is None else grad)
         for x, y, grad in zip(terms["x"], terms["y"], grads, strict=True)
     ]
     maps = [(name, a.detach(), torch.zeros_like(a) if grad is None else grad) for name, a, grad in maps]

@@ -17,13 +17,13 @@ from tests.helpers.interpret.decoder_cases import DECODERS, LLAMA, Decoder, next
 from tests.helpers.interpret.stored_maps import BOUNDS, Place, check
 from tests.helpers.interpret.tower_cases import METHODS
 from tests.helpers.releases import OLDER
-from tools.models.compare import mixed_beside_attention, outcome_of
-from tools.models.inputs import inputs_of
-from tools.models.run import TABLE, classes
-from tools.models.shrink import small_model
+from vlattn_fast.checking.models.inputs import inputs_of
+from vlattn_fast.checking.models.shrink import small_model
 from vlattn_fast.interpret import FAMILIES, explain
 from vlattn_fast.interpret.records.derived import derive_family
 from vlattn_fast.interpret.records.registry import listed_family
+from vlattn_lab.models.compare import mixed_beside_attention, outcome_of
+from vlattn_lab.models.run import TABLE, classes
 
 # A layer that shares keys, one list in another, a head called "decoder", masks that depend on tokens, learnt tokens in front,
 # attention by einsum over (N, B, C); pictures in packed patches, in tiles, by pooled patches.

@@ -1,0 +1,58 @@
+"""`vlattn demo`, which this package brings, and `python -m vlattn_lab.demo`."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from vlattn_fast import cli
+from vlattn_fast.benchmarks import _choice, _isolated, _measure
+from vlattn_lab import demo
+from vlattn_lab.checkout import ROOT
+
+
+@pytest.mark.filterwarnings("ignore:A part of the map is that of later tokens")  # of rollout as published
+def test_demo_writes_its_pictures(tmp_path, monkeypatch):
+    monkeypatch.setattr("vlattn_lab.demo.SCENES", 20)
+    result = CliRunner().invoke(cli.app, ["demo", "--out", str(tmp_path / "demo"), "--no-costs"])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "demo" / "answer.png").read_bytes().startswith(b"\x89PNG")
+    assert "base64" in (tmp_path / "demo" / "answer.html").read_text()
+    assert len(re.findall(r"^gradient +\d", result.output, re.M)) == 2
+    words = re.search(r'^"which digits are there"\? "(\w+) (\w+) (\w+) (\w+)"', result.output, re.M).groups()
+    for word in words:  # each word's map is strongest on its own digit
+        assert re.search(rf"^{word} +[01]\.\d\d +{word} +\d", result.output, re.M)
+
+
+def test_the_demo_prints_the_costs_that_the_benchmark_measures(monkeypatch, capsys):
+    def measure(name, variants, overrides):
+        """Rows at a tiny size; the processes are tested with the benchmarks."""
+        assert name == "task_explain_clip" and overrides == {"layers": 6}
+        (benchmark,) = _choice.choose([name])
+        sizes = {"layers": 2, "H": 2, "N": 12, "C": 16}
+        rows = _measure.Measurement(benchmark, torch.device("cpu"), rounds=1, overrides=sizes, only=variants).run()
+        return [next(row for row in rows if row["variant"] == variant) for variant in variants]
+
+    monkeypatch.setattr(_isolated, "measure", measure)
+    demo.compare()
+    printed = capsys.readouterr().out
+    for variant in demo.VARIANTS:
+        assert re.search(rf"^{re.escape(variant)} +\d+\.\d\d +\d+\.\d\d", printed, re.M), printed
+    assert re.search(r"published procedure takes \d+\.\d times as long", printed)
+
+
+def test_the_picture_is_the_demos(tmp_path):
+    """Same size and, up to the drawing library's version, same pixels."""
+    demo.picture(tmp_path)
+    shown, made = (
+        np.asarray(Image.open(path).convert("RGB"), dtype=float)
+        for path in (ROOT / "docs" / "answer.png", tmp_path / "answer.png")
+    )
+    assert shown.shape == made.shape
+    assert abs(shown - made).mean() < 2
+    assert (ROOT / "docs" / "answer.png").stat().st_size < 200_000

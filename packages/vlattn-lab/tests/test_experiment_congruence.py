@@ -1,0 +1,187 @@
+"""The experiment of the congruence losses: it runs, its parts are what they say, and the page shows the stored rows."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("sklearn")
+
+import vlattn_fast as va
+from vlattn_fast.benchmarks._published import published_loss
+from vlattn_fast.measuring.records import having
+from vlattn_fast.nn import CongruenceLoss, capture_attention
+from vlattn_fast.nn.capture_attention import CapturedLayer
+from vlattn_fast.ops.congruence_loss import KINDS
+from vlattn_lab import digit_scans, is_true, swapped_pairs
+from vlattn_lab.checkout import ROOT
+from vlattn_lab.experiments import congruence
+from vlattn_lab.experiments import run as frame
+from vlattn_lab.experiments.congruence import cost, report, training
+from vlattn_lab.processor import DIGIT_WORDS, VOCABULARY
+from vlattn_lab.scenes import held_out_captions
+
+PAGE, ROWS = ROOT / "docs/experiments/congruence.md", ROOT / "benchmarks/results/experiment-congruence.json"
+
+
+def test_everything_is_measured_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(frame, "commit", lambda: "abc")
+    large = cost.PROBLEMS["one layer of UNITER-base"]
+    small = {"hidden_size": 48, "num_attention_heads": 4, "intermediate_size": 64}
+    problem = replace(large, config=replace(large.config, **small), batch=6, matched=4, text=8, image=10)
+    monkeypatch.setitem(cost.PROBLEMS, "one layer of UNITER-base", problem)
+    options = ["congruence", "--smoke", "--out", str(tmp_path / "rows.json"), "--figures", str(tmp_path), "--seeds", "1"]
+    frame.main([*options, "--processes", "1"])
+    stored = (tmp_path / "rows.json").read_text()
+    rows = json.loads(stored)["rows"]
+    trained = having(rows, what="training")
+    assert [row["loss"] for row in trained] == ["untrained", *report.ARMS]
+    assert trained[0]["curve"] == {} and all(row["curve"]["step"] == [2, 4] for row in trained[1:])
+    assert len({json.dumps(row["curve"]) for row in trained}) == 5, "each arm trains in its own way"
+    assert all(0 <= row[pairs][score] <= 1 for row in trained for pairs in ("held_out", "seen") for score in report.SCORES)
+    assert {row["loss"] for row in having(rows, what="sweep")} == set(report.ARMS) and having(rows, what="cost")
+    assert {path.stem for path in tmp_path.glob("*.png")} == set(report.FIGURES)
+    shown = capsys.readouterr().out
+    assert all(table in shown for table in report.tables(rows))
+
+    monkeypatch.setattr(congruence, "train", None)  # whoever measures anew fails
+    monkeypatch.setattr(congruence, "measure_cost", None)
+    frame.main([*options, "--processes", "1"])
+    assert json.loads((tmp_path / "rows.json").read_text())["rows"] == rows
+
+
+def test_the_page_shows_the_stored_rows():
+    assert PAGE.exists() == ROWS.exists()
+    if ROWS.exists():
+        page = PAGE.read_text()
+        missing = [table for table in report.tables(json.loads(ROWS.read_text())["rows"]) if table not in page]
+        assert not missing, missing[0]
+        assert all(f"{figure}.png" in page and (PAGE.parent / f"{figure}.png").is_file() for figure in report.FIGURES)
+
+
+def test_all_arms_of_a_seed_start_alike_and_see_the_same():
+    """A loss of weight 0 changes nothing, to the last bit; one with a weight does, from the second step on."""
+    sizes = training.Sizes(steps=3, every=3, validation=8, test=8)
+    plain, _ = training.train(3, "none", 0.0, 0, sizes)
+    silent, _ = training.train(3, "cacr", 0.0, 1, sizes)
+    heard, _ = training.train(3, "iais_singular", 1.0, 1, sizes)
+    other, _ = training.train(4, "none", 0.0, 0, sizes)
+    states = [dict(model.named_parameters()) for model in (plain, silent, heard, other)]
+    assert all(torch.equal(x, states[1][name]) for name, x in states[0].items())
+    assert not torch.equal(
+        states[0]["uniter.encoder.layer.1.attention.self.query.weight"],
+        states[2]["uniter.encoder.layer.1.attention.self.query.weight"],
+    )
+    assert not torch.equal(states[0]["uniter.pooler.dense.weight"], states[3]["uniter.pooler.dense.weight"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_reaches_words_and_regions_of_matched_pairs_alone(kind):
+    scenes, _ = training.training_scenes(torch.tensor([1, 2, 3]), "fit", torch.Generator().manual_seed(0))
+    with capture_attention(training.new_model(0), layers=1) as captured:
+        captured.model(**training.model_inputs(scenes))
+    query, key = (x.detach().requires_grad_() for x in captured.layer.joint)
+    training.congruence(CongruenceLoss(kind), CapturedLayer(joint=(query, key)), 2).backward()
+    for gradient in (query.grad, key.grad):
+        reached = gradient.abs().sum((1, 3)) > 0  # (B, N)
+        assert reached[:2, training.WORDS].all() and reached[:2, training.CAPTION :].all()
+        assert not reached[2].any() and not reached[:, [0, training.CAPTION - 1]].any()
+
+
+@pytest.mark.parametrize("direction", ["text", "image", "both"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loop_that_is_measured_computes_the_same_loss(kind, direction):
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        name: torch.randn(3, 2, 6 if name.startswith("text") else 9, 4, generator=generator, dtype=torch.float64)
+        for name in ("text_query", "text_key", "image_query", "image_key")
+    }
+    tensors["text_mask"], tensors["image_mask"] = (torch.arange(n) < torch.tensor([[n], [3], [2]]) for n in (6, 9))
+    expected = va.reference.congruence_loss(
+        (tensors["text_query"], tensors["text_key"]),
+        (tensors["image_query"], tensors["image_key"]),
+        kind=kind,
+        direction=direction,
+        text_mask=tensors["text_mask"],
+        image_mask=tensors["image_mask"],
+        reduction="none",
+    )
+    torch.testing.assert_close(published_loss(tensors, kind, direction), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_scans_and_captions_are_kept_apart():
+    test, parts = digit_scans("test")[0], {part: training._scans(part)[0] for part in ("fit", "validation")}
+
+    def all_of(scans):
+        return {scan.numpy().tobytes() for scan in scans}
+
+    assert len(parts["fit"]) + len(parts["validation"]) == len(digit_scans("train")[0])
+    assert not all_of(parts["fit"]) & all_of(parts["validation"]) and not all_of(parts["fit"]) & all_of(test)
+    held_out = held_out_captions()
+    for part in parts:
+        scenes, other = training.training_scenes(torch.arange(4).repeat(50), part, torch.Generator().manual_seed(0))
+        crops = scenes.inputs()["region_features"].flatten(0, 1).unflatten(-1, (8, 8))
+        assert all_of(crops) <= all_of(parts[part])
+        for ids in (scenes.input_ids, other):
+            first, second = (ids[:, place] - VOCABULARY.index("zero") for place in (1, 5))
+            assert not held_out[first, second, ids[:, 2] - VOCABULARY.index("left")].any()
+
+
+def test_named_digits_stay_in_scenes_with_fewer():
+    one, two = (training.fewer(side) for side in swapped_pairs(50, seed=3))
+    assert one.digits.shape == (50, training.REGIONS) and torch.equal(one.digits, two.digits)
+    for scenes, false in ((one, two), (two, one)):
+        assert (scenes.named.sum(1) == 2).all()
+        for row, digits in enumerate(scenes.digits.tolist()):
+            named = {DIGIT_WORDS.index(word) for word in scenes.captions[row].split() if word in DIGIT_WORDS}
+            assert named == {digit for digit, name in zip(digits, scenes.named[row].tolist(), strict=True) if name}
+            assert is_true("", scenes.captions[row], scenes.digits[row], scenes.boxes[row])
+            assert not is_true("", false.captions[row], scenes.digits[row], scenes.boxes[row])
+
+
+def test_a_false_caption_is_of_the_same_scene():
+    scenes, other = training.training_scenes(torch.arange(4).repeat(25), "fit", torch.Generator().manual_seed(0))
+    for row, caption in enumerate(scenes.captions):
+        digits, boxes = scenes.digits[row], scenes.boxes[row]
+        said = " ".join(VOCABULARY[i] for i in other[row, training.WORDS])
+        assert is_true("", caption, digits, boxes) and is_true("", said, digits, boxes) == (row % 4 == 0)
+        words = sorted(said.split()) == sorted(caption.split())
+        assert words == (row % 4 in (0, 3)), "an order caption has the words of the true one"
+
+
+def test_a_batch_has_each_scene_three_times():
+    inputs, label = next(training.batches(torch.Generator().manual_seed(0)))
+    true, false, asked = inputs["input_ids"].split(training.MATCHED)
+    assert label.tolist() == [1] * training.MATCHED + [0] * training.MATCHED
+    assert (true != false).any(1).all() and (asked == training.MASK_ID).sum(1).eq(2).all()
+    assert torch.equal(torch.where(asked == training.MASK_ID, true, asked), true)
+    for name in ("region_features", "region_positions"):
+        one, two, three = inputs[name].split(training.MATCHED)
+        assert torch.equal(one, two) and torch.equal(one, three) and not torch.equal(one[0], one[1])
+
+
+def row_of(loss, weight, layer, seed, order, relation):
+    return {
+        "what": "sweep",
+        "loss": loss,
+        "weight": weight,
+        "layer": layer,
+        "seed": seed,
+        "curve": {"step": [50, 100, 150], "order": order, "relation": relation},
+    }
+
+
+def test_the_earliest_jump_is_chosen():
+    late, early = [0.5, 0.6, 0.8], [0.5, 0.75, 0.8]
+    never = [0.5, 0.5, 0.74]
+    rows = [
+        row_of("cacr", 1.0, 0, 100, early, late),
+        row_of("cacr", 1.0, 1, 100, early, early),
+        row_of("cacr", 9.0, 0, 100, early, never),
+    ]
+    assert [report.jump_of(row) for row in rows] == [150, 100, None]
+    assert report.chosen(rows, "cacr") == {"loss": "cacr", "weight": 1.0, "layer": 1}
+    assert report.chosen(rows[::2], "cacr")["weight"] == 1.0, "of equals the one that is better at the end"

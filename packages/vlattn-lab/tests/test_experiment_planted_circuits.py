@@ -1,0 +1,194 @@
+"""The experiment on planted circuits: the models compute their algorithm, and its measures are right where they are known."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("sklearn")
+pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+
+import vlattn_fast as va
+from vlattn_lab.experiments import planted_circuits
+from vlattn_lab.experiments.flow.samples import PAIRS, draw
+from vlattn_lab.experiments.planted_circuits import mib, models
+from vlattn_lab.experiments.run import main
+from vlattn_lab.mapper import load_vqa
+
+
+def logits_of(model, inputs):
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    return logits if logits.ndim == 2 else logits[:, -1]
+
+
+def test_a_smoke_run_has_every_measure(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(planted_circuits, "GRADIENTS", ("gradient",))
+    for module in (mib, planted_circuits):
+        monkeypatch.setattr(module, "SHARES", (0.02, 1.0))
+    out = tmp_path / "rows.json"
+    main(["planted_circuits", "--smoke", "--seeds", "1", "--out", str(out), "--figures", str(tmp_path), "--processes", "1"])
+    rows = json.loads(out.read_text())["rows"]
+    planted = [row for row in rows if "circuit" in row]
+    assert [(row["circuit"], row["attention"]) for row in planted] == [
+        (circuit, share) for circuit in models.CIRCUITS for share in planted_circuits.ATTENTION
+    ]
+    for row in planted:
+        assert row["right"] == 1.0 and len(row["maps"]) == len(planted_circuits.methods()) + 1
+        assert bool(row["synergy"]) == (row["circuit"] == "lookup")
+        assert row["places"][mib.TRUE] == [2, 1], "true cuts name the planted edges first"
+    assert "| CPR |" in capsys.readouterr().out and (tmp_path / "planted_circuits.png").is_file()
+
+
+@pytest.mark.parametrize("share", planted_circuits.ATTENTION)
+def test_an_induction_head_copies_what_came_after_the_same_word(share):
+    planted = models.planted("induction", share, seed=3)
+    samples = planted.draw(128, 5)
+    ids, groups = samples.inputs["input_ids"], samples.groups
+    assert (torch.stack([*groups.values()]).sum(0) == 1).all() and (ids[:, -1:] == ids)[:, :-1].equal(groups["matched"][:, :-1])
+
+    def said(tokens):
+        return logits_of(planted.model, {"input_ids": tokens}).argmax(1)
+
+    assert said(ids).equal(samples.answers)
+    unused = torch.stack([torch.tensor([w for w in range(models.WORDS) if w not in row][:1]) for row in ids.tolist()])
+    assert said(torch.where(groups["copied"], unused, ids)).equal(unused[:, 0])
+    by_chance = said(torch.where(groups["matched"], unused, ids)) == samples.answers  # without a match, any word is said
+    assert by_chance.double().mean() < 0.3
+    others = groups["others"] & (ids != models.WORDS)  # all but [BOS]
+    order = torch.where(others, torch.arange(ids.shape[1]), 0)
+    turned = ids.clone()
+    for row, places in enumerate(order.unbind()):
+        places = places[places > 0]
+        turned[row, places] = ids[row, places.flip(0)]
+    assert said(turned).equal(samples.answers) and not turned.equal(ids)
+
+
+@pytest.mark.parametrize("share", planted_circuits.ATTENTION)
+def test_a_lookup_gives_the_digit_of_the_named_colour(share):
+    planted = models.planted("lookup", share, seed=3)
+    samples = planted.draw(128, 5)
+    ids, features = samples.inputs["input_ids"], samples.inputs["visual_embeds"]
+    assert (torch.stack([*samples.groups.values()]).sum(0) == 1).all()
+
+    def said(**changed):
+        return logits_of(planted.model, {**samples.inputs, **changed}).argmax(1)
+
+    assert said().equal(samples.answers)
+    region = samples.groups["region"][:, ids.shape[1] :]
+    colours, digits = (part.argmax(2) for part in features.split((models.COLOURS, models.DIGITS), 2))
+    assert digits[region].equal(samples.answers)
+    next_colour = (colours[region] + 1) % models.COLOURS
+    named = torch.where(samples.groups["word"][:, : ids.shape[1]], next_colour[:, None], ids)
+    assert said(input_ids=named).equal(digits[colours == next_colour[:, None]])
+    rolled = torch.cat([features[..., : models.COLOURS], features[..., models.COLOURS :].roll(1, 2)], 2)
+    only = torch.where(region[..., None], rolled, features)
+    assert said(visual_embeds=only).equal((samples.answers + 1) % models.DIGITS)
+    others = torch.where(region[..., None], features, rolled)
+    assert said(visual_embeds=others).equal(samples.answers)
+
+
+def test_the_planted_heads_attend_as_they_should():
+    for share in planted_circuits.ATTENTION:
+        planted = models.planted("induction", share, seed=0)
+        samples = planted.draw(16, 0)
+        planted.model.set_attn_implementation("eager")
+        with torch.no_grad():
+            maps = [layer[:, 0] for layer in planted.model(**samples.inputs, output_attentions=True).attentions]
+        before = maps[0].diagonal(-1, 1, 2)
+        copied = (maps[1][:, -1] * samples.groups["copied"]).sum(1)
+        for seen in (before[:, 5:], copied):  # the first tokens see few others
+            assert (seen.mean() - share).abs() < 0.1 and seen.min() > share - 0.25
+
+
+def test_measures_of_a_map_that_is_known():
+    samples = models.planted("lookup", 0.8, seed=0).draw(4, 0)
+    content, key, read = (samples.groups[name].double() for name in (samples.content, samples.key, samples.read))
+    both = planted_circuits.of_map(3 * content + key + 10 * read, samples)
+    assert both == {"pointing": 1.0, "both": 1.0, "content": 0.75, "key": 0.25}
+    one = planted_circuits.of_map(content - key, samples)
+    assert one == {"pointing": 1.0, "both": 0.0, "content": 1.0, "key": 0.0}
+    assert planted_circuits.of_map(-content, samples) == dict.fromkeys(planted_circuits.MEASURES, 0.0)
+
+
+class Sum(mib.Circuits):
+    """A game in place of a model: each edge that is kept adds its worth."""
+
+    def mean(self, kept):
+        return 5.0 + sum(self.worth[number] for number in kept)
+
+
+def test_cpr_and_cmd_of_a_model_that_adds_up():
+    game = Sum(None, {}, range(10), None, {}, None)
+    game.worth = [4.0, 3.0, 2.0, 1.0, 0.0, 0.0, 0.0, 0.0, -1.0, -5.0]  # 4 in all
+    (row,) = game.measured({"worth": torch.tensor(game.worth)})
+    # int(share * 10) edges are kept: 0 up to a share of 0.05, then 1, 2, 5 and 10
+    assert row["signed"] == [0.0] * 6 + [1.0, 1.75, 2.5, 1.0]
+    # by size: -5, then 4, 3, 2 and the first of 1 and -1
+    assert row["sized"] == [0.0] * 6 + [-1.25, -0.25, 1.25, 1.0]
+    assert row["cpr"] == pytest.approx(0.05 * 0.5 + 0.1 * 1.375 + 0.3 * 2.125 + 0.5 * 1.75, abs=1e-4)
+    distance = [1.0, 2.25, 1.25, 0.25, 0.0]  # |1 - f| from a share of 0.05 on
+    widths = [0.05, 0.1, 0.3, 0.5]
+    area = 0.049 + sum(w * (a + b) / 2 for w, a, b in zip(widths, distance[:-1], distance[1:], strict=True))
+    assert row["cmd"] == pytest.approx(area, abs=1e-4)
+
+
+def test_a_circuit_is_the_model_with_all_other_edges_cut():
+    """One knockout after the other gives what one of all heads and groups gives."""
+    planted = models.planted("lookup", 0.8, seed=0)
+    samples = planted.draw(4, 0)
+    asked = {"target": samples.answers.tolist()}
+    edges = [("", edge) for edge in va.attribute_edges(planted.model, samples.inputs, samples.groups, **asked)]
+
+    def score(outputs):
+        return outputs.logits.gather(1, samples.answers[:, None])[:, 0]
+
+    circuits = mib.Circuits(planted.model, samples.inputs, edges, lambda _: samples.groups, {"": None}, score)
+    kept = [number for number in range(len(edges)) if number % 3]
+    cuts = [
+        va.Knockout(queries=samples.groups[e.to], keys=samples.groups[e.from_], layers=e.layer, heads=e.head)
+        for number, (_, e) in enumerate(edges)
+        if number not in kept
+    ]
+    with va.intervene(planted.model, samples.inputs, cuts), torch.no_grad():
+        expected = score(planted.model(**samples.inputs)).double().mean()
+    assert circuits.mean(kept) == pytest.approx(float(expected), rel=1e-4)
+    assert circuits.faithfulness(range(len(edges))) == 1.0 and circuits.faithfulness([]) == 0.0
+    none = [va.Knockout(queries=None, keys=None, heads=range(models.HEADS))]
+    with va.intervene(planted.model, samples.inputs, none), torch.no_grad():
+        assert circuits.mean([]) == pytest.approx(float(score(planted.model(**samples.inputs)).double().mean()), rel=1e-4)
+
+
+def test_impossible_edges_of_a_decoder_are_left_out():
+    samples = models.planted("induction", 0.8, seed=0).draw(4, 0)
+    seen = {(a, b): mib._is_causal(samples.groups, va.Edge(0, 0, a, b)) for a in samples.groups for b in samples.groups}
+    assert {pair for pair, is_seen in seen.items() if not is_seen} == {
+        *(("last", name) for name in ("matched", "copied", "others")),
+        ("copied", "matched"),
+    }
+
+
+def test_edges_with_norms_held_fixed_are_those_of_the_plain_ones():
+    """Other effects of the same edges and heads; `attribute_edges` itself only takes the plain derivative."""
+    model = load_vqa()[0]
+    asked, _ = draw("vqa", model, 12, 4, 0, every=True)
+    measured = mib.of_scenes(model, asked, 0)
+    half = mib.part(asked, slice(2))
+    assert len(half.inputs["input_ids"]) == 2 and measured["edges"] > 600
+    rows = {row["list"]: row for row in measured["areas"]}
+    assert rows[mib.TRUE]["cpr"] > rows[mib.RANDOM]["cpr"] and rows[mib.FIRST_ORDER]["sized"] != rows[mib.HELD]["sized"]
+    assert set(measured["ranks"]) == {"edges", "heads"}
+    assert all(each[mib.FIRST_ORDER] != each[mib.HELD] for each in measured["ranks"].values())
+    with pytest.raises(TypeError, match="freeze"):
+        va.attribute_edges(model, half.inputs, half.groups("cross"), tower=PAIRS["cross"], freeze=("norms",))
+
+
+def test_part_of_the_samples():
+    samples = models.planted("induction", 0.8, seed=0).draw(6, 0)
+    part = samples.part(slice(2, 5))
+    assert torch.equal(part.answers, samples.answers[2:5]) and replace(part).content == samples.content
+    assert all(torch.equal(part.groups[name], mask[2:5]) for name, mask in samples.groups.items())

@@ -1,0 +1,46 @@
+"""DigitScenes, the embedded benchmark: handwritten digits, captions that relate them, questions about them, and small models
+trained on it: UNITER, a CLIP dual encoder, and two CLIPMapper on top of this CLIP, for answers and for captions.
+
+transformers is imported when it is first used.
+
+In: seeds and counts.
+Out: scenes, samples, trained models.
+Imports: benchmarks, measuring, checking, interpret, attach, models, backends.reference, _ground.
+"""
+
+from vlattn_lab import winoground
+from vlattn_lab.clip import caption_accuracy, load_clip, retrieval
+from vlattn_lab.mapper import load_captioner, load_vqa, prompt_accuracy, question_accuracy
+from vlattn_lab.probing import probe_samples
+from vlattn_lab.processor import DigitProcessor
+from vlattn_lab.questions import Questions, digit_prompts, digit_questions, is_true
+from vlattn_lab.scenes import Scenes, digit_scans, digit_scenes, held_out_captions, swapped_pairs
+from vlattn_lab.texts import SceneProcessor
+from vlattn_lab.uniter import load_uniter, matching_accuracy, matching_score, winoground_scores
+
+__all__ = [
+    "DigitProcessor",
+    "Questions",
+    "SceneProcessor",
+    "Scenes",
+    "caption_accuracy",
+    "digit_prompts",
+    "digit_questions",
+    "digit_scans",
+    "digit_scenes",
+    "held_out_captions",
+    "is_true",
+    "load_captioner",
+    "load_clip",
+    "load_uniter",
+    "load_vqa",
+    "matching_accuracy",
+    "matching_score",
+    "probe_samples",
+    "prompt_accuracy",
+    "question_accuracy",
+    "retrieval",
+    "swapped_pairs",
+    "winoground",
+    "winoground_scores",
+]

@@ -1,0 +1,118 @@
+"""Score functions of attention on three tasks (Cao et al., "Understanding Attention for Vision-and-Language Tasks", COLING 2022).
+
+The same small models are trained with each score function: matching of images and texts, question answering, pictures from
+captions. The paper finds that the more accurate score is not the more interpretable one. Does that hold here?
+
+In: options of the experiment.
+Out: its records.
+Imports: lab, measuring, interpret.evaluating, nn, ops.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from vlattn_lab.experiments.experiment import Cell, Experiment, Record, Settings, Stage
+from vlattn_lab.experiments.scores import answering, generation, matching, timing
+from vlattn_lab.experiments.scores.attend import ARMS, SCORES
+from vlattn_lab.experiments.scores.page import accuracy_and_interpretability, pictures, tables
+
+TASKS: dict[str, Any] = {"matching": matching, "answering": answering, "generation": generation}
+REFERENCES = {"answering": "frequent", "generation": "real"}  # arms without a model
+CHOICE_SEED = 100  # of the trainings that choose the learning rates; no measured training has it
+
+
+@contextlib.contextmanager
+def _without_denormals() -> Iterator[None]:
+    """Gradients of a saturated sigmoid are denormal numbers, and CPUs are slow on them."""
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
+def choices(settings: Settings, records: Sequence[Record]) -> list[Cell]:
+    """A cell for each learning rate of the tasks that have several."""
+    return [
+        {"task": task, "arm": arm, "rate": rate, "seed": CHOICE_SEED}
+        for task, module in TASKS.items()
+        for arm in ARMS
+        for rate in (module.RATES if len(module.RATES) > 1 else ())
+    ]
+
+
+@_without_denormals()
+def choose(cell: Cell, settings: Settings) -> dict[str, Any]:
+    """Accuracy on a fifth of the training scans, after training on the rest."""
+    module, seed = TASKS[cell["task"]], cell["seed"]
+    sizes = _sizes(module, settings)._replace(learn="fit", test="validation")
+    model, _ = module.train(cell["arm"], seed, sizes, cell["rate"])
+    return {"validation": _rounded(module.measure(model, seed, sizes))}
+
+
+def rate_of(task: str, arm: str, records: Sequence[Record]) -> float:
+    """The learning rate with the best accuracy on validation scenes."""
+    tried = [record for record in records if "validation" in record and (record["task"], record["arm"]) == (task, arm)]
+    return float(max(tried, key=lambda record: record["validation"]["accuracy"])["rate"] if tried else TASKS[task].RATES[0])
+
+
+def trainings(settings: Settings, records: Sequence[Record]) -> list[Cell]:
+    """Cells of one seed follow one another, since a process keeps the scenes and encoders of a seed."""
+    cells: list[Cell] = []
+    for seed in range(settings.seeds):
+        for task in TASKS:
+            cells += [{"task": task, "arm": arm, "rate": rate_of(task, arm, records), "seed": seed} for arm in ARMS]
+            cells += [{"task": task, "arm": REFERENCES[task], "seed": seed}] if task in REFERENCES else []
+    return cells
+
+
+def _sizes(module: Any, settings: Settings) -> Any:
+    return module.SMOKE if settings.smoke else module.Sizes()
+
+
+@_without_denormals()
+def train(cell: Cell, settings: Settings) -> dict[str, Any]:
+    module, arm, seed = TASKS[cell["task"]], cell["arm"], cell["seed"]
+    sizes = _sizes(module, settings)
+    if arm == "frequent":
+        return {"trained": _rounded(answering.blind(sizes, seed))}
+    if arm == "real":
+        shown = generation.samples(None, seed, sizes) if seed == 0 else {}
+        return {"trained": _rounded(generation.measure_real(seed, sizes)), **shown}
+    if module is generation:
+        for number in generation.judges(seed).values():  # the training has no part in their time
+            generation.pair(number, sizes.pair)
+    began = time.process_time()
+    model, first = module.train(arm, seed, sizes, cell["rate"])
+    figures: dict[str, Any] = {"training_seconds": round(time.process_time() - began, 2)}
+    for name, one in (("trained", model), ("untrained", first)):
+        figures[name] = _rounded(module.measure(one, seed, sizes))
+    return figures | (generation.samples(model, seed, sizes) if module is generation and seed == 0 else {})
+
+
+def _rounded(figures: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 4) for name, value in figures.items()}
+
+
+def timings(settings: Settings, records: Sequence[Record]) -> list[Cell]:
+    arms = list(SCORES)[:1] if settings.smoke else list(SCORES)
+    return [{"what": what, "arm": arm, "seed": 0} for what in timing.MADE for arm in arms]
+
+
+def time_steps(cell: Cell, settings: Settings) -> dict[str, Any]:
+    if settings.smoke:
+        return timing.measure(cell["what"], cell["arm"], rounds=1, least=0.0, variants=("ours", "formula"))
+    return timing.measure(cell["what"], cell["arm"], rounds=5, least=0.03)
+
+
+EXPERIMENT = Experiment(
+    stages=[Stage(choices, choose), Stage(trainings, train), Stage(timings, time_steps, alone=True)],
+    tables=tables,
+    figures={"scores": accuracy_and_interpretability, "scores-pictures": pictures},
+)

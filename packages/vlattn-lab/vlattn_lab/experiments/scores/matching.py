@@ -1,0 +1,139 @@
+"""Image-text matching as in SCAN (Lee et al., ECCV 2018), from texts to images: each word of a caption attends to the regions of
+an image; the similarity is the mean cosine of a word and its attended regions."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlattn_fast.nn.matching_losses import triplet_loss
+from vlattn_lab.clip import caption_pixels, words_of
+from vlattn_lab.experiments.experiment import spearman
+from vlattn_lab.experiments.scores.attend import Attend, perturbation, weights_and_relevancy
+from vlattn_lab.experiments.scores.material import TextEncoder, reader, region_encoder, regions, text_ids
+from vlattn_lab.scenes import CLEARANCE, NEGATIVES, REGIONS, Scenes, digit_scenes, joined, select, swapped_pairs
+from vlattn_lab.train.fit import fit, seeded
+
+WORDS, SIZE = 5, 32
+FIRST, SECOND = 0, 4  # the places of the two digits in a caption
+BATCH = 32
+RATES = (2.5e-3, 4e-3)  # learning rates; validation scans choose one for each score
+GROUP = 100  # captions and images that recall is measured among
+
+
+class Sizes(NamedTuple):
+    """steps: of the training. scenes: trained with, and as many swapped scenes. tested: test scenes, a multiple of GROUP.
+    learn, test: splits."""
+
+    steps: int = 2400
+    scenes: int = 4096
+    tested: int = 1000
+    learn: str = "train"
+    test: str = "test"
+
+
+SMOKE = Sizes(3, 32, GROUP)
+
+
+class Matcher(nn.Module):
+    def __init__(self, arm: str, backend: str = "auto") -> None:
+        super().__init__()
+        self.text, self.region = TextEncoder(WORDS, SIZE), region_encoder(SIZE)
+        self.attend = Attend(arm, SIZE, backend)
+
+    def forward(self, images: Tensor, ids: Tensor) -> Tensor:
+        """Regions (Bi, R, FEATURES) and captions (Bc, WORDS) -> similarity (Bi, Bc), in one call of attention."""
+        words = self.text(ids)[0].flatten(0, 1)
+        attended = self.attend(words.expand(len(images), -1, -1), self.region(images))
+        return _cosine(words, attended).unflatten(1, (len(ids), WORDS)).mean(-1)
+
+    def pairs(self, images: Tensor, ids: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        """As many images as captions -> similarity (B) of each pair."""
+        words = self.text(ids)[0]
+        return _cosine(words, self.attend(words, self.region(images), key_mask=key_mask)).mean(-1)
+
+
+def _cosine(words: Tensor, attended: Tensor) -> Tensor:
+    """The cosine of words (..., D), the same for all images, and attended regions; 0 where all regions are masked."""
+    return (attended * F.normalize(words, dim=-1)).sum(-1) / torch.linalg.vector_norm(attended, dim=-1).clamp(min=1e-8)
+
+
+@functools.lru_cache(maxsize=4)  # of one seed
+def scenes_of(count: int, seed: int, split: str, negative: str | None = None) -> Scenes:
+    return digit_scenes(count, split=split, seed=seed, negative=negative)
+
+
+@functools.lru_cache(maxsize=1)
+def swapped_scenes(count: int, seed: int, split: str) -> Scenes:
+    """Training scenes, then the same scenes with their two named digits exchanged, whose captions are false of the first."""
+    return joined(swapped_pairs(count, split=split, seed=seed))
+
+
+def train(arm: str, seed: int, sizes: Sizes, rate: float) -> tuple[Matcher, Matcher]:
+    """The trained model and its copy from before training."""
+    first, model = (seeded(seed, lambda: Matcher(arm)) for _ in range(2))
+    scenes, generator = swapped_scenes(sizes.scenes, 1000 + seed, sizes.learn), torch.Generator().manual_seed(seed)
+    seen = regions(reader(seed, sizes.learn), scenes.images, scenes.boxes)
+    ids, words = text_ids(scenes.captions, WORDS), words_of(scenes)
+
+    def losses() -> dict[str, Tensor]:
+        half = torch.randint(sizes.scenes, (BATCH // 2,), generator=generator)
+        chosen = torch.cat([half, half + sizes.scenes])
+        # a caption that is true, or nearly true, of an image is not wrong for this image
+        holds = caption_pixels(select(scenes, chosen.tolist()), words[chosen]) > 0
+        holds |= torch.eye(len(chosen), dtype=torch.bool)
+        return {"triplets": triplet_loss(model(seen[chosen], ids[chosen]), holds, hardest=False) / BATCH}
+
+    fit(model.parameters(), losses, {"triplets": 1.0}, sizes.steps, learning_rate=rate, fused=True)
+    return model.eval(), first.eval()
+
+
+def said_regions(scenes: Scenes) -> Tensor:
+    """int64 (B, 2): the region of each of the two digits that a true caption names."""
+    named = words_of(scenes)[:, ::2]
+    return (scenes.digits[:, None] == named[..., None]).int().argmax(-1)
+
+
+def measure(model: Matcher, seed: int, sizes: Sizes) -> dict[str, float]:
+    """Figures on test scenes. accuracy: the mean of two shares: images whose most similar caption among GROUP is true of the
+    image, and captions that are true of their most similar image among GROUP."""
+    net, scenes = reader(seed, sizes.learn), scenes_of(sizes.tested, seed, sizes.test)
+    images, ids, words = regions(net, scenes.images, scenes.boxes), text_ids(scenes.captions, WORDS), words_of(scenes)
+    figures: dict[str, float] = {}
+    hits: dict[str, list[Tensor]] = {"caption": [], "image": [], "chance": []}
+    with torch.no_grad():
+        for start in range(0, sizes.tested, GROUP):
+            group, each = slice(start, start + GROUP), torch.arange(GROUP)
+            true = caption_pixels(select(scenes, range(start, start + GROUP)), words[group]) >= CLEARANCE
+            similarity = model(images[group], ids[group])
+            hits["caption"].append(true[each, similarity.argmax(1)])
+            hits["image"].append(true[similarity.argmax(0), each])
+            hits["chance"].append(true.double().mean(1))
+        for name, hit in hits.items():
+            figures[f"recall_{name}"] = float(torch.cat(hit).double().mean())
+        figures["accuracy"] = (figures["recall_caption"] + figures["recall_image"]) / 2
+        true_scores = model.pairs(images, ids)
+        wrong = {}
+        for negative in NEGATIVES:
+            wrong[negative] = text_ids(scenes_of(sizes.tested, seed, sizes.test, negative).captions, WORDS)
+            figures[negative] = float((true_scores > model.pairs(images, wrong[negative])).double().mean())
+
+    [(weights, relevancy)] = weights_and_relevancy(model.attend, lambda: model.pairs(images, ids))
+    places, target = torch.tensor([FIRST, SECOND]), said_regions(scenes)
+    weights, relevancy = weights[:, places], relevancy[:, places]
+    figures["share"] = float(weights.gather(2, target[..., None]).mean())
+    figures["chance"] = 1 / REGIONS
+    figures["pointing"] = float((weights.argmax(-1) == target).double().mean())
+    figures["agreement"] = float(spearman(weights, relevancy).mean())
+
+    @torch.no_grad()
+    def accuracy(mask: Tensor) -> float:
+        """True captions against those with a wrong digit; a tie is half."""
+        one, two = (model.pairs(images, captions, mask) for captions in (ids, wrong["digit"]))
+        return float((one > two).double().mean() + (one == two).double().mean() / 2)
+
+    return figures | perturbation(weights.amax(1), accuracy, seed)

@@ -1,0 +1,111 @@
+"""One model of one class: `va.intervene` with a knockout and a steering, beside eager attention with edited maps, in float64.
+
+The edits are of the last tower that attends to itself: heads 0 and 1 of all layers lose edges, and all heads of the first layer
+are steered. The eager model's maps of that size are multiplied by weights, 0 where edges are cut, and divided by the sums of
+their rows. Nothing of the package changes them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from vlattn_fast.checking.models.stored import SOFTMAX
+from vlattn_fast.interpret import Knockout, Steer, intervene
+from vlattn_fast.interpret.intervening.seen_calls import SeenCall, see
+from vlattn_lab.models.compare import BOUND, Row, described, next_logits
+
+WEIGHT = 3.0
+
+
+class EditedMaps(TorchFunctionMode):
+    """Multiplies the maps (B, H, N, M) or (B * H, N, M), one after the other, by `weights` (H, N, M), and divides rows by their
+    sums."""
+
+    def __init__(self, weights: list[Tensor]) -> None:
+        super().__init__()
+        self.weights, self.count = weights, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.logsumexp and (weight := self._weight(args[0])) is not None:  # of the scores, for a sink's share
+            return result + (args[0].reshape(-1, *weight.shape[-3:]).softmax(-1) * weight).sum(-1).log().view(result.shape)
+        if func not in SOFTMAX or (weight := self._weight(args[0] if args else kwargs["input"])) is None:
+            return result
+        self.count += 1
+        weighed = result.reshape(-1, *weight.shape[-3:]) * weight
+        total = weighed.sum(-1, keepdim=True)
+        return (weighed / total.masked_fill(total == 0, 1.0)).view(result.shape)
+
+    def _weight(self, scores: Tensor) -> Tensor | None:
+        """(H, N, M), or (B, H, N, M), of the map that is made next of these scores; None where they make none."""
+        weight = self.weights[self.count % len(self.weights)]
+        heads, size, _ = weight.shape
+        sinks = scores.shape[-1] - size  # whose column stays
+        by_head = scores.ndim == 4 and scores.shape[1] == heads or scores.ndim == 3 and len(scores) % heads == 0
+        if not by_head or scores.shape[-2] != size or sinks not in (0, 1):
+            return None
+        weight = nn.functional.pad(weight, (0, sinks), value=1.0)
+        blind = (scores.reshape(-1, *weight.shape)[..., :size] < -1e30).all(-1, keepdim=True)
+        return weight.where((weight == 0) | ~blind, 1.0)  # a finite mask over a whole row swallows what is added to it
+
+
+def spans(size: int) -> tuple[list[tuple[int, int]], tuple[int, int], tuple[int, int]]:
+    """The queries and the keys between which edges are cut, and the keys that are steered."""
+    middle = max(2, size // 2)
+    return [(0, 1), (min(middle, size - 1), size)], (1, middle), (0, 2)
+
+
+def weights_of(calls: list[SeenCall], edited: list[SeenCall], size: int) -> list[Tensor]:
+    """Those of each call; ones but for the `edited` ones."""
+    (queries, keys, steered), first = spans(size), edited[0].layer
+    weights = []
+    for call in calls:
+        weight = torch.ones(call.heads, size, size)
+        weights.append(weight)
+        if call not in edited:
+            continue
+        for start, stop in queries:
+            weight[:2, start:stop, slice(*keys)] = 0.0
+        weight[:, :, slice(*steered)] *= WEIGHT if call.layer == first else 1.0
+    return weights
+
+
+def compared(mapping: str, model: nn.Module, eager: nn.Module, inputs: dict[str, Any]) -> Row:
+    """The row of a model; `eager` is the same model with eager attention."""
+    try:
+        seen = see(model, inputs)
+        itself = [call for call in seen.calls if not call.crosses and call.tower.shape[1] > 2]
+        if not itself:
+            return Row("cannot be compared", "no tower of three tokens attends to itself")
+        tower = itself[-1].tower
+        calls, size = [call for call in itself if call.tower is tower], tower.shape[1]
+        of_size = calls[0].heads, size, calls[0].keys
+        queries, keys, steered = spans(size)
+        heads, of_tower = range(min(2, calls[0].heads)), (tower.name, tower.name)
+        edits = [
+            Knockout(queries=queries, keys=keys, layers={call.layer for call in calls}, heads=heads, tower=of_tower),
+            Steer(keys=steered, layers=calls[0].layer, weight=WEIGHT, tower=of_tower),
+        ]
+        with torch.no_grad(), intervene(model, inputs, edits):
+            got = next_logits(model(**inputs), inputs)
+    except Exception as error:
+        return Row("refused", described(error))
+    try:
+        with torch.no_grad():
+            base = next_logits(eager(**inputs), inputs)
+            alike = [call for call in seen.calls if (call.heads, call.tower.shape[1], call.keys) == of_size]
+            with EditedMaps(weights_of(alike, calls, size)) as edited:
+                expected = next_logits(eager(**inputs), inputs)
+    except Exception as error:
+        return Row("cannot be compared", described(error))
+    if edited.count != len(alike):
+        return Row("cannot be compared", f"the eager model makes {edited.count} maps for {len(alike)} calls of attention")
+    change = float((expected - base).abs().max())
+    if change <= 1e-9:
+        return Row("cannot be compared", "the edits change no logit")
+    share = float((got - expected).abs().max()) / change
+    return Row("equal" if share <= BOUND else "wrong", f"{share:.0e}" if share <= BOUND else f"logits differ by {share:.1e}")

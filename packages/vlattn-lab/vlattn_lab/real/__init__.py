@@ -1,0 +1,5 @@
+"""`make real`: trained models and photos that packages of the registry carry, explained, evaluated and drawn.
+
+`python -m vlattn_lab.real` writes rows to benchmarks/results/real.json, pictures to docs/ and docs/experiments/real.md from
+the rows.
+"""

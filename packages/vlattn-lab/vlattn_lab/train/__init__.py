@@ -1,0 +1,6 @@
+"""Trains the models of DigitScenes: python -m vlattn_lab.train uniter|clip|vqa|captions|hybrid|transformer [options].
+
+In: options of a training.
+Out: a file of weights.
+Imports: lab, measuring, interpret.result, models, _ground.
+"""

@@ -1,0 +1,3 @@
+from vlattn_lab.train.run import main
+
+main()

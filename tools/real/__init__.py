@@ -1,4 +1,0 @@
-"""`make real`: trained models and photos that packages of the registry carry, explained, evaluated and drawn.
-
-`python -m tools.real` writes rows to benchmarks/results/real.json, pictures to docs/ and docs/experiments/real.md from the rows.
-"""

@@ -1,6 +1,0 @@
-"""Repeats an experiment on DigitScenes: python -m vlattn_fast.lab.experiments NAME [options]."""
-
-from vlattn_fast.lab.experiments.run import main
-
-if __name__ == "__main__":  # processes that measure import this file, too
-    main()

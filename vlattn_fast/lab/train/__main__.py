@@ -1,3 +1,0 @@
-from vlattn_fast.lab.train.run import main
-
-main()
