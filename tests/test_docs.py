@@ -40,11 +40,6 @@ def text(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
 
 
-def is_left_out(path: str) -> bool:
-    """Whether a path lies in one of the packages beside the core, and this tree has none of them."""
-    return path.startswith("packages/") and not (ROOT / "packages").exists()
-
-
 def blocks(name: str, language: str) -> list[str]:
     return [body for kind, body in re.findall(r"^```(\w*)\n(.*?)^```$", text(name), re.M | re.S) if kind == language]
 
@@ -65,7 +60,7 @@ def test_every_path_exists(name):
         path for path in re.findall(r"`([\w./-]+)`", prose) if "/" in path or re.search(r"\.(py|md|toml|png|html|json)$", path)
     }
     known = {*MADE, *(row["benchmark"] for row in json.loads(text("benchmarks/results/cpu.json")))}
-    missing = [path for path in named - known if not there(ROOT / path) and not is_left_out(path)]
+    missing = [path for path in named - known if not there(ROOT / path)]
     for path in re.findall(r"\]\(([\w./-]+)(?:#[\w-]*)?\)", prose):
         if not there((ROOT / name).parent / path):
             missing.append(path)
@@ -347,8 +342,6 @@ def test_the_price_is_that_of_the_stored_rows(name):
     low, high, low_of_scores, high_of_scores = map(float, said.groups())
     for found, least, most in ((ratios[False], low, high), (ratios[True], low_of_scores, high_of_scores)):
         assert 0 <= min(found) - least + 0.05 < 0.1 and 0 <= most - max(found) < 0.1
-
-
 
 
 def test_ci_runs_make_test():

@@ -1,6 +1,5 @@
 """The scripts of examples/ run, and what they print is true."""
 
-import json
 import re
 import runpy
 from pathlib import Path
@@ -107,5 +106,3 @@ def test_prompt_maps(run):
     assert not torch.equal(*got["cat"])
     row, column = map(int, re.search(r"cat on.*row (\d+), column (\d+)", printed).groups())
     assert got["cat"][0, row, column] == got["cat"][0].max()
-
-
