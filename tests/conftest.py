@@ -11,6 +11,7 @@ import pkgutil
 import random
 import sys
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ import torch
 
 import vlattn_fast.kernels  # before the variable below is set, which vlattn_fast.dispatch reads
 from tools import part
+
+collect_ignore = [] if find_spec("ptx") else ["helpers/emulated"]  # which imports it, and has no doctest
 
 if "VLATTN_PTX" in os.environ:
     from tools.emulated import package  # of ptx, whose plugin of pytest is there where it is installed

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.releases import needs_ptx
 from tools.gpu import session
 from vlattn_fast.benchmarks import _records
 
@@ -240,6 +241,7 @@ worker.main("cpu")
 """
 
 
+@needs_ptx
 def test_an_item_that_hangs_crashes_or_takes_all_memory_costs_its_row(tree, monkeypatch):
     """All of it in one worker, which lives on; a later call does not run them again."""
 
