@@ -1,6 +1,6 @@
 """Kernels that are not ours, emulated. pip installs their libraries into build/others/, without what these ask for.
 
-`python -m pytest others` runs this suite, in the folder of pyproject.toml. The package's own tests leave it out: it needs a
+`python -m pytest tests/others` runs this suite, in the folder of pyproject.toml. The package's own tests leave it out: it needs a
 network the first time.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-FOLDER = HERE.parent / "build" / "others"
+FOLDER = HERE.parents[1] / "build" / "others"
 LIBRARIES = ("liger-kernel==0.8.5", "flash-linear-attention==0.6.0", "fla-core==0.6.0", "einops==0.8.2")
 
 
