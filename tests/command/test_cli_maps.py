@@ -9,10 +9,8 @@ import pytest
 pytest.importorskip("typer")
 transformers = pytest.importorskip("transformers")
 
-import vlattn_fast as va  # noqa: E402
 from tests.helpers.commands import said, vlattn  # noqa: E402
 from vlattn_fast import cli  # noqa: E402
-from vlattn_lab.pages.evaluations_of_others import with_others  # noqa: E402
 
 
 def test_a_target_may_be_a_word(vit, llava, bert, picture, tmp_path):
@@ -107,34 +105,6 @@ def test_evaluate_prints_the_table(vit, picture, tmp_path):
         assert named.exit_code == 2 and f"{option} must be" in said(named)
     refused = vlattn("evaluate", "--model", vit, "--dataset", dataset)
     assert refused.exit_code == 2 and "which is not there, in input 'here' of the dataset" in said(refused)
-
-
-def test_a_file_of_evaluate_is_a_section_of_the_page(vit, picture, tmp_path):
-    dataset, folder = tmp_path / "data.jsonl", tmp_path / "evaluations"
-    dataset.write_text(json.dumps({"image": str(picture), "boxes": [[0, 0, 1, 1]], "target": 2}))
-    folder.mkdir()
-    asked = ("--method", "gradient", "--method", "random", "--test", "pointing", "--test", "positive")
-    result = vlattn("evaluate", "--model", vit, "--dataset", dataset, "--out", folder / "mine.json", *asked)
-    assert result.exit_code == 0, result.output
-    before = "# Page\n\n## What others measured\n\nA paragraph\nof two lines.\n\n"
-    page = with_others(f"{before}No file yet.\n\n## Next\n\nText.\n", folder)
-    assert with_others(page, folder) == page
-    kept, _, made = page.partition("### mine: ")
-    title, facts, table, *behind = made.split("\n\n")
-    assert kept == before and behind == ["## Next", "Text.\n"] and title == f"`ViTForImageClassification` ({vit.name})"
-    assert facts.startswith("1 samples of data.jsonl, seed 0, float32 on CPU: ") and "transformers" in facts and "commit" in facts
-    head, _, *lines = table.splitlines()
-    assert head == "| method | pointing, image | positive, image |"
-    value = va.Evaluation.load(folder / "mine.json").value("gradient", "pointing")
-    assert lines[0].startswith(f"| `gradient` | {value:.3f} | ") and lines[1].startswith("| `random` |")
-    whole = json.loads((folder / "mine.json").read_text())
-    del whole["facts"]["device"], whole["facts"]["versions"]
-    (folder / "old.json").write_text(json.dumps(whole))
-    with pytest.raises(ValueError, match="old.json must be a file of a present `vlattn evaluate`; it lacks device, versions"):
-        with_others(page, folder)
-    assert "No file yet.\n\n## Next" in with_others(page, tmp_path / "none")
-    with pytest.raises(ValueError, match="the page must have one section 'What others measured'"):
-        with_others("# Page\n", tmp_path / "none")
 
 
 def test_a_stopped_run_says_how_to_go_on(vit, picture, tmp_path, monkeypatch):

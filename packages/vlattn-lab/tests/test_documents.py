@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import inspect
 import re
 
 import pytest
@@ -41,3 +43,14 @@ def test_commands_exist():
     for module, word in named:
         assert importlib.util.find_spec(module), module
         assert module != "vlattn_lab.experiments" or word in (*NAMES, "NAME"), word
+
+
+def test_what_the_reference_names_is_documented():
+    named = re.findall(r"^::: (vlattn_lab\.\S+)$", DOCUMENTS["docs/api.md"], re.M)
+    assert len(named) > 10
+    for name in named:
+        module, _, attribute = name.rpartition(".")
+        prose = re.sub(
+            r"`[^`]*`|^>>>.*", "", inspect.getdoc(getattr(importlib.import_module(module), attribute)) or "", flags=re.M
+        )
+        assert prose and not re.search(r"[\w)]\*[\w(]", prose), f"{name}: no docstring, or one with a product without blanks"
