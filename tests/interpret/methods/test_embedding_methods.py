@@ -19,7 +19,6 @@ from tests.helpers.interpret.stored_maps import with_floats
 from vlattn_fast.checking.models.inputs import inputs_of
 from vlattn_fast.checking.models.shrink import small_model
 from vlattn_fast.interpret import evaluate, explain
-from vlattn_lab.models.run import classes
 
 pytestmark = pytest.mark.usefixtures("published")
 
@@ -133,7 +132,7 @@ def test_the_first_layer_that_runs():
 def test_several_streams():
     """A model may hand on copies (B, N, streams, C) of its embeddings."""
     torch.manual_seed(0)
-    model = small_model(getattr(transformers, classes("causal")["hy_v4"])).eval().double()
+    model = small_model(transformers.HYV4ForCausalLM).eval().double()
     inputs = next(inputs_of("causal", model))()
     got = explain(model, inputs, target=7, method="input_gradient").relevancy["language"]
     embeddings = model.get_input_embeddings()(inputs["input_ids"]).detach().requires_grad_()
@@ -146,16 +145,15 @@ def test_several_streams():
 
 # --- models whose layers recur, are refused, or have no attention ---
 
-MIXING = [("causal", "inkling_text"), ("causal", "jamba"), ("image-text", "qwen3_5")]
+MIXING = [("causal", "InklingForCausalLM"), ("causal", "JambaForCausalLM"), ("image-text", "Qwen3_5ForConditionalGeneration")]
 
 
-@pytest.mark.parametrize(("mapping", "kind"), MIXING)
-def test_models_without_attention_in_some_layer(mapping, kind):
+@pytest.mark.parametrize(("mapping", "name"), MIXING)
+def test_models_without_attention_in_some_layer(mapping, name):
     torch.manual_seed(0)
-    name = classes(mapping)[kind]
     model = small_model(getattr(transformers, name)).eval().double()
     inputs = with_floats(next(inputs_of(mapping, model))(), torch.float64)
-    if kind == "inkling_text":
+    if name == "InklingForCausalLM":
         with pytest.raises(ValueError, match=r"no rule covers; .*method='input_gradient' needs no rule"):
             explain(model, inputs)
     got = explain(model, inputs, method="input_gradient")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -16,54 +15,11 @@ from tests.helpers.interpret.cases import TEXT, last_real_row, lively
 from tests.helpers.interpret.decoder_cases import DECODERS, LLAMA, Decoder, next_logits, two_images, words
 from tests.helpers.interpret.stored_maps import BOUNDS, Place, check
 from tests.helpers.interpret.tower_cases import METHODS
-from tests.helpers.releases import OLDER
 from vlattn_fast.checking.models.inputs import inputs_of
 from vlattn_fast.checking.models.shrink import small_model
 from vlattn_fast.interpret import FAMILIES, explain
 from vlattn_fast.interpret.records.derived import derive_family
 from vlattn_fast.interpret.records.registry import listed_family
-from vlattn_lab.models.compare import mixed_beside_attention, outcome_of
-from vlattn_lab.models.run import TABLE, classes
-
-# A layer that shares keys, one list in another, a head called "decoder", masks that depend on tokens, learnt tokens in front,
-# attention by einsum over (N, B, C); pictures in packed patches, in tiles, by pooled patches.
-SOME = {
-    "causal": [
-        "gemma3n_text",
-        "longcat_flash",
-        "modernbert-decoder",
-        "falcon",
-        "bloom",
-        "prophetnet",
-        "lfm3",
-        "doge",
-        "inkling2_text",
-        "cpmant",
-        "xlnet",
-    ],
-    # Cross-attention behind a gate, a decoder beside the keys of its encoder's layers, tokens of a picture in words.
-    "image-text": ["qwen3_vl_moe", "aya_vision", "molmo2", "qwen3_5", "idefics", "mllama", "diffusion_gemma", "chameleon"],
-    "zero-shot": ["tipsv2", "siglip2"],  # no record lists the first; a learnt query reads the other
-    "sequence": ["t5", "t5gemma2", "pegasus_x"],  # keys of encoder and decoder in one call, blocks of tokens beside a map
-    "text": ["gptj", "eurobert", "funnel", "mobilebert"],  # written out, a mean of the real tokens, pooled queries, trigrams
-    "image": ["ijepa"],
-}
-
-
-@pytest.mark.parametrize(("mapping", "kind"), [(mapping, kind) for mapping, kinds in SOME.items() for kind in kinds])
-def test_some_rows_of_the_table(mapping, kind):
-    name, outcome, _ = json.loads(TABLE.read_text(encoding="utf-8"))[mapping][kind]
-    if OLDER and kind not in classes(mapping):
-        pytest.skip(f"this transformers has no {name}")
-    assert classes(mapping)[kind] == name
-    row = outcome_of(mapping, name)
-    assert row.outcome == outcome, row.reason
-
-
-def test_no_row_of_the_table_is_wrong():
-    table = json.loads(TABLE.read_text(encoding="utf-8"))
-    outcomes = {outcome for rows in table.values() if isinstance(rows, dict) for _, outcome, _ in rows.values()}
-    assert "equal" in outcomes and "wrong" not in outcomes
 
 
 def test_a_dual_encoder_without_a_record():
@@ -215,21 +171,6 @@ def test_image_tokens_without_a_grid_are_flat():
     config.vision_config.patch_size = 5  # so that nothing adds up
     got = explain(model, decoder.inputs())
     assert got.image is None and got.text is not None
-
-
-@pytest.mark.parametrize(("mixer", "beside"), [("full_attention", False), ("conv", False), ("conv", True)])
-def test_the_table_sees_tokens_that_meet_beside_attention(mixer, beside):
-    """Where nothing of the package runs, tokens that meet in an MLP are seen. A short convolution has a map, as attention has."""
-    sizes = {**LLAMA, "num_hidden_layers": 2, "layer_types": [mixer, "full_attention"]}
-    del sizes["model_type"], sizes["head_dim"]
-    torch.manual_seed(0)
-    config = transformers.Lfm2Config(**sizes)
-    config._attn_implementation = "eager"
-    model = lively(transformers.Lfm2ForCausalLM(config)).eval()
-    if beside:
-        model.model.layers[0].feed_forward.register_forward_hook(lambda module, args, states: states + states.roll(1, 1))
-    inputs = {"input_ids": torch.tensor([words(6)]), "attention_mask": torch.ones(1, 6, dtype=torch.long)}
-    assert mixed_beside_attention(model, inputs, torch.tensor([5])) == beside
 
 
 # --- a record of another class ---

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.helpers.interpret.decoder_cases import next_logits
 from vlattn_fast.attach.session import overridden
 from vlattn_fast.checking.models.mixers import Mixed, each_within
 from vlattn_fast.checking.models.shrink import small_model
@@ -16,7 +17,6 @@ from vlattn_fast.checking.models.stored import Double, Maps, in_double, stored_r
 from vlattn_fast.interpret import explain
 from vlattn_fast.interpret.relevancy.recurrent_calls import replacements
 from vlattn_fast.nn import capture_relevancy
-from vlattn_lab.models.compare import next_logits
 
 transformers = pytest.importorskip("transformers")
 KINDS = [

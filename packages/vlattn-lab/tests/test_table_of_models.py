@@ -1,0 +1,71 @@
+"""The stored outcomes of `make models`: some are measured again, and none is wrong."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+
+import pytest
+import torch
+import transformers
+
+from tests.helpers.small_models import TEXT, lively
+from vlattn_lab.models.compare import mixed_beside_attention, outcome_of
+from vlattn_lab.models.run import TABLE, classes
+
+OLDER = tuple(map(int, version("transformers").split(".")[:2])) < (5, 23)  # than that of the table
+LLAMA = dict(TEXT, num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+
+# A layer that shares keys, one list in another, a head called "decoder", masks that depend on tokens, learnt tokens in front,
+# attention by einsum over (N, B, C); pictures in packed patches, in tiles, by pooled patches.
+SOME = {
+    "causal": [
+        "gemma3n_text",
+        "longcat_flash",
+        "modernbert-decoder",
+        "falcon",
+        "bloom",
+        "prophetnet",
+        "lfm3",
+        "doge",
+        "inkling2_text",
+        "cpmant",
+        "xlnet",
+    ],
+    # Cross-attention behind a gate, a decoder beside the keys of its encoder's layers, tokens of a picture in words.
+    "image-text": ["qwen3_vl_moe", "aya_vision", "molmo2", "qwen3_5", "idefics", "mllama", "diffusion_gemma", "chameleon"],
+    "zero-shot": ["tipsv2", "siglip2"],  # no record lists the first; a learnt query reads the other
+    "sequence": ["t5", "t5gemma2", "pegasus_x"],  # keys of encoder and decoder in one call, blocks of tokens beside a map
+    "text": ["gptj", "eurobert", "funnel", "mobilebert"],  # written out, a mean of the real tokens, pooled queries, trigrams
+    "image": ["ijepa"],
+}
+
+
+@pytest.mark.parametrize(("mapping", "kind"), [(mapping, kind) for mapping, kinds in SOME.items() for kind in kinds])
+def test_some_rows_of_the_table(mapping, kind):
+    name, outcome, _ = json.loads(TABLE.read_text(encoding="utf-8"))[mapping][kind]
+    if kind not in classes(mapping) and OLDER:
+        pytest.skip(f"this transformers has no {name}")
+    assert classes(mapping)[kind] == name
+    row = outcome_of(mapping, name)
+    assert row.outcome == outcome, row.reason
+
+
+def test_no_row_of_the_table_is_wrong():
+    table = json.loads(TABLE.read_text(encoding="utf-8"))
+    outcomes = {outcome for rows in table.values() if isinstance(rows, dict) for _, outcome, _ in rows.values()}
+    assert "equal" in outcomes and "wrong" not in outcomes
+
+
+@pytest.mark.parametrize(("mixer", "beside"), [("full_attention", False), ("conv", False), ("conv", True)])
+def test_the_table_sees_tokens_that_meet_beside_attention(mixer, beside):
+    """Where nothing of the package runs, tokens that meet in an MLP are seen. A short convolution has a map, as attention has."""
+    sizes = {**LLAMA, "num_hidden_layers": 2, "layer_types": [mixer, "full_attention"]}
+    torch.manual_seed(0)
+    config = transformers.Lfm2Config(**sizes)
+    config._attn_implementation = "eager"
+    model = lively(transformers.Lfm2ForCausalLM(config)).eval()
+    if beside:
+        model.model.layers[0].feed_forward.register_forward_hook(lambda module, args, states: states + states.roll(1, 1))
+    inputs = {"input_ids": torch.arange(3, 9)[None], "attention_mask": torch.ones(1, 6, dtype=torch.long)}
+    assert mixed_beside_attention(model, inputs, torch.tensor([5])) == beside
