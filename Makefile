@@ -72,7 +72,8 @@ bench: $(READY)
 
 docs: export NO_MKDOCS_2_WARNING := 1
 docs: export PYTHONPATH := .
-docs: .venv-docs/.installed
+docs: .venv-docs/.installed $(READY)
+	@$(PY) -m tools.pages build/docs
 	@PATH="$(abspath .venv-docs)/bin:$$PATH" $(if $(VERSION),mike deploy --update-aliases $(VERSION) latest,mkdocs build --strict --quiet)
 
 # Only the extra's packages, since the pages read the package's source and do not import it. Needs Python 3.11 or newer.

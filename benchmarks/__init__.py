@@ -1,7 +1,7 @@
 """Benchmarks: one file per operator and one per whole task. Installed as `vlattn_fast.benchmarks`.
 
 python -m vlattn_fast.benchmarks [names] [--device cuda] [--quick]     measure, print, append records to results/
-python -m vlattn_fast.benchmarks report                                tables and plots from the records, REPORT.md
+python -m vlattn_fast.benchmarks report                                tables and plots from the records
 pytest benchmarks/test_benchmarks.py                                   the same under pytest-benchmark
 
 In: names of benchmarks.

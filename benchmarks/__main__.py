@@ -49,8 +49,9 @@ def _report(arguments: list[str]) -> int:
     from vlattn_fast.benchmarks._report import write
 
     parser = argparse.ArgumentParser(prog="python -m vlattn_fast.benchmarks report")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records; the plots go there too")
-    parser.add_argument("--out", type=Path, default=HERE / "REPORT.md" if RESULTS.parent == HERE else Path("REPORT.md"))
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
+    in_a_clone = RESULTS.parent == HERE
+    parser.add_argument("--out", type=Path, default=HERE.parent / "build" / "report.md" if in_a_clone else Path("report.md"))
     options = parser.parse_args(arguments)
     for path in write(options.results, options.out):
         print(f"wrote {path}")

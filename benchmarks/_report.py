@@ -1,9 +1,8 @@
-"""benchmarks/REPORT.md and its plots, from the stored records alone; the same records give the same files."""
+"""The report and its plots, from the stored records alone: a page of the site."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,8 +33,8 @@ kernels run on a few hundred numbers. `python -m vlattn_fast.benchmarks host` me
 """
 INTRODUCTION = """## How it was measured
 
-`make report` writes this page from the rows in `benchmarks/results/`, and `make bench` measures them. The newest row of each
-variant is shown.
+`python -m vlattn_fast.benchmarks report` writes this page from the rows in `benchmarks/results/`, and `make bench` measures
+them. The newest row of each variant is shown.
 
 - Variants run in turns in one process; on a CPU each variant of `task_explain_models` and of `task_long` has a process of its
   own. p20, p50 and p80 are percentiles over single calls, and *calls* is their number; it is one for the longer inputs of
@@ -61,11 +60,12 @@ variant is shown.
 
 
 def write(results: Path, out: Path) -> list[Path]:
-    """Writes the report and the pictures of each file of records; returns the paths."""
+    """Writes the report, and in a folder beside it that has its name the pictures of each file of records; returns the paths."""
     paths = [path for path in sorted(results.glob("*.json")) if not path.stem.startswith("evaluation-")]  # have no costs
     stored = {path.stem: json.loads(path.read_text()) for path in paths}
     files = {name: latest for name, records in stored.items() if (latest := newest(records))}
-    out.parent.mkdir(parents=True, exist_ok=True)
+    pictures = out.with_suffix("")
+    pictures.mkdir(parents=True, exist_ok=True)
     parts, written = ["# Measurements\n"], [out]
     for name, records in files.items():
         settings = _by_setting(records)
@@ -73,13 +73,13 @@ def write(results: Path, out: Path) -> list[Path]:
         parts.append(f"## {first}\n")
         parts.append(_summary(settings[first]))
         best = [record for record in _best(settings[first]) if not record["is_bound"] and not _is_scaling(record)]
-        written.append(_pictures.draw_rivals(best, results / f"{name}.png", first))
-        parts.append(f"![Median time over that of the bound]({os.path.relpath(written[-1], out.parent)})\n")
+        written.append(_pictures.draw_rivals(best, pictures / f"{name}.png", first))
+        parts.append(f"![Median time over that of the bound]({written[-1].relative_to(out.parent)})\n")
         if rest:
             parts.append(_settings(settings))
         if scaling := [record for record in settings[first] if _is_scaling(record)]:
-            written.append(_pictures.draw_scaling(_best(scaling), results / f"{name}-scaling.png", first))
-            parts.append(f"![Time and memory over the length]({os.path.relpath(written[-1], out.parent)})\n")
+            written.append(_pictures.draw_scaling(_best(scaling), pictures / f"{name}-scaling.png", first))
+            parts.append(f"![Time and memory over the length]({written[-1].relative_to(out.parent)})\n")
     parts.extend(_host([record for records in stored.values() for record in records if "host" in record]))
     out.write_text("\n".join([*parts, INTRODUCTION, *_tables([record for records in files.values() for record in records])]))
     return written

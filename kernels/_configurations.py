@@ -5,7 +5,7 @@ part "tiles" of benchmarks/results/gpu.json has 180 times of three kernels, and 
 kernel. An SM should hold two programs or more. With one program, 64 features and products ahead a forward pass took twice as
 long. No other line was measured. Their tiles are the largest of those tried that compile for sm_90 within 99 KB of shared
 memory, which every GPU since sm_80 has, or, where the line names architectures, within theirs, and without register spills.
-Backward passes spill all the same, as tests/compiled/triton.json says, and some forward passes, 8 to 416 bytes: additive scores
+Backward passes spill all the same, as tools.compiled.triton shows, and some forward passes, 8 to 416 bytes: additive scores
 in float32, and dot products of 65 to 128 features in float32, of 192 under Triton 3.6, of more than 128 in bfloat16 under a
 float mask, and of about 200 keys that a program has all of. Tiles of theirs that do not spill take 13 to 20 % more
 instructions, spills included. With more than 128 features in float32 score_attention's forward pass spills up to 992 bytes, 5 %

@@ -46,8 +46,8 @@ def test_the_host_is_timed_without_launches(monkeypatch, tmp_path, capsys):
         names = ("score_attention", "relevancy_attention", "congruence_loss", "attention_map", "SDPA")
         assert [goal[name] for name in names] == goals
     assert "congruence_loss, forward+backward" in capsys.readouterr().out
-    _report.write(tmp_path, tmp_path / "REPORT.md")
-    text = (tmp_path / "REPORT.md").read_text()
+    _report.write(tmp_path, tmp_path / "report.md")
+    text = (tmp_path / "report.md").read_text()
     assert "| call | triton, forward | triton, forward+backward | cpu, forward | cpu, forward+backward |" in text
     map_rows = {row["backend"]: row["above_sdpa_us"] for row in rows if row["host"] == "attention_map"}
     assert f"| attention_map | {map_rows['triton']:.1f} |  | {map_rows['cpu']:.1f} (30) |  |" in text

@@ -1,6 +1,7 @@
 """The report of the benchmarks: which rows it shows, and its pictures."""
 
 import json
+import re
 import struct
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def made_up(**changes):
 
 def test_the_report_shows_the_newest_rows(tmp_path):
     pytest.importorskip("matplotlib")
-    results, out = tmp_path / "results", tmp_path / "REPORT.md"
+    results, out = tmp_path / "results", tmp_path / "report.md"
     bound = made_up(variant="SDPA", is_bound=True, ratio_to_bound=1.0, error=None)
     failed = {key: x for key, x in made_up(variant="published").items() if not key.startswith(("p", "error", "ratio", "host"))}
     older = [made_up(variant="gone", sizes={"B": 1}), made_up(p50_us=9999.0)]
@@ -53,7 +54,7 @@ def test_the_report_shows_the_newest_rows(tmp_path):
     _records.append([{"part": "correctness", "passed": True}], results / "checks.json")
     _records.append([made_up(variant="reference compiled", p50_us=2468.0, peak_bytes=9 * 2**20)], results / "h200.json")
     command.main(["report", "--results", str(results), "--out", str(out)])
-    text, plot = out.read_text(), (results / "h200.png").read_bytes()
+    text, plot = out.read_text(), (tmp_path / "report" / "h200.png").read_bytes()
     assert plot.startswith(b"\x89PNG")
     # ours, its time, how much longer the one rival takes, the time over the bound's, both peaks
     summary = text.split("## How it was measured")[0]
@@ -64,9 +65,9 @@ def test_the_report_shows_the_newest_rows(tmp_path):
     assert "On a CPU: not measured." in text and "On a GPU not measured: score_attention/" in text
     origin = "1. NVIDIA H200: `python -m vlattn_fast.benchmarks`, commit abc, torch 2.13.0, 2026-01-01T00:00:00Z."
     assert origin in text and "CLIP: B 2, N 577; bfloat16; NVIDIA H200; run 1." in text
-    assert "results/h200.png" in text
+    assert "](report/h200.png)" in text
     command.main(["report", "--results", str(results), "--out", str(out)])
-    assert (out.read_text(), (results / "h200.png").read_bytes()) == (text, plot)
+    assert (out.read_text(), (tmp_path / "report" / "h200.png").read_bytes()) == (text, plot)
 
 
 def size_of(png):
@@ -86,7 +87,7 @@ def test_the_pictures_have_a_panel_for_each_operator(tmp_path, monkeypatch):
         for dtype, variant, ratio in (("float32", "triton", 2.0), ("float32", "published", 7.0))
     ]
     (tmp_path / "h200.json").write_text(json.dumps(rows))
-    _, rivals, scaling = _report.write(tmp_path, tmp_path / "REPORT.md")
+    _, rivals, scaling = _report.write(tmp_path, tmp_path / "report.md")
     assert list(panels) == [name for name in _choice.MODULES if name != "scaling"]
     for module, lines in panels.items():
         assert len(lines) == sum(benchmark.name.startswith(f"{module}/") for benchmark in DECLARED)
@@ -102,8 +103,8 @@ def test_settings_of_one_machine_stand_side_by_side(tmp_path):
     rows = [made_up(**cpu), made_up(**cpu | {"variant": "published", "p50_us": 2468.0})]
     rows += [{**row, "threads": 1, "ratio_to_bound": 1.5} for row in rows]
     (tmp_path / "cpu.json").write_text(json.dumps(rows))
-    _report.write(tmp_path, tmp_path / "REPORT.md")
-    text = (tmp_path / "REPORT.md").read_text()
+    _report.write(tmp_path, tmp_path / "report.md")
+    text = (tmp_path / "report.md").read_text()
     assert "## CPU: one, AVX512, 2 threads" in text
     assert "| benchmark | CPU: one, AVX512, 2 threads | CPU: one, AVX512, 1 thread |" in text
     assert "| attention_map/attention/clip | 1.75, 2.00x | 1.50, 2.00x |" in text
@@ -113,8 +114,8 @@ def test_a_sentence_stands_under_the_rows_that_it_is_of(tmp_path):
     pytest.importorskip("matplotlib")
     rows = [made_up(variant=name, note="its tiles were not stored") for name in ("triton", "triton, graph")]
     _records.append([*rows, made_up(variant="SDPA", is_bound=True)], tmp_path / "h200.json")
-    _report.write(tmp_path, tmp_path / "REPORT.md")
-    table = (tmp_path / "REPORT.md").read_text().split("### attention_map")[1]
+    _report.write(tmp_path, tmp_path / "report.md")
+    table = (tmp_path / "report.md").read_text().split("### attention_map")[1]
     assert table.endswith("50 |\n\ntriton, triton, graph: its tiles were not stored\n")
 
 
@@ -161,19 +162,18 @@ def test_the_readmes_times_of_an_h100_are_stored():
     assert f"SDPA for plain attention, {times(plain, 'sdpa')[0]} ms" in readme
 
 
-def test_the_report_in_the_tree_is_that_of_the_stored_rows(tmp_path):
+def test_the_report_of_the_stored_rows_shows_every_benchmark(tmp_path):
     pytest.importorskip("matplotlib")
-    out = tmp_path / "REPORT.md"
-    (tmp_path / "results").mkdir()
-    for stored in (_records.HERE / "results").glob("*.json"):
-        (tmp_path / "results" / stored.name).write_bytes(stored.read_bytes())
-    _report.write(tmp_path / "results", out)
-    assert out.read_text() == (_records.HERE / "REPORT.md").read_text()
-    for picture in (tmp_path / "results").glob("*.png"):
-        assert size_of(picture) == size_of(_records.HERE / "results" / picture.name)
+    results, out = _records.HERE / "results", tmp_path / "report.md"
+    written = _report.write(results, out)
+    text = out.read_text(encoding="utf-8")
+    stored = [row for path in results.glob("*.json") for row in json.loads(path.read_text()) if isinstance(row, dict)]
+    headings = [line.removeprefix("### ") for line in text.splitlines() if line.startswith("### ")]
+    assert sorted(headings) == sorted({row["benchmark"] for row in stored if "benchmark" in row})
+    assert re.findall(r"\]\((.+?)\)", text) == [str(path.relative_to(tmp_path)) for path in written[1:]] and len(written) == 4
 
 
 def test_the_report_without_a_row(tmp_path):
-    _report.write(tmp_path, tmp_path / "REPORT.md")
-    text = (tmp_path / "REPORT.md").read_text()
+    _report.write(tmp_path, tmp_path / "report.md")
+    text = (tmp_path / "report.md").read_text()
     assert "On a GPU: not measured." in text and "On a CPU: not measured." in text

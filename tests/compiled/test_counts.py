@@ -48,23 +48,15 @@ def test_the_limits(conflicting: int, sectors: int, numbers: list[str]) -> None:
 
 
 @needs_fences
-def test_the_stored_rows_are_those_of_the_kernels(tmp_path: Path) -> None:
-    """Of one call: `python -m tools.compiled.counts` stores all."""
+def test_a_call_is_counted(tmp_path: Path) -> None:
+    """Each of its kernels; --missing then counts nothing anew."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    words = "stacked_cross_attention --architectures 90 --only scan.bf16 --out".split()
-    subprocess.run([sys.executable, "-m", "tools.compiled.counts", *words, tmp_path / "rows.json"], env=environment, check=True)
-    names = ("call", "architecture", "kernel", "instructions", "flop", "wavefronts", "sectors", "once", "findings")
-    rows, stored = ([[row[name] for name in names] for row in counts.read(*path)] for path in ((tmp_path / "rows.json",), ()))
-    assert len(rows) > 5 and [row for row in stored if row[:2] == ["stacked_cross_attention scan bf16", "sm_90"]] == rows
-
-
-def test_no_stored_row_is_out_of_date() -> None:
-    """`python -m tools.compiled.counts --stale` counts those that are, and tools.pages.kernels_page writes the page."""
-    assert [f"{row['call']} {row['kernel']} {row['architecture']}" for row in counts.read() if counts.is_stale(row)] == []
-
-
-def test_a_row_of_another_text_is_out_of_date(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(counts, "_texts", {"3.9.0": {"maxsim bf16 128 _a_kernel sm_90": "1" * 12}}.__getitem__)
-    row = {"call": "maxsim bf16 128", "kernel": "maxsim._a_kernel launch 2", "architecture": "sm_90", "triton": "3.9.0"}
-    assert not counts.is_stale({**row, "text": "1" * 12}) and counts.is_stale({**row, "text": "2" * 12}) and counts.is_stale(row)
-    assert not counts.is_stale({**row, "call": "maxsim causal"}) and not counts.is_stale({"nvcc": "13.0", "call": "cuda"})
+    words = "stacked_cross_attention --architectures 90 --only scan.bf16 --missing --out".split()
+    command = [sys.executable, "-m", "tools.compiled.counts", *words, tmp_path / "rows.json"]
+    for printed in (True, False):
+        done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+        assert bool(done.stdout) is printed
+    rows = counts.read(tmp_path / "rows.json")
+    assert {row["call"] for row in rows} == {"stacked_cross_attention scan bf16"} and len({row["kernel"] for row in rows}) > 5
+    for row in rows:
+        assert row["findings"] == 0 and sum(row["instructions"].values()) > 0 and row["sectors"][0] >= row["sectors"][1] > 0

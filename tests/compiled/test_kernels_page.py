@@ -1,8 +1,9 @@
-"""docs/kernels.md is written from the stored counts, and the arithmetic behind it."""
+"""The page of estimates is made of counts, and the arithmetic behind it; counts are made up here."""
 
 from __future__ import annotations
 
-import re
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,61 +12,18 @@ from tests.helpers.releases import WITHOUT_PTX
 
 pytest.importorskip("triton")
 pytest.importorskip("ptx", reason=WITHOUT_PTX)
-from tools.compiled.counts import LEAST_USED, MOST_CONFLICTS, counted_calls, read
+from tools.compiled import counts, table
+from tools.compiled.counts import LEAST_USED, MOST_CONFLICTS, counted_calls
 from tools.compiled.triton import operators
-from tools.pages import kernel_times
+from tools.pages import kernel_times, kernels_page
 from tools.pages.cuda_times import PAIRS, estimates
-from tools.pages.kernel_limits import REASONS, lines_beyond, reasons_of
+from tools.pages.kernel_entries import CLIP, ENTRIES, FORWARD, HIGHRES, LLAVA, UNITER, VIT
+from tools.pages.kernel_limits import lines_beyond, reasons_of
 from tools.pages.kernel_times import LAUNCH, Entry, Workload, beside_softmax, floor_of, nearest, rate_of, times_of
-from tools.pages.kernels_page import CLIP, ENTRIES, FORWARD, HIGHRES, LLAVA, PAGE, UNITER, VIT, counted, page
 from vlattn_fast.benchmarks._rates import H200
 
 CLOCK, SMS = 1.83e9, 132
 CALL = "score_attention cosine bf16 64"  # whose kernel computes no scores ahead
-
-
-def test_the_page_is_that_of_the_counts() -> None:
-    assert PAGE.read_text(encoding="utf-8") == page(), "python -m tools.pages.kernels_page writes it anew"
-
-
-def test_all_calls_are_counted() -> None:
-    stored = {(row["call"], row["architecture"]) for row in read()}
-    assert stored == {(f"{name} {call}", f"sm_{n}") for name in operators() for call in counted_calls(name) for n in (80, 90)}
-
-
-def test_rows_name_their_compiler() -> None:
-    of_calls = {(row["call"].split()[1] == "cuda", "nvcc" in row, "triton" in row) for row in read()}
-    assert of_calls == {(True, True, False), (False, False, True)}
-
-
-def test_a_graph_takes_the_launches_off() -> None:
-    rows = counted()
-    for pair in PAIRS:
-        for side in (pair.triton, pair.cuda):
-            with_launches, graph = estimates(pair, side, 16, rows)
-            assert with_launches - graph == pytest.approx(1e6 * LAUNCH * (len(side.kernels) + side.further))
-            alone = estimates(pair, side, 1, rows)[1]
-            assert 0 < alone <= graph <= 17 * alone
-
-
-def test_counts_are_shared_by_the_pairs_of_the_call() -> None:
-    """What `_prepare_kernel` writes has four dimensions, too."""
-    of_calls = {
-        row["call"]: row["pairs"]
-        for row in read()
-        if row["call"].split()[0] not in ("congruence_loss", "maxsim", "paged_attention_statistics", "stacked_cross_attention")
-    }
-    assert len(of_calls) > 80
-    other = {call: pairs for call, pairs in of_calls.items() if pairs[1] != pairs[2]}
-    decoding = {f"score_attention dot decoding {n} bf16 128": [4 * n, 8, 8192] for n in (1, 8)}
-    assert other == decoding | {"attention_statistics 2 groups decoding bf16 128": [32, 2, 8192]}
-
-
-def test_what_is_beyond_the_limits_has_a_reason() -> None:
-    """python -m tools.pages.kernels_page shows the kernels; a reason for none is out of date."""
-    reasons = {(row["call"], row["kernel"], what): reason for row in read() for what, reason in reasons_of(row)}
-    assert [key for key, reason in reasons.items() if reason is None] == []
-    assert {reason.name for reason in reasons.values() if reason} == {reason.name for reason in REASONS}
 
 
 def limits(call: str, kernel: str, wavefronts: list[int], sectors: list[int]) -> dict[str, Any]:
@@ -93,6 +51,45 @@ def row(**facts: Any) -> dict[str, Any]:
     instructions = {"integer": 1_000_000, "special": 500_000, "move": 7_000_000, "cp.async": 100_000}
     counts = {"instructions": instructions, "flop": 40_000_000, "sectors": [10_000, 9_000], "once": [8_000, 8_000]}
     return {"programs": 2, "grid": 80, "pairs": [16, 577, 577], **counts, **facts}
+
+
+SIDES = [side for pair in PAIRS for side in (pair.triton, pair.cuda)]
+NAMED = sorted({(one.call, kernel) for one in (*ENTRIES, *SIDES) for kernel in one.kernels})
+
+
+def test_the_page_is_made_of_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line for each pass and for each kernel."""
+    facts = {"architecture": "sm_90", "wavefronts": [100, 96], "triton": "3.9.0"}
+    rows = [row(call=call, kernel=f"module.{kernel}", **facts) for call, kernel in NAMED]
+    counts.write(tmp_path / "counts.json", rows)
+    stored = json.loads((tmp_path / "counts.json").read_text())
+    monkeypatch.setattr(kernels_page, "read", lambda: stored)
+    compiled = {f"{call} {kernel} sm_90": {"registers": 123, "spills": 4} for call, kernel in NAMED}
+    table.write(tmp_path / "table.json", {"3.6.0": {}, "3.9.0": compiled})
+    monkeypatch.setattr(kernels_page, "TABLE", tmp_path / "table.json")
+    text = kernels_page.page()
+    for workload in {entry.workload for entry in ENTRIES}:
+        section = text.split(f"## {workload.name}\n")[1].split("\n## ")[0]
+        assert [line.split(" | ")[0][2:] for line in section.splitlines() if line.startswith("| ") and "---" not in line] == [
+            "µs", *(entry.what for entry in ENTRIES if entry.workload == workload)
+        ]  # fmt: skip
+    for call, kernel in {(entry.call, kernel) for entry in ENTRIES for kernel in entry.kernels}:
+        assert f"| `{call} {kernel}` | " in text and " | 123 | 4 |" in text
+
+
+def test_the_page_names_calls_that_are_counted() -> None:
+    known = {f"{name} {call}" for name in operators() for call in counted_calls(name)}
+    assert [call for call, _ in NAMED if call not in known] == []
+
+
+def test_a_graph_takes_the_launches_off() -> None:
+    rows = {named: row() for named in NAMED}
+    for pair in PAIRS:
+        for side in (pair.triton, pair.cuda):
+            with_launches, graph = estimates(pair, side, 16, rows)
+            assert with_launches - graph == pytest.approx(1e6 * LAUNCH * (len(side.kernels) + side.further))
+            alone = estimates(pair, side, 1, rows)[1]
+            assert 0 < alone <= graph <= 17 * alone
 
 
 DOT = Entry("score_attention, dot, forward", CLIP, CALL, FORWARD, 2, 4)
@@ -196,18 +193,3 @@ def test_published_rates_are_the_nearest_and_of_dot_products_alone() -> None:
         ("score_attention, dot, forward", HIGHRES): (616, 16384, True),
         ("score_attention, dot, backward", HIGHRES): (561, 16384, False),
     }
-
-
-def test_no_estimate_is_below_its_floor() -> None:
-    rows = counted()
-    assert [entry.what for entry in ENTRIES if times_of(entry, rows).estimate < floor_of(entry)] == []
-
-
-def test_counted_products_are_those_of_the_formula_and_padding() -> None:
-    """Passes have their formula's matrix products at least; a map's scores come twice, and tiles of 160 tokens are padded, as are
-    those of few queries, to 64."""
-    rows = counted()
-    for entry in (entry for entry in ENTRIES if not re.search("additive|hadamard", entry.call)):
-        least = 2e6 * entry.products * entry.workload.size * entry.workload.pairs / 790e12
-        padded = 64 / (entry.workload.few_queries or 64)
-        assert 1 <= times_of(entry, rows).products / least < 3 * padded, entry

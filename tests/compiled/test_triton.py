@@ -1,47 +1,31 @@
-"""The Triton kernels compile for sm_80, sm_90 and sm_100 with the registers, shared memory and spills of the stored table."""
+"""The Triton kernels that matter compile for sm_80, sm_90 and sm_100 within tests/compiled/thresholds.json."""
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
+import warnings
 
 import pytest
 
 from tests.helpers.releases import WITHOUT_PTX
 
 pytest.importorskip("ptx", reason=WITHOUT_PTX)
-from tools.compiled.table import read
-from tools.compiled.triton import (
-    ARCHITECTURES,
-    TABLE,
-    narrow_offsets,
-    operators,
-    overwritten_operands,
-    rows_of,
-    some_of,
-    tasks_of,
-    unknown_opcodes,
-)
+from tests.helpers.emulated.compiling import compiling
+from tools.compiled.table import Row
+from tools.compiled.thresholds import beyond, programs, thresholds, worst
+from tools.compiled.triton import Task, calls_of, compile_call, narrow_offsets, operators, overwritten_operands, unknown_opcodes
 
-STORED = [(key, row) for rows in read(TABLE).values() for key, row in rows.items()]  # of every version of Triton
-# none of their work is a matrix product
-# in 16 bits _units_rows_kernel sums dO * O alone
-NO_PRODUCTS = (
-    "_group_bias_kernel",
-    "_join_kernel",
-    "_prepare_kernel",
-    "_members_kernel",
-    "_divergence_kernel",
-    "_aggregate_kernel",
-    "_weights_kernel",
-    "_maps_kernel",
-    "_query_gradient_kernel",
-    "_units_rows_kernel",
-)
-BACKWARD = r"(backward|gradient|units)\w*_kernel|_divergence_kernel launch"  # that one's first launch is the forward pass's
+ROW = {
+    "registers": 128,
+    "spills": 0,
+    "shared": 32768,
+    "warps": 4,
+    "repeated": 1,
+    "tensor_cores": "wgmma",
+    "products": 4,
+    "waits": 1,
+}
+THRESHOLD = {"spills": 0, "repeated": 1, "programs": 4}
 TTIR = """
     %a = tt.get_program_id x : i32 loc(#loc2)
     %b = arith.muli %a, %stride : i32 loc(#loc3)
@@ -56,27 +40,74 @@ TTGIR = """
 """
 
 
-def test_calls_compile_as_stored() -> None:
-    """One for each architecture. `make table` compiles those whose sources have changed, and test_sources.py tells of them: the
-    same Triton compiles the same from the same sources. Triton 3.9 warns of launches that do not say whether they fuse
-    multiply-adds, which 3.10 will not do unasked."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "error", "-m", "tools.compiled.triton", "--some"]
-    done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+def compiled(task: Task, kernels: list[str]) -> dict[str, Row]:
+    """In the process that compiles. Triton 3.9 warns of launches that do not say whether they fuse multiply-adds, which 3.10 will
+    not do unasked."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return compile_call(*task, kernels)
 
 
-def test_some_calls_have_every_architecture() -> None:
-    for rows in read(TABLE).values():
-        assert [arch for *_, arch in some_of(tasks_of(operators()), rows)] == list(ARCHITECTURES)
+def tasks() -> dict[Task, list[str]]:
+    """Each call and architecture, with the kernels that the thresholds name."""
+    of_tasks: dict[Task, list[str]] = {}
+    for name, of_kernel in thresholds().items():
+        call, _, kernel = name.rpartition(" ")
+        operator, _, case = call.partition(" ")
+        for architecture in of_kernel:
+            of_tasks.setdefault((operator, case, int(architecture.removeprefix("sm_"))), []).append(kernel)
+    return of_tasks
 
 
-def test_the_table_has_all_calls() -> None:
-    """Of the newest version; of others no row of a call that is none any more."""
-    table, tasks = read(TABLE), tasks_of(operators())
-    newest = max(table, key=lambda version: [int(part) for part in version.split(".")])
-    assert all(rows_of(tasks, rows) == rows for rows in table.values())
-    assert [task for task in tasks if not rows_of([task], table[newest])] == []
+@pytest.mark.parametrize(("task", "kernels"), tasks().items(), ids=lambda x: "-".join(map(str, x)))
+def test_a_kernel_stays_within_its_thresholds(task: Task, kernels: list[str]) -> None:
+    """No copy overwrites what a product reads, no product of 32 bits reaches an address, and the emulator knows all opcodes."""
+    call, architecture = f"{task[0]} {task[1]}", f"sm_{task[2]}"
+    rows = compiling(f"{__name__}.compiled", task, kernels)
+    assert {one for one in kernels if f"{call} {one} {architecture}" in rows} == {*kernels}
+    for name, row in rows.items():
+        kernel = re.sub(r"( launch \d+)? sm_\d+$", "", name)
+        assert beyond(row, architecture, thresholds()[kernel][architecture]) == [], name
+        if re.match(r"score_attention (dot|cosine)\S* bf16 .*_forward_kernel", name):
+            assert row["cp_async"], f"{name} does not load the next tile of keys while it computes this one"
+
+
+def test_thresholds_are_of_calls() -> None:
+    assert len(thresholds()) == 25 and {operator for operator, *_ in tasks()} == {*operators()}
+    for operator, call, _ in tasks():
+        assert call in calls_of(operator), f"{operator} {call}"
+    assert {architecture for *_, architecture in tasks()} == {80, 90, 100}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({}, []),
+        ({"spills": 8}, ["spills 8, at most 0"]),
+        ({"repeated": 2}, ["repeated 2, at most 1"]),
+        ({"registers": 129}, ["3 programs an SM, at least 4"]),
+        ({"shared": 57 * 1024}, ["3 programs an SM, at least 4"]),
+        ({"tensor_cores": ""}, ["no product runs on tensor cores"]),
+        ({"waits": 4}, ["each of 4 wgmma instructions has its own wait: ptxas serialised the kernel"]),
+    ],
+)
+def test_what_is_beyond_a_threshold(change: dict[str, object], words: list[str]) -> None:
+    assert beyond({**ROW, **change}, "sm_90", THRESHOLD) == words
+
+
+def test_programs_of_an_sm() -> None:
+    """By registers, by shared memory, by warps."""
+    assert programs(ROW, "sm_90") == 4 and programs({**ROW, "registers": 121}, "sm_90") == 4
+    assert programs({**ROW, "registers": 32}, "sm_90") == 6 and programs({**ROW, "registers": 32}, "sm_80") == 4
+    assert programs({**ROW, "registers": 16, "shared": 0}, "sm_90") == 16
+
+
+def test_a_threshold_is_the_worst_of_the_table() -> None:
+    table = {
+        "3.6.0": {"x a sm_90": ROW},
+        "3.9.0": {"x a sm_90": ROW, "x a launch 2 sm_90": {**ROW, "spills": 4, "registers": 168}},
+    }
+    assert worst(table, "x a", "sm_90") == {"spills": 4, "repeated": 1, "programs": 3} and worst(table, "x a", "sm_80") is None
 
 
 def test_an_opcode_that_the_emulator_lacks_is_seen() -> None:
@@ -84,55 +115,6 @@ def test_an_opcode_that_the_emulator_lacks_is_seen() -> None:
         "loop:\n\t@!%p1 bra loop;\n\t{ mov.b32 \t%r1, 0; }\n\tstrange.b32 \t%r1, %r2;\n\tfence.proxy.async.shared::cta;\n\tret;\n"
     )
     assert unknown_opcodes(text) == ["strange.b32"]
-
-
-def test_forward_kernels_do_not_spill_on_sm_90() -> None:
-    """But for those that kernels/_configurations.py names, whose smaller tiles would take more instructions."""
-    dot = ("bf16 197", "masked bf16 256", "bf16 192", "masked fp32 256", "fp32 256", "fp32 192", "fp32 96")
-    named = (*(f"score_attention dot {call} " for call in dot), "score_attention additive fp32 64 ")
-    named += ("relevancy_attention step fp32 64 _step_kernel ", "attention_map gradient groups bf16 577 64 _map_kernel ")
-    named += tuple(f"paged_attention_statistics {queries} fp32 128 " for queries in ("tokens", "prompt"))
-    forward = [(key, row) for key, row in STORED if key.endswith("sm_90") and not re.search(BACKWARD, key)]
-    assert len(forward) > 50
-    assert [key for key, row in forward if row["spills"] > 0 and not key.startswith(named)] == []
-    assert max(row["spills"] for key, row in forward if " fp32 " not in key) <= 512
-    assert max(row["spills"] for key, row in forward) <= 992
-
-
-def test_no_product_is_computed_by_two_warps() -> None:
-    """Warps whose layout is larger than the tile do. On sm_90, which the tiles are chosen for: heads of 256 features, and of 192,
-    which are padded to 256, leave no registers for fewer warps, nor does the divergence, whose smallest product, of 32 rows and
-    columns, is repeated, nor do sums over hidden units in float32. `_step_kernel` repeats products of the first tile alone, few
-    rows over paged keys those with the groups, of 16 columns."""
-    excepted = (" 256 ", " 192 ", " _divergence_kernel ", " fp32 64 _units_rows_kernel ", " bf16 64 _step_kernel ")
-    groups = re.compile(r"paged_attention_statistics (tokens|\S+ fp32) .*_rows_kernel")
-    rows = [(key, row) for key, row in STORED if key.endswith("sm_90") and not any(words in key for words in excepted)]
-    rows = [(key, row) for key, row in rows if not groups.match(key)]
-    assert [key for key, row in rows if row["repeated"] > 1] == []
-
-
-def test_no_kernel_waits_for_each_product_alone() -> None:
-    """ptxas may serialise a kernel, and says so in a remark that Triton drops (C7515): each wgmma instruction then has a wait of
-    its own. Else the instructions of a product share one. Excepted are products of one instruction: the empty one that gives
-    additive scores their layout, and those of `_attend_kernel` in float32, over 16 keys."""
-    excepted = re.compile(r"stacked_\w+ \w+ fp32 _attend_kernel|score_attention additive .* _rows_kernel")
-    counted = [(key, row) for key, row in STORED if "wgmma" in row["tensor_cores"]]
-    assert len(counted) > 250
-    assert [key for key, row in counted if row["waits"] >= row["products"] and not excepted.match(key)] == []
-
-
-def test_loops_over_tiles_of_16_bit_copy_ahead_of_use() -> None:
-    """The forward kernels of dot products load the next tile of keys while they compute this one, up to 128 features."""
-    pattern = r"score_attention (dot|cosine)\S* bf16 (?!192|256).*_forward_kernel"
-    hot = [row for key, row in STORED if re.match(pattern, key)]
-    assert len(hot) > 10 and all(row["cp_async"] for row in hot)
-
-
-def test_products_run_on_tensor_cores() -> None:
-    """Those of float32 in three bfloat16 parts. A kernel without any may be one of which the compiler left nothing."""
-    products = [(key, row) for key, row in STORED if not any(name in key for name in NO_PRODUCTS)]
-    assert len(products) > 200
-    assert [key for key, row in products if not row["tensor_cores"]] == []
 
 
 def test_products_of_32_bits_that_reach_an_address_are_seen() -> None:

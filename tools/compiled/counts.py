@@ -1,20 +1,17 @@
 """Counts what the compiled GPU kernels do at the sizes of the models: a few programs of a grid stand for all.
 
-    python -m tools.compiled.counts [OPERATOR ...] [--architectures 80 90] [--programs 2] [--only PATTERN] [--stale]
+    python -m tools.compiled.counts [OPERATOR ...] [--architectures 80 90] [--programs 2] [--only PATTERN] [--missing]
 
 The calls are those of tools/compiled/calls/, with random numbers for inputs. Names of calls of CUDA C++ kernels, which nvcc
-compiles, begin with "cuda". A row of benchmarks/results/ptx_counts.json is a kernel of a call: instructions of threads by kind,
+compiles, begin with "cuda". A row of build/compiled/ptx_counts.json is a kernel of a call: instructions of threads by kind,
 wavefronts of shared memory and sectors of global memory of the programs that ran, and the least of both that could be: without
 bank conflicts, and with all bytes of a sector in use. Each call is stored when it ends, in place of its old rows. Races and reads
 of what was never written are looked for meanwhile, and make the command fail.
-
-`text` is that of tests/compiled/triton.json, for the calls that are in it: a row is out of date where the table has another one.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import re
 import sys
@@ -29,18 +26,14 @@ import triton
 from ptx.architectures import ARCHITECTURES
 from ptx.running.launch import Launch
 from ptx.running.reports import Options
-from tools.compiled import table
 from tools.compiled.cuda import nvcc_version
 from tools.compiled.triton import TABLE, calls_module, calls_of, operators
 from tools.emulated import cuda
 from tools.emulated.triton import emulated
-from vlattn_fast.benchmarks._records import RESULTS
-from vlattn_fast.measuring.provenance import commit
-from vlattn_fast.measuring.records import write_records
 
 # the others branch on what they write
 WHOLE = ("score_attention._prepare_kernel", "_group_bias._group_bias_kernel")
-COUNTS = RESULTS / "ptx_counts.json"
+COUNTS = TABLE.with_name("ptx_counts.json")
 MOST_CONFLICTS, LEAST_USED = 0.05, 0.8
 
 Row = dict[str, Any]
@@ -52,7 +45,10 @@ def read(file: Path = COUNTS) -> list[Row]:
 
 
 def write(file: Path, rows: list[Row]) -> None:
-    write_records(file, sorted(rows, key=lambda row: (row["call"], row["architecture"], row["kernel"])))
+    """A line for each row."""
+    lines = [json.dumps(row) for row in sorted(rows, key=lambda row: (row["call"], row["architecture"], row["kernel"]))]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
 
 
 def conflicts(row: Row) -> float:
@@ -89,22 +85,6 @@ def counted_calls(operator: str, programs: int = 0) -> dict[str, tuple[Callable[
 def in_cuda(name: str) -> bool:
     """Whether a call is one of CUDA C++ kernels."""
     return name.startswith("cuda ")
-
-
-@functools.cache
-def _texts(version: str) -> dict[str, str | None]:
-    """The table's texts under a version of Triton, by call, kernel and architecture."""
-    return {key: row.get("text") for key, row in table.read(TABLE).get(version, {}).items()}
-
-
-def text_of(row: Row, version: str) -> str | None:
-    """The table's text of the row's kernel; None where the table does not have the call."""
-    kernel = row["kernel"].split()[0].partition(".")[2]
-    return _texts(version).get(f"{row['call']} {kernel} {row['architecture']}")
-
-
-def is_stale(row: Row) -> bool:
-    return "triton" in row and row.get("text") != text_of(row, row["triton"])
 
 
 def rows_of(operator: str, name: str, architecture: int, programs: int) -> tuple[list[Row], list[str]]:
@@ -188,7 +168,7 @@ def main() -> None:
     parser.add_argument("--architectures", nargs="*", type=int, choices=ARCHITECTURES, default=[80, 90])
     parser.add_argument("--programs", type=int, default=2, help="how many of a grid run")
     parser.add_argument("--only", default="", metavar="PATTERN", help="only calls whose names, with the operator's, this finds")
-    parser.add_argument("--stale", action="store_true", help="only calls without rows, with findings, out of date, or causal")
+    parser.add_argument("--missing", action="store_true", help="only calls without rows, or with findings")
     parser.add_argument("--out", type=Path, default=COUNTS)
     options = parser.parse_args()
     chosen = [
@@ -203,16 +183,12 @@ def main() -> None:
         of_call = f"{operator} {name}", f"sm_{architecture}"
         stored = read(options.out)
         old = [row for row in stored if (row["call"], row["architecture"]) == of_call]
-        known = name not in dict(getattr(calls_module(operator), "causal_calls", list)())  # the table does not have these
-        if options.stale and old and known and not any(row["findings"] or is_stale(row) for row in old):
+        if options.missing and old and not any(row["findings"] for row in old):
             continue
         rows, lines = rows_of(operator, name, architecture, options.programs)
         findings += sum(row["findings"] for row in rows)
-        if in_cuda(name):
-            rows = [{"commit": commit(), "nvcc": nvcc_version()} | row for row in rows]
-        else:
-            of_triton = {"commit": commit(), "triton": triton.__version__}
-            rows = [of_triton | row | {"text": text_of(row, triton.__version__)} for row in rows]
+        compiler = {"nvcc": nvcc_version()} if in_cuda(name) else {"triton": triton.__version__}
+        rows = [compiler | row for row in rows]
         write(options.out, [row for row in stored if row not in old] + rows)
         print("\n".join([" ".join(of_call), *lines]), flush=True)
     sys.exit(f"{findings} findings" if findings else 0)

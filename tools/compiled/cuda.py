@@ -1,7 +1,6 @@
-"""Compares registers, shared memory, stack and instructions of every compiled CUDA C++ kernel and target with a stored table.
+"""Stores registers, shared memory, stack and instructions of every compiled CUDA C++ kernel in build/compiled/cuda.json.
 
-    python -m tools.compiled.cuda            # compare build/cuda, brought up to date, with tests/compiled/cuda.json
-    python -m tools.compiled.cuda --write    # store the facts of build/cuda
+    python -m tools.compiled.cuda    # of build/cuda, brought up to date; prints what changed since the table that is there
 
 "shared" counts static bytes, with the KiB that CUDA keeps in every block since sm_90; dynamic bytes of a launch are not in the
 library. "stack" counts bytes of a thread: spilled registers, and arrays indexed at run time. "mma" counts the kernel's matrix
@@ -15,7 +14,6 @@ import functools
 import hashlib
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +22,7 @@ from tools.building import build
 from tools.compiled.machine_code import MMA, innermost_loops, main_loop
 from tools.compiled.table import Row, cuobjdump, differences, nvdisasm, read, tool, write
 
-TABLE = Path(__file__).parents[2] / "tests" / "compiled" / "cuda.json"
+TABLE = Path(__file__).parents[2] / "build" / "compiled" / "cuda.json"
 
 
 @functools.cache
@@ -100,20 +98,17 @@ def assembled(library: Path, chosen: Callable[[str], object], folder: Path) -> l
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.compiled.cuda", description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="store the facts of the compiled kernels")
-    parser.add_argument("--library", type=Path, help="a library to compare instead of build/cuda's")
+    parser.add_argument("--library", type=Path, help="a library to read instead of build/cuda's")
     options = parser.parse_args()
     compiled, table, version = rows_of(options.library or build("cuda") / "libvlattn_cuda.so"), read(TABLE), nvcc_version()
-    if options.write:
-        table[version] = compiled
-        write(TABLE, table)
     lines = differences(compiled, table.get(version, {}))
+    table[version] = compiled
+    write(TABLE, table)
     for key, row in compiled.items():
         if row["stack"]:
             print(f"stack of {row['stack']} bytes: {key}")
     print("\n".join(lines))
-    print(f"nvcc {version}: {len(compiled)} kernels, {len(lines)} not as stored")
-    sys.exit(1 if lines else 0)
+    print(f"nvcc {version}: {len(compiled)} kernels, {len(lines)} changed")
 
 
 if __name__ == "__main__":

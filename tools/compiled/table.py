@@ -26,6 +26,7 @@ def write(file: Path, table: Table) -> None:
         f"{json.dumps(version)}: {{\n" + ",\n".join(f"{json.dumps(key)}: {json.dumps(rows[key])}" for key in sorted(rows)) + "\n}"
         for version, rows in sorted(table.items())
     )
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(f"{{\n{versions}\n}}\n")
 
 

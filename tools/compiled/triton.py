@@ -1,17 +1,11 @@
-"""Compares registers, shared memory, spills, tensor cores and warps of the compiled Triton kernels with a stored table.
+"""Compiles the Triton kernels and stores registers, shared memory, spills, tensor cores and warps in build/compiled/triton.json.
 
-    python -m tools.compiled.triton [OPERATOR ...]                # compare with tests/compiled/triton.json
-    python -m tools.compiled.triton [OPERATOR ...] --write        # compile what is out of date, and store its rows
-    python -m tools.compiled.triton --some                        # compare a call for each architecture, as in `make test`
-    python -m tools.compiled.triton --stale                       # what is out of date, of any Triton; compiles nothing
+    python -m tools.compiled.triton [OPERATOR ...]    # compile, store, and print what changed since the table that is there
 
-A row is out of date where its `source` is another one than that of the launch now (tools/compiled/sources.py). Where Triton's
-first passes make the same `text` of it all the same, the row is kept.
-
-No GPU is needed. The kernels' launchers run as they are, on CPU tensors: triton is told that an sm_80, sm_90 or sm_100 device is
-there, and each launch compiles its kernel with the specialisation for this device, and ends. An opcode that the emulator `ptx`
-lacks is an error. tools/compiled/calls/ has the calls, a file per operator: `calls()` yields (name, function). Triton's
-interpreter must be off.
+Triton's own cache makes a second run quick. No GPU is needed. The kernels' launchers run as they are, on CPU tensors: triton is
+told that an sm_80, sm_90 or sm_100 device is there, and each launch compiles its kernel with the specialisation for this device,
+and ends. An opcode that the emulator `ptx` lacks is an error. tools/compiled/calls/ has the calls, a file per operator:
+`calls()` yields (name, function). Triton's interpreter must be off. tools/compiled/thresholds.py says what tests ask of kernels.
 """
 
 from __future__ import annotations
@@ -21,7 +15,6 @@ import functools
 import gc
 import importlib
 import os
-import random
 import re
 import sys
 import tempfile
@@ -36,10 +29,9 @@ from ptx.reading.opcodes import matching
 from tools.compiled.descriptors import stale_descriptors
 from tools.compiled.device import pretend
 from tools.compiled.machine_code import facts, waits
-from tools.compiled.sources import digest, first_text, launch_text
 from tools.compiled.table import Row, cuobjdump, differences, nvdisasm, read, write
 
-TABLE = Path(__file__).parents[2] / "tests" / "compiled" / "triton.json"
+TABLE = Path(__file__).parents[2] / "build" / "compiled" / "triton.json"
 ARCHITECTURES = (80, 90, 100)
 TENSOR_CORES = {"wgmma": "wgmma.mma_async", "mma": "mma.sync", "tcgen05": "tcgen05.mma"}
 
@@ -78,55 +70,27 @@ def launches(operator: str, name: str, architecture: int, launch: Callable[[Any,
         JITFunction.run = run
 
 
-def sources_of(operator: str, name: str, architecture: int) -> dict[str, str]:
-    """By the names of the kernels that one call launches, a digest of what Triton compiles for it."""
-    texts: dict[str, list[str]] = {}
-    launches(
-        operator,
-        name,
-        architecture,
-        lambda kernel, kwargs: texts.setdefault(kernel.fn.__name__, []).append(launch_text(kernel, kwargs)),
-    )
-    assert texts, f"{operator} {name}: no kernel was launched"
-    return {kernel: digest(of_kernel) for kernel, of_kernel in texts.items()}
-
-
-def compile_call(operator: str, name: str, architecture: int, stored: dict[str, Row] | None = None) -> dict[str, Row]:
-    """The rows of the kernels that one call launches. Rows of `stored` that are not out of date are kept."""
+def compile_call(operator: str, name: str, architecture: int, kernels: list[str] | None = None) -> dict[str, Row]:
+    """The rows of the kernels that one call launches, or of those named."""
     from triton.runtime.jit import JITFunction
 
     run = JITFunction.run
-    sources = sources_of(operator, name, architecture)
-    texts: dict[str, list[str]] = {}
     launched: dict[str, list[Row]] = {}
 
-    def read_first(kernel: Any, kwargs: dict[str, Any]) -> None:
-        if kernel.fn.__name__ in stale:
-            texts.setdefault(kernel.fn.__name__, []).append(first_text(run, kernel, kwargs))
-
     def compile_only(kernel: Any, kwargs: dict[str, Any]) -> None:
-        if kernel.fn.__name__ in changed:
+        if kernels is None or kernel.fn.__name__ in kernels:
             compiled = run(kernel, grid=(1,), warmup=True, **kwargs)
             check(f"{operator} {name} {kernel.fn.__name__}", compiled.asm)
             launched.setdefault(kernel.fn.__name__, []).append(_row(compiled) | facts(compiled, kwargs))
 
-    stale = {kernel for kernel in sources if not _agree(stored, kernel, "source", sources[kernel])}
-    launches(operator, name, architecture, read_first)
-    changed = {kernel for kernel in stale if not _agree(stored, kernel, "text", digest(texts[kernel]))}
     launches(operator, name, architecture, compile_only)
-    kept = {key: row for key, row in (stored or {}).items() if _kernel(key) in sources.keys() - changed}
-    fresh = {
+    assert launched, f"{operator} {name}: no kernel was launched"
+    return {
         f"{operator} {name} {kernel}{f' launch {n + 1}' if n else ''} sm_{architecture}": row
         for kernel, rows in launched.items()
         for n, row in enumerate(rows)
         if row not in rows[:n]
     }
-    named = {kernel: {"text": digest(of_kernel)} for kernel, of_kernel in texts.items()}
-    return {key: {**row, "source": sources[_kernel(key)], **named.get(_kernel(key), {})} for key, row in (kept | fresh).items()}
-
-
-def _agree(stored: dict[str, Row] | None, kernel: str, name: str, value: str) -> bool:
-    return {row.get(name) for key, row in (stored or {}).items() if _kernel(key) == kernel} == {value}
 
 
 def check(what: str, asm: dict[str, Any]) -> None:
@@ -233,17 +197,7 @@ Task = tuple[str, str, int]  # operator, call, architecture
 
 
 def tasks_of(chosen: list[str]) -> list[Task]:
-    """All tasks, operator by operator in an order drawn by a fixed seed."""
-    tasks = [(operator, name, arch) for operator in chosen for name in calls_of(operator) for arch in ARCHITECTURES]
-    draws = random.Random(0)
-    return sorted(tasks, key=lambda task: (task[0], draws.random()))
-
-
-def some_of(tasks: list[Task], rows: dict[str, Row]) -> list[Task]:
-    """For each architecture the task whose kernels have fewest registers: they compile soonest."""
-    registers = {task: sum(row["registers"] for row in rows_of([task], rows).values()) for task in tasks}
-    compiled = [task for task in tasks if registers[task]]
-    return [min((task for task in compiled if task[2] == arch), key=registers.__getitem__) for arch in ARCHITECTURES]
+    return [(operator, name, arch) for operator in chosen for name in calls_of(operator) for arch in ARCHITECTURES]
 
 
 def rows_of(tasks: list[Task], rows: dict[str, Row]) -> dict[str, Row]:
@@ -253,108 +207,29 @@ def rows_of(tasks: list[Task], rows: dict[str, Row]) -> dict[str, Row]:
     return {key: row for key, row in rows.items() if pattern.fullmatch(key)}
 
 
-def out_of_date(tasks: list[Task], rows: dict[str, Row], version: str, workers: int | None = None) -> dict[Task, list[str]]:
-    """By task the kernels whose rows are missing, or are of other sources than what the task launches under this Triton."""
-    stale = {}
-    with _processes(workers, version) as pool:
-        for task, sources in zip(tasks, pool.map(sources_of, *zip(*tasks, strict=True), chunksize=8), strict=True):
-            stored = rows_of([task], rows)
-            launched = sources | {_kernel(key): "not launched" for key in stored if _kernel(key) not in sources}
-            if kernels := [one for one in launched if not _agree(stored, one, "source", launched[one])]:
-                stale[task] = kernels
-    return stale
-
-
-def _kernel(key: str) -> str:
-    return key.split(" sm_")[0].split(" launch")[0].split()[-1]
-
-
-def compile_all(tasks: list[Task], workers: int | None = None) -> dict[str, Row]:
-    rows: dict[str, Row] = {}
-    with _processes(workers) as pool:
-        for compiled in pool.map(compile_call, *zip(*tasks, strict=True)):
-            rows |= compiled
-    return rows
-
-
-def _processes(workers: int | None, version: str | None = None) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(workers or os.cpu_count(), get_context("spawn"), _begin, (version,))
-
-
-def _begin(version: str | None) -> None:
-    gc.disable()
-    if version is not None:  # before the kernels are imported, which ask for it
-        import triton
-
-        triton.__version__ = version
-
-
 def main() -> None:
     import triton
 
     parser = argparse.ArgumentParser(prog="python -m tools.compiled.triton", description=__doc__.splitlines()[0])
     parser.add_argument("operators", nargs="*", metavar="OPERATOR", help=f"of {', '.join(operators())}; default: all")
     parser.add_argument("--workers", type=int, metavar="N", help="processes; default: one for each processor")
-    modes = parser.add_mutually_exclusive_group()
-    modes.add_argument("--some", action="store_true", help="compile a call for each architecture")
-    modes.add_argument("--write", action="store_true", help="compile the kernels whose rows are out of date, and store the rows")
-    modes.add_argument("--stale", action="store_true", help="print the kernels whose rows are out of date, of every version")
     options = parser.parse_args()
     chosen = options.operators or operators()
     if unknown := sorted(set(chosen) - set(operators())):
         parser.error(f"OPERATOR must be one of {', '.join(operators())}; got {', '.join(unknown)}")
-    tasks = tasks_of(chosen)
-    if options.stale:
-        _show_stale(tasks, options.workers)
-    elif options.write:
-        _write(tasks, triton.__version__, options.workers)
-    else:
-        _compare(tasks, triton.__version__, options.workers, options.some)
-
-
-def _show_stale(tasks: list[Task], workers: int | None) -> None:
-    """Prints what is out of date or missing."""
-    lines = []
-    for version, rows in read(TABLE).items():
-        for (operator, name, arch), kernels in out_of_date(tasks, rows, version, workers).items():
-            lines += [f"triton {version}: {operator} {name} {kernel} sm_{arch}" for kernel in kernels]
-    print(*lines, f"{len(lines)} kernels are out of date in {TABLE.name}", sep="\n")
-    sys.exit(1 if lines else 0)
-
-
-def _write(tasks: list[Task], version: str, workers: int | None) -> None:
-    """Stores the rows call by call, so that an end in between loses little."""
-    rows = read(TABLE).get(version, {})
-    stale = [*out_of_date(tasks, rows, version, workers)]
-    print(f"triton {version}: {len(stale)} calls to compile, but for kernels whose text is the stored one")
     too_large = []
-    with _processes(workers) as pool:
-        before = [rows_of([task], rows) for task in stale]
-        done = pool.map(compile_call, *zip(*stale, strict=True), before) if stale else ()
-        for old, compiled in zip(before, done, strict=True):
+    tasks = tasks_of(chosen)
+    with ProcessPoolExecutor(options.workers or os.cpu_count(), get_context("spawn"), gc.disable) as pool:
+        # stored call by call, so that an end in between loses little
+        for task, compiled in zip(tasks, pool.map(compile_call, *zip(*tasks, strict=True)), strict=True):
+            table = read(TABLE)
+            rows = table.get(triton.__version__, {})
+            old = rows_of([task], rows)
             print(*differences(compiled, old), sep="\n", flush=True)
             too_large += differences(compiled, compiled)
-            table = read(TABLE)
-            table[version] = {key: row for key, row in table.get(version, {}).items() if key not in old} | compiled
+            table[triton.__version__] = {key: row for key, row in rows.items() if key not in old} | compiled
             write(TABLE, table)
     sys.exit(1 if too_large else 0)
-
-
-def _compare(tasks: list[Task], version: str, workers: int | None, some: bool) -> None:
-    rows = read(TABLE).get(version, {})
-    tasks = some_of(tasks, rows) if some else tasks
-    stored = rows_of(tasks, rows)
-    compiled = {
-        key: {name: x for name, x in row.items() if name not in ("source", "text") or name in stored.get(key, row)}
-        for key, row in compile_all(tasks, workers).items()
-    }
-    lines = differences(compiled, stored)
-    for key, row in compiled.items():
-        if row["spills"]:
-            print(f"spills {row['spills']} bytes: {key}")
-    print("\n".join(lines))
-    print(f"triton {version}: {len(compiled)} kernels compiled, {len(lines)} not as stored")
-    sys.exit(1 if lines else 0)
 
 
 if __name__ == "__main__":

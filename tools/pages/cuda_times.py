@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels beside Triton's: estimates of docs/kernels.md for the same pass, with launches and in a CUDA graph."""
+"""The CUDA C++ kernels beside Triton's: estimates for the same pass, with launches and in a CUDA graph."""
 
 from __future__ import annotations
 

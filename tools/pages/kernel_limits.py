@@ -1,4 +1,4 @@
-"""Why some kernels have many bank conflicts, or use little of their sectors; docs/kernels.md shows it."""
+"""Why some kernels have many bank conflicts, or use little of their sectors; kernels_page.py shows it."""
 
 from __future__ import annotations
 

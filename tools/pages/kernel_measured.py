@@ -1,4 +1,4 @@
-"""A part of docs/kernels.md: what an H100 measured, beside the estimates."""
+"""Two tables of docs/kernels.md: what an H100 measured."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tools.pages.kernel_times import Entry, Rows, rate_of, times_of
+from tools.pages.kernel_entries import ENTRIES
+from tools.pages.kernel_times import rate_of
 from vlattn_fast.kernels import _configurations
 
 STORED = Path(__file__).parents[2] / "benchmarks" / "results" / "gpu.json"
@@ -34,47 +35,35 @@ PASSES = (
     Measured("relevancy_attention, backward", "LLaVA", profiled="relevancy_attention/gradient, forward+backward/llava triton"),
 )
 
-TEXT = """## Measured on an H100
 
-One H100 (80 GB, HBM3), torch 2.11, Triton 3.6, bfloat16. `benchmarks/results/gpu.json` has the rows.
-[REPORT.md](../benchmarks/REPORT.md) has calls beside SDPA, FlexAttention, the compiled formula and the published procedures.
-These are the kernels as they are now. The estimate is the one below, of an H200.
-
-{table}
-
-{times} times of tiles, warps and stages show what the estimate leaves out:
-
-- *An SM should hold two programs or more.* A program's products and its softmax wait for one another, and another program fills
-  the wait. By the estimate eight warps with products ahead were best for CLIP's forward pass, 212 µs. Measured they took 630 µs:
-  with 140 registers a thread an SM holds one program. The same tiles without products ahead have 126 registers, and two programs
-  take 338 µs. Tiles of 64 rows with four warps, of which four fit, take 284 µs.
-- *A third stage of copies* changes the time of two stages by {stages}.
-- *Products ahead* change the time by {ahead}.
-  They are best for LLaVA's forward pass in tiles of 64 rows and 32 keys: 7 % less.
-- With 16,384 tokens the forward pass of 128 rows with products ahead and two stages took 5,962 µs. cuDNN took 3,405,
-  FlexAttention 5,364, and FlashAttention-2 6,466. Causal calls of so many tokens take cuDNN's pass there
-  [since](#torchs-attention-for-plain-dot-products). Ours has three stages and no products ahead now. These tiles take 15 % less
-  with 704 tokens, and were not measured with so many.
-
-Pairs of tiles count whose programs an SM holds as many of, by their registers and shared memory.
-"""
-
-
-def measured_section(entries: list[Entry], rows: Rows) -> str:
-    stored = [row for row in json.loads(STORED.read_text()) if row["device"] == DEVICE]
-    lines = ["| pass | estimate, µs | measured, µs | of the estimate | TFLOP/s |", f"| --- |{' ---: |' * 4}"]
+def measured_kernels() -> str:
+    """A line for each pass."""
+    stored = _rows()
+    lines = []
     for one in PASSES:
-        (entry,) = [each for each in entries if each.what == one.what and each.workload.name.startswith(one.workload)]
-        estimate, took = times_of(entry, rows).estimate, _microseconds(one, stored)
-        cells = f"{estimate:,.0f} | {took:,.0f} | {took / estimate:.2f} | {rate_of(entry, took):.0f}"
-        lines.append(f"| {one.what}: {entry.workload.name} | {cells} |")
-    tiles = [row for row in stored if row["part"] == "tiles"]
-    changes = {name: _changes(tiles, name, before, after) for name, before, after in (("num_stages", 2, 3), ("AHEAD", 0, 1))}
-    return TEXT.format(table="\n".join(lines), times=len(tiles), stages=changes["num_stages"], ahead=changes["AHEAD"])
+        (entry,) = [each for each in ENTRIES if each.what == one.what and each.workload.name.startswith(one.workload)]
+        took = _microseconds(one, stored)
+        lines.append(f"| {one.what}: {entry.workload.name} | {took:,.0f} | {rate_of(entry, took):.0f} |")
+    return "\n".join(["| pass | µs | TFLOP/s |", "| --- | ---: | ---: |", *lines])
 
 
-def _changes(tiles: list[dict[str, Any]], name: str, before: int, after: int) -> str:
-    """The median change of the time, and its range, where a number of the configuration is `after` instead of `before`."""
+def changes_of_tiles() -> str:
+    """What a third stage of copies, and products ahead, change of the time."""
+    tiles = [row for row in _rows() if row["part"] == "tiles"]
+    lines = []
+    for what, name, before, after in (("three stages, for two", "num_stages", 2, 3), ("products ahead", "AHEAD", 0, 1)):
+        changes = _changes(tiles, name, before, after)
+        median = statistics.median(changes)
+        lines.append(f"| {what} | {median:+.0%} | {min(changes):+.0%} to {max(changes):+.0%} | {len(changes)} |")
+    return "\n".join(["| change of the time | median | range | pairs |", "| --- | ---: | ---: | ---: |", *lines])
+
+
+def _rows() -> list[dict[str, Any]]:
+    return [row for row in json.loads(STORED.read_text(encoding="utf-8")) if row["device"] == DEVICE]
+
+
+def _changes(tiles: list[dict[str, Any]], name: str, before: int, after: int) -> list[float]:
+    """Changes of the time where a number of the configuration is `after` instead of `before`."""
     times = {}
     for row in tiles:
         others = {key: x for key, x in row["config"].items() if key != name}
@@ -85,7 +74,7 @@ def _changes(tiles: list[dict[str, Any]], name: str, before: int, after: int) ->
         us_before, programs_before = times.get((launch, others, before), (0.0, 0))
         if number == after and programs == programs_before:
             changes.append(us / us_before - 1)
-    return f"{statistics.median(changes):+.0%} (median of {len(changes)} pairs, {min(changes):+.0%} to {max(changes):+.0%})"
+    return changes
 
 
 def _programs(row: dict[str, Any]) -> int:

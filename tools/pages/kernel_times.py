@@ -1,4 +1,4 @@
-"""The time of a kernel, from the counts of its emulated programs and the rates of an H200; docs/kernels.md says how."""
+"""The time of a kernel, from the counts of its emulated programs and the rates of an H200; kernels_page.py says how."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 import torch
 
-from tools.compiled.counts import Row
+from tools.compiled.table import Row
 from vlattn_fast.benchmarks._rates import CLOCK, H200, SMS
 from vlattn_fast.kernels._configurations import by_table
 from vlattn_fast.kernels._tiles import CACHED
 
-# of an H200, as those of benchmarks/_measure.py; docs/kernels.md names the sources
+# of an H200, as those of benchmarks/_measure.py; kernels_page.py names the sources
 ISSUE, L2 = 128 * CLOCK * SMS, 6.65e12  # instructions of threads and bytes a second
 FIRST, LAUNCH = 700 / CLOCK, 1.3e-6  # seconds
 # TFLOP/s of FlashAttention-2, cuDNN and FlashAttention-3 on an H100 by (pass, features, causal), then by tokens; a backward pass

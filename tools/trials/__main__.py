@@ -1,6 +1,7 @@
 """Counts `relevancy_step` in Triton, as it is, and in Gluon: `python -m tools.trials [TOKENS]` prints docs/gluon.md's table.
 
-Estimates are those of docs/kernels.md for CLIP ViT-L/14 with a batch of 64, but for the share of products beside exponentials.
+Estimates are those of tools/pages/kernels_page.py for CLIP ViT-L/14 with a batch of 64, but for the share of products beside
+exponentials.
 """
 
 from __future__ import annotations

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import inspect
+import json
 import typing
 
 import pytest
 
 from vlattn_fast.interpret.records.encoders import ENCODERS
 from vlattn_fast.interpret.records.two_towers import LINKED
-from vlattn_lab.pages.models_page import PAGE, page, row
+from vlattn_lab.models.run import EDITS, HELD, TABLE
+from vlattn_lab.pages.models_page import KINDS, MAPPED, listed_models, measured_models, row
 
 
-def test_the_page_is_up_to_date():
-    assert PAGE.read_text(encoding="utf-8") == page(), "python -m vlattn_lab.pages.models_page writes it anew"
+def test_the_tables_show_every_class():
+    """What was measured, by a line or among those that are equal, and each listed record."""
+    measured, listed = measured_models(), listed_models()
+    for number, file in enumerate((TABLE, EDITS, HELD)):
+        part = measured.split("\n## ")[number]
+        for mapping, rows in json.loads(file.read_text(encoding="utf-8")).items():
+            if mapping in MAPPED:
+                section = part.split(f"\n### {MAPPED[mapping]}\n")[1].split("\n### ")[0]
+                assert f"{len(rows)} model types: " in section
+                for name, outcome, _ in rows.values():
+                    assert f"`{name}`" in section or (outcome == "equal" and file != TABLE), (file.name, name)
+    for families in KINDS.values():
+        for name, family in families.items():
+            assert row(name, family) in listed
 
 
 def test_a_class_without_logits_has_no_default_score():

@@ -1,4 +1,4 @@
-"""docs/models.md, from the records and the tests that name their classes: `python -m vlattn_lab.pages.models_page` writes it."""
+"""The tables of docs/models.md: the listed records, and what `python -m vlattn_lab.models` stored."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from vlattn_lab.models.compare import BOUND
 from vlattn_lab.models.held import KEPT
 from vlattn_lab.models.run import EDITS, HELD, TABLE
 
-PAGE = ROOT / "docs" / "models.md"
 KINDS = {"Encoders": ENCODERS, "Decoders": DECODERS, "Towers that attend to one another": LINKED}
 MAPPED = {
     "causal": "Causal language models",
@@ -37,68 +36,6 @@ SCORES = {
     "velocity": "none, see [Explain a robot policy](guides/explain_a_robot_policy.md)",
 }
 WITHOUT_LOGITS = ("Model", "WithProjection")  # endings of classes that give states or projections and no logits
-HEAD = """# Models
-
-`va.explain(model, inputs)` takes language models, vision-language decoders, encoder-decoders, dual encoders, classifiers that
-read one token or a mean, and the classes listed below, without further arguments. Any other model needs `read=` and `target=`
-([Explain a model](guides/explain_a_model.md)), or `like=`, the name of a listed class with the same towers, whose record it
-borrows.
-`vlattn info --model DIR` prints what is known of a model before a run. A script writes this page.
-
-## How a record is made
-
-A *record* says which row is read, which score is explained, and what the tokens stand for. Where the class of a model has no
-listed record, one is derived:
-
-- **A language model** is a class of transformers that generates from `input_ids` and has no encoder. The tower is
-  `get_decoder()`, and its layers are the list of modules with attention in it. The row is that of the last real token, wherever
-  the padding is. `target=None`, ints and `answer=` work.
-- **A vision-language decoder** has an `image_token_id` in its config as well. This id, `video_token_id` and `audio_token_id` say
-  which tokens are words.
-- **The grid** of image tokens follows from `image_grid_thw` and the side of a merged square; from `image_sizes` and the grids of
-  tiles in the config; or from the size of the pixels, one token for a patch or for a square of patches whose side the config
-  names. Where the number of image tokens is another one, nothing is guessed: `image` is None, and `relevancy["language"]` holds
-  the entries of all tokens.
-
-- **An encoder-decoder** is a class of transformers whose config says so and that generates. A run finds its towers. The row is
-  the decoder's, that of the position which predicts the next token behind `decoder_input_ids`, or behind the start token where
-  the inputs have none. The rules for two modalities give what the encoder's tokens count for it.
-- **A model of block diffusion** generates too, and its decoder takes `decoder_input_ids`, all of which it predicts at once. The
-  row of the last of them is read. `answer=` is refused.
-- **A dual encoder** has `logits_per_image` among its outputs, a `vision_model` and a `text_model`. Patches are the last tokens of
-  the vision model. Or it has the parts of CLIP as its authors and open_clip write it (`visual`, `encode_image`, `encode_text`,
-  `logit_scale`) and takes `image` and `text`: both of open_clip's classes, with its own attention or torch's, a vision tower of
-  timm, and SigLIP's pooling head. Heads of several learnt queries (CoCa) are refused, and so are convolutional towers.
-- **A classifier** is a class of transformers whose outputs have `logits` (B, classes), or a model with timm's `patch_embed`,
-  `blocks` and `num_classes`. A run finds its towers (`"tower0"`).
-
-In dual encoders and classifiers the gradient of the score names the row. Where one token's state behind the last attention has a
-gradient, its row is read. Where several have, and the gradient of a later state is the same for all of them, the score is read
-from their mean, and so is the row. Where it differs, as behind a pooling head or a convolution, `read=` is asked for. The same
-holds for a score that a callable target takes from the outputs of a listed class, and for a class of yours that is built on a
-listed one and has a forward of its own.
-
-A derived record has no connector, so `through_connector=True` refuses the model.
-Layers that recur, as the gated delta rule of Qwen3.5 does, stand beside attention: with queries, keys and gates held fixed their
-outputs are a map of their values (`va.reference.recurrent_map`). A layer in which neither is seen, a convolution over tokens in
-front of attention, tokens that are pooled in front of attention and attention outside of the layers are refused by name. Where a
-call attends to its own tower's tokens and to another tower's in one softmax, both towers are one sequence, and equations 5 and 6
-hold.
-
-{measured}
-## Listed records
-
-UNITER and CLIPMapper are models of this package. A test names each class: it compares a small random model with the published
-rule on stored maps, or runs every method on a class with the same kind of tower.
-
-- *default score*: *none* means that the outputs have no logits, so a method that takes a gradient needs `target=`, a callable.
-- *maps*: the parts of the image that have a map, which are patches, a backbone's features, image tokens on their grid, or boxes.
-- *connector*: whether `through_connector=True` carries relevancy into the vision tower.
-
-Learnt attention sinks and soft-capped logits, as in gpt-oss and Gemma 2, are part of what each method reads.
-
-BLIP-2 and InstructBLIP over Flan-T5 are encoder-decoders, over OPT and Vicuna decoders. Neither needs further arguments.
-"""
 
 
 def rows(name: str, family: Family) -> list[str]:
@@ -203,15 +140,17 @@ def _short(reason: str) -> str:
     return plain if len(reason) <= 160 else f"{plain[:160].rpartition(' ')[0]} …"
 
 
-def page() -> str:
+def measured_models() -> str:
+    """What `make models` stored, in three sections."""
     explained, of_edits, of_held = (json.loads(path.read_text(encoding="utf-8")) for path in (TABLE, EDITS, HELD))
-    parts = [HEAD.replace("{measured}", f"{measured(explained)}\n{edited(of_edits)}\n{held(of_held, explained)}")]
+    return f"{measured(explained)}\n{edited(of_edits)}\n{held(of_held, explained)}"
+
+
+def listed_models() -> str:
+    """A section for each kind of listed record."""
+    parts = []
     for kind, families in KINDS.items():
         parts.append(f"### {kind}\n\n| class | row that is read | default score | maps | connector |")
         parts[-1] += "\n| --- | --- | --- | --- | --- |\n"
         parts[-1] += "\n".join(line for name, family in sorted(families.items()) for line in rows(name, family)) + "\n"
     return "\n".join(parts)
-
-
-if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")

@@ -1,0 +1,53 @@
+"""The folder of which `make docs` makes the site: docs/, with the tables that are made of stored rows, and the report.
+
+A page has a line `<!-- table: NAME -->` where a table of `TABLES` stands. docs/extension.py fills in costs and counts, which need
+nothing but Python.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shutil
+from pathlib import Path
+
+from vlattn_fast.benchmarks import _report
+
+ROOT = Path(__file__).parents[2]
+DOCS, ROWS = ROOT / "docs", ROOT / "benchmarks" / "results"
+TABLES = {  # by name the function that makes it, of this package or of vlattn_lab, which need not be installed for the others
+    "measured kernels": "tools.pages.kernel_measured.measured_kernels",
+    "tiles": "tools.pages.kernel_measured.changes_of_tiles",
+    "measured models": "vlattn_lab.pages.models_page.measured_models",
+    "listed models": "vlattn_lab.pages.models_page.listed_models",
+}
+MARK = re.compile(r"^<!-- table: (.+?) -->$", re.M)
+REPORT = "report.md"  # the one page that is made whole
+
+
+def table(name: str) -> str:
+    module, _, function = TABLES[name].rpartition(".")
+    return str(getattr(importlib.import_module(module), function)()).strip("\n")
+
+
+def filled(text: str) -> str:
+    """A page with its tables.
+
+    Raises:
+        ValueError: a line names no table.
+    """
+    for name in MARK.findall(text):
+        if name not in TABLES:
+            raise ValueError(f"a line '<!-- table: NAME -->' must name one of {', '.join(TABLES)}; got {name!r}")
+    return MARK.sub(lambda mark: table(mark[1]), text)
+
+
+def build(folder: Path) -> None:
+    """Writes the pages anew; what else lies in the folder is removed."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(DOCS, folder, ignore=shutil.ignore_patterns("__pycache__", "*.py"))
+    for page in folder.rglob("*.md"):
+        text = page.read_text(encoding="utf-8")
+        if (made := filled(text)) != text:
+            page.write_text(made, encoding="utf-8")
+    _report.write(ROWS, folder / REPORT)
