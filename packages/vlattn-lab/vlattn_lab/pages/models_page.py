@@ -11,7 +11,6 @@ from vlattn_fast.interpret.records.decoders import DECODERS
 from vlattn_fast.interpret.records.encoders import ENCODERS
 from vlattn_fast.interpret.records.record import Family
 from vlattn_fast.interpret.records.two_towers import LINKED
-from vlattn_lab.checkout import ROOT
 from vlattn_lab.models.compare import BOUND
 from vlattn_lab.models.held import KEPT
 from vlattn_lab.models.run import EDITS, HELD, TABLE
