@@ -1,7 +1,7 @@
-"""A plug-in of pytest: `-p tests.helpers.cases`, as `make test` asks for it, keeps some cases of each test.
+"""A plug-in of pytest: `-p tests.helpers.chosen`, as `make test` asks for it, keeps the tests that run in minutes.
 
-A test in FOLDERS keeps its first case of each operator on each backend, and one in eight of the others, drawn by their names:
-the same everywhere.
+A test in FOLDERS keeps its first case of each operator on each backend. What is marked `slow` is left out. `make test-all` runs
+every case.
 """
 
 from __future__ import annotations
@@ -10,15 +10,11 @@ import re
 
 import pytest
 
-from tests.helpers.accuracy import drawn
-
 # There cases are sizes, dtypes, masks and options of a call. Elsewhere a case is a thing of its own: a page, a file, an example.
-FOLDERS = tuple(f"tests/{name}/" for name in ("attach", "cpu", "cuda", "interpret", "kernels", "lab", "nn", "ops", "power"))
-SHARE = "0/8"  # of the other cases
+FOLDERS = tuple(f"tests/{name}/" for name in ("attach", "cpu", "cuda", "interpret", "kernels", "nn", "ops", "power"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Before items are deselected by -k, so that what is asked for by name is drawn as it is without."""
     from vlattn_fast.ops import OPERATORS  # not before tests/conftest.py has imported the kernels
 
     names = {*OPERATORS, *(backend for operator in OPERATORS.values() for backend in operator.backends)}
@@ -26,7 +22,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         test, _, words = item.nodeid.partition("[")
         case = test, *(word for word in re.findall(r"\w+", words) if word in names)
-        if not test.startswith(FOLDERS) or case not in seen or drawn(item.nodeid, SHARE):
+        again = test.startswith(FOLDERS) and case in seen
+        if not again and item.get_closest_marker("slow") is None:
             kept.append(item)
         seen.add(case)
     config.hook.pytest_deselected(items=list({*items} - {*kept}))
