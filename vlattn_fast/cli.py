@@ -438,7 +438,7 @@ def demo(
         check_writable("--out", out, folder=True)
     installed = entry_points(group="vlattn_fast.commands", name="demo")
     if not installed:
-        raise SystemExit("vlattn demo needs the package vlattn_lab: pip install vlattn_lab")
+        raise SystemExit("vlattn demo needs the package vlattn_lab: pip install vlattn-lab")
     if not all(entry.load()(out, costs=costs) for entry in installed):
         raise typer.Exit(1)
 

@@ -237,7 +237,7 @@ def test_verify_refuses(options, words):
 def test_the_demo_is_of_another_package(tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "entry_points", lambda **asked: [])
     result = vlattn("demo", "--out", tmp_path)
-    assert result.exit_code == 1 and said(result) == "vlattn demo needs the package vlattn_lab: pip install vlattn_lab "
+    assert result.exit_code == 1 and said(result) == "vlattn demo needs the package vlattn_lab: pip install vlattn-lab "
     calls = []
     for passed in (True, False):
         entry = SimpleNamespace(load=lambda passed=passed: lambda out, costs: calls.append((out, costs)) or passed)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from vlattn_lab import convergence
+from vlattn_lab.train import convergence
 
 STEPS = 30
 

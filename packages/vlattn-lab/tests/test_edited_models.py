@@ -1,4 +1,4 @@
-"""Edits beside eager attention with edited maps, as `make models ARGS="--edits"` compares them for any class of transformers."""
+"""Edits beside eager attention with edited maps, as `python -m vlattn_lab.model_classes --edits` compares them for any class."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from vlattn_lab.models import edited
-from vlattn_lab.models.compare import outcome_of
-from vlattn_lab.models.run import EDITS, classes
+from vlattn_lab.model_classes import edited
+from vlattn_lab.model_classes.compare import outcome_of
+from vlattn_lab.model_classes.run import EDITS, classes
 
 
 @pytest.mark.parametrize(

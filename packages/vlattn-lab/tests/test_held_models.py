@@ -1,4 +1,4 @@
-"""`freeze` beside norms that are written out with detached denominators, as `make models ARGS="--held"` compares any class."""
+"""`freeze` beside norms that are written out with detached denominators: `python -m vlattn_lab.model_classes --held`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from vlattn_fast.attach import frozen
-from vlattn_lab.models import held
-from vlattn_lab.models.compare import BOUND, outcome_of
-from vlattn_lab.models.run import HELD, classes
+from vlattn_lab.model_classes import held
+from vlattn_lab.model_classes.compare import BOUND, outcome_of
+from vlattn_lab.model_classes.run import HELD, classes
 
 
 @pytest.mark.parametrize(

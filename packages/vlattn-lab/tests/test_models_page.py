@@ -10,7 +10,7 @@ import pytest
 
 from vlattn_fast.interpret.records.encoders import ENCODERS
 from vlattn_fast.interpret.records.two_towers import LINKED
-from vlattn_lab.models.run import EDITS, HELD, TABLE
+from vlattn_lab.model_classes.run import EDITS, HELD, TABLE
 from vlattn_lab.pages.models_page import KINDS, MAPPED, listed_models, measured_models, row
 
 

@@ -1,4 +1,4 @@
-"""`make real` on small random models and fabricated rows, without the packages that carry trained models."""
+"""`vlattn_lab.real` on small random models and fabricated rows, without the packages that carry trained models."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_the_saliency_head_is_its_formula():
 
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it():
-    with pytest.raises(ModuleNotFoundError, match="no_such_package.*make real"):
+    with pytest.raises(ModuleNotFoundError, match="no_such_package.*tools.environments real"):
         models.package("no_such_package")
 
 

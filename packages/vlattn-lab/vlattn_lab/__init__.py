@@ -5,7 +5,7 @@ transformers is imported when it is first used.
 
 In: seeds and counts.
 Out: scenes, samples, trained models.
-Imports: benchmarks, measuring, checking, interpret, attach, models, backends.reference, _ground.
+Imports: nothing.
 """
 
 from vlattn_lab import winoground

@@ -8,5 +8,5 @@ benchmarks/results/experiment-NAME.json and its pictures to docs/experiments/.
 
 In: the name of an experiment.
 Out: its records, page and pictures.
-Imports: lab, measuring, interpret.explaining, interpret.probing, interpret.relevancy.methods, nn, models, ops, _ground.
+Imports: vlattn_lab, vlattn_lab.train.
 """

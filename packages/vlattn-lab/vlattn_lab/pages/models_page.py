@@ -1,4 +1,4 @@
-"""The tables of docs/models.md: the listed records, and what `python -m vlattn_lab.models` stored."""
+"""The tables of docs/models.md: the listed records, and what `python -m vlattn_lab.model_classes` stored."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from vlattn_fast.interpret.records.decoders import DECODERS
 from vlattn_fast.interpret.records.encoders import ENCODERS
 from vlattn_fast.interpret.records.record import Family
 from vlattn_fast.interpret.records.two_towers import LINKED
-from vlattn_lab.models.compare import BOUND
-from vlattn_lab.models.held import KEPT
-from vlattn_lab.models.run import EDITS, HELD, TABLE
+from vlattn_lab.model_classes.compare import BOUND
+from vlattn_lab.model_classes.held import KEPT
+from vlattn_lab.model_classes.run import EDITS, HELD, TABLE
 
 KINDS = {"Encoders": ENCODERS, "Decoders": DECODERS, "Towers that attend to one another": LINKED}
 MAPPED = {
@@ -57,32 +57,33 @@ def row(name: str, family: Family) -> str:
 
 
 def measured(table: dict[str, Any]) -> str:
-    """The stored outcomes of `make models`."""
+    """The stored outcomes of `python -m vlattn_lab.model_classes`."""
     text = f"""## Classes of transformers {table["transformers"]}
 
-`make models` builds a small random model of each class, from the class's default config with small sizes and the values that
-only configs of checkpoints have, and explains it as it is in float64. It compares the rows with the published rule on the maps of
-eager attention: *equal* is a difference of at most {BOUND:.0e} of a row's largest value. A picture must change the logits.
-*Refused* is an error that names its reason. A class *cannot be built* where its default config with small sizes does not run, and
-*cannot be compared* where the model gives no maps, or nothing but `explain` says which row is read.
+`python -m vlattn_lab.model_classes` builds a small random model of each class, from the class's default config with small sizes
+and the values that only configs of checkpoints have, and explains it as it is in float64. It compares the rows with the
+published rule on the maps of eager attention: *equal* is a difference of at most {BOUND:.0e} of a row's largest value. A picture
+must change the logits. *Refused* is an error that names its reason. A class *cannot be built* where its default config with small
+sizes does not run, and *cannot be compared* where the model gives no maps, or nothing but `explain` says which row is
+read.
 """
     return text + outcomes(table)
 
 
 def edited(table: dict[str, Any]) -> str:
-    """The stored outcomes of `make models ARGS="--edits"`."""
+    """The stored outcomes of `python -m vlattn_lab.model_classes --edits`."""
     text = f"""## Edited attention
 
-`make models ARGS="--edits"` takes the same models, cuts edges of two heads in all layers and steers a layer, by `va.intervene`
-with `Knockout` and `Steer`, and compares the logits with those of eager attention with edited maps. *Equal* is a difference of at
-most {BOUND:.0e} of what the edits change. A class *cannot be compared* where no tower of three tokens attends to itself, or the
-edits change no logit.
+`python -m vlattn_lab.model_classes --edits` takes the same models, cuts edges of two heads in all layers and steers a layer, by
+`va.intervene` with `Knockout` and `Steer`, and compares the logits with those of eager attention with edited maps. *Equal* is a
+difference of at most {BOUND:.0e} of what the edits change. A class *cannot be compared* where no tower of three tokens
+attends to itself, or the edits change no logit.
 """
     return text + outcomes(table, names_equal=False)
 
 
 def held(table: dict[str, Any], explained: dict[str, Any]) -> str:
-    """The stored outcomes of `make models ARGS="--held"`, and the classes that take a root which keeps its derivative."""
+    """The stored outcomes of norms held fixed, and the classes that take a root which keeps its derivative."""
     kept: dict[str, str] = {}
     for mapping in (mapping for mapping in MAPPED if mapping in table):
         for name, _, reason in table[mapping].values():
@@ -91,9 +92,10 @@ def held(table: dict[str, Any], explained: dict[str, Any]) -> str:
                 kept[name] = f"`{name}`" + (f" ({', '.join(parts)})" if parts else "")
     text = f"""## Norms held fixed
 
-`make models ARGS="--held"` takes the same models, holds the denominators of norms fixed (`freeze=("norms",)`), and compares the
-gradient of the score by all embeddings with that of a plain implementation, in which each norm is written out with a detached
-denominator. Where rows can be compared, those of `va.methods.Gradient(freeze=("norms",))` and of
+`python -m vlattn_lab.model_classes --held` takes the same models, holds the denominators of norms fixed
+(`freeze=("norms",)`), and compares the gradient of the score by all embeddings with that of a plain
+implementation, in which each norm is written out with a detached denominator. Where rows can be compared, those of
+`va.methods.Gradient(freeze=("norms",))` and of
 `va.methods.Gradient(freeze=("norms", "attention"))` are compared with the published rule on the plain implementation's maps.
 *Equal* is a difference of at most {BOUND:.0e} of the largest value, in all that was compared.
 

@@ -134,7 +134,7 @@ def store(part: str, order: Sequence[str], measured: Sequence[measures.Row], sec
     """Puts the rows of a part in place of its stored ones."""
     stored = json.loads(page.ROWS.read_text(encoding="utf-8")) if page.ROWS.exists() else {"rows": []}
     rows = [row for row in stored["rows"] if row["part"] != part] + [*measured]
-    origin = provenance("make real")
+    origin = provenance("python -m tools.environments real")
     facts = {
         "command": origin["command"],
         "time": origin["time"],

@@ -98,7 +98,9 @@ def package(name: str) -> Path:
     """The folder of an installed package, which is not imported: its imports need more packages than its files do."""
     spec = find_spec(name)
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(f"the package {name} with a trained model is missing; run `make real`, which installs it")
+        raise ModuleNotFoundError(
+            f"the package {name} with a trained model is missing; `python -m tools.environments real` installs it"
+        )
     return Path(spec.origin).parent
 
 

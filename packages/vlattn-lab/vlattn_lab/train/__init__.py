@@ -2,5 +2,5 @@
 
 In: options of a training.
 Out: a file of weights.
-Imports: lab, measuring, interpret.result, models, _ground.
+Imports: vlattn_lab.
 """

@@ -5,7 +5,7 @@ loss and with each of the three, from the same initial weights on the same batch
 
 In: options of the experiment.
 Out: its records.
-Imports: lab, benchmarks, measuring, nn, models, ops, backends.reference, _ground.
+Imports: vlattn_lab, vlattn_lab.experiments, vlattn_lab.train.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ layer; first-order effects of all edges and heads stand beside true ones; the fi
 
 In: options of the experiment.
 Out: its records.
-Imports: lab, measuring, interpret, models.
+Imports: vlattn_lab, vlattn_lab.experiments, vlattn_lab.train.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ of test scenes; the two digits of each caption are explained, by every method, a
 
 In: options of the experiment.
 Out: its records.
-Imports: lab, measuring, interpret.
+Imports: vlattn_lab, vlattn_lab.experiments, vlattn_lab.train.
 """
 
 from __future__ import annotations

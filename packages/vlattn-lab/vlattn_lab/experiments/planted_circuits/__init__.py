@@ -6,7 +6,7 @@ the models of DigitScenes too.
 
 In: options of the experiment.
 Out: its records.
-Imports: lab, measuring, interpret, attach, models.
+Imports: vlattn_lab, vlattn_lab.experiments, vlattn_lab.experiments.flow.
 """
 
 from __future__ import annotations

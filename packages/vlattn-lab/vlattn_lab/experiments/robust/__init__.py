@@ -5,7 +5,7 @@ scenes with masks of the digit, by several losses. A sweep with separate seeds c
 
 In: options of the experiment.
 Out: its records.
-Imports: lab, measuring, interpret, nn, _ground.
+Imports: vlattn_lab, vlattn_lab.experiments, vlattn_lab.train.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ captions. The paper finds that the more accurate score is not the more interpret
 
 In: options of the experiment.
 Out: its records.
-Imports: lab, measuring, interpret.evaluating, nn, ops.
+Imports: vlattn_lab, vlattn_lab.experiments, vlattn_lab.train.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ attention, and its values are nearly zero.
 
 In: options of the experiment.
 Out: its records.
-Imports: lab, measuring, interpret, models, _ground.
+Imports: vlattn_lab, vlattn_lab.experiments, vlattn_lab.experiments.flow.
 """
 
 from __future__ import annotations

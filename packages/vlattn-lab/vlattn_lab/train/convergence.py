@@ -1,7 +1,7 @@
 """Three small models of DigitScenes trained with torch's attention and with this package's, from the same seeds.
 
-    python -m vlattn_lab.convergence                # 200 steps; writes docs/experiments/convergence.md and its rows
-    python -m vlattn_lab.convergence --steps 30     # prints the differences
+    python -m vlattn_lab.train.convergence                # 200 steps; writes docs/experiments/convergence.md and its rows
+    python -m vlattn_lab.train.convergence --steps 30     # prints the differences
 
 Each step's loss is compared. Rounding alone makes two trainings part slowly; a wrong gradient shows at once. So a third training
 has torch's attention written out as matmul, softmax and matmul, which rounds otherwise than torch's kernel does: it tells what is
@@ -183,7 +183,7 @@ The largest difference is that of a step's loss from the loss with torch's atten
 for matmul, softmax and matmul, since two trainings part by rounding alone. The bound is {float32} of the loss in float32 and
 {bfloat16} in bfloat16 (autocast); `packages/vlattn-lab/tests/test_convergence.py` holds it over 30 steps.
 
-`python -m vlattn_lab.convergence` trains, writes this page and `benchmarks/results/convergence.json`.
+`python -m vlattn_lab.train.convergence` trains, writes this page and `benchmarks/results/convergence.json`.
 """
 
 

@@ -1,4 +1,4 @@
-"""`make models`: one process a class, so that a hang or a crash costs its own row; outcomes go into table.json here."""
+"""One process a class, so that a hang or a crash costs its own row; outcomes go into table.json here."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from vlattn_lab.models import edited, held
-from vlattn_lab.models.compare import Judge, Row, compared, outcome_of
+from vlattn_lab.model_classes import edited, held
+from vlattn_lab.model_classes.compare import Judge, Row, compared, outcome_of
 
 EDITS = Path(__file__).with_name("edits.json")
 HELD = Path(__file__).with_name("held.json")

@@ -22,8 +22,8 @@ from torch.overrides import TorchFunctionMode
 from vlattn_fast.attach.frozen import Frozen
 from vlattn_fast.checking.models.shrink import HEADS
 from vlattn_fast.checking.models.stored import SOFTMAX
-from vlattn_lab.models import compare
-from vlattn_lab.models.compare import BOUND, Row, described, score_of
+from vlattn_lab.model_classes import compare
+from vlattn_lab.model_classes.compare import BOUND, Row, described, score_of
 
 EQUAL = 1e-11  # how far a formula may be from a module's output, as a part of its largest number
 SEEN_CHANGE = 1e-6  # of the gradient, by constant denominators

@@ -1,6 +1,0 @@
-"""`make models`: python -m vlattn_lab.models [mappings] [options]."""
-
-from vlattn_lab.models.run import main
-
-if __name__ == "__main__":
-    main()
