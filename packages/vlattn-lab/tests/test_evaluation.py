@@ -18,7 +18,7 @@ from tests.helpers.small_models import lively
 from vlattn_fast.interpret.evaluating.plan import named_methods as _named
 from vlattn_fast.interpret.relevancy.methods.registry import published
 from vlattn_fast.measuring.provenance import fingerprint
-from vlattn_fast.models.clip_mapper import CLIPMapper
+from vlattn_fast.models import CLIPMapper
 from vlattn_lab import evaluation, tasks
 from vlattn_lab.checkout import ROOT
 from vlattn_lab.clip import CONFIG as CLIP_CONFIG

@@ -13,9 +13,7 @@ pytest.importorskip("sklearn")
 import vlattn_fast as va
 from vlattn_fast.benchmarks._published import published_loss
 from vlattn_fast.measuring.records import having
-from vlattn_fast.nn import CongruenceLoss, capture_attention
-from vlattn_fast.nn.capture_attention import CapturedLayer
-from vlattn_fast.ops.congruence_loss import KINDS
+from vlattn_fast.nn import CapturedLayer, CongruenceLoss, capture_attention
 from vlattn_lab import digit_scans, is_true, swapped_pairs
 from vlattn_lab.checkout import ROOT
 from vlattn_lab.experiments import congruence
@@ -78,7 +76,7 @@ def test_all_arms_of_a_seed_start_alike_and_see_the_same():
     assert not torch.equal(states[0]["uniter.pooler.dense.weight"], states[3]["uniter.pooler.dense.weight"])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", training.KINDS)
 def test_the_loss_reaches_words_and_regions_of_matched_pairs_alone(kind):
     scenes, _ = training.training_scenes(torch.tensor([1, 2, 3]), "fit", torch.Generator().manual_seed(0))
     with capture_attention(training.new_model(0), layers=1) as captured:
@@ -92,7 +90,7 @@ def test_the_loss_reaches_words_and_regions_of_matched_pairs_alone(kind):
 
 
 @pytest.mark.parametrize("direction", ["text", "image", "both"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", training.KINDS)
 def test_the_loop_that_is_measured_computes_the_same_loss(kind, direction):
     generator = torch.Generator().manual_seed(0)
     tensors = {

@@ -11,7 +11,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("transformers")
 
 import vlattn_lab as lab
-from vlattn_fast.interpret import explain
+from vlattn_fast import explain
 from vlattn_lab.experiments import run as frame
 from vlattn_lab.experiments.experiment import Settings
 from vlattn_lab.experiments.sinks import SHARES, measures, samples

@@ -11,7 +11,7 @@ pytest.importorskip("safetensors")
 import vlattn_fast as va
 from tests.helpers.small_models import lively
 from tests.helpers.weighted_maps import _relevancies, run, shares, weighted_relevancy
-from vlattn_fast.models.clip_mapper import CLIPMapper
+from vlattn_fast.models import CLIPMapper
 from vlattn_lab.clip import CONFIG as CLIP_CONFIG
 from vlattn_lab.clip import build_clip
 from vlattn_lab.mapper import CONFIG

@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor
 
 import vlattn_lab as lab
+from vlattn_fast import explain
 from vlattn_fast.backends import native
 from vlattn_fast.benchmarks import _isolated
 from vlattn_fast.checking.verify import verify
-from vlattn_fast.interpret import explain
 from vlattn_fast.interpret.relevancy.methods.registry import METHODS
 from vlattn_fast.measuring.records import number
 from vlattn_lab import mapper, pointing

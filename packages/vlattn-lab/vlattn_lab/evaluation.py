@@ -15,19 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlattn_fast import Evaluation, evaluate, explain
 from vlattn_fast._ground.checks import check_integer, check_writable
 from vlattn_fast.backends.reference.relevancy_residual import residual_weights
 from vlattn_fast.interpret.evaluating.curves import BOTH, CURVES, PARTS
-from vlattn_fast.interpret.evaluating.evaluate import evaluate
-from vlattn_fast.interpret.evaluating.evaluation import Evaluation
 from vlattn_fast.interpret.evaluating.plan import INTERVENTION, RANDOM, Rival, with_weighting
 from vlattn_fast.interpret.evaluating.plan import TESTS as ALL_TESTS
-from vlattn_fast.interpret.explaining.explain import explain
-from vlattn_fast.interpret.relevancy.method import Method
 from vlattn_fast.interpret.relevancy.methods.registry import published
 from vlattn_fast.measuring.provenance import commit, fingerprint, version, versions
 from vlattn_fast.measuring.records import grouped, markdown, read_json, write_records
-from vlattn_fast.models.clip_mapper import CLIPMapper
+from vlattn_fast.methods import Method
+from vlattn_fast.models import CLIPMapper
 from vlattn_lab import rivals
 from vlattn_lab.tasks import PLAIN, TASKS, Task, matching
 from vlattn_lab.uniter import log_odds

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from vlattn_fast.measuring.records import grouped
-from vlattn_fast.models.clip_mapper import CLIPMapper
+from vlattn_fast.models import CLIPMapper
 from vlattn_lab.clip import build_clip
 from vlattn_lab.questions import PROMPTS, QUESTIONS, Questions, are_true, digit_prompts, digit_questions
 from vlattn_lab.texts import ANSWERS, END, TEXT_VOCABULARY, SceneProcessor

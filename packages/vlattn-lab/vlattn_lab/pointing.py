@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vlattn_fast.interpret import Explanation, explain
-from vlattn_fast.models.clip_mapper import CLIPMapper
+from vlattn_fast import Explanation, explain
+from vlattn_fast.models import CLIPMapper
 from vlattn_lab.mapper import LONGEST, load_captioner, load_vqa
 from vlattn_lab.processor import DIGIT_WORDS
 from vlattn_lab.questions import Questions, digit_prompts, digit_questions

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlattn_fast import explain
 from vlattn_fast._ground.checks import call_on
 from vlattn_fast.attach.session import at_rest
-from vlattn_fast.interpret import explain
 from vlattn_fast.interpret.relevancy.methods.registry import published
 
 Inputs = Mapping[str, Any]

@@ -12,14 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast.interpret.relevancy.method import Method
-from vlattn_fast.interpret.relevancy.methods.glimpse import Glimpse
-from vlattn_fast.interpret.relevancy.methods.gradcam import GradCam
-from vlattn_fast.interpret.relevancy.methods.gradient import Gradient
-from vlattn_fast.interpret.relevancy.methods.input_gradient import InputGradient
-from vlattn_fast.interpret.relevancy.methods.integrated_gradients import IntegratedGradients
 from vlattn_fast.interpret.relevancy.methods.registry import published
-from vlattn_fast.interpret.relevancy.methods.weighted import Weighted
+from vlattn_fast.methods import Glimpse, GradCam, Gradient, InputGradient, IntegratedGradients, Method, Weighted
 from vlattn_lab.clip import load_clip
 from vlattn_lab.mapper import load_captioner, load_vqa
 from vlattn_lab.processor import DIGIT_WORDS

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlattn_fast.models.uniter import UNITER, UNITERConfig
+from vlattn_fast.models import UNITER, UNITERConfig
 from vlattn_lab.processor import POSITION_DIM, REGION_DIM, VOCABULARY, DigitProcessor
 from vlattn_lab.scenes import NEGATIVES, Scenes, digit_scenes, swapped_pairs
 from vlattn_lab.weights import DATA, load_model

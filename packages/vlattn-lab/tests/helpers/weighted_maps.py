@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast.attach.session import at_rest
-from vlattn_fast.models.clip_mapper import CLIPMapper
+from vlattn_fast.models import CLIPMapper
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vlattn_fast.interpret.explaining.explain import explain
+from vlattn_fast import explain, text_raters, token_scores
 from vlattn_fast.interpret.relevancy.methods.registry import published
 from vlattn_fast.measuring.figures import panels
 from vlattn_fast.measuring.records import having, markdown, spread
-from vlattn_fast.models.clip_mapper import CLIPMapper
-from vlattn_fast.nn.capture_attention import capture_attention
-from vlattn_fast.ops.token_scores import text_raters, token_scores
+from vlattn_fast.models import CLIPMapper
+from vlattn_fast.nn import capture_attention
 from vlattn_lab.experiments.experiment import Cell, Experiment, Record, Settings, Stage
 from vlattn_lab.mapper import LONGEST, load_captioner
 from vlattn_lab.questions import PROMPTS, Questions, are_true, digit_prompts

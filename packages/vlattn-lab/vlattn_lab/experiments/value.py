@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from vlattn_fast.interpret.probing import probe
+from vlattn_fast import probe
 from vlattn_fast.measuring.figures import panels
 from vlattn_fast.measuring.provenance import fingerprint
 from vlattn_fast.measuring.records import markdown, spread
-from vlattn_fast.models.uniter import UNITER, UNITERLayer
+from vlattn_fast.models import UNITER
 from vlattn_lab.experiments.experiment import Cell, Experiment, Record, Settings, Stage, spearman
 from vlattn_lab.probing import probe_samples
 from vlattn_lab.train.fit import seeded
@@ -94,8 +94,7 @@ def mean_accuracy(model: UNITER, count: int, seed: int) -> float:
 
 def without_head(model: UNITER, layer: int, head: int) -> RemovableHandle:
     """A context in which the result of a head is 0."""
-    chosen = model.uniter.encoder.layer[layer]
-    assert isinstance(chosen, UNITERLayer)
+    chosen: Any = model.uniter.encoder.layer[layer]
     width = chosen.attention.self.head_dim
 
     def silence(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

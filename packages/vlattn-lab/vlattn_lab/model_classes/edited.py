@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from vlattn_fast import Knockout, Steer, intervene
 from vlattn_fast.checking.models.stored import SOFTMAX
-from vlattn_fast.interpret import Knockout, Steer, intervene
 from vlattn_fast.interpret.intervening.seen_calls import SeenCall, see
 from vlattn_lab.model_classes.compare import BOUND, Row, described, next_logits
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from vlattn_fast.interpret.evaluating.evaluation import Evaluation
+from vlattn_fast import Evaluation
 from vlattn_fast.measuring.records import markdown
 from vlattn_lab.checkout import ROOT
 

@@ -7,9 +7,9 @@ import re
 from collections import Counter
 from typing import Any
 
+from vlattn_fast.interpret import Family
 from vlattn_fast.interpret.records.decoders import DECODERS
 from vlattn_fast.interpret.records.encoders import ENCODERS
-from vlattn_fast.interpret.records.record import Family
 from vlattn_fast.interpret.records.two_towers import LINKED
 from vlattn_lab.model_classes.compare import BOUND
 from vlattn_lab.model_classes.held import KEPT
@@ -142,7 +142,7 @@ def _short(reason: str) -> str:
 
 
 def measured_models() -> str:
-    """What `make models` stored, in three sections."""
+    """What `python -m vlattn_lab.model_classes` stored, in three sections."""
     explained, of_edits, of_held = (json.loads(path.read_text(encoding="utf-8")) for path in (TABLE, EDITS, HELD))
     return f"{measured(explained)}\n{edited(of_edits)}\n{held(of_held, explained)}"
 

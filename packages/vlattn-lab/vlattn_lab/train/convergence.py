@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 import vlattn_fast as va
-from vlattn_fast.models.uniter import UNITER
+from vlattn_fast.models import UNITER
 from vlattn_lab.checkout import ROOT
 from vlattn_lab.clip import CONFIG as CLIP
 from vlattn_lab.clip import build_clip, caption_ids, words_of

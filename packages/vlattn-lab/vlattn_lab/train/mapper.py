@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlattn_fast.models.clip_mapper import CLIPMapper
+from vlattn_fast.models import CLIPMapper
 from vlattn_lab.clip import caption_pixels, load_clip
 from vlattn_lab.mapper import CONFIG, blind_accuracy, prompt_accuracy, question_accuracy
 from vlattn_lab.processor import DIGIT_WORDS

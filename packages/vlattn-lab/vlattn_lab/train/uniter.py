@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlattn_fast.models.uniter import UNITER
+from vlattn_fast.models import UNITER
 from vlattn_lab.processor import VOCABULARY
 from vlattn_lab.scenes import CANVAS, DIGIT, PAIRS, Scenes, sample_scenes
 from vlattn_lab.train.fit import check_steps, fit, seeded

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlattn_fast import congruence_loss
 from vlattn_fast.benchmarks._published import published_loss, uneven_masks
 from vlattn_fast.measuring.memory import peak_of_call
-from vlattn_fast.models.uniter import UNITER, UNITERConfig
+from vlattn_fast.models import UNITER, UNITERConfig
 from vlattn_fast.nn import capture_attention
-from vlattn_fast.ops.congruence_loss import congruence_loss
 from vlattn_lab.experiments.congruence.training import CONFIG, MATCHED, REGIONS
 from vlattn_lab.experiments.experiment import least_seconds
 from vlattn_lab.train.fit import seeded

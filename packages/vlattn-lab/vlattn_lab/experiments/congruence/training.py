@@ -17,16 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlattn_fast.backends.reference.congruence_loss import KINDS
-from vlattn_fast.models.uniter import UNITER, UNITERConfig, UNITEROutput
-from vlattn_fast.nn import CongruenceLoss, capture_attention
-from vlattn_fast.nn.captured_layer import CapturedLayer
+from vlattn_fast.models import UNITER, UNITERConfig, UNITEROutput
+from vlattn_fast.nn import CapturedLayer, CongruenceLoss, capture_attention
 from vlattn_lab import scenes as data
 from vlattn_lab import uniter, winoground
 from vlattn_lab.processor import DIGIT_WORDS, VOCABULARY
 from vlattn_lab.scenes import CANVAS, DIGIT, NEGATIVES, Scenes, by_digit, digit_scans, paint, sample_scenes
 from vlattn_lab.train.fit import seeded
 
+KINDS = ("cacr", "iais_singular", "iais_distributed")  # of the loss
 CONFIG = UNITERConfig(
     vocab_size=len(VOCABULARY),
     hidden_size=64,

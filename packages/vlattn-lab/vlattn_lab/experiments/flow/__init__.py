@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vlattn_fast.measuring.provenance import fingerprint
-from vlattn_fast.models.clip_mapper import CLIPMapper
+from vlattn_fast.models import CLIPMapper
 from vlattn_lab.experiments.experiment import Cell, Experiment, Record, Settings, Stage
 from vlattn_lab.experiments.flow.edges import Effects, cut_together, falls, head_effects
 from vlattn_lab.experiments.flow.failures import by_mass, by_source, correlations, largest_miss

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlattn_fast.interpret import Edge, Knockout, ScaleHeads, attribute_edges, information_flow, intervene, intervene_each
-from vlattn_fast.models.clip_mapper import CLIPMapper
+from vlattn_fast import Edge, Knockout, ScaleHeads, attribute_edges, information_flow, intervene, intervene_each
+from vlattn_fast.models import CLIPMapper
 from vlattn_lab.experiments.flow.maps import Map, stored_maps
 from vlattn_lab.experiments.flow.samples import PAIRS, Asked
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from vlattn_fast.models.clip_mapper import CLIPMapper
+from vlattn_fast.models import CLIPMapper
 from vlattn_lab.experiments.flow.samples import Asked
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlattn_fast.models.clip_mapper import CLIPMapper
+from vlattn_fast.models import CLIPMapper
 from vlattn_lab.clip import PATCH
 from vlattn_lab.mapper import answer, complete
 from vlattn_lab.processor import DIGIT_WORDS

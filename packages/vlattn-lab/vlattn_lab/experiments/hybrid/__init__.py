@@ -17,13 +17,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast.interpret.evaluating.evaluate import evaluate
+from vlattn_fast import Explanation, evaluate, explain
 from vlattn_fast.interpret.evaluating.plan import RANDOM, Rival
-from vlattn_fast.interpret.explaining.explain import explain
-from vlattn_fast.interpret.relevancy.method import Method
 from vlattn_fast.interpret.relevancy.methods.registry import published
-from vlattn_fast.interpret.result.explanation import Explanation
 from vlattn_fast.measuring.provenance import fingerprint
+from vlattn_fast.methods import Method
 from vlattn_lab.experiments.experiment import Cell, Experiment, Record, Settings, Stage
 from vlattn_lab.experiments.hybrid.report import LAST, METHODS, TESTS, curves_figure, maps_figure, tables
 from vlattn_lab.hybrid import WEIGHTS, caption_truth, captions, inputs, load

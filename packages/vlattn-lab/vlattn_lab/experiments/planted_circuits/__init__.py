@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast.interpret.evaluating.evaluate import evaluate
-from vlattn_fast.interpret.explaining.explain import explain
-from vlattn_fast.interpret.relevancy.method import Method
+from vlattn_fast import evaluate, explain
 from vlattn_fast.interpret.relevancy.methods.registry import find_method
 from vlattn_fast.measuring.figures import panels
 from vlattn_fast.measuring.records import having, markdown, spread
+from vlattn_fast.methods import Method
 from vlattn_lab.experiments.experiment import Cell, Experiment, Record, Settings, Stage
 from vlattn_lab.experiments.flow.samples import draw
 from vlattn_lab.experiments.planted_circuits.mib import FIRST_ORDER, HELD, LISTS, RANDOM, SHARES, of_planted, of_scenes

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlattn_fast import Edge, Knockout, attribute_edges, intervene, intervene_each
 from vlattn_fast.attach.frozen import Frozen
-from vlattn_fast.interpret import Edge, Knockout, attribute_edges, intervene, intervene_each
 from vlattn_fast.interpret.evaluating.curves import area_under
 from vlattn_fast.interpret.result.numbers.rank_correlation import rank_correlation
-from vlattn_fast.models.clip_mapper import CLIPMapper
+from vlattn_fast.models import CLIPMapper
 from vlattn_lab.experiments.flow.edges import Effects, head_effects
 from vlattn_lab.experiments.flow.maps import stored_maps
 from vlattn_lab.experiments.flow.samples import PAIRS, Asked

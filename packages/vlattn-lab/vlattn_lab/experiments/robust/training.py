@@ -14,10 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlattn_fast.interpret import explain
-from vlattn_fast.interpret.relevancy.method import FREEZABLE, Method
-from vlattn_fast.interpret.relevancy.methods.gradient import Gradient
-from vlattn_fast.interpret.relevancy.methods.rollout import Rollout
+from vlattn_fast import explain
+from vlattn_fast.methods import Gradient, Method, Rollout
 from vlattn_fast.nn import RelevancyLoss, capture_relevancy
 from vlattn_lab.clip import PATCH, load_clip
 from vlattn_lab.pointing import box_shares
@@ -32,7 +30,11 @@ MASKS = 3  # a class
 BATCH = 32
 MAP = CANVAS // PATCH  # patches, both sides
 EXPLAINED, SHOWN = 200, 2  # scenes of a measurement at most, and of the picture
-RELEVANCIES: dict[str, Method] = {"rollout": Rollout(), "gradient": Gradient(freeze=()), "held": Gradient(freeze=FREEZABLE)}
+RELEVANCIES: dict[str, Method] = {
+    "rollout": Rollout(),
+    "gradient": Gradient(freeze=()),
+    "held": Gradient(freeze=("norms", "attention")),
+}
 
 
 @dataclass(frozen=True)

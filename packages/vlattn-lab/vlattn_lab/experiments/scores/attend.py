@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vlattn_fast import score_attention
 from vlattn_fast.interpret.evaluating.curves import area_under
 from vlattn_fast.nn.score_attention import make_score
-from vlattn_fast.ops.score_attention import score_attention
 
 # Names and options as `ScoreAttention` has them. With projects="key" the bias of general would cancel in the softmax. The relu is
 # MAC's.

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlattn_fast.nn.matching_losses import DamsmLoss
-from vlattn_fast.ops.stacked_cross_attention import damsm_similarity
+from vlattn_fast import damsm_similarity
+from vlattn_fast.nn import DamsmLoss
 from vlattn_lab.experiments.scores.material import TextEncoder, text_ids
 from vlattn_lab.scenes import Scenes, digit_scenes
 from vlattn_lab.train.clip import BACKGROUND, crowd, noisy, patch_losses

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlattn_fast.ops.stacked_cross_attention import damsm_similarity
+from vlattn_fast import damsm_similarity
 from vlattn_lab.clip import caption_pixels, words_of
 from vlattn_lab.experiments.experiment import spearman
 from vlattn_lab.experiments.scores import encoders

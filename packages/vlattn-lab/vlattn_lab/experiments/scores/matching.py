@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlattn_fast.nn.matching_losses import triplet_loss
 from vlattn_lab.clip import caption_pixels, words_of
 from vlattn_lab.experiments.experiment import spearman
 from vlattn_lab.experiments.scores.attend import Attend, perturbation, weights_and_relevancy
@@ -73,6 +72,14 @@ def swapped_scenes(count: int, seed: int, split: str) -> Scenes:
     return joined(swapped_pairs(count, split=split, seed=seed))
 
 
+def triplets(similarity: Tensor, same: Tensor, margin: float = 0.2) -> Tensor:
+    """The sum of `ScanLoss(hardest=False)` over similarities (B, B); same: bool (B, B), the pairs that are not false."""
+    true = similarity.diagonal()
+    captions_of = (margin + similarity - true[:, None]).clamp(min=0).masked_fill(same, 0.0)
+    images_of = (margin + similarity - true[None, :]).clamp(min=0).masked_fill(same, 0.0)
+    return captions_of.sum() + images_of.sum()
+
+
 def train(arm: str, seed: int, sizes: Sizes, rate: float) -> tuple[Matcher, Matcher]:
     """The trained model and its copy from before training."""
     first, model = (seeded(seed, lambda: Matcher(arm)) for _ in range(2))
@@ -86,7 +93,7 @@ def train(arm: str, seed: int, sizes: Sizes, rate: float) -> tuple[Matcher, Matc
         # a caption that is true, or nearly true, of an image is not wrong for this image
         holds = caption_pixels(select(scenes, chosen.tolist()), words[chosen]) > 0
         holds |= torch.eye(len(chosen), dtype=torch.bool)
-        return {"triplets": triplet_loss(model(seen[chosen], ids[chosen]), holds, hardest=False) / BATCH}
+        return {"triplets": triplets(model(seen[chosen], ids[chosen]), holds) / BATCH}
 
     fit(model.parameters(), losses, {"triplets": 1.0}, sizes.steps, learning_rate=rate, fused=True)
     return model.eval(), first.eval()

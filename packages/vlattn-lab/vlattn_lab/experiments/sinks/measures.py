@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast.interpret.explaining.explain import explain
+from vlattn_fast import Explanation, explain
 from vlattn_fast.interpret.relevancy import sinks as detector
 from vlattn_fast.interpret.relevancy.methods.registry import published
-from vlattn_fast.interpret.result.explanation import Explanation
-from vlattn_fast.models.clip_mapper import CLIPMapper
+from vlattn_fast.models import CLIPMapper
 from vlattn_lab.experiments.experiment import least_seconds
 from vlattn_lab.experiments.sinks.planted import TOKEN
 from vlattn_lab.experiments.sinks.samples import Samples

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlattn_fast.models.clip_mapper import CLIPMapper
+from vlattn_fast.models import CLIPMapper
 
 TOKEN = 1  # the patch in the upper left corner; [CLS] is token 0
 SHARES = (0.0, 0.3, 0.6, 0.9)  # of each query's attention
