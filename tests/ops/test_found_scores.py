@@ -100,17 +100,9 @@ def test_two_scores_of_one_name_are_refused(toy: type[Any], tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("kind", scores.SCORES.values(), ids=scores.SCORES)
-def test_who_cannot_look_into_the_folder_has_a_line(kind: type[scores.Score]) -> None:
-    """Type checkers, and pages that are built from sources."""
-    name = kind.__name__
-    lines = {
-        "vlattn_fast/scores/__init__.py": f"    from {kind.__module__} import ",
-        "docs/api.md": f"::: vlattn_fast.scores.{name}\n",
-        "docs/operators/score_attention.md": f'"{kind.name}"' if not kind.parameters else f"`scores.{name}(",
-    }
-    missing = {file: line for file, line in lines.items() if line not in (ROOT / file).read_text(encoding="utf-8")}
-    assert not missing, f"a line for {name} in each of these files: {missing}"
-    assert name in scores.__all__, f"{name} in __all__ of vlattn_fast/scores/__init__.py"
+def test_the_operators_page_names_each_score(kind: type[scores.Score]) -> None:
+    shown = f'"{kind.name}"' if not kind.parameters else f"`scores.{kind.__name__}("
+    assert shown in (ROOT / "docs/operators/score_attention.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", scores.layers())

@@ -28,13 +28,13 @@ from vlattn_fast.interpret.result.explanation import Explanation
 from vlattn_fast.interpret.result.side_by_side import SideBySide, compare
 
 __all__ = [
-    "FAMILIES",
     "Action",
     "Edge",
     "EdgeTable",
     "Evaluation",
     "Explanation",
     "Explanations",
+    "FAMILIES",
     "Family",
     "FlowCurve",
     "HeadRecord",
