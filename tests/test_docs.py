@@ -303,7 +303,7 @@ def test_the_price_is_that_of_the_stored_rows(name):
 
 
 def test_ci_runs_make_test():
-    assert "exec make test" in text(".ci/run")
+    assert "\nmake test" in text(".ci/run")
 
 
 def test_what_github_runs_is_what_a_contributor_runs():
