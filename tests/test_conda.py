@@ -1,4 +1,4 @@
-"""conda/recipe.yaml, which `make conda` builds, beside pyproject.toml."""
+"""conda/recipe.yaml, which tools/conda.py builds, beside pyproject.toml."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`make hub`: the folder loads as the kernel hub loads it, without this package, and its functions equal the formulas."""
+"""tools/hub: the folder loads as the kernel hub loads it, without this package, and its functions equal the formulas."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`make conda`: builds conda/recipe.yaml, installs the package into an environment of its own and runs the recipe's tests there.
+"""Builds conda/recipe.yaml, installs the package into an environment of its own and runs the recipe's tests there.
 
 usage: python -m tools.conda [--channel conda-forge]
 

@@ -71,7 +71,9 @@ def parts() -> list[Part]:
         for command in [(*SUITE, "tests/ops", "tests/kernels")]
         for part in Part(f"ptx sm_{architecture}", command, variables={"VLATTN_PTX": architecture}).shards(20)
     ]
-    return [*suite, *bits, *cpus, *packages, *sanitized, *arm, *(ptx if (ROOT / "packages" / "ptx").exists() else [])]
+    exact = Part("exact", (*SUITE, "tests/compiled/test_exact.py"), variables={"VLATTN_EXACT": "80 90"}).shards(5)
+    emulated = [*ptx, *exact] if (ROOT / "packages" / "ptx").exists() else []
+    return [*suite, *bits, *cpus, *packages, *sanitized, *arm, *emulated]
 
 
 def git(*words: str) -> str:

@@ -1,6 +1,6 @@
 """Pairs of ways to compute one thing, equal to the bit under FpSan, and calls under ConSan, without a report.
 
-`make ptx` runs all of them, for the architectures that VLATTN_EXACT names; else a tenth of them runs.
+`make test-all` runs all of them, for the architectures that VLATTN_EXACT names; else a tenth of them runs.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ def _on_device() -> None:
 
 @pytest.fixture(scope="module")
 def library() -> Path:
-    """As the emulated one it holds PTX of one architecture; `make table` builds all targets."""
+    """As the emulated one it holds PTX of one architecture; `python -m tools.compiled.cuda` builds all targets."""
     return build(*PTX) / "libvlattn_cuda.so"
 
 

@@ -1,4 +1,4 @@
-"""Triton kernels in Triton's interpreter on CPU tensors; with VLATTN_PTX=90 (`make ptx`) compiled and emulated; with
+"""Triton kernels in Triton's interpreter on CPU tensors; with VLATTN_PTX=90 compiled and emulated; with
 VLATTN_TEST_DEVICE=cuda (`make gpu`) compiled, on that device.
 
 The tests name no device: what they make lies on the default one.

@@ -53,7 +53,7 @@ def test_as_the_formula(name: str, empty: str) -> None:
 @on("streaming", "cpu")
 @pytest.mark.parametrize("empty", ("D", "V", "DV"))
 def test_no_features_beside_padding(backend: str, empty: str) -> None:
-    """Rows of size 0 have no pointer, which `make sanitize` sees where zeros are written to one."""
+    """Rows of size 0 have no pointer, which a sanitizer sees where zeros are written to one."""
     x = leaves(of_sizes("score_attention", empty))
     padding = torch.tensor([[True, False, True, False]] * SIZES.batch)
     results = []

@@ -1,4 +1,4 @@
-"""`make hub`: a kernel of the kernel hub from kernels/, csrc/ and the few modules that they need, into build/hub/.
+"""A kernel of the kernel hub from kernels/, csrc/ and the few modules that they need, into build/hub/.
 
 usage: python -m tools.hub.build [--out build/hub]
 

@@ -5,7 +5,7 @@ where each has choices of its own. `backend` is then the name, ready to be passe
 backend refuses it: what a backend takes stands in the suite, and what it does not take is a test with assert_refused.
 
 On the CPU the Triton kernels run in Triton's interpreter, and the CUDA C++ kernels emulated, as nvcc compiles them, where the
-package ptx is installed. With VLATTN_PTX=90 (`make ptx`) the Triton kernels are compiled for that architecture and emulated, too;
+package ptx is installed. With VLATTN_PTX=90 the Triton kernels are compiled for that architecture and emulated, too;
 a finding raises.
 With VLATTN_TEST_DEVICE=cuda (`make gpu`) every backend runs on that device; VLATTN_CUDA_LIBRARY names the library then. The tests
 name no device: what they make lies on the default one. The CPU kernels are those that the install has built; they are not tested

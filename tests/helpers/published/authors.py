@@ -1,6 +1,6 @@
 """The published code of the papers, run as it is: functions and classes out of clones of the authors' repositories.
 
-    make published CLONES=/folder/of/clones
+    VLATTN_PUBLISHED=/folder/of/clones python -m pytest tests/published
 
 None of it is part of this repository. The commits below are those that were compared.
 """
