@@ -1,5 +1,5 @@
-"""Each Triton kernel as it is compiled, emulated, forward and backward, against float64 by the tolerance rule. `make test-all` runs
-the whole suites of the operators so.
+"""Each Triton kernel as it is compiled, emulated, forward and backward, against float64 by the tolerance rule. `make test-all`
+runs the whole suites of the operators so.
 
 The kernels of this process are those of Triton's interpreter (tests/conftest.py): calls run in another one.
 """

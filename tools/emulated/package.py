@@ -1,4 +1,4 @@
-"""Both backends for GPUs at once: `emulated` for a while, as tests/conftest.py has it with VLATTN_PTX, `install` for a process."""
+"""Both backends for GPUs at once: `emulated` for a while, as tests/conftest.py takes it, `install` for a process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The namespace of the operators in torch.library. In the folder that tools/hub makes a module of the same names takes its place."""
+"""The namespace of the operators in torch.library. In the kernel hub's folder a module of the same names takes its place."""
 
 from __future__ import annotations
 
