@@ -13,7 +13,7 @@ pytest.importorskip("sklearn")
 import vlattn_fast as va
 from vlattn_fast.benchmarks._published import published_loss
 from vlattn_fast.measuring.records import having
-from vlattn_fast.nn import CapturedLayer, CongruenceLoss, capture_attention
+from vlattn_fast.nn import CapturedLayer, CongruenceLoss
 from vlattn_lab import digit_scans, is_true, swapped_pairs
 from vlattn_lab.checkout import ROOT
 from vlattn_lab.experiments import congruence
@@ -79,7 +79,7 @@ def test_all_arms_of_a_seed_start_alike_and_see_the_same():
 @pytest.mark.parametrize("kind", training.KINDS)
 def test_the_loss_reaches_words_and_regions_of_matched_pairs_alone(kind):
     scenes, _ = training.training_scenes(torch.tensor([1, 2, 3]), "fit", torch.Generator().manual_seed(0))
-    with capture_attention(training.new_model(0), layers=1) as captured:
+    with va.nn.capture_attention(training.new_model(0), layers=1) as captured:
         captured.model(**training.model_inputs(scenes))
     query, key = (x.detach().requires_grad_() for x in captured.layer.joint)
     training.congruence(CongruenceLoss(kind), CapturedLayer(joint=(query, key)), 2).backward()

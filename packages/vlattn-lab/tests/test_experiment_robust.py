@@ -11,7 +11,8 @@ import torch
 pytest.importorskip("sklearn")
 pytest.importorskip("transformers")
 
-from vlattn_fast.nn import RelevancyLoss, capture_relevancy
+import vlattn_fast as va
+from vlattn_fast.nn import RelevancyLoss
 from vlattn_lab import digit_scans
 from vlattn_lab.experiments import run as frame
 from vlattn_lab.experiments.robust import report, training
@@ -64,7 +65,7 @@ def test_a_loss_on_masks_moves_relevancy_into_them(scenes):
     few = training.few(scenes.shaded("as in training"))[::3]
 
     def outside(model, method):
-        with capture_relevancy(model, method=training.RELEVANCIES[method]) as captured:
+        with va.nn.capture_relevancy(model, method=training.RELEVANCIES[method]) as captured:
             logits = model(few.images[:, None])
         score = None if method == "rollout" else logits.gather(1, few.answer[:, None]).sum()
         return RelevancyLoss("inside", prefix=1)(captured.relevancy(score, read="cls"), few.mask).item()

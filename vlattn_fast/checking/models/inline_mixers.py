@@ -23,9 +23,14 @@ def lightning(module: Any) -> Callable[..., Any]:
 
         def of_values(value: Tensor) -> Tensor:
             """The input of the norm behind the recurrence."""
-            seen = []
+            seen = list[Tensor]()
+
+            def keep(states: Tensor) -> Tensor:
+                seen.append(states)
+                return states
+
             mixed = torch.cat([query, key, value], -1).flatten(2)
-            parts = SimpleNamespace(act_fn=lambda _: mixed, norm=lambda states: seen.append(states) or states)
+            parts = SimpleNamespace(act_fn=lambda _: mixed, norm=keep)
             _with(
                 module,
                 vars(parts),

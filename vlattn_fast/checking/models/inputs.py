@@ -77,7 +77,7 @@ def decoded(model: Any, batch: int) -> dict[str, Tensor]:
 def pictures_of(model: Any) -> Iterator[dict[str, Any]]:
     """Two pictures in each form that the model's forward names."""
     accepted = inspect.signature(model.forward).parameters
-    vision = getattr(model.config, "vision_config", None)
+    vision: Any = getattr(model.config, "vision_config", None)
     names = ("model_patch_size", "patch_size")
     patch = next((size for part in (vision, model.config) for n in names if (size := getattr(part, n, None))), 8)
     patch = patch if isinstance(patch, int) else patch[0]
@@ -179,7 +179,8 @@ def prompts(model: Any, pictures: dict[str, Any], padded: str, count: int) -> di
 
 def counts(model: Any, pictures: dict[str, Any]) -> list[int]:
     """How many image tokens a picture may be: as many features as the model says, else some to try."""
-    for part in (model, getattr(model, "model", None)):
+    parts: list[Any] = [model, getattr(model, "model", None)]
+    for part in parts:
         try:
             with torch.no_grad():
                 return [_rows(part.get_image_features(**pictures)) // 2]

@@ -160,12 +160,12 @@ class Mixers:
             if before is not None:
                 of_values, arguments[values.name] = _apart(*before, arguments[values.name], values)
             of_map, output = self._by_map(function, values, output, (), arguments)
-            of_values = [] if of_values is None else [of_values]
+            maps_before = [] if of_values is None else [of_values]
             if before is not None and self._mixed is not None:  # a further call of the same module, for other channels
                 self._mixed.maps.append(of_map)
-                self._mixed.before.extend(of_values)
+                self._mixed.before.extend(maps_before)
             else:
-                self._mixed = Mixed([of_map], of_values)
+                self._mixed = Mixed([of_map], maps_before)
                 self.take(self._mixed)
         return (output, *result[1:]) if isinstance(result, tuple) else output
 

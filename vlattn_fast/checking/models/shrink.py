@@ -210,8 +210,9 @@ def small_model(model_class: Any, fill: bool = False, attention: str | None = No
     torch.manual_seed(0)
     model = lively(model_class(config)).eval().to(torch.get_default_dtype())  # some make float32 tensors by name
     for part in model.modules():
-        if hasattr(config := getattr(part, "config", None), "_experts_implementation"):
-            config._experts_implementation = "eager"  # others have no float64
+        of_part: Any = getattr(part, "config", None)
+        if hasattr(of_part, "_experts_implementation"):
+            of_part._experts_implementation = "eager"  # others have no float64
     return model
 
 

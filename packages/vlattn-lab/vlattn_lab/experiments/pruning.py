@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+import vlattn_fast as va
 from vlattn_fast import explain, text_raters, token_scores
 from vlattn_fast.interpret.relevancy.methods.registry import published
 from vlattn_fast.measuring.figures import panels
 from vlattn_fast.measuring.records import having, markdown, spread
 from vlattn_fast.models import CLIPMapper
-from vlattn_fast.nn import capture_attention
 from vlattn_lab.experiments.experiment import Cell, Experiment, Record, Settings, Stage
 from vlattn_lab.mapper import LONGEST, load_captioner
 from vlattn_lab.questions import PROMPTS, Questions, are_true, digit_prompts
@@ -32,7 +32,7 @@ Inputs = dict[str, Tensor]
 
 
 def visionzip(model: CLIPMapper, inputs: Inputs, seed: int) -> Tensor:
-    with torch.no_grad(), capture_attention(model.vision, layers=-2) as seen:
+    with torch.no_grad(), va.nn.capture_attention(model.vision, layers=-2) as seen:
         model.encode_image(inputs["pixel_values"])
     return seen.image.token_scores("visionzip")
 

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import vlattn_fast as va
 from vlattn_fast import congruence_loss
 from vlattn_fast.benchmarks._published import published_loss, uneven_masks
 from vlattn_fast.measuring.memory import peak_of_call
 from vlattn_fast.models import UNITER, UNITERConfig
-from vlattn_fast.nn import capture_attention
 from vlattn_lab.experiments.congruence.training import CONFIG, MATCHED, REGIONS
 from vlattn_lab.experiments.experiment import least_seconds
 from vlattn_lab.train.fit import seeded
@@ -93,7 +93,7 @@ def _step(problem: Problem, loss: Loss | None) -> Callable[[], None]:
         if loss is None:
             total = F.cross_entropy(model(**inputs).logits, label)
         else:
-            with capture_attention(model) as captured:
+            with va.nn.capture_attention(model) as captured:
                 logits = model(**inputs).logits
             query, key = (x[: problem.matched] for x in (captured.query, captured.key))
             words, regions = (query[:, :, :text], key[:, :, :text]), (query[:, :, text:], key[:, :, text:])

@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import vlattn_fast as va
 from vlattn_fast.models import UNITER, UNITERConfig, UNITEROutput
-from vlattn_fast.nn import CapturedLayer, CongruenceLoss, capture_attention
+from vlattn_fast.nn import CapturedLayer, CongruenceLoss
 from vlattn_lab import scenes as data
 from vlattn_lab import uniter, winoground
 from vlattn_lab.processor import DIGIT_WORDS, VOCABULARY
@@ -178,7 +179,7 @@ def train(seed: int, loss: str, weight: float, layer: int, sizes: Sizes, *, stop
         if extra is None:
             total = losses(model, model(**inputs), inputs, label)
         else:
-            with capture_attention(model, layers=layer) as captured:
+            with va.nn.capture_attention(model, layers=layer) as captured:
                 output = model(**inputs)
             total = losses(model, output, inputs, label) + congruence(extra, captured.layer, MATCHED)
         optimizer.zero_grad(set_to_none=True)
@@ -232,7 +233,7 @@ def log_odds(model: UNITER, inputs: Inputs) -> Tensor:
 @torch.no_grad()
 def congruences(model: UNITER, inputs: Inputs) -> tuple[dict[str, float], Tensor]:
     """(the losses in each layer, in both directions, by `value_name`; the log odds) of true captions."""
-    with capture_attention(model, layers=range(CONFIG.num_hidden_layers)) as captured:
+    with va.nn.capture_attention(model, layers=range(CONFIG.num_hidden_layers)) as captured:
         odds = log_odds(model, inputs)
     return {
         value_name(kind, layer): float(congruence(CongruenceLoss(kind), captured[layer], len(odds)))

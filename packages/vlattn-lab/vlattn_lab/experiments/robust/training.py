@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import vlattn_fast as va
 from vlattn_fast import explain
 from vlattn_fast.methods import Gradient, Method, Rollout
-from vlattn_fast.nn import RelevancyLoss, capture_relevancy
+from vlattn_fast.nn import RelevancyLoss
 from vlattn_lab.clip import PATCH, load_clip
 from vlattn_lab.pointing import box_shares
 from vlattn_lab.scenes import CANVAS, sample_scenes
@@ -133,7 +134,7 @@ def second_training(model: Classifier, scenes: Scenes, loss: str, weight: float,
         if loss in ("none", "crop"):
             parts = {"answer": F.cross_entropy(model(pixels), answer)}
             return parts if loss == "none" else {**parts, "mask": F.cross_entropy(model(pixels * mask[:, None]), answer)}
-        with capture_relevancy(model, method=RELEVANCIES[loss]) as captured:
+        with va.nn.capture_relevancy(model, method=RELEVANCIES[loss]) as captured:
             logits = model(pixels)
         score = None if loss == "rollout" else logits.gather(1, answer[:, None]).sum()
         return {"answer": F.cross_entropy(logits, answer), "mask": inside(captured.relevancy(score, read="cls"), mask)}
