@@ -112,10 +112,10 @@ def completions(maps: Maps) -> None:
     (plain,) = answer("/v1/completions", prompt=WORDS)["choices"]
     assert "vlattn" not in plain and plain["token_ids"] == choice["token_ids"]
     parts = chunks("/v1/completions", prompt=WORDS, vlattn=ASK)
-    spoken = [choice for chunk in parts for choice in chunk["choices"] if "vlattn" in choice]
-    assert len(spoken) > 2 and "received" not in spoken[0]["vlattn"], "the numbers come with their tokens"
-    for one in spoken:
-        assert len(one["vlattn"]["mass"]) == len(one["token_ids"])
+    spoken = [choice for chunk in parts for choice in chunk["choices"] if choice.get("token_ids")]
+    for one in spoken:  # as many as the client was in time for: the server joins the tokens of a slow one
+        assert len(one["vlattn"]["mass"]) == len(one["token_ids"]), "the numbers come with their tokens"
+    assert not any("received" in one["vlattn"] for one in spoken[:-1])
     whole = joined([Attention.from_dict(one["vlattn"]) for one in spoken])
     checked(maps, whole.to_dict(), prompt, choice["token_ids"], first=whole.queries[0])
     two = chunks("/v1/completions", prompt=[prompt, prompt[:20]], n=2, vlattn=ASK, temperature=1.5, seed=1)
