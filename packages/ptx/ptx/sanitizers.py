@@ -226,14 +226,14 @@ def _infinities() -> Iterator[None]:
         return semantic.or_(same, semantic.and_(equals(semantic, x, y), differs(semantic, x, NAN[kind.name])))
 
     def power(raise_to: Any) -> Any:
-        @tl.core.builtin
+        @tl.core.builtin  # type: ignore[untyped-decorator]
         def raised(x: Any, _semantic: Any = None) -> Any:
             return _semantic.where(_semantic.equal(x, -INFINITY), 0.0, raise_to(x, _semantic=_semantic))
 
         raised.__module__ = raise_to.__module__  # which Triton asks before it looks for what a kernel depends on
         return raised
 
-    @tl.core.builtin
+    @tl.core.builtin  # type: ignore[untyped-decorator]
     def assembled(asm: Any, constraints: Any, args: Any, dtype: Any, is_pure: Any, pack: Any, _semantic: Any = None) -> Any:
         """Of integers FpSan makes a number that depends on them, whatever the instruction. So their result is one, too."""
         kind, registers = tl.core._unwrap_if_constexpr(dtype), tl.core._unwrap_if_constexpr(constraints)

@@ -63,13 +63,13 @@ def emulated(
     before = driver._active, knobs.runtime.add_stages_inspection_hook, Autotuner.run
     driver.set_active(emulating)
     knobs.runtime.add_stages_inspection_hook = _end_at_ptx
-    Autotuner.run = _untimed(Autotuner.run)  # type: ignore[method-assign]
+    Autotuner.run = _untimed(Autotuner.run)
     try:
         with knobs.cache.scope():
             knobs.cache.dir = str(Path(knobs.cache.dir, "ptx"))
             yield emulating.launches
     finally:
-        driver._active, knobs.runtime.add_stages_inspection_hook, Autotuner.run = before  # type: ignore[method-assign]
+        driver._active, knobs.runtime.add_stages_inspection_hook, Autotuner.run = before
 
 
 def _untimed(run: Callable[..., Any]) -> Callable[..., Any]:

@@ -55,7 +55,7 @@ class Label:
     names: tuple[str, ...]
 
 
-Value = str | Constant | Symbol | Address | Label | int | list | None
+Value = str | Constant | Symbol | Address | Label | int | list[object] | None
 
 
 @dataclass

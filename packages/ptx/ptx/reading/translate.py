@@ -342,7 +342,7 @@ class Translation:
         if known := self._known(token):
             self.kernel.registers[known[0]] = known[1]
             if operand.negatable:
-                return [known[0], int(negated)]  # type: ignore[list-item]
+                return [known[0], int(negated)]
             if negated:
                 raise self._error(f"negated operand {token}")
             return self._fitted(opcode, operand, kind, known[0], known[1], behind)
@@ -353,7 +353,7 @@ class Translation:
             bits = 32 if token == "WARP_SZ" else literal(token, kind)
             if bits is not None:
                 constant = Constant(bits, size)
-                return [constant, int(negated)] if operand.negatable else constant  # type: ignore[list-item]
+                return [constant, int(negated)] if operand.negatable else constant
             match = re.fullmatch(r"([\w$.]+?)\s*(?:\+\s*(\d+))?", token)
             symbol = self._symbol(match[1], int(match[2] or 0), size) if match else None
             if symbol is not None:

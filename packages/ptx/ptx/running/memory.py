@@ -37,7 +37,8 @@ _uninitialised: dict[int, _Uninitialised] = {}  # by the storage's address
 
 
 def _bytes_at(address: int, size: int) -> np.ndarray:
-    return np.frombuffer((ctypes.c_uint8 * size).from_address(address), dtype=np.uint8)
+    held: Any = (ctypes.c_uint8 * size).from_address(address)
+    return np.frombuffer(held, dtype=np.uint8)
 
 
 def uninitialised(tensor: torch.Tensor) -> torch.Tensor:
@@ -122,7 +123,7 @@ class Memory:
         copy = self._copies.get(storage.data_ptr())
         if copy is None:
             copy = self._copies[storage.data_ptr()] = self._copy(storage.data_ptr(), storage.nbytes())
-        offset = tensor.storage_offset() * tensor.element_size()
+        offset = int(tensor.storage_offset()) * tensor.element_size()
         steps = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
         begin, extent = copy.start + offset, (steps + 1) * tensor.element_size()
         initialised = 0 if copy.written is None else copy.written.ctypes.data + offset

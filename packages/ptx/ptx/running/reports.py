@@ -40,7 +40,7 @@ class Finding(NamedTuple):
     kind: str
     text: str
     place: str  # the two below, and the instruction
-    count: int
+    count: int  # type: ignore[assignment]  # not that of tuples
     line: int = 0  # of the PTX text; 0: of no instruction
     source: str = ""  # "kernel.py:12", and where a function of another file is inlined, " in other.py:34"
 
