@@ -13,8 +13,8 @@ pytest.importorskip("triton", reason="the tiles that a launch takes now are read
 from tools.pages import site
 
 
-def stand_in() -> str:
-    return "| a | b |\n| --- | --- |\n| 1 | [2](models.md) |\n| 3 | 4 |\n"
+def stand_in(*arguments: str) -> str:
+    return "| a | b |\n| --- | --- |\n| 1 | 2 |\n| 3 | 4 |\n"
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +40,10 @@ def test_every_page_is_there_and_nothing_else(folder: Path) -> None:
 
 def test_every_table_stands_on_one_page(folder: Path) -> None:
     named = [name for path in site.DOCS.rglob("*.md") for name in site.MARK.findall(path.read_text(encoding="utf-8"))]
-    assert sorted(named) == sorted(site.TABLES)
+    assert len({*named}) == len(named) and {line.partition(": ")[0] for line in named} == {*site.TABLES}
     assert not any(site.MARK.search(path.read_text(encoding="utf-8")) for path in folder.rglob("*.md"))
-    for name in site.TABLES:
-        assert len(re.findall(r"^\|.+\|$", site.table(name), re.M)) > 3
+    for line in named:
+        assert len(re.findall(r"^\|.+\|$", site.table(line), re.M)) > 3, line
 
 
 def test_links_lead_somewhere(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """The folder of which `make docs` makes the site: docs/, with the tables that are made of stored rows, and the report.
 
-A page has a line `<!-- table: NAME -->` where a table of `TABLES` stands. docs/extension.py fills in costs and counts, which need
-nothing but Python.
+A page has a line `<!-- table: NAME -->`, or `<!-- table: NAME: ARGUMENTS -->`, where a table of `TABLES` stands.
+docs/extension.py fills in costs and counts, which need nothing but Python.
 """
 
 from __future__ import annotations
@@ -20,14 +20,22 @@ TABLES = {  # by name the function that makes it, of this package or of vlattn_l
     "tiles": "tools.pages.kernel_measured.changes_of_tiles",
     "measured models": "vlattn_lab.pages.models_page.measured_models",
     "listed models": "vlattn_lab.pages.models_page.listed_models",
+    "evaluation": "vlattn_lab.pages.evaluation_page.evaluation",
+    "residual shares": "vlattn_lab.pages.evaluation_page.residual_shares",
+    "which method": "vlattn_lab.pages.which_method_page.table",
+    "evaluations of others": "vlattn_lab.pages.evaluations_of_others.evaluations_of_others",
 }
 MARK = re.compile(r"^<!-- table: (.+?) -->$", re.M)
 REPORT = "report.md"  # the one page that is made whole
 
 
-def table(name: str) -> str:
+def table(line: str) -> str:
+    """line: the name, and behind a colon arguments, by blanks."""
+    name, _, arguments = line.partition(": ")
+    if name not in TABLES:
+        raise ValueError(f"a line '<!-- table: NAME -->' must name one of {', '.join(TABLES)}; got {name!r}")
     module, _, function = TABLES[name].rpartition(".")
-    return str(getattr(importlib.import_module(module), function)()).strip("\n")
+    return str(getattr(importlib.import_module(module), function)(*arguments.split())).strip("\n")
 
 
 def filled(text: str) -> str:
@@ -36,9 +44,6 @@ def filled(text: str) -> str:
     Raises:
         ValueError: a line names no table.
     """
-    for name in MARK.findall(text):
-        if name not in TABLES:
-            raise ValueError(f"a line '<!-- table: NAME -->' must name one of {', '.join(TABLES)}; got {name!r}")
     return MARK.sub(lambda mark: table(mark[1]), text)
 
 

@@ -25,8 +25,7 @@ from vlattn_lab.clip import CONFIG as CLIP_CONFIG
 from vlattn_lab.clip import build_clip
 from vlattn_lab.evaluation import TESTS
 from vlattn_lab.mapper import CONFIG as MAPPER_CONFIG
-from vlattn_lab.pages import which_method_page
-from vlattn_lab.pages.evaluation_page import PAGE, page
+from vlattn_lab.pages import evaluation_page, which_method_page
 from vlattn_lab.processor import DIGIT_WORDS
 from vlattn_lab.tasks import PLAIN
 from vlattn_lab.texts import SceneProcessor
@@ -273,9 +272,8 @@ def test_tables_of_three_methods():
 
 
 def test_the_page_has_the_stored_rows():
-    """Its tables are those of the files of rows that it names; every part with a value has a heading."""
-    text = PAGE.read_text(encoding="utf-8")
-    assert page() == text, "python -m vlattn_lab.pages.evaluation_page writes the tables anew"
+    """It has a table for every part with a value, with every row."""
+    text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
     named = set()
     for section in re.split(r"^## ", text, flags=re.M):
         found = re.search(r"`(benchmarks/results/evaluation-(\w+)\.json)`", section)
@@ -284,7 +282,14 @@ def test_the_page_has_the_stored_rows():
         named.add(found[1])
         report = json.loads((ROOT / found[1]).read_text())
         for part in {row["part"] for row in report["rows"] if row["value"] is not None}:
-            assert re.search(rf"^### (The )?{part}\n\n\| method \|", section, re.M | re.I), (found[1], part)
+            mark = f"<!-- table: evaluation: {found[2]} {part} -->"
+            assert re.search(rf"^### (The )?{part}\n\n{mark}$", section, re.M | re.I), (found[1], part)
+            shown = evaluation_page.evaluation(found[2], part)
+            for row in report["rows"]:
+                if row["part"] == part and row["value"] is not None:
+                    assert f"| `{row['method']}` |" in shown and f"{row['value']:.3f} ± {row['sd']:.3f}" in shown, row
+        if "residual_shares" in report:
+            assert len(evaluation_page.residual_shares(found[2]).splitlines()) == 2 + len(report["residual_shares"])
         weights = fingerprint(evaluation.TASKS[found[2]].load())
         assert report["weights"] == weights, f"python -m vlattn_lab.evaluation {found[2]} measures the present weights anew"
         assert f"{report['accuracy_of_whole']:.1%}".replace("%", " %") in section
@@ -294,8 +299,14 @@ def test_the_page_has_the_stored_rows():
 
 
 def test_which_method_has_the_stored_rows():
-    text = which_method_page.PAGE.read_text(encoding="utf-8")
-    assert which_method_page.page() == text, "python -m vlattn_lab.pages.which_method_page writes the tables anew"
+    """A table of each test that it names, with a line for every method and a column for every task."""
+    text = (ROOT / "docs" / "guides" / "which_method.md").read_text(encoding="utf-8")
+    tests = re.findall(r"^<!-- table: which method: (\w+) -->$", text, re.M)
+    assert tests == ["pointing", "mass", "positive", "negative", "sanity"]
+    for test in tests:
+        head, _, *lines = which_method_page.table(test).splitlines()
+        assert head.count("|") == 3 + len(which_method_page.TASKS)
+        assert {line.split("`")[1] for line in lines} == {*which_method_page.METHODS}, test
 
 
 def test_captions_are_accepted_by_their_odds():

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import vlattn_fast as va
 from tests.helpers.small_models import VISION
 from vlattn_fast import cli
-from vlattn_lab.pages.evaluations_of_others import with_others
+from vlattn_lab.pages.evaluations_of_others import evaluations_of_others
 
 
 def saved(folder: Path) -> tuple[Path, Path]:
@@ -34,12 +34,8 @@ def test_a_file_of_evaluate_is_a_section_of_the_page(tmp_path):
     words = ("evaluate", "--model", vit, "--dataset", dataset, "--out", folder / "mine.json", *asked)
     result = CliRunner().invoke(cli.app, [*map(str, words)])
     assert result.exit_code == 0, result.output
-    before = "# Page\n\n## What others measured\n\nA paragraph\nof two lines.\n\n"
-    page = with_others(f"{before}No file yet.\n\n## Next\n\nText.\n", folder)
-    assert with_others(page, folder) == page
-    kept, _, made = page.partition("### mine: ")
-    title, facts, table, *behind = made.split("\n\n")
-    assert kept == before and behind == ["## Next", "Text.\n"] and title == f"`ViTForImageClassification` ({vit.name})"
+    title, facts, table = evaluations_of_others(folder).split("\n\n")
+    assert title == f"### mine: `ViTForImageClassification` ({vit.name})"
     assert facts.startswith("1 samples of data.jsonl, seed 0, float32 on CPU: ") and "transformers" in facts and "commit" in facts
     head, _, *lines = table.splitlines()
     assert head == "| method | pointing, image | positive, image |"
@@ -49,7 +45,5 @@ def test_a_file_of_evaluate_is_a_section_of_the_page(tmp_path):
     del whole["facts"]["device"], whole["facts"]["versions"]
     (folder / "old.json").write_text(json.dumps(whole))
     with pytest.raises(ValueError, match="old.json must be a file of a present `vlattn evaluate`; it lacks device, versions"):
-        with_others(page, folder)
-    assert "No file yet.\n\n## Next" in with_others(page, tmp_path / "none")
-    with pytest.raises(ValueError, match="the page must have one section 'What others measured'"):
-        with_others("# Page\n", tmp_path / "none")
+        evaluations_of_others(folder)
+    assert evaluations_of_others(tmp_path / "none") == "No file yet.\n"

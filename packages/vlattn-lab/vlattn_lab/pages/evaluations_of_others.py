@@ -5,7 +5,6 @@ A model that this project cannot run is measured by somebody who can.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from vlattn_fast import Evaluation
@@ -14,17 +13,11 @@ from vlattn_lab.checkout import ROOT
 
 FOLDER = ROOT / "benchmarks" / "results" / "evaluations"
 NEEDED = ("model", "seed", "dtype", "device", "versions")
-# The heading and its first paragraph, which stay, and what is made anew
-_SECTION = re.compile(r"(^## What others measured\n\n(?:[^\n]+\n)+)\n.*?(?=^## |\Z)", re.M | re.S)
 
 
-def with_others(text: str, folder: Path = FOLDER) -> str:
-    """The page with a section for each file in `folder`, in the order of their names."""
-    made = "\n".join(map(section, sorted(folder.glob("*.json")))) or "No file yet.\n"
-    text, count = _SECTION.subn(lambda kept: f"{kept[1]}\n{made}\n", text)
-    if count != 1:
-        raise ValueError(f"the page must have one section 'What others measured', which begins with a paragraph; got {count}")
-    return text
+def evaluations_of_others(folder: Path = FOLDER) -> str:
+    """A section for each file in `folder`, in the order of their names."""
+    return "\n".join(map(section, sorted(folder.glob("*.json")))) or "No file yet.\n"
 
 
 def section(path: Path) -> str:

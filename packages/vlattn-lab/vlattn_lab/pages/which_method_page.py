@@ -1,23 +1,15 @@
-"""The tables of docs/guides/which_method.md, from the stored rows: `python -m vlattn_lab.pages.which_method_page` writes them.
-
-The sentences around the tables are written by hand. A table follows the heading of its test.
-"""
+"""The tables of docs/guides/which_method.md, from the stored rows."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 
 from vlattn_fast.interpret.relevancy.methods import registry
 from vlattn_fast.measuring.records import markdown
 from vlattn_lab.checkout import ROOT
-from vlattn_lab.pages.evaluations_of_others import with_others
 
-PAGE = ROOT / "docs" / "guides" / "which_method.md"
 TASKS = {"matching": "UNITER", "clip": "CLIP", "vqa": "questions", "captions": "captions"}  # with a file of rows each
-TESTS = {"Pointing": "pointing", "Mass": "mass", "the most relevant first": "positive", "the least": "negative"}
-TESTS["Random weights"] = "sanity"
 METHODS = ("gradient", "weighted", "input_gradient", "gradcam", "integrated_gradients", "glimpse", "rollout", "attention")
 METHODS += ("occlusion", "random")
 FORMS = ((), ("norms",), ("norms", "attention"))  # held fixed
@@ -49,20 +41,3 @@ def labels(method: str) -> Iterator[tuple[str, str]]:
     for freeze in FORMS:
         is_default = bool(freeze) and freeze == kind.default_freeze
         yield kind(freeze=freeze).label, ", ".join(freeze) + (" (default)" if is_default else "")
-
-
-def page() -> str:
-    text = PAGE.read_text(encoding="utf-8")
-    for heading, test in TESTS.items():
-        start = re.search(rf"^### .*{heading}.*$", text, re.M)
-        if start is None:
-            raise ValueError(f"{PAGE.name} must have a heading with {heading!r}; got none")
-        made = re.compile(r"(?:^\|.+\|\n)+", re.M).search(text, start.end())
-        if made is None:
-            raise ValueError(f"{PAGE.name} must have a table behind {start[0]!r}; got none")
-        text = text[: made.start()] + table(test) + "\n" + text[made.end() :]
-    return with_others(text)
-
-
-if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
