@@ -105,6 +105,13 @@ def test_an_unknown_instruction_set_is_refused(said: dict[str, tuple[str, str]])
     assert said["v5"][0] == f"ValueError: {words}" and words in said["v5"][1]
 
 
+def test_a_library_of_another_processor_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_available", list)
+    words = "this processor runs no instruction set that .* was built for: install vlattn_fast again .* VLATTN_BUILD_ISA=all"
+    with pytest.raises(RuntimeError, match=words):
+        native.instruction_set.__wrapped__()
+
+
 def test_info_names_what_runs(said: dict[str, tuple[str, str]]) -> None:
     state = f"of {', '.join(available())} this processor runs"
     last = available()[-1]

@@ -139,6 +139,11 @@ def _available() -> list[str]:
 def instruction_set() -> str:
     """The one whose kernels run: the fastest that the processor has, or the one that VLATTN_CPU_ISA names."""
     available = _available()
+    if not available:  # another processor than the one that an editable install compiled for
+        raise RuntimeError(
+            f"this processor runs no instruction set that {library.path} was built for: install vlattn_fast again on this machine, "
+            "or with VLATTN_BUILD_ISA=all"
+        )
     chosen = os.environ.get("VLATTN_CPU_ISA") or available[0]
     if chosen not in available:
         raise ValueError(f"VLATTN_CPU_ISA must be one of {', '.join(available)}, which this processor runs; got {chosen!r}")
