@@ -141,7 +141,7 @@ def instruction_set() -> str:
     available = _available()
     if not available:  # another processor than the one that an editable install compiled for
         raise RuntimeError(
-            f"this processor runs no instruction set that {library.path} was built for: install vlattn_fast again on this machine, "
+            f"this processor runs no instruction set that {library.path} was built for: install vlattn_fast here again, "
             "or with VLATTN_BUILD_ISA=all"
         )
     chosen = os.environ.get("VLATTN_CPU_ISA") or available[0]
