@@ -107,7 +107,7 @@ def test_an_unknown_instruction_set_is_refused(said: dict[str, tuple[str, str]])
 
 def test_a_library_of_another_processor_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "_available", list)
-    words = "this processor runs no instruction set that .* was built for: install vlattn_fast here again, .* VLATTN_BUILD_ISA=all"
+    words = "this processor runs no instruction set that .* was built for: install vlattn_fast here again, .*VLATTN_BUILD_ISA"
     with pytest.raises(RuntimeError, match=words):
         native.instruction_set.__wrapped__()
 

@@ -77,7 +77,7 @@ class Paths:
             return ""
         if kind == PRODUCTS:  # others may write what it reads once they have passed the next barrier
             later += [one for n in stops for one in self.crossed(n, _is_barrier)[0]]
-            touched = self._writes_shared(later) or without(self, start).misuses
+            touched = bool(self._writes_shared(later) or without(self, start).misuses)
         else:
             touched = any(_is_barrier(one) or any(_effects(one, "shared")) for one in later)
         return "" if touched else "a wait as strict follows before anything touches what is under way"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ptx.reading.flow import LANES, Flow
 from ptx.reading.opcodes import CONTROLS, SIZES
@@ -143,7 +143,7 @@ class Encoder:
         number = int(word.rstrip("?"))
         return one.values[number] is None and (word.endswith("?") or not one.opcode.row.operands[number].second)
 
-    def _numbers(self, value: Value) -> list[int]:
+    def _numbers(self, value: Any) -> list[int]:
         if value is None:
             return [-1]
         if isinstance(value, list):

@@ -10,8 +10,8 @@ from vlattn_fast.measuring.records import markdown
 from vlattn_lab.checkout import ROOT
 
 TASKS = {"matching": "UNITER", "clip": "CLIP", "vqa": "questions", "captions": "captions"}  # with a file of rows each
-METHODS = ("gradient", "weighted", "input_gradient", "gradcam", "integrated_gradients", "glimpse", "rollout", "attention")
-METHODS += ("occlusion", "random")
+METHODS: tuple[str, ...] = ("gradient", "weighted", "input_gradient", "gradcam", "integrated_gradients", "glimpse", "rollout")
+METHODS += ("attention", "occlusion", "random")
 FORMS = ((), ("norms",), ("norms", "attention"))  # held fixed
 
 

@@ -62,7 +62,7 @@ def ours(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: float = 0.0, *rest: Any, **named: Any
 ) -> Tensor:
     options = dict(zip(("is_causal", "scale", "enable_gqa"), rest, strict=False)) | named
-    return va.score_attention(query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, **options)  # type: ignore[no-any-return]
+    return va.score_attention(query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, **options)
 
 
 def written_out(*args: Any, **named: Any) -> Tensor:
