@@ -21,7 +21,6 @@ from ptx.reading.reader import (
     Module,
     Parameter,
     Symbol,
-    Value,
     Variable,
 )
 from ptx.reading.translate import read_kernel, round_up, storage
