@@ -48,6 +48,7 @@ def test_the_limits(conflicting: int, sectors: int, numbers: list[str]) -> None:
 
 
 @needs_fences
+@pytest.mark.slow
 def test_a_call_is_counted(tmp_path: Path) -> None:
     """Each of its kernels; --missing then counts nothing anew."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -61,6 +61,7 @@ def nvcc() -> str:
 MOST_STACK = {"additive_forward_kernel": 24, "congruence_loss_kernel": 24, "relevancy_backward_kernel": 120}
 
 
+@pytest.mark.slow  # a build by nvcc
 def test_kernels_compile_within_their_thresholds(nvcc: str) -> None:
     """Each kernel, but not each with all types and sizes. Tensor cores multiply 16-bit types, and never float32, which they would
     round; the pass that adds sums has no product."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from typing import Any
 
 import pytest
 
@@ -59,7 +60,16 @@ def tasks() -> dict[Task, list[str]]:
     return of_tasks
 
 
-@pytest.mark.parametrize(("task", "kernels"), tasks().items(), ids=lambda x: "-".join(map(str, x)))
+def cases() -> list[Any]:
+    """One call for each architecture is not slow."""
+    quick = "attention_map", "attention bf16 577 64"
+    return [
+        pytest.param(task, kernels, id=" ".join(map(str, task)), marks=[] if task[:2] == quick else pytest.mark.slow)
+        for task, kernels in tasks().items()
+    ]
+
+
+@pytest.mark.parametrize(("task", "kernels"), cases())
 def test_a_kernel_stays_within_its_thresholds(task: Task, kernels: list[str]) -> None:
     """No copy overwrites what a product reads, no product of 32 bits reaches an address, and the emulator knows all opcodes."""
     call, architecture = f"{task[0]} {task[1]}", f"sm_{task[2]}"

@@ -24,7 +24,7 @@ def commit() -> str:
         top = Path(git("rev-parse", "--show-toplevel"))
         if top / "vlattn_fast" / "measuring" / Path(__file__).name != Path(__file__).resolve():
             return "unknown"  # the package is installed inside another repository
-        left_out = (":!benchmarks/results", ":!benchmarks/REPORT.md", ":!docs")
+        left_out = (":!benchmarks/results", ":!docs")
         changes = git("-C", str(top), "status", "--porcelain", "--", ".", *left_out)
         return git("rev-parse", "--short=12", "HEAD") + ("+dirty" if changes else "")
     except (OSError, subprocess.CalledProcessError):
