@@ -26,6 +26,11 @@ def test_once():
 @pytest.mark.slow
 def test_slow():
     pass
+
+@pytest.mark.slow("triton")
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_slow_on_triton(backend):
+    pass
 """
 
 
@@ -38,7 +43,7 @@ def test_the_first_case_of_an_operator_on_a_backend(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     kept = [line.removeprefix("tests/") for line in done.stdout.splitlines() if "::" in line]
-    assert sum(name.startswith("command/") for name in kept) == 84  # a case is a thing of its own there
-    cases = ["sizes[cpu-0]", "sizes[triton-0]", "calls[score_attention, dot]", "calls[maxsim]", "once"]
+    assert sum(name.startswith("command/") for name in kept) == 85  # a case is a thing of its own there
+    cases = ["sizes[cpu-0]", "sizes[triton-0]", "calls[score_attention, dot]", "calls[maxsim]", "once", "slow_on_triton[cpu]"]
     assert {name for name in kept if name.startswith("ops/")} == {f"ops/test_ops.py::test_{case}" for case in cases}
     assert "deselected" in done.stdout

@@ -1,7 +1,7 @@
 """A plug-in of pytest: `-p tests.helpers.chosen`, as `make test` asks for it, keeps the tests that run in minutes.
 
-A test in FOLDERS keeps its first case of each operator on each backend. What is marked `slow` is left out. `make test-all` runs
-every case.
+A test in FOLDERS keeps its first case of each operator on each backend. A test that is marked `slow` is left out, or its cases with
+one of the words that the mark names: `@pytest.mark.slow("triton")`. `make test-all` runs every case.
 """
 
 from __future__ import annotations
@@ -22,9 +22,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         test, _, words = item.nodeid.partition("[")
         case = test, *(word for word in re.findall(r"\w+", words) if word in names)
-        again = test.startswith(FOLDERS) and case in seen
-        if not again and item.get_closest_marker("slow") is None:
+        if not (test.startswith(FOLDERS) and case in seen) and not slow(item, words):
             kept.append(item)
         seen.add(case)
     config.hook.pytest_deselected(items=list({*items} - {*kept}))
     items[:] = kept
+
+
+def slow(item: pytest.Item, words: str) -> bool:
+    mark = item.get_closest_marker("slow")
+    return mark is not None and (not mark.args or not {*mark.args}.isdisjoint(re.findall(r"\w+", words)))
