@@ -1,7 +1,7 @@
 """A plug-in of pytest: `-p tests.helpers.chosen`, as `make test` asks for it, keeps the tests that run in minutes.
 
-A test in FOLDERS keeps its first case of each operator on each backend. A test that is marked `slow` is left out, or its cases with
-one of the words that the mark names: `@pytest.mark.slow("triton")`. `make test-all` runs every case.
+A test in FOLDERS keeps its first case of each operator on each backend. A test that is marked `slow` is left out, or its cases
+with a word that the mark names: `@pytest.mark.slow("triton")`. `make test-all` runs every case.
 """
 
 from __future__ import annotations
