@@ -54,6 +54,7 @@ def test_the_host_is_timed_without_launches(monkeypatch, tmp_path, capsys):
     assert "On a CPU: not measured." in text  # by the other benchmarks
 
 
+@pytest.mark.slow
 def test_the_host_is_timed_without_the_interpreter(tmp_path):
     """As a user does: no GPU is there, and no launch may ask for one."""
     pytest.importorskip("triton")

@@ -43,6 +43,7 @@ def made_up(**changes):
     }
 
 
+@pytest.mark.slow
 def test_the_report_shows_the_newest_rows(tmp_path):
     pytest.importorskip("matplotlib")
     results, out = tmp_path / "results", tmp_path / "report.md"
@@ -75,6 +76,7 @@ def size_of(png):
     return struct.unpack(">II", png.read_bytes()[16:24])
 
 
+@pytest.mark.slow
 def test_the_pictures_have_a_panel_for_each_operator(tmp_path, monkeypatch):
     """Not one strip: as many panels as operators, a line for each benchmark of an operator, and a shape that a screen shows."""
     pytest.importorskip("matplotlib")
@@ -162,6 +164,7 @@ def test_the_readmes_times_of_an_h100_are_stored():
     assert f"SDPA for plain attention, {times(plain, 'sdpa')[0]} ms" in readme
 
 
+@pytest.mark.slow
 def test_the_report_of_the_stored_rows_shows_every_benchmark(tmp_path):
     pytest.importorskip("matplotlib")
     results, out = _records.HERE / "results", tmp_path / "report.md"

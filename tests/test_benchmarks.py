@@ -50,6 +50,7 @@ def test_every_variant_of_every_benchmark_runs(declaration):
     assert {"streaming", _formula.EXPLAIN, _formula.CAPTURE, _formula.EDGES} & set(rows)
 
 
+@pytest.mark.slow
 def test_what_the_published_procedures_compute_in_float64():
     """Written here from the papers' formulas: the same numbers as the reference, so what is timed is the same work."""
     names, compared = ("published", "maps stored, one backward"), 0
@@ -86,6 +87,7 @@ def test_what_is_emulated_on_a_cpu_is_not_timed(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own use of it
+@pytest.mark.slow
 def test_compiled_variants():
     (benchmark,) = _choice.choose(["attention_map/attention/uniter"])
     (row,) = (row for row in measured(benchmark, compiled=True) if row["variant"] == "reference compiled")
@@ -108,6 +110,7 @@ def test_a_slow_variant_sits_out_some_rounds(monkeypatch):
     assert {row["rounds"] for row in measured(benchmark, rounds=30)} == {_measure.LEAST_ROUNDS}
 
 
+@pytest.mark.slow
 def test_rows_have_percentiles_over_calls_and_ratios_of_medians():
     (benchmark,) = _choice.choose(["attention_map/attention/uniter"])
     measurement = _measure.Measurement(benchmark, CPU, overrides=TINY, compiled=False)
@@ -287,6 +290,7 @@ def test_peak_memory_is_what_the_call_holds():
     assert 0.9 * size <= peak < 1.1 * size and spent > 0
 
 
+@pytest.mark.slow
 def test_a_quick_run_is_smaller_and_stores_nothing_unless_told(only_congruence, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(_run, "RESULTS", tmp_path)
     assert _run.run(["congruence_loss"], quick=True, rounds=1)
@@ -318,6 +322,7 @@ def test_a_run_that_is_stopped_says_how_it_goes_on(only_congruence, tmp_path, mo
     assert capsys.readouterr().err.splitlines()[-1] == expected
 
 
+@pytest.mark.slow
 def test_a_run_says_how_far_it_is_and_what_its_columns_are(only_congruence, tmp_path, monkeypatch, capsys):
     chosen = _run.choose([])
     monkeypatch.setattr(_run, "choose", lambda *_: chosen * 3)
@@ -341,6 +346,7 @@ def only_congruence(monkeypatch):
     return tiny.name
 
 
+@pytest.mark.slow
 def test_rows_are_added_and_say_where_they_come_from(only_congruence, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("VLATTN_COMMIT", "abc")
     out = tmp_path / "rows.json"
@@ -354,6 +360,7 @@ def test_rows_are_added_and_say_where_they_come_from(only_congruence, tmp_path, 
     assert "streaming" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_vlattn_bench(only_congruence, tmp_path, monkeypatch):
     testing = pytest.importorskip("typer.testing")
     from vlattn_fast import cli

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 PLANTED = """
 import pytest
@@ -91,12 +93,14 @@ def outcomes_of(code: str, folder: Path, *options: str) -> dict[str, str]:
     return outcomes
 
 
+@pytest.mark.slow
 def test_what_rests_on_bits_is_seen(tmp_path: Path) -> None:
     outcomes = outcomes_of(PLANTED, tmp_path, *PLUGIN)
     assert len(outcomes) == 20
     assert {name for name, state in outcomes.items() if state == "FAILED"} == {name for name in outcomes if "rests_on" in name}
 
 
+@pytest.mark.slow
 def test_no_product_is_changed_elsewhere() -> None:
     """The doctests import each file of tests/."""
     code = (

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 TESTS = """
 import pytest
@@ -34,6 +36,7 @@ def test_slow_on_triton(backend):
 """
 
 
+@pytest.mark.slow
 def test_the_first_case_of_an_operator_on_a_backend(tmp_path: Path) -> None:
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = slow: takes seconds\n")
     for folder in ("ops", "command"):

@@ -19,6 +19,7 @@ models, pictures, many = runs.models, runs.pictures, runs.many
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.slow
 def test_of_two_runs_that_begin_at_once_one_is_refused(models, many, tmp_path):
     dataset, rows = many
     out = tmp_path / "out"
@@ -39,6 +40,7 @@ def four(models, pictures, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["tensors", "lines"])
+@pytest.mark.slow
 def test_a_full_disk_ends_a_run_in_one_line(models, four, tmp_path, monkeypatch, place):
     rows, run = four
     out, full = tmp_path / "out", "No space left on device"
@@ -103,6 +105,7 @@ DAMAGES = ["cut", "cut within its header", "no shard", "lines", "length", "heade
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.slow
 def test_a_damaged_shard_is_named_and_explained_anew(models, four, tmp_path, damage):
     rows, run = four
     assert vlattn(*run).exit_code == 0
@@ -129,6 +132,7 @@ def test_a_damaged_shard_is_named_and_explained_anew(models, four, tmp_path, dam
 
 
 @pytest.mark.parametrize("damage", ["nothing", "header"])
+@pytest.mark.slow
 def test_a_shard_of_an_earlier_version_is_opened(four, tmp_path, damage):
     """It stored no seal, so its shards are opened to see whether they are whole."""
     rows, run = four

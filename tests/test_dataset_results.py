@@ -38,6 +38,7 @@ def run(tmp_path_factory):
     return folder / "maps", result.output, model
 
 
+@pytest.mark.slow
 def test_to_pandas(run):
     pandas = pytest.importorskip("pandas")
     explanations = va.load_explanations(run[0])

@@ -27,6 +27,7 @@ MADE = (
     ".venv",
     ".venv-docs",
     "build/compiled/",
+    "build/docs/",
     "build/cuda/libvlattn_cuda.so",
     "build/hub/",
     "build/rehearsal/",

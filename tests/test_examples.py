@@ -37,6 +37,7 @@ def test_the_folders_page_names_each_example():
     assert sorted(named) == sorted(path.name for path in EXAMPLES.glob("*.py"))
 
 
+@pytest.mark.slow
 def test_relevancy_in_your_transformer(run):
     got, printed = run("relevancy_in_your_transformer")
     assert got["accuracy"] > 0.95 and got["pointing"] > 0.9
@@ -55,6 +56,7 @@ def test_relevancy_behind_sdpa(run):
     assert f"token {int(product[0, 0, 1:].argmax()) + 1:2}:" in printed.splitlines()[2]
 
 
+@pytest.mark.slow
 def test_swap_score_function(run):
     pytest.importorskip("sklearn")
     got, printed = run("swap_score_function")
@@ -66,6 +68,7 @@ def test_swap_score_function(run):
     assert f"{got['accuracy']['additive']:.1%}" in printed
 
 
+@pytest.mark.slow
 def test_train_with_cacr(run):
     got, printed = run("train_with_cacr")
     (plain_accuracy, plain), (accuracy, cacr) = got["results"]["without CACR"], got["results"]["with CACR"]
@@ -74,6 +77,7 @@ def test_train_with_cacr(run):
     assert f"{cacr:.1e} nats" in printed
 
 
+@pytest.mark.slow
 def test_train_on_relevancy(run):
     got, printed = run("train_on_relevancy")
     assert got["guided"] > got["plain"] + 0.15 and got["guided_inside"] > got["plain_inside"] + 0.2

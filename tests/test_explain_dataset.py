@@ -89,6 +89,7 @@ def closing(result):
     return next(line for line in result.stdout.splitlines() if line.startswith("done "))
 
 
+@pytest.mark.slow
 def test_json_lines_with_bad_inputs_that_are_mended(models, pictures, tmp_path):
     rows = [
         {"image": str(picture(pictures, number)), "text": CAPTIONS[number % 4], "id": f"n{number}", "width": 3}
@@ -232,6 +233,7 @@ def test_a_page_of_what_the_model_generates(models, pictures, tmp_path):
     assert refused.exit_code == 2 and "generate must be asked of a decoder" in said(refused)
 
 
+@pytest.mark.slow
 def test_what_is_refused(models, pictures, tmp_path):
     dataset = write_lines(tmp_path / "one.jsonl", [{"image": str(picture(pictures, 0)), "text": "a"}])
     out = tmp_path / "out"
@@ -355,6 +357,7 @@ def start(*command):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.slow
 def test_processes_killed_twice_and_resumed_by_others(models, many, tmp_path):
     dataset, rows = many
     out = tmp_path / "out"
@@ -395,6 +398,7 @@ def test_processes_killed_twice_and_resumed_by_others(models, many, tmp_path):
     check_all(models, out, rows)
 
 
+@pytest.mark.slow
 def test_torchrun(models, many, tmp_path):
     dataset, rows = many
     command = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "vlattn_fast", "explain")

@@ -49,6 +49,7 @@ def upwards(repository: Repository) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_no_place_imports_from_above() -> None:
     assert {module.partition(".")[0] for module in HERE.files} <= {*MAY_IMPORT}, "a new place gets its row"
     assert upwards(HERE) == []
@@ -247,6 +248,7 @@ def lengths(tree: ast.Module) -> dict[str, int]:
     return {name: (body[-1].end_lineno or 0) - body[0].lineno + 1 for name, body in bodies.items()}
 
 
+@pytest.mark.slow
 def test_the_stages_of_a_call_are_short() -> None:
     functions = 'def f():\n    """Text.\n    """\n    x = 1\n\n    return x\nclass A:\n    def f(): pass'
     assert lengths(ast.parse(functions)) == {"f": 3, "A.f": 1}

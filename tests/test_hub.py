@@ -279,6 +279,7 @@ def run(code: str, folder: Path, chosen: Path) -> list[str]:
     return done.stdout.split()
 
 
+@pytest.mark.slow
 def test_its_functions_equal_the_formulas(folder: Path) -> None:
     assert run(RUN, folder, folder) == [*SCORES, "relevancy", "statistics", "congruence", "end"]
 

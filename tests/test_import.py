@@ -50,6 +50,7 @@ def run(*codes: str) -> list[tuple[float, list[str], bool, str]]:
     return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 def test_import_is_cheap_and_brings_no_heavy_package() -> None:
     runs = run(*["import vlattn_fast"] * 3)
     modules = {name.split(".")[0] for name in runs[0][1]}
@@ -97,6 +98,7 @@ else:
 """
 
 
+@pytest.mark.slow
 def test_what_is_imported_late_is_there_at_its_first_use() -> None:
     froms = [f"from vlattn_fast import {name}; assert {name}.__doc__; from vlattn_fast import *"
              for name in ("explain", "Explanation", "interpret", "nn")]  # fmt: skip
@@ -128,6 +130,7 @@ def test_a_tree_that_is_not_installed_has_a_version(monkeypatch: pytest.MonkeyPa
     assert vlattn_fast.__version__ == "0+unknown"
 
 
+@pytest.mark.slow
 def test_a_clone_beside_an_editable_install_warns_of_two_trees(tmp_path: Path) -> None:
     """Python finds the package in one folder, and the kernels in the other one."""
     leave_out = shutil.ignore_patterns("*.so", "*.safetensors", "__pycache__", "results")

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 from types import ModuleType
@@ -100,6 +101,7 @@ def names(wheel) -> set[str]:
         return set(archive.namelist())
 
 
+@pytest.mark.slow
 def test_the_wheel_is_pure_python(wheel):
     assert wheel.name.endswith("-py3-none-any.whl")
 
@@ -132,6 +134,7 @@ def test_the_license_is_in_it(names):
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
+@pytest.mark.slow
 def test_it_works_from_where_it_was_unpacked(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
@@ -164,6 +167,7 @@ ASKED = {"VLATTN_BUILD_CUDA": "1"}
 
 
 @pytest.mark.parametrize("asked", ["", "1"])
+@pytest.mark.slow
 def test_the_library_for_the_cpu_is_built_without_torch(asked, tmp_path):
     environment = machine(tmp_path / "machine", CPU_TOOLS) | {"VLATTN_BUILD_CPU": asked}
     done = build(copied(tmp_path / "source"), tmp_path, environment)
@@ -189,6 +193,7 @@ assert native.library.path.is_relative_to(sys.prefix), native.library.path
 """
 
 
+@pytest.mark.slow
 def test_an_installed_wheel_has_a_library_that_runs(tmp_path):
     """In an environment that has nothing but it, and torch by its path. The library is that of this tree, already compiled: it
     needs no library of the system beyond those of manylinux, and of Python no function beyond the stable ABI."""
@@ -213,6 +218,7 @@ def test_an_installed_wheel_has_a_library_that_runs(tmp_path):
     subprocess.run([python, "-c", INSTALLED], check=True, cwd=tmp_path, env=environment)
 
 
+@pytest.mark.slow
 def test_both_libraries_are_in_one_wheel(tmp_path):
     environment = machine(tmp_path / "machine", ("nvcc", *CPU_TOOLS)) | ASKED
     done = build(copied(tmp_path / "source"), tmp_path, environment)
@@ -220,6 +226,7 @@ def test_both_libraries_are_in_one_wheel(tmp_path):
     assert {contents(tmp_path / "wheel", kind)[3] for kind in ("cpu", "cuda")} == {"the library"}
 
 
+@pytest.mark.slow
 def test_an_editable_install_keeps_the_build_for_the_cpu(tmp_path):
     """Only what changed is compiled the next time; another compiler starts anew."""
     source, environment = copied(tmp_path / "source"), machine(tmp_path / "machine", ("g++", *CPU_TOOLS))
@@ -251,6 +258,7 @@ def test_kernels_for_a_gpu_are_built_on_request_alone(asked, tmp_path):
     assert not (tmp_path / "machine" / "bin" / "cmake.log").exists()
 
 
+@pytest.mark.slow
 def test_the_library_is_built_into_the_wheel(tmp_path):
     environment = machine(tmp_path / "machine") | ASKED
     done = build(copied(tmp_path / "source"), tmp_path, environment)
@@ -265,6 +273,7 @@ def test_the_library_is_built_into_the_wheel(tmp_path):
     assert built.endswith(f"--parallel {os.cpu_count()}")
 
 
+@pytest.mark.slow
 def test_targets_and_jobs_are_those_that_are_asked_for(tmp_path):
     environment = machine(tmp_path / "machine", nvcc="release 12.4, V12.4.1") | ASKED | {"MAX_JOBS": "3"}
     done = build(copied(tmp_path / "source"), tmp_path, environment | {"VLATTN_CUDA_TARGETS": "80-real;90a-real"})
@@ -291,6 +300,7 @@ def test_targets_and_jobs_that_are_none(variable, value, words, tmp_path):
     assert done.returncode != 0 and words in done.stderr
 
 
+@pytest.mark.slow
 def test_a_library_does_not_outlive_its_install(tmp_path):
     """One tree, three installs: with the library, without it, and one whose build fails."""
     source, environment = copied(tmp_path / "source"), machine(tmp_path / "machine", CPU_TOOLS)
@@ -310,6 +320,7 @@ def test_a_library_does_not_outlive_its_install(tmp_path):
     assert (source / CPU_LIBRARY).read_text() == "an old library"  # that of an editable install is left alone
 
 
+@pytest.mark.slow
 def test_an_editable_install_has_it_in_the_tree(tmp_path):
     source, environment = copied(tmp_path / "source"), machine(tmp_path / "machine") | ASKED
     assert build(source, tmp_path, environment, "editable").returncode == 0
@@ -441,7 +452,7 @@ def test_lint_runs_in_a_folder_with_a_blank_in_its_name(tmp_path):
 
 def test_mypy_finds_the_packages_that_lie_elsewhere():
     """By links, in a folder that pyproject.toml names. Without them mypy would take what they have for Any, in silence."""
-    settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8").split("\n[tool.mypy]\n")[1].split("[[")[0]
-    assert 'files = ["vlattn_fast", "typings"]' in settings and 'mypy_path = ["typings"]' in settings
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["mypy"]
+    assert {"vlattn_fast", "typings"} <= {*settings["files"]} and "typings" in settings["mypy_path"]
     linked = {path.name: path.resolve() for path in (ROOT / "typings" / "vlattn_fast").iterdir()}
     assert linked == {name: ROOT / name for name in MAPPED}

@@ -29,6 +29,7 @@ def test_a_program_ends_with_its_status_and_its_words(code, status, said, error)
     assert error or not done.stderr
 
 
+@pytest.mark.slow
 def test_a_program_that_does_not_end_in_time_is_killed(tmp_path, monkeypatch):
     """The next one has a process of its own. The time is up once the program runs, however slow this machine is."""
     process = forking.Forking("tests.helpers.programs")

@@ -30,6 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield made
 
 
+@pytest.mark.slow
 def test_every_page_is_there_and_nothing_else(folder: Path) -> None:
     pages = {
         path.relative_to(site.DOCS) for path in site.DOCS.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")

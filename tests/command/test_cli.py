@@ -24,6 +24,7 @@ def clip(tmp_path_factory):
     return saved_models.save_clip(tmp_path_factory.mktemp("clip"))
 
 
+@pytest.mark.slow
 def test_explain_several_texts_as_html(clip, picture, tmp_path):
     out = tmp_path / "out.html"
     texts = ("--text", "a red square", "--text", "a blue circle")
@@ -34,6 +35,7 @@ def test_explain_several_texts_as_html(clip, picture, tmp_path):
     assert "score 0:" in result.output and "score 1:" in result.output
 
 
+@pytest.mark.slow
 def test_explain_the_next_token_of_a_decoder(llava, picture, tmp_path):
     out = tmp_path / "out.html"
     result = vlattn("explain", "--model", llava, "--image", picture, "--text", "a red square", "--out", out, "--target", 5)
@@ -43,6 +45,7 @@ def test_explain_the_next_token_of_a_decoder(llava, picture, tmp_path):
     assert refused.exit_code == 2 and "is what LlavaForConditionalGeneration takes; got 2" in said(refused)
 
 
+@pytest.mark.slow
 def test_constants_and_the_explained_number(llava, picture, tmp_path):
     run = ("explain", "--model", llava, "--image", picture, "--text", "a red square", "--answer", "blue circle")
     said_of = {}
@@ -191,6 +194,7 @@ def test_an_older_page_stays_where_a_run_is_refused(vit, picture, tmp_path):
     assert out.read_text() == "older"
 
 
+@pytest.mark.slow
 def test_verify_passes_and_counts():
     result = vlattn("verify", "--backend", "streaming", "--dtype", "float32")
     assert result.exit_code == 0, result.output
@@ -207,6 +211,7 @@ def test_verify_runs_every_backend():
     assert [result.backend for result in results] == list(cli.BACKENDS)
 
 
+@pytest.mark.slow
 def test_verify_fails_on_a_wrong_backend(monkeypatch):
     from vlattn_fast.backends.streaming import attention_map
 

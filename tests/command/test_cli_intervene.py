@@ -31,6 +31,7 @@ def photo(tmp_path: Path) -> str:
     return str(tmp_path / "red.png")
 
 
+@pytest.mark.slow
 def test_a_decoder_says_another_answer(tmp_path: Path, photo: str) -> None:
     model = saved_models.save_llava(tmp_path / "llava")
     GenerationConfig(suppress_tokens=[1, 2, 8]).save_pretrained(model)  # random weights say neither <end> nor <image>

@@ -13,6 +13,7 @@ from tests.helpers.commands import said, vlattn  # noqa: E402
 from vlattn_fast import cli  # noqa: E402
 
 
+@pytest.mark.slow
 def test_a_target_may_be_a_word(vit, llava, bert, picture, tmp_path):
     out = tmp_path / "x.png"
     named = vlattn("explain", "--model", vit, "--image", picture, "--out", out, "--target", "LABEL_3")
@@ -23,6 +24,7 @@ def test_a_target_may_be_a_word(vit, llava, bert, picture, tmp_path):
     assert refused.exit_code == 2 and "--target must be one of 'LABEL_0'" in said(refused)
 
 
+@pytest.mark.slow
 def test_several_methods_on_one_page(vit, llava, picture, tmp_path):
     out = tmp_path / "page.html"
     asked = ("--method", "rollout", "--method", "gradient", "--method", "gradient")
@@ -75,6 +77,7 @@ def test_sinks_are_named_and_removed(vit, picture, tmp_path):
     assert refused.exit_code == 2 and "--sinks must be 'keep' or 'report' for method 'gradcam'" in said(refused)
 
 
+@pytest.mark.slow
 def test_evaluate_prints_the_table(vit, picture, tmp_path):
     lines = [{"image": str(picture), "boxes": [[0, 0, 0.5, 1]], "target": 2, "id": "left"}, {"image": str(picture)}]
     dataset, out = tmp_path / "data.jsonl", tmp_path / "values.json"
@@ -117,6 +120,7 @@ def test_a_stopped_run_says_how_to_go_on(vit, picture, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["out.png", "out.html"])
+@pytest.mark.slow
 def test_a_map_of_each_head(vit, picture, tmp_path, name):
     out = tmp_path / name
     result = vlattn("explain", "--model", vit, "--image", picture, "--out", out, "--per", "head", "--target", 3)

@@ -23,6 +23,7 @@ def run(*arguments: str):
     return CliRunner().invoke(app, ["probe", *arguments], env={"COLUMNS": "300"})
 
 
+@pytest.mark.slow
 def test_a_file_of_samples_or_its_folder(tmp_path: Path) -> None:
     model = str(saved_models.save_llava(tmp_path / "llava"))
     Image.new("RGB", (24, 24), "red").save(tmp_path / "red.png")

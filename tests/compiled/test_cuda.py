@@ -91,6 +91,7 @@ def tiny(nvcc: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "tiny.so"
 
 
+@pytest.mark.slow
 def test_the_table_says_what_was_compiled(tiny_rows: dict[str, Row]) -> None:
     rows = dict(tiny_rows)
     assert list(sorted(rows)) == ["reverse_kernel<double, 64> sm_90a", "reverse_kernel<float, 128> sm_90a", "spill_kernel sm_90a"]

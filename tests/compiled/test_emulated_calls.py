@@ -95,6 +95,7 @@ def test_a_variable_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch
         package.install("90")
 
 
+@pytest.mark.slow
 def test_the_variable_is_obeyed() -> None:
     """Kernels may not read what nothing has written."""
     call = "import os, tools.emulated.package as package; package.install(os.environ['VLATTN_PTX']); "

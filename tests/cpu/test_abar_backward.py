@@ -39,6 +39,7 @@ def test_carried_rows(rows: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.slow
 def test_keys_that_are_copied(dtype: torch.dtype) -> None:
     """Halves and padding, under the causal mask: later tiles see more of a block."""
     for n in tile_edges.CPU_COPIED:
@@ -48,6 +49,7 @@ def test_keys_that_are_copied(dtype: torch.dtype) -> None:
 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("count", (1, 2, 3, 7))
+@pytest.mark.slow
 def test_threads_that_share_a_sample(count: int) -> None:
     """Each number of threads is right, and gives the same bits again."""
     torch.set_num_threads(count)
@@ -64,6 +66,7 @@ def test_threads_that_share_a_sample(count: int) -> None:
 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("row_normalize", (False, True))
+@pytest.mark.slow
 def test_more_key_heads_than_the_sums_of_the_threads_may_take(row_normalize: bool) -> None:
     """A head has 2^16 sums, of which seven threads take 2^24: 36 heads, then 4."""
     torch.set_num_threads(7)

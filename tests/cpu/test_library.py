@@ -275,6 +275,7 @@ def configured(folder: Path, *options: str) -> list[str]:
     return found[1].split(";")
 
 
+@pytest.mark.slow
 def test_an_editable_install_has_the_fastest_set(tmp_path: Path) -> None:
     assert configured(tmp_path, "-DVLATTN_ISA=native") == available()[:1]
 
@@ -290,6 +291,7 @@ def test_a_library_names_the_sets_that_it_has(tmp_path: Path) -> None:
     assert sets().decode().split() == [name for name in building.instruction_sets() if name in ("v4_bf16", "baseline")]
 
 
+@pytest.mark.slow
 def test_sets_of_other_processors_compile(tmp_path: Path) -> None:
     """The library in this tree may lack them. `amx` has the code of `v4` and `v4_bf16`, too."""
     if "amx" not in configured(tmp_path):

@@ -56,6 +56,7 @@ def test_keys_that_are_copied(dtype: torch.dtype) -> None:
 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("row_normalize", (False, True))
+@pytest.mark.slow
 def test_threads_that_share_a_head_or_a_sample(row_normalize: bool) -> None:
     """Each number of threads is right, and gives the same bits again."""
     for batch, heads, n, rows in ((1, 1, 200, 2), (3, 3, 100, 30), (1, 2, 900, 2), (1, 3, 40, 30)):

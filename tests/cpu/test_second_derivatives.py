@@ -43,6 +43,7 @@ def test_head_sizes_and_layouts(sizes: tuple[int, int], layout: str, dtype: torc
 
 
 @pytest.mark.usefixtures("threads")
+@pytest.mark.slow
 def test_threads_that_share_a_head() -> None:
     """Each number of threads is right, and gives the same bits again."""
     for h, kv, n, m in ((1, 1, 200, 300), (3, 1, 100, 900), (6, 3, 20, 20)):

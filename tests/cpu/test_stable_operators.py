@@ -177,6 +177,7 @@ def test_calls_leave_no_memory(library: Path) -> None:
     assert int(program(GROWTH, library)) < 2**20
 
 
+@pytest.mark.slow
 def test_a_program_in_cpp_calls_them(library: Path, tmp_path: Path) -> None:
     program, source = tmp_path / "program", Path(__file__).with_name("stable.cpp")
     include, link = ["-isystem", TORCH / "include"], [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10", "-ldl"]
@@ -203,6 +204,7 @@ class Attending(torch.nn.Module):
         return out * 2, statistics.received
 
 
+@pytest.mark.slow
 def test_a_package_of_aotinductor_runs_without_vlattn_fast(library: Path, tmp_path: Path) -> None:
     query = torch.randn(2, 3, 17, 8)
     torch.save((query, Attending()(query)), tmp_path / "query.pt")

@@ -77,6 +77,7 @@ print(json.dumps(report))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
 @pytest.mark.parametrize("by", ["openmp", "torch"])
+@pytest.mark.slow
 def test_threads_are_those_of_torch(by: str) -> None:
     command, environment = (
         [sys.executable, "-c", PROGRAM, by],

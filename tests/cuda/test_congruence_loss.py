@@ -47,6 +47,7 @@ def test_sizes_either_side_of_a_strip(kind: str, L: int, V: int) -> None:
         ("iais_distributed", BF16, 17, 40),
     ],
 )
+@pytest.mark.slow
 def test_half_precision(kind: str, dtype: torch.dtype, L: int, V: int) -> None:
     x = as_dtype(make(L, V, h=1, d=16, cross=True), dtype)
     check("cuda", x, kind=kind, text_mask=prefix(L, L - 9), image_mask=prefix(V, V - 3))

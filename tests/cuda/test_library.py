@@ -108,6 +108,7 @@ def test_a_scale_beyond_float32_is_infinite_to_the_kernels() -> None:
 
 
 @pytest.mark.skipif(backends.DEVICE != "cpu", reason="of the emulated library")
+@pytest.mark.slow
 def test_the_command_runs_the_emulated_kernels() -> None:
     code = "import tools.emulated.package; tools.emulated.package.install('90')\nfrom vlattn_fast.cli import app\n"
     code += "for words in {!r}: app(words, standalone_mode=False)"

@@ -60,6 +60,7 @@ def test_blocks_of_keys_in_ranges(ranges: int, monkeypatch: pytest.MonkeyPatch) 
     check(inputs, is_causal=ranges == 2, enable_gqa=True)
 
 
+@pytest.mark.slow
 def test_gradients_have_the_same_bits_in_any_order_of_threads() -> None:
     """Each launch draws another order."""
     inputs = as_dtype(tensors(41, 140, 70, h=2, kv=2), torch.bfloat16)

@@ -33,6 +33,7 @@ def every_backend(cuda_library: Path) -> Iterator[None]:  # noqa: F811
 
 @pytest.mark.usefixtures("every_backend")
 @pytest.mark.parametrize("first", range(0, CONFIGURATIONS, PART))
+@pytest.mark.slow
 def test_right_or_refused(first: int) -> None:
     summary = fuzz.Summary()
     for outcome in fuzz.fuzz(PART, first):
@@ -106,6 +107,7 @@ def caught(operator: str, monkeypatch: pytest.MonkeyPatch) -> fuzz.Outcome:
 
 
 @pytest.mark.parametrize("operator", list(FLAWS)[1:])
+@pytest.mark.slow
 def test_a_planted_flaw_is_caught(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
     caught(operator, monkeypatch)
 
@@ -119,6 +121,7 @@ def test_a_planted_flaw_is_repeated_by_its_number(monkeypatch: pytest.MonkeyPatc
     assert first.worst in result.output  # with its errors
 
 
+@pytest.mark.slow
 def test_digits_that_small_numbers_lose_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of tanh from an exponential, as the Triton and CUDA C++ kernels had it in additive scores."""
     call = partial(fuzz.run, 1502, operators=("score_attention",), backends=("streaming",))

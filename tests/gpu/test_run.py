@@ -104,6 +104,7 @@ def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Call, list[tupl
     return call, [call(), call()]
 
 
+@pytest.mark.slow
 def test_verify_runs_the_compiled_kernels_and_goes_on(rehearsed):
     call, ((_, said), (_, again)) = rehearsed
     rows = call.by_item("verify")

@@ -242,6 +242,7 @@ worker.main("cpu")
 
 
 @needs_ptx
+@pytest.mark.slow
 def test_an_item_that_hangs_crashes_or_takes_all_memory_costs_its_row(tree, monkeypatch):
     """All of it in one worker, which lives on; a later call does not run them again."""
 

@@ -181,6 +181,7 @@ def test_what_is_no_number(value: float, groups: str, dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize("kind, dtype", [("dot", BF16), ("dot", FP16), ("negative", BF16)])
 @pytest.mark.parametrize("options", ({}, {"is_causal": True}, {"key_mask": True}), ids=str)
+@pytest.mark.slow
 def test_biases_that_a_product_does_not_add(options: dict[str, Any], kind: str, dtype: torch.dtype) -> None:
     """Rows of three blocks: with biases that a product adds, with those that it does not, and with both. Against a float mask."""
     n, columns = 150, torch.arange(100) % 6 - 1
@@ -224,6 +225,7 @@ def test_sums_of_gradients_that_are_not_finite(planted: float) -> None:
 
 @pytest.mark.parametrize("groups", (1, 3, 5, 6, 8))
 @pytest.mark.parametrize("dtype", (BF16, FP16))
+@pytest.mark.slow
 def test_the_factors_of_a_product(dtype: torch.dtype, groups: int) -> None:
     """Their product is the bias over the scale, to 2^-14 of it, since the interpreter cuts where a GPU rounds. A special bias
     gives 0, and a word tells of each block."""
@@ -369,6 +371,7 @@ def test_statistics_of_few_queries() -> None:
 
 
 @needs_interpreted_loops
+@pytest.mark.slow
 def test_the_interpreter_as_users_have_it() -> None:
     """TRITON_INTERPRET=1 alone, without what tests/helpers/ops/interpreter.py changes."""
     program = (

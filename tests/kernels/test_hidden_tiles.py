@@ -152,6 +152,7 @@ def test_hidden_queries_of_received_attention_are_not_read(row: int) -> None:
 
 @pytest.mark.parametrize("head", (0, 1))
 @pytest.mark.parametrize("dtype", (F32, BF16), ids=str)
+@pytest.mark.slow
 def test_queries_of_one_head_of_two_do_not_see_keys_that_both_share(dtype: torch.dtype, head: int) -> None:
     """One loop takes the queries of both for a tile of keys: blocks of them, in front and behind, which the other head needs."""
     inputs = {"query": torch.randn(1, 2, 330, 8), "key": torch.randn(1, 1, 300, 8), "value": torch.randn(1, 1, 300, 8)}
@@ -192,6 +193,7 @@ def test_heads_that_see_other_tiles_share_keys() -> None:
 @pytest.mark.parametrize("ahead", (0, 1))
 @pytest.mark.parametrize("causal", (False, True))
 @pytest.mark.parametrize("row", (5, 190))
+@pytest.mark.slow
 def test_hidden_tiles_of_one_row_of_relevancy(row: int, causal: bool, ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_configurations, "OVERRIDES", OneRow(ahead))
     query, key, value = (torch.randn(1, 2, rows, 8) for rows in (200, 300, 300))

@@ -47,6 +47,7 @@ def test_sizes_that_groups_of_keys_depend_on(dtype: torch.dtype, size: int, kind
 
 
 @pytest.mark.parametrize("kind, programs", [("additive", 1), ("hadamard_tanh", 100)])
+@pytest.mark.slow
 def test_the_same_bits_each_time_and_nothing_from_padding(kind: str, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_units_backward, "PROGRAMS", 1)
     monkeypatch.setattr(_units_backward, "multiprocessors", lambda device: programs)

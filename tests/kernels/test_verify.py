@@ -11,6 +11,7 @@ from vlattn_fast.ops import OPERATORS
 
 
 @pytest.mark.parametrize("operator", [name for name, operator in OPERATORS.items() if operator.backends["triton"].exists])
+@pytest.mark.slow
 def test_verify_passes(operator: str) -> None:
     if DEVICE != "cpu":  # torch 2.9 knows no default device any more where it was None once
         torch.set_default_device(None)  # verify places its tensors itself

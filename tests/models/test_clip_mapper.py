@@ -358,6 +358,7 @@ def test_only_a_model_of_texts_generates():
         mapper().generate(pixels(), IDS)
 
 
+@pytest.mark.slow
 def test_compiles_to_one_graph():
     for model in (mapper(), mapper(vocab_size=13)):
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

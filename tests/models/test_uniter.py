@@ -194,6 +194,7 @@ def test_masked_regions_take_the_mask_embedding():
     assert torch.equal(model(**inputs, masked_regions=masked).logits, wanted.logits)
 
 
+@pytest.mark.slow
 def test_compiles_to_one_graph():
     model, inputs = small(), batch()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -241,6 +241,7 @@ def test_gradient_of_the_loss(name: str, kind: str) -> None:
     torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_a_training_curve() -> None:
     """200 steps with CACR, ours and the formula: the losses stay together."""
     curves = []

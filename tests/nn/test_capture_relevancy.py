@@ -285,6 +285,7 @@ def test_fsdp(tmp_path: Path) -> None:
         torch.testing.assert_close(grads, expected)
 
 
+@pytest.mark.slow
 def test_a_step_that_is_compiled_as_a_whole() -> None:
     model = made("ViT").train()
 

@@ -205,6 +205,7 @@ def test_dropout_is_the_models() -> None:
     assert torch.equal(answer(model(**inputs)), answer(model(**inputs)))
 
 
+@pytest.mark.slow
 def test_compiled() -> None:
     model, inputs = MODELS["ViT"]()
     by_name(model.eval(), "general")

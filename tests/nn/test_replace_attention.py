@@ -161,6 +161,7 @@ def test_dropout_is_the_models() -> None:
 
 
 @pytest.mark.parametrize("make", [MODELS["BERT"], visual_bert], ids=["interface", "by hand"])
+@pytest.mark.slow
 def test_copied_saved_compiled_exported(make: Any) -> None:
     model, inputs = make()
     model.eval()
@@ -212,6 +213,7 @@ sys.exit(any([os.wait()[1] for _ in sys.argv[1:]]))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.slow
 def test_another_process_reads_a_whole_model(tmp_path: Path) -> None:
     """Where nothing was replaced before: a fork for each model; the score is a name, so that no class of ours says where to
     look. The first is replaced through the interface, the second by hand."""

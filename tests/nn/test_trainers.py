@@ -46,6 +46,7 @@ class Steps(va.nn.CongruenceLoss):
         return super().forward(*args, step=step, **options)
 
 
+@pytest.mark.slow
 def test_from_a_checkpoint_on(page: dict[str, Any]) -> None:
     def trained(congruence: Steps, **options: Any) -> None:
         quiet = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "logging_strategy": "no", "max_steps": 4}

@@ -141,6 +141,7 @@ def test_a_sink_has_its_gradient_beside_a_detached_lse(backend: str, operator: s
 
 @on("streaming", "cpu", "triton")
 @pytest.mark.parametrize("reduction", ["max", "min"])
+@pytest.mark.slow("triton")
 def test_equal_heads_share_the_gradient(backend: str, reduction: str) -> None:
     """Whatever tile they are computed in; to the bit, where the products are not torch's. The logits are exact, and so equal in
     any order of sums."""

@@ -19,6 +19,7 @@ AUTOMATIC = ("score_attention", "relevancy_attention")  # a graph of constants f
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # of torch.compile
 @pytest.mark.parametrize("name, dynamic", [*((name, True) for name in CALLS), *((name, None) for name in AUTOMATIC)])
+@pytest.mark.slow
 def test_lengths_and_numbers_that_vary(name: str, dynamic: bool | None) -> None:
     """All of them at once: a graph for each value of one would be too many. test_score_attention_compile.py varies dropout_p."""
     every = every_call(name, 7)

@@ -260,6 +260,7 @@ def test_second_derivative_is_refused(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_fullgraph_five_lengths_two_graphs(kind: str) -> None:
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager" if kind == "cacr" else "eager")
     torch._dynamo.reset()

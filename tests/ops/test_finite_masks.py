@@ -136,6 +136,7 @@ def test_maps_and_statistics_attend_evenly(backend: str) -> None:
 
 
 @each("dtype", cpu=core("cpu"), triton=core("triton"), cuda=core("cuda"))
+@pytest.mark.slow("cuda", "triton")
 def test_additive_scores_and_their_lse(backend: str, dtype: torch.dtype) -> None:
     """The score that CUDA C++ has, with rows whose values differ or that are fully masked beside the others, at either end."""
     for value in (*VALUES, torch.finfo(torch.float32).max):

@@ -117,6 +117,7 @@ def test_the_gradient_is_the_papers(backend: str) -> None:
 
 # in the interpreter bfloat16 alone, which loses more than float16 and takes the same way
 @on_each("dtype", **{name: HALVES[:1] if name == "triton" else HALVES for name in backends()})
+@pytest.mark.slow("triton")
 def test_a_bias_of_16_bits_has_sums_of_32(backend: str, dtype: torch.dtype) -> None:
     """Its gradient, over many pairs, is the formula's for the same bias in the query's dtype, rounded once."""
     n, m = (100, 150) if backend == "triton" else (200, 300)
@@ -170,6 +171,7 @@ def test_few_queries_of_heads_that_share_a_key(backend: str, queries: int) -> No
 
 @on(*backends()[1:])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.slow("triton")
 def test_low_precision(backend: str, dtype: torch.dtype) -> None:
     x = {name: each.to(dtype) for name, each in tensors(backend).items()}
     got = outputs_and_grads(run(backend, **groups())[0], x)
@@ -178,6 +180,7 @@ def test_low_precision(backend: str, dtype: torch.dtype) -> None:
 
 
 @on(*backends())
+@pytest.mark.slow("triton")
 def test_sink_and_other_scores(backend: str) -> None:
     x = tensors(backend) | {"sink": torch.linspace(-1, 1, H, dtype=finest(backend))}
     assert_all_close_to(
@@ -189,6 +192,7 @@ def test_sink_and_other_scores(backend: str) -> None:
 
 
 @on(*backends())
+@pytest.mark.slow("triton")
 def test_minus_infinity_is_a_bool_mask(backend: str) -> None:
     """Bit for bit where the rest of the bias is zero, and a row without a key gives zeros, as do its gradients."""
     x, of = tensors(backend), groups()
@@ -253,6 +257,7 @@ def test_no_group_is_no_bias(backend: str) -> None:
 
 
 @on(*[name for name in backends() if name != "reference"])
+@pytest.mark.slow("triton")
 def test_dropout_drops_what_it_drops_with_a_dense_mask(backend: str) -> None:
     x, of = tensors(backend), groups()
     mask = dense(x["group_bias"], **of)
@@ -363,6 +368,7 @@ def test_statistics_take_groups_of_keys_alone() -> None:
 
 
 @pytest.mark.parametrize(("n", "trains"), [(20_000, False), (5_000, True)])
+@pytest.mark.slow
 def test_memory_is_linear(n: int, trains: bool) -> None:
     """No tensor is larger than a tile, or than the inputs with their biases of rows."""
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -389,6 +395,7 @@ def test_memory_is_linear(n: int, trains: bool) -> None:
 
 
 @on(*backends())
+@pytest.mark.slow
 def test_compiles(backend: str) -> None:
     """One graph, forward and backward, where a group out of range counts as none."""
     torch._dynamo.reset()

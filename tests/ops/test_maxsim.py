@@ -211,6 +211,7 @@ def test_no_second_derivative() -> None:
 
 
 @pytest.mark.parametrize("backend", ["streaming", "cpu"])
+@pytest.mark.slow("streaming")
 def test_compiles(backend: str) -> None:
     inputs = as_dtype(tensors(), torch.float32)
     given = masks(inputs)

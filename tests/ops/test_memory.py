@@ -49,6 +49,7 @@ def test_largest_allocation_grows_at_most_linearly(kind: str) -> None:
     assert large.bytes <= 4 * MB < 8192 * 8192 * 4
 
 
+@pytest.mark.slow
 def test_working_set_of_relevancy_at_high_resolution() -> None:
     """H = 16, N = 4096, D = 64: one map of one head is 64 MB, all of them 1 GB. Everything beyond inputs, outputs and
     gradients stays under 64 MB."""

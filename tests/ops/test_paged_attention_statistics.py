@@ -347,6 +347,7 @@ def test_opcheck() -> None:
 
 
 @on(*FAST)
+@pytest.mark.slow
 def test_compiles(backend: str) -> None:
     """One graph, also for other numbers of tokens, requests and blocks."""
     counter = CompileCounterWithBackend("aot_eager")
@@ -363,6 +364,7 @@ def test_compiles(backend: str) -> None:
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="counts allocations on the CPU")
 @pytest.mark.parametrize("backend", FAST[:2])
+@pytest.mark.slow("streaming")
 def test_no_copy_of_the_cache(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt of 2,000 tokens and eight answers: nothing as large as a map of a head or as the keys."""
     monkeypatch.setattr(_tiles, "TILE_ELEMENTS", 1 << 16)

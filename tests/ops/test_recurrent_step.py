@@ -272,6 +272,7 @@ def test_gradcheck(backend: str) -> None:
 
 
 @on("streaming")
+@pytest.mark.slow
 def test_memory_is_linear(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward: four times as many tokens take at most about four times as much, and no map of a head is made."""
     monkeypatch.undo()

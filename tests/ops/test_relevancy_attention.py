@@ -220,6 +220,7 @@ PRODUCTS = (  # rule, row_normalize, weighted
 
 
 @each("case", streaming=PRODUCTS, cpu=PRODUCTS, triton=PRODUCTS[:2], cuda=PRODUCTS)
+@pytest.mark.slow("triton")
 def test_rows_of_the_full_product_over_layers(backend: str, case: tuple[str, bool, bool]) -> None:
     """R = (a_L + b_L Abar_L) ... (a_1 + b_1 Abar_1) from stored maps; one backward pass gives its rows."""
     rule, row_normalize, weighted = case
@@ -292,6 +293,7 @@ def test_small_relevancy_does_not_underflow(backend: str, dtype: torch.dtype) ->
 
 
 @on(*BACKENDS)
+@pytest.mark.slow("triton")
 def test_garbage_in_padding_stays_there(backend: str) -> None:
     inputs, mask = tensors(20, b=2, dtype=finest(backend)), padding(20)
     grads = cotangents(inputs)

@@ -169,6 +169,7 @@ def test_every_operator_here_is_checked() -> None:
     }
 
 
+@pytest.mark.slow
 def test_fullgraph_two_layers_with_grad_outside_and_two_graphs_over_five_lengths() -> None:
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")

@@ -201,6 +201,7 @@ def test_a_weighting_that_returns_something_else(returned: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch tracing an autograd.Function
 @pytest.mark.parametrize("name", WEIGHTINGS)
+@pytest.mark.slow
 def test_fullgraph(name: str) -> None:
     torch._dynamo.reset()
     weights, x = projections()[: 2 if name == "contribution" else 1], torch.randn(B, N, C, dtype=F64)

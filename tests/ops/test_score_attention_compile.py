@@ -73,6 +73,7 @@ def test_opcheck(backend: str, case: tuple[str, str]) -> None:
 @pytest.mark.parametrize(
     "score", ("general-key-bias", "general-tanh-per_head", "concat-unequal", "hadamard-leaky_relu-key", "hadamard-offset=tensor")
 )
+@pytest.mark.slow
 def test_fullgraph_equals_eager_in_two_graphs_over_five_lengths(score: str) -> None:
     """test_compile_options.py has the plain scores, and aot_eager for all that AOT autograd treats in another way."""
     torch._dynamo.reset()
@@ -96,6 +97,7 @@ def test_fullgraph_equals_eager_in_two_graphs_over_five_lengths(score: str) -> N
 
 
 @on("sdpa", "cpu", "triton", "cuda")
+@pytest.mark.slow("cuda", "triton")
 def test_fullgraph_equals_eager_on_every_backend(backend: str) -> None:
     torch._dynamo.reset()
     inputs, make = tensors(backend, PLAIN[backend])
@@ -113,6 +115,7 @@ def test_fullgraph_equals_eager_on_every_backend(backend: str) -> None:
 
 
 @TORCH_JIT
+@pytest.mark.slow
 def test_inductor_equals_eager() -> None:
     """A fake layout that differs from the real one shows here: Inductor writes code for the fake's."""
     torch._dynamo.reset()
@@ -133,6 +136,7 @@ def test_inductor_equals_eager() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # of torch.compile
+@pytest.mark.slow
 def test_dropout_under_compile() -> None:
     """Drawn anew at each call, and one graph for all probabilities but the first."""
     torch._dynamo.reset()

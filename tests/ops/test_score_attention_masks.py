@@ -71,6 +71,7 @@ def test_mask_broadcasts(backend: str, shape: tuple[int, ...]) -> None:
 
 
 @each("score", **FEW | {"triton": ("dot", "general-tanh-key", *FEW["triton"])})
+@pytest.mark.slow("triton")
 def test_garbage_in_padding_stays_there(backend: str, score: str) -> None:
     sizes = sizes_of(backend, score)
     inputs, make = tensors(backend, score, **sizes)
@@ -92,6 +93,7 @@ def test_garbage_in_padding_stays_there(backend: str, score: str) -> None:
 
 
 @on("streaming", "cpu", "triton")
+@pytest.mark.slow("triton")
 def test_garbage_in_padding_under_dropout_and_grouped_heads(backend: str) -> None:
     inputs, make = tensors(backend, "dot", n=34, m=37, h=4, kv=2)
     keys = torch.rand(B, 37) > 0.3
@@ -110,6 +112,7 @@ def test_garbage_in_padding_under_dropout_and_grouped_heads(backend: str) -> Non
 
 
 @each("score", reference=("dot",), **FEW)
+@pytest.mark.slow("cuda", "triton")
 def test_fully_masked_rows_give_zeros(backend: str, score: str) -> None:
     """Zero outputs and gradients and an lse of -inf, whatever masks the row, in every dtype."""
     visible = torch.ones(B, 1, N, M, dtype=torch.bool)

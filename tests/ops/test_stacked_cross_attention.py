@@ -254,6 +254,7 @@ def test_tiles_of_streaming_cover_every_pair_once(budget: int, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("direction, features", [("i2t", 4), ("t2i", 16)])  # through the attended vectors, the Gram matrix
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_pairs(direction, features, monkeypatch):
     budget = 4096
     monkeypatch.setattr(_tiles, "TILE_ELEMENTS", budget)
@@ -333,6 +334,7 @@ def test_opcheck(ragged: bool, dtype: torch.dtype) -> None:
         torch.library.opcheck(backward, arguments, test_utils=checks[: 3 + (direction == "t2i")])
 
 
+@pytest.mark.slow
 def test_fullgraph_five_lengths_two_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_tiles, "TILE_ELEMENTS", 1 << 19)
     torch._dynamo.reset()

@@ -170,6 +170,7 @@ def test_ragged_samples_are_those_without_padding(rule: str, side: str, backend:
 
 @backends
 @pytest.mark.parametrize("rule", RULES)
+@pytest.mark.slow("triton")
 def test_masks_and_grouped_heads_are_those_of_the_formula(rule: str, backend: str) -> None:
     query, key = inputs(heads=2)
     options: dict[str, Any] = {**calls(rule), "enable_gqa": True, "scale": 0.4, "softcap": 2.0, "sink": torch.randn(H)}

@@ -142,6 +142,7 @@ def _statistics_of(ours: Tensor, exact: Tensor, formula: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("name", IN_MAKE_TEST)
+@pytest.mark.slow
 def test_another_order_never_breaks_the_rule(name: str, dtype: torch.dtype) -> None:
     for output, ratios in worst_of_seeds(CASES[name], dtype).items():
         assert len(ratios) == SEEDS

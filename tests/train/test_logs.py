@@ -123,6 +123,7 @@ def test_pictures_leave_the_training_as_it_is(tmp_path: Path) -> None:
     assert pictures.draw(7).name == "step_000007.png" and (tmp_path / "step_000007.png").exists()
 
 
+@pytest.mark.slow
 def test_a_relevancy_term_has_the_attention_for_itself(tmp_path: Path) -> None:
     """Pictures go on, and a log says why it is empty."""
     trainer = trainer_of("relevancy")

@@ -19,6 +19,7 @@ from vlattn_fast.interpret.result.numbers.rank_correlation import rank_correlati
 # --- planted models ---
 
 
+@pytest.mark.slow
 def test_a_perfect_map_is_best_and_its_negative_worst():
     methods = {"truth": truth(), "random": "random", "opposite": truth(-1.0)}
     result = va.evaluate(

@@ -139,6 +139,7 @@ def test_an_image_of_many_patches_has_sixteen_pieces() -> None:
     assert table["map", "intervention:top", "image"]["value"] == len(tops[0] & tops[1]) / 4
 
 
+@pytest.mark.slow
 def test_groups_of_a_decoder_are_those_that_knockouts_cut() -> None:
     case = DECODERS["LlavaForConditionalGeneration"]()
     model, inputs = lively(case.model).double().eval(), case.inputs("left")

@@ -295,6 +295,7 @@ results.unnamed = all("button, input, select, canvas").filter((one) => !named(on
     assert found["second"]["pixels"] != found["again"] and found["clear"] == [0, 0] and found["unnamed"] == 0
 
 
+@pytest.mark.slow
 def test_clicks_are_messages_and_answers_are_shown(page: tuple[str, Any], browse: Browse) -> None:
     """The script with a kernel that answers as the real one did."""
     source, widget = page

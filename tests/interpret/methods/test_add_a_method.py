@@ -114,6 +114,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.slow
 def test_one_file_is_all(tmp_path):
     """The docstring of `explain`, both commands, `explain`, `evaluate`, and the error for an unknown name have the method."""
     (tmp_path / f"{NAME}.py").write_text(example())

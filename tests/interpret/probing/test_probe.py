@@ -276,6 +276,7 @@ def test_fusion_of_separate_and_of_mixed_states() -> None:
     assert fusion(random.normal(size=(40, 8)), image, 0, shuffled)[0] < 0.3
 
 
+@pytest.mark.slow
 def test_linguistic_probes() -> None:
     """Word content and a text's class are in the word embeddings, of which the first layer's states are nearly made."""
     torch.manual_seed(0)
@@ -330,6 +331,7 @@ def test_labels_are_not_shuffled_as_the_folds_are() -> None:
     assert linear_probe(features, [number % 5 for number in range(200)], range(200), 0).control > 0.1
 
 
+@pytest.mark.slow
 def test_what_is_drawn_does_not_depend_on_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: dict[str, list[Any]] = {"linear_probe": [], "fusion": []}
 

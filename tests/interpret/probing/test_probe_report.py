@@ -24,6 +24,7 @@ from vlattn_fast.interpret.probing.layout import Layouts
 # --- the report ---
 
 
+@pytest.mark.slow
 def test_the_report(tmp_path: Path) -> None:
     report = va.probe(planted(0), scenes(20))
     again = va.ProbeReport.load(report.save(tmp_path / "report.json"))

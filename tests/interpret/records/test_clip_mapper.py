@@ -276,6 +276,7 @@ def test_captions_of_blip():
 
 
 @pytest.mark.parametrize("decoder", ["mllama"], indirect=True)
+@pytest.mark.slow
 def test_answers_of_mllama(decoder):
     """Every token's rows equal those of a call that names its position and score itself."""
     inputs, answer = in_double(decoder.case(decoder.inputs())), [[7, 12], [9, 5]]

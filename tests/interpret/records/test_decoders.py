@@ -121,6 +121,7 @@ def test_prompts_without_images(decoder):
 
 @pytest.mark.parametrize("layers", [3, 5])  # the fourth sees beyond the chunk
 @pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.slow
 def test_tokens_at_the_edges_of_a_chunk(layers, side):
     """Llama 4 attends in chunks of 16. The first token of a chunk sees itself alone in them, and its row says so."""
     torch.manual_seed(6)

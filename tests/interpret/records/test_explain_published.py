@@ -191,6 +191,7 @@ def test_classes_that_share_a_tower(index):
 
 
 @pytest.mark.parametrize("case", ["clip", "siglip"], indirect=True)
+@pytest.mark.slow
 def test_autocast(case):
     """A row in bfloat16 may be far off where its terms nearly cancel: half of the rows of eight pictures are near."""
     for method, bound in {"gradient": 0.05, "gradcam": 0.2, "weighted": 0.15}.items():

@@ -79,6 +79,7 @@ def around(model: Any, block: nn.Module, edits: list[Any]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["Zamba", "Zamba2", "Rwkv", "NemotronH", "Jamba", "RecurrentGemma"])
+@pytest.mark.slow
 def test_the_last_layer_is_the_same_for_all(kind: str, double: None) -> None:
     model = made(kind)
     alone = relevancy(model, per="layer", layers=[-1])
@@ -93,6 +94,7 @@ def test_the_last_layer_is_the_same_for_all(kind: str, double: None) -> None:
 
 
 @pytest.mark.parametrize("kind", ["Zamba", "Rwkv"])
+@pytest.mark.slow
 def test_a_block_of_two_mixers_has_the_row_of_both(kind: str, double: None) -> None:
     maps, scores = stored(kind)
     model = made(kind)

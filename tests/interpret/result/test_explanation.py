@@ -378,6 +378,7 @@ def test_pictures_of_other_depths():
             made().plot(Image.new(mode, (4, 4)))
 
 
+@pytest.mark.slow
 def test_nothing_of_a_long_text_is_cut_off():
     """All words are in the picture, however many, and as much of the title as there is room for, with the score."""
     pytest.importorskip("matplotlib")

@@ -279,6 +279,7 @@ def test_a_table_reads_each_row_once(monkeypatch):
     assert [entry.value for entry in largest] == pytest.approx([1.0] * 60)
 
 
+@pytest.mark.slow
 def test_many_words_share_a_sheet():
     from vlattn_fast.interpret.result.pictures import figure
 

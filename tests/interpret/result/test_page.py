@@ -324,6 +324,7 @@ results.live = document.getElementById("summary").getAttribute("aria-live");
     assert found["pressed"] == [["true", 0], ["false", -1], ["false", -1], ["false", -1]]
 
 
+@pytest.mark.slow
 def test_the_box_that_clips(browse):
     """One patch of 0.8 among 11 of 0.1 hides them; the box shows them, and says so."""
     image = torch.full((1, 3, 4), 0.1).index_put((torch.tensor(0), torch.tensor(0), torch.tensor(0)), torch.tensor(0.8))
