@@ -18,12 +18,12 @@ WORKERS ?= 2
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.9.0
 MODELS ?= transformers==5.23.* diffusers==0.42.*
-PACKAGES := $(wildcard packages/ptx packages/vlattn-lab packages/vlattn-vllm)
 
 PY := $(VENV)/bin/python
 CXX_SOURCES = $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/cpu/*.cpp packages/ptx/*/*/*.h packages/ptx/*/*/*.cpp packages/ptx/tests/*.h packages/ptx/tests/*.cu tests/compiled/*.cu)
 INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.kernels
+TESTED := $(VENV)/.tested
 # Python compiles a module when it is first imported and keeps it, even if the variable below says otherwise. pip would compile all
 # of them, which takes nearly as long as the rest of the install.
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet --no-compile
@@ -41,30 +41,30 @@ suite cpus test-all: export OMP_NUM_THREADS := 1
 suite cpus test-all: export OMP_WAIT_POLICY := passive
 suite cpus test-all: export TORCHINDUCTOR_VEC_ISA_OK := 1
 # mypy takes one processor for more than a minute: it runs beside the tests.
-test: $(READY)
+test: $(TESTED)
 	@$(MAKE) --no-print-directory --jobs=2 lint suite
 
-suite: $(READY)
+suite: $(TESTED)
 	@$(PY) -m tests.helpers.process --numprocesses $(WORKERS) --dist worksteal $(or $(ARGS),-p tests.helpers.chosen)
 
-test-all: $(READY)
+test-all: $(TESTED)
 	@$(PY) -m tools.test_all --workers $(WORKERS) $(ARGS)
 
-cpus: $(READY)
+cpus: $(TESTED)
 	@$(PY) -m tools.cpus --workers $(WORKERS)
 
-lint: $(INSTALLED)
+lint: $(TESTED)
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check --quiet .
 	@$(VENV)/bin/clang-format --dry-run --Werror $(CXX_SOURCES)
 	@$(PY) -m mypy
 
-format: $(INSTALLED)
+format: $(TESTED)
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
 	@$(VENV)/bin/clang-format -i $(CXX_SOURCES)
 
-lists: $(READY)
+lists: $(TESTED)
 	@$(PY) -m tools.lists
 
 bench: $(READY)
@@ -87,13 +87,13 @@ docs: .venv-docs/.installed $(READY)
 gpu:
 	@$(PYTHON) -m tools.gpu.run $(PARTS) $(ARGS)
 
-venv: $(READY)
+venv: $(TESTED)
 
 BUILD_CPU = mkdir -p build && PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) setup.py --quiet build_cpu --inplace >build/install.log 2>&1
 
 # torch is installed first and by itself: with a range, pip would take the newest torch and its CUDA libraries.
-# triton is installed without dependencies, and only on Linux. The library is compiled meanwhile, which needs neither; the packages of
-# this tree come last, when their dependencies are there. The stamp is written last; two makes take turns.
+# The library is compiled meanwhile, which needs no torch; the packages of this tree come last, when their dependencies are there. Both
+# use the environment's cmake and ninja: with others the second build would begin anew. A stamp is written last; two makes take turns.
 define INSTALL
 set -e
 if [ $(INSTALLED) -nt pyproject.toml ] && [ $(INSTALLED) -nt setup.py ]; then exit 0; fi
@@ -101,22 +101,38 @@ echo "installing into $(VENV), which takes minutes the first time"
 test -x $(PY) || $(PYTHON) -m venv $(VENV)
 $(PIP) "setuptools>=77" "cmake>=3.25" ninja
 $(BUILD_CPU) & compiling=$$!
-(while sleep 60; do echo "  installing; compiled so far: $$(tail -n 1 build/install.log | cut -c 1-80)"; done) & telling=$$!
+(while sleep 60; do echo "  installing; compiled: $$(grep -o "^.[0-9]*/[0-9]*." build/install.log | tail -n 1)"; done) & telling=$$!
 trap "kill $$telling" EXIT
 $(PY) -c "import torch; exit(tuple(map(int, torch.__version__.split('.')[:2])) < (2, 9))" 2>/dev/null || $(PIP) "$(TORCH)"
-test "$$(uname -s)" != Linux || $(PY) -c "import triton" 2>/dev/null || $(PIP) --no-deps "$(TRITON)"
-$(PY) -m tools.requirements all test >build/requirements.txt
-$(PIP) --requirement build/requirements.txt $(foreach model,$(MODELS),"$(model)")
+$(PY) -m tools.requirements explain viz tables probe cli >build/requirements.txt
+$(PIP) --requirement build/requirements.txt "$(firstword $(MODELS))"
 wait $$compiling || true
-$(PIP) --no-build-isolation --no-deps $(foreach package,. $(PACKAGES),--editable $(package))
+$(IN_TREE) --editable . $(filter %/vlattn-lab,$(PACKAGES))
 touch $(INSTALLED)
 endef
 export INSTALL
 IN_TURN := $(if $(shell command -v flock),flock $(VENV)/.lock)
+IN_TREE := PATH="$(abspath $(VENV))/bin:$$PATH" $(PIP) --no-build-isolation --no-deps
+PACKAGES := $(addprefix --editable ,$(wildcard packages/ptx packages/vlattn-lab packages/vlattn-vllm))
 
 $(INSTALLED): pyproject.toml setup.py
 	@mkdir -p $(VENV)
 	@$(IN_TURN) sh -c "$$INSTALL"
+
+# What tests need beside it. triton is installed without dependencies, and only on Linux.
+define TEST_INSTALL
+set -e
+if [ $(TESTED) -nt $(READY) ]; then exit 0; fi
+test "$$(uname -s)" != Linux || $(PY) -c "import triton" 2>/dev/null || $(PIP) --no-deps "$(TRITON)"
+$(PY) -m tools.requirements all test >build/requirements.txt
+$(PIP) --requirement build/requirements.txt $(foreach model,$(MODELS),"$(model)")
+test -z "$(PACKAGES)" || $(IN_TREE) $(PACKAGES)
+touch $(TESTED)
+endef
+export TEST_INSTALL
+
+$(TESTED): $(READY)
+	@$(IN_TURN) sh -c "$$TEST_INSTALL"
 
 # Without a compiler the package works without the library; a source that does not compile stops here. The environment's cmake and
 # ninja continue the install's build, which the system's would begin anew.

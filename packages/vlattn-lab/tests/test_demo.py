@@ -32,7 +32,7 @@ def test_demo_writes_its_pictures(tmp_path, monkeypatch):
 def test_the_demo_prints_the_costs_that_the_benchmark_measures(monkeypatch, capsys):
     def measure(name, variants, overrides):
         """Rows at a tiny size; the processes are tested with the benchmarks."""
-        assert name == "task_explain_clip" and overrides == {"layers": 6}
+        assert name == "task_explain_clip" and overrides == {"layers": demo.LAYERS}
         (benchmark,) = _choice.choose([name])
         sizes = {"layers": 2, "H": 2, "N": 12, "C": 16}
         rows = _measure.Measurement(benchmark, torch.device("cpu"), rounds=1, overrides=sizes, only=variants).run()
