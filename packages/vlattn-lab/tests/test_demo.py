@@ -6,12 +6,11 @@ import re
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from typer.testing import CliRunner
 
 from vlattn_fast import cli
-from vlattn_fast.benchmarks import _choice, _isolated, _measure
+from vlattn_fast.benchmarks import _measure
 from vlattn_lab import demo
 from vlattn_lab.checkout import ROOT
 
@@ -30,15 +29,14 @@ def test_demo_writes_its_pictures(tmp_path, monkeypatch):
 
 
 def test_the_demo_prints_the_costs_that_the_benchmark_measures(monkeypatch, capsys):
-    def measure(name, variants, overrides):
-        """Rows at a tiny size; the processes are tested with the benchmarks."""
-        assert name == "task_explain_clip" and overrides == {"layers": demo.LAYERS}
-        (benchmark,) = _choice.choose([name])
-        sizes = {"layers": 2, "H": 2, "N": 12, "C": 16}
-        rows = _measure.Measurement(benchmark, torch.device("cpu"), rounds=1, overrides=sizes, only=variants).run()
-        return [next(row for row in rows if row["variant"] == variant) for variant in variants]
+    """Of a tiny model."""
+    measured = _measure.Measurement
 
-    monkeypatch.setattr(_isolated, "measure", measure)
+    def tiny(benchmark, device, overrides, **options):
+        assert benchmark.name.startswith("task_explain_clip") and overrides == {"layers": demo.LAYERS}
+        return measured(benchmark, device, overrides={"layers": 2, "H": 2, "N": 12, "C": 16}, **{**options, "rounds": 1})
+
+    monkeypatch.setattr(_measure, "Measurement", tiny)
     demo.compare()
     printed = capsys.readouterr().out
     for variant in demo.VARIANTS:

@@ -14,7 +14,7 @@ from torch import Tensor
 import vlattn_lab as lab
 from vlattn_fast import explain
 from vlattn_fast.backends import native
-from vlattn_fast.benchmarks import _isolated
+from vlattn_fast.benchmarks import _choice, _measure
 from vlattn_fast.checking.verify import verify
 from vlattn_fast.measuring.records import number
 from vlattn_lab import mapper, pointing
@@ -103,10 +103,13 @@ def answers() -> None:
 
 
 def compare() -> None:
-    """Prints the costs of explaining a picture, as `vlattn bench task_explain_clip` measures them, a process for each variant."""
+    """Prints the costs of explaining a picture, as `vlattn bench task_explain_clip` measures them."""
     print(f"Cost of one relevancy map on {LAYERS} layers of CLIP ViT-L/14@336's vision tower, random weights, one picture.")
-    print("Variants run in turns, each in a process of its own.\n", flush=True)
-    records = _isolated.measure("task_explain_clip", VARIANTS, overrides={"layers": LAYERS})
+    print("Variants run in turns.\n", flush=True)
+    (benchmark,) = _choice.choose(["task_explain_clip"])
+    options: dict[str, Any] = {"overrides": {"layers": LAYERS}, "only": VARIANTS, "rounds": 3, "compiled": False}
+    found = {record["variant"]: record for record in _measure.Measurement(benchmark, torch.device("cpu"), **options).run()}
+    records = [found[variant] for variant in VARIANTS]
     sizes = ", ".join(f"{name} {size}" for name, size in records[0]["sizes"].items())
     print(f"{sizes}; {records[0]['dtype']}; median of {records[0]['rounds']} calls")
     print(f"{'variant':28}{'seconds':>8}{'of plain':>10}{'peak MiB':>10}{'of plain':>10}  error of the map")
