@@ -41,16 +41,16 @@ suite cpus test-all: export OMP_NUM_THREADS := 1
 suite cpus test-all: export OMP_WAIT_POLICY := passive
 suite cpus test-all: export TORCHINDUCTOR_VEC_ISA_OK := 1
 # mypy takes one processor for more than a minute: it runs beside the tests.
-test: $(TESTED)
+test: $(READY) $(TESTED)
 	@$(MAKE) --no-print-directory --jobs=2 lint suite
 
-suite: $(TESTED)
+suite: $(READY) $(TESTED)
 	@$(PY) -m tests.helpers.process --numprocesses $(WORKERS) --dist worksteal $(or $(ARGS),-p tests.helpers.chosen)
 
-test-all: $(TESTED)
+test-all: $(READY) $(TESTED)
 	@$(PY) -m tools.test_all --workers $(WORKERS) $(ARGS)
 
-cpus: $(TESTED)
+cpus: $(READY) $(TESTED)
 	@$(PY) -m tools.cpus --workers $(WORKERS)
 
 lint: $(TESTED)
@@ -64,7 +64,7 @@ format: $(TESTED)
 	@$(PY) -m ruff format .
 	@$(VENV)/bin/clang-format -i $(CXX_SOURCES)
 
-lists: $(TESTED)
+lists: $(READY) $(TESTED)
 	@$(PY) -m tools.lists
 
 bench: $(READY)
@@ -87,7 +87,7 @@ docs: .venv-docs/.installed $(READY)
 gpu:
 	@$(PYTHON) -m tools.gpu.run $(PARTS) $(ARGS)
 
-venv: $(TESTED)
+venv: $(READY) $(TESTED)
 
 BUILD_CPU = mkdir -p build && PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) setup.py --quiet build_cpu --inplace >build/install.log 2>&1
 
@@ -122,8 +122,9 @@ $(INSTALLED): pyproject.toml setup.py
 # What tests need beside it. triton is installed without dependencies, and only on Linux.
 define TEST_INSTALL
 set -e
-if [ $(TESTED) -nt $(READY) ]; then exit 0; fi
+if [ $(TESTED) -nt $(INSTALLED) ]; then exit 0; fi
 test "$$(uname -s)" != Linux || $(PY) -c "import triton" 2>/dev/null || $(PIP) --no-deps "$(TRITON)"
+mkdir -p build
 $(PY) -m tools.requirements all test >build/requirements.txt
 $(PIP) --requirement build/requirements.txt $(foreach model,$(MODELS),"$(model)")
 test -z "$(PACKAGES)" || $(IN_TREE) $(PACKAGES)
@@ -131,7 +132,7 @@ touch $(TESTED)
 endef
 export TEST_INSTALL
 
-$(TESTED): $(READY)
+$(TESTED): $(INSTALLED)
 	@$(IN_TURN) sh -c "$$TEST_INSTALL"
 
 # Without a compiler the package works without the library; a source that does not compile stops here. The environment's cmake and
