@@ -90,6 +90,21 @@ def test_a_sum_over_the_steps_reads_their_mean():
     assert_rows(called.relevancy["language"], got.relevancy["language"])
 
 
+def test_rollout_tells_what_tokens_keep_of_themselves_from_what_they_are_brought():
+    """Of a sum over the steps, whose row is a mean: half of it stays in each layer, and the other half is what attention brings."""
+    model, inputs = policy(), {**seen(), "timestep": torch.full((2,), 0.5)}
+    row = torch.zeros(2, 16).double()
+    row[:, 13:] = 1 / CHUNK
+    brought = torch.zeros_like(row)
+    for attention, _ in reversed(maps_of(model, seen(), lambda velocity: -velocity[..., 2].sum(1))):
+        mean = attention.mean(1)
+        keeps, step = torch.where(mean.sum(-1) > 0, 0.5, 1.0), torch.einsum("bn,bnm->bm", row / 2, mean)
+        row, brought = row * keeps + step, brought * keeps + step
+    got = va.explain(model, inputs, target=va.Action(dimension=2), method="rollout")
+    assert_rows(got.relevancy["actions"], row[:, 12:])
+    assert_rows(got.brought["actions"], brought[:, 12:])
+
+
 def test_cameras_are_pictures_and_tokens_have_names(tmp_path):
     got = va.explain(policy(), seen(), target=va.Action(2, 1, 0.5))
     language = got.relevancy["language"]
