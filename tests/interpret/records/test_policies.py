@@ -91,7 +91,7 @@ def test_a_sum_over_the_steps_reads_their_mean():
 
 
 def test_rollout_tells_what_tokens_keep_of_themselves_from_what_they_are_brought():
-    """Of a sum over the steps, whose row is a mean: half of it stays in each layer, and the other half is what attention brings."""
+    """Of a sum over the steps, whose row is a mean: half of it stays in each layer, the other half is what attention brings."""
     model, inputs = policy(), {**seen(), "timestep": torch.full((2,), 0.5)}
     row = torch.zeros(2, 16).double()
     row[:, 13:] = 1 / CHUNK
