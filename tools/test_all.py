@@ -131,7 +131,7 @@ def tests_of(path: Path) -> list[str]:
     top, *_ = path.parts
     if top == "packages":
         return [f"packages/{path.parts[1]}"] if (ROOT / "packages" / path.parts[1] / "tests").is_dir() else []
-    if path.name.startswith("test_"):
+    if top == "tests" and path.name.startswith("test_"):
         return [path.as_posix()] if (ROOT / path).exists() else []
     inner = [part for part in path.parts[:-1] if part not in ("vlattn_fast", "csrc", "tools", "backends", "tests")]
     folders = ["/".join(("tests", *inner[:length])) for length in range(len(inner), 0, -1)]
@@ -164,7 +164,9 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="name the parts, and run none")
     parser.add_argument("--touched", action="store_true", help=f"instead the tests of what the last {COMMITS} commits touch")
     parser.add_argument("--turn", action="store_true", help="the parts of one turn, by the number of commits")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="no test begins after these")
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="no test begins after these, of which each part has an equal share"
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes that run side by side")
     options = parser.parse_args()
     every = touched() if options.touched else parts()
@@ -179,10 +181,10 @@ def main() -> int:
         print(*(f"{part.name}: {outcomes.get(part.name, 'open')}" for part in chosen), sep="\n")
         return 0
     end = time.time() + 60 * options.minutes
-    for part in chosen:
-        if part.name in outcomes:
-            continue
-        outcomes[part.name] = "not begun" if end - time.time() < START else run(part, options.workers, end)
+    waiting = [part for part in chosen if part.name not in outcomes]
+    for number, part in enumerate(waiting):
+        share = (end - time.time()) / (len(waiting) - number)  # what one does not need is the others'
+        outcomes[part.name] = "not begun" if share < START else run(part, options.workers, time.time() + share)
         if outcomes[part.name] == "passed":
             before.add(part.name)
             PASSED.parent.mkdir(exist_ok=True)
