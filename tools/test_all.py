@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -31,7 +32,7 @@ PASSED = ROOT / "build" / "test-all.json"
 TURNS = COMMITS = 20
 SUITE = ("-m", "tests.helpers.process", "-q", "--tb=short", "--dist", "worksteal", "--numprocesses", "WORKERS")
 PACKAGE = ("-m", "pytest", "-q", "--tb=short", "-p", "tools.part")
-START = 20  # seconds without which a part does not begin
+START, LAST = 20, 60  # seconds: without the former a part does not begin; the latter a test or a build has at the end
 NO_TESTS = 5  # pytest's status if none was selected
 
 
@@ -149,11 +150,15 @@ def run(part: Part, workers: int, end: float) -> str:
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "VLATTN_UNTIL": str(end), **part.variables}
     start = time.time()
-    done = subprocess.run(
-        command, cwd=ROOT / part.folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    lines = done.stdout.strip().splitlines()
-    well = done.returncode in (0, NO_TESTS)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, cwd=ROOT / part.folder, env=environment, start_new_session=True, **streams)
+    try:
+        said, _ = process.communicate(timeout=None if end == float("inf") else end - start + LAST)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # with what it builds
+        process.communicate()
+        return "not finished, as no time was left"
+    lines, well = said.strip().splitlines(), process.returncode in (0, NO_TESTS)
     print(*(lines[-1:] if well else lines), f"  {part.name}: {time.time() - start:.0f} s", sep="\n", flush=True)
     return "failed" if not well else "passed" if time.time() < end else "not finished, as no time was left"
 
@@ -164,9 +169,7 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="name the parts, and run none")
     parser.add_argument("--touched", action="store_true", help=f"instead the tests of what the last {COMMITS} commits touch")
     parser.add_argument("--turn", action="store_true", help="the parts of one turn, by the number of commits")
-    parser.add_argument(
-        "--minutes", type=float, default=float("inf"), help="no test begins after these, of which each part has an equal share"
-    )
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="no test begins after these")
     parser.add_argument("--workers", type=int, default=2, help="processes that run side by side")
     options = parser.parse_args()
     every = touched() if options.touched else parts()
@@ -183,7 +186,8 @@ def main() -> int:
     end = time.time() + 60 * options.minutes
     waiting = [part for part in chosen if part.name not in outcomes]
     for number, part in enumerate(waiting):
-        share = (end - time.time()) / (len(waiting) - number)  # what one does not need is the others'
+        # a turn's first part may have all the time, and another is the first in the next round; what is touched shares it
+        share = (end - time.time()) / (len(waiting) - number if options.touched else 1)
         outcomes[part.name] = "not begun" if share < START else run(part, options.workers, time.time() + share)
         if outcomes[part.name] == "passed":
             before.add(part.name)
