@@ -28,14 +28,18 @@ TRITON_LOWEST = "triton==3.6.*"
 TESTED = ("-m", "pytest", "--numprocesses", "2", "--dist", "worksteal")
 
 
+def pip(python: str, *arguments: str, **variables: str) -> None:
+    command = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", *arguments]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, **variables}, check=True)
+
+
 class Environment:
     def __init__(self, name: str) -> None:
         self.folder = ROOT / f".venv-{name}"
         self.python = str(self.folder / "bin" / "python")
 
     def pip(self, *arguments: str, **variables: str) -> None:
-        command = [self.python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", *arguments]
-        subprocess.run(command, cwd=ROOT, env={**os.environ, **variables}, check=True)
+        pip(self.python, *arguments, **variables)
 
     def make(self, steps: Callable[[Environment], None]) -> None:
         """The stamp is written last: what stopped is made again."""
@@ -105,8 +109,7 @@ def main() -> int:
         command, packages = BESIDE[name]
         folder = Path(sys.prefix) / name
         if not folder.exists():
-            pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps"]
-            subprocess.run([*pip, "--target", folder, *packages], check=True)
+            pip(sys.executable, "--no-deps", "--target", str(folder), *packages)
         variables["PYTHONPATH"] = f"{folder}{os.pathsep}{ROOT}"
         return subprocess.run([sys.executable, *command, *arguments], cwd=ROOT, env=variables).returncode
     if name not in ENVIRONMENTS:

@@ -97,9 +97,7 @@ def passed() -> set[str]:
 
 def turn(every: list[Part]) -> list[Part]:
     """Those whose turn it is; after TURNS commits each has had one. A later round begins with another of them."""
-    count = int(
-        subprocess.run(["git", "rev-list", "--count", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    )
+    count = int(git("rev-list", "--count", "HEAD"))
     chosen = every[count % TURNS :: TURNS]
     first = count // TURNS % len(chosen)
     return chosen[first:] + chosen[:first]

@@ -21,12 +21,11 @@ LATE = {"cuda/test_build.py", "compiled/test_cuda.py"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The library is built beside the other tests. Tests of what takes long come last; those of the CPU kernels under
-    sanitizers take longest by themselves and come first, so that no process waits for them at the end."""
+    """The library is built beside the other tests. Tests of what takes long come last."""
     names = {_name(item) for item in items}
     if not names & LATE or names <= LATE:
         return
-    items.sort(key=lambda item: (_name(item) in LATE) - (_name(item) == "cpu/test_once.py"))
+    items.sort(key=lambda item: _name(item) in LATE)
     threading.Thread(target=_build_early, daemon=True).start()
 
 
