@@ -147,7 +147,7 @@ def run(part: Part, workers: int, end: float) -> str:
     command = [sys.executable, *(str(workers) if word == "WORKERS" else word for word in part.command)]
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "VLATTN_UNTIL": str(end), **part.variables}
-    start = time.time()
+    start, before = time.time(), sum(os.times()[2:4])
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen(command, cwd=ROOT / part.folder, env=environment, start_new_session=True, **streams)
     try:
@@ -157,7 +157,8 @@ def run(part: Part, workers: int, end: float) -> str:
         process.communicate()
         return "not finished, as no time was left"
     lines, well = said.strip().splitlines(), process.returncode in (0, NO_TESTS)
-    print(*(lines[-1:] if well else lines), f"  {part.name}: {time.time() - start:.0f} s", sep="\n", flush=True)
+    took = f"  {part.name}: {time.time() - start:.0f} s, {sum(os.times()[2:4]) - before:.0f} s of a processor"
+    print(*(lines[-1:] if well else lines), took, sep="\n", flush=True)
     return "failed" if not well else "passed" if time.time() < end else "not finished, as no time was left"
 
 
