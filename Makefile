@@ -67,7 +67,7 @@ format: $(TESTED)
 lists: $(READY) $(TESTED)
 	@$(PY) -m tools.lists
 
-bench: $(READY)
+bench: $(READY) $(TESTED)
 	@$(PY) -m vlattn_fast.benchmarks $(ARGS)
 
 docs: export NO_MKDOCS_2_WARNING := 1

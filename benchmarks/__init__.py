@@ -2,7 +2,7 @@
 
 python -m vlattn_fast.benchmarks [names] [--device cuda] [--quick]     measure, print, append records to results/
 python -m vlattn_fast.benchmarks report                                tables and plots from the records
-pytest benchmarks/test_benchmarks.py                                   the same under pytest-benchmark
+python -m vlattn_fast.benchmarks host                                  what Python adds to a call, by pytest-benchmark
 
 In: names of benchmarks.
 Out: records of times, memory and errors in results/, and the report of them.

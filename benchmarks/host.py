@@ -1,8 +1,9 @@
 """The time that Python spends on a call, beside the time that Python spends on torch's attention.
 
-    python -m vlattn_fast.benchmarks host [--device cuda] [--rounds 20] [--out FOLDER]
+    python -m vlattn_fast.benchmarks host [--device cuda] [--rounds 400] [--out FOLDER] [--benchmark-compare ...]
 
-Forward without gradients, and forward and backward, of each operator on one short head.
+Forward without gradients, and forward and backward, of each operator on one short head. pytest-benchmark times them and compares
+runs: after `--benchmark-autosave`, `--benchmark-compare` shows the next run beside the stored one.
 
 With backend "triton" launches do nothing, so the measurement runs on any machine, on CPU tensors. The records leave out Triton's
 launcher (binding and specialising the arguments, looking up the compiled kernel, the driver's launch), the change of the current
@@ -14,21 +15,21 @@ yardstick, F.scaled_dot_product_attention, runs whole, in the dtype of the backe
 from __future__ import annotations
 
 import argparse
-import gc
-import random
+import os
 import shlex
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlattn_fast._ground.extras import extra
 from vlattn_fast._ground.origin import device_name
 from vlattn_fast.backends.native import library
 from vlattn_fast.benchmarks._measure import percentiles
@@ -36,11 +37,10 @@ from vlattn_fast.benchmarks._records import RESULTS, append, provenance, slug
 from vlattn_fast.benchmarks._run import check_device
 from vlattn_fast.checking.cases import Example, Sizes, cases_of
 from vlattn_fast.dispatch.call import OnCpu, run_gpu_kernels_on_cpu
-from vlattn_fast.measuring.records import number
 from vlattn_fast.ops import OPERATORS
 
-ROUNDS, QUICK_ROUNDS = 20, 1
-CALLS = 20  # in a row, a round: a single call would meet cold caches
+ROUNDS, WARMUP = 400, 20  # the first calls meet cold caches
+STORAGE = Path("build") / "benchmarks"  # of pytest-benchmark
 SIZES = {"B": 1, "H": 1, "N": 16, "D": 16}
 OF_CALLS = Sizes(16, 16, 16, 16, 16, 16, 16, batch=1, heads=1, rows=1, images=2, captions=2)
 DTYPES = {"triton": torch.bfloat16, "cpu": torch.float32, "streaming": torch.float32}  # by backend
@@ -118,75 +118,112 @@ def passes(example: Example) -> dict[str, Callable[[], Any]]:
     return {"forward": forward, "forward+backward": both}
 
 
-def measure(device: str = "cpu", *, rounds: int | None = None, quick: bool = False) -> list[dict[str, Any]]:
-    """A record for each pass of each operator: microseconds of the host, and microseconds above SDPA's. Operators take turns, in
-    an order drawn for each round."""
-    place = check_device(device)
-    rounds = rounds or (QUICK_ROUNDS if quick else ROUNDS)
-    with without_launches():
-        calls = {
-            (backend, name, what): run
-            for backend in backends_on(place)
-            for name, each in examples(place, backend).items()
-            for what, run in passes(each).items()
+@dataclass(frozen=True)
+class Timed:
+    """A pass of a call, timed by `test_pass`."""
+
+    key: Key
+    run: Callable[[], Any]
+    device: torch.device
+    rounds: int
+    times: list[float] = field(default_factory=list)  # seconds
+    launched: list[str] = field(default_factory=list)  # kernels of one run
+
+    def record(self, sdpa_us: float) -> dict[str, Any]:
+        """Named by `host` as records of benchmarks are named by `benchmark`."""
+        backend, name, what = self.key
+        of_calls = percentiles(self.times, 2)
+        goal = TRITON_GOALS.get(name.split(",")[0]) if backend == "triton" else CPU_GOAL
+        return {
+            "host": name,
+            "backend": backend,
+            "pass": what,
+            "sizes": SIZES,
+            "dtype": str(DTYPES[backend]).removeprefix("torch."),
+            "rounds": self.rounds,
+            "launches": len(self.launched),
+            **of_calls,
+            "above_sdpa_us": round(of_calls["p50_us"] - sdpa_us, 2),
+            "goal_us": goal if what == "forward" and name != SDPA else None,
         }
-    launches: dict[Key, list[str]] = {key: [] for key in calls}
-    for key, run in calls.items():
-        with without_launches(launches[key]):
-            run()
-    times: dict[Key, list[float]] = {key: [] for key in calls}
-    gc.collect()
-    gc.disable()
-    try:
+
+
+def test_pass(benchmark: Any, timed: Timed) -> None:
+    """pytest-benchmark's groups are backends and passes, so that its table shows each call beside SDPA."""
+    backend, _, what = timed.key
+    benchmark.group = f"{backend}, {what}"
+    with without_launches(timed.launched):
+        timed.run()
+    with without_launches():
+        wait = torch.cuda.synchronize if timed.device.type == "cuda" else None
+        benchmark.pedantic(timed.run, setup=wait, rounds=timed.rounds, warmup_rounds=min(WARMUP, timed.rounds))
+    timed.times.extend(benchmark.stats.stats.data)
+
+
+class _Calls:
+    """A plug-in of pytest that gives `test_pass` its calls."""
+
+    def __init__(self, device: torch.device, rounds: int) -> None:
         with without_launches():
-            for number in range(rounds):
-                for key in random.Random(number).sample(list(calls), len(calls)):
-                    calls[key]()
-                    for _ in range(CALLS):
-                        start = time.perf_counter()
-                        calls[key]()
-                        times[key].append(time.perf_counter() - start)
-                    if place.type == "cuda":
-                        torch.cuda.synchronize()
-    finally:
-        gc.enable()
-    return [_record(key, times, len(launches[key])) for key in calls]
+            self.timed = {
+                f"{backend}: {name}, {what}": Timed((backend, name, what), run, device, rounds)
+                for backend in backends_on(device)
+                for name, each in examples(device, backend).items()
+                for what, run in passes(each).items()
+            }
+
+    def pytest_generate_tests(self, metafunc: Any) -> None:
+        metafunc.parametrize("timed", self.timed.values(), ids=self.timed)
 
 
-def _record(key: Key, times: Mapping[Key, list[float]], launches: int) -> dict[str, Any]:
-    """A record, named by `host` as records of benchmarks are named by `benchmark`."""
-    backend, name, what = key
-    of_calls = percentiles(times[key], 2)
-    above = of_calls["p50_us"] - float(np.median(times[backend, SDPA, what])) * 1e6
-    goal = TRITON_GOALS.get(name.split(",")[0]) if backend == "triton" else CPU_GOAL
-    return {
-        "host": name,
-        "backend": backend,
-        "pass": what,
-        "sizes": SIZES,
-        "dtype": str(DTYPES[backend]).removeprefix("torch."),
-        "rounds": len(times[key]),
-        "launches": launches,
-        **of_calls,
-        "above_sdpa_us": round(above, 2),
-        "goal_us": goal if what == "forward" and name != SDPA else None,
-    }
+def measure(device: str = "cpu", *, rounds: int = ROUNDS, options: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """A record for each pass of each operator: microseconds of the host, and microseconds above SDPA's. `options` are pytest's.
+
+    Raises:
+        ModuleNotFoundError: pytest-benchmark is not installed.
+        RuntimeError: a call failed; pytest has printed it.
+    """
+    with extra("bench"):
+        import pytest
+        import pytest_benchmark  # noqa: F401
+    calls = _Calls(check_device(device), rounds)
+    folder = Path(__file__).parent
+    alone = [
+        "-c",
+        os.devnull,
+        f"--rootdir={folder}",
+        "--import-mode=importlib",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "-qq",
+    ]
+    timing = ["--benchmark-disable-gc", "--benchmark-columns=min,median,iqr,rounds", "--benchmark-sort=name"]
+    timing.append(f"--benchmark-storage={STORAGE}")
+    with patch.dict(os.environ):
+        os.environ.pop("PYTEST_XDIST_WORKER", None)  # pytest-benchmark does not time what it believes to run beside others
+        status = pytest.main([__file__, *alone, *timing, *options], plugins=[calls])
+    if status != 0:
+        raise RuntimeError("a call failed, or an option is not pytest's; see above")
+    done = [timed for timed in calls.timed.values() if timed.times]
+    sdpa = {(backend, what): np.median(x.times) * 1e6 for x in done for backend, name, what in [x.key] if name == SDPA}
+    return [x.record(float(sdpa[backend, what])) for x in done for backend, _, what in [x.key]]
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m vlattn_fast.benchmarks host", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m vlattn_fast.benchmarks host",
+        description=(__doc__ or "").splitlines()[0],
+        epilog="Other options go to pytest-benchmark, such as --benchmark-autosave and --benchmark-compare.",
+    )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--rounds", type=int, help=f"of {CALLS} calls of each; default {ROUNDS}")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"timed calls of each pass; default {ROUNDS}")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of host-<device>.json, which records are added to")
-    options = parser.parse_args(arguments)
+    options, of_pytest = parser.parse_known_args(arguments)
     place = check_device(options.device)
     command = shlex.join(["python", "-m", "vlattn_fast.benchmarks", "host", *arguments])
     origin = {"device": device_name(place), **provenance(command)}
-    records = measure(options.device, rounds=options.rounds)
-    print(f"{'us of the host':56}{'p20':>8}{'p50':>8}{'p80':>8}{'above SDPA':>12}{'goal':>8}{'launches':>10}")
-    for record in records:
-        percentiles = "".join(f"{record[f'p{n}_us']:8.1f}" for n in (20, 50, 80))
-        name, goal = f"{record['backend']}: {record['host']}, {record['pass']}", number(record["goal_us"], ".0f")
-        print(f"{name:56}{percentiles}{record['above_sdpa_us']:12.1f}{goal:>8}{record['launches']:10}")
+    records = measure(options.device, rounds=options.rounds, options=of_pytest)
     append([{**record, **origin} for record in records], options.out / f"host-{slug(place)}.json")
     return 0

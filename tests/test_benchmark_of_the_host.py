@@ -12,8 +12,10 @@ from vlattn_fast.benchmarks import _report
 
 
 def test_the_host_is_timed_without_launches(monkeypatch, tmp_path, capsys):
-    """Every operator, forward and backward; what is launched does nothing, and afterwards launches are launches again."""
+    """Every operator, forward and backward; what is launched does nothing, and afterwards launches are launches again. A second
+    run is compared with the first."""
     pytest.importorskip("triton")
+    pytest.importorskip("pytest_benchmark")
     from triton.runtime.jit import KernelInterface
 
     from vlattn_fast.benchmarks import host
@@ -21,8 +23,14 @@ def test_the_host_is_timed_without_launches(monkeypatch, tmp_path, capsys):
     from vlattn_fast.ops import OPERATORS
 
     before = KernelInterface.__getitem__, calls.on_cpu
-    monkeypatch.setattr(host, "CALLS", 1)
-    assert command.main(["host", "--rounds", "2", "--out", str(tmp_path)]) == 0
+    monkeypatch.setattr(host, "STORAGE", tmp_path / "storage")
+    assert command.main(["host", "--rounds", "2", "--out", str(tmp_path / "first"), "--benchmark-autosave"]) == 0
+    assert command.main(["host", "--rounds", "2", "--out", str(tmp_path), "-k", "maxsim or SDPA", "--benchmark-compare"]) == 0
+    compared = capsys.readouterr().out
+    assert "maxsim, forward] (NOW)" in compared and "maxsim, forward] (0001" in compared
+    (row, *_) = json.loads((tmp_path / "host-cpu.json").read_text())
+    assert row["host"] == "SDPA"
+    (tmp_path / "first" / "host-cpu.json").replace(tmp_path / "host-cpu.json")
     assert (KernelInterface.__getitem__, calls.on_cpu) == before
     rows = json.loads((tmp_path / "host-cpu.json").read_text())
     if not host.library.exists:
@@ -45,7 +53,6 @@ def test_the_host_is_timed_without_launches(monkeypatch, tmp_path, capsys):
         goal = {row["host"]: row["goal_us"] for row in found if row["pass"] == "forward"}
         names = ("score_attention", "relevancy_attention", "congruence_loss", "attention_map", "SDPA")
         assert [goal[name] for name in names] == goals
-    assert "congruence_loss, forward+backward" in capsys.readouterr().out
     _report.write(tmp_path, tmp_path / "report.md")
     text = (tmp_path / "report.md").read_text()
     assert "| call | triton, forward | triton, forward+backward | cpu, forward | cpu, forward+backward |" in text
@@ -58,6 +65,7 @@ def test_the_host_is_timed_without_launches(monkeypatch, tmp_path, capsys):
 def test_the_host_is_timed_without_the_interpreter(tmp_path):
     """As a user does: no GPU is there, and no launch may ask for one."""
     pytest.importorskip("triton")
+    pytest.importorskip("pytest_benchmark")
     plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "vlattn_fast.benchmarks", "host", "--rounds", "1", "--out", str(tmp_path)]
     subprocess.run(command, check=True, env=plain)
