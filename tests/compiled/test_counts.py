@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.releases import WITHOUT_PTX, needs_fences
+from tests.helpers.releases import WITHOUT_PTX
 
 pytest.importorskip("triton")
 pytest.importorskip("ptx", reason=WITHOUT_PTX)
 from ptx.running.launch import Launch
 from ptx.running.reports import Accesses
+from ptx.testing import needs_fences
 from tools.compiled import counts
 
 SHAPES = {"x.q.p": (2, 3, 5, 8), "x.k.p": (2, 1, 7, 8), "p_out": (2, 3, 5, 8)}

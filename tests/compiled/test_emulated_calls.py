@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.releases import WITHOUT_PTX, needs_fences
+from tests.helpers.releases import WITHOUT_PTX
 
 pytest.importorskip("triton")
 pytest.importorskip("ptx", reason=WITHOUT_PTX)
-from tests.helpers.emulated.compiling import compiling
+from ptx.testing import compiling, needs_fences
 from tests.helpers.emulated.triton_calls import CALLED
 from tools.emulated import package
 

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.releases import WITHOUT_PTX, needs_sanitizers
+from tests.helpers.releases import WITHOUT_PTX
 
 pytest.importorskip("triton")
 pytest.importorskip("ptx", reason=WITHOUT_PTX)
+from ptx.testing import needs_sanitizers, sanitizing
 from tests.compiled.test_emulated_calls import KERNELS
-from tests.helpers.emulated.compiling import sanitizing
 from tests.helpers.emulated.pairs import ITEMS, NO_PAIR, Item
 from tools.planted.exact import FAULTS, TABLE, Planted, row
 

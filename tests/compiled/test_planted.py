@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.releases import WITHOUT_PTX, needs_fences
+from tests.helpers.releases import WITHOUT_PTX
 
 pytest.importorskip("triton")
 pytest.importorskip("ptx", reason=WITHOUT_PTX)
 from ptx.planting.faults import IN_PTX, IN_SOURCE, Fault
-from tests.helpers.emulated.compiling import compiling
+from ptx.testing import compiling, needs_fences
 from tools.planted import reasons as reasons_of
 from tools.planted.calls import CALLS, Outcome
 from tools.planted.table import TABLE, reasons, summary

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.helpers.emulated.compiling import compiling
-from tests.helpers.releases import WITHOUT_PTX, needs_fences
+from tests.helpers.releases import WITHOUT_PTX
 
 pytest.importorskip("triton")
 pytest.importorskip("ptx", reason=WITHOUT_PTX)
+from ptx.testing import compiling, needs_fences
+
 GLUON = ["Gluon, products ahead", "Gluon, groups in turn"]
 
 

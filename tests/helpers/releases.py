@@ -21,7 +21,6 @@ needs_stable_abi = pytest.mark.skipif(
 LLAMA4_FAILS = find_spec("transformers") is not None and version("transformers").startswith("5.24.")
 OLDER_TRITON = bool(extras.missing("triton", 3, 8))
 WITHOUT_FENCES = "Triton before 3.8 leaves out fences on sm_90, has races on sm_100, and brings the tools of CUDA 12"
-needs_fences = pytest.mark.skipif(OLDER_TRITON, reason=WITHOUT_FENCES)
 needs_interpreted_loops = pytest.mark.skipif(
     bool(extras.missing("triton", 3, 7)) and not extras.missing("numpy", 2, 5),
     reason="Triton 3.6 takes an array of one number for a Python number, which numpy 2.5 refuses",
@@ -29,8 +28,6 @@ needs_interpreted_loops = pytest.mark.skipif(
 # the package beside this one, which also has its plugin of pytest
 WITHOUT_PTX = "ptx, which emulates compiled kernels, is not installed: pip install packages/ptx"
 needs_ptx = pytest.mark.skipif(find_spec("ptx") is None, reason=WITHOUT_PTX)
-WITHOUT_SANITIZERS = "Triton before 3.9 has no FpSan, or other numbers in it"
-needs_sanitizers = pytest.mark.skipif(bool(extras.missing("triton", 3, 9)), reason=WITHOUT_SANITIZERS)
 
 
 def checkpointing(model: nn.Module, *arguments: Any) -> None:

@@ -1,6 +1,6 @@
 """Kernels of tests/helpers/descriptors.py: tensor descriptors that the host makes, as Triton compiles them.
 
-Kernels are compiled in a process of their own (tests/helpers/compiling.py).
+Kernels are compiled in a process of their own (ptx/testing.py).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from tests.helpers.compiling import compiling
+from ptx.testing import compiling
 
 CALLS = ["copy float16", "copy wide", "copy narrow", "copy narrower", "copy float32", "copy bytes", "transposed"]
 CALLS += ["matmul float16", "matmul bfloat16 shallow", "heads", "ragged", "padded"]

@@ -1,6 +1,6 @@
 """`ptx.run` and `ptx.emulated` on kernels as others write them (tests/helpers/kernels.py): results, findings, refusals.
 
-Kernels are compiled in a process of their own (tests/helpers/compiling.py).
+Kernels are compiled in a process of their own (ptx/testing.py).
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import pytest
 import torch
 
 import ptx
-from tests.helpers.compiling import compiling
-from tests.helpers.releases import needs_fences
+from ptx.testing import compiling, needs_fences
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,8 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from tests.helpers.compiling import sanitizing
-from tests.helpers.releases import needs_sanitizers
+from ptx.testing import needs_sanitizers, sanitizing
 
 pytestmark = needs_sanitizers
 MOST = 2**32
