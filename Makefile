@@ -32,7 +32,7 @@ export PYTHONDONTWRITEBYTECODE :=
 .PHONY: demo test test-all suite cpus lint format lists bench docs gpu venv clean
 
 demo: $(READY)
-	@$(PY) -m vlattn_lab.demo --out demo
+	@$(PY) -m vlattn_fast demo --out demo
 
 # One thread a process: two processes of one thread finish sooner than one process of two, and sums keep their order.
 # Threads that wait for work would take the processors from the threads that they wait for: tests have more threads than processors.
