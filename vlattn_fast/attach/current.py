@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -16,11 +16,11 @@ from vlattn_fast.ops.score_attention import score_attention
 
 class Attends(Protocol):
     """Takes the calls of transformers' attention interface during a run. `explains`: the run belongs to `explain`. `trains`: the
-    model runs as it is, with its dropout. `edits`: the run changes the attention, as `intervene` does."""
+    model runs as it is, with its dropout. `edits`: what changes the attention in it, as `intervene` does, if anything."""
 
     explains: bool
     trains: bool
-    edits: bool
+    edits: Any
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Any], module: nn.Module | None = None
@@ -40,46 +40,31 @@ def is_map(scores: Tensor, dim: Any) -> bool:
     return scores.ndim == 4 or (scores.ndim == 3 and scores.shape[1] == scores.shape[2])
 
 
-class Edits(Attends, Protocol):
-    """A run that edits the attention of `model`, and says so to a run of `explain` within it."""
-
-    model: nn.Module
-
-    def edited(
-        self, run: object, path: str, query: Tensor, key: Tensor, masks: dict[str, Any]
-    ) -> tuple[dict[str, Any], Callable[[Tensor], Tensor]]:
-        """The masks of the call that the module at `path` makes next in `run`, with the edits of its edges; and a function that
-        edits its output (B, H, N, Dv)."""
-
-    def edited_softmax(self, run: object, path: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        """The result of a softmax that the module at `path` takes itself in `run`, for the call that it makes next, with the
-        edits of that call's edges; None where these have none."""
-
-
 class Plain:
     """Attends as torch does."""
 
-    explains = trains = edits = False
+    explains = trains = False
+    edits: Any = None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Any], module: nn.Module | None = None) -> Tensor:
         return attention(query, key, value, masks)
 
 
-def edits_of(model: nn.Module | None) -> Edits | None:
-    """The run of this thread that edits the attention of `model`; None = none does.
+def edits_of(model: nn.Module | None) -> Any:
+    """What edits the attention of `model` in this thread (`intervening.editing`); None = nothing does.
 
     Raises:
         ValueError: a run edits attention of another model, or `model` is None: the caller would not see its edits.
     """
     running: Any = RUNNING.get()
-    if running is None or not running.edits:
+    if running is None or running.edits is None:
         return None
     if running.model is not model:
         raise ValueError(
             "model must be left by va.intervene before another run sees its attention; got a call inside of one. Put all edits "
             "into one intervene; inside of it, va.explain takes the edited model alone, by methods that read its attention"
         )
-    return running
+    return running.edits
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, options: Mapping[str, Any]) -> Tensor:

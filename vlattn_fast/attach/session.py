@@ -163,19 +163,13 @@ def check_has_gradients(model: nn.Module) -> None:
 @contextlib.contextmanager
 def dispatched(model: nn.Module) -> Iterator[None]:
     """A context in which `model` attends by calls of scaled_dot_product_attention or score_attention, for torch's modes."""
+    edits_of(None)
     with visible([model]), plain():
         yield
 
 
-def visible(
-    roots: Sequence[nn.Module],
-    keeps_sdpa: bool = False,
-    edited: nn.Module | None = None,
-    further: Iterable[tuple[Any, str, Any]] = (),
-) -> overridden:
-    """A context in which the attention below `roots` goes where a run sees it. `edited`: the model, where the run takes edits of
-    its attention along. `further`: changes that hold in it, too."""
-    edits_of(edited)
+def visible(roots: Sequence[nn.Module], keeps_sdpa: bool = False, further: Iterable[tuple[Any, str, Any]] = ()) -> overridden:
+    """A context in which the attention below `roots` goes where a run sees it. `further`: changes that hold in it, too."""
     return overridden(chain(configs(roots, keeps_sdpa), *(chain(replacements(root), _switches(root)) for root in roots), further))
 
 

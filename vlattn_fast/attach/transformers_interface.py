@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vlattn_fast.attach.current import RUNNING
-from vlattn_fast.attach.written_scores import joined
+from vlattn_fast.attach.written import joined
 
 SDPA_NAME, ADDITIVE_NAME = "vlattn", "vlattn_additive"
 CONFIG_NAME = "_attn_implementation_internal"  # where a config of transformers keeps the name

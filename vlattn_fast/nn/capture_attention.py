@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vlattn_fast._ground.tensors import expand_heads
-from vlattn_fast.attach.attention_calls import IMAGE, TEXT, AttentionCall, Watch, check_modality
+from vlattn_fast.attach.attention_calls import IMAGE, TEXT, AttentionCall, TokenKinds, check_modality
 from vlattn_fast.attach.session import uncompiled, unwrapped
 from vlattn_fast.nn.captured_layer import CapturedLayer, Places, QueryKey, pair_of
 
@@ -80,7 +80,7 @@ class AttentionCapture:
         inner = unwrapped(self.model)
         with contextlib.ExitStack() as stack:
             stack.enter_context(uncompiled(inner))
-            stack.enter_context(Watch(inner, self._modality, self._finish))
+            stack.enter_context(TokenKinds(inner, self._modality, self._finish).observer())
             self._stack = stack.pop_all()
         return self
 

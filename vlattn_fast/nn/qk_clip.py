@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vlattn_fast._ground.checks import check_number
 from vlattn_fast._ground.tensors import resolve_scale, scaled_dot_default
-from vlattn_fast.attach.attention_calls import AttentionCall, Watch
+from vlattn_fast.attach.attention_calls import AttentionCall, TokenKinds
 from vlattn_fast.attach.session import uncompiled, unwrapped
 from vlattn_fast.attach.training import TrainingContext
 from vlattn_fast.nn.projections import FUSED, PAIRS, Projections, faults_of, misfit, projections_of
@@ -101,7 +101,8 @@ class QKClip(TrainingContext):
         self._running.clear()
         self._forget()
         stack.enter_context(uncompiled(self.model))
-        stack.enter_context(Watch(self.model, {}, lambda _: None, self._see, parts=self._projections, needs_graph=False))
+        kinds = TokenKinds(self.model, {}, sees=self._see, needs_graph=False)
+        stack.enter_context(kinds.observer(parts=self._projections))
         for module, projections in self._projections.items():
             stack.callback(module.register_forward_pre_hook(self._begin).remove)
             stack.callback(module.register_forward_hook(self._end, always_call=True).remove)

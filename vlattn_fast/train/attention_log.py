@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from vlattn_fast._ground.checks import check_callable, check_tensor, check_token_mask, describe
-from vlattn_fast.attach.attention_calls import IMAGE, TEXT, AttentionCall, Watch, check_modality
+from vlattn_fast.attach.attention_calls import IMAGE, TEXT, AttentionCall, TokenKinds, check_modality
 from vlattn_fast.attach.session import uncompiled
-from vlattn_fast.attach.written_scores import is_masked
+from vlattn_fast.attach.written import is_masked
 from vlattn_fast.ops.attention_statistics import attention_statistics
 from vlattn_fast.train.attached import Attached, Mean
 
@@ -65,7 +65,7 @@ class AttentionLog(Attached):
         self._means.clear()
         stack.callback(self.model.register_forward_pre_hook(self._begin_pass, with_kwargs=True).remove)
         stack.enter_context(uncompiled(self.model))
-        stack.enter_context(Watch(self.model, self._modality, lambda _: None, self._see, needs_graph=False))
+        stack.enter_context(TokenKinds(self.model, self._modality, sees=self._see, needs_graph=False).observer())
 
     def _begin_training(self) -> None:
         """A step that is not logged is not watched: the context is that of a step, and not of the training."""

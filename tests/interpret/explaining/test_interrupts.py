@@ -8,6 +8,7 @@ import transformers
 from torch import nn
 
 from tests.helpers.interpret.cases import lively
+from vlattn_fast.attach.observer import Observer
 from vlattn_fast.attach.session import _overridden, overridden
 from vlattn_fast.interpret import explain, probe
 from vlattn_fast.nn import capture_attention
@@ -75,11 +76,12 @@ def test_a_trace_that_torch_puts_back_when_its_run_has_ended_does_nothing():
 
     with model.bert.encoder.layer[1].register_forward_pre_hook(keep):
         expected = explain(model, INPUTS).relevancy["text"]
-    (trace,) = (mode for mode in kept if hasattr(mode, "by_hand"))  # where a trace notes a softmax
-    torch.overrides._push_mode(trace)
+    (observer,) = (mode for mode in kept if isinstance(mode, Observer))
+    (trace,) = observer._subscribers
+    torch.overrides._push_mode(observer)
     try:
         torch.softmax(torch.randn(1, 2, 3, 3), -1)
-        assert not trace.by_hand
+        assert not trace.by_hand  # where a trace notes a softmax
         assert torch.equal(explain(model, INPUTS).relevancy["text"], expected)
     finally:
         torch.overrides._pop_mode()

@@ -151,7 +151,7 @@ def test_no_map_per_head_is_made():
         case.model(**inputs)
     assert plain.elements < largest.elements == HEIGHT * WIDTH * 600
     assert plain.maps == 0 and largest.maps == sum(path.endswith("attn2") for path, _ in case.model.named_modules())
-    kept = maps._trace.sums
+    kept = maps._seen.sums
     assert {grid: tuple(total.shape) for grid, total in kept.items()} == {(h, w): (1, h * w, 600) for h, w in case.grids}
     assert not any(total._is_view() for total in kept.values())  # which would hold a larger one
 

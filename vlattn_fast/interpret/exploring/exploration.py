@@ -14,7 +14,7 @@ from vlattn_fast.attach.session import at_rest, unwrapped
 from vlattn_fast.interpret.explaining.explain import explain
 from vlattn_fast.interpret.explaining.naming import tokenizer_of
 from vlattn_fast.interpret.intervening.asking import Asked
-from vlattn_fast.interpret.intervening.editing import Editing
+from vlattn_fast.interpret.intervening.editing import EditedCalls
 from vlattn_fast.interpret.intervening.edits import Edit, Knockout, ScaleHeads
 from vlattn_fast.interpret.intervening.effects import attribute_edges
 from vlattn_fast.interpret.intervening.intervene import intervene
@@ -103,7 +103,7 @@ class Exploration:
         for name, (model, method) in self.panes.items():
             question = {key: value for key, value in self.question.items() if key != "tower"}
             with torch.inference_mode(False):
-                editing = Editing(Plans(self._asked[model].seen, edits)) if edits else nullcontext()
+                editing = EditedCalls(Plans(self._asked[model].seen, edits)).observer() if edits else nullcontext()
             with without_progress(), editing:
                 explanations[name] = explain(self.models[model], self.inputs, method=method, **question)
         answers = {}

@@ -15,7 +15,7 @@ from vlattn_fast.interpret.explaining.naming import tokenizer_of
 from vlattn_fast.interpret.explaining.patch_grid import PatchGrid
 from vlattn_fast.interpret.explaining.question import choose_score
 from vlattn_fast.interpret.explaining.request import Prompt, Request, lay_out
-from vlattn_fast.interpret.intervening.editing import Editing
+from vlattn_fast.interpret.intervening.editing import EditedCalls
 from vlattn_fast.interpret.intervening.plans import Plans
 from vlattn_fast.interpret.intervening.seen_calls import NotesCalls, SeenModel, TowerName, see_run, watched_run
 from vlattn_fast.interpret.intervening.token_sets import TokenSet
@@ -83,7 +83,7 @@ class Asked:
     def run(self, plans: Plans) -> Any:
         """The outputs of the edited model in eval mode."""
         model, packs = self.request.model, self.prompt.packs
-        with torch.inference_mode(False), at_rest(model), packing(model, packs), Editing(plans):
+        with torch.inference_mode(False), at_rest(model), packing(model, packs), EditedCalls(plans).observer():
             return self.request.model(**self.prompt.arguments)
 
     def scores(self, outputs: Any) -> tuple[Tensor, Any]:

@@ -1,29 +1,23 @@
-"""A run of a model whose attention calls are edited."""
+"""The attention calls of a model, edited while it runs."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from vlattn_fast._ground.groups import columns_of_groups, rows_of_groups
-from vlattn_fast.attach.current import RUNNING, SCORE_ATTENTION, SOFTMAX, attention, edits_of, first_argument
-from vlattn_fast.attach.session import Steps, Stepwise, as_mode, uncompiled, visible
-from vlattn_fast.attach.written_scores import is_masked_score, joined
-from vlattn_fast.backends.inputs import ScoreAttentionInputs
+from vlattn_fast.attach.current import RUNNING, SOFTMAX, edits_of, first_argument
+from vlattn_fast.attach.events import Attend, Attention, ModuleRun, Subscriber
+from vlattn_fast.attach.observer import Observer
+from vlattn_fast.attach.session import Steps, uncompiled
+from vlattn_fast.attach.written import is_masked_score, joined
 from vlattn_fast.interpret.intervening.plans import CallPlan, Plans
 from vlattn_fast.interpret.intervening.seen_calls import SeenTower
-from vlattn_fast.interpret.relevancy.written_maps import WrittenMaps
 from vlattn_fast.ops._groups import gated, group_bias_inputs
-from vlattn_fast.ops.score_attention import score_attention
-
-_SDPA = ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 
 class _Grouped(NamedTuple):
@@ -36,27 +30,26 @@ class _Grouped(NamedTuple):
 
 
 @dataclass(eq=False)
-class _Inside:
+class _Attending:
     """A run of a module that attends."""
 
     module: nn.Module
     attended: bool = False
-    maps: WrittenMaps | None = None  # where the module takes its softmax itself: those that are not yet multiplied with values
-    of_maps: dict[int, tuple[CallPlan, int]] = field(default_factory=dict)  # of each, and the place of its first query
+    softmax: CallPlan | None = None  # of the softmax that the module takes itself now
+    of_maps: dict[int, tuple[CallPlan, int]] = field(default_factory=dict)  # of each that it took, and its first query's place
 
 
-class Editing(Stepwise, TorchFunctionMode):
-    """A context in which the attention calls of a model, in this thread, are edited as `plans` say.
+class EditedCalls(Subscriber):
+    """Edits the attention calls of a model as `plans` say.
 
     A model that generates runs on one new token after the other: the rows that run are the last ones of the tokens so far, which
     its cache counts.
     """
 
-    explains, trains, edits = False, True, True
+    edits = True
 
     def __init__(self, plans: Plans) -> None:
-        super().__init__()
-        self.model, self._roots, self._plans = plans.seen.model, plans.seen.roots, plans.finished()
+        self.model, self._parts, self._plans = plans.seen.model, plans.seen.roots, plans.finished()
         self._of_modules: dict[nn.Module, list[CallPlan]] = {}  # each module's calls in their order
         for plan in self._plans:
             self._of_modules.setdefault(self.model.get_submodule(plan.call.path), []).append(plan)
@@ -66,224 +59,163 @@ class Editing(Stepwise, TorchFunctionMode):
             first = next(plan for plan in self._plans if plan.call.tower is tower)
             module = self.model.get_submodule(first.call.path)
             self._firsts.setdefault(module, []).append((tower, self._of_modules[module].index(first)))
+        self._numbers: dict[nn.Module, int] = {}  # of the call that a module makes next
+        self._attending: list[_Attending] = []
+        self._mask: tuple[Tensor, Tensor] | None = None  # a float mask and what `with_zeros` made of it
+        self._cached: dict[SeenTower, int | None] = {}  # tokens in the cache; None = there is no cache
 
-    def __getstate__(self) -> None:
-        """A model that is copied or pickled meanwhile takes its hooks along. A copy's hooks do nothing."""
+    def observer(self) -> Observer:
+        return Observer(self.model, [self], parts=self._parts)
 
-    def _steps(self) -> Steps:
+    def of_explained_run(self) -> ExplainedEdits:
+        """The same edits in a run of `explain`."""
+        return ExplainedEdits(self)
+
+    def before_run(self) -> None:
         edits_of(None)
         check_not_explained()
-        self._around = RUNNING.get()
-        self._numbers = dict.fromkeys(self._of_modules, 0)  # of the call that a module makes next
-        self._inside: list[_Inside] = []
-        self._explained: object = None  # the run of `explain` that takes the edits along
-        self._mask: tuple[Tensor, Tensor] | None = None  # a float mask and what `_with_zeros` made of it
-        self._before: dict[SeenTower, int | None] = {}  # tokens in the cache; None = there is no cache
-        plainly, attention_seen = uncompiled(self.model), visible(self._roots)
+        self.count_anew()
+
+    def count_anew(self) -> None:
+        self._numbers = dict.fromkeys(self._of_modules, 0)
+        self._attending, self._cached = [], {}
+
+    def begins(self, observer: Observer) -> Steps:
+        plainly = uncompiled(self.model)
         yield plainly.__exit__
         plainly.__enter__()
-        yield attention_seen.__exit__
-        attention_seen.__enter__()
-        yield self._end
-        RUNNING.set(self)
-        yield self.model.register_forward_pre_hook(self._begin).remove
-        for module in self._of_modules:
-            yield module.register_forward_pre_hook(self._enter, with_kwargs=True).remove
-            yield module.register_forward_hook(self._leave, always_call=True).remove
-        yield from as_mode(self)
 
-    def _end(self) -> None:
-        RUNNING.set(self._around)
+    def on_end(self) -> None:
         self._mask = None
 
     # --- modules ---
 
-    def _begin(self, module: nn.Module, args: Any) -> None:
-        if RUNNING.get() is self:  # a run before may have ended in an error
+    def on_enter(self, run: ModuleRun, args: tuple[Any, ...]) -> None:
+        if run.module is self.model:  # a run before may have ended in an error
             self._numbers = dict.fromkeys(self._of_modules, 0)
+        if run.module in self._of_modules:
+            self._attending.append(_Attending(run.module))
 
-    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if RUNNING.get() is not self:
-            return
-        by_hand = any(plan.call.by_hand and not plan.is_empty for plan in self._of_modules[module])
-        self._inside.append(_Inside(module, maps=WrittenMaps(keeps_graph=False) if by_hand else None))
-        for tower, number in self._firsts.get(module, ()):
-            if self._numbers[module] == number:  # a model that runs its layers again has filled its cache meanwhile
-                self._before[tower] = _cached((*args, *kwargs.values()))
+    def takes_arguments(self, module: nn.Module) -> bool:
+        return module in self._firsts
 
-    def _leave(self, module: nn.Module, args: Any, result: Any) -> None:
-        if RUNNING.get() is not self or not self._inside:
+    def on_arguments(self, run: ModuleRun, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        assert run.module is not None
+        for tower, number in self._firsts[run.module]:
+            if self._numbers[run.module] == number:  # a model that runs its layers again has filled its cache meanwhile
+                self._cached[tower] = _cached((*args, *kwargs.values()))
+
+    def on_leave(self, run: ModuleRun, args: tuple[Any, ...], output: Any) -> None:
+        if run.module not in self._of_modules or not self._attending:
             return
-        inside = self._inside.pop()
-        unseen = not inside.attended or inside.of_maps
-        if result is not None and unseen and not all(plan.is_empty for plan in self._of_modules[module]):
-            path = self._of_modules[module][0].call.path
+        attending, plans = self._attending.pop(), self._of_modules[run.module]
+        unseen = not attending.attended or attending.of_maps
+        if output is not None and unseen and not all(plan.is_empty for plan in plans):
             raise ValueError(
                 "model must call attention through transformers' AttentionInterface or scaled_dot_product_attention where it is "
-                f"edited; got '{path}' ({type(module).__name__}), whose attention va.intervene does not see"
+                f"edited; got '{plans[0].call.path}' ({type(run.module).__name__}), whose attention va.intervene does not see"
             )
 
     def _plan(self) -> CallPlan | None:
         """The plan of the call that runs; None = it is not edited."""
-        if not self._inside:
+        if not self._attending:
             return None
-        self._inside[-1].attended = True
-        return self._next_plan(self._inside[-1].module)
+        self._attending[-1].attended = True
+        return self.next_plan(self._attending[-1].module)
 
-    def _next_plan(self, module: nn.Module) -> CallPlan | None:
+    def next_plan(self, module: nn.Module | None, counts: bool = True) -> CallPlan | None:
+        """The plan of the next call that a module makes; None = it is not edited. `counts`: it makes the call now."""
+        if module not in self._of_modules:
+            return None
         plans, number = self._of_modules[module], self._numbers[module]
-        self._numbers[module] = (number + 1) % len(plans)
+        self._numbers[module] = (number + counts) % len(plans)
         return None if plans[number].is_empty else plans[number]
 
     # --- attention calls ---
 
-    def __torch_function__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if self._inside and RUNNING.get() is self:
-            if func is functional.scaled_dot_product_attention:
-                return self._sdpa(*args, **kwargs)
-            if func is SCORE_ATTENTION:
-                return self._score_attention(*args)
-            if self._inside[-1].maps is not None:
-                return self._by_hand(self._inside[-1], func, args, kwargs)
-        return func(*args, **kwargs)
-
-    def _sdpa(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        options = {**dict(zip(_SDPA, args, strict=False)), **kwargs}
-        mask = options.get("attn_mask")
-        single = query.ndim == 3  # (B, N, D) is one head
-        if single:
-            query, key, value = (x.unsqueeze(1) for x in (query, key, value))
-            options["attn_mask"] = mask.unsqueeze(1) if mask is not None and mask.ndim == 3 else mask
-        elif not options.get("enable_gqa"):  # torch's function broadcasts batch and heads
-            shape = torch.broadcast_shapes(*(x.shape[:2] for x in (query, key, value)))
-            query, key, value = (x.expand(*shape, -1, -1) for x in (query, key, value))
-        output = self.attend(query, key, value, options)
-        return output.squeeze(1) if single else output
-
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, masks: Mapping[str, Any], module: nn.Module | None = None
-    ) -> Tensor:
+    def on_attention(self, event: Attention, attend: Attend) -> Tensor:
         """The attention (B, H, N, Dv) of one call, with its edits."""
+        if event.written is not None:
+            of_maps = self._attending[-1].of_maps if self._attending else {}
+            plan, start = of_maps.pop(event.written.number, (None, 0))
+            return attend(event) if plan is None else with_heads(plan, attend(event), start)
         plan = self._plan()
-        with torch._C.DisableTorchFunction():  # the run does not see what it computes itself
-            if plan is None:
-                return attention(query, key, value, masks)
-            start, total = self._rows(plan, query.shape[2], key.shape[2])
-            if not plan.terms:
-                return _with_heads(plan, attention(query, key, value, masks), start)
-            groups = _groups(plan, query, key.shape[2], start, total)
-            mask = masks.get("attn_mask")
-            if mask is not None and mask.is_floating_point() and plan.cuts:
-                masks = {**masks, "attn_mask": (mask := self._with_zeros(mask))}
-            if mask is None or not mask.requires_grad or not torch.is_grad_enabled():
-                output = score_attention(query, key, value, **masks, **groups)
-            else:  # score_attention takes a mask for a constant, and this one, which the model learns, is N x M anyway
-                output = attention(query, key, value, {**masks, "attn_mask": joined(mask, _as_mask(query, **groups))})
-            return _with_heads(plan, output, start)
-
-    def edited(
-        self, run: object, path: str, query: Tensor, key: Tensor, masks: dict[str, Any]
-    ) -> tuple[dict[str, Any], Callable[[Tensor], Tensor]]:
-        """See `Edits`: this call of `explain`, whose queries are one group each."""
-        module = self._explains(run, path)
-        plan = self._next_plan(module) if module in self._of_modules else None
         if plan is None:
-            return masks, torch.nn.Identity()
-        start, total = self._rows(plan, query.shape[2], key.shape[2])
-        if plan.terms and not plan.call.by_hand:
-            if "score" in masks:
-                raise ValueError(
-                    "model must call attention through transformers' AttentionInterface or scaled_dot_product_attention where "
-                    f"explain runs it with edited edges; got '{path}' ({type(module).__name__})"
-                )
-            groups = _Grouped(query, **_groups(plan, query, key.shape[2], start, total))
-            mask = masks["attn_mask"]
-            if mask is not None and mask.is_floating_point() and plan.cuts:
-                masks = {**masks, "attn_mask": self._with_zeros(mask)}
-            row_bias, key_groups = group_bias_inputs(groups)
-            each = torch.arange(query.shape[2], device=query.device)
-            masks = {**masks, "query_groups": each, "key_groups": key_groups, "group_bias": row_bias}
-        return masks, functools.partial(_with_heads, plan, start=start)
+            return attend(event)
+        start, total = self.rows(plan, event.query.shape[2], event.key.shape[2])
+        if plan.terms:
+            with_edges = self._with_row_bias if event.inputs is not None else self._with_groups
+            event = with_edges(plan, event, start, total)
+        return with_heads(plan, attend(event), start)
 
-    def edited_softmax(self, run: object, path: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        """See `Edits`."""
-        module = self._explains(run, path)
-        if module not in self._of_modules:
-            return None
-        plan = self._of_modules[module][self._numbers[module]]  # its call follows
-        if not (plan.terms and plan.call.by_hand and _is_by_head(first_argument(args, kwargs), plan.call.share.count)):
-            return None
-        return self._softmax(plan, func, args, kwargs)
+    def _with_groups(self, plan: CallPlan, event: Attention, start: int, total: int) -> Attention:
+        """The call with the bias of its edited edges."""
+        query, masks, groups = event.query, dict(event.masks or {}), _groups(plan, event.query, event.key.shape[2], start, total)
+        mask = masks.get("attn_mask")
+        if mask is not None and mask.is_floating_point() and plan.cuts:
+            mask = masks["attn_mask"] = self.with_zeros(mask)
+        if mask is None or not mask.requires_grad or not torch.is_grad_enabled():
+            return replace(event, masks={**masks, **groups})
+        # score_attention takes a mask for a constant, and this one, which the model learns, is N x M anyway
+        return replace(event, masks={**masks, "attn_mask": joined(mask, _as_mask(query, **groups))})
 
-    def _explains(self, run: object, path: str) -> nn.Module:
-        """The module at `path`, which attends in a run of `explain`; counts anew where the run is new."""
-        if self._explained is not run:
-            self._explained, self._numbers = run, dict.fromkeys(self._of_modules, 0)
-            self._before.clear()
-        return self.model.get_submodule(path)
+    def _with_row_bias(self, plan: CallPlan, event: Attention, start: int, total: int) -> Attention:
+        """The same for a call of score_attention."""
+        inputs = event.inputs
+        assert inputs is not None
+        if inputs.row_bias is not None:
+            raise ValueError(f"model must not have a group_bias where edges are edited; got one in '{plan.call.path}'")
+        row_bias, key_groups = self.row_bias(plan, event, start, total)
+        # The backend was chosen for a call without groups, which this one takes everywhere.
+        return replace(event, inputs=inputs._replace(row_bias=row_bias, key_groups=key_groups, backend="streaming"))
 
-    def _score_attention(self, *args: Any) -> tuple[Tensor, Tensor]:
-        """The operator's output and log-sum-exp, where the model calls `score_attention` itself."""
-        plan, inputs = self._plan(), ScoreAttentionInputs(*args)
-        if plan is None:
-            return SCORE_ATTENTION(*inputs)
+    def row_bias(self, plan: CallPlan, event: Attention, start: int, total: int) -> tuple[Tensor, Tensor]:
+        """The bias (B, H, N, G) of a call's edited edges, whose queries are one group each, and the groups of its keys."""
+        groups = _groups(plan, event.query, event.key.shape[2], start, total)
+        row_bias, key_groups = group_bias_inputs(_Grouped(event.query, **groups))
+        assert row_bias is not None and key_groups is not None
+        return row_bias, key_groups
+
+    def on_call(self, run: ModuleRun, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The softmax that a module takes itself gets edited scores."""
+        if func not in SOFTMAX or not self._attending or not self._takes_softmax(self._attending[-1].module):
+            return NotImplemented
+        attending, taken = self._attending[-1], first_argument(args, kwargs)
+        if not _is_by_head(taken, self._of_modules[attending.module][0].call.share.count):
+            return NotImplemented
+        plan = attending.softmax = self._plan()
+        return NotImplemented if plan is None or not plan.terms else self.softmax(plan, func, args, kwargs)
+
+    def _takes_softmax(self, module: nn.Module) -> bool:
+        return any(plan.call.by_hand and not plan.is_empty for plan in self._of_modules[module])
+
+    def heads_of_map(self, run: ModuleRun, probabilities: Tensor, dim: Any, number: int) -> int:
+        """Its product with the values gets edited heads."""
+        if not self._attending or (plan := self._attending[-1].softmax) is None:
+            return 0
+        self._attending[-1].softmax = None
+        if not plan.edits_heads:
+            return 0
         with torch._C.DisableTorchFunction():
-            if inputs.row_bias is not None and plan.terms:
-                raise ValueError(f"model must not have a group_bias where edges are edited; got one in '{plan.call.path}'")
-            if inputs.sink is not None and not (plan.shift is None and not plan.patched and plan.sees is None):
-                raise ValueError(
-                    f"model must have no sink where outputs of heads are recorded, patched or replaced by means; got one in "
-                    f"'{plan.call.path}'"
-                )  # it is applied behind the operator
-            start, total = self._rows(plan, inputs.query.shape[2], inputs.key.shape[2])
-            if plan.terms:
-                groups = _Grouped(inputs.query, **_groups(plan, inputs.query, inputs.key.shape[2], start, total))
-                row_bias, key_groups = group_bias_inputs(groups)
-                # The backend was chosen for a call without groups, which this one takes everywhere.
-                inputs = inputs._replace(row_bias=row_bias, key_groups=key_groups, backend="streaming")
-            output, lse = SCORE_ATTENTION(*inputs)
-            return _with_heads(plan, output, start), lse
+            self._attending[-1].of_maps[number] = plan, self.rows(plan, *probabilities.shape[-2:])[0]
+        return plan.call.share.count
 
-    def _by_hand(self, inside: _Inside, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The result of a function in a module that takes its softmax itself. The softmax gets edited scores, and its product
-        with the values edited heads."""
-        assert inside.maps is not None
-        heads = self._of_modules[inside.module][0].call.share.count
-        if func not in SOFTMAX or not _is_by_head(scores := first_argument(args, kwargs), heads):
-            result = func(*args, **kwargs)
-            with torch._C.DisableTorchFunction():
-                call = inside.maps.product(func, args, kwargs, result) if inside.of_maps else None
-                if call is None:
-                    return result
-                of_map, start = inside.of_maps.pop(call.number)
-                return call.as_product(_with_heads(of_map, call.output, start))
-        plan = self._plan()
-        result = func(*args, **kwargs) if plan is None or not plan.terms else self._softmax(plan, func, args, kwargs)
-        if plan is not None and plan.edits_heads:
-            with torch._C.DisableTorchFunction():
-                number = inside.maps.take(plan.call.path, result, None if scores.ndim == 4 else heads)
-                inside.of_maps[number] = plan, self._rows(plan, *result.shape[-2:])[0]
-        return result
-
-    def _softmax(self, plan: CallPlan, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def softmax(self, plan: CallPlan, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The softmax `func` of scores (B, H, N, M) or (B * H, N, M), its first argument, with edited edges; zeros in rows that
         lose all keys."""
         taken: Tensor = first_argument(args, kwargs)
         with torch._C.DisableTorchFunction():
             scores = taken if taken.ndim == 4 else taken.unflatten(0, (-1, plan.call.share.count))
-            groups = _groups(plan, scores, scores.shape[3], *self._rows(plan, *scores.shape[2:]))
+            groups = _groups(plan, scores, scores.shape[3], *self.rows(plan, *scores.shape[2:]))
             edited, masked = scores + _as_mask(scores, **groups), is_masked_score(scores)
-            edited = edited.masked_fill(masked & ~masked.all(-1, keepdim=True), -torch.inf)  # see `_with_zeros`
+            edited = edited.masked_fill(masked & ~masked.all(-1, keepdim=True), -torch.inf)  # see `with_zeros`
             empty = edited.isneginf().all(-1, keepdim=True) & ~scores.isneginf().all(-1, keepdim=True)
             edited = edited.masked_fill(empty, 0.0).reshape(taken.shape)
         result: Tensor = func(edited, *args[1:], **{name: value for name, value in kwargs.items() if name != "input"})
         with torch._C.DisableTorchFunction():
             return result.view(scores.shape).masked_fill(empty, 0.0).view(taken.shape)
 
-    def _with_zeros(self, mask: Tensor) -> Tensor:
+    def with_zeros(self, mask: Tensor) -> Tensor:
         """A float mask with -inf where it masks by the lowest finite number. Else a row whose visible keys are all cut would
         attend to the masked ones. Rows that see no key anyway stay as they are."""
         if self._mask is None or self._mask[0] is not mask:  # all layers have the same
@@ -291,10 +223,10 @@ class Editing(Stepwise, TorchFunctionMode):
             self._mask = mask, mask.masked_fill(low & ~low.all(-1, keepdim=True), -torch.inf)
         return self._mask[1]
 
-    def _rows(self, plan: CallPlan, count: int, keys: int) -> tuple[int, int]:
+    def rows(self, plan: CallPlan, count: int, keys: int) -> tuple[int, int]:
         """The place of the first of `count` queries, and how many tokens the tower has so far."""
         tower = plan.call.tower
-        cached = self._before.get(tower)
+        cached = self._cached.get(tower)
         if plan.call.problem:  # of its tokens nothing is known, and heads alone are edited
             return 0, count
         if (columns := plan.call.columns) is not None:  # a cache may count keys that are no tokens, or not
@@ -307,6 +239,50 @@ class Editing(Stepwise, TorchFunctionMode):
                 f"and then on tokens behind them; got {total}"
             )
         return total - count, total
+
+
+class ExplainedEdits(Subscriber):
+    """The edits of a model in a run of `explain` within `intervene`: each query is a group of its own."""
+
+    trains = False
+
+    def __init__(self, edits: EditedCalls) -> None:
+        self._edits = edits
+
+    def before_run(self) -> None:
+        self._edits.count_anew()
+
+    def on_attention(self, event: Attention, attend: Attend) -> Tensor:
+        plan = None if event.run.path is None else self._edits.next_plan(event.run.module or self._edits.model)
+        if plan is None:
+            return attend(event)
+        start, total = self._edits.rows(plan, event.query.shape[2], event.key.shape[2])
+        if plan.terms and not plan.call.by_hand:
+            if event.inputs is not None or event.written is not None:
+                raise ValueError(
+                    "model must call attention through transformers' AttentionInterface or scaled_dot_product_attention where "
+                    f"explain runs it with edited edges; got '{event.run.path}' ({type(event.run.module).__name__})"
+                )
+            event = self._with_edges(plan, event, start, total)
+        return with_heads(plan, attend(event), start)
+
+    def _with_edges(self, plan: CallPlan, event: Attention, start: int, total: int) -> Attention:
+        row_bias, key_groups = self._edits.row_bias(plan, event, start, total)
+        masks, mask = dict(event.masks or {}), (event.masks or {})["attn_mask"]
+        if mask is not None and mask.is_floating_point() and plan.cuts:
+            masks["attn_mask"] = self._edits.with_zeros(mask)
+        each = torch.arange(event.query.shape[2], device=event.query.device)
+        return replace(event, masks={**masks, "query_groups": each, "key_groups": key_groups, "group_bias": row_bias})
+
+    def on_call(self, run: ModuleRun, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func not in SOFTMAX or run.path is None:
+            return NotImplemented
+        plan = self._edits.next_plan(run.module or self._edits.model, counts=False)  # its call follows
+        if plan is None or not (plan.terms and plan.call.by_hand):
+            return NotImplemented
+        if not _is_by_head(first_argument(args, kwargs), plan.call.share.count):
+            return NotImplemented
+        return self._edits.softmax(plan, func, args, kwargs)
 
 
 def check_not_explained() -> None:
@@ -354,7 +330,7 @@ def _as_mask(query: Tensor, query_groups: Tensor, key_groups: Tensor, group_bias
     return columns_of_groups(rows_of_groups(table, query_groups), key_groups)
 
 
-def _with_heads(plan: CallPlan, output: Tensor, start: int) -> Tensor:
+def with_heads(plan: CallPlan, output: Tensor, start: int) -> Tensor:
     """The outputs (B, H, N, Dv) of a call, whose first query is at place `start`, with the edits of its heads."""
     share = plan.call.share
     if plan.gate is not None:

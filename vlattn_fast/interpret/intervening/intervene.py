@@ -13,15 +13,16 @@ from torch import Tensor, nn
 
 from vlattn_fast._ground.checks import check_items, describe
 from vlattn_fast._ground.extras import with_progress
+from vlattn_fast.attach.observer import Observer
 from vlattn_fast.attach.session import at_rest, unwrapped
-from vlattn_fast.interpret.intervening.editing import Editing, check_not_explained
+from vlattn_fast.interpret.intervening.editing import EditedCalls, check_not_explained
 from vlattn_fast.interpret.intervening.edits import EdgeEdit, Edit, HeadEdit, Numbers, check_numbers, check_tower
 from vlattn_fast.interpret.intervening.head_record import HeadRecord
 from vlattn_fast.interpret.intervening.plans import CallPlan, Plans, tower_of
 from vlattn_fast.interpret.intervening.seen_calls import TowerName, see, with_start
 
 
-def intervene(model: nn.Module, inputs: Mapping[str, Any], edits: Edit | Sequence[Edit]) -> Editing:
+def intervene(model: nn.Module, inputs: Mapping[str, Any], edits: Edit | Sequence[Edit]) -> Observer:
     """A context in which the attention of a model is edited: `model(**inputs)` and `model.generate(**inputs)`, with gradients or
     without.
 
@@ -57,7 +58,7 @@ def intervene(model: nn.Module, inputs: Mapping[str, Any], edits: Edit | Sequenc
         raise ValueError("edits must have at least one; got none")
     check_not_explained()
     with torch.inference_mode(False):  # the context may train
-        return Editing(Plans(see(model, inputs, map(tower_of, edits)), edits))
+        return EditedCalls(Plans(see(model, inputs, map(tower_of, edits)), edits)).observer()
 
 
 def record_heads(
@@ -113,7 +114,7 @@ def _of_one_run(model: nn.Module, inputs: Mapping[str, Any], layers: Sequence[in
         if by_layer[plan.call.layer] > 1:
             raise ValueError(f"model must attend once in a layer where heads are recorded; got layer {plan.call.layer}")
         plan.sees = functools.partial(_keep, outputs, plan)
-    with torch.inference_mode(False), torch.no_grad(), at_rest(unwrapped(model)), Editing(plans):
+    with torch.inference_mode(False), torch.no_grad(), at_rest(unwrapped(model)), EditedCalls(plans).observer():
         unwrapped(model)(**with_start(unwrapped(model), inputs))
     outputs = {plan.call.layer: plan.call.share.whole(outputs[plan.call.layer], 1) for plan in chosen}
     real = pair[0].tokens.real()

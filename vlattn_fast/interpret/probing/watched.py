@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vlattn_fast.attach.attention_calls import IMAGE as FROM_IMAGE
 from vlattn_fast.attach.attention_calls import TEXT as FROM_TEXT
-from vlattn_fast.attach.attention_calls import AttentionCall, Watch, kind_of
+from vlattn_fast.attach.attention_calls import AttentionCall, TokenKinds, kind_of
 from vlattn_fast.attach.session import dispatched
 from vlattn_fast.interpret.probing.layout import TEXT, Layout, Layouts
 from vlattn_fast.interpret.probing.sight import sees_both
@@ -112,7 +112,8 @@ class Watched:
         arguments = self.layouts.record.called(inputs)
         if "use_cache" in inspect.signature(self.model.forward).parameters:
             arguments.setdefault("use_cache", False)
-        with dispatched(self.model), Watch(self.model, self.modality, lambda calls: None, sees, leaves):
+        kinds = TokenKinds(self.model, self.modality, sees=sees, leaves=leaves)
+        with dispatched(self.model), kinds.observer():
             self.model(**arguments)
         return states
 

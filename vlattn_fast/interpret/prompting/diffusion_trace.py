@@ -6,10 +6,8 @@ A call is one of torch's scaled_dot_product_attention within the model's forward
 - image queries with text and image keys together (UNets with added keys);
 - joint attention: N + L queries and keys, one part behind the other (SD3, Flux). The concatenation shows the order.
 
-The trace ignores other calls (self-attention, keys of image prompts). The picture's rows of a call become one (N, L) head mean,
-which is added to the sum of its grid. No map per head, layer or step is kept.
-
-A trace sees the thread that entered it.
+Other calls are ignored (self-attention, keys of image prompts). The picture's rows of a call become one (N, L) head mean, which
+is added to the sum of its grid. No map per head, layer or step is kept.
 """
 
 from __future__ import annotations
@@ -17,17 +15,15 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
-from vlattn_fast.attach.session import Steps, Stepwise, as_mode
+from vlattn_fast.attach.events import Attend, Attention, ModuleRun, Subscriber
+from vlattn_fast.attach.observer import Observer
 from vlattn_fast.ops.attention_map import attention_map
 
 Grid = tuple[int, int]
@@ -38,11 +34,10 @@ _ELEMENTS = 1 << 20  # of a head mean whose keys are not all text
 
 
 @dataclass
-class _Running:
-    """A module whose forward pass is under way."""
+class _Module:
+    """What is known of a module that runs."""
 
-    path: str
-    module: nn.Module
+    run: ModuleRun
     picture: Grid | None  # h, w of the patches of its (B, C, H, W) argument
     tokens: int | None  # N of its (B, N, C) argument
     text: int | None  # L of its `encoder_hidden_states`
@@ -58,44 +53,35 @@ class _Part(NamedTuple):
     columns: slice
 
 
-class PromptTrace(Stepwise, TorchFunctionMode):
-    """A context that adds up head means of attention to text in a denoising network without wrappers. `guidance` returns for each
-    forward pass how classifier-free guidance runs; this and the other arguments are those of `prompt_maps`."""
-
-    _thread: int | None = None
+class TextAttention(Subscriber):
+    """Adds up head means of attention to text in a denoising network without wrappers. `guidance` returns for each forward pass
+    how classifier-free guidance runs; this and the other arguments are those of `prompt_maps`."""
 
     def __init__(
         self, model: nn.Module, guidance: Callable[[], str], text_first: bool | None, grid: Grid | None, layers: Layers | None
     ) -> None:
-        super().__init__()
         self.model, self.guidance, self.layers = model, guidance, layers
         self.sums: dict[Grid, Tensor] = {}  # (h, w) -> (B, h * w, L)
         self.maps = self.steps = 0  # heads of all calls in all steps; forward passes
-        self._said_text_first, self._said_grid = text_first, grid
+        self._given_text_first, self._given_grid = text_first, grid
         self._chosen = (lambda path: True) if layers is None else layers
-        self._running: list[_Running] = []
+        self._modules: list[_Module] = []  # those that run, the outermost first
         self._passes = 0
 
-    def __getstate__(self) -> None:
-        """A model that is copied or pickled meanwhile takes its hooks along. A copy's hooks see nothing."""
+    def observer(self) -> Observer:
+        return Observer(self.model, [self], starts=[self.model])
 
-    def _steps(self) -> Steps:
-        self._thread = threading.get_ident()
-        yield self._running.clear
-        for path, module in self.model.named_modules():
-            if module is self.model or next(module.children(), None) is not None:
-                push, pop = functools.partial(self._push, path), functools.partial(self._pop, path)
-                yield module.register_forward_pre_hook(push, with_kwargs=True).remove
-                yield module.register_forward_hook(pop).remove
-        yield from as_mode(self)
+    def on_end(self) -> None:
+        self._modules.clear()
 
-    def _push(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if threading.get_ident() != self._thread:
-            return
+    def takes_arguments(self, module: nn.Module) -> bool:
+        return module is self.model or next(module.children(), None) is not None
+
+    def on_arguments(self, run: ModuleRun, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        module = run.module
+        assert module is not None
         if module is self.model:
             self._begin(args, kwargs)
-        elif not self._running:
-            return  # a part of the model alone
         first = args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))
         shape = tuple(first.shape) if isinstance(first, Tensor) else ()
         text = _length(argument(module, "encoder_hidden_states", args, kwargs))
@@ -105,11 +91,11 @@ class PromptTrace(Stepwise, TorchFunctionMode):
         size = size if isinstance(size, int) and size > 0 else 1
         picture = (shape[2] // size, shape[3] // size) if len(shape) == 4 else None
         tokens = shape[1] if len(shape) == 3 else None
-        self._running.append(_Running(path, module, picture, tokens, text))
+        self._modules.append(_Module(run, picture, tokens, text))
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pass of the whole model."""
-        self._running.clear()  # left by a pass that failed
+        self._modules.clear()
         self._guided = self.guidance()
         self._counts = not (self._guided == "calls" and self._passes % 2)
         self._passes += 1
@@ -117,8 +103,8 @@ class PromptTrace(Stepwise, TorchFunctionMode):
         self._before, self._other_sizes = self.maps, set[tuple[int, int]]()
         self._texts: list[int] = []  # lengths in this pass: the model's text, and texts that blocks extended
         self._packed: tuple[Grid | None, int] = None, 0  # the picture's grid, and the number of image tokens
-        if self._said_grid is not None:
-            self._packed = self._said_grid, self._said_grid[0] * self._said_grid[1]
+        if self._given_grid is not None:
+            self._packed = self._given_grid, self._given_grid[0] * self._given_grid[1]
         elif self._counts:
             ids, shapes = (argument(self.model, name, args, kwargs) for name in ("img_ids", "img_shapes"))
             if isinstance(ids, Tensor):
@@ -128,80 +114,73 @@ class PromptTrace(Stepwise, TorchFunctionMode):
                 frames, height, width = pictures[0]
                 self._packed = (height, width) if frames == 1 else None, sum(f * h * w for f, h, w in pictures)
 
-    def _pop(self, path: str, module: nn.Module, *_: Any) -> None:
-        if threading.get_ident() != self._thread or not self._running:
+    def on_leave(self, run: ModuleRun, args: tuple[Any, ...], output: Any) -> None:
+        while self._modules and self._modules[-1].run.number > run.number:
+            self._modules.pop()  # left by an error that the model has caught
+        if not self._modules or self._modules[-1].run is not run:
             return
-        while self._running[-1].module is not module:  # modules inside that left with an error, which the model has caught
-            self._running.pop()
-        run = self._running[-1]
-        if self._counts and not run.seen and self._should_attend(run):
+        module = self._modules.pop()
+        if output is None or not self._counts:
+            return
+        if not module.seen and self._should_attend(module):
             raise ValueError(
-                "model must compute attention by torch's scaled_dot_product_attention; got "
-                f"{_computed_by(run.module)} in '{path}', which did not call it (AttnProcessor2_0 and the backend 'native' do)"
+                f"model must compute attention by torch's scaled_dot_product_attention; got {_computed_by(run.module)} in "
+                f"'{run.path}', which did not call it (AttnProcessor2_0 and the backend 'native' do)"
             )
-        if self._counts and module is self.model:
+        if run.module is self.model:
             if self.maps == self._before:
                 shapes = ", ".join(f"{rows} x {columns}" for rows, columns in sorted(self._other_sizes)) or "none"
-                hint = "" if self._said_grid is not None else "; grid=(h, w) says how image tokens lie where the model does not"
+                hint = "" if self._given_grid is not None else "; grid=(h, w) says how image tokens lie where the model does not"
                 hint += "" if self.layers is None else "; layers= says which of them count"
                 raise ValueError(
                     f"model must attend from the tokens of one picture to encoder_hidden_states; got a forward pass of "
-                    f"{type(module).__name__} with {run.text or 'no'} text tokens and attention of queries x keys: {shapes}{hint}"
+                    f"{type(self.model).__name__} with {module.text or 'no'} text tokens and attention of queries x keys: "
+                    f"{shapes}{hint}"
                 )
             self.steps += 1
-        self._running.pop()
 
-    def _should_attend(self, run: _Running) -> bool:
+    def _should_attend(self, module: _Module) -> bool:
         """Whether attention between picture and text is expected in a module."""
-        if not hasattr(run.module, "processor") or not self._chosen(run.path):
+        if not hasattr(module.run.module, "processor") or not self._chosen(module.run.path or ""):
             return False
-        if run.text is not None or run.tokens is None:
-            return run.text is not None
-        return any(self._grid(run.tokens - text) is not None for text in self._texts)
+        if module.text is not None or module.tokens is None:
+            return module.text is not None
+        return any(self._grid(module.tokens - text) is not None for text in self._texts)
 
-    def __torch_function__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if self._running and self._counts:
-            if func is functional.scaled_dot_product_attention:
-                self._sdpa(*args, **kwargs)
-            elif func in _CONCATENATIONS:
-                self._concatenation(*args, **kwargs)
-        return func(*args, **kwargs)
+    def on_result(self, run: ModuleRun, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        if func in _CONCATENATIONS and self._modules and self._counts:
+            self._concatenation(*args, **kwargs)
 
-    def _sdpa(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> None:
-        run = next((run for run in reversed(self._running) if hasattr(run.module, "processor")), self._running[-1])
-        part = self._part(run, query.shape[2], key.shape[2]) if query.ndim == 4 else None
-        run.seen = True
+    def on_attention(self, event: Attention, attend: Attend) -> Any:
+        if self._modules and self._counts and event.value is not None and event.inputs is None:
+            self._count(event)
+        return attend(event)
+
+    def _count(self, event: Attention) -> None:
+        modules = reversed(self._modules)
+        module = next((each for each in modules if hasattr(each.run.module, "processor")), self._modules[-1])
+        query, key, options = event.query, event.key, dict(event.masks or {})
+        part = None if event.is_one_head else self._part(module, query.shape[2], key.shape[2])
+        module.seen = True
         if part is None:
             self._other_sizes.add((query.shape[-2], key.shape[-2]))
             return
-        if not self._chosen(run.path) or (run.counted and hasattr(run.module, "processor")):
+        path, is_processor = module.run.path or "", hasattr(module.run.module, "processor")
+        if not self._chosen(path) or (module.counted and is_processor):
             return  # a processor's later calls are for image prompts
-        run.counted = True
-        if is_causal:
-            raise ValueError(f"model must attend to the whole text; got causal attention in '{run.path}'")
+        module.counted = True
+        if options.pop("is_causal"):
+            raise ValueError(f"model must attend to the whole text; got causal attention in '{path}'")
         batch, prompted = query.shape[0], slice(None)
         if self._guided == "batch":
             if batch % 2:
                 raise ValueError(f"guidance must be 'batch' only where half of the batch is unconditional; got {batch} rows")
             prompted = slice(batch // 2, batch)
-        if attn_mask is not None:
-            attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])[prompted, :, part.queries]
+        if (mask := options.pop("attn_mask")) is not None:
+            mask = mask.expand(*query.shape[:3], key.shape[2])[prompted, :, part.queries]
         # A mode is off while it handles a call. Sums are made outside of inference mode, so that later calls can add to them.
         with torch.inference_mode(False), torch.no_grad():
-            self._add(part, query[prompted, :, part.queries], key[prompted], attn_mask, scale=scale, enable_gqa=enable_gqa)
+            self._add(part, query[prompted, :, part.queries], key[prompted], mask, **options)
 
     def _add(self, part: _Part, query: Tensor, key: Tensor, attn_mask: Tensor | None, **options: Any) -> None:
         batch, heads, queries, keys = *query.shape[:3], key.shape[2]
@@ -222,15 +201,15 @@ class PromptTrace(Stepwise, TorchFunctionMode):
             total[:, i : i + step].add_(mean[:, :, part.columns].to(total), alpha=heads)
         self.maps += heads
 
-    def _part(self, run: _Running, queries: int, columns: int) -> _Part | None:
-        grid, text = self._grid(queries), run.text
+    def _part(self, module: _Module, queries: int, columns: int) -> _Part | None:
+        grid, text = self._grid(queries), module.text
         if grid is not None and text and columns in (text, queries + text):
-            start = 0 if columns == text or self._is_text_first(run, text, queries) else queries
+            start = 0 if columns == text or self._is_text_first(module, text, queries) else queries
             return _Part(grid, slice(0, grid[0] * grid[1]), slice(start, start + text))
-        for text in (self._texts if run.text is None else [run.text]) if queries == columns else ():
+        for text in (self._texts if module.text is None else [module.text]) if queries == columns else ():
             grid = self._grid(queries - text)
             if grid is not None:
-                first = self._is_text_first(run, text, queries - text)
+                first = self._is_text_first(module, text, queries - text)
                 start, size = (text, grid[0] * grid[1]) if first else (0, grid[0] * grid[1])
                 return _Part(grid, slice(start, start + size), slice(0, text) if first else slice(queries - text, queries))
         return None
@@ -240,7 +219,7 @@ class PromptTrace(Stepwise, TorchFunctionMode):
         grid, total = self._packed
         if grid is not None and tokens == total:
             return grid
-        pictures = (run.picture for run in reversed(self._running) if run.picture is not None)
+        pictures = (module.picture for module in reversed(self._modules) if module.picture is not None)
         return next((picture for picture in pictures if picture[0] * picture[1] == tokens > 0), None)
 
     def _concatenation(self, tensors: Any = (), dim: int = 0, **_: Any) -> None:
@@ -255,8 +234,8 @@ class PromptTrace(Stepwise, TorchFunctionMode):
         if left != right:
             self._text_first[left, right], self._text_first[right, left] = True, False
 
-    def _is_text_first(self, run: _Running, text: int, picture: int) -> bool:
-        text_first = self._said_text_first
+    def _is_text_first(self, module: _Module, text: int, picture: int) -> bool:
+        text_first = self._given_text_first
         if text_first is None and text != picture:
             text_first = self._text_first.get((text, picture))
         if text_first is None:
@@ -264,7 +243,7 @@ class PromptTrace(Stepwise, TorchFunctionMode):
         if text_first is None:
             raise ValueError(
                 f"text_first must be True or False where the model does not show the order of {text} text and {picture} image "
-                f"tokens; got None for {type(self.model).__name__}, in '{run.path}'"
+                f"tokens; got None for {type(self.model).__name__}, in '{module.run.path}'"
             )
         return text_first
 
@@ -302,9 +281,9 @@ def _grid_of(ids: Tensor) -> Grid | None:
     return (height, width) if height * width == len(ids) else None
 
 
-def _computed_by(module: nn.Module) -> str:
+def _computed_by(module: Any) -> str:
     """The class of a module's processor, and its backend of diffusers."""
-    processor: Any = module.processor
+    processor = module.processor
     name, backend = type(processor).__name__, getattr(processor, "_attention_backend", "")
     if backend is None:  # the active one of all modules
         registry = getattr(sys.modules.get("diffusers.models.attention_dispatch"), "_AttentionBackendRegistry", None)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vlattn_fast._ground.checks import check_callable, check_choice
 from vlattn_fast.attach.session import uncompiled, unwrapped
-from vlattn_fast.interpret.prompting.diffusion_trace import Grid, PromptTrace
+from vlattn_fast.interpret.prompting.diffusion_trace import Grid, TextAttention
 from vlattn_fast.interpret.result.explanation import Explanation
 from vlattn_fast.interpret.result.numbers.words import join_tokens
 
@@ -72,26 +72,26 @@ def prompt_maps(
     check_callable(layers=layers)
     grid = None if grid is None else _checked_size("grid", grid)
     network = _network(model)
-    trace = PromptTrace(network, _guidance(model, guidance), text_first, grid, layers)
-    with uncompiled(network), trace:
-        yield PromptMaps(trace)
+    seen = TextAttention(network, _guidance(model, guidance), text_first, grid, layers)
+    with uncompiled(network), seen.observer():
+        yield PromptMaps(seen)
 
 
 class PromptMaps:
     """The maps of `prompt_maps`. All values are raw mean attention, so the tokens of a place add up to at most 1."""
 
-    def __init__(self, trace: PromptTrace) -> None:
-        self._trace = trace
+    def __init__(self, seen: TextAttention) -> None:
+        self._seen = seen
 
     @property
     def steps(self) -> int:
         """The number of counted forward passes."""
-        return self._trace.steps
+        return self._seen.steps
 
     @property
     def grids(self) -> list[Grid]:
         """(h, w) of the counted layers, the largest first."""
-        return sorted(self._trace.sums, key=lambda grid: -grid[0] * grid[1])
+        return sorted(self._seen.sums, key=lambda grid: -grid[0] * grid[1])
 
     def token_maps(
         self, columns: int | Sequence[int] | None = None, *, size: Grid | None = None, mode: str = "bicubic"
@@ -107,16 +107,16 @@ class PromptMaps:
             ValueError: no forward pass was seen; a column is out of range; an argument is wrong.
         """
         check_choice("mode", mode, MODES)
-        if not self._trace.sums:
+        if not self._seen.sums:
             raise ValueError("prompt_maps saw no forward pass. Run the pipeline or the network inside of `with`")
         size = self.grids[0] if size is None else _checked_size("size", size)
-        batch, _, length = next(iter(self._trace.sums.values())).shape
+        batch, _, length = next(iter(self._seen.sums.values())).shape
         chosen = list(range(length)) if columns is None else [columns] if isinstance(columns, int) else list(columns)
         for column in chosen:
             if not 0 <= column < length:
                 raise ValueError(f"columns must be from 0 to {length - 1}, the text tokens of the network; got {column}")
         total: Tensor | None = None
-        for grid, added in self._trace.sums.items():
+        for grid, added in self._seen.sums.items():
             part = added[:, :, chosen].mT.unflatten(-1, grid)
             if grid != size and part.numel():
                 part = nn.functional.interpolate(part, size, mode=mode, align_corners=False)
@@ -124,7 +124,7 @@ class PromptMaps:
                 part = part.new_zeros(batch, len(chosen), *size)
             total = part if total is None else total + part.to(total)
         assert total is not None
-        total = total / self._trace.maps
+        total = total / self._seen.maps
         return total[:, 0] if isinstance(columns, int) else total
 
     def word_map(
@@ -186,7 +186,7 @@ class PromptMaps:
 
     def _tokens(self, prompt: str | Sequence[str], tokenizer: Any, first: int) -> list[tuple[list[int], list[int]]]:
         """For each row, the ids of its prompt without special ones, and their columns."""
-        shape = self.token_maps(()).shape[0], next(iter(self._trace.sums.values())).shape[2]
+        shape = self.token_maps(()).shape[0], next(iter(self._seen.sums.values())).shape[2]
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts or not all(isinstance(each, str) for each in prompts) or shape[0] % len(prompts):
             raise ValueError(f"prompt must be a text, or one for each of {shape[0]} pictures or several of them; got {prompt!r}")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import compute_dtype
+from vlattn_fast.attach.events import ModuleRun
 from vlattn_fast.attach.session import layers_of
 from vlattn_fast.interpret.records.record import Tower
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
@@ -19,7 +20,6 @@ class FindsTowers:
 
     towers: list[TowerTrace]
     _owners: list[TowerTrace | None]  # the tower of each call, by its bit
-    _runs: list[int]  # of modules, those under way
     _marks: TensorMarks
     _make_tower: Callable[[Tower | None], TowerTrace]
 
@@ -32,15 +32,16 @@ class FindsTowers:
         owners = (self._owners[i] for i in range(calls.bit_length() - 1, -1, -1) if calls >> i & 1)
         return list(dict.fromkeys(owner for owner in owners if owner is not None))
 
-    def _tower_of(self, path: str, calls: int, batch: int, size: int, ids: Tensor | None) -> TowerTrace | None:
-        """The tower that a call at `path` continues. `ids`: the numbers (B, N) of its queries' tokens, where they are known."""
+    def _tower_of(self, run: ModuleRun, calls: int, batch: int, size: int, ids: Tensor | None) -> TowerTrace | None:
+        """The tower that a call in `run` continues. `ids`: the numbers (B, N) of its queries' tokens, where they are known."""
+        path = run.path or ""
         layers = layers_of(path)
         for tower in sorted(self._reached(calls), key=lambda tower: not tower.places.holds(ids)):
             if tower.goes_on(path, batch, size, ids):
                 return tower
         # A tower's first call, a further part of a sequence that is cut into chunks, or one whose past was hidden from the trace.
         for tower in reversed(self.towers):
-            again = path == tower.path and tower.last_run == self._runs[-1]
+            again = path == tower.path and tower.last_run == run.number
             if layers in tower.lists and (again or path not in tower.paths) and tower.fits(path, batch, size):
                 return tower
         return None

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlattn_fast.attach.events import ModuleRun
+from vlattn_fast.attach.observer import Observer
 from vlattn_fast.attach.recurrences.reading import Convolution, FunctionCall, Reader, Reading, Recurrence
 from vlattn_fast.attach.session import is_checkpointed, named
 from vlattn_fast.attach.tensor_parallel import has_dtensors
@@ -27,25 +29,24 @@ class SeesMixers:
     """The part of a trace that takes these calls."""
 
     model: nn.Module
-    _is_over: bool
-    _paths: list[str | None]  # of the modules that run
-    _runs: list[int]  # and the numbers of their runs
+    observer: Observer
     _marks: TensorMarks
     _concerns: Callable[[str], bool]
     _marked_as: Callable[..., Tensor]
-    _attend: Callable[[TracedCall, int], tuple[Tensor, TowerTrace | None]]
+    _attend: Callable[[ModuleRun, TracedCall, int], tuple[Tensor, TowerTrace | None]]
     _attended: Callable[[TracedCall, TowerTrace | None, int, Tensor], None]
 
     def _begin_mixers(self) -> None:
         self._convolutions: dict[int, tuple[Reading, Tensor]] = {}  # by the module's run: the last one, and its output
         self._convolved = set[int]()  # the runs of modules that called torch's convolution themselves
-        self._aside = False  # a model's function computes, and the trace sees nothing
 
-    def recur(self, reader: Reader, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The result of a function that the table of recurrences names, as the model computes it; relevancy goes along."""
-        path = self._paths[-1]
-        if path is None or self._is_over or self._aside or not self._concerns(path):
-            return function(*args, **kwargs)
+    def on_recurrence(
+        self, run: ModuleRun, reader: Reader, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The result as the model computes it; relevancy goes along."""
+        path = run.path
+        if path is None or not self._concerns(path):
+            return NotImplemented
         module = self.model.get_submodule(path)
         call = FunctionCall(function, args, kwargs, module)
         is_foreign = not str(getattr(function, "__module__", "")).startswith(_KNOWN)
@@ -57,39 +58,30 @@ class SeesMixers:
                 raise _another(path, module) from error
             raise
         _check(reading, call, path)
-        with self._computing():
+        with self.observer.aside():
             result = function(*args, **kwargs)
             output, mixer = reading.output_of(result), reading.mixer
             if is_foreign and not _computes(mixer, call, output):
                 raise _another(path, module)
         if isinstance(mixer, Convolution) and recurs(module):
-            self._convolutions[self._runs[-1]] = reading, output
+            self._convolutions[run.number] = reading, output
             return reading.with_output(result, self._marked_as(output, mixer.value))
         if isinstance(mixer, Convolution) and not reading.alone:
             raise ValueError(
                 f"model must recur by functions that are known; got {named(path, module)}, whose short convolution stands in "
                 "front of a recurrence that is not seen, or of attention"
             )
-        before = self._convolutions.get(self._runs[-1])
-        if before is None and self._runs[-1] in self._convolved and reading.channels is not None:
+        before = self._convolutions.get(run.number)
+        if before is None and run.number in self._convolved and reading.channels is not None:
             raise _unseen_convolution(path, module)
-        seen = _mixing_call(path, module, reading, output, before, self._computing)
+        seen = _mixing_call(path, module, reading, output, before, self.observer.aside)
         with torch._C.DisableTorchFunction():
             if isinstance(mixer, Convolution):
                 self._marked_as(seen.query, mixer.value, 3)
             calls = self._marks.calls((seen.query, seen.value))
-            output, owner = self._attend(seen, calls)
+            output, owner = self._attend(run, seen, calls)
             self._attended(seen, owner, calls, output)
         return reading.with_output(result, output[..., 0] if isinstance(mixer, Convolution) else output)
-
-    @contextlib.contextmanager
-    def _computing(self) -> Iterator[None]:
-        """The run sees nothing meanwhile; other modes of torch do."""
-        before, self._aside = self._aside, True
-        try:
-            yield
-        finally:
-            self._aside = before
 
 
 def _check(reading: Reading, call: FunctionCall, path: str) -> None:

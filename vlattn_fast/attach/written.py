@@ -1,11 +1,13 @@
-"""Attention that a module writes out: scores, their softmax, and the softmax times values, where no function hands it over.
+"""Attention that a module writes out by hand: scores, their softmax, and the softmax times values.
 
-The map is followed from the softmax to its product with the values. The call is then that of a dot product whose logits are the
-map's logarithms. A map that goes through anything else is none that the rules cover, and its module is refused.
+`WrittenScores` follows the scores, from the product of queries and keys to the softmax: so much serves who reads the attention.
+`WrittenMaps` follows the softmax to its product with the values: so much serves who takes the place of the attention. A map that
+goes through anything else is none that the rules cover, and its module is refused.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +17,100 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vlattn_fast._ground.marks import add_mark, new_mark, read_mark
-from vlattn_fast.interpret.relevancy.traced_call import Scored
 
-_PRODUCTS = (torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__)
+PRODUCTS = (torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__)
+
+_CASTS = ("float", "to", "type", "type_as", "contiguous")
+_MASKED = -1e4  # models mask with this or less, where every weight is 0
+
+
+class WrittenScores:
+    """One product of queries and keys, with the module's scale, softcap and mask.
+
+    query: (B, H, N, D). transposed_key: (B, H, D, M). shape: of the scores.
+    """
+
+    def __init__(self, query: Tensor, transposed_key: Tensor, scores: Tensor) -> None:
+        self.query, self.transposed_key, self.shape = query, transposed_key, scores.shape
+        self._scores: Callable[[], Tensor | None] = weakref.ref(scores)
+        self._scale = 1.0  # of the product
+        self._cap: float | None = None  # of its tanh; None = none is taken
+        self._mask: Tensor | None = None
+
+    def masks(self, scores: Tensor) -> Mapping[str, Any] | None:
+        """attn_mask, is_causal, scale and softcap, if there is one, of `scores` in front of the softmax; None where another
+        operation changed the scores."""
+        if self._scores() is not scores:
+            return None
+        masks = {"attn_mask": self._mask, "is_causal": False, "scale": self._scale}
+        if self._cap is None:
+            return masks
+        # cap * tanh(scale * product) is a softcap of the product times cap * scale. One that is not above 0 is none.
+        return {**masks, "scale": self._cap * self._scale, "softcap": self._cap} if self._cap > 0 else None
+
+    def follow(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
+        """Goes on from the scores to `result` where `func` scales, caps, masks or casts them; stops after another operation."""
+        scores = self._scores()
+        if scores is None or all(x is not scores for x in args):
+            return
+        name = getattr(func, "__name__", "").rstrip("_")
+        operand = None if len(args) < 2 else args[1] if args[0] is scores else args[0]
+        if name in _CASTS or (not kwargs and self._takes(name, args, operand, scores)):
+            self._scores = weakref.ref(result)
+        elif result is None or result is scores:
+            self._scores = lambda: None
+
+    def _takes(self, name: str, args: Sequence[Any], operand: Any, scores: Tensor) -> bool:
+        """Keeps a scale, a softcap or a mask; whether the operation is one."""
+        if name == "tanh" and self._cap is None and self._mask is None:
+            self._cap = 1.0
+            return True
+        if name == "mul" or (name == "div" and args[0] is scores):
+            if self._mask is not None or not _is_number(operand):
+                return False
+            factor = float(operand) if name == "mul" else 1 / float(operand)
+            if self._cap is None:
+                self._scale *= factor
+            else:
+                self._cap *= factor
+            return True
+        if name == "add" and isinstance(operand, Tensor) and operand.is_floating_point():
+            self._mask = joined(self._mask, operand)
+            return True
+        if name == "masked_fill" and _is_number(args[2]) and float(args[2]) <= _MASKED:
+            self._mask = joined(self._mask, ~args[1])
+            return True
+        return False
+
+
+def is_masked_score(scores: Tensor) -> Tensor:
+    """bool, True where a mask that was added to finished scores hides a key."""
+    return scores <= _MASKED / 2  # it may be added to a positive score
+
+
+def is_masked(mask: Tensor) -> Tensor:
+    """bool, of the mask's shape: True where a query does not see a key."""
+    return ~mask if mask.dtype == torch.bool else mask <= _MASKED
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, (int, float)) or (isinstance(x, Tensor) and x.ndim == 0 and not x.requires_grad)
+
+
+def joined(first: Tensor | None, second: Tensor) -> Tensor:
+    """Two masks as one: bool where both are bool."""
+    if first is None:
+        return second
+    if first.dtype != torch.bool and second.dtype != torch.bool:
+        return first + second
+    if first.dtype == second.dtype:
+        return first & second
+    visible, added = (first, second) if first.dtype == torch.bool else (second, first)
+    return torch.where(visible, added, -torch.inf)
+
+
+# --- maps ---
+
 # Functions that leave the numbers of a map as they are, in eval mode.
 _KEEPING = (
     *(functional.dropout, torch.dropout, Tensor.to, Tensor.type, Tensor.type_as, Tensor.float, Tensor.half, Tensor.bfloat16),
@@ -31,26 +124,24 @@ _BY_HAND = (
 
 
 @dataclass(frozen=True, eq=False)
-class WrittenCall:
+class WrittenProduct:
     """A product of a map with values."""
 
     number: int  # of the map, among those that were taken
     probabilities: Tensor  # (B, H, N, M)
     value: Tensor  # (B, H, M, Dv)
     output: Tensor  # (B, H, N, Dv)
-    marks: tuple[Tensor, Tensor, Tensor]  # the module's tensors whose marks query, key and value get
+    given: tuple[Tensor, Tensor, Tensor]  # of the module: the map, and twice the values
     as_product: Callable[[Tensor], Tensor]  # gives the output the shape in which the module goes on with it
 
     def as_call(self) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
-        """Query, key, value and masks of an attention call that gives the product."""
+        """Query, key, value and masks of an attention call that gives the product: its logits are the map's logarithms."""
         dtype, (batch, heads, _, keys) = torch.promote_types(self.probabilities.dtype, self.value.dtype), self.probabilities.shape
         probabilities = self.probabilities.to(dtype)
         query = probabilities.clamp(min=torch.finfo(dtype).tiny).log()
         key = torch.eye(keys, dtype=dtype, device=query.device).expand(batch, heads, keys, keys)
         value = self.value.to(dtype).expand(batch, heads, -1, -1)
-        score = Scored("dot", None, 0.0, self.output, by_hand=True)
-        masks = {"attn_mask": probabilities > 0, "key_mask": None, "is_causal": False, "scale": 1.0, "score": score}
-        return query, key, value, masks
+        return query, key, value, {"attn_mask": probabilities > 0, "key_mask": None, "is_causal": False, "scale": 1.0}
 
 
 class WrittenMaps:
@@ -67,6 +158,11 @@ class WrittenMaps:
         add_mark(result, self._mark, 1 << len(self._maps))
         self._maps.append((path, result if heads is None else result.view(-1, heads, *result.shape[-2:])))
         return len(self._maps) - 1
+
+    @property
+    def count(self) -> int:
+        """How many were taken: the number of the next one."""
+        return len(self._maps)
 
     def holds(self, value: Any) -> bool:
         """Whether this is a map that was taken, as it is."""
@@ -109,8 +205,10 @@ class WrittenMaps:
         multiplied = [stored is None for stored in of_module]
         return not any(multiplied) or (all(multiplied) and path not in self._changed)
 
-    def product(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> WrittenCall | None:
-        """The call that a function of torch completes, if it multiplies a map with values."""
+    def product(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> WrittenProduct | None:
+        """The product of a map with values that a function of torch gave, if it did."""
+        if not self._maps:
+            return None
         equation, args = _einsum(func, args)
         bits = read_mark((*args, *kwargs.values()), self._mark)
         if not bits or not isinstance(result, (Tensor, tuple, list)) or isinstance(result, torch.Size):
@@ -135,7 +233,7 @@ class WrittenMaps:
         value, output, as_product = parts
         self._maps[number] = path, None
         stored = stored if self._keeps_graph else stored.detach()
-        return WrittenCall(number, stored, value, output, (args[0], args[1], args[1]), as_product)
+        return WrittenProduct(number, stored, value, output, (args[0], args[1], args[1]), as_product)
 
 
 Parts = tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]  # values (B, H, M, D), output (B, H, N, D), and `as_product`
@@ -143,7 +241,7 @@ Parts = tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]  # values (B, H, M, D)
 
 def _by_matmul(func: Any, stored: Tensor, value: Tensor, result: Tensor) -> Parts | None:
     """The parts of a product of a map with values (B, H, M, D) or (B * H, M, D)."""
-    if func not in _PRODUCTS or value.ndim not in (3, 4):
+    if func not in PRODUCTS or value.ndim not in (3, 4):
         return None
     batch, heads, _, keys = stored.shape
     value = value.reshape(batch, heads, keys, -1) if value.ndim == 3 else value

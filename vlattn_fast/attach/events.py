@@ -1,0 +1,148 @@
+"""What an `Observer` tells its subscribers about a model: which modules run, and each attention call.
+
+A call is one `Attention`, whether the model calls torch's scaled_dot_product_attention, nn.MultiheadAttention, transformers'
+attention interface or this package's score_attention, or writes attention out by hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vlattn_fast.attach.written import WrittenScores
+from vlattn_fast.backends.inputs import ScoreAttentionInputs
+
+_SDPA = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+Hook = Callable[..., Any]
+
+
+@dataclass(eq=False)
+class ModuleRun:
+    """A module that runs."""
+
+    module: nn.Module | None  # None = what runs before the first module
+    path: str | None  # of the module in the model; None = of another model, or of a part that is not observed
+    number: int  # no other run of a module has it
+    product: WrittenScores | None = None  # the module's last matmul, which may be the scores of attention
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """One attention call."""
+
+    run: ModuleRun  # of the module that calls
+    # (B, H, N, D), as the operators take it; keys and values of grouped-query attention have fewer heads. Of a written map that
+    # is multiplied with values: the map, and twice the values.
+    query: Tensor
+    key: Tensor  # (B, H, M, D)
+    value: Tensor | None  # (B, H, M, Dv); None = the call is known by its softmax, and the model goes on with the map
+    # The options of the call, as scaled_dot_product_attention and score_attention take them; None = attention that is written
+    # out by hand does more than scale and mask its scores.
+    masks: Mapping[str, Any] | None
+    given: tuple[Any, Any, Any]  # query, key and value as the model has them
+    dropout_p: float = 0.0
+    inputs: ScoreAttentionInputs | None = None  # of a call of score_attention
+    sink: Tensor | None = None  # and the logit of its sink, which counts afterwards
+    written: Any = None  # of attention that is written out by hand: the `WrittenProduct`
+
+    @property
+    def is_one_head(self) -> bool:
+        """Whether the model has query, key and value as (B, N, D)."""
+        return self.written is None and self.given[0].ndim == 3
+
+    @classmethod
+    def of_sdpa(cls, run: ModuleRun, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Attention | None:
+        """A call of scaled_dot_product_attention; None where query has neither three nor four dimensions."""
+        options: dict[str, Any] = {"attn_mask": None, "is_causal": False, "scale": None, "enable_gqa": False}
+        options |= {**dict(zip(_SDPA, args, strict=False)), **kwargs}
+        given = options.pop("query"), options.pop("key"), options.pop("value")
+        dropout_p, mask = options.pop("dropout_p", 0.0), options["attn_mask"]
+        query, key, value = given
+        if query.ndim == 3:
+            query, key, value = (x.unsqueeze(1) for x in given)
+            options["attn_mask"] = mask.unsqueeze(1) if mask is not None and mask.ndim == 3 else mask
+        elif query.ndim != 4:
+            return None
+        elif not options["enable_gqa"]:  # torch's function broadcasts batch and heads, as for multi-query attention
+            shapes = [x.shape[:2] for x in given]
+            if shapes.count(shapes[0]) < 3:
+                shape = torch.broadcast_shapes(*shapes)
+                query, key, value = (x.expand(*shape, -1, -1) for x in given)
+        return cls(run, query, key, value, options, given, dropout_p)
+
+    def as_given(self, output: Tensor) -> Tensor:
+        """The output (B, H, N, Dv) in the shape in which the model goes on with it."""
+        if self.written is not None:
+            result: Tensor = self.written.as_product(output)
+            return result
+        return output.squeeze(1) if self.is_one_head else output
+
+
+Attend = Callable[[Attention], Any]
+
+
+class Subscriber:
+    """What an `Observer` tells, for a subclass to override.
+
+    `on_attention` gets a function that goes on: to the next subscriber, at the end to the model's own computation. Where parts of
+    the model are replaced, the output (B, H, N, Dv) that it returns takes the place of the model's.
+    """
+
+    explains: ClassVar[bool] = False  # it belongs to `explain`, and others leave its runs alone
+    edits: ClassVar[bool] = False  # it changes the attention, as `intervene` does
+    trains: bool = True  # the model runs as it is, with its dropout
+
+    def before_run(self) -> None:
+        """The observer is entered; an error refuses it."""
+
+    def begins(self, observer: Any) -> Iterator[Callable[[], object]]:
+        """What it attaches to the model by itself: yields the way back of each step (`Stepwise`)."""
+        yield from ()
+
+    def takes_arguments(self, module: nn.Module) -> bool:
+        """Whether `on_arguments` is called for runs of a module."""
+        return False
+
+    def on_arguments(self, run: ModuleRun, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A module runs with these arguments; after `on_enter`."""
+
+    def on_enter(self, run: ModuleRun, args: tuple[Any, ...]) -> None:
+        """A module begins to run."""
+
+    def on_leave(self, run: ModuleRun, args: tuple[Any, ...], output: Any) -> None:
+        """A module ends; `output` is None if it failed."""
+
+    def on_attention(self, event: Attention, attend: Attend) -> Any:
+        """An attention call."""
+        return attend(event)
+
+    def on_output(self, event: Attention, output: Any, result: Any) -> None:
+        """The model goes on with `result`: the output of a call in the shape that the model asked for."""
+
+    def on_lse(self, inputs: ScoreAttentionInputs, lse: Tensor) -> None:
+        """score_attention also gave the model this log-sum-exp."""
+
+    def on_call(self, run: ModuleRun, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Another function of torch is called; NotImplemented = it computes, else the result in place of the function's."""
+        return NotImplemented
+
+    def heads_of_map(self, run: ModuleRun, probabilities: Tensor, dim: Any, number: int) -> int:
+        """The heads of a softmax (B, H, N, M) or (B * H, N, M) over `dim` that a module takes itself. It is then followed to its
+        product with the values, an attention call of this `number` among the written ones; 0 = it is not followed."""
+        return 0
+
+    def on_result(self, run: ModuleRun, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Another function of torch gave this result."""
+
+    def on_recurrence(
+        self, run: ModuleRun, reader: Any, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A function that the table of recurrences names is called; NotImplemented = it computes, else the result."""
+        return NotImplemented
+
+    def on_end(self) -> None:
+        """The observer has ended, maybe by an error."""

@@ -1,0 +1,386 @@
+"""The one observer of a foreign model: it sees the modules that run and every attention call, and restores the model on exit.
+
+A call reaches it in one of three ways. The model calls torch's scaled_dot_product_attention or nn.MultiheadAttention, or this
+package's score_attention, which a mode of torch sees. transformers' attention interface hands it over, where `parts` of the model
+name our function for the run. Or a module writes attention out by hand, which is followed (`attach.written`).
+
+Each call is one `Attention`, which goes from subscriber to subscriber. `explain`, `intervene`, the losses on attention, probes,
+prompt maps and QK-clip are subscribers.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from vlattn_fast.attach.current import RUNNING, SCORE_ATTENTION, SOFTMAX, attention, first_argument
+from vlattn_fast.attach.events import Attention, ModuleRun, Subscriber
+from vlattn_fast.attach.module_paths import ModulePaths
+from vlattn_fast.attach.multihead import heads, joined_masks
+from vlattn_fast.attach.session import Steps, Stepwise, as_mode, overridden, visible
+from vlattn_fast.attach.written import PRODUCTS, WrittenMaps, WrittenScores
+from vlattn_fast.backends.inputs import ScoreAttentionInputs
+from vlattn_fast.ops._groups import bias_arguments
+from vlattn_fast.ops._sinks import with_sink
+
+_SINK = ScoreAttentionInputs._fields.index("sink")
+_OF_THE_CALLER = (nn.Softmax, nn.Dropout)  # the module that calls one takes the softmax
+
+
+class _FastPath:
+    """torch's process-wide switch for the fast path of nn.MultiheadAttention, as an attribute that `overridden` can set."""
+
+    enabled = property(
+        lambda _: torch.backends.mha.get_fastpath_enabled(), lambda _, value: torch.backends.mha.set_fastpath_enabled(value)
+    )
+
+
+_FAST_PATH = _FastPath()
+
+
+class Observer(Stepwise, TorchFunctionMode):
+    """A context in which `subscribers` are told of the runs of `model` in this thread and context.
+
+    Args:
+        model: the model, without wrappers.
+        subscribers: in the order in which a call goes through them.
+        parts: the parts of the model whose attention is replaced for the run, so that subscribers may compute it. None = the
+            model computes as it is, and subscribers only see its attention.
+        within: the part of the model whose modules have paths; "" = the whole model.
+        starts: the modules with whose run the observer begins to see; None = it sees whatever runs.
+        further: (object, attribute, value) that hold in the context, too.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        subscribers: Sequence[Subscriber],
+        *,
+        parts: Sequence[nn.Module] | None = None,
+        within: str = "",
+        starts: Iterable[nn.Module] | None = None,
+        keeps_sdpa: bool = False,
+        further: Iterable[tuple[Any, str, Any]] = (),
+    ) -> None:
+        super().__init__()
+        self.model, self._subscribers, self._parts = model, tuple(subscribers), parts
+        self.explains = any(each.explains for each in subscribers)
+        self.trains = all(each.trains for each in subscribers)
+        self.edits = next((each for each in subscribers if each.edits), None)
+        self._paths, self._starts = ModulePaths(model, within), None if starts is None else {*starts}
+        self._changes = keeps_sdpa, further
+        self._told = {name: self._those_with(name) for name in ("on_enter", "on_leave", "on_call", "on_result", "on_recurrence")}
+        self._maps_of = self._those_with("heads_of_map")
+        self.maps = WrittenMaps(keeps_graph=self.trains)
+        self.runs: list[ModuleRun] = []  # under way, the outermost first
+        self._count = 0  # of the runs so far
+        self._before_sink: ScoreAttentionInputs | None = None  # of the operator that ran last, if a sink counts next
+        self._is_over, self._is_aside = True, False
+
+    def _those_with(self, name: str) -> list[Any]:
+        """The methods of this name of the subscribers that define one."""
+        each = [each for each in self._subscribers if getattr(type(each), name) is not getattr(Subscriber, name)]
+        return [getattr(subscriber, name) for subscriber in each]
+
+    # --- the context ---
+
+    def _steps(self) -> Steps:
+        for subscriber in self._subscribers:
+            subscriber.before_run()
+        self._thread, self._around = threading.get_ident(), RUNNING.get()
+        changes = overridden([(_FAST_PATH, "enabled", False)])  # the fast path runs without calls of attention
+        if self._parts is not None:
+            keeps_sdpa, further = self._changes
+            changes = visible(self._parts, keeps_sdpa, further)
+        yield changes.__exit__
+        changes.__enter__()
+        yield self._end
+        self._is_over = False
+        self.runs[:] = [ModuleRun(None, "", 0)] if self._starts is None else []
+        if self._parts is not None:
+            RUNNING.set(self)
+        yield from as_mode(self)
+        if self.explains:  # torch's global hooks also see modules of other models, which a hook may run
+            yield nn.modules.module.register_module_forward_pre_hook(self._enter_module).remove
+            yield nn.modules.module.register_module_forward_hook(self._leave_module, always_call=True).remove
+        else:  # and warn where a compiled model is called
+            for module in self.model.modules():
+                yield module.register_forward_pre_hook(self.hook(self._enter_module)).remove
+                yield module.register_forward_hook(self.hook(self._leave_module), always_call=True).remove
+        for subscriber in self._subscribers:
+            for module in self.model.modules():
+                if subscriber.takes_arguments(module):
+                    hook = self.hook(functools.partial(self._tell_arguments, subscriber))
+                    yield module.register_forward_pre_hook(hook, with_kwargs=True).remove
+            yield from subscriber.begins(self)
+
+    def _end(self) -> None:
+        if self._parts is not None:
+            RUNNING.set(self._around)
+        self._is_over = True
+        self.runs.clear()
+        for subscriber in self._subscribers:
+            subscriber.on_end()
+
+    def is_on(self) -> bool:
+        """Whether what runs now is seen: in this thread, and in no run that began within and belongs to another observer."""
+        running = RUNNING.get()
+        if self._parts is not None:
+            return running is self
+        return threading.get_ident() == self._thread and (running is None or running is self._around or not running.explains)
+
+    def hook(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        """The hook of a module, silent in runs that are not seen, and in copies of the model."""
+        return _Hook(self, hook)
+
+    # --- modules ---
+
+    def _enter_module(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if isinstance(module, _OF_THE_CALLER) or not self.is_on():
+            return
+        if self.runs:
+            around = self.runs[-1]
+            path = self._paths.of(module, around.path, around.number)
+        elif module in (self._starts or ()):
+            path = self._paths.of(module, None, 0)
+        else:
+            return  # a part alone is no forward pass of the model
+        self._count += 1
+        run = ModuleRun(module, path, self._count)
+        self.runs.append(run)
+        for on_enter in self._told["on_enter"]:
+            on_enter(run, args)
+
+    def _tell_arguments(self, told: Subscriber, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.runs and self.runs[-1].module is module:
+            told.on_arguments(self.runs[-1], args, kwargs)
+
+    def _leave_module(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if isinstance(module, _OF_THE_CALLER) or not self.is_on() or all(run.module is not module for run in self.runs):
+            return
+        while (run := self.runs.pop()).module is not module:
+            pass  # left by an error that the model has caught
+        for on_leave in self._told["on_leave"]:
+            on_leave(run, args, output)
+
+    # --- functions ---
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        # torch takes a mode off for each call, and may put it back after Ctrl-C in a run that has ended
+        if self._is_over or self._is_aside or not self.runs or not self.is_on():
+            return func(*args, **kwargs)
+        run = self.runs[-1]
+        if func is functional.scaled_dot_product_attention:
+            return self._sdpa(run, args, kwargs)
+        if func is SCORE_ATTENTION and args[_SINK] is None:
+            return self._score_attention(run, ScoreAttentionInputs(*args))
+        if func is with_sink and self._before_sink is not None:
+            return self._with_sink(run, *args)
+        if func is functional.multi_head_attention_forward and self._parts is None:
+            return self._multihead(run, args, kwargs)
+        result = NotImplemented
+        for on_call in self._told["on_call"]:
+            result = on_call(run, func, args, kwargs)
+            if result is not NotImplemented:
+                break
+        else:
+            result = func(*args, **kwargs)
+        if self._is_over:
+            return result
+        if func is SCORE_ATTENTION:
+            self._before_sink = ScoreAttentionInputs(*args)
+        follow = self._scores if self._parts is None else self._map
+        result = follow(run, func, args, kwargs, result)
+        for on_result in self._told["on_result"]:
+            on_result(run, func, args, kwargs, result)
+        return result
+
+    # --- attention calls ---
+
+    def _sdpa(self, run: ModuleRun, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        sdpa = functional.scaled_dot_product_attention
+        event = Attention.of_sdpa(run, args, kwargs)
+        if event is not None:
+            return self._answer(event, _plain if self._parts is not None else lambda _: sdpa(*args, **kwargs))
+        if self._parts is not None:
+            query = args[0] if args else kwargs["query"]
+            raise ValueError(f"model must call attention with (B, H, N, D) tensors; got {tuple(query.shape)} in '{run.path}'")
+        return sdpa(*args, **kwargs)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Any], module: nn.Module | None = None) -> Tensor:
+        """The attention (B, H, N, Dv) of a call that transformers' interface hands over."""
+        dropout_p = masks.pop("dropout_p", 0.0)
+        event = Attention(self.runs[-1], query, key, value, masks, (query, key, value), dropout_p)
+        output: Tensor = self._answer(event, _plain)
+        return output
+
+    def _score_attention(self, run: ModuleRun, inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
+        """The operator's output and log-sum-exp."""
+        lse: Tensor | None = None
+
+        def compute(event: Attention) -> Tensor:
+            nonlocal lse
+            assert event.inputs is not None
+            output, lse = SCORE_ATTENTION(*event.inputs)
+            return output
+
+        output = self._answer(_scored(run, inputs), compute)
+        assert lse is not None
+        for subscriber in self._subscribers:
+            subscriber.on_lse(inputs, lse)
+        return output, lse
+
+    def _with_sink(self, run: ModuleRun, output: Tensor, lse: Tensor, sink: Tensor) -> Tensor:
+        """The output of the operator that ran last, with its sink: the attention ends here."""
+        inputs, self._before_sink = self._before_sink, None
+        assert inputs is not None
+
+        def compute(event: Attention) -> Tensor:
+            assert event.inputs is not None and event.sink is not None
+            of_keys = (output, lse) if event.inputs is inputs else SCORE_ATTENTION(*event.inputs)
+            return with_sink(of_keys[0], of_keys[1], event.sink)
+
+        result: Tensor = self._answer(_scored(run, inputs, sink), compute)
+        return result
+
+    def _multihead(self, run: ModuleRun, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Projects query and key once more: nn.MultiheadAttention splits into heads where no mode sees the tensors."""
+        forward = functional.multi_head_attention_forward
+        bound = inspect.signature(forward).bind(*args, **kwargs)
+        bound.apply_defaults()
+        of = bound.arguments
+        size = of["embed_dim_to_check"] // of["num_heads"]
+        weights = of["q_proj_weight"], of["k_proj_weight"]
+        if not of["use_separate_proj_weight"]:
+            weights = of["in_proj_weight"].chunk(3)[:2]
+        biases = (None, None) if of["in_proj_bias"] is None else of["in_proj_bias"].chunk(3)[:2]
+        states = (x[:, None] if x.ndim == 2 else x for x in (of["query"], of["key"]))  # torch takes (N, C) as well as (N, B, C)
+        # torch.utils.checkpoint counts saved tensors and runs the layer again unwatched, so its hooks must not see these tensors.
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+            projected = [functional.linear(x.transpose(0, 1), w, b) for x, w, b in zip(states, weights, biases, strict=True)]
+        query, key = (heads(x, size) for x in projected)
+        masks = None
+        if of["bias_k"] is None and not of["add_zero_attn"]:  # else there are more keys
+            padding = of["key_padding_mask"]
+            padding = padding[None] if padding is not None and padding.ndim == 1 else padding
+            masks = {"attn_mask": joined_masks(query, 0, of["attn_mask"], padding), "is_causal": False, "scale": None}
+        event = Attention(run, query, key, None, masks, (of["query"], of["key"], None), of["dropout_p"])
+        return self._answer(event, lambda _: forward(*args, **kwargs))
+
+    def _scores(self, run: ModuleRun, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+        """`result`, after a module that takes a softmax of its own last product is told as a call."""
+        if func in PRODUCTS and isinstance(result, Tensor) and result.ndim == 4:
+            right = args[1] if len(args) > 1 else kwargs["other" if "other" in kwargs else "mat2"]
+            run.product = WrittenScores(first_argument(args, kwargs), right, result)
+        elif func in SOFTMAX:
+            product, scores = run.product, first_argument(args, kwargs)
+            if product is not None and product.shape == scores.shape:
+                query, key, masks = product.query, product.transposed_key, product.masks(scores)
+                run.product = None
+                event = Attention(run, query, key.transpose(-1, -2), None, masks, (query, key, None), written=product)
+                for each in self._subscribers:
+                    each.on_attention(event, lambda _: result)
+        elif run.product is not None:
+            run.product.follow(func, args, kwargs, result)
+        return result
+
+    def _map(self, run: ModuleRun, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+        """`result`, in whose place the output of a call stands if it is the product of a map that a module took with values."""
+        if func in SOFTMAX:
+            dim = args[1] if len(args) > 1 else kwargs.get("dim")
+            for heads_of_map in self._maps_of:
+                if count := heads_of_map(run, result, dim, self.maps.count):
+                    self.maps.take(run.path or "", result, None if result.ndim == 4 else count)
+                    break
+            return result
+        product = self.maps.product(func, args, kwargs, result)
+        if product is None:
+            return result
+        event = Attention(run, product.probabilities, product.value, product.value, {}, product.given, written=product)
+        return self._answer(event, lambda _: product.output)
+
+    def _answer(self, event: Attention, compute: Callable[[Attention], Any]) -> Any:
+        """What the model goes on with: the output of the call, which `compute` gives, after the subscribers."""
+        # A run sees nothing of what it computes itself; what a model computes as it is may be seen by other modes.
+        with nullcontext() if self._parts is None else torch._C.DisableTorchFunction():
+            output = self._through(self._subscribers, event, compute)
+            result = output if self._parts is None else event.as_given(output)
+            for subscriber in self._subscribers:
+                subscriber.on_output(event, output, result)
+        return result
+
+    def _through(self, subscribers: Sequence[Subscriber], event: Attention, compute: Callable[[Attention], Any]) -> Any:
+        if not subscribers:
+            return compute(event)
+        first, *others = subscribers
+        return first.on_attention(event, lambda event: self._through(others, event, compute))
+
+    # --- recurrences ---
+
+    @property
+    def recur(self) -> Callable[..., Any] | None:
+        """Takes a call of a function that the table of recurrences names; None = nobody asks for these."""
+        return self._recur if self._told["on_recurrence"] else None
+
+    def _recur(self, reader: Any, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not (self._is_over or self._is_aside):
+            for on_recurrence in self._told["on_recurrence"]:
+                result = on_recurrence(self.runs[-1], reader, function, args, kwargs)
+                if result is not NotImplemented:
+                    return result
+        return function(*args, **kwargs)
+
+    def aside(self) -> _Aside:
+        """A context in which nothing is seen; other modes of torch see what runs."""
+        return _Aside(self)
+
+
+class _Aside:
+    def __init__(self, observer: Observer) -> None:
+        self._observer = observer
+
+    def __enter__(self) -> None:
+        self._before, self._observer._is_aside = self._observer._is_aside, True
+
+    def __exit__(self, *error: Any) -> None:
+        self._observer._is_aside = self._before
+
+
+class _Hook:
+    """A hook of a run. A model that is copied or pickled meanwhile takes its hooks along: those of the copy do nothing."""
+
+    def __init__(self, observer: Observer, hook: Callable[..., Any]) -> None:
+        self._observer, self._hook = observer, hook
+
+    def __call__(self, *args: Any) -> Any:
+        observer = getattr(self, "_observer", None)
+        return self._hook(*args) if observer is not None and observer.is_on() else None
+
+    def __getstate__(self) -> None:
+        return None
+
+
+def _scored(run: ModuleRun, inputs: ScoreAttentionInputs, sink: Tensor | None = None) -> Attention:
+    """A call of score_attention."""
+    masks = {name: getattr(inputs, name) for name in ("attn_mask", "key_mask", "is_causal", "scale")} | bias_arguments(inputs)
+    given = query, key, value = inputs.query, inputs.key, inputs.value
+    return Attention(run, query, key, value, masks, given, inputs.dropout_p, inputs=inputs, sink=sink)
+
+
+def _plain(event: Attention) -> Tensor:
+    """The call, by torch's function or by score_attention."""
+    assert event.value is not None and event.masks is not None
+    dropout = {"dropout_p": event.dropout_p} if event.dropout_p else {}
+    return attention(event.query, event.key, event.value, {**event.masks, **dropout})
