@@ -145,7 +145,7 @@ class Integrated(Method):
             self.inputs = (args[0].detach() * self.share).requires_grad_()
             return (self.inputs, *args[1:])
 
-        with tower.model.get_submodule(f"{tower.lists[0]}.0").register_forward_pre_hook(scaled):
+        with tower.model.get_submodule(f"{tower.calls.lists[0]}.0").register_forward_pre_hook(scaled):
             whole = tower.model(**backward.arguments).logits
             chosen = whole.argmax(-1) if self.target is None else torch.tensor(self.target)
             inputs, row = self.inputs.detach(), 0

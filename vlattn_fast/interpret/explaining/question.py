@@ -219,7 +219,7 @@ def check_relevancy(
 
 def warn_of_lost_gradients(run: Run) -> None:
     """A warning where gradients end in modules of the explained layers: relevancy lacks the part that goes through them."""
-    layers = tuple(f"{path}." for tower in run.carrying for path in tower.lists)
+    layers = tuple(f"{path}." for tower in run.carrying for path in tower.calls.lists)
     if lost := [path for path in run.trace.without_gradient if path.startswith(layers)]:
         warnings.warn(f"The relevancy lacks what goes through {_names(run, lost)}", stacklevel=2)
 

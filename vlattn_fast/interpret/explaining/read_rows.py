@@ -20,10 +20,10 @@ def starts_of(run: Run, read: Any, scores: Tensor | None, arguments: Mapping[str
     for tower in run.read:  # attention in windows is refused as such
         if scores is None or tower.batch == len(scores):
             tower.places.check()
-    if read is not None or scores is None or not any(tower.finds_row for tower in run.read):
+    if read is not None or scores is None or not any(tower.gradients.finds_row for tower in run.read):
         return [_start(tower, read, arguments, bool(run.attended)) for tower in run.read]
-    seen = {tower: _reading(tower, scores) for tower in run.read if tower.finds_row}
-    pooled = {tower for tower in seen if tower.pooled and _depends(scores, tower.behind_pooling)}
+    seen = {tower: _reading(tower, scores) for tower in run.read if tower.gradients.finds_row}
+    pooled = {tower for tower in seen if tower.pooled and _depends(scores, tower.gradients.behind_pooling)}
     _check_last_layer(run, [reading for reading in seen.values() if reading is not None], bool(pooled), scores, name)
     starts = []
     for tower in run.read:
@@ -33,7 +33,7 @@ def starts_of(run: Run, read: Any, scores: Tensor | None, arguments: Mapping[str
                 f"{name} must give scores that depend on the pooling head of tower '{tower.name}', whose row its record reads; "
                 "got scores that are read from the tokens in front of it"
             )
-        if tower.finds_row and not tower.pooled:
+        if tower.gradients.finds_row and not tower.pooled:
             row = _row_by_gradient(tower, seen[tower], arguments)
         if row is None:
             starts.append(_start(tower, None, arguments, bool(run.attended)))
@@ -115,7 +115,7 @@ class Reading(NamedTuple):
 
 def _reading(tower: TowerTrace, scores: Tensor) -> Reading | None:
     """None where the scores depend on no token of the tower."""
-    for later, steps in enumerate(reversed(tower.steps) if scores.requires_grad else ()):
+    for later, steps in enumerate(reversed(tower.gradients.steps) if scores.requires_grad else ()):
         edges = [edge for edge, _ in steps]
         gradients = torch.autograd.grad(scores.sum(), edges, retain_graph=True, allow_unused=True) if steps else ()
         known = [(g, numbers) for g, (_, numbers) in zip(gradients, steps, strict=False) if g is not None]

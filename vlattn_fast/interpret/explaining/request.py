@@ -295,7 +295,7 @@ def _how_to_read(model: nn.Module, inputs: Mapping[str, Any]) -> str:
         with Trace(model, UNRECORDED, method) as trace:
             model(**trace.prepare(prepare_inputs(model, inputs, UNRECORDED, None, packs=packs)[0]))
     trace.check()
-    towers = [tower.described for tower in trace.towers if tower.paths]
+    towers = [tower.described for tower in trace.towers if tower.calls.paths]
     line = f'va.explain(model, inputs, read={{"{trace.towers[0].name}": "cls"}}, target=lambda outputs: ...)'
     return (
         f"{problem}. Its towers are {', '.join(towers)}. Say which row is read and what the score is, as in {line}. "

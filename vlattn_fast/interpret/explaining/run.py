@@ -89,7 +89,7 @@ def _check_ids(trace: Trace | EmbeddingTrace, prompt: Prompt) -> None:
     ids = prompt.arguments.get("input_ids")
     for tower in trace.towers:
         if isinstance(ids, Tensor) and tower.record is not None and tower.record.row.predicts and tower.record.kind.follows_ids:
-            if tower.paths and tower.size != ids.shape[-1]:
+            if tower.calls.paths and tower.size != ids.shape[-1]:
                 raise ValueError(
                     f"model must run tower '{tower.name}' on the tokens of input_ids; got {tower.size} tokens for "
                     f"{ids.shape[-1]} ids. vlattn_fast.interpret.register_family adds a record that says what they are"
@@ -110,7 +110,7 @@ def _towers_of(
         read = [by_name[name] for name in request.read]
     else:
         recorded = [tower for tower in towers if tower.record is not None]  # towers without a record have no read-out row
-        read = [t for t in recorded or towers if t.paths and not any(source is t for _, source in links)]
+        read = [t for t in recorded or towers if t.calls.paths and not any(source is t for _, source in links)]
         read = read or towers[:1]  # all attend to one another: the first is read
         if not recorded and request.record.answers != "input_ids":  # the decoder runs last; others make what an encoder reads
             read = [tower for tower in read if any(of is tower for of, _ in links)][-1:] or read

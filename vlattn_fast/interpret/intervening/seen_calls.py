@@ -136,11 +136,11 @@ class NotesCalls(Method):
         return self._noted(tower, call)
 
     def _noted(self, tower: TowerTrace, call: TracedCall) -> Tensor:
-        assert tower.last_call is not None
+        assert tower.calls.last is not None
         (batch, heads, queries, _), keys, problem = call.query.shape, call.key.shape[2], ""
         if call.chunk or call.token_places is not None:
             problem = "attends in windows or chunks, or to tokens in another order"
-        at, score = (tower.last_call, tower, call.layer, call.path), call.masks.get("score")
+        at, score = (tower.calls.last, tower, call.layer, call.path), call.masks.get("score")
         share = HeadShare(heads if call.mesh is None else heads * call.mesh.size(), call.mesh)
         by_hand = score is not None and score.by_hand
         self.calls.append(_Noted(*at, (batch, queries), keys, call.columns, share, problem, by_hand, call.of_one_sequence))

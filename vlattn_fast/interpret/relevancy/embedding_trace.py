@@ -93,7 +93,7 @@ class EmbeddingTrace(Stepwise, Plain):
             attention.__enter__()
         for tower in self.towers:
             hook = self._hook(lambda module, args, kwargs, tower=tower: self._enter_layer(tower, args, kwargs))
-            for layer in (layer for layers in tower.lists for layer in self.model.get_submodule(layers).children()):
+            for layer in (layer for layers in tower.calls.lists for layer in self.model.get_submodule(layers).children()):
                 yield layer.register_forward_pre_hook(hook, with_kwargs=True).remove  # the first that runs
         for module in () if self.family.towers else self.model.modules():
             if isinstance(module, nn.Embedding):
@@ -119,14 +119,15 @@ class EmbeddingTrace(Stepwise, Plain):
     # --- embeddings ---
 
     def _enter_layer(self, tower: TowerTrace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if tower.paths:
+        if tower.calls.paths:
             return None
         named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
         place, stream = next(((i, x) for i, x in named if isinstance(x, Tensor) and x.is_floating_point()), (0, None))
         if stream is None or stream.ndim < 3:
             got = "none" if stream is None else tuple(stream.shape)
             raise ValueError(f"model must hand embeddings (B, N, C) to the first layer of tower '{tower.name}'; got {got}")
-        passed = self._enter(tower, tower.lists[0], stream.flatten(2), 2).view(stream.shape)  # a model may have several streams
+        flat = stream.flatten(2)  # a model may have several streams
+        passed = self._enter(tower, tower.calls.lists[0], flat, 2).view(stream.shape)
         if isinstance(place, int):
             return (*args[:place], passed, *args[place + 1 :]), kwargs
         return args, {**kwargs, place: passed}
@@ -153,7 +154,7 @@ class EmbeddingTrace(Stepwise, Plain):
         embeddings = Embeddings(values, passed, dim, origin)
         tower.batch, tower.size = embeddings.per_token(torch.sum, values.detach()).shape
         tower.dtype, tower.device, tower.numbers.last = compute_dtype(values), values.device, 0
-        tower.paths.append(path)
+        tower.calls.paths.append(path)
         tower.enters_gradient(passed)
         self.method.kept.setdefault(tower, []).append(embeddings)
         return passed
@@ -171,8 +172,10 @@ class EmbeddingTrace(Stepwise, Plain):
     def check(self) -> None:
         """ValueError, naming the tower, where no embeddings were seen."""
         for tower in self.towers:
-            if not tower.paths:
-                raise ValueError(f"model must run layers '{tower.lists[0]}' of tower '{tower.name}'; got a run without them")
+            if not tower.calls.paths:
+                raise ValueError(
+                    f"model must run layers '{tower.calls.lists[0]}' of tower '{tower.name}'; got a run without them"
+                )
         if not self.towers:
             raise ValueError(
                 "model must embed an input: ids by nn.Embedding, pictures (B, C, H, W), or features (B, N, C); got a run of "

@@ -41,8 +41,8 @@ class FindsTowers:
                 return tower
         # A tower's first call, a further part of a sequence that is cut into chunks, or one whose past was hidden from the trace.
         for tower in reversed(self.towers):
-            again = path == tower.path and tower.last_run == run.number
-            if layers in tower.lists and (again or path not in tower.paths) and tower.fits(path, batch, size):
+            again = path == tower.calls.path and tower.calls.run == run.number
+            if layers in tower.calls.lists and (again or path not in tower.calls.paths) and tower.fits(path, batch, size):
                 return tower
         return None
 
@@ -57,9 +57,9 @@ class FindsTowers:
     def _source_of(self, calls: int, call: TracedCall) -> TowerTrace:
         """The tower whose tokens are the keys; where they are no tower's, a made-up one without layers."""
         key, batch, size = call.key, call.key.shape[0], call.tokens
-        for tower in (*self._reached(calls), *(tower for tower in self.towers if not tower.paths)):
+        for tower in (*self._reached(calls), *(tower for tower in self.towers if not tower.calls.paths)):
             if (tower.batch, tower.size) == (batch, size):
                 return tower
-        tower = next((tower for tower in self.towers if not tower.lists and tower.batch is None), None) or self._new_tower()
+        tower = next((tower for tower in self.towers if not tower.calls.lists and tower.batch is None), None) or self._new_tower()
         tower.batch, tower.size, tower.dtype, tower.device = batch, size, compute_dtype(key), key.device
         return tower

@@ -79,10 +79,10 @@ class LastAttentionMethod(Method):
 
     def _gradients(self, backward: BackwardPass, calls: Sequence[TracedCall]) -> Sequence[Tensor | None]:
         for tower in [*backward.towers, *backward.attended]:
-            if tower.chunked and not tower.pooled:  # the last call has a part of the sequence alone
+            if tower.calls.chunked and not tower.pooled:  # the last call has a part of the sequence alone
                 raise ValueError(
                     "method must be one that carries relevancy through the layers where a module attends in chunks; got "
-                    f"{self.name!r} and '{tower.path}'"
+                    f"{self.name!r} and '{tower.calls.path}'"
                 )
         return backward.gradients([call.output for call in calls]) if self.needs_score else [None] * len(calls)
 

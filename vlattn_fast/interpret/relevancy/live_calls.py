@@ -70,10 +70,10 @@ class LiveCalls(Method):
         return self.formula.follow(func, args, kwargs, behind)
 
     def attend(self, tower: TowerTrace, call: TracedCall) -> Tensor:
-        assert tower.last_call is not None
+        assert tower.calls.last is not None
         self.formula.begins(tower, call.chunk)
         output = self._computed(tower, call)
-        kept = LiveCall(tower.last_call, replace(call, output=output).kept(self.higher_order))
+        kept = LiveCall(tower.calls.last, replace(call, output=output).kept(self.higher_order))
         self.kept.setdefault(tower, []).append(kept)
         return output
 

@@ -335,7 +335,7 @@ class Method:
 
     def _cut(self, tower: TowerTrace, output: Tensor) -> Tensor:
         """`output` without what is behind it in the graph. A gradient at it may name the row that is read."""
-        return output.detach().requires_grad_(self.finds_row and tower.finds_row)
+        return output.detach().requires_grad_(self.finds_row and tower.gradients.finds_row)
 
     def follow(
         self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], behind: Callable[[Tensor, Tensor], TowerTrace | None]

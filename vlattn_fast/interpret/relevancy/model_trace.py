@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from vlattn_fast.backends.inputs import ScoreAttentionInputs
 from vlattn_fast.interpret.records.record import Family
 from vlattn_fast.interpret.records.unsupported import check_recurrences, check_rules
 from vlattn_fast.interpret.relevancy.found_towers import FindsTowers
-from vlattn_fast.interpret.relevancy.joined_keys import JoinedKeys, Part, check_cross, joint_keys
+from vlattn_fast.interpret.relevancy.joined_keys import JoinedKeys, Joint, Part, check_cross, joint_keys
 from vlattn_fast.interpret.relevancy.method import LinkedCall, Method
 from vlattn_fast.interpret.relevancy.recurrent_calls import replacements
 from vlattn_fast.interpret.relevancy.seen_mixers import SeesMixers
@@ -36,6 +36,17 @@ from vlattn_fast.interpret.relevancy.tracking.lost_gradients import note_lost_gr
 from vlattn_fast.interpret.relevancy.tracking.tensor_marks import TensorMarks
 from vlattn_fast.interpret.relevancy.tracking.token_moves import TokenMoves
 from vlattn_fast.interpret.relevancy.tracking.token_places import ids_of
+
+
+class _Link(NamedTuple):
+    """What is known of a call before its tower takes it in."""
+
+    call: TracedCall
+    owner: TowerTrace | None  # the tower that its queries continue; None = they begin one
+    calls: int  # those that its queries came through, as bits
+    key_calls: int  # and its keys
+    ids: Tensor | None  # the numbers of the queries' tokens, where they are known
+    is_same: bool  # its keys are the tokens of its queries
 
 
 class Trace(FindsTowers, SeesMixers, Subscriber):
@@ -111,7 +122,9 @@ class Trace(FindsTowers, SeesMixers, Subscriber):
         is_constant = frozen is not None and frozen.attention and self.observer.maps.holds(first)  # a map, held fixed
         if run.path and self.method.needs_score and not is_constant:
             note_lost_gradient(self.without_gradient, run.path, args, output)
-        attended = [1 << tower.last_call for tower in self.towers if tower.last_run == run.number and tower.last_call is not None]
+        attended = [
+            1 << tower.calls.last for tower in self.towers if tower.calls.run == run.number and tower.calls.last is not None
+        ]
         if attended and isinstance(first, Tensor) and not self._marks.calls((first,)):
             self._marks.add_calls(first, sum(attended))  # lost within, as where several processes add up their heads
         if (queries := self._chunks.pop(run.number, 0)) and isinstance(first, Tensor):
@@ -172,7 +185,7 @@ class Trace(FindsTowers, SeesMixers, Subscriber):
         """The tower through whose last attention `tensor` came, and `another` did not."""
         last = self._marks.calls((tensor,)).bit_length() - 1
         owner = None if last < 0 or self._marks.calls((another,)) >> last else self._owners[last]
-        return owner if owner is not None and owner.last_call == last else None
+        return owner if owner is not None and owner.calls.last == last else None
 
     def prepare(self, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
         """The arguments that the model is called with, whose tensors are marked."""
@@ -252,19 +265,38 @@ class Trace(FindsTowers, SeesMixers, Subscriber):
     def _attend(self, run: ModuleRun, call: TracedCall, calls: int) -> tuple[Tensor, TowerTrace | None]:
         """The output, and the tower that it belongs to, None where it is not explained. `calls`: those that the queries came
         through, as bits."""
-        path, batch, queries = call.path, call.query.shape[0], call.query.shape[2]
         if is_checkpointed() and not self.trains:
             raise ValueError(
                 "model must keep what it computes (use_reentrant=False runs layers twice); got attention "
-                f"'{path}' inside of torch.utils.checkpoint"
+                f"'{call.path}' inside of torch.utils.checkpoint"
             )
-        for tower in self.towers:
-            if tower.pooling_path is not None and path == tower.pooling_path:
-                pooling = tower.enter_pooling(self._joined.with_columns(call, [tower.size]), self.moves)
-                return tower.leaves_pooling(self.method.pool(tower, self.method.judged(tower, tower, pooling))), None
-        key_calls = self._marks.calls((call.key,))
+        pooling = next((tower for tower in self.towers if tower.pooling_path == call.path), None)
+        if pooling is not None:
+            into = pooling.enter_pooling(self._joined.with_columns(call, [pooling.size]), self.moves)
+            return pooling.gradients.leaves_pooling(self.method.pool(pooling, self.method.judged(pooling, pooling, into))), None
+        link = self._linked(run, call, calls)
+        call, owner, reached = link.call, link.owner, self._reached(link.key_calls)
+        joins = self.finds_towers and not link.is_same
+        joint = joint_keys(self._joined, call, owner, self.towers, self._reached) if joins else []
+        if owner is None and (not self.finds_towers or not (link.is_same or in_layers(call.path))):
+            self._check_left_out(link)
+            return call.computed(), None
+        tower = owner or begun(self._new_tower(), call.path, link.ids, self._reached(calls))
+        tower.entered = tower.entered or self._marks.entered(call.query)
+        if joint:
+            return self._attend_jointly(tower, call, joint), tower
+        if link.is_same:
+            return self._attend_to_itself(run, tower, link), tower
+        first = calls == link.key_calls == 0 and self._marks.entered_as_one(call.query, call.key)
+        self._check_across(link)
+        check_cross(call, owner, reached, calls == link.key_calls, first or calls != 0)
+        return self._attend_across(tower, link), tower
+
+    def _linked(self, run: ModuleRun, call: TracedCall, calls: int) -> _Link:
+        """Which tower a call continues, and whether its keys are the tokens of its queries."""
+        queries, key_calls = call.query.shape[2], self._marks.calls((call.key,))
         ids, key_ids = (ids_of(self.moves.of(tensor), tensor) for tensor in (call.query, call.key))
-        owner = self._tower_of(run, calls, batch, queries, ids)
+        owner = self._tower_of(run, calls, call.query.shape[0], queries, ids)
         # A layer may share an earlier layer's keys, which came through fewer calls than its queries.
         shared = owner is not None and bool(read_mark((call.key,), self._key_mark) >> self.towers.index(owner) & 1)
         held = owner is not None and owner.places.holds(key_ids, all_of=True)  # also where they are others than the queries'
@@ -272,60 +304,68 @@ class Trace(FindsTowers, SeesMixers, Subscriber):
         if not held and not call.of_one_sequence:
             call = self._joined.with_columns(call, [queries] if same else [tower.size for tower in self._reached(key_calls)])
             same = same and queries == call.tokens
-        joint = joint_keys(self._joined, call, owner, self.towers, self._reached) if self.finds_towers and not same else []
-        if owner is None and (not self.finds_towers or not (same or in_layers(path))):
-            if same and (around := self._around_of(path)) is not None:  # the map would leave it out
-                raise ValueError(
-                    f"model must call only the attention of its layers in tower '{around.name}'; got a call of '{path}', which "
-                    "is in none of them"
-                )
-            return call.computed(), None
-        tower = owner or begun(self._new_tower(), path, ids, self._reached(calls))
-        tower.entered = tower.entered or self._marks.entered(call.query)
-        if joint:
-            call = tower.enter(replace(call, columns=joint[0].columns), len(self._owners), moves=self.moves, source=True)
-            output = self.method.attended_jointly(tower, call)
-            for keys in joint:
-                of_source = replace(call, columns=keys.columns)
-                self._keep(tower, keys.tower or tower, of_source, output, keys.calls, joint=keys.tower is not None)
-            return output, tower
-        if same:
-            call = replace(call, beside=tower.stands_beside(call, calls) and self.method.adds_beside and not self.finds_towers)
-            call = tower.enter(call, len(self._owners), self._is_chunk(run, tower, call, calls), self.moves)
-            tower.last_calls, tower.last_mixes = calls, call.of_one_sequence
-            add_mark(call.key, self._key_mark, 1 << self.towers.index(tower))
-            tower.note_others(call, measures=not self.trains)
-            call, output = self.method.attended(tower, tower, call)
-            self._keep(tower, tower, call, output, key_calls)
-            return output, tower
+        return _Link(call, owner, calls, key_calls, ids, same)
+
+    def _check_left_out(self, link: _Link) -> None:
+        """ValueError for a call within a recorded tower that is in none of its layers: the map would leave it out."""
+        if link.is_same and (around := self._around_of(link.call.path)) is not None:
+            raise ValueError(
+                f"model must call only the attention of its layers in tower '{around.name}'; got a call of '{link.call.path}', "
+                "which is in none of them"
+            )
+
+    def _check_across(self, link: _Link) -> None:
+        """ValueError for other keys than the queries' tokens in a model whose record knows no cross-attention."""
         if not self.finds_towers:
             raise ValueError(
                 f"inputs must give the whole sequence in one forward pass, to towers without cross-attention; "
-                f"got {queries} queries and {call.tokens} keys in attention '{path}'"
+                f"got {link.call.query.shape[2]} queries and {link.call.tokens} keys in attention '{link.call.path}'"
             )
-        first = calls == key_calls == 0 and self._marks.entered_as_one(call.query, call.key)
-        check_cross(call, owner, self._reached(key_calls), calls == key_calls, first or calls != 0)
+
+    def _attend_jointly(self, tower: TowerTrace, call: TracedCall, joint: Sequence[Joint]) -> Tensor:
+        """To the tower's own tokens and to those of others in one softmax."""
+        number = len(self._owners)
+        call = tower.enter(replace(call, columns=joint[0].columns), number, moves=self.moves, source=True)
+        output = self.method.attended_jointly(tower, call)
+        for keys in joint:
+            of_source = replace(call, columns=keys.columns)
+            self._keep(tower, keys.tower or tower, of_source, output, keys.calls, joint=keys.tower is not None)
+        return output
+
+    def _attend_to_itself(self, run: ModuleRun, tower: TowerTrace, link: _Link) -> Tensor:
+        beside = tower.calls.stands_beside(link.call, link.calls) and self.method.adds_beside and not self.finds_towers
+        call = replace(link.call, beside=beside)
+        call = tower.enter(call, len(self._owners), self._is_chunk(run, tower, call, link.calls), self.moves)
+        tower.calls.came_through, tower.calls.mixes = link.calls, call.of_one_sequence
+        add_mark(call.key, self._key_mark, 1 << self.towers.index(tower))
         tower.note_others(call, measures=not self.trains)
-        call = tower.enter(call, len(self._owners), moves=self.moves, source=True)  # before `_source_of`, if it is new
-        source = self._source_of(key_calls, call)
+        call, output = self.method.attended(tower, tower, call)
+        self._keep(tower, tower, call, output, link.key_calls)
+        return output
+
+    def _attend_across(self, tower: TowerTrace, link: _Link) -> Tensor:
+        """To another tower's tokens."""
+        tower.note_others(link.call, measures=not self.trains)
+        call = tower.enter(link.call, len(self._owners), moves=self.moves, source=True)  # before `_source_of`, if it is new
+        source = self._source_of(link.key_calls, call)
         call, output = self.method.attended(tower, source, call)
-        self._keep(tower, source, call, output, key_calls)
-        return output, tower
+        self._keep(tower, source, call, output, link.key_calls)
+        return output
 
     def _is_chunk(self, run: ModuleRun, tower: TowerTrace, call: TracedCall, calls: int) -> bool:
         """Whether a call takes a further part of the tower's sequence: a module may attend to a long one in chunks. One run of it
         calls again then, with queries that did not come through the last call."""
         queries = call.query.shape[0] * call.query.shape[2]
-        again = tower.path == call.path and tower.last_run == run.number and tower.last_call is not None
-        beside = not call.beside and tower.last_call is not None and not calls >> tower.last_call & 1
-        if beside and (calls or tower.stands_beside(call, calls)) and not again:
+        again = tower.calls.path == call.path and tower.calls.run == run.number and tower.calls.last is not None
+        beside = not call.beside and tower.calls.last is not None and not calls >> tower.calls.last & 1
+        if beside and (calls or tower.calls.stands_beside(call, calls)) and not again:
             raise ValueError(
-                f"model must attend layer behind layer in a tower; got '{call.path}' beside '{tower.path}', over the same "
+                f"model must attend layer behind layer in a tower; got '{call.path}' beside '{tower.calls.path}', over the same "
                 "tokens, and no published rule joins their relevancies. Methods 'gradient' and 'rollout' add a recurrence's"
             )
         if again and beside:
-            self._chunks[run.number] = self._chunks.get(run.number, tower.queries) + queries
-        tower.last_run, tower.queries = run.number, queries
+            self._chunks[run.number] = self._chunks.get(run.number, tower.calls.queries) + queries
+        tower.calls.run, tower.calls.queries = run.number, queries
         return again and beside
 
     def _keep(
@@ -333,7 +373,7 @@ class Trace(FindsTowers, SeesMixers, Subscriber):
     ) -> None:
         """Appends to `calls`, with the source's last call that the keys came through; the tower's steps begin anew."""
         if not joint:
-            tower.leaves_call(output, call.chunk)
+            tower.gradients.leaves_call(output, call.chunk, tower.places.latest)
         if self.finds_towers:
             behind = range(key_calls.bit_length() - 1, -1, -1) if tower is not source else ()
             seen = next((i for i in behind if key_calls >> i & 1 and self._owners[i] is source), None)
@@ -348,7 +388,7 @@ class Trace(FindsTowers, SeesMixers, Subscriber):
 
     def check(self) -> None:
         """ValueError, naming the module, if attention of an explained tower was not seen."""
-        called = {path for tower in self.towers for path in tower.paths}
+        called = {path for tower in self.towers for path in tower.calls.paths}
         check_recurrences({path: self.model.get_submodule(path) for path in self._ran if self._concerns(path)}, [*called])
         by_hand = {path: shapes for path, shapes in self.by_hand.items() if self._concerns(path)}
         self.observer.maps.check(self.model, by_hand, called, [tower.shape for tower in self.towers])
@@ -356,9 +396,9 @@ class Trace(FindsTowers, SeesMixers, Subscriber):
         for tower in self.towers:
             tower.finish()
             if not tower.name:
-                tower.name, number = (f"tower{number}", number + 1) if tower.paths else (f"context{tower.size}", number)
+                tower.name, number = (f"tower{number}", number + 1) if tower.calls.paths else (f"context{tower.size}", number)
             tower.check(called, self._ran)
 
     def _concerns(self, path: str) -> bool:
         """Whether a module may lie in a tower that is explained."""
-        return self.finds_towers or any(path.startswith(f"{layers}.") for tower in self.towers for layers in tower.lists)
+        return self.finds_towers or any(path.startswith(f"{layers}.") for tower in self.towers for layers in tower.calls.lists)

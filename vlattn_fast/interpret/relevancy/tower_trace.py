@@ -127,6 +127,81 @@ class Carriers:
         return torch.cat(self.behind, 2) if len(self.behind) > 1 else self.behind[0]
 
 
+class CallOrder:
+    """The attention calls of one tower, in the order in which they ran: their modules, layers and numbers."""
+
+    def __init__(self) -> None:
+        self.lists: list[str] = []  # lists of layers, in the order in which they ran
+        self.paths: list[str] = []  # modules that called attention, in this order, too
+        self.run = 0  # of the module that called attention last
+        self.queries = 0  # of that call, over the whole batch
+        self.last: int | None = None  # the number of the last call among all of the run
+        self.came_through = 0  # the calls that its queries came through, as bits
+        self.mixes = False  # it was a recurrence
+        self.chunked = False  # some call takes a further part of a sequence
+        self._whole = 0  # calls that do not
+
+    @property
+    def path(self) -> str | None:
+        """The module that called attention last."""
+        return self.paths[-1] if self.paths else None
+
+    def enter(self, path: str, number: int, chunk: bool) -> bool:
+        """Take a call in; returns whether it brings tokens of the tower that are not counted yet."""
+        if layers_of(path) not in self.lists:
+            self.lists.append(layers_of(path))
+        is_new = not self.paths or (chunk and self._whole == 1)
+        self._whole += not chunk
+        self.chunked = self.chunked or chunk
+        self.paths.append(path)
+        self.last = number
+        return is_new
+
+    def stands_beside(self, call: TracedCall, calls: int) -> bool:
+        """Whether a call, whose queries came through `calls`, and the last one are the attention and the recurrence of one layer,
+        over the same tokens, as in Falcon-H1, which adds their outputs."""
+        if self.last is None or self.path is None or calls >> self.last & 1 or calls != self.came_through:
+            return False
+        return call.of_one_sequence != self.mixes and split_path(self.path) == split_path(call.path)
+
+
+class ScoreGradients:
+    """Where the score's gradient enters one tower: the outputs of its attention calls, and the states behind them."""
+
+    def __init__(self, finds_row: bool) -> None:
+        self.finds_row = finds_row  # the score's gradient names the row that is read
+        # Then, of each call: where a gradient enters its output, and the tokens (B, N, C) behind it, with their numbers.
+        self.steps: list[list[tuple[GradientEdge, Numbers | None]]] = []
+        self.behind_pooling: GradientEdge | None = None  # and where one enters the output of the pooling head
+        # Where it enters the attention of each layer; they tell whether a score depends on it.
+        self._edges: list[tuple[int, GradientEdge]] = []
+
+    def leaves_pooling(self, output: Tensor) -> Tensor:
+        """Note where a gradient enters the output of the pooling head; returns it."""
+        self.behind_pooling = edge_at(output) if output.requires_grad else None
+        return output
+
+    def leaves_call(self, output: Tensor, chunk: bool, numbers: Numbers | None) -> None:
+        """Begin the steps of a call anew at its output; a further part of a sequence is no call of its own."""
+        if not self.finds_row:
+            return
+        if output.is_leaf:  # the graph begins here
+            self.steps.clear()
+        if not chunk or not self.steps:
+            self.steps.append([])
+        if output.requires_grad:
+            self.steps[-1].append((edge_at(output), numbers))
+
+    def enters(self, layer: int, output: Tensor) -> None:
+        """Note that the score's gradient enters an attention call at `output`, if it has one."""
+        if output.requires_grad:
+            self._edges.append((layer, get_gradient_edge(output)))
+
+    def from_layer(self, first: int) -> list[GradientEdge]:
+        """Where gradients enter the attention of layer `first` and later ones."""
+        return [edge for layer, edge in self._edges if layer >= first]
+
+
 class TowerTrace:
     """The state of one tower during a run of `model`, of whose modules `ran` has the paths."""
 
@@ -136,55 +211,36 @@ class TowerTrace:
         self.name = "" if record is None else record.name
         self.batch: int | None = None
         self.size = 0
+        self.dtype, self.device = torch.float32, torch.device("cpu")  # of the carrier
         self.grid: tuple[int, int] | None = None  # rows and columns, where the tokens are the pixels of a picture
         self.patches: tuple[int, int] | None = None  # rows and columns of the patches that the model cuts these pixels into
-        self.dtype, self.device = torch.float32, torch.device("cpu")  # of the carrier
-        self.lists: list[str] = []  # lists of layers, in the order in which they ran
-        self.paths: list[str] = []  # modules that called attention, in this order, too
-        self.last_run = 0  # of the module that called attention last
-        self.queries = 0  # of that call, over the whole batch
         self.entered = 0  # the states that entered the layer of the first call, as bits of the tensors' marks
-        self.last_call: int | None = None  # the number of the last call among all of the run
-        self.last_calls = 0  # those that its queries came through, as bits
-        self.last_mixes = False  # it was a recurrence
-        # By module: how many of its keys are no tokens, and the share of attention that they take; None = not measured.
-        self.others: dict[str, tuple[int, Tensor | None]] = {}
-        self.finds_row = record is None or record.row.by_gradient  # the score's gradient names the row that is read
-        # Then, of each call: where a gradient enters its output, and the tokens (B, N, C) behind it, with their numbers.
-        self.steps: list[list[tuple[GradientEdge, Numbers | None]]] = []
-        self.behind_pooling: GradientEdge | None = None  # and where one enters the output of the pooling head
-        self.places = Places()
-        self.carriers = Carriers()  # of methods that carry relevancy through the layers
-        # Where the score's gradient enters the attention of each layer; they tell whether a score depends on it.
-        self._edges: list[tuple[int, GradientEdge]] = []
-        self._whole_calls = 0  # calls that take no further part of a sequence
-        self.chunked = False  # some call takes a further part of a sequence
         self.attended: Tensor | None = None  # bool (B, N), False = no query of the first softmax sees it; None = all are seen
         self._has_masks = False  # a call came that says which tokens are seen
-        self.pooling_path: str | None = None
+        # By module: how many of its keys are no tokens, and the share of attention that they take; None = not measured.
+        self.others: dict[str, tuple[int, Tensor | None]] = {}
         self.probes: int | None = None  # queries of the pooling head; None before it ran
+        self.calls, self.places = CallOrder(), Places()
+        self.gradients = ScoreGradients(finds_row=record is None or record.row.by_gradient)
+        self.carriers = Carriers()  # of methods that carry relevancy through the layers
         self._has_dtensors = distributed.is_available() and distributed.is_initialized() and has_dtensors(model)
+        self.pooling_path: str | None = None
         if record is not None:
-            root = submodule(model, record.path, record)
+            root, lists = submodule(model, record.path, record), self.calls.lists
             if record.layers:
-                self.lists += [_joined(record.path, layers) for layers in matching(root, record)]
+                lists += [_joined(record.path, layers) for layers in matching(root, record)]
             for further in record.further:
                 submodule(model, further, record)
-                self.lists.append(further)
+                lists.append(further)
             if record.pooling is not None:
                 submodule(root, record.pooling, record)
                 self.pooling_path = _joined(record.path, record.pooling)
-        self.numbers = LayerNumbers(model, tuple(self.lists), ran)
+        self.numbers = LayerNumbers(model, tuple(self.calls.lists), ran)
 
     @property
     def layer(self) -> int:
         """The number of the last layer that ran; -1 before the first."""
         return self.numbers.last
-
-    @property
-    def path(self) -> str | None:
-        """The module that called attention last."""
-        return self.paths[-1] if self.paths else None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -193,7 +249,11 @@ class TowerTrace:
     @property
     def described(self) -> str:
         """Its name, first list of layers and size."""
-        return f"{self.name} ({self.lists[0]}: {self.size} tokens)" if self.lists else f"{self.name} ({self.size} tokens)"
+        return (
+            f"{self.name} ({self.calls.lists[0]}: {self.size} tokens)"
+            if self.calls.lists
+            else f"{self.name} ({self.size} tokens)"
+        )
 
     def tokens_in(self, inputs: Mapping[str, Any]) -> Tokens:
         """Its tokens, of the kind that the record says, or of none."""
@@ -210,14 +270,15 @@ class TowerTrace:
 
     def fits(self, path: str, batch: int, size: int) -> bool:
         """Whether a call with these sizes may be the next one."""
-        return self.batch is None or (self.batch == batch and (size == self.size or self.chunked or path == self.path))
+        of_size = size == self.size or self.calls.chunked or path == self.calls.path
+        return self.batch is None or (self.batch == batch and of_size)
 
     def goes_on(self, path: str, batch: int, size: int, ids: Tensor | None) -> bool:
         """Whether a call whose query came out of this tower, with the token numbers `ids`, is the tower's next one."""
         if not self.fits(path, batch, size) and not self.places.holds(ids):
             return False
-        layers, last = layers_of(path), self.lists[-1]
-        if layers in self.lists:
+        layers, last = layers_of(path), self.calls.lists[-1]
+        if layers in self.calls.lists:
             return True
         # Layers may lie in several lists beside one another, or be lists themselves.
         beside = layers.rpartition(".")[0] == last.rpartition(".")[0]
@@ -231,8 +292,6 @@ class TowerTrace:
         """Take a call of this tower's tokens in, the run's number `number`; returns it with what the tower knows of it. `moves`
         has the numbers of its tokens; `source`: its keys are another tower's."""
         path, query = call.path, call.query
-        if layers_of(path) not in self.lists:
-            self.lists.append(layers_of(path))
         if self.batch is None:
             self.batch, self.dtype, self.device = query.shape[0], compute_dtype(query), query.device
             self.carriers.dtype = self.dtype
@@ -240,27 +299,16 @@ class TowerTrace:
             self._has_masks, self.attended = True, None if chunk else _attended(call)
         if not chunk:
             self.numbers.enter(path, source)
-        if not self.paths or (chunk and self._whole_calls == 1):
+        if self.calls.enter(path, number, chunk):
             self.size += query.shape[2]
-        self._whole_calls += not chunk
-        self.chunked = self.chunked or chunk
-        self.paths.append(path)
-        self.last_call = number
         token_places = None
         if moves is not None:
             key, columns = (call.query, None) if source else (call.key, call.columns)
             token_places = self.places.enter(moves, call.query, key, columns, path, chunk, self.size)
-        if call.beside and (token_places is not None or self.chunked):
+        if call.beside and (token_places is not None or self.calls.chunked):
             raise ValueError(f"model must have its tokens in order where two mixers take them; got '{path}'")
         self.places.end = None
         return dataclasses.replace(call, mesh=self._mesh(call), layer=self.layer, chunk=chunk, token_places=token_places)
-
-    def stands_beside(self, call: TracedCall, calls: int) -> bool:
-        """Whether a call, whose queries came through `calls`, and the last one are the attention and the recurrence of one layer,
-        over the same tokens, as in Falcon-H1, which adds their outputs."""
-        if self.last_call is None or self.path is None or calls >> self.last_call & 1 or calls != self.last_calls:
-            return False
-        return call.of_one_sequence != self.last_mixes and split_path(self.path) == split_path(call.path)
 
     def note_others(self, call: TracedCall, measures: bool) -> None:
         """Note the keys of a call that are no tokens; `measures` the share of attention that they take."""
@@ -272,13 +320,8 @@ class TowerTrace:
         if self.pooled:
             raise ValueError(f"model must call the pooling head of tower '{self.name}' once; got '{self.pooling_path}' again")
         self.probes = call.query.shape[2]
-        token_places = self.places.pool(moves, call.key, call.columns) if self.paths else None
+        token_places = self.places.pool(moves, call.key, call.columns) if self.calls.paths else None
         return dataclasses.replace(call, mesh=self._mesh(call), token_places=token_places)
-
-    def leaves_pooling(self, output: Tensor) -> Tensor:
-        """Note where a gradient enters the output of the pooling head; returns it."""
-        self.behind_pooling = edge_at(output) if output.requires_grad else None
-        return output
 
     def _mesh(self, call: TracedCall) -> Any:
         if not self._has_dtensors:
@@ -287,45 +330,34 @@ class TowerTrace:
         heads = (call.query, call.key) if score is None or not score.by_hand else (call.value, call.value)  # queries are maps
         return heads_mesh(self.model.get_submodule(call.path), *heads)
 
-    def leaves_call(self, output: Tensor, chunk: bool) -> None:
-        """Begin the steps of a call anew at its output; a further part of a sequence is no call of its own."""
-        if not self.finds_row:
-            return
-        if output.is_leaf:  # the graph begins here
-            self.steps.clear()
-        if not chunk or not self.steps:
-            self.steps.append([])
-        if output.requires_grad:
-            self.steps[-1].append((edge_at(output), self.places.latest))
+    def enters_gradient(self, output: Tensor) -> None:
+        """Note that the score's gradient enters an attention call at `output`, if it has one."""
+        self.gradients.enters(self.layer, output)
 
     def goes_through(self, states: Tensor) -> None:
         """Note the tokens (B, N, C) as one of the steps behind the last call; a score may be read from any of them."""
         self.places.goes_through(states)
-        if self.steps and states.grad_fn is not None and (states.shape[:2] == self.shape or self.places.reorders):
-            self.steps[-1].append((edge_at(states), self.places.numbers(states)))
-
-    def enters_gradient(self, output: Tensor) -> None:
-        """Note that the score's gradient enters an attention call at `output`, if it has one."""
-        if output.requires_grad:
-            self._edges.append((self.layer, get_gradient_edge(output)))
+        steps = self.gradients.steps
+        if steps and states.grad_fn is not None and (states.shape[:2] == self.shape or self.places.reorders):
+            steps[-1].append((edge_at(states), self.places.numbers(states)))
 
     # --- after the forward pass ---
 
     def finish(self) -> None:
         """Counts the tokens as they entered, where the first call has them otherwise, as in windows."""
-        shape = self.places.finish(self.record is not None) if self.paths and not self.pooled else None
+        shape = self.places.finish(self.record is not None) if self.calls.paths and not self.pooled else None
         if shape is not None:
             self.batch, self.size = shape
 
     def check(self, called: set[str], ran: set[str]) -> None:
         """ValueError if a layer is not among the modules that `called` attention in this run; `ran` are all that ran."""
-        for layers in self.lists:
+        for layers in self.calls.lists:
             children = dict(self.model.get_submodule(layers).named_children())
-            kinds = {type(children[i]) for i in children if _calls(f"{layers}.{i}", called)} if self.paths else set()
+            kinds = {type(children[i]) for i in children if _calls(f"{layers}.{i}", called)} if self.calls.paths else set()
             for index, layer in children.items():
                 path, recorded = _joined(layers, index), self.record is not None
                 # Layers of cross-attention alone do not run in prompts without an image.
-                left_out = bool(self.paths) and recorded and not _calls(path, ran)
+                left_out = bool(self.calls.paths) and recorded and not _calls(path, ran)
                 mixes = getattr(layer, "block_type", None) not in TOKENWISE
                 if (recorded or type(layer) in kinds) and mixes and not left_out and not _calls(path, called):
                     raise ValueError(
@@ -356,8 +388,7 @@ class TowerTrace:
 
     def edges(self, start_layer: int) -> list[GradientEdge]:
         """Where gradients enter the attention of layer `start_layer` (-1 = the last) and later ones."""
-        first = self.first_layer(start_layer)
-        return [edge for layer, edge in self._edges if layer >= first]
+        return self.gradients.from_layer(self.first_layer(start_layer))
 
 
 def edge_at(tensor: Tensor) -> GradientEdge:
@@ -369,17 +400,17 @@ def edge_at(tensor: Tensor) -> GradientEdge:
 def find_rows(towers: Iterable[TowerTrace]) -> None:
     """Watch where a score is read from, also in towers whose record names a row: it knows the model's own score alone."""
     for tower in towers:
-        tower.finds_row = True
+        tower.gradients.finds_row = True
 
 
 def begun(tower: TowerTrace, path: str, ids: Tensor | None, before: Iterable[TowerTrace]) -> TowerTrace:
     """`tower`, which begins at `path` with the tokens `ids`, behind others. It cannot be explained where layers of the same list
     had some of its tokens by themselves: its rows would leave these layers out."""
     for part in before:
-        if layers_of(path) in part.lists and ids is not None and bool((part.places.locate(ids) >= 0).any()):
+        if layers_of(path) in part.calls.lists and ids is not None and bool((part.places.locate(ids) >= 0).any()):
             tower.places.refuse(
-                f"model must have all tokens of a sequence in the first layer that attends to some; got '{part.paths[0]}' over "
-                f"{part.size} tokens, and '{path}' over {ids.shape[1]}, some of which are these"
+                f"model must have all tokens of a sequence in the first layer that attends to some; got '{part.calls.paths[0]}' "
+                f"over {part.size} tokens, and '{path}' over {ids.shape[1]}, some of which are these"
             )
     return tower
 

@@ -84,7 +84,7 @@ class Weighted(Gradient):
     def begins(self, tower: TowerTrace, chunk: bool = False, carries: bool = True) -> None:
         sums = self.kept.setdefault(tower, _Sums())
         if sums.waits and not chunk and sums.unsummed is None:
-            sums.unsummed = tower.paths[-2]
+            sums.unsummed = tower.calls.paths[-2]
         sums.waits, sums.carries, sums.number, sums.branch, sums.beside = True, carries, self._calls, None, None
         self._calls += 1
 
@@ -134,14 +134,14 @@ class Weighted(Gradient):
                 total, carrier = relevancy_residual(stream, branch, *parts, weighting=self.weighting)
                 carriers.behind = [at.scaled(behind, 0.0, places) + at.spread(carrier, places)]
             elif behind.shape[::2] != stream.shape[:2]:
-                sums.unsummed = sums.unsummed or tower.path
+                sums.unsummed = sums.unsummed or tower.calls.path
                 return added
             else:
                 total, carrier = relevancy_residual(stream, branch, before.to(behind), behind, weighting=self.weighting)
                 carriers.behind = [carrier]
             added = added + (total - total.detach()).to(added.dtype)
-        if (tower.keeps or self.trains) and tower.last_call is not None:
-            sums.terms[tower.last_call] = stream, branch, added
+        if (tower.keeps or self.trains) and tower.calls.last is not None:
+            sums.terms[tower.calls.last] = stream, branch, added
         return added
 
     # --- the backward pass ---
@@ -150,7 +150,7 @@ class Weighted(Gradient):
         """ValueError where an attention of these towers is not added to their stream."""
         for tower in towers:
             sums = self.kept.get(tower, _Sums())
-            unsummed = sums.unsummed or (tower.path if sums.waits else None)
+            unsummed = sums.unsummed or (tower.calls.path if sums.waits else None)
             if unsummed is not None:
                 raise ValueError(
                     f"model must add the output of each attention of tower '{tower.name}' to its residual stream where method is "
