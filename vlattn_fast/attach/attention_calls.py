@@ -81,10 +81,10 @@ class TokenKinds(Subscriber):
         self._calls: list[AttentionCall] = []
         self._marked: list[Tensor] = []
 
-    def observer(self, parts: Iterable[nn.Module] = ()) -> Observer:
+    def observer(self, parts: Iterable[nn.Module] = (), keeps_order: bool = False) -> Observer:
         """The context. `parts`: modules whose calls count also outside of a forward pass of the model, as a training step makes
-        them by itself."""
-        return Observer(self._model, [self], starts=(self._model, *parts))
+        them by itself. `keeps_order`: see `Observer`."""
+        return Observer(self._model, [self], starts=(self._model, *parts), keeps_order=keeps_order)
 
     def on_end(self) -> None:
         for tensor in self._marked:

@@ -57,6 +57,8 @@ class Observer(Stepwise, TorchFunctionMode):
             model computes as it is, and subscribers only see its attention.
         within: the part of the model whose modules have paths; "" = the whole model.
         starts: the modules with whose run the observer begins to see; None = it sees whatever runs.
+        keeps_sdpa: configs of `parts` that name SDPA stay, since a mode sees its calls.
+        keeps_order: the patches of a picture keep their order, which ViLT shuffles; in runs with `parts` they do in any case.
         further: (object, attribute, value) that hold in the context, too.
     """
 
@@ -69,6 +71,7 @@ class Observer(Stepwise, TorchFunctionMode):
         within: str = "",
         starts: Iterable[nn.Module] | None = None,
         keeps_sdpa: bool = False,
+        keeps_order: bool = False,
         further: Iterable[tuple[Any, str, Any]] = (),
     ) -> None:
         super().__init__()
@@ -77,9 +80,8 @@ class Observer(Stepwise, TorchFunctionMode):
         self.trains = all(each.trains for each in subscribers)
         self.edits = next((each for each in subscribers if each.edits), None)
         self._paths, self._starts = ModulePaths(model, within), None if starts is None else {*starts}
-        self._changes = keeps_sdpa, further
-        self._told = {name: self._those_with(name) for name in ("on_enter", "on_leave", "on_call", "on_result", "on_recurrence")}
-        self._maps_of = self._those_with("heads_of_map")
+        self._changes, self._keeps_order = (keeps_sdpa, further), keeps_order or parts is not None
+        self._told = {name: self._those_with(name) for name in vars(Subscriber) if name.startswith(("on_", "heads_"))}
         self.maps = WrittenMaps(keeps_graph=self.trains)
         self.runs: list[ModuleRun] = []  # under way, the outermost first
         self._count = 0  # of the runs so far
@@ -182,14 +184,21 @@ class Observer(Stepwise, TorchFunctionMode):
         if self._is_over or self._is_aside or not self.runs or not self.is_on():
             return func(*args, **kwargs)
         run = self.runs[-1]
-        if func is functional.scaled_dot_product_attention:
-            return self._sdpa(run, args, kwargs)
-        if func is SCORE_ATTENTION and args[_SINK] is None:
-            return self._score_attention(run, ScoreAttentionInputs(*args))
-        if func is with_sink and self._before_sink is not None:
-            return self._with_sink(run, *args)
-        if func is functional.multi_head_attention_forward and self._parts is None:
-            return self._multihead(run, args, kwargs)
+        if self._told["on_attention"]:
+            if func is functional.scaled_dot_product_attention:
+                return self._sdpa(run, args, kwargs)
+            if func is SCORE_ATTENTION and args[_SINK] is None:
+                return self._score_attention(run, ScoreAttentionInputs(*args))
+            if func is with_sink and self._before_sink is not None:
+                return self._with_sink(run, *args)
+            if func is functional.multi_head_attention_forward and self._parts is None:
+                return self._multihead(run, args, kwargs)
+        if func is torch.multinomial and self._keeps_order and _shuffles(run.module, args):
+            return torch.arange(len(args[0]), device=args[0].device)
+        return self._other(run, func, args, kwargs)
+
+    def _other(self, run: ModuleRun, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of a function that is no attention, or a part of attention that is written out by hand."""
         result = NotImplemented
         for on_call in self._told["on_call"]:
             result = on_call(run, func, args, kwargs)
@@ -201,8 +210,9 @@ class Observer(Stepwise, TorchFunctionMode):
             return result
         if func is SCORE_ATTENTION:
             self._before_sink = ScoreAttentionInputs(*args)
-        follow = self._scores if self._parts is None else self._map
-        result = follow(run, func, args, kwargs, result)
+        if self._told["on_attention"]:
+            follow = self._scores if self._parts is None else self._map
+            result = follow(run, func, args, kwargs, result)
         for on_result in self._told["on_result"]:
             on_result(run, func, args, kwargs, result)
         return result
@@ -221,6 +231,8 @@ class Observer(Stepwise, TorchFunctionMode):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Any], module: nn.Module | None = None) -> Tensor:
         """The attention (B, H, N, Dv) of a call that transformers' interface hands over."""
+        if not self._told["on_attention"]:
+            return attention(query, key, value, masks)
         dropout_p = masks.pop("dropout_p", 0.0)
         event = Attention(self.runs[-1], query, key, value, masks, (query, key, value), dropout_p)
         output: Tensor = self._answer(event, _plain)
@@ -300,7 +312,7 @@ class Observer(Stepwise, TorchFunctionMode):
         """`result`, in whose place the output of a call stands if it is the product of a map that a module took with values."""
         if func in SOFTMAX:
             dim = args[1] if len(args) > 1 else kwargs.get("dim")
-            for heads_of_map in self._maps_of:
+            for heads_of_map in self._told["heads_of_map"]:
                 if count := heads_of_map(run, result, dim, self.maps.count):
                     self.maps.take(run.path or "", result, None if result.ndim == 4 else count)
                     break
@@ -370,6 +382,13 @@ class _Hook:
 
     def __getstate__(self) -> None:
         return None
+
+
+def _shuffles(module: Any, args: tuple[Any, ...]) -> bool:
+    """Whether ViLT draws the places of all its patches in the sequence."""
+    kind = type(module)
+    is_vilt = kind.__name__ == "ViltEmbeddings" and kind.__module__.startswith("transformers.")
+    return is_vilt and len(args) == 2 and args[0].shape == (int(args[1]),)
 
 
 def _scored(run: ModuleRun, inputs: ScoreAttentionInputs, sink: Tensor | None = None) -> Attention:

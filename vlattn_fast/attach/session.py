@@ -182,34 +182,6 @@ def _switches(root: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
         # timm's attention calls torch's where its flag `fused_attn` says so, and writes it out by hand elsewhere.
         if "fused_attn" in vars(module):  # also where another run has set the flag: that run may end first
             yield module, "fused_attn", True
-        yield from _in_order(module)
-
-
-def _in_order(module: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
-    """ViLT shuffles the places of its patches in the sequence, and a map needs the places."""
-    if type(module).__name__ == "ViltEmbeddings" and type(module).__module__.startswith("transformers."):
-        yield module, "visual_embed", functools.partial(_visual_embed, module)
-
-
-def patches_in_order(model: nn.Module) -> overridden:
-    """A context in which the patches of a picture keep their order."""
-    return overridden(chain.from_iterable(map(_in_order, model.modules())))
-
-
-def _visual_embed(module: Any, *args: Any, **kwargs: Any) -> Any:
-    with _DrawsInOrder():
-        return type(module).visual_embed(module, *args, **kwargs)
-
-
-class _DrawsInOrder(TorchFunctionMode):
-    """A draw of all n without replacement returns them in order."""
-
-    def __torch_function__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is torch.multinomial and not kwargs and len(args) == 2 and args[0].shape == (int(args[1]),):
-            return torch.arange(len(args[0]), device=args[0].device)
-        return func(*args, **(kwargs or {}))
 
 
 def _plainly(modules: Iterable[nn.Module]) -> Iterator[tuple[Any, str, Any]]:

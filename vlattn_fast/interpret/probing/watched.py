@@ -113,7 +113,7 @@ class Watched:
         if "use_cache" in inspect.signature(self.model.forward).parameters:
             arguments.setdefault("use_cache", False)
         kinds = TokenKinds(self.model, self.modality, sees=sees, leaves=leaves)
-        with dispatched(self.model), kinds.observer():
+        with dispatched(self.model), kinds.observer(keeps_order=True):
             self.model(**arguments)
         return states
 

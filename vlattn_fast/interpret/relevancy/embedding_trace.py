@@ -10,14 +10,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from vlattn_fast._ground.tensors import compute_dtype
-from vlattn_fast.attach.current import RUNNING, Plain, edits_of
-from vlattn_fast.attach.session import Steps, Stepwise, patches_in_order, visible
+from vlattn_fast.attach.current import edits_of
+from vlattn_fast.attach.events import Subscriber
+from vlattn_fast.attach.observer import Observer
+from vlattn_fast.attach.session import Steps
 from vlattn_fast.interpret.records.image_grids import square_patches
 from vlattn_fast.interpret.records.pixels import Shape
 from vlattn_fast.interpret.records.record import Family
@@ -48,8 +50,8 @@ class Embeddings:
         return rows.reshape(-1, *sizes).unsqueeze(self.dim)
 
 
-class EmbeddingTrace(Stepwise, Plain):
-    """A context with one run of a model in it; everything is put back on leaving, also by an exception.
+class EmbeddingTrace(Subscriber):
+    """The embeddings of one run of a model. It is a context, and observes the run.
 
     Args:
         model: the model, without wrappers.
@@ -57,7 +59,7 @@ class EmbeddingTrace(Stepwise, Plain):
         method: keeps the embeddings of each tower, and says what becomes of them.
     """
 
-    explains = True
+    explains, trains = True, False
 
     def __init__(self, model: nn.Module, family: Family, method: Method) -> None:
         self.model, self.family, self.method = model, family, method
@@ -66,6 +68,16 @@ class EmbeddingTrace(Stepwise, Plain):
         self.without_gradient: list[str] = []  # the innermost modules in which a gradient ends
         self._names = {module: path for path, module in model.named_modules()}
         self._ids: dict[str, Tensor] = {}  # the inputs that hold integers, where no record names towers
+        # A frozen attention is seen where it calls torch's and this package's functions.
+        is_frozen = method.frozen is not None and method.frozen.attention
+        self._observer = Observer(model, [self], parts=[model] if is_frozen else [])
+
+    def __enter__(self) -> Self:
+        self._observer.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._observer.__exit__(*error)
 
     @property
     def links(self) -> set[tuple[TowerTrace, TowerTrace]]:
@@ -79,31 +91,20 @@ class EmbeddingTrace(Stepwise, Plain):
 
     # --- the run ---
 
-    def _steps(self) -> Steps:
+    def before_run(self) -> None:
         edits_of(None)
         self.method.kept.clear()  # of an earlier step
-        yield functools.partial(RUNNING.set, RUNNING.get())
-        RUNNING.set(self)
-        in_order = patches_in_order(self.model)
-        yield in_order.__exit__
-        in_order.__enter__()
-        if self.method.frozen is not None and self.method.frozen.attention:  # it sees torch's and this package's functions
-            attention = visible([self.model])
-            yield attention.__exit__
-            attention.__enter__()
+
+    def begins(self, observer: Observer) -> Steps:
         for tower in self.towers:
-            hook = self._hook(lambda module, args, kwargs, tower=tower: self._enter_layer(tower, args, kwargs))
+            hook = observer.hook(functools.partial(self._enter_layer, tower))
             for layer in (layer for layers in tower.calls.lists for layer in self.model.get_submodule(layers).children()):
                 yield layer.register_forward_pre_hook(hook, with_kwargs=True).remove  # the first that runs
         for module in () if self.family.towers else self.model.modules():
             if isinstance(module, nn.Embedding):
-                yield module.register_forward_hook(self._hook(self._at_ids)).remove
+                yield module.register_forward_hook(observer.hook(self._at_ids)).remove
         for module in self._names:
-            yield module.register_forward_hook(self._hook(self._at_output)).remove
-
-    def _hook(self, hook: Callable[..., Any]) -> Callable[..., Any]:
-        """The hook, silent in runs over the same model by other threads."""
-        return lambda *args: hook(*args) if RUNNING.get() is self else None
+            yield module.register_forward_hook(observer.hook(self._at_output)).remove
 
     def prepare(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments that the model is called with: numbers among them are embeddings where no record names towers."""
@@ -118,7 +119,7 @@ class EmbeddingTrace(Stepwise, Plain):
 
     # --- embeddings ---
 
-    def _enter_layer(self, tower: TowerTrace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _enter_layer(self, tower: TowerTrace, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if tower.calls.paths:
             return None
         named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
