@@ -46,7 +46,8 @@ class Attention:
     given: tuple[Any, Any, Any]  # query, key and value as the model has them
     dropout_p: float = 0.0
     inputs: ScoreAttentionInputs | None = None  # of a call of score_attention
-    sink: Tensor | None = None  # and the logit of its sink, which counts afterwards
+    sink: Tensor | None = None  # the logit of its sink, which counts afterwards
+    lse: Tensor | None = None  # and the log-sum-exp that it counts beside
     written: Any = None  # of attention that is written out by hand: the `WrittenProduct`
 
     @property
@@ -115,6 +116,10 @@ class Subscriber:
 
     def on_leave(self, run: ModuleRun, args: tuple[Any, ...], output: Any) -> None:
         """A module ends; `output` is None if it failed."""
+
+    def on_inputs(self, run: ModuleRun, inputs: ScoreAttentionInputs) -> ScoreAttentionInputs:
+        """score_attention is called; returns what it computes with. The call follows."""
+        return inputs
 
     def on_attention(self, event: Attention, attend: Attend) -> Any:
         """An attention call."""

@@ -14,7 +14,8 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,7 +33,6 @@ from vlattn_fast.backends.inputs import ScoreAttentionInputs
 from vlattn_fast.ops._groups import bias_arguments
 from vlattn_fast.ops._sinks import with_sink
 
-_SINK = ScoreAttentionInputs._fields.index("sink")
 _OF_THE_CALLER = (nn.Softmax, nn.Dropout)  # the module that calls one takes the softmax
 
 
@@ -187,7 +187,7 @@ class Observer(Stepwise, TorchFunctionMode):
         if self._told["on_attention"]:
             if func is functional.scaled_dot_product_attention:
                 return self._sdpa(run, args, kwargs)
-            if func is SCORE_ATTENTION and args[_SINK] is None:
+            if func is SCORE_ATTENTION:
                 return self._score_attention(run, ScoreAttentionInputs(*args))
             if func is with_sink and self._before_sink is not None:
                 return self._with_sink(run, *args)
@@ -208,8 +208,6 @@ class Observer(Stepwise, TorchFunctionMode):
             result = func(*args, **kwargs)
         if self._is_over:
             return result
-        if func is SCORE_ATTENTION:
-            self._before_sink = ScoreAttentionInputs(*args)
         if self._told["on_attention"]:
             follow = self._scores if self._parts is None else self._map
             result = follow(run, func, args, kwargs, result)
@@ -239,32 +237,28 @@ class Observer(Stepwise, TorchFunctionMode):
         return output
 
     def _score_attention(self, run: ModuleRun, inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
-        """The operator's output and log-sum-exp."""
-        lse: Tensor | None = None
-
-        def compute(event: Attention) -> Tensor:
-            nonlocal lse
-            assert event.inputs is not None
-            output, lse = SCORE_ATTENTION(*event.inputs)
-            return output
-
-        output = self._answer(_scored(run, inputs), compute)
-        assert lse is not None
-        for subscriber in self._subscribers:
-            subscriber.on_lse(inputs, lse)
-        return output, lse
+        """The operator's output and log-sum-exp. With a sink the attention ends afterwards, in `_with_sink`."""
+        with self._unseen():
+            for subscriber in self._subscribers:
+                inputs = subscriber.on_inputs(run, inputs)
+            output, lse = SCORE_ATTENTION(*inputs)
+            for subscriber in self._subscribers:
+                subscriber.on_lse(inputs, lse)
+        if inputs.sink is not None:
+            self._before_sink = inputs
+            return output, lse
+        return self._answer(_scored(run, inputs), lambda _: output), lse
 
     def _with_sink(self, run: ModuleRun, output: Tensor, lse: Tensor, sink: Tensor) -> Tensor:
-        """The output of the operator that ran last, with its sink: the attention ends here."""
+        """The output of the operator that ran last, with its sink."""
         inputs, self._before_sink = self._before_sink, None
         assert inputs is not None
 
         def compute(event: Attention) -> Tensor:
-            assert event.inputs is not None and event.sink is not None
-            of_keys = (output, lse) if event.inputs is inputs else SCORE_ATTENTION(*event.inputs)
-            return with_sink(of_keys[0], of_keys[1], event.sink)
+            assert event.lse is not None and event.sink is not None
+            return with_sink(output, event.lse, event.sink)
 
-        result: Tensor = self._answer(_scored(run, inputs, sink), compute)
+        result: Tensor = self._answer(replace(_scored(run, inputs), sink=sink, lse=lse), compute)
         return result
 
     def _multihead(self, run: ModuleRun, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -325,13 +319,16 @@ class Observer(Stepwise, TorchFunctionMode):
 
     def _answer(self, event: Attention, compute: Callable[[Attention], Any]) -> Any:
         """What the model goes on with: the output of the call, which `compute` gives, after the subscribers."""
-        # A run sees nothing of what it computes itself; what a model computes as it is may be seen by other modes.
-        with nullcontext() if self._parts is None else torch._C.DisableTorchFunction():
+        with self._unseen():
             output = self._through(self._subscribers, event, compute)
             result = output if self._parts is None else event.as_given(output)
             for subscriber in self._subscribers:
                 subscriber.on_output(event, output, result)
         return result
+
+    def _unseen(self) -> AbstractContextManager[Any]:
+        """A run sees nothing of what it computes itself; what a model computes as it is may be seen by other modes."""
+        return nullcontext() if self._parts is None else torch._C.DisableTorchFunction()
 
     def _through(self, subscribers: Sequence[Subscriber], event: Attention, compute: Callable[[Attention], Any]) -> Any:
         if not subscribers:
@@ -391,11 +388,11 @@ def _shuffles(module: Any, args: tuple[Any, ...]) -> bool:
     return is_vilt and len(args) == 2 and args[0].shape == (int(args[1]),)
 
 
-def _scored(run: ModuleRun, inputs: ScoreAttentionInputs, sink: Tensor | None = None) -> Attention:
+def _scored(run: ModuleRun, inputs: ScoreAttentionInputs) -> Attention:
     """A call of score_attention."""
     masks = {name: getattr(inputs, name) for name in ("attn_mask", "key_mask", "is_causal", "scale")} | bias_arguments(inputs)
     given = query, key, value = inputs.query, inputs.key, inputs.value
-    return Attention(run, query, key, value, masks, given, inputs.dropout_p, inputs=inputs, sink=sink)
+    return Attention(run, query, key, value, masks, given, inputs.dropout_p, inputs=inputs)
 
 
 def _plain(event: Attention) -> Tensor:

@@ -15,6 +15,7 @@ from vlattn_fast.attach.events import Attend, Attention, ModuleRun, Subscriber
 from vlattn_fast.attach.observer import Observer
 from vlattn_fast.attach.session import Steps, uncompiled
 from vlattn_fast.attach.written import is_masked_score, joined
+from vlattn_fast.backends.inputs import ScoreAttentionInputs
 from vlattn_fast.interpret.intervening.plans import CallPlan, Plans
 from vlattn_fast.interpret.intervening.seen_calls import SeenTower
 from vlattn_fast.ops._groups import gated, group_bias_inputs
@@ -35,7 +36,7 @@ class _Attending:
 
     module: nn.Module
     attended: bool = False
-    softmax: CallPlan | None = None  # of the softmax that the module takes itself now
+    begun: CallPlan | None = None  # of the call that has begun: a softmax that the module takes itself, or score_attention
     of_maps: dict[int, tuple[CallPlan, int]] = field(default_factory=dict)  # of each that it took, and its first query's place
 
 
@@ -139,14 +140,20 @@ class EditedCalls(Subscriber):
             of_maps = self._attending[-1].of_maps if self._attending else {}
             plan, start = of_maps.pop(event.written.number, (None, 0))
             return attend(event) if plan is None else with_heads(plan, attend(event), start)
-        plan = self._plan()
+        plan = self._plan() if event.inputs is None else self._begun()
         if plan is None:
             return attend(event)
         start, total = self.rows(plan, event.query.shape[2], event.key.shape[2])
-        if plan.terms:
-            with_edges = self._with_row_bias if event.inputs is not None else self._with_groups
-            event = with_edges(plan, event, start, total)
+        if plan.terms and event.inputs is None:
+            event = self._with_groups(plan, event, start, total)
         return with_heads(plan, attend(event), start)
+
+    def _begun(self) -> CallPlan | None:
+        """The plan of the call that has begun, and ends now."""
+        if not self._attending:
+            return None
+        plan, self._attending[-1].begun = self._attending[-1].begun, None
+        return plan
 
     def _with_groups(self, plan: CallPlan, event: Attention, start: int, total: int) -> Attention:
         """The call with the bias of its edited edges."""
@@ -159,20 +166,25 @@ class EditedCalls(Subscriber):
         # score_attention takes a mask for a constant, and this one, which the model learns, is N x M anyway
         return replace(event, masks={**masks, "attn_mask": joined(mask, _as_mask(query, **groups))})
 
-    def _with_row_bias(self, plan: CallPlan, event: Attention, start: int, total: int) -> Attention:
-        """The same for a call of score_attention."""
-        inputs = event.inputs
-        assert inputs is not None
+    def on_inputs(self, run: ModuleRun, inputs: ScoreAttentionInputs) -> ScoreAttentionInputs:
+        """score_attention computes with the bias of the edited edges."""
+        plan = self._plan()
+        if plan is None:
+            return inputs
+        self._attending[-1].begun = plan
+        if not plan.terms:
+            return inputs
         if inputs.row_bias is not None:
             raise ValueError(f"model must not have a group_bias where edges are edited; got one in '{plan.call.path}'")
-        row_bias, key_groups = self.row_bias(plan, event, start, total)
+        sizes = inputs.query.shape[2], inputs.key.shape[2]
+        row_bias, key_groups = self.row_bias(plan, inputs.query, sizes[1], *self.rows(plan, *sizes))
         # The backend was chosen for a call without groups, which this one takes everywhere.
-        return replace(event, inputs=inputs._replace(row_bias=row_bias, key_groups=key_groups, backend="streaming"))
+        return inputs._replace(row_bias=row_bias, key_groups=key_groups, backend="streaming")
 
-    def row_bias(self, plan: CallPlan, event: Attention, start: int, total: int) -> tuple[Tensor, Tensor]:
+    def row_bias(self, plan: CallPlan, query: Tensor, keys: int, start: int, total: int) -> tuple[Tensor, Tensor]:
         """The bias (B, H, N, G) of a call's edited edges, whose queries are one group each, and the groups of its keys."""
-        groups = _groups(plan, event.query, event.key.shape[2], start, total)
-        row_bias, key_groups = group_bias_inputs(_Grouped(event.query, **groups))
+        groups = _groups(plan, query, keys, start, total)
+        row_bias, key_groups = group_bias_inputs(_Grouped(query, **groups))
         assert row_bias is not None and key_groups is not None
         return row_bias, key_groups
 
@@ -183,7 +195,7 @@ class EditedCalls(Subscriber):
         attending, taken = self._attending[-1], first_argument(args, kwargs)
         if not _is_by_head(taken, self._of_modules[attending.module][0].call.share.count):
             return NotImplemented
-        plan = attending.softmax = self._plan()
+        plan = attending.begun = self._plan()
         return NotImplemented if plan is None or not plan.terms else self.softmax(plan, func, args, kwargs)
 
     def _takes_softmax(self, module: nn.Module) -> bool:
@@ -191,10 +203,8 @@ class EditedCalls(Subscriber):
 
     def heads_of_map(self, run: ModuleRun, probabilities: Tensor, dim: Any, number: int) -> int:
         """Its product with the values gets edited heads."""
-        if not self._attending or (plan := self._attending[-1].softmax) is None:
-            return 0
-        self._attending[-1].softmax = None
-        if not plan.edits_heads:
+        plan = self._begun()
+        if plan is None or not plan.edits_heads:
             return 0
         with torch._C.DisableTorchFunction():
             self._attending[-1].of_maps[number] = plan, self.rows(plan, *probabilities.shape[-2:])[0]
@@ -267,7 +277,7 @@ class ExplainedEdits(Subscriber):
         return with_heads(plan, attend(event), start)
 
     def _with_edges(self, plan: CallPlan, event: Attention, start: int, total: int) -> Attention:
-        row_bias, key_groups = self._edits.row_bias(plan, event, start, total)
+        row_bias, key_groups = self._edits.row_bias(plan, event.query, event.key.shape[2], start, total)
         masks, mask = dict(event.masks or {}), (event.masks or {})["attn_mask"]
         if mask is not None and mask.is_floating_point() and plan.cuts:
             masks["attn_mask"] = self._edits.with_zeros(mask)

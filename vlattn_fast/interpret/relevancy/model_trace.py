@@ -229,8 +229,8 @@ class Trace(FindsTowers, SeesMixers, Subscriber):
             masks["score"] = Scored("dot", None, 0.0, event.written.output, by_hand=True)
             query, key, value = (self._marked_as(tensor, source) for tensor, source in zip(written, given, strict=True))
         elif event.inputs is not None:
-            inputs = self._frozen_inputs(event.inputs)
-            output = attend(replace(event, inputs=inputs, sink=self._frozen(event.sink)))
+            inputs = event.inputs
+            output = attend(replace(event, sink=self._frozen(event.sink), lse=self._frozen(event.lse)))
             masks["score"] = Scored(inputs.score, inputs.vector, inputs.parameter, output, inputs.sink)
             of_rest = (x if self.trains else x.detach() for x in (inputs.query, inputs.key, inputs.value))
             query, *of_keys = of_rest
@@ -243,7 +243,7 @@ class Trace(FindsTowers, SeesMixers, Subscriber):
             query, key, value = (x if x is source else self._marked_as(x, source, dim) for x, source in views)
         return (query, key, value), masks
 
-    def _frozen_inputs(self, inputs: ScoreAttentionInputs) -> ScoreAttentionInputs:
+    def on_inputs(self, run: ModuleRun, inputs: ScoreAttentionInputs) -> ScoreAttentionInputs:
         inputs = inputs._replace(query=self._frozen(inputs.query), key=self._frozen(inputs.key))
         return inputs if self.trains else inputs._replace(seed=None, dropout_p=0.0)
 
