@@ -404,3 +404,48 @@ def test_the_vision_tower_behind_a_connector_is_edited_by_its_name() -> None:
         expected = model(**inputs).logits
     with va.intervene(model, inputs, va.ScaleHeads({0: [1]}, 0.0, tower="vision")):
         torch.testing.assert_close(model(**inputs).logits, expected, **CLOSE)
+
+
+class SinkLayer(nn.Module):
+    """Self-attention with a sink; `dense` writes it out, with scores `cut` at some edges and heads times `scales`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out, self.sink = nn.Linear(8, 24), nn.Linear(8, 8), nn.Parameter(torch.tensor([0.4, -0.3]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        return x + self.out(va.score_attention(query, key, value, sink=self.sink).transpose(1, 2).flatten(2))
+
+    def dense(self, x: Tensor, cut: Tensor, scales: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        logits = (query @ key.mT / 2).masked_fill(cut, -math.inf)
+        sink = self.sink[:, None, None].expand(len(x), -1, x.shape[1], 1)
+        maps = torch.cat([logits, sink], -1).softmax(-1)[..., :-1]
+        return x + self.out((maps @ value * scales[:, None, None]).transpose(1, 2).flatten(2))
+
+
+class Sinks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(SinkLayer() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_edits_of_attention_with_a_sink() -> None:
+    model, x = Sinks().double(), torch.randn(2, 5, 8, dtype=torch.float64)
+    cut = torch.zeros(5, 5, dtype=torch.bool)
+    cut[4, 1:3] = True
+    nothing, scales = torch.zeros_like(cut), torch.tensor([0.25, 1.0], dtype=torch.float64)
+    expected = model.layers[1].dense(model.layers[0].dense(x, cut, torch.ones_like(scales)), nothing, scales)
+    edits = [va.Knockout(queries=(4, 5), keys=(1, 3), layers=0), va.ScaleHeads({1: [0]}, 0.25)]
+    with va.intervene(model, {"x": x}, edits):
+        torch.testing.assert_close(model(x), expected, **CLOSE)
+    other = torch.randn(2, 5, 8, dtype=torch.float64)
+    record, after_first = va.record_heads(model, {"x": other}), model.layers[0](other) - other + x
+    with va.intervene(model, {"x": x}, va.Patch(record, {0: None})):
+        torch.testing.assert_close(model(x), model.layers[1](after_first), **CLOSE)
