@@ -18,6 +18,7 @@ from tests.helpers import programs
 from tools import building
 from vlattn_fast.backends import native
 from vlattn_fast.backends.cpu import score_attention
+from vlattn_fast.backends.cpu._attention import MaskShifts
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
@@ -119,25 +120,37 @@ def test_info_names_what_runs(said: dict[str, tuple[str, str]]) -> None:
     assert f"{state} {available()[0]}\n" in said[""][1]
 
 
+*FIRST, OUT, LSE = score_attention.Forward._fields_
+
+
+def struct(*fields: Any) -> Any:
+    return type("Other", (native.Struct,), {"__slots__": (), "_fields_": fields})
+
+
 UNFIT = r"does not fit this vlattn_fast: install it again \(vlattn_\w+ has {} for {}\)"
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "actual", "expected"),
+    ("last", "actual", "expected"),
     [
-        ("tensor out, pointer lse", "pointer lse, tensor out", "'out.data P 304'", "'lse P 304'"),
-        ("pointer lse", "number lse", "'lse P 336'", "'lse d 336'"),
-        ("pointer lse", "pointer lse grad_lse", "'size 344'", "'grad_lse P 344'"),
-        (", pointer lse", "", "'lse P 336'", "'size 336'"),
+        ([LSE, OUT], "'out.data P 304'", "'lse P 304'"),
+        ([OUT, ("lse", ctypes.c_double)], "'lse P 336'", "'lse d 336'"),
+        ([OUT, LSE, ("grad_lse", ctypes.c_void_p)], "'size 344'", "'grad_lse P 344'"),
+        ([OUT], "'lse P 336'", "'size 336'"),
     ],
     ids=["swapped", "another type", "one more", "one less"],
 )
-def test_a_struct_that_differs_is_refused_by_its_member(old: str, new: str, actual: str, expected: str) -> None:
-    text = score_attention._FORWARD
-    assert text.count(old) == 1
-    fields = native.Fields(text.replace(old, new), **score_attention._STRUCTS)
+def test_a_struct_that_differs_is_refused_by_its_member(last: list[Any], actual: str, expected: str) -> None:
+    other = struct(*FIRST, *last)
     with pytest.raises(RuntimeError, match=UNFIT.format(actual, expected)):
-        native.kernel("score_attention_forward", fields)()
+        native.kernel("score_attention_forward", other)(other())
+
+
+def test_a_misspelt_member_is_an_error() -> None:
+    with pytest.raises(AttributeError, match="gradient_lse"):
+        score_attention.Backward(gradient_lse=None)
+    with pytest.raises(TypeError, match=r"Loose must have __slots__ = \(\): without it ctypes takes a misspelt member"):
+        type("Loose", (native.Struct,), {})
 
 
 def test_members_that_the_source_has_swapped_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,14 +166,13 @@ def test_members_that_the_source_has_swapped_are_named(tmp_path: Path, monkeypat
     sources = [header.with_name(file) for file in ("mask_shifts.cpp", "library.cpp")]
     subprocess.run(["c++", "-std=c++17", "-shared", "-fPIC", f"-DISA={name}", "-w", "-o", library, *sources], check=True)
     monkeypatch.setattr(native, "library", native.find(library))
-    fields = native.Fields("attention a, pointer shifts", attention=score_attention.ATTENTION)
     with pytest.raises(RuntimeError, match=UNFIT.format("'a.Hkv q 32'", "'a.Hkv q 24'")):
-        native.kernel("mask_shifts", fields)()
+        native.kernel("mask_shifts", MaskShifts)(MaskShifts())
 
 
 def test_a_kernel_that_is_not_there() -> None:
     with pytest.raises(RuntimeError, match=r"has no vlattn_\w+_transmogrify: it does not fit this vlattn_fast; install it again"):
-        native.kernel("transmogrify", native.Fields("integer B"))(B=1)
+        native.kernel("transmogrify", native.Struct)(native.Struct())
 
 
 def test_a_missing_library_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

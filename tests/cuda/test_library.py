@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from ctypes import c_int32, c_int64
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 import vlattn_fast as va
 from tests.helpers.ops import backends
 from vlattn_fast.backends.cuda import _shared_library
-from vlattn_fast.backends.native import Fields
+from vlattn_fast.backends.native import Struct, each
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,7 +30,7 @@ def attend(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def test_a_failed_launch_names_kernel_sizes_and_device() -> None:
     """More shared memory than there is: what the public call refuses beforehand."""
     x = torch.zeros(2, 1, 500, 100)
-    words = f"relevancy_attention(B=2, H=1, key_heads=1, N=500, M=500, T=0, D=100, DV=100) on {x.device}: "
+    words = f"relevancy_attention(dtype=0, B=2, H=1, key_heads=1, N=500, M=500, T=0, D=100, DV=100) on {x.device}: "
     with pytest.raises(RuntimeError, match=re.escape(words)):
         attend(x)
     out, _, lse, _ = attend(x[:, :, :5])
@@ -55,26 +57,32 @@ def test_what_is_too_large_is_refused_not_computed_in_part() -> None:
         va.score_attention(*leaves, score=va.scores.Additive(torch.zeros(8)), backend="cuda")
 
 
+def struct(fields: Any) -> Any:
+    return type("Other", (Struct,), {"__slots__": (), "_fields_": fields})
+
+
 UNFIT = r"does not fit this vlattn_fast: install it again \(vlattn_cuda_congruence_loss has {} for {}\)"
 
 
 @pytest.mark.parametrize(
-    ("text", "actual", "expected"),
+    ("fields", "actual", "expected"),
     [
-        ("int32 dtype, size H B L V", "'B q 8'", "'H q 8'"),
-        ("int32 dtype, int32 B H L V", "'B q 8'", "'B i 4'"),
-        ("int32 dtype, size B H L V, size32 D", "'kind i 44'", "'size 48'"),
+        ((*each(c_int32, "dtype"), *each(c_int64, "H B L V")), "'B q 8'", "'H q 8'"),
+        (each(c_int32, "dtype B H L V"), "'B q 8'", "'B i 4'"),
+        ((*each(c_int32, "dtype"), *each(c_int64, "B H L V"), *each(c_int32, "D")), "'kind i 44'", "'size 48'"),
     ],
     ids=["swapped", "another type", "less"],
 )
-def test_a_struct_that_differs_is_refused_by_its_member(text: str, actual: str, expected: str) -> None:
+def test_a_struct_that_differs_is_refused_by_its_member(fields: Any, actual: str, expected: str) -> None:
+    other = struct(fields)
     with pytest.raises(RuntimeError, match=UNFIT.format(actual, expected)):
-        _shared_library.kernel("congruence_loss", Fields(text))(torch.zeros(1))
+        _shared_library.kernel("congruence_loss", other)(torch.zeros(1), other())
 
 
 def test_a_kernel_that_is_not_there() -> None:
     with pytest.raises(RuntimeError, match="has no vlattn_cuda_transmogrify: it does not fit this vlattn_fast; install it again"):
-        _shared_library.kernel("transmogrify", Fields("size B"))(torch.zeros(1), B=1)
+        other = struct([])
+        _shared_library.kernel("transmogrify", other)(torch.zeros(1), other())
 
 
 def test_a_file_that_is_no_library_is_named(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +28,7 @@ from ptx.running.memory import Memory
 from ptx.running.reports import Options
 from tools.building import ROOT, build
 from vlattn_fast.backends.cuda import _shared_library
-from vlattn_fast.backends.native import Fields, Library
+from vlattn_fast.backends.native import Library, Struct, members
 
 TARGETS = {80: "80", 90: "90a", 100: "100"}
 
@@ -57,7 +58,7 @@ def _library(architecture: int, library: Path | str | None) -> Library:
     return Built(path, shutil.which("nvcc") is not None, "CUDA C++", "cpu", "")
 
 
-# Kernels know tensors by their addresses. A tensor that was asked for its address since the last call is found again by it.
+# Kernels know tensors by their addresses. The last tensor that was asked for an address is found again by it.
 _TENSORS: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
 _data_ptr = Tensor.data_ptr
 
@@ -74,22 +75,20 @@ class Emulated(Library):
     def load(self) -> ctypes.CDLL:
         return ptx.cuda.connected(super().load())
 
-    def operator(self, name: str, fields: Fields, result: Any, *arguments: Any) -> Callable[[bytes, None], bytes | None]:
-        function = super().operator(name, fields, result, *arguments)
+    def operator(self, name: str, kind: type[Struct], result: Any, *arguments: Any) -> Callable[[bytes, None], bytes | None]:
+        function = super().operator(name, kind, result, *arguments)
 
         def call(packed: bytes, stream: None) -> bytes | None:
             device, memory = ptx.cuda.Device.active, Memory()
             assert device is not None  # `emulated` has set it with this library
-            numbers, shapes = [], {}
-            for (path, code), number in zip(fields.numbers, fields.layout.unpack(packed), strict=True):
-                if code == "P" and number:
-                    shapes[path] = tuple(_TENSORS[number].shape)
-                    number = memory.place(_TENSORS[number], path)
-                numbers.append(number)
-            _TENSORS.clear()
+            here, shapes = bytearray(packed), {}
+            for path, code, offset in members(kind):
+                if code == "P" and (address := struct.unpack_from("P", packed, offset)[0]):
+                    shapes[path] = tuple(_TENSORS[address].shape)
+                    struct.pack_into("P", here, offset, memory.place(_TENSORS[address], path))
             device.shapes = shapes
             with device.using(memory):
-                return function(fields.layout.pack(*numbers), stream)
+                return function(bytes(here), stream)
 
         return call
 

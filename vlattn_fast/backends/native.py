@@ -1,7 +1,7 @@
 """Libraries of C++ kernels, and that of the CPU (csrc/cpu/): where it lies, which instruction set runs, how a kernel is called.
 
-A call is one packed struct of pointers, strides, sizes and numbers through ctypes, which releases the GIL. `Fields` lists the
-struct's members by name; the library's own list must be the same (csrc/layout.h). Refusals look only at whether the file exists;
+A call is one struct of pointers, strides, sizes and numbers through ctypes, which releases the GIL. A `Struct` has the members of
+one of csrc/ by name; the library's own list must be the same (csrc/layout.h). Refusals look only at whether the file exists;
 it is loaded at the first call. VLATTN_CPU_LIBRARY names another file than the installed one, and calls that would use it raise
 where it is not there. VLATTN_CPU_ISA names one of the instruction sets (docs/install.md).
 The library for GPUs: cuda/_shared_library.py.
@@ -14,10 +14,8 @@ import functools
 import itertools
 import json
 import os
-import re
-import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,12 +60,17 @@ class Library(NamedTuple):
         function.restype, function.argtypes = result, arguments
         return function
 
-    def operator(self, name: str, fields: Fields, result: Any, *arguments: Any) -> Any:
-        """The kernel `name`, whose struct has these fields."""
+    def text(self, name: str) -> str:
+        """What the C function `name` writes into a buffer."""
+        buffer = ctypes.create_string_buffer(2**14)
+        self.function(name, None, ctypes.c_char_p, ctypes.c_int64)(buffer, len(buffer))
+        return buffer.value.decode()
+
+    def operator(self, name: str, call: type[Struct], result: Any, *arguments: Any) -> Any:
+        """The kernel `name`, which takes such a struct."""
         function = self.function(name, result, *arguments)
-        text = ctypes.create_string_buffer(2**14)
-        self.function(f"{name}_fields", None, ctypes.c_char_p, ctypes.c_int64)(text, len(text))
-        for actual, expected in itertools.zip_longest(text.value.decode().splitlines(), fields.lines()):
+        expected_lines = [*(f"{path} {code} {offset}" for path, code, offset in members(call)), f"size {ctypes.sizeof(call)}"]
+        for actual, expected in itertools.zip_longest(self.text(f"{name}_fields").splitlines(), expected_lines):
             if actual != expected:
                 raise RuntimeError(
                     f"{self.path} does not fit this vlattn_fast: install it again ({name} has {actual!r} for {expected!r})"
@@ -100,8 +103,8 @@ def state() -> str:
     if not library.exists:
         return text
     try:
-        chosen = " (VLATTN_CPU_ISA)" if os.environ.get("VLATTN_CPU_ISA") else ""
-        return f"{text}; of {', '.join(_available())} this processor runs {instruction_set()}{chosen}"
+        by_name = " (VLATTN_CPU_ISA)" if os.environ.get("VLATTN_CPU_ISA") else ""
+        return f"{text}; of {', '.join(_available())} this processor runs {instruction_set()}{by_name}"
     except (RuntimeError, ValueError) as error:
         return f"{text}; {error}"
 
@@ -144,90 +147,91 @@ def instruction_set() -> str:
             f"this processor runs no instruction set that {library.path} was built for: install vlattn_fast here again, "
             "or with VLATTN_BUILD_ISA=all"
         )
-    chosen = os.environ.get("VLATTN_CPU_ISA") or available[0]
-    if chosen not in available:
-        raise ValueError(f"VLATTN_CPU_ISA must be one of {', '.join(available)}, which this processor runs; got {chosen!r}")
-    return chosen
+    named = os.environ.get("VLATTN_CPU_ISA") or available[0]
+    if named not in available:
+        raise ValueError(f"VLATTN_CPU_ISA must be one of {', '.join(available)}, which this processor runs; got {named!r}")
+    return named
 
 
-def strided_tensor(x: Tensor | None) -> tuple[int, int, int, int]:
-    """StridedTensor of csrc/cpu/rows.h and csrc/cuda/attention.h: (B, H, N, *) with a last stride of 1, or none."""
-    if x is None:
-        return 0, 0, 0, 0
-    b, h, n, _ = x.stride()
-    return x.data_ptr(), b, h, n
+class Struct(ctypes.Structure):
+    """A struct of csrc/, whose `_fields_` name its members in their order. A member that a call does not name is 0 or null, as in
+    C++.
 
-
-def single(x: float) -> float:
-    """As C++ narrows it: `struct` refuses what is finite in float64 alone."""
-    return ctypes.c_float(x).value
-
-
-_CODES = {"integer": "q", "size": "q", "int32": "i", "size32": "i", "flag": "?", "number": "d", "single": "f", "pointer": "P"}
-_TENSOR = [("data", "P"), ("stride_b", "q"), ("stride_h", "q"), ("stride_n", "q")]
-# The expression for the numbers of a value; elsewhere the value is the number.
-_NUMBERS = {"single": "_single({})", "pointer": "0 if {0} is None else {0}.data_ptr()", "tensor": "*_strided({})"}
-
-
-class Fields:
-    """The members of a struct of csrc/, by kind and name, in their order: "integer B H, tensor keys[4], masks masks".
-
-    A kind is "tensor", one of _CODES, or the name of another struct. Errors name members of the kinds "size" and "size32".
-    `values(B=2, keys=...)` gives all numbers, flat. It takes a sequence for an array, and for a struct what that one's `values`
-    gave. A member that is not named is 0 or null, as in C++.
+    An address keeps no tensor alive: whoever makes a struct holds the tensors until the call is over.
     """
 
-    def __init__(self, text: str, **structs: Fields) -> None:
-        self.numbers: list[tuple[str, str]] = []  # name and code of `struct`
-        self.sizes: list[str] = []
-        self._parameters: list[str] = []
-        self._expressions: list[str] = []
-        for kind, names in (part.split(maxsplit=1) for part in text.split(",")):
-            if kind in structs:
-                numbers, expression, none = structs[kind].numbers, "*{}", repr(structs[kind].values())
-            else:
-                numbers = _TENSOR if kind == "tensor" else [("", _CODES[kind])]
-                expression, none = _NUMBERS.get(kind, "{}"), "None" if kind in ("tensor", "pointer") else "0"
-            self.sizes += names.split() if kind.startswith("size") else []
-            for name, count in re.findall(r"(\w+)(?:\[(\d)\])?", names):
-                self._parameters.append(f"{name}=({none},) * {count}" if count else f"{name}={none}")
-                for element in [f"{name}[{n}]" for n in range(int(count))] if count else [name]:
-                    self._expressions.append(expression.format(element))
-                    self.numbers += [(f"{element}.{path}".rstrip("."), code) for path, code in numbers]
-        codes = "".join(code for _, code in self.numbers)
-        self.layout = struct.Struct(f"@{codes}0q")  # 0q: up to the alignment, as sizeof counts
-        self.values: Callable[..., tuple[Any, ...]] = self.function("{}")
+    __slots__ = ()
 
-    def function(self, result: str, *before: str, **names: Any) -> Callable[..., Any]:
-        """The expression `result` of the numbers {} as a function of arguments `before` and of the members by name."""
-        # as a named tuple does it: a loop over the members takes several microseconds
-        source = f"lambda {', '.join((*before, '*', *self._parameters))}: {result}".format(f"({', '.join(self._expressions)},)")
-        # no member begins with _
-        function: Callable[..., Any] = eval(source, {"_strided": strided_tensor, "_single": single, **names})
-        return function
-
-    def lines(self) -> list[str]:
-        """As csrc/layout.h writes them."""
-        lines, codes = [], ""
-        for name, code in self.numbers:
-            lines.append(f"{name} {code} {struct.calcsize(f'@{codes}0{code}')}")
-            codes += code
-        return [*lines, f"size {self.layout.size}"]
+    def __init_subclass__(cls) -> None:
+        if "__slots__" not in vars(cls):
+            raise TypeError(f"{cls.__name__} must have __slots__ = (): without it ctypes takes a misspelt member without a word")
 
 
-def kernel(name: str, fields: Fields) -> Callable[..., None]:
-    """The CPU kernel `name` as a function of its struct's members by name."""
-    pack = fields.layout.pack
+def each(kind: Any, names: str) -> list[tuple[str, Any]]:
+    """Members of one kind, for `_fields_`."""
+    return [(name, kind) for name in names.split()]
+
+
+class StridedTensor(Struct):
+    """(B, H, N, *) with a last stride of 1, or none."""
+
+    __slots__ = ()
+    _fields_ = (("data", ctypes.c_void_p), *each(ctypes.c_int64, "stride_b stride_h stride_n"))
+
+
+_NO_TENSOR = StridedTensor()
+
+
+def strided(x: Tensor | None) -> StridedTensor:
+    if x is None:
+        return _NO_TENSOR
+    b, h, n, _ = x.stride()
+    return StridedTensor(x.data_ptr(), b, h, n)
+
+
+def address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+# of Python's `struct`, as csrc/layout.h writes them
+_CODES = {
+    ctypes.c_int64: "q",
+    ctypes.c_int32: "i",
+    ctypes.c_bool: "?",
+    ctypes.c_double: "d",
+    ctypes.c_float: "f",
+    ctypes.c_void_p: "P",
+}
+
+
+def members(kind: Any, path: str = "", offset: int = 0) -> Iterator[tuple[str, str, int]]:
+    """Name, code and offset of each number in a struct: "a.query.stride_b", "q", 80."""
+    if issubclass(kind, ctypes.Array):
+        for n in range(kind._length_):
+            yield from members(kind._type_, f"{path}[{n}]", offset + n * ctypes.sizeof(kind._type_))
+    elif issubclass(kind, ctypes.Structure):
+        for name, member, *_ in kind._fields_:
+            yield from members(member, f"{path}.{name}".lstrip("."), offset + getattr(kind, name).offset)
+    else:
+        yield path, _CODES[kind], offset
+
+
+def chosen(name: str) -> str:
+    """The C function `name` of the instruction set that runs, or else of the fastest that has it."""
+    names = [f"vlattn_{isa}_{name}" for isa in (instruction_set(), *_available())]
+    # `amx` and `v4_bf16` have kernels alone that multiply bfloat16
+    return next(filter(library.has, names), names[0])
+
+
+def kernel(name: str, call: type[Struct]) -> Callable[[Struct], None]:
+    """The CPU kernel `name` as a function of such a struct."""
 
     @functools.cache
     def function() -> Any:
-        names = [f"vlattn_{each}_{name}" for each in (instruction_set(), *_available())]
-        # `amx` and `v4_bf16` have kernels alone that multiply bfloat16
-        present = next(filter(library.has, names), names[0])
-        return library.operator(present, fields, ctypes.c_int64, ctypes.c_char_p)
+        return library.operator(chosen(name), call, ctypes.c_int64, ctypes.c_char_p)
 
-    def run(numbers: tuple[Any, ...]) -> None:
-        if function()(pack(*numbers)) != 0:
+    def run(call: Struct) -> None:
+        if function()(bytes(call)) != 0:
             raise MemoryError(f"{name}: not enough memory for the kernel's workspace")
 
-    return fields.function("_run({})", _run=run)
+    return run

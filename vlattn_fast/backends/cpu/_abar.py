@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+from ctypes import c_int64, c_void_p
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import as_dtype, unit_strides
-from vlattn_fast.backends.cpu._attention import ATTENTION, attention, empty_row_bias
-from vlattn_fast.backends.cpu.score_attention import SCORE, core_score
+from vlattn_fast.backends.cpu._attention import Attention, attention, empty_row_bias
+from vlattn_fast.backends.cpu.score_attention import Score, core_score
 from vlattn_fast.backends.inputs import AttentionMapBackwardInputs, RelevancyStepBackwardInputs
-from vlattn_fast.backends.native import Fields, kernel
+from vlattn_fast.backends.native import StridedTensor, Struct, address, each, kernel, strided
 
-_FIELDS = (
-    "attention a, score score, tensor grad_output, integer gradient reduction row_normalize, pointer lse grad rows grad_result, "
-    "integer T needs_inputs, pointer grad_rows, tensor grad_query grad_key grad_value grad_grad_output, "
-    "pointer grad_lse grad_row_bias"
-)
-_run = kernel("abar_backward", Fields(_FIELDS, attention=ATTENTION, score=SCORE))
+
+class AbarBackward(Struct):
+    __slots__ = ()
+    _fields_ = (
+        ("a", Attention),
+        ("score", Score),
+        ("grad_output", StridedTensor),
+        *each(c_int64, "gradient reduction row_normalize"),
+        *each(c_void_p, "lse grad rows grad_result"),
+        *each(c_int64, "T needs_inputs"),
+        ("grad_rows", c_void_p),
+        *each(StridedTensor, "grad_query grad_key grad_value grad_grad_output"),
+        *each(c_void_p, "grad_lse grad_row_bias"),
+    )
+
+
+_run = kernel("abar_backward", AbarBackward)
 REDUCTIONS = ("mean", "max", "min")  # Reduction of the kernels
 
 
@@ -26,9 +38,9 @@ def gradients(
     inputs: AttentionMapBackwardInputs | RelevancyStepBackwardInputs,
     needs_inputs: bool = True,
     reduction: str = "mean",
-    **named: Any,
+    **of_abar: Any,
 ) -> tuple[Tensor | None, ...]:
-    """Those of query, key, value, grad_output, lse and row_bias; None for those not needed. `named`: the gradient of Abar, in
+    """Those of query, key, value, grad_output, lse and row_bias; None for those not needed. `of_abar`: the gradient of Abar, in
     members of the kernel's struct."""
     is_gradient = inputs.rule == "gradient"
     pair = (inputs.value, inputs.grad_output) if is_gradient else (None, None)
@@ -42,9 +54,23 @@ def gradients(
     if not query.shape[1] * query.shape[2]:  # the kernel runs over heads and queries
         grads = [None if x is None else x.zero_() for x in grads]
     grad_row_bias = empty_row_bias(inputs) if needs_inputs else None
-    names = ("grad_query", "grad_key", "grad_value", "grad_grad_output")
-    how = {"gradient": is_gradient, "reduction": REDUCTIONS.index(reduction), "row_normalize": inputs.row_normalize}
-    named |= {"lse": lse, "needs_inputs": needs_inputs, "grad_lse": grad_lse, "grad_row_bias": grad_row_bias}
-    named |= dict(zip(names, grads, strict=True))
-    _run(a=a, score=core_score(inputs, None), grad_output=grad_output, **how, **named)
+    grad_query, grad_key, grad_value, grad_grad_output = map(strided, grads)
+    call = AbarBackward(
+        a=a,
+        score=core_score(inputs, None),
+        grad_output=strided(grad_output),
+        gradient=is_gradient,
+        reduction=REDUCTIONS.index(reduction),
+        row_normalize=inputs.row_normalize,
+        lse=address(lse),
+        needs_inputs=needs_inputs,
+        grad_query=grad_query,
+        grad_key=grad_key,
+        grad_value=grad_value,
+        grad_grad_output=grad_grad_output,
+        grad_lse=address(grad_lse),
+        grad_row_bias=address(grad_row_bias),
+        **of_abar,
+    )
+    _run(call)
     return *grads, None if grad_lse is None or inputs.lse is None else as_dtype(grad_lse, inputs.lse.dtype), grad_row_bias

@@ -2,47 +2,69 @@
 
 from __future__ import annotations
 
+from ctypes import c_double, c_int64, c_void_p
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlattn_fast.backends.native import DTYPES, Fields, kernel
+from vlattn_fast.backends.native import DTYPES, StridedTensor, Struct, address, each, kernel, strided
 
-_MASKS = Fields(
-    "pointer mask, integer dtype stride_b stride_h stride_n stride_m, pointer keys, integer is_causal, pointer shifts row_bias "
-    "key_groups, integer groups"
-)
-ATTENTION = Fields("integer dtype B H Hkv N M D Dv, number scale, tensor query key value, masks masks", masks=_MASKS)
-_NO_MASKS = {is_causal: _MASKS.values(is_causal=is_causal) for is_causal in (False, True)}
-_find_shifts = kernel("mask_shifts", Fields("attention a, pointer shifts", attention=ATTENTION))
-Numbers = tuple[Any, ...]
+
+class Masks(Struct):
+    __slots__ = ()
+    _fields_ = (
+        ("mask", c_void_p),
+        *each(c_int64, "dtype stride_b stride_h stride_n stride_m"),
+        ("keys", c_void_p),
+        ("is_causal", c_int64),
+        *each(c_void_p, "shifts row_bias key_groups"),
+        ("groups", c_int64),
+    )
+
+
+class Attention(Struct):
+    __slots__ = ()
+    _fields_ = (
+        *each(c_int64, "dtype B H Hkv N M D Dv"),
+        ("scale", c_double),
+        *each(StridedTensor, "query key value"),
+        ("masks", Masks),
+    )
+
+
+class MaskShifts(Struct):
+    __slots__ = ()
+    _fields_ = (("a", Attention), ("shifts", c_void_p))
+
+
+_NO_MASKS = {is_causal: Masks(is_causal=is_causal) for is_causal in (False, True)}
+_find_shifts = kernel("mask_shifts", MaskShifts)
 _MASK_DTYPES = {**DTYPES, torch.float64: 4}
 
 
-def attention(inputs: Any, query: Tensor, key: Tensor, value: Tensor | None) -> tuple[Numbers, tuple[Any, ...]]:
-    """ATTENTION of an operator's inputs, with query, key and value as `unit_strides` gives them, and the copies in it, which must
+def attention(inputs: Any, query: Tensor, key: Tensor, value: Tensor | None) -> tuple[Attention, tuple[Any, ...]]:
+    """Attention of an operator's inputs, with query, key and value as `unit_strides` gives them, and the copies in it, which must
     live until the call is over."""
     attn_mask, key_mask, is_causal, scale = inputs.attn_mask, inputs.key_mask, inputs.is_causal, inputs.scale
     if attn_mask is None and key_mask is None and inputs.row_bias is None:
-        return _numbers(query, key, value, scale, _NO_MASKS[is_causal]), ()
+        return _attention(query, key, value, scale, _NO_MASKS[is_causal]), ()
     if key_mask is not None:
         key_mask = key_mask.contiguous()
-    row_bias, groups = inputs.row_bias, {}
-    if row_bias is not None:
-        row_bias, key_groups = row_bias.float().contiguous(), inputs.key_groups.contiguous()
-        groups = {"row_bias": row_bias, "key_groups": key_groups, "groups": row_bias.shape[3]}
-    if attn_mask is None:
-        return _numbers(query, key, value, scale, _MASKS.values(keys=key_mask, is_causal=is_causal, **groups)), (key_mask, groups)
-    pairs = attn_mask.expand(*query.shape[:3], key.shape[2])
-    b, h, n, m = pairs.stride()
-    strides = {"stride_b": b, "stride_h": h, "stride_n": n, "stride_m": m}
-    masks = {"mask": pairs, "dtype": _MASK_DTYPES[pairs.dtype], **strides, "keys": key_mask, "is_causal": is_causal, **groups}
-    shifts = None
-    if attn_mask.dtype == torch.float64:
-        shifts = query.new_empty(*query.shape[:3], dtype=torch.float64)
-        _find_shifts(a=_numbers(query, key, None, 1.0, _MASKS.values(**masks)), shifts=shifts)
-    return _numbers(query, key, value, scale, _MASKS.values(**masks, shifts=shifts)), (key_mask, shifts, groups)
+    masks = Masks(keys=address(key_mask), is_causal=is_causal)
+    row_bias = key_groups = shifts = None
+    if inputs.row_bias is not None:
+        row_bias, key_groups = inputs.row_bias.float().contiguous(), inputs.key_groups.contiguous()
+        masks.row_bias, masks.key_groups, masks.groups = address(row_bias), address(key_groups), row_bias.shape[3]
+    if attn_mask is not None:
+        pairs = attn_mask.expand(*query.shape[:3], key.shape[2])
+        masks.mask, masks.dtype = address(pairs), _MASK_DTYPES[pairs.dtype]
+        masks.stride_b, masks.stride_h, masks.stride_n, masks.stride_m = pairs.stride()
+        if attn_mask.dtype == torch.float64:
+            shifts = query.new_empty(*query.shape[:3], dtype=torch.float64)
+            _find_shifts(MaskShifts(a=_attention(query, key, None, 1.0, masks), shifts=address(shifts)))
+            masks.shifts = address(shifts)
+    return _attention(query, key, value, scale, masks), (key_mask, row_bias, key_groups, shifts)
 
 
 def empty_row_bias(inputs: Any) -> Tensor | None:
@@ -50,10 +72,10 @@ def empty_row_bias(inputs: Any) -> Tensor | None:
     return None if inputs.row_bias is None else torch.zeros_like(inputs.row_bias, dtype=torch.float32)
 
 
-def _numbers(query: Tensor, key: Tensor, value: Tensor | None, scale: float, masks: Numbers) -> Numbers:
+def _attention(query: Tensor, key: Tensor, value: Tensor | None, scale: float, masks: Masks) -> Attention:
     batch, heads, queries, head_dim = query.shape
     _, key_heads, keys, _ = key.shape
-    return ATTENTION.values(
+    return Attention(
         dtype=DTYPES[query.dtype],
         B=batch,
         H=heads,
@@ -63,8 +85,8 @@ def _numbers(query: Tensor, key: Tensor, value: Tensor | None, scale: float, mas
         D=head_dim,
         Dv=0 if value is None else value.shape[3],
         scale=scale,
-        query=query,
-        key=key,
-        value=value,
+        query=strided(query),
+        key=strided(key),
+        value=strided(value),
         masks=masks,
     )

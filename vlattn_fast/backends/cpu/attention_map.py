@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+from ctypes import c_int64, c_void_p
+
 import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import unit_strides
 from vlattn_fast.backends.cpu._abar import REDUCTIONS, gradients
-from vlattn_fast.backends.cpu._attention import ATTENTION, attention
-from vlattn_fast.backends.cpu.score_attention import SCORE, core_score
+from vlattn_fast.backends.cpu._attention import Attention, attention
+from vlattn_fast.backends.cpu.score_attention import Score, core_score
 from vlattn_fast.backends.inputs import AttentionMapBackwardInputs, AttentionMapInputs
-from vlattn_fast.backends.native import Fields, kernel
+from vlattn_fast.backends.native import StridedTensor, Struct, address, each, kernel, strided
 
-_FIELDS = (
-    "attention a, score score, tensor grad_output, integer gradient reduction row_normalize, pointer lse map rows direct, "
-    "integer T, pointer result"
-)
-run_map = kernel("attention_map", Fields(_FIELDS, attention=ATTENTION, score=SCORE))
+
+class MapCall(Struct):
+    __slots__ = ()
+    _fields_ = (
+        ("a", Attention),
+        ("score", Score),
+        ("grad_output", StridedTensor),
+        *each(c_int64, "gradient reduction row_normalize"),
+        *each(c_void_p, "lse map rows direct"),
+        ("T", c_int64),
+        ("result", c_void_p),
+    )
+
+
+run_map = kernel("attention_map", MapCall)
 
 
 def forward(inputs: AttentionMapInputs) -> Tensor:
@@ -25,12 +37,21 @@ def forward(inputs: AttentionMapInputs) -> Tensor:
     a, _kept = attention(inputs, query, key, value)
     lse = None if inputs.lse is None else inputs.lse.double().contiguous()
     abar = query.new_empty(query.shape[0], query.shape[2], key.shape[2], dtype=torch.float32)
-    gradient, reduction = inputs.rule == "gradient", REDUCTIONS.index(inputs.head_reduction)
-    how = {"gradient": gradient, "reduction": reduction, "row_normalize": inputs.row_normalize}
-    run_map(a=a, score=core_score(inputs, None), grad_output=grad_output, **how, lse=lse, map=abar)
+    call = MapCall(
+        a=a,
+        score=core_score(inputs, None),
+        grad_output=strided(grad_output),
+        gradient=inputs.rule == "gradient",
+        reduction=REDUCTIONS.index(inputs.head_reduction),
+        row_normalize=inputs.row_normalize,
+        lse=address(lse),
+        map=address(abar),
+    )
+    run_map(call)
     return abar
 
 
 def backward(inputs: AttentionMapBackwardInputs) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value, grad_output, lse and row_bias from that of Abar (B, N, M); None for those without one."""
-    return gradients(inputs, reduction=inputs.head_reduction, grad=inputs.grad.float().contiguous())
+    grad = inputs.grad.float().contiguous()
+    return gradients(inputs, reduction=inputs.head_reduction, grad=address(grad))

@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
-from typing import Any
+from ctypes import c_int64, c_void_p
 
 import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import unit_strides
-from vlattn_fast.backends.cpu._attention import ATTENTION, attention, empty_row_bias
-from vlattn_fast.backends.cpu.score_attention import SCORE, core_score
+from vlattn_fast.backends.cpu._attention import Attention, attention, empty_row_bias
+from vlattn_fast.backends.cpu.score_attention import Score, core_score
 from vlattn_fast.backends.inputs import AttentionStatisticsBackwardInputs, AttentionStatisticsInputs
-from vlattn_fast.backends.native import Fields, kernel
+from vlattn_fast.backends.native import StridedTensor, Struct, address, each, kernel, strided
 
-_GROUPS = Fields("pointer index, integer stride_b stride_m count")
-_STRUCTS = {"attention": ATTENTION, "score": SCORE, "groups": _GROUPS}
-_SHARED = "attention a, score score, groups groups, pointer weight"
 _OUTPUTS = ("mass", "entropy", "maximum", "argmax", "received", "max_logit")
-_FORWARD = f"{_SHARED} {' '.join(_OUTPUTS)}"
-_BACKWARD = f"{_SHARED} argmax d_mass d_entropy d_maximum d_received, tensor d_query d_key, pointer d_weight d_row_bias"
-_forward = kernel("attention_statistics_forward", Fields(_FORWARD, **_STRUCTS))
-_backward = kernel("attention_statistics_backward", Fields(_BACKWARD, **_STRUCTS))
+
+
+class Groups(Struct):
+    __slots__ = ()
+    _fields_ = (("index", c_void_p), *each(c_int64, "stride_b stride_m count"))
+
+
+_CALL = (("a", Attention), ("score", Score), ("groups", Groups), ("weight", c_void_p))
+
+
+class StatisticsForward(Struct):
+    __slots__ = ()
+    _fields_ = (*_CALL, *((name, c_void_p) for name in _OUTPUTS))
+
+
+class StatisticsBackward(Struct):
+    __slots__ = ()
+    _fields_ = (
+        *_CALL,
+        *each(c_void_p, "argmax d_mass d_entropy d_maximum d_received"),
+        *each(StridedTensor, "d_query d_key"),
+        *each(c_void_p, "d_weight d_row_bias"),
+    )
+
+
+_forward = kernel("attention_statistics_forward", StatisticsForward)
+_backward = kernel("attention_statistics_backward", StatisticsBackward)
 
 
 def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor | None, ...]:
@@ -37,7 +57,9 @@ def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor | None, ...]:
         if name in asked
     }
     weight = None if inputs.row_weight is None else inputs.row_weight.contiguous()
-    _forward(a=a, score=core_score(inputs, None), groups=_groups(inputs), weight=weight, **outputs)
+    addresses = {name: address(x) for name, x in outputs.items()}
+    score, groups = core_score(inputs, None), _groups(inputs)
+    _forward(StatisticsForward(a=a, score=score, groups=groups, weight=address(weight), **addresses))
     if queries == 0 and "received" in outputs:  # the kernel runs over queries
         outputs["received"].zero_()
     return *map(outputs.get, _OUTPUTS), None
@@ -48,9 +70,9 @@ def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor,
     query, key = unit_strides(inputs.query, inputs.key)
     (a, _kept), argmax = attention(inputs, query, key, None), inputs.argmax
     assert argmax is not None  # which the operator saves for these kernels
+    argmax = argmax.contiguous()
     cotangents = inputs.grad_mass, inputs.grad_entropy, inputs.grad_maximum, inputs.grad_received
     mass, entropy, maximum, received = [None if x is None else x.contiguous() for x in cotangents]
-    named = {"d_mass": mass, "d_entropy": entropy, "d_maximum": maximum, "d_received": received}
     batch, heads, queries, head_dim = query.shape
     grad_q, grad_k = query.new_empty(batch, heads, queries, head_dim), key.new_empty(*key.shape)
     weight = grad_weight = None
@@ -58,15 +80,28 @@ def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor,
         weight = inputs.row_weight.contiguous()
         grad_weight = torch.zeros_like(weight) if received is None else torch.empty_like(weight)
     grad_row_bias = empty_row_bias(inputs)
-    how = {"a": a, "score": core_score(inputs, None), "groups": _groups(inputs), "weight": weight}
-    grads = {"d_query": grad_q, "d_key": grad_k, "d_weight": grad_weight, "d_row_bias": grad_row_bias}
-    _backward(**how, argmax=argmax.contiguous(), **named, **grads)
+    call = StatisticsBackward(
+        a=a,
+        score=core_score(inputs, None),
+        groups=_groups(inputs),
+        weight=address(weight),
+        argmax=address(argmax),
+        d_mass=address(mass),
+        d_entropy=address(entropy),
+        d_maximum=address(maximum),
+        d_received=address(received),
+        d_query=strided(grad_q),
+        d_key=strided(grad_k),
+        d_weight=address(grad_weight),
+        d_row_bias=address(grad_row_bias),
+    )
+    _backward(call)
     if queries == 0:  # the kernel runs over queries
         grad_k.zero_()
     return grad_q, grad_k, grad_weight, grad_row_bias
 
 
-def _groups(inputs: AttentionStatisticsInputs | AttentionStatisticsBackwardInputs) -> Any:
+def _groups(inputs: AttentionStatisticsInputs | AttentionStatisticsBackwardInputs) -> Groups:
     groups = inputs.key_groups
     stride_b, stride_m = (0, 0) if groups is None else groups.stride()
-    return _GROUPS.values(index=groups, stride_b=stride_b, stride_m=stride_m, count=inputs.num_groups)
+    return Groups(index=address(groups), stride_b=stride_b, stride_m=stride_m, count=inputs.num_groups)

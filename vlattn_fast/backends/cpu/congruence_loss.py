@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+from ctypes import c_double, c_int64, c_void_p
+
 import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import saved_for_the_last_time, unit_strides
 from vlattn_fast.backends.inputs import CongruenceLossBackwardInputs, CongruenceLossInputs
-from vlattn_fast.backends.native import DTYPES, Fields, kernel
+from vlattn_fast.backends.native import DTYPES, StridedTensor, Struct, address, each, kernel, strided
 from vlattn_fast.backends.reference.congruence_loss import num_gradients
 
-_FIELDS = Fields(
-    "integer dtype B H D lengths[2] kind directions[2], number scale, tensor queries[4] keys[4], pointer masks[2] loss gradients"
-)
-_run = kernel("congruence_loss", _FIELDS)
+
+class CongruenceLoss(Struct):
+    __slots__ = ()
+    _fields_ = (
+        *each(c_int64, "dtype B H D"),
+        ("lengths", c_int64 * 2),
+        ("kind", c_int64),
+        ("directions", c_int64 * 2),
+        ("scale", c_double),
+        *each(StridedTensor * 4, "queries keys"),
+        ("masks", c_void_p * 2),
+        *each(c_void_p, "loss gradients"),
+    )
+
+
+_run = kernel("congruence_loss", CongruenceLoss)
 _KINDS = ("cacr", "iais_singular", "iais_distributed")  # Kind of the kernel
 
 
@@ -27,11 +41,22 @@ def forward(inputs: CongruenceLossInputs) -> tuple[Tensor, Tensor]:
     gradients = loss.new_empty(num_gradients(kind) * (text.numel() + image.numel()) if inputs.saves else 0)
     blocks = unit_strides(*queries, *keys)  # they and the masks live until the call is over
     masks = [None if mask is None else mask.contiguous() for mask in (inputs.text_mask, inputs.image_mask)]
-    sizes = {"B": batch, "H": heads, "D": head_dim, "lengths": (L, image.shape[2])}
-    directions = direction in ("text", "both"), direction in ("image", "both")
-    how = {"kind": _KINDS.index(kind), "directions": directions, "scale": inputs.scale}
-    tensors = {"queries": blocks[:4], "keys": blocks[4:], "masks": masks, "loss": loss, "gradients": gradients}
-    _run(dtype=DTYPES[text.dtype], **sizes, **how, **tensors)
+    call = CongruenceLoss(
+        dtype=DTYPES[text.dtype],
+        B=batch,
+        H=heads,
+        D=head_dim,
+        lengths=(L, image.shape[2]),
+        kind=_KINDS.index(kind),
+        directions=(direction in ("text", "both"), direction in ("image", "both")),
+        scale=inputs.scale,
+        queries=tuple(map(strided, blocks[:4])),
+        keys=tuple(map(strided, blocks[4:])),
+        masks=tuple(map(address, masks)),
+        loss=address(loss),
+        gradients=address(gradients),
+    )
+    _run(call)
     return loss, gradients
 
 

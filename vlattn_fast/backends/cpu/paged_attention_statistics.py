@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+from ctypes import c_double, c_int64, c_void_p
+
 import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import unit_stride
-from vlattn_fast.backends.cpu.score_attention import SCORE, core_score
+from vlattn_fast.backends.cpu.score_attention import Score, core_score
 from vlattn_fast.backends.inputs import PagedAttentionStatisticsInputs
-from vlattn_fast.backends.native import DTYPES, Fields, kernel
+from vlattn_fast.backends.native import DTYPES, Struct, address, each, kernel
 
-_FIELDS = Fields(
-    "integer dtype T H Hkv D R blocks block_size columns window, number scale, score score, pointer query, "
-    "integer query_stride_t query_stride_h, pointer cache, integer stride_block stride_head stride_place stride_d, "
-    "pointer table lengths starts groups, integer K G, pointer mass entropy maximum received max_logit lse",
-    score=SCORE,
-)
-_forward = kernel("paged_attention_statistics_forward", _FIELDS)
+
+class PagedStatistics(Struct):
+    __slots__ = ()
+    _fields_ = (
+        *each(c_int64, "dtype T H Hkv D R blocks block_size columns window"),
+        ("scale", c_double),
+        ("score", Score),
+        ("query", c_void_p),
+        *each(c_int64, "query_stride_t query_stride_h"),
+        ("cache", c_void_p),
+        *each(c_int64, "stride_block stride_head stride_place stride_d"),
+        *each(c_void_p, "table lengths starts groups"),
+        *each(c_int64, "K G"),
+        *each(c_void_p, "mass entropy maximum received max_logit lse"),
+    )
+
+
+_forward = kernel("paged_attention_statistics_forward", PagedStatistics)
 
 
 def forward(inputs: PagedAttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -35,7 +48,7 @@ def forward(inputs: PagedAttentionStatisticsInputs) -> tuple[Tensor, Tensor, Ten
     table, lengths, starts = (x.to(torch.int64).contiguous() for x in (inputs.block_table, inputs.lengths, inputs.query_starts))
     groups = None if inputs.key_groups is None else inputs.key_groups.to(torch.int64).contiguous()
     stride_block, stride_head, stride_place, stride_d = cache.stride()
-    _forward(
+    call = PagedStatistics(
         dtype=DTYPES[query.dtype],
         T=tokens,
         H=heads,
@@ -48,21 +61,22 @@ def forward(inputs: PagedAttentionStatisticsInputs) -> tuple[Tensor, Tensor, Ten
         window=inputs.window,
         scale=inputs.scale,
         score=core_score(inputs, None),
-        query=query,
+        query=address(query),
         query_stride_t=query.stride(0),
         query_stride_h=query.stride(1),
-        cache=cache,
+        cache=address(cache),
         stride_block=stride_block,
         stride_head=stride_head,
         stride_place=stride_place,
         stride_d=stride_d,
-        table=table,
-        lengths=lengths,
-        starts=starts,
-        groups=groups,
+        table=address(table),
+        lengths=address(lengths),
+        starts=address(starts),
+        groups=address(groups),
         K=0 if groups is None else groups.shape[1],
         G=inputs.num_groups,
-        **{name: x if name in asked else None for name, x in outputs.items()},
+        **{name: address(x) for name, x in outputs.items() if name in asked},
     )
+    _forward(call)
     mass, entropy, maximum, received, max_logit, lse = outputs.values()
     return mass, entropy, maximum, received, max_logit, lse

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from ctypes import c_int64, c_void_p
+
 import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import unit_strides
-from vlattn_fast.backends.native import DTYPES, Fields, kernel
+from vlattn_fast.backends.native import DTYPES, StridedTensor, Struct, address, each, kernel, strided
 from vlattn_fast.backends.streaming.recurrent_step import RecurrentStepInputs
 
-_FIELDS = Fields(
-    "integer dtype B H Hq Hk N D Dv T gradient row_normalize decays, tensor query key value grad_output, "
-    "pointer log_decay beta diagonal relevancy result"
-)
-_forward = kernel("recurrent_step_forward", _FIELDS)
+
+class RecurrentStep(Struct):
+    __slots__ = ()
+    _fields_ = (
+        *each(c_int64, "dtype B H Hq Hk N D Dv T gradient row_normalize decays"),
+        *each(StridedTensor, "query key value grad_output"),
+        *each(c_void_p, "log_decay beta diagonal relevancy result"),
+    )
+
+
+_forward = kernel("recurrent_step_forward", RecurrentStep)
 
 
 def forward(inputs: RecurrentStepInputs) -> Tensor:
@@ -21,10 +29,11 @@ def forward(inputs: RecurrentStepInputs) -> Tensor:
     by_gradient = inputs.rule == "gradient"
     value, grad_output = (inputs.value, inputs.grad_output) if by_gradient else (None, None)
     query, key, value, grad_output = unit_strides(inputs.query, inputs.key, value, grad_output)
-    relevancy, log_decay = inputs.relevancy.to(torch.float32).contiguous(), inputs.log_decay
+    relevancy, log_decay = inputs.relevancy.to(torch.float32).contiguous(), _in_float32(inputs.log_decay)
+    beta, diagonal = _in_float32(inputs.beta), _in_float32(inputs.diagonal)
     result = torch.empty_like(relevancy)
     batch, rows, length = relevancy.shape
-    _forward(
+    call = RecurrentStep(
         dtype=DTYPES[query.dtype],
         B=batch,
         H=inputs.num_heads,
@@ -37,16 +46,17 @@ def forward(inputs: RecurrentStepInputs) -> Tensor:
         gradient=by_gradient,
         row_normalize=inputs.row_normalize,
         decays=0 if log_decay is None else log_decay.shape[3] if log_decay.dim() == 4 else 1,
-        query=query,
-        key=key,
-        value=value,
-        grad_output=grad_output,
-        log_decay=_in_float32(log_decay),
-        beta=_in_float32(inputs.beta),
-        diagonal=_in_float32(inputs.diagonal),
-        relevancy=relevancy,
-        result=result,
+        query=strided(query),
+        key=strided(key),
+        value=strided(value),
+        grad_output=strided(grad_output),
+        log_decay=address(log_decay),
+        beta=address(beta),
+        diagonal=address(diagonal),
+        relevancy=address(relevancy),
+        result=address(result),
     )
+    _forward(call)
     return result.to(inputs.relevancy.dtype)
 
 

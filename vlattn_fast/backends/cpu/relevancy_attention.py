@@ -12,14 +12,15 @@ from vlattn_fast._ground.tensors import as_dtype, unit_stride, unit_strides, wei
 from vlattn_fast.backends.cpu import score_attention
 from vlattn_fast.backends.cpu._abar import gradients
 from vlattn_fast.backends.cpu._attention import attention, empty_row_bias
-from vlattn_fast.backends.cpu.attention_map import run_map
-from vlattn_fast.backends.cpu.score_attention import RELEVANCY, core_score, float32, new_gradients, run_backward
+from vlattn_fast.backends.cpu.attention_map import MapCall, run_map
+from vlattn_fast.backends.cpu.score_attention import Backward, Relevancy, core_score, float32, new_gradients, run_backward
 from vlattn_fast.backends.inputs import (
     RelevancyAttentionBackwardInputs,
     RelevancyAttentionInputs,
     RelevancyStepBackwardInputs,
     RelevancyStepInputs,
 )
+from vlattn_fast.backends.native import address, strided
 
 _OWN_LSE, _CALLER_LSE, _NO_LSE = 0, 1, 2  # LseSource of csrc/cpu/backward_tile.h
 _FEW_ROWS = 2  # up to so many rows of r pass each head's map; more pass the map of all heads,
@@ -36,10 +37,12 @@ def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, .
     """Gradients of query, key and value, the carrier's cotangent r * a + (r * b) Abar, and the gradient of row_bias; None for
     those not needed."""
     query, grad_out, grad_carrier = inputs.query, inputs.grad_out, inputs.grad_carrier
-    grads: dict[str, Tensor] = {}
+    grads: tuple[Tensor | None, ...] = (None, None, None)
+    of_inputs: dict[str, Any] = {}
     grad_row_bias = None
     if inputs.need_inputs and grad_out is not None:
         grads, grad_row_bias = new_gradients(query, inputs.key, inputs.value), empty_row_bias(inputs)
+        of_inputs = dict(zip(("grad_query", "grad_key", "grad_value"), map(strided, grads), strict=True))
     elif grad_carrier is None:
         return None, None, None, None, None
     elif inputs.rule == "attention":  # Abar needs P alone
@@ -50,15 +53,16 @@ def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, .
         weighted = weigh_rows(grad_carrier, inputs.attention_weight)
         if grad_out is None and inputs.rule == "gradient":  # Abar is zero
             return None, None, None, direct.clone(), None
-    out = unit_stride(inputs.out)
-    named = {"out": out, "lse_source": _OWN_LSE, "grad_lse": float32(inputs.grad_lse), "grad_row_bias": grad_row_bias}
+    out, grad_lse = unit_stride(inputs.out), float32(inputs.grad_lse)
+    of_lse = {"lse_source": _OWN_LSE, "grad_lse": address(grad_lse)}
+    of_rows = {"out": strided(out), **of_lse, "grad_row_bias": address(grad_row_bias), **of_inputs}
     # the gradients make each head's map, too: it is worth making anew where r passes H of them at more than that costs
-    if not grads or weighted is None or weighted.shape[1] <= 2 * (query.shape[3] + inputs.value.shape[3]):
-        attended = _run(inputs, grad_out, inputs.lse, weighted, direct, **named, **grads)
+    if not of_inputs or weighted is None or weighted.shape[1] <= 2 * (query.shape[3] + inputs.value.shape[3]):
+        attended = _run(inputs, grad_out, inputs.lse, weighted, direct, **of_rows)
     else:
-        _run(inputs, grad_out, inputs.lse, None, None, **named, **grads)
+        _run(inputs, grad_out, inputs.lse, None, None, **of_rows)
         attended = _run(inputs, grad_out, None, weighted, direct)
-    return grads.get("grad_query"), grads.get("grad_key"), grads.get("grad_value"), attended, grad_row_bias
+    return *grads, attended, grad_row_bias
 
 
 def step(inputs: RelevancyStepInputs) -> Tensor:
@@ -74,7 +78,13 @@ def step_backward(inputs: RelevancyStepBackwardInputs) -> tuple[Tensor | None, .
     """Gradients of relevancy, query, key, value, grad_output, lse and row_bias; None for those not needed."""
     r, grad_result = (x.float().contiguous() for x in (inputs.relevancy, inputs.grad))
     grad_rows = torch.zeros_like(r) if inputs.need_relevancy else None  # also where there are no heads
-    grads = gradients(inputs, inputs.need_inputs, rows=r, T=r.shape[1], grad_result=grad_result, grad_rows=grad_rows)
+    of_abar: dict[str, Any] = {
+        "rows": address(r),
+        "T": r.shape[1],
+        "grad_result": address(grad_result),
+        "grad_rows": address(grad_rows),
+    }
+    grads = gradients(inputs, inputs.need_inputs, **of_abar)
     return None if grad_rows is None else as_dtype(grad_rows, inputs.relevancy.dtype), *grads
 
 
@@ -84,28 +94,30 @@ def _run(
     lse: Tensor | None,
     relevancy: Tensor | None,
     direct: Tensor | None,
-    **named: Any,
+    **of_rows: Any,
 ) -> Tensor | None:
-    """direct + relevancy @ Abar where there is `relevancy`; gradients where they are named."""
+    """direct + relevancy @ Abar where there is `relevancy`; gradients where `of_rows`, members of Backward, has them."""
     value = None if grad_out is None else inputs.value
     grad_out, query, key, value = unit_strides(grad_out, inputs.query, inputs.key, value)
     a, _kept = attention(inputs, query, key, value)
     lse = None if lse is None else as_dtype(lse, torch.float64).contiguous()
     score = core_score(inputs, None)
     if relevancy is None:
-        run_backward(a=a, score=score, grad_out=grad_out, lse=lse, **named)
+        run_backward(Backward(a=a, score=score, grad_out=strided(grad_out), lse=address(lse), **of_rows))
         return None
     batch, carried_rows, _ = relevancy.shape
     r, direct = as_dtype(relevancy, torch.float32).contiguous(), float32(direct)
     result = r.new_empty(batch, carried_rows, key.shape[2])
     if not (query.shape[1] and query.shape[2]):  # without heads or queries there is no work
         result = result.zero_() if direct is None else direct.clone()
-    carried = {"rows": r, "T": carried_rows, "row_normalize": inputs.row_normalize, "direct": direct, "result": result}
+    sums = {"rows": address(r), "direct": address(direct), "result": address(result)}
+    carried = {"T": carried_rows, "row_normalize": inputs.row_normalize, **sums}
     is_gradient = inputs.rule == "gradient"
-    if (carried_rows > _FEW_ROWS or query.shape[2] <= _FEW_QUERIES) and "grad_query" not in named:
-        lse = None if named.get("lse_source") == _OWN_LSE else lse
-        run_map(a=a, score=score, grad_output=grad_out, gradient=is_gradient, lse=lse, **carried)
+    if (carried_rows > _FEW_ROWS or query.shape[2] <= _FEW_QUERIES) and "grad_query" not in of_rows:
+        lse = None if of_rows.get("lse_source") == _OWN_LSE else lse
+        of_map = {"grad_output": strided(grad_out), "gradient": is_gradient, "lse": address(lse)}
+        run_map(MapCall(a=a, score=score, **of_map, **carried))
     else:
-        relevancy_fields = RELEVANCY.values(is_gradient=is_gradient, **carried)
-        run_backward(a=a, score=score, grad_out=grad_out, lse=lse, relevancy=relevancy_fields, **named)
+        of_heads = {"grad_out": strided(grad_out), "lse": address(lse)}
+        run_backward(Backward(a=a, score=score, **of_heads, relevancy=Relevancy(is_gradient=is_gradient, **carried), **of_rows))
     return as_dtype(result, relevancy.dtype)

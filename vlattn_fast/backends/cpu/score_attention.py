@@ -2,35 +2,73 @@
 
 from __future__ import annotations
 
+from ctypes import c_double, c_int64, c_void_p
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import as_dtype, empty_gradient, empty_rows_first, expand_heads, fold_heads, unit_strides
-from vlattn_fast.backends.cpu._attention import ATTENTION, attention, empty_row_bias
+from vlattn_fast.backends.cpu._attention import Attention, attention, empty_row_bias
 from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs, ScoreAttentionSecondInputs
-from vlattn_fast.backends.native import Fields, kernel
+from vlattn_fast.backends.native import StridedTensor, Struct, address, each, kernel, strided
 
 _DOT_KINDS = ("dot", "dot_relu", "dot_leaky_relu", "dot_tanh", "dot_sigmoid", "dot_softcap")
 _KINDS = (*_DOT_KINDS, "cosine", "additive", "hadamard_tanh", "hadamard_sigmoid")  # ScoreKind of csrc/cpu/scores.h
-SCORE = Fields("integer kind, number parameter, pointer vector")
-_DROPOUT = Fields("integer seed, number probability")
-RELEVANCY = Fields("pointer rows, integer T is_gradient row_normalize, pointer direct result")
-_NO_DROPOUT = _DROPOUT.values()
-_STRUCTS = {"attention": ATTENTION, "score": SCORE, "dropout": _DROPOUT, "relevancy": RELEVANCY}
-_FORWARD = "attention a, score score, dropout dropout, tensor out, pointer lse"
-_BACKWARD = (
-    "attention a, score score, dropout dropout, tensor grad_out out, pointer lse, integer lse_source, pointer grad_lse, "
-    "tensor grad_query grad_key grad_value, pointer grad_vector grad_row_bias, relevancy relevancy"
-)
-_SECOND = (
-    "attention a, score score, dropout dropout, tensor grad_out by_query by_key by_value, pointer grad_lse, "
-    "tensor to_out to_query to_key to_value, pointer to_lse by_row_bias to_row_bias"
-)
-_forward = kernel("score_attention_forward", Fields(_FORWARD, **_STRUCTS))
-run_backward = kernel("score_attention_backward", Fields(_BACKWARD, **_STRUCTS))
-_second = kernel("score_attention_second", Fields(_SECOND, **_STRUCTS))
+
+
+class Score(Struct):
+    __slots__ = ()
+    _fields_ = (("kind", c_int64), ("parameter", c_double), ("vector", c_void_p))
+
+
+class Dropout(Struct):
+    __slots__ = ()
+    _fields_ = (("seed", c_int64), ("probability", c_double))
+
+
+class Relevancy(Struct):
+    __slots__ = ()
+    _fields_ = (("rows", c_void_p), *each(c_int64, "T is_gradient row_normalize"), *each(c_void_p, "direct result"))
+
+
+_CALL = (("a", Attention), ("score", Score), ("dropout", Dropout))
+
+
+class Forward(Struct):
+    __slots__ = ()
+    _fields_ = (*_CALL, ("out", StridedTensor), ("lse", c_void_p))
+
+
+class Backward(Struct):
+    __slots__ = ()
+    _fields_ = (
+        *_CALL,
+        *each(StridedTensor, "grad_out out"),
+        ("lse", c_void_p),
+        ("lse_source", c_int64),
+        ("grad_lse", c_void_p),
+        *each(StridedTensor, "grad_query grad_key grad_value"),
+        *each(c_void_p, "grad_vector grad_row_bias"),
+        ("relevancy", Relevancy),
+    )
+
+
+class Second(Struct):
+    __slots__ = ()
+    _fields_ = (
+        *_CALL,
+        *each(StridedTensor, "grad_out by_query by_key by_value"),
+        ("grad_lse", c_void_p),
+        *each(StridedTensor, "to_out to_query to_key to_value"),
+        *each(c_void_p, "to_lse by_row_bias to_row_bias"),
+    )
+
+
+_NO_DROPOUT = Dropout()
+_forward = kernel("score_attention_forward", Forward)
+run_backward = kernel("score_attention_backward", Backward)
+_second = kernel("score_attention_second", Second)
 
 
 def forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
@@ -42,7 +80,7 @@ def forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
     out = empty_rows_first(query, heads, queries, value.shape[3])
     lse = query.new_empty(batch, heads, queries, dtype=torch.float64)
     score, dropout = core_score(inputs, vector), _dropout(inputs)
-    _forward(a=a, score=score, dropout=dropout, out=out, lse=lse)
+    _forward(Forward(a=a, score=score, dropout=dropout, out=strided(out), lse=address(lse)))
     return out, lse
 
 
@@ -52,16 +90,27 @@ def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tens
     query, key, value, out, grad_out = unit_strides(inputs.query, key, value, inputs.out, inputs.grad_out)
     (a, _kept), vector = attention(inputs, query, key, value), float32(inputs.vector)
     grads, grad_vector = new_gradients(query, key, value), None if vector is None else torch.zeros_like(vector)
-    lse, grad_lse = inputs.lse.contiguous(), float32(inputs.grad_lse)
-    score, dropout = core_score(inputs, vector), _dropout(inputs)
-    lses = {"lse": lse, "grad_lse": grad_lse}
-    more = {"grad_vector": grad_vector, "grad_row_bias": empty_row_bias(inputs)}
-    run_backward(a=a, score=score, dropout=dropout, grad_out=grad_out, out=out, **lses, **grads, **more)
+    grad_query, grad_key, grad_value = grads
+    lse, grad_lse, grad_row_bias = inputs.lse.contiguous(), float32(inputs.grad_lse), empty_row_bias(inputs)
+    call = Backward(
+        a=a,
+        score=core_score(inputs, vector),
+        dropout=_dropout(inputs),
+        grad_out=strided(grad_out),
+        out=strided(out),
+        lse=address(lse),
+        grad_lse=address(grad_lse),
+        grad_query=strided(grad_query),
+        grad_key=strided(grad_key),
+        grad_value=strided(grad_value),
+        grad_vector=address(grad_vector),
+        grad_row_bias=address(grad_row_bias),
+    )
+    run_backward(call)
     if inputs.vector is not None and grad_vector is not None:
         grad_vector = as_dtype(grad_vector, inputs.vector.dtype)
-    grad_key, grad_value = grads["grad_key"], grads["grad_value"]
     folded = fold_heads(grad_key, inputs.key.shape[1]), fold_heads(grad_value, inputs.value.shape[1])
-    return grads["grad_query"], *folded, grad_vector, more["grad_row_bias"]
+    return grad_query, *folded, grad_vector, grad_row_bias
 
 
 def second(inputs: ScoreAttentionSecondInputs) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor | None]:
@@ -78,33 +127,49 @@ def second(inputs: ScoreAttentionSecondInputs) -> tuple[Tensor, Tensor | None, T
     )
     if not query.shape[1] * query.shape[2]:  # the kernel runs over heads and queries
         to_key.zero_(), to_value.zero_()
-    seen = {"by_query": by_query, "by_key": by_key, "by_value": by_value, "grad_out": grad_out, "grad_lse": grad_lse}
-    made = {"to_out": to_out, "to_query": to_query, "to_key": to_key, "to_value": to_value, "to_lse": to_lse}
-    biases = {"by_row_bias": float32(inputs.by_row_bias), "to_row_bias": empty_row_bias(inputs)}
-    _second(a=a, score=core_score(inputs, None), dropout=_dropout(inputs), **seen, **made, **biases)
+    by_row_bias, to_row_bias = float32(inputs.by_row_bias), empty_row_bias(inputs)
+    call = Second(
+        a=a,
+        score=core_score(inputs, None),
+        dropout=_dropout(inputs),
+        grad_out=strided(grad_out),
+        by_query=strided(by_query),
+        by_key=strided(by_key),
+        by_value=strided(by_value),
+        grad_lse=address(grad_lse),
+        to_out=strided(to_out),
+        to_query=strided(to_query),
+        to_key=strided(to_key),
+        to_value=strided(to_value),
+        to_lse=address(to_lse),
+        by_row_bias=address(by_row_bias),
+        to_row_bias=address(to_row_bias),
+    )
+    _second(call)
     folded = fold_heads(to_key, inputs.key.shape[1]), fold_heads(to_value, inputs.value.shape[1])
     to_lse_or_none = None if inputs.grad_lse is None else as_dtype(to_lse, inputs.grad_lse.dtype)
-    return to_out, to_lse_or_none, to_query, *folded, biases["to_row_bias"]
+    return to_out, to_lse_or_none, to_query, *folded, to_row_bias
 
 
 def float32(x: Tensor | None) -> Tensor | None:
     return None if x is None else as_dtype(x, torch.float32).contiguous()
 
 
-def core_score(inputs: Any, vector: Tensor | None) -> Any:
-    """Score of the kernels."""
-    return SCORE.values(kind=_KINDS.index(inputs.score), parameter=inputs.parameter, vector=vector)
+def core_score(inputs: Any, vector: Tensor | None) -> Score:
+    return Score(kind=_KINDS.index(inputs.score), parameter=inputs.parameter, vector=address(vector))
 
 
-def _dropout(inputs: ScoreAttentionInputs | ScoreAttentionBackwardInputs | ScoreAttentionSecondInputs) -> Any:
-    """Dropout of the kernels."""
-    return _NO_DROPOUT if inputs.seed is None else _DROPOUT.values(seed=int(inputs.seed), probability=inputs.dropout_p)
+def _dropout(inputs: ScoreAttentionInputs | ScoreAttentionBackwardInputs | ScoreAttentionSecondInputs) -> Dropout:
+    return _NO_DROPOUT if inputs.seed is None else Dropout(seed=int(inputs.seed), probability=inputs.dropout_p)
 
 
-def new_gradients(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Tensor]:
-    """Uninitialised, by their names in the kernel; zero where there are no queries, since the kernel runs over them."""
-    grads = {"grad_query": empty_gradient(query), "grad_key": empty_gradient(key), "grad_value": empty_gradient(value)}
-    return grads if query.numel() else {name: grad.zero_() for name, grad in grads.items()}
+def new_gradients(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised; zero where there are no queries, since the kernel runs over them."""
+    grads = empty_gradient(query), empty_gradient(key), empty_gradient(value)
+    if not query.numel():
+        for grad in grads:
+            grad.zero_()
+    return grads
 
 
 def _same_heads(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ctypes import c_double, c_int64, c_void_p
 from typing import Any
 
 import torch
@@ -9,17 +10,29 @@ from torch import Tensor
 
 from vlattn_fast._ground.tensors import unit_stride
 from vlattn_fast.backends.inputs import StackedCrossAttentionBackwardInputs, StackedCrossAttentionInputs
-from vlattn_fast.backends.native import DTYPES, Fields, kernel
+from vlattn_fast.backends.native import DTYPES, Struct, address, each, kernel
 from vlattn_fast.backends.reference.stacked_cross_attention import split_norm
 
-_SETS = Fields("pointer data, integer count rows stride_set stride_row, pointer lengths")
-_FIELDS = Fields(
-    "integer dtype D norm clips aggregation, number smooth lambda_lse, sets query context, pointer similarity grad_similarity, "
-    "integer stride_y stride_x, pointer grad_query grad_context",
-    sets=_SETS,
-)
-_run_forward = kernel("stacked_cross_attention_forward", _FIELDS)
-_run_backward = kernel("stacked_cross_attention_backward", _FIELDS)
+
+class Sets(Struct):
+    __slots__ = ()
+    _fields_ = (("data", c_void_p), *each(c_int64, "count rows stride_set stride_row"), ("lengths", c_void_p))
+
+
+class StackedCrossAttention(Struct):
+    __slots__ = ()
+    _fields_ = (
+        *each(c_int64, "dtype D norm clips aggregation"),
+        *each(c_double, "smooth lambda_lse"),
+        *each(Sets, "query context"),
+        *each(c_void_p, "similarity grad_similarity"),
+        *each(c_int64, "stride_y stride_x"),
+        *each(c_void_p, "grad_query grad_context"),
+    )
+
+
+_run_forward = kernel("stacked_cross_attention_forward", StackedCrossAttention)
+_run_backward = kernel("stacked_cross_attention_backward", StackedCrossAttention)
 _NORMS = {None: 0, "softmax": 1, "l2norm": 2, "l1norm": 3}  # Norm of the kernel
 _AGGREGATIONS = ("logsumexp", "max", "sum", "mean")  # Aggregation of the kernel
 
@@ -28,7 +41,7 @@ def forward(inputs: StackedCrossAttentionInputs) -> Tensor:
     """similarity (Bi, Bc). Padding may hold anything."""
     images, captions = inputs.images, inputs.captions
     similarity = images.new_empty(images.shape[0], captions.shape[0], dtype=torch.float32)
-    _call(_run_forward, inputs, similarity, (None, None), similarity=similarity)
+    _call(_run_forward, inputs, similarity, (None, None), similarity=address(similarity))
     return similarity
 
 
@@ -37,7 +50,7 @@ def backward(inputs: StackedCrossAttentionBackwardInputs) -> tuple[Tensor, Tenso
     images, captions = inputs.images, inputs.captions
     grads = images.new_empty(*images.shape), captions.new_empty(*captions.shape)
     grad_similarity = inputs.grad_similarity.float()
-    _call(_run_backward, inputs, grad_similarity, grads, grad_similarity=grad_similarity)
+    _call(_run_backward, inputs, grad_similarity, grads, grad_similarity=address(grad_similarity))
     return grads
 
 
@@ -46,9 +59,10 @@ def _call(
     inputs: StackedCrossAttentionInputs | StackedCrossAttentionBackwardInputs,
     pairs: Tensor,
     grads: tuple[Tensor | None, Tensor | None],
-    **named: Any,
+    **of_pairs: Any,
 ) -> None:
-    """Runs the kernel, for which the side that asks comes first. pairs (Bi, Bc); grads: of images and captions."""
+    """Runs the kernel, for which the side that asks comes first. pairs (Bi, Bc); grads: of images and captions. of_pairs: the
+    member that has their address."""
     clips, norm = split_norm(inputs.first_norm)
     tensors, lengths = (inputs.images, inputs.captions), (inputs.image_lengths, inputs.caption_lengths)
     # kept until the call is over
@@ -57,12 +71,26 @@ def _call(
     if inputs.direction == "t2i":  # the captions ask
         sides.reverse()
     (query, stride_y, grad_query), (context, stride_x, grad_context) = sides
-    aggregation = {"aggregation": _AGGREGATIONS.index(inputs.aggregation), "lambda_lse": inputs.lambda_lse}
-    how = {"norm": _NORMS[norm], "clips": clips, "smooth": inputs.smooth, **aggregation}
-    named |= {"stride_y": stride_y, "stride_x": stride_x, "grad_query": grad_query, "grad_context": grad_context}
-    run(dtype=DTYPES[inputs.images.dtype], D=inputs.images.shape[2], **how, query=query, context=context, **named)
+    call = StackedCrossAttention(
+        dtype=DTYPES[inputs.images.dtype],
+        D=inputs.images.shape[2],
+        norm=_NORMS[norm],
+        clips=clips,
+        aggregation=_AGGREGATIONS.index(inputs.aggregation),
+        smooth=inputs.smooth,
+        lambda_lse=inputs.lambda_lse,
+        query=query,
+        context=context,
+        stride_y=stride_y,
+        stride_x=stride_x,
+        grad_query=address(grad_query),
+        grad_context=address(grad_context),
+        **of_pairs,
+    )
+    run(call)
 
 
-def _set(x: Tensor, lengths: Tensor | None) -> tuple[Any, ...]:
+def _set(x: Tensor, lengths: Tensor | None) -> Sets:
     (count, rows, _), (stride_set, stride_row, _) = x.shape, x.stride()
-    return _SETS.values(data=x, count=count, rows=rows, stride_set=stride_set, stride_row=stride_row, lengths=lengths)
+    sizes = {"count": count, "rows": rows, "stride_set": stride_set, "stride_row": stride_row}
+    return Sets(data=address(x), **sizes, lengths=address(lengths))

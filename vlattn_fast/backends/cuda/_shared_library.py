@@ -1,6 +1,6 @@
 """The library of CUDA C++ kernels: where it is, what it runs on, and how a kernel is called.
 
-A call is a struct of csrc/cuda/, which `Fields` packs, through ctypes, which releases the GIL. The device and the stream are
+A call is a struct of csrc/cuda/ through ctypes, which releases the GIL. The device and the stream are
 torch's. Refusals look only at whether the file exists; it is loaded at the first call. VLATTN_CUDA_LIBRARY names another file
 than the installed one. Who runs the kernels of GPUs on CPU tensors puts another `library` here, for device_type "cpu".
 """
@@ -11,6 +11,7 @@ import ctypes
 import functools
 import os
 from collections.abc import Callable
+from ctypes import c_bool, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,22 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import cast_float_mask
-from vlattn_fast.backends.native import Fields, Library, described
+from vlattn_fast.backends.native import Library, Struct, address, described, each
 
 INSTALLED = Path(__file__).parent / "libvlattn_cuda.so"
-MASKS = Fields(
-    "int32 kind, flag causal, pointer pairs, integer stride_b stride_h stride_n stride_m, pointer keys, integer num_keys"
-)
 _BOOL, _ADDED = 1, 2  # Masks::Kind, in which 0 is none
+
+
+class Masks(Struct):
+    __slots__ = ()
+    _fields_ = (
+        ("kind", c_int32),
+        ("causal", c_bool),
+        ("pairs", c_void_p),
+        *each(c_int64, "stride_b stride_h stride_n stride_m"),
+        ("keys", c_void_p),
+        ("num_keys", c_int64),
+    )
 
 
 def find(path: Path) -> Library:
@@ -48,29 +58,28 @@ def _target(name: str) -> str:
     return f"PTX of compute_{number}" if kind == "virtual" else f"sm_{number}"
 
 
-def kernel(name: str, fields: Fields) -> Callable[..., None]:
-    """The kernel `name` as a function of a tensor, on whose device and current stream it runs, and of its struct's members."""
-    pack = fields.layout.pack
+def kernel(name: str, kind: type[Struct]) -> Callable[[Tensor, Any], None]:
+    """The kernel `name` as a function of a tensor, on whose device and current stream it runs, and of a struct of this kind."""
+    numbers = [member for member, of, *_ in kind._fields_ if of in (c_int32, c_int64)]
 
-    def run(like: Tensor, numbers: tuple[Any, ...]) -> None:
-        function, call = _function(library, name, fields), pack(*numbers)
+    def run(like: Tensor, call: Struct) -> None:
+        function = _function(library, name, kind)
         if like.is_cuda:
             with torch.cuda.device(like.device):
-                message = function(call, torch.cuda.current_stream(like.device).cuda_stream)
+                message = function(bytes(call), torch.cuda.current_stream(like.device).cuda_stream)
         else:
-            message = function(call, None)
+            message = function(bytes(call), None)
         if message is not None:
-            values = {path: number for (path, _), number in zip(fields.numbers, numbers, strict=True)}
-            facts = ", ".join(f"{size}={values[size]}" for size in fields.sizes)
+            facts = ", ".join(f"{member}={getattr(call, member)}" for member in numbers)
             raise RuntimeError(f"{name}({facts}) on {like.device}: {message.decode()}")
 
-    return fields.function("_run(like, {})", "like", _run=run)
+    return run
 
 
 @functools.cache
-def _function(of: Library, name: str, fields: Fields) -> Any:
+def _function(of: Library, name: str, kind: type[Struct]) -> Any:
     check_versions(*_versions(of))
-    return of.operator(f"vlattn_cuda_{name}", fields, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p)
+    return of.operator(f"vlattn_cuda_{name}", kind, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p)
 
 
 def _versions(of: Library) -> tuple[int, int]:
@@ -90,16 +99,15 @@ def check_versions(built: int, driver: int) -> None:
         )
 
 
-def masks(inputs: Any, query: Tensor, key: Tensor) -> tuple[tuple[Any, ...], tuple[Tensor | None, ...]]:
-    """MASKS of an operator's inputs, and the tensors behind them, which must live until the call is over: attn_mask, bool or
+def masks_of(inputs: Any, query: Tensor, key: Tensor) -> tuple[Masks, tuple[Tensor | None, ...]]:
+    """Masks of an operator's inputs, and the tensors behind them, which must live until the call is over: attn_mask, bool or
     float32, as a view of (B, H, N, M), and key_mask (B, M), contiguous."""
-    attn_mask, key_mask, named = inputs.attn_mask, inputs.key_mask, {"causal": inputs.is_causal}
+    attn_mask, key_mask, masks = inputs.attn_mask, inputs.key_mask, Masks(causal=inputs.is_causal)
     if attn_mask is not None:
         attn_mask = cast_float_mask(attn_mask, torch.float32).expand(*query.shape[:3], key.shape[2])
-        b, h, n, m = attn_mask.stride()
-        kind = _BOOL if attn_mask.dtype == torch.bool else _ADDED
-        named |= {"kind": kind, "pairs": attn_mask, "stride_b": b, "stride_h": h, "stride_n": n, "stride_m": m}
+        masks.kind, masks.pairs = _BOOL if attn_mask.dtype == torch.bool else _ADDED, address(attn_mask)
+        masks.stride_b, masks.stride_h, masks.stride_n, masks.stride_m = attn_mask.stride()
     if key_mask is not None:
         key_mask = key_mask.contiguous()
-        named |= {"keys": key_mask, "num_keys": key_mask.shape[1]}
-    return MASKS.values(**named), (attn_mask, key_mask)
+        masks.keys, masks.num_keys = address(key_mask), key_mask.shape[1]
+    return masks, (attn_mask, key_mask)

@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
+from ctypes import c_bool, c_float, c_int32, c_int64, c_void_p
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import as_dtype, empty_gradient, empty_rows_first, fold_heads, multiprocessors, unit_strides
-from vlattn_fast.backends.cuda._shared_library import MASKS, kernel, masks
+from vlattn_fast.backends.cuda._shared_library import Masks, kernel, masks_of
 from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs
-from vlattn_fast.backends.native import DTYPES, Fields
+from vlattn_fast.backends.native import DTYPES, StridedTensor, Struct, address, each, strided
 
-_FIELDS = Fields(
-    "int32 dtype, size B H key_heads value_heads N M, size32 A DV, tensor query key value, pointer vector, masks masks, "
-    "single scale, tensor out, pointer lse, tensor grad_out, pointer grad_lse, tensor grad_query grad_key grad_value, "
-    "flag wide_grad_key wide_grad_value, integer ranges, pointer grad_vector rows sums parts",
-    masks=MASKS,
-)
-_forward, _backward = kernel("score_attention", _FIELDS), kernel("score_attention_backward", _FIELDS)
+
+class ScoreAttention(Struct):
+    __slots__ = ()
+    _fields_ = (
+        ("dtype", c_int32),
+        *each(c_int64, "B H key_heads value_heads N M"),
+        *each(c_int32, "A DV"),
+        *each(StridedTensor, "query key value"),
+        ("vector", c_void_p),
+        ("masks", Masks),
+        ("scale", c_float),
+        ("out", StridedTensor),
+        ("lse", c_void_p),
+        ("grad_out", StridedTensor),
+        ("grad_lse", c_void_p),
+        *each(StridedTensor, "grad_query grad_key grad_value"),
+        *each(c_bool, "wide_grad_key wide_grad_value"),
+        ("ranges", c_int64),
+        *each(c_void_p, "grad_vector rows sums parts"),
+    )
+
+
+_forward, _backward = kernel("score_attention", ScoreAttention), kernel("score_attention_backward", ScoreAttention)
 _BLOCK, _GROUP = 64, 16  # keys that a block and a warp take at a time in the backward pass: BACKWARD_ROWS
 _BLOCKS = 4  # for each multiprocessor: with fewer heads, the keys of one are divided among blocks
 _LARGEST = 2**27  # numbers in the sums of several ranges of keys
@@ -27,34 +44,48 @@ _LARGEST = 2**27  # numbers in the sums of several ranges of keys
 def forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
     """out (B, H, N, Dv) and lse (B, H, N)."""
     query, key, value = unit_strides(inputs.query, inputs.key, inputs.value)
-    (seen, _kept), vector = masks(inputs, query, key), _vector(inputs)
+    (masks, _kept), vector = masks_of(inputs, query, key), _vector(inputs)
     batch, heads, queries, _ = query.shape
     out = empty_rows_first(query, heads, queries, value.shape[3])
     lse = query.new_empty(batch, heads, queries, dtype=torch.float32)
-    _forward(query, **_attention(query, key, value), vector=vector, masks=seen, scale=inputs.scale, out=out, lse=lse)
+    rows = {"vector": address(vector), "scale": inputs.scale, "out": strided(out), "lse": address(lse)}
+    _forward(query, ScoreAttention(**_attention(query, key, value), masks=masks, **rows))
     return out, lse
 
 
 def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
     """Gradients of query, key, value and vector, and None for that of row_bias."""
     grad_out, query, key, value, out = unit_strides(inputs.grad_out, inputs.query, inputs.key, inputs.value, inputs.out)
-    (seen, _kept), vector = masks(inputs, query, key), _vector(inputs)
+    (masks, _kept), vector = masks_of(inputs, query, key), _vector(inputs)
     (batch, heads, queries, units), keys, f32 = query.shape, key.shape[2], torch.float32
     key_heads = max(key.shape[1], value.shape[1])
-    grad_lse = None if inputs.grad_lse is None else inputs.grad_lse.contiguous()
-    outputs = {"out": out, "lse": inputs.lse.contiguous(), "grad_out": grad_out, "grad_lse": grad_lse}
+    lse, grad_lse = inputs.lse.contiguous(), None if inputs.grad_lse is None else inputs.grad_lse.contiguous()
     grad_query, grad_vector = empty_gradient(query), query.new_empty(batch, heads, -(-keys // _GROUP), units, dtype=f32)
     grad_key, grad_value = empty_gradient(key, key_heads), empty_gradient(value, key_heads)
-    grads = {"grad_query": grad_query, "grad_key": grad_key, "grad_value": grad_value, "grad_vector": grad_vector}
-    wide = {"wide_grad_key": key.shape[1] != key_heads, "wide_grad_value": value.shape[1] != key_heads}
-    ranges = _key_ranges(query, key_heads, keys)
-    scratch = {
-        "rows": query.new_empty(3, batch, heads, queries, dtype=f32),
-        "sums": query.new_zeros(batch, heads, ranges, queries + queries % 2, units + units % 2, dtype=f32),
-        "parts": query.new_empty(batch, key_heads, keys, units, dtype=f32) if key_heads < heads else None,
-    }
-    how = {"vector": vector, "masks": seen, "scale": inputs.scale, "ranges": ranges}
-    _backward(query, **_attention(query, key, value), **how, **outputs, **grads, **wide, **scratch)
+    ranges, rows = _key_ranges(query, key_heads, keys), query.new_empty(3, batch, heads, queries, dtype=f32)
+    sums = query.new_zeros(batch, heads, ranges, queries + queries % 2, units + units % 2, dtype=f32)
+    parts = query.new_empty(batch, key_heads, keys, units, dtype=f32) if key_heads < heads else None
+    call = ScoreAttention(
+        **_attention(query, key, value),
+        vector=address(vector),
+        masks=masks,
+        scale=inputs.scale,
+        out=strided(out),
+        lse=address(lse),
+        grad_out=strided(grad_out),
+        grad_lse=address(grad_lse),
+        grad_query=strided(grad_query),
+        grad_key=strided(grad_key),
+        grad_value=strided(grad_value),
+        wide_grad_key=key.shape[1] != key_heads,
+        wide_grad_value=value.shape[1] != key_heads,
+        ranges=ranges,
+        grad_vector=address(grad_vector),
+        rows=address(rows),
+        sums=address(sums),
+        parts=address(parts),
+    )
+    _backward(query, call)
     summed = as_dtype(grad_vector.sum((0, 2)), vector.dtype)
     return grad_query, _folded(grad_key, key), _folded(grad_value, value), summed, None
 
@@ -67,7 +98,8 @@ def _vector(inputs: ScoreAttentionInputs | ScoreAttentionBackwardInputs) -> Tens
 def _attention(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Any]:
     (batch, heads, queries, units), (_, key_heads, keys, _), (_, value_heads, _, value_dim) = query.shape, key.shape, value.shape
     sizes = {"B": batch, "H": heads, "key_heads": key_heads, "value_heads": value_heads, "N": queries, "M": keys, "A": units}
-    return {"dtype": DTYPES[query.dtype], **sizes, "DV": value_dim, "query": query, "key": key, "value": value}
+    tensors = {"query": strided(query), "key": strided(key), "value": strided(value)}
+    return {"dtype": DTYPES[query.dtype], **sizes, "DV": value_dim, **tensors}
 
 
 def _key_ranges(query: Tensor, key_heads: int, keys: int) -> int:
