@@ -29,6 +29,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from vlattn_fast._ground.score_kinds import UNIT_KINDS
+
 Config = dict[str, int]
 Launch = TypeVar("Launch")
 # by architecture, as "sm_90"
@@ -109,7 +111,6 @@ _whole = functools.partial(_line, names="BLOCK_Q num_warps num_stages")  # a til
 _attend = functools.partial(_line, names="BLOCK_Q BLOCK_KV BLOCK_D num_warps num_stages")
 _matmul = functools.partial(_line, names="BLOCK_I BLOCK_J BLOCK_K num_warps num_stages")
 FLOAT32 = torch.float32
-UNIT_KINDS = ("additive", "hadamard_tanh", "hadamard_sigmoid")
 
 _ASYNCHRONOUS = ("sm_90", "sm_100")  # products run beside other instructions; a block may have 227 KB of shared memory
 

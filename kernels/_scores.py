@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from vlattn_fast.kernels._group_bias import FLOAT_MASK, BiasProduct
-from vlattn_fast.kernels._tiles import FEATURES, Dropout, Heads, Masks, extended, head_at, masks_at, part_of, real_tokens
+from vlattn_fast.kernels._tiles import FEATURES, LOG2_E, Dropout, Heads, Masks, extended, head_at, masks_at, part_of, real_tokens
 
 
 class Call(NamedTuple):
@@ -34,6 +35,13 @@ class Call(NamedTuple):
     grad: Heads | None = None
     scale: float = 0.0
     end: None = None
+
+
+def query_factor(score: str, dtype: torch.dtype) -> float:
+    """What `_prepare` multiplies queries with. Where y is a product of query and key they carry the factor of 1 / (1 + 2^(factor
+    y)), or in bfloat16 of tanh(factor y)."""
+    fast = dtype == torch.bfloat16
+    return {"hadamard_tanh": 1.0 if fast else -2.0 * LOG2_E, "hadamard_sigmoid": 0.5 if fast else -LOG2_E}.get(score, 1.0)
 
 
 @triton.jit

@@ -26,11 +26,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from vlattn_fast._ground.score_kinds import KINDS
 from vlattn_fast._ground.tensors import empty_gradient, empty_rows_first
 from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs
 from vlattn_fast.kernels import _cudnn, _products_backward, _units_backward
 from vlattn_fast.kernels._boxes import Boxes, boxes_of, fits, load_box, store_box
-from vlattn_fast.kernels._configurations import UNIT_KINDS, Config, configuration, of_facts
+from vlattn_fast.kernels._configurations import Config, configuration, of_facts
 from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._group_bias import (
     FLOAT_MASK,
@@ -58,6 +59,7 @@ from vlattn_fast.kernels._scores import (
     largest_argument,
     largest_entries,
     precomputed_at,
+    query_factor,
     sum_units,
     twice_exponential,
     weights_of_rows,
@@ -229,11 +231,8 @@ def arguments(inputs: ScoreAttentionInputs | ScoreAttentionBackwardInputs, multi
         query, key, value = aligned(query), aligned(key), aligned(value)
         strides = query.stride(), key.stride(), value.stride()
     pre_q = pre_k = query
-    if score in UNIT_KINDS or score == "cosine":
-        # where y is a product, the query carries the factor of 1 / (1 + 2^(factor y)), or in bfloat16 of tanh(factor y)
-        fast = query.dtype == torch.bfloat16
-        factor = {"hadamard_tanh": 1.0 if fast else -2.0 * LOG2_E, "hadamard_sigmoid": 0.5 if fast else -LOG2_E}.get(score, 1.0)
-        pre_q, pre_k = _prepare(query, score, factor), _prepare(key, score, 1.0)
+    if KINDS[score].of != "product":
+        pre_q, pre_k = _prepare(query, score, query_factor(score, query.dtype)), _prepare(key, score, 1.0)
     if score == "cosine":
         parameter = math.inf if parameter == 0.0 else min(1.0 / parameter, 3.4e38)
     dropout = None if seed is None else Dropout(seed, dropout_p, int(dropout_p * 2**32))
@@ -258,7 +257,7 @@ def _of_call(
     alignments = [alignment(shape, stride) for shape, stride in zip(shapes, strides, strict=True)]
     constants = Constants(
         SCORE=score,
-        UNITS=score in UNIT_KINDS,
+        UNITS=KINDS[score].of == "units",
         EXACT=dtype == torch.float32,
         FAST=dtype == torch.bfloat16,
         PRECISION=precision,

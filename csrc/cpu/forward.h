@@ -48,7 +48,7 @@ static void drop(const Attention& a, const Dropout& dropout, const Tile& t, Size
 
 // Whether the products of a call are those of pairs (pairs.h); `numbers` are the fewest of a row of a key or value
 static bool takes_pairs(const Attention& a, const Score& score, Size numbers) {
-    return score.kind < COSINE && a.N > MOST_FEW && pairs_pay(a.dtype, least(a.M, numbers));
+    return score.is_product() && a.N > MOST_FEW && pairs_pay(a.dtype, least(a.M, numbers));
 }
 
 // One thread's query rows of a tile and the logits of a block of keys

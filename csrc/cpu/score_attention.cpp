@@ -133,3 +133,6 @@ static Size score_attention_forward(const Forward& c) {
 
 OPERATOR(score_attention_forward, Forward)
 OPERATOR(score_attention_backward, Backward)
+
+// The names of the scores' kinds, for those who fill a Score
+EXPORT void SYMBOL(ISA, score_kinds)(char* text, int64_t size) { snprintf(text, size, "%s", ISA::SCORE_KINDS); }

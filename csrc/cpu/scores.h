@@ -1,4 +1,4 @@
-// The core scores of vlattn_fast/scores.py on tiles: logits of a block of keys by query rows, and the way back.
+// The core scores of vlattn_fast/_ground/score_kinds.py on tiles: logits of a block of keys by query rows, and the way back.
 //
 // Dot products x = q . k are tile products and, for some, an activation: S = act(x) scale, or the cosine, S = x scale over
 // max(|q| |k|, eps). Other scores are sums over hidden units,
@@ -14,25 +14,37 @@
 namespace ISA {
 namespace {
 
-enum ScoreKind : Size {
-    DOT,
-    DOT_RELU,
-    DOT_LEAKY_RELU,
-    DOT_TANH,
-    DOT_SIGMOID,
-    DOT_SOFTCAP,
-    COSINE,
-    ADDITIVE,
-    HADAMARD_TANH,
-    HADAMARD_SIGMOID
-};
+// The kinds by their names in Python, which asks for them (SCORE_KINDS): activations of the product, each a struct below, and sums
+// over hidden units. A new kind is one more entry.
+#define ACTIVATIONS(KIND)                             \
+    KIND(DOT_RELU, "dot_relu", Relu)                  \
+    KIND(DOT_LEAKY_RELU, "dot_leaky_relu", LeakyRelu) \
+    KIND(DOT_TANH, "dot_tanh", Tanh)                  \
+    KIND(DOT_SIGMOID, "dot_sigmoid", Sigmoid)         \
+    KIND(DOT_SOFTCAP, "dot_softcap", Softcap)
+#define UNIT_SUMS(KIND)                    \
+    KIND(ADDITIVE, "additive", )           \
+    KIND(HADAMARD_TANH, "hadamard_tanh", ) \
+    KIND(HADAMARD_SIGMOID, "hadamard_sigmoid", )
+
+#define NUMBER(kind, name, type) kind,
+enum ScoreKind : Size { DOT, ACTIVATIONS(NUMBER) COSINE, UNIT_SUMS(NUMBER) };
+#undef NUMBER
+
+// A line for each kind, in the order of their numbers: its name, and whether it takes a vector.
+#define LINE(kind, name, type) name "\n"
+#define LINE_OF_UNITS(kind, name, type) name " vector\n"
+constexpr char SCORE_KINDS[] = "dot\n" ACTIVATIONS(LINE) "cosine\n" UNIT_SUMS(LINE_OF_UNITS);
+#undef LINE
+#undef LINE_OF_UNITS
 
 struct Score {
     Size kind;
     double parameter;  // the slope of leaky relu, the eps of cosine, the factor of the product within the tanh of a softcap
     const float* vector;  // (H, D) of the hidden units
     FIELDS(kind, parameter, vector)
-    bool sums_units() const { return kind >= ADDITIVE; }
+    bool is_product() const { return kind < COSINE; }
+    bool sums_units() const { return kind > COSINE; }
     bool bends() const { return kind != DOT; }  // the gradient needs more than P and dP
 };
 
@@ -72,11 +84,10 @@ struct Softcap {
 };
 template <class F> static void with_activation(Size kind, const F& f) {
     switch (kind) {
-        case DOT_RELU: return f(Relu());
-        case DOT_LEAKY_RELU: return f(LeakyRelu());
-        case DOT_TANH: return f(Tanh());
-        case DOT_SIGMOID: return f(Sigmoid());
-        case DOT_SOFTCAP: return f(Softcap());
+#define CASE(kind, name, Type) \
+    case kind: return f(Type());
+        ACTIVATIONS(CASE)
+#undef CASE
     }
 }
 

@@ -63,6 +63,13 @@ class Library {
         return nullptr;
     }
 
+    // what such a function writes into a buffer
+    std::string text(Text name, Text behind = "") const {
+        std::vector<char> buffer(1 << 14);
+        ((void (*)(char*, int64_t))kernel(name, behind))(buffer.data(), buffer.size());
+        return buffer.data();
+    }
+
    private:
     std::string path;
     void* handle;
@@ -98,9 +105,7 @@ struct Kernel {
     explicit Kernel(Text name) {
         const Library& library = Library::opened();
         run = (int64_t (*)(const char*))library.kernel(name);
-        std::vector<char> text(1 << 14);
-        ((void (*)(char*, int64_t))library.kernel(name, "_fields"))(text.data(), text.size());
-        std::istringstream lines(text.data());
+        std::istringstream lines(library.text(name, "_fields"));
         for (std::string member, code; lines >> member >> code;) {
             if (member == "size") size = std::stoul(code);
             else lines >> members[member].offset, members[member].code = code[0];
@@ -315,18 +320,37 @@ Call attention_call(Text name, const Tensor& query, const Tensor& key, const May
     return call;
 }
 
+struct ScoreKind {
+    Size number;
+    bool takes_vector;
+    static const ScoreKind& named(Text name) {
+        static const std::map<std::string, ScoreKind> kinds = all();
+        const auto entry = kinds.find(name);
+        STD_TORCH_CHECK(entry != kinds.end(), "the CPU kernels know no score ", name);
+        return entry->second;
+    }
+
+   private:
+    static std::map<std::string, ScoreKind> all() {
+        std::map<std::string, ScoreKind> kinds;
+        std::istringstream lines(Library::opened().text("score_kinds"));
+        for (std::string line; std::getline(lines, line);) {
+            const size_t end = line.find(' ');
+            kinds.insert({line.substr(0, end), {(Size)kinds.size(), end != std::string::npos}});
+        }
+        return kinds;
+    }
+};
+
 void set_score(Call& call, Text score, double parameter) {
-    call.number("score.parameter", parameter);
-    call.number("score.kind", place("score", score,
-                                    {"dot", "dot_relu", "dot_leaky_relu", "dot_tanh", "dot_sigmoid", "dot_softcap", "cosine",
-                                     "additive", "hadamard_tanh", "hadamard_sigmoid"}));
+    call.number("score.parameter", parameter).number("score.kind", ScoreKind::named(score).number);
 }
 
 std::tuple<Tensor, Tensor> attended(const Tensor& q, const Tensor& k, const Tensor& v, const Maybe& vector, const Masks& masks,
                                     const Maybe& seed, Text score, double parameter, double scale, double dropout_p) {
     check_four(q, k);
     check("value", v, {ANY, ANY, ANY, ANY}, {});
-    const bool by_vector = score == "additive" || score.rfind("hadamard", 0) == 0;
+    const bool by_vector = ScoreKind::named(score).takes_vector;
     if (by_vector) check_given("vector", vector);
     if (by_vector) check("vector", vector, {q.size(1), q.size(3)}, {});
     check("seed", seed, {}, {ScalarType::Long});

@@ -16,6 +16,7 @@ import torch
 import vlattn_fast as va
 from tests.helpers import programs
 from tools import building
+from vlattn_fast._ground.score_kinds import KINDS, Kind
 from vlattn_fast.backends import native
 from vlattn_fast.backends.cpu import score_attention
 from vlattn_fast.backends.cpu._attention import MaskShifts
@@ -168,6 +169,20 @@ def test_members_that_the_source_has_swapped_are_named(tmp_path: Path, monkeypat
     monkeypatch.setattr(native, "library", native.find(library))
     with pytest.raises(RuntimeError, match=UNFIT.format("'a.Hkv q 32'", "'a.Hkv q 24'")):
         native.kernel("mask_shifts", MaskShifts)(MaskShifts())
+
+
+def test_the_library_has_the_kinds_of_scores_of_the_table() -> None:
+    lines = [line.split() for line in native.library.text(native.chosen("score_kinds")).splitlines()]
+    assert {name: rest == ["vector"] for name, *rest in lines} == {
+        name: kind.of == "units" for name, kind in KINDS.items() if "cpu" in kind.kernels
+    }
+
+
+def test_a_kind_that_the_library_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(KINDS, "dot_square", Kind("(q . k)^2", "product"))
+    score_attention._numbers_of_kinds.cache_clear()
+    with pytest.raises(RuntimeError, match="does not fit this vlattn_fast: install it again .it has no dot_square"):
+        score_attention._numbers_of_kinds()
 
 
 def test_a_kernel_that_is_not_there() -> None:

@@ -17,6 +17,7 @@ from torch._dynamo.testing import CompileCounter
 
 import vlattn_fast as va
 from vlattn_fast import scores as S
+from vlattn_fast._ground.score_kinds import KINDS
 from vlattn_fast.backends import native
 from vlattn_fast.backends.cuda import _shared_library
 from vlattn_fast.checking import verify
@@ -437,3 +438,21 @@ def test_a_backend_that_cannot_run_is_refused_at_the_public_call(backend: str, m
     for call in (attend(backend=backend), relevancy(backend=backend), step(backend=backend)):
         with pytest.raises(ValueError, match=f"backend='{backend}' cannot run .*: .+"):
             call()
+
+
+@pytest.mark.parametrize("backend", ("cpu", "triton"))
+def test_kernels_refuse_a_kind_of_score_that_the_table_does_not_give_them(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "_PLANS", {})
+    monkeypatch.setitem(KINDS, "dot_tanh", KINDS["dot_tanh"]._replace(kernels=()))
+    x, score = torch.randn(1, 2, 3, 4), va.scores.General(torch.eye(4), activation="tanh")
+    with pytest.raises(ValueError, match=f"backend='{backend}' cannot run .* kernels do not have this kind of score"):
+        va.score_attention(x, x, x, score=score, scale=0.3, backend=backend)
+    expected = va.reference.score_attention(x, x, x, score=score, scale=0.3)
+    torch.testing.assert_close(va.score_attention(x, x, x, score=score, scale=0.3), expected)
+
+
+def test_a_kind_that_is_not_in_the_table_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(va.scores.General, "kind", "dot_cube")
+    x = torch.randn(1, 2, 3, 4)
+    with pytest.raises(ValueError, match="the kind of a core score must be one of .*; got 'dot_cube'"):
+        va.score_attention(x, x, x, score=va.scores.General(torch.eye(4)))

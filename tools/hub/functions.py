@@ -31,6 +31,7 @@ from tools.hub.operators import (
     step_op,
 )
 from vlattn_fast._ground.checks import check_attention, check_choice, check_masks
+from vlattn_fast._ground.score_kinds import UNIT_KINDS, in_kernels
 from vlattn_fast.backends.inputs import (
     AttentionMapInputs,
     AttentionStatisticsInputs,
@@ -42,18 +43,7 @@ from vlattn_fast.backends.inputs import (
 from vlattn_fast.backends.reference.congruence_loss import block_inputs
 
 __all__ = ["attention_map", "attention_statistics", "congruence_loss", "relevancy_attention", "relevancy_step", "score_attention"]
-SCORES = (
-    "dot",
-    "dot_relu",
-    "dot_leaky_relu",
-    "dot_tanh",
-    "dot_sigmoid",
-    "dot_softcap",
-    "cosine",
-    "additive",
-    "hadamard_tanh",
-    "hadamard_sigmoid",
-)
+SCORES = in_kernels(BACKEND)
 
 
 def score_attention(
@@ -77,8 +67,8 @@ def score_attention(
     """
     _check(query, key, attn_mask, key_mask, is_causal, value=value)
     check_choice("score", score, SCORES)
-    if (vector is not None) != score.startswith(("additive", "hadamard")):
-        raise ValueError(f"vector must be (H, D) for additive and hadamard scores, and None for others; got {score!r}")
+    if (vector is not None) != (score in UNIT_KINDS):
+        raise ValueError(f"vector must be (H, D) for {', '.join(UNIT_KINDS)}, and None for others; got {score!r}")
     if scale is None:
         scale = _scale(query) if score == "dot" else 1.0
     masks: dict[str, Any] = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from vlattn_fast._ground.score_kinds import kind_of
 from vlattn_fast.dispatch.call import Call
 from vlattn_fast.dispatch.table import table
 
@@ -50,8 +51,13 @@ def _sdpa_limits(call: Call) -> list[tuple[str, bool]]:
     ]
 
 
+def _cpu_limits(call: Call) -> list[tuple[str, bool]]:
+    return [("the CPU kernels do not have this kind of score", "cpu" not in kind_of(call.flags["score"]).kernels)]
+
+
 def _triton_limits(call: Call) -> list[tuple[str, bool]]:
     return [
+        ("the Triton kernels do not have this kind of score", "triton" not in kind_of(call.flags["score"]).kernels),
         ("Triton kernels take scores of at most 256 features", call.sizes["features"] > 256),
         ("a sine series chooses its number of features from the data, a Triton kernel takes at most 256", call.flags["series"]),
     ]
@@ -59,7 +65,7 @@ def _triton_limits(call: Call) -> list[tuple[str, bool]]:
 
 def _cuda_limits(call: Call) -> list[tuple[str, bool]]:
     return [
-        ("the CUDA C++ kernel takes exact additive scores", call.flags["score"] != "additive"),
+        ("the CUDA C++ kernel takes exact additive scores", "cuda" not in kind_of(call.flags["score"]).kernels),
         ("the CUDA C++ kernel has no dropout", call.flags["dropout"]),
         ("the CUDA C++ kernel takes at most 128 hidden units", call.sizes["features"] > 128),
         ("the CUDA C++ kernel takes value sizes of at most 128", call.sizes["value_dim"] > 128),
@@ -80,5 +86,11 @@ _LEADS = {
     "cuda": lambda call: _in_16_bits_on_a_gpu(call) and call.flags["score"] == "additive",
 }
 BACKENDS = table(
-    "score_attention", sdpa=_sdpa_limits, triton=_triton_limits, cuda=_cuda_limits, shared_sums=_SHARED_SUMS, leads=_LEADS
+    "score_attention",
+    sdpa=_sdpa_limits,
+    cpu=_cpu_limits,
+    triton=_triton_limits,
+    cuda=_cuda_limits,
+    shared_sums=_SHARED_SUMS,
+    leads=_LEADS,
 )

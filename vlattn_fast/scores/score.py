@@ -1,14 +1,7 @@
 """The class of all score functions: it tells the call, the reference, the layers and the checks all that they need.
 
 A score is an activation of a dot product of features, score(q, k) = act(phi(q) . psi(k)). Each class turns query and key into
-features and names its core score. The operator has these core scores:
-
-    dot               phi . psi                      plain attention on features
-    cosine            q . k / max(|q| |k|, eps)      where the clamp acts, or may act
-    dot_<activation>  act(phi . psi)
-    dot_softcap       tanh(c phi . psi)              behind `softcapped`
-    additive          sum_a u_a tanh(q_a + k_a)
-    hadamard_<activation>  sum_a u_a act(q_a k_a), for tanh and sigmoid (relu and leaky relu are exactly rank two)
+features and names its core score, one of the kinds in vlattn_fast/_ground/score_kinds.py.
 
 Shapes: query (B, H, N, Dq), key (B, Hkv, M, Dk). A parameter with a leading (H, ...) is per query head, otherwise shared.
 """
@@ -34,7 +27,7 @@ class Core(NamedTuple):
     query: Tensor
     key: Tensor
     vector: Tensor | None = None
-    parameter: float = 0.0  # cosine: eps; leaky_relu: the slope; softcap: c
+    parameter: float = 0.0  # of the kind
     offset: float | Tensor = 0.0  # a number or (B, H, N): cancels in the softmax, not in the log-sum-exp
     keeps_dtype: bool = False  # features that autocast must not round
 

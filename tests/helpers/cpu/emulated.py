@@ -44,7 +44,7 @@ class Emulated(native.Library):
         return self._described(f"{name}_fields") != ""
 
     def function(self, name: str, result: Any, *arguments: Any) -> Any:
-        if name.endswith("_fields"):
+        if name.endswith(("_fields", "_kinds")):
             return functools.partial(self._describe, name)
         members = [line.split() for line in self._described(f"{name}_fields").splitlines()[:-1]]
         return functools.partial(self._call, name, [int(offset) for _, code, offset in members if code == "P"])

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from ctypes import c_double, c_int64, c_void_p
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vlattn_fast._ground.score_kinds import in_kernels
 from vlattn_fast._ground.tensors import as_dtype, empty_gradient, empty_rows_first, expand_heads, fold_heads, unit_strides
+from vlattn_fast.backends import native
 from vlattn_fast.backends.cpu._attention import Attention, attention, empty_row_bias
 from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs, ScoreAttentionSecondInputs
 from vlattn_fast.backends.native import StridedTensor, Struct, address, each, kernel, strided
-
-_DOT_KINDS = ("dot", "dot_relu", "dot_leaky_relu", "dot_tanh", "dot_sigmoid", "dot_softcap")
-_KINDS = (*_DOT_KINDS, "cosine", "additive", "hadamard_tanh", "hadamard_sigmoid")  # ScoreKind of csrc/cpu/scores.h
 
 
 class Score(Struct):
@@ -156,7 +156,17 @@ def float32(x: Tensor | None) -> Tensor | None:
 
 
 def core_score(inputs: Any, vector: Tensor | None) -> Score:
-    return Score(kind=_KINDS.index(inputs.score), parameter=inputs.parameter, vector=address(vector))
+    return Score(kind=_numbers_of_kinds()[inputs.score], parameter=inputs.parameter, vector=address(vector))
+
+
+@functools.cache
+def _numbers_of_kinds() -> dict[str, int]:
+    """ScoreKind of csrc/cpu/scores.h, by the names that the library gives."""
+    lines = native.library.text(native.chosen("score_kinds")).splitlines()
+    numbers = {line.split()[0]: number for number, line in enumerate(lines)}
+    if missing := set(in_kernels("cpu")) - set(numbers):
+        raise RuntimeError(f"{native.library.path} does not fit this vlattn_fast: install it again (it has no {min(missing)})")
+    return numbers
 
 
 def _dropout(inputs: ScoreAttentionInputs | ScoreAttentionBackwardInputs | ScoreAttentionSecondInputs) -> Dropout:

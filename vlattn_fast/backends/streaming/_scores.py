@@ -6,21 +6,22 @@ is memory traffic: each step of a unit is one pass over the tile, in place, with
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from vlattn_fast._ground.score_kinds import KINDS
 from vlattn_fast._ground.tensors import unit_vectors
-
-DOT_KINDS = ("dot", "dot_relu", "dot_leaky_relu", "dot_tanh", "dot_sigmoid", "dot_softcap")
-UNIT_KINDS = ("additive", "hadamard_tanh", "hadamard_sigmoid")
 
 
 def score_tile(kind: str, q: Tensor, k: Tensor, vector: Tensor | None, parameter: float) -> Tensor:
     """The scores of a tile. `vector` (h, A) belongs to the kinds that sum over hidden units."""
     if kind == "cosine":
         return _cosine(q, k, parameter)
-    if kind in DOT_KINDS:
-        return _activation(kind, q @ k.mT, parameter)
+    if KINDS[kind].of == "product":
+        return q @ k.mT if kind == "dot" else _ACTIVATIONS[kind].value(q @ k.mT, parameter)
     assert vector is not None
     units = _Units(kind, q, k, vector)
     score, unit, ones = units.of_tile().zero_(), units.of_tile(), vector.new_zeros(vector.shape[0])
@@ -39,9 +40,9 @@ def score_tile_backward(
     """Gradients of q (b, h, i, A), k (b, h, M, A) and the vector (h, A) from that of the scores (b, h, i, M)."""
     if kind == "cosine":
         return *_cosine_backward(grad, q, k, parameter), None
-    if kind in DOT_KINDS:
+    if KINDS[kind].of == "product":
         if kind != "dot":
-            grad = grad * _activation_slope(kind, q @ k.mT, parameter)
+            grad = grad * _ACTIVATIONS[kind].slope(q @ k.mT, parameter)
         return grad @ k, grad.mT @ q, None
     assert vector is not None
     units = _Units(kind, q, k, vector)
@@ -116,33 +117,28 @@ def _factors(q: Tensor, k: Tensor) -> Tensor:
     return fit.all(0).all(0)
 
 
-def _activation(kind: str, x: Tensor, parameter: float) -> Tensor:
-    match kind:
-        case "dot_relu":
-            return torch.relu(x)
-        case "dot_leaky_relu":
-            return torch.where(x >= 0, x, parameter * x)
-        case "dot_tanh":
-            return torch.tanh(x)
-        case "dot_sigmoid":
-            return torch.sigmoid(x)
-        case "dot_softcap":
-            return torch.tanh(x * parameter)
-    return x
+class _Activation(NamedTuple):
+    """What acts on a product, of the product and the kind's number; and its derivative by the product."""
+
+    value: Callable[[Tensor, float], Tensor]
+    slope: Callable[[Tensor, float], Tensor]
 
 
-def _activation_slope(kind: str, x: Tensor, parameter: float) -> Tensor:
-    match kind:
-        case "dot_relu":
-            return (x > 0).to(x.dtype)
-        case "dot_leaky_relu":
-            return torch.where(x > 0, torch.ones_like(x), parameter)  # two Python numbers would give float32
-        case "dot_tanh":
-            return 1 - torch.tanh(x) ** 2
-        case "dot_softcap":
-            return (1 - torch.tanh(x * parameter) ** 2) * parameter
+def _sigmoid_slope(x: Tensor, p: float) -> Tensor:
     t = torch.sigmoid(x)
     return t * (1 - t)
+
+
+_ACTIVATIONS = {
+    "dot_relu": _Activation(lambda x, p: torch.relu(x), lambda x, p: (x > 0).to(x.dtype)),
+    "dot_leaky_relu": _Activation(
+        lambda x, p: torch.where(x >= 0, x, p * x),
+        lambda x, p: torch.where(x > 0, torch.ones_like(x), p),  # two Python numbers would give float32
+    ),
+    "dot_tanh": _Activation(lambda x, p: torch.tanh(x), lambda x, p: 1 - torch.tanh(x) ** 2),
+    "dot_sigmoid": _Activation(lambda x, p: torch.sigmoid(x), _sigmoid_slope),
+    "dot_softcap": _Activation(lambda x, p: torch.tanh(x * p), lambda x, p: (1 - torch.tanh(x * p) ** 2) * p),
+}
 
 
 def _cosine(q: Tensor, k: Tensor, eps: float) -> Tensor:
