@@ -70,7 +70,7 @@ def test_what_is_added_is_written_everywhere(tree: Path) -> None:
     for name, lines in {
         "vlattn_fast/__init__.py": ["from vlattn_fast.ops.toy import toy", '    "toy",'],
         "vlattn_fast/backends/reference/__init__.py": ["from vlattn_fast.backends.reference.toy import toy", '    "toy",'],
-        "vlattn_fast/scores/__init__.py": ["    from vlattn_fast.scores.shifted import Shifted", '    "Shifted",'],
+        "vlattn_fast/scores/__init__.py": ["from vlattn_fast.scores.shifted import Shifted", '    "Shifted",'],
         "vlattn_fast/methods.py": [f"from {METHODS}.layer_mean import LayerMean", '    "LayerMean",'],
         "vlattn_fast/nn/__init__.py": ['    "NewLoss",'],
         "docs/api.md": ["::: vlattn_fast.scores.Shifted", "::: vlattn_fast.nn.NewLoss"],

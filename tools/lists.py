@@ -198,17 +198,15 @@ class Lists:
 def with_imports(text: str, found: list[tuple[str, str]]) -> str:
     """The text with an import of each name that it does not import: before the first line of its kind that sorts after it."""
     for module, name in found:
-        if re.search(rf"^ *from {re.escape(module)} import .*\b{name}\b", text, re.M):
+        if re.search(rf"^from {re.escape(module)} import .*\b{name}\b", text, re.M):
             continue
         lines = text.splitlines(keepends=True)
         package = module.rpartition(".")[0]
-        beside = re.compile(rf"( *)from {re.escape(package)}\.\w+ import ")
-        indents = {n: match[1] for n, line in enumerate(lines) if (match := beside.match(line))}
-        assert indents, f"no import of {package} beside which {name} could stand"
-        indent = max(indents.values())  # of those under TYPE_CHECKING, if there are any
-        kind = [n for n, of_line in indents.items() if of_line == indent]
-        line = f"{indent}from {module} import {name}\n"
-        place = next((n for n in kind if lines[n] > line), kind[-1] + 1)
+        beside = re.compile(rf"from {re.escape(package)}\.\w+ import ")
+        others = [n for n, line in enumerate(lines) if beside.match(line)]
+        assert others, f"no import of {package} beside which {name} could stand"
+        line = f"from {module} import {name}\n"
+        place = next((n for n in others if lines[n] > line), others[-1] + 1)
         text = "".join([*lines[:place], line, *lines[place:]])
     return text
 

@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vlattn_fast._ground.checks import describe
+from vlattn_fast.scores.additive import Additive
+from vlattn_fast.scores.cosine import Cosine
+from vlattn_fast.scores.distance import Distance
+from vlattn_fast.scores.dot import Dot, ScaledDot
+from vlattn_fast.scores.general import General
+from vlattn_fast.scores.hadamard import Hadamard
 from vlattn_fast.scores.score import ACTIVATIONS, Core, Layer, Parameter, Score, softcapped
-
-if TYPE_CHECKING:  # for editors, mypy and the API page; `make lists` writes these lines
-    from vlattn_fast.scores.additive import Additive
-    from vlattn_fast.scores.cosine import Cosine
-    from vlattn_fast.scores.distance import Distance
-    from vlattn_fast.scores.dot import Dot, ScaledDot
-    from vlattn_fast.scores.general import General
-    from vlattn_fast.scores.hadamard import Hadamard
 
 __all__ = [
     "ACTIVATIONS",
@@ -57,7 +55,6 @@ def scores_in_folder() -> dict[str, type[Score]]:
 
 
 SCORES = scores_in_folder()
-globals().update({kind.__name__: kind for kind in SCORES.values()})
 
 
 def layers() -> dict[str, Layer]:

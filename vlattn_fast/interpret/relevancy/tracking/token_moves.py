@@ -19,6 +19,7 @@ from vlattn_fast._ground.marks import new_mark
 from vlattn_fast.interpret.relevancy.tracking.token_numbers import (
     ANY,
     BROADCASTS,
+    CONCATENATIONS,
     JOINS,
     LAYOUTS,
     LOST,
@@ -304,7 +305,7 @@ class TokenMoves:
             return None  # in front of the first attention they are new tokens
         shapes = [tuple(x.shape) for x in tensors]
         dim: Any = None
-        if call.name.startswith("con") or call.name == "cat":
+        if call.name in CONCATENATIONS:
             dim = (rest[0] if rest else kwargs.get("dim", 0)) % len(shapes[0])
         if dim is not None and all(n.shape[dim] == 1 for n in known) and all(shape[dim] > 1 for shape in shapes):
             behind = [n for x, n in zip(tensors, numbers, strict=True) if n is not None and self._is_behind((x,))] or known

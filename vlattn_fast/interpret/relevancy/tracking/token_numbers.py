@@ -26,7 +26,8 @@ MOVES = {
     *"pixel_shuffle pixel_unshuffle channel_shuffle chunk".split(),
 }
 BROADCASTS = {*"expand expand_as broadcast_to".split()}
-JOINS = {*"cat concat concatenate stack hstack vstack dstack".split()}
+CONCATENATIONS = {"cat", "concat", "concatenate"}  # along a dimension that the call names
+JOINS = CONCATENATIONS | {"stack", "hstack", "vstack", "dstack"}
 WRITES = {*"setitem index_copy scatter index_put masked_scatter slice_scatter select_scatter copy where".split()}
 SUMS = {*"index_add scatter_add scatter_reduce index_reduce".split()}  # of what goes to one place
 LAYOUTS = VIEWS | MOVES | BROADCASTS
