@@ -23,7 +23,7 @@ from vlattn_fast.attach.session import Steps
 from vlattn_fast.interpret.records.image_grids import square_patches
 from vlattn_fast.interpret.records.pixels import Shape
 from vlattn_fast.interpret.records.record import Family
-from vlattn_fast.interpret.relevancy.method import LinkedCall, Method
+from vlattn_fast.interpret.relevancy.method import Link, Method
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.tracking.lost_gradients import note_lost_gradient
 
@@ -64,7 +64,7 @@ class EmbeddingTrace(Subscriber):
     def __init__(self, model: nn.Module, family: Family, method: Method) -> None:
         self.model, self.family, self.method = model, family, method
         self.towers = [TowerTrace(record, model, keeps=False) for record in family.towers]
-        self.calls: list[LinkedCall] = []  # none is seen
+        self.calls: list[Link] = []  # none is seen
         self.without_gradient: list[str] = []  # the innermost modules in which a gradient ends
         self._names = {module: path for path, module in model.named_modules()}
         self._ids: dict[str, Tensor] = {}  # the inputs that hold integers, where no record names towers

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vlattn_fast._ground.checks import check_choice, check_integer, check_items
 from vlattn_fast.interpret.relevancy.kept_calls import KeptCalls
-from vlattn_fast.interpret.relevancy.method import BackwardPass, LinkedCall, Method
+from vlattn_fast.interpret.relevancy.method import BackwardPass, Link, Method
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import TracedCall
 
@@ -74,7 +74,7 @@ class LayerMaps(KeptCalls):
         self.name, self.needs_score, self.selection = method.name, method.needs_score, selection
         self.freeze, self.of = method.freeze, method.of
         self.removes_sinks = method.removes_sinks
-        self.links: dict[TowerTrace, list[LinkedCall]] = {}  # by the tower of the keys, where towers attend to one another
+        self.links: dict[TowerTrace, list[Link]] = {}  # by the tower of the keys, where towers attend to one another
 
     @property
     def asked(self) -> str:
@@ -86,7 +86,7 @@ class LayerMaps(KeptCalls):
 
     # --- the backward pass ---
 
-    def ran(self, read: Sequence[TowerTrace], attended: Sequence[TowerTrace], calls: Sequence[LinkedCall]) -> None:
+    def ran(self, read: Sequence[TowerTrace], attended: Sequence[TowerTrace], calls: Sequence[Link]) -> None:
         for tower in (*read, *attended) if attended else ():
             queries = [tower] if tower in read else read
             self.links[tower] = [call for call in calls if call.source is tower and call.tower in queries]

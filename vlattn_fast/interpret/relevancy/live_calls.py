@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,20 +24,13 @@ from vlattn_fast.interpret.relevancy.tracking.token_places import Places
 from vlattn_fast.ops.score_attention import score_attention
 
 
-class LiveCall(NamedTuple):
-    """A call that is kept."""
-
-    number: int  # among all calls of the run
-    attention: TracedCall
-
-
 class LiveCalls(Method):
     """The rows of `formula` from calls with their graph. `higher_order`: the score's gradient has a gradient, too."""
 
     trains = True
     adds_beside: bool
     holds_start: bool
-    kept: dict[TowerTrace, list[LiveCall]]
+    kept: dict[TowerTrace, list[TracedCall]]
 
     def __init__(self, formula: Method, higher_order: bool) -> None:
         super().__init__()
@@ -70,11 +63,9 @@ class LiveCalls(Method):
         return self.formula.follow(func, args, kwargs, behind)
 
     def attend(self, tower: TowerTrace, call: TracedCall) -> Tensor:
-        assert tower.calls.last is not None
         self.formula.begins(tower, call.chunk)
         output = self._computed(tower, call)
-        kept = LiveCall(tower.calls.last, replace(call, output=output).kept(self.higher_order))
-        self.kept.setdefault(tower, []).append(kept)
+        self.kept.setdefault(tower, []).append(replace(call, output=output).kept(self.higher_order))
         return output
 
     def pool(self, tower: TowerTrace, call: TracedCall) -> Tensor:
@@ -149,7 +140,7 @@ class LiveCalls(Method):
         terms = [self.formula.terms(tower) for tower in backward.towers]
         calls = [self._calls(tower, backward.start_layer) for tower in backward.towers]
         pools = [self.pools.get(tower) for tower in backward.towers]
-        tensors = [call.attention.output for of_tower in calls for call in of_tower]
+        tensors = [call.output for of_tower in calls for call in of_tower]
         tensors += [call.output for call in pools if call is not None]
         tensors += [of_tower[call.number][2] for of_tower, each in zip(terms, calls, strict=True) if of_tower for call in each]
         grads = iter(backward.gradients(tensors) if self.needs_score else [None] * len(tensors))
@@ -168,15 +159,15 @@ class LiveCalls(Method):
             places = backward.towers[tower].places
             of_last, added = 1.0, None  # by a mixer beside the call
             for call, grad, of_term in reversed(list(each)):
-                if call.attention.beside:
+                if call.beside:
                     of_last, of_this = self.formula.recursion.beside
-                    added = of_this * self._step(row, call.attention, grad).to(row)
+                    added = of_this * self._step(row, call, grad).to(row)
                     continue
-                a, b = self.formula.weights(call.attention, terms[tower].get(call.number), of_term)
+                a, b = self.formula.weights(call, terms[tower].get(call.number), of_term)
                 if places.reorders:
                     row = self._moved(row, a, b, call, grad, places, terms[tower].get(call.number))
                     continue
-                row = row * as_factor(a, row) + self._step(row * as_factor(b, row), call.attention, grad).to(row)
+                row = row * as_factor(a, row) + self._step(row * as_factor(b, row), call, grad).to(row)
                 if added is not None:
                     row, added = row * of_last + added, None
             rows.append(row)
@@ -189,17 +180,17 @@ class LiveCalls(Method):
     def check_between(self, start_layer: int, records: Sequence[Any]) -> None:
         self.formula.check_between(start_layer, records)
 
-    def _calls(self, tower: TowerTrace, start_layer: int) -> list[LiveCall]:
+    def _calls(self, tower: TowerTrace, start_layer: int) -> list[TracedCall]:
         """The calls of layer `start_layer` and later ones."""
         first = tower.first_layer(start_layer)
-        return [call for call in self.kept[tower] if call.attention.layer >= first]
+        return [call for call in self.kept[tower] if call.layer >= first]
 
-    def _moved(self, row: Tensor, a: Any, b: Any, call: LiveCall, grad: Tensor | None, places: Places, term: Any) -> Tensor:
+    def _moved(self, row: Tensor, a: Any, b: Any, call: TracedCall, grad: Tensor | None, places: Places, term: Any) -> Tensor:
         """The flat row in front of a call, whose tokens are elsewhere. Weights of a sum are of the tokens of its stream."""
-        at = places.call(call.attention.token_places)
+        at = places.call(call.token_places)
         of_sum = None if term is None else places.of_states(term[0])
         carried = at.pick(at.scaled(row, b, of_sum), at.queries)
-        return at.scaled(row, a, of_sum) + at.spread(self._step(carried, call.attention, grad).to(row), at.keys)
+        return at.scaled(row, a, of_sum) + at.spread(self._step(carried, call, grad).to(row), at.keys)
 
     def _step(self, row: Tensor, call: TracedCall, grad: Tensor | None) -> Tensor:
         """row (B, T, N) times Abar: zeros where the score does not depend on the call."""

@@ -27,15 +27,19 @@ LOGIT, LOG_PROBABILITY, MARGIN = EXPLAINED = ("logit", "log_probability", "margi
 
 
 @dataclass(frozen=True, eq=False)
-class LinkedCall:
-    """An attention call whose queries are tokens of `tower` and whose keys are tokens of `source`, often the same."""
+class Link:
+    """An attention call from the tokens of `tower`, its queries, to those of `source`, often the same."""
 
     tower: TowerTrace
     source: TowerTrace
     attention: TracedCall
-    number: int  # of the call in the run
     seen: int | None  # of cross-attention, the last call of `source` that the keys came through; None without one
     joint: bool = False  # the keys stand beside those of `tower` in one softmax
+
+    @property
+    def number(self) -> int:
+        """Of the call, among all calls of the run."""
+        return self.attention.number
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +58,7 @@ class BackwardPass:
 
     towers: Sequence[TowerTrace]  # whose own rows are read
     attended: Sequence[TowerTrace]  # that they attend to
-    calls: Sequence[LinkedCall]  # in the order in which they ran, where towers may attend to one another; else none
+    calls: Sequence[Link]  # in the order in which they ran, where towers may attend to one another; else none
     starts: Sequence[Tensor]  # (B, T, N), the weights of the rows that are read of `towers`; T is 1 where a score counts
     scores: Tensor | None  # (B,); None for methods without a gradient
     start_layer: int
@@ -76,7 +80,7 @@ class BackwardPass:
         of_used = iter(torch.autograd.grad(self.scores, used, ones, allow_unused=True, **how) if used else [])
         return [next(of_used) if tensor.requires_grad else None for tensor in tensors]
 
-    def reaching_calls(self) -> list[LinkedCall]:
+    def reaching_calls(self) -> list[Link]:
         """The calls through which something counts for `towers`: calls of other towers cost time, and bring nothing."""
         reached = set(self.towers)
         while more := {call.source for call in self.calls if call.tower in reached} - reached:
@@ -346,7 +350,7 @@ class Method:
 
     # --- the backward pass ---
 
-    def ran(self, read: Sequence[TowerTrace], attended: Sequence[TowerTrace], calls: Sequence[LinkedCall]) -> None:
+    def ran(self, read: Sequence[TowerTrace], attended: Sequence[TowerTrace], calls: Sequence[Link]) -> None:
         """The forward pass is over: the towers whose own rows are read, those that they attend to, and `BackwardPass.calls`."""
 
     def rows_of(self, tower: TowerTrace) -> int:

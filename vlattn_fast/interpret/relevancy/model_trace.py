@@ -27,7 +27,7 @@ from vlattn_fast.interpret.records.record import Family
 from vlattn_fast.interpret.records.unsupported import check_recurrences, check_rules
 from vlattn_fast.interpret.relevancy.found_towers import FindsTowers
 from vlattn_fast.interpret.relevancy.joined_keys import JoinedKeys, Joint, Part, check_cross, joint_keys
-from vlattn_fast.interpret.relevancy.method import LinkedCall, Method
+from vlattn_fast.interpret.relevancy.method import Link, Method
 from vlattn_fast.interpret.relevancy.recurrent_calls import replacements
 from vlattn_fast.interpret.relevancy.seen_mixers import SeesMixers
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace, begun, submodule
@@ -66,7 +66,7 @@ class Trace(FindsTowers, SeesMixers, Subscriber):
         self._ran: set[str] = set()
         self._make_tower = functools.partial(TowerTrace, model=model, keeps=self.finds_towers, ran=self._ran)
         self.towers = [self._make_tower(record) for record in family.towers]
-        self.calls: list[LinkedCall] = []  # in the order in which they ran, where rules for several towers may read them
+        self.calls: list[Link] = []  # in the order in which they ran, where rules for several towers may read them
         self.by_hand: dict[str, set[torch.Size]] = {}  # modules that took a softmax themselves: those that may be maps for sure
         self._chunks: dict[int, int] = {}  # of the runs that attended in chunks: their queries, over the whole batch
         self._owners: list[TowerTrace | None] = []  # the tower of each call, by its bit
@@ -377,7 +377,7 @@ class Trace(FindsTowers, SeesMixers, Subscriber):
         if self.finds_towers:
             behind = range(key_calls.bit_length() - 1, -1, -1) if tower is not source else ()
             seen = next((i for i in behind if key_calls >> i & 1 and self._owners[i] is source), None)
-            self.calls.append(LinkedCall(tower, source, replace(call, output=output), len(self._owners), seen, joint))
+            self.calls.append(Link(tower, source, replace(call, output=output), seen, joint))
 
     def _part(self, tensor: Tensor, dim: int) -> Part:
         """A tensor as a part of a join along `dim`."""

@@ -308,7 +308,8 @@ class TowerTrace:
         if call.beside and (token_places is not None or self.calls.chunked):
             raise ValueError(f"model must have its tokens in order where two mixers take them; got '{path}'")
         self.places.end = None
-        return dataclasses.replace(call, mesh=self._mesh(call), layer=self.layer, chunk=chunk, token_places=token_places)
+        of_tower: dict[str, Any] = {"number": number, "layer": self.layer, "chunk": chunk, "token_places": token_places}
+        return dataclasses.replace(call, mesh=self._mesh(call), **of_tower)
 
     def note_others(self, call: TracedCall, measures: bool) -> None:
         """Note the keys of a call that are no tokens; `measures` the share of attention that they take."""

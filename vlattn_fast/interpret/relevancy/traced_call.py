@@ -71,6 +71,7 @@ class TracedCall:
     value: Tensor
     masks: dict[str, Any]  # the options of the call
     mesh: Any = None  # the processes that share its heads; None = all heads are here
+    number: int = -1  # among all calls of the run
     layer: int = 0  # its number in the tower, from 0: that of the block that calls
     beside: bool = False  # it takes the same tokens as the last call, and the model adds the outputs of both
     chunk: bool = False  # it takes a further part of the sequence through the module of the last call

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import over_sums
-from vlattn_fast.interpret.relevancy.method import BackwardPass, LinkedCall, read_tokens
+from vlattn_fast.interpret.relevancy.method import BackwardPass, Link, read_tokens
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 
 Relevancies = dict[tuple[TowerTrace, TowerTrace], Tensor]  # without the part of the identity
@@ -31,10 +31,10 @@ Identities = dict[TowerTrace, Tensor]  # i_s (B, N, 1), the part of the identity
 class Equations:
     """Equations 6 to 11. A method that differs in one of them overrides its part."""
 
-    def begin(self, relevancies: Relevancies, calls: Sequence[LinkedCall]) -> None:
+    def begin(self, relevancies: Relevancies, calls: Sequence[Link]) -> None:
         """The entries of `relevancies` between towers before the first call: none, since nothing counts yet."""
 
-    def mean_map(self, call: LinkedCall, grad: Tensor, like: Tensor) -> Tensor:
+    def mean_map(self, call: Link, grad: Tensor, like: Tensor) -> Tensor:
         """Equation 5: Abar (B, N, M) over the keys that are tokens, on the device and in the dtype of `like`: layers may have
         several."""
         return call.attention.of_tokens(self.weighed(call.attention.mean_map(grad).to(like)))
@@ -43,7 +43,7 @@ class Equations:
         """Abar over all keys, its rows divided by their sums where a rule says so."""
         return abar
 
-    def normalized(self, call: LinkedCall, relevancy: Tensor, identity: Tensor) -> Tensor:
+    def normalized(self, call: Link, relevancy: Tensor, identity: Tensor) -> Tensor:
         """Equations 8 and 9: R - I, each row divided by its sum, plus I. Zero rows stay. `relevancy` is R less diag(identity)."""
         beside = relevancy + torch.diag_embed(identity[..., 0] - 1)
         return over_sums(beside) + torch.eye(relevancy.shape[-1], dtype=relevancy.dtype, device=relevancy.device)
@@ -52,14 +52,12 @@ class Equations:
         """Equation 10: what cross-attention adds between its two towers, from the relevancies within each."""
         return of_queries.transpose(1, 2) @ abar @ of_keys
 
-    def added(self, call: LinkedCall, old: Tensor | None, addition: Tensor) -> Tensor:
+    def added(self, call: Link, old: Tensor | None, addition: Tensor) -> Tensor:
         """The relevancy behind a call."""
         return addition if old is None else old + addition
 
 
-def relevancies(
-    calls: Sequence[LinkedCall], grads: Sequence[Tensor | None], equations: Equations
-) -> tuple[Relevancies, Identities]:
+def relevancies(calls: Sequence[Link], grads: Sequence[Tensor | None], equations: Equations) -> tuple[Relevancies, Identities]:
     """R_st of all towers of `calls`, whose outputs have the gradients `grads` (None = the score does not depend on it)."""
     state: Relevancies = {}
     identity: Identities = {}
@@ -96,7 +94,7 @@ def _additions(
     identity: Identities,
     of_keys: Relevancies,
     identity_of_keys: Identities,
-    call: LinkedCall,
+    call: Link,
     grad: Tensor,
     equations: Equations,
 ) -> list[tuple[tuple[TowerTrace, TowerTrace], Tensor]]:
@@ -134,7 +132,7 @@ def rows_between(backward: BackwardPass, read: Callable[[TowerTrace, TowerTrace,
     return carried
 
 
-def last_between(calls: Sequence[LinkedCall], tower: TowerTrace, source: TowerTrace) -> int:
+def last_between(calls: Sequence[Link], tower: TowerTrace, source: TowerTrace) -> int:
     """Where in `calls` the last attention from `tower` to `source` is."""
     numbers = [number for number, call in enumerate(calls) if call.tower is tower and call.source is source]
     if not numbers:

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vlattn_fast.interpret.relevancy.method import FREEZABLE, BackwardPass, CarriedMethod, LinkedCall
+from vlattn_fast.interpret.relevancy.method import FREEZABLE, BackwardPass, CarriedMethod, Link
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import Recursion
 from vlattn_fast.interpret.relevancy.two_modalities import Equations, Relevancies, relevancies, rows_between
@@ -35,7 +35,7 @@ class Gradient(CarriedMethod):
 
 
 def rows_by_equations(
-    backward: BackwardPass, calls: Sequence[LinkedCall], grads: Sequence[Tensor | None], equations: Equations
+    backward: BackwardPass, calls: Sequence[Link], grads: Sequence[Tensor | None], equations: Equations
 ) -> list[Tensor]:
     """The rows (B, 1, N) of R, which the equations make of the calls and of the gradients at their outputs."""
     matrices, identity = relevancies(calls, grads, equations)
@@ -56,21 +56,21 @@ def rows_by_equations(
 
 
 class _NotNormalized(Equations):
-    def normalized(self, call: LinkedCall, relevancy: Tensor, identity: Tensor) -> Tensor:
+    def normalized(self, call: Link, relevancy: Tensor, identity: Tensor) -> Tensor:
         return relevancy + torch.diag_embed(identity[..., 0])
 
 
 class _NotAdded(_NotNormalized):
     """As published it goes without the normalization, too: what takes the place of the identity may have no residual."""
 
-    def begin(self, relevancies: Relevancies, calls: Sequence[LinkedCall]) -> None:
+    def begin(self, relevancies: Relevancies, calls: Sequence[Link]) -> None:
         """Zeros count where they take the place of something."""
         linked = {(call.tower, call.source) for call in calls if call.tower is not call.source}
         for s, q in linked:
             if (q, s) in linked:
                 relevancies[s, q] = relevancies[s, s].new_zeros(s.batch or 0, s.size, q.size)
 
-    def added(self, call: LinkedCall, old: Tensor | None, addition: Tensor) -> Tensor:
+    def added(self, call: Link, old: Tensor | None, addition: Tensor) -> Tensor:
         return addition
 
 

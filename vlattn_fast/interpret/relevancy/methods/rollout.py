@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlattn_fast.interpret.relevancy.method import BackwardPass, CarriedMethod, LinkedCall
+from vlattn_fast.interpret.relevancy.method import BackwardPass, CarriedMethod, Link
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import Recursion, as_factor
 from vlattn_fast.interpret.relevancy.two_modalities import last_between, rows_between
@@ -45,7 +45,7 @@ class Rollout(CarriedMethod):
 
         return rows_between(backward, read)
 
-    def attending(self, backward: BackwardPass, tower: TowerTrace, start: Tensor, calls: Sequence[LinkedCall]) -> Tensor:
+    def attending(self, backward: BackwardPass, tower: TowerTrace, start: Tensor, calls: Sequence[Link]) -> Tensor:
         """How much each token of `tower` counts in the attention behind `calls` (B, 1, N), whose rows it sums: column t of
         rollout(tower) for the row `start` of t."""
         column, eye = start, torch.eye(tower.size, dtype=start.dtype, device=start.device).expand(start.shape[0], -1, -1)
@@ -79,7 +79,7 @@ class OneHot(Rollout):
             "for those that do"
         )
 
-    def attending(self, backward: BackwardPass, tower: TowerTrace, start: Tensor, calls: Sequence[LinkedCall]) -> Tensor:
+    def attending(self, backward: BackwardPass, tower: TowerTrace, start: Tensor, calls: Sequence[Link]) -> Tensor:
         return start
 
 
@@ -89,7 +89,7 @@ def _later(start: Tensor) -> Tensor:
     return weighted.flip(-1).cumsum(-1).flip(-1) == 0
 
 
-def _rolled(calls: Sequence[LinkedCall], tower: TowerTrace, row: Tensor) -> tuple[Tensor, Tensor]:
+def _rolled(calls: Sequence[Link], tower: TowerTrace, row: Tensor) -> tuple[Tensor, Tensor]:
     """row (B, 1, N) times the product of I + mean_h A, over its row sum, for the self-attention of a tower, the last to the left;
     and the same without what is left of the row itself."""
     brought = torch.zeros_like(row)
@@ -101,7 +101,7 @@ def _rolled(calls: Sequence[LinkedCall], tower: TowerTrace, row: Tensor) -> tupl
     return row, brought
 
 
-def _rolled_as_one(backward: BackwardPass, calls: Sequence[LinkedCall]) -> list[Tensor]:
+def _rolled_as_one(backward: BackwardPass, calls: Sequence[Link]) -> list[Tensor]:
     """The rows of towers whose tokens are one sequence. A tower's tokens may be older than those that attend to them: what these
     bring waits for the call that made the keys."""
     if alone := next((call for call in calls if call.source is not call.tower and not call.joint), None):
@@ -140,12 +140,12 @@ def _sum(row: Tensor | None, addition: Tensor | None) -> Any:
     return addition if row is None else row if addition is None else row + addition
 
 
-def _over_row_sum(call: LinkedCall, like: Tensor) -> Tensor | float:
+def _over_row_sum(call: Link, like: Tensor) -> Tensor | float:
     weight: Tensor | float = as_factor(call.attention.over_row_sum(), like)
     return weight
 
 
-def _mean_attention(carried: Tensor, call: LinkedCall) -> Tensor:
+def _mean_attention(carried: Tensor, call: Link) -> Tensor:
     """carried (B, T, N) @ mean_h A, (B, T, M)."""
     step = call.attention.step(carried.to(call.attention.query.device), None, Recursion("attention"))
     return step.to(carried)  # layers may have several devices

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vlattn_fast._ground.marks import new_mark
 from vlattn_fast._ground.tensors import over_sums
 from vlattn_fast.backends.reference.relevancy_residual import Weighting, residual_weights
-from vlattn_fast.interpret.relevancy.method import BackwardPass, Hook, LinkedCall
+from vlattn_fast.interpret.relevancy.method import BackwardPass, Hook, Link
 from vlattn_fast.interpret.relevancy.methods.gradient import Gradient, rows_by_equations
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import Recursion, TracedCall
@@ -201,14 +201,14 @@ class _WeightedEquations(Equations):
     def weighed(self, abar: Tensor) -> Tensor:
         return over_sums(abar) if self.row_normalize else abar
 
-    def normalized(self, call: LinkedCall, relevancy: Tensor, identity: Tensor) -> Tensor:
+    def normalized(self, call: Link, relevancy: Tensor, identity: Tensor) -> Tensor:
         """Where a + b = 1, and the rows of Abar are divided by their sums, rows sum to one anyway: R itself stands in equation 10
         but with equal weights."""
         if self.weighting == "equal":
             return super().normalized(call, relevancy, identity)
         return relevancy + torch.diag_embed(identity[..., 0])
 
-    def added(self, call: LinkedCall, old: Tensor | None, addition: Tensor) -> Tensor:
+    def added(self, call: Link, old: Tensor | None, addition: Tensor) -> Tensor:
         if call.number not in self.weights:
             return super().added(call, old, addition)
         a, b = (part[..., None].to(addition) for part in self.weights[call.number])
