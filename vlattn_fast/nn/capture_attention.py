@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from vlattn_fast._ground.tensors import expand_heads
-from vlattn_fast.attach.attention_calls import IMAGE, TEXT, AttentionCall, TokenKinds, check_modality
 from vlattn_fast.attach.session import uncompiled, unwrapped
+from vlattn_fast.attach.token_kinds import IMAGE, TEXT, AttentionCall, TokenKinds, check_modality
 from vlattn_fast.nn.captured_layer import CapturedLayer, Places, QueryKey, pair_of
 
 

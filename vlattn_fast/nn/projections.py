@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast.attach.attention_calls import AttentionCall
+from vlattn_fast.attach.token_kinds import AttentionCall
 
 # children that project the query and the key, by the names that models give them
 PAIRS = (("q_proj", "k_proj"), ("query", "key"), ("q_lin", "k_lin"), ("to_q", "to_k"), ("wq", "wk"), ("q", "k"))

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from vlattn_fast._ground.checks import check_number
 from vlattn_fast._ground.tensors import resolve_scale, scaled_dot_default
-from vlattn_fast.attach.attention_calls import AttentionCall, TokenKinds
 from vlattn_fast.attach.session import uncompiled, unwrapped
+from vlattn_fast.attach.token_kinds import AttentionCall, TokenKinds
 from vlattn_fast.attach.training import TrainingContext
 from vlattn_fast.nn.projections import FUSED, PAIRS, Projections, faults_of, misfit, projections_of
 from vlattn_fast.ops.attention_statistics import attention_statistics

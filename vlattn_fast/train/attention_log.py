@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from vlattn_fast._ground.checks import check_callable, check_tensor, check_token_mask, describe
-from vlattn_fast.attach.attention_calls import IMAGE, TEXT, AttentionCall, TokenKinds, check_modality
 from vlattn_fast.attach.session import uncompiled
+from vlattn_fast.attach.token_kinds import IMAGE, TEXT, AttentionCall, TokenKinds, check_modality
 from vlattn_fast.attach.written import is_masked
 from vlattn_fast.ops.attention_statistics import attention_statistics
 from vlattn_fast.train.attached import Attached, Mean

@@ -31,7 +31,7 @@ from tests.helpers.interpret.tower_cases import (  # noqa: E402
     text,
 )
 from tests.helpers.releases import checkpointing  # noqa: E402
-from vlattn_fast.attach import attention_calls  # noqa: E402
+from vlattn_fast.attach import token_kinds  # noqa: E402
 from vlattn_fast.interpret import explain  # noqa: E402
 from vlattn_fast.interpret.relevancy import model_trace  # noqa: E402
 
@@ -388,7 +388,7 @@ class Remembers(Stack):
 
 
 def test_states_that_a_model_keeps_bear_no_marks_of_the_next_run(monkeypatch):
-    for module in (model_trace, attention_calls):  # as it may be once an object is gone
+    for module in (model_trace, token_kinds):  # as it may be once an object is gone
         monkeypatch.setattr(module, "id", lambda x: 7, raising=False)
     model, inputs = stack("torch", make=Remembers), sequences()
     explain(model, inputs, read="cls", target=second)
@@ -396,7 +396,7 @@ def test_states_that_a_model_keeps_bear_no_marks_of_the_next_run(monkeypatch):
     unmarked.last = model.last.clone()
     again, first = (explain(one, inputs, read="cls", target=second).relevancy for one in (model, unmarked))
     torch.testing.assert_close(again, first)
-    marks = {attention_calls.TokenKinds(model, {})._mark for _ in range(2)}
+    marks = {token_kinds.TokenKinds(model, {})._mark for _ in range(2)}
     assert len(marks) == 2
 
 

@@ -18,7 +18,7 @@ PLACE = r"'model\.layers\.0\.linear_attn' \(Qwen3NextGatedDeltaNet\)"
 
 
 def test_heads_of_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vlattn_fast.interpret.relevancy.seen_mixers.has_dtensors", lambda module: True)
+    monkeypatch.setattr("vlattn_fast.interpret.relevancy.recurrent_calls.has_dtensors", lambda module: True)
     with pytest.raises(ValueError, match=rf"got {PLACE}, which has its heads in several processes. Run it in one"):
         explain(made("Qwen3Next", dtype=torch.float32), INPUTS, target=score_of)
 

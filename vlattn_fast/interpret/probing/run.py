@@ -10,8 +10,8 @@ from torch import nn
 
 from vlattn_fast._ground.checks import check_bool, check_callable, check_choice, check_integer, check_items, check_names
 from vlattn_fast._ground.extras import extra, with_progress
-from vlattn_fast.attach.attention_calls import check_modality
 from vlattn_fast.attach.session import at_rest, never_compiled, unwrapped
+from vlattn_fast.attach.token_kinds import check_modality
 from vlattn_fast.interpret.probing.gathered import Gathered
 from vlattn_fast.interpret.probing.labels import read_item
 from vlattn_fast.interpret.probing.layout import Layouts, Parts

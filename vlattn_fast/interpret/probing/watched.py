@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast.attach.attention_calls import IMAGE as FROM_IMAGE
-from vlattn_fast.attach.attention_calls import TEXT as FROM_TEXT
-from vlattn_fast.attach.attention_calls import AttentionCall, TokenKinds, kind_of
 from vlattn_fast.attach.session import dispatched
+from vlattn_fast.attach.token_kinds import IMAGE as FROM_IMAGE
+from vlattn_fast.attach.token_kinds import TEXT as FROM_TEXT
+from vlattn_fast.attach.token_kinds import AttentionCall, TokenKinds, kind_of
 from vlattn_fast.interpret.probing.layout import TEXT, Layout, Layouts
 from vlattn_fast.interpret.probing.sight import sees_both
 from vlattn_fast.interpret.records import derived_grids

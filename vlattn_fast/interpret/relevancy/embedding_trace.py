@@ -24,8 +24,7 @@ from vlattn_fast.interpret.records.image_grids import square_patches
 from vlattn_fast.interpret.records.pixels import Shape
 from vlattn_fast.interpret.records.record import Family
 from vlattn_fast.interpret.relevancy.method import Link, Method
-from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
-from vlattn_fast.interpret.relevancy.tracking.lost_gradients import note_lost_gradient
+from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace, note_lost_gradient
 
 
 @dataclass(frozen=True, eq=False)

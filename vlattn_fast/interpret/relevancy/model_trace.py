@@ -17,22 +17,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vlattn_fast._ground.marks import add_mark, new_mark, read_mark
-from vlattn_fast._ground.tensors import expand_heads, mask_padding
+from vlattn_fast._ground.tensors import compute_dtype, expand_heads, mask_padding
 from vlattn_fast.attach.current import edits_of, is_map
 from vlattn_fast.attach.events import Attend, Attention, ModuleRun, Subscriber
 from vlattn_fast.attach.observer import Observer
-from vlattn_fast.attach.session import in_layers, is_checkpointed, named
+from vlattn_fast.attach.session import in_layers, is_checkpointed, layers_of, named
 from vlattn_fast.backends.inputs import ScoreAttentionInputs
 from vlattn_fast.interpret.records.record import Family
 from vlattn_fast.interpret.records.unsupported import check_recurrences, check_rules
-from vlattn_fast.interpret.relevancy.found_towers import FindsTowers
 from vlattn_fast.interpret.relevancy.joined_keys import JoinedKeys, Joint, Part, check_cross, joint_keys
 from vlattn_fast.interpret.relevancy.method import Link, Method
-from vlattn_fast.interpret.relevancy.recurrent_calls import replacements
-from vlattn_fast.interpret.relevancy.seen_mixers import SeesMixers
-from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace, begun, submodule
+from vlattn_fast.interpret.relevancy.recurrent_calls import SeesMixers, replacements
+from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace, begun, note_lost_gradient, submodule
 from vlattn_fast.interpret.relevancy.traced_call import Scored, TracedCall
-from vlattn_fast.interpret.relevancy.tracking.lost_gradients import note_lost_gradient
 from vlattn_fast.interpret.relevancy.tracking.tensor_marks import TensorMarks
 from vlattn_fast.interpret.relevancy.tracking.token_moves import TokenMoves
 from vlattn_fast.interpret.relevancy.tracking.token_places import ids_of
@@ -49,7 +46,7 @@ class _Link(NamedTuple):
     is_same: bool  # its keys are the tokens of its queries
 
 
-class Trace(FindsTowers, SeesMixers, Subscriber):
+class Trace(SeesMixers, Subscriber):
     """The towers of one run of a model. It is a context, and observes the run.
 
     Args:
@@ -383,6 +380,49 @@ class Trace(FindsTowers, SeesMixers, Subscriber):
         """A tensor as a part of a join along `dim`."""
         calls, entered, keys_of = self._marks.calls((tensor,)), self._marks.entered(tensor), read_mark((tensor,), self._key_mark)
         return Part(tensor.shape[dim], self._marks.origin(tensor), calls=calls, entered=entered, keys_of=keys_of)
+
+    # --- which tower a call belongs to, and which its keys come from ---
+
+    def _new_tower(self) -> TowerTrace:
+        self.towers.append(self._make_tower(None))
+        return self.towers[-1]
+
+    def _reached(self, calls: int) -> list[TowerTrace]:
+        """The towers among whose calls `calls` are, the latest call's first."""
+        owners = (self._owners[i] for i in range(calls.bit_length() - 1, -1, -1) if calls >> i & 1)
+        return list(dict.fromkeys(owner for owner in owners if owner is not None))
+
+    def _tower_of(self, run: ModuleRun, calls: int, batch: int, size: int, ids: Tensor | None) -> TowerTrace | None:
+        """The tower that a call in `run` continues. `ids`: the numbers (B, N) of its queries' tokens, where they are known."""
+        path = run.path or ""
+        layers = layers_of(path)
+        for tower in sorted(self._reached(calls), key=lambda tower: not tower.places.holds(ids)):
+            if tower.goes_on(path, batch, size, ids):
+                return tower
+        # A tower's first call, a further part of a sequence that is cut into chunks, or one whose past was hidden from the trace.
+        for tower in reversed(self.towers):
+            again = path == tower.calls.path and tower.calls.run == run.number
+            if layers in tower.calls.lists and (again or path not in tower.calls.paths) and tower.fits(path, batch, size):
+                return tower
+        return None
+
+    def _same_tokens(self, call: TracedCall, calls: int, key_calls: int) -> bool:
+        """Whether queries and keys are of one sequence: in cross-attention they came through the calls of different towers, or
+        from different inputs."""
+        if calls == key_calls or not calls:
+            return calls == key_calls and (calls > 0 or self._marks.from_same(call.query, call.key))
+        reached = self._reached(key_calls)
+        return bool(reached) and reached[0] in self._reached(calls)[:1]
+
+    def _source_of(self, calls: int, call: TracedCall) -> TowerTrace:
+        """The tower whose tokens are the keys; where they are no tower's, a made-up one without layers."""
+        key, batch, size = call.key, call.key.shape[0], call.tokens
+        for tower in (*self._reached(calls), *(tower for tower in self.towers if not tower.calls.paths)):
+            if (tower.batch, tower.size) == (batch, size):
+                return tower
+        tower = next((tower for tower in self.towers if not tower.calls.lists and tower.batch is None), None) or self._new_tower()
+        tower.batch, tower.size, tower.dtype, tower.device = batch, size, compute_dtype(key), key.device
+        return tower
 
     # --- after the forward pass ---
 

@@ -53,6 +53,25 @@ class Moved:
         return flat * factor.index_copy(0, places, value)
 
 
+class _Numbered:
+    """The places of tokens by their numbers."""
+
+    def __init__(self) -> None:
+        self.ids, self.places = torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long)  # sorted by the numbers
+
+    def learn(self, ids: Tensor, places: Tensor) -> None:
+        ids, places = torch.cat([self.ids, ids.flatten()]), torch.cat([self.places, places.flatten()])
+        order = ids.argsort(stable=True)
+        self.ids, self.places = ids[order], places[order]
+
+    def locate(self, ids: Tensor) -> Tensor:
+        """The place of each token; -1 for what has none."""
+        if not len(self.ids):
+            return torch.full_like(ids, -1)
+        at = torch.searchsorted(self.ids, ids.contiguous()).clamp(max=len(self.ids) - 1)
+        return self.places[at].where(self.ids[at] == ids, -1)
+
+
 class Places:
     """The places of one tower."""
 
@@ -67,7 +86,7 @@ class Places:
         self.last: Tensor | None = None  # the places of the last call's queries; None = all, in order
         self.latest: Numbers | None = None  # of the queries of the last call
         self._layout: Numbers | None = None  # of the queries of the first call
-        self._ids, self._of_ids = torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long)  # sorted, and their places
+        self._numbered = _Numbered()
         self._in_order: dict[int, Numbers] = {}  # that were seen to be of all tokens, in the order of the first call
         self._report: Tensor | None = None  # the places (B, N) of the tokens in the order in which they entered
 
@@ -81,17 +100,9 @@ class Places:
     def numbers(self, tensor: Tensor) -> Numbers | None:
         return None if self.moves is None else self.moves.of(tensor)
 
-    def _learn(self, ids: Tensor, places: Tensor) -> None:
-        ids, places = torch.cat([self._ids, ids.flatten()]), torch.cat([self._of_ids, places.flatten()])
-        order = ids.argsort(stable=True)
-        self._ids, self._of_ids = ids[order], places[order]
-
     def locate(self, ids: Tensor) -> Tensor:
         """The place of each token; -1 for what is none of the tower's."""
-        if not len(self._ids):
-            return torch.full_like(ids, -1)
-        at = torch.searchsorted(self._ids, ids.contiguous()).clamp(max=len(self._ids) - 1)
-        return self._of_ids[at].where(self._ids[at] == ids, -1)
+        return self._numbered.locate(ids)
 
     def holds(self, ids: Tensor | None, all_of: bool = False) -> bool:
         """Whether tokens are the tower's, but for new ones; `all_of`: without those."""
@@ -156,9 +167,9 @@ class Places:
         assert numbers is not None
         taken = torch.arange(batch)[:, None] * size + torch.arange(size - count, size)
         if chunk:  # the places of the parts before go with the whole size
-            old = self._of_ids
-            self._of_ids = old // self.shape[1] * size + old % self.shape[1]
-        self._learn(numbers.over((batch, 1, count, 1)), taken)
+            old = self._numbered.places
+            self._numbered.places = old // self.shape[1] * size + old % self.shape[1]
+        self._numbered.learn(numbers.over((batch, 1, count, 1)), taken)
         self.shape, self.count, self._layout = (batch, size), batch * size, numbers
         self._size = self.count
         self.last = None
@@ -194,7 +205,7 @@ class Places:
                 return self.locate(self.latest.ids)[:, 0, :, 0]
             numbers = moves.new((batch, 1, count, 1))
             moves.rename(query, numbers, ids)
-            self._learn(numbers.ids, places)
+            self._numbered.learn(numbers.ids, places)
             return places
         added = places < 0
         if bool(added.any()):
@@ -202,7 +213,7 @@ class Places:
             moves.rename(query, numbers, ids[added])
             made = numbers.ids
             new = torch.arange(self.count, self.count + len(made))
-            self._learn(made, new)
+            self._numbered.learn(made, new)
             self.count += len(made)
             places = places.masked_scatter(added, new)
             ids = ids.masked_scatter(added, made)
@@ -239,7 +250,8 @@ class Places:
     def finish(self, recorded: bool) -> tuple[int, int] | None:
         """Finds the order in which the tokens entered, where it is not that of the first call, as in windows; returns its sizes B
         and N. A record knows its tokens in the order of the first call, unless they leave as they entered."""
-        ids, places = self._ids[self._of_ids < self._size], self._of_ids[self._of_ids < self._size]
+        in_first = self._numbered.places < self._size
+        ids, places = self._numbered.ids[in_first], self._numbered.places[in_first]
         if self.moves is None or not len(ids) or self._size == 0:
             return None
         begin, shape = self.moves.beginning(int(ids[0]))

@@ -1,0 +1,153 @@
+"""One observer: what sees a foreign model, and how much code one call passes."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+import vlattn_fast as va
+
+PACKAGE = Path(va.__file__).parent
+WATCHING = [PACKAGE / name for name in ("attach", "interpret", "nn", "train")]
+MOST_FIELDS = 12
+CHANGING = {"append", "extend", "add", "update", "setdefault", "pop", "clear", "remove", "insert"}
+
+
+def classes() -> list[tuple[str, ast.ClassDef]]:
+    files = [path for folder in WATCHING for path in sorted(folder.rglob("*.py"))]
+    found = [(path, node) for path in files for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)]
+    return [(f"{path.relative_to(PACKAGE)}:{node.name}", node) for path, node in found]
+
+
+def own(node: ast.AST) -> str | None:
+    """The field that a node names, as self.field or self.field[key]."""
+    while isinstance(node, ast.Subscript):
+        node = node.value
+    is_field = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
+    return node.attr if is_field and isinstance(node, ast.Attribute) else None
+
+
+def changed_fields(kind: ast.ClassDef) -> set[str]:
+    """The fields that methods other than __init__ assign or change."""
+    fields: set[str | None] = set()
+    for method in kind.body:
+        if not isinstance(method, ast.FunctionDef) or method.name == "__init__":
+            continue
+        for node in ast.walk(method):
+            if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                parts = [part for each in targets for part in (each.elts if isinstance(each, ast.Tuple) else [each])]
+                fields |= {own(part) for part in parts}
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in CHANGING:
+                fields.add(own(node.func.value))
+    return {field for field in fields if field is not None}
+
+
+def test_two_modes_of_torch_see_a_model() -> None:
+    modes = [name for name, node in classes() if any(ast.unparse(base) == "TorchFunctionMode" for base in node.bases)]
+    assert modes == ["attach/frozen.py:Frozen", "attach/observer.py:Observer"]
+
+
+def test_no_class_has_many_fields_that_change() -> None:
+    found = {name: sorted(fields) for name, node in classes() if len(fields := changed_fields(node)) > MOST_FIELDS}
+    assert not found
+
+
+def llava() -> tuple[Any, dict[str, torch.Tensor]]:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision, text = CLIPVisionConfig(**sizes, image_size=28, patch_size=14), LlamaConfig(**sizes, vocab_size=100)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=99, vision_feature_layer=-1)
+    ids = torch.tensor([[1, *[99] * 4, 5, 6, 7]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(1, 3, 28, 28)}
+    return LlavaForConditionalGeneration(config).eval(), inputs
+
+
+def test_explain_passes_few_files() -> None:
+    """A call of `explain` on a LLaVA, after one that imports and plans."""
+    model, inputs = llava()
+    va.explain(model, inputs)
+    files: set[str] = set()
+
+    def note(frame: Any, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(str(PACKAGE)):
+            files.add(frame.f_code.co_filename)
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        va.explain(model, inputs)
+    finally:
+        sys.setprofile(before)
+    assert len(files) <= 50, "\n".join(sorted(files))
+
+
+@pytest.mark.parametrize("name", ["on_enter", "on_leave", "on_attention", "on_result"])
+def test_a_model_is_restored_after_an_error_of_a_subscriber(name: str) -> None:
+    from vlattn_fast.attach.current import RUNNING
+    from vlattn_fast.attach.events import Subscriber
+    from vlattn_fast.attach.observer import Observer
+
+    class Fails(Subscriber):
+        pass
+
+    def fail(*args: Any) -> None:
+        if args[-1] is not None:  # else a module has failed, and the error goes on
+            raise RuntimeError("a fault of the subscriber")
+
+    setattr(Fails, name, fail)
+    model, inputs = llava()
+    expected = model(**inputs).logits
+    before = {module: (dict(vars(module)), len(module._forward_hooks)) for module in model.modules()}
+    with pytest.raises(RuntimeError, match="a fault of the subscriber"), Observer(model, [Fails()], parts=[model]):
+        model(**inputs)
+    for module, (attributes, hooks) in before.items():
+        assert vars(module).keys() == attributes.keys() and len(module._forward_hooks) == hooks
+        assert all(vars(module)[key] is value for key, value in attributes.items() if key != "training")
+    assert RUNNING.get() is None and torch.overrides._get_current_function_mode_stack() == []
+    assert torch.equal(model(**inputs).logits, expected)
+
+
+def test_events_are_equal_however_a_model_attends() -> None:
+    """SDPA, transformers' interface, nn.MultiheadAttention and attention that is written out by hand give the same event."""
+    from vlattn_fast.attach.events import Attend, Attention, Subscriber
+    from vlattn_fast.attach.observer import Observer
+
+    class Written(torch.nn.Module):
+        def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            scores = torch.matmul(query, key.transpose(-1, -2)) * 0.5
+            return torch.matmul(torch.softmax(scores, -1), value)
+
+    class Called(torch.nn.Module):
+        def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=0.5)
+
+    class Scored(torch.nn.Module):
+        def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            return va.score_attention(query, key, value, score="dot", scale=0.5)
+
+    class Notes(Subscriber):
+        def __init__(self) -> None:
+            self.events: list[Attention] = []
+
+        def on_attention(self, event: Attention, attend: Attend) -> Any:
+            self.events.append(event)
+            return attend(event)
+
+    tensors = [torch.randn(2, 3, 5, 4) for _ in range(3)]
+    for module in (Written(), Called(), Scored()):
+        notes = Notes()
+        with Observer(module, [notes], starts=[module]):
+            output = module(*tensors)
+        (event,) = notes.events
+        assert torch.equal(event.query, tensors[0]) and torch.equal(event.key, tensors[1])
+        assert event.masks is not None and event.masks["scale"] == 0.5 and not event.masks["is_causal"]
+        torch.testing.assert_close(output, Called()(*tensors))
+        replaced = Notes()
+        with Observer(module, [replaced], parts=[module]):
+            torch.testing.assert_close(module(*tensors), output)
