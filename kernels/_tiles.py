@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.target_info import cuda_capability_geq
 
+from vlattn_fast._ground.named import by_name
 from vlattn_fast._ground.tensors import cast_float_mask
 from vlattn_fast.kernels._configurations import Config, multiplies_biases
 from vlattn_fast.kernels._group_bias import (
@@ -147,7 +148,7 @@ class Heads(NamedTuple):
 def heads_of(x: Tensor, stride: tuple[int, ...] | None = None) -> Heads:
     """`x` with its strides, which the caller may have read."""
     stride_b, stride_h, stride_n, _ = x.stride() if stride is None else stride
-    return tuple.__new__(Heads, (x, stride_b, stride_h, stride_n))  # half of the microsecond that Heads(...) takes
+    return _new_heads(p=x, stride_b=stride_b, stride_h=stride_h, stride_n=stride_n)
 
 
 class Masks(NamedTuple):
@@ -157,11 +158,11 @@ class Masks(NamedTuple):
     """
 
     p: Tensor
-    stride_b: int
-    stride_h: int
-    stride_n: int
-    stride_m: int
-    p_keys: Tensor
+    stride_b: int = 0
+    stride_h: int = 0
+    stride_n: int = 0
+    stride_m: int = 0
+    p_keys: Tensor | int = 0
     p_bias: Tensor | int = 0
     bias_stride_b: int = 0
     bias_stride_h: int = 0
@@ -171,7 +172,7 @@ class Masks(NamedTuple):
     num_groups: int = 0
 
 
-_NO_BIAS = tuple(Masks._field_defaults.values())
+_new_heads, _new_masks = by_name(Heads), by_name(Masks)
 
 
 def masks_and_kind(
@@ -184,20 +185,26 @@ def masks_and_kind(
 ) -> tuple[Masks, int]:
     """The masks, and the constant MASK. `like` is the query (B, H, N, D), which stands in for absent masks."""
     if attn_mask is None and key_mask is None and row_bias is None:
-        return tuple.__new__(Masks, (like, 0, 0, 0, 0, like, *_NO_BIAS)), 0
-    keys = like if key_mask is None else key_mask.contiguous()
-    masks: tuple[Any, ...] = (like, 0, 0, 0, 0, keys)
+        return _new_masks(p=like, p_keys=like), 0
+    of_pairs: dict[str, Any] = {"p": like}
+    of_bias: dict[str, Any] = {}
     kind = 0
     if attn_mask is not None:
         is_bool = attn_mask.dtype == torch.bool
         mask = attn_mask if is_bool else cast_float_mask(attn_mask, torch.float32)
-        masks, kind = (mask, *mask.expand(*like.shape[:3], num_keys).stride(), keys), (BOOL_MASK if is_bool else FLOAT_MASK).value
-    of_bias: tuple[Any, ...] = _NO_BIAS
+        b, h, n, m = mask.expand(*like.shape[:3], num_keys).stride()
+        of_pairs = {"p": mask, "stride_b": b, "stride_h": h, "stride_n": n, "stride_m": m}
+        kind = (BOOL_MASK if is_bool else FLOAT_MASK).value
     if row_bias is not None and key_groups is not None and row_bias.shape[3] > 0:  # without groups no key has one
-        (bias, masked, words), groups = prepared(row_bias, key_groups), row_bias.shape[3]
-        of_bias = bias, *bias.stride()[:2], masked, masked.stride(0), words, groups
+        bias, masked, words = prepared(row_bias, key_groups)
+        of_bias = _of_bias(bias, masked, words) | {"masked_stride_b": masked.stride(0), "num_groups": row_bias.shape[3]}
         kind += GROUP_BIAS.value
-    return tuple.__new__(Masks, masks + of_bias), kind  # as `heads_of`
+    return _new_masks(**of_pairs, p_keys=like if key_mask is None else key_mask.contiguous(), **of_bias), kind
+
+
+def _of_bias(bias: Tensor, masked: Tensor, words: Tensor) -> dict[str, Any]:
+    stride_b, stride_h, *_ = bias.stride()
+    return {"p_bias": bias, "bias_stride_b": stride_b, "bias_stride_h": stride_h, "p_masked": masked, "p_words": words}
 
 
 def masks_and_product(
@@ -224,8 +231,8 @@ def masks_and_product(
         return *masks_and_kind(attn_mask, key_mask, like, num_keys, row_bias, key_groups), None
     (bias, masked, words), product = prepared_product(row_bias, key_groups, like.dtype, scale)
     keys = like if key_mask is None else key_mask.contiguous()
-    of_bias = bias, *bias.stride()[:2], masked, 0, words, row_bias.shape[3]
-    return tuple.__new__(Masks, (like, 0, 0, 0, 0, keys, *of_bias)), GROUP_PRODUCT.value, product
+    masks = _new_masks(p=like, p_keys=keys, **_of_bias(bias, masked, words), num_groups=row_bias.shape[3])
+    return masks, GROUP_PRODUCT.value, product
 
 
 def staged(config: Config, mask: int) -> Config:

@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from vlattn_fast._ground.named import by_name
 from vlattn_fast._ground.score_kinds import KINDS
 from vlattn_fast._ground.tensors import empty_gradient, empty_rows_first
 from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs
@@ -109,6 +110,9 @@ from vlattn_fast.kernels._tiles import (
 )
 
 Shape = tuple[int, ...]
+
+
+_new_call = by_name(Call)
 
 
 class Constants(NamedTuple):
@@ -236,9 +240,21 @@ def arguments(inputs: ScoreAttentionInputs | ScoreAttentionBackwardInputs, multi
     if score == "cosine":
         parameter = math.inf if parameter == 0.0 else min(1.0 / parameter, 3.4e38)
     dropout = None if seed is None else Dropout(seed, dropout_p, int(dropout_p * 2**32))
-    sides = heads_of(query, strides[0]), heads_of(key, strides[1]), heads_of(value, strides[2])
-    of_call = *sides, (pre_q, pre_k), masks, dropout, heads, num_q, num_k, scale * LOG2_E, parameter, product, None, 0.0, None
-    return {"x": tuple.__new__(Call, of_call), "C": constants}
+    x = _new_call(
+        q=heads_of(query, strides[0]),
+        k=heads_of(key, strides[1]),
+        v=heads_of(value, strides[2]),
+        p_pres=(pre_q, pre_k),
+        masks=masks,
+        dropout=dropout,
+        H=heads,
+        N=num_q,
+        M=num_k,
+        scale_log2=scale * LOG2_E,
+        parameter=parameter,
+        product=product,
+    )
+    return {"x": x, "C": constants}
 
 
 @functools.lru_cache(maxsize=1024)  # a model asks for the same in each of its layers
@@ -277,9 +293,8 @@ def _of_call(
 def with_gradient(call: dict[str, Any], grad_out: Tensor | None, scale: float) -> dict[str, Any]:
     """`arguments` with the gradient and the scale, which a backward pass also reads."""
     x = call["x"]
-    *others, _, _, _ = x
     grad = x.q if grad_out is None else heads_of(aligned(grad_out))
-    return {"x": tuple.__new__(Call, (*others, grad, scale, None)), "C": call["C"]}
+    return {"x": x._replace(grad=grad, scale=scale), "C": call["C"]}
 
 
 def row_statistics(

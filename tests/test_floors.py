@@ -334,30 +334,3 @@ def test_positional_inputs_have_the_names_of_their_fields() -> None:
     assert misplaced(ast.parse("RelevancyStepInputs(relevancy, x.key, None, *rest)")) == ["1: key as query"]
     wrong = {module: misplaced(tree) for module, tree in trees().items()}
     assert not any(wrong.values()), {module: lines for module, lines in wrong.items() if lines}
-
-
-def bundled(tree: ast.Module) -> dict[str, bool]:
-    """Whether a public call bundles its arguments, by position, in the order of its parameters."""
-    calls = {}
-    for function in tree.body:
-        if not isinstance(function, ast.FunctionDef):
-            continue
-        tuples = {
-            each.targets[0].id: each.value.elts
-            for each in function.body
-            if isinstance(each, ast.Assign) and isinstance(each.targets[0], ast.Name) and isinstance(each.value, ast.Tuple)
-        }
-        for node in ast.walk(function):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Arguments" and node.args:
-                parameters = [each.arg for each in (*function.args.args, *function.args.kwonlyargs)]
-                of_tuples = [tuples[x.value.id] if isinstance(x, ast.Starred) else [x] for x in node.args]  # type: ignore[attr-defined]
-                names = [[x.id for x in ast.walk(each) if isinstance(x, ast.Name)] for some in of_tuples for each in some]
-                calls[function.name] = len(names) == len(parameters) and all(map(list.__contains__, names, parameters))
-    return calls
-
-
-def test_bundled_arguments_have_the_names_of_their_parameters() -> None:
-    right, wrong = "def f(a, *, b):\n x = a,\n Arguments(*x, b)\n", "def g(a, *, b):\n x = b,\n Arguments(*x, a)"
-    assert bundled(ast.parse(right + wrong)) == {"f": True, "g": False}
-    calls = {name: fits for tree in trees().values() for name, fits in bundled(tree).items()}
-    assert len(calls) >= 5 and all(calls.values()), calls

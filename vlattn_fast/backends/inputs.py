@@ -1,8 +1,8 @@
 """The inputs of backends: a NamedTuple for each operator, which goes whole to the backend that it names. An operator may have its
 own beside its streaming backend instead.
 
-The fields stand in the order of the operator's schema, which `vlattn_fast.ops` derives from them. All tensors come first. The
-public calls pass fields by position, which takes half the time, in variables of the fields' names (`tests/test_floors.py`).
+The fields stand in the order of the operator's schema, which `vlattn_fast.ops` derives from them. All tensors come first. Who
+passes fields by position has them in variables of the fields' names (`tests/test_floors.py`).
 B batch, H query heads, Hkv heads of key and value, N queries, M keys, D head_dim, Dv value_dim, T carried rows.
 """
 

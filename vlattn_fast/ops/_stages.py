@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from vlattn_fast._ground.checks import autocasts, check_masks, check_sink, check_softcap
+from vlattn_fast._ground.named import by_name
 from vlattn_fast._ground.tensors import cast_by_autocast, mask_padding, resolve_scale, scaled_dot_default
 from vlattn_fast.dispatch.call import Call
 from vlattn_fast.dispatch.table import Table
@@ -26,10 +27,11 @@ from vlattn_fast.scores import softcapped
 
 
 def arguments_of(call: Callable[..., Any]) -> Any:
-    """The NamedTuple of a public call's arguments: the call's names and defaults."""
+    """What makes the NamedTuple of a public call's arguments: it has the call's names and defaults. A call begins with
+    `Arguments(**locals())`, before it has other variables."""
     parameters = inspect.signature(call).parameters.values()
     defaults = [each.default for each in parameters if each.default is not each.empty]
-    return namedtuple("Arguments", [each.name for each in parameters], defaults=defaults)
+    return by_name(namedtuple("Arguments", [each.name for each in parameters], defaults=defaults))
 
 
 def described(arguments: Any, facts: Callable[[Any], Call]) -> Callable[..., Call]:

@@ -118,9 +118,7 @@ def attention_map(
     """
     if is_dtensor(query):
         return over_shards(attention_map, locals(), _SHARDED, [NO_HEADS], _on_shards)
-    operands = query, key, value, grad_output, rule, head_reduction, row_normalize, lse
-    logits = attn_mask, key_mask, is_causal, scale, enable_gqa, softcap, sink, query_groups, key_groups, group_bias
-    arguments = Arguments(*operands, *logits, backend)
+    arguments = Arguments(**locals())
     plan = planned(_plan, arguments)
     if plan.backend == "reference":
         return by_formula(load(BACKENDS, "reference").attention_map, arguments, plan.scale)

@@ -120,9 +120,7 @@ def attention_statistics(
         return over_shards(attention_statistics, locals(), _SHARDED, [ATTENTION, *[PER_ROW] * 6], _on_shards)
     if statistics is not None:
         statistics = _check_statistics(statistics, key_groups, num_groups)
-    operands = query, key, " ".join(DEFAULT if statistics is None else statistics), key_groups, num_groups, row_weight
-    logits = attn_mask, key_mask, is_causal, scale, enable_gqa, softcap, sink, query_groups, group_bias
-    arguments = Arguments(*operands, *logits, backend)
+    arguments = Arguments(**locals() | {"statistics": " ".join(DEFAULT if statistics is None else statistics)})
     return statistics_of(arguments, planned(make_statistics_plan, arguments))
 
 

@@ -89,8 +89,8 @@ def congruence_loss(
     >>> congruence_loss(text, image, kind="iais_distributed", reduction="none").shape
     torch.Size([2])
     """
+    arguments = Arguments(**locals())
     masks = {"text_mask": text_mask, "image_mask": image_mask}
-    arguments = Arguments(text, image, cross, kind, direction, text_mask, image_mask, scale, reduction, backend)
     backend, scale = planned(_plan, arguments)
     if backend == "reference":
         options = {"kind": kind, "direction": direction, "scale": scale, "reduction": reduction}

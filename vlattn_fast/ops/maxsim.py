@@ -56,7 +56,7 @@ def maxsim(
     >>> maxsim(queries, documents).shape
     torch.Size([3, 5])
     """
-    backend = planned(_backend, Arguments(queries, documents, query_mask, document_mask, backend))
+    backend = planned(_backend, Arguments(**locals()))
     queries, documents = cast_by_autocast(queries, documents)
     if backend == "reference":
         with without_autocast(queries):

@@ -104,9 +104,7 @@ def paged_attention_statistics(
     """
     if statistics is not None:
         statistics = _check_statistics(statistics, key_groups, num_groups)
-    operands = query, key_cache, block_table, lengths, query_starts
-    options = " ".join(DEFAULT if statistics is None else statistics), key_groups, num_groups, scale, softcap, window
-    arguments = Arguments(*operands, *options, backend)
+    arguments = Arguments(**locals() | {"statistics": " ".join(DEFAULT if statistics is None else statistics)})
     plan = planned(_plan, arguments)
     _check_values(arguments)
     arguments = arguments._replace(num_groups=resolve_groups(key_groups, num_groups))

@@ -90,18 +90,28 @@ def recurrent_step(
     >>> recurrent_step(torch.rand(1, 3, 64), query, key, value, grad_output, **gates).shape
     torch.Size([1, 3, 64])
     """
-    gates = log_decay, beta, diagonal
-    arguments = Arguments(relevancy, query, key, value, grad_output, *gates, rule, row_normalize, backend)
+    arguments = Arguments(**locals())
     backend = planned(_backend, arguments)
     x = cast(arguments)
     if backend == "reference":
         options = {name: argument for name, argument in zip(x._fields, x, strict=True) if name != "backend"}
         with without_autocast(query):
             return load(BACKENDS, backend).recurrent_step(**options)
-    relevancy, query, key, value, grad_output = x[:5]
-    num_heads = heads_of(query, key, value, *gates)
-    tensors = relevancy, query, key, value, grad_output, log_decay, beta, diagonal
-    return _forward_op(RecurrentStepInputs(*tensors, num_heads, rule, row_normalize, backend))
+    inputs = RecurrentStepInputs(
+        relevancy=x.relevancy,
+        query=x.query,
+        key=x.key,
+        value=x.value,
+        grad_output=x.grad_output,
+        log_decay=log_decay,
+        beta=beta,
+        diagonal=diagonal,
+        num_heads=heads_of(x.query, x.key, x.value, log_decay, beta, diagonal),
+        rule=rule,
+        row_normalize=row_normalize,
+        backend=backend,
+    )
+    return _forward_op(inputs)
 
 
 Arguments = arguments_of(recurrent_step)

@@ -137,9 +137,7 @@ def relevancy_attention(
     """
     if is_dtensor(query):
         return over_shards(relevancy_attention, locals(), SHARDED | _WEIGHED, _OUTPUTS, _relevancy_shards.attention)
-    operands = query, key, value, carrier, rule, row_normalize, residual_weight, attention_weight
-    logits = attn_mask, key_mask, is_causal, scale, enable_gqa, softcap, sink, query_groups, key_groups, group_bias, head_gate
-    arguments = Arguments(*operands, *logits, backend)
+    arguments = Arguments(**locals())
     plan = planned(_plan, arguments)
     arguments = cast(arguments)
     if plan.backend == "reference":

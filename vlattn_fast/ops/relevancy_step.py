@@ -72,9 +72,7 @@ def relevancy_step(
     """
     if is_dtensor(query):
         return over_shards(relevancy_step, locals(), SHARDED | _STEPS, [NO_HEADS], _relevancy_shards.step)
-    operands = relevancy, query, key, value, grad_output, rule, row_normalize, lse
-    logits = attn_mask, key_mask, is_causal, scale, enable_gqa, softcap, sink, query_groups, key_groups, group_bias
-    arguments = Arguments(*operands, *logits, backend)
+    arguments = Arguments(**locals())
     plan = planned(_plan, arguments)
     arguments = cast(arguments)
     if plan.backend == "reference":

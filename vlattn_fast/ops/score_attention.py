@@ -24,6 +24,7 @@ from vlattn_fast._ground.checks import (
     is_jit_traced,
     varies,
 )
+from vlattn_fast._ground.named import by_name
 from vlattn_fast._ground.tensors import (
     as_dtype,
     as_fake_outputs,
@@ -121,18 +122,16 @@ def score_attention(
     """
     if is_dtensor(query):
         return over_shards(score_attention, locals(), _SHARDED, [ATTENTION, PER_ROW], _on_shards)
-    logits = attn_mask, key_mask, dropout_p, is_causal, scale, enable_gqa, return_lse, softcap, sink
-    edits = query_groups, key_groups, group_bias, head_gate
-    # in half the time of Arguments(...)
-    arguments = tuple.__new__(Arguments, (query, key, value, score, *logits, *edits, backend))
+    arguments = Arguments(**locals())
     plan = planned(_plan, arguments)
     if plan.backend == "reference":
         return by_formula(load(BACKENDS, "reference").score_attention, arguments, plan.scale)
     features = _features(arguments, plan)
-    return _finish(features, _run(features))
+    return _finish(arguments, plan, features, _run(arguments, plan, features))
 
 
 Arguments = arguments_of(score_attention)
+_new_inputs = by_name(ScoreAttentionInputs)
 
 
 class Plan(NamedTuple):
@@ -159,8 +158,9 @@ class Features(NamedTuple):
     packs: bool
     row_bias: Tensor | None
     key_groups: Tensor | None
-    arguments: Any
-    plan: Plan
+
+
+_new_features = by_name(Features)
 
 
 def _check(x: Any, score: scores.Score) -> None:
@@ -230,44 +230,72 @@ def _features(x: Any, plan: Plan) -> Features:
     if x.key_mask is not None and not (plan.masks_padding and score.is_plain):  # features of padding would reach parameters
         (key,) = mask_padding(x.key_mask, key, fill=score.masked_key)
     core = score.core(x.query, key)
-    _, query, key, vector, _, _, keeps_dtype = core
+    query, key, vector = core.query, core.key, core.vector
     if autocasts(query):
         query, key, vector, value = cast_by_autocast(query, key, vector, value)
     out_dtype = value.dtype
     logit = None if x.sink is None else as_dtype(x.sink, compute_dtype(query))[:, None]
-    if keeps_dtype:
+    if core.keeps_dtype:
         query, key, vector, value = core.query, core.key, core.vector, as_dtype(value, core.query.dtype)
     row_bias, key_groups = NO_BIAS if x.group_bias is None else group_bias_inputs(x)
     packs = plan.packs and vector is None and key.shape[1] == value.shape[1]
     if packs:
         query = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
         row_bias = None if row_bias is None else row_bias.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
-    return tuple.__new__(Features, (query, key, value, vector, logit, core, out_dtype, packs, row_bias, key_groups, x, plan))
+    return _new_features(
+        query=query,
+        key=key,
+        value=value,
+        vector=vector,
+        logit=logit,
+        core=core,
+        out_dtype=out_dtype,
+        packs=packs,
+        row_bias=row_bias,
+        key_groups=key_groups,
+    )
 
 
-def _run(features: Features) -> tuple[Tensor, Any]:
+def _run(x: Any, plan: Plan, features: Features) -> tuple[Tensor, Any]:
     """out and lse; torch's own attention has no lse."""
-    query, key, value, vector, logit, core, _, _, row_bias, key_groups, x, plan = features
+    query, key, value, core = features.query, features.key, features.value, features.core
     if plan.backend == "sdpa":
         with without_autocast(query):  # casts are done, and features of a series stay float32
             return sdpa.attention(query, key, value, x.key_mask, x.is_causal, plan.scale), None
     seed = torch.randint(0, 2**62, (), device=query.device) if x.dropout_p > 0.0 else None
+    logit = features.logit
     sink = None if logit is None else (logit - plan.scale * core.offset).detach()  # beside the core score, which lacks the offset
-    kind = (core.kind, core.parameter, plan.scale) if plan.softcapped is None else plan.softcapped
-    tensors = query, key, value, vector, x.attn_mask, x.key_mask, row_bias, key_groups, seed, sink
-    numbers = *kind, float(x.dropout_p), x.is_causal, plan.backend
-    out, lse = _forward_op(tuple.__new__(ScoreAttentionInputs, (*tensors, *numbers)))
+    kind, parameter, scale = (core.kind, core.parameter, plan.scale) if plan.softcapped is None else plan.softcapped
+    inputs = _new_inputs(
+        query=query,
+        key=key,
+        value=value,
+        vector=features.vector,
+        attn_mask=x.attn_mask,
+        key_mask=x.key_mask,
+        row_bias=features.row_bias,
+        key_groups=features.key_groups,
+        seed=seed,
+        sink=sink,
+        score=kind,
+        parameter=parameter,
+        scale=scale,
+        dropout_p=float(x.dropout_p),
+        is_causal=x.is_causal,
+        backend=plan.backend,
+    )
+    out, lse = _forward_op(inputs)
     return out, lse
 
 
-def _finish(features: Features, rows: tuple[Tensor, Any]) -> Any:
-    (out, lse), x, offset, logit = rows, features.arguments, features.core.offset, features.logit
+def _finish(x: Any, plan: Plan, features: Features, rows: tuple[Tensor, Any]) -> Any:
+    (out, lse), offset, logit = rows, features.core.offset, features.logit
     if features.packs:
         queries = -1, x.query.shape[2]
         out = out.unflatten(2, queries).flatten(1, 2)
         lse = None if lse is None else lse.unflatten(2, queries).flatten(1, 2)
     if (logit is not None or x.return_lse) and (isinstance(offset, Tensor) or offset != 0.0):
-        lse = torch.where(torch.isneginf(lse), lse, lse + features.plan.scale * offset)  # no gradient from a row without keys
+        lse = torch.where(torch.isneginf(lse), lse, lse + plan.scale * offset)  # no gradient from a row without keys
     if logit is not None:  # behind the offset: as part of the sink it would have a gradient of 1 minus the keys' share of 1
         out, lse = with_sink(out, lse, logit), lse_with_sink(lse, logit)
     out = as_dtype(out, features.out_dtype)

@@ -83,10 +83,9 @@ def stacked_cross_attention(
     >>> stacked_cross_attention(images, captions, torch.tensor([7, 4])).shape
     torch.Size([3, 2])
     """
+    backend = planned(_backend, Arguments(**locals()))
     norms = {"direction": direction, "first_norm": first_norm, "smooth": smooth}
     sums = {"aggregation": aggregation, "lambda_lse": lambda_lse}
-    tensors = images, captions, caption_lengths, image_lengths
-    backend = planned(_backend, Arguments(*tensors, direction, first_norm, smooth, aggregation, lambda_lse, backend))
     caption_lengths, image_lengths = _place(caption_lengths, "caption", captions), _place(image_lengths, "image", images)
     images, captions = cast_by_autocast(images, captions)
     if backend == "reference":

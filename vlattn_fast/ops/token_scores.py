@@ -100,8 +100,7 @@ def token_scores(
     >>> scores.shape, scores.topk(16, dim=-1).indices.shape
     (torch.Size([1, 2, 64]), torch.Size([1, 2, 16]))
     """
-    operands = query, key, rule, queries, kernel_size, pooling, recent, per_head
-    arguments = Arguments(*operands, attn_mask, key_mask, is_causal, scale, enable_gqa, softcap, sink, backend)
+    arguments = Arguments(**locals())
     plan = planned(_plan, arguments)
     how = plan.how if plan.how.queries is not None else plan.how._replace(queries=queries)
     of_rows = _of_rows(how, plan.rows, arguments)
@@ -178,8 +177,20 @@ def _of_rows(how: Rule, rows: tuple[int, int] | None, x: Any) -> Any:
         if end - first < query.shape[2]:
             query = query[:, :, places]
     mask, is_causal = _mask(how, x.attn_mask, x.query, x.key, places)
-    logits = mask, x.key_mask, is_causal, x.scale, x.enable_gqa, x.softcap, x.sink
-    return StatisticsArguments(query, x.key, "received", None, None, weight, *logits, None, None, x.backend)
+    return StatisticsArguments(
+        query=query,
+        key=x.key,
+        statistics="received",
+        row_weight=weight,
+        attn_mask=mask,
+        key_mask=x.key_mask,
+        is_causal=is_causal,
+        scale=x.scale,
+        enable_gqa=x.enable_gqa,
+        softcap=x.softcap,
+        sink=x.sink,
+        backend=x.backend,
+    )
 
 
 def _fewest(how: Rule, query: Tensor) -> int:
