@@ -582,3 +582,17 @@ def seeing_queries_of_product(masks, product, first_head, HEADS: tl.constexpr, s
         end = tl.maximum(end, tl.max(tl.where(m_seeing, o_block + 1, 0), axis=0))
     first, end = first * BLOCK_OF_ROWS, end * BLOCK_OF_ROWS
     return first, end, end, end, (first > 0) | (end < N)
+
+
+@triton.jit
+def groups_of_rows(x, masks, i_bh, first, o_q, MASK: tl.constexpr):
+    """Of a tile of queries from `first` on: its `special_groups`, the keys that it sees, and with a product the bias of its rows,
+    [q,slot]."""
+    special, b_parts = tl.full([], 0, tl.int32), None
+    if MASK == GROUP_PRODUCT:
+        special, hidden = special_groups(x.product, i_bh, first, x.N, o_q.shape[0])
+        seen = seen_keys_of_product(masks, hidden, x.M)
+        b_parts = parts_of(x.product, i_bh, first, x.N, o_q.shape[0])
+    else:
+        seen = seen_keys(masks, o_q, x.N, x.M, MASK)
+    return special, seen, b_parts

@@ -26,12 +26,11 @@ from vlattn_fast.kernels._group_bias import (
     add_group_sums,
     add_sums_of_all_groups,
     gradient_blocks,
+    groups_of_rows,
     groups_of_tile,
     members_of,
     parts_of,
     seeing_queries_of_product,
-    seen_keys,
-    seen_keys_of_product,
     seen_tiles,
     special_groups,
     store_group_sums,
@@ -320,11 +319,7 @@ def _backward_q_kernel(
     b_total = tl.zeros([BLOCK_Q], dtype=tl.float32)
     b_sums = tl.zeros([BLOCK_Q], dtype=tl.float32)
     b_along = tl.zeros([BLOCK_Q], dtype=tl.float32)
-    if BLOCK_G > 0:
-        b_bias = tl.zeros([BLOCK_Q, BLOCK_G], dtype=tl.float32)
-        b_mean_bias = b_bias
-        if C.MASK == GROUP_PRODUCT:
-            b_bias = first_sums(q.p.dtype.element_ty, BLOCK_Q, BLOCK_G)
+    b_bias, b_mean_bias = _first_bias(q.p.dtype.element_ty, BLOCK_Q, BLOCK_G, C)
     if C.EXACT:
         b_rest = tl.zeros([BLOCK_Q], dtype=tl.float32)
         b_mean = b_dq
@@ -332,13 +327,7 @@ def _backward_q_kernel(
     # tiles at the edge take masks and cosine's clamp; where it acts on some pair of the block, all of them do
     whole, end = key_range(i_q, M, False, C.CAUSAL, BLOCK_Q, BLOCK_KV)
     whole = tl.where(clamped, 0, whole)
-    special = tl.full([], 0, tl.int32)
-    if C.MASK == GROUP_PRODUCT:
-        special, hidden = special_groups(x.product, i_bh, i_q * BLOCK_Q, N, BLOCK_Q)
-        seen = seen_keys_of_product(masks, hidden, M)
-        b_parts = parts_of(x.product, i_bh, i_q * BLOCK_Q, N, BLOCK_Q)  # [q,slot]
-    else:
-        seen = seen_keys(masks, o_q, N, M, C.MASK)
+    special, seen, b_parts = groups_of_rows(x, masks, i_bh, i_q * BLOCK_Q, o_q, C.MASK)
     if APART:
         rows = of_q, b_scale, b_shift, b_inv_q, b_weight
         BLOCK: tl.constexpr = 32 if BLOCK_KV > 32 else BLOCK_KV  # of 64 whole keys sm_80 would have 144 KB in shared memory
@@ -369,13 +358,10 @@ def _backward_q_kernel(
             b_ds = b_p * (b_dp - b_delta[:, None])
             if C.EXACT:
                 b_rest += tl.sum(b_ds, axis=1)  # before the slope: it is the softmax whose rows sum to 0
-            if BLOCK_G > 0 and C.MASK == GROUP_PRODUCT:
-                b_member = members_of(x.product, i_b, start, M, o_kv.shape[0])  # [kv,slot]
-                b_bias += dot(b_ds.to(b_member.dtype), b_member, C.PRECISION)
-            elif BLOCK_G > 0:
-                b_bias = add_group_sums(b_bias, b_ds, masks, of_tile, o_kv, M, first_group)
-                if C.EXACT:
-                    b_mean_bias = add_group_sums(b_mean_bias, b_p, masks, of_tile, o_kv, M, first_group)
+            if BLOCK_G > 0:
+                b_bias, b_mean_bias = _add_bias(
+                    b_bias, b_mean_bias, b_ds, b_p, x.product, masks, of_tile, i_b, start, o_kv, M, first_group, C
+                )
             b_ds, b_along = through_score(b_ds, b_along, b_s, b_slope, norms, parameter, C.SCORE, EDGE, HALF)
             b_k = lengthened(b_k, norms[1], HALF and EDGE)
             b_dq = add_products(b_dq, b_ds, b_k, of_k, C.A, C.PRECISION)
@@ -397,28 +383,14 @@ def _backward_q_kernel(
         b_factor = b_rest
         if APART:
             b_factor *= b_total
-            of_mean = head_side(grad_q, i_b, i_h, o_q, N, C.A)
-            b_mean = ()
-            for i in tl.static_range(len(b_dq)):
-                b_mean = extended(b_mean, load_side(of_mean, tl.arange(0, FEATURES) + i * FEATURES, C.A))
+            b_mean = _stored_mean(head_side(grad_q, i_b, i_h, o_q, N, C.A), len(b_dq), C.A)
         b_dq, b_along = _without_rounding(b_dq, b_along, b_mean, b_mean_along, b_factor)
         if BLOCK_G > 0:
             b_bias -= b_rest[:, None] * b_mean_bias
         tl.store(stats.total + i_bh * NP + o_q, b_total)
     elif C.MASK >= FLOAT_MASK:
         b_total = tl.load(stats.total + i_bh * NP + o_q)
-    if C.MASK == GROUP_PRODUCT:
-        if special != 0:  # else the total is 1
-            b_dq = [b / b_total[:, None] for b in b_dq]
-            b_sums /= b_total
-            if BLOCK_G > 0:
-                b_bias /= b_total[:, None]
-    elif C.EXACT or C.MASK >= FLOAT_MASK:
-        b_dq = [b / b_total[:, None] for b in b_dq]
-        b_along /= b_total
-        b_sums /= b_total
-        if BLOCK_G > 0:
-            b_bias /= b_total[:, None]
+    b_dq, b_along, b_sums, b_bias = _over_total(b_dq, b_along, b_sums, b_bias, b_total, special, C)
     if C.SCORE == "cosine":
         b_dq = along_norms(b_dq, b_weight, b_q, of_q, b_inv_q, b_along, C.A)
     if C.MASK < FLOAT_MASK:
@@ -429,13 +401,85 @@ def _backward_q_kernel(
     store_head(grad_q, i_b, i_h, o_q, o_a, N, C.A, [b * x.scale for b in b_dq])
     if BLOCK_G > 0:
         if C.MASK == GROUP_PRODUCT:
-            m_bad = tl.sum(b_bias * 0.0, axis=1) != 0.0  # what is not finite makes NaN
-            if tl.max(m_bad.to(tl.int32), axis=0) > 0:
-                b_again = _group_sums(x, stats, i_q, i_bh, i_b, i_h, i_hk, special, C, BLOCK_Q, BLOCK_KV, BLOCK_G)
-                b_bias = tl.where(m_bad[:, None], b_again / b_total[:, None], b_bias)
+            indices = i_q, i_bh, i_b, i_h, i_hk
+            b_bias = _finite_bias(b_bias, b_total, x, stats, indices, special, C, BLOCK_Q, BLOCK_KV, BLOCK_G)
             store_sums_of_product(p_grad_bias, masks, i_bh, i_q * BLOCK_Q, N, b_bias)
         else:
             store_group_sums(p_grad_bias, masks, i_bh, o_q, N, first_group, b_bias)
+
+
+@triton.jit
+def _first_bias(dtype: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_G: tl.constexpr, C: tl.constexpr):
+    """What `_add_bias` adds to."""
+    b_bias, b_mean_bias = None, None
+    if BLOCK_G > 0:
+        b_bias = tl.zeros([BLOCK_Q, BLOCK_G], dtype=tl.float32)
+        b_mean_bias = b_bias
+        if C.MASK == GROUP_PRODUCT:
+            b_bias = first_sums(dtype, BLOCK_Q, BLOCK_G)
+    return b_bias, b_mean_bias
+
+
+@triton.jit
+def _stored_mean(side, PARTS: tl.constexpr, A: tl.constexpr):
+    """What `_store_mean` has left in the place of the gradient."""
+    b_mean = ()
+    for i in tl.static_range(PARTS):
+        b_mean = extended(b_mean, load_side(side, tl.arange(0, FEATURES) + i * FEATURES, A))
+    return b_mean
+
+
+@triton.jit
+def _add_bias(b_bias, b_mean_bias, b_ds, b_p, product, masks, of_tile, i_b, start, o_kv, M, first_group, C: tl.constexpr):
+    """The sums [q,BLOCK_G] of dS, and with EXACT of P, over the keys of each group, after one more tile."""
+    if C.MASK == GROUP_PRODUCT:
+        b_member = members_of(product, i_b, start, M, o_kv.shape[0])  # [kv,slot]
+        b_bias += dot(b_ds.to(b_member.dtype), b_member, C.PRECISION)
+    else:
+        b_bias = add_group_sums(b_bias, b_ds, masks, of_tile, o_kv, M, first_group)
+        if C.EXACT:
+            b_mean_bias = add_group_sums(b_mean_bias, b_p, masks, of_tile, o_kv, M, first_group)
+    return b_bias, b_mean_bias
+
+
+@triton.jit
+def _over_total(b_dq, b_along, b_sums, b_bias, b_total, special, C: tl.constexpr):
+    """Sums over P of `_backward_q_kernel`, divided by the total of P where it may be other than 1."""
+    if C.MASK == GROUP_PRODUCT:
+        if special != 0:  # else the total is 1
+            b_dq = [b / b_total[:, None] for b in b_dq]
+            b_sums /= b_total
+            if b_bias is not None:
+                b_bias /= b_total[:, None]
+    elif C.EXACT or C.MASK >= FLOAT_MASK:
+        b_dq = [b / b_total[:, None] for b in b_dq]
+        b_along /= b_total
+        b_sums /= b_total
+        if b_bias is not None:
+            b_bias /= b_total[:, None]
+    return b_dq, b_along, b_sums, b_bias
+
+
+@triton.jit
+def _finite_bias(
+    b_bias,
+    b_total,
+    x,
+    stats,
+    indices,
+    special,
+    C: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+):
+    """The gradient of the bias [q,BLOCK_G], with the rows made anew of which a product with members made NaN."""
+    i_q, i_bh, i_b, i_h, i_hk = indices
+    m_bad = tl.sum(b_bias * 0.0, axis=1) != 0.0  # what is not finite makes NaN
+    if tl.max(m_bad.to(tl.int32), axis=0) > 0:
+        b_again = _group_sums(x, stats, i_q, i_bh, i_b, i_h, i_hk, special, C, BLOCK_Q, BLOCK_KV, BLOCK_G)
+        b_bias = tl.where(m_bad[:, None], b_again / b_total[:, None], b_bias)
+    return b_bias
 
 
 @triton.jit

@@ -39,11 +39,9 @@ from vlattn_fast.kernels._group_bias import (
     GROUP_BIAS,
     GROUP_PRODUCT,
     chosen_rows,
+    groups_of_rows,
     groups_of_tile,
-    parts_of,
     row_bias_of,
-    seen_keys,
-    seen_keys_of_product,
     seen_tiles,
     special_groups,
     special_logits,
@@ -746,23 +744,11 @@ def _over_keys(
         end = tl.minimum(end, end_of_part)
         whole = tl.minimum(whole, end)
         edge = tl.maximum(whole, start_of_part)
-    special = tl.full([], 0, tl.int32)
-    if C.MASK == GROUP_PRODUCT:
-        special, hidden = special_groups(x.product, i_bh, i_q * BLOCK_Q, N, BLOCK_Q)
-        seen = seen_keys_of_product(masks, hidden, M)
-        b_parts = parts_of(x.product, i_bh, i_q * BLOCK_Q, N, BLOCK_Q)  # [q,slot]
-    else:
-        seen = seen_keys(masks, o_q, N, M, C.MASK)
+    special, seen, b_parts = groups_of_rows(x, masks, i_bh, i_q * BLOCK_Q, o_q, C.MASK)
     if AHEAD:
         tiles = seen_tiles(seen, start_of_part, whole, BLOCK_KV, C.MASK)
         start = tile_at(tiles[0], tiles, C.MASK)
-        if boxes is None:
-            b_first = load_rows(p_k, x.k.stride_n, start + tl.arange(0, BLOCK_KV), o_a, M, C.A)
-        else:
-            b_first = load_box(boxes.k, i_b, i_hk, start)
-        b_next = dot(b_q, tl.trans(b_first), C.PRECISION)  # [q,kv]
-        if C.MASK == GROUP_PRODUCT:
-            b_next = with_bias(b_next, b_parts, x.product, i_b, start, M, C.PRECISION)
+        b_next = _first_products(x, b_q, b_parts, p_k, o_a, start, i_b, i_hk, boxes, C, BLOCK_KV)
     for EDGE in tl.static_range(1 if C.UNITS else 0, 2):
         begin, finish = edge if EDGE else start_of_part, end if EDGE else whole
         tiles = seen_tiles(seen, begin, finish, BLOCK_EDGE if EDGE else BLOCK_KV, C.MASK)
@@ -800,10 +786,7 @@ def _over_keys(
                 else:
                     b_v = load_box(boxes.v_edge if EDGE else boxes.v, i_b, i_h // C.GROUP_V, start)
             if SUM == "out":
-                if x.dropout is not None:  # not in sum_i: what is dropped is missing from a row that sums to 1
-                    b_p *= keep_factor(x.dropout, i_bh, o_q, o_kv, N)
-                b_out = [b * b_alpha[:, None] for b in b_out]
-                b_out = add_products(b_out, keep_layout(b_p, C.UNITS, C.PRECISION), b_v, of_v, C.DV, C.PRECISION)
+                b_out = _add_values(b_out, b_alpha, b_p, b_v, of_v, x.dropout, i_bh, o_q, o_kv, N, C)
             elif SUM == "map":
                 b_dp = row_products(b_do, of_do, b_v, of_v, C.DV, C.PRECISION)  # [q,kv]
                 b_out = b_out * b_alpha + tl.sum(map_of(b_p, b_dp, o_kv, M if EDGE else None), axis=1)
@@ -811,6 +794,28 @@ def _over_keys(
             if C.MASK == GROUP_PRODUCT and AHEAD and not EDGE:
                 start = first
     return b_max, b_sum, b_out
+
+
+@triton.jit
+def _first_products(x, b_q, b_parts, p_k, o_a, start, i_b, i_hk, boxes, C: tl.constexpr, BLOCK_KV: tl.constexpr):
+    """The products [q,kv] of the first tile of keys in `_over_keys`, before its loop; with the bias where a product adds it."""
+    if boxes is None:
+        b_first = load_rows(p_k, x.k.stride_n, start + tl.arange(0, BLOCK_KV), o_a, x.M, C.A)
+    else:
+        b_first = load_box(boxes.k, i_b, i_hk, start)
+    b_x = dot(b_q, tl.trans(b_first), C.PRECISION)
+    if C.MASK == GROUP_PRODUCT:
+        b_x = with_bias(b_x, b_parts, x.product, i_b, start, x.M, C.PRECISION)
+    return b_x
+
+
+@triton.jit
+def _add_values(b_out, b_alpha, b_p, b_v, of_v, dropout, i_bh, o_q, o_kv, N, C: tl.constexpr):
+    """out_i alpha_i + sum_j p_ij v_j of `_over_keys`."""
+    if dropout is not None:  # not in sum_i: what is dropped is missing from a row that sums to 1
+        b_p *= keep_factor(dropout, i_bh, o_q, o_kv, N)
+    b_out = [b * b_alpha[:, None] for b in b_out]
+    return add_products(b_out, keep_layout(b_p, C.UNITS, C.PRECISION), b_v, of_v, C.DV, C.PRECISION)
 
 
 @triton.jit
