@@ -5,6 +5,7 @@ Formula: reference/score_attention.py. O(N) memory: streaming/score_attention.py
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -256,7 +257,24 @@ def _features(x: Any, plan: Plan) -> Features:
     )
 
 
-def _run(x: Any, plan: Plan, features: Features) -> tuple[Tensor, Any]:
+Computes = Callable[[ScoreAttentionInputs], tuple[Tensor, Tensor]]
+
+
+def score_attention_by(operator: Computes, **call: Any) -> Tensor:
+    """`score_attention(**call)` with another operator, as with a backward pass of its own; backends with an operator only."""
+    if is_dtensor(call["query"]):
+        shared: Tensor = over_shards(
+            functools.partial(score_attention_by, operator), Arguments(**call)._asdict(), _SHARDED, [ATTENTION], _on_shards
+        )
+        return shared
+    arguments = Arguments(**call)
+    plan = planned(_plan, arguments)
+    features = _features(arguments, plan)
+    output: Tensor = _finish(arguments, plan, features, _run(arguments, plan, features, operator))
+    return output
+
+
+def _run(x: Any, plan: Plan, features: Features, operator: Computes | None = None) -> tuple[Tensor, Any]:
     """out and lse; torch's own attention has no lse."""
     query, key, value, core = features.query, features.key, features.value, features.core
     if plan.backend == "sdpa":
@@ -284,7 +302,7 @@ def _run(x: Any, plan: Plan, features: Features) -> tuple[Tensor, Any]:
         is_causal=x.is_causal,
         backend=plan.backend,
     )
-    out, lse = _forward_op(inputs)
+    out, lse = _forward_op(inputs) if operator is None else operator(inputs)
     return out, lse
 
 

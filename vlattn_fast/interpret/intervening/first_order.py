@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from vlattn_fast._ground.groups import sums_of_groups
 from vlattn_fast.attach.current import SCORE_ATTENTION
@@ -22,18 +21,17 @@ from vlattn_fast.interpret.intervening.plans import CallPlan, Plans
 from vlattn_fast.interpret.intervening.seen_calls import NotesCalls
 from vlattn_fast.interpret.intervening.token_sets import TokenSet
 from vlattn_fast.interpret.relevancy.traced_call import TracedCall
-from vlattn_fast.ops.score_attention import score_attention
+from vlattn_fast.ops.score_attention import score_attention_by
 
 _BACKWARD = torch.ops.vlattn.score_attention_backward
 Sets = Mapping[str, TokenSet]
 _OF_CALL = [field for field in ScoreAttentionInputs._fields if field in ScoreAttentionBackwardInputs._fields]
 
 
-class BiasedCall(TorchFunctionMode):
-    """A context in which the operator of one attention call runs, and what its backward pass has for the groups."""
+class GroupGradient:
+    """One attention call, and what its backward pass has for the groups."""
 
     def __init__(self, call: TracedCall) -> None:
-        super().__init__()
         (self.batch, self.heads, self.queries, _), self.keys = call.query.shape, call.key.shape[2]
         self.device = call.query.device
         self.leaf = torch.zeros((), requires_grad=True)  # has a gradient where the score depends on the call
@@ -48,14 +46,8 @@ class BiasedCall(TorchFunctionMode):
             "key_groups": torch.full((self.keys,), -1, device=self.device),
             "group_bias": torch.zeros(self.heads, 1, 1, device=self.device),
         }
-        with torch._C._EnableTorchFunction(), self:
-            return score_attention(call.query, call.key, call.value, **call.masks, **every)
-
-    def __torch_function__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        with torch._C.DisableTorchFunction():  # no run around sees what this one computes
-            return _Biased.apply(self, self.leaf, *args) if func is SCORE_ATTENTION else func(*args, **(kwargs or {}))
+        tensors = {"query": call.query, "key": call.key, "value": call.value}
+        return score_attention_by(lambda inputs: _Biased.apply(self, self.leaf, *inputs), **tensors, **call.masks, **every)
 
     def ask(self, plan: CallPlan, queries: Groups, keys: Groups) -> None:
         """Tells the groups, in front of the backward pass."""
@@ -88,7 +80,7 @@ class _Biased(torch.autograd.Function):
     """The operator score_attention, whose backward pass takes its groups anew."""
 
     @staticmethod
-    def forward(ctx: Any, call: BiasedCall, leaf: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, call: GroupGradient, leaf: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
         inputs = ScoreAttentionInputs(*args)
         out, lse = SCORE_ATTENTION(*inputs)
         named = {field: getattr(inputs, field) for field in _OF_CALL} | {"out": out, "lse": lse}
@@ -116,20 +108,20 @@ class KeepsCalls(NotesCalls):
 
     def __init__(self) -> None:
         super().__init__()
-        self.biased: list[BiasedCall] = []
+        self.biased: list[GroupGradient] = []
         self.takes_all = True  # no call is one whose bias the model must run again for
 
     def output(self, call: TracedCall) -> Tensor:
         if call.of_one_sequence:  # no softmax, so no bias
             return call.computed()
-        mask, biased = call.masks["attn_mask"], BiasedCall(call)
+        mask, biased = call.masks["attn_mask"], GroupGradient(call)
         self.biased.append(biased)
         if "score" in call.masks or (mask is not None and mask.requires_grad):
             self.takes_all = False
             return call.computed()
         return biased.output(call)
 
-    def of_plans(self, plans: Plans, chosen: Sequence[CallPlan], queries: Sets, keys: Sets) -> list[BiasedCall]:
+    def of_plans(self, plans: Plans, chosen: Sequence[CallPlan], queries: Sets, keys: Sets) -> list[GroupGradient]:
         """The calls of the plans `chosen`, which count their effects between these sets in the backward pass."""
         of_queries, of_keys = Groups(list(queries.values()), as_keys=False), Groups(list(keys.values()), as_keys=True)
         numbers = {id(plan): number for number, plan in enumerate(plans.of_calls)}
