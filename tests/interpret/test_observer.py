@@ -151,3 +151,37 @@ def test_events_are_equal_however_a_model_attends() -> None:
         replaced = Notes()
         with Observer(module, [replaced], parts=[module]):
             torch.testing.assert_close(module(*tensors), output)
+
+
+def interrupted(model: Any, inputs: dict[str, torch.Tensor]) -> None:
+    """Ctrl-C in the second layer, after which torch runs no hooks."""
+
+    def stop(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    layer = model.model.language_model.layers[1].mlp
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(layer, "forward", stop)
+        model(**inputs)
+
+
+def test_a_pass_after_an_interrupted_one_is_captured_as_the_first() -> None:
+    model, _ = llava()
+    ids = {"input_ids": torch.tensor([[1, 5, 6, 7]])}
+    with va.nn.capture_attention(model, layers=[0, 1]) as expected:
+        model(**ids)
+    with va.nn.capture_attention(model, layers=[0, 1]) as captured:
+        interrupted(model, ids)
+        model(**ids)
+    assert len(captured) == len(expected) == 2
+    assert torch.equal(captured[1].text.query, expected[1].text.query)
+
+
+def test_a_pass_after_an_interrupted_one_is_edited_as_the_first() -> None:
+    model, _ = llava()
+    ids = {"input_ids": torch.tensor([[1, 5, 6, 7]])}
+    with va.intervene(model, ids, va.Knockout(queries="last", keys=(0, 1))):
+        expected = model(**ids).logits
+        interrupted(model, ids)
+        assert torch.equal(model(**ids).logits, expected)
+    assert not torch.equal(model(**ids).logits, expected)

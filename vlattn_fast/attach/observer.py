@@ -149,6 +149,8 @@ class Observer(Stepwise, TorchFunctionMode):
     def _enter_module(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if isinstance(module, _OF_THE_CALLER) or not self.is_on():
             return
+        if module is self.model and not self.explains:  # Ctrl-C may have left the pass before
+            self.runs[:] = self.runs[:1] if self._starts is None else []
         if self.runs:
             around = self.runs[-1]
             path = self._paths.of(module, around.path, around.number)

@@ -95,6 +95,8 @@ class TokenKinds(Subscriber):
     # --- modules ---
 
     def on_enter(self, run: ModuleRun, args: tuple[Any, ...]) -> None:
+        if run.module is self._model:
+            self._modules.clear()
         self._modules[run] = _Module()
 
     def on_leave(self, run: ModuleRun, args: tuple[Any, ...], output: Any) -> None:

@@ -93,7 +93,7 @@ class EditedCalls(Subscriber):
 
     def on_enter(self, run: ModuleRun, args: tuple[Any, ...]) -> None:
         if run.module is self.model:  # a run before may have ended in an error
-            self._numbers = dict.fromkeys(self._of_modules, 0)
+            self._numbers, self._attending = dict.fromkeys(self._of_modules, 0), []
         if run.module in self._of_modules:
             self._attending.append(_Attending(run.module))
 
