@@ -63,7 +63,7 @@ def build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
         x, model = t["tokens"].detach().requires_grad_(), encoder(t, F.scaled_dot_product_attention)
         with va.nn.capture_relevancy(model, method=published("gradient")) as captured:
             scores = scores_of(t, model(x))
-        relevancy = captured.relevancy(scores.sum(), read="cls")
+        relevancy = captured.relevancy(scores.sum(), position="cls")
         assert isinstance(relevancy, Tensor)
         return finish(t, x, scores, relevancy)
 

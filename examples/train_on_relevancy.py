@@ -59,7 +59,7 @@ def step(model: Model, weight: float) -> Tensor:
     with va.nn.capture_relevancy(model) as captured:
         logits = model(patches[:MASKED])
     score = logits.gather(1, kind[:MASKED, None]).sum()
-    outside = va.nn.RelevancyLoss("inside", prefix=1)(captured.relevancy(score, read="cls"), mask[:MASKED])
+    outside = va.nn.RelevancyLoss("inside", prefix=1)(captured.relevancy(score, position="cls"), mask[:MASKED])
     logits = torch.cat([logits, model(patches[MASKED:])])
     return nn.functional.cross_entropy(logits, kind) + weight * outside
 
@@ -75,7 +75,9 @@ def train(weight: float) -> tuple[float, float]:
     patches, kind, mask = batch(1000, cue=False)
     with torch.no_grad():
         accuracy = (model(patches).argmax(1) == kind).float().mean().item()
-    explanation = va.explain(model, {"patches": patches}, read="cls", target=lambda logits: logits.gather(1, kind[:, None])[:, 0])
+    explanation = va.explain(
+        model, {"patches": patches}, position="cls", target=lambda logits: logits.gather(1, kind[:, None])[:, 0]
+    )
     outside = va.nn.RelevancyLoss("inside", prefix=1)(explanation.relevancy["tower0"], mask)
     return accuracy, 1 - outside.item()
 

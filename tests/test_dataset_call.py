@@ -34,7 +34,7 @@ def pictures(tmp_path: Path) -> Path:
 
 def test_it_writes_what_the_command_goes_on_with(vit: Path, pictures: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    outcome = va.explain_dataset(vit, pictures, out, method="rollout", sinks="keep", batch_size=2)
+    outcome = va.explain_dataset(vit, pictures, out, method=va.methods.Rollout(sinks="keep"), batch_size=2)
     assert (outcome.done, outcome.failed, outcome.skipped, outcome.first) == (3, 0, 0, True)
     explanations = va.load_explanations(out)
     assert explanations.ids == ["0.png", "1.png", "2.png"] and explanations[0].method == "rollout"
@@ -48,10 +48,15 @@ def test_a_run_goes_on_with_the_same_constants(vit: Path, pictures: Path, tmp_pa
     """The default is stored by what it means, so that another release's default does not go on with it."""
     out = tmp_path / "out"
     va.explain_dataset(vit, pictures, out)
-    assert json.loads((out / SETTINGS).read_text())["freeze"] == ["norms", "attention"]
-    assert va.explain_dataset(vit, pictures, out, freeze=("norms", "attention")).skipped == 3
+    stored = json.loads((out / SETTINGS).read_text())
+    assert stored["method"] == "gradient" and stored["freeze"] == ["norms", "attention"]
+    assert va.explain_dataset(vit, pictures, out, method=va.methods.Gradient(freeze=("norms", "attention"))).skipped == 3
     with pytest.raises(ValueError, match=r'freeze must be \["norms", "attention"\], as in the earlier runs in .*; got \[\]'):
-        va.explain_dataset(vit, pictures, out, freeze=())
+        va.explain_dataset(vit, pictures, out, method=va.methods.Gradient(freeze=()))
+    (out / SETTINGS).write_text(json.dumps({**stored, "format": "vlattn_fast.explanations.1", "read": None}))  # as before
+    assert len(va.load_explanations(out)) == 3
+    with pytest.raises(ValueError, match='format must be "vlattn_fast.explanations.1", as in the earlier runs'):
+        va.explain_dataset(vit, pictures, out)
 
 
 @pytest.mark.parametrize(
@@ -59,9 +64,11 @@ def test_a_run_goes_on_with_the_same_constants(vit: Path, pictures: Path, tmp_pa
     [
         ({"model": torch.nn.Identity()}, TypeError, "model must be a directory or an id, which each process loads; got Identity"),
         ({"model": "nowhere/at/all"}, ValueError, "model must be a directory or id of a Hugging Face model; got nowhere/at/all"),
-        ({"methods": "rollout"}, TypeError, "options must be among method, start_layer, text, .*; got methods"),
+        ({"methods": "rollout"}, TypeError, "options must be among method, text, .*; got methods"),
+        ({"read": "cls"}, TypeError, r"explain_dataset\(\) has no parameter 'read'; write position='cls'"),
+        ({"method": va.methods.Weighted(weighting=lambda *terms: terms[:2])}, TypeError, "method must have options that can be"),
         ({"method": "magic"}, ValueError, "method must be one of gradient, .*; got 'magic'"),
-        ({"sinks": "drop"}, ValueError, "sinks must be one of .*; got 'drop'"),
+        ({"sinks": "remove"}, TypeError, r"write method=va.methods.Gradient\(sinks='remove'\)"),
         ({"dtype": "float8"}, ValueError, "dtype must be the name of one of torch's, as 'bfloat16'; got 'float8'"),
         ({"dtype": "nn"}, ValueError, "dtype must be the name"),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),

@@ -83,7 +83,7 @@ CALLS = {
     "explain's steps": (
         "explaining:",
         "vit",
-        lambda model, inputs: va.explain(model, inputs, method="integrated_gradients", steps=3),
+        lambda model, inputs: va.explain(model, inputs, method=va.methods.IntegratedGradients(n_steps=3)),
     ),
     "explain's tokens": ("explaining:", "llava", lambda model, inputs: va.explain(model, inputs, answer=[[5, 6, 7], [7, 8, 9]])),
     "generate": ("generating:", "llava", lambda model, inputs: generate(model, inputs, 3)),

@@ -22,6 +22,7 @@ except ModuleNotFoundError as missing:
 from vlattn_fast import __version__
 from vlattn_fast._ground.checks import check_writable
 from vlattn_fast._ground.extras import with_progress
+from vlattn_fast.backends.reference.relevancy_residual import WEIGHTINGS
 from vlattn_fast.checking import verify as checks
 from vlattn_fast.dispatch.table import BACKEND_NAMES
 from vlattn_fast.interpret.dataset.batches import Options
@@ -35,8 +36,8 @@ from vlattn_fast.interpret.explaining.loading import check_model, load_model, lo
 from vlattn_fast.interpret.intervening.one import cut_of, intervene_one, scale_of
 from vlattn_fast.interpret.probing.run import TESTS
 from vlattn_fast.interpret.relevancy.method import EXPLAINED
-from vlattn_fast.interpret.relevancy.methods.registry import METHODS
-from vlattn_fast.interpret.relevancy.sinks import MODES as SINKS
+from vlattn_fast.interpret.relevancy.methods.registry import METHODS, with_options
+from vlattn_fast.interpret.relevancy.sinks import CHOICES as SINKS
 from vlattn_fast.ops import OPERATORS
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -256,11 +257,19 @@ def explain(
     text: Annotated[list[str] | None, typer.Option(help="Text; repeat it for several texts beside one picture.")] = None,
     method: Annotated[list[str] | None, typer.Option(help=f"{', '.join(METHODS)}; repeat it for several on one page.")] = None,
     target: Annotated[str | None, typer.Option(help="Text by index, class, token, or similarity; the model's choice.")] = None,
-    read: Annotated[str | None, typer.Option(help="Row that is read: cls, last, mean or an index; the model's own.")] = None,
-    start_layer: Annotated[int, typer.Option(help="First layer that counts; -1 is the last.")] = 0,
+    position: Annotated[
+        str | None, typer.Option(help="Explained token: cls, last, mean or an index. Default: the model's own.")
+    ] = None,
+    start_layer: Annotated[int | None, typer.Option(help="First layer that counts; -1 is the last. Default: 0.")] = None,
+    weighting: Annotated[
+        str | None, typer.Option(help=f"Method weighted: {', '.join(WEIGHTINGS)}. Default: {WEIGHTINGS[0]}.")
+    ] = None,
     through_connector: Annotated[bool, typer.Option("--through-connector", help="Go on into the vision tower.")] = False,
     per: Annotated[str | None, typer.Option(help="layer or head: the map of each by itself, on one sheet.")] = None,
-    sinks: Annotated[str | None, typer.Option(help="Attention without content: report names its tokens, remove; keep.")] = None,
+    sinks: Annotated[
+        str | None, typer.Option(help=f"Attention without content: {', '.join(SINKS)}. Default: {SINKS[0]}.")
+    ] = None,
+    find_sinks: Annotated[bool, typer.Option("--find-sinks", help="Name the tokens of attention without content.")] = False,
     freeze: Annotated[
         list[str] | None, typer.Option(help="Constants of the backward pass: norms, attention, or none. Default: the method's.")
     ] = None,
@@ -276,8 +285,8 @@ def explain(
 ) -> None:
     """Explain which parts of a picture and a text a model's score rests on.
 
-    --target similarity explains the cosine of two texts that an encoder embeds: the mean of its tokens' states, or what --read
-    names.
+    --target similarity explains the cosine of two texts that an encoder embeds: the mean of its tokens' states, or what
+    --position names.
 
     --dataset explains many inputs, whose columns are image, text, target, answer and id; --text, --target and --answer are then
     defaults. A run continues where a killed run ended, and skips inputs that fail, which failures.jsonl lists. `torchrun -m
@@ -287,6 +296,8 @@ def explain(
     _check_known("--method", methods, METHODS)
     if len(methods) > 1 and (dataset is not None or out.suffix != ".html"):
         raise typer.BadParameter(f"--method must be given once, except for one page (.html); got {', '.join(methods)}")
+    if find_sinks and dataset is not None:
+        raise typer.BadParameter("--find-sinks must be given without --dataset; got both")
     if per is not None and (dataset is not None or len(methods) > 1):
         raise typer.BadParameter(f"--per must be given with one --method and without --dataset; got {', '.join(methods)}")
     _check_known("--dtype", [dtype], MODEL_DTYPES)
@@ -302,19 +313,23 @@ def explain(
     if sizes and dataset is None:
         names = ", ".join("--" + name.replace("_", "-") for name in sizes)
         raise typer.BadParameter(f"--dataset must be given with {names}; got none")
-    chosen, row = (int(x) if x is not None and x.lstrip("-").isdecimal() else x for x in (target, read))
-    by_name: dict[str, Any] = {"method": methods[0], "start_layer": start_layer, "text": text or (), "target": chosen}
-    by_name |= {"answer": answer, "generate": generate, "dtype": dtype, "read": row, "sinks": sinks}
-    by_name |= {"through_connector": through_connector, "of": of}
-    by_name |= {} if freeze is None else {"freeze": () if freeze == ["none"] else tuple(freeze)}
+    chosen, place = (int(x) if x is not None and x.lstrip("-").isdecimal() else x for x in (target, position))
+    by_name: dict[str, Any] = {"text": text or (), "target": chosen, "position": place}
+    by_name |= {"answer": answer, "generate": generate, "dtype": dtype}
+    asked: dict[str, Any] = {"start_layer": start_layer, "weighting": weighting, "sinks": sinks, "of": of}
+    asked |= {"through_connector": through_connector or None}
+    asked |= {} if freeze is None else {"freeze": () if freeze == ["none"] else tuple(freeze)}
+    options = {name: value for name, value in asked.items() if value is not None}
     try:
         with _refusing(ImportError, TypeError, ValueError, command=explain):
             check_model(model)  # before `out`: the reader mends what is named first
+            objects = [with_options(name, **options) for name in methods]
+            by_name["method"] = objects[0]
             if dataset is None:
                 if out.suffix not in (".html", ".png"):
                     raise ValueError(f"out must end in .html or .png; got {out.name!r}")
                 _check_file(out)
-                for line in explain_one(Options.check(model, **by_name), methods, image, out, device, per):
+                for line in explain_one(Options.check(model, **by_name), objects, image, out, device, per, find_sinks):
                     typer.echo(line)
                 return
             if image is not None:

@@ -58,7 +58,10 @@ def test_constants_and_the_explained_number(llava, picture, tmp_path):
     refused = vlattn(*run, "--out", tmp_path / "out.html", "--freeze", "norm")
     assert refused.exit_code == 2 and "freeze must be among norms, attention; got 'norm'" in said(refused)
     refused = vlattn(*run, "--out", tmp_path / "out.html", "--method", "rollout", "--of", "logit")
-    assert refused.exit_code == 2 and "of must be left out for a method without gradients" in said(refused)
+    assert (
+        refused.exit_code == 2
+        and "--of must be an option of method 'rollout', which has start_layer, sinks; got 'logit'" in said(refused)
+    )
 
 
 def test_a_long_text_is_no_title(bert, tmp_path):

@@ -62,19 +62,23 @@ def test_a_run_goes_on_with_its_sinks(vit, picture, tmp_path):
     asked = ("explain", "--model", vit, "--dataset", picture.parent, "--out", tmp_path / "folder")
     begun, same, other = (vlattn(*asked, *more) for more in ((), ("--sinks", "keep"), ("--sinks", "remove")))
     assert begun.exit_code == same.exit_code == 0 and "skipped 1 (done before)" in same.output, same.output
-    assert other.exit_code == 2 and "--sinks must be null, as in the earlier runs" in said(other)
+    assert other.exit_code == 2 and '--sinks must be "keep", as in the earlier runs' in said(other)
 
 
 def test_sinks_are_named_and_removed(vit, picture, tmp_path):
     asked = ("explain", "--model", vit, "--image", picture, "--out", tmp_path / "page.html")
-    plain, kept, removed = (vlattn(*asked, *more) for more in ((), ("--sinks", "keep"), ("--sinks", "remove")))
+    options = ((), ("--sinks", "keep"), ("--find-sinks",), ("--sinks", "remove"))
+    plain, kept, found, removed = (vlattn(*asked, *more) for more in options)
     assert all(result.exit_code == 0 and "without content" not in result.output for result in (plain, kept))
+    assert found.exit_code == 0 and found.output.count("without content") == 1
     line = next(line for line in removed.output.splitlines() if "without content" in line)
     assert line in html.unescape((tmp_path / "page.html").read_text())
     refused = vlattn(*asked, "--sinks", "drop")
-    assert refused.exit_code == 2 and "--sinks must be one of keep, report, remove; got drop" in said(refused)
+    assert refused.exit_code == 2 and "--sinks must be one of keep, remove; got drop" in said(refused)
     refused = vlattn(*asked, "--sinks", "remove", "--method", "gradcam")
-    assert refused.exit_code == 2 and "--sinks must be 'keep' or 'report' for method 'gradcam'" in said(refused)
+    assert refused.exit_code == 2 and "--sinks must be an option of method 'gradcam', which has freeze, of" in said(refused)
+    refused = vlattn(*asked[:3], "--dataset", picture.parent, "--out", tmp_path / "folder", "--find-sinks")
+    assert refused.exit_code == 2 and "--find-sinks must be given without --dataset" in said(refused)
 
 
 @pytest.mark.slow
@@ -153,7 +157,7 @@ def test_an_answer_by_each_method(llava, picture, tmp_path, method):
     assert result.exit_code == 0, result.output
     assert method in (tmp_path / "out.html").read_text()
     layers = vlattn(*call, "--out", tmp_path / "layers.png", "--per", "layer")
-    assert layers.exit_code == 2 and f"--per must be None for method '{method}'" in layers.output
+    assert layers.exit_code == 2 and "--method must have a map of each layer" in layers.output
 
 
 def test_the_layers_of_an_answer(llava, picture, tmp_path):
@@ -172,4 +176,4 @@ def test_maps_of_layers_are_of_one_method_and_one_input(vit, picture, tmp_path):
     result = vlattn(*call, "--per", "token")
     assert result.exit_code == 2 and "--per must be one of" in result.output
     result = vlattn(*call, "--per", "layer", "--method", "gradcam")
-    assert result.exit_code == 2 and "--per must be None for method 'gradcam'" in result.output
+    assert result.exit_code == 2 and "--method must have a map of each layer" in result.output

@@ -15,6 +15,7 @@ from tests.helpers.nn import divided_relevancy
 from tests.helpers.nn.stored_relevancy import MAPS, STORED, stored_row, terms
 from tests.helpers.two_ranks import results_of
 from vlattn_fast.interpret.records.unsupported import UndefinedRelevancy
+from vlattn_fast.interpret.relevancy.methods.registry import with_options
 from vlattn_fast.nn import RelevancyLoss, capture_relevancy
 
 transformers = pytest.importorskip("transformers")
@@ -135,8 +136,8 @@ def test_a_step_equals_that_on_stored_maps(name: str, method: str, how: str) -> 
 def test_values_are_those_of_explain(name: str, method: str, start_layer: int) -> None:
     _, inputs, score_of, _ = CASES[name]
     model = made(name).eval()
-    want = va.explain(model, inputs, method=method, start_layer=start_layer, target=score_of).relevancy
-    with capture_relevancy(model, method=method, start_layer=start_layer) as captured:
+    want = va.explain(model, inputs, method=with_options(method, start_layer=start_layer), target=score_of).relevancy
+    with capture_relevancy(model, method=with_options(method, start_layer=start_layer)) as captured:
         outputs = model(**inputs)
     for got, row in zip(rows_of(captured, score_of(outputs)).values(), want.values(), strict=True):
         torch.testing.assert_close(got.detach(), row, rtol=1e-6, atol=1e-9)
@@ -333,7 +334,7 @@ def test_the_model_is_put_back_after_an_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("score", "read", "error", "says"),
+    ("score", "position", "error", "says"),
     [
         (lambda logits: logits[:, 1].sum().detach(), None, ValueError, "score must have a gradient"),
         (lambda logits: logits[:, 1] * float("nan"), None, UndefinedRelevancy, "got nan in rows"),
@@ -342,16 +343,16 @@ def test_the_model_is_put_back_after_an_error() -> None:
         (lambda logits: 1.0, None, TypeError, "score must be a tensor"),
         (lambda logits: None, None, ValueError, "score must be given"),
         (lambda logits: logits[:, 1].sum(), 3, UndefinedRelevancy, "does not depend on the row that was read"),
-        (lambda logits: logits[:, 1].sum(), 17, ValueError, "read must be from -17 to 16"),
-        (lambda logits: logits[:, 1].sum(), torch.ones(2, 16), ValueError, "read must be weights of shape"),
-        (lambda logits: logits[:, 1].sum(), {"text": "cls"}, ValueError, "read must name towers among vision"),
-        (lambda logits: logits[:, 1].sum(), "first", ValueError, "read must be one of cls, last, mean"),
+        (lambda logits: logits[:, 1].sum(), 17, ValueError, "position must be from -17 to 16"),
+        (lambda logits: logits[:, 1].sum(), torch.ones(2, 16), ValueError, "position must be weights of shape"),
+        (lambda logits: logits[:, 1].sum(), {"text": "cls"}, ValueError, "position must name towers among vision"),
+        (lambda logits: logits[:, 1].sum(), "first", ValueError, "position must be one of cls, last, mean"),
     ],
 )
-def test_wrong_scores_and_rows(score: Any, read: Any, error: type[Exception], says: str) -> None:
-    captured, logits = captured_vit(start_layer=-1)
+def test_wrong_scores_and_rows(score: Any, position: Any, error: type[Exception], says: str) -> None:
+    captured, logits = captured_vit(method=va.methods.Gradient(start_layer=-1))
     with pytest.raises(error, match=says):
-        captured.relevancy(score(logits), read)
+        captured.relevancy(score(logits), position)
 
 
 def test_passes_that_are_none_or_several_or_freed() -> None:
@@ -376,12 +377,14 @@ def test_refused_arguments() -> None:
     for options, says in (
         ({"method": "gradcam"}, "method must be one that carries a row"),
         ({"method": "rollout", "higher_order": True}, "higher_order must be False for method 'rollout'"),
-        ({"start_layer": 1.0}, "start_layer must be"),
+        ({"start_layer": 1}, r"write method=va.methods.Gradient\(start_layer=1\)"),
+        ({"method": va.methods.Gradient(sinks="remove")}, "method must be without sinks= and through_connector="),
+        ({"method": va.methods.Gradient(through_connector=True)}, "method must be without sinks= and through_connector="),
         ({"higher_order": 1}, "higher_order must be"),
     ):
         with pytest.raises((ValueError, TypeError), match=says):
             capture_relevancy(model, **options)
-    captured, logits = captured_vit(start_layer=3)
+    captured, logits = captured_vit(method=va.methods.Gradient(start_layer=3))
     with pytest.raises(ValueError, match="start_layer must be from -1"):
         captured.relevancy(logits.sum())
 
@@ -421,7 +424,7 @@ def test_a_learnt_bias_and_other_scores_are_refused() -> None:
     model = nn.Sequential(Biased(False))
     with capture_relevancy(model) as captured:
         output = model(x)
-    assert captured.relevancy(output[:, 0, 1].sum(), read=0).requires_grad
+    assert captured.relevancy(output[:, 0, 1].sum(), position=0).requires_grad
     with capture_relevancy(nn.Sequential(Biased(True))) as captured, pytest.raises(ValueError, match="bias of the scores"):
         captured.model(x)
     additive = nn.Sequential(va.nn.ScoreAttention(8, 2, score="additive"))
@@ -444,7 +447,7 @@ def test_dropout_of_multihead_attention() -> None:
     x = torch.randn(1, 6, 8).expand(2000, -1, -1)
     with capture_relevancy(model) as captured:
         output = model(x)
-    assert captured.relevancy(output[:, 0, 1].sum(), read="cls").requires_grad
+    assert captured.relevancy(output[:, 0, 1].sum(), position="cls").requires_grad
     with torch.no_grad():
         output, outside, still = output.detach(), model(x), model.eval()(x)
     assert 0.9 < float((output - still).std() / (outside - still).std()) < 1.1

@@ -2,15 +2,15 @@
 `widget`.
 
 In: a model and an input.
-Out: an `Explanation`, `SideBySide`, `Evaluation`, `ProbeReport`, `PromptMaps`, `EdgeTable` or `FlowCurve`; a context with
-    edits; a widget.
+Out: an `Explanation`, `LayerExplanation`, `SideBySide`, `Evaluation`, `ProbeReport`, `PromptMaps`, `EdgeTable` or `FlowCurve`; a
+    context with edits; a widget.
 Imports: interpret.
 """
 
 from vlattn_fast.interpret.dataset import Explanations, explain_dataset, load_explanations
 from vlattn_fast.interpret.evaluating.evaluate import evaluate
 from vlattn_fast.interpret.evaluating.evaluation import Evaluation
-from vlattn_fast.interpret.explaining.explain import explain
+from vlattn_fast.interpret.explaining.explain import explain, explain_layers, find_sinks
 from vlattn_fast.interpret.exploring.widget import widget
 from vlattn_fast.interpret.intervening.edges import Edge, EdgeTable
 from vlattn_fast.interpret.intervening.edits import Knockout, Patch, ScaleHeads, Steer
@@ -21,8 +21,9 @@ from vlattn_fast.interpret.intervening.intervene import intervene, record_heads
 from vlattn_fast.interpret.probing import ProbeReport, probe
 from vlattn_fast.interpret.prompting.prompt_maps import PromptMaps, prompt_maps
 from vlattn_fast.interpret.records.actions import Action
+from vlattn_fast.interpret.records.patch_grid import PatchGrid
 from vlattn_fast.interpret.records.record import Family, Tower
-from vlattn_fast.interpret.records.registry import FAMILIES, register_family
+from vlattn_fast.interpret.records.registry import FAMILIES, register_adapter, register_family
 from vlattn_fast.interpret.result.by_layer import LayerExplanation
 from vlattn_fast.interpret.result.explanation import Explanation
 from vlattn_fast.interpret.result.side_by_side import SideBySide, compare
@@ -41,6 +42,7 @@ __all__ = [
     "Knockout",
     "LayerExplanation",
     "Patch",
+    "PatchGrid",
     "ProbeReport",
     "PromptMaps",
     "ScaleHeads",
@@ -52,6 +54,8 @@ __all__ = [
     "evaluate",
     "explain",
     "explain_dataset",
+    "explain_layers",
+    "find_sinks",
     "information_flow",
     "intervene",
     "intervene_each",
@@ -59,6 +63,7 @@ __all__ = [
     "probe",
     "prompt_maps",
     "record_heads",
+    "register_adapter",
     "register_family",
     "widget",
 ]

@@ -19,11 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from vlattn_fast._ground.checks import check_bool, check_integer, describe
+from vlattn_fast._ground.checks import check_bool, describe
 from vlattn_fast.attach.current import RUNNING
 from vlattn_fast.attach.session import check_has_gradients, is_sharded, never_compiled, uncompiled, unwrapped
 from vlattn_fast.interpret.explaining.answer import encoder_decoder
-from vlattn_fast.interpret.explaining.patch_grid import PatchGrid
 from vlattn_fast.interpret.explaining.question import (
     Question,
     backward_pass,
@@ -34,7 +33,7 @@ from vlattn_fast.interpret.explaining.question import (
     warn_of_other_keys,
 )
 from vlattn_fast.interpret.explaining.read_rows import starts_of
-from vlattn_fast.interpret.explaining.request import Prompt, Read, Request, check_read
+from vlattn_fast.interpret.explaining.request import Position, Prompt, Request, check_position, renamed
 from vlattn_fast.interpret.explaining.run import read_run
 from vlattn_fast.interpret.records.derived import generates
 from vlattn_fast.interpret.records.record import UNRECORDED
@@ -46,9 +45,8 @@ from vlattn_fast.interpret.relevancy.model_trace import Trace
 from vlattn_fast.interpret.relevancy.tower_trace import find_rows
 
 
-def capture_relevancy(
-    model: nn.Module, *, method: str | Method = "gradient", start_layer: int = 0, higher_order: bool = False
-) -> RelevancyCapture:
+@renamed
+def capture_relevancy(model: nn.Module, *, method: str | Method = "gradient", higher_order: bool = False) -> RelevancyCapture:
     """A context around the forward pass of a training step, whose relevancy has a gradient by the model's parameters.
 
         with va.nn.capture_relevancy(model) as captured:
@@ -67,9 +65,8 @@ def capture_relevancy(
 
     Args:
         model: a model that `explain` takes, see there. Attention must be dot products, and its bias constant.
-        method: "gradient", "weighted", "rollout", or an ablation of theirs; or one with options, as
+        method: "gradient", "weighted", "rollout", or an ablation of theirs; or one with options, such as
             `va.methods.Gradient(freeze=())` for the published form. The loss keeps the plain derivatives in any case.
-        start_layer: as in `explain`.
         higher_order: False = the score's gradient in the maps is a constant, as RobustViT trains. True = the relevancy's
             gradient goes through it, too: attention is then computed by `score_attention`, and the rest of the
             model must have second derivatives.
@@ -78,7 +75,7 @@ def capture_relevancy(
         TypeError, ValueError: an argument is wrong (it is named); in the forward pass, attention that has no gradient of its
             relevancy (the module is named).
     """
-    return RelevancyCapture(model, method, start_layer, higher_order)
+    return RelevancyCapture(model, method, higher_order)
 
 
 @dataclass(frozen=True)
@@ -93,9 +90,8 @@ class _Pass:
 class RelevancyCapture:
     """The result of `capture_relevancy`: a context, then `relevancy`."""
 
-    def __init__(self, model: nn.Module, method: str | Method, start_layer: int, higher_order: bool) -> None:
+    def __init__(self, model: nn.Module, method: str | Method, higher_order: bool) -> None:
         check_bool(higher_order=higher_order)
-        check_integer("start_layer", start_layer)
         self.model, self._inner = model, unwrapped(model)
         check_has_gradients(self._inner)
         if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
@@ -111,11 +107,9 @@ class RelevancyCapture:
         record = find_family(self._inner) or (encoder_decoder(self._inner) if generates(self._inner) else None) or UNRECORDED
         chosen = self._new_method()
         chosen.formula.check_record(record, type(self._inner).__name__)
-        chosen.formula.check_start_layer(start_layer)
         if record.bimodal:
-            chosen.check_between(start_layer, record.towers)
-        patches = PatchGrid.check(None, None)
-        self._request = Request(self._inner, record, None, chosen, start_layer, None, None, True, None, None, None, patches)
+            chosen.check_between(record.towers)
+        self._request = Request(self._inner, record, chosen)
         self._passes: list[_Pass] = []
         self._stack: contextlib.ExitStack | None = None
 
@@ -172,31 +166,34 @@ class RelevancyCapture:
     # --- afterwards ---
 
     @never_compiled
-    def relevancy(self, score: Tensor | None = None, read: None | Read | Mapping[str, Read] = None) -> Tensor | dict[str, Tensor]:
+    @renamed
+    def relevancy(
+        self, score: Tensor | None = None, position: None | Position | Mapping[str, Position] = None
+    ) -> Tensor | dict[str, Tensor]:
         """The relevancy (B, N) of each token to the score, with its gradient; a dict of towers where several have a row, or
-        where `read` is a dict. Values are those of `va.explain`. Call it before the loss's backward pass; several scores may be
-        asked for.
+        where `position` is a dict. Values are those of `va.explain`. Call it before the loss's backward pass; several scores may
+        be asked for.
 
         Args:
             score: a scalar, the sum of the samples' scores, or the scores (B,), which are summed. Method "rollout" takes none.
-            read: as in `va.explain`: the row that is read; None = the one that the score's gradient names, of one token or the
-                mean of several, or what the model's record says.
+            position: as in `va.explain`: the explained token; None = the one that the score's gradient names, one token or the
+                mean of several, or what the model's adapter says.
 
         Raises:
-            TypeError, ValueError: `score` or `read` is wrong; no forward pass with gradients, or several, ran within the
+            TypeError, ValueError: `score` or `position` is wrong; no forward pass with gradients, or several, ran within the
                 context; the score does not depend on the layers, or on the row that was read, or is NaN.
         """
         seen = self._single_pass()
-        check_read(read)
+        check_position(position)
         scores = self._checked(score)
-        request = replace(self._request, method=seen.method, read=read, target=_given)
+        request = replace(self._request, method=seen.method, position=position, target=_given)
         run = read_run(request, Prompt(seen.arguments, None, None), seen.trace, None)
         if scores is not None:
             check_scores("score", scores, request, run)
         how = {"keep": True, "differentiable": self._higher_order}
         assert seen.method.frozen is not None
         with _naming_a_freed_graph(), seen.method.frozen.holding():
-            starts = starts_of(run, read, scores, seen.arguments, "score")
+            starts = starts_of(run, position, scores, seen.arguments, "score")
             backward = backward_pass(request, run, scores, starts, seen.arguments, **how)
             rows = seen.method.carried(backward)
         check_relevancy(request, Question(scores, [(scores, starts)]), run, rows, backward.brought)
@@ -204,7 +201,7 @@ class RelevancyCapture:
         warn_of_missed_norms(seen.method)
         warn_of_other_keys(run)
         by_tower = {tower.name: row[:, 0] for tower, row in zip(run.towers, rows, strict=True)}
-        return by_tower if len(by_tower) > 1 or isinstance(read, Mapping) else next(iter(by_tower.values()))
+        return by_tower if len(by_tower) > 1 or isinstance(position, Mapping) else next(iter(by_tower.values()))
 
     def _single_pass(self) -> _Pass:
         if not self._passes:

@@ -191,7 +191,7 @@ class RelevancyTerm(Term):
         weight: multiplies the loss.
         tower: the tower whose row counts, of a model with several.
         every: steps from one log to the next.
-        options: those of `capture_relevancy` (method, start_layer, higher_order), and `read`.
+        position, options: as in `capture_relevancy` and its `relevancy`: method, higher_order.
 
     Raises:
         ValueError, TypeError: an argument is wrong (it is named); outputs without a loss; a Trainer whose loss is made elsewhere.
@@ -208,7 +208,7 @@ class RelevancyTerm(Term):
         score: Callable[[Any, dict[str, Any]], Tensor] | None = None,
         weight: float = 1.0,
         tower: str | None = None,
-        read: Any = None,
+        position: Any = None,
         every: int = 10,
         **options: Any,
     ) -> None:
@@ -219,7 +219,7 @@ class RelevancyTerm(Term):
         check_callable(score=score)
         capture_relevancy(self.model, **options)  # refuses what is wrong now
         self.loss, self.target, self.score, self.weight = loss, target, score or _logit_of_label, weight
-        self.tower, self._read, self._options = tower, read, options
+        self.tower, self._position, self._options = tower, position, options
         self._around: ExitStack | None = None
 
     def _enter(self, stack: ExitStack) -> None:
@@ -243,7 +243,7 @@ class RelevancyTerm(Term):
         try:
             if self.target not in batch:
                 raise ValueError(f"target must be a field of each sample; got {self.target!r}, and the fields {', '.join(batch)}")
-            rows = self._capture.relevancy(self.score(outputs, batch), read=self._read)
+            rows = self._capture.relevancy(self.score(outputs, batch), position=self._position)
         finally:
             self._renew()
         if isinstance(rows, dict):

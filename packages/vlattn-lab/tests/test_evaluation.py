@@ -162,12 +162,12 @@ def test_weights_by_contribution_are_halves_behind_a_norm():
         name: value.double() if value.is_floating_point() else value for name, value in lab.digit_scenes(8).inputs().items()
     }
     one, two = (
-        va.explain(model, inputs, target=1, method=published("weighted", weighting)).relevancy["joint"]
+        va.explain(model, inputs, target=1, method=published("weighted", weighting=weighting)).relevancy["joint"]
         for weighting in ("contribution", "equal")
     )
     layers = model.config.num_hidden_layers
     assert float((one * 2**layers - two).abs().max()) < 1e-4 * float(two.abs().max())
-    norm = va.explain(model, inputs, target=1, method=published("weighted", "norm")).relevancy["joint"]
+    norm = va.explain(model, inputs, target=1, method=published("weighted", weighting="norm")).relevancy["joint"]
     assert float((norm * 2**layers - two).abs().max()) > 0.01 * float(two.abs().max())
 
 

@@ -68,7 +68,7 @@ def test_a_loss_on_masks_moves_relevancy_into_them(scenes):
         with va.nn.capture_relevancy(model, method=training.RELEVANCIES[method]) as captured:
             logits = model(few.images[:, None])
         score = None if method == "rollout" else logits.gather(1, few.answer[:, None]).sum()
-        return RelevancyLoss("inside", prefix=1)(captured.relevancy(score, read="cls"), few.mask).item()
+        return RelevancyLoss("inside", prefix=1)(captured.relevancy(score, position="cls"), few.mask).item()
 
     start = seeded(0, training.Classifier)
     models = {}

@@ -11,7 +11,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("transformers")
 
 import vlattn_lab as lab
-from vlattn_fast import explain
+from vlattn_fast import find_sinks
 from vlattn_lab.experiments import run as frame
 from vlattn_lab.experiments.experiment import Settings
 from vlattn_lab.experiments.sinks import SHARES, measures, samples
@@ -29,7 +29,7 @@ def test_everything_is_measured_once(tmp_path, capsys, monkeypatch):
         assert pairs == [(method, sinks) for method in measures.METHODS for sinks in measures.SINKS]
         assert len(row["thresholds"]) == len(measures.TIMES) * len(measures.NORMS)
     assert {one["token"] for one in rows[1]["sinks"]} == {"planted patch"} and not rows[0]["sinks"]
-    assert set(cost["times"]) == {f"{method} {sinks}" for method in measures.METHODS for sinks in ("keep", "report", "remove")}
+    assert set(cost["times"]) == {f"{method} {sinks}" for method in measures.METHODS for sinks in measures.SINKS}
     assert "same answer as without a planted sink" in capsys.readouterr().out
     assert (tmp_path / "sinks.png").is_file() and (tmp_path / "sinks-pictures.png").is_file()
 
@@ -57,8 +57,7 @@ def test_the_planted_patch_is_found_in_every_attention(task):
         scenes = lab.digit_questions(4, seed=0, kind="what")
         asked = samples.Samples(processor(scenes.images, scenes.questions), [0] * 4, torch.zeros(4, 65, dtype=torch.bool))
     plant(model, 0.3)
-    found = explain(model, asked.inputs, target=asked.target, method="rollout", sinks="report").sinks
-    for sample in found:
+    for sample in find_sinks(model, asked.inputs):
         of_patch = {sink.reader: sink for sink in sample if (sink.tower, sink.index) == ("vision", TOKEN)}
         layers = {"vision": 3} if task == "clip" else {"vision": 3, "text": 3}
         assert {reader: len(sink.layers) for reader, sink in of_patch.items()} == layers

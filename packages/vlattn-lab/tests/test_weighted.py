@@ -11,6 +11,7 @@ pytest.importorskip("safetensors")
 import vlattn_fast as va
 from tests.helpers.small_models import lively
 from tests.helpers.weighted_maps import _relevancies, run, shares, weighted_relevancy
+from vlattn_fast.interpret.relevancy.methods.registry import with_options
 from vlattn_fast.models import CLIPMapper
 from vlattn_lab.clip import CONFIG as CLIP_CONFIG
 from vlattn_lab.clip import build_clip
@@ -113,7 +114,7 @@ def test_explain_has_the_same_rule(mapper, weighting, normalize):
     model, inputs, target = mapper
     want = weighted_relevancy(model, inputs, target, weighting=weighting, normalize=normalize)
     method = "weighted" if normalize else "weighted:no_normalization"
-    got = va.explain(model, inputs, target=target, method=method, weighting=weighting)
+    got = va.explain(model, inputs, target=target, method=with_options(method, weighting=weighting))
     for name in ("image", "text"):
         one, two = getattr(got, name), getattr(want, name)
         assert two.abs().max() > 1e-6
@@ -124,5 +125,5 @@ def test_each_token_of_a_caption():
     model, inputs, _ = make("captions")
     whole = va.explain(model, inputs, answer=[[3, 9], [5, 4]], method="weighted")
     assert whole.relevancy["vision"].shape == (2, 2, 65)
-    first = va.explain(model, inputs, answer=[[3], [5]], method="weighted", each=False)
+    first = va.explain(model, inputs, answer=[[3], [5]], method="weighted", per_token=False)
     torch.testing.assert_close(whole.relevancy["vision"][:, 0], first.relevancy["vision"], rtol=1e-9, atol=1e-12)

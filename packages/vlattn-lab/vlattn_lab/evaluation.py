@@ -19,7 +19,7 @@ from vlattn_fast import Evaluation, evaluate, explain
 from vlattn_fast._ground.checks import check_integer, check_writable
 from vlattn_fast.backends.reference.relevancy_residual import residual_weights
 from vlattn_fast.interpret.evaluating.curves import BOTH, CURVES, PARTS
-from vlattn_fast.interpret.evaluating.plan import INTERVENTION, RANDOM, Rival, with_weighting
+from vlattn_fast.interpret.evaluating.plan import INTERVENTION, RANDOM, Rival
 from vlattn_fast.interpret.evaluating.plan import TESTS as ALL_TESTS
 from vlattn_fast.interpret.relevancy.methods.registry import published
 from vlattn_fast.measuring.provenance import commit, fingerprint, version, versions
@@ -43,12 +43,11 @@ def methods_of(task: Task) -> dict[str, str | Method | Rival]:
     return methods
 
 
-def _in_published_form(name: str) -> tuple[str, str | Method]:
+def _in_published_form(method: str | Method) -> tuple[str, str | Method]:
     """A method of `evaluate` and its name in a table."""
-    if name == RANDOM:
-        return name, name
-    method, weighting = with_weighting(name)
-    made = published(method, weighting or "contribution")
+    if method == RANDOM:
+        return RANDOM, RANDOM
+    made = published(method) if isinstance(method, str) else method
     return made.label, made
 
 
@@ -90,7 +89,7 @@ def residual_shares(task: Task, model: nn.Module, samples: int) -> list[dict[str
             of_size[id(residual)] = residual, a[gradient.abs().amax(-1) > 0]
             return a, b
 
-        explain(model, inputs, target=target, method=published("weighted", weighting))
+        explain(model, inputs, target=target, method=published("weighted", weighting=weighting))
         for size, sums in seen.items():
             parts = [part for _, part in sums.values()]
             image = "image" if "pixel_values" in inputs else "joint"

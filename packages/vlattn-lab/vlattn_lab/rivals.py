@@ -116,7 +116,7 @@ def legrad(model: nn.Module, inputs: Inputs, target: Any, *, layers: int = 2) ->
 def gradient_last_layer(model: nn.Module, inputs: Inputs, target: Any) -> Any:
     """The plain method in the last layer of each tower alone (Chefer et al., ICCV 2021; code
     hila-chefer/Transformer-MM-Explainability, `CLIP_explainability.ipynb`, whose default start_layer is -1)."""
-    return explain(model, inputs, target=target, method=published("gradient"), start_layer=-1)
+    return explain(model, inputs, target=target, method=published("gradient", start_layer=-1))
 
 
 def grad_eclip(model: nn.Module, inputs: Inputs, target: Any) -> SimpleNamespace:

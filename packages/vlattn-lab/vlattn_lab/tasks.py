@@ -25,7 +25,11 @@ from vlattn_lab.uniter import load_uniter, log_odds
 Item = tuple[dict[str, Tensor], Any, list[Tensor]]
 Measure = Callable[[Any], Tensor]
 
-_WEIGHTED = ("weighted", "weighted:norm", "weighted:equal", "weighted:no_normalization", "weighted:norm:no_normalization")
+_Methods = tuple[str | Method, ...]
+_WEIGHTED: _Methods = (
+    *(published("weighted", weighting=weighting) for weighting in ("contribution", "norm", "equal")),
+    *(published("weighted:no_normalization", weighting=weighting) for weighting in ("contribution", "norm")),
+)
 _BASELINES = ("rollout", "attention", "gradcam", "input_gradient", "integrated_gradients", "random")
 
 
@@ -37,8 +41,8 @@ def _with_constants(*kinds: Callable[..., Method]) -> dict[str, Method]:
 FROZEN = _with_constants(Gradient, Weighted, InputGradient, GradCam, IntegratedGradients)
 FROZEN_TOWERS = FROZEN | _with_constants(Glimpse)
 PLAIN = published("gradient").label
-TOWERS = ("gradient", "gradient:no_aggregation", *_WEIGHTED, "glimpse", *_BASELINES)
-LINKED = (*TOWERS[:2], "gradient:no_normalization", "gradient:no_self_attention", *_WEIGHTED, *_BASELINES)
+TOWERS: _Methods = ("gradient", "gradient:no_aggregation", *_WEIGHTED, "glimpse", *_BASELINES)
+LINKED: _Methods = (*TOWERS[:2], "gradient:no_normalization", "gradient:no_self_attention", *_WEIGHTED, *_BASELINES)
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Task:
 
     load: Callable[[], nn.Module]  # gives the shipped model
     items: Callable[[Any, int, int, int], Iterator[Item]]  # (model, samples, seed, batch) -> a dataset of `evaluate`
-    methods: tuple[str, ...]  # names of `evaluate`; each is measured in its published form
+    methods: tuple[str | Method, ...]  # of `evaluate`; each name is measured in its published form
     frozen: Mapping[str, Method] = field(default_factory=lambda: FROZEN)  # methods with constants, by their labels
     rivals: tuple[str, ...] = ("CAPTUM",)  # sets of `vlattn_lab.rivals`
     batch: int = 50  # samples of an item

@@ -13,6 +13,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 
+import vlattn_fast as va
 from tests.helpers.interpret import cases, decoder_cases
 from tests.helpers.releases import OLDER
 from vlattn_fast.interpret import explain
@@ -68,7 +69,9 @@ def explained(name: str, model: nn.Module, inputs: dict[str, Any], methods: tupl
     if name in ("llama", "llava"):
         found[f"{name}|answer|language"] = explain(model, inputs, answer=[9, 8, 7]).relevancy["language"]
     if name == "llava":
-        found[f"{name}|connector|vision"] = explain(model, inputs, through_connector=True).relevancy["vision"]
+        found[f"{name}|connector|vision"] = explain(model, inputs, method=va.methods.Gradient(through_connector=True)).relevancy[
+            "vision"
+        ]
     return found
 
 

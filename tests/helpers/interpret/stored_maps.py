@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from vlattn_fast.interpret import explain
 from vlattn_fast.interpret.relevancy.method import FREEZABLE
-from vlattn_fast.interpret.relevancy.methods.registry import find_method
+from vlattn_fast.interpret.relevancy.methods.registry import find_method, with_options
 
 Score = Callable[[Any], Tensor]
 METHODS = ("gradient", "weighted", "rollout", "attention", "gradcam")
@@ -380,20 +380,20 @@ def check(
     """What `explain` gives by each method in float64, and by the first in float32, is what one stored graph gives, and so is what
     the first gives with norms and attention held fixed. The model is left in float32. `stored` makes the model whose maps are
     kept; `options` go to `explain`."""
-    options["start_layer"] = start_layer
+    started = {"start_layer": start_layer} if start_layer else {}  # which not every method has
     exact = with_floats(inputs, torch.float64)
     kept = stored(model.double())
     want = rows_by_method(kept, exact, score, places, methods, start_layer)
     if find_method(methods[0]).needs_score:
         held = rows_by_method(kept, exact, score, places, methods[:1], start_layer, held=True)[methods[0]]
-        got = explain(model, exact, method=find_method(methods[0])(freeze=FREEZABLE), **options).relevancy
+        got = explain(model, exact, method=with_options(methods[0], freeze=FREEZABLE, **started), **options).relevancy
         for tower, place in places.items():
             assert_rows(got[tower], held[tower], place, methods[0], ("held", methods[0], tower))
         assert any(not torch.allclose(held[tower], want[methods[0]][tower]) for tower in places), "nothing is held fixed"
     for dtype, asked in ((torch.float64, methods), (torch.float32, methods[:1])):
         model = model.double() if dtype == torch.float64 else model.float()  # `to` would cast complex numbers, too
         for method in asked:
-            got = explain(model, with_floats(inputs, dtype), method=method, **options).relevancy
+            got = explain(model, with_floats(inputs, dtype), method=with_options(method, **started), **options).relevancy
             for tower, place in places.items():
                 assert got[tower].dtype == dtype
                 assert_rows(got[tower], want[method][tower], place, method, (dtype, method, tower))

@@ -57,8 +57,8 @@ class Wrapped(nn.Module):
 def test_a_wrapped_text_model_asks_for_its_tokenizer():
     model, ids = Wrapped().eval(), torch.randint(5, 60, (2, 8))
     data = [({"input_ids": ids, "attention_mask": torch.ones(2, 8).long()}, lambda outputs: outputs[:, 0], None)]
-    options = {"read": {"tower0": "cls"}, "methods": ("gradient", "random")}
-    hint = "no sample has a map with an entry to remove; tokenizer= tells which tokens are words"
+    options = {"position": {"tower0": "cls"}, "methods": ("gradient", "random")}
+    hint = "no sample has a map with an entry to remove; processor= tells which tokens are words"
     result = va.evaluate(model, data, **options)
     row = rows(result)["gradient", "positive", "text"]
     assert (row["samples"], row["left_out"], row["note"]) == (0, 2, hint)
@@ -67,7 +67,7 @@ def test_a_wrapped_text_model_asks_for_its_tokenizer():
     assert str(result).splitlines()[2].endswith(f"-        0         2  {hint}")
     with pytest.raises(ValueError, match=f"Test 'positive' is impossible .*: {hint}. Leave it out of tests="):
         va.evaluate(model, data, **{**options, "methods": ("gradient",)}, tests=("positive",))
-    named = va.evaluate(model, data, **options, tokenizer=tokenizer())
+    named = va.evaluate(model, data, **options, processor=tokenizer())
     assert rows(named)["gradient", "positive", "text"]["samples"] == 2
 
 

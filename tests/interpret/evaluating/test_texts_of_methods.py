@@ -113,7 +113,7 @@ def test_an_explanation_without_a_record_has_its_words_by_their_places():
 
     model, ids = Wrapped().eval(), torch.randint(5, 60, (2, 8))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    how = {"read": {"tower0": "cls"}, "tokenizer": tokenizer()}
+    how = {"position": {"tower0": "cls"}, "processor": tokenizer()}
     data = [(inputs, lambda outputs: outputs[:, 0], None)]
     relevancy = va.explain(model, inputs, target=data[0][1], **how).text
     assert relevancy.shape == ids.shape

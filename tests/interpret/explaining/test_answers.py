@@ -71,7 +71,7 @@ def test_each_token(side):
 def test_all_tokens_together():
     model = decoder()
     inputs = {"input_ids": PROMPTS[:1], "attention_mask": REAL[:1]}
-    got = explain(model, inputs, answer=ANSWERS[0], each=False)
+    got = explain(model, inputs, answer=ANSWERS[0], per_token=False)
     model.set_attn_implementation("literal")  # eager, with softmax in float64
     outputs = model(input_ids=torch.tensor([[*PROMPTS[0].tolist(), *ANSWERS[0]]]), output_attentions=True)
     score = sum(outputs.logits[0, 5 + t].log_softmax(-1)[token] for t, token in enumerate(ANSWERS[0]))
@@ -99,7 +99,7 @@ def test_answers_about_images(case, method):
         assert torch.equal(got.text[row][:, : entries.shape[1]], entries)
         assert got.text_positions[row][-2:] == (place[row] + 1).tolist()
     assert "<canvas" in got.to_html()
-    together = explain(case.model, case.inputs, answer=answer, method=method, each=False)
+    together = explain(case.model, case.inputs, answer=answer, method=method, per_token=False)
     assert together.relevancy["language"].shape == (batch, case.inputs["input_ids"].shape[1] + 2)
     if method in ("rollout", "attention"):
         torch.testing.assert_close(together.relevancy["language"], got.relevancy["language"].sum(1), rtol=1e-4, atol=1e-5)
@@ -132,7 +132,7 @@ def test_forms_of_an_answer():
         "17 30",
         ["17 30", "17 30"],
     ):
-        got = explain(model, inputs, answer=form, tokenizer=Words())
+        got = explain(model, inputs, answer=form, processor=Words())
         assert torch.equal(got.relevancy["language"], want.relevancy["language"])
     ids = {"input_ids": PROMPTS[:, :4]}
     ragged = explain(model, ids, answer=[[17, 30], [17]])
@@ -162,7 +162,7 @@ def test_what_generate_returned_is_an_answer():
 def test_a_text_that_begins_as_its_prompt_does_is_whole():
     model, inputs = decoder(), {"input_ids": PROMPTS[:1, :2]}
     for text in ("4 9 17", ["4 9 17"]):
-        assert explain(model, inputs, answer=text, tokenizer=Words()).answer == [[4, 9, 17]]
+        assert explain(model, inputs, answer=text, processor=Words()).answer == [[4, 9, 17]]
     assert explain(model, inputs, answer=[4, 9, 17]).answer == [[17]]  # ids are what `generate` returns
     assert explain(model, inputs, answer=Alone([[4, 9, 17]])).answer == [[4, 9, 17]]
 
@@ -175,7 +175,7 @@ def test_an_answer_beyond_the_vocabulary_is_refused():
 def test_bad_answers(monkeypatch):
     model, inputs = decoder(), {"input_ids": PROMPTS[:, :4], "attention_mask": REAL[:, :4]}
     for answer, error, words in (
-        ("17", ValueError, "tokenizer must be given"),
+        ("17", ValueError, "processor must have a tokenizer"),
         ([[17]], ValueError, "one row for each of the 2 prompts; got 1"),
         ([[17], []], ValueError, "at least one token"),
         ([], TypeError, "answer must be token ids"),
@@ -189,7 +189,7 @@ def test_bad_answers(monkeypatch):
             explain(model, inputs, answer=answer)
     with pytest.raises(ValueError, match=r"inputs must hold 'input_ids' \(B, N\), also of one text; got \(4,\)"):
         explain(model, {"input_ids": PROMPTS[0, :4]})
-    with pytest.raises(ValueError, match="without target and read"):
+    with pytest.raises(ValueError, match="without target and position"):
         explain(model, inputs, answer=[17], target=3)
     vit = transformers.ViTForImageClassification(
         transformers.ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
@@ -201,12 +201,12 @@ def test_bad_answers(monkeypatch):
 def test_a_row_that_the_score_does_not_come_from():
     model, inputs = decoder(), {"input_ids": PROMPTS[:1], "attention_mask": REAL[:1]}
     score = lambda o: o.logits[:, 2, 7]  # noqa: E731
-    with pytest.raises(ValueError, match=r"score does not depend on the row that was read. Pass read= with the position"):
-        explain(model, inputs, target=score, read="last")
-    named = explain(model, inputs, target=score, read=2).relevancy["language"]
+    with pytest.raises(ValueError, match=r"score does not depend on the row that was read. Pass position= with the token"):
+        explain(model, inputs, target=score, position="last")
+    named = explain(model, inputs, target=score, position=2).relevancy["language"]
     torch.testing.assert_close(explain(model, inputs, target=score).relevancy["language"], named)  # the gradient names it
     assert (named[0, :3] > 0).all() and (named[0, 3:] == 0).all()
-    torch.testing.assert_close(explain(model, inputs, target=score, read={"language": 2}).relevancy["language"], named)
+    torch.testing.assert_close(explain(model, inputs, target=score, position={"language": 2}).relevancy["language"], named)
 
 
 def double_inputs(decoder: Decoder, side: str = "right") -> dict:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import vlattn_fast as va
 from tests.helpers.interpret.cases import CASES
 from vlattn_fast.interpret import Explanation, explain
 from vlattn_fast.interpret.relevancy.methods.registry import METHODS
@@ -75,9 +76,9 @@ def test_a_score_that_depends_on_layers_before_the_explained_ones_alone(case):
 
     inputs = dict(case.inputs, output_hidden_states=True)
     assert explain(case.model, inputs, target=early).relevancy["vision"].abs().sum() > 0
-    for method, start_layer in (("gradient", 1), ("weighted", 1), ("gradcam", 0)):
+    for method in (va.methods.Gradient(start_layer=1), va.methods.Weighted(start_layer=1), "gradcam"):
         with pytest.raises(ValueError, match="depend on the explained layers"):
-            explain(case.model, inputs, target=early, method=method, start_layer=start_layer)
+            explain(case.model, inputs, target=early, method=method)
 
 
 @pytest.mark.parametrize("case", ["clip"], indirect=True)
@@ -114,16 +115,16 @@ def test_weights_of_one(case):
     """Where all tokens have a weight, none lies beside the rows that are read."""
     for tower, row in explain(case.model, case.inputs).relevancy.items():
         real = case.inputs["attention_mask"].float() if tower == "text" else torch.ones_like(row)
-        ones = explain(case.model, case.inputs, read={tower: real})
-        mean = explain(case.model, case.inputs, read={tower: "mean"})
+        ones = explain(case.model, case.inputs, position={tower: real})
+        mean = explain(case.model, case.inputs, position={tower: "mean"})
         torch.testing.assert_close(ones.relevancy[tower], real.sum(-1, keepdim=True) * mean.relevancy[tower])
 
 
 @pytest.mark.parametrize("case", ["vit"], indirect=True)
 def test_rows_that_cannot_be_read(case):
-    with pytest.raises(ValueError, match="read must name at least one tower; got an empty mapping"):
-        explain(case.model, case.inputs, read={})
+    with pytest.raises(ValueError, match="position must name at least one tower; got an empty mapping"):
+        explain(case.model, case.inputs, position={})
     tokens = explain(case.model, case.inputs).relevancy["vision"].shape[1]
     for value in (torch.nan, torch.inf):
-        with pytest.raises(ValueError, match=f"read must be finite weights; got {value}"):
-            explain(case.model, case.inputs, read=torch.ones(tokens).index_fill(0, torch.tensor(2), value))
+        with pytest.raises(ValueError, match=f"position must be finite weights; got {value}"):
+            explain(case.model, case.inputs, position=torch.ones(tokens).index_fill(0, torch.tensor(2), value))

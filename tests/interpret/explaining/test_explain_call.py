@@ -288,12 +288,13 @@ def test_bad_arguments(case):
             explain(case.model, case.inputs, method=method)
     for layer in (3, -2, 99):
         with pytest.raises(ValueError, match="start_layer must be from -1 .* to 2 for tower 'vision'; got"):
-            explain(case.model, case.inputs, start_layer=layer)
+            explain(case.model, case.inputs, method=va.methods.Gradient(start_layer=layer))
     with pytest.raises(TypeError, match="start_layer"):
-        explain(case.model, case.inputs, start_layer=1.0)
-    for name in ("each", "through_connector"):
-        with pytest.raises(TypeError, match=f"{name} must be True or False; got int 0"):
-            explain(case.model, case.inputs, **{name: 0})
+        explain(case.model, case.inputs, method=va.methods.Gradient(start_layer=1.0))
+    with pytest.raises(TypeError, match="per_token must be True or False; got int 0"):
+        explain(case.model, case.inputs, per_token=0)
+    with pytest.raises(TypeError, match="through_connector must be True or False; got int 0"):
+        va.methods.Gradient(through_connector=0)
     with pytest.raises(TypeError, match="inputs"):
         explain(case.model, case.inputs["pixel_values"])
     for pixels in (case.inputs["pixel_values"].numpy(), ["photo.png"]):
@@ -306,12 +307,12 @@ def test_bad_arguments(case):
     with pytest.raises(TypeError, match="model"):
         explain("clip", case.inputs)
     with pytest.raises(ValueError, match="weighting"):
-        explain(case.model, case.inputs, method="weighted", weighting="mean")
-    for method, weighting in (("gradient", "norm"), ("rollout", lambda *terms: terms[:2])):
-        with pytest.raises(ValueError, match=f"weighting must be left out for a method without weights; got .* for '{method}'"):
-            explain(case.model, case.inputs, method=method, weighting=weighting)
-    with pytest.raises(ValueError, match="each=False needs answer="):
-        explain(case.model, case.inputs, each=False)
+        explain(case.model, case.inputs, method=va.methods.Weighted(weighting="mean"))
+    for kind in (va.methods.Gradient, va.methods.Rollout):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'weighting'"):
+            kind(weighting="norm")
+    with pytest.raises(ValueError, match="per_token=False needs answer="):
+        explain(case.model, case.inputs, per_token=False)
     with pytest.raises(ValueError, match="output_attentions"):
         explain(case.model, dict(case.inputs, output_attentions=True))
 
@@ -325,9 +326,9 @@ def test_weightings(case):
         called.append((residual.shape, branch.shape, gradient.shape))
         return torch.full(residual.shape[:2], 0.5), torch.full(residual.shape[:2], 0.5)
 
-    half = explain(case.model, case.inputs, method="weighted", weighting=halves)
+    half = explain(case.model, case.inputs, method=va.methods.Weighted(weighting=halves))
     assert called == [(torch.Size([2, 21, 32]),) * 3] * 3
-    for other in (half, *(explain(case.model, case.inputs, method="weighted", weighting=w) for w in ("norm", "equal"))):
+    for other in (half, *(explain(case.model, case.inputs, method=va.methods.Weighted(weighting=w)) for w in ("norm", "equal"))):
         assert (other.relevancy["vision"] - weighted.relevancy["vision"]).abs().max() > 1e-3
     # Rows of Abar sum to one and a + b = 1, so the row keeps its sum, up to rows of Abar without a gradient.
     assert (half.relevancy["vision"].sum(-1) <= 1 + 1e-5).all()
@@ -337,7 +338,7 @@ def test_unknown_families_are_refused():
     with pytest.raises(ValueError, match="model must call attention .*; got a forward pass of Linear without a call"):
         explain(torch.nn.Linear(2, 2), {"input": torch.ones(1, 2)})
     mae = transformers.ViTMAEModel(transformers.ViTMAEConfig(**TINY, image_size=16, patch_size=8, mask_ratio=0.5))
-    with pytest.raises(ValueError, match=r"got ViTMAEModel\. Its towers are tower0 \(layers: 3 tokens\)\. Say .* read="):
+    with pytest.raises(ValueError, match=r"got ViTMAEModel\. Its towers are tower0 \(layers: 3 tokens\)\. Say .* position="):
         explain(mae, {"pixel_values": torch.randn(1, 3, 16, 16)})
 
 

@@ -32,12 +32,12 @@ def test_a_tokenizer_names_the_words(decoder, words) -> None:
     inputs = words(PROMPTS, return_tensors="pt")
     assert explain(decoder, inputs).tokens == [["0", "3", "6", "1"], ["0", "3", "7", "1"]]  # by the config
     images = transformers.CLIPProcessor(saved_models.image_processor(), words)
-    for one in ({"tokenizer": words}, {"processor": words}, {"processor": images}, {"tokenizer": images}):
-        explanation = explain(decoder, inputs, **one)
+    for one in (words, images):
+        explanation = explain(decoder, inputs, processor=one)
         assert explanation.tokens == [prompt.split() for prompt in PROMPTS]
         assert explanation.text_positions == [[1, 2, 3]] * 2
         torch.testing.assert_close(explanation.text, explanation.relevancy["language"][:, 1:4])
-        answered = explain(decoder, inputs, answer="red circle <end>", **one)
+        answered = explain(decoder, inputs, answer="red circle <end>", processor=one)
         assert answered.tokens == [[*prompt.split(), "red", "circle", "<end>"] for prompt in PROMPTS]
     assert explain(decoder, inputs, processor=saved_models.image_processor()).words is None
 
@@ -46,7 +46,7 @@ def test_special_tokens_of_texts_that_the_config_does_not_name(words) -> None:
     torch.manual_seed(0)
     bert = lively(transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES, vocab_size=8, num_labels=3)))
     inputs = words(["a red <pad> square", "a <end> red circle"], return_tensors="pt")
-    assert explain(bert, inputs, tokenizer=words).tokens == [["a", "red", "square"], ["a", "red", "circle"]]
+    assert explain(bert, inputs, processor=words).tokens == [["a", "red", "square"], ["a", "red", "circle"]]
 
 
 def test_words_of_towers_without_a_record(words) -> None:
@@ -55,7 +55,7 @@ def test_words_of_towers_without_a_record(words) -> None:
     inputs = words(["a red <pad> square", "a <end> red circle"], return_tensors="pt")
     config = transformers.CamembertConfig(**SIZES, vocab_size=8, num_labels=3, pad_token_id=2)
     camembert = lively(transformers.CamembertForSequenceClassification(config)).eval()
-    got = explain(camembert, inputs, tokenizer=words)
+    got = explain(camembert, inputs, processor=words)
     assert got.tokens == [["a", "red", "square"], ["a", "red", "circle"]]
     for row, text, places in zip(got.relevancy["tower0"], got.text, got.text_positions, strict=True):
         assert torch.equal(row[places], text)
@@ -64,7 +64,7 @@ def test_words_of_towers_without_a_record(words) -> None:
     special = dict(vocab_size=8, pad_token_id=2, eos_token_id=1, decoder_start_token_id=0)
     config = transformers.BartConfig(d_model=32, encoder_layers=2, decoder_layers=2, **heads, **special)
     bart = lively(transformers.BartForConditionalGeneration(config)).eval()
-    got = explain(bart, inputs, answer="red circle", tokenizer=words)
+    got = explain(bart, inputs, answer="red circle", processor=words)
     assert got.tokens == [["a", "red", "square", "red", "circle"], ["a", "red", "circle", "red", "circle"]]
     encoder = got.relevancy["tower0"]
     for rows, text, places in zip(encoder, got.text, got.text_positions, strict=True):
@@ -74,12 +74,12 @@ def test_words_of_towers_without_a_record(words) -> None:
 def test_a_target_may_be_a_word(decoder, words) -> None:
     inputs = words(PROMPTS, return_tensors="pt")
     for target, ids in (("red", 4), (["square", "a"], [6, 3])):
-        by_word, by_id = explain(decoder, inputs, target=target, tokenizer=words), explain(decoder, inputs, target=ids)
+        by_word, by_id = explain(decoder, inputs, target=target, processor=words), explain(decoder, inputs, target=ids)
         assert by_word.target == by_id.target == ([4, 4] if ids == 4 else ids)
         assert torch.equal(by_word.relevancy["language"], by_id.relevancy["language"])
     with pytest.raises(ValueError, match="target must be one token; got 'red square', which is 2. Pass answer='red square' to"):
-        explain(decoder, inputs, target="red square", tokenizer=words)
-    with pytest.raises(ValueError, match="tokenizer must be given for a target that is a word; got None beside 'red'"):
+        explain(decoder, inputs, target="red square", processor=words)
+    with pytest.raises(ValueError, match="processor must have a tokenizer for a target that is a word; got none beside 'red'"):
         explain(decoder, inputs, target="red")
 
 
@@ -88,10 +88,10 @@ def test_a_text_with_a_word_that_the_tokenizer_lacks_is_refused(decoder) -> None
     words.unk_token = "<pad>"  # it takes this token for such words
     inputs = words(PROMPTS, return_tensors="pt")
     with pytest.raises(ValueError, match="target must be text that the tokenizer knows; got 'green', where it puts '<pad>'"):
-        explain(decoder, inputs, target="green", tokenizer=words)
+        explain(decoder, inputs, target="green", processor=words)
     with pytest.raises(ValueError, match="answer must be text that the tokenizer knows; got 'a green circle', where it puts"):
-        explain(decoder, inputs, answer=["red", "a green circle"], tokenizer=words)
-    assert explain(decoder, inputs, target="<pad>", tokenizer=words).target == [2, 2]
+        explain(decoder, inputs, answer=["red", "a green circle"], processor=words)
+    assert explain(decoder, inputs, target="<pad>", processor=words).target == [2, 2]
 
 
 def test_a_target_may_be_the_name_of_a_class() -> None:
@@ -107,7 +107,6 @@ def test_a_target_may_be_the_name_of_a_class() -> None:
 
 def test_what_holds_no_tokenizer_is_refused(decoder, words) -> None:
     inputs = words(PROMPTS, return_tensors="pt")
-    with pytest.raises(TypeError, match="tokenizer must be a tokenizer or a processor of Hugging Face; got int"):
-        explain(decoder, inputs, tokenizer=3)
-    with pytest.raises(TypeError, match="processor must be a processor of Hugging Face; got str"):
-        explain(decoder, inputs, processor="clip")
+    for other, name in ((3, "int"), ("clip", "str")):
+        with pytest.raises(TypeError, match=f"processor must be a tokenizer, a processor or an image processor .*; got {name}"):
+            explain(decoder, inputs, processor=other)

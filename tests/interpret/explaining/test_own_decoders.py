@@ -52,13 +52,13 @@ def test_each_token_of_an_answer(method):
 def test_one_dict_and_other_names(each):
     """A forward that takes one dict, and one whose only ids have another name, give what the plain one gives."""
     images, ids = pictures(), torch.tensor(START)
-    want = explain(image_to_text(), {"images": images, "decoder_input_ids": ids}, answer=ANSWERS, each=each)
+    want = explain(image_to_text(), {"images": images, "decoder_input_ids": ids}, answer=ANSWERS, per_token=each)
     inputs = {"inputs": {"images": images, "decoder_input_ids": ids}}
     for model, of_model in (
         (image_to_text(OfOneDict), inputs),
         (image_to_text(OfOtherNames), {"picture": images, "caption": ids}),
     ):
-        got = explain(model, of_model, answer=ANSWERS, each=each)
+        got = explain(model, of_model, answer=ANSWERS, per_token=each)
         assert got.token_ids == want.token_ids and got.text_positions == want.text_positions
         for one, two in ((got.image, want.image), (got.text, want.text), (got.scores, want.scores)):
             assert torch.equal(one, two)
@@ -76,7 +76,7 @@ def test_the_next_token(kind):
     got = explain(model, inputs if kind is ImageToText else {"inputs": inputs})
     best = model.logits(images, ids)[:, -1].argmax(-1)
     assert got.target == best.tolist() and got.position["tower1"].tolist() == [1, 1] and got.image.shape == (2, *GRID)
-    plain = explain(image_to_text(), inputs, target=lambda o: o[:, 1].gather(1, best[:, None])[:, 0], read={"tower1": 1})
+    plain = explain(image_to_text(), inputs, target=lambda o: o[:, 1].gather(1, best[:, None])[:, 0], position={"tower1": 1})
     for name, row in plain.relevancy.items():
         assert_rows(got.relevancy[name], row)
     by_pixel = explain(model, inputs if kind is ImageToText else {"inputs": inputs}, method="input_gradient").relevancy
@@ -86,7 +86,7 @@ def test_the_next_token(kind):
 def test_a_callable_target_takes_inputs_as_the_model_does():
     model, inputs = image_to_text(OfOneDict), {"images": pictures(), "decoder_input_ids": torch.tensor([[1, 4], [1, 7]])}
     scored = lambda o, given: o[:, 1].gather(1, given["inputs"]["decoder_input_ids"][:, 1:])[:, 0]  # noqa: E731
-    got = explain(model, {"inputs": inputs}, target=scored, read={"tower1": 1})
+    got = explain(model, {"inputs": inputs}, target=scored, position={"tower1": 1})
     torch.testing.assert_close(got.scores, model(inputs)[[0, 1], 1, [4, 7]].detach())
     assert got.image.shape == (2, *GRID)
 
@@ -128,8 +128,8 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match=r"must contain 'decoder_input_ids' .*\(B, 1\) of the token that texts begin with"):
         explain(image_to_text(), {"images": images}, answer=ANSWERS)
     names = r"tower0 \(encoder.layers: 6 tokens\), tower1 \(decoder.layers: 1 tokens\); got 'vision'"
-    with pytest.raises(ValueError, match=f"read must name towers among {names}"):
-        explain(image_to_text(), inputs, read={"vision": 0}, target=lambda o: o[:, 0, 3])
+    with pytest.raises(ValueError, match=f"position must name towers among {names}"):
+        explain(image_to_text(), inputs, position={"vision": 0}, target=lambda o: o[:, 0, 3])
     with pytest.raises(ValueError, match="inputs must have each name once, also in dicts; got images twice"):
         explain(image_to_text(OfOneDict), {"inputs": inputs, "images": images}, answer=ANSWERS)
 

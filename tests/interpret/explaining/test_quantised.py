@@ -170,7 +170,7 @@ def test_a_loss_on_relevancy_trains_the_adapters_alone() -> None:
     def loss_of(network: nn.Module) -> Tensor:
         with capture_relevancy(network) as captured:
             logits = network(**inputs).logits
-        relevancy = captured.relevancy(score=logits[:, -1, 5].sum(), read="last")
+        relevancy = captured.relevancy(score=logits[:, -1, 5].sum(), position="last")
         return RelevancyLoss("mse")(relevancy, torch.zeros_like(relevancy))
 
     loss = loss_of(model)

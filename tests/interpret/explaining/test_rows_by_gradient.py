@@ -130,7 +130,7 @@ def test_state_of_an_earlier_layer():
 def test_object_query():
     model, inputs = detr("detr"), pictures(False)
     named = explain(model, inputs, target=lambda outputs: outputs.logits[:, 3, 1])
-    read = explain(model, inputs, target=lambda outputs: outputs.logits[:, 3, 1], read=3)
+    read = explain(model, inputs, target=lambda outputs: outputs.logits[:, 3, 1], position=3)
     torch.testing.assert_close(named.relevancy, read.relevancy)
     assert named.position["queries"].tolist() == [3] * len(named)
 
@@ -140,9 +140,11 @@ def test_object_query():
 )
 def test_no_mean_is_refused(pool):
     model, inputs = bert()
-    with pytest.raises(ValueError, match="read must say which row of tower 'text' is read; got None, and the score depends on"):
+    with pytest.raises(
+        ValueError, match="position must say which row of tower 'text' is read; got None, and the score depends on"
+    ):
         explain(model, inputs, target=lambda outputs: pool(outputs.last_hidden_state)[:, :4].sum(1))
-    explain(model, inputs, target=lambda outputs: pool(outputs.last_hidden_state)[:, :4].sum(1), read="mean")
+    explain(model, inputs, target=lambda outputs: pool(outputs.last_hidden_state)[:, :4].sum(1), position="mean")
 
 
 def test_score_beside_the_pooling_head_is_refused():
@@ -170,5 +172,5 @@ def test_capture_relevancy():
     assert_rows(got.detach(), want, place)
     with capture_relevancy(model) as captured:
         outputs = model(**inputs)
-    with pytest.raises(ValueError, match="read must say which row of tower 'text'"):
+    with pytest.raises(ValueError, match="position must say which row of tower 'text'"):
         captured.relevancy(outputs.last_hidden_state.max(1).values[:, :4].sum())

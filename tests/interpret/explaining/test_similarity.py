@@ -42,7 +42,7 @@ def test_two_texts(read):
         )
     place = Place("encoder.layer", weights, mask)
     score = lambda outputs: cosine(outputs.last_hidden_state, weights)  # noqa: E731
-    check(model, inputs, {"text": place}, score, METHODS, target="similarity", read=read)
+    check(model, inputs, {"text": place}, score, METHODS, target="similarity", position=read)
 
 
 def test_two_pictures():
@@ -51,7 +51,7 @@ def test_two_pictures():
     inputs = {"pixel_values": torch.randn(2, 3, 24, 24)}
     row = one_hot(torch.zeros(2, dtype=torch.long), 17)
     score = lambda outputs: cosine(outputs.last_hidden_state, row)  # noqa: E731
-    check(model, inputs, {"vision": Place("layers", row)}, score, METHODS, target="similarity", read="cls")
+    check(model, inputs, {"vision": Place("layers", row)}, score, METHODS, target="similarity", position="cls")
 
 
 def test_what_is_refused():
@@ -81,23 +81,23 @@ def encoder(tmp_path_factory: Any) -> Any:
 
 def test_a_page_of_two_texts(encoder, tmp_path):
     run = ("explain", "--model", encoder, "--text", "a red square", "--text", "a blue circle", "--out", tmp_path / "page.html")
-    result = vlattn(*run, "--target", "similarity", "--read", "mean")
+    result = vlattn(*run, "--target", "similarity", "--position", "mean")
     assert result.exit_code == 0, result.output
     assert "score 0:" in result.output and "score 1:" in result.output and "square" in (tmp_path / "page.html").read_text()
     refused = vlattn(*run)
     assert (
         refused.exit_code == 2 and "--target must be a callable" in said(refused) and "'similarity' of two texts" in said(refused)
     )
-    assert "--read must be one of cls, last, mean" in said(vlattn(*run, "--target", "similarity", "--read", "middle"))
+    assert "--position must be one of cls, last, mean" in said(vlattn(*run, "--target", "similarity", "--position", "middle"))
 
 
 def test_a_data_set_of_pairs(encoder, tmp_path):
     texts = [["a red square", "a blue circle"], ["a red red", "a blue square"], ["a red square"]]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps({"text": pair}) + "\n" for pair in texts))
     run = ("explain", "--model", encoder, "--dataset", tmp_path / "pairs.jsonl", "--out", tmp_path / "out")
-    result = vlattn(*run, "--target", "similarity", "--read", "cls")
+    result = vlattn(*run, "--target", "similarity", "--position", "cls")
     assert result.exit_code == 1 and "done 2, failed 1" in result.output, result.output
     explanations = load_explanations(tmp_path / "out")
     assert [len(one) for one in explanations] == [2, 2] and "two texts" in explanations.failures[0]["error"]
-    alone = vlattn(*run[:-2], "--target", "similarity", "--read", "mean", "--out", tmp_path / "out")
-    assert alone.exit_code == 2 and '--read must be "cls", as in the earlier runs' in said(alone)
+    alone = vlattn(*run[:-2], "--target", "similarity", "--position", "mean", "--out", tmp_path / "out")
+    assert alone.exit_code == 2 and '--position must be "cls", as in the earlier runs' in said(alone)

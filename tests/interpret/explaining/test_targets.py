@@ -119,16 +119,16 @@ def test_evaluation_hands_a_callable_the_shortened_inputs():
 def test_read_beside_a_method_that_reads_no_row_is_said_and_ignored(method):
     model = vit(num_labels=3)
     want = explain(model, PIXELS, target=1, method=method)
-    with pytest.warns(UserWarning, match=f"read=0 has no effect on method '{method}', which reads no row"):
-        got = explain(model, PIXELS, target=1, method=method, read=0)
+    with pytest.warns(UserWarning, match=f"position=0 has no effect on method '{method}', which reads no row"):
+        got = explain(model, PIXELS, target=1, method=method, position=0)
     torch.testing.assert_close(got.relevancy, want.relevancy)
-    with pytest.raises(ValueError, match="read must be one of cls, last, mean"):
-        explain(model, PIXELS, target=1, method=method, read="first")
+    with pytest.raises(ValueError, match="position must be one of cls, last, mean"):
+        explain(model, PIXELS, target=1, method=method, position="first")
 
 
 def test_a_loop_over_methods_with_read():
     model = vit(num_labels=3)
-    with pytest.warns(UserWarning, match="read='cls' has no effect"):
+    with pytest.warns(UserWarning, match="position='cls' has no effect"):
         methods = ["gradient", "input_gradient", "rollout"]
-        evaluation = va.evaluate(model, [(PIXELS, 1, None)], methods=methods, tests=["deletion"], read="cls")
+        evaluation = va.evaluate(model, [(PIXELS, 1, None)], methods=methods, tests=["deletion"], position="cls")
     assert {row["method"] for row in evaluation.table} == set(methods)

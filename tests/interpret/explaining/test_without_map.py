@@ -46,7 +46,7 @@ def test_learnt_queries(make, queries, tmp_path):
     assert f"No map: {why}" in explanation.to_html()
     for one in (explanation[0], va.Explanation.load(explanation.save(tmp_path / "one.safetensors"))):
         assert one.no_map == explanation.no_map
-    layers = va.explain(case.model, case.inputs(), per="layer")
+    layers = va.explain_layers(case.model, case.inputs(), per="layer")
     assert layers.no_map == layers.at(0).no_map == explanation.no_map
 
 
@@ -64,5 +64,7 @@ def test_models_with_maps_and_models_of_words_have_no_such_sentence():
     for case in (CASES["clip"](), CASES["bert"]()):
         explanation = va.explain(case.model, case.inputs)
         assert explanation.no_map is None and notes(explanation.plot()) == ""
-    with pytest.raises(ValueError, match=r"no token of text has a place .*grid=\(h, w\) and prefix=; or leave the image out"):
+    with pytest.raises(
+        ValueError, match=r"no token of text has a place .*patches=va.PatchGrid\(rows, columns\); or leave the image out"
+    ):
         va.Explanation({"text": torch.rand(1, 3)}).plot(PHOTO)

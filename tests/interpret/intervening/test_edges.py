@@ -132,7 +132,7 @@ def test_effects_on_an_answer_and_on_packed_pictures() -> None:
     chosen = [edge for edge in table if edge.to == "answer" and edge.from_ == "image"][:5]
     assert len(chosen) == 5 and all(edge.effect != 0 for edge in chosen)
     true = va.intervene_each(model, inputs, chosen, groups=[*GROUPS, "answer"], answer=answer, batch_size=4)
-    explained = va.explain(model, inputs, answer=answer, each=False)
+    explained = va.explain(model, inputs, answer=answer, per_token=False)
     torch.testing.assert_close(true.scores, explained.scores, rtol=0, atol=1e-9)
     size = inputs["input_ids"].shape[1]
     ids, mask = explained_inputs(inputs, answer)

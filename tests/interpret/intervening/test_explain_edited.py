@@ -83,7 +83,7 @@ def test_maps_of_layers_and_heads(per: str) -> None:
     cut = va.Knockout(queries="last", keys=(0, 3), layers=1)
     with va.intervene(model, inputs, cut):
         model.generate(**inputs, max_new_tokens=2, do_sample=False)  # whose cache counts tokens
-        maps = va.explain(model, inputs, method="attention", per=per)
+        maps = va.explain_layers(model, inputs, method="attention", per=per)
     chosen = maps.relevancy["language"][..., 1, :, :] if per == "layer" else maps.relevancy["language"][1]
     assert float(chosen[..., :3].abs().max()) == 0 and float(chosen[..., 3:].sum(-1).min()) == pytest.approx(1.0)
     assert float(maps.relevancy["language"][0][..., :3].min()) > 0

@@ -35,7 +35,9 @@ def test_answers_and_single_samples_are_joined() -> None:
     joined = va.information_flow(model, single, window=1, heads=[0, 2])
     assert both.probability.shape == (2, 3)
     torch.testing.assert_close(both.probability, joined.probability, rtol=1e-9, atol=0)
-    torch.testing.assert_close(both.base, va.explain(model, inputs, answer=answer, each=False).scores.exp(), rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        both.base, va.explain(model, inputs, answer=answer, per_token=False).scores.exp(), rtol=1e-9, atol=0
+    )
     frame = both.to_pandas()
     assert list(frame.columns) == ["sample", "layer", "probability", "base", "change"] and len(frame) == 6
     assert frame["probability"].tolist() == both.probability.flatten().tolist()

@@ -187,7 +187,7 @@ def test_own_modules(kind: str) -> None:
                 outputs.append(each(**inputs))
         assert float((outputs[0] - model(**inputs)).abs().max()) > 1e-3
     torch.testing.assert_close(*outputs, **CLOSE)
-    rows, question = list[Tensor](), {"read": {"tower0": "cls"}, "target": second}
+    rows, question = list[Tensor](), {"position": {"tower0": "cls"}, "target": second}
     for each in (model, reference):
         with va.intervene(each, inputs, edits):
             rows.append(va.explain(each, inputs, **question).relevancy["tower0"])

@@ -14,6 +14,7 @@ from tests.helpers.interpret.linked_maps import ABLATIONS, published
 from tests.helpers.interpret.stored_maps import assert_rows
 from tests.interpret.relevancy.test_linked import LXMERT, encoder_decoder_maps, lxmert_maps, text_encoder_decoder
 from vlattn_fast.interpret import evaluate, explain
+from vlattn_fast.interpret.relevancy.methods.registry import with_options
 
 pytestmark = pytest.mark.usefixtures("published")
 
@@ -33,7 +34,7 @@ def test_towers_by_themselves(case):
 def test_equal_weights_without_normalization_are_the_plain_rule():
     model, inputs = made("vit")
     plain = explain(model, inputs).relevancy["vision"]
-    same = explain(model, inputs, method="weighted:no_normalization", weighting="equal").relevancy["vision"]
+    same = explain(model, inputs, method=with_options("weighted:no_normalization", weighting="equal")).relevancy["vision"]
     assert_rows(same, plain)
 
 
@@ -75,9 +76,9 @@ def test_one_hot_rollout_of_a_decoder(kind):
     maps = encoder_decoder_maps(outputs, outputs.logits.sum())
     read = {"tower1": 2}
     with pytest.warns(UserWarning, match="'rollout:one_hot' reads the attention of t alone") as warned:
-        other = explain(model, inputs, target=lambda o: o.logits[:, 2, 7], read=read, method="rollout").relevancy
+        other = explain(model, inputs, target=lambda o: o.logits[:, 2, 7], position=read, method="rollout").relevancy
     assert len(warned) == 1
-    got = explain(model, inputs, target=lambda o: o.logits[:, 2, 7], read=read, method="rollout:one_hot").relevancy
+    got = explain(model, inputs, target=lambda o: o.logits[:, 2, 7], position=read, method="rollout:one_hot").relevancy
     for method, rows_of_method in (("rollout", other), ("rollout:one_hot", got)):
         for name, want in zip(("tower1", "tower0"), published(method, maps, [2, 2]), strict=True):
             assert_rows(rows_of_method[name], want, what=(method, name))
@@ -85,7 +86,7 @@ def test_one_hot_rollout_of_a_decoder(kind):
         inputs["decoder_input_ids"][:, 3:] = torch.randint(3, 60, (2, 2))
     for method in ("rollout:one_hot", "rollout"):
         with pytest.warns(UserWarning, match="later tokens") if method == "rollout" else contextlib.nullcontext():
-            again = explain(model, inputs, target=lambda o: o.logits[:, 2, 7], read=read, method=method).relevancy["tower0"]
+            again = explain(model, inputs, target=lambda o: o.logits[:, 2, 7], position=read, method=method).relevancy["tower0"]
         before = (got if method == "rollout:one_hot" else other)["tower0"]
         assert torch.allclose(again, before, rtol=1e-9, atol=0) == (method == "rollout:one_hot")
     with pytest.warns(UserWarning, match="later tokens") as warned:  # of each token of an answer, once
@@ -133,7 +134,7 @@ def test_encoder_decoders(method):
     score = lambda o: o.logits[:, -1, 7]  # noqa: E731
     outputs = model(**inputs, output_attentions=True)
     qq, qi = published(method, encoder_decoder_maps(outputs, score(outputs).sum()), [4, 4])
-    got = explain(model, inputs, target=score, read="last", method=method).relevancy
+    got = explain(model, inputs, target=score, position="last", method=method).relevancy
     assert_rows(got["tower0"], qi)
     if qq.any():
         assert_rows(got["tower1"], qq)
@@ -150,21 +151,16 @@ def test_what_is_left_out_must_be_there():
 
 def test_evaluate_knows_their_names():
     model, inputs = made("vit")
-    names = ("gradient", *OF_ONE_TOWER, "weighted:norm:no_normalization", "weighted:equal:no_normalization")
-    table = rows(evaluate(model, [(inputs, None, None)], methods=names, tests=("positive", "insertion")))
+    names = ["gradient", *OF_ONE_TOWER]
+    others = [with_options("weighted:no_normalization", weighting=weighting) for weighting in ("norm", "equal")]
+    names += [method.label for method in others]
+    table = rows(
+        evaluate(model, [(inputs, None, None)], methods=["gradient", *OF_ONE_TOWER, *others], tests=("positive", "insertion"))
+    )
     assert {name for name, _, _ in table} == set(names)
     insertion = {name: table[name, "insertion", "image"]["value"] for name in names}
-    assert insertion["gradient"] == pytest.approx(insertion["weighted:equal:no_normalization"], abs=1e-6)
+    assert insertion["gradient"] == pytest.approx(insertion["weighted:no_normalization(weighting=equal)"], abs=1e-6)
     assert len({round(value, 6) for value in insertion.values()}) == 4
-    asked = rows(
-        evaluate(model, [(inputs, None, None)], methods=("gradient", "weighted"), weighting="norm", tests=("insertion",))
-    )
-    named = rows(
-        evaluate(
-            model, [(inputs, None, None)], methods={"gradient": "gradient", "weighted": "weighted:norm"}, tests=("insertion",)
-        )
-    )
-    assert asked == named
-    for name in ("gradient:norm", "weighted:no_aggregation", "weighted:no_normalization:norm", "gradient:norm:no_aggregation"):
-        with pytest.raises(ValueError, match="methods must be callables or among gradient, .*gradient:no_aggregation.*; got"):
+    for name in ("gradient:norm", "weighted:no_aggregation", "weighted:norm", "weighted:no_normalization:norm"):
+        with pytest.raises(ValueError, match="methods must be .* or among gradient, .*gradient:no_aggregation.*; got"):
             evaluate(model, [(inputs, None, None)], methods=(name,))

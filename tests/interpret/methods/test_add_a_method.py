@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from vlattn_fast.interpret.relevancy.methods.registry import with_options
+
 transformers = pytest.importorskip("transformers")
 
 from vlattn_fast.interpret import evaluate, explain  # noqa: E402
@@ -71,7 +73,7 @@ def test_towers_that_attend_to_one_another(added):
     model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0)).eval()
     inputs = {"input_ids": torch.randint(5, 50, (2, 9)), "decoder_input_ids": torch.randint(5, 50, (2, 4))}
     score = lambda outputs: outputs.logits[:, -1, 7]  # noqa: E731
-    got = explain(model, inputs, method=NAME, read="last", target=score).relevancy
+    got = explain(model, inputs, method=NAME, position="last", target=score).relevancy
     model.set_attn_implementation("eager")
     outputs = model(**inputs, output_attentions=True)
     of_decoder, of_encoder = (
@@ -193,8 +195,8 @@ def test_what_a_method_does_not_define_is_refused(case, tmp_path, monkeypatch):
     monkeypatch.setitem(registry.METHODS, NAME, registry.methods_in_folder()[NAME])
     with pytest.raises(ValueError, match=f"method='{NAME}' has no rule for towers that do not attend"):
         explain(case.model, case.inputs, method=NAME)
-    with pytest.raises(ValueError, match=f"weighting must be left out .*; got 'norm' for '{NAME}'"):
-        explain(case.model, case.inputs, method=NAME, weighting="norm")
+    with pytest.raises(ValueError, match=f"weighting must be an option of method '{NAME}', which has freeze, of; got 'norm'"):
+        with_options(NAME, weighting="norm")
 
 
 def test_two_methods_with_one_name(tmp_path, monkeypatch):

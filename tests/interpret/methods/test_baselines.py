@@ -115,7 +115,7 @@ def test_words() -> None:
         (7, model.words.weight[7]), ({"input_ids": 7}, model.words.weight[7]), (embedding, embedding), ("pad", special)
     ):  # fmt: skip
         method = METHODS.InputGradient(baseline)
-        got = va.explain(model, {"input_ids": IDS}, target=2, method=method, tokenizer=tokenizer if baseline == "pad" else None)
+        got = va.explain(model, {"input_ids": IDS}, target=2, method=method, processor=tokenizer if baseline == "pad" else None)
         torch.testing.assert_close(got.relevancy["input_ids"], ((x - origin) * grad).sum(-1).detach(), rtol=1e-9, atol=1e-12)
 
     class Masked(Words):
@@ -140,7 +140,7 @@ def test_the_gap_to_the_gain(tmp_path: Path) -> None:
     torch.testing.assert_close(got.relevancy["x"].sum(-1), got.scores - 2.0**9, rtol=1e-3, atol=0)
     torch.testing.assert_close(got.gap, got.relevancy["x"].sum(-1) - (got.scores - 2.0**9))
     with pytest.warns(
-        UserWarning, match=r"The entries do not add up .* Pass more steps than 1, or another baseline; `explanation.gap`"
+        UserWarning, match=r"The entries do not add up .* Pass n_steps above 1, or another baseline; `explanation.gap`"
     ):
         few = va.explain(Steep(), {"x": x}, target=0, method=METHODS.IntegratedGradients(1, black))
     assert few.gap.tolist() == [18 * 3.0**8 - (4.0**9 - 2.0**9)]  # at 3/4 of each pixel
@@ -149,7 +149,7 @@ def test_the_gap_to_the_gain(tmp_path: Path) -> None:
         torch.equal(va.Explanation.load(tmp_path / "few.safetensors").gap, few.gap)
         and va.explain(Steep(), {"x": x}, target=0, method=METHODS.IntegratedGradients(1, black, freeze=("norms",))).gap is None
     )
-    named = va.explain(Steep(), {"x": x}, target=0, method="integrated_gradients", steps=16)
+    named = va.explain(Steep(), {"x": x}, target=0, method=va.methods.IntegratedGradients(n_steps=16))
     assert named.method == "integrated_gradients(n_steps=16)"
 
 

@@ -15,7 +15,7 @@ import vlattn_fast as va
 from tests.helpers.interpret.cases import CASES, lively
 from tests.helpers.interpret.decoder_cases import DECODERS
 from tests.helpers.interpret.stored_maps import with_floats
-from vlattn_fast.interpret import LayerExplanation, explain
+from vlattn_fast.interpret import LayerExplanation, explain, explain_layers
 
 pytestmark = pytest.mark.usefixtures("published")
 
@@ -45,8 +45,8 @@ def test_each_layer_and_each_head(case, request, method):
     plain = explain(model, inputs)
     towers = {"clip": {"vision": "vision_model_output", "text": "text_model_output"}}
     of_case = towers.get(request.node.callspec.params["case"], {next(iter(plain.relevancy)): ""})
-    by_head = explain(model, inputs, method=method, per="head")
-    by_layer = explain(model, inputs, method=method, per="layer")
+    by_head = explain_layers(model, inputs, method=method, per="head")
+    by_layer = explain_layers(model, inputs, method=method, per="layer")
     assert isinstance(by_head, LayerExplanation) and (by_head.method, by_layer.method) == (method, method)
     torch.testing.assert_close(by_head.scores, plain.scores)
     assert by_head.target == plain.target
@@ -57,17 +57,17 @@ def test_each_layer_and_each_head(case, request, method):
         torch.testing.assert_close(by_head.relevancy[tower], want, rtol=1e-8, atol=1e-12)
         torch.testing.assert_close(by_layer.relevancy[tower], want.mean(1), rtol=1e-8, atol=1e-12)
         assert by_head.layers[tower] == [0, 1, 2] and by_head.heads[tower] == [0, 1, 2, 3]
-        chosen = explain(model, inputs, method=method, per="head", layers=[-1, 0], heads=[3, 1])
+        chosen = explain_layers(model, inputs, method=method, per="head", layers=[-1, 0], heads=[3, 1])
         torch.testing.assert_close(chosen.relevancy[tower], want[[2, 0]][:, [3, 1]], rtol=1e-8, atol=1e-12)
         assert chosen.layers[tower] == [2, 0] and chosen.heads[tower] == [3, 1]
-        some = explain(model, inputs, method=method, per="layer", layers=[1], heads=[2, 0])
+        some = explain_layers(model, inputs, method=method, per="layer", layers=[1], heads=[2, 0])
         torch.testing.assert_close(some.relevancy[tower], want[[1]][:, [2, 0]].mean(1), rtol=1e-8, atol=1e-12)
 
 
 @pytest.mark.parametrize("case", ["clip", "llava", "uniter", "qwen2_5_vl"], indirect=True)
 def test_one_map_is_an_explanation(case):
     """Its patches and words are those of its row."""
-    plain, whole = explain(case.model, case.inputs), explain(case.model, case.inputs, per="head")
+    plain, whole = explain(case.model, case.inputs), explain_layers(case.model, case.inputs, per="head")
     assert len(whole) == len(plain)
     one = whole.at(1, 2)
     for name, row in one.relevancy.items():
@@ -89,7 +89,7 @@ def test_one_backward_pass(monkeypatch):
     model, backwards = lively(CASES["vit"]().model).eval(), []
     grad = torch.autograd.grad
     monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: (backwards.append(1), grad(*a, **k))[1])
-    explain(model, {"pixel_values": torch.randn(2, 3, 24, 30)}, per="head")
+    explain_layers(model, {"pixel_values": torch.randn(2, 3, 24, 30)}, per="head")
     assert len(backwards) == 1
 
 
@@ -97,7 +97,7 @@ def test_the_rows_of_a_whole_answer():
     torch.manual_seed(0)
     model = lively(DECODERS["LlamaForCausalLM"]().model).eval().double()
     prompt, answer = [1, 4, 9, 11], [17, 30]
-    got = explain(model, {"input_ids": torch.tensor([prompt])}, answer=answer, each=False, per="head")
+    got = explain_layers(model, {"input_ids": torch.tensor([prompt])}, answer=answer, per="head")
     whole = {"input_ids": torch.tensor([[*prompt, *answer]])}
     maps = stored(model, whole, lambda o: o.logits[0, 3:5].log_softmax(-1)[[0, 1], answer])
     want = sum(rows_of(maps, torch.tensor([place]), "gradient") for place in (3, 4))
@@ -109,7 +109,7 @@ def test_the_rows_of_a_whole_answer():
 def test_behind_a_pooling_head(case):
     """The pooling head's own row is carried into each layer's map."""
     model, inputs = case.model.double(), with_floats(case.inputs, torch.float64)
-    got = explain(model, inputs, method="attention", per="head")
+    got = explain_layers(model, inputs, method="attention", per="head")
     row = explain(model, inputs, method="attention").relevancy["vision"]  # that of the pooling head
     maps = stored(model, inputs, lambda outputs: case.score(outputs, inputs), "vision_model_output")
     want = torch.stack([torch.einsum("bn,bhnm->hbm", row, a) for a, _ in maps]).detach()
@@ -127,15 +127,15 @@ def test_towers_of_different_depths():
     config = transformers.CLIPConfig(text_config=dict(text, max_position_embeddings=12), vision_config=vision)
     model = lively(transformers.CLIPModel(config)).eval()
     inputs = {"input_ids": torch.tensor([[57, 5, 6, 58], [57, 7, 8, 58]]), "pixel_values": torch.randn(2, 3, 16, 16)}
-    got = explain(model, inputs, per="head")
+    got = explain_layers(model, inputs, per="head")
     assert {name: tuple(row.shape) for name, row in got.relevancy.items()} == {"vision": (3, 4, 2, 5), "text": (2, 2, 2, 4)}
     assert set(got.at(1, 1).relevancy) == {"vision", "text"} and set(got.at(2, 1).relevancy) == {"vision"}
     assert got.at(1, 3).text is None and got.at(1, 3).token_ids is None and got.at(1, 3).image.shape == (2, 2, 2)
     assert len([*got.items()]) == 12
-    last = explain(model, inputs, per="layer", layers=[-1])  # the first number is that of the text alone
+    last = explain_layers(model, inputs, per="layer", layers=[-1])  # the first number is that of the text alone
     assert last.layers == {"vision": [2], "text": [1]} and last.image_rows == got.image_rows == [0, 1]
     with pytest.raises(ValueError, match=r"layers must be from -2 to 1 in tower 'text'; got 2"):
-        explain(model, inputs, per="layer", layers=[2])
+        explain_layers(model, inputs, per="layer", layers=[2])
     pytest.importorskip("matplotlib")
     got.plot()
 
@@ -143,7 +143,7 @@ def test_towers_of_different_depths():
 @pytest.mark.parametrize("case", ["clip"], indirect=True)
 def test_an_empty_batch(case):
     empty = {name: value[:0] for name, value in case.inputs.items()}
-    got = explain(case.model, empty, per="head")
+    got = explain_layers(case.model, empty, per="head")
     assert len(got) == 0 and got.relevancy["vision"].shape == (3, 4, 0, 17) and got.image.shape == (3, 4, 0, 4, 4)
 
 
@@ -152,7 +152,7 @@ def test_an_empty_batch(case):
 
 @pytest.mark.parametrize("case", ["clip", "qwen2_5_vl"], indirect=True)
 def test_saved_and_read_again(case, tmp_path):
-    got = explain(case.model, case.inputs, per="head", layers=[2, 0])
+    got = explain_layers(case.model, case.inputs, per="head", layers=[2, 0])
     again = LayerExplanation.load(got.save(tmp_path / "layers.safetensors"))
     assert repr(again) == repr(got) and (again.layers, again.heads, again.owners) == (got.layers, got.heads, got.owners)
     for name in ("text", "image"):
@@ -169,12 +169,12 @@ def test_saved_and_read_again(case, tmp_path):
 @pytest.mark.parametrize("case", ["clip"], indirect=True)
 def test_a_table_has_the_layer_and_the_head(case):
     pytest.importorskip("pandas")
-    got = explain(case.model, case.inputs, per="head", layers=[1])
+    got = explain_layers(case.model, case.inputs, per="head", layers=[1])
     frame = got.to_pandas()
     assert list(frame.columns[:2]) == ["layer", "head"] and set(frame["layer"]) == {1} and set(frame["head"]) == {0, 1, 2, 3}
     row = frame[(frame["head"] == 2) & (frame["tower"] == "vision") & (frame["row"] == 0)]
     assert sorted(row["value"]) == pytest.approx(sorted(got.image[0, 2, 0].flatten().tolist()), rel=1e-5)
-    assert "head" not in explain(case.model, case.inputs, per="layer").to_pandas().columns
+    assert "head" not in explain_layers(case.model, case.inputs, per="layer").to_pandas().columns
 
 
 @pytest.mark.parametrize("per", ["layer", "head"])
@@ -188,7 +188,7 @@ def test_small_multiples(case, per, tmp_path):
     import numpy as np
     from PIL import Image
 
-    got = explain(case.model, case.inputs, per=per)
+    got = explain_layers(case.model, case.inputs, per=per)
     photo = Image.new("RGB", (200, 200), "white")
     figure = got.plot(photo, rows=[0])
     figure.savefig(tmp_path / "layers.png")
@@ -213,11 +213,11 @@ def test_small_multiples(case, per, tmp_path):
 @pytest.mark.parametrize("case", ["bert", "uniter"], indirect=True)
 def test_multiples_without_maps(case, tmp_path):
     pytest.importorskip("matplotlib")
-    got = explain(case.model, case.inputs, per="layer")
+    got = explain_layers(case.model, case.inputs, per="layer")
     got.plot().savefig(tmp_path / "layers.png")
     assert "<table>" in got.to_html()
     with pytest.raises(ValueError, match="image must be None for an explanation without maps|image must be"):
-        explain(CASES["bert"]().model, CASES["bert"]().inputs, per="layer").plot(torch.zeros(4, 4, 3))
+        explain_layers(CASES["bert"]().model, CASES["bert"]().inputs, per="layer").plot(torch.zeros(4, 4, 3))
 
 
 # --- bad input ---
@@ -227,32 +227,33 @@ def test_multiples_without_maps(case, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layers": [1]}, "layers must come with per='layer' or per='head'"),
-        ({"heads": [1]}, "heads must come with per='layer' or per='head'"),
+        ({"per": None}, "per must be one of"),
         ({"per": "token"}, "per must be one of"),
         ({"per": "layer", "layers": []}, "layers must be numbers that differ, at least one; got"),
         ({"per": "layer", "layers": [1, 1]}, r"layers must be numbers that differ, at least one; got \[1, 1\]"),
         ({"per": "layer", "layers": [2, -1]}, "layers must be numbers that differ in tower 'vision'"),
         ({"per": "layer", "layers": [3]}, "layers must be from -3 to 2 in tower 'vision'; got 3"),
         ({"per": "head", "heads": [-5]}, "heads must be from -4 to 3 in tower 'vision'; got -5"),
-        ({"per": "head", "method": "rollout"}, "per must be None for method 'rollout', which has no map of each layer"),
-        ({"per": "head", "method": "input_gradient"}, "per must be None for method 'input_gradient'"),
-        ({"per": "head", "start_layer": 1}, "start_layer must be 0 with per=, whose layers= says which; got 1"),
-        ({"per": "head", "weighting": "norm"}, "weighting must be left out"),
+        ({"per": "head", "method": "rollout"}, "method must have a map of each layer, as 'gradient' .*; got 'rollout'"),
+        ({"method": va.methods.InputGradient()}, "method must have a map of each layer, .*; got 'input_gradient'"),
+        (
+            {"method": va.methods.Gradient(start_layer=1)},
+            r"method must go through all layers .*; got 'gradient\(.*start_layer=1\)'",
+        ),
     ],
 )
 def test_bad_options(case, options, message):
     with pytest.raises(ValueError, match=message):
-        explain(case.model, case.inputs, **options)
+        explain_layers(case.model, case.inputs, **options)
 
 
 @pytest.mark.parametrize("case", ["vit"], indirect=True)
 def test_bad_kinds(case):
     with pytest.raises(TypeError, match="layers must be"):
-        explain(case.model, case.inputs, per="layer", layers=2)
+        explain_layers(case.model, case.inputs, per="layer", layers=2)
     with pytest.raises(TypeError, match="heads must be"):
-        explain(case.model, case.inputs, per="head", heads=["first"])
-    got = explain(case.model, case.inputs, per="layer")
+        explain_layers(case.model, case.inputs, per="head", heads=["first"])
+    got = explain_layers(case.model, case.inputs, per="layer")
     for name in ("overlay", "top", "compare"):
         with pytest.raises(ValueError, match=rf"{name} takes one map: choose it by at\(layer, head\)"):
             getattr(got, name)(None)
@@ -264,13 +265,7 @@ def test_bad_kinds(case):
         got.to_html(beside=[got])
 
 
-def test_an_answer_word_by_word_is_refused():
-    model = DECODERS["LlamaForCausalLM"]().model
-    with pytest.raises(ValueError, match="per needs each=False where an answer is explained"):
-        explain(model, {"input_ids": torch.tensor([[1, 4]])}, answer=[5], per="layer")
-
-
 @pytest.mark.parametrize("case", ["llava"], indirect=True)
 def test_through_a_connector_is_refused(case):
-    with pytest.raises(ValueError, match="per needs through_connector=False"):
-        explain(case.model, case.inputs, per="layer", through_connector=True)
+    with pytest.raises(ValueError, match="method must go through all layers of one tower"):
+        explain_layers(case.model, case.inputs, per="layer", method=va.methods.Gradient(through_connector=True))

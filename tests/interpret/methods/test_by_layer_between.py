@@ -11,7 +11,7 @@ from tests.helpers.interpret.linked_maps import Maps, encoder_decoder_maps, with
 from tests.interpret.explaining.test_own_decoders import stored
 from tests.interpret.methods.test_ablations import lxmert
 from tests.interpret.relevancy.test_linked import lxmert_maps, text_encoder_decoder
-from vlattn_fast.interpret import LayerExplanation, explain
+from vlattn_fast.interpret import LayerExplanation, explain_layers
 
 pytestmark = pytest.mark.usefixtures("published")
 
@@ -36,12 +36,14 @@ def test_decoders_behind_an_encoder(kind, method, per):
     inputs["decoder_input_ids"] = torch.randint(3, 60, (2, 5))
     outputs = model(**inputs, output_attentions=True)
     maps = encoder_decoder_maps(outputs, outputs.logits[:, 3, 7].sum())
-    got = explain(model, inputs, target=lambda o: o.logits[:, 3, 7], read={"tower1": 3}, method=method, per=per)
+    got = explain_layers(model, inputs, target=lambda o: o.logits[:, 3, 7], position={"tower1": 3}, method=method, per=per)
     assert got.layers == {"tower1": [0, 1], "tower0": [0, 1]} and list(got.relevancy) == ["tower1", "tower0"]
     for tower, pair in (("tower1", "tt"), ("tower0", "ti")):
         agrees(got, tower, rows_of(maps, pair, [3, 3], method))
     assert got.at(1).relevancy["tower0"].shape == (2, 9)
-    last = explain(model, inputs, target=lambda o: o.logits[:, 3, 7], read={"tower1": 3}, method=method, per=per, layers=[-1])
+    last = explain_layers(
+        model, inputs, target=lambda o: o.logits[:, 3, 7], position={"tower1": 3}, method=method, per=per, layers=[-1]
+    )
     assert torch.equal(last.relevancy["tower0"], got.relevancy["tower0"][1:]) and last.layers["tower0"] == [1]
 
 
@@ -52,13 +54,13 @@ def test_co_attention(method):
     maps = lxmert_maps(model, inputs, lambda o: o.question_answering_score.max(-1).values.sum())
     if method == "gradient":  # the score comes from words: the last layer of the regions has no gradient
         maps = [(kind, a, torch.zeros_like(a) if g is None else g) for kind, a, g in maps]
-    got = explain(model, inputs, method=method, per="head")
+    got = explain_layers(model, inputs, method=method, per="head")
     assert got.layers == {"text": [0, 1, 2, 3, 4, 5], "vision": [3, 4, 5]}
     agrees(got, "text", rows_of(maps, "tt", [0, 0], method))
     agrees(got, "vision", rows_of(maps, "ti", [0, 0], method))
     assert got.regions.shape == (3, 4, 2, 7) and list(got.at(0).relevancy) == ["text"]
     assert torch.equal(got.at(4).regions, got.relevancy["vision"][1].mean(0))
-    both = explain(model, inputs, method=method, per="head", read={"text": "cls", "vision": 2})
+    both = explain_layers(model, inputs, method=method, per="head", position={"text": "cls", "vision": 2})
     assert both.layers == {"text": [0, 1, 2, 3, 4, 5], "vision": [0, 1, 2, 3, 4]}  # each by its maps to itself
     want = rows_of(maps, "ii", [2, 2], method)
     torch.testing.assert_close(both.relevancy["vision"], want, rtol=1e-8, atol=1e-12)
@@ -68,7 +70,7 @@ def test_co_attention(method):
 @pytest.mark.parametrize("per", ["layer", "head"])
 def test_a_whole_answer_about_a_picture(per):
     model, images, answer = image_to_text(), pictures(1), [4, 5, 6]
-    got = explain(model, {"images": images, "decoder_input_ids": torch.tensor([[1]])}, answer=answer, each=False, per=per)
+    got = explain_layers(model, {"images": images, "decoder_input_ids": torch.tensor([[1]])}, answer=answer, per=per)
     logits, kinds, maps = stored(model, images[0], [1, *answer])
     scored = with_gradients(kinds, maps, logits[range(3), answer].sub(logits[:3].logsumexp(-1)).sum())
     for tower, pair in (("tower1", "tt"), ("tower0", "ti")):
@@ -85,7 +87,7 @@ def test_a_decoder_that_attends_to_the_picture_alone():
     for layer in model.decoder.layers:
         layer._sa_block = lambda x, *rest, **options: torch.zeros_like(x)
     inputs = {"images": pictures(), "decoder_input_ids": torch.tensor([[1, 4], [1, 7]])}
-    got = explain(model, inputs, target=3, per="layer")
+    got = explain_layers(model, inputs, target=3, per="layer")
     assert got.layers == {"tower1": [], "tower0": [0, 1]}
     assert got.relevancy["tower1"].shape == (0, 2, 2) and got.at(0).image.shape == (2, *GRID)
 
@@ -93,5 +95,5 @@ def test_a_decoder_that_attends_to_the_picture_alone():
 def test_an_empty_batch():
     model, inputs = lxmert()
     empty = {name: value[:0] for name, value in inputs.items()}
-    got = explain(model, empty, per="layer")
+    got = explain_layers(model, empty, per="layer")
     assert got.relevancy["text"].shape == (6, 0, 9) and got.relevancy["vision"].shape == (3, 0, 7)

@@ -6,6 +6,9 @@ import threading
 
 import pytest
 
+import vlattn_fast as va
+from vlattn_fast.interpret.relevancy.methods.registry import with_options
+
 pytest.importorskip("transformers")
 
 import torch
@@ -104,7 +107,7 @@ def test_the_words_of_an_answer():
     model = lively(DECODERS["LlamaForCausalLM"]().model).eval().double()
     prompt, answer = [1, 4, 9, 11], [17, 30]
     got = explain(model, {"input_ids": torch.tensor([prompt])}, answer=answer, method="input_gradient")
-    together = explain(model, {"input_ids": torch.tensor([prompt])}, answer=answer, method="input_gradient", each=False)
+    together = explain(model, {"input_ids": torch.tensor([prompt])}, answer=answer, method="input_gradient", per_token=False)
     embeddings = model.get_input_embeddings()(torch.tensor([[*prompt, *answer]])).detach().requires_grad_()
     scores = model(inputs_embeds=embeddings).logits[0, 3:5].log_softmax(-1)[[0, 1], answer]
     for token in range(2):
@@ -228,10 +231,10 @@ def test_pixels_features_and_ids_of_a_model_without_a_record():
     torch.testing.assert_close(got.relevancy["sounds"], (sounds * of_sounds).sum(-1).detach())
     torch.testing.assert_close(got.relevancy["ids"], (words * of_words + others * of_others).sum(-1).detach())
     assert torch.equal(got.image, got.relevancy["x"].view(2, 8, 12))
-    patched = explain(model, inputs, target=1, method="input_gradient", grid=(2, 3))
+    patched = explain(model, inputs, target=1, method="input_gradient", patches=va.PatchGrid(2, 3))
     torch.testing.assert_close(patched.image, pixels.view(2, 2, 4, 3, 4).sum((2, 4)))
-    with pytest.raises(ValueError, match=r"grid and prefix must fit a tower that is read"):
-        explain(model, inputs, target=1, method="input_gradient", grid=(3, 3))
+    with pytest.raises(ValueError, match="patches must fit a tower that is read"):
+        explain(model, inputs, target=1, method="input_gradient", patches=va.PatchGrid(3, 3))
 
 
 def test_an_encoder_decoder_without_a_record():
@@ -293,11 +296,12 @@ def test_beside_a_run_that_replaces_the_attention():
 
 @pytest.mark.parametrize("case", ["clip"], indirect=True)
 def test_evaluated(case):
-    """The parts of their names are no weightings, as those of "weighted" are."""
-    methods = ("input_gradient", "input_gradient:norm", "input_gradient:absolute", "glimpse", "weighted:norm")
+    methods = ("input_gradient", "input_gradient:norm", "input_gradient:absolute", "glimpse")
     table = evaluate(case.model, [(case.inputs, None, None)], methods=methods, tests=("deletion",)).table
     assert {row["method"] for row in table} == set(methods)
-    with pytest.raises(ValueError, match="per must be None, since the tests need one map of an input; got 'layer'"):
+    with pytest.raises(
+        TypeError, match=r"evaluate\(\) has no parameter 'per'; write va.explain_layers\(model, inputs, per='layer'\)"
+    ):
         evaluate(case.model, [(case.inputs, None, None)], per="layer")
 
 
@@ -316,9 +320,9 @@ def test_integrated_gradients_worked_by_hand():
     Of the second one it is 9 and 26; two steps are at 1/4 and 3/4, where 3 (1/16 + 9/16) / 2 = 15/16 takes the place of 1."""
     x = torch.tensor([[[1.0, 2.0], [-1.0, 3.0]]], dtype=torch.float64)
     for steps in (1, 2, 7):
-        got = explain(Square(), {"x": x}, target=0, method="integrated_gradients", steps=steps)
+        got = explain(Square(), {"x": x}, target=0, method=va.methods.IntegratedGradients(n_steps=steps))
         torch.testing.assert_close(got.relevancy["x"], torch.tensor([[15.0, 10.0]], dtype=torch.float64))
-    got = explain(Square(), {"x": x}, target=1, method="integrated_gradients", steps=2)
+    got = explain(Square(), {"x": x}, target=1, method=va.methods.IntegratedGradients(n_steps=2))
     torch.testing.assert_close(got.relevancy["x"], torch.tensor([[9.0, 26.0]], dtype=torch.float64) * 15 / 16)
     assert got.scores.tolist() == [35.0]
 
@@ -327,7 +331,7 @@ def test_integrated_gradients_worked_by_hand():
 def test_all_towers_are_scaled_together(case, request):
     layers = LAYERS[request.node.callspec.params["case"]]
     model, inputs = case.model.double(), with_floats(case.inputs, torch.float64)
-    got = explain(model, inputs, method="integrated_gradients", steps=4)
+    got = explain(model, inputs, method=va.methods.IntegratedGradients(n_steps=4))
     modules = [model.get_submodule(path) for path in layers.values()]
     fixed = torch.tensor(got.target)
 
@@ -349,7 +353,7 @@ def test_all_entries_add_up_to_the_gain_over_zero_embeddings():
     model = Words(60, lambda: nn.GRU(6, 6, batch_first=True)).double()
     missing = []
     for steps in (8, 32, 128):
-        got = explain(model, {"input_ids": IDS}, target=[1, 2], method="integrated_gradients", steps=steps)
+        got = explain(model, {"input_ids": IDS}, target=[1, 2], method=va.methods.IntegratedGradients(n_steps=steps))
         zero = model.head(model.middle(torch.zeros(2, 5, 6, dtype=torch.float64))[0]).sum(1) - 4 * model.head.bias
         gain = got.scores - zero.detach()[[0, 1], [1, 2]]
         missing.append(float((got.relevancy["input_ids"].sum(-1) - gain).abs().max()))
@@ -360,8 +364,8 @@ def test_all_entries_add_up_to_the_gain_over_zero_embeddings():
 @pytest.mark.parametrize("case", ["bert"], indirect=True)
 def test_the_class_is_that_of_the_whole_input(case):
     """At every step, also where scaled embeddings have another; an answer and a callable stay as they are."""
-    got = explain(case.model, case.inputs, method="integrated_gradients", steps=3)
-    named = explain(case.model, case.inputs, target=got.target, method="integrated_gradients", steps=3)
+    got = explain(case.model, case.inputs, method=va.methods.IntegratedGradients(n_steps=3))
+    named = explain(case.model, case.inputs, target=got.target, method=va.methods.IntegratedGradients(n_steps=3))
     assert torch.equal(got.relevancy["text"], named.relevancy["text"])
     plain = explain(case.model, case.inputs, method="input_gradient")
     assert got.target == plain.target and torch.allclose(got.scores, plain.scores)
@@ -384,7 +388,7 @@ def test_no_step_outlives_the_next(monkeypatch):
 
     gc.disable()
     try:
-        explain(Watched(), {"x": torch.randn(1, 4, 2)}, target=0, method="integrated_gradients", steps=9)
+        explain(Watched(), {"x": torch.randn(1, 4, 2)}, target=0, method=va.methods.IntegratedGradients(n_steps=9))
     finally:
         gc.enable()
     assert len(most) == 11 and max(most) <= 2
@@ -397,16 +401,15 @@ def test_no_step_outlives_the_next(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"start_layer": -1}, "start_layer must be 0 for method 'input_gradient', which goes back to the embeddings; got -1"),
-        ({"steps": 4}, "steps must be left out for a method that runs the model once; got 4 for 'input_gradient'"),
-        ({"weighting": "norm"}, "weighting must be left out for a method without weights; got 'norm' for 'input_gradient'"),
-        ({"method": "integrated_gradients", "steps": 0}, "steps must be at least 1; got 0"),
-        ({"through_connector": True}, "through_connector=True needs a record of the model's connector"),
+        ({"start_layer": -1}, "start_layer must be an option of method 'input_gradient', which has freeze, of, baseline; got -1"),
+        ({"n_steps": 4}, "n_steps must be an option of method 'input_gradient', which has freeze, of, baseline; got 4"),
+        ({"name": "integrated_gradients", "n_steps": 0}, "n_steps must be at least 1; got 0"),
+        ({"name": "gradient", "through_connector": True}, "through_connector=True needs a record of the model's connector"),
     ],
 )
 def test_bad_options(case, options, message):
     with pytest.raises(ValueError, match=message):
-        explain(case.model, case.inputs, **{"method": "input_gradient", **options})
+        explain(case.model, case.inputs, method=with_options(**{"name": "input_gradient", **options}))
 
 
 def test_a_model_that_embeds_nothing():

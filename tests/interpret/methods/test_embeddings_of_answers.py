@@ -57,5 +57,5 @@ def test_pictures_beside_an_answer(kind: Any) -> None:
             by_hand[:, token] += ((images - white) * grad).sum((1, 2, 3)) / 3
     torch.testing.assert_close(total, by_hand, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(integrated.gap, total - gain, rtol=1e-9, atol=1e-12)
-    together = va.explain(model, inputs, answer=ANSWER, each=False, method=va.methods.SmoothGrad(2, baseline="white"))
+    together = va.explain(model, inputs, answer=ANSWER, per_token=False, method=va.methods.SmoothGrad(2, baseline="white"))
     assert together.image.shape == (2, *GRID)

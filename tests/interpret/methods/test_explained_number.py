@@ -30,7 +30,7 @@ def test_of_a_target(case: Any, of: str) -> None:
         return numbers(logits, torch.full(logits.shape[:1], 1))[of]
 
     found = va.explain(case.model, inputs, target=1, method=va.methods.Gradient(of=of))
-    expected = va.explain(case.model, inputs, target=score, method="gradient", read="cls" if tower == "vision" else "last")
+    expected = va.explain(case.model, inputs, target=score, method="gradient", position="cls" if tower == "vision" else "last")
     torch.testing.assert_close(found.scores, expected.scores, rtol=1e-10, atol=0)
     torch.testing.assert_close(found.relevancy[tower], expected.relevancy[tower], rtol=0, atol=1e-9)
 
@@ -48,7 +48,7 @@ def test_of_an_answer(case: Any) -> None:
     for of, expected in numbers(logits, answer).items():
         found = va.explain(case.model, inputs, answer=answer, method=va.methods.Gradient(of=of))
         torch.testing.assert_close(found.scores, expected, rtol=1e-9, atol=1e-12)
-        together = va.explain(case.model, inputs, answer=answer, method=va.methods.Gradient(of=of), each=False)
+        together = va.explain(case.model, inputs, answer=answer, method=va.methods.Gradient(of=of), per_token=False)
         torch.testing.assert_close(together.scores, expected.sum(1), rtol=1e-9, atol=1e-12)
 
 
@@ -79,7 +79,7 @@ def test_of_edges(case: Any) -> None:
     answer, groups = torch.tensor([[5, 7]]), ["image", "question", "last"]
     for of in ("logit", "log_probability", "margin"):
         table = va.attribute_edges(case.model, inputs, groups, answer=answer, of=of)
-        expected = va.explain(case.model, inputs, answer=answer, each=False, method=va.methods.Gradient(of=of)).scores
+        expected = va.explain(case.model, inputs, answer=answer, per_token=False, method=va.methods.Gradient(of=of)).scores
         torch.testing.assert_close(table.scores, expected, rtol=1e-9, atol=0)
         (edge,) = va.intervene_each(case.model, inputs, table.top(1))
         ends = {"keys": table.groups[edge.from_], "queries": table.groups[edge.to]}
@@ -92,7 +92,7 @@ def test_of_edges(case: Any) -> None:
 
 @pytest.mark.parametrize("case", ["vit"], indirect=True)
 def test_evaluate_takes_methods_with_options(case: Any) -> None:
-    methods = ["gradient", va.methods.Gradient(freeze=("norms",), of="margin"), va.methods.Weighted("norm")]
+    methods = ["gradient", va.methods.Gradient(freeze=("norms",), of="margin"), va.methods.Weighted(weighting="norm")]
     found = va.evaluate(case.model, [(case.inputs, None, None)], methods=methods, tests=["positive"])
     named = {record["method"] for record in found.table}
     assert named == {"gradient", "gradient(freeze=norms, of=margin)", "weighted(weighting=norm)"}

@@ -65,10 +65,10 @@ def test_norms_are_constants(case: Any, method: type[va.methods.Method]) -> None
 @pytest.mark.parametrize("case", ["vit"], indirect=True)
 def test_each_layer_and_the_label(case: Any) -> None:
     inputs = in_double(case)
-    frozen = va.explain(case.model, inputs, method=va.methods.Gradient(freeze=("norms",), of="margin"), per="layer")
-    expected = va.explain(detached(case.model), inputs, method=va.methods.Gradient(freeze=(), of="margin"), per="layer")
+    frozen = va.explain_layers(case.model, inputs, method=va.methods.Gradient(freeze=("norms",), of="margin"), per="layer")
+    expected = va.explain_layers(detached(case.model), inputs, method=va.methods.Gradient(freeze=(), of="margin"), per="layer")
     torch.testing.assert_close(frozen.relevancy["vision"], expected.relevancy["vision"], rtol=0, atol=1e-12)
-    whole = va.explain(case.model, inputs, method=va.methods.Weighted("norm", freeze=("norms", "attention")))
+    whole = va.explain(case.model, inputs, method=va.methods.Weighted(weighting="norm", freeze=("norms", "attention")))
     assert whole.method == "weighted(weighting=norm)"
 
 
@@ -103,7 +103,7 @@ def test_attention_is_constant(method: type[va.methods.Method], by_hand: bool) -
     constant.load_state_dict(model.state_dict())
     how: dict[str, Any] = {"target": lambda outputs: outputs[:, 1]}
     if method.needs == "attention":
-        how["read"] = "cls"
+        how["position"] = "cls"
     frozen = va.explain(model, inputs, method=method(freeze=("attention",)), **how)
     expected = va.explain(constant, inputs, method=method(freeze=()), **how)
     plain = va.explain(model, inputs, method=method(freeze=()), **how)
@@ -137,7 +137,7 @@ def test_a_bias_is_constant_and_a_router_is_not(method: type[va.methods.Method])
     torch.manual_seed(0)
     model, constant, inputs = Biased().double(), Biased(constant=True).double(), {"features": torch.randn(2, 5, 6).double()}
     constant.load_state_dict(model.state_dict())
-    how: dict[str, Any] = {"target": lambda outputs: outputs[:, 1]} | ({"read": "cls"} if method.needs == "attention" else {})
+    how: dict[str, Any] = {"target": lambda outputs: outputs[:, 1]} | ({"position": "cls"} if method.needs == "attention" else {})
     got, plain = (va.explain(model, inputs, method=method(freeze=freeze), **how) for freeze in (("attention",), ()))
     expected = va.explain(constant, inputs, method=method(freeze=()), **how)
     for tower, row in expected.relevancy.items():
@@ -307,7 +307,7 @@ class Missed(Attends):
 
 def test_a_norm_that_is_not_reached_is_said() -> None:
     model, inputs = Missed(), {"features": torch.randn(2, 5, 6)}
-    how: dict[str, Any] = {"target": lambda outputs: outputs[:, 1], "read": "cls"}
+    how: dict[str, Any] = {"target": lambda outputs: outputs[:, 1], "position": "cls"}
     with pytest.warns(UserWarning, match=r"the norm in 'norm' \(ByLargest\) is not held fixed"):
         va.explain(model, inputs, method=va.methods.Gradient(freeze=("norms",)), **how)
     with warnings.catch_warnings():
@@ -352,10 +352,10 @@ class Overwrites(nn.Module):
 
 def test_a_model_may_write_into_what_a_norm_gives() -> None:
     model, inputs = Overwrites().double(), {"features": torch.randn(2, 5, 6).double()}
-    expected = va.explain(model, inputs, target=lambda outputs: outputs[:, 1], read="cls").relevancy
+    expected = va.explain(model, inputs, target=lambda outputs: outputs[:, 1], position="cls").relevancy
     with va.nn.capture_relevancy(model) as captured:
         outputs = model(**inputs)
-    row = captured.relevancy(outputs[:, 1].sum(), read="cls")
+    row = captured.relevancy(outputs[:, 1].sum(), position="cls")
     torch.testing.assert_close(row.detach(), next(iter(expected.values())))
 
 
@@ -371,17 +371,16 @@ def test_options_that_are_none() -> None:
         va.methods.Gradient(freeze=("norm",))
     with pytest.raises(TypeError, match="freeze must be a sequence of names, or \\(\\)"):
         va.methods.Gradient(freeze="norms")
-    with pytest.raises(ValueError, match="freeze must be left out for a method without gradients"):
-        va.methods.Rollout(freeze=("norms",))
-    with pytest.raises(ValueError, match="of must be left out for a method without gradients"):
-        va.methods.Attention(of="logit")
+    for kind, option in ((va.methods.Rollout, "freeze"), (va.methods.Attention, "of"), (va.methods.Occlusion, "freeze")):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{option}'"):
+            kind(**{option: ()})
     with pytest.raises(ValueError, match="of must be .*logit.*; got 'logits'"):
         va.methods.Weighted(of="logits")
     model, inputs = Attends(by_hand=False), {"features": torch.randn(2, 5, 6)}
     with pytest.raises(TypeError, match=r"method must be a name or an object, as va.methods.Gradient\(\); got the class"):
-        va.explain(model, inputs, method=va.methods.Gradient, read="cls")
+        va.explain(model, inputs, method=va.methods.Gradient, position="cls")
     with pytest.raises(ValueError, match="of must be left out where target is a callable"):
-        va.explain(model, inputs, method=va.methods.Gradient(of="logit"), read="cls", target=lambda outputs: outputs[:, 0])
+        va.explain(model, inputs, method=va.methods.Gradient(of="logit"), position="cls", target=lambda outputs: outputs[:, 0])
 
 
 NORMS = {  # of transformers, each with the arguments of its class and the shape of an input

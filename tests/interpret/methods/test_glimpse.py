@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+import vlattn_fast as va
+
 pytest.importorskip("transformers")
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 from tests.helpers.interpret.cases import CASES, last_real_row, lively
 from tests.helpers.interpret.decoder_cases import DECODERS, next_logits
 from tests.helpers.interpret.stored_maps import assert_rows, with_floats
-from vlattn_fast.interpret import explain
+from vlattn_fast.interpret import explain, explain_layers
 
 
 def head_weights(a: Tensor, g: Tensor) -> Tensor:
@@ -57,8 +59,8 @@ def rows_of(model, inputs, score, row: Tensor, real: Tensor, start_layer: int = 
 @pytest.mark.parametrize("case", ["vit", "clip", "bert"], indirect=True)
 def test_each_tower(case, request, start_layer):
     model, inputs = case.model.double(), with_floats(case.inputs, torch.float64)
-    got = explain(model, inputs, method="glimpse", start_layer=start_layer)
-    assert (got.method, got.start_layer) == ("glimpse", start_layer)
+    got = explain(model, inputs, method=va.methods.Glimpse(start_layer=start_layer))
+    assert (got.method, got.start_layer) == (va.methods.Glimpse(start_layer=start_layer).label, start_layer)
     prefixes = {"vision": "vision_model_output", "text": "text_model_output"} if "clip" in request.node.name else {}
     for tower, row in got.relevancy.items():
         start = torch.nn.functional.one_hot(got.position[tower], row.shape[1])
@@ -181,6 +183,6 @@ def test_towers_that_attend_to_one_another_are_refused():
 @pytest.mark.parametrize("case", ["vit"], indirect=True)
 def test_bad_options(case):
     with pytest.raises(ValueError, match="start_layer must be from -1"):
-        explain(case.model, case.inputs, method="glimpse", start_layer=3)
-    with pytest.raises(ValueError, match="per must be None for method 'glimpse'"):
-        explain(case.model, case.inputs, method="glimpse", per="layer")
+        explain(case.model, case.inputs, method=va.methods.Glimpse(start_layer=3))
+    with pytest.raises(ValueError, match="method must have a map of each layer, .*; got 'glimpse'"):
+        explain_layers(case.model, case.inputs, method="glimpse", per="layer")

@@ -29,7 +29,7 @@ class OneHead(nn.Module):
 
 def rows(shift: float, target: int) -> Any:
     x = torch.randn(2, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    return va.explain(OneHead(shift).double(), {"x": x}, target=target, method="gradcam", read={"tower0": "mean"})
+    return va.explain(OneHead(shift).double(), {"x": x}, target=target, method="gradcam", position={"tower0": "mean"})
 
 
 def test_a_map_of_zeros_is_said() -> None:

@@ -56,13 +56,13 @@ def test_pixels_of_a_model_without_a_record() -> None:
     model, x = Sees().double(), torch.randn(2, 3, 8, 12, dtype=torch.float64)
     score = lambda pixels: model(pixels)[:, 1]  # noqa: E731
     with torch.no_grad():
-        found = va.explain(model, {"x": x}, target=1, method=Occlusion(2), grid=(4, 6))
+        found = va.explain(model, {"x": x}, target=1, method=Occlusion(2), patches=va.PatchGrid(4, 6))
         close(found.image / 4, drops(score, x, x.mean((2, 3), keepdim=True), (4, 6), 2))  # an image sums over a patch's pixels
         close(found.relevancy["x"].view(2, 8, 12)[:, ::2, ::2], found.image / 4)
-    with pytest.raises(ValueError, match=r"grid must be rows and columns \(h, w\) of patches that divide the \(8, 12\) pixels"):
+    with pytest.raises(ValueError, match=r"patches must be a va.PatchGrid\(rows, columns\) that divides the \(8, 12\) pixels"):
         va.explain(model, {"x": x}, target=1, method="occlusion")
-    with pytest.raises(ValueError, match=r"grid must be rows .* got \(3, 3\)"):
-        va.explain(model, {"x": x}, target=1, method="occlusion", grid=(3, 3))
+    with pytest.raises(ValueError, match=r"patches must be .* got PatchGrid\(rows=3, columns=3, prefix=0\)"):
+        va.explain(model, {"x": x}, target=1, method="occlusion", patches=va.PatchGrid(3, 3))
 
 
 def test_words() -> None:
@@ -98,7 +98,7 @@ def test_the_words_of_an_answer() -> None:
     assert (found.relevancy["language"][0] - expected).abs().max() < 1e-5 * expected.abs().max()
     logits = va.explain(model, {"input_ids": torch.tensor([prompt])}, answer=answer, method=Occlusion(fill=5, of="logit"))
     assert logits.of == "logit" and not torch.allclose(logits.relevancy["language"], found.relevancy["language"])
-    together = va.explain(model, {"input_ids": torch.tensor([prompt])}, **options, each=False)
+    together = va.explain(model, {"input_ids": torch.tensor([prompt])}, **options, per_token=False)
     close(together.relevancy["language"], found.relevancy["language"].sum(1))
 
 
@@ -114,7 +114,7 @@ def test_one_window_or_many_at_once(case: Any) -> None:
 def test_a_score_of_a_batch_that_cannot_grow(case: Any) -> None:
     model, inputs = case.model.double(), in_double(case)
     for score in (lambda o: o.logits[[0, 1], [1, 2]], lambda o: o.logits[torch.arange(2), torch.tensor([1, 2])]):
-        found = va.explain(model, inputs, target=score, read={"vision": "cls"}, method="gradient")
+        found = va.explain(model, inputs, target=score, position={"vision": "cls"}, method="gradient")
         occluded = va.explain(model, inputs, target=score, method=Occlusion())
         close(occluded.relevancy["vision"], va.explain(model, inputs, target=[1, 2], method="occlusion").relevancy["vision"])
         assert torch.equal(occluded.scores, found.scores)

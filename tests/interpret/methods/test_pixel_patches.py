@@ -43,7 +43,7 @@ def test_patches_that_the_model_cuts(method: str, by: str, ids: Tensor | None) -
         return
     assert found.image.shape == (2, 2, 3)
     torch.testing.assert_close(found.image, pixels.view(2, 2, 4, 3, 4).sum((2, 4)))
-    assert torch.equal(va.explain(model, inputs, target=1, method=method, grid=(8, 12)).image, pixels)
+    assert torch.equal(va.explain(model, inputs, target=1, method=method, patches=va.PatchGrid(8, 12)).image, pixels)
     occluded = va.explain(model, inputs, target=1, method="occlusion")
     assert occluded.image.shape == (2, 2, 3) and occluded.image.all()
 

@@ -70,7 +70,7 @@ def made_of(block: type[Block], kind: str = "torch") -> nn.Module:
 def test_weights_of_residual_sums(kind):
     inputs = sequences()
     place = Place("blocks", first_rows(7), inputs["attention_mask"], layer_sums("blocks", 3, "", "mlp"))
-    check(stack(*[kind] * 3), inputs, {"tower0": place}, second, ("weighted",), read="cls", target=second)
+    check(stack(*[kind] * 3), inputs, {"tower0": place}, second, ("weighted",), position="cls", target=second)
 
 
 @pytest.mark.parametrize("block", [Scaled, Beside])
@@ -79,13 +79,13 @@ def test_residual_sums_of_other_forms(block):
     inputs = sequences()
     sums = layer_sums("blocks", 3, "", "attend" if block is Beside else "mlp")
     place = Place("blocks", first_rows(7), inputs["attention_mask"], sums, branch=block is Beside)
-    check(made_of(block), inputs, {"tower0": place}, second, ("weighted",), read="cls", target=second)
+    check(made_of(block), inputs, {"tower0": place}, second, ("weighted",), position="cls", target=second)
 
 
 @pytest.mark.parametrize("block", [Replaced, Older])
 def test_attention_that_is_added_to_no_stream(block):
     with pytest.raises(ValueError, match=r"to its residual stream where method is 'weighted'; got no such sum behind 'blocks\.0"):
-        explain(made_of(block), sequences(), read="cls", target=second, method="weighted")
+        explain(made_of(block), sequences(), position="cls", target=second, method="weighted")
 
 
 def test_a_tensor_that_the_model_goes_on_with_is_left_alone():
@@ -98,7 +98,7 @@ def test_a_tensor_that_the_model_goes_on_with_is_left_alone():
             return attended + self.mlp(attended)
 
     with pytest.raises(ValueError, match=r"got no such sum behind 'blocks\.0"):
-        explain(made_of(Into), sequences(), read="cls", target=second, method="weighted")
+        explain(made_of(Into), sequences(), position="cls", target=second, method="weighted")
 
 
 def watched(model, modules):
@@ -125,7 +125,7 @@ def test_weights_between_towers(kind):
     if kind == "bart":
         model, inputs = text_encoder_decoder(kind)
         inputs["decoder_input_ids"] = torch.randint(3, 60, (2, 5))
-        score, row, arguments = (lambda o: o.logits[:, -1, 7]), 4, {"read": "last"}
+        score, row, arguments = (lambda o: o.logits[:, -1, 7]), 4, {"position": "last"}
         terms, handles = watched(model, BART)
         outputs = model(**inputs, output_attentions=True)
         total = score(outputs).sum()

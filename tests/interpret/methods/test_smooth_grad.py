@@ -33,7 +33,7 @@ def test_pixels_and_words() -> None:
     rows = smoothed(lambda pixels: model(pixels)[:, 1], x, 0.2, 3, seed=5).sum(1)
     found = va.explain(model, {"x": x}, target=1, method=SmoothGrad(3, 0.2, seed=5))
     torch.testing.assert_close(found.image, rows, rtol=1e-9, atol=1e-12)
-    assert found.method == "smoothgrad(noise=0.2, seed=5, n_samples=3)" and torch.equal(found.scores, model(x)[:, 1].detach())
+    assert found.method == "smoothgrad(n_samples=3, noise=0.2, seed=5)" and torch.equal(found.scores, model(x)[:, 1].detach())
     white = va.explain(model, {"x": x}, target=1, method=SmoothGrad(3, 0.2, "white", seed=5))
     rows = smoothed(lambda pixels: model(pixels)[:, 1], x, 0.2, 3, 5, x.amax((1, 2, 3), keepdim=True)).sum(1)
     torch.testing.assert_close(white.image, rows, rtol=1e-9, atol=1e-12)

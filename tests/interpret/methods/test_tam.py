@@ -6,6 +6,9 @@ import math
 
 import pytest
 
+import vlattn_fast as va
+from vlattn_fast.interpret.relevancy.methods.registry import with_options
+
 pytest.importorskip("transformers")
 
 import numpy as np
@@ -182,7 +185,7 @@ def test_what_has_no_earlier_words_is_refused(case):
     with pytest.raises(ValueError, match="subtract_earlier needs an answer whose tokens have a row each"):
         explain(case.model, case.inputs).subtract_earlier()
     with pytest.raises(ValueError, match="subtract_earlier needs an answer whose tokens have a row each"):
-        explain(case.model, case.inputs, answer=ANSWER, each=False).subtract_earlier()
+        explain(case.model, case.inputs, answer=ANSWER, per_token=False).subtract_earlier()
     text = explain(DECODERS["LlamaForCausalLM"]().model.eval(), {"input_ids": torch.tensor([[1, 4, 9]])}, answer=[5, 6])
     with pytest.raises(ValueError, match="subtract_earlier needs maps of an image"):
         text.subtract_earlier()
@@ -246,12 +249,18 @@ def test_an_encoder_decoder_is_refused():
     ("options", "message"),
     [
         ({"target": lambda outputs: outputs.logits[:, -1, 3]}, "method 'tam' explains one token: pass target= as None, tokens"),
-        ({"answer": ANSWER, "each": False}, "method 'tam' explains one token: .* got a callable or each=False"),
-        ({"start_layer": 1}, "start_layer must be 0 for method 'tam', which reads the last states; got 1"),
-        ({"per": "layer"}, "per must be None for method 'tam'"),
+        ({"answer": ANSWER, "per_token": False}, "method 'tam' explains one token: .* got a callable or per_token=False"),
     ],
 )
 def test_bad_options(options, message):
     case = CASES["llava"]()
     with pytest.raises(ValueError, match=message):
         explain(case.model.eval(), case.inputs, method="tam", **options)
+
+
+def test_options_that_it_does_not_have():
+    case = CASES["llava"]()
+    with pytest.raises(ValueError, match="start_layer must be an option of method 'tam', which has none; got 1"):
+        with_options("tam", start_layer=1)
+    with pytest.raises(ValueError, match="method must have a map of each layer, .*; got 'tam'"):
+        va.explain_layers(case.model.eval(), case.inputs, method="tam")

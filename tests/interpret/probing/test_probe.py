@@ -300,7 +300,7 @@ def test_linguistic_probes() -> None:
     assert rows["length"]["value"] > rows["length"]["chance"]
     assert rows["word_order"]["samples"] == 120 and rows["word_order"]["chance"] == 0.5
     assert report.value("fusion", 0) is not None and report.facts["inputs"] == 60
-    other = va.probe(model, dataset, tests=("linguistic",), read="cls")
+    other = va.probe(model, dataset, tests=("linguistic",), position="cls")
     assert other.value("linguistic", 0, kind="has_4") < rows["has_4"]["value"]
 
 

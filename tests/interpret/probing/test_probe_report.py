@@ -73,7 +73,7 @@ def test_left_out_are_counted_as_samples_are() -> None:
         ({"tests": "modality"}, "tests must be None or a sequence of names; got 'modality'"),
         ({"tests": ["heads"]}, "tests must be among modality, .* got 'heads'"),
         ({"tests": []}, "tests must name at least one"),
-        ({"read": "last"}, "read must be one of .* got 'last'"),
+        ({"position": "last"}, "position must be one of .* got 'last'"),
         ({"parts": 3}, "parts must be a callable or None"),
         ({"modality": {"input_ids": "sound"}}, "modality must be one of .* got 'sound' for 'input_ids'"),
         ({"modality": "image"}, "modality must be a mapping of input names to 'text' or 'image'; got 'image'"),

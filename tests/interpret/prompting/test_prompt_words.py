@@ -97,7 +97,11 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
         TypeError,
         "layers must be a callable or None; got str",
     ),
-    (lambda: va.prompt_maps(nn.Linear(1, 1), guidance="none", grid=(0, 3)), ValueError, r"grid must be \(h, w\).*got \(0, 3\)"),
+    (
+        lambda: va.prompt_maps(nn.Linear(1, 1), guidance="none", patches=va.PatchGrid(0, 3)),
+        ValueError,
+        "rows must be at least 1; got 0",
+    ),
 ]
 
 

@@ -289,7 +289,7 @@ def test_a_network_without_text_is_refused():
             return functional.scaled_dot_product_attention(tokens, tokens, tokens)
 
     network = Denoiser()
-    with pytest.raises(ValueError, match=r"Denoiser with no text tokens and attention of queries x keys: 24 x 24; grid="):
+    with pytest.raises(ValueError, match=r"Denoiser with no text tokens and attention of queries x keys: 24 x 24; patches="):
         with va.prompt_maps(network, guidance="none"):
             network(torch.randn(1, 8, 4, 6))
 
@@ -300,10 +300,10 @@ def test_tokens_whose_grid_is_said():
             return functional.scaled_dot_product_attention(hidden_states[:, None], *[encoder_hidden_states[:, None]] * 2)
 
     network, inputs = Denoiser(), (torch.randn(1, 24, 8), torch.randn(1, 5, 8))
-    with pytest.raises(ValueError, match=r"5 text tokens and attention of queries x keys: 24 x 5; grid=\(h, w\) says"):
+    with pytest.raises(ValueError, match=r"5 text tokens and .* keys: 24 x 5; patches=va.PatchGrid\(rows, columns\) says"):
         with va.prompt_maps(network, guidance="none"):
             network(*inputs)
-    with va.prompt_maps(network, guidance="none", grid=(4, 6)) as maps:
+    with va.prompt_maps(network, guidance="none", patches=va.PatchGrid(4, 6)) as maps:
         network(*inputs)
     expected = (inputs[0] @ inputs[1].mT / 8**0.5).softmax(-1).mT.unflatten(-1, (4, 6))
     torch.testing.assert_close(maps.token_maps(), expected)

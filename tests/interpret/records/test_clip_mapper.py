@@ -120,7 +120,7 @@ def test_the_next_token(masked):
     assert got.target == outputs.logits[:, -1].argmax(-1).tolist()
     outputs, kinds, maps = stored(model, inputs)
     text, vision = published("gradient", with_gradients(kinds, maps, outputs.logits[:, 1, 5].sum()), [1, 1])
-    second = explain(model, inputs, target=lambda o: o.logits[:, 1, 5], read=1).relevancy
+    second = explain(model, inputs, target=lambda o: o.logits[:, 1, 5], position=1).relevancy
     assert (text[:, 2:] == 0).all() and (text[:, 0] > 0).any()
     assert_rows(second["text"], text)
     assert_rows(second["vision"], vision)
@@ -166,7 +166,7 @@ def test_an_answer_as_a_whole():
     stored_maps = with_gradients(kinds, maps, score)
     text, vision = (sum(rows) for rows in zip(*(published("gradient", stored_maps, [3 + t]) for t in range(3)), strict=True))
     text[:, 3:6] = 0  # every row that is read leaves out the rows that are read
-    got = explain(model, inputs, answer=ANSWERS[:1], each=False)
+    got = explain(model, inputs, answer=ANSWERS[:1], per_token=False)
     assert got.relevancy["text"].shape == (1, 7) and got.image.shape == (1, 4, 4)
     assert_rows(got.relevancy["vision"], vision)
     assert_rows(got.relevancy["text"], text)
@@ -186,7 +186,7 @@ class Words:
 def test_an_answer_as_text():
     model, inputs = mapper(vocab_size=60), inputs_of(PROMPTS)
     want = explain(model, inputs, answer=[[17, 30], [17, 30]])
-    got = explain(model, inputs, answer="17 30", tokenizer=Words())
+    got = explain(model, inputs, answer="17 30", processor=Words())
     assert torch.equal(got.relevancy["vision"], want.relevancy["vision"])
 
 
@@ -290,7 +290,7 @@ def test_answers_of_mllama(decoder):
         for number in range(2):
             rows = torch.zeros(2, size + 2).scatter_(1, place[:, number : number + 1], 1.0)
             score = functools.partial(spoken, place[:, number], [ids[number] for ids in answer])
-            one = explain(decoder.model, longer, target=score, read={"language": rows}, method=method)
+            one = explain(decoder.model, longer, target=score, position={"language": rows}, method=method)
             for name, want in one.relevancy.items():
                 assert_rows(got.relevancy[name][:, number], want, what=(method, name), bound=1e-6)  # norms are in float32
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 
+import vlattn_fast as va
 from tests.helpers.interpret.cases import last_real_row, lively
 from tests.helpers.interpret.decoder_cases import DECODERS, IMAGE, image, next_logits, pixels
 from tests.helpers.interpret.stored_maps import Kept, assert_rows
@@ -108,7 +109,7 @@ def test_against_stored_maps(make):
     of_image = inputs["input_ids"] == 98
     if make is gemma3:
         inputs["token_type_ids"] = of_image.long()
-    got = explain(model, inputs, through_connector=True)
+    got = explain(model, inputs, method=va.methods.Gradient(through_connector=True))
     bars = stored_bars(model, layers, inputs, lambda outputs: outputs.logits[:, -1].max(-1).values)
     row = torch.zeros(inputs["input_ids"].shape)
     row[:, -1] = 1
@@ -142,12 +143,12 @@ def test_answers():
         assert_rows(got["language"], language)
         assert_rows(got["vision"], vision)
 
-    each = explain(model, prompts, answer=answers, through_connector=True)
+    each = explain(model, prompts, answer=answers, method=va.methods.Gradient(through_connector=True))
     assert torch.equal(each.image, each.relevancy["vision"][:, :, before:].view(2, 3, 4, 4))
     for t in range(3):
         rows = {tower: row[:, t] for tower, row in each.relevancy.items()}
         check(rows, lambda outputs, t=t: log_probabilities(outputs)[:, t], [first + t])
-    together = explain(model, prompts, answer=answers, through_connector=True, each=False)
+    together = explain(model, prompts, answer=answers, method=va.methods.Gradient(through_connector=True), per_token=False)
     assert torch.equal(together.image, together.relevancy["vision"][:, before:].view(2, 4, 4))
     check(together.relevancy, lambda outputs: log_probabilities(outputs).sum(1), [first, first + 1, first + 2])
 
@@ -158,9 +159,11 @@ def test_what_is_refused():
     ids = torch.randint(3, 90, (1, 22))
     ids[0, 1:17] = 98
     inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 32, 32)}
-    for options in ({"method": "rollout"}, {"method": "weighted"}, {"start_layer": 1}):
-        with pytest.raises(ValueError, match="through_connector=True supports method='gradient' with start_layer=0 only"):
-            explain(model, inputs, through_connector=True, **options)
+    with pytest.raises(ValueError, match="start_layer must be 0 with through_connector=True; got 1"):
+        va.methods.Gradient(through_connector=True, start_layer=1)
+    for kind in (va.methods.Rollout, va.methods.Weighted):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'through_connector'"):
+            kind(through_connector=True)
     words = r"supports image tokens that are made of one layer's patches only; got vision_feature_layer \[-1, -2\]"
     many = transformers.LlavaConfig(
         vision_config=dict(VISION, model_type="clip_vision_model"),
@@ -169,12 +172,14 @@ def test_what_is_refused():
         vision_feature_layer=[-1, -2],
     )
     with pytest.raises(ValueError, match=words):
-        explain(transformers.LlavaForConditionalGeneration(many).eval(), inputs, through_connector=True)
+        explain(
+            transformers.LlavaForConditionalGeneration(many).eval(), inputs, method=va.methods.Gradient(through_connector=True)
+        )
     with pytest.raises(ValueError, match=words):
-        explain(model, {**inputs, "vision_feature_layer": [-1, -2]}, through_connector=True)
+        explain(model, {**inputs, "vision_feature_layer": [-1, -2]}, method=va.methods.Gradient(through_connector=True))
     llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{k: v for k, v in TEXT.items() if k != "model_type"}))
     with pytest.raises(ValueError, match="needs a record of the model's connector, which LlamaForCausalLM does not have"):
-        explain(llama, {"input_ids": ids}, through_connector=True)
+        explain(llama, {"input_ids": ids}, method=va.methods.Gradient(through_connector=True))
 
 
 # --- every record with a connector ---
@@ -265,7 +270,7 @@ def layer_bars(maps, score, layers):
 @pytest.mark.parametrize("decoder", CONNECTED, indirect=True)
 def test_every_connector(decoder, side):
     inputs = in_double(decoder, side)
-    got = explain(decoder.model, inputs, through_connector=True)
+    got = explain(decoder.model, inputs, method=va.methods.Gradient(through_connector=True))
     outputs, maps, embeddings, states = kept_run(decoder, inputs)
     score = next_logits(outputs, inputs).max(-1).values.sum()
     row = last_real_row(inputs, inputs["input_ids"].shape[1]).double()[:, None]
@@ -304,7 +309,7 @@ def test_every_connector(decoder, side):
 def test_maps_are_the_patches_of_their_place(decoder):
     """Each entry is of the vision token that depends on the pixels at its place, and on no others."""
     inputs = decoder.inputs()
-    got = explain(decoder.model, inputs, through_connector=True)
+    got = explain(decoder.model, inputs, method=va.methods.Gradient(through_connector=True))
     row, family = got.relevancy["vision"], find_family(decoder.model)
     shape = SHAPES.get(kind(decoder), row.shape)
     numbers = 1 + torch.arange(shape[0] * shape[1]).view(shape)  # 0 pads
@@ -340,14 +345,14 @@ def test_images_that_the_connector_scales_or_does_not_tile(decoder):
     config, model = decoder.model.config, decoder.model
     ids = torch.tensor([[1, *image(17), 6, *image(17), 7]])
     images = {**pixels(2, 1), "image_sizes": torch.tensor([[64, 64], [32, 64]]), "batch_num_images": torch.tensor([2])}
-    got = explain(model, {"input_ids": ids, **images}, through_connector=True)
+    got = explain(model, {"input_ids": ids, **images}, method=va.methods.Gradient(through_connector=True))
     assert got.image.shape == (2, 4, 4) and got.image_rows == [0, 0]
     assert torch.equal(got.image.flatten(1), got.relevancy["vision"])
     config.vision_aspect_ratio = "anyres_max_1"
     ids = torch.tensor([[1, *image(16 + 4 * 5), 7]])
     inputs = {"input_ids": ids, **pixels(1, 5), "image_sizes": torch.tensor([[128, 128]])}
     with pytest.raises(ValueError, match=r"supports no images that the model scales down; got \(8, 8\) patches"):
-        explain(model, inputs, through_connector=True)
+        explain(model, inputs, method=va.methods.Gradient(through_connector=True))
 
 
 @pytest.mark.parametrize("decoder", ["Qwen2_5_VLForConditionalGeneration"], indirect=True)
@@ -355,7 +360,11 @@ def test_videos_are_refused(decoder):
     ids = torch.tensor([[1, 95, *[97] * 8, 96, 6]])
     clip = {"pixel_values_videos": torch.randn(32, 96), "video_grid_thw": torch.tensor([[2, 4, 4]])}
     with pytest.raises(ValueError, match="through_connector=True supports images only"):
-        explain(decoder.model, {"input_ids": ids, "mm_token_type_ids": 2 * (ids == 97).int(), **clip}, through_connector=True)
+        explain(
+            decoder.model,
+            {"input_ids": ids, "mm_token_type_ids": 2 * (ids == 97).int(), **clip},
+            method=va.methods.Gradient(through_connector=True),
+        )
 
 
 @pytest.mark.parametrize("decoder", ["LlavaNextForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"], indirect=True)
@@ -363,10 +372,10 @@ def test_answers_entries_and_parts_of_a_batch(decoder):
     """What the tower ran at once is cut by prompts, also with a row for each token of an answer."""
     inputs = in_double(decoder, "left")
     inputs.pop("mm_token_type_ids", None)
-    each = explain(decoder.model, inputs, answer=[[7, 4], [9, 5]], through_connector=True)
+    each = explain(decoder.model, inputs, answer=[[7, 4], [9, 5]], method=va.methods.Gradient(through_connector=True))
     assert each.relevancy["vision"].shape[:2] == (2, 2)
     for t, answer in enumerate(([[7], [9]], [[4], [5]])):
-        alone = explain(decoder.model, inputs, answer=answer, through_connector=True, each=False)
+        alone = explain(decoder.model, inputs, answer=answer, method=va.methods.Gradient(through_connector=True), per_token=False)
         assert (alone.relevancy["vision"] > 0).any(-1).all()
         assert_rows(each.relevancy["vision"][:, t], alone.relevancy["vision"])
         ids = torch.cat([inputs["input_ids"], torch.tensor([[7], [9]])], 1)  # the second token has seen the first
@@ -387,10 +396,10 @@ def test_answers_entries_and_parts_of_a_batch(decoder):
 @pytest.mark.parametrize("decoder", CONNECTED, indirect=True)
 def test_prompts_without_pictures_and_empty_batches(decoder):
     empty = {name: x[:0] for name, x in decoder.inputs().items()}
-    got = explain(decoder.model, empty, through_connector=True)
+    got = explain(decoder.model, empty, method=va.methods.Gradient(through_connector=True))
     assert got.relevancy["language"].shape == (0, empty["input_ids"].shape[1]) and got.relevancy["vision"].shape == (0, 0)
     with pytest.raises(ValueError, match="through_connector=True needs 'pixel_values' in inputs; got none"):
-        explain(decoder.model, {"input_ids": torch.tensor([[1, 5, 6, 7]])}, through_connector=True)
+        explain(decoder.model, {"input_ids": torch.tensor([[1, 5, 6, 7]])}, method=va.methods.Gradient(through_connector=True))
 
 
 @pytest.mark.parametrize("decoder", ["pixtral", "Mistral3ForConditionalGeneration"], indirect=True)

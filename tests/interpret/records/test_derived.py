@@ -11,6 +11,7 @@ pytest.importorskip("transformers")
 import torch
 import transformers
 
+import vlattn_fast as va
 from tests.helpers.interpret.cases import TEXT, last_real_row, lively
 from tests.helpers.interpret.decoder_cases import DECODERS, LLAMA, Decoder, next_logits, two_images, words
 from tests.helpers.interpret.stored_maps import BOUNDS, Place, check
@@ -18,6 +19,7 @@ from tests.helpers.interpret.tower_cases import METHODS
 from vlattn_fast.checking.models.inputs import inputs_of
 from vlattn_fast.checking.models.shrink import small_model
 from vlattn_fast.interpret import FAMILIES, explain
+from vlattn_fast.interpret.records import registry
 from vlattn_fast.interpret.records.derived import derive_family
 from vlattn_fast.interpret.records.registry import listed_family
 
@@ -48,7 +50,7 @@ def test_methods_without_a_gradient_read_the_row_that_the_gradient_names(mapping
     read = {tower: named.relevancy[tower] for tower in named.position}
     read = {tower: torch.nn.functional.one_hot(named.position[tower], row.shape[1]).float() for tower, row in read.items()}
     for method in ("rollout", "attention"):
-        want = explain(model, inputs, method=method, read=read or "mean")
+        want = explain(model, inputs, method=method, position=read or "mean")
         got = explain(model, inputs, method=method)
         assert set(got.relevancy) >= set(want.relevancy)
         for tower, row in want.relevancy.items():
@@ -129,7 +131,7 @@ def test_answers_of_an_unlisted_language_model(unlisted, side):
         before = replace(unlisted, prompts=[[*prompt, *answer[:number]] for prompt in unlisted.prompts])
         inputs = before.inputs(side)
         score = lambda o, i=inputs, t=token: next_logits(o, i).log_softmax(-1)[:, t]  # noqa: E731
-        want = explain(unlisted.model, inputs, target=score, read="last").relevancy["language"]
+        want = explain(unlisted.model, inputs, target=score, position="last").relevancy["language"]
         for row in range(2):
             entries = got.relevancy["language"][row, number]
             expected = want[row][inputs["attention_mask"][row].bool()]
@@ -148,12 +150,12 @@ def test_a_masked_language_model_is_not_read_as_a_causal_one():
         explain(model, inputs)
     got = explain(model, inputs, target=lambda o: o.logits[:, 2, 7])
     assert got.position["tower0"].tolist() == [2]
-    want = explain(model, inputs, target=lambda o: o.logits[:, 2, 7], read=2)
+    want = explain(model, inputs, target=lambda o: o.logits[:, 2, 7], position=2)
     assert torch.equal(got.relevancy["tower0"], want.relevancy["tower0"])
     with pytest.raises(ValueError, match=r"depends on \[2\] of its 5 tokens behind the last attention"):
         explain(model, inputs, target=lambda o: o.logits[:, 2, 7] + 2 * o.logits[:, 3, 7])
     rows = torch.tensor([0, 0, 0.5, 0.5, 0])
-    want = explain(model, inputs, target=lambda o: o.logits[:, 2, 7] + o.logits[:, 3, 7], read=rows)
+    want = explain(model, inputs, target=lambda o: o.logits[:, 2, 7] + o.logits[:, 3, 7], position=rows)
     got = explain(model, inputs, target=lambda o: o.logits[:, 2, 7] + o.logits[:, 3, 7])
     assert torch.equal(got.relevancy["tower0"], want.relevancy["tower0"])
 
@@ -188,34 +190,48 @@ class OwnDecoder(torch.nn.Module):
         return transformers.modeling_outputs.CausalLMOutput(logits=self.lm_head(states))
 
 
-def test_a_borrowed_record():
+class Heir(OwnDecoder):
+    """A subclass of a class of the caller's."""
+
+
+def test_a_borrowed_record(monkeypatch):
+    monkeypatch.setattr(registry, "ADAPTED", {})
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**{name: value for name, value in LLAMA.items() if name != "model_type"})
     model = lively(transformers.LlamaForCausalLM(config)).eval().double()
     inputs = {"input_ids": torch.tensor([words(5)]), "attention_mask": torch.ones(1, 5, dtype=torch.long)}
-    own = OwnDecoder(model)
+    own, heir = OwnDecoder(model), Heir(model)
     for options in ({}, {"answer": [7, 9]}, {"method": "weighted"}):
         want = explain(model, inputs, **options)
         for name in ("LlamaForCausalLM", "MistralForCausalLM"):  # listed, derived
-            got = explain(own, inputs, like=name, **options)
-            assert torch.allclose(want.relevancy["language"], got.relevancy["language"], atol=BOUNDS[torch.float64])
-            assert want.token_ids == got.token_ids
+            va.register_adapter(OwnDecoder if name == "LlamaForCausalLM" else "OwnDecoder", like=name)
+            for each in (own, heir):
+                got = explain(each, inputs, **options)
+                assert torch.allclose(want.relevancy["language"], got.relevancy["language"], atol=BOUNDS[torch.float64])
+                assert want.token_ids == got.token_ids
+        registry.ADAPTED.clear()
         if "answer" in options:  # the only ids are those of a decoder
             got = explain(own, inputs, **options)
             assert torch.allclose(want.relevancy["language"], got.relevancy["tower0"], atol=BOUNDS[torch.float64])
             assert got.token_ids == [[7, 9]] and got.text_positions == [[5, 6]]  # no tokenizer says which of the prompt are words
-    with pytest.raises(ValueError, match=r"got OwnDecoder.*\. like='\w+' borrows the record of a class that has the same towers"):
+    with pytest.raises(ValueError, match=r"got OwnDecoder.*va.register_adapter\(OwnDecoder, like='\w+'\) borrows"):
         explain(own, {**inputs, "question": inputs["input_ids"]}, answer=[7])
-    with pytest.raises(
-        ValueError, match=r"like must be the name of a class with a record, as 'LlamaForCausalLM'.*got 'LamaForCa"
-    ):
-        explain(own, inputs, like="LamaForCausalLM")
-    with pytest.raises(
-        ValueError, match=r"like must name a class with the towers of OwnDecoder; got 'GPT2LMHeadModel', which has 't"
-    ):
-        explain(own, inputs, like="GPT2LMHeadModel")
-    with pytest.raises(TypeError, match="like must be the name of a class with a record; got type"):
-        explain(own, inputs, like=transformers.LlamaForCausalLM)
+    with pytest.raises(ValueError, match=r"like must be the name of a class with an entry, such as 'LlamaForC.*got 'LamaForCa"):
+        va.register_adapter(OwnDecoder, like="LamaForCausalLM")
+    with pytest.raises(TypeError, match="like must be the name of a class with an entry; got type"):
+        va.register_adapter(OwnDecoder, like=transformers.LlamaForCausalLM)
+    with pytest.raises(TypeError, match="cls must be a class of torch.nn.Module, or its name; got OwnDecoder"):
+        va.register_adapter(own, like="LlamaForCausalLM")
+    with pytest.raises(ValueError, match="like must name another class than 'LlamaForCausalLM'"):
+        va.register_adapter(transformers.LlamaForCausalLM, like="LlamaForCausalLM")
+    va.register_adapter(OwnDecoder, like="GPT2LMHeadModel")  # the last one counts, and that of a nearer class
+    va.register_adapter(Heir, like="LlamaForCausalLM")
+    assert torch.equal(explain(heir, inputs).relevancy["language"], explain(model, inputs).relevancy["language"])
+    with pytest.raises(ValueError, match=r"must name a class with the towers of OwnDecoder; GPT2LMHeadModel has 'transformer"):
+        explain(own, inputs)
+    va.interpret.register_family("OwnDecoder", FAMILIES["LlamaForCausalLM"])
+    monkeypatch.delitem(FAMILIES, "OwnDecoder")  # after what follows
+    assert "OwnDecoder" not in registry.ADAPTED
 
 
 def test_pictures_beside_a_decoder_with_gates():

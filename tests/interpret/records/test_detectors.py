@@ -102,13 +102,13 @@ def test_a_callable_target_scores_one_query():
     model, inputs = detr("detr"), pictures(False)
     score = lambda o: o.logits[:, 3, 1] - o.logits[:, 3, 3]  # noqa: E731
     want = published(model, inputs, score, [3, 3])
-    for read in ({}, {"read": 3}):
+    for read in ({}, {"position": 3}):
         got = explain(model, inputs, target=score, **read)
         assert_rows(got.relevancy["vision"], want[1])
-    with pytest.raises(ValueError, match="read must say which row of tower 'queries' is read; got None"):
+    with pytest.raises(ValueError, match="position must say which row of tower 'queries' is read; got None"):
         explain(model, inputs, target=lambda o: o.logits[:, :, 1].logsumexp(1))
-    with pytest.raises(ValueError, match="read must be None where target is the object query"):
-        explain(model, inputs, target=3, read=3)
+    with pytest.raises(ValueError, match="position must be None where target is the object query"):
+        explain(model, inputs, target=3, position=3)
     with pytest.raises(ValueError, match=r"target must be from 0 to 4 \(object queries\); got 5"):
         explain(model, inputs, target=5)
 
@@ -138,7 +138,7 @@ def test_grounding_dino_is_refused(kind):
     model = getattr(transformers, f"{kind}ForObjectDetection")(config).eval()
     inputs = {"pixel_values": torch.randn(1, 3, 64, 64), "input_ids": torch.tensor([[101, 7, 8, 1012, 102]]).clamp(max=59)}
     reasons = rf"'model\.encoder\.layers\.0\.[\w.]+' \({kind}BiMultiHeadAttention\), which takes two softmaxes"
-    for options in ({}, {"read": 0, "target": lambda o: o.logits[:, 0, 0]}):
+    for options in ({}, {"position": 0, "target": lambda o: o.logits[:, 0, 0]}):
         with pytest.raises(ValueError, match=reasons) as raised:
             explain(model, inputs, **options)
         assert f"({kind}MultiscaleDeformableAttention), which samples values at a few learnt points" in str(raised.value)
@@ -154,7 +154,7 @@ def test_bridge_tower_is_refused():
     )
     model = transformers.BridgeTowerForImageAndTextRetrieval(config).eval()
     inputs = {"pixel_values": torch.randn(1, 3, 32, 32), "input_ids": torch.tensor([[0, 7, 8, 2]])}
-    for options in ({}, {"read": 0, "target": lambda o: o.logits[:, 1]}):
+    for options in ({}, {"position": 0, "target": lambda o: o.logits[:, 1]}):
         with pytest.raises(
             ValueError, match=r"'bridgetower\.cross_modal_text_link_tower\.0' \(BridgeTowerLinkTower\), which adds up"
         ):

@@ -108,7 +108,7 @@ def test_answer_behind_the_patches(encoder, each):
     encoder.model.double()
     inputs = {**encoder.inputs, "pixel_values": encoder.inputs["pixel_values"].double()}
     answer = torch.tensor([[7, 30], [8, 12]])
-    got = explain(encoder.model, inputs, answer=answer, each=each)
+    got = explain(encoder.model, inputs, answer=answer, per_token=each)
     longer = {"pixel_values": inputs["pixel_values"], "input_ids": torch.zeros(2, 11, dtype=torch.long)}
     longer["attention_mask"] = torch.tensor([[1] * 11, [1] * 8 + [0] * 3])
     for row, (end, tokens) in enumerate(((9, [7, 30]), (6, [8, 12]))):
@@ -183,6 +183,6 @@ def test_a_caption_of_padding_alone_is_refused():
     encoder = git()
     inputs = {**encoder.inputs, "attention_mask": encoder.inputs["attention_mask"].clone()}
     inputs["attention_mask"][1] = 0
-    for arguments in ({}, {"read": "last", "target": lambda outputs: outputs.logits[:, -1, 3]}):
+    for arguments in ({}, {"position": "last", "target": lambda outputs: outputs.logits[:, -1, 3]}):
         with pytest.raises(ValueError, match="attention_mask must have a real token in each row; got a row of padding alone"):
             explain(encoder.model, inputs, **arguments)

@@ -69,8 +69,8 @@ def test_an_action_beside_stored_maps(method):
     layers = maps_of(model, inputs, lambda velocity: -velocity[:, 1, 2])
     real = torch.cat([inputs["attention_mask"].bool(), torch.ones(2, 1 + CHUNK, dtype=torch.bool)], 1)
     want = one_sequence(method, layers, 12 + 2, real, 1 + CHUNK)
-    equal = {"weighting": "equal"} if method == "weighted" else {}
-    got = va.explain(model, inputs, target=va.Action(dimension=2, step=1, time=0.5), method=method, **equal)
+    asked = va.methods.Weighted(weighting="equal") if method == "weighted" else method
+    got = va.explain(model, inputs, target=va.Action(dimension=2, step=1, time=0.5), method=asked)
     assert list(got.relevancy) == ["actions", "language"] and got.position["actions"].tolist() == [2, 2]
     assert_rows(got.relevancy["actions"], want[:, 12:], what=method)
     assert_rows(got.relevancy["language"], want[:, :12], what=method)

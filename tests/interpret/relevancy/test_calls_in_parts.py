@@ -34,6 +34,6 @@ def test_tokens_that_move_behind_a_layer_in_parts():
     for several in (True, False):
         model = made(Moving, *MOVES["a flip that stays"]).double()
         attends_in_parts(model.layers[0], several)
-        rows.append(explain(model, {"x": inputs()["x"].double()}, read=1, target=target).relevancy["tower0"])
+        rows.append(explain(model, {"x": inputs()["x"].double()}, position=1, target=target).relevancy["tower0"])
     got, want = rows
     assert (got - want).abs().max() <= BOUNDS[torch.float64] * want.abs().max()

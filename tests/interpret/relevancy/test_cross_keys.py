@@ -97,7 +97,7 @@ def test_as_many_keys_as_queries(learnt):
     maps = stored(model, inputs, slice(None))
     for method in METHODS:
         of_words, of_keys = published(method, maps, [0, 0])
-        got = explain(model, inputs, read="cls", target=target, method=method).relevancy
+        got = explain(model, inputs, position="cls", target=target, method=method).relevancy
         assert_rows(got["tower0"], of_words, what=method)
         assert_rows(got["context6"], of_keys, what=method)
 
@@ -118,10 +118,10 @@ def test_keys_beside_those_of_a_tower(kind, words):
     maps = stored(model, inputs, columns)
     for method in ("gradient", "attention"):
         of_words, of_patches = published(method, maps, [0, 0])
-        got = explain(model, inputs, read={"tower1": "cls"}, target=target, method=method).relevancy
+        got = explain(model, inputs, position={"tower1": "cls"}, target=target, method=method).relevancy
         assert_rows(got["tower1"], of_words, what=method)
         assert_rows(got["tower0"], of_patches, what=method)
     with capture_relevancy(model) as captured:
         score = target(model(**inputs)).sum()
-    got = captured.relevancy(score, read={"tower1": "cls"})
+    got = captured.relevancy(score, position={"tower1": "cls"})
     assert_rows(got["tower0"], published("gradient", maps, [0, 0])[1])

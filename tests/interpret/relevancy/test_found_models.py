@@ -45,7 +45,7 @@ def test_transformer_encoder(batch_first, norm_first, causal):
     # Nothing tells that `padding` is a mask, and Grad-CAM's mean would take what is padded.
     methods = METHODS if causal else METHODS[:3]
     read = -1 if causal else "cls"
-    check(model, inputs, {"tower0": Place("encoder", row, real)}, second, methods, read=read, target=second)
+    check(model, inputs, {"tower0": Place("encoder", row, real)}, second, methods, position=read, target=second)
 
 
 class ResidualAttentionBlock(nn.Module):
@@ -97,7 +97,7 @@ def test_open_clip(batch_first):
     places = {"tower0": Place("visual.resblocks", first_rows(17)), "tower1": Place("resblocks", end)}
     inputs = {"image": torch.randn(2, 3, 24, 24), "text": text}
     score = lambda outputs: (outputs[0] * outputs[1]).sum(-1)  # noqa: E731
-    check(model, inputs, places, score, METHODS, read={"tower0": "cls", "tower1": end}, target=score)
+    check(model, inputs, places, score, METHODS, position={"tower0": "cls", "tower1": end}, target=score)
 
 
 # --- transformers, without a record ---
@@ -112,7 +112,7 @@ def test_beit_with_position_bias():
     config = transformers.BeitConfig(**VISION, num_labels=3, use_relative_position_bias=True)
     place = Place("beit.layers", torch.full((2, 17), 1 / 17, dtype=torch.float64))
     model = made(transformers.BeitForImageClassification(config))
-    check(model, pixels(), {"tower0": place}, lambda o: o.logits[:, 1], METHODS, read="mean", target=1)
+    check(model, pixels(), {"tower0": place}, lambda o: o.logits[:, 1], METHODS, position="mean", target=1)
 
 
 def test_vit_mae_with_a_noise_of_its_own():
@@ -120,7 +120,7 @@ def test_vit_mae_with_a_noise_of_its_own():
     model = made(transformers.ViTMAEModel(transformers.ViTMAEConfig(**VISION, mask_ratio=0.5)))
     inputs = {**pixels(), "noise": torch.rand(2, 16)}
     score = lambda outputs: outputs.last_hidden_state[:, 0, 3]  # noqa: E731
-    check(model, inputs, {"tower0": Place("layers", first_rows(9))}, score, METHODS, read="cls", target=score)
+    check(model, inputs, {"tower0": Place("layers", first_rows(9))}, score, METHODS, position="cls", target=score)
 
 
 def test_blip_image_text_retrieval_without_cross_attention():
@@ -133,7 +133,7 @@ def test_blip_image_text_retrieval_without_cross_attention():
         "tower1": Place("text_encoder", first_rows(9), inputs["attention_mask"]),
     }
     score = lambda outputs: outputs.itm_score.diagonal()  # noqa: E731
-    check(model, inputs, places, score, METHODS, read="cls", target=score)
+    check(model, inputs, places, score, METHODS, position="cls", target=score)
 
 
 def test_owlvit_detects_by_one_patch():
@@ -143,9 +143,9 @@ def test_owlvit_detects_by_one_patch():
     model, inputs = made(transformers.OwlViTForObjectDetection(config)), {**text(4), **pixels()}
     row = one_hot(torch.tensor([6, 6]), 17)
     score = lambda outputs: outputs.logits[:, 5, 1]  # noqa: E731
-    check(model, inputs, {"tower0": Place("owlvit.vision_model", row)}, score, METHODS, read={"tower0": 6}, target=score)
+    check(model, inputs, {"tower0": Place("owlvit.vision_model", row)}, score, METHODS, position={"tower0": 6}, target=score)
     with pytest.raises(ValueError, match=r"tower 'tower1' on whole inputs; got a batch of 4 for 2 scores"):
-        explain(model, inputs, read="cls", target=score)
+        explain(model, inputs, position="cls", target=score)
 
 
 def test_xclip_reads_the_text_and_refuses_frames():
@@ -159,9 +159,9 @@ def test_xclip_reads_the_text_and_refuses_frames():
     end = (inputs["input_ids"] == 58).float()
     score = lambda outputs: outputs.logits_per_video.diagonal()  # noqa: E731
     places = {"tower3": Place("text_model", end, inputs["attention_mask"])}
-    check(model, inputs, places, score, METHODS, read={"tower3": end}, target=score)
+    check(model, inputs, places, score, METHODS, position={"tower3": end}, target=score)
     with pytest.raises(ValueError, match="on whole inputs; got a batch of 4 for 2 scores"):
-        explain(model, inputs, read={"tower1": "cls"}, target=score)
+        explain(model, inputs, position={"tower1": "cls"}, target=score)
 
 
 def test_clipseg_reads_the_decoder_behind_frozen_towers():
@@ -175,9 +175,9 @@ def test_clipseg_reads_the_decoder_behind_frozen_towers():
     model.decoder.reduces[1].weight.data.mul_(0.2)
     score = lambda outputs: outputs.logits.flatten(1)[:, 5]  # noqa: E731
     row = one_hot(torch.tensor([1, 1]), 17)
-    check(model, inputs, {"tower2": Place("decoder", row)}, score, METHODS, read={"tower2": 1}, target=score)
+    check(model, inputs, {"tower2": Place("decoder", row)}, score, METHODS, position={"tower2": 1}, target=score)
     with pytest.raises(ValueError, match=r"tower 'tower0' with gradients on; got attention 'clip\.vision_model"):
-        explain(model, inputs, read={"tower0": "cls"}, target=score)
+        explain(model, inputs, position={"tower0": "cls"}, target=score)
 
 
 # --- tokens that meet elsewhere than in attention ---

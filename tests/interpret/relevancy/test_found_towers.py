@@ -51,13 +51,13 @@ def test_one_kind_of_attention(kind):
     inputs = sequences()
     target = lambda outputs: -outputs[:, 1]  # noqa: E731 (Grad-CAM of one head is zero where its weight is negative)
     place = Place("blocks", first_rows(7), inputs["attention_mask"])
-    check(stack(kind, kind, kind), inputs, {"tower0": place}, target, METHODS, read="cls", target=target)
+    check(stack(kind, kind, kind), inputs, {"tower0": place}, target, METHODS, position="cls", target=target)
 
 
 def test_several_kinds_in_one_tower():
     inputs = sequences()
     place = Place("blocks", first_rows(7), inputs["attention_mask"])
-    check(stack(*SEEN, *WRITTEN), inputs, {"tower0": place}, second, METHODS, read={"tower0": "cls"}, target=second)
+    check(stack(*SEEN, *WRITTEN), inputs, {"tower0": place}, second, METHODS, position={"tower0": "cls"}, target=second)
 
 
 @pytest.mark.parametrize("score", ["scaled_dot", "general", "biased_general", "hadamard"])
@@ -65,7 +65,7 @@ def test_scores_that_are_products_of_features(score):
     """Torch's attention runs them, in float64 where that costs little, beside layers in float32."""
     model, inputs = stack("torch", f"score {score}", "torch"), sequences()
     place = Place("blocks", first_rows(7), inputs["attention_mask"])
-    check(model, inputs, {"tower0": place}, second, METHODS, read="cls", target=second)
+    check(model, inputs, {"tower0": place}, second, METHODS, position="cls", target=second)
 
 
 @pytest.mark.parametrize("read", ["last", "mean", 3, -1, "weights", "weights of all"])
@@ -83,7 +83,7 @@ def test_rows_that_are_read(read):
     row = rows[read].double()
     place = Place("blocks", row, inputs["attention_mask"])
     asked = {"weights": row, "weights of all": row[0]}.get(read, read)
-    check(model, inputs, {"tower0": place}, second, METHODS[:1], read=asked, target=second)
+    check(model, inputs, {"tower0": place}, second, METHODS[:1], position=asked, target=second)
 
 
 # --- refused by name ---
@@ -95,14 +95,14 @@ def test_attention_by_hand_without_a_dimension_of_heads_is_named(alone):
     model = stack(kind, kind) if alone else stack("torch", kind, "torch")
     name = r"blocks\.0\.attend" if alone else r"blocks\.1\.attend"
     with pytest.raises(ValueError, match=rf"got '{name}' \(Heads\), which takes a softmax itself"):
-        explain(model, sequences(), read="cls", target=second)
+        explain(model, sequences(), position="cls", target=second)
 
 
 def test_attention_without_a_softmax_is_missed():
     with pytest.raises(ValueError, match=r"saw no attention call in layer 'blocks\.1' \(Block\)"):
-        explain(stack("torch", "exponentials", "torch"), sequences(), read="cls", target=second)
+        explain(stack("torch", "exponentials", "torch"), sequences(), position="cls", target=second)
     with pytest.raises(ValueError, match="got a forward pass of Stack without a call. Call scaled_dot_product_attention there"):
-        explain(stack("exponentials", "exponentials"), sequences(), read="cls", target=second)
+        explain(stack("exponentials", "exponentials"), sequences(), position="cls", target=second)
 
 
 class Einsum(torch.nn.Module):
@@ -117,7 +117,7 @@ class Einsum(torch.nn.Module):
         return self.head(x + torch.einsum("bnm,bmd->bnd", weights, x))[:, 0]
 
 
-@pytest.mark.parametrize("options", [{}, {"read": "cls", "target": 1}])
+@pytest.mark.parametrize("options", [{}, {"position": "cls", "target": 1}])
 def test_attention_by_einsum_has_a_way_out(options):
     words = r"got Einsum, which takes a softmax itself. .* va.relevancy_attention, .*in_your_transformer.py.* va.relevancy_step"
     with pytest.raises(ValueError, match=rf"^model must compute attention through .*{words}"):
@@ -140,7 +140,7 @@ def test_flex_attention_is_named():
     model.blocks[1] = FlexBlock("torch", 32)
     # On a CPU it has no backward pass, and rollout takes none.
     with pytest.raises(ValueError, match=r"got flex_attention in 'blocks\.1'"):
-        explain(model, sequences(), read="cls", target=second, method="rollout")
+        explain(model, sequences(), position="cls", target=second, method="rollout")
 
 
 class Look(nn.Module):
@@ -196,7 +196,7 @@ def test_words_that_look_at_an_image_before_they_attend():
     for module in model.modules():
         if isinstance(module, Look):
             module.maps = None
-    got = explain(model, inputs, read={"tower0": "cls"}, target=second).relevancy
+    got = explain(model, inputs, position={"tower0": "cls"}, target=second).relevancy
     assert list(got) == ["tower0", "context4"]
     torch.testing.assert_close(got["context4"], crossed[:, 0], rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(got["tower0"][:, 1:], alone[:, 0, 1:], rtol=1e-9, atol=1e-11)
@@ -220,9 +220,9 @@ def test_a_last_attention_in_chunks_is_refused(method):
     model = stack("torch", "torch", "torch")
     for block in model.blocks:
         block.attend = lively(InChunks())
-    assert explain(model, sequences(), read="cls", target=second).relevancy["tower0"].shape == (2, 7)
+    assert explain(model, sequences(), position="cls", target=second).relevancy["tower0"].shape == (2, 7)
     with pytest.raises(ValueError, match=f"in chunks; got '{method}' and 'blocks.2.attend'"):
-        explain(model, sequences(), read="cls", target=second, method=method)
+        explain(model, sequences(), position="cls", target=second, method=method)
 
 
 class Checkpointed(Stack):
@@ -245,7 +245,7 @@ class Unrecorded(Stack):
 @pytest.mark.parametrize("method", ["gradient", "rollout"])
 def test_checkpointed_layers_are_named(method):
     with pytest.raises(ValueError, match=r"got attention 'blocks\.0\.attend' inside of torch\.utils\.checkpoint"):
-        explain(stack("torch", "torch", make=Checkpointed), sequences(), read="cls", target=second, method=method)
+        explain(stack("torch", "torch", make=Checkpointed), sequences(), position="cls", target=second, method=method)
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
@@ -254,11 +254,11 @@ def test_checkpointed_layers_are_named(method):
 def test_layers_without_gradients_are_refused(make, method):
     model, inputs = stack("torch", "torch", make=make), sequences()
     if method == "attention":  # it takes none
-        want = explain(stack("torch", "torch"), inputs, read="cls", target=second, method=method).relevancy["tower0"]
-        torch.testing.assert_close(explain(model, inputs, read="cls", target=second, method=method).relevancy["tower0"], want)
+        want = explain(stack("torch", "torch"), inputs, position="cls", target=second, method=method).relevancy["tower0"]
+        torch.testing.assert_close(explain(model, inputs, position="cls", target=second, method=method).relevancy["tower0"], want)
         return
     with pytest.raises(ValueError, match="gradient"):
-        explain(model, inputs, read="cls", target=second, method=method)
+        explain(model, inputs, position="cls", target=second, method=method)
 
 
 # --- wrappers ---
@@ -302,10 +302,10 @@ WRAPPERS = [nn.DataParallel, compiled, compiled_in_place, compiled_layer, compil
 @pytest.mark.parametrize("wrap", WRAPPERS)
 def test_wrappers_are_seen_through(wrap):
     model, inputs = stack("torch", "nn.MultiheadAttention", "torch"), sequences()
-    want = explain(model, inputs, read="cls", target=second)
+    want = explain(model, inputs, position="cls", target=second)
     wrapped = wrap(copy.deepcopy(model))
     before = [(module.training, {**vars(module)}) for module in wrapped.modules()]
-    got = explain(wrapped, inputs, read="cls", target=second)
+    got = explain(wrapped, inputs, position="cls", target=second)
     torch.testing.assert_close(got.relevancy["tower0"], want.relevancy["tower0"], rtol=0, atol=0)
     torch.testing.assert_close(got.scores, want.scores, rtol=0, atol=0)
     for module, (training, state) in zip(wrapped.modules(), before, strict=True):
@@ -325,20 +325,20 @@ def test_gradient_checkpointing_of_transformers():
 
 def test_flags_of_timm_are_put_back():
     model = stack("timm", "timm")
-    explain(model, sequences(), read="cls", target=second)
+    explain(model, sequences(), position="cls", target=second)
     assert [block.attend.fused_attn for block in model.blocks] == [False, False]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, "autocast"])
 def test_half_precision(dtype):
     model, inputs = stack("torch", "nn.MultiheadAttention", "timm"), sequences()
-    want = explain(model, inputs, read="cls", target=second).relevancy["tower0"]
+    want = explain(model, inputs, position="cls", target=second).relevancy["tower0"]
     if dtype == "autocast":
         with torch.autocast("cpu", torch.bfloat16):
-            got = explain(model, inputs, read="cls", target=second).relevancy["tower0"]
+            got = explain(model, inputs, position="cls", target=second).relevancy["tower0"]
     else:
         inputs = {**inputs, "x": inputs["x"].to(dtype)}
-        got = explain(model.to(dtype), inputs, read="cls", target=second).relevancy["tower0"]
+        got = explain(model.to(dtype), inputs, position="cls", target=second).relevancy["tower0"]
     place = Place("", first_rows(7))
     assert got.dtype == torch.float32
     assert_rows(got, want, place, bound=0.05)
@@ -362,7 +362,7 @@ def test_a_stack_that_runs_twice_is_two_towers(size, layers):
     torch.manual_seed(0)
     model = lively(Siamese(layers)).eval().double()
     inputs = {"one": torch.randn(2, 7, 10).double(), "other": torch.randn(2, size, 10).double()}
-    got = explain(model, inputs, read="cls", target=second).relevancy
+    got = explain(model, inputs, position="cls", target=second).relevancy
     assert {name: tuple(row.shape) for name, row in got.items()} == {"tower0": (2, 7), "tower1": (2, size)}
     for name, changed in (("tower0", "one"), ("tower1", "other")):
         # A single input against the other one's constant features is a model with one tower.
@@ -391,10 +391,10 @@ def test_states_that_a_model_keeps_bear_no_marks_of_the_next_run(monkeypatch):
     for module in (model_trace, token_kinds):  # as it may be once an object is gone
         monkeypatch.setattr(module, "id", lambda x: 7, raising=False)
     model, inputs = stack("torch", make=Remembers), sequences()
-    explain(model, inputs, read="cls", target=second)
+    explain(model, inputs, position="cls", target=second)
     unmarked = copy.deepcopy(model)
     unmarked.last = model.last.clone()
-    again, first = (explain(one, inputs, read="cls", target=second).relevancy for one in (model, unmarked))
+    again, first = (explain(one, inputs, position="cls", target=second).relevancy for one in (model, unmarked))
     torch.testing.assert_close(again, first)
     marks = {token_kinds.TokenKinds(model, {})._mark for _ in range(2)}
     assert len(marks) == 2
@@ -435,11 +435,11 @@ def test_two_attentions_over_the_same_tokens_are_refused(inside, method):
     model.eval()
     words = "in a run of a module; got 28 queries" if inside else "layer behind layer in a tower; got 'blocks.2.attend' beside"
     with pytest.raises(ValueError, match=words):
-        explain(model, sequences(), method=method, read="cls", target=second)
+        explain(model, sequences(), method=method, position="cls", target=second)
 
 
 def test_a_difference_of_two_softmaxes_is_refused():
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
     model = made(transformers.DiffLlamaForCausalLM(transformers.DiffLlamaConfig(vocab_size=50, num_hidden_layers=2, **sizes)))
     with pytest.raises(ValueError, match="each token once in a run of a module; got .*DiffLlama.*Attention"):
-        explain(model, text(), read="last", target=lambda outputs: outputs.logits[:, -1, 7])
+        explain(model, text(), position="last", target=lambda outputs: outputs.logits[:, -1, 7])

@@ -77,8 +77,8 @@ def test_methods_beside_stored_maps(method, by_layer, own_first):
     order = zip(first, second, strict=True) if by_layer else [*((one, none) for one in first), *((none, one) for one in second)]
     layers = [tuple(beside(*parts, (FIRST, SECOND)) for parts in zip(*pair, strict=True)) for pair in order]
     want = one_sequence(method, layers, FIRST + 1, None, SECOND)
-    equal = {"weighting": "equal"} if method == "weighted" else {}
-    got = va.explain(model, inputs, read={"tower1": 1}, target=lambda logits: logits[:, 2], method=method, **equal)
+    asked = va.methods.Weighted(weighting="equal") if method == "weighted" else method
+    got = va.explain(model, inputs, position={"tower1": 1}, target=lambda logits: logits[:, 2], method=asked)
     assert_rows(got.relevancy["tower1"], want[:, FIRST:], what=method)
     assert_rows(got.relevancy["tower0"], want[:, :FIRST], what=method)
 
@@ -92,4 +92,4 @@ def test_a_part_of_the_other_towers_keys_is_refused():
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="7 keys"):
         patch.setattr(Layer, "forward", crop)
-        va.explain(model, inputs, read={"tower1": 1}, target=lambda logits: logits[:, 2])
+        va.explain(model, inputs, position={"tower1": 1}, target=lambda logits: logits[:, 2])

@@ -36,9 +36,9 @@ def mllama() -> Any:
     return transformers.MllamaForCausalLM(transformers.MllamaTextConfig(**sizes, **crosses)).eval()
 
 
-def relevancy(model: Any, **options: Any) -> Any:
+def relevancy(model: Any, explain: Any = va.explain_layers, **options: Any) -> Any:
     with each_within(model, Double):
-        return va.explain(model, INPUTS, target=7, **options)
+        return explain(model, INPUTS, target=7, **options)
 
 
 @pytest.mark.parametrize("kind", [*HYBRIDS, "Mllama"])
@@ -51,7 +51,7 @@ def test_a_layer_is_a_block_by_its_index(kind: str) -> None:
     for layer, path in (attend | mix).items():
         assert path.startswith(f"{blocks}.{layer}.")
     if kind != "FalconH1":  # no rule has a map of one of its layers
-        assert va.explain(model, WHOLE, per="layer").layers == {"language": sorted(attend | mix)}
+        assert va.explain_layers(model, WHOLE, per="layer").layers == {"language": sorted(attend | mix)}
     if not attend:
         return
     last = sorted(attend)[-1]
@@ -87,8 +87,9 @@ def test_the_last_layer_is_the_same_for_all(kind: str, double: None) -> None:
     assert last == relevancy(model, per="layer").layers["language"][-1]
     expected = alone.relevancy["language"][0] + of_last()
     for start_layer in (-1, last):
-        near(relevancy(model, start_layer=start_layer).relevancy["language"], expected)
-        with each_within(model, Double), va.nn.capture_relevancy(model, start_layer=start_layer) as captured:
+        method = va.methods.Gradient(start_layer=start_layer)
+        near(relevancy(model, va.explain, method=method).relevancy["language"], expected)
+        with each_within(model, Double), va.nn.capture_relevancy(model, method=method) as captured:
             scores = model(**INPUTS, use_cache=False).logits[:, -1, 7]
             near(captured.relevancy(scores.sum()).detach(), expected)
 
@@ -112,21 +113,23 @@ def test_blocks_without_the_map_that_is_asked_for() -> None:
     with pytest.raises(
         ValueError, match=r"mixes tokens several times.*got 'rwkv.blocks.1.attention' and 'rwkv.blocks.1.feed_f.* in layer 1 "
     ):
-        va.explain(made("Rwkv"), WHOLE, per="head", layers=[1])
+        va.explain_layers(made("Rwkv"), WHOLE, per="head", layers=[1])
     zamba = made("Zamba")
-    assert va.explain(zamba, WHOLE, per="head", layers=[0, 2]).layers == {"language": [0, 2]}
+    assert va.explain_layers(zamba, WHOLE, per="head", layers=[0, 2]).layers == {"language": [0, 2]}
     with pytest.raises(ValueError, match=r"in layer 3 of 'language'"):
-        va.explain(zamba, WHOLE, per="layer", layers=[0, 3], heads=[0])
+        va.explain_layers(zamba, WHOLE, per="layer", layers=[0, 3], heads=[0])
     nemotron = made("NemotronH")  # recurrence, experts, attention, MLP
     for number in (1, -2, 3):
         with pytest.raises(
             ValueError, match=rf"layers must be among \[0, 2\], which mix tokens, in tower 'language'; got {number}"
         ):
-            va.explain(nemotron, WHOLE, per="layer", layers=[number])
-    rows = [va.explain(nemotron, WHOLE, start_layer=number).relevancy["language"] for number in (1, 2, -1)]
+            va.explain_layers(nemotron, WHOLE, per="layer", layers=[number])
+    rows = [
+        va.explain(nemotron, WHOLE, method=va.methods.Gradient(start_layer=number)).relevancy["language"] for number in (1, 2, -1)
+    ]
     assert torch.equal(rows[0], rows[1]) and torch.equal(rows[1], rows[2])
     with pytest.raises(ValueError, match=r"start_layer must be from -1 \(the last layer\) to 2"):
-        va.explain(nemotron, WHOLE, start_layer=3)
+        va.explain(nemotron, WHOLE, method=va.methods.Gradient(start_layer=3))
     for number, why in ((0, "'model.layers.0.mixer' .*, without a softmax"), (1, "")):
         with pytest.raises(ValueError, match=rf"layers must be among \[2\], which attend; got {number}, {why}"):
             va.intervene(nemotron, WHOLE, va.Knockout(queries="last", keys=(0, 2), layers=number))

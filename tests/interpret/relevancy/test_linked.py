@@ -13,6 +13,7 @@ from tests.helpers.interpret.linked_maps import METHODS, bar, encoder_decoder_ma
 from tests.helpers.interpret.stored_maps import Kept, assert_rows, with_floats
 from vlattn_fast.interpret import explain
 from vlattn_fast.interpret.explaining.loading import generate
+from vlattn_fast.interpret.relevancy.methods.registry import with_options
 
 pytestmark = pytest.mark.filterwarnings("ignore:A part of the map is that of later tokens")  # of the published rollout
 
@@ -99,8 +100,8 @@ def test_weights_of_one_between_towers():
     torch.manual_seed(0)
     model = lively(transformers.LxmertForQuestionAnswering(transformers.LxmertConfig(**LXMERT, num_qa_labels=5))).eval()
     inputs = {"input_ids": torch.randint(3, 60, (2, 6)), "visual_feats": torch.randn(2, 5, 10), "visual_pos": torch.rand(2, 5, 4)}
-    mean = explain(model, inputs, read={"text": "mean"}).relevancy
-    for name, row in explain(model, inputs, read={"text": torch.ones(6)}).relevancy.items():
+    mean = explain(model, inputs, position={"text": "mean"}).relevancy
+    for name, row in explain(model, inputs, position={"text": torch.ones(6)}).relevancy.items():
         assert_rows(row, 6 * mean[name], what=name)
 
 
@@ -139,13 +140,13 @@ def test_text_encoder_decoders(kind):
     maps = encoder_decoder_maps(o, score(o).sum())
     for method in METHODS:
         qq, qi = published(method, maps, [4, 4], None, inputs["attention_mask"])
-        got = explain(model, inputs, target=score, read="last", method=method)
+        got = explain(model, inputs, target=score, position="last", method=method)
         assert_rows(got.relevancy["tower0"], qi, what=method)
         assert_rows(got.relevancy["tower1"], qq, what=method)
     with Kept(model, held=True).watching():
         o = model(**inputs, output_attentions=True)
     qq, qi = published("gradient", encoder_decoder_maps(o, score(o).sum()), [4, 4], None, inputs["attention_mask"])
-    got = explain(model, inputs, target=score, read="last", method=va.methods.Gradient(freeze=("norms", "attention")))
+    got = explain(model, inputs, target=score, position="last", method=va.methods.Gradient(freeze=("norms", "attention")))
     assert_rows(got.relevancy["tower0"], qi, what="held fixed")
     assert_rows(got.relevancy["tower1"], qq, what="held fixed")
 
@@ -158,7 +159,7 @@ def test_targets_of_encoder_decoders(kind):
     mask = torch.tensor([[1] * 6 + [0] * 3, [1] * 9])
     padded = {**inputs, "decoder_input_ids": ids, "decoder_attention_mask": mask}
     row = lambda o: torch.stack([o.logits[0, 5, 7], o.logits[1, 8, 7]])  # noqa: E731
-    want = explain(model, padded, target=row, read={"tower1": torch.eye(9)[[5, 8]]})
+    want = explain(model, padded, target=row, position={"tower1": torch.eye(9)[[5, 8]]})
     got = explain(model, padded, target=7)
     assert got.target == [7, 7] and got.position["tower1"].tolist() == [5, 8]
     for name in ("tower0", "tower1"):
@@ -178,13 +179,13 @@ def test_the_last_token_of_a_decoder_is_by_its_own_mask():
     model, inputs = text_encoder_decoder("bart")
     inputs["decoder_input_ids"] = torch.randint(3, 60, (2, 9))
     score = lambda o: o.logits[:, -1, 7]  # noqa: E731
-    want = explain(model, inputs, target=score, read=8)
-    assert_rows(explain(model, inputs, target=score, read="last").relevancy["tower1"], want.relevancy["tower1"])
+    want = explain(model, inputs, target=score, position=8)
+    assert_rows(explain(model, inputs, target=score, position="last").relevancy["tower1"], want.relevancy["tower1"])
     padded = {**inputs, "decoder_attention_mask": torch.tensor([[1] * 7 + [0] * 2, [1] * 9])}
     score = lambda o: torch.stack([o.logits[0, 6, 7], o.logits[1, 8, 7]])  # noqa: E731
     rows = torch.eye(9)[[6, 8]]
-    want = explain(model, padded, target=score, read={"tower1": rows})
-    assert_rows(explain(model, padded, target=score, read="last").relevancy["tower0"], want.relevancy["tower0"])
+    want = explain(model, padded, target=score, position={"tower1": rows})
+    assert_rows(explain(model, padded, target=score, position="last").relevancy["tower0"], want.relevancy["tower0"])
 
 
 @pytest.mark.parametrize("prompt", [None, [[0, 9], [0, 8]]])
@@ -221,7 +222,7 @@ def test_answers_of_encoder_decoders(kind, prompt):
             length = len(answers[row])
             assert torch.equal(got.text[row, number, :length], mine[count : count + length])
         assert (got.relevancy["tower0"][1, 2:] == 0).all() and (got.scores[1, 2:] == 0).all()
-        together = explain(model, inputs, answer=answers, method=method, each=False)
+        together = explain(model, inputs, answer=answers, method=method, per_token=False)
         assert together.relevancy["tower0"].shape == (2, 9) and together.scores.shape == (2,)
         torch.testing.assert_close(together.scores, got.scores.sum(1))
     assert "<canvas" in got.to_html()
@@ -283,11 +284,11 @@ def test_what_is_refused_between_towers():
     inputs = {"input_ids": torch.randint(3, 60, (1, 4)), "visual_feats": torch.randn(1, 5, 10), "visual_pos": torch.rand(1, 5, 4)}
     for method in ("gradient", "rollout"):
         with pytest.raises(ValueError, match="start_layer must be 0 for towers that attend to one another; got -1"):
-            explain(model, inputs, method=method, start_layer=-1)
+            explain(model, inputs, method=with_options(method, start_layer=-1))
     bart, texts = text_encoder_decoder("bart")
     with pytest.raises(ValueError, match="start_layer must be 0 for towers that attend"):
-        explain(bart, {**texts, "decoder_input_ids": texts["input_ids"]}, target=lambda o: o.logits[:, -1, 7], read="last",
-                start_layer=1)  # fmt: skip
+        explain(bart, {**texts, "decoder_input_ids": texts["input_ids"]}, target=lambda o: o.logits[:, -1, 7], position="last",
+                method=va.methods.Gradient(start_layer=1))  # fmt: skip
     bart.config.decoder_start_token_id = bart.generation_config.decoder_start_token_id = None
     classes = transformers.BartForSequenceClassification(bart.config).eval()
     asked = {"input_ids": torch.tensor([[5, 7, 2]]), "decoder_input_ids": torch.tensor([[2, 5]])}
@@ -365,7 +366,7 @@ def test_florence_begins_by_itself_and_refuses_what_it_cannot():
     inputs = {"pixel_values": torch.randn(1, 3, 24, 32), "input_ids": ids}
     assert explain(model, inputs).relevancy["language"].shape == (1, 1)  # the start token alone
     with pytest.raises(ValueError, match="needs a record of the model's connector, which Florence2"):
-        explain(model, inputs, through_connector=True)
+        explain(model, inputs, method=va.methods.Gradient(through_connector=True))
 
 
 class Merging(torch.nn.Module):
@@ -420,7 +421,7 @@ def test_streams_that_read_one_another_as_they_were(patches):
         it, ii = it + bar(ii).transpose(1, 2) @ c @ bar(old_tt), ii + c @ old_ti
     row = tt[:, 0].clone()
     row[:, 0] = 0
-    got = explain(model, inputs, read={"tower0": "cls"}, target=lambda outputs: outputs[:, 1]).relevancy
+    got = explain(model, inputs, position={"tower0": "cls"}, target=lambda outputs: outputs[:, 1]).relevancy
     assert_rows(got["tower0"], row)
     assert_rows(got["tower1"], ti[:, 0])
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import vlattn_fast as va
 from tests.helpers.interpret.cases import CASES
 from vlattn_fast.interpret import FAMILIES, Explanation, Family, Tower, register_family
+from vlattn_fast.interpret.relevancy.methods.registry import with_options
 
 METHODS = ("gradient", "weighted", "rollout", "glimpse", "attention", "gradcam", "gradient:no_aggregation")
 SIZES = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=40)
@@ -95,9 +96,9 @@ def alike(batch: Explanation, alone: Explanation, row: int) -> None:
 def test_a_mean_leaves_padding_out(kind, method):
     torch.manual_seed(0)
     model = kind().eval()
-    batch = va.explain(model, inputs_of(model, IDS, SHORT), target=1, method=method, read="mean")
+    batch = va.explain(model, inputs_of(model, IDS, SHORT), target=1, method=method, position="mean")
     for row, text in enumerate((IDS, SHORT)):
-        alike(batch, va.explain(model, inputs_of(model, text), target=1, method=method, read="mean"), row)
+        alike(batch, va.explain(model, inputs_of(model, text), target=1, method=method, position="mean"), row)
 
 
 @pytest.mark.parametrize("readout", ["mean", "patch_mean", "cls_and_patch_mean"])
@@ -122,7 +123,7 @@ def test_a_mean_of_capture_relevancy_leaves_padding_out(kind):
     def row(*texts: Tensor) -> Tensor:
         with va.nn.capture_relevancy(model) as captured:
             logits = model(**inputs_of(model, *texts))
-        return captured.relevancy(logits[:, 1], read="mean")
+        return captured.relevancy(logits[:, 1], position="mean")
 
     batch = row(IDS, SHORT)
     torch.testing.assert_close(batch[1:, :4], row(SHORT), rtol=1e-4, atol=1e-6)
@@ -152,9 +153,9 @@ def test_the_start_is_no_relevancy_of_the_attention(kind, method):
     torch.manual_seed(0)
     model, (seen, weighting) = kind().eval(), weights_seen()
     inputs = inputs_of(model, IDS, SHORT)
-    options = {"weighting": weighting} if method == "weighted" else {}
-    options |= {"tokenizer": Tokenizer()} if kind is Sentences else {}
-    got = va.explain(model, inputs, target=1, method=method, read="mean", **options)
+    asked = va.methods.Weighted(weighting=weighting) if method == "weighted" else method
+    processor = Tokenizer() if kind is Sentences else None
+    got = va.explain(model, inputs, target=1, method=asked, position="mean", processor=processor)
     (tower,) = got.relevancy
     start = torch.tensor([[1 / 7] * 7, [1 / 4] * 4 + [0.0] * 3])
     if method in ("gradient", "glimpse"):
@@ -184,7 +185,9 @@ def test_a_faint_map_keeps_its_digits(method):
     inputs = inputs_of(model, IDS)
 
     def text(scale: float) -> Tensor:
-        found = va.explain(model, inputs, target=lambda out: scale * out[:, 1], method=method, read="mean", start_layer=-1)
+        found = va.explain(
+            model, inputs, target=lambda out: scale * out[:, 1], method=with_options(method, start_layer=-1), position="mean"
+        )
         return found.beside("tower0")
 
     faint, plain = text(1e-6), text(1.0)
@@ -202,11 +205,9 @@ def test_between_towers(method, read):
     inputs = {"input_ids": IDS, "decoder_input_ids": SHORT}
     weights = torch.tensor([0.5, 0.25, 0.25, 0.0]) if read == "weights" else torch.full((4,), 0.25)
     seen, weighting = weights_seen()
-    options = {"weighting": weighting} if method == "weighted" else {}
+    asked = va.methods.Weighted(weighting=weighting) if method == "weighted" else method
     score = lambda out: out.last_hidden_state[:, :, 3].mean(1)  # noqa: E731
-    got = va.explain(
-        model, inputs, target=score, method=method, read={"tower1": weights if read == "weights" else "mean"}, **options
-    )
+    got = va.explain(model, inputs, target=score, method=asked, position={"tower1": weights if read == "weights" else "mean"})
     scale = {"gradient": torch.ones(1, 4), "rollout": torch.full((1, 4), 0.25)}.get(method)
     if (
         scale is None
@@ -219,8 +220,8 @@ def test_between_towers(method, read):
 def test_one_word_alone_is_read_as_one_token():
     torch.manual_seed(0)
     model, one = Sentences().eval(), torch.tensor([[21]])
-    alone = va.explain(model, inputs_of(model, one), target=1, read="mean")
-    batch = va.explain(model, inputs_of(model, IDS, one), target=1, read="mean")
+    alone = va.explain(model, inputs_of(model, one), target=1, position="mean")
+    batch = va.explain(model, inputs_of(model, IDS, one), target=1, position="mean")
     (tower,) = alone.relevancy
     assert not alone.beside(tower).any() and not batch.beside(tower)[1].any() and batch.beside(tower)[0].any()
 

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tests.helpers.interpret.stored_maps import BOUNDS, Kept
-from vlattn_fast.interpret import explain
+from vlattn_fast.interpret import explain, explain_layers
+from vlattn_fast.interpret.relevancy.methods.registry import with_options
 from vlattn_fast.nn import capture_relevancy
 
 HEADS, WIDTH, SIZE = 2, 16, 12
@@ -192,7 +193,7 @@ def assert_close(got: Tensor, want: Tensor) -> None:
 def test_tokens_that_move(moves, method):
     model = made(Moving, *MOVES[moves]).double()
     exact = {"x": inputs()["x"].double()}
-    got = explain(model, exact, read=1, target=target, method=method)
+    got = explain(model, exact, position=1, target=target, method=method)
     assert list(got.relevancy) == ["tower0"]
     assert_close(got.relevancy["tower0"], expected(model, method))
 
@@ -203,20 +204,20 @@ def test_tokens_that_move(moves, method):
 )
 def test_a_captured_row_is_that_of_explain(moves, method):
     model = made(Moving, *MOVES[moves]).double()
-    with capture_relevancy(model, method=method, start_layer=1) as captured:
+    with capture_relevancy(model, method=with_options(method, start_layer=1)) as captured:
         score = target(model(inputs()["x"].double())).sum()
-    row = captured.relevancy(None if method == "rollout" else score, read=1)
+    row = captured.relevancy(None if method == "rollout" else score, position=1)
     assert row.requires_grad
     if moves != "shifted windows":  # whose first layer is no other
         assert_close(row, expected(model, method, start_layer=1))
-    got = explain(model, {"x": inputs()["x"].double()}, read=1, target=target, method=method, start_layer=1)
+    got = explain(model, {"x": inputs()["x"].double()}, position=1, target=target, method=with_options(method, start_layer=1))
     assert_close(row.detach(), got.relevancy["tower0"])
 
 
 @pytest.mark.parametrize("moves", ["a flip that stays", "windows in the first layer", "pruning"])
 def test_each_layer_and_head_by_itself(moves):
     model = made(Moving, *MOVES[moves]).double()
-    got = explain(model, {"x": inputs()["x"].double()}, read=1, target=target, per="head").relevancy["tower0"]
+    got = explain_layers(model, {"x": inputs()["x"].double()}, position=1, target=target, per="head").relevancy["tower0"]
     maps, grads, _ = steps_of(model, inputs()["x"].double())
     for layer in range(4):
         r = torch.eye(2 * SIZE, dtype=torch.float64).view(2, 1, SIZE, 2 * SIZE)
@@ -332,13 +333,13 @@ def composed(model: Planned, method: str) -> Tensor:
 @pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.__name__)
 def test_tokens_that_do_not_all_attend(plan, method):
     model = made(Planned, plan).double()
-    got = explain(model, {"x": inputs()["x"].double()}, read=1, target=target, method=method)
+    got = explain(model, {"x": inputs()["x"].double()}, position=1, target=target, method=method)
     want = composed(model, method)
     assert_close(got.relevancy["tower0"], want)
     assert list(got.relevancy) == ["tower0"]
     with capture_relevancy(model, method=method) as captured:
         score = target(model(inputs()["x"].double())).sum()
-    assert_close(captured.relevancy(None if method == "rollout" else score, read=1).detach(), want)
+    assert_close(captured.relevancy(None if method == "rollout" else score, position=1).detach(), want)
 
 
 def merged(attend, x):
@@ -395,11 +396,11 @@ def joint_first(attend, x):
 def test_tokens_that_cannot_be_followed_are_refused(plan, words):
     model = made(Planned, plan, 2)
     with pytest.raises(ValueError, match=words):
-        explain(model, inputs(), read=1, target=target)
+        explain(model, inputs(), position=1, target=target)
     with capture_relevancy(model) as captured:
         score = target(model(inputs()["x"])).sum()
     with pytest.raises(ValueError, match=words):
-        captured.relevancy(score, read=1)
+        captured.relevancy(score, position=1)
 
 
 def with_new_tokens(attend, x):
@@ -411,7 +412,7 @@ def with_new_tokens(attend, x):
 
 def test_tokens_that_are_added_between_layers():
     model = made(Planned, with_new_tokens).double()
-    got = explain(model, {"x": inputs()["x"].double()}, read=1, target=target)
+    got = explain(model, {"x": inputs()["x"].double()}, position=1, target=target)
     maps, grads, _ = steps_of(model, inputs()["x"].double())
     r = torch.eye(2 * SIZE, dtype=torch.float64).view(2, SIZE, 2 * SIZE)
     for number, (a, g) in enumerate(zip(maps, grads, strict=True)):
@@ -432,5 +433,5 @@ def test_a_mean_is_of_the_real_tokens_that_entered():
     given = {"x": inputs()["x"].double(), "attention_mask": real}
     model.register_forward_pre_hook(lambda _, __, named: ((), {"x": named["x"]}), with_kwargs=True)
     weights = functional.pad(real.double() / real.sum(1, keepdim=True), (0, 2))
-    got, want = (explain(model, given, read=read, target=target).relevancy["tower0"] for read in ("mean", weights))
+    got, want = (explain(model, given, position=read, target=target).relevancy["tower0"] for read in ("mean", weights))
     assert_close(got, want)

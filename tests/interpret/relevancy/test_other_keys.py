@@ -14,7 +14,7 @@ from tests.helpers.interpret.cases import lively  # noqa: E402
 from tests.helpers.interpret.edited_maps import Cut, hooked  # noqa: E402
 from tests.helpers.interpret.stored_maps import Kept, Place, assert_rows, check, layer_sums  # noqa: E402
 from tests.helpers.interpret.tower_cases import HEADS, METHODS, Stack, first_rows, second, sequences  # noqa: E402
-from vlattn_fast.interpret import explain  # noqa: E402
+from vlattn_fast.interpret import explain, explain_layers  # noqa: E402
 from vlattn_fast.nn import RelevancyLoss, capture_relevancy  # noqa: E402
 
 BLOCKS = 2
@@ -93,7 +93,7 @@ def test_rows_have_the_columns_of_the_tokens(kind):
     inputs = sequences()
     place = Place("blocks", first_rows(7), inputs["attention_mask"], sums=SUMS, others=others)
     target = lambda outputs: -outputs[:, 1]  # noqa: E731
-    check(with_attention(make), inputs, {"tower0": place}, target, (*METHODS, "weighted"), read="cls", target=target)
+    check(with_attention(make), inputs, {"tower0": place}, target, (*METHODS, "weighted"), position="cls", target=target)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if isinstance(KINDS[kind][0](32), Prefixed) and kind != "by hand"])
@@ -151,8 +151,8 @@ class Numbers(nn.Module):
 @pytest.mark.filterwarnings("ignore:Tower 'tower0' attends to keys that are none of its tokens")
 def test_tokens_that_come_from_no_tensor():
     model, x = with_attention(KINDS["both"][0]), sequences()["x"]
-    want = explain(model, {"x": x, "attention_mask": torch.ones(2, 7)}, read="cls", target=second).relevancy["tower0"]
-    got = explain(Numbers(model), {"numbers": x.tolist()}, read="cls", target=second).relevancy["tower0"]
+    want = explain(model, {"x": x, "attention_mask": torch.ones(2, 7)}, position="cls", target=second).relevancy["tower0"]
+    got = explain(Numbers(model), {"numbers": x.tolist()}, position="cls", target=second).relevancy["tower0"]
     assert_rows(got, want)
 
 
@@ -178,7 +178,7 @@ def test_prefix_tuning():
     torch.manual_seed(0)
     model, inputs = lively(PrefixTuned()).eval(), {"input_ids": torch.randint(3, 60, (2, 6))}
     place = Place("inside.model.layers", torch.eye(6)[-1:].expand(2, 6), others=(3, 0))
-    check(model, inputs, {"tower0": place}, second, METHODS, read="last", target=second)
+    check(model, inputs, {"tower0": place}, second, METHODS, position="last", target=second)
 
 
 def test_their_share_is_named():
@@ -190,7 +190,7 @@ def test_their_share_is_named():
     share = torch.stack([stored[..., 7:].sum(-1).mean() for _, stored in kept.maps]).mean()
     where = rf"\(2 in 'blocks.0.attend.inside', and in 1 more modules; they take {share:.1%} of the attention there\)"
     with pytest.warns(UserWarning, match=f"Tower 'tower0' attends to keys that are none of its tokens {where}"):
-        explain(model, inputs, read="cls", target=second)
+        explain(model, inputs, position="cls", target=second)
 
 
 @pytest.mark.filterwarnings("ignore:Tower 'tower0' attends to keys that are none of its tokens")
@@ -209,7 +209,7 @@ def test_each_layer_and_each_head(method, kind):
     want = torch.stack([stored[:, :, 0, before : before + 7].transpose(0, 1) for stored in maps]).detach()
     assert want.abs().amax((1, 2, 3)).min() > 1e-6
     for per, rows in (("head", want), ("layer", want.mean(1))):
-        got = explain(model, inputs, method=method, per=per, read="cls", target=second).relevancy["tower0"]
+        got = explain_layers(model, inputs, method=method, per=per, position="cls", target=second).relevancy["tower0"]
         torch.testing.assert_close(got, rows, rtol=1e-8, atol=1e-12)
 
 
@@ -243,7 +243,7 @@ def test_a_step_of_training_equals_that_on_stored_maps(method, kind, higher_orde
 
     with capture_relevancy(model, method=method, higher_order=higher_order) as captured:
         score = second(model(**inputs)).sum()
-    rows = captured.relevancy(None if method == "rollout" else score, read="cls")
+    rows = captured.relevancy(None if method == "rollout" else score, position="cls")
     torch.testing.assert_close(rows, row[:, 0], rtol=1e-9, atol=1e-12)
     got = RelevancyLoss("inside")(rows, mask)
     torch.testing.assert_close(got, loss)
@@ -274,7 +274,7 @@ def test_keys_that_are_no_tokens_own_are_refused(kind, read):
     got = {"strided": 3, "mean": 8}[kind]
     message = f"a key of its own; got 7 queries and {got} keys in 'blocks.0.attend', made of the same tokens"
     with pytest.raises(ValueError, match=message):
-        explain(model, inputs, read=read, target=second)
+        explain(model, inputs, position=read, target=second)
     with pytest.raises(ValueError, match=message), capture_relevancy(model):
         model(**inputs)
 
@@ -296,7 +296,10 @@ def test_towers_that_reduce_their_keys_are_refused(make, depths):
     inputs = {"pixel_values": torch.randn(1, 3, 64, 64)}
     with pytest.raises(ValueError, match=r"a key of its own; got \d+ queries and \d+ keys in '.*attention"):
         explain(
-            lively(make(depths)).eval(), inputs, read="mean", target=lambda outputs: outputs.last_hidden_state.flatten(1).mean(1)
+            lively(make(depths)).eval(),
+            inputs,
+            position="mean",
+            target=lambda outputs: outputs.last_hidden_state.flatten(1).mean(1),
         )
 
 
@@ -330,4 +333,4 @@ def test_keys_of_a_cache_are_refused():
     for block in model.blocks:
         block.attend.past = torch.randn(2, 3, 32)
     with pytest.raises(ValueError, match=r"whole sequence in one forward pass; got 3 keys in attention 'blocks.0.attend'"):
-        explain(model, inputs, read="cls", target=second)
+        explain(model, inputs, position="cls", target=second)

@@ -14,7 +14,7 @@ from vlattn_fast.attach.recurrences.reading import Convolution
 from vlattn_fast.checking.models.mixers import Mixed, each_within
 from vlattn_fast.checking.models.shrink import lively
 from vlattn_fast.checking.models.stored import Double, Maps, in_double, stored_rows
-from vlattn_fast.interpret import explain
+from vlattn_fast.interpret import explain, explain_layers
 from vlattn_fast.interpret.relevancy.mixing_call import MixingCall
 from vlattn_fast.interpret.relevancy.traced_call import Recursion
 from vlattn_fast.nn import capture_relevancy
@@ -155,7 +155,8 @@ def test_each_layer_and_head_has_a_row(method: str, double: None) -> None:
     model = made("Qwen3Next")
     with each_within(model, Double):
         rows = [
-            explain(model, INPUTS, target=score_of, method=method, per=per).relevancy["language"] for per in ("layer", "head")
+            explain_layers(model, INPUTS, target=score_of, method=method, per=per).relevancy["language"]
+            for per in ("layer", "head")
         ]
     torch.testing.assert_close(rows[0], rows[1].mean(1), rtol=1e-9, atol=1e-14)
     if method == "attention":
@@ -167,10 +168,10 @@ def test_each_layer_and_head_has_a_row(method: str, double: None) -> None:
 
 def test_layers_may_differ_in_their_heads() -> None:
     model = made("Qwen3Next", dtype=torch.float32, linear_num_value_heads=8)
-    assert explain(model, INPUTS, per="layer").relevancy["language"].shape == (2, 2, 9)
-    assert explain(model, INPUTS, per="head", layers=[0]).relevancy["language"].shape == (1, 8, 2, 9)
+    assert explain_layers(model, INPUTS, per="layer").relevancy["language"].shape == (2, 2, 9)
+    assert explain_layers(model, INPUTS, per="head", layers=[0]).relevancy["language"].shape == (1, 8, 2, 9)
     with pytest.raises(ValueError, match=r"layers differ in their number of heads.*got \[4, 8\] in 'language'"):
-        explain(model, INPUTS, per="head")
+        explain_layers(model, INPUTS, per="head")
 
 
 @pytest.mark.parametrize("method", ["gradient", "rollout", "attention", "weighted", "gradcam", "tam", "input_gradient"])
@@ -211,7 +212,7 @@ def test_a_cache_of_a_first_run_changes_nothing() -> None:
 
 def test_answers_of_several_tokens() -> None:
     model = made("OlmoHybrid", dtype=torch.float32)
-    whole = explain(model, INPUTS, answer=torch.tensor([[5, 6], [7, 8]]), each=False).relevancy["language"]
+    whole = explain(model, INPUTS, answer=torch.tensor([[5, 6], [7, 8]]), per_token=False).relevancy["language"]
     assert whole.shape == (2, 11)
     assert bool((whole[:, 3:9] > 0).all())
 

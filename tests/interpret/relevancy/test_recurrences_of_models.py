@@ -14,7 +14,7 @@ from vlattn_fast.attach.session import overridden
 from vlattn_fast.checking.models.mixers import Mixed, each_within
 from vlattn_fast.checking.models.shrink import small_model
 from vlattn_fast.checking.models.stored import Double, Maps, in_double, stored_rows
-from vlattn_fast.interpret import explain
+from vlattn_fast.interpret import explain, explain_layers
 from vlattn_fast.interpret.relevancy.recurrent_calls import replacements
 from vlattn_fast.nn import capture_relevancy
 
@@ -166,7 +166,7 @@ def test_attention_beside_a_recurrence_has_no_other_rule(method: str) -> None:
 
 def test_attention_beside_a_recurrence_has_no_row_of_a_layer() -> None:
     with pytest.raises(ValueError, match="'model.layers.0.self_attn' beside 'model.layers.0.mamba'"):
-        explain(made("FalconH1"), INPUTS, per="layer")
+        explain_layers(made("FalconH1"), INPUTS, per="layer")
     model = made("FalconH1")
     captured = capture_relevancy(model, method="weighted")
     with pytest.raises(ValueError, match="'model.layers.0.self_attn' beside 'model.layers.0.mamba'"), captured:

@@ -107,7 +107,7 @@ def compare(model: nn.Module, inputs: dict[str, Tensor], read: int = 0) -> None:
     places = {"tower0": Place("blocks", first_rows(7).roll(read, 1), inputs["attention_mask"])}
     stored = rows_of(written(model), inputs, second, places, "gradcam")["tower0"]
     score = second if bool(stored.any()) else negative  # Grad-CAM of the one may be zero throughout
-    check(model, inputs, places, score, METHODS, stored=written, read=read, target=score)
+    check(model, inputs, places, score, METHODS, stored=written, position=read, target=score)
 
 
 class Masked(Stack):
@@ -223,7 +223,7 @@ def test_between_towers(score, method):
     grads = torch.autograd.grad(second(outputs).sum(), maps, allow_unused=True)
     kinds = ["ii", "ii", "tt", "ti", "tt", "ti"]
     want_words, want_patches = linked_maps.published(method, list(zip(kinds, maps, grads, strict=True)), [0, 0], ~padding)
-    got = explain(model, inputs, read={"tower1": "cls"}, target=second, method=method).relevancy
+    got = explain(model, inputs, position={"tower1": "cls"}, target=second, method=method).relevancy
     assert_rows(got["tower0"], want_patches)
     assert_rows(got["tower1"], want_words)
     assert (got["tower1"][1, 4:] == 0).all()
@@ -246,7 +246,7 @@ class Grouped(nn.Module):
 def test_the_function_with_grouped_heads():
     torch.manual_seed(0)
     model, x = lively(Grouped()).double(), torch.randn(2, 5, 16).double()
-    got = explain(model, {"x": x}, read=0, target=second)
+    got = explain(model, {"x": x}, position=0, target=second)
     q, k = (project(x).unflatten(-1, (-1, 8)).transpose(1, 2) for project in (model.query, model.key))
     k = k.repeat_interleave(2, 1)
     vector = model.head.weight[0, :8]
@@ -283,9 +283,9 @@ class Biased(nn.Module):
 def test_a_bias_of_groups_is_explained_as_its_dense_mask(score: str, method: str):
     torch.manual_seed(0)
     model, x = lively(Biased(score)).double(), torch.randn(2, 5, 16).double()
-    got = explain(model, {"x": x}, read=0, target=second, method=method)
+    got = explain(model, {"x": x}, position=0, target=second, method=method)
     model.dense = True
-    want = explain(model, {"x": x}, read=0, target=second, method=method)
+    want = explain(model, {"x": x}, position=0, target=second, method=method)
     torch.testing.assert_close(got.relevancy["tower0"], want.relevancy["tower0"], rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(got.scores, want.scores)
 
@@ -300,7 +300,7 @@ def test_the_layers_gradient_is_its_own():
         return second(outputs)
 
     x = inputs["x"].requires_grad_()
-    explain(model, inputs, read="cls", target=score)
+    explain(model, inputs, position="cls", target=score)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     score(model(**inputs))
@@ -326,7 +326,7 @@ def test_no_map_is_held(name, method):
     model, size = lively(Stack(f"score {name}", width=16)).eval(), 1100
     inputs = {"x": torch.randn(1, size, 10), "attention_mask": torch.ones(1, size)}
     with Largest() as seen:
-        explain(model, inputs, read="cls", target=second, method=method)
+        explain(model, inputs, position="cls", target=second, method=method)
     assert size < seen.elements < size * size // 2
 
 
@@ -334,7 +334,7 @@ def test_whole_maps_are_named():
     model = scored("additive")
     model.blocks[1].attend.inside.backend = "reference"
     with pytest.raises(ValueError, match=r"got 'blocks\.1\.attend\.inside' \(ScoreAttention\), which takes a softmax itself"):
-        explain(model, sequences(), read="cls", target=second)
+        explain(model, sequences(), position="cls", target=second)
 
 
 def cast(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
@@ -351,9 +351,9 @@ def cast(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
 def test_parts_of_a_tower_that_are_moved(kind, method):
     model, inputs = stack(kind, kind, kind), sequences()
     exact = copy.deepcopy(model).double()
-    want = explain(exact, {**inputs, "x": inputs["x"].double()}, read="cls", target=second, method=method)
+    want = explain(exact, {**inputs, "x": inputs["x"].double()}, position="cls", target=second, method=method)
     cast(model, {"blocks.1": torch.float64, "blocks.2": torch.float32, "head": torch.float32})
-    got = explain(model, inputs, read="cls", target=second, method=method).relevancy["tower0"]
+    got = explain(model, inputs, position="cls", target=second, method=method).relevancy["tower0"]
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), want.relevancy["tower0"], rtol=1e-4, atol=1e-5)
 
@@ -363,12 +363,12 @@ def test_towers_that_are_moved(wide):
     torch.manual_seed(0)
     model = lively(Reader("scaled_dot")).eval()
     inputs = {"image": torch.randn(2, 9, 32), "text": torch.randn(2, 6, 32), "padding": torch.zeros(2, 6, dtype=torch.bool)}
-    want = explain(model, inputs, read={"tower1": "cls"}, target=second).relevancy
+    want = explain(model, inputs, position={"tower1": "cls"}, target=second).relevancy
     others = {"patches": "words", "words": "patches"}
     attends = [(part, dtype) for part, dtype in ((wide, torch.float64), (others[wide], torch.float32))]
     paths = [(path, dtype) for part, dtype in attends for path, m in model.named_modules()
              if path.startswith(part) and isinstance(m, ScoreAttention)]  # fmt: skip
     cast(model, {**dict(paths), "words.1.look": torch.float32, "head": torch.float32})
-    got = explain(model, inputs, read={"tower1": "cls"}, target=second).relevancy
+    got = explain(model, inputs, position={"tower1": "cls"}, target=second).relevancy
     for name, row in want.items():
         torch.testing.assert_close(got[name].float(), row, rtol=1e-4, atol=1e-5)

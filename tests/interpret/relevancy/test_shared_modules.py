@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import vlattn_fast as va
+
 pytest.importorskip("transformers")
 
 from tests.helpers.interpret.cases import lively
 from tests.helpers.interpret.stored_maps import Place, check, rows_of
 from tests.helpers.interpret.tower_cases import METHODS, Block, Multihead, Stack, first_rows, sequences
-from vlattn_fast.interpret import explain
+from vlattn_fast.interpret import explain, explain_layers
 from vlattn_fast.nn import capture_relevancy
 
 
@@ -73,10 +75,10 @@ def target(outputs: Tensor) -> Tensor:
 def test_each_call_is_a_layer(kind):
     model, inputs = looped(kind), sequences()
     place = Place("blocks", first_rows(7), inputs["attention_mask"])
-    check(model, inputs, {"tower0": place}, target, METHODS, read="cls", target=target)
-    assert explain(model, inputs, per="layer", read="cls", target=target).relevancy["tower0"].shape == (3, 2, 7)
+    check(model, inputs, {"tower0": place}, target, METHODS, position="cls", target=target)
+    assert explain_layers(model, inputs, per="layer", position="cls", target=target).relevancy["tower0"].shape == (3, 2, 7)
     with pytest.raises(ValueError, match=r"start_layer must be from -1 \(the last layer\) to 2"):
-        explain(model, inputs, start_layer=3, read="cls", target=target)
+        explain(model, inputs, method=va.methods.Gradient(start_layer=3), position="cls", target=target)
 
 
 @pytest.mark.parametrize("kind", ["attention", "attention within", "first and last"])
@@ -86,4 +88,4 @@ def test_rows_of_training(kind):
     want = rows_of(model, inputs, target, {"tower0": Place("blocks", first_rows(7), inputs["attention_mask"])})["tower0"]
     with capture_relevancy(model) as captured:
         score = target(model(**inputs)).sum()
-    torch.testing.assert_close(captured.relevancy(score, read="cls"), want, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(captured.relevancy(score, position="cls"), want, rtol=1e-9, atol=1e-12)

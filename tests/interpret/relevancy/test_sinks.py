@@ -22,11 +22,12 @@ from tests.interpret.records.test_clip_mapper import IDS, LAYERS, inputs_of, map
 from tests.interpret.records.test_clip_mapper import stored as stored_maps
 from tests.interpret.records.test_derived import gpt_oss
 from tests.interpret.relevancy.test_moved_tokens import SIZE, WIDTH, Moving, flip, leave, on
-from vlattn_fast.interpret import LayerExplanation, explain
+from vlattn_fast.interpret import LayerExplanation, explain, explain_layers, find_sinks
 from vlattn_fast.interpret.dataset.pieces import pack, unpack
+from vlattn_fast.interpret.explaining.named_sinks import FindsSinks
 from vlattn_fast.interpret.relevancy import sinks
 from vlattn_fast.interpret.relevancy.last_attention import attention_rows
-from vlattn_fast.interpret.relevancy.methods.registry import find_method
+from vlattn_fast.interpret.relevancy.methods.registry import with_options
 from vlattn_fast.interpret.relevancy.traced_call import Recursion, Scored, TracedCall
 from vlattn_fast.interpret.result.numbers.sinks import Sink, sinks_line
 
@@ -51,20 +52,17 @@ def left_out(explanation, tower: str, layers: int, reader: str = "") -> tuple[Te
     return tuple(masks)
 
 
-def names(explanation) -> list[list[tuple]]:
-    return [
-        [(sink.tower, sink.index, sink.reader, sink.layers, sink.place, sink.word) for sink in sample]
-        for sample in explanation.sinks
-    ]
+def names(found) -> list[list[tuple]]:
+    return [[(sink.tower, sink.index, sink.reader, sink.layers, sink.place, sink.word) for sink in sample] for sample in found]
 
 
 def assert_same(got: Tensor, want: Tensor) -> None:
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9 * float(want.abs().max()))
 
 
-def check_case(case, inputs, **options) -> None:
+def check_case(case, inputs) -> None:
     model, inputs = case.model.double(), with_floats(inputs, torch.float64)
-    found = explain(model, inputs, sinks="report", **options)
+    found = explain(model, inputs, method=va.methods.Gradient(sinks="remove"))
     places = {name: tower.place(model, inputs) for name, tower in case.towers.items()}
     for name, place in places.items():
         layers = len(place.sums) + (place.pool is not None)
@@ -75,17 +73,17 @@ def check_case(case, inputs, **options) -> None:
         model, inputs, lambda o: case.score(o, inputs), {n: replace(p, left_out=()) for n, p in places.items()}, METHODS
     )
     for method in METHODS:
-        reported = explain(model, inputs, method=method, sinks="report", **options)
-        removed = explain(model, inputs, method=method, sinks="remove", **options)
+        kept = explain(model, inputs, method=method)
+        removed = explain(model, inputs, method=with_options(method, sinks="remove"))
         for name in places:
-            assert_same(reported.relevancy[name], plain[method][name])
+            assert_same(kept.relevancy[name], plain[method][name])
             assert_same(removed.relevancy[name], want[method][name])
         differ = [
             (want[method][name] - plain[method][name]).abs().max() > 1e-6 * plain[method][name].abs().max() for name in places
         ]
         assert any(differ) or method == "attention"  # whose one layer may have none
         assert all(sink.removed for sample in removed.sinks for sink in sample)
-        assert names(reported) == names(removed)
+        assert kept.sinks is None and names(find_sinks(model, inputs)) == names(removed.sinks)
 
 
 @pytest.mark.parametrize("case", ["clip", "siglip", "vit", "bert", "uniter"], indirect=True)
@@ -111,14 +109,16 @@ def test_a_learnt_sink_beside_them(some_sinks):
     inputs = {"input_ids": torch.arange(3, 15).view(2, 6)}
     place = Place("model.layers", lambda size: torch.eye(size)[-1].expand(2, -1))
     score = lambda outputs: outputs.logits[:, -1].max(-1).values  # noqa: E731
-    found = explain(model, inputs, sinks="report")
+    found = explain(model, inputs, method=va.methods.Gradient(sinks="remove"))
     layers = model.config.num_hidden_layers
     out = left_out(found, "language", layers)
     assert any(bool(mask.any()) for mask in out)
     methods = ("gradient", "rollout", "attention")
     want = rows_by_method(model, inputs, score, {"language": replace(place, left_out=out)}, methods)
     for method in methods:
-        assert_same(explain(model, inputs, method=method, sinks="remove").relevancy["language"], want[method]["language"])
+        assert_same(
+            explain(model, inputs, method=with_options(method, sinks="remove")).relevancy["language"], want[method]["language"]
+        )
 
 
 @pytest.mark.parametrize("method", ["gradient", "rollout", "attention"])
@@ -126,7 +126,7 @@ def test_towers_that_attend_to_one_another(method, some_sinks):
     model, inputs = mapper(), inputs_of(IDS)
     outputs, kinds, maps = stored_maps(model, inputs)
     maps = with_gradients(kinds, maps, outputs.logits.max(-1).values.sum())
-    removed = explain(model, inputs, method=method, sinks="remove")
+    removed = explain(model, inputs, method=with_options(method, sinks="remove"))
     layers = {"ii": len([k for k in kinds if k == "ii"]), "tt": len([k for k in kinds if k == "tt"])}
     masks = {
         "ii": iter(left_out(removed, "vision", layers["ii"])),
@@ -145,7 +145,7 @@ def test_towers_that_attend_to_one_another(method, some_sinks):
 def test_each_layer_and_each_head(case, method, some_sinks):
     """All heads of a layer have one factor, so their mean is the row of the layer."""
     model, inputs = case.model.double(), with_floats(case.inputs, torch.float64)
-    by_head = explain(model, inputs, method=method, per="head", sinks="remove")
+    by_head = explain_layers(model, inputs, method=with_options(method, sinks="remove"), per="head")
     tower = next(iter(by_head.relevancy))
     model.set_attn_implementation("literal")
     outputs = model(**inputs, output_attentions=True)
@@ -160,7 +160,7 @@ def test_each_layer_and_each_head(case, method, some_sinks):
         a = without(a.detach(), mask, method)
         rest.append(((a * g).clamp(min=0) if method == "gradient" else a)[samples, :, at].transpose(0, 1))
     assert_same(by_head.relevancy[tower], torch.stack(rest))
-    by_layer = explain(model, inputs, method=method, per="layer", sinks="remove")
+    by_layer = explain_layers(model, inputs, method=with_options(method, sinks="remove"), per="layer")
     assert_same(by_layer.relevancy[tower], torch.stack(rest).mean(1))
     assert by_layer.at(1).sinks == by_layer.sinks
 
@@ -235,12 +235,12 @@ def test_sinks_are_those_of_the_formula(name, call, seen, real):
 def test_padding_changes_nothing():
     decoder = DECODERS["LlamaForCausalLM"]()
     model = lively(decoder.model).eval().double()
-    alone = explain(model, {"input_ids": torch.tensor([decoder.prompts[1]])}, sinks="report")
+    (alone,) = find_sinks(model, {"input_ids": torch.tensor([decoder.prompts[1]])})
     for side in ("left", "right"):
-        padded = explain(model, decoder.inputs(side), sinks="report").sinks[1]
+        padded = find_sinks(model, decoder.inputs(side))[1]
         moved = len(decoder.prompts[0]) - len(decoder.prompts[1]) if side == "left" else 0
-        assert [sink.index - moved for sink in padded] == [sink.index for sink in alone.sinks[0]]
-        for one, other in zip(padded, alone.sinks[0], strict=True):
+        assert [sink.index - moved for sink in padded] == [sink.index for sink in alone]
+        for one, other in zip(padded, alone, strict=True):
             assert one.layers == other.layers and list(one.shares.values()) == pytest.approx(list(other.shares.values()))
 
 
@@ -249,8 +249,9 @@ def test_padding_changes_nothing():
 
 @pytest.mark.parametrize("case", ["clip", "llava"], indirect=True)
 def test_they_have_words_and_places(case, some_sinks):
-    found = explain(case.model, case.inputs, sinks="report")
-    named = [(row, sink) for row, sample in enumerate(found.sinks) for sink in sample]
+    sinks, found = find_sinks(case.model, case.inputs), explain(case.model, case.inputs)
+    assert str(sinks) == repr(sinks) == sinks_line(sinks)
+    named = [(row, sink) for row, sample in enumerate(sinks) for sink in sample]
     assert {sink.removed for _, sink in named} == {False}
     assert any(sink.place for _, sink in named) and any(sink.word for _, sink in named)
     ids = case.inputs["input_ids"]
@@ -262,18 +263,20 @@ def test_they_have_words_and_places(case, some_sinks):
             assert float(found.image[of_row[image]][y, x]) == float(found.relevancy[sink.tower][row, sink.index])
         if sink.word is not None:
             assert sink.word == str(int(ids[row, sink.index]))
-    assert found[1:].sinks == found.sinks[1:] and found[0].sinks == found.sinks[:1]
+    removed = explain(case.model, case.inputs, method=va.methods.Gradient(sinks="remove"))
+    assert names(removed.sinks) == names(sinks)
+    assert removed[1:].sinks == removed.sinks[1:] and removed[0].sinks == removed.sinks[:1]
 
 
 @pytest.mark.parametrize("case", ["clip"], indirect=True)
 def test_files_pages_and_copies_keep_them(case, some_sinks, tmp_path):
-    found = explain(case.model, case.inputs, sinks="remove")
+    found = explain(case.model, case.inputs, method=va.methods.Gradient(sinks="remove"))
     assert va.Explanation.load(found.save(tmp_path / "one.safetensors")).sinks == found.sinks
     tensors, facts = pack(found)  # as in the shards of a data set
     assert unpack(json.loads(json.dumps(facts)), tensors.__getitem__).sinks == found.sinks
     line = sinks_line(found.sinks)
     assert "left out of the maps" in line and line in html.unescape(found.to_html())
-    by_layer = explain(case.model, case.inputs, per="layer", sinks="remove")
+    by_layer = explain_layers(case.model, case.inputs, per="layer", method=va.methods.Gradient(sinks="remove"))
     assert sinks_line(by_layer.sinks) in html.unescape(by_layer.to_html())
     assert LayerExplanation.load(by_layer.save(tmp_path / "layers.safetensors")).sinks == by_layer.sinks
     plain = explain(case.model, case.inputs)
@@ -292,39 +295,43 @@ def test_files_pages_and_copies_keep_them(case, some_sinks, tmp_path):
 @pytest.mark.parametrize("case", ["vit"], indirect=True)
 def test_the_default_leaves_maps_as_they_are(case, some_sinks):
     for method in METHODS:
-        plain, kept = (explain(case.model, case.inputs, method=method, **how) for how in ({}, {"sinks": "keep"}))
+        plain, kept = (explain(case.model, case.inputs, method=with_options(method, **how)) for how in ({}, {"sinks": "keep"}))
         assert torch.equal(plain.relevancy["vision"], kept.relevancy["vision"]) and kept.sinks is None
 
 
 @pytest.mark.parametrize("case", ["vit"], indirect=True)
 def test_refusals(case):
-    with pytest.raises(ValueError, match=r"sinks must be one of \('keep', 'report', 'remove'\); got 'drop'"):
-        explain(case.model, case.inputs, sinks="drop")
-    with pytest.raises(
-        ValueError, match="sinks must be 'keep' for method 'input_gradient', which sees no attention; got 'report'"
-    ):
-        explain(case.model, case.inputs, method="input_gradient", sinks="report")
-    for method in ("glimpse", "gradcam"):
-        with pytest.raises(ValueError, match=f"sinks must be 'keep' or 'report' for method '{method}'"):
-            explain(case.model, case.inputs, method=method, sinks="remove")
-        assert explain(case.model, case.inputs, method=method, sinks="report").sinks is not None
+    for kind in (va.methods.Gradient, va.methods.Rollout, va.methods.Attention, va.methods.Weighted):
+        with pytest.raises(ValueError, match=r"sinks must be one of \('keep', 'remove'\); got 'drop'"):
+            kind(sinks="drop")
+        with pytest.raises(ValueError, match=r"got 'report'. va.find_sinks\(model, inputs\) names these tokens"):
+            kind(sinks="report")
+    for method in ("glimpse", "gradcam", "input_gradient"):
+        with pytest.raises(ValueError, match=f"sinks must be an option of method '{method}', which has freeze, of"):
+            with_options(method, sinks="remove")
+
+
+def test_a_model_without_an_adapter_needs_no_position(some_sinks):
+    torch.manual_seed(3)
+    model, inputs = lively(Moving(leave, leave)).eval(), {"x": torch.randn(2, SIZE, WIDTH)}
+    found = find_sinks(model, inputs)
+    assert any(found) and {sink.tower for sample in found for sink in sample} == {"tower0"}
+    removed = explain(model, inputs, method=va.methods.Rollout(sinks="remove"), position=1, target=2)
+    assert names(found) == names(removed.sinks)
 
 
 @pytest.mark.parametrize("case", ["vit"], indirect=True)
 def test_an_empty_batch_has_none(case):
     empty = {name: value[:0] for name, value in case.inputs.items()}
-    assert explain(case.model, empty, sinks="remove").sinks == []
+    assert explain(case.model, empty, method=va.methods.Gradient(sinks="remove")).sinks == find_sinks(case.model, empty) == []
 
 
 @pytest.mark.parametrize("case", ["vit"], indirect=True)
 def test_evaluate_passes_it_on(case):
     boxes = [torch.tensor([[0.0, 0.0, 0.5, 0.5]])] * len(case.inputs["pixel_values"])
     item = (case.inputs, None, boxes)
-    assert (
-        va.evaluate(case.model, [item], methods=["rollout"], tests=["pointing"], sinks="remove").value("rollout", "pointing") >= 0
-    )
-    with pytest.raises(ValueError, match="'glimpse', which has no rule"):
-        va.evaluate(case.model, [item], methods=["glimpse"], tests=["pointing"], sinks="remove")
+    results = va.evaluate(case.model, [item], methods=["rollout", va.methods.Rollout(sinks="remove")], tests=["pointing"])
+    assert results.value("rollout(sinks=remove)", "pointing") >= 0
 
 
 # --- calls of other kinds ---
@@ -361,20 +368,19 @@ def test_tokens_that_move(some_sinks):
     torch.manual_seed(3)
     model = lively(Moving(leave, leave)).eval().double()
     inputs = {"x": torch.randn(2, SIZE, WIDTH, dtype=torch.float64)}
-    plain = {method: explain(model, inputs, method=method, read=1, target=2, sinks="remove") for method in METHODS}
+    plain = {
+        method: explain(model, inputs, method=with_options(method, sinks="remove"), position=1, target=2) for method in METHODS
+    }
     model.before = model.after = on({1, 3}, flip)
     assert any(plain["rollout"].sinks)
     for method, want in plain.items():
-        got = explain(model, inputs, method=method, read=1, target=2, sinks="remove")
+        got = explain(model, inputs, method=with_options(method, sinks="remove"), position=1, target=2)
         assert_same(got.relevancy["tower0"], want.relevancy["tower0"])
-        assert names(got) == names(want)
+        assert names(got.sinks) == names(want.sinks)
 
 
 def test_attention_in_chunks_is_refused():
     call = replace(next(masked_calls())[1], chunk=True)
-    method = find_method("rollout")()
-    method.take_sinks("remove")
-    with pytest.raises(
-        ValueError, match="sinks must be 'keep' where a module attends in chunks; got 'remove' and attention 'layers.0'"
-    ):
-        method.judged(None, None, call)
+    for method, words in ((va.methods.Rollout(sinks="remove"), "sinks must be 'keep'"), (FindsSinks(), "find_sinks does not")):
+        with pytest.raises(ValueError, match=f"{words}.* where a module attends in chunks; got attention 'layers.0'"):
+            method.judged(None, None, call)

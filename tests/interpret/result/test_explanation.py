@@ -35,7 +35,7 @@ def same(left: Explanation, right: Explanation) -> None:
     assert all(torch.equal(a[name], b[name]) for name in a)
     for name in ("image_rows", "token_ids", "words", "target", "method", "start_layer", "answer"):
         assert getattr(left, name) == getattr(right, name)
-    assert left.each == right.each and (left.position is None) == (right.position is None)
+    assert left.per_token == right.per_token and (left.position is None) == (right.position is None)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_tokens():
 
 def test_an_answers_tokens():
     explanation = answered()
-    assert explanation.each and not made().each and made().answer_tokens is None and made().self_relevancy == {}
+    assert explanation.per_token and not made().per_token and made().answer_tokens is None and made().self_relevancy == {}
     assert explanation.tokens == [prompt + answer for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)]
     assert explanation.answer_tokens == ANSWERS
     assert replace(explanation, words=None).answer_tokens == [["14", "15", "16"], ["21", "22"]]
@@ -139,7 +139,7 @@ def test_what_a_read_row_puts_on_itself():
     for row in range(2):
         place = explanation.position["language"][row]
         expected = torch.zeros(14).scatter(0, place, summed.relevancy["language"][row, place])
-        assert not summed.each and torch.equal(summed.self_relevancy["language"][row], expected)
+        assert not summed.per_token and torch.equal(summed.self_relevancy["language"][row], expected)
     alone = made(position={"text": torch.tensor([5, 2])})
     entries = alone.relevancy["text"].gather(1, torch.tensor([[5], [2]]))
     assert torch.equal(alone.self_relevancy["text"], torch.zeros(2, 6).scatter(1, torch.tensor([[5], [2]]), entries))

@@ -38,7 +38,7 @@ def test_the_values_of_rows():
     explanation = made()
     found = data(explanation.to_html(photo()))
     (method,) = found["methods"]
-    assert method["name"] == "weighted, layers from -1" and found["towers"] == ["vision", "text"]
+    assert method["name"] == "weighted" and found["towers"] == ["vision", "text"]
     assert [[word["text"] for word in text] for text in found["texts"]] == [["7", "8", "9"], ["5"]]
     for row, choice in enumerate(method["choices"]):
         assert (choice["row"], choice["score"]) == (row, explanation.scores[row])

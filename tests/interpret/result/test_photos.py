@@ -180,7 +180,7 @@ def test_an_explanation_without_maps_says_what_to_do() -> None:
         Explanation({"tower0": torch.rand(1, 9)}),
         Explanation({"tower0": torch.rand(1, 9)}, no_map="it is a sound"),
     ):
-        why = explanation.no_map or r"no token of tower0 has a place in it. .* explain with grid=\(h, w\) and prefix="
+        why = explanation.no_map or r"no token of tower0 has a place in it. .* explain with patches=va.PatchGrid\(rows, columns\)"
         for draw in (explanation.plot, explanation.to_html, explanation.overlay):
             with pytest.raises(ValueError, match=f"image must be None .* without maps and boxes: {why}; or leave the image out"):
                 draw(PHOTO)

@@ -204,7 +204,7 @@ def test_maps_of_uneven_grids_and_several_images_of_a_row(tmp_path):
 @pytest.mark.parametrize("per", ["layer", "head"])
 def test_a_row_of_maps_of_layers(per, tmp_path):
     case = CASES["clip"]()
-    whole = va.explain(case.model, case.inputs, per=per)
+    whole = va.explain_layers(case.model, case.inputs, per=per)
     for number, one in enumerate(whole):
         assert type(one) is type(whole) and len(one) == 1 and (one.layers, one.heads) == (whole.layers, whole.heads)
         for (place, part), (_, of_whole) in zip(one.items(), whole.items(), strict=True):

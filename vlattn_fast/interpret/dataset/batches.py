@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -14,18 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlattn_fast._ground.checks import check_choice
 from vlattn_fast.interpret.dataset.items import Item, Items
 from vlattn_fast.interpret.dataset.pieces import split
 from vlattn_fast.interpret.explaining.answer import Alone, token_ids
 from vlattn_fast.interpret.explaining.explain import explain
+from vlattn_fast.interpret.explaining.former_names import check_names
 from vlattn_fast.interpret.explaining.inputs import prepare_inputs
 from vlattn_fast.interpret.explaining.loading import build_inputs, check_parts, generate, on_device
 from vlattn_fast.interpret.explaining.similarity import SIMILARITY
 from vlattn_fast.interpret.records.registry import find_family
 from vlattn_fast.interpret.relevancy.method import Method
-from vlattn_fast.interpret.relevancy.methods.registry import find_method
-from vlattn_fast.interpret.relevancy.sinks import KEEP, MODES
+from vlattn_fast.interpret.relevancy.methods.registry import method_of
 from vlattn_fast.interpret.result.explanation import Explanation
 
 _WINDOW = 32  # batches whose inputs may wait for others of their shape
@@ -36,46 +36,42 @@ class Options:
     """The options that decide the results; text, target and answer are for inputs without them."""
 
     model: str  # directory or id
-    method: str = "gradient"
-    start_layer: int = 0
+    method: Method
     text: tuple[str, ...] = ()
     target: int | str | None = None
     answer: str | None = None
     generate: int | None = None  # the most tokens of the model's own answer, which is explained where an input has none
     dtype: str | None = None  # of the model; None = the stored dtype
-    through_connector: bool = False
-    read: str | int | None = None  # the row that is read; None = the record's
-    sinks: str | None = None  # None = "keep", as runs had it that were begun without this option
-    freeze: tuple[str, ...] | None = None  # see `Method`; None = the method's default
-    of: str | None = None
+    position: str | int | None = None  # the explained token; None = the record's
 
     @classmethod
-    def check(cls, model: str | Path, **options: Any) -> Options:
+    def check(cls, model: str | Path, *, method: str | Method = "gradient", **options: Any) -> Options:
         """The options, with the errors of `explain_dataset`."""
         if not isinstance(model, (str, Path)):
             raise TypeError(f"model must be a directory or an id, which each process loads; got {type(model).__name__}")
         known = [field.name for field in fields(cls) if field.name != "model"]
         if unknown := [name for name in options if name not in known]:
+            check_names("explain_dataset", dict.fromkeys(unknown), {**options, "method": method})
             raise TypeError(f"options must be among {', '.join(known)}; got {', '.join(unknown)}")
-        text, dtype, sinks = options.get("text", ()), options.get("dtype"), options.get("sinks")
+        text, dtype = options.get("text", ()), options.get("dtype")
         if dtype is not None and not (isinstance(dtype, str) and isinstance(getattr(torch, dtype, None), torch.dtype)):
             raise ValueError(f"dtype must be the name of one of torch's, as 'bfloat16'; got {dtype!r}")
-        check_choice("sinks", KEEP if sinks is None else sinks, MODES)
-        told = {"text": (text,) if isinstance(text, str) else tuple(text), "sinks": None if sinks == KEEP else sinks}
-        if options.get("freeze") is not None:
-            told["freeze"] = tuple(options["freeze"])
-        asked = cls(**{**options, **told, "model": str(model)})
-        asked.method_of(asked.method)  # with its errors
-        return asked
-
-    def method_of(self, name: str) -> Method:
-        """The method of this name with the options."""
-        return find_method(name)(freeze=self.freeze, of=self.of)
+        texts = (text,) if isinstance(text, str) else tuple(text)
+        return cls(**{**options, "text": texts, "model": str(model), "method": method_of(method)})
 
     @property
-    def of_sinks(self) -> dict[str, Any]:
-        """The argument of `explain`, where it was given."""
-        return {} if self.sinks is None else {"sinks": self.sinks}
+    def settings(self) -> dict[str, Any]:
+        """All of them for JSON, with those of the method by their names: also those that are left out, since a release with other
+        defaults must not go on with a run. TypeError for options that JSON has no form of."""
+        told = {field.name: getattr(self, field.name) for field in fields(self)}
+        chosen = {name: getattr(self.method, name) for name in self.method.option_names()}
+        try:
+            stored: dict[str, Any] = json.loads(json.dumps({**told, "method": self.method.name, **chosen}))
+        except TypeError:
+            raise TypeError(
+                f"method must have options that can be stored, as names and numbers are; got {self.method.label}"
+            ) from None
+        return stored
 
 
 @dataclass(frozen=True)
@@ -226,14 +222,8 @@ class Batches:
         paired, options = self.record.scoring.pairs, self.options
         targets = None if paired or first.target is None else [index for one in group for index in one.target or []]
         alike = SIMILARITY if targets and set(targets) == {SIMILARITY} else targets
-        of_input: dict[str, Any] = {"target": alike, "answer": answer, "read": options.read}
-        same: dict[str, Any] = {
-            "method": options.method_of(options.method),
-            "start_layer": options.start_layer,
-            "through_connector": options.through_connector,
-            **options.of_sinks,
-        }
-        explanation = explain(self.model, inputs, processor=self.processor, **same, **of_input)
+        how: dict[str, Any] = {"method": options.method, "position": options.position, "processor": self.processor}
+        explanation = explain(self.model, inputs, target=alike, answer=answer, **how)
         results: list[tuple[Any, Explanation | str]] = []
         for one, piece in zip(group, split(explanation, [one.count for one in group]), strict=True):
             results.append((one, replace(piece, target=one.target) if paired else piece))

@@ -45,7 +45,7 @@ def _cards(explanations: Any, index: int, processor: Any, cmap: str) -> Iterator
     photo, note = _photo(explanations.images[index]) if explanation.is_spatial else (None, "")
     for row, sample in enumerate(read_samples(explanation)):
         first = sample.choices[0] if sample.choices else None
-        score = None if first is None or explanation.each else first.score
+        score = None if first is None or explanation.per_token else first.score
         try:
             picture = _thumbnail(explanation, sample, photo, processor, cmap)
         except ValueError as error:  # maps that no photo lies under

@@ -10,8 +10,9 @@ import torch
 
 from vlattn_fast.interpret.dataset.batches import Options
 from vlattn_fast.interpret.explaining.answer import token_ids
-from vlattn_fast.interpret.explaining.explain import explain
+from vlattn_fast.interpret.explaining.explain import explain, explain_layers, find_sinks
 from vlattn_fast.interpret.explaining.loading import build_inputs, generate, load_model, on_device
+from vlattn_fast.interpret.relevancy.method import Method
 from vlattn_fast.interpret.result.explanation import Explanation
 from vlattn_fast.interpret.result.numbers.choices import score_text
 from vlattn_fast.interpret.result.numbers.sinks import sinks_line
@@ -19,9 +20,16 @@ from vlattn_fast.interpret.result.pictures.photos import open_image
 
 
 def explain_one(
-    options: Options, methods: Sequence[str], image: Path | None, out: Path, device: str | None, per: str | None
+    options: Options,
+    methods: Sequence[Method],
+    image: Path | None,
+    out: Path,
+    device: str | None,
+    per: str | None,
+    finds_sinks: bool,
 ) -> Iterator[str]:
-    """Explains one picture, texts, or both, by each method, and writes `out`, .html or .png; yields the lines that say so."""
+    """Explains one picture, texts, or both, by each method, or by the layers or heads of one, and writes `out`, .html or .png;
+    yields the lines that say so."""
     texts = list(options.text)
     if image is None and not texts:
         raise ValueError("image or --text must be given, or both, as the model takes them")
@@ -32,23 +40,11 @@ def explain_one(
     answer: Any = options.answer
     if options.generate is not None:
         answer = generate(model, inputs, options.generate)
-    explanation, *beside = (
-        explain(
-            model,
-            inputs,
-            target=options.target,
-            method=options.method_of(method),
-            start_layer=options.start_layer,
-            read=options.read,
-            answer=answer,
-            each=per is None or answer is None,
-            per=per,
-            processor=processor,
-            through_connector=options.through_connector,
-            **options.of_sinks,
-        )
-        for method in methods
-    )
+    asked: dict[str, Any] = {"target": options.target, "answer": answer, "position": options.position, "processor": processor}
+    if per is None:
+        explanation, *beside = (explain(model, inputs, method=method, **asked) for method in methods)
+    else:
+        explanation, beside = explain_layers(model, inputs, per=per, method=methods[0], **asked), []
     placed = explanation.is_spatial and len(set(explanation.photos or [0])) == 1
     photo = {"image": picture, "processor": processor} if picture is not None and placed else {}
     if picture is not None and not photo:
@@ -61,7 +57,7 @@ def explain_one(
     else:
         explanation.plot(**photo).savefig(out, dpi=120)
     yield from _scores(explanation, answer, processor, per)
-    if line := sinks_line(explanation.sinks):
+    if line := sinks_line(find_sinks(model, inputs, processor=processor) if finds_sinks else explanation.sinks):
         yield line
     yield f"wrote {out}"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ def explain_dataset(
         shard_size: explanations in a file. A shard is also written a minute after the last one.
         workers: threads that read pictures ahead.
         device: of the model; by default a GPU for each process, or the CPU.
-        options: method, start_layer, read, sinks and through_connector as in `explain`; freeze and of as in `va.methods.Method`;
+        options: method (a name, or an object of `va.methods` whose options are names and numbers) and position as in `explain`;
             text (one or several), target and answer of inputs without them; generate (the most tokens of the model's own answer,
             which is then explained); dtype (the name of the model's, by default as stored).
 
@@ -87,11 +87,7 @@ def explain_dataset(
     with joined() as ranks, contextlib.ExitStack() as stack:
         items = Items(dataset)
         model_name = str(Path(asked.model).resolve()) if Path(asked.model).is_dir() else asked.model
-        method = asked.method_of(asked.method)
-        held = method.freeze if method.needs_score else None  # a release with another default must not go on with this run
-        said = {**asdict(asked), "freeze": held}
-        listed = {name: list(value) for name, value in said.items() if isinstance(value, tuple)}  # as JSON gives them back
-        settings = {"format": FORMAT, **said, **listed, "model": model_name, "dataset": items.digest}
+        settings = {"format": FORMAT, **asked.settings, "model": model_name, "dataset": items.digest}
         _by_first(ranks, lambda: check_settings(out, settings))
         _by_first(ranks, lambda: check_place("out", out))
         batches = Batches(*_load(asked, ranks, device), asked)

@@ -29,7 +29,8 @@ from vlattn_fast.interpret.dataset.pieces import pack
 from vlattn_fast.interpret.result.explanation import Explanation
 from vlattn_fast.interpret.result.numbers.tensor_files import write_tensors
 
-FORMAT = "vlattn_fast.explanations.1"
+FORMAT = "vlattn_fast.explanations.2"
+_OLDER = ("vlattn_fast.explanations.1",)  # whose settings have the options of the method by former names
 _HALF = re.compile("[\ud800-\udfff]")
 SETTINGS, FAILURES, SHARDS = "settings.json", "failures.jsonl", "shards"
 
@@ -86,7 +87,8 @@ def read_settings(directory: Path, form: str = FORMAT) -> dict[str, Any] | None:
         return None
     except ValueError:
         settings = None
-    if not isinstance(settings, dict) or settings.get("format") != form:
+    readable = (FORMAT, *_OLDER) if form == FORMAT else (form,)
+    if not isinstance(settings, dict) or settings.get("format") not in readable:
         writer = "`vlattn explain --dataset`" if form == FORMAT else "an earlier run"
         raise ValueError(f"directory must be one that {writer} wrote ({form}); got {directory}")
     return settings
@@ -101,9 +103,7 @@ def check_settings(directory: Path, settings: Mapping[str, Any]) -> None:
         if directory.exists() and (not directory.is_dir() or set(directory.iterdir()) - begun):
             raise ValueError(f"out must be a new or an empty directory, or one of an earlier run; got {directory}")
         return
-    if there.get("freeze") is None and settings.get("freeze") is not None:
-        there = {**there, "freeze": []}  # a run that was begun when nothing was held fixed by default
-    for name in sorted({*there, *settings}, key=lambda name: (name != "method", name)):  # the method's options come after it
+    for name in dict.fromkeys(("format", "method", *sorted({*there, *settings}))):  # the method's options come after it
         if there.get(name) != settings.get(name):
             if name == "dataset":  # the settings hold only its digest
                 raise ValueError(f"dataset must be that of the earlier runs in {directory}; got another or a changed dataset")

@@ -55,9 +55,8 @@ class _Question:
     @classmethod
     def check(cls, plan: Plan, batch: Batch) -> _Question:
         """ValueError where no one tower attends to itself, or it has no token that is read."""
-        options = {name: plan.options.get(name) for name in ("tokenizer", "processor", "like")}
-        target = batch.question.target
-        asked = Asked.check(plan.model, batch.question.inputs, target=target, answer=None, tower=None, **options)
+        target, processor = batch.question.target, plan.options.get("processor")
+        asked = Asked.check(plan.model, batch.question.inputs, target=target, answer=None, tower=None, processor=processor)
         pairs = [pair for pair in Plans(asked.seen).pairs(None) if pair[0] is pair[1]]
         if len(pairs) != 1:
             names = ", ".join(repr(pair[0].name) for pair in pairs) or "none"

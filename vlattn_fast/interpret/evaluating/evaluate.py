@@ -19,11 +19,14 @@ from vlattn_fast.interpret.evaluating.measures import check_samples, compare_ran
 from vlattn_fast.interpret.evaluating.model_answers import Judge
 from vlattn_fast.interpret.evaluating.perturbation import Words
 from vlattn_fast.interpret.evaluating.plan import Plan, Rival
+from vlattn_fast.interpret.explaining.request import Position, renamed
+from vlattn_fast.interpret.records.patch_grid import PatchGrid
 from vlattn_fast.interpret.records.registry import find_family
 from vlattn_fast.interpret.relevancy.method import Method
 
 
 @never_compiled
+@renamed
 def evaluate(
     model: nn.Module,
     dataset: Iterable[tuple[Mapping[str, Any], Any, Any]],
@@ -37,7 +40,9 @@ def evaluate(
     sanity_stages: int = 5,
     batch_size: int = 64,
     seed: int = 0,
-    **options: Any,
+    position: None | Position | Mapping[str, Position] = None,
+    processor: Any = None,
+    patches: PatchGrid | None = None,
 ) -> Evaluation:
     """Measure explanations of a model over a data set. On a terminal bars tell how far it is and how long the rest may take.
 
@@ -99,9 +104,8 @@ def evaluate(
             answer to the whole input: the class, the token or, for an image with several texts, the text. boxes: ground truth (K,
             4), x1, y1, x2, y2 relative to the image; or a mask, bool (h, w) of any size, which covers the whole image; for a
             batch, one of these or None per row; or None.
-        methods: names of `explain`'s methods and ablations, objects of `va.methods`, "weighted:norm" and "weighted:equal" (and
-            "weighted:norm:no_normalization") with another weighting, "random", "attribute_edges" (the
-            first-order effects, for the test "intervention" alone), or callables (model, inputs, target) -> an object
+        methods: names of `explain`'s methods and ablations, objects of `va.methods`, "random", "attribute_edges" (the
+            first-order effects, only for the test "intervention"), or callables (model, inputs, target) -> an object
             with `.image` (B, h, w), `.regions` (B, R) or `.text` (B, T) as an `Explanation` has, tensors or NumPy arrays. T is
             the largest number of words of a text of the batch, with zeros behind shorter texts, or the width of `input_ids`,
             with a number for each column, special tokens and padding included. A dict names them.
@@ -119,8 +123,7 @@ def evaluate(
         sanity_stages: randomised models of the cascade, the wholly randomised one included; 1000 at most.
         batch_size: rows of one forward pass over perturbed inputs.
         seed: of the random maps and weights.
-        options: further arguments of `explain` for named methods, as `read`, `start_layer` and `sinks`; `weighting` is for
-            weighted ones.
+        position, processor, patches: as in `explain`, for its methods.
 
     Returns:
         An `Evaluation`. A record leaves out samples without its part, or without ground truth, and counts them. Its note says if
@@ -134,6 +137,8 @@ def evaluate(
             attention that cannot be cut, a test that is named and leaves out every sample; and what `explain` raises.
     """
     chosen = {"accuracy": accuracy, "probability": probability, "words": words, "sanity_stages": sanity_stages}
+    told = {"position": position, "processor": processor, "patches": patches}
+    options = {name: value for name, value in told.items() if value is not None}
     plan = Plan.check(model, methods, tests, steps, **chosen, batch_size=batch_size, seed=seed, options=options)
     check_items("dataset", dataset, "(inputs, target, boxes) for each sample or batch")
     judge = Judge(plan.model, find_family(plan.model), accuracy, probability, batch_size)

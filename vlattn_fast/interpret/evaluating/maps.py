@@ -17,7 +17,7 @@ from vlattn_fast.interpret.evaluating.box_scores import Truth, check_truth
 from vlattn_fast.interpret.evaluating.curves import PARTS
 from vlattn_fast.interpret.evaluating.model_answers import Judge, Question
 from vlattn_fast.interpret.evaluating.perturbation import Sample, split
-from vlattn_fast.interpret.evaluating.plan import EDGES, RANDOM, Plan, Rival, takes_weighting, with_weighting
+from vlattn_fast.interpret.evaluating.plan import EDGES, RANDOM, Plan, Rival
 from vlattn_fast.interpret.explaining.explain import explain
 from vlattn_fast.interpret.relevancy.method import Method
 from vlattn_fast.interpret.result.explanation import Explanation
@@ -70,13 +70,7 @@ def run_method(model: nn.Module, question: Question, name: str, method: str | Me
         return None
     if method == EDGES:  # it has no map
         return SimpleNamespace(image=None, text=None)
-    if isinstance(method, Method):
-        arguments = {option: value for option, value in options.items() if option != "weighting"}
-        return explain(model, question.inputs, target=question.target, method=method, **arguments)
-    of_explain, weighting = with_weighting(method)
-    arguments = {option: value for option, value in options.items() if option != "weighting" or takes_weighting(method)}
-    arguments |= {"weighting": weighting} if weighting else {}
-    return explain(model, question.inputs, target=question.target, method=of_explain, **arguments)
+    return explain(model, question.inputs, target=question.target, method=method, **options)
 
 
 def _of_tensors(name: str, result: Any) -> Any:

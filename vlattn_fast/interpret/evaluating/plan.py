@@ -14,7 +14,7 @@ from vlattn_fast.interpret.evaluating.box_scores import BOX_SCORES
 from vlattn_fast.interpret.evaluating.curves import CURVES, PARTS, TENTHS
 from vlattn_fast.interpret.evaluating.perturbation import Words
 from vlattn_fast.interpret.relevancy.method import Method
-from vlattn_fast.interpret.relevancy.methods.registry import ABLATIONS, METHODS, find_method
+from vlattn_fast.interpret.relevancy.methods.registry import ABLATIONS, METHODS
 
 PARTS_OF = {**{test: curve.parts for test, curve in CURVES.items()}, **dict.fromkeys(BOX_SCORES, ("image",)), "sanity": PARTS}
 INTERVENTION = "intervention"
@@ -26,7 +26,6 @@ EDGES = "attribute_edges"  # the first-order effects, beside maps, in the test "
 RANDOM = "random"
 _NO_METHODS = (RANDOM, EDGES)  # of `explain`
 _DEFAULT_TESTS = ("positive", "negative", "pointing")
-WEIGHTINGS = ("contribution", "norm", "equal")
 _READERS = {
     "steps": tuple(CURVES),
     **{
@@ -59,13 +58,6 @@ class Plan:
     def check(cls, model: nn.Module, methods: Any, tests: Any, steps: Any, **rest: Any) -> Plan:
         """The plan, with the errors of `evaluate`."""
         named, options = named_methods(methods), rest["options"]
-        if options.get("per") is not None:
-            raise ValueError(f"per must be None, since the tests need one map of an input; got {options['per']!r}")
-        if "weighting" in options:
-            weighted = [method for method in named.values() if isinstance(method, str) and takes_weighting(method)]
-            if not weighted or any(with_weighting(method)[1] for method in weighted):
-                got = f"{options['weighting']!r} for {weighted}"
-                raise ValueError(f"weighting needs a method 'weighted' without a weighting in its name; got {got}")
         tests = _DEFAULT_TESTS if tests is None else check_names("tests", tests, TESTS, "None or a sequence of names")
         measures = {name: rest[name] for name in ("accuracy", "probability")}
         for name, value in {"steps": steps, **measures}.items():
@@ -121,26 +113,10 @@ def named_methods(methods: Any) -> dict[str, str | Method | Rival]:
             continue
         if not isinstance(method, str):
             raise TypeError(f"methods must be names, objects of va.methods and callables; got {type(method).__name__}")
-        name, weighting = with_weighting(method)
-        known = [*METHODS, *ABLATIONS]
-        if method not in _NO_METHODS and (name not in known or (weighting and not find_method(name).takes_weighting)):
-            weighted = [name for name, kind in METHODS.items() if kind.takes_weighting]
-            known += [*(f"{name}:{part}" for name in weighted for part in WEIGHTINGS), *_NO_METHODS]
-            raise ValueError(f"methods must be callables or among {', '.join(known)}; got {method!r}")
+        known = [*METHODS, *ABLATIONS, *_NO_METHODS]
+        if method not in known:
+            raise ValueError(f"methods must be callables, objects of va.methods or among {', '.join(known)}; got {method!r}")
     return named
-
-
-def with_weighting(method: str) -> tuple[str, str]:
-    """`explain`'s method and its weighting, "" where the name says none: "weighted:norm:no_normalization" has both."""
-    if method in METHODS or method in ABLATIONS:  # "input_gradient:norm" has no weighting
-        return method, ""
-    name, *parts = method.split(":")
-    weighting = parts.pop(0) if parts and parts[0] in WEIGHTINGS else ""
-    return ":".join([name, *parts]), weighting
-
-
-def takes_weighting(method: str) -> bool:
-    return method not in _NO_METHODS and find_method(with_weighting(method)[0]).takes_weighting
 
 
 def _checked_steps(steps: Any, test: str) -> tuple[float, ...]:

@@ -225,7 +225,7 @@ def _follows_tokens(name: str, value: Any, shape: tuple[int, int], prefix: str) 
         if alike or (prefix and sizes is not None):
             raise ValueError(
                 f"inputs must not contain '{prefix}{name}' beside answer, since what the answer's tokens have there is unknown; "
-                f"got {sizes}. Put the answer into the inputs yourself and name its tokens by target= and read="
+                f"got {sizes}. Put the answer into the inputs yourself and name its tokens by target= and position="
             )
         return False
     if name == "cross_attention_mask":
@@ -341,7 +341,7 @@ def token_ids(answer: Any, tokenizer: Any, batch: int) -> list[list[int]]:
         raise TypeError(f"answer must be token ids (B, T), (T,), a text or one text a row; got {answer!r}")
     if _is_text(answer):
         if tokenizer is None:
-            raise ValueError("tokenizer must be given for an answer that is text; got None")
+            raise ValueError("processor must have a tokenizer for an answer that is text; got none")
         encode = getattr(tokenizer, "tokenizer", tokenizer)
         answer = [encoded("answer", part, encode) for part in answer]
     answer = [part.tolist() if hasattr(part, "tolist") else part for part in answer]  # NumPy's and torch's

@@ -19,12 +19,12 @@ _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "cls_token_id", "sep
 _BLUR = 1 / 20  # of the shorter side: the standard deviation
 
 
-def run_baseline(request: Request, prompt: Prompt, processor: Any) -> None:
+def run_baseline(request: Request, prompt: Prompt) -> None:
     """Give the method the embeddings of its baseline, by a run without gradients where that is an input."""
     method = request.method
     if not isinstance(method, BaselineMethod) or prompt.empty:
         return
-    changed = _changed(request, prompt, processor, method)
+    changed = _changed(request, prompt, method)
     if changed:
         method.records = True
         with torch.no_grad():
@@ -32,7 +32,7 @@ def run_baseline(request: Request, prompt: Prompt, processor: Any) -> None:
         method.records = False
 
 
-def _changed(request: Request, prompt: Prompt, processor: Any, method: BaselineMethod) -> dict[str, Tensor]:
+def _changed(request: Request, prompt: Prompt, method: BaselineMethod) -> dict[str, Tensor]:
     """The inputs that the baseline changes; none where it is of the embeddings."""
     inputs, baseline, option = prompt.arguments, method.baseline, method.option
     pictures = [name for name, value in inputs.items() if _is_picture(name, value)]
@@ -65,7 +65,7 @@ def _changed(request: Request, prompt: Prompt, processor: Any, method: BaselineM
         elif value in PICTURES:
             if not _is_picture(name, whole):
                 raise ValueError(f"{option} must be {value!r} of a picture only; got it for {name!r} {tuple(whole.shape)}")
-            changed[name] = picture(value, whole, processor, option)
+            changed[name] = picture(value, whole, request.processor, option)
         elif not _are_ids(whole):
             raise ValueError(f"{option} must be a token of ids (B, N) only; got {value!r} for {name!r} {tuple(whole.shape)}")
         else:

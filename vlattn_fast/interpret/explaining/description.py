@@ -32,7 +32,7 @@ def described(model: nn.Module) -> Iterator[str]:
             yield f"{'score':12}next token of {name}, an encoder-decoder whose towers a run finds, or answer="
             yield f"{'row':12}the decoder's position that predicts the token, and what it attends to"
         else:
-            yield f"{'refused':12}va.explain(model, inputs) without read=: {why_underived(model)}"
+            yield f"{'refused':12}va.explain(model, inputs) without position=: {why_underived(model)}"
         return
     yield f"{'record':12}{'derived from the model and its config' if listed_family(model) is None else 'listed by its class'}"
     for tower in record.towers:

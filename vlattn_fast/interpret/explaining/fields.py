@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from vlattn_fast.interpret.explaining.answer import Answer
-from vlattn_fast.interpret.explaining.patch_grid import PatchGrid
+from vlattn_fast.interpret.explaining.patches import patch_maps
 from vlattn_fast.interpret.records.connector_maps import Connector, joined
 from vlattn_fast.interpret.records.image_grids import Layout, image_tokens, photos_of, stacked
+from vlattn_fast.interpret.records.patch_grid import PatchGrid
 from vlattn_fast.interpret.records.tokens import Text, Tokens
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 
@@ -22,7 +23,7 @@ def parts(
     arguments: Mapping[str, Any],
     relevancy: Mapping[str, Tensor],
     answer: Answer | None,
-    patches: PatchGrid,
+    patches: PatchGrid | None,
     special: frozenset[int] | None,
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Fields of an Explanation from rows (B, N), or (B, T, N) with a row for each token of an answer; and the tower that each of
@@ -30,14 +31,14 @@ def parts(
     that the config names."""
     fields: dict[str, Any] = {} if answer is None else {"answer": answer.ids}
     owners: dict[str, str] = {}
-    name, of_patches = patches.maps(towers, arguments, relevancy)
+    name, of_patches = patch_maps(patches, towers, arguments, relevancy)
     fields |= of_patches
     if of_patches:
         fields["photos"], fields["crops"] = Tokens(arguments, towers[0].shape).photos(len(of_patches["image_rows"]))
     owners |= dict.fromkeys(of_patches, name)
     for tower, tokens in tokens_of(towers, arguments, special).items():
         row = relevancy[tower.name]
-        if not patches.asked and (maps := _each(row, tokens.maps)) is not None:
+        if patches is None and (maps := _each(row, tokens.maps)) is not None:
             fields["image"], fields["image_rows"] = maps
             fields["photos"], fields["crops"] = tokens.photos(len(fields["image_rows"]))
             owners["image"] = tower.name

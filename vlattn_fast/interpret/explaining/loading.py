@@ -150,7 +150,7 @@ def build_inputs(model: Any, processor: Any, picture: Any, texts: Sequence[str])
     if not takes_text:
         return dict(processor(images=picture, return_tensors="pt"))
     if (record := find_family(model)) is None:
-        raise ValueError(f"model must be of a known family; got {name}, which va.explain takes with read= and target=")
+        raise ValueError(f"model must be of a known family; got {name}, which va.explain takes with position= and target=")
     if name in _CHANGES_PROMPTS:
         raise ValueError(f"model must generate behind the prompt that its processor makes; got {name}, which va.explain takes")
     decoder = record.scoring.predicts

@@ -12,15 +12,28 @@ from torch.nn import functional
 from vlattn_fast.interpret.explaining.fields import parts, tokens_of
 from vlattn_fast.interpret.explaining.request import Prompt, Request
 from vlattn_fast.interpret.explaining.run import Run
-from vlattn_fast.interpret.relevancy.sinks import KEEP, REMOVE, Seen
+from vlattn_fast.interpret.relevancy.method import Method
+from vlattn_fast.interpret.relevancy.sinks import KEEP, REMOVE, REPORT, Seen
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
-from vlattn_fast.interpret.result.numbers.sinks import Sink
+from vlattn_fast.interpret.result.numbers.sinks import Sink, Sinks
 
 Place = tuple[int, int, int]
 
 
-def named_sinks(request: Request, prompt: Prompt, run: Run, image_rows: Sequence[int] | None) -> list[list[Sink]] | None:
-    """The sinks of each sample; None where nobody asked. `image_rows`: of the explanation, the sample of each map."""
+class FindsSinks(Method):
+    """Sees every attention call, and makes no relevancy of it."""
+
+    needs_score = False
+    reads_row = False
+    goes_beside = False
+    sinks = REPORT
+
+    def __init__(self) -> None:
+        super().__init__()
+
+
+def named_sinks(request: Request, prompt: Prompt, run: Run, image_rows: Sequence[int] | None = None) -> Sinks | None:
+    """The sinks of each sample; None where nobody asked. `image_rows`: the sample of each map of an explanation."""
     if request.method.sinks == KEEP:
         return None
     count = run.towers[0].batch or 0
@@ -30,12 +43,13 @@ def named_sinks(request: Request, prompt: Prompt, run: Run, image_rows: Sequence
         if source in run.towers:
             by_towers.setdefault((reader, source), []).append(seen)
     names = _Names(request, prompt, run)
+    image_rows = names.image_rows if image_rows is None else image_rows
     for (reader, source), calls in by_towers.items():
         shares, norms, sinks = (
             [_as_entered(source, getattr(seen, name), seen) for seen in calls] for name in ("shares", "norms", "sinks")
         )
         layers = [seen.layer for seen in calls]
-        rows = image_rows if image_rows is not None and len(image_rows) == source.batch else None
+        rows = image_rows if len(image_rows) == source.batch else None
         for row, index in torch.stack(sinks).any(0).nonzero().tolist():
             if row >= (source.batch or 0):  # of the row that stands for an empty batch
                 continue
@@ -47,7 +61,7 @@ def named_sinks(request: Request, prompt: Prompt, run: Run, image_rows: Sequence
             place, word = names.of(source, row, index)
             removed = request.method.sinks == REMOVE
             samples[sample].append(Sink(source.name, index, reader.name, where, of_shares, of_norms, place, word, removed))
-    return samples
+    return Sinks(samples)
 
 
 def _as_entered(tower: TowerTrace, values: Tensor, seen: Seen) -> Tensor:
@@ -70,6 +84,7 @@ class _Names:
         numbers = {tower.name: torch.arange(tower.size, dtype=torch.float64).expand(tower.shape) for tower in towers}
         special = request.special
         fields, owners = parts(towers, arguments, numbers, None, request.patches, special)
+        self.image_rows: Sequence[int] = fields.get("image_rows", ())  # the sample of each map
         self._owner, self._places = owners.get("image"), _places(fields)
         self._ids: dict[str, Tensor] = {}
         for tower, tokens in tokens_of(towers, arguments, special).items():

@@ -1,4 +1,4 @@
-"""The tokenizer that a caller passes: names of tokens, special tokens, and targets that are words."""
+"""The tokenizer in what a caller passes as processor: names of tokens, special tokens, and targets that are words."""
 
 from __future__ import annotations
 
@@ -9,21 +9,20 @@ from torch import nn
 from vlattn_fast.interpret.explaining.similarity import SIMILARITY, Similarity
 from vlattn_fast.interpret.records.record import Family
 
+_OF_IMAGES = ("image_processor", "image_mean", "preprocess")  # what a tokenizer does not have
 
-def tokenizer_of(tokenizer: Any, processor: Any) -> Any:
-    """The tokenizer among the arguments `tokenizer` and `processor`, each of which may hold one; None where neither does.
-    TypeError where `tokenizer` holds none."""
-    if tokenizer is not None:
-        inner = getattr(tokenizer, "tokenizer", tokenizer)
-        if not callable(inner):
-            raise TypeError(f"tokenizer must be a tokenizer or a processor of Hugging Face; got {type(tokenizer).__name__}")
-        return inner
+
+def tokenizer_of(processor: Any) -> Any:
+    """The tokenizer that a processor is, or has; None of an image processor, and of None. TypeError for anything else."""
     if processor is None:
         return None
     inner = getattr(processor, "tokenizer", processor)
-    if not callable(inner) and not hasattr(processor, "image_processor"):
-        raise TypeError(f"processor must be a processor of Hugging Face; got {type(processor).__name__}")
-    return inner if hasattr(inner, "convert_ids_to_tokens") else None  # an image processor has no words
+    if callable(inner) and (hasattr(inner, "convert_ids_to_tokens") or not any(hasattr(inner, name) for name in _OF_IMAGES)):
+        return inner
+    if not any(hasattr(processor, name) for name in _OF_IMAGES):
+        got = type(processor).__name__
+        raise TypeError(f"processor must be a tokenizer, a processor or an image processor of Hugging Face; got {got}")
+    return None
 
 
 def special_ids(tokenizer: Any) -> frozenset[int] | None:
@@ -32,12 +31,13 @@ def special_ids(tokenizer: Any) -> frozenset[int] | None:
     return None if ids is None else frozenset(ids)
 
 
-def token_target(target: Any, tokenizer: Any, model: nn.Module, record: Family, read: Any) -> Any:
+def token_target(target: Any, tokenizer: Any, model: nn.Module, record: Family, position: Any) -> Any:
     """`target` with its words, one or one a row, as indices: of tokens, or of classes by their names in the config. The word
-    "similarity" is a callable, of encoders whose embedding `read` says. ValueError for a word of several tokens, or no class."""
+    "similarity" is a callable, of encoders whose embedding `position` says. ValueError for a word of several tokens, or no
+    class."""
     scored = record.scoring
     if isinstance(target, str) and target == SIMILARITY and not (scored.predicts or scored.pairs or target in _classes(model)):
-        return Similarity(model, record, read)
+        return Similarity(model, record, position)
     if isinstance(target, (list, tuple)) and target and all(isinstance(word, str) for word in target):
         return [_index(word, tokenizer, model, record) for word in target]
     return _index(target, tokenizer, model, record) if isinstance(target, str) else target
@@ -55,7 +55,7 @@ def _index(word: str, tokenizer: Any, model: nn.Module, record: Family) -> int:
             raise ValueError(f"target must name one class; got {word!r}, the name of classes {which}. Pass the index")
         return classes[word][0]
     if tokenizer is None:
-        raise ValueError(f"tokenizer must be given for a target that is a word; got None beside {word!r}")
+        raise ValueError(f"processor must have a tokenizer for a target that is a word; got none beside {word!r}")
     ids = encoded("target", word, tokenizer)
     if not ids:
         raise ValueError(f"target must be one token; got {word!r}, which is none")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlattn_fast._ground.extras import with_progress
 from vlattn_fast.interpret.explaining.fields import parts, tokens_of
-from vlattn_fast.interpret.explaining.patch_grid import PatchGrid
+from vlattn_fast.interpret.explaining.patches import grid_of_pixels
 from vlattn_fast.interpret.explaining.question import Question, ask
 from vlattn_fast.interpret.explaining.request import Prompt, Request
 from vlattn_fast.interpret.explaining.run import Run, run_traced
@@ -67,7 +67,7 @@ def _windows(request: Request, prompt: Prompt, run: Run, question: Question, met
             masks[tower][sample, tokens.flatten()] = True
         windows[sample] += [(tower.name, window) for window in method.windows(tokens)]
     for tower, mask in masks.items():
-        method.fill(tower, mask.to(tower.device))
+        method.note_fills(tower, mask.to(tower.device))
     return windows
 
 
@@ -79,7 +79,7 @@ def _groups(request: Request, prompt: Prompt, run: Run, question: Question) -> l
         if tower.grid is None:
             plain.append(tower)
             continue
-        rows, columns = request.patches.grid_of_pixels(tower)
+        rows, columns = grid_of_pixels(request.patches, tower)
         (height, width), pixels = tower.grid, torch.arange(tower.size)
         blocks = pixels.view(rows, height // rows, columns, width // columns).transpose(1, 2).flatten(2)
         groups += [(tower, sample, blocks, True) for sample in range(tower.batch or 0)]
@@ -94,7 +94,7 @@ def _groups(request: Request, prompt: Prompt, run: Run, question: Question) -> l
         count += tower.size
     firsts = {tower: int(index[tower.name][0, 0]) for tower in plain}
     arguments = prompt.arguments if prompt.answer is None else prompt.answer.masked(prompt.arguments)
-    patches = request.patches if len(plain) == len(run.towers) else PatchGrid()
+    patches = request.patches if len(plain) == len(run.towers) else None
     fields, _ = parts(plain, arguments, index, question.answer, patches, request.special)
     real = {tower: tokens.real() for tower, tokens in tokens_of(plain, arguments, request.special).items()}
     seen: set[TowerTrace] = set()

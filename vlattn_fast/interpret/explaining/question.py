@@ -62,7 +62,7 @@ def ask(request: Request, prompt: Prompt, run: Run) -> Question:
             if tower.batch != len(question.scores):
                 raise ValueError(
                     f"model must call the attention of tower '{tower.name}' on whole inputs; got a batch of {tower.batch} for "
-                    f"{len(question.scores)} scores, as attention in windows or chunks has. Read other towers by read={{...}}"
+                    f"{len(question.scores)} scores, as attention in windows or chunks has. Read other towers by position={{...}}"
                 )
     return question
 
@@ -75,13 +75,13 @@ def _about_nothing(request: Request, prompt: Prompt, run: Run) -> Question:
 
 
 def _about_target(request: Request, prompt: Prompt, run: Run) -> Question:
-    first, read = run.read[0], request.read
+    first, position = run.read[0], request.position
     scores, target = choose_score(request, prompt, run.outputs, first.shape[0])
     if request.record.scoring.names_row and target is not None:
-        read = torch.eye(first.size)[target]
+        position = torch.eye(first.size)[target]
     if not request.method.reads_row:
         return Question(scores, [(scores, [])], target, {})
-    starts = starts_of(run, read, scores, prompt.arguments)
+    starts = starts_of(run, position, scores, prompt.arguments)
     # The queries of a pooling head are no tokens.
     of_tokens = ((tower, start) for tower, start in zip(run.read, starts, strict=True) if not tower.pooled)
     places = ((tower.name, _single_position(start)) for tower, start in of_tokens)
@@ -95,7 +95,7 @@ def _about_answer(request: Request, prompt: Prompt, run: Run, answer: Answer) ->
     scores = answer.scores(logits, prompt.arguments.get("logits_to_keep"), of)
     rows = run.read if request.method.reads_row else []
     likes = [torch.zeros(*tower.shape, dtype=tower.dtype, device=tower.device)[:, None] for tower in rows]
-    if request.each:
+    if request.per_token:
         count = scores.shape[1]
         parts = [range(first, min(first + request.method.rows, count)) for first in range(0, count, request.method.rows)]
         passes: list[Pass] = [
@@ -143,7 +143,7 @@ def check_scores(name: str, scores: Tensor, request: Request, run: Run) -> None:
     if bool(scores.isnan().any()):
         samples = scores.isnan().nonzero()[:, 0].tolist()
         raise UndefinedRelevancy(f"{name} must give scores that are numbers; got nan in rows {samples} of the batch")
-    edges = [edge for tower in run.carrying for edge in request.method.edges(tower, request.start_layer)]
+    edges = [edge for tower in run.carrying for edge in request.method.edges(tower)]
     if request.method.needs_score and torch.is_grad_enabled() and not _depends_on(scores, edges):
         raise ValueError(
             f"{name} must give scores that depend on the explained layers; got scores without a gradient there{_why(run)}"
@@ -180,7 +180,6 @@ def backward_pass(
         calls=run.trace.calls,
         starts=starts,
         scores=scores if request.method.needs_score else None,
-        start_layer=request.start_layer,
         arguments=arguments,
         **options,
     )
@@ -199,7 +198,7 @@ def check_relevancy(
     """UndefinedRelevancy where no row (B, T, N) holds more than the row that was read, and that tells of a wrong row. `brought`:
     what attention brought to it, where the method knows."""
     # A decoder's logits and its row are of one position: where that position sees itself alone, nothing else counts for it.
-    predicts = request.record.scoring.predicts and request.read is None and not callable(request.target)
+    predicts = request.record.scoring.predicts and request.position is None and not callable(request.target)
     if predicts or not request.method.holds_start:
         return
     starts = [torch.cat(of_tower, 1) for of_tower in zip(*(starts for _, starts in question.passes), strict=True)]
@@ -213,7 +212,7 @@ def check_relevancy(
         if bool((beside != 0).any()):
             return
     raise UndefinedRelevancy(
-        f"The score does not depend on the row that was read{_why(run) or '. Pass read= with the position it is computed from.'}"
+        f"The score does not depend on the row that was read{_why(run) or '. Pass position= with the token it is computed from.'}"
     )
 
 

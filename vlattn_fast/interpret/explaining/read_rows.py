@@ -8,20 +8,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vlattn_fast.interpret.explaining.request import Read
+from vlattn_fast.interpret.explaining.request import Position
 from vlattn_fast.interpret.explaining.run import Run
 from vlattn_fast.interpret.explaining.similarity import NAMED_ROWS
 from vlattn_fast.interpret.records.tokens import decoder_inputs
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 
 
-def starts_of(run: Run, read: Any, scores: Tensor | None, arguments: Mapping[str, Any], name: str = "target") -> list[Tensor]:
+def starts_of(run: Run, position: Any, scores: Tensor | None, arguments: Mapping[str, Any], name: str = "target") -> list[Tensor]:
     """The weights (B, 1, N) of the rows of each tower that is read. `name`: of the argument that gives the scores."""
     for tower in run.read:  # attention in windows is refused as such
         if scores is None or tower.batch == len(scores):
             tower.places.check()
-    if read is not None or scores is None or not any(tower.gradients.finds_row for tower in run.read):
-        return [_start(tower, read, arguments, bool(run.attended)) for tower in run.read]
+    if position is not None or scores is None or not any(tower.gradients.finds_row for tower in run.read):
+        return [_start(tower, position, arguments, bool(run.attended)) for tower in run.read]
     seen = {tower: _reading(tower, scores) for tower in run.read if tower.gradients.finds_row}
     pooled = {tower for tower in seen if tower.pooled and _depends(scores, tower.gradients.behind_pooling)}
     _check_last_layer(run, [reading for reading in seen.values() if reading is not None], bool(pooled), scores, name)
@@ -42,20 +42,20 @@ def starts_of(run: Run, read: Any, scores: Tensor | None, arguments: Mapping[str
     return starts
 
 
-def _start(tower: TowerTrace, read: Any, arguments: Mapping[str, Any], attends: bool) -> Tensor:
+def _start(tower: TowerTrace, position: Any, arguments: Mapping[str, Any], attends: bool) -> Tensor:
     """The weights (B, 1, N) of the rows that are read at the end of a tower, which may attend to others. Behind a pooling head N
     is its number of probes."""
     count = tower.size if tower.probes is None else tower.probes
     like = torch.zeros(tower.batch or 0, 1, count, dtype=tower.dtype, device=tower.device)
-    asked: Read | None = read[tower.name] if isinstance(read, Mapping) else read
+    asked: Position | None = position[tower.name] if isinstance(position, Mapping) else position
     if asked is not None and not tower.pooled and (ends := tower.places.ends()) is not None:
         return _start_at(tower, asked, ends, arguments, like)
     if asked is None:
         if tower.record is None or tower.record.row.by_gradient:
-            raise ValueError(f"read must say which row of tower '{tower.name}' is read; got None")
+            raise ValueError(f"position must say which row of tower '{tower.name}' is read; got None")
         return tower.record.row.weights(tower.tokens_in(arguments), like)
     if tower.pooled:
-        raise ValueError(f"read must not name a row of tower '{tower.name}', which its pooling head reads; got {asked!r}")
+        raise ValueError(f"position must not name a row of tower '{tower.name}', which its pooling head reads; got {asked!r}")
     if isinstance(asked, str):
         decodes = attends and tower.record is None
         return NAMED_ROWS[asked].weights(tower.tokens_in(decoder_inputs(arguments) if decodes else arguments), like)
@@ -67,19 +67,19 @@ def _weights_of(tower: TowerTrace, asked: Any, zeros: Tensor) -> Tensor:
     batch, count = zeros.shape
     if isinstance(asked, int):
         if not -count <= asked < count:
-            raise ValueError(f"read must be from {-count} to {count - 1} in tower '{tower.name}'; got {asked}")
+            raise ValueError(f"position must be from {-count} to {count - 1} in tower '{tower.name}'; got {asked}")
         weights = zeros.clone()
         weights[:, asked] = 1.0
         return weights
     weights = torch.as_tensor(asked, dtype=zeros.dtype, device=zeros.device)
     if tuple(weights.shape) not in ((count,), (batch, count), (1, count)):
-        raise ValueError(f"read must be weights of shape (N,) = ({count},) or (B, N); got {tuple(weights.shape)}")
+        raise ValueError(f"position must be weights of shape (N,) = ({count},) or (B, N); got {tuple(weights.shape)}")
     if not bool(weights.isfinite().all()):
-        raise ValueError(f"read must be finite weights; got {weights[~weights.isfinite()][0].item()}")
+        raise ValueError(f"position must be finite weights; got {weights[~weights.isfinite()][0].item()}")
     return zeros + weights
 
 
-def _start_at(tower: TowerTrace, asked: Read, ends: Tensor, arguments: Mapping[str, Any], like: Tensor) -> Tensor:
+def _start_at(tower: TowerTrace, asked: Position, ends: Tensor, arguments: Mapping[str, Any], like: Tensor) -> Tensor:
     """The weights (B, 1, N) of the rows that are read where tokens have other places (B', K) at the end of their tower than where
     they entered: a row is named as it is at the end. `ends` are the tokens there."""
     batch, count = ends.shape
@@ -96,7 +96,7 @@ def _start_at(tower: TowerTrace, asked: Read, ends: Tensor, arguments: Mapping[s
         weights = _weights_of(tower, asked, weights)
     if bool((weights[ends < 0] != 0).any()):
         raise ValueError(
-            f"read must name a token that entered tower '{tower.name}'; got {asked!r}, a token that came in between its layers"
+            f"position must name a token that entered tower '{tower.name}'; got {asked!r}, one that came in between its layers"
         )
     start = like.flatten().index_add(0, ends.clamp(min=0).flatten().to(like.device), weights.flatten().to(like))
     return start.view_as(like)
@@ -171,7 +171,8 @@ def _row_by_gradient(tower: TowerTrace, reading: Reading | None, arguments: Mapp
     if recorded is not None and _is_recorded(recorded[some], tokens[some], [g[some] for g in gradients]):
         return None
     raise ValueError(
-        f"read must say which row of tower '{tower.name}' is read; got None, and the score depends on {counts.tolist()} of its "
+        f"position must say which row of tower '{tower.name}' is read; got None, and the score depends on {counts.tolist()} of "
+        "its "
         f"{tower.size} tokens behind the last attention, and is no mean of them. Pass their weights"
     )
 

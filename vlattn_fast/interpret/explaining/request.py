@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from vlattn_fast._ground.checks import check_bool
 from vlattn_fast.attach.session import at_rest, check_has_gradients, unwrapped
-from vlattn_fast.backends.reference.relevancy_residual import Weighting
 from vlattn_fast.interpret.explaining.answer import (
     Answer,
     block_decoder,
@@ -23,23 +24,40 @@ from vlattn_fast.interpret.explaining.answer import (
     prepare_answer,
     start_tokens,
 )
+from vlattn_fast.interpret.explaining.former_names import check_names
 from vlattn_fast.interpret.explaining.inputs import Packs, check_inputs, is_empty, opened, packed, packing, prepare_inputs
-from vlattn_fast.interpret.explaining.naming import special_ids, token_target
-from vlattn_fast.interpret.explaining.patch_grid import PatchGrid
+from vlattn_fast.interpret.explaining.naming import special_ids, token_target, tokenizer_of
+from vlattn_fast.interpret.explaining.patches import check_patches
 from vlattn_fast.interpret.explaining.similarity import NAMED_ROWS, SIMILARITY
 from vlattn_fast.interpret.records.actions import Action
 from vlattn_fast.interpret.records.derived import classifies, generates, why_underived
+from vlattn_fast.interpret.records.patch_grid import PatchGrid
 from vlattn_fast.interpret.records.record import UNRECORDED, Family, Tower
-from vlattn_fast.interpret.records.registry import borrowed_family, find_family, listed_family, nearest_family
+from vlattn_fast.interpret.records.registry import find_family, listed_family, nearest_family
 from vlattn_fast.interpret.relevancy.layer_maps import LayerMaps, Selection
 from vlattn_fast.interpret.relevancy.method import Method
-from vlattn_fast.interpret.relevancy.methods.registry import find_method, method_of
+from vlattn_fast.interpret.relevancy.methods.attention import Attention
+from vlattn_fast.interpret.relevancy.methods.registry import method_of
 from vlattn_fast.interpret.relevancy.model_trace import Trace
-from vlattn_fast.interpret.relevancy.sinks import KEEP
 
 _OF_NO_SAMPLE = ("logits_to_keep", "cache_position")  # tensors without an entry for each sample
+P = ParamSpec("P")
+R = TypeVar("R")
 Target = None | int | str | Tensor | Sequence[int] | Sequence[str] | Action | Callable[..., Tensor]
-Read = str | int | Tensor | Sequence[float]
+Position = str | int | Tensor | Sequence[float]
+
+
+def renamed(function: Callable[P, R]) -> Callable[P, R]:
+    """`function`, which answers a former name of an argument by a TypeError with the new line."""
+    names = inspect.signature(function).parameters
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not kwargs.keys() <= names.keys():
+            check_names(function.__name__, {name: value for name, value in kwargs.items() if name not in names}, kwargs)
+        return function(*args, **kwargs)
+
+    return call
 
 
 @dataclass(frozen=True)
@@ -48,16 +66,24 @@ class Request:
 
     model: nn.Module  # without its wrappers
     record: Family  # the model's, or one without towers, where they are found
-    target: Target
-    method: Method  # of this call alone
-    start_layer: int
-    read: None | Read | Mapping[str, Read]
-    answer: Any  # None = a target is explained
-    each: bool
-    selection: Selection | None  # the maps of layers or heads; None = one row of all
-    tokenizer: Any  # names tokens and encodes words; None = nothing does
-    vision: Tower | None  # that relevancy is carried on into through the model's connector; None = it ends in the decoder
-    patches: PatchGrid  # where the tokens of towers without a record lie in the picture
+    method: Method  # of this call alone, with its options
+    target: Target = None
+    answer: Any = None  # None = a target is explained
+    per_token: bool = True
+    position: None | Position | Mapping[str, Position] = None
+    processor: Any = None
+    patches: PatchGrid | None = None  # where the tokens of towers without a record lie in the picture
+    vision: Tower | None = None  # that relevancy is carried on into through the model's connector; None = it ends in the decoder
+
+    @property
+    def selection(self) -> Selection | None:
+        """The maps of layers or heads that are asked for; None = one row of all."""
+        return self.method.selection if isinstance(self.method, LayerMaps) else None
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """What names tokens and encodes words; None = nothing does."""
+        return tokenizer_of(self.processor)
 
     @cached_property
     def special(self) -> frozenset[int] | None:
@@ -70,48 +96,36 @@ class Request:
         model: nn.Module,
         inputs: Mapping[str, Any],
         *,
-        target: Target,
         method: str | Method,
-        start_layer: int,
-        weighting: str | Weighting,
-        steps: int | None,
-        per: str | None,
-        layers: Sequence[int] | None,
-        heads: Sequence[int] | None,
-        read: None | Read | Mapping[str, Read],
-        answer: Any,
-        each: bool,
-        tokenizer: Any,
-        through_connector: bool,
-        patches: PatchGrid,
-        like: str | None = None,
-        sinks: str = KEEP,
+        target: Target = None,
+        answer: Any = None,
+        per_token: bool = True,
+        position: None | Position | Mapping[str, Position] = None,
+        processor: Any = None,
+        patches: PatchGrid | None = None,
     ) -> Request:
         """The request, with the errors of `explain`."""
         check_inputs(model, inputs)
-        check_read(read)
-        check_bool(each=each, through_connector=through_connector)
-        selection = Selection.check(per, layers, heads)
-        if selection is not None:
-            _check_one_pass(selection, through_connector, answer is not None and each)
-        chosen = _method_of_call(method, weighting, steps, selection)
-        chosen.take_sinks(sinks)
-        _check_start_layer(chosen, start_layer)
-        model = unwrapped(model)
+        check_position(position)
+        check_bool(per_token=per_token)
+        check_patches(patches)
+        chosen = method_of(method)
+        model, tokenizer = unwrapped(model), tokenizer_of(processor)
         check_has_gradients(model)
-        embedded_by = "mean" if read is None or isinstance(read, Mapping) else read
-        read = _row_to_read(read, chosen, target)
-        borrowed = None if like is None else borrowed_family(model, like)
+        embedded_by = "mean" if position is None or isinstance(position, Mapping) else position
+        position = _row_to_read(position, chosen, target)
         if answer is None:
-            record = _record_of_target(model, inputs, borrowed, read, chosen, each)
+            record = _record_of_target(model, inputs, position, chosen, per_token)
         else:
-            record = _record_of_answers(model, opened(inputs)[0], borrowed, target, read)
+            record = _record_of_answers(model, opened(inputs)[0], target, position)
         target = token_target(target, tokenizer, model, record, embedded_by)
-        _check_fits(chosen, record, model, start_layer)
-        if record.scoring.names_row and read is not None and not callable(target):
-            raise ValueError(f"read must be None where target is the object query that is read; got {read!r}")
-        vision = _vision_of(model, record, chosen, start_layer) if through_connector else None
-        return cls(model, record, target, chosen, start_layer, read, answer, each, selection, tokenizer, vision, patches)
+        chosen.check_record(record, type(model).__name__)
+        if record.bimodal:
+            chosen.check_between(record.towers)
+        if record.scoring.names_row and position is not None and not callable(target):
+            raise ValueError(f"position must be None where target is the object query that is read; got {position!r}")
+        vision = _vision_of(model, record) if chosen.through_connector else None
+        return cls(model, record, chosen, target, answer, per_token, position, processor, patches, vision)
 
 
 @dataclass(frozen=True)
@@ -169,51 +183,36 @@ def lay_out(request: Request, inputs: Mapping[str, Any]) -> Prompt:
 # --- what the call takes ---
 
 
-def _method_of_call(method: str | Method, weighting: str | Weighting, steps: int | None, selection: Selection | None) -> Method:
-    """The method, or its maps of layers or heads."""
-    if isinstance(method, str):
-        whole = find_method(method).of_arguments(weighting, steps)  # with the errors of its arguments
-    else:
-        whole = method_of(method)
-        if weighting != "contribution" or steps is not None:
-            raise ValueError(
-                f"weighting and steps must be options of the method where it is an object; got them beside {whole!r}"
-            )
-    return whole if selection is None else LayerMaps(whole, selection)
-
-
-def _row_to_read(read: Any, method: Method, target: Any) -> Any:
-    """`read` where the method reads a row, else None; a warning where it is then without any effect."""
+def _row_to_read(position: Any, method: Method, target: Any) -> Any:
+    """`position` where the method reads a row, else None; a warning where it is then without any effect."""
     if method.reads_row and not method.takes_logits:
-        return read
-    if read is not None and not (isinstance(target, str) and target == SIMILARITY):  # whose embedding it is
-        warnings.warn(f"read={read!r} has no effect on method {method.name!r}, which reads no row", stacklevel=3)
+        return position
+    if position is not None and not (isinstance(target, str) and target == SIMILARITY):  # whose embedding it is
+        warnings.warn(f"position={position!r} has no effect on method {method.name!r}, which reads no row", stacklevel=3)
     return None
 
 
-def _record_of_target(
-    model: nn.Module, inputs: Mapping[str, Any], borrowed: Family | None, read: Any, method: Method, each: bool
-) -> Family:
+def _record_of_target(model: nn.Module, inputs: Mapping[str, Any], position: Any, method: Method, per_token: bool) -> Family:
     """The record of a model whose `target` is explained; UNRECORDED where its towers are found."""
-    if not each:
-        raise ValueError("each=False needs answer=, over whose tokens it sums; got none")
-    known = borrowed or find_family(model)
+    if not per_token:
+        raise ValueError("per_token=False needs answer=, over whose tokens it sums; got none")
+    known = find_family(model)
     if known is None:
         decodes = generates(model) and (encoder_decoder(model) or block_decoder(model))
         known = decodes or own_decoder(model, opened(inputs)[0])
-    finds = isinstance(read, Mapping) and borrowed is None and listed_family(model) is None  # the caller names towers
-    if known is not None and not (finds and not _names_towers(known, read)):
+    finds = isinstance(position, Mapping) and listed_family(model) is None  # the caller names towers
+    if known is not None and not (finds and not _names_towers(known, position)):
         return known
-    if read is None and method.reads_row and not classifies(model):
+    if position is None and method.reads_row and not classifies(model):
         raise ValueError(_how_to_read(model, inputs))
     return UNRECORDED
 
 
-def _record_of_answers(model: nn.Module, inputs: Mapping[str, Any], borrowed: Family | None, target: Any, read: Any) -> Family:
+def _record_of_answers(model: nn.Module, inputs: Mapping[str, Any], target: Any, position: Any) -> Family:
     """The record of a model that predicts tokens."""
-    if target is not None or read is not None:
-        raise ValueError("answer must be given without target and read, which it takes the place of; got both")
-    known = borrowed or find_family(model) or encoder_decoder(model)
+    if target is not None or position is not None:
+        raise ValueError("answer must be given without target and position, which it takes the place of; got both")
+    known = find_family(model) or encoder_decoder(model)
     record = own_decoder(model, inputs, answers=True) if known is None else known
     if record is None or not record.scoring.predicts:
         name, of_caller = type(model).__name__, record is None and not hasattr(model, "can_generate")
@@ -237,50 +236,26 @@ def _own_ids(name: str, inputs: Mapping[str, Any]) -> str:
 # --- refusals ---
 
 
-def _check_start_layer(method: Method, start_layer: Any) -> None:
-    if not isinstance(start_layer, int) or isinstance(start_layer, bool):
-        raise TypeError(f"start_layer must be an int; got {type(start_layer).__name__}")
-    method.check_start_layer(start_layer)
-
-
-def _check_one_pass(selection: Selection, through_connector: bool, one_by_one: bool) -> None:
-    if through_connector or one_by_one:
-        needs = "through_connector=False" if through_connector else "each=False where an answer is explained"
-        raise ValueError(f"per needs {needs}, since its maps are those of one backward pass; got per={selection.per!r}")
-
-
-def _check_fits(method: Method, record: Family, model: nn.Module, start_layer: int) -> None:
-    """ValueError where the method cannot go through the towers of the record."""
-    method.check_record(record, type(model).__name__)
-    if record.bimodal:
-        method.check_between(start_layer, record.towers)
-
-
-def check_read(read: Any) -> None:
-    """TypeError or ValueError unless `read` is None, or one way to read a row, or a dict of them."""
-    if isinstance(read, Mapping) and not read:
-        raise ValueError("read must name at least one tower; got an empty mapping")
-    for value in read.values() if isinstance(read, Mapping) else [] if read is None else [read]:
+def check_position(position: Any) -> None:
+    """TypeError or ValueError unless `position` is None, or one way to read a row, or a dict of them."""
+    if isinstance(position, Mapping) and not position:
+        raise ValueError("position must name at least one tower; got an empty mapping")
+    for value in position.values() if isinstance(position, Mapping) else [] if position is None else [position]:
         if isinstance(value, str) and value not in NAMED_ROWS:
-            raise ValueError(f"read must be one of {', '.join(NAMED_ROWS)}, an index or weights; got {value!r}")
+            raise ValueError(f"position must be one of {', '.join(NAMED_ROWS)}, an index or weights; got {value!r}")
         if isinstance(value, bool) or not (isinstance(value, (str, int, Sequence)) or hasattr(value, "tolist")):
-            raise TypeError(f"read must be a name, an index or weights; got {type(value).__name__}")
+            raise TypeError(f"position must be a name, an index or weights; got {type(value).__name__}")
 
 
-def _names_towers(record: Family, read: Mapping[str, Any]) -> bool:
-    return not record.towers or set(read) <= {tower.name for tower in record.towers}
+def _names_towers(record: Family, position: Mapping[str, Any]) -> bool:
+    return not record.towers or set(position) <= {tower.name for tower in record.towers}
 
 
-def _vision_of(model: nn.Module, record: Family, method: Method, start_layer: int) -> Tower:
+def _vision_of(model: nn.Module, record: Family) -> Tower:
     """The vision tower behind a record's connector."""
     if record.vision is None:
         raise ValueError(
             f"through_connector=True needs a record of the model's connector, which {type(model).__name__} does not have"
-        )
-    if method.name != "gradient" or start_layer != 0:
-        raise ValueError(
-            "through_connector=True supports method='gradient' with start_layer=0 only; got "
-            f"method={method.name!r} with start_layer={start_layer}"
         )
     return record.vision
 
@@ -288,17 +263,16 @@ def _vision_of(model: nn.Module, record: Family, method: Method, start_layer: in
 def _how_to_read(model: nn.Module, inputs: Mapping[str, Any]) -> str:
     """The refusal of a model without a record: the towers that its forward pass shows, and the line that explains it. An error of
     this forward pass is raised as it is, since no argument of `explain` mends it."""
-    problem = f"model must be of a known family where read is None; got {type(model).__name__}"
-    method = find_method("attention")()
+    problem = f"model must be of a known family where position is None; got {type(model).__name__}"
     inputs, packs = opened(inputs)
     with torch.inference_mode(False), torch.no_grad(), at_rest(model), packing(model, packs):
-        with Trace(model, UNRECORDED, method) as trace:
+        with Trace(model, UNRECORDED, Attention()) as trace:
             model(**trace.prepare(prepare_inputs(model, inputs, UNRECORDED, None, packs=packs)[0]))
     trace.check()
     towers = [tower.described for tower in trace.towers if tower.calls.paths]
-    line = f'va.explain(model, inputs, read={{"{trace.towers[0].name}": "cls"}}, target=lambda outputs: ...)'
+    line = f'va.explain(model, inputs, position={{"{trace.towers[0].name}": "cls"}}, target=lambda outputs: ...)'
     return (
-        f"{problem}. Its towers are {', '.join(towers)}. Say which row is read and what the score is, as in {line}. "
+        f"{problem}. Its towers are {', '.join(towers)}. Say which token is explained and what the score is, as in {line}. "
         f"No record is derived: {why_underived(model)}{_like_the_nearest(model)}"
     )
 
@@ -308,4 +282,6 @@ def _like_the_nearest(model: nn.Module) -> str:
     nearest = nearest_family(model)
     if nearest in (None, type(model).__name__):
         return ""
-    return f". like={nearest!r} borrows the record of a class that has the same towers"
+    return (
+        f". va.register_adapter({type(model).__name__}, like={nearest!r}) borrows the entry of a class that has the same towers"
+    )

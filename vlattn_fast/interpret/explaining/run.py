@@ -49,7 +49,7 @@ def run_traced(request: Request, prompt: Prompt) -> Run:
     if behind is not None:
         _check_pictures(model.config, arguments)
         record = replace(record, towers=(*record.towers, behind))
-    request.method.finds_row, request.method.rows = request.read is None, _rows_at_once(request, prompt)
+    request.method.finds_row, request.method.rows = request.position is None, _rows_at_once(request, prompt)
     with request.method.freezing(model), _TRACES[request.method.needs](model, record, request.method) as trace:
         if callable(request.target) or rewrites_forward(model):
             find_rows(trace.towers)
@@ -66,7 +66,7 @@ def run_traced(request: Request, prompt: Prompt) -> Run:
 
 def _rows_at_once(request: Request, prompt: Prompt) -> int:
     """How many tokens of an answer a backward pass explains."""
-    several = request.method.takes_rows and request.each and prompt.answer is not None and bool(request.record.towers)
+    several = request.method.takes_rows and request.per_token and prompt.answer is not None and bool(request.record.towers)
     return max(1, min(_MOST_ROWS, prompt.answer.answer_positions.shape[1])) if several and prompt.answer is not None else 1
 
 
@@ -80,7 +80,7 @@ def read_run(
     run = Run(outputs, trace, read, vision, attended)
     request.method.ran(run.carrying, attended, trace.calls)
     for tower in run.carrying:
-        tower.check_start(request.start_layer)
+        tower.check_start(request.method.start_layer)
     return run
 
 
@@ -103,11 +103,11 @@ def _towers_of(
     towers = [tower for tower in trace.towers if tower is not vision]
     links = trace.links
     by_name = {tower.name: tower for tower in towers}
-    if isinstance(request.read, Mapping):
-        for name in request.read:
+    if isinstance(request.position, Mapping):
+        for name in request.position:
             if name not in by_name:
-                raise ValueError(f"read must name towers among {', '.join(x.described for x in towers)}; got {name!r}")
-        read = [by_name[name] for name in request.read]
+                raise ValueError(f"position must name towers among {', '.join(x.described for x in towers)}; got {name!r}")
+        read = [by_name[name] for name in request.position]
     else:
         recorded = [tower for tower in towers if tower.record is not None]  # towers without a record have no read-out row
         read = [t for t in recorded or towers if t.calls.paths and not any(source is t for _, source in links)]

@@ -21,12 +21,13 @@ class Similarity:
     """A target: the cosine of each row's embedding with that of the row beside it (0 and 1, 2 and 3, ...), which is a constant.
 
     Args:
-        read: the states of the last layer that are the embedding: a name of `NAMED_ROWS`, an index, or weights (N,) or (B, N).
+        position: the states of the last layer that are the embedding: a name of `NAMED_ROWS`, an index, or weights (N,) or (B,
+            N).
     """
 
     model: nn.Module
     record: Family
-    read: Any
+    position: Any
 
     def __call__(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
         states = getattr(outputs, "last_hidden_state", None)
@@ -44,12 +45,12 @@ class Similarity:
         """(B, 1, N)"""
         batch, count = states.shape[0], states.shape[1]
         like = states.new_zeros(batch, 1, count)
-        if isinstance(self.read, str):
+        if isinstance(self.position, str):
             towers, shape = self.record.towers, (batch, count)
             tokens = towers[0].tokens_in(self.model, inputs, shape) if towers else Text(inputs, shape)
-            return NAMED_ROWS[self.read].weights(tokens, like)
-        if isinstance(self.read, int):
-            if not -count <= self.read < count:
-                raise ValueError(f"read must be from {-count} to {count - 1}; got {self.read}")
-            return like.index_fill(2, torch.tensor([self.read % count], device=like.device), 1.0)
-        return like + torch.as_tensor(self.read, dtype=like.dtype, device=like.device).reshape(-1, 1, count)
+            return NAMED_ROWS[self.position].weights(tokens, like)
+        if isinstance(self.position, int):
+            if not -count <= self.position < count:
+                raise ValueError(f"position must be from {-count} to {count - 1}; got {self.position}")
+            return like.index_fill(2, torch.tensor([self.position % count], device=like.device), 1.0)
+        return like + torch.as_tensor(self.position, dtype=like.dtype, device=like.device).reshape(-1, 1, count)

@@ -35,8 +35,8 @@ def why_no_map(
     if tower is None:
         which = ", ".join(tower.name for tower in towers if tower.record is None) or ", ".join(t.name for t in towers)
         return (
-            f"nothing says which tokens of {which} are patches of the picture, and how these lie: explain with grid=(h, w) and "
-            "prefix="
+            f"nothing says which tokens of {which} are patches of the picture, and how these lie: explain with "
+            "patches=va.PatchGrid(rows, columns, prefix=0)"
         )
     parts = (type(part).__name__ for part in model.modules())
     queries = next((name for name in parts if any(word in name.lower() for word in _SUMMARIES)), None)

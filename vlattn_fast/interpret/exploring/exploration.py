@@ -21,7 +21,8 @@ from vlattn_fast.interpret.intervening.intervene import intervene
 from vlattn_fast.interpret.intervening.one import generated
 from vlattn_fast.interpret.intervening.plans import Plans
 from vlattn_fast.interpret.records.registry import find_family
-from vlattn_fast.interpret.relevancy.methods.registry import find_method
+from vlattn_fast.interpret.relevancy.method import Method
+from vlattn_fast.interpret.relevancy.methods.registry import method_of
 from vlattn_fast.interpret.result.explanation import Explanation
 
 _CLASSES = 3  # of a classifier's answer
@@ -38,19 +39,23 @@ class State(NamedTuple):
 
 class Exploration:
     """Models and an input; `question` has the arguments of `attribute_edges`, the others are those of `widget`. A pane is a model
-    and a method, whose names `panes` has by the pane's."""
+    and a method, which `panes` has by the pane's name."""
 
     def __init__(self, models: Any, inputs: Mapping[str, Any], groups: Any, methods: Any, count: int, question: dict[str, Any]):
         self.models = dict(models) if isinstance(models, Mapping) else {"model": models}
-        listed = [methods] if isinstance(methods, str) else list(methods)
+        listed = [method_of(method) for method in ([methods] if isinstance(methods, (str, Method)) else methods)]
+        labels = [method.label for method in listed]
         if not self.models or not all(isinstance(name, str) for name in self.models):
             raise TypeError(f"models must be a model, or a dict from names to models; got {describe(models)}")
-        if not listed or len(set(listed)) < len(listed) or any(find_method(name).needs != "attention" for name in listed):
+        if not listed or len(set(labels)) < len(labels) or any(method.needs != "attention" for method in listed):
             raise ValueError(f"methods must be such that see attention, at least one, each once; got {methods!r}")
         check_integer("generate", count, low=0)
         several = len(self.models) > 1, len(listed) > 1
-        pairs = [(model, method) for model in self.models for method in listed]
-        self.panes = {", ".join(pair) if all(several) else pair[not several[0]]: pair for pair in pairs}
+        self.panes: dict[str, tuple[str, Method]] = {}
+        for model in self.models:
+            for method in listed:
+                pair = model, method.label
+                self.panes[", ".join(pair) if all(several) else pair[not several[0]]] = model, method
         one = Asked.check(next(iter(self.models.values())), inputs, **question)
         if question["target"] is None and one.prompt.answer is None and one.prompt.pairs is None:
             with torch.no_grad():  # what one model chooses now is asked of all, also where they are edited
@@ -121,7 +126,7 @@ class Exploration:
             return []
         scoring = record.scoring
         if scoring.predicts and hasattr(model, "generation_config"):
-            decode = getattr(tokenizer_of(self.question["tokenizer"], self.question["processor"]), "decode", None)
+            decode = getattr(tokenizer_of(self.question["processor"]), "decode", None)
             named = decode if callable(decode) else lambda ids: f"tokens {' '.join(map(str, ids))}"
             answers = generated(model, self.inputs, self.count)
             return ["nothing"] * asked.batch if answers is None else [named(ids) for ids in answers]

@@ -8,27 +8,28 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from vlattn_fast._ground.extras import extra
+from vlattn_fast.interpret.explaining.request import renamed
 from vlattn_fast.interpret.exploring.exploration import Exploration
 from vlattn_fast.interpret.intervening.token_sets import TokenGroup
+from vlattn_fast.interpret.relevancy.method import Method
 
 if TYPE_CHECKING:
     from vlattn_fast.interpret.exploring.notebook import Explorer
 
 
+@renamed
 def widget(
     models: nn.Module | Mapping[str, nn.Module],
     inputs: Mapping[str, Any],
     groups: Mapping[str, TokenGroup] | Sequence[str],
     *,
     image: Any = None,
-    methods: str | Sequence[str] = "gradient",
+    methods: str | Method | Sequence[str | Method] = "gradient",
     target: Any = None,
     answer: Any = None,
     generate: int = 8,
     tower: str | tuple[str, str] | None = None,
-    tokenizer: Any = None,
     processor: Any = None,
-    like: str | None = None,
     labels: Sequence[Any] | None = None,
     crop: Any = None,
     cmap: str = "inferno",
@@ -45,7 +46,7 @@ def widget(
         inputs, groups, tower: as in `attribute_edges`.
         image, labels, crop, cmap: as in `Explanation.plot`.
         methods: the method of `explain`, or several side by side; each sees attention.
-        target, answer, tokenizer, like: as in `explain`. A target of None is the one that the first model gives without edits.
+        target, answer: as in `explain`. A target of None is the one that the first model gives without edits.
         generate: how many tokens a decoder answers with; 0 = none. A classifier names its likeliest classes.
         processor: as in `explain`; without `crop` also as in `Explanation.plot`.
 
@@ -56,7 +57,7 @@ def widget(
     """
     with extra("widget"):
         from vlattn_fast.interpret.exploring.notebook import Explorer
-    question = {"target": target, "answer": answer, "tokenizer": tokenizer, "processor": processor, "like": like, "tower": tower}
+    question = {"target": target, "answer": answer, "processor": processor, "tower": tower}
     exploration = Exploration(models, inputs, groups, methods, generate, question)
     with extra("viz"):
         return Explorer(exploration, image, labels, crop, None if image is None or crop is not None else processor, cmap)

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from vlattn_fast.attach.session import at_rest
 from vlattn_fast.interpret.explaining.inputs import packing
-from vlattn_fast.interpret.explaining.naming import tokenizer_of
-from vlattn_fast.interpret.explaining.patch_grid import PatchGrid
 from vlattn_fast.interpret.explaining.question import choose_score
 from vlattn_fast.interpret.explaining.request import Prompt, Request, lay_out
 from vlattn_fast.interpret.intervening.editing import EditedCalls
@@ -40,9 +38,7 @@ class Asked:
         *,
         target: Any,
         answer: Any,
-        tokenizer: Any,
         processor: Any,
-        like: str | None,
         tower: TowerName,
         of: str | None = None,
         notes: NotesCalls | None = None,
@@ -52,21 +48,11 @@ class Asked:
         request = Request.check(
             model,
             inputs,
-            target=target,
             method=InputGradient(freeze=(), of=of),
-            start_layer=0,
-            weighting="contribution",
-            steps=None,
-            per=None,
-            layers=None,
-            heads=None,
-            read=None,
+            target=target,
             answer=answer,
-            each=answer is None,
-            tokenizer=tokenizer_of(tokenizer, processor),
-            through_connector=False,
-            patches=PatchGrid.check(None, None),
-            like=like,
+            per_token=answer is None,
+            processor=processor,
         )
         with torch.inference_mode(False), at_rest(request.model):
             prompt = lay_out(request, inputs)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vlattn_fast._ground.checks import check_integer, check_items, describe
 from vlattn_fast._ground.extras import with_progress
 from vlattn_fast.attach.session import never_compiled
+from vlattn_fast.interpret.explaining.request import renamed
 from vlattn_fast.interpret.intervening.asking import Asked, check_scores, repeated_set
 from vlattn_fast.interpret.intervening.edges import Edge, EdgeTable, as_edge
 from vlattn_fast.interpret.intervening.edits import check_tower
@@ -23,6 +24,7 @@ Sets = dict[str, TokenSet]
 
 
 @never_compiled
+@renamed
 def attribute_edges(
     model: nn.Module,
     inputs: Mapping[str, Any],
@@ -32,9 +34,7 @@ def attribute_edges(
     answer: Any = None,
     of: str | None = None,
     tower: str | tuple[str, str] | None = None,
-    tokenizer: Any = None,
     processor: Any = None,
-    like: str | None = None,
 ) -> EdgeTable:
     """The first-order effect of every edge of attention on a score: of each head, layer and pair of groups, from one forward pass
     and one backward pass. No map is stored.
@@ -56,7 +56,7 @@ def attribute_edges(
             log-probability of an answer, the logit of a target.
         tower: whose edges: a name, or (queries', keys') for cross-attention, whose groups are those that each of the two has.
             None = the only one that has all groups.
-        tokenizer, processor, like: as in `explain`.
+        processor: as in `explain`.
 
     Returns:
         An `EdgeTable` of layers x heads x groups x groups rows, each with the mean over the samples. Layers without a softmax,
@@ -68,8 +68,7 @@ def attribute_edges(
     """
     named = _checked(groups)
     check_tower(tower)
-    question = {"target": target, "answer": answer, "of": of, "tower": tower}
-    question |= {"tokenizer": tokenizer, "processor": processor, "like": like}
+    question = {"target": target, "answer": answer, "of": of, "tower": tower, "processor": processor}
     with torch.inference_mode(False), torch.enable_grad():
         notes = KeepsCalls()
         asked = Asked.check(model, inputs, **question, notes=notes)
@@ -125,6 +124,7 @@ def _gradients(scores: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor | None,
 
 
 @never_compiled
+@renamed
 def intervene_each(
     model: nn.Module,
     inputs: Mapping[str, Any],
@@ -134,9 +134,7 @@ def intervene_each(
     target: Any = None,
     answer: Any = None,
     tower: str | tuple[str, str] | None = None,
-    tokenizer: Any = None,
     processor: Any = None,
-    like: str | None = None,
     batch_size: int = 8,
 ) -> EdgeTable:
     """The true effect of each edge: the score of the model as it is, minus its score with this edge alone cut (`Knockout`).
@@ -146,7 +144,7 @@ def intervene_each(
         edges: a table of `attribute_edges`, or a part of it, as `table.top(20)`: its groups and its score count, and the
             following arguments are left out. Or `Edge`s, or tuples (layer, head, from, to), where head None = all heads, and
             negative numbers count from the end.
-        groups, target, answer, tower, tokenizer, processor, like: as in `attribute_edges`. A target of None is the one that the
+        groups, target, answer, tower, processor: as in `attribute_edges`. A target of None is the one that the
             model as it is gives.
         batch_size: how many copies of the inputs, each with one edge cut, run at once; under a callable target one does.
 
@@ -158,7 +156,7 @@ def intervene_each(
             `attribute_edges` raises.
     """
     check_integer("batch_size", batch_size, low=1)
-    question = {"target": target, "answer": answer, "tokenizer": tokenizer, "processor": processor, "like": like, "tower": tower}
+    question = {"target": target, "answer": answer, "processor": processor, "tower": tower}
     if isinstance(edges, EdgeTable):
         if groups is not None or any(value is not None for value in question.values()):
             raise ValueError("edges of a table must be given alone, since it has its groups and its score; got further arguments")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vlattn_fast._ground.checks import check_integer, check_items, describe
 from vlattn_fast._ground.extras import extra, with_progress
 from vlattn_fast.attach.session import never_compiled
+from vlattn_fast.interpret.explaining.request import renamed
 from vlattn_fast.interpret.intervening.asking import Asked, check_scores, repeated_set
 from vlattn_fast.interpret.intervening.edits import Knockout, Numbers
 from vlattn_fast.interpret.intervening.plans import Pair, Plans, Term, heads_of
@@ -76,6 +77,7 @@ class FlowCurve:
 
 
 @never_compiled
+@renamed
 def information_flow(
     model: nn.Module,
     dataset: Iterable[tuple[Mapping[str, Any], Any]],
@@ -86,9 +88,7 @@ def information_flow(
     heads: Numbers = None,
     target: Any = None,
     tower: str | tuple[str, str] | None = None,
-    tokenizer: Any = None,
     processor: Any = None,
-    like: str | None = None,
     batch_size: int = 8,
 ) -> FlowCurve:
     """The drop of the answer's probability by layer, where the attention of some tokens to others is cut in a window of layers:
@@ -104,7 +104,7 @@ def information_flow(
             `attribute_edges`.
         target: of samples without an answer, as in `explain`: None = the token or class that the model as it is gives. A callable
             gives (B,) numbers that take the probability's place.
-        tokenizer, processor, like: as in `explain`.
+        processor: as in `explain`.
         batch_size: how many copies of the inputs, each with one window cut, run at once; under a callable target one does.
 
     Returns:
@@ -124,7 +124,7 @@ def information_flow(
         if not isinstance(item, (tuple, list)) or len(item) != 2:
             raise TypeError(f"dataset must give (inputs, answer) for each sample or batch; got {describe(item)}")
         of_target = {"target": None if item[1] is not None else target, "answer": item[1]}
-        asked = Asked.check(model, item[0], **of_target, tokenizer=tokenizer, processor=processor, like=like, tower=tower)
+        asked = Asked.check(model, item[0], **of_target, processor=processor, tower=tower)
         base, curve, numbers = _of_one(asked, cut, window, asked.at_once(batch_size))
         bases.append(base)
         curves.append(curve)

@@ -80,7 +80,7 @@ def intervene_one(
     if image is None and not texts:
         raise ValueError("image or --text must be given, or both, as the model takes them")
     inputs = on_device(build_inputs(model, processor, None if image is None else open_image(image), texts), model)
-    record, how = find_family(model), {"tokenizer": None, "processor": processor, "like": None, "tower": None}
+    record, how = find_family(model), {"processor": processor, "tower": None}
     with torch.no_grad():
         if record is not None and record.scoring.predicts:
             answer = generate(model, inputs, count)

@@ -27,8 +27,8 @@ _OF_TRACES = {"coreference": "phrases", "relation": "relations"}
 class Gathered:
     """Numbers of the tests by sample; the arguments are those of `probe`."""
 
-    def __init__(self, tests: Sequence[str], special: bool, read: str, seed: int) -> None:
-        self.tests, self.special, self.read, self.seed = tests, special, read, seed
+    def __init__(self, tests: Sequence[str], special: bool, position: str, seed: int) -> None:
+        self.tests, self.special, self.position, self.seed = tests, special, position, seed
         self.count = 0  # inputs
         self._two_streams = False
         self._left_out: Counter[str] = Counter()  # samples by test; for "relation" and "coreference", unusable labels
@@ -131,7 +131,7 @@ class Gathered:
 
     def _text_states(self, seen: Seen) -> list[Array]:
         """The state (L, C) of each sample's text."""
-        if self.read == "cls":
+        if self.position == "cls":
             read = enumerate(seen.layout.row)
             return [np.stack([state[number, row].double().cpu().numpy() for state in seen.states]) for number, row in read]
         weight = seen.layout.words[:, : seen.states[0].shape[1]].double()  # with two streams, the states of the text

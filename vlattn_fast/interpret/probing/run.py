@@ -12,6 +12,7 @@ from vlattn_fast._ground.checks import check_bool, check_callable, check_choice,
 from vlattn_fast._ground.extras import extra, with_progress
 from vlattn_fast.attach.session import at_rest, never_compiled, unwrapped
 from vlattn_fast.attach.token_kinds import check_modality
+from vlattn_fast.interpret.explaining.request import renamed
 from vlattn_fast.interpret.probing.gathered import Gathered
 from vlattn_fast.interpret.probing.labels import read_item
 from vlattn_fast.interpret.probing.layout import Layouts, Parts
@@ -23,13 +24,14 @@ TESTS = ("modality", "cross_modal", "coreference", "relation", "fusion", "lingui
 
 
 @never_compiled
+@renamed
 def probe(
     model: nn.Module,
     dataset: Iterable[tuple[Mapping[str, Any], Any]],
     *,
     tests: Sequence[str] | None = None,
     special: bool = True,
-    read: str = "mean",
+    position: str = "mean",
     parts: Parts | None = None,
     modality: Mapping[str, str] | None = None,
     seed: int = 0,
@@ -71,7 +73,7 @@ def probe(
         tests: some of the names above. None = all; the record of an impossible test says why.
         special: whether tokens like [CLS] and [SEP] count as text, and an image's [CLS] as image. False = special tokens are a
             separate kind in "modality", and left out in "cross_modal" and "fusion".
-        read: "mean" = linguistic probes read the mean state of the words; "cls" = the state of the read row.
+        position: "mean" = linguistic probes read the mean state of the words; "cls" = the state of the read row.
         parts: a callable(inputs) -> (N) or (B, N), 0 = text, 1 = image, -1 = neither, for models without a record; spans of
             phrases then count positions of the sequence, and the read row is the first. Linguistic probes need the text first or
             last in the sequence.
@@ -86,7 +88,7 @@ def probe(
             test that is named is impossible.
     """
     names = TESTS if tests is None else check_names("tests", tests, TESTS, "None or a sequence of names")
-    check_choice("read", read, ("mean", "cls"))
+    check_choice("position", position, ("mean", "cls"))
     check_bool(special=special)
     check_integer("seed", seed, low=0, high=2**32 - 1)
     modality = check_modality(modality)
@@ -97,7 +99,7 @@ def probe(
     inner = unwrapped(model)
     layouts = Layouts(inner, find_family(inner), parts)
     watched = (Watched if layouts.pair is None else TwoStreams)(inner, layouts, modality, special)
-    gathered = Gathered(names, special, read, seed)
+    gathered = Gathered(names, special, position, seed)
     with torch.no_grad(), at_rest(inner):
         for item in with_progress(dataset, "probing"):
             gathered.add(watched, *read_item(item, layouts.record))
@@ -108,5 +110,5 @@ def probe(
         if tests is not None and record["value"] is None and record["kind"] is None and record["layer"] is None:
             test, note = record["test"], record["note"]
             raise ValueError(f"Test {test!r} is impossible with this model and data set: {note}. Leave it out of tests=")
-    facts = {"model": type(inner).__name__, "tests": list(names), "special": special, "read": read, "seed": seed}
+    facts = {"model": type(inner).__name__, "tests": list(names), "special": special, "position": position, "seed": seed}
     return ProbeReport(table, {**facts, "inputs": gathered.count})

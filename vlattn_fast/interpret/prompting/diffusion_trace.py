@@ -130,7 +130,8 @@ class TextAttention(Subscriber):
         if run.module is self.model:
             if self.maps == self._before:
                 shapes = ", ".join(f"{rows} x {columns}" for rows, columns in sorted(self._other_sizes)) or "none"
-                hint = "" if self._given_grid is not None else "; grid=(h, w) says how image tokens lie where the model does not"
+                way = "; patches=va.PatchGrid(rows, columns) says how image tokens lie where the model does not"
+                hint = "" if self._given_grid is not None else way
                 hint += "" if self.layers is None else "; layers= says which of them count"
                 raise ValueError(
                     f"model must attend from the tokens of one picture to encoder_hidden_states; got a forward pass of "

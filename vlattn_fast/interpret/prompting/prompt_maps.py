@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast._ground.checks import check_callable, check_choice
+from vlattn_fast._ground.checks import check_callable, check_choice, describe
 from vlattn_fast.attach.session import uncompiled, unwrapped
 from vlattn_fast.interpret.prompting.diffusion_trace import Grid, TextAttention
+from vlattn_fast.interpret.records.patch_grid import PatchGrid
 from vlattn_fast.interpret.result.explanation import Explanation
 from vlattn_fast.interpret.result.numbers.words import join_tokens
 
@@ -27,7 +28,7 @@ def prompt_maps(
     *,
     guidance: str | None = None,
     text_first: bool | None = None,
-    grid: Grid | None = None,
+    patches: PatchGrid | None = None,
     layers: Callable[[str], bool] | None = None,
 ) -> Iterator[PromptMaps]:
     """A context in which every forward pass of a diffusion model adds to heat maps of its prompt's words.
@@ -47,7 +48,7 @@ def prompt_maps(
             (Flux with a negative prompt, Qwen-Image). "none": no guidance, or the prompt of every row counts. None: as the
             pipeline says; enough for Stable Diffusion and without guidance.
         text_first: whether text tokens stand before image tokens in joint attention; None = as the model concatenates them.
-        grid: (h, w) of the image tokens, where the model gets neither latents (B, C, H, W) nor `img_ids`.
+        patches: `va.PatchGrid(rows, columns)` of the image tokens, if the model gets neither latents (B, C, H, W) nor `img_ids`.
         layers: a function of a module's path in the network that returns whether its attention counts; None = all. DAAM's code
             leaves out the middle block: `lambda path: "mid_block" not in path`.
 
@@ -70,8 +71,10 @@ def prompt_maps(
     if text_first is not None and not isinstance(text_first, bool):
         raise TypeError(f"text_first must be True, False or None; got {text_first!r}")
     check_callable(layers=layers)
-    grid = None if grid is None else _checked_size("grid", grid)
+    if patches is not None and (not isinstance(patches, PatchGrid) or patches.shape is None or patches.prefix):
+        raise TypeError(f"patches must be a va.PatchGrid(rows, columns) without prefix=; got {describe(patches)}")
     network = _network(model)
+    grid = None if patches is None else patches.shape
     seen = TextAttention(network, _guidance(model, guidance), text_first, grid, layers)
     with uncompiled(network), seen.observer():
         yield PromptMaps(seen)
@@ -131,7 +134,7 @@ class PromptMaps:
         self,
         word: str,
         prompt: str | Sequence[str],
-        tokenizer: Any,
+        processor: Any,
         *,
         first: int = 0,
         size: Grid | None = None,
@@ -141,15 +144,15 @@ class PromptMaps:
 
         Args:
             word: as in the prompt; case does not matter.
-            prompt, tokenizer, first: see `explanation`.
+            prompt, processor, first: see `explanation`.
             size, mode: see `token_maps`.
 
         Raises:
             ValueError: a prompt without the word.
         """
         maps = []
-        convert = getattr(tokenizer, "tokenizer", tokenizer).convert_ids_to_tokens
-        for number, (ids, columns) in enumerate(self._tokens(prompt, tokenizer, first)):
+        convert = getattr(processor, "tokenizer", processor).convert_ids_to_tokens
+        for number, (ids, columns) in enumerate(self._tokens(prompt, processor, first)):
             words = join_tokens([str(token) for token in convert(ids)])
             chosen = [columns[i] for part in words if part.text.lower() == word.lower() for i in part.tokens]
             if not chosen:
@@ -159,7 +162,7 @@ class PromptMaps:
         return torch.stack(maps)
 
     def explanation(
-        self, prompt: str | Sequence[str], tokenizer: Any, *, first: int = 0, size: Grid | None = None, mode: str = "bicubic"
+        self, prompt: str | Sequence[str], processor: Any, *, first: int = 0, size: Grid | None = None, mode: str = "bicubic"
     ) -> Explanation:
         """The maps of a prompt's words as an Explanation, for pictures (`plot`, `save_html`) and tables.
 
@@ -167,14 +170,14 @@ class PromptMaps:
 
         Args:
             prompt: the pipeline's prompt; one for all rows, or a list, each for an equal number of pictures.
-            tokenizer: the pipeline's tokenizer for the text encoder whose output the network attends to.
+            processor: the pipeline's tokenizer for the text encoder whose output the network attends to.
             first: the column of the prompt's first token. SD3's network gets 77 columns of CLIP, and T5's behind them.
             size, mode: see `token_maps`.
 
         Raises:
             ValueError: more tokens than the network has columns; not one prompt per picture.
         """
-        tokens = self._tokens(prompt, tokenizer, first)
+        tokens = self._tokens(prompt, processor, first)
         columns = sorted({column for _, row in tokens for column in row})
         maps = self.token_maps(columns, size=size, mode=mode)
         image = maps.new_zeros(len(tokens), max((len(ids) for ids, _ in tokens), default=0), *maps.shape[2:])
@@ -182,15 +185,15 @@ class PromptMaps:
             image[row, : len(ids)] = maps[row, [columns.index(place) for place in places]]
         said = [ids for ids, _ in tokens]
         relevancy = {"image": image.flatten(2)}
-        return Explanation(relevancy, image, token_ids=said, answer=said, method="prompt_maps").with_tokens(tokenizer)
+        return Explanation(relevancy, image, token_ids=said, answer=said, method="prompt_maps").with_tokens(processor)
 
-    def _tokens(self, prompt: str | Sequence[str], tokenizer: Any, first: int) -> list[tuple[list[int], list[int]]]:
+    def _tokens(self, prompt: str | Sequence[str], processor: Any, first: int) -> list[tuple[list[int], list[int]]]:
         """For each row, the ids of its prompt without special ones, and their columns."""
         shape = self.token_maps(()).shape[0], next(iter(self._seen.sums.values())).shape[2]
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts or not all(isinstance(each, str) for each in prompts) or shape[0] % len(prompts):
             raise ValueError(f"prompt must be a text, or one for each of {shape[0]} pictures or several of them; got {prompt!r}")
-        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+        tokenizer = getattr(processor, "tokenizer", processor)
         special, tokens = set(tokenizer.all_special_ids), []
         for text in prompts:
             ids = list(tokenizer(text)["input_ids"])

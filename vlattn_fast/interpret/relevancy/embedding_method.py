@@ -34,9 +34,7 @@ class BaselineMethod(Method):
     default_baseline: ClassVar[Baseline] = None
     kept: dict[TowerTrace, list[Embeddings]]  # several where an input is embedded several times
 
-    def __init__(
-        self, baseline: Baseline = None, *, steps: int | None = None, freeze: Sequence[str] | None = None, of: str | None = None
-    ) -> None:
+    def __init__(self, baseline: Baseline = None, *, freeze: Sequence[str] | None = None, of: str | None = None) -> None:
         """
         Args:
             baseline: what the input is compared with. None = embeddings of zero. In place of the pictures: "black" or "white", by
@@ -46,7 +44,6 @@ class BaselineMethod(Method):
                 (C, H, W) or more. In place of words: a token's id, or "pad". A tensor of other shapes broadcasts to the
                 embeddings (B, N, C). A dict names inputs, as {"pixel_values": "white", "input_ids": 0}; others stay. Entries of
                 tokens that are the baseline's, as words beside a black picture, are 0.
-            steps: of methods of several steps: their number.
             freeze: see `Method`.
             of: see `Method`.
 
@@ -64,26 +61,12 @@ class BaselineMethod(Method):
                     f"{self.option} must be a name, a token id, a tensor, or a dict from inputs to these; got {describe(value)}"
                 )
         self.baseline = baseline
-        super().__init__(steps=steps, freeze=freeze, of=of)
+        super().__init__(freeze=freeze, of=of)
 
     def begin(self) -> None:
         super().begin()
         self.records = False
         self.origins: list[Tensor] | None = None
-
-    @property
-    def options(self) -> dict[str, str]:
-        value = self.baseline
-        if value is self.default_baseline or (isinstance(value, (str, int)) and value == self.default_baseline):
-            return super().options
-        shown = str(value) if isinstance(value, (str, int)) else "tensor" if isinstance(value, Tensor) else "dict"
-        return {self.option: shown, **super().options}
-
-    def check_start_layer(self, start_layer: int) -> None:
-        if start_layer != 0:
-            raise ValueError(
-                f"start_layer must be 0 for method {self.name!r}, which goes back to the embeddings; got {start_layer}"
-            )
 
     # --- the forward pass ---
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlattn_fast._ground.tensors import expand_heads
 from vlattn_fast.interpret.relevancy.last_attention import attention_rows, rows_to_read
-from vlattn_fast.interpret.relevancy.method import BackwardPass, Method
+from vlattn_fast.interpret.relevancy.method import BackwardPass, Method, check_start_layer
 from vlattn_fast.interpret.relevancy.mixing_call import MixingCall
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import TracedCall
@@ -23,6 +23,18 @@ class KeptCalls(Method):
 
     kept: dict[TowerTrace, list[TracedCall]]
     pools: dict[TowerTrace, TracedCall]
+
+    def __init__(self, *, start_layer: int = 0, freeze: Sequence[str] | None = None, of: str | None = None) -> None:
+        """
+        Args:
+            start_layer: see `Gradient`.
+            freeze, of: see `Method`.
+
+        Raises:
+            TypeError, ValueError: an option is of no such kind.
+        """
+        self.start_layer = check_start_layer(start_layer)
+        super().__init__(freeze=freeze, of=of)
 
     def attend(self, tower: TowerTrace, call: TracedCall) -> Tensor:
         self._check(call)
@@ -43,11 +55,11 @@ class KeptCalls(Method):
     def _check(self, call: TracedCall) -> None:
         """ValueError where a call has a part of the maps alone."""
         if call.part:
-            raise ValueError(f"{self.asked} must be left out where {call.part}; got attention '{call.path}'")
+            raise ValueError(f"{self.asked} does not support models where {call.part}; got attention '{call.path}'")
 
     @property
     def asked(self) -> str:
-        """The argument of `explain` that asks for the method, as an error shows it."""
+        """What the caller asks for, as an error shows it."""
         return f"method={self.name!r}"
 
     def gradients(self, backward: BackwardPass, calls: Sequence[TracedCall]) -> list[Tensor | None]:
@@ -63,7 +75,7 @@ class KeptCalls(Method):
         raise NotImplementedError(f"method {self.name!r} defines neither `combine` nor `carry`")
 
     def carry(self, backward: BackwardPass) -> list[Tensor]:
-        blocks = [[[call] for call in self.from_layer(tower, backward.start_layer)] for tower in backward.towers]
+        blocks = [[[call] for call in self.from_layer(tower)] for tower in backward.towers]
         return [self.combine(rows)[:, None] for rows in self.rows_of_towers(backward, blocks)]
 
     def between(self, backward: BackwardPass) -> list[Tensor]:
@@ -121,9 +133,9 @@ class KeptCalls(Method):
             rows += torch.einsum("br,bhrm->bhm", start[:, 0].gather(1, index), maps)
         return call.of_tokens(call.rest_of_columns(rows))
 
-    def from_layer(self, tower: TowerTrace, start_layer: int) -> list[TracedCall]:
+    def from_layer(self, tower: TowerTrace) -> list[TracedCall]:
         """The calls of layer `start_layer` (-1 = the last) and later ones."""
-        first = tower.first_layer(start_layer)
+        first = tower.first_layer(self.start_layer)
         return [call for call in self.kept[tower] if call.layer >= first]
 
     def _in_places(self, tower: TowerTrace, call: TracedCall, start: Tensor, grad: Tensor | None) -> Tensor:

@@ -11,7 +11,6 @@ from torch.autograd.graph import GradientEdge
 
 from vlattn_fast._ground.groups import columns_of_groups
 from vlattn_fast.attach.session import in_layers, split_path
-from vlattn_fast.interpret.records.record import Tower
 from vlattn_fast.interpret.relevancy.method import BackwardPass, Method
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import TracedCall
@@ -31,9 +30,6 @@ class LastAttentionMethod(Method):
         = all."""
         raise NotImplementedError
 
-    def check_between(self, start_layer: int, records: Sequence[Tower | None]) -> None:
-        """It reads the last attention, wherever `explain` starts."""
-
     def attend(self, tower: TowerTrace, call: TracedCall) -> Tensor:
         output, (layers, index) = call.computed(), split_path(call.path)
         last = not in_layers(call.path) or index == len(tower.model.get_submodule(layers)._modules) - 1
@@ -52,7 +48,7 @@ class LastAttentionMethod(Method):
         tower.enters_gradient(output)
         return output
 
-    def edges(self, tower: TowerTrace, start_layer: int) -> list[GradientEdge]:
+    def edges(self, tower: TowerTrace) -> list[GradientEdge]:
         return tower.edges(-1)
 
     def carry(self, backward: BackwardPass) -> list[Tensor]:

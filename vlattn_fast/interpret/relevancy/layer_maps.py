@@ -18,28 +18,23 @@ from vlattn_fast.interpret.relevancy.traced_call import TracedCall
 
 @dataclass(frozen=True)
 class Selection:
-    """The arguments `per`, `layers` and `heads` of `explain`, checked."""
+    """The arguments `per`, `layers` and `heads` of `explain_layers`, checked."""
 
     per: str  # "layer" or "head"
     layers: tuple[int, ...] | None  # None = all
     heads: tuple[int, ...] | None
 
     @classmethod
-    def check(cls, per: Any, layers: Any, heads: Any) -> Selection | None:
-        """The selection; None where no map of a layer is asked for."""
+    def check(cls, per: Any, layers: Any, heads: Any) -> Selection:
+        check_choice("per", per, ("layer", "head"))
         for name, numbers in (("layers", layers), ("heads", heads)):
             if numbers is None:
                 continue
-            if per is None:
-                raise ValueError(f"{name} must come with per='layer' or per='head', whose maps they choose; got per=None")
             check_items(name, numbers, "numbers, where -1 is the last")
             for number in numbers:
                 check_integer(name, number)
             if len(set(numbers)) < len(numbers) or not numbers:
                 raise ValueError(f"{name} must be numbers that differ, at least one; got {list(numbers)}")
-        if per is None:
-            return None
-        check_choice("per", per, ("layer", "head"))
         return cls(per, None if layers is None else tuple(layers), None if heads is None else tuple(heads))
 
     def chosen(self, name: str, known: Sequence[int], tower: str) -> list[int]:
@@ -67,22 +62,23 @@ class LayerMaps(KeptCalls):
 
     def __init__(self, method: Method, selection: Selection) -> None:
         if not method.by_layer:
-            raise ValueError(
-                f"per must be None for method {method.name!r}, which has no map of each layer; got {selection.per!r}"
-            )
+            raise ValueError(f"method must have a map of each layer, as 'gradient' and 'attention' have; got {method.name!r}")
+        if method.start_layer or method.through_connector:
+            raise ValueError(f"method must go through all layers of one tower, of which layers= takes some; got {method.label!r}")
         super().__init__()
-        self.name, self.needs_score, self.selection = method.name, method.needs_score, selection
+        self.whole, self.selection = method, selection
+        self.name, self.needs_score = method.name, method.needs_score
         self.freeze, self.of = method.freeze, method.of
-        self.removes_sinks = method.removes_sinks
+        self.sinks = method.sinks
         self.links: dict[TowerTrace, list[Link]] = {}  # by the tower of the keys, where towers attend to one another
 
     @property
-    def asked(self) -> str:
-        return f"per={self.selection.per!r}"
+    def options(self) -> dict[str, Any]:
+        return self.whole.options
 
-    def check_start_layer(self, start_layer: int) -> None:
-        if start_layer != 0:
-            raise ValueError(f"start_layer must be 0 with per=, whose layers= says which; got {start_layer}")
+    @property
+    def asked(self) -> str:
+        return "explain_layers"
 
     # --- the backward pass ---
 

@@ -18,6 +18,7 @@ from vlattn_fast.attach.frozen import Frozen
 from vlattn_fast.attach.session import is_checkpointed, named
 from vlattn_fast.attach.transformers_interface import ADDITIVE_NAME, CONFIG_NAME, SDPA_NAME
 from vlattn_fast.interpret.relevancy.method import BackwardPass, CarriedMethod, Hook, Method
+from vlattn_fast.interpret.relevancy.sinks import KEEP
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import TracedCall, as_factor
 from vlattn_fast.interpret.relevancy.tracking.token_places import Places
@@ -39,13 +40,19 @@ class LiveCalls(Method):
                 "method must be one that carries a row through the layers, as 'gradient', 'weighted' and 'rollout' do; got "
                 f"{formula.name!r}"
             )
+        if formula.sinks != KEEP or formula.through_connector:
+            raise ValueError(f"method must be without sinks= and through_connector= in capture_relevancy; got {formula.label!r}")
         self.formula, self.higher_order, self.freeze = formula.of_call(), higher_order, formula.freeze
         self.formula.trains = True
         self.name, self.needs_score, self.holds_start = formula.name, formula.needs_score, formula.holds_start
-        self.adds_beside = formula.adds_beside
+        self.adds_beside, self.start_layer = formula.adds_beside, formula.start_layer
         self.pools: dict[TowerTrace, TracedCall] = {}
         if self.higher_order and not self.needs_score:
             raise ValueError(f"higher_order must be False for method {self.name!r}, which takes no gradient; got True")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return self.formula.options
 
     # --- the forward pass ---
 
@@ -138,7 +145,7 @@ class LiveCalls(Method):
 
     def carry(self, backward: BackwardPass) -> list[Tensor]:
         terms = [self.formula.terms(tower) for tower in backward.towers]
-        calls = [self._calls(tower, backward.start_layer) for tower in backward.towers]
+        calls = [self._calls(tower) for tower in backward.towers]
         pools = [self.pools.get(tower) for tower in backward.towers]
         tensors = [call.output for of_tower in calls for call in of_tower]
         tensors += [call.output for call in pools if call is not None]
@@ -177,12 +184,12 @@ class LiveCalls(Method):
         calls = [replace(call, attention=call.attention.kept(self.higher_order)) for call in backward.calls]
         return self.formula.between(replace(backward, calls=calls))
 
-    def check_between(self, start_layer: int, records: Sequence[Any]) -> None:
-        self.formula.check_between(start_layer, records)
+    def check_between(self, records: Sequence[Any]) -> None:
+        self.formula.check_between(records)
 
-    def _calls(self, tower: TowerTrace, start_layer: int) -> list[TracedCall]:
+    def _calls(self, tower: TowerTrace) -> list[TracedCall]:
         """The calls of layer `start_layer` and later ones."""
-        first = tower.first_layer(start_layer)
+        first = tower.first_layer(self.start_layer)
         return [call for call in self.kept[tower] if call.layer >= first]
 
     def _moved(self, row: Tensor, a: Any, b: Any, call: TracedCall, grad: Tensor | None, places: Places, term: Any) -> Tensor:

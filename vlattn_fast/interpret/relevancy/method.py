@@ -4,6 +4,7 @@ other file names it."""
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
@@ -12,12 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from vlattn_fast._ground.checks import check_choice, check_integer, check_names
+from vlattn_fast._ground.checks import check_choice, check_names
 from vlattn_fast.attach.frozen import Frozen
-from vlattn_fast.backends.reference.relevancy_residual import WEIGHTINGS, Weighting
 from vlattn_fast.interpret.records.record import Family, Tower
 from vlattn_fast.interpret.records.tokens import decoder_inputs
-from vlattn_fast.interpret.relevancy.sinks import KEEP, MODES, REMOVE, REPORT, Seen, judge
+from vlattn_fast.interpret.relevancy.sinks import CHOICES, KEEP, REMOVE, Seen, judge
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import Recursion, TracedCall
 
@@ -61,7 +61,6 @@ class BackwardPass:
     calls: Sequence[Link]  # in the order in which they ran, where towers may attend to one another; else none
     starts: Sequence[Tensor]  # (B, T, N), the weights of the rows that are read of `towers`; T is 1 where a score counts
     scores: Tensor | None  # (B,); None for methods without a gradient
-    start_layer: int
     arguments: Mapping[str, Any]  # of the model
     keep: bool  # keep the graph for a further pass
     differentiable: bool = False  # gradients have gradients themselves
@@ -112,10 +111,10 @@ class Method:
         reads_row: it explains by a row of a tower's relevancy matrix; without, by the score alone.
         takes_logits: it takes the logits of every position of a decoder.
         rank_filter: the maps of the image are filtered, see `result.numbers.interference`.
-        takes_weighting: it takes `explain`'s argument `weighting`.
         takes_rows: a backward pass carries several rows of a tower at once, where no score is differentiated.
         default_freeze: what the backward pass takes for constants, see `freeze`.
-        default_steps: on how many changed inputs it runs the model, its option `steps_option`; 0 = on the input itself, and once.
+        steps: on how many changed inputs it runs the model; 0 = on the input itself, and once.
+        unlabelled: options that change no number, which its label leaves out.
         completes: its rows add up to the score's gain over a baseline, as the number of steps grows.
         reads_score: it takes the score itself, of runs without gradients on changed inputs.
         by_layer: each layer's own map has a meaning: relu(A * dA) where it takes gradients, else A.
@@ -123,10 +122,9 @@ class Method:
         goes_beside: what mixes tokens beside attention counts, so that a rule must cover it.
         holds_start: a relevancy row begins as the weights of the row that is read, and the layers add to it. A row that equals
             these weights at the end means that the score does not depend on the row that is read: `explain` refuses it.
-        removes_sinks: its rows can leave out tokens that receive attention without content.
         trains: the model runs as it is, in train mode or not, and the calls keep their graph.
         kept: of each tower, what the method keeps for the backward pass.
-        sinks: `explain`'s argument.
+        start_layer, sinks, through_connector: options of some methods; here as they are for all others.
         seen: unless `sinks` is "keep", what each call says of its keys: the tower that attends, the tower of the keys, and that.
         remarks: what a reader of the result must know; `explain` warns of each once.
     """
@@ -137,10 +135,8 @@ class Method:
     reads_row: ClassVar[bool] = True
     takes_logits: ClassVar[bool] = False
     rank_filter: ClassVar[bool] = False
-    takes_weighting: ClassVar[bool] = False
     takes_rows: ClassVar[bool] = False
-    default_steps: ClassVar[int] = 0
-    steps_option: ClassVar[str] = "steps"
+    unlabelled: ClassVar[tuple[str, ...]] = ()
     completes: ClassVar[bool] = False
     reads_score: ClassVar[bool] = False
     default_freeze: ClassVar[tuple[str, ...]] = ()
@@ -148,67 +144,39 @@ class Method:
     goes_beside: ClassVar[bool] = True
     adds_beside: bool = False
     holds_start: bool = False
-    removes_sinks: bool = False
     trains: bool = False
+    start_layer: int = 0
+    sinks: str = KEEP
+    through_connector: bool = False
+    freeze: tuple[str, ...] = ()
+    of: str | None = None
 
-    def __init__(
-        self,
-        weighting: str | Weighting = "contribution",
-        steps: int | None = None,
-        *,
-        freeze: Sequence[str] | None = None,
-        of: str | None = None,
-    ) -> None:
+    def __init__(self, *, freeze: Sequence[str] | None = None, of: str | None = None) -> None:
         """
         Args:
-            weighting: see `explain`.
-            steps: see `explain`.
             freeze: constants of the backward pass: "norms", the denominators of LayerNorm, RMSNorm and GroupNorm, including those
-                that a module writes out; "attention", the attention weights. () = nothing; None = the method's default.
+                that a module writes out; "attention", the attention weights. () = nothing, the form that the papers published;
+                None = the method's default: both for "gradient", "weighted" and "input_gradient", norms for "gradcam".
             of: the number that is explained of a class, a token, or each token of an answer: its "logit", its "log_probability",
                 or its "margin", the logit less the log-sum-exp of all others. None = the method's default of an answer, and
                 the logit of a target.
 
         Raises:
-            TypeError, ValueError: an option is of no such kind, or none of this method's.
+            TypeError, ValueError: an option is of no such kind.
         """
-        self._check_arguments(weighting, steps)
-        for name, value in (("freeze", freeze), ("of", of)):
-            if value is not None and not (self.needs_score or (self.reads_score and name == "of")):
-                raise ValueError(f"{name} must be left out for a method without gradients; got {value!r} for {self.name!r}")
         if of is not None:
             check_choice("of", of, EXPLAINED)
         if freeze is not None and not (isinstance(freeze, Sequence) and len(freeze) == 0):
             freeze = check_names("freeze", freeze, FREEZABLE, "a sequence of names, or ()")
-        self.weighting, self.steps = weighting, self.default_steps if steps is None else steps
         self.freeze = self.default_freeze if freeze is None else tuple(freeze)
         self.of = of
         self.begin()
-
-    @classmethod
-    def of_arguments(cls, weighting: str | Weighting, steps: int | None) -> Self:
-        """The method with `explain`'s arguments of these names; ValueError for one that it does not take."""
-        cls._check_arguments(weighting, steps)
-        options = {"weighting": weighting} if cls.takes_weighting else {}
-        return cls(**options, **({} if steps is None else {cls.steps_option: steps}))  # type: ignore[arg-type]
-
-    @classmethod
-    def _check_arguments(cls, weighting: str | Weighting, steps: int | None) -> None:
-        if not callable(weighting) and not (isinstance(weighting, str) and weighting in WEIGHTINGS):
-            raise ValueError(f"weighting must be 'contribution', 'norm', 'equal' or a callable; got {weighting!r}")
-        if weighting != "contribution" and not cls.takes_weighting:
-            raise ValueError(f"weighting must be left out for a method without weights; got {weighting!r} for {cls.name!r}")
-        if steps is not None:
-            if not cls.default_steps:
-                raise ValueError(f"steps must be left out for a method that runs the model once; got {steps!r} for {cls.name!r}")
-            check_integer(cls.steps_option, steps, low=1)
 
     def begin(self) -> None:
         """The state of one call of `explain`, as it is before it."""
         self.rows = 1  # how many rows of a tower a backward pass carries
         self.finds_row = False  # the caller does not say which row is read
         self.kept: dict[TowerTrace, Any] = {}
-        self.sinks = KEEP
         self.seen: list[tuple[TowerTrace, TowerTrace, Seen]] = []
         self.frozen: Frozen | None = None  # what the backward pass of the run takes for constants
         self.remarks: list[str] = []
@@ -225,23 +193,31 @@ class Method:
         return copied
 
     @property
-    def options(self) -> dict[str, str]:
-        """The options that differ from the defaults, for people."""
-        options = {}
-        if self.freeze != self.default_freeze:
-            options["freeze"] = "+".join(self.freeze) or "()"
-        if self.of is not None:
-            options["of"] = self.of
-        if self.weighting != "contribution":
-            options["weighting"] = self.weighting if isinstance(self.weighting, str) else "callable"
-        if self.steps != self.default_steps:
-            options[self.steps_option] = str(self.steps)
-        return options
+    def steps(self) -> int:
+        return 0
+
+    @classmethod
+    def option_names(cls) -> list[str]:
+        """The options that the class takes; those that several classes have come first."""
+        return sorted(inspect.signature(cls).parameters, key=lambda name: name not in ("freeze", "of"))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options that differ from the defaults."""
+        defaults = {name: parameter.default for name, parameter in inspect.signature(type(self)).parameters.items()}
+        defaults["freeze"] = self.default_freeze  # None stands for it
+        values = {name: getattr(self, name) for name in self.option_names() if name not in self.unlabelled}
+        plain = (str, int, float, tuple, type(None))
+        return {
+            name: value
+            for name, value in values.items()
+            if not (value is defaults[name] or isinstance(value, plain) and value == defaults[name])
+        }
 
     @property
     def label(self) -> str:
         """The name, with the options that differ from the defaults: "weighted(freeze=norms, of=logit)"."""
-        inside = ", ".join(f"{name}={value}" for name, value in self.options.items())
+        inside = ", ".join(f"{name}={_shown(value)}" for name, value in self.options.items())
         return f"{self.name}({inside})" if inside else self.name
 
     def __repr__(self) -> str:
@@ -252,26 +228,11 @@ class Method:
     def check_record(self, record: Family, model: str) -> None:
         """ValueError where it cannot explain models of this record; `model` is the class's name."""
 
-    def check_start_layer(self, start_layer: int) -> None:
-        """ValueError where it has no such layer to start from."""
-
-    def take_sinks(self, sinks: str) -> None:
-        """Takes `explain`'s argument; ValueError where the method cannot do it."""
-        check_choice("sinks", sinks, MODES)
-        if sinks != KEEP and self.needs != "attention":
-            raise ValueError(f"sinks must be {KEEP!r} for method {self.name!r}, which sees no attention; got {sinks!r}")
-        if sinks == REMOVE and not self.removes_sinks:
-            raise ValueError(
-                f"sinks must be {KEEP!r} or {REPORT!r} for method {self.name!r}, which has no rule that leaves tokens out; got "
-                f"{sinks!r}"
-            )
-        self.sinks = sinks
-
-    def check_between(self, start_layer: int, records: Sequence[Tower | None]) -> None:
-        """ValueError where it cannot explain towers that attend to one another, or not from this layer. `records` are those of
-        the towers; None = a tower that is found."""
-        if start_layer != 0:
-            raise ValueError(f"start_layer must be 0 for towers that attend to one another; got {start_layer}")
+    def check_between(self, records: Sequence[Tower | None]) -> None:
+        """ValueError where it cannot explain towers that attend to one another, or not from its `start_layer`. `records` are
+        those of the towers; None = a tower that is found."""
+        if self.start_layer != 0:
+            raise ValueError(f"start_layer must be 0 for towers that attend to one another; got {self.start_layer}")
 
     # --- the forward pass ---
 
@@ -285,7 +246,7 @@ class Method:
         if self.sinks == KEEP or call.of_one_sequence:  # a recurrence has no softmax whose rest a token takes
             return call
         if call.part:
-            raise ValueError(f"sinks must be {KEEP!r} where {call.part}; got {self.sinks!r} and attention '{call.path}'")
+            raise ValueError(f"{self._of_sinks} where {call.part}; got attention '{call.path}'")
         queries = (call.query.shape[0], call.query.shape[2])
         real = tower.attended
         real = real if real is not None and tuple(real.shape) == queries and call.token_places is None else None
@@ -293,6 +254,10 @@ class Method:
         self.seen.append((tower, source, seen))
         removes = self.sinks == REMOVE and bool(seen.sinks.any())
         return replace(call, left_out=call.over_keys(seen.sinks, False)) if removes else call
+
+    @property
+    def _of_sinks(self) -> str:
+        return f"sinks must be {KEEP!r}" if self.sinks == REMOVE else "find_sinks does not support models"
 
     def at_step(self, step: float) -> None:
         """A run of this number comes next, of a method of several steps."""
@@ -313,8 +278,7 @@ class Method:
     def attended_jointly(self, tower: TowerTrace, call: TracedCall) -> Tensor:
         """The output of a call from the tokens of `tower` to those of several towers."""
         if self.sinks != KEEP:
-            why = f"sinks must be {KEEP!r} where a call attends to tokens of several towers"
-            raise ValueError(f"{why}; got {self.sinks!r} and attention '{call.path}'")
+            raise ValueError(f"{self._of_sinks} where a call attends to tokens of several towers; got attention '{call.path}'")
         return self.cross(tower, call)
 
     def attend(self, tower: TowerTrace, call: TracedCall) -> Tensor:
@@ -357,9 +321,9 @@ class Method:
         """How many rows a backward pass gives for a tower."""
         return 1
 
-    def edges(self, tower: TowerTrace, start_layer: int) -> list[GradientEdge]:
+    def edges(self, tower: TowerTrace) -> list[GradientEdge]:
         """Where gradients enter the explained layers: a score must depend on one of them."""
-        return tower.edges(start_layer)
+        return tower.edges(self.start_layer)
 
     def carry(self, backward: BackwardPass) -> list[Tensor]:
         """The rows (B, T, N) of towers that do not attend to one another, for their starts (B, T, N)."""
@@ -386,9 +350,35 @@ class Method:
                     f"model must keep the order and the number of its tokens where towers attend to one another; got tower "
                     f"'{tower.name}', whose layers have them otherwise. Call va.relevancy_step there"
                 )
-        self.check_between(backward.start_layer, [tower.record for tower in [*backward.towers, *backward.attended]])
+        self.check_between([tower.record for tower in [*backward.towers, *backward.attended]])
         with torch.set_grad_enabled(self.trains):
             return self.between(backward)
+
+
+def _shown(value: Any) -> str:
+    """The value of an option in a label."""
+    if isinstance(value, tuple):
+        return "+".join(value) or "()"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, (Tensor, Mapping)):
+        return "tensor" if isinstance(value, Tensor) else "dict"
+    return "callable" if callable(value) else str(value)
+
+
+def check_start_layer(start_layer: Any) -> int:
+    """The option of this name; TypeError unless it is an int."""
+    if not isinstance(start_layer, int) or isinstance(start_layer, bool):
+        raise TypeError(f"start_layer must be an int; got {type(start_layer).__name__}")
+    return start_layer
+
+
+def check_sinks(sinks: Any) -> str:
+    """The option of this name; ValueError unless it is "keep" or "remove"."""
+    if sinks == "report":
+        raise ValueError("sinks must be 'keep' or 'remove'; got 'report'. va.find_sinks(model, inputs) names these tokens")
+    check_choice("sinks", sinks, CHOICES)
+    return str(sinks)
 
 
 def _flat(tower: TowerTrace, start: Tensor) -> Tensor:
@@ -403,8 +393,21 @@ def _flat(tower: TowerTrace, start: Tensor) -> Tensor:
 class CarriedMethod(Method):
     """A method that carries one row through all layers (Chefer, Gur, Wolf, ICCV 2021, equations 5 and 6 for one row)."""
 
-    removes_sinks = True
     recursion: ClassVar[Recursion]  # what an attention call does to the row that is carried back
+
+    def __init__(
+        self, *, start_layer: int = 0, sinks: str = KEEP, freeze: Sequence[str] | None = None, of: str | None = None
+    ) -> None:
+        """
+        Args:
+            start_layer, sinks: see `Gradient`.
+            freeze, of: see `Method`.
+
+        Raises:
+            TypeError, ValueError: an option is of no such kind.
+        """
+        self.start_layer, self.sinks = check_start_layer(start_layer), check_sinks(sinks)
+        super().__init__(freeze=freeze, of=of)
 
     def attend(self, tower: TowerTrace, call: TracedCall) -> Tensor:
         tower.carriers.rows = self.rows
@@ -431,7 +434,7 @@ class CarriedMethod(Method):
         if backward.scores is not None:
             score = backward.scores.sum()
             outputs, carried = [score, *outputs], [torch.ones_like(score), *carried]
-        entering = [tower.carriers.entering_from(tower.first_layer(backward.start_layer)) for tower in backward.towers]
+        entering = [tower.carriers.entering_from(tower.first_layer(self.start_layer)) for tower in backward.towers]
         parts = [part for of_tower in entering for part in of_tower]
         grads = iter(torch.autograd.grad(outputs, parts, carried, retain_graph=backward.keep))
         rows = [torch.cat([next(grads) for _ in of_tower], 2) for of_tower in entering]

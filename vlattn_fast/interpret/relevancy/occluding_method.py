@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -21,16 +21,10 @@ class OccludingMethod(BaselineMethod):
     option = "fill"
     default_baseline = MEAN
     lenient = True
+    unlabelled = ("batch_size",)
 
     def __init__(
-        self,
-        window: int = 1,
-        stride: int = 1,
-        fill: Baseline = MEAN,
-        *,
-        batch_size: int = 16,
-        freeze: Sequence[str] | None = None,
-        of: str | None = None,
+        self, window: int = 1, stride: int = 1, fill: Baseline = MEAN, *, batch_size: int = 16, of: str | None = None
     ) -> None:
         """
         Args:
@@ -38,7 +32,6 @@ class OccludingMethod(BaselineMethod):
             stride: from the beginning of a window to that of the next; at most `window`.
             fill: what stands in the window: a baseline, see `InputGradient`. None = embeddings of zero.
             batch_size: how many windows of each input the model runs on at once; 1 if a batch cannot be made longer.
-            freeze: left out, since it takes no gradient.
             of: see `Method`.
 
         Raises:
@@ -49,7 +42,7 @@ class OccludingMethod(BaselineMethod):
         if stride > window:
             raise ValueError(f"stride must be at most window, so that every patch is taken away; got {stride} and {window}")
         self.window, self.stride, self.batch_size = window, stride, batch_size
-        super().__init__(fill, freeze=freeze, of=of)
+        super().__init__(fill, of=of)
 
     def begin(self) -> None:
         super().begin()
@@ -57,9 +50,8 @@ class OccludingMethod(BaselineMethod):
         self.masks: Mapping[str, Tensor] = {}  # bool (copies * B, N), by tower: what does
 
     @property
-    def options(self) -> dict[str, str]:
-        sizes = {"window": self.window, "stride": self.stride}
-        return {**{name: str(size) for name, size in sizes.items() if size != 1}, **super().options}
+    def fill(self) -> Baseline:
+        return self.baseline
 
     def windows(self, tokens: Tensor) -> list[Tensor]:
         """The tokens of each window, from those of each patch, (rows, columns, numbers). The last window ends at the edge."""
@@ -83,7 +75,7 @@ class OccludingMethod(BaselineMethod):
         fill = torch.cat([fill] * (len(values) // len(fill)))
         return torch.where(Embeddings(values, values, dim).over_features(mask.to(values.device)), fill.to(values), values)
 
-    def fill(self, tower: TowerTrace, patches: Tensor) -> None:
+    def note_fills(self, tower: TowerTrace, patches: Tensor) -> None:
         """Notes what may take the place of the embeddings of `tower`, which have just entered. `patches` (B, N): tokens that are
         patches of a picture."""
         for number, part in enumerate(self.kept[tower]):

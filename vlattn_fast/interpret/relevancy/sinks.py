@@ -27,8 +27,8 @@ from vlattn_fast._ground.tensors import compute_dtype
 from vlattn_fast.interpret.relevancy.traced_call import Recursion, TracedCall
 from vlattn_fast.interpret.relevancy.tracking.token_places import Moved
 
-KEEP, REPORT, REMOVE = "keep", "report", "remove"
-MODES = (KEEP, REPORT, REMOVE)
+CHOICES = KEEP, REMOVE = "keep", "remove"
+REPORT = "report"  # of `find_sinks`, whose maps nobody reads
 TIMES, NORM = 5.0, 0.8
 
 

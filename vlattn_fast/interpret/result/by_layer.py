@@ -1,4 +1,4 @@
-"""The result of `explain` with `per=`: the row of each layer's own map, or of each head's, and small multiples of them."""
+"""The result of `explain_layers`: the row of each layer's own map, or of each head's, and small multiples of them."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class LayerExplanation(Explanation):
             object.__setattr__(self, name, getattr(first, name))
 
     @property
-    def each(self) -> bool:
+    def per_token(self) -> bool:
         return False
 
     def __len__(self) -> int:

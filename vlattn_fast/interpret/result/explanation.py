@@ -68,7 +68,8 @@ class Explanation(Explained):
         gap: (B,), of "integrated_gradients": the sum of all entries less the score's gain over the baseline, which they miss with
             few steps. None for methods whose entries need not add up, and with `freeze`.
         target: text, class or token index of each score; None for a callable.
-        method, start_layer: the arguments of `explain`.
+        method: the name of the method of `explain`, with those of its options that differ from the defaults. `start_layer`: one
+            of these, 0 = all layers.
         position: tower -> (B,) int64, the token whose row is read. Towers without such a token (mean, pooling head) are missing.
         brought: tower -> (B, N), of towers where rows of several tokens are read, as a mean is: what attention brought, which is
             `relevancy` without what the residual connections keep of the rows' weights.
@@ -76,7 +77,7 @@ class Explanation(Explained):
             decoder.
         answer: the ids of the tokens of a decoder's explained answer, row by row, or of the prompt of `prompt_maps`, or None.
         token_names: the tokens of the first tower, where they are neither words nor patches, as a robot's state and its steps.
-        sinks: the tokens of each sample that receive attention without content, where `explain` was asked for them; else None.
+        sinks: the tokens of each sample that receive attention without content, where the method has `sinks="remove"`; else None.
         no_map: why there is no map, though the model was given a picture or a sound, as for BLIP-2 and Whisper; else None.
             Figures and pages say it, too.
         tower_images: tower -> maps like `image`, where several towers see the images. `image` is of the one nearest to the
@@ -89,8 +90,8 @@ class Explanation(Explained):
     With an answer of T tokens, the last `len(answer[b])` entries of `text[b]` and of `token_ids[b]` are the answer's, in order
     and special tokens included: the relevancy of earlier words of the answer for later ones. Two forms:
 
-    - `each` token by itself: `relevancy` holds (B, T, N), `scores` (B, T), `text` (B, T, L), `image` (images, T, h, w) or a tuple
-      of (T, h, w), `position` (B, T). Row t explains token t. Shorter answers end in zeros.
+    - `per_token`, each by itself: `relevancy` holds (B, T, N), `scores` (B, T), `text` (B, T, L), `image` (images, T, h, w) or a
+      tuple of (T, h, w), `position` (B, T). Row t explains token t. Shorter answers end in zeros.
     - all tokens at once: shapes as without an answer, but `position` (B, T) lists all read rows (shorter answers repeat one).
     """
 
@@ -102,11 +103,11 @@ class Explanation(Explained):
         """The explanations of the rows, one by one."""
         return (self[number] for number in range(len(self)))
 
-    def with_tokens(self, tokenizer: Any) -> Self:
+    def with_tokens(self, processor: Any) -> Self:
         """A copy with `tokens` named by `convert_ids_to_tokens` of a Hugging Face tokenizer or processor."""
         if self.token_ids is None:
             raise ValueError("This explanation has no text, so it has no tokens to name. Leave with_tokens out")
-        convert = getattr(tokenizer, "tokenizer", tokenizer).convert_ids_to_tokens
+        convert = getattr(processor, "tokenizer", processor).convert_ids_to_tokens
         return replace(self, words=[[str(word) for word in convert(row)] for row in self.token_ids])
 
     def with_photo(self, image: Any, *, crop: Any = None, processor: Any = None) -> Explanation:

@@ -134,7 +134,7 @@ def compare(
     counts = {name: len(one) for name, one in explanations.items()}
     if len(set(counts.values())) > 1:
         raise ValueError(f"explanations must have as many rows each; got {counts}. Choose some by explanation[i]")
-    words = {name: [len(row) for row in one.answer or []] if one.each else None for name, one in explanations.items()}
+    words = {name: [len(row) for row in one.answer or []] if one.per_token else None for name, one in explanations.items()}
     if any(of_rows != next(iter(words.values())) for of_rows in words.values()):
         raise ValueError(f"explanations must have as many words of an answer each; got {words}")
     if image is not None and not any(one.is_spatial for one in explanations.values()):

@@ -25,7 +25,7 @@ RESULTS = Path("benchmarks/results")
 TASKS = {"matching": "UNITER", "clip": "CLIP", "vqa": "CLIPMapper, answers", "captions": "CLIPMapper, captions"}
 METHODS = {  # by the names of the stored evaluations
     **{
-        published(name, weighting).label: what
+        published(name, weighting=weighting).label: what
         for name, weighting, what in (
             ("weighted", "contribution", "its weights from gradients"),
             ("weighted", "norm", "its weights from norms"),

@@ -61,7 +61,7 @@ class Study:
             maps, lines = [], []
             for scene in self.scenes:
                 asked = scene.scores[score]
-                options = {"read": asked.read, "target": asked.target}
+                options = {"position": asked.read, "target": asked.target}
                 maps.append({name: measures.explain(model, scene.inputs, method, **options) for name, method in methods.items()})
                 lines.append(pictures.photo_line(scene, maps[-1], 0 if isinstance(asked.read, str) else measures.BOX))
             pictures.save(pictures.tiles(lines, side=1.1), f"experiments/real-{page.slug(score)}.jpg")

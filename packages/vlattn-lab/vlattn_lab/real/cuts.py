@@ -115,8 +115,8 @@ def head_rows(model: nn.Module, head: SaliencyHead, scenes: Sequence[Scene]) -> 
     """
     inputs = together(scenes)
     whole = run_of(model, head, inputs)
-    options: Row = {"target": similarity(whole.token), "method": va.methods.Gradient(freeze=()), "per": "head"}
-    relevancy = va.explain(model, inputs, **options).image.sum((-2, -1))  # (layers, heads, B)
+    options: Row = {"target": similarity(whole.token), "method": va.methods.Gradient(freeze=())}
+    relevancy = va.explain_layers(model, inputs, per="head", **options).image.sum((-2, -1))  # (layers, heads, B)
     layers, heads, batch = relevancy.shape
     changes = torch.zeros(len(CHANGES), layers, heads, batch)
     for layer, number in itertools.product(range(layers), range(heads)):

@@ -90,13 +90,13 @@ def methods() -> Methods:
     return {method.label: method for method in made}
 
 
-def explain(model: nn.Module, inputs: Any, method: str | va.methods.Method, read: str | Tensor, **options: Any) -> Any:
-    """`va.explain`, with `read` where the method reads a row, and with SCALED steps of integrated gradients."""
+def explain(model: nn.Module, inputs: Any, method: str | va.methods.Method, position: str | Tensor, **options: Any) -> Any:
+    """`va.explain`, with `position` where the method reads a row, and with SCALED steps of integrated gradients."""
     made = method_of(method)
     if made.reads_row:
-        options["read"] = read
-    if made.completes:
-        made.steps = SCALED
+        options["position"] = position
+    if isinstance(made, va.methods.IntegratedGradients):
+        made.n_steps = SCALED
     return va.explain(model, inputs, method=made, **options)
 
 
@@ -149,5 +149,5 @@ def word_rows(model: nn.Module, tokenizer: Any, sentence: str, beside: str) -> I
     words = tokenizer.convert_ids_to_tokens(ids[1:-1].tolist())
     yield {**facts, "method": "left out", "words": words, "values": falls}
     for label, method in methods().items():
-        explanation = explain(model, inputs, method, "mean", target=target, tokenizer=tokenizer)
+        explanation = explain(model, inputs, method, "mean", target=target, processor=tokenizer)
         yield {**facts, "method": label, "words": words, "values": explanation.text[0].tolist()}

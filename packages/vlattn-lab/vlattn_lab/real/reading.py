@@ -215,7 +215,7 @@ def relevancy(reader: Reader, reading: Reading, symbol: str, rule: Rule) -> Tens
             (grad,) = torch.autograd.grad(of_logits(logits, reading.ids[place], str(rule.of)).sum(), images)
         return of_patches(grad * (images.detach() - (0 if rule.baseline is None else reading.blank)))
     method = rule.made(reading.blank)
-    options: Row = {"read": {"tower1": -1}, "grid": GRID} if method.needs == "attention" else {}
+    options: Row = {"position": {"tower1": -1}, "patches": va.PatchGrid(*GRID)} if method.needs == "attention" else {}
     inputs = {"images": reading.images, "characters": characters}
     explained = va.explain(NextCharacter(reader.model), inputs, target=reading.ids[place], method=method, **options)
     if "tower0" in explained.relevancy:

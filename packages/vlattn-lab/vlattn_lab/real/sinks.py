@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -12,11 +13,14 @@ import vlattn_fast as va
 from vlattn_lab.real.cuts import read_most
 from vlattn_lab.real.measures import FRACTIONS, Methods, Row, Scene, cosine, pooled
 
-METHODS: Methods = {
-    method.label: method
-    for method in (va.methods.Gradient(freeze=()), va.methods.Rollout(), va.methods.Attention(), va.methods.Weighted(freeze=()))
-}
 MODES = ("keep", "remove")
+_PUBLISHED = (
+    functools.partial(va.methods.Gradient, freeze=()),
+    va.methods.Rollout,
+    va.methods.Attention,
+    functools.partial(va.methods.Weighted, freeze=()),
+)
+METHODS: dict[str, Methods] = {kind().label: {mode: kind(sinks=mode) for mode in MODES} for kind in _PUBLISHED}
 TESTS = {"class token": ("deletion", "insertion", "pointing", "mass"), "saliency in a box": ("pointing", "mass")}
 SIZES = ("read", "values", "states", "largest")
 
@@ -45,9 +49,7 @@ def token_rows(model: nn.Module, scenes: Sequence[Scene]) -> Iterator[Row]:
     for scene in scenes:
         sizes = token_sizes(model, scene.inputs)
         patches = sizes["read"][:, 1:].argmax(1) + 1
-        asked = scene.scores["class token"]
-        explanation = va.explain(model, scene.inputs, target=asked.target, read=asked.read, method="rollout", sinks="report")
-        named = {(layer, sink.index) for sink in explanation.sinks[0] for layer in sink.layers}
+        named = {(layer, sink.index) for sink in va.find_sinks(model, scene.inputs)[0] for layer in sink.layers}
         for token, places in (("class token", torch.zeros_like(patches)), ("most read patch", patches)):
             of_layers = enumerate(places.tolist())
             yield {
@@ -67,28 +69,27 @@ def word_rows(model: nn.Module, tokenizer: Any, sentence: str, beside: str) -> I
     def target(outputs: Any) -> Tensor:
         return cosine(pooled(outputs.last_hidden_state, inputs["attention_mask"]), fixed)
 
-    options: dict[str, Any] = {"target": target, "tokenizer": tokenizer, "read": "mean"}
-    for sink in va.explain(model, inputs, method="rollout", sinks="report", **options).sinks[0]:
+    for sink in va.find_sinks(model, inputs, processor=tokenizer)[0]:
         facts = {"token": sink.word, "layers": list(sink.layers)}
         by_layer = {
             name: [round(values[layer], 4) for layer in sorted(values)]
             for name, values in (("shares", sink.shares), ("norms", sink.norms))
         }
         yield {"task": "sentence sinks", "sentence": sentence, **facts, **by_layer}
-    for label, method in METHODS.items():
-        for mode in MODES:
-            values = va.explain(model, inputs, method=method, sinks=mode, **options).text[0].tolist()
-            yield {"task": "sink words", "sentence": sentence, "method": label, "sinks": mode, "values": values}
+    for label, by_mode in METHODS.items():
+        for mode, method in by_mode.items():
+            found = va.explain(model, inputs, target=target, method=method, position="mean", processor=tokenizer)
+            yield {"task": "sink words", "sentence": sentence, "method": label, "sinks": mode, "values": found.text[0].tolist()}
 
 
 def map_rows(model: nn.Module, scene: Scene, score: str) -> Iterator[Row]:
     """By method, the tests of maps with all tokens and without sinks."""
     asked = scene.scores[score]
 
-    def calls(method: va.methods.Method, mode: str) -> Callable[..., Any]:
-        return lambda model, inputs, target: va.explain(model, inputs, method=method, read=asked.read, target=target, sinks=mode)
+    def calls(method: va.methods.Method) -> Callable[..., Any]:
+        return lambda model, inputs, target: va.explain(model, inputs, method=method, position=asked.read, target=target)
 
-    named = {f"{label} {mode}": calls(method, mode) for label, method in METHODS.items() for mode in MODES}
+    named = {f"{label} {mode}": calls(method) for label, by_mode in METHODS.items() for mode, method in by_mode.items()}
     perturbed = {"steps": FRACTIONS, "batch_size": len(FRACTIONS)} if "deletion" in TESTS[score] else {}
     item = (scene.inputs, asked.target, [scene.mask])
     evaluation = va.evaluate(model, [item], methods=named, tests=TESTS[score], **perturbed)

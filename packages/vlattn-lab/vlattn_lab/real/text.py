@@ -36,7 +36,7 @@ The red patches are read most, the blue ones have the largest states. The other 
 
 SINKS = """## Attention without content
 
-`va.explain(..., sinks=...)` names tokens that receive much attention and have small values, see [the
+`va.find_sinks` names tokens that receive much attention and have small values, see [the
 experiment](sinks.md#which-tokens). Here it names the class token: on average in {layers:.1f} of {all} layers a photo, and patches
 {patches} times in all. The patch of layer 0 that is read most has large values, and is none of them. Columns are means over the
 photos. *Read* is the attention that patches give, times an even share; *values* and *state* are norms over the median of all
@@ -131,11 +131,12 @@ Sanity, where a good map is near 0, is none of these figures: on DINOv2-S `gradi
 ![Relevancy of 72 heads and the fall of the score without them](real-heads.png)
 
 `va.ScaleHeads` with a factor of 0 takes the heads away one by one, and the score of the class token is computed again. Beside it
-stands the head's relevancy (`per="head"`, `freeze=()`): the sum over the patches of its row of relu(A * dA). Spearman's rank
+stands the head's relevancy (`va.explain_layers(..., per="head")`, `freeze=()`): the sum over the patches of its row of
+relu(A * dA). Spearman's rank
 correlation of the two over 72 heads, means over the photos, is {heads:.2f}; over the heads of single photos it is {low:.2f} to
 {high:.2f}. Over the first six layers it is {early:.2f}, over the last six {late:.2f}. The relevancy is that of the class token's
-row alone: what a head does to the states of the patches is not in it. The relevancy of all heads takes one run of `va.explain`,
-the falls take 72 runs of the model.
+row alone: what a head does to the states of the patches is not in it. The relevancy of all heads takes one call of
+`va.explain_layers`, the falls take 72 runs of the model.
 
 The saliency depends on one head more than on all others. Without head {most[1]} of layer {most[0]} the pixels above ½ overlap
 with those of the whole model by {least:.2f}, the mean over the photos; without any other head by {other:.2f} or more. Spearman's
@@ -145,8 +146,8 @@ correlation over the heads of the mean change of the saliency is {saliency_fall:
 {outliers}{sinks}## Sentences
 
 The score is the cosine of two embeddings, each the mean state of its sentence's tokens; that of the second sentence is fixed.
-With `read="mean"` the mean row is read. *Fall without it* is how much the cosine falls when the word is left out of the sentence.
-Lines are shares of the sum of absolute values.
+With `position="mean"` the mean row is read. *Fall without it* is how much the cosine falls when the word is left out of the
+sentence. Lines are shares of the sum of absolute values.
 
 {words}
 

@@ -45,7 +45,7 @@ class Glimpse(KeptCalls):
         super()._check(call)
         check_softmax(self.name, call)
 
-    def check_between(self, start_layer: int, records: Sequence[Tower | None]) -> None:
+    def check_between(self, records: Sequence[Tower | None]) -> None:
         raise ValueError("method must be one with a rule for towers that attend to one another; got 'glimpse', which has none")
 
     def carry(self, backward: BackwardPass) -> list[Tensor]:
@@ -55,7 +55,7 @@ class Glimpse(KeptCalls):
                     f"method must be one whose layers have no weights where tokens move; got 'glimpse' and tower '{tower.name}', "
                     "whose layers have its tokens in another order or number. Pass another method="
                 )
-        calls = [self.from_layer(tower, backward.start_layer) for tower in backward.towers]
+        calls = [self.from_layer(tower) for tower in backward.towers]
         pools = [[self.pools[tower]] if tower.pooled else [] for tower in backward.towers]
         grads = iter(self.gradients(backward, [call for part in zip(calls, pools, strict=True) for call in (*part[0], *part[1])]))
         rows = []

@@ -16,11 +16,12 @@ from vlattn_fast.interpret.relevancy.traced_call import TracedCall
 
 
 class GradCam(LastAttentionMethod):
-    """The row of relu(mean_h w_h A_h) in the last layer, w_h = mean_ij dA_h; `start_layer` has no effect.
+    """The row of relu(mean_h w_h A_h) in the last layer, w_h = mean_ij dA_h.
 
     mean_ij dA_h = (sum_i dO_i).(sum_j v_j) / (N M) needs no map. It is no property of the function that the model computes: a
     constant c that is added to all values of a head, and taken away again by the bias behind it, leaves each output as it is, and
     shifts w_h by (sum_i dO_i).c / N. Where no entry of the mean is above 0, relu leaves a row of zeros, and `explain` warns.
+    Between towers it reads the last attention of t to itself and to i.
     """
 
     name = "gradcam"

@@ -11,18 +11,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from vlattn_fast._ground.checks import check_bool
 from vlattn_fast.interpret.relevancy.method import FREEZABLE, BackwardPass, CarriedMethod, Link
+from vlattn_fast.interpret.relevancy.sinks import KEEP
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import Recursion
 from vlattn_fast.interpret.relevancy.two_modalities import Equations, Relevancies, relevancies, rows_between
 
 
-class Gradient(CarriedMethod):
-    """r <- r + r Abar, Abar = mean_h relu(A * dA) (Chefer, Gur, Wolf, ICCV 2021, equations 5 and 6)."""
+class GradientMethod(CarriedMethod):
+    """r <- r + r Abar, and the equations between towers, with what a subclass changes in them."""
 
-    name = "gradient"
     default_freeze: ClassVar[tuple[str, ...]] = FREEZABLE
-    by_layer = True
     adds_beside = True
     holds_start = True
     recursion = Recursion("gradient")
@@ -32,6 +32,45 @@ class Gradient(CarriedMethod):
         calls = backward.reaching_calls()
         grads = backward.gradients([call.attention.output for call in calls])
         return rows_by_equations(backward, calls, grads, self.equations)
+
+
+class Gradient(GradientMethod):
+    """r <- r + r Abar, Abar = mean_h relu(A * dA) (Chefer, Gur, Wolf, ICCV 2021, equations 5 and 6)."""
+
+    name = "gradient"
+    by_layer = True
+
+    def __init__(
+        self,
+        *,
+        start_layer: int = 0,
+        through_connector: bool = False,
+        sinks: str = KEEP,
+        freeze: Sequence[str] | None = None,
+        of: str | None = None,
+    ) -> None:
+        """
+        Args:
+            start_layer: 0 = all layers, -1 = only the last, i = layers i and later. Layers are the model's blocks, numbered by
+                their index in its list of blocks; -1 is the last one that mixes tokens.
+            through_connector: only supports decoders that see images: carry the relevancy of the image tokens on into the vision
+                tower, as `relevancy["vision"]`. Each image token's is divided equally among its patches.
+            sinks: tokens that receive attention without content: "keep" = maps as the method makes them; "remove" = their share
+                is left out of each attention map, and `explanation.sinks` names them. In a layer, such a token receives at
+                least five times the median attention of the tokens, and the norm of its values is at most 0.8 times the
+                median. With s_j = 1 for these tokens, Abar_ij becomes Abar_ij (1 - s_j). If Abar is mean_h A, each row keeps its
+                sum: the rest of row i is multiplied by sum_k Abar_ik / sum_k Abar_ik (1 - s_k). Learned sinks, such as those of
+                gpt-oss, are not tokens and stay. `va.find_sinks` names these tokens without an explanation.
+            freeze, of: see `Method`.
+
+        Raises:
+            TypeError, ValueError: an option is of no such kind; `through_connector` with another `start_layer` than 0.
+        """
+        check_bool(through_connector=through_connector)
+        if through_connector and start_layer != 0:
+            raise ValueError(f"start_layer must be 0 with through_connector=True; got {start_layer!r}")
+        self.through_connector = through_connector
+        super().__init__(start_layer=start_layer, sinks=sinks, freeze=freeze, of=of)
 
 
 def rows_by_equations(
@@ -79,7 +118,7 @@ class _CrossAlone(Equations):
         return abar
 
 
-class WithoutAggregation(Gradient):
+class WithoutAggregation(GradientMethod):
     """r <- r Abar: a call's addition takes the place of the relevancy. Rows may be zero."""
 
     name = "gradient:no_aggregation"
@@ -89,7 +128,7 @@ class WithoutAggregation(Gradient):
     equations = _NotAdded()
 
 
-class _BetweenAlone(Gradient):
+class _BetweenAlone(GradientMethod):
     """An ablation that differs from "gradient" only where towers attend to one another."""
 
     name = ""

@@ -14,7 +14,11 @@ from vlattn_fast.interpret.relevancy.method import FREEZABLE
 
 
 class InputGradient(EmbeddingMethod):
-    """sum_c x_c g_c, with its sign: a token below zero lowers the score, to first order (Shrikumar et al. 2016)."""
+    """sum_c x_c g_c, with its sign: a token below zero lowers the score, to first order (Shrikumar et al. 2016).
+
+    Embeddings are what enters the first layer of a tower. Methods that read them take every model, with any attention or none; in
+    a model without an adapter each input is a tower with its name.
+    """
 
     name = "input_gradient"
     default_freeze: ClassVar[tuple[str, ...]] = FREEZABLE

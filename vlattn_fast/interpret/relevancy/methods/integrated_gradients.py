@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from vlattn_fast._ground.checks import check_integer
 from vlattn_fast.interpret.relevancy.embedding_method import Baseline, EmbeddingMethod
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 
@@ -20,16 +21,14 @@ class IntegratedGradients(EmbeddingMethod):
     """
 
     name = "integrated_gradients"
-    default_steps = 32
-    steps_option = "n_steps"
     completes = True
 
     def __init__(
-        self, n_steps: int | None = None, baseline: Baseline = None, *, freeze: Sequence[str] | None = None, of: str | None = None
+        self, n_steps: int = 32, baseline: Baseline = None, *, freeze: Sequence[str] | None = None, of: str | None = None
     ) -> None:
         """
         Args:
-            n_steps: how many embeddings between the baseline's and the input's the model runs on, one after the other; 32.
+            n_steps: how many embeddings between the baseline's and the input's the model runs on, one after the other.
             baseline: see `InputGradient`.
             freeze: see `Method`. With it, entries do not add up to the gain.
             of: see `Method`.
@@ -37,14 +36,20 @@ class IntegratedGradients(EmbeddingMethod):
         Raises:
             TypeError, ValueError: an option is of no such kind.
         """
-        super().__init__(baseline, steps=n_steps, freeze=freeze, of=of)
+        check_integer("n_steps", n_steps, low=1)
+        self.n_steps = n_steps
+        super().__init__(baseline, freeze=freeze, of=of)
+
+    @property
+    def steps(self) -> int:
+        return self.n_steps
 
     def begin(self) -> None:
         super().begin()
         self.alpha = 1.0
 
     def at_step(self, step: float) -> None:
-        self.alpha = step / self.steps
+        self.alpha = step / self.n_steps
 
     def entering(self, tower: TowerTrace, values: Tensor, origin: Tensor | None, dim: int | None) -> Tensor:
         if self.alpha == 1.0:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from textwrap import indent
 from typing import Any, TypeVar
 
-from vlattn_fast.backends.reference.relevancy_residual import Weighting
 from vlattn_fast.interpret.relevancy import methods
 from vlattn_fast.interpret.relevancy.method import Method
 
@@ -47,11 +46,19 @@ def method_of(method: str | Method) -> Method:
     return method.of_call() if isinstance(method, Method) else find_method(method)()
 
 
-def published(name: str, weighting: str | Weighting = "contribution") -> Method:
-    """A method by its name in its published form, which holds no norm and no attention weight fixed."""
+def with_options(name: str, **options: Any) -> Method:
+    """A method by its name, with options. ValueError for an option that its class does not have."""
     kind = find_method(name)
-    options: dict[str, Any] = {"weighting": weighting} if kind.takes_weighting else {}
-    return kind(**options, freeze=() if kind.needs_score else None)
+    known = kind.option_names()
+    if unknown := [option for option in options if option not in known]:
+        has = f"has {', '.join(known)}" if known else "has none"
+        raise ValueError(f"{unknown[0]} must be an option of method {name!r}, which {has}; got {options[unknown[0]]!r}")
+    return kind(**options)
+
+
+def published(name: str, **options: Any) -> Method:
+    """A method by its name in its published form, which holds no norm and no attention weight fixed."""
+    return with_options(name, **options, **({"freeze": ()} if "freeze" in find_method(name).option_names() else {}))
 
 
 def first_lines() -> dict[str, str]:

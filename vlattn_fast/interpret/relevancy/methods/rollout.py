@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast.interpret.relevancy.method import BackwardPass, CarriedMethod, Link
+from vlattn_fast.interpret.relevancy.sinks import KEEP
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import Recursion, as_factor
 from vlattn_fast.interpret.relevancy.two_modalities import last_between, rows_between
@@ -17,7 +18,9 @@ from vlattn_fast.interpret.relevancy.two_modalities import last_between, rows_be
 class Rollout(CarriedMethod):
     """r <- (r + r mean_h A) / 2 (Abnar and Zuidema 2020). It takes no gradient.
 
-    A + I is divided by its row sum, which is 2 wherever a row of A sums to one.
+    A + I is divided by its row sum, which is 2 wherever a row of A sums to one. Between towers R_ti is rollout(t)^T mean_h A_ti
+    rollout(i) with the last attention from t to i, of which a causal decoder has a part on later tokens: "rollout:one_hot" has
+    e_t^T in place of rollout(t)^T.
     """
 
     name = "rollout"
@@ -25,6 +28,16 @@ class Rollout(CarriedMethod):
     adds_beside = True
     takes_rows = True
     recursion = Recursion("attention", residual_weight=0.5, attention_weight=0.5)
+
+    def __init__(self, *, start_layer: int = 0, sinks: str = KEEP) -> None:
+        """
+        Args:
+            start_layer, sinks: see `Gradient`.
+
+        Raises:
+            TypeError, ValueError: an option is of no such kind.
+        """
+        super().__init__(start_layer=start_layer, sinks=sinks)
 
     def between(self, backward: BackwardPass) -> list[Tensor]:
         """As the code of Chefer et al. 2021 has it: rollout(tower)^T A rollout(source), with A = mean_h A of the last attention

@@ -22,12 +22,10 @@ class SmoothGrad(EmbeddingMethod):
     """
 
     name = "smoothgrad"
-    default_steps = 16
-    steps_option = "n_samples"
 
     def __init__(
         self,
-        n_samples: int | None = None,
+        n_samples: int = 16,
         noise: float = NOISE,
         baseline: Baseline = None,
         *,
@@ -37,7 +35,7 @@ class SmoothGrad(EmbeddingMethod):
     ) -> None:
         """
         Args:
-            n_samples: how many noisy embeddings the model runs on, one after the other; 16.
+            n_samples: how many noisy embeddings the model runs on, one after the other.
             noise: its standard deviation, relative to the range of a sample's embeddings (or pixels) in a tower: their largest
                 number less their smallest.
             baseline: see `InputGradient`.
@@ -47,10 +45,15 @@ class SmoothGrad(EmbeddingMethod):
         Raises:
             TypeError, ValueError: an option is of no such kind.
         """
+        check_integer("n_samples", n_samples, low=1)
         check_number("noise", noise, low=0.0)
         check_integer("seed", seed, low=0)
-        self.noise, self.seed = noise, seed
-        super().__init__(baseline, steps=n_samples, freeze=freeze, of=of)
+        self.n_samples, self.noise, self.seed = n_samples, noise, seed
+        super().__init__(baseline, freeze=freeze, of=of)
+
+    @property
+    def steps(self) -> int:
+        return self.n_samples
 
     def begin(self) -> None:
         super().begin()
@@ -59,11 +62,6 @@ class SmoothGrad(EmbeddingMethod):
 
     def at_step(self, step: float) -> None:
         self.noisy = True
-
-    @property
-    def options(self) -> dict[str, str]:
-        noise = {} if self.noise == NOISE else {"noise": f"{self.noise:g}"}
-        return {**noise, **({} if self.seed == 0 else {"seed": str(self.seed)}), **super().options}
 
     def entering(self, tower: TowerTrace, values: Tensor, origin: Tensor | None, dim: int | None) -> Tensor:
         if not self.noisy:

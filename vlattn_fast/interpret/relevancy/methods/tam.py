@@ -41,20 +41,19 @@ class Tam(Method):
                 f"method 'tam' must be of a decoder that predicts the next token, with the image in its own sequence; got {model}"
             )
 
-    def check_between(self, start_layer: int, records: Sequence[Tower | None]) -> None:
+    def check_between(self, records: Sequence[Tower | None]) -> None:
         raise ValueError("method must read towers that attend to one another; got 'tam', which reads one sequence alone")
 
-    def check_start_layer(self, start_layer: int) -> None:
-        if start_layer != 0:
-            raise ValueError(f"start_layer must be 0 for method 'tam', which reads the last states; got {start_layer}")
+    def __init__(self) -> None:
+        super().__init__()
 
     @torch.no_grad()
     def carry(self, backward: BackwardPass) -> list[Tensor]:
         (tower,), (start,), said = backward.towers, backward.starts, backward.said
         if said is None:
             raise ValueError(
-                "method 'tam' explains one token: pass target= as None, tokens or words, or answer= with each=True; got "
-                "a callable or each=False"
+                "method 'tam' explains one token: pass target= as None, tokens or words, or answer= with per_token=True; "
+                "got a callable or per_token=False"
             )
         logits, tokens = said.logits, tower.tokens_in(backward.arguments)
         if logits.ndim != 3 or tuple(logits.shape[:2]) != tower.shape or tokens.ids is None:

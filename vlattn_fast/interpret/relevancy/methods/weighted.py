@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from vlattn_fast._ground.marks import new_mark
 from vlattn_fast._ground.tensors import over_sums
-from vlattn_fast.backends.reference.relevancy_residual import Weighting, residual_weights
+from vlattn_fast.backends.reference.relevancy_residual import WEIGHTINGS, Weighting, residual_weights
 from vlattn_fast.interpret.relevancy.method import BackwardPass, Hook, Link
-from vlattn_fast.interpret.relevancy.methods.gradient import Gradient, rows_by_equations
+from vlattn_fast.interpret.relevancy.methods.gradient import GradientMethod, rows_by_equations
+from vlattn_fast.interpret.relevancy.sinks import KEEP
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import Recursion, TracedCall
 from vlattn_fast.interpret.relevancy.tracking.token_places import flat_rows
@@ -43,19 +44,43 @@ class _Sums:
     terms: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)  # by call: x, o, and what was added to x
 
 
-class Weighted(Gradient):
+class Weighted(GradientMethod):
     """r <- r * a + (r * b) Abar, a and b the shares of the two terms of the residual sum (after Huang et al. 2023).
 
     The rows of Abar are divided by their sums. The paper's code is not public: `weighting` has this package's reading. A scale of
-    the branch in front of the sum is part of its term.
+    the branch in front of the sum is part of its term. Between towers an addition to R becomes diag(a) R + diag(b) (...).
     """
 
     name = "weighted"
-    takes_weighting = True
     adds_beside = False
     recursion = Recursion("gradient", row_normalize=True, residual_weight=0.0)
 
     kept: dict[TowerTrace, _Sums]
+
+    def __init__(
+        self,
+        *,
+        weighting: str | Weighting = "contribution",
+        start_layer: int = 0,
+        sinks: str = KEEP,
+        freeze: Sequence[str] | None = None,
+        of: str | None = None,
+    ) -> None:
+        """
+        Args:
+            weighting: what a and b are shares of, with x the residual stream, o the attention's branch and g the score's gradient
+                at their sum: "contribution" = |g.x| and |g.o|, "norm" = |x| and |o|, "equal" = 1 and 1; or a callable(residual,
+                branch, gradient) -> (a, b), (B, N) each.
+            start_layer, sinks: see `Gradient`.
+            freeze, of: see `Method`.
+
+        Raises:
+            TypeError, ValueError: an option is of no such kind.
+        """
+        if not callable(weighting) and not (isinstance(weighting, str) and weighting in WEIGHTINGS):
+            raise ValueError(f"weighting must be 'contribution', 'norm', 'equal' or a callable; got {weighting!r}")
+        self.weighting = weighting
+        super().__init__(start_layer=start_layer, sinks=sinks, freeze=freeze, of=of)
 
     def begin(self) -> None:
         super().begin()

@@ -83,7 +83,7 @@ def read_samples(explanation: Explained, labels: Any = None, numbers: Sequence[i
     if tokens is None and explanation.text is not None and answers is None:  # the entries have no names
         tokens = [[str(place) for place in range(explanation.text.shape[-1])]] * len(explanation)
     marks = find_marks(token for sample in tokens or [] for token in sample)
-    shown = explanation.text is not None or explanation.each
+    shown = explanation.text is not None or explanation.per_token
     samples = []
     for number in range(len(explanation)) if numbers is None else numbers:
         end = None if answers is None else answers[number]
@@ -91,7 +91,7 @@ def read_samples(explanation: Explained, labels: Any = None, numbers: Sequence[i
         label = _label(explanation, number, prompt, answer) if labels is None else labels[number]
         words = [] if explanation.text is None else [*prompt, *answer]
         said = None
-        if explanation.each and end is not None:
+        if explanation.per_token and end is not None:
             said = join_tokens(end, marks) if tokens is None else _shifted(answer, len(end) - len(tokens[number]))
         samples.append(Sample(label, prompt, answer, words, _choices(explanation, number, label, words, said)))
     return samples
@@ -126,7 +126,7 @@ def _shifted(words: list[Word], by: int) -> list[Word]:
 
 
 def _label(explanation: Explained, number: int, prompt: list[Word], answer: list[Word]) -> str:
-    words = prompt if explanation.each and explanation.text is not None else [*prompt, *answer]
+    words = prompt if explanation.per_token and explanation.text is not None else [*prompt, *answer]
     text = "".join(" " * word.space + word.text for word in words).strip()
     if text:
         return text if len(text) <= 80 else text[:79] + "…"

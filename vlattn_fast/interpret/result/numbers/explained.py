@@ -103,7 +103,7 @@ class Explained:
             object.__setattr__(self, "image_rows", list(range(samples)))
 
     @property
-    def each(self) -> bool:
+    def per_token(self) -> bool:
         """Whether each token of an answer has its own row."""
         return self.answer is not None and next(iter(self.relevancy.values())).ndim == 3
 

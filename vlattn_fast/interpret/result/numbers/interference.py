@@ -56,7 +56,7 @@ def with_filtered_image(explanation: E) -> E:
 def subtract_earlier(explanation: E, rank_filter: bool) -> E:
     """See `Explanation.subtract_earlier`."""
     check_bool(rank_filter=rank_filter)
-    if not explanation.each or explanation.answer is None:
+    if not explanation.per_token or explanation.answer is None:
         raise ValueError(
             "subtract_earlier needs an answer whose tokens have a row each, as explain(..., answer=...) gives it; got none"
         )

@@ -42,10 +42,17 @@ class Sink:
         return f"{self.tower} {self.index}" + ("" if where is None else f" ({where})")
 
 
-def as_sinks(samples: Any) -> list[list[Sink]]:
+class Sinks(list[list[Sink]]):
+    """The tokens of each sample that receive attention without content; printed, one line that names them."""
+
+    def __repr__(self) -> str:
+        return sinks_line(self)
+
+
+def as_sinks(samples: Any) -> Sinks:
     """Sinks by sample, also of what JSON makes of them. TypeError for anything else."""
     try:
-        return [[one if isinstance(one, Sink) else _of_json(**one) for one in sample] for sample in samples]
+        return Sinks([one if isinstance(one, Sink) else _of_json(**one) for one in sample] for sample in samples)
     except (TypeError, ValueError, AttributeError) as error:
         raise TypeError(f"sinks must be a list of Sinks for each sample; got {samples!r}") from error
 

@@ -96,7 +96,7 @@ class _Part(NamedTuple):
 
 def _groups(explanation: Explained) -> Iterator[tuple[int, int | None, str, list[_Part]]]:
     """All entries by row, token of the answer and tower: those of a group can be compared."""
-    tokens, answers = explanation.tokens, explanation.answer_tokens if explanation.each else None
+    tokens, answers = explanation.tokens, explanation.answer_tokens if explanation.per_token else None
     for row in range(len(explanation)):
         words = None if tokens is None else tokens[row]
         towers = {name: _tower_parts(explanation, row, name, words) for name in explanation.relevancy}
@@ -178,7 +178,7 @@ def _tower_parts(explanation: Explained, sample: int, tower: str, tokens: list[s
     def lines(values: Tensor) -> Array:
         """Values of the sample as (T, n), or (1, n)."""
         array = to_array(values).astype(float)
-        return array.reshape(len(array), math.prod(array.shape[1:])) if explanation.each else array.reshape(1, array.size)
+        return array.reshape(len(array), math.prod(array.shape[1:])) if explanation.per_token else array.reshape(1, array.size)
 
     maps: Maps | None = (explanation.tower_images or {}).get(tower)
     if maps is None and tower == home(explanation, "vision", "language"):

@@ -83,7 +83,7 @@ def draw(
     pictures = read_pictures(explanation, image, rows)
     boxes = read_boxes(explanation, pictures, crop, processor)
     painter = Painter(pictures, boxes, colors(cmap), alpha, scale, explanation.photos)
-    samples, each = read_samples(explanation, labels, rows), explanation.each
+    samples, each = read_samples(explanation, labels, rows), explanation.per_token
     if common:
         painter.shared = joint(painter.range(choice.patches) for sample in samples for choice in sample.choices)
     with rc_context({"font.family": _fonts(samples)}):

@@ -39,7 +39,7 @@ def overlay(
     painter = Painter(pictures, boxes, colors(cmap), alpha, scale)
     (sample,) = read_samples(explanation, None, [row])
     if word is not None:
-        if not explanation.each:
+        if not explanation.per_token:
             raise ValueError(f"word must be None where no word of an answer has a map; got {word}")
         check_integer("word", word, low=0, high=len(sample.choices) - 1)
     maps = [painter.panels(choice) for choice in (sample.choices if word is None else sample.choices[word : word + 1])]

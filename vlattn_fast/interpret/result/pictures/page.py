@@ -69,9 +69,8 @@ def render(
     drawn = Drawn(first, labels, pictures, read_boxes(first, pictures, crop, processor), read_samples(first, labels))
     methods = []
     for explanation in explanations:
-        layers = f", layers from {explanation.start_layer}" if explanation.start_layer else ""
-        methods.append({"name": explanation.method + layers, "choices": drawn.choices("beside", explanation)})
-    each, listed = first.each, drawn.samples
+        methods.append({"name": explanation.method, "choices": drawn.choices("beside", explanation)})
+    each, listed = first.per_token, drawn.samples
     data = {**drawn.shared(cmap), "towers": list(first.relevancy), "methods": methods}
     kind = "Rows" if not each else "Answer" if first.text is not None else "Prompt"
     numbers = count()
@@ -100,7 +99,7 @@ class Drawn:
         """Colours, photos and words."""
         from matplotlib.colors import to_hex
 
-        each, photos = self.first.each, self.pictures or []
+        each, photos = self.first.per_token, self.pictures or []
         return {
             "colors": [to_hex(color) for color in colors(cmap)(np.arange(256))],
             # of a scale that begins below 0

@@ -26,7 +26,8 @@ def read_pictures(explanation: Explained, image: Any, rows: Sequence[int] | None
         why = explanation.no_map
         if why is None:  # made by hand, or by a model that saw words only
             names = ", ".join(explanation.relevancy)
-            why = f"no token of {names} has a place in it. Of a model that saw a picture, explain with grid=(h, w) and prefix="
+            way = "explain with patches=va.PatchGrid(rows, columns)"
+            why = f"no token of {names} has a place in it. Of a model that saw a picture, {way}"
         raise ValueError(f"image must be None for an explanation without maps and boxes: {why}; or leave the image out")
     many = isinstance(image, (list, tuple)) or (hasattr(image, "ndim") and image.ndim == 4)
     pictures = [_picture(part) for part in image] if many else [_picture(image)]

@@ -94,7 +94,7 @@ def no_word(inputs: Mapping[str, Any]) -> Tensor:
 
 def last_layer(model: nn.Module, inputs: Mapping[str, Any], target: Any) -> Explanation:
     """Method "gradient" in the last layer alone, which is attention in both kinds."""
-    return explain(model, inputs, target=target, method=published("gradient"), start_layer=-1)
+    return explain(model, inputs, target=target, method=published("gradient", start_layer=-1))
 
 
 def shown(model: LlavaForConditionalGeneration, images: Tensor, said: Tensor) -> dict[str, Any]:

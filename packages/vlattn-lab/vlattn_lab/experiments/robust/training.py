@@ -137,7 +137,7 @@ def second_training(model: Classifier, scenes: Scenes, loss: str, weight: float,
         with va.nn.capture_relevancy(model, method=RELEVANCIES[loss]) as captured:
             logits = model(pixels)
         score = None if loss == "rollout" else logits.gather(1, answer[:, None]).sum()
-        return {"answer": F.cross_entropy(logits, answer), "mask": inside(captured.relevancy(score, read="cls"), mask)}
+        return {"answer": F.cross_entropy(logits, answer), "mask": inside(captured.relevancy(score, position="cls"), mask)}
 
     fit(model.parameters(), losses, {"answer": 1.0, "mask": weight}, steps, learning_rate=rate)
 
@@ -152,7 +152,7 @@ def accuracies(model: Classifier, scenes: Scenes, cues: Sequence[str] = CUES) ->
 def relevancy_maps(model: Classifier, scenes: Scenes, name: str = "gradient") -> Tensor:
     """(B, 8, 8): of the right answer, by one of RELEVANCIES."""
     target = None if name == "rollout" else scenes.answer.tolist()
-    maps = explain(model, {"pixel_values": scenes.images[:, None]}, target=target, method=RELEVANCIES[name], read="cls").image
+    maps = explain(model, {"pixel_values": scenes.images[:, None]}, target=target, method=RELEVANCIES[name], position="cls").image
     assert isinstance(maps, Tensor)
     return maps
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import time
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast import Explanation, explain
+from vlattn_fast import Explanation, explain, find_sinks
 from vlattn_fast.interpret.relevancy import sinks as detector
 from vlattn_fast.interpret.relevancy.methods.registry import published
 from vlattn_fast.models import CLIPMapper
@@ -26,13 +27,13 @@ PICTURES = 3  # of the first seed
 
 
 def run(model: nn.Module, asked: Samples, method: str, sinks: str) -> Explanation:
-    return explain(model, asked.inputs, target=asked.target, method=published(method), sinks=sinks)
+    return explain(model, asked.inputs, target=asked.target, method=published(method, sinks=sinks))
 
 
 def detected(model: nn.Module, asked: Samples) -> list[dict[str, Any]]:
     """The sinks of all samples by tower, reader and token."""
     by_token: dict[tuple[str, str, str], list[Any]] = {}
-    for sample in run(model, asked, "rollout", "report").sinks or []:
+    for sample in find_sinks(model, asked.inputs):
         for sink in sample:
             kind = {0: "first", TOKEN: "planted patch"}.get(sink.index, "other") if sink.tower == "vision" else sink.index
             by_token.setdefault((sink.tower, sink.reader, "first" if kind == 0 else str(kind)), []).append(sink)
@@ -134,9 +135,9 @@ def seconds(tokens: int, rounds: int) -> dict[str, float]:
     model = ViTForImageClassification(ViTConfig(image_size=side, patch_size=8, **sizes)).eval()
     inputs = {"pixel_values": torch.randn(1, 3, side, side)}
     calls = {
-        f"{method} {sinks}": lambda method=method, sinks=sinks: explain(model, inputs, method=published(method), sinks=sinks)
+        f"{method} {sinks}": functools.partial(explain, model, inputs, method=published(method, sinks=sinks))
         for method in METHODS
-        for sinks in detector.MODES
+        for sinks in SINKS
     }
     least = least_seconds(calls, rounds, clock=time.process_time)
     return {name: round(value, 4) for name, value in least.items()}

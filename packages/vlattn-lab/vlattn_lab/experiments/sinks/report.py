@@ -108,9 +108,9 @@ def _times(records: Sequence[Record]) -> str:
     lines = []
     for record in having(records, task="cost"):
         for method in METHODS:
-            keep, report, remove = (record["times"][f"{method} {sinks}"] for sinks in ("keep", "report", "remove"))
-            lines.append([f"`{method}`", f"{keep:.3f} s", f"{report / keep:.2f} ×", f"{remove / keep:.2f} ×"])
-    return markdown(["method", "keep, processor time", "report", "remove"], lines)
+            keep, remove = (record["times"][f"{method} {sinks}"] for sinks in ("keep", "remove"))
+            lines.append([f"`{method}`", f"{keep:.3f} s", f"{remove / keep:.2f} ×"])
+    return markdown(["method", "keep, processor time", "remove"], lines)
 
 
 def figure(records: Sequence[Record]) -> Figure:
