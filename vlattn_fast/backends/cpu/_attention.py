@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from ctypes import c_double, c_int64, c_void_p
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlattn_fast.backends.native import DTYPES, StridedTensor, Struct, address, each, kernel, strided
+from vlattn_fast.backends.native import DTYPES, StridedTensor, Struct, address, each, kernel
 
 
 class Masks(Struct):
@@ -73,20 +74,40 @@ def empty_row_bias(inputs: Any) -> Tensor | None:
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor | None, scale: float, masks: Masks) -> Attention:
-    batch, heads, queries, head_dim = query.shape
-    _, key_heads, keys, _ = key.shape
+    of_value = (None, None) if value is None else (value.shape, value.stride())
+    of_sizes = _of_sizes(query.dtype, query.shape, query.stride(), key.shape, key.stride(), *of_value, scale)
+    a = Attention.from_buffer_copy(of_sizes)
+    a.query.data, a.key.data = query.data_ptr(), key.data_ptr()
+    if value is not None:
+        a.value.data = value.data_ptr()
+    a.masks = masks
+    return a
+
+
+@functools.lru_cache(maxsize=1024)  # a model asks for the same in each of its layers
+def _of_sizes(
+    dtype: torch.dtype,
+    of_query: torch.Size,
+    query_strides: tuple[int, ...],
+    of_key: torch.Size,
+    key_strides: tuple[int, ...],
+    of_value: torch.Size | None,
+    value_strides: tuple[int, ...] | None,
+    scale: float,
+) -> Attention:
+    """All but addresses and masks."""
+    (batch, heads, queries, head_dim), (_, key_heads, keys, _) = of_query, of_key
     return Attention(
-        dtype=DTYPES[query.dtype],
+        dtype=DTYPES[dtype],
         B=batch,
         H=heads,
         Hkv=key_heads,
         N=queries,
         M=keys,
         D=head_dim,
-        Dv=0 if value is None else value.shape[3],
+        Dv=0 if of_value is None else of_value[3],
         scale=scale,
-        query=strided(query),
-        key=strided(key),
-        value=strided(value),
-        masks=masks,
+        query=StridedTensor(None, *query_strides[:3]),
+        key=StridedTensor(None, *key_strides[:3]),
+        value=StridedTensor(None, *(value_strides or ())[:3]),
     )
