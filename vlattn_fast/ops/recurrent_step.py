@@ -19,6 +19,7 @@ from vlattn_fast._ground.checks import (
     check_tensor,
     describe,
 )
+from vlattn_fast._ground.named import by_name
 from vlattn_fast._ground.tensors import as_fake_outputs, as_outputs, without_autocast
 from vlattn_fast.backends.reference.recurrent_step import heads_of
 from vlattn_fast.backends.reference.relevancy_attention import RULES
@@ -97,7 +98,7 @@ def recurrent_step(
         options = {name: argument for name, argument in zip(x._fields, x, strict=True) if name != "backend"}
         with without_autocast(query):
             return load(BACKENDS, backend).recurrent_step(**options)
-    inputs = RecurrentStepInputs(
+    inputs = _new_inputs(
         relevancy=x.relevancy,
         query=x.query,
         key=x.key,
@@ -115,6 +116,7 @@ def recurrent_step(
 
 
 Arguments = arguments_of(recurrent_step)
+_new_inputs = by_name(RecurrentStepInputs)
 
 
 def _backend(x: Any) -> str:

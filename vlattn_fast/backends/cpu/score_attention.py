@@ -156,7 +156,14 @@ def float32(x: Tensor | None) -> Tensor | None:
 
 
 def core_score(inputs: Any, vector: Tensor | None) -> Score:
+    if vector is None:
+        return _without_vector(inputs.score, inputs.parameter)
     return Score(kind=_numbers_of_kinds()[inputs.score], parameter=inputs.parameter, vector=address(vector))
+
+
+@functools.lru_cache
+def _without_vector(kind: str, parameter: float) -> Score:
+    return Score(kind=_numbers_of_kinds()[kind], parameter=parameter)
 
 
 @functools.cache
