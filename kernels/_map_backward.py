@@ -118,8 +118,8 @@ class Launch(NamedTuple):
 
 
 def describe(inputs: ScoreAttentionInputs | ScoreAttentionBackwardInputs, rule: str, grad_out: Tensor | None) -> Launch:
-    call = score_attention.arguments(inputs)
-    return Launch(score_attention.with_gradient(call, grad_out, inputs.scale), rule == "gradient", inputs.row_bias)
+    call = score_attention.arguments(inputs, backward=True, grad_out=grad_out)
+    return Launch(call, rule == "gradient", inputs.row_bias)
 
 
 def config_of(kernel: str, launch: Launch, block_t: int = 0) -> Config:

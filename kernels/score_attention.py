@@ -190,7 +190,7 @@ def forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
 @on_device
 def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of query, key, value, vector and row_bias."""
-    call = with_gradient(arguments(inputs, True), inputs.grad_out, inputs.scale)
+    call = arguments(inputs, True, backward=True, grad_out=inputs.grad_out)
     x, constants = call["x"], call["C"]
     vector, out, lse = inputs.vector, inputs.out, inputs.lse.contiguous()
     grad_lse = None if inputs.grad_lse is None else inputs.grad_lse.contiguous()
@@ -216,10 +216,17 @@ def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tens
     return grad_q, grad_k, grad_v, None, grad_bias
 
 
-def arguments(inputs: ScoreAttentionInputs | ScoreAttentionBackwardInputs, multiplied: bool = False) -> dict[str, Any]:
+def arguments(
+    inputs: ScoreAttentionInputs | ScoreAttentionBackwardInputs,
+    multiplied: bool = False,
+    *,
+    backward: bool = False,
+    grad_out: Tensor | None = None,
+) -> dict[str, Any]:
     """The named arguments that all kernels here and of the backward passes share. The query stands in for absent masks.
 
     multiplied: a product may add a group bias, which kernels know that take `_over_keys` or those of _products_backward.py.
+    backward: with the scale, and the gradient of the output, for which the query stands in if there is none.
     """
     query, key, value, seed, dropout_p = inputs.query, inputs.key, inputs.value, inputs.seed, inputs.dropout_p
     score, parameter, scale = inputs.score, inputs.parameter, inputs.scale
@@ -238,8 +245,9 @@ def arguments(inputs: ScoreAttentionInputs | ScoreAttentionBackwardInputs, multi
     if score == "cosine":
         parameter = math.inf if parameter == 0.0 else min(1.0 / parameter, 3.4e38)
     dropout = None if seed is None else Dropout(seed, dropout_p, int(dropout_p * 2**32))
+    q = heads_of(query, strides[0])
     x = _new_call(
-        q=heads_of(query, strides[0]),
+        q=q,
         k=heads_of(key, strides[1]),
         v=heads_of(value, strides[2]),
         p_pres=(pre_q, pre_k),
@@ -251,6 +259,8 @@ def arguments(inputs: ScoreAttentionInputs | ScoreAttentionBackwardInputs, multi
         scale_log2=scale * LOG2_E,
         parameter=parameter,
         product=product,
+        grad=None if not backward else q if grad_out is None else heads_of(aligned(grad_out)),
+        scale=scale if backward else 0.0,
     )
     return {"x": x, "C": constants}
 
@@ -288,13 +298,6 @@ def _of_call(
     return constants, max(alignments) if all(alignments) else 0
 
 
-def with_gradient(call: dict[str, Any], grad_out: Tensor | None, scale: float) -> dict[str, Any]:
-    """`arguments` with the gradient and the scale, which a backward pass also reads."""
-    x = call["x"]
-    grad = x.q if grad_out is None else heads_of(aligned(grad_out))
-    return {"x": x._replace(grad=grad, scale=scale), "C": call["C"]}
-
-
 def row_statistics(
     call: dict[str, Any],
     config: Config,
@@ -307,7 +310,7 @@ def row_statistics(
 ) -> RowStats:
     """The shift of each row, with `pair` also its total, and on request the row sums of each head's A or relu(A * dA).
 
-    Without `lse` the log-sum-exp is computed; else only where it `is_coarse` by this limit. `call` is `with_gradient`.
+    Without `lse` the log-sum-exp is computed; else only where it `is_coarse` by this limit. `call` is of a backward pass.
     """
     query = call["x"].q.p
     shift = new_rows(query)
