@@ -27,7 +27,7 @@ from vlattn_fast.ops import OPERATORS
 
 
 def takes(operator: str, backend: str) -> bool:
-    call = Call(operator, torch.float32, "cpu", defaultdict(int), defaultdict(bool, group_bias=True))
+    call = Call(operator, torch.float32, "cpu", defaultdict(int), defaultdict(bool, group_bias=True, score="dot"))
     return not any("group_bias" in reason for reason in OPERATORS[operator].backends[backend].refusals(call))
 
 
