@@ -13,7 +13,8 @@ import vlattn_fast as va  # noqa: E402
 from tests import test_explain_dataset as runs  # noqa: E402
 from tests.helpers.commands import said, vlattn  # noqa: E402
 from tests.test_explain_dataset import CAPTIONS, alone, assert_same, check_all, closing, picture, start, write_lines  # noqa: E402
-from vlattn_fast.interpret.dataset import run, store  # noqa: E402
+from vlattn_fast.interpret.dataset import explain_all as run  # noqa: E402
+from vlattn_fast.interpret.dataset import store  # noqa: E402
 
 models, pictures, many = runs.models, runs.pictures, runs.many
 

@@ -26,18 +26,18 @@ from vlattn_fast.backends.reference.relevancy_residual import WEIGHTINGS
 from vlattn_fast.checking import verify as checks
 from vlattn_fast.dispatch.table import BACKEND_NAMES
 from vlattn_fast.interpret.dataset.batches import Options
+from vlattn_fast.interpret.dataset.explain_all import explain_dataset
+from vlattn_fast.interpret.dataset.explain_command import explain_one
 from vlattn_fast.interpret.dataset.failures import summary_lines
-from vlattn_fast.interpret.dataset.one import explain_one
-from vlattn_fast.interpret.dataset.run import explain_dataset
 from vlattn_fast.interpret.dataset.store import FAILURES
 from vlattn_fast.interpret.dataset.stored import load_explanations
 from vlattn_fast.interpret.evaluating.plan import TESTS as EVALUATION_TESTS
 from vlattn_fast.interpret.explaining.loading import check_model, load_model, load_without_weights
-from vlattn_fast.interpret.intervening.one import cut_of, intervene_one, scale_of
-from vlattn_fast.interpret.probing.run import TESTS
+from vlattn_fast.interpret.intervening.intervene_command import cut_of, intervene_one, scale_of
+from vlattn_fast.interpret.probing.probe_dataset import TESTS
 from vlattn_fast.interpret.relevancy.method import EXPLAINED
 from vlattn_fast.interpret.relevancy.methods.registry import METHODS, with_options
-from vlattn_fast.interpret.relevancy.sinks import CHOICES as SINKS
+from vlattn_fast.interpret.relevancy.sink_detection import CHOICES as SINKS
 from vlattn_fast.ops import OPERATORS
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)

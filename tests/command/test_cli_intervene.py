@@ -18,7 +18,7 @@ import vlattn_fast as va
 from tests.helpers import saved_models
 from vlattn_fast.cli import app
 from vlattn_fast.interpret.explaining.loading import build_inputs, load_model
-from vlattn_fast.interpret.intervening.one import cut_of, scale_of
+from vlattn_fast.interpret.intervening.intervene_command import cut_of, scale_of
 
 
 def run(*arguments: str):

@@ -11,7 +11,7 @@ import socket
 import sys
 
 from vlattn_fast.interpret.dataset import store
-from vlattn_fast.interpret.dataset.run import explain_dataset
+from vlattn_fast.interpret.dataset.explain_all import explain_dataset
 from vlattn_fast.interpret.explaining.loading import load_model
 
 

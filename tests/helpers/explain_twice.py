@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 
-from vlattn_fast.interpret.dataset import run
+from vlattn_fast.interpret.dataset import explain_all as run
 from vlattn_fast.interpret.explaining.loading import load_model
 
 

@@ -23,6 +23,7 @@ from vlattn_fast._ground.checks import check_bool, describe
 from vlattn_fast.attach.current import RUNNING
 from vlattn_fast.attach.session import check_has_gradients, is_sharded, never_compiled, uncompiled, unwrapped
 from vlattn_fast.interpret.explaining.answer import encoder_decoder
+from vlattn_fast.interpret.explaining.forward_pass import read_run
 from vlattn_fast.interpret.explaining.question import (
     Question,
     backward_pass,
@@ -34,7 +35,6 @@ from vlattn_fast.interpret.explaining.question import (
 )
 from vlattn_fast.interpret.explaining.read_rows import starts_of
 from vlattn_fast.interpret.explaining.request import Position, Prompt, Request, check_position, renamed
-from vlattn_fast.interpret.explaining.run import read_run
 from vlattn_fast.interpret.records.derived import generates
 from vlattn_fast.interpret.records.record import UNRECORDED
 from vlattn_fast.interpret.records.registry import find_family
@@ -196,7 +196,7 @@ class RelevancyCapture:
             starts = starts_of(run, position, scores, seen.arguments, "score")
             backward = backward_pass(request, run, scores, starts, seen.arguments, **how)
             rows = seen.method.carried(backward)
-        check_relevancy(request, Question(scores, [(scores, starts)]), run, rows, backward.brought)
+        check_relevancy(request, Question(scores, [(scores, starts)]), run, rows, backward.contribution)
         warn_of_lost_gradients(run)
         warn_of_missed_norms(seen.method)
         warn_of_other_keys(run)

@@ -10,7 +10,7 @@ import torch
 import vlattn_fast as va
 from tests.helpers.interpret.cases import lively
 from tests.helpers.interpret.decoder_cases import DECODERS
-from vlattn_fast.interpret.explaining import run
+from vlattn_fast.interpret.explaining import forward_pass as run
 
 LENGTHS = 35, 12  # a whole chunk of rows and a part of one; the second answer ends within the first chunk
 

@@ -95,14 +95,14 @@ def test_rollout_tells_what_tokens_keep_of_themselves_from_what_they_are_brought
     model, inputs = policy(), {**seen(), "timestep": torch.full((2,), 0.5)}
     row = torch.zeros(2, 16).double()
     row[:, 13:] = 1 / CHUNK
-    brought = torch.zeros_like(row)
+    contribution = torch.zeros_like(row)
     for attention, _ in reversed(maps_of(model, seen(), lambda velocity: -velocity[..., 2].sum(1))):
         mean = attention.mean(1)
         keeps, step = torch.where(mean.sum(-1) > 0, 0.5, 1.0), torch.einsum("bn,bnm->bm", row / 2, mean)
-        row, brought = row * keeps + step, brought * keeps + step
+        row, contribution = row * keeps + step, contribution * keeps + step
     got = va.explain(model, inputs, target=va.Action(dimension=2), method="rollout")
     assert_rows(got.relevancy["actions"], row[:, 12:])
-    assert_rows(got.brought["actions"], brought[:, 12:])
+    assert_rows(got.contribution["actions"], contribution[:, 12:])
 
 
 def test_cameras_are_pictures_and_tokens_have_names(tmp_path):

@@ -165,7 +165,7 @@ def test_the_start_is_no_relevancy_of_the_attention(kind, method):
     elif method == "weighted":
         want = start * seen[0] * seen[1]
     else:
-        assert got.brought is None and got.self_relevancy == {} and torch.equal(got.beside(tower), got.relevancy[tower])
+        assert got.contribution is None and got.self_relevancy == {} and torch.equal(got.beside(tower), got.relevancy[tower])
         return
     torch.testing.assert_close(got.self_relevancy[tower], want, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(got.beside(tower) + want, got.relevancy[tower], rtol=1e-5, atol=1e-6)

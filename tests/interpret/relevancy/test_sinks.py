@@ -25,11 +25,11 @@ from tests.interpret.relevancy.test_moved_tokens import SIZE, WIDTH, Moving, fli
 from vlattn_fast.interpret import LayerExplanation, explain, explain_layers, find_sinks
 from vlattn_fast.interpret.dataset.pieces import pack, unpack
 from vlattn_fast.interpret.explaining.named_sinks import FindsSinks
-from vlattn_fast.interpret.relevancy import sinks
+from vlattn_fast.interpret.relevancy import sink_detection as sinks
 from vlattn_fast.interpret.relevancy.last_attention import attention_rows
 from vlattn_fast.interpret.relevancy.methods.registry import with_options
 from vlattn_fast.interpret.relevancy.traced_call import Recursion, Scored, TracedCall
-from vlattn_fast.interpret.result.numbers.sinks import Sink, sinks_line
+from vlattn_fast.interpret.result.numbers.sink_tokens import Sink, sinks_line
 
 METHODS = ("gradient", "rollout", "attention", "weighted")
 

@@ -21,7 +21,7 @@ from vlattn_fast.interpret.result.numbers.choices import read_samples
 def flat(explanation: Explanation) -> dict[str, torch.Tensor]:
     """Every tensor by a name that tells its place, kinds of containers included."""
     tensors = {}
-    for name in ("relevancy", "image", "text", "regions", "boxes", "scores", "position", "brought", "tower_images"):
+    for name in ("relevancy", "image", "text", "regions", "boxes", "scores", "position", "contribution", "tower_images"):
         value = getattr(explanation, name)
         for key, part in value.items() if isinstance(value, dict) else [(None, value)]:
             parts = part if isinstance(part, tuple) else () if part is None else (part,)
@@ -50,7 +50,7 @@ def same(left: Explanation, right: Explanation) -> None:
         {"relevancy": {"vision": torch.rand(2, 13, dtype=torch.float64)}},
         {"tower_images": {"a.b": torch.rand(2, 2, 2), "c": (torch.rand(2, 4), torch.rand(4, 2))}},
         {"tower_images": {}, "position": {}},
-        {"brought": {"vision": torch.rand(2, 13)}},
+        {"contribution": {"vision": torch.rand(2, 13)}},
     ],
 )
 def test_save_and_load(tmp_path, parts):
@@ -143,10 +143,10 @@ def test_what_a_read_row_puts_on_itself():
     alone = made(position={"text": torch.tensor([5, 2])})
     entries = alone.relevancy["text"].gather(1, torch.tensor([[5], [2]]))
     assert torch.equal(alone.self_relevancy["text"], torch.zeros(2, 6).scatter(1, torch.tensor([[5], [2]]), entries))
-    mean = made(brought={"text": torch.full((2, 6), 0.25)})
+    mean = made(contribution={"text": torch.full((2, 6), 0.25)})
     torch.testing.assert_close(mean.self_relevancy["text"], mean.relevancy["text"] - 0.25)
     with pytest.raises(ValueError, match="must have the shape of relevancy"):
-        made(brought={"text": torch.ones(2, 5)})
+        made(contribution={"text": torch.ones(2, 5)})
 
 
 def test_repr_is_short():

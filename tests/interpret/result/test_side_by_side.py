@@ -193,10 +193,10 @@ def test_a_row_is_an_explanation_of_one_sample(make):
 
 def test_maps_of_uneven_grids_and_several_images_of_a_row(tmp_path):
     maps = tuple(torch.rand(size) for size in ((2, 3), (3, 3), (3, 3), (4, 1)))
-    whole = va.Explanation({"vision": torch.rand(3, 5)}, maps, [0, 1, 1, 2], brought={"vision": torch.rand(3, 5)})
+    whole = va.Explanation({"vision": torch.rand(3, 5)}, maps, [0, 1, 1, 2], contribution={"vision": torch.rand(3, 5)})
     one = whole[1]
     assert one.image_rows == [0, 0] and torch.equal(one.image, torch.stack(maps[1:3]))
-    assert torch.equal(one.brought["vision"], whole.brought["vision"][1:2])
+    assert torch.equal(one.contribution["vision"], whole.contribution["vision"][1:2])
     again = va.Explanation.load(one.save(tmp_path / "one.safetensors"))
     assert torch.equal(again.image, one.image) and torch.equal(again.beside("vision"), one.beside("vision"))
 

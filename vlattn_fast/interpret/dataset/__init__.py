@@ -5,7 +5,7 @@ Out: a folder of explanations, or a lazy sequence of them.
 Imports: interpret.explaining, interpret.relevancy, interpret.records, interpret.result, _ground.
 """
 
-from vlattn_fast.interpret.dataset.run import explain_dataset
+from vlattn_fast.interpret.dataset.explain_all import explain_dataset
 from vlattn_fast.interpret.dataset.stored import Explanations, load_explanations
 
 __all__ = ["Explanations", "explain_dataset", "load_explanations"]

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlattn_fast.interpret.explaining.forward_pass import run_traced
 from vlattn_fast.interpret.explaining.request import Prompt, Request
-from vlattn_fast.interpret.explaining.run import run_traced
 from vlattn_fast.interpret.records.tokens import Text
 from vlattn_fast.interpret.relevancy.embedding_method import BLACK, BLUR, MEAN, PAD, PICTURES, WHITE, BaselineMethod
 

@@ -1,8 +1,8 @@
 """`explain`, and what has its stages, `explain_layers` and `find_sinks`: one forward pass with a carrier through the layers, one
 backward pass, one relevancy row per tower.
 
-Six stages, each of which takes what those before it give: `Request.check` and `lay_out` in request.py, `run_traced` in run.py,
-`ask` in question.py, `carry_back` and `assemble` here.
+Six stages, each of which takes what those before it give: `Request.check` and `lay_out` in request.py, `run_traced` in
+forward_pass.py, `ask` in question.py, `carry_back` and `assemble` here.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from vlattn_fast._ground.extras import with_progress
 from vlattn_fast.attach.session import at_rest, never_compiled
 from vlattn_fast.interpret.explaining.baseline import run_baseline
 from vlattn_fast.interpret.explaining.fields import parts, vision_maps
+from vlattn_fast.interpret.explaining.forward_pass import Run, run_traced
 from vlattn_fast.interpret.explaining.inputs import opened, packing
 from vlattn_fast.interpret.explaining.named_sinks import FindsSinks, named_sinks
 from vlattn_fast.interpret.explaining.occluded import occluded
@@ -32,7 +33,6 @@ from vlattn_fast.interpret.explaining.question import (
     warn_of_remarks,
 )
 from vlattn_fast.interpret.explaining.request import Position, Prompt, Request, Target, lay_out, renamed
-from vlattn_fast.interpret.explaining.run import Run, run_traced
 from vlattn_fast.interpret.explaining.without_map import why_no_map
 from vlattn_fast.interpret.records.patch_grid import PatchGrid
 from vlattn_fast.interpret.records.unsupported import UndefinedRelevancy
@@ -45,7 +45,7 @@ from vlattn_fast.interpret.result.by_layer import LayerExplanation
 from vlattn_fast.interpret.result.explanation import Explanation
 from vlattn_fast.interpret.result.numbers.explained import without_self
 from vlattn_fast.interpret.result.numbers.interference import with_filtered_image
-from vlattn_fast.interpret.result.numbers.sinks import Sinks
+from vlattn_fast.interpret.result.numbers.sink_tokens import Sinks
 
 _LARGEST_GAP = 0.1  # of the score's gain: what entries may miss without a remark
 
@@ -54,7 +54,7 @@ class Rows(NamedTuple):
     """The row (B, N) of each tower, by its name; (B, T, N) where each token of an answer, or each layer or head, has one."""
 
     relevancy: dict[str, Tensor]
-    brought: dict[str, Tensor]  # what attention brought to it, where the method knows
+    contribution: dict[str, Tensor]  # what attention brought to it, where the method knows
     gap: Tensor | None = None  # the sum of all entries less the score's gain, of a method whose entries add up
 
 
@@ -281,7 +281,7 @@ def _gap(request: Request, prompt: Prompt, question: Question, rows: Rows) -> Te
 
 def _rows_of_run(request: Request, prompt: Prompt, run: Run, question: Question) -> Rows:
     """The rows that one run gives, from a backward pass for each token of an answer, or for several."""
-    brought: dict[TowerTrace, Tensor] = {}
+    contribution: dict[TowerTrace, Tensor] = {}
     joined: list[Tensor] = []
     filled = [0] * len(run.towers)
     shows = len(question.passes) > 1 and not request.method.steps
@@ -295,17 +295,17 @@ def _rows_of_run(request: Request, prompt: Prompt, run: Run, question: Question)
             joined[tower][:, filled[tower] : filled[tower] + row.shape[1]] = row.detach()
             filled[tower] += row.shape[1]
         if len(question.passes) == 1:  # the tokens of an answer are read one by one
-            brought = without_single_rows(backward)
+            contribution = without_single_rows(backward)
     if question.passes:
         joined = [x if x.shape[1] == count else x[:, :count].clone() for x, count in zip(joined, filled, strict=True)]
-        check_relevancy(request, question, run, joined, brought)
+        check_relevancy(request, question, run, joined, contribution)
     else:
         of_tower = request.method.rows_of
         joined = [torch.zeros(0, of_tower(x), x.size, dtype=x.dtype, device=x.device) for x in run.towers]
     has_rows = (question.answer is not None and request.per_token) or request.selection is not None
     read = (row if has_rows else row[:, 0] for row in joined)
     relevancy = {tower.name: row for tower, row in zip(run.towers, read, strict=True)}
-    return Rows(relevancy, {tower.name: row.detach()[:, 0] for tower, row in brought.items()})
+    return Rows(relevancy, {tower.name: row.detach()[:, 0] for tower, row in contribution.items()})
 
 
 def _pass_back(request: Request, prompt: Prompt, run: Run, question: Question, number: int) -> BackwardPass:
@@ -315,20 +315,20 @@ def _pass_back(request: Request, prompt: Prompt, run: Run, question: Question, n
         starts = [*starts, torch.zeros_like(run.vision.carriers.leaving()[:, :1])]
     keep = number + 1 < len(question.passes)
     logits = request.record.scoring.logits(run.outputs) if request.method.takes_logits else None
-    said = None if logits is None else question.said(logits, number)
+    predicted = None if logits is None else question.predicted(logits, number)
     arguments = prompt.arguments if prompt.answer is None else prompt.answer.masked(prompt.arguments)
-    return backward_pass(request, run, score, starts, arguments, keep=keep, said=said)
+    return backward_pass(request, run, score, starts, arguments, keep=keep, predicted=predicted)
 
 
 def _of_towers(
     request: Request, prompt: Prompt, run: Run, question: Question, rows: Rows
 ) -> tuple[Rows, dict[str, Any], dict[str, str]]:
     """The rows of each tower, also of one behind a connector; the fields of their tokens, and whose they are."""
-    arguments, (relevancy, brought, gap) = prompt.arguments, rows
+    arguments, (relevancy, contribution, gap) = prompt.arguments, rows
     positions = question.start_positions or {}
-    brought = {name: row for name, row in brought.items() if name not in positions}
+    contribution = {name: row for name, row in contribution.items() if name not in positions}
     beside = {
-        name: without_self(row, brought.get(name), _of_rows(request, positions.get(name))) for name, row in relevancy.items()
+        name: without_self(row, contribution.get(name), _of_rows(request, positions.get(name))) for name, row in relevancy.items()
     }
     fields, owners = parts([*run.read, *run.attended], arguments, beside, question.answer, request.patches, request.special)
     fields["gap"] = gap
@@ -338,11 +338,11 @@ def _of_towers(
         how = request.record.connector, request.model.config, arguments, fields, layouts
         row, maps = vision_maps(beside[name], *how)
         relevancy[name], _ = vision_maps(relevancy[name], *how)
-        brought |= {name: row} if name in brought else {}
+        contribution |= {name: row} if name in contribution else {}
         fields |= maps
     elif request.vision is not None:  # an empty batch
         relevancy[request.vision.name] = next(iter(relevancy.values())).new_zeros(0, 0)
-    return Rows(relevancy, brought), fields, owners
+    return Rows(relevancy, contribution), fields, owners
 
 
 def assemble(request: Request, prompt: Prompt, run: Run, question: Question, rows: Rows) -> Explanation:
@@ -350,10 +350,10 @@ def assemble(request: Request, prompt: Prompt, run: Run, question: Question, row
     warn_of_missed_norms(request.method)
     warn_of_other_keys(run)
     warn_of_remarks(request.method)
-    (relevancy, brought, _), fields, owners = _of_towers(request, prompt, run, question, rows)
+    (relevancy, contribution, _), fields, owners = _of_towers(request, prompt, run, question, rows)
     fields |= {
         "position": question.start_positions,
-        "brought": {name: row for name, row in brought.items() if not torch.equal(row, relevancy[name])} or None,
+        "contribution": {name: row for name, row in contribution.items() if not torch.equal(row, relevancy[name])} or None,
         "scores": None if question.scores is None else question.scores.detach(),
         "target": question.target,
         "of": request.method.of or (None if question.answer is None else LOG_PROBABILITY),
@@ -376,13 +376,13 @@ def assemble(request: Request, prompt: Prompt, run: Run, question: Question, row
 def without_single_rows(backward: BackwardPass) -> dict[TowerTrace, Tensor]:
     """The part of each row (B, 1, N) that attention brought, without the entry of a token that alone is read of its sample."""
     starts = dict(zip(backward.towers, backward.starts, strict=False))
-    brought = {}
-    for tower, row in backward.brought.items():
+    contribution = {}
+    for tower, row in backward.contribution.items():
         start = starts.get(tower)
         if start is not None and start.shape == row.shape:  # else those of the probes of a pooling head
             row = row.masked_fill((start == 1) & ((start != 0).sum(-1, keepdim=True) == 1), 0.0)
-        brought[tower] = row
-    return brought
+        contribution[tower] = row
+    return contribution
 
 
 def _of_rows(request: Request, position: Tensor | None) -> Tensor | None:

@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from vlattn_fast.interpret.explaining.fields import parts, tokens_of
+from vlattn_fast.interpret.explaining.forward_pass import Run
 from vlattn_fast.interpret.explaining.request import Prompt, Request
-from vlattn_fast.interpret.explaining.run import Run
 from vlattn_fast.interpret.relevancy.method import Method
-from vlattn_fast.interpret.relevancy.sinks import KEEP, REMOVE, REPORT, Seen
+from vlattn_fast.interpret.relevancy.sink_detection import KEEP, REMOVE, REPORT, Seen
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
-from vlattn_fast.interpret.result.numbers.sinks import Sink, Sinks
+from vlattn_fast.interpret.result.numbers.sink_tokens import Sink, Sinks
 
 Place = tuple[int, int, int]
 

@@ -17,11 +17,11 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from vlattn_fast._ground.checks import call_on
 from vlattn_fast.attach.session import named
 from vlattn_fast.interpret.explaining.answer import Answer, explained_number
+from vlattn_fast.interpret.explaining.forward_pass import Run
 from vlattn_fast.interpret.explaining.read_rows import starts_of
 from vlattn_fast.interpret.explaining.request import Prompt, Request
-from vlattn_fast.interpret.explaining.run import Run
 from vlattn_fast.interpret.records.unsupported import UndefinedRelevancy
-from vlattn_fast.interpret.relevancy.method import LOG_PROBABILITY, LOGIT, BackwardPass, Method, Said, read_tokens
+from vlattn_fast.interpret.relevancy.method import LOG_PROBABILITY, LOGIT, BackwardPass, Method, PredictedTokens, read_tokens
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 
 Pass = tuple[Tensor | None, list[Tensor]]  # of one backward pass: the score (B,), and the rows (B, T, N) to read in each tower
@@ -38,15 +38,17 @@ class Question:
     start_positions: dict[str, Tensor] | None = None
     answer: Answer | None = None  # as it stands among the tokens of the tower that is read; None where a target is explained
 
-    def said(self, logits: Tensor, number: int) -> Said | None:
+    def predicted(self, logits: Tensor, number: int) -> PredictedTokens | None:
         """The tokens of the answer, or the target, the one that backward pass `number` explains; None where it is none."""
         if self.answer is not None:
             each = self.scores is not None and self.scores.ndim == 2
             length = self.answer.answer_positions.shape[1]
             ids = [[*row, *[0] * (length - len(row))] for row in self.answer.ids]
-            return Said(logits, ids, self.answer.answer_positions, number) if each else None
+            return PredictedTokens(logits, ids, self.answer.answer_positions, number) if each else None
         places = list((self.start_positions or {}).values())
-        return Said(logits, [[token] for token in self.target], places[0][:, None], 0) if self.target and places else None
+        return (
+            PredictedTokens(logits, [[token] for token in self.target], places[0][:, None], 0) if self.target and places else None
+        )
 
 
 def ask(request: Request, prompt: Prompt, run: Run) -> Question:
@@ -193,10 +195,10 @@ def _single_position(start: Tensor) -> Tensor | None:
 
 
 def check_relevancy(
-    request: Request, question: Question, run: Run, relevancy: list[Tensor], brought: Mapping[TowerTrace, Tensor]
+    request: Request, question: Question, run: Run, relevancy: list[Tensor], contribution: Mapping[TowerTrace, Tensor]
 ) -> None:
-    """UndefinedRelevancy where no row (B, T, N) holds more than the row that was read, and that tells of a wrong row. `brought`:
-    what attention brought to it, where the method knows."""
+    """UndefinedRelevancy where no row (B, T, N) holds more than the row that was read, and that tells of a wrong row.
+    `contribution`: what attention brought to it, where the method knows."""
     # A decoder's logits and its row are of one position: where that position sees itself alone, nothing else counts for it.
     predicts = request.record.scoring.predicts and request.position is None and not callable(request.target)
     if predicts or not request.method.holds_start:
@@ -208,7 +210,7 @@ def check_relevancy(
         if row.shape != start.shape or row.shape[-1] == 1:  # behind a pooling head, whose probes are no tokens
             return
         alone = read_tokens(start)
-        beside = row.masked_fill(alone, 0.0) if bool(alone.any()) else brought.get(tower, row - start)
+        beside = row.masked_fill(alone, 0.0) if bool(alone.any()) else contribution.get(tower, row - start)
         if bool((beside != 0).any()):
             return
     raise UndefinedRelevancy(

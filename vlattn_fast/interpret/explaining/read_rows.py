@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vlattn_fast.interpret.explaining.forward_pass import Run
 from vlattn_fast.interpret.explaining.request import Position
-from vlattn_fast.interpret.explaining.run import Run
 from vlattn_fast.interpret.explaining.similarity import NAMED_ROWS
 from vlattn_fast.interpret.records.tokens import decoder_inputs
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace

@@ -18,7 +18,7 @@ from vlattn_fast.interpret.intervening.editing import EditedCalls
 from vlattn_fast.interpret.intervening.edits import Edit, Knockout, ScaleHeads
 from vlattn_fast.interpret.intervening.effects import attribute_edges
 from vlattn_fast.interpret.intervening.intervene import intervene
-from vlattn_fast.interpret.intervening.one import generated
+from vlattn_fast.interpret.intervening.intervene_command import generated
 from vlattn_fast.interpret.intervening.plans import Plans
 from vlattn_fast.interpret.records.registry import find_family
 from vlattn_fast.interpret.relevancy.method import Method

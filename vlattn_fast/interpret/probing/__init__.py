@@ -5,7 +5,7 @@ Out: a `ProbeReport`.
 Imports: interpret.explaining, interpret.records, interpret.result, attach, ops, _ground.
 """
 
+from vlattn_fast.interpret.probing.probe_dataset import probe
 from vlattn_fast.interpret.probing.report import ProbeReport
-from vlattn_fast.interpret.probing.run import probe
 
 __all__ = ["ProbeReport", "probe"]

@@ -113,11 +113,11 @@ class KeptCalls(Method):
         if len(block) == 1:
             ((call, grad),) = block
             return self._in_places(tower, call, start, grad).to(start)
-        row, brought = start, torch.zeros_like(start)  # summed by itself: a small one has no digits beside `start`
+        row, contribution = start, torch.zeros_like(start)  # summed by itself: a small one has no digits beside `start`
         for call, grad in reversed(block):
             step = self._in_places(tower, call, row, grad).mean(1, keepdim=True).to(start)
-            row, brought = row + step, brought + step
-        return brought
+            row, contribution = row + step, contribution + step
+        return contribution
 
     def rows_of_call(self, call: TracedCall, start: Tensor, grad: Tensor | None) -> Tensor:
         """The rows (B, H, M) of a call's maps over its tokens, from the weights `start` (B, 1, N)."""

@@ -17,7 +17,7 @@ from vlattn_fast._ground.checks import check_choice, check_names
 from vlattn_fast.attach.frozen import Frozen
 from vlattn_fast.interpret.records.record import Family, Tower
 from vlattn_fast.interpret.records.tokens import decoder_inputs
-from vlattn_fast.interpret.relevancy.sinks import CHOICES, KEEP, REMOVE, Seen, judge
+from vlattn_fast.interpret.relevancy.sink_detection import CHOICES, KEEP, REMOVE, Seen, judge
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import Recursion, TracedCall
 
@@ -43,7 +43,7 @@ class Link:
 
 
 @dataclass(frozen=True, eq=False)
-class Said:
+class PredictedTokens:
     """Tokens that a model predicts, of which one is explained."""
 
     logits: Tensor  # (B, N, vocabulary), at every position
@@ -64,10 +64,10 @@ class BackwardPass:
     arguments: Mapping[str, Any]  # of the model
     keep: bool  # keep the graph for a further pass
     differentiable: bool = False  # gradients have gradients themselves
-    said: Said | None = None  # of methods that take logits, where a token is explained
+    predicted: PredictedTokens | None = None  # of methods that take logits, where a token is explained
     # The part of each tower's row (B, 1, N) that attention brought, as the method notes it: without what the rows that are read
     # have kept on themselves by the residual connections. Methods without these note nothing.
-    brought: dict[TowerTrace, Tensor] = field(default_factory=dict)
+    contribution: dict[TowerTrace, Tensor] = field(default_factory=dict)
 
     def gradients(self, tensors: Sequence[Tensor]) -> list[Tensor | None]:
         """The gradient of the score at each tensor; None where it does not depend on it."""
@@ -342,7 +342,9 @@ class Method:
                 replace(backward, starts=[_flat(*pair) for pair in zip(backward.towers, backward.starts, strict=True)])
             )
             flat = [tower for tower in backward.towers if tower.places.is_flat]
-            backward.brought.update({t: t.places.reported(backward.brought[t]) for t in flat if t in backward.brought})
+            backward.contribution.update(
+                {t: t.places.reported(backward.contribution[t]) for t in flat if t in backward.contribution}
+            )
             return [t.places.reported(row) if t in flat else row for t, row in zip(backward.towers, rows, strict=True)]
         for tower in (*backward.towers, *backward.attended):
             if tower.places.is_flat:
@@ -439,7 +441,9 @@ class CarriedMethod(Method):
         grads = iter(torch.autograd.grad(outputs, parts, carried, retain_graph=backward.keep))
         rows = [torch.cat([next(grads) for _ in of_tower], 2) for of_tower in entering]
         halves = [row.chunk(2, 1) for row in rows]
-        backward.brought.update((tower, half[1][:, :n]) for tower, half, n in zip(backward.towers, halves, counts, strict=True))
+        backward.contribution.update(
+            (tower, half[1][:, :n]) for tower, half, n in zip(backward.towers, halves, counts, strict=True)
+        )
         return [half[0][:, :n] for half, n in zip(halves, counts, strict=True)]
 
     # --- for rows that are made of the calls themselves, see `live_calls` ---

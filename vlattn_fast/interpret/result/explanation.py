@@ -29,10 +29,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image as Picture
 
-_FORMAT = "vlattn_fast.explanation.5"
+_FORMAT = "vlattn_fast.explanation.6"
+_BEFORE = {"vlattn_fast.explanation.5": {"brought": "contribution"}}  # earlier formats that differ by names alone
 _OLDER = ("vlattn_fast.explanation.3", "vlattn_fast.explanation.4")
 _HELD = ("gradient", "weighted", "input_gradient", "gradcam")  # whose names meant the published forms in older files
-_OF_TOWERS = ("relevancy", "position", "brought")
+_OF_TOWERS = ("relevancy", "position", "contribution")
 _TENSORS = ("text", "regions", "boxes", "scores", "gap")
 _FACTS = (
     *("image_rows", "token_ids", "words", "target", "method", "start_layer", "answer", "text_positions", "photos", "crops"),
@@ -71,8 +72,8 @@ class Explanation(Explained):
         method: the name of the method of `explain`, with those of its options that differ from the defaults. `start_layer`: one
             of these, 0 = all layers.
         position: tower -> (B,) int64, the token whose row is read. Towers without such a token (mean, pooling head) are missing.
-        brought: tower -> (B, N), of towers where rows of several tokens are read, as a mean is: what attention brought, which is
-            `relevancy` without what the residual connections keep of the rows' weights.
+        contribution: tower -> (B, N), of towers where rows of several tokens are read, as a mean is: what attention brought,
+            which is `relevancy` without what the residual connections keep of the rows' weights.
         text_positions: where each entry of `text` stands in its tower, row by row; an encoder-decoder's answer stands in the
             decoder.
         answer: the ids of the tokens of a decoder's explained answer, row by row, or of the prompt of `prompt_maps`, or None.
@@ -85,7 +86,7 @@ class Explanation(Explained):
 
     A row that is read puts the most on itself, for any input: about 1 on its token, 1/N on each token of a mean. So `image`,
     `text`, `regions`, pictures and tables leave that out: the whole entry of a single token, and of several what is not
-    `brought`. `self_relevancy` holds it, and `relevancy` has both.
+    `contribution`. `self_relevancy` holds it, and `relevancy` has both.
 
     With an answer of T tokens, the last `len(answer[b])` entries of `text[b]` and of `token_ids[b]` are the answer's, in order
     and special tokens included: the relevancy of earlier words of the answer for later ones. Two forms:
@@ -166,7 +167,7 @@ class Explanation(Explained):
             if facts.get("format") in _OLDER:
                 facts["text_positions"] = facts.get("text_positions", facts.get("places"))
                 facts["method"] = f"{facts['method']}(freeze=())" if facts.get("method") in _HELD else facts.get("method")
-            elif facts.get("format") != _FORMAT:
+            elif facts.get("format") not in (_FORMAT, *_BEFORE):
                 raise ValueError(f"its format is {facts.get('format')}")
             further: dict[str, Any] = json.loads(facts.get("of_class") or "{}")
             if set(further) != set(cls._further()):
@@ -178,8 +179,9 @@ class Explanation(Explained):
                 for name, count in facts["maps"].items()
             }
             towers = facts["tower_images"]
+            now = {former: name for names in _BEFORE.values() for former, name in names.items()}
             of_towers: dict[str, Any] = {
-                of: None if names is None else {name: tensors[f"{of}.{name}"] for name in names}
+                now.get(of, of): None if names is None else {name: tensors[f"{of}.{name}"] for name in names}
                 for of, names in facts["towers"].items()
             }
             fields: dict[str, Any] = {name: tensors.get(name) for name in _TENSORS} | {name: facts.get(name) for name in _FACTS}

@@ -11,7 +11,7 @@ from vlattn_fast.attach.tensor_parallel import mean_over
 from vlattn_fast.interpret.relevancy.last_attention import LastAttentionMethod, Real, times_map
 from vlattn_fast.interpret.relevancy.method import check_sinks
 from vlattn_fast.interpret.relevancy.mixing_call import MixingCall
-from vlattn_fast.interpret.relevancy.sinks import KEEP
+from vlattn_fast.interpret.relevancy.sink_detection import KEEP
 from vlattn_fast.interpret.relevancy.traced_call import Recursion, TracedCall
 
 

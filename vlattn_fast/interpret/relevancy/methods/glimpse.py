@@ -67,12 +67,12 @@ class Glimpse(KeptCalls):
             weights = [self._weights(call, grad, start, real, real) for call, grad in zip(of_tower, of_calls, strict=True)]
             norms = [norm.to(start.device) for _, norm in weights]  # layers may have several devices
             of_layers = self._layers(torch.stack(norms))
-            row, brought = start, start if pool else torch.zeros_like(start)
+            row, contribution = start, start if pool else torch.zeros_like(start)
             for call, grad, (heads, _), share in reversed([*zip(of_tower, of_calls, weights, of_layers, strict=True)]):
                 step = share[:, None, None].to(row) / 2 * _carried(call, grad, row, heads).to(row)
-                row, brought = row + step, brought + step
+                row, contribution = row + step, contribution + step
             rows.append(row)
-            backward.brought[tower] = brought
+            backward.contribution[tower] = contribution
         return rows
 
     def _weights(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vlattn_fast._ground.checks import check_bool
 from vlattn_fast.interpret.relevancy.method import FREEZABLE, BackwardPass, CarriedMethod, Link
-from vlattn_fast.interpret.relevancy.sinks import KEEP
+from vlattn_fast.interpret.relevancy.sink_detection import KEEP
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import Recursion
 from vlattn_fast.interpret.relevancy.two_modalities import Equations, Relevancies, relevancies, rows_between
@@ -85,7 +85,7 @@ def rows_by_equations(
         row = start @ matrices[tower, source]
         if tower is not source:
             return row
-        backward.brought[tower] = row
+        backward.contribution[tower] = row
         return row + start * identity[tower].mT
 
     return rows_between(backward, read)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast.interpret.relevancy.method import BackwardPass, CarriedMethod, Link
-from vlattn_fast.interpret.relevancy.sinks import KEEP
+from vlattn_fast.interpret.relevancy.sink_detection import KEEP
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import Recursion, as_factor
 from vlattn_fast.interpret.relevancy.two_modalities import last_between, rows_between
@@ -50,7 +50,7 @@ class Rollout(CarriedMethod):
 
         def read(tower: TowerTrace, source: TowerTrace, start: Tensor) -> Tensor:
             if tower is source:
-                row, backward.brought[tower] = _rolled(calls, tower, start)
+                row, backward.contribution[tower] = _rolled(calls, tower, start)
                 return row
             last = last_between(calls, tower, source)
             queries = self.attending(backward, tower, start, calls[:last])
@@ -105,13 +105,13 @@ def _later(start: Tensor) -> Tensor:
 def _rolled(calls: Sequence[Link], tower: TowerTrace, row: Tensor) -> tuple[Tensor, Tensor]:
     """row (B, 1, N) times the product of I + mean_h A, over its row sum, for the self-attention of a tower, the last to the left;
     and the same without what is left of the row itself."""
-    brought = torch.zeros_like(row)
+    contribution = torch.zeros_like(row)
     for call in reversed(calls):
         if call.tower is tower and call.source is tower:
             weight = _over_row_sum(call, row)
             step = _mean_attention(row * weight, call)
-            row, brought = row * weight + step, brought * weight + step
-    return row, brought
+            row, contribution = row * weight + step, contribution * weight + step
+    return row, contribution
 
 
 def _rolled_as_one(backward: BackwardPass, calls: Sequence[Link]) -> list[Tensor]:
@@ -124,7 +124,7 @@ def _rolled_as_one(backward: BackwardPass, calls: Sequence[Link]) -> list[Tensor
         )
 
     def read(tower: TowerTrace, source: TowerTrace, start: Tensor) -> Tensor:
-        rows, brought = {tower: start}, {tower: torch.zeros_like(start)}
+        rows, contribution = {tower: start}, {tower: torch.zeros_like(start)}
         waiting: dict[tuple[TowerTrace, int | None], Tensor] = {}
         for number in sorted({call.number for call in calls}, reverse=True):
             of_number = [call for call in calls if call.number == number]
@@ -134,15 +134,15 @@ def _rolled_as_one(backward: BackwardPass, calls: Sequence[Link]) -> list[Tensor
             if row is None:
                 continue
             weight = _over_row_sum(of_number[0], row)
-            rows[queries], brought[queries] = row * weight, _sum(brought.get(queries), before) * weight
+            rows[queries], contribution[queries] = row * weight, _sum(contribution.get(queries), before) * weight
             for call in of_number:
                 step = _mean_attention(row * weight, call)
                 if call.source is queries:
-                    rows[queries], brought[queries] = rows[queries] + step, brought[queries] + step
+                    rows[queries], contribution[queries] = rows[queries] + step, contribution[queries] + step
                 else:
                     waiting[call.source, call.seen] = _sum(waiting.get((call.source, call.seen)), step)
         if source is tower:
-            backward.brought[tower] = brought[tower]
+            backward.contribution[tower] = contribution[tower]
         row = _sum(rows.get(source), waiting.get((source, None)))
         return start.new_zeros(*start.shape[:2], source.size) if row is None else row
 

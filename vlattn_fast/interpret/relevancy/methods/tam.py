@@ -49,32 +49,32 @@ class Tam(Method):
 
     @torch.no_grad()
     def carry(self, backward: BackwardPass) -> list[Tensor]:
-        (tower,), (start,), said = backward.towers, backward.starts, backward.said
-        if said is None:
+        (tower,), (start,), predicted = backward.towers, backward.starts, backward.predicted
+        if predicted is None:
             raise ValueError(
                 "method 'tam' explains one token: pass target= as None, tokens or words, or answer= with per_token=True; "
                 "got a callable or per_token=False"
             )
-        logits, tokens = said.logits, tower.tokens_in(backward.arguments)
+        logits, tokens = predicted.logits, tower.tokens_in(backward.arguments)
         if logits.ndim != 3 or tuple(logits.shape[:2]) != tower.shape or tokens.ids is None:
             got = f"logits {tuple(logits.shape)} and {tower.size} tokens of tower '{tower.name}'"
             raise ValueError(f"method 'tam' must be of a model that gives a logit of each token of its sequence; got {got}")
-        device, count = logits.device, said.number
+        device, count = logits.device, predicted.number
         ids = torch.nn.functional.pad(tokens.ids, (tokens.before, 0)).to(device)
         real, words = tokens.real(), tokens.words()
         real = torch.ones_like(ids, dtype=torch.bool) if real is None else real.to(device)
         words = torch.zeros_like(real) if words is None else words.to(device)
         image, column = tokens.of_image().to(device) & real, torch.arange(ids.shape[1], device=device)
         rows = torch.zeros(start.shape[0], ids.shape[1], dtype=start.dtype, device=device)
-        for sample, positions in enumerate(said.positions.to(device)):
+        for sample, positions in enumerate(predicted.positions.to(device)):
             if not bool(start[sample].any()):  # behind the end of a shorter answer
                 continue
-            token, place = said.ids[sample][count], positions[count]
+            token, place = predicted.ids[sample][count], positions[count]
             activation = logits[sample, :, token].to(rows).clamp(min=0)
             rows[sample] = activation.masked_fill(~real[sample] | (column > place), 0.0)
             # The words before the token that is explained: those of the prompt, then those of the answer.
             asked = (words[sample] & (column <= positions[0])).nonzero()[:, 0]
-            earlier = torch.cat([ids[sample, asked], torch.tensor(said.ids[sample][:count], dtype=ids.dtype, device=device)])
+            earlier = torch.cat([ids[sample, asked], torch.tensor(predicted.ids[sample][:count], dtype=ids.dtype, device=device)])
             weights = activation[torch.cat([asked, positions[:count]])]
             counts, seen = earlier != token, image[sample].nonzero()[:, 0]
             if bool(counts.any()) and len(seen):

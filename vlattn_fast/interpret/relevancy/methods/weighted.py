@@ -21,7 +21,7 @@ from vlattn_fast._ground.tensors import over_sums
 from vlattn_fast.backends.reference.relevancy_residual import WEIGHTINGS, Weighting, residual_weights
 from vlattn_fast.interpret.relevancy.method import BackwardPass, Hook, Link
 from vlattn_fast.interpret.relevancy.methods.gradient import GradientMethod, rows_by_equations
-from vlattn_fast.interpret.relevancy.sinks import KEEP
+from vlattn_fast.interpret.relevancy.sink_detection import KEEP
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import Recursion, TracedCall
 from vlattn_fast.interpret.relevancy.tracking.token_places import flat_rows

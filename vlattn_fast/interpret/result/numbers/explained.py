@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_tensor, describe
-from vlattn_fast.interpret.result.numbers.sinks import Sink, as_sinks
+from vlattn_fast.interpret.result.numbers.sink_tokens import Sink, as_sinks
 
 _BY_SAMPLE = ("text", "regions", "boxes", "scores", "gap", "target", "answer", "text_positions", "sinks")
 _OF_TEXT = ("words", "token_ids")
@@ -38,7 +38,7 @@ class Explained:
     answer: list[list[int]] | None = None
     tower_images: dict[str, Tensor | tuple[Tensor, ...]] | None = None
     text_positions: list[list[int]] | None = None
-    brought: dict[str, Tensor] | None = None
+    contribution: dict[str, Tensor] | None = None
     photos: list[int] | None = None
     crops: list[Any] | None = None
     token_names: list[str] | None = None
@@ -56,9 +56,9 @@ class Explained:
             check_tensor(field, values)
             if values.ndim not in (2, 3) or not values.is_floating_point():
                 raise ValueError(f"{field} must be floating point of shape (B, N) or (B, T, N); got {describe(values)}")
-        for name, values in (self.brought or {}).items():
+        for name, values in (self.contribution or {}).items():
             if name not in relevancy or values.shape != relevancy[name].shape:
-                raise ValueError(f"brought[{name!r}] must have the shape of relevancy[{name!r}]; got {describe(values)}")
+                raise ValueError(f"contribution[{name!r}] must have the shape of relevancy[{name!r}]; got {describe(values)}")
         for name in _INTEGERS:
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, _integers(name, value))
@@ -114,10 +114,14 @@ class Explained:
 
     def beside(self, tower: str, number: int | None = None) -> Tensor:
         """A tower's entries of `relevancy` without `self_relevancy`, as pictures and tables show them: of all rows, or of one."""
-        values, brought, position = self.relevancy[tower], (self.brought or {}).get(tower), (self.position or {}).get(tower)
+        values, contribution, position = (
+            self.relevancy[tower],
+            (self.contribution or {}).get(tower),
+            (self.position or {}).get(tower),
+        )
         if number is None:
-            return without_self(values, brought, position)
-        return without_self(values[number], *(part if part is None else part[number] for part in (brought, position)))
+            return without_self(values, contribution, position)
+        return without_self(values[number], *(part if part is None else part[number] for part in (contribution, position)))
 
     @property
     def self_relevancy(self) -> dict[str, Tensor]:
@@ -128,7 +132,7 @@ class Explained:
     @property
     def read_towers(self) -> list[str]:
         """The towers of `self_relevancy`."""
-        return [name for name in self.relevancy if name in (self.position or {}) or name in (self.brought or {})]
+        return [name for name in self.relevancy if name in (self.position or {}) or name in (self.contribution or {})]
 
     @property
     def tokens(self) -> list[list[str]] | None:
@@ -155,11 +159,11 @@ class Explained:
         return f"Explanation(method={self.method!r}, relevancy={shapes}, target={self.target})"
 
 
-def without_self(values: Tensor, brought: Tensor | None, position: Tensor | None) -> Tensor:
+def without_self(values: Tensor, contribution: Tensor | None, position: Tensor | None) -> Tensor:
     """Relevancy (..., N) as attention brought it, where that is known beside it, else with 0 at the tokens whose rows are read:
     `position` (B,), (B, T) of rows (B, T, N), or (B, T) of rows (B, N) that several tokens have in common."""
-    if brought is not None or position is None:
-        return values if brought is None else brought
+    if contribution is not None or position is None:
+        return values if contribution is None else contribution
     index = position.to(values.device)
     index = index if index.ndim == values.ndim else index[..., None].expand(*values.shape[:-1], 1)
     return values.scatter(-1, index, 0.0)

@@ -13,7 +13,7 @@ import numpy as np
 from vlattn_fast._ground.checks import check_bool, check_number
 from vlattn_fast.interpret.result.numbers.choices import Array, Choice, Patch, Sample, chosen_numbers, read_samples, score_text
 from vlattn_fast.interpret.result.numbers.explained import Explained
-from vlattn_fast.interpret.result.numbers.sinks import sinks_line
+from vlattn_fast.interpret.result.numbers.sink_tokens import sinks_line
 from vlattn_fast.interpret.result.pictures.figure import Painter
 from vlattn_fast.interpret.result.pictures.figure_parts import draw_bar, fitted
 from vlattn_fast.interpret.result.pictures.page import TEMPLATES, Page, data_uri, fill_template

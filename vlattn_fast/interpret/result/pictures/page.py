@@ -25,7 +25,7 @@ from vlattn_fast.interpret.result.numbers.choices import (
     score_text,
 )
 from vlattn_fast.interpret.result.numbers.explained import Explained
-from vlattn_fast.interpret.result.numbers.sinks import sinks_line
+from vlattn_fast.interpret.result.numbers.sink_tokens import sinks_line
 from vlattn_fast.interpret.result.pictures.panel_names import panel_names
 from vlattn_fast.interpret.result.pictures.photos import read_boxes, read_pictures
 from vlattn_fast.interpret.result.pictures.scale import check_scale, colors, for_scale, limits, scale_of, shares

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vlattn_fast import Explanation, explain, find_sinks
-from vlattn_fast.interpret.relevancy import sinks as detector
+from vlattn_fast.interpret.relevancy import sink_detection as detector
 from vlattn_fast.interpret.relevancy.methods.registry import published
 from vlattn_fast.models import CLIPMapper
 from vlattn_lab.experiments.experiment import least_seconds

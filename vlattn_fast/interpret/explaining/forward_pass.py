@@ -156,8 +156,8 @@ def _connect(vision: TowerTrace, language: TowerTrace, connector: Connector, con
         tokens = fed[real].to(leaving.device)
         shares = 1 / tokens.bincount(minlength=len(places)).clamp(min=1).to(leaving)
         lines = leaving.transpose(0, 1).flatten(1)[:, real.to(leaving.device)]  # (2, patches), as they lie in the batch
-        brought = (leaving.new_zeros(2, len(places)).index_add(1, tokens, lines) * shares).to(like)
-        flat = torch.zeros_like(like).transpose(0, 1).flatten(1).index_copy(1, places.to(like.device), brought)
+        contribution = (leaving.new_zeros(2, len(places)).index_add(1, tokens, lines) * shares).to(like)
+        flat = torch.zeros_like(like).transpose(0, 1).flatten(1).index_copy(1, places.to(like.device), contribution)
         return flat.view(2, *like.shape[::2]).transpose(0, 1)
 
     language.carriers.below = below

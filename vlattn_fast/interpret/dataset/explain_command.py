@@ -15,7 +15,7 @@ from vlattn_fast.interpret.explaining.loading import build_inputs, generate, loa
 from vlattn_fast.interpret.relevancy.method import Method
 from vlattn_fast.interpret.result.explanation import Explanation
 from vlattn_fast.interpret.result.numbers.choices import score_text
-from vlattn_fast.interpret.result.numbers.sinks import sinks_line
+from vlattn_fast.interpret.result.numbers.sink_tokens import sinks_line
 from vlattn_fast.interpret.result.pictures.photos import open_image
 
 
