@@ -224,6 +224,20 @@ def test_a_file_of_the_format_before(tmp_path):
     assert (read.text_positions, read.method) == (positions, "gradient(freeze=())")
 
 
+def test_files_that_have_a_field_by_its_former_name_are_read(tmp_path):
+    safetensors = pytest.importorskip("safetensors")
+    contribution = {"vision": torch.rand(2, 5)}
+    written = Explanation({"vision": torch.rand(2, 5)}, contribution=contribution).save(tmp_path / "now.safetensors")
+    with safetensors.safe_open(written, "pt") as file:
+        facts = json.loads(file.metadata()["explanation"])
+        tensors = {name.replace("contribution", "brought"): file.get_tensor(name) for name in file.keys()}
+    facts["towers"]["brought"] = facts["towers"].pop("contribution")
+    facts["format"] = "vlattn_fast.explanation.5"
+    former = tmp_path / "former.safetensors"
+    safetensors.torch.save_file(tensors, former, metadata={"explanation": json.dumps(facts)})
+    assert torch.equal(Explanation.load(former).contribution["vision"], contribution["vision"])
+
+
 def test_load_names_what_is_broken(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     whole = made().save(tmp_path / "whole.safetensors")
