@@ -185,3 +185,51 @@ def test_a_pass_after_an_interrupted_one_is_edited_as_the_first() -> None:
         interrupted(model, ids)
         assert torch.equal(model(**ids).logits, expected)
     assert not torch.equal(model(**ids).logits, expected)
+
+
+def test_attention_that_no_edit_concerns_stays_as_it_is() -> None:
+    """Where `intervene` edits nothing, any shape is allowed, and what began to see the model outside still sees it."""
+    model, inputs = llava()
+    with va.nn.capture_attention(model, layers=[0, 1]) as expected:
+        model(**inputs)
+    blocks = torch.randn(2, 3, 4, 5, 6)
+    product = torch.nn.functional.scaled_dot_product_attention(blocks, blocks, blocks)
+    with va.nn.capture_attention(model, layers=[0, 1]) as captured:
+        with va.intervene(model, inputs, va.Knockout(queries="last", keys=(0, 1))):
+            model(**inputs)
+            assert torch.equal(torch.nn.functional.scaled_dot_product_attention(blocks, blocks, blocks), product)
+    assert torch.equal(captured[1].image[0], expected[1].image[0])
+
+
+def test_a_call_of_tensors_with_different_dimensions_is_left_alone() -> None:
+    """torch's function broadcasts them."""
+
+    class Pools(torch.nn.Module):
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            query = torch.nn.functional.one_hot(input_ids, 16).float()[:, None].expand(-1, 2, -1, -1)
+            tokens = torch.nn.functional.scaled_dot_product_attention(query, query, query)
+            learned = torch.ones(2, 7, 16)
+            return torch.nn.functional.scaled_dot_product_attention(tokens, learned, learned)
+
+    model, ids = Pools(), torch.tensor([[1, 2, 3]])
+    with va.nn.capture_attention(model) as captured:
+        assert torch.equal(model(input_ids=ids), Pools()(ids))
+    assert captured.text[0].shape == (1, 2, 3, 16)
+
+
+def test_a_hook_explains_the_edited_model_in_the_middle_of_its_attention() -> None:
+    model, _ = llava()
+    ids = {"input_ids": torch.tensor([[1, 5, 6, 7]])}
+    explained = []
+
+    def explain(module: torch.nn.Module, args: Any) -> None:
+        if not explained:
+            explained.append(None)
+            explained.append(va.explain(model, ids))
+
+    with va.intervene(model, ids, va.Knockout(queries="last", keys=(0, 1))):
+        expected = model(**ids).logits
+        handle = model.model.language_model.layers[1].self_attn.q_proj.register_forward_pre_hook(explain)
+        edited = model(**ids).logits
+        handle.remove()
+    assert len(explained) == 2 and torch.equal(edited, expected)

@@ -57,16 +57,16 @@ class Attention:
 
     @classmethod
     def of_sdpa(cls, run: ModuleRun, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Attention | None:
-        """A call of scaled_dot_product_attention; None where query has neither three nor four dimensions."""
+        """A call of scaled_dot_product_attention; None if the tensors have neither three nor four dimensions each."""
         options: dict[str, Any] = {"attn_mask": None, "is_causal": False, "scale": None, "enable_gqa": False}
         options |= {**dict(zip(_SDPA, args, strict=False)), **kwargs}
         given = options.pop("query"), options.pop("key"), options.pop("value")
         dropout_p, mask = options.pop("dropout_p", 0.0), options["attn_mask"]
         query, key, value = given
-        if query.ndim == 3:
+        if query.ndim == key.ndim == value.ndim == 3:
             query, key, value = (x.unsqueeze(1) for x in given)
             options["attn_mask"] = mask.unsqueeze(1) if mask is not None and mask.ndim == 3 else mask
-        elif query.ndim != 4:
+        elif query.ndim != 4 or key.ndim != 4 or value.ndim != 4:
             return None
         elif not options["enable_gqa"]:  # torch's function broadcasts batch and heads, as for multi-query attention
             shapes = [x.shape[:2] for x in given]
@@ -120,6 +120,11 @@ class Subscriber:
     def on_inputs(self, run: ModuleRun, inputs: ScoreAttentionInputs) -> ScoreAttentionInputs:
         """score_attention is called; returns what it computes with. The call follows."""
         return inputs
+
+    def takes_calls(self) -> bool:
+        """Whether the attention that runs now concerns it. Where it concerns nobody, the model's functions run as they are, and
+        other modes of torch see them."""
+        return True
 
     def on_attention(self, event: Attention, attend: Attend) -> Any:
         """An attention call."""

@@ -81,7 +81,7 @@ class Observer(Stepwise, TorchFunctionMode):
         self.edits = next((each for each in subscribers if each.edits), None)
         self._paths, self._starts = ModulePaths(model, within), None if starts is None else {*starts}
         self._changes, self._keeps_order = (keeps_sdpa, further), keeps_order or parts is not None
-        self._told = {name: self._those_with(name) for name in vars(Subscriber) if name.startswith(("on_", "heads_"))}
+        self._told = {name: self._those_with(name) for name in vars(Subscriber) if name.startswith(("on_", "heads_", "takes_"))}
         self.maps = WrittenMaps(keeps_graph=self.trains)
         self.runs: list[ModuleRun] = []  # under way, the outermost first
         self._count = 0  # of the runs so far
@@ -178,6 +178,11 @@ class Observer(Stepwise, TorchFunctionMode):
 
     # --- functions ---
 
+    def _takes_calls(self) -> bool:
+        """Whether a subscriber asks for the attention that runs now."""
+        told = self._told
+        return bool(told["on_attention"]) and (not told["takes_calls"] or any(each.takes_calls() for each in self._subscribers))
+
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -185,8 +190,8 @@ class Observer(Stepwise, TorchFunctionMode):
         # torch takes a mode off for each call, and may put it back after Ctrl-C in a run that has ended
         if self._is_over or self._is_aside or not self.runs or not self.is_on():
             return func(*args, **kwargs)
-        run = self.runs[-1]
-        if self._told["on_attention"]:
+        run, takes_calls = self.runs[-1], self._takes_calls()
+        if takes_calls:
             if func is functional.scaled_dot_product_attention:
                 return self._sdpa(run, args, kwargs)
             if func is SCORE_ATTENTION:
@@ -197,9 +202,9 @@ class Observer(Stepwise, TorchFunctionMode):
                 return self._multihead(run, args, kwargs)
         if func is torch.multinomial and self._keeps_order and _shuffles(run.module, args):
             return torch.arange(len(args[0]), device=args[0].device)
-        return self._other(run, func, args, kwargs)
+        return self._other(run, takes_calls, func, args, kwargs)
 
-    def _other(self, run: ModuleRun, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _other(self, run: ModuleRun, takes_calls: bool, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result of a function that is no attention, or a part of attention that is written out by hand."""
         result = NotImplemented
         for on_call in self._told["on_call"]:
@@ -210,7 +215,7 @@ class Observer(Stepwise, TorchFunctionMode):
             result = func(*args, **kwargs)
         if self._is_over:
             return result
-        if self._told["on_attention"]:
+        if takes_calls:
             follow = self._scores if self._parts is None else self._map
             result = follow(run, func, args, kwargs, result)
         for on_result in self._told["on_result"]:
@@ -225,8 +230,8 @@ class Observer(Stepwise, TorchFunctionMode):
         if event is not None:
             return self._answer(event, _plain if self._parts is not None else lambda _: sdpa(*args, **kwargs))
         if self._parts is not None:
-            query = args[0] if args else kwargs["query"]
-            raise ValueError(f"model must call attention with (B, H, N, D) tensors; got {tuple(query.shape)} in '{run.path}'")
+            shapes = " and ".join(str(tuple(x.shape)) for x in (*args, *kwargs.values())[:2])
+            raise ValueError(f"model must call attention with (B, H, N, D) tensors; got {shapes} in '{run.path}'")
         return sdpa(*args, **kwargs)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Any], module: nn.Module | None = None) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -77,9 +77,16 @@ class EditedCalls(Subscriber):
         check_not_explained()
         self.count_anew()
 
-    def count_anew(self) -> None:
+    def count_anew(self) -> Callable[[], None]:
+        """Begins a run of the model; returns what goes on with the run that is under way, if one is."""
+        before = self._numbers, self._attending, self._cached
+
+        def go_on() -> None:
+            self._numbers, self._attending, self._cached = before
+
         self._numbers = dict.fromkeys(self._of_modules, 0)
         self._attending, self._cached = [], {}
+        return go_on
 
     def begins(self, observer: Observer) -> Steps:
         plainly = uncompiled(self.model)
@@ -133,6 +140,9 @@ class EditedCalls(Subscriber):
         return None if plans[number].is_empty else plans[number]
 
     # --- attention calls ---
+
+    def takes_calls(self) -> bool:
+        return bool(self._attending)
 
     def on_attention(self, event: Attention, attend: Attend) -> Tensor:
         """The attention (B, H, N, Dv) of one call, with its edits."""
@@ -259,8 +269,8 @@ class ExplainedEdits(Subscriber):
     def __init__(self, edits: EditedCalls) -> None:
         self._edits = edits
 
-    def before_run(self) -> None:
-        self._edits.count_anew()
+    def begins(self, observer: Observer) -> Steps:
+        yield self._edits.count_anew()  # a hook of the edited model may explain it
 
     def on_attention(self, event: Attention, attend: Attend) -> Tensor:
         plan = None if event.run.path is None else self._edits.next_plan(event.run.module or self._edits.model)
