@@ -151,6 +151,7 @@ class Observer(Stepwise, TorchFunctionMode):
             return
         if module is self.model and not self.explains:  # Ctrl-C may have left the pass before
             self.runs[:] = self.runs[:1] if self._starts is None else []
+            self.maps = WrittenMaps(keeps_graph=self.trains)  # those of a run before have been multiplied
         if self.runs:
             around = self.runs[-1]
             path = self._paths.of(module, around.path, around.number)
@@ -179,9 +180,8 @@ class Observer(Stepwise, TorchFunctionMode):
     # --- functions ---
 
     def _takes_calls(self) -> bool:
-        """Whether a subscriber asks for the attention that runs now."""
-        told = self._told
-        return bool(told["on_attention"]) and (not told["takes_calls"] or any(each.takes_calls() for each in self._subscribers))
+        """Whether the attention that runs now concerns a subscriber."""
+        return any(each.takes_calls() for each in self._subscribers)
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -190,7 +190,8 @@ class Observer(Stepwise, TorchFunctionMode):
         # torch takes a mode off for each call, and may put it back after Ctrl-C in a run that has ended
         if self._is_over or self._is_aside or not self.runs or not self.is_on():
             return func(*args, **kwargs)
-        run, takes_calls = self.runs[-1], self._takes_calls()
+        run, told = self.runs[-1], self._told
+        takes_calls = bool(told["on_attention"]) and (not told["takes_calls"] or self._takes_calls())
         if takes_calls:
             if func is functional.scaled_dot_product_attention:
                 return self._sdpa(run, args, kwargs)
