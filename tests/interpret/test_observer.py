@@ -254,3 +254,21 @@ def test_maps_of_earlier_passes_are_let_go() -> None:
             assert not torch.equal(model(**inputs), Written()(**inputs))
         observer: Any = RUNNING.get()
         assert observer.maps.count == 1
+
+
+def test_a_hook_runs_the_edited_model_in_the_middle_of_its_attention() -> None:
+    model, _ = llava()
+    ids, other = {"input_ids": torch.tensor([[1, 5, 6, 7]])}, {"input_ids": torch.tensor([[1, 7, 6, 5]])}
+    ran = []
+
+    def run(module: torch.nn.Module, args: Any) -> None:
+        if not ran:
+            ran.append(None)
+            ran.append(model(**other).logits)
+
+    with va.intervene(model, ids, va.Knockout(queries="last", keys=(0, 1))):
+        expected, of_other = model(**ids).logits, model(**other).logits
+        handle = model.model.language_model.layers[1].self_attn.q_proj.register_forward_pre_hook(run)
+        edited = model(**ids).logits
+        handle.remove()
+    assert torch.equal(edited, expected) and torch.equal(ran[1], of_other)

@@ -27,6 +27,7 @@ class ModuleRun:
     module: nn.Module | None  # None = what runs before the first module
     path: str | None  # of the module in the model; None = of another model, or of a part that is not observed
     number: int  # no other run of a module has it
+    begins_anew: bool = False  # it is a pass of the whole model, within no other
     product: WrittenScores | None = None  # the module's last matmul, which may be the scores of attention
 
 

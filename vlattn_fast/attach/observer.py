@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from types import FrameType
 from typing import Any
 
 import torch
@@ -149,7 +151,8 @@ class Observer(Stepwise, TorchFunctionMode):
     def _enter_module(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if isinstance(module, _OF_THE_CALLER) or not self.is_on():
             return
-        if module is self.model and not self.explains:  # Ctrl-C may have left the pass before
+        begins_anew = module is self.model and not self.explains and not _runs_within_itself(module)
+        if begins_anew:  # Ctrl-C may have left the pass before
             self.runs[:] = self.runs[:1] if self._starts is None else []
             self.maps = WrittenMaps(keeps_graph=self.trains)  # those of a run before have been multiplied
         if self.runs:
@@ -160,7 +163,7 @@ class Observer(Stepwise, TorchFunctionMode):
         else:
             return  # a part alone is no forward pass of the model
         self._count += 1
-        run = ModuleRun(module, path, self._count)
+        run = ModuleRun(module, path, self._count, begins_anew)
         self.runs.append(run)
         for on_enter in self._told["on_enter"]:
             on_enter(run, args)
@@ -408,6 +411,16 @@ class _Hook:
 
     def __getstate__(self) -> None:
         return None
+
+
+def _runs_within_itself(module: nn.Module) -> bool:
+    """Whether a run of a module that begins lies within another one, as where a hook runs the whole model."""
+    frame: FrameType | None = sys._getframe()
+    count = 0
+    while frame is not None:
+        count += frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is module
+        frame = frame.f_back
+    return count > 1
 
 
 def _shuffles(module: Any, args: tuple[Any, ...]) -> bool:

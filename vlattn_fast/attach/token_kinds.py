@@ -95,7 +95,7 @@ class TokenKinds(Subscriber):
     # --- modules ---
 
     def on_enter(self, run: ModuleRun, args: tuple[Any, ...]) -> None:
-        if run.module is self._model:
+        if run.begins_anew:
             self._modules.clear()
         self._modules[run] = _Module()
 

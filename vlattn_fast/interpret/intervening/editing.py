@@ -100,7 +100,9 @@ class EditedCalls(Subscriber):
 
     def on_enter(self, run: ModuleRun, args: tuple[Any, ...]) -> None:
         if run.module is self.model:  # a run before may have ended in an error
-            self._numbers, self._attending = dict.fromkeys(self._of_modules, 0), []
+            self._numbers = dict.fromkeys(self._of_modules, 0)
+        if run.begins_anew:
+            self._attending = []
         if run.module in self._of_modules:
             self._attending.append(_Attending(run.module))
 
