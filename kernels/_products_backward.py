@@ -264,7 +264,7 @@ def keys(
 
 
 @triton.jit
-def _backward_q_kernel(
+def _backward_q_kernel(  # noqa: C901
     x,
     out,
     p_lse,

@@ -165,7 +165,7 @@ def _host() -> Iterator[None]:
 
 
 @contextmanager
-def _infinities() -> Iterator[None]:
+def _infinities() -> Iterator[None]:  # noqa: C901
     """Within it what Triton compiles treats infinities as masks need it."""
     names = "sub", "mul", "maximum", "minimum", "equal", "not_equal"
     before = [getattr(TritonSemantic, name) for name in names]

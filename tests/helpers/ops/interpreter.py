@@ -62,7 +62,7 @@ def _patch_once_a_launch(patch: pytest.MonkeyPatch, interpreter: Any) -> list[An
     return of_launch
 
 
-def _share(patch: pytest.MonkeyPatch, interpreter: Any, of_launch: list[Any]) -> None:
+def _share(patch: pytest.MonkeyPatch, interpreter: Any, of_launch: list[Any]) -> None:  # noqa: C901
     from triton.language import core
     from triton.language.semantic import TritonSemantic
 

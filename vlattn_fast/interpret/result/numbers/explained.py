@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,22 @@ class Explained:
     gap: Tensor | None = None
 
     def __post_init__(self) -> None:
+        self._check_rows()
+        for name in _INTEGERS:
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, _integers(name, value))
+        if self.sinks is not None:
+            object.__setattr__(self, "sinks", as_sinks(self.sinks))
+        self._check_samples()
+        towers = {f"tower_images[{name!r}]": maps for name, maps in (self.tower_images or {}).items()}
+        self._check_pictures(towers if self.image is None else {"image": self.image, **towers})
+        count = next(iter(self.relevancy.values())).shape[-1]
+        if self.token_names is not None and len(self.token_names) != count:
+            raise ValueError(f"token_names must name the {count} tokens of the first tower; got {len(self.token_names)}")
+        if self.image_rows is None and (self.image is not None or self.tower_images):
+            object.__setattr__(self, "image_rows", list(range(len(self))))
+
+    def _check_rows(self) -> None:
         relevancy = self.relevancy
         if not isinstance(relevancy, dict) or not relevancy:
             raise TypeError(f"relevancy must be a dict of towers and their tensors (B, N); got {describe(relevancy)}")
@@ -59,24 +75,24 @@ class Explained:
         for name, values in (self.contribution or {}).items():
             if name not in relevancy or values.shape != relevancy[name].shape:
                 raise ValueError(f"contribution[{name!r}] must have the shape of relevancy[{name!r}]; got {describe(values)}")
-        for name in _INTEGERS:
-            if (value := getattr(self, name)) is not None:
-                object.__setattr__(self, name, _integers(name, value))
-        if self.sinks is not None:
-            object.__setattr__(self, "sinks", as_sinks(self.sinks))
+
+    def _check_samples(self) -> None:
+        """Fields with an entry for each sample, and those that count the tokens of `text`."""
         samples = len(self)
         for name in (*_BY_SAMPLE, *([] if self.text is None else _OF_TEXT)):
             value = getattr(self, name)
             if value is not None and len(value) != samples:
                 raise ValueError(f"{name} must have {samples} rows, as relevancy has; got {len(value)}")
-        if self.text is not None:
-            for name in _OF_TEXT:
-                longest = max(map(len, getattr(self, name) or []), default=0)
-                if longest > self.text.shape[-1]:
-                    raise ValueError(f"{name} must be at most {self.text.shape[-1]} in a row, as text has; got {longest}")
-        towers = {f"tower_images[{name!r}]": maps for name, maps in (self.tower_images or {}).items()}
+        for name in () if self.text is None else _OF_TEXT:
+            longest = max(map(len, getattr(self, name) or []), default=0)
+            if self.text is not None and longest > self.text.shape[-1]:
+                raise ValueError(f"{name} must be at most {self.text.shape[-1]} in a row, as text has; got {longest}")
+
+    def _check_pictures(self, fields: Mapping[str, Any]) -> None:
+        """The maps in these fields, whose samples they are, and what they are drawn on."""
+        samples = len(self)
         owners = range(samples) if self.image_rows is None else self.image_rows
-        for name, maps in (towers if self.image is None else {"image": self.image, **towers}).items():
+        for name, maps in fields.items():
             if not isinstance(maps, (Tensor, tuple)) or not all(isinstance(x, Tensor) and x.ndim in (2, 3) for x in maps):
                 raise TypeError(f"{name} must be a tensor (B, h, w) or a tuple of maps (h, w); got {describe(maps)}")
             for part in maps:
@@ -86,7 +102,7 @@ class Explained:
                 raise ValueError(f"image_rows must name the row of each of the {len(maps)} maps of {name}; got {owners}")
             if not all(0 <= owner < samples for owner in owners):
                 raise ValueError(f"image_rows must be from 0 to {samples - 1}; got {self.image_rows}")
-        drawn = samples if self.image is None and not towers else len(owners)
+        drawn = len(owners) if fields else samples
         for name in ("photos", "crops"):
             value = getattr(self, name)
             if value is not None and len(value) != drawn:
@@ -96,11 +112,6 @@ class Explained:
         for crop in self.crops or []:
             if crop is not None and not (len(crop) == 4 and crop[0] < crop[2] and crop[1] < crop[3]):
                 raise ValueError(f"crops must be x1, y1, x2, y2 with x1 < x2 and y1 < y2, or None; got {crop}")
-        count = next(iter(relevancy.values())).shape[-1]
-        if self.token_names is not None and len(self.token_names) != count:
-            raise ValueError(f"token_names must name the {count} tokens of the first tower; got {len(self.token_names)}")
-        if self.image_rows is None and (self.image is not None or self.tower_images):
-            object.__setattr__(self, "image_rows", list(range(samples)))
 
     @property
     def per_token(self) -> bool:
