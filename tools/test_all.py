@@ -29,7 +29,7 @@ from tools.cpus import SETTINGS
 
 ROOT = Path(__file__).parents[1]
 PASSED = ROOT / "build" / "test-all.json"
-TURNS = COMMITS = 20
+COMMITS, TURNS = 20, 60  # what is touched lately; a turn is about three parts, as many as the minutes of CI allow
 SUITE = ("-m", "tests.helpers.process", "-q", "--tb=short", "--dist", "worksteal", "--numprocesses", "WORKERS")
 PACKAGE = ("-m", "pytest", "-q", "--tb=short", "-p", "tools.part")
 START, LAST = 20, 60  # seconds: without the former a part does not begin; the latter a test or a build has at the end
