@@ -24,6 +24,7 @@ from tools import part
 collect_ignore = [] if find_spec("ptx") else ["helpers/emulated"]  # which imports it, and has no doctest
 
 if "VLATTN_PTX" in os.environ:
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what Triton 3.9 takes if it is unset, with a warning
     from tools.emulated import package  # of ptx, whose plugin of pytest is there where it is installed
 
     def pytest_ptx_emulated(arch: int, options: Any) -> Any:

@@ -3,6 +3,7 @@ that take keys tile by tile, which other calls of 16 bits have."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,7 +22,8 @@ BF16, FP16 = torch.bfloat16, torch.float16
 
 @pytest.fixture(params=[True, False], ids=["all keys", "tiles"], autouse=True)
 def taken(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every pass, forward and backward, takes the kernel of all keys; and the same with the kernels of tiles."""
+    """Every pass, forward and backward, takes the kernel of all keys; and the same with the kernels of tiles, which sm_80 has
+    for all calls."""
     of_all: set[tuple[str, bool]] = set()
 
     def noted(kernel: str, *others: Any) -> Any:
@@ -31,7 +33,8 @@ def taken(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 
     monkeypatch.setattr(_products_backward, "whole_config", noted)
     yield
-    assert of_all == {("forward_whole", True), ("backward_whole", True)}
+    has_them = os.environ.get("VLATTN_PTX") != "80"
+    assert of_all == {("forward_whole", has_them), ("backward_whole", has_them)}
 
 
 def masks(n: int, m: int) -> dict[str, Any]:
