@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton.language as tl
 from torch import Tensor
 
 import vlattn_fast as va
@@ -116,7 +117,7 @@ def test_more_groups_than_a_program_sums(columns: int) -> None:
 @pytest.mark.parametrize("groups", ("runs", "mixed"))
 def test_float32_under_an_older_triton(groups: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which does not compile the branch of tiles with few groups."""
-    monkeypatch.setattr(score_attention, "OLD_TRITON", True)
+    monkeypatch.setattr(score_attention, "OLD_TRITON", tl.constexpr(True))
     monkeypatch.setattr(score_attention, "_softmax_under_bias", None)
     inputs = tensors(35, 83)
     check({**inputs, "group_bias": bias(inputs["query"].shape[1], 3, 5)}, "dot", GROUPS[groups](83))
