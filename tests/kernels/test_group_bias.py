@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-import triton.language as tl
 from torch import Tensor
 
 import vlattn_fast as va
@@ -114,10 +113,11 @@ def test_more_groups_than_a_program_sums(columns: int) -> None:
     check(inputs, "dot", torch.arange(75) * 7 % (columns + 1) - 1)
 
 
+@pytest.mark.skipif("VLATTN_PTX" in os.environ, reason="a compiled kernel keeps the constant that it was compiled with")
 @pytest.mark.parametrize("groups", ("runs", "mixed"))
 def test_float32_under_an_older_triton(groups: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which does not compile the branch of tiles with few groups."""
-    monkeypatch.setattr(score_attention, "OLD_TRITON", tl.constexpr(True))
+    monkeypatch.setattr(score_attention, "OLD_TRITON", True)
     monkeypatch.setattr(score_attention, "_softmax_under_bias", None)
     inputs = tensors(35, 83)
     check({**inputs, "group_bias": bias(inputs["query"].shape[1], 3, 5)}, "dot", GROUPS[groups](83))

@@ -25,7 +25,7 @@ ALONE = "relevancy_residual"  # which is PyTorch alone
 OPERATORS, WITH_KERNELS = ([name for name in names if name != ALONE] for names in (CALLS, WITH_CPU))
 PACKAGE = str(Path(va.__file__).parent)
 CHECKING = str(Path(PACKAGE, "checking"))  # where the call is arranged
-FORWARD, BACKWARD = 90, 60  # the most of the package's functions that a pass on the CPU's kernels calls
+FORWARD, BACKWARD = 80, 54  # the most of the package's functions that a pass on the CPU's kernels calls
 
 
 def forward_and_backward(every: Example, x: dict[str, Tensor], backend: str) -> tuple[list[Tensor], list[Tensor]]:

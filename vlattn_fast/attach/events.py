@@ -17,7 +17,6 @@ from vlattn_fast.attach.written import WrittenScores
 from vlattn_fast.backends.inputs import ScoreAttentionInputs
 
 _SDPA = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-Hook = Callable[..., Any]
 
 
 @dataclass(eq=False)

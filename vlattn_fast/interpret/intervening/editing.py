@@ -62,7 +62,7 @@ class EditedCalls(Subscriber):
             self._firsts.setdefault(module, []).append((tower, self._of_modules[module].index(first)))
         self._numbers: dict[nn.Module, int] = {}  # of the call that a module makes next
         self._attending: list[_Attending] = []
-        self._mask: tuple[Tensor, Tensor] | None = None  # a float mask and what `with_zeros` made of it
+        self._mask: tuple[Tensor, Tensor] | None = None  # a float mask and what `_with_zeros` made of it
         self._cached: dict[SeenTower, int | None] = {}  # tokens in the cache; None = there is no cache
 
     def observer(self) -> Observer:
@@ -169,10 +169,8 @@ class EditedCalls(Subscriber):
 
     def _with_groups(self, plan: CallPlan, event: Attention, start: int, total: int) -> Attention:
         """The call with the bias of its edited edges."""
-        query, masks, groups = event.query, dict(event.masks or {}), _groups(plan, event.query, event.key.shape[2], start, total)
-        mask = masks.get("attn_mask")
-        if mask is not None and mask.is_floating_point() and plan.cuts:
-            mask = masks["attn_mask"] = self.with_zeros(mask)
+        query, masks, groups = event.query, self.masks(plan, event), _groups(plan, event.query, event.key.shape[2], start, total)
+        mask = masks["attn_mask"]
         if mask is None or not mask.requires_grad or not torch.is_grad_enabled():
             return replace(event, masks={**masks, **groups})
         # score_attention takes a mask for a constant, and this one, which the model learns, is N x M anyway
@@ -230,14 +228,22 @@ class EditedCalls(Subscriber):
             scores = taken if taken.ndim == 4 else taken.unflatten(0, (-1, plan.call.share.count))
             groups = _groups(plan, scores, scores.shape[3], *self.rows(plan, *scores.shape[2:]))
             edited, masked = scores + _as_mask(scores, **groups), is_masked_score(scores)
-            edited = edited.masked_fill(masked & ~masked.all(-1, keepdim=True), -torch.inf)  # see `with_zeros`
+            edited = edited.masked_fill(masked & ~masked.all(-1, keepdim=True), -torch.inf)  # see `_with_zeros`
             empty = edited.isneginf().all(-1, keepdim=True) & ~scores.isneginf().all(-1, keepdim=True)
             edited = edited.masked_fill(empty, 0.0).reshape(taken.shape)
         result: Tensor = func(edited, *args[1:], **{name: value for name, value in kwargs.items() if name != "input"})
         with torch._C.DisableTorchFunction():
             return result.view(scores.shape).masked_fill(empty, 0.0).view(taken.shape)
 
-    def with_zeros(self, mask: Tensor) -> Tensor:
+    def masks(self, plan: CallPlan, event: Attention) -> dict[str, Any]:
+        """The options of a call whose edges are edited."""
+        masks = dict(event.masks or {})
+        mask = masks.setdefault("attn_mask", None)
+        if mask is not None and mask.is_floating_point() and plan.cuts:
+            masks["attn_mask"] = self._with_zeros(mask)
+        return masks
+
+    def _with_zeros(self, mask: Tensor) -> Tensor:
         """A float mask with -inf where it masks by the lowest finite number. Else a row whose visible keys are all cut would
         attend to the masked ones. Rows that see no key anyway stay as they are."""
         if self._mask is None or self._mask[0] is not mask:  # all layers have the same
@@ -290,10 +296,8 @@ class ExplainedEdits(Subscriber):
 
     def _with_edges(self, plan: CallPlan, event: Attention, start: int, total: int) -> Attention:
         row_bias, key_groups = self._edits.row_bias(plan, event.query, event.key.shape[2], start, total)
-        masks, mask = dict(event.masks or {}), (event.masks or {})["attn_mask"]
-        if mask is not None and mask.is_floating_point() and plan.cuts:
-            masks["attn_mask"] = self._edits.with_zeros(mask)
         each = torch.arange(event.query.shape[2], device=event.query.device)
+        masks = self._edits.masks(plan, event)
         return replace(event, masks={**masks, "query_groups": each, "key_groups": key_groups, "group_bias": row_bias})
 
     def on_call(self, run: ModuleRun, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
