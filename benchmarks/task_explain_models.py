@@ -42,8 +42,8 @@ from vlattn_fast.benchmarks._workloads import (
     QWEN_MODEL,
     Sizes,
 )
+from vlattn_fast.interpret.adapters.registry import find_adapter
 from vlattn_fast.interpret.explaining.answer import prepare_answer
-from vlattn_fast.interpret.records.registry import find_family
 from vlattn_fast.interpret.relevancy.methods import registry
 
 PLAIN, ONE_BACKWARD, PUBLISHED = "plain forward+backward", "maps stored, one backward", "published"
@@ -243,7 +243,7 @@ def build_answer(whole: Whole, method: str, one_by_one: bool, sizes: Sizes, devi
 
     def forward(model: nn.Module, t: Tensors) -> Tensor:
         """The log-probabilities (B, T) of the answer's tokens."""
-        family = find_family(model)
+        family = find_adapter(model)
         assert family is not None  # the models of this benchmark are decoders with a record
         said = prepare_answer(answer, None, t, family, model)
         kept = said.answer_positions.unique().to(device)

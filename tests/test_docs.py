@@ -15,7 +15,7 @@ import pytest
 
 import vlattn_fast as va
 from vlattn_fast.checking.cases import Sizes, examples
-from vlattn_fast.interpret.records import registry
+from vlattn_fast.interpret.adapters import registry
 from vlattn_fast.interpret.relevancy.methods.registry import method_list
 
 ROOT = Path(__file__).parent.parent
@@ -130,7 +130,7 @@ def test_the_code_runs(name, tmp_path, monkeypatch, capsys):
     for package in re.findall(r"^(?:import|from) (\w+)", "\n".join(blocks(name, "python")), re.M):
         pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(registry, "FAMILIES", dict(registry.FAMILIES))  # a guide adds a record
+    monkeypatch.setattr(registry, "ADAPTERS", dict(registry.ADAPTERS))  # a guide adds a record
     if name == "README.md":
         save_what_readme_opens(tmp_path)
     variables = {"__name__": "document"}

@@ -442,8 +442,8 @@ def test_pieces_of_a_batch():
         tower_images={"vision": torch.rand(4, 2, 2)},
     )  # fmt: skip
     first, last = pieces.split(whole, [1, 2])
-    assert torch.equal(first.image, maps[0][None]) and first.image_rows == [0] and first.text.shape == (1, 2, 2)
-    assert last.image_rows == [0, 0, 1] and len(last.image) == 3 and last.text.shape == (2, 2, 4)
+    assert torch.equal(first.image, maps[0][None]) and first.image_samples == [0] and first.text.shape == (1, 2, 2)
+    assert last.image_samples == [0, 0, 1] and len(last.image) == 3 and last.text.shape == (2, 2, 4)
     assert torch.equal(last.relevancy["vision"], whole.relevancy["vision"][1:])
     assert torch.equal(last.tower_images["vision"], whole.tower_images["vision"][1:])
     assert last.answer == [[3, 4], [5, 6]] and torch.equal(last.position["language"], torch.tensor([[2, 3], [4, 5]]))

@@ -410,7 +410,7 @@ def evaluate(
     if out is not None:
         if out.suffix == ".json":
             checkpoint = Path(model).resolve().name if Path(model).exists() else model
-            outcome.facts.update(checkpoint=checkpoint, dataset=dataset.name, commit=commit())
+            outcome.metadata.update(checkpoint=checkpoint, dataset=dataset.name, commit=commit())
             outcome.save(out)
         else:
             outcome.plot().savefig(out, dpi=120)

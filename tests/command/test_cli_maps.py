@@ -55,7 +55,7 @@ def test_through_the_connector(vit, llava, picture, tmp_path):
     data = json.loads(re.search(r'id="data">(.*?)</script>', out.read_text(), re.S)[1])
     assert data["towers"] == ["language", "vision"]
     refused = vlattn("explain", "--model", vit, "--image", picture, "--out", out, "--through-connector")
-    assert refused.exit_code == 2 and "through_connector=True needs a record of the model's connector" in said(refused)
+    assert refused.exit_code == 2 and "through_connector=True needs an adapter of the model's connector" in said(refused)
 
 
 def test_a_run_goes_on_with_its_sinks(vit, picture, tmp_path):
@@ -95,7 +95,7 @@ def test_evaluate_prints_the_table(vit, picture, tmp_path):
     }
     assert (table["gradient", "pointing", "image"]["samples"], table["gradient", "pointing", "image"]["left_out"]) == (1, 1)
     assert re.search(r"^random +pointing +image", result.output, re.M)
-    facts = json.loads(out.read_text())["facts"]
+    facts = json.loads(out.read_text())["metadata"]
     assert (facts["model"], facts["checkpoint"]) == ("ViTForImageClassification", vit.name)
     assert (facts["dataset"], facts["dtype"], facts["seed"]) == ("data.jsonl", "float32", 0)
     assert facts["versions"]["transformers"] == transformers.__version__ and facts["device"].startswith("CPU: ")

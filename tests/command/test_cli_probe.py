@@ -34,7 +34,7 @@ def test_a_file_of_samples_or_its_folder(tmp_path: Path) -> None:
     result = run("--model", model, "--dataset", str(source), "--out", str(tmp_path / "report.json"))
     assert result.exit_code == 0, result.output
     report = va.ProbeReport.load(tmp_path / "report.json")
-    assert report.facts["inputs"] == 8 and report.value("relation") is not None
+    assert report.metadata["inputs"] == 8 and report.value("relation") is not None
     assert report.value("modality", 0, 0, "text") + report.value("modality", 0, 0, "image") == pytest.approx(1.0)
     assert "linguistic" in result.output and f"wrote {tmp_path / 'report.json'}" in result.output
     shown = run("--model", model, "--dataset", str(tmp_path))

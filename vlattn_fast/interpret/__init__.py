@@ -7,6 +7,10 @@ Out: an `Explanation`, `LayerExplanation`, `SideBySide`, `Evaluation`, `ProbeRep
 Imports: interpret.
 """
 
+from vlattn_fast.interpret.adapters.actions import Action
+from vlattn_fast.interpret.adapters.adapter import Adapter, Tower
+from vlattn_fast.interpret.adapters.patch_grid import PatchGrid
+from vlattn_fast.interpret.adapters.registry import ADAPTERS, register_adapter
 from vlattn_fast.interpret.dataset import Explanations, explain_dataset, load_explanations
 from vlattn_fast.interpret.evaluating.evaluate import evaluate
 from vlattn_fast.interpret.evaluating.evaluation import Evaluation
@@ -20,23 +24,19 @@ from vlattn_fast.interpret.intervening.head_record import HeadRecord
 from vlattn_fast.interpret.intervening.intervene import intervene, record_heads
 from vlattn_fast.interpret.probing import ProbeReport, probe
 from vlattn_fast.interpret.prompting.prompt_maps import PromptMaps, prompt_maps
-from vlattn_fast.interpret.records.actions import Action
-from vlattn_fast.interpret.records.patch_grid import PatchGrid
-from vlattn_fast.interpret.records.record import Family, Tower
-from vlattn_fast.interpret.records.registry import FAMILIES, register_adapter, register_family
 from vlattn_fast.interpret.result.by_layer import LayerExplanation
 from vlattn_fast.interpret.result.explanation import Explanation
 from vlattn_fast.interpret.result.side_by_side import SideBySide, compare
 
 __all__ = [
+    "ADAPTERS",
     "Action",
+    "Adapter",
     "Edge",
     "EdgeTable",
     "Evaluation",
     "Explanation",
     "Explanations",
-    "FAMILIES",
-    "Family",
     "FlowCurve",
     "HeadRecord",
     "Knockout",
@@ -64,6 +64,5 @@ __all__ = [
     "prompt_maps",
     "record_heads",
     "register_adapter",
-    "register_family",
     "widget",
 ]

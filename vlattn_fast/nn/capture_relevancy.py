@@ -22,6 +22,9 @@ from torch.nn.parallel import DistributedDataParallel
 from vlattn_fast._ground.checks import check_bool, describe
 from vlattn_fast.attach.current import RUNNING
 from vlattn_fast.attach.session import check_has_gradients, is_sharded, never_compiled, uncompiled, unwrapped
+from vlattn_fast.interpret.adapters.adapter import WITHOUT_ADAPTER
+from vlattn_fast.interpret.adapters.derived import generates
+from vlattn_fast.interpret.adapters.registry import find_adapter
 from vlattn_fast.interpret.explaining.answer import encoder_decoder
 from vlattn_fast.interpret.explaining.forward_pass import read_run
 from vlattn_fast.interpret.explaining.question import (
@@ -35,9 +38,6 @@ from vlattn_fast.interpret.explaining.question import (
 )
 from vlattn_fast.interpret.explaining.read_rows import starts_of
 from vlattn_fast.interpret.explaining.request import Position, Prompt, Request, check_position, renamed
-from vlattn_fast.interpret.records.derived import generates
-from vlattn_fast.interpret.records.record import UNRECORDED
-from vlattn_fast.interpret.records.registry import find_family
 from vlattn_fast.interpret.relevancy.live_calls import LiveCalls
 from vlattn_fast.interpret.relevancy.method import Method
 from vlattn_fast.interpret.relevancy.methods.registry import method_of
@@ -104,12 +104,14 @@ class RelevancyCapture:
                 "model must have several backward passes a step; got DistributedDataParallel(static_graph=True), which takes the "
                 "relevancy's for the loss's, whose gradients it then leaves apart. Pass static_graph=False"
             )
-        record = find_family(self._inner) or (encoder_decoder(self._inner) if generates(self._inner) else None) or UNRECORDED
+        adapter = (
+            find_adapter(self._inner) or (encoder_decoder(self._inner) if generates(self._inner) else None) or WITHOUT_ADAPTER
+        )
         chosen = self._new_method()
-        chosen.formula.check_record(record, type(self._inner).__name__)
-        if record.bimodal:
-            chosen.check_between(record.towers)
-        self._request = Request(self._inner, record, chosen)
+        chosen.formula.check_adapter(adapter, type(self._inner).__name__)
+        if adapter.bimodal:
+            chosen.check_between(adapter.towers)
+        self._request = Request(self._inner, adapter, chosen)
         self._passes: list[_Pass] = []
         self._stack: contextlib.ExitStack | None = None
 
@@ -155,7 +157,7 @@ class RelevancyCapture:
             return forward(*args, **kwargs)
         method = self._new_method()
         arguments = {**dict(zip(inspect.signature(forward).parameters, args, strict=False)), **kwargs}
-        with method.freezing(self._inner), Trace(self._inner, self._request.record, method) as trace:
+        with method.freezing(self._inner), Trace(self._inner, self._request.adapter, method) as trace:
             trace.prepare(arguments)
             find_rows(trace.towers)
             outputs = forward(*args, **kwargs)

@@ -8,8 +8,8 @@ import typing
 
 import pytest
 
-from vlattn_fast.interpret.records.encoders import ENCODERS
-from vlattn_fast.interpret.records.two_towers import LINKED
+from vlattn_fast.interpret.adapters.encoders import ENCODERS
+from vlattn_fast.interpret.adapters.two_towers import LINKED
 from vlattn_lab.model_classes.run import EDITS, HELD, TABLE
 from vlattn_lab.pages.models_page import KINDS, MAPPED, listed_models, measured_models, row
 
@@ -25,22 +25,22 @@ def test_the_tables_show_every_class():
                 assert f"{len(rows)} model types: " in section
                 for name, outcome, _ in rows.values():
                     assert f"`{name}`" in section or (outcome == "equal" and file != TABLE), (file.name, name)
-    for families in KINDS.values():
-        for name, family in families.items():
-            assert row(name, family) in listed
+    for adapters in KINDS.values():
+        for name, adapter in adapters.items():
+            assert row(name, adapter) in listed
 
 
 def test_a_class_without_logits_has_no_default_score():
     """What the forward pass of a class of transformers gives says so itself."""
     transformers = pytest.importorskip("transformers")
     seen = {True: 0, False: 0}
-    for name, family in {**ENCODERS, **LINKED}.items():
-        if family.score != "class" or (model := getattr(transformers, name, None)) is None:
+    for name, adapter in {**ENCODERS, **LINKED}.items():
+        if adapter.score != "class" or (model := getattr(transformers, name, None)) is None:
             continue
         returned = inspect.signature(inspect.unwrap(model.forward)).return_annotation
         outputs = [kind for kind in typing.get_args(returned) or (returned,) if hasattr(kind, "__dataclass_fields__")]
         assert len(outputs) == 1, f"{name}: {returned}"
-        has_logits = family.logits in outputs[0].__dataclass_fields__
-        assert ("| largest logit |" in row(name, family)) == has_logits, name
+        has_logits = adapter.logits in outputs[0].__dataclass_fields__
+        assert ("| largest logit |" in row(name, adapter)) == has_logits, name
         seen[has_logits] += 1
     assert all(seen.values())

@@ -197,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         chosen = {method: methods[method] for method in names}
         runs = [run(task, model, options.samples, seed, chosen, tests) for seed in range(options.seeds)]
         table = over_seeds(runs, table)
-        report["facts"] = _joined(report.get("facts"), runs[0].facts)
+        report["facts"] = _joined(report.get("facts"), runs[0].metadata)
     order = {key: place for place, key in enumerate((*methods, *TESTS, *PARTS, BOTH))}
     table.sort(key=lambda record: [order.get(key, -1) for key in _place(record)])
     if options.add:

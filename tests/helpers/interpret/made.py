@@ -12,7 +12,7 @@ def made(**parts) -> Explanation:
     values = {
         "relevancy": {"vision": torch.rand(2, 13), "text": torch.rand(2, 6)},
         "image": torch.rand(2, 3, 4),
-        "image_rows": [0, 1],
+        "image_samples": [0, 1],
         "text": torch.tensor([[0.1, -0.4, 0.2], [0.3, 0.0, 0.0]]),
         "token_ids": [[7, 8, 9], [5]],
         "scores": torch.tensor([1.5, -2.0]),
@@ -44,7 +44,7 @@ def answered(**parts) -> Explanation:
     values = {
         "relevancy": {"language": relevancy},
         "image": relevancy[..., 1 : 1 + patches].reshape(2, answer, 2, 3),
-        "image_rows": [0, 1],
+        "image_samples": [0, 1],
         "text": text,
         "token_ids": ids,
         "words": [prompt + answer for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)],

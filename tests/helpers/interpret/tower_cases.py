@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from tests.helpers.interpret.cases import TEXT, lively, one_hot
 from vlattn_fast.nn import ScoreAttention
 
-METHODS = ("gradient", "rollout", "attention", "gradcam")  # without a record
+METHODS = ("gradient", "rollout", "attention", "gradcam")  # without an adapter
 HEADS = 4
 
 

@@ -253,7 +253,7 @@ def test_it_is_saved_and_read_back(tmp_path):
     pytest.importorskip("matplotlib")
     result = va.evaluate(Planted(), planted_data(), methods={"truth": truth(), "random": "random"}, tests=("positive", "mass"))
     again = va.Evaluation.load(result.save(tmp_path / "evaluation.json"))
-    assert (again.table, again.curves, again.facts) == (result.table, result.curves, json.loads(json.dumps(result.facts)))
+    assert (again.table, again.curves, again.metadata) == (result.table, result.curves, json.loads(json.dumps(result.metadata)))
     assert again.value("truth", "mass") == 1.0
     assert "truth   mass       image   1.0000   0.0000        6         0" in str(again)
     figure = again.plot()
@@ -380,8 +380,8 @@ BAD_RIVALS = [
     (rival(image=torch.rand(3, 4, 4)), ValueError, "one image for each of 2 samples of a batch; got 3 of 'bad'"),
     (rival(text=torch.rand(1, 8)), ValueError, "one text for each of 2 samples of a batch; got 1 of 'bad'"),
     (rival(regions=torch.rand(1, 8)), ValueError, "one regions for each of 2 samples of a batch; got 1 of 'bad'"),
-    (rival(image=ONE, image_rows=[0, 1]), ValueError, r"image_rows, from 0 to 1, for each map; got \[0, 1\] for 1 maps"),
-    (rival(image=ONE, image_rows=[2]), ValueError, r"image_rows, from 0 to 1, for each map; got \[2\] for 1 maps of 'bad'"),
+    (rival(image=ONE, image_samples=[0, 1]), ValueError, r"image_samples, from 0 to 1, for each map; got \[0, 1\] for 1 maps"),
+    (rival(image=ONE, image_samples=[2]), ValueError, r"image_samples, from 0 to 1, for each map; got \[2\] for 1 maps of 'bad'"),
     (
         lambda model, inputs, target: torch.rand(2, 4, 4),
         TypeError,
@@ -393,7 +393,7 @@ BAD_RIVALS = [
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize(("bad", "error", "words"), BAD_RIVALS)
 def test_a_rival_without_a_map_for_each_row_is_refused(bad, error, words, first):
-    """Also where its maps come first, and tell the grids of a model without a record."""
+    """Also where its maps come first, and tell the grids of a model without an adapter."""
     methods = {"bad": bad, "truth": truth()} if first else {"truth": truth(), "bad": bad}
     with pytest.raises(error, match=words):
         va.evaluate(Planted(), planted_data(1), methods=methods, tests=("pointing",))

@@ -186,7 +186,7 @@ def test_pieces_of_several_images_are_those_of_each() -> None:
     ids = torch.tensor([[1, *[99] * 16, 20, *[99] * 16, 21, 22]])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(2, 3, 24, 24).double()}
     shown = va.explain(model, inputs, target=7)
-    assert shown.image_rows == [0, 0]
+    assert shown.image_samples == [0, 0]
     falls = []
     with torch.no_grad():
         whole = model(**inputs).logits[0, -1, 7]

@@ -20,7 +20,7 @@ from tests.helpers.interpret.encoder_cases import git, vilt, visual_bert
 from tests.helpers.interpret.evaluation_cases import made, rows
 from tests.helpers.releases import LLAMA4_FAILS
 from tests.interpret.relevancy.test_linked import florence
-from vlattn_fast.interpret import FAMILIES
+from vlattn_fast.interpret import ADAPTERS
 from vlattn_fast.interpret.evaluating.curves import CURVES
 
 STEPS = [0, 0.25, 0.5, 0.75, 0.8, 0.85, 0.9, 0.95, 1]
@@ -338,7 +338,7 @@ def test_patches_of_qwen_are_merged_cells():
 
     def method(model, inputs, target):
         one = va.explain(model, inputs, target=target, method="attention")
-        return SimpleNamespace(image=(first.view(2, 4), first.view(4, 2)), image_rows=one.image_rows)
+        return SimpleNamespace(image=(first.view(2, 4), first.view(4, 2)), image_samples=one.image_samples)
 
     probability = lambda outputs: outputs.logits[:, -1].softmax(-1)[:, 7]  # noqa: E731
     result = va.evaluate(
@@ -361,8 +361,8 @@ def test_patches_of_qwen_are_merged_cells():
 def test_a_batch_whose_tiles_cannot_be_told_apart(monkeypatch):
     torch.manual_seed(0)
     decoder = llama4()
-    known = FAMILIES[type(decoder.model).__name__]
-    monkeypatch.setitem(FAMILIES, type(decoder.model).__name__, replace(known, towers=(replace(known.towers[0], grid=None),)))
+    known = ADAPTERS[type(decoder.model).__name__]
+    monkeypatch.setitem(ADAPTERS, type(decoder.model).__name__, replace(known, towers=(replace(known.towers[0], grid=None),)))
     both = decoder.inputs()
     said = r"inputs must be of one sample where .* pixel_values.*; got 2 samples and pixel_values \(11, 3, 32, 32\). Let"
     with pytest.raises(ValueError, match=said):

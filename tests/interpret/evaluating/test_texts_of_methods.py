@@ -98,7 +98,7 @@ def test_a_text_of_another_width_is_refused(width):
         va.evaluate(Planted(), planted_data(1), methods={"bad": text(torch.rand(2))}, tests=("deletion",))
 
 
-def test_an_explanation_without_a_record_has_its_words_by_their_places():
+def test_an_explanation_without_an_adapter_has_its_words_by_their_places():
     """With a tokenizer that knows no special token among them, the text of the explanation has all columns, [CLS]'s first."""
 
     class Wrapped(nn.Module):

@@ -33,7 +33,7 @@ def test_an_empty_batch_gives_empty_results(case, method, tmp_path):
     for name in ("text", "regions", "boxes"):
         value, other = getattr(got, name), getattr(full, name)
         assert (value is None) == (other is None) and (value is None or (len(value), value.ndim) == (0, other.ndim))
-    assert (got.image is None) == (full.image is None) and (got.image is None or len(got.image) == 0 == len(got.image_rows))
+    assert (got.image is None) == (full.image is None) and (got.image is None or len(got.image) == 0 == len(got.image_samples))
     assert len(Explanation.load(got.save(tmp_path / "empty.safetensors"))) == 0
     assert got.to_numpy()["relevancy"].keys() == full.relevancy.keys()
 

@@ -11,8 +11,8 @@ import transformers
 
 import vlattn_fast as va
 from tests.helpers.interpret.stored_maps import with_floats
-from vlattn_fast.interpret import Family, Tower, explain, register_family
-from vlattn_fast.interpret.records.registry import FAMILIES
+from vlattn_fast.interpret import Adapter, Tower, explain, register_adapter
+from vlattn_fast.interpret.adapters.registry import ADAPTERS
 
 ALL = ("clip", "siglip", "vit", "dinov2", "bert", "llava", "qwen2_5_vl", "uniter")
 TINY = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
@@ -342,18 +342,18 @@ def test_unknown_families_are_refused():
         explain(mae, {"pixel_values": torch.randn(1, 3, 16, 16)})
 
 
-def test_registered_family(monkeypatch):
+def test_a_registered_adapter(monkeypatch):
     torch.manual_seed(0)
     roberta = transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**TINY, vocab_size=50))
-    with pytest.raises(TypeError, match="family"):
-        register_family("RobertaForSequenceClassification", "bert")
+    with pytest.raises(TypeError, match="adapter must be a vlattn_fast.interpret.Adapter; got"):
+        register_adapter("RobertaForSequenceClassification", "bert")
     tower = Tower("text", "roberta", "encoder.layer", "cls", "text")
-    monkeypatch.setitem(FAMILIES, "RobertaForSequenceClassification", None)  # taken out again after the test
-    register_family("RobertaForSequenceClassification", Family((tower,), "class"))
+    monkeypatch.setitem(ADAPTERS, "RobertaForSequenceClassification", None)  # taken out again after the test
+    register_adapter("RobertaForSequenceClassification", Adapter((tower,), "class"))
     got = explain(roberta, {"input_ids": torch.randint(5, 50, (2, 6))})
     assert got.relevancy["text"].shape == (2, 6)
     wrong = Tower("text", "roberta", "encoder.blocks", "cls", "text")
-    register_family("RobertaForSequenceClassification", Family((wrong,), "class"))
+    register_adapter("RobertaForSequenceClassification", Adapter((wrong,), "class"))
     with pytest.raises(ValueError, match="must have a module 'encoder.blocks' in tower 'text'; got RobertaModel"):
         explain(roberta, {"input_ids": torch.randint(5, 50, (2, 6))})
 

@@ -96,7 +96,7 @@ def test_a_model_made_under_inference_mode_is_refused_and_left_as_it_was(method)
     with pytest.raises(ValueError, match="model must be made outside"):
         explain(model, INPUTS, method=method)
     report = probe(model, [(INPUTS, None)], tests=["linguistic"])
-    assert report.facts["inputs"] == 2
+    assert report.metadata["inputs"] == 2
     assert all(module.training for module in model.modules())
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert not _overridden

@@ -49,7 +49,7 @@ def test_special_tokens_of_texts_that_the_config_does_not_name(words) -> None:
     assert explain(bert, inputs, processor=words).tokens == [["a", "red", "square"], ["a", "red", "circle"]]
 
 
-def test_words_of_towers_without_a_record(words) -> None:
+def test_words_of_towers_without_an_adapter(words) -> None:
     """A classifier's and an encoder's tower have words as soon as a tokenizer says which ids are none."""
     torch.manual_seed(0)
     inputs = words(["a red <pad> square", "a <end> red circle"], return_tensors="pt")

@@ -10,7 +10,7 @@ import vlattn_fast as va
 from tests.helpers.interpret.image_to_text import GRID, ImageToText, OfOneDict, OfOtherNames, image_to_text, pictures
 from tests.helpers.interpret.linked_maps import METHODS, published, with_gradients
 from tests.helpers.interpret.stored_maps import Kept, assert_rows
-from vlattn_fast.interpret import FAMILIES, Family, explain, register_family
+from vlattn_fast.interpret import ADAPTERS, Adapter, explain, register_adapter
 from vlattn_fast.interpret.explaining.inputs import packing
 
 pytestmark = pytest.mark.usefixtures("published")
@@ -109,14 +109,14 @@ def test_two_inputs_of_ids():
 
     model, images, ids = image_to_text(Translator), pictures(), torch.tensor(START)
     inputs = {"picture": images, "question": ids + 1, "caption": ids}
-    line = r'register_family\("Translator", va.interpret.Family\(\(\), "token", answers="caption"\)\)'
+    line = r'register_adapter\("Translator", va.interpret.Adapter\(\(\), "token", answers="caption"\)\)'
     with pytest.raises(ValueError, match=rf"token ids \(B, N\) are \['question', 'caption'\].* or say va.interpret.{line}"):
         explain(model, inputs, answer=ANSWERS)
-    register_family("Translator", Family((), "token", answers="caption"))
+    register_adapter("Translator", Adapter((), "token", answers="caption"))
     try:
         got = explain(model, inputs, answer=ANSWERS)
     finally:
-        del FAMILIES["Translator"]
+        del ADAPTERS["Translator"]
     want = explain(image_to_text(), {"images": images, "decoder_input_ids": ids}, answer=ANSWERS)
     for name, row in want.relevancy.items():
         assert torch.equal(got.relevancy[name], row)

@@ -1,4 +1,4 @@
-"""Pictures for models without a record: written by hand, of timm, of open_clip."""
+"""Pictures for models without an adapter: written by hand, of timm, of open_clip."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn import functional
 
 import vlattn_fast as va
 from tests.helpers.interpret.cases import lively
-from vlattn_fast.interpret import FAMILIES, Family, Tower, explain, register_family
+from vlattn_fast.interpret import ADAPTERS, Adapter, Tower, explain, register_adapter
 
 
 class Block(nn.Module):
@@ -71,7 +71,7 @@ def test_the_grid_is_derived_from_the_picture(prefix, size, grid) -> None:
     model = lively(Classifier(prefix))
     explanation = explain(model, {"x": pixels(*size)}, position="cls", target=2)
     assert torch.equal(explanation.image, explanation.relevancy["tower0"][:, prefix:].reshape(2, *grid))
-    assert explanation.image_rows == [0, 1] and explanation.target == [2, 2]
+    assert explanation.image_samples == [0, 1] and explanation.target == [2, 2]
     shown = explanation.plot(np.ones((2, *size, 3))).axes[1].images[1].get_array()
     assert np.array_equal(shown, explanation.image[0])
 
@@ -133,8 +133,8 @@ def test_a_tower_as_large_as_a_text_needs_its_grid() -> None:
 
 
 def test_a_record_with_patches_of_a_model_with_other_inputs(monkeypatch) -> None:
-    monkeypatch.setattr("vlattn_fast.interpret.records.registry.FAMILIES", dict(FAMILIES))
-    register_family("Classifier", Family((Tower("vision", "", "blocks", "cls", "patches", prefix=1),), "class"))
+    monkeypatch.setattr("vlattn_fast.interpret.adapters.registry.ADAPTERS", dict(ADAPTERS))
+    register_adapter("Classifier", Adapter((Tower("vision", "", "blocks", "cls", "patches", prefix=1),), "class"))
     model = lively(Classifier())
     explanation = explain(model, {"x": pixels(32, 48)})
     assert torch.equal(explanation.image, explanation.relevancy["vision"][:, 1:].reshape(2, 4, 6))

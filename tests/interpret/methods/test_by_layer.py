@@ -72,7 +72,11 @@ def test_one_map_is_an_explanation(case):
     one = whole.at(1, 2)
     for name, row in one.relevancy.items():
         assert torch.equal(row, whole.relevancy[name][1, 2]) and row.shape == plain.relevancy[name].shape
-    assert one.token_ids == plain.token_ids and one.image_rows == plain.image_rows and one.text_positions == plain.text_positions
+    assert (
+        one.token_ids == plain.token_ids
+        and one.image_samples == plain.image_samples
+        and one.text_positions == plain.text_positions
+    )
     for part in ("text", "regions", "image"):
         mine, other = getattr(one, part), getattr(plain, part)
         assert (mine is None) == (other is None)
@@ -133,7 +137,7 @@ def test_towers_of_different_depths():
     assert got.at(1, 3).text is None and got.at(1, 3).token_ids is None and got.at(1, 3).image.shape == (2, 2, 2)
     assert len([*got.items()]) == 12
     last = explain_layers(model, inputs, per="layer", layers=[-1])  # the first number is that of the text alone
-    assert last.layers == {"vision": [2], "text": [1]} and last.image_rows == got.image_rows == [0, 1]
+    assert last.layers == {"vision": [2], "text": [1]} and last.image_samples == got.image_samples == [0, 1]
     with pytest.raises(ValueError, match=r"layers must be from -2 to 1 in tower 'text'; got 2"):
         explain_layers(model, inputs, per="layer", layers=[2])
     pytest.importorskip("matplotlib")
@@ -262,7 +266,7 @@ def test_bad_kinds(case):
     with pytest.raises(ValueError, match="head must be None for the maps of layers; got 0"):
         got.at(0, 0)
     with pytest.raises(ValueError, match="beside must be empty for maps of layers; got 1 explanations"):
-        got.to_html(beside=[got])
+        got.to_html(others=[got])
 
 
 @pytest.mark.parametrize("case", ["llava"], indirect=True)

@@ -58,7 +58,7 @@ def close(got: Tensor, want: Tensor) -> None:
     assert (got - want).abs().max() <= 1e-5 * want.abs().max()
 
 
-# --- towers with a record ---
+# --- towers with an adapter ---
 
 LAYERS = {
     "clip": {"text": "text_model.encoder.layers.0", "vision": "vision_model.encoder.layers.0"},
@@ -187,7 +187,7 @@ class Words(nn.Module):
         return self.head(states[0] if isinstance(states, tuple) else states).sum(1) - 4 * self.head.bias
 
 
-def test_ids_of_a_model_without_a_record():
+def test_ids_of_a_model_without_an_adapter():
     model = Words(60, lambda: nn.GRU(6, 6, batch_first=True)).double()
     got = explain(model, {"input_ids": IDS}, method="input_gradient")
     embeddings = model.words(IDS).detach().requires_grad_()
@@ -215,7 +215,7 @@ class Sees(nn.Module):
         return self.head(whole)
 
 
-def test_pixels_features_and_ids_of_a_model_without_a_record():
+def test_pixels_features_and_ids_of_a_model_without_an_adapter():
     model = Sees().double()
     inputs = {"x": torch.randn(2, 3, 8, 12), "sounds": torch.randn(2, 5, 8), "ids": IDS}
     inputs = with_floats(inputs, torch.float64)
@@ -237,7 +237,7 @@ def test_pixels_features_and_ids_of_a_model_without_a_record():
         explain(model, inputs, target=1, method="input_gradient", patches=va.PatchGrid(3, 3))
 
 
-def test_an_encoder_decoder_without_a_record():
+def test_an_encoder_decoder_without_an_adapter():
     torch.manual_seed(0)
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "num_layers": 2, "vocab_size": 60}
     model = (
@@ -404,7 +404,7 @@ def test_no_step_outlives_the_next(monkeypatch):
         ({"start_layer": -1}, "start_layer must be an option of method 'input_gradient', which has freeze, of, baseline; got -1"),
         ({"n_steps": 4}, "n_steps must be an option of method 'input_gradient', which has freeze, of, baseline; got 4"),
         ({"name": "integrated_gradients", "n_steps": 0}, "n_steps must be at least 1; got 0"),
-        ({"name": "gradient", "through_connector": True}, "through_connector=True needs a record of the model's connector"),
+        ({"name": "gradient", "through_connector": True}, "through_connector=True needs an adapter of the model's connector"),
     ],
 )
 def test_bad_options(case, options, message):

@@ -52,7 +52,7 @@ def test_patches(case: Any, window: int, stride: int) -> None:
     close(single.image, found.image)
 
 
-def test_pixels_of_a_model_without_a_record() -> None:
+def test_pixels_of_a_model_without_an_adapter() -> None:
     model, x = Sees().double(), torch.randn(2, 3, 8, 12, dtype=torch.float64)
     score = lambda pixels: model(pixels)[:, 1]  # noqa: E731
     with torch.no_grad():

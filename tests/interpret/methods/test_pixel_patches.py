@@ -1,4 +1,4 @@
-"""Pixels of a model without a record are summed over the patches that the model cuts the picture into."""
+"""Pixels of a model without an adapter are summed over the patches that the model cuts the picture into."""
 
 from __future__ import annotations
 

@@ -189,7 +189,7 @@ def test_what_has_no_earlier_words_is_refused(case):
     text = explain(DECODERS["LlamaForCausalLM"]().model.eval(), {"input_ids": torch.tensor([[1, 4, 9]])}, answer=[5, 6])
     with pytest.raises(ValueError, match="subtract_earlier needs maps of an image"):
         text.subtract_earlier()
-    made = Explanation({"language": torch.ones(1, 2, 5)}, image=torch.ones(1, 2, 2, 2)[0], answer=[[3, 4]], image_rows=[0, 0])
+    made = Explanation({"language": torch.ones(1, 2, 5)}, image=torch.ones(1, 2, 2, 2)[0], answer=[[3, 4]], image_samples=[0, 0])
     with pytest.raises(ValueError, match="subtract_earlier needs the text_positions"):
         made.subtract_earlier()
     with pytest.raises(TypeError, match="rank_filter must be"):

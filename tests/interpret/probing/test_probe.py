@@ -21,11 +21,11 @@ from tests.helpers.interpret.decoder_cases import DECODERS, IMAGE
 from tests.helpers.interpret.probe_cases import planted, scenes
 from tests.helpers.interpret.stored_maps import SOFTMAX, Kept
 from tests.helpers.nn import models
+from vlattn_fast.interpret.adapters.registry import find_adapter
 from vlattn_fast.interpret.probing import gathered
 from vlattn_fast.interpret.probing.layout import Layouts
 from vlattn_fast.interpret.probing.linear import fusion, linear_probe
 from vlattn_fast.interpret.probing.watched import TwoStreams, Watched
-from vlattn_fast.interpret.records.registry import find_family
 from vlattn_fast.models import UNITER, UNITERConfig
 
 WORDS, BOXES = models.WORDS, models.BOXES
@@ -153,7 +153,7 @@ def test_maxima_are_those_of_stored_maps(name: str) -> None:
     model, inputs, (parts, _, _), maps = case(name)
     text, image = ([(row == kind).nonzero()[:, 0].tolist() for row in parts] for kind in (0, 1))
     sets = [[(text[row][:2], image[row][1:3]), (image[row], text[row])] for row in range(2)]
-    watched = Watched(model, Layouts(model, find_family(model), None), {}, True)
+    watched = Watched(model, Layouts(model, find_adapter(model), None), {}, True)
     with torch.no_grad():
         seen = watched.run(inputs, lambda layout: sets)
     for row in range(2):
@@ -167,7 +167,7 @@ def test_maxima_are_those_of_stored_maps(name: str) -> None:
 @pytest.mark.parametrize("name", [*CASES][:-2])
 def test_states_are_the_hidden_states(name: str) -> None:
     model, inputs, _, _ = case(name)
-    watched = Watched(model, Layouts(model, find_family(model), None), {}, True)
+    watched = Watched(model, Layouts(model, find_adapter(model), None), {}, True)
     with torch.no_grad():
         seen = watched.run(inputs)
         if name == "UNITER":
@@ -198,7 +198,7 @@ def test_two_streams_against_stored_maps() -> None:
     regions = torch.stack([each for path, each in kept.maps if "r_layers" in path or "visn_self_att" in path])
     there, back = torch.stack(across[::2]), torch.stack(across[1::2])
     sets = [[([1, 2], [WORDS + 3]), ([WORDS], [WORDS + 4]), ([3], [WORDS, WORDS + 2])]] * 2
-    watched = TwoStreams(model, Layouts(model, find_family(model), None), {}, True)
+    watched = TwoStreams(model, Layouts(model, find_adapter(model), None), {}, True)
     with torch.no_grad():
         seen = watched.run(inputs, lambda layout: sets)
     assert seen.layout.parts.tolist()[1] == [0] * 5 + [-1] * 2 + [1] * 5 + [-1] * 2 and len(seen.states) == 4
@@ -299,7 +299,7 @@ def test_linguistic_probes() -> None:
     assert rows["word_content"]["value"] > 0.85 and rows["has_4"]["value"] > 0.85
     assert rows["length"]["value"] > rows["length"]["chance"]
     assert rows["word_order"]["samples"] == 120 and rows["word_order"]["chance"] == 0.5
-    assert report.value("fusion", 0) is not None and report.facts["inputs"] == 60
+    assert report.value("fusion", 0) is not None and report.metadata["inputs"] == 60
     other = va.probe(model, dataset, tests=("linguistic",), position="cls")
     assert other.value("linguistic", 0, kind="has_4") < rows["has_4"]["value"]
 
@@ -379,7 +379,7 @@ def test_the_model_is_as_before() -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_a_model_without_a_record_says_its_parts() -> None:
+def test_a_model_without_an_adapter_says_its_parts() -> None:
     class Joined(models.Joined):
         pass
 
@@ -391,7 +391,7 @@ def test_a_model_without_a_record_says_its_parts() -> None:
     report = va.probe(model, dataset, parts=lambda inputs: torch.tensor([0] * 5 + [1] * 3), **options)
     assert report.value("modality", 1, 3, "text") + report.value("modality", 1, 3, "image") == pytest.approx(1.0)
     assert report.table[16]["samples"] == 20  # ten phrases, each with another region
-    with pytest.raises(ValueError, match="Joined has no record of one stream. Pass parts=, which tells text from image tokens"):
+    with pytest.raises(ValueError, match="Joined has no adapter of one stream. Pass parts=, which tells text from image tokens"):
         va.probe(model, dataset, **options)
     with pytest.raises(ValueError, match=r"parts must give \(N\) or \(B, N\) = \(2, 8\); got \(7,\)"):
         va.probe(model, dataset, parts=lambda inputs: torch.zeros(7), **options)
@@ -426,4 +426,4 @@ def test_the_row_of_a_padded_text_is_the_one_that_is_pooled() -> None:
     config = hf.SiglipTextConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=60)
     model, mask = hf.SiglipTextModel(config), torch.tensor([[1] * 9, [1] * 6 + [0] * 3])
     inputs = {"input_ids": torch.randint(5, 50, (2, 9)), "attention_mask": mask}
-    assert Layouts(model, find_family(model), None).of(inputs, (2, 9)).row.tolist() == [8, 8]
+    assert Layouts(model, find_adapter(model), None).of(inputs, (2, 9)).row.tolist() == [8, 8]

@@ -28,7 +28,7 @@ from vlattn_fast.interpret.probing.layout import Layouts
 def test_the_report(tmp_path: Path) -> None:
     report = va.probe(planted(0), scenes(20))
     again = va.ProbeReport.load(report.save(tmp_path / "report.json"))
-    assert again.table == report.table and again.facts == report.facts
+    assert again.table == report.table and again.metadata == report.metadata
     assert json.loads((tmp_path / "report.json").read_text())["format"] == "vlattn_fast.probe.1"
     with pytest.raises(ValueError, match="path must be a file that ProbeReport.save wrote"):
         va.ProbeReport.load(__file__)

@@ -100,7 +100,7 @@ def test_open_clip(batch_first):
     check(model, inputs, places, score, METHODS, position={"tower0": "cls", "tower1": end}, target=score)
 
 
-# --- transformers, without a record ---
+# --- transformers, without an adapter ---
 
 
 def pixels() -> dict[str, Tensor]:

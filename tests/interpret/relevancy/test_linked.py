@@ -328,7 +328,7 @@ def test_florence_explains_the_prompt_and_the_image_tokens():
     assert_rows(got.relevancy["language"], qq)
     assert_rows(got.relevancy["prompt"], qi)
     assert (got.relevancy["prompt"][1, 17:] == 0).all()
-    assert torch.equal(got.image, got.relevancy["prompt"][:, 1:13].view(2, 3, 4)) and got.image_rows == [0, 1]
+    assert torch.equal(got.image, got.relevancy["prompt"][:, 1:13].view(2, 3, 4)) and got.image_samples == [0, 1]
     assert got.token_ids == [ids[0, 13:].tolist(), ids[1, 13:17].tolist()] and got.position["language"].tolist() == [3, 2]
     assert got.target == o.logits[torch.arange(2), torch.tensor([3, 2])].argmax(-1).tolist() and "<canvas" in got.to_html()
 
@@ -365,7 +365,7 @@ def test_florence_begins_by_itself_and_refuses_what_it_cannot():
     ids[:, :13] = 59
     inputs = {"pixel_values": torch.randn(1, 3, 24, 32), "input_ids": ids}
     assert explain(model, inputs).relevancy["language"].shape == (1, 1)  # the start token alone
-    with pytest.raises(ValueError, match="needs a record of the model's connector, which Florence2"):
+    with pytest.raises(ValueError, match="needs an adapter of the model's connector, which Florence2"):
         explain(model, inputs, method=va.methods.Gradient(through_connector=True))
 
 

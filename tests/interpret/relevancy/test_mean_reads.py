@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import vlattn_fast as va
 from tests.helpers.interpret.cases import CASES
-from vlattn_fast.interpret import FAMILIES, Explanation, Family, Tower, register_family
+from vlattn_fast.interpret import ADAPTERS, Adapter, Explanation, Tower, register_adapter
 from vlattn_fast.interpret.relevancy.methods.registry import with_options
 
 METHODS = ("gradient", "weighted", "rollout", "glimpse", "attention", "gradcam", "gradient:no_aggregation")
@@ -107,12 +107,12 @@ def test_a_records_mean_leaves_padding_out(readout):
     model = Sentences().eval()
     tower = Tower("text", "bert", "encoder.layer", readout, "bert_text", prefix=0 if readout == "mean" else 1)
     try:
-        register_family("Sentences", Family((tower,), "class"))
+        register_adapter("Sentences", Adapter((tower,), "class"))
         batch = va.explain(model, inputs_of(model, IDS, SHORT), target=1)
         for row, text in enumerate((IDS, SHORT)):
             alike(batch, va.explain(model, inputs_of(model, text), target=1), row)
     finally:
-        FAMILIES.pop("Sentences", None)
+        ADAPTERS.pop("Sentences", None)
 
 
 @pytest.mark.parametrize("kind", [Sentences, Own])
@@ -165,13 +165,15 @@ def test_the_start_is_no_relevancy_of_the_attention(kind, method):
     elif method == "weighted":
         want = start * seen[0] * seen[1]
     else:
-        assert got.contribution is None and got.self_relevancy == {} and torch.equal(got.beside(tower), got.relevancy[tower])
+        assert (
+            got.contribution is None and got.self_relevancy == {} and torch.equal(got.without_self(tower), got.relevancy[tower])
+        )
         return
     torch.testing.assert_close(got.self_relevancy[tower], want, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(got.beside(tower) + want, got.relevancy[tower], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got.without_self(tower) + want, got.relevancy[tower], rtol=1e-5, atol=1e-6)
     if kind is Sentences:
         for row, places in enumerate(got.text_positions):
-            assert torch.equal(got.text[row, : len(places)], got.beside(tower)[row, places])
+            assert torch.equal(got.text[row, : len(places)], got.without_self(tower)[row, places])
         values = sorted(got.text[0].tolist(), reverse=True)
         assert [entry.value for entry in got.top(2)[:2]] == pytest.approx(values[:2])
         assert got.to_pandas().value.max() == pytest.approx(got.text.max().item())
@@ -188,7 +190,7 @@ def test_a_faint_map_keeps_its_digits(method):
         found = va.explain(
             model, inputs, target=lambda out: scale * out[:, 1], method=with_options(method, start_layer=-1), position="mean"
         )
-        return found.beside("tower0")
+        return found.without_self("tower0")
 
     faint, plain = text(1e-6), text(1.0)
     torch.testing.assert_close(faint * (1e6 if method == "gradient" else 1.0), plain, rtol=1e-4, atol=0.0)
@@ -214,7 +216,7 @@ def test_between_towers(method, read):
     ):  # self-attention and cross-attention in turn; the encoder sees nothing of the decoder, so R_tt keeps its own
         scale = seen[-4] * seen[-2]
     torch.testing.assert_close(got.self_relevancy["tower1"], weights * scale, rtol=1e-5, atol=1e-6)
-    assert list(got.self_relevancy) == ["tower1"] and torch.equal(got.beside("tower0"), got.relevancy["tower0"])
+    assert list(got.self_relevancy) == ["tower1"] and torch.equal(got.without_self("tower0"), got.relevancy["tower0"])
 
 
 def test_one_word_alone_is_read_as_one_token():
@@ -223,11 +225,11 @@ def test_one_word_alone_is_read_as_one_token():
     alone = va.explain(model, inputs_of(model, one), target=1, position="mean")
     batch = va.explain(model, inputs_of(model, IDS, one), target=1, position="mean")
     (tower,) = alone.relevancy
-    assert not alone.beside(tower).any() and not batch.beside(tower)[1].any() and batch.beside(tower)[0].any()
+    assert not alone.without_self(tower).any() and not batch.without_self(tower)[1].any() and batch.without_self(tower)[0].any()
 
 
 def test_a_pooling_head_reads_no_token():
     case = CASES["siglip"]()
     got = va.explain(case.model, case.inputs)
-    assert list(got.position) == ["text"] and torch.equal(got.beside("vision"), got.relevancy["vision"])
+    assert list(got.position) == ["text"] and torch.equal(got.without_self("vision"), got.relevancy["vision"])
     assert torch.equal(got.image.flatten(1), got.relevancy["vision"])

@@ -17,7 +17,7 @@ from tests.helpers.interpret.cases import lively
 from tests.helpers.interpret.stored_maps import Kept, Place, assert_rows, check, layer_sums, rows_of
 from tests.helpers.interpret.tower_cases import METHODS, Stack, first_rows, second, sequences, stack
 from tests.nn.test_score_attention import CASES
-from vlattn_fast.interpret import FAMILIES, Family, Tower, explain
+from vlattn_fast.interpret import ADAPTERS, Adapter, Tower, explain
 from vlattn_fast.nn import ScoreAttention
 
 ACTIVATIONS = {
@@ -183,7 +183,7 @@ def test_beside_torchs_attention():
 
 def test_weights_of_the_residual_branch_and_layers_to_start_from(monkeypatch):
     model, inputs = scored("additive"), sequences()
-    monkeypatch.setitem(FAMILIES, "Stack", Family((Tower("text", "", "blocks", "cls", "text"),), "class"))
+    monkeypatch.setitem(ADAPTERS, "Stack", Adapter((Tower("text", "", "blocks", "cls", "text"),), "class"))
     place = Place("blocks", first_rows(7), inputs["attention_mask"], layer_sums("blocks", 3, "", "mlp"))
     for methods, start_layer in ((("gradient", "weighted"), 0), (("gradient",), 2)):
         check(model, inputs, {"text": place}, second, methods, start_layer, written, target=second)

@@ -18,9 +18,9 @@ from tests.helpers.interpret.cases import lively
 from tests.helpers.interpret.decoder_cases import DECODERS
 from tests.helpers.interpret.linked_maps import published, with_gradients
 from tests.helpers.interpret.stored_maps import Place, rows_by_method, with_floats, without
-from tests.interpret.records.test_clip_mapper import IDS, LAYERS, inputs_of, mapper
-from tests.interpret.records.test_clip_mapper import stored as stored_maps
-from tests.interpret.records.test_derived import gpt_oss
+from tests.interpret.adapters.test_clip_mapper import IDS, LAYERS, inputs_of, mapper
+from tests.interpret.adapters.test_clip_mapper import stored as stored_maps
+from tests.interpret.adapters.test_derived import gpt_oss
 from tests.interpret.relevancy.test_moved_tokens import SIZE, WIDTH, Moving, flip, leave, on
 from vlattn_fast.interpret import LayerExplanation, explain, explain_layers, find_sinks
 from vlattn_fast.interpret.dataset.pieces import pack, unpack
@@ -259,7 +259,7 @@ def test_they_have_words_and_places(case, some_sinks):
         assert sink.reader == sink.tower and set(sink.layers) <= set(sink.shares) == set(sink.norms) == {0, 1, 2}
         if sink.place is not None:
             image, y, x = sink.place
-            of_row = [number for number, owner in enumerate(found.image_rows) if owner == row]
+            of_row = [number for number, owner in enumerate(found.image_samples) if owner == row]
             assert float(found.image[of_row[image]][y, x]) == float(found.relevancy[sink.tower][row, sink.index])
         if sink.word is not None:
             assert sink.word == str(int(ids[row, sink.index]))

@@ -33,7 +33,7 @@ def same(left: Explanation, right: Explanation) -> None:
     a, b = flat(left), flat(right)
     assert list(a) == list(b)
     assert all(torch.equal(a[name], b[name]) for name in a)
-    for name in ("image_rows", "token_ids", "words", "target", "method", "start_layer", "answer"):
+    for name in ("image_samples", "token_ids", "words", "target", "method", "start_layer", "answer"):
         assert getattr(left, name) == getattr(right, name)
     assert left.per_token == right.per_token and (left.position is None) == (right.position is None)
 
@@ -43,7 +43,7 @@ def same(left: Explanation, right: Explanation) -> None:
     [
         {},
         {"image": (torch.rand(2, 4), torch.rand(4, 2))},
-        {"image": None, "image_rows": None, "regions": torch.rand(2, 3), "boxes": torch.rand(2, 3, 4)},
+        {"image": None, "image_samples": None, "regions": torch.rand(2, 3), "boxes": torch.rand(2, 3, 4)},
         {"words": [["a", "<b>", "c"], ["é"]]},
         {"text": None, "token_ids": None, "scores": None, "target": None},
         {"relevancy": {"vision": torch.rand(2, 13).expand(2, 13)[:, ::2]}},
@@ -231,7 +231,7 @@ def test_middle_values_stand_out_on_black_and_white_photos():
 
 
 def test_several_maps_of_a_row_are_counted():
-    figure = made(image=torch.rand(3, 3, 4), image_rows=[0, 1, 1]).plot(np.ones((30, 40, 3)))
+    figure = made(image=torch.rand(3, 3, 4), image_samples=[0, 1, 1]).plot(np.ones((30, 40, 3)))
     names = [axis.get_title() for axis in figure.axes]
     assert [name for name in names if name] == ["map 1 of 2", "map 2 of 2"]
 
@@ -253,7 +253,7 @@ def test_low_values_leave_the_background_as_it_is():
     values = torch.zeros(1, 3, 4)
     values[0, 1, 1] = 1.0
     figure = made(
-        relevancy={"vision": torch.rand(1, 13)}, image=values, image_rows=[0], text=None, scores=None, target=None
+        relevancy={"vision": torch.rand(1, 13)}, image=values, image_samples=[0], text=None, scores=None, target=None
     ).plot(np.ones((30, 40, 3)))
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
@@ -319,14 +319,14 @@ def test_a_crop_places_the_map():
     overlay = figure.axes[1]
     assert overlay.images[1].get_extent() == [10, 30, 20, 0]
     assert overlay.get_xlim() == (-0.5, 39.5) and overlay.get_ylim() == (20, 0)
-    tiles = made(image=torch.rand(3, 2, 2), image_rows=[0, 0, 1])
+    tiles = made(image=torch.rand(3, 2, 2), image_samples=[0, 0, 1])
     figure = tiles.plot(np.ones((20, 40, 3)), rows=[0], crop=[(0, 0, 0.5, 1), (0.5, 0, 1, 1), (0, 0, 1, 1)])
     assert [image.get_extent() for image in figure.axes[1].images[1:]] == [[0, 20, 20, 0], [20, 40, 20, 0]]
     for crop in ((0, 0, 1), (0.5, 0, 0.5, 1), [(0, 0, 1, 1)] * 3, (0, 0, float("nan"), 1)):
         with pytest.raises(ValueError, match="crop must be x1, y1, x2, y2 relative to the image"):
             made().plot(np.ones((20, 40, 3)), crop=crop)
     with pytest.raises(ValueError, match="crop must be None for an explanation without maps; got"):
-        made(image=None, image_rows=None).to_html(crop=(0, 0, 1, 1))
+        made(image=None, image_samples=None).to_html(crop=(0, 0, 1, 1))
     with pytest.raises(ValueError, match="alpha must be .*; got 1.5"):
         made().plot(alpha=1.5)
 
@@ -346,7 +346,7 @@ def test_plot_of_an_answer():
     np.testing.assert_allclose(table[1, :5], explanation.text[0, 1:, :5].sum(0), rtol=1e-6)
     assert table.mask.tolist() == [[False] * 5 + [True], [False] * 6]  # words that came later
     figure.canvas.draw()
-    for parts in ({"image": None, "image_rows": None}, {"text": None, "token_ids": None, "words": None}):
+    for parts in ({"image": None, "image_samples": None}, {"text": None, "token_ids": None, "words": None}):
         answered(**parts).plot().canvas.draw()
 
 
@@ -383,7 +383,7 @@ def test_nothing_of_a_long_text_is_cut_off():
     """All words are in the picture, however many, and as much of the title as there is room for, with the score."""
     pytest.importorskip("matplotlib")
     words = [[f"word{i}" for i in range(120)] for _ in range(2)]
-    bare = {"image": None, "image_rows": None, "relevancy": {"text": torch.rand(2, 120)}, "position": None}
+    bare = {"image": None, "image_samples": None, "relevancy": {"text": torch.rand(2, 120)}, "position": None}
     explanation = made(**bare, text=torch.rand(2, 120), token_ids=None, words=words)
     labels = ["words " * 13, "W" * 300]
     for figure, inches in ((explanation.plot(labels=labels), 3.4), (answered().plot(labels=labels[:1] * len(answered())), 11.5)):
@@ -404,13 +404,13 @@ def test_nothing_of_a_long_text_is_cut_off():
 
 
 def test_plot_of_several_images_and_of_regions():
-    several = made(image=(torch.rand(2, 4), torch.rand(4, 2), torch.rand(2, 2)), image_rows=[0, 0, 1])
+    several = made(image=(torch.rand(2, 4), torch.rand(4, 2), torch.rand(2, 2)), image_samples=[0, 0, 1])
     figure = several.plot(torch.rand(3, 3, 8, 8), crop=(0, 0, 1, 1))
     rows = [[len(a.images) for a in figure.axes if a.figure is part and a.get_subplotspec()] for part in figure.subfigs]
     assert rows == [[1, 2, 1, 2, 0], [1, 2, 0]]  # photo and overlay of each, then words
     figure.canvas.draw()
     corners = torch.rand(2, 3, 2) / 2
-    regions = made(image=None, image_rows=None, regions=torch.rand(2, 3), boxes=torch.cat([corners, corners + 0.3], -1))
+    regions = made(image=None, image_samples=None, regions=torch.rand(2, 3), boxes=torch.cat([corners, corners + 0.3], -1))
     figure = regions.plot(torch.rand(3, 8, 8))
     assert len(figure.axes[1].patches) == 3
     drawn = [image.get_array().item() for image in figure.axes[1].images[1:]]

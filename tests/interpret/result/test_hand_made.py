@@ -53,7 +53,7 @@ def test_relevancy_alone_is_drawn():
 
 def test_maps_without_rows_are_of_one_row_each():
     explanation = Explanation({"vision": torch.rand(2, 5)}, torch.rand(2, 2, 2))
-    assert explanation.image_rows == [0, 1]
+    assert explanation.image_samples == [0, 1]
     drawn = [axis.images[0].get_array() for axis in explanation.plot().axes if axis.images]
     np.testing.assert_array_equal(drawn[1], explanation.image[1])
     assert {entry.part for entry in explanation.top()} == {"patch"}
@@ -77,14 +77,18 @@ R = {"text": torch.rand(2, 4)}
         ({"relevancy": {"text": [[0.5]]}}, TypeError, r"relevancy\['text'\] must be a torch.Tensor"),
         ({"relevancy": {"text": torch.rand(4)}}, ValueError, r"relevancy\['text'\] must be floating point of shape"),
         ({"relevancy": {"text": torch.ones(2, 4).long()}}, ValueError, r"relevancy\['text'\] must be floating point of shape"),
-        ({"image": torch.rand(3, 2, 2)}, ValueError, "image_rows must name the row of each of the 3 maps of image"),
-        ({"image": torch.rand(2, 2, 2), "image_rows": [0, 2]}, ValueError, r"image_rows must be from 0 to 1; got \[0, 2\]"),
+        ({"image": torch.rand(3, 2, 2)}, ValueError, "image_samples must name the row of each of the 3 maps of image"),
+        ({"image": torch.rand(2, 2, 2), "image_samples": [0, 2]}, ValueError, r"image_samples must be from 0 to 1; got \[0, 2\]"),
         ({"image": torch.rand(2, 0, 2)}, ValueError, r"image must have maps with at least one patch; got one of \(0, 2\)"),
         ({"image": torch.rand(2, 4)}, TypeError, "image must be a tensor"),
         ({"target": [0.5, 1]}, TypeError, "target must hold integers alone; got float 0.5"),
         ({"target": torch.rand(2)}, TypeError, "target must hold integers alone; got float 0"),
         ({"token_ids": [["a"], ["b"]]}, TypeError, "token_ids must hold integers alone; got str 'a'"),
-        ({"tower_images": {"a": torch.rand(1, 2, 2)}}, ValueError, r"image_rows must name .* the 1 maps of tower_images\['a'\]"),
+        (
+            {"tower_images": {"a": torch.rand(1, 2, 2)}},
+            ValueError,
+            r"image_samples must name .* the 1 maps of tower_images\['a'\]",
+        ),
         ({"scores": torch.rand(3)}, ValueError, "scores must have 2 rows, as relevancy has; got 3"),
         ({"text": torch.rand(2, 2), "words": [["a", "b", "c"], ["d"]]}, ValueError, "words must be at most 2 in a row, .* got 3"),
     ],
@@ -175,9 +179,9 @@ def test_bad_arguments_are_named(options, error, message):
 
 
 def test_bad_companions_are_named(tmp_path):
-    for beside in (made(), [1]):
-        with pytest.raises(TypeError, match="beside must be a sequence of explanations; got"):
-            made().to_html(beside=beside)
+    for others in (made(), [1]):
+        with pytest.raises(TypeError, match="others must be a sequence of explanations; got"):
+            made().to_html(others=others)
     with pytest.raises(TypeError, match="other must be an Explanation; got int 3"):
         made().compare(3)
     with pytest.raises(ValueError, match="path must be a file that can be written; got"):
@@ -232,6 +236,7 @@ def test_files_that_have_a_field_by_its_former_name_are_read(tmp_path):
         facts = json.loads(file.metadata()["explanation"])
         tensors = {name.replace("contribution", "brought"): file.get_tensor(name) for name in file.keys()}
     facts["towers"]["brought"] = facts["towers"].pop("contribution")
+    facts["image_rows"] = facts.pop("image_samples")
     facts["format"] = "vlattn_fast.explanation.5"
     former = tmp_path / "former.safetensors"
     safetensors.torch.save_file(tensors, former, metadata={"explanation": json.dumps(facts)})
@@ -276,7 +281,7 @@ def test_words_are_joined_once_a_row(monkeypatch):
     joined.clear()
     many = made(
         relevancy={"text": torch.rand(9, 3)}, text=torch.rand(9, 3), token_ids=[[1, 2, 3]] * 9, target=None, scores=None,
-        image=None, image_rows=None,
+        image=None, image_samples=None,
     )  # fmt: skip
     many.plot(rows=[4])
     assert len(joined) == 1
@@ -328,7 +333,7 @@ def test_a_sheet_lies_on_the_photo():
     regions = replace(
         explanation,
         image=None,
-        image_rows=None,
+        image_samples=None,
         regions=torch.rand(1, 50, 2),
         boxes=torch.tensor([[[0, 0, 0.5, 1], [0.5, 0, 1, 1]]]),
     )

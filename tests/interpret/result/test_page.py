@@ -57,7 +57,7 @@ def test_the_values_of_rows():
 
 def test_the_values_of_an_answer():
     explanation = answered()
-    page = explanation.to_html([photo(), photo(20, 30)], beside=[replace(explanation, method="rollout")])
+    page = explanation.to_html([photo(), photo(20, 30)], others=[replace(explanation, method="rollout")])
     found = data(page)
     assert [method["name"] for method in found["methods"]] == ["gradient", "rollout"]
     assert len(found["pictures"]) == 2 and found["pictures"][1]["height"] == 20 and page.count("data:image") == 2
@@ -97,7 +97,7 @@ def test_an_answer_in_one_row_is_text():
 def test_a_tower_that_sees_one_image_at_a_time():
     """Its rows are as many as images: two of the second prompt, none of the first."""
     vision = torch.arange(8.0).reshape(2, 4)
-    parts = {"relevancy": {"language": torch.rand(3, 6), "vision": vision}, "image": torch.rand(2, 2, 2), "image_rows": [1, 1]}
+    parts = {"relevancy": {"language": torch.rand(3, 6), "vision": vision}, "image": torch.rand(2, 2, 2), "image_samples": [1, 1]}
     explanation = Explanation(**parts, position={"vision": torch.tensor([0, 0])})
     rows = [choice["rows"]["vision"] for choice in data(explanation.to_html())["methods"][0]["choices"]]
     np.testing.assert_allclose(values(rows[1], rows[1]["low"], rows[1]["high"]), [0, 1, 2, 3, 0, 5, 6, 7], atol=5e-3)
@@ -106,7 +106,7 @@ def test_a_tower_that_sees_one_image_at_a_time():
 
 
 def test_crops_regions_and_towers():
-    tiles = made(image=torch.rand(3, 2, 2), image_rows=[0, 0, 1], tower_images={"text": torch.rand(3, 4, 4)})
+    tiles = made(image=torch.rand(3, 2, 2), image_samples=[0, 0, 1], tower_images={"text": torch.rand(3, 4, 4)})
     apart = data(tiles.to_html(photo()))["methods"][0]["choices"][0]["views"]
     assert [len(figure["maps"]) for figure in apart[""]["figures"]] == [1, 1]
     assert apart["text"]["figures"][0]["maps"][0]["size"] == [4, 4]
@@ -116,7 +116,7 @@ def test_crops_regions_and_towers():
     assert together[1]["views"][""]["figures"][0]["maps"][0]["box"] == list(crop[2])
     corners = torch.rand(2, 3, 2) / 2
     boxes = torch.cat([corners, corners + 0.3], -1)
-    regions = made(image=None, image_rows=None, regions=torch.rand(2, 3), boxes=boxes)
+    regions = made(image=None, image_samples=None, regions=torch.rand(2, 3), boxes=boxes)
     (figure,) = data(regions.to_html(photo()))["methods"][0]["choices"][1]["views"][""]["figures"]
     np.testing.assert_allclose([map_["box"] for map_ in figure["maps"]], boxes[1], atol=1e-5)
     assert all(map_["size"] == [1, 1] for map_ in figure["maps"])
@@ -148,11 +148,11 @@ def test_an_empty_page_and_bare_rows():
 def test_other_methods_must_explain_the_same_words():
     for parts in (
         {"token_ids": [[7, 8, 1], [5]]},
-        {"image": None, "image_rows": None},
+        {"image": None, "image_samples": None},
         {"relevancy": {"vision": torch.rand(2, 13)}},
     ):
         with pytest.raises(ValueError, match="beside must explain the same rows, words, maps and towers; got Explanation"):
-            made().to_html(beside=[made(**parts)])
+            made().to_html(others=[made(**parts)])
 
 
 def test_the_photo_keeps_its_size_where_it_can(tmp_path):
@@ -314,7 +314,7 @@ results.labels = [...document.querySelectorAll("input, select, button, canvas")]
 results.pressed = [...document.querySelectorAll("[role=radio]")].map((one) => [one.getAttribute("aria-checked"), one.tabIndex]);
 results.live = document.getElementById("summary").getAttribute("aria-live");
 """
-    found = browse(peaked().to_html(photo(200, 300), beside=[other]), SEE + script)
+    found = browse(peaked().to_html(photo(200, 300), others=[other]), SEE + script)
     assert found["clear"]["cells"] == [[0, 0, 0], [0, 0, 0]]
     assert found["patches"]["cells"] == [[255, 0, 0], [0, 0, 0]] and found["patches"]["map"] != found["first"]["map"]
     assert 100 < found["common"]["cells"][0][0] < 255 and found["scale"] == ["0", "2"]  # "giraffe" has two tokens' worth
@@ -329,7 +329,7 @@ def test_the_box_that_clips(browse):
     """One patch of 0.8 among 11 of 0.1 hides them; the box shows them, and says so."""
     image = torch.full((1, 3, 4), 0.1).index_put((torch.tensor(0), torch.tensor(0), torch.tensor(0)), torch.tensor(0.8))
     explanation = Explanation(
-        {"vision": torch.rand(1, 12)}, image=(image[0], torch.full((6, 8), 0.1)), image_rows=[0, 0], photos=[0, 0]
+        {"vision": torch.rand(1, 12)}, image=(image[0], torch.full((6, 8), 0.1)), image_samples=[0, 0], photos=[0, 0]
     )
     script = """
 const told = () => ["high", "range"].map((id) => document.getElementById(id).textContent);
@@ -353,7 +353,7 @@ def test_every_kind_of_page_runs(browse, kind):
     corners = torch.rand(2, 3, 2) / 2
     explanation = {
         "rows": made(),
-        "regions": made(image=None, image_rows=None, regions=torch.rand(2, 3), boxes=torch.cat([corners, corners + 0.3], -1)),
+        "regions": made(image=None, image_samples=None, regions=torch.rand(2, 3), boxes=torch.cat([corners, corners + 0.3], -1)),
         "bare": made(text=None, token_ids=None, scores=None),
         "tokens": Explanation({"tower0": torch.rand(1, 9)}),
         "empty": Explanation({"tower0": torch.zeros(0, 9)}),

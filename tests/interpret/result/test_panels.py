@@ -23,7 +23,7 @@ def of_tiles(count: int = 1, *, first: bool = True):
     """A row whose photos have a map of tiles and a thumbnail each, in front or behind."""
     of_photo = [torch.rand(4, 4), torch.rand(6, 8)][:: 1 if first else -1]
     photos = [number for number in range(count) for _ in of_photo]
-    places = {"image_rows": [0] * 2 * count, "photos": photos, "crops": [(0, 0, 1, 1)] * 2 * count}
+    places = {"image_samples": [0] * 2 * count, "photos": photos, "crops": [(0, 0, 1, 1)] * 2 * count}
     return made(**ONE, image=tuple(of_photo * count), **places)
 
 
@@ -47,7 +47,7 @@ def test_tiles_and_their_thumbnail_have_names():
     ids=["two", "unknown", "same"],
 )
 def test_other_maps_are_counted(maps):
-    fields = {"image": (torch.rand(4, 4), torch.rand(6, 8)), "image_rows": [0, 0], **maps}
+    fields = {"image": (torch.rand(4, 4), torch.rand(6, 8)), "image_samples": [0, 0], **maps}
     assert titles(made(**ONE, **fields).plot()) == ["map 1 of 2", "map 2 of 2"]
 
 
@@ -62,7 +62,7 @@ def test_a_photo_is_drawn_once_before_its_maps():
 
 def test_maps_of_words_have_names():
     image = (torch.rand(3, 2, 3), torch.rand(3, 4, 6), torch.rand(3, 2, 3), torch.rand(3, 4, 6))
-    figure = answered(image=image, image_rows=[0, 0, 1, 1], photos=[0, 0, 1, 1]).plot()
+    figure = answered(image=image, image_samples=[0, 0, 1, 1], photos=[0, 0, 1, 1]).plot()
     names = [name.split("  ")[0] for name in titles(figure)]
     assert names[:4] == ["a (thumbnail)", "a (tiles)", "giraffe (thumbnail)", "giraffe (tiles)"]
 

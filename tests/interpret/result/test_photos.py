@@ -149,7 +149,7 @@ def test_overlays_of_rows_words_and_panels() -> None:
     assert np.abs(np.asarray(explanation.overlay(white)).astype(int) - np.asarray(together.overlay(white))).max() <= 1
     second = made(image=torch.stack([torch.zeros(3, 4), torch.eye(4)[:3]]))
     assert (np.asarray(second.overlay(white)) == 255).all() and (np.asarray(second.overlay(white, row=1)) < 255).any()
-    tiles = made(image=torch.stack([torch.zeros(3, 4), torch.eye(4)[:3], torch.zeros(3, 4)]), image_rows=[0, 0, 1])
+    tiles = made(image=torch.stack([torch.zeros(3, 4), torch.eye(4)[:3], torch.zeros(3, 4)]), image_samples=[0, 0, 1])
     assert (np.asarray(tiles.overlay(white, panel=1)) < 255).any() and (np.asarray(tiles.overlay(white, panel=0)) == 255).all()
     corners = torch.tensor([[[0.0, 0.0, 0.5, 1.0], [0.5, 0.0, 1.0, 1.0]]])
     regions = Explanation({"joint": torch.rand(1, 9)}, regions=torch.tensor([[0.0, 1.0]]), boxes=corners)

@@ -92,7 +92,7 @@ def test_a_map_without_a_number_above_zero(value):
 
 
 def test_many_rows_wrap_into_a_grid():
-    rows = made(image=torch.rand(32, 3, 4), **MANY, image_rows=list(range(32)))
+    rows = made(image=torch.rand(32, 3, 4), **MANY, image_samples=list(range(32)))
     width, height = rows.plot().get_size_inches()
     assert height < 25 and 0.5 < width / height < 2
     few = rows.plot(rows=[0, 1, 2])
@@ -103,7 +103,7 @@ def test_many_rows_wrap_into_a_grid():
 @pytest.mark.parametrize("photo", [None, PHOTO])
 def test_frames_of_a_video_wrap_into_lines(photo):
     for frames in (9, 128):
-        video = made(image=torch.rand(frames, 3, 4), image_rows=[0] * frames)
+        video = made(image=torch.rand(frames, 3, 4), image_samples=[0] * frames)
         figure = video.plot(photo if photo is None else [photo] * frames, rows=[0])
         width, height = figure.get_size_inches()
         assert width < 26 and height < 12

@@ -121,7 +121,7 @@ def test_words_of_an_answer_and_maps_of_one_scale():
 
 
 def test_without_maps():
-    words = dict(image=None, image_rows=None)
+    words = dict(image=None, image_samples=None)
     found = va.compare({"a": made(**words), "b": made(**words)})
     assert len(found.plot(rows=[1]).axes) == 1 and "<figure>" not in found.to_html()
     mixed = va.compare({"with": made(), "without": made(**words)}, WHITE)
@@ -148,7 +148,7 @@ def test_every_region_is_drawn_without_a_photo():
         ({"a": answered(), "b": made()}, {}, ValueError, "as many words of an answer each"),
         ({"a": made()}, {"image": {"b": WHITE}}, ValueError, r"image must have the names \['a'\]; got \['b'\]"),
         (
-            {"a": made(image=None, image_rows=None)},
+            {"a": made(image=None, image_samples=None)},
             {"image": WHITE},
             ValueError,
             "image must be None for explanations without maps",
@@ -176,7 +176,7 @@ def test_a_comparison_is_a_table_in_a_notebook():
 def test_a_row_is_an_explanation_of_one_sample(make):
     whole = make()
     for number, one in enumerate(whole):
-        assert len(one) == 1 and one.image_rows == [0] and torch.equal(one.image[0], whole.image[number])
+        assert len(one) == 1 and one.image_samples == [0] and torch.equal(one.image[0], whole.image[number])
         for tower, row in whole.relevancy.items():
             assert torch.equal(one.relevancy[tower][0], row[number])
         length = len(whole.token_ids[number])
@@ -195,10 +195,10 @@ def test_maps_of_uneven_grids_and_several_images_of_a_row(tmp_path):
     maps = tuple(torch.rand(size) for size in ((2, 3), (3, 3), (3, 3), (4, 1)))
     whole = va.Explanation({"vision": torch.rand(3, 5)}, maps, [0, 1, 1, 2], contribution={"vision": torch.rand(3, 5)})
     one = whole[1]
-    assert one.image_rows == [0, 0] and torch.equal(one.image, torch.stack(maps[1:3]))
+    assert one.image_samples == [0, 0] and torch.equal(one.image, torch.stack(maps[1:3]))
     assert torch.equal(one.contribution["vision"], whole.contribution["vision"][1:2])
     again = va.Explanation.load(one.save(tmp_path / "one.safetensors"))
-    assert torch.equal(again.image, one.image) and torch.equal(again.beside("vision"), one.beside("vision"))
+    assert torch.equal(again.image, one.image) and torch.equal(again.without_self("vision"), one.without_self("vision"))
 
 
 @pytest.mark.parametrize("per", ["layer", "head"])
@@ -209,7 +209,7 @@ def test_a_row_of_maps_of_layers(per, tmp_path):
         assert type(one) is type(whole) and len(one) == 1 and (one.layers, one.heads) == (whole.layers, whole.heads)
         for (place, part), (_, of_whole) in zip(one.items(), whole.items(), strict=True):
             assert torch.equal(part.image[0], of_whole.image[number]), place
-            assert torch.equal(part.beside("text")[0], of_whole.beside("text")[number])
+            assert torch.equal(part.without_self("text")[0], of_whole.without_self("text")[number])
     again = type(whole).load(whole[1].save(tmp_path / "one.safetensors"))
     assert torch.equal(again.image, whole.image[..., 1:2, :, :]) and repr(again) == repr(whole[1])
     assert {name: part.shape for name, part in whole.self_relevancy.items()} == {

@@ -4,5 +4,5 @@ Nothing of the package makes these maps and rows. Tests and `vlattn_lab.model_cl
 
 In: a class of transformers; a model and its inputs.
 Out: a small random model of the class, inputs that it takes, stored maps and their rows.
-Imports: interpret.records.
+Imports: interpret.adapters.
 """

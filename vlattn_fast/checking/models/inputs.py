@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast.interpret.records.derived import drafts
+from vlattn_fast.interpret.adapters.derived import drafts
 
 PADDINGS = ("both", "right", "none")  # some models give NaN where a padded token sees none
 SIDE = 32  # of a picture

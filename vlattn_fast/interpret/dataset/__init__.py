@@ -2,7 +2,7 @@
 
 In: a model and a file of inputs, or a folder of explanations.
 Out: a folder of explanations, or a lazy sequence of them.
-Imports: interpret.explaining, interpret.relevancy, interpret.records, interpret.result, _ground.
+Imports: interpret.explaining, interpret.relevancy, interpret.adapters, interpret.result, _ground.
 """
 
 from vlattn_fast.interpret.dataset.explain_all import explain_dataset

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlattn_fast.interpret.adapters.registry import find_adapter
 from vlattn_fast.interpret.dataset.items import Item, Items
 from vlattn_fast.interpret.dataset.pieces import split
 from vlattn_fast.interpret.explaining.answer import Alone, token_ids
@@ -23,7 +24,6 @@ from vlattn_fast.interpret.explaining.former_names import check_names
 from vlattn_fast.interpret.explaining.inputs import prepare_inputs
 from vlattn_fast.interpret.explaining.loading import build_inputs, check_parts, generate, on_device
 from vlattn_fast.interpret.explaining.similarity import SIMILARITY
-from vlattn_fast.interpret.records.registry import find_family
 from vlattn_fast.interpret.relevancy.method import Method
 from vlattn_fast.interpret.relevancy.methods.registry import method_of
 from vlattn_fast.interpret.result.explanation import Explanation
@@ -42,7 +42,7 @@ class Options:
     answer: str | None = None
     generate: int | None = None  # the most tokens of the model's own answer, which is explained where an input has none
     dtype: str | None = None  # of the model; None = the stored dtype
-    position: str | int | None = None  # the explained token; None = the record's
+    position: str | int | None = None  # the explained token; None = the adapter's
 
     @classmethod
     def check(cls, model: str | Path, *, method: str | Method = "gradient", **options: Any) -> Options:
@@ -124,13 +124,13 @@ class Batches:
 
     def __init__(self, model: Any, processor: Any, options: Options) -> None:
         self.model, self.processor, self.options = model, processor, options
-        record = find_family(model)
-        if record is None:
+        adapter = find_adapter(model)
+        if adapter is None:
             name = type(model).__name__
-            raise ValueError(f"{name} has no record. Name one by vlattn_fast.interpret.register_family")
-        if not record.scoring.predicts and (options.generate is not None or options.answer is not None):
+            raise ValueError(f"{name} has no adapter. Name one by vlattn_fast.interpret.register_adapter")
+        if not adapter.scoring.predicts and (options.generate is not None or options.answer is not None):
             raise ValueError(f"answer and generate must be asked of a decoder; got {type(model).__name__}")
-        self.record = record
+        self.adapter = adapter
         self._of_thread = threading.local()
 
     def check_parts(self, items: Items) -> None:
@@ -162,13 +162,13 @@ class Batches:
         if target is not None and (said is not None or options.generate is not None):
             raise ValueError("answer replaces target; got both: pass one of them")
         answer = None if said is None else token_ids(said, processor, 1)[0]
-        if self.record.scoring.pairs:
-            inputs, targets = prepare_inputs(self.model, inputs, self.record, target)
+        if self.adapter.scoring.pairs:
+            inputs, targets = prepare_inputs(self.model, inputs, self.adapter, target)
             count = len(targets or [])
         else:
             count = len(inputs["input_ids"] if "input_ids" in inputs else inputs["pixel_values"])
             targets = None if target is None else [target] * count
-            if target == SIMILARITY and not self.record.scoring.predicts and count != 2:
+            if target == SIMILARITY and not self.adapter.scoring.predicts and count != 2:
                 raise ValueError(f"text must be two texts, whose similarity is explained; got {count}")
         alike = [(k, (v.shape[1:], v.dtype) if isinstance(v, Tensor) else repr(v)) for k, v in sorted(inputs.items())]
         shape = (*alike, targets is None, None if answer is None else len(answer))
@@ -219,7 +219,7 @@ class Batches:
                 for one, row in zip(group, answer, strict=True):
                     by_length.setdefault(len(row), []).append(replace(one, answer=row))
                 return [result for part in by_length.values() for result in self._explain(part)]
-        paired, options = self.record.scoring.pairs, self.options
+        paired, options = self.adapter.scoring.pairs, self.options
         targets = None if paired or first.target is None else [index for one in group for index in one.target or []]
         alike = SIMILARITY if targets and set(targets) == {SIMILARITY} else targets
         how: dict[str, Any] = {"method": options.method, "position": options.position, "processor": self.processor}

@@ -42,9 +42,9 @@ def explain_one(
         answer = generate(model, inputs, options.generate)
     asked: dict[str, Any] = {"target": options.target, "answer": answer, "position": options.position, "processor": processor}
     if per is None:
-        explanation, *beside = (explain(model, inputs, method=method, **asked) for method in methods)
+        explanation, *others = (explain(model, inputs, method=method, **asked) for method in methods)
     else:
-        explanation, beside = explain_layers(model, inputs, per=per, method=methods[0], **asked), []
+        explanation, others = explain_layers(model, inputs, per=per, method=methods[0], **asked), []
     placed = explanation.is_spatial and len(set(explanation.photos or [0])) == 1
     photo = {"image": picture, "processor": processor} if picture is not None and placed else {}
     if picture is not None and not photo:
@@ -53,7 +53,7 @@ def explain_one(
         yield f"{out} does not show the picture: {why}"
     if out.suffix == ".html":
         title = " | ".join(texts or [str(image)])
-        explanation.save_html(out, **photo, beside=beside, title=title if len(title) <= 80 else title[:79] + "…")
+        explanation.save_html(out, **photo, others=others, title=title if len(title) <= 80 else title[:79] + "…")
     else:
         explanation.plot(**photo).savefig(out, dpi=120)
     yield from _scores(explanation, answer, processor, per)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast.interpret.result.explanation import Explanation
+from vlattn_fast.interpret.result.numbers.explained import with_names_of_today
 from vlattn_fast.interpret.result.numbers.samples import some_samples
 
 _TENSOR, _TUPLE = "$tensor", "$tuple"
@@ -59,4 +60,4 @@ def unpack(facts: Mapping[str, Any], read: Callable[[str], Tensor]) -> Explanati
             return {name: walk(one) for name, one in value.items()}
         return [walk(one) for one in value] if isinstance(value, list) else value
 
-    return Explanation(**{name: walk(value) for name, value in facts.items()})
+    return Explanation(**{name: walk(value) for name, value in with_names_of_today(facts).items()})

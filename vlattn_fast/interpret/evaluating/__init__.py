@@ -2,5 +2,5 @@
 
 In: a model, and a data set of inputs, targets and boxes.
 Out: an `Evaluation`: rows and curves.
-Imports: interpret.intervening, interpret.explaining, interpret.relevancy, interpret.records, interpret.result, attach, _ground.
+Imports: interpret.intervening, interpret.explaining, interpret.relevancy, interpret.adapters, interpret.result, attach, _ground.
 """

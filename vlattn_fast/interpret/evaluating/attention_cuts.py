@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.extras import with_progress
+from vlattn_fast.interpret.adapters.adapter import WITHOUT_ADAPTER
+from vlattn_fast.interpret.adapters.tokens import Tokens
 from vlattn_fast.interpret.evaluating.curves import CURVES, PARTS, TENTHS
 from vlattn_fast.interpret.evaluating.evaluation import Tally
 from vlattn_fast.interpret.evaluating.maps import Batch
@@ -24,8 +26,6 @@ from vlattn_fast.interpret.evaluating.ties import coarsest, constant, rounding
 from vlattn_fast.interpret.intervening.asking import Asked, repeated_set
 from vlattn_fast.interpret.intervening.plans import Pair, Plans, Term
 from vlattn_fast.interpret.intervening.token_sets import TokenSet, token_set
-from vlattn_fast.interpret.records.record import UNRECORDED
-from vlattn_fast.interpret.records.tokens import Tokens
 from vlattn_fast.interpret.result.numbers.rank_correlation import rank_correlation
 
 SIDE = 4  # pieces along a side of an image, at most
@@ -61,8 +61,8 @@ class _Question:
         if len(pairs) != 1:
             names = ", ".join(repr(pair[0].name) for pair in pairs) or "none"
             raise ValueError(f"{_IMPOSSIBLE}: one tower must attend to itself; got {names}. {_LEAVE}")
-        recorded = asked.request.record is not UNRECORDED
-        read = ("special",) if recorded and not pairs[0][0].tokens.predicts else ("last", "special")
+        has_adapter = asked.request.adapter is not WITHOUT_ADAPTER
+        read = ("special",) if has_adapter and not pairs[0][0].tokens.predicts else ("last", "special")
         sets = [token_set("queries", name, pairs[0][0]) for name in read]
         queries = next((each for each in sets if isinstance(each, TokenSet)), None)
         if queries is None:

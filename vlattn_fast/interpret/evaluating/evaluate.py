@@ -12,6 +12,8 @@ from vlattn_fast._ground.checks import check_items
 from vlattn_fast._ground.extras import with_progress
 from vlattn_fast._ground.origin import place_of
 from vlattn_fast.attach.session import never_compiled
+from vlattn_fast.interpret.adapters.patch_grid import PatchGrid
+from vlattn_fast.interpret.adapters.registry import find_adapter
 from vlattn_fast.interpret.evaluating.attention_cuts import cut_attention
 from vlattn_fast.interpret.evaluating.evaluation import Evaluation, Tally
 from vlattn_fast.interpret.evaluating.maps import Batch, explain_batch
@@ -20,8 +22,6 @@ from vlattn_fast.interpret.evaluating.model_answers import Judge
 from vlattn_fast.interpret.evaluating.perturbation import Words
 from vlattn_fast.interpret.evaluating.plan import Plan, Rival
 from vlattn_fast.interpret.explaining.request import Position, renamed
-from vlattn_fast.interpret.records.patch_grid import PatchGrid
-from vlattn_fast.interpret.records.registry import find_family
 from vlattn_fast.interpret.relevancy.method import Method
 
 
@@ -109,7 +109,7 @@ def evaluate(
             with `.image` (B, h, w), `.regions` (B, R) or `.text` (B, T) as an `Explanation` has, tensors or NumPy arrays. T is
             the largest number of words of a text of the batch, with zeros behind shorter texts, or the width of `input_ids`,
             with a number for each column, special tokens and padding included. A dict names them.
-        tests: some of those above. None = "positive", "negative" and "pointing", and the record of an impossible test has no
+        tests: some of those above. None = "positive", "negative" and "pointing", and the entry of an impossible test has no
             value.
         steps: increasing fractions removed ("insertion": put in, "sufficiency": left), from 0 to 1. None = as published: 0, .25,
             .5, .75, .8, .85, .9, .95, 1; for "insertion" and "deletion" 0, .05, ..., 1; for "synergy" 0, .1, ..., 1; for the
@@ -119,14 +119,14 @@ def evaluate(
         probability: the same for the other tests with steps. None = the softmax of the target's logit, or a callable target's
             score.
         words: a callable(inputs) -> bool (B, N), True = a token that may be removed. None = every word; for a model without a
-            record, all but padding and the first and last token.
+            adapter, all but padding and the first and last token.
         sanity_stages: randomised models of the cascade, the wholly randomised one included; 1000 at most.
         batch_size: rows of one forward pass over perturbed inputs.
         seed: of the random maps and weights.
         position, processor, patches: as in `explain`, for its methods.
 
     Returns:
-        An `Evaluation`. A record leaves out samples without its part, or without ground truth, and counts them. Its note says if
+        An `Evaluation`. An entry leaves out samples without its part, or without ground truth, and counts them. Its note says if
         the model's answers never change, whatever is removed: such a value does not tell maps apart.
 
     Raises:
@@ -141,7 +141,7 @@ def evaluate(
     options = {name: value for name, value in told.items() if value is not None}
     plan = Plan.check(model, methods, tests, steps, **chosen, batch_size=batch_size, seed=seed, options=options)
     check_items("dataset", dataset, "(inputs, target, boxes) for each sample or batch")
-    judge = Judge(plan.model, find_family(plan.model), accuracy, probability, batch_size)
+    judge = Judge(plan.model, find_adapter(plan.model), accuracy, probability, batch_size)
     generator = torch.Generator().manual_seed(seed)
     tally = Tally(plan.keys)
     batches: list[Batch] = []
@@ -158,4 +158,4 @@ def evaluate(
     if batches:
         compare_randomised(plan, batches, tally, generator)
     check_samples(tally, () if tests is None else plan.tests)
-    return Evaluation(tally.table(), tally.curves(plan.x_axes), {**plan.facts, **place_of(plan.model)})
+    return Evaluation(tally.table(), tally.curves(plan.x_axes), {**plan.metadata, **place_of(plan.model)})

@@ -30,13 +30,13 @@ class Evaluation(Report):
             there is no value, or why it says nothing of the maps.
         curves: a record for each method, test and part with a curve: "method", "test", "part", "steps", "mean" and "sd" (a number
             a step), "samples". The steps of "sanity" are shares of randomised modules, and its samples have a map at each step.
-        facts: the arguments of the run, the class of the model, its dtype and device, and the versions of packages.
+        metadata: the arguments of the run, the class of the model, its dtype and device, and the versions of packages.
     """
 
     FORMAT: ClassVar[str] = "vlattn_fast.evaluation.1"
     table: list[dict[str, Any]]
     curves: list[dict[str, Any]] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
 
     def value(self, method: str, test: str, part: str | None = None) -> float | None:
         """The mean of one record of the table. part None = the image, or both for a test of both. ValueError where there is no

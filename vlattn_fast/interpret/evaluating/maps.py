@@ -47,13 +47,13 @@ def explain_batch(plan: Plan, judge: Judge, item: Any, generator: torch.Generato
         return None
     methods = with_progress(plan.methods.items(), "explaining", leave=False)
     results = {name: run_method(plan.model, question, name, method, plan.options) for name, method in methods}
-    # An explanation tells where patches and words are; without a record, any result with `.image` does.
+    # An explanation tells where patches and words are; without an adapter, any result with `.image` does.
     shown = next((result for result in results.values() if isinstance(result, Explanation)), None)
-    if shown is None and judge.record is not None:
+    if shown is None and judge.adapter is not None:
         shown = explain(plan.model, question.inputs, target=question.target, method="attention")
     elif shown is None:
         shown = next((result for result in results.values() if getattr(result, "image", None) is not None), None)
-    samples = split(judge.record, question.paired, question.count, shown, plan.words)
+    samples = split(judge.adapter, question.paired, question.count, shown, plan.words)
     maps = {name: maps_of(name, result, samples, generator) for name, result in results.items()}
     for name, parts in ((name, parts) for name, by_sample in maps.items() for parts in by_sample):
         for part, value in parts.items():
@@ -77,7 +77,7 @@ def _of_tensors(name: str, result: Any) -> Any:
     """The result of a caller's method with tensors for NumPy's arrays."""
     if isinstance(result, Explanation) or not any(hasattr(result, part) for part in _PARTS):
         return result
-    fields = {field: getattr(result, field, None) for field in (*_PARTS, "image_rows", "boxes", "text_positions")}
+    fields = {field: getattr(result, field, None) for field in (*_PARTS, "image_samples", "boxes", "text_positions")}
     for part in (*_PARTS, "boxes"):
         values = fields[part]
         if isinstance(values, (tuple, list)):
@@ -100,7 +100,7 @@ def maps_of(name: str, result: Any, samples: list[Sample], generator: torch.Gene
         return [{part: torch.rand(sample.count(part), generator=generator) for part in PARTS} for sample in samples]
     _check_counts(name, result, len(samples))
     image, regions, text = (getattr(result, part, None) for part in ("image", "regions", "text"))
-    owners = getattr(result, "image_rows", None)
+    owners = getattr(result, "image_samples", None)
     maps: Maps = []
     for number, sample in enumerate(samples):
         values: dict[str, Tensor | None] = {"image": None, "text": None}
@@ -122,17 +122,17 @@ def maps_of(name: str, result: Any, samples: list[Sample], generator: torch.Gene
 
 
 def _check_counts(name: str, result: Any, count: int) -> None:
-    """A method gives a map for each of `count` samples, or for each entry of its `image_rows`."""
+    """A method gives a map for each of `count` samples, or for each entry of its `image_samples`."""
     if not any(hasattr(result, part) for part in _PARTS):
         raise TypeError(f"methods must give an object with .image, .regions or .text; got {type(result).__name__} of {name!r}")
-    owners = getattr(result, "image_rows", None)
+    owners = getattr(result, "image_samples", None)
     for part in _PARTS:
         if (values := getattr(result, part, None)) is None:
             continue
         if part == "image" and owners is not None:
             if len(owners) != len(values) or not all(0 <= owner < count for owner in owners):
                 got = f"{list(owners)} for {len(values)} maps of {name!r}"
-                raise ValueError(f"methods must give an entry of image_rows, from 0 to {count - 1}, for each map; got {got}")
+                raise ValueError(f"methods must give an entry of image_samples, from 0 to {count - 1}, for each map; got {got}")
         elif len(values) != count:
             raise ValueError(
                 f"methods must give one {part} for each of {count} samples of a batch; got {len(values)} of {name!r}"

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from vlattn_fast._ground.checks import call_on
 from vlattn_fast._ground.extras import with_progress
 from vlattn_fast.attach.session import at_rest
+from vlattn_fast.interpret.adapters.adapter import WITHOUT_ADAPTER, Adapter
 from vlattn_fast.interpret.evaluating.perturbation import Sample, Stays
 from vlattn_fast.interpret.evaluating.ties import coarsest, equal_rows, levelled
 from vlattn_fast.interpret.explaining.inputs import check_inputs, is_empty, prepare_inputs
-from vlattn_fast.interpret.records.record import UNRECORDED, Family
 
 Measure = Callable[..., Tensor]  # of outputs, or of outputs and inputs
 Key = tuple[int, Stays]  # of a sample
@@ -33,15 +33,15 @@ class Question:
 
 
 class Judge:
-    """Runs a model (`record` None = of no known family) in batches, in eval mode and without gradients."""
+    """Runs a model (`adapter` None = of a class without an adapter) in batches, in eval mode and without gradients."""
 
     def __init__(
-        self, model: nn.Module, record: Family | None, accuracy: Measure | None, probability: Measure | None, batch_size: int
+        self, model: nn.Module, adapter: Adapter | None, accuracy: Measure | None, probability: Measure | None, batch_size: int
     ) -> None:
-        self.model, self.record, self.batch_size = model, record, batch_size
+        self.model, self.adapter, self.batch_size = model, adapter, batch_size
         self._accuracy, self._probability = accuracy, probability
         self._needs_choice = accuracy is None or probability is None
-        self._recorded = UNRECORDED if record is None else record
+        self._adapter = WITHOUT_ADAPTER if adapter is None else adapter
         self._dtype = coarsest(model.parameters())
 
     def ask(self, inputs: Mapping[str, Any], target: Any) -> Question | None:
@@ -49,30 +49,30 @@ class Judge:
         check_inputs(self.model, inputs)
         if is_empty(inputs):
             return None
-        inputs, target = self._recorded.scoring.measured(inputs, target)
-        if self._recorded.scoring.pairs and not callable(target):
+        inputs, target = self._adapter.scoring.measured(inputs, target)
+        if self._adapter.scoring.pairs and not callable(target):
             return self._ask_pair(inputs, target)
         outputs, arguments = self._call(inputs, target)
         if callable(target):
             return Question(inputs, target, len(_scores(call_on("target", target, outputs, arguments), "target")), inputs)
         logits = self._logits(outputs, arguments)
-        return Question(inputs, self._recorded.scoring.pick(levelled(logits, self._dtype), target), len(logits), inputs)
+        return Question(inputs, self._adapter.scoring.pick(levelled(logits, self._dtype), target), len(logits), inputs)
 
     def _ask_pair(self, inputs: Mapping[str, Any], target: Any) -> Question:
-        for name in self._recorded.names:
+        for name in self._adapter.names:
             if not isinstance(inputs.get(name), Tensor):
                 raise ValueError(f"inputs must contain '{name}' for the similarity of an image and a text; got {sorted(inputs)}")
-        images, texts = (inputs[name].shape[0] for name in self._recorded.names)
+        images, texts = (inputs[name].shape[0] for name in self._adapter.names)
         if texts < 2 and self._needs_choice:
             raise ValueError(
                 "inputs must have two texts or more, which the model tells apart, unless accuracy and probability are given; "
                 f"got {texts} for {images} images"
             )
         logits = self._match(inputs)
-        chosen = self._recorded.scoring.pick(levelled(logits, self._dtype), target)
-        paired, _ = prepare_inputs(self.model, inputs, self._recorded, chosen)
+        chosen = self._adapter.scoring.pick(levelled(logits, self._dtype), target)
+        paired, _ = prepare_inputs(self.model, inputs, self._adapter, chosen)
         paired = {name: value for name, value in paired.items() if name in inputs}
-        return Question(inputs, chosen, images, self._recorded.standard(paired), logits)
+        return Question(inputs, chosen, images, self._adapter.standard(paired), logits)
 
     def run(self, question: Question, samples: list[Sample], keys: list[Key]) -> tuple[list[float], list[float]]:
         """Accuracy and probability of each perturbed input."""
@@ -127,7 +127,7 @@ class Judge:
         images = _stacked([_side(one) for one in parts]) if "image" in gone else _side(parts[0])
         among = question.logits[number].float().repeat(len(parts), 1)
         if "image" in gone:
-            whole = self._recorded.standard(question.inputs)
+            whole = self._adapter.standard(question.inputs)
             among = self._match({**_side(whole, image=False), **images}).float()
         if "text" in gone:
             met = self._match({**_stacked([_side(one, image=False) for one in parts]), **images}).float()
@@ -136,9 +136,9 @@ class Judge:
 
     def _match(self, inputs: Mapping[str, Any]) -> Tensor:
         """(images, texts), the similarity of each image and each text: one similarity for equal texts, whatever their bits."""
-        logits = self._recorded.scoring.logits(self._call(inputs)[0])
+        logits = self._adapter.scoring.logits(self._call(inputs)[0])
         assert logits is not None
-        texts = _side(self._recorded.standard(inputs), image=False)
+        texts = _side(self._adapter.standard(inputs), image=False)
         return logits.cpu()[:, equal_rows(texts, logits.shape[1])]
 
     def _of_logits(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,20 +150,20 @@ class Judge:
 
     def _call(self, inputs: Mapping[str, Any], target: Any = None) -> tuple[Any, Mapping[str, Any]]:
         """Outputs, and the arguments that gave them."""
-        if self.record is None:
+        if self.adapter is None:
             arguments: Mapping[str, Any] = inputs
-        elif self._recorded.scoring.pairs:
-            arguments = {**self._recorded.called(inputs), **({"return_dict": True} if hasattr(self.model, "config") else {})}
+        elif self._adapter.scoring.pairs:
+            arguments = {**self._adapter.called(inputs), **({"return_dict": True} if hasattr(self.model, "config") else {})}
         else:
             # A decoder computes the logits of one position, unless a measure may read other positions.
             measure = next(filter(callable, (target, self._accuracy, self._probability)), None)
-            arguments, _ = prepare_inputs(self.model, inputs, self.record, measure)
+            arguments, _ = prepare_inputs(self.model, inputs, self.adapter, measure)
         with torch.no_grad(), at_rest(self.model):
             return self.model(**arguments), arguments
 
     def _logits(self, outputs: Any, arguments: Mapping[str, Any]) -> Tensor:
         """(B, classes), of a decoder those after the last real token."""
-        scoring = self._recorded.scoring
+        scoring = self._adapter.scoring
         return scoring.per_row(outputs if isinstance(outputs, Tensor) else scoring.logits(outputs), arguments)
 
 

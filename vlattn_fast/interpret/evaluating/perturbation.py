@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from vlattn_fast._ground.checks import describe
+from vlattn_fast.interpret.adapters.adapter import NAMES, Adapter
 from vlattn_fast.interpret.evaluating.box_scores import grid_entries
-from vlattn_fast.interpret.records.record import NAMES, Family
 
 _IMAGES = ("pixel_values", "pixel_attention_mask", "image_grid_thw", "image_sizes", "spatial_shapes")
 _REGIONS = ("region_", "visual_", "masked_regions")
@@ -148,22 +148,22 @@ def _masked(pixels: Tensor, sizes: list[tuple[int, int]], grids: list[tuple[int,
     return pixels * torch.stack(masks).to(pixels)[:, None]
 
 
-def split(record: Family | None, inputs: Mapping[str, Any], count: int, shown: Any, words: Words | None) -> list[Sample]:
-    """A batch of `count` samples, one by one. `shown`, an explanation of it or, for a model without a record, any object with
+def split(adapter: Adapter | None, inputs: Mapping[str, Any], count: int, shown: Any, words: Words | None) -> list[Sample]:
+    """A batch of `count` samples, one by one. `shown`, an explanation of it or, for a model without an adapter, any object with
     `.image`, tells grids and towers. `words`: see `evaluate`."""
-    image, owners = getattr(shown, "image", None), getattr(shown, "image_rows", None)
+    image, owners = getattr(shown, "image", None), getattr(shown, "image_samples", None)
     grids = [tuple(part.shape[-2:]) for part in image] if image is not None else []
     owners = list(range(len(grids))) if owners is None else owners
-    text, inner = _shown_words(record, inputs, shown), _inner_words(record, inputs)
+    text, inner = _shown_words(adapter, inputs, shown), _inner_words(adapter, inputs)
     texts = [mask for mask in (text, inner) if mask is not None]  # as `.text` may have them
     removable = texts[0] & texts[-1] if texts else None
     if removable is not None and words is not None:
-        removable = _asked(words, inputs, text if record is None else removable)
-        texts += [removable] if record is None else []
-    if record is not None and removable is not None and record.towers and record.answers == "input_ids":
-        read = record.towers[0].row
+        removable = _asked(words, inputs, text if adapter is None else removable)
+        texts += [removable] if adapter is None else []
+    if adapter is not None and removable is not None and adapter.towers and adapter.answers == "input_ids":
+        read = adapter.towers[0].row
         if read is not None and read.position is not None and read.asks:  # without these words another question would be asked
-            asking = read.position(record.scoring.kind(inputs, (removable.shape[0], removable.shape[1])))
+            asking = read.position(adapter.scoring.kind(inputs, (removable.shape[0], removable.shape[1])))
             removable = removable if asking is None else removable.scatter(1, asking[:, None].cpu(), False)
     region_boxes, pixels = getattr(shown, "boxes", None), inputs.get("pixel_values")
     if grids and not _fit(pixels, grids, [list(owners).count(number) for number in range(count)], inputs):
@@ -191,7 +191,7 @@ def split(record: Family | None, inputs: Mapping[str, Any], count: int, shown: A
         rows = images if images is None or pictures is None else [row for index in images for row in pictures[index]]
         rows = None if isinstance(pixels, Tensor) and pixels.ndim == 5 else rows  # pictures of a sample lie together
         alone = _alone(inputs, number, count, rows)
-        filled = record is not None and record.names != NAMES  # its positions are those of the longest text
+        filled = adapter is not None and adapter.names != NAMES  # its positions are those of the longest text
         samples.append(Sample(alone, columns, shown_entries, entries, own_grids, regions, boxes, problem, filled))
     return samples
 
@@ -204,13 +204,13 @@ def _asked(words: Words, inputs: Mapping[str, Any], text: Tensor | None) -> Tens
     return removable.cpu() if text is None else removable.cpu() & text
 
 
-def _shown_words(record: Family | None, inputs: Mapping[str, Any], shown: Any) -> Tensor | None:
+def _shown_words(adapter: Adapter | None, inputs: Mapping[str, Any], shown: Any) -> Tensor | None:
     """bool (B, N), True = a word, as the `.text` of an explanation has them; None without."""
     ids, positions = inputs.get("input_ids"), getattr(shown, "text_positions", None)
     if not isinstance(ids, Tensor) or positions is None:
         return None
     # Where patches come in front of the words, positions count from the first patch.
-    towers = () if record is None else record.towers
+    towers = () if adapter is None else adapter.towers
     of_text = [(tower.kind, shown.relevancy[tower.name]) for tower in towers if tower.kind.text]
     before = sum(kind(inputs, (len(positions), carried.shape[-1])).before for kind, carried in of_text)
     words = torch.zeros(len(positions), ids.shape[-1], dtype=torch.bool)
@@ -219,10 +219,10 @@ def _shown_words(record: Family | None, inputs: Mapping[str, Any], shown: Any) -
     return words
 
 
-def _inner_words(record: Family | None, inputs: Mapping[str, Any]) -> Tensor | None:
-    """bool (B, N) where no record tells words: all but padding and the first and last token, as [CLS] and [SEP] are."""
+def _inner_words(adapter: Adapter | None, inputs: Mapping[str, Any]) -> Tensor | None:
+    """bool (B, N) where no adapter tells words: all but padding and the first and last token, as [CLS] and [SEP] are."""
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
-    if not isinstance(ids, Tensor) or (record is not None and record.towers):
+    if not isinstance(ids, Tensor) or (adapter is not None and adapter.towers):
         return None
     real = mask.bool().cpu() if isinstance(mask, Tensor) else torch.ones(ids.shape, dtype=torch.bool)
     place = real.cumsum(1)

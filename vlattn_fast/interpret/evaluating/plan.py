@@ -88,7 +88,7 @@ class Plan:
         return {**self.steps, **cuts, "sanity": [(stage + 1) / self.sanity_stages for stage in range(self.sanity_stages)]}
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         steps = {test: list(values) for test, values in self.steps.items()}
         named = {"model": type(self.model).__name__, "methods": list(self.methods), "tests": list(self.tests), "steps": steps}
         return {**named, "seed": self.seed, "sanity_stages": self.sanity_stages}

@@ -2,5 +2,5 @@
 
 In: a model, its inputs and what the caller asks.
 Out: an `Explanation`, a `LayerExplanation`, or `Sinks`.
-Imports: interpret.relevancy, interpret.records, interpret.result, attach, _ground.
+Imports: interpret.relevancy, interpret.adapters, interpret.result, attach, _ground.
 """

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlattn_fast.interpret.adapters.adapter import Adapter
+from vlattn_fast.interpret.adapters.derived import drafts
+from vlattn_fast.interpret.adapters.image_grids import is_ids
+from vlattn_fast.interpret.adapters.tokens import Text
 from vlattn_fast.interpret.explaining.naming import encoded
-from vlattn_fast.interpret.records.derived import drafts
-from vlattn_fast.interpret.records.image_grids import is_ids
-from vlattn_fast.interpret.records.record import Family
-from vlattn_fast.interpret.records.tokens import Text
 from vlattn_fast.interpret.relevancy.method import LOG_PROBABILITY, LOGIT
 
 
@@ -91,7 +91,7 @@ class Alone(list[list[int]]):
     """Token ids of answers that nothing is cut off: their prompts do not stand in front of them."""
 
 
-def prepare_answer(answer: Any, tokenizer: Any, inputs: Mapping[str, Any], record: Family, model: nn.Module) -> Answer:
+def prepare_answer(answer: Any, tokenizer: Any, inputs: Mapping[str, Any], adapter: Adapter, model: nn.Module) -> Answer:
     """`answer` behind the prompts of `inputs`; in an encoder-decoder behind the decoder's, which is its start token alone unless
     `inputs` have another.
 
@@ -100,25 +100,25 @@ def prepare_answer(answer: Any, tokenizer: Any, inputs: Mapping[str, Any], recor
         ValueError: no tokenizer for texts; no tokens; nothing to put them behind; an input with an entry for each token that the
             answer cannot make longer; labels of an encoder-decoder.
     """
-    if record.answers not in inputs and record.answers != "input_ids":
-        inputs = {**inputs, record.answers: start_tokens(model, inputs)}
-    prompts = inputs.get(record.answers)
+    if adapter.answers not in inputs and adapter.answers != "input_ids":
+        inputs = {**inputs, adapter.answers: start_tokens(model, inputs)}
+    prompts = inputs.get(adapter.answers)
     if not isinstance(prompts, Tensor) or prompts.ndim != 2:
-        raise ValueError(f"inputs must contain '{record.answers}' (B, N), which the answer is put behind; got none")
+        raise ValueError(f"inputs must contain '{adapter.answers}' (B, N), which the answer is put behind; got none")
     ids = token_ids(answer, tokenizer, len(prompts))
     if not (isinstance(answer, Alone) or _is_text(answer)):  # a text may begin as its prompt does
         ids = _behind_prompts(ids, prompts, model)
-    if record.answers == "input_ids":  # a decoder behind an encoder may have another vocabulary
+    if adapter.answers == "input_ids":  # a decoder behind an encoder may have another vocabulary
         _check_vocabulary(ids, model)
     shape = (prompts.shape[0], prompts.shape[1])
-    renamed = not record.answers.endswith("input_ids")  # in a model of the caller's
-    prefix = f"{record.answers}_" if renamed else record.answers.removesuffix("input_ids")
+    renamed = not adapter.answers.endswith("input_ids")  # in a model of the caller's
+    prefix = f"{adapter.answers}_" if renamed else adapter.answers.removesuffix("input_ids")
     if prefix and inputs.get("labels") is not None:
         raise ValueError(
             "inputs must not contain 'labels' beside answer, since an encoder-decoder takes them for the answer; got both. "
             "Leave one of them out"
         )
-    if record.answer_type and inputs.get("token_type_ids") is None:  # they tell the answer from the prompt
+    if adapter.answer_type and inputs.get("token_type_ids") is None:  # they tell the answer from the prompt
         raise ValueError(
             "inputs must contain 'token_type_ids' (B, N) beside answer, as the model's processor makes them: they say which "
             "tokens see one another both ways; got none"
@@ -127,16 +127,16 @@ def prepare_answer(answer: Any, tokenizer: Any, inputs: Mapping[str, Any], recor
     beside = {name.removeprefix(prefix): value for name, value in arguments.items() if name.startswith(prefix)}
     beside |= {"input_ids": prompts} if renamed else {}
     beside = {name: value for name, value in beside.items() if _follows_tokens(name, value, shape, prefix)}
-    knows_masks = bool(record.towers) or hasattr(model, "can_generate")  # else the caller's own, which is causal
+    knows_masks = bool(adapter.towers) or hasattr(model, "can_generate")  # else the caller's own, which is causal
     if knows_masks and beside.get("attention_mask") is None and len({len(row) for row in ids}) > 1:
         beside["attention_mask"] = torch.ones_like(prompts)
-    kind = record.towers[0].kind if record.towers and not prefix else Text
-    places = _Places(ids, kind(beside, shape).last_real(), shape[1], record.answer_type)
+    kind = adapter.towers[0].kind if adapter.towers and not prefix else Text
+    places = _Places(ids, kind(beside, shape).last_real(), shape[1], adapter.answer_type)
     for name, value in beside.items():
-        called = record.answers if name == "input_ids" else f"{prefix}{name}"
+        called = adapter.answers if name == "input_ids" else f"{prefix}{name}"
         if called in inputs or not renamed:
             arguments[called] = places.longer(name, value, beside)
-    return Answer(ids, arguments, places.answer_positions, record.answers)
+    return Answer(ids, arguments, places.answer_positions, adapter.answers)
 
 
 def _padded(ids: list[list[int]]) -> tuple[Tensor, Tensor]:
@@ -166,7 +166,7 @@ class _Places:
     def longer(self, name: str, value: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
         """An input with an entry for each token of the prompts, with those of the answer.
 
-        transformers' `generate` does the same, but for `token_type_ids`, whose meaning the record says.
+        transformers' `generate` does the same, but for `token_type_ids`, whose meaning the adapter says.
         """
         if name == "position_ids":
             return self._position_ids(value, beside)
@@ -240,16 +240,16 @@ def _follows_tokens(name: str, value: Any, shape: tuple[int, int], prefix: str) 
     return True
 
 
-def encoder_decoder(model: nn.Module) -> Family | None:
-    """The record of an encoder-decoder of no known family, whose towers are found; None for other models."""
+def encoder_decoder(model: nn.Module) -> Adapter | None:
+    """The adapter of an encoder-decoder of a class without an adapter, whose towers are found; None for other models."""
     config = getattr(model, "config", None)
     if any(getattr(part, "is_encoder_decoder", False) for part in (config, getattr(config, "text_config", None))):
-        return Family((), "token", answers="decoder_input_ids")
+        return Adapter((), "token", answers="decoder_input_ids")
     return None
 
 
-def own_decoder(model: nn.Module, inputs: Mapping[str, Any], answers: bool = False) -> Family | None:
-    """The record of a model of the caller's that predicts tokens, whose towers are found; None for others. Its decoder reads
+def own_decoder(model: nn.Module, inputs: Mapping[str, Any], answers: bool = False) -> Adapter | None:
+    """The adapter of a model of the caller's that predicts tokens, whose towers are found; None for others. Its decoder reads
     'decoder_input_ids'; where it is known that the model explains `answers`, also other ids (B, N), if they are the only ones."""
     if hasattr(model, "can_generate"):  # of transformers
         return None
@@ -259,7 +259,7 @@ def own_decoder(model: nn.Module, inputs: Mapping[str, Any], answers: bool = Fal
         if not answers or len(names) != 1:
             return None
         name = names[0]
-    return Family((), "token", answers=name)
+    return Adapter((), "token", answers=name)
 
 
 def ids_in(inputs: Mapping[str, Any]) -> list[str]:
@@ -267,10 +267,10 @@ def ids_in(inputs: Mapping[str, Any]) -> list[str]:
     return [name for name, value in inputs.items() if is_ids(value) and not name.endswith("mask")]
 
 
-def block_decoder(model: nn.Module) -> Family | None:
-    """The record of a model that predicts all tokens of its decoder's input at once, as by block diffusion: the last is read. It
+def block_decoder(model: nn.Module) -> Adapter | None:
+    """The adapter of a model that predicts all tokens of its decoder's input at once, as by block diffusion: the last is read. It
     explains no answer, whose tokens would be predicted one behind the other."""
-    return Family((), "token", answers="decoder_input_ids") if drafts(model) else None
+    return Adapter((), "token", answers="decoder_input_ids") if drafts(model) else None
 
 
 def start_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlattn_fast.interpret.adapters.tokens import Text
 from vlattn_fast.interpret.explaining.forward_pass import run_traced
 from vlattn_fast.interpret.explaining.request import Prompt, Request
-from vlattn_fast.interpret.records.tokens import Text
 from vlattn_fast.interpret.relevancy.embedding_method import BLACK, BLUR, MEAN, PAD, PICTURES, WHITE, BaselineMethod
 
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "cls_token_id", "sep_token_id", "image_token_id", "video_token_id")
@@ -26,17 +26,17 @@ def run_baseline(request: Request, prompt: Prompt) -> None:
         return
     changed = _changed(request, prompt, method)
     if changed:
-        method.records = True
+        method.is_baseline = True
         with torch.no_grad():
             run_traced(request, replace(prompt, arguments={**prompt.arguments, **changed}))
-        method.records = False
+        method.is_baseline = False
 
 
 def _changed(request: Request, prompt: Prompt, method: BaselineMethod) -> dict[str, Tensor]:
     """The inputs that the baseline changes; none where it is of the embeddings."""
     inputs, baseline, option = prompt.arguments, method.baseline, method.option
     pictures = [name for name, value in inputs.items() if _is_picture(name, value)]
-    words = [name for name in ("input_ids", request.record.names[1]) if _are_ids(inputs.get(name))][:1]
+    words = [name for name in ("input_ids", request.adapter.names[1]) if _are_ids(inputs.get(name))][:1]
     if not isinstance(baseline, Mapping):
         if baseline is None:
             return {}

@@ -1,4 +1,4 @@
-"""Lines that say what `explain` knows of a model before a run: its record, listed or derived."""
+"""Lines that say what `explain` knows of a model before a run: its adapter, listed or derived."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from vlattn_fast.interpret.adapters import derived_grids
+from vlattn_fast.interpret.adapters.adapter import Adapter, Tower
+from vlattn_fast.interpret.adapters.derived import generates, why_underived
+from vlattn_fast.interpret.adapters.registry import find_adapter, listed_adapter
+from vlattn_fast.interpret.adapters.unsupported import RECURRENT, check_rules
 from vlattn_fast.interpret.explaining.answer import encoder_decoder
-from vlattn_fast.interpret.records import derived_grids
-from vlattn_fast.interpret.records.derived import generates, why_underived
-from vlattn_fast.interpret.records.record import Family, Tower
-from vlattn_fast.interpret.records.registry import find_family, listed_family
-from vlattn_fast.interpret.records.unsupported import RECURRENT, check_rules
 from vlattn_fast.interpret.relevancy.tower_trace import matching, submodule
 
 SCORES = {
@@ -24,32 +24,32 @@ SCORES = {
 
 
 def described(model: nn.Module) -> Iterator[str]:
-    """Lines about a model: where its record is from, its towers, rows, kinds of tokens, grid, and what is refused."""
-    name, record = type(model).__name__, find_family(model)
-    if record is None:
-        yield f"{'record':12}none"
+    """Lines about a model: where its adapter is from, its towers, rows, kinds of tokens, grid, and what is refused."""
+    name, adapter = type(model).__name__, find_adapter(model)
+    if adapter is None:
+        yield f"{'adapter':12}none"
         if encoder_decoder(model) is not None and generates(model):
             yield f"{'score':12}next token of {name}, an encoder-decoder whose towers a run finds, or answer="
             yield f"{'row':12}the decoder's position that predicts the token, and what it attends to"
         else:
             yield f"{'refused':12}va.explain(model, inputs) without position=: {why_underived(model)}"
         return
-    yield f"{'record':12}{'derived from the model and its config' if listed_family(model) is None else 'listed by its class'}"
-    for tower in record.towers:
-        yield from _of_tower(model, record, tower)
-    if record.vision is not None:
-        yield from _of_tower(model, record, record.vision, "through_connector=True: ")
-    yield f"{'score':12}{SCORES[record.score]}"
+    yield f"{'adapter':12}{'derived from the model and its config' if listed_adapter(model) is None else 'listed by its class'}"
+    for tower in adapter.towers:
+        yield from _of_tower(model, adapter, tower)
+    if adapter.vision is not None:
+        yield from _of_tower(model, adapter, adapter.vision, "through_connector=True: ")
+    yield f"{'score':12}{SCORES[adapter.score]}"
     try:
-        check_rules(model, [tower.path for tower in record.towers])
+        check_rules(model, [tower.path for tower in adapter.towers])
     except ValueError as error:
         yield f"{'refused':12}{error}"
-    if record.vision is None and any(tower.kind.image_ids for tower in record.towers):
-        yield f"{'refused':12}through_connector=True, which needs a listed record of the connector"
+    if adapter.vision is None and any(tower.kind.image_ids for tower in adapter.towers):
+        yield f"{'refused':12}through_connector=True, which needs a listed adapter of the connector"
     yield f"{'seen later':12}a run refuses by name what only a run shows, as attention whose softmax a module takes by itself"
 
 
-def _of_tower(model: nn.Module, record: Family, tower: Tower, when: str = "") -> Iterator[str]:
+def _of_tower(model: nn.Module, adapter: Adapter, tower: Tower, when: str = "") -> Iterator[str]:
     root = submodule(model, tower.path, tower)
     lists = [f"{tower.path}.{each}".strip(".") for each in matching(root, tower)] if tower.layers else []
     lists += tower.further
@@ -59,7 +59,7 @@ def _of_tower(model: nn.Module, record: Family, tower: Tower, when: str = "") ->
     kinds = Counter(type(part).__name__ for part in root.modules() if type(part).__name__.endswith(RECURRENT))
     if kinds:
         yield f"{'  mixers':12}{', '.join(f'{number} {kind}' for kind, number in kinds.items())}: by maps of their values"
-    read = not record.bimodal or tower is record.towers[0]
+    read = not adapter.bimodal or tower is adapter.towers[0]
     yield f"{'  row':12}{tower.row.label if read else 'read through the first tower'}"
     yield f"{'  tokens':12}{tower.tokens}{_image_ids(model, tower)}"
     if tower.kind.image_ids:

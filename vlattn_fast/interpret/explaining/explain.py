@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from vlattn_fast._ground.extras import with_progress
 from vlattn_fast.attach.session import at_rest, never_compiled
+from vlattn_fast.interpret.adapters.patch_grid import PatchGrid
+from vlattn_fast.interpret.adapters.unsupported import UndefinedRelevancy
 from vlattn_fast.interpret.explaining.baseline import run_baseline
 from vlattn_fast.interpret.explaining.fields import parts, vision_maps
 from vlattn_fast.interpret.explaining.forward_pass import Run, run_traced
@@ -34,8 +36,6 @@ from vlattn_fast.interpret.explaining.question import (
 )
 from vlattn_fast.interpret.explaining.request import Position, Prompt, Request, Target, lay_out, renamed
 from vlattn_fast.interpret.explaining.without_map import why_no_map
-from vlattn_fast.interpret.records.patch_grid import PatchGrid
-from vlattn_fast.interpret.records.unsupported import UndefinedRelevancy
 from vlattn_fast.interpret.relevancy.layer_maps import LayerMaps, Selection
 from vlattn_fast.interpret.relevancy.method import LOG_PROBABILITY, BackwardPass, Method
 from vlattn_fast.interpret.relevancy.methods.registry import lists_methods, method_of
@@ -43,7 +43,7 @@ from vlattn_fast.interpret.relevancy.occluding_method import OccludingMethod
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.result.by_layer import LayerExplanation
 from vlattn_fast.interpret.result.explanation import Explanation
-from vlattn_fast.interpret.result.numbers.explained import without_self
+from vlattn_fast.interpret.result.numbers.explained import subtract_self
 from vlattn_fast.interpret.result.numbers.interference import with_filtered_image
 from vlattn_fast.interpret.result.numbers.sink_tokens import Sinks
 
@@ -89,10 +89,10 @@ def explain(
     baselines); `va.methods` says how each method reads them. The entry of the explained token itself is set to zero.
 
     Args:
-        model: a Hugging Face model of a known family (`vlattn_fast.interpret.FAMILIES`), any language model, decoder that sees
-            images, encoder-decoder, dual encoder or classifier, `vlattn_fast.models.UNITER`, or any other model if you pass
-            `position` and `target`. `register_adapter` takes a class of yours like one of these. Wrappers (torch.compile,
-            DataParallel, DDP, PEFT, a pipeline) are allowed. Processes that share a model by tensor parallelism or FSDP2 all
+        model: a Hugging Face model whose class has an adapter (`vlattn_fast.interpret.ADAPTERS`), any language model,
+            multimodal decoder, encoder-decoder, dual encoder or classifier, `vlattn_fast.models.UNITER`, or any other model if
+            you pass `position` and `target`; `register_adapter` adds a class of yours. Wrappers (torch.compile, DataParallel,
+            DDP, PEFT, a pipeline) are allowed. Processes that share a model by tensor parallelism or FSDP2 all
             call this, and each gets the whole rows.
         inputs: the model's keyword arguments, e.g. what a processor returns. An empty batch gives empty results. The entries of a
             dict among them, as {"inputs": {...}} of a `forward` that takes one dict, count as inputs of their own.
@@ -314,7 +314,7 @@ def _pass_back(request: Request, prompt: Prompt, run: Run, question: Question, n
     if run.vision is not None:  # its row starts from the decoder's image tokens
         starts = [*starts, torch.zeros_like(run.vision.carriers.leaving()[:, :1])]
     keep = number + 1 < len(question.passes)
-    logits = request.record.scoring.logits(run.outputs) if request.method.takes_logits else None
+    logits = request.adapter.scoring.logits(run.outputs) if request.method.takes_logits else None
     predicted = None if logits is None else question.predicted(logits, number)
     arguments = prompt.arguments if prompt.answer is None else prompt.answer.masked(prompt.arguments)
     return backward_pass(request, run, score, starts, arguments, keep=keep, predicted=predicted)
@@ -328,14 +328,15 @@ def _of_towers(
     positions = question.start_positions or {}
     contribution = {name: row for name, row in contribution.items() if name not in positions}
     beside = {
-        name: without_self(row, contribution.get(name), _of_rows(request, positions.get(name))) for name, row in relevancy.items()
+        name: subtract_self(row, contribution.get(name), _of_rows(request, positions.get(name)))
+        for name, row in relevancy.items()
     }
     fields, owners = parts([*run.read, *run.attended], arguments, beside, question.answer, request.patches, request.special)
     fields["gap"] = gap
     if run.vision is not None:
         name = run.vision.name
         layouts = run.towers[0].tokens_in(arguments).layouts
-        how = request.record.connector, request.model.config, arguments, fields, layouts
+        how = request.adapter.connector, request.model.config, arguments, fields, layouts
         row, maps = vision_maps(beside[name], *how)
         relevancy[name], _ = vision_maps(relevancy[name], *how)
         contribution |= {name: row} if name in contribution else {}
@@ -360,7 +361,7 @@ def assemble(request: Request, prompt: Prompt, run: Run, question: Question, row
         "method": request.method.label,
         "start_layer": request.method.start_layer,
         "no_map": why_no_map(request.model, run.towers, prompt.arguments, fields),
-        "sinks": named_sinks(request, prompt, run, fields.get("image_rows")),
+        "sinks": named_sinks(request, prompt, run, fields.get("image_samples")),
     }
     explanation = (
         Explanation(relevancy=relevancy, **fields)

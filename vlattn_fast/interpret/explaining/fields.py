@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlattn_fast.interpret.adapters.connector_maps import Connector, joined
+from vlattn_fast.interpret.adapters.image_grids import Layout, image_tokens, photos_of, stacked
+from vlattn_fast.interpret.adapters.patch_grid import PatchGrid
+from vlattn_fast.interpret.adapters.tokens import Text, Tokens
 from vlattn_fast.interpret.explaining.answer import Answer
 from vlattn_fast.interpret.explaining.patches import patch_maps
-from vlattn_fast.interpret.records.connector_maps import Connector, joined
-from vlattn_fast.interpret.records.image_grids import Layout, image_tokens, photos_of, stacked
-from vlattn_fast.interpret.records.patch_grid import PatchGrid
-from vlattn_fast.interpret.records.tokens import Text, Tokens
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 
 
@@ -27,20 +27,20 @@ def parts(
     special: frozenset[int] | None,
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Fields of an Explanation from rows (B, N), or (B, T, N) with a row for each token of an answer; and the tower that each of
-    them is of. `patches` says where the tokens of towers without a record lie, `special` which ids are no words; None = those
+    them is of. `patches` says where the tokens of towers without an adapter lie, `special` which ids are no words; None = those
     that the config names."""
     fields: dict[str, Any] = {} if answer is None else {"answer": answer.ids}
     owners: dict[str, str] = {}
     name, of_patches = patch_maps(patches, towers, arguments, relevancy)
     fields |= of_patches
     if of_patches:
-        fields["photos"], fields["crops"] = Tokens(arguments, towers[0].shape).photos(len(of_patches["image_rows"]))
+        fields["photos"], fields["crops"] = Tokens(arguments, towers[0].shape).photos(len(of_patches["image_samples"]))
     owners |= dict.fromkeys(of_patches, name)
     for tower, tokens in tokens_of(towers, arguments, special).items():
         row = relevancy[tower.name]
         if patches is None and (maps := _each(row, tokens.maps)) is not None:
-            fields["image"], fields["image_rows"] = maps
-            fields["photos"], fields["crops"] = tokens.photos(len(fields["image_rows"]))
+            fields["image"], fields["image_samples"] = maps
+            fields["photos"], fields["crops"] = tokens.photos(len(fields["image_samples"]))
             owners["image"] = tower.name
         if tokens.ids is not None and (words := tokens.words()) is not None:
             placed = nn.functional.pad(tokens.ids, (tokens.before, 0))
@@ -53,7 +53,7 @@ def parts(
         if "boxes" in further:
             fields["photos"] = list(range(len(row)))
         owners |= dict.fromkeys(further, tower.name)
-    if answer is not None and (answer.name != "input_ids" or (towers[0].record is None and "text" not in fields)):
+    if answer is not None and (answer.name != "input_ids" or (towers[0].entry is None and "text" not in fields)):
         fields |= _behind(fields, relevancy[towers[0].name], answer)
         owners["text"] = towers[0].name
     return fields, owners
@@ -65,18 +65,18 @@ def tokens_of(towers: list[TowerTrace], arguments: Mapping[str, Any], special: f
     known = {
         tower: Text(arguments, tower.shape) if tower is reader else tower.tokens_in(arguments)
         for tower in towers
-        if tower.record is not None or tower is reader
+        if tower.entry is not None or tower is reader
     }
     return {tower: replace(tokens, special=special) for tower, tokens in known.items()}
 
 
 def _reads_ids(towers: list[TowerTrace], arguments: Mapping[str, Any]) -> TowerTrace | None:
-    """The tower without a record whose tokens are `input_ids`: the only one of this size, or an encoder among those attended to,
-    which come last."""
+    """The tower without an adapter whose tokens are `input_ids`: the only one of this size, or an encoder among those attended
+    to, which come last."""
     ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
     if not isinstance(ids, Tensor) or (mask is not None and mask.shape != ids.shape):
         return None
-    fitting = [tower for tower in towers if tower.record is None and tower.shape == tuple(ids.shape)]
+    fitting = [tower for tower in towers if tower.entry is None and tower.shape == tuple(ids.shape)]
     return fitting[-1] if len(fitting) == 1 or "decoder_input_ids" in arguments and fitting else None
 
 
@@ -133,11 +133,11 @@ def vision_maps(
             photos, crops = list(range(len(places))), [None] * len(places)
         places = of_photos or places
     maps = stacked([flat[..., index.to(flat.device)] for index in places])
-    image_rows = [int(prompts[merged.tokens[index].max()]) for index in places]
-    of_vision: dict[str, Any] = {"image": maps, "image_rows": image_rows, "photos": photos, "crops": crops}
-    if fields.get("image_rows") == image_rows:
+    image_samples = [int(prompts[merged.tokens[index].max()]) for index in places]
+    of_vision: dict[str, Any] = {"image": maps, "image_samples": image_samples, "photos": photos, "crops": crops}
+    if fields.get("image_samples") == image_samples:
         of_vision["tower_images"] = {"language": fields["image"]}
-    if len(row) != len(image_rows):
+    if len(row) != len(image_samples):
         owners = torch.tensor(of_picture)[merged.owners].to(flat.device)
         row = _padded([flat[..., owners == prompt] for prompt in range(len(of_token))])
     return row, of_vision

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlattn_fast.interpret.adapters.connector_maps import Connector
+from vlattn_fast.interpret.adapters.image_grids import image_tokens
+from vlattn_fast.interpret.adapters.registry import rewrites_forward
 from vlattn_fast.interpret.explaining.inputs import with_one_row
 from vlattn_fast.interpret.explaining.request import Prompt, Request
-from vlattn_fast.interpret.records.connector_maps import Connector
-from vlattn_fast.interpret.records.image_grids import image_tokens
-from vlattn_fast.interpret.records.registry import rewrites_forward
 from vlattn_fast.interpret.relevancy.embedding_trace import EmbeddingTrace
 from vlattn_fast.interpret.relevancy.model_trace import Trace
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace, find_rows
@@ -44,19 +44,19 @@ class Run:
 
 
 def run_traced(request: Request, prompt: Prompt) -> Run:
-    model, record, arguments = request.model, request.record, prompt.arguments
+    model, adapter, arguments = request.model, request.adapter, prompt.arguments
     behind = None if prompt.empty else request.vision
     if behind is not None:
         _check_pictures(model.config, arguments)
-        record = replace(record, towers=(*record.towers, behind))
+        adapter = replace(adapter, towers=(*adapter.towers, behind))
     request.method.finds_row, request.method.rows = request.position is None, _rows_at_once(request, prompt)
-    with request.method.freezing(model), _TRACES[request.method.needs](model, record, request.method) as trace:
+    with request.method.freezing(model), _TRACES[request.method.needs](model, adapter, request.method) as trace:
         if callable(request.target) or rewrites_forward(model):
             find_rows(trace.towers)
         vision = None if behind is None else trace.towers[-1]
         if vision is not None:
-            _connect(vision, trace.towers[0], record.connector, model.config, arguments)
-        outputs = model(**trace.prepare(with_one_row(model, arguments, record) if prompt.empty else arguments))
+            _connect(vision, trace.towers[0], adapter.connector, model.config, arguments)
+        outputs = model(**trace.prepare(with_one_row(model, arguments, adapter) if prompt.empty else arguments))
     run = read_run(request, prompt, trace, outputs, vision)
     if prompt.empty:
         for tower in run.towers:
@@ -66,7 +66,7 @@ def run_traced(request: Request, prompt: Prompt) -> Run:
 
 def _rows_at_once(request: Request, prompt: Prompt) -> int:
     """How many tokens of an answer a backward pass explains."""
-    several = request.method.takes_rows and request.per_token and prompt.answer is not None and bool(request.record.towers)
+    several = request.method.takes_rows and request.per_token and prompt.answer is not None and bool(request.adapter.towers)
     return max(1, min(_MOST_ROWS, prompt.answer.answer_positions.shape[1])) if several and prompt.answer is not None else 1
 
 
@@ -88,11 +88,11 @@ def _check_ids(trace: Trace | EmbeddingTrace, prompt: Prompt) -> None:
     """ValueError where a tower, whose tokens are those of `input_ids`, ran on a sequence of another length."""
     ids = prompt.arguments.get("input_ids")
     for tower in trace.towers:
-        if isinstance(ids, Tensor) and tower.record is not None and tower.record.row.predicts and tower.record.kind.follows_ids:
+        if isinstance(ids, Tensor) and tower.entry is not None and tower.entry.row.predicts and tower.entry.kind.follows_ids:
             if tower.calls.paths and tower.size != ids.shape[-1]:
                 raise ValueError(
                     f"model must run tower '{tower.name}' on the tokens of input_ids; got {tower.size} tokens for "
-                    f"{ids.shape[-1]} ids. vlattn_fast.interpret.register_family adds a record that says what they are"
+                    f"{ids.shape[-1]} ids. vlattn_fast.interpret.register_adapter adds an adapter that says what they are"
                 )
 
 
@@ -109,17 +109,17 @@ def _towers_of(
                 raise ValueError(f"position must name towers among {', '.join(x.described for x in towers)}; got {name!r}")
         read = [by_name[name] for name in request.position]
     else:
-        recorded = [tower for tower in towers if tower.record is not None]  # towers without a record have no read-out row
-        read = [t for t in recorded or towers if t.calls.paths and not any(source is t for _, source in links)]
+        listed = [tower for tower in towers if tower.entry is not None]  # towers without an adapter have no read-out row
+        read = [t for t in listed or towers if t.calls.paths and not any(source is t for _, source in links)]
         read = read or towers[:1]  # all attend to one another: the first is read
-        if not recorded and request.record.answers != "input_ids":  # the decoder runs last; others make what an encoder reads
+        if not listed and request.adapter.answers != "input_ids":  # the decoder runs last; others make what an encoder reads
             read = [tower for tower in read if any(of is tower for of, _ in links)][-1:] or read
-        if prompt.answer is not None and not recorded:  # the decoder is the last tower of the answer's size
-            answered = tuple(prompt.arguments[request.record.answers].shape)
+        if prompt.answer is not None and not listed:  # the decoder is the last tower of the answer's size
+            answered = tuple(prompt.arguments[request.adapter.answers].shape)
             read = [tower for tower in read if tower.shape == answered][-1:]
             if not read:
                 raise ValueError(
-                    f"model must have a tower of the tokens of '{request.record.answers}' {answered}, where an answer is; got "
+                    f"model must have a tower of the tokens of '{request.adapter.answers}' {answered}, where an answer is; got "
                     f"{', '.join(tower.described for tower in towers)}"
                 )
     return read, [tower for tower in towers if tower not in read and any((t, tower) in links for t in read)]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast.interpret.records.record import Family, indices, prompt_shape
+from vlattn_fast.interpret.adapters.adapter import Adapter, indices, prompt_shape
 
 Packs = Mapping[str, tuple[str, ...]]  # the names of the entries of each input that is a dict
 EMPTY: Packs = {}
@@ -23,7 +23,7 @@ _TEXT_INPUTS = ("attention_mask", "position_ids", "token_type_ids")
 def prepare_inputs(
     model: nn.Module,
     inputs: Mapping[str, Any],
-    record: Family,
+    adapter: Adapter,
     target: Any,
     logit_positions: Tensor | None = None,
     all_logits: bool = False,
@@ -40,9 +40,9 @@ def prepare_inputs(
         ValueError: no input has a name that the model takes, images and texts cannot be paired, or a target is out of range.
     """
     check_inputs(model, inputs)
-    inputs, scoring = record.scoring.prepared(inputs, target), record.scoring
+    inputs, scoring = adapter.scoring.prepared(inputs, target), adapter.scoring
     accepted = inspect.signature(model.forward).parameters
-    _check_values(inputs, record)
+    _check_values(inputs, adapter)
     _check_names([*inputs, *packs], accepted)
     # Tensors made under inference mode cannot be saved for a backward pass; a copy made outside of it can.
     arguments = {k: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for k, v in inputs.items()}
@@ -52,29 +52,31 @@ def prepare_inputs(
     if "use_cache" in accepted or (scoring.predicts and takes_any and hasattr(model, "config")):
         arguments["use_cache"] = False
     # Whether logits are counted as the prompt's tokens are.
-    follows = record.towers[0].kind.follows_ids if record.towers else logit_positions is not None or record.answers == "input_ids"
+    follows = (
+        adapter.towers[0].kind.follows_ids if adapter.towers else logit_positions is not None or adapter.answers == "input_ids"
+    )
     if scoring.predicts and not all_logits and not callable(target) and "logits_to_keep" in accepted and follows:
-        _keep_logits(arguments, record, logit_positions)
+        _keep_logits(arguments, adapter, logit_positions)
     if not scoring.pairs or callable(target):
         return arguments, None
-    for name in record.names:
+    for name in adapter.names:
         if not isinstance(inputs.get(name), Tensor):
             raise ValueError(f"inputs must contain '{name}' for the similarity of an image and a text; got {sorted(inputs)}")
-    return _paired(arguments, target, *record.names)
+    return _paired(arguments, target, *adapter.names)
 
 
-def _keep_logits(arguments: dict[str, Any], record: Family, positions: Tensor | None) -> None:
+def _keep_logits(arguments: dict[str, Any], adapter: Adapter, positions: Tensor | None) -> None:
     """Logits of the whole prompt are large, and only a few rows of them are asked for."""
     shape = prompt_shape(arguments)
     arguments.pop("labels", None)
-    positions = record.scoring.kind(arguments, shape).last_real() if positions is None else positions
+    positions = adapter.scoring.kind(arguments, shape).last_real() if positions is None else positions
     arguments["logits_to_keep"] = positions.unique()
 
 
-def _check_values(inputs: Mapping[str, Any], record: Family) -> None:
+def _check_values(inputs: Mapping[str, Any], adapter: Adapter) -> None:
     """TypeError or ValueError unless these inputs are tensors of a batch, and ask for no map and no cache."""
-    pictures, texts = record.names
-    for name in (pictures, texts, "attention_mask") if record.towers else ():
+    pictures, texts = adapter.names
+    for name in (pictures, texts, "attention_mask") if adapter.towers else ():
         value = whole = inputs.get(name)
         while isinstance(value, (list, tuple)) and value:  # pictures of several sizes
             value = value[0]
@@ -149,12 +151,12 @@ def is_empty(arguments: Mapping[str, Any]) -> bool:
     return isinstance(first, Tensor) and first.shape[0] == 0
 
 
-def with_one_row(model: nn.Module, arguments: Mapping[str, Any], record: Family) -> dict[str, Any]:
+def with_one_row(model: nn.Module, arguments: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
     """The arguments of an empty batch with one row of zeros (masks: of ones), and prompts without images, unless the model needs
     them. Most models cannot run an empty batch; a run over one row tells how many tokens each tower has."""
     pixels = inspect.signature(model.forward).parameters.get("pixel_values")
-    needed = record.bimodal or (pixels is not None and pixels.default is inspect.Parameter.empty)
-    prompts = not needed and any(tower.kind.image_ids for tower in record.towers)
+    needed = adapter.bimodal or (pixels is not None and pixels.default is inspect.Parameter.empty)
+    prompts = not needed and any(tower.kind.image_ids for tower in adapter.towers)
     filled = {}
     for name, value in arguments.items():
         if prompts and (name.startswith("pixel_") or name in ("image_grid_thw", "video_grid_thw", "image_sizes")):

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.extras import extra, progress
+from vlattn_fast.interpret.adapters.registry import find_adapter
 from vlattn_fast.interpret.explaining.answer import Alone, end_tokens, without_ends
-from vlattn_fast.interpret.records.registry import find_family
 
 _CHANGES_PROMPTS = ("BlipForConditionalGeneration",)  # it replaces the first token and drops the last
 _IN_FRONT = ("Blip2Processor", "InstructBlipProcessor", "Florence2Processor")  # they put the picture's tokens there by themselves
@@ -141,7 +141,7 @@ def check_parts(model: Any, processor: Any, image: bool, text: bool) -> tuple[bo
 
 def build_inputs(model: Any, processor: Any, picture: Any, texts: Sequence[str]) -> dict[str, Any]:
     """One picture (or None) and its texts as the processor makes them, in the form that the model's kind asks for. ValueError for
-    a picture or text too many or too few, too long a text, or a model without a record."""
+    a picture or text too many or too few, too long a text, or a model without an adapter."""
     name = type(model).__name__
     takes_image, takes_text = check_parts(model, processor, picture is not None, bool(texts))
     for text in texts:
@@ -149,11 +149,13 @@ def build_inputs(model: Any, processor: Any, picture: Any, texts: Sequence[str])
             raise ValueError(f"text must be Unicode; got {text!r}")
     if not takes_text:
         return dict(processor(images=picture, return_tensors="pt"))
-    if (record := find_family(model)) is None:
-        raise ValueError(f"model must be of a known family; got {name}, which va.explain takes with position= and target=")
+    if (adapter := find_adapter(model)) is None:
+        raise ValueError(
+            f"model must be of a class with an adapter; got {name}, which va.explain takes with position= and target="
+        )
     if name in _CHANGES_PROMPTS:
         raise ValueError(f"model must generate behind the prompt that its processor makes; got {name}, which va.explain takes")
-    decoder = record.scoring.predicts
+    decoder = adapter.scoring.predicts
     # SigLIP was trained with padding. Many decoders' tokenizers have none.
     padding = "max_length" if model.config.model_type.startswith("siglip") else len(texts) > 1
     if decoder and len(texts) > 1:
@@ -196,10 +198,10 @@ def on_device(inputs: Mapping[str, Any], model: Any) -> dict[str, Any]:
 
 def generate(model: Any, inputs: Mapping[str, Any], count: int) -> Alone:
     """At most `count` tokens behind each prompt, the most likely one each time; the token that ends an answer is left out.
-    ValueError where the model is no decoder with a record, or an answer has no token."""
-    record = find_family(model)
-    if record is None or not record.scoring.predicts:
-        raise ValueError(f"generate must be asked of a decoder with a record; got {type(model).__name__}")
+    ValueError where the model is no decoder with an adapter, or an answer has no token."""
+    adapter = find_adapter(model)
+    if adapter is None or not adapter.scoring.predicts:
+        raise ValueError(f"generate must be asked of a decoder with an adapter; got {type(model).__name__}")
     pictures = (getattr(model.config, name, None) for name in ("image_token_id", "video_token_id"))  # no words
     never = [*(model.generation_config.suppress_tokens or []), *(token for token in pictures if token is not None)]
     with torch.no_grad(), progress("generating", total=count, unit="token", leave=False) as seen:
@@ -212,5 +214,5 @@ def generate(model: Any, inputs: Mapping[str, Any], count: int) -> Alone:
 
         greedy = {"max_new_tokens": count, "do_sample": False, "num_beams": 1, "suppress_tokens": never or None}
         made = model.generate(**inputs, **greedy, stopping_criteria=[ends])
-    prompt = inputs.get(record.answers)  # without one a decoder behind an encoder begins with its start token
+    prompt = inputs.get(adapter.answers)  # without one a decoder behind an encoder begins with its start token
     return Alone(without_ends(made[:, 1 if prompt is None else prompt.shape[1] :].tolist(), end_tokens(model)))

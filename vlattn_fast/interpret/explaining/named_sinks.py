@@ -32,8 +32,8 @@ class FindsSinks(Method):
         super().__init__()
 
 
-def named_sinks(request: Request, prompt: Prompt, run: Run, image_rows: Sequence[int] | None = None) -> Sinks | None:
-    """The sinks of each sample; None where nobody asked. `image_rows`: the sample of each map of an explanation."""
+def named_sinks(request: Request, prompt: Prompt, run: Run, image_samples: Sequence[int] | None = None) -> Sinks | None:
+    """The sinks of each sample; None where nobody asked. `image_samples`: the sample of each map of an explanation."""
     if request.method.sinks == KEEP:
         return None
     count = run.towers[0].batch or 0
@@ -43,13 +43,13 @@ def named_sinks(request: Request, prompt: Prompt, run: Run, image_rows: Sequence
         if source in run.towers:
             by_towers.setdefault((reader, source), []).append(seen)
     names = _Names(request, prompt, run)
-    image_rows = names.image_rows if image_rows is None else image_rows
+    image_samples = names.image_samples if image_samples is None else image_samples
     for (reader, source), calls in by_towers.items():
         shares, norms, sinks = (
             [_as_entered(source, getattr(seen, name), seen) for seen in calls] for name in ("shares", "norms", "sinks")
         )
         layers = [seen.layer for seen in calls]
-        rows = image_rows if len(image_rows) == source.batch else None
+        rows = image_samples if len(image_samples) == source.batch else None
         for row, index in torch.stack(sinks).any(0).nonzero().tolist():
             if row >= (source.batch or 0):  # of the row that stands for an empty batch
                 continue
@@ -84,7 +84,7 @@ class _Names:
         numbers = {tower.name: torch.arange(tower.size, dtype=torch.float64).expand(tower.shape) for tower in towers}
         special = request.special
         fields, owners = parts(towers, arguments, numbers, None, request.patches, special)
-        self.image_rows: Sequence[int] = fields.get("image_rows", ())  # the sample of each map
+        self.image_samples: Sequence[int] = fields.get("image_samples", ())  # the sample of each map
         self._owner, self._places = owners.get("image"), _places(fields)
         self._ids: dict[str, Tensor] = {}
         for tower, tokens in tokens_of(towers, arguments, special).items():
@@ -104,7 +104,7 @@ def _places(fields: Mapping[str, Any]) -> dict[tuple[int, int], Place]:
     """(row, token) -> (image, y, x), the image counted within its row."""
     places: dict[tuple[int, int], Place] = {}
     counts: dict[int, int] = {}
-    for row, numbers in zip(fields.get("image_rows", ()), fields.get("image", ()), strict=True):
+    for row, numbers in zip(fields.get("image_samples", ()), fields.get("image", ()), strict=True):
         image = counts[row] = counts.get(row, -1) + 1
         for y, line in enumerate(numbers.tolist()):
             places |= {(row, int(token)): (image, y, x) for x, token in enumerate(line)}

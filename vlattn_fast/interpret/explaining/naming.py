@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from vlattn_fast.interpret.adapters.adapter import Adapter
 from vlattn_fast.interpret.explaining.similarity import SIMILARITY, Similarity
-from vlattn_fast.interpret.records.record import Family
 
 _OF_IMAGES = ("image_processor", "image_mean", "preprocess")  # what a tokenizer does not have
 
@@ -31,21 +31,21 @@ def special_ids(tokenizer: Any) -> frozenset[int] | None:
     return None if ids is None else frozenset(ids)
 
 
-def token_target(target: Any, tokenizer: Any, model: nn.Module, record: Family, position: Any) -> Any:
+def token_target(target: Any, tokenizer: Any, model: nn.Module, adapter: Adapter, position: Any) -> Any:
     """`target` with its words, one or one a row, as indices: of tokens, or of classes by their names in the config. The word
     "similarity" is a callable, of encoders whose embedding `position` says. ValueError for a word of several tokens, or no
     class."""
-    scored = record.scoring
+    scored = adapter.scoring
     if isinstance(target, str) and target == SIMILARITY and not (scored.predicts or scored.pairs or target in _classes(model)):
-        return Similarity(model, record, position)
+        return Similarity(model, adapter, position)
     if isinstance(target, (list, tuple)) and target and all(isinstance(word, str) for word in target):
-        return [_index(word, tokenizer, model, record) for word in target]
-    return _index(target, tokenizer, model, record) if isinstance(target, str) else target
+        return [_index(word, tokenizer, model, adapter) for word in target]
+    return _index(target, tokenizer, model, adapter) if isinstance(target, str) else target
 
 
-def _index(word: str, tokenizer: Any, model: nn.Module, record: Family) -> int:
-    if not record.scoring.predicts:
-        classes = {} if record.scoring.pairs else _classes(model)
+def _index(word: str, tokenizer: Any, model: nn.Module, adapter: Adapter) -> int:
+    if not adapter.scoring.predicts:
+        classes = {} if adapter.scoring.pairs else _classes(model)
         if word not in classes:
             names = list(classes)
             known = f"one of {', '.join(map(repr, names[:5]))}{', ...' if len(names) > 5 else ''}" if names else "an index"

@@ -106,7 +106,8 @@ def _groups(request: Request, prompt: Prompt, run: Run, question: Question) -> l
             seen.add(tower)
             groups.append((tower, sample, (numbers - firsts[tower])[..., None], is_map))
 
-    for sample, numbers in zip(fields.get("image_rows") or [], fields["image"] if "image_rows" in fields else [], strict=True):
+    owners = fields.get("image_samples") or []
+    for sample, numbers in zip(owners, fields["image"] if "image_samples" in fields else [], strict=True):
         add(sample, numbers, True)
     for name in ("text", "regions"):
         for sample, numbers in enumerate(fields.get(name, ())):

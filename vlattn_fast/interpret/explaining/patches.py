@@ -1,5 +1,5 @@
-"""How the patches of an image lie among the tokens of a tower that no record describes. `patches` is what the caller says; None =
-it is derived."""
+"""How the patches of an image lie among the tokens of a tower that no adapter describes. `patches` is what the caller says; if it
+is None, they are derived."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from vlattn_fast._ground.checks import describe
-from vlattn_fast.interpret.records.image_grids import is_ids, only_picture, square_patches
-from vlattn_fast.interpret.records.patch_grid import PatchGrid
-from vlattn_fast.interpret.records.pixels import Shape
-from vlattn_fast.interpret.records.tokens import Patches
+from vlattn_fast.interpret.adapters.image_grids import is_ids, only_picture, square_patches
+from vlattn_fast.interpret.adapters.patch_grid import PatchGrid
+from vlattn_fast.interpret.adapters.pixels import Shape
+from vlattn_fast.interpret.adapters.tokens import Patches
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 
 
@@ -29,7 +29,7 @@ def patch_maps(
 ) -> tuple[str, dict[str, Any]]:
     """The first tower that has such a grid, and fields of an Explanation with its patches, from rows (B, N) or (B, T, N).
     ValueError where the caller asks for a grid, and no tower has it."""
-    free = [tower for tower in towers if tower.record is None or (patches is not None and tower.record.kind is Patches)]
+    free = [tower for tower in towers if tower.entry is None or (patches is not None and tower.entry.kind is Patches)]
     if patches is None:  # towers of ids are none of the picture
         texts = {name: tuple(value.shape) for name, value in inputs.items() if is_ids(value)}
         of_text = [tower for tower in free if tower.shape in texts.values()]
@@ -39,17 +39,17 @@ def patch_maps(
     for tower in free:
         if tower.grid is not None:
             if (picture := _of_pixels(patches, relevancy[tower.name], tower)) is not None:
-                return tower.name, {"image": picture, "image_rows": list(range(len(picture)))}
+                return tower.name, {"image": picture, "image_samples": list(range(len(picture)))}
         elif (grid := _grid_of(patches, tower.size, inputs)) is not None:
             before, (height, width) = grid
             row = relevancy[tower.name]
             maps = row[..., before : before + height * width].reshape(*row.shape[:-1], height, width)
-            return tower.name, {"image": maps, "image_rows": list(range(len(row)))}
+            return tower.name, {"image": maps, "image_samples": list(range(len(row)))}
     if patches is not None:
         sizes = ", ".join(f"'{tower.name}' of {tower.size} tokens" for tower in free)
         raise ValueError(
             f"patches must fit a tower that is read, which has prefix + rows * columns tokens; got {patches} for "
-            f"{sizes or 'towers whose record says how their tokens lie'}{_fitting(patches, free)}"
+            f"{sizes or 'towers whose adapter says how their tokens lie'}{_fitting(patches, free)}"
         )
     return "", {}
 

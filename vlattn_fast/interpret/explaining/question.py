@@ -16,11 +16,11 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from vlattn_fast._ground.checks import call_on
 from vlattn_fast.attach.session import named
+from vlattn_fast.interpret.adapters.unsupported import UndefinedRelevancy
 from vlattn_fast.interpret.explaining.answer import Answer, explained_number
 from vlattn_fast.interpret.explaining.forward_pass import Run
 from vlattn_fast.interpret.explaining.read_rows import starts_of
 from vlattn_fast.interpret.explaining.request import Prompt, Request
-from vlattn_fast.interpret.records.unsupported import UndefinedRelevancy
 from vlattn_fast.interpret.relevancy.method import LOG_PROBABILITY, LOGIT, BackwardPass, Method, PredictedTokens, read_tokens
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 
@@ -70,7 +70,7 @@ def ask(request: Request, prompt: Prompt, run: Run) -> Question:
 
 
 def _about_nothing(request: Request, prompt: Prompt, run: Run) -> Question:
-    if request.record.scoring.logits(run.outputs) is None and not callable(request.target):
+    if request.adapter.scoring.logits(run.outputs) is None and not callable(request.target):
         return Question(None, answer=prompt.answer)
     scores = torch.zeros(0, dtype=run.towers[0].dtype, device=run.towers[0].device)
     return Question(scores, target=None if callable(request.target) else [], answer=prompt.answer)
@@ -79,7 +79,7 @@ def _about_nothing(request: Request, prompt: Prompt, run: Run) -> Question:
 def _about_target(request: Request, prompt: Prompt, run: Run) -> Question:
     first, position = run.read[0], request.position
     scores, target = choose_score(request, prompt, run.outputs, first.shape[0])
-    if request.record.scoring.names_row and target is not None:
+    if request.adapter.scoring.names_row and target is not None:
         position = torch.eye(first.size)[target]
     if not request.method.reads_row:
         return Question(scores, [(scores, [])], target, {})
@@ -93,7 +93,7 @@ def _about_target(request: Request, prompt: Prompt, run: Run) -> Question:
 def _about_answer(request: Request, prompt: Prompt, run: Run, answer: Answer) -> Question:
     before = run.read[0].tokens_in(prompt.arguments).before  # patches stand in front of the text
     answer = replace(answer, answer_positions=answer.answer_positions + before)
-    logits, of = request.record.scoring.logits(run.outputs), request.method.of or LOG_PROBABILITY
+    logits, of = request.adapter.scoring.logits(run.outputs), request.method.of or LOG_PROBABILITY
     scores = answer.scores(logits, prompt.arguments.get("logits_to_keep"), of)
     rows = run.read if request.method.reads_row else []
     likes = [torch.zeros(*tower.shape, dtype=tower.dtype, device=tower.device)[:, None] for tower in rows]
@@ -115,27 +115,27 @@ def _about_answer(request: Request, prompt: Prompt, run: Run, answer: Answer) ->
 def choose_score(request: Request, prompt: Prompt, outputs: Any, batch: int) -> tuple[Tensor | None, list[int] | None]:
     """Scores (B,) and the index each belongs to (text, class, token or object query; None for a callable); no scores for a method
     without a gradient where the outputs have no logits."""
-    record, target = request.record, request.target
+    adapter, target = request.adapter, request.target
     if callable(target):
         if request.method.of is not None:
             raise ValueError(f"of must be left out where target is a callable, which gives the score; got {request.method.of!r}")
         scores = call_on("target", target, outputs, prompt.called)
         if not isinstance(scores, Tensor):
             raise TypeError(f"target must return a tensor of scores; got {type(scores).__name__}")
-        if scores.ndim != 1 or (record.towers and scores.shape != (batch,)):
+        if scores.ndim != 1 or (adapter.towers and scores.shape != (batch,)):
             raise ValueError(f"target must return scores of shape (B,) = ({batch},); got {tuple(scores.shape)}")
         return scores, None
-    if not request.method.needs_score and target is None and record.scoring.logits(outputs) is None:
+    if not request.method.needs_score and target is None and adapter.scoring.logits(outputs) is None:
         return None, None
-    scores, chosen = record.scoring.choose(outputs, target if prompt.pairs is None else prompt.pairs, prompt.arguments)
+    scores, chosen = adapter.scoring.choose(outputs, target if prompt.pairs is None else prompt.pairs, prompt.arguments)
     if request.method.of in (None, LOGIT):
         return scores, chosen
-    if not record.scoring.among_logits or chosen is None:
+    if not adapter.scoring.among_logits or chosen is None:
         raise ValueError(
             f"of must be 'logit' where the score is not one of several logits; got {request.method.of!r} for "
             f"{type(request.model).__name__}"
         )
-    logits = record.scoring.per_row(record.scoring.logits(outputs), prompt.arguments)
+    logits = adapter.scoring.per_row(adapter.scoring.logits(outputs), prompt.arguments)
     return explained_number(request.method.of, logits, torch.tensor(chosen, device=logits.device)), chosen
 
 
@@ -200,7 +200,7 @@ def check_relevancy(
     """UndefinedRelevancy where no row (B, T, N) holds more than the row that was read, and that tells of a wrong row.
     `contribution`: what attention brought to it, where the method knows."""
     # A decoder's logits and its row are of one position: where that position sees itself alone, nothing else counts for it.
-    predicts = request.record.scoring.predicts and request.position is None and not callable(request.target)
+    predicts = request.adapter.scoring.predicts and request.position is None and not callable(request.target)
     if predicts or not request.method.holds_start:
         return
     starts = [torch.cat(of_tower, 1) for of_tower in zip(*(starts for _, starts in question.passes), strict=True)]

@@ -1,4 +1,4 @@
-"""Which row of each tower is read: the caller's, the record's, or the one that the score's gradient names."""
+"""Which row of each tower is read: the caller's, the adapter's, or the one that the score's gradient names."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vlattn_fast.interpret.adapters.tokens import decoder_inputs
 from vlattn_fast.interpret.explaining.forward_pass import Run
 from vlattn_fast.interpret.explaining.request import Position
 from vlattn_fast.interpret.explaining.similarity import NAMED_ROWS
-from vlattn_fast.interpret.records.tokens import decoder_inputs
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 
 
@@ -30,7 +30,7 @@ def starts_of(run: Run, position: Any, scores: Tensor | None, arguments: Mapping
         row = None
         if tower.pooled and tower not in pooled and seen.get(tower) is not None:
             raise ValueError(
-                f"{name} must give scores that depend on the pooling head of tower '{tower.name}', whose row its record reads; "
+                f"{name} must give scores that depend on the pooling head of tower '{tower.name}', whose row its adapter reads; "
                 "got scores that are read from the tokens in front of it"
             )
         if tower.gradients.finds_row and not tower.pooled:
@@ -51,13 +51,13 @@ def _start(tower: TowerTrace, position: Any, arguments: Mapping[str, Any], atten
     if asked is not None and not tower.pooled and (ends := tower.places.ends()) is not None:
         return _start_at(tower, asked, ends, arguments, like)
     if asked is None:
-        if tower.record is None or tower.record.row.by_gradient:
+        if tower.entry is None or tower.entry.row.by_gradient:
             raise ValueError(f"position must say which row of tower '{tower.name}' is read; got None")
-        return tower.record.row.weights(tower.tokens_in(arguments), like)
+        return tower.entry.row.weights(tower.tokens_in(arguments), like)
     if tower.pooled:
         raise ValueError(f"position must not name a row of tower '{tower.name}', which its pooling head reads; got {asked!r}")
     if isinstance(asked, str):
-        decodes = attends and tower.record is None
+        decodes = attends and tower.entry is None
         return NAMED_ROWS[asked].weights(tower.tokens_in(decoder_inputs(arguments) if decodes else arguments), like)
     return _weights_of(tower, asked, like[:, 0])[:, None]
 
@@ -155,20 +155,20 @@ def _check_last_layer(run: Run, readings: Sequence[Reading], pooled: bool, score
 
 def _row_by_gradient(tower: TowerTrace, reading: Reading | None, arguments: Mapping[str, Any]) -> Tensor | None:
     """The weights (B, N) of the tokens that the scores are read from: of one, or the same of several, which are averaged; None =
-    the record's. ValueError where they are several that count differently, and the record does not say how."""
-    recorded = None
-    if tower.record is not None and not tower.record.row.by_gradient:
+    the adapter's. ValueError where they are several that count differently, and the adapter does not say how."""
+    listed = None
+    if tower.entry is not None and not tower.entry.row.by_gradient:
         if reading is None:  # a tower that the scores do not depend on
             return None
-        recorded = _start(tower, None, arguments, False)[:, 0]
+        listed = _start(tower, None, arguments, False)[:, 0]
     tokens = torch.zeros(tower.shape, dtype=torch.bool) if reading is None else reading.tokens
     gradients = [] if reading is None else reading.gradients
     counts, some = tokens.sum(-1), tokens.any(-1)
     named = bool((counts == 1).all()) or (bool(some.any()) and any(_is_same(g[some], tokens[some]) for g in gradients))
-    if named and (recorded is not None or bool(some.all())):
+    if named and (listed is not None or bool(some.all())):
         weights = tokens.to(tower.dtype) / counts.clamp(min=1)[:, None]
-        return weights if recorded is None else torch.where(some[:, None], weights.to(recorded.device), recorded)
-    if recorded is not None and _is_recorded(recorded[some], tokens[some], [g[some] for g in gradients]):
+        return weights if listed is None else torch.where(some[:, None], weights.to(listed.device), listed)
+    if listed is not None and _is_listed(listed[some], tokens[some], [g[some] for g in gradients]):
         return None
     raise ValueError(
         f"position must say which row of tower '{tower.name}' is read; got None, and the score depends on {counts.tolist()} of "
@@ -185,10 +185,10 @@ def _is_same(gradient: Tensor, tokens: Tensor) -> bool:
     return bool((((gradient - first).abs() <= bound).all(-1) | ~tokens).all()) and bool(first.any())
 
 
-def _is_recorded(recorded: Tensor, tokens: Tensor, gradients: Sequence[Tensor]) -> bool:
-    """Whether the scores are read from the tokens that have a weight in `recorded` (B, N), and from those of one weight alike."""
-    if not bool(((recorded != 0) == tokens).all()):
+def _is_listed(listed: Tensor, tokens: Tensor, gradients: Sequence[Tensor]) -> bool:
+    """Whether the scores are read from the tokens that have a weight in `listed` (B, N), and from those of one weight alike."""
+    if not bool(((listed != 0) == tokens).all()):
         return False
-    groups = [recorded == weight for weight in recorded.unique() if weight != 0]
+    groups = [listed == weight for weight in listed.unique() if weight != 0]
     rows = [group.any(-1) for group in groups]
     return any(all(_is_same(g[row], group[row]) for row, group in zip(rows, groups, strict=True)) for g in gradients)

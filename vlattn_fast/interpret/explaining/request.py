@@ -15,6 +15,11 @@ from torch import Tensor, nn
 
 from vlattn_fast._ground.checks import check_bool
 from vlattn_fast.attach.session import at_rest, check_has_gradients, unwrapped
+from vlattn_fast.interpret.adapters.actions import Action
+from vlattn_fast.interpret.adapters.adapter import WITHOUT_ADAPTER, Adapter, Tower
+from vlattn_fast.interpret.adapters.derived import classifies, generates, why_underived
+from vlattn_fast.interpret.adapters.patch_grid import PatchGrid
+from vlattn_fast.interpret.adapters.registry import find_adapter, listed_adapter, nearest_adapter
 from vlattn_fast.interpret.explaining.answer import (
     Answer,
     block_decoder,
@@ -29,11 +34,6 @@ from vlattn_fast.interpret.explaining.inputs import Packs, check_inputs, is_empt
 from vlattn_fast.interpret.explaining.naming import special_ids, token_target, tokenizer_of
 from vlattn_fast.interpret.explaining.patches import check_patches
 from vlattn_fast.interpret.explaining.similarity import NAMED_ROWS, SIMILARITY
-from vlattn_fast.interpret.records.actions import Action
-from vlattn_fast.interpret.records.derived import classifies, generates, why_underived
-from vlattn_fast.interpret.records.patch_grid import PatchGrid
-from vlattn_fast.interpret.records.record import UNRECORDED, Family, Tower
-from vlattn_fast.interpret.records.registry import find_family, listed_family, nearest_family
 from vlattn_fast.interpret.relevancy.layer_maps import LayerMaps, Selection
 from vlattn_fast.interpret.relevancy.method import Method
 from vlattn_fast.interpret.relevancy.methods.attention import Attention
@@ -65,14 +65,14 @@ class Request:
     """The arguments of one `explain`, checked."""
 
     model: nn.Module  # without its wrappers
-    record: Family  # the model's, or one without towers, where they are found
+    adapter: Adapter  # the model's, or one without towers, where they are found
     method: Method  # of this call alone, with its options
     target: Target = None
     answer: Any = None  # None = a target is explained
     per_token: bool = True
     position: None | Position | Mapping[str, Position] = None
     processor: Any = None
-    patches: PatchGrid | None = None  # where the tokens of towers without a record lie in the picture
+    patches: PatchGrid | None = None  # where the tokens of towers without an adapter lie in the picture
     vision: Tower | None = None  # that relevancy is carried on into through the model's connector; None = it ends in the decoder
 
     @property
@@ -115,17 +115,17 @@ class Request:
         embedded_by = "mean" if position is None or isinstance(position, Mapping) else position
         position = _row_to_read(position, chosen, target)
         if answer is None:
-            record = _record_of_target(model, inputs, position, chosen, per_token)
+            adapter = _adapter_of_target(model, inputs, position, chosen, per_token)
         else:
-            record = _record_of_answers(model, opened(inputs)[0], target, position)
-        target = token_target(target, tokenizer, model, record, embedded_by)
-        chosen.check_record(record, type(model).__name__)
-        if record.bimodal:
-            chosen.check_between(record.towers)
-        if record.scoring.names_row and position is not None and not callable(target):
+            adapter = _adapter_of_answers(model, opened(inputs)[0], target, position)
+        target = token_target(target, tokenizer, model, adapter, embedded_by)
+        chosen.check_adapter(adapter, type(model).__name__)
+        if adapter.bimodal:
+            chosen.check_between(adapter.towers)
+        if adapter.scoring.names_row and position is not None and not callable(target):
             raise ValueError(f"position must be None where target is the object query that is read; got {position!r}")
-        vision = _vision_of(model, record) if chosen.through_connector else None
-        return cls(model, record, chosen, target, answer, per_token, position, processor, patches, vision)
+        vision = _vision_of(model, adapter) if chosen.through_connector else None
+        return cls(model, adapter, chosen, target, answer, per_token, position, processor, patches, vision)
 
 
 @dataclass(frozen=True)
@@ -167,16 +167,16 @@ def _repeated(name: str, value: Any, copies: int, batch: int) -> Any:
 
 
 def lay_out(request: Request, inputs: Mapping[str, Any]) -> Prompt:
-    record, (inputs, packs) = request.record, opened(inputs)
+    adapter, (inputs, packs) = request.adapter, opened(inputs)
     if request.answer is None:
-        decodes = not record.towers and record.answers != "input_ids" and not callable(request.target)
-        if decodes and inputs.get(record.answers) is None and inputs.get("labels") is None:
-            inputs = {**inputs, record.answers: start_tokens(request.model, inputs)}
+        decodes = not adapter.towers and adapter.answers != "input_ids" and not callable(request.target)
+        if decodes and inputs.get(adapter.answers) is None and inputs.get("labels") is None:
+            inputs = {**inputs, adapter.answers: start_tokens(request.model, inputs)}
         whole = request.method.takes_logits
-        return Prompt(*prepare_inputs(request.model, inputs, record, request.target, None, whole, packs), None, packs)
-    answer = prepare_answer(request.answer, request.tokenizer, inputs, request.record, request.model)
+        return Prompt(*prepare_inputs(request.model, inputs, adapter, request.target, None, whole, packs), None, packs)
+    answer = prepare_answer(request.answer, request.tokenizer, inputs, request.adapter, request.model)
     positions, whole = answer.answer_positions, request.method.takes_logits
-    arguments, pairs = prepare_inputs(request.model, answer.arguments, record, None, positions, whole, packs)
+    arguments, pairs = prepare_inputs(request.model, answer.arguments, adapter, None, positions, whole, packs)
     return Prompt(arguments, pairs, answer, packs)
 
 
@@ -192,35 +192,35 @@ def _row_to_read(position: Any, method: Method, target: Any) -> Any:
     return None
 
 
-def _record_of_target(model: nn.Module, inputs: Mapping[str, Any], position: Any, method: Method, per_token: bool) -> Family:
-    """The record of a model whose `target` is explained; UNRECORDED where its towers are found."""
+def _adapter_of_target(model: nn.Module, inputs: Mapping[str, Any], position: Any, method: Method, per_token: bool) -> Adapter:
+    """The adapter of a model whose `target` is explained; WITHOUT_ADAPTER where its towers are found."""
     if not per_token:
         raise ValueError("per_token=False needs answer=, over whose tokens it sums; got none")
-    known = find_family(model)
+    known = find_adapter(model)
     if known is None:
         decodes = generates(model) and (encoder_decoder(model) or block_decoder(model))
         known = decodes or own_decoder(model, opened(inputs)[0])
-    finds = isinstance(position, Mapping) and listed_family(model) is None  # the caller names towers
+    finds = isinstance(position, Mapping) and listed_adapter(model) is None  # the caller names towers
     if known is not None and not (finds and not _names_towers(known, position)):
         return known
     if position is None and method.reads_row and not classifies(model):
         raise ValueError(_how_to_read(model, inputs))
-    return UNRECORDED
+    return WITHOUT_ADAPTER
 
 
-def _record_of_answers(model: nn.Module, inputs: Mapping[str, Any], target: Any, position: Any) -> Family:
-    """The record of a model that predicts tokens."""
+def _adapter_of_answers(model: nn.Module, inputs: Mapping[str, Any], target: Any, position: Any) -> Adapter:
+    """The adapter of a model that predicts tokens."""
     if target is not None or position is not None:
         raise ValueError("answer must be given without target and position, which it takes the place of; got both")
-    known = find_family(model) or encoder_decoder(model)
-    record = own_decoder(model, inputs, answers=True) if known is None else known
-    if record is None or not record.scoring.predicts:
-        name, of_caller = type(model).__name__, record is None and not hasattr(model, "can_generate")
+    known = find_adapter(model) or encoder_decoder(model)
+    adapter = own_decoder(model, inputs, answers=True) if known is None else known
+    if adapter is None or not adapter.scoring.predicts:
+        name, of_caller = type(model).__name__, adapter is None and not hasattr(model, "can_generate")
         raise ValueError(
-            "answer must be of a decoder with a record, which predicts the next token, or of an encoder-decoder; got "
+            "answer must be of a decoder with an adapter, which predicts the next token, or of an encoder-decoder; got "
             f"{name}{_own_ids(name, inputs) if of_caller else ''}{_like_the_nearest(model)}"
         )
-    return record
+    return adapter
 
 
 def _own_ids(name: str, inputs: Mapping[str, Any]) -> str:
@@ -229,7 +229,7 @@ def _own_ids(name: str, inputs: Mapping[str, Any]) -> str:
     chosen = names[-1] if names else "decoder_input_ids"
     return (
         f", whose inputs of token ids (B, N) are {names}, where an answer is put into one. Name it 'decoder_input_ids', or say "
-        f'va.interpret.register_family("{name}", va.interpret.Family((), "token", answers="{chosen}"))'
+        f'va.interpret.register_adapter("{name}", va.interpret.Adapter((), "token", answers="{chosen}"))'
     )
 
 
@@ -247,39 +247,39 @@ def check_position(position: Any) -> None:
             raise TypeError(f"position must be a name, an index or weights; got {type(value).__name__}")
 
 
-def _names_towers(record: Family, position: Mapping[str, Any]) -> bool:
-    return not record.towers or set(position) <= {tower.name for tower in record.towers}
+def _names_towers(adapter: Adapter, position: Mapping[str, Any]) -> bool:
+    return not adapter.towers or set(position) <= {tower.name for tower in adapter.towers}
 
 
-def _vision_of(model: nn.Module, record: Family) -> Tower:
-    """The vision tower behind a record's connector."""
-    if record.vision is None:
+def _vision_of(model: nn.Module, adapter: Adapter) -> Tower:
+    """The vision tower behind an adapter's connector."""
+    if adapter.vision is None:
         raise ValueError(
-            f"through_connector=True needs a record of the model's connector, which {type(model).__name__} does not have"
+            f"through_connector=True needs an adapter of the model's connector, which {type(model).__name__} does not have"
         )
-    return record.vision
+    return adapter.vision
 
 
 def _how_to_read(model: nn.Module, inputs: Mapping[str, Any]) -> str:
-    """The refusal of a model without a record: the towers that its forward pass shows, and the line that explains it. An error of
-    this forward pass is raised as it is, since no argument of `explain` mends it."""
-    problem = f"model must be of a known family where position is None; got {type(model).__name__}"
+    """The error for a model without an adapter: the towers that its forward pass shows, and the line that explains it. An error
+    of this forward pass is raised as it is, since no argument of `explain` mends it."""
+    problem = f"model must be of a class with an adapter if position is None; got {type(model).__name__}"
     inputs, packs = opened(inputs)
     with torch.inference_mode(False), torch.no_grad(), at_rest(model), packing(model, packs):
-        with Trace(model, UNRECORDED, Attention()) as trace:
-            model(**trace.prepare(prepare_inputs(model, inputs, UNRECORDED, None, packs=packs)[0]))
+        with Trace(model, WITHOUT_ADAPTER, Attention()) as trace:
+            model(**trace.prepare(prepare_inputs(model, inputs, WITHOUT_ADAPTER, None, packs=packs)[0]))
     trace.check()
     towers = [tower.described for tower in trace.towers if tower.calls.paths]
     line = f'va.explain(model, inputs, position={{"{trace.towers[0].name}": "cls"}}, target=lambda outputs: ...)'
     return (
         f"{problem}. Its towers are {', '.join(towers)}. Say which token is explained and what the score is, as in {line}. "
-        f"No record is derived: {why_underived(model)}{_like_the_nearest(model)}"
+        f"No adapter is derived: {why_underived(model)}{_like_the_nearest(model)}"
     )
 
 
 def _like_the_nearest(model: nn.Module) -> str:
-    """The way out where another class's record fits."""
-    nearest = nearest_family(model)
+    """The way out where another class's adapter fits."""
+    nearest = nearest_adapter(model)
     if nearest in (None, type(model).__name__):
         return ""
     return (

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast.interpret.records.record import READOUTS, Family, ReadOut
-from vlattn_fast.interpret.records.tokens import Text
+from vlattn_fast.interpret.adapters.adapter import READOUTS, Adapter, ReadOut
+from vlattn_fast.interpret.adapters.tokens import Text
 
 SIMILARITY = "similarity"
 NAMED_ROWS: dict[str, ReadOut] = {"cls": READOUTS["cls"], "last": READOUTS["target"], "mean": READOUTS["mean"]}
@@ -26,7 +26,7 @@ class Similarity:
     """
 
     model: nn.Module
-    record: Family
+    adapter: Adapter
     position: Any
 
     def __call__(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
@@ -46,7 +46,7 @@ class Similarity:
         batch, count = states.shape[0], states.shape[1]
         like = states.new_zeros(batch, 1, count)
         if isinstance(self.position, str):
-            towers, shape = self.record.towers, (batch, count)
+            towers, shape = self.adapter.towers, (batch, count)
             tokens = towers[0].tokens_in(self.model, inputs, shape) if towers else Text(inputs, shape)
             return NAMED_ROWS[self.position].weights(tokens, like)
         if isinstance(self.position, int):

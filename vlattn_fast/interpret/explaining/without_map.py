@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vlattn_fast.interpret.records.image_grids import only_picture
+from vlattn_fast.interpret.adapters.image_grids import only_picture
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 
 _PICTURES = ("pixel_values", "pixel_values_videos", "image")
@@ -31,9 +31,9 @@ def why_no_map(
         )
     if not names.intersection(_PICTURES) and only_picture(inputs) is None:
         return None
-    tower = next((tower for tower in towers if tower.record is not None and tower.record.kind.image_ids), None)
+    tower = next((tower for tower in towers if tower.entry is not None and tower.entry.kind.image_ids), None)
     if tower is None:
-        which = ", ".join(tower.name for tower in towers if tower.record is None) or ", ".join(t.name for t in towers)
+        which = ", ".join(tower.name for tower in towers if tower.entry is None) or ", ".join(t.name for t in towers)
         return (
             f"nothing says which tokens of {which} are patches of the picture, and how these lie: explain with "
             "patches=va.PatchGrid(rows, columns, prefix=0)"

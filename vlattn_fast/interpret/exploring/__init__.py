@@ -2,5 +2,5 @@
 
 In: models, an input and groups of its tokens.
 Out: a widget for notebooks, and the same as a page.
-Imports: interpret.intervening, interpret.explaining, interpret.relevancy, interpret.records, interpret.result, attach, _ground.
+Imports: interpret.intervening, interpret.explaining, interpret.relevancy, interpret.adapters, interpret.result, attach, _ground.
 """

@@ -11,6 +11,7 @@ import torch
 from vlattn_fast._ground.checks import check_integer, describe
 from vlattn_fast._ground.extras import without_progress
 from vlattn_fast.attach.session import at_rest, unwrapped
+from vlattn_fast.interpret.adapters.registry import find_adapter
 from vlattn_fast.interpret.explaining.explain import explain
 from vlattn_fast.interpret.explaining.naming import tokenizer_of
 from vlattn_fast.interpret.intervening.asking import Asked
@@ -20,7 +21,6 @@ from vlattn_fast.interpret.intervening.effects import attribute_edges
 from vlattn_fast.interpret.intervening.intervene import intervene
 from vlattn_fast.interpret.intervening.intervene_command import generated
 from vlattn_fast.interpret.intervening.plans import Plans
-from vlattn_fast.interpret.records.registry import find_family
 from vlattn_fast.interpret.relevancy.method import Method
 from vlattn_fast.interpret.relevancy.methods.registry import method_of
 from vlattn_fast.interpret.result.explanation import Explanation
@@ -121,10 +121,10 @@ class Exploration:
     def _answer(self, name: str) -> list[str]:
         """The words of a model for each sample: a decoder's answer, or the likeliest classes; nothing where it does neither."""
         model: Any = unwrapped(self.models[name])
-        record, asked = find_family(model), self._asked[name]
-        if record is None or not self.count:
+        adapter, asked = find_adapter(model), self._asked[name]
+        if adapter is None or not self.count:
             return []
-        scoring = record.scoring
+        scoring = adapter.scoring
         if scoring.predicts and hasattr(model, "generation_config"):
             decode = getattr(tokenizer_of(self.question["processor"]), "decode", None)
             named = decode if callable(decode) else lambda ids: f"tokens {' '.join(map(str, ids))}"

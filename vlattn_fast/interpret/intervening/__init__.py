@@ -2,5 +2,5 @@
 
 In: a model, its inputs and edits or groups of tokens.
 Out: a context with the edits, `HeadRecord`, `EdgeTable`, `FlowCurve`.
-Imports: interpret.explaining, interpret.relevancy, interpret.records, interpret.result, attach, ops, backends, _ground.
+Imports: interpret.explaining, interpret.relevancy, interpret.adapters, interpret.result, attach, ops, backends, _ground.
 """

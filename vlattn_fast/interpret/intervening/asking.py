@@ -56,14 +56,14 @@ class Asked:
         )
         with torch.inference_mode(False), at_rest(request.model):
             prompt = lay_out(request, inputs)
-        run = request.model, request.record, prompt.arguments, [tower], prompt.answer
+        run = request.model, request.adapter, prompt.arguments, [tower], prompt.answer
         with packing(request.model, prompt.packs):
             return cls(request, prompt, see_run(*run)) if notes is None else cls(request, prompt, *watched_run(notes, *run))
 
     @property
     def batch(self) -> int:
-        """The samples. A tower without a record, as that of several cameras, may have more rows."""
-        recorded = [tower.name for tower in self.request.record.towers]
+        """The samples. A tower without an adapter, as that of several cameras, may have more rows."""
+        recorded = [tower.name for tower in self.request.adapter.towers]
         return next((tower for tower in self.seen.towers if tower.name in recorded), self.seen.towers[0]).shape[0]
 
     def run(self, plans: Plans) -> Any:
@@ -81,7 +81,7 @@ class Asked:
                 raise ValueError("target must be a callable where the outputs have no logits; got None")
             return scores, request.target if target is None else target
         answer = replace(prompt.answer, answer_positions=prompt.answer.answer_positions + self._before)
-        logits, of = request.record.scoring.logits(outputs), request.method.of or LOG_PROBABILITY
+        logits, of = request.adapter.scoring.logits(outputs), request.method.of or LOG_PROBABILITY
         return answer.scores(logits, prompt.arguments.get("logits_to_keep"), of).sum(1), None
 
     @property
@@ -96,7 +96,7 @@ class Asked:
             return scores.exp()
         if callable(self.request.target):
             return scores
-        scoring = self.request.record.scoring
+        scoring = self.request.adapter.scoring
         if scoring.pairs or scoring.names_row:
             raise ValueError(
                 f"model must predict tokens or classes, whose probabilities are known; got {type(self.request.model).__name__}. "

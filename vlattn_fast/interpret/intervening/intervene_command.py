@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from vlattn_fast.interpret.adapters.registry import find_adapter
 from vlattn_fast.interpret.explaining.answer import Alone
 from vlattn_fast.interpret.explaining.loading import build_inputs, generate, on_device
 from vlattn_fast.interpret.intervening.asking import Asked
@@ -16,7 +17,6 @@ from vlattn_fast.interpret.intervening.edits import EdgeEdit, HeadEdit, Knockout
 from vlattn_fast.interpret.intervening.intervene import intervene
 from vlattn_fast.interpret.intervening.plans import Plans
 from vlattn_fast.interpret.intervening.token_sets import NAMES, is_name
-from vlattn_fast.interpret.records.registry import find_family
 from vlattn_fast.interpret.result.pictures.photos import open_image
 
 _CUT = re.compile(r"([^>]+)->([^:>]+)(?::([^:]+))?(?::([^:]+))?$")
@@ -80,9 +80,9 @@ def intervene_one(
     if image is None and not texts:
         raise ValueError("image or --text must be given, or both, as the model takes them")
     inputs = on_device(build_inputs(model, processor, None if image is None else open_image(image), texts), model)
-    record, how = find_family(model), {"processor": processor, "tower": None}
+    adapter, how = find_adapter(model), {"processor": processor, "tower": None}
     with torch.no_grad():
-        if record is not None and record.scoring.predicts:
+        if adapter is not None and adapter.scoring.predicts:
             answer = generate(model, inputs, count)
             with intervene(model, inputs, edits):
                 edited = generated(model, inputs, count)

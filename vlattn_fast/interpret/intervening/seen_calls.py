@@ -17,12 +17,12 @@ from vlattn_fast.attach.current import edits_of
 from vlattn_fast.attach.handwritten import defining_class
 from vlattn_fast.attach.session import at_rest, unwrapped
 from vlattn_fast.attach.tensor_parallel import HeadShare
+from vlattn_fast.interpret.adapters.adapter import WITHOUT_ADAPTER, Adapter
+from vlattn_fast.interpret.adapters.derived import generates
+from vlattn_fast.interpret.adapters.registry import find_adapter
+from vlattn_fast.interpret.adapters.tokens import Text, Tokens, decoder_inputs
 from vlattn_fast.interpret.explaining.answer import Answer, encoder_decoder, start_tokens
 from vlattn_fast.interpret.explaining.inputs import check_inputs, is_empty, prepare_inputs
-from vlattn_fast.interpret.records.derived import generates
-from vlattn_fast.interpret.records.record import UNRECORDED, Family
-from vlattn_fast.interpret.records.registry import find_family
-from vlattn_fast.interpret.records.tokens import Text, Tokens, decoder_inputs
 from vlattn_fast.interpret.relevancy.method import Method
 from vlattn_fast.interpret.relevancy.model_trace import Trace
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
@@ -74,7 +74,7 @@ class SeenModel:
     recurrences, which have no edges: the tower and the layer of each, and the module's path and class."""
 
     model: nn.Module
-    record: Family
+    adapter: Adapter
     calls: list[SeenCall]
     mixing: list[tuple[SeenTower, int, str]]
 
@@ -91,8 +91,8 @@ class SeenModel:
     @property
     def roots(self) -> list[nn.Module]:
         """The parts of the model in which it attends so."""
-        record = self.record
-        paths = [record.within] if not record.towers or record.bimodal else [tower.path for tower in record.towers]
+        adapter = self.adapter
+        paths = [adapter.within] if not adapter.towers or adapter.bimodal else [tower.path for tower in adapter.towers]
         return [self.model.get_submodule(path) for path in dict.fromkeys(paths)]
 
     def tower(self, name: str) -> SeenTower:
@@ -162,21 +162,21 @@ def see(model: Any, inputs: Mapping[str, Any], towers: Iterable[TowerName] = ())
     """
     module = unwrapped(model)
     check_inputs(module, inputs)
-    record = _record_of(module)
-    arguments, _ = prepare_inputs(module, with_start(module, inputs), record, _all_of_it)
-    return see_run(module, record, arguments, towers)
+    adapter = _adapter_of(module)
+    arguments, _ = prepare_inputs(module, with_start(module, inputs), adapter, _all_of_it)
+    return see_run(module, adapter, arguments, towers)
 
 
 def with_start(module: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     """The inputs, with the first tokens of a decoder behind an encoder where nothing is there for it."""
-    answers = _record_of(module).answers
+    answers = _adapter_of(module).answers
     if answers in inputs or answers == "input_ids" or inputs.get("labels") is not None:
         return inputs
     return {**inputs, answers: start_tokens(module, inputs)}
 
 
-def _record_of(module: nn.Module) -> Family:
-    return find_family(module) or (encoder_decoder(module) if generates(module) else None) or UNRECORDED
+def _adapter_of(module: nn.Module) -> Adapter:
+    return find_adapter(module) or (encoder_decoder(module) if generates(module) else None) or WITHOUT_ADAPTER
 
 
 def _all_of_it(outputs: Any) -> Any:
@@ -185,28 +185,34 @@ def _all_of_it(outputs: Any) -> Any:
 
 
 def see_run(
-    model: nn.Module, record: Family, arguments: Mapping[str, Any], towers: Iterable[TowerName] = (), answer: Answer | None = None
+    model: nn.Module,
+    adapter: Adapter,
+    arguments: Mapping[str, Any],
+    towers: Iterable[TowerName] = (),
+    answer: Answer | None = None,
 ) -> SeenModel:
     """The same for arguments that `prepare_inputs` made, which may have an answer among them."""
     with torch.no_grad():
-        return watched_run(NotesCalls(), model, record, arguments, towers, answer)[0]
+        return watched_run(NotesCalls(), model, adapter, arguments, towers, answer)[0]
 
 
 def watched_run(
     method: NotesCalls,
     model: nn.Module,
-    record: Family,
+    adapter: Adapter,
     arguments: Mapping[str, Any],
     towers: Iterable[TowerName] = (),
     answer: Answer | None = None,
 ) -> tuple[SeenModel, Any]:
     """The same, and the outputs of the model, whose attention calls `method` notes and computes."""
     edits_of(None)
-    if record.vision is not None and any(record.vision.name in (name if isinstance(name, tuple) else (name,)) for name in towers):
-        record = replace(record, towers=(*record.towers, record.vision))
+    if adapter.vision is not None and any(
+        adapter.vision.name in (name if isinstance(name, tuple) else (name,)) for name in towers
+    ):
+        adapter = replace(adapter, towers=(*adapter.towers, adapter.vision))
     if is_empty(arguments):
         raise ValueError("inputs must have a sample; got an empty batch")
-    with torch.inference_mode(False), at_rest(model), Trace(model, record, method) as trace:
+    with torch.inference_mode(False), at_rest(model), Trace(model, adapter, method) as trace:
         outputs = model(**trace.prepare(arguments))
     trace.check()
     sources = {call.number: call.source for call in trace.calls}
@@ -217,7 +223,7 @@ def watched_run(
     def seen(tower: TowerTrace) -> SeenTower:
         if id(tower) not in tokens_of:
             tokens = _tokens(tower, model, arguments, decodes=id(tower) in crossing)
-            beside = tower.record is not None and tower.record is record.vision
+            beside = tower.entry is not None and tower.entry is adapter.vision
             predicts = tokens.predicts or id(tower) in crossing
             tokens_of[id(tower)] = SeenTower(tower.name, tokens, *_answered(tokens, answer if predicts else None), beside)
         return tokens_of[id(tower)]
@@ -236,12 +242,12 @@ def watched_run(
         problem = problem and f"'{noted.path}' ({type(kind).__name__}) {problem}"
         sizes = noted.share, noted.keys, noted.columns
         calls.append(SeenCall(noted.path, seen(noted.tower), seen(source), noted.layer, *sizes, problem, noted.by_hand))
-    return SeenModel(model, record, calls, mixing), outputs
+    return SeenModel(model, adapter, calls, mixing), outputs
 
 
 def _tokens(tower: TowerTrace, model: nn.Module, arguments: Mapping[str, Any], decodes: bool) -> Tokens:
-    """The tokens of a tower, of the kind of its record; else a text where it has as many as there are ids."""
-    if tower.record is not None:
+    """The tokens of a tower, of the kind of its adapter; else a text where it has as many as there are ids."""
+    if tower.entry is not None:
         return tower.tokens_in(arguments)
     named = decoder_inputs(arguments) if decodes else arguments
     ids, mask = (named.get(name) for name in ("input_ids", "attention_mask"))

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.checks import describe
+from vlattn_fast.interpret.adapters.pixels import WHOLE, Box
+from vlattn_fast.interpret.adapters.tokens import Patches, TextPatches, Tokens
 from vlattn_fast.interpret.intervening.seen_calls import SeenTower
-from vlattn_fast.interpret.records.pixels import WHOLE, Box
-from vlattn_fast.interpret.records.tokens import Patches, TextPatches, Tokens
 
 NAMES = ("image", "text", "question", "answer", "last", "special")
 _ONE_IMAGE = re.compile(r"image:(\d+)$")

@@ -2,7 +2,7 @@
 
 In: a model and labelled samples.
 Out: a `ProbeReport`.
-Imports: interpret.explaining, interpret.records, interpret.result, attach, ops, _ground.
+Imports: interpret.explaining, interpret.adapters, interpret.result, attach, ops, _ground.
 """
 
 from vlattn_fast.interpret.probing.probe_dataset import probe

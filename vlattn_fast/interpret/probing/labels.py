@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from vlattn_fast.interpret.adapters.adapter import WITHOUT_ADAPTER, Adapter
 from vlattn_fast.interpret.probing.layout import IMAGE, TEXT, Layout
-from vlattn_fast.interpret.records.record import UNRECORDED, Family
 
 KEYS = ("phrases", "relations", "sentence")
 TASKS = ("length", "word_content", "word_order")  # of every text
@@ -26,7 +26,7 @@ class Labels:
     sentence: dict[str, Any] = field(default_factory=dict)
 
 
-def read_item(item: Any, record: Family = UNRECORDED) -> tuple[Mapping[str, Any], list[Labels]]:
+def read_item(item: Any, adapter: Adapter = WITHOUT_ADAPTER) -> tuple[Mapping[str, Any], list[Labels]]:
     """Inputs, with images and texts named as transformers names them, and the labels of each sample."""
     if not isinstance(item, (tuple, list)) or len(item) != 2:
         got = f"{len(item)} of them" if isinstance(item, (tuple, list)) else type(item).__name__
@@ -34,7 +34,7 @@ def read_item(item: Any, record: Family = UNRECORDED) -> tuple[Mapping[str, Any]
     inputs, labels = item
     if not isinstance(inputs, Mapping):
         raise TypeError(f"dataset must give inputs as a mapping of the model's keyword arguments; got {type(inputs).__name__}")
-    inputs = record.standard(inputs)
+    inputs = adapter.standard(inputs)
     first = [inputs[name] for name in ("input_ids", "inputs_embeds") if name in inputs]
     count = next((len(x) for x in (*first, *inputs.values()) if isinstance(x, Tensor) and x.ndim), 1)
     listed = [None] * count if labels is None else list(labels) if isinstance(labels, (list, tuple)) else [labels]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast.interpret.records.record import UNRECORDED, Family, Tower
-from vlattn_fast.interpret.records.tokens import Boxes, Patches
+from vlattn_fast.interpret.adapters.adapter import WITHOUT_ADAPTER, Adapter, Tower
+from vlattn_fast.interpret.adapters.tokens import Boxes, Patches
 
 TEXT, IMAGE, SPECIAL, NONE = 0, 1, 2, -1
 Parts = Callable[[Mapping[str, Any]], Any]
@@ -52,16 +52,16 @@ class Layout:
 
 
 class Layouts:
-    """Lays out the tokens of a model's inputs, by its record or by the caller's `parts`, see `probe`."""
+    """Lays out the tokens of a model's inputs, by its adapter or by the caller's `parts`, see `probe`."""
 
-    def __init__(self, model: nn.Module, record: Family | None, parts: Parts | None) -> None:
-        self.model, self.record, self.parts = model, UNRECORDED if record is None else record, parts
-        towers = self.record.towers
+    def __init__(self, model: nn.Module, adapter: Adapter | None, parts: Parts | None) -> None:
+        self.model, self.adapter, self.parts = model, WITHOUT_ADAPTER if adapter is None else adapter, parts
+        towers = self.adapter.towers
         texts = [tower for tower in towers if tower.kind.text]
         images = [tower for tower in towers if issubclass(tower.kind, (Patches, Boxes))]
         two = len(towers) == 2 and len(images) == len(texts) == 1 and not texts[0].kind.image
         self.pair = (texts[0], images[0]) if two and parts is None else None
-        alone = record is not None and len(texts) == 1 and not record.bimodal and not two
+        alone = adapter is not None and len(texts) == 1 and not adapter.bimodal and not two
         self.tower = texts[0] if alone else None  # there is no other with words that is read
 
     def of(self, inputs: Mapping[str, Any], shape: tuple[int, int]) -> Layout:
@@ -70,14 +70,14 @@ class Layouts:
             return _told(self.parts(inputs), shape)
         if self.tower is None:
             name = type(self.model).__name__
-            raise ValueError(f"{name} has no record of one stream. Pass parts=, which tells text from image tokens")
-        return self._recorded(self.tower, inputs, shape)
+            raise ValueError(f"{name} has no adapter of one stream. Pass parts=, which tells text from image tokens")
+        return self._listed(self.tower, inputs, shape)
 
     def of_two(self, inputs: Mapping[str, Any], shape: tuple[int, int]) -> Layout:
         """The layout of words, and behind them the image tokens (B, R) of a stream of their own."""
         assert self.pair is not None
         text, image = self.pair
-        words = self._recorded(text, inputs, tuple(inputs["input_ids"].shape))
+        words = self._listed(text, inputs, tuple(inputs["input_ids"].shape))
         if len(words.parts) != shape[0]:
             raise ValueError(f"inputs must have one text for each image; got {len(words.parts)} texts and {shape[0]} images")
         mask = inputs.get("visual_attention_mask")
@@ -89,7 +89,7 @@ class Layouts:
         regions = [list(range(start + image.prefix, start + shape[1]))] * shape[0]
         return Layout(torch.cat([words.parts, parts], 1), torch.cat([words.special, special], 1), words.row, 0, regions)
 
-    def _recorded(self, tower: Tower, inputs: Mapping[str, Any], shape: tuple[int, int]) -> Layout:
+    def _listed(self, tower: Tower, inputs: Mapping[str, Any], shape: tuple[int, int]) -> Layout:
         ids = inputs.get("input_ids")
         if not isinstance(ids, Tensor) or ids.shape[0] != shape[0]:
             raise ValueError("inputs must contain 'input_ids' (B, T), one text for each row of the sequence; got none")

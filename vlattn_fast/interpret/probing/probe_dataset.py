@@ -12,13 +12,13 @@ from vlattn_fast._ground.checks import check_bool, check_callable, check_choice,
 from vlattn_fast._ground.extras import extra, with_progress
 from vlattn_fast.attach.session import at_rest, never_compiled, unwrapped
 from vlattn_fast.attach.token_kinds import check_modality
+from vlattn_fast.interpret.adapters.registry import find_adapter
 from vlattn_fast.interpret.explaining.request import renamed
 from vlattn_fast.interpret.probing.gathered import Gathered
 from vlattn_fast.interpret.probing.labels import read_item
 from vlattn_fast.interpret.probing.layout import Layouts, Parts
 from vlattn_fast.interpret.probing.report import ProbeReport
 from vlattn_fast.interpret.probing.watched import TwoStreams, Watched
-from vlattn_fast.interpret.records.registry import find_family
 
 TESTS = ("modality", "cross_modal", "coreference", "relation", "fusion", "linguistic")
 
@@ -74,7 +74,7 @@ def probe(
         special: whether tokens like [CLS] and [SEP] count as text, and an image's [CLS] as image. False = special tokens are a
             separate kind in "modality", and left out in "cross_modal" and "fusion".
         position: "mean" = linguistic probes read the mean state of the words; "cls" = the state of the read row.
-        parts: a callable(inputs) -> (N) or (B, N), 0 = text, 1 = image, -1 = neither, for models without a record; spans of
+        parts: a callable(inputs) -> (N) or (B, N), 0 = text, 1 = image, -1 = neither, for models without an adapter; spans of
             phrases then count positions of the sequence, and the read row is the first. Linguistic probes need the text first or
             last in the sequence.
         modality: input name -> "text" or "image", see `capture_attention`.
@@ -97,12 +97,12 @@ def probe(
     with extra("probe"):
         import sklearn  # noqa: F401 (fails before the forward passes)
     inner = unwrapped(model)
-    layouts = Layouts(inner, find_family(inner), parts)
+    layouts = Layouts(inner, find_adapter(inner), parts)
     watched = (Watched if layouts.pair is None else TwoStreams)(inner, layouts, modality, special)
     gathered = Gathered(names, special, position, seed)
     with torch.no_grad(), at_rest(inner):
         for item in with_progress(dataset, "probing"):
-            gathered.add(watched, *read_item(item, layouts.record))
+            gathered.add(watched, *read_item(item, layouts.adapter))
     if not gathered.count:
         raise ValueError("dataset must hold at least one sample; got none")
     table = gathered.table()

@@ -30,12 +30,12 @@ class ProbeReport(Report):
             else None; "layer" and "head", None = all; "value", None where "note" says why; "chance": the share of the largest
             class; "control": the same test on shuffled labels; "samples": two for each phrase, and for each text with its words
             exchanged; "left_out": the number of unusable samples.
-        facts: the arguments of the run.
+        metadata: the arguments of the run.
     """
 
     FORMAT: ClassVar[str] = "vlattn_fast.probe.1"
     table: list[dict[str, Any]]
-    facts: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
 
     def value(self, test: str, layer: int | None = None, head: int | None = None, kind: str | None = None) -> float | None:
         """The value of one record of the table. ValueError where there is no such record."""
@@ -99,11 +99,11 @@ class ProbeReport(Report):
 
             page = fill_template(
                 Path(__file__).parent / "templates" / "probe.html",
-                title=f"Probes of {self.facts.get('model', 'a model')}",
+                title=f"Probes of {self.metadata.get('model', 'a model')}",
                 source=data_uri(self.plot().savefig, "png", dpi=110),
                 columns=COLUMNS,
                 cells=[[cell(record[name]) for name in COLUMNS] for record in self.table],
-                facts=self.facts,
+                metadata=self.metadata,
             )
         Path(path).write_text(page, encoding="utf-8")
         return Path(path)

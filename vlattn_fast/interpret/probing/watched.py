@@ -17,9 +17,9 @@ from vlattn_fast.attach.session import dispatched
 from vlattn_fast.attach.token_kinds import IMAGE as FROM_IMAGE
 from vlattn_fast.attach.token_kinds import TEXT as FROM_TEXT
 from vlattn_fast.attach.token_kinds import AttentionCall, TokenKinds, kind_of
+from vlattn_fast.interpret.adapters import derived_grids
 from vlattn_fast.interpret.probing.layout import TEXT, Layout, Layouts
 from vlattn_fast.interpret.probing.sight import sees_both
-from vlattn_fast.interpret.records import derived_grids
 from vlattn_fast.ops.attention_statistics import attention_statistics
 
 _REMEDY = "Use scaled_dot_product_attention or transformers' attention interface, and name the inputs by modality="
@@ -109,7 +109,7 @@ class Watched:
             if isinstance(state, Tensor) and state.ndim == 3:
                 states[number] = state.detach()
 
-        arguments = self.layouts.record.called(inputs)
+        arguments = self.layouts.adapter.called(inputs)
         if "use_cache" in inspect.signature(self.model.forward).parameters:
             arguments.setdefault("use_cache", False)
         kinds = TokenKinds(self.model, self.modality, sees=sees, leaves=leaves)
@@ -134,8 +134,8 @@ class TwoStreams(Watched):
         maxima: dict[tuple[int, int], dict[tuple[int, int], list[Tensor]]]
         maxima = {(FROM_TEXT, FROM_IMAGE): {}, (FROM_IMAGE, FROM_TEXT): {}, (FROM_IMAGE, FROM_IMAGE): {}}
         if not isinstance(ids := inputs.get("input_ids"), Tensor):
-            record = self.layouts.record
-            raise ValueError(f"inputs must contain {record.names[1]!r}, the texts; got {sorted(record.called(inputs))}")
+            adapter = self.layouts.adapter
+            raise ValueError(f"inputs must contain {adapter.names[1]!r}, the texts; got {sorted(adapter.called(inputs))}")
         words = int(ids.shape[1])
 
         def sees(number: int, call: AttentionCall) -> None:

@@ -2,5 +2,5 @@
 
 In: a pipeline and a prompt.
 Out: `PromptMaps`.
-Imports: interpret.records, interpret.result, attach, ops, _ground.
+Imports: interpret.adapters, interpret.result, attach, ops, _ground.
 """

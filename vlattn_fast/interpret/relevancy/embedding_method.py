@@ -23,7 +23,7 @@ class BaselineMethod(Method):
 
     Attributes:
         baseline: the option, see `__init__`.
-        records: the run that comes next is that of the baseline, whose embeddings are `origins`.
+        is_baseline: the run that comes next is that of the baseline, whose embeddings are `origins`.
         origins: the embeddings of the baseline, in the order in which they enter; None = zeros.
     """
 
@@ -65,14 +65,14 @@ class BaselineMethod(Method):
 
     def begin(self) -> None:
         super().begin()
-        self.records = False
+        self.is_baseline = False
         self.origins: list[Tensor] | None = None
 
     # --- the forward pass ---
 
     def origin(self, tower: TowerTrace, values: Tensor) -> Tensor | None:
         """The baseline's embeddings in place of those that enter next."""
-        if isinstance(self.baseline, Tensor) and self.origins is None and not self.records:
+        if isinstance(self.baseline, Tensor) and self.origins is None and not self.is_baseline:
             try:
                 return self.baseline.detach().to(values).expand_as(values)
             except RuntimeError:
@@ -80,7 +80,7 @@ class BaselineMethod(Method):
                     f"{self.option} must broadcast to the pictures of inputs, or to the embeddings of each tower; got "
                     f"{tuple(self.baseline.shape)} for {tuple(values.shape)} of '{tower.name}'"
                 ) from None
-        if self.records:
+        if self.is_baseline:
             self.origins = [*(self.origins or []), values.detach()]
         if self.origins is None:
             return None

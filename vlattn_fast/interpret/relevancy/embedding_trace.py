@@ -1,8 +1,8 @@
 """Sees the embeddings that enter each tower in one forward pass. It asks nothing of the attention, so it takes every model.
 
-The embeddings of a recorded tower are the input (B, N, C) of the first of its layers that runs. A model without a record has a
-tower for each input, with the input's name: the embeddings of ids, the pixels of pictures (B, C, H, W), features (B, N, C), other
-numbers one by one.
+The embeddings of a tower with an entry are the input (B, N, C) of the first of its layers that runs. A model without an adapter
+has a tower for each input, with the input's name: the embeddings of ids, the pixels of images (B, C, H, W), features (B, N, C),
+other numbers one by one.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from vlattn_fast.attach.current import edits_of
 from vlattn_fast.attach.events import Subscriber
 from vlattn_fast.attach.observer import Observer
 from vlattn_fast.attach.session import Steps
-from vlattn_fast.interpret.records.image_grids import square_patches
-from vlattn_fast.interpret.records.pixels import Shape
-from vlattn_fast.interpret.records.record import Family
+from vlattn_fast.interpret.adapters.adapter import Adapter
+from vlattn_fast.interpret.adapters.image_grids import square_patches
+from vlattn_fast.interpret.adapters.pixels import Shape
 from vlattn_fast.interpret.relevancy.method import Link, Method
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace, note_lost_gradient
 
@@ -54,19 +54,19 @@ class EmbeddingTrace(Subscriber):
 
     Args:
         model: the model, without wrappers.
-        family: its record, which names the towers; where it names none, each input is a tower.
+        adapter: which names the towers; where it names none, each input is a tower.
         method: keeps the embeddings of each tower, and says what becomes of them.
     """
 
     explains, trains = True, False
 
-    def __init__(self, model: nn.Module, family: Family, method: Method) -> None:
-        self.model, self.family, self.method = model, family, method
-        self.towers = [TowerTrace(record, model, keeps=False) for record in family.towers]
+    def __init__(self, model: nn.Module, adapter: Adapter, method: Method) -> None:
+        self.model, self.adapter, self.method = model, adapter, method
+        self.towers = [TowerTrace(entry, model, keeps=False) for entry in adapter.towers]
         self.calls: list[Link] = []  # none is seen
         self.without_gradient: list[str] = []  # the innermost modules in which a gradient ends
         self._names = {module: path for path, module in model.named_modules()}
-        self._ids: dict[str, Tensor] = {}  # the inputs that hold integers, where no record names towers
+        self._ids: dict[str, Tensor] = {}  # the inputs that hold integers, where no adapter names towers
         # A frozen attention is seen where it calls torch's and this package's functions.
         is_frozen = method.frozen is not None and method.frozen.attention
         self._observer = Observer(model, [self], parts=[model] if is_frozen else [])
@@ -80,11 +80,11 @@ class EmbeddingTrace(Subscriber):
 
     @property
     def links(self) -> set[tuple[TowerTrace, TowerTrace]]:
-        """The pairs of a tower that is read and one that it attends to, as far as the record tells."""
-        if self.family.towers:
-            first = self.towers[0] if self.family.bimodal else None
+        """The pairs of a tower that is read and one that it attends to, as far as the adapter tells."""
+        if self.adapter.towers:
+            first = self.towers[0] if self.adapter.bimodal else None
         else:  # of an encoder-decoder
-            decoders = (tower for tower in self.towers if tower.name == self.family.answers != "input_ids")
+            decoders = (tower for tower in self.towers if tower.name == self.adapter.answers != "input_ids")
             first = next(decoders, None)
         return set() if first is None else {(first, tower) for tower in self.towers if tower is not first}
 
@@ -99,16 +99,16 @@ class EmbeddingTrace(Subscriber):
             hook = observer.hook(functools.partial(self._enter_layer, tower))
             for layer in (layer for layers in tower.calls.lists for layer in self.model.get_submodule(layers).children()):
                 yield layer.register_forward_pre_hook(hook, with_kwargs=True).remove  # the first that runs
-        for module in () if self.family.towers else self.model.modules():
+        for module in () if self.adapter.towers else self.model.modules():
             if isinstance(module, nn.Embedding):
                 yield module.register_forward_hook(observer.hook(self._at_ids)).remove
         for module in self._names:
             yield module.register_forward_hook(observer.hook(self._at_output)).remove
 
     def prepare(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments that the model is called with: numbers among them are embeddings where no record names towers."""
+        """The arguments that the model is called with: numbers among them are embeddings where no adapter names towers."""
         prepared = dict(arguments)
-        for name, value in () if self.family.towers else arguments.items():
+        for name, value in () if self.adapter.towers else arguments.items():
             if isinstance(value, Tensor) and value.ndim > 1 and not name.endswith("mask"):
                 if value.is_floating_point():
                     prepared[name] = self._enter_input(name, value, {3: 2, 4: 1}.get(value.ndim))

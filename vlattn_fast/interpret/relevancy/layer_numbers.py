@@ -14,16 +14,16 @@ TOKENWISE = ("mlp", "moe")  # kinds of layers whose tokens do not reach one anot
 
 class LayerNumbers:
     """Counts blocks: all calls in one part of a list of layers are of one layer. Parts of the list that mix no tokens count as
-    well, and so do those of a recorded list that do not run: the number is the part's index where a tower has one list.
+    well, and so do those of a listed list that do not run: the number is the part's index where a tower has one list.
 
     Args:
         model: the whole model.
-        recorded: the lists of layers that the tower's record names.
+        listed: the lists of layers that the tower's adapter names.
         ran: the paths of the modules that have run.
     """
 
-    def __init__(self, model: nn.Module, recorded: Collection[str], ran: Collection[str]) -> None:
-        self._model, self._recorded, self._ran = model, recorded, ran
+    def __init__(self, model: nn.Module, listed: Collection[str], ran: Collection[str]) -> None:
+        self._model, self._listed, self._ran = model, listed, ran
         self.last = -1  # the number of the last layer that called attention, from 0
         self._paths: list[str] = []  # the modules in it that did
         self._crossed = False  # the last of them attended to another tower
@@ -50,10 +50,9 @@ class LayerNumbers:
         layers, index = split_path(path)
         last, number = ("", -1) if before is None else split_path(before)
         parts = list(self._model.get_submodule(layers).named_children())[number + 1 if last == layers else 0 : index]
-        recorded = layers in self._recorded
+        listed = layers in self._listed
         return sum(
-            getattr(part, "block_type", None) in TOKENWISE
-            or (recorded and ".".join(filter(None, (layers, name))) not in self._ran)
+            getattr(part, "block_type", None) in TOKENWISE or (listed and ".".join(filter(None, (layers, name))) not in self._ran)
             for name, part in parts
         )
 

@@ -184,8 +184,8 @@ class LiveCalls(Method):
         calls = [replace(call, attention=call.attention.kept(self.higher_order)) for call in backward.calls]
         return self.formula.between(replace(backward, calls=calls))
 
-    def check_between(self, records: Sequence[Any]) -> None:
-        self.formula.check_between(records)
+    def check_between(self, entries: Sequence[Any]) -> None:
+        self.formula.check_between(entries)
 
     def _calls(self, tower: TowerTrace) -> list[TracedCall]:
         """The calls of layer `start_layer` and later ones."""

@@ -15,8 +15,8 @@ from torch.autograd.graph import GradientEdge
 
 from vlattn_fast._ground.checks import check_choice, check_names
 from vlattn_fast.attach.frozen import Frozen
-from vlattn_fast.interpret.records.record import Family, Tower
-from vlattn_fast.interpret.records.tokens import decoder_inputs
+from vlattn_fast.interpret.adapters.adapter import Adapter, Tower
+from vlattn_fast.interpret.adapters.tokens import decoder_inputs
 from vlattn_fast.interpret.relevancy.sink_detection import CHOICES, KEEP, REMOVE, Seen, judge
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import Recursion, TracedCall
@@ -88,7 +88,7 @@ class BackwardPass:
 
     def real(self, tower: TowerTrace) -> Tensor | None:
         """bool (B, N), False = padding; None = no padding."""
-        decodes = bool(self.attended) and tower.record is None and tower in self.towers
+        decodes = bool(self.attended) and tower.entry is None and tower in self.towers
         return tower.tokens_in(decoder_inputs(self.arguments) if decodes else self.arguments).real()
 
 
@@ -225,11 +225,11 @@ class Method:
 
     # --- what it can explain ---
 
-    def check_record(self, record: Family, model: str) -> None:
-        """ValueError where it cannot explain models of this record; `model` is the class's name."""
+    def check_adapter(self, adapter: Adapter, model: str) -> None:
+        """ValueError where it cannot explain models of this adapter; `model` is the class's name."""
 
-    def check_between(self, records: Sequence[Tower | None]) -> None:
-        """ValueError where it cannot explain towers that attend to one another, or not from its `start_layer`. `records` are
+    def check_between(self, entries: Sequence[Tower | None]) -> None:
+        """ValueError where it cannot explain towers that attend to one another, or not from its `start_layer`. `entries` are
         those of the towers; None = a tower that is found."""
         if self.start_layer != 0:
             raise ValueError(f"start_layer must be 0 for towers that attend to one another; got {self.start_layer}")
@@ -237,7 +237,7 @@ class Method:
     # --- the forward pass ---
 
     def hooks(self, model: nn.Module, towers: Sequence[TowerTrace], of_this_run: Callable[[Hook], Hook]) -> Iterator[Any]:
-        """Registers the hooks that it needs beside the attention calls; yields their handles. `towers` are those with a record:
+        """Registers the hooks that it needs beside the attention calls; yields their handles. `towers` are those with an adapter:
         others are found while the model runs. `of_this_run` makes a hook that is silent in other runs of the same model."""
         yield from ()
 
@@ -352,7 +352,7 @@ class Method:
                     f"model must keep the order and the number of its tokens where towers attend to one another; got tower "
                     f"'{tower.name}', whose layers have them otherwise. Call va.relevancy_step there"
                 )
-        self.check_between([tower.record for tower in [*backward.towers, *backward.attended]])
+        self.check_between([tower.entry for tower in [*backward.towers, *backward.attended]])
         with torch.set_grad_enabled(self.trains):
             return self.between(backward)
 

@@ -23,8 +23,8 @@ from vlattn_fast.attach.events import Attend, Attention, ModuleRun, Subscriber
 from vlattn_fast.attach.observer import Observer
 from vlattn_fast.attach.session import in_layers, is_checkpointed, layers_of, named
 from vlattn_fast.backends.inputs import ScoreAttentionInputs
-from vlattn_fast.interpret.records.record import Family
-from vlattn_fast.interpret.records.unsupported import check_recurrences, check_rules
+from vlattn_fast.interpret.adapters.adapter import Adapter
+from vlattn_fast.interpret.adapters.unsupported import check_recurrences, check_rules
 from vlattn_fast.interpret.relevancy.joined_keys import JoinedKeys, Joint, Part, check_cross, joint_keys
 from vlattn_fast.interpret.relevancy.method import Link, Method
 from vlattn_fast.interpret.relevancy.recurrent_calls import SeesMixers, replacements
@@ -51,18 +51,18 @@ class Trace(SeesMixers, Subscriber):
 
     Args:
         model: the model, without wrappers.
-        family: its record, which names the towers; where it names none, every tower is found.
+        adapter: which names the towers; where it names none, every tower is found.
         method: says what is made of each attention call of a tower.
     """
 
     explains = True
 
-    def __init__(self, model: nn.Module, family: Family, method: Method) -> None:
+    def __init__(self, model: nn.Module, adapter: Adapter, method: Method) -> None:
         self.model, self.method, self.trains = model, method, method.trains
-        self.finds_towers = not family.towers or family.bimodal  # towers that no record names, and cross-attention
+        self.finds_towers = not adapter.towers or adapter.bimodal  # towers that no adapter names, and cross-attention
         self._ran: set[str] = set()
         self._make_tower = functools.partial(TowerTrace, model=model, keeps=self.finds_towers, ran=self._ran)
-        self.towers = [self._make_tower(record) for record in family.towers]
+        self.towers = [self._make_tower(entry) for entry in adapter.towers]
         self.calls: list[Link] = []  # in the order in which they ran, where rules for several towers may read them
         self.by_hand: dict[str, set[torch.Size]] = {}  # modules that took a softmax themselves: those that may be maps for sure
         self._chunks: dict[int, int] = {}  # of the runs that attended in chunks: their queries, over the whole batch
@@ -74,15 +74,15 @@ class Trace(SeesMixers, Subscriber):
         self._begin_mixers()
         self._key_mark = new_mark("keys")  # of a tensor: the towers whose self-attention took it for its keys, as bits
         self._follows = type(method).follow is not Method.follow  # most methods do not
-        roots = [submodule(model, tower.path, tower) for tower in family.towers]
+        roots = [submodule(model, tower.path, tower) for tower in adapter.towers]
         if self.finds_towers:
-            roots = [model.get_submodule(family.within)]
-        within = [family.within] if self.finds_towers else [tower.path for tower in family.towers]
+            roots = [model.get_submodule(adapter.within)]
+        within = [adapter.within] if self.finds_towers else [tower.path for tower in adapter.towers]
         check_rules(model, within, beside=method.goes_beside)
         edits = None if self.trains else edits_of(model)
         mixers = itertools.chain.from_iterable(map(replacements, roots))
         subscribers = [self] if edits is None else [edits.of_explained_run(), self]
-        self.observer = Observer(model, subscribers, parts=roots, within=family.within, keeps_sdpa=self.trains, further=mixers)
+        self.observer = Observer(model, subscribers, parts=roots, within=adapter.within, keeps_sdpa=self.trains, further=mixers)
 
     def __enter__(self) -> Self:
         self.observer.__enter__()
@@ -172,9 +172,9 @@ class Trace(SeesMixers, Subscriber):
         self._joined.follow(func, args, kwargs, result)
 
     def _around_of(self, path: str) -> TowerTrace | None:
-        """The recorded tower that the module at `path` lies in, if any."""
+        """The listed tower that the module at `path` lies in, if any."""
         for tower in self.towers:
-            if tower.record is not None and (not tower.record.path or f"{path}.".startswith(f"{tower.record.path}.")):
+            if tower.entry is not None and (not tower.entry.path or f"{path}.".startswith(f"{tower.entry.path}.")):
                 return tower
         return None
 
@@ -304,7 +304,7 @@ class Trace(SeesMixers, Subscriber):
         return _Link(call, owner, calls, key_calls, ids, same)
 
     def _check_left_out(self, link: _Link) -> None:
-        """ValueError for a call within a recorded tower that is in none of its layers: the map would leave it out."""
+        """ValueError for a call within a tower with an entry that is in none of its layers: the map would leave it out."""
         if link.is_same and (around := self._around_of(link.call.path)) is not None:
             raise ValueError(
                 f"model must call only the attention of its layers in tower '{around.name}'; got a call of '{link.call.path}', "
@@ -312,7 +312,7 @@ class Trace(SeesMixers, Subscriber):
             )
 
     def _check_across(self, link: _Link) -> None:
-        """ValueError for other keys than the queries' tokens in a model whose record knows no cross-attention."""
+        """ValueError for other keys than the queries' tokens in a model whose adapter knows no cross-attention."""
         if not self.finds_towers:
             raise ValueError(
                 f"inputs must give the whole sequence in one forward pass, to towers without cross-attention; "

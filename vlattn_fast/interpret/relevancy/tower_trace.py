@@ -15,8 +15,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from vlattn_fast._ground.tensors import compute_dtype
 from vlattn_fast.attach.session import layers_of, named, split_path
 from vlattn_fast.attach.tensor_parallel import has_dtensors, heads_mesh
-from vlattn_fast.interpret.records.record import Tower
-from vlattn_fast.interpret.records.tokens import Tokens
+from vlattn_fast.interpret.adapters.adapter import Tower
+from vlattn_fast.interpret.adapters.tokens import Tokens
 from vlattn_fast.interpret.relevancy.layer_numbers import TOKENWISE, LayerNumbers
 from vlattn_fast.interpret.relevancy.traced_call import Recursion, Through, TracedCall
 from vlattn_fast.interpret.relevancy.tracking.token_moves import TokenMoves
@@ -205,10 +205,10 @@ class ScoreGradients:
 class TowerTrace:
     """The state of one tower during a run of `model`, of whose modules `ran` has the paths."""
 
-    def __init__(self, record: Tower | None, model: nn.Module, keeps: bool, ran: Collection[str] = ()) -> None:
-        self.record, self.model = record, model  # no record: a tower that is found
+    def __init__(self, entry: Tower | None, model: nn.Module, keeps: bool, ran: Collection[str] = ()) -> None:
+        self.entry, self.model = entry, model  # no entry: a tower that is found
         self.keeps = keeps  # every call is kept, for rules that read them after the backward pass
-        self.name = "" if record is None else record.name
+        self.name = "" if entry is None else entry.name
         self.batch: int | None = None
         self.size = 0
         self.dtype, self.device = torch.float32, torch.device("cpu")  # of the carrier
@@ -221,20 +221,20 @@ class TowerTrace:
         self.others: dict[str, tuple[int, Tensor | None]] = {}
         self.probes: int | None = None  # queries of the pooling head; None before it ran
         self.calls, self.places = CallOrder(), Places()
-        self.gradients = ScoreGradients(finds_row=record is None or record.row.by_gradient)
+        self.gradients = ScoreGradients(finds_row=entry is None or entry.row.by_gradient)
         self.carriers = Carriers()  # of methods that carry relevancy through the layers
         self._has_dtensors = distributed.is_available() and distributed.is_initialized() and has_dtensors(model)
         self.pooling_path: str | None = None
-        if record is not None:
-            root, lists = submodule(model, record.path, record), self.calls.lists
-            if record.layers:
-                lists += [_joined(record.path, layers) for layers in matching(root, record)]
-            for further in record.further:
-                submodule(model, further, record)
+        if entry is not None:
+            root, lists = submodule(model, entry.path, entry), self.calls.lists
+            if entry.layers:
+                lists += [_joined(entry.path, layers) for layers in matching(root, entry)]
+            for further in entry.further:
+                submodule(model, further, entry)
                 lists.append(further)
-            if record.pooling is not None:
-                submodule(root, record.pooling, record)
-                self.pooling_path = _joined(record.path, record.pooling)
+            if entry.pooling is not None:
+                submodule(root, entry.pooling, entry)
+                self.pooling_path = _joined(entry.path, entry.pooling)
         self.numbers = LayerNumbers(model, tuple(self.calls.lists), ran)
 
     @property
@@ -256,10 +256,10 @@ class TowerTrace:
         )
 
     def tokens_in(self, inputs: Mapping[str, Any]) -> Tokens:
-        """Its tokens, of the kind that the record says, or of none."""
-        if self.record is None:
+        """Its tokens, of the kind that the entry says, or of none."""
+        if self.entry is None:
             return Tokens(inputs, self.shape, attended=self.attended)
-        return self.record.tokens_in(self.model, inputs, self.shape)
+        return self.entry.tokens_in(self.model, inputs, self.shape)
 
     @property
     def pooled(self) -> bool:
@@ -346,7 +346,7 @@ class TowerTrace:
 
     def finish(self) -> None:
         """Counts the tokens as they entered, where the first call has them otherwise, as in windows."""
-        shape = self.places.finish(self.record is not None) if self.calls.paths and not self.pooled else None
+        shape = self.places.finish(self.entry is not None) if self.calls.paths and not self.pooled else None
         if shape is not None:
             self.batch, self.size = shape
 
@@ -356,11 +356,11 @@ class TowerTrace:
             children = dict(self.model.get_submodule(layers).named_children())
             kinds = {type(children[i]) for i in children if _calls(f"{layers}.{i}", called)} if self.calls.paths else set()
             for index, layer in children.items():
-                path, recorded = _joined(layers, index), self.record is not None
+                path, listed = _joined(layers, index), self.entry is not None
                 # Layers of cross-attention alone do not run in prompts without an image.
-                left_out = bool(self.calls.paths) and recorded and not _calls(path, ran)
+                left_out = bool(self.calls.paths) and listed and not _calls(path, ran)
                 mixes = getattr(layer, "block_type", None) not in TOKENWISE
-                if (recorded or type(layer) in kinds) and mixes and not left_out and not _calls(path, called):
+                if (listed or type(layer) in kinds) and mixes and not left_out and not _calls(path, called):
                     raise ValueError(
                         f"explain saw no attention call in layer {named(path, layer)} of tower '{self.name}'. Use "
                         "scaled_dot_product_attention or transformers' attention interface there"
@@ -416,7 +416,7 @@ def _ends_gradient(inputs: tuple[Any, ...], output: Any) -> bool:
 
 
 def find_rows(towers: Iterable[TowerTrace]) -> None:
-    """Watch where a score is read from, also in towers whose record names a row: it knows the model's own score alone."""
+    """Watch where a score is read from, also in towers whose entry names a row: it knows the model's own score alone."""
     for tower in towers:
         tower.gradients.finds_row = True
 
@@ -444,7 +444,7 @@ def submodule(module: nn.Module, path: str, tower: Tower) -> nn.Module:
 
 
 def matching(root: nn.Module, tower: Tower) -> list[str]:
-    """The lists of layers in a tower's module `root` that its record names; ValueError if there is none."""
+    """The lists of layers in a tower's module `root` that its entry names; ValueError if there is none."""
     pattern = re.escape(tower.layers).replace(r"\*", r"\d+")
     several = [name for name, _ in root.named_modules() if re.fullmatch(pattern, name)] if "*" in tower.layers else []
     if not several:

@@ -77,7 +77,7 @@ class LayerExplanation(Explanation):
         owner = self.owners.get("image", "")  # not every tower has every layer
         layers, heads = (getattr(self, name).get(owner) or self._numbers(name) for name in ("layers", "heads"))
         first = self.at(layers[0], None if self.per == "layer" else heads[0])
-        for name in ("image_rows", "sinks"):
+        for name in ("image_samples", "sinks"):
             object.__setattr__(self, name, getattr(first, name))
 
     @property
@@ -124,7 +124,9 @@ class LayerExplanation(Explanation):
         for name in _STACKED:
             facts[name] = cut(facts[name], self.owners.get(name, ""))
         if facts["image"] is None:
-            facts |= dict.fromkeys(("image_rows", "crops") if facts["regions"] is not None else ("image_rows", "crops", "photos"))
+            facts |= dict.fromkeys(
+                ("image_samples", "crops") if facts["regions"] is not None else ("image_samples", "crops", "photos")
+            )
         if facts["text"] is None:
             facts |= dict.fromkeys(("token_ids", "words", "text_positions"))
         if facts["regions"] is None:
@@ -170,11 +172,11 @@ class LayerExplanation(Explanation):
         title: str = "Relevancy by layer",
         cmap: str = "inferno",
         scale: str = "max",
-        beside: Sequence[Explanation] = (),
+        others: Sequence[Explanation] = (),
     ) -> Page:
-        """One self-contained page of small multiples, with the arguments of `Explanation.to_html`; `beside` must be empty."""
-        if len(beside):
-            raise ValueError(f"beside must be empty for maps of layers; got {len(beside)} explanations")
+        """One self-contained page of small multiples, with the arguments of `Explanation.to_html`; `others` must be empty."""
+        if len(others):
+            raise ValueError(f"others must be empty for maps of layers; got {len(others)} explanations")
         with extra("viz"):
             return Multiples([*self.items()], image, labels, crop, processor, cmap, scale=scale).page(title)
 

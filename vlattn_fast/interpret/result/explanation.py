@@ -14,7 +14,7 @@ import torch
 from vlattn_fast._ground.checks import check_items, check_writable, describe
 from vlattn_fast._ground.extras import extra
 from vlattn_fast.interpret.result.numbers import table
-from vlattn_fast.interpret.result.numbers.explained import Explained
+from vlattn_fast.interpret.result.numbers.explained import FORMER_FIELDS, Explained, with_names_of_today
 from vlattn_fast.interpret.result.numbers.interference import subtract_earlier
 from vlattn_fast.interpret.result.numbers.samples import chosen_rows, some_samples
 from vlattn_fast.interpret.result.numbers.table import Comparison, Entry
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image as Picture
 
-_FORMAT = "vlattn_fast.explanation.6"
-_BEFORE = {"vlattn_fast.explanation.5": {"brought": "contribution"}}  # earlier formats that differ by names alone
+_FORMAT = "vlattn_fast.explanation.7"
+_BEFORE = ("vlattn_fast.explanation.5", "vlattn_fast.explanation.6")  # which differ only by the former names of fields
 _OLDER = ("vlattn_fast.explanation.3", "vlattn_fast.explanation.4")
 _HELD = ("gradient", "weighted", "input_gradient", "gradcam")  # whose names meant the published forms in older files
 _OF_TOWERS = ("relevancy", "position", "contribution")
 _TENSORS = ("text", "regions", "boxes", "scores", "gap")
 _FACTS = (
-    *("image_rows", "token_ids", "words", "target", "method", "start_layer", "answer", "text_positions", "photos", "crops"),
+    *("image_samples", "token_ids", "words", "target", "method", "start_layer", "answer", "text_positions", "photos", "crops"),
     *("token_names", "sinks", "no_map", "of"),
 )
 
@@ -52,7 +52,7 @@ class Explanation(Explained):
         image: the patch entries on their grid (B, h, w); (images, h, w) where prompts hold several maps; a tuple of (h, w) where
             the grids differ; None without an image. Maps come in the order of their tokens. An image in tiles has a map of all
             tiles and one of its thumbnail where the places of tiles are known, else a map per tile. A video has a map per frame.
-        image_rows: the row of the batch that each map of `image` belongs to; default: one map per row.
+        image_samples: the row of the batch that each map of `image` belongs to; default: one map per row.
         photos: the number of the photo under each map of `image` (or under the boxes of each row), counted from 0 in the order of
             the maps: tiles and their thumbnail have one, and so have pictures with the same pixels; each frame of a video has its
             own. None = not known.
@@ -163,7 +163,7 @@ class Explanation(Explained):
             ValueError: `path` holds something else, or a truncated file.
         """
         with open_tensors(Path(path), f"path must be a file that Explanation.save wrote ({_FORMAT}); got {path}") as file:
-            facts = json.loads((file.metadata() or {}).get("explanation", "{}"))
+            facts = with_names_of_today(json.loads((file.metadata() or {}).get("explanation", "{}")))
             if facts.get("format") in _OLDER:
                 facts["text_positions"] = facts.get("text_positions", facts.get("places"))
                 facts["method"] = f"{facts['method']}(freeze=())" if facts.get("method") in _HELD else facts.get("method")
@@ -179,9 +179,8 @@ class Explanation(Explained):
                 for name, count in facts["maps"].items()
             }
             towers = facts["tower_images"]
-            now = {former: name for names in _BEFORE.values() for former, name in names.items()}
             of_towers: dict[str, Any] = {
-                now.get(of, of): None if names is None else {name: tensors[f"{of}.{name}"] for name in names}
+                FORMER_FIELDS.get(of, of): None if names is None else {name: tensors[f"{of}.{name}"] for name in names}
                 for of, names in facts["towers"].items()
             }
             fields: dict[str, Any] = {name: tensors.get(name) for name in _TENSORS} | {name: facts.get(name) for name in _FACTS}
@@ -326,7 +325,7 @@ class Explanation(Explained):
         title: str = "Relevancy",
         cmap: str = "inferno",
         scale: str = "max",
-        beside: Sequence[Explanation] = (),
+        others: Sequence[Explanation] = (),
     ) -> Page:
         """One self-contained page without network: choose a row, or a word of the answer, and see its map and words.
 
@@ -335,19 +334,19 @@ class Explanation(Explained):
         Args:
             image, labels, crop, processor, cmap, scale: as for `plot`. The page has a box that switches the scale.
             title: heading of the page.
-            beside: explanations of the same input by other methods, to switch to.
+            others: explanations of the same input by other methods, which the page can switch to.
 
         Returns:
             The page's text, a `str`. A notebook shows it in a frame.
         """
         with extra("viz"):
-            check_items("beside", beside, "a sequence of explanations")
-            if isinstance(beside, Explanation):  # whose rows are explanations, too
-                raise TypeError(f"beside must be a sequence of explanations; got {beside!r}. Write [explanation]")
-            for one in beside:
+            check_items("others", others, "a sequence of explanations")
+            if isinstance(others, Explanation):  # whose rows are explanations, too
+                raise TypeError(f"others must be a sequence of explanations; got {others!r}. Write [explanation]")
+            for one in others:
                 if not isinstance(one, Explanation):
-                    raise TypeError(f"beside must be a sequence of explanations; got {describe(one)}")
-            return render([self, *beside], image, labels, crop, processor, title, cmap, scale)
+                    raise TypeError(f"others must be a sequence of explanations; got {describe(one)}")
+            return render([self, *others], image, labels, crop, processor, title, cmap, scale)
 
     def save_html(self, path: str | Path, image: Any = None, **options: Any) -> Path:
         """Write the page of `to_html`, which has the same options, to `path`."""

@@ -23,7 +23,7 @@ def evaluations_of_others(folder: Path = FOLDER) -> str:
 def section(path: Path) -> str:
     """A heading, how the file was measured, and a table: a line for each method, a column for each test and part."""
     evaluation = Evaluation.load(path)
-    facts = evaluation.facts
+    facts = evaluation.metadata
     if missing := [name for name in NEEDED if name not in facts]:
         raise ValueError(f"{path.name} must be a file of a present `vlattn evaluate`; it lacks {', '.join(missing)}")
     known = {(row["method"], row["test"], row["part"]): row for row in evaluation.table if row["value"] is not None}

@@ -7,10 +7,10 @@ import re
 from collections import Counter
 from typing import Any
 
-from vlattn_fast.interpret import Family
-from vlattn_fast.interpret.records.decoders import DECODERS
-from vlattn_fast.interpret.records.encoders import ENCODERS
-from vlattn_fast.interpret.records.two_towers import LINKED
+from vlattn_fast.interpret import Adapter
+from vlattn_fast.interpret.adapters.decoders import DECODERS
+from vlattn_fast.interpret.adapters.encoders import ENCODERS
+from vlattn_fast.interpret.adapters.two_towers import LINKED
 from vlattn_lab.model_classes.compare import BOUND
 from vlattn_lab.model_classes.held import KEPT
 from vlattn_lab.model_classes.run import EDITS, HELD, TABLE
@@ -37,23 +37,23 @@ SCORES = {
 WITHOUT_LOGITS = ("Model", "WithProjection")  # endings of classes that give states or projections and no logits
 
 
-def rows(name: str, family: Family) -> list[str]:
+def rows(name: str, adapter: Adapter) -> list[str]:
     """The rows of a class and of its models with a vocabulary."""
-    more = [] if family.generating is None else [row(f"{name}(vocab_size=...)", family.generating)]
-    return [row(name, family), *more]
+    more = [] if adapter.generating is None else [row(f"{name}(vocab_size=...)", adapter.generating)]
+    return [row(name, adapter), *more]
 
 
-def row(name: str, family: Family) -> str:
-    towers = [tower for tower in family.towers if tower.layers]
-    read = towers[:1] if family.bimodal else towers
+def row(name: str, adapter: Adapter) -> str:
+    towers = [tower for tower in adapter.towers if tower.layers]
+    read = towers[:1] if adapter.bimodal else towers
     shown_rows = ", ".join(f"{tower.name}: {tower.row.label}" for tower in read)
     seen = {"patches": "patches", "packed_patches": "patches", "text_patches": "patches", "patches_text": "patches"}
     seen |= {"regions": "boxes", "boxes": "boxes", "features": "features"}
-    maps = [seen.get(tower.tokens) or ("image tokens" if tower.grid is not None else None) for tower in family.towers]
+    maps = [seen.get(tower.tokens) or ("image tokens" if tower.grid is not None else None) for tower in adapter.towers]
     shown = ", ".join(dict.fromkeys(part for part in maps if part)) or "–"
-    kind = "decoded" if towers[0].tokens == "decoded" else family.score
+    kind = "decoded" if towers[0].tokens == "decoded" else adapter.score
     score = SCORES["states" if kind == "class" and name.endswith(WITHOUT_LOGITS) else kind]
-    return f"| `{name}` | {shown_rows} | {score} | {shown} | {'yes' if family.vision else '–'} |"
+    return f"| `{name}` | {shown_rows} | {score} | {shown} | {'yes' if adapter.vision else '–'} |"
 
 
 def measured(table: dict[str, Any]) -> str:
@@ -150,8 +150,8 @@ def measured_models() -> str:
 def listed_models() -> str:
     """A section for each kind of listed record."""
     parts = []
-    for kind, families in KINDS.items():
+    for kind, adapters in KINDS.items():
         parts.append(f"### {kind}\n\n| class | row that is read | default score | maps | connector |")
         parts[-1] += "\n| --- | --- | --- | --- | --- |\n"
-        parts[-1] += "\n".join(line for name, family in sorted(families.items()) for line in rows(name, family)) + "\n"
+        parts[-1] += "\n".join(line for name, adapter in sorted(adapters.items()) for line in rows(name, adapter)) + "\n"
     return "\n".join(parts)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import not_zero, over_sums
-from vlattn_fast.interpret.records.record import Tower
+from vlattn_fast.interpret.adapters.adapter import Tower
 from vlattn_fast.interpret.relevancy.kept_calls import KeptCalls, rows_of_maps
 from vlattn_fast.interpret.relevancy.method import BackwardPass
 from vlattn_fast.interpret.relevancy.mixing_call import check_softmax
@@ -45,7 +45,7 @@ class Glimpse(KeptCalls):
         super()._check(call)
         check_softmax(self.name, call)
 
-    def check_between(self, records: Sequence[Tower | None]) -> None:
+    def check_between(self, entries: Sequence[Tower | None]) -> None:
         raise ValueError("method must be one with a rule for towers that attend to one another; got 'glimpse', which has none")
 
     def carry(self, backward: BackwardPass) -> list[Tensor]:

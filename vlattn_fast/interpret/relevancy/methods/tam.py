@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vlattn_fast.interpret.records.record import Family, Tower
+from vlattn_fast.interpret.adapters.adapter import Adapter, Tower
 from vlattn_fast.interpret.relevancy.method import BackwardPass, Method
 from vlattn_fast.interpret.result.numbers.interference import rest_of_map
 
@@ -35,13 +35,13 @@ class Tam(Method):
     takes_logits = True
     rank_filter = True
 
-    def check_record(self, record: Family, model: str) -> None:
-        if not record.scoring.predicts or record.bimodal or not record.towers:
+    def check_adapter(self, adapter: Adapter, model: str) -> None:
+        if not adapter.scoring.predicts or adapter.bimodal or not adapter.towers:
             raise ValueError(
                 f"method 'tam' must be of a decoder that predicts the next token, with the image in its own sequence; got {model}"
             )
 
-    def check_between(self, records: Sequence[Tower | None]) -> None:
+    def check_between(self, entries: Sequence[Tower | None]) -> None:
         raise ValueError("method must read towers that attend to one another; got 'tam', which reads one sequence alone")
 
     def __init__(self) -> None:

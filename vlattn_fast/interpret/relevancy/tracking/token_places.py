@@ -247,9 +247,9 @@ class Places:
         if self.end is None or math.prod(numbers.shape) >= self.end.ids.numel():
             self.end = numbers
 
-    def finish(self, recorded: bool) -> tuple[int, int] | None:
+    def finish(self, listed: bool) -> tuple[int, int] | None:
         """Finds the order in which the tokens entered, where it is not that of the first call, as in windows; returns its sizes B
-        and N. A record knows its tokens in the order of the first call, unless they leave as they entered."""
+        and N. An adapter knows its tokens in the order of the first call, unless they leave as they entered."""
         in_first = self._numbered.places < self._size
         ids, places = self._numbered.ids[in_first], self._numbered.places[in_first]
         if self.moves is None or not len(ids) or self._size == 0:
@@ -271,7 +271,7 @@ class Places:
         whole = torch.arange(len(places))
         if torch.equal(grid.T.flatten(), whole) or (grid.shape == self.shape and torch.equal(places, whole)):
             return None
-        if recorded and not (self.end is not None and torch.equal(self.locate(self.end.ids).flatten(), places)):
+        if listed and not (self.end is not None and torch.equal(self.locate(self.end.ids).flatten(), places)):
             return None
         self._report = grid
         return grid.shape[0], grid.shape[1]

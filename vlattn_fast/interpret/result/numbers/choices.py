@@ -163,9 +163,9 @@ def _choices(explanation: Explained, number: int, label: str, words: list[Word],
 
     relevancy = {name: pick(tower_row(explanation, name, number)) for name in explanation.relevancy}
     at_position = {
-        name: means(to_array(difference(values[number], explanation.beside(name, number)).sum(-1)))
+        name: means(to_array(difference(values[number], explanation.without_self(name, number)).sum(-1)))
         for name, values in explanation.relevancy.items()
-        if name in explanation.read_towers and len(values) == len(explanation)
+        if name in explanation.explained_towers and len(values) == len(explanation)
     }
     text = torch.zeros(0) if explanation.text is None else explanation.text[number]
     values = _sums(pick(text), [word.tokens for word in words], 1) if words else np.zeros((count, 0))
@@ -208,8 +208,8 @@ def tower_row(explanation: Explained, tower: str, sample: int) -> Tensor:
     """A tower's entries for one sample, all its images in turn, without what the rows that are read put on themselves."""
     values = explanation.relevancy[tower]
     alone = len(values) == len(explanation)
-    owners = [sample] if alone else [i for i, owner in enumerate(explanation.image_rows or []) if owner == sample]
-    return torch.cat([explanation.beside(tower, i) for i in owners], -1) if owners else torch.zeros_like(values[0])
+    owners = [sample] if alone else [i for i, owner in enumerate(explanation.image_samples or []) if owner == sample]
+    return torch.cat([explanation.without_self(tower, i) for i in owners], -1) if owners else torch.zeros_like(values[0])
 
 
 def home(explanation: Explained, *names: str) -> str:
@@ -219,9 +219,9 @@ def home(explanation: Explained, *names: str) -> str:
 
 def maps_of(explanation: Explained, maps: Maps | None, sample: int) -> list[tuple[int, Tensor]]:
     """The maps (h, w) or (T, h, w) of a sample, each with its number."""
-    if maps is None or explanation.image_rows is None:
+    if maps is None or explanation.image_samples is None:
         return []
-    return [(i, part) for i, (part, owner) in enumerate(zip(maps, explanation.image_rows, strict=True)) if owner == sample]
+    return [(i, part) for i, (part, owner) in enumerate(zip(maps, explanation.image_samples, strict=True)) if owner == sample]
 
 
 def panels(patches: Sequence[Patch], pictures: Sequence[Array] | None, crops: Sequence[Box]) -> list[list[Patch]]:

@@ -15,7 +15,13 @@ from vlattn_fast.interpret.result.numbers.sink_tokens import Sink, as_sinks
 
 _BY_SAMPLE = ("text", "regions", "boxes", "scores", "gap", "target", "answer", "text_positions", "sinks")
 _OF_TEXT = ("words", "token_ids")
-_INTEGERS = ("image_rows", "token_ids", "target", "answer", "text_positions", "photos")
+_INTEGERS = ("image_samples", "token_ids", "target", "answer", "text_positions", "photos")
+FORMER_FIELDS = {"brought": "contribution", "image_rows": "image_samples"}  # in files of earlier formats
+
+
+def with_names_of_today(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Stored fields, of which files of earlier formats have some by another name."""
+    return {FORMER_FIELDS.get(name, name): value for name, value in fields.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +30,7 @@ class Explained:
 
     relevancy: dict[str, Tensor]
     image: Tensor | tuple[Tensor, ...] | None = None
-    image_rows: list[int] | None = None
+    image_samples: list[int] | None = None
     text: Tensor | None = None
     token_ids: list[list[int]] | None = None
     words: list[list[str]] | None = None
@@ -60,8 +66,8 @@ class Explained:
         count = next(iter(self.relevancy.values())).shape[-1]
         if self.token_names is not None and len(self.token_names) != count:
             raise ValueError(f"token_names must name the {count} tokens of the first tower; got {len(self.token_names)}")
-        if self.image_rows is None and (self.image is not None or self.tower_images):
-            object.__setattr__(self, "image_rows", list(range(len(self))))
+        if self.image_samples is None and (self.image is not None or self.tower_images):
+            object.__setattr__(self, "image_samples", list(range(len(self))))
 
     def _check_rows(self) -> None:
         relevancy = self.relevancy
@@ -91,7 +97,7 @@ class Explained:
     def _check_pictures(self, fields: Mapping[str, Any]) -> None:
         """The maps in these fields, whose samples they are, and what they are drawn on."""
         samples = len(self)
-        owners = range(samples) if self.image_rows is None else self.image_rows
+        owners = range(samples) if self.image_samples is None else self.image_samples
         for name, maps in fields.items():
             if not isinstance(maps, (Tensor, tuple)) or not all(isinstance(x, Tensor) and x.ndim in (2, 3) for x in maps):
                 raise TypeError(f"{name} must be a tensor (B, h, w) or a tuple of maps (h, w); got {describe(maps)}")
@@ -99,9 +105,9 @@ class Explained:
                 if 0 in part.shape[-2:]:
                     raise ValueError(f"{name} must have maps with at least one patch; got one of {tuple(part.shape)}")
             if len(owners) != len(maps):
-                raise ValueError(f"image_rows must name the row of each of the {len(maps)} maps of {name}; got {owners}")
+                raise ValueError(f"image_samples must name the row of each of the {len(maps)} maps of {name}; got {owners}")
             if not all(0 <= owner < samples for owner in owners):
-                raise ValueError(f"image_rows must be from 0 to {samples - 1}; got {self.image_rows}")
+                raise ValueError(f"image_samples must be from 0 to {samples - 1}; got {self.image_samples}")
         drawn = len(owners) if fields else samples
         for name in ("photos", "crops"):
             value = getattr(self, name)
@@ -123,7 +129,7 @@ class Explained:
         """Whether some entries have a place in a picture."""
         return self.image is not None or bool(self.tower_images) or (self.regions is not None and self.boxes is not None)
 
-    def beside(self, tower: str, number: int | None = None) -> Tensor:
+    def without_self(self, tower: str, number: int | None = None) -> Tensor:
         """A tower's entries of `relevancy` without `self_relevancy`, as pictures and tables show them: of all rows, or of one."""
         values, contribution, position = (
             self.relevancy[tower],
@@ -131,17 +137,17 @@ class Explained:
             (self.position or {}).get(tower),
         )
         if number is None:
-            return without_self(values, contribution, position)
-        return without_self(values[number], *(part if part is None else part[number] for part in (contribution, position)))
+            return subtract_self(values, contribution, position)
+        return subtract_self(values[number], *(part if part is None else part[number] for part in (contribution, position)))
 
     @property
     def self_relevancy(self) -> dict[str, Tensor]:
         """tower -> what the rows that are read put on themselves, in the shape of `relevancy`: of a single token its whole entry,
         of several what the residual connections keep of their weights. Towers whose rows have no such part are missing."""
-        return {name: difference(self.relevancy[name], self.beside(name)) for name in self.read_towers}
+        return {name: difference(self.relevancy[name], self.without_self(name)) for name in self.explained_towers}
 
     @property
-    def read_towers(self) -> list[str]:
+    def explained_towers(self) -> list[str]:
         """The towers of `self_relevancy`."""
         return [name for name in self.relevancy if name in (self.position or {}) or name in (self.contribution or {})]
 
@@ -170,7 +176,7 @@ class Explained:
         return f"Explanation(method={self.method!r}, relevancy={shapes}, target={self.target})"
 
 
-def without_self(values: Tensor, contribution: Tensor | None, position: Tensor | None) -> Tensor:
+def subtract_self(values: Tensor, contribution: Tensor | None, position: Tensor | None) -> Tensor:
     """Relevancy (..., N) as attention brought it, where that is known beside it, else with 0 at the tokens whose rows are read:
     `position` (B,), (B, T) of rows (B, T, N), or (B, T) of rows (B, N) that several tokens have in common."""
     if contribution is not None or position is None:

@@ -60,13 +60,13 @@ def subtract_earlier(explanation: E, rank_filter: bool) -> E:
         raise ValueError(
             "subtract_earlier needs an answer whose tokens have a row each, as explain(..., answer=...) gives it; got none"
         )
-    if explanation.image is None or explanation.image_rows is None:
+    if explanation.image is None or explanation.image_samples is None:
         raise ValueError("subtract_earlier needs maps of an image, from which it subtracts those of earlier words; got none")
     if explanation.text_positions is None:
         raise ValueError("subtract_earlier needs the text_positions of the answer's tokens, as explain gives them; got none")
     row_of = next(iter(explanation.relevancy.values()))
     parts = []
-    for maps, sample in zip(explanation.image, explanation.image_rows, strict=True):
+    for maps, sample in zip(explanation.image, explanation.image_samples, strict=True):
         ids = explanation.answer[sample]
         places = torch.tensor(explanation.text_positions[sample][-len(ids) :], device=row_of.device)
         weights, flat = row_of[sample][:, places].clamp(min=0).to(maps), maps.flatten(1)

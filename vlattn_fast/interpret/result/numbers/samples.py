@@ -39,7 +39,7 @@ def some_samples(explanation: E, rows: Sequence[int], in_front: int = 0, kept: S
         in_front: how many dimensions of relevancy, text, regions and each map stand in front of the samples.
         kept: fields that are not of samples.
     """
-    batch, owners = len(explanation), explanation.image_rows or []
+    batch, owners = len(explanation), explanation.image_samples or []
     maps_of = [(new, place) for new, row in enumerate(rows) for place, owner in enumerate(owners) if owner == row]
     chosen = [place for _, place in maps_of]
     rows = list(rows)
@@ -71,7 +71,7 @@ def some_samples(explanation: E, rows: Sequence[int], in_front: int = 0, kept: S
     fields: dict[str, Any] = {}
     for field in dataclasses.fields(explanation):
         name, value = field.name, getattr(explanation, field.name)
-        if name == "image_rows":
+        if name == "image_samples":
             fields[name] = None if value is None else [new for new, _ in maps_of]
         elif name in ("photos", "crops"):
             some = None if value is None else [value[place] for place in (chosen if owners else rows)]

@@ -149,7 +149,7 @@ def compare(explanation: Explained, other: Explained) -> Comparison:
         raise ValueError(f"other must have the towers and shapes {shapes[0]}; got {shapes[1]}")
     cosine, rank = {}, {}
     for name, values in explanation.relevancy.items():
-        pair = (each.beside(name).detach().double().cpu().flatten(0, -2) for each in (explanation, other))
+        pair = (each.without_self(name).detach().double().cpu().flatten(0, -2) for each in (explanation, other))
         scores = [_alike(a, b) for a, b in zip(*pair, strict=True)]
         cosine[name], rank[name] = (torch.tensor([s[i] for s in scores]).reshape(values.shape[:-1]) for i in (0, 1))
     return Comparison(cosine, rank)

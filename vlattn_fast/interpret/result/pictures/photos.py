@@ -31,7 +31,7 @@ def read_pictures(explanation: Explained, image: Any, rows: Sequence[int] | None
         raise ValueError(f"image must be None for an explanation without maps and boxes: {why}; or leave the image out")
     many = isinstance(image, (list, tuple)) or (hasattr(image, "ndim") and image.ndim == 4)
     pictures = [_picture(part) for part in image] if many else [_picture(image)]
-    owners = list(range(len(explanation))) if explanation.image_rows is None else explanation.image_rows
+    owners = list(range(len(explanation))) if explanation.image_samples is None else explanation.image_samples
     photos, got = explanation.photos, len(pictures)
     drawn = dict.fromkeys(photo for photo, row in zip(photos or [], owners, strict=False) if rows is None or row in rows)
     if got == len(owners) or (photos is None and got == 1):
@@ -250,10 +250,10 @@ def _warn_of_shapes(drawn: list[list[tuple[int, int]]]) -> None:
 
 def _read_crops(explanation: Explained, crop: Any) -> list[Box]:
     """The box of every map on its picture. ValueError where `crop` is neither a box nor one box per map."""
-    count = 0 if explanation.image_rows is None else len(explanation.image_rows)
+    count = 0 if explanation.image_samples is None else len(explanation.image_samples)
     if crop is None:
         return [WHOLE] * count
-    if explanation.image_rows is None:
+    if explanation.image_samples is None:
         raise ValueError(f"crop must be None for an explanation without maps; got {crop}")
     try:
         array = np.asarray(crop.detach().cpu() if isinstance(crop, Tensor) else crop, dtype=float)

@@ -18,12 +18,12 @@ class Report:
     """Results that are stored whole; a class of them names its `FORMAT`, and its fields are what JSON has."""
 
     FORMAT: ClassVar[str]
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
 
     def save(self, path: str | Path) -> Path:
         """Write everything to `path` as JSON; `load` reads it back."""
         check_writable("path", Path(path))
-        whole = {"format": self.FORMAT, "facts": self.facts, **vars(self)}
+        whole = {"format": self.FORMAT, "metadata": self.metadata, **vars(self)}
         Path(path).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
         return Path(path)
 
@@ -36,6 +36,8 @@ class Report:
             whole = None
         if not isinstance(whole, dict) or whole.pop("format", None) != cls.FORMAT:
             raise ValueError(f"path must be a file that {cls.__name__}.save wrote ({cls.FORMAT}); got {path}")
+        if "facts" in whole:  # the name of `metadata` in earlier files
+            whole["metadata"] = whole.pop("facts")
         return cls(**whole)
 
 

@@ -1,4 +1,4 @@
-"""Records that nobody lists: derived from the model, its config and the names that transformers gives its parts."""
+"""Adapters that nobody lists: derived from the model, its config and the names that transformers gives its parts."""
 
 from __future__ import annotations
 
@@ -9,35 +9,35 @@ from typing import Any
 
 from torch import nn
 
-from vlattn_fast.interpret.records import derived_grids
-from vlattn_fast.interpret.records.record import Family, Tower
+from vlattn_fast.interpret.adapters import derived_grids
+from vlattn_fast.interpret.adapters.adapter import Adapter, Tower
 
 _NUMBER = re.compile(r"\b\d+\b")
 _IN_LAYERS = re.compile(r"(?:(.*)\.)?\d+(?:\.|$)")  # a path through a list of layers, the innermost one
 
 
-def derive_family(model: nn.Module) -> Family:
-    """The record of a model whose class has none; ValueError, which says why, where nothing is derived."""
+def derive_adapter(model: nn.Module) -> Adapter:
+    """The adapter of a model whose class has none; ValueError, which says why, where nothing is derived."""
     name, config = type(model).__name__, getattr(model, "config", None)
     if any(getattr(part, "is_encoder_decoder", False) for part in (config, getattr(config, "text_config", None))):
         raise ValueError(f"{name} reads its prompt by an encoder, whose towers a run finds")
     if _gives(model, "logits_per_image") and all(hasattr(model, part) for part in ("vision_model", "text_model")):
         towers = _encoder(model, "vision", "vision_model", "last_patches"), _encoder(model, "text", "text_model", "text")
-        return Family(towers, "pair")
+        return Adapter(towers, "pair")
     if all(hasattr(model, part) for part in _OF_CLIP):
         return _clip(model)
     if not generates(model) or "input_ids" not in inspect.signature(model.forward).parameters:
         raise ValueError(f"{name} does not predict the next token, as classes of transformers that generate do")
     if drafts(model):
         raise ValueError(f"{name} predicts the tokens of its decoder's input, and none of them is the next one")
-    return Family((_language(model),), "token")
+    return Adapter((_language(model),), "token")
 
 
 # Parts of CLIP as its authors and open_clip write it.
 _OF_CLIP = ("visual", "encode_image", "encode_text", "logit_scale")
 
 
-def _clip(model: Any) -> Family:
+def _clip(model: Any) -> Adapter:
     """Towers of CLIP as its authors and open_clip write it: that of texts lies in the model itself, or in its part `text`."""
     text = model.text if isinstance(getattr(model, "text", None), nn.Module) else model
     pool = getattr(model, "text_pool_type", getattr(text, "pool_type", "argmax" if text is model else None))
@@ -46,7 +46,7 @@ def _clip(model: Any) -> Family:
         _encoder(model, "vision", "visual", "last_patches"),
         _encoder(model, "text", path, "clip_text" if pool == "argmax" else "text"),
     )
-    return Family(towers, "pair", names=("image", "text"))
+    return Adapter(towers, "pair", names=("image", "text"))
 
 
 # Parts of a classifier of timm, whose only output are the logits.
@@ -76,9 +76,9 @@ def _gives(model: Any, field: str) -> bool:
 
 
 def why_underived(model: nn.Module) -> str:
-    """Why no record is derived."""
+    """Why no adapter is derived."""
     try:
-        return f"towers of {derive_family(model).score} scores are"
+        return f"towers of {derive_adapter(model).score} scores are"
     except ValueError as error:
         return str(error)
 

@@ -12,8 +12,8 @@ import torch
 import transformers as t
 
 from tests.helpers.interpret.decoder_cases import IMAGE, Decoder, Map, every, image, pixels, words
-from vlattn_fast.interpret import FAMILIES, explain
-from vlattn_fast.interpret.records.registry import find_family
+from vlattn_fast.interpret import ADAPTERS, explain
+from vlattn_fast.interpret.adapters.registry import find_adapter
 
 
 def nothing(module, query, key, value, attention_mask, **options):  # type: ignore[no-untyped-def]
@@ -32,10 +32,10 @@ def test_maps_are_the_image_tokens_of_their_place(decoder):
     if decoder.maps is None:
         assert explanation.image is None
         return
-    assert explanation.image_rows == [image.row for image in decoder.maps]
+    assert explanation.image_samples == [image.row for image in decoder.maps]
     row = explanation.relevancy["language"]
     numbers = torch.arange(row.numel()).view(row.shape)
-    record = find_family(decoder.model).towers[0]
+    record = find_adapter(decoder.model).towers[0]
     maps, _ = record.tokens_in(decoder.model, inputs, row.shape).maps(numbers)
     assert len({int(i) for positions in maps for i in positions.flatten()}) == sum(positions.numel() for positions in maps)
 
@@ -94,7 +94,7 @@ def test_several_images_are_not_tiled(decoder):
     ids = torch.tensor([[1, *image(17), 6, *image(17), 7]])
     images = {**pixels(2, 1), "image_sizes": torch.tensor([[64, 64], [32, 64]]), "batch_num_images": torch.tensor([2])}
     got = explain(decoder.model, {"input_ids": ids, **images})
-    assert got.image.shape == (2, 4, 4) and got.image_rows == [0, 0]
+    assert got.image.shape == (2, 4, 4) and got.image_samples == [0, 0]
     for found, start in zip(got.image, (1, 19), strict=True):
         assert torch.equal(found.flatten(), got.relevancy["language"][0, start : start + 16])
 
@@ -128,7 +128,7 @@ def test_frames_of_videos(decoder):
         "mm_token_type_ids": (ids == IMAGE).int() + 2 * (ids == 97).int(),
     }
     got = explain(decoder.model, inputs)
-    assert [tuple(found.shape) for found in got.image] == [(2, 2), (2, 2), (2, 4)] and got.image_rows == [0, 0, 0]
+    assert [tuple(found.shape) for found in got.image] == [(2, 2), (2, 2), (2, 4)] and got.image_samples == [0, 0, 0]
     row = got.relevancy["language"][0]
     of_video = row[ids[0] == 97]
     for found, expected in zip(got.image, (of_video[:4], of_video[4:], row[ids[0] == IMAGE]), strict=True):
@@ -140,7 +140,7 @@ def test_frames_and_the_token_behind_them(decoder):
     decoder.model.config.video_token_index = 97
     ids = torch.tensor([[1, *[97] * 9, 6, 7], [1, 5, *[97] * 9, 8]])
     got = explain(decoder.model, {"input_ids": ids, "pixel_values_videos": torch.randn(2, 2, 3, 32, 32)})
-    assert got.image.shape == (4, 2, 2) and got.image_rows == [0, 0, 1, 1]
+    assert got.image.shape == (4, 2, 2) and got.image_samples == [0, 0, 1, 1]
     row = got.relevancy["language"]
     assert torch.equal(got.image[:2].flatten(), row[0, 1:9]) and torch.equal(got.image[2:].flatten(), row[1, 2:10])
 
@@ -152,9 +152,9 @@ def test_frames_and_the_token_behind_them(decoder):
 def test_cross_attention_maps_are_the_tokens_of_their_place(decoder):
     inputs = decoder.inputs()
     got = explain(decoder.model, inputs)
-    assert [tuple(image.shape) for image in got.image] == [(4, 8), (4, 4)] and got.image_rows == [0, 1]
+    assert [tuple(image.shape) for image in got.image] == [(4, 8), (4, 4)] and got.image_samples == [0, 1]
     assert got.token_ids == [words(7, 20), [5, *words(3, 40)]]
-    vision = FAMILIES["MllamaForConditionalGeneration"].towers[1]
+    vision = ADAPTERS["MllamaForConditionalGeneration"].towers[1]
     numbers = torch.arange(2 * 34).view(2, 34)
     maps, _ = vision.tokens_in(decoder.model, inputs, numbers.shape).maps(numbers)
     check_places(decoder, inputs, maps, "cross_attention_states")
@@ -168,7 +168,7 @@ def test_cross_attention_maps_are_the_tokens_of_their_place(decoder):
 @pytest.mark.parametrize("decoder", ["LlavaNextForConditionalGeneration", "Idefics3ForConditionalGeneration"], indirect=True)
 def test_image_tokens_that_do_not_add_up(decoder):
     inputs = decoder.inputs()
-    record = find_family(decoder.model).towers[0]
+    record = find_adapter(decoder.model).towers[0]
     inputs["input_ids"] = inputs["input_ids"].clone()
     inputs["input_ids"][1, -1] = IMAGE
     with pytest.raises(ValueError, match="inputs must have .* image tokens for maps"):

@@ -20,7 +20,7 @@ from tests.helpers.interpret.cases import (
     one_hot,
 )
 from tests.helpers.interpret.stored_maps import Place, check, layer_sums
-from vlattn_fast.interpret import FAMILIES, Family, Tower, explain
+from vlattn_fast.interpret import ADAPTERS, Adapter, Tower, explain
 
 CASES = ("clip", "siglip", "vit", "dinov2", "bert", "llava", "qwen2_5_vl", "uniter")
 
@@ -51,7 +51,7 @@ def test_scores_and_fields(case):
         assert torch.equal(explanation.image[0].flatten(), first)
     elif "image" in facts:
         assert tuple(explanation.image.shape) == facts["image"]
-        row = explanation.beside(next(iter(explanation.relevancy)))
+        row = explanation.without_self(next(iter(explanation.relevancy)))
         if "language" in explanation.relevancy:
             patches = row[case.inputs["input_ids"] == 55]
         else:
@@ -67,7 +67,7 @@ def test_scores_and_fields(case):
         assert tuple(explanation.text.shape) == facts["text"]
         assert explanation.token_ids == facts["tokens"]
         ids = case.inputs["input_ids"]
-        row = explanation.beside(list(explanation.relevancy)[-1])[:, : ids.shape[1]]
+        row = explanation.without_self(list(explanation.relevancy)[-1])[:, : ids.shape[1]]
         for b, words in enumerate(explanation.token_ids):
             values = explanation.text[b, : len(words)].tolist()
             assert all((row[b][ids[b] == word] == value).any() for word, value in zip(words, values, strict=True))
@@ -91,7 +91,7 @@ def test_additive_masks(monkeypatch):
     place = TowerCase("encoder.layer", "attention", "attention.output.LayerNorm", first_row, attention_mask)
     score = lambda o: o.pooler_output.square().sum(-1)  # noqa: E731
     tower = Tower("text", "", "encoder.layer", "cls", "bert_text")
-    monkeypatch.setitem(FAMILIES, "AlignTextModel", Family((tower,), "class"))
+    monkeypatch.setitem(ADAPTERS, "AlignTextModel", Adapter((tower,), "class"))
     check(model, inputs, {"text": place.place(model, inputs)}, score, target=score)
 
 
@@ -130,7 +130,7 @@ def test_several_images_in_a_prompt(case):
     ids[0, 1:17], ids[0, 18:34], ids[1, 5:21] = 55, 55, 55
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(3, 3, 24, 24)}
     got = explain(case.model, inputs)
-    assert got.image.shape == (3, 4, 4) and got.image_rows == [0, 0, 1]
+    assert got.image.shape == (3, 4, 4) and got.image_samples == [0, 0, 1]
     row = got.relevancy["language"]
     for image, (b, start) in zip(got.image, ((0, 1), (0, 18), (1, 5)), strict=True):
         assert torch.equal(image.flatten(), row[b, start : start + 16])

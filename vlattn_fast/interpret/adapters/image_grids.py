@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlattn_fast.interpret.records.pixels import WHOLE, Box, Shape, canvas_box, photos_in, square_box
+from vlattn_fast.interpret.adapters.pixels import WHOLE, Box, Shape, canvas_box, photos_in, square_box
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-from vlattn_fast.interpret.records.decoders import DECODERS
-from vlattn_fast.interpret.records.encoders import ENCODERS
-from vlattn_fast.interpret.records.two_towers import LINKED
+from vlattn_fast.interpret.adapters.decoders import DECODERS
+from vlattn_fast.interpret.adapters.encoders import ENCODERS
+from vlattn_fast.interpret.adapters.two_towers import LINKED
 
 
 def made_in(file: Path) -> Iterator[str]:

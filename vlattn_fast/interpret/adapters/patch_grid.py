@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vlattn_fast._ground.checks import check_integer
-from vlattn_fast.interpret.records.pixels import Shape
+from vlattn_fast.interpret.adapters.pixels import Shape
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ import transformers as t  # noqa: E402
 from tests.helpers.interpret.crop_cases import CASES, Crops  # noqa: E402
 from tests.helpers.interpret.decoder_cases import IMAGE  # noqa: E402
 from vlattn_fast.interpret import Explanation, explain  # noqa: E402
+from vlattn_fast.interpret.adapters.registry import find_adapter  # noqa: E402
+from vlattn_fast.interpret.adapters.tokens import Tokens  # noqa: E402
 from vlattn_fast.interpret.evaluating.perturbation import split  # noqa: E402
-from vlattn_fast.interpret.records.registry import find_family  # noqa: E402
-from vlattn_fast.interpret.records.tokens import Tokens  # noqa: E402
 
 LANDSCAPE, PORTRAIT = (600, 400), (400, 600)
 SPOTS = [(LANDSCAPE, (0.75, 0.15)), (PORTRAIT, (0.3, 0.7))]
@@ -65,7 +65,7 @@ def with_change(case: Crops, inputs: dict[str, Any], plain: dict[str, Any]) -> E
     t.AttentionInterface.register("nothing", nothing)
     case.model.get_submodule(case.vision).set_attn_implementation("nothing")
     change = (states_of(case, inputs) - states_of(case, plain)).norm(dim=-1)[None]
-    record = find_family(case.model).towers[-1]
+    record = find_adapter(case.model).towers[-1]
     maps, _ = record.tokens_in(case.model, inputs, tuple(change.shape)).maps(change)
     return replace(got, image=maps)
 
@@ -111,7 +111,7 @@ def test_photos_of_one_prompt_have_their_crops(family: str) -> None:
     if family not in CASES:
         return
     got = hot_at_the_spot(CASES[family](), *SPOTS)
-    assert got.photos == [0, 0, 1, 1] and got.image_rows == [0] * 4
+    assert got.photos == [0, 0, 1, 1] and got.image_samples == [0] * 4
     if family == "Llama 4":  # 144 x 96 pixels of a canvas of 160 x 96, and upright
         assert [got.crops[0], got.crops[2]] == [pytest.approx((0, 0, 160 / 144, 1)), pytest.approx((0, 0, 1, 160 / 144))]
     for panel, (part, number) in enumerate(zip(got.image, got.photos, strict=True)):
@@ -137,7 +137,7 @@ def test_patches_of_crops_can_be_taken_away(family: str) -> None:
     case = CASES[family]()
     inputs, plain = (case.inputs([photo(LANDSCAPE, spot), photo(PORTRAIT, None)]) for spot in (SPOTS[0][1], None))
     got = hot_at_the_spot(case, SPOTS[0], SPOTS[1])
-    (sample,) = split(find_family(case.model), inputs, 1, got, None)
+    (sample,) = split(find_adapter(case.model), inputs, 1, got, None)
     hot = torch.cat([part.flatten() * (number == 0) for part, number in zip(got.image, got.photos, strict=True)]) > 1e-6
     left = sample.keeping(sample.stays({"image": (~hot).nonzero()[:, 0].tolist()}))["pixel_values"]
     assert left.shape == plain["pixel_values"].shape and 0 < int((left == 0).sum()) < left.numel() / 3

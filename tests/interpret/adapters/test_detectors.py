@@ -82,7 +82,7 @@ def test_against_stored_maps(kind, padded):
             assert_rows(found.flatten(), wanted.flatten())
         if padded:
             assert maps[1].sum() == pytest.approx(float(maps[1, :2, :3].sum()))
-        assert got.image_rows == [0, 1] and got.text is None and "<canvas" in got.to_html()
+        assert got.image_samples == [0, 1] and got.text is None and "<canvas" in got.to_html()
 
     single = explain(model.float(), with_floats(inputs, torch.float32), target=[4, 0])
     assert_rows(single.relevancy["vision"], want[1])

@@ -18,18 +18,18 @@ from tests.helpers.interpret.stored_maps import BOUNDS, Place, check
 from tests.helpers.interpret.tower_cases import METHODS
 from vlattn_fast.checking.models.inputs import inputs_of
 from vlattn_fast.checking.models.shrink import small_model
-from vlattn_fast.interpret import FAMILIES, explain
-from vlattn_fast.interpret.records import registry
-from vlattn_fast.interpret.records.derived import derive_family
-from vlattn_fast.interpret.records.registry import listed_family
+from vlattn_fast.interpret import ADAPTERS, explain
+from vlattn_fast.interpret.adapters import registry
+from vlattn_fast.interpret.adapters.derived import derive_adapter
+from vlattn_fast.interpret.adapters.registry import listed_adapter
 
 
-def test_a_dual_encoder_without_a_record():
+def test_a_dual_encoder_without_an_adapter():
     """Its towers are named as those of listed ones, and its patches lie behind CLS and registers."""
     model = small_model(transformers.Tipsv2Model)
     inputs = next(inputs_of("zero-shot", model))()
     got = explain(model, inputs)
-    assert listed_family(model) is None and list(got.relevancy) == ["vision", "text"] and got.image.shape == (2, 4, 4)
+    assert listed_adapter(model) is None and list(got.relevancy) == ["vision", "text"] and got.image.shape == (2, 4, 4)
     assert torch.equal(got.image.flatten(1), got.relevancy["vision"][:, -16:])
     assert [len(words) for words in got.token_ids] == [7, 5]
 
@@ -57,12 +57,12 @@ def test_methods_without_a_gradient_read_the_row_that_the_gradient_names(mapping
             torch.testing.assert_close(got.relevancy[tower], row)
 
 
-# --- listed records are what would be derived ---
+# --- listed adapters are what would be derived ---
 
 
-@pytest.mark.parametrize("decoder", [name for name in DECODERS if name in FAMILIES], indirect=True)
+@pytest.mark.parametrize("decoder", [name for name in DECODERS if name in ADAPTERS], indirect=True)
 def test_derived_as_listed(decoder):
-    listed, derived = listed_family(decoder.model).towers[0], derive_family(decoder.model).towers[0]
+    listed, derived = listed_adapter(decoder.model).towers[0], derive_adapter(decoder.model).towers[0]
     assert f"{derived.path}.{derived.layers}".strip(".") == f"{listed.path}.{listed.layers}" and not derived.further
     assert (derived.readout, derived.tokens) == (listed.readout, listed.tokens)
     if listed.grid is None:
@@ -104,7 +104,7 @@ UNLISTED = {
 def unlisted(request) -> Decoder:
     torch.manual_seed(0)
     model = lively(UNLISTED[request.param]()).eval().double()
-    assert listed_family(model) is None
+    assert listed_adapter(model) is None
     layers = "transformer.h" if request.param == "written out" else "model.layers"
     return Decoder(model, [[1, *words(9)], [1, *words(5, 30)]], {}, layers=layers, summed=None)
 
@@ -194,8 +194,8 @@ class Heir(OwnDecoder):
     """A subclass of a class of the caller's."""
 
 
-def test_a_borrowed_record(monkeypatch):
-    monkeypatch.setattr(registry, "ADAPTED", {})
+def test_a_borrowed_adapter(monkeypatch):
+    monkeypatch.setattr(registry, "BORROWED", {})
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**{name: value for name, value in LLAMA.items() if name != "model_type"})
     model = lively(transformers.LlamaForCausalLM(config)).eval().double()
@@ -209,7 +209,7 @@ def test_a_borrowed_record(monkeypatch):
                 got = explain(each, inputs, **options)
                 assert torch.allclose(want.relevancy["language"], got.relevancy["language"], atol=BOUNDS[torch.float64])
                 assert want.token_ids == got.token_ids
-        registry.ADAPTED.clear()
+        registry.BORROWED.clear()
         if "answer" in options:  # the only ids are those of a decoder
             got = explain(own, inputs, **options)
             assert torch.allclose(want.relevancy["language"], got.relevancy["tower0"], atol=BOUNDS[torch.float64])
@@ -220,18 +220,22 @@ def test_a_borrowed_record(monkeypatch):
         va.register_adapter(OwnDecoder, like="LamaForCausalLM")
     with pytest.raises(TypeError, match="like must be the name of a class with an entry; got type"):
         va.register_adapter(OwnDecoder, like=transformers.LlamaForCausalLM)
-    with pytest.raises(TypeError, match="cls must be a class of torch.nn.Module, or its name; got OwnDecoder"):
+    with pytest.raises(TypeError, match="cls must be a subclass of torch.nn.Module, or its name; got OwnDecoder"):
         va.register_adapter(own, like="LlamaForCausalLM")
-    with pytest.raises(ValueError, match="like must name another class than 'LlamaForCausalLM'"):
+    with pytest.raises(ValueError, match="like must name a class other than 'LlamaForCausalLM'"):
         va.register_adapter(transformers.LlamaForCausalLM, like="LlamaForCausalLM")
+    with pytest.raises(ValueError, match="must be given either adapter or like; got neither"):
+        va.register_adapter(OwnDecoder)
+    with pytest.raises(ValueError, match="must be given either adapter or like; got both"):
+        va.register_adapter(OwnDecoder, ADAPTERS["LlamaForCausalLM"], like="LlamaForCausalLM")
     va.register_adapter(OwnDecoder, like="GPT2LMHeadModel")  # the last one counts, and that of a nearer class
     va.register_adapter(Heir, like="LlamaForCausalLM")
     assert torch.equal(explain(heir, inputs).relevancy["language"], explain(model, inputs).relevancy["language"])
     with pytest.raises(ValueError, match=r"must name a class with the towers of OwnDecoder; GPT2LMHeadModel has 'transformer"):
         explain(own, inputs)
-    va.interpret.register_family("OwnDecoder", FAMILIES["LlamaForCausalLM"])
-    monkeypatch.delitem(FAMILIES, "OwnDecoder")  # after what follows
-    assert "OwnDecoder" not in registry.ADAPTED
+    va.interpret.register_adapter("OwnDecoder", ADAPTERS["LlamaForCausalLM"])
+    monkeypatch.delitem(ADAPTERS, "OwnDecoder")  # after what follows
+    assert "OwnDecoder" not in registry.BORROWED
 
 
 def test_pictures_beside_a_decoder_with_gates():

@@ -1,11 +1,11 @@
-"""Records of decoders that see images, where what is derived would lack a grid or the connector."""
+"""Adapters of decoders that see images, where what is derived would lack a grid or the connector."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from vlattn_fast.interpret.records import connector_maps, image_grids
-from vlattn_fast.interpret.records.record import Family, Tower
+from vlattn_fast.interpret.adapters import connector_maps, image_grids
+from vlattn_fast.interpret.adapters.adapter import Adapter, Tower
 
 _QUERIES = Tower("language", "model.language_model", "layers", "target", "image_text")
 _DECODER = replace(_QUERIES, grid=image_grids.patches)
@@ -18,24 +18,24 @@ _STATES = Tower("vision", "model.vision_model", "", "mean", "image", grid=image_
 _VISION = Tower("vision", "model.vision_tower", "encoder.layers", "mean", "patches")
 _PACKED = replace(_VISION, path="model.visual", layers="blocks")
 _PIXTRAL = replace(_VISION, layers="transformer.layers")
-_QWEN_VL = Family((_QWEN,), "token", vision=_PACKED, connector=connector_maps.packed)
-_IDEFICS3 = Family((_TILES,), "token", vision=replace(_VISION, path="model.vision_model"))
-_ANYRES = Family((replace(_QUERIES, grid=image_grids.anyres),), "token", vision=_VISION, connector=connector_maps.tiles)
+_QWEN_VL = Adapter((_QWEN,), "token", vision=_PACKED, connector=connector_maps.packed)
+_IDEFICS3 = Adapter((_TILES,), "token", vision=replace(_VISION, path="model.vision_model"))
+_ANYRES = Adapter((replace(_QUERIES, grid=image_grids.anyres),), "token", vision=_VISION, connector=connector_maps.tiles)
 
-DECODERS: dict[str, Family] = {
+DECODERS: dict[str, Adapter] = {
     # One token a patch, or a square of patches.
-    "LlavaForConditionalGeneration": Family(
+    "LlavaForConditionalGeneration": Adapter(
         (_DECODER,),
         "token",
         vision=_VISION,
         others=(
-            Family((_DECODER,), "token", vision=_PIXTRAL, connector=connector_maps.in_one_row),
-            Family((_DECODER,), "token"),  # over another vision tower
+            Adapter((_DECODER,), "token", vision=_PIXTRAL, connector=connector_maps.in_one_row),
+            Adapter((_DECODER,), "token"),  # over another vision tower
         ),
     ),
-    "PaliGemmaForConditionalGeneration": Family((_DECODER,), "token", vision=_VISION, answer_type=1),  # 0 = sees both ways
-    "Gemma3ForConditionalGeneration": Family((_GEMMA,), "token", vision=_VISION, answer_type=0),  # 1 = image
-    "Mistral3ForConditionalGeneration": Family(
+    "PaliGemmaForConditionalGeneration": Adapter((_DECODER,), "token", vision=_VISION, answer_type=1),  # 0 = sees both ways
+    "Gemma3ForConditionalGeneration": Adapter((_GEMMA,), "token", vision=_VISION, answer_type=0),  # 1 = image
+    "Mistral3ForConditionalGeneration": Adapter(
         (replace(_QUERIES, grid=image_grids.merged_sizes),), "token", vision=_PIXTRAL, connector=connector_maps.in_one_row
     ),
     "Qwen2VLForConditionalGeneration": _QWEN_VL,
@@ -43,14 +43,14 @@ DECODERS: dict[str, Family] = {
     # Tiles and thumbnails.
     "Idefics3ForConditionalGeneration": _IDEFICS3,
     "SmolVLMForConditionalGeneration": _IDEFICS3,
-    "InternVLForConditionalGeneration": Family(
+    "InternVLForConditionalGeneration": Adapter(
         (replace(_QUERIES, grid=image_grids.shuffled),), "token", vision=replace(_VISION, layers="encoder.layer")
     ),
     "LlavaNextForConditionalGeneration": _ANYRES,
     "LlavaOnevisionForConditionalGeneration": _ANYRES,
-    "Llama4ForConditionalGeneration": Family((_LLAMA4,), "token"),
+    "Llama4ForConditionalGeneration": Adapter((_LLAMA4,), "token"),
     # Cross-attention to what the vision tower gives.
-    "MllamaForConditionalGeneration": Family((replace(_QUERIES, tokens="image_text"), _STATES), "token", bimodal=True),
+    "MllamaForConditionalGeneration": Adapter((replace(_QUERIES, tokens="image_text"), _STATES), "token", bimodal=True),
     # It would be derived. Models of a user's own borrow it.
-    "LlamaForCausalLM": Family((replace(_QUERIES, path="model", tokens="text"),), "token"),
+    "LlamaForCausalLM": Adapter((replace(_QUERIES, path="model", tokens="text"),), "token"),
 }

@@ -12,11 +12,11 @@ import vlattn_fast as va
 from tests.helpers.interpret.cases import last_real_row, lively
 from tests.helpers.interpret.decoder_cases import DECODERS, IMAGE, image, next_logits, pixels
 from tests.helpers.interpret.stored_maps import Kept, assert_rows
-from tests.interpret.records.test_decoder_images import pixels_at
-from vlattn_fast.interpret import FAMILIES, explain
+from tests.interpret.adapters.test_decoder_images import pixels_at
+from vlattn_fast.interpret import ADAPTERS, explain
+from vlattn_fast.interpret.adapters.registry import find_adapter
 from vlattn_fast.interpret.dataset.pieces import split
 from vlattn_fast.interpret.explaining.fields import vision_maps
-from vlattn_fast.interpret.records.registry import find_family
 
 VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=32, patch_size=8)
 TEXT = dict(
@@ -116,7 +116,7 @@ def test_against_stored_maps(make):
     language, vision = carried(*bars, row, of_image, token_of_patch, before)
     assert_rows(got.relevancy["language"], language)
     assert_rows(got.relevancy["vision"], vision)
-    assert torch.equal(got.image, got.relevancy["vision"][:, before:].view(2, 4, 4)) and got.image_rows == [0, 1]
+    assert torch.equal(got.image, got.relevancy["vision"][:, before:].view(2, 4, 4)) and got.image_samples == [0, 1]
     assert (bars[0][0] != 0).any() and got.tower_images["language"].shape[0] == 2
     assert "vision" not in got.position and "<canvas" in got.to_html()
 
@@ -178,13 +178,13 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match=words):
         explain(model, {**inputs, "vision_feature_layer": [-1, -2]}, method=va.methods.Gradient(through_connector=True))
     llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{k: v for k, v in TEXT.items() if k != "model_type"}))
-    with pytest.raises(ValueError, match="needs a record of the model's connector, which LlamaForCausalLM does not have"):
+    with pytest.raises(ValueError, match="needs an adapter of the model's connector, which LlamaForCausalLM does not have"):
         explain(llama, {"input_ids": ids}, method=va.methods.Gradient(through_connector=True))
 
 
 # --- every record with a connector ---
 
-CONNECTED = [*(name for name in DECODERS if getattr(FAMILIES.get(name), "vision", None) is not None), "pixtral"]
+CONNECTED = [*(name for name in DECODERS if getattr(ADAPTERS.get(name), "vision", None) is not None), "pixtral"]
 
 # Tokens of each prompt's pictures, where the tower sees tiles, or all at once. Three and five tiles; 4 x 8 and 8 x 4 patches.
 OF_PROMPTS = {
@@ -220,7 +220,7 @@ def in_double(decoder, side):
 
 
 def vision_layers(decoder):
-    tower = find_family(decoder.model).vision
+    tower = find_adapter(decoder.model).vision
     return f"{tower.path}.{tower.layers}"
 
 
@@ -310,12 +310,12 @@ def test_maps_are_the_patches_of_their_place(decoder):
     """Each entry is of the vision token that depends on the pixels at its place, and on no others."""
     inputs = decoder.inputs()
     got = explain(decoder.model, inputs, method=va.methods.Gradient(through_connector=True))
-    row, family = got.relevancy["vision"], find_family(decoder.model)
+    row, family = got.relevancy["vision"], find_adapter(decoder.model)
     shape = SHAPES.get(kind(decoder), row.shape)
     numbers = 1 + torch.arange(shape[0] * shape[1]).view(shape)  # 0 pads
     config = decoder.model.config
     of_prompts, found = vision_maps(numbers, family.connector, config, inputs, {}, family.towers[0].grid(config, inputs))
-    assert found["image_rows"] == got.image_rows == [place.row for place in decoder.maps]
+    assert found["image_samples"] == got.image_samples == [place.row for place in decoder.maps]
     decoder.model.get_submodule(decoder.vision).set_attn_implementation("nothing")
     inputs["pixel_values"].requires_grad_()
     seen = []
@@ -346,7 +346,7 @@ def test_images_that_the_connector_scales_or_does_not_tile(decoder):
     ids = torch.tensor([[1, *image(17), 6, *image(17), 7]])
     images = {**pixels(2, 1), "image_sizes": torch.tensor([[64, 64], [32, 64]]), "batch_num_images": torch.tensor([2])}
     got = explain(model, {"input_ids": ids, **images}, method=va.methods.Gradient(through_connector=True))
-    assert got.image.shape == (2, 4, 4) and got.image_rows == [0, 0]
+    assert got.image.shape == (2, 4, 4) and got.image_samples == [0, 0]
     assert torch.equal(got.image.flatten(1), got.relevancy["vision"])
     config.vision_aspect_ratio = "anyres_max_1"
     ids = torch.tensor([[1, *image(16 + 4 * 5), 7]])
@@ -386,11 +386,12 @@ def test_answers_entries_and_parts_of_a_batch(decoder):
         }
     (best,) = (best for best in alone.top(1) if best.tower == "vision" and best.row == 1)
     image, y, x = best.place
-    assert alone.image_rows[image] == 1 and float(alone.image[image][y, x]) == best.value == float(
+    assert alone.image_samples[image] == 1 and float(alone.image[image][y, x]) == best.value == float(
         alone.relevancy["vision"][1].max()
     )
     second = split(alone, [1, 1])[1]
-    assert torch.equal(second.relevancy["vision"], alone.relevancy["vision"][1:]) and second.image_rows == [0] * len(second.image)
+    assert torch.equal(second.relevancy["vision"], alone.relevancy["vision"][1:])
+    assert second.image_samples == [0] * len(second.image)
 
 
 @pytest.mark.parametrize("decoder", CONNECTED, indirect=True)
@@ -405,7 +406,7 @@ def test_prompts_without_pictures_and_empty_batches(decoder):
 @pytest.mark.parametrize("decoder", ["pixtral", "Mistral3ForConditionalGeneration"], indirect=True)
 def test_images_in_one_row_must_have_their_sizes(decoder):
     wrong = {**decoder.inputs(), "image_sizes": torch.tensor([[32, 32], [32, 32]])}
-    family = find_family(decoder.model)
+    family = find_adapter(decoder.model)
     with pytest.raises(
         ValueError, match="needs image_sizes to tell the patches of each image token; got 5 tokens for a tower of"
     ):
@@ -416,7 +417,7 @@ def test_edges_that_are_in_no_square():
     """Images of 3 x 5 patches: squares of 2 x 2 leave a row and a column out."""
     config = DECODERS["Mistral3ForConditionalGeneration"]().model.config
     inputs = {"pixel_values": torch.zeros(2, 3, 24, 40), "image_sizes": torch.tensor([[24, 40]] * 2)}
-    merged = FAMILIES["Mistral3ForConditionalGeneration"].connector(config, inputs, (1, 30), 4)
+    merged = ADAPTERS["Mistral3ForConditionalGeneration"].connector(config, inputs, (1, 30), 4)
     first = [0, 0, 1, 1, -1, 0, 0, 1, 1, -1, -1, -1, -1, -1, -1]
     assert merged.tokens.tolist() == [*first, *(token + 2 * (token >= 0) for token in first)]
 
@@ -424,5 +425,5 @@ def test_edges_that_are_in_no_square():
 def test_llava_over_another_vision_tower_has_no_record_of_its_connector():
     vision = dict(model_type="dinov2", hidden_size=32, num_hidden_layers=1, num_attention_heads=4, image_size=32, patch_size=8)
     config = transformers.LlavaConfig(vision_config=vision, text_config=TEXT, image_token_index=98)
-    family = find_family(transformers.LlavaForConditionalGeneration(config))
-    assert family.towers == FAMILIES["LlavaForConditionalGeneration"].towers and family.vision is None
+    family = find_adapter(transformers.LlavaForConditionalGeneration(config))
+    assert family.towers == ADAPTERS["LlavaForConditionalGeneration"].towers and family.vision is None

@@ -1,6 +1,6 @@
-"""Records: what `explain` cannot see in a model's forward pass.
+"""Adapters: what `explain` cannot see in a model's forward pass.
 
-It sees every attention call and finds the towers. A record says how towers are called, which row of the relevancy matrix is
+It sees every attention call and finds the towers. An adapter says how towers are called, which row of the relevancy matrix is
 read, which score is explained, and what the tokens stand for.
 """
 
@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast.interpret.records.connector_maps import Connector, squares
-from vlattn_fast.interpret.records.image_grids import Grid
-from vlattn_fast.interpret.records.tokens import Decoded, Named, Tokens, real_words
+from vlattn_fast.interpret.adapters.connector_maps import Connector, squares
+from vlattn_fast.interpret.adapters.image_grids import Grid
+from vlattn_fast.interpret.adapters.tokens import Decoded, Named, Tokens, real_words
 
 NAMES = ("pixel_values", "input_ids")  # of images and texts, in transformers
 
@@ -34,7 +34,7 @@ class Tower:
             one, "mean" and "patch_mean" 1/N over all real (patch) tokens, "cls_and_patch_mean" half of each, "pool" the row of an
             attention-pooling head, "query" the object query that the target names, "gradient" the one, or the mean of several,
             that the score is read from, as its gradient tells.
-        tokens: the kind of its tokens, a class of `vlattn_fast.interpret.records.tokens` by name, which decides how `.image` and
+        tokens: the kind of its tokens, a class of `vlattn_fast.interpret.adapters.tokens` by name, which decides how `.image` and
             `.text` are cut: "patches", "last_patches" (behind all tokens that they leave), "packed_patches", "text", "clip_text",
             "bert_text", "prompted_text" (behind learnt tokens), "image_text" (text with image tokens in it), "image" (these
             alone), "regions" and "text_patches" (BERT's text, then regions or patches), "patches_text", "boxes" (regions alone),
@@ -85,7 +85,7 @@ class Tower:
 
 
 @dataclass(frozen=True)
-class Family:
+class Adapter:
     """Towers of a model class and how its default score is read from the outputs.
 
     Args:
@@ -104,9 +104,9 @@ class Family:
         names: of "pair" scores: the inputs that hold the images and the texts.
         answer_type: the `token_type_ids` of an answer's tokens, where models tell by them which tokens see one another both ways;
             None = those of the last token of the prompt. Where it is not 0, the inputs must have `token_type_ids`.
-        generating: the record of those models of the class that have a vocabulary (`vocab_size`) and predict its tokens.
-        others: records of those models of the class that have other parts, as another language model. One that fits none of them
-            is explained as a model without a record.
+        generating: the adapter of those models of the class that have a vocabulary (`vocab_size`) and predict its tokens.
+        others: adapters of those models of the class that have other parts, as another language model. One that fits none of them
+            is explained as a model without an adapter.
     """
 
     towers: tuple[Tower, ...]
@@ -120,8 +120,8 @@ class Family:
     answers: str = "input_ids"
     names: tuple[str, str] = NAMES
     answer_type: int | None = None
-    generating: Family | None = None
-    others: tuple[Family, ...] = ()
+    generating: Adapter | None = None
+    others: tuple[Adapter, ...] = ()
 
     def __post_init__(self) -> None:
         Score.check_name("score", self.score)
@@ -329,4 +329,4 @@ def indices(target: Any, batch: int, size: int, what: str) -> list[int]:
     return list(chosen)
 
 
-UNRECORDED = Family((), "class")  # of a model without a record: every tower is found
+WITHOUT_ADAPTER = Adapter((), "class")  # of a model without an adapter: every tower is found

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast.interpret.records.image_grids import (
+from vlattn_fast.interpret.adapters.image_grids import (
     Grid,
     Layout,
     Maps,
@@ -25,11 +25,11 @@ from vlattn_fast.interpret.records.image_grids import (
     square_patches,
     stacked,
 )
-from vlattn_fast.interpret.records.pixels import Box, Shape, numbered, real_grids
+from vlattn_fast.interpret.adapters.pixels import Box, Shape, numbered, real_grids
 
 
 class Named:
-    """A base whose subclasses have names by which records know them. The last class of a name counts."""
+    """A base whose subclasses have names by which adapters know them. The last class of a name counts."""
 
     name: ClassVar[str]
     named: ClassVar[dict[str, type[Any]]]
@@ -49,7 +49,7 @@ class Named:
 
 @dataclass(frozen=True, eq=False)
 class Tokens(Named):
-    """The tokens (B, N) of a tower in a batch. This base is the kind of towers without a record: only masks may tell."""
+    """The tokens (B, N) of a tower in a batch. This base is the kind of towers without an adapter: only masks may tell."""
 
     inputs: Mapping[str, Any]  # the model's
     shape: tuple[int, int]

@@ -108,7 +108,7 @@ def test_rollout_tells_what_tokens_keep_of_themselves_from_what_they_are_brought
 def test_cameras_are_pictures_and_tokens_have_names(tmp_path):
     got = va.explain(policy(), seen(), target=va.Action(2, 1, 0.5))
     language = got.relevancy["language"]
-    assert got.image.shape == (3, 2, 2) and got.image_rows == [0, 0, 1] and got.photos == [0, 1, 2]
+    assert got.image.shape == (3, 2, 2) and got.image_samples == [0, 0, 1] and got.photos == [0, 1, 2]
     for number, (row, first) in enumerate([(0, 0), (0, 4), (1, 0)]):
         assert_rows(got.image[number].flatten()[None], language[row, first : first + 4][None])
     assert got.token_ids == [[3, 4, 5, 6], [7, 8, 9, 10, 11]]
@@ -119,7 +119,7 @@ def test_cameras_are_pictures_and_tokens_have_names(tmp_path):
 
 
 def test_a_state_of_several_tokens_names_the_joints():
-    from vlattn_fast.interpret.records.actions import Actions
+    from vlattn_fast.interpret.adapters.actions import Actions
 
     tokens = Actions({"state": torch.zeros(1, 2), "noise": torch.zeros(1, 3, 4)}, (1, 5))
     assert tokens.fields(torch.zeros(1, 5))["token_names"] == ["joint 0", "joint 1", "action 0", "action 1", "action 2"]

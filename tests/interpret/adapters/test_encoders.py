@@ -65,7 +65,7 @@ def test_images_and_words_are_cut_out_of_the_rows(encoder):
     got, facts = explain(encoder.model, encoder.inputs, target=encoder.target), encoder.facts
     if "words" in facts:
         assert got.token_ids == facts["words"]
-        row, ids = got.beside(list(got.relevancy)[-1]), encoder.inputs["input_ids"]
+        row, ids = got.without_self(list(got.relevancy)[-1]), encoder.inputs["input_ids"]
         row = row[:, IMAGE + ("joint" in got.relevancy) :] if facts.get("first", 99) < 3 else row[:, :WORDS]
         for b, words in enumerate(facts["words"]):
             first = ids[b].tolist().index(words[0], int(ids.shape[1] > len(words) and words != ids[b, : len(words)].tolist()))
@@ -73,7 +73,7 @@ def test_images_and_words_are_cut_out_of_the_rows(encoder):
     if "image" in facts or "images" in facts:
         grids = facts.get("images", [facts["image"][1:]] * 2 if "image" in facts else None)
         assert [tuple(image.shape) for image in got.image] == grids
-        row = got.beside(next(iter(got.relevancy)))
+        row = got.without_self(next(iter(got.relevancy)))
         for image, patches in zip(got.image, row, strict=True):
             first = facts.get("first", row.shape[1] - PATCHES)
             assert torch.equal(image.flatten(), patches[first : first + image.numel()])

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlattn_fast.interpret.records.image_grids import Layout, anyres, anyres_shape, anyres_tiles, merged_shapes, patch_shape
-from vlattn_fast.interpret.records.pixels import Shape
+from vlattn_fast.interpret.adapters.image_grids import Layout, anyres, anyres_shape, anyres_tiles, merged_shapes, patch_shape
+from vlattn_fast.interpret.adapters.pixels import Shape
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_integer
-from vlattn_fast.interpret.records.record import Score
-from vlattn_fast.interpret.records.tokens import Tokens
+from vlattn_fast.interpret.adapters.adapter import Score
+from vlattn_fast.interpret.adapters.tokens import Tokens
 
 _NEEDED = {
     "state": "the robot's state (B, entries)",

@@ -1,10 +1,10 @@
-"""Records of encoders: images, texts, and the dual encoders that match them."""
+"""Adapters of encoders: images, texts, and the dual encoders that match them."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from vlattn_fast.interpret.records.record import Family, Tower
+from vlattn_fast.interpret.adapters.adapter import Adapter, Tower
 
 _CLIP_VISION = Tower("vision", "vision_model", "encoder.layers", "cls", "patches", prefix=1)
 _CLIP_TEXT = Tower("text", "text_model", "encoder.layers", "eot", "clip_text")
@@ -57,22 +57,22 @@ _ONE_TOWER = [
 ]
 _CLIPS = ("CLIPModel", "MetaClip2Model", "CLIPSegModel", "OwlViTModel")
 
-ENCODERS: dict[str, Family] = {
-    **{f"{stem}Model": Family((replace(tower, path=""),), "class") for stem, tower, _ in _ONE_TOWER},
-    **{f"{stem}{head}": Family((tower,), "class") for stem, tower, heads in _ONE_TOWER for head in heads.split()},
-    "Dinov2ForImageClassification": Family((_DINOV2_READ,), "class"),
-    "Dinov2WithRegistersForImageClassification": Family((replace(_DINOV2_READ, path="dinov2_with_registers"),), "class"),
-    "CLIPForImageClassification": Family((replace(_CLIP_VISION, readout="patch_mean"),), "class"),
-    "SiglipForImageClassification": Family((replace(_SIGLIP_VISION, readout="mean", pooling=None),), "class"),
-    "DINOv3ViTModel": Family((_DINOV3,), "class"),
-    "VisualBertForQuestionAnswering": Family((replace(_VISUAL_BERT, readout="before_sep"),), "class"),
-    "FlavaModel": Family((_FLAVA,), "class"),
-    "UNITER": Family((_UNITER,), "class"),
-    "GitForCausalLM": Family((_GIT,), "token"),
-    **dict.fromkeys(_CLIPS, Family((_CLIP_VISION, _CLIP_TEXT), "pair")),
-    **dict.fromkeys(("ChineseCLIPModel", "BlipModel"), Family((_CLIP_VISION, _BERT_BESIDE_CLIP), "pair")),
-    "AltCLIPModel": Family((_CLIP_VISION, _ALT_TEXT), "pair"),
-    "SiglipModel": Family((_SIGLIP_VISION, _SIGLIP_TEXT), "pair"),
-    "Siglip2Model": Family((_SIGLIP2_VISION, _SIGLIP_TEXT), "pair"),
-    "AlignModel": Family((_BERT_BESIDE_CLIP,), "pair"),  # its images go through convolutions
+ENCODERS: dict[str, Adapter] = {
+    **{f"{stem}Model": Adapter((replace(tower, path=""),), "class") for stem, tower, _ in _ONE_TOWER},
+    **{f"{stem}{head}": Adapter((tower,), "class") for stem, tower, heads in _ONE_TOWER for head in heads.split()},
+    "Dinov2ForImageClassification": Adapter((_DINOV2_READ,), "class"),
+    "Dinov2WithRegistersForImageClassification": Adapter((replace(_DINOV2_READ, path="dinov2_with_registers"),), "class"),
+    "CLIPForImageClassification": Adapter((replace(_CLIP_VISION, readout="patch_mean"),), "class"),
+    "SiglipForImageClassification": Adapter((replace(_SIGLIP_VISION, readout="mean", pooling=None),), "class"),
+    "DINOv3ViTModel": Adapter((_DINOV3,), "class"),
+    "VisualBertForQuestionAnswering": Adapter((replace(_VISUAL_BERT, readout="before_sep"),), "class"),
+    "FlavaModel": Adapter((_FLAVA,), "class"),
+    "UNITER": Adapter((_UNITER,), "class"),
+    "GitForCausalLM": Adapter((_GIT,), "token"),
+    **dict.fromkeys(_CLIPS, Adapter((_CLIP_VISION, _CLIP_TEXT), "pair")),
+    **dict.fromkeys(("ChineseCLIPModel", "BlipModel"), Adapter((_CLIP_VISION, _BERT_BESIDE_CLIP), "pair")),
+    "AltCLIPModel": Adapter((_CLIP_VISION, _ALT_TEXT), "pair"),
+    "SiglipModel": Adapter((_SIGLIP_VISION, _SIGLIP_TEXT), "pair"),
+    "Siglip2Model": Adapter((_SIGLIP2_VISION, _SIGLIP_TEXT), "pair"),
+    "AlignModel": Adapter((_BERT_BESIDE_CLIP,), "pair"),  # its images go through convolutions
 }

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vlattn_fast.interpret.records.image_grids import (
+from vlattn_fast.interpret.adapters.image_grids import (
     Layout,
     anyres,
     beside_thumbnails,
@@ -18,7 +18,7 @@ from vlattn_fast.interpret.records.image_grids import (
     merged_shapes,
     whole,
 )
-from vlattn_fast.interpret.records.pixels import Shape
+from vlattn_fast.interpret.adapters.pixels import Shape
 
 # The side of the square of patches that one token stands for, and the share of a side that is left.
 _SIDES = ("spatial_merge_size", "merge_size", "downsample_factor", "scale_factor", "pixel_shuffle_factor", "pooling_kernel_size")

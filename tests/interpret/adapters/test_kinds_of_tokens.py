@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from vlattn_fast.interpret import FAMILIES, Family, Tower, explain, register_family
-from vlattn_fast.interpret.records.record import READOUTS
-from vlattn_fast.interpret.records.tokens import Tokens
+from vlattn_fast.interpret import ADAPTERS, Adapter, Tower, explain, register_adapter
+from vlattn_fast.interpret.adapters.adapter import READOUTS
+from vlattn_fast.interpret.adapters.tokens import Tokens
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -48,8 +48,8 @@ def listener(monkeypatch):
     monkeypatch.setattr(Tokens, "named", dict(Tokens.named))
     exec(re.findall(r"```python\n(.*?)```", section, re.S)[0], {"__name__": "contributing"})
     (tower,) = re.findall(r"`(Tower\(.*?\))`", section)
-    monkeypatch.setitem(FAMILIES, "Listener", None)
-    register_family("Listener", Family((eval(tower, {"Tower": Tower}),), "class"))
+    monkeypatch.setitem(ADAPTERS, "Listener", None)
+    register_adapter("Listener", Adapter((eval(tower, {"Tower": Tower}),), "class"))
     torch.manual_seed(0)
     return Listener().double(), {"spectrogram": torch.randn(2, 3, 5, dtype=torch.float64), "lengths": torch.tensor([5, 2])}
 
@@ -57,7 +57,7 @@ def listener(monkeypatch):
 def test_its_maps_are_cut_from_the_row(listener):
     model, inputs = listener
     got = explain(model, inputs)
-    assert got.image.shape == (2, 3, 5) and got.image_rows == [0, 1] and got.text is None
+    assert got.image.shape == (2, 3, 5) and got.image_samples == [0, 1] and got.text is None
     assert torch.equal(got.image.flatten(1), got.relevancy["ear"][:, 1:])
     assert bool((got.image[1, :, :2] != 0).any()) and not got.image[1, :, 2:].any()
 
@@ -77,7 +77,7 @@ def test_names_are_those_of_the_classes(listener):
     with pytest.raises(ValueError, match="tokens must be one of .*'patches'.*'sound'.*; got 'smell'"):
         Tower("ear", "", "layers", "cls", "smell")
     with pytest.raises(ValueError, match="score must be one of .*'class'.*; got 'logit'"):
-        Family((), "logit")
+        Adapter((), "logit")
     for readout in READOUTS:
         assert (
             Tower("ear", "", "layers", readout, "sound", pooling="head" if readout == "pool" else None).row is READOUTS[readout]
