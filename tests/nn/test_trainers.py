@@ -119,7 +119,7 @@ def test_accelerate(page: dict[str, Any], loss: str, options: dict[str, Any]) ->
         term = va.train.CongruenceTerm(model, congruence)
     else:
         term = va.train.RelevancyTerm(model, va.nn.RelevancyLoss("inside", prefix=1), weight=0.8)
-    data = page["questions" if loss == "congruence" else "pictures"]
+    data = page["questions" if loss == "congruence" else "images"]
     assert page["train"](model, data, term, 2, cpu=True, **options) == 2
     assert not torch.equal(weights(model), before)
     if loss == "congruence":
