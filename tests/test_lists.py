@@ -50,8 +50,8 @@ def test_the_lists_are_up_to_date() -> None:
     assert Lists().stale() == [], "run make lists"
 
 
-def test_the_guide_has_the_lines_of_the_help_text() -> None:
-    shown = re.findall(r'^\| `"([\w:]+)"` \| (.+) \|$', Lists().methods_of_guide(), re.M)
+def test_the_page_of_methods_has_the_lines_of_the_help_text() -> None:
+    shown = re.findall(r'^\| `"([\w:]+)"` \| (.+) \|$', Lists().methods_page(), re.M)
     assert dict(shown) == first_lines() and [name for name, _ in shown] == [*first_lines()]
 
 
@@ -76,12 +76,14 @@ def test_what_is_added_is_written_everywhere(tree: Path) -> None:
         "docs/api.md": ["::: vlattn_fast.scores.Shifted", "::: vlattn_fast.nn.NewLoss"],
         "docs/operators/toy.md": ["# toy", "::: vlattn_fast.toy"],
         "mkdocs.yml": ["      - toy: operators/toy.md", '      - "See: a model": guides/see.md'],
-        "docs/guides/explain_a_model.md": [
-            '| `"layer_mean"` | The mean over the layers. |', '| `"layer_mean:half"` | Half of it. |'
+        "docs/methods.md": [
+            '| `"layer_mean"` | The mean over the layers. |', '| `"layer_mean:half"` | Half of it. |',
+            "## layer_mean", "::: vlattn_fast.methods.LayerMean",
         ],
     }.items():  # fmt: skip
         assert {*lines} <= {*lists.text(name).splitlines()}, name
-    assert "Half" not in lists.text("vlattn_fast/methods.py") and "masks.md" not in lists.text("mkdocs.yml")
+    assert "Half" not in lists.text("vlattn_fast/methods.py") and "methods.Half" not in lists.text("docs/methods.md")
+    assert "masks.md" not in lists.text("mkdocs.yml")
     assert lists.text("docs/api.md").index("scores.Shifted") < lists.text("docs/api.md").index("## Layers and losses")
     assert lists.stale() == lists.write() == []
 

@@ -1,4 +1,4 @@
-"""Writes the lists that follow from the code: exports, docs/api.md's entries, the site's navigation, the table of methods.
+"""Writes the lists that follow from the code: exports, docs/api.md's entries, the site's navigation, the page of methods.
 
     python -m tools.lists            # `make lists`: writes them
     python -m tools.lists --check    # names the files that would change, and writes nothing
@@ -82,7 +82,7 @@ class Lists:
             texts[name] = self.exports(part)
         texts["docs/api.md"] = self.api(texts)
         texts["mkdocs.yml"] = self.navigation(texts)
-        texts["docs/guides/explain_a_model.md"] = self.methods_of_guide()
+        texts["docs/methods.md"] = self.methods_page()
         return texts
 
     def stale(self) -> list[str]:
@@ -185,14 +185,20 @@ class Lists:
             assert count == 1, f"mkdocs.yml has no heading {folder!r} with pages"
         return text
 
-    def methods_of_guide(self) -> str:
-        """The names of all methods and the first line of each class's docstring, in the order of `help(va.explain)`."""
-        name = "docs/guides/explain_a_model.md"
-        lines = {method: line for _, _, method, line in self.named_classes("vlattn_fast/interpret/relevancy/methods")}
+    def methods_page(self) -> str:
+        """The names of all methods and the first line of each class's docstring, in the order of `help(va.explain)`; a class of
+        `va.methods` without an entry gets one."""
+        found = list(self.named_classes("vlattn_fast/interpret/relevancy/methods"))
+        lines = {method: line for _, _, method, line in found}
         in_order = sorted(lines, key=lambda method: (":" in method, method != "gradient"))
         table = "".join(f'| `"{method}"` | {lines[method]} |\n' for method in in_order)
         old = re.compile(r"(^\| `method` \| .+\n\| --- \| --- \|\n)(?:\|.+\n)*", re.M)
-        return old.sub(lambda head: head[1] + table, self.text(name))
+        text = old.sub(lambda head: head[1] + table, self.text("docs/methods.md"))
+        for _, kind, method, _ in found:
+            entry = f"::: vlattn_fast.methods.{kind}\n"
+            if ":" not in method and entry not in text:
+                text += f"\n## {method}\n\n{entry}    options: {{inherited_members: true, members: [__init__]}}\n"
+        return text
 
 
 def with_imports(text: str, found: list[tuple[str, str]]) -> str:

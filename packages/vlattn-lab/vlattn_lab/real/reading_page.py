@@ -37,7 +37,7 @@ Three glyphs of each formula are explained, the first, the middle and the last o
 formulas. The decoder gets the characters in front of the explained one, and none after it. The box of a glyph covers {area} of
 the picture. *Pointing* is the share of the maps whose largest entry lies in the box or at most one patch beside it, and *mass*
 the share of the positive part inside the box. *Held fixed* is the option `freeze`, and each score the option `of`;
-[the guide](../guides/explain_a_model.md) explains both. Values are means ± standard errors over formulas: over the {common} that
+[Methods](../methods.md) explains both. Values are means ± standard errors over formulas: over the {common} that
 all rules of the table have, with the number of formulas in brackets where a score has fewer of these. *Formulas* is how many a
 rule was measured on with the logit. These rows took {minutes:.0f} minutes on a machine with other work; {missing}.
 
