@@ -1,5 +1,6 @@
 """What the documents name exists, what they show runs and prints what they say, and the site's pages are complete."""
 
+import ast
 import importlib
 import importlib.util
 import inspect
@@ -175,6 +176,25 @@ def test_the_site_lists_the_methods(monkeypatch):
     call = SimpleNamespace(docstring=SimpleNamespace(value="Methods:\n\n<methods>\n"), parameters=[])
     extension["OneLinePerArgument"]().on_function(func=call)
     assert call.docstring.value == f"Methods:\n\n{method_list()}\n"
+
+
+def messages() -> set[str]:
+    """The texts in the sources, with … for what a call fills in."""
+    found = set()
+    for path in (ROOT / "vlattn_fast").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.add(node.value)
+            elif isinstance(node, ast.JoinedStr):
+                found.add("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
+    return found
+
+
+def test_the_messages_of_troubleshooting_are_in_the_sources():
+    known = messages()
+    shown = re.findall(r"^### `(.+)`$", text("docs/troubleshooting.md"), re.M)
+    gone = [one for one in shown if not any(re.search(".*".join(map(re.escape, one.split("…"))), each, re.S) for each in known)]
+    assert len(shown) > 20 and not gone, f"no message: {gone}"
 
 
 def test_backends_are_those_of_the_table():
