@@ -55,12 +55,10 @@ class Gradient(GradientMethod):
                 their index in its list of blocks; -1 is the last one that mixes tokens.
             through_connector: only supports decoders that see images: carry the relevancy of the image tokens on into the vision
                 tower, as `relevancy["vision"]`. Each image token's is divided equally among its patches.
-            sinks: tokens that receive attention without content: "keep" = maps as the method makes them; "remove" = their share
-                is left out of each attention map, and `explanation.sinks` names them. In a layer, such a token receives at
-                least five times the median attention of the tokens, and the norm of its values is at most 0.8 times the
-                median. With s_j = 1 for these tokens, Abar_ij becomes Abar_ij (1 - s_j). If Abar is mean_h A, each row keeps its
-                sum: the rest of row i is multiplied by sum_k Abar_ik / sum_k Abar_ik (1 - s_k). Learned sinks, such as those of
-                gpt-oss, are not tokens and stay. `va.find_sinks` names these tokens without an explanation.
+            sinks: tokens that receive attention without content, which `va.find_sinks` names and defines: "keep" = maps as the
+                method makes them; "remove" = their columns are left out of each attention map, and `explanation.sinks` names
+                them. If Abar is mean_h A, each row keeps its sum. Learned sinks, such as those of gpt-oss, are not tokens and
+                stay.
             freeze, of: see `Method`.
 
         Raises:
