@@ -34,22 +34,26 @@ PAGE = """# {stem}
 
 `{stem}` computes.
 
-## Formula
+## What it computes
 
 $$ y $$
 
-## Shapes
+## Call
 
-| argument | shape |
+| argument | what to pass |
 | --- | --- |
 
-## Example
+## What you get
 
-## Which backend when
+## When to use it
 
 ## Cost
 
 On a GPU: not measured.
+
+## Limits
+
+[Choose a backend](../guides/choose_a_backend.md) says which backend runs.
 
 ## API
 
