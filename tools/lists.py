@@ -24,7 +24,7 @@ SECTIONS = {
     "interpret": "Explanations",
     "scores": "Score functions",
     "nn": "Layers and losses",
-    "train": "Training in loops of others",
+    "train": "Trainers and training loops",
     "models": "Models",
 }
 # where a page of a folder stands in the navigation

@@ -1,4 +1,4 @@
-"""The page of models says what the records say."""
+"""The page of models says what the adapters say."""
 
 from __future__ import annotations
 

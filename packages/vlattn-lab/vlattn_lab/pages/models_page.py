@@ -1,4 +1,4 @@
-"""The tables of docs/models.md: the listed records, and what `python -m vlattn_lab.model_classes` stored."""
+"""The tables of docs/models.md: the listed classes, and what `python -m vlattn_lab.model_classes` stored."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ MAPPED = {
     "text": "Sequence classification",
 }
 OUTCOMES = ("equal", "refused", "cannot be built", "cannot be compared", "wrong")
+SHOWN = {"refused": "not supported"}  # the others are shown under their stored names
 SCORES = {
     "pair": "similarity of image i and text i",
     "class": "largest logit",
@@ -61,11 +62,11 @@ def measured(table: dict[str, Any]) -> str:
     text = f"""## Classes of transformers {table["transformers"]}
 
 `python -m vlattn_lab.model_classes` builds a small random model of each class, from the class's default config with small sizes
-and the values that only configs of checkpoints have, and explains it as it is in float64. It compares the rows with the
-published rule on the maps of eager attention: *equal* is a difference of at most {BOUND:.0e} of a row's largest value. A picture
-must change the logits. *Refused* is an error that names its reason. A class *cannot be built* where its default config with small
-sizes does not run, and *cannot be compared* where the model gives no maps, or nothing but `explain` says which row is
-read.
+and the values that only configs of checkpoints have, and explains it without further arguments in float64. It compares the relevancy
+vectors with the published rule on the maps of eager attention. *Equal* is a difference of at most {BOUND:.0e} of a vector's largest
+value. An image must change the logits. *Not supported* is an error that names its reason. A class *cannot be built* if its default
+config with small sizes does not run. It *cannot be compared* if the model returns no maps, or if only `explain` says which position
+is explained.
 """
     return text + outcomes(table)
 
@@ -74,10 +75,10 @@ def edited(table: dict[str, Any]) -> str:
     """The stored outcomes of `python -m vlattn_lab.model_classes --edits`."""
     text = f"""## Edited attention
 
-`python -m vlattn_lab.model_classes --edits` takes the same models, cuts edges of two heads in all layers and steers a layer, by
+`python -m vlattn_lab.model_classes --edits` uses the same models. It cuts edges of two heads in all layers and steers a layer, using
 `va.intervene` with `Knockout` and `Steer`, and compares the logits with those of eager attention with edited maps. *Equal* is a
-difference of at most {BOUND:.0e} of what the edits change. A class *cannot be compared* where no tower of three tokens
-attends to itself, or the edits change no logit.
+difference of at most {BOUND:.0e} of what the edits change. A class *cannot be compared* if no tower of three tokens attends to
+itself, or if the edits change no logit.
 """
     return text + outcomes(table, names_equal=False)
 
@@ -92,16 +93,15 @@ def held(table: dict[str, Any], explained: dict[str, Any]) -> str:
                 kept[name] = f"`{name}`" + (f" ({', '.join(parts)})" if parts else "")
     text = f"""## Norms held fixed
 
-`python -m vlattn_lab.model_classes --held` takes the same models, holds the denominators of norms fixed
-(`freeze=("norms",)`), and compares the gradient of the score by all embeddings with that of a plain
-implementation, in which each norm is written out with a detached denominator. Where rows can be compared, those of
-`va.methods.Gradient(freeze=("norms",))` and of
+`python -m vlattn_lab.model_classes --held` uses the same models. It holds the denominators of norms fixed (`freeze=("norms",)`) and
+compares the gradient of the score at all embeddings with that of a plain implementation, in which each norm has a detached
+denominator. If relevancy vectors can be compared, those of `va.methods.Gradient(freeze=("norms",))` and of
 `va.methods.Gradient(freeze=("norms", "attention"))` are compared with the published rule on the plain implementation's maps.
 *Equal* is a difference of at most {BOUND:.0e} of the largest value, in all that was compared.
 
 {_compared(table, explained)}
-A root that is taken in the code of a larger module keeps its derivative, with `freeze` as without, be it of a norm or not. These
-classes have one (in brackets the module, where it is not the model's own): {", ".join(kept.values()) or "none"}.
+A square root in the code of a larger module keeps its derivative, with and without `freeze`, even if it belongs to a norm. These
+classes have one (in brackets the module, if it is not the model's own): {", ".join(kept.values()) or "none"}.
 """
     return text + outcomes(table, names_equal=False)
 
@@ -115,7 +115,7 @@ def _compared(table: dict[str, Any], explained: dict[str, Any]) -> str:
         whole = sum("e-" in reason.partition("rows ")[2].partition(KEPT)[0] for reason in equal)
         numbers = (len(explained[mapping]), len(rows), len(equal), whole)
         lines += f"| {title} | {' | '.join(map(str, numbers))} |\n"
-    return f"| | model types | measured | gradients equal | rows equal too |\n| --- | ---: | ---: | ---: | ---: |\n{lines}"
+    return f"| | model types | measured | gradients equal | relevancy equal too |\n| --- | ---: | ---: | ---: | ---: |\n{lines}"
 
 
 def outcomes(table: dict[str, Any], names_equal: bool = True) -> str:
@@ -126,13 +126,13 @@ def outcomes(table: dict[str, Any], names_equal: bool = True) -> str:
             continue
         rows = table[mapping]
         counts = Counter(outcome for _, outcome, _ in rows.values())
-        shown = ", ".join(f"{counts[outcome]} {outcome}" for outcome in OUTCOMES if counts[outcome])
+        shown = ", ".join(f"{counts[outcome]} {SHOWN.get(outcome, outcome)}" for outcome in OUTCOMES if counts[outcome])
         equal = sorted({name for name, outcome, _ in rows.values() if outcome == "equal"})
         text += f"\n### {title}\n\n{len(rows)} model types: {shown}.\n\n"
         text += f"Equal: {', '.join(f'`{name}`' for name in equal)}.\n\n" if names_equal else ""
         text += "| class | outcome | reason |\n| --- | --- | --- |\n"
         others = sorted({(name, outcome, reason) for name, outcome, reason in rows.values() if outcome != "equal"})
-        text += "".join(f"| `{name}` | {outcome} | {_short(reason)} |\n" for name, outcome, reason in others)
+        text += "".join(f"| `{name}` | {SHOWN.get(outcome, outcome)} | {_short(reason)} |\n" for name, outcome, reason in others)
     return text
 
 
@@ -148,10 +148,10 @@ def measured_models() -> str:
 
 
 def listed_models() -> str:
-    """A section for each kind of listed record."""
+    """A section for each kind of listed class."""
     parts = []
     for kind, adapters in KINDS.items():
-        parts.append(f"### {kind}\n\n| class | row that is read | default score | maps | connector |")
+        parts.append(f"### {kind}\n\n| class | position | default score | maps | connector |")
         parts[-1] += "\n| --- | --- | --- | --- | --- |\n"
         parts[-1] += "\n".join(line for name, adapter in sorted(adapters.items()) for line in rows(name, adapter)) + "\n"
     return "\n".join(parts)
