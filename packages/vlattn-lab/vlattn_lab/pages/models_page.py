@@ -62,11 +62,11 @@ def measured(table: dict[str, Any]) -> str:
     text = f"""## Classes of transformers {table["transformers"]}
 
 `python -m vlattn_lab.model_classes` builds a small random model of each class, from the class's default config with small sizes
-and the values that only configs of checkpoints have, and explains it without further arguments in float64. It compares the relevancy
-vectors with the published rule on the maps of eager attention. *Equal* is a difference of at most {BOUND:.0e} of a vector's largest
-value. An image must change the logits. *Not supported* is an error that names its reason. A class *cannot be built* if its default
-config with small sizes does not run. It *cannot be compared* if the model returns no maps, or if only `explain` says which position
-is explained.
+and the values that only configs of checkpoints have, and explains it without further arguments in float64. It compares the
+relevancy vectors with the published rule on the maps of eager attention. *Equal* is a difference of at most {BOUND:.0e} of a
+vector's largest value. An image must change the logits. *Not supported* is an error that names its reason. A class *cannot be
+built* if its default config with small sizes does not run. It *cannot be compared* if the model returns no maps, or if only
+`explain` says which position is explained.
 """
     return text + outcomes(table)
 
@@ -75,10 +75,10 @@ def edited(table: dict[str, Any]) -> str:
     """The stored outcomes of `python -m vlattn_lab.model_classes --edits`."""
     text = f"""## Edited attention
 
-`python -m vlattn_lab.model_classes --edits` uses the same models. It cuts edges of two heads in all layers and steers a layer, using
-`va.intervene` with `Knockout` and `Steer`, and compares the logits with those of eager attention with edited maps. *Equal* is a
-difference of at most {BOUND:.0e} of what the edits change. A class *cannot be compared* if no tower of three tokens attends to
-itself, or if the edits change no logit.
+`python -m vlattn_lab.model_classes --edits` uses the same models. It cuts edges of two heads in all layers and steers a layer,
+using `va.intervene` with `Knockout` and `Steer`, and compares the logits with those of eager attention with edited maps.
+*Equal* is a difference of at most {BOUND:.0e} of what the edits change. A class *cannot be compared* if no tower of three
+tokens attends to itself, or if the edits change no logit.
 """
     return text + outcomes(table, names_equal=False)
 
@@ -93,8 +93,8 @@ def held(table: dict[str, Any], explained: dict[str, Any]) -> str:
                 kept[name] = f"`{name}`" + (f" ({', '.join(parts)})" if parts else "")
     text = f"""## Norms held fixed
 
-`python -m vlattn_lab.model_classes --held` uses the same models. It holds the denominators of norms fixed (`freeze=("norms",)`) and
-compares the gradient of the score at all embeddings with that of a plain implementation, in which each norm has a detached
+`python -m vlattn_lab.model_classes --held` uses the same models. It holds the denominators of norms fixed (`freeze=("norms",)`)
+and compares the gradient of the score at all embeddings with that of a plain implementation, in which each norm has a detached
 denominator. If relevancy vectors can be compared, those of `va.methods.Gradient(freeze=("norms",))` and of
 `va.methods.Gradient(freeze=("norms", "attention"))` are compared with the published rule on the plain implementation's maps.
 *Equal* is a difference of at most {BOUND:.0e} of the largest value, in all that was compared.
