@@ -304,8 +304,8 @@ def test_what_the_page_says_of_two_methods():
     numbers = [("one", "pointing", 0.9, 0.8), ("one", "deletion", 0.3, 0.1), ("two", "pointing", 0.5, 0.75)]
     assert [page.lead(pair) for pair in numbers] == pytest.approx([0.1, -0.2, -0.25])
     assert "is better in 1 of these 3 figures" in page.default(numbers)
-    assert "Where `gradient` is behind most, in pointing of two, it loses 0.250." in page.default(numbers)
-    assert "Where `rollout` is behind most, in pointing of one, it loses 0.100." in page.default(numbers)
+    assert "The largest deficit of `gradient` is 0.250, in pointing of two." in page.default(numbers)
+    assert "The largest deficit of `rollout` is 0.100, in pointing of one." in page.default(numbers)
     said = "on one `gradient` has 0.900, above `rollout` with 0.800; on two `gradient` has 0.500, below `rollout` with 0.750."
     assert said in page.per_model(numbers)
 

@@ -374,7 +374,7 @@ def test_with_torchs_own_rules_the_rival_is_input_times_gradient(reader, monkeyp
     expected = reading.relevancy(reader, one, "b", Rule("input_gradient", (), "logit", baseline))
     torch.testing.assert_close(reading.relevancy(reader, one, "b", Rule(rival.PACKAGE, None, "logit", baseline)), expected)
     ink = nn.functional.max_pool2d(one.blank - one.images, 8)[0, 0] > 0
-    assert bool((expected != 0).equal(ink)) == (baseline == "blank"), "less the blank picture, a map lies on ink"
+    assert bool((expected != 0).equal(ink)) == (baseline == "blank"), "less the blank image, a map lies on ink"
 
 
 # --- the page ---
@@ -397,6 +397,6 @@ def test_rules_are_compared_on_the_formulas_that_all_have():
     text = reading_page.section(rows, {rival.PACKAGE: "2.1"})
     assert "| `gradient` | nothing | 3 | 0.500 ± 0.500 | 0.500 ± 0.000 |" in text
     assert "| `gradient` | norms | 2 | 1.000 ± 0.000 | 0.750 ± 0.000 |" in text
-    assert "| lxt (external) | less the blank picture | 2 | 1.000 ± 0.000 | 0.250 ± 0.000 |" in text
+    assert "| lxt (external) | less the blank image | 2 | 1.000 ± 0.000 | 0.250 ± 0.000 |" in text
     assert "`lxt` 2.1 is another package" in text and "| `gradient` | norms | +0.000 ± 0.000 | +0.500 ± 0.000 |" in text
     assert "`lxt`" not in reading_page.section([row for row in rows if row.get("method") != rival.PACKAGE], {})

@@ -142,11 +142,11 @@ def default(numbers: Sequence[Pair]) -> str:
     """Why `gradient` is the default, by the numbers alone."""
     better = sum(lead(pair) > 0 for pair in numbers)
     worst, best = min(numbers, key=lead), max(numbers, key=lead)
-    behind = "Where {} is behind most, in {} of {}, it loses {:.3f}."
+    behind = "The largest deficit of {} is {:.3f}, in {} of {}."
     said = [
         f"`gradient` is the default. It is better in {better} of these {len(numbers)} figures.",
-        behind.format("`gradient`", worst[1], worst[0], -lead(worst)),
-        behind.format("`rollout`", best[1], best[0], lead(best)),
+        behind.format("`gradient`", -lead(worst), worst[1], worst[0]),
+        behind.format("`rollout`", lead(best), best[1], best[0]),
     ]
     return " ".join(said)
 
@@ -162,18 +162,22 @@ def per_model(numbers: Sequence[Pair]) -> str:
     return f"In pointing, {first}; {'; '.join(rest)}."
 
 
+LABELS = {  # what the page calls tokens, by their stored names
+    "most read": "most attention",
+    "most read in layer 0": "most attention in layer 0",
+    "most read patch": "patch with most attention",
+}
+
+
 def cuts(stored: Stored) -> str:
     lines = [
-        [tokens, *(spread(stored.cut(tokens, name), ".4f") for name in ("share", "change", "overlap", "fall"))]
+        [
+            LABELS.get(tokens, tokens),
+            *(spread(stored.cut(tokens, name), ".4f") for name in ("share", "change", "overlap", "fall")),
+        ]
         for tokens in dict.fromkeys(row["tokens"] for row in stored.of("cut"))
     ]
-    head = [
-        "tokens that none reads",
-        "share of attention",
-        "change of the saliency",
-        "overlap with the mask",
-        "fall of the class token",
-    ]
+    head = ["masked tokens", "share of attention", "change of the saliency", "overlap with the mask", "fall of the class token"]
     return markdown(head, lines)
 
 
@@ -202,7 +206,7 @@ def sinks(stored: Stored) -> str:
         numbers = ((mean([float(row[name][layer]) for row in rows]), name) for rows in sizes.values() for name in _SIZES)
         return [f"{value:.1f}" if name == "read" else f"{value:.2f}" for value, name in numbers]
 
-    head = [f"{token}: {name}" for token in SINK_TOKENS for name in ("read", "values", "state", "named")]
+    head = [f"{LABELS.get(token, token)}: {name}" for token in SINK_TOKENS for name in ("attention", "values", "state", "found")]
     named = stored.of("sinks named")
     return SINKS.format(
         layers=mean([float(sum(row["named"])) for row in sizes["class token"]]),
@@ -273,7 +277,7 @@ def words(stored: Stored, sentence: str) -> str:
     names, most = row["words"], max(range(len(falls)), key=falls.__getitem__)
     first = [shown(method) for method, of_words in values.items() if method != "left out" and max(of_words) == of_words[most]]
     named = f"\n\nThe cosine falls most without *{names[most]}*. This word is also first by {', '.join(first) or 'no method'}."
-    title = f'"{sentence}" beside "{row["beside"]}", cosine {row["cosine"]:.3f}:\n\n'
+    title = f'"{sentence}" versus "{row["beside"]}", cosine {row["cosine"]:.3f}:\n\n'
     return title + markdown(["method", *names, "Spearman with the falls"], lines) + named
 
 

@@ -21,25 +21,27 @@ TESTS = {"deletion": "low", "insertion": "high", "occlusion": "high"}
 
 TEXT = """## Formulas that a model reads
 
-The package `latex-ocr-junia` {version} has a model of 7.9 million parameters: an encoder sees a picture of 16 x 64 patches, and a
-decoder writes LaTeX, one character a token. Its metadata names no licence; nothing of it is in this repository.
+The package `latex-ocr-junia` {version} has a model of 7.9 million parameters: the input of its encoder is an image of 16 x 64
+patches, and its decoder writes LaTeX, one character per token. Its metadata names no licence; nothing of it is in this
+repository.
 
 ![The answer of the model, and the formula; a glyph is lit in the colour of its character](real-formula.jpg)
 
 *Each character of the answer has a colour, and its map by `gradient` lights the formula in it.*
 
-Here the truth is exact. A seeded list has 200 formulas: powers, fractions, sums, roots and Greek letters, in three fonts of
-matplotlib's mathtext, whose parser gives the box of each glyph. Each symbol stands once in a formula, so a character of the
-answer names one glyph. Boxes are those of glyphs; bars and roots have none. A formula counts as read right if the answer has
-each of its symbols once, and no other. Of the first {listed} formulas of the list {right} were read right: {fonts}.
+Here the ground truth is exact. A seeded list has 200 formulas: powers, fractions, sums, roots and Greek letters, in three fonts
+of matplotlib's mathtext, whose parser gives the box of each glyph. Each symbol occurs once in a formula, so a character of the
+answer corresponds to one glyph. Boxes are those of glyphs; bars and roots have none. A formula counts as read right if the
+answer has each of its symbols once, and no other. Of the first {listed} formulas of the list {right} were read right: {fonts}.
 
 Three glyphs of each formula are explained, the first, the middle and the last one of its source: {count} glyphs of {measured}
-formulas. The decoder gets the characters in front of the explained one, and none after it. The box of a glyph covers {area} of
-the picture. *Pointing* is the share of the maps whose largest entry lies in the box or at most one patch beside it, and *mass*
-the share of the positive part inside the box. *Held fixed* is the option `freeze`, and each score the option `of`;
-[Methods](../methods.md) explains both. Values are means ± standard errors over formulas: over the {common} that
-all rules of the table have, with the number of formulas in brackets where a score has fewer of these. *Formulas* is how many a
-rule was measured on with the logit. These rows took {minutes:.0f} minutes on a machine with other work; {missing}.
+formulas. The decoder's input is the characters before the explained one. The box of a glyph covers {area} of the image.
+*Pointing* is the share of the maps whose largest entry lies in the box or at most one patch next to it, and *mass* the share of
+the positive part inside the box. *Held fixed* is the option `freeze`, and each score the option `of`; [Methods](../methods.md)
+explains both. Values are means ± standard errors over formulas: over the {common} that all
+rules of the table have, with the number of formulas in brackets if a score has fewer of these. *Formulas* is the number of
+formulas that a rule was measured on with the logit. These measurements took {minutes:.0f} minutes on a machine with other work;
+{missing}.
 
 {maps}
 
@@ -50,22 +52,22 @@ rule was measured on with the logit. These rows took {minutes:.0f} minutes on a 
 {rivals}{scores}{tests}"""
 
 BESIDE_TEXT = """\
-*Less the blank picture* means that the gradient is multiplied by the picture less the picture without ink (`baseline=`), so that
-the map lies on ink alone: the white of the paper and the black around it are 0. Without it a white pixel counts, and ink, which
-is 0, does not.
+*Less the blank image* means that the gradient is multiplied by the difference of the image and the image without ink
+(`baseline=`), so that the map lies only on ink: the white of the paper and the black around it are 0. Without it a white pixel
+counts, and ink, which is 0, does not.
 
 """
 
 RIVAL_TEXT = """\
-`lxt` {version} is another package, of the authors of AttnLRP (ICML 2024): layer-wise relevance propagation, the best rival known.
-Its licence (Clear BSD) grants no patents, and its authors say that the technique is patented; so it is measured here, and is no
-method of this package. The rules are its own: constant denominators of LayerNorm, the identity rule for GELU, and
+`lxt` {version} is another package, by the authors of AttnLRP (ICML 2024): layer-wise relevance propagation, the best baseline
+known. Its licence (Clear BSD) grants no patents, and its authors say that the technique is patented; so it is measured here,
+and is not a method of this package. The rules are its own: constant denominators of LayerNorm, the identity rule for GELU, and
 gradients of queries and keys divided by four, of values by two. Its file of rules is loaded without the package's `__init__`,
-which does not import beside transformers 5; of attention it has rules for transformers' functions, which are put here around
-torch's `scaled_dot_product_attention`. The map is the picture times its gradient, as its README computes relevancy. The gamma
-rule, for which it asks for a further package, was not measured.
+which does not import with transformers 5. Its rules for attention are for transformers' functions; here they are put around
+torch's `scaled_dot_product_attention`. The map is the image times its gradient, as its README computes relevancy. The gamma
+rule, which needs another package, was not measured.
 {most}
-Differences from `lxt`, less the blank picture, glyph by glyph:
+Differences from `lxt`, less the blank image, glyph by glyph:
 
 {table}
 
@@ -73,7 +75,7 @@ Differences from `lxt`, less the blank picture, glyph by glyph:
 
 MARGIN_TEXT = """\
 The margin is the logit less the log-sum-exp of the other characters'. Its gradient is that of the log-probability times a
-number, so it is measured with `gradient` alone: maps of `weighted` and `input_gradient` would be those of the log-probability.
+number, so it is measured only with `gradient`: maps of `weighted` and `input_gradient` would be those of the log-probability.
 
 """
 
@@ -84,14 +86,14 @@ SCORE_TEXT = """Differences of the log-probability from the logit:
 """
 
 MOST_TEXT = """\
-Less the blank picture, its maps have {theirs:.2f} of their mass on the glyph, and those of `input_gradient` with norms and
+Less the blank image, its maps have {theirs:.2f} of their mass on the glyph, and those of `input_gradient` with norms and
 attention weights held fixed {ours:.2f}.
 """
 
 TEST_TEXT = """\
-Of {count} of these formulas the glyph in the middle was tested further, with the logit. A rule that was tested on fewer has
+For {count} of these formulas the glyph in the middle was tested further, with the logit. A rule that was tested on fewer has
 their number in brackets, and cannot be compared with the others. *Deletion* and *insertion* are the mean probability of the
-character while the {fractions} % of the patches with the largest entries become blank, or come back into a blank picture.
+character while the {fractions} % of the patches with the largest values become blank, or come back into a blank image.
 *Occlusion* is Spearman's correlation with the fall of the logit when a square of 2 x 2 patches becomes blank, over the squares
 with ink. Occlusion itself is the first line.
 
@@ -179,7 +181,7 @@ def _rule(row: Row) -> Rule:
 def _named(rule: Rule) -> list[str]:
     """The method, and what is held fixed."""
     external = {rival.PACKAGE: f"{rival.PACKAGE} (external)", OCCLUSION.method: OCCLUSION.method}
-    held = HELD[rule.freeze] if rule.baseline is None else f"{HELD[rule.freeze]}; less the blank picture".removeprefix("; ")
+    held = HELD[rule.freeze] if rule.baseline is None else f"{HELD[rule.freeze]}; less the blank image".removeprefix("; ")
     return [external.get(rule.method, f"`{rule.method}`"), held]
 
 
@@ -268,7 +270,7 @@ def section(rows: Sequence[Row], versions: Mapping[str, str]) -> str:
         of_font.append(f"{sum(row['right'] for row in listed)} of {len(listed)} in {font}")
     boxes = readings.boxes(readings.measured)
     missing = sum(readings.maps.get(rule, {}).keys() != readings.right.keys() for rule in (*FIRST, *OTHERS))
-    still = f"{missing} of the {len(FIRST) + len(OTHERS)} rules have none or not all yet" if missing else "no rule misses one"
+    still = f"{missing} of the {len(FIRST) + len(OTHERS)} rules miss some formulas" if missing else "no rule misses one"
     return TEXT.format(
         version=versions.get("latex-ocr-junia"),
         listed=len(readings.formulas),
