@@ -152,7 +152,7 @@ def facts(record: Record) -> list[tuple[str, str, dict[str, float]]]:
     for task, what in (("word_order", "two exchanged neighbours"), ("first_digit", "the first word")):
         for layer in (0, CONFIG.num_hidden_layers - 1):
             states = {model: values(record, model, "linguistic", task)[layer, None] for model in probed}
-            observed.append(("v", f"telling {what} from states behind layer {layer + 1}", states))
+            observed.append(("v", f"telling {what} from states after layer {layer + 1}", states))
     return observed
 
 

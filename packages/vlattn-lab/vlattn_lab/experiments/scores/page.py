@@ -25,7 +25,7 @@ MORE = {
     "answering": ("what", "is", "there", "many", "share_step_1", "share_step_2", "share_step_3"),
     "generation": ("own_encoders", "drawn", "chance", "ink"),
 }
-CONTROLS = {UNIFORM: "all words or regions alike", "frequent": "the most frequent answer", "real": "real pictures"}
+CONTROLS = {UNIFORM: "all words or regions alike", "frequent": "the most frequent answer", "real": "real images"}
 
 
 def values(records: Sequence[Record], task: str, arm: str, name: str, when: str = "trained") -> list[float]:
