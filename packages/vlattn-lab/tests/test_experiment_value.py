@@ -62,4 +62,4 @@ def test_the_page_says_which_observations_were_not_tested():
     assert asked == {"i": "yes", "ii": "yes", "iii": "yes", "iv": "no", "v": "no"}
     results = re.findall(r"^- \*\*\((\w+)\) [^*]+: not tested\.\*\*", page, re.M)
     assert results == ["iv", "v"]
-    assert "(v) attention heads hold" in page and "from states behind" in page
+    assert "(v) attention heads also contain" in page and "from states after" in page

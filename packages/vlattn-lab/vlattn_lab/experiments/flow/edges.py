@@ -13,13 +13,13 @@ from vlattn_fast.models import CLIPMapper
 from vlattn_lab.experiments.flow.maps import Map, stored_maps
 from vlattn_lab.experiments.flow.samples import PAIRS, Asked
 
-# Edges of information flow: the tokens that are read (None = all), those that read, and the pair of towers.
+# Edges of information flow: the attended tokens (None = all), those that attend, and the pair of towers.
 FLOWS = {
-    "picture to the last token": (None, "last", "cross"),
+    "image to the last token": (None, "last", "cross"),
     "answer's digit to the last token": ("answer", "last", "cross"),
     "asked digit to the last token": ("asked", "last", "cross"),
     "other digits to the last token": ("others", "last", "cross"),
-    "picture to the words": (None, "words", "cross"),
+    "image to the words": (None, "words", "cross"),
     "answer's digit to the words": ("answer", "words", "cross"),
     "asked digit to the words": ("asked", "words", "cross"),
     "words to the last token": ("words", "last", "text"),
@@ -27,7 +27,7 @@ FLOWS = {
     "asked digit to the answer's": ("asked", "answer", "vision"),
 }
 CUT = (1, 2, 4, 8, 16, 32, 64)  # edges
-LISTS = ("true effect", "first order", "first order, by size", "first order behind the cut", "relevancy", "attention", "random")
+LISTS = ("true effect", "first order", "first order, by size", "first order after the cut", "relevancy", "attention", "random")
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Effects:
         if name == "random":
             return torch.rand(self.true.shape, generator=torch.Generator().manual_seed(seed))
         by_name = {"true effect": self.true, "first order": self.first_order, "first order, by size": self.first_order.abs()}
-        return {**by_name, "first order behind the cut": self.behind, "relevancy": self.relevancy, "attention": self.mass}[name]
+        return {**by_name, "first order after the cut": self.behind, "relevancy": self.relevancy, "attention": self.mass}[name]
 
 
 def _of_map(stored: Map, groups: dict[str, Tensor], edge: Edge) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,7 +22,7 @@ def correlations(effects: Effects, heads: tuple[Tensor, Tensor]) -> list[dict[st
     everything = torch.ones(len(effects.edges), dtype=torch.bool)
     rows = [_row("heads", "first order", *heads)]
     parts = {"edges": everything, **{f"edges of {pair}": chosen for pair, chosen in of_pairs.items()}}
-    for name, values in (("first order", effects.first_order), ("first order behind the cut", effects.behind)):
+    for name, values in (("first order", effects.first_order), ("first order after the cut", effects.behind)):
         rows += [_row(kind, name, values[chosen], effects.true[chosen]) for kind, chosen in parts.items()]
     for name, values in (
         ("first order", effects.first_order.abs()),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TASKS = {"vqa": "questions", "captions": "captions"}
-SIZES = ("size, first order", "size, first order behind the cut", "size, true")  # of EFFECTS
+SIZES = ("size, first order", "size, first order after the cut", "size, true")  # of EFFECTS
 COLOURS = ("#111111", "#0f766e", "#7ec8be", "#c2410c", "#e8a33d", "#4456b5", "#9a9a9a")
 DRAWN = (
     "answer's digit to the last token",
@@ -94,7 +94,7 @@ def _sources(records: Sequence[Record], task: str) -> str:
     lines = []
     for (pair, from_), rows in grouped(of(records, task, "by source"), lambda row: (row["pair"], row["from"])).items():
         lines.append([pair, from_, *(spread([row[name] for row in rows]) for name in ("mass", *EFFECTS))])
-    head = [f"{TASKS[task]}, attention in", "tokens that are read", "mean attention", *SIZES]
+    head = [f"{TASKS[task]}, attention in", "attended tokens", "mean attention", *SIZES]
     return markdown(head, lines, words=(0, 1))
 
 
