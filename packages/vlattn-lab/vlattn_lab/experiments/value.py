@@ -142,17 +142,20 @@ def facts(record: Record) -> list[tuple[str, str, dict[str, float]]]:
     goes_with = {"trained": float(spearman(*of_heads.T))}
     observed.append(("ii", "rank correlation over heads: cross-modal, and what accuracy loses without the head", goes_with))
     probed = MODELS[:2]
-    for number, test, what in (("iii", "coreference", "the region of a phrase"), ("iv", "relation", "how two regions lie")):
+    for number, test, what in (
+        ("iii", "coreference", "the region of a phrase"),
+        ("iv", "relation", "the relation of two regions"),
+    ):
         told = {model: values(record, model, test) for model in probed}
         best = {model: max(v for (layer, _), v in told[model].items() if layer is not None) for model in probed}
         shuffled = {model: values(record, model, test, column="control")[None, None] for model in probed}
-        observed.append((number, f"telling {what} from all heads", {model: told[model][None, None] for model in probed}))
-        observed.append((number, f"telling {what} from the best head", best))
-        observed.append((number, f"telling {what} from all heads, shuffled labels", shuffled))
+        observed.append((number, f"accuracy for {what} from all heads", {model: told[model][None, None] for model in probed}))
+        observed.append((number, f"accuracy for {what} from the best head", best))
+        observed.append((number, f"accuracy for {what} from all heads, shuffled labels", shuffled))
     for task, what in (("word_order", "two exchanged neighbours"), ("first_digit", "the first word")):
         for layer in (0, CONFIG.num_hidden_layers - 1):
             states = {model: values(record, model, "linguistic", task)[layer, None] for model in probed}
-            observed.append(("v", f"telling {what} from states after layer {layer + 1}", states))
+            observed.append(("v", f"accuracy for {what} from states after layer {layer + 1}", states))
     return observed
 
 

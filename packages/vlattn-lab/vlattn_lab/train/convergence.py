@@ -173,14 +173,14 @@ PROSE = """# Experiment: trained with either attention
 
 Three small models of DigitScenes are trained from the same seeds with torch's `scaled_dot_product_attention` and with
 `score_attention` on the CPU: CLIP with all its losses, a decoder with grouped heads, and UNITER with CACR, which is the formula
-beside torch's attention and `congruence_loss` beside ours. The losses are compared step by step.
+with torch's attention and `congruence_loss` with ours. The losses are compared step by step.
 
 | model | dtype | steps | first loss | last loss | largest difference | of attention written out |
 | --- | --- | ---: | ---: | ---: | ---: | ---: |
 {table}
 
 The largest difference is that of a step's loss from the loss with torch's attention, over this loss. The last column has the same
-for matmul, softmax and matmul, since two trainings part by rounding alone. The bound is {float32} of the loss in float32 and
+for matmul, softmax and matmul, since rounding is enough to make two trainings differ. The bound is {float32} of the loss in float32 and
 {bfloat16} in bfloat16 (autocast); `packages/vlattn-lab/tests/test_convergence.py` holds it over 30 steps.
 
 `python -m vlattn_lab.train.convergence` trains, writes this page and `benchmarks/results/convergence.json`.

@@ -132,7 +132,7 @@ def tables(records: Sequence[Record]) -> Iterator[str]:
 
 
 def _of_models(records: Sequence[Record]) -> str:
-    facts = {"right answers": "right", "probability": "probability", "faithfulness of the planted edges alone": "alone"}
+    facts = {"right answers": "right", "probability": "probability", "faithfulness of only the planted edges": "alone"}
     lines = [
         [name, *(spread([one[fact] for one in rows]) for fact in facts.values())] for name, rows in _planted(records).items()
     ]

@@ -97,7 +97,7 @@ class Circuits:
 
 def of_planted(circuit: Circuit, ranking: Samples, tested: Samples, seed: int) -> dict[str, Any]:
     """CPR and CMD on the samples `tested`, of lists that were made on `ranking`; the places of the planted edges in these lists;
-    and the faithfulness of the planted edges alone."""
+    and the faithfulness of only the planted edges."""
     model = circuit.model
     asked: dict[str, Any] = {"target": ranking.answers.tolist()}
     plain = attribute_edges(model, ranking.inputs, ranking.groups, **asked)

@@ -53,7 +53,7 @@ def _named(records: Sequence[Record]) -> str:
         ).items():
             samples = [row["samples"] for _, row in rows_of_token] + [0.0] * (len(seeds) - len(rows_of_token))
             values = (spread([row[name] for _, row in rows_of_token]) for name in ("share", "norm"))
-            lines.append([TASKS[task], f"{tower}, read by {reader}", token, spread(samples), *values])
+            lines.append([TASKS[task], f"{tower}, attended by {reader}", token, spread(samples), *values])
     return markdown(["model of", "tower", "token", "samples", "share of a layer", "norm of its values"], lines, words=(0, 1, 2))
 
 
