@@ -6,7 +6,7 @@
 # make lint      ruff, clang-format, mypy; `make format` mends what the first two find
 # make lists     what is derived from the code: exports, docs/api.md, the site's navigation
 # make bench     times, memory and errors of operators and tasks into benchmarks/results/; ARGS="--device cuda --quick"
-# make docs      the site, with its tables of stored rows, into site/. VERSION=0.1: into the branch gh-pages instead (mike)
+# make docs      the site, with its tables of stored rows, into site/; a warning or a page that lacks something is an error
 # make gpu       on a machine with a GPU, torch, triton and pytest, whatever is installed: checks and measurements, nine minutes a call;
 #                each call goes on; PARTS=verify, ARGS="--device cpu"
 # make venv      .venv, which all of these use; WORKERS=2 processes for tests
@@ -70,11 +70,11 @@ lists: $(READY) $(TESTED)
 bench: $(READY) $(TESTED)
 	@$(PY) -m vlattn_fast.benchmarks $(ARGS)
 
-docs: export NO_MKDOCS_2_WARNING := 1
-docs: export PYTHONPATH := .
+# --clean: the cache does not see that a docstring or a stored row has changed.
 docs: .venv-docs/.installed $(READY)
 	@$(PY) -m tools.pages build/docs
-	@PATH="$(abspath .venv-docs)/bin:$$PATH" $(if $(VERSION),mike deploy --update-aliases $(VERSION) latest,mkdocs build --strict --quiet)
+	@.venv-docs/bin/python -m zensical build --clean --strict >build/site.log 2>&1 || { cat build/site.log; exit 1; }
+	@$(PY) -m tools.pages.check site build/docs build/site.log
 
 # Only the extra's packages, since the pages read the package's source and do not import it. Needs Python 3.11 or newer.
 .venv-docs/.installed: pyproject.toml
@@ -107,13 +107,13 @@ $(PY) -c "import torch; exit(tuple(map(int, torch.__version__.split('.')[:2])) <
 $(PY) -m tools.requirements explain viz tables probe cli >build/requirements.txt
 $(PIP) --requirement build/requirements.txt "$(firstword $(MODELS))"
 wait $$compiling || true
-$(IN_TREE) --editable . $(filter %/vlattn-lab,$(PACKAGES))
+$(IN_TREE) --editable . $(addprefix --editable ,$(filter %/vlattn-lab,$(PACKAGES)))
 touch $(INSTALLED)
 endef
 export INSTALL
 IN_TURN := $(if $(shell command -v flock),flock $(VENV)/.lock)
 IN_TREE := PATH="$(abspath $(VENV))/bin:$$PATH" $(PIP) --no-build-isolation --no-deps
-PACKAGES := $(addprefix --editable ,$(wildcard packages/ptx packages/vlattn-lab packages/vlattn-vllm))
+PACKAGES := $(wildcard packages/ptx packages/vlattn-lab packages/vlattn-vllm)
 
 $(INSTALLED): pyproject.toml setup.py
 	@mkdir -p $(VENV)
@@ -127,7 +127,7 @@ test "$$(uname -s)" != Linux || $(PY) -c "import triton" 2>/dev/null || $(PIP) -
 mkdir -p build
 $(PY) -m tools.requirements all test >build/requirements.txt
 $(PIP) --requirement build/requirements.txt $(foreach model,$(MODELS),"$(model)")
-test -z "$(PACKAGES)" || $(IN_TREE) $(PACKAGES)
+test -z "$(PACKAGES)" || $(IN_TREE) $(addprefix --editable ,$(PACKAGES))
 touch $(TESTED)
 endef
 export TEST_INSTALL
@@ -151,4 +151,4 @@ $(READY): $(INSTALLED) CMakeLists.txt $(wildcard csrc/*.h csrc/cpu/*)
 	@$(IN_TURN) sh -c "$$KERNELS"
 
 clean:
-	rm -rf build demo site *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf build demo site .cache *.egg-info .mypy_cache .ruff_cache .pytest_cache

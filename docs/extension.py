@@ -1,7 +1,7 @@
 """An extension of Python-Markdown: it turns formulas into MathML, and writes costs and counts from stored results into the pages.
 
-A page then needs no script to show a formula, and its figures are always those of the stored records. MkDocs and Zensical both
-take extensions.
+A page then needs no script to show a formula, and its figures are always those of the stored records. Zensical loads it by its
+name in mkdocs.yml.
 """
 
 import html
@@ -33,8 +33,8 @@ def makeExtension(**_: Any) -> Any:  # the name that Python-Markdown calls
 
     class Pages(Extension):
         def extendMarkdown(self, md: Any) -> None:
-            md.preprocessors.register(Stored(md), "stored", 25)  # in front of HTML, whose comments they replace
-            md.postprocessors.register(Formulas(md), "formulas", 0)  # behind all others
+            md.preprocessors.register(Stored(md), "stored", 25)  # before HTML, whose comments they replace
+            md.postprocessors.register(Formulas(md), "formulas", 0)  # after all others
 
     return Pages()
 

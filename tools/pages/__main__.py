@@ -1,4 +1,4 @@
-"""Makes the folder of the site's pages: `python -m tools.pages [build/docs]`. `make docs` runs it before mkdocs."""
+"""Makes the folder of the site's pages: `python -m tools.pages [build/docs]`. `make docs` runs it before Zensical."""
 
 from __future__ import annotations
 
