@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import vlattn_fast as va
+from tools.pages import navigation
 from vlattn_fast.checking.cases import Sizes, examples
 from vlattn_fast.interpret.adapters import registry
 from vlattn_fast.interpret.relevancy.methods.registry import method_list
@@ -36,6 +37,9 @@ MADE = (
 )  # by the commands themselves
 GENERATED = ("docs/report.md",)  # pages of the site that python -m tools.pages makes whole
 SHOWN = ("cpu", "maps stored, one backward", "published")  # by README, of the costs of a map
+SECTIONS = navigation.sections_of((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+LOOKED_UP = ("Reference", "Evidence", "Developers")  # sections whose pages are not read from the first line to the last
+WORDS = 1500  # of any other page
 CALLS = sorted(name for name in va.__all__ if inspect.isfunction(getattr(va, name)))
 
 
@@ -143,6 +147,19 @@ def test_the_code_runs(name, tmp_path, monkeypatch, capsys):
         assert [line for line in printed if line in said or not line.startswith("{'")] == said  # Trainer prints its numbers
     if name == "README.md":
         assert len(variables["explanation"].answer[0]) > 0 and (tmp_path / "answer.html").stat().st_size > 10_000
+
+
+def test_every_page_is_in_the_navigation_once():
+    listed = [f"docs/{page}" for pages in SECTIONS.values() for page in pages]
+    assert sorted(listed) == sorted([*PAGES, *GENERATED])
+
+
+@pytest.mark.parametrize("page", [page for name in SECTIONS if name not in LOOKED_UP for page in SECTIONS[name]])
+def test_a_page_can_be_read_at_one_sitting(page):
+    """Code, comments that become tables, and what mkdocstrings writes are not counted."""
+    prose = re.sub(r"^ *```.*?^ *```$|<!--.*?-->|^::: [^\n]*\n(?:    [^\n]*\n)*", "", text(f"docs/{page}"), flags=re.M | re.S)
+    words = sum(bool(re.search(r"\w", word)) for word in prose.split())
+    assert words <= WORDS, f"docs/{page} has {words} words"
 
 
 def test_what_a_page_shows_is_there():

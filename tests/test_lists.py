@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tools.lists import Lists
+from tools.pages import navigation
 from vlattn_fast.interpret.relevancy.methods.registry import first_lines
 
 ROOT = Path(__file__).parents[1]
@@ -75,7 +76,7 @@ def test_what_is_added_is_written_everywhere(tree: Path) -> None:
         "vlattn_fast/nn/__init__.py": ['    "NewLoss",'],
         "docs/api.md": ["::: vlattn_fast.scores.Shifted", "::: vlattn_fast.nn.NewLoss"],
         "docs/operators/toy.md": ["# toy", "::: vlattn_fast.toy"],
-        "mkdocs.yml": ["      - toy: operators/toy.md", '      - "See: a model": guides/see.md'],
+        "mkdocs.yml": ["          - toy: operators/toy.md", '      - "See: a model": guides/see.md'],
         "docs/methods.md": [
             '| `"layer_mean"` | The mean over the layers. |', '| `"layer_mean:half"` | Half of it. |',
             "## layer_mean", "::: vlattn_fast.methods.LayerMean",
@@ -85,6 +86,8 @@ def test_what_is_added_is_written_everywhere(tree: Path) -> None:
     assert "Half" not in lists.text("vlattn_fast/methods.py") and "methods.Half" not in lists.text("docs/methods.md")
     assert "masks.md" not in lists.text("mkdocs.yml")
     assert lists.text("docs/api.md").index("scores.Shifted") < lists.text("docs/api.md").index("## Layers and losses")
+    groups = navigation.sections_of(lists.text("mkdocs.yml"))
+    assert groups["Guides"][-1] == "guides/see.md" and "operators/toy.md" in groups["Reference"]
     assert lists.stale() == lists.write() == []
 
 

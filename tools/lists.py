@@ -27,8 +27,13 @@ SECTIONS = {
     "train": "Trainers and training loops",
     "models": "Models",
 }
-# where a page of a folder stands in the navigation
-FOLDERS = {"guides": "Guides", "operators": "Operators", "experiments": "DigitScenes", "": "Evidence"}
+# the section of the navigation, and its group, at whose end a new page of a folder stands
+FOLDERS = {
+    "guides": ("Guides",),
+    "operators": ("Reference", "Operators"),
+    "experiments": ("Evidence", "Experiments"),
+    "": ("Reference",),
+}
 GENERATED = ("report.md",)  # pages that tools/pages makes whole
 PAGE = """# {stem}
 
@@ -183,10 +188,7 @@ class Lists:
             source = texts.get(f"docs/{page}") or self.text(f"docs/{page}")
             heading = next(line.removeprefix("# ") for line in source.splitlines() if line.startswith("# "))
             title = f'"{heading}"' if ":" in heading else heading
-            folder = FOLDERS[page.rpartition("/")[0]]
-            entries = re.compile(rf"(^  - {folder}:\n(?:      - .+\n?)+)", re.M)
-            text, count = entries.subn(lambda kept, title=title, page=page: f"{kept[1]}      - {title}: {page}\n", text)
-            assert count == 1, f"mkdocs.yml has no heading {folder!r} with pages"
+            text = with_page(text, FOLDERS[page.rpartition("/")[0]], f"- {title}: {page}\n")
         return text
 
     def methods_page(self) -> str:
@@ -246,6 +248,17 @@ def with_all(text: str, names: list[str]) -> str:
 def all_of(text: str) -> list[str]:
     (found,) = re.findall(r"^__all__ = (\[.*?\])\n", text, re.M | re.S)
     return list(ast.literal_eval(found))
+
+
+def with_page(text: str, titles: tuple[str, ...], entry: str) -> str:
+    """The configuration of the site with an entry at the end of a group of the navigation: `titles` lead to the group."""
+    lines = text.splitlines(keepends=True)
+    place, indent = lines.index("nav:\n"), 2
+    for title in titles:
+        place, indent = lines.index(f"{' ' * indent}- {title}:\n", place), indent + 4
+    inside = f"{' ' * indent}"
+    end = next((n for n in range(place + 1, len(lines)) if not lines[n].startswith(inside)), len(lines))
+    return "".join([*lines[:end], f"{inside}{entry}", *lines[end:]])
 
 
 def with_entry(text: str, section: str, entry: str) -> str:
