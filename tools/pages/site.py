@@ -18,6 +18,7 @@ DOCS, ROWS = ROOT / "docs", ROOT / "benchmarks" / "results"
 TABLES = {  # by name the function that makes it, of this package or of vlattn_lab, which need not be installed for the others
     "measured kernels": "tools.pages.kernel_measured.measured_kernels",
     "tiles": "tools.pages.kernel_measured.changes_of_tiles",
+    "commands": "tools.pages.commands.commands",
     "measured models": "vlattn_lab.pages.models_page.measured_models",
     "listed models": "vlattn_lab.pages.models_page.listed_models",
     "evaluation": "vlattn_lab.pages.evaluation_page.evaluation",
@@ -30,7 +31,7 @@ REPORT = "report.md"  # the one page that is made whole
 
 
 def table(line: str) -> str:
-    """line: the name, and behind a colon arguments, by blanks."""
+    """line: the name, and after a colon arguments, with blanks between them."""
     name, _, arguments = line.partition(": ")
     if name not in TABLES:
         raise ValueError(f"a line '<!-- table: NAME -->' must name one of {', '.join(TABLES)}; got {name!r}")
