@@ -5,9 +5,10 @@ from collections import Counter
 import pytest
 import torch
 
-from vlattn_lab import SceneProcessor, digit_prompts, digit_questions, is_true
+import vlattn_fast as va
+from vlattn_lab import SceneProcessor, digit_prompts, digit_questions, example_question, is_true, load_captioner
 from vlattn_lab.processor import DIGIT_WORDS
-from vlattn_lab.questions import PROMPTS, QUESTIONS
+from vlattn_lab.questions import EXAMPLE, PROMPTS, QUESTIONS
 from vlattn_lab.texts import ANSWERS, TEXT_VOCABULARY
 
 DIGIT = {word: digit for digit, word in enumerate(DIGIT_WORDS)}
@@ -175,6 +176,33 @@ def test_the_processor_gives_ids_and_takes_them_back():
     assert processor.convert_ids_to_tokens(prompts["input_ids"][1].tolist())[-1] == "three"
 
 
+def test_a_photo_and_a_text_are_the_inputs_of_their_scene():
+    """Up to the 255 greys of a photo, at any size that it is drawn in."""
+    asked = digit_prompts(2, seed=EXAMPLE, kind="which")
+    processor = SceneProcessor(end=False)
+    for index, scale in ((0, 1), (1, 10)):
+        inputs = processor(images=asked.photo(index, scale=scale), text=asked.questions[index])
+        assert (inputs["pixel_values"][0, 0] - asked.images[index]).abs().max() < 1 / 255
+        assert torch.equal(inputs["input_ids"], processor.words(asked.questions[index : index + 1])["input_ids"])
+    photo, question = example_question()
+    first = digit_prompts(1, seed=EXAMPLE, kind="which")
+    assert photo.tobytes() == first.photo().tobytes() and question == first.questions[0]
+
+
+def test_an_answer_in_words_is_explained_as_its_ids():
+    model, processor = load_captioner()
+    photo, question = example_question()
+    inputs = processor(images=photo, text=question)
+    answer = processor.decode(model.generate(**inputs))
+    assert is_true(
+        question, answer[0], *(getattr(digit_prompts(1, seed=EXAMPLE, kind="which"), x)[0] for x in ("digits", "boxes"))
+    )
+    ids = [processor.tokenizer(answer[0], add_special_tokens=False)["input_ids"]]
+    assert processor.tokenizer(answer[0])["input_ids"][1:-1] == ids[0]
+    said, numbered = (va.explain(model, inputs, answer=one, processor=processor) for one in (answer, ids))
+    assert torch.equal(said.image, numbered.image) and said.words[0][-4:] == answer[0].split()
+
+
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
@@ -185,12 +213,14 @@ def test_the_processor_gives_ids_and_takes_them_back():
         (lambda: digit_prompts(2, kind="is"), ValueError, "kind"),
         (lambda: digit_prompts(2, pairs="new"), ValueError, "pairs"),
         (lambda: digit_prompts(2, split="dev"), ValueError, "split"),
-        (lambda: SceneProcessor().words("three"), TypeError, "texts"),
-        (lambda: SceneProcessor().words(["who is there"]), ValueError, "texts"),
-        (lambda: SceneProcessor().words(["[PAD]"]), ValueError, "texts"),
-        (lambda: SceneProcessor().words(["a " * 15]), ValueError, "texts"),
-        (lambda: SceneProcessor()(torch.zeros(1, 32, 32), ["a", "a"]), ValueError, "texts"),
+        (lambda: SceneProcessor().words("three"), TypeError, "text"),
+        (lambda: SceneProcessor().words(["who is there"]), ValueError, "text"),
+        (lambda: SceneProcessor().words(["[PAD]"]), ValueError, "text"),
+        (lambda: SceneProcessor().words(["a " * 15]), ValueError, "text"),
+        (lambda: SceneProcessor()(torch.zeros(1, 32, 32), ["a", "a"]), ValueError, "text"),
+        (lambda: SceneProcessor()(torch.zeros(2, 32, 32), "a"), TypeError, "text"),
         (lambda: SceneProcessor()(torch.zeros(1, 1, 32, 32), ["a"]), ValueError, "images"),
+        (lambda: SceneProcessor()(torch.zeros(1, 32, 32), ["a"], return_tensors="np"), ValueError, "return_tensors"),
     ],
 )
 def test_wrong_input_is_named(call, error, words):

@@ -13,7 +13,7 @@ from vlattn_lab.clip import caption_accuracy, load_clip, retrieval
 from vlattn_lab.mapper import load_captioner, load_vqa, prompt_accuracy, question_accuracy
 from vlattn_lab.probing import probe_samples
 from vlattn_lab.processor import DigitProcessor
-from vlattn_lab.questions import Questions, digit_prompts, digit_questions, is_true
+from vlattn_lab.questions import Questions, digit_prompts, digit_questions, example_question, is_true
 from vlattn_lab.scenes import Scenes, digit_scans, digit_scenes, held_out_captions, swapped_pairs
 from vlattn_lab.texts import SceneProcessor
 from vlattn_lab.uniter import load_uniter, matching_accuracy, matching_score, winoground_scores
@@ -28,6 +28,7 @@ __all__ = [
     "digit_questions",
     "digit_scans",
     "digit_scenes",
+    "example_question",
     "held_out_captions",
     "is_true",
     "load_captioner",

@@ -17,9 +17,9 @@ from vlattn_fast.backends import native
 from vlattn_fast.benchmarks import _choice, _measure
 from vlattn_fast.checking.verify import verify
 from vlattn_fast.measuring.records import number
-from vlattn_lab import mapper, pointing
+from vlattn_lab import pointing
 from vlattn_lab.processor import DIGIT_WORDS
-from vlattn_lab.scenes import select
+from vlattn_lab.questions import EXAMPLE
 from vlattn_lab.uniter import log_odds
 
 SEED = 1  # draws the scenes
@@ -57,18 +57,17 @@ def check() -> bool:
 
 
 def picture(out: Path) -> None:
-    """Writes a question about a scene and a map for each word of the model's answer, as PNG and as a page. The scene is the first
-    of ten whose digits the model names rightly."""
+    """Writes the question of `example_question` and a map for each word of the model's answer, as PNG and as a page."""
     model, processor = lab.load_captioner()
-    asked = lab.digit_prompts(10, seed=SEED, kind="which")
-    right = [said == answer for said, answer in zip(mapper.complete(model, asked), asked.answers, strict=True)]
-    asked = select(asked, [right.index(True)])
-    explanation, (words,) = pointing.explain_answers(model, processor, asked)
-    question = asked.questions[0]
+    asked = lab.digit_prompts(1, seed=EXAMPLE, kind="which")
+    photo, question = lab.example_question()
+    inputs = processor(images=photo, text=question)
+    answer = processor.decode(model.generate(**inputs))
+    explanation = explain(model, inputs, answer=answer, processor=processor)
     assert isinstance(explanation.image, Tensor) and explanation.scores is not None  # both are there for an answer
-    photo = (1 - asked.images[0]).repeat_interleave(10, 0).repeat_interleave(10, 1)
-    explanation.plot(photo).savefig(out / "answer.png", dpi=110, metadata={"Software": None})
+    explanation.plot(photo).savefig(out / "answer.png")
     explanation.save_html(out / "answer.html", photo, title=f"{question}?")
+    words = answer[0].split()
     print(f'"{question}"? "{" ".join(words)}". What each word rests on: {out / "answer.png"}, {out / "answer.html"}\n')
     print(f"{'word':12}{'probability':>12}   strongest on the digit   share of its map there")
     shares = pointing.box_shares(explanation.image, asked.boxes)[0] / explanation.image[0].sum((1, 2))[:, None]

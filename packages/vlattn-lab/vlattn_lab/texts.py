@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from vlattn_lab.processor import DIGIT_WORDS, word_ids
+from vlattn_lab.scenes import CANVAS
 
 _WORDS = (
     *DIGIT_WORDS,
@@ -21,44 +25,75 @@ PAD, START, END = 0, 1, len(TEXT_VOCABULARY) - 1
 _IDS = {word: TEXT_VOCABULARY.index(word) for word in _WORDS}
 
 
-class SceneProcessor:
-    """Images to pixel values and texts to ids, without parameters.
+class SceneTokenizer:
+    """Maps words to ids and back, as far as `explain` asks a tokenizer of transformers for it."""
 
-    `processor(images, texts)` gives the keyword arguments of the CLIP model, and of a `CLIPMapper`'s `forward` and `generate`.
+    all_special_ids = (PAD, START, END)
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        """Returns the ids of one text, between [START] and [END] if `add_special_tokens`."""
+        around = ([START], [END]) if add_special_tokens else ([], [])
+        return {"input_ids": word_ids("text", [text], _IDS, _WORDS, *around)["input_ids"][0].tolist()}
+
+    def convert_ids_to_tokens(self, ids: Sequence[int] | Tensor) -> list[str]:
+        """Ids (T) -> the T words they stand for."""
+        return [TEXT_VOCABULARY[i] for i in (ids.tolist() if isinstance(ids, Tensor) else ids)]
+
+
+class SceneProcessor:
+    """Turns images into pixel values and texts into ids. It has no parameters.
+
+    `processor(images=photo, text=question)` returns the keyword arguments of the CLIP model, and those of a `CLIPMapper`'s
+    `forward` and `generate`.
 
     Args:
         end: texts end with [END], as for the CLIP model and question answering; False = texts are prompts to be continued.
     """
 
     answers = ANSWERS  # the classes of the model that answers questions
+    tokenizer = SceneTokenizer()
 
     def __init__(self, *, end: bool = True) -> None:
         self.end = end
 
-    def __call__(self, images: Tensor, texts: Sequence[str]) -> dict[str, Tensor]:
-        """images (B, 32, 32) float in [0, 1]; texts: B strings, "" for a prompt without words."""
-        if isinstance(texts, Sequence) and not isinstance(texts, str) and len(texts) != len(images):
-            raise ValueError(f"texts must be as many as images; got {len(texts)} for {len(images)} images")
-        return {"pixel_values": self.pixels(images), **self.words(texts)}
+    def __call__(self, images: Any, text: str | Sequence[str], *, return_tensors: str = "pt") -> dict[str, Tensor]:
+        """Returns "pixel_values" (B, 1, 32, 32), "input_ids" and "attention_mask" (B, T).
 
-    def pixels(self, images: Tensor) -> Tensor:
-        """images (B, H, W) -> pixel values (B, 1, H, W)."""
+        Args:
+            images: a PIL image, dark ink on white as `Questions.photo` draws it, or a tensor (B, 32, 32), ink in [0, 1].
+            text: one text for a single image, or B texts; "" is a prompt without words.
+            return_tensors: "pt".
+        """
+        if return_tensors != "pt":
+            raise ValueError(f"return_tensors must be 'pt'; got {return_tensors!r}")
+        pixels = self.pixels(images)
+        if isinstance(text, str) and len(pixels) == 1:
+            text = [text]
+        if isinstance(text, Sequence) and not isinstance(text, str) and len(text) != len(pixels):
+            raise ValueError(f"text must be as many texts as images; got {len(text)} for {len(pixels)} images")
+        return {"pixel_values": pixels, **self.words(text)}
+
+    def pixels(self, images: Any) -> Tensor:
+        """A PIL image, or images (B, H, W) -> pixel values (B, 1, H, W)."""
+        if hasattr(images, "convert"):
+            small = images.convert("L").resize((CANVAS, CANVAS), resample=4)  # the mean over a box, which undoes an enlargement
+            return 1 - torch.from_numpy(np.asarray(small, dtype=np.float32) / 255)[None, None]
         if not isinstance(images, Tensor) or images.ndim != 3:
             shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-            raise ValueError(f"images must be a tensor (B, H, W); got {shape}")
+            raise ValueError(f"images must be a PIL image, or a tensor (B, H, W); got {shape}")
         return images[:, None]
 
     def words(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """B texts -> input_ids int64 (B, T), attention_mask bool (B, T); shorter texts are padded on the right."""
-        inputs = word_ids("texts", texts, _IDS, _WORDS, [START], [END] if self.end else [])
+        inputs = word_ids("text", texts, _IDS, _WORDS, [START], [END] if self.end else [])
         for text in texts:
             if (count := len(text.split())) + 2 > MOST_WORDS:
-                raise ValueError(f"texts must have at most {MOST_WORDS - 2} words; got {count} in {text!r}")
+                raise ValueError(f"text must have at most {MOST_WORDS - 2} words; got {count} in {text!r}")
         return inputs
 
     def convert_ids_to_tokens(self, ids: Sequence[int] | Tensor) -> list[str]:
         """Ids (T) -> the T words they stand for."""
-        return [TEXT_VOCABULARY[i] for i in (ids.tolist() if isinstance(ids, Tensor) else ids)]
+        return self.tokenizer.convert_ids_to_tokens(ids)
 
     def decode(self, ids: Tensor) -> list[str]:
         """Ids (B, T), as `CLIPMapper.generate` gives them -> B strings: the words in front of the first [END]."""
