@@ -2,6 +2,9 @@
 
 A page has a line `<!-- table: NAME -->`, or `<!-- table: NAME: ARGUMENTS -->`, where a table of `TABLES` stands.
 docs/extension.py fills in costs and counts, which need nothing but Python.
+
+The python blocks of the pages in `DRAWN` are run, and what they save in a folder of the page's name is shown on the page: each
+figure is the output of the code above it.
 """
 
 from __future__ import annotations
@@ -9,6 +12,9 @@ from __future__ import annotations
 import importlib
 import re
 import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 from vlattn_fast.benchmarks import _report
@@ -28,6 +34,8 @@ TABLES = {  # by name the function that makes it, of this package or of vlattn_l
 }
 MARK = re.compile(r"^<!-- table: (.+?) -->$", re.M)
 REPORT = "report.md"  # the one page that is made whole
+DRAWN = ("tutorial.md", "gallery.md")  # they need vlattn_lab
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
 
 
 def table(line: str) -> str:
@@ -48,6 +56,20 @@ def filled(text: str) -> str:
     return MARK.sub(lambda mark: table(mark[1]), text)
 
 
+def draw(page: Path) -> None:
+    """Runs the python blocks of a page in turn, in a process of their own, and puts the folder of figures next to the page.
+
+    Raises:
+        subprocess.CalledProcessError: the code raises an error.
+    """
+    with tempfile.TemporaryDirectory() as work:
+        figures = Path(work) / page.stem
+        figures.mkdir()
+        code = "\n".join(BLOCK.findall(page.read_text(encoding="utf-8")))
+        subprocess.run([sys.executable, "-c", code], cwd=work, check=True, stdout=subprocess.DEVNULL)
+        shutil.copytree(figures, page.with_suffix(""))
+
+
 def build(folder: Path) -> None:
     """Writes the pages anew; what else lies in the folder is removed."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -56,4 +78,6 @@ def build(folder: Path) -> None:
         text = page.read_text(encoding="utf-8")
         if (made := filled(text)) != text:
             page.write_text(made, encoding="utf-8")
+    for name in DRAWN:
+        draw(folder / name)
     _report.write(ROWS, folder / REPORT)
