@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 import vlattn_fast as va
 from tools.pages import navigation
@@ -33,7 +34,7 @@ MADE = (
     "build/cuda/libvlattn_cuda.so",
     "build/hub/",
     "build/rehearsal/",
-    "answer.html",
+    "page.html",
 )  # by the commands themselves
 GENERATED = ("docs/report.md",)  # pages of the site that python -m tools.pages makes whole
 SHOWN = ("cpu", "maps stored, one backward", "published")  # by README, of the costs of a map
@@ -67,7 +68,9 @@ def test_every_path_exists(name):
         path for path in re.findall(r"`([\w./-]+)`", prose) if "/" in path or re.search(r"\.(py|md|toml|png|html|json)$", path)
     }
     known = {*MADE, *(row["benchmark"] for row in json.loads(text("benchmarks/results/cpu.json")))}
-    written = set(re.findall(r'"([\w./-]+)"', "".join(blocks(name, "python"))))  # by the page's own code: its figures
+    written = {  # by the page's own code: the figures that the site puts into a folder of the page's name
+        f"{Path(name).stem}/{figure}" for figure in re.findall(r'"([\w-]+\.\w+)"', "".join(blocks(name, "python")))
+    }
     missing = [path for path in named - known if not there(ROOT / path)]
     for path in re.findall(r"\]\(([\w./-]+)(?:#[\w-]*)?\)", prose):
         target = ((ROOT / name).parent / path).resolve()
@@ -113,8 +116,8 @@ def test_every_command_in_a_sentence_exists(name):
 
 
 def of_packages(name: str) -> bool:
-    """Whether a page's code imports a package beside this one, whose tests run it."""
-    return bool(re.search(r"^import vlattn_lab", "".join(blocks(name, "python")), re.M))
+    """Whether a page's code imports a package next to this one, whose tests run it; README's runs here."""
+    return name != "README.md" and bool(re.search(r"^import vlattn_lab", "".join(blocks(name, "python")), re.M))
 
 
 def save_what_readme_opens(folder: Path) -> None:
@@ -124,9 +127,24 @@ def save_what_readme_opens(folder: Path) -> None:
 
     from tests.helpers import saved_models
 
-    model = saved_models.save_llava(folder / "llava-hf" / "llava-1.5-7b-hf")
-    GenerationConfig(suppress_tokens=[1, 2, 8]).save_pretrained(model)  # random weights say neither <end> nor <image>
+    model = saved_models.save_smolvlm(folder / "HuggingFaceTB" / "SmolVLM-256M-Instruct")
+    special = len(saved_models.WORDS) + torch.arange(len(saved_models.OF_SMOLVLM))  # random weights say neither <end> nor <image>
+    GenerationConfig(suppress_tokens=[1, 2, *special.tolist()]).save_pretrained(model)
     Image.new("RGB", (60, 40), "white").save(folder / "photo.jpg")
+
+
+def check_what_readme_made(folder: Path, explanation: Any) -> None:
+    """The figure that README shows is that of its code, up to the drawing library's version; the page is of the other model."""
+    import numpy as np
+    from PIL import Image
+
+    shown, made = (
+        np.asarray(Image.open(path).convert("RGB"), dtype=float) for path in (ROOT / "docs" / "answer.png", folder / "answer.png")
+    )
+    assert shown.shape == made.shape and abs(shown - made).mean() < 1
+    assert "![" in text("README.md") and text("README.md").count("](docs/answer.png)") == 1
+    assert len(explanation.answer[0]) == 20 and len(explanation.image) == 2  # the tiles and their thumbnail
+    assert (folder / "page.html").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("name", [name for name in DOCUMENTS if blocks(name, "python") and not of_packages(name)])
@@ -147,7 +165,7 @@ def test_the_code_runs(name, tmp_path, monkeypatch, capsys):
         printed = capsys.readouterr().out.splitlines()
         assert [line for line in printed if line in said or not line.startswith("{'")] == said  # Trainer prints its numbers
     if name == "README.md":
-        assert len(variables["explanation"].answer[0]) > 0 and (tmp_path / "answer.html").stat().st_size > 10_000
+        check_what_readme_made(tmp_path, variables["explanation"])
 
 
 def test_every_page_is_in_the_navigation_once():

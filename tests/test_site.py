@@ -78,9 +78,10 @@ def test_a_line_that_names_no_table() -> None:
 
 def test_figures_are_drawn_by_the_code_of_their_page(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text("```python\nsize = 3\n```\n\n```python\nopen('page/figure.png', 'wb').write(b'.' * size)\n```\n")
+    page.write_text("```python\nsize = 3\n```\n\n```python\nopen('figure.png', 'wb').write(b'.' * size)\n```\n")
     DRAW(page)
     assert (tmp_path / "page" / "figure.png").read_bytes() == b"..."
+    page = tmp_path / "broken.md"
     page.write_text("```python\nraise ValueError\n```\n")
     with pytest.raises(subprocess.CalledProcessError):
         DRAW(page)

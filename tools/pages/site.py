@@ -3,8 +3,8 @@
 A page has a line `<!-- table: NAME -->`, or `<!-- table: NAME: ARGUMENTS -->`, where a table of `TABLES` stands.
 docs/extension.py fills in costs and counts, which need nothing but Python.
 
-The python blocks of the pages in `DRAWN` are run, and what they save in a folder of the page's name is shown on the page: each
-figure is the output of the code above it.
+The python blocks of the pages in `DRAWN` are run, and what they save lies in a folder of the page's name: each figure of the page
+is the output of the code above it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 from vlattn_fast.benchmarks import _report
@@ -57,17 +56,15 @@ def filled(text: str) -> str:
 
 
 def draw(page: Path) -> None:
-    """Runs the python blocks of a page in turn, in a process of their own, and puts the folder of figures next to the page.
+    """Runs the python blocks of a page in turn, in a process of their own, whose folder is named as the page and lies next to it.
 
     Raises:
         subprocess.CalledProcessError: the code raises an error.
     """
-    with tempfile.TemporaryDirectory() as work:
-        figures = Path(work) / page.stem
-        figures.mkdir()
-        code = "\n".join(BLOCK.findall(page.read_text(encoding="utf-8")))
-        subprocess.run([sys.executable, "-c", code], cwd=work, check=True, stdout=subprocess.DEVNULL)
-        shutil.copytree(figures, page.with_suffix(""))
+    figures = page.with_suffix("")
+    figures.mkdir()
+    code = "\n".join(BLOCK.findall(page.read_text(encoding="utf-8")))
+    subprocess.run([sys.executable, "-c", code], cwd=figures, check=True, stdout=subprocess.DEVNULL)
 
 
 def build(folder: Path) -> None:

@@ -28,15 +28,14 @@ PAGES = [name for name, text in DOCUMENTS.items() if re.search(r"^import vlattn_
 def test_the_code_runs(name, tmp_path, monkeypatch, capsys):
     """The blocks of a page run in turn, and each `print(...)  # text` prints that text."""
     monkeypatch.chdir(tmp_path)
-    figures = set(re.findall(rf"\]\(({Path(name).stem}/[\w.-]+)\)", DOCUMENTS[name]))  # which the site has from this code
-    (tmp_path / Path(name).stem).mkdir()
+    figures = set(re.findall(rf"\]\({Path(name).stem}/([\w.-]+)\)", DOCUMENTS[name]))  # which the site has from this code
     variables = {"__name__": "document"}
     for number, code in enumerate(blocks(DOCUMENTS[name])):
         exec(compile(code, f"{name}, block {number}", "exec"), variables)
         said = re.findall(r"^ *print\(.*\)  # (.+)$", code, re.M)
         assert len(said) == len(re.findall(r"^ *print\(", code, re.M)), "a print without its result beside it"
         assert capsys.readouterr().out.splitlines() == said
-    assert figures == {str(path.relative_to(tmp_path)) for path in (tmp_path / Path(name).stem).iterdir()}
+    assert figures <= {path.name for path in tmp_path.iterdir()}
 
 
 def test_commands_exist():
