@@ -24,8 +24,10 @@ from vlattn_fast.ops import _registration
 ALONE = "relevancy_residual"  # which is PyTorch alone
 OPERATORS, WITH_KERNELS = ([name for name in names if name != ALONE] for names in (CALLS, WITH_CPU))
 PACKAGE = str(Path(va.__file__).parent)
+# with a sink they begin with the log-sum-exp, which is a call of score_attention
+WITH_LSE = "attention_map, softcap and sink", "attention_statistics, softcap and sink"
 CHECKING = str(Path(PACKAGE, "checking"))  # where the call is arranged
-FORWARD, BACKWARD = 80, 54  # the most of the package's functions that a pass on the CPU's kernels calls
+FORWARD, BACKWARD = 54, 46  # the most of the package's functions that a pass on the CPU's kernels calls
 
 
 def forward_and_backward(every: Example, x: dict[str, Tensor], backend: str) -> tuple[list[Tensor], list[Tensor]]:
@@ -60,13 +62,10 @@ def test_plain_tensors_do_without_the_dispatcher(name: str, backend: str) -> Non
         ours, ours_backward = (
             sum(file.startswith(PACKAGE) and not file.startswith(CHECKING) for file in each) for each in (files, files_backward)
         )
-        # statistics with a sink begin with the log-sum-exp, and rollout through a sink is a step apart
-        of_statistics = name == "attention_statistics, softcap and sink"
-        kernels = 2 if of_statistics or name == "relevancy_attention, softcap and sink" else 1
-        in_tiles = name.startswith(
-            ("relevancy_step", "attention_map", "recurrent_step")
-        )  # whose backward pass is that of streaming
-        assert ours <= (2 if of_statistics else 1) * FORWARD and (in_tiles or ours_backward <= kernels * BACKWARD)
+        calls = 2 if name in WITH_LSE else 1
+        kernels = 2 if name == "relevancy_attention, softcap and sink" else calls  # rollout through a sink is a step apart
+        in_tiles = name == "recurrent_step"  # whose backward pass is that of streaming
+        assert ours <= calls * FORWARD and (in_tiles or ours_backward <= kernels * BACKWARD)
 
 
 class Seen(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -116,9 +115,7 @@ def test_whoever_watches_sees_the_operator(name: str) -> None:
     with torch.profiler.profile(activities=cpu, acc_events=True) as profile:  # without, torch 2.11 warns
         forward_and_backward(every, x, "streaming")
     seen = [vlattn(mode.names) for mode in modes] + [vlattn({event.name for event in profile.events()})]
-    # maps and statistics take a sink by way of the log-sum-exp
-    both = name in ("attention_map, softcap and sink", "attention_statistics, softcap and sink")
-    assert all(len(names) == (2 if both else 1) for names in seen), seen
+    assert all(len(names) == (2 if name in WITH_LSE else 1) for names in seen), seen
     assert seen[0] == seen[1] == seen[2]
 
 

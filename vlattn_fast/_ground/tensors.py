@@ -133,15 +133,17 @@ def rows_first(x: Tensor) -> Tensor:
     """`x` (B, H, N, D) laid out as (B, N, H, D), without a copy where it already is. Fake implementations promise this layout for
     every backend. SDPA has the same layout, so heads merge without a copy.
     """
-    _, heads, length, size = x.shape
-    strides = length * heads * size, size, heads * size, 1
-    return x if x.stride() == strides else _laid_out(x, strides)
+    strides = _rows_first_strides(*x.shape[1:])
+    return x if x.stride() == strides else x.new_empty_strided(x.shape, strides).copy_(x)
 
 
 def empty_rows_first(like: Tensor, num_heads: int, length: int, size: int) -> Tensor:
     """An uninitialised (B, H, N, D) tensor in the layout of `rows_first`."""
-    strides = length * num_heads * size, size, num_heads * size, 1
-    return like.new_empty_strided((like.shape[0], num_heads, length, size), strides)
+    return like.new_empty_strided((like.shape[0], num_heads, length, size), _rows_first_strides(num_heads, length, size))
+
+
+def _rows_first_strides(heads: int, length: int, size: int) -> tuple[int, ...]:
+    return length * heads * size, size, heads * size, 1
 
 
 def as_gradient(grad: Tensor, x: Tensor) -> Tensor:
@@ -150,9 +152,7 @@ def as_gradient(grad: Tensor, x: Tensor) -> Tensor:
     Autograd copies gradients whose strides differ from x's. Within `promised_layouts` the layout is always that of `rows_first`:
     an operator must return the strides that its fake declares.
     """
-    _, heads, length, size = x.shape
-    strides = _gradient_strides(x, heads, length, size)
-    return grad if grad.stride() == strides else _laid_out(grad, strides)
+    return grad.contiguous() if x.is_contiguous() and not _LAYOUTS.promised else rows_first(grad)
 
 
 def empty_gradient(x: Tensor, num_heads: int | None = None) -> Tensor:
@@ -160,7 +160,9 @@ def empty_gradient(x: Tensor, num_heads: int | None = None) -> Tensor:
     batch, heads, length, size = x.shape
     num_heads = heads if num_heads is None else num_heads
     shape, dtype = (batch, num_heads, length, size), x.dtype if num_heads == heads else torch.float32
-    return x.new_empty_strided(shape, _gradient_strides(x, num_heads, length, size), dtype=dtype)
+    if x.is_contiguous() and not _LAYOUTS.promised:
+        return x.new_empty(shape, dtype=dtype)
+    return x.new_empty_strided(shape, _rows_first_strides(num_heads, length, size), dtype=dtype)
 
 
 @contextmanager
@@ -187,17 +189,6 @@ def saved_for_the_last_time() -> bool:
 
 
 _keeps_graph: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
-
-
-def _gradient_strides(x: Tensor, heads: int, length: int, size: int) -> tuple[int, ...]:
-    head = length * size
-    if x.is_contiguous() and not _LAYOUTS.promised:
-        return heads * head, head, size, 1
-    return heads * head, size, heads * size, 1
-
-
-def _laid_out(x: Tensor, strides: tuple[int, ...]) -> Tensor:
-    return x.new_empty_strided(x.shape, strides).copy_(x)
 
 
 def weigh_rows(carried: Tensor, weight: Tensor | None) -> Tensor:

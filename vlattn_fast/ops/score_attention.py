@@ -225,11 +225,8 @@ def _packs(x: Any) -> bool:
 
 
 def _features(x: Any, plan: Plan) -> Features:
-    score, key, value = scores.resolve(x.score), x.key, x.value
-    if x.key_mask is not None and not plan.masks_padding:
-        (value,) = mask_padding(x.key_mask, value)
-    if x.key_mask is not None and not (plan.masks_padding and score.is_plain):  # features of padding would reach parameters
-        (key,) = mask_padding(x.key_mask, key, fill=score.masked_key)
+    score = scores.resolve(x.score)
+    key, value = (x.key, x.value) if x.key_mask is None else _without_padding(x, plan, score)
     core = score.core(x.query, key)
     query, key, vector = core.query, core.key, core.vector
     if autocasts(query):
@@ -239,10 +236,8 @@ def _features(x: Any, plan: Plan) -> Features:
     if core.keeps_dtype:
         query, key, vector, value = core.query, core.key, core.vector, as_dtype(value, core.query.dtype)
     row_bias, key_groups = NO_BIAS if x.group_bias is None else group_bias_inputs(x)
-    packs = plan.packs and vector is None and key.shape[1] == value.shape[1]
-    if packs:
-        query = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
-        row_bias = None if row_bias is None else row_bias.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
+    if packs := plan.packs and vector is None and key.shape[1] == value.shape[1]:
+        query, row_bias = _packed(query, key), _packed(row_bias, key)
     return _new_features(
         query=query,
         key=key,
@@ -255,6 +250,21 @@ def _features(x: Any, plan: Plan) -> Features:
         row_bias=row_bias,
         key_groups=key_groups,
     )
+
+
+def _packed(x: Any, key: Tensor) -> Any:
+    """The query heads that share a head of the key as queries of one head."""
+    return None if x is None else x.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
+
+
+def _without_padding(x: Any, plan: Plan, score: scores.Score) -> tuple[Tensor, Tensor]:
+    """Key and value, without what padding holds where the backend's kernels do not keep it out."""
+    key, value = x.key, x.value
+    if not plan.masks_padding:
+        (value,) = mask_padding(x.key_mask, value)
+    if not (plan.masks_padding and score.is_plain):  # features of padding would reach parameters
+        (key,) = mask_padding(x.key_mask, key, fill=score.masked_key)
+    return key, value
 
 
 Computes = Callable[[ScoreAttentionInputs], tuple[Tensor, Tensor]]
@@ -276,18 +286,24 @@ def score_attention_by(operator: Computes, **call: Any) -> Tensor:
 
 def _run(x: Any, plan: Plan, features: Features, operator: Computes | None = None) -> tuple[Tensor, Any]:
     """out and lse; torch's own attention has no lse."""
-    query, key, value, core = features.query, features.key, features.value, features.core
     if plan.backend == "sdpa":
+        query, key, value = features.query, features.key, features.value
         with without_autocast(query):  # casts are done, and features of a series stay float32
             return sdpa.attention(query, key, value, x.key_mask, x.is_causal, plan.scale), None
-    seed = torch.randint(0, 2**62, (), device=query.device) if x.dropout_p > 0.0 else None
-    logit = features.logit
+    inputs = _inputs(x, plan, features)
+    out, lse = _forward_op(inputs) if operator is None else operator(inputs)
+    return out, lse
+
+
+def _inputs(x: Any, plan: Plan, features: Features) -> ScoreAttentionInputs:
+    core, logit = features.core, features.logit
+    seed = torch.randint(0, 2**62, (), device=features.query.device) if x.dropout_p > 0.0 else None
     sink = None if logit is None else (logit - plan.scale * core.offset).detach()  # beside the core score, which lacks the offset
     kind, parameter, scale = (core.kind, core.parameter, plan.scale) if plan.softcapped is None else plan.softcapped
-    inputs = _new_inputs(
-        query=query,
-        key=key,
-        value=value,
+    return _new_inputs(
+        query=features.query,
+        key=features.key,
+        value=features.value,
         vector=features.vector,
         attn_mask=x.attn_mask,
         key_mask=x.key_mask,
@@ -302,8 +318,6 @@ def _run(x: Any, plan: Plan, features: Features, operator: Computes | None = Non
         is_causal=x.is_causal,
         backend=plan.backend,
     )
-    out, lse = _forward_op(inputs) if operator is None else operator(inputs)
-    return out, lse
 
 
 def _finish(x: Any, plan: Plan, features: Features, rows: tuple[Tensor, Any]) -> Any:

@@ -55,6 +55,7 @@ def scores_in_folder() -> dict[str, type[Score]]:
 
 
 SCORES = scores_in_folder()
+_BY_NAME = {name: kind() for name, kind in SCORES.items() if not kind.parameters}  # those that a call names
 
 
 def layers() -> dict[str, Layer]:
@@ -66,12 +67,11 @@ def resolve(score: Any) -> Score:
     """The score function, also by its name."""
     if isinstance(score, Score):
         return score
-    kind = SCORES.get(score) if isinstance(score, str) else None
-    if kind is not None and not kind.parameters:
-        return kind()
-    names = tuple(name for name, kind in SCORES.items() if not kind.parameters)
+    names = tuple(_BY_NAME)
     if not isinstance(score, str):
         raise TypeError(f"score must be one of {names} or a va.scores object; got {describe(score)}")
+    if score in _BY_NAME:
+        return _BY_NAME[score]
     kind, way = SCORES.get(score.lower()), ""
     if kind is not None and kind.parameters:
         way = f". It has parameters: pass va.scores.{kind.__name__}(...), or take va.nn.ScoreAttention, which makes them"

@@ -39,7 +39,6 @@ class MaskShifts(Struct):
     _fields_ = (("a", Attention), ("shifts", c_void_p))
 
 
-_NO_MASKS = {is_causal: Masks(is_causal=is_causal) for is_causal in (False, True)}
 _find_shifts = kernel("mask_shifts", MaskShifts)
 _MASK_DTYPES = {**DTYPES, torch.float64: 4}
 
@@ -49,10 +48,12 @@ def attention(inputs: Any, query: Tensor, key: Tensor, value: Tensor | None) -> 
     live until the call is over."""
     attn_mask, key_mask, is_causal, scale = inputs.attn_mask, inputs.key_mask, inputs.is_causal, inputs.scale
     if attn_mask is None and key_mask is None and inputs.row_bias is None:
-        return _attention(query, key, value, scale, _NO_MASKS[is_causal]), ()
+        return _attention(query, key, value, scale, is_causal), ()
     if key_mask is not None:
         key_mask = key_mask.contiguous()
-    masks = Masks(keys=address(key_mask), is_causal=is_causal)
+    a = _attention(query, key, value, scale, is_causal)
+    masks = a.masks
+    masks.keys = address(key_mask)
     row_bias = key_groups = shifts = None
     if inputs.row_bias is not None:
         row_bias, key_groups = inputs.row_bias.float().contiguous(), inputs.key_groups.contiguous()
@@ -63,9 +64,9 @@ def attention(inputs: Any, query: Tensor, key: Tensor, value: Tensor | None) -> 
         masks.stride_b, masks.stride_h, masks.stride_n, masks.stride_m = pairs.stride()
         if attn_mask.dtype == torch.float64:
             shifts = query.new_empty(*query.shape[:3], dtype=torch.float64)
-            _find_shifts(MaskShifts(a=_attention(query, key, None, 1.0, masks), shifts=address(shifts)))
+            _find_shifts(MaskShifts(a=a, shifts=address(shifts)))
             masks.shifts = address(shifts)
-    return _attention(query, key, value, scale, masks), (key_mask, row_bias, key_groups, shifts)
+    return a, (key_mask, row_bias, key_groups, shifts)
 
 
 def empty_row_bias(inputs: Any) -> Tensor | None:
@@ -73,14 +74,14 @@ def empty_row_bias(inputs: Any) -> Tensor | None:
     return None if inputs.row_bias is None else torch.zeros_like(inputs.row_bias, dtype=torch.float32)
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor | None, scale: float, masks: Masks) -> Attention:
+def _attention(query: Tensor, key: Tensor, value: Tensor | None, scale: float, is_causal: bool) -> Attention:
+    """Without masks, but for causality."""
     of_value = (None, None) if value is None else (value.shape, value.stride())
-    of_sizes = _of_sizes(query.dtype, query.shape, query.stride(), key.shape, key.stride(), *of_value, scale)
+    of_sizes = _of_sizes(query.dtype, query.shape, query.stride(), key.shape, key.stride(), *of_value, scale, is_causal)
     a = Attention.from_buffer_copy(of_sizes)
     a.query.data, a.key.data = query.data_ptr(), key.data_ptr()
     if value is not None:
         a.value.data = value.data_ptr()
-    a.masks = masks
     return a
 
 
@@ -94,8 +95,9 @@ def _of_sizes(
     of_value: torch.Size | None,
     value_strides: tuple[int, ...] | None,
     scale: float,
+    is_causal: bool,
 ) -> Attention:
-    """All but addresses and masks."""
+    """All but addresses and tensors of masks."""
     (batch, heads, queries, head_dim), (_, key_heads, keys, _) = of_query, of_key
     return Attention(
         dtype=DTYPES[dtype],
@@ -110,4 +112,5 @@ def _of_sizes(
         query=StridedTensor(None, *query_strides[:3]),
         key=StridedTensor(None, *key_strides[:3]),
         value=StridedTensor(None, *(value_strides or ())[:3]),
+        masks=Masks(is_causal=is_causal),
     )

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import as_dtype, unit_stride, unit_strides, weigh_rows
-from vlattn_fast.backends.cpu import score_attention
 from vlattn_fast.backends.cpu._abar import gradients
 from vlattn_fast.backends.cpu._attention import attention, empty_row_bias
 from vlattn_fast.backends.cpu.attention_map import MapCall, run_map
-from vlattn_fast.backends.cpu.score_attention import Backward, Relevancy, core_score, float32, new_gradients, run_backward
+from vlattn_fast.backends.cpu.score_attention import Backward, Relevancy, attend, core_score, float32, new_gradients, run_backward
 from vlattn_fast.backends.inputs import (
     RelevancyAttentionBackwardInputs,
     RelevancyAttentionInputs,
@@ -29,7 +28,7 @@ _FEW_QUERIES = 8  # and so do any rows with up to so many queries (csrc/cpu/few_
 
 def forward(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
     """out (B, H, N, Dv), a copy of the carrier (B, T, N), lse (B, H, N) float64."""
-    out, lse = score_attention.forward(inputs.attention())
+    out, lse = attend(inputs)
     return out, inputs.carrier.clone(), lse
 
 
@@ -79,9 +78,9 @@ def step_backward(inputs: RelevancyStepBackwardInputs) -> tuple[Tensor | None, .
     r, grad_result = (x.float().contiguous() for x in (inputs.relevancy, inputs.grad))
     grad_rows = torch.zeros_like(r) if inputs.need_relevancy else None  # also where there are no heads
     of_abar: dict[str, Any] = {
-        "rows": address(r),
+        "rows": r.data_ptr(),
         "T": r.shape[1],
-        "grad_result": address(grad_result),
+        "grad_result": grad_result.data_ptr(),
         "grad_rows": address(grad_rows),
     }
     grads = gradients(inputs, inputs.need_inputs, **of_abar)
@@ -110,7 +109,7 @@ def _run(
     result = r.new_empty(batch, carried_rows, key.shape[2])
     if not (query.shape[1] and query.shape[2]):  # without heads or queries there is no work
         result = result.zero_() if direct is None else direct.clone()
-    sums = {"rows": address(r), "direct": address(direct), "result": address(result)}
+    sums = {"rows": r.data_ptr(), "direct": address(direct), "result": result.data_ptr()}
     carried = {"T": carried_rows, "row_normalize": inputs.row_normalize, **sums}
     is_gradient = inputs.rule == "gradient"
     if (carried_rows > _FEW_ROWS or query.shape[2] <= _FEW_QUERIES) and "grad_query" not in of_rows:

@@ -73,14 +73,19 @@ _second = kernel("score_attention_second", Second)
 
 def forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
     """out (B, H, N, Dv), in memory (B, N, H, Dv) as SDPA's, and lse (B, H, N) float64."""
+    return attend(inputs, float32(inputs.vector), _dropout(inputs))
+
+
+def attend(inputs: Any, vector: Tensor | None = None, dropout: Dropout = _NO_DROPOUT) -> tuple[Tensor, Tensor]:
+    """`forward`, for the inputs of any operator with a query, a key and a value."""
     key, value = _same_heads(inputs.key, inputs.value)
     query, key, value = unit_strides(inputs.query, key, value)
-    (a, _kept), vector = attention(inputs, query, key, value), float32(inputs.vector)
+    a, _kept = attention(inputs, query, key, value)
     batch, heads, queries, _ = query.shape
     out = empty_rows_first(query, heads, queries, value.shape[3])
     lse = query.new_empty(batch, heads, queries, dtype=torch.float64)
-    score, dropout = core_score(inputs, vector), _dropout(inputs)
-    _forward(Forward(a=a, score=score, dropout=dropout, out=strided(out), lse=address(lse)))
+    score = core_score(inputs, vector)
+    _forward(Forward(a=a, score=score, dropout=dropout, out=strided(out), lse=lse.data_ptr()))
     return out, lse
 
 
@@ -98,7 +103,7 @@ def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tens
         dropout=_dropout(inputs),
         grad_out=strided(grad_out),
         out=strided(out),
-        lse=address(lse),
+        lse=lse.data_ptr(),
         grad_lse=address(grad_lse),
         grad_query=strided(grad_query),
         grad_key=strided(grad_key),
@@ -141,7 +146,7 @@ def second(inputs: ScoreAttentionSecondInputs) -> tuple[Tensor, Tensor | None, T
         to_query=strided(to_query),
         to_key=strided(to_key),
         to_value=strided(to_value),
-        to_lse=address(to_lse),
+        to_lse=to_lse.data_ptr(),
         by_row_bias=address(by_row_bias),
         to_row_bias=address(to_row_bias),
     )
