@@ -264,7 +264,7 @@ def keys(
 
 
 @triton.jit
-def _backward_q_kernel(  # noqa: C901
+def _backward_q_kernel(
     x,
     out,
     p_lse,
@@ -311,10 +311,7 @@ def _backward_q_kernel(  # noqa: C901
     b_inv_q = inverse_norm(p_pre_q, o_q, C.SCORE)  # [q]
     b_weight, clamped = weights_of_rows(b_inv_q, p_pre_k, tl.cdiv(M, 128) * 128, parameter, C.SCORE, HALF)
     b_scale = scale_log2 * b_weight  # [q]
-    if C.MASK >= FLOAT_MASK:  # there lse may be so large that its rounding shows (`is_coarse`)
-        b_shift = tl.load(stats.shift + i_bh * NP + o_q)
-    else:
-        b_shift = row_shift(p_lse + i_bh * N, o_q, N)
+    b_shift = _row_shift(stats, p_lse, i_bh, i_bh * NP, o_q, N, C)
     b_dq = zero_sums(q.p.dtype.element_ty, BLOCK_Q, C.A, C.BLOCK_A)
     b_total = tl.zeros([BLOCK_Q], dtype=tl.float32)
     b_sums = tl.zeros([BLOCK_Q], dtype=tl.float32)
@@ -393,11 +390,7 @@ def _backward_q_kernel(  # noqa: C901
     b_dq, b_along, b_sums, b_bias = _over_total(b_dq, b_along, b_sums, b_bias, b_total, special, C)
     if C.SCORE == "cosine":
         b_dq = along_norms(b_dq, b_weight, b_q, of_q, b_inv_q, b_along, C.A)
-    if C.MASK < FLOAT_MASK:
-        tl.store(stats.shift + i_bh * NP + o_q, b_shift)
-    if SUMS:
-        tl.store(stats.sums + i_bh * NP + o_q, tl.where(o_q < N, b_sums, 0.0))  # an infinite value makes NaN of padding
-    tl.store(stats.delta + i_bh * NP + o_q, b_delta)
+    _store_stats(stats, i_bh * NP, o_q, N, b_shift, b_sums, b_delta, C)
     store_head(grad_q, i_b, i_h, o_q, o_a, N, C.A, [b * x.scale for b in b_dq])
     if BLOCK_G > 0:
         if C.MASK == GROUP_PRODUCT:
@@ -418,6 +411,26 @@ def _first_bias(dtype: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_G: tl.constexp
         if C.MASK == GROUP_PRODUCT:
             b_bias = first_sums(dtype, BLOCK_Q, BLOCK_G)
     return b_bias, b_mean_bias
+
+
+@triton.jit
+def _row_shift(stats, p_lse, i_bh, first, o_q, N, C: tl.constexpr):
+    """The shift of each row [q]; `first`: the head's first row in `stats`."""
+    if C.MASK >= FLOAT_MASK:  # there lse may be so large that its rounding shows (`is_coarse`)
+        b_shift = tl.load(stats.shift + first + o_q)
+    else:
+        b_shift = row_shift(p_lse + i_bh * N, o_q, N)
+    return b_shift
+
+
+@triton.jit
+def _store_stats(stats, first, o_q, N, b_shift, b_sums, b_delta, C: tl.constexpr):
+    """All but the total; `first`: the head's first row in `stats`."""
+    if C.MASK < FLOAT_MASK:
+        tl.store(stats.shift + first + o_q, b_shift)
+    if stats.sums is not None:
+        tl.store(stats.sums + first + o_q, tl.where(o_q < N, b_sums, 0.0))  # an infinite value makes NaN of padding
+    tl.store(stats.delta + first + o_q, b_delta)
 
 
 @triton.jit
