@@ -28,7 +28,7 @@ from vlattn_fast.benchmarks._measure import backends
 from vlattn_fast.benchmarks._records import RESULTS, append, provenance, slug
 from vlattn_fast.benchmarks._run import check_device
 from vlattn_fast.checking.cases import Example, Sizes, cases_of
-from vlattn_fast.dispatch.loading import load
+from vlattn_fast.dispatch.choice import load
 from vlattn_fast.ops import OPERATORS
 
 MINUTES, WORST, BEHIND = 5.0, 20, 1.3

@@ -89,8 +89,7 @@ def test_explain_passes_few_files() -> None:
 
 @pytest.mark.parametrize("name", ["on_enter", "on_leave", "on_attention", "on_result"])
 def test_a_model_is_restored_after_an_error_of_a_subscriber(name: str) -> None:
-    from vlattn_fast.attach.current import RUNNING
-    from vlattn_fast.attach.events import Subscriber
+    from vlattn_fast.attach.events import RUNNING, Subscriber
     from vlattn_fast.attach.observer import Observer
 
     class Fails(Subscriber):
@@ -237,7 +236,7 @@ def test_a_hook_explains_the_edited_model_in_the_middle_of_its_attention() -> No
 
 def test_maps_of_earlier_passes_are_let_go() -> None:
     """Each map has a bit of its own: those of a long run, as `generate` makes one, would make ever longer numbers."""
-    from vlattn_fast.attach.current import RUNNING
+    from vlattn_fast.attach.events import RUNNING
 
     class Written(torch.nn.Module):
         def __init__(self) -> None:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from vlattn_fast.benchmarks.host import without_launches
 from vlattn_fast.checking import verify
 from vlattn_fast.checking.cases import Example
-from vlattn_fast.dispatch.loading import load
+from vlattn_fast.dispatch.choice import load
 from vlattn_fast.ops import OPERATORS
 
 Made = tuple[Callable[..., Any], tuple[Any, ...]]  # a launcher and its arguments

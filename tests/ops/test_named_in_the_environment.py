@@ -18,8 +18,8 @@ def test_the_environment_names_the_backend_of_all_calls():
     code = (
         "import torch, vlattn_fast as va\n"
         "used = []\n"
-        "from vlattn_fast.dispatch import loading\n"
-        "load = loading.load; loading.load = lambda table, name: used.append(name) or load(table, name)\n"
+        "from vlattn_fast.dispatch import choice\n"
+        "load = choice.load; choice.load = lambda table, name: used.append(name) or load(table, name)\n"
         "x = torch.randn(1, 1, 5, 8)\n"
         "va.attention_map(x, x, x, x, rule='gradient'); print(*sorted(set(used)))\n"
         "try: va.attention_map(x, x, backend='cuda')\n"

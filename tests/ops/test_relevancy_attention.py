@@ -23,7 +23,7 @@ from tests.helpers.ops.tile_edges import covering
 from vlattn_fast.backends.inputs import RelevancyAttentionBackwardInputs, RelevancyAttentionInputs
 from vlattn_fast.backends.reference.relevancy_attention import head_mean
 from vlattn_fast.backends.streaming import relevancy_attention as streaming
-from vlattn_fast.dispatch.loading import load
+from vlattn_fast.dispatch.choice import load
 from vlattn_fast.ops.relevancy_attention import BACKENDS as TABLE
 
 

@@ -15,7 +15,7 @@ from tests.helpers.compare import assert_all_close_to, assert_close_to, outputs_
 from tests.helpers.ops.backends import each, on
 from tests.helpers.ops.every_call import CALLS, every_call, leaves, outputs_of
 from tests.helpers.ops.second_cases import check, gradients, inputs
-from vlattn_fast.dispatch.loading import load
+from vlattn_fast.dispatch.choice import load
 from vlattn_fast.ops.score_attention import BACKENDS
 
 A, B = torch.rand(2, 4, dtype=torch.float64), torch.rand(2, 4, dtype=torch.float64)

@@ -24,8 +24,7 @@ from vlattn_fast.checking import fuzz, info, verify
 from vlattn_fast.checking.cases import Example, Sizes
 from vlattn_fast.checking.cases._dice import DIMS, LENGTHS, Dice
 from vlattn_fast.dispatch.call import Call, make_call
-from vlattn_fast.dispatch.choice import select
-from vlattn_fast.dispatch.loading import launcher, load
+from vlattn_fast.dispatch.choice import launcher, load, select
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops import OPERATORS

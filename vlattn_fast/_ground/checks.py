@@ -98,6 +98,12 @@ def is_traced_or_batched(x: Tensor) -> bool:
     return _is_batched(x)
 
 
+def is_dtensor(x: Any) -> bool:
+    """Whether `x` is a DTensor; never where DTensors are not imported."""
+    distributed: Any = None if type(x) is Tensor else sys.modules.get("torch.distributed.tensor")
+    return distributed is not None and isinstance(x, distributed.DTensor)
+
+
 def is_jit_traced() -> bool:
     """Whether torch.jit.trace runs. It checks a trace by a second one without gradients, and both must have the same graph."""
     return not torch.compiler.is_compiling() and torch._C._is_tracing()

@@ -26,8 +26,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from vlattn_fast.attach.current import RUNNING, SCORE_ATTENTION, SOFTMAX, attention, first_argument
-from vlattn_fast.attach.events import Attention, ModuleRun, Subscriber
+from vlattn_fast.attach.events import (
+    RUNNING,
+    SCORE_ATTENTION,
+    SOFTMAX,
+    Attention,
+    ModuleRun,
+    Subscriber,
+    attention,
+    first_argument,
+)
 from vlattn_fast.attach.multihead import heads, joined_masks
 from vlattn_fast.attach.session import Steps, Stepwise, as_mode, overridden, visible
 from vlattn_fast.attach.written import PRODUCTS, WrittenMaps, WrittenScores

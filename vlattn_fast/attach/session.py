@@ -17,7 +17,7 @@ from torch import nn
 from torch._C._dynamo.eval_frame import set_eval_frame
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
-from vlattn_fast.attach.current import edits_of, plain
+from vlattn_fast.attach.events import edits_of, plain
 from vlattn_fast.attach.handwritten import replacements
 from vlattn_fast.attach.transformers_interface import configs, sdpa_function
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from vlattn_fast.ops._shards import Defined, is_dtensor
+from vlattn_fast._ground.checks import is_dtensor
+from vlattn_fast.ops._shards import Defined
 
 _OF_QUERIES = re.compile(r"q[^.]*\.weight$|in_proj_weight$")  # q_proj, query, to_q, Wqkv, query_key_value, in_proj_weight
 _FUSED = re.compile(r"kv|key_value|in_proj")  # of query, key and value

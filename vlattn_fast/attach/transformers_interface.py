@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast.attach.current import RUNNING
+from vlattn_fast.attach.events import RUNNING
 from vlattn_fast.attach.written import joined
 
 SDPA_NAME, ADDITIVE_NAME = "vlattn", "vlattn_additive"

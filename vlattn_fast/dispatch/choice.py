@@ -1,11 +1,17 @@
-"""Which backend runs a call: the one that the caller names, or the first without refusals. Plans of calls are kept."""
+"""Which backend runs a call, and its functions, which are imported at first use.
+
+It is the backend that the caller names, or the first without refusals. Plans of calls are kept.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import os
+import sys
 from collections.abc import Callable
 from operator import attrgetter, itemgetter
+from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -15,6 +21,7 @@ from torch.nn import Parameter
 
 from vlattn_fast import scores
 from vlattn_fast._ground.checks import check_choice
+from vlattn_fast._ground.tensors import as_outputs, mask_padding
 from vlattn_fast.backends import native
 from vlattn_fast.backends.cuda import _shared_library
 from vlattn_fast.dispatch import call as calls
@@ -51,6 +58,31 @@ def select(backends: Table, call: Call, backend: Any) -> str:
     if reasons:
         raise ValueError(f"backend={backend!r} cannot run {call}: {'; '.join(reasons)}")
     return str(backend)
+
+
+def load(backends: Table, name: str) -> ModuleType:
+    """The backend's module, from sys.modules where possible: torch.compile cannot trace an import."""
+    module = sys.modules.get(backends[name].module)
+    return importlib.import_module(backends[name].module) if module is None else module
+
+
+def launcher(backends: Table, name: str) -> Callable[..., Any]:
+    """The function `name` ("forward", ...) of the backend that the inputs name."""
+    return lambda inputs: getattr(load(backends, inputs.backend), name)(inputs)
+
+
+def gradients(backends: Table, name: str) -> Callable[..., tuple[Tensor | None, ...]]:
+    """As `launcher`, of "streaming" where the backend has no such function. The inputs have key, value and key_mask. Gradients
+    come as `as_outputs` lays them out."""
+
+    def run(inputs: Any) -> tuple[Tensor | None, ...]:
+        chosen = inputs.backend if hasattr(load(backends, inputs.backend), name) else "streaming"
+        if not backends[chosen].masks_padding:
+            key, value = mask_padding(inputs.key_mask, inputs.key, inputs.value)
+            inputs = inputs._replace(key=key, value=value)
+        return as_outputs(getattr(load(backends, chosen), name)(inputs))
+
+    return run
 
 
 def planned(plan: Callable[[Arguments], Plan], arguments: Arguments) -> Plan:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from vlattn_fast.dispatch.call import Call
-from vlattn_fast.dispatch.loading import load
+from vlattn_fast.dispatch.choice import load
 from vlattn_fast.dispatch.table import Table
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vlattn_fast._ground.checks import check_bool, describe
-from vlattn_fast.attach.current import RUNNING
+from vlattn_fast.attach.events import RUNNING
 from vlattn_fast.attach.session import check_has_gradients, is_sharded, never_compiled, uncompiled, unwrapped
 from vlattn_fast.interpret.adapters.adapter import WITHOUT_ADAPTER
 from vlattn_fast.interpret.adapters.derived import generates

@@ -6,14 +6,13 @@ divided; the other tensors have the same placements, or are replicated and cut.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlattn_fast._ground.checks import describe
+from vlattn_fast._ground.checks import describe, is_dtensor
 
 Dims = tuple[int, int | None]  # places of batch and heads, counted from the last dimension
 ATTENTION: Dims = (-4, -3)  # (B, H, N, D)
@@ -23,12 +22,6 @@ PER_ROW: Dims = (-3, -2)  # (B, H, N)
 PER_HEAD: Dims = (-2, -1)  # (B, H), and (H) that has no batch
 MASKS: dict[str, Dims] = {"attn_mask": ATTENTION, "key_mask": TOKENS, "sink": PER_HEAD}
 MASKS |= {"query_groups": TOKENS, "key_groups": TOKENS, "group_bias": ATTENTION, "head_gate": PER_HEAD}
-
-
-def is_dtensor(x: Any) -> bool:
-    """Whether `x` is a DTensor; never where DTensors are not imported."""
-    distributed: Any = None if type(x) is Tensor else sys.modules.get("torch.distributed.tensor")
-    return distributed is not None and isinstance(x, distributed.DTensor)
 
 
 class Shards:

@@ -10,19 +10,18 @@ from typing import Any
 
 from torch import Tensor
 
-from vlattn_fast._ground.checks import check_attention, check_bool, check_choice, check_head_dim, check_lse, describe
+from vlattn_fast._ground.checks import check_attention, check_bool, check_choice, check_head_dim, check_lse, describe, is_dtensor
 from vlattn_fast._ground.tensors import as_fake_outputs, compute_dtype, over_sums
 from vlattn_fast.backends.inputs import AttentionMapBackwardInputs, AttentionMapInputs
 from vlattn_fast.backends.reference.attention_map import HEAD_REDUCTIONS, RULES
 from vlattn_fast.dispatch import choice
 from vlattn_fast.dispatch.call import Call, make_call
-from vlattn_fast.dispatch.choice import planned
-from vlattn_fast.dispatch.loading import gradients, launcher, load
+from vlattn_fast.dispatch.choice import gradients, launcher, load, planned
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._groups import NO_BIAS, group_bias_inputs
 from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
-from vlattn_fast.ops._shards import ATTENTION, MASKS, NO_HEADS, PER_ROW, Local, Shards, is_dtensor, over_shards
+from vlattn_fast.ops._shards import ATTENTION, MASKS, NO_HEADS, PER_ROW, Local, Shards, over_shards
 from vlattn_fast.ops._stages import (
     DotPlan,
     arguments_of,

@@ -33,8 +33,7 @@ from vlattn_fast.backends.reference.paged_attention_statistics import (
     chosen_statistics,
 )
 from vlattn_fast.dispatch.call import Call, make_call
-from vlattn_fast.dispatch.choice import planned, select
-from vlattn_fast.dispatch.loading import load
+from vlattn_fast.dispatch.choice import load, planned, select
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._groups import resolve_groups

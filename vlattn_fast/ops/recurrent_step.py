@@ -25,8 +25,7 @@ from vlattn_fast.backends.reference.recurrent_step import heads_of
 from vlattn_fast.backends.reference.relevancy_attention import RULES
 from vlattn_fast.backends.streaming.recurrent_step import RecurrentStepBackwardInputs, RecurrentStepInputs
 from vlattn_fast.dispatch.call import Call, make_call
-from vlattn_fast.dispatch.choice import planned, select
-from vlattn_fast.dispatch.loading import launcher, load
+from vlattn_fast.dispatch.choice import launcher, load, planned, select
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable

@@ -23,20 +23,20 @@ from vlattn_fast._ground.checks import (
     check_number,
     check_tensor,
     describe,
+    is_dtensor,
 )
 from vlattn_fast._ground.tensors import as_gradient, compute_dtype, empty_rows_first, weigh_rows
 from vlattn_fast.backends.inputs import RelevancyAttentionBackwardInputs, RelevancyAttentionInputs
 from vlattn_fast.backends.reference.relevancy_attention import RULES
 from vlattn_fast.dispatch import choice
 from vlattn_fast.dispatch.call import Call, make_call
-from vlattn_fast.dispatch.choice import planned
-from vlattn_fast.dispatch.loading import load
+from vlattn_fast.dispatch.choice import load, planned
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import lse_dtype, table
 from vlattn_fast.ops import _relevancy_shards
 from vlattn_fast.ops._groups import NO_BIAS, check_head_gate, gated, group_bias_inputs
 from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
-from vlattn_fast.ops._shards import ATTENTION, MASKS, NO_HEADS, TOKENS, is_dtensor, over_shards
+from vlattn_fast.ops._shards import ATTENTION, MASKS, NO_HEADS, TOKENS, over_shards
 from vlattn_fast.ops._sinks import lse_with_sink, with_sink
 from vlattn_fast.ops._stages import (
     DotPlan,

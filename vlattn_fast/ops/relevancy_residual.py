@@ -7,10 +7,18 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from vlattn_fast._ground.checks import FLOAT_DTYPES, check_device, check_floating, check_not_batched, check_tensor, describe
+from vlattn_fast._ground.checks import (
+    FLOAT_DTYPES,
+    check_device,
+    check_floating,
+    check_not_batched,
+    check_tensor,
+    describe,
+    is_dtensor,
+)
 from vlattn_fast.backends import reference
 from vlattn_fast.backends.reference.relevancy_residual import Weighting
-from vlattn_fast.ops._shards import NO_HEADS, is_dtensor, over_shards
+from vlattn_fast.ops._shards import NO_HEADS, over_shards
 
 _SHARDED = dict.fromkeys(("residual", "branch", "residual_carrier", "branch_carrier"), NO_HEADS)
 

@@ -10,18 +10,17 @@ from typing import Any
 
 from torch import Tensor
 
-from vlattn_fast._ground.checks import check_lse
+from vlattn_fast._ground.checks import check_lse, is_dtensor
 from vlattn_fast._ground.tensors import as_fake_outputs
 from vlattn_fast.backends.inputs import RelevancyStepBackwardInputs, RelevancyStepInputs
 from vlattn_fast.dispatch import choice
 from vlattn_fast.dispatch.call import Call, make_call
-from vlattn_fast.dispatch.choice import planned
-from vlattn_fast.dispatch.loading import gradients, launcher, load
+from vlattn_fast.dispatch.choice import gradients, launcher, load, planned
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.ops import _relevancy_shards
 from vlattn_fast.ops._groups import NO_BIAS, group_bias_inputs
 from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
-from vlattn_fast.ops._shards import ATTENTION, NO_HEADS, PER_ROW, is_dtensor, over_shards
+from vlattn_fast.ops._shards import ATTENTION, NO_HEADS, PER_ROW, over_shards
 from vlattn_fast.ops._stages import DotPlan, arguments_of, by_formula, cast, described, make_plan, without_padding
 from vlattn_fast.ops.relevancy_attention import BACKENDS, SHARDED, check_abar, check_carried, flags_of, sizes_of
 from vlattn_fast.ops.score_attention import lse_for_sink

@@ -22,6 +22,7 @@ from vlattn_fast._ground.checks import (
     check_sink,
     check_softcap,
     describe,
+    is_dtensor,
     is_jit_traced,
     varies,
 )
@@ -42,14 +43,13 @@ from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAtten
 from vlattn_fast.backends.sdpa import score_attention as sdpa
 from vlattn_fast.dispatch import choice
 from vlattn_fast.dispatch.call import Call, make_call
-from vlattn_fast.dispatch.choice import planned
-from vlattn_fast.dispatch.loading import gradients, launcher, load
+from vlattn_fast.dispatch.choice import gradients, launcher, load, planned
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import lse_dtype
 from vlattn_fast.ops._groups import NO_BIAS, check_groups, check_head_gate, gated, group_bias_inputs
 from vlattn_fast.ops._registration import Saved, define, differentiable, not_differentiable
 from vlattn_fast.ops._score_attention_backends import BACKENDS
-from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, Local, Shards, is_dtensor, over_shards
+from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, Local, Shards, over_shards
 from vlattn_fast.ops._sinks import lse_with_sink, with_sink
 from vlattn_fast.ops._stages import DotPlan, arguments_of, by_formula, described
 

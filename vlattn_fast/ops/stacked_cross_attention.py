@@ -15,8 +15,7 @@ from vlattn_fast._ground.tensors import cast_by_autocast, compute_dtype, real_to
 from vlattn_fast.backends.inputs import StackedCrossAttentionBackwardInputs, StackedCrossAttentionInputs
 from vlattn_fast.backends.reference.stacked_cross_attention import AGGREGATIONS, DIRECTIONS, FIRST_NORMS
 from vlattn_fast.dispatch.call import Call, make_call
-from vlattn_fast.dispatch.choice import planned, select
-from vlattn_fast.dispatch.loading import launcher, load
+from vlattn_fast.dispatch.choice import launcher, load, planned, select
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable

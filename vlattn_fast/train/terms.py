@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vlattn_fast._ground.checks import check_callable, check_number, describe
-from vlattn_fast.attach.current import RUNNING
+from vlattn_fast.attach.events import RUNNING
 from vlattn_fast.attach.token_kinds import AttentionCall
 from vlattn_fast.nn.capture_attention import AttentionCapture
 from vlattn_fast.nn.capture_relevancy import capture_relevancy

@@ -213,7 +213,7 @@ def test_autocast(case):
 
 def test_position_bias_is_added_to_the_mask():
     """The contract of transformers' newest argument, against a score written out."""
-    from vlattn_fast.attach.current import RUNNING
+    from vlattn_fast.attach.events import RUNNING
     from vlattn_fast.attach.transformers_interface import attention_function
 
     torch.manual_seed(0)

@@ -15,7 +15,7 @@ from tests.helpers.interpret.cases import lively
 from tests.helpers.interpret.decoder_cases import DECODERS
 from tests.helpers.interpret.edited_maps import Cut, biased, hooked, llama, made
 from tests.helpers.interpret.encoder_cases import MADE
-from vlattn_fast.attach.current import RUNNING
+from vlattn_fast.attach.events import RUNNING
 from vlattn_fast.attach.session import dispatched
 from vlattn_fast.interpret.intervening.seen_calls import see
 

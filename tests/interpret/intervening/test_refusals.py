@@ -16,7 +16,7 @@ from tests.helpers.interpret.decoder_cases import DECODERS
 from tests.helpers.interpret.edited_maps import llama, made
 from tests.helpers.interpret.encoder_cases import MADE
 from tests.helpers.interpret.tower_cases import Heads
-from vlattn_fast.attach.current import RUNNING
+from vlattn_fast.attach.events import RUNNING
 
 
 @pytest.mark.parametrize(

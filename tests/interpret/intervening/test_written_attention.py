@@ -16,7 +16,7 @@ import vlattn_fast as va
 from tests.helpers.interpret.cases import lively
 from tests.helpers.interpret.edited_maps import hooked
 from tests.helpers.interpret.tower_cases import HEADS, Stack, second
-from vlattn_fast.attach.current import SOFTMAX
+from vlattn_fast.attach.events import SOFTMAX
 from vlattn_fast.checking.models.stored import in_double
 
 CLOSE = {"rtol": 0, "atol": 1e-9}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.groups import sums_of_groups
-from vlattn_fast.attach.current import SCORE_ATTENTION
+from vlattn_fast.attach.events import SCORE_ATTENTION
 from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs
 from vlattn_fast.interpret.intervening.editing import token_groups
 from vlattn_fast.interpret.intervening.grouping import Groups

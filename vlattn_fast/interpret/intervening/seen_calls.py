@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast.attach.current import edits_of
+from vlattn_fast.attach.events import edits_of
 from vlattn_fast.attach.handwritten import defining_class
 from vlattn_fast.attach.session import at_rest, unwrapped
 from vlattn_fast.attach.tensor_parallel import HeadShare

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vlattn_fast._ground.tensors import compute_dtype
-from vlattn_fast.attach.current import edits_of
-from vlattn_fast.attach.events import Subscriber
+from vlattn_fast.attach.events import Subscriber, edits_of
 from vlattn_fast.attach.observer import Observer
 from vlattn_fast.attach.session import Steps
 from vlattn_fast.interpret.adapters.adapter import Adapter

@@ -18,8 +18,7 @@ from torch.nn import functional
 
 from vlattn_fast._ground.marks import add_mark, new_mark, read_mark
 from vlattn_fast._ground.tensors import compute_dtype, expand_heads, mask_padding
-from vlattn_fast.attach.current import edits_of, is_map
-from vlattn_fast.attach.events import Attend, Attention, ModuleRun, Subscriber
+from vlattn_fast.attach.events import Attend, Attention, ModuleRun, Subscriber, edits_of, is_map
 from vlattn_fast.attach.observer import Observer
 from vlattn_fast.attach.session import in_layers, is_checkpointed, layers_of, named
 from vlattn_fast.backends.inputs import ScoreAttentionInputs

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast.attach.current import RUNNING
-from vlattn_fast.attach.events import ModuleRun
+from vlattn_fast.attach.events import RUNNING, ModuleRun
 from vlattn_fast.attach.handwritten import defining_class
 from vlattn_fast.attach.observer import Observer
 from vlattn_fast.attach.recurrences.reading import Convolution, FunctionCall, Reader, Reading, Recurrence

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast.attach.current import attention
+from vlattn_fast.attach.events import attention
 from vlattn_fast.attach.tensor_parallel import local, mean_over, on_mesh
 from vlattn_fast.interpret.relevancy.tracking.token_places import Moved
 from vlattn_fast.ops._sinks import share_of_keys

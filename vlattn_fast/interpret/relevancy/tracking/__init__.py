@@ -2,5 +2,5 @@
 
 In: the calls of torch and of modules in a forward pass.
 Out: the places of tokens, marks of tensors, paths of modules.
-Imports: ops, _ground.
+Imports: _ground.
 """
