@@ -13,11 +13,11 @@ from torch import Tensor, distributed, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from vlattn_fast._ground.tensors import compute_dtype
-from vlattn_fast.attach.session import layers_of, named, split_path
+from vlattn_fast.attach.session import layers_of, named
 from vlattn_fast.attach.tensor_parallel import has_dtensors, heads_mesh
 from vlattn_fast.interpret.adapters.adapter import Tower
 from vlattn_fast.interpret.adapters.tokens import Tokens
-from vlattn_fast.interpret.relevancy.layer_numbers import TOKENWISE, LayerNumbers
+from vlattn_fast.interpret.relevancy.call_order import TOKENWISE, CallOrder, LayerNumbers
 from vlattn_fast.interpret.relevancy.traced_call import Recursion, Through, TracedCall
 from vlattn_fast.interpret.relevancy.tracking.token_moves import TokenMoves
 from vlattn_fast.interpret.relevancy.tracking.token_numbers import Numbers
@@ -125,44 +125,6 @@ class Carriers:
     def leaving(self) -> Tensor:
         """The carrier (B, 2 T, N) behind the last layer that ran."""
         return torch.cat(self.behind, 2) if len(self.behind) > 1 else self.behind[0]
-
-
-class CallOrder:
-    """The attention calls of one tower, in the order in which they ran: their modules, layers and numbers."""
-
-    def __init__(self) -> None:
-        self.lists: list[str] = []  # lists of layers, in the order in which they ran
-        self.paths: list[str] = []  # modules that called attention, in this order, too
-        self.run = 0  # of the module that called attention last
-        self.queries = 0  # of that call, over the whole batch
-        self.last: int | None = None  # the number of the last call among all of the run
-        self.came_through = 0  # the calls that its queries came through, as bits
-        self.mixes = False  # it was a recurrence
-        self.chunked = False  # some call takes a further part of a sequence
-        self._whole = 0  # calls that do not
-
-    @property
-    def path(self) -> str | None:
-        """The module that called attention last."""
-        return self.paths[-1] if self.paths else None
-
-    def enter(self, path: str, number: int, chunk: bool) -> bool:
-        """Take a call in; returns whether it brings tokens of the tower that are not counted yet."""
-        if layers_of(path) not in self.lists:
-            self.lists.append(layers_of(path))
-        is_new = not self.paths or (chunk and self._whole == 1)
-        self._whole += not chunk
-        self.chunked = self.chunked or chunk
-        self.paths.append(path)
-        self.last = number
-        return is_new
-
-    def stands_beside(self, call: TracedCall, calls: int) -> bool:
-        """Whether a call, whose queries came through `calls`, and the last one are the attention and the recurrence of one layer,
-        over the same tokens, as in Falcon-H1, which adds their outputs."""
-        if self.last is None or self.path is None or calls >> self.last & 1 or calls != self.came_through:
-            return False
-        return call.of_one_sequence != self.mixes and split_path(self.path) == split_path(call.path)
 
 
 class ScoreGradients:

@@ -1,4 +1,4 @@
-"""The numbers of a tower's layers."""
+"""The attention calls of a tower in their order, and the numbers of its layers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Collection
 
 from torch import nn
 
-from vlattn_fast.attach.session import in_layers, split_path
+from vlattn_fast.attach.session import in_layers, layers_of, split_path
+from vlattn_fast.interpret.relevancy.traced_call import TracedCall
 
 TOKENWISE = ("mlp", "moe")  # kinds of layers whose tokens do not reach one another, as layers of Nemotron-H say of themselves
 
@@ -55,6 +56,44 @@ class LayerNumbers:
             getattr(part, "block_type", None) in TOKENWISE or (listed and ".".join(filter(None, (layers, name))) not in self._ran)
             for name, part in parts
         )
+
+
+class CallOrder:
+    """The attention calls of one tower, in the order in which they ran: their modules, layers and numbers."""
+
+    def __init__(self) -> None:
+        self.lists: list[str] = []  # lists of layers, in the order in which they ran
+        self.paths: list[str] = []  # modules that called attention, in this order, too
+        self.run = 0  # of the module that called attention last
+        self.queries = 0  # of that call, over the whole batch
+        self.last: int | None = None  # the number of the last call among all of the run
+        self.came_through = 0  # the calls that its queries came through, as bits
+        self.mixes = False  # it was a recurrence
+        self.chunked = False  # some call takes a further part of a sequence
+        self._whole = 0  # calls that do not
+
+    @property
+    def path(self) -> str | None:
+        """The module that called attention last."""
+        return self.paths[-1] if self.paths else None
+
+    def enter(self, path: str, number: int, chunk: bool) -> bool:
+        """Take a call in; returns whether it brings tokens of the tower that are not counted yet."""
+        if layers_of(path) not in self.lists:
+            self.lists.append(layers_of(path))
+        is_new = not self.paths or (chunk and self._whole == 1)
+        self._whole += not chunk
+        self.chunked = self.chunked or chunk
+        self.paths.append(path)
+        self.last = number
+        return is_new
+
+    def stands_beside(self, call: TracedCall, calls: int) -> bool:
+        """Whether a call, whose queries came through `calls`, and the last one are the attention and the recurrence of one layer,
+        over the same tokens, as in Falcon-H1, which adds their outputs."""
+        if self.last is None or self.path is None or calls >> self.last & 1 or calls != self.came_through:
+            return False
+        return call.of_one_sequence != self.mixes and split_path(self.path) == split_path(call.path)
 
 
 def _common(one: str, another: str) -> str:
