@@ -225,8 +225,8 @@ def _table(records: Sequence[Record], origins: Sequence[str]) -> str:
     peaks = "".join(f"; {name} {peak:,} GFLOP/s" for name, peak in first.get("peaks", {}).items())
     about = f"{first['workload']}: {sizes}; {first['dtype']}; {_setting(first)}{peaks}; run {', '.join(map(str, runs))}."
     lines = [(f"*{record['variant']}*" if record["is_bound"] else record["variant"], *_cells(record)) for record in records]
-    of_notes = grouped((record for record in records if "note" in record), lambda record: record["note"])
-    notes = [f"{', '.join(one['variant'] for one in noted)}: {note}" for note, noted in of_notes.items()]
+    by_note = grouped((record for record in records if "note" in record), lambda record: record["note"])
+    notes = [f"{', '.join(one['variant'] for one in noted)}: {note}" for note, noted in by_note.items()]
     return "\n".join([about, "", markdown(COLUMNS, lines), "", *(line for note in notes for line in (note, ""))])
 
 

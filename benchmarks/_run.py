@@ -101,9 +101,9 @@ def show(records: Iterable[dict[str, Any]]) -> None:
             titles = ("p20 ms", "p50 ms", "p80 ms", "MiB", "error", "of bound")
             print(f"  {'variant':28}" + "".join(f"{title:>10}" for title in titles) + f"{'of limit':>19}")
         mark = " *" if record["is_bound"] else ""
-        of_variant = [f"  not run: {record['not_run']}"] if "not_run" in record else [f"{one:>10}" for one in figures(record)]
+        cells = [f"  not run: {record['not_run']}"] if "not_run" in record else [f"{one:>10}" for one in figures(record)]
         limit = f"{share_of_limit(record):>19}"
-        print(f"  {record['variant'] + mark:28}{''.join(of_variant)}{limit}".rstrip(), flush=True)
+        print(f"  {record['variant'] + mark:28}{''.join(cells)}{limit}".rstrip(), flush=True)
 
 
 def figures(record: dict[str, Any]) -> list[str]:

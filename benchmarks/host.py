@@ -132,7 +132,7 @@ class Timed:
     def record(self, sdpa_us: float) -> dict[str, Any]:
         """Named by `host` as records of benchmarks are named by `benchmark`."""
         backend, name, what = self.key
-        of_calls = percentiles(self.times, 2)
+        times = percentiles(self.times, 2)
         goal = TRITON_GOALS.get(name.split(",")[0]) if backend == "triton" else CPU_GOAL
         return {
             "host": name,
@@ -142,8 +142,8 @@ class Timed:
             "dtype": str(DTYPES[backend]).removeprefix("torch."),
             "rounds": self.rounds,
             "launches": len(self.launched),
-            **of_calls,
-            "above_sdpa_us": round(of_calls["p50_us"] - sdpa_us, 2),
+            **times,
+            "above_sdpa_us": round(times["p50_us"] - sdpa_us, 2),
             "goal_us": goal if what == "forward" and name != SDPA else None,
         }
 
@@ -220,10 +220,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"timed calls of each pass; default {ROUNDS}")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of host-<device>.json, which records are added to")
-    options, of_pytest = parser.parse_known_args(arguments)
+    options, pytest_options = parser.parse_known_args(arguments)
     place = check_device(options.device)
     command = shlex.join(["python", "-m", "vlattn_fast.benchmarks", "host", *arguments])
     origin = {"device": device_name(place), **provenance(command)}
-    records = measure(options.device, rounds=options.rounds, options=of_pytest)
+    records = measure(options.device, rounds=options.rounds, options=pytest_options)
     append([{**record, **origin} for record in records], options.out / f"host-{slug(place)}.json")
     return 0

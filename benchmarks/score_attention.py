@@ -127,8 +127,8 @@ def build_second(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Prob
     def finish(call: Callable[[Tensors], Any]) -> _measure.Run:
         def run(t: Tensors) -> Tensors:
             leaves = {name: t[name].detach().requires_grad_() for name in inputs}
-            of_inputs = [leaves[name] for name in QKV]
-            grads = torch.autograd.grad(call({**t, **leaves}), of_inputs, leaves["grad_output"], create_graph=True)
+            differentiated = [leaves[name] for name in QKV]
+            grads = torch.autograd.grad(call({**t, **leaves}), differentiated, leaves["grad_output"], create_graph=True)
             seconds = torch.autograd.grad(grads, list(leaves.values()), [t[seed] for seed in seeds])
             return {f"second derivative by {name}": x for name, x in zip(inputs, seconds, strict=True)}
 

@@ -107,8 +107,8 @@ def rows_of(operator: str, name: str, architecture: int, programs: int) -> tuple
     for launch in reversed(firsts.values()):
         number = numbers[launch.name] = numbers.get(launch.name, 0) + 1
         kernel = launch.name if number == 1 else f"{launch.name} launch {number}"
-        of_call = {"call": f"{operator} {name}", "architecture": f"sm_{architecture}", "kernel": kernel, "pairs": pairs}
-        row = of_call | _row(launch, 0 if launch.name in WHOLE else programs)
+        call_facts = {"call": f"{operator} {name}", "architecture": f"sm_{architecture}", "kernel": kernel, "pairs": pairs}
+        row = call_facts | _row(launch, 0 if launch.name in WHOLE else programs)
         rows.append(row)
         if beyond(row):
             lines += [f"  {kernel}: conflicts {conflicts(row):.1%}, sectors used {used(row):.1%}", *_places(launch)]
@@ -154,11 +154,11 @@ def _places(launch: Launch) -> Iterator[str]:
     """The three instructions that add most wavefronts, and those that add most sectors."""
     assert launch.program is not None
     for what, extra, least in (("wavefronts", 0, 1), ("sectors", 2, 3)):
-        of_all = launch.accesses[extra] or 1
+        all_accesses = launch.accesses[extra] or 1
         worst = sorted(launch.by_instruction.items(), key=lambda one: one[1][least] - one[1][extra])[:3]
         for number, counts in worst:
             if counts[extra] > counts[least]:
-                share = (counts[extra] - counts[least]) / of_all
+                share = (counts[extra] - counts[least]) / all_accesses
                 yield f"    {share:.1%} more {what} ({counts[extra]} for {counts[least]}): {launch.program.at(number)}"
 
 
@@ -180,9 +180,9 @@ def main() -> None:
     ]
     findings = 0
     for operator, name, architecture in chosen:
-        of_call = f"{operator} {name}", f"sm_{architecture}"
+        call_facts = f"{operator} {name}", f"sm_{architecture}"
         stored = read(options.out)
-        old = [row for row in stored if (row["call"], row["architecture"]) == of_call]
+        old = [row for row in stored if (row["call"], row["architecture"]) == call_facts]
         if options.missing and old and not any(row["findings"] for row in old):
             continue
         rows, lines = rows_of(operator, name, architecture, options.programs)
@@ -190,7 +190,7 @@ def main() -> None:
         compiler = {"nvcc": nvcc_version()} if in_cuda(name) else {"triton": triton.__version__}
         rows = [compiler | row for row in rows]
         write(options.out, [row for row in stored if row not in old] + rows)
-        print("\n".join([" ".join(of_call), *lines]), flush=True)
+        print("\n".join([" ".join(call_facts), *lines]), flush=True)
     sys.exit(f"{findings} findings" if findings else 0)
 
 

@@ -63,8 +63,8 @@ def main() -> None:
     table = read(TABLE)
     lines = []
     for kernel in sorted(thresholds()):
-        of_all = {f"sm_{n}": worst(table, kernel, f"sm_{n}") for n in ARCHITECTURES}
-        known = {architecture: numbers for architecture, numbers in of_all.items() if numbers is not None}
+        by_architecture = {f"sm_{n}": worst(table, kernel, f"sm_{n}") for n in ARCHITECTURES}
+        known = {architecture: numbers for architecture, numbers in by_architecture.items() if numbers is not None}
         assert known, f"{TABLE} has no row of {kernel}: run python -m tools.compiled.triton"
         lines.append(f"{json.dumps(kernel)}: {{\n" + ",\n".join(f'  "{a}": {json.dumps(n)}' for a, n in known.items()) + "\n}")
     THRESHOLDS.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")

@@ -38,10 +38,10 @@ def table(said: str) -> dict[str, Any]:
         return {}
     rows = [row for row in csv.reader(line for line in lines[first:] if line.startswith('"')) if len(row) > 1]
     header = rows[0]
-    of_kernels = [row for row in rows[1:] if len(row) == len(header) and row[0].isdigit()]  # the row of units has no ID
-    if not of_kernels:
+    kernel_rows = [row for row in rows[1:] if len(row) == len(header) and row[0].isdigit()]  # the row of units has no ID
+    if not kernel_rows:
         return {}
-    numbers = {name: x for name, text in zip(header, of_kernels[-1], strict=True) if (x := _number(text)) is not None}
+    numbers = {name: x for name, text in zip(header, kernel_rows[-1], strict=True) if (x := _number(text)) is not None}
     facts: dict[str, Any] = {name: numbers[metric] for name, metric in FACTS.items() if metric in numbers}
     for group, pattern in (("stalls", STALL), ("pipes", PIPE)):
         matches = [(match[1], x) for name, x in numbers.items() if (match := re.fullmatch(pattern, name))]

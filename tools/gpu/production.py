@@ -72,7 +72,7 @@ def backends_of(operator: str) -> tuple[str, ...]:
 def checks() -> list[Check]:
     """All checks: the calls of models, then each case in bfloat16 at the smallest size, then the remaining sizes and dtypes.
     Within a size the slowest come first: scores over hidden units, whose formula holds the units for every pair."""
-    of_models = [Check(one.operator, one.name, one.sizes, torch.bfloat16) for one in full.FULL]
+    model_checks = [Check(one.operator, one.name, one.sizes, torch.bfloat16) for one in full.FULL]
     planned = [
         Check(case.operator, case.name, sizes, dtype)
         for sizes in SIZES
@@ -81,7 +81,7 @@ def checks() -> list[Check]:
     ]
     order = list(SIZES)
     planned.sort(key=lambda check: (order.index(check.sizes), check.dtype != torch.bfloat16, -_work(check)))
-    return of_models + planned
+    return model_checks + planned
 
 
 def _work(check: Check) -> int:

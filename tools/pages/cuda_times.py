@@ -45,20 +45,20 @@ def _pairs() -> Iterator[Pair]:
         cuda = Side(f"relevancy_attention cuda {call}", {"relevancy_backward_kernel": 8}, 1)  # the sum over heads
         yield Pair("relevancy_attention, backward", workload, triton, cuda)
     call = "cacr masked bf16 64"
-    for what, of_triton, of_cuda, further in (
+    for what, triton_kernels, cuda_kernels, further in (
         ("forward", MAPS, {"congruence_loss_kernel": 4}, 1),
         ("backward", GRADIENTS, {"congruence_loss_kernel launch 2": 8}, 0),
     ):
-        triton = Side(f"congruence_loss {call}", of_triton, further)
-        yield Pair(f"congruence_loss, cacr, {what}", WORDS, triton, Side(f"congruence_loss cuda {call}", of_cuda, 0))
+        triton = Side(f"congruence_loss {call}", triton_kernels, further)
+        yield Pair(f"congruence_loss, cacr, {what}", WORDS, triton, Side(f"congruence_loss cuda {call}", cuda_kernels, 0))
     forward, backward = {"_prepare_kernel": 4, "_forward_kernel": 8}, {"_units_rows_kernel": 2, "_units_backward_kernel": 11}
     rows = {"additive_backward_rows_kernel": 2, "additive_backward_kernel": 9, "additive_backward_query_kernel": 3}
-    for what, of_triton, of_cuda, further in (
+    for what, triton_kernels, cuda_kernels, further in (
         ("forward", forward, {"additive_forward_kernel": 4}, 0),
         ("backward", backward, rows, 2),  # a fill or a copy, and the sum of the vector's gradient
     ):
-        triton = Side("score_attention additive bf16 64", of_triton, further)
-        cuda = Side("score_attention cuda additive bf16 64", of_cuda, further)
+        triton = Side("score_attention additive bf16 64", triton_kernels, further)
+        cuda = Side("score_attention cuda additive bf16 64", cuda_kernels, further)
         yield Pair(f"score_attention, additive, {what}", CLIP, triton, cuda)
 
 
@@ -92,11 +92,11 @@ def _wins(pairs: list[Pair], rows: Rows) -> str:
     """Where the CUDA C++ kernels' estimates are shorter."""
     shorter: tuple[list[str], list[str]] = ([], [])
     for pair in pairs:
-        of_batches = [
+        by_batch = [
             zip(estimates(pair, pair.cuda, batch, rows), estimates(pair, pair.triton, batch, rows), strict=True)
             for batch in BATCHES
         ]
-        for cases, both in zip(shorter, zip(*of_batches, strict=True), strict=True):
+        for cases, both in zip(shorter, zip(*by_batch, strict=True), strict=True):
             batches = [f"{batch}" for batch, (cuda, triton) in zip(BATCHES, both, strict=True) if cuda < triton]
             if batches:
                 name = f"{pair.workload.name} {pair.what.rpartition(', ')[2]}"

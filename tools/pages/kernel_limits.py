@@ -117,11 +117,11 @@ def _sectors(row: Row) -> float:
 
 def lines_beyond(rows: Iterable[Row]) -> list[str]:
     """The reasons, and a table of the kernels."""
-    of_calls: dict[tuple[str, str], float] = {}
+    by_call: dict[tuple[str, str], float] = {}
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         call = row["call"], row["architecture"]
-        of_calls[call] = of_calls.get(call, 0) + _sectors(row)
+        by_call[call] = by_call.get(call, 0) + _sectors(row)
         for what, reason in reasons_of(row):
             groups.setdefault((what, reason.name if reason else "not known", row["kernel"].split()[0]), []).append(row)
     lines = [f"- *{reason.name}*: {reason.text}" for reason in REASONS]
@@ -135,7 +135,7 @@ def lines_beyond(rows: Iterable[Row]) -> list[str]:
             numbers = [f"{max(map(conflicts, members)):.0%}", "", ""]
         else:
             numbers = ["", f"{min(map(used, members)):.0%}", f"{min(map(used_once, members)):.0%}"]
-        numbers.append(f"{max(_sectors(row) / of_calls[row['call'], row['architecture']] for row in members):.0%}")
+        numbers.append(f"{max(_sectors(row) / by_call[row['call'], row['architecture']] for row in members):.0%}")
         calls, architectures = {row["call"] for row in members}, sorted({row["architecture"] for row in members})
         lines.append(f"| `{kernel}` | {len(calls)} | {', '.join(architectures)} | {' | '.join(numbers)} | {name} |")
     return lines

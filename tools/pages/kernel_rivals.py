@@ -17,10 +17,10 @@ at the rate of memory. An estimate leaves waits out, and a measured rate does no
 
 def torch_section(times: dict[Entry, Times]) -> list[str]:
     lines = ["| | tokens | ours | FlashAttention-2 | cuDNN | FlashAttention-3 | at tokens |", f"| --- |{' ---: |' * 6}"]
-    for entry, of_entry in times.items():
+    for entry, times_of_entry in times.items():
         if (rates := nearest(entry)) is not None:
             shown = f"{rates.tokens:,}{', not causal' if entry.workload.causal and not rates.causal else ''}"
-            cells = f"{rate_of(entry, of_entry.estimate):.0f} | {rates.flash2} | {rates.cudnn} | {rates.flash3} | {shown}"
+            cells = f"{rate_of(entry, times_of_entry.estimate):.0f} | {rates.flash2} | {rates.cudnn} | {rates.flash3} | {shown}"
             lines.append(f"| {entry.what.split(', ')[-1]}, {entry.workload.name} | {entry.workload.tokens:,} | {cells} |")
     return ["## Torch's attention for plain dot products", "", *TORCH.format(table="\n".join(lines)).splitlines(), ""]
 
@@ -28,8 +28,8 @@ def torch_section(times: dict[Entry, Times]) -> list[str]:
 def behind(times: dict[Entry, Times]) -> str:
     """Says which estimates are more than 1.5 times as long as FlashAttention-3 takes."""
     slower = {
-        entry: rates.flash3 / rate_of(entry, of_entry.estimate)
-        for entry, of_entry in times.items()
+        entry: rates.flash3 / rate_of(entry, times_of_entry.estimate)
+        for entry, times_of_entry in times.items()
         if (rates := nearest(entry)) is not None
     }
     lines = [f"- {entry.what}, {entry.workload.name}: {ratio:.2f}" for entry, ratio in slower.items() if ratio > WITHIN]

@@ -138,8 +138,8 @@ def _counts(row: Row) -> list[str]:
 def _counted(rows: Rows, facts: dict[str, table.Row]) -> list[str]:
     lines = ["| kernel | issue | special | conflicts | sectors | registers | spilled |", f"| --- |{' ---: |' * 6}"]
     for call, kernel in sorted({(entry.call, kernel) for entry in ENTRIES for kernel in entry.kernels}):
-        of_ptxas = facts.get(f"{call} {kernel} sm_90", {})  # that of the counted calls alone is not stored
-        cells = [*_counts(rows[call, kernel]), *(str(of_ptxas.get(name, "")) for name in ("registers", "spills"))]
+        ptxas_facts = facts.get(f"{call} {kernel} sm_90", {})  # that of the counted calls alone is not stored
+        cells = [*_counts(rows[call, kernel]), *(str(ptxas_facts.get(name, "")) for name in ("registers", "spills"))]
         lines.append(f"| `{call} {kernel}` | {' | '.join(cells)} |")
     return lines
 
@@ -157,8 +157,8 @@ def _cells(entry: Entry, times: Times) -> list[str]:
 def _beyond(times: dict[Entry, Times]) -> str:
     """Says which estimates are above FlashAttention-3's rate."""
     lines = []
-    for entry, of_entry in times.items():
-        rate, at_best = rate_of(entry, of_entry.estimate), nearest(entry)
+    for entry, times_of_entry in times.items():
+        rate, at_best = rate_of(entry, times_of_entry.estimate), nearest(entry)
         if at_best and rate > at_best.flash3:
             name = f"{entry.what}, {entry.workload.name}"
             lines.append(

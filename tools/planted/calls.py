@@ -253,17 +253,17 @@ def _programs(program_of: ProgramOf) -> Iterator[None]:
     """Each launch takes the program that the function gives for a kernel's title and program."""
     launch, kernel = ptx.triton.Driver.launch, ptx.cuda.Device.kernel
 
-    def of_triton(self: ptx.triton.Driver, name: str, program: Program, *rest: Any) -> None:
+    def triton_launch(self: ptx.triton.Driver, name: str, program: Program, *rest: Any) -> None:
         launch(self, name, program_of(program.name, program), *rest)
 
-    def of_cuda(self: ptx.cuda.Device, one: Any) -> Any:
+    def cuda_kernel(self: ptx.cuda.Device, one: Any) -> Any:
         fresh = ctypes.addressof(one) not in self.loaded
         loaded = kernel(self, one)
         if fresh:
             loaded.program = program_of(loaded.title, loaded.program)
         return loaded
 
-    ptx.triton.Driver.launch, ptx.cuda.Device.kernel = of_triton, of_cuda  # type: ignore[method-assign, assignment]
+    ptx.triton.Driver.launch, ptx.cuda.Device.kernel = triton_launch, cuda_kernel  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

@@ -61,7 +61,7 @@ class Attention:
         return self.written is None and self.given[0].ndim == 3
 
     @classmethod
-    def of_sdpa(cls, run: ModuleRun, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Attention | None:
+    def from_sdpa(cls, run: ModuleRun, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Attention | None:
         """A call of scaled_dot_product_attention; None if the tensors have neither three nor four dimensions each."""
         options: dict[str, Any] = {"attn_mask": None, "is_causal": False, "scale": None, "enable_gqa": False}
         options |= {**dict(zip(_SDPA, args, strict=False)), **kwargs}

@@ -258,8 +258,8 @@ _NORMS: dict[Any, Callable[..., Any]] = {
 
 def _may_be_written(module: nn.Module) -> bool:
     """Whether a module may write a norm out: it has no parts, and no parameters but vectors."""
-    of_torch = type(module).__module__.startswith("torch.nn.modules.")
-    return not of_torch and next(module.children(), None) is None and all(x.ndim < 2 for x in module.parameters())
+    is_torchs = type(module).__module__.startswith("torch.nn.modules.")
+    return not is_torchs and next(module.children(), None) is None and all(x.ndim < 2 for x in module.parameters())
 
 
 def _reduces(kind: type[nn.Module]) -> bool:

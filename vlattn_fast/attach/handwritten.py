@@ -38,8 +38,8 @@ def replacements(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
         # accelerate's hooks call the earlier forward.
         attribute = "_old_forward" if hasattr(module, "_hf_hook") and "_old_forward" in vars(module) else "forward"
         before = vars(module).get(attribute)
-        of_class = attribute == "_old_forward" and getattr(before, "__func__", None) is type(module).forward
-        if before is not None and not of_class and getattr(before, "func", None) is not function:  # else by another run
+        is_class_forward = attribute == "_old_forward" and getattr(before, "__func__", None) is type(module).forward
+        if before is not None and not is_class_forward and getattr(before, "func", None) is not function:  # else by another run
             kind = type(module).__name__
             raise ValueError(f"model must have the forward of its class in '{name}' ({kind}); got one of its own, {before!r}")
         yield module, attribute, functools.partial(function, module)

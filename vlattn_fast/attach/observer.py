@@ -238,7 +238,7 @@ class Observer(Stepwise, TorchFunctionMode):
 
     def _sdpa(self, run: ModuleRun, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         sdpa = functional.scaled_dot_product_attention
-        event = Attention.of_sdpa(run, args, kwargs)
+        event = Attention.from_sdpa(run, args, kwargs)
         if event is not None:
             return self._answer(event, _plain if self._parts is not None else lambda _: sdpa(*args, **kwargs))
         if self._parts is not None:

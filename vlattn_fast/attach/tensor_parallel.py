@@ -30,15 +30,15 @@ def has_dtensors(model: nn.Module) -> bool:
 def heads_mesh(module: nn.Module, query: Tensor, key: Tensor) -> Any:
     """The one-dimensional mesh that divides the heads of query (B, H, N, D) and key, which `module` attends with; None = this
     process has all heads. ValueError where the placements of the module's parameters contradict the size of `query`."""
-    of_queries = query.shape[1] * query.shape[3]
-    fused = of_queries + 2 * key.shape[1] * key.shape[3]
+    query_size = query.shape[1] * query.shape[3]
+    fused = query_size + 2 * key.shape[1] * key.shape[3]
     for name, parameter in module.named_parameters():
         if not (is_dtensor(parameter) and _OF_QUERIES.search(name)):
             continue
         weight: Any = parameter
         mesh = weight.device_mesh
         divided = [dim for dim, place in enumerate(weight.placements) if place.is_shard(0) and mesh.size(dim) > 1]
-        size = fused if _FUSED.search(name) else of_queries
+        size = fused if _FUSED.search(name) else query_size
         if not divided or weight.shape[0] == size:
             continue
         if len(divided) > 1 or weight.to_local().shape[0] != size or weight.shape[0] != size * mesh.size(divided[0]):

@@ -201,8 +201,8 @@ class WrittenMaps:
 
     def covers(self, path: str) -> bool:
         """Whether the module at `path` multiplied each map with values, once and unchanged, or none."""
-        of_module = [stored for where, stored in self._maps if where == path]
-        multiplied = [stored is None for stored in of_module]
+        module_maps = [stored for where, stored in self._maps if where == path]
+        multiplied = [stored is None for stored in module_maps]
         return not any(multiplied) or (all(multiplied) and path not in self._changed)
 
     def product(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> WrittenProduct | None:
@@ -259,14 +259,14 @@ def _einsum(func: Any, args: Sequence[Any]) -> tuple[str, Sequence[Any]]:
 def _by_equation(equation: str, operands: Sequence[Tensor], result: Tensor) -> Parts | None:
     """The parts of an einsum such as "bhnm,bmhd->bnhd"."""
     factors, _, product = equation.partition("->")
-    of_map, _, of_value = factors.partition(",")
-    if len(operands) != 2 or len(of_map) != 4 or len(set(of_value) - set(of_map)) != 1:
+    map_labels, _, value_labels = factors.partition(",")
+    if len(operands) != 2 or len(map_labels) != 4 or len(set(value_labels) - set(map_labels)) != 1:
         return None
-    (feature,) = set(of_value) - set(of_map)
-    order, values = of_map[:3] + feature, of_map[:2] + of_map[3] + feature
-    if sorted(of_value) != sorted(values) or sorted(product) != sorted(order):
+    (feature,) = set(value_labels) - set(map_labels)
+    order, values = map_labels[:3] + feature, map_labels[:2] + map_labels[3] + feature
+    if sorted(value_labels) != sorted(values) or sorted(product) != sorted(order):
         return None
-    value = operands[1].permute([of_value.index(label) for label in values])
+    value = operands[1].permute([value_labels.index(label) for label in values])
     output = result.permute([product.index(label) for label in order])
     return value, output, lambda output: output.permute([order.index(label) for label in product])
 

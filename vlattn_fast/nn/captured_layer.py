@@ -171,20 +171,20 @@ class CapturedLayer:
                 raise ValueError("text and image must be None beside num_text_tokens; got both")
             behind = self._behind(num_text_tokens, shape[1])
             return _at(self.joint, ~behind, "text"), _at(self.joint, behind, "image"), None
-        of_text, of_image = _chosen("text", text, shape), _chosen("image", image, shape)
-        if of_text is None and of_image is None:
+        text_mask, image_mask = _chosen("text", text, shape), _chosen("image", image, shape)
+        if text_mask is None and image_mask is None:
             if self.is_image is None:
                 raise ValueError(
                     "num_text_tokens, text or image must be given where the model's run does not show the image tokens; got None"
                 )
-            of_image = self.is_image.cpu()
-        if of_text is None:
-            assert of_image is not None
-            of_text = ~of_image
-        of_image = ~of_text if of_image is None else of_image
-        if bool((of_text & of_image).any()):
+            image_mask = self.is_image.cpu()
+        if text_mask is None:
+            assert image_mask is not None
+            text_mask = ~image_mask
+        image_mask = ~text_mask if image_mask is None else image_mask
+        if bool((text_mask & image_mask).any()):
             raise ValueError("text and image must have no token in common; got some that both choose")
-        return _at(self.joint, of_text, "text"), _at(self.joint, of_image, "image"), None
+        return _at(self.joint, text_mask, "text"), _at(self.joint, image_mask, "image"), None
 
     def _behind(self, num_text_tokens: int, size: int) -> Tensor:
         """bool (N), the tokens behind the words. ValueError where the image stands elsewhere."""

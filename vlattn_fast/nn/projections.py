@@ -33,11 +33,11 @@ class _Rows(NamedTuple):
 
     def rescale(self, factors: Tensor) -> None:
         """Each of len(factors) heads by its factor."""
-        of_rows = factors.repeat_interleave(self.num_rows // len(factors))
+        row_factors = factors.repeat_interleave(self.num_rows // len(factors))
         for x, dim, first in self.parts:
-            of_all = of_rows.new_ones(x.shape[dim])
-            of_all[first : first + self.num_rows] = of_rows
-            x.mul_(_beside(x, of_all.unflatten(0, [-1 if d == dim else 1 for d in range(x.ndim)])))
+            all_factors = row_factors.new_ones(x.shape[dim])
+            all_factors[first : first + self.num_rows] = row_factors
+            x.mul_(_beside(x, all_factors.unflatten(0, [-1 if d == dim else 1 for d in range(x.ndim)])))
 
     def norms(self, output: Tensor, size: int) -> Tensor:
         """The norms of the heads in the map's output, (B, H, N)."""
@@ -124,9 +124,9 @@ class Projections:
         """The logits of each head by gamma (H,)."""
         assert self._counts is not None  # since the module has been called
         query, key = self._rows(*self._counts)
-        of_keys = gamma.view(self._key_heads, -1).amin(1).sqrt()
-        key.rescale(of_keys)
-        query.rescale(gamma / of_keys.repeat_interleave(self._heads // self._key_heads))
+        key_factors = gamma.view(self._key_heads, -1).amin(1).sqrt()
+        key.rescale(key_factors)
+        query.rescale(gamma / key_factors.repeat_interleave(self._heads // self._key_heads))
 
 
 def misfit(path: str) -> ValueError:
@@ -203,10 +203,10 @@ def faults_of(model: nn.Module, projections: dict[nn.Module, Projections]) -> di
         for name, part in (*module._parameters.items(), *module._modules.items()):
             users.setdefault(part, set()).add((module, name))
     faults = {}
-    for module, of_module in projections.items():
-        if not of_module.are_whole:
+    for module, module_projections in projections.items():
+        if not module_projections.are_whole:
             faults[module] = "be parameters of a linear map in its shape, which parametrizations and FSDP 1 replace"
-        elif any(len(users[part]) > 1 for part in (*of_module.parameters(), *of_module.modules())):
+        elif any(len(users[part]) > 1 for part in (*module_projections.parameters(), *module_projections.modules())):
             faults[module] = "have no other user, whom their factors would reach as well"
     return faults
 

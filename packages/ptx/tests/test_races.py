@@ -109,28 +109,28 @@ def test_lanes_of_one_store_write_one_place():
 # ---- through global memory
 
 
-def of_blocks(body: str, *, count: int = 64, **arguments: int) -> set[str]:
+def races_of(body: str, *, count: int = 64, **arguments: int) -> set[str]:
     return {name.removeprefix(GLOBAL) for name in kinds(body, words(count), words(count), **{"grid": 2, **arguments})}
 
 
 def test_blocks_that_write_the_same_place():
-    assert of_blocks("@%p0 st.global.b32 [%rd0], %r2;") == {WRITE_AFTER_WRITE}
-    assert of_blocks("@%p0 st.global.b32 [%rd0], 1;") == set()
-    assert of_blocks("mad.wide.u32 %rd50, %r2, 4, %rd0; @%p0 st.global.b32 [%rd50], %r2;") == set()
-    assert of_blocks("mad.wide.u32 %rd50, %r2, 2, %rd0; cvt.u16.u32 %h1, %r2; @%p0 st.global.b16 [%rd50], %h1;") == set()
+    assert races_of("@%p0 st.global.b32 [%rd0], %r2;") == {WRITE_AFTER_WRITE}
+    assert races_of("@%p0 st.global.b32 [%rd0], 1;") == set()
+    assert races_of("mad.wide.u32 %rd50, %r2, 4, %rd0; @%p0 st.global.b32 [%rd50], %r2;") == set()
+    assert races_of("mad.wide.u32 %rd50, %r2, 2, %rd0; cvt.u16.u32 %h1, %r2; @%p0 st.global.b16 [%rd50], %h1;") == set()
 
 
 def test_one_block_reads_what_another_one_writes():
     body = "setp.eq.u32 %p2, %r2, 0; @%p2 ld.global.b32 %r10, [%rd100]; @!%p2 st.global.b32 [%rd100], {};"
-    assert of_blocks(body.format("%r1")) == {READ_AFTER_WRITE, WRITE_AFTER_READ}
-    assert of_blocks(body.format("0")) == set()  # the value that is there
-    assert of_blocks(body.format("%r1"), grid=1) == set()
+    assert races_of(body.format("%r1")) == {READ_AFTER_WRITE, WRITE_AFTER_READ}
+    assert races_of(body.format("0")) == set()  # the value that is there
+    assert races_of(body.format("%r1"), grid=1) == set()
 
 
 def test_warps_of_a_block_through_global_memory():
     body = "@%p1 st.global.b32 [%rd100], 9; {} @!%p1 ld.global.b32 %r10, [%rd100-128];"
-    assert of_blocks(body.format(""), grid=1, threads=64) == {READ_AFTER_WRITE, WRITE_AFTER_READ}
-    assert of_blocks(body.format("bar.sync 0;"), grid=1, threads=64) == set()
+    assert races_of(body.format(""), grid=1, threads=64) == {READ_AFTER_WRITE, WRITE_AFTER_READ}
+    assert races_of(body.format("bar.sync 0;"), grid=1, threads=64) == set()
 
 
 @pytest.mark.parametrize("interleave", [0, 2])
@@ -147,15 +147,15 @@ def test_every_order_of_two_blocks_shows_the_race(interleave: int):
 
 
 def test_atomics_are_no_race_among_themselves():
-    assert of_blocks("red.global.add.u32 [%rd0], 1;") == set()
-    assert of_blocks("red.global.add.u32 [%rd0], 1; ld.relaxed.gpu.global.u32 %r10, [%rd0];") == set()
-    assert of_blocks("red.global.add.u32 [%rd0], 1; @%p0 ld.global.u32 %r10, [%rd0];") != set()
-    assert of_blocks("setp.eq.u32 %p2, %r2, 0; @%p2 red.global.add.u32 [%rd0], 1; @!%p2 st.global.b32 [%rd0], 7;") == {
+    assert races_of("red.global.add.u32 [%rd0], 1;") == set()
+    assert races_of("red.global.add.u32 [%rd0], 1; ld.relaxed.gpu.global.u32 %r10, [%rd0];") == set()
+    assert races_of("red.global.add.u32 [%rd0], 1; @%p0 ld.global.u32 %r10, [%rd0];") != set()
+    assert races_of("setp.eq.u32 %p2, %r2, 0; @%p2 red.global.add.u32 [%rd0], 1; @!%p2 st.global.b32 [%rd0], 7;") == {
         WRITE_AFTER_WRITE
     }
-    assert of_blocks("red.shared.add.u32 [%r4], 1;", threads=64) == {NEVER}
-    assert of_blocks("@%p0 st.shared.b32 [%r4], 0; bar.sync 0; red.shared.add.u32 [%r4], 1;", threads=64) == set()
-    assert {SHARED + READ_AFTER_WRITE} <= of_blocks(
+    assert races_of("red.shared.add.u32 [%r4], 1;", threads=64) == {NEVER}
+    assert races_of("@%p0 st.shared.b32 [%r4], 0; bar.sync 0; red.shared.add.u32 [%r4], 1;", threads=64) == set()
+    assert {SHARED + READ_AFTER_WRITE} <= races_of(
         "@%p0 st.shared.b32 [%r4], 0; bar.sync 0; red.shared.add.u32 [%r4], 1; ld.shared.u32 %r10, [%r4];", threads=64
     )
 
@@ -191,15 +191,15 @@ LAST_BLOCK = """
 )
 def test_the_last_block_reads_what_all_wrote(before: str, atomic: str, after: str, races: bool):
     body = LAST_BLOCK.format(before=before, atomic=atomic, after=after)
-    assert of_blocks(body, grid=8) == ({READ_AFTER_WRITE} if races else set())
+    assert races_of(body, grid=8) == ({READ_AFTER_WRITE} if races else set())
 
 
 def test_a_release_covers_other_warps_only_after_a_barrier():
     """Warp 1 writes, thread 0 takes the ticket."""
     body = LAST_BLOCK.replace("@%p0 st.global.b32 [%rd50], 5;", "@!%p1 st.global.b32 [%rd50], 5; {barrier}")
     parts = {"before": "", "atomic": "atom.acq_rel.gpu.global.add.u32", "after": ""}
-    assert of_blocks(body.format(barrier="bar.sync 0;", **parts), grid=8, threads=64) == set()
-    assert READ_AFTER_WRITE in of_blocks(body.format(barrier="", **parts), grid=8, threads=64)
+    assert races_of(body.format(barrier="bar.sync 0;", **parts), grid=8, threads=64) == set()
+    assert READ_AFTER_WRITE in races_of(body.format(barrier="", **parts), grid=8, threads=64)
 
 
 @pytest.mark.parametrize(

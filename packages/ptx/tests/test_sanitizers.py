@@ -33,13 +33,13 @@ def test_arithmetic_is_that_of_integers(rounding: bool) -> None:
     from ptx.sanitizers import number, payload
 
     a, b, c = (x.tolist() for x in vectors)
-    of_floats = payload(torch.maximum(*(number(x, torch.float32) for x in vectors[:2]))).tolist()
+    as_floats = payload(torch.maximum(*(number(x, torch.float32) for x in vectors[:2]))).tolist()
     sums, quotients, powers, product, largest, narrowed = (x.tolist() for x in results)
     for i in range(len(a)):
         assert (sums[i] - (a[i] * b[i] + c[i] - a[i])) % MOST == 0
         assert b[i] % 2 == 0 or (quotients[i] - a[i] * pow(b[i], -1, MOST)) % MOST == 0
         assert powers[i] == product[i] and powers[i] % 4 == 1
-        assert largest[i] == of_floats[i]
+        assert largest[i] == as_floats[i]
         assert narrowed[i] == ((a[i] + 2**15) % 2**16 - 2**15) or rounding
     assert not rounding or any((one - x) % 2**16 for one, x in zip(narrowed, a, strict=True))
 

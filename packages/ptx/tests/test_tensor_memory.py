@@ -118,8 +118,8 @@ def test_the_second_half_of_a_warp_reaches_further_right() -> None:
     store = f"tcgen05.st.sync.aligned.16x32bx2.x8.b32 [%r903], 8, {registers(len(inputs), 8)};\ntcgen05.wait::st.sync.aligned;\n"
     result, reported = run(body + store + LOAD + FREE, np.concatenate([inputs, values]))
     there = result.view(np.uint32).reshape(4, 32, 16)[:, :16]
-    of_warps = values.T.reshape(4, 32, 8)
-    np.testing.assert_array_equal(there, np.concatenate([of_warps[:, :16], of_warps[:, 16:]], axis=2))
+    by_warp = values.T.reshape(4, 32, 8)
+    np.testing.assert_array_equal(there, np.concatenate([by_warp[:, :16], by_warp[:, 16:]], axis=2))
     assert reported == []
 
 

@@ -56,8 +56,8 @@ def test_the_run_writes_rows(name, untrained, tmp_path, capsys):
     assert report["command"] == f"python -m vlattn_lab.evaluation {name} --samples 2 --seeds 2"
     assert {"commit", "versions", "threads", "cpu_seconds", "facts", "accuracy_of_whole", "residual_shares"} <= set(report)
     assert ("accepted" in report) == (name == "matching")
-    of_clip = {"gradient_last_layer", "legrad", "grad_eclip", "clip_surgery"} if name == "clip" else set()
-    assert {row["method"] for row in report["rows"]} == {PLAIN, WEIGHTED} | of_clip
+    for_clip = {"gradient_last_layer", "legrad", "grad_eclip", "clip_surgery"} if name == "clip" else set()
+    assert {row["method"] for row in report["rows"]} == {PLAIN, WEIGHTED} | for_clip
     samples = 8 if name == "captions" else 4  # two words a caption
     for row in report["rows"]:
         assert len(row["values"]) == 2 and row["samples"] + row["left_out"] == samples

@@ -76,10 +76,10 @@ def test_effects_of_stored_maps_are_those_of_the_calls(asked):
         groups = drawn.groups(pair)
         table = va.attribute_edges(model, drawn.inputs, groups, tower=towers)
         for edge, effect in zip(table, table.effects, strict=True):
-            of_call = stored[pair, edge.layer]
-            attention, gradient = (x[:, edge.head] for x in (of_call.logits.softmax(-1), of_call.gradient))
-            of_logits = attention * (gradient - (attention * gradient).sum(-1, keepdim=True))
-            expected = (of_logits * groups[edge.to][:, :, None] * groups[edge.from_][:, None]).sum((1, 2))
+            call_map = stored[pair, edge.layer]
+            attention, gradient = (x[:, edge.head] for x in (call_map.logits.softmax(-1), call_map.gradient))
+            grad_logits = attention * (gradient - (attention * gradient).sum(-1, keepdim=True))
+            expected = (grad_logits * groups[edge.to][:, :, None] * groups[edge.from_][:, None]).sum((1, 2))
             torch.testing.assert_close(effect, expected, rtol=1e-3, atol=2e-5)
 
 

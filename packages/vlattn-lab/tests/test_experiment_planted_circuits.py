@@ -108,11 +108,11 @@ def test_the_planted_heads_attend_as_they_should():
 def test_measures_of_a_map_that_is_known():
     samples = models.planted("lookup", 0.8, seed=0).draw(4, 0)
     content, key, read = (samples.groups[name].double() for name in (samples.content, samples.key, samples.read))
-    both = planted_circuits.of_map(3 * content + key + 10 * read, samples)
+    both = planted_circuits.measures_of_map(3 * content + key + 10 * read, samples)
     assert both == {"pointing": 1.0, "both": 1.0, "content": 0.75, "key": 0.25}
-    one = planted_circuits.of_map(content - key, samples)
+    one = planted_circuits.measures_of_map(content - key, samples)
     assert one == {"pointing": 1.0, "both": 0.0, "content": 1.0, "key": 0.0}
-    assert planted_circuits.of_map(-content, samples) == dict.fromkeys(planted_circuits.MEASURES, 0.0)
+    assert planted_circuits.measures_of_map(-content, samples) == dict.fromkeys(planted_circuits.MEASURES, 0.0)
 
 
 class Sum(mib.Circuits):
@@ -176,7 +176,7 @@ def test_edges_with_norms_held_fixed_are_those_of_the_plain_ones():
     """Other effects of the same edges and heads; `attribute_edges` itself only takes the plain derivative."""
     model = load_vqa()[0]
     asked, _ = draw("vqa", model, 12, 4, 0, every=True)
-    measured = mib.of_scenes(model, asked, 0)
+    measured = mib.measures_on_scenes(model, asked, 0)
     half = mib.part(asked, slice(2))
     assert len(half.inputs["input_ids"]) == 2 and measured["edges"] > 600
     rows = {row["list"]: row for row in measured["areas"]}

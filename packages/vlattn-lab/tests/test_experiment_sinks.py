@@ -58,8 +58,8 @@ def test_the_planted_patch_is_found_in_every_attention(task):
         asked = samples.Samples(processor(scenes.images, scenes.questions), [0] * 4, torch.zeros(4, 65, dtype=torch.bool))
     plant(model, 0.3)
     for sample in find_sinks(model, asked.inputs):
-        of_patch = {sink.reader: sink for sink in sample if (sink.tower, sink.index) == ("vision", TOKEN)}
+        by_reader = {sink.reader: sink for sink in sample if (sink.tower, sink.index) == ("vision", TOKEN)}
         layers = {"vision": 3} if task == "clip" else {"vision": 3, "text": 3}
-        assert {reader: len(sink.layers) for reader, sink in of_patch.items()} == layers
-        for sink in of_patch.values():
+        assert {reader: len(sink.layers) for reader, sink in by_reader.items()} == layers
+        for sink in by_reader.values():
             assert all(sink.shares[layer] == pytest.approx(0.3, abs=1e-5) and sink.norms[layer] < 0.2 for layer in sink.layers)

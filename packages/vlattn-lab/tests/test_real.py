@@ -322,8 +322,8 @@ def test_figures_are_means_over_photos_and_ranks_over_heads():
     report = page.Stored({"rows": rows})
     assert report.value("s", "gradient", "pointing") == 0.5
     assert page.evaluation(report, "s").splitlines()[-1] == "| `gradient` | 0.500 |"
-    of_means, each = report.heads()
-    assert (of_means, *each) == pytest.approx((-1.0, 1.0, -1.0))  # mean falls are 4.5, 4, 3.5, 3
+    by_mean, each = report.heads()
+    assert (by_mean, *each) == pytest.approx((-1.0, 1.0, -1.0))  # mean falls are 4.5, 4, 3.5, 3
 
 
 def test_the_words_of_a_page():

@@ -48,8 +48,8 @@ def ink_of(drawing, least=0.5):
 def pixels_of(box, margin):
     """(128, 512), the pixels in a box that is `margin` pixels larger on each side."""
     ys, xs = (torch.arange(size) + 0.5 for size in (128, 512))
-    of_y, of_x = ((ys > box[1] - margin) & (ys < box[3] + margin), (xs > box[0] - margin) & (xs < box[2] + margin))
-    return of_y[:, None] & of_x
+    in_rows, in_columns = ((ys > box[1] - margin) & (ys < box[3] + margin), (xs > box[0] - margin) & (xs < box[2] + margin))
+    return in_rows[:, None] & in_columns
 
 
 @pytest.mark.parametrize("font", FONTS)
@@ -136,17 +136,17 @@ def test_mass_is_the_positive_part_inside():
 
 def test_the_number_that_is_explained():
     logits = torch.tensor([[1.0, 2.0, 4.0]])
-    assert float(reading.of_logits(logits, 1, "logit")) == 2.0
+    assert float(reading.score_of(logits, 1, "logit")) == 2.0
     others = math.log(math.exp(1) + math.exp(4))
-    assert float(reading.of_logits(logits, 1, "margin")) == pytest.approx(2 - others)
-    assert float(reading.of_logits(logits, 1, "log_probability")) == pytest.approx(2 - math.log(math.exp(others) + math.exp(2)))
+    assert float(reading.score_of(logits, 1, "margin")) == pytest.approx(2 - others)
+    assert float(reading.score_of(logits, 1, "log_probability")) == pytest.approx(2 - math.log(math.exp(others) + math.exp(2)))
 
 
 def test_standard_errors_are_those_of_the_formulas():
     groups = [[1.0, 1.0, 1.0], [0.0, 0.0, 0.0], [1.0, 0.0, 1.0]]
     mean, error = reading_page.clustered(groups)
-    of_groups = torch.tensor([1.0, 0.0, 2 / 3])
-    assert mean == pytest.approx(5 / 9) and error == pytest.approx(float(of_groups.std() / 3**0.5))
+    group_means = torch.tensor([1.0, 0.0, 2 / 3])
+    assert mean == pytest.approx(5 / 9) and error == pytest.approx(float(group_means.std() / 3**0.5))
     assert math.isnan(reading_page.clustered([[1.0]])[1])
 
 

@@ -83,8 +83,8 @@ def test_boxes_hold_all_the_ink_and_the_digit_they_are_labelled_with():
         outside = image.clone()
         for (x1, y1, x2, y2), label in zip(boxes.tolist(), labels, strict=True):
             assert outside[y1:y2, x1:x2].sum() > 0, "an empty box, or one that another covers"
-            of_digit = scans[digits == label]
-            assert (of_digit == image[y1:y2, x1:x2]).flatten(1).all(1).any()
+            its_scans = scans[digits == label]
+            assert (its_scans == image[y1:y2, x1:x2]).flatten(1).all(1).any()
             outside[y1:y2, x1:x2] = 0
         assert outside.sum() == 0
         assert labels.unique().numel() == 4

@@ -194,9 +194,9 @@ def test_digits_that_make_a_text_true_are_those_of_is_true():
 def test_crowds_have_all_their_ink_in_boxes_that_do_not_overlap():
     images, digits, boxes = clip.crowd(20, torch.Generator().manual_seed(0))
     scans, labels, _ = digit_scans("train")
-    for image, labelled, of_image in zip(images, digits.tolist(), boxes.long().tolist(), strict=True):
+    for image, labelled, image_boxes in zip(images, digits.tolist(), boxes.long().tolist(), strict=True):
         rest, free = image.clone(), torch.ones(32, 32, dtype=torch.bool)
-        for digit, (x1, y1, x2, y2) in zip(labelled, of_image, strict=True):
+        for digit, (x1, y1, x2, y2) in zip(labelled, image_boxes, strict=True):
             assert free[y1:y2, x1:x2].all() and free[y1:y2, x1:x2].shape == (8, 8)
             assert (scans[labels == digit] == image[y1:y2, x1:x2]).flatten(1).all(1).any()
             free[y1:y2, x1:x2], rest[y1:y2, x1:x2] = False, 0

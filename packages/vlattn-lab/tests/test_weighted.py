@@ -87,9 +87,9 @@ def test_each_addition_has_its_weights(mapper):
         for row in range(2):
             r_tt, r_ii = torch.eye(tt.shape[1]).double(), torch.eye(ti.shape[2]).double()
             r_ti = torch.zeros(ti.shape[1:]).double()
-            for step, of_maps, of_y in zip(steps, grads[::2], grads[1::2], strict=True):
-                maps, x, o, g = step.maps[row], step.x[row], (step.y - step.x)[row], of_y[row]
-                abar = sum(torch.relu(head * slope) for head, slope in zip(maps, of_maps[row], strict=True)) / len(maps)
+            for step, grad_maps, grad_y in zip(steps, grads[::2], grads[1::2], strict=True):
+                maps, x, o, g = step.maps[row], step.x[row], (step.y - step.x)[row], grad_y[row]
+                abar = sum(torch.relu(head * slope) for head, slope in zip(maps, grad_maps[row], strict=True)) / len(maps)
                 if normalize:
                     abar = torch.stack([line / line.sum() if line.sum() > 0 else line for line in abar])
                 two = (

@@ -68,7 +68,7 @@ def run(
 def whole(runs: Sequence[Evaluation]) -> float | None:
     """Accuracy of the whole inputs, over all runs; None where a run has none."""
     curves = [[curve for curve in run.curves if curve["test"] == "positive" and curve["part"] == "image"] for run in runs]
-    first = [of_image[0]["mean"][0] for of_image in curves if of_image]
+    first = [image_curves[0]["mean"][0] for image_curves in curves if image_curves]
     return sum(first) / len(first) if len(first) == len(runs) else None
 
 
@@ -84,9 +84,9 @@ def residual_shares(task: Task, model: nn.Module, samples: int) -> list[dict[str
             residual: Tensor, branch: Tensor, gradient: Tensor, seen: dict[int, dict[int, tuple[Tensor, Tensor]]] = seen
         ) -> tuple[Tensor, Tensor]:
             a, b = residual_weights(residual, branch, gradient, "contribution")
-            of_size = seen.setdefault(residual.shape[1], {})
-            of_size.pop(id(residual), None)
-            of_size[id(residual)] = residual, a[gradient.abs().amax(-1) > 0]
+            same_size = seen.setdefault(residual.shape[1], {})
+            same_size.pop(id(residual), None)
+            same_size[id(residual)] = residual, a[gradient.abs().amax(-1) > 0]
             return a, b
 
         explain(model, inputs, target=target, method=published("weighted", weighting=weighting))

@@ -179,13 +179,13 @@ def _ask(scenes: Scenes, facts: _Facts, kind: str, prompts: bool, generator: tor
         else:
             first, second, relation = DIGIT_WORDS[digits[indices[0]]], DIGIT_WORDS[digits[indices[1]]], RELATIONS[indices[2]]
             names = indices[:2]
-            of_kind = {
+            by_kind = {
                 "caption": ("", f"{first} {relation} a {second}"),
                 "where": (f"where is a {first}", f"{relation} a {second}"),
                 "what": (f"what is {relation} a {second}", f"a {first}" if prompts else first),
                 "is": (f"is a {first} {relation} a {second}", "yes" if yes[sample] else "no"),
             }
-            texts.append(of_kind[kind])
+            texts.append(by_kind[kind])
         named[n, names] = True
     questions, answers = zip(*texts, strict=True) if texts else ((), ())
     about = select(scenes, samples.tolist())

@@ -155,7 +155,7 @@ def grad_eclip(model: nn.Module, inputs: Inputs, target: Any) -> SimpleNamespace
         parts = [_eclip(layer, g[samples, end], end, until_end) for layer, g in zip(used, grads, strict=True)]
     words = (token > 0) & (token < end[:, None])
     text = torch.stack(parts).sum(0).clamp(min=0).detach()
-    aligned = nn.utils.rnn.pad_sequence([one[of_word] for one, of_word in zip(text, words, strict=True)], batch_first=True)
+    aligned = nn.utils.rnn.pad_sequence([one[word] for one, word in zip(text, words, strict=True)], batch_first=True)
     return SimpleNamespace(image=_on_grid(model, image), text=aligned)
 
 

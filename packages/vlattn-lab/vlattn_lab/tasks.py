@@ -61,7 +61,7 @@ class Task:
 
 def _named(boxes: Tensor, named: Tensor) -> list[Tensor]:
     """boxes (B, R, 4) in pixels, named bool (B, R) -> boxes (K, 4) of each sample, relative to the picture."""
-    return [corners[of_sample] / CANVAS for corners, of_sample in zip(boxes, named, strict=True)]
+    return [corners[numbers] / CANVAS for corners, numbers in zip(boxes, named, strict=True)]
 
 
 # --- image-text matching with UNITER ---

@@ -44,10 +44,10 @@ class Guard:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
-        of_vllm = scope["type"] == "http" and hasattr(
+        is_vllms = scope["type"] == "http" and hasattr(
             scope["app"].state, "vllm_config"
         )  # a program with an engine may have a server
-        if not of_vllm or (path in ANSWERED and not self.refused):
+        if not is_vllms or (path in ANSWERED and not self.refused):
             await self.app(scope, receive, send)
             return
         messages = [await receive()]

@@ -47,7 +47,7 @@ class Rows(NamedTuple):
 
     names: list[str]
     counts: list[bool]  # whether a request's queries count in `received`
-    of_batch: Tensor  # numbers of the requests in the batch
+    batch_numbers: Tensor  # numbers of the requests in the batch
     tokens: Tensor  # numbers of the queries among the batch's
     starts: Tensor
     lengths: Tensor
@@ -80,7 +80,7 @@ class Step:
         rows = self._rows[names]
         if rows is None:
             return
-        keys, table = keys_in_blocks(kv_cache, getattr(layer, "isa", None), metadata.block_table[rows.of_batch])
+        keys, table = keys_in_blocks(kv_cache, getattr(layer, "isa", None), metadata.block_table[rows.batch_numbers])
         results = paged_attention_statistics(
             query[rows.tokens],
             keys,
@@ -110,7 +110,7 @@ class Step:
         middle of its prompt, where no token is chosen."""
         chosen: list[str] = []
         counts: list[bool] = []
-        of_batch: list[int] = []
+        batch_numbers: list[int] = []
         tokens: list[int] = []
         starts = [0]
         for name, number, first, queries in self._places or ():
@@ -123,7 +123,7 @@ class Step:
                 continue
             chosen.append(name)
             counts.append(all_new)
-            of_batch.append(number)
+            batch_numbers.append(number)
             tokens += range(first + (old if all_new else queries - 1), first + queries)
             starts.append(len(tokens))
         if not chosen:
@@ -135,11 +135,13 @@ class Step:
         if "mass" in statistics:
             groups = torch.full((len(chosen), max(lengths)), -1, dtype=torch.int32)
             for row, name, length in zip(groups, chosen, lengths, strict=True):
-                of_tokens = self.asking[name].groups[:length]
-                row[: len(of_tokens)] = of_tokens
+                token_groups = self.asking[name].groups[:length]
+                row[: len(token_groups)] = token_groups
         most = max(len(ask.groups) for ask in asks)
         groups = None if groups is None else groups.to(device)
-        batch, queries_of, ends, keys = (torch.tensor(values, device=device) for values in (of_batch, tokens, starts, lengths))
+        batch, queries_of, ends, keys = (
+            torch.tensor(values, device=device) for values in (batch_numbers, tokens, starts, lengths)
+        )
         return Rows(chosen, counts, batch, queries_of, ends, keys, groups, most, statistics)
 
     def _keep(self, layer: int, rows: Rows, results: Any) -> None:
@@ -190,7 +192,7 @@ class Step:
 def refusal(impl: Any, metadata: Any) -> str:
     """Why the attention of a layer is not what the operator computes; empty where it is."""
     if not hasattr(metadata, "block_table") or not hasattr(impl, "logits_soft_cap"):
-        names = ", ".join(name.upper() for of_device in LAYERS.values() for name in of_device)
+        names = ", ".join(name.upper() for on_device in LAYERS.values() for name in on_device)
         return f"the attention backend must be one of {names}; got {type(impl).__name__}"
     if getattr(impl, "alibi_slopes", None) is not None:
         return "attention statistics of ALiBi are not computed; choose a model without it"

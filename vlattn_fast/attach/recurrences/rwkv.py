@@ -71,9 +71,9 @@ def mixes_time(module: Any, handed: Callable[..., Any], hidden: Tensor, state: A
     """RwkvSelfAttention, without a state."""
     _check_no_state(module, state)
     states = hidden.transpose(1, 2)
-    of_key, of_value, of_gate = (_taps(getattr(module, f"time_mix_{name}")) for name in ("key", "value", "receptance"))
-    key, value, gate = (shifted(states, taps).transpose(1, 2) for taps in (of_key, of_value, of_gate))
-    convolution = Convolution(states, of_value, projection=module.value.weight)
+    key_taps, value_taps, gate_taps = (_taps(getattr(module, f"time_mix_{name}")) for name in ("key", "value", "receptance"))
+    key, value, gate = (shifted(states, taps).transpose(1, 2) for taps in (key_taps, value_taps, gate_taps))
+    convolution = Convolution(states, value_taps, projection=module.value.weight)
     function = sys.modules[type(module).__module__].rwkv_linear_attention
     weights = module.time_decay, module.time_first
     output, _ = handed(partial(read, convolution), function)(*weights, module.key(key), module.value(value))

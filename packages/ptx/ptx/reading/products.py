@@ -126,8 +126,8 @@ class Products:
     def _check(self, place: int, one: Instruction, state: State) -> None:
         sums, left = _union(state.sums), _union(state.left)
         if one.opcode.name.startswith("wgmma.mma_async"):
-            of_product = UNFENCED | self._bits(_registers(one, 0) | _registers(one, 1))
-            self._tell("wgmma without wgmma.fence", place, state.touched & of_product)
+            operands = UNFENCED | self._bits(_registers(one, 0) | _registers(one, 1))
+            self._tell("wgmma without wgmma.fence", place, state.touched & operands)
             self._tell("register read before wgmma.wait_group", place, sums & self._bits(_registers(one, 1)))
             self._tell("register written before wgmma.wait_group", place, left & self._bits(_registers(one, 0)))
         else:

@@ -43,7 +43,7 @@ def everyone_writes_the_first(out):
 
 
 @triton.jit
-def of_no_gpu(x):
+def unknown_opcode(x):
     o = tl.arange(0, 32)
     values = tl.inline_asm_elementwise("nul.b32 $0, $1;", "=r,r", [tl.load(x + o)], dtype=tl.float32, is_pure=True, pack=1)
     tl.store(x + o, values)
@@ -112,7 +112,7 @@ def layer_norm_backward(dy, x, weight, mean, rstd, dx, dweight, dbias, rows, n, 
     """A program has each num_programs-th row, and adds its part of the parameters' gradients at its end."""
     o = tl.arange(0, BLOCK)
     scale = tl.load(weight + o, mask=o < n, other=0.0)
-    of_weight, of_bias = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    sum_weight, sum_bias = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
         gradient = tl.load(dy + row * n + o, mask=o < n, other=0.0)
         normal = (tl.load(x + row * n + o, mask=o < n, other=0.0) - tl.load(mean + row)) * tl.load(rstd + row)
@@ -120,10 +120,10 @@ def layer_norm_backward(dy, x, weight, mean, rstd, dx, dweight, dbias, rows, n, 
         product = gradient * scale
         product -= (tl.sum(product, 0) + normal * tl.sum(product * normal, 0)) / n
         tl.store(dx + row * n + o, product * tl.load(rstd + row), mask=o < n)
-        of_weight += gradient * normal
-        of_bias += gradient
-    tl.atomic_add(dweight + o, of_weight, mask=o < n)
-    tl.atomic_add(dbias + o, of_bias, mask=o < n)
+        sum_weight += gradient * normal
+        sum_bias += gradient
+    tl.atomic_add(dweight + o, sum_weight, mask=o < n)
+    tl.atomic_add(dbias + o, sum_bias, mask=o < n)
 
 
 # ---- calls, which give the largest error beside torch, and the launches
@@ -241,14 +241,14 @@ def refusals() -> dict[str, tuple[str, str]]:
     def run(kernel: Any = add, grid: Any = 3, first: Tensor = x, n: int = 300, **more: Any) -> None:
         ptx.run(kernel, grid, first, y, out, n, **{"BLOCK": 128, **more})
 
-    def of_uninitialised() -> None:
+    def read_uninitialised() -> None:
         with ptx.emulated(80):
             add[(3,)](torch.empty(300), y, out, 300, BLOCK=128)
 
     return {
         "outside": _attempt(lambda: run(n=330)),
-        "never written": _attempt(of_uninitialised),
-        "opcode": _attempt(lambda: ptx.run(of_no_gpu, 1, x)),
+        "never written": _attempt(read_uninitialised),
+        "opcode": _attempt(lambda: ptx.run(unknown_opcode, 1, x)),
         "cluster": _attempt(lambda: run(num_ctas=2)),
         "device": _attempt(lambda: run(first=x.to("meta"))),
         "architecture": _attempt(lambda: run(arch=75)),

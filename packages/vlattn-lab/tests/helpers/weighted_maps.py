@@ -143,21 +143,21 @@ def _relevancies(steps: list[Step], grads: Grads, weighting: str, normalize: boo
     first = steps[0].maps
     tt, ii = (torch.eye(sizes[name]).to(first).expand(len(first), -1, -1) for name in ("t", "i"))
     ti = first.new_zeros(len(first), sizes["t"], sizes["i"])
-    for step, of_maps, of_y in zip(steps, grads[::2], grads[1::2], strict=True):
-        if of_maps is None or of_y is None:
+    for step, grad_maps, grad_y in zip(steps, grads[::2], grads[1::2], strict=True):
+        if grad_maps is None or grad_y is None:
             continue
-        abar = (step.maps * of_maps).clamp(min=0).mean(1)
+        abar = (step.maps * grad_maps).clamp(min=0).mean(1)
         if normalize:
             total = abar.sum(-1, keepdim=True)
             abar = torch.where(total > 0, abar / total, 0.0)
-        a, b = shares(weighting, step.x, step.y - step.x, of_y)
+        a, b = shares(weighting, step.x, step.y - step.x, grad_y)
         if step.kind == "ii":
             ii = a * ii + b * (abar @ ii)
         elif step.kind == "tt":
             tt, ti = a * tt + b * (abar @ tt), a * ti + b * (abar @ ti)
         else:
-            of_t, of_i = (_bar(part) if weighting == "equal" else part for part in (tt, ii))
-            ti = a * ti + b * (of_t.transpose(1, 2) @ abar @ of_i)
+            text_part, image_part = (_bar(part) if weighting == "equal" else part for part in (tt, ii))
+            ti = a * ti + b * (text_part.transpose(1, 2) @ abar @ image_part)
     return tt, ti
 
 

@@ -139,9 +139,9 @@ def figure(records: Sequence[Record]) -> Figure:
     """Accuracy over the share of patches, a panel for each kind of prompt."""
     drawn, (axes,) = panels(1, len(PROMPTS), (3.2 * len(PROMPTS), 3.6), sharey=True)
     for axis, kind in zip(axes, PROMPTS, strict=True):
-        of_kind = having(records, kind=kind)
+        kept_records = having(records, kind=kind)
         for rule in RULES:
-            means = [sum(_of_sets(of_kind, rule, str(share))) / len({r["seed"] for r in of_kind}) for share in SHARES]
+            means = [sum(_of_sets(kept_records, rule, str(share))) / len({r["seed"] for r in kept_records}) for share in SHARES]
             style = {"color": "black", "linestyle": "--"} if rule == "chance" else {}
             axis.plot([100 * share for share in SHARES], means, marker="o", markersize=4, label=rule, **style)
         axis.set(title=kind, xlabel="patches (%)")

@@ -138,8 +138,8 @@ def facts(record: Record) -> list[tuple[str, str, dict[str, float]]]:
     observed.append(("ii", "share of heads that are cross-modal in most samples", crossing))
     drops = {(one["layer"], one["head"]): record["accuracy"] - one["accuracy"] for one in record["without_head"]}
     shares = values(record, "trained", "cross_modal")
-    of_heads = torch.tensor([(shares[place], drop) for place, drop in drops.items()], dtype=torch.float64)
-    goes_with = {"trained": float(spearman(*of_heads.T))}
+    head_numbers = torch.tensor([(shares[place], drop) for place, drop in drops.items()], dtype=torch.float64)
+    goes_with = {"trained": float(spearman(*head_numbers.T))}
     observed.append(("ii", "rank correlation over heads: cross-modal, and what accuracy loses without the head", goes_with))
     probed = MODELS[:2]
     for number, test, what in (
@@ -163,8 +163,8 @@ def tables(records: Sequence[Record]) -> Iterator[str]:
     per_seed, lines = [facts(record) for record in records], []
     for observations in zip(*per_seed, strict=True):
         observation, what, first = observations[0]
-        of_models = [[by_model[model] for _, _, by_model in observations] if model in first else [] for model in MODELS]
-        lines.append([f"({observation})", what, *(spread(of_seeds, none="–") for of_seeds in of_models)])
+        by_models = [[by_model[model] for _, _, by_model in observations] if model in first else [] for model in MODELS]
+        lines.append([f"({observation})", what, *(spread(seed_values, none="–") for seed_values in by_models)])
     yield markdown(["", "measured", "trained", "untrained", "captions of other scenes"], lines, words=(0, 1))
 
     lines = []

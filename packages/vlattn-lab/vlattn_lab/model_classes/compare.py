@@ -61,11 +61,11 @@ def compared(mapping: str, model: nn.Module, eager: nn.Module, inputs: dict[str,
         scores = next_logits(outputs, inputs).max(-1).values
         maps = getattr(outputs, "attentions", None) or ()
         if kept.mixes or not are_maps(maps, size, scores):  # copies, or parts of them
-            maps = kept.of_size(size)
+            maps = kept.with_size(size)
         if not maps:
             return Row("cannot be compared", "the model gives no maps of its tokens")
         if outputs.logits.ndim == 2:
-            rows = read_by_head([outputs.hidden_states[-1], *steps.of_size(size)], scores)
+            rows = read_by_head([outputs.hidden_states[-1], *steps.with_size(size)], scores)
         else:
             position = last_real(inputs["attention_mask"]) + size - inputs["input_ids"].shape[1]  # behind patches
             rows = torch.nn.functional.one_hot(position, size).double()
@@ -141,15 +141,15 @@ def compared_pairs(eager: nn.Module, inputs: dict[str, Any], relevancy: dict[str
         heads = [one for one in kept.maps if one.shape[2] == 1]  # whose only query is learnt
         rows = list[tuple[Tensor, Tensor, Tensor]]()
         for name, got in relevancy.items():
-            of_tower = getattr(outputs, f"{name}_model_output")
+            tower_output = getattr(outputs, f"{name}_model_output")
             size = got.shape[-1]
             pooled = [one for one in heads if one.shape[3] == size] if name == "vision" else []
             if pooled:
                 (gradient,) = torch.autograd.grad(scores.sum(), pooled, retain_graph=True)
                 read = (pooled[0] * gradient).clamp(min=0).mean(1)[:, 0].detach()
             else:
-                read = read_by_head([of_tower.last_hidden_state, *steps.of_size(size)], scores)
-            stored = stored_rows(of_tower.attentions, scores, read)
+                read = read_by_head([tower_output.last_hidden_state, *steps.with_size(size)], scores)
+            stored = stored_rows(tower_output.attentions, scores, read)
             rows.append((got, stored, (stored - read).abs().amax(-1)))
     except Exception as error:
         return Row("cannot be compared", described(error))
@@ -167,7 +167,7 @@ def compared_between(eager: nn.Module, inputs: dict[str, Any], got: list[Tensor]
         with Maps(eager) as kept, Steps(eager) as steps:
             outputs = eager(**inputs, output_attentions=True, output_hidden_states=True)
         scores = next_logits(outputs, inputs).max(-1).values
-        rows = read_by_head([(getattr(outputs, "decoder_hidden_states", None) or steps.of_size(got[0].shape[1]))[-1]], scores)
+        rows = read_by_head([(getattr(outputs, "decoder_hidden_states", None) or steps.with_size(got[0].shape[1]))[-1]], scores)
         position = rows.argmax(-1)
         maps = [getattr(outputs, f"{name}_attentions", None) or () for name in ("encoder", "decoder", "cross")]
         encoder, decoder = (
@@ -227,8 +227,8 @@ def mixed_beside_attention(
         if gradient is None:
             continue
         others = gradient.clone() if gradient.shape[0] == len(position) else gradient.transpose(0, 1).clone()  # tokens come first
-        of_encoder = decoded is not None and embeddings[0] is not None and part is embedded[0]
-        if decoded is None or (part.shape[1] == decoded and not of_encoder):
+        is_encoders = decoded is not None and embeddings[0] is not None and part is embedded[0]
+        if decoded is None or (part.shape[1] == decoded and not is_encoders):
             before = 0 if decoded is not None else others.shape[1] - inputs["input_ids"].shape[1]  # learnt tokens, in front
             others[torch.arange(len(position)), position + before] = 0
         if bool((others != 0).any()):
@@ -323,7 +323,7 @@ class Steps:
         if isinstance(output, Tensor) and output.ndim == 3 and output.requires_grad:
             self.outputs.append(output)
 
-    def of_size(self, size: int) -> list[Tensor]:
+    def with_size(self, size: int) -> list[Tensor]:
         return [output for output in self.outputs if output.shape[1] == size]
 
 

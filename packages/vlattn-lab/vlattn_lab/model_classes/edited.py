@@ -83,12 +83,12 @@ def compared(mapping: str, model: nn.Module, eager: nn.Module, inputs: dict[str,
             return Row("cannot be compared", "no tower of three tokens attends to itself")
         tower = itself[-1].tower
         calls, size = [call for call in itself if call.tower is tower], tower.shape[1]
-        of_size = calls[0].heads, size, calls[0].keys
+        sizes = calls[0].heads, size, calls[0].keys
         queries, keys, steered = spans(size)
-        heads, of_tower = range(min(2, calls[0].heads)), (tower.name, tower.name)
+        heads, pair = range(min(2, calls[0].heads)), (tower.name, tower.name)
         edits = [
-            Knockout(queries=queries, keys=keys, layers={call.layer for call in calls}, heads=heads, tower=of_tower),
-            Steer(keys=steered, layers=calls[0].layer, weight=WEIGHT, tower=of_tower),
+            Knockout(queries=queries, keys=keys, layers={call.layer for call in calls}, heads=heads, tower=pair),
+            Steer(keys=steered, layers=calls[0].layer, weight=WEIGHT, tower=pair),
         ]
         with torch.no_grad(), intervene(model, inputs, edits):
             got = next_logits(model(**inputs), inputs)
@@ -97,7 +97,7 @@ def compared(mapping: str, model: nn.Module, eager: nn.Module, inputs: dict[str,
     try:
         with torch.no_grad():
             base = next_logits(eager(**inputs), inputs)
-            alike = [call for call in seen.calls if (call.heads, call.tower.shape[1], call.keys) == of_size]
+            alike = [call for call in seen.calls if (call.heads, call.tower.shape[1], call.keys) == sizes]
             with EditedMaps(weights_of(alike, calls, size)) as edited:
                 expected = next_logits(eager(**inputs), inputs)
     except Exception as error:

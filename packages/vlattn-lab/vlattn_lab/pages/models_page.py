@@ -143,8 +143,8 @@ def _short(reason: str) -> str:
 
 def measured_models() -> str:
     """What `python -m vlattn_lab.model_classes` stored, in three sections."""
-    explained, of_edits, of_held = (json.loads(path.read_text(encoding="utf-8")) for path in (TABLE, EDITS, HELD))
-    return f"{measured(explained)}\n{edited(of_edits)}\n{held(of_held, explained)}"
+    explained, stored_edits, stored_held = (json.loads(path.read_text(encoding="utf-8")) for path in (TABLE, EDITS, HELD))
+    return f"{measured(explained)}\n{edited(stored_edits)}\n{held(stored_held, explained)}"
 
 
 def listed_models() -> str:

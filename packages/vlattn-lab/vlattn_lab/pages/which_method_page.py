@@ -21,8 +21,8 @@ def table(test: str) -> str:
     values: dict[tuple[str, str], str] = {}
     for task in TASKS:
         rows = json.loads((ROOT / f"benchmarks/results/evaluation-{task}.json").read_text(encoding="utf-8"))["rows"]
-        of_test = (row for row in rows if (row["test"], row["part"]) == (test, "image") and row["value"] is not None)
-        values |= {(row["method"], task): f"{row['value']:.3f} ± {row['sd']:.3f}" for row in of_test}
+        chosen = (row for row in rows if (row["test"], row["part"]) == (test, "image") and row["value"] is not None)
+        values |= {(row["method"], task): f"{row['value']:.3f} ± {row['sd']:.3f}" for row in chosen}
     lines = []
     for method in METHODS:
         for label, held in labels(method):

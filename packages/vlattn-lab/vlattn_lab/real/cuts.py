@@ -59,7 +59,8 @@ def chosen(read: Tensor, sizes: Tensor) -> dict[str, list[tuple[Tensor, int | No
     draws = [largest(torch.rand(sizes.shape, generator=generator)) for _ in range(DRAWS)]
     masks = [[largest(read.mean(0))], [largest(sizes)], draws, [class_token], [largest(read[0], 1)]]
     return {
-        name: [(mask, 0 if "layer 0" in name else None) for mask in of_name] for name, of_name in zip(CUTS, masks, strict=True)
+        name: [(mask, 0 if "layer 0" in name else None) for mask in its_masks]
+        for name, its_masks in zip(CUTS, masks, strict=True)
     }
 
 
@@ -93,8 +94,8 @@ def outlier_rows(model: nn.Module, head: SaliencyHead, scenes: Sequence[Scene]) 
     patches = sizes[:, 1:]
     for number, scene in enumerate(scenes):
         largest = float(patches[number].max() / patches[number].median())
-        of_layers = [round(float(x), 2) for x in read[:, number, 1:].amax(-1)]
-        yield {"task": "outliers", "photo": scene.name, "size": round(largest, 3), "read": of_layers}
+        largest_read = [round(float(x), 2) for x in read[:, number, 1:].amax(-1)]
+        yield {"task": "outliers", "photo": scene.name, "size": round(largest, 3), "read": largest_read}
     whole = run_of(model, head, inputs)
     for name, draws in chosen(read, sizes).items():
         changes = []

@@ -86,11 +86,11 @@ def symbols(text: str) -> list[tuple[str, int]]:
 def places(source: str, answer: str) -> dict[str, int] | None:
     """For each symbol of a source, the index of the character of an answer that names it; None unless the answer has each symbol
     once, and no other."""
-    of_source, of_answer = symbols(source), symbols(answer)
-    if sorted(symbol for symbol, _ in of_source) != sorted(symbol for symbol, _ in of_answer):
+    source_symbols, answer_symbols = symbols(source), symbols(answer)
+    if sorted(symbol for symbol, _ in source_symbols) != sorted(symbol for symbol, _ in answer_symbols):
         return None
-    indices = dict(of_answer)
-    return {symbol: indices[symbol] for symbol, _ in of_source}
+    indices = dict(answer_symbols)
+    return {symbol: indices[symbol] for symbol, _ in source_symbols}
 
 
 def draw(formula: Formula) -> Drawing:

@@ -270,12 +270,14 @@ def words(stored: Stored, sentence: str) -> str:
     values = stored.words(sentence)
     (row, *_) = stored.of("words", sentence=sentence)
     falls, lines = values["left out"], []
-    for method, of_words in values.items():
-        total = math.fsum(map(abs, of_words))
-        correlation = "" if method == "left out" else f"{spearman(of_words, falls):+.2f}"
-        lines.append([shown(method), *(f"{value / total:.2f}" for value in of_words), correlation])
+    for method, word_values in values.items():
+        total = math.fsum(map(abs, word_values))
+        correlation = "" if method == "left out" else f"{spearman(word_values, falls):+.2f}"
+        lines.append([shown(method), *(f"{value / total:.2f}" for value in word_values), correlation])
     names, most = row["words"], max(range(len(falls)), key=falls.__getitem__)
-    first = [shown(method) for method, of_words in values.items() if method != "left out" and max(of_words) == of_words[most]]
+    first = [
+        shown(method) for method, word_values in values.items() if method != "left out" and max(word_values) == word_values[most]
+    ]
     named = f"\n\nThe cosine falls most without *{names[most]}*. This word is also first by {', '.join(first) or 'no method'}."
     title = f'"{sentence}" versus "{row["beside"]}", cosine {row["cosine"]:.3f}:\n\n'
     return title + markdown(["method", *names, "Spearman with the falls"], lines) + named
@@ -284,9 +286,9 @@ def words(stored: Stored, sentence: str) -> str:
 def pointing(stored: Stored) -> str:
     """README's table: how often the largest entry of a map lies where it should, by model and method; "–" = not measured."""
     readings = Readings(stored.rows)
-    of_glyphs = {label: readings.values(rule, "pointing") for label, rule in README.items()}
+    by_label = {label: readings.values(rule, "pointing") for label, rule in README.items()}
     lines: list[tuple[str, Row]] = [
-        (f"latex-ocr, {len(readings.common)} formulas", {label: clustered(x)[0] for label, x in of_glyphs.items() if x}),
+        (f"latex-ocr, {len(readings.common)} formulas", {label: clustered(x)[0] for label, x in by_label.items() if x}),
         (f"DINOv2-S, {len(SOURCES)} photos", {label: stored.value("class token", label, "pointing") for label in README}),
     ]
     for task, name in TASKS.items():

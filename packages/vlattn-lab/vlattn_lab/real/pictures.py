@@ -75,7 +75,7 @@ def cut_lines(model: Any, head: Any, scenes: Sequence[Scene]) -> list[dict[str, 
             for token in (masks[name][place, 1:].nonzero()[:, 0]).tolist():
                 left, top = token % columns * patch, token // columns * patch
                 ImageDraw.Draw(shown).rectangle((left, top, left + patch, top + patch), outline=colour, width=3)
-        bright = {name: np.where(of_run[place].numpy() > 0.5, 1, OUTSIDE)[..., None] for name, of_run in saliency.items()}
+        bright = {name: np.where(run_values[place].numpy() > 0.5, 1, OUTSIDE)[..., None] for name, run_values in saliency.items()}
         lines.append({"photo": shown, **{name: (np.asarray(photo) * part).astype(np.uint8) for name, part in bright.items()}})
     return lines
 

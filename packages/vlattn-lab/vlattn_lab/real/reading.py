@@ -156,8 +156,10 @@ def inside(box: Sequence[float]) -> Tensor:
 def near(box: Sequence[float]) -> Tensor:
     """bool (h, w), the patches whose centres lie in a box, or at most a patch from it."""
     ys, xs = ((torch.arange(size) + 0.5) * PATCH for size in GRID)
-    of_y, of_x = ((low - PATCH <= at) & (at <= high + PATCH) for at, low, high in ((ys, box[1], box[3]), (xs, box[0], box[2])))
-    return of_y[:, None] & of_x
+    in_rows, in_columns = (
+        (low - PATCH <= at) & (at <= high + PATCH) for at, low, high in ((ys, box[1], box[3]), (xs, box[0], box[2]))
+    )
+    return in_rows[:, None] & in_columns
 
 
 def pointing(values: Tensor, box: Sequence[float]) -> float:
@@ -172,7 +174,7 @@ def mass(values: Tensor, box: Sequence[float]) -> float:
     return float((positive * inside(box)).sum()) / total if total > 0 else 0.0
 
 
-def of_logits(logits: Tensor, character: int, of: str) -> Tensor:
+def score_of(logits: Tensor, character: int, of: str) -> Tensor:
     """(B,), the number that is explained of logits (B, vocabulary)."""
     chosen = logits[:, character]
     if of == "logit":
@@ -212,18 +214,18 @@ def relevancy(reader: Reader, reading: Reading, symbol: str, rule: Rule) -> Tens
         images = reading.images.requires_grad_()
         with rival.rules():
             logits = NextCharacter(reader.model)(images, characters)
-            (grad,) = torch.autograd.grad(of_logits(logits, reading.ids[place], str(rule.of)).sum(), images)
-        return of_patches(grad * (images.detach() - (0 if rule.baseline is None else reading.blank)))
+            (grad,) = torch.autograd.grad(score_of(logits, reading.ids[place], str(rule.of)).sum(), images)
+        return patch_sums(grad * (images.detach() - (0 if rule.baseline is None else reading.blank)))
     method = rule.made(reading.blank)
     options: Row = {"position": {"tower1": -1}, "patches": va.PatchGrid(*GRID)} if method.needs == "attention" else {}
     inputs = {"images": reading.images, "characters": characters}
     explained = va.explain(NextCharacter(reader.model), inputs, target=reading.ids[place], method=method, **options)
     if "tower0" in explained.relevancy:
         return explained.relevancy["tower0"][0].view(GRID)
-    return of_patches(explained.relevancy["images"])
+    return patch_sums(explained.relevancy["images"])
 
 
-def of_patches(pixels: Tensor) -> Tensor:
+def patch_sums(pixels: Tensor) -> Tensor:
     """(h, w), the sums over the pixels of each patch."""
     return pixels.view(GRID[0], PATCH, GRID[1], PATCH).sum((1, 3))
 
@@ -237,7 +239,7 @@ def falls(reader: Reader, reading: Reading, symbol: str, of: str) -> tuple[Tenso
     for one, (y, x) in zip(edited, (ink.nonzero() * side).tolist(), strict=True):
         one[..., y : y + side, x : x + side] = reading.blank[0, ..., y : y + side, x : x + side]
     ids = reading.ids[: place + 1]
-    numbers = [of_logits(reader.logits(some, ids)[:, -1], ids[-1], of) for some in (reading.images, *edited.split(8))]
+    numbers = [score_of(reader.logits(some, ids)[:, -1], ids[-1], of) for some in (reading.images, *edited.split(8))]
     return ink, numbers[0] - torch.cat(numbers[1:])
 
 
@@ -277,9 +279,9 @@ def read(reader: Reader, formula: Formula) -> Row:
 
 
 def reading_of(formula: Formula, row: Row) -> Reading:
-    of_symbols = places(formula.source, row["answer"])
-    assert of_symbols is not None
-    return Reading(formula, draw(formula), row["ids"], of_symbols)
+    symbol_places = places(formula.source, row["answer"])
+    assert symbol_places is not None
+    return Reading(formula, draw(formula), row["ids"], symbol_places)
 
 
 def map_row(reader: Reader, reading: Reading, rule: Rule) -> Row:

@@ -170,8 +170,8 @@ class Readings:
 
     def boxes(self, numbers: Collection[int]) -> list[list[Sequence[float]]]:
         """The boxes of the explained glyphs of some formulas."""
-        of_formulas = [self.right[number]["boxes"] for number in sorted(numbers)]
-        return [[boxes[symbol] for symbol in glyphs(boxes)] for boxes in of_formulas]
+        formula_rows = [self.right[number]["boxes"] for number in sorted(numbers)]
+        return [[boxes[symbol] for symbol in glyphs(boxes)] for boxes in formula_rows]
 
 
 def _rule(row: Row) -> Rule:
@@ -251,8 +251,8 @@ def _scores(readings: Readings) -> str:
 
 def _tests(readings: Readings) -> str:
     lines, most = [], max(map(len, readings.tests.values()))
-    for rule, of_formulas in readings.tests.items():
-        values = [[[row[name]] for row in of_formulas.values() if row[name] is not None] for name in TESTS]
+    for rule, formula_rows in readings.tests.items():
+        values = [[[row[name]] for row in formula_rows.values() if row[name] is not None] for name in TESTS]
         lines.append([*_named(rule), *(shown(groups, most) for groups in values)])
     fractions = ", ".join(f"{share:.0%}".rstrip("%") for share in FRACTIONS)
     table = markdown(["method", "held fixed", *(f"{test} ({good})" for test, good in TESTS.items())], lines, (0, 1))
@@ -264,10 +264,10 @@ def section(rows: Sequence[Row], versions: Mapping[str, str]) -> str:
     readings = Readings(rows)
     if not readings.maps:
         return ""
-    of_font = []
+    font_cells = []
     for font in FONTS:
         listed = [row for row in readings.formulas if row["font"] == font]
-        of_font.append(f"{sum(row['right'] for row in listed)} of {len(listed)} in {font}")
+        font_cells.append(f"{sum(row['right'] for row in listed)} of {len(listed)} in {font}")
     boxes = readings.boxes(readings.measured)
     missing = sum(readings.maps.get(rule, {}).keys() != readings.right.keys() for rule in (*FIRST, *OTHERS))
     still = f"{missing} of the {len(FIRST) + len(OTHERS)} rules miss some formulas" if missing else "no rule misses one"
@@ -275,7 +275,7 @@ def section(rows: Sequence[Row], versions: Mapping[str, str]) -> str:
         version=versions.get("latex-ocr-junia"),
         listed=len(readings.formulas),
         right=len(readings.right),
-        fonts=", ".join(of_font),
+        fonts=", ".join(font_cells),
         count=sum(map(len, boxes)),
         measured=len(boxes),
         area=f"{clustered([[*map(_area, group)] for group in boxes])[0]:.1%}".replace("%", " %"),

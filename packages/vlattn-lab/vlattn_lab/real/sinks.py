@@ -51,11 +51,11 @@ def token_rows(model: nn.Module, scenes: Sequence[Scene]) -> Iterator[Row]:
         patches = sizes["read"][:, 1:].argmax(1) + 1
         named = {(layer, sink.index) for sink in va.find_sinks(model, scene.inputs)[0] for layer in sink.layers}
         for token, places in (("class token", torch.zeros_like(patches)), ("most read patch", patches)):
-            of_layers = enumerate(places.tolist())
+            numbered = enumerate(places.tolist())
             yield {
                 **{"task": "sink sizes", "photo": scene.name, "token": token},
                 **{name: [round(float(x), 4) for x in values.gather(1, places[:, None])] for name, values in sizes.items()},
-                "named": [(layer, place) in named for layer, place in of_layers],
+                "named": [(layer, place) in named for layer, place in numbered],
             }
         yield {"task": "sinks named", "photo": scene.name, "count": len(named), "patches": sum(index > 0 for _, index in named)}
 

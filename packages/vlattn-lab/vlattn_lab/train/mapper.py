@@ -137,14 +137,14 @@ def train(task: str, steps: int, *, seed: int = 0, log_every: int = 100, clip: s
     model.vision.requires_grad_(False)
     parameters = [parameter for part in (model, heads) for parameter in part.parameters() if parameter.requires_grad]
     prompts = task == "captions"
-    of_task, kinds = (prompt_losses, PROMPTS) if prompts else (question_losses, QUESTIONS)
+    task_losses, kinds = (prompt_losses, PROMPTS) if prompts else (question_losses, QUESTIONS)
 
     def drawn() -> dict[str, Tensor]:
         scenes = sample_scenes(torch.zeros(SCENES, dtype=torch.int64), "train", None, generator)
         with torch.no_grad():
             states = model.encode_image(noisy(scenes.images, generator))
         asked, samples = ask(scenes, kinds, prompts=prompts, generator=generator)
-        return of_task(model, heads, asked, states[samples])
+        return task_losses(model, heads, asked, states[samples])
 
     fit(parameters, drawn, WEIGHTS, steps, learning_rate=LR, log_every=log_every, warmup=0.1)
     return model.eval()

@@ -52,10 +52,10 @@ def check(one: Model, ranks: int) -> None:
         outputs = one.model(input_ids=whole, **inputs, output_attentions=True)
     maps = torch.stack(getattr(outputs, "language_model_outputs", outputs).attentions)[:, 0]
     rows, prompt_tokens = maps[:, :, ids.shape[1] - 1 :].permute(2, 0, 1, 3), ids.shape[1]
-    of_picture = whole[0] == PICTURE
-    of_picture[prompt_tokens:] = False
-    of_answer = torch.arange(len(of_picture)) >= prompt_tokens
-    groups = torch.stack([of_picture, ~of_picture & ~of_answer, of_answer], 1).float()
+    in_picture = whole[0] == PICTURE
+    in_picture[prompt_tokens:] = False
+    in_answer = torch.arange(len(in_picture)) >= prompt_tokens
+    groups = torch.stack([in_picture, ~in_picture & ~in_answer, in_answer], 1).float()
     attention = output.outputs[0].attention
     close(attention.mass, rows @ groups)
     close(attention.received, maps[..., :prompt_tokens].sum(2))

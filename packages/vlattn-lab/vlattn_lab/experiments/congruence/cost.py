@@ -97,8 +97,8 @@ def _step(problem: Problem, loss: Loss | None) -> Callable[[], None]:
                 logits = model(**inputs).logits
             query, key = (x[: problem.matched] for x in (captured.query, captured.key))
             words, regions = (query[:, :, :text], key[:, :, :text]), (query[:, :, text:], key[:, :, text:])
-            of_matched = {name: mask[: problem.matched] for name, mask in masks.items()}
-            total = F.cross_entropy(logits, label) + loss(words, regions, **of_matched)
+            matched_masks = {name: mask[: problem.matched] for name, mask in masks.items()}
+            total = F.cross_entropy(logits, label) + loss(words, regions, **matched_masks)
         optimizer.zero_grad(set_to_none=True)
         total.backward()
         optimizer.step()

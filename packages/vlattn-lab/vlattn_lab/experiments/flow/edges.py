@@ -53,9 +53,9 @@ class Effects:
         for pair, towers in PAIRS.items():
             table = attribute_edges(model, asked.inputs, asked.groups(pair), tower=towers)
             cut = intervene_each(model, asked.inputs, table)
-            of_maps = [_of_map(maps[pair, edge.layer], asked.groups(pair), edge) for edge in table]
+            values = [_of_map(maps[pair, edge.layer], asked.groups(pair), edge) for edge in table]
             edges += [(pair, edge) for edge in table]
-            columns.append((table.effects, cut.effects, *(torch.stack(rows) for rows in zip(*of_maps, strict=True))))
+            columns.append((table.effects, cut.effects, *(torch.stack(rows) for rows in zip(*values, strict=True))))
         joined = [torch.cat(column).double() for column in zip(*columns, strict=True)]
         possible = joined[-1].amax(1) > 0  # a causal mask hides the others
         kept = [edge for edge, is_kept in zip(edges, possible.tolist(), strict=True) if is_kept]
@@ -122,11 +122,11 @@ def cut_together(model: CLIPMapper, asked: Asked, effects: Effects, seed: int) -
 def _knockouts(asked: Asked, effects: Effects, chosen: Tensor) -> list[Knockout]:
     """The edges that bool (E, B) names, each in its samples."""
     edits = []
-    for (pair, edge), of_samples in zip(effects.edges, chosen, strict=True):
-        if bool(of_samples.any()):
+    for (pair, edge), chosen_samples in zip(effects.edges, chosen, strict=True):
+        if bool(chosen_samples.any()):
             groups = asked.groups(pair)
             cut: dict[str, Any] = {"layers": edge.layer, "heads": edge.head, "tower": PAIRS[pair]}
-            edits.append(Knockout(queries=groups[edge.to] & of_samples[:, None], keys=groups[edge.from_], **cut))
+            edits.append(Knockout(queries=groups[edge.to] & chosen_samples[:, None], keys=groups[edge.from_], **cut))
     return edits
 
 

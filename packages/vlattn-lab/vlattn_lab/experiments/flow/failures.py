@@ -18,10 +18,10 @@ MASSES = (0.0, 0.1, 0.5, 0.9, 0.99, 1.0)  # bounds of the bins of attention
 def correlations(effects: Effects, heads: tuple[Tensor, Tensor]) -> list[dict[str, Any]]:
     """Spearman's correlations with true effects: of means over the samples, and the mean of those of each sample. Relevancy and
     attention have no sign, and are compared with sizes."""
-    of_pairs = {pair: torch.tensor([name == pair for name, _ in effects.edges]) for pair in PAIRS}
+    by_pair = {pair: torch.tensor([name == pair for name, _ in effects.edges]) for pair in PAIRS}
     everything = torch.ones(len(effects.edges), dtype=torch.bool)
     rows = [_row("heads", "first order", *heads)]
-    parts = {"edges": everything, **{f"edges of {pair}": chosen for pair, chosen in of_pairs.items()}}
+    parts = {"edges": everything, **{f"edges of {pair}": chosen for pair, chosen in by_pair.items()}}
     for name, values in (("first order", effects.first_order), ("first order after the cut", effects.behind)):
         rows += [_row(kind, name, values[chosen], effects.true[chosen]) for kind, chosen in parts.items()]
     for name, values in (
@@ -35,8 +35,14 @@ def correlations(effects: Effects, heads: tuple[Tensor, Tensor]) -> list[dict[st
 
 def _row(kind: str, name: str, one: Tensor, two: Tensor) -> dict[str, Any]:
     each = [rank_correlation(a, b) or 0.0 for a, b in zip(one.T, two.T, strict=True)]
-    of_means = rank_correlation(one.mean(1), two.mean(1)) or 0.0
-    return {"of": kind, "by": name, "count": len(one), "means": round(of_means, 4), "samples": round(sum(each) / len(each), 4)}
+    mean_correlation = rank_correlation(one.mean(1), two.mean(1)) or 0.0
+    return {
+        "of": kind,
+        "by": name,
+        "count": len(one),
+        "means": round(mean_correlation, 4),
+        "samples": round(sum(each) / len(each), 4),
+    }
 
 
 def by_mass(effects: Effects) -> list[dict[str, Any]]:

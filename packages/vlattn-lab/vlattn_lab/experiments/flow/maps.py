@@ -67,8 +67,8 @@ def stored_maps(model: CLIPMapper, asked: Asked) -> dict[tuple[str, int], Map]:
         score = asked.read(model(**asked.inputs).logits).amax(-1).sum()
     gradients = torch.autograd.grad(score, [output for _, _, output in seen.calls])
     maps = {}
-    for place, (of_call, value, output), gradient in zip(_places(model), seen.calls, gradients, strict=True):
-        maps[place] = Map(of_call, gradient @ value.detach().mT, (output.detach() * gradient).sum((-2, -1)))
+    for place, (logits, value, output), gradient in zip(_places(model), seen.calls, gradients, strict=True):
+        maps[place] = Map(logits, gradient @ value.detach().mT, (output.detach() * gradient).sum((-2, -1)))
     return maps
 
 

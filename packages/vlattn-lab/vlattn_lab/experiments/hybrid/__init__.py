@@ -83,7 +83,7 @@ def items(scenes: Questions, said: Tensor) -> Iterator[tuple[dict[str, Tensor], 
         for place in PLACES:
             word = said[samples, place]
             named = digits[scenes.digits[samples]] == word[:, None]
-            boxes = [corners[of_word] / CANVAS for corners, of_word in zip(scenes.boxes[samples], named, strict=True)]
+            boxes = [corners[word] / CANVAS for corners, word in zip(scenes.boxes[samples], named, strict=True)]
             yield inputs(scenes.images[samples], said[samples, :place]), word.tolist(), boxes
 
 

@@ -63,10 +63,10 @@ def curves_figure(records: Sequence[Record]) -> Figure:
     for kind, axes in zip(KINDS, lines, strict=True):
         for test, axis in zip(("insertion", "deletion"), axes, strict=True):
             for method, colour in zip(METHODS, COLOURS, strict=True):
-                of_seeds = curves(records, kind, method, test)
-                at_steps = [*zip(*(curve["mean"] for curve in of_seeds), strict=True)]
+                seed_curves = curves(records, kind, method, test)
+                at_steps = [*zip(*(curve["mean"] for curve in seed_curves), strict=True)]
                 style = ":" if method == "random" else "-"
-                band(axis, of_seeds[0]["steps"], at_steps, color=colour, label=method, linestyle=style)
+                band(axis, seed_curves[0]["steps"], at_steps, color=colour, label=method, linestyle=style)
             axis.set(title=f"{kind}, {test}")
         axes[0].set_ylabel("probability of the word")
     lines[-1][0].set_xlabel("share of patches put in")

@@ -25,7 +25,15 @@ from vlattn_fast.measuring.records import having, markdown, spread
 from vlattn_fast.methods import Method
 from vlattn_lab.experiments.experiment import Cell, Experiment, Record, Settings, Stage
 from vlattn_lab.experiments.flow.samples import draw
-from vlattn_lab.experiments.planted_circuits.mib import FIRST_ORDER, HELD, LISTS, RANDOM, SHARES, of_planted, of_scenes
+from vlattn_lab.experiments.planted_circuits.mib import (
+    FIRST_ORDER,
+    HELD,
+    LISTS,
+    RANDOM,
+    SHARES,
+    measures_on_planted,
+    measures_on_scenes,
+)
 from vlattn_lab.experiments.planted_circuits.models import CIRCUITS, Circuit, Samples, planted
 from vlattn_lab.mapper import load_captioner, load_vqa
 
@@ -66,21 +74,21 @@ def measure(cell: Cell, settings: Settings) -> dict[str, Any]:
         "probability": round(float(probability.mean()), 4),
         "maps": maps(circuit, samples, cell["seed"]),
         "synergy": synergy(circuit, samples.part(slice(4 if settings.smoke else OF_SYNERGY)), cell["seed"]),
-        **of_planted(circuit, samples.part(slice(half)), samples.part(slice(half, None)), cell["seed"]),
+        **measures_on_planted(circuit, samples.part(slice(half)), samples.part(slice(half, None)), cell["seed"]),
     }
 
 
 def maps(circuit: Circuit, samples: Samples, seed: int) -> list[dict[str, Any]]:
-    """The measures of each method's map and of random ones: see `of_map`."""
+    """The measures of each method's map and of random ones: see `measures_of_map`."""
     rows = []
     for (name, held), method in methods().items():
         (relevancy,) = explain(circuit.model, samples.inputs, target=samples.answers.tolist(), method=method).relevancy.values()
-        rows.append({"method": name, "held": held, **of_map(relevancy.detach(), samples)})
+        rows.append({"method": name, "held": held, **measures_of_map(relevancy.detach(), samples)})
     chance = torch.rand(relevancy.shape, generator=torch.Generator().manual_seed(seed))
-    return [*rows, {"method": RANDOM, "held": "", **of_map(chance, samples)}]
+    return [*rows, {"method": RANDOM, "held": "", **measures_of_map(chance, samples)}]
 
 
-def of_map(relevancy: Tensor, samples: Samples) -> dict[str, float]:
+def measures_of_map(relevancy: Tensor, samples: Samples) -> dict[str, float]:
     """How often the largest entry is one of the two causes, and how often the two largest are both; the shares of the positive
     mass on the content and on the key. The token that gives the answer is left out."""
     content, key, read = (samples.groups[name] for name in (samples.content, samples.key, samples.read))
@@ -117,7 +125,7 @@ def scenes(settings: Settings, records: Sequence[Record]) -> list[Cell]:
 def measure_scenes(cell: Cell, settings: Settings) -> dict[str, Any]:
     model, _ = TASKS[cell["task"]][1]()
     asked, accuracy = draw(cell["task"], model, *((12, 4) if settings.smoke else (200, SCENES)), cell["seed"])
-    return {"accuracy": accuracy, **of_scenes(model, asked, cell["seed"])}
+    return {"accuracy": accuracy, **measures_on_scenes(model, asked, cell["seed"])}
 
 
 def tables(records: Sequence[Record]) -> Iterator[str]:
@@ -141,12 +149,12 @@ def _of_models(records: Sequence[Record]) -> str:
 
 def _of_methods(records: Sequence[Record], circuit: str, rows: str, facts: Sequence[str]) -> str:
     """A line for each method and what it holds fixed; for each of ATTENTION, columns of `facts`."""
-    of_shares = [having(records, circuit=circuit, attention=share) for share in ATTENTION]
+    by_share = [having(records, circuit=circuit, attention=share) for share in ATTENTION]
     lines = []
-    for row in of_shares[0][0][rows]:
+    for row in by_share[0][0][rows]:
         named = {"method": row["method"], "held": row["held"]}
-        same = [[having(one[rows], **named)[0] for one in of_share] for of_share in of_shares]
-        values = [spread([each[fact] for each in of_share], ".2f") for of_share in same for fact in facts]
+        same = [[having(one[rows], **named)[0] for one in rows_of_share] for rows_of_share in by_share]
+        values = [spread([each[fact] for each in rows_of_share], ".2f") for rows_of_share in same for fact in facts]
         lines.append([row["method"] if row["method"] == TRUTH else f"`{row['method']}`", row["held"] or "–", *values])
     return markdown(["method", "held fixed", *(f"{fact}, {share}" for share in ATTENTION for fact in facts)], lines, words=(0, 1))
 
@@ -193,17 +201,17 @@ def _of_tasks(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 def figure(records: Sequence[Record]) -> Figure:
     """Faithfulness over the share of edges that are kept, the mean over the seeds, a panel for each model."""
-    of_kinds = _planted(records) | _of_tasks(records)
+    by_kind = _planted(records) | _of_tasks(records)
     drawn, axes = panels(2, 3, (10, 6), sharey=True)
-    for axis, (kind, of_kind) in zip(axes.flat, of_kinds.items(), strict=False):
-        for row in of_kind[0]["areas"]:
-            curves = [having(one["areas"], list=row["list"])[0]["signed"] for one in of_kind]
+    for axis, (kind, rows_of_kind) in zip(axes.flat, by_kind.items(), strict=False):
+        for row in rows_of_kind[0]["areas"]:
+            curves = [having(one["areas"], list=row["list"])[0]["signed"] for one in rows_of_kind]
             style = {"color": "black", "linestyle": "--"} if row["list"] == RANDOM else {}
             axis.plot(SHARES, torch.tensor(curves).mean(0).tolist(), marker="o", markersize=3, label=row["list"], **style)
         axis.set(title=kind, xscale="log", xlabel="share of the edges that are kept")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("faithfulness")
-    labels = dict(zip(*axes.flat[len(of_kinds) - 1].get_legend_handles_labels()[::-1], strict=True))
+    labels = dict(zip(*axes.flat[len(by_kind) - 1].get_legend_handles_labels()[::-1], strict=True))
     drawn.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=5, frameon=False)
     return drawn
 

@@ -95,7 +95,7 @@ class Circuits:
         return [self.faithfulness(order[: int(share * len(order))]) for share in SHARES]
 
 
-def of_planted(circuit: Circuit, ranking: Samples, tested: Samples, seed: int) -> dict[str, Any]:
+def measures_on_planted(circuit: Circuit, ranking: Samples, tested: Samples, seed: int) -> dict[str, Any]:
     """CPR and CMD on the samples `tested`, of lists that were made on `ranking`; the places of the planted edges in these lists;
     and the faithfulness of only the planted edges."""
     model = circuit.model
@@ -129,7 +129,7 @@ def _is_causal(groups: Mapping[str, Tensor], edge: Edge) -> bool:
     return bool((first <= last).any())
 
 
-def of_scenes(model: CLIPMapper, asked: Asked, seed: int) -> dict[str, Any]:
+def measures_on_scenes(model: CLIPMapper, asked: Asked, seed: int) -> dict[str, Any]:
     """CPR and CMD on one half of the scenes, of lists that were made on the other half, and the rank correlations of first-order
     effects with true ones: with norms that keep their derivative, and with norms held fixed."""
     half = len(asked.inputs["input_ids"]) // 2

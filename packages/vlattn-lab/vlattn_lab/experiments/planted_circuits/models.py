@@ -178,12 +178,12 @@ def _head(
     it `share` among TOKENS tokens; the j-th direction of `value` becomes the j-th of `out`, LENGTH long. terms: of how many
     directions the tokens of keys and of queries consist, since a norm makes their sum that long.
     """
-    of_key, of_query = (LENGTH / math.sqrt(count) for count in terms)
-    scale = math.log(share / (1 - share) * (TOKENS - 1)) * math.sqrt(HEAD_DIM) / (of_key * of_query)
+    key_length, query_length = (LENGTH / math.sqrt(count) for count in terms)
+    scale = math.log(share / (1 - share) * (TOKENS - 1)) * math.sqrt(HEAD_DIM) / (key_length * query_length)
     weights = torch.zeros(4, HEAD_DIM, WIDTH)
     for weight, rows in zip(weights, (scale * query, key, value, out), strict=True):
         weight[: len(rows)] = rows
-    return weights[0], weights[1], weights[2], weights[3].T * LENGTH / of_key
+    return weights[0], weights[1], weights[2], weights[3].T * LENGTH / key_length
 
 
 def _plant_conv(attention: Any, query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> None:

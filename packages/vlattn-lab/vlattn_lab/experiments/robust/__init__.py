@@ -22,9 +22,9 @@ from vlattn_lab.experiments.robust.training import (
     Sizes,
     accuracies,
     draw,
+    facts_of_picture,
     few,
     first_training,
-    of_picture,
     pointing,
     second_training,
     shown_scenes,
@@ -80,7 +80,7 @@ def measure_training(cell: Cell, settings: Settings) -> dict[str, Any]:
             if name == "clean":
                 facts |= accuracies(model, test, cues=("none",))
             else:
-                facts |= {**accuracies(model, test), **pointing(model, test), **of_picture(model, shown.shaded(cue))}
+                facts |= {**accuracies(model, test), **pointing(model, test), **facts_of_picture(model, shown.shaded(cue))}
             measured[name].append(facts)
     return measured
 

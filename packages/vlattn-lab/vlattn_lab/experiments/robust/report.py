@@ -39,7 +39,7 @@ def swept(records: Sequence[Record]) -> dict[Setting, list[dict[str, Any]]]:
 
 def chosen(records: Sequence[Record]) -> list[Setting]:
     """The setting of each loss with the highest mean validation accuracy without a shade; of equals the first."""
-    means = {setting: sum(one["none"] for one in of_seeds) / len(of_seeds) for setting, of_seeds in swept(records).items()}
+    means = {setting: sum(one["none"] for one in seed_rows) / len(seed_rows) for setting, seed_rows in swept(records).items()}
     return [
         max((setting for setting in means if setting[0] == loss), key=means.__getitem__) for loss in LABELS if loss != "before"
     ]
@@ -53,11 +53,13 @@ def values(records: Sequence[Record], loss: str, scenes: str, measured: str) -> 
 def tables(records: Sequence[Record]) -> Iterator[str]:
     best, seeds = chosen(records), [f"seed {record['seed']}" for record in having(records, what="sweep")]
     lines = []
-    for setting, of_seeds in swept(records).items():
+    for setting, seed_rows in swept(records).items():
         loss, weight, rate = setting
         name = LABELS[loss] + (f", weight {weight:g}" if weight else "") + f", rate {rate:g}"
-        of_cues = [f"{sum(one[cue] for one in of_seeds) / len(of_seeds):.3f}" for cue in ("none", "inverted", "as in training")]
-        lines.append([name + (" (chosen)" if setting in best else ""), *(f"{one['none']:.3f}" for one in of_seeds), *of_cues])
+        cue_cells = [
+            f"{sum(one[cue] for one in seed_rows) / len(seed_rows):.3f}" for cue in ("none", "inverted", "as in training")
+        ]
+        lines.append([name + (" (chosen)" if setting in best else ""), *(f"{one['none']:.3f}" for one in seed_rows), *cue_cells])
     head = [*(f"no shade, {seed}" for seed in seeds), "no shade", "inverted", "as in training"]
     yield markdown(["validation accuracy", *head], lines)
 
@@ -77,7 +79,7 @@ def tables(records: Sequence[Record]) -> Iterator[str]:
     yield markdown(["relevancy", *POINTING], lines)
 
     clean = {loss: values(records, loss, "clean", "none") for loss in LABELS}
-    lines = [[LABELS[loss], spread(of_seeds)] for loss, of_seeds in clean.items()]
+    lines = [[LABELS[loss], spread(seed_rows)] for loss, seed_rows in clean.items()]
     change, p = paired_change(clean["held"], clean["gradient"])
     lines.append([f"{LABELS['held']} less {LABELS['gradient']}", f"{change} (p {p})"])
     yield markdown(["test accuracy, no shade, never a shade in training", "accuracy"], lines)

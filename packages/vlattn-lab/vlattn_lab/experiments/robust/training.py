@@ -174,7 +174,7 @@ def pointing(model: Classifier, scenes: Scenes) -> dict[str, float]:
     return {name: round(value, 4) for name, value in measured.items()}
 
 
-def of_picture(model: Classifier, scenes: Scenes) -> dict[str, Any]:
+def facts_of_picture(model: Classifier, scenes: Scenes) -> dict[str, Any]:
     """The model's answer to each scene, and the relevancy of the right one."""
     with torch.no_grad():
         says = model(scenes.images[:, None]).argmax(1).tolist()

@@ -68,11 +68,11 @@ def caption_keys(ids: Tensor) -> Tensor:
 
 def damsm_loss(cells: Tensor, whole: Tensor, words: Tensor, sentence: Tensor, keys: Tensor) -> Tensor:
     """DAMSM's losses of words and of sentences; captions with equal keys do not count as wrong for each other."""
-    of_words: Tensor = DamsmLoss(GAMMA1, GAMMA2, GAMMA3)(cells, words, ids=keys)
+    word_loss: Tensor = DamsmLoss(GAMMA1, GAMMA2, GAMMA3)(cells, words, ids=keys)
     cosine = GAMMA3 * F.normalize(whole, dim=-1) @ F.normalize(sentence, dim=-1).T
     same = (keys[:, None] == keys) & ~torch.eye(len(keys), dtype=torch.bool)
     cosine, true = cosine.masked_fill(same, -torch.inf), torch.arange(len(keys))
-    return of_words + F.cross_entropy(cosine, true) + F.cross_entropy(cosine.T, true)
+    return word_loss + F.cross_entropy(cosine, true) + F.cross_entropy(cosine.T, true)
 
 
 @functools.lru_cache(maxsize=4)  # those of one seed and its judge
@@ -88,11 +88,11 @@ def pair(seed: int, sizes: PairSizes) -> Pair:
     ids = text_ids(scenes.captions, WORDS)
     keys = caption_keys(ids)
 
-    def of_crowds() -> dict[str, Tensor]:
+    def crowd_losses() -> dict[str, Tensor]:
         images, digits, boxes = crowd(CROWDS, generator)
         return _of_cells(net, noisy(images, generator)[:, 0], digits, boxes)
 
-    def of_captions() -> dict[str, Tensor]:
+    def caption_losses() -> dict[str, Tensor]:
         chosen = torch.randint(sizes.scenes, (BATCH,), generator=generator)
         images = noisy(scenes.images[chosen], generator)[:, 0]
         cells, whole = net.picture(images)
@@ -101,7 +101,7 @@ def pair(seed: int, sizes: PairSizes) -> Pair:
         return losses | _of_cells(net, images, scenes.digits[chosen], scenes.boxes[chosen])
 
     weights = {"match": 1.0, "digit": 2.0, "centre": 10.0}
-    for losses, steps in ((of_crowds, sizes.first), (of_captions, sizes.steps)):
+    for losses, steps in ((crowd_losses, sizes.first), (caption_losses, sizes.steps)):
         fit(net.parameters(), losses, weights, steps, learning_rate=LEARNING_RATE, warmup=0.1, fused=True)
     return net.requires_grad_(False).eval()
 

@@ -30,8 +30,8 @@ CONTROLS = {UNIFORM: "all words or regions alike", "frequent": "the most frequen
 
 def values(records: Sequence[Record], task: str, arm: str, name: str, when: str = "trained") -> list[float]:
     """A figure of each seed, in order; empty where the arm has none. focus: share / chance. gap: auc_least - auc_most."""
-    figures, of_arm = [], (record for record in records if record.get("task") == task and record["arm"] == arm)
-    for record in sorted(of_arm, key=lambda record: int(record["seed"])):
+    figures, arm_records = [], (record for record in records if record.get("task") == task and record["arm"] == arm)
+    for record in sorted(arm_records, key=lambda record: int(record["seed"])):
         part = record.get(when, {})  # a record of a choice has neither
         if name == "focus" and "share" in part:
             part = {"focus": part["share"] / part["chance"] if part["chance"] else 0.0}
@@ -61,13 +61,13 @@ def correlation(records: Sequence[Record], task: str, name: str) -> dict[str, fl
     seeds = accuracy.shape[1]
     samples = torch.tensor(list(itertools.product(range(seeds), repeat=seeds)))
 
-    def of_samples(index: Tensor) -> Tensor:
+    def rho(index: Tensor) -> Tensor:
         return spearman(accuracy[:, index].mean(-1).T, measure[:, index].mean(-1).T)
 
-    resampled = of_samples(samples)
+    resampled = rho(samples)
     low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    mean, deviation = mean_and_deviation(of_samples(torch.arange(seeds)[:, None]).tolist())
-    return {"rho": float(of_samples(torch.arange(seeds)[None])), "low": low, "high": high, "mean": mean, "deviation": deviation}
+    mean, deviation = mean_and_deviation(rho(torch.arange(seeds)[:, None]).tolist())
+    return {"rho": float(rho(torch.arange(seeds)[None])), "low": low, "high": high, "mean": mean, "deviation": deviation}
 
 
 def best(records: Sequence[Record], task: str, name: str) -> str:
@@ -105,7 +105,7 @@ def main_table(records: Sequence[Record], task: str) -> str:
 def _mean_of_scores(records: Sequence[Record], task: str, name: str) -> list[float]:
     """The mean over SCORES of each seed's untrained models."""
     by_score = [values(records, task, score, name, "untrained") for score in SCORES]
-    return [sum(of_seed) / len(of_seed) for of_seed in zip(*by_score, strict=True)]
+    return [sum(seed_values) / len(seed_values) for seed_values in zip(*by_score, strict=True)]
 
 
 def more_table(records: Sequence[Record], task: str) -> str:

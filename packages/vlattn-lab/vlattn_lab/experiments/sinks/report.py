@@ -99,8 +99,8 @@ def _agreement(records: Sequence[Record]) -> str:
     shares = _shares(records)
     lines = []
     for task in _tasks(records):
-        of_shares = (having(records, task=task, share=share) for share in shares)
-        lines.append([TASKS[task], *(spread([record["agreement"] for record in seeds]) for seeds in of_shares)])
+        by_share = (having(records, task=task, share=share) for share in shares)
+        lines.append([TASKS[task], *(spread([record["agreement"] for record in seeds]) for seeds in by_share)])
     return markdown(["same answer as without a planted sink", *(f"{share:.1f}" for share in shares)], lines)
 
 
