@@ -77,43 +77,45 @@ def attention_map(
     group_bias: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Abar_ij = reduce_h A_hij with A = softmax(scale * q k^T + mask), or reduce_h relu(A_hij dA_hij) with dA = dO V^T.
+    """Computes one attention map for all heads: reduce_h A_hij, or reduce_h relu(A_hij dA_hij) with dA = dO V^T.
 
-    The head mean of the second is Abar of eq. 5 of Chefer et al., "Generic Attention-Model Explainability", ICCV 2021.
-    relevancy_step multiplies by Abar without storing it.
+    A = softmax(scale * q k^T + mask). Memory is that of the result, O(B N M) for any number of heads, and the backward pass needs
+    O(N) in addition to the map's gradient. Passing `lse` saves a pass over the keys on a GPU. If you only need the product of
+    relevancy with the map, relevancy_step does not store the map at all.
+
+    Examples:
+        >>> import torch
+        >>> query, key = torch.randn(1, 4, 5, 8), torch.randn(1, 4, 7, 8)
+        >>> abar = attention_map(query, key)
+        >>> abar.shape, torch.allclose(abar.sum(-1), torch.ones(1, 5))
+        (torch.Size([1, 5, 7]), True)
 
     Args:
         query: (B, H, N, D) float16, bfloat16, float32 or float64, H >= 1.
         key: (B, Hkv, M, D), Hkv = H, or a divisor of H with enable_gqa.
-        value: (B, Hkv, M, Dv), for rule="gradient" only.
-        grad_output: (B, H, N, Dv), for rule="gradient" only: the gradient of the explained score at the attention's output A V.
+        value: (B, Hkv, M, Dv). Only for rule="gradient".
+        grad_output: (B, H, N, Dv), the gradient of the explained score with respect to the attention's output A V. Only for
+            rule="gradient".
         rule: "attention" (A) or "gradient" (relu(A * dA), clamped per head before the heads are reduced).
         head_reduction: "mean", "max" or "min" over the heads.
         row_normalize: divide each row of the reduced map by its sum; zero rows stay zero.
-        lse: (B, H, N) natural log-sum-exp of the attention's rows, as score_attention returns it, with the sink in it; -inf or
-            +inf marks a row without visible keys. None = computed anew, as "reference" always does.
-            A detached lse counts as computed from query and key in the backward pass, and is computed anew for a sink's gradient.
-        attn_mask, key_mask, is_causal, scale, softcap, sink, query_groups, key_groups, group_bias: as in score_attention; scale
+        attn_mask, key_mask, is_causal, scale, softcap, sink, query_groups, key_groups, group_bias: see score_attention. scale
             defaults to 1/sqrt(D).
+        lse: (B, H, N), the attention's natural log-sum-exp that score_attention returns, including the sink; -inf or +inf marks a
+            query without visible keys. Default: computed anew, which "reference" always does. A detached lse counts as computed
+            from query and key in the backward pass, and is computed anew for a sink's gradient.
         backend: "auto", "reference", "streaming", "cpu" or "triton".
 
     Returns:
         Abar (B, N, M) float32 (float64 for float64 input): probabilities, or for "gradient" the explained score's units. The
-        row of a query without a visible key is zero. It is differentiable in every floating tensor but attn_mask, in O(N) memory
-        beside the map's own gradient.
+        row of a query without a visible key is zero. Differentiable once, in every floating tensor except attn_mask.
 
     Raises:
-        ValueError, TypeError: an argument is wrong (it is named), or the backend asked for cannot run the call.
+        ValueError, TypeError: if an argument is wrong (the message names it), or the requested backend does not support the call.
         RuntimeError: in the backward pass of a backward pass.
 
-    >>> import torch
-    >>> query, key = torch.randn(1, 4, 5, 8), torch.randn(1, 4, 7, 8)
-    >>> abar = attention_map(query, key)
-    >>> abar.shape, torch.allclose(abar.sum(-1), torch.ones(1, 5))
-    (torch.Size([1, 5, 7]), True)
-    >>> value, grad_output = torch.randn(1, 4, 7, 16), torch.randn(1, 4, 5, 16)
-    >>> attention_map(query, key, value, grad_output, rule="gradient", head_reduction="max").shape
-    torch.Size([1, 5, 7])
+    Reference: the head mean of rule="gradient" is Abar of Chefer et al., "Generic Attention-Model Explainability", ICCV 2021, eq.
+    5.
     """
     if is_dtensor(query):
         return over_shards(attention_map, locals(), _SHARDED, [NO_HEADS], _on_shards)

@@ -75,46 +75,48 @@ def attention_statistics(
     group_bias: Tensor | None = None,
     backend: str = "auto",
 ) -> AttentionStatistics:
-    """Mass per group of keys, entropy, largest weight and received attention of A = softmax(scale * q k^T + mask).
+    """Computes the mass per group of keys, entropy, largest weight and received attention of A = softmax(scale * q k^T + mask).
 
-    The attention statistics of Cao et al., "Behind the Scene", ECCV 2020 (VALUE): with the tokens of each modality as a
-    group, mass is their modality importance and their cross-modal heads; maximum and argmax serve their linked tokens.
-    Differentiable in query, key, row_weight, sink and group_bias, all but argmax, max_logit and lse; once. `score_attention`
-    returns an lse with a gradient. Training that bounds its logits (QK-clip, vlattn_fast.nn.QKClip) reads `max_logit`.
+    Memory in addition to inputs and results is O(N + M) per head: A is never stored, and the backward pass recomputes it tile by
+    tile. Name only the `statistics` that you use: on a GPU "received" takes a second pass over the keys. A sink takes one more.
 
-    With a sink the weights of a row sum to less than 1. The statistics are those of what falls on the keys, as it is: `mass` over
-    all keys is their share, `entropy` is -sum_j A_ij log A_ij over the keys alone.
+    Examples:
+        >>> query, key = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 7, 8)
+        >>> text_or_image = torch.tensor([0, 0, 0, 1, 1, 1, -1])
+        >>> statistics = attention_statistics(query, key, key_groups=text_or_image, num_groups=2)
+        >>> statistics.mass.shape, statistics.entropy.shape, statistics.received.shape
+        (torch.Size([1, 2, 5, 2]), torch.Size([1, 2, 5]), torch.Size([1, 2, 7]))
 
     Args:
         query: (B, H, N, D) float16, bfloat16, float32 or float64.
         key: (B, Hkv, M, D), Hkv = H, or a divisor of H with enable_gqa.
-        statistics: some of "mass", "entropy", "maximum", "argmax", "received", "max_logit" and "lse"; default the first five. The
-            others are None in the result. Naming "mass" requires key_groups.
-        key_groups: int64 (M) or (B, M), the group of each key, -1 = none: those of `mass`, and those of group_bias.
-        num_groups: G. Pass it on a GPU: the call then reads no value of key_groups and does not wait for the device, and a value
-            out of range counts as no group, as under torch.compile and CUDA graph capture. Elsewhere a value out of range raises
-            ValueError. Default: that of group_bias, or the largest value of key_groups + 1, which is read once; 0 without
-            key_groups.
-        row_weight: (N) or (B, N) floating point, the weight of each query in `received`; default 1.
-        attn_mask, key_mask, is_causal, scale, softcap, sink, query_groups, group_bias: as in score_attention; scale defaults to
+        statistics: some of "mass", "entropy", "maximum", "argmax", "received", "max_logit" and "lse". Default: the first five.
+            The others are None in the result. Naming "mass" requires key_groups.
+        key_groups: int64 (M) or (B, M), the group of each key, -1 = no group. Used by `mass` and by group_bias.
+        num_groups: G. Pass it on a GPU: then the call does not wait for the device to tell the values of key_groups, and
+            out-of-range indices mean "no group", which also holds under torch.compile and CUDA graph capture. Otherwise they
+            raise ValueError. Default: that of group_bias, or the largest value of key_groups + 1; 0 without key_groups.
+        row_weight: (N) or (B, N) floating point, the weight of each query in `received`. Default: 1.
+        attn_mask, key_mask, is_causal, scale, softcap, sink, query_groups, group_bias: see score_attention. scale defaults to
             1/sqrt(D).
         backend: "auto", "reference", "streaming", "cpu" or "triton".
 
     Returns:
         AttentionStatistics(mass (B, H, N, G), entropy (B, H, N) in nats, maximum (B, H, N), argmax (B, H, N),
-        received (B, H, M)); None for each that `statistics` does not name. Where it names a logit's, LogitStatistics with
+        received (B, H, M)); None for each that `statistics` does not name. If it names "max_logit" or "lse", LogitStatistics with
         max_logit (B, H, N) and lse (B, H, N) in addition. A query without a visible key has mass, entropy and maximum 0, argmax
-        -1, max_logit -inf, lse -inf (or the sink) and zero gradients. Do not edit mass and maximum in place: the backward pass of
-        the Triton kernels reads them.
+        -1, max_logit -inf, lse -inf (or the sink) and zero gradients. With a sink, the weights of a query sum to less than 1, and
+        all statistics are of the weights on the keys: `mass` over all keys is their share, and `entropy` is -sum_j A_ij log A_ij.
+
+    Differentiable once, in query, key, row_weight, sink and group_bias, except argmax, max_logit and lse (`score_attention`
+    returns an lse with a gradient). Do not edit mass and maximum in place: the backward pass of the Triton kernels uses them.
+    Training that bounds its logits (QK-clip, vlattn_fast.nn.QKClip) uses `max_logit`.
 
     Raises:
-        ValueError, TypeError: an argument is wrong (it is named), or the backend asked for cannot run the call.
+        ValueError, TypeError: if an argument is wrong (the message names it), or the requested backend does not support the call.
 
-    >>> query, key = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 7, 8)
-    >>> text_or_image = torch.tensor([0, 0, 0, 1, 1, 1, -1])
-    >>> statistics = attention_statistics(query, key, key_groups=text_or_image, num_groups=2)
-    >>> statistics.mass.shape, statistics.entropy.shape, statistics.received.shape
-    (torch.Size([1, 2, 5, 2]), torch.Size([1, 2, 5]), torch.Size([1, 2, 7]))
+    Reference: Cao et al., "Behind the Scene", ECCV 2020 (VALUE). With the tokens of each modality as a
+    group, mass gives their modality importance and their cross-modal heads; maximum and argmax give their linked tokens.
     """
     if is_dtensor(query):
         return over_shards(attention_statistics, locals(), _SHARDED, [ATTENTION, *[PER_ROW] * 6], _on_shards)

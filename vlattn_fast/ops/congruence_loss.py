@@ -51,15 +51,25 @@ def congruence_loss(
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Tensor:
-    """The distance of a modality's attention from the attention that the other modality implies through cross attention.
+    """Computes the distance of a modality's attention from the attention that the other modality implies through cross attention.
+
+    Returns a loss in nats. Only backend "reference" stores a map per head; "streaming" holds O(L V) for a few samples at a time.
+    If an input requires a gradient, "cpu" computes the gradients together with the loss and stores them in float32.
+
+    Examples:
+        >>> import torch
+        >>> text = torch.randn(2, 4, 6, 8), torch.randn(2, 4, 6, 8)
+        >>> image = torch.randn(2, 4, 9, 8), torch.randn(2, 4, 9, 8)
+        >>> congruence_loss(text, image, kind="iais_distributed", reduction="none").shape
+        torch.Size([2])
 
     With the blocks LL (L, L), VV (V, V), LV (L, V), VL (V, L), each a softmax over its own keys averaged over the heads, and
-    sym(p, t) = KL(p || t) + KL(t || p) averaged over the rows, the text direction is (the image direction swaps L and V):
+    sym(p, t) = KL(p || t) + KL(t || p) averaged over the queries, the text direction is (the image direction swaps L and V):
 
-    - "cacr": sym(softmax(LL), softmax(LV VV LV^T)), LV a constant (Pandey et al. 2023, "soft").
-    - "iais_singular": sym(LL, softmax(VV[c, c])), c_i the image token that text token i attends to most (Ren et al. 2021,
+    - "cacr": sym(softmax(LL), softmax(LV VV LV^T)), LV a constant (Pandey et al., ACL 2023, "soft").
+    - "iais_singular": sym(LL, softmax(VV[c, c])), c_i the image token that text token i attends to most (Ren et al., ACL 2021,
       "singular").
-    - "iais_distributed": sym(LL, LV VL), 1e-6 added in the logarithms (Ren et al. 2021, "distributed").
+    - "iais_distributed": sym(LL, LV VL), 1e-6 added in the logarithms (Ren et al., ACL 2021, "distributed").
 
     Args:
         text: (query, key), each (B, H, L, D), of the text tokens; float16, bfloat16, float32 or float64.
@@ -70,7 +80,7 @@ def congruence_loss(
         direction: "text", "image", or "both" for their sum.
         text_mask, image_mask: bool (B, L) and (B, V), True = a real token, in any pattern. Padding has no influence and gradient
             0.
-        scale: multiplies the scores; default 1/sqrt(D).
+        scale: multiplies the scores. Default: 1/sqrt(D).
         reduction: "mean" over the batch (0 for an empty one), or "none".
         backend: "auto", "reference", "streaming", "cpu", "triton" or "cuda".
 
@@ -80,13 +90,7 @@ def congruence_loss(
         gradient through the cross block.
 
     Raises:
-        ValueError, TypeError: an argument is wrong (it is named), or the backend asked for cannot run the call.
-
-    >>> import torch
-    >>> text = torch.randn(2, 4, 6, 8), torch.randn(2, 4, 6, 8)
-    >>> image = torch.randn(2, 4, 9, 8), torch.randn(2, 4, 9, 8)
-    >>> congruence_loss(text, image, kind="iais_distributed", reduction="none").shape
-    torch.Size([2])
+        ValueError, TypeError: if an argument is wrong (the message names it), or the requested backend does not support the call.
     """
     arguments = Arguments(**locals())
     masks = {"text_mask": text_mask, "image_mask": image_mask}

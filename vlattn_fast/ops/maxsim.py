@@ -31,29 +31,32 @@ def maxsim(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """Late interaction of every query with every document: sum_i max_j q_i . d_j over real tokens.
+    """Computes late interaction of every query with every document: sum_i max_j q_i . d_j over real tokens.
 
-    Khattab and Zaharia, "ColBERT", SIGIR 2020, eq. 3; with image patches as a document's tokens Faysse et al., "ColPali", ICLR
-    2025, eq. 1. The products (A, B, N, M) are never stored. Differentiable in queries and documents, once; the gradient of a
-    maximum goes to the first token that has it.
+    Returns one similarity per pair. The products (A, B, N, M) are never stored; if a gradient is needed, the forward pass stores
+    the index of each largest product, one int32 per pair and query token.
+
+    Examples:
+        >>> queries, documents = torch.randn(3, 8, 16), torch.randn(5, 40, 16)
+        >>> maxsim(queries, documents).shape
+        torch.Size([3, 5])
 
     Args:
         queries: (A, N, D) token embeddings, which the papers normalise before the call; float16, bfloat16, float32, float64.
         documents: (B, M, D) of the same dtype.
-        query_mask, document_mask: bool (A, N) and (B, M), True = a real token; None = all are real. Other tokens (NaN included)
-            have no influence and gradient 0.
+        query_mask, document_mask: bool (A, N) and (B, M), True = a real token. Default: all are real. Other tokens have no
+            influence and gradient 0, even if they are NaN.
         backend: "auto", "reference", "streaming", "cpu" or "triton".
 
     Returns:
         similarity (A, B) in the inputs' dtype, in float32 for float16 and bfloat16. A pair with an empty side gives 0 and zero
-        gradients. A backward pass needs the places of the largest products, one int32 for each pair and query token.
+        gradients. Differentiable once, in queries and documents; the gradient of a maximum goes to the first token that has it.
 
     Raises:
-        ValueError, TypeError: an argument is wrong (it is named), or the backend asked for cannot run the call.
+        ValueError, TypeError: if an argument is wrong (the message names it), or the requested backend does not support the call.
 
-    >>> queries, documents = torch.randn(3, 8, 16), torch.randn(5, 40, 16)
-    >>> maxsim(queries, documents).shape
-    torch.Size([3, 5])
+    References: Khattab and Zaharia, "ColBERT", SIGIR 2020, eq. 3; Faysse et al., "ColPali", ICLR 2025, eq. 1, with image patches
+    as a document's tokens.
     """
     backend = planned(_backend, Arguments(**locals()))
     queries, documents = cast_by_autocast(queries, documents)

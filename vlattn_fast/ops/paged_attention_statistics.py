@@ -58,48 +58,50 @@ def paged_attention_statistics(
     window: int | None = None,
     backend: str = "auto",
 ) -> PagedAttentionStatistics:
-    """Mass per group of keys, entropy, largest weight and received attention of packed queries over keys in a paged cache.
+    """Computes the statistics of `attention_statistics` for packed queries over keys in a paged cache.
 
-    A server keeps the keys of a request in blocks, which lie anywhere in one cache (PagedAttention, Kwon et al., SOSP 2023), and
-    runs the new tokens of all requests one behind another. Attention is causal: the last query of request r stands at the
-    position lengths[r] - 1, the one before it at lengths[r] - 2, and a query sees the keys up to its position. The statistics are
-    those of `attention_statistics`. Not differentiable.
+    The cache is not copied, and statistics that you do not name cost nothing. Attention is causal: the last query of request r is
+    at position lengths[r] - 1, the one before it at lengths[r] - 2, and a query attends to the keys up to its position. Not
+    differentiable.
+
+    Examples:
+        >>> key_cache = torch.randn(9, 2, 4, 8)  # 9 blocks of 4 keys
+        >>> block_table = torch.tensor([[7, 2, 0], [3, 8, 0]])
+        >>> query = torch.randn(6, 2, 8)  # the 5 tokens of a prompt, and the newest token of another request
+        >>> starts, lengths = torch.tensor([0, 5, 6]), torch.tensor([5, 8])
+        >>> statistics = paged_attention_statistics(query, key_cache, block_table, lengths, starts)
+        >>> statistics.entropy.shape, statistics.received.shape
+        (torch.Size([6, 2]), torch.Size([2, 2, 12]))
 
     Args:
-        query: (T, H, D) float16, bfloat16, float32 or float64, the tokens of R requests.
+        query: (T, H, D) float16, bfloat16, float32 or float64, the tokens of R requests, one request after another.
         key_cache: (blocks, Hkv, block size, D) of the same dtype and of any strides, such as a view of a cache of keys and
-            values; Hkv = H or a divisor of H. It is not copied. Keys behind a request's length are not read into a result.
+            values; Hkv = H or a divisor of H. Keys after a request's length have no influence.
         block_table: (R, W) int32 or int64: key j of request r is key_cache[block_table[r, j // block size], :, j % block size].
-            Numbers of blocks behind the length may be anything. M = W * block size keys have room.
-        lengths: (R) int32 or int64, the number of keys of each request, those of its queries among them.
+            Block numbers after the length may be anything. M = W * block size keys have room.
+        lengths: (R) int32 or int64, the number of keys of each request, including those of its queries.
         query_starts: (R + 1) int32 or int64: request r has the tokens query_starts[r] to query_starts[r + 1] - 1. Tokens of no
-            request see no key.
-        statistics: some of "mass", "entropy", "maximum", "received", "max_logit" and "lse"; default the first four. The others
-            are None in the result, and cost nothing. Naming "mass" requires key_groups.
-        key_groups: (R, K) int32 or int64, the group of each key, -1 = none. Keys from K on have none, either.
-        num_groups: G, as in `attention_statistics`: the largest value of key_groups + 1 by default. Pass it on a GPU.
-        scale: default 1/sqrt(D).
-        softcap: softcap * tanh(logit / softcap) takes the place of a logit.
-        window: each query sees the last `window` keys up to its position alone (sliding-window attention); default all.
+            request attend to no key.
+        statistics: some of "mass", "entropy", "maximum", "received", "max_logit" and "lse". Default: the first four. The others
+            are None in the result. Naming "mass" requires key_groups.
+        key_groups: (R, K) int32 or int64, the group of each key, -1 = no group. Keys from K on have no group either.
+        num_groups: G; see `attention_statistics`. Pass it on a GPU. Default: the largest value of key_groups + 1.
+        scale: multiplies the products. Default: 1/sqrt(D).
+        softcap: replaces a logit by softcap * tanh(logit / softcap).
+        window: each query attends only to the last `window` keys up to its position (sliding-window attention). Default: all.
         backend: "auto", "reference", "streaming", "cpu" or "triton".
 
     Returns:
         PagedAttentionStatistics(mass (T, H, G), entropy (T, H) in nats, maximum (T, H), received (R, H, M), max_logit (T, H), lse
-        (T, H)), float32, float64 for float64 input. A query that sees no key has mass, entropy and maximum 0, max_logit and lse
-        -inf.
+        (T, H)), float32, float64 for float64 input. A query without a visible key has mass, entropy and maximum 0, max_logit and
+        lse -inf.
 
     Raises:
-        ValueError, TypeError: an argument is wrong (it is named), or the backend asked for cannot run the call. Values of
-            block_table, lengths and query_starts are checked on the CPU. On a GPU nobody waits for them: a key in a block that
-            the cache does not have, or beyond the table, is one that no query sees.
+        ValueError, TypeError: if an argument is wrong (the message names it), or the requested backend does not support the call.
+            Values of block_table, lengths and query_starts are checked on the CPU. On a GPU the call does not wait for them, and
+            a key in a block that the cache or the table does not have is visible to no query.
 
-    >>> key_cache = torch.randn(9, 2, 4, 8)  # 9 blocks of 4 keys
-    >>> block_table = torch.tensor([[7, 2, 0], [3, 8, 0]])
-    >>> query = torch.randn(6, 2, 8)  # the 5 tokens of a prompt, and the newest token of another request
-    >>> starts, lengths = torch.tensor([0, 5, 6]), torch.tensor([5, 8])
-    >>> statistics = paged_attention_statistics(query, key_cache, block_table, lengths, starts)
-    >>> statistics.entropy.shape, statistics.received.shape
-    (torch.Size([6, 2]), torch.Size([2, 2, 12]))
+    Reference: Kwon et al., "PagedAttention", SOSP 2023, eq. 4.
     """
     if statistics is not None:
         statistics = _check_statistics(statistics, key_groups, num_groups)

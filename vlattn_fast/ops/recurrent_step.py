@@ -49,46 +49,50 @@ def recurrent_step(
     row_normalize: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """relevancy @ Abar through a linear recurrence, as relevancy_step through attention: (B, T, N) -> (B, T, N), in O(N) memory.
+    """Computes relevancy @ Abar through a linear recurrence: (B, T, N) -> (B, T, N). relevancy_step does the same for attention.
 
-    With its queries, keys and gates held fixed a recurrence is a map of values, o_t = sum_{s <= t} A_ts v_s, one number A_ts a
-    head: `vlattn_fast.reference.recurrent_map`. With a_t = exp(log_decay_t) its state is
+    Supports the gated delta rule (Qwen3-Next, Kimi), Mamba, RetNet, lightning attention and RWKV. Memory is O(N) and time O(N^2);
+    the backward pass computes the map again, a tile at a time.
 
-        S_t = diag(a_t) S_{t-1} + k_t v_t^T                    without beta: Mamba, RetNet, lightning attention, RWKV-4
-        S_t = (I - beta_t k_t k_t^T) diag(a_t) S_{t-1} + beta_t k_t v_t^T      with it: the gated delta rule (Qwen3-Next, Kimi)
-        o_t = S_t^T q_t + d_t v_t
+    Examples:
+        >>> import torch
+        >>> query, key = torch.randn(2, 1, 2, 64, 8).softmax(-1)
+        >>> value, grad_output = torch.randn(2, 1, 4, 64, 16)
+        >>> gates = {"log_decay": -torch.rand(1, 4, 64), "beta": torch.rand(1, 4, 64)}
+        >>> recurrent_step(torch.rand(1, 3, 64), query, key, value, grad_output, **gates).shape
+        torch.Size([1, 3, 64])
 
-    Abar = mean_h relu(A * dA) with dA_ts = grad_output_t . v_s, or by rule "attention" the mean over the heads of |A|, each row
-    divided by its sum: A has signs and rows of any sum, and rollout carries shares. The map is that of Zimerman, Ali, Wolf (ICLR
-    2025); its extension to the delta rule is our reading.
+    With its queries, keys and gates held fixed, a recurrence is a map of values, o_t = sum_{s <= t} A_ts v_s, with one number
+    A_ts per head: `vlattn_fast.reference.recurrent_map`. With a_t = exp(log_decay_t) its state is
+
+            S_t = diag(a_t) S_{t-1} + k_t v_t^T                    without beta: Mamba, RetNet, lightning attention, RWKV-4
+            S_t = (I - beta_t k_t k_t^T) diag(a_t) S_{t-1} + beta_t k_t v_t^T      with beta: the gated delta rule
+            o_t = S_t^T q_t + d_t v_t
+
+    Abar = mean_h relu(A * dA) with dA_ts = grad_output_t . v_s, or for rule "attention" the mean over the heads of |A|, each row
+    divided by its sum, since A has signs and rows of any sum.
 
     Args:
         relevancy: (B, T, N) floating point.
         query, key: (B, Hq, N, Dk) and (B, Hk, N, Dk), as they enter the recurrence: scaled and normalised. Hq and Hk divide H.
         value: (B, H, N, Dv), needed for rule "gradient".
         grad_output: (B, H, N, Dv), the gradient of the recurrence's output, needed for rule "gradient".
-        log_decay: (B, H, N), or (B, H, N, Dk) for a gate per feature of the key; None = 0, no decay. -inf forgets.
-        beta: (B, H, N); None = no delta rule. A token whose beta (without the delta rule, whose key) is 0 counts for nothing.
-        diagonal: (B, H, N), the d_t above; None = 0.
+        log_decay: (B, H, N), or (B, H, N, Dk) for a gate per key feature; -inf forgets. Default: 0, no decay.
+        beta: (B, H, N). Default: no delta rule. A token has no influence if its beta is 0 (without the delta rule, if its key is
+            0).
+        diagonal: (B, H, N), the d_t above. Default: 0.
         rule: "gradient" or "attention".
-        row_normalize: whether rows of Abar are divided by their sums; a zero row stays zero.
-        backend: "auto", "reference", "streaming" or "cpu", whose backward pass is that of "streaming".
-
-    Gates may have another floating dtype than query. Sums are in float32, in float64 for float64.
+        row_normalize: divide each row of Abar by its sum; zero rows stay zero.
+        backend: "auto", "reference", "streaming" or "cpu". "cpu" uses the backward pass of "streaming".
 
     Returns:
-        (B, T, N) in relevancy's dtype, differentiable once in every floating tensor. The backward pass computes the map again, a
-        tile at a time, in O(N) memory.
+        (B, T, N) in relevancy's dtype, differentiable once in every floating tensor. Gates may have another floating dtype than
+        query. Sums are in float32, in float64 for float64.
 
     Raises:
-        ValueError, TypeError: an argument is wrong (it is named), or the backend asked for cannot run the call.
+        ValueError, TypeError: if an argument is wrong (the message names it), or the requested backend does not support the call.
 
-    >>> import torch
-    >>> query, key = torch.randn(2, 1, 2, 64, 8).softmax(-1)
-    >>> value, grad_output = torch.randn(2, 1, 4, 64, 16)
-    >>> gates = {"log_decay": -torch.rand(1, 4, 64), "beta": torch.rand(1, 4, 64)}
-    >>> recurrent_step(torch.rand(1, 3, 64), query, key, value, grad_output, **gates).shape
-    torch.Size([1, 3, 64])
+    Reference: the map is that of Zimerman, Ali, Wolf, ICLR 2025, section 3; its extension to the delta rule is our reading.
     """
     arguments = Arguments(**locals())
     backend = planned(_backend, arguments)

@@ -104,36 +104,45 @@ def relevancy_attention(
     head_gate: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Self-attention that carries relevancy rows through its backward pass.
+    """Computes self-attention whose backward pass carries relevancy.
 
-    Forward: scaled_dot_product_attention, and the carrier unchanged. Backward: with r the cotangent of the returned carrier, the
-    cotangent of `carrier` is r * a + (r * b) @ Abar, where Abar = mean_h relu(A * dA) with dA = grad_out @ value^T
-    (rule="gradient", eq. 5), or mean_h A (rule="attention"; rollout is a = b = 0.5). Threaded through every layer,
-    `torch.autograd.grad([score, carrier_L], [carrier_0], [1, rows])` gives rows of (I + Abar_L) ... (I + Abar_1) (eq. 6).
+    Returns the attention's output and the unchanged carrier. Memory is O(N) per head: no map is stored. The backward pass adds
+    one product per tile to that of attention.
+
+    Examples:
+        >>> query, key, value = (torch.randn(1, 2, 5, 8, requires_grad=True) for _ in range(3))
+        >>> start = torch.zeros(1, 1, 5, requires_grad=True)
+        >>> out, carrier = relevancy_attention(query, key, value, start)
+        >>> explained = torch.zeros(1, 1, 5).index_fill(2, torch.tensor(0), 1.0)
+        >>> relevancy, = torch.autograd.grad([out.sum(), carrier], [start], [torch.tensor(1.0), explained])
+        >>> relevancy.shape
+        torch.Size([1, 1, 5])
+
+    The carrier is a tensor whose gradient is the relevancy r. Forward, the operator is scaled_dot_product_attention. Backward,
+    the gradient of `carrier` is r * a + (r * b) @ Abar, with Abar = mean_h relu(A * dA) and dA = grad_out @ value^T for
+    rule="gradient" (eq. 5), or Abar = mean_h A for rule="attention" (rollout is a = b = 0.5). If you thread the carrier through
+    every layer, `torch.autograd.grad([score, carrier_L], [carrier_0], [1, explained])` gives rows of (I + Abar_L) ... (I +
+    Abar_1) (eq. 6).
 
     Args:
-        query: (B, H, N, D). key: (B, Hkv, N, D). value: (B, Hkv, N, Dv). One floating dtype; Hkv divides H under enable_gqa.
-        carrier: (B, T, N) float32 (float64 where query is float64).
+        query: (B, H, N, D).
+        key: (B, Hkv, N, D). Hkv = H, or a divisor of H with enable_gqa.
+        value: (B, Hkv, N, Dv). query, key and value share a floating dtype.
+        carrier: (B, T, N) float32 (float64 if query is float64), for T relevancy vectors per sample.
         rule: which Abar, "gradient" or "attention".
         row_normalize: divide each row of Abar by its sum; zero rows stay zero.
-        residual_weight, attention_weight: a and b, (B, N) or a number, default 1; constants without a gradient.
+        residual_weight, attention_weight: a and b, (B, N) or a number; they get no gradient. Default: 1.
         attn_mask, key_mask, is_causal, scale, enable_gqa, softcap, sink, query_groups, key_groups, group_bias, head_gate:
-            as in score_attention; scale defaults to 1/sqrt(D).
+            see score_attention. scale defaults to 1/sqrt(D).
         backend: "auto", "reference", "streaming", "cpu", "triton" or "cuda".
 
     Returns:
         out (B, H, N, Dv) and the carrier (B, T, N).
 
     Raises:
-        ValueError, TypeError: an argument is wrong (it is named), or the backend asked for cannot run the call.
+        ValueError, TypeError: if an argument is wrong (the message names it), or the requested backend does not support the call.
 
-    >>> query, key, value = (torch.randn(1, 2, 5, 8, requires_grad=True) for _ in range(3))
-    >>> start = torch.zeros(1, 1, 5, requires_grad=True)
-    >>> out, carrier = relevancy_attention(query, key, value, start)
-    >>> row = torch.zeros(1, 1, 5).index_fill(2, torch.tensor(0), 1.0)
-    >>> relevancy, = torch.autograd.grad([out.sum(), carrier], [start], [torch.tensor(1.0), row])
-    >>> relevancy.shape
-    torch.Size([1, 1, 5])
+    References: Chefer et al., ICCV 2021; the weights a and b: Huang et al. 2023.
     """
     if is_dtensor(query):
         return over_shards(relevancy_attention, locals(), SHARDED | _WEIGHED, _OUTPUTS, _relevancy_shards.attention)

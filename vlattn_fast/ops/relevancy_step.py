@@ -50,24 +50,36 @@ def relevancy_step(
     group_bias: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """relevancy @ Abar by itself, behind any attention: (B, T, N) -> (B, T, M); Abar as in relevancy_attention.
+    """Computes relevancy @ Abar for attention that has already run: (B, T, N) -> (B, T, M). Abar is that of relevancy_attention.
+
+    Use it if your attention is not relevancy_attention. Memory is O(N): Abar is never stored, and the backward pass recomputes
+    it. Passing `lse` saves a pass over the keys.
+
+    Examples:
+        >>> import torch
+        >>> query, key, value, grad_output = (torch.randn(1, 2, 5, 8) for _ in range(4))
+        >>> relevancy_step(torch.eye(5)[None], query, key, value, grad_output).shape  # the whole Abar, one row per query
+        torch.Size([1, 5, 5])
 
     Args:
-        relevancy: (B, T, N) floating point.
-        query: (B, H, N, D). key: (B, Hkv, M, D).
-        value, grad_output: (B, Hkv, M, Dv) and (B, H, N, Dv), the gradient of the attention's output; for rule="gradient" only.
-        lse: (B, H, N) natural log-sum-exp of the attention's rows, as score_attention returns it, with the sink in it; -inf or
-            +inf marks a row without visible keys. None = computed anew, as "reference" always does. A detached lse counts as
-            computed from query and key in the backward pass, and is computed anew for a sink's gradient.
+        relevancy: (B, T, N) floating point, T relevancy vectors per sample.
+        query: (B, H, N, D).
+        key: (B, Hkv, M, D).
+        value, grad_output: (B, Hkv, M, Dv) and (B, H, N, Dv), the gradient of the attention's output. Only for rule="gradient".
+        lse: (B, H, N), the attention's natural log-sum-exp that score_attention returns, including the sink; -inf or +inf marks a
+            query without visible keys. Default: computed anew, which "reference" always does. A detached lse counts as computed
+            from query and key in the backward pass, and is computed anew for a sink's gradient.
         rule, row_normalize, attn_mask, key_mask, is_causal, scale, enable_gqa, softcap, sink, query_groups, key_groups,
-            group_bias, backend: as in relevancy_attention. The backward pass of "cuda" is that of "streaming".
+            group_bias, backend: see relevancy_attention. "cuda" uses the backward pass of "streaming".
 
     Returns:
-        (B, T, M) in relevancy's dtype, differentiable in every floating tensor but attn_mask, in O(N) memory. With the result's
+        (B, T, M) in relevancy's dtype, differentiable once in every floating tensor except attn_mask. With the result's
         gradient u and w = r^T u / H, the gradient of A is w dA and that of dA is w A where A dA > 0.
 
     Raises:
-        ValueError, TypeError: an argument is wrong (it is named), or the backend asked for cannot run the call.
+        ValueError, TypeError: if an argument is wrong (the message names it), or the requested backend does not support the call.
+
+    Reference: Chefer et al., ICCV 2021, eq. 5 and 6, without the identity.
     """
     if is_dtensor(query):
         return over_shards(relevancy_step, locals(), SHARDED | _STEPS, [NO_HEADS], _relevancy_shards.step)

@@ -87,39 +87,47 @@ def score_attention(
     head_gate: Tensor | None = None,
     backend: str = "auto",
 ) -> Any:
-    """Attention with any score function: out_i = sum_j softmax_j(scale * score(q_i, k_j) + mask_ij) v_j.
+    """Computes attention with any score function: out_i = sum_j softmax_j(scale * score(q_i, k_j) + mask_ij) v_j.
+
+    Returns the output and, if you ask for it, the log-sum-exp. Time is O(N M); memory in addition to inputs and output is
+    O(N + M) per head, since no map is stored, and the backward pass recomputes it. Only backend "reference" stores the map.
+
+    Examples:
+        >>> query, key, value = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 7, 8), torch.randn(1, 2, 7, 8)
+        >>> additive = scores.Additive(torch.randn(8))
+        >>> score_attention(query, key, value, score=additive).shape
+        torch.Size([1, 2, 5, 8])
 
     Args:
         query: (B, H, N, Dq) float16, bfloat16, float32 or float64.
-        key: (B, Hkv, M, Dk). value: (B, Hkv, M, Dv). Hkv = H, or a divisor of H with enable_gqa.
+        key: (B, Hkv, M, Dk). Hkv = H, or a divisor of H with enable_gqa.
+        value: (B, Hkv, M, Dv).
         score: "dot", "scaled_dot", "cosine", or an object of vlattn_fast.scores. Its tensors are differentiable.
-        attn_mask: bool (True = may attend) or float (added), broadcastable to (B, H, N, M); a constant.
-        key_mask: bool (B, M), True = a real token. Masked keys and values have no influence and gradient 0, NaN included.
+        attn_mask: bool (True = may attend) or float (added), broadcastable to (B, H, N, M); gets no gradient.
+        key_mask: bool (B, M), True = a real token. Masked keys and values have no influence and gradient 0, even if they are NaN.
+        is_causal: query i attends to keys j <= i (top left, like SDPA). Masks combine.
+        scale: multiplies the finished score, after an activation. Default: 1/sqrt(D) for "scaled_dot", else 1.
         dropout_p: probability in [0, 1) of dropping an attention weight; drawn from torch's generator at each call.
-        is_causal: query i sees keys j <= i (top left, as SDPA). Masks combine.
-        scale: multiplies the finished score, after an activation; default 1/sqrt(D) for scaled_dot, else 1.
-        return_lse: also return the natural log-sum-exp of each row.
-        softcap: makes softcap * tanh(s / softcap) of the scaled score s, in front of the masks; for "dot" and "scaled_dot".
-        sink: (H,), one more logit in the softmax's sum of each head, whose probability no value gets; differentiable.
-        query_groups, key_groups: int64 (N) or (B, N), and (M) or (B, M), the group of each token; -1 = none, whose pairs have no
-            bias. On a GPU and in traced code a value out of range counts as none; elsewhere it raises ValueError.
-        group_bias: (H, Gq, Gk) or (B, H, Gq, Gk) floating point, added to the pairs of two groups where a float attn_mask is;
-            -inf masks them. Its gradient is sum A (dA - sum_j A dA) over the pairs.
+        enable_gqa: query heads share key heads, if Hkv is less than H.
+        return_lse: also return the natural log-sum-exp of each query's logits.
+        softcap: replaces the scaled score s by softcap * tanh(s / softcap), before the masks. Only for "dot" and "scaled_dot".
+        sink: (H,), one more logit in each head's softmax, whose probability goes to no value; differentiable.
+        query_groups, key_groups: int64 (N) or (B, N), and (M) or (B, M), the group of each token; -1 = no group, whose pairs get
+            no bias. Out-of-range indices raise ValueError on a CPU. On a GPU and in traced code they mean "no group".
+        group_bias: (H, Gq, Gk) or (B, H, Gq, Gk) floating point, added to the logits of each pair of groups; -inf masks a pair.
+            Its gradient is sum A (dA - sum_j A dA) over the pairs.
         head_gate: (H,) or (B, H), multiplies the output of each head; differentiable.
         backend: "auto", "reference", "streaming", "sdpa" (torch's own attention), "cpu", "triton" or "cuda".
 
     Returns:
-        out (B, H, N, Dv), or (out, lse) with lse (B, H, N) float32 (float64 for float64 input). A row without a visible key gives
-        zeros, lse -inf (or the sink) and zero gradients. Dot products have second derivatives (create_graph=True), except by
-        backend "sdpa", since torch has none for its fused kernels.
+        out (B, H, N, Dv), or (out, lse) with lse (B, H, N) float32 (float64 for float64 input). A query without a visible key
+        gets zeros, lse -inf (or the sink) and zero gradients. Dot products have second derivatives (create_graph=True), except
+        with backend "sdpa", since torch has none for its fused kernels.
 
     Raises:
-        ValueError, TypeError: an argument is wrong (it is named), or the backend asked for cannot run the call.
+        ValueError, TypeError: if an argument is wrong (the message names it), or the requested backend does not support the call.
 
-    >>> query, key, value = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 7, 8), torch.randn(1, 2, 7, 8)
-    >>> additive = scores.Additive(torch.randn(8))
-    >>> score_attention(query, key, value, score=additive).shape
-    torch.Size([1, 2, 5, 8])
+    Reference: Cao et al., COLING 2022, Table 1.
     """
     if is_dtensor(query):
         return over_shards(score_attention, locals(), _SHARDED, [ATTENTION, PER_ROW], _on_shards)

@@ -50,37 +50,43 @@ def stacked_cross_attention(
     lambda_lse: float = 6.0,
     backend: str = "auto",
 ) -> Tensor:
-    """Similarity of every image with every caption: the match of each word (region) with the regions (words) that it attends to.
+    """Computes SCAN's similarity of every image with every caption.
 
-    Per pair, queries q and contexts c (t2i: words ask regions; i2t: regions ask words), as in SCAN eq. 1-8:
+    Returns one similarity per pair: how well each word (region) matches the regions (words) that it attends to. Memory is
+    bounded: pairs are computed in tiles, no (Bi, Bc, T, R) map is stored, and the backward pass recomputes each tile.
+
+    Examples:
+        >>> images = torch.nn.functional.normalize(torch.randn(3, 36, 16), dim=-1)
+        >>> captions = torch.nn.functional.normalize(torch.randn(2, 7, 16), dim=-1)
+        >>> stacked_cross_attention(images, captions, torch.tensor([7, 4])).shape
+        torch.Size([3, 2])
+
+    Per pair, with queries q and contexts c (t2i: words attend to regions; i2t: regions attend to words), SCAN eq. 1-8 are:
     s_qc = q . c;  x = s, each context's column normalised over the queries;  alpha = softmax over contexts of smooth * x;
     a_q = sum_c alpha_qc c;  r_q = cos(q, a_q), |q||a_q| clamped at 1e-8;  similarity = r aggregated over the queries.
 
     Args:
         images: (Bi, R, D) region embeddings, which SCAN normalises before the call; float16, bfloat16, float32, float64.
         captions: (Bc, T, D) word embeddings of the same dtype.
-        caption_lengths, image_lengths: int64 (Bc) and (Bi), on the CPU or the inputs' device; the real rows come first.
-            None = all are real. Padding (NaN included) has no influence and gradient 0. The values are checked, which waits for a
-            GPU that holds them; under torch.compile and in CUDA graphs they are clamped to the valid range instead.
+        caption_lengths, image_lengths: int64 (Bc) and (Bi), the number of real tokens, which come first, on the CPU or the
+            inputs' device. Default: all are real. Padding has no influence and gradient 0, even if it is NaN. Checking the values
+            waits for a GPU that holds them; under torch.compile and in CUDA graphs they are clamped to the valid range instead.
         direction: "t2i" or "i2t".
         first_norm: "softmax"; "l2norm" x / (|x|_2 + 1e-8); "l1norm" x / (|x|_1 + 1e-8); "clipped" leaky_relu(x, 0.1);
             "clipped_l2norm", "clipped_l1norm" both in turn; None.
         smooth: factor in the softmax over contexts, any number.
         aggregation: "logsumexp" = log(sum exp(lambda_lse r)) / lambda_lse; "max" (ties share the gradient); "sum"; "mean".
-        lambda_lse: > 0, for "logsumexp" only.
+        lambda_lse: > 0. Only for "logsumexp".
         backend: "auto", "reference", "streaming", "cpu" or "triton".
 
     Returns:
         similarity (Bi, Bc) in the inputs' dtype, in float32 for float16 and bfloat16 (which are computed in float32). A pair
-        with an empty side (length 0) gives 0 and zero gradients, whatever the aggregation.
+        with an empty side (length 0) gives 0 and zero gradients for any aggregation. Differentiable once, in images and captions.
 
     Raises:
-        ValueError, TypeError: an argument is wrong (it is named), or the backend asked for cannot run the call.
+        ValueError, TypeError: if an argument is wrong (the message names it), or the requested backend does not support the call.
 
-    >>> images = torch.nn.functional.normalize(torch.randn(3, 36, 16), dim=-1)
-    >>> captions = torch.nn.functional.normalize(torch.randn(2, 7, 16), dim=-1)
-    >>> stacked_cross_attention(images, captions, torch.tensor([7, 4])).shape
-    torch.Size([3, 2])
+    Reference: Lee et al., "Stacked Cross Attention for Image-Text Matching", ECCV 2018, eq. 1-8.
     """
     backend = planned(_backend, Arguments(**locals()))
     norms = {"direction": direction, "first_norm": first_norm, "smooth": smooth}
@@ -108,15 +114,25 @@ def damsm_similarity(
     gamma2: float = 5.0,
     backend: str = "auto",
 ) -> Tensor:
-    """AttnGAN's image-text matching score R(image, caption) = log sum_t exp(gamma2 cos(e_t, c_t)) (Xu et al., eq. 7-10).
+    """Computes AttnGAN's image-text matching score R(image, caption) = log sum_t exp(gamma2 cos(e_t, c_t)).
 
-    The word e_t attends to the regions after two softmaxes, over words and then, times gamma1, over regions. Equal to gamma2 *
-    stacked_cross_attention(direction="t2i", first_norm="softmax", smooth=gamma1, lambda_lse=gamma2), with the same arguments,
-    returns and errors. gamma2 > 0. A pair with an empty side gives 0. As in the authors' code, R is not divided by gamma2
-    (equation 10).
+    The word e_t attends to the regions after two softmaxes, over words and then, times gamma1, over regions. Cost and memory are
+    those of stacked_cross_attention: this is gamma2 * stacked_cross_attention(direction="t2i", first_norm="softmax",
+    smooth=gamma1, lambda_lse=gamma2), with the same returns and errors.
 
-    >>> damsm_similarity(torch.randn(3, 289, 16), torch.randn(2, 7, 16), torch.tensor([7, 4])).shape
-    torch.Size([3, 2])
+    Examples:
+        >>> damsm_similarity(torch.randn(3, 289, 16), torch.randn(2, 7, 16), torch.tensor([7, 4])).shape
+        torch.Size([3, 2])
+
+    Args:
+        images, captions, caption_lengths, image_lengths, backend: see stacked_cross_attention.
+        gamma1: factor in the softmax over regions.
+        gamma2: > 0, factor of the cosines. As in the authors' code, R is not divided by gamma2 (eq. 10).
+
+    Returns:
+        R (Bi, Bc). A pair with an empty side gives 0.
+
+    Reference: Xu et al., "AttnGAN", CVPR 2018, eq. 7-10.
     """
     check_number("gamma1", gamma1)
     check_number("gamma2", gamma2)

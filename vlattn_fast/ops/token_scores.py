@@ -49,56 +49,59 @@ def token_scores(
     sink: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """A score for each key, from the attention that it receives: the tokens with the largest are kept, the others pruned.
+    """Computes a score for each key from the attention that it receives, to keep some tokens and prune the others.
+
+    Memory in addition to inputs and result is O(N + M) per head: the map is never stored. A rule that uses a few queries computes
+    only their rows of the map; "h2o" and queries="all" compute all pairs.
+
+    Examples:
+        >>> query, key = torch.randn(1, 4, 64, 8), torch.randn(1, 2, 64, 8)
+        >>> scores = token_scores(query, key, "snapkv", queries=8, enable_gqa=True)
+        >>> scores.shape, scores.topk(16, dim=-1).indices.shape
+        (torch.Size([1, 2, 64]), torch.Size([1, 2, 16]))
 
     With A = softmax(scale * q k^T + mask), (B, H, N, M), and the tokens in their order:
 
-    - "snapkv" (Li et al., NeurIPS 2024): S_hj = pool_j(sum_i A_hij) over the last W = 32 queries i, the window, for the keys j in
-      front of it, zeros beside them; the mean over 5 neighbours, as in the authors' code. Their LongBench runs take
-      kernel_size=7, pooling="max". Tokens of the window are kept in any case.
-    - "h2o" (Zhang et al., NeurIPS 2023): S_hj = sum_i A_hij over all queries. The authors keep as many recent tokens as well:
-      `recent`.
+    - "snapkv" (Li et al., NeurIPS 2024): S_hj = pool_j(sum_i A_hij) over the last W = 32 queries i, the window, for the keys j
+      before it, padded with zeros; the mean over 5 neighbours, as in the authors' code. Their LongBench runs use
+      kernel_size=7, pooling="max". Tokens of the window are always kept.
+    - "h2o" (Zhang et al., NeurIPS 2023): S_hj = sum_i A_hij over all queries. The authors also keep the same number of recent
+      tokens: `recent`.
     - "tova" (Oren et al., EMNLP 2024): S_j = mean_h A_hij of the last query i.
-    - "fastv" (Chen et al., ECCV 2024): the same of the last query, as in the authors' code, read at the image tokens j of layer
-      K - 1. The paper's text says "received from all other tokens": queries="all", the mean over the queries.
+    - "fastv" (Chen et al., ECCV 2024): the same of the last query, as in the authors' code; take the scores of the image tokens j
+      of layer K - 1. The paper's text says "received from all other tokens": queries="all", the mean over the queries.
     - "sparsevlm" (Zhang et al., ICML 2025): S_j = mean_i mean_h A_hij over the text raters i, which `text_raters` finds:
-      queries=raters. Read at the image tokens j.
+      queries=raters. Take the scores of the image tokens j.
     - "visionzip" (Yang et al., CVPR 2025): S_j = mean_h A_hij of the first query, CLS, in the last layer but one of a vision
-      tower, without a causal mask. CLS is kept in any case. For a tower without CLS, as SigLIP: queries="all", the mean attention
-      that a token receives. The merging of the other tokens into contextual ones is not done here.
+      tower, without a causal mask. CLS is always kept. For a tower without CLS, such as SigLIP: queries="all", the mean attention
+      that a token receives. Merging the other tokens into contextual ones is not implemented.
 
-    The score of a token that is kept in any case is above all that others can have: 1 more than the number of query rows where
-    they are summed, else 2. A sum over heads, as VisionZip's code has it, or a mean over a window, orders tokens as these do.
-    PyramidKV scores as SnapKV does, and chooses a number of tokens for each layer.
-
-    Differentiable once in query, key and sink.
+    A token that is always kept scores above all that others can have: 1 more than the number of queries if they are summed, else
+    2. A sum over heads, which VisionZip's code has, or a mean over a window, orders tokens in the same way. PyramidKV scores like
+    SnapKV, and chooses a number of tokens for each layer.
 
     Args:
         query: (B, H, N, D), those of the last N of the M tokens.
         key: (B, Hkv, M, D), Hkv = H, or a divisor of H with enable_gqa.
         rule: "snapkv", "h2o", "tova", "fastv", "sparsevlm" or "visionzip".
-        queries: the queries that give: "all", "last", "first", the number of last ones, or bool (B, N). Default: the rule's.
+        queries: whose attention counts: "all", "last", "first", the number of last queries, or bool (B, N). Default: the rule's.
         kernel_size: odd, the keys that are pooled into one; 1 = none. Default: 5 for "snapkv", else 1.
-        pooling: "avg", zeros beside the sequence counted, or "max".
-        recent: the last tokens that are kept in any case. Default: the window of "snapkv", else 0.
+        pooling: "avg", which counts the zeros outside of the sequence, or "max".
+        recent: number of last tokens that are always kept. Default: the window of "snapkv", else 0.
         per_head: True = a score for each key head, the mean over its query heads; False = the mean over all heads. Default: True
             for "snapkv" and "h2o".
-        attn_mask, scale, enable_gqa, softcap, sink, backend: as in attention_statistics.
-        key_mask: bool (B, M), True = a real token. Others have score 0 and give nothing; "last", "first" and a number of
-            last tokens count real ones, so rows of a batch may have any length, with padding on either side.
-        is_causal: whether no query sees a key behind its place, which is i + M - N. Default: False for "visionzip", else True.
+        attn_mask, scale, enable_gqa, softcap, sink, backend: see attention_statistics.
+        key_mask: bool (B, M), True = a real token. Others have score 0 and give no attention; "last", "first" and a number of
+            last queries count real tokens, so samples of a batch may have any length, with padding on either side.
+        is_causal: whether no query attends to a key after its own position, i + M - N. Default: False for "visionzip", else True.
 
     Returns:
-        (B, Hkv, M), or (B, M) where per_head is False; float32, float64 for float64. A query without a visible key gives
-        nothing. Where a sample has no query that gives, its scores are 0 but for the tokens that are kept in any case.
+        (B, Hkv, M), or (B, M) if per_head is False; float32, float64 for float64. A query without a visible key gives
+        nothing. If a sample has no query that counts, its scores are 0 except for the tokens that are always kept. Differentiable
+        once, in query, key and sink.
 
     Raises:
-        ValueError, TypeError: an argument is wrong (it is named), or the backend asked for cannot run the call.
-
-    >>> query, key = torch.randn(1, 4, 64, 8), torch.randn(1, 2, 64, 8)
-    >>> scores = token_scores(query, key, "snapkv", queries=8, enable_gqa=True)
-    >>> scores.shape, scores.topk(16, dim=-1).indices.shape
-    (torch.Size([1, 2, 64]), torch.Size([1, 2, 16]))
+        ValueError, TypeError: if an argument is wrong (the message names it), or the requested backend does not support the call.
     """
     arguments = Arguments(**locals())
     plan = planned(_plan, arguments)
@@ -135,27 +138,33 @@ def _plan(x: Any) -> Plan:
 
 
 def text_raters(hidden: Tensor, image: Tensor, text: Tensor, *, backend: str = "auto") -> Tensor:
-    """The text tokens that rate image tokens by SparseVLM (Zhang et al., ICML 2025, section 3.2): those near to the image.
+    """Finds the text tokens that rate image tokens in SparseVLM: those close to the image.
+
+    Returns a mask for token_scores(rule="sparsevlm", queries=...). Cost and memory are those of one attention_statistics
+    call with a single head over all tokens.
+
+    Examples:
+        >>> is_image = torch.tensor([[True] * 6 + [False] * 4])
+        >>> raters = text_raters(torch.randn(1, 10, 16), is_image, ~is_image)
+        >>> bool((raters & is_image).any()), bool(raters.any())
+        (False, True)
 
     R_j = mean over the image tokens v of softmax_j(h_v . h_j), j over the text tokens, without a scale; the raters are those with
-    R_j at least the mean of R. The authors' code takes those above it, and so none where all are equal. It reads the states in
-    front of the first layer, and takes the text behind the image.
+    R_j at least the mean of R. The authors' code takes those above the mean, and so none if all are equal. It uses the states
+    before the first layer, and takes the text after the image.
 
     Args:
         hidden: (B, N, C) the states of all tokens.
-        image, text: bool (B, N), the image tokens, and the text tokens among which the raters are.
-        backend: as in attention_statistics, which this is.
+        image, text: bool (B, N), the image tokens, and the text tokens from which raters are chosen.
+        backend: see attention_statistics.
 
     Returns:
-        bool (B, N), for token_scores(rule="sparsevlm", queries=...).
+        bool (B, N).
 
     Raises:
-        ValueError, TypeError: an argument is wrong (it is named), or the backend asked for cannot run the call.
+        ValueError, TypeError: if an argument is wrong (the message names it), or the requested backend does not support the call.
 
-    >>> is_image = torch.tensor([[True] * 6 + [False] * 4])
-    >>> raters = text_raters(torch.randn(1, 10, 16), is_image, ~is_image)
-    >>> bool((raters & is_image).any()), bool(raters.any())
-    (False, True)
+    Reference: Zhang et al., "SparseVLM", ICML 2025, section 3.2.
     """
     check_raters(hidden, image, text)
     states = hidden.detach().masked_fill(~(image | text)[..., None], 0.0)[:, None]
