@@ -20,7 +20,7 @@ def sdpa_attention(
     scaling: float,
     dropout: float = 0.0,
 ) -> tuple[Tensor, None]:
-    """torch's SDPA under the Hugging Face attention interface.
+    """Computes torch's SDPA with the signature of Hugging Face's attention functions.
 
     query (B, H, N, D), key, value (B, H, M, D); attention_mask None or bool, broadcastable to (B, H, N, M), True = may be
     attended; without a mask, module.is_causal says whether later keys are masked. Returns (out (B, N, H, D), None).
@@ -31,7 +31,7 @@ def sdpa_attention(
 
 
 class ProjectedAttention(nn.Module):
-    """Multi-head attention in front of its output projection. Its core, `attention_function`, can be replaced on the instance."""
+    """Computes multi-head attention before its output projection. Its core, `attention_function`, can be replaced."""
 
     def __init__(self, hidden_size: int, num_heads: int, dropout: float, is_causal: bool = False) -> None:
         super().__init__()

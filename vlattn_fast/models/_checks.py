@@ -11,7 +11,7 @@ from vlattn_fast._ground.checks import readable
 
 
 def check_ids(ids: Any, vocab_size: int | None) -> None:
-    """input_ids are int64 or int32 (B, T), from 0 to below `vocab_size`; a GPU's are not read, which would wait for it."""
+    """input_ids are int64 or int32 (B, T), from 0 to below `vocab_size`. Values on a GPU are not checked: that would wait."""
     _check_is_tensor("input_ids", ids)
     if ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32) or not ids.shape[1]:
         raise ValueError(f"input_ids must be int64 (B, T), T at least 1; got {ids.dtype} {tuple(ids.shape)}")
@@ -22,7 +22,7 @@ def check_ids(ids: Any, vocab_size: int | None) -> None:
 
 
 def check_length(name: str, length: int, most: int | None) -> None:
-    """At most as many tokens as the text encoder has positions, where it says how many."""
+    """At most as many tokens as the text encoder has positions, if its config names their number."""
     if most is not None and length > most:
         raise ValueError(f"{name} must have at most {most} tokens, the positions of text; got {length}")
 

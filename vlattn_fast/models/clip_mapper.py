@@ -18,8 +18,10 @@ from vlattn_fast.models._checks import check_ids, check_length, check_mask, chec
 
 @dataclass(frozen=True)
 class CLIPMapperOutput:
-    """logits (B, num_answers), or (B, T, vocab_size) for each next token; last_hidden_state (B, T, C): the mapper's text
-    states."""
+    """Holds the logits and the mapper's text states.
+
+    logits: (B, num_answers), or (B, T, vocab_size) for each next token. last_hidden_state: (B, T, C).
+    """
 
     logits: Tensor
     last_hidden_state: Tensor
@@ -47,7 +49,7 @@ class CLIPMapperMLP(nn.Module):
 
 
 class CLIPMapperResidual(nn.Module):
-    """stream + dropout(branch), as a module, so that a hook sees both terms and the sum."""
+    """Computes stream + dropout(branch), as a module, so that a hook gets both terms and the sum."""
 
     def __init__(self, dropout: float) -> None:
         super().__init__()
@@ -81,11 +83,23 @@ class CLIPMapperLayer(nn.Module):
 
 
 class CLIPMapper(nn.Module):
-    """Answers or texts from an image and a text, by layers over the states of CLIP's two encoders (Huang et al. 2023).
+    """Predicts answers or texts from an image and a text, with layers over the states of CLIP's two encoders.
 
-    Every text state is a token of the mapper; each layer attends to the text, then to the image tokens.
-    With `num_answers` the answer's logits are read at the end-of-text token. With `vocab_size` the mapper's self-attention is
-    causal and every token gives the logits of the next one; the text encoder must be causal, too, as CLIP's is.
+    Every text state is a token of the mapper; each layer attends to the text, then to the image tokens. Attention is torch's
+    SDPA, so no map is stored. With frozen encoders their states can be computed once for a whole training.
+
+    Examples:
+        >>> import torch, vlattn_fast as va
+        >>> from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
+        >>> sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
+        >>> vision = CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=16, patch_size=8))
+        >>> text = CLIPTextModel(CLIPTextConfig(**sizes, vocab_size=99, eos_token_id=98))
+        >>> model = va.models.CLIPMapper(vision, text, hidden_size=16, num_layers=1, num_heads=2, num_answers=5)
+        >>> model(torch.rand(2, 3, 16, 16), torch.tensor([[1, 5, 98], [1, 7, 98]])).logits.shape
+        torch.Size([2, 5])
+
+    With `num_answers` the logits of the answer are those at the end-of-text token. With `vocab_size` the mapper's self-attention
+    is causal and every token gives the logits of the next one; the text encoder must be causal, too, as CLIP's is.
 
     Args:
         vision, text: the encoders, such as CLIPVisionModel and CLIPTextModel of transformers or `vision_model` and `text_model`
@@ -93,12 +107,15 @@ class CLIPMapper(nn.Module):
             `config.hidden_size` is its size.
         hidden_size, num_layers, num_heads: of the mapper.
         num_answers, vocab_size: exactly one of them.
-        intermediate_size: of the mapper's MLPs; None = 4 * hidden_size.
+        intermediate_size: of the mapper's MLPs. Default: 4 * hidden_size.
         dropout: of the mapper's attention and residual branches.
-        freeze_encoders: the encoders' parameters ask for no gradient, and train() leaves the encoders in eval mode, so that
-            `encode_image` and `encode_text` give states that can be kept for the whole training.
-        eos_token_id: the end-of-text token; None = `text.config.eos_token_id`. As in transformers' CLIP a row is read at its
-            first end-of-text token, and 2 stands for a row's highest id. A config without an id: the last real token is read.
+        freeze_encoders: the encoders' parameters get no gradient, and train() leaves the encoders in eval mode, so that
+            the states of `encode_image` and `encode_text` can be stored for the whole training.
+        eos_token_id: the end-of-text token. Default: `text.config.eos_token_id`. As in transformers' CLIP, a sample's logits are
+            those at its first end-of-text token, and 2 stands for a sample's highest id. If the config has no id, they are those
+            of the last real token.
+
+    Reference: Huang et al., "Generic Attention-model Explainability by Weighted Relevance Accumulation", 2023.
     """
 
     def __init__(
@@ -157,12 +174,12 @@ class CLIPMapper(nn.Module):
         return self
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
-        """The vision encoder's states (B, N, Cv), as `forward` and `generate` take them for image_states."""
+        """Returns the vision encoder's states (B, N, Cv), which `forward` and `generate` take as image_states."""
         states: Tensor = self.vision(pixel_values=pixel_values).last_hidden_state
         return states
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """The text encoder's states (B, T, Ct), as `forward` takes them for text_states."""
+        """Returns the text encoder's states (B, T, Ct), which `forward` takes as text_states."""
         mask = None if attention_mask is None else attention_mask.long()  # the dtype of transformers' tokenizers
         states: Tensor = self.text(input_ids=input_ids, attention_mask=mask).last_hidden_state
         return states
@@ -181,10 +198,10 @@ class CLIPMapper(nn.Module):
         Args:
             pixel_values: as the vision encoder takes them, float (B, channels, height, width).
             input_ids: int64 (B, T).
-            attention_mask: (B, T), bool or 0/1, True = a real token. None = all tokens are real with vocab_size, and all up to
+            attention_mask: (B, T), bool or 0/1, True = a real token. Default: all tokens are real with vocab_size, and all up to
                 the end-of-text token with num_answers.
             image_states, text_states: results of `encode_image` and `encode_text`, which save a run of the encoders;
-                image_states replace pixel_values, text_states go beside input_ids.
+                image_states replace pixel_values, text_states need input_ids as well.
         """
         ids = self._check(pixel_values, input_ids, attention_mask, image_states, text_states)
         end = self._end_of_text(ids, attention_mask) if self.num_answers is not None else None
@@ -216,12 +233,12 @@ class CLIPMapper(nn.Module):
         max_new_tokens: int | None = None,
         stop_token: int | None = None,
     ) -> Tensor:
-        """The tokens int64 (B, up to max_new_tokens) that follow prompts (B, T), each the likeliest one.
+        """Generates the tokens int64 (B, up to max_new_tokens) that follow prompts (B, T), the likeliest one each time.
 
         Args:
-            pixel_values, input_ids, attention_mask, image_states: as in `forward`; shorter prompts are padded on the right.
-            max_new_tokens: the most tokens; None = as many as the text encoder has positions for.
-            stop_token: ends a row, and fills the rest of the row; None = the eos_token_id, unless this is 2, which stands for
+            pixel_values, input_ids, attention_mask, image_states: see `forward`; shorter prompts are padded on the right.
+            max_new_tokens: the largest number of tokens. Default: as many as the text encoder has positions for.
+            stop_token: ends a sample, and fills the rest of it. Default: the eos_token_id, unless this is 2, which stands for
                 another id.
         """
         if self.vocab_size is None:
@@ -263,7 +280,7 @@ class CLIPMapper(nn.Module):
         return torch.stack(generated, dim=1)
 
     def _mask(self, real: Tensor | None) -> Tensor | None:
-        """The mask of self-attention from bool (B, T); None for causal attention without padding."""
+        """Returns the mask of self-attention from bool (B, T); None for causal attention without padding."""
         if real is None:
             return None
         mask = real[:, None, None, :]
@@ -275,7 +292,7 @@ class CLIPMapper(nn.Module):
         return (mask & earlier) | torch.eye(length, dtype=torch.bool, device=real.device)
 
     def _end_of_text(self, ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """int64 (B): where each row is read."""
+        """Returns int64 (B), the position whose state gives each sample's logits."""
         eos = self.eos_token_id
         if eos is None:
             if attention_mask is None:

@@ -20,7 +20,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.
 
 @dataclass(frozen=True)
 class UNITERConfig:
-    """Sizes of a `UNITER`; the defaults are UNITER-base. Names as in the published JSON where it has one.
+    """Holds the sizes of a `UNITER`; the defaults are UNITER-base. Names are those of the published JSON, if it has one.
 
     region_dim: features per region (2048, the detector's); position_dim: box features per region (7: x1, y1, x2, y2,
     width, height and area, all relative to the image); initializer_range: standard deviation of all initial weights;
@@ -59,8 +59,11 @@ class UNITERConfig:
 
 @dataclass(frozen=True)
 class UNITEROutput:
-    """logits (B, 2): image-text matching, class 1 = the text matches the image; last_hidden_state (B, L+R, C): words, then
-    regions."""
+    """Holds the logits and the last states.
+
+    logits: (B, 2), image-text matching, class 1 = the text matches the image. last_hidden_state: (B, L+R, C), words, then
+    regions.
+    """
 
     logits: Tensor
     last_hidden_state: Tensor
@@ -201,12 +204,23 @@ class UNITERModel(nn.Module):
 
 
 class UNITER(nn.Module):
-    """UNITER with its image-text matching head and, where the config has `masked_words`, its head of masked words (Chen et al.,
-    ECCV 2020, sections 3.1 and 3.2).
+    """Scores how well texts and images match, with UNITER's single transformer over words and image regions.
 
-    Words and regions form one sequence, the words first. A published checkpoint loads through `from_published`.
-    Each layer's `uniter.encoder.layer[i].attention.self.attention_function` is called as Hugging Face calls its
-    attention functions and may be replaced on the instance.
+    Words and regions form one sequence, the words first. Attention is torch's SDPA, so no map is stored. Load a published
+    checkpoint with `from_published`.
+
+    Examples:
+        >>> import torch, vlattn_fast as va
+        >>> model = va.models.UNITER(va.models.UNITERConfig(99, 32, 2, 4, 64, region_dim=8))
+        >>> words = torch.ones(2, 5, dtype=torch.int64)
+        >>> model(words, region_features=torch.randn(2, 3, 8), region_positions=torch.rand(2, 3, 7)).logits.shape
+        torch.Size([2, 2])
+
+    The model has its image-text matching head and, if the config has `masked_words`, its head of masked words. Each layer's
+    `uniter.encoder.layer[i].attention.self.attention_function` has the signature of Hugging Face's attention functions and may be
+    replaced on the instance.
+
+    Reference: Chen et al., ECCV 2020, sections 3.1 and 3.2.
     """
 
     def __init__(self, config: UNITERConfig) -> None:
@@ -230,12 +244,12 @@ class UNITER(nn.Module):
 
     @classmethod
     def from_published(cls, state_dict: Mapping[str, Tensor], *, num_attention_heads: int | None = None) -> UNITER:
-        """A model in eval mode from the state dict of a published checkpoint (`torch.load("uniter-base.pt")`).
+        """Returns a model in eval mode from the state dict of a published checkpoint (`torch.load("uniter-base.pt")`).
 
-        Tensors give all sizes but num_attention_heads, which defaults to hidden_size // 64, as published. The head of masked
-        words is loaded where the checkpoint has it; tensors of heads for other pre-training tasks are ignored. A checkpoint
-        fine-tuned for retrieval, also with IAIS or CACR, has the head `rank_output` in place of `itm_output`; its logits are 0
-        and the score of `rank_output`. ValueError where a tensor of this model is missing.
+        Tensors give all sizes except num_attention_heads, which defaults to hidden_size // 64, as published. The head of masked
+        words is loaded if the checkpoint has it; tensors of heads for other pre-training tasks are ignored. A checkpoint that was
+        fine-tuned for retrieval, including with IAIS or CACR, has the head `rank_output` instead of `itm_output`; its logits are
+        0 and the score of `rank_output`. Raises ValueError if a tensor of this model is missing.
         """
         state = {name.replace("gamma", "weight").replace("beta", "bias"): tensor for name, tensor in state_dict.items()}
         for name in ("weight", "bias"):
@@ -314,7 +328,10 @@ class UNITER(nn.Module):
         return UNITEROutput(self.itm_output(self.uniter.pooler(hidden_states)), hidden_states)
 
     def word_logits(self, hidden_states: Tensor) -> Tensor:
-        """(..., C), such as the last hidden states of masked words -> (..., vocab_size). ValueError without `masked_words`."""
+        """Returns the logits (..., vocab_size) of states (..., C), such as the last hidden states of masked words.
+
+        Raises ValueError without `masked_words`.
+        """
         if self.cls is None:
             raise ValueError("config.masked_words must be True for the logits of words; got False")
         logits: Tensor = self.cls["predictions"](hidden_states)

@@ -22,35 +22,39 @@ from vlattn_fast.nn.captured_layer import CapturedLayer, Places, QueryKey, pair_
 def capture_attention(
     model: nn.Module, *, layers: int | Sequence[int] = -1, modality: Mapping[str, str] | None = None
 ) -> AttentionCapture:
-    """A context that keeps the queries and keys of some layers of `model`'s forward pass, with their gradients.
+    """Captures the queries and keys of some layers during the model's forward pass, with their gradients.
 
-    The last forward pass inside the context counts; its layers stay readable after the context. Wrappers (DDP, FSDP, PEFT,
-    torch.compile) are allowed; a compiled model runs uncompiled inside.
+    Returns a context. Afterwards it holds the layers of the last forward pass that ran inside. Memory is that of the captured
+    queries and keys, O(N) per layer; no map is stored, and the model computes its attention as before.
+
+    Examples:
+        >>> import torch, vlattn_fast as va
+        >>> config = va.models.UNITERConfig(99, 32, 2, 4, 64, region_dim=8)
+        >>> with va.nn.capture_attention(va.models.UNITER(config)) as captured:
+        ...     outputs = captured.model(input_ids=torch.ones(2, 5, dtype=torch.int64), region_features=torch.randn(2, 3, 8),
+        ...                              region_positions=torch.randn(2, 3, 7))
+        >>> text, image, cross = captured.split(5)
+        >>> text[0].shape, image[1].shape
+        (torch.Size([2, 4, 5, 8]), torch.Size([2, 4, 3, 8]))
 
     Args:
         model: any model whose attention is torch's scaled_dot_product_attention or nn.MultiheadAttention, this package's, or
-            written out by hand as matmul, softmax, matmul.
-        layers: an index, negative from the end; several give a sequence. Text, image and joint layers are counted apart.
+            written out by hand as matmul, softmax, matmul. Wrappers (DDP, FSDP, PEFT, torch.compile) are supported; a compiled
+            model runs uncompiled inside the context.
+        layers: an index, negative from the end; several give a sequence. Text, image and joint layers are counted separately.
         modality: input name -> "text" or "image", for inputs with other names than input_ids, pixel_values, visual_feats, ...
 
     Raises:
-        ValueError: a forward pass without such attention, or with fewer layers; an input of unknown modality.
-
-    >>> import torch
-    >>> from vlattn_fast.models import UNITER, UNITERConfig
-    >>> config = UNITERConfig(99, 32, 2, 4, 64, region_dim=8)
-    >>> with capture_attention(UNITER(config)) as seen:
-    ...     outputs = seen.model(input_ids=torch.ones(2, 5, dtype=torch.int64), region_features=torch.randn(2, 3, 8),
-    ...                          region_positions=torch.randn(2, 3, 7))
-    >>> text, image, cross = seen.split(5)
-    >>> text[0].shape, image[1].shape
-    (torch.Size([2, 4, 5, 8]), torch.Size([2, 4, 3, 8]))
+        ValueError: if a forward pass has no such attention, or fewer layers; if the modality of an input is unknown.
     """
     return AttentionCapture(model, layers, modality)
 
 
 class AttentionCapture:
-    """The result of `capture_attention`: a context, then a sequence of layers. A single layer's fields are attributes."""
+    """Holds the result of `capture_attention`: a context, then a sequence of layers.
+
+    If you asked for a single layer, its fields (text, image, joint, cross, ...) are attributes of the capture, too.
+    """
 
     text: QueryKey
     image: QueryKey
@@ -102,13 +106,13 @@ class AttentionCapture:
 
     @property
     def layer(self) -> CapturedLayer:
-        """The only captured layer."""
+        """Returns the only captured layer."""
         if not self._single:
             raise ValueError(f"layers must be one index where fields are read directly; got {len(self)}: read capture[i]")
         return self._layers_of_last_pass()[0]
 
     def __getattr__(self, name: str) -> Any:
-        """A field of the only captured layer."""
+        """Returns a field of the only captured layer."""
         if name not in AttentionCapture.__annotations__:
             raise AttributeError(f"AttentionCapture has no attribute {name!r}")
         layer, sequences = self.layer, ("text", "image", "joint")
@@ -122,7 +126,7 @@ class AttentionCapture:
     def split(
         self, num_text_tokens: int | None = None, *, text: Places | None = None, image: Places | None = None
     ) -> tuple[QueryKey, QueryKey, None]:
-        """(text, image, cross) of one sequence, see `CapturedLayer.split`."""
+        """Splits one sequence into (text, image, cross); see `CapturedLayer.split`."""
         return self.layer.split(num_text_tokens, text=text, image=image)
 
     def _finish(self, calls: Sequence[AttentionCall]) -> None:

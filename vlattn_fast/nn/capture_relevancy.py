@@ -47,40 +47,46 @@ from vlattn_fast.interpret.relevancy.tower_trace import find_rows
 
 @renamed
 def capture_relevancy(model: nn.Module, *, method: str | Method = "gradient", higher_order: bool = False) -> RelevancyCapture:
-    """A context around the forward pass of a training step, whose relevancy has a gradient by the model's parameters.
+    """Captures the forward pass of a training step, so that its relevancy has a gradient with respect to the model's parameters.
 
-        with va.nn.capture_relevancy(model) as captured:
-            logits = model(pixel_values=pixels).logits
-        relevancy = captured.relevancy(logits.gather(1, labels[:, None]).sum())
-        loss = cross_entropy(logits, labels) + 0.8 * va.nn.RelevancyLoss("inside")(relevancy, mask)
-        loss.backward()
+    Returns a context around the forward pass; call its `relevancy` afterwards. In addition to what training stores anyway, it
+    stores the gradients of the score at each attention's output, O(N), and no map. `relevancy` runs one backward pass of the
+    score.
 
-    The model runs as it is: in train mode, under autocast, inside of DDP or FSDP. A compiled model runs uncompiled. Besides
-    what training keeps anyway, the gradients of the score at each attention's output are stored, O(N), and no map.
+    Examples:
+        >>> import torch, vlattn_fast as va
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8)
+        >>> model = ViTForImageClassification(ViTConfig(**sizes))
+        >>> with va.nn.capture_relevancy(model) as captured:
+        ...     logits = model(pixel_values=torch.rand(2, 3, 16, 16)).logits
+        >>> relevancy = captured.relevancy(logits[:, 0].sum())  # before loss.backward()
+        >>> va.nn.RelevancyLoss("inside")(relevancy, torch.rand(2, 5) > 0.5).requires_grad
+        True
 
-    The forward pass with gradients counts, of which there must be one; others, as those under torch.no_grad or those that
-    `explain` makes, leave no trace. Layers under torch.utils.checkpoint with use_reentrant=False count once.
-
-    With dropout of attention weights, relevancy is that of the map in front of it, with the score's gradient by the output.
+    The model runs as usual: in train mode, under autocast, inside of DDP or FSDP. A compiled model runs uncompiled. Exactly one
+    forward pass with gradients must run inside the context. Other passes, such as those under torch.no_grad or those that
+    `explain` runs, do not count, and layers under torch.utils.checkpoint with use_reentrant=False count once. With dropout of
+    attention weights, relevancy is that of the map before dropout, with the score's gradient at the output.
 
     Args:
-        model: a model that `explain` takes, see there. Attention must be dot products, and its bias constant.
-        method: "gradient", "weighted", "rollout", or an ablation of theirs; or one with options, such as
-            `va.methods.Gradient(freeze=())` for the published form. The loss keeps the plain derivatives in any case.
+        model: a model that `explain` supports. Attention must be dot products, and its bias constant.
+        method: "gradient", "weighted", "rollout", or an ablation of these; or one with options, such as
+            `va.methods.Gradient(freeze=())` for the published form. The loss always uses the plain derivatives.
         higher_order: False = the score's gradient in the maps is a constant, as RobustViT trains. True = the relevancy's
             gradient goes through it, too: attention is then computed by `score_attention`, and the rest of the
             model must have second derivatives.
 
     Raises:
-        TypeError, ValueError: an argument is wrong (it is named); in the forward pass, attention that has no gradient of its
-            relevancy (the module is named).
+        TypeError, ValueError: if an argument is wrong (the message names it); in the forward pass, if the relevancy of an
+            attention module has no gradient (the message names the module).
     """
     return RelevancyCapture(model, method, higher_order)
 
 
 @dataclass(frozen=True)
 class _Pass:
-    """A forward pass that was seen."""
+    """A traced forward pass."""
 
     trace: Trace
     method: LiveCalls
@@ -88,7 +94,7 @@ class _Pass:
 
 
 class RelevancyCapture:
-    """The result of `capture_relevancy`: a context, then `relevancy`."""
+    """Holds the result of `capture_relevancy`: a context, then `relevancy`."""
 
     def __init__(self, model: nn.Module, method: str | Method, higher_order: bool) -> None:
         check_bool(higher_order=higher_order)
@@ -152,7 +158,7 @@ class RelevancyCapture:
 
     @never_compiled
     def _forward(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward pass, which is seen where it has gradients and no other run sees it."""
+        """Runs the model's forward pass, and traces it if it has gradients and no other run traces it."""
         if RUNNING.get() is not None or not torch.is_grad_enabled() or threading.get_ident() != self._thread:
             return forward(*args, **kwargs)
         method = self._new_method()
@@ -172,18 +178,20 @@ class RelevancyCapture:
     def relevancy(
         self, score: Tensor | None = None, position: None | Position | Mapping[str, Position] = None
     ) -> Tensor | dict[str, Tensor]:
-        """The relevancy (B, N) of each token to the score, with its gradient; a dict of towers where several have a row, or
-        where `position` is a dict. Values are those of `va.explain`. Call it before the loss's backward pass; several scores may
-        be asked for.
+        """Returns the relevancy (B, N) of each token to the score, with its gradient.
+
+        Values are those of `va.explain`. Call it before the loss's backward pass; you may ask for several scores. If several
+        towers have a relevancy vector, or `position` is a dict, the result is a dict of towers.
 
         Args:
-            score: a scalar, the sum of the samples' scores, or the scores (B,), which are summed. Method "rollout" takes none.
-            position: as in `va.explain`: the explained token; None = the one that the score's gradient names, one token or the
-                mean of several, or what the model's adapter says.
+            score: a scalar, the sum of the samples' scores, or the scores (B,), which are summed. Leave it out for method
+                "rollout".
+            position: the explained token, see `va.explain`. Default: the one that the score's gradient names, one token or the
+                mean of several, or that of the model's adapter.
 
         Raises:
-            TypeError, ValueError: `score` or `position` is wrong; no forward pass with gradients, or several, ran within the
-                context; the score does not depend on the layers, or on the row that was read, or is NaN.
+            TypeError, ValueError: if `score` or `position` is wrong; if no forward pass with gradients, or several, ran inside
+                the context; if the score is NaN, or does not depend on the layers or on the explained position.
         """
         seen = self._single_pass()
         check_position(position)

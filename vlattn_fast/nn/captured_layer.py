@@ -1,4 +1,4 @@
-"""A layer that `capture_attention` has seen: its queries and keys, and the model's scale and mask."""
+"""A layer that `capture_attention` has captured: its queries and keys, and the model's scale and mask."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ Places = Tensor | Sequence[int]
 
 
 class QueryKey(tuple[Tensor, Tensor]):
-    """The pair (query, key) of one attention of the model, (B, H, N, D) and (B, H, M, D), keys with as many heads as queries. Its
-    attributes complete the attention softmax(scale * query key^T + attn_mask), causal where is_causal.
+    """Holds (query, key) of one attention of the model, (B, H, N, D) and (B, H, M, D).
+
+    Keys have as many heads as queries. The attributes complete the attention softmax(scale * query key^T + attn_mask), causal if
+    is_causal.
 
     Raises:
-        ValueError: an attribute is read where the model also changes the product otherwise, as by a soft cap.
+        ValueError: when you read an attribute, if the model also changes the product in another way, such as with a soft cap.
     """
 
     # attn_mask, is_causal and scale, and a softcap or a sink that the model has; None = the model does something else
@@ -31,19 +33,19 @@ class QueryKey(tuple[Tensor, Tensor]):
 
     @property
     def scale(self) -> float:
-        """The factor in front of the product, as the model has it."""
+        """Returns the factor of the product, as the model has it."""
         scale = self._option("scale")
         return scaled_dot_default(self[0].shape[-1]) if scale is None else float(scale)
 
     @property
     def attn_mask(self) -> Tensor | None:
-        """The model's mask, bool (True = may attend) or float (added), broadcastable to (B, H, N, M); None = none."""
+        """Returns the model's mask, bool (True = may attend) or float (added), broadcastable to (B, H, N, M); None = no mask."""
         mask: Tensor | None = self._option("attn_mask")
         return mask
 
     @property
     def is_causal(self) -> bool:
-        """Whether no query sees a later key, by the model's flag or by its mask."""
+        """Returns whether no query attends to a later key, by the model's flag or by its mask."""
         flag, mask, (queries, keys) = bool(self._option("is_causal")), self.attn_mask, (x.shape[2] for x in self)
         if flag or mask is None or queries < 2 or mask.shape[-2:] != (queries, keys):
             return flag
@@ -52,19 +54,22 @@ class QueryKey(tuple[Tensor, Tensor]):
 
     @property
     def key_mask(self) -> Tensor | None:
-        """bool (B, M), False = a key that no query sees, such as padding; None where the model has no mask."""
+        """Returns bool (B, M), False = a key that no query attends to, such as padding; None if the model has no mask."""
         return self._real_keys(self.attn_mask)
 
     def token_scores(self, rule: str = "visionzip", **options: Any) -> Tensor:
-        """`vlattn_fast.token_scores` of this attention, with the model's scale, mask, soft cap and sink: (B, M) or (B, H, M).
+        """Computes `vlattn_fast.token_scores` of this attention with the model's scale, mask, soft cap and sink.
 
-        For the tokens of a vision tower beside its fused attention, as VisionZip reads the last layer but one of CLIP:
+        Returns (B, M) or (B, H, M).
 
-            with va.nn.capture_attention(tower, layers=-2) as seen:
+        For the tokens of a vision tower that runs its own fused attention, as VisionZip takes them from the last layer but one of
+        CLIP:
+
+            with va.nn.capture_attention(tower, layers=-2) as captured:
                 features = tower(pixel_values=pixels).last_hidden_state
-            best = seen.image.token_scores("visionzip").topk(64).indices  # CLS and 63 patches
+            best = captured.image.token_scores("visionzip").topk(64).indices  # CLS and 63 patches
 
-        A tower without CLS, as SigLIP's, takes queries="all". `options` are those of `vlattn_fast.token_scores`.
+        A tower without CLS, such as SigLIP's, needs queries="all". `options` are those of `vlattn_fast.token_scores`.
         """
         if self._options is None or self._score != "dot":
             raise ValueError("token_scores needs a softmax of products of queries and keys; this layer's attention does more")
@@ -74,7 +79,7 @@ class QueryKey(tuple[Tensor, Tensor]):
         return token_scores(*self, rule, **{**known, "key_mask": self._real_keys(known["attn_mask"]), **options})
 
     def _real_keys(self, mask: Tensor | None) -> Tensor | None:
-        """bool (B, M), False = a key that no query sees by the mask."""
+        """Returns bool (B, M), False = a key that no query attends to under the mask."""
         if mask is None:
             return None
         visible = ~is_masked(_with_four_dims(mask))
@@ -95,12 +100,15 @@ class QueryKey(tuple[Tensor, Tensor]):
 
 @dataclass(frozen=True)
 class CapturedLayer:
-    """One layer's queries and keys.
+    """Holds one layer's queries and keys.
 
-    text, image: self-attention over words alone, and over image tokens alone. cross: ((text query, image key), (image query, text
-    key)) where the model has cross-attention both ways. joint: self-attention over words and image tokens together. None
-    where the model has no such attention. Each pair is a `QueryKey`.
-    is_image: bool (N) or (B, N), which tokens of `joint` are of the image; None where the model's run does not show it.
+    Each pair is a `QueryKey`, and None if the model has no such attention.
+
+    Attributes:
+        text, image: self-attention over words only, and over image tokens only.
+        cross: ((text query, image key), (image query, text key)), if the model has cross-attention both ways.
+        joint: self-attention over words and image tokens together.
+        is_image: bool (N) or (B, N), which tokens of `joint` belong to the image; None if the model's run does not show it.
     """
 
     text: QueryKey | None = None
@@ -111,7 +119,7 @@ class CapturedLayer:
 
     @property
     def sequence(self) -> QueryKey:
-        """The pair of the joint sequence, or of the only sequence. ValueError where the layer has two sequences."""
+        """Returns the pair of the joint sequence, or of the only sequence. Raises ValueError if the layer has two sequences."""
         if self.joint is None and self.text is not None and self.image is not None:
             raise ValueError("the captured layer has two sequences; read text or image")
         pair = self.joint or self.text or self.image
@@ -120,27 +128,27 @@ class CapturedLayer:
 
     @property
     def query(self) -> Tensor:
-        """(B, H, N, D) of `sequence`."""
+        """Returns the query (B, H, N, D) of `sequence`."""
         return self.sequence[0]
 
     @property
     def key(self) -> Tensor:
-        """(B, H, N, D) of `sequence`."""
+        """Returns the key (B, H, N, D) of `sequence`."""
         return self.sequence[1]
 
     @property
     def attn_mask(self) -> Tensor | None:
-        """The model's mask of `sequence`, see `QueryKey`."""
+        """Returns the model's mask of `sequence`; see `QueryKey`."""
         return self.sequence.attn_mask
 
     @property
     def is_causal(self) -> bool:
-        """Whether no token of `sequence` sees a later one."""
+        """Returns whether no token of `sequence` attends to a later one."""
         return self.sequence.is_causal
 
     @property
     def scale(self) -> float:
-        """The factor in front of the product of queries and keys, as the model has it. ValueError where text and image differ."""
+        """Returns the model's factor of the products of queries and keys. Raises ValueError if text and image differ."""
         pairs = (self.joint,) if self.joint is not None else (self.text, self.image, *(self.cross or ()))
         scales = {pair.scale for pair in pairs if pair is not None}
         if len(scales) > 1:
@@ -150,17 +158,18 @@ class CapturedLayer:
     def split(
         self, num_text_tokens: int | None = None, *, text: Places | None = None, image: Places | None = None
     ) -> tuple[QueryKey, QueryKey, None]:
-        """(text, image, cross) of a joint sequence, as arguments of `congruence_loss`; cross is None: all share one attention.
+        """Splits a joint sequence into (text, image, cross), the arguments of `congruence_loss`.
+
+        cross is None, since all share one attention. Without arguments, the tokens are split by `is_image`, as the model joined
+        them.
 
         Args:
-            num_text_tokens: the number of words, which stand in front of all image tokens.
-            text, image: positions (int), or bool (N) or (B, N); where one is None, it has all other tokens. The order stays.
-
-        Without arguments, the tokens are parted by `is_image`, as the model joined them.
+            num_text_tokens: the number of words, which come before all image tokens.
+            text, image: positions (int), or bool (N) or (B, N); if one is None, it has all other tokens. The order stays.
 
         Raises:
-            ValueError: the model attends to words and image apart; the image does not stand behind `num_text_tokens` words; rows
-                of a batch differ in the number of words.
+            ValueError: if the model attends to words and image separately; if the image does not come after `num_text_tokens`
+                words; if samples of a batch differ in the number of words.
         """
         if self.joint is None:
             has = " and over ".join(x for x in ("text", "image") if getattr(self, x) is not None)

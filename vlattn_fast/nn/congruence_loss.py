@@ -19,34 +19,36 @@ SCHEDULES = ("linear", "exp", "log", "const")
 
 
 class CongruenceLoss(nn.Module):
-    """A congruence loss for a training loop: `vlattn_fast.congruence_loss` on tensors or on a capture, with a schedule.
+    """Computes a congruence loss in a training loop: `vlattn_fast.congruence_loss` on tensors or on a capture, with a schedule.
+
+    Returns the weighted loss; the cost is that of `vlattn_fast.congruence_loss`. The authors add the loss times the schedule's
+    weight to the task's loss, summed over one positive and 31 negatives, so `weight` is worth a search.
+
+    Examples:
+        >>> import torch, vlattn_fast as va
+        >>> loss = va.nn.CongruenceLoss("iais_singular", direction="text")
+        >>> words, regions = (torch.randn(2, 4, 6, 8),) * 2, (torch.randn(2, 4, 9, 8),) * 2
+        >>> loss(words, regions).shape
+        torch.Size([])
 
     CACR is tiny for a fresh model, whose maps are close to uniform on both sides of the divergence: 3e-4 with 7 words and 5
-    regions, 2e-6 with 60 and 100. IAIS is then 0.01, and about 1 for sharp attention, where CACR is larger, too. The authors add
-    the loss times the schedule's weight to the task's loss, summed over one positive and 31 negatives, so `weight` is worth a
-    search.
+    regions, 2e-6 with 60 and 100. IAIS is then 0.01, and about 1 for sharp attention, where CACR is larger, too.
 
-    By definition each block is a softmax of its own over all words or all image tokens, also where the model's layer is causal or
-    masks pairs of tokens. The blocks follow a layer's mask for padding alone.
+    Each block is a softmax of its own over all words or all image tokens, even if the model's layer is causal or masks pairs of
+    tokens. The blocks use a layer's mask only for padding.
 
     Args:
-        kind, direction, scale, reduction, backend: as in `vlattn_fast.congruence_loss`; direction also "alternate": "image" at
+        kind, direction, scale, reduction, backend: see `vlattn_fast.congruence_loss`; direction also "alternate": "image" at
             the first call and every second one from there, "text" at the others, as the official training does.
+        weight: multiplies the loss, in addition to the schedule.
         schedule: "linear", "exp", "log" or "const", see `training_signal_annealing`; needs num_steps unless "const".
         num_steps: steps of the training; the schedule's weight stays from there on.
-        weight: multiplies the loss, beside the schedule.
 
-    Where the schedule or "alternate" needs the step, the module counts its calls with gradients in training mode. The count is
-    part of its state, and of a checkpoint where the module is a part of what is saved. A call with `step` is not counted: pass
-    `step` where several calls make one step of the optimizer, as with accumulation, and where the module is in no checkpoint;
-    in a Trainer of transformers it is `self.state.global_step`. Do not compile a module with a schedule: torch.compile would
-    compile it anew for each step.
-
-    >>> import torch
-    >>> loss = CongruenceLoss("iais_singular", direction="text")
-    >>> words, regions = (torch.randn(2, 4, 6, 8),) * 2, (torch.randn(2, 4, 9, 8),) * 2
-    >>> loss(words, regions).shape
-    torch.Size([])
+    If the schedule or "alternate" needs the step, the module counts its calls with gradients in training mode. The count is part
+    of its state, and of a checkpoint that includes the module. A call with `step` is not counted. Pass `step` if several calls
+    make one step of the optimizer, such as with accumulation, or if no checkpoint includes the module; in a Trainer of
+    transformers it is `self.state.global_step`. Do not compile a module with a schedule: torch.compile would compile it anew for
+    each step.
     """
 
     def __init__(
@@ -88,14 +90,14 @@ class CongruenceLoss(nn.Module):
         *,
         step: int | None = None,
     ) -> Tensor:
-        """The weighted loss of (query, key) of words and of image tokens, or of a capture.
+        """Computes the weighted loss from (query, key) of words and of image tokens, or from a capture.
 
         Args:
-            text, image, cross, text_mask, image_mask: as in `vlattn_fast.congruence_loss`. A capture replaces text, image and
-                cross. The captured layer's scale holds unless the module has one; its mask marks padding unless text_mask or
-                image_mask do. A joint sequence is parted as the model joined it; where the model's run does not show that, the
-                length L of text_mask (B, L) is the number of words, which come first.
-            step: of the training, from 0; default: the number of earlier calls in training mode, with gradients and without a
+            text, image, cross, text_mask, image_mask: see `vlattn_fast.congruence_loss`. A capture replaces text, image and
+                cross: the captured layer's scale holds unless the module has one, and its mask marks padding unless you pass
+                text_mask or image_mask. A joint sequence is split as the model joined it; if the model's run does not show that,
+                the length L of text_mask (B, L) is the number of words, which come first.
+            step: of the training, from 0. Default: the number of earlier calls in training mode, with gradients and without a
                 step.
         """
         scale = self.scale
@@ -151,16 +153,19 @@ def _parts(layer: CapturedLayer, text_mask: Tensor | None) -> tuple[QueryKey, Qu
 
 
 def training_signal_annealing(step: int, num_steps: int, schedule: str = "exp") -> float:
-    """The weight of the congruence loss at training step `step` of `num_steps`, beside the task's own loss.
+    """Returns the weight of the congruence loss at training step `step` of `num_steps`, relative to the task's own loss.
 
-    With x = step / num_steps (1 from there on): "linear" x, "exp" e^(5(x-1)), "log" 1 - e^(-5x), "const" 1
-    (utils/training_signal_annealing.py of KhoomeiK/CACR; "exp" is the authors' choice).
+    With x = step / num_steps (1 from there on): "linear" x, "exp" e^(5(x-1)), "log" 1 - e^(-5x), "const" 1.
+
+    Examples:
+        >>> import vlattn_fast as va
+        >>> va.nn.training_signal_annealing(500, 1000, "linear")
+        0.5
 
     Raises:
-        ValueError, TypeError: a step below 0, no steps, or an unknown schedule.
+        ValueError, TypeError: if the step is below 0, there are no steps, or the schedule is unknown.
 
-    >>> training_signal_annealing(500, 1000, "linear")
-    0.5
+    Reference: utils/training_signal_annealing.py of KhoomeiK/CACR; "exp" is the authors' choice.
     """
     check_choice("schedule", schedule, SCHEDULES)
     check_number("step", step, low=0)

@@ -13,22 +13,28 @@ from vlattn_fast.ops.stacked_cross_attention import check_options, check_positiv
 
 
 class ScanLoss(nn.Module):
-    """SCAN's triplet loss over `stacked_cross_attention` (Lee et al., ECCV 2018, equations 8 to 10).
+    """Computes SCAN's triplet loss over `stacked_cross_attention`.
+
+    Returns a scalar, a sum over the batch. The cost is that of stacked_cross_attention for B x B pairs.
+
+    Examples:
+        >>> import torch, vlattn_fast as va
+        >>> loss = va.nn.ScanLoss(direction="i2t")
+        >>> loss(torch.randn(4, 36, 16), torch.randn(4, 7, 16), torch.tensor([7, 4, 5, 6])).shape
+        torch.Size([])
 
     With S_ij the similarity of image i and caption j, pair i being (image i, caption i):
     sum_i [margin - S_ii + S_ij]_+ + [margin - S_ii + S_ji]_+, over the hardest j of each pair, or summed over all j.
 
     Args:
         margin: least difference of a true pair to a false one.
-        hardest: the hardest caption of each image and the hardest image of each caption, instead of all of them.
-        direction, first_norm, smooth, aggregation, lambda_lse, backend: as in `stacked_cross_attention`.
+        hardest: use only the hardest caption of each image and the hardest image of each caption.
+        direction, first_norm, smooth, aggregation, lambda_lse, backend: see `stacked_cross_attention`.
 
     Raises:
-        ValueError, TypeError: an argument is wrong (it is named).
+        ValueError, TypeError: if an argument is wrong (the message names it).
 
-    >>> loss = ScanLoss(direction="i2t")
-    >>> loss(torch.randn(4, 36, 16), torch.randn(4, 7, 16), torch.tensor([7, 4, 5, 6])).shape
-    torch.Size([])
+    Reference: Lee et al., ECCV 2018, eq. 8 to 10.
     """
 
     def __init__(
@@ -61,9 +67,10 @@ class ScanLoss(nn.Module):
         *,
         ids: Tensor | None = None,
     ) -> Tensor:
-        """images (B, R, D) and captions (B, T, D), pair by pair, with their lengths -> scalar, a sum over the batch.
+        """Computes the loss of images (B, R, D) and captions (B, T, D), pair by pair, with their lengths: a scalar.
 
-        ids: int (B). Pairs with equal ids, such as two captions of one image, are no false pairs of each other.
+        Args:
+            ids: int (B). Pairs with equal ids, such as two captions of one image, are not false pairs of each other.
         """
         similarity = stacked_cross_attention(images, captions, caption_lengths, image_lengths, **self.options)
         return triplet_loss(similarity, _same(similarity, ids), self.margin, self.hardest)
@@ -73,7 +80,7 @@ class ScanLoss(nn.Module):
 
 
 def triplet_loss(similarity: Tensor, same: Tensor, margin: float = 0.2, hardest: bool = True) -> Tensor:
-    """The sum of `ScanLoss` over any similarities (B, B); same: bool (B, B), the pairs that are not false."""
+    """Returns the sum of `ScanLoss` over any similarities (B, B); same: bool (B, B), the pairs that are not false."""
     true = similarity.diagonal()
     captions_of = (margin + similarity - true[:, None]).clamp(min=0).masked_fill(same, 0.0)
     images_of = (margin + similarity - true[None, :]).clamp(min=0).masked_fill(same, 0.0)
@@ -85,21 +92,28 @@ def triplet_loss(similarity: Tensor, same: Tensor, margin: float = 0.2, hardest:
 
 
 class DamsmLoss(nn.Module):
-    """AttnGAN's word-level matching loss over `damsm_similarity` (Xu et al., CVPR 2018, equations 10 to 12).
+    """Computes AttnGAN's word-level matching loss over `damsm_similarity`.
+
+    Returns a scalar, a mean over the batch. The cost is that of damsm_similarity for B x B pairs.
+
+    Examples:
+        >>> import torch, vlattn_fast as va
+        >>> va.nn.DamsmLoss()(torch.randn(4, 289, 16), torch.randn(4, 7, 16), torch.tensor([7, 4, 5, 6])).shape
+        torch.Size([])
 
     With R_ij the score of image i and caption j: -log softmax_j(gamma3 R_ij) - log softmax_i(gamma3 R_ij) at j = i, averaged over
-    the batch. The paper's sentence-level loss, a cosine of two vectors, is left out. R is gamma2 times the paper's R, as in the
-    authors' code.
+    the batch. The paper's sentence-level loss, a cosine of two vectors, is not included. R is gamma2 times the paper's R, as in
+    the authors' code.
 
     Args:
-        gamma1, gamma2: see `damsm_similarity`. gamma3: factor in the softmax over images and over captions.
-        backend: as in `damsm_similarity`.
+        gamma1, gamma2: see `damsm_similarity`.
+        gamma3: factor in the softmax over images and over captions.
+        backend: see `damsm_similarity`.
 
     Raises:
-        ValueError, TypeError: an argument is wrong (it is named).
+        ValueError, TypeError: if an argument is wrong (the message names it).
 
-    >>> DamsmLoss()(torch.randn(4, 289, 16), torch.randn(4, 7, 16), torch.tensor([7, 4, 5, 6])).shape
-    torch.Size([])
+    Reference: Xu et al., CVPR 2018, eq. 10 to 12.
     """
 
     def __init__(self, gamma1: float = 4.0, gamma2: float = 5.0, gamma3: float = 10.0, *, backend: str = "auto") -> None:
@@ -119,9 +133,10 @@ class DamsmLoss(nn.Module):
         *,
         ids: Tensor | None = None,
     ) -> Tensor:
-        """images (B, R, D) and captions (B, T, D), pair by pair, with their lengths -> scalar.
+        """Computes the loss of images (B, R, D) and captions (B, T, D), pair by pair, with their lengths: a scalar.
 
-        ids: int (B). Pairs with equal ids, such as images of one class, are no false pairs of each other.
+        Args:
+            ids: int (B). Pairs with equal ids, such as images of one class, are not false pairs of each other.
         """
         options: dict[str, Any] = {"gamma1": self.gamma1, "gamma2": self.gamma2, "backend": self.backend}
         scores = self.gamma3 * damsm_similarity(images, captions, caption_lengths, image_lengths, **options)

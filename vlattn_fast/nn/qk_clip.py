@@ -36,51 +36,49 @@ class _Seen:
 
 
 class QKClip(TrainingContext):
-    """A context in which the largest attention logits of `model` are kept, and `step` bounds them by the threshold.
+    """Bounds the attention logits of `model` during training, by rescaling heads whose logits grew too large.
 
-    In a loop of one's own, `step()` follows `optimizer.step()`:
+    A context records each head's largest logit. After a step of the optimizer, `step` multiplies the weights of query and key so
+    that the logits stay at or below the threshold on this batch. It returns the rescaled heads. The model runs its own attention,
+    and `attention_statistics` computes the largest logits without a map. On a CPU a layer is skipped if no product of two norms
+    |q| |k| reaches the threshold.
 
-        with QKClip(model, threshold=100.0) as clip:
-            for batch in batches:
-                model(**batch).loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                clip.step()
+    Examples:
+        >>> import torch, vlattn_fast as va
+        >>> attention = torch.nn.MultiheadAttention(16, 2, batch_first=True)
+        >>> x = 10 * torch.randn(2, 5, 16)
+        >>> with va.nn.QKClip(attention, threshold=0.5) as clip:
+        ...     _ = attention(x, x, x)
+        ...     clipped = clip.step()  # after optimizer.step()
+        >>> sorted(clipped[""])  # the heads of the module "", which is the model itself
+        [0, 1]
 
-    transformers' Trainer takes `callbacks=[QKClip(model).trainer_callback()]`, Lightning's `QKClip(model).lightning_callback()`;
-    these enter the context when training begins, unless it is entered, and evaluation between steps does not count. An exception
-    ends no callback of transformers: train inside of `with QKClip(model) as clip` where the model is used afterwards. Among
-    processes (torch.distributed) the largest logit of all counts, and what one of them refuses `step` refuses in all.
+    transformers' Trainer takes `callbacks=[QKClip(model).trainer_callback()]`, Lightning takes
+    `QKClip(model).lightning_callback()`. They enter the context when training begins, unless it is already entered; evaluation
+    between steps does not count. transformers does not end its callbacks after an exception: if you use the model afterwards,
+    train inside of `with QKClip(model) as clip`. Among processes (torch.distributed) the largest logit of all counts, and if
+    `step` raises an error in one process, it raises it in all.
 
-    The model runs as it is, without a map: a layer's logits are looked at by `attention_statistics`, beside the attention that
-    the model runs. On a CPU a layer is passed over where no product of two norms |q| |k| reaches the threshold. Inside of the
-    context compiled code runs as plain Python, since compiled code shows no attention.
-
-    Where several query heads share a key head, the key head is scaled by gamma^(1/2) for the smallest gamma among them, and each
-    query head by what is then left of its own.
+    Inside of the context compiled code runs as plain Python, since compiled code shows no attention. If several query heads share
+    a key head, the key head is scaled by gamma^(1/2) for the smallest gamma among them, and each query head by the rest of its
+    own.
 
     Args:
         model: any model whose attention is torch's scaled_dot_product_attention or nn.MultiheadAttention, this package's, or
             written out by hand, with linear projections q_proj and k_proj, query and key, to_q and to_k, ..., or one projection
-            of all queries, keys and values. Wrappers (DDP, fully_shard, torch.compile) are allowed. A module whose projections
-            are all frozen is left alone, and so is one whose attention torch does not show, as in a kernel of its own.
-        threshold: the largest logit that is left alone: the scaled product of a query with a key that it sees. A softcap and the
-            biases of a float mask do not count, since no factor reaches them.
+            of all queries, keys and values. Wrappers (DDP, fully_shard, torch.compile) are supported. A module whose projections
+            are all frozen stays unchanged, and so does one whose attention torch does not show, such as a kernel of its own.
+        threshold: the largest logit that stays unchanged: the scaled product of a query with a key that it attends to. A softcap
+            and the biases of a float mask do not count, since no factor reaches them.
 
     Raises:
-        ValueError: an argument is wrong; a layer's projections are not found, do not reach its logits (as under a norm of
-            queries and keys, which takes every factor back), are used elsewhere as well, are no plain parameters, or are frozen
-            in part; attention that does more than scale and mask its logits.
-        RuntimeError: `step` without a forward pass of the model in the context, or of a layer in one of several processes.
-        FloatingPointError: a logit is NaN or infinite.
+        ValueError: if an argument is wrong; if a layer's projections are not found, do not reach its logits (such as under a norm
+            of queries and keys, which cancels every factor), are used elsewhere as well, are not plain parameters, or are partly
+            frozen; if attention does more than scale and mask its logits.
+        RuntimeError: if `step` follows no forward pass of the model in the context, or of a layer in one of several processes.
+        FloatingPointError: if a logit is NaN or infinite.
 
-    >>> attention = nn.MultiheadAttention(16, 2, batch_first=True)
-    >>> x = 10 * torch.randn(2, 5, 16)
-    >>> with QKClip(attention, threshold=0.5) as clip:
-    ...     _ = attention(x, x, x)
-    ...     clipped = clip.step()
-    >>> sorted(clipped[""])  # the heads of the module "", which is the model itself
-    [0, 1]
+    Reference: Kimi K2, arXiv 2507.20534, section 2.1 and algorithm 1.
     """
 
     def __init__(self, model: nn.Module, threshold: float = 100.0) -> None:
@@ -111,8 +109,10 @@ class QKClip(TrainingContext):
 
     @torch.no_grad()
     def step(self) -> dict[str, dict[int, float]]:
-        """Rescales the heads whose largest logit since the last step passed the threshold. Returns path of an attention module ->
-        head -> that logit, of the heads that were rescaled."""
+        """Rescales the heads whose largest logit since the last step is above the threshold.
+
+        Returns path of an attention module -> head -> that logit, for the rescaled heads.
+        """
         seen = self._seen
         self._forget()
         if seen.refusal is None and seen.calls == 0:
@@ -139,7 +139,7 @@ class QKClip(TrainingContext):
     def _refused(
         self, module: nn.Module, largest: Tensor, heads: list[int], misfits: dict[nn.Module, Tensor]
     ) -> Exception | None:
-        """Why the module cannot be rescaled, if it cannot."""
+        """Returns why the module cannot be rescaled, or None."""
         path = self._paths[module]
         if not bool(largest.lt(torch.inf).all()):  # NaN as well
             return FloatingPointError(f"the largest logits of '{path}' must be finite; got {largest.tolist()}")
@@ -150,7 +150,7 @@ class QKClip(TrainingContext):
         return None
 
     def _raise_in_all_processes(self, refusal: Exception | None) -> None:
-        """Raises what a process refuses in each of them: one that went on would wait for the others forever."""
+        """Raises one process's error in each of them: a process that went on would wait for the others forever."""
         if not _are_several():
             if refusal is not None:
                 raise refusal
@@ -165,7 +165,7 @@ class QKClip(TrainingContext):
             raise type(refusals[0])(f"rank {rank}: {refusals[0]}") from refusal  # type: ignore[misc]
 
     def trainer_callback(self) -> Any:
-        """A callback of transformers' Trainer."""
+        """Returns a callback for transformers' Trainer."""
         return self._callback_of_trainer()
 
     def _begin_training(self) -> None:
@@ -183,7 +183,7 @@ class QKClip(TrainingContext):
         self._seen, self._aside = self._aside, _Seen()
 
     def _forget(self) -> None:
-        """Drops what was seen since the last step."""
+        """Drops what was recorded since the last step."""
         self._seen, self._aside = _Seen(), _Seen()
         self._outputs.clear()
 
@@ -200,7 +200,7 @@ class QKClip(TrainingContext):
             self._outputs[projection] = output.detach()
 
     def _see(self, number: int, call: AttentionCall) -> None:
-        """Takes up the largest logits of one call of attention. One of several processes leaves a refusal to `step`."""
+        """Records the largest logits of one call of attention. One of several processes leaves an error to `step`."""
         try:
             self._take_up(call)
         except ValueError as error:
@@ -232,7 +232,7 @@ class QKClip(TrainingContext):
             seen.misfits[module] = misses if before is None else seen.misfits[module] | misses
 
     def _max_logits(self, module: nn.Module, call: AttentionCall) -> Tensor | None:
-        """(H,); None where no logit can reach the threshold."""
+        """Returns (H,); None if no logit can reach the threshold."""
         if call.masks is None or call.score != "dot":
             raise ValueError(
                 f"the attention of '{self._paths[module]}' must only scale and mask its logits for QKClip; it does more"

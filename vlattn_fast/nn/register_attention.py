@@ -32,32 +32,36 @@ def register_attention(
     score_options: dict[str, Any] | None = None,
     backend: str = "auto",
 ) -> RegisteredAttention:
-    """Makes a score function known to transformers by `name`, for `attn_implementation=` and `set_attn_implementation`.
+    """Registers a score function with transformers by `name`, for `attn_implementation=` and `set_attn_implementation`.
 
-    All attention of a model that is called by that name has the score; `replace_attention` takes some layers, and models that
-    write attention out by hand. "scaled_dot" keeps the outputs of "sdpa". Masks, causality, grouped heads and dropout are those
-    of the model. Sinks go with every score, a softcap with dot products alone. A call with a paged cache, or a sliding window
-    without its mask, is refused.
+    Returns a handle whose `scores(model)` are the score's parameters. All attention of a model that is called by that name uses
+    the score; to change only some layers, or models that write attention out by hand, use `replace_attention`. The cost of a call
+    is that of score_attention.
 
-    A score with parameters gets new ones in each attention module, drawn as in `ScoreAttention`, at its first call or by
+    Examples:
+        >>> import vlattn_fast as va
+        >>> from transformers import AutoModel, ViTConfig
+        >>> additive = va.nn.register_attention("additive")
+        >>> sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+        >>> model = AutoModel.from_config(ViTConfig(**sizes), attn_implementation="additive")
+        >>> len(additive.scores(model)), sum("attention_score_additive" in name for name, _ in model.named_parameters())
+        (2, 8)
+
+    "scaled_dot" gives the outputs of "sdpa". Masks, causality, grouped heads and dropout are those of the model. Sinks work with
+    every score, a softcap only with dot products. A call with a paged cache, or with a sliding window but without its mask,
+    raises ValueError.
+
+    A score with parameters gets new ones in each attention module, initialised as in `ScoreAttention`, at its first call or by
     `registered.scores(model)`. Call that before you make an optimizer, load saved parameters, or compile.
 
     Args:
         name: a Python identifier without "sdpa", "eager", "flash", "flex_attention", "paged" and "vlattn". A later call with the
             same name replaces an earlier one.
-        score: as in `ScoreAttention`, or an object of `vlattn_fast.scores`, whose tensors all layers share; None = `name`.
-        per_head, score_options, backend: as in `ScoreAttention`.
+        score: see `ScoreAttention`; or an object of `vlattn_fast.scores`, whose tensors all layers share. Default: `name`.
+        per_head, score_options, backend: see `ScoreAttention`.
 
     Raises:
-        ValueError, TypeError: an argument is wrong (it is named).
-
-    Example:
-        >>> from transformers import AutoModel, ViTConfig
-        >>> additive = register_attention("additive")
-        >>> sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
-        >>> model = AutoModel.from_config(ViTConfig(**sizes), attn_implementation="additive")
-        >>> len(additive.scores(model)), sum("attention_score_additive" in name for name, _ in model.named_parameters())
-        (2, 8)
+        ValueError, TypeError: if an argument is wrong (the message names it).
     """
     if not isinstance(name, str):
         raise TypeError(f"name must be a str; got {describe(name)}")
@@ -84,7 +88,7 @@ def register_attention(
 
 
 class RegisteredAttention(NamedTuple):
-    """The result of `register_attention`.
+    """Holds the result of `register_attention`.
 
     name: the name for transformers. score, per_head, score_options, backend: the arguments.
     """
@@ -97,16 +101,16 @@ class RegisteredAttention(NamedTuple):
 
     @property
     def attribute(self) -> str:
-        """Under this name the parameters of a learned score are a part of each attention module."""
+        """Returns the name under which each attention module holds the parameters of a learned score."""
         return f"attention_score_{self.name}"
 
     def scores(self, model: nn.Module) -> dict[str, nn.Module]:
-        """Path of each attention module that is called by this name -> its score's parameters, which are made where they lack.
+        """Returns path of each attention module that is called by this name -> its score's parameters.
 
-        Empty for a score without parameters.
+        Creates those that are missing. Empty for a score without parameters.
 
         Raises:
-            ValueError: no attention of the model is called by this name.
+            ValueError: if no attention of the model is called by this name.
         """
         modules: dict[str, Any] = {
             path: module for path, module in attention_of(unwrapped(model)) if calls_configured_attention(module)

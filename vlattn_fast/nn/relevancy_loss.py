@@ -1,4 +1,4 @@
-"""Losses on relevancy rows: that relevancy lies inside of a mask, or agrees with another row."""
+"""Losses on relevancy vectors: that relevancy lies inside of a mask, or agrees with another relevancy vector."""
 
 from __future__ import annotations
 
@@ -24,31 +24,37 @@ _MOST_BEFORE = 5  # tokens in front of the patches that are looked for where nob
 
 
 class RelevancyLoss(nn.Module):
-    """A scalar from relevancy rows (B, N), as `capture_relevancy` gives them, and a mask or another row: the mean over the batch.
+    """Computes a loss from relevancy vectors (B, N), which `capture_relevancy` gives, and a mask or another relevancy vector.
 
-    - "inside": the share of the relevancy outside of a mask m, sum_i r_i (1 - m_i) / sum_i r_i. A row of zeros counts 0.
+    Returns a scalar, the mean over the batch, with a gradient in the relevancy. Cost and memory are O(B N).
+
+    Examples:
+        >>> import torch, vlattn_fast as va
+        >>> relevancy, mask = torch.rand(2, 17), torch.rand(2, 8, 8) > 0.5
+        >>> va.nn.RelevancyLoss("inside", prefix=1)(relevancy, mask).shape
+        torch.Size([])
+
+    The kinds, for relevancy r and mask m:
+
+    - "inside": the share of the relevancy outside of the mask, sum_i r_i (1 - m_i) / sum_i r_i. A vector of zeros counts 0.
     - "mse": the mean of w_i (s_i - m_i)^2, s = r scaled to [0, 1] by its least and largest entry; w_i = foreground m_i +
       background (1 - m_i). RobustViT (Chefer et al., NeurIPS 2022) trains with foreground=0.3 and background=2, and takes 0.8
       times this loss and 0.2 times the cross-entropy.
-    - "cosine": 1 - cos(r, m), for another row, as that of a teacher or of an earlier state of the model.
+    - "cosine": 1 - cos(r, m), for another relevancy vector, such as that of a teacher or of an earlier state of the model.
 
-    A mask is bool or from 0 to 1, (B, N) over all tokens, or (B, h, w) over the picture, whose patches stand behind `prefix`
-    tokens. One with another grid than the patches is resized by areas. Without `prefix` the number of tokens in front must follow
-    from the sizes: N - h w up to 5, else the only number up to 5 that leaves a grid of the mask's shape.
+    A mask is bool or from 0 to 1, (B, N) over all tokens, or (B, h, w) over the image, whose patches come after `prefix` tokens.
+    A mask with another grid than the patches is resized by areas. Without `prefix`, the number of tokens before the patches must
+    follow from the sizes: N - h w up to 5, else the only number up to 5 that leaves a grid of the mask's shape.
 
     Args:
         kind: "inside", "mse" or "cosine".
-        foreground, background: the weights of "mse" where the mask is one, and zero.
-        scaled: for "mse": scale each row to [0, 1]. False = the raw rows, for a target in their units.
-        prefix: tokens in front of the patches, as CLS and registers; they have no part in the loss. None = (B, N) masks cover all
-            tokens.
+        prefix: tokens before the patches, such as CLS and registers; they have no part in the loss. Default: (B, N) masks cover
+            all tokens.
+        foreground, background: the weights of "mse" where the mask is one, and where it is zero.
+        scaled: for "mse": scale each vector to [0, 1]. False = raw relevancy, for a target in its units.
 
     Raises:
-        ValueError, TypeError: an argument is wrong (it is named).
-
-    >>> relevancy, mask = torch.rand(2, 17), torch.rand(2, 8, 8) > 0.5
-    >>> RelevancyLoss("inside", prefix=1)(relevancy, mask).shape
-    torch.Size([])
+        ValueError, TypeError: if an argument is wrong (the message names it).
     """
 
     def __init__(
@@ -90,7 +96,7 @@ class RelevancyLoss(nn.Module):
         return _mean(weight * (row - target).square())
 
     def _alike(self, relevancy: Any, target: Any) -> tuple[Tensor, Tensor]:
-        """Row and target (B, N) over the same tokens, without those in front of the patches."""
+        """Returns relevancy and target (B, N) over the same tokens, without those before the patches."""
         check_tensor("relevancy", relevancy, rank=2, shape="(B, N)")
         check_floating(relevancy=relevancy)
         check_tensor("target", target)

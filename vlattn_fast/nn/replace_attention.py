@@ -37,33 +37,37 @@ def replace_attention(
     score_options: dict[str, Any] | None = None,
     backend: str = "auto",
 ) -> ReplacedAttention:
-    """Puts a score function into the attention of `model`, in place; returns a handle that puts everything back.
+    """Replaces the score function in the attention of `model`, in place.
 
-    "scaled_dot" keeps the outputs. A score with parameters gets new ones, drawn as in `ScoreAttention`, so the model needs
-    training. To load them again, replace the attention of a new model by the same call, then `load_state_dict`; from_pretrained
-    alone leaves them out. Dropout of attention weights, masks, causality and grouped heads are those of the model. Replaced
-    models can be explained, exported and compiled; compile after replacing.
+    Returns a handle; `handle.restore()`, or the end of a `with` block, restores the model. The cost of a call is that of
+    score_attention, which stores no map.
+
+    Examples:
+        >>> import vlattn_fast as va
+        >>> from transformers import BertConfig, BertModel
+        >>> model = BertModel(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64))
+        >>> with va.nn.replace_attention(model, score="additive", layers=-1) as replaced:
+        ...     print(list(replaced.scores))
+        ['encoder.layer.1.attention.self']
+
+    "scaled_dot" keeps the outputs. A score with parameters gets new ones, initialised as in `ScoreAttention`, so the model needs
+    training. To load them again, replace the attention of a new model with the same call, then use `load_state_dict`;
+    from_pretrained leaves them out. Dropout of attention weights, masks, causality and grouped heads are those of the model.
+    Replaced models can be explained, exported and compiled; compile after replacing.
 
     Args:
         model: a transformers model, or a wrapper around one, whose attention goes through transformers' interface (BERT, ViT,
-            CLIP, decoders, ...) or is that of LXMERT, ViLT, VisualBERT, FLAVA. Attention of other kinds, as T5's in a BLIP-2,
+            CLIP, decoders, ...) or is that of LXMERT, ViLT, VisualBERT, FLAVA. Other attention, such as T5's in a BLIP-2,
             stays unchanged: the handle's `scores` lists the replaced modules.
-        score, per_head, score_options, backend: as in `ScoreAttention`.
-        layers: None = all; an index or several, counted in each list of layers, negative from the end; or a function of an
-            attention module's path that returns whether to replace it, as `lambda path: "visual_attention" in path`.
+        score, per_head, score_options, backend: see `ScoreAttention`.
+        layers: an index or several, counted in each list of layers, negative from the end; or a function of an attention module's
+            path that returns whether to replace it, e.g. `lambda path: "visual_attention" in path`. Default: all.
 
     Returns:
-        A handle; `handle.restore()`, or the end of a `with` block, puts the model's attention back.
+        A handle with the fields `scores` (path of each replaced attention -> its score) and `restore()`.
 
     Raises:
-        ValueError, TypeError: a model without such attention, or with replaced attention; layers that the model lacks.
-
-    Example:
-        >>> from transformers import BertConfig, BertModel
-        >>> model = BertModel(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64))
-        >>> with replace_attention(model, score="additive", layers=-1) as replaced:
-        ...     print(list(replaced.scores))
-        ['encoder.layer.1.attention.self']
+        ValueError, TypeError: if the model has no such attention, or its attention is already replaced; if it lacks these layers.
     """
     check_bool(per_head=per_head)
     check_choice("backend", backend, BACKEND_NAMES)
@@ -94,9 +98,10 @@ def replace_attention(
 
 
 class ReplacedAttention:
-    """The handle of `replace_attention`.
+    """Holds the result of `replace_attention`: a context that restores the model on exit.
 
-    scores: path of each replaced attention -> its score, a module where the score has parameters.
+    Attributes:
+        scores: path of each replaced attention -> its score, a module if the score has parameters.
     """
 
     def __init__(self, modules: dict[str, nn.Module]) -> None:
@@ -104,7 +109,7 @@ class ReplacedAttention:
         self.scores: dict[str, nn.Module | str] = {path: getattr(module, REPLACED) for path, module in modules.items()}
 
     def restore(self) -> None:
-        """Puts the model's attention back, without the scores' parameters. A second call changes nothing."""
+        """Restores the model's attention, without the scores' parameters. A second call changes nothing."""
         for module in self._modules.values():
             _restore(module)
         self._modules = {}

@@ -30,12 +30,13 @@ ScoreFactory = Callable[[int, int], nn.Module]
 
 
 class LearnedScore(nn.Module):
-    """The parameters of one score function; a call returns the object of vlattn_fast.scores with these parameters.
+    """Holds the parameters of one score function; a call returns the object of vlattn_fast.scores with these parameters.
 
     Args:
         kind: a name of `scores.layers()` whose score has parameters.
-        num_heads, head_dim: sizes. per_head: separate parameters for each head.
-        options: of the class in vlattn_fast.scores, as projects="query", in front of the layer's own.
+        num_heads, head_dim: sizes.
+        per_head: separate parameters for each head.
+        options: of the class in vlattn_fast.scores, such as projects="query"; they override the layer's own.
     """
 
     def __init__(self, kind: str, num_heads: int, head_dim: int, *, per_head: bool = False, **options: Any) -> None:
@@ -85,27 +86,34 @@ def make_score(
 
 
 class ScoreAttention(nn.Module):
-    """Multi-head attention softmax(scale * score(Q x, K y) + mask) V y, with projections in and out, batch first.
+    """Computes multi-head attention with any score function: softmax(scale * score(Q x, K y) + mask) V y, then a projection.
+
+    Takes the place of nn.MultiheadAttention, whose state it loads, and has batch_first=True as its default. Memory is O(N + M)
+    per head: no map is stored, unless you ask for need_weights, which returns one map (B, N, M) for all heads.
+
+    Examples:
+        >>> import torch, vlattn_fast as va
+        >>> layer = va.nn.ScoreAttention(32, 4, "additive", per_head=True)
+        >>> layer(torch.randn(2, 5, 32)).shape, layer(torch.randn(2, 5, 32), torch.randn(2, 9, 32)).shape
+        (torch.Size([2, 5, 32]), torch.Size([2, 5, 32]))
 
     Args:
-        embed_dim: C of the query, and of key and value unless kdim and vdim say otherwise. num_heads: divides embed_dim.
+        embed_dim: C of the query, and of key and value unless kdim and vdim differ.
+        num_heads: divides embed_dim.
         score: "dot", "scaled_dot", "cosine", "general", "biased_general", "activated_general", "additive", "hadamard",
             "distance"; or a function (num_heads, head_dim) -> module whose call without arguments gives an object of
             vlattn_fast.scores.
-        per_head: whether each head has its own score parameters.
+        per_head: give each head its own score parameters.
+        kdim, vdim: C of key and value. Default: embed_dim.
         dropout: probability of dropping an attention weight while training.
-        bias: whether the four projections have a bias.
+        bias: give the four projections a bias.
         batch_first: inputs and output are (B, N, C); False: (N, B, C).
-        scale, softcap, backend: as in vlattn_fast.score_attention.
-        sink: whether each head has a learned logit in the softmax's sum, the parameter `sink`, at first 0.
+        scale, softcap, backend: see vlattn_fast.score_attention.
+        sink: give each head a learned logit in its softmax, the parameter `sink`, which starts at 0.
         score_options: options of the score's class in vlattn_fast.scores.
 
     Raises:
-        ValueError, TypeError: an argument is wrong (it is named).
-
-    >>> layer = ScoreAttention(32, 4, "additive", per_head=True)
-    >>> layer(torch.randn(2, 5, 32)).shape, layer(torch.randn(2, 5, 32), torch.randn(2, 9, 32)).shape
-    (torch.Size([2, 5, 32]), torch.Size([2, 5, 32]))
+        ValueError, TypeError: if an argument is wrong (the message names it).
     """
 
     def __init__(
@@ -166,16 +174,18 @@ class ScoreAttention(nn.Module):
         group_bias: Tensor | None = None,
         head_gate: Tensor | None = None,
     ) -> Any:
-        """query (B, N, C), key (B, M, kdim), value (B, M, vdim) -> (B, N, C). key defaults to query, value to key.
+        """Computes attention (B, N, C) of query (B, N, C), key (B, M, kdim) and value (B, M, vdim).
+
+        key defaults to query, value to key.
 
         Args:
             key_padding_mask: as in nn.MultiheadAttention: bool (B, M), True = padding, or float (B, M), which is added.
             key_mask: bool (B, M), True = a real token; excludes key_padding_mask.
-            need_weights: also return the attention's head mean (B, N, M), a constant, made without a map per head.
-            attn_mask: bool, True = may attend (as SDPA has it, the opposite of nn.MultiheadAttention), or float (added);
+            need_weights: also return the attention's head mean (B, N, M), without a gradient and computed without a map per head.
+            attn_mask: bool, True = may attend (as in SDPA, the opposite of nn.MultiheadAttention), or float (added);
                 broadcastable to (B, H, N, M).
-            is_causal: query i sees keys j <= i.
-            query_groups, key_groups, group_bias, head_gate: as in score_attention; a gate stands in front of out_proj.
+            is_causal: query i attends to keys j <= i.
+            query_groups, key_groups, group_bias, head_gate: see score_attention; a gate acts before out_proj.
         """
         check_bool(need_weights=need_weights)
         key = query if key is None else key

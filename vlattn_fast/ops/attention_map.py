@@ -84,9 +84,9 @@ def attention_map(
     relevancy with the map, relevancy_step does not store the map at all.
 
     Examples:
-        >>> import torch
+        >>> import torch, vlattn_fast as va
         >>> query, key = torch.randn(1, 4, 5, 8), torch.randn(1, 4, 7, 8)
-        >>> abar = attention_map(query, key)
+        >>> abar = va.attention_map(query, key)
         >>> abar.shape, torch.allclose(abar.sum(-1), torch.ones(1, 5))
         (torch.Size([1, 5, 7]), True)
 

@@ -81,9 +81,10 @@ def attention_statistics(
     tile. Name only the `statistics` that you use: on a GPU "received" takes a second pass over the keys. A sink takes one more.
 
     Examples:
+        >>> import torch, vlattn_fast as va
         >>> query, key = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 7, 8)
         >>> text_or_image = torch.tensor([0, 0, 0, 1, 1, 1, -1])
-        >>> statistics = attention_statistics(query, key, key_groups=text_or_image, num_groups=2)
+        >>> statistics = va.attention_statistics(query, key, key_groups=text_or_image, num_groups=2)
         >>> statistics.mass.shape, statistics.entropy.shape, statistics.received.shape
         (torch.Size([1, 2, 5, 2]), torch.Size([1, 2, 5]), torch.Size([1, 2, 7]))
 

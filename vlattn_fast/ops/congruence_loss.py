@@ -57,10 +57,10 @@ def congruence_loss(
     If an input requires a gradient, "cpu" computes the gradients together with the loss and stores them in float32.
 
     Examples:
-        >>> import torch
+        >>> import torch, vlattn_fast as va
         >>> text = torch.randn(2, 4, 6, 8), torch.randn(2, 4, 6, 8)
         >>> image = torch.randn(2, 4, 9, 8), torch.randn(2, 4, 9, 8)
-        >>> congruence_loss(text, image, kind="iais_distributed", reduction="none").shape
+        >>> va.congruence_loss(text, image, kind="iais_distributed", reduction="none").shape
         torch.Size([2])
 
     With the blocks LL (L, L), VV (V, V), LV (L, V), VL (V, L), each a softmax over its own keys averaged over the heads, and

@@ -37,8 +37,9 @@ def maxsim(
     the index of each largest product, one int32 per pair and query token.
 
     Examples:
+        >>> import torch, vlattn_fast as va
         >>> queries, documents = torch.randn(3, 8, 16), torch.randn(5, 40, 16)
-        >>> maxsim(queries, documents).shape
+        >>> va.maxsim(queries, documents).shape
         torch.Size([3, 5])
 
     Args:

@@ -65,11 +65,12 @@ def paged_attention_statistics(
     differentiable.
 
     Examples:
+        >>> import torch, vlattn_fast as va
         >>> key_cache = torch.randn(9, 2, 4, 8)  # 9 blocks of 4 keys
         >>> block_table = torch.tensor([[7, 2, 0], [3, 8, 0]])
         >>> query = torch.randn(6, 2, 8)  # the 5 tokens of a prompt, and the newest token of another request
         >>> starts, lengths = torch.tensor([0, 5, 6]), torch.tensor([5, 8])
-        >>> statistics = paged_attention_statistics(query, key_cache, block_table, lengths, starts)
+        >>> statistics = va.paged_attention_statistics(query, key_cache, block_table, lengths, starts)
         >>> statistics.entropy.shape, statistics.received.shape
         (torch.Size([6, 2]), torch.Size([2, 2, 12]))
 

@@ -55,11 +55,11 @@ def recurrent_step(
     the backward pass computes the map again, a tile at a time.
 
     Examples:
-        >>> import torch
+        >>> import torch, vlattn_fast as va
         >>> query, key = torch.randn(2, 1, 2, 64, 8).softmax(-1)
         >>> value, grad_output = torch.randn(2, 1, 4, 64, 16)
         >>> gates = {"log_decay": -torch.rand(1, 4, 64), "beta": torch.rand(1, 4, 64)}
-        >>> recurrent_step(torch.rand(1, 3, 64), query, key, value, grad_output, **gates).shape
+        >>> va.recurrent_step(torch.rand(1, 3, 64), query, key, value, grad_output, **gates).shape
         torch.Size([1, 3, 64])
 
     With its queries, keys and gates held fixed, a recurrence is a map of values, o_t = sum_{s <= t} A_ts v_s, with one number

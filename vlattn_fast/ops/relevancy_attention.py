@@ -110,9 +110,10 @@ def relevancy_attention(
     one product per tile to that of attention.
 
     Examples:
+        >>> import torch, vlattn_fast as va
         >>> query, key, value = (torch.randn(1, 2, 5, 8, requires_grad=True) for _ in range(3))
         >>> start = torch.zeros(1, 1, 5, requires_grad=True)
-        >>> out, carrier = relevancy_attention(query, key, value, start)
+        >>> out, carrier = va.relevancy_attention(query, key, value, start)
         >>> explained = torch.zeros(1, 1, 5).index_fill(2, torch.tensor(0), 1.0)
         >>> relevancy, = torch.autograd.grad([out.sum(), carrier], [start], [torch.tensor(1.0), explained])
         >>> relevancy.shape

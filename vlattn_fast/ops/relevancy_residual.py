@@ -37,10 +37,10 @@ def relevancy_residual(
     is read once, and torch.compile fuses the call.
 
     Examples:
-        >>> import torch
+        >>> import torch, vlattn_fast as va
         >>> residual, branch = torch.randn(2, 5, 8, requires_grad=True), torch.randn(2, 5, 8)
         >>> carriers = torch.zeros(2, 1, 5, requires_grad=True), torch.zeros(2, 1, 5, requires_grad=True)
-        >>> y, carrier = relevancy_residual(residual, branch, *carriers, weighting="norm")
+        >>> y, carrier = va.relevancy_residual(residual, branch, *carriers, weighting="norm")
         >>> r, = torch.autograd.grad([y.sum(), carrier], [carriers[0]], [torch.tensor(1.0), torch.ones(2, 1, 5)])
         >>> bool((0 <= r).all() and (r <= 1).all())  # r * a, with a in [0, 1]
         True

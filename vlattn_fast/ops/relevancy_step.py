@@ -56,9 +56,9 @@ def relevancy_step(
     it. Passing `lse` saves a pass over the keys.
 
     Examples:
-        >>> import torch
+        >>> import torch, vlattn_fast as va
         >>> query, key, value, grad_output = (torch.randn(1, 2, 5, 8) for _ in range(4))
-        >>> relevancy_step(torch.eye(5)[None], query, key, value, grad_output).shape  # the whole Abar, one row per query
+        >>> va.relevancy_step(torch.eye(5)[None], query, key, value, grad_output).shape  # the whole Abar, one row per query
         torch.Size([1, 5, 5])
 
     Args:

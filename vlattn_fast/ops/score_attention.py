@@ -93,9 +93,10 @@ def score_attention(
     O(N + M) per head, since no map is stored, and the backward pass recomputes it. Only backend "reference" stores the map.
 
     Examples:
+        >>> import torch, vlattn_fast as va
         >>> query, key, value = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 7, 8), torch.randn(1, 2, 7, 8)
-        >>> additive = scores.Additive(torch.randn(8))
-        >>> score_attention(query, key, value, score=additive).shape
+        >>> additive = va.scores.Additive(torch.randn(8))
+        >>> va.score_attention(query, key, value, score=additive).shape
         torch.Size([1, 2, 5, 8])
 
     Args:

@@ -56,9 +56,10 @@ def stacked_cross_attention(
     bounded: pairs are computed in tiles, no (Bi, Bc, T, R) map is stored, and the backward pass recomputes each tile.
 
     Examples:
+        >>> import torch, vlattn_fast as va
         >>> images = torch.nn.functional.normalize(torch.randn(3, 36, 16), dim=-1)
         >>> captions = torch.nn.functional.normalize(torch.randn(2, 7, 16), dim=-1)
-        >>> stacked_cross_attention(images, captions, torch.tensor([7, 4])).shape
+        >>> va.stacked_cross_attention(images, captions, torch.tensor([7, 4])).shape
         torch.Size([3, 2])
 
     Per pair, with queries q and contexts c (t2i: words attend to regions; i2t: regions attend to words), SCAN eq. 1-8 are:
@@ -121,7 +122,8 @@ def damsm_similarity(
     smooth=gamma1, lambda_lse=gamma2), with the same returns and errors.
 
     Examples:
-        >>> damsm_similarity(torch.randn(3, 289, 16), torch.randn(2, 7, 16), torch.tensor([7, 4])).shape
+        >>> import torch, vlattn_fast as va
+        >>> va.damsm_similarity(torch.randn(3, 289, 16), torch.randn(2, 7, 16), torch.tensor([7, 4])).shape
         torch.Size([3, 2])
 
     Args:

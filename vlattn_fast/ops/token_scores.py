@@ -55,8 +55,9 @@ def token_scores(
     only their rows of the map; "h2o" and queries="all" compute all pairs.
 
     Examples:
+        >>> import torch, vlattn_fast as va
         >>> query, key = torch.randn(1, 4, 64, 8), torch.randn(1, 2, 64, 8)
-        >>> scores = token_scores(query, key, "snapkv", queries=8, enable_gqa=True)
+        >>> scores = va.token_scores(query, key, "snapkv", queries=8, enable_gqa=True)
         >>> scores.shape, scores.topk(16, dim=-1).indices.shape
         (torch.Size([1, 2, 64]), torch.Size([1, 2, 16]))
 
@@ -144,8 +145,9 @@ def text_raters(hidden: Tensor, image: Tensor, text: Tensor, *, backend: str = "
     call with a single head over all tokens.
 
     Examples:
+        >>> import torch, vlattn_fast as va
         >>> is_image = torch.tensor([[True] * 6 + [False] * 4])
-        >>> raters = text_raters(torch.randn(1, 10, 16), is_image, ~is_image)
+        >>> raters = va.text_raters(torch.randn(1, 10, 16), is_image, ~is_image)
         >>> bool((raters & is_image).any()), bool(raters.any())
         (False, True)
 

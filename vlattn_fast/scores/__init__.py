@@ -1,7 +1,7 @@
 """Attention score functions, one class in one file each: those of Cao et al., COLING 2022, Table 1, and others.
 
 In: query, key and a score's parameters.
-Out: the formula of the score; its core score with features; the facts that users of scores ask a class for.
+Out: the formula of the score; its core score with features; the properties that callers ask a class for.
 Imports: _ground.
 """
 
@@ -42,7 +42,7 @@ __all__ = [
 
 
 def scores_in_folder() -> dict[str, type[Score]]:
-    """The score functions by their names: each class with a name in a file of this folder."""
+    """Returns the score functions by their names: each class with a name in a file of this folder."""
     by_name: dict[str, type[Score]] = {}
     for file in pkgutil.iter_modules(__path__, f"{__name__}."):
         for kind in vars(importlib.import_module(file.name)).values():
@@ -59,12 +59,12 @@ _BY_NAME = {name: kind() for name, kind in SCORES.items() if not kind.parameters
 
 
 def layers() -> dict[str, Layer]:
-    """Each name that nn.ScoreAttention takes, and its score; one without learned tensors is the score of that name."""
+    """Returns each name that nn.ScoreAttention takes, and its score; one without learned tensors is the score of that name."""
     return {name: layer for kind in SCORES.values() for name, layer in kind.layers().items()}
 
 
 def resolve(score: Any) -> Score:
-    """The score function, also by its name."""
+    """Returns the score function of a name; an object is returned as it is."""
     if isinstance(score, Score):
         return score
     names = tuple(_BY_NAME)

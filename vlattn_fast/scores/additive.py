@@ -16,12 +16,28 @@ from vlattn_fast.scores.score import BIAS, MATRIX, VECTOR, Core, Score, check_pa
 
 @dataclass(frozen=True, eq=False)
 class Additive(Score):
-    """s = u . tanh(Wq q + Wk k + b) (Bahdanau et al. 2015).
+    """Computes the additive score s = u . tanh(Wq q + Wk k + b).
 
-    vector (A), query_weight (A, Dq), key_weight (A, Dk), bias (A), each also with a leading (H, ...). A weight of None means that
-    query or key already has size A. method="series" replaces tanh by a sine series, which makes the score a dot product of
-    features with an absolute error of at most `tolerance`. The series reads the range of Wq q + Wk k + b from the data.
-    ValueError where no series of at most 64 terms reaches the tolerance; the message names the smallest possible one.
+    Exact scores cost A units per pair of query and key, without an (N, M, A) block in memory. method="series" replaces tanh by a
+    sine series, which makes the score a dot product of features with an absolute error of at most `tolerance`.
+
+    Examples:
+        >>> import torch, vlattn_fast as va
+        >>> query, key, value = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 7, 8), torch.randn(1, 2, 7, 8)
+        >>> additive = va.scores.Additive(torch.randn(16), torch.randn(16, 8), torch.randn(16, 8))
+        >>> va.score_attention(query, key, value, score=additive).shape
+        torch.Size([1, 2, 5, 8])
+
+    Args:
+        vector: u, (A) or (H, A).
+        query_weight, key_weight: (A, Dq) and (A, Dk), or with a leading (H, ...). None means that query or key already has size
+            A.
+        bias: b, (A) or (H, A).
+        method: "exact" or "series". The series depends on the range of Wq q + Wk k + b in the data.
+        tolerance: largest error of a series. Raises ValueError if no series of at most 64 terms reaches it; the message
+            names the smallest possible one.
+
+    Reference: Bahdanau et al. 2015.
     """
 
     vector: Tensor
@@ -38,9 +54,9 @@ class Additive(Score):
     def concat(
         cls, vector: Tensor, weight: Tensor, bias: Tensor | None = None, *, query_size: int | None = None, **options: Any
     ) -> Additive:
-        """s = u . tanh(W [q; k] + b), weight (A, Dq + Dk) or (H, A, Dq + Dk): the same family of functions.
+        """Returns the score s = u . tanh(W [q; k] + b), weight (A, Dq + Dk) or (H, A, Dq + Dk): the same family of functions.
 
-        query_size is Dq; by default half of the weight's columns.
+        query_size is Dq. Default: half of the weight's columns.
         """
         check_tensor("weight", weight, shape="(A, D_q + D_k) or (H, A, D_q + D_k)")
         if weight.dim() not in (2, 3):
@@ -58,7 +74,7 @@ class Additive(Score):
         return "dot" if self.method == "series" else "additive"
 
     def features(self, query_dim: int, key_dim: int) -> int | None:
-        """A series has as many terms as the range of the data asks for."""
+        """Returns the number of units; None for a series, which has as many terms as the range of the data needs."""
         return None if self.method == "series" else self.vector.shape[-1]
 
     def check(self, query: Tensor, key: Tensor) -> None:

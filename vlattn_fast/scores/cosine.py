@@ -16,7 +16,17 @@ from vlattn_fast.scores.score import Core, Score
 
 @dataclass(frozen=True, eq=False)
 class Cosine(Score):
-    """s = q . k / max(|q| |k|, eps). The clamp is on the product of the norms, as in SCAN and AttnGAN."""
+    """Computes the cosine score s = q . k / max(|q| |k|, eps).
+
+    The clamp is on the product of the norms, as in SCAN and AttnGAN. On a CPU the score is a dot product of unit vectors, unless
+    a product of norms is below eps.
+
+    Examples:
+        >>> import torch, vlattn_fast as va
+        >>> query, key, value = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 7, 8), torch.randn(1, 2, 7, 8)
+        >>> va.score_attention(query, key, value, score=va.scores.Cosine(), scale=9.0).shape
+        torch.Size([1, 2, 5, 8])
+    """
 
     eps: float = 1e-8
 
@@ -33,7 +43,7 @@ class Cosine(Score):
         check_head_dim(query, key)
 
     def formula(self, query: Tensor, key: Tensor) -> Tensor:
-        """The norms are taken in the dtype of sums: float16 would round eps to 0 and entries of 9000 to an infinite norm."""
+        """Takes the norms in the dtype of sums: float16 would round eps to 0 and entries of 9000 to an infinite norm."""
         (unit_q, norm_q), (unit_k, norm_k) = unit_vectors(query, self.eps), unit_vectors(key, self.eps)
         cosine = product(unit_q.to(query.dtype), unit_k.to(key.dtype).mT)
         if self.eps == 0.0:
@@ -60,8 +70,10 @@ class Cosine(Score):
 
 
 def _unit_vectors_of_data(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`unit_vectors` in half as many passes over the data, where the values can be read and no square overflows or underflows.
-    The passes are most of a call with few queries. Vectors of one entry take unit_vectors, with a gradient of exactly zero."""
+    """Does `unit_vectors` in half as many passes over the data, if the values can be read and no square overflows or underflows.
+
+    The passes are most of a call with few queries. Vectors of one entry take unit_vectors, with a gradient of exactly zero.
+    """
     if x.shape[-1] == 1:
         return unit_vectors(x, eps)
     wide = x.to(compute_dtype(x))

@@ -14,21 +14,30 @@ from vlattn_fast.scores.score import Core, Parameter, Score, check_parameter
 
 
 def _usual(head_dim: int) -> float:
-    """The sigma with which products q . k have the factor of a scaled dot product, 1 / sqrt(D)."""
+    """Returns the sigma for which products q . k have the factor of a scaled dot product, 1 / sqrt(D)."""
     return max(head_dim, 1) ** 0.25
 
 
 @dataclass(frozen=True, eq=False)
 class Distance(Score):
-    """s = -|q - k|^2 / (2 sigma^2): weights are those of a Gaussian around the query, as in a kernel regression.
+    """Computes the score of Gaussian attention, s = -|q - k|^2 / (2 sigma^2), as in a kernel regression.
 
-    sigma is above 0: a number, a tensor without dimensions, or (H) with one for each query head. The term of the row alone,
-    -|q|^2 / (2 sigma^2), cancels in the softmax; it counts beside a sink and in the log-sum-exp. On a GPU and in traced code a
-    tensor's values are not read: its sign has no effect there, and 0 gives NaN.
+    Weights are those of a Gaussian around the query. Backends compute the score as a dot product of D + 4 float32 features
+    (float64 for float64 input).
 
-    Backends compute it as a dot product of float32 features (float64 for float64 input). The score's error is then some ulps of
-    (|q - c|^2 + |k - c|^2) / sigma^2 with c in the middle of the keys: more than the formula's where sigma is far below |q - c|
-    or |k - c|.
+    Examples:
+        >>> import torch, vlattn_fast as va
+        >>> query, key, value = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 7, 8), torch.randn(1, 2, 7, 8)
+        >>> va.score_attention(query, key, value, score=va.scores.Distance(sigma=2.0)).shape
+        torch.Size([1, 2, 5, 8])
+
+    The score's error is some ulps of (|q - c|^2 + |k - c|^2) / sigma^2 with c in the middle of the keys: more than the formula's
+    if sigma is far below |q - c| or |k - c|. The term that only depends on the query, -|q|^2 / (2 sigma^2), cancels in the
+    softmax; it counts if there is a sink, and in the log-sum-exp.
+
+    Args:
+        sigma: above 0: a number, a tensor without dimensions, or (H) with one for each query head. On a GPU and in traced code a
+            tensor's values are not checked: its sign has no effect there, and 0 gives NaN.
     """
 
     sigma: float | Tensor

@@ -14,7 +14,14 @@ from vlattn_fast.scores.score import Core, Score
 
 @dataclass(frozen=True, eq=False)
 class Dot(Score):
-    """s = q . k"""
+    """Computes the dot product s = q . k.
+
+    Examples:
+        >>> import torch, vlattn_fast as va
+        >>> query, key, value = torch.randn(3, 1, 2, 5, 8)
+        >>> va.score_attention(query, key, value, score=va.scores.Dot()).shape  # or score="dot"
+        torch.Size([1, 2, 5, 8])
+    """
 
     name: ClassVar[str] = "dot"
     is_plain: ClassVar[bool] = True
@@ -31,7 +38,16 @@ class Dot(Score):
 
 @dataclass(frozen=True, eq=False)
 class ScaledDot(Dot):
-    """s = q . k / sqrt(D) (Vaswani et al. 2017)"""
+    """Computes the scaled dot product s = q . k / sqrt(D), the score of SDPA.
+
+    Examples:
+        >>> import torch, vlattn_fast as va
+        >>> query, key, value = torch.randn(3, 1, 2, 5, 8)
+        >>> va.score_attention(query, key, value, score=va.scores.ScaledDot()).shape  # or score="scaled_dot", the default
+        torch.Size([1, 2, 5, 8])
+
+    Reference: Vaswani et al. 2017.
+    """
 
     name: ClassVar[str] = "scaled_dot"
 

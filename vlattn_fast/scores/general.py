@@ -14,13 +14,24 @@ from vlattn_fast.scores.score import ACTIVATIONS, BIAS, MATRIX, Core, Layer, Sco
 
 @dataclass(frozen=True, eq=False)
 class General(Score):
-    """Bilinear scores: general, biased general and activated general.
+    """Computes the bilinear score s = q . (W k + b), or s = k . (W q + b): general, biased general and activated general.
+
+    It costs one projection of keys or queries in addition to a dot product.
+
+    Examples:
+        >>> import torch, vlattn_fast as va
+        >>> query, key, value = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 7, 8), torch.randn(1, 2, 7, 8)
+        >>> general = va.scores.General(torch.randn(8, 8), activation="sigmoid")
+        >>> va.score_attention(query, key, value, score=general).shape
+        torch.Size([1, 2, 5, 8])
 
     projects="key":   s = act(q . (W k + b)), weight (Dq, Dk) or (H, Dq, Dk), bias (Dq) or (H, Dq)   [*_qwk]
     projects="query": s = act(k . (W q + b)), weight (Dk, Dq) or (H, Dk, Dq), bias (Dk) or (H, Dk)   [*_kwq]
 
     activation in {None, "relu", "leaky_relu", "tanh", "sigmoid"} acts on the finished score, before scale and masks.
     Without an activation, the bias of projects="key" cancels in the softmax: its gradient is zero.
+
+    Reference: Cao et al., COLING 2022, Table 1.
     """
 
     weight: Tensor
@@ -65,7 +76,7 @@ class General(Score):
 
     @classmethod
     def layers(cls) -> dict[str, Layer]:
-        """Named as in Cao et al., COLING 2022."""
+        """Returns the names of Cao et al., COLING 2022."""
         return {
             "general": Layer(cls, ("weight",)),
             "biased_general": Layer(cls, ("weight", "bias")),

@@ -16,10 +16,27 @@ from vlattn_fast.scores.score import ACTIVATIONS, BIAS, MATRIX, VECTOR, Core, Sc
 
 @dataclass(frozen=True, eq=False)
 class Hadamard(Score):
-    """s = u . act(q * (W k + b)) + c (projects="key"; MAC), or u . act((W q + b) * k) + c (projects="query").
+    """Computes the score of the elementwise product, s = u . act(q * (W k + b)) + c, or u . act((W q + b) * k) + c.
 
-    vector (A), weight (A, D) or None for the identity, bias (A), each also with a leading (H, ...); offset c a number or a
-    tensor of one element. The activation acts on the product vector. The offset cancels in the softmax.
+    Without an activation, and with relu or leaky relu, it is a dot product of at most 2 A features; with tanh and sigmoid it
+    costs A units per pair of query and key.
+
+    Examples:
+        >>> import torch, vlattn_fast as va
+        >>> query, key, value = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 7, 8), torch.randn(1, 2, 7, 8)
+        >>> hadamard = va.scores.Hadamard(torch.randn(8), activation="relu")
+        >>> va.score_attention(query, key, value, score=hadamard).shape
+        torch.Size([1, 2, 5, 8])
+
+    Args:
+        vector: u, (A) or (H, A).
+        weight: (A, D) or (H, A, D), or None for the identity.
+        bias: (A) or (H, A).
+        projects: "key" (MAC), or "query".
+        activation: acts on the product vector: None, "relu", "leaky_relu", "tanh" or "sigmoid".
+        offset: c, a number or a tensor of one element. It cancels in the softmax.
+
+    Reference: Hudson and Manning, "MAC", ICLR 2018; Cao et al., COLING 2022.
     """
 
     vector: Tensor
@@ -39,7 +56,7 @@ class Hadamard(Score):
         return f"hadamard_{self.activation}" if self.activation in ("tanh", "sigmoid") else "dot"
 
     def features(self, query_dim: int, key_dim: int) -> int:
-        """Two for each unit where relu and leaky relu split it by its sign. The other activations are held to the same limits."""
+        """Returns two per unit, since relu and leaky relu split it by its sign. Other activations have the same limits."""
         return 2 * self.vector.shape[-1]
 
     def check(self, query: Tensor, key: Tensor) -> None:

@@ -46,7 +46,7 @@ def sides(score: Any, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def per_head(key: Tensor, query: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """The key, with as many heads as the query where key heads are shared and a parameter is per query head."""
+    """Returns the key, with as many heads as the query if key heads are shared and a parameter is per query head."""
     has_heads = (weight is not None and weight.dim() == 3) or (bias is not None and bias.dim() == 2)
     return expand_heads(key, query.shape[1]) if has_heads else key
 
@@ -61,7 +61,7 @@ def affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
 
 
 def project(weight: Tensor | None, bias: Tensor | None, query: Tensor, key: Tensor, projects: str) -> tuple[Tensor, Tensor]:
-    """Query and key, with W x + b in the place of the one that `projects` names."""
+    """Returns query and key, with W x + b in place of the one that `projects` names."""
     if weight is None and bias is None:
         return query, key
     if projects == "query":

@@ -1,4 +1,4 @@
-"""The class of all score functions: it tells the call, the reference, the layers and the checks all that they need.
+"""The base class of all score functions: the call, the reference, the layers and the checks ask it for all that they need.
 
 A score is an activation of a dot product of features, score(q, k) = act(phi(q) . psi(k)). Each class turns query and key into
 features and names its core score, one of the kinds in vlattn_fast/_ground/score_kinds.py.
@@ -21,7 +21,7 @@ ACTIVATIONS = (None, "relu", "leaky_relu", "tanh", "sigmoid")
 
 
 class Core(NamedTuple):
-    """A core score and its arguments: features (B, H, N, A) and (B, Hkv or H, M, A), the vector (H, A), what is added."""
+    """Holds a core score and its arguments: features (B, H, N, A) and (B, Hkv or H, M, A), the vector (H, A), and an offset."""
 
     kind: str
     query: Tensor
@@ -33,12 +33,12 @@ class Core(NamedTuple):
 
 
 def softcapped(scale: float, softcap: float | None) -> tuple[str, float, float]:
-    """scale * q . k, or softcap * tanh(scale * q . k / softcap), as a core score's kind and parameter, and the score's scale."""
+    """Returns kind and parameter of a core score, and its scale: scale * q . k, or softcap * tanh(scale * q . k / softcap)."""
     return ("dot", 0.0, scale) if softcap is None else ("dot_softcap", scale / softcap, float(softcap))
 
 
 class Parameter(NamedTuple):
-    """A learned tensor of a score for heads of size D. With `per_head` in a layer each head has one of its own."""
+    """Describes a learned tensor of a score for heads of size D. With `per_head` in a layer each head has its own."""
 
     rank: int  # 0: one number; 1: (D); 2: (D, D)
     first: Callable[[int], tuple[float, float]]  # of D: first values in a layer are uniform between these two
@@ -58,7 +58,7 @@ BIAS = Parameter(1, lambda head_dim: (0.0, 0.0), lambda x, head_dim: x / 4)
 
 
 class Layer(NamedTuple):
-    """A name that nn.ScoreAttention takes: the class, its tensors that are learned, and options beside the class's defaults."""
+    """Describes a name of nn.ScoreAttention: the class, its learned tensors, and options instead of the class's defaults."""
 
     score: type[Score]
     learned: tuple[str, ...]
@@ -66,7 +66,7 @@ class Layer(NamedTuple):
 
 
 class Dice(Protocol):
-    """Where a random score takes its choices and normal numbers from."""
+    """Draws the choices and normal numbers of a random score."""
 
     def pick(self, name: str, options: Any) -> Any: ...
 
@@ -74,9 +74,9 @@ class Dice(Protocol):
 
 
 class Score:
-    """A score function: a frozen dataclass whose fields are its parameters and options.
+    """Defines a score function: a frozen dataclass whose fields are its parameters and options.
 
-    `SCORES` finds a class with a `name` in a file of this folder. Users of scores ask the class; only limits of single kernels
+    `SCORES` finds a class with a `name` in a file of this folder. Callers ask the class; only limits of single kernels
     and timed examples name one.
     """
 
@@ -89,7 +89,7 @@ class Score:
 
     @property
     def kind(self) -> str:
-        """The kind of the core score, "dot" only where it is one for all data: torch's own attention computes that."""
+        """Returns the kind of the core score, "dot" only if it is one for all data: torch's SDPA supports that."""
         return "dot"
 
     @property
@@ -97,39 +97,41 @@ class Score:
         return self.kind == "dot"
 
     def features(self, query_dim: int, key_dim: int) -> int | None:
-        """The number of features, at most; None where it depends on the data."""
+        """Returns the largest number of features; None if it depends on the data."""
         return query_dim
 
     def check(self, query: Tensor, key: Tensor) -> None:
-        """Raises ValueError or TypeError where parameters, query and key do not fit. It reads no tensor's values: a call whose
-        plan is kept skips it."""
+        """Raises ValueError or TypeError if parameters, query and key do not fit.
+
+        It uses no tensor's values: a call whose plan is cached skips it.
+        """
         raise NotImplementedError
 
     def formula(self, query: Tensor, key: Tensor) -> Tensor:
-        """The score (B, H, N, M) of query (B, H, N, Dq) and key (B, H, M, Dk), written out; every backend is compared with it."""
+        """Computes the score (B, H, N, M) of query (B, H, N, Dq) and key (B, H, M, Dk). Every backend is compared with it."""
         raise NotImplementedError
 
     def core(self, query: Tensor, key: Tensor) -> Core:
-        """The core score and its features, differentiable in query, key and every parameter."""
+        """Returns the core score and its features, differentiable in query, key and every parameter."""
         raise NotImplementedError
 
     def default_scale(self, head_dim: int) -> float:
-        """The scale where the caller names none."""
+        """Returns the scale if the caller passes none."""
         return 1.0
 
     @classmethod
     def layers(cls) -> dict[str, Layer]:
-        """The names under which nn.ScoreAttention makes this class."""
+        """Returns the names under which nn.ScoreAttention makes this class."""
         return {cls.name: Layer(cls, tuple(cls.parameters))}
 
     @classmethod
     def examples(cls) -> dict[str, dict[str, Any]]:
-        """Options of the calls that `vlattn verify` and the tests check, by name."""
+        """Returns options of the calls that `vlattn verify` and the tests check, by name."""
         return {cls.name: {}}
 
     @classmethod
     def random(cls, dice: Dice, heads: int, head_dim: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Random tensors and options of this class, by name, for query and key of one size."""
+        """Returns random tensors and options of this class, by name, for query and key of one size."""
         options = {name: dice.pick(name, values) for name, values in cls.options.items()}
         per_head = (heads,) if cls.parameters and dice.pick("parameters per head", (False, False, True)) else ()
         optional = {field.name for field in dataclasses.fields(cls) if field.default is None}  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
-"""Parts for training loops of others: terms of the loss, numbers and pictures of attention, for Trainer and Lightning.
+"""Parts for training loops: terms of the loss, and numbers and figures of attention, for Trainer and Lightning.
 
-In: a model, and what is added to its loss or told to a logger.
+In: a model, and what is added to its loss or sent to a logger.
 Out: context managers, each with a callback for transformers' Trainer and one for Lightning's.
 Imports: interpret.explaining, nn, attach, ops, _ground.
 """

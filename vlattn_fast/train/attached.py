@@ -1,4 +1,4 @@
-"""The base of all that is attached to a model while it trains and logs."""
+"""The base of everything that is attached to a model while it trains, and that logs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vlattn_fast.attach.training import TrainingContext
 
 
 class Attached(TrainingContext):
-    """A context around training. `every`: the steps of the optimizer from one log to the next."""
+    """Provides the context around training. `every`: optimizer steps from one log to the next."""
 
     _trainer: Any = None  # of transformers
 
@@ -21,8 +21,10 @@ class Attached(TrainingContext):
         self.model, self.every = unwrapped(model), every
 
     def trainer_callback(self, trainer: Any) -> Any:
-        """A callback for this Trainer of transformers: `trainer.add_callback(x.trainer_callback(trainer))`. It enters the context
-        when training begins, and logs by `trainer.log`, so to whatever `report_to` names."""
+        """Returns a callback for this Trainer of transformers: `trainer.add_callback(x.trainer_callback(trainer))`.
+
+        It enters the context when training begins, and logs with `trainer.log`, so to whatever `report_to` names.
+        """
         self._trainer = trainer
         return self._callback_of_trainer(trainer.log)
 
@@ -35,7 +37,7 @@ class Attached(TrainingContext):
 
 
 class Mean:
-    """The mean of scalars that come one by one, which waits for no device."""
+    """Computes the mean of scalars that come one by one, without waiting for a device."""
 
     def __init__(self) -> None:
         self._total: Tensor | None = None
@@ -47,7 +49,7 @@ class Mean:
         self._count += 1
 
     def take(self) -> float | None:
-        """The mean since the last call, None without a scalar."""
+        """Returns the mean since the last call, None without a scalar."""
         mean = None if self._total is None else float(self._total) / self._count
         self._total, self._count = None, 0
         return mean

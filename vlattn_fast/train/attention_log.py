@@ -1,4 +1,4 @@
-"""Entropy of attention and its mass on groups of tokens, layer by layer, told to a training's logger."""
+"""Logs the entropy of attention and its mass on groups of tokens, layer by layer, during training."""
 
 from __future__ import annotations
 
@@ -21,28 +21,39 @@ _KINDS = {TEXT: "text", IMAGE: "image", TEXT | IMAGE: "joint"}
 
 
 class AttentionLog(Attached):
-    """Logs, of each layer of `model`, the mean entropy of its attention and the mean mass on groups of tokens.
+    """Logs, for each layer of `model`, the mean entropy of its attention and the mean mass on groups of tokens.
+
+    Steps that are not logged run the model unchanged, including compiled code. A logged step also runs `attention_statistics`,
+    which stores no map, and runs the model uncompiled.
 
         trainer.add_callback(va.train.AttentionLog(model, every=50).trainer_callback(trainer))
 
-    The names are "attention/joint/3/entropy" and "attention/joint/3/mass_image": the tokens of the queries (text, image, joint,
-    or other where the inputs do not tell), the layer among those of such tokens, from 0. A number is the mean over heads, real
-    queries and the training passes of a step, in this process. Entropy is in nats, of a sample's keys.
+    In your own loop, every pass within `with log:` counts, and `log.take()` returns the means.
 
-    At the other steps the model runs untouched, compiled code too. At a step that is logged it runs its own attention as
-    well, uncompiled, and `attention_statistics` stores no map. In a loop of one's own every pass within `with log:` counts, and
-    `log.take()` gives the means.
+    Examples:
+        >>> import torch, vlattn_fast as va
+        >>> layer = va.nn.ScoreAttention(16, 2)
+        >>> log = va.train.AttentionLog(layer)
+        >>> with log:
+        ...     _ = layer(torch.randn(2, 5, 16))
+        >>> list(log.take())
+        ['attention/other/0/entropy']
+
+    Names are "attention/joint/3/entropy" and "attention/joint/3/mass_image": the tokens of the queries (text, image, joint,
+    or other if the inputs do not tell), and the layer among those of such tokens, from 0. A number is the mean over heads, real
+    queries and the training passes of a step, in this process. Entropy is in nats, over a sample's keys.
 
     Args:
         model: any model whose attention is torch's scaled_dot_product_attention or nn.MultiheadAttention, this package's, or
-            written out by hand; wrappers are allowed.
+            written out by hand; wrappers are supported.
         every: steps from one log to the next.
         groups: batch -> {name: bool (B, M)}, from the model's inputs by name; layers with other numbers of keys have no mass.
-            Default: "image" and "text" where the model joins both.
-        modality: as in `capture_attention`.
+            Default: "image" and "text" if the model joins both.
+        modality: see `capture_attention`.
 
     Raises:
-        ValueError, TypeError: an argument is wrong (it is named); attention that does more than scale and mask its logits.
+        ValueError, TypeError: if an argument is wrong (the message names it); if attention does more than scale and mask its
+            logits.
     """
 
     def __init__(
@@ -57,7 +68,7 @@ class AttentionLog(Attached):
         self._batch: dict[str, Any] = {}
 
     def take(self) -> dict[str, float]:
-        """The means since the last call."""
+        """Returns the means since the last call."""
         means = {name: mean.take() for name, mean in self._means.items()}
         return {name: mean for name, mean in means.items() if mean is not None}
 
@@ -68,7 +79,7 @@ class AttentionLog(Attached):
         stack.enter_context(TokenKinds(self.model, self._modality, sees=self._see, needs_graph=False).observer())
 
     def _begin_training(self) -> None:
-        """A step that is not logged is not watched: the context is that of a step, and not of the training."""
+        """Does nothing: the context is that of a logged step, and not of the training."""
 
     def _begin_step(self, step: int) -> None:
         if step % self.every == 0 and self._ways_back is None:
@@ -135,7 +146,7 @@ class AttentionLog(Attached):
 
 
 def _real_queries(query: Tensor, key: Tensor, options: Mapping[str, Any]) -> Tensor | None:
-    """bool (B, N): the queries of tokens that are seen as keys; None = all."""
+    """Returns bool (B, N), the queries of tokens that are visible as keys; None = all."""
     mask = options.get("key_mask")
     if mask is None and (pairs := options.get("attn_mask")) is not None:
         pairs = pairs[(None,) * (4 - pairs.dim())]

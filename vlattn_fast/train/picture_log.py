@@ -1,4 +1,4 @@
-"""A picture of what one fixed input's answer comes from, every few steps of a training."""
+"""Stores a figure of what one fixed input's answer comes from, every few steps of a training."""
 
 from __future__ import annotations
 
@@ -15,25 +15,37 @@ from vlattn_fast.train.attached import Attached
 
 
 class PictureLog(Attached):
-    """Explains one input every few steps of a training, and stores the picture as FOLDER/step_000100.png.
+    """Explains one input every few steps of a training, and stores the figure as FOLDER/step_000100.png.
 
-        pictures = va.train.PictureLog(model, inputs, "pictures", every=100, image=photo)
-        trainer.add_callback(pictures.trainer_callback(trainer))
+    Each figure costs one call of `vlattn_fast.explain`, which runs the model in eval mode and restores its parameters, their
+    gradients and its mode. The first figure shows the model before its first step.
 
-    The first picture is that of the model in front of its first step. `vlattn_fast.explain` runs the model in eval mode, and
-    leaves its parameters, their gradients and its mode as they are. The first of several processes stores the picture; with
-    weights in shards all of them run the model. In a loop of one's own, `pictures.draw(step)`.
+        figures = va.train.PictureLog(model, inputs, "figures", every=100, image=photo)
+        trainer.add_callback(figures.trainer_callback(trainer))
+
+    In your own loop, call `draw(step)`.
+
+    Examples:
+        >>> import tempfile, torch, vlattn_fast as va
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8)
+        >>> model = ViTForImageClassification(ViTConfig(**sizes))
+        >>> log = va.train.PictureLog(model, {"pixel_values": torch.rand(1, 3, 16, 16)}, tempfile.mkdtemp())
+        >>> log.draw(0).name
+        'step_000000.png'
+
+    Of several processes, the first one stores the figure; with sharded weights all of them run the model.
 
     Args:
-        model: a model that `explain` takes; wrappers are allowed.
-        inputs: its inputs, a dict of tensors or what a processor gives, of a sample or a few.
-        folder: where the pictures lie; it is made.
-        every: steps from one picture to the next.
-        image: the photo under the map, as in `Explanation.plot`.
-        options: those of `explain`, as target and method.
+        model: a model that `explain` supports; wrappers are supported.
+        inputs: its inputs, a dict of tensors or the output of a processor, of a sample or a few.
+        folder: folder for the figures; it is created.
+        every: steps from one figure to the next.
+        image: the photo under the map, see `Explanation.plot`.
+        options: those of `explain`, such as target and method.
 
     Raises:
-        ValueError: an argument is wrong (it is named); what `explain` refuses.
+        ValueError: if an argument is wrong (the message names it); if `explain` does not support the call.
     """
 
     def __init__(
@@ -44,7 +56,7 @@ class PictureLog(Attached):
         self.inputs, self.folder, self.image, self._options = inputs, Path(folder), image, options
 
     def draw(self, step: int) -> Path:
-        """Stores the picture of the model as it is now."""
+        """Stores the figure of the model in its current state, and returns its path."""
         return self._draw(step, True)
 
     def _draw(self, step: int, is_stored: bool) -> Path:

@@ -26,8 +26,10 @@ _MASK = "attention_mask"  # the name that models of transformers have for it; a 
 
 
 class Term(Attached):
-    """A term of the loss of `model`: a hook behind its forward pass adds it to the outputs' loss, in training mode and with
-    gradients. Evaluations, and passes that `explain` makes, have none."""
+    """Adds a term to the loss of `model`: a hook after its forward pass adds it to the outputs' loss.
+
+    The hook acts in training mode and with gradients. Evaluations, and passes that `explain` runs, have no term.
+    """
 
     name = ""  # in the log
     target: str | None = None  # an input that the model does not take
@@ -37,7 +39,7 @@ class Term(Attached):
         self._mean, self._taken = Mean(), dict[str, Any]()
 
     def _value(self, batch: dict[str, Any], outputs: Any) -> Tensor:
-        """The scalar to add."""
+        """Returns the scalar to add."""
         raise NotImplementedError
 
     def _enter(self, stack: ExitStack) -> None:
@@ -60,9 +62,11 @@ class Term(Attached):
         return _with_loss(outputs, value * self._share("num_items_in_batch" in kwargs))
 
     def _share(self, has_items: bool) -> float:
-        """The factor in front of a mean where Trainer divides the loss otherwise: it leaves the division by all accumulated
-        batches to a model that is told their number of items, and multiplies the loss by the number of processes, among which
-        the mean is taken."""
+        """Returns the factor of a mean if Trainer divides the loss in another way.
+
+        Trainer leaves the division by all accumulated batches to a model that is told their number of items, and multiplies the
+        loss by the number of processes, over which the mean is taken.
+        """
         trainer = self._trainer
         if trainer is None:
             return 1.0
@@ -93,27 +97,40 @@ class Term(Attached):
 
 
 class CongruenceTerm(Term):
-    """CACR or IAIS as a term of a model's loss while it trains.
+    """Adds CACR or IAIS to a model's loss while it trains.
+
+    The outputs of the model must have a loss. The cost is that of `CongruenceLoss` on one layer, without a map per head. The mean
+    of the term is logged as "congruence_loss".
 
         trainer = Trainer(model, arguments, train_dataset=data)
         term = va.train.CongruenceTerm(model, va.nn.CongruenceLoss("cacr", schedule="exp", num_steps=arguments.max_steps))
         trainer.add_callback(term.trainer_callback(trainer))
 
-    In a loop of one's own, `with term:` around it, and term.step = step before each step where the loss has a schedule and
-    several forward passes make a step. The outputs of the model must have a loss. The mean of the term is logged as
-    "congruence_loss".
+    In your own loop, put `with term:` around it. Set term.step = step before each step if the loss has a schedule and several
+    forward passes make a step.
+
+    Examples:
+        >>> import torch, vlattn_fast as va
+        >>> from transformers import VisualBertConfig, VisualBertForQuestionAnswering
+        >>> sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, visual_embedding_dim=20, vocab_size=99)
+        >>> model = VisualBertForQuestionAnswering(VisualBertConfig(**sizes, num_labels=4)).train()
+        >>> with va.train.CongruenceTerm(model, va.nn.CongruenceLoss("iais_distributed")):
+        ...     outputs = model(torch.ones(2, 5, dtype=torch.long), visual_embeds=torch.randn(2, 3, 20),
+        ...                     attention_mask=torch.ones(2, 5).long(), labels=torch.eye(4)[:2])
+        >>> outputs.loss.backward()
 
     Args:
-        model: any model that `capture_attention` takes; wrappers (DDP, FSDP, torch.compile) are allowed, and a compiled
+        model: any model that `capture_attention` supports; wrappers (DDP, FSDP, torch.compile) are supported, and a compiled
             model runs uncompiled.
         loss: a `CongruenceLoss`, with its weight and schedule.
-        text_mask, image_mask: the names of the model's inputs with 1 for each real token; None, and an input that a batch leaves
-            out, = the layer's own mask.
-        layers, modality: as in `capture_attention`; one layer.
+        text_mask, image_mask: the names of the model's inputs with 1 for each real token. None, or an input that a batch does not
+            have, means the layer's own mask.
+        layers, modality: see `capture_attention`; one layer.
         every: steps from one log to the next.
 
     Raises:
-        ValueError, TypeError: an argument is wrong (it is named); outputs without a loss; a Trainer whose loss is made elsewhere.
+        ValueError, TypeError: if an argument is wrong (the message names it); if the outputs have no loss; if a Trainer computes
+            its loss elsewhere.
     """
 
     name = "congruence_loss"
@@ -164,7 +181,7 @@ class CongruenceTerm(Term):
 
 
 class _TrainingCapture(AttentionCapture):
-    """A capture of the passes of a training, which looks at no other ones: `generate` in an evaluation has none to show."""
+    """Captures only the passes of a training: `generate` in an evaluation has no layers to show."""
 
     def _finish(self, calls: Sequence[AttentionCall]) -> None:
         if torch.is_grad_enabled() and self.model.training:
@@ -172,29 +189,42 @@ class _TrainingCapture(AttentionCapture):
 
 
 class RelevancyTerm(Term):
-    """A loss on relevancy as a term of a model's loss while it trains.
+    """Adds a loss on relevancy to a model's loss while it trains.
+
+    Each training pass also runs a backward pass of the score; see `capture_relevancy` for its memory. The mean of the term is
+    logged as "relevancy_loss".
 
         trainer = Trainer(model, arguments, train_dataset=data)  # with remove_unused_columns=False
         term = va.train.RelevancyTerm(model, va.nn.RelevancyLoss("inside", prefix=1), target="mask", weight=0.8)
         trainer.add_callback(term.trainer_callback(trainer))
 
-    The samples have a field more than the model takes, `target`: the masks or rows of the loss. The model gets all others. In a
-    loop of one's own, `with term:` around it. The mean of the term is logged as "relevancy_loss".
+    The samples have one field more than the model takes, `target`: the masks or relevancy vectors of the loss. The model gets all
+    other fields. In your own loop, put `with term:` around it.
+
+    Examples:
+        >>> import torch, vlattn_fast as va
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8, num_labels=4)
+        >>> model, labels = ViTForImageClassification(ViTConfig(**sizes)).train(), torch.tensor([1, 3])
+        >>> with va.train.RelevancyTerm(model, va.nn.RelevancyLoss("inside", prefix=1)):
+        ...     outputs = model(pixel_values=torch.rand(2, 3, 16, 16), labels=labels, mask=torch.ones(2, 2, 2, dtype=torch.bool))
+        >>> outputs.loss.backward()
 
     Args:
-        model: a model that `explain` takes; wrappers (DDP, FSDP, torch.compile) are allowed, and a compiled model runs
+        model: a model that `explain` supports; wrappers (DDP, FSDP, torch.compile) are supported, and a compiled model runs
             uncompiled.
         loss: a `RelevancyLoss`.
         target: the name of the field.
         score: (outputs, batch) -> the scores whose relevancy counts, (B,) or their sum. Default: each sample's logit of its
             label, for a classifier with `logits` (B, classes) and `labels` (B).
         weight: multiplies the loss.
-        tower: the tower whose row counts, of a model with several.
+        tower: the tower whose relevancy counts, if the model has several.
         every: steps from one log to the next.
-        position, options: as in `capture_relevancy` and its `relevancy`: method, higher_order.
+        position, options: see `capture_relevancy` and its `relevancy`: method, higher_order.
 
     Raises:
-        ValueError, TypeError: an argument is wrong (it is named); outputs without a loss; a Trainer whose loss is made elsewhere.
+        ValueError, TypeError: if an argument is wrong (the message names it); if the outputs have no loss; if a Trainer computes
+            its loss elsewhere.
     """
 
     name = "relevancy_loss"
@@ -228,7 +258,7 @@ class RelevancyTerm(Term):
         stack.callback(self._leave)
 
     def _renew(self) -> None:
-        """A capture is of one pass."""
+        """Enters a new capture, since a capture is of one pass."""
         self._leave()
         with ExitStack() as stack:
             self._capture = stack.enter_context(capture_relevancy(self.model, **self._options))
@@ -264,7 +294,7 @@ def _logit_of_label(outputs: Any, batch: dict[str, Any]) -> Tensor:
 
 
 def _with_loss(outputs: Any, value: Tensor) -> Any:
-    """The outputs with the value added to their loss."""
+    """Returns the outputs with the value added to their loss."""
     if isinstance(outputs, dict) and outputs.get("loss") is not None:
         outputs["loss"] = outputs["loss"] + value
         return outputs
