@@ -1,5 +1,7 @@
 """The formulas as the papers write them, with whole maps and plain autograd, on any device and floating dtype.
 
+Use them to check a result, or to look up what an operator computes.
+
 In: the arguments of a public call.
 Out: its result.
 Imports: scores, _ground.

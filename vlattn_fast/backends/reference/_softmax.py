@@ -17,13 +17,13 @@ def attend(
     sink: Tensor | None = None,
     pair_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax over the keys of `score` (B, H, N, M): (probabilities, natural log-sum-exp).
+    """Computes the softmax over the keys of `score` (B, H, N, M): (probabilities, natural log-sum-exp).
 
-    softcap bounds the score in front of the masks: softcap * tanh(score / softcap). sink (H,) is one more logit in each row's
+    softcap bounds the score before the masks: softcap * tanh(score / softcap). sink (H,) is one more logit in each row's
     sum, whose probability is dropped. pair_bias (B, H, N, M): see `pair_bias_of`.
 
     A float mask or bias is added in the dtype of sums or its own, whichever is wider. Masked pairs get exactly 0; a fully masked
-    row gives zeros and lse -inf, without a NaN in any gradient. The log-sum-exp is at least float32 where one is added.
+    row gives zeros and lse -inf, without a NaN in any gradient. The log-sum-exp is at least float32 if one is added.
     """
     dtype = score.dtype
     score, visible = logits(score, attn_mask, key_mask, is_causal, softcap, pair_bias)
@@ -46,8 +46,10 @@ def attend(
 
 
 def pair_bias_of(group_bias: Tensor | None, query_groups: Tensor | None, key_groups: Tensor | None) -> Tensor | None:
-    """group_bias[b, h, query_groups[b, i], key_groups[b, j]] for each pair, (B, H, N, M) or (1, H, N, M), and 0 where one of the
-    two has no group. group_bias (H, Gq, Gk) or (B, H, Gq, Gk), groups (N) or (B, N), and (M) or (B, M)."""
+    """Returns group_bias[b, h, query_groups[b, i], key_groups[b, j]] for each pair, (B, H, N, M) or (1, H, N, M).
+
+    It is 0 if one of the two has no group. group_bias (H, Gq, Gk) or (B, H, Gq, Gk), groups (N) or (B, N), and (M) or (B, M).
+    """
     if group_bias is None or query_groups is None or key_groups is None:
         return None
     bias = as_dtype(group_bias, compute_dtype(group_bias))  # 16 bits would lose the sums of its gradient
@@ -63,7 +65,7 @@ def pair_bias_of(group_bias: Tensor | None, query_groups: Tensor | None, key_gro
 
 
 def gated(out: Tensor, head_gate: Tensor | None) -> Tensor:
-    """The output (B, H, N, Dv) with each head times its gate, (H,) or (B, H)."""
+    """Returns the output (B, H, N, Dv) with each head times its gate, (H,) or (B, H)."""
     return out if head_gate is None else (out * head_gate[..., None, None]).to(out.dtype)
 
 
@@ -75,7 +77,7 @@ def logits(
     softcap: float | None,
     pair_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The logits (B, H, N, M) behind softcap, float mask and bias, and which pairs are visible."""
+    """Returns the logits (B, H, N, M) after softcap, float mask and bias, and which pairs are visible."""
     if softcap is not None:
         score = softcap * torch.tanh(score / softcap)
     visible = torch.ones_like(score, dtype=torch.bool)

@@ -40,8 +40,10 @@ def attention_map(
     key_groups: Tensor | None = None,
     group_bias: Tensor | None = None,
 ) -> Tensor:
-    """The formula behind vlattn_fast.attention_map; the same arguments and shapes, without `backend`. The log-sum-exp is
-    recomputed; `lse` is not read."""
+    """Computes the formula of vlattn_fast.attention_map; the same arguments and shapes, without `backend`.
+
+    The log-sum-exp is recomputed; `lse` has no effect.
+    """
     check_choice("rule", rule, RULES)
     check_choice("head_reduction", head_reduction, HEAD_REDUCTIONS)
     (key,) = mask_padding(key_mask, key)

@@ -1,4 +1,4 @@
-"""The statistics that probes read from an attention map A = softmax(scale * q k^T + mask).
+"""The statistics that probes take from an attention map A = softmax(scale * q k^T + mask).
 
 Cao et al., "Behind the Scene", ECCV 2020 (VALUE).
 Shapes: B batch, H heads, N queries, M keys, G groups of keys; query (B, H, N, D), key (B, Hkv, M, D).
@@ -27,9 +27,9 @@ from vlattn_fast.backends.reference._softmax import attend, logits, pair_bias_of
 
 
 class AttentionStatistics(NamedTuple):
-    """Statistics of A (B, H, N, M), float32 (float64 for float64 input); argmax is int64. None is what was not asked for.
+    """Holds statistics of A (B, H, N, M), float32 (float64 for float64 input); argmax is int64. None = not asked for.
 
-    A row of A sums to 1, or to less where a sink takes a share: the statistics are those of what falls on the keys.
+    A row of A sums to 1, or to less with a sink: the statistics are of the weights on the keys.
     """
 
     mass: Tensor
@@ -39,13 +39,13 @@ class AttentionStatistics(NamedTuple):
     maximum: Tensor
     """(B, H, N): max_j A_ij."""
     argmax: Tensor
-    """(B, H, N) int64: the first key with that weight; -1 where no key has any, as in a fully masked row."""
+    """(B, H, N) int64: the first key with that weight; -1 if no key has any, e.g. in a fully masked row."""
     received: Tensor
     """(B, H, M): the attention a key receives, sum_i row_weight_i A_ij."""
 
 
 class LogitStatistics(NamedTuple):
-    """The fields of AttentionStatistics, and those of the logits: what a call returns that names one of these."""
+    """Holds the fields of AttentionStatistics, and those of the logits: the result of a call that names one of these."""
 
     mass: Tensor
     entropy: Tensor
@@ -53,12 +53,12 @@ class LogitStatistics(NamedTuple):
     argmax: Tensor
     received: Tensor
     max_logit: Tensor
-    """(B, H, N): the largest logit, behind softcap and masks, without a gradient; -inf in a fully masked row."""
+    """(B, H, N): the largest logit, after softcap and masks, without a gradient; -inf in a fully masked row."""
     lse: Tensor
     """(B, H, N): the natural log-sum-exp of the logits and the sink, without a gradient; -inf in an empty row."""
 
     def max_logit_of_heads(self) -> Tensor:
-        """(H,): the largest logit of each head over all samples and queries, which QK-clip compares with its threshold."""
+        """Returns (H,), the largest logit of each head over all samples and queries, as QK-clip needs it."""
         if self.max_logit is None:
             raise ValueError("max_logit was not computed; name it in statistics")
         heads = self.max_logit.transpose(0, 1).flatten(1)
@@ -66,8 +66,10 @@ class LogitStatistics(NamedTuple):
 
 
 def chosen_statistics(values: Iterable[Tensor | None], names: Collection[str]) -> AttentionStatistics:
-    """The statistics with these `names`; None for the others. Most calls ask for all that weigh: to type checkers those fields
-    are tensors, of the type that has no logits."""
+    """Returns the statistics with these `names`; None for the others.
+
+    Most calls ask for all that weigh: to type checkers those fields are tensors, of the type that has no logits.
+    """
     chosen = [x if name in names else None for name, x in zip(LogitStatistics._fields, values, strict=True)]
     if "max_logit" not in names and "lse" not in names:
         return AttentionStatistics(*chosen[: len(AttentionStatistics._fields)])  # type: ignore[arg-type]
@@ -92,7 +94,7 @@ def attention_statistics(
     query_groups: Tensor | None = None,
     group_bias: Tensor | None = None,
 ) -> AttentionStatistics:
-    """The formulas behind vlattn_fast.attention_statistics; the same arguments and shapes, without `backend`."""
+    """Computes the formulas of vlattn_fast.attention_statistics; the same arguments and shapes, without `backend`."""
     default = AttentionStatistics._fields
     asked = default if statistics is None else check_names("statistics", statistics, LogitStatistics._fields)
     (key,) = mask_padding(key_mask, key)

@@ -33,7 +33,7 @@ def congruence_loss(
     scale: float | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """The formula behind vlattn_fast.congruence_loss; the same arguments and shapes, without `backend`."""
+    """Computes the formula of vlattn_fast.congruence_loss; the same arguments and shapes, without `backend`."""
     check_choice("kind", kind, KINDS)
     check_choice("direction", direction, DIRECTIONS)
     check_choice("reduction", reduction, REDUCTIONS)
@@ -79,7 +79,7 @@ def block_inputs(
 
 
 def num_gradients(kind: str) -> int:
-    """How many blocks have gradients: all of LL, VV, LV and VL, or the first two, where the cross blocks are constants."""
+    """Returns how many blocks have gradients: all of LL, VV, LV and VL, or the first two if the cross blocks are constants."""
     return 4 if kind == "iais_distributed" else 2
 
 
@@ -128,9 +128,9 @@ def _log_softmax(x: Tensor, columns: Tensor) -> Tensor:
 
 
 def _symmetric_kl(p: Tensor, t: Tensor, log_p: Tensor, log_t: Tensor, epsilon: float, rows: Tensor, columns: Tensor) -> Tensor:
-    """KLB(log(p + eps), t) + KLB(log(t + eps), p), KLB(log a, b) = sum_ij b (log b - log a) / number of rows: (B).
+    """Returns KLB(log(p + eps), t) + KLB(log(t + eps), p), KLB(log a, b) = sum_ij b (log b - log a) / number of rows: (B).
 
-    epsilon stands only in the logarithm of the first argument. A sample without text or without image tokens gives 0.
+    epsilon occurs only in the logarithm of the first argument. A sample without text or without image tokens gives 0.
     """
     first_p = torch.log(p + epsilon) if epsilon else log_p
     first_t = torch.log(t + epsilon) if epsilon else log_t

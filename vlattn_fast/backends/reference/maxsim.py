@@ -13,7 +13,7 @@ from vlattn_fast._ground.tensors import compute_dtype, product, real_tokens
 
 
 def maxsim(queries: Tensor, documents: Tensor, query_mask: Tensor | None = None, document_mask: Tensor | None = None) -> Tensor:
-    """The formula behind vlattn_fast.maxsim; the same arguments and shapes, without `backend`."""
+    """Computes the formula of vlattn_fast.maxsim; the same arguments and shapes, without `backend`."""
     dtype = compute_dtype(queries)
     if query_mask is None:
         query_mask = torch.ones(queries.shape[:2], dtype=torch.bool, device=queries.device)

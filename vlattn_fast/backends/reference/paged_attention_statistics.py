@@ -21,7 +21,7 @@ from vlattn_fast.backends.reference.attention_statistics import attention_statis
 
 
 class PagedAttentionStatistics(NamedTuple):
-    """Statistics of the attention of each token, float32 (float64 for float64 input). None is what was not asked for."""
+    """Holds statistics of the attention of each token, float32 (float64 for float64 input). None = not asked for."""
 
     mass: Tensor
     """(T, H, G): the attention of a query on each group of keys."""
@@ -32,9 +32,9 @@ class PagedAttentionStatistics(NamedTuple):
     received: Tensor
     """(R, H, M): the attention that a key receives from its request's queries; 0 from the request's length on."""
     max_logit: Tensor
-    """(T, H): the largest logit, behind the softcap; -inf for a query that sees no key."""
+    """(T, H): the largest logit, after the softcap; -inf for a query without a visible key."""
     lse: Tensor
-    """(T, H): the natural log-sum-exp of the logits; -inf for a query that sees no key."""
+    """(T, H): the natural log-sum-exp of the logits; -inf for a query without a visible key."""
 
 
 STATISTICS = PagedAttentionStatistics._fields
@@ -42,7 +42,7 @@ DEFAULT = STATISTICS[:4]
 
 
 def chosen_statistics(values: Iterable[Tensor | None], names: Collection[str]) -> PagedAttentionStatistics:
-    """The statistics with these `names`; None for the others."""
+    """Returns the statistics with these `names`; None for the others."""
     return PagedAttentionStatistics(*[x if name in names else None for name, x in zip(STATISTICS, values, strict=True)])  # type: ignore[arg-type]
 
 
@@ -60,9 +60,9 @@ def paged_attention_statistics(
     softcap: float | None = None,
     window: int | None = None,
 ) -> PagedAttentionStatistics:
-    """The formulas behind vlattn_fast.paged_attention_statistics; the same arguments and shapes, without `backend`.
+    """Computes the formulas of vlattn_fast.paged_attention_statistics; the same arguments and shapes, without `backend`.
 
-    All R * M keys are those of one call of attention_statistics, whose mask lets each token see its request's alone.
+    All R * M keys are those of one call of attention_statistics, whose mask lets each token attend only to its own request.
     """
     asked = DEFAULT if statistics is None else check_names("statistics", statistics, STATISTICS)
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))

@@ -1,12 +1,12 @@
 """The map of a linear recurrence, and relevancy through it, with whole maps.
 
-With its queries, keys and gates held fixed a recurrence is linear in the values: o_t = sum_{s <= t} A_ts v_s, one number A_ts a
-head. So it has a map, as attention has one: Zimerman, Ali, Wolf, "Explaining Modern Gated-Linear RNNs via a Unified Implicit
-Attention Formulation", ICLR 2025, section 3; for Mamba alone Ali, Zimerman, Wolf, "The Hidden Attention of Mamba Models", 2024.
+With its queries, keys and gates held fixed a recurrence is linear in the values: o_t = sum_{s <= t} A_ts v_s, with one number
+A_ts per head. So it has a map, like attention: Zimerman, Ali, Wolf, "Explaining Modern Gated-Linear RNNs via a Unified Implicit
+Attention Formulation", ICLR 2025, section 3; only for Mamba: Ali, Zimerman, Wolf, "The Hidden Attention of Mamba Models", 2024.
 The map of the delta rule is our reading: the papers have none.
 
     S_t = diag(a_t) S_{t-1} + k_t v_t^T                                                          without beta
-    S_t = (I - beta_t k_t k_t^T) diag(a_t) S_{t-1} + beta_t k_t v_t^T                            with it (delta rule)
+    S_t = (I - beta_t k_t k_t^T) diag(a_t) S_{t-1} + beta_t k_t v_t^T                            with beta (delta rule)
     o_t = S_t^T q_t + d_t v_t                                                                    S_t (Dk, Dv)
 
 Shapes: query (B, Hq, N, Dk), key (B, Hk, N, Dk), value and grad_output (B, H, N, Dv), gates (B, H, N); A (B, H, N, N).
@@ -26,20 +26,29 @@ from vlattn_fast.backends.reference.relevancy_attention import RULES, head_mean
 def recurrent_map(
     query: Tensor, key: Tensor, *, log_decay: Tensor | None = None, beta: Tensor | None = None, diagonal: Tensor | None = None
 ) -> Tensor:
-    """The map A (B, H, N, N) of a linear recurrence whose queries, keys and gates are held fixed: o_t = sum_{s <= t} A_ts v_s.
+    """Computes the map A (B, H, N, N) of a linear recurrence with fixed queries, keys and gates: o_t = sum_{s <= t} A_ts v_s.
+
+    Memory is that of the map, O(B H N^2). To carry relevancy through a recurrence in O(N), use `vlattn_fast.recurrent_step`.
+
+    Examples:
+        >>> import torch, vlattn_fast as va
+        >>> query, key = torch.randn(2, 1, 2, 5, 8)
+        >>> A = va.reference.recurrent_map(query, key, log_decay=-torch.rand(1, 2, 5))
+        >>> A.shape, bool((A.triu(1) == 0).all())
+        (torch.Size([1, 2, 5, 5]), True)
 
     The recurrence is S_t = diag(a_t) S_{t-1} + k_t v_t^T, o_t = S_t^T q_t + d_t v_t, with a_t = exp(log_decay_t). With beta it is
-    the delta rule, which writes beta_t k_t (v_t - S^T k_t)^T, S the decayed state, in place of k_t v_t^T.
+    the delta rule, which writes beta_t k_t (v_t - S^T k_t)^T, S the decayed state, instead of k_t v_t^T.
 
     Args:
         query, key: (B, Hq, N, Dk) and (B, Hk, N, Dk), as they enter the recurrence: scaled and normalised. Hq and Hk divide H.
-        log_decay: (B, H, N), or (B, H, N, Dk) for a gate per feature of the key; None = 0, no decay.
-        beta: (B, H, N), how much of a value is written; None = no delta rule.
-        diagonal: (B, H, N), what goes from a token's value straight to its output; None = 0.
+        log_decay: (B, H, N), or (B, H, N, Dk) for a gate per key feature. Default: 0, no decay.
+        beta: (B, H, N), how much of a value is written. Default: no delta rule.
+        diagonal: (B, H, N), what goes from a token's value straight to its output. Default: 0.
 
     Returns:
         A in the dtype of sums, float32 for 16-bit inputs. H is the number of heads of the gates, without gates the larger of
-        Hq and Hk. A later token has 0, whatever stands in the inputs. NaN in a token's query is in its row, NaN in its key in its
+        Hq and Hk. A later token has 0, even if an input is NaN. NaN in a token's query fills its row, NaN in its key its
         column, and what the recurrence carries past a NaN is NaN.
     """
     dtype, num_heads = compute_dtype(query), heads_of(query, key, log_decay, beta, diagonal)
@@ -75,7 +84,10 @@ def recurrent_step(
     rule: str = "gradient",
     row_normalize: bool = False,
 ) -> Tensor:
-    """relevancy @ Abar, (B, T, N) -> (B, T, N); Abar = mean_h relu(A * dA), or of the rows of |A| divided by their sums."""
+    """Computes the formula of vlattn_fast.recurrent_step: relevancy @ Abar, (B, T, N) -> (B, T, N).
+
+    Abar = mean_h relu(A * dA), or the mean of the rows of |A| divided by their sums.
+    """
     check_choice("rule", rule, RULES)
     num_heads = heads_of(query, key, value, log_decay, beta, diagonal)
     query = expand_heads(query, num_heads)
@@ -91,5 +103,5 @@ def recurrent_step(
 
 
 def heads_of(*tensors: Tensor | None) -> int:
-    """The number of heads of a call, which those of query and key divide."""
+    """Returns the number of heads of a call, which those of query and key divide."""
     return max(x.shape[1] for x in tensors if x is not None)

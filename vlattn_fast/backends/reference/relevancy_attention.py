@@ -39,7 +39,10 @@ def relevancy_attention(
     group_bias: Tensor | None = None,
     head_gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(out, carrier). In the backward pass the carrier's cotangent r becomes r * a + (r * b) Abar."""
+    """Computes the formula of vlattn_fast.relevancy_attention: (out, carrier).
+
+    In the backward pass the carrier's gradient r becomes r * a + (r * b) Abar.
+    """
     check_choice("rule", rule, RULES)
     key, value = (expand_heads(x, query.shape[1]) for x in mask_padding(key_mask, key, value))
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
@@ -72,7 +75,10 @@ def relevancy_step(
     key_groups: Tensor | None = None,
     group_bias: Tensor | None = None,
 ) -> Tensor:
-    """relevancy @ Abar, (B, T, N) -> (B, T, M). The log-sum-exp is recomputed; `lse` is not read."""
+    """Computes the formula of vlattn_fast.relevancy_step: relevancy @ Abar, (B, T, N) -> (B, T, M).
+
+    The log-sum-exp is recomputed; `lse` has no effect.
+    """
     check_choice("rule", rule, RULES)
     (key,) = (expand_heads(x, query.shape[1]) for x in mask_padding(key_mask, key))
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
@@ -95,7 +101,7 @@ def head_mean(prob: Tensor, grad_prob: Tensor | None, row_normalize: bool) -> Te
 
 
 class _Carry(torch.autograd.Function):
-    """Identity on (out, carrier). The backward pass multiplies the carrier's cotangent by Abar; a and b are the weights."""
+    """Returns (out, carrier). The backward pass multiplies the carrier's gradient by Abar; a and b are the weights."""
 
     @staticmethod
     def forward(

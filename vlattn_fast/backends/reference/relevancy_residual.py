@@ -1,4 +1,4 @@
-"""A residual sum that weights relevancy by what each of its two terms brings (our reading of Huang et al. 2023).
+"""A residual sum that weights relevancy by the contribution of each of its two terms (our reading of Huang et al. 2023).
 
 On any device and floating dtype. Shapes: residual and branch (B, N, C), carriers (B, T, N), weights (B, N).
 """
@@ -26,7 +26,10 @@ def relevancy_residual(
     *,
     weighting: str | Weighting = "contribution",
 ) -> tuple[Tensor, Tensor]:
-    """(residual + branch, carrier). In the backward pass the carrier's cotangent r becomes r * a and r * b."""
+    """Computes the formula of vlattn_fast.relevancy_residual: (residual + branch, carrier).
+
+    In the backward pass the carrier's gradient r becomes r * a and r * b.
+    """
     if not callable(weighting):
         check_choice("weighting", weighting, WEIGHTINGS)
     total, carrier = _Residual.apply(residual, branch, residual_carrier, branch_carrier, weighting)

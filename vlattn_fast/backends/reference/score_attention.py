@@ -1,4 +1,4 @@
-"""softmax(scale * score(q, k) + mask) v : the formula of each score function stands in its class (vlattn_fast/scores/).
+"""softmax(scale * score(q, k) + mask) v: the formula of each score function is in its class (vlattn_fast/scores/).
 
 Shapes: B batch, H heads, N queries, M keys, D head_dim; query (B, H, N, Dq), key (B, Hkv, M, Dk), value (B, Hkv, M, Dv).
 """
@@ -35,7 +35,7 @@ def score_attention(
     group_bias: Tensor | None = None,
     head_gate: Tensor | None = None,
 ) -> Any:
-    """The formula behind vlattn_fast.score_attention; the same arguments and shapes, without `backend`."""
+    """Computes the formula of vlattn_fast.score_attention; the same arguments and shapes, without `backend`."""
     score = resolve(score)
     padded = *mask_padding(key_mask, key, fill=score.masked_key), *mask_padding(key_mask, value)
     key, value = (expand_heads(x, query.shape[1]) for x in padded)

@@ -37,7 +37,7 @@ def stacked_cross_attention(
     aggregation: str = "logsumexp",
     lambda_lse: float = 6.0,
 ) -> Tensor:
-    """The formula behind vlattn_fast.stacked_cross_attention; the same arguments and shapes, without `backend`."""
+    """Computes the formula of vlattn_fast.stacked_cross_attention; the same arguments and shapes, without `backend`."""
     check_choice("direction", direction, DIRECTIONS)
     check_choice("first_norm", first_norm, FIRST_NORMS)
     check_choice("aggregation", aggregation, AGGREGATIONS)
@@ -66,16 +66,16 @@ def damsm_similarity(
     gamma1: float = 4.0,
     gamma2: float = 5.0,
 ) -> Tensor:
-    """The formula behind vlattn_fast.damsm_similarity (AttnGAN eq. 7-10): log sum_t exp(gamma2 cos(e_t, c_t)).
+    """Computes the formula of vlattn_fast.damsm_similarity (AttnGAN eq. 7-10): log sum_t exp(gamma2 cos(e_t, c_t)).
 
-    So it is in words_loss of taoxugit/AttnGAN, code/miscc/losses.py; the paper's eq. 10 divides it by gamma2.
+    words_loss of taoxugit/AttnGAN, code/miscc/losses.py, has the same; the paper's eq. 10 divides it by gamma2.
     """
     lengths = caption_lengths, image_lengths
     return gamma2 * stacked_cross_attention(images, captions, *lengths, first_norm="softmax", smooth=gamma1, lambda_lse=gamma2)
 
 
 def _relevance(q: Tensor, c: Tensor, first_norm: str | None, smooth: float) -> Tensor:
-    """r_q = cos(q, a_q), (n,): how near each query is to the context that it attends to."""
+    """Returns r_q = cos(q, a_q), (n,): how close each query is to the context that it attends to."""
     s = product(q, c.mT)  # eq. 1
     alpha = torch.softmax(smooth * _normalize(s, first_norm), dim=1)  # over contexts, eq. 3
     a = product(alpha, c)  # eq. 2

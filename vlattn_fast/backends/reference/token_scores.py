@@ -79,7 +79,7 @@ def token_scores(
     softcap: float | None = None,
     sink: Tensor | None = None,
 ) -> Tensor:
-    """The formulas behind vlattn_fast.token_scores; the same arguments and shapes, without `backend`."""
+    """Computes the formulas of vlattn_fast.token_scores; the same arguments and shapes, without `backend`."""
     how = resolve_rule(query, rule, queries, kernel_size, pooling, recent, per_head, is_causal)
     num_queries = query.shape[2]
     rows = chosen_queries(how, query, key, key_mask)  # (B, N)
@@ -98,7 +98,7 @@ def token_scores(
 
 
 def text_raters(hidden: Tensor, image: Tensor, text: Tensor) -> Tensor:
-    """The formula behind vlattn_fast.text_raters; the same arguments."""
+    """Computes the formula of vlattn_fast.text_raters; the same arguments."""
     check_raters(hidden, image, text)
     image_states, text_states = hidden.masked_fill(~image[..., None], 0.0), hidden.masked_fill(~text[..., None], 0.0)
     prob, _ = attend(product(image_states, text_states.mT)[:, None], key_mask=text)  # softmax over the text (B, 1, N, N)
@@ -112,7 +112,7 @@ def text_raters(hidden: Tensor, image: Tensor, text: Tensor) -> Tensor:
 def resolve_rule(
     query: Tensor, rule: Any, queries: Any, kernel_size: Any, pooling: Any, recent: Any, per_head: Any, is_causal: Any
 ) -> Rule:
-    """The rule with the options that the caller gave, which are checked."""
+    """Checks the caller's options and returns the rule with them."""
     check_choice("rule", rule, tuple(RULES))
     how = RULES[rule]._replace(pooling=pooling)
     check_choice("pooling", pooling, ("avg", "max"))
@@ -157,7 +157,7 @@ def _check_queries(queries: Any, query: Tensor) -> None:
 
 
 def real_queries(how: Rule, query: Tensor, key: Tensor, key_mask: Tensor | None) -> Tensor | None:
-    """bool (B, N): the queries of real tokens; None = all. Queries that are no tokens of the keys are real."""
+    """Returns bool (B, N), the queries of real tokens; None = all. Queries that are not tokens of the keys are real."""
     num_queries, num_keys = query.shape[2], key.shape[2]
     if key_mask is None or not (num_queries == num_keys or (how.is_causal and num_queries < num_keys)):
         return None
@@ -186,8 +186,10 @@ def chosen_queries(how: Rule, query: Tensor, key: Tensor, key_mask: Tensor | Non
 
 
 def hide_later(attn_mask: Tensor | None, rows: slice | Tensor, num_queries: int, key: Tensor) -> Tensor:
-    """The mask of some of the queries, those in a row or (B, R), which hides from each all keys behind its place: the queries are
-    those of the last N of the M tokens."""
+    """Returns the mask of some of the queries, consecutive ones or (B, R), which hides all keys after each one's position.
+
+    The queries are those of the last N of the M tokens.
+    """
     num_keys = key.shape[2]
     before = num_keys - num_queries  # the place of the first query
     if isinstance(rows, slice):
@@ -200,8 +202,10 @@ def hide_later(attn_mask: Tensor | None, rows: slice | Tensor, num_queries: int,
 
 
 def finish(received: Tensor, how: Rule, num_rows: int, key: Tensor, key_mask: Tensor | None) -> Tensor:
-    """Scores from what each query head gives (B, H, M): pooled over keys, heads reduced, and more than any of them where a token
-    is kept in any case."""
+    """Returns scores from the attention that each query head gives (B, H, M): pooled over keys, and heads reduced.
+
+    A token that is always kept gets more than any other token can have.
+    """
     highest = float(num_rows + 1 if how.is_sum else 2)  # a query gives at most 1
     if key_mask is None:
         first = min(int(how.keeps_first), key.shape[2])
@@ -228,7 +232,7 @@ def _pooled(received: Tensor, how: Rule) -> Tensor:
 
 
 def _of_heads(received: Tensor, how: Rule, key: Tensor) -> Tensor:
-    """The mean over the query heads of a key head, or over all; 0 where there are none."""
+    """Returns the mean over the query heads of a key head, or over all; 0 if there are none."""
     num_heads, num_key_heads = received.shape[1], key.shape[1]
     if how.per_head and num_heads == num_key_heads:
         return received
