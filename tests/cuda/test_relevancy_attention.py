@@ -92,7 +92,7 @@ def test_an_lse_far_from_zero_is_taken_as_it_is() -> None:
         (3, 8, 130, 1, torch.float32, "a head_dim of at most 128"),
         (200, 64, 8, 1, torch.float32, "shared memory"),
         (200, 8, 65, 1, torch.bfloat16, "shared memory"),
-        (3, 8, 8, 65, torch.float32, "at most 64 carried rows"),
+        (3, 8, 8, 65, torch.float32, "at most 64 relevancy vectors"),
         (3, 8, 8, 1, F64, "float16, bfloat16 and float32"),
     ],
 )

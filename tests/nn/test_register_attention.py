@@ -136,7 +136,7 @@ def test_softcaps_and_sinks_are_the_models() -> None:
         torch.testing.assert_close(answer(model(**inputs))[real], wanted, rtol=1e-4, atol=1e-5)
         by_name(model, "additive")
         if model is capped:
-            with pytest.raises(ValueError, match="softcap must be None for another score than 'dot' and 'scaled_dot'"):
+            with pytest.raises(ValueError, match="softcap must be None for scores other than 'dot' and 'scaled_dot'"):
                 model(**inputs)
         else:
             assert not torch.allclose(answer(model(**inputs))[real], wanted, rtol=1e-3)

@@ -201,7 +201,7 @@ def test_options_of_scores_are_refused_where_the_layer_is_made(
 
 @pytest.mark.parametrize("score", ["cosine", "additive"])
 def test_a_softcap_of_another_score_is_refused_where_the_layer_is_made(score: str) -> None:
-    with pytest.raises(ValueError, match="softcap must be None for another score"):
+    with pytest.raises(ValueError, match="softcap must be None for scores other than"):
         ScoreAttention(16, 4, score, softcap=2.0)
 
 

@@ -360,7 +360,7 @@ def test_compiled_groups_are_not_read() -> None:
     def compiled(num_groups: int | None) -> Tensor:
         return attention_statistics(query, key, key_groups=groups, num_groups=num_groups).mass
 
-    with pytest.raises(Exception, match="num_groups must be an integer where the values of key_groups cannot be read"):
+    with pytest.raises(Exception, match="num_groups must be an integer if the values of key_groups are not available"):
         compiled(None)
     mass = compiled(2)
     want = attention_statistics(query, key, key_groups=torch.tensor([0, 1, -1, -1]), num_groups=2).mass
@@ -413,7 +413,7 @@ BAD_INPUT: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"key_groups": INDEX + 2, "num_groups": 2}, ValueError, "below num_groups = 2; got values from 2 to 2"),
     ({"key_groups": INDEX, "num_groups": -1}, ValueError, "num_groups must be at least 0"),
     ({"key_groups": INDEX, "num_groups": 2.0}, TypeError, "num_groups must be an int"),
-    ({"num_groups": 3}, ValueError, "num_groups must be 0 or None where key_groups is not given"),
+    ({"num_groups": 3}, ValueError, "num_groups must be 0 or None if key_groups is not given"),
     ({"row_weight": 2.0}, TypeError, "row_weight must be a torch.Tensor"),
     ({"row_weight": torch.ones(N, dtype=torch.int64)}, TypeError, "row_weight must be float16"),
     ({"row_weight": torch.ones(1, N)}, ValueError, r"row_weight must have shape \(N\) or \(B, N\) with \(B, N\) = \(2, 7\)"),

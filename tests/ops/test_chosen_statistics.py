@@ -51,7 +51,7 @@ def test_what_is_named_is_a_name() -> None:
     for bad, words in (
         (["mode"], "statistics must be among mass, .*; got 'mode'"),
         ([], "statistics must name at least one; got none"),
-        (["entropy", "mass"], "key_groups must be given where statistics names 'mass', .*; got None"),
+        (["entropy", "mass"], "key_groups must be given if statistics names 'mass', .*; got None"),
     ):
         with pytest.raises(ValueError, match=words):
             attention_statistics(query, query, statistics=bad)

@@ -76,7 +76,7 @@ def test_lengths_and_groups_without_values() -> None:
         lengths, groups = torch.tensor([1, 2, 3]), torch.tensor([0, 1, 1, 0])
         assert va.stacked_cross_attention(images, captions, lengths).shape == (2, 3)
         assert va.attention_statistics(query, query, key_groups=groups, num_groups=2).mass.shape == (1, 2, 4, 2)
-        with pytest.raises(ValueError, match="num_groups must be an integer where .* got None"):
+        with pytest.raises(ValueError, match="num_groups must be an integer if .* got None"):
             va.attention_statistics(query, query, key_groups=groups)
 
 

@@ -161,7 +161,7 @@ def test_other_scores_say_that_they_have_none() -> None:
     additive = va.scores.Additive(torch.ones(5, dtype=torch.float64))
     out = va.score_attention(query, key, value, score=additive, backend="streaming")
     (grad,) = torch.autograd.grad(out.sum(), query, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative for scores that are no dot product"):
+    with pytest.raises(RuntimeError, match="no second derivative for scores that are not dot products"):
         grad.sum().backward()
     (second,) = torch.autograd.grad(
         torch.autograd.grad(va.score_attention(query, key, value, backend="streaming").sum(), query, create_graph=True)[0].sum(),

@@ -201,10 +201,10 @@ def refused() -> dict[str, Tensor]:
     by_heads = {name: on(name, Shard(1)) for name in ("query", "key", "value")}
     wrong: list[tuple[Any, dict[str, Any], str]] = [
         (va.score_attention, {**by_heads, "query": on("query", Shard(2))}, "query must be replicated or sharded over batch or h"),
-        (va.score_attention, {**by_heads, "key": on("key", Shard(0))}, "key must be replicated, or sharded as query"),
-        (va.score_attention, {**by_heads, "key": x["key"]}, "key must be a DTensor as query is; got a torch.float64 tensor"),
+        (va.score_attention, {**by_heads, "key": on("key", Shard(0))}, "key must be replicated, or sharded like query"),
+        (va.score_attention, {**by_heads, "key": x["key"]}, "key must be a DTensor, like query; got a torch.float64 tensor"),
         (va.score_attention, {**by_heads, "query": x["query"]}, "key must be a dense torch.Tensor"),
-        (va.score_attention, {**by_heads, "dropout_p": 0.5}, "dropout_p must be 0 where query is a DTensor"),
+        (va.score_attention, {**by_heads, "dropout_p": 0.5}, "dropout_p must be 0 if query is a DTensor"),
         (va.score_attention, {**by_heads, "score": va.scores.Additive(torch.ones(D))}, "score must have no parameters"),
         (
             va.congruence_loss,

@@ -419,7 +419,7 @@ def test_wrong_options(operator: str, option: dict[str, Any], error: type[Except
 @pytest.mark.parametrize("score", ("cosine", S.General(torch.eye(4)), S.Additive(torch.ones(4))))
 def test_a_softcap_is_that_of_a_dot_product(score: Any) -> None:
     x = torch.randn(1, 2, 3, 4)
-    with pytest.raises(ValueError, match="softcap must be None for another score than 'dot' and 'scaled_dot'; got 2.0 for"):
+    with pytest.raises(ValueError, match="softcap must be None for scores other than 'dot' and 'scaled_dot'; got 2.0 for"):
         va.score_attention(x, x, x, score=score, softcap=2.0)
 
 

@@ -14,9 +14,9 @@ from vlattn_fast.ops import OPERATORS
 
 LONG = torch.int64
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "no bias": ({"group_bias": None}, ValueError, "group_bias must be given where one of query_groups"),
-    "no groups of queries": ({"query_groups": None}, ValueError, "query_groups must be given where"),
-    "no groups of keys": ({"key_groups": None}, ValueError, "key_groups must be given where"),
+    "no bias": ({"group_bias": None}, ValueError, "group_bias must be given if one of query_groups"),
+    "no groups of queries": ({"query_groups": None}, ValueError, "query_groups must be given if"),
+    "no groups of keys": ({"key_groups": None}, ValueError, "key_groups must be given if"),
     "of integers": ({"group_bias": torch.ones(H, GQ, GK, dtype=LONG)}, TypeError, "group_bias must be floating point"),
     "other heads": ({"group_bias": torch.ones(H + 1, GQ, GK)}, ValueError, r"group_bias must have shape \(H, Gq, Gk\) or"),
     "other samples": ({"group_bias": torch.ones(B + 1, H, GQ, GK)}, ValueError, "group_bias must have shape"),

@@ -152,7 +152,7 @@ class ScoreAttention(nn.Module):
         self.sink = nn.Parameter(torch.zeros(num_heads)) if sink else None
         self.score = make_score(score, num_heads, embed_dim // num_heads, per_head, score_options)
         if softcap is not None and isinstance(score, str) and not scores.layers()[score].score.is_plain:
-            raise ValueError(f"softcap must be None for another score than 'dot' and 'scaled_dot'; got {softcap} for {score!r}")
+            raise ValueError(f"softcap must be None for scores other than 'dot' and 'scaled_dot'; got {softcap} for {score!r}")
         self.q_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
         self.k_proj = nn.Linear(kdim, embed_dim, bias=bias)
         self.v_proj = nn.Linear(vdim, embed_dim, bias=bias)

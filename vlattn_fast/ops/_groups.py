@@ -1,7 +1,7 @@
 """Biases of pairs of token groups, and gates of heads, in the public calls of attention.
 
-Kernels know nothing of the queries' groups: they take row_bias (B, H, N, G), the bias of each query by the group of the key. Two
-operators, each the gradient of the other, go between group_bias and row_bias, so a bias has derivatives of every order.
+Kernels do not see the queries' groups: they take row_bias (B, H, N, G), the bias of each query by the group of the key. Two
+operators, each the gradient of the other, convert between group_bias and row_bias, so a bias has derivatives of every order.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _NAMES = "query_groups", "key_groups", "group_bias"
 def check_groups(arguments: Any) -> None:
     """query_groups, key_groups and group_bias come together and fit query and key."""
     x, query = arguments, arguments.query
-    alone = x.group_bias is None and x.query_groups is None
-    if alone and (x.key_groups is None or "num_groups" in x._fields):  # without a bias attention_statistics takes groups of keys
+    has_no_bias = x.group_bias is None and x.query_groups is None
+    if has_no_bias and (x.key_groups is None or "num_groups" in x._fields):  # attention_statistics takes only groups of keys
         return
     for name in _NAMES:
         if getattr(x, name) is None:
-            raise ValueError(f"{name} must be given where one of query_groups, key_groups and group_bias is; got None")
+            raise ValueError(f"{name} must be given if one of query_groups, key_groups and group_bias is; got None")
     check_tensor("group_bias", x.group_bias, shape="(H, Gq, Gk) or (B, H, Gq, Gk)")
     check_device("group_bias", x.group_bias, "query", query)
     if x.group_bias.dtype not in FLOAT_DTYPES:
@@ -71,7 +71,7 @@ def check_rows(name: str, x: Tensor, query: Tensor, length: int, size: str) -> N
 
 
 def check_range(name: str, groups: Tensor, num_groups: int) -> None:
-    """The values of `groups` are those of groups, or -1, where they can be read without waiting for a device."""
+    """Raises ValueError unless `groups` holds indices of groups, or -1. Checks only values that no device makes it wait for."""
     if groups.device.type != "cpu" or groups.numel() == 0 or not readable(groups):
         return
     low, high = (int(x) for x in groups.aminmax())
@@ -88,14 +88,14 @@ def check_ranges(arguments: Any) -> None:
 
 
 def resolve_groups(key_groups: Tensor | None, num_groups: int | None) -> int:
-    """The number of groups of keys. Reads values of key_groups where that waits for no device, and where no other argument tells
+    """Returns the number of groups of keys. Uses values of key_groups if that waits for no device, or if no other argument tells
     the number."""
     if key_groups is None:
         return 0
     if not readable(key_groups):
         if num_groups is None:
             raise ValueError(
-                "num_groups must be an integer where the values of key_groups cannot be read (torch.compile and other traces, "
+                "num_groups must be an integer if the values of key_groups are not available (torch.compile and other traces, "
                 "torch.func.vmap, CUDA graph capture, meta and fake tensors); got None"
             )
         return num_groups
@@ -119,7 +119,7 @@ def _range(groups: Tensor) -> tuple[int, int]:
 
 
 def group_bias_inputs(arguments: Any) -> tuple[Tensor | None, Tensor | None]:
-    """row_bias (B, H, N, G) and key_groups (B, M) as backends take them; None and None without a bias. `arguments`: query, groups
+    """Returns row_bias (B, H, N, G) and key_groups (B, M), as backends take them, or None and None. `arguments`: query, groups
     and group_bias of a public call."""
     x, bias = arguments, arguments.group_bias
     if bias is None:
@@ -132,8 +132,8 @@ def group_bias_inputs(arguments: Any) -> tuple[Tensor | None, Tensor | None]:
 
 
 def bias_arguments(inputs: ScoreAttentionInputs) -> dict[str, Tensor | None]:
-    """Arguments of public calls by which an operator gets the row_bias (B, H, N, G) of these inputs: each query is a group. Empty
-    without one."""
+    """Returns arguments of public calls that give an operator the row_bias (B, H, N, G) of these inputs: each query is a group.
+    Empty without one."""
     if inputs.row_bias is None:
         return {}
     query_groups = torch.arange(inputs.row_bias.shape[2], device=inputs.row_bias.device)

@@ -1,7 +1,7 @@
 """Registration of the operators with torch.library under the namespace of `_ops`, and a fast path past torch's dispatcher.
 
-For an operator written in Python the dispatcher takes longer than a kernel on small tensors: 15 microseconds, 45 where autograd
-records the call, 20 in the backward pass. Where the dispatcher would only do autograd, the fast path calls the kernel, in an
+For an operator written in Python the dispatcher takes longer than a kernel on small tensors: 15 microseconds, 45 if autograd
+records the call, 20 in the backward pass. If the dispatcher would only do autograd, the fast path calls the kernel, in an
 autograd.Function if a gradient is needed.
 """
 
@@ -37,12 +37,12 @@ _FORMULAS: dict[str, tuple[Callable[..., Any], Callable[..., None]]] = {}  # of 
 def define(name: str, inputs_type: type[Any], returns: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """Registers the operator `name(inputs) -> returns` for every device and returns the function that calls it.
 
-    `inputs_type` is the operator's NamedTuple of vlattn_fast.backends.inputs: the schema has its fields. The function that is
-    returned, `implementation` and `fake` take one of it. Where an implementation gives None for an output, the function returns
-    None, or an empty tensor, since torch's dispatcher knows no None.
+    `inputs_type` is the operator's NamedTuple of vlattn_fast.backends.inputs: the schema has its fields. The returned
+    function, `implementation` and `fake` take one of it. If an implementation gives None for an output, the function returns
+    None, or an empty tensor, since torch's dispatcher does not support None.
 
-    torch.compile makes a graph for each value of a float argument. So an operator with floats gets a twin with 0-dim tensors in
-    their places, which compiled code calls where a float varies.
+    torch.compile makes a graph for each value of a float argument. So an operator with floats gets a twin with 0-dim tensors
+    instead of them, which compiled code calls if a float varies.
     """
     types = {field: _TYPES[kind] for field, kind in get_type_hints(inputs_type).items()}
     _INPUTS[name] = inputs_type
@@ -77,7 +77,7 @@ def define(name: str, inputs_type: type[Any], returns: str, implementation: Call
         if not records:
             return kernel(inputs)
         if returns_lists or _C._dispatch_tls_local_exclude_set().raw_repr() & _AUTOGRAD:
-            return dispatched(*inputs)  # an autograd.Function cannot return lists, and runs also where autograd is excluded
+            return dispatched(*inputs)  # an autograd.Function cannot return lists, and runs even if autograd is excluded
         return recorded(*tensors, inputs)
 
     return call
@@ -97,8 +97,8 @@ def _keys(*names: str) -> Any:
 
 
 def _records(tensors: Sequence[Tensor | None]) -> bool | None:
-    """Whether autograd would record an operator on these tensors; None where the dispatcher would do more than call autograd and
-    the kernel. It does more for tensors without memory of their own (meta, fake, functorch's, subclasses, negated views), in
+    """Returns whether autograd would record an operator on these tensors; None if the dispatcher would do more than call autograd
+    and the kernel. It does more for tensors without memory of their own (meta, fake, functorch's, subclasses, negated views), in
     modes (of dispatch, of functions, vmap, tracing), and for a profiler, which shows operators by name.
     """
     if _C._has_torch_function(tensors) or _C._autograd._profiler_enabled():
@@ -116,7 +116,7 @@ def _records(tensors: Sequence[Tensor | None]) -> bool | None:
 
 
 def _below_autograd(implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """The kernel of the fast path. As in `_register`, autocast is off and no output is a view, since autograd tracks none."""
+    """Returns the kernel of the fast path. As in `_register`, autocast is off and no output is a view: autograd tracks none."""
 
     def kernel(inputs: Any) -> Any:
         try:
@@ -142,8 +142,8 @@ except AttributeError:  # a torch whose private functions have other names
 
 
 def _autograd_function(name: str, kernel: Callable[..., Any], num_tensors: int, takes_lists: bool) -> Callable[..., Any]:
-    """Calls the kernel in an autograd.Function with the operator's backward formula. It takes the operator's tensors, those of
-    lists one by one, and then all inputs as one tuple, into which autograd does not look."""
+    """Returns a function that calls the kernel in an autograd.Function with the operator's backward formula. It takes the
+    operator's tensors, those of lists one by one, and then all inputs as one tuple, which autograd does not unpack."""
 
     def forward(ctx: Any, *tensors_and_inputs: Any) -> Any:
         inputs = tensors_and_inputs[-1]
@@ -152,12 +152,12 @@ def _autograd_function(name: str, kernel: Callable[..., Any], num_tensors: int, 
         setup_context(ctx, inputs, outputs)
         return outputs
 
-    no_more = (None,) * (num_tensors + 1)  # autograd takes any number of these behind the gradients
+    no_more = (None,) * (num_tensors + 1)  # autograd takes any number of these after the gradients
 
     def backward(ctx: Any, *grads: Any) -> Any:
         formula, _ = _FORMULAS[name]
-        of_first = formula(ctx, *grads)
-        return *(_flat(of_first) if takes_lists else of_first), *no_more
+        grads_of_first = formula(ctx, *grads)
+        return *(_flat(grads_of_first) if takes_lists else grads_of_first), *no_more
 
     function: Any = type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
     # Function.apply, in Python, first looks for functorch's tensors; _records has ruled them out
@@ -205,26 +205,26 @@ def _note_the_way_out(error: Exception, inputs: Any) -> None:
 
 
 def _without_views(outputs: Any, like: Tensor) -> Any:
-    """The same memory, without copies, in tensors that are no views. An empty one stands for None."""
+    """Returns the same memory, without copies, in tensors that are not views. An empty one stands for None."""
     if outputs is None:
         return like.new_empty(0)
     if not isinstance(outputs, Tensor):
         return type(outputs)([_without_views(x, like) for x in outputs])
     if outputs._base is None:
         return outputs
-    place = outputs.storage_offset(), outputs.shape, outputs.stride()
-    return outputs.new_empty(0).set_(outputs.untyped_storage(), *place)
+    layout = outputs.storage_offset(), outputs.shape, outputs.stride()
+    return outputs.new_empty(0).set_(outputs.untyped_storage(), *layout)
 
 
 def differentiable(name: str, backward: Callable[..., tuple[Any, ...]], setup_context: Callable[..., None]) -> None:
     """Gives the operator and its twin their backward formula: `setup_context(ctx, inputs, output)` and `backward(ctx, *grads)`,
-    the gradients of the first inputs; the inputs behind them have none."""
+    the gradients of the first inputs; the inputs after them have none."""
     inputs_type = _INPUTS[name]
     _FORMULAS[name] = backward, setup_context
 
     def in_order(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        of_first = backward(ctx, *grads)
-        return *of_first, *[None] * (len(inputs_type._fields) - len(of_first))
+        grads_of_first = backward(ctx, *grads)
+        return *grads_of_first, *[None] * (len(inputs_type._fields) - len(grads_of_first))
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         setup_context(ctx, inputs_type(*inputs), output)
@@ -237,7 +237,7 @@ class Saved:
     """The tensors that an operator saves for its backward operator: the inputs that both have, and the named `outputs`. `grads`
     are the fields of the backward operator that come with its call.
 
-    Tensors are saved where autograd watches them. Names are looked up here once: a backward pass waits for Python.
+    Tensors are saved with ctx.save_for_backward. Names are looked up here once, since a backward pass waits for Python.
     """
 
     def __init__(self, forward_type: Any, backward_type: Any, *, outputs: Sequence[str] = (), grads: Sequence[str]) -> None:
@@ -250,25 +250,25 @@ class Saved:
         self._in_order, self._backward_type = _picked(names, backward_type._fields), backward_type
 
     def save(self, ctx: Any, inputs: Any, *outputs: Tensor | None) -> None:
-        """For a setup_context."""
+        """Saves the tensors, in a setup_context."""
         ctx.save_for_backward(*self._tensors_of(inputs), *outputs)
         ctx.options = self._options_of(inputs)
 
     def inputs(self, ctx: Any, *grads: Any) -> Any:
-        """Those of the backward operator."""
+        """Returns the inputs of the backward operator."""
         return self._backward_type._make(self._in_order((*grads, *ctx.saved_tensors, *ctx.options)))
 
 
 def _picked(fields: Sequence[str], some: Sequence[str]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
-    """A function that takes the values of `fields` and returns those of `some`."""
-    places = [fields.index(field) for field in some]
-    if len(places) < 2:  # of one place itemgetter returns what lies there, and no tuple
-        return lambda values: tuple([values[place] for place in places])
-    return operator.itemgetter(*places)
+    """Returns a function that takes the values of `fields` and returns those of `some`."""
+    indices = [fields.index(field) for field in some]
+    if len(indices) < 2:  # for one index itemgetter returns the item, and not a tuple
+        return lambda values: tuple([values[i] for i in indices])
+    return operator.itemgetter(*indices)
 
 
 def not_differentiable(name: str, why: str) -> None:
-    """Makes a backward pass through the operator an error that says why; torch's own would be silent or jargon."""
+    """Makes a backward pass through the operator an error that says why; torch would return a silent or obscure result."""
 
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         raise RuntimeError(f"{add_op_namespace_prefix(name)}: {why}")
@@ -280,6 +280,6 @@ def not_differentiable(name: str, why: str) -> None:
 
 
 def once_differentiable(name: str) -> None:
-    """Refuses second derivatives, for a backward operator."""
+    """Makes second derivatives an error, for a backward operator."""
     stem = name.removesuffix("_backward")
     not_differentiable(name, f"{stem} has no second derivative; it is once differentiable (create_graph=True asked for more)")

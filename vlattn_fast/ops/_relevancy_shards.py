@@ -1,4 +1,4 @@
-"""Relevancy where several processes share the heads: Abar is a mean over all heads.
+"""Relevancy if several processes share the heads: Abar is a mean over all heads.
 
 r Abar is linear in Abar, so each process computes its heads' part, and an all-reduce adds the parts. Normalised rows of Abar need
 their sums over all heads first: one more all-reduce, of (B, N).
@@ -23,7 +23,7 @@ _GROUPS = ("query_groups", "key_groups", "group_bias")
 
 
 def attention(call: Callable[..., Any], shards: Shards, x: Local) -> Any:
-    """relevancy_attention on the heads of this process. The cotangent of its carrier is this process's part of the sum."""
+    """Runs relevancy_attention on the heads of this process. The gradient of its carrier is this process's part of the sum."""
     check_bool(row_normalize=x["row_normalize"])
     if not shards.by_heads:
         return call(**x)
@@ -38,7 +38,7 @@ def attention(call: Callable[..., Any], shards: Shards, x: Local) -> Any:
 
 
 def step(call: Callable[..., Any], shards: Shards, x: Local) -> Tensor:
-    """relevancy_step, summed over all heads."""
+    """Runs relevancy_step, summed over all heads."""
     check_bool(row_normalize=x["row_normalize"])
     if not shards.by_heads:
         return call(**x)
@@ -55,7 +55,7 @@ def _part_of(weight: Any, share: float) -> Any:
     if weight is None:
         return share
     is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-    return weight * share if is_number or isinstance(weight, Tensor) else weight  # the call refuses anything else
+    return weight * share if is_number or isinstance(weight, Tensor) else weight  # the call raises for anything else
 
 
 def _check_backend(x: Local) -> None:
@@ -64,7 +64,7 @@ def _check_backend(x: Local) -> None:
 
 
 def _normalized(carried: Tensor, x: Local, grad_output: Tensor | None, shards: Shards) -> Tensor:
-    """This process's part of carried (B, T, N) @ Abar, whose rows are divided by their sums over all heads."""
+    """Returns this process's part of carried (B, T, N) @ Abar, whose rows are divided by their sums over all heads."""
     by_gradient = x["rule"] == "gradient"
     tensors = (x["value"], grad_output) if by_gradient else (None, None)
     masks = {name: x[name] for name in (*_MASKS, *_GROUPS)}
@@ -74,7 +74,7 @@ def _normalized(carried: Tensor, x: Local, grad_output: Tensor | None, shards: S
 
 
 class _Normalized(torch.autograd.Function):
-    """The identity on the output of attention. Backward: the cotangent r becomes this process's part of r * a + (r * b) Abar."""
+    """The identity on the output of attention. Backward: the gradient r becomes this process's part of r * a + (r * b) Abar."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, carrier: Tensor, x: Local, shards: Shards) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The backends of score_attention, and what they refuse."""
+"""The backends of score_attention, and what they do not support."""
 
 from __future__ import annotations
 

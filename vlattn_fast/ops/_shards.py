@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vlattn_fast._ground.checks import describe, is_dtensor
 
-Dims = tuple[int, int | None]  # places of batch and heads, counted from the last dimension
+Dims = tuple[int, int | None]  # the dimensions of batch and heads, counted from the last
 ATTENTION: Dims = (-4, -3)  # (B, H, N, D)
 NO_HEADS: Dims = (-3, None)  # (B, T, N)
 TOKENS: Dims = (-2, None)  # (B, N), and (N) that has no batch
@@ -25,10 +25,10 @@ MASKS |= {"query_groups": TOKENS, "key_groups": TOKENS, "group_bias": ATTENTION,
 
 
 class Shards:
-    """How a call is divided on the mesh of its first tensor.
+    """Divides a call on the mesh of its first tensor.
 
     Args:
-        name, first, dims: that tensor's name in the call, the tensor, and the places of its batch and heads.
+        name, first, dims: that tensor's name in the call, the tensor, and the dimensions of its batch and heads.
     """
 
     def __init__(self, name: str, first: Any, dims: Dims) -> None:
@@ -43,8 +43,8 @@ class Shards:
             for kind, dim in zip(("batch", "heads"), self.dims, strict=True):
                 if dim is not None and placement.dim % self.first.ndim == self.first.ndim + dim:
                     return kind
-        where = "batch" if self.dims[1] is None else "batch or heads"
-        raise ValueError(f"{self.name} must be replicated or sharded over {where}; got {_layout(self.first)}")
+        allowed = "batch" if self.dims[1] is None else "batch or heads"
+        raise ValueError(f"{self.name} must be replicated or sharded over {allowed}; got {_layout(self.first)}")
 
     def _divided(self, kind: str, dims: Dims) -> tuple[int | None, int | None]:
         """The dimensions that `kind` divides in a tensor with `dims` and in the first tensor; None = absent."""
@@ -61,7 +61,7 @@ class Shards:
         return 1.0 if dim is None else self.first.to_local().shape[dim] / self.first.shape[dim]
 
     def check_heads(self) -> None:
-        """Each process has a head: a process without heads would raise while the others wait for it in an all-reduce."""
+        """Raises unless each process has a head: one without heads would raise later, while the others wait in an all-reduce."""
         fewest = self.first.shape[self.dims[1]]
         for kind, processes in zip(self.kinds, self.mesh.shape, strict=True):
             if kind == "heads":  # torch makes equal parts, and the last are smaller
@@ -73,40 +73,42 @@ class Shards:
         """This process's part of `x`.
 
         Raises:
-            TypeError: `x` is no DTensor.
+            TypeError: `x` is not a DTensor.
             ValueError: `x` lies on another mesh, or has other placements than the first tensor.
         """
         from torch.distributed.tensor import Partial, Replicate, Shard
 
         if not is_dtensor(x):
-            raise TypeError(f"{name} must be a DTensor as {self.name} is; got {describe(x)}")
+            raise TypeError(f"{name} must be a DTensor, like {self.name}; got {describe(x)}")
         if x.device_mesh != self.mesh:
             raise ValueError(f"{name} must be on {self.name}'s mesh {self.mesh}; got {x.device_mesh}")
         placements: list[Any] = []
-        of_gradient: list[Any] = []
+        grad_placements: list[Any] = []
         for kind, placement, size in zip(self.kinds, x.placements, self.mesh.shape, strict=True):
-            dim, of_first = self._divided(kind, dims)
-            cut = dim is not None and x.ndim >= -dim and (x.shape[dim] != 1 or self.first.shape[of_first] == 1)
+            dim, first_dim = self._divided(kind, dims)
+            cut = dim is not None and x.ndim >= -dim and (x.shape[dim] != 1 or self.first.shape[first_dim] == 1)
             local: Any = Shard(x.ndim + dim) if cut and dim is not None else Replicate()
             current = Shard(placement.dim % x.ndim) if placement.is_shard() else placement  # without a negative dimension
             if current not in (local, Replicate()):
-                raise ValueError(f"{name} must be replicated, or sharded as {self.name}, {_layout(self.first)}; got {_layout(x)}")
+                raise ValueError(
+                    f"{name} must be replicated, or sharded like {self.name}, {_layout(self.first)}; got {_layout(x)}"
+                )
             if cut and kind == "heads" and x.shape[dim] != self.first.shape[self.dims[1]] and x.shape[dim] % size:
                 raise ValueError(f"{name} must have a number of heads that {size} processes can share; got {tuple(x.shape)}")
             placements.append(local)
-            of_gradient.append(local if cut or kind == "whole" else Partial())
-        summed = any(placement.is_partial() for placement in of_gradient)
+            grad_placements.append(local if cut or kind == "whole" else Partial())
+        summed = any(placement.is_partial() for placement in grad_placements)
         if list(x.placements) == placements and not summed:  # the backward pass of redistribute sums the gradient
-            return x.to_local(grad_placements=of_gradient)
-        return Defined.apply(x.redistribute(placements=placements).to_local(grad_placements=of_gradient))
+            return x.to_local(grad_placements=grad_placements)
+        return Defined.apply(x.redistribute(placements=placements).to_local(grad_placements=grad_placements))
 
     def over_heads(self, x: Tensor, operation: str = "sum", *, goes_on: bool = False) -> Tensor:
         """The sum, largest or least of `x` over the processes that share the heads.
 
         Args:
-            goes_on: each process goes on with the result in its own way, so the cotangents add up. Else the result is the
-                call's, and each process gets its whole cotangent. Where processes tie for the largest or the least, they share
-                the cotangent evenly.
+            goes_on: each process uses the result in its own way, so the gradients add up. Else the result is the
+                call's, and each process gets its whole gradient. If processes tie for the largest or the least, they share
+                the gradient evenly.
         """
         return _OverHeads.apply(x, self, operation, goes_on)
 
@@ -117,12 +119,12 @@ class Shards:
         shape = list(x.shape)
         placements: list[Any] = []
         for kind in self.kinds:
-            dim, of_first = self._divided(kind, dims)
-            if dim is None or of_first is None:
+            dim, first_dim = self._divided(kind, dims)
+            if dim is None or first_dim is None:
                 placements.append(Replicate())
             else:
                 placements.append(Shard(x.ndim + dim))
-                shape[dim] = self.first.shape[of_first]
+                shape[dim] = self.first.shape[first_dim]
         order = sorted(range(x.ndim), key=lambda i: (-x.stride()[i], i))
         stride, step = [0] * x.ndim, 1
         for i in reversed(order):
@@ -183,9 +185,9 @@ def over_shards(
     """The result of a public call on DTensors.
 
     Args:
-        x: the arguments of the call by name, `locals()` where its body begins: a wrapper would cost every call a microsecond.
-        inputs: the places of batch and heads in each tensor argument. The first one says how the call is divided.
-        outputs: the same places in each output.
+        x: the arguments of the call by name, `locals()` at the start of its body: a wrapper would cost every call a microsecond.
+        inputs: the dimensions of batch and heads in each tensor argument. The first one says how the call is divided.
+        outputs: the same dimensions in each output.
         run: run(call, shards, arguments) computes the outputs of this process; default call(**arguments).
     """
     name = next(iter(inputs))

@@ -1,8 +1,8 @@
 """Attention sinks: one more logit in the softmax's sum of each head, whose probability no value gets (Xiao et al., ICLR 2024).
 
 softmax over [logits, sink] is the softmax over the logits times what the sink leaves to the keys, and its log-sum-exp is that of
-both. So a sink takes what every kernel returns anyway, (out, lse), and autograd does the rest. B batch, H heads, N queries. The
-sink's logit is broadcastable to (B, H, N), as (H, 1).
+both. So a sink only needs what every kernel returns, (out, lse), and autograd does the rest. B batch, H heads, N queries. The
+sink's logit is broadcastable to (B, H, N), e.g. (H, 1).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from vlattn_fast._ground.tensors import as_dtype, compute_dtype
 
 
 def with_sink(out: Tensor, lse: Tensor, logit: Tensor) -> Tensor:
-    """The output (B, H, N, Dv) of attention with a sink, from output and log-sum-exp (B, H, N) of attention without one. Modes of
-    torch see the call, as they see functions of torch."""
+    """Returns the output (B, H, N, Dv) of attention with a sink, from output and log-sum-exp (B, H, N) of attention without one.
+    torch's function modes intercept the call, as they intercept functions of torch."""
     if has_torch_function((out, lse, logit)):
         return handle_torch_function(with_sink, (out, lse, logit), out, lse, logit)
     share = as_dtype(share_of_keys(lse, logit), compute_dtype(out))
@@ -25,20 +25,20 @@ def with_sink(out: Tensor, lse: Tensor, logit: Tensor) -> Tensor:
 
 
 def share_of_keys(lse: Tensor, logit: Tensor) -> Tensor:
-    """sum_j e^s_j / (sum_j e^s_j + e^sink), (B, H, N); 0 in a row without a visible key, also where its sink is -inf."""
+    """Returns sum_j e^s_j / (sum_j e^s_j + e^sink), (B, H, N); 0 for a query without a visible key, even if its sink is -inf."""
     x = _above_sink(lse, logit)
-    # The gradient is a share times 1 minus it, which has no digits where the share rounds to 1: the smaller share is taken.
+    # The gradient is a share times 1 minus it, which has no digits if the share rounds to 1: the smaller share is taken.
     return torch.where(x > 0, 1 - (-x).sigmoid(), x.sigmoid())
 
 
 def lse_with_sink(lse: Tensor, logit: Tensor) -> Tensor:
-    """log(e^lse + e^sink), (B, H, N): the sink in a row without a visible key."""
+    """Returns log(e^lse + e^sink), (B, H, N): the sink for a query without a visible key."""
     x, logit = _above_sink(lse, logit), as_dtype(logit, lse.dtype)
-    # torch.logaddexp has NaN for second derivatives where the two are far apart
+    # torch.logaddexp has NaN for second derivatives if the two are far apart
     below = torch.where(torch.isneginf(logit), -torch.inf, logit - F.logsigmoid(-x))
     return torch.where(x > 0, lse - F.logsigmoid(x), below)
 
 
 def _above_sink(lse: Tensor, logit: Tensor) -> Tensor:
-    """lse - sink, (B, H, N); -inf in a row without a visible key, also where its sink is -inf."""
+    """Returns lse - sink, (B, H, N); -inf for a query without a visible key, even if its sink is -inf."""
     return torch.where(torch.isneginf(lse), -torch.inf, lse - as_dtype(logit, lse.dtype))

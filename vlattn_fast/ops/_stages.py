@@ -2,7 +2,7 @@
 
 A public call bundles its arguments in a NamedTuple, `Arguments`, and then goes through stages:
 
-    plan      checks and refusals, backend, scale: from the facts of the arguments alone, and kept for the next such call
+    plan      checks, backend, scale: only from the metadata of the arguments, and cached for the next such call
     features  what the kernel multiplies: no padding, autocast's dtype
     run       the operator, or the formula of backend "reference"
     finish    sink, heads, dtype
@@ -27,16 +27,16 @@ from vlattn_fast.scores import softcapped
 
 
 def arguments_of(call: Callable[..., Any]) -> Any:
-    """What makes the NamedTuple of a public call's arguments: it has the call's names and defaults. A call begins with
+    """Returns the class of a public call's arguments, a NamedTuple with the call's names and defaults. A call begins with
     `Arguments(**locals())`, before it has other variables."""
     parameters = inspect.signature(call).parameters.values()
     defaults = [each.default for each in parameters if each.default is not each.empty]
     return by_name(namedtuple("Arguments", [each.name for each in parameters], defaults=defaults))
 
 
-def described(arguments: Any, facts: Callable[[Any], Call]) -> Callable[..., Call]:
-    """A function of a public call's arguments, by name, that checks them and returns the call's facts."""
-    return lambda **named: facts(arguments(**named))
+def described(arguments: Any, describe: Callable[[Any], Call]) -> Callable[..., Call]:
+    """Returns a function of a public call's arguments, by name, that checks them and returns the call's metadata."""
+    return lambda **named: describe(arguments(**named))
 
 
 class DotPlan(NamedTuple):
@@ -55,7 +55,7 @@ def make_plan(backends: Table, backend: str, arguments: Any) -> DotPlan:
 
 
 def check_logits(arguments: Any) -> None:
-    """Masks, softcap, sink and groups fit query and key."""
+    """Raises unless masks, softcap, sink and groups fit query and key."""
     query, key = arguments.query, arguments.key
     check_masks(query, key, arguments.attn_mask, arguments.key_mask, arguments.is_causal)
     check_softcap(arguments.softcap)
@@ -64,12 +64,12 @@ def check_logits(arguments: Any) -> None:
 
 
 def logit_flags(arguments: Any) -> dict[str, bool]:
-    """The facts about logits that backends' limits read."""
+    """Returns the flags about logits that backends' limits use."""
     return {name: getattr(arguments, name) is not None for name in ("softcap", "sink", "group_bias")}
 
 
 def cast(arguments: Any) -> Any:
-    """The arguments, in autocast's dtype where autocast is on."""
+    """Returns the arguments, in autocast's dtype if autocast is on."""
     if not autocasts(arguments.query):
         return arguments
     names = [name for name in ("query", "key", "value", "grad_output") if name in arguments._fields]
@@ -77,7 +77,7 @@ def cast(arguments: Any) -> Any:
 
 
 def without_padding(arguments: Any, plan: DotPlan) -> Any:
-    """The arguments, with zeros in the keys and values of padding where the backend's kernels do not keep it out."""
+    """Returns the arguments, with zeros in the keys and values of padding unless the backend's kernels mask it."""
     if plan.masks_padding or arguments.key_mask is None:
         return arguments
     names = [name for name in ("key", "value") if name in arguments._fields]
@@ -86,7 +86,7 @@ def without_padding(arguments: Any, plan: DotPlan) -> Any:
 
 
 def by_formula(formula: Callable[..., Any], arguments: Any, scale: float) -> Any:
-    """The call by the formula of the operator, which has its arguments."""
+    """Runs the call with the formula of the operator, which has the same arguments."""
     check_ranges(arguments)
     options = dict(zip(arguments._fields, arguments, strict=True))
     del options["backend"]

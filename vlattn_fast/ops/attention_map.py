@@ -129,8 +129,8 @@ def attention_map(
 Arguments = arguments_of(attention_map)
 
 
-def _facts(x: Any) -> Call:
-    """The facts of a call, which is checked."""
+def _describe(x: Any) -> Call:
+    """Checks a call, and returns its metadata."""
     check_choice("rule", x.rule, RULES)
     check_choice("head_reduction", x.head_reduction, HEAD_REDUCTIONS)
     check_bool(row_normalize=x.row_normalize)
@@ -147,7 +147,7 @@ def _facts(x: Any) -> Call:
 
 
 def _tensors_of_rule(x: Any) -> dict[str, Tensor]:
-    """value and grad_output, which one rule needs and the other does not take."""
+    """Returns value and grad_output, which one rule needs and the other does not take."""
     optional = {"value": x.value, "grad_output": x.grad_output}
     for name, tensor in optional.items():
         if x.rule == "gradient" and tensor is None:
@@ -158,7 +158,7 @@ def _tensors_of_rule(x: Any) -> dict[str, Tensor]:
 
 
 def _plan(x: Any) -> DotPlan:
-    return make_plan(BACKENDS, choice.select(BACKENDS, _facts(x), x.backend), x)
+    return make_plan(BACKENDS, choice.select(BACKENDS, _describe(x), x.backend), x)
 
 
 def _features(arguments: Any, plan: DotPlan) -> AttentionMapInputs:
@@ -200,12 +200,12 @@ def _setup_context(ctx: Any, inputs: AttentionMapInputs, output: Tensor) -> None
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     need_lse = ctx.needs_input_grad[4]
     query, key, value, grad_output, lse, row_bias = _backward_op(_saved.inputs(ctx, grad, need_lse))
-    of_rule = (value, grad_output) if ctx.by_gradient else (None, None)
-    return query, key, *of_rule, lse if need_lse else None, None, None, row_bias if ctx.has_bias else None
+    rule_grads = (value, grad_output) if ctx.by_gradient else (None, None)
+    return query, key, *rule_grads, lse if need_lse else None, None, None, row_bias if ctx.has_bias else None
 
 
 differentiable("attention_map", _autograd, _setup_context)
 once_differentiable("attention_map_backward")
 
-describe_call = described(Arguments, _facts)
+describe_call = described(Arguments, _describe)
 OPERATOR = Operator(attention_map, describe_call, BACKENDS)

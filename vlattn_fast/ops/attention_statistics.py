@@ -34,7 +34,7 @@ from vlattn_fast.ops._registration import Saved, define, differentiable, once_di
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, TOKENS, Local, Shards, over_shards
 from vlattn_fast.ops._sinks import lse_with_sink, share_of_keys
 from vlattn_fast.ops._stages import DotPlan, arguments_of, by_formula, cast, check_logits, logit_flags, make_plan, without_padding
-from vlattn_fast.ops.score_attention import lse_behind
+from vlattn_fast.ops.score_attention import attention_lse
 
 BACKENDS = table(
     "attention_statistics",
@@ -49,7 +49,7 @@ def _on_shards(call: Callable[..., AttentionStatistics], shards: Shards, x: Loca
     groups = x["key_groups"]
     counts = x["num_groups"] is None and x["group_bias"] is None
     if counts and isinstance(groups, Tensor) and groups.ndim == 2 and "batch" in shards.kinds:
-        raise ValueError("num_groups must be given where key_groups is sharded over the batch; got None")
+        raise ValueError("num_groups must be given if key_groups is sharded over the batch; got None")
     return call(**x)
 
 
@@ -147,15 +147,15 @@ class Features(NamedTuple):
 
 
 def describe_call(*, statistics: Any = None, **arguments: Any) -> Call:
-    """Checks the arguments of a public call and returns its facts."""
+    """Checks the arguments of a public call and returns its metadata."""
     x = Arguments(**arguments)
     if statistics is not None:
         _check_statistics(statistics, x.key_groups, x.num_groups)
-    return _facts(x)
+    return _describe(x)
 
 
-def _facts(x: Any) -> Call:
-    """The facts of a call, which is checked but for the names of its statistics."""
+def _describe(x: Any) -> Call:
+    """Checks a call except for the names of its statistics, and returns its metadata."""
     check_attention(x.query, x.key, x.enable_gqa)
     check_head_dim(x.query, x.key)
     check_logits(x)
@@ -164,7 +164,7 @@ def _facts(x: Any) -> Call:
     if x.num_groups is not None:
         check_integer("num_groups", x.num_groups, low=0)
         if x.key_groups is None and x.num_groups > 0:
-            raise ValueError(f"num_groups must be 0 or None where key_groups is not given; got {x.num_groups}")
+            raise ValueError(f"num_groups must be 0 or None if key_groups is not given; got {x.num_groups}")
         if x.group_bias is not None and x.num_groups != x.group_bias.shape[-1]:
             raise ValueError(
                 f"num_groups must be None or group_bias's number of groups of keys, {x.group_bias.shape[-1]}; got {x.num_groups}"
@@ -177,7 +177,7 @@ def _facts(x: Any) -> Call:
 
 
 def make_statistics_plan(x: Any) -> StatisticsPlan:
-    backend = choice.select(BACKENDS, _facts(x), x.backend)
+    backend = choice.select(BACKENDS, _describe(x), x.backend)
     asked = x.statistics.split()
     needed, leaves = [*asked], (x.query, x.key, x.row_weight, x.group_bias, x.sink if "received" in asked else None)
     if "lse" in asked:
@@ -201,7 +201,9 @@ def statistics_of(arguments: Any, plan: StatisticsPlan) -> AttentionStatistics:
 def _features(arguments: Any, plan: StatisticsPlan) -> Features:
     num_groups = _resolve_groups(arguments)
     logit = None if arguments.sink is None else arguments.sink[:, None]
-    share = None if logit is None or not set(plan.asked) & set(DEFAULT) else share_of_keys(lse_behind(arguments, plan.dot), logit)
+    share = (
+        None if logit is None or not set(plan.asked) & set(DEFAULT) else share_of_keys(attention_lse(arguments, plan.dot), logit)
+    )
     x = cast(without_padding(arguments, plan.dot))
     groups, weight = x.key_groups, x.row_weight
     row_bias, bias_groups = NO_BIAS if x.group_bias is None else group_bias_inputs(x)
@@ -223,10 +225,10 @@ def _features(arguments: Any, plan: StatisticsPlan) -> Features:
 
 
 def _finish(outputs: tuple[Tensor, ...], features: Features, asked: list[str]) -> AttentionStatistics:
-    """The statistics with a sink, from those of the softmax over the keys alone and the share that the sink leaves them.
-    `received` has the share in the weights of its rows."""
-    *of_keys, _ = outputs
-    values = chosen_statistics([*of_keys, _lse(outputs, features.logit) if "lse" in asked else None], asked)
+    """Returns the statistics with a sink, from those of the softmax over only the keys and the share that the sink leaves them.
+    `received` has the share in the weights of its queries."""
+    *without_sink, _ = outputs
+    values = chosen_statistics([*without_sink, _lse(outputs, features.logit) if "lse" in asked else None], asked)
     share = features.share
     if share is None:
         return values
@@ -242,7 +244,7 @@ def _finish(outputs: tuple[Tensor, ...], features: Features, asked: list[str]) -
 
 
 def _lse(outputs: tuple[Tensor, ...], logit: Tensor | None) -> Tensor:
-    """The log-sum-exp (B, H, N): the largest weight of a row is exp(max_logit - lse) before a sink takes its share."""
+    """Returns the log-sum-exp (B, H, N): a query's largest weight is exp(max_logit - lse) before a sink takes its share."""
     named = dict(zip(OUTPUTS, outputs, strict=True))
     max_logit, maximum = named["max_logit"].detach(), named["maximum"].detach()
     lse = torch.where(torch.isneginf(max_logit), max_logit, max_logit - maximum.log())
@@ -253,7 +255,7 @@ def _check_statistics(statistics: Any, key_groups: Any, num_groups: Any) -> tupl
     """The names of the statistics to compute."""
     asked = check_names("statistics", statistics, LogitStatistics._fields)
     if "mass" in asked and key_groups is None and num_groups is None:
-        raise ValueError("key_groups must be given where statistics names 'mass', which would be empty without; got None")
+        raise ValueError("key_groups must be given if statistics names 'mass', which would be empty without; got None")
     return asked
 
 
@@ -289,7 +291,7 @@ def _forward_fake(inputs: AttentionStatisticsInputs) -> tuple[Tensor, ...]:
 
 def _backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor | None, ...]:
     query, key, row_weight = inputs.query, inputs.key, inputs.row_weight
-    if query.shape[1] == 0:  # no kernel looks at keys that no query head shares
+    if query.shape[1] == 0:  # no kernel handles keys that no query head shares
         grad_q, grad_k = query.new_zeros(query.shape), key.new_zeros(key.shape)
         rest = [None if x is None else x.new_zeros(x.shape) for x in (row_weight, inputs.row_bias)]
     else:
@@ -342,8 +344,8 @@ def _autograd(
 ) -> tuple[Tensor | None, ...]:
     inputs: AttentionStatisticsBackwardInputs = _saved.inputs(ctx, grad_mass, grad_entropy, grad_maximum, grad_received)
     grad_q, grad_k, grad_weight, grad_row_bias = _backward_op(inputs)
-    of_masks = None, None, None if inputs.row_bias is None else grad_row_bias
-    return grad_q, grad_k, None, None if inputs.row_weight is None else grad_weight, *of_masks
+    grad_masks = None, None, None if inputs.row_bias is None else grad_row_bias
+    return grad_q, grad_k, None, None if inputs.row_weight is None else grad_weight, *grad_masks
 
 
 differentiable("attention_statistics", _autograd, _setup_context)

@@ -115,12 +115,12 @@ Arguments = arguments_of(congruence_loss)
 
 def _plan(x: Any) -> tuple[str, float]:
     """The backend and the scale."""
-    call = _facts(x)
+    call = _describe(x)
     return select(BACKENDS, call, x.backend), resolve_scale(x.scale, scaled_dot_default(call.sizes["head_dim"]))
 
 
-def _facts(x: Any) -> Call:
-    """The facts of a call, which is checked but for its scale."""
+def _describe(x: Any) -> Call:
+    """Checks a call except for its scale, and returns its metadata."""
     check_choice("kind", x.kind, KINDS)
     check_choice("direction", x.direction, DIRECTIONS)
     check_choice("reduction", x.reduction, REDUCTIONS)
@@ -135,7 +135,7 @@ def _facts(x: Any) -> Call:
     for name, each in tensors.items():
         shape = text_shape if "text" in name else image_shape
         if each.shape != shape:
-            raise ValueError(f"{name} must have the shape {shape} that goes with text and image queries; got {describe(each)}")
+            raise ValueError(f"{name} must have the shape {shape} of text and image queries; got {describe(each)}")
     check_token_mask("text_mask", x.text_mask, "text query", text[0], L, "(B, L)")
     check_token_mask("image_mask", x.image_mask, "text query", text[0], V, "(B, V)")
     sizes = {"L": L, "V": V, "head_dim": head_dim, "num_heads": num_heads}
@@ -173,7 +173,7 @@ def _backward_fake(inputs: CongruenceLossBackwardInputs) -> tuple[list[Tensor], 
     return [x.new_empty(x.shape) for x in inputs.queries[:n]], [x.new_empty(x.shape) for x in inputs.keys[:n]]
 
 
-# `gradients`: those of each sample's loss, which the backend makes together with it; empty where the backward pass makes them
+# `gradients`: those of each sample's loss, if the backend computes them with it; empty if the backward pass computes them
 _forward_op = define(
     "congruence_loss", CongruenceLossInputs, "(Tensor loss, Tensor gradients)", launcher(BACKENDS, "forward"), _forward_fake
 )
@@ -195,7 +195,7 @@ def _setup_context(ctx: Any, inputs: CongruenceLossInputs, output: tuple[Tensor,
 
 
 def _autograd(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[list[Any], list[Any]]:
-    if grad_loss is None:  # the loss has no part in what is differentiated
+    if grad_loss is None:  # the differentiated result does not depend on the loss
         return [None] * 4, [None] * 4
     *blocks, text_mask, image_mask, gradients = ctx.saved_tensors
     queries, keys = blocks[:4], blocks[4:]
@@ -208,5 +208,5 @@ def _autograd(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[list[Any], l
 differentiable("congruence_loss", _autograd, _setup_context)
 once_differentiable("congruence_loss_backward")
 
-describe_call = described(Arguments, _facts)
+describe_call = described(Arguments, _describe)
 OPERATOR = Operator(congruence_loss, describe_call, BACKENDS)

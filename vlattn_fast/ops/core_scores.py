@@ -1,8 +1,8 @@
-"""attention_map and relevancy_step behind score_attention: for any core score of vlattn_fast.scores, where the operators take dot
-products alone.
+"""attention_map and relevancy_step of score_attention: for any core score of vlattn_fast.scores. The operators take only
+dot products.
 
 They run in plain PyTorch, tile by tile (backends/streaming/), without checks and without gradients. Their callers are layers and
-methods that saw an attention call run.
+methods that traced an attention call.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vlattn_fast.scores import Core
 
 
 def core_logits(core: Core, scale: float) -> Tensor:
-    """The scores (B, H, N, M) in front of the masks. They have a gradient where the core score is "dot"."""
+    """Returns the scores (B, H, N, M) before the masks. They have a gradient if the core score is "dot"."""
     if core.kind == "dot":
         return product(core.query, core.key.mT) * scale
     vector = None if core.vector is None else core.vector.to(core.query.dtype)
@@ -37,8 +37,8 @@ def core_map(
     sink: Tensor | None = None,
     **masks: Any,
 ) -> Tensor:
-    """Abar (B, N, M), the mean over the heads; see `attention_map`. masks: attn_mask, key_mask, is_causal and scale, and
-    groups and their bias where the call had them. sink: as ScoreAttentionInputs has it."""
+    """Returns Abar (B, N, M), the mean over the heads; see `attention_map`. masks: attn_mask, key_mask, is_causal and scale, and
+    groups and their bias if the call had them. sink: that of ScoreAttentionInputs."""
     options: dict[str, Any] = {"rule": rule, "head_reduction": "mean", "row_normalize": False, **_options(core, masks)}
     with without_autocast(core.query):
         lse = None if sink is None else lse_with_sink(core_lse(core, **masks), sink)
@@ -75,9 +75,9 @@ def _options(core: Core, masks: dict[str, Any]) -> dict[str, Any]:
     """The score and the masks of a call as backends take them."""
     groups = [masks.get(name) for name in _Grouped._fields[1:]]
     row_bias, key_groups = group_bias_inputs(_Grouped(core.query, *groups))
-    kept = {name: x for name, x in masks.items() if name not in _Grouped._fields}
+    without_groups = {name: x for name, x in masks.items() if name not in _Grouped._fields}
     score = {"score": core.kind, "parameter": core.parameter, "backend": "streaming"}
-    return {**score, **kept, "row_bias": row_bias, "key_groups": key_groups}
+    return {**score, **without_groups, "row_bias": row_bias, "key_groups": key_groups}
 
 
 def core_lse(core: Core, **masks: Any) -> Tensor:

@@ -75,11 +75,11 @@ Arguments = arguments_of(maxsim)
 
 
 def _backend(x: Any) -> str:
-    return select(BACKENDS, _facts(x), x.backend)
+    return select(BACKENDS, _describe(x), x.backend)
 
 
-def _facts(x: Any) -> Call:
-    """The facts of a call, which is checked."""
+def _describe(x: Any) -> Call:
+    """Checks a call, and returns its metadata."""
     queries, documents = x.queries, x.documents
     check_tensor("queries", queries, rank=3, shape="(A, N, D)")
     check_tensor("documents", documents, rank=3, shape="(B, M, D)")
@@ -87,19 +87,19 @@ def _facts(x: Any) -> Call:
     check_device("documents", documents, "queries", queries)
     if documents.shape[2] != queries.shape[2]:
         raise ValueError(f"documents must have queries' feature size D = {queries.shape[2]}; got {describe(documents)}")
-    for name, mask, of_name, of in (
+    for name, mask, tokens_name, tokens in (
         ("query_mask", x.query_mask, "queries", queries),
         ("document_mask", x.document_mask, "documents", documents),
     ):
         if mask is not None:
-            check_tensor(name, mask, rank=2, shape=f"(B, L) of {of_name}")
+            check_tensor(name, mask, rank=2, shape=f"(B, L) of {tokens_name}")
             if mask.dtype != torch.bool:
                 raise TypeError(f"{name} must be bool (True = a real token); got {describe(mask)}")
-            if mask.shape != of.shape[:2]:
-                raise ValueError(f"{name} must have shape {tuple(of.shape[:2])}, a flag for each token; got {describe(mask)}")
-            check_device(name, mask, of_name, of)
-    (num_queries, tokens, features), (num_documents, keys, _) = queries.shape, documents.shape
-    sizes = {"queries": num_queries, "tokens": tokens, "documents": num_documents, "keys": keys, "head_dim": features}
+            if mask.shape != tokens.shape[:2]:
+                raise ValueError(f"{name} must have shape {tuple(tokens.shape[:2])}, a flag for each token; got {describe(mask)}")
+            check_device(name, mask, tokens_name, tokens)
+    (num_queries, query_tokens, features), (num_documents, keys, _) = queries.shape, documents.shape
+    sizes = {"queries": num_queries, "tokens": query_tokens, "documents": num_documents, "keys": keys, "head_dim": features}
     return make_call("maxsim", queries, sizes, {})
 
 
@@ -135,5 +135,5 @@ def _autograd(ctx: Any, grad_similarity: Tensor, _: Any) -> tuple[Tensor | None,
 differentiable("maxsim", _autograd, _setup_context)
 once_differentiable("maxsim_backward")
 
-describe_call = described(Arguments, _facts)
+describe_call = described(Arguments, _describe)
 OPERATOR = Operator(maxsim, describe_call, BACKENDS)

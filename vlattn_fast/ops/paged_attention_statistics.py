@@ -1,4 +1,4 @@
-"""Statistics of attention over keys that lie in a paged cache, as servers keep them.
+"""Statistics of attention over keys in a paged cache, such as that of a server.
 
 Formula: reference/paged_attention_statistics.py. Without a copy of the cache: streaming/paged_attention_statistics.py.
 """
@@ -123,14 +123,14 @@ def paged_attention_statistics(
 Arguments = arguments_of(paged_attention_statistics)
 
 
-def _facts(x: Any) -> Call:
-    """The facts of a call, which is checked but for the names of its statistics and the values of its integers."""
+def _describe(x: Any) -> Call:
+    """Checks a call except for the names of its statistics and the values of its integers, and returns its metadata."""
     _check_cache(x.query, x.key_cache)
     _check_requests(x)
     if x.num_groups is not None:
         check_integer("num_groups", x.num_groups, low=0)
         if x.key_groups is None and x.num_groups > 0:
-            raise ValueError(f"num_groups must be 0 or None where key_groups is not given; got {x.num_groups}")
+            raise ValueError(f"num_groups must be 0 or None if key_groups is not given; got {x.num_groups}")
     check_softcap(x.softcap)
     if x.window is not None:
         check_integer("window", x.window, low=1)
@@ -145,7 +145,7 @@ def _check_cache(query: Any, key_cache: Any) -> None:
     check_tensor("key_cache", key_cache, rank=4, shape="(blocks, Hkv, block size, D)")
     if key_cache.dtype not in FLOAT_DTYPES:
         raise TypeError(
-            "key_cache must be float16, bfloat16, float32 or float64: a quantised cache has scales that this call does not take "
+            "key_cache must be float16, bfloat16, float32 or float64: a quantised cache has scales, which are not supported "
             '(serve with a cache of the model\'s dtype, in vLLM kv_cache_dtype="auto", or pass a dequantised copy of the blocks '
             f"that block_table names); got {describe(key_cache)}"
         )
@@ -174,21 +174,21 @@ def _check_requests(x: Any) -> None:
         requests = x.lengths.shape[0]
         entries = requests + 1 if name == "query_starts" else requests  # torch 2.11 adds no bool to a size that may change
         if integers.shape[0] != entries:
-            raise ValueError(f"{name} must have the shape {shape} with R = {requests} as lengths; got {describe(integers)}")
+            raise ValueError(f"{name} must have the shape {shape} with lengths' R = {requests}; got {describe(integers)}")
     if x.key_cache.shape[0] == 0 and x.block_table.shape[1] > 0:
-        raise ValueError(f"key_cache must have at least one block where block_table has columns; got {describe(x.key_cache)}")
+        raise ValueError(f"key_cache must have at least one block if block_table has columns; got {describe(x.key_cache)}")
 
 
 def describe_call(*, statistics: Any = None, **arguments: Any) -> Call:
-    """Checks the arguments of a public call and returns its facts."""
+    """Checks the arguments of a public call and returns its metadata."""
     x = Arguments(**arguments)
     if statistics is not None:
         _check_statistics(statistics, x.key_groups, x.num_groups)
-    return _facts(x)
+    return _describe(x)
 
 
 def _plan(x: Any) -> DotPlan:
-    return make_plan(BACKENDS, select(BACKENDS, _facts(x), x.backend), x)
+    return make_plan(BACKENDS, select(BACKENDS, _describe(x), x.backend), x)
 
 
 def _inputs(x: Any, plan: DotPlan) -> PagedAttentionStatisticsInputs:
@@ -201,12 +201,12 @@ def _check_statistics(statistics: Any, key_groups: Any, num_groups: Any) -> tupl
     """The names of the statistics to compute."""
     asked = check_names("statistics", statistics, STATISTICS)
     if "mass" in asked and key_groups is None and num_groups is None:
-        raise ValueError("key_groups must be given where statistics names 'mass', which would be empty without; got None")
+        raise ValueError("key_groups must be given if statistics names 'mass', which would be empty without; got None")
     return asked
 
 
 def _check_values(x: Any) -> None:
-    """The values of the integers fit, where they lie on the CPU and can be read."""
+    """Raises unless the values of the integers fit, if they are on the CPU and available."""
     if x.query.device.type != "cpu" or not all([readable(each) for each in (x.query, x.block_table, x.lengths, x.query_starts)]):
         return
     tokens, starts, lengths, table = x.query.shape[0], x.query_starts, x.lengths, x.block_table

@@ -123,11 +123,11 @@ _new_inputs = by_name(RecurrentStepInputs)
 
 
 def _backend(x: Any) -> str:
-    return select(BACKENDS, _facts(x), x.backend)
+    return select(BACKENDS, _describe(x), x.backend)
 
 
-def _facts(x: Any) -> Call:
-    """The facts of a call, which is checked."""
+def _describe(x: Any) -> Call:
+    """Checks a call, and returns its metadata."""
     check_choice("rule", x.rule, RULES)
     check_bool(row_normalize=x.row_normalize)
     check_tensor("query", x.query, rank=4, shape="(B, Hq, N, Dk)")
@@ -169,7 +169,7 @@ def _check_gates(gates: dict[str, Tensor], query: Tensor) -> None:
 
 
 def _check_sizes(x: Any, others: dict[str, Tensor]) -> None:
-    """Key fits query, and `others` have (B, H, N) of which the heads of query and key divide H."""
+    """Raises unless key fits query, and `others` have (B, H, N) with H divisible by the heads of query and key."""
     query, key = x.query, x.key
     check_head_dim(query, key)
     batch, _, length, _ = query.shape
@@ -193,7 +193,7 @@ _forward_op = define("recurrent_step", RecurrentStepInputs, "Tensor", launcher(B
 
 
 def _backward(inputs: RecurrentStepBackwardInputs) -> tuple[Tensor | None, ...]:
-    """By streaming where the backend has no backward pass."""
+    """Runs the backend's backward pass, or that of streaming if it has none."""
     module = load(BACKENDS, inputs.backend)
     module = module if hasattr(module, "backward") else load(BACKENDS, "streaming")
     return as_outputs(module.backward(inputs))
@@ -218,7 +218,7 @@ def _setup_context(ctx: Any, inputs: RecurrentStepInputs, output: Tensor) -> Non
 
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needed = list(ctx.needs_input_grad[:8])
-    if not ctx.by_gradient:  # rule "attention" reads neither value nor grad_output
+    if not ctx.by_gradient:  # rule "attention" uses neither value nor grad_output
         needed[3] = needed[4] = False
     grads = _backward_op(_saved.inputs(ctx, grad, needed[0], any(needed[1:])))
     return tuple([x if is_needed else None for x, is_needed in zip(grads, needed, strict=True)])
@@ -227,5 +227,5 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 differentiable("recurrent_step", _autograd, _setup_context)
 once_differentiable("recurrent_step_backward")
 
-describe_call = described(Arguments, _facts)
+describe_call = described(Arguments, _describe)
 OPERATOR = Operator(recurrent_step, describe_call, BACKENDS)

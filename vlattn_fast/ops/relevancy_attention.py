@@ -2,7 +2,7 @@
 
 Chefer et al., ICCV 2021, eq. 5-6 in row form; weighted as in Huang et al. 2023. Formula with whole maps:
 reference/relevancy_attention.py. O(N) memory: streaming/relevancy_attention.py.
-B batch, H heads, N queries, M keys, D head_dim, T carried rows.
+B batch, H heads, N queries, M keys, D head_dim, T relevancy vectors per sample.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ def _cuda_limits(call: Call) -> list[tuple[str, bool]]:
         ("the CUDA C++ kernel takes at most 256 queries and keys", longest > 256),
         ("the CUDA C++ kernel takes a head_dim of at most 128", size > 128),
         (
-            "the CUDA C++ kernel takes no more rows than fit into shared memory at this head_dim and dtype",
+            "the CUDA C++ kernel takes no more queries and keys than fit into shared memory at this head_dim and dtype",
             -(-longest // 16) * 16 * row > 96 * 1024,
         ),  # every GPU since Ampere has 99 KB
-        ("the CUDA C++ kernel takes at most 64 carried rows", sizes["rows"] > 64),
+        ("the CUDA C++ kernel takes at most 64 relevancy vectors per sample", sizes["rows"] > 64),
         ("the CUDA C++ kernel has no softcap", call.flags["softcap"]),
         ("the CUDA C++ kernel has no attention sinks", call.flags["sink"]),
     ]
@@ -159,16 +159,16 @@ def relevancy_attention(
 Arguments = arguments_of(relevancy_attention)
 
 
-def _facts(x: Any) -> Call:
-    """The facts of a call, which is checked but for its weights."""
-    if x.value is None:  # a value that only relevancy_step takes
+def _describe(x: Any) -> Call:
+    """Checks a call except for its weights, and returns its metadata."""
+    if x.value is None:  # which only relevancy_step supports
         raise TypeError("value must be a torch.Tensor (B, Hkv, N, Dv); got None")
     check_abar(x, {"value": x.value})
     check_carried("carrier", x.carrier, x.query)
     check_head_gate(x.head_gate, x.query)
     if x.key.shape[2] != x.query.shape[2]:
         raise ValueError(
-            f"key must be as long as query ({x.query.shape[2]}): relevancy_attention is self-attention, relevancy_step takes "
+            f"key must be as long as query ({x.query.shape[2]}): relevancy_attention is self-attention, relevancy_step supports "
             f"other lengths; got {describe(x.key)}"
         )
     if x.carrier.dtype != compute_dtype(x.query):
@@ -177,7 +177,7 @@ def _facts(x: Any) -> Call:
 
 
 def check_abar(x: Any, tensors: dict[str, Any]) -> None:
-    """The arguments that say which Abar, also of relevancy_step. tensors: value and grad_output where they are there."""
+    """Raises unless the arguments of Abar fit, including those of relevancy_step. tensors: value and grad_output, if given."""
     check_attention(x.query, x.key, x.enable_gqa, **tensors)
     check_bool(row_normalize=x.row_normalize)
     check_choice("rule", x.rule, RULES)
@@ -205,7 +205,7 @@ def flags_of(x: Any) -> dict[str, Any]:
 
 
 def _plan(x: Any) -> DotPlan:
-    backend = choice.select(BACKENDS, _facts(x), x.backend)
+    backend = choice.select(BACKENDS, _describe(x), x.backend)
     _check_weight("residual_weight", x.residual_weight, x.carrier)
     _check_weight("attention_weight", x.attention_weight, x.carrier)
     return make_plan(BACKENDS, backend, x)
@@ -238,12 +238,12 @@ def _features(arguments: Any, plan: DotPlan) -> RelevancyAttentionInputs:
 
 
 def _weight(weight: Any, carrier: Tensor) -> Tensor | None:
-    """A weight as the operator takes it: None for 1, else broadcastable to (B, N) in the carrier's dtype."""
+    """Returns a weight as the operator takes it: None for 1, else broadcastable to (B, N) in the carrier's dtype."""
     if weight is None or isinstance(weight, Tensor):
         return None if weight is None else weight.to(carrier.dtype)
     if weight == 1:
         return None
-    # a product: torch.compile makes the factor a tensor where the weight varies
+    # a product: torch.compile makes the factor a tensor if the weight varies
     return torch.ones((1, 1), dtype=carrier.dtype, device=carrier.device) * float(weight)
 
 
@@ -251,7 +251,7 @@ Rows = tuple[Tensor, Tensor, Tensor, Tensor | None]  # out, the carrier, lse, `_
 
 
 def _finish(rows: Rows, sink: Tensor | None, gate: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The output with a sink and the gates of heads, and the carrier."""
+    """Returns the output with a sink and the gates of heads, and the carrier."""
     out, carrier, lse, behind_sink = rows
     if sink is not None:
         out = with_sink(out, lse, sink[:, None])
@@ -272,9 +272,9 @@ def _forward_fake(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor, Ten
 
 
 def _behind_sink(inputs: RelevancyAttentionInputs) -> Tensor | None:
-    """Zeros, which the public call adds to the output behind the sink: their gradient is the cotangent there. In 16 bits that of
-    the output in front, the cotangent times the share of the keys, is rounded, and where values have a large mean little is left
-    of dA. None where no dA needs it."""
+    """Returns zeros, which the public call adds to the output after the sink: their gradient is that of the output there. In 16
+    bits the gradient before the sink, which is multiplied by the share of the keys, is rounded, and if values have a large mean
+    little is left of dA. None if no dA needs it."""
     query = inputs.query
     if inputs.sink is None or inputs.rule != "gradient" or query.dtype.itemsize != 2:
         return None
@@ -284,12 +284,12 @@ def _behind_sink(inputs: RelevancyAttentionInputs) -> Tensor | None:
 def _backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, ...]:
     grad_carrier, backend = inputs.grad_carrier, load(BACKENDS, inputs.backend)
     behind_sink = inputs.grad_behind_sink
-    # backends know of no sink. Abar of relu(A * dA) has its part from dA, which autograd multiplies by it; that of A has not
+    # backends ignore the sink. In relu(A * dA) autograd has multiplied dA by the share of the keys; A does not have that factor
     if inputs.sink is not None and grad_carrier is not None and (inputs.rule == "attention" or behind_sink is not None):
         *grads, _, grad_row_bias = backend.backward(inputs._replace(grad_carrier=None))
         weighted = weigh_rows(grad_carrier, inputs.attention_weight)
-        behind = inputs._replace(grad_out=behind_sink)
-        attended = backend.step(behind.step(weighted, lse_with_sink(inputs.lse, inputs.sink)))
+        after = inputs._replace(grad_out=behind_sink)
+        attended = backend.step(after.step(weighted, lse_with_sink(inputs.lse, inputs.sink)))
         grad_carrier = weigh_rows(grad_carrier, inputs.residual_weight) + attended
     else:
         *grads, grad_carrier, grad_row_bias = backend.backward(inputs)
@@ -351,14 +351,14 @@ def _autograd(
     *grads, cotangent, grad_row_bias = _backward_op(
         _saved.inputs(ctx, grad_out, grad_carrier, grad_lse, grad_behind_sink, need_inputs)
     )
-    of_masks = (None,) * 4  # of the weights, attn_mask and key_mask
-    of_row_bias = grad_row_bias if need_inputs and need_any[-1] else None
-    return *(grads if need_inputs else (None,) * 3), None if grad_carrier is None else cotangent, *of_masks, of_row_bias
+    grad_masks = (None,) * 4  # of the weights, attn_mask and key_mask
+    grad_row_bias = grad_row_bias if need_inputs and need_any[-1] else None
+    return *(grads if need_inputs else (None,) * 3), None if grad_carrier is None else cotangent, *grad_masks, grad_row_bias
 
 
 differentiable("relevancy_attention", _autograd, _setup_context)
 once_differentiable("relevancy_attention_backward")
 
 
-describe_call = described(Arguments, _facts)
+describe_call = described(Arguments, _describe)
 OPERATOR = Operator(relevancy_attention, describe_call, BACKENDS)

@@ -1,4 +1,4 @@
-"""relevancy @ Abar by itself: relevancy_attention's step in the backward pass, behind any attention.
+"""relevancy @ Abar by itself: relevancy_attention's step in the backward pass, for any attention.
 
 Formula: reference/relevancy_attention.py. O(N) memory: streaming/relevancy_attention.py. The backends are those of
 relevancy_attention, in the same modules.
@@ -94,8 +94,8 @@ def relevancy_step(
 Arguments = arguments_of(relevancy_step)
 
 
-def _facts(x: Any) -> Call:
-    """The facts of a call, which is checked but for the tensors that its rule needs, and its log-sum-exp."""
+def _describe(x: Any) -> Call:
+    """Checks a call except for the tensors that its rule needs, and its log-sum-exp, and returns its metadata."""
     if x.value is None and x.grad_output is not None:
         raise ValueError("value must be given with grad_output; got None")
     optional = {"value": x.value, "grad_output": x.grad_output}
@@ -105,7 +105,7 @@ def _facts(x: Any) -> Call:
 
 
 def _plan(x: Any) -> DotPlan:
-    backend = choice.select(BACKENDS, _facts(x), x.backend)
+    backend = choice.select(BACKENDS, _describe(x), x.backend)
     if x.rule == "gradient" and (x.value is None or x.grad_output is None):
         raise ValueError("value and grad_output must be given for rule='gradient'; got None")
     check_lse(x.lse, x.query)
@@ -154,15 +154,15 @@ def _setup_context(ctx: Any, inputs: RelevancyStepInputs, output: Tensor) -> Non
 
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     need_relevancy, query, key, value, grad_output, need_lse = ctx.needs_input_grad[:6]
-    value, grad_output = value and ctx.by_gradient, grad_output and ctx.by_gradient  # rule "attention" reads neither
+    value, grad_output = value and ctx.by_gradient, grad_output and ctx.by_gradient  # rule "attention" uses neither
     needed = need_relevancy, query, key, value, grad_output, need_lse, ctx.needs_input_grad[_ROW_BIAS]
     grads = _backward_op(_saved.inputs(ctx, grad, need_relevancy, any(needed[1:]), need_lse))
-    *of_first, of_row_bias = [x if is_needed else None for x, is_needed in zip(grads, needed, strict=True)]
-    return *of_first, None, None, of_row_bias
+    *first_grads, grad_row_bias = [x if is_needed else None for x, is_needed in zip(grads, needed, strict=True)]
+    return *first_grads, None, None, grad_row_bias
 
 
 differentiable("relevancy_step", _autograd, _setup_context)
 once_differentiable("relevancy_step_backward")
 
-describe_call = described(Arguments, _facts)
+describe_call = described(Arguments, _describe)
 OPERATOR = Operator(relevancy_step, describe_call, BACKENDS)

@@ -56,10 +56,10 @@ from vlattn_fast.ops._stages import DotPlan, arguments_of, by_formula, described
 
 def _on_shards(call: Callable[..., Any], shards: Shards, x: Local) -> Any:
     if scores.resolve(x["score"]).parameters:
-        raise ValueError(f"score must have no parameters where query is a DTensor; got {describe(x['score'])}")
+        raise ValueError(f"score must have no parameters if query is a DTensor; got {describe(x['score'])}")
     check_number("dropout_p", x["dropout_p"])
     if x["dropout_p"] != 0:
-        raise ValueError(f"dropout_p must be 0 where query is a DTensor, as each process draws by itself; got {x['dropout_p']}")
+        raise ValueError(f"dropout_p must be 0 if query is a DTensor, since each process draws its own; got {x['dropout_p']}")
     return call(**x)
 
 
@@ -145,7 +145,7 @@ _new_inputs = by_name(ScoreAttentionInputs)
 
 
 class Plan(NamedTuple):
-    """How a call runs. `softcapped`: kind, parameter and scale of the core score behind a softcap. `packs`: see `_packs`."""
+    """How a call runs. `softcapped`: kind, parameter and scale of the core score with a softcap. `packs`: see `_packs`."""
 
     backend: str
     masks_padding: bool
@@ -183,12 +183,12 @@ def _check(x: Any, score: scores.Score) -> None:
     check_groups(x)
     check_head_gate(x.head_gate, x.query)
     if x.softcap is not None and not score.is_plain:
-        raise ValueError(f"softcap must be None for another score than 'dot' and 'scaled_dot'; got {x.softcap} for {score!r:.80}")
+        raise ValueError(f"softcap must be None for scores other than 'dot' and 'scaled_dot'; got {x.softcap} for {score!r:.80}")
     score.check(x.query, x.key)
 
 
-def _facts(x: Any) -> Call:
-    """The facts of a call, which is checked."""
+def _describe(x: Any) -> Call:
+    """Checks a call, and returns its metadata."""
     score = scores.resolve(x.score)
     _check(x, score)
     (batch, heads, queries, head_dim), (_, _, keys, key_dim) = x.query.shape, x.key.shape
@@ -215,17 +215,17 @@ def _multiplies_16_bits(query: Tensor) -> bool:
 
 
 def _plan(x: Any) -> Plan:
-    backend = choice.select(BACKENDS, _facts(x), x.backend)
+    backend = choice.select(BACKENDS, _describe(x), x.backend)
     scale = scores.resolve(x.score).default_scale(x.query.shape[-1]) if x.scale is None else float(x.scale)
     softcapped = None if x.softcap is None else scores.softcapped(scale, x.softcap)
     return Plan(backend, BACKENDS[backend].masks_padding, scale, softcapped, _packs(x))
 
 
 def _packs(x: Any) -> bool:
-    """Whether the query heads that share a key head are as well taken for more queries of one head, if the features of the keys
-    share heads as the keys do.
+    """Returns whether the query heads that share a key head may be treated as more queries of one head, if the features of the
+    keys share heads like the keys.
 
-    Few queries, such as a decoder's, fill no tile of a kernel, which would read the keys once for each of them.
+    Few queries, such as a decoder's, do not fill a tile of a kernel, which would load the keys once for each of them.
     """
     shares = x.value.shape[1] < x.query.shape[1] and 0 < x.query.shape[2] < 16
     alike = x.sink is None and not x.is_causal
@@ -280,7 +280,7 @@ Computes = Callable[[ScoreAttentionInputs], tuple[Tensor, Tensor]]
 
 
 def score_attention_by(operator: Computes, **call: Any) -> Tensor:
-    """`score_attention(**call)` with another operator, as with a backward pass of its own; backends with an operator only."""
+    """Runs `score_attention(**call)` with another operator, such as one with a backward pass of its own."""
     if is_dtensor(call["query"]):
         shared: Tensor = over_shards(
             functools.partial(score_attention_by, operator), Arguments(**call)._asdict(), _SHARDED, [ATTENTION], _on_shards
@@ -294,7 +294,7 @@ def score_attention_by(operator: Computes, **call: Any) -> Tensor:
 
 
 def _run(x: Any, plan: Plan, features: Features, operator: Computes | None = None) -> tuple[Tensor, Any]:
-    """out and lse; torch's own attention has no lse."""
+    """Returns out and lse; torch's own attention has no lse."""
     if plan.backend == "sdpa":
         query, key, value = features.query, features.key, features.value
         with without_autocast(query):  # casts are done, and features of a series stay float32
@@ -307,7 +307,7 @@ def _run(x: Any, plan: Plan, features: Features, operator: Computes | None = Non
 def _inputs(x: Any, plan: Plan, features: Features) -> ScoreAttentionInputs:
     core, logit = features.core, features.logit
     seed = torch.randint(0, 2**62, (), device=features.query.device) if x.dropout_p > 0.0 else None
-    sink = None if logit is None else (logit - plan.scale * core.offset).detach()  # beside the core score, which lacks the offset
+    sink = None if logit is None else (logit - plan.scale * core.offset).detach()  # for the core score, which lacks the offset
     kind, parameter, scale = (core.kind, core.parameter, plan.scale) if plan.softcapped is None else plan.softcapped
     return _new_inputs(
         query=features.query,
@@ -337,7 +337,7 @@ def _finish(x: Any, plan: Plan, features: Features, rows: tuple[Tensor, Any]) ->
         lse = None if lse is None else lse.unflatten(2, queries).flatten(1, 2)
     if (logit is not None or x.return_lse) and (isinstance(offset, Tensor) or offset != 0.0):
         lse = torch.where(torch.isneginf(lse), lse, lse + plan.scale * offset)  # no gradient from a row without keys
-    if logit is not None:  # behind the offset: as part of the sink it would have a gradient of 1 minus the keys' share of 1
+    if logit is not None:  # after the offset: as part of the sink it would have a gradient of 1 minus the keys' share of 1
         out, lse = with_sink(out, lse, logit), lse_with_sink(lse, logit)
     out = as_dtype(out, features.out_dtype)
     out = out if x.head_gate is None else gated(out, x.head_gate)
@@ -352,13 +352,13 @@ def _finish(x: Any, plan: Plan, features: Features, rows: tuple[Tensor, Any]) ->
 
 
 def lse_of(query: Tensor, key: Tensor, **options: Any) -> Tensor:
-    """The log-sum-exp (B, H, N) alone, of a "dot" score with the scale among the options."""
+    """Returns only the log-sum-exp (B, H, N), of a "dot" score with the scale among the options."""
     _, lse = score_attention(query, key, key[..., :1], score="dot", return_lse=True, **options)
     return lse
 
 
-def lse_behind(arguments: Any, plan: DotPlan, sink: Tensor | None = None) -> Tensor:
-    """The log-sum-exp (B, H, N) of the attention of another operator's call, with the sink that is given here."""
+def attention_lse(arguments: Any, plan: DotPlan, sink: Tensor | None = None) -> Tensor:
+    """Returns the log-sum-exp (B, H, N) of the attention of another operator's call, with this sink."""
     x, value = arguments, arguments.key[..., :1]
     masks = {"attn_mask": x.attn_mask, "key_mask": x.key_mask, "is_causal": x.is_causal, "enable_gqa": x.enable_gqa}
     if x.group_bias is not None:
@@ -369,11 +369,11 @@ def lse_behind(arguments: Any, plan: DotPlan, sink: Tensor | None = None) -> Ten
 
 
 def lse_for_sink(arguments: Any, plan: DotPlan) -> Tensor | None:
-    """The caller's log-sum-exp, or one computed anew where a sink needs it: for its value, or for its gradient."""
+    """Returns the caller's log-sum-exp, or a new one if a sink needs it: for its value, or for its gradient."""
     lse, sink = arguments.lse, arguments.sink
     if sink is None or (lse is not None and (lse.requires_grad or not (torch.is_grad_enabled() and sink.requires_grad))):
         return lse
-    return lse_behind(arguments, plan, sink)
+    return attention_lse(arguments, plan, sink)
 
 
 def _forward_fake(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
@@ -384,7 +384,7 @@ def _forward_fake(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
 
 def _backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor | None, ...]:
     query, key, value, vector = inputs.query, inputs.key, inputs.value, inputs.vector
-    if query.shape[1] == 0:  # no kernel looks at keys that no query head shares
+    if query.shape[1] == 0:  # no kernel handles keys that no query head shares
         grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in (query, key, value))
         grad_vector, grad_row_bias = (None if x is None else torch.zeros_like(x) for x in (vector, inputs.row_bias))
     else:
@@ -422,13 +422,13 @@ def _setup_context(ctx: Any, inputs: ScoreAttentionInputs, output: tuple[Tensor,
 
 def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     inputs: ScoreAttentionBackwardInputs = _saved.inputs(ctx, grad_out, grad_lse)
-    if grad_out is None and grad_lse is None:  # a second backward pass goes on to here; nothing in it depends on the outputs
+    if grad_out is None and grad_lse is None:  # of a second backward pass, in which nothing depends on the outputs
         return (None,) * 7
     if grad_out is None:
         inputs = inputs._replace(grad_out=torch.zeros_like(inputs.out))
     *grads, grad_vector, grad_row_bias = _backward_op(inputs)
-    of_masks = None, None, None if inputs.row_bias is None else grad_row_bias
-    return *grads, None if inputs.vector is None else grad_vector, *of_masks
+    grad_masks = None, None, None if inputs.row_bias is None else grad_row_bias
+    return *grads, None if inputs.vector is None else grad_vector, *grad_masks
 
 
 differentiable("score_attention", _autograd, _setup_context)
@@ -461,15 +461,15 @@ def _backward_autograd(
 ) -> tuple[Tensor | None, ...]:
     if ctx.score != "dot":
         raise RuntimeError(
-            f"score_attention has no second derivative for scores that are no dot product; create_graph=True asks for {ctx.score}"
+            f"score_attention has no second derivative for scores that are not dot products; create_graph=True asks for {ctx.score}"
         )
     inputs = _backward_saved.inputs(ctx, by_query, by_key, by_value, by_row_bias)
     if inputs.row_bias is None:
         inputs = inputs._replace(by_row_bias=None)
     to_out, to_lse, to_query, to_key, to_value, to_row_bias = _second_op(inputs)
-    of_lse = None if inputs.grad_lse is None else to_lse
-    of_masks = (None,) * 5  # of out, lse, vector, attn_mask and key_mask
-    return to_out, of_lse, to_query, to_key, to_value, *of_masks, None if inputs.row_bias is None else to_row_bias
+    to_lse = None if inputs.grad_lse is None else to_lse
+    to_others = (None,) * 5  # out, lse, vector, attn_mask and key_mask
+    return to_out, to_lse, to_query, to_key, to_value, *to_others, None if inputs.row_bias is None else to_row_bias
 
 
 differentiable("score_attention_backward", _backward_autograd, _backward_setup_context)
@@ -479,5 +479,5 @@ not_differentiable(
     "Hessian is torch.autograd.functional.vhp, which needs two",
 )
 
-describe_call = described(Arguments, _facts)
+describe_call = described(Arguments, _describe)
 OPERATOR = Operator(score_attention, describe_call, BACKENDS)

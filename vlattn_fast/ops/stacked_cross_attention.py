@@ -147,11 +147,11 @@ Arguments = arguments_of(stacked_cross_attention)
 
 
 def _backend(x: Any) -> str:
-    return select(BACKENDS, _facts(x), x.backend)
+    return select(BACKENDS, _describe(x), x.backend)
 
 
-def _facts(x: Any) -> Call:
-    """The facts of a call, which is checked but for the values of lengths."""
+def _describe(x: Any) -> Call:
+    """Checks a call except for the values of lengths, and returns its metadata."""
     images, captions = x.images, x.captions
     check_options(x.direction, x.first_norm, x.smooth, x.aggregation, x.lambda_lse)
     check_tensor("images", images, rank=3, shape="(Bi, R, D)")
@@ -169,7 +169,7 @@ def _facts(x: Any) -> Call:
 
 
 def check_options(direction: Any, first_norm: Any, smooth: Any, aggregation: Any, lambda_lse: Any) -> None:
-    """The options of `stacked_cross_attention` that are no tensors have the documented types and values."""
+    """Raises an error unless the options of `stacked_cross_attention` have the documented types and values."""
     check_choice("direction", direction, DIRECTIONS)
     check_choice("first_norm", first_norm, FIRST_NORMS)
     check_number("smooth", smooth)
@@ -192,13 +192,13 @@ def _check_lengths(name: str, lengths: Any, of_name: str, of: Tensor) -> None:
 
 
 def check_positive(name: str, value: float) -> None:
-    """`value` divides a log-sum-exp."""
+    """Raises an error unless `value`, which divides a log-sum-exp, is above 0."""
     if value <= 0:
         raise ValueError(f"{name} must be greater than 0, since the log-sum-exp is divided by it; got {value!r}")
 
 
 def _place(lengths: Tensor | None, name: str, of: Tensor) -> Tensor | None:
-    """The lengths of captions or images, on their device. Values are checked where they can be read, and clamped elsewhere."""
+    """Returns the lengths of captions or images, on their device. Values are checked if they are available, else clamped."""
     if lengths is None:
         return None
     if lengths.numel() > 0 and readable(lengths):
@@ -211,7 +211,7 @@ def _place(lengths: Tensor | None, name: str, of: Tensor) -> Tensor | None:
 
 
 def _mask_padding(x: Tensor, lengths: Tensor | None) -> Tensor:
-    """(B, L, D) with the rows of padding set to zero, so that NaN there reaches no output and no gradient."""
+    """Returns (B, L, D) with zeros at padding, so that NaN there reaches no output and no gradient."""
     if lengths is None:
         return x
     return real_tokens(x, torch.arange(x.shape[1], device=x.device) < lengths[:, None])
@@ -250,5 +250,5 @@ def _autograd(ctx: Any, grad_similarity: Tensor) -> tuple[Tensor, Tensor]:
 differentiable("stacked_cross_attention", _autograd, _setup_context)
 once_differentiable("stacked_cross_attention_backward")
 
-describe_call = described(Arguments, _facts)
+describe_call = described(Arguments, _describe)
 OPERATOR = Operator(stacked_cross_attention, describe_call, BACKENDS)

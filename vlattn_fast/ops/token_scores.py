@@ -1,7 +1,7 @@
 """Scores by which tokens are kept or pruned: SnapKV, H2O, TOVA, FastV, SparseVLM, VisionZip, without the map.
 
 Formula: reference/token_scores.py. The attention that keys receive comes from `attention_statistics`, in any of its backends. A
-rule that reads a few queries computes their rows alone.
+rule that uses a few queries computes only their rows of the map.
 """
 
 from __future__ import annotations
@@ -107,9 +107,9 @@ def token_scores(
     arguments = Arguments(**locals())
     plan = planned(_plan, arguments)
     how = plan.how if plan.how.queries is not None else plan.how._replace(queries=queries)
-    of_rows = _of_rows(how, plan.rows, arguments)
-    received, rows = statistics_of(of_rows, plan.statistics).received, of_rows.query.shape[2]
-    if of_rows.row_weight is None and not how.is_sum and rows > 1:
+    chosen = _statistics_arguments(how, plan.rows, arguments)
+    received, rows = statistics_of(chosen, plan.statistics).received, chosen.query.shape[2]
+    if chosen.row_weight is None and not how.is_sum and rows > 1:
         received = received / rows  # as many in each sample
     return finish(received, how, query.shape[2], key, key_mask)
 
@@ -118,8 +118,8 @@ Arguments = arguments_of(token_scores)
 
 
 class Plan(NamedTuple):
-    """How a call runs. `how.queries` is None where a tensor names them, since plans are kept. `rows`: the first query that gives,
-    and the one behind the last; None where a mask of tokens chooses them. A slice would be a constant to torch.compile."""
+    """How a call runs. `how.queries` is None if a tensor names them, since plans are cached. `rows`: the first query that counts,
+    and the one after the last; None if a mask of tokens chooses them. A slice would be a constant to torch.compile."""
 
     how: Rule
     rows: tuple[int, int] | None
@@ -134,7 +134,7 @@ def _plan(x: Any) -> Plan:
     if not names_mask and real_queries(how, x.query, x.key, x.key_mask) is None:
         num_queries, few = x.query.shape[2], _fewest(how, x.query)
         rows = (0, few) if how.queries == "first" else (num_queries - few, num_queries)
-    statistics = make_statistics_plan(_of_rows(how, rows, x))
+    statistics = make_statistics_plan(_statistics_arguments(how, rows, x))
     return Plan(how._replace(queries=None) if names_mask else how, rows, statistics)
 
 
@@ -177,17 +177,17 @@ def text_raters(hidden: Tensor, image: Tensor, text: Tensor, *, backend: str = "
     return above_mean(statistics.received[:, 0], text)
 
 
-def _of_rows(how: Rule, rows: tuple[int, int] | None, x: Any) -> Any:
-    """The arguments of attention_statistics for the queries that give. `rows` as in `Plan`."""
+def _statistics_arguments(how: Rule, rows: tuple[int, int] | None, x: Any) -> Any:
+    """Returns the arguments of attention_statistics for the queries that count. `rows`: see `Plan`."""
     query, weight = x.query, None
-    places: slice | Tensor
+    positions: slice | Tensor
     if rows is None:
-        query, weight, places = _chosen_rows(how, x)
+        query, weight, positions = _chosen_rows(how, x)
     else:
-        (first, end), places = rows, slice(*rows)
+        (first, end), positions = rows, slice(*rows)
         if end - first < query.shape[2]:
-            query = query[:, :, places]
-    mask, is_causal = _mask(how, x.attn_mask, x.query, x.key, places)
+            query = query[:, :, positions]
+    mask, is_causal = _mask(how, x.attn_mask, x.query, x.key, positions)
     return StatisticsArguments(
         query=query,
         key=x.key,
@@ -205,17 +205,17 @@ def _of_rows(how: Rule, rows: tuple[int, int] | None, x: Any) -> Any:
 
 
 def _fewest(how: Rule, query: Tensor) -> int:
-    """How many queries of a sample give at most."""
+    """Returns how many queries of a sample count at most."""
     count = {"last": 1, "first": 1}.get(how.queries) if isinstance(how.queries, str) else how.queries
     return min(count, query.shape[2]) if isinstance(count, int) else query.shape[2]
 
 
 def _chosen_rows(how: Rule, x: Any) -> tuple[Tensor, Tensor, slice | Tensor]:
-    """The queries (B, H, R, D) that are computed, their weights (B, R), and which queries they are: all, or those of (B, R)."""
+    """Returns the queries (B, H, R, D) that are computed, their weights (B, R), and their positions: all, or those of (B, R)."""
     query, num_queries, few = x.query, x.query.shape[2], _fewest(how, x.query)
     chosen = chosen_queries(how, query, x.key, x.key_mask)
     rows: slice | Tensor = slice(0, num_queries)
-    if few < num_queries:  # the places of the chosen queries, in their order; -1 where a sample has fewer
+    if few < num_queries:  # the positions of the chosen queries, in their order; -1 if a sample has fewer
         index = torch.where(chosen, torch.arange(num_queries, device=query.device), -1).topk(few, 1).values.flip(1)
         chosen, rows = index >= 0, (picked := index.clamp(min=0))
         query = torch.take_along_dim(query, picked[:, None, :, None], 2)
@@ -226,7 +226,7 @@ def _chosen_rows(how: Rule, x: Any) -> tuple[Tensor, Tensor, slice | Tensor]:
 
 
 def _mask(how: Rule, attn_mask: Tensor | None, query: Tensor, key: Tensor, rows: slice | Tensor) -> tuple[Tensor | None, bool]:
-    """The mask of these rows, and SDPA's flag where it says that no query sees a later key."""
+    """Returns the mask of these queries, and whether SDPA's flag is_causal replaces a mask of later keys."""
     num_queries, num_keys = query.shape[2], key.shape[2]
     has_all_rows = isinstance(rows, slice) and rows.stop - rows.start == num_queries
     if attn_mask is not None and attn_mask.dim() > 1 and attn_mask.shape[-2] > 1 and not has_all_rows:
@@ -234,7 +234,7 @@ def _mask(how: Rule, attn_mask: Tensor | None, query: Tensor, key: Tensor, rows:
             attn_mask = attn_mask[..., rows, :]
         else:
             attn_mask = torch.take_along_dim(attn_mask[(None,) * (4 - attn_mask.dim())], rows[:, None, :, None], 2)
-    if not how.is_causal or how.queries == "last":  # the last query sees all
+    if not how.is_causal or how.queries == "last":  # the last query attends to all
         return attn_mask, False
     if has_all_rows and num_queries == num_keys:
         return attn_mask, True
