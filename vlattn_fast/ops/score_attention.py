@@ -461,7 +461,8 @@ def _backward_autograd(
 ) -> tuple[Tensor | None, ...]:
     if ctx.score != "dot":
         raise RuntimeError(
-            f"score_attention has no second derivative for scores that are not dot products; create_graph=True asks for {ctx.score}"
+            "score_attention has no second derivative for scores that are not dot products; create_graph=True asks for "
+            f"{ctx.score}"
         )
     inputs = _backward_saved.inputs(ctx, by_query, by_key, by_value, by_row_bias)
     if inputs.row_bias is None:

@@ -180,8 +180,8 @@ with torch's attention and `congruence_loss` with ours. The losses are compared 
 {table}
 
 The largest difference is that of a step's loss from the loss with torch's attention, over this loss. The last column has the same
-for matmul, softmax and matmul, since rounding is enough to make two trainings differ. The bound is {float32} of the loss in float32 and
-{bfloat16} in bfloat16 (autocast); `packages/vlattn-lab/tests/test_convergence.py` holds it over 30 steps.
+for matmul, softmax and matmul, since rounding is enough to make two trainings differ. The bound is {float32} of the loss in
+float32 and {bfloat16} in bfloat16 (autocast); `packages/vlattn-lab/tests/test_convergence.py` holds it over 30 steps.
 
 `python -m vlattn_lab.train.convergence` trains, writes this page and `benchmarks/results/convergence.json`.
 """
