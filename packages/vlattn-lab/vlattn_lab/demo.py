@@ -61,7 +61,7 @@ def picture(out: Path) -> None:
     model, processor = lab.load_captioner()
     asked = lab.digit_prompts(1, seed=EXAMPLE, kind="which")
     photo, question = lab.example_question()
-    inputs = processor(images=photo, text=question)
+    inputs: dict[str, Any] = processor(images=photo, text=question)
     answer = processor.decode(model.generate(**inputs))
     explanation = explain(model, inputs, answer=answer, processor=processor)
     assert isinstance(explanation.image, Tensor) and explanation.scores is not None  # both are there for an answer
