@@ -84,7 +84,7 @@ def test_explain_passes_few_files() -> None:
         va.explain(model, inputs)
     finally:
         sys.setprofile(before)
-    assert len(files) <= 53, "\n".join(sorted(files))
+    assert len(files) <= 44, "\n".join(sorted(files))
 
 
 @pytest.mark.parametrize("name", ["on_enter", "on_leave", "on_attention", "on_result"])

@@ -14,7 +14,7 @@ import vlattn_fast as va
 from tests.helpers.nn import divided_relevancy
 from tests.helpers.nn.stored_relevancy import MAPS, STORED, stored_row, terms
 from tests.helpers.two_ranks import results_of
-from vlattn_fast.interpret.adapters.unsupported import UndefinedRelevancy
+from vlattn_fast.interpret.explaining.question import UndefinedRelevancy
 from vlattn_fast.interpret.relevancy.methods.registry import with_options
 from vlattn_fast.nn import RelevancyLoss, capture_relevancy
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from vlattn_fast._ground.extras import with_progress
 from vlattn_fast.attach.session import at_rest
-from vlattn_fast.interpret.adapters.unsupported import UndefinedRelevancy
 from vlattn_fast.interpret.evaluating.box_scores import BOX_SCORES
 from vlattn_fast.interpret.evaluating.curves import BOTH, CURVES, PARTS
 from vlattn_fast.interpret.evaluating.evaluation import Tally
@@ -20,6 +19,7 @@ from vlattn_fast.interpret.evaluating.maps import Batch, maps_of, run_method
 from vlattn_fast.interpret.evaluating.model_answers import Judge, Key
 from vlattn_fast.interpret.evaluating.plan import INTERVENTION, MEASURED, Plan
 from vlattn_fast.interpret.evaluating.ties import coarsest, constant, rounding
+from vlattn_fast.interpret.explaining.question import UndefinedRelevancy
 from vlattn_fast.interpret.relevancy.method import Method
 from vlattn_fast.interpret.result.numbers.rank_correlation import rank_correlation
 

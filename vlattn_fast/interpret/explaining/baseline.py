@@ -19,11 +19,8 @@ _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "cls_token_id", "sep
 _BLUR = 1 / 20  # of the shorter side: the standard deviation
 
 
-def run_baseline(request: Request, prompt: Prompt) -> None:
+def run_baseline(request: Request, prompt: Prompt, method: BaselineMethod) -> None:
     """Give the method the embeddings of its baseline, by a run without gradients where that is an input."""
-    method = request.method
-    if not isinstance(method, BaselineMethod) or prompt.empty:
-        return
     changed = _changed(request, prompt, method)
     if changed:
         method.is_baseline = True

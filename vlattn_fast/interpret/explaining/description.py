@@ -11,8 +11,8 @@ from vlattn_fast.interpret.adapters import derived_grids
 from vlattn_fast.interpret.adapters.adapter import Adapter, Tower
 from vlattn_fast.interpret.adapters.derived import generates, why_underived
 from vlattn_fast.interpret.adapters.registry import find_adapter, listed_adapter
-from vlattn_fast.interpret.adapters.unsupported import RECURRENT, check_rules
 from vlattn_fast.interpret.explaining.answer import encoder_decoder
+from vlattn_fast.interpret.relevancy.recurrent_calls import RECURRENT, check_rules
 from vlattn_fast.interpret.relevancy.tower_trace import matching, submodule
 
 SCORES = {

@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from vlattn_fast._ground.extras import with_progress
 from vlattn_fast.attach.session import at_rest, never_compiled
 from vlattn_fast.interpret.adapters.patch_grid import PatchGrid
-from vlattn_fast.interpret.adapters.unsupported import UndefinedRelevancy
 from vlattn_fast.interpret.explaining.baseline import run_baseline
-from vlattn_fast.interpret.explaining.fields import parts, vision_maps
+from vlattn_fast.interpret.explaining.fields import parts, vision_maps, why_no_map
 from vlattn_fast.interpret.explaining.forward_pass import Run, run_traced
 from vlattn_fast.interpret.explaining.inputs import opened, packing
 from vlattn_fast.interpret.explaining.named_sinks import FindsSinks, named_sinks
 from vlattn_fast.interpret.explaining.occluded import occluded
 from vlattn_fast.interpret.explaining.question import (
     Question,
+    UndefinedRelevancy,
     ask,
     backward_pass,
     check_relevancy,
@@ -35,11 +35,12 @@ from vlattn_fast.interpret.explaining.question import (
     warn_of_remarks,
 )
 from vlattn_fast.interpret.explaining.request import Position, Prompt, Request, Target, lay_out, renamed
-from vlattn_fast.interpret.explaining.without_map import why_no_map
+from vlattn_fast.interpret.relevancy.embedding_method import BaselineMethod
 from vlattn_fast.interpret.relevancy.layer_maps import LayerMaps, Selection
 from vlattn_fast.interpret.relevancy.method import LOG_PROBABILITY, BackwardPass, Method
 from vlattn_fast.interpret.relevancy.methods.registry import lists_methods, method_of
 from vlattn_fast.interpret.relevancy.occluding_method import OccludingMethod
+from vlattn_fast.interpret.relevancy.sink_detection import KEEP
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.result.by_layer import LayerExplanation
 from vlattn_fast.interpret.result.explanation import Explanation
@@ -202,9 +203,7 @@ def find_sinks(model: nn.Module, inputs: Mapping[str, Any], *, processor: Any = 
     packs = opened(inputs)[1]
     with torch.inference_mode(False), torch.no_grad(), at_rest(request.model), packing(request.model, packs):
         prompt = lay_out(request, inputs)
-        found = named_sinks(request, prompt, run_traced(request, prompt))
-    assert found is not None
-    return found
+        return named_sinks(request, prompt, run_traced(request, prompt))
 
 
 def _explained(
@@ -226,7 +225,8 @@ def _explained(
     packs = opened(inputs)[1]
     with torch.inference_mode(False), torch.enable_grad(), at_rest(request.model), packing(request.model, packs):
         prompt = lay_out(request, inputs)
-        run_baseline(request, prompt)
+        if isinstance(request.method, BaselineMethod) and not prompt.empty:
+            run_baseline(request, prompt, request.method)
         once = not (request.method.steps or request.method.reads_score)  # else each step has a run with gradients, or none
         with torch.set_grad_enabled(once):
             run = run_traced(request, prompt)
@@ -361,7 +361,7 @@ def assemble(request: Request, prompt: Prompt, run: Run, question: Question, row
         "method": request.method.label,
         "start_layer": request.method.start_layer,
         "no_map": why_no_map(request.model, run.towers, prompt.arguments, fields),
-        "sinks": named_sinks(request, prompt, run, fields.get("image_samples")),
+        "sinks": None if request.method.sinks == KEEP else named_sinks(request, prompt, run, fields.get("image_samples")),
     }
     explanation = (
         Explanation(relevancy=relevancy, **fields)

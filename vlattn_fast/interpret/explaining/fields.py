@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,12 +11,25 @@ import torch
 from torch import Tensor, nn
 
 from vlattn_fast.interpret.adapters.connector_maps import Connector, joined
-from vlattn_fast.interpret.adapters.image_grids import Layout, image_tokens, photos_of, stacked
+from vlattn_fast.interpret.adapters.image_grids import (
+    Layout,
+    image_tokens,
+    is_ids,
+    only_picture,
+    photos_of,
+    square_patches,
+    stacked,
+)
 from vlattn_fast.interpret.adapters.patch_grid import PatchGrid
-from vlattn_fast.interpret.adapters.tokens import Text, Tokens
+from vlattn_fast.interpret.adapters.pixels import Shape
+from vlattn_fast.interpret.adapters.tokens import Patches, Text, Tokens
 from vlattn_fast.interpret.explaining.answer import Answer
-from vlattn_fast.interpret.explaining.patches import patch_maps
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
+
+_PICTURES = ("pixel_values", "pixel_values_videos", "image")
+_SOUNDS = ("input_features", "input_values", "audio_values")  # spectrograms and waves
+_SUMMARIES = ("qformer", "perceiver", "resampler")  # in names of classes whose learned queries look at a whole picture
+_INSTEAD = "explain a model whose image tokens are patches, such as LLaVA"
 
 
 def parts(
@@ -155,3 +169,108 @@ def _each(relevancy: Tensor, read: Callable[[Tensor], tuple[Any, Any] | None]) -
     if isinstance(values[0], tuple):
         return tuple(torch.stack(maps) for maps in zip(*values, strict=True)), facts
     return torch.stack(values, 1), facts
+
+
+# --- patches of a tower that no adapter describes ---
+
+
+def patch_maps(
+    patches: PatchGrid | None, towers: Sequence[TowerTrace], inputs: Mapping[str, Any], relevancy: Mapping[str, Tensor]
+) -> tuple[str, dict[str, Any]]:
+    """The first tower that has such a grid, and fields of an Explanation with its patches, from rows (B, N) or (B, T, N).
+    ValueError where the caller asks for a grid, and no tower has it."""
+    free = [tower for tower in towers if tower.entry is None or (patches is not None and tower.entry.kind is Patches)]
+    if patches is None:  # towers of ids are none of the picture
+        texts = {name: tuple(value.shape) for name, value in inputs.items() if is_ids(value)}
+        of_text = [tower for tower in free if tower.shape in texts.values()]
+        shapes = {tower.shape for tower in of_text}
+        inputs = {name: value for name, value in inputs.items() if texts.get(name) not in shapes}
+        free = [tower for tower in free if tower not in of_text]
+    for tower in free:
+        if tower.grid is not None:
+            if (picture := _of_pixels(patches, relevancy[tower.name], tower)) is not None:
+                return tower.name, {"image": picture, "image_samples": list(range(len(picture)))}
+        elif (grid := _grid_of(patches, tower.size, inputs)) is not None:
+            before, (height, width) = grid
+            row = relevancy[tower.name]
+            maps = row[..., before : before + height * width].reshape(*row.shape[:-1], height, width)
+            return tower.name, {"image": maps, "image_samples": list(range(len(row)))}
+    if patches is not None:
+        sizes = ", ".join(f"'{tower.name}' of {tower.size} tokens" for tower in free)
+        raise ValueError(
+            f"patches must fit a tower that is read, which has prefix + rows * columns tokens; got {patches} for "
+            f"{sizes or 'towers whose adapter says how their tokens lie'}{_fitting(patches, free)}"
+        )
+    return "", {}
+
+
+def grid_of_pixels(patches: PatchGrid | None, tower: TowerTrace) -> Shape:
+    """Rows and columns of the patches in a tower of pixels. ValueError where nothing tells, or the caller's do not fit."""
+    pixels, shape = tower.grid, (patches.shape if patches is not None else None) or tower.patches
+    if pixels is None or shape is None or pixels[0] % shape[0] or pixels[1] % shape[1]:
+        raise ValueError(
+            f"patches must be a va.PatchGrid(rows, columns) that divides the {pixels} pixels of '{tower.name}'; got "
+            f"{shape if patches is None else patches}"
+        )
+    return shape
+
+
+def _of_pixels(patches: PatchGrid | None, row: Tensor, tower: TowerTrace) -> Tensor | None:
+    """A map of the sums over the patches that the caller asks for, or that the model cuts the picture into, else of pixels; None
+    where these do not fit."""
+    pixels = tower.grid or (1, 1)
+    height, width = (patches.shape if patches is not None else None) or tower.patches or pixels
+    if (patches is not None and patches.prefix) or pixels[0] % height or pixels[1] % width:
+        return None
+    squares = row.reshape(*row.shape[:-1], height, pixels[0] // height, width, pixels[1] // width)
+    return squares.sum((-3, -1))
+
+
+def _grid_of(patches: PatchGrid | None, count: int, inputs: Mapping[str, Any]) -> tuple[int, Shape] | None:
+    """The tokens in front of the patches and their grid, in a tower of `count` tokens; None where that is not known."""
+    if patches is not None and (shape := patches.shape) is not None:
+        return (patches.prefix, shape) if count == patches.prefix + math.prod(shape) else None
+    if (picture := only_picture(inputs)) is not None:
+        return square_patches(count, picture.shape[-2:], None if patches is None else patches.prefix)
+    side = 0 if patches is None else math.isqrt(max(0, count - patches.prefix))
+    return (patches.prefix, (side, side)) if patches is not None and side and side**2 == count - patches.prefix else None
+
+
+def _fitting(patches: PatchGrid, towers: Sequence[TowerTrace]) -> str:
+    """The prefix that makes the caller's grid fit."""
+    before = [tower.size - math.prod(patches.shape) for tower in towers if patches.shape is not None and tower.grid is None]
+    return f". prefix={min(fits)} would fit" if (fits := [count for count in before if count >= 0]) else ""
+
+
+# --- an explanation without a map ---
+
+
+def why_no_map(
+    model: nn.Module, towers: Sequence[TowerTrace], inputs: Mapping[str, Any], fields: Mapping[str, Any]
+) -> str | None:
+    """A sentence for an explanation with these `fields`; None where it has a map or boxes, or the model saw words only."""
+    if any(fields.get(name) is not None for name in ("image", "tower_images", "boxes")):
+        return None
+    names = {name for name, value in inputs.items() if isinstance(value, Tensor) and value.is_floating_point()}
+    if names.intersection(_SOUNDS):
+        heard = towers[-1].name  # the encoder, to which the others attend; else the tower that has all tokens
+        return (
+            "the model hears a sound, whose tokens are stretches of time and have no place in a picture: read the numbers in "
+            f"explanation.relevancy[{heard!r}], which stand in the order of time"
+        )
+    if not names.intersection(_PICTURES) and only_picture(inputs) is None:
+        return None
+    tower = next((tower for tower in towers if tower.entry is not None and tower.entry.kind.image_ids), None)
+    if tower is None:
+        which = ", ".join(tower.name for tower in towers if tower.entry is None) or ", ".join(t.name for t in towers)
+        return (
+            f"nothing says which tokens of {which} are patches of the picture, and how these lie: explain with "
+            "patches=va.PatchGrid(rows, columns, prefix=0)"
+        )
+    parts = (type(part).__name__ for part in model.modules())
+    queries = next((name for name in parts if any(word in name.lower() for word in _SUMMARIES)), None)
+    if queries is not None:
+        why = f"the image tokens are the learned queries of {queries}, each of which looks at the whole picture"
+    else:
+        why = "neither the config nor the inputs say where the image tokens lie in the picture"
+    return f"{why}: their numbers are in explanation.relevancy[{tower.name!r}]. For a map, {_INSTEAD}"

@@ -13,7 +13,7 @@ from vlattn_fast.interpret.explaining.fields import parts, tokens_of
 from vlattn_fast.interpret.explaining.forward_pass import Run
 from vlattn_fast.interpret.explaining.request import Prompt, Request
 from vlattn_fast.interpret.relevancy.method import Method
-from vlattn_fast.interpret.relevancy.sink_detection import KEEP, REMOVE, REPORT, Seen
+from vlattn_fast.interpret.relevancy.sink_detection import REMOVE, REPORT, Seen
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.result.numbers.sink_tokens import Sink, Sinks
 
@@ -32,10 +32,8 @@ class FindsSinks(Method):
         super().__init__()
 
 
-def named_sinks(request: Request, prompt: Prompt, run: Run, image_samples: Sequence[int] | None = None) -> Sinks | None:
-    """The sinks of each sample; None where nobody asked. `image_samples`: the sample of each map of an explanation."""
-    if request.method.sinks == KEEP:
-        return None
+def named_sinks(request: Request, prompt: Prompt, run: Run, image_samples: Sequence[int] | None = None) -> Sinks:
+    """The sinks of each sample. `image_samples`: the sample of each map of an explanation."""
     count = run.towers[0].batch or 0
     samples: list[list[Sink]] = [[] for _ in range(count)]
     by_towers: dict[tuple[TowerTrace, TowerTrace], list[Seen]] = {}

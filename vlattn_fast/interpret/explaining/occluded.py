@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.extras import with_progress
-from vlattn_fast.interpret.explaining.fields import parts, tokens_of
+from vlattn_fast.interpret.explaining.fields import grid_of_pixels, parts, tokens_of
 from vlattn_fast.interpret.explaining.forward_pass import Run, run_traced
-from vlattn_fast.interpret.explaining.patches import grid_of_pixels
 from vlattn_fast.interpret.explaining.question import Question, ask
 from vlattn_fast.interpret.explaining.request import Prompt, Request
 from vlattn_fast.interpret.relevancy.occluding_method import OccludingMethod

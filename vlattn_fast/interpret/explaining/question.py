@@ -16,7 +16,6 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from vlattn_fast._ground.checks import call_on
 from vlattn_fast.attach.session import named
-from vlattn_fast.interpret.adapters.unsupported import UndefinedRelevancy
 from vlattn_fast.interpret.explaining.answer import Answer, explained_number
 from vlattn_fast.interpret.explaining.forward_pass import Run
 from vlattn_fast.interpret.explaining.read_rows import starts_of
@@ -25,6 +24,10 @@ from vlattn_fast.interpret.relevancy.method import LOG_PROBABILITY, LOGIT, Backw
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 
 Pass = tuple[Tensor | None, list[Tensor]]  # of one backward pass: the score (B,), and the rows (B, T, N) to read in each tower
+
+
+class UndefinedRelevancy(ValueError):
+    """The call is right, but this model's weights give a score that is NaN, or no row beside the one that is read."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast._ground.checks import check_bool
+from vlattn_fast._ground.checks import check_bool, describe
 from vlattn_fast.attach.session import at_rest, check_has_gradients, unwrapped
 from vlattn_fast.interpret.adapters.actions import Action
 from vlattn_fast.interpret.adapters.adapter import WITHOUT_ADAPTER, Adapter, Tower
@@ -32,7 +32,6 @@ from vlattn_fast.interpret.explaining.answer import (
 from vlattn_fast.interpret.explaining.former_names import check_names
 from vlattn_fast.interpret.explaining.inputs import Packs, check_inputs, is_empty, opened, packed, packing, prepare_inputs
 from vlattn_fast.interpret.explaining.naming import special_ids, token_target, tokenizer_of
-from vlattn_fast.interpret.explaining.patches import check_patches
 from vlattn_fast.interpret.explaining.similarity import NAMED_ROWS, SIMILARITY
 from vlattn_fast.interpret.relevancy.layer_maps import LayerMaps, Selection
 from vlattn_fast.interpret.relevancy.method import Method
@@ -245,6 +244,13 @@ def check_position(position: Any) -> None:
             raise ValueError(f"position must be one of {', '.join(NAMED_ROWS)}, an index or weights; got {value!r}")
         if isinstance(value, bool) or not (isinstance(value, (str, int, Sequence)) or hasattr(value, "tolist")):
             raise TypeError(f"position must be a name, an index or weights; got {type(value).__name__}")
+
+
+def check_patches(patches: Any) -> PatchGrid | None:
+    """The argument of this name; TypeError unless it is None or a `PatchGrid`."""
+    if patches is not None and not isinstance(patches, PatchGrid):
+        raise TypeError(f"patches must be a va.PatchGrid(rows, columns, prefix=0); got {describe(patches)}")
+    return patches
 
 
 def _names_towers(adapter: Adapter, position: Mapping[str, Any]) -> bool:

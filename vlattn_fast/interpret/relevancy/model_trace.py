@@ -23,10 +23,9 @@ from vlattn_fast.attach.observer import Observer
 from vlattn_fast.attach.session import in_layers, is_checkpointed, layers_of, named
 from vlattn_fast.backends.inputs import ScoreAttentionInputs
 from vlattn_fast.interpret.adapters.adapter import Adapter
-from vlattn_fast.interpret.adapters.unsupported import check_recurrences, check_rules
 from vlattn_fast.interpret.relevancy.joined_keys import JoinedKeys, Joint, Part, check_cross, joint_keys
 from vlattn_fast.interpret.relevancy.method import Link, Method
-from vlattn_fast.interpret.relevancy.recurrent_calls import SeesMixers, replacements
+from vlattn_fast.interpret.relevancy.recurrent_calls import SeesMixers, check_recurrences, check_rules, replacements
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace, begun, note_lost_gradient, submodule
 from vlattn_fast.interpret.relevancy.traced_call import Scored, TracedCall
 from vlattn_fast.interpret.relevancy.tracking.tensor_marks import TensorMarks
