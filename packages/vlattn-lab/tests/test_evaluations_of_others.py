@@ -42,7 +42,7 @@ def test_a_file_of_evaluate_is_a_section_of_the_page(tmp_path):
     value = va.Evaluation.load(folder / "mine.json").value("gradient", "pointing")
     assert lines[0].startswith(f"| `gradient` | {value:.3f} | ") and lines[1].startswith("| `random` |")
     whole = json.loads((folder / "mine.json").read_text())
-    del whole["facts"]["device"], whole["facts"]["versions"]
+    del whole["metadata"]["device"], whole["metadata"]["versions"]
     (folder / "old.json").write_text(json.dumps(whole))
     with pytest.raises(ValueError, match="old.json must be a file of a present `vlattn evaluate`; it lacks device, versions"):
         evaluations_of_others(folder)
