@@ -1,7 +1,6 @@
-"""The methods of `va.explain` as objects, which take options: `method=va.methods.Weighted(freeze=("norms",), of="logit")`.
+"""The methods of `va.explain` as objects with options: `method=va.methods.Weighted(freeze=("norms",), of="logit")`.
 
-A name, as `method="weighted"`, means the same class with its defaults. Options are those of `Method`. `freeze=()` gives a method
-in its published form.
+A name, such as `method="weighted"`, means the same class with its defaults. `freeze=()` gives a method in its published form.
 """
 
 from vlattn_fast.interpret.relevancy.method import Method

@@ -75,7 +75,7 @@ def test_one_hot_rollout_of_a_decoder(kind):
     outputs = model(**inputs, output_attentions=True)
     maps = encoder_decoder_maps(outputs, outputs.logits.sum())
     read = {"tower1": 2}
-    with pytest.warns(UserWarning, match="'rollout:one_hot' reads the attention of t alone") as warned:
+    with pytest.warns(UserWarning, match="method='rollout:one_hot' for only the attention of t") as warned:
         other = explain(model, inputs, target=lambda o: o.logits[:, 2, 7], position=read, method="rollout").relevancy
     assert len(warned) == 1
     got = explain(model, inputs, target=lambda o: o.logits[:, 2, 7], position=read, method="rollout:one_hot").relevancy

@@ -202,5 +202,5 @@ def test_what_a_method_does_not_define_is_refused(case, tmp_path, monkeypatch):
 def test_two_methods_with_one_name(tmp_path, monkeypatch):
     base = "from vlattn_fast.interpret.relevancy.method import Method\n"
     add_file(tmp_path, monkeypatch, f'{base}class Again(Method):\n    name = "gradient"\n')
-    with pytest.raises(ValueError, match=f"methods must have names of their own; got 'gradient' in .*{NAME}"):
+    with pytest.raises(ValueError, match=f"each method must have a name of its own; got 'gradient' in .*{NAME}"):
         registry.methods_in_folder()

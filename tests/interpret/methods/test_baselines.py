@@ -163,8 +163,8 @@ def test_the_gap_to_the_gain(tmp_path: Path) -> None:
         ({"y": "black"}, ValueError, r"baseline must name inputs that are tensors, of \['x'\]; got 'y'"),
         ({"x": 7}, ValueError, r"baseline must be a token of ids \(B, N\) only; got 7 for 'x'"),
         ({"x": torch.zeros(5)}, ValueError, r"baseline must broadcast to 'x' \(2, 3, 8, 12\); got \(5,\)"),
-        (torch.zeros(5), ValueError, r"baseline must broadcast to the pictures of inputs, or to the embeddings .* got \(5,\)"),
-        (pictures(), ValueError, "baseline must change what enters the towers x; got embeddings that are those of the input"),
+        (torch.zeros(5), ValueError, r"baseline must broadcast to the images in inputs, or to the embeddings .* got \(5,\)"),
+        (pictures(), ValueError, "baseline must change the embeddings of the towers x; got those of the input"),
     ],
 )  # fmt: skip
 def test_bad_baselines(baseline: Any, error: type[Exception], message: str) -> None:

@@ -265,7 +265,7 @@ def test_bad_kinds(case):
         got.at(7)
     with pytest.raises(ValueError, match="head must be None for the maps of layers; got 0"):
         got.at(0, 0)
-    with pytest.raises(ValueError, match="beside must be empty for maps of layers; got 1 explanations"):
+    with pytest.raises(ValueError, match="others must be empty for maps of layers; got 1 explanations"):
         got.to_html(others=[got])
 
 

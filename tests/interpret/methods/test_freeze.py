@@ -377,7 +377,7 @@ def test_options_that_are_none() -> None:
     with pytest.raises(ValueError, match="of must be .*logit.*; got 'logits'"):
         va.methods.Weighted(of="logits")
     model, inputs = Attends(by_hand=False), {"features": torch.randn(2, 5, 6)}
-    with pytest.raises(TypeError, match=r"method must be a name or an object, as va.methods.Gradient\(\); got the class"):
+    with pytest.raises(TypeError, match=r"method must be a name or an object, such as va.methods.Gradient\(\); got the class"):
         va.explain(model, inputs, method=va.methods.Gradient, position="cls")
     with pytest.raises(ValueError, match="of must be left out where target is a callable"):
         va.explain(model, inputs, method=va.methods.Gradient(of="logit"), position="cls", target=lambda outputs: outputs[:, 0])

@@ -124,7 +124,7 @@ def test_a_score_of_a_batch_that_cannot_grow(case: Any) -> None:
     ("options", "message"),
     [
         ({"window": 0}, "window must be at least 1; got 0"),
-        ({"window": 2, "stride": 3}, "stride must be at most window, so that every patch is taken away; got 3 and 2"),
+        ({"window": 2, "stride": 3}, "stride must be at most window, so that every patch is replaced; got 3 and 2"),
         ({"fill": "grey"}, "fill must be one of 'black'"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"of": "chance"}, "of must be one of"),

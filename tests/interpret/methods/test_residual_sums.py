@@ -84,7 +84,7 @@ def test_residual_sums_of_other_forms(block):
 
 @pytest.mark.parametrize("block", [Replaced, Older])
 def test_attention_that_is_added_to_no_stream(block):
-    with pytest.raises(ValueError, match=r"to its residual stream where method is 'weighted'; got no such sum behind 'blocks\.0"):
+    with pytest.raises(ValueError, match=r"to its residual stream for method 'weighted'; got no such sum after 'blocks\.0"):
         explain(made_of(block), sequences(), position="cls", target=second, method="weighted")
 
 
@@ -97,7 +97,7 @@ def test_a_tensor_that_the_model_goes_on_with_is_left_alone():
             attended.add_(x)
             return attended + self.mlp(attended)
 
-    with pytest.raises(ValueError, match=r"got no such sum behind 'blocks\.0"):
+    with pytest.raises(ValueError, match=r"got no such sum after 'blocks\.0"):
         explain(made_of(Into), sequences(), position="cls", target=second, method="weighted")
 
 

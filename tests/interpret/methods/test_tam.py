@@ -232,7 +232,7 @@ def test_a_narrow_map_is_filtered():
 
 @pytest.mark.parametrize("case", ["vit", "clip", "bert", "uniter"], indirect=True)
 def test_models_that_predict_no_tokens(case):
-    with pytest.raises(ValueError, match=f"method 'tam' must be of a decoder .*; got {type(case.model).__name__}"):
+    with pytest.raises(ValueError, match=f"model must be a decoder that predicts the next token, .*; got {type(case.model).__name__}"):
         explain(case.model, case.inputs, method="tam")
 
 
@@ -241,15 +241,18 @@ def test_an_encoder_decoder_is_refused():
 
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "num_layers": 2, "vocab_size": 60}
     model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0))
-    with pytest.raises(ValueError, match="method 'tam' must be of a decoder"):
+    with pytest.raises(ValueError, match="model must be a decoder that predicts the next token"):
         explain(model, {"input_ids": torch.tensor([[4, 5]])}, answer=[3], method="tam")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target": lambda outputs: outputs.logits[:, -1, 3]}, "method 'tam' explains one token: pass target= as None, tokens"),
-        ({"answer": ANSWER, "per_token": False}, "method 'tam' explains one token: .* got a callable or per_token=False"),
+        (
+            {"target": lambda outputs: outputs.logits[:, -1, 3]},
+            "target must be None, tokens or words, or answer be given with per_token=True",
+        ),
+        ({"answer": ANSWER, "per_token": False}, "explains one token; got a callable or per_token=False"),
     ],
 )
 def test_bad_options(options, message):

@@ -74,65 +74,66 @@ def explain(
     processor: Any = None,
     patches: PatchGrid | None = None,
 ) -> Explanation:
-    """Relevancy of every input token to a score of the model.
+    """Explains a score of a model: gives each input token its relevancy to that score.
 
-    `model(**inputs)` runs once and is differentiated once. No attention map is stored and no weight gets a gradient. During the
-    call the model is in eval mode; afterwards it is as it was, even after an error. Several threads may explain the same model.
-    No thread may train or run a model that another one explains.
+    It takes one forward and one backward pass, or one backward pass for each token of an `answer`; other methods may take more or
+    fewer (`va.methods`). Memory is that of these passes: no attention map is stored, and no weight gets a gradient. During the
+    call the model is in eval mode; on exit it is restored, even after an error.
 
-    Below, r is one row of the relevancy matrix, from the last layer to the first; A is an attention map and dA the score's
-    gradient there; x is the embedding of a token and g the score's gradient there. The class of each method in `va.methods` has
-    its options and its paper. A name with a colon is an ablation as published.
+    Examples:
+        >>> import torch, vlattn_fast as va
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+        >>> model = ViTForImageClassification(ViTConfig(**sizes, image_size=64, patch_size=16))  # random weights
+        >>> explanation = va.explain(model, {"pixel_values": torch.randn(1, 3, 64, 64)}, target=1)
+        >>> explanation.relevancy["vision"].shape, explanation.image.shape
+        (torch.Size([1, 17]), torch.Size([1, 4, 4]))
+
+    Args:
+        model: a Hugging Face model with an adapter, listed (`va.interpret.ADAPTERS`) or derived; `va.models.UNITER`; or any other
+            model, if you pass `position` and `target`. Wrappers such as torch.compile, DDP, PEFT or a pipeline are allowed.
+        inputs: the model's keyword arguments, such as a processor returns.
+        target: the score. None = what the model predicts: a classifier's largest logit, a decoder's next token, a detector's
+            surest object query; of CLIP-like models the similarity of image i and text i (one image and T texts: T samples). An
+            int, or (B,) ints = that class, token, object query or text. A word, or (B,) words = a class's name, or a decoder's
+            token as the tokenizer has it (byte-level BPE: " red" with a space). A callable(outputs) or (outputs, inputs) ->
+            (B,) scores. "similarity" = the cosine of samples 0 and 1, 2 and 3, ..., for an encoder without logits. A
+            `va.Action` = a number of a robot policy's actions.
+        answer: in place of `target`, the answer of a decoder or encoder-decoder to the prompts of `inputs`: one text or a text
+            for each sample, token ids (B, T) or (T,), lists of ids, or what `model.generate` returned, whose prompts, and all
+            from the first end token on, are left out.
+        method: a name, which means the defaults, or an object with options, such as
+            `va.methods.Weighted(weighting="norm", start_layer=2)`.
+        processor: a processor, a tokenizer or an image processor. It names the words of the explanation and the special tokens,
+            and encodes a `target` or an `answer` that is text.
+        per_token: True = each token of the answer by itself: relevancy (B, T, N + T) and scores (B, T), its log-probabilities.
+            False = the answer as a whole, in one backward pass: relevancy (B, N + T) and scores (B,), their sum. A tower of M
+            tokens that is attended to has (B, T, M) or (B, M).
+        position: the explained token. None = the adapter's choice, or for a callable the token that its gradient names. "cls"
+            (token 0), "last" (the last real token), "mean" (of the real tokens), an index, or weights (N,) or (B, N); or a dict
+            from towers to these.
+        patches: `va.PatchGrid(rows, columns, prefix=0)`, the grid of the image patches in a tower without an adapter. None =
+            derived if the inputs are a single image tensor (B, C, H, W) that is cut into equal squares.
+
+    Returns:
+        An `Explanation`; values are raw. The entry of the explained token itself is zero.
+
+    Raises:
+        TypeError: an argument has a wrong type or a former name; the message shows the line to write.
+        ValueError: an argument is wrong (the message names it); the model has no adapter and `position` is None (the message
+            lists its towers); the attention of a layer was not traced (it names the layer); the score is NaN, or does not depend
+            on the explained layers or on the explained token.
+
+    Several threads may explain the same model; no thread may train or run it meanwhile. Processes that share a model by tensor
+    parallelism or FSDP2 must all make the call, and each gets the whole result.
+
+    The methods, where r is the relevancy vector, carried from the last layer to the first, A an attention map, dA the score's
+    gradient there, x the embedding of a token and g the score's gradient there. A colon marks an ablation of a published method.
 
     <methods>
 
-    Towers that attend to one another have the rules for two modalities (Chefer, Gur, Wolf, ICCV 2021, equations 5 to 11, and its
-    baselines); `va.methods` says how each method reads them. The entry of the explained token itself is set to zero.
-
-    Args:
-        model: a Hugging Face model whose class has an adapter (`vlattn_fast.interpret.ADAPTERS`), any language model,
-            multimodal decoder, encoder-decoder, dual encoder or classifier, `vlattn_fast.models.UNITER`, or any other model if
-            you pass `position` and `target`; `register_adapter` adds a class of yours. Wrappers (torch.compile, DataParallel,
-            DDP, PEFT, a pipeline) are allowed. Processes that share a model by tensor parallelism or FSDP2 all
-            call this, and each gets the whole rows.
-        inputs: the model's keyword arguments, e.g. what a processor returns. An empty batch gives empty results. The entries of a
-            dict among them, as {"inputs": {...}} of a `forward` that takes one dict, count as inputs of their own.
-        target: None = CLIP-like: similarity logit of image i with text i (one image and T texts: T rows); classifier: the
-            argmax class; decoder: the argmax token after the last real position; detector: the largest class logit of the
-            object query that is surest of its class. An int or (B,) ints = that text, class, token or object query. A word, or
-            (B,) words = a decoder's token, as the processor makes it (byte-level BPE: " red" with a space), or a class's name. A
-            callable(outputs) or (outputs, inputs) -> (B,) scores; inputs are then not repeated, so images and texts must be as
-            many, and the score's gradient names the explained token, or the mean of several. "similarity", of an encoder
-            without logits: the cosine of rows 0 and 1, 2 and 3, ..., each with the other held fixed, of the states that
-            `position` names, by default the mean. A `vlattn_fast.Action` = a dimension of a robot policy's actions.
-        answer: for decoders and encoder-decoders, an answer to the prompts of `inputs` instead of `target`: token ids (B, T) or
-            (T,), lists of ids, a text or one text a row; or what `model.generate` returned: prompts, and all from the first end
-            token on, are left out. Its T tokens go after the last real token of each prompt, in an encoder-decoder after its
-            start token or `decoder_input_ids`. A model of your own counts as an encoder-decoder if it takes
-            `decoder_input_ids`, or no other ids (B, N), and returns logits (B, T, vocabulary).
-        per_token: True = every token of the answer by itself: relevancy (B, T, N + T) and scores (B, T), its log-probabilities,
-            from one forward pass and one backward pass a token ("rollout": up to 32 tokens a pass). False = all of them
-            together, with the sum of the log-probabilities as score (B,): relevancy (B, N + T), from one backward pass. A tower
-            of M tokens that is attended to has (B, T, M), or (B, M).
-        method: a name, which means the defaults, or an object of `va.methods` with options, such as
-            `va.methods.Weighted(weighting="norm", start_layer=2)`.
-        position: the explained token, instead of what the model's adapter says: "cls" (token 0), "last" (the last real token),
-            "mean" (1/N of each real token), an index (negative from the end), or weights (N,) or (B, N); or a dict from towers to
-            these. Towers of a model without an adapter are called "tower0", "tower1", ... in the order in which they ran.
-        processor: a processor, a tokenizer or an image processor. A tokenizer names the words of the explanation, says by
-            `all_special_ids` which tokens are none, and encodes a `target` or an `answer` that is text.
-        patches: `va.PatchGrid(rows, columns, prefix=0)`: how the patches of the image lie in a tower without an adapter. None =
-            derived if the inputs are a single image tensor (B, C, H, W) that equal squares cut up.
-
-    Returns:
-        An `Explanation`; values are raw.
-
-    Raises:
-        TypeError: an argument is of no known kind (it is named), or has a former name (the message shows the new line).
-        ValueError: an unknown method; a model without an adapter if `position` is None (the message shows its towers); a layer
-            whose attention was not seen (the message names it); an index out of range; an attention option that the operator
-            does not support (a paged cache); a score that does not depend on the explained layers, or is NaN; an explained token
-            that nothing but itself counts for; a word that is no class and no single token; `patches` that fit no tower.
+    For towers that attend to one another, the rules for two modalities apply (Chefer, Gur, Wolf, ICCV 2021, equations 5 to 11,
+    and its baselines).
     """
     return _explained(model, inputs, method, target, answer, per_token, position, processor, patches)
 
@@ -153,26 +154,35 @@ def explain_layers(
     processor: Any = None,
     patches: PatchGrid | None = None,
 ) -> LayerExplanation:
-    """Relevancy of every input token by the attention map of each layer, or of each head, by itself.
+    """Explains a score by the attention map of each layer, or of each head, by itself.
 
-    One forward and one backward pass give all maps. A map is relu(A * dA) for method "gradient" and A for "attention"; relevancy
-    is the explained token's row of it. Between towers, a tower that is attended to has the rows of the cross-attention, numbered
-    by the layers of the tower that attends.
+    One forward and one backward pass give all relevancy vectors; no map is stored. A map is relu(A * dA) for method "gradient"
+    and A for "attention"; its relevancy vector is the row of the explained token.
+
+    Examples:
+        >>> import torch, vlattn_fast as va
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+        >>> model = ViTForImageClassification(ViTConfig(**sizes, image_size=64, patch_size=16))  # random weights
+        >>> heads = va.explain_layers(model, {"pixel_values": torch.randn(1, 3, 64, 64)}, per="head", layers=[-1])
+        >>> heads.relevancy["vision"].shape  # layers, heads, samples, tokens
+        torch.Size([1, 4, 1, 17])
 
     Args:
         model, inputs, target, position, processor, patches: as in `explain`.
-        per: "layer" = a row of each layer, relevancy (L, B, N), the mean over its heads; "head" = one of each head, (L, H, B, N).
+        per: "layer" = relevancy (L, B, N), a layer's vector being the mean over its heads; "head" = (L, H, B, N).
         layers: the numbers of the layers, 0 the first and -1 the last. None = all.
         heads: the numbers of the heads, over which per="layer" takes the mean. None = all.
-        answer: as in `explain`: all tokens together, with the sum of their log-probabilities as score.
         method: "gradient" or "attention", or an object of these with options.
+        answer: as in `explain`, but as a whole: the score is the sum of the log-probabilities of its tokens.
 
     Returns:
-        A `LayerExplanation`.
+        A `LayerExplanation`. A tower that others attend to has the relevancy of the cross-attention, numbered by the layers of
+        the tower that attends.
 
     Raises:
-        TypeError, ValueError: `per`, `layers` or `heads` is wrong (it is named); a method without a map of each layer; and what
-            `explain` raises.
+        TypeError, ValueError: `per`, `layers` or `heads` is wrong (the message names it); the method has no map of a single
+            layer; and what `explain` raises.
     """
     maps = LayerMaps(method_of(method), Selection.check(per, layers, heads))
     found = _explained(model, inputs, maps, target, answer, answer is None, position, processor, patches)
@@ -183,21 +193,29 @@ def explain_layers(
 @never_compiled
 @renamed
 def find_sinks(model: nn.Module, inputs: Mapping[str, Any], *, processor: Any = None, patches: PatchGrid | None = None) -> Sinks:
-    """The tokens that receive attention without content, by sample; printed, one line names them.
+    """Finds the tokens that receive attention without content.
 
     In a layer, such a token receives at least five times the median attention of the tokens, and the norm of its values is at
-    most 0.8 times the median. `va.methods.Gradient(sinks="remove")` leaves their share out of the maps. It takes one forward
-    pass.
+    most 0.8 times the median. It takes one forward pass. `va.methods.Gradient(sinks="remove")` leaves their share out of the
+    maps.
+
+    Examples:
+        >>> import torch, vlattn_fast as va
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+        >>> model = ViTForImageClassification(ViTConfig(**sizes, image_size=64, patch_size=16))  # random weights
+        >>> print(va.find_sinks(model, {"pixel_values": torch.zeros(1, 3, 64, 64)}))
+        No token receives attention without content.
 
     Args:
         model, inputs, processor, patches: as in `explain`. A model without an adapter needs no `position` here.
 
     Returns:
-        A list for each sample, of `Sink`s with a tower, an index, and layers. Learned sinks, such as those of gpt-oss, are not
-        tokens and have none.
+        A list for each sample, of `Sink`s with a tower, an index and layers; printed, one line names them. Learned sinks, such as
+        those of gpt-oss, are not tokens and are not listed.
 
     Raises:
-        TypeError, ValueError: attention over a part of the keys, as in windows; and what `explain` raises.
+        TypeError, ValueError: attention over a part of the keys, such as in windows; and what `explain` raises.
     """
     request = Request.check(model, inputs, method=FindsSinks(), processor=processor, patches=patches)
     packs = opened(inputs)[1]

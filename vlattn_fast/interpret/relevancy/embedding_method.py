@@ -1,4 +1,4 @@
-"""Methods that read the embeddings that enter the towers, and ask nothing of the attention."""
+"""Methods that use the embeddings that enter the towers, and need no attention."""
 
 from __future__ import annotations
 
@@ -13,42 +13,42 @@ from vlattn_fast.interpret.relevancy.embedding_trace import Embeddings
 from vlattn_fast.interpret.relevancy.method import BackwardPass, Method
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 
-PICTURES = BLACK, WHITE, BLUR, MEAN = ("black", "white", "blur", "mean")  # baselines that are made of pictures
+PICTURES = BLACK, WHITE, BLUR, MEAN = ("black", "white", "blur", "mean")  # baselines that are images
 PAD = "pad"
 Baseline = None | str | int | Tensor | Mapping[str, str | int | Tensor]
 
 
 class BaselineMethod(Method):
-    """A method that compares the embeddings with those of a baseline: an input in place of the input.
+    """A method that compares the embeddings of the input with those of a baseline, another input.
 
     Attributes:
         baseline: the option, see `__init__`.
-        is_baseline: the run that comes next is that of the baseline, whose embeddings are `origins`.
+        is_baseline: the next forward pass is that of the baseline, whose embeddings are `origins`.
         origins: the embeddings of the baseline, in the order in which they enter; None = zeros.
     """
 
     needs = "embeddings"
     reads_row = False
     option: ClassVar[str] = "baseline"  # its name
-    lenient: ClassVar[bool] = False  # an input without pictures has embeddings of zero in place of those of a picture
+    lenient: ClassVar[bool] = False  # inputs without images are compared with embeddings of zero, for baselines that are images
     default_baseline: ClassVar[Baseline] = None
-    kept: dict[TowerTrace, list[Embeddings]]  # several where an input is embedded several times
+    kept: dict[TowerTrace, list[Embeddings]]  # several if an input is embedded several times
 
     def __init__(self, baseline: Baseline = None, *, freeze: Sequence[str] | None = None, of: str | None = None) -> None:
         """
         Args:
-            baseline: what the input is compared with. None = embeddings of zero. In place of the pictures: "black" or "white", by
-                mean and standard deviation of the `processor` that `explain` is given, else the smallest or the largest number
-                of each picture; "mean", the mean of each channel of the picture; "blur", the picture under a Gaussian whose
-                standard deviation is a twentieth of the shorter side; or a tensor that broadcasts to them, of three dimensions
-                (C, H, W) or more. In place of words: a token's id, or "pad". A tensor of other shapes broadcasts to the
-                embeddings (B, N, C). A dict names inputs, as {"pixel_values": "white", "input_ids": 0}; others stay. Entries of
-                tokens that are the baseline's, as words beside a black picture, are 0.
+            baseline: what the input is compared with. None = embeddings of zero. For images: "black" or "white", from mean and
+                standard deviation of the `processor` that `explain` is given, else the smallest or the largest number of each
+                image; "mean", the mean of each channel; "blur", the image under a Gaussian whose standard deviation is a
+                twentieth of the shorter side; or a tensor (C, H, W), or of more dimensions, that broadcasts to the images. For
+                words: a token's id, or "pad". A tensor of any other shape must broadcast to the embeddings (B, N, C). A dict
+                names inputs, such as {"pixel_values": "white", "input_ids": 0}; other inputs stay as they are. Tokens with the
+                baseline's embedding, such as words if only the image is black, get 0.
             freeze: see `Method`.
             of: see `Method`.
 
         Raises:
-            TypeError, ValueError: an option is of no such kind.
+            TypeError, ValueError: an option has a wrong type or value.
         """
         values = baseline.values() if isinstance(baseline, Mapping) else [] if baseline is None else [baseline]
         for value in values:
@@ -71,13 +71,13 @@ class BaselineMethod(Method):
     # --- the forward pass ---
 
     def origin(self, tower: TowerTrace, values: Tensor) -> Tensor | None:
-        """The baseline's embeddings in place of those that enter next."""
+        """The baseline's embeddings for those that enter next."""
         if isinstance(self.baseline, Tensor) and self.origins is None and not self.is_baseline:
             try:
                 return self.baseline.detach().to(values).expand_as(values)
             except RuntimeError:
                 raise ValueError(
-                    f"{self.option} must broadcast to the pictures of inputs, or to the embeddings of each tower; got "
+                    f"{self.option} must broadcast to the images in inputs, or to the embeddings of each tower; got "
                     f"{tuple(self.baseline.shape)} for {tuple(values.shape)} of '{tower.name}'"
                 ) from None
         if self.is_baseline:
@@ -87,14 +87,14 @@ class BaselineMethod(Method):
         number = sum(map(len, self.kept.values()))
         if number >= len(self.origins) or self.origins[number].shape != values.shape:
             raise ValueError(
-                f"{self.option} must be an input that the model embeds as it embeds the input; got other embeddings of "
+                f"{self.option} must give embeddings of the same number and shapes as the input; got others in tower "
                 f"'{tower.name}'"
             )
         return self.origins[number]
 
 
 class EmbeddingMethod(BaselineMethod):
-    """A token counts by its embedding, less the baseline's, times the gradient there, combined over the features."""
+    """The relevancy of a token is its embedding, less the baseline's, times the gradient there, combined over the features."""
 
     def combine(self, products: Tensor, dim: int) -> Tensor:
         """Embedding times gradient, combined over the features: their sum."""
@@ -105,14 +105,14 @@ class EmbeddingMethod(BaselineMethod):
         every = [part for of_tower in parts for part in of_tower]
         if every and all(part.origin is not None and torch.equal(part.origin, part.values) for part in every):
             raise ValueError(
-                f"{self.option} must change what enters the towers {', '.join(tower.name for tower in self.kept)}; got "
-                "embeddings that are those of the input. Pass another, or a dict that names further inputs"
+                f"{self.option} must change the embeddings of the towers {', '.join(tower.name for tower in self.kept)}; got "
+                "those of the input. Pass another one, or a dict that names further inputs"
             )
         grads = iter(backward.gradients([part.passed for part in every]))
         return [torch.stack([self.row_of(part, next(grads)) for part in of_tower]).sum(0) for of_tower in parts]
 
     def row_of(self, part: Embeddings, grad: Tensor | None) -> Tensor:
-        """The row (B, 1, N) of embeddings, zero where the score does not depend on them."""
+        """The relevancy vector (B, 1, N) of embeddings, zero if the score does not depend on them."""
         values = part.values.detach()
         values = values.to(torch.promote_types(values.dtype, torch.float32))
         if part.origin is not None:

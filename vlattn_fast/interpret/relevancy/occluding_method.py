@@ -1,4 +1,4 @@
-"""Methods that run the model on its input without some of its tokens, and read the score."""
+"""Methods that run the model on its input with some tokens replaced, and compare the scores."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 
 
 class OccludingMethod(BaselineMethod):
-    """A token counts by what the score loses when windows with the token are taken away."""
+    """The relevancy of a token is what the score loses when windows with the token are replaced."""
 
     needs_score = False
     reads_score = True
@@ -28,26 +28,26 @@ class OccludingMethod(BaselineMethod):
     ) -> None:
         """
         Args:
-            window: rows and columns of patches that a window covers, or so many words in a row.
-            stride: from the beginning of a window to that of the next; at most `window`.
-            fill: what stands in the window: a baseline, see `InputGradient`. None = embeddings of zero.
-            batch_size: how many windows of each input the model runs on at once; 1 if a batch cannot be made longer.
+            window: the rows and columns of patches that a window covers, or its number of consecutive words.
+            stride: the distance between the beginnings of two windows, at most `window`.
+            fill: what replaces the window: a baseline, see `InputGradient`. None = embeddings of zero.
+            batch_size: the number of windows of each input that the model runs on at once; 1 if a batch cannot be made longer.
             of: see `Method`.
 
         Raises:
-            TypeError, ValueError: an option is of no such kind.
+            TypeError, ValueError: an option has a wrong type or value.
         """
         for name, value in (("window", window), ("stride", stride), ("batch_size", batch_size)):
             check_integer(name, value, low=1)
         if stride > window:
-            raise ValueError(f"stride must be at most window, so that every patch is taken away; got {stride} and {window}")
+            raise ValueError(f"stride must be at most window, so that every patch is replaced; got {stride} and {window}")
         self.window, self.stride, self.batch_size = window, stride, batch_size
         super().__init__(fill, of=of)
 
     def begin(self) -> None:
         super().begin()
-        self.fills: dict[tuple[str, int], Tensor] = {}  # by tower and number in it: what may take the place of the embeddings
-        self.masks: Mapping[str, Tensor] = {}  # bool (copies * B, N), by tower: what does
+        self.fills: dict[tuple[str, int], Tensor] = {}  # by tower and number in it: what may replace the embeddings
+        self.masks: Mapping[str, Tensor] = {}  # bool (copies * B, N), by tower: which tokens are replaced
 
     @property
     def fill(self) -> Baseline:
@@ -76,8 +76,8 @@ class OccludingMethod(BaselineMethod):
         return torch.where(Embeddings(values, values, dim).over_features(mask.to(values.device)), fill.to(values), values)
 
     def note_fills(self, tower: TowerTrace, patches: Tensor) -> None:
-        """Notes what may take the place of the embeddings of `tower`, which have just entered. `patches` (B, N): tokens that are
-        patches of a picture."""
+        """Notes what may replace the embeddings of `tower`, which have just entered. `patches` (B, N): tokens that are patches of
+        an image."""
         for number, part in enumerate(self.kept[tower]):
             values, fill = part.values.detach(), torch.zeros_like(part.values)
             if part.origin is not None:

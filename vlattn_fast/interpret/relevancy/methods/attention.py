@@ -1,4 +1,4 @@
-"""Method "attention": the row of mean_h A in the last layer that is read. It takes no gradient."""
+"""Method "attention": the explained token's row of mean_h A in the last layer, without a gradient."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from vlattn_fast.interpret.relevancy.traced_call import Recursion, TracedCall
 
 
 class Attention(LastAttentionMethod):
-    """The row of mean_h A in the last layer. It takes no gradient.
+    """Takes the explained token's row of mean_h A in the last layer. No gradient.
 
-    Between towers it reads the last attention of t to itself and to i.
+    It costs one forward pass. If towers attend to one another, it takes the last attention of the explained tower to itself and
+    to each other tower.
     """
 
     name = "attention"

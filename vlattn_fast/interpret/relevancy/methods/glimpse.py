@@ -1,19 +1,20 @@
 """Method "glimpse": layers and heads weighted by the gradient (Shen 2025, arXiv 2506.18985, equations 5 to 13).
 
-The authors' code is not public. We read it so, as two readings by others do. For one score z, with g = dz/dA of each head h in
-each layer l, l counted from 0:
+The authors' code is not public. This reading of the paper agrees with two reimplementations by others. For one score z, with
+g = dz/dA of each head h in each layer l, l counted from 0:
 
 - G_h = relu(g_h * A_h) (5), the weight of a head w_h = softmax_h(sum_ij G_h / sum_ij relu(g_h) / 0.5) (6),
 - E = sum_h w_h G_h, each row divided by its sum (7),
 - the weight of a layer a_l = n_l s_l / sum_k n_k s_k, n_l = sum_ij |sum_h g_h| (8), s_l = softmax_l(0.2 (l + 1)) (9, 10),
 - R <- R + (I + a_l E_l) R from the first layer to the last (11 to 13).
 
-So one row r becomes r (2 I + a_l E_l), and here r + a_l r E_l / 2: all rows lack the same factor, 2 to the number of layers.
+So a relevancy vector r becomes r (2 I + a_l E_l). Here it is r + a_l r E_l / 2: all vectors lack the same factor, 2 to the number
+of layers.
 
-Where the paper is silent: sums over i and j leave padding out, and include pairs that a causal mask masks, as dz/dA has them.
-Layers are those from `start_layer` on, and s_l goes with their own numbers. Behind a pooling head the row is its E. The score of
-an answer's token is its log-probability, as everywhere in `explain`, where the paper takes its logit. The weights of an
-answer's tokens, by confidence and by their part in the prompt (equations 14 to 18), are not taken: each token has its row.
+The paper leaves some points open. Here sums over i and j leave padding out, and include pairs that a causal mask masks, as dz/dA
+has them. Layers are those from `start_layer` on, and s_l takes their own numbers. After a pooling head, r is the row of its E.
+The score of an answer's token is its log-probability, as everywhere in `explain`; the paper takes its logit. The weights of an
+answer's tokens, by confidence and by their part in the prompt (equations 14 to 18), are not used: each token has its own vector.
 """
 
 from __future__ import annotations
@@ -32,9 +33,11 @@ from vlattn_fast.interpret.relevancy.traced_call import TracedCall
 
 
 class Glimpse(KeptCalls):
-    """r <- r + a r E / 2, E = sum_h w_h relu(A * dA), rows over their sums; gradients give a and w (after Shen 2025).
+    """Adds maps, weighted by gradients: r <- r + a r E / 2, E = sum_h w_h relu(A * dA), rows over their sums (after Shen 2025).
 
-    Rows of maps are made again, a few queries at a time, twice a layer: for its weights, and for the row that is carried.
+    It costs one forward and one backward pass. Rows of maps are computed again, a few queries at a time, twice a layer: for the
+    layer's weights, and for r. Layers are weighted with a, heads with w, both from gradients (arXiv 2506.18985, equations 5 to
+    13).
     """
 
     name = "glimpse"
@@ -46,14 +49,14 @@ class Glimpse(KeptCalls):
         check_softmax(self.name, call)
 
     def check_between(self, entries: Sequence[Tower | None]) -> None:
-        raise ValueError("method must be one with a rule for towers that attend to one another; got 'glimpse', which has none")
+        raise ValueError("method must have a rule for towers that attend to one another; got 'glimpse', which has none")
 
     def carry(self, backward: BackwardPass) -> list[Tensor]:
         for tower in backward.towers:
             if tower.places.is_flat:
                 raise ValueError(
-                    f"method must be one whose layers have no weights where tokens move; got 'glimpse' and tower '{tower.name}', "
-                    "whose layers have its tokens in another order or number. Pass another method="
+                    f"method must not weight layers if tokens move; got 'glimpse' and tower '{tower.name}', whose layers have "
+                    "its tokens in another order or number. Pass another method="
                 )
         calls = [self.from_layer(tower) for tower in backward.towers]
         pools = [[self.pools[tower]] if tower.pooled else [] for tower in backward.towers]
@@ -78,7 +81,8 @@ class Glimpse(KeptCalls):
     def _weights(
         self, call: TracedCall, grad: Tensor | None, like: Tensor, queries: Tensor | None, keys: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The weights (B, H) of the heads, and n (B,) of the layer. `queries` (B, N) and `keys` (B, M) are real; None = all."""
+        """The weights (B, H) of the heads, and n (B,) of the layer. `queries` (B, N) and `keys` (B, M): which are real; None =
+        all."""
         batch, heads, count = call.query.shape[:3]
         like = like.to(call.query.device)
         reached, slopes, norm = like.new_zeros(batch, heads), like.new_zeros(batch, heads), like.new_zeros(batch)
@@ -94,7 +98,7 @@ class Glimpse(KeptCalls):
         return (reached / not_zero(slopes) / self.temperature).softmax(-1), norm
 
     def _layers(self, norms: Tensor) -> Tensor:
-        """The weights (L, B) of the layers from n (L, B): with no gradient anywhere, by their depth alone."""
+        """The weights (L, B) of the layers from n (L, B): with no gradient anywhere, only by their depth."""
         numbers = torch.arange(len(norms), dtype=norms.dtype, device=norms.device)
         by_depth = (self.depth * numbers).softmax(0)[:, None]  # what all numbers have in common drops out
         weighted = torch.where(norms.sum(0) > 0, norms, 1.0) * by_depth

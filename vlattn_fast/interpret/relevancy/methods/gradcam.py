@@ -16,12 +16,13 @@ from vlattn_fast.interpret.relevancy.traced_call import TracedCall
 
 
 class GradCam(LastAttentionMethod):
-    """The row of relu(mean_h w_h A_h) in the last layer, w_h = mean_ij dA_h.
+    """Takes the explained token's row of relu(mean_h w_h A_h) in the last layer, w_h = mean_ij dA_h.
 
-    mean_ij dA_h = (sum_i dO_i).(sum_j v_j) / (N M) needs no map. It is no property of the function that the model computes: a
-    constant c that is added to all values of a head, and taken away again by the bias behind it, leaves each output as it is, and
-    shifts w_h by (sum_i dO_i).c / N. Where no entry of the mean is above 0, relu leaves a row of zeros, and `explain` warns.
-    Between towers it reads the last attention of t to itself and to i.
+    It costs one forward and one backward pass: mean_ij dA_h = (sum_i dO_i).(sum_j v_j) / (N M) needs no map. The weights w_h are
+    not a property of the function that the model computes: adding a constant c to all values of a head, and subtracting it again
+    with the bias after it, leaves each output unchanged, but shifts w_h by (sum_i dO_i).c / N. If no entry of the mean is above
+    0, relu leaves zeros, and `explain` warns. If towers attend to one another, it takes the last attention of the explained
+    tower to itself and to each other tower (Chefer, Gur, Wolf, ICCV 2021).
     """
 
     name = "gradcam"
@@ -48,7 +49,7 @@ class GradCam(LastAttentionMethod):
         row = times_map(start, replace(call, query=call.query.to(dtype), key=key), combine)
         if bool(((row == 0).all(-1) & (start != 0).any(-1)).any()):
             self.remarks.append(
-                "A map of 'gradcam' is all zeros: the mean of its heads, weighted by their mean gradients, is nowhere above 0. "
-                "Pass another method, such as 'gradient'"
+                "A map of 'gradcam' is all zeros: the mean of its heads, weighted with their mean gradients, is not above 0 "
+                "anywhere. Pass another method, such as 'gradient'"
             )
         return row

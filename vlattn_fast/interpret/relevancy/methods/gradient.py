@@ -1,6 +1,6 @@
 """Method "gradient": carried <- carried + carried Abar with Abar = mean_h relu(A * dA), and the paper's ablations.
 
-Chefer, Gur, Wolf (ICCV 2021): equations 5 and 6 for one row, and equations 5 to 11 between towers.
+Chefer, Gur, Wolf (ICCV 2021): equations 5 and 6 for one relevancy vector, and equations 5 to 11 between towers.
 """
 
 from __future__ import annotations
@@ -35,7 +35,16 @@ class GradientMethod(CarriedMethod):
 
 
 class Gradient(GradientMethod):
-    """r <- r + r Abar, Abar = mean_h relu(A * dA) (Chefer, Gur, Wolf, ICCV 2021, equations 5 and 6)."""
+    """Adds gradient-weighted maps: r <- r + r Abar, Abar = mean_h relu(A * dA) (Chefer, Gur, Wolf, ICCV 2021, eq. 5 and 6).
+
+    It costs one forward and one backward pass. The operators compute r Abar without storing a map.
+
+    Examples:
+        >>> import vlattn_fast as va
+        >>> method = va.methods.Gradient(freeze=(), sinks="remove")  # pass it as va.explain(..., method=method)
+        >>> method
+        <method gradient(freeze=(), sinks=remove)>
+    """
 
     name = "gradient"
     by_layer = True
@@ -53,8 +62,9 @@ class Gradient(GradientMethod):
         Args:
             start_layer: 0 = all layers, -1 = only the last, i = layers i and later. Layers are the model's blocks, numbered by
                 their index in its list of blocks; -1 is the last one that mixes tokens.
-            through_connector: only supports decoders that see images: carry the relevancy of the image tokens on into the vision
-                tower, as `relevancy["vision"]`. Each image token's is divided equally among its patches.
+            through_connector: True = carry the relevancy of the image tokens on into the vision tower, as
+                `relevancy["vision"]`; each image token's is divided equally among its patches. It only supports decoders that
+                take images.
             sinks: tokens that receive attention without content, which `va.find_sinks` names and defines: "keep" = maps as the
                 method makes them; "remove" = their columns are left out of each attention map, and `explanation.sinks` names
                 them. If Abar is mean_h A, each row keeps its sum. Learned sinks, such as those of gpt-oss, are not tokens and
@@ -62,7 +72,7 @@ class Gradient(GradientMethod):
             freeze, of: see `Method`.
 
         Raises:
-            TypeError, ValueError: an option is of no such kind; `through_connector` with another `start_layer` than 0.
+            TypeError, ValueError: an option has a wrong type or value; `through_connector` with a `start_layer` other than 0.
         """
         check_bool(through_connector=through_connector)
         if through_connector and start_layer != 0:
@@ -74,7 +84,7 @@ class Gradient(GradientMethod):
 def rows_by_equations(
     backward: BackwardPass, calls: Sequence[Link], grads: Sequence[Tensor | None], equations: Equations
 ) -> list[Tensor]:
-    """The rows (B, 1, N) of R, which the equations make of the calls and of the gradients at their outputs."""
+    """The relevancy vectors (B, 1, N), rows of R, from the calls and the gradients at their outputs."""
     matrices, identity = relevancies(calls, grads, equations)
 
     def read(tower: TowerTrace, source: TowerTrace, start: Tensor) -> Tensor:
@@ -98,10 +108,10 @@ class _NotNormalized(Equations):
 
 
 class _NotAdded(_NotNormalized):
-    """As published it goes without the normalization, too: what takes the place of the identity may have no residual."""
+    """As published, it leaves out the normalization, too: what replaces the identity may have no residual."""
 
     def begin(self, relevancies: Relevancies, calls: Sequence[Link]) -> None:
-        """Zeros count where they take the place of something."""
+        """Pairs of towers that attend to each other start with zeros, which an addition replaces."""
         linked = {(call.tower, call.source) for call in calls if call.tower is not call.source}
         for s, q in linked:
             if (q, s) in linked:
@@ -117,7 +127,7 @@ class _CrossAlone(Equations):
 
 
 class WithoutAggregation(GradientMethod):
-    """r <- r Abar: a call's addition takes the place of the relevancy. Rows may be zero."""
+    """Replaces the relevancy by each call's addition: r <- r Abar. Relevancy may be zero."""
 
     name = "gradient:no_aggregation"
     default_freeze = ()
@@ -127,7 +137,7 @@ class WithoutAggregation(GradientMethod):
 
 
 class _BetweenAlone(GradientMethod):
-    """An ablation that differs from "gradient" only where towers attend to one another."""
+    """An ablation that differs from "gradient" only for towers that attend to one another."""
 
     name = ""
     default_freeze = ()
@@ -140,14 +150,14 @@ class _BetweenAlone(GradientMethod):
 
 
 class WithoutNormalization(_BetweenAlone):
-    """For towers that attend to one another: "gradient" without equations 8 and 9."""
+    """Leaves out equations 8 and 9 of "gradient", for towers that attend to one another."""
 
     name = "gradient:no_normalization"
     equations = _NotNormalized()
 
 
 class WithoutSelfAttention(_BetweenAlone):
-    """For towers that attend to one another: "gradient" whose equation 10 adds Abar alone."""
+    """Adds only Abar in equation 10 of "gradient", for towers that attend to one another."""
 
     name = "gradient:no_self_attention"
     equations = _CrossAlone()

@@ -1,6 +1,6 @@
 """Method "input_gradient": a token's embedding times the score's gradient there (Shrikumar et al. 2016, arXiv 1605.01713).
 
-With a baseline the embedding is less the baseline's, as in the first step of DeepLIFT and of integrated gradients.
+With a baseline, the baseline's embedding is subtracted first, as in the first step of DeepLIFT and of integrated gradients.
 """
 
 from __future__ import annotations
@@ -14,10 +14,15 @@ from vlattn_fast.interpret.relevancy.method import FREEZABLE
 
 
 class InputGradient(EmbeddingMethod):
-    """sum_c x_c g_c, with its sign: a token below zero lowers the score, to first order (Shrikumar et al. 2016).
+    """Multiplies embeddings by gradients: sum_c x_c g_c; below zero it lowers the score, to first order (Shrikumar et al. 2016).
 
-    Embeddings are what enters the first layer of a tower. Methods that read them take every model, with any attention or none; in
-    a model without an adapter each input is a tower with its name.
+    It costs one forward and one backward pass, and supports any model, with any attention or none. Embeddings are what enters
+    the first layer of a tower; in a model without an adapter each input is a tower with the input's name. arXiv 1605.01713.
+
+    Examples:
+        >>> import vlattn_fast as va
+        >>> va.methods.InputGradient(baseline="blur")  # pass it as va.explain(..., method=...)
+        <method input_gradient(baseline=blur)>
     """
 
     name = "input_gradient"
@@ -25,7 +30,7 @@ class InputGradient(EmbeddingMethod):
 
 
 class Absolute(InputGradient):
-    """The absolute value of sum_c x_c g_c: how much a token matters, for or against (Denil et al. 2015).
+    """Takes the absolute value of sum_c x_c g_c: how much a token matters, for or against (Denil et al. 2015).
 
     arXiv 1412.6815.
     """
@@ -38,9 +43,9 @@ class Absolute(InputGradient):
 
 
 class Norm(InputGradient):
-    """The Euclidean norm of x_c g_c over the features c (Atanasova et al. 2020).
+    """Takes the Euclidean norm of x_c g_c over the features c (Atanasova et al. 2020).
 
-    arXiv 2009.13295, which compares it with the mean.
+    arXiv 2009.13295 compares it with the mean.
     """
 
     name = "input_gradient:norm"

@@ -12,12 +12,17 @@ from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 
 
 class IntegratedGradients(EmbeddingMethod):
-    """sum_c (x - x0)_c g_c, x0 a baseline, g the mean over `n_steps` embeddings x0 + alpha (x - x0) (Sundararajan et al. 2017).
+    """Multiplies x - x0 by the mean gradient at `n_steps` embeddings from a baseline x0 to x (Sundararajan et al., ICML 2017).
 
-    It is (x - x0) . integral over alpha from 0 to 1 of the gradient at x0 + alpha (x - x0), by the midpoint rule: alpha =
-    (k + 1/2) / n_steps. The embeddings of all towers move together, so all entries add up to the score's gain over that of the
-    baseline, as the number of steps grows; `explain` warns where a tenth of the gain is missing. Each step is a forward and a
-    backward pass, of which only the sum of the rows is kept.
+    It costs `n_steps` forward and backward passes, of which only the sum of the relevancy vectors is kept; any model is
+    supported. It is (x - x0) . integral over alpha from 0 to 1 of the gradient at x0 + alpha (x - x0), x0 a baseline (equation
+    1), with the midpoint rule: alpha = (k + 1/2) / n_steps. The embeddings of all towers move together, so all entries add up to
+    the score's gain over that of the baseline, as the number of steps grows; `explain` warns if a tenth of the gain is missing.
+
+    Examples:
+        >>> import vlattn_fast as va
+        >>> va.methods.IntegratedGradients(n_steps=64, baseline="black")  # pass it as va.explain(..., method=...)
+        <method integrated_gradients(n_steps=64, baseline=black)>
     """
 
     name = "integrated_gradients"
@@ -28,13 +33,13 @@ class IntegratedGradients(EmbeddingMethod):
     ) -> None:
         """
         Args:
-            n_steps: how many embeddings between the baseline's and the input's the model runs on, one after the other.
+            n_steps: the number of embeddings between the baseline's and the input's that the model runs on, one after the other.
             baseline: see `InputGradient`.
-            freeze: see `Method`. With it, entries do not add up to the gain.
+            freeze: see `Method`. Unless it is (), entries do not add up to the gain.
             of: see `Method`.
 
         Raises:
-            TypeError, ValueError: an option is of no such kind.
+            TypeError, ValueError: an option has a wrong type or value.
         """
         check_integer("n_steps", n_steps, low=1)
         self.n_steps = n_steps

@@ -1,4 +1,4 @@
-"""Method "occlusion": what the score loses when a window of tokens is taken away (Zeiler and Fergus, ECCV 2014, section 4.2)."""
+"""Method "occlusion": what the score loses when a window of tokens is replaced (Zeiler and Fergus, ECCV 2014, section 4.2)."""
 
 from __future__ import annotations
 
@@ -6,10 +6,16 @@ from vlattn_fast.interpret.relevancy.occluding_method import OccludingMethod
 
 
 class Occlusion(OccludingMethod):
-    """The score's drop when a window of patches or words is taken away, mean over windows (Zeiler and Fergus 2014). No gradient.
+    """Measures the score's drop without a window of patches or words, mean over windows (Zeiler and Fergus 2014). No gradient.
 
-    A patch gives way to the same patch of the fill, as it enters the tower's first layer; a word to that of the fill, or to an
-    embedding of zero where the fill leaves words as they are. It costs a forward pass a window, several in a batch.
+    It costs one forward pass for each window, several of them in one batch, and supports any model. As it enters the tower's
+    first layer, a patch is replaced by the same patch of the fill; a word by that of the fill, or by an embedding of zero if the
+    fill does not change words (ECCV 2014, section 4.2).
+
+    Examples:
+        >>> import vlattn_fast as va
+        >>> va.methods.Occlusion(window=4, stride=2)  # pass it as va.explain(..., method=...)
+        <method occlusion(window=4, stride=2)>
     """
 
     name = "occlusion"

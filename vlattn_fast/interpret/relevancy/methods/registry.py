@@ -21,7 +21,7 @@ def methods_in_folder() -> dict[str, type[Method]]:
         for kind in vars(importlib.import_module(file.name)).values():
             if isinstance(kind, type) and issubclass(kind, Method) and kind.name and kind.__module__ == file.name:
                 if kind.name in by_name:
-                    raise ValueError(f"methods must have names of their own; got {kind.name!r} in {file.name} once more")
+                    raise ValueError(f"each method must have a name of its own; got {kind.name!r} in {file.name} once more")
                 by_name[kind.name] = kind
     return dict(sorted(by_name.items(), key=lambda item: item[0] != "gradient"))
 
@@ -40,9 +40,9 @@ def find_method(name: str) -> type[Method]:
 
 
 def method_of(method: str | Method) -> Method:
-    """A method by its name, with its defaults, or an object, for one call. TypeError where it is neither."""
+    """A method by its name, with its defaults, or an object, for one call. TypeError if it is neither."""
     if isinstance(method, type) and issubclass(method, Method):
-        raise TypeError(f"method must be a name or an object, as va.methods.{method.__name__}(); got the class")
+        raise TypeError(f"method must be a name or an object, such as va.methods.{method.__name__}(); got the class")
     return method.of_call() if isinstance(method, Method) else find_method(method)()
 
 
@@ -57,7 +57,7 @@ def with_options(name: str, **options: Any) -> Method:
 
 
 def published(name: str, **options: Any) -> Method:
-    """A method by its name in its published form, which holds no norm and no attention weight fixed."""
+    """A method by its name in its published form, which freezes neither norms nor attention weights."""
     return with_options(name, **options, **({"freeze": ()} if "freeze" in find_method(name).option_names() else {}))
 
 

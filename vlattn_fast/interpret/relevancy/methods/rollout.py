@@ -1,4 +1,4 @@
-"""Method "rollout": carried <- (carried + carried mean_h A) / 2 (Abnar and Zuidema 2020). It takes no gradient."""
+"""Method "rollout": carried <- (carried + carried mean_h A) / 2 (Abnar and Zuidema 2020), without a gradient."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from vlattn_fast.interpret.relevancy.two_modalities import last_between, rows_be
 
 
 class Rollout(CarriedMethod):
-    """r <- (r + r mean_h A) / 2 (Abnar and Zuidema 2020). It takes no gradient.
+    """Averages each layer's map with the identity: r <- (r + r mean_h A) / 2 (Abnar and Zuidema 2020). No gradient.
 
-    A + I is divided by its row sum, which is 2 wherever a row of A sums to one. Between towers R_ti is rollout(t)^T mean_h A_ti
-    rollout(i) with the last attention from t to i, of which a causal decoder has a part on later tokens: "rollout:one_hot" has
-    e_t^T in place of rollout(t)^T.
+    It costs one forward pass, and one backward pass of r; up to 32 tokens of an answer share it. A + I is divided by its row sum,
+    which is 2 if a row of A sums to one. Between towers R_ti is rollout(t)^T mean_h A_ti rollout(i), with the last attention from
+    t to i (Chefer et al. 2021). In a causal decoder rollout(t)^T is partly of later tokens: "rollout:one_hot" has e_t^T in its
+    place.
     """
 
     name = "rollout"
@@ -35,14 +36,14 @@ class Rollout(CarriedMethod):
             start_layer, sinks: see `Gradient`.
 
         Raises:
-            TypeError, ValueError: an option is of no such kind.
+            TypeError, ValueError: an option has a wrong type or value.
         """
         super().__init__(start_layer=start_layer, sinks=sinks)
 
     def between(self, backward: BackwardPass) -> list[Tensor]:
-        """As the code of Chefer et al. 2021 has it: rollout(tower)^T A rollout(source), with A = mean_h A of the last attention
-        from one to the other and the self-attention in front of it. Rows of padding are left out of the sum that the
-        transposition makes. Towers whose tokens stand in one softmax are one sequence, and roll out as one.
+        """rollout(tower)^T A rollout(source), as in the code of Chefer et al. 2021, with A = mean_h A of the last attention from
+        one to the other and the self-attention before it. The sum that the transposition makes leaves out rows of padding. Towers
+        whose tokens share one softmax are one sequence, and roll out as one.
         """
         calls = backward.reaching_calls()
         if any(call.joint for call in calls):
@@ -59,8 +60,8 @@ class Rollout(CarriedMethod):
         return rows_between(backward, read)
 
     def attending(self, backward: BackwardPass, tower: TowerTrace, start: Tensor, calls: Sequence[Link]) -> Tensor:
-        """How much each token of `tower` counts in the attention behind `calls` (B, 1, N), whose rows it sums: column t of
-        rollout(tower) for the row `start` of t."""
+        """The weights (B, 1, N) with which the attention after `calls` sums its rows: column t of rollout(tower), for the one-hot
+        vector `start` of t."""
         column, eye = start, torch.eye(tower.size, dtype=start.dtype, device=start.device).expand(start.shape[0], -1, -1)
         for call in calls:
             if call.tower is tower and call.source is tower:
@@ -69,19 +70,19 @@ class Rollout(CarriedMethod):
             column = column.masked_fill(~real[:, None].to(column.device), 0.0)
         if bool((_later(start) & (column != 0) & (_rolled(calls, tower, start)[0] == 0)).any()):
             self.remarks.append(
-                f"A part of the map is that of later tokens: the tokens of '{tower.name}' do not see those behind them, and "
-                "column t of its rollout, which method 'rollout' reads as published, is what later tokens take from t. Method "
-                "'rollout:one_hot' reads the attention of t alone"
+                f"A part of the map belongs to later tokens: the tokens of '{tower.name}' do not attend to later ones, and "
+                "column t of its rollout, which method 'rollout' takes as published, is what later tokens take from t. Pass "
+                "method='rollout:one_hot' for only the attention of t"
             )
         return column
 
 
 class OneHot(Rollout):
-    """For towers that attend to one another: "rollout" whose map of a source is e_t^T mean_h A_ti rollout(i).
+    """Takes e_t^T mean_h A_ti rollout(i) as a source's map in "rollout", for towers that attend to one another.
 
-    Row t of the last attention to the source, so that no token counts but the one that is read. The published rule takes column t
-    of rollout(t), which in a causal decoder is of later tokens, on which the score cannot depend. Towers whose tokens stand
-    in one softmax are one sequence, of which "rollout" reads row t itself: there both are the same.
+    That is row t of the last attention to the source, so that only the explained token t counts. The published rule takes column
+    t of rollout(t), which in a causal decoder is of later tokens, on which the score cannot depend. If the tokens of the towers
+    share one softmax, they are one sequence, and "rollout" takes row t itself: both are the same.
     """
 
     name = "rollout:one_hot"
@@ -97,14 +98,14 @@ class OneHot(Rollout):
 
 
 def _later(start: Tensor) -> Tensor:
-    """bool (B, T, N), True = a token behind the last one that has a weight in `start`."""
+    """bool (B, T, N), True = a token after the last one that has a weight in `start`."""
     weighted = (start != 0).int()
     return weighted.flip(-1).cumsum(-1).flip(-1) == 0
 
 
 def _rolled(calls: Sequence[Link], tower: TowerTrace, row: Tensor) -> tuple[Tensor, Tensor]:
     """row (B, 1, N) times the product of I + mean_h A, over its row sum, for the self-attention of a tower, the last to the left;
-    and the same without what is left of the row itself."""
+    and the same without the part that remains of `row` itself."""
     contribution = torch.zeros_like(row)
     for call in reversed(calls):
         if call.tower is tower and call.source is tower:
@@ -115,12 +116,12 @@ def _rolled(calls: Sequence[Link], tower: TowerTrace, row: Tensor) -> tuple[Tens
 
 
 def _rolled_as_one(backward: BackwardPass, calls: Sequence[Link]) -> list[Tensor]:
-    """The rows of towers whose tokens are one sequence. A tower's tokens may be older than those that attend to them: what these
-    bring waits for the call that made the keys."""
+    """The relevancy vectors of towers whose tokens are one sequence. Keys may come from an earlier call of their tower: relevancy
+    that goes to them waits for that call."""
     if alone := next((call for call in calls if call.source is not call.tower and not call.joint), None):
         raise ValueError(
-            f"model must attend to other towers in one softmax with its own, or in calls of their own, for method 'rollout'; got "
-            f"both, as in '{alone.attention.path}'"
+            "model must attend to other towers either in one softmax with its own tokens, or in separate calls, for method "
+            f"'rollout'; got both, such as in '{alone.attention.path}'"
         )
 
     def read(tower: TowerTrace, source: TowerTrace, start: Tensor) -> Tensor:

@@ -15,10 +15,16 @@ NOISE = 0.1
 
 
 class SmoothGrad(EmbeddingMethod):
-    """sum_c (x - x0)_c g_c, g the mean over `n_samples` embeddings x + noise, x0 a baseline (Smilkov et al. 2017).
+    """Multiplies x - x0 by the mean gradient at `n_samples` embeddings x + noise, x0 a baseline (Smilkov et al. 2017).
 
-    The noise is Gaussian and drawn anew for each number. The paper shows the mean gradient itself, without a sum over embeddings;
-    times x it has a sign, and is comparable with "input_gradient". Each sample is a forward and a backward pass.
+    It costs `n_samples` forward and backward passes, and supports any model. The noise is Gaussian and drawn anew for each
+    number. The paper (arXiv 1706.03825) shows the mean gradient itself; multiplied by x it has a sign, and can be compared with
+    "input_gradient".
+
+    Examples:
+        >>> import vlattn_fast as va
+        >>> va.methods.SmoothGrad(n_samples=32, seed=1)  # pass it as va.explain(..., method=...)
+        <method smoothgrad(n_samples=32, seed=1)>
     """
 
     name = "smoothgrad"
@@ -35,15 +41,15 @@ class SmoothGrad(EmbeddingMethod):
     ) -> None:
         """
         Args:
-            n_samples: how many noisy embeddings the model runs on, one after the other.
-            noise: its standard deviation, relative to the range of a sample's embeddings (or pixels) in a tower: their largest
-                number less their smallest.
+            n_samples: the number of noisy embeddings that the model runs on, one after the other.
+            noise: the standard deviation of the noise, relative to the range of a sample's embeddings (or pixels) in a tower:
+                their largest number less their smallest.
             baseline: see `InputGradient`.
-            seed: of the noise, which is the same in every call.
+            seed: the seed of the noise, which is the same in every call.
             freeze, of: see `Method`.
 
         Raises:
-            TypeError, ValueError: an option is of no such kind.
+            TypeError, ValueError: an option has a wrong type or value.
         """
         check_integer("n_samples", n_samples, low=1)
         check_number("noise", noise, low=0.0)

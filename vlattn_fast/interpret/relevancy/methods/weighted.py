@@ -1,10 +1,10 @@
 """Method "weighted": carried <- carried * a + (carried * b) Abar, with the rows of Abar divided by their sums.
 
-a and b come from the residual sum behind each attention (our reading of Huang et al. 2023, see `relevancy_residual`). The
-attention operator returns carried Abar alone; the residual sum adds carried itself.
+a and b come from the residual sum after each attention (our reading of Huang et al. 2023, see `relevancy_residual`). The
+attention operator returns only carried Abar; the residual sum adds carried itself.
 
-Nobody lists where these sums are. A sum y = x + o is one of two tensors: o came through the tower's last attention; x did not,
-and entered a module in front of it. So x is the residual stream, while what an MLP beside the attention gives is younger.
+The sums are found during the run. A sum y = x + o adds two tensors: o came through the tower's last attention; x did not, and
+entered a module before it. So x is the residual stream, while the output of an MLP parallel to the attention is made later.
 """
 
 from __future__ import annotations
@@ -39,16 +39,22 @@ class _Sums:
     carries: bool = False  # that attention is of the tower to itself, through which the carrier goes
     number: int = 0  # how many attention calls were before it
     unsummed: str | None = None  # the first module whose attention was never added to the stream
-    branch: Tensor | None = None  # o, where something else was added to it already,
-    beside: Tensor | None = None  # and their sum
+    branch: Tensor | None = None  # o, if something else was added to it already,
+    partial: Tensor | None = None  # and their sum
     terms: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)  # by call: x, o, and what was added to x
 
 
 class Weighted(GradientMethod):
-    """r <- r * a + (r * b) Abar, a and b the shares of the two terms of the residual sum (after Huang et al. 2023).
+    """Weights both terms of each residual sum: r <- r * a + (r * b) Abar, a and b their shares (after Huang et al. 2023).
 
-    The rows of Abar are divided by their sums. The paper's code is not public: `weighting` has this package's reading. A scale of
-    the branch in front of the sum is part of its term. Between towers an addition to R becomes diag(a) R + diag(b) (...).
+    It costs one forward and one backward pass. The rows of Abar are divided by their sums. The paper's code is not public:
+    `weighting` has this package's reading. A scale of the branch before the sum is part of its term. Between towers an addition
+    to R becomes diag(a) R + diag(b) (...).
+
+    Examples:
+        >>> import vlattn_fast as va
+        >>> va.methods.Weighted(weighting="norm", start_layer=2)  # pass it as va.explain(..., method=...)
+        <method weighted(weighting=norm, start_layer=2)>
     """
 
     name = "weighted"
@@ -68,14 +74,14 @@ class Weighted(GradientMethod):
     ) -> None:
         """
         Args:
-            weighting: what a and b are shares of, with x the residual stream, o the attention's branch and g the score's gradient
-                at their sum: "contribution" = |g.x| and |g.o|, "norm" = |x| and |o|, "equal" = 1 and 1; or a callable(residual,
-                branch, gradient) -> (a, b), (B, N) each.
+            weighting: the sizes of which a and b are the shares, with x the residual stream, o the attention's branch and g the
+                score's gradient at their sum: "contribution" = |g.x| and |g.o|, "norm" = |x| and |o|, "equal" = 1 and 1; or a
+                callable(residual, branch, gradient) -> (a, b), (B, N) each.
             start_layer, sinks: see `Gradient`.
             freeze, of: see `Method`.
 
         Raises:
-            TypeError, ValueError: an option is of no such kind.
+            TypeError, ValueError: an option has a wrong type or value.
         """
         if not callable(weighting) and not (isinstance(weighting, str) and weighting in WEIGHTINGS):
             raise ValueError(f"weighting must be 'contribution', 'norm', 'equal' or a callable; got {weighting!r}")
@@ -93,7 +99,7 @@ class Weighted(GradientMethod):
         yield nn.modules.module.register_module_forward_pre_hook(of_this_run(self._enter))
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        # These hand on what they take, which may be any tensor.
+        # They return their input, which may be any tensor.
         if args and isinstance(args[0], Tensor) and not isinstance(module, (nn.Identity, nn.Dropout)):
             if not hasattr(args[0], self._mark):
                 setattr(args[0], self._mark, self._calls)
@@ -110,13 +116,13 @@ class Weighted(GradientMethod):
         sums = self.kept.setdefault(tower, _Sums())
         if sums.waits and not chunk and sums.unsummed is None:
             sums.unsummed = tower.calls.paths[-2]
-        sums.waits, sums.carries, sums.number, sums.branch, sums.beside = True, carries, self._calls, None, None
+        sums.waits, sums.carries, sums.number, sums.branch, sums.partial = True, carries, self._calls, None, None
         self._calls += 1
 
     def follow(
         self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], behind: Callable[[Tensor, Tensor], TowerTrace | None]
     ) -> Any:
-        """The result of a function of torch; a residual sum is weighed."""
+        """The result of a function of torch; the terms of a residual sum get their weights."""
         terms = [arg for arg in args if isinstance(arg, Tensor)]
         if kwargs or len(args) != 2 or len(terms) != 2 or getattr(func, "__name__", "").strip("_") not in _SUMS:
             return func(*args, **kwargs)
@@ -125,10 +131,10 @@ class Weighted(GradientMethod):
             sums = None if tower is None else self.kept.get(tower)
             if tower is None or sums is None or not sums.waits or added.shape != stream.shape or added.ndim != 3:
                 continue
-            branch = sums.branch if sums.branch is not None and added is sums.beside else added
-            if getattr(stream, self._mark, sums.number + 1) > sums.number:  # as of an MLP beside the attention
-                sums.branch, sums.beside = branch, func(*args)
-                return sums.beside
+            branch = sums.branch if sums.branch is not None and added is sums.partial else added
+            if getattr(stream, self._mark, sums.number + 1) > sums.number:  # such as of an MLP parallel to the attention
+                sums.branch, sums.partial = branch, func(*args)
+                return sums.partial
             if func is Tensor.add_ and added is args[0]:  # the model goes on with this tensor
                 return func(*args)
             places = tower.places.of_states(stream) if tower.places.reorders and sums.carries and not self.trains else None
@@ -142,18 +148,18 @@ class Weighted(GradientMethod):
     def _weigh(
         self, tower: TowerTrace, sums: _Sums, stream: Tensor, branch: Tensor, added: Tensor, places: Tensor | None
     ) -> Tensor:
-        """`added` with the same values, for a residual sum y = stream + added that the model computes itself. `places` (B, N): of
-        the stream's tokens, where they move.
+        """`added` with the same values, for a residual sum y = stream + added that the model computes itself. `places` (B, N):
+        those of the stream's tokens, if they move.
 
-        The gradient of y is that of `branch`, since the sum has slope one in it. So a sum beside it, on its own graph, takes y's
-        gradient and makes a and b of it. The carrier takes the same node of the graph, so autograd runs the attention's backward
-        pass only after the weights are known.
+        The gradient of y is that of `branch`, since the sum has slope one in it. So a second sum, on a graph of its own, takes
+        y's gradient and computes a and b from it. The carrier goes through the same node of the graph, so autograd runs the
+        attention's backward pass only after the weights are known.
         """
         carriers = tower.carriers
         sums.waits = False
         if sums.carries and not self.trains:
             behind, before = carriers.leaving(), carriers.before
-            if places is not None:  # other tokens than those of the sum keep their carrier
+            if places is not None:  # tokens outside of the sum keep their carrier
                 at = tower.places.call(None)
                 parts = [at.pick(flat_rows(carrier), places) for carrier in (before.to(behind), behind)]
                 total, carrier = relevancy_residual(stream, branch, *parts, weighting=self.weighting)
@@ -172,14 +178,14 @@ class Weighted(GradientMethod):
     # --- the backward pass ---
 
     def _check(self, towers: Sequence[TowerTrace]) -> None:
-        """ValueError where an attention of these towers is not added to their stream."""
+        """ValueError if an attention of these towers is not added to their stream."""
         for tower in towers:
             sums = self.kept.get(tower, _Sums())
             unsummed = sums.unsummed or (tower.calls.path if sums.waits else None)
             if unsummed is not None:
                 raise ValueError(
-                    f"model must add the output of each attention of tower '{tower.name}' to its residual stream where method is "
-                    f"{self.name!r}; got no such sum behind '{unsummed}'"
+                    f"model must add the output of each attention of tower '{tower.name}' to its residual stream for method "
+                    f"{self.name!r}; got no such sum after '{unsummed}'"
                 )
 
     def carry(self, backward: BackwardPass) -> list[Tensor]:
@@ -201,7 +207,7 @@ class Weighted(GradientMethod):
         self._check(list(dict.fromkeys(call.tower for call in calls)))
         terms = [self.kept[call.tower].terms[call.number] for call in calls]
         grads = backward.gradients([*(call.attention.output for call in calls), *(added for *_, added in terms)])
-        weights: dict[int, tuple[Tensor, Tensor]] = {}  # none where the score does not depend on the sum
+        weights: dict[int, tuple[Tensor, Tensor]] = {}  # none if the score does not depend on the sum
         for call, (stream, branch, _), grad in zip(calls, terms, grads[len(calls) :], strict=True):
             if grad is not None:
                 weights[call.number] = residual_weights(stream, branch, grad, self.weighting)
@@ -210,7 +216,7 @@ class Weighted(GradientMethod):
 
 
 class WithoutNormalization(Weighted):
-    """As "weighted", with the rows of Abar as they are."""
+    """Leaves the rows of Abar in "weighted" undivided."""
 
     name = "weighted:no_normalization"
     default_freeze = ()
@@ -227,8 +233,8 @@ class _WeightedEquations(Equations):
         return over_sums(abar) if self.row_normalize else abar
 
     def normalized(self, call: Link, relevancy: Tensor, identity: Tensor) -> Tensor:
-        """Where a + b = 1, and the rows of Abar are divided by their sums, rows sum to one anyway: R itself stands in equation 10
-        but with equal weights."""
+        """If a + b = 1 and the rows of Abar are divided by their sums, rows of R sum to one anyway: equation 10 takes R itself,
+        except for equal weights."""
         if self.weighting == "equal":
             return super().normalized(call, relevancy, identity)
         return relevancy + torch.diag_embed(identity[..., 0])
