@@ -154,5 +154,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """The public names alone."""
+    """Returns the public names."""
     return sorted({*__all__, *_PACKAGES, "__version__"})

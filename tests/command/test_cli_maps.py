@@ -55,7 +55,7 @@ def test_through_the_connector(vit, llava, picture, tmp_path):
     data = json.loads(re.search(r'id="data">(.*?)</script>', out.read_text(), re.S)[1])
     assert data["towers"] == ["language", "vision"]
     refused = vlattn("explain", "--model", vit, "--image", picture, "--out", out, "--through-connector")
-    assert refused.exit_code == 2 and "through_connector=True needs an adapter of the model's connector" in said(refused)
+    assert refused.exit_code == 2 and "must have an adapter with a connector for through_connector=True" in said(refused)
 
 
 def test_a_run_goes_on_with_its_sinks(vit, picture, tmp_path):

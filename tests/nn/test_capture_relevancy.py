@@ -342,7 +342,7 @@ def test_the_model_is_put_back_after_an_error() -> None:
         (lambda logits: logits, None, ValueError, r"score must be a floating scalar, or scores \(B,\)"),
         (lambda logits: 1.0, None, TypeError, "score must be a tensor"),
         (lambda logits: None, None, ValueError, "score must be given"),
-        (lambda logits: logits[:, 1].sum(), 3, UndefinedRelevancy, "does not depend on the row that was read"),
+        (lambda logits: logits[:, 1].sum(), 3, UndefinedRelevancy, "does not depend on the explained token"),
         (lambda logits: logits[:, 1].sum(), 17, ValueError, "position must be from -17 to 16"),
         (lambda logits: logits[:, 1].sum(), torch.ones(2, 16), ValueError, "position must be weights of shape"),
         (lambda logits: logits[:, 1].sum(), {"text": "cls"}, ValueError, "position must name towers among vision"),
@@ -375,11 +375,11 @@ def test_passes_that_are_none_or_several_or_freed() -> None:
 def test_refused_arguments() -> None:
     model = made("ViT")
     for options, says in (
-        ({"method": "gradcam"}, "method must be one that carries a row"),
+        ({"method": "gradcam"}, "method must carry relevancy through the layers"),
         ({"method": "rollout", "higher_order": True}, "higher_order must be False for method 'rollout'"),
         ({"start_layer": 1}, r"write method=va.methods.Gradient\(start_layer=1\)"),
-        ({"method": va.methods.Gradient(sinks="remove")}, "method must be without sinks= and through_connector="),
-        ({"method": va.methods.Gradient(through_connector=True)}, "method must be without sinks= and through_connector="),
+        ({"method": va.methods.Gradient(sinks="remove")}, "method must have neither sinks= nor through_connector="),
+        ({"method": va.methods.Gradient(through_connector=True)}, "method must have neither sinks= nor through_connector="),
         ({"higher_order": 1}, "higher_order must be"),
     ):
         with pytest.raises((ValueError, TypeError), match=says):

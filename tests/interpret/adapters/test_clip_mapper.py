@@ -195,7 +195,7 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="answer must be of a decoder with an adapter.*; got CLIPMapper$"):
         explain(classes, inputs, answer=[17])
     states = {"image_states": classes.encode_image(inputs["pixel_values"]), "input_ids": IDS}
-    with pytest.raises(ValueError, match="no attention call in layer 'vision.encoder.layers.0' .* of tower 'vision'"):
+    with pytest.raises(ValueError, match="no attention call was traced in layer 'vision.encoder.layers.0' .* of tower 'vision'"):
         explain(classes, states)
 
 

@@ -164,7 +164,7 @@ def test_what_is_refused():
     for kind in (va.methods.Rollout, va.methods.Weighted):
         with pytest.raises(TypeError, match="unexpected keyword argument 'through_connector'"):
             kind(through_connector=True)
-    words = r"supports image tokens that are made of one layer's patches only; got vision_feature_layer \[-1, -2\]"
+    words = r"only supports image tokens made from one layer's patches; got vision_feature_layer \[-1, -2\]"
     many = transformers.LlavaConfig(
         vision_config=dict(VISION, model_type="clip_vision_model"),
         text_config=TEXT,
@@ -178,7 +178,9 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match=words):
         explain(model, {**inputs, "vision_feature_layer": [-1, -2]}, method=va.methods.Gradient(through_connector=True))
     llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{k: v for k, v in TEXT.items() if k != "model_type"}))
-    with pytest.raises(ValueError, match="needs an adapter of the model's connector, which LlamaForCausalLM does not have"):
+    with pytest.raises(
+        ValueError, match="must have an adapter with a connector for through_connector=True; got LlamaForCausalLM"
+    ):
         explain(llama, {"input_ids": ids}, method=va.methods.Gradient(through_connector=True))
 
 
@@ -351,7 +353,7 @@ def test_images_that_the_connector_scales_or_does_not_tile(decoder):
     config.vision_aspect_ratio = "anyres_max_1"
     ids = torch.tensor([[1, *image(16 + 4 * 5), 7]])
     inputs = {"input_ids": ids, **pixels(1, 5), "image_sizes": torch.tensor([[128, 128]])}
-    with pytest.raises(ValueError, match=r"supports no images that the model scales down; got \(8, 8\) patches"):
+    with pytest.raises(ValueError, match=r"does not support images that the model scales down; got \(8, 8\) patches"):
         explain(model, inputs, method=va.methods.Gradient(through_connector=True))
 
 
@@ -359,7 +361,7 @@ def test_images_that_the_connector_scales_or_does_not_tile(decoder):
 def test_videos_are_refused(decoder):
     ids = torch.tensor([[1, 95, *[97] * 8, 96, 6]])
     clip = {"pixel_values_videos": torch.randn(32, 96), "video_grid_thw": torch.tensor([[2, 4, 4]])}
-    with pytest.raises(ValueError, match="through_connector=True supports images only"):
+    with pytest.raises(ValueError, match="through_connector=True only supports images"):
         explain(
             decoder.model,
             {"input_ids": ids, "mm_token_type_ids": 2 * (ids == 97).int(), **clip},
@@ -408,7 +410,7 @@ def test_images_in_one_row_must_have_their_sizes(decoder):
     wrong = {**decoder.inputs(), "image_sizes": torch.tensor([[32, 32], [32, 32]])}
     family = find_adapter(decoder.model)
     with pytest.raises(
-        ValueError, match="needs image_sizes to tell the patches of each image token; got 5 tokens for a tower of"
+        ValueError, match="image_sizes must match the image tokens for through_connector=True; got 5 tokens for a tower of"
     ):
         family.connector(decoder.model.config, wrong, (1, 20), 5)
 

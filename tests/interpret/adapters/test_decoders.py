@@ -95,7 +95,7 @@ def test_prompts_without_images_leave_out_cross_attention(decoder):
     decoder.case(inputs).check(inputs, ("gradient",))
     assert explain(model, inputs, answer=[5, 7]).relevancy["language"].shape == (2, 2, 9)
     model.get_submodule(decoder.layers)[1].cross_attn.forward = lambda hidden_states, **k: (hidden_states, None)
-    with pytest.raises(ValueError, match=r"saw no attention call in layer 'model\.language_model\.layers\.1'"):
+    with pytest.raises(ValueError, match=r"no attention call was traced in layer 'model\.language_model\.layers\.1'"):
         explain(model, decoder.inputs())
 
 

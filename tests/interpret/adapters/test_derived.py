@@ -146,13 +146,13 @@ def test_a_masked_language_model_is_not_read_as_a_causal_one():
     torch.manual_seed(0)
     model = lively(transformers.BertForMaskedLM(transformers.BertConfig(**TEXT))).eval()
     inputs = {"input_ids": torch.tensor([[1, *words(4)]])}
-    with pytest.raises(ValueError, match=r"target must be a callable where logits are not \(B, classes\)"):
+    with pytest.raises(ValueError, match=r"target must be a callable if logits are not \(B, classes\)"):
         explain(model, inputs)
     got = explain(model, inputs, target=lambda o: o.logits[:, 2, 7])
     assert got.position["tower0"].tolist() == [2]
     want = explain(model, inputs, target=lambda o: o.logits[:, 2, 7], position=2)
     assert torch.equal(got.relevancy["tower0"], want.relevancy["tower0"])
-    with pytest.raises(ValueError, match=r"depends on \[2\] of its 5 tokens behind the last attention"):
+    with pytest.raises(ValueError, match=r"after the last attention the score depends on \[2\] of its 5 tokens"):
         explain(model, inputs, target=lambda o: o.logits[:, 2, 7] + 2 * o.logits[:, 3, 7])
     rows = torch.tensor([0, 0, 0.5, 0.5, 0])
     want = explain(model, inputs, target=lambda o: o.logits[:, 2, 7] + o.logits[:, 3, 7], position=rows)

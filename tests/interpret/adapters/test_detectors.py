@@ -105,9 +105,9 @@ def test_a_callable_target_scores_one_query():
     for read in ({}, {"position": 3}):
         got = explain(model, inputs, target=score, **read)
         assert_rows(got.relevancy["vision"], want[1])
-    with pytest.raises(ValueError, match="position must say which row of tower 'queries' is read; got None"):
+    with pytest.raises(ValueError, match="position must name the explained token of tower 'queries'; got None"):
         explain(model, inputs, target=lambda o: o.logits[:, :, 1].logsumexp(1))
-    with pytest.raises(ValueError, match="position must be None where target is the object query"):
+    with pytest.raises(ValueError, match="position must be None for a detector, whose explained token is the object query"):
         explain(model, inputs, target=3, position=3)
     with pytest.raises(ValueError, match=r"target must be from 0 to 4 \(object queries\); got 5"):
         explain(model, inputs, target=5)
@@ -141,7 +141,7 @@ def test_grounding_dino_is_refused(kind):
     for options in ({}, {"position": 0, "target": lambda o: o.logits[:, 0, 0]}):
         with pytest.raises(ValueError, match=reasons) as raised:
             explain(model, inputs, **options)
-        assert f"({kind}MultiscaleDeformableAttention), which samples values at a few learnt points" in str(raised.value)
+        assert f"({kind}MultiscaleDeformableAttention), which samples values at a few learned points" in str(raised.value)
 
 
 def test_bridge_tower_is_refused():

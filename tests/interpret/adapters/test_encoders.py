@@ -184,5 +184,7 @@ def test_a_caption_of_padding_alone_is_refused():
     inputs = {**encoder.inputs, "attention_mask": encoder.inputs["attention_mask"].clone()}
     inputs["attention_mask"][1] = 0
     for arguments in ({}, {"position": "last", "target": lambda outputs: outputs.logits[:, -1, 3]}):
-        with pytest.raises(ValueError, match="attention_mask must have a real token in each row; got a row of padding alone"):
+        with pytest.raises(
+            ValueError, match="attention_mask must have a real token in each sample; got a sample with only padding"
+        ):
             explain(encoder.model, inputs, **arguments)

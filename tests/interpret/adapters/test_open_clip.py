@@ -282,6 +282,7 @@ def test_evaluate_names_the_input_that_is_missing() -> None:
 def test_a_head_of_several_learnt_queries_is_refused() -> None:
     """CoCa reads the first of them, which nothing but its code says."""
     with pytest.raises(
-        ValueError, match=r"position must say which row of tower 'vision' is read; got None, and the score depends on"
+        ValueError,
+        match=r"position must name the explained token of tower 'vision'; got None, and after the last attention the score",
     ):
         va.explain(CLIP(pool="map of four").eval(), inputs())

@@ -155,7 +155,7 @@ def test_what_generate_returned_is_an_answer():
     assert alone.answer == [row[: row.index(2)] if 2 in row else row for row in made[:, 4:].tolist()]
     kept = torch.cat([PROMPTS[:1, :4], PROMPTS[1:, 1:5]]).tolist()  # not each row begins with its prompt
     assert explain(model, inputs, answer=kept).answer == kept
-    with pytest.raises(ValueError, match="answer must have a token in each row; got the end of the text at once"):
+    with pytest.raises(ValueError, match="each answer must have a token before its end token; got an empty one"):
         explain(model, inputs, answer=torch.cat([PROMPTS[:, :4], torch.tensor([[17], [2]])], 1))
 
 
@@ -176,7 +176,7 @@ def test_bad_answers(monkeypatch):
     model, inputs = decoder(), {"input_ids": PROMPTS[:, :4], "attention_mask": REAL[:, :4]}
     for answer, error, words in (
         ("17", ValueError, "processor must have a tokenizer"),
-        ([[17]], ValueError, "one row for each of the 2 prompts; got 1"),
+        ([[17]], ValueError, "one answer for each of the 2 prompts; got 1"),
         ([[17], []], ValueError, "at least one token"),
         ([], TypeError, "answer must be token ids"),
         (3.5, TypeError, "answer must be token ids"),
@@ -187,7 +187,7 @@ def test_bad_answers(monkeypatch):
     ):
         with pytest.raises(error, match=words):
             explain(model, inputs, answer=answer)
-    with pytest.raises(ValueError, match=r"inputs must hold 'input_ids' \(B, N\), also of one text; got \(4,\)"):
+    with pytest.raises(ValueError, match=r"inputs must hold 'input_ids' \(B, N\), even for one text; got \(4,\)"):
         explain(model, {"input_ids": PROMPTS[0, :4]})
     with pytest.raises(ValueError, match="without target and position"):
         explain(model, inputs, answer=[17], target=3)
@@ -201,7 +201,7 @@ def test_bad_answers(monkeypatch):
 def test_a_row_that_the_score_does_not_come_from():
     model, inputs = decoder(), {"input_ids": PROMPTS[:1], "attention_mask": REAL[:1]}
     score = lambda o: o.logits[:, 2, 7]  # noqa: E731
-    with pytest.raises(ValueError, match=r"score does not depend on the row that was read. Pass position= with the token"):
+    with pytest.raises(ValueError, match=r"score does not depend on the explained token. Pass position= with the token"):
         explain(model, inputs, target=score, position="last")
     named = explain(model, inputs, target=score, position=2).relevancy["language"]
     torch.testing.assert_close(explain(model, inputs, target=score).relevancy["language"], named)  # the gradient names it
@@ -262,7 +262,7 @@ def test_answers_of_paligemma_equal_stored_maps(decoder):
 @pytest.mark.parametrize("decoder", ["PaliGemmaForConditionalGeneration"], indirect=True)
 def test_answers_of_paligemma_need_types(decoder):
     inputs = {name: value for name, value in decoder.inputs().items() if name != "token_type_ids"}
-    with pytest.raises(ValueError, match=r"inputs must contain 'token_type_ids' \(B, N\) beside answer"):
+    with pytest.raises(ValueError, match=r"inputs must contain 'token_type_ids' \(B, N\) if answer is given"):
         explain(decoder.model, inputs, answer=[7])
 
 
@@ -330,7 +330,7 @@ def t5():
 @pytest.mark.parametrize("length", [2, 3])  # of another length than the decoder's tokens, and of theirs
 def test_labels_beside_an_answer_of_an_encoder_decoder(length):
     inputs = {"input_ids": PROMPTS, "labels": torch.full((2, length), 5)}
-    with pytest.raises(ValueError, match="inputs must not contain 'labels' beside answer, since an encoder-decoder"):
+    with pytest.raises(ValueError, match="inputs must not contain 'labels' if answer is given, since an encoder-decoder"):
         explain(t5(), inputs, answer=[7, 12])
     embeds = {"input_ids": PROMPTS, "decoder_inputs_embeds": torch.randn(2, 1, 32)}
     with pytest.raises(ValueError, match="inputs must not contain 'decoder_inputs_embeds' beside answer"):

@@ -79,7 +79,7 @@ def test_a_target_may_be_a_word(decoder, words) -> None:
         assert torch.equal(by_word.relevancy["language"], by_id.relevancy["language"])
     with pytest.raises(ValueError, match="target must be one token; got 'red square', which is 2. Pass answer='red square' to"):
         explain(decoder, inputs, target="red square", processor=words)
-    with pytest.raises(ValueError, match="processor must have a tokenizer for a target that is a word; got none beside 'red'"):
+    with pytest.raises(ValueError, match="processor must have a tokenizer for a target that is a word; got none for 'red'"):
         explain(decoder, inputs, target="red")
 
 
@@ -87,9 +87,13 @@ def test_a_text_with_a_word_that_the_tokenizer_lacks_is_refused(decoder) -> None
     words = saved_models.tokenizer()
     words.unk_token = "<pad>"  # it takes this token for such words
     inputs = words(PROMPTS, return_tensors="pt")
-    with pytest.raises(ValueError, match="target must be text that the tokenizer knows; got 'green', where it puts '<pad>'"):
+    with pytest.raises(
+        ValueError, match="target must be text in the tokenizer's vocabulary; got 'green', for which it gives '<pad>'"
+    ):
         explain(decoder, inputs, target="green", processor=words)
-    with pytest.raises(ValueError, match="answer must be text that the tokenizer knows; got 'a green circle', where it puts"):
+    with pytest.raises(
+        ValueError, match="answer must be text in the tokenizer's vocabulary; got 'a green circle', for which it gives"
+    ):
         explain(decoder, inputs, answer=["red", "a green circle"], processor=words)
     assert explain(decoder, inputs, target="<pad>", processor=words).target == [2, 2]
 

@@ -110,7 +110,7 @@ def test_two_inputs_of_ids():
     model, images, ids = image_to_text(Translator), pictures(), torch.tensor(START)
     inputs = {"picture": images, "question": ids + 1, "caption": ids}
     line = r'register_adapter\("Translator", va.interpret.Adapter\(\(\), "token", answers="caption"\)\)'
-    with pytest.raises(ValueError, match=rf"token ids \(B, N\) are \['question', 'caption'\].* or say va.interpret.{line}"):
+    with pytest.raises(ValueError, match=rf"token ids \(B, N\) are \['question', 'caption'\].* or name it: va.{line}"):
         explain(model, inputs, answer=ANSWERS)
     register_adapter("Translator", Adapter((), "token", answers="caption"))
     try:
@@ -125,19 +125,21 @@ def test_two_inputs_of_ids():
 def test_what_is_refused():
     images, ids = pictures(), torch.tensor(START)
     inputs = {"images": images, "decoder_input_ids": ids}
-    with pytest.raises(ValueError, match=r"must contain 'decoder_input_ids' .*\(B, 1\) of the token that texts begin with"):
+    with pytest.raises(ValueError, match=r"must contain 'decoder_input_ids' \(B, 1\), the token that texts begin with"):
         explain(image_to_text(), {"images": images}, answer=ANSWERS)
     names = r"tower0 \(encoder.layers: 6 tokens\), tower1 \(decoder.layers: 1 tokens\); got 'vision'"
     with pytest.raises(ValueError, match=f"position must name towers among {names}"):
         explain(image_to_text(), inputs, position={"vision": 0}, target=lambda o: o[:, 0, 3])
-    with pytest.raises(ValueError, match="inputs must have each name once, also in dicts; got images twice"):
+    with pytest.raises(ValueError, match="inputs must have each name once, including the names in dicts; got images twice"):
         explain(image_to_text(OfOneDict), {"inputs": inputs, "images": images}, answer=ANSWERS)
 
     class Pooled(ImageToText):
         def forward(self, images, decoder_input_ids):
             return super().forward(images, decoder_input_ids).mean(1)
 
-    with pytest.raises(ValueError, match=r"must be of a model whose logits are \(B, N, vocabulary\); got logits \(2, 30\)"):
+    with pytest.raises(
+        ValueError, match=r"model must return logits \(B, N, vocabulary\) if answer is given; got logits \(2, 30\)"
+    ):
         explain(image_to_text(Pooled), inputs, answer=[4])
 
 

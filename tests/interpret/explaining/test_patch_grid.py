@@ -146,7 +146,7 @@ def test_bad_grids() -> None:
     for sizes, error, words in (
         ({"rows": 4, "columns": 0}, ValueError, "columns must be at least 1; got 0"),
         ({"rows": 4.0, "columns": 4}, TypeError, "rows must be an int"),
-        ({"rows": 4}, ValueError, "rows and columns must be given both, or neither; got 4 and None"),
+        ({"rows": 4}, ValueError, "rows and columns must both be given, or neither; got 4 and None"),
         ({"prefix": -1}, ValueError, "prefix must be at least 0; got -1"),
         ({"prefix": None}, TypeError, "prefix must be an int"),
     ):

@@ -124,7 +124,7 @@ def test_quantised_activations_have_no_gradient() -> None:
     package = optional("torchao.quantization")
     model, inputs = llama()
     package.quantize_(model, package.Int8DynamicActivationInt8WeightConfig())
-    with pytest.raises(ValueError, match=r"gradients end in 'model\.layers\.0\.self_attn\.o_proj'.*before it is quantised"):
+    with pytest.raises(ValueError, match=r"gradients end in 'model\.layers\.0\.self_attn\.o_proj'.*before you quantise it"):
         explain(model, inputs)
     assert explain(model, inputs, method="attention").relevancy["language"].isfinite().all()
 

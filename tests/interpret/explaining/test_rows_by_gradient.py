@@ -141,7 +141,8 @@ def test_object_query():
 def test_no_mean_is_refused(pool):
     model, inputs = bert()
     with pytest.raises(
-        ValueError, match="position must say which row of tower 'text' is read; got None, and the score depends on"
+        ValueError,
+        match="position must name the explained token of tower 'text'; got None, and after the last attention the score",
     ):
         explain(model, inputs, target=lambda outputs: pool(outputs.last_hidden_state)[:, :4].sum(1))
     explain(model, inputs, target=lambda outputs: pool(outputs.last_hidden_state)[:, :4].sum(1), position="mean")
@@ -172,5 +173,5 @@ def test_capture_relevancy():
     assert_rows(got.detach(), want, place)
     with capture_relevancy(model) as captured:
         outputs = model(**inputs)
-    with pytest.raises(ValueError, match="position must say which row of tower 'text'"):
+    with pytest.raises(ValueError, match="position must name the explained token of tower 'text'"):
         captured.relevancy(outputs.last_hidden_state.max(1).values[:, :4].sum())

@@ -58,7 +58,7 @@ def test_what_is_refused():
     torch.manual_seed(0)
     model, inputs = transformers.BertModel(transformers.BertConfig(**T5)), text()
     one = {name: value[:1] for name, value in inputs.items()}
-    with pytest.raises(ValueError, match="target='similarity' needs two texts or pictures, or pairs of them; got 1"):
+    with pytest.raises(ValueError, match="target='similarity' needs two texts or images, or pairs of them; got 1"):
         explain(model, one, target="similarity")
     classifier = transformers.BertForSequenceClassification(transformers.BertConfig(**T5))
     with pytest.raises(ValueError, match="target='similarity' needs outputs with last_hidden_state"):

@@ -119,7 +119,7 @@ def test_evaluation_hands_a_callable_the_shortened_inputs():
 def test_read_beside_a_method_that_reads_no_row_is_said_and_ignored(method):
     model = vit(num_labels=3)
     want = explain(model, PIXELS, target=1, method=method)
-    with pytest.warns(UserWarning, match=f"position=0 has no effect on method '{method}', which reads no row"):
+    with pytest.warns(UserWarning, match=f"position=0 has no effect on method '{method}', which has no explained token"):
         got = explain(model, PIXELS, target=1, method=method, position=0)
     torch.testing.assert_close(got.relevancy, want.relevancy)
     with pytest.raises(ValueError, match="position must be one of cls, last, mean"):

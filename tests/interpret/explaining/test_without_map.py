@@ -35,7 +35,7 @@ def test_learnt_queries(make, queries, tmp_path):
     case = make()
     explanation = va.explain(case.model.eval(), case.inputs())
     why = (
-        f"the image tokens are the learned queries of {queries}, each of which looks at the whole picture: their numbers are in "
+        f"the image tokens are the learned queries of {queries}, each of which attends to the whole image: their numbers are in "
     )
     assert explanation.no_map.startswith(why + "explanation.relevancy['language']. For a map, explain a model whose image tokens")
     for draw in (explanation.plot, explanation.overlay, explanation.to_html):
@@ -53,10 +53,10 @@ def test_learnt_queries(make, queries, tmp_path):
 def test_sound():
     explanation = va.explain(whisper(), {"input_features": torch.randn(1, 8, 40)}, answer=[[5, 6, 7]])
     heard = explanation.no_map.split("explanation.relevancy['")[1].split("']")[0]
-    assert explanation.no_map.startswith("the model hears a sound, whose tokens are stretches of time")
+    assert explanation.no_map.startswith("the input is sound, whose tokens are stretches of time")
     assert explanation.relevancy[heard].shape == (1, 3, 20)  # the encoder's
     assert notes(explanation.plot()) == f"No map: {explanation.no_map}."
-    with pytest.raises(ValueError, match="without maps and boxes: the model hears a sound, .*; or leave the image out"):
+    with pytest.raises(ValueError, match="without maps and boxes: the input is sound, .*; or leave the image out"):
         explanation.plot(PHOTO)
 
 

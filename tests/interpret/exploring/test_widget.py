@@ -185,7 +185,7 @@ def test_two_checkpoints_of_a_classifier_are_asked_about_one_target() -> None:
         assert said == [f"LABEL_{i} {p:.1%}" for p, i in zip(*best, strict=True)]
     assert changed > 0  # else nothing shows that the target stays
     send(widget, {"edits": [{"layer": layer, "head": head, "factor": 0} for layer in range(2) for head in range(4)]})
-    assert "does not depend on the row" in widget.edited["problem"]
+    assert "does not depend on the explained token" in widget.edited["problem"]
 
 
 def test_a_tower_of_a_dual_encoder_and_what_does_not_fit() -> None:

@@ -193,7 +193,7 @@ def test_what_a_method_does_not_define_is_refused(case, tmp_path, monkeypatch):
     base = "from vlattn_fast.interpret.relevancy.method import Method\n"
     add_file(tmp_path, monkeypatch, f'{base}class Nothing(Method):\n    name = "{NAME}"\n')
     monkeypatch.setitem(registry.METHODS, NAME, registry.methods_in_folder()[NAME])
-    with pytest.raises(ValueError, match=f"method='{NAME}' has no rule for towers that do not attend"):
+    with pytest.raises(ValueError, match=f"method='{NAME}' does not support towers that do not attend"):
         explain(case.model, case.inputs, method=NAME)
     with pytest.raises(ValueError, match=f"weighting must be an option of method '{NAME}', which has freeze, of; got 'norm'"):
         with_options(NAME, weighting="norm")

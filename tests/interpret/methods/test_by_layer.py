@@ -238,11 +238,14 @@ def test_multiples_without_maps(case, tmp_path):
         ({"per": "layer", "layers": [2, -1]}, "layers must be numbers that differ in tower 'vision'"),
         ({"per": "layer", "layers": [3]}, "layers must be from -3 to 2 in tower 'vision'; got 3"),
         ({"per": "head", "heads": [-5]}, "heads must be from -4 to 3 in tower 'vision'; got -5"),
-        ({"per": "head", "method": "rollout"}, "method must have a map of each layer, as 'gradient' .*; got 'rollout'"),
+        (
+            {"per": "head", "method": "rollout"},
+            "method must be 'gradient' or 'attention', which have a map of each layer; got 'rollout'",
+        ),
         ({"method": va.methods.InputGradient()}, "method must have a map of each layer, .*; got 'input_gradient'"),
         (
             {"method": va.methods.Gradient(start_layer=1)},
-            r"method must go through all layers .*; got 'gradient\(.*start_layer=1\)'",
+            r"method must have neither start_layer nor through_connector; got 'gradient\(.*start_layer=1\)'",
         ),
     ],
 )
@@ -271,5 +274,5 @@ def test_bad_kinds(case):
 
 @pytest.mark.parametrize("case", ["llava"], indirect=True)
 def test_through_a_connector_is_refused(case):
-    with pytest.raises(ValueError, match="method must go through all layers of one tower"):
+    with pytest.raises(ValueError, match="method must have neither start_layer nor through_connector"):
         explain_layers(case.model, case.inputs, per="layer", method=va.methods.Gradient(through_connector=True))

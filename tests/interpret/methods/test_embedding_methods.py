@@ -131,7 +131,7 @@ def test_the_first_layer_that_runs():
     close(got, (embeddings * grad).sum(-1).detach())
 
 
-@pytest.mark.filterwarnings("ignore:The relevancy lacks")  # of the tokens that a layer chooses
+@pytest.mark.filterwarnings("ignore:The relevancy leaves out")  # of the tokens that a layer chooses
 def test_several_streams():
     """A model may hand on copies (B, N, streams, C) of its embeddings."""
     torch.manual_seed(0)
@@ -157,7 +157,7 @@ def test_models_without_attention_in_some_layer(mapping, name):
     model = small_model(getattr(transformers, name)).eval().double()
     inputs = with_floats(next(inputs_of(mapping, model))(), torch.float64)
     if name == "InklingForCausalLM":
-        with pytest.raises(ValueError, match=r"no rule covers; .*method='input_gradient' needs no rule"):
+        with pytest.raises(ValueError, match=r"that a published rule covers; .*method='input_gradient' supports any module"):
             explain(model, inputs)
     got = explain(model, inputs, method="input_gradient")
     (tower,) = got.relevancy
@@ -233,7 +233,7 @@ def test_pixels_features_and_ids_of_a_model_without_an_adapter():
     assert torch.equal(got.image, got.relevancy["x"].view(2, 8, 12))
     patched = explain(model, inputs, target=1, method="input_gradient", patches=va.PatchGrid(2, 3))
     torch.testing.assert_close(patched.image, pixels.view(2, 2, 4, 3, 4).sum((2, 4)))
-    with pytest.raises(ValueError, match="patches must fit a tower that is read"):
+    with pytest.raises(ValueError, match="patches must fit an explained tower"):
         explain(model, inputs, target=1, method="input_gradient", patches=va.PatchGrid(3, 3))
 
 
@@ -265,7 +265,7 @@ def test_a_module_in_which_the_gradient_ends_is_named():
     name = next(name for name, part in inner.named_children() if isinstance(part, nn.Linear))
     old = getattr(inner, name)
     setattr(inner, name, Cut(old.in_features, old.out_features))
-    with pytest.warns(UserWarning, match=rf"relevancy lacks what goes through 'vit\.layers\.1\.mlp\.{name}' \(Cut\)"):
+    with pytest.warns(UserWarning, match=rf"relevancy leaves out what goes through 'vit\.layers\.1\.mlp\.{name}' \(Cut\)"):
         explain(lively(case.model).eval(), case.inputs, method="input_gradient")
 
 
@@ -404,7 +404,7 @@ def test_no_step_outlives_the_next(monkeypatch):
         ({"start_layer": -1}, "start_layer must be an option of method 'input_gradient', which has freeze, of, baseline; got -1"),
         ({"n_steps": 4}, "n_steps must be an option of method 'input_gradient', which has freeze, of, baseline; got 4"),
         ({"name": "integrated_gradients", "n_steps": 0}, "n_steps must be at least 1; got 0"),
-        ({"name": "gradient", "through_connector": True}, "through_connector=True needs an adapter of the model's connector"),
+        ({"name": "gradient", "through_connector": True}, "must have an adapter with a connector for through_connector=True"),
     ],
 )
 def test_bad_options(case, options, message):
@@ -417,5 +417,5 @@ def test_a_model_that_embeds_nothing():
         def forward(self, ids: Tensor) -> Tensor:
             return nn.functional.one_hot(ids, 60).double().sum(1)
 
-    with pytest.raises(ValueError, match="model must embed an input: ids by nn.Embedding, .*; got a run of Counts without"):
+    with pytest.raises(ValueError, match="model must embed an input: ids with nn.Embedding, .*; got Counts, which embeds none"):
         explain(Counts(), {"ids": IDS}, target=0, method="input_gradient")

@@ -54,7 +54,7 @@ def test_of_an_answer(case: Any) -> None:
 
 @pytest.mark.parametrize("case", ["clip"], indirect=True)
 def test_a_similarity_has_no_probability(case: Any) -> None:
-    with pytest.raises(ValueError, match="of must be 'logit' where the score is not one of several logits; got 'margin'"):
+    with pytest.raises(ValueError, match="of must be 'logit' if the score is not one of several logits; got 'margin'"):
         va.explain(case.model, case.inputs, method=va.methods.Gradient(of="margin"))
 
 

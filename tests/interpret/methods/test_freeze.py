@@ -308,7 +308,7 @@ class Missed(Attends):
 def test_a_norm_that_is_not_reached_is_said() -> None:
     model, inputs = Missed(), {"features": torch.randn(2, 5, 6)}
     how: dict[str, Any] = {"target": lambda outputs: outputs[:, 1], "position": "cls"}
-    with pytest.warns(UserWarning, match=r"the norm in 'norm' \(ByLargest\) is not held fixed"):
+    with pytest.warns(UserWarning, match=r"The norm in 'norm' \(ByLargest\) is not held fixed"):
         va.explain(model, inputs, method=va.methods.Gradient(freeze=("norms",)), **how)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -379,7 +379,7 @@ def test_options_that_are_none() -> None:
     model, inputs = Attends(by_hand=False), {"features": torch.randn(2, 5, 6)}
     with pytest.raises(TypeError, match=r"method must be a name or an object, such as va.methods.Gradient\(\); got the class"):
         va.explain(model, inputs, method=va.methods.Gradient, position="cls")
-    with pytest.raises(ValueError, match="of must be left out where target is a callable"):
+    with pytest.raises(ValueError, match="of must be left out if target is a callable"):
         va.explain(model, inputs, method=va.methods.Gradient(of="logit"), position="cls", target=lambda outputs: outputs[:, 0])
 
 

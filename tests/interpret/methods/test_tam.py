@@ -232,7 +232,9 @@ def test_a_narrow_map_is_filtered():
 
 @pytest.mark.parametrize("case", ["vit", "clip", "bert", "uniter"], indirect=True)
 def test_models_that_predict_no_tokens(case):
-    with pytest.raises(ValueError, match=f"model must be a decoder that predicts the next token, .*; got {type(case.model).__name__}"):
+    with pytest.raises(
+        ValueError, match=f"model must be a decoder that predicts the next token, .*; got {type(case.model).__name__}"
+    ):
         explain(case.model, case.inputs, method="tam")
 
 

@@ -109,7 +109,7 @@ OTHERS = {  # the options of cross-attention, and the columns of the picture's t
 }
 
 
-@pytest.mark.filterwarnings("ignore:Tower 'tower1' attends to keys that are none of its tokens")
+@pytest.mark.filterwarnings("ignore:Tower 'tower1' attends to keys that are not its tokens")
 @pytest.mark.parametrize("words", [4, 6, 7])  # as many as patches, or as keys, too
 @pytest.mark.parametrize("kind", OTHERS)
 def test_keys_beside_those_of_a_tower(kind, words):

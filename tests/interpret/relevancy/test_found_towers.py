@@ -99,7 +99,7 @@ def test_attention_by_hand_without_a_dimension_of_heads_is_named(alone):
 
 
 def test_attention_without_a_softmax_is_missed():
-    with pytest.raises(ValueError, match=r"saw no attention call in layer 'blocks\.1' \(Block\)"):
+    with pytest.raises(ValueError, match=r"no attention call was traced in layer 'blocks\.1' \(Block\)"):
         explain(stack("torch", "exponentials", "torch"), sequences(), position="cls", target=second)
     with pytest.raises(ValueError, match="got a forward pass of Stack without a call. Call scaled_dot_product_attention there"):
         explain(stack("exponentials", "exponentials"), sequences(), position="cls", target=second)
@@ -433,7 +433,11 @@ def test_two_attentions_over_the_same_tokens_are_refused(inside, method):
     model = stack("torch", "torch")
     model.blocks.extend([lively(TwoBranches(inside))])
     model.eval()
-    words = "in a run of a module; got 28 queries" if inside else "layer behind layer in a tower; got 'blocks.2.attend' beside"
+    words = (
+        "in a call of a module; got 28 queries"
+        if inside
+        else "layers of a tower one after another; got 'blocks.2.attend' in parallel to"
+    )
     with pytest.raises(ValueError, match=words):
         explain(model, sequences(), method=method, position="cls", target=second)
 
@@ -441,5 +445,5 @@ def test_two_attentions_over_the_same_tokens_are_refused(inside, method):
 def test_a_difference_of_two_softmaxes_is_refused():
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
     model = made(transformers.DiffLlamaForCausalLM(transformers.DiffLlamaConfig(vocab_size=50, num_hidden_layers=2, **sizes)))
-    with pytest.raises(ValueError, match="each token once in a run of a module; got .*DiffLlama.*Attention"):
+    with pytest.raises(ValueError, match="each token once in a call of a module; got .*DiffLlama.*Attention"):
         explain(model, text(), position="last", target=lambda outputs: outputs.logits[:, -1, 7])

@@ -43,7 +43,7 @@ def dynamic(module: nn.Module) -> nn.Module:
 def test_a_map_that_lacks_a_part_is_warned_about(make) -> None:
     model, inputs = quantised("layers.1.mlp.fc2", make)
     kind = "Quantised" if make is Quantised else "Linear"
-    words = rf"relevancy lacks what goes through 'vit\.layers\.1\.mlp\.fc2' \({kind}\), whose output has no gradient"
+    words = rf"relevancy leaves out what goes through 'vit\.layers\.1\.mlp\.fc2' \({kind}\), whose output has no gradient"
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         explanation = explain(model, inputs)

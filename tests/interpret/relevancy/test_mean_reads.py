@@ -90,7 +90,7 @@ def alike(batch: Explanation, alone: Explanation, row: int) -> None:
         assert not got[want.shape[1] :].any()
 
 
-@pytest.mark.filterwarnings("ignore:Tower 'tower0' attends to keys that are none of its tokens")
+@pytest.mark.filterwarnings("ignore:Tower 'tower0' attends to keys that are not its tokens")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", [Sentences, Own, Joined])
 def test_a_mean_leaves_padding_out(kind, method):

@@ -382,14 +382,14 @@ def joint_first(attend, x):
 @pytest.mark.parametrize(
     ("plan", "words"),
     [
-        (some_first, "got 'layers.0' over 5 tokens, and 'layers.1' over 12, some of which are these"),
-        (halves_first, "got 'layers.0' over 6 tokens, and 'layers.1' over 12, some of which are these"),
-        (joint_first, "got 'layers.0' over 5 tokens, and 'layers.1' over 12, some of which are these"),
+        (some_first, "got 'layers.0' over 5 tokens, and 'layers.1' over 12, which include some of these"),
+        (halves_first, "got 'layers.0' over 6 tokens, and 'layers.1' over 12, which include some of these"),
+        (joint_first, "got 'layers.0' over 5 tokens, and 'layers.1' over 12, which include some of these"),
         (merged, "apart; got attention 'layers.1' over tokens that scatter_reduce in '' has put together"),
         (averaged, "over tokens that add in '' has put together"),
         (folded, "over tokens that add in '' has put together"),
         (by_a_matrix, "over tokens that matmul in '' has put together"),
-        (repeated, "got a token in several places of attention 'layers.1'"),
+        (repeated, "got a token at several positions in attention 'layers.1'"),
     ],
     ids=lambda part: getattr(part, "__name__", ""),
 )

@@ -86,7 +86,7 @@ KINDS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Tower 'tower0' attends to keys that are none of its tokens")
+@pytest.mark.filterwarnings("ignore:Tower 'tower0' attends to keys that are not its tokens")
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_have_the_columns_of_the_tokens(kind):
     make, others = KINDS[kind]
@@ -148,7 +148,7 @@ class Numbers(nn.Module):
         return self.inside(x, torch.ones(x.shape[:2]))
 
 
-@pytest.mark.filterwarnings("ignore:Tower 'tower0' attends to keys that are none of its tokens")
+@pytest.mark.filterwarnings("ignore:Tower 'tower0' attends to keys that are not its tokens")
 def test_tokens_that_come_from_no_tensor():
     model, x = with_attention(KINDS["both"][0]), sequences()["x"]
     want = explain(model, {"x": x, "attention_mask": torch.ones(2, 7)}, position="cls", target=second).relevancy["tower0"]
@@ -173,7 +173,7 @@ class PrefixTuned(nn.Module):
         return self.inside(input_ids=input_ids, attention_mask=mask, past_key_values=cache, use_cache=True).logits[:, -1]
 
 
-@pytest.mark.filterwarnings("ignore:Tower 'tower0' attends to keys that are none of its tokens")
+@pytest.mark.filterwarnings("ignore:Tower 'tower0' attends to keys that are not its tokens")
 def test_prefix_tuning():
     torch.manual_seed(0)
     model, inputs = lively(PrefixTuned()).eval(), {"input_ids": torch.randint(3, 60, (2, 6))}
@@ -189,11 +189,11 @@ def test_their_share_is_named():
         model(**inputs)
     share = torch.stack([stored[..., 7:].sum(-1).mean() for _, stored in kept.maps]).mean()
     where = rf"\(2 in 'blocks.0.attend.inside', and in 1 more modules; they take {share:.1%} of the attention there\)"
-    with pytest.warns(UserWarning, match=f"Tower 'tower0' attends to keys that are none of its tokens {where}"):
+    with pytest.warns(UserWarning, match=f"Tower 'tower0' attends to keys that are not its tokens {where}"):
         explain(model, inputs, position="cls", target=second)
 
 
-@pytest.mark.filterwarnings("ignore:Tower 'tower0' attends to keys that are none of its tokens")
+@pytest.mark.filterwarnings("ignore:Tower 'tower0' attends to keys that are not its tokens")
 @pytest.mark.parametrize("kind", ["both", "prefix"])
 @pytest.mark.parametrize("method", ["gradient", "attention"])
 def test_each_layer_and_each_head(method, kind):
@@ -213,7 +213,7 @@ def test_each_layer_and_each_head(method, kind):
         torch.testing.assert_close(got, rows, rtol=1e-8, atol=1e-12)
 
 
-@pytest.mark.filterwarnings("ignore:Tower 'tower0' attends to keys that are none of its tokens")
+@pytest.mark.filterwarnings("ignore:Tower 'tower0' attends to keys that are not its tokens")
 @pytest.mark.parametrize("kind", ["both", "prefix", "states"])
 @pytest.mark.parametrize(("method", "higher_order"), [("gradient", False), ("gradient", True), ("rollout", False)])
 def test_a_step_of_training_equals_that_on_stored_maps(method, kind, higher_order):
@@ -272,7 +272,7 @@ class Reduced(nn.Module):
 def test_keys_that_are_no_tokens_own_are_refused(kind, read):
     model, inputs = with_attention(lambda width: Reduced(kind, width)), sequences()
     got = {"strided": 3, "mean": 8}[kind]
-    message = f"a key of its own; got 7 queries and {got} keys in 'blocks.0.attend', made of the same tokens"
+    message = f"one key for each token of a tower; got 7 queries and {got} keys in 'blocks.0.attend', made from the same tokens"
     with pytest.raises(ValueError, match=message):
         explain(model, inputs, position=read, target=second)
     with pytest.raises(ValueError, match=message), capture_relevancy(model):
@@ -294,7 +294,7 @@ def pvt(depths):
 @pytest.mark.parametrize(("make", "depths"), [(segformer, [2, 2]), (segformer, [1, 1]), (pvt, [2, 1, 1]), (pvt, [1, 1, 1])])
 def test_towers_that_reduce_their_keys_are_refused(make, depths):
     inputs = {"pixel_values": torch.randn(1, 3, 64, 64)}
-    with pytest.raises(ValueError, match=r"a key of its own; got \d+ queries and \d+ keys in '.*attention"):
+    with pytest.raises(ValueError, match=r"one key for each token of a tower; got \d+ queries and \d+ keys in '.*attention"):
         explain(
             lively(make(depths)).eval(),
             inputs,

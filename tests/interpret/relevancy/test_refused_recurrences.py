@@ -25,7 +25,7 @@ def test_heads_of_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("method", ["glimpse", "gradcam"])
 def test_methods_without_a_rule_refuse(method: str) -> None:
-    with pytest.raises(ValueError, match=rf"method must be one with a rule for recurrences.*got '{method}' and 'model\.layers\."):
+    with pytest.raises(ValueError, match=rf"method must support recurrences.*got '{method}' and 'model\.layers\."):
         explain(made("OlmoHybrid", dtype=torch.float32), INPUTS, method=method)
 
 
@@ -46,7 +46,7 @@ def test_a_recurrence_that_is_not_seen_is_refused(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(kind, "forward", forward)
     with pytest.raises(
-        ValueError, match=r"'model\.layers\.0\.linear_attn' \(Qwen3NextGatedDeltaNet\), which hands on what tokens hold"
+        ValueError, match=r"'model\.layers\.0\.linear_attn' \(Qwen3NextGatedDeltaNet\), whose recurrence cannot be traced"
     ):
         explain(model, INPUTS, target=score_of)
 
@@ -61,21 +61,23 @@ def test_a_recurrence_of_a_users_class_beside_attention_is_refused() -> None:
             return hidden_states.cumsum(1)
 
     model.model.layers[0].mamba.__class__ = Mine
-    with pytest.raises(ValueError, match=r"'model\.layers\.0\.mamba' \(Mine\), which hands on what tokens hold"):
+    with pytest.raises(ValueError, match=r"'model\.layers\.0\.mamba' \(Mine\), whose recurrence cannot be traced"):
         explain(model, INPUTS, target=score_of)
 
 
 def test_a_convolution_in_front_of_a_recurrence_that_is_not_seen_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own map alone would leave out the recurrence."""
     monkeypatch.setattr("vlattn_fast.interpret.relevancy.recurrent_calls.FUNCTIONS", {})
-    with pytest.raises(ValueError, match=rf"got {PLACE}, whose short convolution stands in front of a recurrence"):
+    with pytest.raises(
+        ValueError, match=rf"got {PLACE}, whose short convolution comes before attention or an unsupported recurrence"
+    ):
         explain(made("Qwen3Next", dtype=torch.float32), INPUTS, target=score_of)
 
 
 def test_a_convolution_that_is_not_seen_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = made("Qwen3Next", dtype=torch.float32)
     monkeypatch.setattr("vlattn_fast.interpret.relevancy.recurrent_calls.CONVOLUTIONS", {})
-    with pytest.raises(ValueError, match=r"short convolutions by causal_conv1d_fn; got 'model\.layers\.0\.linear_attn'"):
+    with pytest.raises(ValueError, match=r"short convolutions with causal_conv1d_fn; got 'model\.layers\.0\.linear_attn'"):
         explain(model, INPUTS, target=score_of)
 
 
@@ -86,7 +88,7 @@ def test_a_convolution_that_the_module_writes_out_is_refused(monkeypatch: pytest
     parameters.weight, parameters.bias = mixer.conv1d.weight, mixer.conv1d.bias
     mixer.conv1d = parameters
     monkeypatch.setattr("vlattn_fast.interpret.relevancy.recurrent_calls.CONVOLUTIONS", {})
-    with pytest.raises(ValueError, match=r"short convolutions by causal_conv1d_fn; got 'model\.layers\.0\.linear_attn'"):
+    with pytest.raises(ValueError, match=r"short convolutions with causal_conv1d_fn; got 'model\.layers\.0\.linear_attn'"):
         explain(model, INPUTS, target=score_of)
 
 
@@ -114,5 +116,5 @@ def test_a_function_of_a_known_name_computes_what_the_name_says(name: str, monke
     halved.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
     for other in (halved, renamed):
         monkeypatch.setattr(file, name, other)
-        with pytest.raises(ValueError, match=rf"got {PLACE}, whose function has the name of one of transformers, and has other"):
+        with pytest.raises(ValueError, match=rf"got {PLACE}, whose function has the name of one in transformers, but other"):
             explain(model, INPUTS, target=score_of)

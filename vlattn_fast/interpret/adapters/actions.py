@@ -15,7 +15,7 @@ from vlattn_fast.interpret.adapters.tokens import Tokens
 
 _NEEDED = {
     "state": "the robot's state (B, entries)",
-    "noise": "the noisy actions (B, steps, dimensions), without which the policy draws others at each run",
+    "noise": "the noisy actions (B, steps, dimensions), without which the policy draws new ones in each forward pass",
 }
 
 
@@ -62,8 +62,7 @@ class Velocity(Score, name="velocity"):
         """The inputs with the noise level of the target."""
         if not isinstance(target, Action) and not callable(target):
             raise TypeError(
-                "target must be a vlattn_fast.Action, which names a dimension, or a callable, where a policy gives actions; "
-                f"got {target!r}"
+                f"target must be a va.Action, which names a dimension, or a callable, for a robot policy; got {target!r}"
             )
         for name, meaning in _NEEDED.items():
             if not isinstance(inputs.get(name), Tensor):
@@ -74,10 +73,10 @@ class Velocity(Score, name="velocity"):
         if isinstance(target, Action):
             for name, size in zip(("step", "dimension"), noise.shape[1:], strict=True):
                 if (getattr(target, name) or 0) >= size:
-                    raise ValueError(f"{name} must be from 0 to {size - 1}, as noise has; got {getattr(target, name)}")
+                    raise ValueError(f"{name} must be from 0 to {size - 1}, the last one in noise; got {getattr(target, name)}")
         if (time is None) == (inputs.get("timestep") is None):
             way = "neither" if time is None else "both"
-            raise ValueError(f"time of the Action, or 'timestep' (B,) of inputs, must give the noise level; got {way}")
+            raise ValueError(f"noise level must be given as time of the Action, or as 'timestep' (B,) in inputs; got {way}")
         if time is None:
             return inputs
         dtype = torch.promote_types(noise.dtype, torch.float32)
@@ -99,7 +98,7 @@ class Velocity(Score, name="velocity"):
         if velocity is None or velocity.shape[1:] != noise.shape[1:]:
             got = None if velocity is None else tuple(velocity.shape)
             raise ValueError(
-                f"noise must have as many steps and dimensions as the policy gives; got {tuple(noise.shape)} for {got}"
+                f"noise must have the steps and dimensions of the policy's actions; got {tuple(noise.shape)} for {got}"
             )
         towards = -velocity[..., target.dimension]
         return towards.sum(1) if target.step is None else towards[:, target.step], None

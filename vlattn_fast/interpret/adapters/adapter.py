@@ -215,11 +215,11 @@ class Score(Named):
         """The logits (B, classes) that a target chooses from, of a model called with `arguments`."""
         if not isinstance(logits, Tensor):
             raise ValueError(
-                "target must be a callable(outputs) -> (B,) scores, or 'similarity' of two texts or pictures, where the outputs "
-                "have no logits; got none"
+                "target must be a callable(outputs) -> (B,) scores, or 'similarity' of two texts or images, if the outputs have "
+                "no logits; got none"
             )
         if logits.ndim != 2:
-            raise ValueError(f"target must be a callable where logits are not (B, classes); got logits {tuple(logits.shape)}")
+            raise ValueError(f"target must be a callable if logits are not (B, classes); got logits {tuple(logits.shape)}")
         return logits
 
     def prepared(self, inputs: Mapping[str, Any], target: Any) -> Mapping[str, Any]:
@@ -322,7 +322,7 @@ def indices(target: Any, batch: int, size: int, what: str) -> list[int]:
     if not isinstance(chosen, (list, tuple)) or not all(isinstance(i, int) and not isinstance(i, bool) for i in chosen):
         raise TypeError(f"target must be None, an int, (B,) ints or a callable; got {target!r}")
     if len(chosen) != batch:
-        raise ValueError(f"target must be one index or {batch} indices (one per row); got {len(chosen)}")
+        raise ValueError(f"target must be one index or {batch} indices, one for each sample; got {len(chosen)}")
     for index in chosen:
         if not 0 <= index < size:
             raise ValueError(f"target must be from 0 to {size - 1} ({what}); got {index}")

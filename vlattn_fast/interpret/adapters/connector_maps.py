@@ -32,8 +32,7 @@ Connector = Callable[[Any, Mapping[str, Any], Shape, int], Merged]
 def _check(fits: bool, name: str, shape: Shape, count: int) -> None:
     if not fits:
         raise ValueError(
-            f"through_connector=True needs {name} to tell the patches of each image token; got {count} tokens for a tower of "
-            f"{shape}"
+            f"{name} must match the image tokens for through_connector=True; got {count} tokens for a tower of {shape}"
         )
 
 
@@ -79,7 +78,7 @@ def squares(config: Any, inputs: Mapping[str, Any], shape: Shape, count: int) ->
     alike = each * images == count and before >= 0
     if not alike or height % side or width % side or each * side**2 != height * width:
         raise ValueError(
-            f"through_connector=True needs image tokens that are squares of patches; got {count} tokens for {images} images of "
+            f"image tokens must be squares of patches for through_connector=True; got {count} tokens for {images} images of "
             f"{height} x {width} patches"
         )
     rows, columns = torch.arange(height) // side, torch.arange(width) // side
@@ -153,7 +152,9 @@ def tiles(config: Any, inputs: Mapping[str, Any], shape: Shape, count: int) -> M
         places = [tile * size + before + torch.arange(area).view(side, side)]
         if index is not None:
             if (patches := tuple(index.shape)) != anyres_shape(config, index.shape):
-                raise ValueError(f"through_connector=True supports no images that the model scales down; got {patches} patches")
+                raise ValueError(
+                    f"through_connector=True does not support images that the model scales down; got {patches} patches"
+                )
             places.append((tile + 1 + index // area) * size + before + index % area)
         for place, of_map in zip(places, layout.maps, strict=True):
             numbers[place] = token + of_map

@@ -20,16 +20,16 @@ def derive_adapter(model: nn.Module) -> Adapter:
     """The adapter of a model whose class has none; ValueError, which says why, where nothing is derived."""
     name, config = type(model).__name__, getattr(model, "config", None)
     if any(getattr(part, "is_encoder_decoder", False) for part in (config, getattr(config, "text_config", None))):
-        raise ValueError(f"{name} reads its prompt by an encoder, whose towers a run finds")
+        raise ValueError(f"{name} encodes its prompt with an encoder, so that its towers are found in a forward pass")
     if _gives(model, "logits_per_image") and all(hasattr(model, part) for part in ("vision_model", "text_model")):
         towers = _encoder(model, "vision", "vision_model", "last_patches"), _encoder(model, "text", "text_model", "text")
         return Adapter(towers, "pair")
     if all(hasattr(model, part) for part in _OF_CLIP):
         return _clip(model)
     if not generates(model) or "input_ids" not in inspect.signature(model.forward).parameters:
-        raise ValueError(f"{name} does not predict the next token, as classes of transformers that generate do")
+        raise ValueError(f"{name} does not predict the next token, unlike the classes of transformers that generate")
     if drafts(model):
-        raise ValueError(f"{name} predicts the tokens of its decoder's input, and none of them is the next one")
+        raise ValueError(f"{name} predicts the tokens of its decoder's input, and not the next one")
     return Adapter((_language(model),), "token")
 
 
@@ -102,7 +102,7 @@ def _language(model: Any) -> Tower:
         decoder = model.base_model
     path = next((name for name, module in model.named_modules() if module is decoder), None)
     if path is None:
-        raise ValueError(f"{type(model).__name__}.get_decoder() gives no part of the model")
+        raise ValueError(f"{type(model).__name__}.get_decoder() does not return a part of the model")
     first, *further = _lists_of_layers(decoder)
     inside = f"{path}." if path else ""
     sees, prompted = (isinstance(getattr(model.config, name, None), int) for name in ("image_token_id", "prompt_length"))

@@ -48,7 +48,7 @@ def patch_shape(config: Any, size: Sequence[int]) -> Shape:
     parts = [config, *(getattr(config, name, None) for name in ("vision_config", "image_config"))]
     patch = next((part.patch_size for part in parts if getattr(part, "patch_size", None) is not None), None)
     if patch is None:
-        raise ValueError(f"config must have the patch_size of an image; got {type(config).__name__} without")
+        raise ValueError(f"config must have the patch_size of an image; got {type(config).__name__} without it")
     height, width = (patch, patch) if isinstance(patch, int) else patch
     return int(size[0]) // height, int(size[1]) // width
 

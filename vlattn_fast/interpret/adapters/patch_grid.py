@@ -36,7 +36,7 @@ class PatchGrid:
             if (size := getattr(self, name)) is not None:
                 check_integer(name, size, low=1)
         if (self.rows is None) != (self.columns is None):
-            raise ValueError(f"rows and columns must be given both, or neither; got {self.rows} and {self.columns}")
+            raise ValueError(f"rows and columns must both be given, or neither; got {self.rows} and {self.columns}")
         check_integer("prefix", self.prefix, low=0)
 
     @property

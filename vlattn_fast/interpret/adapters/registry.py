@@ -57,7 +57,7 @@ def register_adapter(cls: type[nn.Module] | str, adapter: Adapter | None = None,
         return
     entry_of(like)
     if name == like:
-        raise ValueError(f"like must name a class other than {name!r}, which borrows its adapter; got the same")
+        raise ValueError(f"like must name a class other than {name!r}; got the same")
     BORROWED[name] = str(like)
 
 
@@ -95,11 +95,11 @@ def rewrites_forward(model: nn.Module) -> bool:
 def entry_of(like: Any) -> Adapter:
     """The entry of the class called `like`, listed or derived. TypeError where it is no name, ValueError where it has none."""
     if not isinstance(like, str):
-        raise TypeError(f"like must be the name of a class with an entry; got {type(like).__name__}")
+        raise TypeError(f"like must be the name of a class with an adapter; got {type(like).__name__}")
     adapter = ADAPTERS.get(like) or _derived_adapter(like)
     if adapter is None:
         near = ", ".join(map(repr, difflib.get_close_matches(like, ADAPTERS, 3)))
-        raise ValueError(f"like must be the name of a class with an entry{near and f', such as {near}'}; got {like!r}")
+        raise ValueError(f"like must be the name of a class with an adapter{near and f', such as {near}'}; got {like!r}")
     return adapter
 
 
@@ -112,7 +112,7 @@ def _borrowed(model: nn.Module, like: str) -> Adapter:
         paths = ", ".join(f"'{tower.path}.{tower.layers}'".replace("'.", "'") for tower in adapter.towers)
         raise ValueError(
             f"register_adapter({name}, like={like!r}) must name a class with the towers of {name}; {like} has {paths}. "
-            "Register it with another"
+            "Name another class"
         )
     return fitting
 

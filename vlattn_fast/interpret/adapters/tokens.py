@@ -138,7 +138,7 @@ class Tokens(Named):
         if real is None:
             return torch.full((self.shape[0],), self.shape[1] - 1)
         if not bool(real[:, self.before :].any(-1).all()):
-            raise ValueError("attention_mask must have a real token in each row; got a row of padding alone")
+            raise ValueError("attention_mask must have a real token in each sample; got a sample with only padding")
         return self.shape[1] - 1 - real.flip(-1).int().argmax(-1)
 
     def end_of_text(self) -> Tensor:
@@ -146,7 +146,7 @@ class Tokens(Named):
         config the largest id; the last real token where the config does not name it."""
         ids = self.ids
         if ids is None:
-            raise ValueError("inputs must contain 'input_ids', where CLIP's end-of-text token is searched; got none")
+            raise ValueError("inputs must contain 'input_ids' with CLIP's end-of-text token; got none")
         if self.end is None and self.config is not None:
             return self.last_real()
         if self.end in (None, 2):
@@ -268,7 +268,7 @@ class Patches(_WithoutPadding, name="patches"):
             height, width = patch_shape(self.config, pixels.shape[-2:])
         patches = relevancy[:, self.prefix :]
         if patches.shape[1] != height * width:
-            raise ValueError(f"pixel_values must give {patches.shape[1]} patches, as the tower has; got {height} x {width}")
+            raise ValueError(f"pixel_values must give the {patches.shape[1]} patches of the tower; got {height} x {width}")
         return patches.reshape(-1, height, width), list(range(len(patches)))
 
 
@@ -313,7 +313,9 @@ class Features(_WithoutPadding, name="features"):
         shapes = [(-(-size[0] // 2**n), -(-size[1] // 2**n)) for n in range(9)]
         shape = next((shape for shape in shapes if shape[0] * shape[1] == count), None)
         if shape is None:
-            raise ValueError(f"pixel_values must have {count} features in steps of a power of two; got images of {tuple(size)}")
+            raise ValueError(
+                f"pixel_values must give {count} features with a stride of a power of two; got images of {tuple(size)}"
+            )
         grids = real_grids(self.inputs, shape)
         maps = [row.view(shape)[:height, :width] for row, (height, width) in zip(relevancy, grids, strict=True)]
         return stacked(maps), list(range(len(maps)))

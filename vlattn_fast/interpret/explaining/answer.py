@@ -56,7 +56,7 @@ class Answer:
         """
         if not isinstance(logits, Tensor) or logits.ndim != 3:
             got = tuple(logits.shape) if isinstance(logits, Tensor) else "none"
-            raise ValueError(f"answer must be of a model whose logits are (B, N, vocabulary); got logits {got}")
+            raise ValueError(f"model must return logits (B, N, vocabulary) if answer is given; got logits {got}")
         logit_positions = self.answer_positions.to(logits.device)
         if kept is not None:
             logit_positions = torch.searchsorted(kept.to(logits.device), logit_positions)
@@ -104,7 +104,7 @@ def prepare_answer(answer: Any, tokenizer: Any, inputs: Mapping[str, Any], adapt
         inputs = {**inputs, adapter.answers: start_tokens(model, inputs)}
     prompts = inputs.get(adapter.answers)
     if not isinstance(prompts, Tensor) or prompts.ndim != 2:
-        raise ValueError(f"inputs must contain '{adapter.answers}' (B, N), which the answer is put behind; got none")
+        raise ValueError(f"inputs must contain '{adapter.answers}' (B, N), the prompt of the answer; got none")
     ids = token_ids(answer, tokenizer, len(prompts))
     if not (isinstance(answer, Alone) or _is_text(answer)):  # a text may begin as its prompt does
         ids = _behind_prompts(ids, prompts, model)
@@ -115,13 +115,13 @@ def prepare_answer(answer: Any, tokenizer: Any, inputs: Mapping[str, Any], adapt
     prefix = f"{adapter.answers}_" if renamed else adapter.answers.removesuffix("input_ids")
     if prefix and inputs.get("labels") is not None:
         raise ValueError(
-            "inputs must not contain 'labels' beside answer, since an encoder-decoder takes them for the answer; got both. "
-            "Leave one of them out"
+            "inputs must not contain 'labels' if answer is given, since an encoder-decoder takes labels for the answer; got "
+            "both. Leave one of them out"
         )
     if adapter.answer_type and inputs.get("token_type_ids") is None:  # they tell the answer from the prompt
         raise ValueError(
-            "inputs must contain 'token_type_ids' (B, N) beside answer, as the model's processor makes them: they say which "
-            "tokens see one another both ways; got none"
+            "inputs must contain 'token_type_ids' (B, N) if answer is given, since they say which tokens attend to each other in "
+            "both directions; got none. The model's processor returns them"
         )
     arguments = {name: value for name, value in inputs.items() if name != "labels"}  # a decoder computes a loss alone of them
     beside = {name.removeprefix(prefix): value for name, value in arguments.items() if name.startswith(prefix)}
@@ -224,8 +224,8 @@ def _follows_tokens(name: str, value: Any, shape: tuple[int, int], prefix: str) 
         alike = sizes is not None and shape in (sizes[:2], sizes[-2:]) and not name.startswith(_OF_PICTURES)
         if alike or (prefix and sizes is not None):
             raise ValueError(
-                f"inputs must not contain '{prefix}{name}' beside answer, since what the answer's tokens have there is unknown; "
-                f"got {sizes}. Put the answer into the inputs yourself and name its tokens by target= and position="
+                f"inputs must not contain '{prefix}{name}' if answer is given, since its entries for the answer's tokens are "
+                f"unknown; got {sizes}. Put the answer into the inputs yourself, and pass target= and position="
             )
         return False
     if name == "cross_attention_mask":
@@ -282,8 +282,8 @@ def start_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     first = next((value for value in inputs.values() if isinstance(value, Tensor) and value.ndim), None)
     if start is None or first is None:
         raise ValueError(
-            "inputs must contain 'decoder_input_ids' where the config has no decoder_start_token_id, (B, 1) of the token that "
-            f"texts begin with; got {sorted(inputs)}"
+            "inputs must contain 'decoder_input_ids' (B, 1), the token that texts begin with, if the config has no "
+            f"decoder_start_token_id; got {sorted(inputs)}"
         )
     return torch.full((len(first), 1), start, device=first.device)
 
@@ -292,7 +292,7 @@ def without_ends(answers: list[list[int]], ends: set[int]) -> list[list[int]]:
     """Answers without their first token of `ends` and all behind it. ValueError where nothing is left of one."""
     cut = [row[: next((place for place, token in enumerate(row) if token in ends), len(row))] for row in answers]
     if not all(cut):
-        raise ValueError("answer must have a token in each row; got the end of the text at once")
+        raise ValueError("each answer must have a token before its end token; got an empty one")
     return cut
 
 
@@ -338,7 +338,7 @@ def token_ids(answer: Any, tokenizer: Any, batch: int) -> list[list[int]]:
     if not isinstance(answer, Sequence) or not answer:
         if batch == 0:
             return []
-        raise TypeError(f"answer must be token ids (B, T), (T,), a text or one text a row; got {answer!r}")
+        raise TypeError(f"answer must be token ids (B, T) or (T,), a text, or a text for each prompt; got {answer!r}")
     if _is_text(answer):
         if tokenizer is None:
             raise ValueError("processor must have a tokenizer for an answer that is text; got none")
@@ -348,12 +348,12 @@ def token_ids(answer: Any, tokenizer: Any, batch: int) -> list[list[int]]:
     if all(isinstance(part, int) for part in answer):
         answer = [answer] * batch
     if not all(isinstance(row, Sequence) and all(type(token) is int for token in row) for row in answer):
-        raise TypeError(f"answer must be token ids (B, T), (T,), a text or one text a row; got {answer!r}")
+        raise TypeError(f"answer must be token ids (B, T) or (T,), a text, or a text for each prompt; got {answer!r}")
     answers = [list(row) for row in answer]
     if (lowest := min((token for row in answers for token in row), default=0)) < 0:  # as -100, which fills up labels
         raise ValueError(f"answer must hold token ids from 0 on; got {lowest}")
     if len(answers) != batch:
-        raise ValueError(f"answer must have one row for each of the {batch} prompts; got {len(answers)}")
+        raise ValueError(f"answer must have one answer for each of the {batch} prompts; got {len(answers)}")
     if not all(answers):
-        raise ValueError("answer must have at least one token in each row; got an empty one")
+        raise ValueError("each answer must have at least one token; got an empty one")
     return answers

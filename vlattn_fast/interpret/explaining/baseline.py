@@ -44,16 +44,14 @@ def _changed(request: Request, prompt: Prompt, method: BaselineMethod) -> dict[s
             if not names:
                 if method.lenient:
                     return {}
-                kind = "a picture" if baseline in PICTURES else "token ids"
-                raise ValueError(
-                    f"{option} must be of what inputs hold; got {baseline!r}, and no input with {kind} among {[*inputs]}"
-                )
+                kind = "an image" if baseline in PICTURES else "token ids"
+                raise ValueError(f"inputs must hold {kind} for {option}={baseline!r}; got {[*inputs]}")
         baseline = dict.fromkeys(names, baseline)
     changed = {}
     for name, value in baseline.items():
         whole = inputs.get(name)
         if not isinstance(whole, Tensor):
-            raise ValueError(f"{option} must name inputs that are tensors, of {sorted(inputs)}; got {name!r}")
+            raise ValueError(f"{option} must name inputs that are tensors, among {sorted(inputs)}; got {name!r}")
         if isinstance(value, Tensor):
             try:
                 changed[name] = value.detach().to(whole).expand_as(whole).contiguous()
@@ -61,10 +59,10 @@ def _changed(request: Request, prompt: Prompt, method: BaselineMethod) -> dict[s
                 raise ValueError(f"{option} must broadcast to {name!r} {tuple(whole.shape)}; got {tuple(value.shape)}") from None
         elif value in PICTURES:
             if not _is_picture(name, whole):
-                raise ValueError(f"{option} must be {value!r} of a picture only; got it for {name!r} {tuple(whole.shape)}")
+                raise ValueError(f"{option} must be {value!r} only for an image; got it for {name!r} {tuple(whole.shape)}")
             changed[name] = picture(value, whole, request.processor, option)
         elif not _are_ids(whole):
-            raise ValueError(f"{option} must be a token of ids (B, N) only; got {value!r} for {name!r} {tuple(whole.shape)}")
+            raise ValueError(f"{option} must be a token only for ids (B, N); got {value!r} for {name!r} {tuple(whole.shape)}")
         else:
             changed[name] = _other_words(request, whole, inputs, value, option)
     return changed
@@ -96,7 +94,7 @@ def picture(kind: str, pixels: Tensor, processor: Any, option: str = "baseline")
     if pixels.ndim < 4:
         if kind == BLUR:
             known = f"{BLACK!r}, {WHITE!r}, {MEAN!r} or a tensor"
-            raise ValueError(f"{option} must be {known} for pictures that are cut into patches; got {kind!r}")
+            raise ValueError(f"{option} must be {known} for images that are given as patches; got {kind!r}")
         if kind == MEAN:
             return pixels.mean(-2, keepdim=True).expand_as(pixels).contiguous()
         return torch.full_like(pixels, float(pixels.min() if kind == BLACK else pixels.max()))
@@ -149,9 +147,7 @@ def _other_words(request: Request, ids: Tensor, inputs: Mapping[str, Any], value
         named = [getattr(one, "pad_token_id", None) for one in (request.tokenizer, *configs)]
         token = next((one for one in named if isinstance(one, int)), None)
         if token is None:
-            raise ValueError(
-                f"{option} must be a token's id where neither tokenizer nor config names a padding token; got {PAD!r}"
-            )
+            raise ValueError(f"{option} must be a token's id if neither tokenizer nor config names a padding token; got {PAD!r}")
     else:
         token = int(value)
     special = set(request.special or ()) | {getattr(one, name, None) for one in configs for name in _SPECIAL}

@@ -198,8 +198,8 @@ def patch_maps(
     if patches is not None:
         sizes = ", ".join(f"'{tower.name}' of {tower.size} tokens" for tower in free)
         raise ValueError(
-            f"patches must fit a tower that is read, which has prefix + rows * columns tokens; got {patches} for "
-            f"{sizes or 'towers whose adapter says how their tokens lie'}{_fitting(patches, free)}"
+            f"patches must fit an explained tower, with prefix + rows * columns tokens; got {patches} for "
+            f"{sizes or 'towers whose adapter has a grid'}{_fitting(patches, free)}"
         )
     return "", {}
 
@@ -248,15 +248,15 @@ def _fitting(patches: PatchGrid, towers: Sequence[TowerTrace]) -> str:
 def why_no_map(
     model: nn.Module, towers: Sequence[TowerTrace], inputs: Mapping[str, Any], fields: Mapping[str, Any]
 ) -> str | None:
-    """A sentence for an explanation with these `fields`; None where it has a map or boxes, or the model saw words only."""
+    """Why an explanation with these `fields` has no map; None if it has a map or boxes, or the inputs are only words."""
     if any(fields.get(name) is not None for name in ("image", "tower_images", "boxes")):
         return None
     names = {name for name, value in inputs.items() if isinstance(value, Tensor) and value.is_floating_point()}
     if names.intersection(_SOUNDS):
         heard = towers[-1].name  # the encoder, to which the others attend; else the tower that has all tokens
         return (
-            "the model hears a sound, whose tokens are stretches of time and have no place in a picture: read the numbers in "
-            f"explanation.relevancy[{heard!r}], which stand in the order of time"
+            "the input is sound, whose tokens are stretches of time and not of an image: explanation.relevancy"
+            f"[{heard!r}] has their numbers in the order of time"
         )
     if not names.intersection(_PICTURES) and only_picture(inputs) is None:
         return None
@@ -264,13 +264,13 @@ def why_no_map(
     if tower is None:
         which = ", ".join(tower.name for tower in towers if tower.entry is None) or ", ".join(t.name for t in towers)
         return (
-            f"nothing says which tokens of {which} are patches of the picture, and how these lie: explain with "
+            f"it is unknown which tokens of {which} are patches of the image, and on which grid: pass "
             "patches=va.PatchGrid(rows, columns, prefix=0)"
         )
     parts = (type(part).__name__ for part in model.modules())
     queries = next((name for name in parts if any(word in name.lower() for word in _SUMMARIES)), None)
     if queries is not None:
-        why = f"the image tokens are the learned queries of {queries}, each of which looks at the whole picture"
+        why = f"the image tokens are the learned queries of {queries}, each of which attends to the whole image"
     else:
-        why = "neither the config nor the inputs say where the image tokens lie in the picture"
+        why = "neither the config nor the inputs give the grid of the image tokens"
     return f"{why}: their numbers are in explanation.relevancy[{tower.name!r}]. For a map, {_INSTEAD}"

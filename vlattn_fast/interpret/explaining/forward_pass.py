@@ -92,7 +92,7 @@ def _check_ids(trace: Trace | EmbeddingTrace, prompt: Prompt) -> None:
             if tower.calls.paths and tower.size != ids.shape[-1]:
                 raise ValueError(
                     f"model must run tower '{tower.name}' on the tokens of input_ids; got {tower.size} tokens for "
-                    f"{ids.shape[-1]} ids. vlattn_fast.interpret.register_adapter adds an adapter that says what they are"
+                    f"{ids.shape[-1]} ids. Describe the tokens with an adapter: va.register_adapter"
                 )
 
 
@@ -119,8 +119,8 @@ def _towers_of(
             read = [tower for tower in read if tower.shape == answered][-1:]
             if not read:
                 raise ValueError(
-                    f"model must have a tower of the tokens of '{request.adapter.answers}' {answered}, where an answer is; got "
-                    f"{', '.join(tower.described for tower in towers)}"
+                    f"model must have a tower over the tokens of '{request.adapter.answers}' {answered}, which hold the answer; "
+                    f"got {', '.join(tower.described for tower in towers)}"
                 )
     return read, [tower for tower in towers if tower not in read and any((t, tower) in links for t in read)]
 
@@ -134,10 +134,10 @@ def _check_pictures(config: Any, arguments: Mapping[str, Any]) -> None:
     layers = getattr(config, name, None) if arguments.get(name) is None else arguments[name]
     if isinstance(layers, (list, tuple)) and len(layers) > 1:
         raise ValueError(
-            f"through_connector=True supports image tokens that are made of one layer's patches only; got {name} {list(layers)}"
+            f"through_connector=True only supports image tokens made from one layer's patches; got {name} {list(layers)}"
         )
     if arguments.get("pixel_values_videos") is not None:
-        raise ValueError("through_connector=True supports images only; got 'pixel_values_videos'")
+        raise ValueError("through_connector=True only supports images; got 'pixel_values_videos'")
     if arguments.get("pixel_values") is None:
         raise ValueError("through_connector=True needs 'pixel_values' in inputs; got none")
 

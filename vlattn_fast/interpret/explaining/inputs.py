@@ -81,12 +81,14 @@ def _check_values(inputs: Mapping[str, Any], adapter: Adapter) -> None:
         while isinstance(value, (list, tuple)) and value:  # pictures of several sizes
             value = value[0]
         if value is not None and not isinstance(value, Tensor):
-            made = "tensors, as the model's processor makes them with return_tensors='pt'"
-            raise TypeError(f"inputs must hold {made}; got {type(value).__name__} in '{name}'")
+            raise TypeError(
+                f"inputs must hold tensors; got {type(value).__name__} in '{name}'. The model's processor returns tensors with "
+                "return_tensors='pt'"
+            )
         if name != pictures and isinstance(whole, Tensor) and whole.ndim < 2:
-            raise ValueError(f"inputs must hold '{name}' (B, N), also of one text; got {tuple(whole.shape)}")
+            raise ValueError(f"inputs must hold '{name}' (B, N), even for one text; got {tuple(whole.shape)}")
     if inputs.get("output_attentions"):
-        raise ValueError("inputs must not contain output_attentions, since explain stores no maps; got True")
+        raise ValueError("inputs must not contain output_attentions, since no attention maps are stored; got True")
     if inputs.get("past_key_values") is not None:
         raise ValueError("inputs must give the whole sequence in one forward pass, without past_key_values; got a cache")
 
@@ -96,7 +98,7 @@ def _check_names(inputs: Collection[str], accepted: Mapping[str, inspect.Paramet
     by_name = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
     named = [name for name, parameter in accepted.items() if parameter.kind in by_name]
     if named and not set(named) & set(inputs):
-        raise ValueError(f"inputs must be named as in the model's forward ({', '.join(named)}); got {sorted(inputs)}")
+        raise ValueError(f"inputs must have names of the model's forward ({', '.join(named)}); got {sorted(inputs)}")
 
 
 def check_inputs(model: Any, inputs: Any) -> None:
@@ -117,7 +119,7 @@ def opened(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Packs]:
         else:
             packs[name] = tuple(value)
         if both := sorted(map(str, flat.keys() & value.keys())):
-            raise ValueError(f"inputs must have each name once, also in dicts; got {', '.join(both)} twice")
+            raise ValueError(f"inputs must have each name once, including the names in dicts; got {', '.join(both)} twice")
         flat |= value
     return flat, packs
 

@@ -65,9 +65,9 @@ def _class_of(name: str, where: Mapping[str, bool]) -> tuple[Any, Any]:
 
 @contextlib.contextmanager
 def _refusing_names(name: str) -> Iterator[dict[str, bool]]:
-    """Inside, errors of transformers are of a wrong name. Gives what `from_pretrained` is told of the place."""
+    """A context in which errors of transformers become ValueErrors about the name. Gives the options of `from_pretrained`."""
     path = Path(name).expanduser()
-    refusal = f"model must be a directory or id of a Hugging Face model; got {name}"
+    wrong = f"model must be the directory or id of a Hugging Face model; got {name}"
     local = (
         path.is_absolute()
         or name.startswith((".", "~"))
@@ -75,11 +75,11 @@ def _refusing_names(name: str) -> Iterator[dict[str, bool]]:
         or (len(path.parts) == 2 and path.parent.is_dir())
     )
     if local and not path.is_dir():
-        raise ValueError(f"{refusal}, which is no directory{_alike(path)}")
+        raise ValueError(f"{wrong}, which is not a directory{_alike(path)}")
     try:
         yield {} if path.is_dir() or _has_hub() else {"local_files_only": True}
     except (OSError, ValueError) as error:
-        raise ValueError(f"{refusal}: {_first_line(error)}{'' if path.is_dir() else _alike(path)}") from error
+        raise ValueError(f"{wrong}: {_first_line(error)}{'' if path.is_dir() else _alike(path)}") from error
 
 
 def _alike(path: Path) -> str:
@@ -134,8 +134,8 @@ def check_parts(model: Any, processor: Any, image: bool, text: bool) -> tuple[bo
     takes_text = hasattr(processor, "tokenizer") or hasattr(processor, "convert_ids_to_tokens")
     for part, present, taken in (("image", image, takes_image), ("text", text, takes_text)):
         if present != taken:
-            form = "given to" if taken else "left out for"
-            raise ValueError(f"{part} must be {form} {type(model).__name__}; got {'one' if present else 'none'}")
+            form = "given" if taken else "left out"
+            raise ValueError(f"{part} must be {form} for {type(model).__name__}; got {'one' if present else 'none'}")
     return takes_image, takes_text
 
 
@@ -151,15 +151,15 @@ def build_inputs(model: Any, processor: Any, picture: Any, texts: Sequence[str])
         return dict(processor(images=picture, return_tensors="pt"))
     if (adapter := find_adapter(model)) is None:
         raise ValueError(
-            f"model must be of a class with an adapter; got {name}, which va.explain takes with position= and target="
+            f"model must be of a class with an adapter; got {name}. Use va.explain with position= and target= for it"
         )
     if name in _CHANGES_PROMPTS:
-        raise ValueError(f"model must generate behind the prompt that its processor makes; got {name}, which va.explain takes")
+        raise ValueError(f"model must continue the prompt that its processor makes; got {name}. Use va.explain for it")
     decoder = adapter.scoring.predicts
     # SigLIP was trained with padding. Many decoders' tokenizers have none.
     padding = "max_length" if model.config.model_type.startswith("siglip") else len(texts) > 1
     if decoder and len(texts) > 1:
-        raise ValueError(f"text must be one text, which is what {name} takes; got {len(texts)}")
+        raise ValueError(f"text must be one text for {name}; got {len(texts)}")
     if not takes_image:
         inputs = dict(processor(list(texts), padding=padding, return_tensors="pt"))
     else:
@@ -201,7 +201,7 @@ def generate(model: Any, inputs: Mapping[str, Any], count: int) -> Alone:
     ValueError where the model is no decoder with an adapter, or an answer has no token."""
     adapter = find_adapter(model)
     if adapter is None or not adapter.scoring.predicts:
-        raise ValueError(f"generate must be asked of a decoder with an adapter; got {type(model).__name__}")
+        raise ValueError(f"model must be a decoder with an adapter to generate an answer; got {type(model).__name__}")
     pictures = (getattr(model.config, name, None) for name in ("image_token_id", "video_token_id"))  # no words
     never = [*(model.generation_config.suppress_tokens or []), *(token for token in pictures if token is not None)]
     with torch.no_grad(), progress("generating", total=count, unit="token", leave=False) as seen:

@@ -55,12 +55,14 @@ def _index(word: str, tokenizer: Any, model: nn.Module, adapter: Adapter) -> int
             raise ValueError(f"target must name one class; got {word!r}, the name of classes {which}. Pass the index")
         return classes[word][0]
     if tokenizer is None:
-        raise ValueError(f"processor must have a tokenizer for a target that is a word; got none beside {word!r}")
+        raise ValueError(f"processor must have a tokenizer for a target that is a word; got none for {word!r}")
     ids = encoded("target", word, tokenizer)
     if not ids:
-        raise ValueError(f"target must be one token; got {word!r}, which is none")
+        raise ValueError(f"target must be one token; got {word!r}, which has none")
     if len(ids) != 1:
-        raise ValueError(f"target must be one token; got {word!r}, which is {len(ids)}. Pass answer={word!r} to explain them all")
+        raise ValueError(
+            f"target must be one token; got {word!r}, which has {len(ids)}. Pass answer={word!r} to explain them all"
+        )
     return ids[0]
 
 
@@ -80,5 +82,5 @@ def encoded(name: str, text: str, tokenizer: Any) -> list[int]:
     ids = [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
     unknown = getattr(tokenizer, "unk_token", None)
     if unknown and tokenizer.unk_token_id in ids and unknown not in text:
-        raise ValueError(f"{name} must be text that the tokenizer knows; got {text!r}, where it puts {unknown!r}")
+        raise ValueError(f"{name} must be text in the tokenizer's vocabulary; got {text!r}, for which it gives {unknown!r}")
     return ids

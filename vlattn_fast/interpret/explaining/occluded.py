@@ -25,7 +25,9 @@ def occluded(request: Request, prompt: Prompt, run: Run, question: Question, met
     """The rows (B, N) of the towers, or (B, T, N) of an answer's tokens: the mean drop of the score over a token's windows."""
     whole = question.scores
     if whole is None:
-        raise ValueError(f"target must be a callable(outputs) -> (B,) scores for method {method.name!r}, where outputs have none")
+        raise ValueError(
+            f"target must be a callable(outputs) -> (B,) scores for method {method.name!r}, since the outputs have no logits"
+        )
     for tower in run.towers:
         if tower.batch != len(whole):
             raise ValueError(

@@ -67,7 +67,8 @@ def ask(request: Request, prompt: Prompt, run: Run) -> Question:
             if tower.batch != len(question.scores):
                 raise ValueError(
                     f"model must call the attention of tower '{tower.name}' on whole inputs; got a batch of {tower.batch} for "
-                    f"{len(question.scores)} scores, as attention in windows or chunks has. Read other towers by position={{...}}"
+                    f"{len(question.scores)} scores, such as for attention in windows or chunks. Explain other towers with "
+                    "position={...}"
                 )
     return question
 
@@ -121,7 +122,7 @@ def choose_score(request: Request, prompt: Prompt, outputs: Any, batch: int) -> 
     adapter, target = request.adapter, request.target
     if callable(target):
         if request.method.of is not None:
-            raise ValueError(f"of must be left out where target is a callable, which gives the score; got {request.method.of!r}")
+            raise ValueError(f"of must be left out if target is a callable, which gives the score; got {request.method.of!r}")
         scores = call_on("target", target, outputs, prompt.called)
         if not isinstance(scores, Tensor):
             raise TypeError(f"target must return a tensor of scores; got {type(scores).__name__}")
@@ -135,7 +136,7 @@ def choose_score(request: Request, prompt: Prompt, outputs: Any, batch: int) -> 
         return scores, chosen
     if not adapter.scoring.among_logits or chosen is None:
         raise ValueError(
-            f"of must be 'logit' where the score is not one of several logits; got {request.method.of!r} for "
+            f"of must be 'logit' if the score is not one of several logits; got {request.method.of!r} for "
             f"{type(request.model).__name__}"
         )
     logits = adapter.scoring.per_row(adapter.scoring.logits(outputs), prompt.arguments)
@@ -147,7 +148,7 @@ def check_scores(name: str, scores: Tensor, request: Request, run: Run) -> None:
     where the method takes their gradient. `name`: of the argument that gives them."""
     if bool(scores.isnan().any()):
         samples = scores.isnan().nonzero()[:, 0].tolist()
-        raise UndefinedRelevancy(f"{name} must give scores that are numbers; got nan in rows {samples} of the batch")
+        raise UndefinedRelevancy(f"{name} must give scores that are numbers; got nan for samples {samples} of the batch")
     edges = [edge for tower in run.carrying for edge in request.method.edges(tower)]
     if request.method.needs_score and torch.is_grad_enabled() and not _depends_on(scores, edges):
         raise ValueError(
@@ -217,7 +218,7 @@ def check_relevancy(
         if bool((beside != 0).any()):
             return
     raise UndefinedRelevancy(
-        f"The score does not depend on the row that was read{_why(run) or '. Pass position= with the token it is computed from.'}"
+        f"The score does not depend on the explained token{_why(run) or '. Pass position= with the token it is computed from'}"
     )
 
 
@@ -225,7 +226,7 @@ def warn_of_lost_gradients(run: Run) -> None:
     """A warning where gradients end in modules of the explained layers: relevancy lacks the part that goes through them."""
     layers = tuple(f"{path}." for tower in run.carrying for path in tower.calls.lists)
     if lost := [path for path in run.trace.without_gradient if path.startswith(layers)]:
-        warnings.warn(f"The relevancy lacks what goes through {_names(run, lost)}", stacklevel=2)
+        warnings.warn(f"The relevancy leaves out what goes through {_names(run, lost)}", stacklevel=2)
 
 
 def warn_of_missed_norms(method: Method) -> None:
@@ -233,7 +234,7 @@ def warn_of_missed_norms(method: Method) -> None:
     if method.frozen is not None and (missed := method.frozen.missed):
         more = f" and {len(missed) - 3} more modules" if len(missed) > 3 else ""
         some = f"{', '.join(missed[:3])}{more}"
-        warnings.warn(f"the norm in {some} is not held fixed: it keeps its derivative", stacklevel=2)
+        warnings.warn(f"The norm in {some} is not held fixed: it keeps its derivative", stacklevel=2)
 
 
 def warn_of_remarks(method: Method) -> None:
@@ -252,7 +253,7 @@ def warn_of_other_keys(run: Run) -> None:
         shares = [float(share) for _, share in tower.others.values() if share is not None]
         taken = f"; they take {sum(shares) / len(shares):.1%} of the attention there" if shares else ""
         warnings.warn(
-            f"Tower '{tower.name}' attends to keys that are none of its tokens ({where}{taken}). Its rows leave their part out",
+            f"Tower '{tower.name}' attends to keys that are not its tokens ({where}{taken}). Its relevancy leaves their part out",
             stacklevel=2,
         )
 
@@ -265,4 +266,4 @@ def _names(run: Run, paths: Sequence[str]) -> str:
     """Modules in which a gradient ends, and the way out."""
     some = [named(path, run.trace.model.get_submodule(path)) for path in paths[:3]]
     more = f" and {len(paths) - 3} more modules" if len(paths) > 3 else ""
-    return f"{', '.join(some)}{more}, whose output has no gradient. Explain the model before it is quantised"
+    return f"{', '.join(some)}{more}, whose output has no gradient. Explain the model before you quantise it"

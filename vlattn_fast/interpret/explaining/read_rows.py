@@ -30,8 +30,8 @@ def starts_of(run: Run, position: Any, scores: Tensor | None, arguments: Mapping
         row = None
         if tower.pooled and tower not in pooled and seen.get(tower) is not None:
             raise ValueError(
-                f"{name} must give scores that depend on the pooling head of tower '{tower.name}', whose row its adapter reads; "
-                "got scores that are read from the tokens in front of it"
+                f"{name} must give scores that depend on the pooling head of tower '{tower.name}', as its adapter says; got "
+                "scores of the tokens before it"
             )
         if tower.gradients.finds_row and not tower.pooled:
             row = _row_by_gradient(tower, seen[tower], arguments)
@@ -52,10 +52,10 @@ def _start(tower: TowerTrace, position: Any, arguments: Mapping[str, Any], atten
         return _start_at(tower, asked, ends, arguments, like)
     if asked is None:
         if tower.entry is None or tower.entry.row.by_gradient:
-            raise ValueError(f"position must say which row of tower '{tower.name}' is read; got None")
+            raise ValueError(f"position must name the explained token of tower '{tower.name}'; got None")
         return tower.entry.row.weights(tower.tokens_in(arguments), like)
     if tower.pooled:
-        raise ValueError(f"position must not name a row of tower '{tower.name}', which its pooling head reads; got {asked!r}")
+        raise ValueError(f"position must be None for tower '{tower.name}', which ends in a pooling head; got {asked!r}")
     if isinstance(asked, str):
         decodes = attends and tower.entry is None
         return NAMED_ROWS[asked].weights(tower.tokens_in(decoder_inputs(arguments) if decodes else arguments), like)
@@ -96,7 +96,7 @@ def _start_at(tower: TowerTrace, asked: Position, ends: Tensor, arguments: Mappi
         weights = _weights_of(tower, asked, weights)
     if bool((weights[ends < 0] != 0).any()):
         raise ValueError(
-            f"position must name a token that entered tower '{tower.name}'; got {asked!r}, one that came in between its layers"
+            f"position must name a token that entered tower '{tower.name}'; got {asked!r}, which was added between its layers"
         )
     start = like.flatten().index_add(0, ends.clamp(min=0).flatten().to(like.device), weights.flatten().to(like))
     return start.view_as(like)
@@ -171,9 +171,8 @@ def _row_by_gradient(tower: TowerTrace, reading: Reading | None, arguments: Mapp
     if listed is not None and _is_listed(listed[some], tokens[some], [g[some] for g in gradients]):
         return None
     raise ValueError(
-        f"position must say which row of tower '{tower.name}' is read; got None, and the score depends on {counts.tolist()} of "
-        "its "
-        f"{tower.size} tokens behind the last attention, and is no mean of them. Pass their weights"
+        f"position must name the explained token of tower '{tower.name}'; got None, and after the last attention the score "
+        f"depends on {counts.tolist()} of its {tower.size} tokens, but not on their mean. Pass their weights"
     )
 
 

@@ -122,7 +122,7 @@ class Request:
         if adapter.bimodal:
             chosen.check_between(adapter.towers)
         if adapter.scoring.names_row and position is not None and not callable(target):
-            raise ValueError(f"position must be None where target is the object query that is read; got {position!r}")
+            raise ValueError(f"position must be None for a detector, whose explained token is the object query; got {position!r}")
         vision = _vision_of(model, adapter) if chosen.through_connector else None
         return cls(model, adapter, chosen, target, answer, per_token, position, processor, patches, vision)
 
@@ -187,14 +187,16 @@ def _row_to_read(position: Any, method: Method, target: Any) -> Any:
     if method.reads_row and not method.takes_logits:
         return position
     if position is not None and not (isinstance(target, str) and target == SIMILARITY):  # whose embedding it is
-        warnings.warn(f"position={position!r} has no effect on method {method.name!r}, which reads no row", stacklevel=3)
+        warnings.warn(
+            f"position={position!r} has no effect on method {method.name!r}, which has no explained token", stacklevel=3
+        )
     return None
 
 
 def _adapter_of_target(model: nn.Module, inputs: Mapping[str, Any], position: Any, method: Method, per_token: bool) -> Adapter:
     """The adapter of a model whose `target` is explained; WITHOUT_ADAPTER where its towers are found."""
     if not per_token:
-        raise ValueError("per_token=False needs answer=, over whose tokens it sums; got none")
+        raise ValueError("answer must be given for per_token=False, which sums over its tokens; got none")
     known = find_adapter(model)
     if known is None:
         decodes = generates(model) and (encoder_decoder(model) or block_decoder(model))
@@ -210,13 +212,13 @@ def _adapter_of_target(model: nn.Module, inputs: Mapping[str, Any], position: An
 def _adapter_of_answers(model: nn.Module, inputs: Mapping[str, Any], target: Any, position: Any) -> Adapter:
     """The adapter of a model that predicts tokens."""
     if target is not None or position is not None:
-        raise ValueError("answer must be given without target and position, which it takes the place of; got both")
+        raise ValueError("answer must be given without target and position, which it replaces; got both")
     known = find_adapter(model) or encoder_decoder(model)
     adapter = own_decoder(model, inputs, answers=True) if known is None else known
     if adapter is None or not adapter.scoring.predicts:
         name, of_caller = type(model).__name__, adapter is None and not hasattr(model, "can_generate")
         raise ValueError(
-            "answer must be of a decoder with an adapter, which predicts the next token, or of an encoder-decoder; got "
+            "model must be a decoder with an adapter, or an encoder-decoder, if answer is given; got "
             f"{name}{_own_ids(name, inputs) if of_caller else ''}{_like_the_nearest(model)}"
         )
     return adapter
@@ -227,8 +229,8 @@ def _own_ids(name: str, inputs: Mapping[str, Any]) -> str:
     names = ids_in(inputs)
     chosen = names[-1] if names else "decoder_input_ids"
     return (
-        f", whose inputs of token ids (B, N) are {names}, where an answer is put into one. Name it 'decoder_input_ids', or say "
-        f'va.interpret.register_adapter("{name}", va.interpret.Adapter((), "token", answers="{chosen}"))'
+        f", whose inputs of token ids (B, N) are {names}. Call the one that holds an answer 'decoder_input_ids', or name it: "
+        f'va.register_adapter("{name}", va.interpret.Adapter((), "token", answers="{chosen}"))'
     )
 
 
@@ -260,9 +262,7 @@ def _names_towers(adapter: Adapter, position: Mapping[str, Any]) -> bool:
 def _vision_of(model: nn.Module, adapter: Adapter) -> Tower:
     """The vision tower behind an adapter's connector."""
     if adapter.vision is None:
-        raise ValueError(
-            f"through_connector=True needs an adapter of the model's connector, which {type(model).__name__} does not have"
-        )
+        raise ValueError(f"model must have an adapter with a connector for through_connector=True; got {type(model).__name__}")
     return adapter.vision
 
 
@@ -278,8 +278,8 @@ def _how_to_read(model: nn.Module, inputs: Mapping[str, Any]) -> str:
     towers = [tower.described for tower in trace.towers if tower.calls.paths]
     line = f'va.explain(model, inputs, position={{"{trace.towers[0].name}": "cls"}}, target=lambda outputs: ...)'
     return (
-        f"{problem}. Its towers are {', '.join(towers)}. Say which token is explained and what the score is, as in {line}. "
-        f"No adapter is derived: {why_underived(model)}{_like_the_nearest(model)}"
+        f"{problem}. Its towers are {', '.join(towers)}. Pass the explained token and the score: {line}. No adapter could be "
+        f"derived: {why_underived(model)}{_like_the_nearest(model)}"
     )
 
 
@@ -288,6 +288,4 @@ def _like_the_nearest(model: nn.Module) -> str:
     nearest = nearest_adapter(model)
     if nearest in (None, type(model).__name__):
         return ""
-    return (
-        f". va.register_adapter({type(model).__name__}, like={nearest!r}) borrows the entry of a class that has the same towers"
-    )
+    return f". va.register_adapter({type(model).__name__}, like={nearest!r}) borrows the adapter of a class with the same towers"

@@ -36,7 +36,7 @@ class Similarity:
                 f"target='{SIMILARITY}' needs outputs with last_hidden_state (B, N, C); got those of {type(self.model).__name__}"
             )
         if len(states) % 2:
-            raise ValueError(f"target='{SIMILARITY}' needs two texts or pictures, or pairs of them; got {len(states)}")
+            raise ValueError(f"target='{SIMILARITY}' needs two texts or images, or pairs of them; got {len(states)}")
         embedded = nn.functional.normalize((self._weights(states, inputs).to(states) @ states)[:, 0], dim=-1)
         beside = embedded.detach().unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
         return (embedded * beside).sum(-1)

@@ -124,7 +124,7 @@ class EmbeddingTrace(Subscriber):
         place, stream = next(((i, x) for i, x in named if isinstance(x, Tensor) and x.is_floating_point()), (0, None))
         if stream is None or stream.ndim < 3:
             got = "none" if stream is None else tuple(stream.shape)
-            raise ValueError(f"model must hand embeddings (B, N, C) to the first layer of tower '{tower.name}'; got {got}")
+            raise ValueError(f"model must pass embeddings (B, N, C) to the first layer of tower '{tower.name}'; got {got}")
         flat = stream.flatten(2)  # a model may have several streams
         passed = self._enter(tower, tower.calls.lists[0], flat, 2).view(stream.shape)
         if isinstance(place, int):
@@ -173,12 +173,12 @@ class EmbeddingTrace(Subscriber):
         for tower in self.towers:
             if not tower.calls.paths:
                 raise ValueError(
-                    f"model must run layers '{tower.calls.lists[0]}' of tower '{tower.name}'; got a run without them"
+                    f"model must run layers '{tower.calls.lists[0]}' of tower '{tower.name}'; got a forward pass without them"
                 )
         if not self.towers:
             raise ValueError(
-                "model must embed an input: ids by nn.Embedding, pictures (B, C, H, W), or features (B, N, C); got a run of "
-                f"{type(self.model).__name__} without"
+                "model must embed an input: ids with nn.Embedding, images (B, C, H, W), or features (B, N, C); got "
+                f"{type(self.model).__name__}, which embeds none"
             )
 
 

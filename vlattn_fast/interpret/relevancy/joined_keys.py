@@ -85,7 +85,7 @@ class JoinedKeys:
         if strange:
             raise ValueError(
                 f"inputs must give the whole sequence in one forward pass; got {call.tokens - len(columns)} keys in attention "
-                f"'{call.path}' that this pass did not make, as a cache has them. A learnt prefix must be the model's own"
+                f"'{call.path}' from outside of it, such as from a cache. A learned prefix must be a parameter of the model"
             )
         return replace(call, columns=torch.tensor(columns, device=call.key.device))
 
@@ -195,12 +195,12 @@ def check_cross(call: TracedCall, owner: TowerTrace | None, reached: Sequence[To
     """
     path, queries, keys = call.path, call.query.shape[2], call.tokens
     if owner is None and as_one and reached and keys == reached[0].size:
-        raise ValueError(f"model must not pool tokens before attention; got {queries} queries of {keys} tokens in '{path}'")
+        raise ValueError(f"model must not pool tokens before attention; got {queries} queries for {keys} tokens in '{path}'")
     if knows and (as_one or reached[:1] == [owner]):
         raise ValueError(
-            f"model must attend to each token of a tower by a key of its own; got {queries} queries and {keys} keys in '{path}', "
-            "made of the same tokens as by a strided convolution, so that no key is a token's. Keys that are no tokens are known "
-            "where torch.cat or pad joins them to those of the tokens"
+            f"model must have one key for each token of a tower; got {queries} queries and {keys} keys in '{path}', made from "
+            "the same tokens, such as with a strided convolution. Keys that are not tokens are supported if torch.cat or pad "
+            "joins them to those of the tokens"
         )
     if any(keys == queries + source.size for source in reached if source is not owner):
         kinds = f"{queries} tokens of its own and {keys - queries} of another tower"

@@ -31,7 +31,7 @@ class KeptCalls(Method):
             freeze, of: see `Method`.
 
         Raises:
-            TypeError, ValueError: an option is of no such kind.
+            TypeError, ValueError: an option has a wrong type or value.
         """
         self.start_layer = check_start_layer(start_layer)
         super().__init__(freeze=freeze, of=of)
@@ -55,7 +55,7 @@ class KeptCalls(Method):
     def _check(self, call: TracedCall) -> None:
         """ValueError where a call has a part of the maps alone."""
         if call.part:
-            raise ValueError(f"{self.asked} does not support models where {call.part}; got attention '{call.path}'")
+            raise ValueError(f"{self.asked} does not support models in which {call.part}; got attention '{call.path}'")
 
     @property
     def asked(self) -> str:

@@ -77,7 +77,7 @@ class LastAttentionMethod(Method):
         for tower in [*backward.towers, *backward.attended]:
             if tower.calls.chunked and not tower.pooled:  # the last call has a part of the sequence alone
                 raise ValueError(
-                    "method must be one that carries relevancy through the layers where a module attends in chunks; got "
+                    "method must carry relevancy through the layers if a module attends in chunks; got "
                     f"{self.name!r} and '{tower.calls.path}'"
                 )
         return backward.gradients([call.output for call in calls]) if self.needs_score else [None] * len(calls)

@@ -30,7 +30,7 @@ class Selection:
         for name, numbers in (("layers", layers), ("heads", heads)):
             if numbers is None:
                 continue
-            check_items(name, numbers, "numbers, where -1 is the last")
+            check_items(name, numbers, "numbers (-1 = the last)")
             for number in numbers:
                 check_integer(name, number)
             if len(set(numbers)) < len(numbers) or not numbers:
@@ -62,9 +62,11 @@ class LayerMaps(KeptCalls):
 
     def __init__(self, method: Method, selection: Selection) -> None:
         if not method.by_layer:
-            raise ValueError(f"method must have a map of each layer, as 'gradient' and 'attention' have; got {method.name!r}")
+            raise ValueError(f"method must be 'gradient' or 'attention', which have a map of each layer; got {method.name!r}")
         if method.start_layer or method.through_connector:
-            raise ValueError(f"method must go through all layers of one tower, of which layers= takes some; got {method.label!r}")
+            raise ValueError(
+                f"method must have neither start_layer nor through_connector; got {method.label!r}. Choose layers with layers="
+            )
         super().__init__()
         self.whole, self.selection = method, selection
         self.name, self.needs_score = method.name, method.needs_score
@@ -97,14 +99,14 @@ class LayerMaps(KeptCalls):
         if several is not None and by_head:
             paths = " and ".join(f"'{call.path}'" for call in several)
             raise ValueError(
-                "per must be 'layer', without heads=, where a layer mixes tokens several times, or layers= name others; got "
+                "per must be 'layer', without heads=, if a layer mixes tokens several times, or layers= leave it out; got "
                 f"{paths} in layer {several[0].layer} of '{tower.name}'"
             )
         counts = {max(call.query.shape[1], call.value.shape[1]) for layer in layers for call in blocks[layer]}
         if len(counts) > 1 and by_head:
             raise ValueError(
-                "per must be 'layer', without heads=, where layers differ in their number of heads, or layers= name those of one "
-                f"number; got {sorted(counts)} in '{tower.name}'"
+                "per must be 'layer', without heads=, if layers differ in their number of heads, or layers= choose those with "
+                f"one number; got {sorted(counts)} in '{tower.name}'"
             )
         return layers, self.selection.chosen("heads", range(max(counts)), tower.name)
 

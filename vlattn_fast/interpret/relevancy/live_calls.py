@@ -37,11 +37,13 @@ class LiveCalls(Method):
         super().__init__()
         if not isinstance(formula, CarriedMethod):
             raise ValueError(
-                "method must be one that carries a row through the layers, as 'gradient', 'weighted' and 'rollout' do; got "
+                "method must carry relevancy through the layers, such as 'gradient', 'weighted' and 'rollout'; got "
                 f"{formula.name!r}"
             )
         if formula.sinks != KEEP or formula.through_connector:
-            raise ValueError(f"method must be without sinks= and through_connector= in capture_relevancy; got {formula.label!r}")
+            raise ValueError(
+                f"method must have neither sinks= nor through_connector= in capture_relevancy; got {formula.label!r}"
+            )
         self.formula, self.higher_order, self.freeze = formula.of_call(), higher_order, formula.freeze
         self.formula.trains = True
         self.name, self.needs_score, self.holds_start = formula.name, formula.needs_score, formula.holds_start
@@ -99,7 +101,7 @@ class LiveCalls(Method):
             return output
         if not output.requires_grad:
             if is_checkpointed():
-                raise ValueError(f"tower '{tower.name}' must have a trained parameter in front of its checkpointed layers")
+                raise ValueError(f"tower '{tower.name}' must have a trained parameter before its checkpointed layers; got none")
             output.requires_grad_()
         tower.enters_gradient(output)
         return output
@@ -109,8 +111,8 @@ class LiveCalls(Method):
         where = f"attention {named(call.path, module)}"
         if not torch.is_grad_enabled():
             raise ValueError(
-                f"capture_relevancy needs the graph of {where}, which runs without gradients, as layers under "
-                "torch.utils.checkpoint do with use_reentrant=True. Pass use_reentrant=False"
+                f"capture_relevancy needs gradients in {where}; got a call without them, such as under torch.utils.checkpoint "
+                "with use_reentrant=True. Pass use_reentrant=False"
             )
         if call.chunk or call.mesh is not None:
             why = "attends in chunks" if call.chunk else "has its heads in several processes"
@@ -120,8 +122,8 @@ class LiveCalls(Method):
             raise ValueError(f"higher_order=True needs plain dot products; got softcapped scores in {where}")
         if mask is not None and mask.requires_grad:
             raise ValueError(
-                f"capture_relevancy has no gradient for a bias of the scores that is learnt; got one in {where}. Freeze its "
-                "parameters by requires_grad_(False)"
+                f"capture_relevancy has no gradient for a learned bias of the scores; got one in {where}. Freeze its parameters "
+                "with requires_grad_(False)"
             )
         if score is not None and (score.kind != "dot" or score.sink is not None):
             kind = f"score {score.kind!r}" if score.sink is None else "score with a sink"
@@ -129,7 +131,7 @@ class LiveCalls(Method):
         written = isinstance(vars(module).get("forward"), functools.partial)  # replaced by `handwritten`
         if written and module.training and not isinstance(module, nn.MultiheadAttention) and _drops_out(module):
             raise ValueError(
-                f"capture_relevancy does not support dropout in {where}, which is written out by hand. Set its dropout to 0"
+                f"capture_relevancy does not support dropout in {where}, which computes its softmax itself. Set its dropout to 0"
             )
         names = set[Any]()  # of the attention, which a call without a softmax has none of
         if not call.of_one_sequence:
@@ -137,8 +139,8 @@ class LiveCalls(Method):
         if is_checkpointed() and (written or self.higher_order or names & {SDPA_NAME, ADDITIVE_NAME}):
             needed = "higher_order=False" if self.higher_order else "attn_implementation='sdpa'"
             raise ValueError(
-                f"capture_relevancy needs {needed} where torch.utils.checkpoint runs layers twice; got {where}, whose second run "
-                "would be another"
+                f"capture_relevancy needs {needed} if torch.utils.checkpoint runs layers twice; got {where}, whose second run "
+                "would differ"
             )
 
     # --- afterwards ---

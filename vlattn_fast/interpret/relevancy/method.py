@@ -162,7 +162,7 @@ class Method:
                 the logit of a target.
 
         Raises:
-            TypeError, ValueError: an option is of no such kind.
+            TypeError, ValueError: an option has a wrong type or value.
         """
         if of is not None:
             check_choice("of", of, EXPLAINED)
@@ -246,7 +246,7 @@ class Method:
         if self.sinks == KEEP or call.of_one_sequence:  # a recurrence has no softmax whose rest a token takes
             return call
         if call.part:
-            raise ValueError(f"{self._of_sinks} where {call.part}; got attention '{call.path}'")
+            raise ValueError(f"{self._of_sinks} in which {call.part}; got attention '{call.path}'")
         queries = (call.query.shape[0], call.query.shape[2])
         real = tower.attended
         real = real if real is not None and tuple(real.shape) == queries and call.token_places is None else None
@@ -257,7 +257,7 @@ class Method:
 
     @property
     def _of_sinks(self) -> str:
-        return f"sinks must be {KEEP!r}" if self.sinks == REMOVE else "find_sinks does not support models"
+        return f"sinks must be {KEEP!r} for models" if self.sinks == REMOVE else "find_sinks does not support models"
 
     def at_step(self, step: float) -> None:
         """A run of this number comes next, of a method of several steps."""
@@ -278,7 +278,7 @@ class Method:
     def attended_jointly(self, tower: TowerTrace, call: TracedCall) -> Tensor:
         """The output of a call from the tokens of `tower` to those of several towers."""
         if self.sinks != KEEP:
-            raise ValueError(f"{self._of_sinks} where a call attends to tokens of several towers; got attention '{call.path}'")
+            raise ValueError(f"{self._of_sinks} in which a call attends to tokens of several towers; got attention '{call.path}'")
         return self.cross(tower, call)
 
     def attend(self, tower: TowerTrace, call: TracedCall) -> Tensor:
@@ -327,11 +327,11 @@ class Method:
 
     def carry(self, backward: BackwardPass) -> list[Tensor]:
         """The rows (B, T, N) of towers that do not attend to one another, for their starts (B, T, N)."""
-        raise ValueError(f"method={self.name!r} has no rule for towers that do not attend to one another. Pass another method=")
+        raise ValueError(f"method={self.name!r} does not support towers that do not attend to one another. Pass another method=")
 
     def between(self, backward: BackwardPass) -> list[Tensor]:
         """The rows (B, 1, N) of towers that attend to others, and of those others; see `two_modalities.rows_between`."""
-        raise ValueError(f"method={self.name!r} has no rule for towers that attend to one another. Pass another method=")
+        raise ValueError(f"method={self.name!r} does not support towers that attend to one another. Pass another method=")
 
     def carried(self, backward: BackwardPass) -> list[Tensor]:
         """The rows (B, 1, N) of `backward.towers` and of `backward.attended`."""
@@ -349,8 +349,8 @@ class Method:
         for tower in (*backward.towers, *backward.attended):
             if tower.places.is_flat:
                 raise ValueError(
-                    f"model must keep the order and the number of its tokens where towers attend to one another; got tower "
-                    f"'{tower.name}', whose layers have them otherwise. Call va.relevancy_step there"
+                    "model must keep the order and the number of its tokens if towers attend to one another; got tower "
+                    f"'{tower.name}', whose layers change them. Call va.relevancy_step there"
                 )
         self.check_between([tower.entry for tower in [*backward.towers, *backward.attended]])
         with torch.set_grad_enabled(self.trains):
@@ -406,7 +406,7 @@ class CarriedMethod(Method):
             freeze, of: see `Method`.
 
         Raises:
-            TypeError, ValueError: an option is of no such kind.
+            TypeError, ValueError: an option has a wrong type or value.
         """
         self.start_layer, self.sinks = check_start_layer(start_layer), check_sinks(sinks)
         super().__init__(freeze=freeze, of=of)

@@ -143,8 +143,8 @@ def check_softmax(method: str, call: TracedCall) -> None:
     """ValueError for a call without one, by a method that has no rule for it."""
     if call.of_one_sequence:
         raise ValueError(
-            "method must be one with a rule for recurrences and short convolutions, as 'gradient' and 'rollout' are; got "
-            f"{method!r} and '{call.path}', which takes no softmax"
+            "method must support recurrences and short convolutions, such as 'gradient' and 'rollout'; got "
+            f"{method!r} and '{call.path}', which has no softmax"
         )
 
 

@@ -127,7 +127,7 @@ class Trace(SeesMixers, Subscriber):
                 assert run.module is not None
                 place = named(run.path or "", run.module)
                 raise ValueError(
-                    f"model must attend to each token once in a run of a module; got {queries} queries for an output of "
+                    f"model must attend to each token once in a call of a module; got {queries} queries for an output of "
                     f"{tuple(first.shape)} in {place}, and no published rule joins several attentions over the same tokens"
                 )
 
@@ -262,8 +262,8 @@ class Trace(SeesMixers, Subscriber):
         through, as bits."""
         if is_checkpointed() and not self.trains:
             raise ValueError(
-                "model must keep what it computes (use_reentrant=False runs layers twice); got attention "
-                f"'{call.path}' inside of torch.utils.checkpoint"
+                "model must run without torch.utils.checkpoint, which runs layers twice; got attention "
+                f"'{call.path}' inside of it"
             )
         pooling = next((tower for tower in self.towers if tower.pooling_path == call.path), None)
         if pooling is not None:
@@ -355,8 +355,9 @@ class Trace(SeesMixers, Subscriber):
         beside = not call.beside and tower.calls.last is not None and not calls >> tower.calls.last & 1
         if beside and (calls or tower.calls.stands_beside(call, calls)) and not again:
             raise ValueError(
-                f"model must attend layer behind layer in a tower; got '{call.path}' beside '{tower.calls.path}', over the same "
-                "tokens, and no published rule joins their relevancies. Methods 'gradient' and 'rollout' add a recurrence's"
+                f"model must run the attention layers of a tower one after another; got '{call.path}' in parallel to "
+                f"'{tower.calls.path}', over the same tokens, and no published rule joins their relevancies. Methods 'gradient' "
+                "and 'rollout' only support a recurrence in parallel"
             )
         if again and beside:
             self._chunks[run.number] = self._chunks.get(run.number, tower.calls.queries) + queries

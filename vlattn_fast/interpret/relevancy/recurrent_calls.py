@@ -28,7 +28,7 @@ from vlattn_fast.interpret.relevancy.tracking.tensor_marks import TensorMarks
 _KNOWN = ("transformers.", "vlattn_fast.")
 # By the end of the class's name: attention that is no softmax of one map over tokens.
 _ATTENTION = {
-    "DeformableAttention": "which samples values at a few learnt points and takes no softmax over keys",
+    "DeformableAttention": "which samples values at a few learned points and has no softmax over keys",
     "BiMultiHeadAttention": "which takes two softmaxes of one clamped score matrix, over its rows and over its columns",
     "CvtSelfAttention": "which makes queries, keys and values by convolutions over tokens",
     "NystromformerSelfAttention": "which multiplies three maps over landmarks, and adds a convolution over tokens",
@@ -36,8 +36,8 @@ _ATTENTION = {
 # And what goes on beside attention.
 _BESIDE = {
     "ConvBertSelfAttention": "which adds a convolution over tokens to attention",
-    "ShortConvolution": "which mixes neighbouring tokens beside attention",
-    "MobileBertEmbeddings": "which joins each token with its neighbours in front of attention",
+    "ShortConvolution": "which mixes neighbouring tokens in parallel to attention",
+    "MobileBertEmbeddings": "which joins each token with its neighbours before attention",
     "BridgeTowerLinkTower": "which adds up two streams of the same tokens, whose relevancies no published rule joins",
 }
 # Modules that hand on what tokens hold by a recurrence or a short convolution, by the end of the class's name. The functions that
@@ -92,8 +92,8 @@ class SeesMixers:
             return reading.with_output(result, self._marked_as(output, mixer.value))
         if isinstance(mixer, Convolution) and not reading.alone:
             raise ValueError(
-                f"model must recur by functions that are known; got {named(path, module)}, whose short convolution stands in "
-                "front of a recurrence that is not seen, or of attention"
+                f"model must use supported functions for its recurrence; got {named(path, module)}, whose short convolution "
+                "comes before attention or an unsupported recurrence"
             )
         before = self._convolutions.get(run.number)
         if before is None and run.number in self._convolved and reading.channels is not None:
@@ -126,8 +126,8 @@ def _computes(mixer: Recurrence | Convolution, call: FunctionCall, output: Tenso
 
 def _another(path: str, module: nn.Module) -> ValueError:
     return ValueError(
-        f"model must recur by functions that are known; got {named(path, module)}, whose function has the name of one of "
-        "transformers, and has other arguments or computes something else. method='input_gradient' needs no rule"
+        f"model must use supported functions for its recurrence; got {named(path, module)}, whose function has the name of one "
+        "in transformers, but other arguments or another result. method='input_gradient' supports any layer"
     )
 
 
@@ -176,7 +176,7 @@ def _in_front_of(
     )  # padding
     if not torch.allclose(convolved, values, rtol=0, atol=0, equal_nan=True):
         raise ValueError(
-            f"model must take its values from its short convolution as they are; got {named(path, module)}, which changes them"
+            f"model must use the output of its short convolution unchanged as values; got {named(path, module)}, which changes it"
         )
     assert isinstance(reading.mixer, Convolution)
     return reading.mixer.part(channels, count)
@@ -184,7 +184,7 @@ def _in_front_of(
 
 def _unseen_convolution(path: str, module: nn.Module) -> ValueError:
     where = named(path, module)
-    return ValueError(f"model must call its short convolutions by causal_conv1d_fn; got {where}, whose own is not seen")
+    return ValueError(f"model must call its short convolutions with causal_conv1d_fn; got {where}, whose own cannot be traced")
 
 
 @contextlib.contextmanager
@@ -278,8 +278,8 @@ def check_rules(model: nn.Module, parts: Sequence[str], beside: bool = True) -> 
                 uncovered.setdefault(ending, f"'{name}' ({kind}), {reason}")
     if uncovered:
         raise ValueError(
-            f"model must have no modules in its towers that no rule covers; got {'; '.join(uncovered.values())}. "
-            "method='input_gradient' needs no rule"
+            f"towers must only have modules that a published rule covers; got {'; '.join(uncovered.values())}. "
+            "method='input_gradient' supports any module"
         )
 
 
@@ -291,6 +291,6 @@ def check_recurrences(ran: Mapping[str, nn.Module], called: Sequence[str]) -> No
         names = (each.__name__ for each in type(module).__mro__)  # a class of a user may stand on one of them
         if any(name.endswith(RECURRENT) for name in names) and not any(f"{caller}.".startswith(f"{path}.") for caller in called):
             raise ValueError(
-                f"model must recur by functions that are known; got '{path}' ({kind}), which hands on what tokens hold by a "
-                "recurrence that is not seen. method='input_gradient' needs no rule"
+                f"model must use supported functions for its recurrence; got '{path}' ({kind}), whose recurrence cannot be "
+                "traced. method='input_gradient' supports any layer"
             )

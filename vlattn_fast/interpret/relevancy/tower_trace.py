@@ -268,7 +268,7 @@ class TowerTrace:
             key, columns = (call.query, None) if source else (call.key, call.columns)
             token_places = self.places.enter(moves, call.query, key, columns, path, chunk, self.size)
         if call.beside and (token_places is not None or self.calls.chunked):
-            raise ValueError(f"model must have its tokens in order where two mixers take them; got '{path}'")
+            raise ValueError(f"model must keep its tokens in order if a layer has two parallel mixers; got others in '{path}'")
         self.places.end = None
         of_tower: dict[str, Any] = {"number": number, "layer": self.layer, "chunk": chunk, "token_places": token_places}
         return dataclasses.replace(call, mesh=self._mesh(call), **of_tower)
@@ -324,7 +324,7 @@ class TowerTrace:
                 mixes = getattr(layer, "block_type", None) not in TOKENWISE
                 if (listed or type(layer) in kinds) and mixes and not left_out and not _calls(path, called):
                     raise ValueError(
-                        f"explain saw no attention call in layer {named(path, layer)} of tower '{self.name}'. Use "
+                        f"no attention call was traced in layer {named(path, layer)} of tower '{self.name}'. Use "
                         "scaled_dot_product_attention or transformers' attention interface there"
                     )
         if self.pooling_path is not None and not self.pooled:
@@ -389,8 +389,8 @@ def begun(tower: TowerTrace, path: str, ids: Tensor | None, before: Iterable[Tow
     for part in before:
         if layers_of(path) in part.calls.lists and ids is not None and bool((part.places.locate(ids) >= 0).any()):
             tower.places.refuse(
-                f"model must have all tokens of a sequence in the first layer that attends to some; got '{part.calls.paths[0]}' "
-                f"over {part.size} tokens, and '{path}' over {ids.shape[1]}, some of which are these"
+                f"model must have all tokens of a sequence in its first attention layer; got '{part.calls.paths[0]}' over "
+                f"{part.size} tokens, and '{path}' over {ids.shape[1]}, which include some of these"
             )
     return tower
 
@@ -401,7 +401,7 @@ def submodule(module: nn.Module, path: str, tower: Tower) -> nn.Module:
         return module.get_submodule(path)
     except AttributeError as error:
         raise ValueError(
-            f"model must have a module '{path}' in tower '{tower.name}'; got {type(module).__name__} without"
+            f"model must have a module '{path}' in tower '{tower.name}'; got {type(module).__name__} without it"
         ) from error
 
 

@@ -83,7 +83,7 @@ class TracedCall:
 
     @property
     def part(self) -> str:
-        """Where the call has a part of the maps alone, behind "where"; "" = it has all."""
+        """Why the call only has a part of the maps, the end of "models in which ..."; "" = it has all."""
         return "a module attends in chunks" if self.chunk else "" if self.mesh is None else "processes share the heads"
 
     @property
@@ -245,9 +245,7 @@ class TracedCall:
             placed, options, relevancy = on_mesh(self.mesh, tensors, self._options(), relevancy)
             return local(relevancy_step(relevancy, *placed, rule=rule, row_normalize=row_normalize, **options))
         if self.mesh is not None and row_normalize:
-            raise ValueError(
-                f"method must be one without normalized rows where processes share heads of {core.kind} scores; got 'weighted'"
-            )
+            raise ValueError(f"method must not normalize rows if processes share heads with {core.kind} scores; got 'weighted'")
         options = {"rule": rule, "row_normalize": row_normalize, "sink": self.sink(), **self._options()}
         return mean_over(self.mesh, core_step(relevancy, core, self.value, grad_output, **options))
 

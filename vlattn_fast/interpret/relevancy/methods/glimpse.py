@@ -49,7 +49,7 @@ class Glimpse(KeptCalls):
         check_softmax(self.name, call)
 
     def check_between(self, entries: Sequence[Tower | None]) -> None:
-        raise ValueError("method must have a rule for towers that attend to one another; got 'glimpse', which has none")
+        raise ValueError("method='glimpse' does not support towers that attend to one another. Pass another method=")
 
     def carry(self, backward: BackwardPass) -> list[Tensor]:
         for tower in backward.towers:

@@ -47,7 +47,7 @@ class Tam(Method):
             )
 
     def check_between(self, entries: Sequence[Tower | None]) -> None:
-        raise ValueError("method must support towers that attend to one another; got 'tam', which only supports one sequence")
+        raise ValueError("method='tam' does not support towers that attend to one another. Pass another method=")
 
     def __init__(self) -> None:
         super().__init__()

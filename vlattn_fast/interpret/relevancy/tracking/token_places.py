@@ -127,8 +127,8 @@ class Places:
         for each in (numbers, moves.of(key)):
             if each is not None and each.why and bool((each.ids == MERGED).any()):
                 self.refuse(
-                    f"model must keep its tokens apart; got attention '{path}' over tokens that {each.why} has put together, "
-                    "and no published rule divides the relevancy among them"
+                    f"model must not merge tokens; got attention '{path}' over tokens that {each.why} merges, and no published "
+                    "rule divides the relevancy among them"
                 )
         ids, of_keys = ids_of(numbers, query), _of_columns(ids_of(moves.of(key), key), columns)
         if self._layout is None or (chunk and size > self.shape[1]):
@@ -140,11 +140,11 @@ class Places:
             located = self.locate(of_keys)
             keys = located if bool((located >= 0).any()) else queries
         if keys.shape[1] != (key.shape[2] if columns is None else len(columns)):
-            self.refuse(f"model must keep its tokens where they can be followed; got lost keys in attention '{path}'")
+            self.refuse(f"model must move its tokens only with supported functions; got lost keys in attention '{path}'")
         if queries.unique().numel() < queries.numel():
             self.refuse(
-                f"model must attend from each token once in a call; got a token in several places of attention '{path}', as a "
-                "repetition of tokens makes them"
+                f"model must attend from each token once in a call; got a token at several positions in attention '{path}', such "
+                "as from a repetition of tokens"
             )
         whole = queries.shape == self.shape and torch.equal(queries.flatten(), torch.arange(queries.numel()))
         same = keys is queries or torch.equal(keys, queries)
@@ -197,7 +197,7 @@ class Places:
         places = None if ids is None else self.locate(ids)
         if ids is None or places is None or not bool((places >= 0).any()):  # not known: as the first call has them
             if (batch, count) != self.shape:
-                self.refuse(f"model must keep its tokens where they can be followed; got lost tokens in attention '{path}'")
+                self.refuse(f"model must move its tokens only with supported functions; got lost tokens in attention '{path}'")
                 return torch.arange(batch * count).view(batch, count) % self.count
             places = self._in_rows
             if self.latest is not None and self.latest.shape == (batch, 1, count, 1):
@@ -234,7 +234,9 @@ class Places:
         numbers = None if self.moves is None else self.moves.of(states)
         places = None if numbers is None else self.locate(numbers.ids.expand(*states.shape[:-1], -1)[..., 0])
         if places is None or bool((places < 0).any()):
-            raise ValueError(f"model must keep its tokens where they can be followed; got lost tokens in a residual sum. {_WAYS}")
+            raise ValueError(
+                f"model must move its tokens only with supported functions; got lost tokens in a residual sum. {_WAYS}"
+            )
         return places
 
     # --- afterwards ---
@@ -332,8 +334,8 @@ class Places:
 
 
 _WAYS = (
-    "Call va.relevancy_step with the rows that you move yourself (examples/relevancy_behind_sdpa.py), or explain the layers "
-    "behind it by themselves"
+    "Call va.relevancy_step and move the relevancy vectors yourself (examples/relevancy_behind_sdpa.py), or explain only the "
+    "layers after it"
 )
 
 
