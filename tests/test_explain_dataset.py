@@ -116,7 +116,7 @@ def test_json_lines_with_bad_inputs_that_are_mended(models, pictures, tmp_path):
     assert closing(result) == f"done 9, failed 10, skipped 0 (done before), of 19: {out}"
     failures = [json.loads(line) for line in (out / "failures.jsonl").read_text().splitlines()]
     reasons = (
-        "which is not there", "which is no picture", "text must be given to CLIPModel", "text must have at most 8 tokens",
+        "which does not exist", "which PIL cannot read", "text must be given to CLIPModel", "text must have at most 8 tokens",
         "target must be from 0 to 0", "target must be an int; got 'first'", "text must be a text or a list",
         "line 13 must be a JSON", "image must be a path or a picture; got 5", "text must be Unicode; got",
     )  # fmt: skip

@@ -179,7 +179,7 @@ def test_pictures_of_a_batch_want_a_photo_each() -> None:
     assert got.photos == [0, 1, 2] and got.crops == [None] * 3
     white = image_module.new("RGB", (24, 24), "white")
     for draw in (got.plot, got.to_html):
-        with pytest.raises(ValueError, match="image must be 3 photos, .*; got 1, in the order of the rows"):
+        with pytest.raises(ValueError, match="image must be 3 photos, .*; got 1, in the order of the samples"):
             draw(white)
         draw([white] * 3)
     assert got.overlay(white, row=1).size == got.overlay([white] * 3, row=1).size == (24, 24)  # of one row alone

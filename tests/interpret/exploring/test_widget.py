@@ -237,9 +237,9 @@ def test_the_page_needs_nothing_else(page: tuple[str, Any]) -> None:
 
 def test_a_stored_page_shows_the_edits_and_says_that_it_cannot_compute(page: tuple[str, Any], browse: Browse) -> None:
     script = """
-results.edited = { pixels: pixels(), score: texts(".score"), said: texts(".said"), edits: texts(".edits button") };
+results.edited = { pixels: pixels(), score: texts(".score"), answer: texts(".answer"), edits: texts(".edits button") };
 button("as it is").click();
-results.plain = { pixels: pixels(), score: texts(".score"), said: texts(".said") };
+results.plain = { pixels: pixels(), score: texts(".score"), answer: texts(".answer") };
 button("edited").click();
 results.again = pixels();
 results.crossed = all("td button").map((one) => one.getAttribute("aria-pressed"));
@@ -273,9 +273,11 @@ results.unnamed = all("button, input, select, canvas").filter((one) => !named(on
     ]
     assert found["plain"]["score"] == [pane["choices"][0]["scored"] for pane in plain]
     before, after = widget.page["models"][0]["answers"][0], widget.edited["answers"][0][0]
-    assert found["edited"]["said"] == [f"says: {before} → {after}"] * 2 and found["plain"]["said"] == [f"says: {before}"] * 2
+    assert (
+        found["edited"]["answer"] == [f"answer: {before} → {after}"] * 2 and found["plain"]["answer"] == [f"answer: {before}"] * 2
+    )
     assert found["edited"]["pixels"] == found["again"] and len(set(found["again"] + found["plain"]["pixels"])) == 4
-    assert found["edited"]["edits"] == ["layer 0, head 1 × 0 ×", "layer 1, head 2: image → last cut ×", "take all away"]
+    assert found["edited"]["edits"] == ["layer 0, head 1 × 0 ×", "layer 1, head 2: image → last cut ×", "remove all"]
     assert [i for i, pressed in enumerate(found["crossed"]) if pressed == "true"] == [8]  # a row has "all" and 4 heads
     assert [i for i, pressed in enumerate(found["heads"]) if pressed == "true"] == [2]
     effects = widget.page["models"][0]["effects"]
@@ -334,7 +336,7 @@ ribbon.dispatchEvent(new MouseEvent("click", { bubbles: true }));
 say({ ...state.edited, number: 5 });
 button("layer 0, head 1").click();
 say({ ...state.edited, number: 6 });
-button("take all").click();
+button("remove all").click();
 results.sent = sent;
 end();
 """

@@ -163,10 +163,10 @@ def test_saved_and_read_again(case, tmp_path):
         mine, read = getattr(got, name), getattr(again, name)
         pairs = zip(mine, read, strict=True) if isinstance(mine, tuple) else [(mine, read)]
         assert all((a is None and b is None) or torch.equal(a, b) for a, b in pairs)
-    with pytest.raises(ValueError, match="than Explanation. Load it by vlattn_fast.interpret.LayerExplanation.load"):
+    with pytest.raises(ValueError, match="not a file of Explanation. Load it with vlattn_fast.interpret.LayerExplanation.load"):
         va.Explanation.load(tmp_path / "layers.safetensors")
     explain(case.model, case.inputs).save(tmp_path / "plain.safetensors")
-    with pytest.raises(ValueError, match="than LayerExplanation. Load it by vlattn_fast.Explanation.load"):
+    with pytest.raises(ValueError, match="not a file of LayerExplanation. Load it with vlattn_fast.Explanation.load"):
         LayerExplanation.load(tmp_path / "plain.safetensors")
 
 
@@ -262,13 +262,15 @@ def test_bad_kinds(case):
         explain_layers(case.model, case.inputs, per="head", heads=["first"])
     got = explain_layers(case.model, case.inputs, per="layer")
     for name in ("overlay", "top", "compare"):
-        with pytest.raises(ValueError, match=rf"{name} takes one map: choose it by at\(layer, head\)"):
+        with pytest.raises(
+            ValueError, match=rf"{name} needs one map; got a LayerExplanation. Choose a map with at\(layer, head\)"
+        ):
             getattr(got, name)(None)
     with pytest.raises(ValueError, match=r"layer and head must be among .*; got layer 7"):
         got.at(7)
-    with pytest.raises(ValueError, match="head must be None for the maps of layers; got 0"):
+    with pytest.raises(ValueError, match="head must be None for an explanation with per='layer'; got 0"):
         got.at(0, 0)
-    with pytest.raises(ValueError, match="others must be empty for maps of layers; got 1 explanations"):
+    with pytest.raises(ValueError, match="others must be empty for a LayerExplanation; got 1 explanations"):
         got.to_html(others=[got])
 
 

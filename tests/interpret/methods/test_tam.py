@@ -182,9 +182,9 @@ def test_earlier_words_are_subtracted_from_any_map(case):
 
 @pytest.mark.parametrize("case", ["llava"], indirect=True)
 def test_what_has_no_earlier_words_is_refused(case):
-    with pytest.raises(ValueError, match="subtract_earlier needs an answer whose tokens have a row each"):
+    with pytest.raises(ValueError, match="subtract_earlier needs an answer explained per token"):
         explain(case.model, case.inputs).subtract_earlier()
-    with pytest.raises(ValueError, match="subtract_earlier needs an answer whose tokens have a row each"):
+    with pytest.raises(ValueError, match="subtract_earlier needs an answer explained per token"):
         explain(case.model, case.inputs, answer=ANSWER, per_token=False).subtract_earlier()
     text = explain(DECODERS["LlamaForCausalLM"]().model.eval(), {"input_ids": torch.tensor([[1, 4, 9]])}, answer=[5, 6])
     with pytest.raises(ValueError, match="subtract_earlier needs maps of an image"):

@@ -111,7 +111,7 @@ def test_tokens():
     for tokenizer in (Tokenizer(), Processor()):
         assert explanation.with_tokens(tokenizer).tokens == [["w7", "w8", "w9"], ["w5"]]
     assert explanation.tokens == [["7", "8", "9"], ["5"]]
-    with pytest.raises(ValueError, match="This explanation has no text, so it has no tokens to name"):
+    with pytest.raises(ValueError, match="with_tokens needs an explanation with text; got one without token_ids"):
         made(text=None, token_ids=None).with_tokens(Tokenizer())
 
 
@@ -269,7 +269,7 @@ def test_the_largest_value_does_not_vanish_on_white():
     for name in ("inferno", "magma", "plasma", "viridis"):
         brightness = np.asarray(colors(name).colors)[:, :3] @ [0.2126, 0.7152, 0.0722]
         assert (np.diff(brightness) >= -1e-3).all() and brightness[-1] < 0.8
-    with pytest.raises(ValueError, match="cmap must be a name of matplotlib's colours, such as .*; got 'rainbows'"):
+    with pytest.raises(ValueError, match="cmap must be the name of a matplotlib colormap, such as .*; got 'rainbows'"):
         made().plot(cmap="rainbows")
 
 
@@ -287,8 +287,8 @@ def test_labels_name_the_rows():
     assert titles(made().plot(labels=["cat", "$dog"])) == ["cat   score 1.5", "$dog   score -2"]
     bare = made(text=None, token_ids=None)
     assert titles(bare.plot()) == ["target 0   score 1.5", "target 1   score -2"]
-    assert titles(made(text=None, token_ids=None, target=None, scores=None).plot()) == ["row 0", "row 1"]
-    with pytest.raises(ValueError, match="labels must be 2, one per row; got 1"):
+    assert titles(made(text=None, token_ids=None, target=None, scores=None).plot()) == ["sample 0", "sample 1"]
+    with pytest.raises(ValueError, match="labels must be 2, one per sample; got 1"):
         made().plot(labels=["cat"])
 
 
@@ -374,7 +374,7 @@ def test_pictures_of_other_depths():
         shown = made().plot(image).axes[0].images[0].get_array()
         np.testing.assert_array_equal(shown, np.repeat(np.array(grey)[..., None], 3, 2))
     for mode in ("I", "F"):
-        with pytest.raises(ValueError, match=f"image must have 8 or 16 bits a channel; got a picture of mode '{mode}'"):
+        with pytest.raises(ValueError, match=f"image must have 8 or 16 bits a channel; got an image of mode '{mode}'"):
             made().plot(Image.new(mode, (4, 4)))
 
 

@@ -77,20 +77,24 @@ R = {"text": torch.rand(2, 4)}
         ({"relevancy": {"text": [[0.5]]}}, TypeError, r"relevancy\['text'\] must be a torch.Tensor"),
         ({"relevancy": {"text": torch.rand(4)}}, ValueError, r"relevancy\['text'\] must be floating point of shape"),
         ({"relevancy": {"text": torch.ones(2, 4).long()}}, ValueError, r"relevancy\['text'\] must be floating point of shape"),
-        ({"image": torch.rand(3, 2, 2)}, ValueError, "image_samples must name the row of each of the 3 maps of image"),
+        ({"image": torch.rand(3, 2, 2)}, ValueError, "image_samples must name the sample of each of the 3 maps of image"),
         ({"image": torch.rand(2, 2, 2), "image_samples": [0, 2]}, ValueError, r"image_samples must be from 0 to 1; got \[0, 2\]"),
         ({"image": torch.rand(2, 0, 2)}, ValueError, r"image must have maps with at least one patch; got one of \(0, 2\)"),
         ({"image": torch.rand(2, 4)}, TypeError, "image must be a tensor"),
-        ({"target": [0.5, 1]}, TypeError, "target must hold integers alone; got float 0.5"),
-        ({"target": torch.rand(2)}, TypeError, "target must hold integers alone; got float 0"),
-        ({"token_ids": [["a"], ["b"]]}, TypeError, "token_ids must hold integers alone; got str 'a'"),
+        ({"target": [0.5, 1]}, TypeError, "target must hold only integers; got float 0.5"),
+        ({"target": torch.rand(2)}, TypeError, "target must hold only integers; got float 0"),
+        ({"token_ids": [["a"], ["b"]]}, TypeError, "token_ids must hold only integers; got str 'a'"),
         (
             {"tower_images": {"a": torch.rand(1, 2, 2)}},
             ValueError,
             r"image_samples must name .* the 1 maps of tower_images\['a'\]",
         ),
-        ({"scores": torch.rand(3)}, ValueError, "scores must have 2 rows, as relevancy has; got 3"),
-        ({"text": torch.rand(2, 2), "words": [["a", "b", "c"], ["d"]]}, ValueError, "words must be at most 2 in a row, .* got 3"),
+        ({"scores": torch.rand(3)}, ValueError, "scores must have 2 samples, as relevancy has; got 3"),
+        (
+            {"text": torch.rand(2, 2), "words": [["a", "b", "c"], ["d"]]},
+            ValueError,
+            "words must be at most 2 per sample, .* got 3",
+        ),
     ],
 )
 def test_fields_that_do_not_fit_are_named(fields, error, message):
@@ -132,7 +136,7 @@ def test_labels_of_tensors_are_shown_as_numbers(labels):
 
 @pytest.mark.parametrize("labels", [{7, 8}, {0: "a", 1: "b"}, b"ab", (name for name in "ab")], ids=type)
 def test_labels_without_an_order_are_refused(labels):
-    with pytest.raises(TypeError, match="labels must be a name for each row; got"):
+    with pytest.raises(TypeError, match="labels must be a name for each sample; got"):
         made().plot(labels=labels)
 
 
@@ -156,17 +160,17 @@ def test_labels_may_be_numbers():
         "1   score -2",
     ]
     assert "<span>7</span>" in made().to_html(labels=[7, 8])
-    with pytest.raises(TypeError, match="labels must be a name for each row; got str 'ab'"):
+    with pytest.raises(TypeError, match="labels must be a name for each sample; got str 'ab'"):
         made().plot(labels="ab")
 
 
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"rows": 1}, TypeError, "rows must be numbers of rows; got int 1"),
+        ({"rows": 1}, TypeError, "rows must be numbers of samples; got int 1"),
         ({"rows": [0.5]}, TypeError, "rows must be an int; got float 0.5"),
         ({"alpha": "much"}, TypeError, "alpha must be a real number"),
-        ({"cmap": None}, ValueError, "cmap must be a name of matplotlib's colours"),
+        ({"cmap": None}, ValueError, "cmap must be the name of a matplotlib colormap"),
         ({"crop": "left"}, ValueError, "crop must be x1, y1, x2, y2 relative to the image"),
         ({"image": np.zeros((0, 4, 3))}, ValueError, r"image must have at least one pixel; got shape \(0, 4, 3\)"),
         ({"image": torch.zeros(3, 0, 0)}, ValueError, "image must have"),

@@ -151,7 +151,7 @@ def test_other_methods_must_explain_the_same_words():
         {"image": None, "image_samples": None},
         {"relevancy": {"vision": torch.rand(2, 13)}},
     ):
-        with pytest.raises(ValueError, match="beside must explain the same rows, words, maps and towers; got Explanation"):
+        with pytest.raises(ValueError, match="others must explain the same samples, words, maps and towers; got Explanation"):
             made().to_html(others=[made(**parts)])
 
 
@@ -266,7 +266,7 @@ see("next");
     shares = shares[:4] / max(*shares[:5].tolist(), shares[5:].sum().item())
     np.testing.assert_allclose(found["hovered"]["shares"], shares, rtol=1e-3)
     assert found["hovered"]["summary"].startswith(
-        "“giraffe”, log-probability −0.375 (p 0.69). Picture: strongest at the bottom right (2). Words: "
+        "“giraffe”, log-probability −0.375 (p 0.69). Image: strongest at the bottom right (2). Words: "
     )
     assert len(found["hovered"]["table"]) == 6 and found["hovered"]["table"][4].startswith("a0.")
     assert [found[name]["shown"] for name in ("first", "hovered", "next")] == ["a", "giraffe", "me"]
@@ -391,7 +391,7 @@ results.said = [0, 1].map((index) => { pin(index); return document.getElementByI
 results.scale = [...document.querySelectorAll("#low, #high, #range")].map((node) => node.textContent);
 """
     found = browse(page, script)
-    assert [text.partition("Picture: ")[2] for text in found["said"]] == ["0 everywhere.", "0.25 everywhere."]
+    assert [text.partition("Image: ")[2] for text in found["said"]] == ["0 everywhere.", "0.25 everywhere."]
     assert found["scale"] == ["0", "0.25", "Values from 0.25 to 0.25."]
 
 

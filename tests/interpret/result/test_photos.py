@@ -92,27 +92,29 @@ def test_a_photo_may_be_a_file(tmp_path) -> None:
             np.testing.assert_array_equal(shown, np.asarray(small))
     pair = explained((2, 3), (2, 3)).plot([path, small])
     assert len([axis for axis in pair.axes if len(axis.images) == 2]) == 2
-    with pytest.raises(ValueError, match="image must be a file; got none.png, which is not there"):
+    with pytest.raises(ValueError, match="image must be a file; got none.png, which does not exist"):
         explained().plot("none.png")
-    with pytest.raises(ValueError, match="image must be a picture; got .*, which is no picture"):
+    with pytest.raises(ValueError, match="image must be an image file; got .*, which PIL cannot read"):
         explained().save_html(tmp_path / "page.html", __file__)
 
 
 def test_frames_of_a_video_whose_maps_are_of_two() -> None:
-    with pytest.raises(ValueError, match=r"one image or 4 of them .*; got 8. If each map is of 2 frames .*, pass image\[::2\]"):
+    with pytest.raises(
+        ValueError, match=r"one image or 4 of them .*; got 8. If each map stands for 2 frames .*, pass image\[::2\]"
+    ):
         explained(*[(2, 3)] * 4).plot([PHOTO] * 8)
 
 
 def test_processors_are_refused_by_name() -> None:
     for processor in (saved_models.tokenizer(), "clip"):
-        with pytest.raises(TypeError, match="processor must prepare pictures for the model; got"):
+        with pytest.raises(TypeError, match="processor must prepare images for the model; got"):
             explained().plot(PHOTO, processor=processor)
-    with pytest.raises(ValueError, match="crop must be None beside processor, .*; got"):
+    with pytest.raises(ValueError, match="crop must be None if processor is given, .*; got"):
         explained().plot(PHOTO, processor=CLIP, crop=MIDDLE)
-    with pytest.raises(ValueError, match="processor must come with an image"):
+    with pytest.raises(ValueError, match="processor must be given together with an image"):
         explained().plot(processor=CLIP)
     for changed in (lambda picture: by_hand(picture).flip(2), lambda picture: by_hand(picture) * 0):
-        with pytest.raises(ValueError, match="processor must do no more than resize and cut out"):
+        with pytest.raises(ValueError, match="processor must only resize and crop images"):
             explained().plot(PHOTO, processor=changed)
 
 
@@ -168,7 +170,7 @@ def test_overlays_of_rows_words_and_panels() -> None:
 def test_a_picture_of_too_many_pixels_says_what_to_do(tmp_path, monkeypatch) -> None:
     PHOTO.save(tmp_path / "large.png")
     monkeypatch.setattr(image_module, "MAX_IMAGE_PIXELS", 100_000)
-    said = r"image must have at most 200,000 pixels, .*; got more in .*large.png. Scale the picture down, .* or raise PIL's limit"
+    said = r"image must have at most 200,000 pixels, .*; got more in .*large.png. Scale the image down, .* or raise PIL's limit"
     for draw in (explained().plot, photos.open_image):
         with pytest.raises(ValueError, match=said):
             draw(tmp_path / "large.png")
@@ -180,9 +182,12 @@ def test_an_explanation_without_maps_says_what_to_do() -> None:
         Explanation({"tower0": torch.rand(1, 9)}),
         Explanation({"tower0": torch.rand(1, 9)}, no_map="it is a sound"),
     ):
-        why = explanation.no_map or r"no token of tower0 has a place in it. .* explain with patches=va.PatchGrid\(rows, columns\)"
+        why = (
+            explanation.no_map
+            or r"no token of tower0 has a place in an image. .* explain with patches=va.PatchGrid\(rows, columns\)"
+        )
         for draw in (explanation.plot, explanation.to_html, explanation.overlay):
-            with pytest.raises(ValueError, match=f"image must be None .* without maps and boxes: {why}; or leave the image out"):
+            with pytest.raises(ValueError, match=f"image must be None .* without maps and boxes; got one, but {why}"):
                 draw(PHOTO)
 
 

@@ -67,7 +67,7 @@ def test_each_map_has_its_scale_and_colours():
     assert {bar._colorbar.norm.vmax for bar in bars_of(found.plot(rows=[0], common=True))} == {max(ends)}
     page = found.to_html(rows=[0])
     assert page.count("linear-gradient(") == 2 and found._repr_html_() != va.compare(found.explanations, WHITE)._repr_html_()
-    with pytest.raises(ValueError, match="cmap must be a name of matplotlib's colours"):
+    with pytest.raises(ValueError, match="cmap must be the name of a matplotlib colormap"):
         va.compare({"a": made()}, cmap="rainbows").plot()
 
 
@@ -144,8 +144,8 @@ def test_every_region_is_drawn_without_a_photo():
         ({}, {}, TypeError, "explanations must be a dict from names to explanations; got"),
         ({"a": made(), 1: made()}, {}, TypeError, "explanations must be a dict from names to explanations; got"),
         ({"a": 3}, {}, TypeError, "got int 3 for 'a'"),
-        ({"a": made(), "b": made()[0]}, {}, ValueError, r"as many rows each; got {'a': 2, 'b': 1}"),
-        ({"a": answered(), "b": made()}, {}, ValueError, "as many words of an answer each"),
+        ({"a": made(), "b": made()[0]}, {}, ValueError, r"the same number of samples; got {'a': 2, 'b': 1}"),
+        ({"a": answered(), "b": made()}, {}, ValueError, "the same number of answer words"),
         ({"a": made()}, {"image": {"b": WHITE}}, ValueError, r"image must have the names \['a'\]; got \['b'\]"),
         (
             {"a": made(image=None, image_samples=None)},
@@ -187,7 +187,7 @@ def test_a_row_is_an_explanation_of_one_sample(make):
     for index in (2, -3):
         with pytest.raises(IndexError, match=f"must be from -2 to 1; got {index}"):
             whole[index]
-    with pytest.raises(TypeError, match="must be the number of a row, or a slice; got str 'a'"):
+    with pytest.raises(TypeError, match="must be the number of a sample, or a slice; got str 'a'"):
         whole["a"]
 
 

@@ -30,28 +30,28 @@ def gallery(explanations: Any, processor: Any, limit: int | None, title: str, cm
     shown = explanations if limit is None else explanations[:limit]
     numbers = with_progress(range(len(shown)), "drawing")
     cards = [card for index in numbers for card in _cards(shown, index, processor, cmap)]
-    facts = f"{len(shown)} of {len(explanations)} explanations, {len(explanations.failures)} failures"
+    counts = f"{len(shown)} of {len(explanations)} explanations, {len(explanations.failures)} failures"
     try:
         mean = _source(_alone(explanations.mean_map(), cmap))
     except ValueError:  # no maps, or several grids
         mean = None
     return Page(
-        fill_template(TEMPLATE, title=title, facts=facts, mean=mean, cards=cards, failures=summary(explanations.failures))
+        fill_template(TEMPLATE, title=title, counts=counts, mean=mean, cards=cards, failures=summary(explanations.failures))
     )
 
 
 def _cards(explanations: Any, index: int, processor: Any, cmap: str) -> Iterator[dict[str, Any]]:
     explanation, name = explanations[index], explanations.ids[index]
     photo, note = _photo(explanations.images[index]) if explanation.is_spatial else (None, "")
-    for row, sample in enumerate(read_samples(explanation)):
+    for number, sample in enumerate(read_samples(explanation)):
         first = sample.choices[0] if sample.choices else None
         score = None if first is None or explanation.per_token else first.score
         try:
             picture = _thumbnail(explanation, sample, photo, processor, cmap)
-        except ValueError as error:  # maps that no photo lies under
+        except ValueError as error:  # maps without a photo under them
             picture, note = _thumbnail(explanation, sample, None, None, cmap), str(error)
         yield {
-            "name": name if len(explanation) == 1 else f"{name}, row {row}",
+            "name": name if len(explanation) == 1 else f"{name}, sample {number}",
             "scored": score_text(score, explained_as(explanation)),
             "source": None if picture is None else _source(picture),
             "words": _words(sample),

@@ -1,6 +1,6 @@
-"""An explanation for its reader: `Explanation`, that of each layer, and several side by side.
+"""What a user gets: `Explanation`, `LayerExplanation` with a map per layer or head, and `SideBySide`.
 
-In: relevancy rows, and the facts about their tokens.
+In: relevancy vectors, and metadata about their tokens.
 Out: an `Explanation` and its files, figures and tables.
 Imports: interpret.result.numbers, interpret.result.pictures, _ground.
 """

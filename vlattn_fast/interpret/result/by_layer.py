@@ -1,4 +1,4 @@
-"""The result of `explain_layers`: the row of each layer's own map, or of each head's, and small multiples of them."""
+"""The result of `explain_layers`: a relevancy vector per layer or per head, and small multiples of them."""
 
 from __future__ import annotations
 
@@ -20,22 +20,25 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-_STACKED = ("image", "text", "regions")  # beside `relevancy`
+_STACKED = ("image", "text", "regions")  # besides `relevancy`
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LayerExplanation(Explanation):
-    """Rows of each layer's own map. `at(layer)` or `at(layer, head)` is one of them as an `Explanation`.
+    """The result of `explain_layers`: a relevancy vector for each layer's own map, or for each head's.
 
-    Tensors are those of an `Explanation`, with layers in front: `relevancy` has (L, B, N) a tower, with per="head" (L, H, B, N),
-    `image` (L, B, h, w) or (L, H, B, h, w), or a tuple of (L, h, w) or (L, H, h, w) where grids differ; `text` and `regions`
-    likewise. Scores and facts are as in an `Explanation`. The mean over all heads of a layer is the layer's row.
+    `at(layer)` or `at(layer, head)` gives one of them as an `Explanation`; `plot` and `to_html` show all as small multiples.
+
+    The tensors are those of an `Explanation` with the layers as first dimension: for each tower, `relevancy` has (L, B, N), or
+    (L, H, B, N) with per="head"; `image` has (L, B, h, w) or (L, H, B, h, w), or is a tuple of (L, h, w) or (L, H, h, w) if the
+    grids differ; `text` and `regions` likewise. Scores and metadata are as in an `Explanation`. The vector of a layer is the mean
+    over all of its heads.
 
     Args:
         per: "layer" or "head".
-        layers: tower -> the numbers of its layers, 0 the first.
-        heads: tower -> the numbers of its heads: rows of per="layer" are means over them.
-        owners: the tower that `image`, `text` and `regions` are of.
+        layers: tower -> the numbers of its layers, from 0.
+        heads: tower -> the numbers of its heads; with per="layer" the maps are means over them.
+        owners: the tower that `image`, `text` and `regions` belong to.
     """
 
     per: str = "layer"
@@ -52,7 +55,7 @@ class LayerExplanation(Explanation):
         relevancy: Mapping[str, Tensor],
         fields: Mapping[str, Any],
     ) -> LayerExplanation:
-        """From `relevancy` (B, K, N) and fields that have K rows, too: K = L, or L * H."""
+        """Builds it from `relevancy` (B, K, N) and fields with the same K: K = L, or L * H."""
 
         def stacked(values: Any, tower: str, at: int) -> Any:
             if isinstance(values, tuple):
@@ -73,7 +76,7 @@ class LayerExplanation(Explanation):
         )
 
     def __post_init__(self) -> None:
-        """The maps of one layer are checked as an `Explanation` is; the numbers of images, too."""
+        """Checks the maps of one layer as an `Explanation` does, the image numbers included."""
         owner = self.owners.get("image", "")  # not every tower has every layer
         layers, heads = (getattr(self, name).get(owner) or self._numbers(name) for name in ("layers", "heads"))
         first = self.at(layers[0], None if self.per == "layer" else heads[0])
@@ -88,22 +91,26 @@ class LayerExplanation(Explanation):
         return next(iter(self.relevancy.values())).shape[-2]
 
     def __getitem__(self, index: int | slice) -> Self:
-        """One row of the batch, by its number, with all of its maps; several by a slice."""
+        """Returns one sample of the batch with all of its maps, by its number; several by a slice."""
         return some_samples(self, chosen_rows(index, len(self)), 1 if self.per == "layer" else 2, self._further())
 
     def _numbers(self, name: str) -> list[int]:
-        """The numbers of the layers, or of the heads, that some tower has."""
+        """The numbers of the layers, or of the heads, over all towers."""
         return sorted({number for numbers in getattr(self, name).values() for number in numbers})
 
     def at(self, layer: int, head: int | None = None) -> Explanation:
-        """The explanation by the map of one layer, or of one head in it: towers without this layer or head are left out.
+        """Returns the explanation of one layer, or of one head in it.
 
         Args:
-            layer: its number, as `layers` has it.
-            head: its number, as `heads` has it, with per="head"; None = the mean over all that there are.
+            layer: a number of `layers`.
+            head: with per="head", a number of `heads`; None = the mean over these heads.
+
+        Towers without this layer or head are left out.
         """
         if head is not None and self.per == "layer":
-            raise ValueError(f"head must be None for the maps of layers; got {head}. Explain with per='head'")
+            raise ValueError(
+                f"head must be None for an explanation with per='layer'; got {head}. Use explain_layers(..., per='head')"
+            )
         towers = [name for name in self.relevancy if layer in self.layers[name] and (head is None or head in self.heads[name])]
         if not towers:
             check_integer("layer", layer)
@@ -136,13 +143,13 @@ class LayerExplanation(Explanation):
         return Explanation(relevancy={name: cut(self.relevancy[name], name) for name in towers}, **facts)
 
     def items(self) -> Iterator[tuple[tuple[int, int | None], Explanation]]:
-        """The layer and the head (None with per="layer") of each map, and its explanation."""
+        """Yields ((layer, head), explanation) for each map; head is None with per="layer"."""
         for layer in self._numbers("layers"):
             for head in [None] if self.per == "layer" else self._numbers("heads"):
                 if head is None or any(layer in self.layers[name] and head in self.heads[name] for name in self.layers):
                     yield (layer, head), self.at(layer, head)
 
-    # --- pictures and tables ---
+    # --- figures and tables ---
 
     def plot(
         self,
@@ -157,8 +164,8 @@ class LayerExplanation(Explanation):
         scale: str = "max",
         common: bool = False,
     ) -> Figure:
-        """Small multiples: a map for each layer, or with per="head" a line of heads for each; the words as a table, a line for
-        each map. The arguments are those of `Explanation.plot`; every map has its own scale, or with `common` all have one."""
+        """Draws small multiples: a map per layer, or with per="head" a line of heads per layer; the words as a table with a line
+        per map. The arguments are those of `Explanation.plot`. Each map has its own scale; with `common` all share one."""
         with extra("viz"):
             return Multiples([*self.items()], image, labels, crop, processor, cmap, rows, alpha, scale, common).figure()
 
@@ -174,14 +181,14 @@ class LayerExplanation(Explanation):
         scale: str = "max",
         others: Sequence[Explanation] = (),
     ) -> Page:
-        """One self-contained page of small multiples, with the arguments of `Explanation.to_html`; `others` must be empty."""
+        """Returns one self-contained page of small multiples. Arguments as for `Explanation.to_html`; `others` must be empty."""
         if len(others):
-            raise ValueError(f"others must be empty for maps of layers; got {len(others)} explanations")
+            raise ValueError(f"others must be empty for a LayerExplanation; got {len(others)} explanations")
         with extra("viz"):
             return Multiples([*self.items()], image, labels, crop, processor, cmap, scale=scale).page(title)
 
     def to_pandas(self) -> pd.DataFrame:
-        """Every entry as a line, as `Explanation.to_pandas` has it, with its layer and head in front."""
+        """Returns the data frame of `Explanation.to_pandas` for all maps, with the columns layer and head first."""
         with extra("tables"):
             import pandas
 
@@ -195,19 +202,21 @@ class LayerExplanation(Explanation):
             return pandas.concat(frames, ignore_index=True)
 
     def overlay(self, *args: Any, **options: Any) -> NoReturn:
-        """See `at`."""
+        """Raises a ValueError: choose a map with `at` first."""
         self._one_at_a_time("overlay")
 
     def top(self, *args: Any, **options: Any) -> NoReturn:
-        """See `at`."""
+        """Raises a ValueError: choose a map with `at` first."""
         self._one_at_a_time("top")
 
     def compare(self, *args: Any, **options: Any) -> NoReturn:
-        """See `at`."""
+        """Raises a ValueError: choose a map with `at` first."""
         self._one_at_a_time("compare")
 
     def _one_at_a_time(self, name: str) -> NoReturn:
-        raise ValueError(f"{name} takes one map: choose it by at(layer, head), as in explanation.at(0).{name}(...)")
+        raise ValueError(
+            f"{name} needs one map; got a LayerExplanation. Choose a map with at(layer, head), e.g. explanation.at(0).{name}(...)"
+        )
 
     def __repr__(self) -> str:
         shapes = {name: tuple(value.shape) for name, value in self.relevancy.items()}

@@ -1,4 +1,4 @@
-"""The result of `explain`: raw values, the tokens they belong to, and pictures."""
+"""The result of `explain`: raw values, the tokens they belong to, and figures."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
 _FORMAT = "vlattn_fast.explanation.7"
-_BEFORE = ("vlattn_fast.explanation.5", "vlattn_fast.explanation.6")  # which differ only by the former names of fields
+_BEFORE = ("vlattn_fast.explanation.5", "vlattn_fast.explanation.6")  # differ only in the names of fields
 _OLDER = ("vlattn_fast.explanation.3", "vlattn_fast.explanation.4")
 _HELD = ("gradient", "weighted", "input_gradient", "gradcam")  # whose names meant the published forms in older files
 _OF_TOWERS = ("relevancy", "position", "contribution")
@@ -43,77 +43,81 @@ _FACTS = (
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Explanation(Explained):
-    """Relevancy of an input's tokens to a score. All values are raw; only pictures scale them.
+    """The relevancy of an input's tokens to a score: tensors, tokens, figures, pages and tables.
+
+    `plot`, `overlay` and `to_html` show it, `top` and `to_pandas` list it, `save` stores it. All values are raw; only figures
+    scale them. `explanation[i]` is one sample of the batch.
 
     Args:
-        relevancy: tower -> (B, N), the read-out row over all of that tower's tokens, special ones included. A tower that sees one
-            image at a time has (images, N) where prompts hold several; the first tower never has. A tower that sees tiles, or all
-            images at once, has (B, N) with all tokens of a prompt, and zeros behind shorter prompts.
-        image: the patch entries on their grid (B, h, w); (images, h, w) where prompts hold several maps; a tuple of (h, w) where
-            the grids differ; None without an image. Maps come in the order of their tokens. An image in tiles has a map of all
-            tiles and one of its thumbnail where the places of tiles are known, else a map per tile. A video has a map per frame.
-        image_samples: the row of the batch that each map of `image` belongs to; default: one map per row.
-        photos: the number of the photo under each map of `image` (or under the boxes of each row), counted from 0 in the order of
-            the maps: tiles and their thumbnail have one, and so have pictures with the same pixels; each frame of a video has its
-            own. None = not known.
-        crops: x1, y1, x2, y2 of each map relative to its photo where the inputs tell it, else None: (0, 0, 1, 1) of tiles that
-            show the whole photo, and more than 1 where the model's processor put an edge behind it.
+        relevancy: tower -> (B, N), the relevancy vector over all tokens of that tower, special tokens included. A tower that sees
+            one image at a time has (images, N) if prompts hold several; the first tower never has. A tower that sees tiles, or
+            all images at once, has (B, N) with all image tokens of a prompt, and zeros after shorter prompts.
+        image: the patch entries on their grid (B, h, w); (images, h, w) if prompts hold several maps; a tuple of (h, w) if the
+            grids differ; None without an image. Maps are in the order of their tokens. An image in tiles has one map of all tiles
+            and one of its thumbnail if the places of the tiles are known, else a map per tile. A video has a map per frame.
+        image_samples: the sample of the batch that each map of `image` belongs to; default: one map per sample.
         text: the word entries (B, L), without special tokens and padding; shorter texts end in zeros.
-        token_ids: the ids of the entries of `text`, row by row, without padding.
+        token_ids: the ids of the entries of `text`, a list per sample, without padding.
         words: the tokens of `token_ids` as strings, see `with_tokens`.
-        regions: (B, R), the entries of image regions, for models that see boxes instead of patches.
-        boxes: (B, R, 4), x1, y1, x2, y2 of the regions relative to the image.
-        scores: (B,) the explained scores; None for methods without scores.
-        of: what the scores are, "logit", "log_probability" or "margin": always of an answer, of a target where the method's `of`
-            says it. None = a target's logit or similarity, or what a callable gives.
-        gap: (B,), of "integrated_gradients": the sum of all entries less the score's gain over the baseline, which they miss with
-            few steps. None for methods whose entries need not add up, and with `freeze`.
-        target: text, class or token index of each score; None for a callable.
+        scores: (B,), the explained scores; None for methods without scores.
+        target: the text, class or token index of each score; None for a callable.
+        answer: the token ids of a decoder's explained answer, a list per sample, or of the prompt of `prompt_maps`; else None.
         method: the name of the method of `explain`, with those of its options that differ from the defaults. `start_layer`: one
             of these, 0 = all layers.
-        position: tower -> (B,) int64, the token whose row is read. Towers without such a token (mean, pooling head) are missing.
-        contribution: tower -> (B, N), of towers where rows of several tokens are read, as a mean is: what attention brought,
-            which is `relevancy` without what the residual connections keep of the rows' weights.
-        text_positions: where each entry of `text` stands in its tower, row by row; an encoder-decoder's answer stands in the
-            decoder.
-        answer: the ids of the tokens of a decoder's explained answer, row by row, or of the prompt of `prompt_maps`, or None.
-        token_names: the tokens of the first tower, where they are neither words nor patches, as a robot's state and its steps.
-        sinks: the tokens of each sample that receive attention without content, where the method has `sinks="remove"`; else None.
-        no_map: why there is no map, though the model was given a picture or a sound, as for BLIP-2 and Whisper; else None.
-            Figures and pages say it, too.
-        tower_images: tower -> maps like `image`, where several towers see the images. `image` is of the one nearest to the
+        of: what the scores are, "logit", "log_probability" or "margin": known for every answer, and for a target if the method's
+            `of` is set. None = a target's logit or similarity, or what a callable returns.
+        position: tower -> (B,) int64, the explained position. Towers without one (mean, pooling head) are missing.
+        contribution: tower -> (B, N), for towers with several explained positions, such as a mean: the contribution of attention,
+            i.e. `relevancy` without the part of the positions' weights that the residual connections keep.
+        gap: (B,), for "integrated_gradients": the sum of all entries minus the score's gain over the baseline. It is not 0 if
+            there are few steps. None for methods whose entries need not add up, and with `freeze`.
+        regions: (B, R), the entries of image regions, for models that see boxes instead of patches.
+        boxes: (B, R, 4), x1, y1, x2, y2 of the regions relative to the image.
+        photos: the number of the photo under each map of `image` (or under the boxes of each sample), counted from 0 in the order
+            of the maps. Tiles and their thumbnail have one photo, and so have images with the same pixels; each frame of a video
+            has its own. None = not known.
+        crops: x1, y1, x2, y2 of each map relative to its photo, if the inputs determine it, else None: (0, 0, 1, 1) for tiles
+            that show the whole photo, and more than 1 if the model's processor added an edge.
+        text_positions: the position of each entry of `text` in its tower, a list per sample; an encoder-decoder's answer has its
+            positions in the decoder.
+        token_names: the tokens of the first tower, if they are neither words nor patches, such as a robot's state and its steps.
+        sinks: the tokens of each sample that receive attention without content, for methods with `sinks="remove"`; else None.
+        no_map: why there is no map although the model was given an image or a sound, as for BLIP-2 and Whisper; else None.
+            Figures and pages show it, too.
+        tower_images: tower -> maps like `image`, if several towers see the images. `image` is that of the tower nearest to the
             pixels.
 
-    A row that is read puts the most on itself, for any input: about 1 on its token, 1/N on each token of a mean. So `image`,
-    `text`, `regions`, pictures and tables leave that out: the whole entry of a single token, and of several what is not
-    `contribution`. `self_relevancy` holds it, and `relevancy` has both.
+    The explained position always gives itself the most relevancy: about 1 on its token, 1/N on each token of a mean. So `image`,
+    `text`, `regions`, figures and tables leave that part out: for a single position its whole entry, for several what is not
+    `contribution`. `self_relevancy` holds it, and `relevancy` contains both.
 
     With an answer of T tokens, the last `len(answer[b])` entries of `text[b]` and of `token_ids[b]` are the answer's, in order
-    and special tokens included: the relevancy of earlier words of the answer for later ones. Two forms:
+    and special tokens included: the relevancy of earlier words of the answer for later ones. There are two forms:
 
-    - `per_token`, each by itself: `relevancy` holds (B, T, N), `scores` (B, T), `text` (B, T, L), `image` (images, T, h, w) or a
-      tuple of (T, h, w), `position` (B, T). Row t explains token t. Shorter answers end in zeros.
-    - all tokens at once: shapes as without an answer, but `position` (B, T) lists all read rows (shorter answers repeat one).
+    - `per_token`, each token by itself: `relevancy` holds (B, T, N), `scores` (B, T), `text` (B, T, L), `image` (images, T, h, w)
+      or a tuple of (T, h, w), `position` (B, T). Entry t explains token t. Shorter answers end in zeros.
+    - all tokens at once: shapes as without an answer, but `position` (B, T) lists all explained positions (shorter answers repeat
+      one).
     """
 
     def __getitem__(self, index: int | slice) -> Self:
-        """One row of the batch, by its number, as an explanation of one sample; several by a slice."""
+        """Returns one sample of the batch as an explanation, by its number; several by a slice."""
         return some_samples(self, chosen_rows(index, len(self)))
 
     def __iter__(self) -> Iterator[Explanation]:
-        """The explanations of the rows, one by one."""
+        """Yields the explanations of the samples, one by one."""
         return (self[number] for number in range(len(self)))
 
     def with_tokens(self, processor: Any) -> Self:
-        """A copy with `tokens` named by `convert_ids_to_tokens` of a Hugging Face tokenizer or processor."""
+        """Returns a copy whose `tokens` are strings, by `convert_ids_to_tokens` of a Hugging Face tokenizer or processor."""
         if self.token_ids is None:
-            raise ValueError("This explanation has no text, so it has no tokens to name. Leave with_tokens out")
+            raise ValueError("with_tokens needs an explanation with text; got one without token_ids. Leave with_tokens out")
         convert = getattr(processor, "tokenizer", processor).convert_ids_to_tokens
         return replace(self, words=[[str(word) for word in convert(row)] for row in self.token_ids])
 
     def with_photo(self, image: Any, *, crop: Any = None, processor: Any = None) -> Explanation:
-        """A copy that a notebook shows over its photo, or photos; the arguments are those of `plot`. Files do not hold them, and
-        neither do copies of the copy.
+        """Returns a copy that a notebook shows over its photo, or photos. The arguments are those of `plot`. Neither saved files
+        nor copies of the copy hold the photos.
 
         Example:
             >>> explanation = Explanation({"vision": torch.rand(1, 4)}, image=torch.rand(1, 2, 2))
@@ -128,12 +132,12 @@ class Explanation(Explained):
         return shown
 
     def to_numpy(self) -> dict[str, Any]:
-        """Every tensor as a NumPy array under the name of its field; dicts stay dicts, tuples of maps become lists."""
+        """Returns every tensor as a NumPy array by the name of its field; dicts stay dicts, tuples of maps become lists."""
         arrays = {name: _arrays(getattr(self, name)) for name in (*_TENSORS, *_OF_TOWERS, "image", "tower_images")}
         return {name: value for name, value in arrays.items() if value is not None}
 
     def save(self, path: str | Path) -> Path:
-        """Write values (safetensors) and facts (JSON in its metadata) to `path`; the `load` of this class reads them back."""
+        """Writes tensors (safetensors) and metadata (JSON in its header) to `path`; `load` of this class reads them back."""
         check_writable("path", Path(path))
         tensors = {name: value for name in _TENSORS if (value := getattr(self, name)) is not None}
         for of in _OF_TOWERS:
@@ -150,14 +154,14 @@ class Explanation(Explained):
             **{name: getattr(self, name) for name in _FACTS},
             "of_class": json.dumps({name: getattr(self, name) for name in further}) if (further := self._further()) else None,
         }
-        # safetensors refuses tensors that share memory, and a map may be a view of its row.
+        # safetensors does not support tensors that share memory, and a map may be a view of its relevancy vector.
         values = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
         write_tensors(Path(path), values, {"explanation": json.dumps(facts, default=asdict)})
         return Path(path)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read what `save` wrote.
+        """Reads what `save` wrote.
 
         Raises:
             ValueError: `path` holds something else, or a truncated file.
@@ -172,8 +176,8 @@ class Explanation(Explained):
             further: dict[str, Any] = json.loads(facts.get("of_class") or "{}")
             if set(further) != set(cls._further()):
                 reader = "vlattn_fast.interpret.LayerExplanation" if further else "vlattn_fast.Explanation"
-                raise ValueError(f"it is of another class than {cls.__name__}. Load it by {reader}.load")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # file is no mapping
+                raise ValueError(f"it is not a file of {cls.__name__}. Load it with {reader}.load")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # file is not a mapping
             maps: dict[str, Any] = {
                 name: tensors[f"{name}.0"] if count is None else tuple(tensors[f"{name}.{i}"] for i in range(count))
                 for name, count in facts["maps"].items()
@@ -198,10 +202,10 @@ class Explanation(Explained):
         return [name for name in cls.__dataclass_fields__ if name not in Explained.__dataclass_fields__]
 
     def top(self, k: int = 5) -> list[Entry]:
-        """The `k` largest entries of each tower, per row and per token of an answer, largest first.
+        """Returns the `k` largest entries of each tower, per sample and per token of an answer, largest first.
 
-        The entries are a tower's patches, words or regions where these are known, else all its tokens. Entries of one tower can
-        be compared; entries of different towers cannot.
+        The entries are a tower's patches, words or regions if these are known, else all its tokens. You can compare entries of
+        one tower, but not entries of different towers.
 
         Example:
             >>> explanation = Explanation({"text": torch.tensor([[0.0, 0.3, 0.5]])})
@@ -211,12 +215,14 @@ class Explanation(Explained):
         return table.largest(self, k)
 
     def to_pandas(self) -> pd.DataFrame:
-        """Every entry as a line: row, answer (the token's number), tower, part, position, image, y, x, word, value."""
+        """Returns a data frame with a line per entry: row (the sample), answer (the token's number), tower, part, position,
+        image, y, x, word, value."""
         with extra("tables"):
             return table.to_frame(self)
 
     def compare(self, other: Explanation) -> Comparison:
-        """The similarity of two explanations (methods, models, edited inputs) per tower and row, without the entry at `position`.
+        """Returns the similarity of two explanations per tower and sample, e.g. of two methods, models or inputs. The entry at
+        `position` is left out.
 
         Example:
             >>> plain = Explanation({"text": torch.tensor([[0.0, 0.3, 0.5]])})
@@ -227,17 +233,17 @@ class Explanation(Explained):
         return table.compare(self, other)
 
     def subtract_earlier(self, *, rank_filter: bool = False) -> Explanation:
-        """A copy for which earlier words of the answer are taken out of the map of each word, as method "tam" does with its own.
+        """Returns a copy in which each word's map is without the maps of earlier words of the answer, as in method "tam".
 
         The map M of a word becomes max(M - a I, 0), where I is the mean of the maps of the earlier words, weighted with their
-        relevancy for this word, and a is the least-squares scale of both. Words of the same token are left out, and negative
-        relevancy counts as zero. Only `image` changes.
+        relevancy for this word, and a minimises the square of M - a I (Li et al. 2025, arXiv 2506.23270). Words of the same token
+        are left out, and negative relevancy counts as zero. Only `image` changes. The model does not run.
 
         Args:
-            rank_filter: also take outliers out of each map, by the rank Gaussian filter of the paper.
+            rank_filter: also remove outliers from each map, with the rank Gaussian filter of the paper.
 
         Raises:
-            ValueError: an explanation without an answer whose tokens have a row each, or without an image.
+            ValueError: an explanation without an answer explained per token, or without an image.
         """
         return subtract_earlier(self, rank_filter)
 
@@ -254,32 +260,33 @@ class Explanation(Explained):
         scale: str = "max",
         common: bool = False,
     ) -> Figure:
-        """Draw maps and words: a line per row, or a map per word of an answer with a table of its words.
+        """Draws maps and words: a line per sample, or a map per word of an answer with a table of its words.
 
-        The maps of a row share a scale, from 0 (transparent over an image, and on the scale) to their largest value. Where some
-        values are below 0, it goes as far below as above, and they are blue. Beside it stands the range of the values. If the
-        model saw a photo in tiles, one map is called "thumbnail" and one "tiles". More than six rows wrap into a grid, and more
-        than four panels of a row into lines; with more than six, its photos are under the maps only. An answer of more than 40
-        words, or a video of more than 40 frames, has its maps on one sheet with one scale, and the answer's table has fewer names
-        than words. A row without maps and words shows the entries of its towers. Letters that matplotlib's font lacks (Chinese,
-        Japanese, Korean, emoji) are drawn in an installed font that has them, if any.
+        The maps of a sample share a scale, from 0 (transparent over an image, and on the scale) to their largest value. If some
+        values are below 0, the scale goes as far below as above, and they are blue. The range of the values is next to it.
 
         Args:
             image: the photo under the maps: a path or file, a PIL image, array or tensor (H, W, 3) or (3, H, W), floats in [0, 1]
-                or bytes; or one per map. None draws the maps alone.
-            rows: rows of the batch to draw; all by default.
-            labels: names of the rows, such as classes or their numbers; by default their text.
-            crop: the part of the image under the maps, if not all: x1, y1, x2, y2 relative to the image, or one box per map.
-                CLIP's processor, for example, shows the model the middle square. A warning names a map whose shape is not the
-                photo's, unless `crop` or `processor` say why.
-            processor: the model's processor, or timm's or open_clip's function from a PIL image to a tensor, in place of `crop`:
-                the part is measured on pictures of the photo's size.
-            cmap: matplotlib's name of the colours.
-            alpha: opacity of the largest value over an image.
+                or bytes; or one per map. None draws only the maps.
+            processor: the model's processor, or timm's or open_clip's function from a PIL image to a tensor, to find the part of
+                the photo under the maps: it is measured on images of the photo's size.
+            crop: that part, in place of `processor`: x1, y1, x2, y2 relative to the image, or one box per map. For example,
+                CLIP's processor shows the model the middle square. Without both, a map whose shape differs from the photo's gives
+                a warning.
+            rows: samples of the batch to draw. Default: all.
+            labels: names of the samples, such as classes or their numbers. Default: their text.
             scale: where the colours of the maps end: "max" = at the largest value; "quantile" = at the value that 99 % of the
                 patches do not exceed, for a map in which one patch is many times the others. Larger values then have the last
-                colour, the scale ends in a point, and the range beside it says where it clips.
-            common: one scale for all rows and all words, as the box "One scale" of the page.
+                colour, the scale ends in a point, and the range next to it shows where it clips.
+            common: one scale for all samples and all words, as the box "One scale" of the page.
+            cmap: a matplotlib colormap, by its name.
+            alpha: opacity of the largest value over an image.
+
+        If the model saw a photo in tiles, one map is called "thumbnail" and one "tiles". More than six samples wrap into a grid,
+        and more than four panels of a sample into lines; with more than six, its photos are only under the maps. An answer of
+        more than 40 words, or a video of more than 40 frames, has its maps on one sheet with one scale, and the answer's table
+        has fewer names than words. A sample without maps and words shows the entries of its towers. Characters that matplotlib's
+        font lacks (Chinese, Japanese, Korean, emoji) are drawn in an installed font that has them, if any.
 
         Returns:
             A matplotlib Figure (without pyplot: nothing is shown or kept open).
@@ -300,14 +307,14 @@ class Explanation(Explained):
         alpha: float = 0.85,
         scale: str = "max",
     ) -> Picture:
-        """A photo under the map of one row, as a picture of the photo's size: no title, no scale. The ends of the scale, which
-        begins at 0 as that of `plot`, and the range of the values are the picture's `info["scale"]` and `info["range"]`.
+        """Returns a photo under the map of one sample, as an image of the photo's size, without title and scale. The ends of the
+        scale, which begins at 0 as in `plot`, and the range of the values are in the image's `info["scale"]` and `info["range"]`.
 
         Args:
-            image, crop, processor, cmap, alpha, scale: as for `plot`.
-            row: of the batch.
-            word: of the row's answer, where each word has a map; None = the sum of their maps.
-            panel: which of the row's maps, where it has several: frames of a video, a thumbnail beside tiles.
+            image, processor, crop, scale, cmap, alpha: as for `plot`.
+            row: the sample of the batch.
+            word: the number of a word of the answer, if each word has a map; None = the sum of their maps.
+            panel: which of the sample's maps, if it has several, such as the frames of a video, or a thumbnail and tiles.
 
         Returns:
             A PIL image in RGB.
@@ -327,36 +334,37 @@ class Explanation(Explained):
         scale: str = "max",
         others: Sequence[Explanation] = (),
     ) -> Page:
-        """One self-contained page without network: choose a row, or a word of the answer, and see its map and words.
+        """Returns one self-contained page that needs no network: you choose a sample, or a word of the answer, and see its map
+        and words.
 
         The page stores the image once, in its resolution or, above 300 kB, in a smaller one.
 
         Args:
-            image, labels, crop, processor, cmap, scale: as for `plot`. The page has a box that switches the scale.
+            image, processor, crop, labels, scale, cmap: as for `plot`. The page has a box that switches the scale.
             title: heading of the page.
-            others: explanations of the same input by other methods, which the page can switch to.
+            others: explanations of the same input with other methods, which the page can switch to.
 
         Returns:
             The page's text, a `str`. A notebook shows it in a frame.
         """
         with extra("viz"):
             check_items("others", others, "a sequence of explanations")
-            if isinstance(others, Explanation):  # whose rows are explanations, too
-                raise TypeError(f"others must be a sequence of explanations; got {others!r}. Write [explanation]")
+            if isinstance(others, Explanation):  # its samples are explanations, too
+                raise TypeError(f"others must be a sequence of explanations; got {others!r}. Pass [explanation]")
             for one in others:
                 if not isinstance(one, Explanation):
                     raise TypeError(f"others must be a sequence of explanations; got {describe(one)}")
             return render([self, *others], image, labels, crop, processor, title, cmap, scale)
 
     def save_html(self, path: str | Path, image: Any = None, **options: Any) -> Path:
-        """Write the page of `to_html`, which has the same options, to `path`."""
+        """Writes the page of `to_html`, with the same options, to `path`."""
         check_writable("path", Path(path))
         page = self.to_html(image, **options)
         Path(path).write_text(page, encoding="utf-8")
         return Path(path)
 
     def _repr_html_(self) -> str | None:
-        """The page for a notebook, with the photo of `with_photo`; None, for plain text, where a package for pages is missing."""
+        """The page for a notebook, with the photo of `with_photo`; None, i.e. plain text, if a package for pages is missing."""
         try:
             return self.to_html(**getattr(self, "_photo", {}))._repr_html_()
         except ModuleNotFoundError:

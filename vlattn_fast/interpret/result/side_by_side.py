@@ -1,4 +1,4 @@
-"""Explanations side by side, under names of the caller: methods, checkpoints, inputs."""
+"""Explanations side by side, under the caller's names: methods, checkpoints, inputs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class SideBySide:
-    """The result of `compare`: a figure by `plot`, a page by `to_html`, numbers by `table`. A notebook shows the page."""
+    """The result of `compare`: `plot` draws a figure, `to_html` makes a page, `table` has numbers. A notebook shows the page."""
 
     explanations: dict[str, Explanation]
     image: Any = None
@@ -34,8 +34,8 @@ class SideBySide:
 
     @property
     def table(self) -> list[dict[str, Any]]:
-        """How much the first explanation and each other are alike: a dict per tower and row, with "one" and "other", the names,
-        and the rest of `Explanation.compare`. Explanations of other tokens than the first's are left out."""
+        """The similarity of the first explanation and each other one: a dict per tower and sample, with the names "one" and
+        "other", and the keys of `Explanation.compare`. Explanations of other tokens than the first's are left out."""
         (first, one), *others = self.explanations.items()
         lines = []
         for name, second in others:
@@ -46,11 +46,11 @@ class SideBySide:
     def plot(
         self, *, rows: Any = None, cmap: str | None = None, alpha: float = 0.85, scale: str | None = None, common: bool = False
     ) -> Figure:
-        """A map for each explanation, under its name and score and above its scale with the range of its values; dashes around
-        the part of the photo that a model saw, if it did not see all; words as a table, a line for each explanation.
+        """Draws a map for each explanation, under its name and score and above its scale with the range of its values; dashes
+        around the part of the photo that a model saw, if it did not see all; words as a table, a line for each explanation.
 
-        The arguments are those of `Explanation.plot`; `cmap` and `scale` are by default those of `compare`. Each map has its own
-        scale, or with `common` all of a row have one.
+        The arguments are those of `Explanation.plot`; `cmap` and `scale` default to those of `compare`. Each map has its own
+        scale; with `common` all maps of a sample share one.
         """
         with extra("viz"):
             return self._multiples(rows, cmap, alpha, scale, common).figure()
@@ -65,12 +65,12 @@ class SideBySide:
         scale: str | None = None,
         common: bool = False,
     ) -> Page:
-        """The same as one self-contained page, with `table` below. A notebook shows it in a frame."""
+        """Returns the same as one self-contained page, with `table` below. A notebook shows it in a frame."""
         with extra("viz"):
             return self._multiples(rows, cmap, alpha, scale, common).page(title, self.table)
 
     def save_html(self, path: str | Path, **options: Any) -> Path:
-        """Write the page of `to_html`, which has the same options, to `path`."""
+        """Writes the page of `to_html`, with the same options, to `path`."""
         check_writable("path", Path(path))
         Path(path).write_text(self.to_html(**options), encoding="utf-8")
         return Path(path)
@@ -81,7 +81,7 @@ class SideBySide:
         return Multiples(maps, self.image, self.labels, self.crop, self.processor, cmap, rows, alpha, scale, common)
 
     def _repr_html_(self) -> str | None:
-        """The page for a notebook; None, for plain text, where a package for pages is missing."""
+        """The page for a notebook; None, i.e. plain text, if a package for pages is missing."""
         try:
             return self.to_html()._repr_html_()
         except ModuleNotFoundError:
@@ -101,25 +101,27 @@ def compare(
     cmap: str = "inferno",
     scale: str = "max",
 ) -> SideBySide:
-    """Explanations side by side, as a figure and as a page: by several methods, of several checkpoints or of several inputs.
+    """Shows explanations side by side, as a figure, a page and a table: of several methods, checkpoints or inputs.
 
-    Args:
-        explanations: by the names under which they are shown. Each has the same number of rows, and with an answer the same
-            number of words.
-        image: the photo under all maps, as for `Explanation.plot`; or one for each name, in a dict.
-        labels, crop, processor, cmap, scale: as for `Explanation.plot`. `scale="quantile"` shows more of maps in which one patch
-            is many times the others, as "rollout" and "weighted" make them.
-
-    Raises:
-        TypeError: `explanations` is no dict of explanations.
-        ValueError: explanations of different numbers of rows or words; names of `image` that are not those of `explanations`; an
-            unknown `scale`.
+    No model runs. The table compares the first explanation with each other one: cosine and rank correlation.
 
     Example:
         >>> import torch, vlattn_fast as va
         >>> before, after = (va.Explanation({"text": torch.tensor([[0.0, 0.3, x]])}) for x in (0.5, 0.1))
         >>> va.compare({"before": before, "after": after}).table
         [{'one': 'before', 'other': 'after', 'tower': 'text', 'row': 0, 'cosine': 0.759257, 'rank': -1.0}]
+
+    Args:
+        explanations: a dict from the names that are shown. All have the same number of samples, and with an answer the same
+            number of words.
+        image: the photo under all maps, as for `Explanation.plot`; or one for each name, in a dict.
+        processor, crop, labels, scale, cmap: as for `Explanation.plot`. `scale="quantile"` shows more of maps in which one patch
+            is many times the others, as those of "rollout" and "weighted".
+
+    Raises:
+        TypeError: `explanations` is not a dict of explanations.
+        ValueError: explanations with different numbers of samples or words; names of `image` that are not those of
+            `explanations`; an unknown `scale`.
     """
     legend = "explanations must be a dict from names to explanations"
     if not isinstance(explanations, Mapping) or not explanations:
@@ -129,14 +131,14 @@ def compare(
             raise TypeError(f"{legend}; got {describe(one)} for {name!r}")
         if isinstance(one, LayerExplanation):
             raise TypeError(
-                f"explanations must have one map each; got those of layers for {name!r}. Choose one by at(layer, head)"
+                f"explanations must have one map each; got a LayerExplanation for {name!r}. Choose a map with at(layer, head)"
             )
     counts = {name: len(one) for name, one in explanations.items()}
     if len(set(counts.values())) > 1:
-        raise ValueError(f"explanations must have as many rows each; got {counts}. Choose some by explanation[i]")
+        raise ValueError(f"explanations must have the same number of samples; got {counts}. Choose some with explanation[i]")
     words = {name: [len(row) for row in one.answer or []] if one.per_token else None for name, one in explanations.items()}
     if any(of_rows != next(iter(words.values())) for of_rows in words.values()):
-        raise ValueError(f"explanations must have as many words of an answer each; got {words}")
+        raise ValueError(f"explanations must have the same number of answer words; got {words}")
     if image is not None and not any(one.is_spatial for one in explanations.values()):
         raise ValueError(f"image must be None for explanations without maps; got {describe(image)}")
     if isinstance(image, Mapping) and set(image) != set(explanations):

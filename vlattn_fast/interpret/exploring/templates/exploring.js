@@ -43,7 +43,7 @@ function explore(model, el) {
     model.send({ edits });
   }
 
-  /* The edit is added, or taken away where it is there. */
+  /* Adds the edit, or removes it if it is there. */
   function toggle(edit) {
     if (waits) return;
     const edits = edited().edits;
@@ -61,7 +61,7 @@ function explore(model, el) {
     else toggleAll(layer, factor);
   }
 
-  /* All heads of a layer are scaled, or none of them where all are. */
+  /* All heads of a layer are scaled, or none of them if all are. */
   function toggleAll(layer, factor) {
     if (waits) return;
     const every = Array.from({ length: heads.get(layer) }, (_, head) => ({ layer, head, factor }));
@@ -96,14 +96,14 @@ function explore(model, el) {
     pane.range.textContent = view.figures.length ? `${rangeText(view, low, high)}, in colours from ${format(low)} to ${format(high)}.` : "";
     pane.score.textContent = shows() ? `${before.scored} \u2192 ${one.scored}` : one.scored;
     const answers = [page.models[page.panes[i].model].answers, shows() ? edited().answers[page.panes[i].model] : []].map((all) => all[one.row]);
-    pane.said.textContent = answers[0] === undefined ? "" : answers[1] === undefined ? `says: ${answers[0]}` : `says: ${answers[0]} \u2192 ${answers[1]}`;
+    pane.answer.textContent = answers[0] === undefined ? "" : answers[1] === undefined ? `answer: ${answers[0]}` : `answer: ${answers[0]} \u2192 ${answers[1]}`;
     showWords(pane, i, one);
   }
 
   function showWords(pane, i, one) {
     const largest = Math.max(...compared(i, (each) => each.words).flat().map(Math.abs), 0) || 1;
     pane.words.replaceChildren();
-    /* Behind the prompt's words stand those of the answer, which are choices. */
+    /* After the prompt's words come those of the answer, which are choices. */
     const answer = page.panes[i].choices.filter((each) => each.row === one.row).map((each) => ({ text: each.label, space: true }));
     [...page.texts[one.row], ...answer].slice(0, one.words.length).forEach((word, number) => {
       if (word.space) pane.words.append(" ");
@@ -157,7 +157,7 @@ function explore(model, el) {
     return { cells, note: make("p", holder, { className: "note" }) };
   }
 
-  /* --- the flow from group to group, layer behind layer --- */
+  /* --- the flow from group to group, layer after layer --- */
 
   function drawn(tag, parent, attributes, text) {
     const node = parent.appendChild(document.createElementNS("http://www.w3.org/2000/svg", tag));
@@ -171,7 +171,7 @@ function explore(model, el) {
     const largest = Math.max(...each.flow.flat(2).map((value) => Math.abs(value || 0)), 0);
     const height = lane * page.groups.length, ribbons = [];
     const svg = drawn("svg", make("div", holder, { className: "scroll" }), { viewBox: `0 0 ${left + width * layers.length + 10} ${height + 26}`, role: "group", "aria-label": "Flow between groups by layer" });
-    svg.style.minWidth = `${0.85 * (left + width * layers.length)}px`; /* else the letters become too small to read */
+    svg.style.minWidth = `${0.85 * (left + width * layers.length)}px`; /* else the letters are too small */
     page.groups.forEach((group, i) => {
       drawn("line", svg, { x1: left, x2: left + width * layers.length, y1: lane * (i + 0.5), y2: lane * (i + 0.5) });
       drawn("text", svg, { x: left - 8, y: lane * (i + 0.5) + 4, "text-anchor": "end" }, group);
@@ -217,9 +217,9 @@ function explore(model, el) {
     parts.afterBar.hidden = edited().panes.length === 0;
     parts.edits.replaceChildren();
     for (const edit of edited().edits) {
-      make("button", parts.edits, { type: "button", textContent: `${named(edit)} \u00d7`, title: "take this edit away" }).addEventListener("click", () => toggle(edit));
+      make("button", parts.edits, { type: "button", textContent: `${named(edit)} \u00d7`, title: "remove this edit" }).addEventListener("click", () => toggle(edit));
     }
-    if (edited().edits.length) make("button", parts.edits, { type: "button", textContent: "take all away" }).addEventListener("click", () => waits || ask([]));
+    if (edited().edits.length) make("button", parts.edits, { type: "button", textContent: "remove all" }).addEventListener("click", () => waits || ask([]));
   }
 
   function build() {
@@ -247,7 +247,7 @@ function explore(model, el) {
     parts.panes = page.panes.map((pane) => {
       const holder = make("section", side, { className: "pane" });
       make("h3", holder, { textContent: pane.name });
-      const names = { figures: "div", range: "p", score: "p", said: "p", words: "p" }, classes = { figures: "figures", range: "note", score: "note score", said: "said", words: "words" };
+      const names = { figures: "div", range: "p", score: "p", answer: "p", words: "p" }, classes = { figures: "figures", range: "note", score: "note score", answer: "answer", words: "words" };
       return Object.fromEntries(Object.entries(names).map(([name, tag]) => [name, make(tag, holder, { className: classes[name] })]));
     });
     make("h4", root, { textContent: "Layers and heads" });

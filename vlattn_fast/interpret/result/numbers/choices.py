@@ -1,4 +1,4 @@
-"""The samples of an Explanation for pictures and tables, each with one `Choice`, or one per word of an answer."""
+"""The samples of an Explanation for figures and tables, each with one `Choice`, or one per word of an answer."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 
 @dataclass(frozen=True)
 class Patch:
-    """Values on a part of a picture."""
+    """Values on a part of an image."""
 
     index: int  # the number of the map among all maps, or of the sample for regions
     values: Array  # (h, w), evenly over `box`; (1, 1) for a region
-    box: Box | None = None  # x1, y1, x2, y2 relative to the picture; None = the caller's crop
+    box: Box | None = None  # x1, y1, x2, y2 relative to the image; None = the caller's crop
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Choice:
     patches: list[Patch]  # maps and regions
     towers: dict[str, list[Patch]]  # other maps, by tower
     values: Array  # one per word of `Sample.words`
-    relevancy: dict[str, Array]  # tower -> its row, without what the rows that are read put on themselves
+    relevancy: dict[str, Array]  # tower -> its relevancy vector, without what the explained positions give themselves
     at_position: dict[str, float]  # tower -> the sum of that, if known
 
 
@@ -54,14 +54,14 @@ class Sample:
     prompt: list[Word]
     answer: list[Word]
     words: list[Word]  # of `prompt` and `answer`, those that have values
-    choices: list[Choice]  # the sample itself, or the words of its answer where each token has a row
+    choices: list[Choice]  # the sample itself, or the words of its answer if it is explained per token
 
 
 def chosen_numbers(rows: Any, count: int) -> list[int] | None:
-    """The rows that are drawn, of `count`; None = all."""
+    """The samples to draw, of `count`; None = all."""
     if rows is None:
         return None
-    check_items("rows", rows, "numbers of rows")
+    check_items("rows", rows, "numbers of samples")
     rows = list(rows)
     for row in rows:
         check_integer("rows", row)
@@ -71,14 +71,14 @@ def chosen_numbers(rows: Any, count: int) -> list[int] | None:
 
 
 def read_samples(explanation: Explained, labels: Any = None, numbers: Sequence[int] | None = None) -> list[Sample]:
-    """The samples of an explanation, all or those of some numbers, by their text or class or by `labels` for the whole batch."""
+    """The samples of an explanation, all or some, named by their text or class, or by `labels` for the whole batch."""
     if labels is not None:
-        check_items("labels", labels, "a name for each row")
+        check_items("labels", labels, "a name for each sample")
         if isinstance(labels, (Set, Mapping, bytes)) or not hasattr(labels, "__len__"):  # without an order, or read only once
-            raise TypeError(f"labels must be a name for each row; got {describe(labels)}")
+            raise TypeError(f"labels must be a name for each sample; got {describe(labels)}")
         labels = [str(label.item() if isinstance(label, Tensor) and label.ndim == 0 else label) for label in labels]
         if len(labels) != len(explanation):
-            raise ValueError(f"labels must be {len(explanation)}, one per row; got {len(labels)}")
+            raise ValueError(f"labels must be {len(explanation)}, one per sample; got {len(labels)}")
     tokens, answers = explanation.tokens, explanation.answer_tokens
     if tokens is None and explanation.text is not None and answers is None:  # the entries have no names
         tokens = [[str(place) for place in range(explanation.text.shape[-1])]] * len(explanation)
@@ -90,21 +90,21 @@ def read_samples(explanation: Explained, labels: Any = None, numbers: Sequence[i
         prompt, answer = _join(tokens[number], end, marks) if tokens is not None and shown else ([], [])
         label = _label(explanation, number, prompt, answer) if labels is None else labels[number]
         words = [] if explanation.text is None else [*prompt, *answer]
-        said = None
+        answered = None
         if explanation.per_token and end is not None:
-            said = join_tokens(end, marks) if tokens is None else _shifted(answer, len(end) - len(tokens[number]))
-        samples.append(Sample(label, prompt, answer, words, _choices(explanation, number, label, words, said)))
+            answered = join_tokens(end, marks) if tokens is None else _shifted(answer, len(end) - len(tokens[number]))
+        samples.append(Sample(label, prompt, answer, words, _choices(explanation, number, label, words, answered)))
     return samples
 
 
 def _join(tokens: list[str], answer: list[str] | None, marks: Marks) -> tuple[list[Word], list[Word]]:
-    """The words of a prompt, and the words of the answer behind the prompt."""
+    """The words of a prompt, and the words of the answer after the prompt."""
     if answer is None:
         return join_tokens(tokens, marks), []
     split = len(tokens) - len(answer)
-    behind = _shifted(join_tokens(tokens[split:], marks), split)
-    behind[:1] = [replace(word, space=True) for word in behind[:1]]
-    return join_tokens(tokens[:split], marks), behind
+    answered = _shifted(join_tokens(tokens[split:], marks), split)
+    answered[:1] = [replace(word, space=True) for word in answered[:1]]
+    return join_tokens(tokens[:split], marks), answered
 
 
 def score_text(score: float | None, of: str | None) -> str:
@@ -130,7 +130,7 @@ def _label(explanation: Explained, number: int, prompt: list[Word], answer: list
     text = "".join(" " * word.space + word.text for word in words).strip()
     if text:
         return text if len(text) <= 80 else text[:79] + "…"
-    return f"row {number}" if explanation.target is None else f"target {explanation.target[number]}"
+    return f"sample {number}" if explanation.target is None else f"target {explanation.target[number]}"
 
 
 def to_array(tensor: Tensor) -> Array:
@@ -139,13 +139,13 @@ def to_array(tensor: Tensor) -> Array:
     return (tensor if tensor.dtype.itemsize > 4 else tensor.float()).numpy()
 
 
-def _choices(explanation: Explained, number: int, label: str, words: list[Word], said: list[Word] | None) -> list[Choice]:
-    """The choices of a sample, whose text is added up to `words`.
+def _choices(explanation: Explained, number: int, label: str, words: list[Word], answer: list[Word] | None) -> list[Choice]:
+    """The choices of a sample, with the entries of its text added up to `words`.
 
     Args:
-        said: the words of the sample's answer, with tokens counted from the answer's first; None = the sample is one choice.
+        answer: the words of the sample's answer, with tokens counted from the answer's first; None = the sample is one choice.
     """
-    ranges = None if said is None else [word.tokens for word in said]
+    ranges = None if answer is None else [word.tokens for word in answer]
     count = 1 if ranges is None else len(ranges)
 
     def pick(values: Tensor) -> Array:
@@ -182,8 +182,8 @@ def _choices(explanation: Explained, number: int, label: str, words: list[Word],
     return [
         Choice(
             sample=number,
-            label=label if said is None else said[i].text,
-            space=said is None or said[i].space,
+            label=label if answer is None else answer[i].text,
+            space=answer is None or answer[i].space,
             score=None if scores is None else float(scores[i]),
             of=explained_as(explanation),
             patches=of(i, patches),
@@ -205,7 +205,7 @@ def _sums(values: Array, ranges: Sequence[range], axis: int) -> Array:
 
 
 def tower_row(explanation: Explained, tower: str, sample: int) -> Tensor:
-    """A tower's entries for one sample, all its images in turn, without what the rows that are read put on themselves."""
+    """A tower's entries for one sample, all its images in turn, without what the explained positions give themselves."""
     values = explanation.relevancy[tower]
     alone = len(values) == len(explanation)
     owners = [sample] if alone else [i for i, owner in enumerate(explanation.image_samples or []) if owner == sample]
@@ -225,7 +225,7 @@ def maps_of(explanation: Explained, maps: Maps | None, sample: int) -> list[tupl
 
 
 def panels(patches: Sequence[Patch], pictures: Sequence[Array] | None, crops: Sequence[Box]) -> list[list[Patch]]:
-    """Patches by panel: regions of one picture share it, and so do maps whose crops do not overlap."""
+    """Patches by panel: regions of one image share it, and so do maps whose crops do not overlap."""
     shown: list[tuple[int, list[Patch]]] = []
     for patch in patches:
         number = picture_number(patch, pictures)
@@ -246,7 +246,7 @@ def _overlap(one: Box, two: Box) -> bool:
 
 
 def picture_number(patch: Patch, pictures: Sequence[Array] | None) -> int:
-    """The number of the picture under a patch, 0 where there is one or none; the first of those that are the same."""
+    """The number of the image under a patch, 0 if there is one or none; the first of those that are the same."""
     if pictures is None or len(pictures) == 1:
         return 0
     return next(number for number, picture in enumerate(pictures) if picture is pictures[patch.index])

@@ -1,4 +1,4 @@
-"""The fields of an `Explanation`, checked, and the properties that pictures and tables read."""
+"""The fields of an `Explanation`, checked, and the properties that figures and tables use."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ FORMER_FIELDS = {"brought": "contribution", "image_rows": "image_samples"}  # in
 
 
 def with_names_of_today(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Stored fields, of which files of earlier formats have some by another name."""
+    """Stored fields, renamed if a file of an earlier format has them by another name."""
     return {FORMER_FIELDS.get(name, name): value for name, value in fields.items()}
 
 
 @dataclass(frozen=True, eq=False)
 class Explained:
-    """The fields, as `Explanation` describes them. TypeError or ValueError names a field that does not fit the others."""
+    """The fields, as `Explanation` describes them. A TypeError or ValueError names a field that does not fit the others."""
 
     relevancy: dict[str, Tensor]
     image: Tensor | tuple[Tensor, ...] | None = None
@@ -88,14 +88,14 @@ class Explained:
         for name in (*_BY_SAMPLE, *([] if self.text is None else _OF_TEXT)):
             value = getattr(self, name)
             if value is not None and len(value) != samples:
-                raise ValueError(f"{name} must have {samples} rows, as relevancy has; got {len(value)}")
+                raise ValueError(f"{name} must have {samples} samples, as relevancy has; got {len(value)}")
         for name in () if self.text is None else _OF_TEXT:
             longest = max(map(len, getattr(self, name) or []), default=0)
             if self.text is not None and longest > self.text.shape[-1]:
-                raise ValueError(f"{name} must be at most {self.text.shape[-1]} in a row, as text has; got {longest}")
+                raise ValueError(f"{name} must be at most {self.text.shape[-1]} per sample, as text has; got {longest}")
 
     def _check_pictures(self, fields: Mapping[str, Any]) -> None:
-        """The maps in these fields, whose samples they are, and what they are drawn on."""
+        """Checks the maps in these fields, the samples they belong to, and what they are drawn on."""
         samples = len(self)
         owners = range(samples) if self.image_samples is None else self.image_samples
         for name, maps in fields.items():
@@ -105,7 +105,7 @@ class Explained:
                 if 0 in part.shape[-2:]:
                     raise ValueError(f"{name} must have maps with at least one patch; got one of {tuple(part.shape)}")
             if len(owners) != len(maps):
-                raise ValueError(f"image_samples must name the row of each of the {len(maps)} maps of {name}; got {owners}")
+                raise ValueError(f"image_samples must name the sample of each of the {len(maps)} maps of {name}; got {owners}")
             if not all(0 <= owner < samples for owner in owners):
                 raise ValueError(f"image_samples must be from 0 to {samples - 1}; got {self.image_samples}")
         drawn = len(owners) if fields else samples
@@ -114,23 +114,23 @@ class Explained:
             if value is not None and len(value) != drawn:
                 raise ValueError(f"{name} must have an entry for each of {drawn} maps; got {len(value)}")
         if self.photos is not None and set(self.photos) != set(range(len(set(self.photos)))):
-            raise ValueError(f"photos must number them from 0 without a gap; got {self.photos}")
+            raise ValueError(f"photos must be numbered from 0 without a gap; got {self.photos}")
         for crop in self.crops or []:
             if crop is not None and not (len(crop) == 4 and crop[0] < crop[2] and crop[1] < crop[3]):
                 raise ValueError(f"crops must be x1, y1, x2, y2 with x1 < x2 and y1 < y2, or None; got {crop}")
 
     @property
     def per_token(self) -> bool:
-        """Whether each token of an answer has its own row."""
+        """Whether each token of an answer is explained by itself."""
         return self.answer is not None and next(iter(self.relevancy.values())).ndim == 3
 
     @property
     def is_spatial(self) -> bool:
-        """Whether some entries have a place in a picture."""
+        """Whether some entries have a place in an image."""
         return self.image is not None or bool(self.tower_images) or (self.regions is not None and self.boxes is not None)
 
     def without_self(self, tower: str, number: int | None = None) -> Tensor:
-        """A tower's entries of `relevancy` without `self_relevancy`, as pictures and tables show them: of all rows, or of one."""
+        """Returns a tower's `relevancy` without `self_relevancy`, as figures and tables show it: of all samples, or of one."""
         values, contribution, position = (
             self.relevancy[tower],
             (self.contribution or {}).get(tower),
@@ -142,8 +142,8 @@ class Explained:
 
     @property
     def self_relevancy(self) -> dict[str, Tensor]:
-        """tower -> what the rows that are read put on themselves, in the shape of `relevancy`: of a single token its whole entry,
-        of several what the residual connections keep of their weights. Towers whose rows have no such part are missing."""
+        """tower -> what the explained positions give themselves, in the shape of `relevancy`: for a single position its whole
+        entry, for several what the residual connections keep of their weights. Towers without such a part are missing."""
         return {name: difference(self.relevancy[name], self.without_self(name)) for name in self.explained_towers}
 
     @property
@@ -153,7 +153,7 @@ class Explained:
 
     @property
     def tokens(self) -> list[list[str]] | None:
-        """The tokens of the entries of `text` as strings: names after `with_tokens`, else ids."""
+        """The tokens of the entries of `text` as strings: their names after `with_tokens`, else their ids."""
         if self.words is not None or self.token_ids is None:
             return self.words
         return [[str(index) for index in row] for row in self.token_ids]
@@ -168,7 +168,7 @@ class Explained:
         return [row[len(row) - len(answer) :] for row, answer in zip(self.tokens, self.answer, strict=True)]
 
     def __len__(self) -> int:
-        """Rows of the batch."""
+        """Returns the number of samples."""
         return next(iter(self.relevancy.values())).shape[0]
 
     def __repr__(self) -> str:
@@ -177,8 +177,8 @@ class Explained:
 
 
 def subtract_self(values: Tensor, contribution: Tensor | None, position: Tensor | None) -> Tensor:
-    """Relevancy (..., N) as attention brought it, where that is known beside it, else with 0 at the tokens whose rows are read:
-    `position` (B,), (B, T) of rows (B, T, N), or (B, T) of rows (B, N) that several tokens have in common."""
+    """Relevancy (..., N) without what the explained positions give themselves: `contribution` if it is known, else with 0 at
+    `position`: (B,), (B, T) for relevancy (B, T, N), or (B, T) for relevancy (B, N) of several positions together."""
     if contribution is not None or position is None:
         return values if contribution is None else contribution
     index = position.to(values.device)
@@ -187,16 +187,16 @@ def subtract_self(values: Tensor, contribution: Tensor | None, position: Tensor 
 
 
 def difference(values: Tensor, rest: Tensor) -> Tensor:
-    """values - rest, with 0 where both are the same, which may be infinite."""
+    """values - rest, with 0 where both are equal, also if both are infinite."""
     return torch.where(values == rest, 0.0, values - rest)
 
 
 def _integers(name: str, value: Any) -> Any:
-    """`value`, also of tensors and arrays, which are no JSON, as lists of ints. TypeError where it holds anything else."""
+    """`value` as lists of ints for JSON, also from tensors and arrays. TypeError if it holds anything else."""
     value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         return [_integers(name, part) for part in value]
     try:
         return operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} must hold integers alone; got {describe(value)}") from None
+        raise TypeError(f"{name} must hold only integers; got {describe(value)}") from None

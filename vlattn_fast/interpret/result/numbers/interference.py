@@ -1,4 +1,4 @@
-"""The map of a word without those of earlier words, and a filter against outliers (Li et al. 2025, arXiv 2506.23270)."""
+"""The map of a word without the maps of earlier words, and a filter against outliers (Li et al. 2025, arXiv 2506.23270)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ E = TypeVar("E", bound=Explained)
 
 
 def rest_of_map(values: Tensor, earlier: Tensor, weights: Tensor) -> Tensor:
-    """max(M - a I, 0) of a map M (n), where I is the mean of the maps of earlier words (E, n) with `weights` (E), not negative,
-    and a minimises the square of M - a I."""
+    """max(M - a I, 0) of a map M (n), with I the mean of the maps of earlier words (E, n) with `weights` (E), not negative.
+    a minimises the square of M - a I."""
     interference = weights / (weights.sum() + 1e-8) @ earlier
     square = interference @ interference
     scale = (values @ interference) / square if square > 0 else 0.0
@@ -26,9 +26,9 @@ def rest_of_map(values: Tensor, earlier: Tensor, weights: Tensor) -> Tensor:
 def rank_filtered(maps: Tensor, size: int = 3) -> Tensor:
     """Maps (..., h, w), each number replaced by a mean of the `size` * `size` numbers around it in the order of their size.
 
-    The weights of the mean are a Gaussian over the ranks, around that of the median; its width is the standard deviation of the
-    numbers divided by their mean. Numbers that are all equal stay, and where the mean is not above zero, the result is zero.
-    Edges are mirrored, and repeated where a map is too narrow for that.
+    The weights of the mean are a Gaussian over the ranks, around the rank of the median; its width is the standard deviation of
+    the numbers divided by their mean. Numbers that are all equal stay; if the mean is not above zero, the result is zero. Edges
+    are mirrored, and repeated if a map is too narrow for that.
     """
     height, width = maps.shape[-2:]
     flat, pad = maps.reshape(-1, 1, height, width), size // 2
@@ -57,13 +57,11 @@ def subtract_earlier(explanation: E, rank_filter: bool) -> E:
     """See `Explanation.subtract_earlier`."""
     check_bool(rank_filter=rank_filter)
     if not explanation.per_token or explanation.answer is None:
-        raise ValueError(
-            "subtract_earlier needs an answer whose tokens have a row each, as explain(..., answer=...) gives it; got none"
-        )
+        raise ValueError("subtract_earlier needs an answer explained per token, as explain(..., answer=...) gives it; got none")
     if explanation.image is None or explanation.image_samples is None:
-        raise ValueError("subtract_earlier needs maps of an image, from which it subtracts those of earlier words; got none")
+        raise ValueError("subtract_earlier needs maps of an image; got an explanation without")
     if explanation.text_positions is None:
-        raise ValueError("subtract_earlier needs the text_positions of the answer's tokens, as explain gives them; got none")
+        raise ValueError("subtract_earlier needs the text_positions of the answer's tokens, as explain sets them; got None")
     row_of = next(iter(explanation.relevancy.values()))
     parts = []
     for maps, sample in zip(explanation.image, explanation.image_samples, strict=True):

@@ -1,4 +1,4 @@
-"""Some samples of an explanation of a batch, as `explain` gives them for these samples alone."""
+"""Some samples of an explanation of a batch, as if only these samples had been explained."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ _MAPS = ("image", "tower_images")
 
 
 def chosen_rows(index: Any, count: int) -> list[int]:
-    """The rows, from 0 on, that an index names among `count`: a number, negative from the end, or a slice. IndexError where a
-    number names none."""
+    """The samples, from 0, that an index names among `count`: a number, negative from the end, or a slice. IndexError for a
+    number out of range."""
     if isinstance(index, slice):
         return list(range(count)[index])
     try:
         number = operator.index(index)
     except TypeError:
-        raise TypeError(f"the index of an explanation must be the number of a row, or a slice; got {describe(index)}") from None
+        raise TypeError(f"index must be the number of a sample, or a slice; got {describe(index)}") from None
     if not -count <= number < count:
-        raise IndexError(f"the index of an explanation must be from {-count} to {count - 1}; got {number}")
+        raise IndexError(f"index must be from {-count} to {count - 1}; got {number}")
     return [number % count]
 
 
 def some_samples(explanation: E, rows: Sequence[int], in_front: int = 0, kept: Sequence[str] = ()) -> E:
-    """The part of an explanation that has these rows of the batch.
+    """The part of an explanation that has these samples of the batch.
 
     Args:
-        in_front: how many dimensions of relevancy, text, regions and each map stand in front of the samples.
-        kept: fields that are not of samples.
+        in_front: the number of dimensions of relevancy, text, regions and each map before that of the samples.
+        kept: fields that are not per sample.
     """
     batch, owners = len(explanation), explanation.image_samples or []
     maps_of = [(new, place) for new, row in enumerate(rows) for place, owner in enumerate(owners) if owner == row]
@@ -49,8 +49,8 @@ def some_samples(explanation: E, rows: Sequence[int], in_front: int = 0, kept: S
 
     def picked(value: Tensor, at: int) -> Tensor:
         if value.shape[at] not in (batch, len(owners)):
-            raise ValueError(f"explanation must have {batch} rows in each field; got {value.shape[at]}")
-        # a tower that sees one image at a time has a row for each
+            raise ValueError(f"explanation must have {batch} samples in each field; got {value.shape[at]}")
+        # a tower that sees one image at a time has a vector for each
         return of_places(value, rows if value.shape[at] == batch else chosen, at)
 
     def part(value: Any, at: int) -> Any:

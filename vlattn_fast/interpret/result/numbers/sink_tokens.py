@@ -15,14 +15,14 @@ class Sink:
 
     Args:
         tower: the key in `Explanation.relevancy`.
-        index: its place in the tower.
+        index: its position in the tower.
         reader: the tower whose tokens attend to it; in self-attention the same.
         layers: the numbers of the reader's layers in which it is a sink; a pooling head counts as one more layer.
         shares: layer -> its share of the layer's attention, the mean over heads and queries; all layers of the reader.
         norms: layer -> the norm of its values over the median of the tokens.
         place: (image, y, x) of a patch: which of the sample's maps, and where on its grid; else None.
         word: its name, where it has an id; else None.
-        removed: its share was taken out of the maps.
+        removed: its share is left out of the maps.
     """
 
     tower: str
@@ -37,7 +37,7 @@ class Sink:
 
     @property
     def name(self) -> str:
-        """Its tower and number, and its word or patch."""
+        """Its tower and position, and its word or patch."""
         where = self.word if self.place is None else f"patch y {self.place[1]}, x {self.place[2]}"
         return f"{self.tower} {self.index}" + ("" if where is None else f" ({where})")
 
@@ -50,7 +50,7 @@ class Sinks(list[list[Sink]]):
 
 
 def as_sinks(samples: Any) -> Sinks:
-    """Sinks by sample, also of what JSON makes of them. TypeError for anything else."""
+    """Sinks by sample, also from JSON. TypeError for anything else."""
     try:
         return Sinks([one if isinstance(one, Sink) else _of_json(**one) for one in sample] for sample in samples)
     except (TypeError, ValueError, AttributeError) as error:
@@ -64,7 +64,7 @@ def _of_json(layers: Any, shares: Any, norms: Any, place: Any, **others: Any) ->
 
 
 def sinks_line(samples: Sequence[Sequence[Sink]] | None) -> str:
-    """One line that names the sinks of all samples, those of the most attention first; "" where none was asked for."""
+    """One line that names the sinks of all samples, those of the most attention first; "" if `samples` is None."""
     if samples is None:
         return ""
     by_name: dict[tuple[int, str], float] = {}
@@ -75,8 +75,8 @@ def sinks_line(samples: Sequence[Sequence[Sink]] | None) -> str:
     if not by_name:
         return "No token receives attention without content."
     ordered = sorted(by_name.items(), key=lambda item: -item[1])
-    row = (lambda number: f"row {number}: ") if len(samples) > 1 else lambda number: ""
-    named = [f"{row(number)}{name}, up to {share:.0%} of a layer" for (number, name), share in ordered[:_NAMED]]
+    sample_name = (lambda number: f"sample {number}: ") if len(samples) > 1 else lambda number: ""
+    named = [f"{sample_name(number)}{name}, up to {share:.0%} of a layer" for (number, name), share in ordered[:_NAMED]]
     more = f"; and {len(ordered) - _NAMED} more" if len(ordered) > _NAMED else ""
     removed = any(sink.removed for sample in samples for sink in sample)
     return f"Attention without content{', left out of the maps' if removed else ''}: {'; '.join(named)}{more}."

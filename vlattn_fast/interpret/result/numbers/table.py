@@ -1,4 +1,4 @@
-"""An Explanation as a list of entries, as a data frame, and in comparison with another Explanation."""
+"""An Explanation as a list of entries, as a data frame, and compared with another Explanation."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ class Entry:
     """One number of an explanation, and the token it belongs to.
 
     Args:
-        row: of the batch.
-        answer: the answer's token that is explained; None where the row is one score.
+        row: the sample of the batch.
+        answer: the explained token of the answer; None if the sample has one score.
         tower: the key in `Explanation.relevancy`.
-        part: the kind of the entry's token; "token" where only the position in the tower is known.
-        position: among the row's words, patches, regions or tokens.
+        part: the kind of the entry's token; "token" if only the position in the tower is known.
+        position: its number among the sample's words, patches, regions or tokens.
         place: (image, y, x) of a patch: which map, and where on its grid.
-        word: the token of a word, as `Explanation.tokens` has it, or the name of a token, as `token_names` has it.
-        value: raw.
+        word: the token of a word, as in `Explanation.tokens`, or the name of a token, as in `token_names`.
+        value: the raw relevancy.
     """
 
     row: int
@@ -53,12 +53,12 @@ class Entry:
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """The similarity of two explanations per tower: tensors (B,), or (B, T) with a row per token of an answer.
+    """The similarity of two explanations per tower: tensors (B,), or (B, T) with an entry per token of an answer.
 
-    Tokens that are 0 in both, such as padding, do not count. NaN where no token counts, all have one value, or one is NaN.
+    Tokens that are 0 in both, such as padding, do not count. NaN if no token counts, all are equal, or one is NaN.
 
     Args:
-        cosine: tower -> the cosine of the angle between the rows.
+        cosine: tower -> the cosine of the angle between the relevancy vectors.
         rank: tower -> Spearman's correlation of the ranks.
     """
 
@@ -67,7 +67,7 @@ class Comparison:
 
     @property
     def table(self) -> list[dict[str, Any]]:
-        """A dict per tower and row: "tower", "row", "answer" where tokens of an answer have rows, "cosine", "rank"."""
+        """A dict per tower and sample: "tower", "row" (the sample), "answer" if it is explained per token, "cosine", "rank"."""
         lines = []
         for tower, cosines in self.cosine.items():
             for index in torch.cartesian_prod(*map(torch.arange, cosines.shape)).reshape(-1, cosines.ndim).tolist():
@@ -85,7 +85,7 @@ class Comparison:
 
 
 class _Part(NamedTuple):
-    """Entries of one kind in a tower and a row: values (T, n), a line for each token of an answer, or one."""
+    """Entries of one kind in a tower and a sample: values (T, n), a line per token of an answer, or one."""
 
     kind: Literal["patch", "word", "region", "token"]
     values: Array
@@ -95,7 +95,7 @@ class _Part(NamedTuple):
 
 
 def _groups(explanation: Explained) -> Iterator[tuple[int, int | None, str, list[_Part]]]:
-    """All entries by row, token of the answer and tower: those of a group can be compared."""
+    """All entries by sample, token of the answer and tower: those of a group can be compared."""
     tokens, answers = explanation.tokens, explanation.answer_tokens if explanation.per_token else None
     for row in range(len(explanation)):
         words = None if tokens is None else tokens[row]
@@ -161,7 +161,7 @@ def shapes_of(explanation: Explained) -> dict[str, tuple[int, ...]]:
 
 
 def _alike(left: Tensor, right: Tensor) -> tuple[float, float]:
-    """Cosine and rank correlation of two rows (N,); NaN has no rank."""
+    """Cosine and rank correlation of two vectors (N,); NaN has no rank."""
     if bool((left.isnan() | right.isnan()).any()):
         return math.nan, math.nan
     counts = (left != 0) | (right != 0)

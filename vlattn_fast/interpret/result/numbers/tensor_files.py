@@ -16,8 +16,8 @@ from vlattn_fast._ground.extras import extra
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write safetensors to `path` with the rights of the umask; safetensors itself gives rights to the owner alone.
-    OSError where the file cannot be written, as on a full disk: `path` keeps its earlier content."""
+    """Writes safetensors to `path` with the rights of the umask; safetensors itself gives rights only to the owner.
+    OSError if the file cannot be written, e.g. on a full disk: `path` keeps its earlier content."""
     with extra("explain"):
         from safetensors import SafetensorError
         from safetensors.torch import save_file
@@ -37,7 +37,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 @contextlib.contextmanager
 def open_tensors(path: Path, message: str) -> Iterator[Any]:
-    """The safetensors file at `path`. ValueError with `message` and the reason where `path` is another or a truncated file."""
+    """The safetensors file at `path`. ValueError with `message` and the reason if `path` is another or a truncated file."""
     with extra("explain"):
         from safetensors import SafetensorError, safe_open
 

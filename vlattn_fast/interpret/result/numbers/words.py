@@ -12,7 +12,7 @@ from typing import NamedTuple
 _SPECIAL = re.compile(r"<[^<>\s]+>|\[[A-Z]+\]")  # <s>, <|im_start|>, [SEP]
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # a byte without a token in SentencePiece
 _CLOSING = set(".,;:!?)]}%")
-_BROKEN = "\ufffd"  # stands for bytes that are no whole character
+_BROKEN = "\ufffd"  # stands for bytes that are not a whole character
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def _whole_characters(pieces: Sequence[bytes]) -> list[tuple[int, int]]:
     """(start, stop) of groups of pieces; pieces that share one character are one group."""
 
     def fault(start: int, stop: int) -> str | None:
-        """Why the pieces are no text; None where they are."""
+        """Why the pieces are not text; None if they are."""
         try:
             b"".join(pieces[start:stop]).decode()
         except UnicodeDecodeError as error:
@@ -120,7 +120,7 @@ def _bytes_of(token: str) -> bytes:
 
 @functools.cache
 def _byte_table() -> dict[str, int]:
-    """The byte of each character of a byte-level BPE: GPT-2 shifts bytes that do not print behind 255."""
+    """The byte of each character of a byte-level BPE: GPT-2 shifts bytes that do not print to above 255."""
     prints = [*range(33, 127), *range(161, 173), *range(174, 256)]
     shifted = [byte for byte in range(256) if byte not in prints]
     return {chr(byte): byte for byte in prints} | {chr(256 + i): byte for i, byte in enumerate(shifted)}

@@ -1,4 +1,4 @@
-"""Figures of an Explanation, by matplotlib."""
+"""Figures of an Explanation, with matplotlib."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image as Picture
 
-_WIDTH, _SMALL = 3.4, 2.3  # inches of a row's panel, and of an answer's
+_WIDTH, _SMALL = 3.4, 2.3  # inches of a sample's panel, and of an answer's
 _TITLE = 0.15  # inches between the title of an answer and its maps
 _COLUMNS = 5  # for an answer's maps
 _ROWS = 6  # that stand below one another at full size; more wrap into a grid of smaller ones
-_ACROSS = 4  # panels of a row in a line
-_BESIDE = 6  # panels of a row at most, if its photos stand beside its maps
+_ACROSS = 4  # panels of a sample in a line
+_WITH_PHOTOS = 6  # panels of a sample at most, if its photos have axes of their own next to its maps
 _MANY = 40  # words of an answer; a longer answer has one sheet of maps, and fewer names than lines in its table
 _SHEET, _TILE = 16, 72  # maps in a line of the sheet, and pixels in a line of a map
 _NAMES = 80  # that fit above the columns of a table
@@ -131,7 +131,7 @@ class Painter:
     shared: tuple[float, float] | None = None  # the range of one scale for all maps; None = each choice has its own
 
     def shades(self, low: float) -> ListedColormap:
-        """The colours of a scale that begins at `low`, as transparent as the map over a picture is."""
+        """The colours of a scale that begins at `low`, as transparent as the map over an image is."""
         from matplotlib.colors import ListedColormap
 
         rgba = for_scale(self.cmap, low)(np.linspace(0, 1, 256))
@@ -146,12 +146,12 @@ class Painter:
         return panels(choice.patches, self.pictures, self.crops)
 
     def named(self, choice: Choice) -> list[tuple[str, list[Patch]]]:
-        """The panels with their names, which are empty where a name says nothing."""
+        """The panels with their names; "" if a panel needs no name."""
         views = self.panels(choice)
         return list(zip(panel_names(self.photos, views), views, strict=True))
 
     def picture(self, patches: list[Patch]) -> Array | None:
-        """The picture under the maps of a panel."""
+        """The image under the maps of a panel."""
         return None if self.pictures is None else self.pictures[picture_number(patches[0], self.pictures)]
 
     def shape(self, patches: list[Patch]) -> float:
@@ -163,12 +163,12 @@ class Painter:
         return min(2.0, height / width) if patches[0].box is None or picture is not None else 1.0
 
     def placed(self, patch: Patch, low: float, high: float) -> tuple[Box, Array, Array]:
-        """The box of a map on its picture, and for each number its share of the range and its opacity over a picture."""
+        """The box of a map on its image, and for each number its share of the range and its opacity over an image."""
         share = np.nan_to_num(shares(patch.values, low, high)).clip(0, 1)
         return self.crops[patch.index] if patch.box is None else patch.box, share, self.opacity(share, low)
 
     def opacity(self, share: Array, low: float) -> Array:
-        """The opacity of shares of a scale that begins at `low`: over a picture what is near 0 is transparent."""
+        """The opacity of shares of a scale that begins at `low`: over an image what is near 0 is transparent."""
         if self.pictures is None:
             return np.ones_like(share)
         return self.alpha * np.minimum(1, 1.5 * strengths(share, low)) ** 1.5
@@ -208,8 +208,8 @@ class Painter:
         return drawn
 
     def laid_over(self, patches: Sequence[Patch], side: int = 0, outlined: bool = False) -> Picture:
-        """The maps of one panel over their picture, of its size; without one on white, whose longer side is `side` pixels.
-        `outlined`: with a frame around a map of a part of the picture."""
+        """The maps of one panel over their image, of its size; without an image on white, whose longer side is `side` pixels.
+        `outlined`: with a frame around a map of a part of the image."""
         from PIL import Image
 
         (low, high), picture = self.range(patches), self.picture([*patches])
@@ -251,8 +251,8 @@ def _grid(sizes: Sequence[tuple[float, float]]) -> tuple[list[float], int]:
 
 
 def _cells(painter: Painter, choice: Choice) -> list[tuple[str | None, list[Patch]]]:
-    """The axes of a sample's maps in turn: their name, or None for their photo, which stands before the first map of it unless
-    there are many; and the maps."""
+    """The axes of a sample's maps in turn: their name, or None for their photo, which comes before its first map unless there
+    are many; and the maps."""
     cells: list[tuple[str | None, list[Patch]]] = []
     before = None
     for name, view in painter.named(choice):
@@ -260,12 +260,12 @@ def _cells(painter: Painter, choice: Choice) -> list[tuple[str | None, list[Patc
             cells.append((None, view))
         cells.append((name, view))
         before = photo
-    return cells if len(cells) <= _BESIDE else [cell for cell in cells if cell[0] is not None]
+    return cells if len(cells) <= _WITH_PHOTOS else [cell for cell in cells if cell[0] is not None]
 
 
 def _axes(sample: Sample, painter: Painter) -> tuple[int, int, int]:
-    """The number of axes of a sample: panels and photos, or towers without panels and words; the lines and columns in which they
-    stand. Words have a further column."""
+    """The number of axes of a sample: panels and photos, or towers without panels and words; and their lines and columns. Words
+    have a further column."""
     cells = _cells(painter, sample.choices[0])
     if len(cells) > _MANY:
         return 1, 1, 1
@@ -393,8 +393,8 @@ def _draw_maps(part: Any, sample: Sample, painter: Painter, lines: int) -> None:
 
 
 def _draw_sheet(part: Any, named: list[tuple[str, list[Patch]]], painter: Painter, with_photo: bool = False) -> None:
-    """Draws many maps as one image with one scale, each under its name, behind the photo alone. An axis per map would take
-    minutes."""
+    """Draws many maps as one image with one scale, each under its name, after the photo by itself. An axis per map would
+    take minutes."""
     from matplotlib.colors import Normalize
     from PIL import Image
 
@@ -431,7 +431,7 @@ def _draw_sheet(part: Any, named: list[tuple[str, list[Patch]]], painter: Painte
 
 
 def _draw_table(part: Any, sample: Sample, values: Array, across: list[str], cmap: ListedColormap) -> Any:
-    """Draws words of the answer (down) by the tokens they rest on (across); names only some where there are many."""
+    """Draws words of the answer (down) by the tokens they rest on (across); only some have names if there are many."""
     axis = part.subplots()
     low, high = scale_of(values)
     cmap = for_scale(cmap, low)

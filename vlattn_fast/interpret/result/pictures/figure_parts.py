@@ -21,7 +21,7 @@ SIZE, LINE = 11, 19  # of letters and of a line, in points
 
 
 def draw_bar(part: Any, norm: Any, cmap: ListedColormap, axes: Any, location: str = "right", of: Sequence[Patch] = ()) -> None:
-    """Draws a scale, and says what range the values `of` have on it. It ends in a point where it clips some of them."""
+    """Draws a scale, and the range of the values `of` on it. It ends in a point if it clips some of them."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.ticker import MaxNLocator
 
@@ -66,7 +66,7 @@ def fitted(text: Any, label: str, width: float, end: str = "") -> str:
 
 
 def lines_of(words: list[Word], values: Array, width: float) -> list[list[tuple[str, bool, float]]]:
-    """Words in lines of `width` inches: (text, whether a blank stands in front, value) each."""
+    """Words in lines of `width` inches: (text, whether a space comes before it, value) each."""
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import TextToPath
 
@@ -107,7 +107,7 @@ def draw_words(axis: Any, words: list[Word], values: Array, width: float) -> Non
 
 
 def with_frame(pixels: Array, left: int, top: int, right: int, bottom: int) -> Array:
-    """A picture (h, w, channels) with a frame of dashes in black and white, which show on any photo, as far as it lies inside."""
+    """An image (h, w, channels) with a frame of dashes in black and white, which show on any photo, as far as it lies inside."""
     x1, x2 = (min(max(x, 0), pixels.shape[1] - 1) for x in (left, right - 1))
     y1, y2 = (min(max(y, 0), pixels.shape[0] - 1) for y in (top, bottom - 1))
     across, down = (255 * (np.arange(first, last + 1) // 4 % 2)[:, None] for first, last in ((x1, x2), (y1, y2)))

@@ -1,4 +1,4 @@
-"""Words on a picture of many; this file imports matplotlib."""
+"""Words on a figure of many maps; this file imports matplotlib."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from matplotlib.font_manager import FontProperties
 
 
 class Labels(Artist):
-    """Words (x, y, word), each on a line of its own behind its point in data coordinates, in letters of `size` points. A Text per
+    """Words (x, y, word), each on a line of its own after its point in data coordinates, in letters of `size` points. A Text per
     word would be laid out anew for each drawing."""
 
     def __init__(self, labels: Sequence[tuple[float, float, str]], size: float) -> None:

@@ -33,8 +33,8 @@ _SIDE, _SMALL_SIDE, _MANY = 112, 56, 60  # pixels of a map's longer side, and of
 _LARGE_SIDE = 260  # of the maps of named explanations
 _COLUMNS, _LARGE_COLUMNS = 6, 4  # of the maps of layers, and of those; fewer where a map is wider than its side
 _LEAST = 210  # pixels of a column of named explanations, so that their names have room
-_IN_LINE = 4  # maps of a row side by side
-_GAP, _SEAM = 6, 2  # pixels between maps, and between those of one row
+_IN_LINE = 4  # maps of a sample side by side
+_GAP, _SEAM = 6, 2  # pixels between maps, and between those of one sample
 _INCH = 100  # pixels of a map in an inch of a figure, as matplotlib draws it
 _TEXTS = 0.85  # inches above and below the map of a named explanation, for its name, score and scale
 
@@ -63,15 +63,15 @@ class Bar:
 
 @dataclass(frozen=True)
 class Sheet:
-    """The maps of one row of the batch, or of one word of its answer."""
+    """The maps of one sample of the batch, or of one word of its answer."""
 
     label: str
     places: list[Place]
-    tiles: list[Picture | None]  # of each place; None where it has no picture
-    notes: dict[Place, str] = field(default_factory=dict)  # of named explanations: the score, and what maps stand side by side
+    tiles: list[Picture | None]  # of each place; None without an image
+    notes: dict[Place, str] = field(default_factory=dict)  # of named explanations: the score, and the names of its maps
     bars: dict[Place, Bar] = field(default_factory=dict)  # of those with maps; of maps of layers, if they share one, the first's
     tables: list[tuple[list[str], Rows]] = field(default_factory=list)  # words, and the places that have these words
-    beside: str = ""  # of maps of layers and heads: what maps stand side by side
+    panel_names: str = ""  # of maps of layers and heads: the names of maps that are side by side
 
     @property
     def lines(self) -> list[list[tuple[Place, Picture]]]:
@@ -130,7 +130,7 @@ class Multiples:
                 width, height = width * max(map(len, lines)), (height + (_TEXTS if sheet.notes else 0.18)) * len(lines) + 0.4
                 parts.append(
                     (
-                        sheet.label + sheet.beside,
+                        sheet.label + sheet.panel_names,
                         partial(_draw_named if sheet.notes else _draw_joined, sheet=sheet),
                         width,
                         height,
@@ -184,7 +184,7 @@ class Multiples:
                 for words, rows in sheet.tables
             ]
             width = sheet.cell[0] - _GAP if lines else 0
-            blocks.append({"label": sheet.label + sheet.beside, "lines": lines, "width": width, "tables": tables})
+            blocks.append({"label": sheet.label + sheet.panel_names, "lines": lines, "width": width, "tables": tables})
         sinks = sinks_line(self.maps[0][1].sinks)
         values = {"blocks": blocks, "similarity": similarity, "sinks": sinks}
         return Page(fill_template(TEMPLATES / "multiples.html", title=title, **values))
@@ -203,7 +203,7 @@ class Multiples:
         return [sheet for of_row in zip(*samples, strict=True) for sheet in self._of_row(of_row, painters, side)]
 
     def _painter(self, place: Place | None, shown: Explained, side: int, rows: list[int] | None) -> Painter:
-        """`place`: where explanations may have a photo each."""
+        """`place`: of explanations that may have a photo each."""
         image = self.image[place] if isinstance(self.image, Mapping) else None if not shown.is_spatial and place else self.image
         pictures = read_pictures(shown, image, rows)
         boxes = read_boxes(shown, pictures, self.crop if shown.is_spatial or place is None else None, self.processor)
@@ -211,11 +211,11 @@ class Multiples:
         return Painter(small, boxes, colors(self.cmap), self.alpha, self.scale, shown.photos)
 
     def _of_row(self, samples: Sequence[Sample], painters: Sequence[Painter], side: int) -> list[Sheet]:
-        """The sheets of a row: one, or one for each word of its answer."""
+        """The sheets of a sample: one, or one for each word of its answer."""
         places = [place for place, _ in self.maps]
         counts = {place: len(sample.choices) for place, sample in zip(places, samples, strict=True)}
         if len(set(counts.values())) > 1:
-            raise ValueError(f"explanations must have as many words of an answer each; got {counts}")
+            raise ValueError(f"explanations must have the same number of answer words; got {counts}")
         sheets = []
         for choices in zip(*(sample.choices for sample in samples), strict=True):
             if self.common:
@@ -240,24 +240,24 @@ class Multiples:
             if self.common and not notes:
                 (low, high), patches = painters[0].range([]), [patch for choice in choices for patch in choice.patches]
                 bars = {places[0]: Bar(low, high, painters[0].shades(low), patches)} if high > low else {}
-            names = "" if notes else _beside(painters[0], choices[0])
+            names = "" if notes else _panel_line(painters[0], choices[0])
             sheets.append(Sheet(_label(samples, choices), places, tiles, notes, bars, tables, f" ({names})" if names else ""))
         return sheets
 
 
 def _note(painter: Painter, choice: Choice) -> str:
-    """The line below the name of an explanation: its score, and the names of maps that stand side by side."""
-    return ", ".join(filter(None, (score_text(choice.score, choice.of), _beside(painter, choice))))
+    """The line below the name of an explanation: its score, and the names of maps that are side by side."""
+    return ", ".join(filter(None, (score_text(choice.score, choice.of), _panel_line(painter, choice))))
 
 
-def _beside(painter: Painter, choice: Choice) -> str:
-    """The names of maps that stand side by side, such as "thumbnail | tiles"."""
+def _panel_line(painter: Painter, choice: Choice) -> str:
+    """The names of maps that are side by side, such as "thumbnail | tiles"."""
     names = [name for name, _ in painter.named(choice)]
     return " | ".join(names) if len(names) <= _IN_LINE else ""
 
 
 def _label(samples: Sequence[Sample], choices: Sequence[Choice]) -> str:
-    """The names of a row, of all explanations; and the word of its answer."""
+    """The names of a sample in all explanations; and the word of its answer."""
     with_words = [sample for sample in samples if sample.words] or samples
     names = list(dict.fromkeys(sample.label for sample in with_words))
     label = " | ".join(names)
@@ -266,7 +266,7 @@ def _label(samples: Sequence[Sample], choices: Sequence[Choice]) -> str:
 
 
 def _fitted(picture: Array, side: int) -> Array:
-    """The picture with `side` pixels on its longer side."""
+    """The image with `side` pixels on its longer side."""
     from PIL import Image
 
     size = [max(1, round(pixels * side / max(picture.shape[:2]))) for pixels in picture.shape[1::-1]]
@@ -274,8 +274,8 @@ def _fitted(picture: Array, side: int) -> Array:
 
 
 def _tile(painter: Painter, choice: Choice, side: int, outlined: bool) -> Picture | None:
-    """The map of a choice, over its picture; several maps of a row, as frames of a video, side by side, and many in a square.
-    `outlined`: with a frame around a part of the picture that has a map."""
+    """The map of a choice, over its image; several maps of a sample, such as frames of a video, side by side, and many in
+    a square. `outlined`: with a frame around a part of the image that has a map."""
     from PIL import Image
 
     panels = [panel for panel in painter.panels(choice) if panel]
@@ -312,7 +312,7 @@ def _draw_named(part: Any, sheet: Sheet) -> None:
 
 
 def _draw_joined(part: Any, sheet: Sheet) -> None:
-    """The maps of layers and heads as one picture, with names beside the lines and above the columns, or above each map."""
+    """The maps of layers and heads as one image, with names next to the lines and above the columns, or above each map."""
     from matplotlib.colors import Normalize
 
     axis, lines = part.subplots(), sheet.lines
@@ -349,13 +349,13 @@ def _draw_table(part: Any, words: list[str], rows: Rows, cmap: ListedColormap) -
     cells = np.stack([_cell_colors(row, cmap) for _, row in rows])
     axis.imshow(cells, aspect="auto", interpolation="nearest")
     ticks = axis.set_xticks(range(len(words)), words, rotation=60, ha="right", fontsize=7)
-    step = -(-len(rows) // 60)  # names that can be read
+    step = -(-len(rows) // 60)  # so that the names are legible
     ticks += axis.set_yticks(range(0, len(rows), step), [name_of(place) for place, _ in rows[::step]], fontsize=6)
     for tick in ticks:
         tick.label1.set_parse_math(False)
 
 
 def _cell_colors(row: Array, cmap: ListedColormap) -> Array:
-    """The colours (n, 3) of a row's numbers (n,), on a scale of its own."""
+    """The colours (n, 3) of a line's numbers (n,), on a scale of its own."""
     low, high = scale_of(row)
     return for_scale(cmap, low)(np.nan_to_num(shares(row, low, high)).clip(0, 1))[:, :3]

@@ -1,4 +1,4 @@
-"""A photo under one map, as a picture of the photo's size."""
+"""A photo under one map, as an image of the photo's size."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def overlay(
     (sample,) = read_samples(explanation, None, [row])
     if word is not None:
         if not explanation.per_token:
-            raise ValueError(f"word must be None where no word of an answer has a map; got {word}")
+            raise ValueError(f"word must be None if the words of an answer have no maps; got {word}")
         check_integer("word", word, low=0, high=len(sample.choices) - 1)
     maps = [painter.panels(choice) for choice in (sample.choices if word is None else sample.choices[word : word + 1])]
     check_integer("panel", panel, low=0, high=len(maps[0]) - 1)

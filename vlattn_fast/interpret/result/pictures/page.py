@@ -69,10 +69,10 @@ def render(
     drawn = Drawn(first, labels, pictures, read_boxes(first, pictures, crop, processor), read_samples(first, labels))
     methods = []
     for explanation in explanations:
-        methods.append({"name": explanation.method, "choices": drawn.choices("beside", explanation)})
+        methods.append({"name": explanation.method, "choices": drawn.choices("others", explanation)})
     each, listed = first.per_token, drawn.samples
     data = {**drawn.shared(cmap), "towers": list(first.relevancy), "methods": methods}
-    kind = "Rows" if not each else "Answer" if first.text is not None else "Prompt"
+    kind = "Samples" if not each else "Answer" if first.text is not None else "Prompt"
     numbers = count()
     groups = [[{"index": next(numbers), "choice": choice} for choice in sample.choices] for sample in listed]
     if each:  # an answer's words under their prompt
@@ -105,7 +105,7 @@ class Drawn:
             # of a scale that begins below 0
             "signed": [to_hex(color) for color in for_scale(colors(cmap), -1.0)(np.arange(256))],
             "steps": _STEPS,
-            # of maps of one photo the first alone has it
+            # of maps of one photo, only the first has it
             "pictures": [
                 _photo(one) if all(one is not before for before in photos[:i]) else None for i, one in enumerate(photos)
             ],
@@ -114,11 +114,11 @@ class Drawn:
         }
 
     def choices(self, name: str, explanation: Explained) -> list[dict[str, Any]]:
-        """The choices of an explanation. ValueError, naming the argument that gave it, where they cannot replace `first`'s."""
+        """The choices of an explanation. ValueError, naming the argument, if they cannot replace those of `first`."""
         samples = self.samples if explanation is self.first else read_samples(explanation, self.labels)
         if _kinds(samples) != _kinds(self.samples):
             raise ValueError(
-                f"{name} must explain the same rows, words, maps and towers; got {explanation!r} beside {self.first!r}"
+                f"{name} must explain the same samples, words, maps and towers; got {explanation!r} and {self.first!r}"
             )
         return [
             {
@@ -140,7 +140,7 @@ class Drawn:
 
 
 def _kinds(samples: Sequence[Sample]) -> list[tuple[Any, ...]]:
-    """The facts that choices must share to replace each other on the page."""
+    """What choices must have in common to replace each other on the page."""
     chosen = (choice for sample in samples for choice in sample.choices)
     return [(c.sample, c.label, len(c.values), len(c.patches), *c.relevancy, *c.towers) for c in chosen]
 
@@ -177,7 +177,7 @@ def finite(value: float | None) -> float | None:
 
 
 def _photo(picture: Array) -> dict[str, Any]:
-    """A picture as a JPEG in a data URI, smaller where it must be; transparent parts become white."""
+    """An image as a JPEG in a data URI, smaller if it must be; transparent parts become white."""
     from PIL import Image
 
     photo = Image.fromarray(picture)
@@ -192,7 +192,7 @@ def _photo(picture: Array) -> dict[str, Any]:
 
 
 def data_uri(save: Callable[..., Any], kind: str, **options: Any) -> str:
-    """A picture of `save`, a method of a PIL image or a figure, in the format "png" or "jpeg"."""
+    """The data URI of what `save`, a method of a PIL image or a figure, writes in the format "png" or "jpeg"."""
     file = io.BytesIO()
     save(file, format=kind, **options)
     return f"data:image/{kind};base64," + base64.b64encode(file.getvalue()).decode("ascii")

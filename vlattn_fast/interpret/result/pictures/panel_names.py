@@ -9,7 +9,7 @@ from vlattn_fast.interpret.result.numbers.choices import Patch
 
 def panel_names(photos: Sequence[int] | None, views: Sequence[Sequence[Patch]]) -> list[str]:
     """The name of each panel of a sample, which shows these maps: "thumbnail" and "tiles" of a photo that has both, else its
-    number among them; "" of a panel without others beside it. `photos`: see `Explanation`."""
+    number among them; "" for a single panel. `photos`: see `Explanation`."""
     if len(views) < 2:
         return [""] * len(views)
     names = [f"map {number} of {len(views)}" for number in range(1, len(views) + 1)]

@@ -1,4 +1,4 @@
-"""Photos under maps: how they are read, and the part of each that the model saw."""
+"""Photos under maps: reading them, and the part of each that the model saw."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from vlattn_fast.interpret.result.numbers.explained import Explained
 
 def read_pictures(explanation: Explained, image: Any, rows: Sequence[int] | None = None) -> list[Array] | None:
     """The user's image or images as (H, W, 3) or (H, W, 4) arrays of bytes: one for all maps, or one per map; maps of one photo
-    then have the same array. `rows` are those of the batch that are drawn, None = all."""
+    then have the same array. `rows`: the samples to draw, None = all."""
     if image is None:
         return None
     if not explanation.is_spatial:
         why = explanation.no_map
-        if why is None:  # made by hand, or by a model that saw words only
+        if why is None:  # made by hand, or by a model that only saw words
             names = ", ".join(explanation.relevancy)
             way = "explain with patches=va.PatchGrid(rows, columns)"
-            why = f"no token of {names} has a place in it. Of a model that saw a picture, {way}"
-        raise ValueError(f"image must be None for an explanation without maps and boxes: {why}; or leave the image out")
+            why = f"no token of {names} has a place in an image. If the model saw one, {way}"
+        raise ValueError(f"image must be None for an explanation without maps and boxes; got one, but {why}")
     many = isinstance(image, (list, tuple)) or (hasattr(image, "ndim") and image.ndim == 4)
     pictures = [_picture(part) for part in image] if many else [_picture(image)]
     owners = list(range(len(explanation))) if explanation.image_samples is None else explanation.image_samples
@@ -45,33 +45,33 @@ def read_pictures(explanation: Explained, image: Any, rows: Sequence[int] | None
 
 
 def _wanted(explanation: Explained, owners: list[int], photos: int, got: int) -> str:
-    """Why so many photos are refused, where the maps of the rows `owners` are of `photos`, if that is known."""
+    """The message for a wrong number of photos. `owners`: the sample of each map; `photos`: how many there are, if known."""
     count = len(owners)
     kinds = f"one image or {count} of them (one per map)"
     if explanation.photos is not None:
-        kinds = f"{photos} photos, one for each picture that the model saw" + (
+        kinds = f"{photos} photos, one for each image that the model saw" + (
             f", or {count}, one per map" if photos < count else ""
         )
     step = got // count if count and got % count == 0 else 1
     if step > 1:
-        way = f". If each map is of {step} frames of a video, pass image[::{step}]"
+        way = f". If each map stands for {step} frames of a video, pass image[::{step}]"
     elif explanation.photos is None:
         way = ""
     elif got == 1 and None in (explanation.crops or [None]) and max(map(owners.count, owners), default=0) > 1:
         way = ", in the order of the prompts. If some are crops of one photo, inputs do not tell how these lie in it: pass crop="
     else:
-        way = ", in the order of the rows"
+        way = ", in the order of the samples"
     return f"image must be {kinds}; got {got}{way}"
 
 
 def each_once(pictures: list[Array] | None, change: Callable[[Array], Array]) -> list[Array] | None:
-    """The pictures, changed; those that are the same stay the same."""
+    """The images, changed; images that are the same array stay the same array."""
     changed = {id(picture): change(picture) for picture in {id(picture): picture for picture in pictures or []}.values()}
     return None if pictures is None else [changed[id(picture)] for picture in pictures]
 
 
 def open_image(path: Any) -> Any:
-    """The picture in the file `path`, RGB and upright, as cameras note it. ValueError where it is none, or has 32 bits."""
+    """The image in the file `path`, RGB and upright, as cameras note it. ValueError if it is not an image, or has 32 bits."""
     return to_rgb(_opened(path, "image"))
 
 
@@ -82,7 +82,7 @@ def read_mask(image: Any) -> Tensor:
 
 
 def _opened(path: Any, name: str) -> Any:
-    """The picture in the file `path` as it is stored, upright. ValueError, about the argument `name`, where it is none."""
+    """The image in the file `path` as it is stored, upright. ValueError, about the argument `name`, if it is not an image."""
     with extra("viz"):
         from PIL import Image, ImageOps
 
@@ -91,28 +91,28 @@ def _opened(path: Any, name: str) -> Any:
             ImageOps.exif_transpose(picture, in_place=True)
             picture.load()
     except FileNotFoundError:
-        raise ValueError(f"{name} must be a file; got {path}, which is not there") from None
+        raise ValueError(f"{name} must be a file; got {path}, which does not exist") from None
     except Image.DecompressionBombError:
         most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise ValueError(
-            f"{name} must have at most {most:,} pixels, twice PIL.Image.MAX_IMAGE_PIXELS; got more in {path}. Scale the picture "
+            f"{name} must have at most {most:,} pixels, twice PIL.Image.MAX_IMAGE_PIXELS; got more in {path}. Scale the image "
             "down, as the model's processor would do anyway, or raise PIL's limit if the file can be trusted"
         ) from None
     except (OSError, SyntaxError, ValueError) as error:  # PIL's, by the kind of damage
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"{name} must be a picture; got {path}, which is no picture: {reason}") from error
+        raise ValueError(f"{name} must be an image file; got {path}, which PIL cannot read: {reason}") from error
     return picture
 
 
 def to_rgb(picture: Any) -> Any:
-    """A PIL image in RGB. 16-bit pictures keep their upper eight bits; PIL itself makes all above 255 white.
-    ValueError for a picture of 32 bits, which defines no white."""
+    """A PIL image in RGB. 16-bit images keep their upper eight bits; PIL itself makes all above 255 white.
+    ValueError for an image of 32 bits, which defines no white."""
     if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):  # "I" in older versions of PIL
         from PIL import Image
 
         picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     if picture.mode in ("I", "F"):
-        raise ValueError(f"image must have 8 or 16 bits a channel; got a picture of mode {picture.mode!r}, which has 32")
+        raise ValueError(f"image must have 8 or 16 bits a channel; got an image of mode {picture.mode!r}, which has 32")
     return picture.convert("RGB")
 
 
@@ -148,13 +148,12 @@ def _picture(image: Any) -> Array:
 
 
 def read_boxes(explanation: Explained, pictures: list[Array] | None, crop: Any, processor: Any) -> list[Box]:
-    """The box of every map on its picture: `crop`, or what the explanation's `crops` or `processor` say of it, else the whole
-    picture, with a warning where its shape is another. ValueError where `crop` and `processor` are both given, or `processor`
-    without a picture."""
+    """The box of every map on its image: `crop`, or that of the explanation's `crops` or of `processor`, else the whole image,
+    with a warning if its shape differs. ValueError if `crop` and `processor` are both given, or `processor` without an image."""
     if crop is not None and processor is not None:
-        raise ValueError(f"crop must be None beside processor, which says what part the model saw; got {crop}")
+        raise ValueError(f"crop must be None if processor is given, which determines the part that the model saw; got {crop}")
     if processor is not None and pictures is None:
-        raise ValueError("processor must come with an image, of which it shows the model a part; got no image")
+        raise ValueError("processor must be given together with an image; got image=None")
     boxes = _read_crops(explanation, crop)
     if crop is not None or pictures is None:
         return boxes
@@ -181,14 +180,14 @@ def _fits(box: Box, shape: tuple[int, int], size: tuple[int, int]) -> bool:
 
 
 def seen_part(processor: Any, size: tuple[int, int]) -> Box | None:
-    """x1, y1, x2, y2 of the part of a picture of `size` (width, height) that the model sees, relative to the picture; outside of
-    0 to 1 where the processor puts an edge around it. None where the processor makes no single picture of it, as where it cuts
-    tiles or packs patches.
+    """x1, y1, x2, y2 of the part of an image of `size` (width, height) that the model sees, relative to the image; outside of
+    0 to 1 if the processor puts an edge around it. None if the processor makes several images of it, such as tiles, or packs
+    patches.
 
-    The part is measured: the processor gets a black picture, a white one, and two that grow evenly from black to white.
+    The part is measured: the processor gets a black image, a white one, and two that grow evenly from black to white.
 
     Args:
-        processor: of Hugging Face, or a function from a PIL image to a tensor (3, h, w), as those of timm and open_clip are.
+        processor: of Hugging Face, or a function from a PIL image to a tensor (3, h, w), such as those of timm and open_clip.
 
     Raises:
         TypeError: `processor` is neither.
@@ -208,12 +207,12 @@ def seen_part(processor: Any, size: tuple[int, int]) -> Box | None:
 
 
 def _prepared(processor: Any, grey: Array) -> Array | None:
-    """A picture of grey values (H, W) as a processor prepares it, (h, w); None where it makes no single picture of it."""
+    """An image of grey values (H, W) as a processor prepares it, (h, w); None if it does not make exactly one image of it."""
     from PIL import Image
 
     picture, prepare = Image.fromarray(grey).convert("RGB"), getattr(processor, "image_processor", processor)
     if hasattr(prepare, "convert_ids_to_tokens") or not callable(prepare):
-        raise TypeError(f"processor must prepare pictures for the model; got {type(processor).__name__}")
+        raise TypeError(f"processor must prepare images for the model; got {type(processor).__name__}")
     if hasattr(prepare, "model_input_names"):  # of Hugging Face
         pixels = prepare(images=picture, return_tensors="pt").get("pixel_values")
     else:
@@ -224,32 +223,32 @@ def _prepared(processor: Any, grey: Array) -> Array | None:
 
 
 def _side(shares: Array, axis: int) -> tuple[float, float]:
-    """Where a picture (h, w), of which `shares` are 0 at the photo's one side and 1 at the other, begins and ends along an axis;
-    NaN is no part of the photo."""
+    """Where an image (h, w) begins and ends along an axis; `shares` are 0 at one side of the photo and 1 at the other, and NaN
+    outside of the photo."""
     count, line = shares.shape[axis], np.moveaxis(shares, axis, 0)
     places, share = np.broadcast_to((np.arange(count)[:, None] + 0.5) / count, line.shape), line
     inner = (share > 0.05) & (share < 0.95)  # resizing bends the sides
     slope, start = np.polyfit(places[inner], share[inner], 1) if inner.sum() > 1 else (0.0, 0.0)
     if slope <= 0 or np.abs(start + slope * places[inner] - share[inner]).max() > 0.03:
-        raise ValueError("processor must do no more than resize and cut out; got one that changes the picture. Pass crop=")
+        raise ValueError("processor must only resize and crop images; got one that changes them otherwise. Pass crop=")
     end, rounding = start + slope, 0.5 * slope / count  # half a pixel of the model's
     return (0.0 if abs(start) <= rounding else float(start)), (1.0 if abs(end - 1) <= rounding else float(end))
 
 
 def _warn_of_shapes(drawn: list[list[tuple[int, int]]]) -> None:
-    """A warning where a map, of (rows, columns), has another shape than the picture, of (width, height), under it."""
+    """Warns if a map, of (rows, columns), has another shape than the image, of (width, height), under it."""
     for (rows, columns), (width, height) in drawn:
         if abs(columns - rows * width / height) > 1 and abs(rows - columns * height / width) > 1:  # one is rounding
             warnings.warn(
                 f"A map of {columns} x {rows} patches is stretched over a photo of {width} x {height} pixels. Pass processor= or "
-                "crop= if the model saw a part of the photo, as CLIP's processor cuts out its middle; crop=(0, 0, 1, 1) if all",
+                "crop= if the model saw a part of the photo, e.g. the middle, as with CLIP's processor; crop=(0, 0, 1, 1) if all",
                 stacklevel=5,
             )
             return
 
 
 def _read_crops(explanation: Explained, crop: Any) -> list[Box]:
-    """The box of every map on its picture. ValueError where `crop` is neither a box nor one box per map."""
+    """The box of every map on its image. ValueError if `crop` is neither a box nor one box per map."""
     count = 0 if explanation.image_samples is None else len(explanation.image_samples)
     if crop is None:
         return [WHOLE] * count
@@ -258,7 +257,7 @@ def _read_crops(explanation: Explained, crop: Any) -> list[Box]:
     try:
         array = np.asarray(crop.detach().cpu() if isinstance(crop, Tensor) else crop, dtype=float)
         fits = array.shape in ((4,), (count, 4)) and (array[..., 2:] > array[..., :2]).all() and np.isfinite(array).all()
-    except (TypeError, ValueError):  # no numbers
+    except (TypeError, ValueError):  # not numbers
         fits = False
     if not fits:
         raise ValueError(f"crop must be x1, y1, x2, y2 relative to the image, x1 < x2, y1 < y2, or one box per map; got {crop}")

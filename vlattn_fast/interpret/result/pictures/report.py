@@ -15,13 +15,13 @@ R = TypeVar("R", bound="Report")
 
 
 class Report:
-    """Results that are stored whole; a class of them names its `FORMAT`, and its fields are what JSON has."""
+    """Results stored as JSON; a subclass names its `FORMAT`, and its fields are the JSON's keys."""
 
     FORMAT: ClassVar[str]
     metadata: dict[str, Any]
 
     def save(self, path: str | Path) -> Path:
-        """Write everything to `path` as JSON; `load` reads it back."""
+        """Writes everything to `path` as JSON; `load` reads it back."""
         check_writable("path", Path(path))
         whole = {"format": self.FORMAT, "metadata": self.metadata, **vars(self)}
         Path(path).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
@@ -29,7 +29,7 @@ class Report:
 
     @classmethod
     def load(cls: type[R], path: str | Path) -> R:
-        """Read what `save` wrote. ValueError where `path` holds something else."""
+        """Reads what `save` wrote. ValueError if `path` holds something else."""
         try:
             whole = json.loads(Path(path).read_text(encoding="utf-8"))
         except ValueError:

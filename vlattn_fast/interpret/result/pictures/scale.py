@@ -1,4 +1,4 @@
-"""The colours of numbers in pictures: from 0 to the largest, and where some are below 0, as far below it as above.
+"""The colours of numbers in figures: from 0 to the largest, and if some are below 0, as far below it as above.
 
 A scale that began at the smallest number would draw a map that is nearly even at full contrast. A scale that ends at the largest
 number hides the rest of a map in which one entry is many times the others; one of the kind "quantile" ends below it.
@@ -39,7 +39,7 @@ def _finite(parts: Sequence[Array]) -> Array:
 
 def scale_of(*parts: Array, scale: str = "max") -> tuple[float, float]:
     """The ends of the scale on which numbers are drawn: the largest magnitude, or with "quantile" that of the number which is at
-    least as large as 99 % of them, which leaves out at least one. Where that number is 0, the largest again."""
+    least as large as 99 % of them, which leaves out at least one. If that number is 0, the largest again."""
     low, high = limits(*parts)
     end = max(high, -low)
     if scale == "quantile" and end > 0:
@@ -61,14 +61,14 @@ def clipped(end: float, *parts: Array) -> bool:
 
 
 def range_text(*parts: Array, end: float | None = None) -> str:
-    """The range of numbers, as it stands beside their scale; and where this clips them, if it ends at `end`."""
+    """The range of numbers, as written next to their scale; and where the scale clips them, if it ends at `end`."""
     low, high = limits(*parts)
     cut = "" if end is None or not clipped(end, *parts) else f", clipped at {'±' if low < 0 else ''}{end:.3g}"
     return f"values {low:.3g} to {high:.3g}{cut}".replace("-", "\u2212")
 
 
 def shares(values: Array, low: float, high: float) -> Array:
-    """Values mapped to [0, 1]; zeros where `low` equals `high`."""
+    """Values mapped to [0, 1]; zeros if `low` equals `high`."""
     return (values - low) / (high - low) if high > low else np.zeros_like(values)
 
 
@@ -84,7 +84,7 @@ def colors(cmap: str) -> ListedColormap:
     from matplotlib.colors import ListedColormap
 
     if not isinstance(cmap, str) or cmap not in colormaps:
-        raise ValueError(f"cmap must be a name of matplotlib's colours, such as 'inferno' or 'viridis'; got {cmap!r}")
+        raise ValueError(f"cmap must be the name of a matplotlib colormap, such as 'inferno' or 'viridis'; got {cmap!r}")
     return ListedColormap(colormaps[cmap](np.linspace(0.25, 0.85, 256)), name=cmap)
 
 

@@ -55,7 +55,7 @@ function frame(holder, figure, data) {
   return canvas;
 }
 
-/* Draws the maps of a figure on a scale from low to high; cells in place of a smooth picture where it has none under it. */
+/* Draws the maps of a figure on a scale from low to high; cells instead of a smooth map if there is no photo under it. */
 function paint(canvas, figure, data, low, high, opacity, patches) {
   const context = canvas.getContext("2d", { willReadFrequently: true });
   const { width, height } = canvas, bare = figure.picture === null;

@@ -7,14 +7,14 @@ const state = { shown: 0, pinned: 0, method: 0, tower: data.towers[0] };
 const choices = () => data.methods[state.method].choices;
 const viewOf = (choice) => choice.views[state.tower] || choice.views[""];
 
-/* --- the picture --- */
+/* --- the figure --- */
 
-/* The scale of colours: of the choice alone, or of all of them. */
+/* The scale of colours: only of the choice, or of all of them. */
 function range(choice) {
   return rangeOf((element("common").checked ? choices() : [choice]).map(viewOf).filter((view) => view.figures.length), element("clip").checked);
 }
 
-function showPicture(choice) {
+function showFigure(choice) {
   const view = viewOf(choice), [low, high] = range(choice), any = view.figures.length > 0;
   const holder = element("figures"), layout = JSON.stringify(view.figures.map((f) => [f.picture, f.maps.map((m) => m.size)]));
   if (holder.dataset.layout !== layout) {
@@ -27,7 +27,7 @@ function showPicture(choice) {
     });
   }
   [...holder.querySelectorAll("canvas")].forEach((canvas, i) => {
-    canvas.setAttribute("aria-label", `Relevancy of the picture to ${choice.label}, strongest at the ${strongest([view.figures[i]]).place}`);
+    canvas.setAttribute("aria-label", `Relevancy of the image to ${choice.label}, strongest at the ${strongest([view.figures[i]]).place}`);
     paint(canvas, view.figures[i], data, low, high, element("opacity").value, element("patches").checked);
   });
   const patches = view.figures.some((figure) => figure.maps.some((map) => map.cells.length > 1));
@@ -83,7 +83,7 @@ function showWords(choice) {
     if (word.space) element("text").append(" ");
     shade(make("span", element("text"), { className: "word", textContent: word.text }), choice.words[i]);
   });
-  /* Behind the prompt's values stand those of the answer's words, which are buttons. */
+  /* After the prompt's values come those of the answer's words, which are buttons. */
   const answer = document.querySelector(".answer") ? buttons.filter((_, i) => choices()[i].row === choice.row) : [];
   answer.forEach((button, i) => shade(button, choice.words[words.length + i] || 0));
   const names = [...words.map((word) => word.text), ...answer.map((button) => button.textContent)].slice(0, choice.words.length);
@@ -110,8 +110,8 @@ function showTokens(choice) {
     if (cell !== null) context.fillRect(i * step, Math.min(y, base), Math.max(step * 0.85, 0.5), Math.abs(base - y));
   });
   const text = `${row.cells.length} tokens of "${state.tower}", special ones included: ${format(row.low)} to ${format(row.high)}`;
-  const kept = !atPosition ? "" : `. What is read keeps ${format(atPosition)} for itself, left out here`;
-  element("counted").textContent = text + kept + ".";
+  const left = !atPosition ? "" : `. Left out: ${format(atPosition)}, which the explained position gives itself`;
+  element("counted").textContent = text + left + ".";
   canvas.setAttribute("aria-label", text);
   const reads = Object.values(choice.at_position)[0];
   element("at-position").textContent = document.querySelector(".answer") && reads ? `Left out: ${format(reads)}, which the position that predicts the word gives itself.` : "";
@@ -128,16 +128,16 @@ function show(index) {
     button.setAttribute("aria-checked", i === index);
     button.tabIndex = i === state.pinned ? 0 : -1;
   });
-  showPicture(choice);
+  showFigure(choice);
   const words = showWords(choice).slice(0, 3).filter((word) => word.value > 0);
   showTokens(choice);
   const figures = viewOf(choice).figures, best = strongest(figures);
-  /* Words may run from right to left; isolated, they leave each number beside its word. */
+  /* Words may run from right to left; isolated, they leave each number next to its word. */
   const isolated = (text) => Object.assign(document.createElement("bdi"), { textContent: text });
   const parts = ["\u201c", isolated(choice.label), "\u201d"];
   if (choice.score !== null) parts.push(`, ${choice.scored}`);
   const [least, most] = viewOf(choice).range;
-  if (figures.length) parts.push(least === most ? `. Picture: ${format(most)} everywhere` : `. Picture: strongest at the ${best.place} (${format(best.value)})`);
+  if (figures.length) parts.push(least === most ? `. Image: ${format(most)} everywhere` : `. Image: strongest at the ${best.place} (${format(best.value)})`);
   words.forEach((word, i) => parts.push(i ? ", " : ". Words: ", isolated(word.name), ` ${format(word.value)}`));
   element("summary").replaceChildren(...parts, ".");
 }
