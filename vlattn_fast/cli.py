@@ -36,7 +36,7 @@ from vlattn_fast.interpret.explaining.loading import check_model, load_model, lo
 from vlattn_fast.interpret.intervening.intervene_command import cut_of, intervene_one, scale_of
 from vlattn_fast.interpret.probing.probe_dataset import TESTS
 from vlattn_fast.interpret.relevancy.method import EXPLAINED
-from vlattn_fast.interpret.relevancy.methods.registry import METHODS, with_options
+from vlattn_fast.interpret.relevancy.methods.registry import ABLATIONS, METHODS, with_options
 from vlattn_fast.interpret.relevancy.sink_detection import CHOICES as SINKS
 from vlattn_fast.ops import OPERATORS
 
@@ -45,6 +45,32 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 BACKENDS = checks.BACKENDS
 MODEL_DTYPES = ("float64", "float32", "bfloat16", "float16")
 DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in checks.DTYPES)
+
+# Options of methods, which each command that explains takes.
+StartLayer = Annotated[int | None, typer.Option(help="First layer that counts; -1 is the last. Default: 0.")]
+Weighting = Annotated[str | None, typer.Option(help=f"Method weighted: {', '.join(WEIGHTINGS)}. Default: {WEIGHTINGS[0]}.")]
+ThroughConnector = Annotated[bool, typer.Option("--through-connector", help="Go on into the vision tower.")]
+SinksOption = Annotated[str | None, typer.Option(help=f"Attention without content: {', '.join(SINKS)}. Default: {SINKS[0]}.")]
+Freeze = Annotated[
+    list[str] | None, typer.Option(help="Constants of the backward pass: norms, attention, or none. Default: the method's.")
+]
+Of = Annotated[str | None, typer.Option(help=f"Number that is explained: {', '.join(EXPLAINED)}.")]
+
+
+def _method_options(
+    start_layer: int | None,
+    weighting: str | None,
+    through_connector: bool,
+    sinks: str | None,
+    freeze: list[str] | None,
+    of: str | None,
+) -> dict[str, Any]:
+    """Those that were given, by the names that classes of methods have for them."""
+    _check_known("--sinks", [sinks], SINKS)
+    asked: dict[str, Any] = {"start_layer": start_layer, "weighting": weighting, "sinks": sinks, "of": of}
+    asked |= {"through_connector": through_connector or None}
+    asked |= {} if freeze is None else {"freeze": () if freeze == ["none"] else tuple(freeze)}
+    return {name: value for name, value in asked.items() if value is not None}
 
 
 def _command(run: Callable[..., None]) -> Callable[..., None]:
@@ -260,20 +286,14 @@ def explain(
     position: Annotated[
         str | None, typer.Option(help="Explained token: cls, last, mean or an index. Default: the model's own.")
     ] = None,
-    start_layer: Annotated[int | None, typer.Option(help="First layer that counts; -1 is the last. Default: 0.")] = None,
-    weighting: Annotated[
-        str | None, typer.Option(help=f"Method weighted: {', '.join(WEIGHTINGS)}. Default: {WEIGHTINGS[0]}.")
-    ] = None,
-    through_connector: Annotated[bool, typer.Option("--through-connector", help="Go on into the vision tower.")] = False,
+    start_layer: StartLayer = None,
+    weighting: Weighting = None,
+    through_connector: ThroughConnector = False,
     per: Annotated[str | None, typer.Option(help="layer or head: the map of each by itself, on one sheet.")] = None,
-    sinks: Annotated[
-        str | None, typer.Option(help=f"Attention without content: {', '.join(SINKS)}. Default: {SINKS[0]}.")
-    ] = None,
+    sinks: SinksOption = None,
     find_sinks: Annotated[bool, typer.Option("--find-sinks", help="Name the tokens of attention without content.")] = False,
-    freeze: Annotated[
-        list[str] | None, typer.Option(help="Constants of the backward pass: norms, attention, or none. Default: the method's.")
-    ] = None,
-    of: Annotated[str | None, typer.Option(help=f"Number that is explained: {', '.join(EXPLAINED)}.")] = None,
+    freeze: Freeze = None,
+    of: Of = None,
     answer: Annotated[str | None, typer.Option(help="Decoders: explain each token of this answer.")] = None,
     generate: Annotated[int | None, typer.Option(min=1, help="Decoders: generate so many tokens, and explain each.")] = None,
     dtype: Annotated[str | None, typer.Option(help=f"Of the model: {', '.join(MODEL_DTYPES)}; by default as stored.")] = None,
@@ -301,7 +321,6 @@ def explain(
     if per is not None and (dataset is not None or len(methods) > 1):
         raise typer.BadParameter(f"--per must be given with one --method and without --dataset; got {', '.join(methods)}")
     _check_known("--dtype", [dtype], MODEL_DTYPES)
-    _check_known("--sinks", [sinks], SINKS)
     if answer is not None and generate is not None:
         raise typer.BadParameter("--answer must be given without --generate; got both")
     if target is not None and (answer is not None or generate is not None):
@@ -316,10 +335,7 @@ def explain(
     chosen, place = (int(x) if x is not None and x.lstrip("-").isdecimal() else x for x in (target, position))
     by_name: dict[str, Any] = {"text": text or (), "target": chosen, "position": place}
     by_name |= {"answer": answer, "generate": generate, "dtype": dtype}
-    asked: dict[str, Any] = {"start_layer": start_layer, "weighting": weighting, "sinks": sinks, "of": of}
-    asked |= {"through_connector": through_connector or None}
-    asked |= {} if freeze is None else {"freeze": () if freeze == ["none"] else tuple(freeze)}
-    options = {name: value for name, value in asked.items() if value is not None}
+    options = _method_options(start_layer, weighting, through_connector, sinks, freeze, of)
     try:
         with _refusing(ImportError, TypeError, ValueError, command=explain):
             check_model(model)  # before `out`: the reader mends what is named first
@@ -388,6 +404,12 @@ def evaluate(
     dataset: Annotated[Path, typer.Option(help=".jsonl, .csv, folder of images or saved Hugging Face dataset.")],
     out: Annotated[Path | None, typer.Option(help="File to write, .json, or .png for the curves.")] = None,
     method: Annotated[list[str] | None, typer.Option(help=f"{', '.join(METHODS)}, ablations, random; gradient.")] = None,
+    start_layer: StartLayer = None,
+    weighting: Weighting = None,
+    through_connector: ThroughConnector = False,
+    sinks: SinksOption = None,
+    freeze: Freeze = None,
+    of: Of = None,
     test: Annotated[list[str] | None, typer.Option(help=f"One or more of {', '.join(EVALUATION_TESTS)}.")] = None,
     text: Annotated[list[str] | None, typer.Option(help="For inputs without a text; repeat it for several.")] = None,
     dtype: Annotated[str | None, typer.Option(help=f"Of the model: {', '.join(MODEL_DTYPES)}; by default as stored.")] = None,
@@ -403,9 +425,15 @@ def evaluate(
     from vlattn_fast.measuring.provenance import commit
 
     _check_outcome(model, (".json", ".png"), out, dtype, device)
+    options = _method_options(start_layer, weighting, through_connector, sinks, freeze, of)
     with _refusing(ImportError, TypeError, ValueError, command=evaluate):
+        named = method or ["gradient"]
+        known = {**METHODS, **ABLATIONS} if options else {}  # others, such as "random", have none
+        if options and not known.keys() & {*named}:
+            raise ValueError(f"method must be one of explain's with --{next(iter(options))}; got {', '.join(named)}")
+        methods = [with_options(name, **options) if name in known else name for name in named]
         loaded, processor = _load(model, dtype, device)
-        outcome = run(loaded, samples(loaded, processor, dataset, text or ()), methods=method or ["gradient"], tests=test)
+        outcome = run(loaded, samples(loaded, processor, dataset, text or ()), methods=methods, tests=test)
     typer.echo(str(outcome))
     if out is not None:
         if out.suffix == ".json":

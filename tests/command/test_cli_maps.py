@@ -105,11 +105,23 @@ def test_evaluate_prints_the_table(vit, picture, tmp_path):
     assert by_row.exit_code == 0 and re.search(r"^gradient +pointing +image +[01]\.0000 +- +1 +0", by_row.output, re.M), (
         by_row.output
     )
+    weighted = ("--method", "weighted", "--method", "random", "--weighting", "norm", "--of", "logit", "--test", "pointing")
+    result = vlattn("evaluate", "--model", vit, "--dataset", rows, "--out", out, *weighted)
+    assert result.exit_code == 0, result.output
+    methods = {record["method"] for record in json.loads(out.read_text())["table"]}
+    assert methods == {"weighted(of=logit, weighting=norm)", "random"}
     dataset.write_text('{"image": "none.png", "id": "here"}')
     for option, wrong in (("--model", tmp_path / "gone"), ("--dataset", tmp_path / "gone"), ("--test", "positiv")):
         options = {"--model": vit, "--dataset": dataset, option: wrong}
         named = vlattn("evaluate", *(word for pair in options.items() for word in pair))
         assert named.exit_code == 2 and f"{option} must be" in said(named)
+    for method, message in (
+        ("rollout", "--weighting must be an option of method 'rollout'"),
+        ("random", "--method must be one of explain's with --weighting; got random"),
+    ):
+        asked = ("--method", method, "--weighting", "norm")
+        refused = vlattn("evaluate", "--model", vit, "--dataset", dataset, *asked)
+        assert refused.exit_code == 2 and message in said(refused)
     refused = vlattn("evaluate", "--model", vit, "--dataset", dataset)
     assert refused.exit_code == 2 and "which is not there, in input 'here' of the dataset" in said(refused)
 

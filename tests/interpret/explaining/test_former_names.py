@@ -83,6 +83,15 @@ def test_all_that_explain_say_it(call: Any, name: str) -> None:
         call(torch.nn.Identity(), read="cls")
 
 
+def test_prompt_maps_say_it() -> None:
+    with pytest.raises(TypeError, match=r"^prompt_maps\(\) has no parameter 'grid'; write patches=va.PatchGrid\(4, 6\)$"):
+        va.prompt_maps(torch.nn.Identity(), grid=(4, 6))
+    with va.prompt_maps(torch.nn.Identity(), guidance="none") as maps:
+        for call in (maps.word_map, maps.explanation):
+            with pytest.raises(TypeError, match=rf"^{call.__name__}\(\) has no parameter 'tokenizer'; write processor=None$"):
+                call(tokenizer=None)
+
+
 @pytest.mark.parametrize("name", [*METHODS, *ABLATIONS])
 def test_options_are_keywords_that_the_label_shows(name: str) -> None:
     kind = {**METHODS, **ABLATIONS}[name]
