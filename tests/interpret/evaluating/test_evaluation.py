@@ -202,7 +202,7 @@ def test_boxes_on_maps_made_by_hand():
 @pytest.mark.parametrize("value", [0.05, 0.1, 0.3, 1 / 3])
 def test_a_constant_map_has_no_entries_above_its_mean(value):
     """Summed in 32 bits the mean of equal numbers may be less than each of them."""
-    cells, box = grid_entries(7, 7), Truth.of_boxes(torch.tensor([[0.0, 0.0, 0.5, 0.5]]))
+    cells, box = grid_entries(7, 7), Truth.from_boxes(torch.tensor([[0.0, 0.0, 0.5, 0.5]]))
     for dtype in (torch.float32, torch.float64):
         flat = torch.full((49,), value, dtype=dtype)
         assert (intersection_over_union(flat, cells, box), pointing(flat, cells, box)) == (0.0, 0.0)
@@ -211,7 +211,7 @@ def test_a_constant_map_has_no_entries_above_its_mean(value):
 def test_a_region_without_area_counts_by_its_centre():
     """As padding has it that no mask tells of."""
     regions = torch.tensor([[0.0, 0.0, 0.5, 0.5], [0.2, 0.2, 0.2, 0.4], [0.0, 0.0, 0.0, 0.0], [0.9, 0.9, 0.9, 0.9]]).double()
-    box = Truth.of_boxes(torch.tensor([[0.1, 0.1, 0.5, 0.5]]).double())
+    box = Truth.from_boxes(torch.tensor([[0.1, 0.1, 0.5, 0.5]]).double())
     assert mass(torch.tensor([1.0, 0.0, 0.0, 0.0]), regions, box) == pytest.approx(0.64)
     assert mass(torch.tensor([1.0, 2.0, 3.0, 4.0]), regions, box) == pytest.approx((0.64 + 2) / 10)
 

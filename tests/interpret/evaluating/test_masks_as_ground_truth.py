@@ -83,7 +83,7 @@ def test_a_mask_scores_as_the_boxes_of_its_pixels(shape):
     for entries in (grid_entries(3, 4), grid_entries(6, 6), regions):
         values = torch.rand(len(entries), generator=generator) - 0.2
         for score in BOX_SCORES.values():
-            one, two = (score(values, entries, truth) for truth in (Truth.of_mask(mask), Truth.of_boxes(pieces(mask))))
+            one, two = (score(values, entries, truth) for truth in (Truth.from_mask(mask), Truth.from_boxes(pieces(mask))))
             assert one == pytest.approx(two, abs=1e-12)
 
 
@@ -93,8 +93,8 @@ def test_areas_of_overlapping_regions_are_counted_once():
     regions = torch.tensor([[0.25, 0.0, 0.75, 0.5], [0.5, 0.0, 1.0, 0.5], [0.0, 0.5, 0.5, 1.0]]).double()
     values = torch.tensor([2.0, 2.0, 0.0])
     together, shared = 0.75 * 0.5, 0.5 * 0.5
-    assert BOX_SCORES["iou"](values, regions, Truth.of_mask(mask)) == pytest.approx(shared / (together + 0.5 - shared))
-    assert mass(values, regions, Truth.of_mask(mask)) == pytest.approx((2 * 0.5 + 2 * 1.0) / 4)
+    assert BOX_SCORES["iou"](values, regions, Truth.from_mask(mask)) == pytest.approx(shared / (together + 0.5 - shared))
+    assert mass(values, regions, Truth.from_mask(mask)) == pytest.approx((2 * 0.5 + 2 * 1.0) / 4)
 
 
 def test_a_centre_on_the_edge_of_a_pixel_is_inside():
@@ -102,8 +102,8 @@ def test_a_centre_on_the_edge_of_a_pixel_is_inside():
     for pixel in ((0, 0), (0, 1), (1, 0), (1, 1)):
         mask = torch.zeros(4, 4, dtype=torch.bool)
         mask[pixel] = True
-        assert BOX_SCORES["pointing"](torch.tensor([1.0, 0.0, 0.0, 0.0]), grid_entries(2, 2), Truth.of_mask(mask)) == 1.0
-        assert BOX_SCORES["pointing"](torch.tensor([0.0, 0.0, 1.0, 0.0]), grid_entries(2, 2), Truth.of_mask(mask)) == 0.0
+        assert BOX_SCORES["pointing"](torch.tensor([1.0, 0.0, 0.0, 0.0]), grid_entries(2, 2), Truth.from_mask(mask)) == 1.0
+        assert BOX_SCORES["pointing"](torch.tensor([0.0, 0.0, 1.0, 0.0]), grid_entries(2, 2), Truth.from_mask(mask)) == 0.0
 
 
 @pytest.mark.parametrize(

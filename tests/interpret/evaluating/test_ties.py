@@ -76,7 +76,7 @@ def test_equal_texts_have_one_similarity(monkeypatch):
 
 
 def test_a_map_that_is_constant_but_for_its_rounding_points_nowhere():
-    cells, box = grid_entries(7, 7), Truth.of_boxes(torch.tensor([[0.0, 0.0, 0.5, 0.5]]))
+    cells, box = grid_entries(7, 7), Truth.from_boxes(torch.tensor([[0.0, 0.0, 0.5, 0.5]]))
     flat = torch.full((49,), 0.3).double() * (1 + 1e-7 * torch.arange(49).remainder(3))
     assert (intersection_over_union(flat, cells, box), pointing(flat, cells, box)) == (0.0, 0.0)
     peak = torch.zeros(49).double()

@@ -110,7 +110,7 @@ class Actions(Tokens, name="actions"):
     def real(self) -> Tensor | None:
         return None
 
-    def of_image(self) -> Tensor:
+    def image_mask(self) -> Tensor:
         return torch.zeros(self.shape, dtype=torch.bool)
 
     def fields(self, row: Tensor) -> dict[str, Any]:

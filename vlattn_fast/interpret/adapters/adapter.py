@@ -74,13 +74,13 @@ class Tower:
 
     def tokens_in(self, model: nn.Module, inputs: Mapping[str, Any], shape: tuple[int, int]) -> Tokens:
         """Its tokens (B, N) in a batch of inputs of the model."""
-        of_model = getattr(model, "config", None)
-        of_tower = getattr(model.get_submodule(self.path), "config", of_model)
+        model_config = getattr(model, "config", None)
+        tower_config = getattr(model.get_submodule(self.path), "config", model_config)
         whole = self.grid is not None or (self.kind.text and self.kind.image)
-        names_images = hasattr(of_model, "image_token_id") or not hasattr(of_tower, "image_token_id")
-        config = of_model if whole and names_images else of_tower
+        names_images = hasattr(model_config, "image_token_id") or not hasattr(tower_config, "image_token_id")
+        config = model_config if whole and names_images else tower_config
         prefix = self.prefix + (getattr(config, "num_register_tokens", 0) or 0)
-        end = getattr(model, "eos_token_id", getattr(of_tower, "eos_token_id", None))
+        end = getattr(model, "eos_token_id", getattr(tower_config, "eos_token_id", None))
         return self.kind(inputs, shape, config, prefix, self.grid, self.row.predicts, end)
 
 

@@ -112,9 +112,9 @@ def packed(config: Any, inputs: Mapping[str, Any], shape: Shape, count: int) -> 
     return Merged(order.repeat_interleave(side**2), tuple(maps), owners)
 
 
-def _in_windows(index: Tensor, size: int, of_square: int) -> Tensor:
+def _in_windows(index: Tensor, size: int, square: int) -> Tensor:
     """The squares (frames, rows, columns) in the order in which a tower with windows of `size` pixels takes them."""
-    step = size // of_square
+    step = size // square
     if not step:
         return index.flatten()
     windows = (part for frame in index for rows in frame.split(step) for part in rows.split(step, dim=1))
@@ -156,8 +156,8 @@ def tiles(config: Any, inputs: Mapping[str, Any], shape: Shape, count: int) -> M
                     f"through_connector=True does not support images that the model scales down; got {patches} patches"
                 )
             places.append((tile + 1 + index // area) * size + before + index % area)
-        for place, of_map in zip(places, layout.maps, strict=True):
-            numbers[place] = token + of_map
+        for place, map_numbers in zip(places, layout.maps, strict=True):
+            numbers[place] = token + map_numbers
         owners.append(torch.full(((1 + tiles_of_image) * size,), len(maps)))
         maps += places
         token, tile = token + layout.size, tile + 1 + tiles_of_image

@@ -80,9 +80,9 @@ def square_patches(count: int, size: Sequence[int], prefix: int | None) -> tuple
 def image_tokens(config: Any, inputs: Mapping[str, Any]) -> Tensor:
     """bool (B, N), True = a token of an image or a video."""
     ids = inputs["input_ids"].reshape(-1, inputs["input_ids"].shape[-1])
-    of_image = ids == config.image_token_id
+    is_image = ids == config.image_token_id
     video = getattr(config, "video_token_id", None)
-    return of_image if inputs.get("pixel_values_videos") is None or video is None else of_image | (ids == video)
+    return is_image if inputs.get("pixel_values_videos") is None or video is None else is_image | (ids == video)
 
 
 def photos_of(layouts: Sequence[Layout]) -> tuple[list[int], list[Box | None]]:
@@ -247,8 +247,8 @@ def _prompts_of_tiles(
 def _runs(config: Any, inputs: Mapping[str, Any]) -> Iterator[tuple[list[int], list[Shape]]]:
     """The ids of each prompt, and where each stretch of its image tokens starts and stops."""
     ids_of = inputs["input_ids"].reshape(-1, inputs["input_ids"].shape[-1])
-    for ids, of_image in zip(ids_of.tolist(), image_tokens(config, inputs).tolist(), strict=True):
-        edges = [i for i in range(len(ids) + 1) if (i < len(ids) and of_image[i]) != (i > 0 and of_image[i - 1])]
+    for ids, is_image in zip(ids_of.tolist(), image_tokens(config, inputs).tolist(), strict=True):
+        edges = [i for i in range(len(ids) + 1) if (i < len(ids) and is_image[i]) != (i > 0 and is_image[i - 1])]
         yield ids, list(zip(edges[::2], edges[1::2], strict=True))
 
 
@@ -332,8 +332,8 @@ def anyres_tiles(config: Any, inputs: Mapping[str, Any]) -> list[tuple[int, Tens
     shapes = inputs["image_sizes"] if inputs.get("pixel_values") is not None else []
     tiled = [True] * len(shapes) if counts is None else [int(n) == 1 for n in counts for _ in range(n)]
     images: list[tuple[int, Tensor | None]] = []
-    for shape, of_tiles in zip(shapes, tiled, strict=True):
-        if not of_tiles:
+    for shape, tile_parts in zip(shapes, tiled, strict=True):
+        if not tile_parts:
             images.append((0, None))
             continue
         grid = get_anyres_image_grid_shape(shape, config.image_grid_pinpoints, size)
@@ -366,11 +366,11 @@ def merged_shapes(config: Any, inputs: Mapping[str, Any], merge: int) -> list[Sh
 def in_order(config: Any, inputs: Mapping[str, Any], images: list[Layout], videos: list[Layout]) -> list[Layout]:
     """Images and videos in the order of the prompts."""
     ids = inputs["input_ids"].view(-1, inputs["input_ids"].shape[-1])
-    of_image = (ids[image_tokens(config, inputs)] == config.image_token_id).tolist()
+    is_image = (ids[image_tokens(config, inputs)] == config.image_token_id).tolist()
     waiting = {True: list(images), False: list(videos)}
     layouts, position = [], 0
-    while position < len(of_image) and waiting[of_image[position]]:
-        layouts.append(waiting[of_image[position]].pop(0))
+    while position < len(is_image) and waiting[is_image[position]]:
+        layouts.append(waiting[is_image[position]].pop(0))
         position += layouts[-1].size
     return layouts + waiting[True] + waiting[False]  # what is left has no tokens, as `Tokens.maps` finds out
 

@@ -55,10 +55,10 @@ def _photo(pictures: Tensor, sides: Sequence[bool], fewest: int) -> Photo:
             thumbnail, crops = (0, slice(1, count)) if first else (count - 1, slice(0, count - 1))
             spread = float(pictures[thumbnail].std())
             if float((means[thumbnail] - means[crops].mean(0)).abs().max()) <= spread:  # else another colour
-                of_grids = _errors(pictures[crops], pictures[thumbnail])
-                if of_grids is None:
+                grid_errors = _errors(pictures[crops], pictures[thumbnail])
+                if grid_errors is None:
                     return Photo(1)
-                errors |= {Photo(count, grid, first): error for grid, error in of_grids.items()}
+                errors |= {Photo(count, grid, first): error for grid, error in grid_errors.items()}
         best, *others = sorted(errors.items(), key=lambda item: item[1]) or [(Photo(1), math.inf)]
         if best[1] < _ALIKE and all(error > _CLEARLY * best[1] for _, error in others):
             return best[0]

@@ -90,7 +90,7 @@ class Tokens(Named):
         """bool (B, N), True = a word: no special token, no padding, no image token. None where the tower has no text."""
         return None
 
-    def of_image(self) -> Tensor:
+    def image_mask(self) -> Tensor:
         """bool (B, N), True = a token of an image, padding of it included."""
         return torch.ones(self.shape, dtype=torch.bool)
 
@@ -99,20 +99,20 @@ class Tokens(Named):
         row that each belongs to. None without an image, or where tokens have no place in it."""
         if (layouts := self.layouts) is None:
             return None
-        of_image = self.of_image()
-        flat = relevancy[of_image.to(relevancy.device)]
+        is_image = self.image_mask()
+        flat = relevancy[is_image.to(relevancy.device)]
         sizes = [layout.size for layout in layouts]
         if sum(sizes) != len(flat):
             grids = [tuple(index.shape) for layout in layouts for index in layout.maps]
             raise ValueError(f"inputs must have {sum(sizes)} image tokens for maps {grids}; got {len(flat)}")
-        prompts = [part.unique().tolist() for part in of_image.nonzero()[:, 0].split(sizes)]
-        maps, of_rows = [], []
+        prompts = [part.unique().tolist() for part in is_image.nonzero()[:, 0].split(sizes)]
+        maps, samples = [], []
         for layout, part, row in zip(layouts, flat.split(sizes), prompts, strict=True):
             if len(row) != 1:
                 raise ValueError(f"inputs must have all tokens of an image in one prompt; got {layout.size} in prompts {row}")
             maps += [part[index.to(part.device)] for index in layout.maps]
-            of_rows += row * len(layout.maps)
-        return stacked(maps), of_rows
+            samples += row * len(layout.maps)
+        return stacked(maps), samples
 
     @cached_property
     def layouts(self) -> list[Layout] | None:
@@ -187,7 +187,7 @@ class Text(Tokens, name="text"):
         special = _ids(self.config, _OF_TEXT) if self.special is None else self.special
         return ~torch.isin(ids, torch.tensor(sorted(special | _ids(self.config, _OF_PICTURES)), device=ids.device))
 
-    def of_image(self) -> Tensor:
+    def image_mask(self) -> Tensor:
         return torch.zeros(self.shape, dtype=torch.bool)
 
 
@@ -348,7 +348,7 @@ class ImageText(Text, name="image_text"):
 
     image = image_ids = True
 
-    def of_image(self) -> Tensor:
+    def image_mask(self) -> Tensor:
         return image_tokens(self.config, self.inputs)
 
 
@@ -366,7 +366,7 @@ class _TextAndImage(BertText):
         """bool (B, image tokens), True = no padding of an image."""
         return torch.ones(shape, dtype=torch.bool)
 
-    def of_image(self) -> Tensor:
+    def image_mask(self) -> Tensor:
         column = torch.arange(self.shape[1]) - self.before
         return ((column < 0) | (column >= self.inputs["input_ids"].shape[1])).expand(self.shape)
 
@@ -374,8 +374,8 @@ class _TextAndImage(BertText):
 class Regions(_TextAndImage, name="regions"):
     """BERT's text, then image regions."""
 
-    def _input(self, of_uniter: str, of_visual_bert: str) -> Any:
-        return self.inputs.get(of_visual_bert if "visual_embeds" in self.inputs else of_uniter)
+    def _input(self, uniter_name: str, visual_bert_name: str) -> Any:
+        return self.inputs.get(visual_bert_name if "visual_embeds" in self.inputs else uniter_name)
 
     def real_image(self, shape: Shape) -> Tensor:
         mask = self._input("region_mask", "visual_attention_mask")

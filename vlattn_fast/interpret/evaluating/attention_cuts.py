@@ -198,8 +198,8 @@ def _groups(sample: Sample, number: int, tokens: Tokens) -> _Groups:
 def _masks(cuts: Sequence[Mapping[Cut, int] | Sequence[Cut]], groups: Sequence[_Groups], question: _Question) -> Tensor:
     """bool (K, B, N): the tokens of each sample's cuts, none where others have more."""
     masks = torch.zeros(max(map(len, cuts)), *question.pair[0].shape, dtype=torch.bool)
-    for number, of_sample in enumerate(cuts):
-        for place, cut in enumerate(of_sample):
+    for number, sample_cuts in enumerate(cuts):
+        for place, cut in enumerate(sample_cuts):
             for part, group in cut:
                 masks[place, number, groups[number][part][group].tokens] = True
     return masks

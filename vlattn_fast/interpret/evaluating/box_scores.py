@@ -25,7 +25,7 @@ class Truth:
     inside: Tensor  # bool (Y, X)
 
     @classmethod
-    def of_boxes(cls, boxes: Tensor) -> Truth:
+    def from_boxes(cls, boxes: Tensor) -> Truth:
         """The union of boxes (K, 4), cut along every edge."""
         x, y = (boxes[:, [axis, axis + 2]].double().flatten().unique() for axis in (0, 1))
         columns, rows = (
@@ -35,7 +35,7 @@ class Truth:
         return cls(x, y, (rows[:, :, None] & columns[:, None, :]).any(0))
 
     @classmethod
-    def of_mask(cls, mask: Tensor) -> Truth:
+    def from_mask(cls, mask: Tensor) -> Truth:
         """The True pixels of a mask (h, w) over the whole image."""
         y, x = (torch.arange(size + 1).double() / size for size in mask.shape)
         return cls(x, y, mask)
@@ -69,7 +69,7 @@ def intersection_over_union(values: Tensor, entries: Tensor, truth: Truth) -> fl
     map, which has no entry above its mean."""
     if constant(values):  # a rounded mean may lie below all values
         return 0.0
-    above = Truth.of_boxes(entries[values > values.mean()])
+    above = Truth.from_boxes(entries[values > values.mean()])
     y, x = above.inside.nonzero(as_tuple=True)
     pieces = torch.stack([above.x[x], above.y[y], above.x[x + 1], above.y[y + 1]], 1)  # which do not overlap, as entries may
     shared = truth.areas_in(pieces).sum()
@@ -116,14 +116,14 @@ def _of_one_sample(boxes: Any) -> bool:
 def _checked(boxes: Any) -> Truth | None:
     corners = torch.as_tensor(boxes).detach().cpu()
     if corners.dtype == torch.bool and corners.ndim == 2:
-        return Truth.of_mask(corners) if bool(corners.any()) else None
+        return Truth.from_mask(corners) if bool(corners.any()) else None
     if corners.dtype == torch.bool or corners.ndim != 2 or corners.shape[1] != 4:
         raise ValueError(f"boxes must be (K, 4), or a mask bool (h, w), for each sample; got {describe(corners)}")
     corners = corners.double()
     inside = (corners >= 0) & (corners <= 1)
     if not bool(inside.all() & (corners[:, :2] < corners[:, 2:]).all()):
         raise ValueError(f"boxes must be x1 < x2 and y1 < y2 relative to the image, in [0, 1]; got {corners.tolist()}")
-    return Truth.of_boxes(corners)
+    return Truth.from_boxes(corners)
 
 
 def _overlaps(intervals: Tensor, lines: Tensor) -> Tensor:

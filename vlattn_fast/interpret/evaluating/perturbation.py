@@ -55,8 +55,8 @@ class Sample:
     def sizes(self, stays: Stays) -> tuple[tuple[str, int], ...]:
         """The numbers that must be equal for the inputs of samples with the same shapes to keep the same shapes: words that go
         shorten the inputs, regions that stay are all of them, and patches that go leave them as they are."""
-        of_image = 0 if self.regions is None else 1
-        return tuple((part, self.count(part) - len(left) if part == "text" else of_image * len(left)) for part, left in stays)
+        image_count = 0 if self.regions is None else 1
+        return tuple((part, self.count(part) - len(left) if part == "text" else image_count * len(left)) for part, left in stays)
 
     def keeping(self, stays: Stays) -> dict[str, Any]:
         """The inputs with these entries of each part alone; a part that is not named stays whole.
@@ -80,10 +80,10 @@ class Sample:
         stays = torch.ones(shape[1], dtype=torch.bool)
         stays[self.words] = False
         stays[self.words[chosen]] = True
-        of_text = {n: x for n, x in self._tensors() if x.shape[:2] == shape and not n.startswith(_NO_WORDS)}
-        kept = {name: value[:, stays.to(value.device)] for name, value in of_text.items()}
+        text_inputs = {n: x for n, x in self._tensors() if x.shape[:2] == shape and not n.startswith(_NO_WORDS)}
+        kept = {name: value[:, stays.to(value.device)] for name, value in text_inputs.items()}
         gone = int((~stays).sum()) if self.filled else 0
-        return {name: torch.cat([value, of_text[name][:, -1:].repeat(1, gone)], 1) for name, value in kept.items()}
+        return {name: torch.cat([value, text_inputs[name][:, -1:].repeat(1, gone)], 1) for name, value in kept.items()}
 
     def _image(self, chosen: Tensor) -> dict[str, Tensor]:
         """The inputs of the image with these patches or regions alone."""
@@ -211,8 +211,8 @@ def _shown_words(adapter: Adapter | None, inputs: Mapping[str, Any], shown: Any)
         return None
     # Where patches come in front of the words, positions count from the first patch.
     towers = () if adapter is None else adapter.towers
-    of_text = [(tower.kind, shown.relevancy[tower.name]) for tower in towers if tower.kind.text]
-    before = sum(kind(inputs, (len(positions), carried.shape[-1])).before for kind, carried in of_text)
+    text_rows = [(tower.kind, shown.relevancy[tower.name]) for tower in towers if tower.kind.text]
+    before = sum(kind(inputs, (len(positions), carried.shape[-1])).before for kind, carried in text_rows)
     words = torch.zeros(len(positions), ids.shape[-1], dtype=torch.bool)
     for number, columns in enumerate(positions):
         words[number, torch.tensor(columns, dtype=torch.long) - before] = True
@@ -234,10 +234,10 @@ def _entries(texts: list[Tensor], number: int, columns: Tensor) -> dict[int, lis
     the masks `texts`, with zeros behind shorter texts, or for each column of `input_ids`."""
     places: dict[int, list[Tensor]] = {}
     for mask in [*texts, torch.ones_like(texts[0])]:
-        of_width = places.setdefault(int(mask.sum(1).max()), [])
+        same_width = places.setdefault(int(mask.sum(1).max()), [])
         place = (mask[number].cumsum(0) - 1)[columns]
-        if bool(mask[number][columns].all()) and not any(torch.equal(place, one) for one in of_width):
-            of_width.append(place)
+        if bool(mask[number][columns].all()) and not any(torch.equal(place, one) for one in same_width):
+            same_width.append(place)
     return places
 
 

@@ -104,8 +104,8 @@ def picture(kind: str, pixels: Tensor, processor: Any, option: str = "baseline")
         return _blurred(pixels)
     channels = _normalised(0.0 if kind == BLACK else 1.0, processor, pixels)
     if channels is None:
-        of_each = pixels.flatten(1).amin(1) if kind == BLACK else pixels.flatten(1).amax(1)
-        channels = of_each.view(-1, *[1] * (pixels.ndim - 1))
+        extremes = pixels.flatten(1).amin(1) if kind == BLACK else pixels.flatten(1).amax(1)
+        channels = extremes.view(-1, *[1] * (pixels.ndim - 1))
     return channels.expand_as(pixels).contiguous()
 
 
@@ -120,8 +120,8 @@ def _normalised(value: float, processor: Any, pixels: Tensor) -> Tensor | None:
     elif (factor := getattr(images, "rescale_factor", None)) is not None:
         value *= 255.0 * factor
     mean, std = (torch.as_tensor(part, dtype=pixels.dtype, device=pixels.device).reshape(-1, 1, 1) for part in (mean, std))
-    of_channels = (value - mean) / std if getattr(images, "do_normalize", True) else torch.full_like(mean, value)
-    return of_channels if len(of_channels) in (1, pixels.shape[-3]) else None
+    normalised = (value - mean) / std if getattr(images, "do_normalize", True) else torch.full_like(mean, value)
+    return normalised if len(normalised) in (1, pixels.shape[-3]) else None
 
 
 def _blurred(pixels: Tensor) -> Tensor:

@@ -318,8 +318,8 @@ def _rows_of_run(request: Request, prompt: Prompt, run: Run, question: Question)
         joined = [x if x.shape[1] == count else x[:, :count].clone() for x, count in zip(joined, filled, strict=True)]
         check_relevancy(request, question, run, joined, contribution)
     else:
-        of_tower = request.method.rows_of
-        joined = [torch.zeros(0, of_tower(x), x.size, dtype=x.dtype, device=x.device) for x in run.towers]
+        count_rows = request.method.rows_of
+        joined = [torch.zeros(0, count_rows(x), x.size, dtype=x.dtype, device=x.device) for x in run.towers]
     has_rows = (question.answer is not None and request.per_token) or request.selection is not None
     read = (row if has_rows else row[:, 0] for row in joined)
     relevancy = {tower.name: row for tower, row in zip(run.towers, read, strict=True)}
@@ -414,4 +414,4 @@ def _by_layer(
 ) -> LayerExplanation:
     assert request.selection is not None and isinstance(request.method, LayerMaps)
     counts = {tower.name: request.method.counts(tower) for tower in run.towers}
-    return LayerExplanation.of_rows(request.selection.per, counts, owners, relevancy, fields)
+    return LayerExplanation.from_rows(request.selection.per, counts, owners, relevancy, fields)

@@ -45,11 +45,11 @@ def parts(
     that the config names."""
     fields: dict[str, Any] = {} if answer is None else {"answer": answer.ids}
     owners: dict[str, str] = {}
-    name, of_patches = patch_maps(patches, towers, arguments, relevancy)
-    fields |= of_patches
-    if of_patches:
-        fields["photos"], fields["crops"] = Tokens(arguments, towers[0].shape).photos(len(of_patches["image_samples"]))
-    owners |= dict.fromkeys(of_patches, name)
+    name, patch_fields = patch_maps(patches, towers, arguments, relevancy)
+    fields |= patch_fields
+    if patch_fields:
+        fields["photos"], fields["crops"] = Tokens(arguments, towers[0].shape).photos(len(patch_fields["image_samples"]))
+    owners |= dict.fromkeys(patch_fields, name)
     for tower, tokens in tokens_of(towers, arguments, special).items():
         row = relevancy[tower.name]
         if patches is None and (maps := _each(row, tokens.maps)) is not None:
@@ -118,7 +118,9 @@ def _behind(fields: Mapping[str, Any], row: Tensor, answer: Answer) -> dict[str,
     encoded = fields.get("text_positions", before)
     return {
         "text": _padded(entries) if entries else row[..., :0],
-        "text_positions": [[*of_prompt, *of_answer] for of_prompt, of_answer in zip(encoded, decoded, strict=True)],
+        "text_positions": [
+            [*prompt_positions, *answer_positions] for prompt_positions, answer_positions in zip(encoded, decoded, strict=True)
+        ],
         "token_ids": [[*prompt_ids, *ids] for prompt_ids, ids in zip(before, answer.ids, strict=True)],
     }
 
@@ -134,27 +136,27 @@ def vision_maps(
     """The rows of the vision tower behind a connector, where there is one for each map; else (B, [T,] n), all that the tower saw
     of a prompt in its order, with zeros behind shorter ones. And `fields`, those of `parts`, with its maps: crops of a photo are
     joined as `layouts` of the image tokens have them. `row` (images, N) or (images, T, N) is as the tower ran."""
-    of_token = image_tokens(config, arguments)
-    prompts = of_token.nonzero()[:, 0].cpu()
+    is_image = image_tokens(config, arguments)
+    prompts = is_image.nonzero()[:, 0].cpu()
     merged = connector(config, arguments, (row.shape[0], row.shape[-1]), len(prompts))
     flat = row.movedim(0, -2).flatten(-2)  # ([T,] images * N)
-    of_picture = [int(prompts[merged.tokens[index].max()]) for index in merged.maps]
+    map_prompts = [int(prompts[merged.tokens[index].max()]) for index in merged.maps]
     photos, crops = ([], []) if layouts is None else photos_of(layouts)
     places = merged.maps
     if len(places) != len(photos):
-        of_photos = None if layouts is None else joined(merged, layouts)
-        if of_photos is None:
+        photo_places = None if layouts is None else joined(merged, layouts)
+        if photo_places is None:
             photos, crops = list(range(len(places))), [None] * len(places)
-        places = of_photos or places
+        places = photo_places or places
     maps = stacked([flat[..., index.to(flat.device)] for index in places])
     image_samples = [int(prompts[merged.tokens[index].max()]) for index in places]
-    of_vision: dict[str, Any] = {"image": maps, "image_samples": image_samples, "photos": photos, "crops": crops}
+    vision_fields: dict[str, Any] = {"image": maps, "image_samples": image_samples, "photos": photos, "crops": crops}
     if fields.get("image_samples") == image_samples:
-        of_vision["tower_images"] = {"language": fields["image"]}
+        vision_fields["tower_images"] = {"language": fields["image"]}
     if len(row) != len(image_samples):
-        owners = torch.tensor(of_picture)[merged.owners].to(flat.device)
-        row = _padded([flat[..., owners == prompt] for prompt in range(len(of_token))])
-    return row, of_vision
+        owners = torch.tensor(map_prompts)[merged.owners].to(flat.device)
+        row = _padded([flat[..., owners == prompt] for prompt in range(len(is_image))])
+    return row, vision_fields
 
 
 def _each(relevancy: Tensor, read: Callable[[Tensor], tuple[Any, Any] | None]) -> tuple[Any, Any] | None:
@@ -182,10 +184,10 @@ def patch_maps(
     free = [tower for tower in towers if tower.entry is None or (patches is not None and tower.entry.kind is Patches)]
     if patches is None:  # towers of ids are none of the picture
         texts = {name: tuple(value.shape) for name, value in inputs.items() if is_ids(value)}
-        of_text = [tower for tower in free if tower.shape in texts.values()]
-        shapes = {tower.shape for tower in of_text}
+        text_towers = [tower for tower in free if tower.shape in texts.values()]
+        shapes = {tower.shape for tower in text_towers}
         inputs = {name: value for name, value in inputs.items() if texts.get(name) not in shapes}
-        free = [tower for tower in free if tower not in of_text]
+        free = [tower for tower in free if tower not in text_towers]
     for tower in free:
         if tower.grid is not None:
             if (picture := _of_pixels(patches, relevancy[tower.name], tower)) is not None:

@@ -52,13 +52,13 @@ def named_sinks(request: Request, prompt: Prompt, run: Run, image_samples: Seque
             if row >= (source.batch or 0):  # of the row that stands for an empty batch
                 continue
             sample = row if source.batch == count else rows[row] if rows is not None else row * count // (source.batch or 1)
-            of_shares, of_norms = (
+            layer_shares, layer_norms = (
                 dict(zip(layers, (float(one[row, index]) for one in each), strict=True)) for each in (shares, norms)
             )
             where = tuple(layer for layer, one in zip(layers, sinks, strict=True) if bool(one[row, index]))
             place, word = names.of(source, row, index)
             removed = request.method.sinks == REMOVE
-            samples[sample].append(Sink(source.name, index, reader.name, where, of_shares, of_norms, place, word, removed))
+            samples[sample].append(Sink(source.name, index, reader.name, where, layer_shares, layer_norms, place, word, removed))
     return Sinks(samples)
 
 

@@ -43,15 +43,15 @@ def occluded(request: Request, prompt: Prompt, run: Run, question: Question, met
     rows = {tower.name: torch.zeros(*whole.shape, tower.size, dtype=dtype, device=whole.device) for tower in run.towers}
     counts = {tower.name: torch.zeros(len(whole), tower.size, dtype=dtype, device=whole.device) for tower in run.towers}
     for first in with_progress(range(0, max(map(len, windows)), copies), "explaining", unit="pass"):
-        part = [of_sample[first : first + copies] for of_sample in windows]
+        part = [sample_windows[first : first + copies] for sample_windows in windows]
         count = max(map(len, part))
         masks = {tower.name: torch.zeros(count * len(whole), tower.size, dtype=torch.bool) for tower in run.towers}
-        for sample, of_sample in enumerate(part):
-            for number, (name, tokens) in enumerate(of_sample):
+        for sample, sample_windows in enumerate(part):
+            for number, (name, tokens) in enumerate(sample_windows):
                 masks[name][number * len(whole) + sample, tokens] = True
         drops = whole.detach() - _scores(request, prompt, method, masks, count, len(whole))
-        for sample, of_sample in enumerate(part):
-            for number, (name, tokens) in enumerate(of_sample):
+        for sample, sample_windows in enumerate(part):
+            for number, (name, tokens) in enumerate(sample_windows):
                 tokens = tokens.to(whole.device)
                 rows[name][sample][..., tokens] += drops[number, sample, ..., None]
                 counts[name][sample, tokens] += 1
@@ -112,11 +112,11 @@ def _groups(request: Request, prompt: Prompt, run: Run, question: Question) -> l
         add(sample, numbers, True)
     for name in ("text", "regions"):
         for sample, numbers in enumerate(fields.get(name, ())):
-            of_towers: dict[TowerTrace, list[int]] = {}
+            by_tower: dict[TowerTrace, list[int]] = {}
             for number in numbers.long().tolist():
                 if number and _is_real(real.get(owner[number - 1]), sample, number - firsts[owner[number - 1]]):
-                    of_towers.setdefault(owner[number - 1], []).append(number)
-            for numbers_of_tower in of_towers.values():
+                    by_tower.setdefault(owner[number - 1], []).append(number)
+            for numbers_of_tower in by_tower.values():
                 add(sample, torch.tensor([numbers_of_tower]), False)
     for tower in plain:
         if tower not in seen:

@@ -89,8 +89,8 @@ def _about_target(request: Request, prompt: Prompt, run: Run) -> Question:
         return Question(scores, [(scores, [])], target, {})
     starts = starts_of(run, position, scores, prompt.arguments)
     # The queries of a pooling head are no tokens.
-    of_tokens = ((tower, start) for tower, start in zip(run.read, starts, strict=True) if not tower.pooled)
-    places = ((tower.name, _single_position(start)) for tower, start in of_tokens)
+    token_starts = ((tower, start) for tower, start in zip(run.read, starts, strict=True) if not tower.pooled)
+    places = ((tower.name, _single_position(start)) for tower, start in token_starts)
     return Question(scores, [(scores, starts)], target, {name: place for name, place in places if place is not None})
 
 
@@ -207,7 +207,7 @@ def check_relevancy(
     predicts = request.adapter.scoring.predicts and request.position is None and not callable(request.target)
     if predicts or not request.method.holds_start:
         return
-    starts = [torch.cat(of_tower, 1) for of_tower in zip(*(starts for _, starts in question.passes), strict=True)]
+    starts = [torch.cat(tower_starts, 1) for tower_starts in zip(*(starts for _, starts in question.passes), strict=True)]
     if any(bool((row != 0).any()) for row in relevancy[len(starts) :]):  # of towers that are read through others
         return
     for tower, row, start in zip(run.towers, relevancy, starts, strict=False):

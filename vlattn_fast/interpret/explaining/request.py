@@ -216,10 +216,10 @@ def _adapter_of_answers(model: nn.Module, inputs: Mapping[str, Any], target: Any
     known = find_adapter(model) or encoder_decoder(model)
     adapter = own_decoder(model, inputs, answers=True) if known is None else known
     if adapter is None or not adapter.scoring.predicts:
-        name, of_caller = type(model).__name__, adapter is None and not hasattr(model, "can_generate")
+        name, is_callers = type(model).__name__, adapter is None and not hasattr(model, "can_generate")
         raise ValueError(
             "model must be a decoder with an adapter, or an encoder-decoder, if answer is given; got "
-            f"{name}{_own_ids(name, inputs) if of_caller else ''}{_like_the_nearest(model)}"
+            f"{name}{_own_ids(name, inputs) if is_callers else ''}{_like_the_nearest(model)}"
         )
     return adapter
 

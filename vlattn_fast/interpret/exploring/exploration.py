@@ -66,7 +66,7 @@ class Exploration:
         self._asked = {name: Asked.check(model, inputs, **question) for name, model in self.models.items()}
         facts = {name: self._facts(name) for name in self.models}
         self.towers, self.heads = next(iter(facts.values()))
-        if any(of_model != (self.towers, self.heads) for of_model in facts.values()):
+        if any(model_facts != (self.towers, self.heads) for model_facts in facts.values()):
             raise ValueError(f"models must have the same towers, and as many layers and heads; got {facts}")
         self.plain = self._state(())
 

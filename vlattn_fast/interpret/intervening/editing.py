@@ -36,7 +36,7 @@ class _Attending:
     module: nn.Module
     attended: bool = False
     begun: CallPlan | None = None  # of the call that has begun: a softmax that the module takes itself, or score_attention
-    of_maps: dict[int, tuple[CallPlan, int]] = field(default_factory=dict)  # of each that it took, and its first query's place
+    taken_maps: dict[int, tuple[CallPlan, int]] = field(default_factory=dict)  # of each that it took, and its first query's place
 
 
 class EditedCalls(Subscriber):
@@ -67,7 +67,7 @@ class EditedCalls(Subscriber):
     def observer(self) -> Observer:
         return Observer(self.model, [self], parts=self._parts)
 
-    def of_explained_run(self) -> ExplainedEdits:
+    def for_explained_run(self) -> ExplainedEdits:
         """The same edits in a run of `explain`."""
         return ExplainedEdits(self)
 
@@ -118,7 +118,7 @@ class EditedCalls(Subscriber):
         if run.module not in self._of_modules or not self._attending:
             return
         attending, plans = self._attending.pop(), self._of_modules[run.module]
-        unseen = not attending.attended or attending.of_maps
+        unseen = not attending.attended or attending.taken_maps
         if output is not None and unseen and not all(plan.is_empty for plan in plans):
             raise ValueError(
                 "model must call attention through transformers' AttentionInterface or scaled_dot_product_attention where it is "
@@ -148,8 +148,8 @@ class EditedCalls(Subscriber):
     def on_attention(self, event: Attention, attend: Attend) -> Tensor:
         """The attention (B, H, N, Dv) of one call, with its edits."""
         if event.written is not None:
-            of_maps = self._attending[-1].of_maps if self._attending else {}
-            plan, start = of_maps.pop(event.written.number, (None, 0))
+            taken_maps = self._attending[-1].taken_maps if self._attending else {}
+            plan, start = taken_maps.pop(event.written.number, (None, 0))
             return attend(event) if plan is None else with_heads(plan, attend(event), start)
         plan = self._plan() if event.inputs is None else self._begun()
         if plan is None:
@@ -216,7 +216,7 @@ class EditedCalls(Subscriber):
         if plan is None or not plan.edits_heads:
             return 0
         with torch._C.DisableTorchFunction():
-            self._attending[-1].of_maps[number] = plan, self.rows(plan, *probabilities.shape[-2:])[0]
+            self._attending[-1].taken_maps[number] = plan, self.rows(plan, *probabilities.shape[-2:])[0]
         return plan.call.share.count
 
     def softmax(self, plan: CallPlan, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -327,10 +327,10 @@ def token_groups(
     if call.columns is not None or call.crosses:
         if keys != call.keys:
             raise ValueError(f"model must attend to {call.keys} keys in '{call.path}', as in its run on inputs; got {keys}")
-        of_tokens = plan.keys.of(0, call.source.shape[1], call.source.shape[1], batch, device)
-        key_groups = of_tokens
+        token_groups = plan.keys.of(0, call.source.shape[1], call.source.shape[1], batch, device)
+        key_groups = token_groups
         if call.columns is not None:
-            key_groups = of_tokens.new_full((batch, keys), -1).index_copy(1, call.columns.to(device), of_tokens)
+            key_groups = token_groups.new_full((batch, keys), -1).index_copy(1, call.columns.to(device), token_groups)
     else:
         # The keys are the last ones of all, or, in a cache of fixed length, the first places of it.
         key_groups = plan.keys.of(max(0, total - keys), keys, total, batch, device)

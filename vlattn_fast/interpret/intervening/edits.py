@@ -188,7 +188,7 @@ def check_heads(heads: Any) -> dict[int, tuple[int, ...] | None]:
     if not heads:
         raise ValueError("heads must name a layer; got an empty dict")
     check_numbers("heads", list(heads))
-    return {layer: check_numbers("heads", of_layer) for layer, of_layer in heads.items()}
+    return {layer: check_numbers("heads", layer_heads) for layer, layer_heads in heads.items()}
 
 
 def check_tower(tower: Any) -> None:

@@ -79,21 +79,21 @@ def attribute_edges(
             check_edges(plan)
         if notes.takes_all:
             scores, _ = asked.scores(asked.outputs)
-            calls = notes.of_plans(plans, chosen, queries, keys)
+            calls = notes.for_plans(plans, chosen, queries, keys)
             _gradients(scores, [call.leaf for call in calls])
-            of_calls = [plan.call.share.whole(call.by_sets(), 1) for plan, call in zip(chosen, calls, strict=True)]
+            call_effects = [plan.call.share.whole(call.by_sets(), 1) for plan, call in zip(chosen, calls, strict=True)]
         else:
-            scores, of_calls = _by_edits(asked, plans, chosen, queries, keys)
-    of_layers: dict[int, Tensor] = {}  # (B, H, F, T)
-    for plan, effect in zip(chosen, of_calls, strict=True):
+            scores, call_effects = _by_edits(asked, plans, chosen, queries, keys)
+    layer_effects: dict[int, Tensor] = {}  # (B, H, F, T)
+    for plan, effect in zip(chosen, call_effects, strict=True):
         layer = plan.call.layer
-        of_layers[layer] = of_layers[layer] + effect if layer in of_layers else effect
+        layer_effects[layer] = layer_effects[layer] + effect if layer in layer_effects else effect
     edges, effects = [], []
-    for layer, effect in of_layers.items():
-        of_layer = effect.detach().flatten(1).T  # (H * F * T, B)
-        effects.append(of_layer)
+    for layer, effect in layer_effects.items():
+        rows = effect.detach().flatten(1).T  # (H * F * T, B)
+        effects.append(rows)
         names = [(head, f, t) for head in range(effect.shape[1]) for f in keys for t in queries]
-        means = of_layer.double().mean(1).tolist()
+        means = rows.double().mean(1).tolist()
         edges += [Edge(layer, *name, mean) for name, mean in zip(names, means, strict=True)]
     table = EdgeTable(tuple(edges), torch.cat(effects), scores.detach(), named, question)
     return replace(table, without_edges=tuple(plans.without_edges([pair])))
@@ -106,9 +106,9 @@ def _by_edits(asked: Asked, plans: Plans, chosen: Sequence[CallPlan], queries: S
     made: Any = {"dtype": torch.promote_types(weight.dtype, torch.float32), "device": weight.device, "requires_grad": True}
     leaves = [torch.zeros(plan.call.tower.shape[0], plan.call.heads, len(keys), len(queries), **made) for plan in chosen]
     for plan, leaf in zip(chosen, leaves, strict=True):
-        for column, of_keys in enumerate(keys.values()):
-            for row, of_queries in enumerate(queries.values()):
-                plans.add_term(plan, Term(of_queries, of_keys, leaf[:, :, column, row]))
+        for column, key_set in enumerate(keys.values()):
+            for row, query_set in enumerate(queries.values()):
+                plans.add_term(plan, Term(query_set, key_set, leaf[:, :, column, row]))
     scores, _ = asked.scores(asked.run(plans))
     gradients = zip(leaves, _gradients(scores, leaves), strict=True)
     return scores, [torch.zeros_like(leaf) if gradient is None else gradient for leaf, gradient in gradients]
@@ -180,8 +180,8 @@ def intervene_each(
         copies = asked.at_once(batch_size)
         for first in with_progress(range(0, len(listed), copies), "cutting edges"):
             some = listed[first : first + copies]
-            of_copies = asked.repeated(len(some), chosen)
-            cut, _ = of_copies.scores(of_copies.run(_cuts(asked, pair, some, queries, keys)))
+            copied = asked.repeated(len(some), chosen)
+            cut, _ = copied.scores(copied.run(_cuts(asked, pair, some, queries, keys)))
             effects.append(scores - cut.view(len(some), -1))
     joined = torch.cat(effects)
     means = joined.double().mean(1).tolist()
@@ -204,20 +204,20 @@ def _cuts(asked: Asked, pair: Pair, edges: Sequence[Edge], queries: Sets, keys: 
                 raise ValueError(
                     f"edges must go between tokens of the towers; got {name!r} as '{side.strip('_')}', of which there are none"
                 )
-    of_queries = {edge.to: repeated_set(queries[edge.to], copies) for edge in edges}
-    of_keys = {edge.from_: repeated_set(keys[edge.from_], copies) for edge in edges}
+    query_sets = {edge.to: repeated_set(queries[edge.to], copies) for edge in edges}
+    key_sets = {edge.from_: repeated_set(keys[edge.from_], copies) for edge in edges}
     biases: dict[tuple[int, str, str], Tensor] = {}
-    of_layers: dict[int, list[CallPlan]] = {}
+    layer_plans: dict[int, list[CallPlan]] = {}
     for copy, edge in enumerate(edges):
-        of_layers[edge.layer] = plans.layers([pair], [edge.layer])
-        call = of_layers[edge.layer][0].call
+        layer_plans[edge.layer] = plans.layers([pair], [edge.layer])
+        call = layer_plans[edge.layer][0].call
         chosen = heads_of(call, None if edge.head is None else [edge.head])
         key = edge.layer, edge.to, edge.from_
         bias = biases.setdefault(key, torch.zeros(copies, call.tower.shape[0], call.heads))
         bias[copy, :, chosen] = -torch.inf
     for (layer, to, from_), bias in biases.items():
-        for plan in of_layers[layer]:
-            plans.add_term(plan, Term(of_queries[to], of_keys[from_], bias.flatten(0, 1)))
+        for plan in layer_plans[layer]:
+            plans.add_term(plan, Term(query_sets[to], key_sets[from_], bias.flatten(0, 1)))
     return plans
 
 

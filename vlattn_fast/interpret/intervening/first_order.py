@@ -61,19 +61,19 @@ class GroupGradient:
             return row_bias, key_groups
         return row_bias.new_zeros(*row_bias.shape[:3], self.asked[1].members.shape[1]), self.groups[1]
 
-    def note(self, of_rows: Tensor) -> None:
+    def note(self, row_effects: Tensor) -> None:
         """Sums the gradient of row_bias over the groups of queries. Few queries are packed as rows of their key head."""
         if self.asked:
-            rows = of_rows.reshape(self.batch, self.heads, self.queries, -1)
+            rows = row_effects.reshape(self.batch, self.heads, self.queries, -1)
             self.effects = sums_of_groups(rows, self.groups[0], self.asked[0].members.shape[1])
 
     def by_sets(self) -> Tensor:
         """(B, H, F, T), the effects summed over the groups of keys that are in each set, and over those of queries."""
-        of_queries, of_keys = (groups.members.to(self.device) for groups in self.asked)
+        query_members, key_members = (groups.members.to(self.device) for groups in self.asked)
         if self.effects is None:
-            return torch.zeros(self.batch, self.heads, len(of_keys), len(of_queries), device=self.device)
-        sums = torch.where(of_queries[:, :, None], self.effects[:, :, None], 0.0).sum(3)
-        return torch.where(of_keys[:, None], sums[:, :, None], 0.0).sum(4)
+            return torch.zeros(self.batch, self.heads, len(key_members), len(query_members), device=self.device)
+        sums = torch.where(query_members[:, :, None], self.effects[:, :, None], 0.0).sum(3)
+        return torch.where(key_members[:, None], sums[:, :, None], 0.0).sum(4)
 
 
 class _Biased(torch.autograd.Function):
@@ -96,8 +96,8 @@ class _Biased(torch.autograd.Function):
         named = dict(zip(ctx.names, ctx.saved_tensors, strict=True)) | ctx.options
         named["row_bias"], named["key_groups"] = ctx.call.biases(named["row_bias"], named["key_groups"])
         grad_out = torch.zeros_like(named["out"]) if grad_out is None else grad_out
-        *grads, _, of_rows = _BACKWARD(*ScoreAttentionBackwardInputs(grad_out=grad_out, grad_lse=grad_lse, **named))
-        ctx.call.note(of_rows)
+        *grads, _, row_effects = _BACKWARD(*ScoreAttentionBackwardInputs(grad_out=grad_out, grad_lse=grad_lse, **named))
+        ctx.call.note(row_effects)
         return None, torch.zeros(()), *grads, *(None,) * (ctx.count - 3)
 
 
@@ -112,7 +112,7 @@ class KeepsCalls(NotesCalls):
         self.takes_all = True  # no call is one whose bias the model must run again for
 
     def output(self, call: TracedCall) -> Tensor:
-        if call.of_one_sequence:  # no softmax, so no bias
+        if call.is_mixing:  # no softmax, so no bias
             return call.computed()
         mask, biased = call.masks["attn_mask"], GroupGradient(call)
         self.biased.append(biased)
@@ -121,11 +121,11 @@ class KeepsCalls(NotesCalls):
             return call.computed()
         return biased.output(call)
 
-    def of_plans(self, plans: Plans, chosen: Sequence[CallPlan], queries: Sets, keys: Sets) -> list[GroupGradient]:
+    def for_plans(self, plans: Plans, chosen: Sequence[CallPlan], queries: Sets, keys: Sets) -> list[GroupGradient]:
         """The calls of the plans `chosen`, which count their effects between these sets in the backward pass."""
-        of_queries, of_keys = Groups(list(queries.values()), as_keys=False), Groups(list(keys.values()), as_keys=True)
-        numbers = {id(plan): number for number, plan in enumerate(plans.of_calls)}
+        query_groups, key_groups = Groups(list(queries.values()), as_keys=False), Groups(list(keys.values()), as_keys=True)
+        numbers = {id(plan): number for number, plan in enumerate(plans.calls)}
         calls = [self.biased[numbers[id(plan)]] for plan in chosen]
         for call, plan in zip(calls, chosen, strict=True):
-            call.ask(plan, of_queries, of_keys)
+            call.ask(plan, query_groups, key_groups)
         return calls

@@ -123,8 +123,8 @@ def information_flow(
     for item in with_progress(dataset, "samples"):
         if not isinstance(item, (tuple, list)) or len(item) != 2:
             raise TypeError(f"dataset must give (inputs, answer) for each sample or batch; got {describe(item)}")
-        of_target = {"target": None if item[1] is not None else target, "answer": item[1]}
-        asked = Asked.check(model, item[0], **of_target, processor=processor, tower=tower)
+        question = {"target": None if item[1] is not None else target, "answer": item[1]}
+        asked = Asked.check(model, item[0], **question, processor=processor, tower=tower)
         base, curve, numbers = _of_one(asked, cut, window, asked.at_once(batch_size))
         bases.append(base)
         curves.append(curve)
@@ -143,19 +143,19 @@ def _in_words(group: Any) -> str:
 
 def _apart(plans: Plans, cut: Knockout) -> dict[Pair, tuple[TokenSet, TokenSet]]:
     """The sets of queries and keys by their towers. Two groups of a tower hold each token once; one group may flow to itself."""
-    of_pairs = plans.with_tokens("information_flow", cut.queries, cut.keys, cut.tower)
-    (tower,) = {pair[0] for pair in of_pairs}
+    by_pair = plans.with_tokens("information_flow", cut.queries, cut.keys, cut.tower)
+    (tower,) = {pair[0] for pair in by_pair}
     itself = tower, tower
-    if itself not in of_pairs or cut.queries is None or cut.keys is None:
-        return of_pairs
+    if itself not in by_pair or cut.queries is None or cut.keys is None:
+        return by_pair
     names = [group for group in (cut.queries, cut.keys) if isinstance(group, str)]
-    if names[0] == names[1] if len(names) == 2 else torch.equal(*(each.mask for each in of_pairs[itself])):
-        return of_pairs
+    if names[0] == names[1] if len(names) == 2 else torch.equal(*(each.mask for each in by_pair[itself])):
+        return by_pair
     apart = disjoint({"queries": cut.queries, "keys": cut.keys}, [tower])
     queries, keys = (token_set(name, group, tower) for name, group in apart.items())
     if isinstance(queries, str) or isinstance(keys, str):
         raise ValueError(queries if isinstance(queries, str) else keys)
-    return {**of_pairs, itself: (queries, keys)}
+    return {**by_pair, itself: (queries, keys)}
 
 
 @torch.no_grad()
@@ -166,20 +166,20 @@ def _of_one(asked: Asked, cut: Knockout, window: int, batch_size: int) -> tuple[
     check_scores(scores)
     base = asked.probabilities(outputs)
     plans = Plans(asked.seen)
-    of_pairs = _apart(plans, cut)
-    layers = sorted({plan.call.layer for plan in plans.layers(of_pairs, None)})
+    by_pair = _apart(plans, cut)
+    layers = sorted({plan.call.layer for plan in plans.layers(by_pair, None)})
     parts = []
     for first in with_progress(range(0, len(layers), batch_size), "cutting windows", leave=False):
         middles = torch.tensor(layers[first : first + batch_size])
         plans, copies = Plans(asked.seen), len(middles)
-        sets = {pair: (repeated_set(q, copies), repeated_set(k, copies)) for pair, (q, k) in of_pairs.items()}
-        for plan in plans.layers(of_pairs, None):
+        sets = {pair: (repeated_set(q, copies), repeated_set(k, copies)) for pair, (q, k) in by_pair.items()}
+        for plan in plans.layers(by_pair, None):
             is_cut = (middles - (window - 1) // 2 <= plan.call.layer) & (plan.call.layer <= middles + window // 2)
             bias = torch.zeros(copies, plan.call.tower.shape[0], plan.call.heads)
             for copy in is_cut.nonzero()[:, 0].tolist():
                 bias[copy, :, heads_of(plan.call, cut.heads)] = -torch.inf  # type: ignore[arg-type]
             if bool(is_cut.any()):
                 plans.add_term(plan, Term(*sets[plan.pair], bias.flatten(0, 1)))
-        of_copies = asked.repeated(copies, chosen)
-        parts.append(of_copies.probabilities(of_copies.run(plans)).view(copies, -1))
+        copied = asked.repeated(copies, chosen)
+        parts.append(copied.probabilities(copied.run(plans)).view(copies, -1))
     return base, torch.cat(parts).T, tuple(layers)

@@ -85,10 +85,10 @@ class CallPlan:
         dtype, total = torch.float64 if query.dtype == torch.float64 else torch.float32, None
         if self._bias is not None and self._bias.dtype == dtype and self._bias.device == query.device:
             return self._bias
-        of_queries, of_keys = (groups.members.to(query.device) for groups in (self.queries, self.keys))
+        query_members, key_members = (groups.members.to(query.device) for groups in (self.queries, self.keys))
         for term, row, column in zip(self.terms, *(_numbers(_sets(self.terms, name)) for name in _SIDES), strict=True):
-            of_both = of_queries[row][:, None] & of_keys[column]
-            part = torch.where(of_both, term.bias.to(query.device, dtype)[..., None, None], 0.0)
+            in_both = query_members[row][:, None] & key_members[column]
+            part = torch.where(in_both, term.bias.to(query.device, dtype)[..., None, None], 0.0)
             total = part if total is None else total + part
         assert total is not None
         total = self.call.share.part(total, total.ndim - 3)
@@ -114,7 +114,7 @@ class Plans:
 
     def __init__(self, seen: SeenModel, edits: Iterable[Edit] = ()) -> None:
         self.seen = seen
-        self.of_calls = [CallPlan(call) for call in seen.calls]
+        self.calls = [CallPlan(call) for call in seen.calls]
         self._edited: dict[tuple[int, int], str] = {}  # by plan and head: the edit that gives its outputs
         for edit in edits:
             self.add(edit)
@@ -127,11 +127,11 @@ class Plans:
         for name in names:
             if name is not None:
                 self.seen.tower(name)
-        pairs = list(dict.fromkeys(plan.pair for plan in self.of_calls))
+        pairs = list(dict.fromkeys(plan.pair for plan in self.calls))
         if tower is None:
             pairs = [pair for pair in pairs if not pair[0].beside]
         chosen = [pair for pair in pairs if all(name in (None, of.name) for name, of in zip(names, pair, strict=True))]
-        if not self.of_calls:
+        if not self.calls:
             raise ValueError("model must have layers that attend, which have edges; got one whose layers all take no softmax")
         if not chosen:
             known = ", ".join(str((of.name, to.name)) for of, to in pairs)
@@ -151,10 +151,10 @@ class Plans:
         chosen: dict[Pair, tuple[TokenSet, TokenSet]] = {}
         problems: list[str] = []
         for pair in self.pairs(tower):
-            of_queries, of_keys = token_set("queries", queries, pair[0]), token_set("keys", keys, pair[1])
-            problems += [each for each in (of_queries, of_keys) if isinstance(each, str)]
-            if isinstance(of_queries, TokenSet) and isinstance(of_keys, TokenSet):
-                chosen[pair] = of_queries, of_keys
+            query_set, key_set = token_set("queries", queries, pair[0]), token_set("keys", keys, pair[1])
+            problems += [each for each in (query_set, key_set) if isinstance(each, str)]
+            if isinstance(query_set, TokenSet) and isinstance(key_set, TokenSet):
+                chosen[pair] = query_set, key_set
         _check_one(what, chosen, problems)
         return chosen
 
@@ -186,7 +186,7 @@ class Plans:
         """The plans of the calls of some layers between these towers; None = of all layers. Negative numbers count from the
         tower's end. ValueError for an unknown layer."""
         pairs = set(pairs)
-        plans = [plan for plan in self.of_calls if plan.pair in pairs]
+        plans = [plan for plan in self.calls if plan.pair in pairs]
         if numbers is None:
             return plans
         known, tower = sorted({plan.call.layer for plan in plans}), plans[0].call.tower
@@ -199,13 +199,13 @@ class Plans:
 
     def _depth(self, tower: SeenTower) -> int:
         """How many layers a tower has."""
-        layers = [plan.call.layer for plan in self.of_calls if plan.call.tower is tower]
+        layers = [plan.call.layer for plan in self.calls if plan.call.tower is tower]
         return 1 + max(layers + [layer for of, layer, _ in self.seen.mixing if of is tower])
 
     def without_edges(self, pairs: Iterable[Pair]) -> dict[int, str]:
         """By the number of each layer that has no softmax, as recurrences have none: the module's path and class."""
         towers = [pair[0] for pair in pairs if pair[0] is pair[1]]
-        with_edges = {plan.call.layer for plan in self.of_calls if plan.call.tower in towers}
+        with_edges = {plan.call.layer for plan in self.calls if plan.call.tower in towers}
         return {layer: place for tower, layer, place in self.seen.mixing if tower in towers and layer not in with_edges}
 
     # --- edits ---
@@ -275,10 +275,10 @@ class Plans:
                 shared[key] = Groups(sets, as_keys=key[0])
             return shared[key]
 
-        for plan in self.of_calls:
+        for plan in self.calls:
             if plan.terms:
                 plan.queries, plan.keys = groups(plan, "queries"), groups(plan, "keys")
-        return self.of_calls
+        return self.calls
 
 
 def tower_of(edit: Any) -> TowerName:
@@ -339,10 +339,10 @@ def _patch(plan: CallPlan, edit: Patch, heads: Tensor) -> None:
     plan.patched.append(Patched(heads, outputs.expand(batch, -1, -1, -1)[:, heads.to(outputs.device)], tokens.mask))
 
 
-def _recorded(name: str, record: HeadRecord, of_layers: Mapping[int, Tensor], call: SeenCall) -> Tensor:
+def _recorded(name: str, record: HeadRecord, by_layer: Mapping[int, Tensor], call: SeenCall) -> Tensor:
     """The part of a record that is of a call's layer."""
-    towers, recorded = (call.tower.name, call.source.name), of_layers.get(call.layer)
+    towers, recorded = (call.tower.name, call.source.name), by_layer.get(call.layer)
     if record.tower != towers or recorded is None or recorded.shape[-3 if recorded.ndim == 4 else 0] != call.heads:
-        has = f"layers {', '.join(map(str, of_layers))} of {record.tower}"
+        has = f"layers {', '.join(map(str, by_layer))} of {record.tower}"
         raise ValueError(f"{name} must have recorded layer {call.layer} of {towers} with {call.heads} heads; got {has}")
     return recorded

@@ -143,7 +143,7 @@ class NotesCalls(Method):
         at, score = (tower.calls.last, tower, call.layer, call.path), call.masks.get("score")
         share = HeadShare(heads if call.mesh is None else heads * call.mesh.size(), call.mesh)
         by_hand = score is not None and score.by_hand
-        self.calls.append(_Noted(*at, (batch, queries), keys, call.columns, share, problem, by_hand, call.of_one_sequence))
+        self.calls.append(_Noted(*at, (batch, queries), keys, call.columns, share, problem, by_hand, call.is_mixing))
         return self.output(call)
 
     def output(self, call: TracedCall) -> Tensor:
@@ -235,10 +235,10 @@ def watched_run(
             mixing.append((seen(noted.tower), noted.layer, place))
             continue
         source = sources.get(noted.number, noted.tower)
-        of_tokens, kind = len(noted.columns) if noted.columns is not None else noted.keys, model.get_submodule(noted.path)
+        tokens, kind = len(noted.columns) if noted.columns is not None else noted.keys, model.get_submodule(noted.path)
         problem = "attends to tokens of several towers in one softmax" if noted.number in joint else noted.problem
-        if not problem and (noted.queries != noted.tower.shape or of_tokens != source.size):
-            problem = f"has {noted.queries[1]} queries and {of_tokens} keys of {noted.tower.size} and {source.size} tokens"
+        if not problem and (noted.queries != noted.tower.shape or tokens != source.size):
+            problem = f"has {noted.queries[1]} queries and {tokens} keys of {noted.tower.size} and {source.size} tokens"
         problem = problem and f"'{noted.path}' ({type(kind).__name__}) {problem}"
         sizes = noted.share, noted.keys, noted.columns
         calls.append(SeenCall(noted.path, seen(noted.tower), seen(source), noted.layer, *sizes, problem, noted.by_hand))

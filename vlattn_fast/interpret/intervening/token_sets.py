@@ -157,15 +157,15 @@ def _named(group: str, tower: SeenTower) -> Tensor | None:
             return None
         answered = tower.answered
         return words.cpu() & ~answered if group == "question" else words.cpu() | answered
-    of_image = _of_image(tokens)
+    is_image = _of_image(tokens)
     if (one := _ONE_IMAGE.match(group)) is not None:
-        return None if of_image is None else _one_of_several(tokens, of_image, int(one[1]))
+        return None if is_image is None else _one_of_several(tokens, is_image, int(one[1]))
     if group == "image":
-        return of_image
-    if words is None and of_image is None:  # nothing says what its tokens are
+        return is_image
+    if words is None and is_image is None:  # nothing says what its tokens are
         return None
     special = _real(tokens)
-    for part in (words, of_image, tower.answered):
+    for part in (words, is_image, tower.answered):
         special = special if part is None else special & ~part.cpu()
     return special
 
@@ -179,43 +179,43 @@ def _of_image(tokens: Tokens) -> Tensor | None:
     """bool (B, N), the real tokens of images without those in front of their patches; None where there can be none."""
     if not tokens.image:
         return None
-    of_image = tokens.of_image().cpu().clone()
+    is_image = tokens.image_mask().cpu().clone()
     if isinstance(tokens, Patches):
-        of_image[:, : tokens.prefix] = False
+        is_image[:, : tokens.prefix] = False
     elif isinstance(tokens, TextPatches):
-        start = 0 if tokens.before else tokens.shape[1] - int(of_image[0].sum())
-        of_image[:, start : start + tokens.prefix] = False
-    return of_image & _real(tokens)
+        start = 0 if tokens.before else tokens.shape[1] - int(is_image[0].sum())
+        is_image[:, start : start + tokens.prefix] = False
+    return is_image & _real(tokens)
 
 
 def _in_box(image: str, box: Box, tower: SeenTower) -> Tensor | None:
     """bool (B, N), the patches of an image whose centres lie in a box relative to it; None where nothing says where they lie."""
-    tokens, of_image = tower.tokens, _named(image, tower)
-    numbered = None if of_image is None else tokens.maps(torch.arange(tokens.shape[1]).expand(tokens.shape))  # by place its token
-    if of_image is None or numbered is None:
+    tokens, is_image = tower.tokens, _named(image, tower)
+    numbered = None if is_image is None else tokens.maps(torch.arange(tokens.shape[1]).expand(tokens.shape))  # by place its token
+    if is_image is None or numbered is None:
         return None
     maps, rows = numbered
-    inside = torch.zeros_like(of_image)
+    inside = torch.zeros_like(is_image)
     for places, row, part in zip(maps, rows, tokens.photos(len(maps))[1], strict=True):
         left, top, right, bottom = part or WHOLE
         y, x = ((torch.arange(size) + 0.5) / size for size in places.shape)
         x, y = left + x * (right - left), top + y * (bottom - top)
         cells = ((box[1] <= y) & (y <= box[3]))[:, None] & (box[0] <= x) & (x <= box[2])
         inside[row, places[cells]] = True
-    return inside & of_image.cpu()
+    return inside & is_image.cpu()
 
 
-def _one_of_several(tokens: Tokens, of_image: Tensor, number: int) -> Tensor | None:
+def _one_of_several(tokens: Tokens, is_image: Tensor, number: int) -> Tensor | None:
     """bool (B, N), the tokens of each sample's image of this number; None where nothing says which tokens are of which image."""
     if isinstance(tokens, Patches):
-        return of_image if number == 0 else torch.zeros_like(of_image)
+        return is_image if number == 0 else torch.zeros_like(is_image)
     if tokens.layouts is None:
         return None
     sizes = [layout.size for layout in tokens.layouts]
-    samples, columns = of_image.nonzero().unbind(1)
+    samples, columns = is_image.nonzero().unbind(1)
     if sum(sizes) != len(samples):
         return None
-    chosen, before = torch.zeros_like(of_image), dict[int, int]()
+    chosen, before = torch.zeros_like(is_image), dict[int, int]()
     for rows, places in zip(samples.split(sizes), columns.split(sizes), strict=True):
         if not len(rows):
             continue

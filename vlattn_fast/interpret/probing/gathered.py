@@ -50,11 +50,11 @@ class Gathered:
         def sets(layout: Layout) -> list[list[Sets]]:
             if not asked:  # equal for all layers
                 asked.extend(self._asked(layout, number, label) for number, label in enumerate(labels))
-            return [[one[2] for one in of_sample] for of_sample in asked]
+            return [[one[2] for one in sample_pairs] for sample_pairs in asked]
 
-        of_labels = sets if any(name in self.tests for name in _OF_TRACES) else None
-        attends = of_labels is not None or any(name in self.tests for name in ("modality", "cross_modal"))
-        seen = watched.run(inputs, of_labels, statistics=attends)
+        label_sets = sets if any(name in self.tests for name in _OF_TRACES) else None
+        attends = label_sets is not None or any(name in self.tests for name in ("modality", "cross_modal"))
+        seen = watched.run(inputs, label_sets, statistics=attends)
         self._two_streams = seen.mass is None
         for number, parts in enumerate(seen.layout.parts):
             if attends and seen.mass is not None and seen.crossing is not None:
@@ -78,10 +78,10 @@ class Gathered:
     def _asked(self, layout: Layout, number: int, label: Labels) -> list[tuple[str, Any, Sets]]:
         """The sets of tokens that a sample's labels name: (test, class, sets)."""
         asked: list[tuple[str, Any, Sets]] = []
-        of_data = self.count + number
-        random = self._random("coreference", of_data)
+        sample = self.count + number
+        random = self._random("coreference", sample)
         for columns, regions in label.phrases if "coreference" in self.tests else ():
-            tokens, named = tokens_of(layout, number, columns, of_data), regions_of(layout, number, regions, of_data)
+            tokens, named = tokens_of(layout, number, columns, sample), regions_of(layout, number, regions, sample)
             unnamed = [place for place in layout.regions[number] if place not in named and layout.parts[number, place] == IMAGE]
             if len(unnamed) < len(named):
                 self._left_out["coreference"] += 2  # samples: too few other regions to tell apart
@@ -89,7 +89,7 @@ class Gathered:
             drawn = sorted(random.choice(unnamed, len(named), replace=False).tolist())
             asked += [("coreference", 1, (tokens, named)), ("coreference", 0, (tokens, drawn))]
         for one, two, relation in label.relations if "relation" in self.tests else ():
-            first, second = (regions_of(layout, number, [region], of_data) for region in (one, two))
+            first, second = (regions_of(layout, number, [region], sample) for region in (one, two))
             asked.append(("relation", relation, (first, second)))
         return asked
 
@@ -217,8 +217,8 @@ class Gathered:
         records = _of_task("length", states, lengths, groups, self.seed, left_out)
         records += _of_task("word_content", states, [word in text for text in texts], groups, self.seed, left_out)
         without = 2 * (left_out + self._left_out["word_order"])  # two samples per text: one with exchanged words
-        of_orders, exchanged, inputs = (np.array([one[index] for one in self._orders]) for index in range(3))
-        records += _of_task("word_order", of_orders, exchanged, inputs, self.seed, without)
+        order_scores, exchanged, inputs = (np.array([one[index] for one in self._orders]) for index in range(3))
+        records += _of_task("word_order", order_scores, exchanged, inputs, self.seed, without)
         for task in dict.fromkeys(name for text in self._texts for name in text[2]):
             having = [index for index, text in enumerate(self._texts) if task in text[2]]
             classes = [self._texts[index][2][task] for index in having]

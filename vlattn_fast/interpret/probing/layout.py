@@ -73,7 +73,7 @@ class Layouts:
             raise ValueError(f"{name} has no adapter of one stream. Pass parts=, which tells text from image tokens")
         return self._listed(self.tower, inputs, shape)
 
-    def of_two(self, inputs: Mapping[str, Any], shape: tuple[int, int]) -> Layout:
+    def two_streams(self, inputs: Mapping[str, Any], shape: tuple[int, int]) -> Layout:
         """The layout of words, and behind them the image tokens (B, R) of a stream of their own."""
         assert self.pair is not None
         text, image = self.pair
@@ -98,13 +98,13 @@ class Layouts:
         if words is None:
             raise ValueError(f"model must have words among the tokens of '{tower.name}'; got {tower.tokens}")
         real = torch.ones(shape, dtype=torch.bool) if real is None else real.cpu()
-        of_image = tokens.of_image().cpu()
-        in_front = of_image.cumsum(1) <= tokens.prefix  # of the patches
-        special = torch.where(of_image, in_front, ~words.cpu())
-        regions = [sample.nonzero()[:, 0].tolist() for sample in of_image & ~special]
+        is_image = tokens.image_mask().cpu()
+        in_front = is_image.cumsum(1) <= tokens.prefix  # of the patches
+        special = torch.where(is_image, in_front, ~words.cpu())
+        regions = [sample.nonzero()[:, 0].tolist() for sample in is_image & ~special]
         position = tower.row.position
         row = torch.zeros(shape[0], dtype=torch.long) if position is None else position(tokens).cpu()
-        parts = torch.where(of_image, IMAGE, TEXT)
+        parts = torch.where(is_image, IMAGE, TEXT)
         return Layout(torch.where(real, parts, NONE), special, row, tokens.before, regions)
 
 

@@ -20,11 +20,11 @@ def sees_both(masks: Mapping[str, Any], layout: Layout, groups: Tensor) -> Tenso
     Behind a causal mask the first patches see little but what stands in front of the image, so that any head would seem to look
     at the text there; and where the image comes first no patch sees a word.
     """
-    of_image = groups == IMAGE
-    kinds = torch.stack([layout.words.to(groups.device), of_image], -1).float()  # (B, N, 2)
+    is_image = groups == IMAGE
+    kinds = torch.stack([layout.words.to(groups.device), is_image], -1).float()  # (B, N, 2)
     parts = [_seen(masks, rows, kinds) for rows in torch.arange(groups.shape[1], device=groups.device).split(_ROWS)]
     words, image = torch.cat(parts, 2).unbind(-1)  # (B, H or 1, N) each
-    return of_image[:, None] & (words > 0) & (image == kinds[..., 1].sum(-1)[:, None, None])
+    return is_image[:, None] & (words > 0) & (image == kinds[..., 1].sum(-1)[:, None, None])
 
 
 def _seen(masks: Mapping[str, Any], rows: Tensor, kinds: Tensor) -> Tensor:

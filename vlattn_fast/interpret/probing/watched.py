@@ -63,8 +63,8 @@ class Watched:
 
         def sees(number: int, call: AttentionCall) -> None:
             nonlocal layout
-            of_stream = call.kinds == kinds or (learnt and call.kinds == FROM_TEXT)
-            if call.kinds != call.key_kinds or not of_stream:
+            in_stream = call.kinds == kinds or (learnt and call.kinds == FROM_TEXT)
+            if call.kinds != call.key_kinds or not in_stream:
                 beside.append(number)  # of a tower in front of the one stream, or cross-attention
                 return
             numbers.append(number)
@@ -80,8 +80,8 @@ class Watched:
                 if not statistics:
                     return
                 groups = layout.groups(self.special).to(device)
-                of_kinds = {"key_groups": groups, "num_groups": 3, "statistics": ("mass",), **masks}
-                masses = attention_statistics(call.query, call.key, **of_kinds).mass  # (B, H, N, 3)
+                by_kind = {"key_groups": groups, "num_groups": 3, "statistics": ("mass",), **masks}
+                masses = attention_statistics(call.query, call.key, **by_kind).mass  # (B, H, N, 3)
                 read = torch.arange(shape[0], device=device), slice(None), layout.row.to(device)
                 mass.append(masses[read].double().cpu())
                 on_text = masses[..., TEXT].double().where(sees_both(masks, layout, groups), -torch.inf).amax(-1)
@@ -96,9 +96,9 @@ class Watched:
             raise ValueError(f"probe saw {saw}. {_REMEDY}")
         whole = behind(self.model, numbers, states, layout.parts.shape[1])
         samples = range(len(layout.parts)) if maxima else ()
-        of_samples = [list(torch.stack([layer[number] for layer in maxima]).unbind(2)) for number in samples]
+        by_sample = [list(torch.stack([layer[number] for layer in maxima]).unbind(2)) for number in samples]
         masses, crossings = (torch.stack(values) if values else torch.zeros(0) for values in (mass, crossing))
-        return Seen(layout, masses, crossings, of_samples, whole)
+        return Seen(layout, masses, crossings, by_sample, whole)
 
     def forward(self, inputs: Mapping[str, Any], sees: Callable[[int, AttentionCall], None]) -> dict[int, Tensor]:
         """One pass, which hands each call to `sees`; returns the first tensor behind each call's layer."""
@@ -149,19 +149,19 @@ class TwoStreams(Watched):
                 checked(call)
                 if layout is None:
                     image = call.query if call.kinds == FROM_IMAGE else call.key
-                    layout = self.layouts.of_two(inputs, (image.shape[0], image.shape[2]))
+                    layout = self.layouts.two_streams(inputs, (image.shape[0], image.shape[2]))
                     asked.extend(sets(layout) if sets is not None else [])
                 if not statistics or not asked:
                     return
-                of_words = kinds != (FROM_IMAGE, FROM_IMAGE)
-                places = [[i for i, (one, _) in enumerate(pairs) if (one[0] < words) == of_words] for pairs in asked]
+                from_words = kinds != (FROM_IMAGE, FROM_IMAGE)
+                places = [[i for i, (one, _) in enumerate(pairs) if (one[0] < words) == from_words] for pairs in asked]
                 chosen = []
                 for pairs, some in zip(asked, places, strict=True):
-                    ones = ([i if of_words else i - words for i in pairs[place][0]] for place in some)
+                    ones = ([i if from_words else i - words for i in pairs[place][0]] for place in some)
                     twos = ([i - words for i in pairs[place][1]] for place in some)
                     first, second = (twos, ones) if kinds == (FROM_IMAGE, FROM_TEXT) else (ones, twos)
                     chosen.append(list(zip(first, second, strict=True)))
-                most = one_way(call, chosen) if of_words else both_ways(call, chosen)
+                most = one_way(call, chosen) if from_words else both_ways(call, chosen)
                 for sample, some in enumerate(places):
                     for index, place in enumerate(some):
                         maxima[kinds].setdefault((sample, place), []).append(most[sample][:, index])
@@ -177,8 +177,8 @@ class TwoStreams(Watched):
                 both = [torch.stack(ways, -1) for ways in zip(there, back, strict=True)] or both
             return torch.stack(both) if both else torch.zeros(0, 0, 2, dtype=torch.float64)
 
-        of_samples = [[layers((sample, place)) for place in range(len(pairs))] for sample, pairs in enumerate(asked)]
-        return Seen(layout, None, None, of_samples, behind(self.model, numbers, states, words))
+        by_sample = [[layers((sample, place)) for place in range(len(pairs))] for sample, pairs in enumerate(asked)]
+        return Seen(layout, None, None, by_sample, behind(self.model, numbers, states, words))
 
 
 def checked(call: AttentionCall) -> Mapping[str, Any]:
@@ -218,8 +218,8 @@ def one_way(call: AttentionCall, sets: Sequence[Sequence[Sets]]) -> list[Tensor]
         groups = torch.full((batch, call.key.shape[2]), -1)
         for number, tokens in enumerate(chosen):
             groups[number, tokens] = torch.arange(len(tokens))
-        of_keys = {"key_groups": groups.to(call.query.device), "num_groups": max(map(len, chosen)), **fixed}
-        mass = attention_statistics(call.query, call.key, **of_keys).mass
+        by_group = {"key_groups": groups.to(call.query.device), "num_groups": max(map(len, chosen)), **fixed}
+        mass = attention_statistics(call.query, call.key, **by_group).mass
         for number, pairs in enumerate(sets):
             for index, (one, two) in enumerate(pairs):
                 if columns := [i for i, token in enumerate(chosen[number]) if token in two]:

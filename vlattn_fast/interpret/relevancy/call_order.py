@@ -93,7 +93,7 @@ class CallOrder:
         over the same tokens, as in Falcon-H1, which adds their outputs."""
         if self.last is None or self.path is None or calls >> self.last & 1 or calls != self.came_through:
             return False
-        return call.of_one_sequence != self.mixes and split_path(self.path) == split_path(call.path)
+        return call.is_mixing != self.mixes and split_path(self.path) == split_path(call.path)
 
 
 def _common(one: str, another: str) -> str:

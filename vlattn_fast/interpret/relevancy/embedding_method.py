@@ -102,14 +102,14 @@ class EmbeddingMethod(BaselineMethod):
 
     def carried(self, backward: BackwardPass) -> list[Tensor]:
         parts = [self.kept[tower] for tower in (*backward.towers, *backward.attended)]
-        every = [part for of_tower in parts for part in of_tower]
+        every = [part for tower_parts in parts for part in tower_parts]
         if every and all(part.origin is not None and torch.equal(part.origin, part.values) for part in every):
             raise ValueError(
                 f"{self.option} must change the embeddings of the towers {', '.join(tower.name for tower in self.kept)}; got "
                 "those of the input. Pass another one, or a dict that names further inputs"
             )
         grads = iter(backward.gradients([part.passed for part in every]))
-        return [torch.stack([self.row_of(part, next(grads)) for part in of_tower]).sum(0) for of_tower in parts]
+        return [torch.stack([self.row_of(part, next(grads)) for part in tower_parts]).sum(0) for tower_parts in parts]
 
     def row_of(self, part: Embeddings, grad: Tensor | None) -> Tensor:
         """The relevancy vector (B, 1, N) of embeddings, zero if the score does not depend on them."""

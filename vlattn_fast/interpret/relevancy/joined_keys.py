@@ -92,8 +92,8 @@ class JoinedKeys:
     def _columns(self, key: Tensor, value: Tensor, sizes: Sequence[int]) -> tuple[list[int], bool] | None:
         """The columns of the tokens among the keys (B, H, M, D), and whether others are from elsewhere; None where the tokens are
         none of `sizes` many."""
-        of_key, of_value = (self._levels(tensor, key.shape[2]) for tensor in (key, value))
-        for parts, others in zip(of_key, of_value, strict=False):
+        key_levels, value_levels = (self._levels(tensor, key.shape[2]) for tensor in (key, value))
+        for parts, others in zip(key_levels, value_levels, strict=False):
             origins = [part.origin for part in parts for _ in range(part.size)]
             if origins != [part.origin for part in others for _ in range(part.size)]:
                 return None
@@ -102,7 +102,7 @@ class JoinedKeys:
                 return columns, "elsewhere" in origins
         return None
 
-    def of_towers(self, key: Tensor, value: Tensor) -> Iterator[list[tuple[Part, Tensor]]]:
+    def parts_of_towers(self, key: Tensor, value: Tensor) -> Iterator[list[tuple[Part, Tensor]]]:
         """The parts of the keys (B, H, M, D), each with its columns, where all are tokens; then what those were joined of."""
         for parts, others in zip(*(self._levels(tensor, key.shape[2]) for tensor in (key, value)), strict=False):
             if [(part.size, part.origin) for part in parts] == [(part.size, "tokens") for part in others]:
@@ -170,12 +170,12 @@ def joint_keys(
 ) -> list[Joint]:
     """The keys of a call that attends to the tokens of its queries and of other towers at once, those of the queries first; none
     where its keys are not joined of such parts. `owner`: the tower that the queries continue; None = they begin one."""
-    for parts in joins.of_towers(call.key, call.value):
+    for parts in joins.parts_of_towers(call.key, call.value):
         joint = []
         for part, columns in parts:
-            of_keys = [tower for number, tower in enumerate(towers) if part.keys_of >> number & 1]
-            of_states = [tower for tower in towers if tower.entered & part.entered] if owner is None else []
-            tower = next(iter(of_keys or reached(part.calls) or of_states), None)
+            with_keys = [tower for number, tower in enumerate(towers) if part.keys_of >> number & 1]
+            with_states = [tower for tower in towers if tower.entered & part.entered] if owner is None else []
+            tower = next(iter(with_keys or reached(part.calls) or with_states), None)
             joint.append(Joint(None if tower is owner else tower, columns, part.calls))
         joint.sort(key=lambda keys: keys.tower is not None)
         sizes = [call.query.shape[2] if keys.tower is None else keys.tower.size for keys in joint]

@@ -97,15 +97,17 @@ class KeptCalls(Method):
         """The rows (B, H, M) of the maps of `blocks`, some of each of `backward.towers`, of one call each or of several. Behind a
         pooling head the row that is read is what the head's own map makes of it."""
         pools = [[self.pools[tower]] if tower.pooled else [] for tower in backward.towers]
-        in_order = [call for of_tower, pool in zip(blocks, pools, strict=True) for block in (*of_tower, pool) for call in block]
+        in_order = [
+            call for tower_blocks, pool in zip(blocks, pools, strict=True) for block in (*tower_blocks, pool) for call in block
+        ]
         grads = iter(self.gradients(backward, in_order))
-        of_towers = []
-        for tower, start, of_tower, pool in zip(backward.towers, backward.starts, blocks, pools, strict=True):
-            of_blocks = [[(call, next(grads)) for call in block] for block in of_tower]
+        by_tower = []
+        for tower, start, tower_blocks, pool in zip(backward.towers, backward.starts, blocks, pools, strict=True):
+            block_grads = [[(call, next(grads)) for call in block] for block in tower_blocks]
             for call in pool:
                 start = self._in_places(tower, call, start, next(grads)).mean(1, keepdim=True)
-            of_towers.append([self._of_block(tower, block, start) for block in of_blocks])
-        return of_towers
+            by_tower.append([self._of_block(tower, block, start) for block in block_grads])
+        return by_tower
 
     def _of_block(self, tower: TowerTrace, block: Sequence[tuple[TracedCall, Tensor | None]], start: Tensor) -> Tensor:
         """The rows (B, H, M) of the one call of a block. Where it has several, one behind the other, the row (B, 1, M) of what
@@ -131,7 +133,7 @@ class KeptCalls(Method):
         for index, maps, slopes in rows_of_maps(call, grad, start, self.needs_score):
             maps = maps if slopes is None else (maps * slopes).relu()
             rows += torch.einsum("br,bhrm->bhm", start[:, 0].gather(1, index), maps)
-        return call.of_tokens(call.rest_of_columns(rows))
+        return call.at_tokens(call.rest_of_columns(rows))
 
     def from_layer(self, tower: TowerTrace) -> list[TracedCall]:
         """The calls of layer `start_layer` (-1 = the last) and later ones."""

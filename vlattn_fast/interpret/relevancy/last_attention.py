@@ -67,8 +67,8 @@ class LastAttentionMethod(Method):
         def read(tower: TowerTrace, source: TowerTrace, start: Tensor) -> Tensor:
             last = last_between(calls, tower, source)
             # The tokens of the tower and of others may be keys of one call; those of the source come first here.
-            of_call = [call for call in calls if call.number == calls[last].number and call is not calls[last]]
-            keys = [(call.source, call.attention) for call in (calls[last], *of_call)]
+            other_parts = [call for call in calls if call.number == calls[last].number and call is not calls[last]]
+            keys = [(call.source, call.attention) for call in (calls[last], *other_parts)]
             return self._read(backward, tower, keys, start, grads[last]).to(start)
 
         return rows_between(backward, read)
@@ -103,8 +103,8 @@ class LastAttentionMethod(Method):
             every = None
             for mask, (_, columns) in zip(masks, keys, strict=True):
                 if mask is not None:
-                    of_columns = columns.over_keys(mask.to(call.key.device), True)
-                    every = of_columns if every is None else every & of_columns
+                    seen_columns = columns.over_keys(mask.to(call.key.device), True)
+                    every = seen_columns if every is None else every & seen_columns
             return queries, every
 
         start = start.to(call.query.device)
@@ -121,7 +121,7 @@ def times_map(start: Tensor, call: TracedCall, combine: Callable[[Tensor], Tenso
     start = call.scaled_to_rest(start)
     for index in rows_to_read(start):
         result += start.gather(2, index.unsqueeze(1)) @ combine(attention_rows(call, index))
-    return call.of_tokens(call.rest_of_columns(result))
+    return call.at_tokens(call.rest_of_columns(result))
 
 
 def rows_to_read(start: Tensor) -> list[Tensor]:

@@ -123,17 +123,17 @@ class LayerMaps(KeptCalls):
 
     def carry(self, backward: BackwardPass) -> list[Tensor]:
         numbers = [self.counts(tower) for tower in backward.towers]
-        of_blocks = [self._blocks(tower) for tower in backward.towers]
-        pairs = zip(of_blocks, numbers, strict=True)
-        of_towers = self.rows_of_towers(backward, [[blocks[layer] for layer in layers] for blocks, (layers, _) in pairs])
-        return [self._joined(rows, heads) for rows, (_, heads) in zip(of_towers, numbers, strict=True)]
+        tower_layers = [self._blocks(tower) for tower in backward.towers]
+        pairs = zip(tower_layers, numbers, strict=True)
+        by_tower = self.rows_of_towers(backward, [[blocks[layer] for layer in layers] for blocks, (layers, _) in pairs])
+        return [self._joined(rows, heads) for rows, (_, heads) in zip(by_tower, numbers, strict=True)]
 
     def between(self, backward: BackwardPass) -> list[Tensor]:
-        calls = [call for of_tower in self.links.values() for call in of_tower]
+        calls = [call for tower_links in self.links.values() for call in tower_links]
         grads = dict(zip(calls, self.gradients(backward, [call.attention for call in calls]), strict=True))
         starts = dict(zip(backward.towers, backward.starts, strict=True))
 
-        def of_layer(tower: TowerTrace, layer: int, like: Tensor) -> Tensor:
+        def layer_rows(tower: TowerTrace, layer: int, like: Tensor) -> Tensor:
             """The rows (B, H, M) of a layer that gives `tower` relevancy."""
             links = [link for link in self.links[tower] if link.attention.layer == layer]
             if all(link.tower is tower for link in links):
@@ -145,7 +145,7 @@ class LayerMaps(KeptCalls):
         for tower in (*backward.towers, *backward.attended):
             layers, heads = self.counts(tower)
             like = starts.get(tower, backward.starts[0])
-            rows = [of_layer(tower, layer, like) for layer in layers]
+            rows = [layer_rows(tower, layer, like) for layer in layers]
             joined.append(self._joined(rows, heads) if rows else like.new_zeros(len(like), 0, tower.size))
         return joined
 

@@ -44,7 +44,7 @@ class LiveCalls(Method):
             raise ValueError(
                 f"method must have neither sinks= nor through_connector= in capture_relevancy; got {formula.label!r}"
             )
-        self.formula, self.higher_order, self.freeze = formula.of_call(), higher_order, formula.freeze
+        self.formula, self.higher_order, self.freeze = formula.for_call(), higher_order, formula.freeze
         self.formula.trains = True
         self.name, self.needs_score, self.holds_start = formula.name, formula.needs_score, formula.holds_start
         self.adds_beside, self.start_layer = formula.adds_beside, formula.start_layer
@@ -63,8 +63,8 @@ class LiveCalls(Method):
         frozen.differentiable = self.higher_order
         return frozen
 
-    def hooks(self, model: nn.Module, towers: Sequence[TowerTrace], of_this_run: Callable[[Hook], Hook]) -> Iterator[Any]:
-        yield from self.formula.hooks(model, towers, of_this_run)
+    def hooks(self, model: nn.Module, towers: Sequence[TowerTrace], within_run: Callable[[Hook], Hook]) -> Iterator[Any]:
+        yield from self.formula.hooks(model, towers, within_run)
 
     def follow(
         self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], behind: Callable[[Tensor, Tensor], TowerTrace | None]
@@ -88,7 +88,7 @@ class LiveCalls(Method):
 
     def _computed(self, tower: TowerTrace, call: TracedCall) -> Tensor:
         self._check(call, tower.model.get_submodule(call.path))
-        if self.higher_order and "score" not in call.masks and not call.of_one_sequence:
+        if self.higher_order and "score" not in call.masks and not call.is_mixing:
             # the lse keeps torch's own attention out, which is differentiable once
             options = {**call.masks, "dropout_p": call.dropout_p, "return_lse": True}
             output, _ = score_attention(call.query, call.key, call.value, **options)
@@ -134,7 +134,7 @@ class LiveCalls(Method):
                 f"capture_relevancy does not support dropout in {where}, which computes its softmax itself. Set its dropout to 0"
             )
         names = set[Any]()  # of the attention, which a call without a softmax has none of
-        if not call.of_one_sequence:
+        if not call.is_mixing:
             names = {getattr(value, CONFIG_NAME, None) for value in vars(module).values()}
         if is_checkpointed() and (written or self.higher_order or names & {SDPA_NAME, ADDITIVE_NAME}):
             needed = "higher_order=False" if self.higher_order else "attn_implementation='sdpa'"
@@ -149,36 +149,38 @@ class LiveCalls(Method):
         terms = [self.formula.terms(tower) for tower in backward.towers]
         calls = [self._calls(tower) for tower in backward.towers]
         pools = [self.pools.get(tower) for tower in backward.towers]
-        tensors = [call.output for of_tower in calls for call in of_tower]
+        tensors = [call.output for each_tower in calls for call in each_tower]
         tensors += [call.output for call in pools if call is not None]
-        tensors += [of_tower[call.number][2] for of_tower, each in zip(terms, calls, strict=True) if of_tower for call in each]
+        tensors += [
+            each_tower[call.number][2] for each_tower, each in zip(terms, calls, strict=True) if each_tower for call in each
+        ]
         grads = iter(backward.gradients(tensors) if self.needs_score else [None] * len(tensors))
-        of_calls = [[next(grads) for _ in each] for each in calls]
-        of_pools = [None if call is None else next(grads) for call in pools]
-        of_terms = [[next(grads) if of_tower else None for _ in each] for of_tower, each in zip(terms, calls, strict=True)]
+        call_grads = [[next(grads) for _ in each] for each in calls]
+        pool_grads = [None if call is None else next(grads) for call in pools]
+        term_grads = [[next(grads) if each_tower else None for _ in each] for each_tower, each in zip(terms, calls, strict=True)]
         rows = []
         for tower in range(len(calls)):
             row, pool = backward.starts[tower], pools[tower]
             if pool is not None:
-                row = self._step(row, pool, of_pools[tower])
+                row = self._step(row, pool, pool_grads[tower])
                 if backward.towers[tower].places.reorders:
                     at = backward.towers[tower].places.call(pool.token_places)
                     row = at.spread(row, at.keys)
-            each = zip(calls[tower], of_calls[tower], of_terms[tower], strict=True)
+            each = zip(calls[tower], call_grads[tower], term_grads[tower], strict=True)
             places = backward.towers[tower].places
-            of_last, added = 1.0, None  # by a mixer beside the call
-            for call, grad, of_term in reversed(list(each)):
+            last_share, added = 1.0, None  # by a mixer beside the call
+            for call, grad, term_grad in reversed(list(each)):
                 if call.beside:
-                    of_last, of_this = self.formula.recursion.beside
-                    added = of_this * self._step(row, call, grad).to(row)
+                    last_share, this_share = self.formula.recursion.beside
+                    added = this_share * self._step(row, call, grad).to(row)
                     continue
-                a, b = self.formula.weights(call, terms[tower].get(call.number), of_term)
+                a, b = self.formula.weights(call, terms[tower].get(call.number), term_grad)
                 if places.reorders:
                     row = self._moved(row, a, b, call, grad, places, terms[tower].get(call.number))
                     continue
                 row = row * as_factor(a, row) + self._step(row * as_factor(b, row), call, grad).to(row)
                 if added is not None:
-                    row, added = row * of_last + added, None
+                    row, added = row * last_share + added, None
             rows.append(row)
         return rows
 
@@ -197,9 +199,9 @@ class LiveCalls(Method):
     def _moved(self, row: Tensor, a: Any, b: Any, call: TracedCall, grad: Tensor | None, places: Places, term: Any) -> Tensor:
         """The flat row in front of a call, whose tokens are elsewhere. Weights of a sum are of the tokens of its stream."""
         at = places.call(call.token_places)
-        of_sum = None if term is None else places.of_states(term[0])
-        carried = at.pick(at.scaled(row, b, of_sum), at.queries)
-        return at.scaled(row, a, of_sum) + at.spread(self._step(carried, call, grad).to(row), at.keys)
+        sum_places = None if term is None else places.locate_states(term[0])
+        carried = at.pick(at.scaled(row, b, sum_places), at.queries)
+        return at.scaled(row, a, sum_places) + at.spread(self._step(carried, call, grad).to(row), at.keys)
 
     def _step(self, row: Tensor, call: TracedCall, grad: Tensor | None) -> Tensor:
         """row (B, T, N) times Abar: zeros where the score does not depend on the call."""

@@ -76,8 +76,8 @@ class BackwardPass:
         used = [tensor for tensor in tensors if tensor.requires_grad]
         how = {"retain_graph": self.keep, "create_graph": self.differentiable}
         ones = torch.ones_like(self.scores)
-        of_used = iter(torch.autograd.grad(self.scores, used, ones, allow_unused=True, **how) if used else [])
-        return [next(of_used) if tensor.requires_grad else None for tensor in tensors]
+        used_grads = iter(torch.autograd.grad(self.scores, used, ones, allow_unused=True, **how) if used else [])
+        return [next(used_grads) if tensor.requires_grad else None for tensor in tensors]
 
     def reaching_calls(self) -> list[Link]:
         """The calls through which something counts for `towers`: calls of other towers cost time, and bring nothing."""
@@ -98,7 +98,7 @@ def read_tokens(start: Tensor) -> Tensor:
 
 
 class Method:
-    """A method of `explain`, with its options; each call of `explain` takes a copy (`of_call`).
+    """A method of `explain`, with its options; each call of `explain` takes a copy (`for_call`).
 
     During the forward pass it sees every attention call of the towers (`attend`, `pool`, `cross`), and returns what the call
     gives the model. Afterwards `carry` or `between` makes the relevancy rows, once for each score.
@@ -186,7 +186,7 @@ class Method:
         self.frozen = Frozen(model, NORMS in self.freeze, ATTENTION in self.freeze, self.trains)
         return self.frozen
 
-    def of_call(self) -> Self:
+    def for_call(self) -> Self:
         """The method for one call of `explain`, with the same options."""
         copied = copy.copy(self)
         copied.begin()
@@ -236,14 +236,14 @@ class Method:
 
     # --- the forward pass ---
 
-    def hooks(self, model: nn.Module, towers: Sequence[TowerTrace], of_this_run: Callable[[Hook], Hook]) -> Iterator[Any]:
+    def hooks(self, model: nn.Module, towers: Sequence[TowerTrace], within_run: Callable[[Hook], Hook]) -> Iterator[Any]:
         """Registers the hooks that it needs beside the attention calls; yields their handles. `towers` are those with an adapter:
-        others are found while the model runs. `of_this_run` makes a hook that is silent in other runs of the same model."""
+        others are found while the model runs. `within_run` makes a hook that is silent in other runs of the same model."""
         yield from ()
 
     def judged(self, tower: TowerTrace, source: TowerTrace, call: TracedCall) -> TracedCall:
         """A call from the tokens of `tower` to those of `source`, without the keys that `sinks` says to remove."""
-        if self.sinks == KEEP or call.of_one_sequence:  # a recurrence has no softmax whose rest a token takes
+        if self.sinks == KEEP or call.is_mixing:  # a recurrence has no softmax whose rest a token takes
             return call
         if call.part:
             raise ValueError(f"{self._of_sinks} in which {call.part}; got attention '{call.path}'")
@@ -437,9 +437,9 @@ class CarriedMethod(Method):
             score = backward.scores.sum()
             outputs, carried = [score, *outputs], [torch.ones_like(score), *carried]
         entering = [tower.carriers.entering_from(tower.first_layer(self.start_layer)) for tower in backward.towers]
-        parts = [part for of_tower in entering for part in of_tower]
+        parts = [part for tower_parts in entering for part in tower_parts]
         grads = iter(torch.autograd.grad(outputs, parts, carried, retain_graph=backward.keep))
-        rows = [torch.cat([next(grads) for _ in of_tower], 2) for of_tower in entering]
+        rows = [torch.cat([next(grads) for _ in tower_parts], 2) for tower_parts in entering]
         halves = [row.chunk(2, 1) for row in rows]
         backward.contribution.update(
             (tower, half[1][:, :n]) for tower, half, n in zip(backward.towers, halves, counts, strict=True)

@@ -24,7 +24,7 @@ class MixingCall(TracedCall):
     """One call of a recurrence or of a convolution. Its query, key and value are those of the map; of a convolution alone, whose
     channels are heads with Dv = 1, all three are the values (B, C, N, 1)."""
 
-    of_one_sequence: ClassVar[bool] = True
+    is_mixing: ClassVar[bool] = True
 
     mixer: Any = None  # its map, a Recurrence or a Convolution
     # In front of the values: a banded map of its own, with rows that sum to one. It neither makes nor loses relevancy.
@@ -141,7 +141,7 @@ class MixingCall(TracedCall):
 
 def check_softmax(method: str, call: TracedCall) -> None:
     """ValueError for a call without one, by a method that has no rule for it."""
-    if call.of_one_sequence:
+    if call.is_mixing:
         raise ValueError(
             "method must support recurrences and short convolutions, such as 'gradient' and 'rollout'; got "
             f"{method!r} and '{call.path}', which has no softmax"

@@ -33,7 +33,7 @@ from vlattn_fast.interpret.relevancy.tracking.token_moves import TokenMoves
 from vlattn_fast.interpret.relevancy.tracking.token_places import ids_of
 
 
-class _Link(NamedTuple):
+class _NewCall(NamedTuple):
     """What is known of a call before its tower takes it in."""
 
     call: TracedCall
@@ -79,7 +79,7 @@ class Trace(SeesMixers, Subscriber):
         check_rules(model, within, beside=method.goes_beside)
         edits = None if self.trains else edits_of(model)
         mixers = itertools.chain.from_iterable(map(replacements, roots))
-        subscribers = [self] if edits is None else [edits.of_explained_run(), self]
+        subscribers = [self] if edits is None else [edits.for_explained_run(), self]
         self.observer = Observer(model, subscribers, parts=roots, within=adapter.within, keeps_sdpa=self.trains, further=mixers)
 
     def __enter__(self) -> Self:
@@ -227,9 +227,9 @@ class Trace(SeesMixers, Subscriber):
             inputs = event.inputs
             output = attend(replace(event, sink=self._frozen(event.sink), lse=self._frozen(event.lse)))
             masks["score"] = Scored(inputs.score, inputs.vector, inputs.parameter, output, inputs.sink)
-            of_rest = (x if self.trains else x.detach() for x in (inputs.query, inputs.key, inputs.value))
-            query, *of_keys = of_rest
-            key, value = (expand_heads(x, query.shape[1]) for x in mask_padding(inputs.key_mask, *of_keys))
+            parts = (x if self.trains else x.detach() for x in (inputs.query, inputs.key, inputs.value))
+            query, *key_value = parts
+            key, value = (expand_heads(x, query.shape[1]) for x in mask_padding(inputs.key_mask, *key_value))
             query, key, value = (self._marked_as(x, source) for x, source in zip((query, key, value), given, strict=True))
         else:
             assert event.value is not None
@@ -269,25 +269,25 @@ class Trace(SeesMixers, Subscriber):
         if pooling is not None:
             into = pooling.enter_pooling(self._joined.with_columns(call, [pooling.size]), self.moves)
             return pooling.gradients.leaves_pooling(self.method.pool(pooling, self.method.judged(pooling, pooling, into))), None
-        link = self._linked(run, call, calls)
-        call, owner, reached = link.call, link.owner, self._reached(link.key_calls)
-        joins = self.finds_towers and not link.is_same
+        new = self._linked(run, call, calls)
+        call, owner, reached = new.call, new.owner, self._reached(new.key_calls)
+        joins = self.finds_towers and not new.is_same
         joint = joint_keys(self._joined, call, owner, self.towers, self._reached) if joins else []
-        if owner is None and (not self.finds_towers or not (link.is_same or in_layers(call.path))):
-            self._check_left_out(link)
+        if owner is None and (not self.finds_towers or not (new.is_same or in_layers(call.path))):
+            self._check_left_out(new)
             return call.computed(), None
-        tower = owner or begun(self._new_tower(), call.path, link.ids, self._reached(calls))
+        tower = owner or begun(self._new_tower(), call.path, new.ids, self._reached(calls))
         tower.entered = tower.entered or self._marks.entered(call.query)
         if joint:
             return self._attend_jointly(tower, call, joint), tower
-        if link.is_same:
-            return self._attend_to_itself(run, tower, link), tower
-        first = calls == link.key_calls == 0 and self._marks.entered_as_one(call.query, call.key)
-        self._check_across(link)
-        check_cross(call, owner, reached, calls == link.key_calls, first or calls != 0)
-        return self._attend_across(tower, link), tower
+        if new.is_same:
+            return self._attend_to_itself(run, tower, new), tower
+        first = calls == new.key_calls == 0 and self._marks.entered_as_one(call.query, call.key)
+        self._check_across(new)
+        check_cross(call, owner, reached, calls == new.key_calls, first or calls != 0)
+        return self._attend_across(tower, new), tower
 
-    def _linked(self, run: ModuleRun, call: TracedCall, calls: int) -> _Link:
+    def _linked(self, run: ModuleRun, call: TracedCall, calls: int) -> _NewCall:
         """Which tower a call continues, and whether its keys are the tokens of its queries."""
         queries, key_calls = call.query.shape[2], self._marks.calls((call.key,))
         ids, key_ids = (ids_of(self.moves.of(tensor), tensor) for tensor in (call.query, call.key))
@@ -295,26 +295,26 @@ class Trace(SeesMixers, Subscriber):
         # A layer may share an earlier layer's keys, which came through fewer calls than its queries.
         shared = owner is not None and bool(read_mark((call.key,), self._key_mark) >> self.towers.index(owner) & 1)
         held = owner is not None and owner.places.holds(key_ids, all_of=True)  # also where they are others than the queries'
-        same = call.of_one_sequence or held or shared or self._same_tokens(call, calls, key_calls)
-        if not held and not call.of_one_sequence:
+        same = call.is_mixing or held or shared or self._same_tokens(call, calls, key_calls)
+        if not held and not call.is_mixing:
             call = self._joined.with_columns(call, [queries] if same else [tower.size for tower in self._reached(key_calls)])
             same = same and queries == call.tokens
-        return _Link(call, owner, calls, key_calls, ids, same)
+        return _NewCall(call, owner, calls, key_calls, ids, same)
 
-    def _check_left_out(self, link: _Link) -> None:
+    def _check_left_out(self, new: _NewCall) -> None:
         """ValueError for a call within a tower with an entry that is in none of its layers: the map would leave it out."""
-        if link.is_same and (around := self._around_of(link.call.path)) is not None:
+        if new.is_same and (around := self._around_of(new.call.path)) is not None:
             raise ValueError(
-                f"model must call only the attention of its layers in tower '{around.name}'; got a call of '{link.call.path}', "
+                f"model must call only the attention of its layers in tower '{around.name}'; got a call of '{new.call.path}', "
                 "which is in none of them"
             )
 
-    def _check_across(self, link: _Link) -> None:
+    def _check_across(self, new: _NewCall) -> None:
         """ValueError for other keys than the queries' tokens in a model whose adapter knows no cross-attention."""
         if not self.finds_towers:
             raise ValueError(
                 f"inputs must give the whole sequence in one forward pass, to towers without cross-attention; "
-                f"got {link.call.query.shape[2]} queries and {link.call.tokens} keys in attention '{link.call.path}'"
+                f"got {new.call.query.shape[2]} queries and {new.call.tokens} keys in attention '{new.call.path}'"
             )
 
     def _attend_jointly(self, tower: TowerTrace, call: TracedCall, joint: Sequence[Joint]) -> Tensor:
@@ -323,28 +323,28 @@ class Trace(SeesMixers, Subscriber):
         call = tower.enter(replace(call, columns=joint[0].columns), number, moves=self.moves, source=True)
         output = self.method.attended_jointly(tower, call)
         for keys in joint:
-            of_source = replace(call, columns=keys.columns)
-            self._keep(tower, keys.tower or tower, of_source, output, keys.calls, joint=keys.tower is not None)
+            source_call = replace(call, columns=keys.columns)
+            self._keep(tower, keys.tower or tower, source_call, output, keys.calls, joint=keys.tower is not None)
         return output
 
-    def _attend_to_itself(self, run: ModuleRun, tower: TowerTrace, link: _Link) -> Tensor:
-        beside = tower.calls.stands_beside(link.call, link.calls) and self.method.adds_beside and not self.finds_towers
-        call = replace(link.call, beside=beside)
-        call = tower.enter(call, len(self._owners), self._is_chunk(run, tower, call, link.calls), self.moves)
-        tower.calls.came_through, tower.calls.mixes = link.calls, call.of_one_sequence
+    def _attend_to_itself(self, run: ModuleRun, tower: TowerTrace, new: _NewCall) -> Tensor:
+        beside = tower.calls.stands_beside(new.call, new.calls) and self.method.adds_beside and not self.finds_towers
+        call = replace(new.call, beside=beside)
+        call = tower.enter(call, len(self._owners), self._is_chunk(run, tower, call, new.calls), self.moves)
+        tower.calls.came_through, tower.calls.mixes = new.calls, call.is_mixing
         add_mark(call.key, self._key_mark, 1 << self.towers.index(tower))
         tower.note_others(call, measures=not self.trains)
         call, output = self.method.attended(tower, tower, call)
-        self._keep(tower, tower, call, output, link.key_calls)
+        self._keep(tower, tower, call, output, new.key_calls)
         return output
 
-    def _attend_across(self, tower: TowerTrace, link: _Link) -> Tensor:
+    def _attend_across(self, tower: TowerTrace, new: _NewCall) -> Tensor:
         """To another tower's tokens."""
-        tower.note_others(link.call, measures=not self.trains)
-        call = tower.enter(link.call, len(self._owners), moves=self.moves, source=True)  # before `_source_of`, if it is new
-        source = self._source_of(link.key_calls, call)
+        tower.note_others(new.call, measures=not self.trains)
+        call = tower.enter(new.call, len(self._owners), moves=self.moves, source=True)  # before `_source_of`, if it is new
+        source = self._source_of(new.key_calls, call)
         call, output = self.method.attended(tower, source, call)
-        self._keep(tower, source, call, output, link.key_calls)
+        self._keep(tower, source, call, output, new.key_calls)
         return output
 
     def _is_chunk(self, run: ModuleRun, tower: TowerTrace, call: TracedCall, calls: int) -> bool:

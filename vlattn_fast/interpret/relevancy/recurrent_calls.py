@@ -155,10 +155,10 @@ def _mixing_call(
     if isinstance(mixer, Convolution):
         value = mixer.value[..., None]
         return MixingCall(path, value, value, value, masks, mixer=mixer, run=run, ran=output[..., None])
-    of_values = reading.convolution
-    if of_values is None and reading.channels is not None:
-        of_values = _in_front_of(path, module, mixer.value, reading.channels, before)
-    return MixingCall(path, mixer.query, mixer.key, mixer.value, masks, mixer=mixer, convolution=of_values, run=run, ran=output)
+    convolution = reading.convolution
+    if convolution is None and reading.channels is not None:
+        convolution = _in_front_of(path, module, mixer.value, reading.channels, before)
+    return MixingCall(path, mixer.query, mixer.key, mixer.value, masks, mixer=mixer, convolution=convolution, run=run, ran=output)
 
 
 def _in_front_of(

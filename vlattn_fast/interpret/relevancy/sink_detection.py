@@ -49,8 +49,8 @@ def judge(call: TracedCall, real: Tensor | None, layer: int) -> Seen:
     counted = torch.ones(batch, queries, dtype=compute_dtype(call.query), device=call.query.device)
     counted = counted if real is None else counted * real.to(counted)
     received = call.step(counted[:, None], None, Recursion("attention"))[:, 0]
-    seen = call.of_tokens(_seen_by(call, counted, real))
-    norms = call.of_tokens(call.value.to(counted.dtype).square().sum(-1).mean(1).sqrt())
+    seen = call.at_tokens(_seen_by(call, counted, real))
+    norms = call.at_tokens(call.value.to(counted.dtype).square().sum(-1).mean(1).sqrt())
     attention, visible = received / seen.clamp(min=1), seen > 0
     relative = norms / _median(norms, visible).clamp(min=torch.finfo(norms.dtype).tiny)
     sinks = visible & (attention > 0) & (attention >= TIMES * _median(attention, visible)) & (relative <= NORM)

@@ -67,13 +67,13 @@ class Carriers:
 
     def _through_beside(self, call: TracedCall, recursion: Recursion) -> Tensor:
         """The output of a call over the tokens of the last one. The maps of both are added."""
-        of_last, of_this = recursion.beside
-        how = recursion._replace(residual_weight=0.0, attention_weight=of_this)
+        last_share, this_share = recursion.beside
+        how = recursion._replace(residual_weight=0.0, attention_weight=this_share)
         before = self.entering[0][-1] if self._before is None else self._before
         if self._before is None and self.below is not None:
             before = before + self.below(before)
         output, carrier = call.through(before.to(call.query.device, compute_dtype(call.query)), how)
-        last = self.behind[0] * of_last
+        last = self.behind[0] * last_share
         self.behind = [last + carrier.to(last)]
         return output
 
@@ -232,8 +232,8 @@ class TowerTrace:
 
     def fits(self, path: str, batch: int, size: int) -> bool:
         """Whether a call with these sizes may be the next one."""
-        of_size = size == self.size or self.calls.chunked or path == self.calls.path
-        return self.batch is None or (self.batch == batch and of_size)
+        has_size = size == self.size or self.calls.chunked or path == self.calls.path
+        return self.batch is None or (self.batch == batch and has_size)
 
     def goes_on(self, path: str, batch: int, size: int, ids: Tensor | None) -> bool:
         """Whether a call whose query came out of this tower, with the token numbers `ids`, is the tower's next one."""
@@ -257,7 +257,7 @@ class TowerTrace:
         if self.batch is None:
             self.batch, self.dtype, self.device = query.shape[0], compute_dtype(query), query.device
             self.carriers.dtype = self.dtype
-        if not self._has_masks and not call.of_one_sequence:
+        if not self._has_masks and not call.is_mixing:
             self._has_masks, self.attended = True, None if chunk else _attended(call)
         if not chunk:
             self.numbers.enter(path, source)
@@ -270,8 +270,8 @@ class TowerTrace:
         if call.beside and (token_places is not None or self.calls.chunked):
             raise ValueError(f"model must keep its tokens in order if a layer has two parallel mixers; got others in '{path}'")
         self.places.end = None
-        of_tower: dict[str, Any] = {"number": number, "layer": self.layer, "chunk": chunk, "token_places": token_places}
-        return dataclasses.replace(call, mesh=self._mesh(call), **of_tower)
+        known: dict[str, Any] = {"number": number, "layer": self.layer, "chunk": chunk, "token_places": token_places}
+        return dataclasses.replace(call, mesh=self._mesh(call), **known)
 
     def note_others(self, call: TracedCall, measures: bool) -> None:
         """Note the keys of a call that are no tokens; `measures` the share of attention that they take."""
@@ -424,7 +424,7 @@ def _attended(call: TracedCall) -> Tensor | None:
     seen = torch.ones(batch, count, dtype=torch.bool, device=call.key.device)
     for part in parts:
         seen = seen & part
-    seen = call.of_tokens(seen)
+    seen = call.at_tokens(seen)
     return None if bool(seen.all()) or seen.shape[1] != call.query.shape[2] else seen
 
 

@@ -60,10 +60,10 @@ class TracedCall:
     """One attention call of a model.
 
     Attributes:
-        of_one_sequence: it has no softmax, so queries and keys are the same tokens, and all of them; see `mixing_call`.
+        is_mixing: it has no softmax, so queries and keys are the same tokens, and all of them; see `mixing_call`.
     """
 
-    of_one_sequence: ClassVar[bool] = False
+    is_mixing: ClassVar[bool] = False
 
     path: str  # of the module that calls
     query: Tensor  # (B, H, N, D), as the operators take it; keys and values of grouped-query attention have fewer heads
@@ -91,16 +91,16 @@ class TracedCall:
         """How many of the keys are tokens."""
         return self.key.shape[2] if self.columns is None else len(self.columns)
 
-    def of_tokens(self, rows: Tensor) -> Tensor:
+    def at_tokens(self, rows: Tensor) -> Tensor:
         """(..., M) without the columns of keys that are no tokens."""
         return rows if self.columns is None else rows.index_select(-1, self.columns.to(rows.device))
 
-    def over_keys(self, of_tokens: Tensor, others: float) -> Tensor:
+    def over_keys(self, values: Tensor, others: float) -> Tensor:
         """Values (B, N) of the tokens for all keys (B, M), where `others` have one value."""
         if self.columns is None:
-            return of_tokens
-        every = of_tokens.new_full((len(of_tokens), self.key.shape[2]), others)
-        return every.index_copy(1, self.columns.to(every.device), of_tokens)
+            return values
+        every = values.new_full((len(values), self.key.shape[2]), others)
+        return every.index_copy(1, self.columns.to(every.device), values)
 
     def computed(self) -> Tensor:
         """(B, H, N, Dv), as the model asked for it."""
@@ -177,8 +177,8 @@ class TracedCall:
         keys, lse, sink = self.masks.get("key_mask"), self._lse(), self.sink()
         rest = self._lse(key_mask=~self.left_out if keys is None else keys & ~self.left_out)
         shares = (lse > -torch.inf).to(lse) if sink is None else share_of_keys(lse, sink)
-        of_rest = (rest - lse).exp().masked_fill(rest == -torch.inf, 0.0)
-        return shares.mean(1), (shares * of_rest).mean(1)
+        rest_shares = (rest - lse).exp().masked_fill(rest == -torch.inf, 0.0)
+        return shares.mean(1), (shares * rest_shares).mean(1)
 
     def scaled_to_rest(self, rows: Tensor) -> Tensor:
         """Weights (B, T, N) of rows of mean_h A, times f of `_without_left_out`."""
@@ -226,14 +226,14 @@ class TracedCall:
 
     def step(self, relevancy: Tensor, grad_output: Tensor | None, recursion: Recursion) -> Tensor:
         """relevancy @ Abar, (B, T, N) -> (B, T, M), for the keys that are tokens. Sums of rows go over all keys."""
-        return self.of_tokens(self._step(relevancy, grad_output, recursion))
+        return self.at_tokens(self._step(relevancy, grad_output, recursion))
 
     def share_of_others(self) -> Tensor:
         """The share of the attention that keys take which are no tokens, a mean over the batch, heads and queries."""
         with torch.no_grad():
             every = torch.full_like(self.query[:, 0, None, :, 0], 1 / self.query.shape[2])
             taken = self._step(every, None, Recursion("attention"))
-            return (taken.sum() - self.of_tokens(taken).sum()) / len(taken)
+            return (taken.sum() - self.at_tokens(taken).sum()) / len(taken)
 
     def _step(self, relevancy: Tensor, grad_output: Tensor | None, recursion: Recursion) -> Tensor:
         """relevancy @ Abar for all keys."""

@@ -37,7 +37,7 @@ class Equations:
     def mean_map(self, call: Link, grad: Tensor, like: Tensor) -> Tensor:
         """Equation 5: Abar (B, N, M) over the keys that are tokens, on the device and in the dtype of `like`: layers may have
         several."""
-        return call.attention.of_tokens(self.weighed(call.attention.mean_map(grad).to(like)))
+        return call.attention.at_tokens(self.weighed(call.attention.mean_map(grad).to(like)))
 
     def weighed(self, abar: Tensor) -> Tensor:
         """Abar over all keys, its rows divided by their sums where a rule says so."""
@@ -48,9 +48,9 @@ class Equations:
         beside = relevancy + torch.diag_embed(identity[..., 0] - 1)
         return over_sums(beside) + torch.eye(relevancy.shape[-1], dtype=relevancy.dtype, device=relevancy.device)
 
-    def across(self, of_queries: Tensor, abar: Tensor, of_keys: Tensor) -> Tensor:
+    def across(self, query_rows: Tensor, abar: Tensor, key_rows: Tensor) -> Tensor:
         """Equation 10: what cross-attention adds between its two towers, from the relevancies within each."""
-        return of_queries.transpose(1, 2) @ abar @ of_keys
+        return query_rows.transpose(1, 2) @ abar @ key_rows
 
     def added(self, call: Link, old: Tensor | None, addition: Tensor) -> Tensor:
         """The relevancy behind a call."""
@@ -71,8 +71,8 @@ def relevancies(calls: Sequence[Link], grads: Sequence[Tensor | None], equations
     waited = Counter(call.seen for call in calls if call.seen is not None)
     behind: dict[int, tuple[Relevancies, Identities]] = {}  # of s after a call of s that keys came through, while calls wait
     for call, grad in zip(calls, grads, strict=True):
-        of_keys = begun if call.seen is None else behind[call.seen]
-        for pair, addition in [] if grad is None else _additions(state, identity, *of_keys, call, grad, equations):
+        key_state = begun if call.seen is None else behind[call.seen]
+        for pair, addition in [] if grad is None else _additions(state, identity, *key_state, call, grad, equations):
             if call.joint:  # beside the part of the queries' own tower, which has weighed what was there
                 state[pair] = state.get(pair, 0.0) + equations.added(call, None, addition)
                 continue
@@ -92,8 +92,8 @@ def relevancies(calls: Sequence[Link], grads: Sequence[Tensor | None], equations
 def _additions(
     state: Relevancies,
     identity: Identities,
-    of_keys: Relevancies,
-    identity_of_keys: Identities,
+    key_state: Relevancies,
+    key_identity: Identities,
     call: Link,
     grad: Tensor,
     equations: Equations,
@@ -110,12 +110,12 @@ def _additions(
     if s is q:
         return [((s, t), within(s, t, part, identity)) for (of, t), part in state.items() if of is s]
     if call.joint:
-        return [((s, t), within(q, t, part, identity_of_keys)) for (of, t), part in of_keys.items() if of is q]
-    of_s = equations.normalized(call, state[s, s], identity[s])
-    of_q = equations.normalized(call, of_keys[q, q].to(abar), identity_of_keys[q].to(abar))
-    additions = [((s, q), equations.across(of_s, abar, of_q))]
-    if (q, s) in of_keys:
-        additions.append(((s, s), within(q, s, of_keys[q, s], identity)))
+        return [((s, t), within(q, t, part, key_identity)) for (of, t), part in key_state.items() if of is q]
+    source_rows = equations.normalized(call, state[s, s], identity[s])
+    query_rows = equations.normalized(call, key_state[q, q].to(abar), key_identity[q].to(abar))
+    additions = [((s, q), equations.across(source_rows, abar, query_rows))]
+    if (q, s) in key_state:
+        additions.append(((s, s), within(q, s, key_state[q, s], identity)))
     return additions
 
 

@@ -47,7 +47,7 @@ class LayerExplanation(Explanation):
     owners: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of_rows(
+    def from_rows(
         cls,
         per: str,
         counts: Mapping[str, tuple[list[int], list[int]]],

@@ -183,7 +183,7 @@ class Explanation(Explained):
                 for name, count in facts["maps"].items()
             }
             towers = facts["tower_images"]
-            of_towers: dict[str, Any] = {
+            tower_fields: dict[str, Any] = {
                 FORMER_FIELDS.get(of, of): None if names is None else {name: tensors[f"{of}.{name}"] for name in names}
                 for of, names in facts["towers"].items()
             }
@@ -191,7 +191,7 @@ class Explanation(Explained):
             return cls(
                 image=maps.get("image"),
                 tower_images=None if towers is None else {name: maps[f"tower_images.{name}"] for name in towers},
-                **of_towers,
+                **tower_fields,
                 **fields,
                 **further,
             )

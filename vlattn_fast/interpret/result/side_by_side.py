@@ -137,7 +137,7 @@ def compare(
     if len(set(counts.values())) > 1:
         raise ValueError(f"explanations must have the same number of samples; got {counts}. Choose some with explanation[i]")
     words = {name: [len(row) for row in one.answer or []] if one.per_token else None for name, one in explanations.items()}
-    if any(of_rows != next(iter(words.values())) for of_rows in words.values()):
+    if any(row_words != next(iter(words.values())) for row_words in words.values()):
         raise ValueError(f"explanations must have the same number of answer words; got {words}")
     if image is not None and not any(one.is_spatial for one in explanations.values()):
         raise ValueError(f"image must be None for explanations without maps; got {describe(image)}")

@@ -62,16 +62,16 @@ class Glimpse(KeptCalls):
         pools = [[self.pools[tower]] if tower.pooled else [] for tower in backward.towers]
         grads = iter(self.gradients(backward, [call for part in zip(calls, pools, strict=True) for call in (*part[0], *part[1])]))
         rows = []
-        for tower, start, of_tower, pool in zip(backward.towers, backward.starts, calls, pools, strict=True):
+        for tower, start, tower_calls, pool in zip(backward.towers, backward.starts, calls, pools, strict=True):
             real = backward.real(tower)
-            of_calls, of_pool = [next(grads) for _ in of_tower], [next(grads) for _ in pool]
-            for call, grad in zip(pool, of_pool, strict=True):
+            call_grads, pool_grads = [next(grads) for _ in tower_calls], [next(grads) for _ in pool]
+            for call, grad in zip(pool, pool_grads, strict=True):
                 start = _carried(call, grad, start, self._weights(call, grad, start, None, real)[0])
-            weights = [self._weights(call, grad, start, real, real) for call, grad in zip(of_tower, of_calls, strict=True)]
+            weights = [self._weights(call, grad, start, real, real) for call, grad in zip(tower_calls, call_grads, strict=True)]
             norms = [norm.to(start.device) for _, norm in weights]  # layers may have several devices
-            of_layers = self._layers(torch.stack(norms))
+            layer_shares = self._layers(torch.stack(norms))
             row, contribution = start, start if pool else torch.zeros_like(start)
-            for call, grad, (heads, _), share in reversed([*zip(of_tower, of_calls, weights, of_layers, strict=True)]):
+            for call, grad, (heads, _), share in reversed([*zip(tower_calls, call_grads, weights, layer_shares, strict=True)]):
                 step = share[:, None, None].to(row) / 2 * _carried(call, grad, row, heads).to(row)
                 row, contribution = row + step, contribution + step
             rows.append(row)
@@ -87,11 +87,11 @@ class Glimpse(KeptCalls):
         like = like.to(call.query.device)
         reached, slopes, norm = like.new_zeros(batch, heads), like.new_zeros(batch, heads), like.new_zeros(batch)
         every = like.new_ones(batch, 1, count)
-        of_queries = every[:, 0] if queries is None else queries.to(every)
-        of_keys = like.new_ones(batch, call.key.shape[2]) if keys is None else call.over_keys(keys.to(every), 1.0)
+        query_weights = every[:, 0] if queries is None else queries.to(every)
+        key_weights = like.new_ones(batch, call.key.shape[2]) if keys is None else call.over_keys(keys.to(every), 1.0)
         for index, maps, slope in rows_of_maps(call, grad, every, True):
             assert slope is not None
-            slope = slope * of_queries.gather(1, index)[:, None, :, None] * of_keys[:, None, None]
+            slope = slope * query_weights.gather(1, index)[:, None, :, None] * key_weights[:, None, None]
             reached += (slope * maps).relu().sum((2, 3))
             slopes += slope.relu().sum((2, 3))
             norm += slope.sum(1).abs().sum((1, 2))
@@ -113,4 +113,4 @@ def _carried(call: TracedCall, grad: Tensor | None, row: Tensor, heads: Tensor) 
         assert slopes is not None
         edges = torch.einsum("bh,bhrm->brm", heads, (maps * slopes).relu())
         result += row.gather(2, index.unsqueeze(1)) @ over_sums(edges)
-    return call.of_tokens(result)
+    return call.at_tokens(result)

@@ -122,7 +122,7 @@ class _NotAdded(_NotNormalized):
 
 
 class _CrossAlone(Equations):
-    def across(self, of_queries: Tensor, abar: Tensor, of_keys: Tensor) -> Tensor:
+    def across(self, query_rows: Tensor, abar: Tensor, key_rows: Tensor) -> Tensor:
         return abar
 
 

@@ -128,15 +128,15 @@ def _rolled_as_one(backward: BackwardPass, calls: Sequence[Link]) -> list[Tensor
         rows, contribution = {tower: start}, {tower: torch.zeros_like(start)}
         waiting: dict[tuple[TowerTrace, int | None], Tensor] = {}
         for number in sorted({call.number for call in calls}, reverse=True):
-            of_number = [call for call in calls if call.number == number]
-            queries = of_number[0].tower
+            same_number = [call for call in calls if call.number == number]
+            queries = same_number[0].tower
             before = waiting.pop((queries, number), None)
             row = _sum(rows.get(queries), before)
             if row is None:
                 continue
-            weight = _over_row_sum(of_number[0], row)
+            weight = _over_row_sum(same_number[0], row)
             rows[queries], contribution[queries] = row * weight, _sum(contribution.get(queries), before) * weight
-            for call in of_number:
+            for call in same_number:
                 step = _mean_attention(row * weight, call)
                 if call.source is queries:
                     rows[queries], contribution[queries] = rows[queries] + step, contribution[queries] + step

@@ -69,7 +69,7 @@ class Tam(Method):
         real, words = tokens.real(), tokens.words()
         real = torch.ones_like(ids, dtype=torch.bool) if real is None else real.to(device)
         words = torch.zeros_like(real) if words is None else words.to(device)
-        image, column = tokens.of_image().to(device) & real, torch.arange(ids.shape[1], device=device)
+        image, column = tokens.image_mask().to(device) & real, torch.arange(ids.shape[1], device=device)
         rows = torch.zeros(start.shape[0], ids.shape[1], dtype=start.dtype, device=device)
         for sample, positions in enumerate(predicted.positions.to(device)):
             if not bool(start[sample].any()):  # after the end of a shorter answer

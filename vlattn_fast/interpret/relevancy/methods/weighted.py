@@ -95,8 +95,8 @@ class Weighted(GradientMethod):
 
     # --- the forward pass ---
 
-    def hooks(self, model: nn.Module, towers: Sequence[TowerTrace], of_this_run: Callable[[Hook], Hook]) -> Iterator[Any]:
-        yield nn.modules.module.register_module_forward_pre_hook(of_this_run(self._enter))
+    def hooks(self, model: nn.Module, towers: Sequence[TowerTrace], within_run: Callable[[Hook], Hook]) -> Iterator[Any]:
+        yield nn.modules.module.register_module_forward_pre_hook(within_run(self._enter))
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         # They return their input, which may be any tensor.
@@ -137,7 +137,7 @@ class Weighted(GradientMethod):
                 return sums.partial
             if func is Tensor.add_ and added is args[0]:  # the model goes on with this tensor
                 return func(*args)
-            places = tower.places.of_states(stream) if tower.places.reorders and sums.carries and not self.trains else None
+            places = tower.places.locate_states(stream) if tower.places.reorders and sums.carries and not self.trains else None
             with torch._C.DisableTorchFunction():
                 if not self.trains:
                     stream, branch = stream.detach(), branch.detach()

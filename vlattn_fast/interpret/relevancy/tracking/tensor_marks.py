@@ -58,7 +58,7 @@ class TensorMarks:
         for tensor in self._marked:
             vars(tensor).pop(self._name, None)
 
-    def across_processes(self, model: nn.Module, of_this_run: Callable[..., Any]) -> Iterator[Callable[[], None]]:
+    def across_processes(self, model: nn.Module, within_run: Callable[..., Any]) -> Iterator[Callable[[], None]]:
         """Hooks by which modules whose parameters several processes share hand marks on: they exchange tensors where no mode
         sees it. Yields the way back of each."""
         entering: list[int] = []
@@ -73,8 +73,8 @@ class TensorMarks:
 
         for module in model.modules():
             if not module._modules and any(map(is_dtensor, module.parameters())):
-                yield module.register_forward_pre_hook(of_this_run(enters), prepend=True).remove
-                yield module.register_forward_hook(of_this_run(leaves), always_call=True).remove
+                yield module.register_forward_pre_hook(within_run(enters), prepend=True).remove
+                yield module.register_forward_hook(within_run(leaves), always_call=True).remove
 
     def calls(self, values: Iterable[Any]) -> int:
         """The calls that the tensors among `values`, also in nested tuples and lists, came through."""

@@ -243,8 +243,11 @@ class TokenMoves:
         if not behind:
             return None
         a, b = torch.broadcast_tensors(a, b)
-        of_a, of_b = self._before(a), self._before(b)
-        a, b = torch.where((of_b == a) | (of_b == ANY), b, a), torch.where((of_a == b) | ((of_a == ANY) & (of_b != ANY)), a, b)
+        before_a, before_b = self._before(a), self._before(b)
+        a, b = (
+            torch.where((before_b == a) | (before_b == ANY), b, a),
+            torch.where((before_a == b) | ((before_a == ANY) & (before_b != ANY)), a, b),
+        )
         joined = torch.where((a == b) | (b < 0), a, torch.where(a < 0, b, MERGED))
         if joined.shape == one.ids.shape and torch.equal(joined, one.ids):
             return one

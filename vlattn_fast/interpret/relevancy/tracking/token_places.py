@@ -130,14 +130,14 @@ class Places:
                     f"model must not merge tokens; got attention '{path}' over tokens that {each.why} merges, and no published "
                     "rule divides the relevancy among them"
                 )
-        ids, of_keys = ids_of(numbers, query), _of_columns(ids_of(moves.of(key), key), columns)
+        ids, key_ids = ids_of(numbers, query), _of_columns(ids_of(moves.of(key), key), columns)
         if self._layout is None or (chunk and size > self.shape[1]):
-            return self._begin(moves, query, ids, of_keys, chunk, size)
+            return self._begin(moves, query, ids, key_ids, chunk, size)
         queries = self._queries(moves, query, ids, path)
         self.latest = moves.of(query)
         keys = queries
-        if of_keys is not None and moves.of(key) is not numbers and not (ids is not None and torch.equal(ids, of_keys)):
-            located = self.locate(of_keys)
+        if key_ids is not None and moves.of(key) is not numbers and not (ids is not None and torch.equal(ids, key_ids)):
+            located = self.locate(key_ids)
             keys = located if bool((located >= 0).any()) else queries
         if keys.shape[1] != (key.shape[2] if columns is None else len(columns)):
             self.refuse(f"model must move its tokens only with supported functions; got lost keys in attention '{path}'")
@@ -157,7 +157,7 @@ class Places:
         return Moved(queries, keys, self.count)
 
     def _begin(
-        self, moves: TokenMoves, query: Tensor, ids: Tensor | None, of_keys: Tensor | None, chunk: bool, size: int
+        self, moves: TokenMoves, query: Tensor, ids: Tensor | None, key_ids: Tensor | None, chunk: bool, size: int
     ) -> Moved | None:
         """The first call, or a further part of the sequence in it."""
         batch, count = query.shape[0], query.shape[2]
@@ -173,9 +173,9 @@ class Places:
         self.shape, self.count, self._layout = (batch, size), batch * size, numbers
         self._size = self.count
         self.last = None
-        if chunk or of_keys is None or ids is None or of_keys.shape[0] != batch:
+        if chunk or key_ids is None or ids is None or key_ids.shape[0] != batch:
             return None
-        keys = self.locate(of_keys)
+        keys = self.locate(key_ids)
         if torch.equal(keys, taken) or not bool((keys >= 0).all()):
             return None
         self.reorders = True
@@ -229,7 +229,7 @@ class Places:
         """Notes why the tower cannot be explained; another one may be."""
         self.error = self.error or f"{why}. {_WAYS}"
 
-    def of_states(self, states: Tensor) -> Tensor:
+    def locate_states(self, states: Tensor) -> Tensor:
         """The places (B', N) of states (B', N, C); ValueError where they are lost."""
         numbers = None if self.moves is None else self.moves.of(states)
         places = None if numbers is None else self.locate(numbers.ids.expand(*states.shape[:-1], -1)[..., 0])

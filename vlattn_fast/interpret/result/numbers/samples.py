@@ -44,14 +44,14 @@ def some_samples(explanation: E, rows: Sequence[int], in_front: int = 0, kept: S
     chosen = [place for _, place in maps_of]
     rows = list(rows)
 
-    def of_places(value: Tensor, places: Sequence[int], at: int) -> Tensor:
+    def selected(value: Tensor, places: Sequence[int], at: int) -> Tensor:
         return value.index_select(at, torch.tensor(places, dtype=torch.long, device=value.device))
 
     def picked(value: Tensor, at: int) -> Tensor:
         if value.shape[at] not in (batch, len(owners)):
             raise ValueError(f"explanation must have {batch} samples in each field; got {value.shape[at]}")
         # a tower that sees one image at a time has a vector for each
-        return of_places(value, rows if value.shape[at] == batch else chosen, at)
+        return selected(value, rows if value.shape[at] == batch else chosen, at)
 
     def part(value: Any, at: int) -> Any:
         if isinstance(value, dict):
@@ -66,7 +66,7 @@ def some_samples(explanation: E, rows: Sequence[int], in_front: int = 0, kept: S
         if isinstance(value, tuple):
             some = tuple(value[place] for place in chosen)
             return torch.stack(some, in_front) if len({one.shape for one in some}) == 1 else some
-        return value if value is None else of_places(value, chosen, in_front)
+        return value if value is None else selected(value, chosen, in_front)
 
     fields: dict[str, Any] = {}
     for field in dataclasses.fields(explanation):

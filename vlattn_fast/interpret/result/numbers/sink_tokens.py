@@ -59,8 +59,10 @@ def as_sinks(samples: Any) -> Sinks:
 
 def _of_json(layers: Any, shares: Any, norms: Any, place: Any, **others: Any) -> Sink:
     """JSON has lists for tuples, and strings for the numbers of layers."""
-    of_shares, of_norms = ({int(layer): value for layer, value in each.items()} for each in (shares, norms))
-    return Sink(layers=tuple(layers), shares=of_shares, norms=of_norms, place=None if place is None else tuple(place), **others)
+    layer_shares, layer_norms = ({int(layer): value for layer, value in each.items()} for each in (shares, norms))
+    return Sink(
+        layers=tuple(layers), shares=layer_shares, norms=layer_norms, place=None if place is None else tuple(place), **others
+    )
 
 
 def sinks_line(samples: Sequence[Sequence[Sink]] | None) -> str:

@@ -30,7 +30,7 @@ class Marks(NamedTuple):
     byte_level: bool  # "Ġgiraffe"; every character stands for a byte
     spaced: bool  # "▁giraffe"
     ends: bool  # "giraffe</w>"
-    of_bytes: bool  # every character stands for a byte, marked or not
+    is_bytes: bool  # every character stands for a byte, marked or not
 
 
 def find_marks(vocabulary: Iterable[str]) -> Marks:
@@ -95,8 +95,8 @@ def _whole_characters(pieces: Sequence[bytes]) -> list[tuple[int, int]]:
 
 def _pieces(tokens: Sequence[str], marks: Marks) -> list[bytes]:
     """Every token as the bytes of its text, with a space before it where a word begins."""
-    byte_level, spaced, ends, of_bytes = marks
-    if byte_level or (of_bytes and not ends):
+    byte_level, spaced, ends, is_bytes = marks
+    if byte_level or (is_bytes and not ends):
         return [_bytes_of(token) for token in tokens]
     if spaced:
         return [
@@ -107,7 +107,7 @@ def _pieces(tokens: Sequence[str], marks: Marks) -> list[bytes]:
     for i, token in enumerate(tokens):
         begins = (i == 0 or tokens[i - 1].endswith("</w>")) if ends else not token.startswith("##")
         text = token.removesuffix("</w>") if ends else token if begins else token[2:]
-        encoded = _bytes_of(text) if of_bytes else text.encode()
+        encoded = _bytes_of(text) if is_bytes else text.encode()
         pieces.append(b" " + encoded if begins and text not in _CLOSING else encoded)
     return pieces
 

@@ -200,7 +200,7 @@ class Multiples:
         painters = [self._painter(place, one, side, rows) for place, one in self.maps] if named else []
         painters = painters or [self._painter(None, shown, side, rows)] * len(self.maps)
         samples = [read_samples(one, self.labels, rows) for _, one in self.maps]
-        return [sheet for of_row in zip(*samples, strict=True) for sheet in self._of_row(of_row, painters, side)]
+        return [sheet for row_samples in zip(*samples, strict=True) for sheet in self._of_row(row_samples, painters, side)]
 
     def _painter(self, place: Place | None, shown: Explained, side: int, rows: list[int] | None) -> Painter:
         """`place`: of explanations that may have a photo each."""
@@ -302,8 +302,8 @@ def _draw_named(part: Any, sheet: Sheet) -> None:
     axes, width = part.subplots(len(lines), max(map(len, lines)), squeeze=False), (sheet.cell[0] - _GAP) / _INCH
     for axis in axes.flat:
         axis.set_axis_off()
-    for of_line, line in zip(axes, lines, strict=True):
-        for axis, (place, tile) in zip(of_line, line, strict=False):  # the last line may be shorter
+    for line_axes, line in zip(axes, lines, strict=True):
+        for axis, (place, tile) in zip(line_axes, line, strict=False):  # the last line may be shorter
             axis.imshow(np.asarray(tile), interpolation="nearest")
             title = axis.set_title("", fontsize=8, loc="left", parse_math=False)
             title.set_text("\n".join(fitted(title, text, width) for text in (name_of(place), sheet.notes[place]) if text))

@@ -15,13 +15,13 @@ def panel_names(photos: Sequence[int] | None, views: Sequence[Sequence[Patch]]) 
     names = [f"map {number} of {len(views)}" for number in range(1, len(views) + 1)]
     if photos is None or any(patch.box is not None for view in views for patch in view):  # regions
         return names
-    of_photo: dict[int, list[int]] = {}
+    by_photo: dict[int, list[int]] = {}
     for number, view in enumerate(views):
-        of_photo.setdefault(photos[view[0].index], []).append(number)
-    for count, numbers in enumerate(of_photo.values(), start=1):
+        by_photo.setdefault(photos[view[0].index], []).append(number)
+    for count, numbers in enumerate(by_photo.values(), start=1):
         sides = [max(views[number][0].values.shape) for number in numbers]
         if len(numbers) == 2 and sides[0] != sides[1]:  # tiles have the patches of several thumbnails
-            photo = f"photo {count}, " if len(of_photo) > 1 else ""
+            photo = f"photo {count}, " if len(by_photo) > 1 else ""
             for number, side in zip(numbers, sides, strict=True):
                 names[number] = photo + ("tiles" if side == max(sides) else "thumbnail")
     return names
