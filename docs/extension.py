@@ -58,10 +58,10 @@ def cost(stems: list[str]) -> str:
     stored = json.loads(RECORDS.read_text(encoding="utf-8"))
     counts = Counter(map(_setting, stored))
     shown = _setting(max(stored, key=lambda record: (counts[_setting(record)], record["time"])))
-    of_stems = [record for record in stored if record["benchmark"].split("/")[0] in stems]
-    if of_stems and all(_setting(record) != shown for record in of_stems):  # measured later, on another machine
-        shown = _setting(max(of_stems, key=lambda record: record["time"]))
-    for record in of_stems:
+    chosen = [record for record in stored if record["benchmark"].split("/")[0] in stems]
+    if chosen and all(_setting(record) != shown for record in chosen):  # measured later, on another machine
+        shown = _setting(max(chosen, key=lambda record: record["time"]))
+    for record in chosen:
         if _setting(record) == shown:
             newest.setdefault(record["benchmark"], {})[record["variant"]] = record
     if not newest:

@@ -67,9 +67,9 @@ def _blocks(arguments: Arguments, numbers: int) -> Iterator[tuple[slice, list[sl
     """Slices of samples, and the slices of queries of each."""
     (batch, heads, queries, size), keys = arguments["query"].shape, arguments["key"].shape[2]
     score = arguments.get("score")
-    of_a_pair = 1 if score is None or scores.resolve(score).is_dot_product else size  # such formulas hold features for a pair
-    rows = max(1, min(queries, numbers // max(1, heads * keys * of_a_pair)))
-    samples = max(1, numbers // max(1, heads * keys * of_a_pair * queries))
+    pair_size = 1 if score is None or scores.resolve(score).is_dot_product else size  # such formulas hold features for a pair
+    rows = max(1, min(queries, numbers // max(1, heads * keys * pair_size)))
+    samples = max(1, numbers // max(1, heads * keys * pair_size * queries))
     blocks = [slice(i, min(i + rows, queries)) for i in range(0, queries, rows)] or [slice(0, 0)]
     for first in range(0, batch, samples):
         yield slice(first, min(first + samples, batch)), blocks
@@ -123,10 +123,10 @@ class _Dropped(TorchFunctionMode):
 
 
 def _relevancy_attention(arguments: Arguments, numbers: int) -> tuple[Tensor, Tensor]:
-    of_the_rule = ("rule", "row_normalize", "residual_weight", "attention_weight")
-    shared = {name: x for name, x in arguments.items() if name not in ("carrier", "head_gate", *of_the_rule)}
+    rule_names = ("rule", "row_normalize", "residual_weight", "attention_weight")
+    shared = {name: x for name, x in arguments.items() if name not in ("carrier", "head_gate", *rule_names)}
     out = formula("score_attention", numbers)(**shared)
-    carry = {name: arguments[name] for name in of_the_rule if name in arguments}
+    carry = {name: arguments[name] for name in rule_names if name in arguments}
     calls = {name: _detached(x) for name, x in shared.items()}, carry, numbers
     out, carrier = _Carry.apply(out, arguments["carrier"], *calls)
     return gated(out, arguments.get("head_gate")), carrier

@@ -81,11 +81,11 @@ class Distance(Score):
         weighted, weights = query * weight, weight.expand(*query.shape[:3], 1)
         half = weight.detach().double() * 2
         squares = torch.where(half > 0, _squares(weighted.detach().double()) / -half, 0.0)  # 0 behind a huge sigma
-        of_query = _exactly(_squares(query) * weight / -2, squares)
-        of_key = _exactly(_squares(key) / -2, _squares(key.detach().double()) / -2)
+        query_terms = _exactly(_squares(query) * weight / -2, squares)
+        key_terms = _exactly(_squares(key) / -2, _squares(key.detach().double()) / -2)
         ones = key.new_ones(*key.shape[:3], 1)
-        phi = torch.cat([weighted, weights, weights, *of_query], -1)
-        psi = torch.cat([key, *of_key, ones, ones], -1)
+        phi = torch.cat([weighted, weights, weights, *query_terms], -1)
+        psi = torch.cat([key, *key_terms, ones, ones], -1)
         return Core("dot", phi, psi, keeps_dtype=True)
 
     def _sigma(self, like: Tensor) -> Tensor:

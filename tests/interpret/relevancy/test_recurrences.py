@@ -102,7 +102,7 @@ def stored(kind: str) -> tuple[list[Tensor | Mixed], Tensor]:
     model = made(kind, "eager")
     with Maps(model) as kept:
         scores = score_of(model(**INPUTS))
-    return kept.of_size(9), scores
+    return kept.with_size(9), scores
 
 
 def of_last() -> Tensor:

@@ -49,7 +49,7 @@ def stored(kind: str) -> tuple[list[Tensor | Mixed], Tensor]:
     model = made(kind, "eager")
     with Maps(model) as kept:
         scores = next_logits(model(**INPUTS, use_cache=False), INPUTS)[:, 7]
-    return kept.of_size(9), scores
+    return kept.with_size(9), scores
 
 
 def of_last() -> Tensor:

@@ -212,15 +212,15 @@ def group_bias(dice: Dice, tensors: Tensors, options: dict[str, Any], dtype: tor
     if kind is None:
         return {}
     (batch, heads, queries, _), keys = tensors["query"].shape, tensors["key"].shape[2]
-    of_queries, of_keys = dice.pick("groups", ((1, 1), (2, 3), (8, 8), (3, 17)))
-    of_keys = options.get("num_groups", of_keys)
-    size = (batch, heads, of_queries, of_keys) if dice.chance(0.5) else (heads, of_queries, of_keys)
+    query_count, key_count = dice.pick("groups", ((1, 1), (2, 3), (8, 8), (3, 17)))
+    key_count = options.get("num_groups", key_count)
+    size = (batch, heads, query_count, key_count) if dice.chance(0.5) else (heads, query_count, key_count)
     bias = dice.randn(*size) * (8.0 if kind == "large" else 1.0)
     if kind in ("-inf", "NaN"):
         bias.masked_fill_(~dice.bools(*size), -torch.inf if kind == "-inf" else dice.gap)
     tensors["group_bias"] = bias.to(dtype)
     groups = {}
-    for name, count, length in (("query_groups", of_queries, queries), ("key_groups", of_keys, keys)):
+    for name, count, length in (("query_groups", query_count, queries), ("key_groups", key_count, keys)):
         shape = (batch, length) if dice.chance(0.5) else (length,)
         groups[name] = options[name] if name in options else torch.randint(-1, count, shape, generator=dice.generator)
     return groups

@@ -41,8 +41,8 @@ def verify(generator: torch.Generator, sizes: Sizes) -> Iterator[Example]:
     yield Example(attention_statistics, "three groups", weighted, options)
     with_sink = {**weighted, "sink": randn(sizes.heads)}
     yield Example(attention_statistics, "softcap and sink", with_sink, {**options, "softcap": 1.5})
-    bias, of_both = grouped(generator, sizes)
-    yield Example(attention_statistics, "groups", {**weighted, **bias}, of_both)
+    bias, group_options = grouped(generator, sizes)
+    yield Example(attention_statistics, "groups", {**weighted, **bias}, group_options)
 
 
 def draw(dice: Dice, dtype: torch.dtype) -> Example:

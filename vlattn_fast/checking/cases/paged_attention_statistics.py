@@ -27,8 +27,8 @@ def _arranged(requests: int, block_size: int) -> Callable[[Tensors], dict[str, A
         lengths = (columns * block_size - r[:requests]).clamp(min=0)
         groups = (torch.arange(columns * block_size, device=like.device) % 2).expand(requests, -1)
         starts = r * (tokens // max(1, requests))
-        of_keys = {"block_table": table, "lengths": lengths, "query_starts": starts, "key_groups": groups, "num_groups": 2}
-        return {**t, **of_keys, "statistics": STATISTICS}
+        key_arguments = {"block_table": table, "lengths": lengths, "query_starts": starts, "key_groups": groups, "num_groups": 2}
+        return {**t, **key_arguments, "statistics": STATISTICS}
 
     return arrange
 

@@ -21,7 +21,7 @@ def lightning(module: Any) -> Callable[..., Any]:
             packed = packed * kwargs["attention_mask"][..., None]
         query, key, value = packed.unflatten(-1, (heads, 3 * size)).split(size, -1)
 
-        def of_values(value: Tensor) -> Tensor:
+        def output_of(value: Tensor) -> Tensor:
             """The input of the norm behind the recurrence."""
             seen = list[Tensor]()
 
@@ -38,7 +38,7 @@ def lightning(module: Any) -> Callable[..., Any]:
             )
             return seen[0].unflatten(-1, (heads, size))
 
-        output = recurrence(of_values, value).flatten(2)
+        output = recurrence(output_of, value).flatten(2)
         handle = module.norm.register_forward_pre_hook(lambda *_: (output,))
         try:
             return original(hidden_states, **kwargs)

@@ -127,8 +127,8 @@ class Mixers:
             return gate.detach(), key, value, state
         run = token_shift(module, module.time_mix_value)
         states = hidden.transpose(1, 2)
-        of_map, product = self._by_map(run, CHANNELS, run(states), (states,), {})
-        self._values = of_map.detach().requires_grad_()
+        mixing_map, product = self._by_map(run, CHANNELS, run(states), (states,), {})
+        self._values = mixing_map.detach().requires_grad_()
         change = (self._values @ states.detach()[..., None])[..., 0]
         return gate, key, module.value((product + change - change.detach()).transpose(1, 2)), state
 
@@ -137,8 +137,8 @@ class Mixers:
         states, maps, mixed = hidden.transpose(1, 2), [], []
         for mix in (module.time_mix_key, module.time_mix_receptance):
             run = token_shift(module, mix)
-            of_map, product = self._by_map(run, CHANNELS, run(states), (states,), {})
-            maps.append(of_map)
+            mixing_map, product = self._by_map(run, CHANNELS, run(states), (states,), {})
+            maps.append(mixing_map)
             mixed.append(product)
         both = torch.cat(maps, 1)
         key, gate = (both @ torch.cat([states, states], 1)[..., None])[..., 0].transpose(1, 2).chunk(2, -1)
@@ -156,33 +156,33 @@ class Mixers:
             output = output.detach()
         else:
             arguments = bound(function, args, kwargs)
-            of_values, self._values = self._values, None
+            value_map, self._values = self._values, None
             if before is not None:
-                of_values, arguments[values.name] = _apart(*before, arguments[values.name], values)
-            of_map, output = self._by_map(function, values, output, (), arguments)
-            maps_before = [] if of_values is None else [of_values]
+                value_map, arguments[values.name] = _apart(*before, arguments[values.name], values)
+            mixing_map, output = self._by_map(function, values, output, (), arguments)
+            maps_before = [] if value_map is None else [value_map]
             if before is not None and self._mixed is not None:  # a further call of the same module, for other channels
-                self._mixed.maps.append(of_map)
+                self._mixed.maps.append(mixing_map)
                 self._mixed.before.extend(maps_before)
             else:
-                self._mixed = Mixed([of_map], maps_before)
+                self._mixed = Mixed([mixing_map], maps_before)
                 self.take(self._mixed)
         return (output, *result[1:]) if isinstance(result, tuple) else output
 
     def _by_map(self, function: Any, values: Values, output: Tensor, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
         """A, and A times the values."""
         arguments = bound(function, args, kwargs)
-        of_heads = values.heads_first(arguments[values.name])
+        by_head = values.heads_first(arguments[values.name])
         columns = []
-        for token in range(of_heads.shape[2]):
-            impulse = torch.zeros_like(of_heads)
+        for token in range(by_head.shape[2]):
+            impulse = torch.zeros_like(by_head)
             impulse[:, :, token, 0] = 1
             result = function(**{**arguments, values.name: values.as_they_were(impulse)})
             columns.append(values.heads_first(result[0] if isinstance(result, tuple) else result)[..., 0])
-        of_map = torch.stack(columns, -1)
-        product = values.as_they_were(of_map @ of_heads)
+        mixing_map = torch.stack(columns, -1)
+        product = values.as_they_were(mixing_map @ by_head)
         assert agree(product, output), "the function is not linear"
-        return of_map, product
+        return mixing_map, product
 
     def _convolution(self, function: Any, stands_in_front: bool, *args: Any, **kwargs: Any) -> Any:
         """The activation of z is its gate times z, z what the taps make of the values and a bias. The gate is one of the map."""
@@ -195,14 +195,14 @@ class Mixers:
         bias = arguments["bias"]
         summed = summed if bias is None else summed + bias[:, None]
         gate = torch.ones_like(summed) if arguments["activation"] is None else torch.sigmoid(summed)
-        of_map = gate[..., None] * taps
-        product = (of_map @ states[..., None])[..., 0]
+        mixing_map = gate[..., None] * taps
+        product = (mixing_map @ states[..., None])[..., 0]
         product = product if bias is None else product + gate * bias[:, None]
         assert agree(product, output), "the activation is none that is known"
         if stands_in_front:
-            self._before, self._mixed = (of_map, states, product), None
+            self._before, self._mixed = (mixing_map, states, product), None
         else:
-            self.take(Mixed([of_map], []))
+            self.take(Mixed([mixing_map], []))
         return product
 
 
@@ -257,14 +257,14 @@ def bound(function: Any, args: Sequence[Any], kwargs: Any) -> dict[str, Any]:
     return {name: value for name, value in call.arguments.items() if name not in ("kwargs", "_")}
 
 
-def _apart(of_map: Tensor, states: Tensor, output: Tensor, of_heads: Tensor, values: Values) -> tuple[Tensor, Tensor]:
-    """The map of the channels of a convolution's output that became the values `of_heads`, those at which these have a gradient,
+def _apart(mixing_map: Tensor, states: Tensor, output: Tensor, given: Tensor, values: Values) -> tuple[Tensor, Tensor]:
+    """The map of the channels of a convolution's output that became the values `given`, those at which these have a gradient,
     and the values, which have a gradient at it. Queries, keys and gates that are made of the same channels have none."""
-    (gradient,) = torch.autograd.grad(of_heads.sum(), output, retain_graph=True)
+    (gradient,) = torch.autograd.grad(given.sum(), output, retain_graph=True)
     channels = (gradient != 0).any(0).any(-1)
-    of_values = of_map.detach()[:, channels].requires_grad_()
-    product = (of_values @ states[:, channels, :, None].detach())[..., 0]
-    like = values.heads_first(of_heads)
+    value_map = mixing_map.detach()[:, channels].requires_grad_()
+    product = (value_map @ states[:, channels, :, None].detach())[..., 0]
+    like = values.heads_first(given)
     change, before = (x.view(*like.shape[:2], like.shape[3], -1).transpose(2, 3) for x in (product, output[:, channels]))
     written = (like / before).detach().nan_to_num(0.0, 0.0, 0.0)  # gates that the values have taken, and zeros of padding
-    return of_values, of_heads + values.as_they_were(written * (change - change.detach()))
+    return value_map, given + values.as_they_were(written * (change - change.detach()))

@@ -59,8 +59,8 @@ def shrunk(values: Mapping[str, Any], ids: dict[int, int], fill: bool = False) -
         elif "patch_to_query" in key and isinstance(value, Mapping):
             small[key] = {16: 4}
         elif _is_by_layer(value):
-            of_layers = {int(index): each for index, each in value.items()}
-            small[key] = {str(n): shrunk(of_layers[i], ids, fill) for n, i in enumerate(kept) if i in of_layers}
+            by_layer = {int(index): each for index, each in value.items()}
+            small[key] = {str(n): shrunk(by_layer[i], ids, fill) for n, i in enumerate(kept) if i in by_layer}
         elif isinstance(value, Mapping):
             small[key] = shrunk(value, ids, fill)
             if fill and key == "rope_parameters":
@@ -150,12 +150,12 @@ def _names_layers(key: Any, value: Any, total: int) -> bool:
 
 def _small_list(key: str, value: list[Any], kept: list[int], total: int) -> list[Any]:
     whole = all(isinstance(v, int) and not isinstance(v, bool) for v in value)
-    of_layers = total > 1 and len(value) == total
+    is_per_layer = total > 1 and len(value) == total
     if whole and value and re.search(r"depths|hidden_sizes|heads", key):
         sizes = {"depths": 1, "heads": HEADS}
         size = next((size for name, size in sizes.items() if name in key), HIDDEN)
-        return [size] * (len(kept) if of_layers else len(value))
-    if of_layers:
+        return [size] * (len(kept) if is_per_layer else len(value))
+    if is_per_layer:
         return [value[index] for index in kept]
     if whole and value and "section" in key:
         return _sections(value)
@@ -210,9 +210,9 @@ def small_model(model_class: Any, fill: bool = False, attention: str | None = No
     torch.manual_seed(0)
     model = lively(model_class(config)).eval().to(torch.get_default_dtype())  # some make float32 tensors by name
     for part in model.modules():
-        of_part: Any = getattr(part, "config", None)
-        if hasattr(of_part, "_experts_implementation"):
-            of_part._experts_implementation = "eager"  # others have no float64
+        part_config: Any = getattr(part, "config", None)
+        if hasattr(part_config, "_experts_implementation"):
+            part_config._experts_implementation = "eager"  # others have no float64
     return model
 
 

@@ -73,7 +73,7 @@ class Maps(TorchFunctionMode):
         """Whether some layer has no softmax."""
         return any(isinstance(one, Mixed) for one in self.maps)
 
-    def of_size(self, size: int) -> list[Tensor | Mixed]:
+    def with_size(self, size: int) -> list[Tensor | Mixed]:
         """The maps of `size` tokens."""
         return [m for m in self.maps if (m.maps[0] if isinstance(m, Mixed) else m).shape[-2:] == (size, size)]
 
@@ -85,8 +85,8 @@ class Maps(TorchFunctionMode):
         result = func(*args, **kwargs)
         if func in SOFTMAX and result.ndim == 4:
             self.maps.append(result)
-        of_last = func is Tensor.__getitem__ and self.maps and args[0] is self.maps[-1]
-        if of_last and result.shape[-1] == args[0].shape[-1] - 1:  # without the sink's column
+        cuts_last = func is Tensor.__getitem__ and self.maps and args[0] is self.maps[-1]
+        if cuts_last and result.shape[-1] == args[0].shape[-1] - 1:  # without the sink's column
             self.maps[-1] = self._of_maps[id(result)] = result
         if not self.cut or not isinstance(result, Tensor):
             return result
@@ -178,11 +178,11 @@ def stored_rows_between(
         size: N.
         by_layer: the keys in the decoder's layer i are those of the encoder's layer i, else those behind the encoder.
     """
-    of_maps = [*encoder, *(one for _, one in decoder)]
-    gradients = torch.autograd.grad(scores.sum(), of_maps, allow_unused=True)
+    every_map = [*encoder, *(one for _, one in decoder)]
+    gradients = torch.autograd.grad(scores.sum(), every_map, allow_unused=True)
     means = [
         (torch.zeros_like(one) if gradient is None else (one * gradient).clamp(min=0)).mean(1).detach()
-        for one, gradient in zip(of_maps, gradients, strict=True)
+        for one, gradient in zip(every_map, gradients, strict=True)
     ]
     within = torch.eye(rows.shape[1]).expand(len(rows), -1, -1)
     behind = [torch.eye(size).expand(len(rows), -1, -1)]
@@ -190,14 +190,14 @@ def stored_rows_between(
         behind.append(behind[-1] + mean @ behind[-1])
     between = torch.zeros(len(rows), within.shape[-1], size)
     for layer, ((kind, _), mean) in enumerate(zip(decoder, means[len(encoder) :], strict=True)):
-        of_keys = behind[layer if by_layer else -1]
+        key_rows = behind[layer if by_layer else -1]
         if kind == "cross":
-            between = between + _normalized(within).transpose(1, 2) @ mean @ _normalized(of_keys)
+            between = between + _normalized(within).transpose(1, 2) @ mean @ _normalized(key_rows)
             continue
         inside = {"self": mean, "before": mean[..., size:], "behind": mean[..., : rows.shape[1]]}[kind]
         across = {"self": None, "before": mean[..., :size], "behind": mean[..., rows.shape[1] :]}[kind]
         within, between = within + inside @ within, between + inside @ between
-        between = between if across is None else between + across @ of_keys
+        between = between if across is None else between + across @ key_rows
     decoded, encoded = (rows[:, None] @ within)[:, 0], (rows[:, None] @ between)[:, 0]
     return decoded.masked_fill(rows == 1, 0.0), encoded
 
