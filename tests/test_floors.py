@@ -72,7 +72,7 @@ def test_the_core_imports_no_package() -> None:
 @pytest.mark.parametrize("name", PACKAGES)
 def test_packages_import_public_modules(name: str) -> None:
     """Those of CONTRIBUTING.md, and no other package's."""
-    page = (HERE.root / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## Packages beside the core")[1].split("\n## ")[0]
+    page = (HERE.root / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## Packages outside the core")[1].split("\n## ")[0]
     public = set(re.findall(r"`(vlattn_fast[\w.]*)`", page))
     assert "vlattn_fast" in public
     package = PACKAGES[name]
@@ -213,7 +213,7 @@ def test_a_folder_says_what_it_takes_and_gives_and_imports(place: str, folder: s
 
 
 def test_contributing_has_the_floors_in_their_order() -> None:
-    tree = (HERE.root / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## The tree")[1].split("Beside the package")[0]
+    tree = (HERE.root / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## The tree")[1].split("Outside the package")[0]
     places = [row.split(" | ")[0] for row in tree.splitlines() if row.startswith("| `")]
     named = [re.findall(r"`(?:vlattn_fast/)?([\w/]+?)(?:/|\.py)`", place) for place in places]
     rows = {name.replace("/", "."): number for number, names in enumerate(named) for name in names}
