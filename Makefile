@@ -70,8 +70,9 @@ lists: $(READY) $(TESTED)
 bench: $(READY) $(TESTED)
 	@$(PY) -m vlattn_fast.benchmarks $(ARGS)
 
-# --clean: the cache does not see that a docstring or a stored row has changed.
-docs: .venv-docs/.installed $(READY)
+# It needs what the tests need: tables read Triton's kernels, figures are drawn by models. --clean, since the cache does not see that
+# a docstring or a stored row has changed.
+docs: .venv-docs/.installed $(READY) $(TESTED)
 	@$(PY) -m tools.pages build/docs
 	@.venv-docs/bin/python -m zensical build --clean --strict >build/site.log 2>&1 || { cat build/site.log; exit 1; }
 	@$(PY) -m tools.pages.check site build/docs build/site.log
