@@ -3,7 +3,7 @@
 A call is one struct of pointers, strides, sizes and numbers through ctypes, which releases the GIL. A `Struct` has the members of
 one of csrc/ by name; the library's own list must be the same (csrc/layout.h). Refusals look only at whether the file exists;
 it is loaded at the first call. VLATTN_CPU_LIBRARY names another file than the installed one, and calls that would use it raise
-where it is not there. VLATTN_CPU_ISA names one of the instruction sets (docs/install.md).
+where it is not there. VLATTN_CPU_ISA names one of the instruction sets (docs/building.md).
 The library for GPUs: cuda/_shared_library.py.
 """
 
