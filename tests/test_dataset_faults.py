@@ -26,7 +26,7 @@ def test_of_two_runs_that_begin_at_once_one_is_refused(models, many, tmp_path):
     out = tmp_path / "out"
     both = start("-m", "tests.helpers.explain_twice", models["clip"], dataset, out)
     assert both.returncode == 0, both.stderr
-    refused = f"Another run is writing to {out}. Wait for its end, or pass another out"
+    refused = f"out must not be written by another run; got {out}. Wait until that run ends, or pass another out"
     assert sorted(both.stdout.splitlines()) == [refused, "explained 38"]
     check_all(models, out, rows)
 
@@ -119,13 +119,13 @@ def test_a_damaged_shard_is_named_and_explained_anew(models, four, tmp_path, dam
         shard.unlink()
     else:
         shard.write_bytes(damaged(shard.read_bytes(), damage))
-    broken = f"{shard.name} is (cut, damaged or missing|broken)"
+    broken = f"{shard.name} is (truncated, damaged or missing|broken)"
     with pytest.raises(ValueError, match=f"directory must have whole shards; got .*{broken}"):
         va.load_explanations(out)
     if damage not in ("lines", "shape"):
         with pytest.raises(ValueError, match=f"directory must have whole shards; got .*{shard.name} cannot be read"):
             before[3]
-    with pytest.warns(UserWarning, match=f"{broken}; its inputs are explained anew"):
+    with pytest.warns(UserWarning, match=f"{broken}; its inputs are explained again"):
         result = vlattn(*run)
     assert closing(result) == f"done 2, failed 0, skipped 2 (done before), of 4: {out}"
     for row, explanation in zip(rows, va.load_explanations(out), strict=True):
@@ -144,9 +144,9 @@ def test_a_shard_of_an_earlier_version_is_opened(four, tmp_path, damage):
     if damage != "nothing":
         shard = sorted((out / store.SHARDS).glob("*.safetensors"))[1]
         shard.write_bytes(damaged(shard.read_bytes(), damage))
-        with pytest.raises(ValueError, match="is cut, damaged or missing"):
+        with pytest.raises(ValueError, match="is truncated, damaged or missing"):
             va.load_explanations(out)
-        with pytest.warns(UserWarning, match="its inputs are explained anew"):
+        with pytest.warns(UserWarning, match="its inputs are explained again"):
             vlattn(*run)
     assert len(va.load_explanations(out)) == len(rows)
 

@@ -118,7 +118,7 @@ def test_json_lines_with_bad_inputs_that_are_mended(models, pictures, tmp_path):
     reasons = (
         "which does not exist", "which PIL cannot read", "text must be given to CLIPModel", "text must have at most 8 tokens",
         "target must be from 0 to 0", "target must be an int; got 'first'", "text must be a text or a list",
-        "line 13 must be a JSON", "image must be a path or a picture; got 5", "text must be Unicode; got",
+        "line 13 must be a JSON", "image must be a path or an image; got 5", "text must be Unicode; got",
     )  # fmt: skip
     assert [failure["item"] for failure in failures] == list(range(5, 15))
     for failure, reason in zip(failures, reasons, strict=True):
@@ -159,7 +159,7 @@ def test_csv_with_rows_of_other_lengths(models, tmp_path):
     dataset.write_text('id,text\none,"a, b"\ntwo,a red square, or not\nthree,a\n')
     one, two, three = Items(dataset)
     assert one.texts == ["a, b"] and three.texts == ["a"]
-    assert two.id == "two" and two.problem == "line 3 must have 2 fields, as the first one; got 3"
+    assert two.id == "two" and two.problem == "line 3 must have 2 fields, as the first line; got 3"
     for text, reason in (('"a red\ntwo,a\n', "unexpected end of data"), ("a" * 200_000, "larger than field limit")):
         dataset.write_text(f"id,text\none,{text}")
         with pytest.raises(ValueError, match=f"dataset must be CSV; got .*texts.csv, line [123]: .*{reason}"):
@@ -249,9 +249,9 @@ def test_what_is_refused(models, pictures, tmp_path):
     assert "--text must be [], as in" in refused(*run, "--text", "b")
     for held, shared in ((out, False), (out / store.SETTINGS, True)):  # by the first rank of a run, by another one
         with store.locked(held, shared=shared):
-            assert f"Another run is writing to {out}" in refused(*run)
+            assert f"must not be written by another run; got {out}" in refused(*run)
     write_lines(dataset, [{"image": "x.png", "text": "a"}])
-    assert f"--dataset must be that of the earlier runs in {out}" in refused(*run)
+    assert f"--dataset must be the one of the earlier runs in {out}" in refused(*run)
     below = dataset / "out"  # nobody may write here, root included
     assert f"--out must be a directory that can be written; got {below}" in refused(*run[:-1], below)
     for other in (tmp_path, dataset):
@@ -270,7 +270,7 @@ def test_what_is_refused(models, pictures, tmp_path):
         assert reason in refused(*run)
     dataset.write_bytes('{"text": "café"}'.encode("latin-1"))
     assert "dataset must be text in UTF-8" in refused(*run)
-    for name, reason in (("x.txt", "must end in .csv or .jsonl"), ("gone.csv", "which is not there"), (".", "column")):
+    for name, reason in (("x.txt", "must end in .csv or .jsonl"), ("gone.csv", "which does not exist"), (".", "column")):
         (tmp_path / "x.txt").touch()
         (tmp_path / "empty").mkdir(exist_ok=True)
         with pytest.raises(ValueError, match=reason if name != "." else "at least one input"):

@@ -123,7 +123,7 @@ def test_evaluate_prints_the_table(vit, picture, tmp_path):
         refused = vlattn("evaluate", "--model", vit, "--dataset", dataset, *asked)
         assert refused.exit_code == 2 and message in said(refused)
     refused = vlattn("evaluate", "--model", vit, "--dataset", dataset)
-    assert refused.exit_code == 2 and "which is not there, in input 'here' of the dataset" in said(refused)
+    assert refused.exit_code == 2 and "which does not exist, in input 'here' of the dataset" in said(refused)
 
 
 def test_a_stopped_run_says_how_to_go_on(vit, picture, tmp_path, monkeypatch):

@@ -47,10 +47,10 @@ def test_a_file_of_samples_or_its_folder(tmp_path: Path) -> None:
     "line, options, message",
     [
         ("[]", [], "JSON object with a text in line 1; got []"),
-        ('{"text": "a", "image": 5}', [], "the path of a picture as image in line 1; got 5"),
+        ('{"text": "a", "image": 5}', [], "dataset must have a path as image in line 1; got 5"),
         ('{"text": "a", "phrase": []}', [], "got ['phrase'] in line 1"),
         ("\n", [], "dataset must have at least one line; got none in"),
-        ('{"text": "a"}\n\n{"text": "a", "image": "gone.png"}', [], "which is not there, in line 3 of the dataset"),
+        ('{"text": "a"}\n\n{"text": "a", "image": "gone.png"}', [], "which does not exist, in line 3 of the dataset"),
         ('{"text": "a"}\n{"text": "a", "relations": 5}', [], "relations must be a list; got 5, in line 2 of the dataset"),
         ('{"text": "a"}', ["--test", "heads"], "--test must be among modality"),
         ('{"text": "a"}', ["--dtype", "int8"], "--dtype must be one of"),

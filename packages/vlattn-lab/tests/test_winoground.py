@@ -57,7 +57,7 @@ def test_refusals(tmp_path) -> None:
         with pytest.raises(ValueError, match="must have image_0, image_1, caption_0 and caption_1 in line 2; got"):
             list(winoground.load_pairs(tmp_path))
     (tmp_path / "examples.jsonl").write_text('{"image_0": "a", "image_1": "b", "caption_0": "", "caption_1": ""}')
-    with pytest.raises(ValueError, match="image must be a file; got .*a.png, which is not there"):
+    with pytest.raises(ValueError, match="image must be a file; got .*a.png, which does not exist"):
         list(winoground.load_pairs(tmp_path))
 
 

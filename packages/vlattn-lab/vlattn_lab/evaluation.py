@@ -19,7 +19,7 @@ from vlattn_fast import Evaluation, evaluate, explain
 from vlattn_fast._ground.checks import check_integer, check_writable
 from vlattn_fast.backends.reference.relevancy_residual import residual_weights
 from vlattn_fast.interpret.evaluating.curves import BOTH, CURVES, PARTS
-from vlattn_fast.interpret.evaluating.plan import INTERVENTION, RANDOM, Rival
+from vlattn_fast.interpret.evaluating.plan import INTERVENTION, RANDOM, CustomMethod
 from vlattn_fast.interpret.evaluating.plan import TESTS as ALL_TESTS
 from vlattn_fast.interpret.relevancy.methods.registry import published
 from vlattn_fast.measuring.provenance import commit, fingerprint, version, versions
@@ -34,9 +34,9 @@ RESULTS = Path("benchmarks/results")
 TESTS = tuple(test for test in ALL_TESTS if test != INTERVENTION)  # which models of two towers cannot take
 
 
-def methods_of(task: Task) -> dict[str, str | Method | Rival]:
+def methods_of(task: Task) -> dict[str, str | Method | CustomMethod]:
     """The methods and rivals of a task, by name; captum's methods only where captum is installed."""
-    methods: dict[str, str | Method | Rival] = {**dict(map(_in_published_form, task.methods)), **task.frozen}
+    methods: dict[str, str | Method | CustomMethod] = {**dict(map(_in_published_form, task.methods)), **task.frozen}
     for kind in task.rivals:
         if kind != "CAPTUM" or version("captum") is not None:
             methods |= getattr(rivals, kind)
@@ -56,7 +56,7 @@ def run(
     model: nn.Module,
     samples: int,
     seed: int,
-    methods: Mapping[str, str | Method | Rival],
+    methods: Mapping[str, str | Method | CustomMethod],
     tests: Sequence[str] = TESTS,
 ) -> Evaluation:
     """Tests on scenes drawn with one seed."""

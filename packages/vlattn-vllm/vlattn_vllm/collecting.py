@@ -154,7 +154,7 @@ def load(directory: str | Path) -> Answers:
     """The answers that `collect` wrote to a directory, also while it runs.
 
     Raises:
-        ValueError: `collect` did not write it, or one of its shards is cut, damaged or missing.
+        ValueError: `collect` did not write it, or one of its shards is truncated, damaged or missing.
     """
     from vlattn_fast.interpret.dataset.store import read_settings, stored_items
 

@@ -17,7 +17,7 @@ import vlattn_fast as va
 from tests.helpers.interpret.stored_maps import Place, check
 from vlattn_fast.interpret.adapters.registry import find_adapter
 from vlattn_fast.interpret.probing.layout import Layouts
-from vlattn_fast.interpret.probing.watched import TwoStreams
+from vlattn_fast.interpret.probing.streams import TwoStreams
 
 WIDTH, HEADS, PATCHES, WORDS, END = 16, 2, 6, 7, 98
 METHODS = ("gradient", "rollout", "attention")
@@ -260,8 +260,8 @@ def test_probe_reads_the_states_of_texts() -> None:
     assert [(record["layer"], record["samples"], record["value"]) for record in lengths] == [(0, 12, 1.0), (1, 12, 1.0)]
     states = []
     hooks = [block.register_forward_hook(lambda *args: states.append(args[-1])) for block in model.transformer.resblocks]
-    watched = TwoStreams(model, Layouts(model, find_adapter(model), None), {}, True)
-    seen = watched.run(find_adapter(model).standard(batch))
+    stream = TwoStreams(model, Layouts(model, find_adapter(model), None), {}, True)
+    seen = stream.run(find_adapter(model).standard(batch))
     for hook in hooks:
         hook.remove()
     assert len(seen.states) == 2 and all(torch.equal(*pair) for pair in zip(seen.states, states, strict=True))

@@ -160,7 +160,7 @@ def test_logits_that_are_nan_are_neither_right_nor_wrong(target):
     data = [(inputs, target, boxes) for inputs, _, boxes in planted_data(1)]
     for test in ("positive", "insertion"):
         with pytest.raises(
-            ValueError, match="The model gave NaN for sample 0 of a batch with 0 of 16 entries of the image left. Pass steps="
+            ValueError, match="The model returned NaN for sample 0 of a batch with 0 of 16 entries of the image left. Pass steps="
         ):
             va.evaluate(Broken(), data, methods={"truth": truth()}, tests=(test,))
 
@@ -260,7 +260,7 @@ def test_it_is_saved_and_read_back(tmp_path):
     titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
     assert titles == ["positive of the image", "positive of the text", "mass of the image"]
     assert len(figure.axes[0].lines) == 2 and len(figure.axes[2].patches) == 2
-    with pytest.raises(ValueError, match="method, test and part must be"):
+    with pytest.raises(ValueError, match="method, test and part must name an entry"):
         again.value("truth", "iou")
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(ValueError, match="path must be a file that Evaluation.save wrote"):
@@ -338,8 +338,8 @@ WRONG = lambda model, inputs, target: SimpleNamespace(image=torch.ones(2, 4, 4))
         ({"read": "cls"}, TypeError, r"evaluate\(\) has no parameter 'read'; write position='cls'"),
         ({"sanity_stages": True}, TypeError, "sanity_stages must be an int"),
         ({"sanity_stages": 10**6}, ValueError, "sanity_stages must be at most 1000"),
-        ({"methods": {"nan": NAN}}, ValueError, "methods must give finite maps"),
-        ({"methods": {"wrong": WRONG}}, ValueError, r"methods must give maps on the grids \[\(4, 5\)\]"),
+        ({"methods": {"nan": NAN}}, ValueError, "methods must return finite maps"),
+        ({"methods": {"wrong": WRONG}}, ValueError, r"methods must return maps on the grids \[\(4, 5\)\]"),
         ({"accuracy": lambda outputs: outputs.logits}, ValueError, "accuracy must return scores of shape"),
         ({"accuracy": lambda outputs: 1}, TypeError, "accuracy must return a tensor"),
     ],
@@ -353,7 +353,7 @@ def test_errors_of_arguments(arguments, kind, message):
 @pytest.mark.parametrize(
     ("item", "kind", "message"),
     [
-        (("inputs", None), TypeError, r"dataset must give \(inputs, target, boxes or None\); got 2"),
+        (("inputs", None), TypeError, r"dataset must yield \(inputs, target, boxes or None\); got 2"),
         ((7, None, None), TypeError, "inputs must be a mapping"),
         (("inputs", 9, None), ValueError, "target must be from 0 to 4"),
         (("inputs", [0], None), ValueError, "target must be one index or 2"),
@@ -376,7 +376,7 @@ def rival(**fields):
 
 ONE = torch.rand(1, 4, 4)
 BAD_RIVALS = [
-    (rival(image=ONE), ValueError, "methods must give one image for each of 2 samples of a batch; got 1 of 'bad'"),
+    (rival(image=ONE), ValueError, "methods must return one image for each of 2 samples of a batch; got 1 of 'bad'"),
     (rival(image=torch.rand(3, 4, 4)), ValueError, "one image for each of 2 samples of a batch; got 3 of 'bad'"),
     (rival(text=torch.rand(1, 8)), ValueError, "one text for each of 2 samples of a batch; got 1 of 'bad'"),
     (rival(regions=torch.rand(1, 8)), ValueError, "one regions for each of 2 samples of a batch; got 1 of 'bad'"),

@@ -93,7 +93,7 @@ def test_answers_that_never_change_are_noted(kind, measure, parts):
     for (_, test, part), row in rows(found).items():
         of = {"positive": "accuracy", "deletion": "probability"}.get(test)
         same = of is not None and part in parts and measure in (None, of)
-        said = f"the {of} is the same whatever is removed of the {part}: this value does not tell maps apart"
+        said = f"the {of} is the same whatever is removed of the {part}: this value cannot compare maps"
         assert row["note"] == (said if same else None) and row["value"] is not None
         assert not same or said in str(found)
 

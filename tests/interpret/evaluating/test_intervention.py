@@ -208,12 +208,12 @@ def test_what_cannot_be_cut_is_refused_by_name() -> None:
     ):
         va.evaluate(model, [(inputs, None, None)], tests=("intervention",))
     with pytest.raises(
-        ValueError, match="methods must have 'attribute_edges' with the test 'intervention' alone; got tests deletion"
+        ValueError, match="methods must have 'attribute_edges' only with the test 'intervention'; got tests deletion"
     ):
         va.evaluate(Means(), [], methods=("attribute_edges",), tests=("deletion",))
     few = {"input_ids": IDS[:, [0, 1, 2, 7]]}
     with pytest.raises(
-        ValueError, match="'intervention' is impossible with this model and data set: no sample has a map of three"
+        ValueError, match="'intervention' is impossible with this model and data set: no sample has a map with three"
     ):
         va.evaluate(Means(), [(few, 1, None)], methods={"map": by_worth(1.0)}, tests=("intervention",))
     with pytest.raises(ValueError, match="model must call attention .* got a forward pass of Planted"):  # nothing in it attends

@@ -139,7 +139,7 @@ def test_masks_are_read_from_pictures(tmp_path):
     for name, picture in pictures.items():
         picture.save(tmp_path / f"{name}.png")
         assert read_mask(tmp_path / f"{name}.png").tolist() == (mask > 0).tolist() == read_mask(picture).tolist(), name
-    with pytest.raises(ValueError, match="boxes must be a file; got .*none.png, which is not there"):
+    with pytest.raises(ValueError, match="boxes must be a file; got .*none.png, which does not exist"):
         read_mask(tmp_path / "none.png")
 
 
@@ -158,6 +158,6 @@ def test_a_column_of_boxes_may_name_masks(tmp_path, monkeypatch):
         assert mask.tolist() == [[False, True]] and boxes.tolist() == [[0, 0, 0.5, 1]] and nothing is None
     (tmp_path / "data.csv").write_text("text,id,boxes\none,first,none.png\n")
     with pytest.raises(
-        ValueError, match="boxes must be a file; got .*none.png, which is not there, in input 'first' of the dataset"
+        ValueError, match="boxes must be a file; got .*none.png, which does not exist, in input 'first' of the dataset"
     ):
         list(samples(None, None, tmp_path / "data.csv"))

@@ -218,7 +218,7 @@ def test_clip_tells_texts_apart():
         found = next(c for c in result.curves if c["part"] == part)
         assert found["mean"] == pytest.approx(curve, abs=1e-5)
         assert rows(result)["gradient", "deletion", part]["value"] == pytest.approx(trapezoid([0, 0.5, 1], curve), abs=1e-5)
-    with pytest.raises(ValueError, match="inputs must have two texts or more"):
+    with pytest.raises(ValueError, match="inputs must have at least two texts"):
         va.evaluate(model, [({name: value[:1] for name, value in inputs.items()}, None, None)])
 
 
@@ -364,7 +364,7 @@ def test_a_batch_whose_tiles_cannot_be_told_apart(monkeypatch):
     known = ADAPTERS[type(decoder.model).__name__]
     monkeypatch.setitem(ADAPTERS, type(decoder.model).__name__, replace(known, towers=(replace(known.towers[0], grid=None),)))
     both = decoder.inputs()
-    said = r"inputs must be of one sample where .* pixel_values.*; got 2 samples and pixel_values \(11, 3, 32, 32\). Let"
+    said = r"inputs must be of one sample if .* pixel_values.*; got 2 samples and pixel_values \(11, 3, 32, 32\). Pass"
     with pytest.raises(ValueError, match=said):
         va.evaluate(decoder.model, [(both, None, None)], tests=("deletion",), steps=[0, 1])
     first = {name: value[: 7 if name == "pixel_values" else 1] for name, value in both.items()}

@@ -84,7 +84,7 @@ def test_what_may_be_words_and_columns_is_refused():
     """Zeros at the end may stand behind a shorter text, or be the last columns' numbers."""
     model, inputs, words = left_padded(bos=False)
     explained = va.explain(model, inputs, target=1)
-    with pytest.raises(ValueError, match="methods must give a text that is read in one way; got 8 entries of 'copied'"):
+    with pytest.raises(ValueError, match="methods must return an unambiguous text; got 8 entries of 'copied'"):
         va.evaluate(model, [(inputs, 1, None)], methods={"copied": text(explained.text)}, tests=("deletion",))
     whole = va.evaluate(model, [(inputs, 1, None)], methods={"method": lambda *asked: explained, "gradient": "gradient"})
     assert rows(whole)["method", "positive", "text"]["value"] == rows(whole)["gradient", "positive", "text"]["value"]
@@ -151,5 +151,5 @@ def test_arrays_are_taken_as_tensors_are():
 
 @pytest.mark.parametrize("values", [np.array([None, None]), [[1.0], [1.0, 2.0]], "words", [object(), object()]])
 def test_what_is_no_array_is_refused_with_the_name_of_its_method(values):
-    with pytest.raises((TypeError, ValueError), match="^methods must give .* of 'bad'$"):
+    with pytest.raises((TypeError, ValueError), match="^methods must return .* of 'bad'$"):
         va.evaluate(Planted(), planted_data(1), methods={"bad": text(values)}, tests=("deletion",))

@@ -197,9 +197,9 @@ def test_a_tower_of_a_dual_encoder_and_what_does_not_fit() -> None:
     assert widget.edited["answers"] == [[]]
     shallow = copy.deepcopy(model)
     shallow.vision_model.encoder.layers = shallow.vision_model.encoder.layers[:2]
-    with pytest.raises(ValueError, match="models must have the same towers, and as many layers and heads"):
+    with pytest.raises(ValueError, match="models must have the same towers, layers and heads"):
         va.widget({"one": model, "two": shallow}, inputs, ["image", "special"], tower="vision")
-    with pytest.raises(ValueError, match="methods must be such that see attention, at least one, each once"):
+    with pytest.raises(ValueError, match="methods must name at least one method that uses attention, each once"):
         va.widget(model, inputs, ["image"], methods=["gradient", "input_gradient"], tower="vision")
     with pytest.raises(TypeError, match="models must be a model, or a dict"):
         va.widget({}, inputs, ["image"])

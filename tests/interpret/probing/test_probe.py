@@ -25,7 +25,7 @@ from vlattn_fast.interpret.adapters.registry import find_adapter
 from vlattn_fast.interpret.probing import gathered
 from vlattn_fast.interpret.probing.layout import Layouts
 from vlattn_fast.interpret.probing.linear import fusion, linear_probe
-from vlattn_fast.interpret.probing.watched import TwoStreams, Watched
+from vlattn_fast.interpret.probing.streams import OneStream, TwoStreams
 from vlattn_fast.models import UNITER, UNITERConfig
 
 WORDS, BOXES = models.WORDS, models.BOXES
@@ -153,9 +153,9 @@ def test_maxima_are_those_of_stored_maps(name: str) -> None:
     model, inputs, (parts, _, _), maps = case(name)
     text, image = ([(row == kind).nonzero()[:, 0].tolist() for row in parts] for kind in (0, 1))
     sets = [[(text[row][:2], image[row][1:3]), (image[row], text[row])] for row in range(2)]
-    watched = Watched(model, Layouts(model, find_adapter(model), None), {}, True)
+    stream = OneStream(model, Layouts(model, find_adapter(model), None), {}, True)
     with torch.no_grad():
-        seen = watched.run(inputs, lambda layout: sets)
+        seen = stream.run(inputs, lambda layout: sets)
     for row in range(2):
         for index, (one, two) in enumerate(sets[row]):
             there, back = maps[:, row][:, :, one][..., two].amax((-2, -1)), maps[:, row][:, :, two][..., one].amax((-2, -1))
@@ -167,9 +167,9 @@ def test_maxima_are_those_of_stored_maps(name: str) -> None:
 @pytest.mark.parametrize("name", [*CASES][:-2])
 def test_states_are_the_hidden_states(name: str) -> None:
     model, inputs, _, _ = case(name)
-    watched = Watched(model, Layouts(model, find_adapter(model), None), {}, True)
+    stream = OneStream(model, Layouts(model, find_adapter(model), None), {}, True)
     with torch.no_grad():
-        seen = watched.run(inputs)
+        seen = stream.run(inputs)
         if name == "UNITER":
             expected = [model(**inputs).last_hidden_state]
         else:
@@ -198,9 +198,9 @@ def test_two_streams_against_stored_maps() -> None:
     regions = torch.stack([each for path, each in kept.maps if "r_layers" in path or "visn_self_att" in path])
     there, back = torch.stack(across[::2]), torch.stack(across[1::2])
     sets = [[([1, 2], [WORDS + 3]), ([WORDS], [WORDS + 4]), ([3], [WORDS, WORDS + 2])]] * 2
-    watched = TwoStreams(model, Layouts(model, find_adapter(model), None), {}, True)
+    stream = TwoStreams(model, Layouts(model, find_adapter(model), None), {}, True)
     with torch.no_grad():
-        seen = watched.run(inputs, lambda layout: sets)
+        seen = stream.run(inputs, lambda layout: sets)
     assert seen.layout.parts.tolist()[1] == [0] * 5 + [-1] * 2 + [1] * 5 + [-1] * 2 and len(seen.states) == 4
     for row in range(2):
         for index, (one, two) in ((0, ([1, 2], [3])), (2, ([3], [0, 2]))):
@@ -310,7 +310,7 @@ def test_a_text_alone() -> None:
     report = va.probe(model, [(inputs, [None, None])] * 6)
     notes = {row["test"]: row["note"] for row in report.table}
     assert notes["modality"] == notes["cross_modal"] == "no image tokens"
-    assert notes["fusion"] == "no words beside image tokens"
+    assert notes["fusion"] == "no words together with image tokens"
     assert notes["coreference"] == "no phrases in the labels" and notes["relation"] == "no relations in the labels"
     assert report.value("linguistic", 1, kind="word_order") is not None
 
@@ -391,11 +391,11 @@ def test_a_model_without_an_adapter_says_its_parts() -> None:
     report = va.probe(model, dataset, parts=lambda inputs: torch.tensor([0] * 5 + [1] * 3), **options)
     assert report.value("modality", 1, 3, "text") + report.value("modality", 1, 3, "image") == pytest.approx(1.0)
     assert report.table[16]["samples"] == 20  # ten phrases, each with another region
-    with pytest.raises(ValueError, match="Joined has no adapter of one stream. Pass parts=, which tells text from image tokens"):
+    with pytest.raises(ValueError, match="model must have an adapter with one stream; got Joined. Pass parts="):
         va.probe(model, dataset, **options)
-    with pytest.raises(ValueError, match=r"parts must give \(N\) or \(B, N\) = \(2, 8\); got \(7,\)"):
+    with pytest.raises(ValueError, match=r"parts must return \(N\) or \(B, N\) = \(2, 8\); got \(7,\)"):
         va.probe(model, dataset, parts=lambda inputs: torch.zeros(7), **options)
-    with pytest.raises(ValueError, match=r"parts must give 0 \(text\), 1 \(image\) or -1 \(neither\); got \[0, 5\]"):
+    with pytest.raises(ValueError, match=r"parts must return 0 \(text\), 1 \(image\) or -1 \(neither\); got \[0, 5\]"):
         va.probe(model, dataset, parts=lambda inputs: torch.tensor([0] * 7 + [5]), **options)
 
 
@@ -426,4 +426,4 @@ def test_the_row_of_a_padded_text_is_the_one_that_is_pooled() -> None:
     config = hf.SiglipTextConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=60)
     model, mask = hf.SiglipTextModel(config), torch.tensor([[1] * 9, [1] * 6 + [0] * 3])
     inputs = {"input_ids": torch.randint(5, 50, (2, 9)), "attention_mask": mask}
-    assert Layouts(model, find_adapter(model), None).of(inputs, (2, 9)).row.tolist() == [8, 8]
+    assert Layouts(model, find_adapter(model), None).of(inputs, (2, 9)).position.tolist() == [8, 8]

@@ -32,7 +32,7 @@ def test_the_report(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "report.json").read_text())["format"] == "vlattn_fast.probe.1"
     with pytest.raises(ValueError, match="path must be a file that ProbeReport.save wrote"):
         va.ProbeReport.load(__file__)
-    with pytest.raises(ValueError, match=r"must be those of a record of the table; got \('modality', None, 7, None\)"):
+    with pytest.raises(ValueError, match=r"must name an entry of the table; got \('modality', None, 7, None\)"):
         report.value("modality", 7)
     figure = report.plot()
     titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
@@ -99,12 +99,12 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
         ([{"phrases": [(1, 2, 3)]}, None], "phrases must be .* each"),
         ([{"phrases": [((2, 2), 0)]}, None], r"phrases must have a span \(start, stop\)"),
         ([{"phrases": [((1, 2), [])]}, None], "phrases must name a region each"),
-        ([{"phrases": [((3, 5), 0)]}, None], r"phrases must be of text tokens in input 2; got columns 3 to 4"),
+        ([{"phrases": [((3, 5), 0)]}, None], r"phrases must name text tokens in input 2; got columns 3 to 4"),
         ([{"phrases": [((1.0, 2), 0)]}, None], r"phrases must have a span \(start, stop\) .* got \(1.0, 2\)"),
         ([{"phrases": [((1, 2), 0.5)]}, None], r"phrases must name regions by their numbers; got \(\(1, 2\), 0.5\)"),
         ([{"relations": [(0.9, 1, "on")]}, None], r"relations must name regions by their numbers; got \(0.9, 1, 'on'\)"),
         ([{"relations": [(0, 1, None)]}, None], "relations must be .* each"),
-        ([None, {"phrases": [((1, 2), 6)]}], "regions must be among the 6 image tokens of input 3, padding left out; got 6"),
+        ([None, {"phrases": [((1, 2), 6)]}], "regions must be among the 6 image tokens of input 3 without padding; got 6"),
         ([{"relations": [(0, 1)]}, None], "relations must be .* each"),
         ([{"sentence": "long"}, None], "sentence must be a dict"),
         ([{"sentence": False}, None], "sentence must be a dict"),
@@ -161,14 +161,14 @@ def test_words_stand_behind_the_image_too() -> None:
 
 
 def test_what_is_no_pair_or_no_stream() -> None:
-    with pytest.raises(TypeError, match=r"dataset must give \(inputs, labels\); got 3 of them"):
+    with pytest.raises(TypeError, match=r"dataset must yield \(inputs, labels\); got 3 of them"):
         va.probe(planted(0), [({}, None, None)])
-    with pytest.raises(TypeError, match="dataset must give inputs as a mapping"):
+    with pytest.raises(TypeError, match="dataset must yield inputs as a mapping"):
         va.probe(planted(0), [(3, None)])
     joined = models.Joined(False).eval()
     inputs = {"input_ids": torch.randint(99, (2, 5)), "features": torch.randn(2, 3, 20)}
     with pytest.raises(
-        ValueError, match="probe saw no attention over words and image tokens in one stream in Joined, but 7 other calls"
+        ValueError, match="must attend over words and image tokens in one stream; got none in Joined, but 7 other calls"
     ):
         va.probe(joined, [(inputs, [None, None])], modality={"features": "image"})
     for options in ({}, {"tests": ("modality",)}):

@@ -12,7 +12,7 @@ pytest.importorskip("sklearn")
 import vlattn_fast as va
 from tests.interpret.probing.test_probe import case
 from vlattn_fast.interpret.probing.layout import Layout
-from vlattn_fast.interpret.probing.sight import sees_both
+from vlattn_fast.interpret.probing.visibility import sees_both
 
 
 def test_patches_behind_a_causal_mask_see_no_word_behind_them() -> None:

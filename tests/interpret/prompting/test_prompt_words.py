@@ -74,7 +74,7 @@ def test_pictures_and_pages(tmp_path):
     assert titles == ["a giraffe", "by a tree"]
     assert [axis.get_title() for axis in figure.axes if axis.get_title()] == ["a", "giraffe", "by", "a", "tree"]
     page = explanation.to_html(torch.rand(3, 32, 48), title="Prompt")
-    assert "<h2>Prompt</h2>" in page and "where the picture attended to it" in page and ">giraffe</span>" in page
+    assert "<h2>Prompt</h2>" in page and "where the image attended to it" in page and ">giraffe</span>" in page
     assert "Answer" not in page
     saved = va.Explanation.load(explanation.save(tmp_path / "maps"))
     torch.testing.assert_close(saved.image, explanation.image)
@@ -114,7 +114,7 @@ def test_bad_arguments(call, error, message):
 def test_bad_reading():
     case = CASES["unet"]()
     with va.prompt_maps(case.model, guidance="none") as maps:
-        with pytest.raises(ValueError, match="prompt_maps saw no forward pass. Run the pipeline"):
+        with pytest.raises(ValueError, match="prompt_maps needs a forward pass; got none. Run the pipeline"):
             maps.token_maps()
         case.model(**case.inputs(batch=2))
     with pytest.raises(ValueError, match=f"columns must be from 0 to {LENGTH - 1}.*got {LENGTH}"):
@@ -123,7 +123,7 @@ def test_bad_reading():
         maps.token_maps(mode="area")
     with pytest.raises(ValueError, match=r"size must be \(h, w\).*got 64"):
         maps.token_maps(size=64)
-    with pytest.raises(ValueError, match="prompt must be a text, or one for each of 2 pictures.*got "):
+    with pytest.raises(ValueError, match="prompt must be a text, or texts whose number divides 2 images; got "):
         maps.explanation(["a", "b", "c"], Words())
     with pytest.raises(ValueError, match=f"within the network's {LENGTH} text tokens; got 4 from column 8"):
         maps.explanation("a tree", Words(), first=8)
@@ -152,7 +152,7 @@ def test_an_unknown_guided_pipeline_must_be_told():
 
 def test_an_odd_batch_is_not_guided():
     case = CASES["unet"]()
-    with pytest.raises(ValueError, match="guidance must be 'batch' only where .*got 3 rows"):
+    with pytest.raises(ValueError, match="guidance must be 'batch' only if .*got a batch of 3"):
         traced(case, [case.inputs(batch=3)], guidance="batch")
 
 

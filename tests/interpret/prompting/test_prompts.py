@@ -88,7 +88,7 @@ def test_chosen_layers(monkeypatch):
     assert len(without) == len(kept) - 1
     maps = traced(case, passes, layers=lambda path: "mid_block" not in path)
     torch.testing.assert_close(maps.token_maps(), published(case, without, slice(None)), rtol=0, atol=1e-5)
-    with pytest.raises(ValueError, match="got a forward pass of .*layers= says which of them count"):
+    with pytest.raises(ValueError, match="got a forward pass of .*layers= chooses the calls that count"):
         traced(case, passes, layers=lambda path: False)
 
 
@@ -151,7 +151,7 @@ def test_no_map_per_head_is_made():
         case.model(**inputs)
     assert plain.elements < largest.elements == HEIGHT * WIDTH * 600
     assert plain.maps == 0 and largest.maps == sum(path.endswith("attn2") for path, _ in case.model.named_modules())
-    kept = maps._seen.sums
+    kept = maps._trace.sums
     assert {grid: tuple(total.shape) for grid, total in kept.items()} == {(h, w): (1, h * w, 600) for h, w in case.grids}
     assert not any(total._is_view() for total in kept.values())  # which would hold a larger one
 
@@ -289,7 +289,7 @@ def test_a_network_without_text_is_refused():
             return functional.scaled_dot_product_attention(tokens, tokens, tokens)
 
     network = Denoiser()
-    with pytest.raises(ValueError, match=r"Denoiser with no text tokens and attention of queries x keys: 24 x 24; patches="):
+    with pytest.raises(ValueError, match=r"Denoiser with no text tokens and attention of queries x keys: 24 x 24; pass patches="):
         with va.prompt_maps(network, guidance="none"):
             network(torch.randn(1, 8, 4, 6))
 
@@ -300,7 +300,7 @@ def test_tokens_whose_grid_is_said():
             return functional.scaled_dot_product_attention(hidden_states[:, None], *[encoder_hidden_states[:, None]] * 2)
 
     network, inputs = Denoiser(), (torch.randn(1, 24, 8), torch.randn(1, 5, 8))
-    with pytest.raises(ValueError, match=r"5 text tokens and .* keys: 24 x 5; patches=va.PatchGrid\(rows, columns\) says"):
+    with pytest.raises(ValueError, match=r"5 text tokens and .* keys: 24 x 5; pass patches=va.PatchGrid\(rows, columns\)"):
         with va.prompt_maps(network, guidance="none"):
             network(*inputs)
     with va.prompt_maps(network, guidance="none", patches=va.PatchGrid(4, 6)) as maps:

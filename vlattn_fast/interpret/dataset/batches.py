@@ -40,13 +40,13 @@ class Options:
     text: tuple[str, ...] = ()
     target: int | str | None = None
     answer: str | None = None
-    generate: int | None = None  # the most tokens of the model's own answer, which is explained where an input has none
+    generate: int | None = None  # the most tokens of the model's own answer, which is explained if an input has none
     dtype: str | None = None  # of the model; None = the stored dtype
     position: str | int | None = None  # the explained token; None = the adapter's
 
     @classmethod
     def check(cls, model: str | Path, *, method: str | Method = "gradient", **options: Any) -> Options:
-        """The options, with the errors of `explain_dataset`."""
+        """The options, checked; raises the errors of `explain_dataset`."""
         if not isinstance(model, (str, Path)):
             raise TypeError(f"model must be a directory or an id, which each process loads; got {type(model).__name__}")
         known = [field.name for field in fields(cls) if field.name != "model"]
@@ -55,21 +55,21 @@ class Options:
             raise TypeError(f"options must be among {', '.join(known)}; got {', '.join(unknown)}")
         text, dtype = options.get("text", ()), options.get("dtype")
         if dtype is not None and not (isinstance(dtype, str) and isinstance(getattr(torch, dtype, None), torch.dtype)):
-            raise ValueError(f"dtype must be the name of one of torch's, as 'bfloat16'; got {dtype!r}")
+            raise ValueError(f"dtype must be the name of a torch dtype, e.g. 'bfloat16'; got {dtype!r}")
         texts = (text,) if isinstance(text, str) else tuple(text)
         return cls(**{**options, "text": texts, "model": str(model), "method": method_of(method)})
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All of them for JSON, with those of the method by their names: also those that are left out, since a release with other
-        defaults must not go on with a run. TypeError for options that JSON has no form of."""
+        """All options for JSON, with those of the method by name, defaults included: a release with other defaults must not
+        resume a run. TypeError for options that JSON cannot hold."""
         told = {field.name: getattr(self, field.name) for field in fields(self)}
         chosen = {name: getattr(self.method, name) for name in self.method.option_names()}
         try:
             stored: dict[str, Any] = json.loads(json.dumps({**told, "method": self.method.name, **chosen}))
         except TypeError:
             raise TypeError(
-                f"method must have options that can be stored, as names and numbers are; got {self.method.label}"
+                f"method must have options that JSON can store, i.e. names and numbers; got {self.method.label}"
             ) from None
         return stored
 
@@ -78,7 +78,7 @@ class Options:
 class Prepared:
     """One input as tensors."""
 
-    number: int  # its place in the dataset
+    number: int  # its number in the dataset
     item: Item
     inputs: dict[str, Any]
     count: int  # of its samples in a batch
@@ -102,7 +102,7 @@ def reason(error: Exception) -> str:
 
 
 def in_threads(make: Callable[[int], Any], numbers: Iterable[int], workers: int) -> Iterator[Any]:
-    """`make` of each number, in order, by `workers` threads that run a little ahead; 0 = in this thread."""
+    """`make` of each number, in order, with `workers` threads that run a little ahead; 0 = in this thread."""
     if workers == 0:
         yield from map(make, numbers)
         return
@@ -127,14 +127,14 @@ class Batches:
         adapter = find_adapter(model)
         if adapter is None:
             name = type(model).__name__
-            raise ValueError(f"{name} has no adapter. Name one by vlattn_fast.interpret.register_adapter")
+            raise ValueError(f"{name} has no adapter. Register one with va.register_adapter")
         if not adapter.scoring.predicts and (options.generate is not None or options.answer is not None):
-            raise ValueError(f"answer and generate must be asked of a decoder; got {type(model).__name__}")
+            raise ValueError(f"answer and generate need a decoder; got {type(model).__name__}")
         self.adapter = adapter
         self._of_thread = threading.local()
 
     def check_parts(self, items: Items) -> None:
-        """ValueError where each input lacks a picture or a text that the model takes, or has one that it does not take."""
+        """ValueError if every input lacks an image or a text that the model takes, or has one that it does not take."""
         refusals = []
         for image, text in sorted(items.parts):
             try:
@@ -152,7 +152,7 @@ class Batches:
             return Failed(number, item, reason(error))
 
     def _prepared(self, number: int, item: Item) -> Prepared:
-        if not hasattr(self._of_thread, "processor"):  # a fast tokenizer refuses two threads at once
+        if not hasattr(self._of_thread, "processor"):  # a fast tokenizer does not support two threads at once
             self._of_thread.processor = copy.deepcopy(self.processor)
         processor, options = self._of_thread.processor, self.options
         inputs = build_inputs(self.model, processor, item.picture(), item.texts or options.text)
@@ -160,7 +160,7 @@ class Batches:
         target = item.target if item.target is not None else options.target
         said = item.answer if item.answer is not None else options.answer
         if target is not None and (said is not None or options.generate is not None):
-            raise ValueError("answer replaces target; got both: pass one of them")
+            raise ValueError("answer must be None if target is given; got both")
         answer = None if said is None else token_ids(said, processor, 1)[0]
         if self.adapter.scoring.pairs:
             inputs, targets = prepare_inputs(self.model, inputs, self.adapter, target)
@@ -175,7 +175,7 @@ class Batches:
         return Prepared(number, item, inputs, count, targets, answer, shape)
 
     def explained(self, stream: Iterable[Prepared | Failed], batch_size: int) -> Iterator[list[tuple[Any, Explanation | str]]]:
-        """Batch by batch, each input with its explanation, or with the reason of the failure."""
+        """Yields, batch by batch, each input with its explanation, or with the reason of the failure."""
         groups: dict[Any, list[Prepared]] = {}
         for one in stream:
             if isinstance(one, Failed):
@@ -194,7 +194,7 @@ class Batches:
             yield self._explain(group)
 
     def _explain(self, group: list[Prepared]) -> list[tuple[Any, Explanation | str]]:
-        """The results of one batch; where the batch fails, of its inputs one by one, so that only bad inputs fail."""
+        """The results of one batch; if the batch fails, those of its inputs one by one, so that only bad inputs fail."""
         try:
             return self._batch(group)
         except torch.AcceleratorError:

@@ -1,4 +1,4 @@
-"""A model's explanations of a whole dataset, by one process or many; a new run resumes a killed one."""
+"""A model's explanations of a whole dataset, in one process or many; a new run resumes a killed one."""
 
 from __future__ import annotations
 
@@ -53,23 +53,28 @@ def explain_dataset(
     device: str | None = None,
     **options: Any,
 ) -> Outcome:
-    """Explain each input of a data set and write the explanations to the directory `out`, which `load_explanations` reads.
+    """Explains each input of a data set and writes the explanations to the directory `out`, for `load_explanations`.
 
-    Under torchrun each process takes a share. Inputs that `out` already holds are skipped; failed inputs are tried again. `out`
-    must be on a file system that all processes share. It is what `vlattn explain --dataset` does.
+    `vlattn explain --dataset` does the same. Inputs are explained in batches of one shape. A new run resumes a killed one: it
+    skips the inputs that `out` already holds, and tries failed inputs again. Under torchrun each process takes a share; `out`
+    must then be on a file system that all processes share.
+
+    Example:
+        >>> va.explain_dataset("openai/clip-vit-base-patch32", "photos.jsonl", "maps")  # doctest: +SKIP
+        >>> va.load_explanations("maps")[0].top(3)  # doctest: +SKIP
 
     Args:
         model: directory or id of a Hugging Face model, which each process loads.
         dataset: a .jsonl or .csv file with the columns image, text, target, answer and id, and paths relative to its folder; a
             folder of images, subfolders included; or a folder that `datasets.Dataset.save_to_disk` wrote.
         out: a new or an empty directory, or one of an earlier run.
-        batch_size: rows of one batch, whose inputs have one shape.
-        shard_size: explanations in a file. A shard is also written a minute after the last one.
-        workers: threads that read pictures ahead.
-        device: of the model; by default a GPU for each process, or the CPU.
+        batch_size: the number of samples in a batch, whose inputs have one shape.
         options: method (a name, or an object of `va.methods` whose options are names and numbers) and position as in `explain`;
-            text (one or several), target and answer of inputs without them; generate (the most tokens of the model's own answer,
-            which is then explained); dtype (the name of the model's, by default as stored).
+            text (one or several), target and answer for inputs without them; generate (the most tokens of the model's own answer,
+            which is then explained); dtype (the name of the model's dtype, by default as stored).
+        device: the model's device. Default: a GPU for each process, or the CPU.
+        workers: threads that read images ahead.
+        shard_size: explanations in a file. A shard is also written a minute after the last one.
 
     Returns:
         The numbers of inputs that were explained now (`done`), that `failed`, and that were done before (`skipped`); `first`:
@@ -78,7 +83,7 @@ def explain_dataset(
     Raises:
         TypeError, ValueError: an argument is wrong (it is named); no such model or dataset; `out` was begun with other options,
             or another run writes to it.
-        OSError: a file of `out` cannot be written, as on a full disk. Finished shards are kept.
+        OSError: a file of `out` cannot be written, e.g. on a full disk. Finished shards stay.
     """
     asked = Options.check(model, **options)
     for name, value, low in (("batch_size", batch_size, 1), ("shard_size", shard_size, 1), ("workers", workers, 0)):
@@ -101,23 +106,23 @@ def explain_dataset(
         stream = in_threads(lambda number: batches.prepare(number, items[number]), numbers, workers)
         writer, failures = ShardWriter(out, ranks.rank), []
         written = time.monotonic()
-        with progress("explaining", total=len(items), initial=len(done), unit="input") as seen, without_progress():
+        with progress("explaining", total=len(items), initial=len(done), unit="input") as report, without_progress():
             for batch in batches.explained(stream, batch_size):
                 for one, result in batch:
                     if isinstance(result, str):
                         item = one.item
                         image = item.image if item.image is None else str(item.image)
-                        facts = {"id": item.id, "image": image, "text": item.texts, "error": result}
-                        failures.append({"item": one.number, **facts})
+                        entry = {"id": item.id, "image": image, "text": item.texts, "error": result}
+                        failures.append({"item": one.number, **entry})
                         writer.lines.append(failures[-1])
                     else:
                         writer.add(one.number, one.item.id, one.item.path, result)
                 if len(writer.lines) >= shard_size or time.monotonic() - written > _SECONDS:
                     writer.flush()
                     written = time.monotonic()
-                seen(len(done) + ranks.count(len(batch)))
+                report(len(done) + ranks.count(len(batch)))
             writer.flush()
-            ranks.wait(len(todo), lambda count: seen(len(done) + count))
+            ranks.wait(len(todo), lambda count: report(len(done) + count))
         failures = sorted(ranks.gather(failures), key=lambda line: line["item"])
         if ranks.rank == 0:
             write_text(out / FAILURES, to_lines(failures))

@@ -1,4 +1,4 @@
-"""One input of `vlattn explain`: a page or a picture of its explanation."""
+"""One input of `vlattn explain`: a page or a figure of its explanation."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def explain_one(
     per: str | None,
     finds_sinks: bool,
 ) -> Iterator[str]:
-    """Explains one picture, texts, or both, by each method, or by the layers or heads of one, and writes `out`, .html or .png;
-    yields the lines that say so."""
+    """Explains one image, texts, or both, with each method, or with the layers or heads of one, and writes `out`, .html or .png;
+    yields the lines to print."""
     texts = list(options.text)
     if image is None and not texts:
-        raise ValueError("image or --text must be given, or both, as the model takes them")
+        raise ValueError("image or --text must be given, or both, depending on the model; got neither")
     model, processor = load_model(options.model, None if options.dtype is None else getattr(torch, options.dtype))
     model = model if device is None else model.to(device)
     picture = None if image is None else open_image(image)
@@ -48,9 +48,9 @@ def explain_one(
     placed = explanation.is_spatial and len(set(explanation.photos or [0])) == 1
     photo = {"image": picture, "processor": processor} if picture is not None and placed else {}
     if picture is not None and not photo:
-        lies = "crops whose place nothing tells" if explanation.is_spatial else "no tokens with a place in it"
+        lies = "crops whose place in it is unknown" if explanation.is_spatial else "no tokens with a place in it"
         why = explanation.no_map or f"{type(model).__name__} has {lies}"
-        yield f"{out} does not show the picture: {why}"
+        yield f"{out} does not show the image: {why}"
     if out.suffix == ".html":
         title = " | ".join(texts or [str(image)])
         explanation.save_html(out, **photo, others=others, title=title if len(title) <= 80 else title[:79] + "…")

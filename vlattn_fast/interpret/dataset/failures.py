@@ -1,4 +1,4 @@
-"""A summary of the inputs that failed: how many for which reason."""
+"""A summary of the inputs that failed: how many, by reason."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _OWN = re.compile(r"'[^']*'|\"[^\"]*\"|\S*/\S*[^\s,;.:)]|\d+(?:\.\d+)?")
 
 def summary(failures: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A dict for each reason, the most frequent first: "error", "count", and the "ids" of the first five inputs. Messages that
-    differ in names and numbers alone are one reason, whose "error" has … there."""
+    differ only in names and numbers are one reason, whose "error" has … there."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for failure in failures:
         groups.setdefault(_OWN.sub("…", failure["error"]), []).append(failure)

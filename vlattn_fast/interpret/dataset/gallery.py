@@ -32,7 +32,7 @@ def gallery(explanations: Any, processor: Any, limit: int | None, title: str, cm
     cards = [card for index in numbers for card in _cards(shown, index, processor, cmap)]
     counts = f"{len(shown)} of {len(explanations)} explanations, {len(explanations.failures)} failures"
     try:
-        mean = _source(_alone(explanations.mean_map(), cmap))
+        mean = _source(_without_photo(explanations.mean_map(), cmap))
     except ValueError:  # no maps, or several grids
         mean = None
     return Page(
@@ -60,7 +60,7 @@ def _cards(explanations: Any, index: int, processor: Any, cmap: str) -> Iterator
 
 
 def _photo(path: str | None) -> tuple[Picture | None, str]:
-    """The photo that an input names, as a thumbnail, and why there is none."""
+    """The photo that an input names, as a thumbnail; else None, and the reason."""
     if path is None:
         return None, "no path of a photo is stored"
     try:
@@ -72,7 +72,7 @@ def _photo(path: str | None) -> tuple[Picture | None, str]:
 
 
 def _thumbnail(explanation: Explanation, sample: Sample, photo: Picture | None, processor: Any, cmap: str) -> Picture | None:
-    """The first panel of a row's maps, those of an answer's words added up, over its photo where there is one."""
+    """The first panel of a sample's maps, those of an answer's words added up, over its photo if there is one."""
     pictures = read_pictures(explanation, photo)
     if pictures is None and explanation.image is None:
         return None
@@ -87,13 +87,13 @@ def _thumbnail(explanation: Explanation, sample: Sample, photo: Picture | None, 
     return painter.laid_over(total, SIDE)
 
 
-def _alone(values: Tensor, cmap: str) -> Picture:
+def _without_photo(values: Tensor, cmap: str) -> Picture:
     """A map (h, w) without a photo."""
     return Painter(None, [(0.0, 0.0, 1.0, 1.0)], colors(cmap), 1.0).laid_over([Patch(0, to_array(values))], SIDE)
 
 
 def _words(sample: Sample) -> list[dict[str, Any]]:
-    """The words of a row, each with its share of the largest; those of an answer's words are added up."""
+    """The words of a sample, each with its share of the largest; maps of an answer's words are added up."""
     if not sample.choices or not sample.words:
         return []
     sums = np.sum([choice.values for choice in sample.choices], 0)

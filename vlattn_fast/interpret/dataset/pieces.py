@@ -1,4 +1,4 @@
-"""An explanation of a batch as one explanation per input, and an explanation as tensors and facts."""
+"""An explanation of a batch as one explanation per input, and an explanation as tensors and metadata."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def split(explanation: Explanation, counts: Sequence[int]) -> list[Explanation]:
 
 
 def pack(explanation: Explanation) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors on the CPU by place, other facts for JSON)."""
+    """(tensors on the CPU by their keys, metadata for JSON)."""
     tensors: dict[str, Tensor] = {}
 
     def walk(value: Any, place: str) -> Any:
         if isinstance(value, Tensor):
-            # safetensors refuses tensors that share memory, and a map may be a view of its row.
+            # safetensors does not support tensors that share memory, and a map may be a view of its relevancy vector.
             tensors[place] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
             return {_TENSOR: place}
         if dataclasses.is_dataclass(value) and not isinstance(value, type):  # a sink
@@ -44,12 +44,12 @@ def pack(explanation: Explanation) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return value
 
     values = ((field.name, getattr(explanation, field.name)) for field in dataclasses.fields(explanation))
-    facts = {name: walk(value, name) for name, value in values if value is not None}
-    return tensors, facts
+    metadata = {name: walk(value, name) for name, value in values if value is not None}
+    return tensors, metadata
 
 
-def unpack(facts: Mapping[str, Any], read: Callable[[str], Tensor]) -> Explanation:
-    """The explanation from `pack`'s facts; `read` returns the tensor of a place."""
+def unpack(metadata: Mapping[str, Any], read: Callable[[str], Tensor]) -> Explanation:
+    """The explanation from `pack`'s metadata; `read` returns the tensor of a key."""
 
     def walk(value: Any) -> Any:
         if isinstance(value, dict):
@@ -60,4 +60,4 @@ def unpack(facts: Mapping[str, Any], read: Callable[[str], Tensor]) -> Explanati
             return {name: walk(one) for name, one in value.items()}
         return [walk(one) for one in value] if isinstance(value, list) else value
 
-    return Explanation(**{name: walk(value) for name, value in with_names_of_today(facts).items()})
+    return Explanation(**{name: walk(value) for name, value in with_names_of_today(metadata).items()})

@@ -1,4 +1,4 @@
-"""The processes of one run: alone, or as many as torchrun started."""
+"""The processes of one run: one, or as many as torchrun started."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Ranks:
     world: int
     local: int
     store: Any = None
-    alone: int = 0  # the counter without a store
+    counted: int = 0  # the counter without a store
 
     def from_first(self, value: Any) -> Any:
         """The first rank's `value`."""
@@ -43,13 +43,13 @@ class Ranks:
 
     def count(self, more: int) -> int:
         """Adds to the shared counter and returns the sum."""
-        self.alone += more
-        return self.alone if self.store is None else int(self.store.add("items", more))
+        self.counted += more
+        return self.counted if self.store is None else int(self.store.add("items", more))
 
-    def wait(self, total: int, seen: Callable[[int], None]) -> None:
+    def wait(self, total: int, report: Callable[[int], None]) -> None:
         """On the first rank, watches the counter until it reaches `total`."""
         while self.world > 1 and self.rank == 0:
-            seen(count := self.count(0))
+            report(count := self.count(0))
             if count >= total:
                 return
             time.sleep(0.2)
@@ -57,7 +57,7 @@ class Ranks:
 
 @contextlib.contextmanager
 def joined() -> Iterator[Ranks]:
-    """The process group that torchrun's environment describes; without it, this process alone."""
+    """The process group that torchrun's environment describes; without it, only this process."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         yield Ranks(0, 1, 0)

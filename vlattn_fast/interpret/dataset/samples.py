@@ -20,8 +20,8 @@ def samples(
 ) -> Iterator[tuple[Mapping[str, Any], int | None, Tensor | None]]:
     """(inputs, target, boxes) of each input of `source`, see `Items`; `texts` are for inputs without any.
 
-    "boxes" is a list of [x1, y1, x2, y2], relative to the picture as the model sees it, or the path of a picture of the same
-    extent, a mask: its pixels that are not black are inside. ValueError names the input that is wrong.
+    "boxes" is a list of [x1, y1, x2, y2], relative to the image as the model sees it, or the path of a mask, an image of the same
+    extent: its pixels that are not black are inside. A ValueError names the input that is wrong.
     """
     for item in Items(source):
         try:

@@ -1,11 +1,11 @@
-"""A directory of explanations: shards of safetensors, and beside each shard the lines of its finished inputs.
+"""A directory of explanations: shards of safetensors, and for each shard a file with the lines of its finished inputs.
 
 A file is written under another name, synchronised and renamed. A shard counts once its lines exist, so a later run writes over
 the half-written files of a killed one. A shard that was truncated or deleted later, or whose header was damaged, does not count
 either.
 
     settings.json           the options that decide the results, and a digest of the dataset
-    shards/R-N.safetensors  the N-th shard of rank R: tensors "<item>/<place>", in the metadata the facts of each item
+    shards/R-N.safetensors  the N-th shard of rank R: tensors "<item>/<key>", and in the header the metadata of each item
     shards/R-N.jsonl        its lines: {"item", "id", "image"}, and for an input that failed also {"text", "error"}; then {"seal"}
     failures.jsonl          the inputs that failed, written when a run ends
 """
@@ -30,13 +30,13 @@ from vlattn_fast.interpret.result.explanation import Explanation
 from vlattn_fast.interpret.result.numbers.tensor_files import write_tensors
 
 FORMAT = "vlattn_fast.explanations.2"
-_OLDER = ("vlattn_fast.explanations.1",)  # whose settings have the options of the method by former names
+_OLDER = ("vlattn_fast.explanations.1",)  # names options of the method otherwise
 _HALF = re.compile("[\ud800-\udfff]")
 SETTINGS, FAILURES, SHARDS = "settings.json", "failures.jsonl", "shards"
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file as a whole, or not at all."""
+    """Writes a whole file, or nothing."""
     with _published(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 
@@ -95,7 +95,7 @@ def read_settings(directory: Path, form: str = FORMAT) -> dict[str, Any] | None:
 
 
 def check_settings(directory: Path, settings: Mapping[str, Any]) -> None:
-    """ValueError where `directory` was begun with other options, or holds something else."""
+    """ValueError if `directory` was begun with other options, or holds something else."""
     there = read_settings(directory, settings.get("format", FORMAT))
     if there is None:
         # A run that was killed early may have left half-written settings.
@@ -106,7 +106,7 @@ def check_settings(directory: Path, settings: Mapping[str, Any]) -> None:
     for name in dict.fromkeys(("format", "method", *sorted({*there, *settings}))):  # the method's options come after it
         if there.get(name) != settings.get(name):
             if name == "dataset":  # the settings hold only its digest
-                raise ValueError(f"dataset must be that of the earlier runs in {directory}; got another or a changed dataset")
+                raise ValueError(f"dataset must be the one of the earlier runs in {directory}; got another or a changed one")
             was, now = (json.dumps(one.get(name), ensure_ascii=False) for one in (there, settings))
             raise ValueError(f"{name} must be {was}, as in the earlier runs in {directory}; got {now}")
 
@@ -126,14 +126,14 @@ def finished(directory: Path) -> Iterator[Shard]:
     """The shards with lines, in the order of their names."""
     for path in sorted((directory / SHARDS).glob("*.jsonl")):
         try:
-            with path.open(encoding="utf-8") as text:  # splitlines() also splits at characters of texts, as U+2028
+            with path.open(encoding="utf-8") as text:  # splitlines() also splits at characters of texts, such as U+2028
                 lines = [json.loads(line) for line in text]
         except ValueError:
             yield Shard(path.stem, [], f"{path} is broken")
             continue
         shard, seal = path.with_suffix(".safetensors"), lines.pop()["seal"] if lines and "seal" in lines[-1] else None
         whole = all("error" in line for line in lines) or (_opens(shard) if seal is None else seal == _seal(shard))
-        yield Shard(path.stem, lines, None if whole else f"{shard} is cut, damaged or missing")
+        yield Shard(path.stem, lines, None if whole else f"{shard} is truncated, damaged or missing")
 
 
 def stored_items(directory: Path, broken: Callable[[str], Exception]) -> tuple[list[tuple[str, Line]], list[Line]]:
@@ -141,7 +141,7 @@ def stored_items(directory: Path, broken: Callable[[str], Exception]) -> tuple[l
     no other line.
 
     Raises:
-        broken(fault): a shard is cut, damaged or missing.
+        broken(fault): a shard is truncated, damaged or missing.
     """
     items: dict[int, tuple[str, Line]] = {}
     failures: dict[int, Line] = {}
@@ -183,7 +183,7 @@ def clean(directory: Path) -> list[Shard]:
     shards = list(finished(directory))
     for shard in shards:
         if shard.fault is not None:
-            warnings.warn(f"{shard.fault}; its inputs are explained anew", stacklevel=2)
+            warnings.warn(f"{shard.fault}; its inputs are explained again", stacklevel=2)
             (directory / SHARDS / f"{shard.name}.jsonl").unlink()
     for path in (directory / SHARDS).iterdir():
         if path.suffix == ".tmp" or (path.suffix == ".safetensors" and not path.with_suffix(".jsonl").exists()):
@@ -195,7 +195,7 @@ def clean(directory: Path) -> list[Shard]:
 def locked(path: Path, shared: bool = False) -> Iterator[None]:
     """A context that locks a file or folder against other processes. The lock ends with the process.
 
-    A shared lock waits, and others of its kind share it. ValueError where the lock is exclusive and another process holds one.
+    A shared lock waits, and others of its kind share it. ValueError if the lock is exclusive and another process holds one.
     """
     try:
         import fcntl
@@ -208,7 +208,9 @@ def locked(path: Path, shared: bool = False) -> Iterator[None]:
     except BlockingIOError:
         os.close(handle)
         where = path if path.is_dir() else path.parent
-        raise ValueError(f"Another run is writing to {where}. Wait for its end, or pass another out") from None
+        raise ValueError(
+            f"out must not be written by another run; got {where}. Wait until that run ends, or pass another out"
+        ) from None
     except OSError:  # a file system without locks
         pass
     try:
@@ -243,27 +245,27 @@ class ShardWriter:
         self.folder, self.rank = directory / SHARDS, rank
         self._number = 0
         self._tensors: dict[str, Tensor] = {}
-        self._facts: dict[str, str] = {}
+        self._metadata: dict[str, str] = {}
         self.lines: list[dict[str, Any]] = []
 
     def add(self, item: int, identity: str, image: str | None, explanation: Explanation) -> None:
         self.put(item, identity, image, *pack(explanation))
 
-    def put(self, item: int, identity: str, image: str | None, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    def put(self, item: int, identity: str, image: str | None, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
         self._tensors |= {f"{item}/{place}": value for place, value in tensors.items()}
-        self._facts[str(item)] = json.dumps(facts)
+        self._metadata[str(item)] = json.dumps(metadata)
         self.lines.append({"item": item, "id": identity} | ({} if image is None else {"image": image}))
 
     def flush(self) -> None:
-        """Write the shard, then its lines. OSError where a file cannot be written, as on a full disk."""
+        """Writes the shard, then its lines. OSError if a file cannot be written, e.g. on a full disk."""
         if not self.lines:
             return
         while (lines := self.folder / f"{self.rank:05}-{self._number:06}.jsonl").exists():
             self._number += 1
-        if self._facts:
+        if self._metadata:
             shard = lines.with_suffix(".safetensors")
             with _published(shard) as unfinished:
-                write_tensors(unfinished, self._tensors, self._facts)
+                write_tensors(unfinished, self._tensors, self._metadata)
             self.lines.append({"seal": _seal(shard)})
         write_text(lines, to_lines(self.lines))
-        self._tensors, self._facts, self.lines = {}, {}, []
+        self._tensors, self._metadata, self.lines = {}, {}, []

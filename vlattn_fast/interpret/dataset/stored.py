@@ -29,15 +29,15 @@ class _Entry(NamedTuple):
     item: int
     id: str
     shard: str
-    image: str | None  # the path of its picture
+    image: str | None  # the path of its image
 
 
 class Explanations(Sequence[Explanation]):
-    """A lazy sequence, which reads an explanation on access.
+    """A lazy sequence of explanations, each read on access.
 
     Attributes:
         ids: the id of each explanation, in the order of the dataset.
-        images: the path of each explanation's picture; None where it has none, or a data set holds it.
+        images: the path of each explanation's image; None without one, or if the data set itself holds it.
         failures: the inputs that failed and are missing: dicts with item, id, image, text and error.
         settings: the options of the run.
     """
@@ -45,7 +45,7 @@ class Explanations(Sequence[Explanation]):
     def __init__(self, directory: Path, settings: dict[str, Any], entries: list[_Entry], failures: list[Any]) -> None:
         self.directory, self.settings, self.failures = directory, settings, failures
         self._entries = entries
-        self._opened: tuple[str, Any, Any] | None = None  # name, file and facts of the shard that was read last
+        self._opened: tuple[str, Any, Any] | None = None  # name, file and metadata of the shard that was read last
 
     @property
     def ids(self) -> list[str]:
@@ -71,13 +71,13 @@ class Explanations(Sequence[Explanation]):
             if self._opened is None or self._opened[0] != name:
                 opened = safe_open(path, framework="pt")
                 self._opened = name, opened, opened.metadata()
-            _, shard, facts = self._opened
-            return unpack(json.loads(facts[str(item)]), lambda place: shard.get_tensor(f"{item}/{place}"))
+            _, shard, metadata = self._opened
+            return unpack(json.loads(metadata[str(item)]), lambda place: shard.get_tensor(f"{item}/{place}"))
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:  # damaged since this folder was read
             raise _broken(self.directory, f"{path} cannot be read ({error})") from error
 
     def to_pandas(self) -> pd.DataFrame:
-        """Every entry of every explanation as a line: its id, and the columns of `Explanation.to_pandas`."""
+        """Returns a data frame with a line per entry of every explanation: its id, and the columns of `Explanation.to_pandas`."""
         with extra("tables"):
             import pandas as pd
         frames = [one.to_pandas() for one in with_progress(self, "reading")]
@@ -86,7 +86,7 @@ class Explanations(Sequence[Explanation]):
         return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame({"id": []})
 
     def mean_map(self) -> Tensor:
-        """The mean (h, w) of all maps, in float64: what a model looks at in any picture. The maps of an answer's words are added.
+        """Returns the mean (h, w) of all maps in float64: what the model looks at in any image. Maps of an answer's words add up.
 
         Raises:
             ValueError: no explanation has a map, or their grids differ.
@@ -97,7 +97,7 @@ class Explanations(Sequence[Explanation]):
                 single = (part.sum(0) if part.ndim > 2 else part).double()
                 if grid is not None and single.shape != grid:
                     raise ValueError(
-                        f"mean_map needs maps of one grid; got {tuple(grid)} and, of {identity!r}, {tuple(single.shape)}. Take a "
+                        f"mean_map needs maps of one grid; got {tuple(grid)} and {tuple(single.shape)}, of {identity!r}. Take a "
                         "slice of one shape"
                     )
                 total, count, grid = total + single, count + 1, single.shape
@@ -106,21 +106,21 @@ class Explanations(Sequence[Explanation]):
         return total / count
 
     def failure_summary(self) -> list[dict[str, Any]]:
-        """How many inputs failed for which reason, the most frequent first: dicts of "error", "count" and the first five "ids".
-        Messages that differ in names and numbers alone are one reason."""
+        """Returns how many inputs failed, by reason, the most frequent first: dicts of "error", "count" and the first five "ids".
+        Messages that differ only in names and numbers are one reason."""
         return summary(self.failures)
 
     def to_html(
         self, *, processor: Any = None, limit: int | None = 200, title: str = "Explanations", cmap: str = "inferno"
     ) -> Page:
-        """A gallery, one self-contained page: a thumbnail of each photo under its map, its words and score; the mean map; what
-        failed, by reason. Photos are read again from their paths.
+        """Returns a gallery, one self-contained page: a thumbnail of each photo under its map, its words and score; the mean map;
+        what failed, by reason. Photos are read again from their paths.
 
         Args:
-            processor: the model's, which says what part of a photo the model sees; see `Explanation.plot`.
-            limit: of explanations that are shown, the first ones; None = all, of about 15 kB each.
+            processor: the model's processor, to find the part of a photo that the model sees; see `Explanation.plot`.
+            limit: shows only the first `limit` explanations; None = all, of about 15 kB each.
             title: heading of the page.
-            cmap: matplotlib's name of the colours.
+            cmap: a matplotlib colormap, by its name.
         """
         if limit is not None:
             check_integer("limit", limit, low=0)
@@ -128,7 +128,7 @@ class Explanations(Sequence[Explanation]):
             return gallery(self, processor, limit, title, cmap)
 
     def save_html(self, path: str | Path, **options: Any) -> Path:
-        """Write the gallery of `to_html`, which has the same options, to `path`."""
+        """Writes the gallery of `to_html`, with the same options, to `path`."""
         check_writable("path", Path(path))
         Path(path).write_text(self.to_html(**options), encoding="utf-8")
         return Path(path)
@@ -138,13 +138,18 @@ class Explanations(Sequence[Explanation]):
 
 
 def load_explanations(directory: str | Path) -> Explanations:
-    """The explanations that `vlattn explain --dataset FILE --out DIR` wrote, also during the run.
+    """Loads the explanations that `explain_dataset` or `vlattn explain --dataset FILE --out DIR` wrote, also during the run.
+
+    Example:
+        >>> explanations = va.load_explanations("maps")  # doctest: +SKIP
+        >>> explanations.save_html("gallery.html")  # doctest: +SKIP
 
     Args:
         directory: DIR.
 
     Returns:
-        A lazy sequence of `Explanation` in the order of the dataset, named by `ids`. `failures` lists the failed, missing inputs.
+        A lazy sequence of `Explanation` in the order of the dataset, named by `ids`. Each is read on access. `failures` lists the
+        inputs that failed, which are missing.
 
     Raises:
         ValueError: no such run wrote `directory`; one of its shards is truncated, damaged or missing.
@@ -160,6 +165,6 @@ def load_explanations(directory: str | Path) -> Explanations:
 
 def _broken(directory: Path, fault: str) -> ValueError:
     return ValueError(
-        f"directory must have whole shards; got {directory}, where {fault}. `vlattn explain --dataset` with the options of "
-        "its settings.json explains these inputs anew"
+        f"directory must have whole shards; got {directory}: {fault}. `vlattn explain --dataset` with the options of "
+        "its settings.json explains these inputs again"
     )

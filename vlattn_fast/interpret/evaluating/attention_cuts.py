@@ -1,7 +1,7 @@
 """The test "intervention" of `evaluate`: whether a map names the tokens whose attention matters.
 
-Each piece of the image, and each word, is a group of tokens. A group is cut where the token that is read does not see it, in all
-layers and heads. The effect of a group is the fall of the score by its cut.
+Each piece of the image, and each word, is a group of tokens. Cutting a group masks it for the explained position, in all layers
+and heads. The effect of a group is the drop of the score by its cut.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from vlattn_fast.interpret.intervening.token_sets import TokenSet, token_set
 from vlattn_fast.interpret.result.numbers.rank_correlation import rank_correlation
 
 SIDE = 4  # pieces along a side of an image, at most
-LEAST = 3  # groups, of which there is a rank correlation
+LEAST = 3  # groups, so that a rank correlation exists
 Cut = frozenset[tuple[str, int]]  # (part, number) of each group that is cut at once
 _DRAWN = ("insertion", "deletion")
 
@@ -45,7 +45,7 @@ _Groups = dict[str, list[_Group]]  # of a sample, by part
 
 @dataclass(frozen=True)
 class _Question:
-    """A batch, asked with its attention cut."""
+    """A batch, and the model run on it with attention cut."""
 
     asked: Asked
     target: Any
@@ -54,7 +54,7 @@ class _Question:
 
     @classmethod
     def check(cls, plan: Plan, batch: Batch) -> _Question:
-        """ValueError where no one tower attends to itself, or it has no token that is read."""
+        """ValueError if no tower, or several, attend to themselves, or the tower has no explained position."""
         target, processor = batch.question.target, plan.options.get("processor")
         asked = Asked.check(plan.model, batch.question.inputs, target=target, answer=None, tower=None, processor=processor)
         pairs = [pair for pair in Plans(asked.seen).pairs(None) if pair[0] is pair[1]]
@@ -66,7 +66,7 @@ class _Question:
         sets = [token_set("queries", name, pairs[0][0]) for name in read]
         queries = next((each for each in sets if isinstance(each, TokenSet)), None)
         if queries is None:
-            raise ValueError(f"{_IMPOSSIBLE}: a token must be read; {sets[-1]}. {_LEAVE}")
+            raise ValueError(f"{_IMPOSSIBLE}: it needs an explained position; {sets[-1]}. {_LEAVE}")
         return cls(asked, target, pairs[0], queries)
 
     @torch.no_grad()
@@ -83,7 +83,7 @@ class _Question:
             results.append(torch.stack([each.detach().double().cpu().view(len(part), -1) for each in measured]))
         scores, probabilities = torch.cat(results, 1)
         if bool((scores.isnan() | probabilities.isnan()).any()):
-            raise ValueError(f"{_IMPOSSIBLE}: the model gave NaN where attention is cut. {_LEAVE}")
+            raise ValueError(f"{_IMPOSSIBLE}: the model returned NaN with attention cut. {_LEAVE}")
         return scores, probabilities
 
     @torch.enable_grad()
@@ -151,7 +151,7 @@ def cut_attention(plan: Plan, batch: Batch, tally: Tally) -> None:
 
 
 def overlap(one: Tensor, two: Tensor) -> float:
-    """The share of the largest quarter (rounded up) of one that is in that of the other; both (n,), equal ones in their order."""
+    """The share of the largest quarter (rounded up) of one that is also in that of the other; both (n,), ties in their order."""
     count = math.ceil(len(one) / 4)
     tops = ({*values.argsort(descending=True, stable=True)[:count].tolist()} for values in (one, two))
     return len(set.intersection(*tops)) / count
@@ -168,19 +168,19 @@ def _drawn(test: str, part: str, mass: Tensor) -> list[Cut]:
 
 
 def _mass(part: str, values: Tensor | None, groups: _Groups) -> Tensor | None:
-    """(K,), the sum of the map over each group; None where the sample has too few."""
+    """(K,), the sum of the map over each group; None if the sample has too few groups."""
     if values is None or len(groups[part]) < LEAST:
         return None
     return torch.stack([values[group.entries].sum() for group in groups[part]])
 
 
 def _groups(sample: Sample, number: int, tokens: Tokens) -> _Groups:
-    """The pieces of the image, and the words, as the tower has them; none where its patches are not those of the maps."""
+    """The pieces of the image, and the words, in the tower; none if its patches are not those of the maps."""
     columns = range(0) if sample.words is None or not tokens.text else [int(one) + tokens.before for one in sample.words]
     words = [_Group(torch.tensor([place]), torch.tensor([column])) for place, column in enumerate(columns)]
     if not tokens.image or sample.grids is None or sample.regions is not None:
         return {"image": [], "text": words}
-    numbered = tokens.maps(torch.arange(tokens.shape[1]).expand(tokens.shape))  # of each entry its token
+    numbered = tokens.maps(torch.arange(tokens.shape[1]).expand(tokens.shape))  # the token of each entry
     maps = [] if numbered is None else [one for one, row in zip(*numbered, strict=True) if row == number]
     pieces, before = list[_Group](), 0
     if [tuple(one.shape) for one in maps] == sample.grids:
@@ -196,7 +196,7 @@ def _groups(sample: Sample, number: int, tokens: Tokens) -> _Groups:
 
 
 def _masks(cuts: Sequence[Mapping[Cut, int] | Sequence[Cut]], groups: Sequence[_Groups], question: _Question) -> Tensor:
-    """bool (K, B, N): the tokens of each sample's cuts, none where others have more."""
+    """bool (K, B, N): the tokens of each sample's cuts; none if other samples have more."""
     masks = torch.zeros(max(map(len, cuts)), *question.pair[0].shape, dtype=torch.bool)
     for number, sample_cuts in enumerate(cuts):
         for place, cut in enumerate(sample_cuts):

@@ -1,6 +1,6 @@
 """Agreement of a map with ground truth, boxes or a mask: pointing game, intersection over union, mass inside.
 
-A score takes the map's values (n,), the place of each entry (n, 4), as x1, y1, x2, y2 relative to the image, and the `Truth`.
+A score takes the map's values (n,), the box of each entry (n, 4), x1, y1, x2, y2 relative to the image, and the `Truth`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Truth:
 
 
 def pointing(values: Tensor, entries: Tensor, truth: Truth) -> float:
-    """1 where the centre of the largest entry lies in the true part, else 0 (Zhang et al., "Top-down neural attention", ECCV
+    """1 if the centre of the largest entry lies in the true part, else 0 (Zhang et al., "Top-down neural attention", ECCV
     2016, without their margin of 15 pixels). A constant map points nowhere: 0."""
     if constant(values):
         return 0.0
@@ -95,7 +95,7 @@ def grid_entries(height: int, width: int) -> Tensor:
 
 def check_truth(boxes: Any, count: int) -> list[Truth | None]:
     """The ground truth of each of `count` samples: boxes (K, 4), a mask bool (h, w), or None. An empty list of boxes and a mask
-    without a True pixel are None. TypeError or ValueError where there is not one entry a sample, or corners lie outside of the
+    without a True pixel are None. TypeError or ValueError if there is not one entry per sample, or corners lie outside of the
     image or in the wrong order."""
     if boxes is None:
         return [None] * count
@@ -107,7 +107,7 @@ def check_truth(boxes: Any, count: int) -> list[Truth | None]:
 
 
 def _of_one_sample(boxes: Any) -> bool:
-    """Whether these are the boxes or the mask themselves, in no list with one entry a sample."""
+    """Whether these are boxes or a mask themselves, not a list with one entry per sample."""
     if len(boxes) == 0 or isinstance(boxes, Tensor):
         return len(boxes) == 0 or boxes.ndim == 2
     return boxes[0] is not None and len(boxes[0]) > 0 and torch.as_tensor(boxes[0]).ndim == 1

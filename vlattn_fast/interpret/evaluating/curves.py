@@ -1,4 +1,4 @@
-"""The tests of `evaluate` that run a model on perturbed inputs: which inputs each test runs, and what their scores say.
+"""The tests of `evaluate` that run a model on perturbed inputs: which inputs each test runs, and the value of their scores.
 
 A curve takes the values (n,) of a part's entries. It names the entries that stay in each input, as part -> entries. A part
 without a name stays whole.
@@ -14,12 +14,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-STEPS = (0.0, 0.25, 0.5, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)  # fractions removed, as LXMERT's perturbation test of Chefer et al. has
+STEPS = (0.0, 0.25, 0.5, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)  # fractions removed, as in LXMERT's perturbation test of Chefer et al.
 TWENTIETHS = tuple(step / 20 for step in range(21))
 TENTHS = tuple(step / 10 for step in range(11))  # of the code published with synergistic faithfulness
 BINS = (0.01, 0.05, 0.1, 0.2, 0.5)  # of ERASER
 PARTS = ("image", "text")
-BOTH = "both"  # the part of the table for what is measured of image and text together
+BOTH = "both"  # the part of the table for tests of image and text together
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def area_under(steps: Sequence[float], values: Sequence[float]) -> float:
 
 
 def _most(values: Tensor, count: int) -> list[int]:
-    """The entries with the largest values, largest first; equal ones in their order."""
+    """The entries with the largest values, largest first; ties in their order."""
     return _ranked(values)[:count]
 
 

@@ -1,4 +1,4 @@
-"""`evaluate`: measures as in the papers how well maps show the parts of an input that a model's answer rests on."""
+"""`evaluate`: measures, as the papers do, how well maps show the parts of an input that a model's answer depends on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vlattn_fast.interpret.evaluating.maps import Batch, explain_batch
 from vlattn_fast.interpret.evaluating.measures import check_samples, compare_randomised, lacks, perturb, score_boxes
 from vlattn_fast.interpret.evaluating.model_answers import Judge
 from vlattn_fast.interpret.evaluating.perturbation import Words
-from vlattn_fast.interpret.evaluating.plan import Plan, Rival
+from vlattn_fast.interpret.evaluating.plan import CustomMethod, Plan
 from vlattn_fast.interpret.explaining.request import Position, renamed
 from vlattn_fast.interpret.relevancy.method import Method
 
@@ -31,7 +31,7 @@ def evaluate(
     model: nn.Module,
     dataset: Iterable[tuple[Mapping[str, Any], Any, Any]],
     *,
-    methods: Sequence[str | Method | Rival] | Mapping[str, str | Method | Rival] = ("gradient",),
+    methods: Sequence[str | Method | CustomMethod] | Mapping[str, str | Method | CustomMethod] = ("gradient",),
     tests: Sequence[str] | None = None,
     steps: Sequence[float] | None = None,
     accuracy: Callable[[Any], Tensor] | None = None,
@@ -44,97 +44,113 @@ def evaluate(
     processor: Any = None,
     patches: PatchGrid | None = None,
 ) -> Evaluation:
-    """Measure explanations of a model over a data set. On a terminal bars tell how far it is and how long the rest may take.
+    """Measures how well explanations show the parts of the inputs that a model's answers depend on, over a data set.
+
+    Returns an `Evaluation`: a table with an entry per method, test and part, and the curves. Each method explains each sample
+    once, and "sanity" once more per randomised model; the tests with steps run a forward pass per step, in batches, and share
+    equal inputs. A progress bar on a terminal estimates the rest.
+
+    Examples:
+        >>> import torch, vlattn_fast as va
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=4)
+        >>> model = ViTForImageClassification(ViTConfig(**sizes))
+        >>> boxes = [torch.tensor([[0.0, 0.0, 0.5, 0.5]])]  # the object is in the upper left quarter
+        >>> dataset = [({"pixel_values": torch.rand(1, 3, 16, 16)}, None, boxes)]
+        >>> evaluation = va.evaluate(model, dataset, methods=("gradient", "random"), tests=("deletion", "pointing"))
+        >>> 0 <= evaluation.value("gradient", "deletion") <= 1
+        True
 
     Tests of the "image" (patches or regions) and of the "text" (words), each with the other part whole:
 
-    - "positive", "negative": area under the accuracy while the most (the least) relevant entries are removed (Chefer, Gur, Wolf,
-      ICCV 2021). A good map has a low positive and a high negative area. Relevancy is computed once. int((1 - step) n) entries
-      stay, truncated as in the published code. Areas are trapezoids over the fraction removed, not normalised, so from 0 to 1.
-    - "insertion", "deletion": area under the probability while the most relevant entries are put into an empty input (taken from
-      the whole one) (Petsiuk, Das, Saenko, BMVC 2018, with removed entries in place of a blurred picture).
-    - "comprehensiveness", "sufficiency": fall of the probability without the most relevant entries (equation 1), or with these
-      alone (equation 2), mean over the most relevant 1, 5, 10, 20 and 50 % (rounded up) (DeYoung et al., "ERASER", ACL 2020). A
-      good map has much of the first and little of the second.
+    - "positive", "negative": the area under the accuracy while the most (the least) relevant entries are removed (Chefer, Gur,
+      Wolf, ICCV 2021). A good map has a low positive and a high negative area. Relevancy is computed once. int((1 - step) n)
+      entries stay, truncated as in the published code. Areas are trapezoids over the fraction removed, not normalised, so from 0
+      to 1.
+    - "insertion", "deletion": the area under the probability while the most relevant entries are put into an empty input (or
+      removed from the whole one) (Petsiuk, Das, Saenko, BMVC 2018, with removed entries instead of a blurred image).
+    - "comprehensiveness", "sufficiency": the drop of the probability without the most relevant entries (equation 1), or with only
+      these (equation 2), averaged over the most relevant 1, 5, 10, 20 and 50 % (rounded up) (DeYoung et al., "ERASER", ACL 2020).
+      A good map has much of the first and little of the second.
 
     A test of image and text together, whose part in the table is "both":
 
-    - "synergy": synergistic faithfulness (Ky, Ghamizi, Cordy, arXiv 2605.22168), as the code published with the paper has it. I
-      and T are the most relevant patches and words, as many of n as round(step n); v is the probability. Their joint Harsanyi
-      dividend v(I, T) - v(I) - v(T) + v(neither) is taken in the empty input and, with I and T removed instead of put in, in the
-      whole one; divided by |v(whole) - v(neither)|, 0.05 at least; cut to [0, 1]; and averaged. The value is the area over the
-      steps. High for a map that finds the patches and words that the model needs together, 0 for parts that can replace each
-      other. (The code blurs pixels and pads words; here both are removed as in all other tests.)
+    - "synergy": synergistic faithfulness (Ky, Ghamizi, Cordy, arXiv 2605.22168), as in the code published with the paper. I and T
+      are the most relevant patches and words, round(step n) of n; v is the probability. Their joint Harsanyi dividend
+      v(I, T) - v(I) - v(T) + v(neither) is taken in the empty input and, with I and T removed instead of put in, in the whole
+      one; divided by |v(whole) - v(neither)|, at least 0.05; clipped to [0, 1]; and averaged. The value is the area over the
+      steps. It is high for a map that finds the patches and words that the model needs together, and 0 for parts that can replace
+      each other. (The published code blurs pixels and pads words; here both are removed, as in all other tests.)
 
     Tests of the image against ground truth, boxes or a mask:
 
-    - "pointing": 1 where the centre of the largest entry lies inside (Zhang et al., ECCV 2016).
-    - "iou": intersection over union of the ground truth and the entries above the map's mean. Areas are exact.
+    - "pointing": 1 if the centre of the largest entry lies inside (Zhang et al., ECCV 2016).
+    - "iou": the intersection over union of the ground truth and the entries above the map's mean. Areas are exact.
     - "mass": the share of positive mass inside.
 
     A constant map has 0 in the first two. Equal entries are ordered by position, here and above. Logits that differ by no more
-    than the rounding of the model's dtype are a tie, and of these the first counts as the largest; a map is constant where its
+    than the rounding of the model's dtype are a tie, and the first of them counts as the largest; a map is constant if its
     entries differ by no more than the rounding of float32.
 
     A test of image and text, each by itself:
 
     - "sanity": Spearman's correlation with the map of the same model with every weight randomised (Adebayo et al., NeurIPS
-      2018). Near 0 for a map that depends on the learned weights. The curve has the cascade from the output to the input. Weights
-      become normal numbers with the mean and standard deviation of the trained tensor. Samples with a constant or non-finite map
-      have no correlation and are left out.
+      2018). It is near 0 for a map that depends on the learned weights. The curve has the cascade from the output to the input.
+      Weights become normal numbers with the mean and standard deviation of the trained tensor. Samples with a constant or
+      non-finite map have no correlation and are left out.
 
     A test of image and text, each by itself, that leaves the input whole and cuts attention (see `intervene_each`):
 
     - "intervention": Spearman's correlation of a map's mass on each group of tokens with the group's true effect. Groups are
-      single words, or the pieces of an image of 4 x 4 pieces. A cut group is not seen by the token that is read, in all layers
-      and heads: a decoder's last token, else the special ones, as [CLS]. Its effect is the fall of the score. The table has
-      three more: "intervention:top", the share of the largest quarter of the groups by mass (rounded up) that is among the
-      largest quarter by effect; "intervention:insertion" and "intervention:deletion", the areas under the probability while
-      the groups of most mass are given back, or cut, in tenths. One tower must attend to itself, and a sample needs three
-      groups of a part. A constant map, and effects that are equal, have no correlation and no overlap.
+      single words, or 4 x 4 pieces of an image. A cut masks a group for the explained position, in all layers and heads: for a
+      decoder its last token, else the special tokens, such as [CLS]. The effect is the drop of the score. The table has three
+      more entries: "intervention:top", the share of the largest quarter of the groups by mass (rounded up) that is among the
+      largest quarter by effect; "intervention:insertion" and "intervention:deletion", the areas under the probability while the
+      groups with most mass are restored, or cut, in tenths. Exactly one tower must attend to itself, and a sample needs three
+      groups of a part. A constant map, or equal effects, have no correlation and no overlap.
 
     Removed patches become 0, the mean pixel of normalised images. Removed regions and words are dropped from the inputs; a text
-    of open_clip's or the authors' CLIP keeps its length, filled with its last token. Special tokens stay, and so does the read
-    token of decoders and of VisualBERT for questions.
+    of open_clip's or the authors' CLIP keeps its length, filled with its last token. Special tokens stay, and so does the
+    explained token of decoders and of VisualBERT for questions.
 
     Args:
-        model: as `explain` takes it. Any other model serves where `methods` are callables and the outputs have `logits`
-            (B, classes) or `target` is a callable; its patches are those of the maps' grid.
+        model: a model that `explain` supports; or any model with `logits` (B, classes) in its outputs, or with a callable
+            `target`, if `methods` are callables. Its patches are then those of the maps' grid.
         dataset: (inputs, target, boxes) for each sample or batch. inputs and target as for `explain`. target None = the model's
             answer to the whole input: the class, the token or, for an image with several texts, the text. boxes: ground truth (K,
             4), x1, y1, x2, y2 relative to the image; or a mask, bool (h, w) of any size, which covers the whole image; for a
-            batch, one of these or None per row; or None.
+            batch, one of these or None per sample; or None.
         methods: names of `explain`'s methods and ablations, objects of `va.methods`, "random", "attribute_edges" (the
             first-order effects, only for the test "intervention"), or callables (model, inputs, target) -> an object
-            with `.image` (B, h, w), `.regions` (B, R) or `.text` (B, T) as an `Explanation` has, tensors or NumPy arrays. T is
-            the largest number of words of a text of the batch, with zeros behind shorter texts, or the width of `input_ids`,
-            with a number for each column, special tokens and padding included. A dict names them.
-        tests: some of those above. None = "positive", "negative" and "pointing", and the entry of an impossible test has no
+            with `.image` (B, h, w), `.regions` (B, R) or `.text` (B, T) as in an `Explanation`, tensors or NumPy arrays. T is
+            the largest number of words of a text of the batch, with zeros after shorter texts, or the width of `input_ids`, with
+            a number for each column, special tokens and padding included. A dict gives them names.
+        tests: some of the names above. None = "positive", "negative" and "pointing"; then the entry of an impossible test has no
             value.
         steps: increasing fractions removed ("insertion": put in, "sufficiency": left), from 0 to 1. None = as published: 0, .25,
             .5, .75, .8, .85, .9, .95, 1; for "insertion" and "deletion" 0, .05, ..., 1; for "synergy" 0, .1, ..., 1; for the
             tests of ERASER .01, .05, .1, .2, .5.
-        accuracy: the measure of "positive" and "negative", a callable(outputs) or (outputs, inputs) -> (B,). None = 1 where the
+        batch_size: the number of perturbed inputs in a forward pass.
+        position, processor, patches: as in `explain`, for its methods.
+        seed: for the random maps and weights.
+        accuracy: the measure of "positive" and "negative", a callable(outputs) or (outputs, inputs) -> (B,). None = 1 if the
             target has the largest logit, else 0; for a callable target, its score.
         probability: the same for the other tests with steps. None = the softmax of the target's logit, or a callable target's
             score.
-        words: a callable(inputs) -> bool (B, N), True = a token that may be removed. None = every word; for a model without a
+        words: a callable(inputs) -> bool (B, N), True = a token that may be removed. None = every word; for a model without an
             adapter, all but padding and the first and last token.
-        sanity_stages: randomised models of the cascade, the wholly randomised one included; 1000 at most.
-        batch_size: rows of one forward pass over perturbed inputs.
-        seed: of the random maps and weights.
-        position, processor, patches: as in `explain`, for its methods.
+        sanity_stages: the number of randomised models in the cascade, including the wholly randomised one; at most 1000.
 
     Returns:
         An `Evaluation`. An entry leaves out samples without its part, or without ground truth, and counts them. Its note says if
-        the model's answers never change, whatever is removed: such a value does not tell maps apart.
+        the model's answers never change, whatever is removed: such a value cannot compare maps.
 
     Raises:
-        TypeError, ValueError: an unknown method or test, an argument that no chosen test or method reads, steps out of order, an
-            item of `dataset` that is no triple, boxes outside of the image, a mask that is not bool, a similarity without a
-            second text to tell apart, a map that is no tensor or array, that is not finite or whose shape does not fit, a text
-            whose width may be that of words or of columns of a padded batch, a data set without a sample,
-            attention that cannot be cut, a test that is named and leaves out every sample; and what `explain` raises.
+        TypeError, ValueError: an unknown method or test, an argument that no chosen test or method uses, steps out of order, an
+            item of `dataset` that is not a triple, boxes outside of the image, a mask that is not bool, a similarity without a
+            second text, a map that is not a tensor or array, that is not finite or whose shape does not fit, a text whose width
+            may be that of words or of columns of a padded batch, a data set without a sample, attention that cannot be cut, a
+            test that is named and leaves out every sample; and what `explain` raises.
     """
     chosen = {"accuracy": accuracy, "probability": probability, "words": words, "sanity_stages": sanity_stages}
     told = {"position": position, "processor": processor, "patches": patches}

@@ -1,4 +1,4 @@
-"""`Evaluation`: the results of `evaluate` as records, curves and pictures."""
+"""`Evaluation`: the results of `evaluate` as a table, curves and figures."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _AXES |= {"intervention:insertion": "fraction of groups not cut", "intervention:
 
 @dataclass(frozen=True, eq=False)
 class Evaluation(Report):
-    """The results of `evaluate`.
+    """The results of `evaluate`: `print` shows the table, `plot` the curves, `value` gives one number, `save` writes a file.
 
     Args:
-        table: a record for each method, test and part: "method", "test", "part" ("image", "text", or "both" for what is measured
-            of them together), "value" (the mean over samples; None without any), "sd" (their standard deviation; None below two),
+        table: an entry for each method, test and part: "method", "test", "part" ("image", "text", or "both" for tests of the two
+            together), "value" (the mean over samples; None without any), "sd" (their standard deviation; None below two),
             "samples", "left_out": samples without that part, without ground truth, or with too little of them, and "note": why
-            there is no value, or why it says nothing of the maps.
-        curves: a record for each method, test and part with a curve: "method", "test", "part", "steps", "mean" and "sd" (a number
-            a step), "samples". The steps of "sanity" are shares of randomised modules, and its samples have a map at each step.
+            there is no value, or why it says nothing about the maps.
+        curves: an entry for each method, test and part with a curve: "method", "test", "part", "steps", "mean" and "sd" (a number
+            per step), "samples". The steps of "sanity" are shares of randomised modules, and its samples have a map at each step.
         metadata: the arguments of the run, the class of the model, its dtype and device, and the versions of packages.
     """
 
@@ -39,38 +39,38 @@ class Evaluation(Report):
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def value(self, method: str, test: str, part: str | None = None) -> float | None:
-        """The mean of one record of the table. part None = the image, or both for a test of both. ValueError where there is no
-        such record."""
-        for record in self.table:
-            if (record["method"], record["test"]) == (method, test) and record["part"] in ((part,) if part else ("image", BOTH)):
-                return record["value"]
-        raise ValueError(f"method, test and part must be those of a record of the table; got {method!r}, {test!r}, {part!r}")
+        """Returns the mean in one entry of the table. part None = the image, or both for a test of both. ValueError if
+        there is none."""
+        for entry in self.table:
+            if (entry["method"], entry["test"]) == (method, test) and entry["part"] in ((part,) if part else ("image", BOTH)):
+                return entry["value"]
+        raise ValueError(f"method, test and part must name an entry of the table; got {method!r}, {test!r}, {part!r}")
 
     def plot(self) -> Figure:
-        """Draw a curve for each test with steps, and bars with standard deviations for the others.
+        """Draws a curve for each test with steps, and bars with standard deviations for the others.
 
         Returns:
             A matplotlib Figure (without pyplot: nothing is shown or kept open).
         """
-        known = [record for record in self.table if record["value"] is not None]
-        tests = list(dict.fromkeys((record["test"], record["part"]) for record in known))
+        known = [entry for entry in self.table if entry["value"] is not None]
+        tests = list(dict.fromkeys((entry["test"], entry["part"]) for entry in known))
         with extra("viz"):
             figure, axes = panels(len(tests), most=4, width=4)
         # a bare dollar sign would start a formula
-        plain = {record["method"]: record["method"].replace("$", r"\$") for record in self.table}
+        plain = {entry["method"]: entry["method"].replace("$", r"\$") for entry in self.table}
         for axis, test in zip(axes, tests, strict=True):
             axis.set_title(f"{test[0]} of {'both parts' if test[1] == BOTH else f'the {test[1]}'}", fontsize=10)
-            drawn, records = (
-                {record["method"]: record for record in some if (record["test"], record["part"]) == test}
+            drawn, entries = (
+                {entry["method"]: entry for entry in some if (entry["test"], entry["part"]) == test}
                 for some in (self.curves, known)
             )
             for index, method in enumerate(plain):
                 if method in drawn:
-                    curve, label = drawn[method], f"{plain[method]} ({records[method]['value']:.3f})"
+                    curve, label = drawn[method], f"{plain[method]} ({entries[method]['value']:.3f})"
                     axis.plot(curve["steps"], curve["mean"], f"C{index % 10}.-", label=label)
-                elif method in records:
-                    record = records[method]
-                    axis.bar(index, record["value"], yerr=record["sd"] or 0, color=f"C{index % 10}", capsize=3)
+                elif method in entries:
+                    entry = entries[method]
+                    axis.bar(index, entry["value"], yerr=entry["sd"] or 0, color=f"C{index % 10}", capsize=3)
             if drawn:
                 axis.set_xlabel(_AXES[test[0]], fontsize=8)
                 axis.legend(fontsize=7)
@@ -81,13 +81,13 @@ class Evaluation(Report):
     def __str__(self) -> str:
         """The table as text."""
         widths = {"method": 6, "test": 9}
-        width, wide = (max([least, *(len(record[name]) for record in self.table)]) for name, least in widths.items())
+        width, wide = (max([least, *(len(entry[name]) for entry in self.table)]) for name, least in widths.items())
         lines = [f"{'method':{width}}  {'test':{wide}}  {'part':5}  {'value':>7}  {'s.d.':>7}  samples  left out  note"]
-        for record in self.table:
-            value, sd = ("-" if record[name] is None else f"{record[name]:.4f}" for name in ("value", "sd"))
-            head = f"{record['method']:{width}}  {record['test']:{wide}}  {record['part']:5}"
-            counts = f"{record['samples']:7}  {record['left_out']:8}"
-            note = record.get("note") or ""  # which older files lack
+        for entry in self.table:
+            value, sd = ("-" if entry[name] is None else f"{entry[name]:.4f}" for name in ("value", "sd"))
+            head = f"{entry['method']:{width}}  {entry['test']:{wide}}  {entry['part']:5}"
+            counts = f"{entry['samples']:7}  {entry['left_out']:8}"
+            note = entry.get("note") or ""  # missing in older files
             lines.append(f"{head}  {value:>7}  {sd:>7}  {counts}  {note}".rstrip())
         return "\n".join(lines)
 
@@ -99,7 +99,7 @@ class Tally:
         self._values: dict[tuple[str, str, str], list[float]] = {key: [] for key in keys}
         self._curves: dict[tuple[str, str, str], list[list[float]]] = {key: [] for key in keys}
         self._left_out = dict.fromkeys(keys, 0)
-        self.lacks = dict.fromkeys(keys, "")  # what a sample must have; the record says it where no sample has it
+        self.lacks = dict.fromkeys(keys, "")  # what a sample must have; the note of an entry without samples
         self.changed: set[tuple[str, str]] = set()  # (measure, part) that differ between inputs with more and less of the part
 
     def add(self, key: tuple[str, str, str], value: float | None, curve: list[float] | None = None) -> None:
@@ -112,28 +112,28 @@ class Tally:
             self._curves[key].append(curve)
 
     def table(self) -> list[dict[str, Any]]:
-        records = []
+        entries = []
         for (method, test, part), values in self._values.items():
             numbers = torch.tensor(values, dtype=torch.float64)
             mean, sd = float(numbers.mean()) if values else None, float(numbers.std()) if len(values) > 1 else None
             counts: dict[str, Any] = {"samples": len(values), "left_out": self._left_out[method, test, part]}
             counts["note"] = self._note(test, part) if values else self.lacks[method, test, part]
-            records.append({"method": method, "test": test, "part": part, "value": mean, "sd": sd, **counts})
-        return records
+            entries.append({"method": method, "test": test, "part": part, "value": mean, "sd": sd, **counts})
+        return entries
 
     def _note(self, test: str, part: str) -> str | None:
         measure = CURVES[test].measure if test in CURVES else None
         if measure is None or (measure, part) in self.changed:
             return None
         removed = "image and text" if part == BOTH else f"the {part}"
-        return f"the {measure} is the same whatever is removed of {removed}: this value does not tell maps apart"
+        return f"the {measure} is the same whatever is removed of {removed}: this value cannot compare maps"
 
     def curves(self, steps: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
-        records = []
+        entries = []
         for (method, test, part), curves in self._curves.items():
             if curves:
                 numbers = torch.tensor(curves, dtype=torch.float64)
                 sd = numbers.std(0).tolist() if len(curves) > 1 else None
-                record = {"method": method, "test": test, "part": part, "steps": list(steps[test])}
-                records.append({**record, "mean": numbers.mean(0).tolist(), "sd": sd, "samples": len(curves)})
-        return records
+                entry = {"method": method, "test": test, "part": part, "steps": list(steps[test])}
+                entries.append({**entry, "mean": numbers.mean(0).tolist(), "sd": sd, "samples": len(curves)})
+        return entries

@@ -17,7 +17,7 @@ from vlattn_fast.interpret.evaluating.box_scores import Truth, check_truth
 from vlattn_fast.interpret.evaluating.curves import PARTS
 from vlattn_fast.interpret.evaluating.model_answers import Judge, Question
 from vlattn_fast.interpret.evaluating.perturbation import Sample, split
-from vlattn_fast.interpret.evaluating.plan import EDGES, RANDOM, Plan, Rival
+from vlattn_fast.interpret.evaluating.plan import EDGES, RANDOM, CustomMethod, Plan
 from vlattn_fast.interpret.explaining.explain import explain
 from vlattn_fast.interpret.relevancy.method import Method
 from vlattn_fast.interpret.result.explanation import Explanation
@@ -33,21 +33,21 @@ class Batch:
     question: Question
     samples: list[Sample]
     maps: dict[str, Maps]  # of each method
-    truths: list[Truth | None]  # of each sample, where it has boxes or a mask
+    truths: list[Truth | None]  # of each sample with boxes or a mask
 
 
 def explain_batch(plan: Plan, judge: Judge, item: Any, generator: torch.Generator) -> Batch | None:
     """The item with the maps of every method; None for an empty batch."""
     if not isinstance(item, (tuple, list)) or len(item) != 3:
         got = f"{len(item)} of them" if isinstance(item, (tuple, list)) else type(item).__name__
-        raise TypeError(f"dataset must give (inputs, target, boxes or None); got {got}")
+        raise TypeError(f"dataset must yield (inputs, target, boxes or None); got {got}")
     inputs, target, boxes = item
     question = judge.ask(inputs, target)
     if question is None:
         return None
     methods = with_progress(plan.methods.items(), "explaining", leave=False)
     results = {name: run_method(plan.model, question, name, method, plan.options) for name, method in methods}
-    # An explanation tells where patches and words are; without an adapter, any result with `.image` does.
+    # An explanation has the positions of patches and words; without an adapter, any result with `.image` has.
     shown = next((result for result in results.values() if isinstance(result, Explanation)), None)
     if shown is None and judge.adapter is not None:
         shown = explain(plan.model, question.inputs, target=question.target, method="attention")
@@ -58,12 +58,14 @@ def explain_batch(plan: Plan, judge: Judge, item: Any, generator: torch.Generato
     for name, parts in ((name, parts) for name, by_sample in maps.items() for parts in by_sample):
         for part, value in parts.items():
             if value is not None and not bool(value.isfinite().all()):
-                raise ValueError(f"methods must give finite maps; got {value.tolist()} of {name!r} for the {part}")
+                raise ValueError(f"methods must return finite maps; got {value.tolist()} of {name!r} for the {part}")
     return Batch(question, samples, maps, check_truth(boxes, question.count))
 
 
-def run_method(model: nn.Module, question: Question, name: str, method: str | Method | Rival, options: Mapping[str, Any]) -> Any:
-    """The result of the method that the table calls `name`; None = random."""
+def run_method(
+    model: nn.Module, question: Question, name: str, method: str | Method | CustomMethod, options: Mapping[str, Any]
+) -> Any:
+    """The result of the method named `name` in the table; None = random."""
     if callable(method):
         return _of_tensors(name, method(model, question.inputs, question.target))
     if method == RANDOM:
@@ -74,7 +76,7 @@ def run_method(model: nn.Module, question: Question, name: str, method: str | Me
 
 
 def _of_tensors(name: str, result: Any) -> Any:
-    """The result of a caller's method with tensors for NumPy's arrays."""
+    """The result of a caller's method, with tensors instead of NumPy arrays."""
     if isinstance(result, Explanation) or not any(hasattr(result, part) for part in _PARTS):
         return result
     fields = {field: getattr(result, field, None) for field in (*_PARTS, "image_samples", "boxes", "text_positions")}
@@ -90,8 +92,8 @@ def _of_tensors(name: str, result: Any) -> Any:
 def _tensor(name: str, part: str, values: Any) -> Tensor:
     try:
         return values if isinstance(values, Tensor) else torch.from_numpy(np.ascontiguousarray(values))
-    except (TypeError, ValueError):  # an array of objects, or rows of several lengths
-        raise TypeError(f"methods must give {part} as tensors or arrays; got {describe(values)} of {name!r}") from None
+    except (TypeError, ValueError):  # an array of objects, or of ragged lists
+        raise TypeError(f"methods must return {part} as tensors or arrays; got {describe(values)} of {name!r}") from None
 
 
 def maps_of(name: str, result: Any, samples: list[Sample], generator: torch.Generator) -> Maps:
@@ -110,7 +112,7 @@ def maps_of(name: str, result: Any, samples: list[Sample], generator: torch.Gene
             parts = [part for index, part in enumerate(image) if (index if owners is None else owners[index]) == number]
             shapes = [tuple(part.shape) for part in parts]
             if shapes != sample.grids:
-                raise ValueError(f"methods must give maps on the grids {sample.grids}; got {shapes} of {name!r}")
+                raise ValueError(f"methods must return maps on the grids {sample.grids}; got {shapes} of {name!r}")
             values["image"] = torch.cat([part.flatten() for part in parts])
         if text is not None and isinstance(result, Explanation) and sample.shown_entries is not None:
             values["text"] = text[number][sample.shown_entries.to(text.device)]
@@ -122,9 +124,9 @@ def maps_of(name: str, result: Any, samples: list[Sample], generator: torch.Gene
 
 
 def _check_counts(name: str, result: Any, count: int) -> None:
-    """A method gives a map for each of `count` samples, or for each entry of its `image_samples`."""
+    """Checks that a method returned a map for each of `count` samples, or for each entry of its `image_samples`."""
     if not any(hasattr(result, part) for part in _PARTS):
-        raise TypeError(f"methods must give an object with .image, .regions or .text; got {type(result).__name__} of {name!r}")
+        raise TypeError(f"methods must return an object with .image, .regions or .text; got {type(result).__name__} of {name!r}")
     owners = getattr(result, "image_samples", None)
     for part in _PARTS:
         if (values := getattr(result, part, None)) is None:
@@ -132,19 +134,19 @@ def _check_counts(name: str, result: Any, count: int) -> None:
         if part == "image" and owners is not None:
             if len(owners) != len(values) or not all(0 <= owner < count for owner in owners):
                 got = f"{list(owners)} for {len(values)} maps of {name!r}"
-                raise ValueError(f"methods must give an entry of image_samples, from 0 to {count - 1}, for each map; got {got}")
+                raise ValueError(f"methods must return an entry of image_samples, from 0 to {count - 1}, for each map; got {got}")
         elif len(values) != count:
             raise ValueError(
-                f"methods must give one {part} for each of {count} samples of a batch; got {len(values)} of {name!r}"
+                f"methods must return one {part} for each of {count} samples of a batch; got {len(values)} of {name!r}"
             )
 
 
 def _text_entries(name: str, values: Tensor, sample: Sample, apart: bool) -> Tensor:
-    """The numbers of the sample's words in its row of a caller's `.text`. `apart`: rows are no tensor together, so that each may
-    have its own words alone."""
+    """The numbers of the sample's words in its vector of a caller's `.text`. `apart`: the vectors are not one tensor, so each may
+    have only its own words."""
     width = len(values) if values.ndim == 1 else -1
     readings = sample.entries.get(width, [])
-    if width == sample.inputs["input_ids"].shape[1] and bool((values[-1:] != 0).any()):  # no zeros behind a shorter text
+    if width == sample.inputs["input_ids"].shape[1] and bool((values[-1:] != 0).any()):  # no zeros after a shorter text
         readings = readings[-1:]  # by columns
     if len(readings) == 1:
         return values[readings[0].to(values.device)]
@@ -152,17 +154,17 @@ def _text_entries(name: str, values: Tensor, sample: Sample, apart: bool) -> Ten
         return values
     if readings:
         raise ValueError(
-            f"methods must give a text that is read in one way; got {width} entries of {name!r}, which may be the words of a "
-            "padded batch or its columns of input_ids. Let the data set give its samples one by one"
+            f"methods must return an unambiguous text; got {width} entries of {name!r}, which may be the words of a "
+            "padded batch or its columns of input_ids. Pass the samples one by one in dataset"
         )
     widths = " or ".join(str(width) for width, places in sorted(sample.entries.items()) if places)
     raise ValueError(
-        "methods must give a text with an entry for each word of the batch's longest text, or for each column of input_ids, "
+        "methods must return a text with an entry for each word of the batch's longest text, or for each column of input_ids, "
         f"{widths} of them; got {tuple(values.shape)} of {name!r}"
     )
 
 
 def _entries(name: str, values: Tensor, index: Tensor) -> Tensor:
     if values.ndim != 1 or (len(index) and int(index.max()) >= len(values)):
-        raise ValueError(f"methods must give a row of {len(index)} entries or more; got {tuple(values.shape)} of {name!r}")
+        raise ValueError(f"methods must return a vector of at least {len(index)} entries; got {tuple(values.shape)} of {name!r}")
     return values[index.to(values.device)]

@@ -1,4 +1,4 @@
-"""The tests of `evaluate`: each reads the maps of a batch and adds to the table."""
+"""The tests of `evaluate`: each takes the maps of a batch and adds to the table."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ _NEEDS = {
     **{test: curve.needs for test, curve in CURVES.items()},
     **dict.fromkeys(BOX_SCORES, "boxes or a mask and a map of its image"),
     "sanity": "a finite map that is not constant, also with random weights",
-    **dict.fromkeys(MEASURED[INTERVENTION], "a map of three pieces or words that the model's attention reads, which differ"),
+    **dict.fromkeys(MEASURED[INTERVENTION], "a map with three pieces or words of different values that the model attends to"),
 }
 
 
 def check_samples(tally: Tally, named: Iterable[str]) -> None:
-    """ValueError for a data set without a sample, and for a test that the user named and that no sample takes part in."""
+    """ValueError for a data set without a sample, and for a test that the user named and that no sample supports."""
     table = tally.table()
-    if not any(record["samples"] or record["left_out"] for record in table):
+    if not any(entry["samples"] or entry["left_out"] for entry in table):
         raise ValueError("dataset must hold at least one sample; got none")
-    counted = {record["test"] for record in table if record["samples"]}
+    counted = {entry["test"] for entry in table if entry["samples"]}
     for test in named:
         if test not in counted:
-            lack = max((record["note"] for record in table if record["test"] == test), key=len)
+            lack = max((entry["note"] for entry in table if entry["test"] == test), key=len)
             raise ValueError(f"Test {test!r} is impossible with this model and data set: {lack}. Leave it out of tests=")
 
 
 def lacks(tally: Tally, batch: Batch, plan: Plan) -> None:
-    """Says of each test what no sample of the batch has."""
+    """Notes for each test what no sample of the batch has."""
     texts = "input_ids" in batch.question.paired and not any(plan.options.get(name) for name in ("tokenizer", "processor"))
     for name, test, part in plan.keys:
         unnamed = texts and part != "image" and isinstance(plan.methods[name], (str, Method))
@@ -65,7 +65,7 @@ def score_boxes(plan: Plan, batch: Batch, tally: Tally) -> None:
 
 
 def perturb(plan: Plan, judge: Judge, batch: Batch, tally: Tally) -> None:
-    """Curves of every method. An input that several steps, tests or methods share is run once."""
+    """Curves of every method. An input that several steps, tests or methods share runs once."""
     places: dict[Key, int] = {}
     planned: list[tuple[tuple[str, str, str], list[Key]]] = []
     for name, maps in batch.maps.items():
@@ -82,20 +82,20 @@ def perturb(plan: Plan, judge: Judge, batch: Batch, tally: Tally) -> None:
                     planned.append(((name, test, part), keys))
     measures = dict(zip(("accuracy", "probability"), judge.run(batch.question, batch.samples, list(places)), strict=True))
     noise = rounding(coarsest(plan.model.parameters()))
-    for record, keys in planned:
-        curve, steps = CURVES[record[1]], plan.steps[record[1]]
+    for entry, keys in planned:
+        curve, steps = CURVES[entry[1]], plan.steps[entry[1]]
         scores = [measures[curve.measure][places[key]] for key in keys]
         for (number, stays), score in zip(keys, scores, strict=True):
             if math.isnan(score):
                 sample = batch.samples[number]
                 left = " and ".join(f"{len(entries)} of {sample.count(part)} entries of the {part}" for part, entries in stays)
                 raise ValueError(
-                    f"The model gave NaN for sample {number} of a batch with {left or 'all'} left. Pass steps= that keep more"
+                    f"The model returned NaN for sample {number} of a batch with {left or 'all'} left. Pass steps= that keep more"
                 )
         if max(scores) - min(scores) > noise * max(map(abs, scores)):
-            tally.changed.add((curve.measure, record[2]))
+            tally.changed.add((curve.measure, entry[2]))
         drawn = curve.curve(scores, steps)
-        tally.add(record, curve.value(drawn, steps), drawn)
+        tally.add(entry, curve.value(drawn, steps), drawn)
 
 
 def compare_randomised(plan: Plan, batches: list[Batch], tally: Tally, generator: torch.Generator) -> None:
@@ -112,7 +112,7 @@ def compare_randomised(plan: Plan, batches: list[Batch], tally: Tally, generator
                 try:
                     result = run_method(changed, batch.question, name, method, plan.options)
                     again = maps_of(name, result, batch.samples, generator)
-                except UndefinedRelevancy:  # as random weights may cause
+                except UndefinedRelevancy:  # random weights may cause it
                     again = [dict.fromkeys(PARTS) for _ in batch.samples]
                 for number, (before, after) in enumerate(zip(batch.maps[name], again, strict=True)):
                     for part in PARTS:

@@ -14,7 +14,7 @@ from vlattn_fast._ground.extras import with_progress
 from vlattn_fast.attach.session import at_rest
 from vlattn_fast.interpret.adapters.adapter import WITHOUT_ADAPTER, Adapter
 from vlattn_fast.interpret.evaluating.perturbation import Sample, Stays
-from vlattn_fast.interpret.evaluating.ties import coarsest, equal_rows, levelled
+from vlattn_fast.interpret.evaluating.ties import coarsest, equal_samples, levelled
 from vlattn_fast.interpret.explaining.inputs import check_inputs, is_empty, prepare_inputs
 
 Measure = Callable[..., Tensor]  # of outputs, or of outputs and inputs
@@ -23,13 +23,13 @@ Key = tuple[int, Stays]  # of a sample
 
 @dataclass(frozen=True)
 class Question:
-    """A batch and what is asked of it."""
+    """A batch and its target."""
 
-    inputs: Mapping[str, Any]  # as `explain` takes them
-    target: Any  # the same, resolved to one index a sample unless it is a callable
+    inputs: Mapping[str, Any]  # as for `explain`
+    target: Any  # the same, as one index per sample unless it is a callable
     count: int  # of explanations
-    paired: Mapping[str, Any]  # as transformers names them; with one text for each image, where images are matched with texts
-    logits: Tensor | None = None  # (count, texts) of the whole inputs, where images are matched with texts
+    paired: Mapping[str, Any]  # as transformers names them; with one text for each image, if images are matched with texts
+    logits: Tensor | None = None  # (count, texts) of the whole inputs, if images are matched with texts
 
 
 class Judge:
@@ -65,7 +65,7 @@ class Judge:
         images, texts = (inputs[name].shape[0] for name in self._adapter.names)
         if texts < 2 and self._needs_choice:
             raise ValueError(
-                "inputs must have two texts or more, which the model tells apart, unless accuracy and probability are given; "
+                "inputs must have at least two texts to choose from, unless accuracy and probability are given; "
                 f"got {texts} for {images} images"
             )
         logits = self._match(inputs)
@@ -84,7 +84,7 @@ class Judge:
         return accuracy, probability
 
     def _batches(self, question: Question, samples: list[Sample], keys: list[Key]) -> Iterator[list[int]]:
-        """Places of inputs with the same parts taken away and the same shapes; of matched images and texts, of one sample."""
+        """Indices of inputs with the same parts removed and the same shapes; if images are matched with texts, of one sample."""
         groups: dict[Any, list[int]] = {}
         for place, (number, stays) in enumerate(keys):
             sample = samples[number]
@@ -116,9 +116,9 @@ class Judge:
         return _scores(correct, "accuracy", len(keys)), _scores(likely, "probability", len(keys))
 
     def _choice(self, question: Question, key: Key, parts: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
-        """One sample's target among all texts of the batch, where images are matched with texts.
+        """One sample's target among all texts of the batch, if images are matched with texts.
 
-        A perturbed image meets all texts. A perturbed text takes the place of the whole one. Where nothing is taken away, all
+        A perturbed image meets all texts. A perturbed text takes the place of the whole one. If nothing is removed, all
         logits are those of the batch.
         """
         assert question.logits is not None
@@ -139,11 +139,11 @@ class Judge:
         logits = self._adapter.scoring.logits(self._call(inputs)[0])
         assert logits is not None
         texts = _side(self._adapter.standard(inputs), image=False)
-        return logits.cpu()[:, equal_rows(texts, logits.shape[1])]
+        return logits.cpu()[:, equal_samples(texts, logits.shape[1])]
 
     def _of_logits(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """1 where the target has the largest logit, of several that tie the first, else 0, and its softmax; both (B,). NaN where
-        logits are."""
+        """1 if the target has the largest logit, in a tie the first, else 0, and its softmax; both (B,). NaN if logits are
+        NaN."""
         first = levelled(logits, coarsest([logits, torch.empty(0, dtype=self._dtype)])).argmax(-1)
         correct = (first == target).double().where(~logits.isnan().any(-1), torch.nan)
         return correct, logits.double().softmax(-1).gather(1, target[:, None])[:, 0]
@@ -155,7 +155,7 @@ class Judge:
         elif self._adapter.scoring.pairs:
             arguments = {**self._adapter.called(inputs), **({"return_dict": True} if hasattr(self.model, "config") else {})}
         else:
-            # A decoder computes the logits of one position, unless a measure may read other positions.
+            # A decoder computes the logits of one position, unless a measure may use other positions.
             measure = next(filter(callable, (target, self._accuracy, self._probability)), None)
             arguments, _ = prepare_inputs(self.model, inputs, self.adapter, measure)
         with torch.no_grad(), at_rest(self.model):
@@ -168,7 +168,7 @@ class Judge:
 
 
 def _side(inputs: Mapping[str, Any], image: bool = True) -> dict[str, Any]:
-    """The inputs that tell the image, or all others."""
+    """The inputs with the image, or all others."""
     return {name: value for name, value in inputs.items() if name.startswith(("pixel", "spatial")) == image}
 
 

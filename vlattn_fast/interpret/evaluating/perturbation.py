@@ -1,4 +1,4 @@
-"""Inputs with some of their patches, regions or words taken away, sample by sample."""
+"""Inputs with some of their patches, regions or words removed, sample by sample."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _IMAGES = ("pixel_values", "pixel_attention_mask", "image_grid_thw", "image_size
 _REGIONS = ("region_", "visual_", "masked_regions")
 _VISUAL = "visual_attention_mask"
 _MASKS_OF_REGIONS = {"region_features": "region_mask", "visual_feats": _VISUAL, "visual_embeds": _VISUAL}
-_NO_WORDS = ("pixel", "decoder_", *_REGIONS)  # inputs that stay whole where words go, whatever their length
+_NO_WORDS = ("pixel", "decoder_", *_REGIONS)  # inputs that stay whole when words are removed, whatever their length
 
 Words = Callable[[Mapping[str, Any]], Tensor]
 Stays = tuple[tuple[str, tuple[int, ...]], ...]  # (part, the entries of it that stay) of each part that is not whole
@@ -28,14 +28,14 @@ Stays = tuple[tuple[str, tuple[int, ...]], ...]  # (part, the entries of it that
 class Sample:
     """One sample of a batch."""
 
-    inputs: dict[str, Any]  # of this sample alone, tensors (1, ...)
-    words: Tensor | None  # the columns of `input_ids` that hold the words that may go; None without text
-    shown_entries: Tensor | None  # their places in the row of an explanation's `.text`
-    entries: dict[int, list[Tensor]]  # and in that of a caller's method, by its width: several where it has several readings
-    grids: list[tuple[int, int]] | None  # (h, w) of each of its images; None without patches that can be taken away
+    inputs: dict[str, Any]  # of this sample, tensors (1, ...)
+    words: Tensor | None  # the columns of `input_ids` with words that may be removed; None without text
+    shown_entries: Tensor | None  # their indices in an explanation's `.text`
+    entries: dict[int, list[Tensor]]  # and in that of a caller's method, by its width; several if it is ambiguous
+    grids: list[tuple[int, int]] | None  # (h, w) of each of its images; None without patches that can be removed
     regions: Tensor | None  # the indices of its real regions; None without regions
-    boxes: Tensor | None  # (n, 4) where each entry of the image lies; None where they lie in several images
-    problem: str | None  # why the model cannot run on this sample alone, where that is so
+    boxes: Tensor | None  # (n, 4) where each entry of the image lies; None if they lie in several images
+    problem: str | None  # why the model cannot run on this sample by itself; None = it can
     filled: bool = False  # texts keep their length: the last token, which is padding in short ones, fills them
 
     def count(self, part: str) -> int:
@@ -47,22 +47,22 @@ class Sample:
         return sum(height * width for height, width in self.grids or [])
 
     def stays(self, entries: Mapping[str, Sequence[int]]) -> Stays:
-        """The entries that stay of each part where these stay of some: the same for inputs that are the same."""
+        """The entries that stay of each part, from those of some parts: equal for equal inputs."""
         short = {part: left for part, left in entries.items() if len(left) < self.count(part)}
         as_ranked = {"image"} if self.regions is not None else set()
         return tuple((part, tuple(left if part in as_ranked else sorted(left))) for part, left in sorted(short.items()))
 
     def sizes(self, stays: Stays) -> tuple[tuple[str, int], ...]:
-        """The numbers that must be equal for the inputs of samples with the same shapes to keep the same shapes: words that go
-        shorten the inputs, regions that stay are all of them, and patches that go leave them as they are."""
+        """The numbers that must be equal for the inputs of samples with the same shapes to keep the same shapes: removed
+        words shorten the inputs, so do removed regions, and removed patches do not."""
         image_count = 0 if self.regions is None else 1
         return tuple((part, self.count(part) - len(left) if part == "text" else image_count * len(left)) for part, left in stays)
 
     def keeping(self, stays: Stays) -> dict[str, Any]:
-        """The inputs with these entries of each part alone; a part that is not named stays whole.
+        """The inputs with only these entries of each part; a part that is not named stays whole.
 
         Words are removed from ids and masks; the rest of the sequence stays, and its order. Regions are taken in the order in
-        which they are named; of LXMERT one box of zeros stands for none. Patches are set to 0, the mean pixel of normalised
+        which they are named; for LXMERT one box of zeros stands for none. Patches are set to 0, the mean pixel of normalised
         images.
         """
         if self.problem is not None:
@@ -74,7 +74,7 @@ class Sample:
         return inputs
 
     def _words(self, chosen: Tensor) -> dict[str, Tensor]:
-        """The inputs of the text with these words alone."""
+        """The inputs of the text with only these words."""
         assert self.words is not None
         shape = self.inputs["input_ids"].shape
         stays = torch.ones(shape[1], dtype=torch.bool)
@@ -86,13 +86,13 @@ class Sample:
         return {name: torch.cat([value, text_inputs[name][:, -1:].repeat(1, gone)], 1) for name, value in kept.items()}
 
     def _image(self, chosen: Tensor) -> dict[str, Tensor]:
-        """The inputs of the image with these patches or regions alone."""
+        """The inputs of the image with only these patches or regions."""
         if self.regions is None:
             stays = torch.zeros(self.count("image"), dtype=torch.bool).index_fill_(0, chosen, True)
-            pixels, real = _pictures(self.inputs)
+            pixels, real = _image_pixels(self.inputs)
             masked = _masked(pixels, _real_sizes(pixels, real, self.inputs), self.grids or [], stays)
             if real is not None:
-                masked[:, 0, 0, 0] += torch.finfo(masked.dtype).tiny  # Idefics takes a picture of zeros for padding
+                masked[:, 0, 0, 0] += torch.finfo(masked.dtype).tiny  # Idefics takes an image of zeros for padding
                 masked = self.inputs["pixel_values"].index_put((real,), masked)
             return {"pixel_values": masked}
         index = self.regions[chosen]
@@ -105,8 +105,8 @@ class Sample:
         return ((name, value) for name, value in self.inputs.items() if isinstance(value, Tensor))
 
 
-def _pictures(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """Pixels without a dimension of samples, and None; or, of pixels (B, S, C, H, W), the pictures (images, C, H, W) and where
+def _image_pixels(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """Pixels without a dimension of samples, and None; or, of pixels (B, S, C, H, W), the images (images, C, H, W) and where
     they are, bool (B, S). The others are padding: `pixel_attention_mask`, (B, S) or (B, S, H, W), leaves them out, or their
     pixels are zeros."""
     pixels, real = inputs["pixel_values"], inputs.get("pixel_attention_mask")
@@ -118,8 +118,8 @@ def _pictures(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
 
 
 def _real_sizes(pixels: Tensor, real: Tensor | None, inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """Height and width of each image of `_pictures`, without the padding that `pixel_mask` (images, H, W), `pixel_attention_mask`
-    (B, S, H, W) or `image_sizes` (images, 2) tell."""
+    """Height and width of each image of `_image_pixels`, without padding, by `pixel_mask` (images, H, W), `pixel_attention_mask`
+    (B, S, H, W) or `image_sizes` (images, 2)."""
     mask, sizes = inputs.get("pixel_mask"), inputs.get("image_sizes")
     if real is not None:
         mask, sizes = inputs.get("pixel_attention_mask"), None
@@ -168,12 +168,12 @@ def split(adapter: Adapter | None, inputs: Mapping[str, Any], count: int, shown:
     region_boxes, pixels = getattr(shown, "boxes", None), inputs.get("pixel_values")
     if grids and not _fit(pixels, grids, [list(owners).count(number) for number in range(count)], inputs):
         grids = []
-    pictures = _pictures_of_maps(grids, len(pixels)) if grids and isinstance(pixels, Tensor) and pixels.ndim == 4 else None
+    pictures = _images_of_maps(grids, len(pixels)) if grids and isinstance(pixels, Tensor) and pixels.ndim == 4 else None
     problem = None
     if not grids and count > 1 and isinstance(pixels, Tensor) and pixels.shape[0] not in (1, count):
         problem = (
-            "inputs must be of one sample where nothing tells which pixel_values, such as tiles of images, belong to which; "
-            f"got {count} samples and pixel_values {tuple(pixels.shape)}. Let the data set give them one by one"
+            "inputs must be of one sample if it is unknown which pixel_values, such as tiles of images, belong to which; "
+            f"got {count} samples and pixel_values {tuple(pixels.shape)}. Pass them one by one in dataset"
         )
     samples = []
     for number in range(count):
@@ -189,15 +189,15 @@ def split(adapter: Adapter | None, inputs: Mapping[str, Any], count: int, shown:
         shown_entries = None if text is None or columns is None else text[number].cumsum(0)[columns] - 1
         entries = {} if columns is None else _entries(texts, number, columns)
         rows = images if images is None or pictures is None else [row for index in images for row in pictures[index]]
-        rows = None if isinstance(pixels, Tensor) and pixels.ndim == 5 else rows  # pictures of a sample lie together
-        alone = _alone(inputs, number, count, rows)
+        rows = None if isinstance(pixels, Tensor) and pixels.ndim == 5 else rows  # images of a sample are next to one another
+        alone = _sample_inputs(inputs, number, count, rows)
         filled = adapter is not None and adapter.names != NAMES  # its positions are those of the longest text
         samples.append(Sample(alone, columns, shown_entries, entries, own_grids, regions, boxes, problem, filled))
     return samples
 
 
 def _asked(words: Words, inputs: Mapping[str, Any], text: Tensor | None) -> Tensor:
-    """The words that the caller allows to go, among those of `text`."""
+    """The words that the caller allows to be removed, among those of `text`."""
     ids, removable = inputs["input_ids"], words(inputs)
     if not isinstance(removable, Tensor) or removable.shape != ids.shape or removable.dtype != torch.bool:
         raise ValueError(f"words must return bool (B, N) = {tuple(ids.shape)}; got {describe(removable)}")
@@ -209,7 +209,7 @@ def _shown_words(adapter: Adapter | None, inputs: Mapping[str, Any], shown: Any)
     ids, positions = inputs.get("input_ids"), getattr(shown, "text_positions", None)
     if not isinstance(ids, Tensor) or positions is None:
         return None
-    # Where patches come in front of the words, positions count from the first patch.
+    # If patches come before the words, positions count from the first patch.
     towers = () if adapter is None else adapter.towers
     text_rows = [(tower.kind, shown.relevancy[tower.name]) for tower in towers if tower.kind.text]
     before = sum(kind(inputs, (len(positions), carried.shape[-1])).before for kind, carried in text_rows)
@@ -220,7 +220,7 @@ def _shown_words(adapter: Adapter | None, inputs: Mapping[str, Any], shown: Any)
 
 
 def _inner_words(adapter: Adapter | None, inputs: Mapping[str, Any]) -> Tensor | None:
-    """bool (B, N) where no adapter tells words: all but padding and the first and last token, as [CLS] and [SEP] are."""
+    """bool (B, N) without an adapter: all but padding and the first and last token, such as [CLS] and [SEP]."""
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     if not isinstance(ids, Tensor) or (adapter is not None and adapter.towers):
         return None
@@ -230,8 +230,8 @@ def _inner_words(adapter: Adapter | None, inputs: Mapping[str, Any]) -> Tensor |
 
 
 def _entries(texts: list[Tensor], number: int, columns: Tensor) -> dict[int, list[Tensor]]:
-    """The places of a sample's columns in its row of `.text`, by the width of the row, which has an entry for each word of one of
-    the masks `texts`, with zeros behind shorter texts, or for each column of `input_ids`."""
+    """The indices of a sample's columns in its vector of `.text`, by the width of the vector, which has an entry for each word of
+    one of the masks `texts`, with zeros after shorter texts, or for each column of `input_ids`."""
     places: dict[int, list[Tensor]] = {}
     for mask in [*texts, torch.ones_like(texts[0])]:
         same_width = places.setdefault(int(mask.sum(1).max()), [])
@@ -243,15 +243,15 @@ def _entries(texts: list[Tensor], number: int, columns: Tensor) -> dict[int, lis
 
 def _fit(pixels: Any, grids: list[tuple[int, int]], counts: list[int], inputs: Mapping[str, Any]) -> bool:
     """Whether patches can be told apart in `pixel_values`, of which each sample has `counts` maps. ValueError for an image that
-    is no whole number of patches."""
+    is not a whole number of patches."""
     if not isinstance(pixels, Tensor):
         return False
     if pixels.ndim == 2:
         return inputs.get("image_grid_thw") is not None and pixels.shape[0] % sum(h * w for h, w in grids) == 0
-    pixels, real = _pictures(inputs)
+    pixels, real = _image_pixels(inputs)
     if real is not None and real.sum(1).tolist() != counts:
         return False
-    if pixels.ndim != 4 or (pictures := _pictures_of_maps(grids, len(pixels))) is None:
+    if pixels.ndim != 4 or (pictures := _images_of_maps(grids, len(pixels))) is None:
         return False
     shapes = [min(grids) if len(grids) < len(pixels) else grid for grid, rows in zip(grids, pictures, strict=True) for _ in rows]
     for (height, width), (h, w) in zip(_real_sizes(pixels, real, inputs), shapes, strict=True):
@@ -260,9 +260,9 @@ def _fit(pixels: Any, grids: list[tuple[int, int]], counts: list[int], inputs: M
     return True
 
 
-def _pictures_of_maps(grids: list[tuple[int, int]], count: int) -> list[list[int]] | None:
-    """The numbers of the pictures, among `count`, that each map is of: one each, or crops of the smallest map's shape that are
-    joined row by row. None where they do not add up."""
+def _images_of_maps(grids: list[tuple[int, int]], count: int) -> list[list[int]] | None:
+    """The numbers of the images, among `count`, that each map belongs to: one each, or crops of the smallest map's shape joined
+    row by row. None if they do not add up."""
     height, width = min(grids)
     joined = [1 if count == len(grids) else (h // height) * (w // width) for h, w in grids]
     if sum(joined) != count or (count != len(grids) and any(h % height or w % width for h, w in grids)):
@@ -279,8 +279,8 @@ def _real_regions(inputs: Mapping[str, Any], number: int) -> Tensor | None:
     return None
 
 
-def _alone(inputs: Mapping[str, Any], number: int, count: int, images: list[int] | None) -> dict[str, Any]:
-    """The inputs of one sample of `count`, with its images where they are told apart."""
+def _sample_inputs(inputs: Mapping[str, Any], number: int, count: int, images: list[int] | None) -> dict[str, Any]:
+    """The inputs of one sample of `count`, with its images if they are known."""
     alone = dict(inputs)
     grid = inputs.get("image_grid_thw")
     for name, value in inputs.items():

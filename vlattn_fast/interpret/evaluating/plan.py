@@ -22,7 +22,7 @@ PARTS_OF[INTERVENTION] = PARTS
 TESTS = tuple(PARTS_OF)
 # The tests of the table that one test of `evaluate` is
 MEASURED = {INTERVENTION: (INTERVENTION, *(f"{INTERVENTION}:{kind}" for kind in ("top", "insertion", "deletion")))}
-EDGES = "attribute_edges"  # the first-order effects, beside maps, in the test "intervention"
+EDGES = "attribute_edges"  # the first-order effects, compared with maps in the test "intervention"
 RANDOM = "random"
 _NO_METHODS = (RANDOM, EDGES)  # of `explain`
 _DEFAULT_TESTS = ("positive", "negative", "pointing")
@@ -34,7 +34,7 @@ _READERS = {
     },
 }
 
-Rival = Callable[[nn.Module, Mapping[str, Any], Any], Any]
+CustomMethod = Callable[[nn.Module, Mapping[str, Any], Any], Any]
 Measure = Callable[[Any], Tensor]
 
 
@@ -43,7 +43,9 @@ class Plan:
     """The arguments of one `evaluate`, checked."""
 
     model: nn.Module  # without its wrappers
-    methods: dict[str, str | Method | Rival]  # name in the table -> a method of `explain`, a name of `_NO_METHODS`, or a callable
+    methods: dict[
+        str, str | Method | CustomMethod
+    ]  # name in the table -> a method of `explain`, a name of `_NO_METHODS`, or a callable
     tests: tuple[str, ...]
     steps: dict[str, tuple[float, ...]]  # of each test with a curve over perturbed inputs
     accuracy: Measure | None
@@ -56,7 +58,7 @@ class Plan:
 
     @classmethod
     def check(cls, model: nn.Module, methods: Any, tests: Any, steps: Any, **rest: Any) -> Plan:
-        """The plan, with the errors of `evaluate`."""
+        """The plan; raises the errors of `evaluate`."""
         named, options = named_methods(methods), rest["options"]
         tests = _DEFAULT_TESTS if tests is None else check_names("tests", tests, TESTS, "None or a sequence of names")
         measures = {name: rest[name] for name in ("accuracy", "probability")}
@@ -65,9 +67,9 @@ class Plan:
                 readers = ", ".join(_READERS[name])
                 raise ValueError(f"{name} must be given with one of the tests {readers}; got tests {', '.join(tests)}")
         if options and all(callable(method) or method in _NO_METHODS for method in named.values()) and INTERVENTION not in tests:
-            raise ValueError(f"{', '.join(options)} must be given with methods of explain; got callables and 'random' alone")
+            raise ValueError(f"{', '.join(options)} must be given with methods of explain; got only callables and 'random'")
         if EDGES in named.values() and INTERVENTION not in tests:
-            raise ValueError(f"methods must have {EDGES!r} with the test {INTERVENTION!r} alone; got tests {', '.join(tests)}")
+            raise ValueError(f"methods must have {EDGES!r} only with the test {INTERVENTION!r}; got tests {', '.join(tests)}")
         fractions = {test: _checked_steps(steps, test) for test in tests if test in CURVES}
         check_callable(**measures, words=rest["words"])
         check_integer("sanity_stages", rest["sanity_stages"], low=1, high=1000)  # each explains the whole data set again
@@ -77,7 +79,7 @@ class Plan:
 
     @property
     def keys(self) -> list[tuple[str, str, str]]:
-        """(method, test, part) of each record of the table."""
+        """(method, test, part) of each entry of the table."""
         tests = [(test, part) for named in self.tests for test in MEASURED.get(named, (named,)) for part in PARTS_OF[named]]
         return [(name, *test) for name in self.methods for test in tests]
 
@@ -94,7 +96,7 @@ class Plan:
         return {**named, "seed": self.seed, "sanity_stages": self.sanity_stages}
 
 
-def named_methods(methods: Any) -> dict[str, str | Method | Rival]:
+def named_methods(methods: Any) -> dict[str, str | Method | CustomMethod]:
     check_items("methods", methods, "a sequence or a dict of names and callables")
     if isinstance(methods, Mapping):
         named = dict(methods)

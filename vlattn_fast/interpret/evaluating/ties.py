@@ -1,4 +1,4 @@
-"""Scores that their rounding alone tells apart are a tie: another processor or batch would put them in another order."""
+"""Scores that differ only by rounding are a tie: another processor or batch would put them in another order."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def rounding(dtype: torch.dtype) -> float:
 
 
 def levelled(scores: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scores (..., n) of a model of this dtype, where all that tie with the largest have its value: `argmax` takes the first of
+    """Scores (..., n) of a model of this dtype, in which all that tie with the largest get its value: `argmax` takes the first of
     them. NaN stays."""
     largest = scores.amax(-1, keepdim=True)
     return torch.where(largest - scores <= rounding(dtype) * largest.abs(), largest, scores)
@@ -37,8 +37,8 @@ def constant(values: Tensor) -> bool:
     return bool(values.max() - values.min() <= rounding(torch.float32) * values.abs().max())
 
 
-def equal_rows(inputs: Mapping[str, Any], count: int) -> list[int]:
-    """For each of `count` rows of inputs the first row that is the same."""
+def equal_samples(inputs: Mapping[str, Any], count: int) -> list[int]:
+    """For each of `count` samples of inputs the first sample that is equal."""
     columns = [value.flatten(1).tolist() for value in inputs.values() if isinstance(value, Tensor) and len(value) == count]
     first: dict[str, int] = {}
     return [first.setdefault(str(row), place) for place, row in enumerate(zip(*columns, strict=True))]

@@ -1,4 +1,4 @@
-"""`widget`: a picture of a model whose heads and edges are edited by clicks.
+"""`widget`: an interactive view of a model, whose heads and edges you edit by clicks.
 
 In: models, an input and groups of its tokens.
 Out: a widget for notebooks, and the same as a page.

@@ -34,7 +34,7 @@ class State(NamedTuple):
 
     edits: tuple[Edit, ...]
     explanations: dict[str, Explanation]  # by the names of panes, see `Exploration`
-    answers: dict[str, list[str]]  # by the name of a model: what it says of each sample, if it says something
+    answers: dict[str, list[str]]  # by the name of a model: its answer for each sample, if it has one
 
 
 class Exploration:
@@ -48,7 +48,7 @@ class Exploration:
         if not self.models or not all(isinstance(name, str) for name in self.models):
             raise TypeError(f"models must be a model, or a dict from names to models; got {describe(models)}")
         if not listed or len(set(labels)) < len(labels) or any(method.needs != "attention" for method in listed):
-            raise ValueError(f"methods must be such that see attention, at least one, each once; got {methods!r}")
+            raise ValueError(f"methods must name at least one method that uses attention, each once; got {methods!r}")
         check_integer("generate", count, low=0)
         several = len(self.models) > 1, len(listed) > 1
         self.panes: dict[str, tuple[str, Method]] = {}
@@ -58,7 +58,7 @@ class Exploration:
                 self.panes[", ".join(pair) if all(several) else pair[not several[0]]] = model, method
         one = Asked.check(next(iter(self.models.values())), inputs, **question)
         if question["target"] is None and one.prompt.answer is None and one.prompt.pairs is None:
-            with torch.no_grad():  # what one model chooses now is asked of all, also where they are edited
+            with torch.no_grad():  # the target that the first model chooses is that of all, edited ones included
                 question = {**question, "target": one.scores(one.run(Plans(one.seen)))[1]}
         self.inputs, self.count, self.question = inputs, count, question
         self.tables = {name: attribute_edges(model, inputs, groups, **question) for name, model in self.models.items()}
@@ -67,7 +67,7 @@ class Exploration:
         facts = {name: self._facts(name) for name in self.models}
         self.towers, self.heads = next(iter(facts.values()))
         if any(model_facts != (self.towers, self.heads) for model_facts in facts.values()):
-            raise ValueError(f"models must have the same towers, and as many layers and heads; got {facts}")
+            raise ValueError(f"models must have the same towers, layers and heads; got {facts}")
         self.plain = self._state(())
 
     def _facts(self, name: str) -> tuple[tuple[str, str], dict[int, int]]:
@@ -77,8 +77,8 @@ class Exploration:
 
     def state(self, message: Any) -> State:
         """Explanations and answers with the edits of a message, {"edits": [...]}: {"layer", "head", "factor"} scales a head, and
-        {"layer", "head", "from", "to"} cuts an edge, where head None = all. TypeError or ValueError for another message, an
-        unknown layer, head or group, and an edit that is named twice."""
+        {"layer", "head", "from", "to"} cuts an edge; head None = all heads. TypeError or ValueError for another message, an
+        unknown layer, head or group, and a repeated edit."""
         if not isinstance(message, Mapping) or set(message) != {"edits"} or not isinstance(message["edits"], list):
             raise TypeError(f'a message must be {{"edits": [...]}}; got {message!r:.200}')
         edits = tuple(map(self._edit, message["edits"]))
@@ -119,7 +119,7 @@ class Exploration:
 
     @torch.no_grad()
     def _answer(self, name: str) -> list[str]:
-        """The words of a model for each sample: a decoder's answer, or the likeliest classes; nothing where it does neither."""
+        """The answer of a model for each sample: a decoder's text, or the likeliest classes; nothing for other models."""
         model: Any = unwrapped(self.models[name])
         adapter, asked = find_adapter(model), self._asked[name]
         if adapter is None or not self.count:

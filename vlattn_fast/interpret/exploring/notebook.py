@@ -1,4 +1,4 @@
-"""The widget, whose script is that of its page; this file imports anywidget."""
+"""The widget, with the same script as its page; this file imports anywidget."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SCRIPT = "\n".join(path.read_text(encoding="utf-8") for path in (TEMPLATES / "d
 
 
 class Explorer(anywidget.AnyWidget):
-    """The widget of `va.widget`. A click in the notebook sends a message, and `edited` carries back what it changed."""
+    """The widget of `va.widget`. A click in the notebook sends a message, and `edited` returns what changed."""
 
     _esm = f"{_SCRIPT}\nexport default {{ render: ({{ model, el }}) => explore(model, el) }};\n"
     _css = (_HERE / "exploring.css").read_text(encoding="utf-8")
@@ -48,17 +48,17 @@ class Explorer(anywidget.AnyWidget):
 
     @property
     def edits(self) -> list[Edit]:
-        """The edits that are shown, as `va.intervene` takes them."""
+        """The edits that are shown, for `va.intervene`."""
         return list(self._shown.edits)
 
     @property
     def explanations(self) -> dict[str, Explanation]:
-        """The explanations that are shown, by the names of methods and models: of the edited models, or of them as they are."""
+        """The explanations that are shown, by the names of methods and models: of the edited models, or of the unedited ones."""
         return dict(self._shown.explanations)
 
     def save_html(self, path: str | Path, title: str = "Heads and edges") -> Path:
-        """Write the widget, as it is now, to `path`: one self-contained page without network, in which everything works but
-        computing again, which needs a kernel."""
+        """Writes the widget in its present state to `path`: one self-contained page that needs no network. Everything works there
+        except computing again, which needs a kernel."""
         check_writable("path", Path(path))
         with extra("viz"):
             page = fill_template(_HERE / "exploring.html", title=title, data={"page": self.page, "edited": self.edited})
@@ -66,11 +66,11 @@ class Explorer(anywidget.AnyWidget):
         return Path(path)
 
     def _receive(self, widget: Any, message: Any, buffers: Any) -> None:
-        """Computes what a message of the page asks for. One that is no edit changes `problem` alone."""
-        number = self.edited["number"] + 1  # tells the page that its message is answered, also where nothing else changes
+        """Computes what a message of the page asks for. A message that is not an edit changes only `problem`."""
+        number = self.edited["number"] + 1  # tells the page that its message is answered, even if nothing else changes
         try:
             self._shown = self._exploration.state(message)
-        except Exception as error:  # the page would wait
+        except Exception as error:  # else the page would wait
             kind = "" if isinstance(error, (TypeError, ValueError)) else f"{type(error).__name__}: "
             self.edited = {**self.edited, "number": number, "problem": f"{kind}{error}"}
             return
@@ -86,7 +86,7 @@ class Explorer(anywidget.AnyWidget):
 
 
 def _effects(table: EdgeTable) -> dict[str, Any]:
-    """First-order effects by (from, to, layer, head), and by (layer, from, to) of all heads; null where there is no such edge."""
+    """First-order effects by (from, to, layer, head), and by (layer, from, to) of all heads; null if there is no such edge."""
 
     def numbers(values: Any) -> Any:
         return [numbers(each) for each in values] if isinstance(values, list) else finite(values)

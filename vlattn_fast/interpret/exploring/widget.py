@@ -1,4 +1,4 @@
-"""`widget`: a picture of a model whose heads and edges are edited by clicks."""
+"""`widget`: an interactive view of a model, whose heads and edges you edit by clicks."""
 
 from __future__ import annotations
 
@@ -34,24 +34,30 @@ def widget(
     crop: Any = None,
     cmap: str = "inferno",
 ) -> Explorer:
-    """A notebook's widget: a picture under its map, words, layers and heads, and the flow between groups of tokens. A click cuts
-    an edge of attention or scales a head; the model answers again, and its map is computed again.
+    """Shows a model in a notebook: the image under its map, words, layers and heads, and the flow between groups of tokens.
 
-    Maps are those of `explain`, inside of `intervene` where there are edits; `widget.edits` and `widget.explanations` are what is
-    shown. The effects of heads are the first-order ones of `attribute_edges`, of the model as it is. `widget.save_html(path)`
-    writes a page that shows the same without a kernel.
+    A click cuts an edge of attention or scales a head; then the model answers and is explained again. Maps are those of
+    `explain`, inside of `intervene` if there are edits. The colours of heads are the first-order effects of `attribute_edges` on
+    the unedited model.
+
+    Returns a widget: `widget.edits` and `widget.explanations` hold what is shown, and `widget.save_html(path)` writes a page that
+    shows the same without a kernel.
+
+    Examples:
+        >>> va.widget(model, inputs, ["image", "question", "last"], image=photo, processor=processor)  # doctest: +SKIP
 
     Args:
-        models: a model, or several side by side by their names, as two checkpoints: of the same towers, layers and heads.
+        models: a model, or a dict of several to show side by side, such as two checkpoints: with the same towers, layers and
+            heads.
         inputs, groups, tower: as in `attribute_edges`.
         image, labels, crop, cmap: as in `Explanation.plot`.
-        methods: the method of `explain`, or several side by side; each sees attention.
-        target, answer: as in `explain`. A target of None is the one that the first model gives without edits.
-        generate: how many tokens a decoder answers with; 0 = none. A classifier names its likeliest classes.
+        methods: a method of `explain`, or several to show side by side; each must use attention.
+        target, answer: as in `explain`. None = the target that the first model chooses without edits.
+        generate: the number of tokens in a decoder's answer; 0 = no answer. A classifier names its likeliest classes.
         processor: as in `explain`; without `crop` also as in `Explanation.plot`.
 
     Raises:
-        TypeError, ValueError: models of other towers, layers or heads; a method that sees no attention; and what `explain`,
+        TypeError, ValueError: models with different towers, layers or heads; a method that uses no attention; and what `explain`,
             `attribute_edges` and `Explanation.plot` raise.
         ModuleNotFoundError: anywidget, matplotlib or jinja2 is not installed.
     """

@@ -78,7 +78,7 @@ def intervene_one(
     """Lines that compare what a model says of a picture, of texts, or of both, as it is and with edits: a decoder's answer of at
     most `count` tokens, else its scores."""
     if image is None and not texts:
-        raise ValueError("image or --text must be given, or both, as the model takes them")
+        raise ValueError("image or --text must be given, or both, depending on the model; got neither")
     inputs = on_device(build_inputs(model, processor, None if image is None else open_image(image), texts), model)
     adapter, how = find_adapter(model), {"processor": processor, "tower": None}
     with torch.no_grad():

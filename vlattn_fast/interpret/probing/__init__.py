@@ -1,4 +1,4 @@
-"""`probe`: what heads attend to and what hidden states know, over a data set.
+"""`probe`: what heads attend to, and which information hidden states hold, over a data set.
 
 In: a model and labelled samples.
 Out: a `ProbeReport`.

@@ -17,7 +17,7 @@ SUFFIXES = (".jsonl", ".ndjson")
 def samples(model: Any, processor: Any, source: str | Path) -> Iterator[tuple[Mapping[str, Any], dict[str, Any]]]:
     """(inputs, labels) of each line, which has "text", "image" (a path relative to the file's folder), and labels as in `probe`.
 
-    `source` is the file, or a folder with one such file. ValueError where it is neither, is empty, or a line has another form.
+    `source` is the file, or a folder with one such file. ValueError if it is neither, is empty, or has an invalid line.
     """
     source = Path(source)
     if source.is_dir():
@@ -29,12 +29,12 @@ def samples(model: Any, processor: Any, source: str | Path) -> Iterator[tuple[Ma
     if source.suffix not in SUFFIXES or not source.is_file():
         raise ValueError(f"dataset must be a .jsonl file, or a folder with one; got {source}")
     number = 0
-    for number, record in json_lines(source):
-        _check(record, number)
-        labels = {name: record[name] for name in KEYS if record.get(name) is not None}
+    for number, entry in json_lines(source):
+        _check(entry, number)
+        labels = {name: entry[name] for name in KEYS if entry.get(name) is not None}
         try:
-            picture = None if record.get("image") is None else open_image(source.parent / record["image"])
-            inputs = on_device(build_inputs(model, processor, picture, [record["text"]]), model)
+            picture = None if entry.get("image") is None else open_image(source.parent / entry["image"])
+            inputs = on_device(build_inputs(model, processor, picture, [entry["text"]]), model)
             read_item((inputs, labels))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{error}, in line {number} of the dataset") from error
@@ -43,11 +43,11 @@ def samples(model: Any, processor: Any, source: str | Path) -> Iterator[tuple[Ma
         raise ValueError(f"dataset must have at least one line; got none in {source}")
 
 
-def _check(record: Any, number: int) -> None:
-    """ValueError unless the content of a line has the form of a sample."""
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        raise ValueError(f"dataset must have a JSON object with a text in line {number}; got {record!r}")
-    if not isinstance(record.get("image"), str | None):
-        raise ValueError(f"dataset must have the path of a picture as image in line {number}; got {record['image']!r}")
-    if unknown := [name for name in record if name not in (*_COLUMNS, "id")]:
+def _check(entry: Any, number: int) -> None:
+    """ValueError unless a line is a valid sample."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
+        raise ValueError(f"dataset must have a JSON object with a text in line {number}; got {entry!r}")
+    if not isinstance(entry.get("image"), str | None):
+        raise ValueError(f"dataset must have a path as image in line {number}; got {entry['image']!r}")
+    if unknown := [name for name in entry if name not in (*_COLUMNS, "id")]:
         raise ValueError(f"dataset must have columns among {', '.join(_COLUMNS)} and id; got {unknown} in line {number}")

@@ -14,13 +14,13 @@ from vlattn_fast._ground.extras import with_progress
 from vlattn_fast.interpret.probing.labels import Labels, regions_of, tokens_of
 from vlattn_fast.interpret.probing.layout import IMAGE, SPECIAL, TEXT, Layout
 from vlattn_fast.interpret.probing.linear import Array, Probed, fusion, linear_probe
-from vlattn_fast.interpret.probing.watched import Seen, Sets, Watched
+from vlattn_fast.interpret.probing.streams import ForwardPass, OneStream, Sets
 
 COLUMNS = ("test", "kind", "layer", "head", "value", "chance", "control", "samples", "left_out", "note")
 KINDS = {TEXT: "text", IMAGE: "image", SPECIAL: "special"}
-_CROSSING = 0.5  # a head with more attention on the text is cross-modal
-_NO_SIGHT = "no image token sees a word and the whole image"
-_CLASSES = 6  # of lengths
+_CROSSING = 0.5  # a head with more attention to the text than this is cross-modal
+_NO_TOKEN = "no image token sees a word and the whole image"
+_CLASSES = 6  # of text lengths, at most
 _OF_TRACES = {"coreference": "phrases", "relation": "relations"}
 
 
@@ -43,8 +43,8 @@ class Gathered:
         """A generator per test and input, so that no result depends on the batches or on other tests."""
         return np.random.default_rng([self.seed, *test.encode(), number])
 
-    def add(self, watched: Watched, inputs: Mapping[str, Any], labels: Sequence[Labels]) -> None:
-        """Runs the model over a batch and gathers the numbers."""
+    def add(self, stream: OneStream, inputs: Mapping[str, Any], labels: Sequence[Labels]) -> None:
+        """Runs the model on a batch and gathers the numbers."""
         asked: list[list[tuple[str, Any, Sets]]] = []
 
         def sets(layout: Layout) -> list[list[Sets]]:
@@ -54,26 +54,26 @@ class Gathered:
 
         label_sets = sets if any(name in self.tests for name in _OF_TRACES) else None
         attends = label_sets is not None or any(name in self.tests for name in ("modality", "cross_modal"))
-        seen = watched.run(inputs, label_sets, statistics=attends)
-        self._two_streams = seen.mass is None
-        for number, parts in enumerate(seen.layout.parts):
-            if attends and seen.mass is not None and seen.crossing is not None:
+        run = stream.run(inputs, label_sets, statistics=attends)
+        self._two_streams = run.mass is None
+        for number, parts in enumerate(run.layout.parts):
+            if attends and run.mass is not None and run.crossing is not None:
                 if bool((parts == IMAGE).any()):
-                    self._mass.append(seen.mass[:, number].numpy())
-                    self._crossing.append(seen.crossing[:, number].numpy())
+                    self._mass.append(run.mass[:, number].numpy())
+                    self._crossing.append(run.crossing[:, number].numpy())
                 else:
                     self._left_out["modality"] += 1
             for index, (test, kind, _) in enumerate(asked[number] if asked else ()):
-                trace = seen.maxima[number][index].numpy()
+                trace = run.maxima[number][index].numpy()
                 if len(trace):
                     self._traces[test].append((trace, kind, self.count + number))
                 else:
                     self._left_out[test] += 1
             if "fusion" in self.tests and not self._two_streams:
-                self._clusters(seen, number)
+                self._clusters(run, number)
         if "linguistic" in self.tests:
-            self._linguistic(watched, inputs, seen, labels)
-        self.count += len(seen.layout.parts)
+            self._linguistic(stream, inputs, run, labels)
+        self.count += len(run.layout.parts)
 
     def _asked(self, layout: Layout, number: int, label: Labels) -> list[tuple[str, Any, Sets]]:
         """The sets of tokens that a sample's labels name: (test, class, sets)."""
@@ -84,7 +84,7 @@ class Gathered:
             tokens, named = tokens_of(layout, number, columns, sample), regions_of(layout, number, regions, sample)
             unnamed = [place for place in layout.regions[number] if place not in named and layout.parts[number, place] == IMAGE]
             if len(unnamed) < len(named):
-                self._left_out["coreference"] += 2  # samples: too few other regions to tell apart
+                self._left_out["coreference"] += 2  # samples: too few other regions
                 continue
             drawn = sorted(random.choice(unnamed, len(named), replace=False).tolist())
             asked += [("coreference", 1, (tokens, named)), ("coreference", 0, (tokens, drawn))]
@@ -93,23 +93,23 @@ class Gathered:
             asked.append(("relation", relation, (first, second)))
         return asked
 
-    def _clusters(self, seen: Seen, number: int) -> None:
-        parts = seen.layout.groups(self.special)[number]
+    def _clusters(self, run: ForwardPass, number: int) -> None:
+        parts = run.layout.groups(self.special)[number]
         taken = (parts == TEXT) | (parts == IMAGE)
         image = (parts[taken] == IMAGE).numpy()
         if image.all() or not image.any():
             self._left_out["fusion"] += 1
             return
-        states = [state[number][taken.to(state.device)].double().cpu().numpy() for state in seen.states]
+        states = [state[number][taken.to(state.device)].double().cpu().numpy() for state in run.states]
         shuffled = self._random("fusion", self.count + number).permutation(image)
         self._fusion.append([fusion(state, image, self.seed, shuffled) for state in states])
 
-    def _linguistic(self, watched: Watched, inputs: Mapping[str, Any], seen: Seen, labels: Sequence[Labels]) -> None:
+    def _linguistic(self, stream: OneStream, inputs: Mapping[str, Any], run: ForwardPass, labels: Sequence[Labels]) -> None:
         ids = inputs.get("input_ids")
         if not isinstance(ids, Tensor):
             raise ValueError("inputs must contain 'input_ids' for linguistic probes; got none")
-        words = seen.layout.words_of(ids)
-        states, changed, exchanged = self._text_states(seen), ids.clone(), []
+        words = run.layout.words_of(ids)
+        states, changed, exchanged = self._text_states(run), ids.clone(), []
         for number, label in enumerate(labels):
             columns = words[number].nonzero()[:, 0].tolist()
             if not columns:
@@ -125,25 +125,28 @@ class Gathered:
             changed[number, place], changed[number, place + 1] = ids[number, place + 1], ids[number, place]
             exchanged.append(number)
         if exchanged:
-            again = self._text_states(watched.run({**inputs, "input_ids": changed}, statistics=False))
+            again = self._text_states(stream.run({**inputs, "input_ids": changed}, statistics=False))
             for number in exchanged:
                 self._orders += [(states[number], 0, self.count + number), (again[number], 1, self.count + number)]
 
-    def _text_states(self, seen: Seen) -> list[Array]:
+    def _text_states(self, run: ForwardPass) -> list[Array]:
         """The state (L, C) of each sample's text."""
         if self.position == "cls":
-            read = enumerate(seen.layout.row)
-            return [np.stack([state[number, row].double().cpu().numpy() for state in seen.states]) for number, row in read]
-        weight = seen.layout.words[:, : seen.states[0].shape[1]].double()  # with two streams, the states of the text
+            positions = enumerate(run.layout.position)
+            return [
+                np.stack([state[number, position].double().cpu().numpy() for state in run.states])
+                for number, position in positions
+            ]
+        weight = run.layout.words[:, : run.states[0].shape[1]].double()  # with two streams, the states of the text
         weight = weight / weight.sum(-1, keepdim=True).clamp(min=1)
-        means = [torch.einsum("bn,bnc->bc", weight, state.double().cpu()).numpy() for state in seen.states]
+        means = [torch.einsum("bn,bnc->bc", weight, state.double().cpu()).numpy() for state in run.states]
         return [np.stack([mean[number] for mean in means]) for number in range(len(weight))]
 
     def table(self) -> list[dict[str, Any]]:
         """See `ProbeReport`."""
         makers = {"modality": self._of_heads, "cross_modal": self._of_heads, "fusion": self._of_fusion}
         makers |= {"linguistic": self._of_texts, **dict.fromkeys(_OF_TRACES, self._of_traces)}
-        return [record for test in self.tests for record in makers[test](test)]
+        return [entry for test in self.tests for entry in makers[test](test)]
 
     def _reason(self, otherwise: str) -> str:
         return "words and image in two streams" if self._two_streams else otherwise
@@ -151,25 +154,25 @@ class Gathered:
     def _of_heads(self, test: str) -> list[dict[str, Any]]:
         counts: dict[str, Any] = {"samples": len(self._mass), "left_out": self._left_out["modality"]}
         if not self._mass:
-            return [_record(test, note=self._reason("no image tokens"), **counts)]
+            return [_entry(test, note=self._reason("no image tokens"), **counts)]
         if test == "cross_modal":
             return self._of_crossing(np.stack(self._crossing), counts["left_out"])
         mass = np.stack(self._mass).mean(0)
         return [
-            _record(test, name, layer, head, value=float(value), **counts)
+            _entry(test, name, layer, head, value=float(value), **counts)
             for kind, name in KINDS.items()
             if kind != SPECIAL or not self.special
             for (layer, head), value in np.ndenumerate(mass[..., kind])
         ]
 
     def _of_crossing(self, crossing: Array, left_out: int) -> list[dict[str, Any]]:
-        """Crossing heads (S, L, H): each layer and head counts the samples in which an image token sees both kinds there."""
-        seen = (~np.isnan(crossing)).sum(0)
-        if not seen.any():
-            return [_record("cross_modal", note=_NO_SIGHT, left_out=left_out + len(crossing))]
+        """Crossing heads (S, L, H): each layer and head counts the samples in which an image token sees both kinds."""
+        counted = (~np.isnan(crossing)).sum(0)
+        if not counted.any():
+            return [_entry("cross_modal", note=_NO_TOKEN, left_out=left_out + len(crossing))]
         crosses = (crossing > _CROSSING).sum(0)
         return [
-            _record(
+            _entry(
                 "cross_modal",
                 None,
                 layer,
@@ -177,53 +180,53 @@ class Gathered:
                 value=float(crosses[layer, head] / count) if count else None,
                 samples=int(count),
                 left_out=left_out + len(crossing) - int(count),
-                note=None if count else _NO_SIGHT,
+                note=None if count else _NO_TOKEN,
             )
-            for (layer, head), count in np.ndenumerate(seen)
+            for (layer, head), count in np.ndenumerate(counted)
         ]
 
     def _of_traces(self, test: str) -> list[dict[str, Any]]:
         left_out = self._left_out[test]
         if not self._traces[test]:
             missing = "no attention both ways" if self._two_streams and left_out else f"no {_OF_TRACES[test]} in the labels"
-            return [_record(test, note=missing, left_out=left_out)]
+            return [_entry(test, note=missing, left_out=left_out)]
         traces, classes, groups = zip(*self._traces[test], strict=True)
         stacked = np.stack(traces)  # (S, L, H, 2)
         whole = linear_probe(stacked.reshape(len(stacked), -1), classes, groups, self.seed)
-        records = [_record(test, left_out=left_out, **vars(whole))]
+        entries = [_entry(test, left_out=left_out, **vars(whole))]
         heads = list(np.ndindex(*stacked.shape[1:3])) if whole.value is not None else []
         for layer, head in with_progress(heads, f"fitting probes of {test}", leave=False):
             one = linear_probe(stacked[:, layer, head], classes, groups, self.seed, control=False)
-            records.append(_record(test, None, layer, head, left_out=left_out, **vars(one)))
-        return records
+            entries.append(_entry(test, None, layer, head, left_out=left_out, **vars(one)))
+        return entries
 
     def _of_fusion(self, test: str) -> list[dict[str, Any]]:
         counts: dict[str, Any] = {"samples": len(self._fusion), "left_out": self._left_out[test]}
         if not self._fusion:
-            return [_record(test, note=self._reason("no words beside image tokens"), **counts)]
+            return [_entry(test, note=self._reason("no words together with image tokens"), **counts)]
         means = enumerate(np.array(self._fusion).mean(0))  # (L, 2)
-        return [_record(test, None, i, value=float(value), control=float(control), **counts) for i, (value, control) in means]
+        return [_entry(test, None, i, value=float(value), control=float(control), **counts) for i, (value, control) in means]
 
     def _of_texts(self, test: str) -> list[dict[str, Any]]:
         left_out = self._left_out[test]
         if not self._texts:
-            return [_record(test, note="no words", left_out=left_out)]
+            return [_entry(test, note="no words", left_out=left_out)]
         states = np.stack([text[0] for text in self._texts])  # (S, L, C)
         texts = [text[1] for text in self._texts]
         counts = Counter(word for text in texts for word in set(text))
         # the id whose number of texts is nearest to half of them; the smallest of several
         word = min(counts, key=lambda word: (abs(counts[word] - len(texts) / 2), word))
         lengths, groups = _length_classes([len(text) for text in texts]), range(len(states))
-        records = _of_task("length", states, lengths, groups, self.seed, left_out)
-        records += _of_task("word_content", states, [word in text for text in texts], groups, self.seed, left_out)
+        entries = _of_task("length", states, lengths, groups, self.seed, left_out)
+        entries += _of_task("word_content", states, [word in text for text in texts], groups, self.seed, left_out)
         without = 2 * (left_out + self._left_out["word_order"])  # two samples per text: one with exchanged words
         order_scores, exchanged, inputs = (np.array([one[index] for one in self._orders]) for index in range(3))
-        records += _of_task("word_order", order_scores, exchanged, inputs, self.seed, without)
+        entries += _of_task("word_order", order_scores, exchanged, inputs, self.seed, without)
         for task in dict.fromkeys(name for text in self._texts for name in text[2]):
             having = [index for index, text in enumerate(self._texts) if task in text[2]]
             classes = [self._texts[index][2][task] for index in having]
-            records += _of_task(task, states[having], classes, having, self.seed, left_out + len(states) - len(having))
-        return records
+            entries += _of_task(task, states[having], classes, having, self.seed, left_out + len(states) - len(having))
+        return entries
 
 
 def _of_task(task: str, states: Array, classes: Any, groups: Any, seed: int, left_out: int) -> list[dict[str, Any]]:
@@ -232,8 +235,8 @@ def _of_task(task: str, states: Array, classes: Any, groups: Any, seed: int, lef
     probes = [linear_probe(states[:, layer], classes, groups, seed) for layer in fitted]
     if not probes or probes[0].value is None:
         first = probes[0] if probes else Probed(None, None, None, 0, "no samples")
-        return [_record("linguistic", task, left_out=left_out, **vars(first))]
-    return [_record("linguistic", task, layer, left_out=left_out, **vars(one)) for layer, one in enumerate(probes)]
+        return [_entry("linguistic", task, left_out=left_out, **vars(first))]
+    return [_entry("linguistic", task, layer, left_out=left_out, **vars(one)) for layer, one in enumerate(probes)]
 
 
 def _length_classes(lengths: Sequence[int]) -> list[int]:
@@ -244,9 +247,7 @@ def _length_classes(lengths: Sequence[int]) -> list[int]:
     return np.searchsorted(edges, lengths, side="left").tolist()
 
 
-def _record(
-    test: str, kind: str | None = None, layer: int | None = None, head: int | None = None, **facts: Any
-) -> dict[str, Any]:
-    """A record of the table, with None and 0 where nothing is said."""
+def _entry(test: str, kind: str | None = None, layer: int | None = None, head: int | None = None, **facts: Any) -> dict[str, Any]:
+    """An entry of the table; None and 0 by default."""
     named = {"test": test, "kind": kind, "layer": layer, "head": head, **facts}
     return {**dict.fromkeys(COLUMNS), "samples": 0, "left_out": 0, **named}

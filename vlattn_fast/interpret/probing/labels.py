@@ -27,19 +27,19 @@ class Labels:
 
 
 def read_item(item: Any, adapter: Adapter = WITHOUT_ADAPTER) -> tuple[Mapping[str, Any], list[Labels]]:
-    """Inputs, with images and texts named as transformers names them, and the labels of each sample."""
+    """Inputs, with transformers' names for images and texts, and the labels of each sample."""
     if not isinstance(item, (tuple, list)) or len(item) != 2:
         got = f"{len(item)} of them" if isinstance(item, (tuple, list)) else type(item).__name__
-        raise TypeError(f"dataset must give (inputs, labels); got {got}")
+        raise TypeError(f"dataset must yield (inputs, labels); got {got}")
     inputs, labels = item
     if not isinstance(inputs, Mapping):
-        raise TypeError(f"dataset must give inputs as a mapping of the model's keyword arguments; got {type(inputs).__name__}")
+        raise TypeError(f"dataset must yield inputs as a mapping of the model's keyword arguments; got {type(inputs).__name__}")
     inputs = adapter.standard(inputs)
     first = [inputs[name] for name in ("input_ids", "inputs_embeds") if name in inputs]
     count = next((len(x) for x in (*first, *inputs.values()) if isinstance(x, Tensor) and x.ndim), 1)
     listed = [None] * count if labels is None else list(labels) if isinstance(labels, (list, tuple)) else [labels]
     if len(listed) != count:
-        raise ValueError(f"dataset must give labels for each of {count} samples of the inputs; got {len(listed)}")
+        raise ValueError(f"dataset must yield labels for each of {count} samples of the inputs; got {len(listed)}")
     return inputs, [_labels(one) for one in listed]
 
 
@@ -49,7 +49,7 @@ def _labels(raw: Any) -> Labels:
     if dataclasses.is_dataclass(raw) and not isinstance(raw, type):
         raw = {name: getattr(raw, name, None) for name in KEYS}
     if not isinstance(raw, Mapping):
-        raise TypeError(f"dataset must give labels as a dict, a dataclass or None; got {type(raw).__name__}")
+        raise TypeError(f"dataset must yield labels as a dict, a dataclass or None; got {type(raw).__name__}")
     if unknown := [name for name in raw if name not in KEYS]:
         raise ValueError(f"labels must be among {', '.join(KEYS)}; got {unknown}")
     entries = {name: () if raw.get(name) is None else raw[name] for name in ("phrases", "relations")}
@@ -87,7 +87,7 @@ def _labels(raw: Any) -> Labels:
 
 
 def _number(name: str, region: Any, entry: Any) -> int:
-    """The number of a region, as an int, from NumPy's or torch's, too."""
+    """The number of a region as an int, also from NumPy or torch."""
     try:
         return operator.index(region)
     except TypeError:
@@ -99,7 +99,7 @@ def tokens_of(layout: Layout, sample: int, columns: Sequence[int], number: int) 
     tokens = [column + layout.offset for column in columns]
     parts = layout.parts[sample]
     if tokens[-1] >= len(parts) or bool((parts[tokens] != TEXT).any()):
-        raise ValueError(f"phrases must be of text tokens in input {number}; got columns {columns[0]} to {columns[-1]}")
+        raise ValueError(f"phrases must name text tokens in input {number}; got columns {columns[0]} to {columns[-1]}")
     return tokens
 
 
@@ -108,6 +108,6 @@ def regions_of(layout: Layout, sample: int, regions: Sequence[int], number: int)
     places = layout.regions[sample]
     for region in regions:
         if not 0 <= region < len(places) or layout.parts[sample, places[region]] != IMAGE:
-            among = f"the {len(places)} image tokens of input {number}, padding left out"
+            among = f"the {len(places)} image tokens of input {number} without padding"
             raise ValueError(f"regions must be among {among}; got {region}")
     return [places[region] for region in regions]

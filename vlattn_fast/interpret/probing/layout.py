@@ -21,13 +21,13 @@ class Layout:
     """The tokens of a batch of sequences."""
 
     parts: Tensor  # int64 (B, N), 0 = text, 1 = image, -1 = padding
-    special: Tensor  # bool (B, N), tokens of either part that stand for no word and no region, such as [CLS]
-    row: Tensor  # int64 (B), the token that the model's answer is read from, as in `explain`
+    special: Tensor  # bool (B, N), tokens of either part that are neither a word nor a region, such as [CLS]
+    position: Tensor  # int64 (B), the explained position of `explain`
     offset: int  # the position of the first input id in the sequence
     regions: list[list[int]]  # of each sample the positions of its image tokens, special ones left out, padding included
 
     def groups(self, special: bool) -> Tensor:
-        """int64 (B, N): 0 = text, 1 = image, 2 = special where these are apart, -1 = padding."""
+        """int64 (B, N): 0 = text, 1 = image, 2 = special if these are separate, -1 = padding."""
         return self.parts if special else torch.where(self.special & (self.parts != NONE), SPECIAL, self.parts)
 
     @property
@@ -36,8 +36,8 @@ class Layout:
         return (self.parts == TEXT) & ~self.special
 
     def words_of(self, ids: Tensor) -> Tensor:
-        """bool (B, T), which input ids are words. Where the caller says the parts, they are the T tokens, first or last in the
-        sequence, among which all the text and nothing of the image is."""
+        """bool (B, T), which input ids are words. With the caller's `parts`, they are the first or the last T tokens of the
+        sequence, if these contain all the text and nothing of the image."""
         size, count = self.parts.shape[1], ids.shape[1]
         starts = (self.offset, size - count) if size > count else (self.offset,)
         text, image = ((self.parts == kind).any(0) for kind in (TEXT, IMAGE))
@@ -52,7 +52,7 @@ class Layout:
 
 
 class Layouts:
-    """Lays out the tokens of a model's inputs, by its adapter or by the caller's `parts`, see `probe`."""
+    """Makes the layout of a model's inputs, from its adapter or from the caller's `parts`, see `probe`."""
 
     def __init__(self, model: nn.Module, adapter: Adapter | None, parts: Parts | None) -> None:
         self.model, self.adapter, self.parts = model, WITHOUT_ADAPTER if adapter is None else adapter, parts
@@ -62,19 +62,19 @@ class Layouts:
         two = len(towers) == 2 and len(images) == len(texts) == 1 and not texts[0].kind.image
         self.pair = (texts[0], images[0]) if two and parts is None else None
         alone = adapter is not None and len(texts) == 1 and not adapter.bimodal and not two
-        self.tower = texts[0] if alone else None  # there is no other with words that is read
+        self.tower = texts[0] if alone else None  # no other tower with words has an explained position
 
     def of(self, inputs: Mapping[str, Any], shape: tuple[int, int]) -> Layout:
         """The layout of a sequence of tokens (B, N)."""
         if self.parts is not None:
-            return _told(self.parts(inputs), shape)
+            return _layout_of_parts(self.parts(inputs), shape)
         if self.tower is None:
             name = type(self.model).__name__
-            raise ValueError(f"{name} has no adapter of one stream. Pass parts=, which tells text from image tokens")
+            raise ValueError(f"model must have an adapter with one stream; got {name}. Pass parts=")
         return self._listed(self.tower, inputs, shape)
 
     def two_streams(self, inputs: Mapping[str, Any], shape: tuple[int, int]) -> Layout:
-        """The layout of words, and behind them the image tokens (B, R) of a stream of their own."""
+        """The layout of words, followed by the image tokens (B, R) of a stream of their own."""
         assert self.pair is not None
         text, image = self.pair
         words = self._listed(text, inputs, tuple(inputs["input_ids"].shape))
@@ -87,20 +87,20 @@ class Layouts:
         special[:, : image.prefix] = True
         start = words.parts.shape[1]
         regions = [list(range(start + image.prefix, start + shape[1]))] * shape[0]
-        return Layout(torch.cat([words.parts, parts], 1), torch.cat([words.special, special], 1), words.row, 0, regions)
+        return Layout(torch.cat([words.parts, parts], 1), torch.cat([words.special, special], 1), words.position, 0, regions)
 
     def _listed(self, tower: Tower, inputs: Mapping[str, Any], shape: tuple[int, int]) -> Layout:
         ids = inputs.get("input_ids")
         if not isinstance(ids, Tensor) or ids.shape[0] != shape[0]:
-            raise ValueError("inputs must contain 'input_ids' (B, T), one text for each row of the sequence; got none")
+            raise ValueError("inputs must contain 'input_ids' (B, T), one text for each sample of the sequence; got none")
         tokens = tower.tokens_in(self.model, inputs, shape)
         real, words = tokens.real(), tokens.words()
         if words is None:
             raise ValueError(f"model must have words among the tokens of '{tower.name}'; got {tower.tokens}")
         real = torch.ones(shape, dtype=torch.bool) if real is None else real.cpu()
         is_image = tokens.image_mask().cpu()
-        in_front = is_image.cumsum(1) <= tokens.prefix  # of the patches
-        special = torch.where(is_image, in_front, ~words.cpu())
+        before = is_image.cumsum(1) <= tokens.prefix  # the patches
+        special = torch.where(is_image, before, ~words.cpu())
         regions = [sample.nonzero()[:, 0].tolist() for sample in is_image & ~special]
         position = tower.row.position
         row = torch.zeros(shape[0], dtype=torch.long) if position is None else position(tokens).cpu()
@@ -108,13 +108,13 @@ class Layouts:
         return Layout(torch.where(real, parts, NONE), special, row, tokens.before, regions)
 
 
-def _told(told: Any, shape: tuple[int, int]) -> Layout:
-    """The layout of tokens whose parts the caller told."""
-    parts = torch.as_tensor(told).long().cpu()
+def _layout_of_parts(returned: Any, shape: tuple[int, int]) -> Layout:
+    """The layout of tokens with the caller's parts."""
+    parts = torch.as_tensor(returned).long().cpu()
     if tuple(parts.shape) not in (shape, shape[1:]):
-        raise ValueError(f"parts must give (N) or (B, N) = {shape}; got {tuple(parts.shape)}")
+        raise ValueError(f"parts must return (N) or (B, N) = {shape}; got {tuple(parts.shape)}")
     if bool(((parts < NONE) | (parts > IMAGE)).any()):
-        raise ValueError(f"parts must give 0 (text), 1 (image) or -1 (neither); got {sorted(set(parts.flatten().tolist()))}")
+        raise ValueError(f"parts must return 0 (text), 1 (image) or -1 (neither); got {sorted(set(parts.flatten().tolist()))}")
     parts = parts.expand(shape)
     regions = [(sample == IMAGE).nonzero()[:, 0].tolist() for sample in parts]
     return Layout(parts, torch.zeros_like(parts, dtype=torch.bool), torch.zeros(shape[0], dtype=torch.long), 0, regions)

@@ -16,7 +16,7 @@ FOLDS = 5
 
 @dataclass(frozen=True)
 class Probed:
-    """Held-out accuracy of the probe, of the largest class, and on shuffled labels; None where `note` says why."""
+    """Held-out accuracy of the probe, of the largest class, and on shuffled labels; None if `note` gives the reason."""
 
     value: float | None
     chance: float | None
@@ -36,7 +36,7 @@ def linear_probe(features: Array, labels: Sequence[Any], groups: Sequence[int], 
     folds = (np.random.default_rng(seed).permutation(len(names)) % FOLDS)[index]
     if len(np.unique(folds)) < FOLDS:
         return Probed(None, chance, None, samples, f"fewer than {FOLDS} inputs")
-    shuffled = coded[np.random.default_rng([seed, 1]).permutation(samples)]  # another permutation than the folds'
+    shuffled = coded[np.random.default_rng([seed, 1]).permutation(samples)]  # another permutation than that of the folds
     value = _held_out(features, coded, folds)
     return Probed(value, chance, _held_out(features, shuffled, folds) if control else None, samples)
 

@@ -18,7 +18,7 @@ from vlattn_fast.interpret.probing.gathered import Gathered
 from vlattn_fast.interpret.probing.labels import read_item
 from vlattn_fast.interpret.probing.layout import Layouts, Parts
 from vlattn_fast.interpret.probing.report import ProbeReport
-from vlattn_fast.interpret.probing.watched import TwoStreams, Watched
+from vlattn_fast.interpret.probing.streams import OneStream, TwoStreams
 
 TESTS = ("modality", "cross_modal", "coreference", "relation", "fusion", "linguistic")
 
@@ -36,55 +36,67 @@ def probe(
     modality: Mapping[str, str] | None = None,
     seed: int = 0,
 ) -> ProbeReport:
-    """The probes of VALUE over a data set: the targets of a model's heads, and the information in its states.
+    """Probes what a model's heads attend to and which information its states hold, over a data set (VALUE, ECCV 2020).
 
-    `probe` takes models with one stream of words and image tokens (UNITER, VisualBERT, ViLT, decoders that see images), or texts
-    alone for "linguistic". Models with a stream of each (LXMERT) have "coreference" in the layers where both streams attend to
-    one another, "relation" in the image's layers, and "linguistic". Only `attention_statistics` are kept, layer by layer.
-    Attention that goes to a sink (gpt-oss) counts for no token.
+    Returns a `ProbeReport`: a table with an entry per test, layer and head. Each sample takes one forward pass, and "word_order"
+    one more per text. Memory holds `attention_statistics`, layer by layer, and no map. Fitting the linear probes takes the rest
+    of the time, on the CPU with scikit-learn.
+
+    `probe` supports models with one stream of words and image tokens (UNITER, VisualBERT, ViLT, decoders that see images), and
+    text models for "linguistic". Models with a stream of each (LXMERT) support "coreference" in the layers in which both streams
+    attend to one another, "relation" in the image's layers, and "linguistic".
+
+    Examples:
+        >>> import torch, vlattn_fast as va
+        >>> from transformers import BertConfig, BertModel
+        >>> sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32, vocab_size=100)
+        >>> dataset = [({"input_ids": torch.randint(5, 100, (1, 8))}, None) for _ in range(10)]
+        >>> report = va.probe(BertModel(BertConfig(**sizes)), dataset, tests=["linguistic"])
+        >>> 0 <= report.value("linguistic", layer=1, kind="word_order") <= 1
+        True
 
     Tests of attention, for each layer and head:
 
-    - "modality": the attention of the read row to the text and to the image, each a sum over tokens; mean over samples. The read
-      row is the one that `explain` reads: [CLS], in decoders the last token, in VisualBERT for questions the one before [SEP].
+    - "modality": the attention of the explained position to the text and to the image, each a sum over tokens; mean over samples.
+      The explained position is that of `explain`: [CLS], for decoders the last token, for VisualBERT for questions the one before
+      [SEP].
     - "cross_modal": the share of samples in which some image token gives more than half of its attention to the text. Only image
-      tokens count that see a word and the whole image: behind a causal mask the last one, and none where the image comes first.
-      Samples without one are left out.
-    - "coreference": accuracy of a linear probe that tells a phrase's region from another of the same image. The probe reads the
-      trace: for every head, the largest attention of the phrase's tokens on the region, and of the region on the phrase. Rows of
-      one head have the accuracy with that head's two numbers.
-    - "relation": accuracy of a linear probe that tells the class of a relation from the trace of its two regions.
+      tokens that see a word and the whole image count: under a causal mask the last one, and none if the image comes first.
+      Samples without such a token are left out.
+    - "coreference": the accuracy of a linear probe that distinguishes a phrase's region from another region of the same image.
+      Its features are the largest attention of the phrase's tokens to the region, and of the region to the phrase, for every
+      head. Entries of one head have the accuracy with that head's two numbers.
+    - "relation": the accuracy of a linear probe for the class of a relation, from the same features of its two regions.
 
-    Tests of the states behind each layer:
+    Tests of the states after each layer:
 
-    - "fusion": normalised mutual information (arithmetic mean) of two clusters (k-means) with the modality, averaged. Low =
+    - "fusion": the normalised mutual information (arithmetic mean) of two clusters (k-means) with the modality, averaged. Low =
       fused.
-    - "linguistic": accuracy of linear probes on the text, as SentEval's: "length" (number of words, in six classes at most),
+    - "linguistic": the accuracy of linear probes on the text, as in SentEval: "length" (number of words, in at most six classes),
       "word_content" (whether the text has the word that is in about half of the texts), "word_order" (whether two neighbours were
-      exchanged; every text is run once more), and the tasks that the data set names.
+      exchanged), and the tasks that the data set names.
 
     Linear probes are logistic regressions on standardised features. Accuracy is held out, over five folds that split no input.
+    Attention to a sink (gpt-oss) counts for no token.
 
     Args:
-        model: as `explain` takes it.
-        dataset: (inputs, labels) for each sample or batch; labels: a dict, a dataclass or None, in a list with one per row for a
-            batch. "phrases": ((start, stop), region or regions) each, columns of input_ids and the numbers of image tokens;
+        model: a model that `explain` supports.
+        dataset: (inputs, labels) for each sample or batch; labels: a dict, a dataclass or None, for a batch a list with one per
+            sample. "phrases": ((start, stop), region or regions) each, columns of input_ids and the numbers of image tokens;
             "relations": (region, region, class) each; "sentence": a dict of further tasks -> the text's class.
-        tests: some of the names above. None = all; the record of an impossible test says why.
+        tests: some of the names above. None = all; the entry of an impossible test has the reason as its note.
+        position: the state for linguistic probes: "mean" = the mean state of the words; "cls" = the state of the explained
+            position.
         special: whether tokens like [CLS] and [SEP] count as text, and an image's [CLS] as image. False = special tokens are a
             separate kind in "modality", and left out in "cross_modal" and "fusion".
-        position: "mean" = linguistic probes read the mean state of the words; "cls" = the state of the read row.
-        parts: a callable(inputs) -> (N) or (B, N), 0 = text, 1 = image, -1 = neither, for models without an adapter; spans of
-            phrases then count positions of the sequence, and the read row is the first. Linguistic probes need the text first or
-            last in the sequence.
+        parts: for models without an adapter: a callable(inputs) -> (N) or (B, N), 0 = text, 1 = image, -1 = neither. Spans of
+            phrases then count positions of the sequence, and the explained position is the first. Linguistic probes need the text
+            first or last in the sequence.
         modality: input name -> "text" or "image", see `capture_attention`.
-        seed: of folds, shuffled labels, k-means, the regions to tell apart and the words to exchange.
-
-    Returns:
-        A `ProbeReport`.
+        seed: for folds, shuffled labels, k-means, the other regions and the words to exchange.
 
     Raises:
-        TypeError, ValueError: an argument is wrong (it is named), attention is not of one stream, the data set has no sample, a
+        TypeError, ValueError: an argument is wrong (it is named), attention is not over one stream, the data set has no sample, a
             test that is named is impossible.
     """
     names = TESTS if tests is None else check_names("tests", tests, TESTS, "None or a sequence of names")
@@ -98,17 +110,17 @@ def probe(
         import sklearn  # noqa: F401 (fails before the forward passes)
     inner = unwrapped(model)
     layouts = Layouts(inner, find_adapter(inner), parts)
-    watched = (Watched if layouts.pair is None else TwoStreams)(inner, layouts, modality, special)
+    stream = (OneStream if layouts.pair is None else TwoStreams)(inner, layouts, modality, special)
     gathered = Gathered(names, special, position, seed)
     with torch.no_grad(), at_rest(inner):
         for item in with_progress(dataset, "probing"):
-            gathered.add(watched, *read_item(item, layouts.adapter))
+            gathered.add(stream, *read_item(item, layouts.adapter))
     if not gathered.count:
         raise ValueError("dataset must hold at least one sample; got none")
     table = gathered.table()
-    for record in table:
-        if tests is not None and record["value"] is None and record["kind"] is None and record["layer"] is None:
-            test, note = record["test"], record["note"]
+    for entry in table:
+        if tests is not None and entry["value"] is None and entry["kind"] is None and entry["layer"] is None:
+            test, note = entry["test"], entry["note"]
             raise ValueError(f"Test {test!r} is impossible with this model and data set: {note}. Leave it out of tests=")
     facts = {"model": type(inner).__name__, "tests": list(names), "special": special, "position": position, "seed": seed}
     return ProbeReport(table, {**facts, "inputs": gathered.count})

@@ -23,13 +23,13 @@ _VALUES = {"modality": "attention", "cross_modal": "share of inputs", "fusion": 
 
 @dataclass(frozen=True, eq=False)
 class ProbeReport(Report):
-    """The results of `probe`.
+    """The results of `probe`: `print` shows the table, `plot` draws it, `save_html` writes a page, `value` gives one number.
 
     Args:
-        table: a record for each test, kind, layer and head. "test"; "kind": whose mass for "modality", the task for "linguistic",
-            else None; "layer" and "head", None = all; "value", None where "note" says why; "chance": the share of the largest
-            class; "control": the same test on shuffled labels; "samples": two for each phrase, and for each text with its words
-            exchanged; "left_out": the number of unusable samples.
+        table: an entry for each test, kind, layer and head. "test"; "kind": the group of tokens for "modality", the task for
+            "linguistic", else None; "layer" and "head", None = all; "value", None if "note" gives a reason; "chance": the share
+            of the largest class; "control": the same test on shuffled labels; "samples": two for each phrase, and for each text
+            with its words exchanged; "left_out": the number of unusable samples.
         metadata: the arguments of the run.
     """
 
@@ -38,40 +38,40 @@ class ProbeReport(Report):
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def value(self, test: str, layer: int | None = None, head: int | None = None, kind: str | None = None) -> float | None:
-        """The value of one record of the table. ValueError where there is no such record."""
+        """Returns the value in one entry of the table. ValueError if there is no such entry."""
         key = (test, kind, layer, head)
-        for record in self.table:
-            if tuple(record[name] for name in COLUMNS[:4]) == key:
-                return record["value"]
-        raise ValueError(f"test, kind, layer and head must be those of a record of the table; got {key}")
+        for entry in self.table:
+            if tuple(entry[name] for name in COLUMNS[:4]) == key:
+                return entry["value"]
+        raise ValueError(f"test, kind, layer and head must name an entry of the table; got {key}")
 
     def to_pandas(self) -> pd.DataFrame:
-        """The table as a data frame with a column per key."""
+        """Returns the table as a data frame with a column per key."""
         with extra("tables"):
             import pandas as pd
 
             return pd.DataFrame(self.table, columns=list(COLUMNS))
 
     def plot(self) -> Figure:
-        """Draw a heat map over layers and heads, or a line over layers, for each test and kind.
+        """Draws a heat map over layers and heads, or a line over layers, for each test and kind.
 
         Returns:
             A matplotlib Figure (without pyplot: nothing is shown or kept open).
         """
         tests: dict[tuple[str, str | None], list[dict[str, Any]]] = {}
-        for record in self.table:
-            if record["layer"] is not None and record["value"] is not None:
-                tests.setdefault((record["test"], record["kind"]), []).append(record)
+        for entry in self.table:
+            if entry["layer"] is not None and entry["value"] is not None:
+                tests.setdefault((entry["test"], entry["kind"]), []).append(entry)
         with extra("viz"):
             figure, axes = panels(len(tests), most=3, width=4.4)
-        for axis, ((test, kind), records) in zip(axes, tests.items(), strict=True):
+        for axis, ((test, kind), entries) in zip(axes, tests.items(), strict=True):
             axis.set_title((test if kind is None else f"{test}: {kind}").replace("$", r"\$"), fontsize=10)
             unit = _VALUES.get(test, "accuracy")
-            heads = [record for record in records if record["head"] is not None]
+            heads = [entry for entry in entries if entry["head"] is not None]
             if heads:
-                cells = np.full([1 + max(record[name] for record in heads) for name in ("layer", "head")], np.nan)
-                for record in heads:
-                    cells[record["layer"], record["head"]] = record["value"]
+                cells = np.full([1 + max(entry[name] for entry in heads) for name in ("layer", "head")], np.nan)
+                for entry in heads:
+                    cells[entry["layer"], entry["head"]] = entry["value"]
                 figure.colorbar(axis.imshow(cells, aspect="auto", vmin=0, vmax=1), ax=axis).set_label(unit, fontsize=8)
                 axis.set_xlabel("head", fontsize=8)
                 axis.set_ylabel("layer", fontsize=8)
@@ -79,18 +79,18 @@ class ProbeReport(Report):
                     label(range(0, count, 1 + (count - 1) // 12))
                 continue
             for name, style in (("value", "C0.-"), ("control", "C1.--"), ("chance", "C7:")):
-                points = [(record["layer"], record[name]) for record in records if record[name] is not None]
+                points = [(entry["layer"], entry[name]) for entry in entries if entry[name] is not None]
                 if points:
                     axis.plot(*zip(*points, strict=True), style, label=name)
             axis.set_ylim(0, 1.02)
             axis.set_ylabel(unit, fontsize=8)
-            axis.set_xticks(sorted({record["layer"] for record in records}))
+            axis.set_xticks(sorted({entry["layer"] for entry in entries}))
             axis.set_xlabel("layer", fontsize=8)
             axis.legend(fontsize=7)
         return figure
 
     def save_html(self, path: str | Path) -> Path:
-        """Write the heat maps and the table to `path` as one page without network."""
+        """Writes the heat maps and the table to `path` as one page that needs no network."""
         check_writable("path", Path(path))
         with extra("viz"):
 
@@ -102,39 +102,38 @@ class ProbeReport(Report):
                 title=f"Probes of {self.metadata.get('model', 'a model')}",
                 source=data_uri(self.plot().savefig, "png", dpi=110),
                 columns=COLUMNS,
-                cells=[[cell(record[name]) for name in COLUMNS] for record in self.table],
+                cells=[[cell(entry[name]) for name in COLUMNS] for entry in self.table],
                 metadata=self.metadata,
             )
         Path(path).write_text(page, encoding="utf-8")
         return Path(path)
 
     def _rows(self) -> list[dict[str, Any]]:
-        """The records without single heads; for a test that has these alone, a record for each layer."""
-        whole = {record["test"] for record in self.table if record["head"] is None}
+        """The entries without single heads; for a test that has only these, an entry for each layer."""
+        whole = {entry["test"] for entry in self.table if entry["head"] is None}
         rows = dict[tuple[Any, ...], list[dict[str, Any]]]()
-        for record in self.table:
-            if record["head"] is None or record["test"] not in whole:
-                rows.setdefault((record["test"], record["kind"], record["layer"]), []).append(record)
-        return [records[0] if records[0]["head"] is None else _of_layer(records) for records in rows.values()]
+        for entry in self.table:
+            if entry["head"] is None or entry["test"] not in whole:
+                rows.setdefault((entry["test"], entry["kind"], entry["layer"]), []).append(entry)
+        return [entries[0] if entries[0]["head"] is None else _of_layer(entries) for entries in rows.values()]
 
     def __str__(self) -> str:
-        """The table as text. Heads are the mean of their layer, and the one with the most, where the test says nothing else of
-        the layer."""
+        """The table as text. If a test has no entry for a layer, it shows the mean of the layer's heads, and the largest one."""
         lines = [f"{'test':12}{'kind':14}{'layer':>5}  {'value':>7}  {'chance':>7}  {'control':>7}  samples  left_out  note"]
-        for record in self._rows():
-            if record["head"] is None:
-                numbers = "  ".join(f"{'-' if record[n] is None else format(record[n], '.4f'):>7}" for n in COLUMNS[4:7])
-                layer = "all" if record["layer"] is None else record["layer"]
-                head = f"{record['test']:12}{record['kind'] or '':14}{layer:>5}"
-                lines.append(f"{head}  {numbers}  {record['samples']:7}  {record['left_out']:8}  {record['note'] or ''}".rstrip())
+        for entry in self._rows():
+            if entry["head"] is None:
+                numbers = "  ".join(f"{'-' if entry[n] is None else format(entry[n], '.4f'):>7}" for n in COLUMNS[4:7])
+                layer = "all" if entry["layer"] is None else entry["layer"]
+                head = f"{entry['test']:12}{entry['kind'] or '':14}{layer:>5}"
+                lines.append(f"{head}  {numbers}  {entry['samples']:7}  {entry['left_out']:8}  {entry['note'] or ''}".rstrip())
         return "\n".join(lines)
 
 
 def _of_layer(heads: list[dict[str, Any]]) -> dict[str, Any]:
-    """One record for the heads of a layer."""
-    known = [record for record in heads if record["value"] is not None]
+    """One entry for the heads of a layer."""
+    known = [entry for entry in heads if entry["value"] is not None]
     if not known:
         return {**heads[0], "head": None}
-    most = max(known, key=lambda record: record["value"])
+    most = max(known, key=lambda entry: entry["value"])
     note = f"mean of {len(known)} heads, {most['value']:.4f} in head {most['head']}"
-    return {**heads[0], "head": None, "value": sum(record["value"] for record in known) / len(known), "note": note}
+    return {**heads[0], "head": None, "value": sum(entry["value"] for entry in known) / len(known), "note": note}

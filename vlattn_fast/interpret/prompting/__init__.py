@@ -1,4 +1,4 @@
-"""`prompt_maps`: where a diffusion model puts the words of its prompt.
+"""`prompt_maps`: which parts of a generated image attend to each word of the prompt.
 
 In: a pipeline and a prompt.
 Out: `PromptMaps`.

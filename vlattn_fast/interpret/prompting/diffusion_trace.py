@@ -1,13 +1,13 @@
-"""Sees the attention between picture and text in a diffusion model, call by call, and adds up the attention to each text token.
+"""Traces the attention between image and text in a diffusion model, call by call, and adds up the attention to each text token.
 
 A call is one of torch's scaled_dot_product_attention within the model's forward pass. Three kinds attend to text:
 
 - cross-attention: N image queries, L text keys (UNets, PixArt);
 - image queries with text and image keys together (UNets with added keys);
-- joint attention: N + L queries and keys, one part behind the other (SD3, Flux). The concatenation shows the order.
+- joint attention: N + L queries and keys, one part after the other (SD3, Flux). The concatenation shows the order.
 
-Other calls are ignored (self-attention, keys of image prompts). The picture's rows of a call become one (N, L) head mean, which
-is added to the sum of its grid. No map per head, layer or step is kept.
+Other calls are ignored (self-attention, keys of image prompts). The rows of the image's queries become one (N, L) head mean per
+call, which is added to the sum of its grid. No map per head, layer or denoising step is stored.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from vlattn_fast.ops.attention_map import attention_map
 
 Grid = tuple[int, int]
 Layers = Callable[[str], bool]
-TEXT_FIRST = {"FluxTransformer2DModel": True, "SD3Transformer2DModel": False}  # for text and picture of one length
+TEXT_FIRST = {"FluxTransformer2DModel": True, "SD3Transformer2DModel": False}  # for text and image of one length
 _CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 _ELEMENTS = 1 << 20  # of a head mean whose keys are not all text
 
@@ -38,15 +38,15 @@ class _Module:
     """What is known of a module that runs."""
 
     run: ModuleRun
-    picture: Grid | None  # h, w of the patches of its (B, C, H, W) argument
+    image_grid: Grid | None  # h, w of the patches of its (B, C, H, W) argument
     tokens: int | None  # N of its (B, N, C) argument
     text: int | None  # L of its `encoder_hidden_states`
-    seen: bool = False  # whether the module called torch's attention
+    called: bool = False  # whether the module called torch's attention
     counted: bool = False  # and whether for the text
 
 
 class _Part(NamedTuple):
-    """The counted part of an attention call: the rows of the picture and the columns of the text."""
+    """The counted part of an attention call: the queries of the image and the keys of the text."""
 
     grid: Grid
     queries: slice
@@ -54,15 +54,15 @@ class _Part(NamedTuple):
 
 
 class TextAttention(Subscriber):
-    """Adds up head means of attention to text in a denoising network without wrappers. `guidance` returns for each forward pass
-    how classifier-free guidance runs; this and the other arguments are those of `prompt_maps`."""
+    """Adds up head means of attention to text in a denoising network without wrappers. `guidance` returns the kind of
+    classifier-free guidance of each forward pass; the other arguments are those of `prompt_maps`."""
 
     def __init__(
         self, model: nn.Module, guidance: Callable[[], str], text_first: bool | None, grid: Grid | None, layers: Layers | None
     ) -> None:
         self.model, self.guidance, self.layers = model, guidance, layers
         self.sums: dict[Grid, Tensor] = {}  # (h, w) -> (B, h * w, L)
-        self.maps = self.steps = 0  # heads of all calls in all steps; forward passes
+        self.maps = self.steps = 0  # heads of all calls in all passes; forward passes
         self._given_text_first, self._given_grid = text_first, grid
         self._chosen = (lambda path: True) if layers is None else layers
         self._modules: list[_Module] = []  # those that run, the outermost first
@@ -89,9 +89,9 @@ class TextAttention(Subscriber):
             self._texts.append(text)
         size = getattr(getattr(module, "config", None), "patch_size", None)
         size = size if isinstance(size, int) and size > 0 else 1
-        picture = (shape[2] // size, shape[3] // size) if len(shape) == 4 else None
+        image_grid = (shape[2] // size, shape[3] // size) if len(shape) == 4 else None
         tokens = shape[1] if len(shape) == 3 else None
-        self._modules.append(_Module(run, picture, tokens, text))
+        self._modules.append(_Module(run, image_grid, tokens, text))
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pass of the whole model."""
@@ -102,17 +102,17 @@ class TextAttention(Subscriber):
         self._text_first: dict[tuple[int, int], bool | None] = {}  # (L, N) -> the order of the last concatenation
         self._before, self._other_sizes = self.maps, set[tuple[int, int]]()
         self._texts: list[int] = []  # lengths in this pass: the model's text, and texts that blocks extended
-        self._packed: tuple[Grid | None, int] = None, 0  # the picture's grid, and the number of image tokens
+        self._packed: tuple[Grid | None, int] = None, 0  # the image's grid, and the number of image tokens
         if self._given_grid is not None:
             self._packed = self._given_grid, self._given_grid[0] * self._given_grid[1]
         elif self._counts:
             ids, shapes = (argument(self.model, name, args, kwargs) for name in ("img_ids", "img_shapes"))
             if isinstance(ids, Tensor):
                 self._packed = _grid_of(ids), ids.shape[-2]
-            elif shapes:  # (frames, h, w) of each picture of each row; the first one is generated
-                pictures = shapes[0] if isinstance(shapes[0][0], (tuple, list)) else shapes[:1]
-                frames, height, width = pictures[0]
-                self._packed = (height, width) if frames == 1 else None, sum(f * h * w for f, h, w in pictures)
+            elif shapes:  # (frames, h, w) of each image of each sample; the first one is generated
+                images = shapes[0] if isinstance(shapes[0][0], (tuple, list)) else shapes[:1]
+                frames, height, width = images[0]
+                self._packed = (height, width) if frames == 1 else None, sum(f * h * w for f, h, w in images)
 
     def on_leave(self, run: ModuleRun, args: tuple[Any, ...], output: Any) -> None:
         while self._modules and self._modules[-1].run.number > run.number:
@@ -122,7 +122,7 @@ class TextAttention(Subscriber):
         module = self._modules.pop()
         if output is None or not self._counts:
             return
-        if not module.seen and self._should_attend(module):
+        if not module.called and self._should_attend(module):
             raise ValueError(
                 f"model must compute attention by torch's scaled_dot_product_attention; got {_computed_by(run.module)} in "
                 f"'{run.path}', which did not call it (AttnProcessor2_0 and the backend 'native' do)"
@@ -130,18 +130,18 @@ class TextAttention(Subscriber):
         if run.module is self.model:
             if self.maps == self._before:
                 shapes = ", ".join(f"{rows} x {columns}" for rows, columns in sorted(self._other_sizes)) or "none"
-                way = "; patches=va.PatchGrid(rows, columns) says how image tokens lie where the model does not"
+                way = "; pass patches=va.PatchGrid(rows, columns) if the model does not show the grid of its image tokens"
                 hint = "" if self._given_grid is not None else way
-                hint += "" if self.layers is None else "; layers= says which of them count"
+                hint += "" if self.layers is None else "; layers= chooses the calls that count"
                 raise ValueError(
-                    f"model must attend from the tokens of one picture to encoder_hidden_states; got a forward pass of "
+                    f"model must attend from the tokens of one image to encoder_hidden_states; got a forward pass of "
                     f"{type(self.model).__name__} with {module.text or 'no'} text tokens and attention of queries x keys: "
                     f"{shapes}{hint}"
                 )
             self.steps += 1
 
     def _should_attend(self, module: _Module) -> bool:
-        """Whether attention between picture and text is expected in a module."""
+        """Whether attention between image and text is expected in a module."""
         if not hasattr(module.run.module, "processor") or not self._chosen(module.run.path or ""):
             return False
         if module.text is not None or module.tokens is None:
@@ -162,7 +162,7 @@ class TextAttention(Subscriber):
         module = next((each for each in modules if hasattr(each.run.module, "processor")), self._modules[-1])
         query, key, options = event.query, event.key, dict(event.masks or {})
         part = None if event.is_one_head else self._part(module, query.shape[2], key.shape[2])
-        module.seen = True
+        module.called = True
         if part is None:
             self._other_sizes.add((query.shape[-2], key.shape[-2]))
             return
@@ -175,7 +175,7 @@ class TextAttention(Subscriber):
         batch, prompted = query.shape[0], slice(None)
         if self._guided == "batch":
             if batch % 2:
-                raise ValueError(f"guidance must be 'batch' only where half of the batch is unconditional; got {batch} rows")
+                raise ValueError(f"guidance must be 'batch' only if half of the batch is unconditional; got a batch of {batch}")
             prompted = slice(batch // 2, batch)
         if (mask := options.pop("attn_mask")) is not None:
             mask = mask.expand(*query.shape[:3], key.shape[2])[prompted, :, part.queries]
@@ -216,12 +216,12 @@ class TextAttention(Subscriber):
         return None
 
     def _grid(self, tokens: int) -> Grid | None:
-        """h, w of the picture at the beginning of `tokens` image tokens."""
+        """h, w of the image at the beginning of `tokens` image tokens."""
         grid, total = self._packed
         if grid is not None and tokens == total:
             return grid
-        pictures = (module.picture for module in reversed(self._modules) if module.picture is not None)
-        return next((picture for picture in pictures if picture[0] * picture[1] == tokens > 0), None)
+        grids = (module.image_grid for module in reversed(self._modules) if module.image_grid is not None)
+        return next((grid for grid in grids if grid[0] * grid[1] == tokens > 0), None)
 
     def _concatenation(self, tensors: Any = (), dim: int = 0, **_: Any) -> None:
         """Notes the order of two concatenated parts of a sequence: (B, N, C), (B, N, H, D) or (B, H, N, D)."""
@@ -235,25 +235,25 @@ class TextAttention(Subscriber):
         if left != right:
             self._text_first[left, right], self._text_first[right, left] = True, False
 
-    def _is_text_first(self, module: _Module, text: int, picture: int) -> bool:
+    def _is_text_first(self, module: _Module, text: int, image: int) -> bool:
         text_first = self._given_text_first
-        if text_first is None and text != picture:
-            text_first = self._text_first.get((text, picture))
+        if text_first is None and text != image:
+            text_first = self._text_first.get((text, image))
         if text_first is None:
             text_first = TEXT_FIRST.get(type(self.model).__name__)
         if text_first is None:
             raise ValueError(
-                f"text_first must be True or False where the model does not show the order of {text} text and {picture} image "
+                f"text_first must be True or False if the model does not show the order of {text} text and {image} image "
                 f"tokens; got None for {type(self.model).__name__}, in '{module.run.path}'"
             )
         return text_first
 
 
 def argument(module: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """An argument of a forward pass; None where it is absent."""
+    """An argument of a forward pass; None if it is absent."""
     if name in kwargs or not args:
         return kwargs.get(name)
-    kind: Any = type(module)  # mypy takes a class for one that has no hash
+    kind: Any = type(module)  # mypy believes that a class has no hash
     names = _parameters(kind)
     return args[names.index(name)] if name in names[: len(args)] else None
 
@@ -271,7 +271,7 @@ def _length(text: Any) -> int | None:
 
 
 def _grid_of(ids: Tensor) -> Grid | None:
-    """h, w of (N, 3) or (B, N, 3) ids: the picture, row and column of each token. The first picture is the generated one. A
+    """h, w of (N, 3) or (B, N, 3) ids: the image, row and column of each token. The first image is the generated one. A
     fourth id may count the tokens of the text.
     """
     ids = ids[0] if ids.ndim == 3 else ids

@@ -1,4 +1,4 @@
-"""`prompt_maps`: the parts of a generated picture that attended to each word of the prompt."""
+"""`prompt_maps`: the parts of a generated image that attended to each word of the prompt."""
 
 from __future__ import annotations
 
@@ -33,31 +33,17 @@ def prompt_maps(
     patches: PatchGrid | None = None,
     layers: Callable[[str], bool] | None = None,
 ) -> Iterator[PromptMaps]:
-    """A context in which every forward pass of a diffusion model adds to heat maps of its prompt's words.
+    """Adds up heat maps of a prompt's words while a diffusion model runs: every forward pass in the context counts.
+
+    Yields a `PromptMaps`. A call's map is streamed into a head mean, and memory holds one sum per grid of the layers. The model
+    computes as usual, with its own attention processors.
 
     The maps are those of Tang et al., "What the DAAM: Interpreting Stable Diffusion Using Cross Attention", ACL 2023: the
-    attention of each place of the picture to each text token, enlarged to one size and averaged over heads, layers and denoising
-    steps. A call's map is streamed into a head mean, and only one sum per grid of the layers is kept.
+    attention of each position of the image to each text token, enlarged to one size and averaged over heads, layers and denoising
+    steps.
 
-    The model computes as usual, with its own attention processors. The context sees calls of torch's scaled_dot_product_attention
-    by the thread that entered; a module that attends to the text otherwise (sliced, xformers, flash) raises an error.
-
-    Args:
-        model: a pipeline of diffusers, or its network (`pipe.unet`, `pipe.transformer`): UNets and transformers with
-            cross-attention, and transformers that attend to text and picture jointly.
-        guidance: how classifier-free guidance runs, whose unconditional part does not count. "batch": the first half of each
-            batch is unconditional (Stable Diffusion, SDXL, SD3, PixArt). "calls": every second forward pass is unconditional
-            (Flux with a negative prompt, Qwen-Image). "none": no guidance, or the prompt of every row counts. None: as the
-            pipeline says; enough for Stable Diffusion and without guidance.
-        text_first: whether text tokens stand before image tokens in joint attention; None = as the model concatenates them.
-        patches: `va.PatchGrid(rows, columns)` of the image tokens, if the model gets neither latents (B, C, H, W) nor `img_ids`.
-        layers: a function of a module's path in the network that returns whether its attention counts; None = all. DAAM's code
-            leaves out the middle block: `lambda path: "mid_block" not in path`.
-
-    Raises:
-        ValueError, TypeError: an argument is wrong; a forward pass attends to no text, by other functions, or to several lengths.
-
-    Example:
+    Examples:
+        >>> import torch
         >>> class Attends(torch.nn.Module):
         ...     def forward(self, hidden_states, encoder_hidden_states):
         ...         query, key = hidden_states.flatten(2).mT[:, None], encoder_hidden_states[:, None]
@@ -68,6 +54,25 @@ def prompt_maps(
         ...         attended = network(torch.randn(1, 8, 4, 6), torch.randn(1, 5, 8))
         >>> maps.steps, maps.token_maps().shape
         (3, torch.Size([1, 5, 4, 6]))
+
+    Args:
+        model: a diffusers pipeline, or its network (`pipe.unet`, `pipe.transformer`): UNets and transformers with
+            cross-attention, and transformers with joint attention over text and image.
+        guidance: the kind of classifier-free guidance, whose unconditional part does not count. "batch": the first half of each
+            batch is unconditional (Stable Diffusion, SDXL, SD3, PixArt). "calls": every second forward pass is unconditional
+            (Flux with a negative prompt, Qwen-Image). "none": no guidance, or all prompts of the batch count. None: that of the
+            pipeline, which suffices for Stable Diffusion and without guidance.
+        layers: a function of a module's path in the network that returns whether its attention counts; None = all. DAAM's code
+            leaves out the middle block: `lambda path: "mid_block" not in path`.
+        text_first: whether text tokens come before image tokens in joint attention; None = as the model concatenates them.
+        patches: `va.PatchGrid(rows, columns)` of the image tokens, if the model gets neither latents (B, C, H, W) nor `img_ids`.
+
+    Only calls of torch's scaled_dot_product_attention count, in the thread that entered the context. A module that attends to the
+    text with another function (sliced, xformers, flash) raises an error.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong; a forward pass attends to no text, with other functions, or to several
+            lengths.
     """
     check_choice("guidance", guidance, GUIDANCE)
     if text_first is not None and not isinstance(text_first, bool):
@@ -77,51 +82,52 @@ def prompt_maps(
         raise TypeError(f"patches must be a va.PatchGrid(rows, columns) without prefix=; got {describe(patches)}")
     network = _network(model)
     grid = None if patches is None else patches.shape
-    seen = TextAttention(network, _guidance(model, guidance), text_first, grid, layers)
-    with uncompiled(network), seen.observer():
-        yield PromptMaps(seen)
+    trace = TextAttention(network, _guidance(model, guidance), text_first, grid, layers)
+    with uncompiled(network), trace.observer():
+        yield PromptMaps(trace)
 
 
 class PromptMaps:
-    """The maps of `prompt_maps`. All values are raw mean attention, so the tokens of a place add up to at most 1."""
+    """The result of `prompt_maps`: a map per word or token. All values are raw mean attention, so the tokens at a position of the
+    image add up to at most 1."""
 
-    def __init__(self, seen: TextAttention) -> None:
-        self._seen = seen
+    def __init__(self, trace: TextAttention) -> None:
+        self._trace = trace
 
     @property
     def steps(self) -> int:
         """The number of counted forward passes."""
-        return self._seen.steps
+        return self._trace.steps
 
     @property
     def grids(self) -> list[Grid]:
         """(h, w) of the counted layers, the largest first."""
-        return sorted(self._seen.sums, key=lambda grid: -grid[0] * grid[1])
+        return sorted(self._trace.sums, key=lambda grid: -grid[0] * grid[1])
 
     def token_maps(
         self, columns: int | Sequence[int] | None = None, *, size: Grid | None = None, mode: str = "bicubic"
     ) -> Tensor:
-        """Heat maps (B, C, h, w) of text tokens; B counts conditional rows alone.
+        """Returns heat maps (B, C, h, w) of text tokens; B counts only conditional samples.
 
         Args:
-            columns: places of tokens in the network's text; an int gives (B, h, w); None = all.
+            columns: positions of tokens in the network's text; an int gives (B, h, w); None = all.
             size: (h, w); default: the largest grid that attends.
             mode: "bicubic" enlarges smaller maps as in the paper; "bilinear" never falls below 0.
 
         Raises:
-            ValueError: no forward pass was seen; a column is out of range; an argument is wrong.
+            ValueError: no forward pass ran in the context; a column is out of range; an argument is wrong.
         """
         check_choice("mode", mode, MODES)
-        if not self._seen.sums:
-            raise ValueError("prompt_maps saw no forward pass. Run the pipeline or the network inside of `with`")
+        if not self._trace.sums:
+            raise ValueError("prompt_maps needs a forward pass; got none. Run the pipeline or the network inside of `with`")
         size = self.grids[0] if size is None else _checked_size("size", size)
-        batch, _, length = next(iter(self._seen.sums.values())).shape
+        batch, _, length = next(iter(self._trace.sums.values())).shape
         chosen = list(range(length)) if columns is None else [columns] if isinstance(columns, int) else list(columns)
         for column in chosen:
             if not 0 <= column < length:
                 raise ValueError(f"columns must be from 0 to {length - 1}, the text tokens of the network; got {column}")
         total: Tensor | None = None
-        for grid, added in self._seen.sums.items():
+        for grid, added in self._trace.sums.items():
             part = added[:, :, chosen].mT.unflatten(-1, grid)
             if grid != size and part.numel():
                 part = nn.functional.interpolate(part, size, mode=mode, align_corners=False)
@@ -129,7 +135,7 @@ class PromptMaps:
                 part = part.new_zeros(batch, len(chosen), *size)
             total = part if total is None else total + part.to(total)
         assert total is not None
-        total = total / self._seen.maps
+        total = total / self._trace.maps
         return total[:, 0] if isinstance(columns, int) else total
 
     @renamed
@@ -143,7 +149,7 @@ class PromptMaps:
         size: Grid | None = None,
         mode: str = "bicubic",
     ) -> Tensor:
-        """The heat map (B, h, w) of a word: the sum of its tokens' maps, over all its places in the prompt.
+        """Returns the heat map (B, h, w) of a word: the sum of its tokens' maps, over all its positions in the prompt.
 
         Args:
             word: as in the prompt; case does not matter.
@@ -168,18 +174,18 @@ class PromptMaps:
     def explanation(
         self, prompt: str | Sequence[str], processor: Any, *, first: int = 0, size: Grid | None = None, mode: str = "bicubic"
     ) -> Explanation:
-        """The maps of a prompt's words as an Explanation, for pictures (`plot`, `save_html`) and tables.
+        """Returns the maps of a prompt's words as an `Explanation`, for figures (`plot`, `save_html`) and tables.
 
-        Its `image` is (B, T, h, w), a map per token without special ones, and its `answer` the tokens. Padding has no map.
+        Its `image` is (B, T, h, w), a map per token without special tokens, and its `answer` has the tokens. Padding has no map.
 
         Args:
-            prompt: the pipeline's prompt; one for all rows, or a list, each for an equal number of pictures.
+            prompt: the pipeline's prompt; one for all samples, or a list, each for an equal number of images.
             processor: the pipeline's tokenizer for the text encoder whose output the network attends to.
-            first: the column of the prompt's first token. SD3's network gets 77 columns of CLIP, and T5's behind them.
+            first: the column of the prompt's first token. SD3's network gets 77 columns of CLIP, and then those of T5.
             size, mode: see `token_maps`.
 
         Raises:
-            ValueError: more tokens than the network has columns; not one prompt per picture.
+            ValueError: more tokens than the network has columns; not one prompt per image.
         """
         tokens = self._tokens(prompt, processor, first)
         columns = sorted({column for _, row in tokens for column in row})
@@ -192,11 +198,11 @@ class PromptMaps:
         return Explanation(relevancy, image, token_ids=said, answer=said, method="prompt_maps").with_tokens(processor)
 
     def _tokens(self, prompt: str | Sequence[str], processor: Any, first: int) -> list[tuple[list[int], list[int]]]:
-        """For each row, the ids of its prompt without special ones, and their columns."""
-        shape = self.token_maps(()).shape[0], next(iter(self._seen.sums.values())).shape[2]
+        """For each sample, the ids of its prompt without special tokens, and their columns."""
+        shape = self.token_maps(()).shape[0], next(iter(self._trace.sums.values())).shape[2]
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts or not all(isinstance(each, str) for each in prompts) or shape[0] % len(prompts):
-            raise ValueError(f"prompt must be a text, or one for each of {shape[0]} pictures or several of them; got {prompt!r}")
+            raise ValueError(f"prompt must be a text, or texts whose number divides {shape[0]} images; got {prompt!r}")
         tokenizer = getattr(processor, "tokenizer", processor)
         special, tokens = set(tokenizer.all_special_ids), []
         for text in prompts:
@@ -220,27 +226,30 @@ def _network(model: Any) -> nn.Module:
         return unwrapped(model)
     parts = [part for name in ("unet", "transformer", "transformer_2") if (part := getattr(model, name, None)) is not None]
     if len(parts) > 1:
-        raise ValueError(f"model must have one network; got {type(model).__name__} with {len(parts)}: pass the one to look into")
+        raise ValueError(f"model must have one network; got {type(model).__name__} with {len(parts)}: pass one of them")
     if not parts:
         raise TypeError(f"model must be a torch.nn.Module, or a pipeline with a unet or transformer; got {type(model).__name__}")
     return unwrapped(parts[0])
 
 
 def _guidance(model: Any, guidance: str | None) -> Callable[[], str]:
-    """A function that returns the guidance of the next forward pass: a pipeline may stop to guide on the way."""
+    """A function that returns the guidance of the next forward pass: a pipeline may stop guidance before its last step."""
     if guidance is not None:
         return lambda: guidance
     name = type(model).__name__
-    says, known = hasattr(type(model), "do_classifier_free_guidance"), any(k.__name__ in _IN_BATCH for k in type(model).__mro__)
-    told = f"guidance must be 'none', 'batch' or 'calls' for a model that does not show its guidance; got None and {name}"
-    if isinstance(model, nn.Module) or not says:
-        raise ValueError(told)
+    has_flag, known = (
+        hasattr(type(model), "do_classifier_free_guidance"),
+        any(k.__name__ in _IN_BATCH for k in type(model).__mro__),
+    )
+    message = f"guidance must be 'none', 'batch' or 'calls' if the model does not show its guidance; got None and {name}"
+    if isinstance(model, nn.Module) or not has_flag:
+        raise ValueError(message)
 
     def asked() -> str:
         if not model.do_classifier_free_guidance:
             return "none"
         if not known:
-            raise ValueError(told)
+            raise ValueError(message)
         return "batch"
 
     return asked

@@ -127,20 +127,20 @@ class LayerExplanation(Explanation):
                 return one
             return one.mean(0) if head is None else one[self.heads[tower].index(head)]
 
-        facts = {name: getattr(self, name) for name in Explained.__dataclass_fields__ if name != "relevancy"}
+        fields = {name: getattr(self, name) for name in Explained.__dataclass_fields__ if name != "relevancy"}
         for name in _STACKED:
-            facts[name] = cut(facts[name], self.owners.get(name, ""))
-        if facts["image"] is None:
-            facts |= dict.fromkeys(
-                ("image_samples", "crops") if facts["regions"] is not None else ("image_samples", "crops", "photos")
+            fields[name] = cut(fields[name], self.owners.get(name, ""))
+        if fields["image"] is None:
+            fields |= dict.fromkeys(
+                ("image_samples", "crops") if fields["regions"] is not None else ("image_samples", "crops", "photos")
             )
-        if facts["text"] is None:
-            facts |= dict.fromkeys(("token_ids", "words", "text_positions"))
-        if facts["regions"] is None:
-            facts["boxes"] = None
-        if facts["position"] is not None:
-            facts["position"] = {name: value for name, value in facts["position"].items() if name in towers}
-        return Explanation(relevancy={name: cut(self.relevancy[name], name) for name in towers}, **facts)
+        if fields["text"] is None:
+            fields |= dict.fromkeys(("token_ids", "words", "text_positions"))
+        if fields["regions"] is None:
+            fields["boxes"] = None
+        if fields["position"] is not None:
+            fields["position"] = {name: value for name, value in fields["position"].items() if name in towers}
+        return Explanation(relevancy={name: cut(self.relevancy[name], name) for name in towers}, **fields)
 
     def items(self) -> Iterator[tuple[tuple[int, int | None], Explanation]]:
         """Yields ((layer, head), explanation) for each map; head is None with per="layer"."""

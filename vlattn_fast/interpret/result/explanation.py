@@ -35,7 +35,7 @@ _OLDER = ("vlattn_fast.explanation.3", "vlattn_fast.explanation.4")
 _HELD = ("gradient", "weighted", "input_gradient", "gradcam")  # whose names meant the published forms in older files
 _OF_TOWERS = ("relevancy", "position", "contribution")
 _TENSORS = ("text", "regions", "boxes", "scores", "gap")
-_FACTS = (
+_METADATA = (
     *("image_samples", "token_ids", "words", "target", "method", "start_layer", "answer", "text_positions", "photos", "crops"),
     *("token_names", "sinks", "no_map", "of"),
 )
@@ -146,17 +146,17 @@ class Explanation(Explained):
         maps = {"image": self.image, **towers} if self.image is not None else towers
         for name, value in maps.items():
             tensors |= {f"{name}.{i}": part for i, part in enumerate(value if isinstance(value, tuple) else (value,))}
-        facts = {
+        metadata = {
             "format": _FORMAT,
             "towers": {of: None if (value := getattr(self, of)) is None else list(value) for of in _OF_TOWERS},
             "maps": {name: len(value) if isinstance(value, tuple) else None for name, value in maps.items()},
             "tower_images": None if self.tower_images is None else list(self.tower_images),
-            **{name: getattr(self, name) for name in _FACTS},
+            **{name: getattr(self, name) for name in _METADATA},
             "of_class": json.dumps({name: getattr(self, name) for name in further}) if (further := self._further()) else None,
         }
         # safetensors does not support tensors that share memory, and a map may be a view of its relevancy vector.
         values = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
-        write_tensors(Path(path), values, {"explanation": json.dumps(facts, default=asdict)})
+        write_tensors(Path(path), values, {"explanation": json.dumps(metadata, default=asdict)})
         return Path(path)
 
     @classmethod
@@ -167,27 +167,29 @@ class Explanation(Explained):
             ValueError: `path` holds something else, or a truncated file.
         """
         with open_tensors(Path(path), f"path must be a file that Explanation.save wrote ({_FORMAT}); got {path}") as file:
-            facts = with_names_of_today(json.loads((file.metadata() or {}).get("explanation", "{}")))
-            if facts.get("format") in _OLDER:
-                facts["text_positions"] = facts.get("text_positions", facts.get("places"))
-                facts["method"] = f"{facts['method']}(freeze=())" if facts.get("method") in _HELD else facts.get("method")
-            elif facts.get("format") not in (_FORMAT, *_BEFORE):
-                raise ValueError(f"its format is {facts.get('format')}")
-            further: dict[str, Any] = json.loads(facts.get("of_class") or "{}")
+            metadata = with_names_of_today(json.loads((file.metadata() or {}).get("explanation", "{}")))
+            if metadata.get("format") in _OLDER:
+                metadata["text_positions"] = metadata.get("text_positions", metadata.get("places"))
+                method = metadata.get("method")
+                metadata["method"] = f"{method}(freeze=())" if method in _HELD else method
+            elif metadata.get("format") not in (_FORMAT, *_BEFORE):
+                raise ValueError(f"its format is {metadata.get('format')}")
+            further: dict[str, Any] = json.loads(metadata.get("of_class") or "{}")
             if set(further) != set(cls._further()):
                 reader = "vlattn_fast.interpret.LayerExplanation" if further else "vlattn_fast.Explanation"
                 raise ValueError(f"it is not a file of {cls.__name__}. Load it with {reader}.load")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # file is not a mapping
             maps: dict[str, Any] = {
                 name: tensors[f"{name}.0"] if count is None else tuple(tensors[f"{name}.{i}"] for i in range(count))
-                for name, count in facts["maps"].items()
+                for name, count in metadata["maps"].items()
             }
-            towers = facts["tower_images"]
+            towers = metadata["tower_images"]
             tower_fields: dict[str, Any] = {
                 FORMER_FIELDS.get(of, of): None if names is None else {name: tensors[f"{of}.{name}"] for name in names}
-                for of, names in facts["towers"].items()
+                for of, names in metadata["towers"].items()
             }
-            fields: dict[str, Any] = {name: tensors.get(name) for name in _TENSORS} | {name: facts.get(name) for name in _FACTS}
+            fields: dict[str, Any] = {name: tensors.get(name) for name in _TENSORS}
+            fields |= {name: metadata.get(name) for name in _METADATA}
             return cls(
                 image=maps.get("image"),
                 tower_images=None if towers is None else {name: maps[f"tower_images.{name}"] for name in towers},

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vlattn_fast import Explanation, evaluate, explain
-from vlattn_fast.interpret.evaluating.plan import RANDOM, Rival
+from vlattn_fast.interpret.evaluating.plan import RANDOM, CustomMethod
 from vlattn_fast.interpret.relevancy.methods.registry import published
 from vlattn_fast.measuring.provenance import fingerprint
 from vlattn_fast.methods import Method
@@ -48,8 +48,8 @@ def measure(cell: Cell, settings: Settings) -> dict[str, Any]:
     kind, seed = cell["kind"], cell["seed"]
     model = trained(kind, seed, settings)
     scenes = digit_prompts(2 if settings.smoke else SCENES, seed=seed, kind="caption")
-    others: dict[str, str | Rival] = {LAST: last_layer, RANDOM: RANDOM}
-    methods: dict[str, str | Method | Rival] = {name: others.get(name) or published(name) for name in METHODS}
+    others: dict[str, str | CustomMethod] = {LAST: last_layer, RANDOM: RANDOM}
+    methods: dict[str, str | Method | CustomMethod] = {name: others.get(name) or published(name) for name in METHODS}
     steps = (0.0, 0.5, 1.0) if settings.smoke else STEPS_OF_CURVES
     # a model of a smoke run says no digits, so that the true captions stand in
     said = SceneProcessor(end=False).words(scenes.answers)["input_ids"] if settings.smoke else captions(model, scenes.images)

@@ -1,6 +1,6 @@
-"""One forward pass of a model: what its attention says, layer by layer, and the states behind each layer.
+"""One forward pass of a model: statistics of its attention, layer by layer, and the states after each layer.
 
-Only statistics of the attention stay (`attention_statistics`); queries and keys of a layer are gone before the next one runs.
+Memory holds only `attention_statistics`; queries and keys of a layer are freed before the next one runs.
 """
 
 from __future__ import annotations
@@ -19,53 +19,53 @@ from vlattn_fast.attach.token_kinds import TEXT as FROM_TEXT
 from vlattn_fast.attach.token_kinds import AttentionCall, TokenKinds, kind_of
 from vlattn_fast.interpret.adapters import derived_grids
 from vlattn_fast.interpret.probing.layout import TEXT, Layout, Layouts
-from vlattn_fast.interpret.probing.sight import sees_both
+from vlattn_fast.interpret.probing.visibility import sees_both
 from vlattn_fast.ops.attention_statistics import attention_statistics
 
 _REMEDY = "Use scaled_dot_product_attention or transformers' attention interface, and name the inputs by modality="
-_KEYS = 16  # groups of one key each in one call: so much of a map is there at a time
+_KEYS = 16  # groups of one key each in one call: so many columns of a map are in memory at a time
 Sets = tuple[list[int], list[int]]  # two sets of positions in a sample's sequence
 
 
 @dataclass
-class Seen:
-    """A pass over B samples, as L layers with H heads showed it."""
+class ForwardPass:
+    """What a pass over B samples gave, in L layers with H heads."""
 
     layout: Layout
-    mass: Tensor | None  # (L, B, H, 3), attention of the read row on text, image and special tokens; None of two streams
-    crossing: Tensor | None  # (L, B, H), the largest attention on all text of an image token that sees both; NaN without one
+    mass: Tensor | None  # (L, B, H, 3), attention of the explained position to text, image, special tokens; None for two streams
+    crossing: Tensor | None  # (L, B, H), the largest attention to all text of an image token that sees both; NaN without one
     maxima: list[list[Tensor]]  # of each sample and two sets of tokens (L, H, 2), the largest attention in both directions
-    states: list[Tensor]  # of each layer (B, N, C); of two streams those of the text
+    states: list[Tensor]  # of each layer (B, N, C); for two streams those of the text
 
 
-class Watched:
-    """Runs a model, and keeps statistics of the attention of its one stream; `special` and `modality` as in `probe`."""
+class OneStream:
+    """Runs a model, and computes statistics of the attention of its one stream; `special` and `modality` as in `probe`."""
 
     def __init__(self, model: nn.Module, layouts: Layouts, modality: Mapping[str, str], special: bool) -> None:
         self.model, self.layouts, self.modality, self.special = model, layouts, modality, special
 
-    def run(self, inputs: Mapping[str, Any], sets: Any = None, statistics: bool = True) -> Seen:
-        """One pass. ValueError for attention of another score than the dot product, or of two streams.
+    def run(self, inputs: Mapping[str, Any], sets: Any = None, statistics: bool = True) -> ForwardPass:
+        """Runs one pass. ValueError for attention with another score than the dot product, or over two streams.
 
         Args:
-            sets: a callable(layout) -> of each sample the sets of tokens whose attention to one another is asked for.
-            statistics: False = states alone.
+            sets: a callable(layout) -> for each sample, the pairs of sets of tokens whose attention to one another is asked for.
+            statistics: False = only states.
         """
         kinds = 0
         for name, value in inputs.items():
             kinds |= kind_of(name, self.modality) if isinstance(value, Tensor) else 0
-        # Queries that look at the image are learnt: image tokens of these come from no input.
+        # Queries that look at the image are learned: their image tokens come from no input.
         tower = self.layouts.tower
-        learnt = tower is not None and tower.kind.image_ids and tower.grid in (None, derived_grids.derived)
+        learned = tower is not None and tower.kind.image_ids and tower.grid in (None, derived_grids.derived)
         layout: Layout | None = None
-        numbers, beside = list[int](), list[int]()
+        numbers, others = list[int](), list[int]()
         mass, crossing, maxima = list[Tensor](), list[Tensor](), list[list[Tensor]]()
 
-        def sees(number: int, call: AttentionCall) -> None:
+        def on_call(number: int, call: AttentionCall) -> None:
             nonlocal layout
-            in_stream = call.kinds == kinds or (learnt and call.kinds == FROM_TEXT)
+            in_stream = call.kinds == kinds or (learned and call.kinds == FROM_TEXT)
             if call.kinds != call.key_kinds or not in_stream:
-                beside.append(number)  # of a tower in front of the one stream, or cross-attention
+                others.append(number)  # of a tower before the one stream, or cross-attention
                 return
             numbers.append(number)
             with torch._C.DisableTorchFunction():
@@ -82,26 +82,26 @@ class Watched:
                 groups = layout.groups(self.special).to(device)
                 by_kind = {"key_groups": groups, "num_groups": 3, "statistics": ("mass",), **masks}
                 masses = attention_statistics(call.query, call.key, **by_kind).mass  # (B, H, N, 3)
-                read = torch.arange(shape[0], device=device), slice(None), layout.row.to(device)
-                mass.append(masses[read].double().cpu())
+                explained = torch.arange(shape[0], device=device), slice(None), layout.position.to(device)
+                mass.append(masses[explained].double().cpu())
                 on_text = masses[..., TEXT].double().where(sees_both(masks, layout, groups), -torch.inf).amax(-1)
                 crossing.append(on_text.where(on_text.isfinite(), torch.nan).cpu())
                 if sets is not None:
                     maxima.append(both_ways(call, sets(layout)))
 
-        states = self.forward(inputs, sees)
+        states = self.forward(inputs, on_call)
         if layout is None:
             kind = "words" if kinds == FROM_TEXT else "words and image tokens in one stream"
-            saw = f"no attention over {kind} in {type(self.model).__name__}, but {len(beside)} other calls"
-            raise ValueError(f"probe saw {saw}. {_REMEDY}")
-        whole = behind(self.model, numbers, states, layout.parts.shape[1])
+            got = f"none in {type(self.model).__name__}, but {len(others)} other calls"
+            raise ValueError(f"model must attend over {kind}; got {got}. {_REMEDY}")
+        whole = states_after(self.model, numbers, states, layout.parts.shape[1])
         samples = range(len(layout.parts)) if maxima else ()
         by_sample = [list(torch.stack([layer[number] for layer in maxima]).unbind(2)) for number in samples]
         masses, crossings = (torch.stack(values) if values else torch.zeros(0) for values in (mass, crossing))
-        return Seen(layout, masses, crossings, by_sample, whole)
+        return ForwardPass(layout, masses, crossings, by_sample, whole)
 
-    def forward(self, inputs: Mapping[str, Any], sees: Callable[[int, AttentionCall], None]) -> dict[int, Tensor]:
-        """One pass, which hands each call to `sees`; returns the first tensor behind each call's layer."""
+    def forward(self, inputs: Mapping[str, Any], on_call: Callable[[int, AttentionCall], None]) -> dict[int, Tensor]:
+        """Runs one pass, which hands each call to `on_call`; returns the first tensor after each call's layer."""
         states: dict[int, Tensor] = {}
 
         def leaves(number: int, result: Any) -> None:
@@ -112,21 +112,21 @@ class Watched:
         arguments = self.layouts.adapter.called(inputs)
         if "use_cache" in inspect.signature(self.model.forward).parameters:
             arguments.setdefault("use_cache", False)
-        kinds = TokenKinds(self.model, self.modality, sees=sees, leaves=leaves)
+        kinds = TokenKinds(self.model, self.modality, sees=on_call, leaves=leaves)
         with dispatched(self.model), kinds.observer(keeps_order=True):
             self.model(**arguments)
         return states
 
 
-class TwoStreams(Watched):
-    """Runs a model with a stream of words and another of image tokens, such as LXMERT. Image tokens are counted behind the words.
+class TwoStreams(OneStream):
+    """Runs a model with a stream of words and one of image tokens, such as LXMERT. Image tokens count after the words.
 
-    A phrase and a region have maxima in the layers where words and image attend to one another both ways; two regions have maxima
+    A phrase and a region have maxima in the layers in which words and image attend to one another; two regions have maxima
     in the layers of the image's own stream. No softmax here covers both text and image.
     """
 
-    def run(self, inputs: Mapping[str, Any], sets: Any = None, statistics: bool = True) -> Seen:
-        """See `Watched.run`."""
+    def run(self, inputs: Mapping[str, Any], sets: Any = None, statistics: bool = True) -> ForwardPass:
+        """See `OneStream.run`."""
         layout: Layout | None = None
         numbers: list[int] = []
         asked: list[list[Sets]] = []
@@ -138,7 +138,7 @@ class TwoStreams(Watched):
             raise ValueError(f"inputs must contain {adapter.names[1]!r}, the texts; got {sorted(adapter.called(inputs))}")
         words = int(ids.shape[1])
 
-        def sees(number: int, call: AttentionCall) -> None:
+        def on_call(number: int, call: AttentionCall) -> None:
             nonlocal layout
             kinds = call.kinds, call.key_kinds
             if kinds == (FROM_TEXT, FROM_TEXT):
@@ -166,9 +166,10 @@ class TwoStreams(Watched):
                     for index, place in enumerate(some):
                         maxima[kinds].setdefault((sample, place), []).append(most[sample][:, index])
 
-        states = self.forward(inputs, sees)
+        states = self.forward(inputs, on_call)
         if layout is None or not numbers:
-            raise ValueError(f"probe saw no attention over words and image tokens in {type(self.model).__name__}. {_REMEDY}")
+            name = type(self.model).__name__
+            raise ValueError(f"model must attend over words and image tokens; got no such call in {name}. {_REMEDY}")
 
         def layers(place: tuple[int, int]) -> Tensor:
             """(L, H, 2); L = 0 without such a layer."""
@@ -178,23 +179,23 @@ class TwoStreams(Watched):
             return torch.stack(both) if both else torch.zeros(0, 0, 2, dtype=torch.float64)
 
         by_sample = [[layers((sample, place)) for place in range(len(pairs))] for sample, pairs in enumerate(asked)]
-        return Seen(layout, None, None, by_sample, behind(self.model, numbers, states, words))
+        return ForwardPass(layout, None, None, by_sample, states_after(self.model, numbers, states, words))
 
 
 def checked(call: AttentionCall) -> Mapping[str, Any]:
-    """Its masks. ValueError for attention whose statistics cannot be had."""
+    """The masks of a call. ValueError for attention without statistics."""
     if call.masks is None or call.score != "dot":
         what = "attention that is written out by hand" if call.masks is None else f"the score {call.score!r}"
         raise ValueError(f"model must attend by a dot product, by calls of torch or transformers; got {what}")
     return call.masks
 
 
-def behind(model: nn.Module, numbers: Sequence[int], states: Mapping[int, Tensor], size: int) -> list[Tensor]:
-    """The states (B, size, C) behind the layers of some calls."""
+def states_after(model: nn.Module, numbers: Sequence[int], states: Mapping[int, Tensor], size: int) -> list[Tensor]:
+    """The states (B, size, C) after the layers of some calls."""
     whole = [states[number] for number in numbers if number in states and states[number].shape[1] == size]
     if len(whole) != len(numbers):
-        got = f"{len(whole)} such states behind {len(numbers)} layers of {type(model).__name__}"
-        raise ValueError(f"model must hold its layers in a list and give (B, {size}, C) behind each; got {got}")
+        got = f"{len(whole)} such states after {len(numbers)} layers of {type(model).__name__}"
+        raise ValueError(f"model must have its layers in a list, and return (B, {size}, C) from each; got {got}")
     return whole
 
 
@@ -205,9 +206,9 @@ def both_ways(call: AttentionCall, sets: Sequence[Sequence[Sets]]) -> list[Tenso
 
 
 def one_way(call: AttentionCall, sets: Sequence[Sequence[Sets]]) -> list[Tensor]:
-    """(H, sets) for each sample: the largest attention of the first set on the second.
+    """(H, sets) for each sample: the largest attention of the first set to the second.
 
-    A group of keys that is one key has its weight as mass: so single weights are read, and no map.
+    A group of one key has its attention weight as mass: this gives single weights without a map.
     """
     fixed = {"statistics": ("mass",), **checked(call)}
     batch, heads = call.query.shape[:2]
