@@ -1,6 +1,6 @@
 """An extension of Python-Markdown: it turns formulas into MathML, and writes costs and counts from stored results into the pages.
 
-A page then needs no script to show a formula, and its figures are always those of the stored records. Zensical loads it by its
+A page then needs no script to show a formula, and its figures are always those of the stored rows. Zensical loads it by its
 name in mkdocs.yml.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-RECORDS = ROOT / "benchmarks" / "results" / "cpu.json"
+ROWS = ROOT / "benchmarks" / "results" / "cpu.json"
 FUZZED, EMULATED = ROOT / "tests" / "fuzz" / "results.json", ROOT / "tests" / "fuzz" / "emulated.json"
 COST = re.compile(r"<!-- cost: (.+?) -->")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.S)
@@ -46,30 +46,30 @@ def with_stored(markdown: str) -> str:
 
 
 def cost(stems: list[str]) -> str:
-    """A table of median milliseconds and peak MiB: a line for each workload of these benchmarks, from its newest stored records.
+    """A table of median milliseconds and peak MiB: a line for each workload of these benchmarks, from its newest stored rows.
 
-    The file has records of several machines and settings. The table takes those of the setting that opens the report, or, where
+    The file has rows of several machines and settings. The table takes those of the setting that opens the report, or, if
     it has none of these benchmarks, of the one that measured them last.
 
     Raises:
-        ValueError: no stored record belongs to these benchmarks.
+        ValueError: no stored row belongs to these benchmarks.
     """
     newest: dict[str, dict[str, dict[str, Any]]] = {}
-    stored = json.loads(RECORDS.read_text(encoding="utf-8"))
+    stored = json.loads(ROWS.read_text(encoding="utf-8"))
     counts = Counter(map(_setting, stored))
-    shown = _setting(max(stored, key=lambda record: (counts[_setting(record)], record["time"])))
-    chosen = [record for record in stored if record["benchmark"].split("/")[0] in stems]
-    if chosen and all(_setting(record) != shown for record in chosen):  # measured later, on another machine
-        shown = _setting(max(chosen, key=lambda record: record["time"]))
-    for record in chosen:
-        if _setting(record) == shown:
-            newest.setdefault(record["benchmark"], {})[record["variant"]] = record
+    shown = _setting(max(stored, key=lambda row: (counts[_setting(row)], row["time"])))
+    chosen = [row for row in stored if row["benchmark"].split("/")[0] in stems]
+    if chosen and all(_setting(row) != shown for row in chosen):  # measured later, on another machine
+        shown = _setting(max(chosen, key=lambda row: row["time"]))
+    for row in chosen:
+        if _setting(row) == shown:
+            newest.setdefault(row["benchmark"], {})[row["variant"]] = row
     if not newest:
-        raise ValueError(f"a cost comment must name benchmarks with records in {RECORDS}; got {stems}")
-    records = [record for variants in newest.values() for record in variants.values()]
-    bounds = {record["variant"] for record in records if record["is_bound"]}
-    names = sorted(dict.fromkeys(record["variant"] for record in records), key=lambda name: name in bounds)
-    first = records[0]
+        raise ValueError(f"a cost comment must name benchmarks with rows in {ROWS}; got {stems}")
+    rows = [row for variants in newest.values() for row in variants.values()]
+    bounds = {row["variant"] for row in rows if row["is_bound"]}
+    names = sorted(dict.fromkeys(row["variant"] for row in rows), key=lambda name: name in bounds)
+    first = rows[0]
     lines = [
         f"| row in `benchmarks/results/cpu.json` | {' | '.join(f'*{name}*' if name in bounds else name for name in names)} |",
         f"| --- |{' ---: |' * len(names)}",
@@ -83,14 +83,14 @@ def cost(stems: list[str]) -> str:
     return "\n".join([*lines, "", f"Median ms / peak MiB of one call; {where}, {dtype}. The bound is in italics."])
 
 
-def _setting(record: dict[str, Any]) -> tuple[str, str, int]:
-    return record["device"], record["instructions"].split(", ")[0], record["threads"]
+def _setting(row: dict[str, Any]) -> tuple[str, str, int]:
+    return row["device"], row["instructions"].split(", ")[0], row["threads"]
 
 
-def _cell(record: dict[str, Any] | None) -> str:
-    if record is None or record.get("p50_us") is None:
-        return "not run" if record else ""
-    return f"{record['p50_us'] / 1e3:.1f} / {record['peak_bytes'] / 2**20:.1f}"
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None or row.get("p50_us") is None:
+        return "not run" if row else ""
+    return f"{row['p50_us'] / 1e3:.1f} / {row['peak_bytes'] / 2**20:.1f}"
 
 
 def fuzz() -> str:
@@ -99,10 +99,10 @@ def fuzz() -> str:
         return "Not yet run."
     run = json.loads(FUZZED.read_text(encoding="utf-8"))
     backends = sorted({*run["compared"], *run["refused"]})
-    lines = ["| backend | compared | refused by name |", "| --- | ---: | ---: |"]
+    lines = ["| backend | compared | not supported |", "| --- | ---: | ---: |"]
     lines += [f"| `{name}` | {run['compared'].get(name, 0):,} | {run['refused'].get(name, 0):,} |" for name in backends]
-    compared, refused = sum(run["compared"].values()), sum(run["refused"].values())
-    lines.append(f"| all {run['configurations']:,} | {compared:,} | {refused:,} |")
+    compared, unsupported = sum(run["compared"].values()), sum(run["refused"].values())
+    lines.append(f"| all {run['configurations']:,} | {compared:,} | {unsupported:,} |")
     worst = f"The worst error is {run['worst_ratio']:.2f} of what is allowed: `{run['worst']}`."
     return "\n".join([*lines, "", f"Failed: {len(run['failures'])}. {worst} Commit {run['commit']}."])
 
@@ -111,7 +111,7 @@ def fuzz_emulated() -> str:
     """A table of the stored runs on emulated GPUs, a line for each."""
     runs = json.loads(EMULATED.read_text(encoding="utf-8"))
     lines = [
-        "| kernels | compared | refused by name | failed | worst error, of what is allowed |",
+        "| kernels | compared | not supported | failed | worst error, of what is allowed |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
     for run in runs:

@@ -154,7 +154,7 @@ def test_the_code_runs(name, tmp_path, monkeypatch, capsys):
     for package in re.findall(r"^(?:import|from) (\w+)", "\n".join(blocks(name, "python")), re.M):
         pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(registry, "ADAPTERS", dict(registry.ADAPTERS))  # a guide adds a record
+    monkeypatch.setattr(registry, "ADAPTERS", dict(registry.ADAPTERS))  # a guide adds an adapter
     if name == "README.md":
         save_what_readme_opens(tmp_path)
     variables = {"__name__": "document"}
@@ -253,16 +253,16 @@ def extension() -> dict[str, Any]:
 
 
 def test_costs_that_another_machine_measured(tmp_path):
-    """Its newest rows, where the setting with most rows has none of the benchmark; none are refused."""
+    """Its newest rows, if the setting with most rows has none of the benchmark; an error if there are none."""
     cost = extension()["cost"]
     row = next(row for row in json.loads(text("benchmarks/results/cpu.json")) if row["benchmark"].startswith("attention_map/"))
     elsewhere = {**row, "benchmark": "new/small", "device": "another CPU", "time": "9999", "p50_us": 7e6}
-    cost.__globals__["RECORDS"] = stored = tmp_path / "cpu.json"
+    cost.__globals__["ROWS"] = stored = tmp_path / "cpu.json"
     stored.write_text(json.dumps([row, row, elsewhere]))
     line, _, said = cost(["new"]).splitlines()[2:]
     assert line.startswith("| new/small (") and "| 7000.0 / " in line and "; another CPU, " in said
     assert "another CPU" not in cost(["attention_map"])
-    with pytest.raises(ValueError, match=r"a cost comment must name benchmarks with records in .*; got \['old'\]"):
+    with pytest.raises(ValueError, match=r"a cost comment must name benchmarks with rows in .*; got \['old'\]"):
         cost(["old"])
 
 

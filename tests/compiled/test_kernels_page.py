@@ -1,4 +1,4 @@
-"""The page of estimates is made of counts, and the arithmetic behind it; counts are made up here."""
+"""The page of estimates is made of counts; its arithmetic, on invented counts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tools.pages import kernel_times, kernels_page
 from tools.pages.cuda_times import PAIRS, estimates
 from tools.pages.kernel_entries import CLIP, ENTRIES, FORWARD, HIGHRES, LLAVA, UNITER, VIT
 from tools.pages.kernel_limits import lines_beyond, reasons_of
-from tools.pages.kernel_times import LAUNCH, Entry, Workload, beside_softmax, floor_of, nearest, rate_of, times_of
+from tools.pages.kernel_times import LAUNCH, Entry, Workload, floor_of, nearest, rate_of, share_under_softmax, times_of
 from vlattn_fast.benchmarks._rates import H200
 
 CLOCK, SMS = 1.83e9, 132
@@ -140,7 +140,7 @@ def test_more_tokens_than_the_call_has_take_more_programs_and_longer_ones() -> N
     assert second.estimate == pytest.approx(1.3 + 78 * program)
 
 
-def test_scores_ahead_run_beside_the_softmax_and_causal_programs_fill_the_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_ahead_overlap_the_softmax_and_causal_programs_fill_the_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
     causal = Entry(DOT.what, Workload("causal", 64, 16, 577, 64, causal=True), CALL, FORWARD, 2, 4)
     rows = {(CALL, "_forward_kernel"): row()}
     programs = 80 * 64 / SMS  # of an SM
@@ -150,7 +150,7 @@ def test_scores_ahead_run_beside_the_softmax_and_causal_programs_fill_the_gaps(m
         times = times_of(causal, rows)
         assert times.estimate == pytest.approx(1.3 + 1e6 * programs * 700 / CLOCK + times.products + times.special)
         with monkeypatch.context() as changed:
-            changed.setattr(kernel_times, "beside_softmax", lambda entry, kernel: 0.5)
+            changed.setattr(kernel_times, "share_under_softmax", lambda entry, kernel: 0.5)
             ahead = times_of(causal, rows).estimate
         assert ahead == pytest.approx(times.estimate - (times.special if beside else times.products / 2))
 
@@ -175,7 +175,9 @@ def test_a_map_is_memory_too() -> None:
 
 def test_the_configuration_says_which_scores_are_ahead() -> None:
     """Those of more than 64 features and up to 1,024 tokens, and of `relevancy_step`."""
-    carrying = {(entry.what, entry.workload) for entry in ENTRIES for kernel in entry.kernels if beside_softmax(entry, kernel)}
+    carrying = {
+        (entry.what, entry.workload) for entry in ENTRIES for kernel in entry.kernels if share_under_softmax(entry, kernel)
+    }
     assert carrying == {("score_attention, dot, forward", LLAVA), ("relevancy_step, lse given", CLIP)}
 
 

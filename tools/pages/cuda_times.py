@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels beside Triton's: estimates for the same pass, with launches and in a CUDA graph."""
+"""The CUDA C++ kernels compared with Triton's: estimates for the same pass, with launches and in a CUDA graph."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def estimates(pair: Pair, side: Side, batch: int, rows: Rows) -> tuple[float, fl
     return estimate + 1e6 * LAUNCH * side.further, estimate - launches
 
 
-TEXT = """## CUDA C++ kernels beside Triton's
+TEXT = """## CUDA C++ kernels compared with Triton's
 
 The same estimate of the CUDA C++ kernels, which nvcc compiles for sm_90, and of Triton's kernels for the same pass. *launches*
 counts the kernels of a pass and torch's small ones around them, {launch} µs each. *graph* is the estimate without

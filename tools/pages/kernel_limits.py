@@ -50,7 +50,7 @@ REASONS = [
         "masked|padded",
         """Key masks are bytes. Triton looks for the narrowest number that an operand of `mma.sync` is made from, finds these
   bytes, and lays out 16-bit operands as if they had 8 bits (`kWidth = 4`). `ldmatrix` then transposes tiles with two lanes a
-  bank. `wgmma` has no such layout: on sm_90 this concerns products of 32 rows alone, which run `mma.sync`.""",
+  bank. `wgmma` has no such layout: on sm_90 this concerns only products of 32 rows, which run `mma.sync`.""",
     ),
     Reason(
         "float masks",

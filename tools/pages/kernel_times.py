@@ -94,7 +94,7 @@ def issued(row: Row) -> int:
     return sum(number for kind, number in row["instructions"].items() if kind != "move")
 
 
-def beside_softmax(entry: Entry, kernel: str) -> float:
+def share_under_softmax(entry: Entry, kernel: str) -> float:
     """The share of the products that the loop computes under the softmax of the tile before, on sm_90.
 
     It is the scores of all tiles in forward passes. In `_step_kernel` it is both products of every second tile, of 10 tiles 4;
@@ -141,8 +141,8 @@ def times_of(entry: Entry, rows: Rows) -> Times:
         copied = "cp.async" in row["instructions"]
         products, l2 = copies * row["flop"] / H200.products, copies * 32 * row["sectors" if copied else "once"][0] / L2
         memory = (tensors * work.tensor_bytes + work.map_bytes * (kernel == "_map_kernel")) / H200.memory
-        rest, beside = max(issue, special), products * beside_softmax(entry, kernel)
-        program = FIRST + SMS * (max(beside, rest) + products - beside) / programs
+        rest, hidden = max(issue, special), products * share_under_softmax(entry, kernel)
+        program = FIRST + SMS * (max(hidden, rest) + products - hidden) / programs
         busy = program * math.ceil(programs / SMS)  # programs of one length end in rounds
         if work.causal:
             heads = work.batch * work.heads

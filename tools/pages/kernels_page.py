@@ -9,9 +9,9 @@ from tools.compiled import table
 from tools.compiled.counts import LEAST_USED, MOST_CONFLICTS, Row, conflicts, read, used
 from tools.compiled.triton import TABLE
 from tools.pages.cuda_times import section
+from tools.pages.kernel_baselines import slower_estimates, torch_section
 from tools.pages.kernel_entries import ENTRIES
 from tools.pages.kernel_limits import lines_beyond, reasons_of
-from tools.pages.kernel_rivals import behind, torch_section
 from tools.pages.kernel_times import (
     FIRST,
     L2,
@@ -50,13 +50,13 @@ Three figures follow:
   includes the scores once more, since no map is kept: a matrix product, or a tanh or half a reciprocal for each hidden unit.
 - *estimate*: the sum over the kernels of a pass. A program takes its products, then the longer of issue and special: its softmax
   waits for the scores. Forward passes whose configuration says `AHEAD` compute the next tile's scores beforehand: of 65 to 128
-  features and 513 to 1,024 tokens, but for float32. There half of the products, those for the scores, run beside issue and
+  features and 513 to 1,024 tokens, except in float32. There half of the products, those for the scores, overlap issue and
   special. So do two fifths of those of `relevancy_step`, both products of every second tile but the first.
   A program also waits {clocks:.0f} clocks for its first tile. An SM has one program at a time, and takes the next one when it
   ends; the kernel ends with its last program. Programs of a causal call have different lengths, and begin in the order in which
   `heads_in_turn` numbers them. L2 and memory are read meanwhile, so that a kernel takes no less than either.
   A kernel without asynchronous copies takes L2 in addition. A launch takes {launch} µs.
-- *FlashAttention-3*: its published rate in TFLOP/s, for dot products alone, at the nearest published number of tokens and the
+- *FlashAttention-3*: its published rate in TFLOP/s, only for dot products, at the nearest published number of tokens and the
   same number of features. *TFLOP/s* is that of the estimate. Both divide the floor's products by the time.
 
 An estimate is too long where programs that share an SM fill one another's waits, and where machine code needs fewer instructions
@@ -65,7 +65,7 @@ and the host's time, are left out. Passes over 16,384 tokens have the counts of 
 
 {beyond}
 
-{behind}
+{slower}
 
 At 512 tokens and 64 features FlashAttention-3 takes {forward:.1f} times the floor forward and {backward:.1f} times backward. So
 the floor is no goal; FlashAttention-3's rate is. The passes furthest from their floors do more work than these count:
@@ -102,7 +102,7 @@ COUNTED = """These are the counts of the kernels above, on sm_90.
   They include the padding of tiles, and the beginning and the end of a program;
 - *conflicts*: the share of the wavefronts of shared memory that bank conflicts add;
 - *sectors*: the share of the sectors of global memory that the bytes in use would fill;
-- *registers*, *spilled*: of a thread, and its bytes, as ptxas compiles the kernel. Causal calls of one head are counted alone.
+- *registers*, *spilled*: of a thread, and its bytes, as ptxas compiles the kernel. Causal calls of one head are only counted.
 """
 
 BEYOND = """These kernels have more than {conflicts:.0%} of their wavefronts in conflict, or use less than {used:.0%} of their
@@ -138,7 +138,7 @@ def _counts(row: Row) -> list[str]:
 def _counted(rows: Rows, facts: dict[str, table.Row]) -> list[str]:
     lines = ["| kernel | issue | special | conflicts | sectors | registers | spilled |", f"| --- |{' ---: |' * 6}"]
     for call, kernel in sorted({(entry.call, kernel) for entry in ENTRIES for kernel in entry.kernels}):
-        ptxas_facts = facts.get(f"{call} {kernel} sm_90", {})  # that of the counted calls alone is not stored
+        ptxas_facts = facts.get(f"{call} {kernel} sm_90", {})  # that of calls that are only counted is not stored
         cells = [*_counts(rows[call, kernel]), *(str(ptxas_facts.get(name, "")) for name in ("registers", "spills"))]
         lines.append(f"| `{call} {kernel}` | {' | '.join(cells)} |")
     return lines
@@ -180,7 +180,7 @@ def page() -> str:
         clocks=FIRST * CLOCK,
         launch=LAUNCH * 1e6,
         beyond=_beyond(times),
-        behind=behind(times),
+        slower=slower_estimates(times),
         forward=H200.products / 1e12 / PUBLISHED["forward", 64, False][512][2],
         backward=H200.products / 1e12 / PUBLISHED["backward", 64, False][512][2],
         sms=SMS,

@@ -1,4 +1,4 @@
-"""A part of build/compiled/kernels.md: the estimates of plain dot products beside published rates."""
+"""A part of build/compiled/kernels.md: the estimates of plain dot products, compared with published rates."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ figures of FlashAttention-3's paper:
 
 {table}
 
-UNITER and ViT-B/16 have 160 and 197 tokens where the rates are of 512. Their tensors alone take more than half of the estimates,
-at the rate of memory. An estimate leaves waits out, and a measured rate does not."""
+UNITER and ViT-B/16 have 160 and 197 tokens, and the rates are of 512. Reading and writing their tensors takes more than half of
+the estimates, at the rate of memory. An estimate leaves waits out, and a measured rate does not."""
 
 
 def torch_section(times: dict[Entry, Times]) -> list[str]:
@@ -25,7 +25,7 @@ def torch_section(times: dict[Entry, Times]) -> list[str]:
     return ["## Torch's attention for plain dot products", "", *TORCH.format(table="\n".join(lines)).splitlines(), ""]
 
 
-def behind(times: dict[Entry, Times]) -> str:
+def slower_estimates(times: dict[Entry, Times]) -> str:
     """Says which estimates are more than 1.5 times as long as FlashAttention-3 takes."""
     slower = {
         entry: rates.flash3 / rate_of(entry, times_of_entry.estimate)
@@ -36,4 +36,4 @@ def behind(times: dict[Entry, Times]) -> str:
     head = f"{len(slower) - len(lines)} of {len(slower)} estimates are at most {WITHIN} times as long as FlashAttention-3 takes"
     if not lines:
         return f"{head}."
-    return "\n".join([f"{head}.", "Not so these:", "", *lines])
+    return "\n".join([f"{head}.", "These take longer:", "", *lines])
