@@ -159,15 +159,15 @@ def test_captured_rows_are_those_of_explain(kind: str, method: str, double: None
 @pytest.mark.parametrize("method", ["attention", "weighted", "gradcam"])
 def test_attention_beside_a_recurrence_has_no_other_rule(method: str) -> None:
     with pytest.raises(
-        ValueError, match=r"'model.layers.0.self_attn' beside 'model.layers.0.mamba'|method must be one with a rule"
+        ValueError, match=r"'model.layers.0.self_attn' in parallel to 'model.layers.0.mamba'|method must be one with a rule"
     ):
         explain(made("FalconH1"), INPUTS, method=method)
 
 
 def test_attention_beside_a_recurrence_has_no_row_of_a_layer() -> None:
-    with pytest.raises(ValueError, match="'model.layers.0.self_attn' beside 'model.layers.0.mamba'"):
+    with pytest.raises(ValueError, match="'model.layers.0.self_attn' in parallel to 'model.layers.0.mamba'"):
         explain_layers(made("FalconH1"), INPUTS, per="layer")
     model = made("FalconH1")
     captured = capture_relevancy(model, method="weighted")
-    with pytest.raises(ValueError, match="'model.layers.0.self_attn' beside 'model.layers.0.mamba'"), captured:
+    with pytest.raises(ValueError, match="'model.layers.0.self_attn' in parallel to 'model.layers.0.mamba'"), captured:
         model(**INPUTS, use_cache=False)
