@@ -63,7 +63,11 @@ def test_a_run_goes_on_with_the_same_constants(vit: Path, pictures: Path, tmp_pa
     ("options", "error", "message"),
     [
         ({"model": torch.nn.Identity()}, TypeError, "model must be a directory or an id, which each process loads; got Identity"),
-        ({"model": "nowhere/at/all"}, ValueError, "model must be a directory or id of a Hugging Face model; got nowhere/at/all"),
+        (
+            {"model": "nowhere/at/all"},
+            ValueError,
+            "model must be the directory or id of a Hugging Face model; got nowhere/at/all",
+        ),
         ({"methods": "rollout"}, TypeError, "options must be among method, text, .*; got methods"),
         ({"read": "cls"}, TypeError, r"explain_dataset\(\) has no parameter 'read'; write position='cls'"),
         (

@@ -98,7 +98,7 @@ def test_summary_of_failures(run):
     assert line["count"] == 2 and line["ids"] == ["3.png", "4.png"] and "…" in line["error"]
     assert f"failed 2: {line['error']} (3.png, 4.png)" in output
     failures = [{"id": str(i), "error": "text must have at most 8 tokens; got " + str(9 + i)} for i in range(7)]
-    failures.append({"id": "x", "error": "image must be given to CLIPModel; got none"})
+    failures.append({"id": "x", "error": "image must be given for CLIPModel; got none"})
     first, second = summary(failures)
     assert first == {"error": "text must have at most … tokens; got …", "count": 7, "ids": list("01234")}
     assert second == {"error": failures[-1]["error"], "count": 1, "ids": ["x"]}

@@ -116,7 +116,7 @@ def test_json_lines_with_bad_inputs_that_are_mended(models, pictures, tmp_path):
     assert closing(result) == f"done 9, failed 10, skipped 0 (done before), of 19: {out}"
     failures = [json.loads(line) for line in (out / "failures.jsonl").read_text().splitlines()]
     reasons = (
-        "which does not exist", "which PIL cannot read", "text must be given to CLIPModel", "text must have at most 8 tokens",
+        "which does not exist", "which PIL cannot read", "text must be given for CLIPModel", "text must have at most 8 tokens",
         "target must be from 0 to 0", "target must be an int; got 'first'", "text must be a text or a list",
         "line 13 must be a JSON", "image must be a path or an image; got 5", "text must be Unicode; got",
     )  # fmt: skip
@@ -230,7 +230,7 @@ def test_a_page_of_what_the_model_generates(models, pictures, tmp_path):
     refused = vlattn(*run, out, "--answer", "blue", "--generate", 3)
     assert refused.exit_code == 2 and "--answer must be given without --generate" in said(refused)
     refused = vlattn("explain", "--model", models["vit"], "--image", picture(pictures, 0), "--out", out, "--generate", 3)
-    assert refused.exit_code == 2 and "generate must be asked of a decoder" in said(refused)
+    assert refused.exit_code == 2 and "generate must be used with a decoder" in said(refused)
 
 
 @pytest.mark.slow
@@ -258,7 +258,7 @@ def test_what_is_refused(models, pictures, tmp_path):
         assert "out must be a new or an empty directory" in refused(*run[:-1], other)
     assert "--image must be given without --dataset" in refused(*run, "--image", picture(pictures, 0))
     assert "--device nowhere" in refused(*run, "--device", "nowhere")
-    assert "generate must be asked of a decoder" in refused(*run[:-1], tmp_path / "new", "--generate", 2)
+    assert "generate must be used with a decoder" in refused(*run[:-1], tmp_path / "new", "--generate", 2)
     assert not (tmp_path / "new").exists()
     for content, reason in (
         ("", "at least one input"),
@@ -285,7 +285,7 @@ def test_what_is_refused(models, pictures, tmp_path):
 def test_a_part_that_every_input_lacks_is_refused_once(models, pictures, tmp_path):
     out = tmp_path / "out"
     for model, options, message in (
-        ("clip", (), "--text must be given to CLIPModel; got none"),
+        ("clip", (), "--text must be given for CLIPModel; got none"),
         ("vit", ("--text", "a red square"), "--text must be left out for ViTForImageClassification; got one"),
     ):
         result = vlattn("explain", "--model", models[model], "--dataset", pictures, "--out", out, *options)

@@ -103,10 +103,10 @@ def test_a_mistyped_folder_is_refused_at_once(tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", None)
     for name in ("models/clip-smal", str(tmp_path / "models" / "clip-smal"), "./models/clip-smal"):
-        with pytest.raises(ValueError, match="which is no directory; in .*models there are clip-small"):
+        with pytest.raises(ValueError, match="which is not a directory; in .*models there are clip-small"):
             loading.load_model(name)
     with pytest.raises(
-        ValueError, match="model must be a directory or id of a Hugging Face model; got ~/zz, which is no directory"
+        ValueError, match="model must be the directory or id of a Hugging Face model; got ~/zz, which is not a directory"
     ):
         loading.load_model("~/zz")
     with pytest.raises(TypeError):  # an id

@@ -131,7 +131,7 @@ def test_the_part_that_the_model_saw_is_known(vit, picture):
         (["--out", "x.pdf"], "must end in .html or .png"),
         (["--out", "nowhere/x.png"], "there is no directory"),
         (["--out", "x.png"], "--image or --text must be given"),
-        (["--out", "x.png", "--text", "a"], "--image must be given to ViTForImageClassification; got none"),
+        (["--out", "x.png", "--text", "a"], "--image must be given for ViTForImageClassification; got none"),
         (
             ["--out", "x.png", "--image", "PICTURE", "--text", "a"],
             "--text must be left out for ViTForImageClassification; got one",
@@ -159,7 +159,7 @@ def test_a_model_that_is_not_there_is_named_before_the_file_to_write(picture, tm
     inputs = ["--image", picture] if command == "explain" else ["--dataset", tmp_path]
     for out in (tmp_path / "nowhere" / "x.pdf", picture):
         result = vlattn(command.split()[0], "--model", tmp_path / "gone", *inputs, "--out", out)
-        assert result.exit_code == 2 and "--model must be a directory or id of a Hugging Face model" in said(result), (
+        assert result.exit_code == 2 and "--model must be the directory or id of a Hugging Face model" in said(result), (
             result.output
         )
 
@@ -167,7 +167,7 @@ def test_a_model_that_is_not_there_is_named_before_the_file_to_write(picture, tm
 def test_a_folder_without_a_model(picture, tmp_path):
     result = vlattn("explain", "--model", tmp_path, "--image", picture, "--out", tmp_path / "x.png")
     assert result.exit_code == 2
-    assert f"--model must be a directory or id of a Hugging Face model; got {tmp_path}" in said(result)
+    assert f"--model must be the directory or id of a Hugging Face model; got {tmp_path}" in said(result)
 
 
 @pytest.mark.parametrize("command", ["explain", "verify", "bench", "demo"])

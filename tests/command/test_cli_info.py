@@ -28,7 +28,7 @@ def test_info_says_what_is_known_of_a_model(vit, tmp_path):
     for words in ("derived from the model and its config", "language (model.layers, 3 layers)", "answer="):
         assert words in derived.output
     missing = vlattn("info", "--model", tmp_path / "nothing")
-    assert missing.exit_code == 2 and "must be a directory or id" in missing.output
+    assert missing.exit_code == 2 and "must be the directory or id" in missing.output
 
 
 def test_info_names_every_operator_and_backend():

@@ -169,7 +169,7 @@ def test_an_answer_by_each_method(llava, picture, tmp_path, method):
     assert result.exit_code == 0, result.output
     assert method in (tmp_path / "out.html").read_text()
     layers = vlattn(*call, "--out", tmp_path / "layers.png", "--per", "layer")
-    assert layers.exit_code == 2 and "--method must have a map of each layer" in layers.output
+    assert layers.exit_code == 2 and "--method must be 'gradient' or 'attention'" in layers.output
 
 
 def test_the_layers_of_an_answer(llava, picture, tmp_path):
@@ -188,4 +188,4 @@ def test_maps_of_layers_are_of_one_method_and_one_input(vit, picture, tmp_path):
     result = vlattn(*call, "--per", "token")
     assert result.exit_code == 2 and "--per must be one of" in result.output
     result = vlattn(*call, "--per", "layer", "--method", "gradcam")
-    assert result.exit_code == 2 and "--method must have a map of each layer" in result.output
+    assert result.exit_code == 2 and "--method must be 'gradient' or 'attention'" in result.output

@@ -15,7 +15,7 @@ from vlattn_lab import demo
 from vlattn_lab.checkout import ROOT
 
 
-@pytest.mark.filterwarnings("ignore:A part of the map is that of later tokens")  # of rollout as published
+@pytest.mark.filterwarnings("ignore:A part of the map belongs to later tokens")  # of rollout as published
 def test_demo_writes_its_pictures(tmp_path, monkeypatch):
     monkeypatch.setattr("vlattn_lab.demo.SCENES", 20)
     result = CliRunner().invoke(cli.app, ["demo", "--out", str(tmp_path / "demo"), "--no-costs"])

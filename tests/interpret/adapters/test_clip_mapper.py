@@ -15,7 +15,7 @@ from tests.interpret.result.test_page import data
 from vlattn_fast.interpret import explain
 from vlattn_fast.models import CLIPMapper
 
-pytestmark = pytest.mark.filterwarnings("ignore:A part of the map is that of later tokens")  # of the published rollout
+pytestmark = pytest.mark.filterwarnings("ignore:A part of the map belongs to later tokens")  # of the published rollout
 
 EOS = 58
 # What a text is, and where it is read: padded on the right, with an end-of-text token.
@@ -192,7 +192,7 @@ def test_an_answer_as_text():
 
 def test_what_is_refused():
     classes, inputs = mapper(), inputs_of(IDS)
-    with pytest.raises(ValueError, match="answer must be of a decoder with an adapter.*; got CLIPMapper$"):
+    with pytest.raises(ValueError, match="model must be a decoder with an adapter, .*; got CLIPMapper$"):
         explain(classes, inputs, answer=[17])
     states = {"image_states": classes.encode_image(inputs["pixel_values"]), "input_ids": IDS}
     with pytest.raises(ValueError, match="no attention call was traced in layer 'vision.encoder.layers.0' .* of tower 'vision'"):

@@ -216,9 +216,9 @@ def test_a_borrowed_adapter(monkeypatch):
             assert got.token_ids == [[7, 9]] and got.text_positions == [[5, 6]]  # no tokenizer says which of the prompt are words
     with pytest.raises(ValueError, match=r"got OwnDecoder.*va.register_adapter\(OwnDecoder, like='\w+'\) borrows"):
         explain(own, {**inputs, "question": inputs["input_ids"]}, answer=[7])
-    with pytest.raises(ValueError, match=r"like must be the name of a class with an entry, such as 'LlamaForC.*got 'LamaForCa"):
+    with pytest.raises(ValueError, match=r"like must be the name of a class with an adapter, such as 'LlamaForC.*got 'LamaForCa"):
         va.register_adapter(OwnDecoder, like="LamaForCausalLM")
-    with pytest.raises(TypeError, match="like must be the name of a class with an entry; got type"):
+    with pytest.raises(TypeError, match="like must be the name of a class with an adapter; got type"):
         va.register_adapter(OwnDecoder, like=transformers.LlamaForCausalLM)
     with pytest.raises(TypeError, match="cls must be a subclass of torch.nn.Module, or its name; got OwnDecoder"):
         va.register_adapter(own, like="LlamaForCausalLM")

@@ -194,7 +194,7 @@ def test_bad_answers(monkeypatch):
     vit = transformers.ViTForImageClassification(
         transformers.ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
     )
-    with pytest.raises(ValueError, match="answer must be of a decoder"):
+    with pytest.raises(ValueError, match="model must be a decoder with an adapter"):
         explain(vit, {"pixel_values": torch.randn(1, 3, 224, 224)}, answer=[17])
 
 
@@ -307,8 +307,8 @@ def test_positions_of_all_prompts():
 def test_inputs_that_no_answer_can_make_longer_are_refused():
     model, inputs = decoder(), {"input_ids": PROMPTS[:, :4]}
     for name, value, words in (
-        ("inputs_embeds", torch.randn(2, 4, 32), r"inputs must not contain 'inputs_embeds' beside answer.*got \(2, 4, 32\)"),
-        ("head_mask", torch.ones(3, 2, 4), "inputs must not contain 'head_mask' beside answer"),
+        ("inputs_embeds", torch.randn(2, 4, 32), r"inputs must not contain 'inputs_embeds' if answer is given.*got \(2, 4, 32\)"),
+        ("head_mask", torch.ones(3, 2, 4), "inputs must not contain 'head_mask' if answer is given"),
         ("position_ids", torch.arange(4), r"position_ids must have shape \(B, N\), \(1, N\) or \(3, B, N\).*got \(4,\)"),
         ("token_type_ids", torch.zeros(2, 3), r"token_type_ids must have shape \(B, N\) with \(B, N\) = \(2, 4\); got \(2, 3\)"),
         ("attention_mask", torch.ones(2, 1, 4, 4), r"attention_mask must have shape \(B, N\)"),
@@ -333,7 +333,7 @@ def test_labels_beside_an_answer_of_an_encoder_decoder(length):
     with pytest.raises(ValueError, match="inputs must not contain 'labels' if answer is given, since an encoder-decoder"):
         explain(t5(), inputs, answer=[7, 12])
     embeds = {"input_ids": PROMPTS, "decoder_inputs_embeds": torch.randn(2, 1, 32)}
-    with pytest.raises(ValueError, match="inputs must not contain 'decoder_inputs_embeds' beside answer"):
+    with pytest.raises(ValueError, match="inputs must not contain 'decoder_inputs_embeds' if answer is given"):
         explain(t5(), embeds, answer=[7, 12])
 
 

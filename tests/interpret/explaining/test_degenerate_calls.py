@@ -98,7 +98,7 @@ def test_a_score_that_is_no_number(case, method):
         scores = outputs.logits_per_image.diagonal() if hasattr(outputs, "logits_per_image") else outputs.logits[:, 0]
         return torch.where(torch.arange(rows) == 1, torch.nan, scores)
 
-    with pytest.raises(ValueError, match=r"^target must give scores that are numbers; got nan in rows \[1\]"):
+    with pytest.raises(ValueError, match=r"^target must give scores that are numbers; got nan for samples \[1\]"):
         explain(case.model, case.inputs, target=target, method=method)
 
 
@@ -106,7 +106,7 @@ def test_a_score_that_is_no_number(case, method):
 def test_a_model_that_gives_nan(case):
     with torch.no_grad():
         case.model.classifier.bias.fill_(torch.nan)
-    with pytest.raises(ValueError, match=r"got nan in rows \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"got nan for samples \[0, 1\]"):
         explain(case.model, case.inputs)
 
 

@@ -298,7 +298,7 @@ def test_bad_arguments(case):
     with pytest.raises(TypeError, match="inputs"):
         explain(case.model, case.inputs["pixel_values"])
     for pixels in (case.inputs["pixel_values"].numpy(), ["photo.png"]):
-        with pytest.raises(TypeError, match="inputs must hold tensors, .* return_tensors='pt'; got .* in 'pixel_values'"):
+        with pytest.raises(TypeError, match="inputs must hold tensors; got .* in 'pixel_values'.*return_tensors='pt'"):
             explain(case.model, {"pixel_values": pixels})
     with pytest.raises(ValueError, match=r"inputs must have names of the model's forward \(.*pixel_values.*\); got \['pixels'\]"):
         explain(case.model, {"pixels": case.inputs["pixel_values"]})
@@ -336,7 +336,7 @@ def test_unknown_families_are_refused():
     with pytest.raises(ValueError, match="model must call attention .*; got a forward pass of Linear without a call"):
         explain(torch.nn.Linear(2, 2), {"input": torch.ones(1, 2)})
     mae = transformers.ViTMAEModel(transformers.ViTMAEConfig(**TINY, image_size=16, patch_size=8, mask_ratio=0.5))
-    with pytest.raises(ValueError, match=r"got ViTMAEModel\. Its towers are tower0 \(layers: 3 tokens\)\. Say .* position="):
+    with pytest.raises(ValueError, match=r"got ViTMAEModel\. Its towers are tower0 \(layers: 3 tokens\)\. Pass .* position="):
         explain(mae, {"pixel_values": torch.randn(1, 3, 16, 16)})
 
 

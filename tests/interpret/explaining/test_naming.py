@@ -77,7 +77,7 @@ def test_a_target_may_be_a_word(decoder, words) -> None:
         by_word, by_id = explain(decoder, inputs, target=target, processor=words), explain(decoder, inputs, target=ids)
         assert by_word.target == by_id.target == ([4, 4] if ids == 4 else ids)
         assert torch.equal(by_word.relevancy["language"], by_id.relevancy["language"])
-    with pytest.raises(ValueError, match="target must be one token; got 'red square', which is 2. Pass answer='red square' to"):
+    with pytest.raises(ValueError, match="target must be one token; got 'red square', which has 2. Pass answer='red square' to"):
         explain(decoder, inputs, target="red square", processor=words)
     with pytest.raises(ValueError, match="processor must have a tokenizer for a target that is a word; got none for 'red'"):
         explain(decoder, inputs, target="red")

@@ -16,7 +16,7 @@ from vlattn_fast.interpret.explaining.inputs import packing
 pytestmark = pytest.mark.usefixtures("published")
 
 START, ANSWERS = [[1], [1]], [[4, 5, 6], [7, 8]]
-LATER = pytest.mark.filterwarnings("ignore:A part of the map is that of later tokens")
+LATER = pytest.mark.filterwarnings("ignore:A part of the map belongs to later tokens")
 
 
 def stored(model: ImageToText, picture: Tensor, ids: list[int]):

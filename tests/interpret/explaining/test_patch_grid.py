@@ -120,11 +120,9 @@ def test_a_tower_as_large_as_a_text_needs_its_grid() -> None:
     }
     unplaced = explain(model, inputs, **options)
     assert unplaced.image is None
-    with pytest.raises(
-        ValueError, match=r"image must be None for an explanation without maps .* explain with patches=va.PatchGrid"
-    ):
+    with pytest.raises(ValueError, match=r"image must be None for an explanation without maps .* pass patches=va.PatchGrid"):
         unplaced.plot(np.ones((32, 32, 3)))
-    with pytest.raises(ValueError, match="explain with patches=va.PatchGrid"):
+    with pytest.raises(ValueError, match="pass patches=va.PatchGrid"):
         unplaced.to_html(np.ones((32, 32, 3)))
     placed = explain(model, inputs, **options, patches=va.PatchGrid(4, 4, prefix=0))
     assert torch.equal(placed.image.flatten(1)[:, 1:], placed.relevancy["tower0"][:, 1:])  # a token's part in itself is left out

@@ -178,5 +178,5 @@ def test_pictures_that_are_cut_into_patches() -> None:
     patches = torch.tensor([[1.0, -2.0], [3.0, 0.5]])
     assert picture("white", patches, None).eq(3.0).all() and picture("black", patches, PROCESSOR).eq(-2.0).all()
     assert picture("mean", patches, None).eq(torch.tensor([2.0, -0.75])).all()
-    with pytest.raises(ValueError, match="baseline must be 'black', 'white', 'mean' or a tensor for pictures"):
+    with pytest.raises(ValueError, match="baseline must be 'black', 'white', 'mean' or a tensor for images"):
         picture("blur", patches, None)

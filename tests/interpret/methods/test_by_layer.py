@@ -242,7 +242,7 @@ def test_multiples_without_maps(case, tmp_path):
             {"per": "head", "method": "rollout"},
             "method must be 'gradient' or 'attention', which have a map of each layer; got 'rollout'",
         ),
-        ({"method": va.methods.InputGradient()}, "method must have a map of each layer, .*; got 'input_gradient'"),
+        ({"method": va.methods.InputGradient()}, "method must be 'gradient' or 'attention', .*; got 'input_gradient'"),
         (
             {"method": va.methods.Gradient(start_layer=1)},
             r"method must have neither start_layer nor through_connector; got 'gradient\(.*start_layer=1\)'",

@@ -184,5 +184,5 @@ def test_towers_that_attend_to_one_another_are_refused():
 def test_bad_options(case):
     with pytest.raises(ValueError, match="start_layer must be from -1"):
         explain(case.model, case.inputs, method=va.methods.Glimpse(start_layer=3))
-    with pytest.raises(ValueError, match="method must have a map of each layer, .*; got 'glimpse'"):
+    with pytest.raises(ValueError, match="method must be 'gradient' or 'attention', .*; got 'glimpse'"):
         explain_layers(case.model, case.inputs, method="glimpse", per="layer")

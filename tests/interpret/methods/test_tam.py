@@ -267,5 +267,5 @@ def test_options_that_it_does_not_have():
     case = CASES["llava"]()
     with pytest.raises(ValueError, match="start_layer must be an option of method 'tam', which has none; got 1"):
         with_options("tam", start_layer=1)
-    with pytest.raises(ValueError, match="method must have a map of each layer, .*; got 'tam'"):
+    with pytest.raises(ValueError, match="method must be 'gradient' or 'attention', .*; got 'tam'"):
         va.explain_layers(case.model.eval(), case.inputs, method="tam")

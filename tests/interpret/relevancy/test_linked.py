@@ -15,7 +15,7 @@ from vlattn_fast.interpret import explain
 from vlattn_fast.interpret.explaining.loading import generate
 from vlattn_fast.interpret.relevancy.methods.registry import with_options
 
-pytestmark = pytest.mark.filterwarnings("ignore:A part of the map is that of later tokens")  # of the published rollout
+pytestmark = pytest.mark.filterwarnings("ignore:A part of the map belongs to later tokens")  # of the published rollout
 
 LXMERT = dict(
     hidden_size=32,

@@ -47,7 +47,7 @@ def test_a_map_that_lacks_a_part_is_warned_about(make) -> None:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         explanation = explain(model, inputs)
-    (ours,) = [one for one in said if "relevancy lacks" in str(one.message)]
+    (ours,) = [one for one in said if "relevancy leaves out" in str(one.message)]
     assert explanation.image is not None
     assert re.search(words, str(ours.message))
     for method in ("rollout", "attention"):  # take no gradient
@@ -70,7 +70,7 @@ def test_a_path_that_is_cut_is_refused_with_its_cause(chosen, make) -> None:
         warnings.simplefilter("ignore")
         with pytest.raises(
             ValueError,
-            match=r": gradients end in '.*(\)| more modules), whose output has no gradient. Explain the model before it",
+            match=r": gradients end in '.*(\)| more modules), whose output has no gradient. Explain the model before you",
         ):
             explain(model, inputs)
 

@@ -197,7 +197,7 @@ def test_a_faint_map_keeps_its_digits(method):
 
 
 @pytest.mark.parametrize("read", ["mean", "weights"])
-@pytest.mark.filterwarnings("ignore:A part of the map is that of later tokens")
+@pytest.mark.filterwarnings("ignore:A part of the map belongs to later tokens")
 @pytest.mark.parametrize("method", ["gradient", "weighted", "rollout"])
 def test_between_towers(method, read):
     torch.manual_seed(0)

@@ -159,7 +159,7 @@ def test_captured_rows_are_those_of_explain(kind: str, method: str, double: None
 @pytest.mark.parametrize("method", ["attention", "weighted", "gradcam"])
 def test_attention_beside_a_recurrence_has_no_other_rule(method: str) -> None:
     with pytest.raises(
-        ValueError, match=r"'model.layers.0.self_attn' in parallel to 'model.layers.0.mamba'|method must be one with a rule"
+        ValueError, match=r"'model.layers.0.self_attn' in parallel to 'model.layers.0.mamba'|method must support recurrences"
     ):
         explain(made("FalconH1"), INPUTS, method=method)
 

@@ -382,5 +382,5 @@ def test_tokens_that_move(some_sinks):
 def test_attention_in_chunks_is_refused():
     call = replace(next(masked_calls())[1], chunk=True)
     for method, words in ((va.methods.Rollout(sinks="remove"), "sinks must be 'keep'"), (FindsSinks(), "find_sinks does not")):
-        with pytest.raises(ValueError, match=f"{words}.* where a module attends in chunks; got attention 'layers.0'"):
+        with pytest.raises(ValueError, match=f"{words}.* in which a module attends in chunks; got attention 'layers.0'"):
             method.judged(None, None, call)

@@ -21,19 +21,23 @@ _NEEDED = {
 
 @dataclass(frozen=True)
 class Action:
-    """One dimension of a policy's chunk of actions, as `target` of `explain`.
+    """Names one dimension of a robot policy's actions, as `target` of `explain`.
 
     The score is the velocity at a noise level from the noise towards the action, which is minus the policy's output: what raises
     the score raises the action.
 
-    Args:
-        dimension: of the action, counted from 0.
-        step: of the chunk, counted from 0; None = the sum over all steps.
-        time: the noise level, from 0 (the action) to 1 (noise); None = the `timestep` of the inputs.
+    Examples:
+        >>> import vlattn_fast as va
+        >>> va.Action(dimension=2, step=5, time=0.5)  # pass it as va.explain(..., target=...)
+        Action(dimension=2, step=5, time=0.5)
 
-    Example:
-        >>> Action(dimension=2, step=5, time=0.5).step
-        5
+    Args:
+        dimension: the dimension of the action, counted from 0.
+        step: the step of the chunk of actions, counted from 0. None = the sum over all steps.
+        time: the noise level, from 0 (the action) to 1 (noise). None = the `timestep` of the inputs.
+
+    Raises:
+        TypeError, ValueError: a number has a wrong type, or is out of range.
     """
 
     dimension: int
@@ -52,7 +56,7 @@ class Action:
 
 
 class Velocity(Score, name="velocity"):
-    """An action of a policy whose logits (B, steps, dimensions) are the velocity towards the noise."""
+    """A policy's action; its logits (B, steps, dimensions) are the velocity towards the noise."""
 
     among_logits = False
 
@@ -83,7 +87,7 @@ class Velocity(Score, name="velocity"):
         return {**inputs, "timestep": torch.full((len(noise),), time, dtype=dtype, device=noise.device)}
 
     def measured(self, inputs: Mapping[str, Any], target: Any) -> tuple[Mapping[str, Any], Any]:
-        """The score of an action as a callable, with the noise level among the inputs."""
+        """The score of an action as a callable, and the inputs with the noise level."""
         prepared = self.prepared(inputs, target)
         if not isinstance(target, Action):
             return prepared, target

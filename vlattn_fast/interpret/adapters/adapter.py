@@ -1,7 +1,7 @@
-"""Adapters: what `explain` cannot see in a model's forward pass.
+"""Adapters: what `explain` cannot trace in a model's forward pass.
 
-It sees every attention call and finds the towers. An adapter says how towers are called, which row of the relevancy matrix is
-read, which score is explained, and what the tokens stand for.
+It traces every attention call and finds the towers. An adapter adds the names of the towers, the explained position, the score,
+and what the tokens stand for.
 """
 
 from __future__ import annotations
@@ -22,29 +22,36 @@ NAMES = ("pixel_values", "input_ids")  # of images and texts, in transformers
 
 @dataclass(frozen=True)
 class Tower:
-    """One stack of self-attention layers whose relevancy is read.
+    """Describes one stack of self-attention layers over one sequence of tokens.
+
+    Examples:
+        >>> from vlattn_fast.interpret import Adapter, Tower
+        >>> vit = Tower("vision", path="vit", layers="layers", readout="cls", tokens="patches", prefix=1)
+        >>> adapter = Adapter((vit,), score="class")  # of a classifier
 
     Args:
-        name: key in `Explanation.relevancy`.
-        path: the tower inside the model, "" for the model itself.
-        layers: the list of layers inside the tower, first to last, where "*" stands for any number (lists that run one after the
-            other); "" for tokens without, which others only attend to.
-        readout: the row that is read, a key of `READOUTS`: "cls" token 0, "eot" CLIP's pooled end-of-text token, "last" the last
-            position, "target" the position that predicts the target token, "before_sep" the token before the text's last real
-            one, "mean" and "patch_mean" 1/N over all real (patch) tokens, "cls_and_patch_mean" half of each, "pool" the row of an
-            attention-pooling head, "query" the object query that the target names, "gradient" the one, or the mean of several,
-            that the score is read from, as its gradient tells.
-        tokens: the kind of its tokens, a class of `vlattn_fast.interpret.adapters.tokens` by name, which decides how `.image` and
-            `.text` are cut: "patches", "last_patches" (behind all tokens that they leave), "packed_patches", "text", "clip_text",
-            "bert_text", "prompted_text" (behind learnt tokens), "image_text" (text with image tokens in it), "image" (these
-            alone), "regions" and "text_patches" (BERT's text, then regions or patches), "patches_text", "boxes" (regions alone),
-            "features" (a backbone's), "queries" (of objects), "decoded" (a decoder's text, whose prompt an encoder reads) or
-            "actions" (a robot's state, then the steps of its actions).
-        prefix: tokens of the image before its patches (CLS); register tokens are added from the config.
-        pooling: inside the tower, the module that calls the attention of the pooling head (readout "pool").
-        grid: how the image tokens of "image_text" and "image" lie in their images, a function of (config, inputs), see
-            `image_grids`; None where they have no place in it, as the queries of a Q-Former.
-        further: lists of layers, by their path in the model, that the tokens go on through behind `layers`.
+        name: its key in `Explanation.relevancy`.
+        path: the path of the tower in the model, "" for the model itself.
+        layers: the path of its list of layers in the tower; "*" stands for any number (lists that run one after the other). "" =
+            tokens without layers, which others only attend to.
+        readout: the explained position, a key of `READOUTS`: "cls" = token 0; "eot" = CLIP's pooled end-of-text token; "last" =
+            the last position; "target" = the position that predicts the target token; "before_sep" = the token before the text's
+            last real one; "mean" and "patch_mean" = 1/N of each real token, or of each patch; "cls_and_patch_mean" = half of
+            each; "pool" = an attention-pooling head; "query" = the object query that the target names; "gradient" = the token,
+            or the mean of tokens, that the score's gradient shows.
+        tokens: the kind of its tokens, which decides what becomes `.image` and `.text`: "patches", "last_patches" (after any
+            number of other tokens), "packed_patches", "text", "clip_text", "bert_text", "prompted_text" (after learned tokens),
+            "image_text" (text with image tokens in it), "image" (only image tokens), "regions" and "text_patches" (BERT's text,
+            then regions or patches), "patches_text", "boxes" (only regions), "features" (a backbone's), "queries" (of objects),
+            "decoded" (a decoder's text after an encoder's prompt) or "actions" (a robot's state, then the steps of its actions).
+        prefix: the number of tokens of the image before its patches (CLS); register tokens are added from the config.
+        grid: for "image_text" and "image", a function of (config, inputs) that gives the grids of the image tokens, see
+            `image_grids`. None = the tokens are not patches, such as the queries of a Q-Former.
+        pooling: for readout "pool", the path in the tower of the module that calls the attention of the pooling head.
+        further: the paths in the model of further lists of layers, which run after `layers`.
+
+    Raises:
+        ValueError: `readout` or `tokens` is unknown, or only one of `pooling` and readout "pool" is given.
     """
 
     name: str
@@ -62,7 +69,9 @@ class Tower:
             raise ValueError(f"readout must be one of {tuple(READOUTS)}; got {self.readout!r}")
         Tokens.check_name("tokens", self.tokens)
         if (self.readout == "pool") != (self.pooling is not None):
-            raise ValueError(f"pooling must be set if, and only if, readout is 'pool'; got {self.pooling!r} and {self.readout!r}")
+            raise ValueError(
+                f"pooling must be given if, and only if, readout is 'pool'; got {self.pooling!r} and {self.readout!r}"
+            )
 
     @property
     def kind(self) -> type[Tokens]:
@@ -86,27 +95,40 @@ class Tower:
 
 @dataclass(frozen=True)
 class Adapter:
-    """Towers of a model class and how its default score is read from the outputs.
+    """Describes a class of models: its towers, and how the default score is computed from the outputs.
+
+    Pass it to `va.register_adapter`; `va.interpret.ADAPTERS` has the listed ones.
+
+    Examples:
+        >>> import vlattn_fast as va
+        >>> tower = va.interpret.Tower("language", path="model", layers="layers", readout="target", tokens="text")
+        >>> adapter = va.interpret.Adapter((tower,), score="token")  # then va.register_adapter(MyDecoder, adapter)
+        >>> adapter.answers
+        'input_ids'
 
     Args:
-        towers: the towers to explain; other parts of the model run as they are.
-        score: "pair" = `logits_per_image[i, i]`, "class" = `logits[b, class]`, "token" = `logits[b, position, token]`, "query" =
-            the largest logit of an object query, `max logits[b, query, :-1]`, the last of which says that there is none,
-            "velocity" = `-logits[b, step, dimension]` of a policy by flow matching.
-        bimodal: the towers attend to one another, and relevancy follows the rules for two modalities (Chefer et al. 2021,
-            equations 5 to 11). The row of the first tower is read.
+        towers: the towers to explain; other parts of the model run unchanged.
+        score: "class" = `logits[b, class]`; "token" = `logits[b, position, token]`; "pair" = `logits_per_image[i, i]`; "query" =
+            the largest logit of an object query, `max logits[b, query, :-1]`, the last of which means "no object"; "velocity" =
+            `-logits[b, step, dimension]` of a flow-matching policy.
+        bimodal: True = the towers attend to one another, and relevancy follows the rules for two modalities (Chefer et al. 2021,
+            equations 5 to 11). The first tower has the explained position.
         logits: the field of the outputs that holds the logits.
-        vision: the tower whose tokens a connector makes the image tokens of; explained where the caller asks for it.
-        connector: what it makes of them, see `connector_maps`.
-        within: the part of a bimodal model where attention is explained; other parts run as they are.
-        background: of "query" scores: the last logit is that of no object. Without, all are objects.
-        answers: the input that an answer is put into, behind the prompt; "decoder_input_ids" of encoder-decoders.
-        names: of "pair" scores: the inputs that hold the images and the texts.
-        answer_type: the `token_type_ids` of an answer's tokens, where models tell by them which tokens see one another both ways;
-            None = those of the last token of the prompt. Where it is not 0, the inputs must have `token_type_ids`.
+        answers: the input to which an answer is appended; "decoder_input_ids" for encoder-decoders.
+        vision: the tower from whose tokens a connector makes the image tokens; explained only with `through_connector=True`.
+        connector: which of its tokens make each image token, see `connector_maps`.
+        within: the path of the part of a bimodal model in which attention is explained; other parts run unchanged.
+        background: for "query": True = the last logit means "no object"; False = all are objects.
+        names: for "pair": the inputs that hold the images and the texts.
+        answer_type: the `token_type_ids` of an answer's tokens, for models in which these decide which tokens attend to each
+            other in both directions. None = those of the prompt's last token. Unless it is 0, the inputs must have
+            `token_type_ids`.
         generating: the adapter of those models of the class that have a vocabulary (`vocab_size`) and predict its tokens.
-        others: adapters of those models of the class that have other parts, as another language model. One that fits none of them
-            is explained as a model without an adapter.
+        others: the adapters of those models of the class that have other parts, such as another language model. A model that
+            fits none of them is explained like a model without an adapter.
+
+    Raises:
+        ValueError: `score` is unknown.
     """
 
     towers: tuple[Tower, ...]
@@ -127,38 +149,38 @@ class Adapter:
         Score.check_name("score", self.score)
 
     def standard(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """The inputs, with images and texts named as transformers names them."""
+        """The inputs with the names that transformers gives images and texts."""
         named = dict(zip(self.names, NAMES, strict=True))
         return {named.get(name, name): value for name, value in inputs.items()}
 
     def called(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """The same back: named as the model names them."""
+        """The inputs with the names that the model gives images and texts."""
         named = dict(zip(NAMES, self.names, strict=True))
         return {named.get(name, name): value for name, value in inputs.items()}
 
     @property
     def scoring(self) -> Score:
-        """How the default score is read."""
+        """How the default score is computed."""
         kind = self.towers[0].kind if self.towers else Tokens if self.answers == "input_ids" else Decoded
         return Score.named[self.score](self.logits, kind, self.background)
 
 
-# --- rows that are read ---
+# --- explained positions ---
 
 
 @dataclass(frozen=True)
 class ReadOut:
-    """Which row of the relevancy matrix is read at the end of a tower: that of one token, a mean of rows, or both, half each."""
+    """Which position of a tower is explained: one token, the mean of tokens, or half of each."""
 
     label: str  # for people
-    position: Callable[[Tokens], Tensor] | None = None  # gives the token (B,) whose row is read
-    skipped: Callable[[Tokens], int] | None = None  # gives how many tokens in front are left out of the mean
+    position: Callable[[Tokens], Tensor] | None = None  # gives the token (B,)
+    skipped: Callable[[Tokens], int] | None = None  # gives how many tokens at the beginning are left out of the mean
     predicts: bool = False  # the token predicts the next one
     by_gradient: bool = False  # the score's gradient names the tokens
-    asks: bool = False  # the token is one of the prompt's, without which another question would be asked
+    asks: bool = False  # the token belongs to the prompt: without it, the prompt would be another one
 
     def weights(self, tokens: Tokens, like: Tensor) -> Tensor:
-        """The weights (B, 1, N) of the rows, as `like` (behind a pooling head N is its number of probes)."""
+        """The weights (B, 1, N) of the tokens, in the shape of `like` (after a pooling head N is its number of probes)."""
         weights = []
         if self.position is not None:
             weights.append(torch.zeros_like(like).scatter_(2, self.position(tokens).to(like.device)[:, None, None], 1.0))
@@ -183,7 +205,7 @@ READOUTS = {
     "mean": ReadOut("mean of all", skipped=lambda tokens: 0),
     "patch_mean": ReadOut("mean of the patches", skipped=lambda tokens: tokens.prefix),
     "cls_and_patch_mean": ReadOut("first token and mean of the patches, half each", _first, lambda tokens: tokens.prefix),
-    "pool": ReadOut("pooling head"),  # the rows of its probes
+    "pool": ReadOut("pooling head"),  # its probes
     "query": ReadOut("object query", by_gradient=True),  # unless a target names it
     "gradient": ReadOut("what the score's gradient names", by_gradient=True),
 }
@@ -202,13 +224,13 @@ class Score(Named):
 
     named: ClassVar[dict[str, type[Any]]] = {}
     among: ClassVar[str] = "classes"  # what a target's index counts
-    pairs: ClassVar[bool] = False  # a row is an image with a text
-    predicts: ClassVar[bool] = False  # the next token is scored, so that an answer may be
-    names_row: ClassVar[bool] = False  # a target names the row that is read
-    among_logits: ClassVar[bool] = True  # it is one of the logits (B, classes) of its row, so it has a log-probability
+    pairs: ClassVar[bool] = False  # a sample is an image with a text
+    predicts: ClassVar[bool] = False  # the next token is scored, so that an answer can be
+    names_row: ClassVar[bool] = False  # a target names the explained position
+    among_logits: ClassVar[bool] = True  # it is one of the logits (B, classes) of its sample, so it has a log-probability
 
     def logits(self, outputs: Any) -> Tensor | None:
-        """The logits as the model gives them, by name or as its only output; None where it gives none."""
+        """The logits, by name or as the model's only output; None without logits."""
         return outputs if isinstance(outputs, Tensor) else getattr(outputs, self.field, None)
 
     def per_row(self, logits: Any, arguments: Mapping[str, Any]) -> Tensor:
@@ -231,11 +253,11 @@ class Score(Named):
         return inputs, target
 
     def pick(self, logits: Tensor, target: Any) -> list[int]:
-        """The index of each row of logits (B, classes): `target`, by default the largest."""
+        """The index of each sample of logits (B, classes): `target`, by default the largest."""
         return logits.argmax(-1).tolist() if target is None else indices(target, len(logits), logits.shape[1], self.among)
 
     def choose(self, outputs: Any, target: Any, arguments: Mapping[str, Any]) -> tuple[Tensor, list[int] | None]:
-        """Scores (B,) and the index each belongs to, where it is one."""
+        """Scores (B,) and the index that each belongs to, if there is one."""
         logits = self.per_row(self.logits(outputs), arguments)
         chosen = self.pick(logits, target)
         return logits.gather(1, torch.tensor(chosen, device=logits.device)[:, None])[:, 0], chosen
@@ -246,14 +268,14 @@ class Class(Score, name="class"):
 
 
 class Token(Score, name="token"):
-    """The next token behind a prompt: `logits[b, position, token]`."""
+    """The next token after a prompt: `logits[b, position, token]`."""
 
     among = "tokens"
     predicts = True
 
     def per_row(self, logits: Any, arguments: Mapping[str, Any]) -> Tensor:
         if isinstance(logits, Tensor) and logits.ndim == 3:
-            # All logits have the length of the sequence, which may begin with patches, or be a decoder's behind an encoder.
+            # All logits have the length of the sequence, which may begin with patches, or be that of an encoder's decoder.
             kept = arguments.get("logits_to_keep")
             shape = prompt_shape(arguments) if isinstance(kept, Tensor) else (logits.shape[0], logits.shape[1])
             position = self.kind(arguments, shape).last_real().to(logits.device)
@@ -271,8 +293,8 @@ class Pair(Score, name="pair"):
     among_logits = False
 
     def logits(self, outputs: Any) -> Tensor:
-        """As the model names them, or as CLIP's authors give them, in front of those per text; of features, as open_clip gives
-        them, their products times the scale, plus a bias where there is one."""
+        """The field of the model; for CLIP's authors' models the first output, before the logits per text; for the features of
+        open_clip their products times the scale, plus a bias if there is one."""
         if hasattr(outputs, "logits_per_image"):
             return outputs.logits_per_image
         values = list(outputs.values()) if isinstance(outputs, Mapping) else list(outputs)
@@ -282,12 +304,12 @@ class Pair(Score, name="pair"):
         return sum(bias, scale * images @ texts.T)
 
     def pick(self, logits: Tensor, target: Any) -> list[int]:
-        """The text of each image of logits (images, texts): its own, where they are as many."""
+        """The text of each image of logits (images, texts): by default its own, if they are equally many."""
         images, texts = logits.shape
         return list(range(images)) if target is None and images == texts else super().pick(logits, target)
 
     def choose(self, outputs: Any, target: Any, arguments: Mapping[str, Any]) -> tuple[Tensor, list[int]]:
-        """Images and texts are paired already: a target is the text of each row."""
+        """Images and texts are paired already: a target is the text of each sample."""
         return self.logits(outputs).diagonal(), target
 
 
@@ -302,7 +324,7 @@ class Query(Score, name="query"):
         """By default the query that is surest of its class."""
         logits = getattr(outputs, self.field)
         objects = logits[..., :-1] if self.background else logits
-        # Where a logit stands for no object, the others are sure relative to it; else each is sure by itself.
+        # If one logit means "no object", the probabilities compare; else each logit by itself.
         sure = logits.softmax(-1)[..., :-1] if self.background else logits
         chosen = self.pick(sure.amax(-1), target)
         return objects[torch.arange(len(chosen), device=logits.device), chosen].max(-1).values, chosen
@@ -315,7 +337,7 @@ def prompt_shape(arguments: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def indices(target: Any, batch: int, size: int, what: str) -> list[int]:
-    """`target` as one index per row: an int for all, or (B,) ints. TypeError or ValueError where it is not."""
+    """`target` as one index for each sample: an int for all, or (B,) ints. TypeError or ValueError for anything else."""
     if hasattr(target, "tolist"):  # torch's and NumPy's tensors and scalars
         target = target.tolist()
     chosen = [target] * batch if isinstance(target, int) else target

@@ -1,4 +1,4 @@
-"""What a caller says about the patches of an image."""
+"""The grid of the image patches that a caller passes."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from vlattn_fast.interpret.adapters.pixels import Shape
 
 @dataclass(frozen=True)
 class PatchGrid:
-    """How the patches of an image lie among the tokens of a tower that no adapter describes: `prefix` tokens, then the patches,
-    row by row. They become `image` (B, rows, columns) of an `Explanation`.
+    """Tells `explain` the grid of the image patches in a tower that no adapter describes.
 
-    Without it the grid is derived if the inputs are a single image tensor (B, C, H, W) that equal squares cut up.
+    The tower has `prefix` tokens, then the patches, row by row. They become `image` (B, rows, columns) of the `Explanation`.
+    Without it the grid is derived if the inputs are a single image tensor (B, C, H, W) that is cut into equal squares.
+
+    Examples:
+        >>> import vlattn_fast as va
+        >>> va.PatchGrid(4, 6, prefix=1)  # pass it as va.explain(..., patches=...)
+        PatchGrid(rows=4, columns=6, prefix=1)
 
     Args:
-        rows, columns: of the grid. None = as derived: from the inputs' single image tensor, or else a square.
-        prefix: tokens in front of the patches, such as [CLS] and registers.
+        rows, columns: the size of the grid. None = derived from the inputs' single image tensor, or else a square.
+        prefix: the number of tokens before the patches, such as [CLS] and registers.
 
     Raises:
-        TypeError, ValueError: sizes that are not integers above 0, or rows without columns; a negative `prefix`.
-
-    Example:
-        >>> PatchGrid(4, 6, prefix=1)
-        PatchGrid(rows=4, columns=6, prefix=1)
+        TypeError, ValueError: sizes are not integers above 0, only one of `rows` and `columns` is given, or `prefix` is negative.
     """
 
     rows: int | None = None

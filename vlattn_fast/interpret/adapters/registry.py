@@ -25,23 +25,26 @@ BORROWED: dict[str, str] = {}  # from the name of your class to the class whose 
 def register_adapter(cls: type[nn.Module] | str, adapter: Adapter | None = None, *, like: str | None = None) -> None:
     """Makes `explain`, and everything that explains, accept models of your class.
 
-    Give either `like`, if your class has the same towers as a class that has an adapter, or an adapter of your own. Subclasses
-    follow your class, unless a nearer base class has an adapter. If you register a class again, the last call counts.
+    Give either `like`, if your class has the same towers as a class that has an adapter, or an adapter of your own. It costs no
+    forward pass: the towers are checked when a model is explained.
+
+    Examples:
+        >>> import torch, vlattn_fast as va
+        >>> class MyCaptioner(torch.nn.Module): ...
+        >>> va.register_adapter(MyCaptioner, like="LlavaForConditionalGeneration")
 
     Args:
         cls: your class, or its name. Classes are known by their names, so a class that you define anew keeps its adapter.
-        adapter: a `vlattn_fast.interpret.Adapter`: which towers the model has, which position is explained, and which score.
-        like: the name of a class in `vlattn_fast.interpret.ADAPTERS`, or of one of transformers, such as
+            Subclasses follow your class, unless a nearer base class has an adapter. If you register a class again, the last call
+            counts.
+        adapter: a `va.interpret.Adapter`: which towers the model has, which position is explained, and which score.
+        like: the name of a class in `va.interpret.ADAPTERS`, or of one of transformers, such as
             "Qwen2_5_VLForConditionalGeneration" for a class that copies its parts.
 
     Raises:
         TypeError: `cls` is neither a subclass of `nn.Module` nor a name, `adapter` is not an `Adapter`, or `like` is not a name.
         ValueError: both or neither of `adapter` and `like` are given, or no class called `like` has an adapter. If a model's
             towers are not those of `like`, `explain` raises it.
-
-    Example:
-        >>> class MyCaptioner(torch.nn.Module): ...
-        >>> register_adapter(MyCaptioner, like="LlavaForConditionalGeneration")
     """
     if not isinstance(cls, str) and not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise TypeError(f"cls must be a subclass of torch.nn.Module, or its name; got {describe(cls)}")
@@ -62,7 +65,7 @@ def register_adapter(cls: type[nn.Module] | str, adapter: Adapter | None = None,
 
 
 def find_adapter(model: nn.Module) -> Adapter | None:
-    """The adapter of `model`'s class or its nearest base class, else one that is derived; None where nothing is."""
+    """The adapter of `model`'s class or its nearest base class, else one that is derived; None without either."""
     listed = listed_adapter(model)
     if listed is not None:
         return listed
@@ -87,13 +90,13 @@ def listed_adapter(model: nn.Module) -> Adapter | None:
 
 
 def rewrites_forward(model: nn.Module) -> bool:
-    """Whether a class has another forward than the listed class that it is built on, whose adapter may not know its score."""
+    """Whether a class overrides the forward of the listed class that it is built on, whose adapter may not know its score."""
     listed: Any = next((cls for cls in type(model).__mro__ if cls.__name__ in {**ADAPTERS, **BORROWED}), type(model))
     return inspect.unwrap(type(model).forward) is not inspect.unwrap(listed.forward)
 
 
 def entry_of(like: Any) -> Adapter:
-    """The entry of the class called `like`, listed or derived. TypeError where it is no name, ValueError where it has none."""
+    """The adapter of the class called `like`, listed or derived. TypeError if it is not a name, ValueError if it has none."""
     if not isinstance(like, str):
         raise TypeError(f"like must be the name of a class with an adapter; got {type(like).__name__}")
     adapter = ADAPTERS.get(like) or _derived_adapter(like)
@@ -104,7 +107,7 @@ def entry_of(like: Any) -> Adapter:
 
 
 def _borrowed(model: nn.Module, like: str) -> Adapter:
-    """The entry of the class `like` for a model that has the same towers; ValueError where it has not."""
+    """The adapter of the class `like` for a model that has the same towers; ValueError if it has others."""
     adapter = entry_of(like)
     fitting = next((one for one in (adapter, *adapter.others) if _fits(one, model)), None)
     if fitting is None:
@@ -119,7 +122,7 @@ def _borrowed(model: nn.Module, like: str) -> Adapter:
 
 @functools.cache
 def _derived_adapter(class_name: str) -> Adapter | None:
-    """The adapter that is derived for a class of transformers with its default config; None where there is none."""
+    """The adapter that is derived for a class of transformers with its default config; None without one."""
     import transformers
 
     kind = getattr(transformers, class_name, None)
@@ -134,13 +137,13 @@ def _derived_adapter(class_name: str) -> Adapter | None:
 
 
 def nearest_adapter(model: nn.Module) -> str | None:
-    """The class with a listed adapter whose towers `model` has, and whose name is the nearest to that of its own class."""
+    """The class with a listed adapter whose towers `model` has, and whose name is closest to that of its own class."""
     fitting = [name for name, adapter in ADAPTERS.items() if any(_fits(one, model) for one in (adapter, *adapter.others))]
     return next(iter(difflib.get_close_matches(type(model).__name__, fitting, 1, 0.0)), None)
 
 
 def _fits(adapter: Adapter, model: nn.Module) -> bool:
-    """Whether the layers of each tower, and of the vision tower behind a connector, are in the model."""
+    """Whether the layers of each tower, and of the vision tower before a connector, are in the model."""
     names = {name for name, _ in model.named_modules()}
     towers = [*adapter.towers, *([] if adapter.vision is None else [adapter.vision])]
     lists = (re.escape(f"{tower.path}.{tower.layers}".strip(".")).replace(r"\*", r"\d+") for tower in towers)

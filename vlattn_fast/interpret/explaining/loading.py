@@ -201,7 +201,7 @@ def generate(model: Any, inputs: Mapping[str, Any], count: int) -> Alone:
     ValueError where the model is no decoder with an adapter, or an answer has no token."""
     adapter = find_adapter(model)
     if adapter is None or not adapter.scoring.predicts:
-        raise ValueError(f"model must be a decoder with an adapter to generate an answer; got {type(model).__name__}")
+        raise ValueError(f"generate must be used with a decoder with an adapter; got {type(model).__name__}")
     pictures = (getattr(model.config, name, None) for name in ("image_token_id", "video_token_id"))  # no words
     never = [*(model.generation_config.suppress_tokens or []), *(token for token in pictures if token is not None)]
     with torch.no_grad(), progress("generating", total=count, unit="token", leave=False) as seen:
