@@ -25,7 +25,7 @@ class FindsSinks(Method):
 
     needs_score = False
     reads_row = False
-    goes_beside = False
+    needs_mixer_rules = False
     sinks = REPORT
 
     def __init__(self) -> None:

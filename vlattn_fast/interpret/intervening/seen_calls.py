@@ -122,8 +122,8 @@ class NotesCalls(Method):
     """Notes the attention calls of the towers and keeps none of their tensors."""
 
     needs_score = False
-    adds_beside = True  # of a recurrence beside it attention is edited alone
-    goes_beside = False
+    adds_parallel = True  # of a recurrence beside it attention is edited alone
+    needs_mixer_rules = False
 
     def __init__(self) -> None:
         super().__init__()

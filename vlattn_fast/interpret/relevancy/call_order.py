@@ -88,7 +88,7 @@ class CallOrder:
         self.last = number
         return is_new
 
-    def stands_beside(self, call: TracedCall, calls: int) -> bool:
+    def is_parallel(self, call: TracedCall, calls: int) -> bool:
         """Whether a call, whose queries came through `calls`, and the last one are the attention and the recurrence of one layer,
         over the same tokens, as in Falcon-H1, which adds their outputs."""
         if self.last is None or self.path is None or calls >> self.last & 1 or calls != self.came_through:

@@ -29,7 +29,7 @@ class LiveCalls(Method):
     """The rows of `formula` from calls with their graph. `higher_order`: the score's gradient has a gradient, too."""
 
     trains = True
-    adds_beside: bool
+    adds_parallel: bool
     holds_start: bool
     kept: dict[TowerTrace, list[TracedCall]]
 
@@ -47,7 +47,7 @@ class LiveCalls(Method):
         self.formula, self.higher_order, self.freeze = formula.for_call(), higher_order, formula.freeze
         self.formula.trains = True
         self.name, self.needs_score, self.holds_start = formula.name, formula.needs_score, formula.holds_start
-        self.adds_beside, self.start_layer = formula.adds_beside, formula.start_layer
+        self.adds_parallel, self.start_layer = formula.adds_parallel, formula.start_layer
         self.pools: dict[TowerTrace, TracedCall] = {}
         if self.higher_order and not self.needs_score:
             raise ValueError(f"higher_order must be False for method {self.name!r}, which takes no gradient; got True")
@@ -170,8 +170,8 @@ class LiveCalls(Method):
             places = backward.towers[tower].places
             last_share, added = 1.0, None  # by a mixer beside the call
             for call, grad, term_grad in reversed(list(each)):
-                if call.beside:
-                    last_share, this_share = self.formula.recursion.beside
+                if call.parallel:
+                    last_share, this_share = self.formula.recursion.parallel
                     added = this_share * self._step(row, call, grad).to(row)
                     continue
                 a, b = self.formula.weights(call, terms[tower].get(call.number), term_grad)

@@ -118,8 +118,8 @@ class Method:
         completes: its rows add up to the score's gain over a baseline, as the number of steps grows.
         reads_score: it takes the score itself, of runs without gradients on changed inputs.
         by_layer: each layer's own map has a meaning: relu(A * dA) where it takes gradients, else A.
-        adds_beside: the maps of attention and of a recurrence over the same tokens are added. Other methods refuse such layers.
-        goes_beside: what mixes tokens beside attention counts, so that a rule must cover it.
+        adds_parallel: the maps of attention and of a recurrence over the same tokens are added. Other methods refuse such layers.
+        needs_mixer_rules: what mixes tokens beside attention counts, so that a rule must cover it.
         holds_start: a relevancy row begins as the weights of the row that is read, and the layers add to it. A row that equals
             these weights at the end means that the score does not depend on the row that is read: `explain` refuses it.
         trains: the model runs as it is, in train mode or not, and the calls keep their graph.
@@ -141,8 +141,8 @@ class Method:
     reads_score: ClassVar[bool] = False
     default_freeze: ClassVar[tuple[str, ...]] = ()
     by_layer: ClassVar[bool] = False
-    goes_beside: ClassVar[bool] = True
-    adds_beside: bool = False
+    needs_mixer_rules: ClassVar[bool] = True
+    adds_parallel: bool = False
     holds_start: bool = False
     trains: bool = False
     start_layer: int = 0

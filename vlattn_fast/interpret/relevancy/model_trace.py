@@ -76,7 +76,7 @@ class Trace(SeesMixers, Subscriber):
         if self.finds_towers:
             roots = [model.get_submodule(adapter.within)]
         within = [adapter.within] if self.finds_towers else [tower.path for tower in adapter.towers]
-        check_rules(model, within, beside=method.goes_beside)
+        check_rules(model, within, mixers=method.needs_mixer_rules)
         edits = None if self.trains else edits_of(model)
         mixers = itertools.chain.from_iterable(map(replacements, roots))
         subscribers = [self] if edits is None else [edits.for_explained_run(), self]
@@ -328,7 +328,7 @@ class Trace(SeesMixers, Subscriber):
         return output
 
     def _attend_to_itself(self, run: ModuleRun, tower: TowerTrace, new: _NewCall) -> Tensor:
-        beside = tower.calls.stands_beside(new.call, new.calls) and self.method.adds_beside and not self.finds_towers
+        parallel = tower.calls.is_parallel(new.call, new.calls) and self.method.adds_parallel and not self.finds_towers
         call = replace(new.call, beside=beside)
         call = tower.enter(call, len(self._owners), self._is_chunk(run, tower, call, new.calls), self.moves)
         tower.calls.came_through, tower.calls.mixes = new.calls, call.is_mixing
@@ -352,17 +352,17 @@ class Trace(SeesMixers, Subscriber):
         calls again then, with queries that did not come through the last call."""
         queries = call.query.shape[0] * call.query.shape[2]
         again = tower.calls.path == call.path and tower.calls.run == run.number and tower.calls.last is not None
-        beside = not call.beside and tower.calls.last is not None and not calls >> tower.calls.last & 1
-        if beside and (calls or tower.calls.stands_beside(call, calls)) and not again:
+        apart = not call.parallel and tower.calls.last is not None and not calls >> tower.calls.last & 1
+        if apart and (calls or tower.calls.is_parallel(call, calls)) and not again:
             raise ValueError(
                 f"model must run the attention layers of a tower one after another; got '{call.path}' in parallel to "
                 f"'{tower.calls.path}', over the same tokens, and no published rule joins their relevancies. Methods 'gradient' "
                 "and 'rollout' only support a recurrence in parallel"
             )
-        if again and beside:
+        if again and apart:
             self._chunks[run.number] = self._chunks.get(run.number, tower.calls.queries) + queries
         tower.calls.run, tower.calls.queries = run.number, queries
-        return again and beside
+        return again and apart
 
     def _keep(
         self, tower: TowerTrace, source: TowerTrace, call: TracedCall, output: Tensor, key_calls: int, joint: bool = False

@@ -34,7 +34,7 @@ _ATTENTION = {
     "NystromformerSelfAttention": "which multiplies three maps over landmarks, and adds a convolution over tokens",
 }
 # And what goes on beside attention.
-_BESIDE = {
+_MIXERS = {
     "ConvBertSelfAttention": "which adds a convolution over tokens to attention",
     "ShortConvolution": "which mixes neighbouring tokens in parallel to attention",
     "MobileBertEmbeddings": "which joins each token with its neighbours before attention",
@@ -265,11 +265,11 @@ def _handed(reader: Reader, function: Any) -> _Handed:
     return function if isinstance(function, _Handed) else _Handed(reader, function)  # by another run
 
 
-def check_rules(model: nn.Module, parts: Sequence[str], beside: bool = True) -> None:
+def check_rules(model: nn.Module, parts: Sequence[str], mixers: bool = True) -> None:
     """ValueError, naming the modules, if the rules for relevancy do not cover the parts of `model` at these paths: their
     attention, and what goes on `beside` it."""
     uncovered: dict[str, str] = {}
-    reasons = _ATTENTION | _BESIDE if beside else _ATTENTION
+    reasons = _ATTENTION | _MIXERS if mixers else _ATTENTION
     below = ((name, module) for part in parts for name, module in model.get_submodule(part).named_modules(prefix=part))
     for name, module in below:
         kind = type(module).__name__

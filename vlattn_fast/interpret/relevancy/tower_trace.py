@@ -47,8 +47,8 @@ class Carriers:
 
     def through(self, call: TracedCall, recursion: Recursion) -> Tensor:
         """The output (B, H, N, Dv) of a self-attention call, through which the carrier goes, too."""
-        if call.beside:
-            return self._through_beside(call, recursion)
+        if call.parallel:
+            return self._through_parallel(call, recursion)
         if not call.chunk:
             self._before = self.leaving() if self.behind else None
             self.behind = []
@@ -65,9 +65,9 @@ class Carriers:
         self.behind.append(carrier)
         return output
 
-    def _through_beside(self, call: TracedCall, recursion: Recursion) -> Tensor:
+    def _through_parallel(self, call: TracedCall, recursion: Recursion) -> Tensor:
         """The output of a call over the tokens of the last one. The maps of both are added."""
-        last_share, this_share = recursion.beside
+        last_share, this_share = recursion.parallel
         how = recursion._replace(residual_weight=0.0, attention_weight=this_share)
         before = self.entering[0][-1] if self._before is None else self._before
         if self._before is None and self.below is not None:
@@ -267,7 +267,7 @@ class TowerTrace:
         if moves is not None:
             key, columns = (call.query, None) if source else (call.key, call.columns)
             token_places = self.places.enter(moves, call.query, key, columns, path, chunk, self.size)
-        if call.beside and (token_places is not None or self.calls.chunked):
+        if call.parallel and (token_places is not None or self.calls.chunked):
             raise ValueError(f"model must keep its tokens in order if a layer has two parallel mixers; got others in '{path}'")
         self.places.end = None
         known: dict[str, Any] = {"number": number, "layer": self.layer, "chunk": chunk, "token_places": token_places}

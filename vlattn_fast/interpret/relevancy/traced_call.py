@@ -36,7 +36,7 @@ class Recursion(NamedTuple):
     attention_weight: float = 1.0  # b
 
     @property
-    def beside(self) -> tuple[float, float]:
+    def parallel(self) -> tuple[float, float]:
         """The weights of the row behind one of two mixers over the same tokens, and of r Abar' of the other one: the sum is
         r + r (Abar + Abar'), by rollout (r + r A + r A') / 3."""
         return (2 / 3, 1 / 3) if 0 < self.residual_weight < 1 else (1.0, self.attention_weight)
@@ -73,7 +73,7 @@ class TracedCall:
     mesh: Any = None  # the processes that share its heads; None = all heads are here
     number: int = -1  # among all calls of the run
     layer: int = 0  # its number in the tower, from 0: that of the block that calls
-    beside: bool = False  # it takes the same tokens as the last call, and the model adds the outputs of both
+    parallel: bool = False  # it takes the same tokens as the last call, and the model adds the outputs of both
     chunk: bool = False  # it takes a further part of the sequence through the module of the last call
     output: Any = None  # (B, H, N, Dv), what the model went on with, of a call that is kept for the backward pass
     token_places: Moved | None = None  # where its tokens are, if its tower does not have them all, in order

@@ -23,7 +23,7 @@ class GradientMethod(CarriedMethod):
     """r <- r + r Abar, and the equations between towers, with what a subclass changes in them."""
 
     default_freeze: ClassVar[tuple[str, ...]] = FREEZABLE
-    adds_beside = True
+    adds_parallel = True
     holds_start = True
     recursion = Recursion("gradient")
     equations: ClassVar[Equations] = Equations()

@@ -26,7 +26,7 @@ class Rollout(CarriedMethod):
 
     name = "rollout"
     needs_score = False
-    adds_beside = True
+    adds_parallel = True
     takes_rows = True
     recursion = Recursion("attention", residual_weight=0.5, attention_weight=0.5)
 

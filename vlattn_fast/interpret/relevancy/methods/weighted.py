@@ -58,7 +58,7 @@ class Weighted(GradientMethod):
     """
 
     name = "weighted"
-    adds_beside = False
+    adds_parallel = False
     recursion = Recursion("gradient", row_normalize=True, residual_weight=0.0)
 
     kept: dict[TowerTrace, _Sums]
