@@ -26,7 +26,8 @@ from vlattn_fast.interpret.adapters.adapter import WITHOUT_ADAPTER
 from vlattn_fast.interpret.adapters.derived import generates
 from vlattn_fast.interpret.adapters.registry import find_adapter
 from vlattn_fast.interpret.explaining.answer import encoder_decoder
-from vlattn_fast.interpret.explaining.forward_pass import read_run
+from vlattn_fast.interpret.explaining.explained_positions import start_vectors
+from vlattn_fast.interpret.explaining.forward_pass import run_of_trace
 from vlattn_fast.interpret.explaining.question import (
     Question,
     backward_pass,
@@ -36,13 +37,12 @@ from vlattn_fast.interpret.explaining.question import (
     warn_of_missed_norms,
     warn_of_other_keys,
 )
-from vlattn_fast.interpret.explaining.read_rows import starts_of
 from vlattn_fast.interpret.explaining.request import Position, Prompt, Request, check_position, renamed
 from vlattn_fast.interpret.relevancy.live_calls import LiveCalls
 from vlattn_fast.interpret.relevancy.method import Method
 from vlattn_fast.interpret.relevancy.methods.registry import method_of
 from vlattn_fast.interpret.relevancy.model_trace import Trace
-from vlattn_fast.interpret.relevancy.tower_trace import find_rows
+from vlattn_fast.interpret.relevancy.tower_trace import find_positions
 
 
 @renamed
@@ -165,7 +165,7 @@ class RelevancyCapture:
         arguments = {**dict(zip(inspect.signature(forward).parameters, args, strict=False)), **kwargs}
         with method.freezing(self._inner), Trace(self._inner, self._request.adapter, method) as trace:
             trace.prepare(arguments)
-            find_rows(trace.towers)
+            find_positions(trace.towers)
             outputs = forward(*args, **kwargs)
         trace.check()
         self._passes.append(_Pass(trace, method, arguments))
@@ -197,13 +197,13 @@ class RelevancyCapture:
         check_position(position)
         scores = self._checked(score)
         request = replace(self._request, method=seen.method, position=position, target=_given)
-        run = read_run(request, Prompt(seen.arguments, None, None), seen.trace, None)
+        run = run_of_trace(request, Prompt(seen.arguments, None, None), seen.trace, None)
         if scores is not None:
             check_scores("score", scores, request, run)
         how = {"keep": True, "differentiable": self._higher_order}
         assert seen.method.frozen is not None
         with _naming_a_freed_graph(), seen.method.frozen.holding():
-            starts = starts_of(run, position, scores, seen.arguments, "score")
+            starts = start_vectors(run, position, scores, seen.arguments, "score")
             backward = backward_pass(request, run, scores, starts, seen.arguments, **how)
             rows = seen.method.carried(backward)
         check_relevancy(request, Question(scores, [(scores, starts)]), run, rows, backward.contribution)

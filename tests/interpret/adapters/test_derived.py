@@ -64,7 +64,7 @@ def test_methods_without_a_gradient_read_the_row_that_the_gradient_names(mapping
 def test_derived_as_listed(decoder):
     listed, derived = listed_adapter(decoder.model).towers[0], derive_adapter(decoder.model).towers[0]
     assert f"{derived.path}.{derived.layers}".strip(".") == f"{listed.path}.{listed.layers}" and not derived.further
-    assert (derived.readout, derived.tokens) == (listed.readout, listed.tokens)
+    assert (derived.position, derived.tokens) == (listed.position, listed.tokens)
     if listed.grid is None:
         return
     inputs = decoder.inputs()

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from vlattn_fast.interpret import ADAPTERS, Adapter, Tower, explain, register_adapter
-from vlattn_fast.interpret.adapters.adapter import READOUTS
+from vlattn_fast.interpret.adapters.adapter import POSITION_RULES
 from vlattn_fast.interpret.adapters.tokens import Tokens
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -78,7 +78,8 @@ def test_names_are_those_of_the_classes(listener):
         Tower("ear", "", "layers", "cls", "smell")
     with pytest.raises(ValueError, match="score must be one of .*'class'.*; got 'logit'"):
         Adapter((), "logit")
-    for readout in READOUTS:
+    for position in POSITION_RULES:
         assert (
-            Tower("ear", "", "layers", readout, "sound", pooling="head" if readout == "pool" else None).row is READOUTS[readout]
+            Tower("ear", "", "layers", position, "sound", pooling="head" if position == "pool" else None).row
+            is POSITION_RULES[position]
         )

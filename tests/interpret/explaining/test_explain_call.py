@@ -357,7 +357,7 @@ def test_a_registered_adapter(monkeypatch):
 
 
 def test_bad_records():
-    with pytest.raises(ValueError, match="readout must be one of .*'cls'.*; got 'first'"):
+    with pytest.raises(ValueError, match="position must be one of .*'cls'.*; got 'first'"):
         Tower("text", "", "layers", "first", "text")
     with pytest.raises(ValueError, match="tokens"):
         Tower("text", "", "layers", "cls", "words", "attention")

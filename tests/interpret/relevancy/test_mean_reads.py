@@ -101,11 +101,11 @@ def test_a_mean_leaves_padding_out(kind, method):
         alike(batch, va.explain(model, inputs_of(model, text), target=1, method=method, position="mean"), row)
 
 
-@pytest.mark.parametrize("readout", ["mean", "patch_mean", "cls_and_patch_mean"])
-def test_a_records_mean_leaves_padding_out(readout):
+@pytest.mark.parametrize("position", ["mean", "patch_mean", "cls_and_patch_mean"])
+def test_a_records_mean_leaves_padding_out(position):
     torch.manual_seed(0)
     model = Sentences().eval()
-    tower = Tower("text", "bert", "encoder.layer", readout, "bert_text", prefix=0 if readout == "mean" else 1)
+    tower = Tower("text", "bert", "encoder.layer", position, "bert_text", prefix=0 if position == "mean" else 1)
     try:
         register_adapter("Sentences", Adapter((tower,), "class"))
         batch = va.explain(model, inputs_of(model, IDS, SHORT), target=1)

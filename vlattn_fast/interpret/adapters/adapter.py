@@ -26,7 +26,7 @@ class Tower:
 
     Examples:
         >>> from vlattn_fast.interpret import Adapter, Tower
-        >>> vit = Tower("vision", path="vit", layers="layers", readout="cls", tokens="patches", prefix=1)
+        >>> vit = Tower("vision", path="vit", layers="layers", position="cls", tokens="patches", prefix=1)
         >>> adapter = Adapter((vit,), score="class")  # of a classifier
 
     Args:
@@ -34,11 +34,11 @@ class Tower:
         path: the path of the tower in the model, "" for the model itself.
         layers: the path of its list of layers in the tower; "*" stands for any number (lists that run one after the other). "" =
             tokens without layers, which others only attend to.
-        readout: the explained position, a key of `READOUTS`: "cls" = token 0; "eot" = CLIP's pooled end-of-text token; "last" =
-            the last position; "target" = the position that predicts the target token; "before_sep" = the token before the text's
-            last real one; "mean" and "patch_mean" = 1/N of each real token, or of each patch; "cls_and_patch_mean" = half of
-            each; "pool" = an attention-pooling head; "query" = the object query that the target names; "gradient" = the token,
-            or the mean of tokens, that the score's gradient shows.
+        position: the explained position, a key of `POSITION_RULES`: "cls" = token 0; "eot" = CLIP's pooled end-of-text token;
+            "last" = the last position; "target" = the position that predicts the target token; "before_sep" = the token before
+            the text's last real one; "mean" and "patch_mean" = 1/N of each real token, or of each patch; "cls_and_patch_mean" =
+            half of each; "pool" = an attention-pooling head; "query" = the object query that the target names; "gradient" =
+            the token, or the mean of tokens, that the score's gradient shows.
         tokens: the kind of its tokens, which decides what becomes `.image` and `.text`: "patches", "last_patches" (after any
             number of other tokens), "packed_patches", "text", "clip_text", "bert_text", "prompted_text" (after learned tokens),
             "image_text" (text with image tokens in it), "image" (only image tokens), "regions" and "text_patches" (BERT's text,
@@ -47,17 +47,17 @@ class Tower:
         prefix: the number of tokens of the image before its patches (CLS); register tokens are added from the config.
         grid: for "image_text" and "image", a function of (config, inputs) that gives the grids of the image tokens, see
             `image_grids`. None = the tokens are not patches, such as the queries of a Q-Former.
-        pooling: for readout "pool", the path in the tower of the module that calls the attention of the pooling head.
+        pooling: for position "pool", the path in the tower of the module that calls the attention of the pooling head.
         further: the paths in the model of further lists of layers, which run after `layers`.
 
     Raises:
-        ValueError: `readout` or `tokens` is unknown, or only one of `pooling` and readout "pool" is given.
+        ValueError: `position` or `tokens` is unknown, or only one of `pooling` and position "pool" is given.
     """
 
     name: str
     path: str
     layers: str
-    readout: str
+    position: str
     tokens: str
     prefix: int = 0
     pooling: str | None = None
@@ -65,12 +65,12 @@ class Tower:
     further: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.readout not in tuple(READOUTS):
-            raise ValueError(f"readout must be one of {tuple(READOUTS)}; got {self.readout!r}")
+        if self.position not in tuple(POSITION_RULES):
+            raise ValueError(f"position must be one of {tuple(POSITION_RULES)}; got {self.position!r}")
         Tokens.check_name("tokens", self.tokens)
-        if (self.readout == "pool") != (self.pooling is not None):
+        if (self.position == "pool") != (self.pooling is not None):
             raise ValueError(
-                f"pooling must be given if, and only if, readout is 'pool'; got {self.pooling!r} and {self.readout!r}"
+                f"pooling must be given if, and only if, position is 'pool'; got {self.pooling!r} and {self.position!r}"
             )
 
     @property
@@ -78,8 +78,8 @@ class Tower:
         return Tokens.named[self.tokens]
 
     @property
-    def row(self) -> ReadOut:
-        return READOUTS[self.readout]
+    def rule(self) -> PositionRule:
+        return POSITION_RULES[self.position]
 
     def tokens_in(self, model: nn.Module, inputs: Mapping[str, Any], shape: tuple[int, int]) -> Tokens:
         """Its tokens (B, N) in a batch of inputs of the model."""
@@ -90,7 +90,7 @@ class Tower:
         config = model_config if whole and names_images else tower_config
         prefix = self.prefix + (getattr(config, "num_register_tokens", 0) or 0)
         end = getattr(model, "eos_token_id", getattr(tower_config, "eos_token_id", None))
-        return self.kind(inputs, shape, config, prefix, self.grid, self.row.predicts, end)
+        return self.kind(inputs, shape, config, prefix, self.grid, self.rule.predicts, end)
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Adapter:
 
     Examples:
         >>> import vlattn_fast as va
-        >>> tower = va.interpret.Tower("language", path="model", layers="layers", readout="target", tokens="text")
+        >>> tower = va.interpret.Tower("language", path="model", layers="layers", position="target", tokens="text")
         >>> adapter = va.interpret.Adapter((tower,), score="token")  # then va.register_adapter(MyDecoder, adapter)
         >>> adapter.answers
         'input_ids'
@@ -169,11 +169,11 @@ class Adapter:
 
 
 @dataclass(frozen=True)
-class ReadOut:
+class PositionRule:
     """Which position of a tower is explained: one token, the mean of tokens, or half of each."""
 
     label: str  # for people
-    position: Callable[[Tokens], Tensor] | None = None  # gives the token (B,)
+    token: Callable[[Tokens], Tensor] | None = None  # gives the token (B,)
     skipped: Callable[[Tokens], int] | None = None  # gives how many tokens at the beginning are left out of the mean
     predicts: bool = False  # the token predicts the next one
     by_gradient: bool = False  # the score's gradient names the tokens
@@ -182,8 +182,8 @@ class ReadOut:
     def weights(self, tokens: Tokens, like: Tensor) -> Tensor:
         """The weights (B, 1, N) of the tokens, in the shape of `like` (after a pooling head N is its number of probes)."""
         weights = []
-        if self.position is not None:
-            weights.append(torch.zeros_like(like).scatter_(2, self.position(tokens).to(like.device)[:, None, None], 1.0))
+        if self.token is not None:
+            weights.append(torch.zeros_like(like).scatter_(2, self.token(tokens).to(like.device)[:, None, None], 1.0))
         if self.skipped is not None:
             real = tokens.real()
             counts = torch.ones_like(like) if real is None else real[:, None].to(like)
@@ -196,18 +196,22 @@ def _first(tokens: Tokens) -> Tensor:
     return torch.zeros(tokens.shape[0], dtype=torch.long)
 
 
-READOUTS = {
-    "cls": ReadOut("first token", _first),
-    "eot": ReadOut("end-of-text token", lambda tokens: tokens.end_of_text()),
-    "last": ReadOut("last position", lambda tokens: torch.full((tokens.shape[0],), tokens.shape[1] - 1)),  # of padding or not
-    "target": ReadOut("position that predicts the token", lambda tokens: tokens.last_real(), predicts=True, asks=True),
-    "before_sep": ReadOut("token before [SEP]", lambda tokens: (real_words(tokens.inputs).sum(-1) - 2).clamp(min=0), asks=True),
-    "mean": ReadOut("mean of all", skipped=lambda tokens: 0),
-    "patch_mean": ReadOut("mean of the patches", skipped=lambda tokens: tokens.prefix),
-    "cls_and_patch_mean": ReadOut("first token and mean of the patches, half each", _first, lambda tokens: tokens.prefix),
-    "pool": ReadOut("pooling head"),  # its probes
-    "query": ReadOut("object query", by_gradient=True),  # unless a target names it
-    "gradient": ReadOut("what the score's gradient names", by_gradient=True),
+POSITION_RULES = {
+    "cls": PositionRule("first token", _first),
+    "eot": PositionRule("end-of-text token", lambda tokens: tokens.end_of_text()),
+    "last": PositionRule(
+        "last position", lambda tokens: torch.full((tokens.shape[0],), tokens.shape[1] - 1)
+    ),  # of padding or not
+    "target": PositionRule("position that predicts the token", lambda tokens: tokens.last_real(), predicts=True, asks=True),
+    "before_sep": PositionRule(
+        "token before [SEP]", lambda tokens: (real_words(tokens.inputs).sum(-1) - 2).clamp(min=0), asks=True
+    ),
+    "mean": PositionRule("mean of all", skipped=lambda tokens: 0),
+    "patch_mean": PositionRule("mean of the patches", skipped=lambda tokens: tokens.prefix),
+    "cls_and_patch_mean": PositionRule("first token and mean of the patches, half each", _first, lambda tokens: tokens.prefix),
+    "pool": PositionRule("pooling head"),  # its probes
+    "query": PositionRule("object query", by_gradient=True),  # unless a target names it
+    "gradient": PositionRule("what the score's gradient names", by_gradient=True),
 }
 
 
@@ -226,7 +230,7 @@ class Score(Named):
     among: ClassVar[str] = "classes"  # what a target's index counts
     pairs: ClassVar[bool] = False  # a sample is an image with a text
     predicts: ClassVar[bool] = False  # the next token is scored, so that an answer can be
-    names_row: ClassVar[bool] = False  # a target names the explained position
+    names_position: ClassVar[bool] = False  # a target names the explained position
     among_logits: ClassVar[bool] = True  # it is one of the logits (B, classes) of its sample, so it has a log-probability
 
     def logits(self, outputs: Any) -> Tensor | None:
@@ -317,7 +321,7 @@ class Query(Score, name="query"):
     """The largest class logit of an object query: `max logits[b, query, :-1]`."""
 
     among = "object queries"
-    names_row = True
+    names_position = True
     among_logits = False
 
     def choose(self, outputs: Any, target: Any, arguments: Mapping[str, Any]) -> tuple[Tensor, list[int]]:

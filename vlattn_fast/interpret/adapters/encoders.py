@@ -8,11 +8,11 @@ from vlattn_fast.interpret.adapters.adapter import Adapter, Tower
 
 _CLIP_VISION = Tower("vision", "vision_model", "encoder.layers", "cls", "patches", prefix=1)
 _CLIP_TEXT = Tower("text", "text_model", "encoder.layers", "eot", "clip_text")
-_SIGLIP_VISION = replace(_CLIP_VISION, readout="pool", prefix=0, pooling="head.attention")
-_SIGLIP_TEXT = replace(_CLIP_TEXT, readout="last", tokens="text")
+_SIGLIP_VISION = replace(_CLIP_VISION, position="pool", prefix=0, pooling="head.attention")
+_SIGLIP_TEXT = replace(_CLIP_TEXT, position="last", tokens="text")
 _VIT = Tower("vision", "vit", "layers", "cls", "patches", prefix=1)
 _DINOV2 = Tower("vision", "dinov2", "encoder.layer", "cls", "patches", prefix=1)
-_DINOV2_READ = replace(_DINOV2, readout="cls_and_patch_mean")  # its head takes both beside each other
+_DINOV2_READ = replace(_DINOV2, position="cls_and_patch_mean")  # its head takes both beside each other
 _DEIT = replace(_VIT, path="deit", prefix=2)  # CLS and the distillation token
 _DINOV3 = Tower("vision", "", "model.layer", "cls", "patches", prefix=1)
 _BERT = Tower("text", "bert", "encoder.layer", "cls", "bert_text")
@@ -62,10 +62,10 @@ ENCODERS: dict[str, Adapter] = {
     **{f"{stem}{head}": Adapter((tower,), "class") for stem, tower, heads in _ONE_TOWER for head in heads.split()},
     "Dinov2ForImageClassification": Adapter((_DINOV2_READ,), "class"),
     "Dinov2WithRegistersForImageClassification": Adapter((replace(_DINOV2_READ, path="dinov2_with_registers"),), "class"),
-    "CLIPForImageClassification": Adapter((replace(_CLIP_VISION, readout="patch_mean"),), "class"),
-    "SiglipForImageClassification": Adapter((replace(_SIGLIP_VISION, readout="mean", pooling=None),), "class"),
+    "CLIPForImageClassification": Adapter((replace(_CLIP_VISION, position="patch_mean"),), "class"),
+    "SiglipForImageClassification": Adapter((replace(_SIGLIP_VISION, position="mean", pooling=None),), "class"),
     "DINOv3ViTModel": Adapter((_DINOV3,), "class"),
-    "VisualBertForQuestionAnswering": Adapter((replace(_VISUAL_BERT, readout="before_sep"),), "class"),
+    "VisualBertForQuestionAnswering": Adapter((replace(_VISUAL_BERT, position="before_sep"),), "class"),
     "FlavaModel": Adapter((_FLAVA,), "class"),
     "UNITER": Adapter((_UNITER,), "class"),
     "GitForCausalLM": Adapter((_GIT,), "token"),

@@ -23,7 +23,7 @@ _FLORENCE = Adapter((_DECODED, _PROMPT), "token", bimodal=True, within="model.la
 # Its layers go on from the text encoder's states, token by token, and attend to the image's.
 _MAPPED = Tower("text", "text", "encoder.layers", "eot", "clip_text", further=("layers",))
 _TO_MAP = Tower("vision", "vision", "encoder.layers", "cls", "patches", prefix=1)
-_MAPPER = Adapter((replace(_MAPPED, readout="target", tokens="text"), _TO_MAP), "token", bimodal=True)
+_MAPPER = Adapter((replace(_MAPPED, position="target", tokens="text"), _TO_MAP), "token", bimodal=True)
 
 _BLIP_DECODER = Tower("text", "text_decoder.bert", "encoder.layer", "target", "text")
 _BLIP_VISION = replace(_TO_MAP, path="vision_model")

@@ -161,9 +161,9 @@ def split(adapter: Adapter | None, inputs: Mapping[str, Any], count: int, shown:
         removable = _asked(words, inputs, text if adapter is None else removable)
         texts += [removable] if adapter is None else []
     if adapter is not None and removable is not None and adapter.towers and adapter.answers == "input_ids":
-        read = adapter.towers[0].row
-        if read is not None and read.position is not None and read.asks:  # without these words another question would be asked
-            asking = read.position(adapter.scoring.kind(inputs, (removable.shape[0], removable.shape[1])))
+        rule = adapter.towers[0].rule
+        if rule is not None and rule.token is not None and rule.asks:  # without these words another question would be asked
+            asking = rule.token(adapter.scoring.kind(inputs, (removable.shape[0], removable.shape[1])))
             removable = removable if asking is None else removable.scatter(1, asking[:, None].cpu(), False)
     region_boxes, pixels = getattr(shown, "boxes", None), inputs.get("pixel_values")
     if grids and not _fit(pixels, grids, [list(owners).count(number) for number in range(count)], inputs):

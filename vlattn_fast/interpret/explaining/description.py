@@ -60,7 +60,7 @@ def _of_tower(model: nn.Module, adapter: Adapter, tower: Tower, when: str = "") 
     if kinds:
         yield f"{'  mixers':12}{', '.join(f'{number} {kind}' for kind, number in kinds.items())}: by maps of their values"
     read = not adapter.bimodal or tower is adapter.towers[0]
-    yield f"{'  row':12}{tower.row.label if read else 'read through the first tower'}"
+    yield f"{'  row':12}{tower.rule.label if read else 'read through the first tower'}"
     yield f"{'  tokens':12}{tower.tokens}{_image_ids(model, tower)}"
     if tower.kind.image_ids:
         if tower.grid is derived_grids.derived:

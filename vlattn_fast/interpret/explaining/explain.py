@@ -349,7 +349,7 @@ def _of_towers(
         name: subtract_self(row, contribution.get(name), _of_rows(request, positions.get(name)))
         for name, row in relevancy.items()
     }
-    fields, owners = parts([*run.read, *run.attended], arguments, beside, question.answer, request.patches, request.special)
+    fields, owners = parts([*run.explained, *run.attended], arguments, beside, question.answer, request.patches, request.special)
     fields["gap"] = gap
     if run.vision is not None:
         name = run.vision.name

@@ -16,7 +16,7 @@ from vlattn_fast.interpret.explaining.inputs import with_one_row
 from vlattn_fast.interpret.explaining.request import Prompt, Request
 from vlattn_fast.interpret.relevancy.embedding_trace import EmbeddingTrace
 from vlattn_fast.interpret.relevancy.model_trace import Trace
-from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace, find_rows
+from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace, find_positions
 
 _MOST_ROWS = 32  # so that the carriers of a long answer stay small beside queries, keys and values
 _TRACES: dict[str, type[Trace] | type[EmbeddingTrace]] = {"attention": Trace, "embeddings": EmbeddingTrace}  # by `Method.needs`
@@ -28,14 +28,14 @@ class Run:
 
     outputs: Any  # the model's; of an empty batch, those of one made-up row
     trace: Trace | EmbeddingTrace
-    read: list[TowerTrace]  # whose own rows are read
+    explained: list[TowerTrace]  # with an explained position
     vision: TowerTrace | None  # the tower behind the connector, whose row comes from that of the decoder; None without
-    attended: list[TowerTrace]  # to which those of `read` attend: their rows go on over these towers' tokens
+    attended: list[TowerTrace]  # to which those of `explained` attend, and on into which their relevancy goes
 
     @property
     def carrying(self) -> list[TowerTrace]:
         """The towers through which relevancy is carried."""
-        return self.read if self.vision is None else [*self.read, self.vision]
+        return self.explained if self.vision is None else [*self.explained, self.vision]
 
     @property
     def towers(self) -> list[TowerTrace]:
@@ -49,15 +49,15 @@ def run_traced(request: Request, prompt: Prompt) -> Run:
     if behind is not None:
         _check_pictures(model.config, arguments)
         adapter = replace(adapter, towers=(*adapter.towers, behind))
-    request.method.finds_row, request.method.rows = request.position is None, _rows_at_once(request, prompt)
+    request.method.finds_position, request.method.rows = request.position is None, _rows_at_once(request, prompt)
     with request.method.freezing(model), _TRACES[request.method.needs](model, adapter, request.method) as trace:
         if callable(request.target) or rewrites_forward(model):
-            find_rows(trace.towers)
+            find_positions(trace.towers)
         vision = None if behind is None else trace.towers[-1]
         if vision is not None:
             _connect(vision, trace.towers[0], adapter.connector, model.config, arguments)
         outputs = model(**trace.prepare(with_one_row(model, arguments, adapter) if prompt.empty else arguments))
-    run = read_run(request, prompt, trace, outputs, vision)
+    run = run_of_trace(request, prompt, trace, outputs, vision)
     if prompt.empty:
         for tower in run.towers:
             tower.batch = 0
@@ -70,14 +70,14 @@ def _rows_at_once(request: Request, prompt: Prompt) -> int:
     return max(1, min(_MOST_ROWS, prompt.answer.answer_positions.shape[1])) if several and prompt.answer is not None else 1
 
 
-def read_run(
+def run_of_trace(
     request: Request, prompt: Prompt, trace: Trace | EmbeddingTrace, outputs: Any, vision: TowerTrace | None = None
 ) -> Run:
     """A forward pass that `trace` has seen, with the errors of `explain` where a layer is missing."""
     trace.check()
     _check_ids(trace, prompt)
-    read, attended = _towers_of(trace, request, prompt, vision)
-    run = Run(outputs, trace, read, vision, attended)
+    explained, attended = _towers_of(trace, request, prompt, vision)
+    run = Run(outputs, trace, explained, vision, attended)
     request.method.ran(run.carrying, attended, trace.calls)
     for tower in run.carrying:
         tower.check_start(request.method.start_layer)
@@ -88,7 +88,7 @@ def _check_ids(trace: Trace | EmbeddingTrace, prompt: Prompt) -> None:
     """ValueError where a tower, whose tokens are those of `input_ids`, ran on a sequence of another length."""
     ids = prompt.arguments.get("input_ids")
     for tower in trace.towers:
-        if isinstance(ids, Tensor) and tower.entry is not None and tower.entry.row.predicts and tower.entry.kind.follows_ids:
+        if isinstance(ids, Tensor) and tower.entry is not None and tower.entry.rule.predicts and tower.entry.kind.follows_ids:
             if tower.calls.paths and tower.size != ids.shape[-1]:
                 raise ValueError(
                     f"model must run tower '{tower.name}' on the tokens of input_ids; got {tower.size} tokens for "
@@ -99,7 +99,7 @@ def _check_ids(trace: Trace | EmbeddingTrace, prompt: Prompt) -> None:
 def _towers_of(
     trace: Trace | EmbeddingTrace, request: Request, prompt: Prompt, vision: TowerTrace | None
 ) -> tuple[list[TowerTrace], list[TowerTrace]]:
-    """The towers whose own rows are read, and those that they attend to; `vision` is neither."""
+    """The towers with an explained position, and those that they attend to; `vision` is neither."""
     towers = [tower for tower in trace.towers if tower is not vision]
     links = trace.links
     by_name = {tower.name: tower for tower in towers}
@@ -107,22 +107,22 @@ def _towers_of(
         for name in request.position:
             if name not in by_name:
                 raise ValueError(f"position must name towers among {', '.join(x.described for x in towers)}; got {name!r}")
-        read = [by_name[name] for name in request.position]
+        explained = [by_name[name] for name in request.position]
     else:
-        listed = [tower for tower in towers if tower.entry is not None]  # towers without an adapter have no read-out row
-        read = [t for t in listed or towers if t.calls.paths and not any(source is t for _, source in links)]
-        read = read or towers[:1]  # all attend to one another: the first is read
-        if not listed and request.adapter.answers != "input_ids":  # the decoder runs last; others make what an encoder reads
-            read = [tower for tower in read if any(of is tower for of, _ in links)][-1:] or read
+        listed = [tower for tower in towers if tower.entry is not None]  # only their adapters name a position
+        explained = [t for t in listed or towers if t.calls.paths and not any(source is t for _, source in links)]
+        explained = explained or towers[:1]  # all attend to one another: the first is explained
+        if not listed and request.adapter.answers != "input_ids":  # the decoder runs last; others come before an encoder
+            explained = [tower for tower in explained if any(of is tower for of, _ in links)][-1:] or explained
         if prompt.answer is not None and not listed:  # the decoder is the last tower of the answer's size
             answered = tuple(prompt.arguments[request.adapter.answers].shape)
-            read = [tower for tower in read if tower.shape == answered][-1:]
-            if not read:
+            explained = [tower for tower in explained if tower.shape == answered][-1:]
+            if not explained:
                 raise ValueError(
                     f"model must have a tower over the tokens of '{request.adapter.answers}' {answered}, which hold the answer; "
                     f"got {', '.join(tower.described for tower in towers)}"
                 )
-    return read, [tower for tower in towers if tower not in read and any((t, tower) in links for t in read)]
+    return explained, [tower for tower in towers if tower not in explained and any((t, tower) in links for t in explained)]
 
 
 # --- the connector ---

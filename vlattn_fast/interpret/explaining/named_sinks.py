@@ -24,7 +24,7 @@ class FindsSinks(Method):
     """Sees every attention call, and makes no relevancy of it."""
 
     needs_score = False
-    reads_row = False
+    uses_position = False
     needs_mixer_rules = False
     sinks = REPORT
 
@@ -77,7 +77,7 @@ class _Names:
 
     def __init__(self, request: Request, prompt: Prompt, run: Run) -> None:
         self._convert = getattr(request.tokenizer, "convert_ids_to_tokens", None)
-        towers, arguments = [*run.read, *run.attended], prompt.arguments
+        towers, arguments = [*run.explained, *run.attended], prompt.arguments
         # Each token's number in place of its relevancy: the maps then say which token each patch is.
         numbers = {tower.name: torch.arange(tower.size, dtype=torch.float64).expand(tower.shape) for tower in towers}
         special = request.special

@@ -17,10 +17,10 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from vlattn_fast._ground.checks import call_on
 from vlattn_fast.attach.session import named
 from vlattn_fast.interpret.explaining.answer import Answer, explained_number
+from vlattn_fast.interpret.explaining.explained_positions import start_vectors
 from vlattn_fast.interpret.explaining.forward_pass import Run
-from vlattn_fast.interpret.explaining.read_rows import starts_of
 from vlattn_fast.interpret.explaining.request import Prompt, Request
-from vlattn_fast.interpret.relevancy.method import LOG_PROBABILITY, LOGIT, BackwardPass, Method, PredictedTokens, read_tokens
+from vlattn_fast.interpret.relevancy.method import LOG_PROBABILITY, LOGIT, BackwardPass, Method, PredictedTokens, single_tokens
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 
 Pass = tuple[Tensor | None, list[Tensor]]  # of one backward pass: the score (B,), and the rows (B, T, N) to read in each tower
@@ -63,7 +63,7 @@ def ask(request: Request, prompt: Prompt, run: Run) -> Question:
         question = _about_target(request, prompt, run)
     if question.scores is not None:
         check_scores("target", question.scores, request, run)
-        for tower in run.read:
+        for tower in run.explained:
             if tower.batch != len(question.scores):
                 raise ValueError(
                     f"model must call the attention of tower '{tower.name}' on whole inputs; got a batch of {tower.batch} for "
@@ -81,25 +81,25 @@ def _about_nothing(request: Request, prompt: Prompt, run: Run) -> Question:
 
 
 def _about_target(request: Request, prompt: Prompt, run: Run) -> Question:
-    first, position = run.read[0], request.position
+    first, position = run.explained[0], request.position
     scores, target = choose_score(request, prompt, run.outputs, first.shape[0])
-    if request.adapter.scoring.names_row and target is not None:
+    if request.adapter.scoring.names_position and target is not None:
         position = torch.eye(first.size)[target]
-    if not request.method.reads_row:
+    if not request.method.uses_position:
         return Question(scores, [(scores, [])], target, {})
-    starts = starts_of(run, position, scores, prompt.arguments)
+    starts = start_vectors(run, position, scores, prompt.arguments)
     # The queries of a pooling head are no tokens.
-    token_starts = ((tower, start) for tower, start in zip(run.read, starts, strict=True) if not tower.pooled)
+    token_starts = ((tower, start) for tower, start in zip(run.explained, starts, strict=True) if not tower.pooled)
     places = ((tower.name, _single_position(start)) for tower, start in token_starts)
     return Question(scores, [(scores, starts)], target, {name: place for name, place in places if place is not None})
 
 
 def _about_answer(request: Request, prompt: Prompt, run: Run, answer: Answer) -> Question:
-    before = run.read[0].tokens_in(prompt.arguments).before  # patches stand in front of the text
+    before = run.explained[0].tokens_in(prompt.arguments).before  # patches stand in front of the text
     answer = replace(answer, answer_positions=answer.answer_positions + before)
     logits, of = request.adapter.scoring.logits(run.outputs), request.method.of or LOG_PROBABILITY
     scores = answer.scores(logits, prompt.arguments.get("logits_to_keep"), of)
-    rows = run.read if request.method.reads_row else []
+    rows = run.explained if request.method.uses_position else []
     likes = [torch.zeros(*tower.shape, dtype=tower.dtype, device=tower.device)[:, None] for tower in rows]
     if request.per_token:
         count = scores.shape[1]
@@ -213,7 +213,7 @@ def check_relevancy(
     for tower, row, start in zip(run.towers, relevancy, starts, strict=False):
         if row.shape != start.shape or row.shape[-1] == 1:  # behind a pooling head, whose probes are no tokens
             return
-        alone = read_tokens(start)
+        alone = single_tokens(start)
         beside = row.masked_fill(alone, 0.0) if bool(alone.any()) else contribution.get(tower, row - start)
         if bool((beside != 0).any()):
             return

@@ -32,7 +32,7 @@ from vlattn_fast.interpret.explaining.answer import (
 from vlattn_fast.interpret.explaining.former_names import check_names
 from vlattn_fast.interpret.explaining.inputs import Packs, check_inputs, is_empty, opened, packed, packing, prepare_inputs
 from vlattn_fast.interpret.explaining.naming import special_ids, token_target, tokenizer_of
-from vlattn_fast.interpret.explaining.similarity import NAMED_ROWS, SIMILARITY
+from vlattn_fast.interpret.explaining.similarity import NAMED_POSITIONS, SIMILARITY
 from vlattn_fast.interpret.relevancy.layer_maps import LayerMaps, Selection
 from vlattn_fast.interpret.relevancy.method import Method
 from vlattn_fast.interpret.relevancy.methods.attention import Attention
@@ -112,7 +112,7 @@ class Request:
         model, tokenizer = unwrapped(model), tokenizer_of(processor)
         check_has_gradients(model)
         embedded_by = "mean" if position is None or isinstance(position, Mapping) else position
-        position = _row_to_read(position, chosen, target)
+        position = _checked_position(position, chosen, target)
         if answer is None:
             adapter = _adapter_of_target(model, inputs, position, chosen, per_token)
         else:
@@ -121,7 +121,7 @@ class Request:
         chosen.check_adapter(adapter, type(model).__name__)
         if adapter.bimodal:
             chosen.check_between(adapter.towers)
-        if adapter.scoring.names_row and position is not None and not callable(target):
+        if adapter.scoring.names_position and position is not None and not callable(target):
             raise ValueError(f"position must be None for a detector, whose explained token is the object query; got {position!r}")
         vision = _vision_of(model, adapter) if chosen.through_connector else None
         return cls(model, adapter, chosen, target, answer, per_token, position, processor, patches, vision)
@@ -182,9 +182,9 @@ def lay_out(request: Request, inputs: Mapping[str, Any]) -> Prompt:
 # --- what the call takes ---
 
 
-def _row_to_read(position: Any, method: Method, target: Any) -> Any:
+def _checked_position(position: Any, method: Method, target: Any) -> Any:
     """`position` where the method reads a row, else None; a warning where it is then without any effect."""
-    if method.reads_row and not method.takes_logits:
+    if method.uses_position and not method.takes_logits:
         return position
     if position is not None and not (isinstance(target, str) and target == SIMILARITY):  # whose embedding it is
         warnings.warn(
@@ -204,7 +204,7 @@ def _adapter_of_target(model: nn.Module, inputs: Mapping[str, Any], position: An
     finds = isinstance(position, Mapping) and listed_adapter(model) is None  # the caller names towers
     if known is not None and not (finds and not _names_towers(known, position)):
         return known
-    if position is None and method.reads_row and not classifies(model):
+    if position is None and method.uses_position and not classifies(model):
         raise ValueError(_how_to_read(model, inputs))
     return WITHOUT_ADAPTER
 
@@ -242,8 +242,8 @@ def check_position(position: Any) -> None:
     if isinstance(position, Mapping) and not position:
         raise ValueError("position must name at least one tower; got an empty mapping")
     for value in position.values() if isinstance(position, Mapping) else [] if position is None else [position]:
-        if isinstance(value, str) and value not in NAMED_ROWS:
-            raise ValueError(f"position must be one of {', '.join(NAMED_ROWS)}, an index or weights; got {value!r}")
+        if isinstance(value, str) and value not in NAMED_POSITIONS:
+            raise ValueError(f"position must be one of {', '.join(NAMED_POSITIONS)}, an index or weights; got {value!r}")
         if isinstance(value, bool) or not (isinstance(value, (str, int, Sequence)) or hasattr(value, "tolist")):
             raise TypeError(f"position must be a name, an index or weights; got {type(value).__name__}")
 

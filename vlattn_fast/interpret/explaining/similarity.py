@@ -9,11 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast.interpret.adapters.adapter import READOUTS, Adapter, ReadOut
+from vlattn_fast.interpret.adapters.adapter import POSITION_RULES, Adapter, PositionRule
 from vlattn_fast.interpret.adapters.tokens import Text
 
 SIMILARITY = "similarity"
-NAMED_ROWS: dict[str, ReadOut] = {"cls": READOUTS["cls"], "last": READOUTS["target"], "mean": READOUTS["mean"]}
+NAMED_POSITIONS: dict[str, PositionRule] = {
+    "cls": POSITION_RULES["cls"],
+    "last": POSITION_RULES["target"],
+    "mean": POSITION_RULES["mean"],
+}
 
 
 @dataclass(frozen=True)
@@ -21,8 +25,8 @@ class Similarity:
     """A target: the cosine of each row's embedding with that of the row beside it (0 and 1, 2 and 3, ...), which is a constant.
 
     Args:
-        position: the states of the last layer that are the embedding: a name of `NAMED_ROWS`, an index, or weights (N,) or (B,
-            N).
+        position: the states of the last layer that are the embedding: a name of `NAMED_POSITIONS`, an index, or weights (N,) or
+            (B, N).
     """
 
     model: nn.Module
@@ -48,7 +52,7 @@ class Similarity:
         if isinstance(self.position, str):
             towers, shape = self.adapter.towers, (batch, count)
             tokens = towers[0].tokens_in(self.model, inputs, shape) if towers else Text(inputs, shape)
-            return NAMED_ROWS[self.position].weights(tokens, like)
+            return NAMED_POSITIONS[self.position].weights(tokens, like)
         if isinstance(self.position, int):
             if not -count <= self.position < count:
                 raise ValueError(f"position must be from {-count} to {count - 1}; got {self.position}")

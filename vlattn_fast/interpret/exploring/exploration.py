@@ -130,7 +130,7 @@ class Exploration:
             named = decode if callable(decode) else lambda ids: f"tokens {' '.join(map(str, ids))}"
             answers = generated(model, self.inputs, self.count)
             return ["nothing"] * asked.batch if answers is None else [named(ids) for ids in answers]
-        if scoring.predicts or scoring.pairs or scoring.names_row or callable(self.question["target"]):
+        if scoring.predicts or scoring.pairs or scoring.names_position or callable(self.question["target"]):
             return []
         logits = scoring.per_row(scoring.logits(model(**asked.prompt.arguments)), asked.prompt.arguments)
         best, labels = logits.double().softmax(-1).topk(min(_CLASSES, logits.shape[-1])), getattr(model.config, "id2label", {})

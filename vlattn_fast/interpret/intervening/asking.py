@@ -97,7 +97,7 @@ class Asked:
         if callable(self.request.target):
             return scores
         scoring = self.request.adapter.scoring
-        if scoring.pairs or scoring.names_row:
+        if scoring.pairs or scoring.names_position:
             raise ValueError(
                 f"model must predict tokens or classes, whose probabilities are known; got {type(self.request.model).__name__}. "
                 "Pass target=, a callable(outputs) -> (B,) numbers"

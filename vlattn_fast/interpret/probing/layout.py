@@ -102,7 +102,7 @@ class Layouts:
         before = is_image.cumsum(1) <= tokens.prefix  # the patches
         special = torch.where(is_image, before, ~words.cpu())
         regions = [sample.nonzero()[:, 0].tolist() for sample in is_image & ~special]
-        position = tower.row.position
+        position = tower.rule.token
         row = torch.zeros(shape[0], dtype=torch.long) if position is None else position(tokens).cpu()
         parts = torch.where(is_image, IMAGE, TEXT)
         return Layout(torch.where(real, parts, NONE), special, row, tokens.before, regions)

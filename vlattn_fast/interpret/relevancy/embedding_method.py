@@ -28,7 +28,7 @@ class BaselineMethod(Method):
     """
 
     needs = "embeddings"
-    reads_row = False
+    uses_position = False
     option: ClassVar[str] = "baseline"  # its name
     lenient: ClassVar[bool] = False  # inputs without images are compared with embeddings of zero, for baselines that are images
     default_baseline: ClassVar[Baseline] = None

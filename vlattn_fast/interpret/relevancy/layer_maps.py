@@ -84,9 +84,9 @@ class LayerMaps(KeptCalls):
 
     # --- the backward pass ---
 
-    def ran(self, read: Sequence[TowerTrace], attended: Sequence[TowerTrace], calls: Sequence[Link]) -> None:
-        for tower in (*read, *attended) if attended else ():
-            queries = [tower] if tower in read else read
+    def ran(self, explained: Sequence[TowerTrace], attended: Sequence[TowerTrace], calls: Sequence[Link]) -> None:
+        for tower in (*explained, *attended) if attended else ():
+            queries = [tower] if tower in explained else explained
             self.links[tower] = [call for call in calls if call.source is tower and call.tower in queries]
 
     def counts(self, tower: TowerTrace) -> tuple[list[int], list[int]]:

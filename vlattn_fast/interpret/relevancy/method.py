@@ -92,7 +92,7 @@ class BackwardPass:
         return tower.tokens_in(decoder_inputs(self.arguments) if decodes else self.arguments).real()
 
 
-def read_tokens(start: Tensor) -> Tensor:
+def single_tokens(start: Tensor) -> Tensor:
     """bool (B, T, N), True = a token that is read by itself: weights that leave no token out name none."""
     return (start == 1) & (start == 0).any(-1, keepdim=True)
 
@@ -108,7 +108,7 @@ class Method:
         needs_score: it takes the gradient of a score.
         needs: what it sees of the forward pass: "attention", every attention call of the towers; "embeddings", those that enter
             the towers, of a model with any attention or none.
-        reads_row: it explains by a row of a tower's relevancy matrix; without, by the score alone.
+        uses_position: it explains by a row of a tower's relevancy matrix; without, by the score alone.
         takes_logits: it takes the logits of every position of a decoder.
         rank_filter: the maps of the image are filtered, see `result.numbers.interference`.
         takes_rows: a backward pass carries several rows of a tower at once, where no score is differentiated.
@@ -132,7 +132,7 @@ class Method:
     name: str = ""
     needs_score: bool = True
     needs: ClassVar[str] = "attention"
-    reads_row: ClassVar[bool] = True
+    uses_position: ClassVar[bool] = True
     takes_logits: ClassVar[bool] = False
     rank_filter: ClassVar[bool] = False
     takes_rows: ClassVar[bool] = False
@@ -175,7 +175,7 @@ class Method:
     def begin(self) -> None:
         """The state of one call of `explain`, as it is before it."""
         self.rows = 1  # how many rows of a tower a backward pass carries
-        self.finds_row = False  # the caller does not say which row is read
+        self.finds_position = False  # the caller does not say which row is read
         self.kept: dict[TowerTrace, Any] = {}
         self.seen: list[tuple[TowerTrace, TowerTrace, Seen]] = []
         self.frozen: Frozen | None = None  # what the backward pass of the run takes for constants
@@ -303,7 +303,7 @@ class Method:
 
     def _cut(self, tower: TowerTrace, output: Tensor) -> Tensor:
         """`output` without what is behind it in the graph. A gradient at it may name the row that is read."""
-        return output.detach().requires_grad_(self.finds_row and tower.gradients.finds_row)
+        return output.detach().requires_grad_(self.finds_position and tower.gradients.finds_position)
 
     def follow(
         self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], behind: Callable[[Tensor, Tensor], TowerTrace | None]
@@ -314,7 +314,7 @@ class Method:
 
     # --- the backward pass ---
 
-    def ran(self, read: Sequence[TowerTrace], attended: Sequence[TowerTrace], calls: Sequence[Link]) -> None:
+    def ran(self, explained: Sequence[TowerTrace], attended: Sequence[TowerTrace], calls: Sequence[Link]) -> None:
         """The forward pass is over: the towers whose own rows are read, those that they attend to, and `BackwardPass.calls`."""
 
     def rows_of(self, tower: TowerTrace) -> int:

@@ -329,7 +329,7 @@ class Trace(SeesMixers, Subscriber):
 
     def _attend_to_itself(self, run: ModuleRun, tower: TowerTrace, new: _NewCall) -> Tensor:
         parallel = tower.calls.is_parallel(new.call, new.calls) and self.method.adds_parallel and not self.finds_towers
-        call = replace(new.call, beside=beside)
+        call = replace(new.call, parallel=parallel)
         call = tower.enter(call, len(self._owners), self._is_chunk(run, tower, call, new.calls), self.moves)
         tower.calls.came_through, tower.calls.mixes = new.calls, call.is_mixing
         add_mark(call.key, self._key_mark, 1 << self.towers.index(tower))

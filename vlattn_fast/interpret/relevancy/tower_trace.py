@@ -130,8 +130,8 @@ class Carriers:
 class ScoreGradients:
     """Where the score's gradient enters one tower: the outputs of its attention calls, and the states behind them."""
 
-    def __init__(self, finds_row: bool) -> None:
-        self.finds_row = finds_row  # the score's gradient names the row that is read
+    def __init__(self, finds_position: bool) -> None:
+        self.finds_position = finds_position  # the score's gradient names the row that is read
         # Then, of each call: where a gradient enters its output, and the tokens (B, N, C) behind it, with their numbers.
         self.steps: list[list[tuple[GradientEdge, Numbers | None]]] = []
         self.behind_pooling: GradientEdge | None = None  # and where one enters the output of the pooling head
@@ -145,7 +145,7 @@ class ScoreGradients:
 
     def leaves_call(self, output: Tensor, chunk: bool, numbers: Numbers | None) -> None:
         """Begin the steps of a call anew at its output; a further part of a sequence is no call of its own."""
-        if not self.finds_row:
+        if not self.finds_position:
             return
         if output.is_leaf:  # the graph begins here
             self.steps.clear()
@@ -183,7 +183,7 @@ class TowerTrace:
         self.others: dict[str, tuple[int, Tensor | None]] = {}
         self.probes: int | None = None  # queries of the pooling head; None before it ran
         self.calls, self.places = CallOrder(), Places()
-        self.gradients = ScoreGradients(finds_row=entry is None or entry.row.by_gradient)
+        self.gradients = ScoreGradients(finds_position=entry is None or entry.rule.by_gradient)
         self.carriers = Carriers()  # of methods that carry relevancy through the layers
         self._has_dtensors = distributed.is_available() and distributed.is_initialized() and has_dtensors(model)
         self.pooling_path: str | None = None
@@ -377,10 +377,10 @@ def _ends_gradient(inputs: tuple[Any, ...], output: Any) -> bool:
     return any(node is None or x.grad_fn is not node for x in tokens)  # the same node: a module that hands its input on
 
 
-def find_rows(towers: Iterable[TowerTrace]) -> None:
+def find_positions(towers: Iterable[TowerTrace]) -> None:
     """Watch where a score is read from, also in towers whose entry names a row: it knows the model's own score alone."""
     for tower in towers:
-        tower.gradients.finds_row = True
+        tower.gradients.finds_position = True
 
 
 def begun(tower: TowerTrace, path: str, ids: Tensor | None, before: Iterable[TowerTrace]) -> TowerTrace:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import over_sums
-from vlattn_fast.interpret.relevancy.method import BackwardPass, Link, read_tokens
+from vlattn_fast.interpret.relevancy.method import BackwardPass, Link, single_tokens
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 
 Relevancies = dict[tuple[TowerTrace, TowerTrace], Tensor]  # without the part of the identity
@@ -125,7 +125,7 @@ def rows_between(backward: BackwardPass, read: Callable[[TowerTrace, TowerTrace,
     first; it returns how much the tokens of the second count for them, (B, 1, M)."""
     linked = {(call.tower, call.source) for call in backward.calls}
     pairs = list(zip(backward.towers, backward.starts, strict=True))
-    carried = [read(tower, tower, start).masked_fill(read_tokens(start), 0.0) for tower, start in pairs]
+    carried = [read(tower, tower, start).masked_fill(single_tokens(start), 0.0) for tower, start in pairs]
     for source in backward.attended:
         parts = [read(tower, source, start) for tower, start in pairs if (tower, source) in linked]
         carried.append(torch.stack(parts).sum(0))

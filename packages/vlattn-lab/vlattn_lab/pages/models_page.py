@@ -47,7 +47,7 @@ def rows(name: str, adapter: Adapter) -> list[str]:
 def row(name: str, adapter: Adapter) -> str:
     towers = [tower for tower in adapter.towers if tower.layers]
     read = towers[:1] if adapter.bimodal else towers
-    shown_rows = ", ".join(f"{tower.name}: {tower.row.label}" for tower in read)
+    shown_rows = ", ".join(f"{tower.name}: {tower.rule.label}" for tower in read)
     seen = {"patches": "patches", "packed_patches": "patches", "text_patches": "patches", "patches_text": "patches"}
     seen |= {"regions": "boxes", "boxes": "boxes", "features": "features"}
     maps = [seen.get(tower.tokens) or ("image tokens" if tower.grid is not None else None) for tower in adapter.towers]

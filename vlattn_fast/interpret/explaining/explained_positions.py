@@ -11,30 +11,32 @@ from torch import Tensor
 from vlattn_fast.interpret.adapters.tokens import decoder_inputs
 from vlattn_fast.interpret.explaining.forward_pass import Run
 from vlattn_fast.interpret.explaining.request import Position
-from vlattn_fast.interpret.explaining.similarity import NAMED_ROWS
+from vlattn_fast.interpret.explaining.similarity import NAMED_POSITIONS
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 
 
-def starts_of(run: Run, position: Any, scores: Tensor | None, arguments: Mapping[str, Any], name: str = "target") -> list[Tensor]:
+def start_vectors(
+    run: Run, position: Any, scores: Tensor | None, arguments: Mapping[str, Any], name: str = "target"
+) -> list[Tensor]:
     """The weights (B, 1, N) of the rows of each tower that is read. `name`: of the argument that gives the scores."""
-    for tower in run.read:  # attention in windows is refused as such
+    for tower in run.explained:  # attention in windows is refused as such
         if scores is None or tower.batch == len(scores):
             tower.places.check()
-    if position is not None or scores is None or not any(tower.gradients.finds_row for tower in run.read):
-        return [_start(tower, position, arguments, bool(run.attended)) for tower in run.read]
-    seen = {tower: _reading(tower, scores) for tower in run.read if tower.gradients.finds_row}
+    if position is not None or scores is None or not any(tower.gradients.finds_position for tower in run.explained):
+        return [_start(tower, position, arguments, bool(run.attended)) for tower in run.explained]
+    seen = {tower: _reading(tower, scores) for tower in run.explained if tower.gradients.finds_position}
     pooled = {tower for tower in seen if tower.pooled and _depends(scores, tower.gradients.behind_pooling)}
     _check_last_layer(run, [reading for reading in seen.values() if reading is not None], bool(pooled), scores, name)
     starts = []
-    for tower in run.read:
+    for tower in run.explained:
         row = None
         if tower.pooled and tower not in pooled and seen.get(tower) is not None:
             raise ValueError(
                 f"{name} must give scores that depend on the pooling head of tower '{tower.name}', as its adapter says; got "
                 "scores of the tokens before it"
             )
-        if tower.gradients.finds_row and not tower.pooled:
-            row = _row_by_gradient(tower, seen[tower], arguments)
+        if tower.gradients.finds_position and not tower.pooled:
+            row = _weights_by_gradient(tower, seen[tower], arguments)
         if row is None:
             starts.append(_start(tower, None, arguments, bool(run.attended)))
         else:
@@ -51,14 +53,14 @@ def _start(tower: TowerTrace, position: Any, arguments: Mapping[str, Any], atten
     if asked is not None and not tower.pooled and (ends := tower.places.ends()) is not None:
         return _start_at(tower, asked, ends, arguments, like)
     if asked is None:
-        if tower.entry is None or tower.entry.row.by_gradient:
+        if tower.entry is None or tower.entry.rule.by_gradient:
             raise ValueError(f"position must name the explained token of tower '{tower.name}'; got None")
-        return tower.entry.row.weights(tower.tokens_in(arguments), like)
+        return tower.entry.rule.weights(tower.tokens_in(arguments), like)
     if tower.pooled:
         raise ValueError(f"position must be None for tower '{tower.name}', which ends in a pooling head; got {asked!r}")
     if isinstance(asked, str):
         decodes = attends and tower.entry is None
-        return NAMED_ROWS[asked].weights(tower.tokens_in(decoder_inputs(arguments) if decodes else arguments), like)
+        return NAMED_POSITIONS[asked].weights(tower.tokens_in(decoder_inputs(arguments) if decodes else arguments), like)
     return _weights_of(tower, asked, like[:, 0])[:, None]
 
 
@@ -153,11 +155,11 @@ def _check_last_layer(run: Run, readings: Sequence[Reading], pooled: bool, score
         )
 
 
-def _row_by_gradient(tower: TowerTrace, reading: Reading | None, arguments: Mapping[str, Any]) -> Tensor | None:
+def _weights_by_gradient(tower: TowerTrace, reading: Reading | None, arguments: Mapping[str, Any]) -> Tensor | None:
     """The weights (B, N) of the tokens that the scores are read from: of one, or the same of several, which are averaged; None =
     the adapter's. ValueError where they are several that count differently, and the adapter does not say how."""
     listed = None
-    if tower.entry is not None and not tower.entry.row.by_gradient:
+    if tower.entry is not None and not tower.entry.rule.by_gradient:
         if reading is None:  # a tower that the scores do not depend on
             return None
         listed = _start(tower, None, arguments, False)[:, 0]
