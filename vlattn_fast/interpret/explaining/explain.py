@@ -51,7 +51,7 @@ from vlattn_fast.interpret.result.numbers.sink_tokens import Sinks
 _LARGEST_GAP = 0.1  # of the score's gain: what entries may miss without a remark
 
 
-class Rows(NamedTuple):
+class Vectors(NamedTuple):
     """The row (B, N) of each tower, by its name; (B, T, N) where each token of an answer, or each layer or head, has one."""
 
     relevancy: dict[str, Tensor]
@@ -249,25 +249,27 @@ def _explained(
         with torch.set_grad_enabled(once):
             run = run_traced(request, prompt)
             question = ask(request, prompt, run)
-        rows = carry_back(request, prompt, run, question)
-    return assemble(request, prompt, run, question, rows)
+        vectors = carry_back(request, prompt, run, question)
+    return assemble(request, prompt, run, question, vectors)
 
 
-def carry_back(request: Request, prompt: Prompt, run: Run, question: Question) -> Rows:
+def carry_back(request: Request, prompt: Prompt, run: Run, question: Question) -> Vectors:
     """The rows of all towers. A method of several steps runs the model once for each, and gives the mean of their rows."""
     method = request.method
     if isinstance(method, OccludingMethod) and not prompt.empty:
-        return Rows(occluded(request, prompt, run, question, method), {})
+        return Vectors(occluded(request, prompt, run, question, method), {})
     if not method.steps or prompt.empty:
-        return _rows_of_run(request, prompt, run, question)
+        return _vectors_of_run(request, prompt, run, question)
     if question.target is not None:  # scaled inputs may have another
         request = replace(request, target=question.target)
-    mean = Rows({}, {})
+    mean = Vectors({}, {})
     for step in with_progress(range(method.steps), "explaining", unit="step"):
         method.at_step(step + 0.5)
         scaled = run_traced(request, prompt)
-        for total, rows in zip(mean[:2], _rows_of_run(request, prompt, scaled, ask(request, prompt, scaled))[:2], strict=True):
-            for name, row in rows.items():
+        for total, vectors in zip(
+            mean[:2], _vectors_of_run(request, prompt, scaled, ask(request, prompt, scaled))[:2], strict=True
+        ):
+            for name, row in vectors.items():
                 share = row / method.steps
                 total[name] = total[name] + share if name in total else share
     if method.completes and not method.freeze:
@@ -276,7 +278,7 @@ def carry_back(request: Request, prompt: Prompt, run: Run, question: Question) -
 
 
 @torch.no_grad()
-def _gap(request: Request, prompt: Prompt, question: Question, rows: Rows) -> Tensor | None:
+def _gap(request: Request, prompt: Prompt, question: Question, vectors: Vectors) -> Tensor | None:
     """The sum of all entries less the score's gain over the baseline, with a remark where it is large; None where the baseline
     has no score."""
     method = request.method
@@ -288,7 +290,7 @@ def _gap(request: Request, prompt: Prompt, question: Question, rows: Rows) -> Te
     if before is None or question.scores is None:
         return None
     gain = (question.scores - before).detach()
-    gap = torch.stack([row.to(gain).sum(-1) for row in rows.relevancy.values()]).sum(0) - gain
+    gap = torch.stack([row.to(gain).sum(-1) for row in vectors.relevancy.values()]).sum(0) - gain
     if bool(gap.abs().sum() > _LARGEST_GAP * gain.abs().sum()):
         method.remarks.append(
             f"The entries do not add up to the score's gain over the baseline: more than a tenth is missing, or too much. Pass "
@@ -297,7 +299,7 @@ def _gap(request: Request, prompt: Prompt, question: Question, rows: Rows) -> Te
     return gap
 
 
-def _rows_of_run(request: Request, prompt: Prompt, run: Run, question: Question) -> Rows:
+def _vectors_of_run(request: Request, prompt: Prompt, run: Run, question: Question) -> Vectors:
     """The rows that one run gives, from a backward pass for each token of an answer, or for several."""
     contribution: dict[TowerTrace, Tensor] = {}
     joined: list[Tensor] = []
@@ -313,17 +315,17 @@ def _rows_of_run(request: Request, prompt: Prompt, run: Run, question: Question)
             joined[tower][:, filled[tower] : filled[tower] + row.shape[1]] = row.detach()
             filled[tower] += row.shape[1]
         if len(question.passes) == 1:  # the tokens of an answer are read one by one
-            contribution = without_single_rows(backward)
+            contribution = without_self_entries(backward)
     if question.passes:
         joined = [x if x.shape[1] == count else x[:, :count].clone() for x, count in zip(joined, filled, strict=True)]
         check_relevancy(request, question, run, joined, contribution)
     else:
-        count_rows = request.method.rows_of
+        count_rows = request.method.n_vectors_of
         joined = [torch.zeros(0, count_rows(x), x.size, dtype=x.dtype, device=x.device) for x in run.towers]
     has_rows = (question.answer is not None and request.per_token) or request.selection is not None
     read = (row if has_rows else row[:, 0] for row in joined)
     relevancy = {tower.name: row for tower, row in zip(run.towers, read, strict=True)}
-    return Rows(relevancy, {tower.name: row.detach()[:, 0] for tower, row in contribution.items()})
+    return Vectors(relevancy, {tower.name: row.detach()[:, 0] for tower, row in contribution.items()})
 
 
 def _pass_back(request: Request, prompt: Prompt, run: Run, question: Question, number: int) -> BackwardPass:
@@ -339,10 +341,10 @@ def _pass_back(request: Request, prompt: Prompt, run: Run, question: Question, n
 
 
 def _of_towers(
-    request: Request, prompt: Prompt, run: Run, question: Question, rows: Rows
-) -> tuple[Rows, dict[str, Any], dict[str, str]]:
+    request: Request, prompt: Prompt, run: Run, question: Question, vectors: Vectors
+) -> tuple[Vectors, dict[str, Any], dict[str, str]]:
     """The rows of each tower, also of one behind a connector; the fields of their tokens, and whose they are."""
-    arguments, (relevancy, contribution, gap) = prompt.arguments, rows
+    arguments, (relevancy, contribution, gap) = prompt.arguments, vectors
     positions = question.start_positions or {}
     contribution = {name: row for name, row in contribution.items() if name not in positions}
     beside = {
@@ -361,15 +363,15 @@ def _of_towers(
         fields |= maps
     elif request.vision is not None:  # an empty batch
         relevancy[request.vision.name] = next(iter(relevancy.values())).new_zeros(0, 0)
-    return Rows(relevancy, contribution), fields, owners
+    return Vectors(relevancy, contribution), fields, owners
 
 
-def assemble(request: Request, prompt: Prompt, run: Run, question: Question, rows: Rows) -> Explanation:
+def assemble(request: Request, prompt: Prompt, run: Run, question: Question, vectors: Vectors) -> Explanation:
     warn_of_lost_gradients(run)
     warn_of_missed_norms(request.method)
     warn_of_other_keys(run)
     warn_of_remarks(request.method)
-    (relevancy, contribution, _), fields, owners = _of_towers(request, prompt, run, question, rows)
+    (relevancy, contribution, _), fields, owners = _of_towers(request, prompt, run, question, vectors)
     fields |= {
         "position": question.start_positions,
         "contribution": {name: row for name, row in contribution.items() if not torch.equal(row, relevancy[name])} or None,
@@ -392,7 +394,7 @@ def assemble(request: Request, prompt: Prompt, run: Run, question: Question, row
     return explanation.with_tokens(request.tokenizer) if named else explanation
 
 
-def without_single_rows(backward: BackwardPass) -> dict[TowerTrace, Tensor]:
+def without_self_entries(backward: BackwardPass) -> dict[TowerTrace, Tensor]:
     """The part of each row (B, 1, N) that attention brought, without the entry of a token that alone is read of its sample."""
     starts = dict(zip(backward.towers, backward.starts, strict=False))
     contribution = {}

@@ -18,7 +18,7 @@ from vlattn_fast.interpret.relevancy.embedding_trace import EmbeddingTrace
 from vlattn_fast.interpret.relevancy.model_trace import Trace
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace, find_positions
 
-_MOST_ROWS = 32  # so that the carriers of a long answer stay small beside queries, keys and values
+_MOST_VECTORS = 32  # so that the carriers of a long answer stay small beside queries, keys and values
 _TRACES: dict[str, type[Trace] | type[EmbeddingTrace]] = {"attention": Trace, "embeddings": EmbeddingTrace}  # by `Method.needs`
 
 
@@ -49,7 +49,7 @@ def run_traced(request: Request, prompt: Prompt) -> Run:
     if behind is not None:
         _check_pictures(model.config, arguments)
         adapter = replace(adapter, towers=(*adapter.towers, behind))
-    request.method.finds_position, request.method.rows = request.position is None, _rows_at_once(request, prompt)
+    request.method.finds_position, request.method.n_vectors = request.position is None, _n_vectors(request, prompt)
     with request.method.freezing(model), _TRACES[request.method.needs](model, adapter, request.method) as trace:
         if callable(request.target) or rewrites_forward(model):
             find_positions(trace.towers)
@@ -64,10 +64,10 @@ def run_traced(request: Request, prompt: Prompt) -> Run:
     return run
 
 
-def _rows_at_once(request: Request, prompt: Prompt) -> int:
+def _n_vectors(request: Request, prompt: Prompt) -> int:
     """How many tokens of an answer a backward pass explains."""
-    several = request.method.takes_rows and request.per_token and prompt.answer is not None and bool(request.adapter.towers)
-    return max(1, min(_MOST_ROWS, prompt.answer.answer_positions.shape[1])) if several and prompt.answer is not None else 1
+    several = request.method.carries_several and request.per_token and prompt.answer is not None and bool(request.adapter.towers)
+    return max(1, min(_MOST_VECTORS, prompt.answer.answer_positions.shape[1])) if several and prompt.answer is not None else 1
 
 
 def run_of_trace(

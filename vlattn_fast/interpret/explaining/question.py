@@ -103,7 +103,9 @@ def _about_answer(request: Request, prompt: Prompt, run: Run, answer: Answer) ->
     likes = [torch.zeros(*tower.shape, dtype=tower.dtype, device=tower.device)[:, None] for tower in rows]
     if request.per_token:
         count = scores.shape[1]
-        parts = [range(first, min(first + request.method.rows, count)) for first in range(0, count, request.method.rows)]
+        parts = [
+            range(first, min(first + request.method.n_vectors, count)) for first in range(0, count, request.method.n_vectors)
+        ]
         passes: list[Pass] = [
             (scores[:, part.start], [torch.cat([answer.start(like, t) for t in part], 1) for like in likes]) for part in parts
         ]

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import expand_heads
-from vlattn_fast.interpret.relevancy.last_attention import attention_rows, rows_to_read
+from vlattn_fast.interpret.relevancy.last_attention import attention_rows, weighted_queries
 from vlattn_fast.interpret.relevancy.method import BackwardPass, Method, check_start_layer
 from vlattn_fast.interpret.relevancy.mixing_call import MixingCall
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import TracedCall
-from vlattn_fast.interpret.relevancy.two_modalities import rows_between
+from vlattn_fast.interpret.relevancy.two_modalities import vectors_between
 
 
 class KeptCalls(Method):
@@ -83,7 +83,7 @@ class KeptCalls(Method):
         calls = backward.reaching_calls()
         grads = self.gradients(backward, [call.attention for call in calls])
 
-        def read(tower: TowerTrace, source: TowerTrace, start: Tensor) -> Tensor:
+        def vector(tower: TowerTrace, source: TowerTrace, start: Tensor) -> Tensor:
             rows = [
                 self.rows_of_call(call.attention, start, grad).to(start)
                 for call, grad in zip(calls, grads, strict=True)
@@ -91,7 +91,7 @@ class KeptCalls(Method):
             ]
             return self.combine(rows)[:, None] if rows else start.new_zeros(*start.shape[:2], source.size)
 
-        return rows_between(backward, read)
+        return vectors_between(backward, vector)
 
     def rows_of_towers(self, backward: BackwardPass, blocks: Sequence[Sequence[Sequence[TracedCall]]]) -> list[list[Tensor]]:
         """The rows (B, H, M) of the maps of `blocks`, some of each of `backward.towers`, of one call each or of several. Behind a
@@ -160,7 +160,7 @@ def rows_of_maps(
     heads, dtype = call.query.shape[1], start.dtype
     key, value = (expand_heads(tensor.to(dtype), heads) for tensor in (call.key, call.value))
     call = replace(call, query=call.query.to(dtype), key=key)
-    for index in rows_to_read(start):
+    for index in weighted_queries(start):
         if grad is None:
             yield index, attention_rows(call, index), None
         else:

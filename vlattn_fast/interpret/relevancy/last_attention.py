@@ -14,7 +14,7 @@ from vlattn_fast.attach.session import in_layers, split_path
 from vlattn_fast.interpret.relevancy.method import BackwardPass, Method
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import TracedCall
-from vlattn_fast.interpret.relevancy.two_modalities import last_between, rows_between
+from vlattn_fast.interpret.relevancy.two_modalities import last_between, vectors_between
 
 Real = Callable[[], tuple[Tensor | None, Tensor | None]]
 
@@ -24,7 +24,7 @@ class LastAttentionMethod(Method):
 
     kept: dict[TowerTrace, TracedCall]  # the last attention of each tower to itself
 
-    def read(self, start: Tensor, call: TracedCall, grad: Tensor | None, real: Real) -> Tensor:
+    def vector(self, start: Tensor, call: TracedCall, grad: Tensor | None, real: Real) -> Tensor:
         """The row (B, 1, M) of a call, from the weights `start` (B, 1, N) of the rows that are read, and the score's gradient at
         the call's output (B, H, N, D), None without one. `real` says which queries (B, N) and which of all keys (B, M) are; None
         = all."""
@@ -57,21 +57,21 @@ class LastAttentionMethod(Method):
                 raise ValueError(f"model must call the last attention of tower '{tower.name}'; got no call")
         last = [self.kept[tower] for tower in backward.towers]
         ends = zip(backward.towers, backward.starts, last, self._gradients(backward, last), strict=True)
-        return [self._read(backward, tower, [(tower, call)], start, grad) for tower, start, call, grad in ends]
+        return [self._vector(backward, tower, [(tower, call)], start, grad) for tower, start, call, grad in ends]
 
     def between(self, backward: BackwardPass) -> list[Tensor]:
         calls = backward.reaching_calls()
         attended = [call.attention for call in calls]
         grads = self._gradients(backward, attended)
 
-        def read(tower: TowerTrace, source: TowerTrace, start: Tensor) -> Tensor:
+        def vector(tower: TowerTrace, source: TowerTrace, start: Tensor) -> Tensor:
             last = last_between(calls, tower, source)
             # The tokens of the tower and of others may be keys of one call; those of the source come first here.
             other_parts = [call for call in calls if call.number == calls[last].number and call is not calls[last]]
             keys = [(call.source, call.attention) for call in (calls[last], *other_parts)]
-            return self._read(backward, tower, keys, start, grads[last]).to(start)
+            return self._vector(backward, tower, keys, start, grads[last]).to(start)
 
-        return rows_between(backward, read)
+        return vectors_between(backward, vector)
 
     def _gradients(self, backward: BackwardPass, calls: Sequence[TracedCall]) -> Sequence[Tensor | None]:
         for tower in [*backward.towers, *backward.attended]:
@@ -83,7 +83,7 @@ class LastAttentionMethod(Method):
         return backward.gradients([call.output for call in calls]) if self.needs_score else [None] * len(calls)
 
     @torch.no_grad()
-    def _read(
+    def _vector(
         self,
         backward: BackwardPass,
         tower: TowerTrace,
@@ -109,9 +109,9 @@ class LastAttentionMethod(Method):
 
         start = start.to(call.query.device)
         if at is None:
-            return self.read(start, call, grad, real)
+            return self.vector(start, call, grad, real)
         part = start if tower.pooled else at.pick(start, at.queries)
-        return at.spread(self.read(part, call, grad, real), at.keys)
+        return at.spread(self.vector(part, call, grad, real), at.keys)
 
 
 def times_map(start: Tensor, call: TracedCall, combine: Callable[[Tensor], Tensor]) -> Tensor:
@@ -119,12 +119,12 @@ def times_map(start: Tensor, call: TracedCall, combine: Callable[[Tensor], Tenso
     (B, R, M)."""
     result = torch.zeros(start.shape[0], 1, call.key.shape[2], dtype=start.dtype, device=start.device)
     start = call.scaled_to_rest(start)
-    for index in rows_to_read(start):
+    for index in weighted_queries(start):
         result += start.gather(2, index.unsqueeze(1)) @ combine(attention_rows(call, index))
     return call.at_tokens(call.rest_of_columns(result))
 
 
-def rows_to_read(start: Tensor) -> list[Tensor]:
+def weighted_queries(start: Tensor) -> list[Tensor]:
     """Query indices (B, R) of every non-zero entry of start (B, 1, N): one row where each sample has one, else 128 a time."""
     batch, _, count = start.shape
     if count == 0 or batch == 0:

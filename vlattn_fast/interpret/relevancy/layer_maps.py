@@ -117,7 +117,7 @@ class LayerMaps(KeptCalls):
             blocks.setdefault(call.layer, []).append(call)
         return blocks
 
-    def rows_of(self, tower: TowerTrace) -> int:
+    def n_vectors_of(self, tower: TowerTrace) -> int:
         layers, heads = self.counts(tower)
         return len(layers) * (len(heads) if self.selection.per == "head" else 1)
 

@@ -111,7 +111,7 @@ class Method:
         uses_position: it explains by a row of a tower's relevancy matrix; without, by the score alone.
         takes_logits: it takes the logits of every position of a decoder.
         rank_filter: the maps of the image are filtered, see `result.numbers.interference`.
-        takes_rows: a backward pass carries several rows of a tower at once, where no score is differentiated.
+        carries_several: a backward pass carries several rows of a tower at once, where no score is differentiated.
         default_freeze: what the backward pass takes for constants, see `freeze`.
         steps: on how many changed inputs it runs the model; 0 = on the input itself, and once.
         unlabelled: options that change no number, which its label leaves out.
@@ -135,7 +135,7 @@ class Method:
     uses_position: ClassVar[bool] = True
     takes_logits: ClassVar[bool] = False
     rank_filter: ClassVar[bool] = False
-    takes_rows: ClassVar[bool] = False
+    carries_several: ClassVar[bool] = False
     unlabelled: ClassVar[tuple[str, ...]] = ()
     completes: ClassVar[bool] = False
     reads_score: ClassVar[bool] = False
@@ -174,7 +174,7 @@ class Method:
 
     def begin(self) -> None:
         """The state of one call of `explain`, as it is before it."""
-        self.rows = 1  # how many rows of a tower a backward pass carries
+        self.n_vectors = 1  # how many rows of a tower a backward pass carries
         self.finds_position = False  # the caller does not say which row is read
         self.kept: dict[TowerTrace, Any] = {}
         self.seen: list[tuple[TowerTrace, TowerTrace, Seen]] = []
@@ -317,7 +317,7 @@ class Method:
     def ran(self, explained: Sequence[TowerTrace], attended: Sequence[TowerTrace], calls: Sequence[Link]) -> None:
         """The forward pass is over: the towers whose own rows are read, those that they attend to, and `BackwardPass.calls`."""
 
-    def rows_of(self, tower: TowerTrace) -> int:
+    def n_vectors_of(self, tower: TowerTrace) -> int:
         """How many rows a backward pass gives for a tower."""
         return 1
 
@@ -330,7 +330,7 @@ class Method:
         raise ValueError(f"method={self.name!r} does not support towers that do not attend to one another. Pass another method=")
 
     def between(self, backward: BackwardPass) -> list[Tensor]:
-        """The rows (B, 1, N) of towers that attend to others, and of those others; see `two_modalities.rows_between`."""
+        """The rows (B, 1, N) of towers that attend to others, and of those others; see `two_modalities.vectors_between`."""
         raise ValueError(f"method={self.name!r} does not support towers that attend to one another. Pass another method=")
 
     def carried(self, backward: BackwardPass) -> list[Tensor]:
@@ -412,7 +412,7 @@ class CarriedMethod(Method):
         super().__init__(freeze=freeze, of=of)
 
     def attend(self, tower: TowerTrace, call: TracedCall) -> Tensor:
-        tower.carriers.rows = self.rows
+        tower.carriers.n_vectors = self.n_vectors
         return self._of_carrier(tower, tower.carriers.through(call, self.recursion))
 
     def pool(self, tower: TowerTrace, call: TracedCall) -> Tensor:
@@ -431,7 +431,7 @@ class CarriedMethod(Method):
         carriers = [tower.carriers for tower in backward.towers]
         outputs = [one.leaving() for one in carriers]
         counts = [start.shape[1] for start in backward.starts]
-        starts = [nn.functional.pad(start, (0, 0, 0, 2 * self.rows - start.shape[1])) for start in backward.starts]
+        starts = [nn.functional.pad(start, (0, 0, 0, 2 * self.n_vectors - start.shape[1])) for start in backward.starts]
         carried = [start.to(output.device) for start, output in zip(starts, outputs, strict=True)]
         if backward.scores is not None:
             score = backward.scores.sum()

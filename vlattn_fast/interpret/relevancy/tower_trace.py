@@ -40,7 +40,7 @@ class Carriers:
         self._layers: list[int] = []  # their numbers
         self.behind: list[Tensor] = []  # behind the last call, one a chunk
         self._before: Tensor | None = None  # in front of the call that runs; None = the first
-        self.rows = 1  # T
+        self.n_vectors = 1  # T
         self.dtype = torch.float32
         self.without_gradients: str | None = None  # the first module that called attention in a part that turns gradients off
         self.below: Callable[[Tensor], Tensor] | None = None  # what a vision tower brings into the first carrier
@@ -105,7 +105,9 @@ class Carriers:
         """The carrier of the query's tokens, in front of the attention."""
         size = query.shape[2]
         if self._before is None:
-            carrier = torch.zeros(query.shape[0], 2 * self.rows, size, dtype=self.dtype, device=query.device, requires_grad=True)
+            carrier = torch.zeros(
+                query.shape[0], 2 * self.n_vectors, size, dtype=self.dtype, device=query.device, requires_grad=True
+            )
             self.entering[0].append(carrier)
             return carrier if self.below is None else carrier + self.below(carrier)
         carrier = self._before

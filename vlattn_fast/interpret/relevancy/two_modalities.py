@@ -119,15 +119,15 @@ def _additions(
     return additions
 
 
-def rows_between(backward: BackwardPass, read: Callable[[TowerTrace, TowerTrace, Tensor], Tensor]) -> list[Tensor]:
+def vectors_between(backward: BackwardPass, vector: Callable[[TowerTrace, TowerTrace, Tensor], Tensor]) -> list[Tensor]:
     """The rows (B, 1, N) of the towers, the entries of the tokens that are read set to zero, and those of the towers that they
     attend to. `read` takes a tower, one that it attends to (or itself) and the weights (B, 1, N) of the rows that are read of the
     first; it returns how much the tokens of the second count for them, (B, 1, M)."""
     linked = {(call.tower, call.source) for call in backward.calls}
     pairs = list(zip(backward.towers, backward.starts, strict=True))
-    carried = [read(tower, tower, start).masked_fill(single_tokens(start), 0.0) for tower, start in pairs]
+    carried = [vector(tower, tower, start).masked_fill(single_tokens(start), 0.0) for tower, start in pairs]
     for source in backward.attended:
-        parts = [read(tower, source, start) for tower, start in pairs if (tower, source) in linked]
+        parts = [vector(tower, source, start) for tower, start in pairs if (tower, source) in linked]
         carried.append(torch.stack(parts).sum(0))
     return carried
 

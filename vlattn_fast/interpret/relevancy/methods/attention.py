@@ -37,7 +37,7 @@ class Attention(LastAttentionMethod):
         self.sinks = check_sinks(sinks)
         super().__init__()
 
-    def read(self, start: Tensor, call: TracedCall, grad: Tensor | None, real: Real) -> Tensor:
+    def vector(self, start: Tensor, call: TracedCall, grad: Tensor | None, real: Real) -> Tensor:
         if isinstance(call, MixingCall):
             return call.step(start, None, Recursion("attention"))
         key = expand_heads(call.key.to(start.dtype), call.query.shape[1])

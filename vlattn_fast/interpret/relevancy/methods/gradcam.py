@@ -28,7 +28,7 @@ class GradCam(LastAttentionMethod):
     name = "gradcam"
     default_freeze = (NORMS,)
 
-    def read(self, start: Tensor, call: TracedCall, grad: Tensor | None, real: Real) -> Tensor:
+    def vector(self, start: Tensor, call: TracedCall, grad: Tensor | None, real: Real) -> Tensor:
         """The mean leaves padding out. It includes pairs that a causal mask masks, as in the published code."""
         check_softmax(self.name, call)
         real_queries, real_keys = real()

@@ -16,7 +16,7 @@ from vlattn_fast.interpret.relevancy.method import FREEZABLE, BackwardPass, Carr
 from vlattn_fast.interpret.relevancy.sink_detection import KEEP
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import Recursion
-from vlattn_fast.interpret.relevancy.two_modalities import Equations, Relevancies, relevancies, rows_between
+from vlattn_fast.interpret.relevancy.two_modalities import Equations, Relevancies, relevancies, vectors_between
 
 
 class GradientMethod(CarriedMethod):
@@ -31,7 +31,7 @@ class GradientMethod(CarriedMethod):
     def between(self, backward: BackwardPass) -> list[Tensor]:
         calls = backward.reaching_calls()
         grads = backward.gradients([call.attention.output for call in calls])
-        return rows_by_equations(backward, calls, grads, self.equations)
+        return vectors_by_equations(backward, calls, grads, self.equations)
 
 
 class Gradient(GradientMethod):
@@ -81,13 +81,13 @@ class Gradient(GradientMethod):
         super().__init__(start_layer=start_layer, sinks=sinks, freeze=freeze, of=of)
 
 
-def rows_by_equations(
+def vectors_by_equations(
     backward: BackwardPass, calls: Sequence[Link], grads: Sequence[Tensor | None], equations: Equations
 ) -> list[Tensor]:
     """The relevancy vectors (B, 1, N), rows of R, from the calls and the gradients at their outputs."""
     matrices, identity = relevancies(calls, grads, equations)
 
-    def read(tower: TowerTrace, source: TowerTrace, start: Tensor) -> Tensor:
+    def vector(tower: TowerTrace, source: TowerTrace, start: Tensor) -> Tensor:
         if (tower, source) not in matrices:  # the score depends on no attention between them
             return start.new_zeros(*start.shape[:2], source.size)
         row = start @ matrices[tower, source]
@@ -96,7 +96,7 @@ def rows_by_equations(
         backward.contribution[tower] = row
         return row + start * identity[tower].mT
 
-    return rows_between(backward, read)
+    return vectors_between(backward, vector)
 
 
 # --- ablations, of the published form ---

@@ -12,7 +12,7 @@ from vlattn_fast.interpret.relevancy.method import BackwardPass, CarriedMethod, 
 from vlattn_fast.interpret.relevancy.sink_detection import KEEP
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import Recursion, as_factor
-from vlattn_fast.interpret.relevancy.two_modalities import last_between, rows_between
+from vlattn_fast.interpret.relevancy.two_modalities import last_between, vectors_between
 
 
 class Rollout(CarriedMethod):
@@ -27,7 +27,7 @@ class Rollout(CarriedMethod):
     name = "rollout"
     needs_score = False
     adds_parallel = True
-    takes_rows = True
+    carries_several = True
     recursion = Recursion("attention", residual_weight=0.5, attention_weight=0.5)
 
     def __init__(self, *, start_layer: int = 0, sinks: str = KEEP) -> None:
@@ -49,7 +49,7 @@ class Rollout(CarriedMethod):
         if any(call.joint for call in calls):
             return _rolled_as_one(backward, calls)
 
-        def read(tower: TowerTrace, source: TowerTrace, start: Tensor) -> Tensor:
+        def vector(tower: TowerTrace, source: TowerTrace, start: Tensor) -> Tensor:
             if tower is source:
                 row, backward.contribution[tower] = _rolled(calls, tower, start)
                 return row
@@ -57,7 +57,7 @@ class Rollout(CarriedMethod):
             queries = self.attending(backward, tower, start, calls[:last])
             return _rolled(calls[:last], source, _mean_attention(queries, calls[last]))[0]
 
-        return rows_between(backward, read)
+        return vectors_between(backward, vector)
 
     def attending(self, backward: BackwardPass, tower: TowerTrace, start: Tensor, calls: Sequence[Link]) -> Tensor:
         """The weights (B, 1, N) with which the attention after `calls` sums its rows: column t of rollout(tower), for the one-hot
@@ -124,7 +124,7 @@ def _rolled_as_one(backward: BackwardPass, calls: Sequence[Link]) -> list[Tensor
             f"'rollout'; got both, such as in '{alone.attention.path}'"
         )
 
-    def read(tower: TowerTrace, source: TowerTrace, start: Tensor) -> Tensor:
+    def vector(tower: TowerTrace, source: TowerTrace, start: Tensor) -> Tensor:
         rows, contribution = {tower: start}, {tower: torch.zeros_like(start)}
         waiting: dict[tuple[TowerTrace, int | None], Tensor] = {}
         for number in sorted({call.number for call in calls}, reverse=True):
@@ -147,7 +147,7 @@ def _rolled_as_one(backward: BackwardPass, calls: Sequence[Link]) -> list[Tensor
         row = _sum(rows.get(source), waiting.get((source, None)))
         return start.new_zeros(*start.shape[:2], source.size) if row is None else row
 
-    return rows_between(backward, read)
+    return vectors_between(backward, vector)
 
 
 def _sum(row: Tensor | None, addition: Tensor | None) -> Any:

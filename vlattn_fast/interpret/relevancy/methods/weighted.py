@@ -20,7 +20,7 @@ from vlattn_fast._ground.marks import new_mark
 from vlattn_fast._ground.tensors import over_sums
 from vlattn_fast.backends.reference.relevancy_residual import WEIGHTINGS, Weighting, residual_weights
 from vlattn_fast.interpret.relevancy.method import BackwardPass, Hook, Link
-from vlattn_fast.interpret.relevancy.methods.gradient import GradientMethod, rows_by_equations
+from vlattn_fast.interpret.relevancy.methods.gradient import GradientMethod, vectors_by_equations
 from vlattn_fast.interpret.relevancy.sink_detection import KEEP
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import Recursion, TracedCall
@@ -212,7 +212,7 @@ class Weighted(GradientMethod):
             if grad is not None:
                 weights[call.number] = residual_weights(stream, branch, grad, self.weighting)
         equations = _WeightedEquations(weights, self.weighting, self.recursion.row_normalize)
-        return rows_by_equations(backward, calls, grads[: len(calls)], equations)
+        return vectors_by_equations(backward, calls, grads[: len(calls)], equations)
 
 
 class WithoutNormalization(Weighted):
