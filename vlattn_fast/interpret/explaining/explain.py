@@ -245,7 +245,7 @@ def _explained(
         prompt = lay_out(request, inputs)
         if isinstance(request.method, BaselineMethod) and not prompt.empty:
             run_baseline(request, prompt, request.method)
-        once = not (request.method.steps or request.method.reads_score)  # else each step has a run with gradients, or none
+        once = not (request.method.n_runs or request.method.reads_score)  # else each step has a run with gradients, or none
         with torch.set_grad_enabled(once):
             run = run_traced(request, prompt)
             question = ask(request, prompt, run)
@@ -258,19 +258,19 @@ def carry_back(request: Request, prompt: Prompt, run: Run, question: Question) -
     method = request.method
     if isinstance(method, OccludingMethod) and not prompt.empty:
         return Vectors(occluded(request, prompt, run, question, method), {})
-    if not method.steps or prompt.empty:
+    if not method.n_runs or prompt.empty:
         return _vectors_of_run(request, prompt, run, question)
     if question.target is not None:  # scaled inputs may have another
         request = replace(request, target=question.target)
     mean = Vectors({}, {})
-    for step in with_progress(range(method.steps), "explaining", unit="step"):
-        method.at_step(step + 0.5)
+    for number in with_progress(range(method.n_runs), "explaining", unit="pass"):
+        method.at_run(number + 0.5)
         scaled = run_traced(request, prompt)
         for total, vectors in zip(
             mean[:2], _vectors_of_run(request, prompt, scaled, ask(request, prompt, scaled))[:2], strict=True
         ):
             for name, row in vectors.items():
-                share = row / method.steps
+                share = row / method.n_runs
                 total[name] = total[name] + share if name in total else share
     if method.completes and not method.freeze:
         return mean._replace(gap=_gap(request, prompt, question, mean))
@@ -282,7 +282,7 @@ def _gap(request: Request, prompt: Prompt, question: Question, vectors: Vectors)
     """The sum of all entries less the score's gain over the baseline, with a remark where it is large; None where the baseline
     has no score."""
     method = request.method
-    method.at_step(0)
+    method.at_run(0)
     try:
         before = ask(request, prompt, run_traced(request, prompt)).scores
     except UndefinedRelevancy:  # it is not a number
@@ -294,7 +294,7 @@ def _gap(request: Request, prompt: Prompt, question: Question, vectors: Vectors)
     if bool(gap.abs().sum() > _LARGEST_GAP * gain.abs().sum()):
         method.remarks.append(
             f"The entries do not add up to the score's gain over the baseline: more than a tenth is missing, or too much. Pass "
-            f"n_steps above {method.steps}, or another baseline; `explanation.gap` has the difference"
+            f"n_steps above {method.n_runs}, or another baseline; `explanation.gap` has the difference"
         )
     return gap
 
@@ -304,7 +304,7 @@ def _vectors_of_run(request: Request, prompt: Prompt, run: Run, question: Questi
     contribution: dict[TowerTrace, Tensor] = {}
     joined: list[Tensor] = []
     filled = [0] * len(run.towers)
-    shows = len(question.passes) > 1 and not request.method.steps
+    shows = len(question.passes) > 1 and not request.method.n_runs
     numbers = range(len(question.passes))
     for number in with_progress(numbers, "explaining", unit="pass") if shows else numbers:
         backward = _pass_back(request, prompt, run, question, number)

@@ -117,10 +117,10 @@ class Reading(NamedTuple):
 
 def _reading(tower: TowerTrace, scores: Tensor) -> Reading | None:
     """None where the scores depend on no token of the tower."""
-    for later, steps in enumerate(reversed(tower.gradients.steps) if scores.requires_grad else ()):
-        edges = [edge for edge, _ in steps]
-        gradients = torch.autograd.grad(scores.sum(), edges, retain_graph=True, allow_unused=True) if steps else ()
-        known = [(g, numbers) for g, (_, numbers) in zip(gradients, steps, strict=False) if g is not None]
+    for later, states in enumerate(reversed(tower.gradients.states) if scores.requires_grad else ()):
+        edges = [edge for edge, _ in states]
+        gradients = torch.autograd.grad(scores.sum(), edges, retain_graph=True, allow_unused=True) if states else ()
+        known = [(g, numbers) for g, (_, numbers) in zip(gradients, states, strict=False) if g is not None]
         if tower.places.is_flat:
             placed = [tower.places.as_entered(g, numbers) for g, numbers in known]
             whole = [g for g in placed if g is not None]

@@ -13,7 +13,7 @@ from vlattn_fast.interpret.explaining.fields import parts, tokens_of
 from vlattn_fast.interpret.explaining.forward_pass import Run
 from vlattn_fast.interpret.explaining.request import Prompt, Request
 from vlattn_fast.interpret.relevancy.method import Method
-from vlattn_fast.interpret.relevancy.sink_detection import REMOVE, REPORT, Seen
+from vlattn_fast.interpret.relevancy.sink_detection import REMOVE, REPORT, Findings
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.result.numbers.sink_tokens import Sink, Sinks
 
@@ -36,17 +36,17 @@ def named_sinks(request: Request, prompt: Prompt, run: Run, image_samples: Seque
     """The sinks of each sample. `image_samples`: the sample of each map of an explanation."""
     count = run.towers[0].batch or 0
     samples: list[list[Sink]] = [[] for _ in range(count)]
-    by_towers: dict[tuple[TowerTrace, TowerTrace], list[Seen]] = {}
-    for reader, source, seen in request.method.seen:
+    by_towers: dict[tuple[TowerTrace, TowerTrace], list[Findings]] = {}
+    for reader, source, found in request.method.findings:
         if source in run.towers:
-            by_towers.setdefault((reader, source), []).append(seen)
+            by_towers.setdefault((reader, source), []).append(found)
     names = _Names(request, prompt, run)
     image_samples = names.image_samples if image_samples is None else image_samples
     for (reader, source), calls in by_towers.items():
         shares, norms, sinks = (
-            [_as_entered(source, getattr(seen, name), seen) for seen in calls] for name in ("shares", "norms", "sinks")
+            [_as_entered(source, getattr(found, name), found) for found in calls] for name in ("shares", "norms", "sinks")
         )
-        layers = [seen.layer for seen in calls]
+        layers = [found.layer for found in calls]
         rows = image_samples if len(image_samples) == source.batch else None
         for row, index in torch.stack(sinks).any(0).nonzero().tolist():
             if row >= (source.batch or 0):  # of the row that stands for an empty batch
@@ -62,12 +62,12 @@ def named_sinks(request: Request, prompt: Prompt, run: Run, image_samples: Seque
     return Sinks(samples)
 
 
-def _as_entered(tower: TowerTrace, values: Tensor, seen: Seen) -> Tensor:
+def _as_entered(tower: TowerTrace, values: Tensor, found: Findings) -> Tensor:
     """(B, N) over the tower's tokens, of values over the keys of a call."""
     places = tower.places
     if tower.places.moves is None or not places.is_flat:
         return values.cpu()
-    at = places.call(seen.token_places)
+    at = places.call(found.token_places)
     flat = at.spread(values[:, None].cpu().to(torch.float64), at.keys)
     return places.reported(flat)[:, 0].to(values.dtype)
 

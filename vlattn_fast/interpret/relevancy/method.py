@@ -17,7 +17,7 @@ from vlattn_fast._ground.checks import check_choice, check_names
 from vlattn_fast.attach.frozen import Frozen
 from vlattn_fast.interpret.adapters.adapter import Adapter, Tower
 from vlattn_fast.interpret.adapters.tokens import decoder_inputs
-from vlattn_fast.interpret.relevancy.sink_detection import CHOICES, KEEP, REMOVE, Seen, judge
+from vlattn_fast.interpret.relevancy.sink_detection import CHOICES, KEEP, REMOVE, Findings, judge
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import Recursion, TracedCall
 
@@ -33,7 +33,7 @@ class Link:
     tower: TowerTrace
     source: TowerTrace
     attention: TracedCall
-    seen: int | None  # of cross-attention, the last call of `source` that the keys came through; None without one
+    source_call: int | None  # of cross-attention, the last call of `source` that the keys came through; None without one
     joint: bool = False  # the keys stand beside those of `tower` in one softmax
 
     @property
@@ -113,7 +113,7 @@ class Method:
         rank_filter: the maps of the image are filtered, see `result.numbers.interference`.
         carries_several: a backward pass carries several rows of a tower at once, where no score is differentiated.
         default_freeze: what the backward pass takes for constants, see `freeze`.
-        steps: on how many changed inputs it runs the model; 0 = on the input itself, and once.
+        n_runs: the number of changed inputs on which it runs the model; 0 = only the input itself, once.
         unlabelled: options that change no number, which its label leaves out.
         completes: its rows add up to the score's gain over a baseline, as the number of steps grows.
         reads_score: it takes the score itself, of runs without gradients on changed inputs.
@@ -125,7 +125,8 @@ class Method:
         trains: the model runs as it is, in train mode or not, and the calls keep their graph.
         kept: of each tower, what the method keeps for the backward pass.
         start_layer, sinks, through_connector: options of some methods; here as they are for all others.
-        seen: unless `sinks` is "keep", what each call says of its keys: the tower that attends, the tower of the keys, and that.
+        findings: unless `sinks` is "keep", what each call says of its keys: the tower that attends, the tower of the keys, and
+            that.
         remarks: what a reader of the result must know; `explain` warns of each once.
     """
 
@@ -177,7 +178,7 @@ class Method:
         self.n_vectors = 1  # how many rows of a tower a backward pass carries
         self.finds_position = False  # the caller does not say which row is read
         self.kept: dict[TowerTrace, Any] = {}
-        self.seen: list[tuple[TowerTrace, TowerTrace, Seen]] = []
+        self.findings: list[tuple[TowerTrace, TowerTrace, Findings]] = []
         self.frozen: Frozen | None = None  # what the backward pass of the run takes for constants
         self.remarks: list[str] = []
 
@@ -193,7 +194,7 @@ class Method:
         return copied
 
     @property
-    def steps(self) -> int:
+    def n_runs(self) -> int:
         return 0
 
     @classmethod
@@ -250,16 +251,16 @@ class Method:
         queries = (call.query.shape[0], call.query.shape[2])
         real = tower.attended
         real = real if real is not None and tuple(real.shape) == queries and call.token_places is None else None
-        seen = judge(call, real, tower.layer + tower.pooled)
-        self.seen.append((tower, source, seen))
-        removes = self.sinks == REMOVE and bool(seen.sinks.any())
-        return replace(call, left_out=call.over_keys(seen.sinks, False)) if removes else call
+        found = judge(call, real, tower.layer + tower.pooled)
+        self.findings.append((tower, source, found))
+        removes = self.sinks == REMOVE and bool(found.sinks.any())
+        return replace(call, left_out=call.over_keys(found.sinks, False)) if removes else call
 
     @property
     def _of_sinks(self) -> str:
         return f"sinks must be {KEEP!r} for models" if self.sinks == REMOVE else "find_sinks does not support models"
 
-    def at_step(self, step: float) -> None:
+    def at_run(self, number: float) -> None:
         """A run of this number comes next, of a method of several steps."""
 
     def origin(self, tower: TowerTrace, values: Tensor) -> Tensor | None:

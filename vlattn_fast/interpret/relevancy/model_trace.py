@@ -372,8 +372,8 @@ class Trace(SeesMixers, Subscriber):
             tower.gradients.leaves_call(output, call.chunk, tower.places.latest)
         if self.finds_towers:
             behind = range(key_calls.bit_length() - 1, -1, -1) if tower is not source else ()
-            seen = next((i for i in behind if key_calls >> i & 1 and self._owners[i] is source), None)
-            self.calls.append(Link(tower, source, replace(call, output=output), seen, joint))
+            source_call = next((i for i in behind if key_calls >> i & 1 and self._owners[i] is source), None)
+            self.calls.append(Link(tower, source, replace(call, output=output), source_call, joint))
 
     def _part(self, tensor: Tensor, dim: int) -> Part:
         """A tensor as a part of a join along `dim`."""

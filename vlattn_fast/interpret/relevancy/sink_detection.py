@@ -32,7 +32,7 @@ REPORT = "report"  # of `find_sinks`, whose maps nobody reads
 TIMES, NORM = 5.0, 0.8
 
 
-class Seen(NamedTuple):
+class Findings(NamedTuple):
     """The findings of one call about its N keys that are tokens."""
 
     layer: int  # its number; a pooling head has the next one
@@ -43,18 +43,18 @@ class Seen(NamedTuple):
 
 
 @torch.no_grad()
-def judge(call: TracedCall, real: Tensor | None, layer: int) -> Seen:
+def judge(call: TracedCall, real: Tensor | None, layer: int) -> Findings:
     """The findings of a call about its keys. real: bool (B, N), False = a query that is padding; None = none is."""
     batch, _, queries, _ = call.query.shape
     counted = torch.ones(batch, queries, dtype=compute_dtype(call.query), device=call.query.device)
     counted = counted if real is None else counted * real.to(counted)
     received = call.step(counted[:, None], None, Recursion("attention"))[:, 0]
-    seen = call.at_tokens(_seen_by(call, counted, real))
+    attending = call.at_tokens(_attending_queries(call, counted, real))
     norms = call.at_tokens(call.value.to(counted.dtype).square().sum(-1).mean(1).sqrt())
-    attention, visible = received / seen.clamp(min=1), seen > 0
+    attention, visible = received / attending.clamp(min=1), attending > 0
     relative = norms / _median(norms, visible).clamp(min=torch.finfo(norms.dtype).tiny)
     sinks = visible & (attention > 0) & (attention >= TIMES * _median(attention, visible)) & (relative <= NORM)
-    return Seen(layer, received / counted.sum(-1, keepdim=True).clamp(min=1), relative, sinks, call.token_places)
+    return Findings(layer, received / counted.sum(-1, keepdim=True).clamp(min=1), relative, sinks, call.token_places)
 
 
 def _median(values: Tensor, chosen: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ def _median(values: Tensor, chosen: Tensor) -> Tensor:
     return values.masked_fill(~chosen, torch.nan).nanmedian(-1, keepdim=True).values.nan_to_num(0.0)
 
 
-def _seen_by(call: TracedCall, counted: Tensor, real: Tensor | None) -> Tensor:
+def _attending_queries(call: TracedCall, counted: Tensor, real: Tensor | None) -> Tensor:
     """(B, M), how many of the queries, 1 in `counted` (B, N), see each key; of a mask that differs from head to head the mean."""
     count, masks = call.key.shape[2], call.masks
     mask, is_causal, keys = masks["attn_mask"], masks["is_causal"], masks.get("key_mask")
@@ -73,9 +73,9 @@ def _seen_by(call: TracedCall, counted: Tensor, real: Tensor | None) -> Tensor:
             visible = visible > hidden
         visible = visible.expand(-1, -1, counted.shape[1], count)
         visible = visible if real is None else visible & real[:, None, :, None].to(visible.device)
-        seen = (visible.tril() if is_causal else visible).sum(2).to(counted).mean(1)
-    elif is_causal:  # key j is seen by query j and later ones
-        seen = functional.pad(counted.flip(1).cumsum(1).flip(1), (0, count - counted.shape[1]))
+        counts = (visible.tril() if is_causal else visible).sum(2).to(counted).mean(1)
+    elif is_causal:  # query j and later ones attend to key j
+        counts = functional.pad(counted.flip(1).cumsum(1).flip(1), (0, count - counted.shape[1]))
     else:
-        seen = counted.sum(1, keepdim=True).expand(-1, count)
-    return seen if keys is None else seen * keys.to(seen)
+        counts = counted.sum(1, keepdim=True).expand(-1, count)
+    return counts if keys is None else counts * keys.to(counts)

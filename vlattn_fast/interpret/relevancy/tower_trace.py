@@ -135,7 +135,7 @@ class ScoreGradients:
     def __init__(self, finds_position: bool) -> None:
         self.finds_position = finds_position  # the score's gradient names the row that is read
         # Then, of each call: where a gradient enters its output, and the tokens (B, N, C) behind it, with their numbers.
-        self.steps: list[list[tuple[GradientEdge, Numbers | None]]] = []
+        self.states: list[list[tuple[GradientEdge, Numbers | None]]] = []
         self.behind_pooling: GradientEdge | None = None  # and where one enters the output of the pooling head
         # Where it enters the attention of each layer; they tell whether a score depends on it.
         self._edges: list[tuple[int, GradientEdge]] = []
@@ -150,11 +150,11 @@ class ScoreGradients:
         if not self.finds_position:
             return
         if output.is_leaf:  # the graph begins here
-            self.steps.clear()
-        if not chunk or not self.steps:
-            self.steps.append([])
+            self.states.clear()
+        if not chunk or not self.states:
+            self.states.append([])
         if output.requires_grad:
-            self.steps[-1].append((edge_at(output), numbers))
+            self.states[-1].append((edge_at(output), numbers))
 
     def enters(self, layer: int, output: Tensor) -> None:
         """Note that the score's gradient enters an attention call at `output`, if it has one."""
@@ -302,9 +302,9 @@ class TowerTrace:
     def goes_through(self, states: Tensor) -> None:
         """Note the tokens (B, N, C) as one of the steps behind the last call; a score may be read from any of them."""
         self.places.goes_through(states)
-        steps = self.gradients.steps
-        if steps and states.grad_fn is not None and (states.shape[:2] == self.shape or self.places.reorders):
-            steps[-1].append((edge_at(states), self.places.numbers(states)))
+        noted = self.gradients.states
+        if noted and states.grad_fn is not None and (states.shape[:2] == self.shape or self.places.reorders):
+            noted[-1].append((edge_at(states), self.places.numbers(states)))
 
     # --- after the forward pass ---
 

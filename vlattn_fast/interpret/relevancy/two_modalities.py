@@ -68,10 +68,10 @@ def relevancies(calls: Sequence[Link], grads: Sequence[Tensor | None], equations
             identity.setdefault(tower, torch.ones_like(zeros))
     equations.begin(state, calls)
     begun = dict(state), dict(identity)
-    waited = Counter(call.seen for call in calls if call.seen is not None)
+    waited = Counter(call.source_call for call in calls if call.source_call is not None)
     behind: dict[int, tuple[Relevancies, Identities]] = {}  # of s after a call of s that keys came through, while calls wait
     for call, grad in zip(calls, grads, strict=True):
-        key_state = begun if call.seen is None else behind[call.seen]
+        key_state = begun if call.source_call is None else behind[call.source_call]
         for pair, addition in [] if grad is None else _additions(state, identity, *key_state, call, grad, equations):
             if call.joint:  # beside the part of the queries' own tower, which has weighed what was there
                 state[pair] = state.get(pair, 0.0) + equations.added(call, None, addition)
@@ -79,10 +79,10 @@ def relevancies(calls: Sequence[Link], grads: Sequence[Tensor | None], equations
             state[pair] = equations.added(call, state.get(pair), addition)
             if pair == (call.tower, call.tower):
                 identity[call.tower] = equations.added(call, identity[call.tower], torch.zeros_like(identity[call.tower]))
-        if call.seen is not None:
-            waited[call.seen] -= 1
-            if not waited[call.seen]:
-                del behind[call.seen]
+        if call.source_call is not None:
+            waited[call.source_call] -= 1
+            if not waited[call.source_call]:
+                del behind[call.source_call]
         if waited[call.number]:
             kept = {pair: part for pair, part in state.items() if pair[0] is call.tower}
             behind[call.number] = kept, {call.tower: identity[call.tower]}

@@ -46,15 +46,15 @@ class IntegratedGradients(EmbeddingMethod):
         super().__init__(baseline, freeze=freeze, of=of)
 
     @property
-    def steps(self) -> int:
+    def n_runs(self) -> int:
         return self.n_steps
 
     def begin(self) -> None:
         super().begin()
         self.alpha = 1.0
 
-    def at_step(self, step: float) -> None:
-        self.alpha = step / self.n_steps
+    def at_run(self, number: float) -> None:
+        self.alpha = number / self.n_steps
 
     def entering(self, tower: TowerTrace, values: Tensor, origin: Tensor | None, dim: int | None) -> Tensor:
         if self.alpha == 1.0:

@@ -141,7 +141,7 @@ def _rolled_as_one(backward: BackwardPass, calls: Sequence[Link]) -> list[Tensor
                 if call.source is queries:
                     rows[queries], contribution[queries] = rows[queries] + step, contribution[queries] + step
                 else:
-                    waiting[call.source, call.seen] = _sum(waiting.get((call.source, call.seen)), step)
+                    waiting[call.source, call.source_call] = _sum(waiting.get((call.source, call.source_call)), step)
         if source is tower:
             backward.contribution[tower] = contribution[tower]
         row = _sum(rows.get(source), waiting.get((source, None)))

@@ -58,7 +58,7 @@ class SmoothGrad(EmbeddingMethod):
         super().__init__(baseline, freeze=freeze, of=of)
 
     @property
-    def steps(self) -> int:
+    def n_runs(self) -> int:
         return self.n_samples
 
     def begin(self) -> None:
@@ -66,7 +66,7 @@ class SmoothGrad(EmbeddingMethod):
         self.noisy = False  # the first run is on the input itself
         self.generator = torch.Generator().manual_seed(self.seed)
 
-    def at_step(self, step: float) -> None:
+    def at_run(self, number: float) -> None:
         self.noisy = True
 
     def entering(self, tower: TowerTrace, values: Tensor, origin: Tensor | None, dim: int | None) -> Tensor:
