@@ -11,12 +11,12 @@ from torch import Tensor
 from vlattn_fast.interpret.adapters.image_grids import (
     Layout,
     anyres,
-    beside_thumbnails,
     frames,
     image_tokens,
     in_order,
     merged_shapes,
     whole,
+    with_thumbnails,
 )
 from vlattn_fast.interpret.adapters.pixels import Shape
 
@@ -74,7 +74,7 @@ def _by_pixels(config: Any, inputs: Mapping[str, Any]) -> list[Layout] | None:
 def _pictures(config: Any, inputs: Mapping[str, Any], shapes: Sequence[Shape], before: int = 0) -> list[Layout]:
     """Pictures of these shapes, some of which may be crops of one photo where all have one shape."""
     alike = len(set(shapes)) == 1 and inputs.get("image_sizes") is None
-    return beside_thumbnails(config, inputs, shapes[0], before) if alike else [whole(shape, before) for shape in shapes]
+    return with_thumbnails(config, inputs, shapes[0], before) if alike else [whole(shape, before) for shape in shapes]
 
 
 def _sides(config: Any) -> list[int]:

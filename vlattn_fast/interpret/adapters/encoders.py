@@ -21,7 +21,7 @@ _ROBERTA = replace(_BERT, path="roberta")
 _DISTILBERT = replace(_BERT, path="distilbert", layers="transformer.layer")
 _MPNET = replace(_BERT, path="mpnet")
 _ALBERT = replace(_BERT, path="albert", layers="encoder.albert_layer_groups.*.albert_layers")
-_BERT_BESIDE_CLIP = replace(_BERT, path="text_model")
+_BERT_WITH_CLIP = replace(_BERT, path="text_model")
 _ALT_TEXT = replace(_BERT, path="text_model.roberta", layers="encoder.layers")
 _SIGLIP2_VISION = replace(_SIGLIP_VISION, tokens="packed_patches")
 
@@ -70,9 +70,9 @@ ENCODERS: dict[str, Adapter] = {
     "UNITER": Adapter((_UNITER,), "class"),
     "GitForCausalLM": Adapter((_GIT,), "token"),
     **dict.fromkeys(_CLIPS, Adapter((_CLIP_VISION, _CLIP_TEXT), "pair")),
-    **dict.fromkeys(("ChineseCLIPModel", "BlipModel"), Adapter((_CLIP_VISION, _BERT_BESIDE_CLIP), "pair")),
+    **dict.fromkeys(("ChineseCLIPModel", "BlipModel"), Adapter((_CLIP_VISION, _BERT_WITH_CLIP), "pair")),
     "AltCLIPModel": Adapter((_CLIP_VISION, _ALT_TEXT), "pair"),
     "SiglipModel": Adapter((_SIGLIP_VISION, _SIGLIP_TEXT), "pair"),
     "Siglip2Model": Adapter((_SIGLIP2_VISION, _SIGLIP_TEXT), "pair"),
-    "AlignModel": Adapter((_BERT_BESIDE_CLIP,), "pair"),  # its images go through convolutions
+    "AlignModel": Adapter((_BERT_WITH_CLIP,), "pair"),  # its images go through convolutions
 }

@@ -129,10 +129,10 @@ def pooled(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
     """Patches averaged to `mm_tokens_per_image` tokens, a square. Crops may be behind the whole photo (Gemma 3)."""
     side = config.vision_config.image_size // config.vision_config.patch_size
     kernel = side // math.isqrt(config.mm_tokens_per_image)
-    return beside_thumbnails(config, inputs, (side // kernel, side // kernel), first=True)
+    return with_thumbnails(config, inputs, (side // kernel, side // kernel), first=True)
 
 
-def behind_mean(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
+def after_mean(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
     """The map of a convolutional vision tower, behind its mean (Florence-2)."""
     vision = config.vision_config
     height, width = (int(size) for size in inputs["pixel_values"].shape[-2:])
@@ -148,10 +148,10 @@ def shuffled(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
     """Tiles, then a thumbnail, with pixels shuffled into channels (InternVL). Only their pixels say how the tiles lie."""
     height, width = patch_shape(config.vision_config, inputs["pixel_values"].shape[-2:])
     ratio = config.downsample_ratio
-    return beside_thumbnails(config, inputs, (int(height * ratio), int(width * ratio)), first=False, apart=True)
+    return with_thumbnails(config, inputs, (int(height * ratio), int(width * ratio)), first=False, apart=True)
 
 
-def beside_thumbnails(
+def with_thumbnails(
     config: Any, inputs: Mapping[str, Any], shape: Shape, before: int = 0, first: bool | None = None, apart: bool = False
 ) -> list[Layout]:
     """Pictures of `shape` tokens, each behind `before` others. Crops of a photo are joined to one map where a thumbnail shows how

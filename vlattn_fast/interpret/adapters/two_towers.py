@@ -17,7 +17,7 @@ _DETR = Adapter((_QUERIES, _FEATURES), "query", bimodal=True)
 
 # DaViT attends in windows and between channels, so no relevancy goes through it: the language model's part is explained.
 _DECODED = Tower("language", "model.language_model.decoder", "layers", "target", "decoded")
-_PROMPT = Tower("prompt", "model.language_model.encoder", "layers", "mean", "image_text", grid=image_grids.behind_mean)
+_PROMPT = Tower("prompt", "model.language_model.encoder", "layers", "mean", "image_text", grid=image_grids.after_mean)
 _FLORENCE = Adapter((_DECODED, _PROMPT), "token", bimodal=True, within="model.language_model", answers="decoder_input_ids")
 
 # Its layers go on from the text encoder's states, token by token, and attend to the image's.

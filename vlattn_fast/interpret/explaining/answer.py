@@ -107,7 +107,7 @@ def prepare_answer(answer: Any, tokenizer: Any, inputs: Mapping[str, Any], adapt
         raise ValueError(f"inputs must contain '{adapter.answers}' (B, N), the prompt of the answer; got none")
     ids = token_ids(answer, tokenizer, len(prompts))
     if not (isinstance(answer, Alone) or _is_text(answer)):  # a text may begin as its prompt does
-        ids = _behind_prompts(ids, prompts, model)
+        ids = _after_prompts(ids, prompts, model)
     if adapter.answers == "input_ids":  # a decoder behind an encoder may have another vocabulary
         _check_vocabulary(ids, model)
     shape = (prompts.shape[0], prompts.shape[1])
@@ -302,7 +302,7 @@ def end_tokens(model: Any) -> set[int]:
     return set(ends if isinstance(ends, (list, tuple)) else [] if ends is None else [ends])
 
 
-def _behind_prompts(ids: list[list[int]], prompts: Tensor, model: nn.Module) -> list[list[int]]:
+def _after_prompts(ids: list[list[int]], prompts: Tensor, model: nn.Module) -> list[list[int]]:
     """The answers alone where each row is what `model.generate` gave: its prompt, the answer, and what stands behind its end."""
     before = prompts.tolist()
     if not ids or not all(

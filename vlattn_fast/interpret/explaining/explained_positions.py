@@ -25,7 +25,7 @@ def start_vectors(
     if position is not None or scores is None or not any(tower.gradients.finds_position for tower in run.explained):
         return [_start(tower, position, arguments, bool(run.attended)) for tower in run.explained]
     seen = {tower: _reading(tower, scores) for tower in run.explained if tower.gradients.finds_position}
-    pooled = {tower for tower in seen if tower.pooled and _depends(scores, tower.gradients.behind_pooling)}
+    pooled = {tower for tower in seen if tower.pooled and _depends(scores, tower.gradients.after_pooling)}
     _check_last_layer(run, [reading for reading in seen.values() if reading is not None], bool(pooled), scores, name)
     starts = []
     for tower in run.explained:

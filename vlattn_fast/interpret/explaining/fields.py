@@ -68,7 +68,7 @@ def parts(
             fields["photos"] = list(range(len(row)))
         owners |= dict.fromkeys(further, tower.name)
     if answer is not None and (answer.name != "input_ids" or (towers[0].entry is None and "text" not in fields)):
-        fields |= _behind(fields, relevancy[towers[0].name], answer)
+        fields |= _with_answer(fields, relevancy[towers[0].name], answer)
         owners["text"] = towers[0].name
     return fields, owners
 
@@ -105,7 +105,7 @@ def _padded(entries: list[Tensor]) -> Tensor:
     return nn.utils.rnn.pad_sequence([row.movedim(-1, 0) for row in entries], batch_first=True).movedim(1, -1)
 
 
-def _behind(fields: Mapping[str, Any], row: Tensor, answer: Answer) -> dict[str, Any]:
+def _with_answer(fields: Mapping[str, Any], row: Tensor, answer: Answer) -> dict[str, Any]:
     """Fields of text with the answer behind that of the encoder, if there is one; `row` (B, N) or (B, T, N) is the decoder's."""
     decoded = [positions[: len(ids)] for positions, ids in zip((answer.answer_positions + 1).tolist(), answer.ids, strict=True)]
     text, before = fields.get("text"), fields.get("token_ids", [[] for _ in decoded])

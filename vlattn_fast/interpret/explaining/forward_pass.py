@@ -45,15 +45,15 @@ class Run:
 
 def run_traced(request: Request, prompt: Prompt) -> Run:
     model, adapter, arguments = request.model, request.adapter, prompt.arguments
-    behind = None if prompt.empty else request.vision
-    if behind is not None:
+    vision_tower = None if prompt.empty else request.vision
+    if vision_tower is not None:
         _check_pictures(model.config, arguments)
-        adapter = replace(adapter, towers=(*adapter.towers, behind))
+        adapter = replace(adapter, towers=(*adapter.towers, vision_tower))
     request.method.finds_position, request.method.n_vectors = request.position is None, _n_vectors(request, prompt)
     with request.method.freezing(model), _TRACES[request.method.needs](model, adapter, request.method) as trace:
         if callable(request.target) or rewrites_forward(model):
             find_positions(trace.towers)
-        vision = None if behind is None else trace.towers[-1]
+        vision = None if vision_tower is None else trace.towers[-1]
         if vision is not None:
             _connect(vision, trace.towers[0], adapter.connector, model.config, arguments)
         outputs = model(**trace.prepare(with_one_row(model, arguments, adapter) if prompt.empty else arguments))

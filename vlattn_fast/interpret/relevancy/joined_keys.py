@@ -128,9 +128,9 @@ class JoinedKeys:
         padded = [(dim, width) for dim, width in widths.items() if any(width)]
         if len(padded) != 1 or min(padded[0][1]) < 0:
             return None
-        dim, (before, behind) = padded[0]
+        dim, (before, after) = padded[0]
         edge = Part(0, "model") if mode == "constant" else self._describe(input, dim)
-        parts = [replace(edge, size=before), self._part(input, dim), replace(edge, size=behind)]
+        parts = [replace(edge, size=before), self._part(input, dim), replace(edge, size=after)]
         return _mixed(dim, [part for part in parts if part.size])
 
     def _part(self, tensor: Tensor, dim: int) -> Part:

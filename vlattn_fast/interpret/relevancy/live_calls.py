@@ -67,9 +67,9 @@ class LiveCalls(Method):
         yield from self.formula.hooks(model, towers, within_run)
 
     def follow(
-        self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], behind: Callable[[Tensor, Tensor], TowerTrace | None]
+        self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], last_tower: Callable[[Tensor, Tensor], TowerTrace | None]
     ) -> Any:
-        return self.formula.follow(func, args, kwargs, behind)
+        return self.formula.follow(func, args, kwargs, last_tower)
 
     def attend(self, tower: TowerTrace, call: TracedCall) -> Tensor:
         self.formula.begins(tower, call.chunk)

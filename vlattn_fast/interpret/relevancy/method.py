@@ -307,9 +307,9 @@ class Method:
         return output.detach().requires_grad_(self.finds_position and tower.gradients.finds_position)
 
     def follow(
-        self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], behind: Callable[[Tensor, Tensor], TowerTrace | None]
+        self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], last_tower: Callable[[Tensor, Tensor], TowerTrace | None]
     ) -> Any:
-        """The result of a call of torch beside attention. `behind` takes two tensors and gives the tower through whose last
+        """The result of a call of torch beside attention. `last_tower` takes two tensors and gives the tower through whose last
         attention the first one came, and the second did not."""
         return func(*args, **kwargs)
 

@@ -144,7 +144,7 @@ class Trace(SeesMixers, Subscriber):
             raise ValueError(
                 f"model must call attention through scaled_dot_product_attention; got flex_attention in '{run.path}'"
             )
-        return self.method.follow(func, args, kwargs, self._behind) if self._follows else NotImplemented
+        return self.method.follow(func, args, kwargs, self._last_tower) if self._follows else NotImplemented
 
     def heads_of_map(self, run: ModuleRun, probabilities: Tensor, dim: Any, number: int) -> int:
         path = run.path
@@ -176,7 +176,7 @@ class Trace(SeesMixers, Subscriber):
                 return tower
         return None
 
-    def _behind(self, tensor: Tensor, another: Tensor) -> TowerTrace | None:
+    def _last_tower(self, tensor: Tensor, another: Tensor) -> TowerTrace | None:
         """The tower through whose last attention `tensor` came, and `another` did not."""
         last = self._marks.calls((tensor,)).bit_length() - 1
         owner = None if last < 0 or self._marks.calls((another,)) >> last else self._owners[last]
@@ -371,8 +371,8 @@ class Trace(SeesMixers, Subscriber):
         if not joint:
             tower.gradients.leaves_call(output, call.chunk, tower.places.latest)
         if self.finds_towers:
-            behind = range(key_calls.bit_length() - 1, -1, -1) if tower is not source else ()
-            source_call = next((i for i in behind if key_calls >> i & 1 and self._owners[i] is source), None)
+            earlier = range(key_calls.bit_length() - 1, -1, -1) if tower is not source else ()
+            source_call = next((i for i in earlier if key_calls >> i & 1 and self._owners[i] is source), None)
             self.calls.append(Link(tower, source, replace(call, output=output), source_call, joint))
 
     def _part(self, tensor: Tensor, dim: int) -> Part:

@@ -38,7 +38,7 @@ class Carriers:
     def __init__(self) -> None:
         self.entering: list[list[Tensor]] = []  # in front of each layer; one tensor a chunk in front of the first
         self._layers: list[int] = []  # their numbers
-        self.behind: list[Tensor] = []  # behind the last call, one a chunk
+        self.after: list[Tensor] = []  # behind the last call, one a chunk
         self._before: Tensor | None = None  # in front of the call that runs; None = the first
         self.n_vectors = 1  # T
         self.dtype = torch.float32
@@ -50,8 +50,8 @@ class Carriers:
         if call.parallel:
             return self._through_parallel(call, recursion)
         if not call.chunk:
-            self._before = self.leaving() if self.behind else None
-            self.behind = []
+            self._before = self.leaving() if self.after else None
+            self.after = []
             if not self._layers or call.layer != self._layers[-1]:
                 self.entering.append([] if self._before is None else [self._before])
                 self._layers.append(call.layer)
@@ -62,7 +62,7 @@ class Carriers:
         carrier = carrier.to(self.dtype)
         if not carrier.requires_grad and self.without_gradients is None:
             self.without_gradients = call.path
-        self.behind.append(carrier)
+        self.after.append(carrier)
         return output
 
     def _through_parallel(self, call: TracedCall, recursion: Recursion) -> Tensor:
@@ -73,18 +73,18 @@ class Carriers:
         if self._before is None and self.below is not None:
             before = before + self.below(before)
         output, carrier = call.through(before.to(call.query.device, compute_dtype(call.query)), how)
-        last = self.behind[0] * last_share
-        self.behind = [last + carrier.to(last)]
+        last = self.after[0] * last_share
+        self.after = [last + carrier.to(last)]
         return output
 
     def _through_moved(self, call: TracedCall, recursion: Recursion) -> tuple[Tensor, Tensor]:
         """The output, and the flat carrier behind a call that has the tokens in other places, or not all of them. The keys of a
         further part of the sequence are as they were in front of the module."""
         assert call.token_places is not None
-        parts = [self._of_tokens(call.query)] if self._before is None and not self.behind else [self._before]
+        parts = [self._of_tokens(call.query)] if self._before is None and not self.after else [self._before]
         before = torch.cat([part for part in parts if part is not None] or self.entering[0], 2)
-        keys, now = (flat_rows(x.to(call.query.device)) for x in (before, self.behind[-1] if self.behind else before))
-        self.behind = []
+        keys, now = (flat_rows(x.to(call.query.device)) for x in (before, self.after[-1] if self.after else before))
+        self.after = []
         with torch.no_grad():
             a, b = call.weights(recursion)
         carrier = call.token_places.pick(keys, call.token_places.keys).to(compute_dtype(call.query))
@@ -95,10 +95,10 @@ class Carriers:
 
     def into_probes(self, call: TracedCall, output: Tensor, recursion: Recursion) -> Tensor:
         """`output` of a pooling head's call. The carrier is that of its queries, which are learnt: there is no residual term."""
-        before = self.behind[-1].to(call.query.device, compute_dtype(call.query))
+        before = self.after[-1].to(call.query.device, compute_dtype(call.query))
         before = before if call.token_places is None else call.token_places.pick(flat_rows(before), call.token_places.keys)
         output, carrier = Through.apply(output, before, call, recursion._replace(residual_weight=0.0, attention_weight=1.0))
-        self.behind = [carrier]
+        self.after = [carrier]
         return output
 
     def _of_tokens(self, query: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ class Carriers:
             return carrier if self.below is None else carrier + self.below(carrier)
         carrier = self._before
         if carrier.shape[2] != size:
-            carrier = carrier.narrow(2, sum(out.shape[2] for out in self.behind), size)
+            carrier = carrier.narrow(2, sum(out.shape[2] for out in self.after), size)
         return carrier.to(query.device, compute_dtype(query))  # layers of a model may have several devices and dtypes
 
     def entering_from(self, layer: int) -> list[Tensor]:
@@ -126,7 +126,7 @@ class Carriers:
 
     def leaving(self) -> Tensor:
         """The carrier (B, 2 T, N) behind the last layer that ran."""
-        return torch.cat(self.behind, 2) if len(self.behind) > 1 else self.behind[0]
+        return torch.cat(self.after, 2) if len(self.after) > 1 else self.after[0]
 
 
 class ScoreGradients:
@@ -136,13 +136,13 @@ class ScoreGradients:
         self.finds_position = finds_position  # the score's gradient names the row that is read
         # Then, of each call: where a gradient enters its output, and the tokens (B, N, C) behind it, with their numbers.
         self.states: list[list[tuple[GradientEdge, Numbers | None]]] = []
-        self.behind_pooling: GradientEdge | None = None  # and where one enters the output of the pooling head
+        self.after_pooling: GradientEdge | None = None  # and where one enters the output of the pooling head
         # Where it enters the attention of each layer; they tell whether a score depends on it.
         self._edges: list[tuple[int, GradientEdge]] = []
 
     def leaves_pooling(self, output: Tensor) -> Tensor:
         """Note where a gradient enters the output of the pooling head; returns it."""
-        self.behind_pooling = edge_at(output) if output.requires_grad else None
+        self.after_pooling = edge_at(output) if output.requires_grad else None
         return output
 
     def leaves_call(self, output: Tensor, chunk: bool, numbers: Numbers | None) -> None:

@@ -69,9 +69,9 @@ def relevancies(calls: Sequence[Link], grads: Sequence[Tensor | None], equations
     equations.begin(state, calls)
     begun = dict(state), dict(identity)
     waited = Counter(call.source_call for call in calls if call.source_call is not None)
-    behind: dict[int, tuple[Relevancies, Identities]] = {}  # of s after a call of s that keys came through, while calls wait
+    after: dict[int, tuple[Relevancies, Identities]] = {}  # of s after a call of s that keys came through, while calls wait
     for call, grad in zip(calls, grads, strict=True):
-        key_state = begun if call.source_call is None else behind[call.source_call]
+        key_state = begun if call.source_call is None else after[call.source_call]
         for pair, addition in [] if grad is None else _additions(state, identity, *key_state, call, grad, equations):
             if call.joint:  # beside the part of the queries' own tower, which has weighed what was there
                 state[pair] = state.get(pair, 0.0) + equations.added(call, None, addition)
@@ -82,10 +82,10 @@ def relevancies(calls: Sequence[Link], grads: Sequence[Tensor | None], equations
         if call.source_call is not None:
             waited[call.source_call] -= 1
             if not waited[call.source_call]:
-                del behind[call.source_call]
+                del after[call.source_call]
         if waited[call.number]:
             kept = {pair: part for pair, part in state.items() if pair[0] is call.tower}
-            behind[call.number] = kept, {call.tower: identity[call.tower]}
+            after[call.number] = kept, {call.tower: identity[call.tower]}
     return state, identity
 
 

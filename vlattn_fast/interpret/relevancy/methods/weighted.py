@@ -120,14 +120,14 @@ class Weighted(GradientMethod):
         self._calls += 1
 
     def follow(
-        self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], behind: Callable[[Tensor, Tensor], TowerTrace | None]
+        self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], last_tower: Callable[[Tensor, Tensor], TowerTrace | None]
     ) -> Any:
         """The result of a function of torch; the terms of a residual sum get their weights."""
         terms = [arg for arg in args if isinstance(arg, Tensor)]
         if kwargs or len(args) != 2 or len(terms) != 2 or getattr(func, "__name__", "").strip("_") not in _SUMS:
             return func(*args, **kwargs)
         for added, stream in (terms, terms[::-1]):
-            tower = behind(added, stream)
+            tower = last_tower(added, stream)
             sums = None if tower is None else self.kept.get(tower)
             if tower is None or sums is None or not sums.waits or added.shape != stream.shape or added.ndim != 3:
                 continue
@@ -158,18 +158,18 @@ class Weighted(GradientMethod):
         carriers = tower.carriers
         sums.waits = False
         if sums.carries and not self.trains:
-            behind, before = carriers.leaving(), carriers.before
+            after, before = carriers.leaving(), carriers.before
             if places is not None:  # tokens outside of the sum keep their carrier
                 at = tower.places.call(None)
-                parts = [at.pick(flat_rows(carrier), places) for carrier in (before.to(behind), behind)]
+                parts = [at.pick(flat_rows(carrier), places) for carrier in (before.to(after), after)]
                 total, carrier = relevancy_residual(stream, branch, *parts, weighting=self.weighting)
-                carriers.behind = [at.scaled(behind, 0.0, places) + at.spread(carrier, places)]
-            elif behind.shape[::2] != stream.shape[:2]:
+                carriers.after = [at.scaled(after, 0.0, places) + at.spread(carrier, places)]
+            elif after.shape[::2] != stream.shape[:2]:
                 sums.unsummed = sums.unsummed or tower.calls.path
                 return added
             else:
-                total, carrier = relevancy_residual(stream, branch, before.to(behind), behind, weighting=self.weighting)
-                carriers.behind = [carrier]
+                total, carrier = relevancy_residual(stream, branch, before.to(after), after, weighting=self.weighting)
+                carriers.after = [carrier]
             added = added + (total - total.detach()).to(added.dtype)
         if (tower.keeps or self.trains) and tower.calls.last is not None:
             sums.terms[tower.calls.last] = stream, branch, added

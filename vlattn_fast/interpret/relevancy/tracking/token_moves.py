@@ -47,12 +47,12 @@ from vlattn_fast.interpret.relevancy.tracking.token_numbers import (
 
 
 class TokenMoves:
-    """The numbers of all tensors of a run. `is_behind` says whether a tensor came through an attention call: tokens that are
-    joined in front of the first one are new tokens, and those that are merged behind one are lost. `constants`: the ids of
+    """The numbers of all tensors of a run. `is_after_attention` says whether a tensor came through an attention call: tokens that
+    are joined in front of the first one are new tokens, and those that are merged behind one are lost. `constants`: the ids of
     the model's own tensors, which have no tokens."""
 
-    def __init__(self, is_behind: Callable[[Any], int], constants: Container[int]) -> None:
-        self._is_behind, self._constants = is_behind, constants
+    def __init__(self, is_after_attention: Callable[[Any], int], constants: Container[int]) -> None:
+        self._is_after_attention, self._constants = is_after_attention, constants
         self._outside: list[Tensor] = []
         self._unmarked: dict[int, Numbers | None] = {}
         self._mark = new_mark("numbers")
@@ -138,7 +138,7 @@ class TokenMoves:
                 numbers = self._kept(call, numbered) if rule is None else rule(self, call)
         except LOST:  # a form of the function that the rule does not know: its tokens are lost
             numbers = None
-        if numbers is None and not several and result.ndim > 1 and not self._is_behind((result,)):
+        if numbers is None and not several and result.ndim > 1 and not self._is_after_attention((result,)):
             numbers = self._as_new(call)
         self._give(result, numbers)
 
@@ -158,7 +158,7 @@ class TokenMoves:
         """Numbers for a tensor that comes from outside of the run, as an input of the model does. Its own tensors have none."""
         if not isinstance(tensor, Tensor) or id(tensor) in self._constants or hasattr(tensor, self._mark):
             return self.of(tensor)
-        if tensor.ndim < 2 or not tensor.is_floating_point() or self._is_behind((tensor,)):
+        if tensor.ndim < 2 or not tensor.is_floating_point() or self._is_after_attention((tensor,)):
             return None
         numbers = self.new((*tensor.shape[:-1], 1))
         setattr(tensor, self._mark, numbers)
@@ -212,11 +212,11 @@ class TokenMoves:
             return None
         if all(n is whole[0][1] for _, n in whole):
             return self._aligned(whole[0][1], len(shape))
-        behind = [(x, n) for x, n in whole if self._is_behind((x,))]
-        first, *others = (self._aligned(n, len(shape)) for _, n in behind or whole)
+        after = [(x, n) for x, n in whole if self._is_after_attention((x,))]
+        first, *others = (self._aligned(n, len(shape)) for _, n in after or whole)
         result: Numbers | None = first
         for second in others:
-            result = None if result is None else self._joined(result, second, bool(behind), call)
+            result = None if result is None else self._joined(result, second, bool(after), call)
         return result
 
     def _expand(self, call: TorchCall) -> Numbers | None:
@@ -231,16 +231,16 @@ class TokenMoves:
             ("aligned", id(numbers), ndim), numbers, lambda: Numbers(shape, numbers.begin, numbers.why, numbers.ids.view(shape))
         )
 
-    def _joined(self, one: Numbers, second: Numbers, behind: bool, call: TorchCall) -> Numbers | None:
+    def _joined(self, one: Numbers, second: Numbers, after: bool, call: TorchCall) -> Numbers | None:
         """The numbers of a place that depends on two tensors; in front of the first attention they are new tokens where these
         have others."""
-        return self._once(("join", id(one), id(second), behind), (one, second), lambda: self._join(one, second, behind, call))
+        return self._once(("join", id(one), id(second), after), (one, second), lambda: self._join(one, second, after, call))
 
-    def _join(self, one: Numbers, second: Numbers, behind: bool, call: TorchCall) -> Numbers | None:
+    def _join(self, one: Numbers, second: Numbers, after: bool, call: TorchCall) -> Numbers | None:
         a, b = one.ids, second.ids
         if one.shape == second.shape and torch.equal(a, b):
             return one
-        if not behind:
+        if not after:
             return None
         a, b = torch.broadcast_tensors(a, b)
         before_a, before_b = self._before(a), self._before(b)
@@ -304,15 +304,17 @@ class TokenMoves:
         kwargs = {name: value for name, value in call.kwargs.items() if name != "tensors"}
         numbers = [self.of(x) for x in tensors]
         known = [n for n in numbers if n is not None]
-        if not known or (len(known) < len(numbers) and not self._is_behind(tensors)):
+        if not known or (len(known) < len(numbers) and not self._is_after_attention(tensors)):
             return None  # in front of the first attention they are new tokens
         shapes = [tuple(x.shape) for x in tensors]
         dim: Any = None
         if call.name in CONCATENATIONS:
             dim = (rest[0] if rest else kwargs.get("dim", 0)) % len(shapes[0])
         if dim is not None and all(n.shape[dim] == 1 for n in known) and all(shape[dim] > 1 for shape in shapes):
-            behind = [n for x, n in zip(tensors, numbers, strict=True) if n is not None and self._is_behind((x,))] or known
-            return behind[0] if all(are_equal(n, behind[0]) for n in behind) else None  # features side by side
+            after = [
+                n for x, n in zip(tensors, numbers, strict=True) if n is not None and self._is_after_attention((x,))
+            ] or known
+            return after[0] if all(are_equal(n, after[0]) for n in after) else None  # features side by side
         thin = dim is not None and dim < len(shapes[0]) - 1 and all(n.shape[-1] == 1 for n in known)
 
         def join() -> Numbers:
@@ -338,7 +340,7 @@ class TokenMoves:
         kept = [0 if numbers.shape[-1 - i // 2] == 1 and source.shape[-1 - i // 2] > 1 else x for i, x in enumerate(amounts)]
         if not any(kept):
             return numbers
-        if not self._is_behind((source,)):
+        if not self._is_after_attention((source,)):
             return None
         key = ("pad", id(numbers), tuple(source.shape), tuple(kept))
         return self._once(key, numbers, lambda: self._numbers(functional.pad(numbers.ids, kept, value=NONE), call, [numbers]))
@@ -407,7 +409,7 @@ class TokenMoves:
         if call.name == "rmatmul":
             factors = factors[::-1]
         first, second = (self.of(x) for x in factors)
-        mixes = second is not None and self._is_behind((factors[1],)) and not self._is_behind((factors[0],))
+        mixes = second is not None and self._is_after_attention((factors[1],)) and not self._is_after_attention((factors[0],))
         if first is not None and first.shape[-1] == 1 and not mixes:
             return self._kept(call, [(factors[0], first)])
         if second is None or factors[1].ndim < 2:
@@ -431,7 +433,7 @@ class TokenMoves:
             numbers = self.of(x)
             if numbers is None:
                 continue
-            known = known or bool(self._is_behind((x,)))
+            known = known or bool(self._is_after_attention((x,)))
             if all(label in product for label, size in zip(labels, numbers.shape, strict=True) if size > 1):
                 ids = numbers.ids.permute([labels.index(label) for label in product if label in labels])
                 for dim, label in enumerate(product):
