@@ -21,7 +21,7 @@ class Shifted(Score):
     name = "shifted"
 """
 METHOD = """
-class LayerMean(KeptCalls):
+class LayerMean(CachedCalls):
     \"\"\"The mean over the layers.
 
     More.

@@ -32,7 +32,7 @@ class BaselineMethod(Method):
     option: ClassVar[str] = "baseline"  # its name
     lenient: ClassVar[bool] = False  # inputs without images are compared with embeddings of zero, for baselines that are images
     default_baseline: ClassVar[Baseline] = None
-    kept: dict[TowerTrace, list[Embeddings]]  # several if an input is embedded several times
+    cached: dict[TowerTrace, list[Embeddings]]  # several if an input is embedded several times
 
     def __init__(self, baseline: Baseline = None, *, freeze: Sequence[str] | None = None, of: str | None = None) -> None:
         """
@@ -84,7 +84,7 @@ class BaselineMethod(Method):
             self.origins = [*(self.origins or []), values.detach()]
         if self.origins is None:
             return None
-        number = sum(map(len, self.kept.values()))
+        number = sum(map(len, self.cached.values()))
         if number >= len(self.origins) or self.origins[number].shape != values.shape:
             raise ValueError(
                 f"{self.option} must give embeddings of the same number and shapes as the input; got others in tower "
@@ -101,11 +101,11 @@ class EmbeddingMethod(BaselineMethod):
         return products.sum(dim)
 
     def carried(self, backward: BackwardPass) -> list[Tensor]:
-        parts = [self.kept[tower] for tower in (*backward.towers, *backward.attended)]
+        parts = [self.cached[tower] for tower in (*backward.towers, *backward.attended)]
         every = [part for tower_parts in parts for part in tower_parts]
         if every and all(part.origin is not None and torch.equal(part.origin, part.values) for part in every):
             raise ValueError(
-                f"{self.option} must change the embeddings of the towers {', '.join(tower.name for tower in self.kept)}; got "
+                f"{self.option} must change the embeddings of the towers {', '.join(tower.name for tower in self.cached)}; got "
                 "those of the input. Pass another one, or a dict that names further inputs"
             )
         grads = iter(backward.gradients([part.passed for part in every]))

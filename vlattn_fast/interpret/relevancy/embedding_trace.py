@@ -91,7 +91,7 @@ class EmbeddingTrace(Subscriber):
 
     def before_run(self) -> None:
         edits_of(None)
-        self.method.kept.clear()  # of an earlier step
+        self.method.cached.clear()  # of an earlier step
 
     def begins(self, observer: Observer) -> Steps:
         for tower in self.towers:
@@ -155,7 +155,7 @@ class EmbeddingTrace(Subscriber):
         tower.dtype, tower.device, tower.numbers.last = compute_dtype(values), values.device, 0
         tower.calls.paths.append(path)
         tower.enters_gradient(passed)
-        self.method.kept.setdefault(tower, []).append(embeddings)
+        self.method.cached.setdefault(tower, []).append(embeddings)
         return passed
 
     def _at_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

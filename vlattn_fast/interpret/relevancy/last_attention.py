@@ -22,7 +22,7 @@ Real = Callable[[], tuple[Tensor | None, Tensor | None]]
 class LastAttentionMethod(Method):
     """A method that reads the last attention of a tower to itself, and to each tower that it attends to."""
 
-    kept: dict[TowerTrace, TracedCall]  # the last attention of each tower to itself
+    cached: dict[TowerTrace, TracedCall]  # the last attention of each tower to itself
 
     def vector(self, start: Tensor, call: TracedCall, grad: Tensor | None, real: Real) -> Tensor:
         """The row (B, 1, M) of a call, from the weights `start` (B, 1, N) of the rows that are read, and the score's gradient at
@@ -33,7 +33,7 @@ class LastAttentionMethod(Method):
     def attend(self, tower: TowerTrace, call: TracedCall) -> Tensor:
         output, (layers, index) = call.computed(), split_path(call.path)
         last = not in_layers(call.path) or index == len(tower.model.get_submodule(layers)._modules) - 1
-        last = last or tower in self.kept  # layers may run again
+        last = last or tower in self.cached  # layers may run again
         if last and tower.pooling_path is None:
             return self._leaf(tower, call, output)
         return output if self.needs_score else self._cut(tower, output)
@@ -44,7 +44,7 @@ class LastAttentionMethod(Method):
     def _leaf(self, tower: TowerTrace, call: TracedCall, output: Tensor) -> Tensor:
         """`output`, where the graph starts: only the gradient at it is used, unless those of several calls are."""
         output = (output if tower.keeps else output.detach()).requires_grad_()
-        self.kept[tower] = replace(call.detached(), output=output)
+        self.cached[tower] = replace(call.detached(), output=output)
         tower.enters_gradient(output)
         return output
 
@@ -53,9 +53,9 @@ class LastAttentionMethod(Method):
 
     def carry(self, backward: BackwardPass) -> list[Tensor]:
         for tower in backward.towers:
-            if tower not in self.kept:
+            if tower not in self.cached:
                 raise ValueError(f"model must call the last attention of tower '{tower.name}'; got no call")
-        last = [self.kept[tower] for tower in backward.towers]
+        last = [self.cached[tower] for tower in backward.towers]
         ends = zip(backward.towers, backward.starts, last, self._gradients(backward, last), strict=True)
         return [self._vector(backward, tower, [(tower, call)], start, grad) for tower, start, call, grad in ends]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_choice, check_integer, check_items
-from vlattn_fast.interpret.relevancy.kept_calls import KeptCalls
+from vlattn_fast.interpret.relevancy.cached_calls import CachedCalls
 from vlattn_fast.interpret.relevancy.method import BackwardPass, Link, Method
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import TracedCall
@@ -52,7 +52,7 @@ class Selection:
         return numbers
 
 
-class LayerMaps(KeptCalls):
+class LayerMaps(CachedCalls):
     """The rows that are read of the attention maps of a method, each layer's by itself: relu(A * dA) of a method that takes
     gradients, else A. Behind a pooling head the row is what the head's own map makes of it.
 
@@ -113,7 +113,7 @@ class LayerMaps(KeptCalls):
     def _blocks(self, tower: TowerTrace) -> dict[int, list[TracedCall]]:
         """The calls of each layer, by its number."""
         blocks: dict[int, list[TracedCall]] = {}
-        for call in [link.attention for link in self.links[tower]] if self.links else self.kept[tower]:
+        for call in [link.attention for link in self.links[tower]] if self.links else self.cached[tower]:
             blocks.setdefault(call.layer, []).append(call)
         return blocks
 

@@ -31,7 +31,7 @@ class LiveCalls(Method):
     trains = True
     adds_parallel: bool
     holds_start: bool
-    kept: dict[TowerTrace, list[TracedCall]]
+    cached: dict[TowerTrace, list[TracedCall]]
 
     def __init__(self, formula: Method, higher_order: bool) -> None:
         super().__init__()
@@ -74,12 +74,12 @@ class LiveCalls(Method):
     def attend(self, tower: TowerTrace, call: TracedCall) -> Tensor:
         self.formula.begins(tower, call.chunk)
         output = self._computed(tower, call)
-        self.kept.setdefault(tower, []).append(replace(call, output=output).kept(self.higher_order))
+        self.cached.setdefault(tower, []).append(replace(call, output=output).for_training(self.higher_order))
         return output
 
     def pool(self, tower: TowerTrace, call: TracedCall) -> Tensor:
         output = self._computed(tower, call)
-        self.pools[tower] = replace(call, output=output).kept(self.higher_order)
+        self.pools[tower] = replace(call, output=output).for_training(self.higher_order)
         return output
 
     def cross(self, tower: TowerTrace, call: TracedCall) -> Tensor:
@@ -185,7 +185,7 @@ class LiveCalls(Method):
         return rows
 
     def between(self, backward: BackwardPass) -> list[Tensor]:
-        calls = [replace(call, attention=call.attention.kept(self.higher_order)) for call in backward.calls]
+        calls = [replace(call, attention=call.attention.for_training(self.higher_order)) for call in backward.calls]
         return self.formula.between(replace(backward, calls=calls))
 
     def check_between(self, entries: Sequence[Any]) -> None:
@@ -194,7 +194,7 @@ class LiveCalls(Method):
     def _calls(self, tower: TowerTrace) -> list[TracedCall]:
         """The calls of layer `start_layer` and later ones."""
         first = tower.first_layer(self.start_layer)
-        return [call for call in self.kept[tower] if call.layer >= first]
+        return [call for call in self.cached[tower] if call.layer >= first]
 
     def _moved(self, row: Tensor, a: Any, b: Any, call: TracedCall, grad: Tensor | None, places: Places, term: Any) -> Tensor:
         """The flat row in front of a call, whose tokens are elsewhere. Weights of a sum are of the tokens of its stream."""

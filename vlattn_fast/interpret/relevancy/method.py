@@ -123,7 +123,7 @@ class Method:
         holds_start: a relevancy row begins as the weights of the row that is read, and the layers add to it. A row that equals
             these weights at the end means that the score does not depend on the row that is read: `explain` refuses it.
         trains: the model runs as it is, in train mode or not, and the calls keep their graph.
-        kept: of each tower, what the method keeps for the backward pass.
+        cached: for each tower, what the method caches for the backward pass.
         start_layer, sinks, through_connector: options of some methods; here as they are for all others.
         findings: unless `sinks` is "keep", what each call says of its keys: the tower that attends, the tower of the keys, and
             that.
@@ -177,7 +177,7 @@ class Method:
         """The state of one call of `explain`, as it is before it."""
         self.n_vectors = 1  # how many rows of a tower a backward pass carries
         self.finds_position = False  # the caller does not say which row is read
-        self.kept: dict[TowerTrace, Any] = {}
+        self.cached: dict[TowerTrace, Any] = {}
         self.findings: list[tuple[TowerTrace, TowerTrace, Findings]] = []
         self.frozen: Frozen | None = None  # what the backward pass of the run takes for constants
         self.remarks: list[str] = []

@@ -135,7 +135,7 @@ class MixingCall(TracedCall):
     def apart(self) -> tuple[tuple[Tensor | None, ...], Callable[..., TracedCall]]:
         return (), self.detached
 
-    def kept(self, higher_order: bool) -> MixingCall:
+    def for_training(self, higher_order: bool) -> MixingCall:
         return replace(self, differentiable=higher_order, value=self.value if higher_order else self.value.detach(), ran=None)
 
 

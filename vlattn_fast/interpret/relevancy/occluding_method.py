@@ -71,14 +71,14 @@ class OccludingMethod(BaselineMethod):
         mask = self.masks.get(tower.name)
         if mask is None:
             return values * 1
-        fill = self.fills[tower.name, len(self.kept.get(tower, []))]
+        fill = self.fills[tower.name, len(self.cached.get(tower, []))]
         fill = torch.cat([fill] * (len(values) // len(fill)))
         return torch.where(Embeddings(values, values, dim).over_features(mask.to(values.device)), fill.to(values), values)
 
     def note_fills(self, tower: TowerTrace, patches: Tensor) -> None:
         """Notes what may replace the embeddings of `tower`, which have just entered. `patches` (B, N): tokens that are patches of
         an image."""
-        for number, part in enumerate(self.kept[tower]):
+        for number, part in enumerate(self.cached[tower]):
             values, fill = part.values.detach(), torch.zeros_like(part.values)
             if part.origin is not None:
                 changes = part.per_token(lambda x, dim: x.any(dim), values != part.origin)

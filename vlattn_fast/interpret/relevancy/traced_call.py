@@ -263,7 +263,7 @@ class TracedCall:
         masks, mesh, columns, left_out = self.masks, self.mesh, self.columns, self.left_out
         return (self.query, self.key, self.value, masks["attn_mask"]), together
 
-    def kept(self, higher_order: bool) -> TracedCall:
+    def for_training(self, higher_order: bool) -> TracedCall:
         """The call as its map is made again where the model trains: dA = dO V^T is a constant but for `higher_order`."""
         query, key, value = self.query, self.key, self.value
         if len({query.dtype, key.dtype, value.dtype}) > 1:  # autocast casts them within the attention

@@ -26,13 +26,13 @@ from torch import Tensor
 
 from vlattn_fast._ground.tensors import not_zero, over_sums
 from vlattn_fast.interpret.adapters.adapter import Tower
-from vlattn_fast.interpret.relevancy.kept_calls import KeptCalls, rows_of_maps
+from vlattn_fast.interpret.relevancy.cached_calls import CachedCalls, rows_of_maps
 from vlattn_fast.interpret.relevancy.method import BackwardPass
 from vlattn_fast.interpret.relevancy.mixing_call import check_softmax
 from vlattn_fast.interpret.relevancy.traced_call import TracedCall
 
 
-class Glimpse(KeptCalls):
+class Glimpse(CachedCalls):
     """Adds maps, weighted by gradients: r <- r + a r E / 2, E = sum_h w_h relu(A * dA), rows over their sums (after Shen 2025).
 
     It costs one forward and one backward pass. Rows of maps are computed again, a few queries at a time, twice a layer: for the

@@ -61,7 +61,7 @@ class Weighted(GradientMethod):
     adds_parallel = False
     recursion = Recursion("gradient", row_normalize=True, residual_weight=0.0)
 
-    kept: dict[TowerTrace, _Sums]
+    cached: dict[TowerTrace, _Sums]
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class Weighted(GradientMethod):
         return super().cross(tower, call)
 
     def begins(self, tower: TowerTrace, chunk: bool = False, carries: bool = True) -> None:
-        sums = self.kept.setdefault(tower, _Sums())
+        sums = self.cached.setdefault(tower, _Sums())
         if sums.waits and not chunk and sums.unsummed is None:
             sums.unsummed = tower.calls.paths[-2]
         sums.waits, sums.carries, sums.number, sums.branch, sums.partial = True, carries, self._calls, None, None
@@ -128,7 +128,7 @@ class Weighted(GradientMethod):
             return func(*args, **kwargs)
         for added, stream in (terms, terms[::-1]):
             tower = last_tower(added, stream)
-            sums = None if tower is None else self.kept.get(tower)
+            sums = None if tower is None else self.cached.get(tower)
             if tower is None or sums is None or not sums.waits or added.shape != stream.shape or added.ndim != 3:
                 continue
             branch = sums.branch if sums.branch is not None and added is sums.partial else added
@@ -180,7 +180,7 @@ class Weighted(GradientMethod):
     def _check(self, towers: Sequence[TowerTrace]) -> None:
         """ValueError if an attention of these towers is not added to their stream."""
         for tower in towers:
-            sums = self.kept.get(tower, _Sums())
+            sums = self.cached.get(tower, _Sums())
             unsummed = sums.unsummed or (tower.calls.path if sums.waits else None)
             if unsummed is not None:
                 raise ValueError(
@@ -194,7 +194,7 @@ class Weighted(GradientMethod):
 
     def terms(self, tower: TowerTrace) -> Mapping[int, tuple[Tensor, Tensor, Tensor]]:
         self._check([tower])
-        return self.kept.get(tower, _Sums()).terms
+        return self.cached.get(tower, _Sums()).terms
 
     def weights(self, call: TracedCall, term: tuple[Tensor, Tensor, Tensor] | None, grad: Tensor | None) -> tuple[Any, Any]:
         assert term is not None
@@ -205,7 +205,7 @@ class Weighted(GradientMethod):
         """An addition to R becomes diag(a) R + diag(b) (what is added), our reading of weighted relevancy between towers."""
         calls = backward.reaching_calls()
         self._check(list(dict.fromkeys(call.tower for call in calls)))
-        terms = [self.kept[call.tower].terms[call.number] for call in calls]
+        terms = [self.cached[call.tower].terms[call.number] for call in calls]
         grads = backward.gradients([*(call.attention.output for call in calls), *(added for *_, added in terms)])
         weights: dict[int, tuple[Tensor, Tensor]] = {}  # none if the score does not depend on the sum
         for call, (stream, branch, _), grad in zip(calls, terms, grads[len(calls) :], strict=True):

@@ -17,11 +17,11 @@ from vlattn_fast.interpret.relevancy.traced_call import TracedCall
 from vlattn_fast.interpret.relevancy.two_modalities import vectors_between
 
 
-class KeptCalls(Method):
+class CachedCalls(Method):
     """A method that keeps the calls of each tower to itself, and that of its pooling head. A subclass defines `combine`, or
     `carry`."""
 
-    kept: dict[TowerTrace, list[TracedCall]]
+    cached: dict[TowerTrace, list[TracedCall]]
     pools: dict[TowerTrace, TracedCall]
 
     def __init__(self, *, start_layer: int = 0, freeze: Sequence[str] | None = None, of: str | None = None) -> None:
@@ -39,7 +39,7 @@ class KeptCalls(Method):
     def attend(self, tower: TowerTrace, call: TracedCall) -> Tensor:
         self._check(call)
         output = self.watched(tower, call.computed())
-        self.kept.setdefault(tower, []).append(replace(call.detached(), output=output))
+        self.cached.setdefault(tower, []).append(replace(call.detached(), output=output))
         return output
 
     def pool(self, tower: TowerTrace, call: TracedCall) -> Tensor:
@@ -138,7 +138,7 @@ class KeptCalls(Method):
     def from_layer(self, tower: TowerTrace) -> list[TracedCall]:
         """The calls of layer `start_layer` (-1 = the last) and later ones."""
         first = tower.first_layer(self.start_layer)
-        return [call for call in self.kept[tower] if call.layer >= first]
+        return [call for call in self.cached[tower] if call.layer >= first]
 
     def _in_places(self, tower: TowerTrace, call: TracedCall, start: Tensor, grad: Tensor | None) -> Tensor:
         """`rows_of_call`, from flat weights to flat rows (1, H, places) where the tower's tokens move."""
