@@ -21,7 +21,7 @@ def start_vectors(
     """The weights (B, 1, N) of the rows of each tower that is read. `name`: of the argument that gives the scores."""
     for tower in run.explained:  # attention in windows is refused as such
         if scores is None or tower.batch == len(scores):
-            tower.places.check()
+            tower.positions.check()
     if position is not None or scores is None or not any(tower.gradients.finds_position for tower in run.explained):
         return [_start(tower, position, arguments, bool(run.attended)) for tower in run.explained]
     seen = {tower: _reading(tower, scores) for tower in run.explained if tower.gradients.finds_position}
@@ -50,7 +50,7 @@ def _start(tower: TowerTrace, position: Any, arguments: Mapping[str, Any], atten
     count = tower.size if tower.probes is None else tower.probes
     like = torch.zeros(tower.batch or 0, 1, count, dtype=tower.dtype, device=tower.device)
     asked: Position | None = position[tower.name] if isinstance(position, Mapping) else position
-    if asked is not None and not tower.pooled and (ends := tower.places.ends()) is not None:
+    if asked is not None and not tower.pooled and (ends := tower.positions.ends()) is not None:
         return _start_at(tower, asked, ends, arguments, like)
     if asked is None:
         if tower.entry is None or tower.entry.rule.by_gradient:
@@ -121,8 +121,8 @@ def _reading(tower: TowerTrace, scores: Tensor) -> Reading | None:
         edges = [edge for edge, _ in states]
         gradients = torch.autograd.grad(scores.sum(), edges, retain_graph=True, allow_unused=True) if states else ()
         known = [(g, numbers) for g, (_, numbers) in zip(gradients, states, strict=False) if g is not None]
-        if tower.places.is_flat:
-            placed = [tower.places.as_entered(g, numbers) for g, numbers in known]
+        if tower.positions.is_flat:
+            placed = [tower.positions.as_entered(g, numbers) for g, numbers in known]
             whole = [g for g in placed if g is not None]
         else:
             whole = [g for g, _ in known if g.shape[-2] == tower.size]  # not of a part of the sequence

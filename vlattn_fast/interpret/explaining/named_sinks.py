@@ -64,12 +64,12 @@ def named_sinks(request: Request, prompt: Prompt, run: Run, image_samples: Seque
 
 def _as_entered(tower: TowerTrace, values: Tensor, found: Findings) -> Tensor:
     """(B, N) over the tower's tokens, of values over the keys of a call."""
-    places = tower.places
-    if tower.places.moves is None or not places.is_flat:
+    positions = tower.positions
+    if tower.positions.moves is None or not positions.is_flat:
         return values.cpu()
-    at = places.call(found.token_places)
+    at = positions.call(found.token_positions)
     flat = at.spread(values[:, None].cpu().to(torch.float64), at.keys)
-    return places.reported(flat)[:, 0].to(values.dtype)
+    return positions.reported(flat)[:, 0].to(values.dtype)
 
 
 class _Names:

@@ -48,9 +48,11 @@ class Question:
             length = self.answer.answer_positions.shape[1]
             ids = [[*row, *[0] * (length - len(row))] for row in self.answer.ids]
             return PredictedTokens(logits, ids, self.answer.answer_positions, number) if each else None
-        places = list((self.start_positions or {}).values())
+        positions = list((self.start_positions or {}).values())
         return (
-            PredictedTokens(logits, [[token] for token in self.target], places[0][:, None], 0) if self.target and places else None
+            PredictedTokens(logits, [[token] for token in self.target], positions[0][:, None], 0)
+            if self.target and positions
+            else None
         )
 
 
@@ -90,8 +92,8 @@ def _about_target(request: Request, prompt: Prompt, run: Run) -> Question:
     starts = start_vectors(run, position, scores, prompt.arguments)
     # The queries of a pooling head are no tokens.
     token_starts = ((tower, start) for tower, start in zip(run.explained, starts, strict=True) if not tower.pooled)
-    places = ((tower.name, _single_position(start)) for tower, start in token_starts)
-    return Question(scores, [(scores, starts)], target, {name: place for name, place in places if place is not None})
+    positions = ((tower.name, _single_position(start)) for tower, start in token_starts)
+    return Question(scores, [(scores, starts)], target, {name: position for name, position in positions if position is not None})
 
 
 def _about_answer(request: Request, prompt: Prompt, run: Run, answer: Answer) -> Question:

@@ -138,7 +138,7 @@ class NotesCalls(Method):
     def _noted(self, tower: TowerTrace, call: TracedCall) -> Tensor:
         assert tower.calls.last is not None
         (batch, heads, queries, _), keys, problem = call.query.shape, call.key.shape[2], ""
-        if call.chunk or call.token_places is not None:
+        if call.chunk or call.token_positions is not None:
             problem = "attends in windows or chunks, or to tokens in another order"
         at, score = (tower.calls.last, tower, call.layer, call.path), call.masks.get("score")
         share = HeadShare(heads if call.mesh is None else heads * call.mesh.size(), call.mesh)

@@ -105,7 +105,7 @@ class CachedCalls(Method):
         for tower, start, tower_blocks, pool in zip(backward.towers, backward.starts, blocks, pools, strict=True):
             block_grads = [[(call, next(grads)) for call in block] for block in tower_blocks]
             for call in pool:
-                start = self._in_places(tower, call, start, next(grads)).mean(1, keepdim=True)
+                start = self._in_positions(tower, call, start, next(grads)).mean(1, keepdim=True)
             by_tower.append([self._of_block(tower, block, start) for block in block_grads])
         return by_tower
 
@@ -114,10 +114,10 @@ class CachedCalls(Method):
         they bring to the residual stream: start @ ((I + A_2) (I + A_1) - I), with the mean over the heads of each."""
         if len(block) == 1:
             ((call, grad),) = block
-            return self._in_places(tower, call, start, grad).to(start)
+            return self._in_positions(tower, call, start, grad).to(start)
         row, contribution = start, torch.zeros_like(start)  # summed by itself: a small one has no digits beside `start`
         for call, grad in reversed(block):
-            step = self._in_places(tower, call, row, grad).mean(1, keepdim=True).to(start)
+            step = self._in_positions(tower, call, row, grad).mean(1, keepdim=True).to(start)
             row, contribution = row + step, contribution + step
         return contribution
 
@@ -140,11 +140,11 @@ class CachedCalls(Method):
         first = tower.first_layer(self.start_layer)
         return [call for call in self.cached[tower] if call.layer >= first]
 
-    def _in_places(self, tower: TowerTrace, call: TracedCall, start: Tensor, grad: Tensor | None) -> Tensor:
-        """`rows_of_call`, from flat weights to flat rows (1, H, places) where the tower's tokens move."""
-        if not tower.places.reorders:
+    def _in_positions(self, tower: TowerTrace, call: TracedCall, start: Tensor, grad: Tensor | None) -> Tensor:
+        """`rows_of_call`, from flat weights to flat rows (1, H, positions) where the tower's tokens move."""
+        if not tower.positions.reorders:
             return self.rows_of_call(call, start, grad)
-        at = tower.places.call(call.token_places)
+        at = tower.positions.call(call.token_positions)
         part = start if call is getattr(self, "pools", {}).get(tower) else at.pick(start, at.queries)
         return at.spread(self.rows_of_call(call, part, grad), at.keys)
 

@@ -121,15 +121,15 @@ class EmbeddingTrace(Subscriber):
         if tower.calls.paths:
             return None
         named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
-        place, stream = next(((i, x) for i, x in named if isinstance(x, Tensor) and x.is_floating_point()), (0, None))
+        number, stream = next(((i, x) for i, x in named if isinstance(x, Tensor) and x.is_floating_point()), (0, None))
         if stream is None or stream.ndim < 3:
             got = "none" if stream is None else tuple(stream.shape)
             raise ValueError(f"model must pass embeddings (B, N, C) to the first layer of tower '{tower.name}'; got {got}")
         flat = stream.flatten(2)  # a model may have several streams
         passed = self._enter(tower, tower.calls.lists[0], flat, 2).view(stream.shape)
-        if isinstance(place, int):
-            return (*args[:place], passed, *args[place + 1 :]), kwargs
-        return args, {**kwargs, place: passed}
+        if isinstance(number, int):
+            return (*args[:number], passed, *args[number + 1 :]), kwargs
+        return args, {**kwargs, number: passed}
 
     def _at_ids(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         for name, ids in self._ids.items():

@@ -27,7 +27,7 @@ _MOVES = {"flip", "fliplr", "roll", "index_select", "gather", "take_along_dim", 
 
 @dataclass(frozen=True)
 class Part:
-    """Some of the places of a tensor that was joined."""
+    """Some of the positions of a tensor that was joined."""
 
     size: int
     origin: str  # "tokens"; "model" = learnt or constant; "elsewhere"
@@ -243,11 +243,11 @@ def _place(source: Tensor, join: Join, result: Tensor) -> int | None:
     if result.shape == source.shape and not _is_view(source, result):
         return dim
     if _is_view(source, result):
-        places = {i for i in range(result.ndim) if result.stride(i) == source.stride(dim)}
+        dims = {i for i in range(result.ndim) if result.stride(i) == source.stride(dim)}
     elif result.numel() == source.numel():
         before = prod(source.shape[:dim])
-        places = {i for i in range(result.ndim) if prod(result.shape[:i]) == before}
+        dims = {i for i in range(result.ndim) if prod(result.shape[:i]) == before}
     else:
-        places = {dim, dim + result.ndim - source.ndim}
-    places = {i for i in places if 0 <= i < result.ndim and result.shape[i] == size}
-    return places.pop() if len(places) == 1 else None
+        dims = {dim, dim + result.ndim - source.ndim}
+    dims = {i for i in dims if 0 <= i < result.ndim and result.shape[i] == size}
+    return dims.pop() if len(dims) == 1 else None

@@ -93,13 +93,13 @@ class LastAttentionMethod(Method):
     ) -> Tensor:
         """The row of the first of `keys`: the towers whose tokens the keys of one call are, each with the call's columns."""
         (source, call), at = keys[0], None
-        if tower.places.reorders and tower is source:
-            at = tower.places.call(call.token_places)
+        if tower.positions.reorders and tower is source:
+            at = tower.positions.call(call.token_positions)
 
         def real() -> tuple[Tensor | None, Tensor | None]:
             queries, masks = None if tower.pooled else backward.real(tower), [backward.real(of) for of, _ in keys]
             if at is not None:
-                queries, masks[0] = at.real(queries, masks[0], tower.places.entered)
+                queries, masks[0] = at.real(queries, masks[0], tower.positions.entered)
             every = None
             for mask, (_, columns) in zip(masks, keys, strict=True):
                 if mask is not None:

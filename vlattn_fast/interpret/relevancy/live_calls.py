@@ -21,7 +21,7 @@ from vlattn_fast.interpret.relevancy.method import BackwardPass, CarriedMethod, 
 from vlattn_fast.interpret.relevancy.sink_detection import KEEP
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import TracedCall, as_factor
-from vlattn_fast.interpret.relevancy.tracking.token_places import Places
+from vlattn_fast.interpret.relevancy.tracking.token_positions import TokenPositions
 from vlattn_fast.ops.score_attention import score_attention
 
 
@@ -163,11 +163,11 @@ class LiveCalls(Method):
             row, pool = backward.starts[tower], pools[tower]
             if pool is not None:
                 row = self._step(row, pool, pool_grads[tower])
-                if backward.towers[tower].places.reorders:
-                    at = backward.towers[tower].places.call(pool.token_places)
+                if backward.towers[tower].positions.reorders:
+                    at = backward.towers[tower].positions.call(pool.token_positions)
                     row = at.spread(row, at.keys)
             each = zip(calls[tower], call_grads[tower], term_grads[tower], strict=True)
-            places = backward.towers[tower].places
+            positions = backward.towers[tower].positions
             last_share, added = 1.0, None  # by a mixer beside the call
             for call, grad, term_grad in reversed(list(each)):
                 if call.parallel:
@@ -175,8 +175,8 @@ class LiveCalls(Method):
                     added = this_share * self._step(row, call, grad).to(row)
                     continue
                 a, b = self.formula.weights(call, terms[tower].get(call.number), term_grad)
-                if places.reorders:
-                    row = self._moved(row, a, b, call, grad, places, terms[tower].get(call.number))
+                if positions.reorders:
+                    row = self._moved(row, a, b, call, grad, positions, terms[tower].get(call.number))
                     continue
                 row = row * as_factor(a, row) + self._step(row * as_factor(b, row), call, grad).to(row)
                 if added is not None:
@@ -196,10 +196,12 @@ class LiveCalls(Method):
         first = tower.first_layer(self.start_layer)
         return [call for call in self.cached[tower] if call.layer >= first]
 
-    def _moved(self, row: Tensor, a: Any, b: Any, call: TracedCall, grad: Tensor | None, places: Places, term: Any) -> Tensor:
+    def _moved(
+        self, row: Tensor, a: Any, b: Any, call: TracedCall, grad: Tensor | None, positions: TokenPositions, term: Any
+    ) -> Tensor:
         """The flat row in front of a call, whose tokens are elsewhere. Weights of a sum are of the tokens of its stream."""
-        at = places.call(call.token_places)
-        sum_places = None if term is None else places.locate_states(term[0])
+        at = positions.call(call.token_positions)
+        sum_places = None if term is None else positions.locate_states(term[0])
         carried = at.pick(at.scaled(row, b, sum_places), at.queries)
         return at.scaled(row, a, sum_places) + at.spread(self._step(carried, call, grad).to(row), at.keys)
 

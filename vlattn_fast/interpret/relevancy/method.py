@@ -250,7 +250,7 @@ class Method:
             raise ValueError(f"{self._of_sinks} in which {call.part}; got attention '{call.path}'")
         queries = (call.query.shape[0], call.query.shape[2])
         real = tower.attended
-        real = real if real is not None and tuple(real.shape) == queries and call.token_places is None else None
+        real = real if real is not None and tuple(real.shape) == queries and call.token_positions is None else None
         found = judge(call, real, tower.layer + tower.pooled)
         self.findings.append((tower, source, found))
         removes = self.sinks == REMOVE and bool(found.sinks.any())
@@ -337,18 +337,18 @@ class Method:
     def carried(self, backward: BackwardPass) -> list[Tensor]:
         """The rows (B, 1, N) of `backward.towers` and of `backward.attended`."""
         for tower in (*backward.towers, *backward.attended):
-            tower.places.check()
+            tower.positions.check()
         if not backward.attended:
             rows = self.carry(
                 replace(backward, starts=[_flat(*pair) for pair in zip(backward.towers, backward.starts, strict=True)])
             )
-            flat = [tower for tower in backward.towers if tower.places.is_flat]
+            flat = [tower for tower in backward.towers if tower.positions.is_flat]
             backward.contribution.update(
-                {t: t.places.reported(backward.contribution[t]) for t in flat if t in backward.contribution}
+                {t: t.positions.reported(backward.contribution[t]) for t in flat if t in backward.contribution}
             )
-            return [t.places.reported(row) if t in flat else row for t, row in zip(backward.towers, rows, strict=True)]
+            return [t.positions.reported(row) if t in flat else row for t, row in zip(backward.towers, rows, strict=True)]
         for tower in (*backward.towers, *backward.attended):
-            if tower.places.is_flat:
+            if tower.positions.is_flat:
                 raise ValueError(
                     "model must keep the order and the number of its tokens if towers attend to one another; got tower "
                     f"'{tower.name}', whose layers change them. Call va.relevancy_step there"
@@ -386,11 +386,11 @@ def check_sinks(sinks: Any) -> str:
 
 def _flat(tower: TowerTrace, start: Tensor) -> Tensor:
     """The weights of the rows that are read, as methods take them: flat where a tower's tokens move."""
-    places = tower.places
-    if tower.pooled or not places.is_flat:
+    positions = tower.positions
+    if tower.pooled or not positions.is_flat:
         return start
-    flat = places.flattened(start)
-    return flat if places.reorders else flat[0].unflatten(1, places.shape).transpose(0, 1)
+    flat = positions.flattened(start)
+    return flat if positions.reorders else flat[0].unflatten(1, positions.shape).transpose(0, 1)
 
 
 class CarriedMethod(Method):

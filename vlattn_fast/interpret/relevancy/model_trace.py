@@ -30,7 +30,7 @@ from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace, begun, note_
 from vlattn_fast.interpret.relevancy.traced_call import Scored, TracedCall
 from vlattn_fast.interpret.relevancy.tracking.tensor_marks import TensorMarks
 from vlattn_fast.interpret.relevancy.tracking.token_moves import TokenMoves
-from vlattn_fast.interpret.relevancy.tracking.token_places import ids_of
+from vlattn_fast.interpret.relevancy.tracking.token_positions import ids_of
 
 
 class _NewCall(NamedTuple):
@@ -294,7 +294,7 @@ class Trace(SeesMixers, Subscriber):
         owner = self._tower_of(run, calls, call.query.shape[0], queries, ids)
         # A layer may share an earlier layer's keys, which came through fewer calls than its queries.
         shared = owner is not None and bool(read_mark((call.key,), self._key_mark) >> self.towers.index(owner) & 1)
-        held = owner is not None and owner.places.holds(key_ids, all_of=True)  # also where they are others than the queries'
+        held = owner is not None and owner.positions.holds(key_ids, all_of=True)  # also where they are others than the queries'
         same = call.is_mixing or held or shared or self._same_tokens(call, calls, key_calls)
         if not held and not call.is_mixing:
             call = self._joined.with_columns(call, [queries] if same else [tower.size for tower in self._reached(key_calls)])
@@ -369,7 +369,7 @@ class Trace(SeesMixers, Subscriber):
     ) -> None:
         """Appends to `calls`, with the source's last call that the keys came through; the tower's steps begin anew."""
         if not joint:
-            tower.gradients.leaves_call(output, call.chunk, tower.places.latest)
+            tower.gradients.leaves_call(output, call.chunk, tower.positions.latest)
         if self.finds_towers:
             earlier = range(key_calls.bit_length() - 1, -1, -1) if tower is not source else ()
             source_call = next((i for i in earlier if key_calls >> i & 1 and self._owners[i] is source), None)
@@ -395,7 +395,7 @@ class Trace(SeesMixers, Subscriber):
         """The tower that a call in `run` continues. `ids`: the numbers (B, N) of its queries' tokens, where they are known."""
         path = run.path or ""
         layers = layers_of(path)
-        for tower in sorted(self._reached(calls), key=lambda tower: not tower.places.holds(ids)):
+        for tower in sorted(self._reached(calls), key=lambda tower: not tower.positions.holds(ids)):
             if tower.goes_on(path, batch, size, ids):
                 return tower
         # A tower's first call, a further part of a sequence that is cut into chunks, or one whose past was hidden from the trace.

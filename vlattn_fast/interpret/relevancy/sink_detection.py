@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from vlattn_fast._ground.tensors import compute_dtype
 from vlattn_fast.interpret.relevancy.traced_call import Recursion, TracedCall
-from vlattn_fast.interpret.relevancy.tracking.token_places import Moved
+from vlattn_fast.interpret.relevancy.tracking.token_positions import Moved
 
 CHOICES = KEEP, REMOVE = "keep", "remove"
 REPORT = "report"  # of `find_sinks`, whose maps nobody reads
@@ -39,7 +39,7 @@ class Findings(NamedTuple):
     shares: Tensor  # (B, N), of the call's attention
     norms: Tensor  # (B, N), of the values, over their median
     sinks: Tensor  # bool (B, N)
-    token_places: Moved | None  # where the keys are, if the tower does not have them all, in order
+    token_positions: Moved | None  # where the keys are, if the tower does not have them all, in order
 
 
 @torch.no_grad()
@@ -54,7 +54,7 @@ def judge(call: TracedCall, real: Tensor | None, layer: int) -> Findings:
     attention, visible = received / attending.clamp(min=1), attending > 0
     relative = norms / _median(norms, visible).clamp(min=torch.finfo(norms.dtype).tiny)
     sinks = visible & (attention > 0) & (attention >= TIMES * _median(attention, visible)) & (relative <= NORM)
-    return Findings(layer, received / counted.sum(-1, keepdim=True).clamp(min=1), relative, sinks, call.token_places)
+    return Findings(layer, received / counted.sum(-1, keepdim=True).clamp(min=1), relative, sinks, call.token_positions)
 
 
 def _median(values: Tensor, chosen: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from vlattn_fast.interpret.relevancy.call_order import TOKENWISE, CallOrder, Lay
 from vlattn_fast.interpret.relevancy.traced_call import Recursion, Through, TracedCall
 from vlattn_fast.interpret.relevancy.tracking.token_moves import TokenMoves
 from vlattn_fast.interpret.relevancy.tracking.token_numbers import Numbers
-from vlattn_fast.interpret.relevancy.tracking.token_places import Places, flat_rows
+from vlattn_fast.interpret.relevancy.tracking.token_positions import TokenPositions, flat_rows
 
 _NUMBER = re.compile(r"\b\d+\b")
 
@@ -55,7 +55,7 @@ class Carriers:
             if not self._layers or call.layer != self._layers[-1]:
                 self.entering.append([] if self._before is None else [self._before])
                 self._layers.append(call.layer)
-        if call.token_places is not None:
+        if call.token_positions is not None:
             output, carrier = self._through_moved(call, recursion)
         else:
             output, carrier = call.through(self._of_tokens(call.query), recursion)
@@ -78,25 +78,27 @@ class Carriers:
         return output
 
     def _through_moved(self, call: TracedCall, recursion: Recursion) -> tuple[Tensor, Tensor]:
-        """The output, and the flat carrier behind a call that has the tokens in other places, or not all of them. The keys of a
-        further part of the sequence are as they were in front of the module."""
-        assert call.token_places is not None
+        """The output, and the flat carrier behind a call that has the tokens in other positions, or not all of them. The keys of
+        a further part of the sequence are as they were in front of the module."""
+        assert call.token_positions is not None
         parts = [self._of_tokens(call.query)] if self._before is None and not self.after else [self._before]
         before = torch.cat([part for part in parts if part is not None] or self.entering[0], 2)
         keys, now = (flat_rows(x.to(call.query.device)) for x in (before, self.after[-1] if self.after else before))
         self.after = []
         with torch.no_grad():
             a, b = call.weights(recursion)
-        carrier = call.token_places.pick(keys, call.token_places.keys).to(compute_dtype(call.query))
+        carrier = call.token_positions.pick(keys, call.token_positions.keys).to(compute_dtype(call.query))
         how = recursion._replace(residual_weight=0.0, attention_weight=b)
         output, part = Through.apply(call.computed(), carrier, call, how)
-        added = call.token_places.spread(part.to(self.dtype), call.token_places.queries)
-        return output, call.token_places.scaled(now, a) + added
+        added = call.token_positions.spread(part.to(self.dtype), call.token_positions.queries)
+        return output, call.token_positions.scaled(now, a) + added
 
     def into_probes(self, call: TracedCall, output: Tensor, recursion: Recursion) -> Tensor:
         """`output` of a pooling head's call. The carrier is that of its queries, which are learnt: there is no residual term."""
         before = self.after[-1].to(call.query.device, compute_dtype(call.query))
-        before = before if call.token_places is None else call.token_places.pick(flat_rows(before), call.token_places.keys)
+        before = (
+            before if call.token_positions is None else call.token_positions.pick(flat_rows(before), call.token_positions.keys)
+        )
         output, carrier = Through.apply(output, before, call, recursion._replace(residual_weight=0.0, attention_weight=1.0))
         self.after = [carrier]
         return output
@@ -184,7 +186,7 @@ class TowerTrace:
         # By module: how many of its keys are no tokens, and the share of attention that they take; None = not measured.
         self.others: dict[str, tuple[int, Tensor | None]] = {}
         self.probes: int | None = None  # queries of the pooling head; None before it ran
-        self.calls, self.places = CallOrder(), Places()
+        self.calls, self.positions = CallOrder(), TokenPositions()
         self.gradients = ScoreGradients(finds_position=entry is None or entry.rule.by_gradient)
         self.carriers = Carriers()  # of methods that carry relevancy through the layers
         self._has_dtensors = distributed.is_available() and distributed.is_initialized() and has_dtensors(model)
@@ -239,7 +241,7 @@ class TowerTrace:
 
     def goes_on(self, path: str, batch: int, size: int, ids: Tensor | None) -> bool:
         """Whether a call whose query came out of this tower, with the token numbers `ids`, is the tower's next one."""
-        if not self.fits(path, batch, size) and not self.places.holds(ids):
+        if not self.fits(path, batch, size) and not self.positions.holds(ids):
             return False
         layers, last = layers_of(path), self.calls.lists[-1]
         if layers in self.calls.lists:
@@ -265,14 +267,14 @@ class TowerTrace:
             self.numbers.enter(path, source)
         if self.calls.enter(path, number, chunk):
             self.size += query.shape[2]
-        token_places = None
+        token_positions = None
         if moves is not None:
             key, columns = (call.query, None) if source else (call.key, call.columns)
-            token_places = self.places.enter(moves, call.query, key, columns, path, chunk, self.size)
-        if call.parallel and (token_places is not None or self.calls.chunked):
+            token_positions = self.positions.enter(moves, call.query, key, columns, path, chunk, self.size)
+        if call.parallel and (token_positions is not None or self.calls.chunked):
             raise ValueError(f"model must keep its tokens in order if a layer has two parallel mixers; got others in '{path}'")
-        self.places.end = None
-        known: dict[str, Any] = {"number": number, "layer": self.layer, "chunk": chunk, "token_places": token_places}
+        self.positions.end = None
+        known: dict[str, Any] = {"number": number, "layer": self.layer, "chunk": chunk, "token_positions": token_positions}
         return dataclasses.replace(call, mesh=self._mesh(call), **known)
 
     def note_others(self, call: TracedCall, measures: bool) -> None:
@@ -285,8 +287,8 @@ class TowerTrace:
         if self.pooled:
             raise ValueError(f"model must call the pooling head of tower '{self.name}' once; got '{self.pooling_path}' again")
         self.probes = call.query.shape[2]
-        token_places = self.places.pool(moves, call.key, call.columns) if self.calls.paths else None
-        return dataclasses.replace(call, mesh=self._mesh(call), token_places=token_places)
+        token_positions = self.positions.pool(moves, call.key, call.columns) if self.calls.paths else None
+        return dataclasses.replace(call, mesh=self._mesh(call), token_positions=token_positions)
 
     def _mesh(self, call: TracedCall) -> Any:
         if not self._has_dtensors:
@@ -301,16 +303,16 @@ class TowerTrace:
 
     def goes_through(self, states: Tensor) -> None:
         """Note the tokens (B, N, C) as one of the steps behind the last call; a score may be read from any of them."""
-        self.places.goes_through(states)
+        self.positions.goes_through(states)
         noted = self.gradients.states
-        if noted and states.grad_fn is not None and (states.shape[:2] == self.shape or self.places.reorders):
-            noted[-1].append((edge_at(states), self.places.numbers(states)))
+        if noted and states.grad_fn is not None and (states.shape[:2] == self.shape or self.positions.reorders):
+            noted[-1].append((edge_at(states), self.positions.numbers(states)))
 
     # --- after the forward pass ---
 
     def finish(self) -> None:
         """Counts the tokens as they entered, where the first call has them otherwise, as in windows."""
-        shape = self.places.finish(self.entry is not None) if self.calls.paths and not self.pooled else None
+        shape = self.positions.finish(self.entry is not None) if self.calls.paths and not self.pooled else None
         if shape is not None:
             self.batch, self.size = shape
 
@@ -389,8 +391,8 @@ def begun(tower: TowerTrace, path: str, ids: Tensor | None, before: Iterable[Tow
     """`tower`, which begins at `path` with the tokens `ids`, behind others. It cannot be explained where layers of the same list
     had some of its tokens by themselves: its rows would leave these layers out."""
     for part in before:
-        if layers_of(path) in part.calls.lists and ids is not None and bool((part.places.locate(ids) >= 0).any()):
-            tower.places.refuse(
+        if layers_of(path) in part.calls.lists and ids is not None and bool((part.positions.locate(ids) >= 0).any()):
+            tower.positions.fail(
                 f"model must have all tokens of a sequence in its first attention layer; got '{part.calls.paths[0]}' over "
                 f"{part.size} tokens, and '{path}' over {ids.shape[1]}, which include some of these"
             )

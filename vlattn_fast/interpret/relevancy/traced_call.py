@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vlattn_fast.attach.events import attention
 from vlattn_fast.attach.tensor_parallel import local, mean_over, on_mesh
-from vlattn_fast.interpret.relevancy.tracking.token_places import Moved
+from vlattn_fast.interpret.relevancy.tracking.token_positions import Moved
 from vlattn_fast.ops._sinks import share_of_keys
 from vlattn_fast.ops.attention_map import attention_map
 from vlattn_fast.ops.core_scores import core_logits, core_lse, core_map, core_step
@@ -76,7 +76,7 @@ class TracedCall:
     parallel: bool = False  # it takes the same tokens as the last call, and the model adds the outputs of both
     chunk: bool = False  # it takes a further part of the sequence through the module of the last call
     output: Any = None  # (B, H, N, Dv), what the model went on with, of a call that is kept for the backward pass
-    token_places: Moved | None = None  # where its tokens are, if its tower does not have them all, in order
+    token_positions: Moved | None = None  # where its tokens are, if its tower does not have them all, in order
     dropout_p: float = 0.0  # of the probabilities; its relevancy is that without dropout
     columns: Tensor | None = None  # int64, the columns of the tokens, where others of the M keys are none; None = all are
     left_out: Tensor | None = None  # bool (B, M), True = a key whose column of Abar is zero, see `_without_left_out`

@@ -53,7 +53,7 @@ class Glimpse(CachedCalls):
 
     def carry(self, backward: BackwardPass) -> list[Tensor]:
         for tower in backward.towers:
-            if tower.places.is_flat:
+            if tower.positions.is_flat:
                 raise ValueError(
                     f"method must not weight layers if tokens move; got 'glimpse' and tower '{tower.name}', whose layers have "
                     "its tokens in another order or number. Pass another method="

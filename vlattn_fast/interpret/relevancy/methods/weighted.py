@@ -24,7 +24,7 @@ from vlattn_fast.interpret.relevancy.methods.gradient import GradientMethod, vec
 from vlattn_fast.interpret.relevancy.sink_detection import KEEP
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import Recursion, TracedCall
-from vlattn_fast.interpret.relevancy.tracking.token_places import flat_rows
+from vlattn_fast.interpret.relevancy.tracking.token_positions import flat_rows
 from vlattn_fast.interpret.relevancy.two_modalities import Equations
 from vlattn_fast.ops.relevancy_residual import relevancy_residual
 
@@ -137,18 +137,20 @@ class Weighted(GradientMethod):
                 return sums.partial
             if func is Tensor.add_ and added is args[0]:  # the model goes on with this tensor
                 return func(*args)
-            places = tower.places.locate_states(stream) if tower.places.reorders and sums.carries and not self.trains else None
+            positions = (
+                tower.positions.locate_states(stream) if tower.positions.reorders and sums.carries and not self.trains else None
+            )
             with torch._C.DisableTorchFunction():
                 if not self.trains:
                     stream, branch = stream.detach(), branch.detach()
-                weighed = self._weigh(tower, sums, stream, branch, added, places)
+                weighed = self._weigh(tower, sums, stream, branch, added, positions)
             return func(*(weighed if arg is added else arg for arg in args))
         return func(*args)
 
     def _weigh(
-        self, tower: TowerTrace, sums: _Sums, stream: Tensor, branch: Tensor, added: Tensor, places: Tensor | None
+        self, tower: TowerTrace, sums: _Sums, stream: Tensor, branch: Tensor, added: Tensor, positions: Tensor | None
     ) -> Tensor:
-        """`added` with the same values, for a residual sum y = stream + added that the model computes itself. `places` (B, N):
+        """`added` with the same values, for a residual sum y = stream + added that the model computes itself. `positions` (B, N):
         those of the stream's tokens, if they move.
 
         The gradient of y is that of `branch`, since the sum has slope one in it. So a second sum, on a graph of its own, takes
@@ -159,11 +161,11 @@ class Weighted(GradientMethod):
         sums.waits = False
         if sums.carries and not self.trains:
             after, before = carriers.leaving(), carriers.before
-            if places is not None:  # tokens outside of the sum keep their carrier
-                at = tower.places.call(None)
-                parts = [at.pick(flat_rows(carrier), places) for carrier in (before.to(after), after)]
+            if positions is not None:  # tokens outside of the sum keep their carrier
+                at = tower.positions.call(None)
+                parts = [at.pick(flat_rows(carrier), positions) for carrier in (before.to(after), after)]
                 total, carrier = relevancy_residual(stream, branch, *parts, weighting=self.weighting)
-                carriers.after = [at.scaled(after, 0.0, places) + at.spread(carrier, places)]
+                carriers.after = [at.scaled(after, 0.0, positions) + at.spread(carrier, positions)]
             elif after.shape[::2] != stream.shape[:2]:
                 sums.unsummed = sums.unsummed or tower.calls.path
                 return added

@@ -1,6 +1,6 @@
 """Which token each place of a tensor holds, while a model moves its tokens.
 
-A function of torch that moves places (an index, a flip, a view into windows) is run once more, over the numbers of its tensor.
+A function of torch that moves positions (an index, a flip, a view into windows) is run once more, over the numbers of its tensor.
 All else leaves a token in its place, or loses the numbers where the result has another shape.
 """
 
@@ -60,7 +60,7 @@ class TokenMoves:
         self._results: dict[Hashable, tuple[Any, Any]] = {}  # of moves that were made before, with what the keys are ids of
         self._same: dict[Hashable, Numbers] = {}
         self._next = 0
-        self._renamed: list[tuple[Tensor, Tensor]] = []  # new numbers, and those that their places had
+        self._renamed: list[tuple[Tensor, Tensor]] = []  # new numbers, and those that their positions had
         self._begins: list[tuple[int, tuple[int, ...]]] = []  # of each tensor of new tokens: its first number, and its sizes
 
     # --- numbers of tensors ---
@@ -95,7 +95,7 @@ class TokenMoves:
         self.give(tensor, numbers)
 
     def _before(self, ids: Tensor) -> Tensor:
-        """The numbers that places had when they got these, if they had others."""
+        """The numbers that positions had when they got these, if they had others."""
         for new, old in reversed(self._renamed):
             order = new.argsort()
             at = order[torch.searchsorted(new[order], ids.contiguous()).clamp(max=len(new) - 1)]
@@ -202,10 +202,10 @@ class TokenMoves:
             self._results[key] = make(), held
         return self._results[key][0]
 
-    # --- functions that leave tokens in their places ---
+    # --- functions that leave tokens in their positions ---
 
     def _kept(self, call: TorchCall, numbered: Sequence[tuple[Tensor, Numbers]]) -> Numbers | None:
-        """The numbers of the arguments, where the result has the places of their tokens."""
+        """The numbers of the arguments, where the result has the positions of their tokens."""
         shape = call.result.shape
         whole = [(x, n) for x, n in numbered if fits(x.shape, n.shape, shape)]
         if not whole:
@@ -346,7 +346,7 @@ class TokenMoves:
         return self._once(key, numbers, lambda: self._numbers(functional.pad(numbers.ids, kept, value=NONE), call, [numbers]))
 
     def _write(self, call: TorchCall) -> Numbers | None:
-        """A function that puts numbered values at some places of a tensor."""
+        """A function that puts numbered values at some positions of a tensor."""
         args = list(call.args)
         if call.name == "setitem":
             base, index, value = args
@@ -371,7 +371,7 @@ class TokenMoves:
         return self._numbers(narrowed(ids), call, [n for _, n in call.numbered])
 
     def _sum(self, call: TorchCall) -> Numbers | None:
-        """A function that adds numbered values to some places of a tensor."""
+        """A function that adds numbered values to some positions of a tensor."""
         base, dim, index, value = call.args[:4]
         if self.of(value) is None:
             return self.of(base)

@@ -1,7 +1,7 @@
-"""The numbers of tokens, and what functions that move places take to run over them.
+"""The numbers of tokens, and what functions that move positions take to run over them.
 
 Tokens are numbered where they first appear. The numbers of a tensor are an int64 tensor of as many dimensions, of size 1 where
-all places along a dimension are of one token, as along features. Numbers below zero are no token's.
+all positions along a dimension are of one token, as along features. Numbers below zero are no token's.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NONE, MERGED, ANY = -1, -2, -3  # of constants, as padding is; of places that hold several tokens at once; not known
+NONE, MERGED, ANY = -1, -2, -3  # of constants, as padding is; of positions that hold several tokens at once; not known
 
 
 # Functions by their names in torch, without the underscores of those that work in place.
-VIEWS = {*"view reshape flatten unflatten ravel view_as reshape_as squeeze unsqueeze".split()}  # places keep their order
+VIEWS = {*"view reshape flatten unflatten ravel view_as reshape_as squeeze unsqueeze".split()}  # positions keep their order
 MOVES = {
     *"transpose permute movedim moveaxis swapaxes swapdims t adjoint T mT H mH repeat".split(),
     *"repeat_interleave tile flip fliplr flipud roll rot90 getitem index_select gather take_along_dim narrow select".split(),
@@ -38,7 +38,7 @@ LOST = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, Assert
 
 @dataclass(eq=False)
 class Numbers:
-    """The numbers of a tensor's places; `why` says what merged tokens, where something did."""
+    """The numbers of a tensor's positions; `why` says what merged tokens, where something did."""
 
     shape: tuple[int, ...]
     begin: int = 0  # of the numbers of new tokens, that are made where they are first asked for
@@ -78,7 +78,7 @@ def name_of(func: Any) -> str:
 
 
 def fits(shape: Sequence[int], numbers: Sequence[int], result: Sequence[int]) -> bool:
-    """Whether a result has the places of the tokens of a tensor of this shape, each once."""
+    """Whether a result has the positions of the tokens of a tensor of this shape, each once."""
     ahead = len(result) - len(shape)
     if ahead < 0 or any(size > 1 for size in result[:ahead]):
         return False
@@ -95,7 +95,7 @@ def are_equal(one: Numbers, second: Numbers) -> bool:
 
 
 def narrowed(ids: Tensor) -> Tensor:
-    """`ids` of size 1 along each dimension whose places are of one token."""
+    """`ids` of size 1 along each dimension whose positions are of one token."""
     for dim, size in enumerate(ids.shape):
         if size > 1 and (ids.stride(dim) == 0 or bool((ids == ids.narrow(dim, 0, 1)).all())):
             ids = ids.narrow(dim, 0, 1)

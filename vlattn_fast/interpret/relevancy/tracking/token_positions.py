@@ -1,7 +1,8 @@
 """Where the tokens of a tower are, at each of its attention calls, at its end and where they entered.
 
-A tower counts its tokens in the order of its first call: these are its places. While every call has them in this order, a carrier
-is (B, 1, N). From the first call on that has them otherwise, it is flat, (1, 1, number of places), and a call takes its own part.
+A tower counts its tokens in the order of its first call: these are its positions. While every call has them in this order, a
+carrier is (B, 1, N). From the first call on that has them otherwise, it is flat, (1, 1, number of positions), and a call takes
+its own part.
 """
 
 from __future__ import annotations
@@ -20,79 +21,79 @@ from vlattn_fast.interpret.relevancy.tracking.token_numbers import MERGED, Numbe
 
 @dataclass(frozen=True, eq=False)
 class Moved:
-    """The places of a call's queries (B', N) and keys (B', M), -1 = a key that is no token of the tower."""
+    """The positions of a call's queries (B', N) and keys (B', M), -1 = a key that is no token of the tower."""
 
     queries: Tensor
     keys: Tensor
-    count: int  # of the tower's places so far
+    count: int  # of the tower's positions so far
 
-    def pick(self, flat: Tensor, places: Tensor) -> Tensor:
-        """(B', T, N) of flat rows (1, T, places); zeros for what is no token."""
-        return functional.pad(flat, (0, self.count + 1 - flat.shape[2]))[0][:, places.to(flat.device)].transpose(0, 1)
+    def pick(self, flat: Tensor, positions: Tensor) -> Tensor:
+        """(B', T, N) of flat rows (1, T, positions); zeros for what is no token."""
+        return functional.pad(flat, (0, self.count + 1 - flat.shape[2]))[0][:, positions.to(flat.device)].transpose(0, 1)
 
-    def spread(self, part: Tensor, places: Tensor) -> Tensor:
-        """The flat rows (1, T, places) of parts (B', T, N), summed where a place has several."""
-        index = places.where(places >= 0, self.count).flatten().to(part.device)
+    def spread(self, part: Tensor, positions: Tensor) -> Tensor:
+        """The flat rows (1, T, positions) of parts (B', T, N), summed where a place has several."""
+        index = positions.where(positions >= 0, self.count).flatten().to(part.device)
         rows = part.new_zeros(1, part.shape[1], self.count + 1)
         return rows.index_add(2, index, part.transpose(0, 1).reshape(1, part.shape[1], -1))[..., : self.count]
 
     def real(self, queries: Tensor | None, keys: Tensor | None, entered: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Which queries and keys are real, from masks (B, N) of the tokens as they entered, at the places `entered`."""
+        """Which queries and keys are real, from masks (B, N) of the tokens as they entered, at the positions `entered`."""
         made = []
-        for mask, places in ((queries, self.queries), (keys, self.keys)):
+        for mask, positions in ((queries, self.queries), (keys, self.keys)):
             flat = torch.zeros(1, 1, self.count) if mask is None else self.spread(mask[:, None].float().cpu(), entered)
-            made.append(None if mask is None else self.pick(flat, places)[:, 0] > 0)
+            made.append(None if mask is None else self.pick(flat, positions)[:, 0] > 0)
         return made[0], made[1]
 
-    def scaled(self, flat: Tensor, weight: Any, places: Tensor | None = None) -> Tensor:
-        """Flat rows times a weight, a number or (B', N), at the places of the queries."""
+    def scaled(self, flat: Tensor, weight: Any, positions: Tensor | None = None) -> Tensor:
+        """Flat rows times a weight, a number or (B', N), at the positions of the queries."""
         flat = functional.pad(flat, (0, self.count - flat.shape[2]))
-        places = (self.queries if places is None else places).flatten().to(flat.device)
+        positions = (self.queries if positions is None else positions).flatten().to(flat.device)
         factor = torch.ones_like(flat[0, 0])
-        value = weight.to(factor).flatten() if isinstance(weight, Tensor) else factor.new_full(places.shape, weight)
-        return flat * factor.index_copy(0, places, value)
+        value = weight.to(factor).flatten() if isinstance(weight, Tensor) else factor.new_full(positions.shape, weight)
+        return flat * factor.index_copy(0, positions, value)
 
 
 class _Numbered:
-    """The places of tokens by their numbers."""
+    """The positions of tokens by their numbers."""
 
     def __init__(self) -> None:
-        self.ids, self.places = torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long)  # sorted by the numbers
+        self.ids, self.positions = torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long)  # sorted by the numbers
 
-    def learn(self, ids: Tensor, places: Tensor) -> None:
-        ids, places = torch.cat([self.ids, ids.flatten()]), torch.cat([self.places, places.flatten()])
+    def learn(self, ids: Tensor, positions: Tensor) -> None:
+        ids, positions = torch.cat([self.ids, ids.flatten()]), torch.cat([self.positions, positions.flatten()])
         order = ids.argsort(stable=True)
-        self.ids, self.places = ids[order], places[order]
+        self.ids, self.positions = ids[order], positions[order]
 
     def locate(self, ids: Tensor) -> Tensor:
         """The place of each token; -1 for what has none."""
         if not len(self.ids):
             return torch.full_like(ids, -1)
         at = torch.searchsorted(self.ids, ids.contiguous()).clamp(max=len(self.ids) - 1)
-        return self.places[at].where(self.ids[at] == ids, -1)
+        return self.positions[at].where(self.ids[at] == ids, -1)
 
 
-class Places:
-    """The places of one tower."""
+class TokenPositions:
+    """The positions of one tower."""
 
     def __init__(self) -> None:
         self.moves: TokenMoves | None = None
         self.shape = (0, 0)  # of the first call, with its further parts: B, N
         self.count = 0
-        self._size = 0  # of the first call's places
+        self._size = 0  # of the first call's positions
         self.error = ""  # why the tokens cannot be followed
         self.reorders = False  # some call has the tokens otherwise
         self.end: Numbers | None = None  # of the tokens behind the last call
-        self.last: Tensor | None = None  # the places of the last call's queries; None = all, in order
+        self.last: Tensor | None = None  # the positions of the last call's queries; None = all, in order
         self.latest: Numbers | None = None  # of the queries of the last call
         self._layout: Numbers | None = None  # of the queries of the first call
         self._numbered = _Numbered()
         self._in_order: dict[int, Numbers] = {}  # that were seen to be of all tokens, in the order of the first call
-        self._report: Tensor | None = None  # the places (B, N) of the tokens in the order in which they entered
+        self._report: Tensor | None = None  # the positions (B, N) of the tokens in the order in which they entered
 
     @property
     def _in_rows(self) -> Tensor:
-        """The places (B, N) in the order of the first call."""
+        """The positions (B, N) in the order of the first call."""
         return torch.arange(self.shape[0] * self.shape[1]).view(self.shape)
 
     # --- numbers ---
@@ -108,8 +109,8 @@ class Places:
         """Whether tokens are the tower's, but for new ones; `all_of`: without those."""
         if ids is None:
             return False
-        places = self.locate(ids)
-        return bool((places >= 0).any()) and bool(((places >= 0) | (ids < 0 if not all_of else False)).all())
+        positions = self.locate(ids)
+        return bool((positions >= 0).any()) and bool(((positions >= 0) | (ids < 0 if not all_of else False)).all())
 
     # --- calls ---
 
@@ -126,7 +127,7 @@ class Places:
             return None
         for each in (numbers, moves.of(key)):
             if each is not None and each.why and bool((each.ids == MERGED).any()):
-                self.refuse(
+                self.fail(
                     f"model must not merge tokens; got attention '{path}' over tokens that {each.why} merges, and no published "
                     "rule divides the relevancy among them"
                 )
@@ -140,9 +141,9 @@ class Places:
             located = self.locate(key_ids)
             keys = located if bool((located >= 0).any()) else queries
         if keys.shape[1] != (key.shape[2] if columns is None else len(columns)):
-            self.refuse(f"model must move its tokens only with supported functions; got lost keys in attention '{path}'")
+            self.fail(f"model must move its tokens only with supported functions; got lost keys in attention '{path}'")
         if queries.unique().numel() < queries.numel():
-            self.refuse(
+            self.fail(
                 f"model must attend from each token once in a call; got a token at several positions in attention '{path}', such "
                 "as from a repetition of tokens"
             )
@@ -166,9 +167,9 @@ class Places:
         numbers = self.latest = moves.of(query)
         assert numbers is not None
         taken = torch.arange(batch)[:, None] * size + torch.arange(size - count, size)
-        if chunk:  # the places of the parts before go with the whole size
-            old = self._numbered.places
-            self._numbered.places = old // self.shape[1] * size + old % self.shape[1]
+        if chunk:  # the positions of the parts before go with the whole size
+            old = self._numbered.positions
+            self._numbered.positions = old // self.shape[1] * size + old % self.shape[1]
         self._numbered.learn(numbers.over((batch, 1, count, 1)), taken)
         self.shape, self.count, self._layout = (batch, size), batch * size, numbers
         self._size = self.count
@@ -182,7 +183,7 @@ class Places:
         return Moved(taken, keys, self.count)
 
     def pool(self, moves: TokenMoves, key: Tensor, columns: Tensor | None) -> Moved | None:
-        """The places of the keys of a pooling head; None where they are all of the tower's tokens, in order."""
+        """The positions of the keys of a pooling head; None where they are all of the tower's tokens, in order."""
         ids = _of_columns(ids_of(moves.of(key), key), columns)
         whole = self._in_rows
         keys = whole if ids is None or not self.holds(ids) else self.locate(ids)
@@ -192,22 +193,22 @@ class Places:
         return Moved(keys, keys, self.count)
 
     def _queries(self, moves: TokenMoves, query: Tensor, ids: Tensor | None, path: str) -> Tensor:
-        """The places (B', N) of the queries of a later call; new tokens get new places."""
+        """The positions (B', N) of the queries of a later call; new tokens get new positions."""
         batch, count = query.shape[0], query.shape[2]
-        places = None if ids is None else self.locate(ids)
-        if ids is None or places is None or not bool((places >= 0).any()):  # not known: as the first call has them
+        positions = None if ids is None else self.locate(ids)
+        if ids is None or positions is None or not bool((positions >= 0).any()):  # not known: as the first call has them
             if (batch, count) != self.shape:
-                self.refuse(f"model must move its tokens only with supported functions; got lost tokens in attention '{path}'")
+                self.fail(f"model must move its tokens only with supported functions; got lost tokens in attention '{path}'")
                 return torch.arange(batch * count).view(batch, count) % self.count
-            places = self._in_rows
+            positions = self._in_rows
             if self.latest is not None and self.latest.shape == (batch, 1, count, 1):
                 moves.rename(query, self.latest, ids)  # as the last call had them
                 return self.locate(self.latest.ids)[:, 0, :, 0]
             numbers = moves.new((batch, 1, count, 1))
             moves.rename(query, numbers, ids)
-            self._numbered.learn(numbers.ids, places)
-            return places
-        added = places < 0
+            self._numbered.learn(numbers.ids, positions)
+            return positions
+        added = positions < 0
         if bool(added.any()):
             numbers = moves.new((int(added.sum()),))
             moves.rename(query, numbers, ids[added])
@@ -215,29 +216,29 @@ class Places:
             new = torch.arange(self.count, self.count + len(made))
             self._numbered.learn(made, new)
             self.count += len(made)
-            places = places.masked_scatter(added, new)
+            positions = positions.masked_scatter(added, new)
             ids = ids.masked_scatter(added, made)
             moves.give(query, Numbers((batch, 1, count, 1), _ids=ids.view(batch, 1, count, 1)))
-        return places
+        return positions
 
     def check(self) -> None:
         """ValueError for tokens that cannot be followed."""
         if self.error:
             raise ValueError(self.error)
 
-    def refuse(self, why: str) -> None:
+    def fail(self, why: str) -> None:
         """Notes why the tower cannot be explained; another one may be."""
         self.error = self.error or f"{why}. {_WAYS}"
 
     def locate_states(self, states: Tensor) -> Tensor:
-        """The places (B', N) of states (B', N, C); ValueError where they are lost."""
+        """The positions (B', N) of states (B', N, C); ValueError where they are lost."""
         numbers = None if self.moves is None else self.moves.of(states)
-        places = None if numbers is None else self.locate(numbers.ids.expand(*states.shape[:-1], -1)[..., 0])
-        if places is None or bool((places < 0).any()):
+        positions = None if numbers is None else self.locate(numbers.ids.expand(*states.shape[:-1], -1)[..., 0])
+        if positions is None or bool((positions < 0).any()):
             raise ValueError(
                 f"model must move its tokens only with supported functions; got lost tokens in a residual sum. {_WAYS}"
             )
-        return places
+        return positions
 
     # --- afterwards ---
 
@@ -252,28 +253,28 @@ class Places:
     def finish(self, listed: bool) -> tuple[int, int] | None:
         """Finds the order in which the tokens entered, where it is not that of the first call, as in windows; returns its sizes B
         and N. An adapter knows its tokens in the order of the first call, unless they leave as they entered."""
-        in_first = self._numbered.places < self._size
-        ids, places = self._numbered.ids[in_first], self._numbered.places[in_first]
+        in_first = self._numbered.positions < self._size
+        ids, positions = self._numbered.ids[in_first], self._numbered.positions[in_first]
         if self.moves is None or not len(ids) or self._size == 0:
             return None
         begin, shape = self.moves.beginning(int(ids[0]))
         sizes = [size for size in shape if size > 1]
         first = (ids >= begin) & (ids < begin + math.prod(shape))
-        ids, places = ids[first], places[first]  # sorted
-        if len(places.unique()) < self._size or len(places) > self._size:
+        ids, positions = ids[first], positions[first]  # sorted
+        if len(positions.unique()) < self._size or len(positions) > self._size:
             return None
         batch = shape[0] if len(shape) > 2 else self.shape[0]
-        if len(places) % batch:
+        if len(positions) % batch:
             return None
         if not torch.equal(
             (ids - begin) // (math.prod(sizes) // batch), torch.arange(batch).repeat_interleave(len(ids) // batch)
         ):
             return None
-        grid = places.view(batch, -1)
-        whole = torch.arange(len(places))
-        if torch.equal(grid.T.flatten(), whole) or (grid.shape == self.shape and torch.equal(places, whole)):
+        grid = positions.view(batch, -1)
+        whole = torch.arange(len(positions))
+        if torch.equal(grid.T.flatten(), whole) or (grid.shape == self.shape and torch.equal(positions, whole)):
             return None
-        if listed and not (self.end is not None and torch.equal(self.locate(self.end.ids).flatten(), places)):
+        if listed and not (self.end is not None and torch.equal(self.locate(self.end.ids).flatten(), positions)):
             return None
         self._report = grid
         return grid.shape[0], grid.shape[1]
@@ -283,22 +284,22 @@ class Places:
         return self.reorders or self._report is not None
 
     def call(self, at: Moved | None) -> Moved:
-        """The places of a call, also of one that has them in order."""
+        """The positions of a call, also of one that has them in order."""
         if at is not None:
             return Moved(at.queries, at.keys, self.count)
         return Moved(self._in_rows, self._in_rows, self.count)
 
     @property
     def entered(self) -> Tensor:
-        """The places (B, N) of the tokens as they entered."""
+        """The positions (B, N) of the tokens as they entered."""
         return self._in_rows if self._report is None else self._report
 
     def flattened(self, row: Tensor) -> Tensor:
-        """The flat row (1, 1, places) of a row (B, 1, N) over the tokens as they entered."""
+        """The flat row (1, 1, positions) of a row (B, 1, N) over the tokens as they entered."""
         return Moved(self.entered, self.entered, self.count).spread(row, self.entered)
 
     def reported(self, row: Tensor) -> Tensor:
-        """The rows (B, T, N) over the tokens as they entered, of flat rows (1, T, places), or of (B, T, N) in the order of the
+        """The rows (B, T, N) over the tokens as they entered, of flat rows (1, T, positions), or of (B, T, N) in the order of the
         first call."""
         return flat_rows(row)[0][:, self.entered.to(row.device)].transpose(0, 1)
 
@@ -320,12 +321,12 @@ class Places:
         entered = self.entered
         if self.end is None:
             return None
-        places = self.locate(self.end.ids)
-        if bool((places < 0).all()):
+        positions = self.locate(self.end.ids)
+        if bool((positions < 0).all()):
             return None
         order = torch.full((self.count + 1,), -1)
         order[entered.flatten()] = torch.arange(entered.numel())
-        rows = order[places]
+        rows = order[positions]
         rows = rows.reshape(rows.shape[0], -1) if rows.ndim > 2 else rows.reshape(entered.shape[0], -1)
         if rows.shape[0] != entered.shape[0] and rows.shape[1] == entered.shape[0]:
             rows = rows.T
@@ -340,7 +341,7 @@ _WAYS = (
 
 
 def flat_rows(rows: Tensor) -> Tensor:
-    """(1, T, places) of rows (B, T, N) in the order of the first call; flat rows stay."""
+    """(1, T, positions) of rows (B, T, N) in the order of the first call; flat rows stay."""
     return rows.transpose(0, 1).reshape(1, rows.shape[1], -1)
 
 
