@@ -173,10 +173,10 @@ def test_bad_baselines(baseline: Any, error: type[Exception], message: str) -> N
 
 
 def test_pictures_that_are_cut_into_patches() -> None:
-    from vlattn_fast.interpret.explaining.baseline import picture
+    from vlattn_fast.interpret.explaining.baseline import baseline_image
 
     patches = torch.tensor([[1.0, -2.0], [3.0, 0.5]])
-    assert picture("white", patches, None).eq(3.0).all() and picture("black", patches, PROCESSOR).eq(-2.0).all()
-    assert picture("mean", patches, None).eq(torch.tensor([2.0, -0.75])).all()
+    assert baseline_image("white", patches, None).eq(3.0).all() and baseline_image("black", patches, PROCESSOR).eq(-2.0).all()
+    assert baseline_image("mean", patches, None).eq(torch.tensor([2.0, -0.75])).all()
     with pytest.raises(ValueError, match="baseline must be 'black', 'white', 'mean' or a tensor for images"):
-        picture("blur", patches, None)
+        baseline_image("blur", patches, None)

@@ -1,4 +1,4 @@
-"""Which tokens of a vision tower a connector makes each image token of, and where they lie in the picture.
+"""Which tokens of a vision tower a connector makes each image token of, and where they lie in the image.
 
 A connector is a function of the config, the inputs, the shape (images, N) of the vision tower and the number of image tokens of
 all prompts. It raises where the tokens do not add up to what it says.
@@ -22,8 +22,8 @@ class Merged:
     """The tokens of a vision tower, counted through all its images."""
 
     tokens: Tensor  # int64 (images * N,), the image token, counted through all prompts, that each is part of; -1 = none
-    maps: tuple[Tensor, ...]  # index tensors (h, w), which of them lies where in each picture
-    owners: Tensor  # int64 (images * N,), the map of the picture that each belongs to
+    maps: tuple[Tensor, ...]  # index tensors (h, w), which of them lies where in each image
+    owners: Tensor  # int64 (images * N,), the map of the image that each belongs to
 
 
 Connector = Callable[[Any, Mapping[str, Any], Shape, int], Merged]
@@ -37,23 +37,23 @@ def _check(fits: bool, name: str, shape: Shape, count: int) -> None:
 
 
 def joined(merged: Merged, layouts: Sequence[Layout]) -> tuple[Tensor, ...] | None:
-    """The patches (h, w) of each map of the image tokens, where every picture fills a part of one; None where one does not."""
+    """The patches (h, w) of each map of the image tokens, where every image fills a part of one; None where one does not."""
     maps = [(start, index) for layout, start in _with_starts(layouts) for index in layout.maps]
     places = torch.full((sum(layout.size for layout in layouts), 3), -1)  # of each image token: its map, row and column
     for number, (start, index) in enumerate(maps):
         rows, columns = torch.meshgrid(*map(torch.arange, index.shape), indexing="ij")
         places[start + index] = torch.stack([torch.full_like(rows, number), rows, columns], -1)
     whole: list[Tensor | None] = [None] * len(maps)
-    for picture in merged.maps:
-        tokens = merged.tokens[picture]
+    for image in merged.maps:
+        tokens = merged.tokens[image]
         (number, top, left), (last, bottom, _) = places[tokens[0, 0]].tolist(), places[tokens[-1, -1]].tolist()
         if int(tokens.min()) < 0 or number < 0 or last != number:
             return None
-        side = picture.shape[0] // (bottom - top + 1)
+        side = image.shape[0] // (bottom - top + 1)
         if (canvas := whole[number]) is None:
             height, width = maps[number][1].shape
             canvas = whole[number] = torch.full((height * side, width * side), -1)
-        canvas[top * side : top * side + picture.shape[0], left * side : left * side + picture.shape[1]] = picture
+        canvas[top * side : top * side + image.shape[0], left * side : left * side + image.shape[1]] = image
     full = [canvas for canvas in whole if canvas is not None and int(canvas.min()) >= 0]
     return tuple(full) if len(full) == len(whole) else None
 
@@ -144,8 +144,8 @@ def tiles(config: Any, inputs: Mapping[str, Any], shape: Shape, count: int) -> M
     area, (images, size) = side * side, shape
     before = size - area  # CLS
     parts = list(zip(anyres(config, inputs), anyres_tiles(config, inputs), strict=True))
-    tokens, pictures = sum(layout.size for layout, _ in parts), sum(1 + tiles for _, (tiles, _) in parts)
-    _check(before >= 0 and pictures == images and tokens == count, "image_sizes", shape, count)
+    tokens, expected = sum(layout.size for layout, _ in parts), sum(1 + tiles for _, (tiles, _) in parts)
+    _check(before >= 0 and expected == images and tokens == count, "image_sizes", shape, count)
     numbers, maps, owners = torch.full((images * size,), -1), list[Tensor](), list[Tensor]()
     tile = token = 0
     for layout, (tiles_of_image, index) in parts:

@@ -63,16 +63,16 @@ def _by_pixels(config: Any, inputs: Mapping[str, Any]) -> list[Layout] | None:
     shapes = merged_shapes(config, inputs, 1)
     for before in (0, 1):  # some vision towers put their CLS token in front
         if count == sum(before + math.prod(shape) for shape in shapes):
-            return _pictures(config, inputs, shapes, before)
+            return _images(config, inputs, shapes, before)
     for side in _sides(config):
         merged = [(height // side, width // side) for height, width in shapes]
         if count == sum(math.prod(shape) for shape in merged):
-            return _pictures(config, inputs, merged)
+            return _images(config, inputs, merged)
     return None
 
 
-def _pictures(config: Any, inputs: Mapping[str, Any], shapes: Sequence[Shape], before: int = 0) -> list[Layout]:
-    """Pictures of these shapes, some of which may be crops of one photo where all have one shape."""
+def _images(config: Any, inputs: Mapping[str, Any], shapes: Sequence[Shape], before: int = 0) -> list[Layout]:
+    """Images of these shapes, some of which may be crops of one photo where all have one shape."""
     alike = len(set(shapes)) == 1 and inputs.get("image_sizes") is None
     return with_thumbnails(config, inputs, shapes[0], before) if alike else [whole(shape, before) for shape in shapes]
 

@@ -1,4 +1,4 @@
-"""Grids: how the image tokens of a prompt lie in the pictures that they stand for.
+"""Grids: how the image tokens of a prompt lie in the images that they stand for.
 
 A grid is a function of the config of a model and of its inputs. It gives one `Layout` per image, in the order of the prompts.
 Where the image tokens do not add up to what it says, `Tokens.maps` raises. `derived_grids` has that of models that nobody lists.
@@ -53,11 +53,11 @@ def patch_shape(config: Any, size: Sequence[int]) -> Shape:
     return int(size[0]) // height, int(size[1]) // width
 
 
-def only_picture(inputs: Mapping[str, Any]) -> Tensor | None:
-    """The pictures (B, C, H, W) of a model that takes nothing beside them; None where it takes ids, too, or several."""
+def only_image(inputs: Mapping[str, Any]) -> Tensor | None:
+    """The images (B, C, H, W) of a model that takes nothing beside them; None where it takes ids, too, or several."""
     tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
-    pictures = [value for value in tensors if value.ndim == 4 and value.is_floating_point()]
-    return pictures[0] if len(pictures) == 1 and not any(map(is_ids, tensors)) else None
+    images = [value for value in tensors if value.ndim == 4 and value.is_floating_point()]
+    return images[0] if len(images) == 1 and not any(map(is_ids, tensors)) else None
 
 
 def is_ids(value: Any) -> bool:
@@ -66,7 +66,7 @@ def is_ids(value: Any) -> bool:
 
 
 def square_patches(count: int, size: Sequence[int], prefix: int | None) -> tuple[int, Shape] | None:
-    """The tokens in front of the patches and the grid (h, w) of these, where `count` tokens are of a picture of `size` (height,
+    """The tokens in front of the patches and the grid (h, w) of these, where `count` tokens are of an image of `size` (height,
     width) pixels in squares that leave nothing over. Without a `prefix` the fewest tokens that fit, at most 8 (CLS, registers);
     None where nothing fits."""
     height, width = int(size[0]), int(size[1])
@@ -107,7 +107,7 @@ def patches(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
 
 
 def cameras(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
-    """One token a patch, in pictures (B, cameras, C, height, width) of which `pixel_attention_mask` says which exist (PI0)."""
+    """One token a patch, in images (B, cameras, C, height, width) of which `pixel_attention_mask` says which exist (PI0)."""
     pixels, mask = inputs["pixel_values"], inputs.get("pixel_attention_mask")
     count = pixels.shape[0] * pixels.shape[1] if mask is None else int(mask.sum())
     return [whole(patch_shape(config.vision_config, pixels.shape[-2:]))] * count
@@ -154,8 +154,8 @@ def shuffled(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
 def with_thumbnails(
     config: Any, inputs: Mapping[str, Any], shape: Shape, before: int = 0, first: bool | None = None, apart: bool = False
 ) -> list[Layout]:
-    """Pictures of `shape` tokens, each behind `before` others. Crops of a photo are joined to one map where a thumbnail shows how
-    they lie: in front of them (`first`) or behind. `apart`: pictures with other tokens between them are other photos."""
+    """Images of `shape` tokens, each behind `before` others. Crops of a photo are joined to one map where a thumbnail shows how
+    they lie: in front of them (`first`) or behind. `apart`: images with other tokens between them are other photos."""
     pixels, size = inputs["pixel_values"], before + math.prod(shape)
     layouts: list[Layout] = []
     for _, runs in _runs(config, inputs):
@@ -163,8 +163,8 @@ def with_thumbnails(
         if not apart and all(count == 1 for count in counts):
             counts = [len(counts)]
         for count in counts:
-            pictures, pixels = pixels[:count], pixels[count:]
-            photos = photos_in(pictures, first, one=apart)
+            images, pixels = pixels[:count], pixels[count:]
+            photos = photos_in(images, first, one=apart)
             layouts += [_cropped(one.grid, shape, before, one.first) if one.grid else whole(shape, before) for one in photos]
     return layouts + [whole(shape, before)] * len(pixels)  # what is left has no tokens, as `Tokens.maps` finds out
 
@@ -287,14 +287,14 @@ def tiled_states(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
     count = math.prod(shape) + 1
     tiles = inputs["pixel_values"].shape[2]
     layouts = []
-    pictures = inputs["pixel_values"].flatten(0, 1)
-    for picture, number in zip(pictures, inputs["aspect_ratio_ids"].flatten().tolist(), strict=True):
+    images = inputs["pixel_values"].flatten(0, 1)
+    for image, number in zip(images, inputs["aspect_ratio_ids"].flatten().tolist(), strict=True):
         maps, boxes = tuple[Tensor, ...](), tuple[Box | None, ...]()
         if number > 0:  # 0 pads
             rows, columns = vision.supported_aspect_ratios[number - 1]
             places = _tiled((rows, columns), shape)
             maps = (places + places // math.prod(shape) + 1,)  # behind the CLS token of its tile and of those before
-            boxes = (_canvas(picture[: rows * columns], [columns] * rows),)
+            boxes = (_canvas(image[: rows * columns], [columns] * rows),)
         layouts.append(Layout(tiles * count, maps, boxes))
     return layouts
 

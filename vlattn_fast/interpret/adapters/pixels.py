@@ -1,4 +1,4 @@
-"""Facts that only pixels tell: which pictures are of one photo, how its crops lie in it, and which part of them is padding."""
+"""Facts that only pixels tell: which images are of one photo, how its crops lie in it, and which part of them is padding."""
 
 from __future__ import annotations
 
@@ -16,46 +16,46 @@ WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 
 _CELLS = 32  # a side of a crop has so many cells at most when it is compared with the thumbnail
 _SMALL = 480  # pixels a side are enough for that
-_MOST = 41  # pictures of one photo
+_MOST = 41  # images of one photo
 _ALIKE = 0.25  # of the thumbnail's variance: what scaling changes is less, another place of the crops gives more
-_KEPT = 0.03  # of the variance is kept when a picture is scaled down, or its pattern is too fine
+_KEPT = 0.03  # of the variance is kept when an image is scaled down, or its pattern is too fine
 _CLEARLY = 3.0  # times the error: so much more has the second-best grid
 
 
 @dataclass(frozen=True)
 class Photo:
-    """Consecutive pictures of a prompt that show one photo."""
+    """Consecutive images of a prompt that show one photo."""
 
-    count: int  # of pictures
-    grid: Shape | None = None  # rows and columns of crops beside a thumbnail; None = one picture without crops
+    count: int  # of images
+    grid: Shape | None = None  # rows and columns of crops beside a thumbnail; None = one image without crops
     first: bool = False  # the thumbnail is in front of the crops
 
 
-def photos_in(pictures: Tensor, first: bool | None, one: bool) -> list[Photo]:
-    """The photos that pictures (n, C, H, W) of a prompt show; with `one` all show the same, or nothing tells.
+def photos_in(images: Tensor, first: bool | None, one: bool) -> list[Photo]:
+    """The photos that images (n, C, H, W) of a prompt show; with `one` all show the same, or nothing tells.
 
     Crops of one photo, row by row, have a thumbnail behind or in front of them (`first`; None = either): at one grid alone they
-    are the thumbnail when they are scaled down. A picture that is no part of such a group is a photo by itself.
+    are the thumbnail when they are scaled down. An image that is no part of such a group is a photo by itself.
     """
     photos, at = list[Photo](), 0
-    height, width = (min(_SMALL, side) for side in pictures.shape[-2:])
-    small = nn.functional.adaptive_avg_pool2d(pictures.detach().float(), (height, width))
+    height, width = (min(_SMALL, side) for side in images.shape[-2:])
+    small = nn.functional.adaptive_avg_pool2d(images.detach().float(), (height, width))
     while at < len(small):
         photos.append(_photo(small[at:], (False, True) if first is None else (first,), len(small) if one else 3))
         at += photos[-1].count
     return photos
 
 
-def _photo(pictures: Tensor, sides: Sequence[bool], fewest: int) -> Photo:
-    """The photo of the first pictures, as many of them as show one, but `fewest` or more; else the first picture alone."""
-    means = pictures.mean((-2, -1))
-    for count in range(min(len(pictures), _MOST), max(fewest, 3) - 1, -1):
+def _photo(images: Tensor, sides: Sequence[bool], fewest: int) -> Photo:
+    """The photo of the first images, as many of them as show one, but `fewest` or more; else the first image alone."""
+    means = images.mean((-2, -1))
+    for count in range(min(len(images), _MOST), max(fewest, 3) - 1, -1):
         errors = dict[Photo, float]()
         for first in sides:
             thumbnail, crops = (0, slice(1, count)) if first else (count - 1, slice(0, count - 1))
-            spread = float(pictures[thumbnail].std())
+            spread = float(images[thumbnail].std())
             if float((means[thumbnail] - means[crops].mean(0)).abs().max()) <= spread:  # else another colour
-                grid_errors = _errors(pictures[crops], pictures[thumbnail])
+                grid_errors = _errors(images[crops], images[thumbnail])
                 if grid_errors is None:
                     return Photo(1)
                 errors |= {Photo(count, grid, first): error for grid, error in grid_errors.items()}
@@ -86,17 +86,17 @@ def _errors(crops: Tensor, thumbnail: Tensor) -> dict[Shape, float] | None:
     return errors
 
 
-def _variance(picture: Tensor) -> float:
-    return float((picture - picture.mean((-2, -1), keepdim=True)).square().mean())
+def _variance(image: Tensor) -> float:
+    return float((image - image.mean((-2, -1), keepdim=True)).square().mean())
 
 
-def numbered(pictures: Sequence[Tensor]) -> list[int]:
-    """The number of the photo of each picture: pictures with the same pixels are of one."""
+def numbered(images: Sequence[Tensor]) -> list[int]:
+    """The number of the photo of each image: images with the same pixels are of one."""
     firsts, numbers = list[Tensor](), list[int]()
-    for picture in pictures:
-        number = next((i for i, first in enumerate(firsts) if torch.equal(first, picture)), len(firsts))
+    for image in images:
+        number = next((i for i, first in enumerate(firsts) if torch.equal(first, image)), len(firsts))
         if number == len(firsts):
-            firsts.append(picture)
+            firsts.append(image)
         numbers.append(number)
     return numbers
 

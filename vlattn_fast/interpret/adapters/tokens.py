@@ -1,4 +1,4 @@
-"""Kinds of tokens: which tokens of a tower are real, which are words, and where they lie in a picture.
+"""Kinds of tokens: which tokens of a tower are real, which are words, and where they lie in an image.
 
 A kind is one subclass of `Tokens` with a name, which a `Tower` has as `tokens`. Its objects are the tokens of a tower in a batch.
 """
@@ -19,7 +19,7 @@ from vlattn_fast.interpret.adapters.image_grids import (
     Maps,
     cut,
     image_tokens,
-    only_picture,
+    only_image,
     patch_shape,
     photos_of,
     square_patches,
@@ -124,9 +124,9 @@ class Tokens(Named):
         """The number of the photo of each of `count` maps, and the map's x1, y1, x2, y2 relative to it, where inputs tell."""
         if self.layouts is not None:
             return photos_of(self.layouts)
-        seen = [self.inputs.get(name) for name in ("pixel_values", "image")] + [only_picture(self.inputs)]
-        pictures = next((x for x in seen if isinstance(x, Tensor) and len(x) == count), None)
-        return list(range(count)) if pictures is None else numbered([*pictures]), [None] * count
+        seen = [self.inputs.get(name) for name in ("pixel_values", "image")] + [only_image(self.inputs)]
+        images = next((x for x in seen if isinstance(x, Tensor) and len(x) == count), None)
+        return list(range(count)) if images is None else numbered([*images]), [None] * count
 
     def fields(self, row: Tensor) -> dict[str, Any]:
         """Further fields of an `Explanation` from the tower's row (B, N), or rows (B, K, N)."""
@@ -185,7 +185,7 @@ class Text(Tokens, name="text"):
     def not_special(self, ids: Tensor, real: Tensor) -> Tensor:
         """bool (B, T), True = no special token."""
         special = _ids(self.config, _OF_TEXT) if self.special is None else self.special
-        return ~torch.isin(ids, torch.tensor(sorted(special | _ids(self.config, _OF_PICTURES)), device=ids.device))
+        return ~torch.isin(ids, torch.tensor(sorted(special | _ids(self.config, _OF_IMAGES)), device=ids.device))
 
     def image_mask(self) -> Tensor:
         return torch.zeros(self.shape, dtype=torch.bool)
@@ -255,7 +255,7 @@ class Patches(_WithoutPadding, name="patches"):
     @property
     def pixels(self) -> Tensor | None:
         """The images (B, C, H, W), by the name that transformers or CLIP's authors give them, or the only input."""
-        return self.inputs.get("pixel_values", self.inputs.get("image", only_picture(self.inputs)))
+        return self.inputs.get("pixel_values", self.inputs.get("image", only_image(self.inputs)))
 
     def maps(self, relevancy: Tensor) -> Maps | None:
         if (pixels := self.pixels) is None:
@@ -439,7 +439,7 @@ def decoder_inputs(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
 
 # The config's names of ids that are no words.
 _OF_TEXT = ("bos_token_id", "eos_token_id", "pad_token_id")
-_OF_PICTURES = (
+_OF_IMAGES = (
     *("image_token_id", "video_token_id", "audio_token_id", "vision_start_token_id"),
     *("vision_end_token_id", "boi_token_id", "eoi_token_id"),
 )

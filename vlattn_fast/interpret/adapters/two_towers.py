@@ -28,12 +28,12 @@ _MAPPER = Adapter((replace(_MAPPED, position="target", tokens="text"), _TO_MAP),
 _BLIP_DECODER = Tower("text", "text_decoder.bert", "encoder.layer", "target", "text")
 _BLIP_VISION = replace(_TO_MAP, path="vision_model")
 
-# The steps of the chunk attend to themselves and, layer by layer, to what the language model made of the pictures and the task.
+# The steps of the chunk attend to themselves and, layer by layer, to what the language model made of the images and the task.
 _CHUNK = Tower("actions", "model.dit", "layers", "gradient", actions.Actions.name)
 _PROMPT_OF_POLICY = Tower("language", "model.vlm", "language_model.layers", "mean", "image_text", grid=image_grids.cameras)
 _POLICY = Adapter((_CHUNK, _PROMPT_OF_POLICY), actions.Velocity.name, bimodal=True)
 
-# A prompt has one picture: several would be keys of one call, while the vision tower has them one by one.
+# A prompt has one image: several would be keys of one call, while the vision tower has them one by one.
 _BETWEEN = Tower("language", "model", "layers", "target", "text", further=("model.gated_cross_attn_layers",))
 _IDEFICS = Adapter((_BETWEEN, replace(_TO_MAP, path="model.vision_model")), "token", bimodal=True)
 

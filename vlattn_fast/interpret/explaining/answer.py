@@ -207,8 +207,8 @@ class _Places:
 # Inputs that have an entry for each token, and their shapes.
 _SHAPES = dict.fromkeys(("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"), "(B, N)")
 _SHAPES |= {"position_ids": "(B, N), (1, N) or (3, B, N)", "cross_attention_mask": "(B, N, images, tiles)"}
-# Inputs about pictures, whose sizes may equal those of the prompts.
-_OF_PICTURES = (
+# Inputs about images, whose sizes may equal those of the prompts.
+_OF_IMAGES = (
     *("pixel_", "aspect_ratio_", "image_sizes", "image_grid_", "video_grid_"),
     *("qformer_", "batch_num_images", "second_per_grid_"),
 )
@@ -221,7 +221,7 @@ def _follows_tokens(name: str, value: Any, shape: tuple[int, int], prefix: str) 
         return False
     sizes = tuple(value.shape) if isinstance(value, Tensor) else None
     if name not in _SHAPES:
-        alike = sizes is not None and shape in (sizes[:2], sizes[-2:]) and not name.startswith(_OF_PICTURES)
+        alike = sizes is not None and shape in (sizes[:2], sizes[-2:]) and not name.startswith(_OF_IMAGES)
         if alike or (prefix and sizes is not None):
             raise ValueError(
                 f"inputs must not contain '{prefix}{name}' if answer is given, since its entries for the answer's tokens are "

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vlattn_fast.interpret.adapters.tokens import Text
 from vlattn_fast.interpret.explaining.forward_pass import run_traced
 from vlattn_fast.interpret.explaining.request import Prompt, Request
-from vlattn_fast.interpret.relevancy.embedding_method import BLACK, BLUR, MEAN, PAD, PICTURES, WHITE, BaselineMethod
+from vlattn_fast.interpret.relevancy.embedding_method import BLACK, BLUR, IMAGE_BASELINES, MEAN, PAD, WHITE, BaselineMethod
 
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "cls_token_id", "sep_token_id", "image_token_id", "video_token_id")
 _BLUR = 1 / 20  # of the shorter side: the standard deviation
@@ -32,19 +32,20 @@ def run_baseline(request: Request, prompt: Prompt, method: BaselineMethod) -> No
 def _changed(request: Request, prompt: Prompt, method: BaselineMethod) -> dict[str, Tensor]:
     """The inputs that the baseline changes; none where it is of the embeddings."""
     inputs, baseline, option = prompt.arguments, method.baseline, method.option
-    pictures = [name for name, value in inputs.items() if _is_picture(name, value)]
+    images = [name for name, value in inputs.items() if _is_image(name, value)]
     words = [name for name in ("input_ids", request.adapter.names[1]) if _are_ids(inputs.get(name))][:1]
     if not isinstance(baseline, Mapping):
         if baseline is None:
             return {}
         if isinstance(baseline, Tensor):
-            names = [name for name in pictures if _fits(baseline, inputs[name])]
+            names = [name for name in images if _fits(baseline, inputs[name])]
         else:
-            names = pictures if baseline in PICTURES else words or [name for name, value in inputs.items() if _are_ids(value)][:1]
+            ids = words or [name for name, value in inputs.items() if _are_ids(value)][:1]
+            names = images if baseline in IMAGE_BASELINES else ids
             if not names:
                 if method.lenient:
                     return {}
-                kind = "an image" if baseline in PICTURES else "token ids"
+                kind = "an image" if baseline in IMAGE_BASELINES else "token ids"
                 raise ValueError(f"inputs must hold {kind} for {option}={baseline!r}; got {[*inputs]}")
         baseline = dict.fromkeys(names, baseline)
     changed = {}
@@ -57,10 +58,10 @@ def _changed(request: Request, prompt: Prompt, method: BaselineMethod) -> dict[s
                 changed[name] = value.detach().to(whole).expand_as(whole).contiguous()
             except RuntimeError:
                 raise ValueError(f"{option} must broadcast to {name!r} {tuple(whole.shape)}; got {tuple(value.shape)}") from None
-        elif value in PICTURES:
-            if not _is_picture(name, whole):
+        elif value in IMAGE_BASELINES:
+            if not _is_image(name, whole):
                 raise ValueError(f"{option} must be {value!r} only for an image; got it for {name!r} {tuple(whole.shape)}")
-            changed[name] = picture(value, whole, request.processor, option)
+            changed[name] = baseline_image(value, whole, request.processor, option)
         elif not _are_ids(whole):
             raise ValueError(f"{option} must be a token only for ids (B, N); got {value!r} for {name!r} {tuple(whole.shape)}")
         else:
@@ -68,7 +69,7 @@ def _changed(request: Request, prompt: Prompt, method: BaselineMethod) -> dict[s
     return changed
 
 
-def _is_picture(name: str, value: Any) -> bool:
+def _is_image(name: str, value: Any) -> bool:
     pixels = name.startswith("pixel_values") or (isinstance(value, Tensor) and value.ndim >= 4)
     return isinstance(value, Tensor) and value.is_floating_point() and pixels and not name.endswith("mask")
 
@@ -78,18 +79,18 @@ def _are_ids(value: Any) -> bool:
 
 
 def _fits(baseline: Tensor, pixels: Tensor) -> bool:
-    """Whether a tensor is in place of these pictures, and not of embeddings."""
+    """Whether a tensor is in place of these images, and not of embeddings."""
     if baseline.shape == pixels.shape:
         return True
     sizes = zip(reversed(baseline.shape), reversed(pixels.shape), strict=False)
     return 3 <= baseline.ndim <= pixels.ndim and pixels.ndim >= 4 and all(one in (1, size) for one, size in sizes)
 
 
-# --- pictures ---
+# --- images ---
 
 
-def picture(kind: str, pixels: Tensor, processor: Any, option: str = "baseline") -> Tensor:
-    """Pictures like `pixels` (..., C, H, W) that are "black", "white", "mean" or "blur". Pictures that are cut into patches
+def baseline_image(kind: str, pixels: Tensor, processor: Any, option: str = "baseline") -> Tensor:
+    """Images like `pixels` (..., C, H, W) that are "black", "white", "mean" or "blur". Images that are cut into patches
     (patches, features) are in all but "blur": as their smallest and largest number, and the mean of each feature over patches."""
     if pixels.ndim < 4:
         if kind == BLUR:
@@ -125,7 +126,7 @@ def _normalised(value: float, processor: Any, pixels: Tensor) -> Tensor | None:
 
 
 def _blurred(pixels: Tensor) -> Tensor:
-    """Under a Gaussian; beyond the edges the pictures go on as at the edges."""
+    """Under a Gaussian; beyond the edges the images go on as at the edges."""
     sigma = min(pixels.shape[-2:]) * _BLUR
     radius = max(1, math.ceil(3 * sigma))
     steps = torch.arange(-radius, radius + 1, dtype=pixels.dtype, device=pixels.device)

@@ -15,7 +15,7 @@ from vlattn_fast.interpret.adapters.image_grids import (
     Layout,
     image_tokens,
     is_ids,
-    only_picture,
+    only_image,
     photos_of,
     square_patches,
     stacked,
@@ -26,9 +26,9 @@ from vlattn_fast.interpret.adapters.tokens import Patches, Text, Tokens
 from vlattn_fast.interpret.explaining.answer import Answer
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 
-_PICTURES = ("pixel_values", "pixel_values_videos", "image")
+_IMAGES = ("pixel_values", "pixel_values_videos", "image")
 _SOUNDS = ("input_features", "input_values", "audio_values")  # spectrograms and waves
-_SUMMARIES = ("qformer", "perceiver", "resampler")  # in names of classes whose learned queries look at a whole picture
+_SUMMARIES = ("qformer", "perceiver", "resampler")  # in names of classes whose learned queries look at a whole image
 _INSTEAD = "explain a model whose image tokens are patches, such as LLaVA"
 
 
@@ -182,7 +182,7 @@ def patch_maps(
     """The first tower that has such a grid, and fields of an Explanation with its patches, from rows (B, N) or (B, T, N).
     ValueError where the caller asks for a grid, and no tower has it."""
     free = [tower for tower in towers if tower.entry is None or (patches is not None and tower.entry.kind is Patches)]
-    if patches is None:  # towers of ids are none of the picture
+    if patches is None:  # towers of ids are none of the image
         texts = {name: tuple(value.shape) for name, value in inputs.items() if is_ids(value)}
         text_towers = [tower for tower in free if tower.shape in texts.values()]
         shapes = {tower.shape for tower in text_towers}
@@ -190,8 +190,8 @@ def patch_maps(
         free = [tower for tower in free if tower not in text_towers]
     for tower in free:
         if tower.grid is not None:
-            if (picture := _of_pixels(patches, relevancy[tower.name], tower)) is not None:
-                return tower.name, {"image": picture, "image_samples": list(range(len(picture)))}
+            if (image := _of_pixels(patches, relevancy[tower.name], tower)) is not None:
+                return tower.name, {"image": image, "image_samples": list(range(len(image)))}
         elif (grid := _grid_of(patches, tower.size, inputs)) is not None:
             before, (height, width) = grid
             row = relevancy[tower.name]
@@ -218,7 +218,7 @@ def grid_of_pixels(patches: PatchGrid | None, tower: TowerTrace) -> Shape:
 
 
 def _of_pixels(patches: PatchGrid | None, row: Tensor, tower: TowerTrace) -> Tensor | None:
-    """A map of the sums over the patches that the caller asks for, or that the model cuts the picture into, else of pixels; None
+    """A map of the sums over the patches that the caller asks for, or that the model cuts the image into, else of pixels; None
     where these do not fit."""
     pixels = tower.grid or (1, 1)
     height, width = (patches.shape if patches is not None else None) or tower.patches or pixels
@@ -232,8 +232,8 @@ def _grid_of(patches: PatchGrid | None, count: int, inputs: Mapping[str, Any]) -
     """The tokens in front of the patches and their grid, in a tower of `count` tokens; None where that is not known."""
     if patches is not None and (shape := patches.shape) is not None:
         return (patches.prefix, shape) if count == patches.prefix + math.prod(shape) else None
-    if (picture := only_picture(inputs)) is not None:
-        return square_patches(count, picture.shape[-2:], None if patches is None else patches.prefix)
+    if (image := only_image(inputs)) is not None:
+        return square_patches(count, image.shape[-2:], None if patches is None else patches.prefix)
     side = 0 if patches is None else math.isqrt(max(0, count - patches.prefix))
     return (patches.prefix, (side, side)) if patches is not None and side and side**2 == count - patches.prefix else None
 
@@ -260,7 +260,7 @@ def why_no_map(
             "the input is sound, whose tokens are stretches of time and not of an image: explanation.relevancy"
             f"[{heard!r}] has their numbers in the order of time"
         )
-    if not names.intersection(_PICTURES) and only_picture(inputs) is None:
+    if not names.intersection(_IMAGES) and only_image(inputs) is None:
         return None
     tower = next((tower for tower in towers if tower.entry is not None and tower.entry.kind.image_ids), None)
     if tower is None:

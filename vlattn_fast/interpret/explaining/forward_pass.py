@@ -47,7 +47,7 @@ def run_traced(request: Request, prompt: Prompt) -> Run:
     model, adapter, arguments = request.model, request.adapter, prompt.arguments
     vision_tower = None if prompt.empty else request.vision
     if vision_tower is not None:
-        _check_pictures(model.config, arguments)
+        _check_images(model.config, arguments)
         adapter = replace(adapter, towers=(*adapter.towers, vision_tower))
     request.method.finds_position, request.method.n_vectors = request.position is None, _n_vectors(request, prompt)
     with request.method.freezing(model), _TRACES[request.method.needs](model, adapter, request.method) as trace:
@@ -128,7 +128,7 @@ def _towers_of(
 # --- the connector ---
 
 
-def _check_pictures(config: Any, arguments: Mapping[str, Any]) -> None:
+def _check_images(config: Any, arguments: Mapping[str, Any]) -> None:
     """ValueError for prompts with videos, or without images, and for image tokens that are made of several layers' patches."""
     name = "vision_feature_layer"
     layers = getattr(config, name, None) if arguments.get(name) is None else arguments[name]

@@ -36,7 +36,7 @@ def prepare_inputs(
     `packs`: see `opened`.
 
     Raises:
-        TypeError: `inputs` is no mapping, or holds pictures or words that no processor made tensors of.
+        TypeError: `inputs` is no mapping, or holds images or words that no processor made tensors of.
         ValueError: no input has a name that the model takes, images and texts cannot be paired, or a target is out of range.
     """
     check_inputs(model, inputs)
@@ -75,17 +75,17 @@ def _keep_logits(arguments: dict[str, Any], adapter: Adapter, positions: Tensor 
 
 def _check_values(inputs: Mapping[str, Any], adapter: Adapter) -> None:
     """TypeError or ValueError unless these inputs are tensors of a batch, and ask for no map and no cache."""
-    pictures, texts = adapter.names
-    for name in (pictures, texts, "attention_mask") if adapter.towers else ():
+    images, texts = adapter.names
+    for name in (images, texts, "attention_mask") if adapter.towers else ():
         value = whole = inputs.get(name)
-        while isinstance(value, (list, tuple)) and value:  # pictures of several sizes
+        while isinstance(value, (list, tuple)) and value:  # images of several sizes
             value = value[0]
         if value is not None and not isinstance(value, Tensor):
             raise TypeError(
                 f"inputs must hold tensors; got {type(value).__name__} in '{name}'. The model's processor returns tensors with "
                 "return_tensors='pt'"
             )
-        if name != pictures and isinstance(whole, Tensor) and whole.ndim < 2:
+        if name != images and isinstance(whole, Tensor) and whole.ndim < 2:
             raise ValueError(f"inputs must hold '{name}' (B, N), even for one text; got {tuple(whole.shape)}")
     if inputs.get("output_attentions"):
         raise ValueError("inputs must not contain output_attentions, since no attention maps are stored; got True")
@@ -105,8 +105,8 @@ def check_inputs(model: Any, inputs: Any) -> None:
     """TypeError unless `inputs` are a mapping."""
     if not isinstance(inputs, Mapping):
         names = list(inspect.signature(model.forward).parameters) if isinstance(model, nn.Module) else []
-        pictures = [name for name in names if name.startswith("pixel_values")] if getattr(inputs, "ndim", 0) == 4 else []
-        way = f". Pass {{{(pictures or names)[0]!r}: ...}}" if names else ""
+        images = [name for name in names if name.startswith("pixel_values")] if getattr(inputs, "ndim", 0) == 4 else []
+        way = f". Pass {{{(images or names)[0]!r}: ...}}" if names else ""
         raise TypeError(f"inputs must be a mapping of the model's keyword arguments; got {type(inputs).__name__}{way}")
 
 
@@ -172,8 +172,8 @@ def with_one_row(model: nn.Module, arguments: Mapping[str, Any], adapter: Adapte
     return filled
 
 
-def _paired(arguments: dict[str, Any], target: Any, picture: str, text: str) -> tuple[dict[str, Any], list[int]]:
-    images, texts = arguments[picture].shape[0], arguments[text].shape[0]
+def _paired(arguments: dict[str, Any], target: Any, image: str, text: str) -> tuple[dict[str, Any], list[int]]:
+    images, texts = arguments[image].shape[0], arguments[text].shape[0]
     if target is not None:
         chosen = indices(target, images, texts, "texts")
         shown = list(range(images))
@@ -186,7 +186,7 @@ def _paired(arguments: dict[str, Any], target: Any, picture: str, text: str) -> 
             f"inputs must be as many images as texts, one image, or one text, unless target pairs them; got {images} images and "
             f"{texts} texts"
         )
-    for names, picked, size in (((picture, *_IMAGE_INPUTS), shown, images), ((text, *_TEXT_INPUTS), chosen, texts)):
+    for names, picked, size in (((image, *_IMAGE_INPUTS), shown, images), ((text, *_TEXT_INPUTS), chosen, texts)):
         if picked == list(range(size)):
             continue
         for name in names:

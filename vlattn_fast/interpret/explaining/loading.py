@@ -1,4 +1,4 @@
-"""A Hugging Face model and its processor by name, and what the processor makes of pictures and texts."""
+"""A Hugging Face model and its processor by name, and what the processor makes of images and texts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vlattn_fast.interpret.adapters.registry import find_adapter
 from vlattn_fast.interpret.explaining.answer import Alone, end_tokens, without_ends
 
 _CHANGES_PROMPTS = ("BlipForConditionalGeneration",)  # it replaces the first token and drops the last
-_IN_FRONT = ("Blip2Processor", "InstructBlipProcessor", "Florence2Processor")  # they put the picture's tokens there by themselves
+_IN_FRONT = ("Blip2Processor", "InstructBlipProcessor", "Florence2Processor")  # they put the image's tokens there by themselves
 _ENDS_PROMPTS = ("GitForCausalLM",)  # its tokenizer closes a text, and the model would go on behind the end
 
 
@@ -129,7 +129,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def check_parts(model: Any, processor: Any, image: bool, text: bool) -> tuple[bool, bool]:
-    """Whether a model takes pictures, and texts. ValueError for an input that has one too few or too many."""
+    """Whether a model takes images, and texts. ValueError for an input that has one too few or too many."""
     takes_image = hasattr(processor, "image_processor") or hasattr(processor, "image_mean")
     takes_text = hasattr(processor, "tokenizer") or hasattr(processor, "convert_ids_to_tokens")
     for part, present, taken in (("image", image, takes_image), ("text", text, takes_text)):
@@ -139,16 +139,16 @@ def check_parts(model: Any, processor: Any, image: bool, text: bool) -> tuple[bo
     return takes_image, takes_text
 
 
-def build_inputs(model: Any, processor: Any, picture: Any, texts: Sequence[str]) -> dict[str, Any]:
-    """One picture (or None) and its texts as the processor makes them, in the form that the model's kind asks for. ValueError for
-    a picture or text too many or too few, too long a text, or a model without an adapter."""
+def build_inputs(model: Any, processor: Any, image: Any, texts: Sequence[str]) -> dict[str, Any]:
+    """One image (or None) and its texts as the processor makes them, in the form that the model's kind asks for. ValueError for
+    an image or text too many or too few, too long a text, or a model without an adapter."""
     name = type(model).__name__
-    takes_image, takes_text = check_parts(model, processor, picture is not None, bool(texts))
+    takes_image, takes_text = check_parts(model, processor, image is not None, bool(texts))
     for text in texts:
         if any("\ud800" <= letter <= "\udfff" for letter in text):  # half a pair, as from a command line that is no UTF-8
             raise ValueError(f"text must be Unicode; got {text!r}")
     if not takes_text:
-        return dict(processor(images=picture, return_tensors="pt"))
+        return dict(processor(images=image, return_tensors="pt"))
     if (adapter := find_adapter(model)) is None:
         raise ValueError(
             f"model must be of a class with an adapter; got {name}. Use va.explain with position= and target= for it"
@@ -166,7 +166,7 @@ def build_inputs(model: Any, processor: Any, picture: Any, texts: Sequence[str])
         prompts = [_prompt(processor, one) for one in texts] if decoder else list(texts)
         bos = getattr(processor.tokenizer, "bos_token", None)
         once = {"add_special_tokens": False} if decoder and bos and prompts[0].startswith(bos) else {}  # a template may have it
-        inputs = dict(processor(images=picture, text=prompts, padding=padding, return_tensors="pt", **once))
+        inputs = dict(processor(images=image, text=prompts, padding=padding, return_tensors="pt", **once))
     if name in _ENDS_PROMPTS:
         inputs |= {part: inputs[part][:, :-1] for part in ("input_ids", "attention_mask", "token_type_ids") if part in inputs}
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -177,7 +177,7 @@ def build_inputs(model: Any, processor: Any, picture: Any, texts: Sequence[str])
 
 
 def _prompt(processor: Any, text: str) -> str:
-    """The text behind the picture's token, as the model was trained."""
+    """The text behind the image's token, as the model was trained."""
     if getattr(processor, "chat_template", None):
         content = [{"type": "image"}, {"type": "text", "text": text}]
         return str(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
@@ -202,8 +202,8 @@ def generate(model: Any, inputs: Mapping[str, Any], count: int) -> Alone:
     adapter = find_adapter(model)
     if adapter is None or not adapter.scoring.predicts:
         raise ValueError(f"generate must be used with a decoder with an adapter; got {type(model).__name__}")
-    pictures = (getattr(model.config, name, None) for name in ("image_token_id", "video_token_id"))  # no words
-    never = [*(model.generation_config.suppress_tokens or []), *(token for token in pictures if token is not None)]
+    images = (getattr(model.config, name, None) for name in ("image_token_id", "video_token_id"))  # no words
+    never = [*(model.generation_config.suppress_tokens or []), *(token for token in images if token is not None)]
     with torch.no_grad(), progress("generating", total=count, unit="token", leave=False) as seen:
         steps = itertools.count(1)
 

@@ -73,7 +73,7 @@ def _as_entered(tower: TowerTrace, values: Tensor, found: Findings) -> Tensor:
 
 
 class _Names:
-    """Where tokens lie in the picture, and what their ids are called."""
+    """Where tokens lie in the image, and what their ids are called."""
 
     def __init__(self, request: Request, prompt: Prompt, run: Run) -> None:
         self._convert = getattr(request.tokenizer, "convert_ids_to_tokens", None)

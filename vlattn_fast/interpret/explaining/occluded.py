@@ -74,7 +74,7 @@ def _windows(request: Request, prompt: Prompt, run: Run, question: Question, met
 
 def _groups(request: Request, prompt: Prompt, run: Run, question: Question) -> list[tuple[TowerTrace, int, Tensor, bool]]:
     """Tokens that lie side by side: a tower, a sample, the tokens' numbers (rows, columns, of each patch), and whether that is a
-    map of a picture."""
+    map of an image."""
     groups, plain = [], []
     for tower in run.towers:
         if tower.grid is None:

@@ -71,7 +71,7 @@ class Request:
     per_token: bool = True
     position: None | Position | Mapping[str, Position] = None
     processor: Any = None
-    patches: PatchGrid | None = None  # where the tokens of towers without an adapter lie in the picture
+    patches: PatchGrid | None = None  # where the tokens of towers without an adapter lie in the image
     vision: Tower | None = None  # that relevancy is carried on into through the model's connector; None = it ends in the decoder
 
     @property

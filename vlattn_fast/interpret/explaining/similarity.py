@@ -1,4 +1,4 @@
-"""The score `target="similarity"`: of two rows of a batch, texts or pictures, that an encoder without logits embeds."""
+"""The score `target="similarity"`: of two rows of a batch, texts or images, that an encoder without logits embeds."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from vlattn_fast.interpret.relevancy.embedding_trace import Embeddings
 from vlattn_fast.interpret.relevancy.method import BackwardPass, Method
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 
-PICTURES = BLACK, WHITE, BLUR, MEAN = ("black", "white", "blur", "mean")  # baselines that are images
+IMAGE_BASELINES = BLACK, WHITE, BLUR, MEAN = ("black", "white", "blur", "mean")  # baselines that are images
 PAD = "pad"
 Baseline = None | str | int | Tensor | Mapping[str, str | int | Tensor]
 
@@ -53,8 +53,8 @@ class BaselineMethod(Method):
         values = baseline.values() if isinstance(baseline, Mapping) else [] if baseline is None else [baseline]
         for value in values:
             if isinstance(value, str):
-                if value not in (*PICTURES, PAD):
-                    known = ", ".join(map(repr, (*PICTURES, PAD)))
+                if value not in (*IMAGE_BASELINES, PAD):
+                    known = ", ".join(map(repr, (*IMAGE_BASELINES, PAD)))
                     raise ValueError(f"{self.option} must be one of {known}, a token id, a tensor or a dict; got {value!r}")
             elif isinstance(value, bool) or not isinstance(value, (int, Tensor)):
                 raise TypeError(

@@ -183,8 +183,8 @@ class EmbeddingTrace(Subscriber):
 
 
 def _patches_of(module: nn.Module, args: tuple[Any, ...], output: Tensor, pixels: Shape, alone: bool) -> Shape | None:
-    """The grid of the patches that a module cuts a picture of `pixels` into: a convolution that steps from patch to patch; or, if
-    the model sees the picture `alone`, what gives tokens (B, N, C), where N fits squares and at most eight tokens before them.
+    """The grid of the patches that a module cuts an image of `pixels` into: a convolution that steps from patch to patch; or, if
+    the model sees the image `alone`, what gives tokens (B, N, C), where N fits squares and at most eight tokens before them.
     None for other modules."""
     if isinstance(module, nn.Conv2d):
         steps = all(size == step > 1 for size, step in zip(module.kernel_size, module.stride, strict=True))

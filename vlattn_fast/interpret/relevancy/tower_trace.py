@@ -178,7 +178,7 @@ class TowerTrace:
         self.batch: int | None = None
         self.size = 0
         self.dtype, self.device = torch.float32, torch.device("cpu")  # of the carrier
-        self.grid: tuple[int, int] | None = None  # rows and columns, where the tokens are the pixels of a picture
+        self.grid: tuple[int, int] | None = None  # rows and columns, where the tokens are the pixels of an image
         self.patches: tuple[int, int] | None = None  # rows and columns of the patches that the model cuts these pixels into
         self.entered = 0  # the states that entered the layer of the first call, as bits of the tensors' marks
         self.attended: Tensor | None = None  # bool (B, N), False = no query of the first softmax sees it; None = all are seen
