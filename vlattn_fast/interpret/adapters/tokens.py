@@ -117,15 +117,15 @@ class Tokens(Named):
     @cached_property
     def layouts(self) -> list[Layout] | None:
         """How the tokens of each image of the prompts lie in it; None without an image, or where nothing tells."""
-        seen = any(self.inputs.get(name) is not None for name in ("pixel_values", "pixel_values_videos"))
-        return None if self.grid is None or self.ids is None or not seen else self.grid(self.config, self.inputs)
+        has_images = any(self.inputs.get(name) is not None for name in ("pixel_values", "pixel_values_videos"))
+        return None if self.grid is None or self.ids is None or not has_images else self.grid(self.config, self.inputs)
 
     def photos(self, count: int) -> tuple[list[int], list[Box | None]]:
         """The number of the photo of each of `count` maps, and the map's x1, y1, x2, y2 relative to it, where inputs tell."""
         if self.layouts is not None:
             return photos_of(self.layouts)
-        seen = [self.inputs.get(name) for name in ("pixel_values", "image")] + [only_image(self.inputs)]
-        images = next((x for x in seen if isinstance(x, Tensor) and len(x) == count), None)
+        found = [self.inputs.get(name) for name in ("pixel_values", "image")] + [only_image(self.inputs)]
+        images = next((x for x in found if isinstance(x, Tensor) and len(x) == count), None)
         return list(range(count)) if images is None else numbered([*images]), [None] * count
 
     def fields(self, row: Tensor) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from vlattn_fast.interpret.adapters.registry import find_adapter
 from vlattn_fast.interpret.dataset.items import Item, Items
 from vlattn_fast.interpret.dataset.pieces import split
-from vlattn_fast.interpret.explaining.answer import Alone, token_ids
+from vlattn_fast.interpret.explaining.answer import BareAnswer, token_ids
 from vlattn_fast.interpret.explaining.explain import explain
 from vlattn_fast.interpret.explaining.former_names import check_names
 from vlattn_fast.interpret.explaining.inputs import prepare_inputs
@@ -211,7 +211,7 @@ class Batches:
             for name, value in first.inputs.items()
         }
         inputs = on_device(joined, self.model)
-        answer: Any = None if first.answer is None else Alone(one.answer or [] for one in group)
+        answer: Any = None if first.answer is None else BareAnswer(one.answer or [] for one in group)
         if answer is None and self.options.generate is not None:
             answer = generate(self.model, inputs, self.options.generate)
             if len({len(row) for row in answer}) > 1:  # a batch has answers of one length

@@ -87,7 +87,7 @@ def explained_number(of: str, logits: Tensor, index: Tensor) -> Tensor:
     return chosen - logits.scatter(-1, index[..., None], -torch.inf).logsumexp(-1)
 
 
-class Alone(list[list[int]]):
+class BareAnswer(list[list[int]]):
     """Token ids of answers that nothing is cut off: their prompts do not stand in front of them."""
 
 
@@ -106,7 +106,7 @@ def prepare_answer(answer: Any, tokenizer: Any, inputs: Mapping[str, Any], adapt
     if not isinstance(prompts, Tensor) or prompts.ndim != 2:
         raise ValueError(f"inputs must contain '{adapter.answers}' (B, N), the prompt of the answer; got none")
     ids = token_ids(answer, tokenizer, len(prompts))
-    if not (isinstance(answer, Alone) or _is_text(answer)):  # a text may begin as its prompt does
+    if not (isinstance(answer, BareAnswer) or _is_text(answer)):  # a text may begin as its prompt does
         ids = _after_prompts(ids, prompts, model)
     if adapter.answers == "input_ids":  # a decoder behind an encoder may have another vocabulary
         _check_vocabulary(ids, model)
@@ -124,19 +124,19 @@ def prepare_answer(answer: Any, tokenizer: Any, inputs: Mapping[str, Any], adapt
             "both directions; got none. The model's processor returns them"
         )
     arguments = {name: value for name, value in inputs.items() if name != "labels"}  # a decoder computes a loss alone of them
-    beside = {name.removeprefix(prefix): value for name, value in arguments.items() if name.startswith(prefix)}
-    beside |= {"input_ids": prompts} if renamed else {}
-    beside = {name: value for name, value in beside.items() if _follows_tokens(name, value, shape, prefix)}
+    following = {name.removeprefix(prefix): value for name, value in arguments.items() if name.startswith(prefix)}
+    following |= {"input_ids": prompts} if renamed else {}
+    following = {name: value for name, value in following.items() if _follows_tokens(name, value, shape, prefix)}
     knows_masks = bool(adapter.towers) or hasattr(model, "can_generate")  # else the caller's own, which is causal
-    if knows_masks and beside.get("attention_mask") is None and len({len(row) for row in ids}) > 1:
-        beside["attention_mask"] = torch.ones_like(prompts)
+    if knows_masks and following.get("attention_mask") is None and len({len(row) for row in ids}) > 1:
+        following["attention_mask"] = torch.ones_like(prompts)
     kind = adapter.towers[0].kind if adapter.towers and not prefix else Text
-    places = _Places(ids, kind(beside, shape).last_real(), shape[1], adapter.answer_type)
-    for name, value in beside.items():
+    positions = _AnswerPositions(ids, kind(following, shape).last_real(), shape[1], adapter.answer_type)
+    for name, value in following.items():
         called = adapter.answers if name == "input_ids" else f"{prefix}{name}"
         if called in inputs or not renamed:
-            arguments[called] = places.longer(name, value, beside)
-    return Answer(ids, arguments, places.answer_positions, adapter.answers)
+            arguments[called] = positions.longer(name, value, following)
+    return Answer(ids, arguments, positions.answer_positions, adapter.answers)
 
 
 def _padded(ids: list[list[int]]) -> tuple[Tensor, Tensor]:
@@ -147,7 +147,7 @@ def _padded(ids: list[list[int]]) -> tuple[Tensor, Tensor]:
     return tokens, torch.arange(length) < lengths[:, None]
 
 
-class _Places:
+class _AnswerPositions:
     """Where answers `ids` of at most T tokens stand, behind the tokens `last` (B,) of prompts of N = `size` tokens.
 
     Args:
@@ -163,13 +163,13 @@ class _Places:
         self.source = torch.where(column > last + length, column - length, torch.minimum(column, last))
         self.answer_positions = last + torch.arange(length)
 
-    def longer(self, name: str, value: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
+    def longer(self, name: str, value: Tensor, following: Mapping[str, Tensor]) -> Tensor:
         """An input with an entry for each token of the prompts, with those of the answer.
 
         transformers' `generate` does the same, but for `token_type_ids`, whose meaning the adapter says.
         """
         if name == "position_ids":
-            return self._position_ids(value, beside)
+            return self._position_ids(value, following)
         new = {"input_ids": self.tokens, "attention_mask": self.real}
         types = {"mm_token_type_ids": 0, "token_type_ids": self.answer_type}  # 0 = text
         filling = new.get(name, types.get(name))
@@ -187,17 +187,17 @@ class _Places:
         new = torch.as_tensor(new).expand(self.tokens.shape)
         return self._repeated(value).masked_scatter(self.answered.to(value.device), new.to(value))
 
-    def _position_ids(self, position_ids: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
+    def _position_ids(self, position_ids: Tensor, following: Mapping[str, Tensor]) -> Tensor:
         """Positions (B, N) count on from the last real token's, as (1, N) of all prompts do. Those of Qwen-VL (3, B, N) are all
         three one more than the largest of the prompt: an image's last token has not the largest in each of them."""
-        prompts = beside["input_ids"]
+        prompts = following["input_ids"]
         steps = torch.arange(1, self.tokens.shape[1] + 1, device=position_ids.device)
         if position_ids.ndim == 2:
             position_ids = position_ids.expand(prompts.shape)
             first = self.answer_positions[:, :1].to(position_ids.device)
             last = position_ids.gather(1, first) if len(prompts) else position_ids[:, :1]
             return self._filled(position_ids, last + steps)
-        mask = beside.get("attention_mask")
+        mask = following.get("attention_mask")
         real = torch.ones_like(prompts, dtype=torch.bool) if mask is None else mask.bool()
         lowest = torch.iinfo(position_ids.dtype).min
         largest = position_ids.masked_fill(~real.to(position_ids.device), lowest).amax((0, 2))
@@ -248,7 +248,7 @@ def encoder_decoder(model: nn.Module) -> Adapter | None:
     return None
 
 
-def own_decoder(model: nn.Module, inputs: Mapping[str, Any], answers: bool = False) -> Adapter | None:
+def custom_decoder(model: nn.Module, inputs: Mapping[str, Any], answers: bool = False) -> Adapter | None:
     """The adapter of a model of the caller's that predicts tokens, whose towers are found; None for others. Its decoder reads
     'decoder_input_ids'; where it is known that the model explains `answers`, also other ids (B, N), if they are the only ones."""
     if hasattr(model, "can_generate"):  # of transformers
@@ -290,7 +290,7 @@ def start_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
 
 def without_ends(answers: list[list[int]], ends: set[int]) -> list[list[int]]:
     """Answers without their first token of `ends` and all behind it. ValueError where nothing is left of one."""
-    cut = [row[: next((place for place, token in enumerate(row) if token in ends), len(row))] for row in answers]
+    cut = [row[: next((number for number, token in enumerate(row) if token in ends), len(row))] for row in answers]
     if not all(cut):
         raise ValueError("each answer must have a token before its end token; got an empty one")
     return cut

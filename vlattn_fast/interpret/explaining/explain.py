@@ -347,17 +347,19 @@ def _of_towers(
     arguments, (relevancy, contribution, gap) = prompt.arguments, vectors
     positions = question.start_positions or {}
     contribution = {name: row for name, row in contribution.items() if name not in positions}
-    beside = {
+    without_self = {
         name: subtract_self(row, contribution.get(name), _of_rows(request, positions.get(name)))
         for name, row in relevancy.items()
     }
-    fields, owners = parts([*run.explained, *run.attended], arguments, beside, question.answer, request.patches, request.special)
+    fields, owners = parts(
+        [*run.explained, *run.attended], arguments, without_self, question.answer, request.patches, request.special
+    )
     fields["gap"] = gap
     if run.vision is not None:
         name = run.vision.name
         layouts = run.towers[0].tokens_in(arguments).layouts
         how = request.adapter.connector, request.model.config, arguments, fields, layouts
-        row, maps = vision_maps(beside[name], *how)
+        row, maps = vision_maps(without_self[name], *how)
         relevancy[name], _ = vision_maps(relevancy[name], *how)
         contribution |= {name: row} if name in contribution else {}
         fields |= maps

@@ -24,19 +24,19 @@ def start_vectors(
             tower.positions.check()
     if position is not None or scores is None or not any(tower.gradients.finds_position for tower in run.explained):
         return [_start(tower, position, arguments, bool(run.attended)) for tower in run.explained]
-    seen = {tower: _reading(tower, scores) for tower in run.explained if tower.gradients.finds_position}
-    pooled = {tower for tower in seen if tower.pooled and _depends(scores, tower.gradients.after_pooling)}
-    _check_last_layer(run, [reading for reading in seen.values() if reading is not None], bool(pooled), scores, name)
+    found = {tower: _score_tokens(tower, scores) for tower in run.explained if tower.gradients.finds_position}
+    pooled = {tower for tower in found if tower.pooled and _depends(scores, tower.gradients.after_pooling)}
+    _check_last_layer(run, [one for one in found.values() if one is not None], bool(pooled), scores, name)
     starts = []
     for tower in run.explained:
         row = None
-        if tower.pooled and tower not in pooled and seen.get(tower) is not None:
+        if tower.pooled and tower not in pooled and found.get(tower) is not None:
             raise ValueError(
                 f"{name} must give scores that depend on the pooling head of tower '{tower.name}', as its adapter says; got "
                 "scores of the tokens before it"
             )
         if tower.gradients.finds_position and not tower.pooled:
-            row = _weights_by_gradient(tower, seen[tower], arguments)
+            row = _weights_by_gradient(tower, found[tower], arguments)
         if row is None:
             starts.append(_start(tower, None, arguments, bool(run.attended)))
         else:
@@ -88,11 +88,13 @@ def _start_at(tower: TowerTrace, asked: Position, ends: Tensor, arguments: Mappi
     weights = torch.zeros(batch, count, dtype=like.dtype)
     if isinstance(asked, str):
         real = tower.tokens_in(arguments).real()
-        kept = torch.ones_like(ends, dtype=torch.bool) if real is None else real.cpu().flatten()[ends.clamp(min=0)] & (ends >= 0)
+        real_ends = (
+            torch.ones_like(ends, dtype=torch.bool) if real is None else real.cpu().flatten()[ends.clamp(min=0)] & (ends >= 0)
+        )
         if asked == "mean":
-            weights = kept.to(weights) / kept.sum(-1, keepdim=True).clamp(min=1)
+            weights = real_ends.to(weights) / real_ends.sum(-1, keepdim=True).clamp(min=1)
         else:
-            last = (kept * torch.arange(1, count + 1)).argmax(-1)
+            last = (real_ends * torch.arange(1, count + 1)).argmax(-1)
             weights[torch.arange(batch), 0 if asked == "cls" else last] = 1.0
     else:
         weights = _weights_of(tower, asked, weights)
@@ -107,7 +109,7 @@ def _start_at(tower: TowerTrace, asked: Position, ends: Tensor, arguments: Mappi
 # --- the row that the gradient names ---
 
 
-class Reading(NamedTuple):
+class ScoreTokens(NamedTuple):
     """Where scores are read from a tower."""
 
     tokens: Tensor  # bool (B, N), those that count behind the last attention that the scores depend on
@@ -115,7 +117,7 @@ class Reading(NamedTuple):
     later: int  # attention calls behind that one
 
 
-def _reading(tower: TowerTrace, scores: Tensor) -> Reading | None:
+def _score_tokens(tower: TowerTrace, scores: Tensor) -> ScoreTokens | None:
     """None where the scores depend on no token of the tower."""
     for later, states in enumerate(reversed(tower.gradients.states) if scores.requires_grad else ()):
         edges = [edge for edge, _ in states]
@@ -130,9 +132,9 @@ def _reading(tower: TowerTrace, scores: Tensor) -> Reading | None:
         if not counting or not any(bool(tokens.any()) for tokens in counting):
             continue
         # A sample whose attention counts nothing, as a dropped branch, is read from the residual stream behind it.
-        beside = torch.stack(counting).any(0)
-        tokens = torch.where(counting[0].any(-1, keepdim=True), counting[0], beside)
-        return Reading(tokens, [g for g in whole if g.ndim == 3], later)
+        in_stream = torch.stack(counting).any(0)
+        tokens = torch.where(counting[0].any(-1, keepdim=True), counting[0], in_stream)
+        return ScoreTokens(tokens, [g for g in whole if g.ndim == 3], later)
     return None
 
 
@@ -143,28 +145,28 @@ def _depends(scores: Tensor, edge: Any) -> bool:
     return gradient is not None and bool((gradient != 0).any())
 
 
-def _check_last_layer(run: Run, readings: Sequence[Reading], pooled: bool, scores: Tensor, name: str) -> None:
+def _check_last_layer(run: Run, found: Sequence[ScoreTokens], pooled: bool, scores: Tensor, name: str) -> None:
     """ValueError where a method without gradients would go through layers behind those that the scores are read from. `pooled`:
     they depend on a pooling head."""
     method = run.trace.method
-    last = pooled or any(not reading.later for reading in readings)
-    if not method.needs_score and (any(reading.later for reading in readings) or (scores.requires_grad and not last)):
+    last = pooled or any(not one.later for one in found)
+    if not method.needs_score and (any(one.later for one in found) or (scores.requires_grad and not last)):
         raise ValueError(
             f"{name} must give scores that depend on the last layer for method {method.name!r}, which goes through all of them; "
             "got scores of an earlier layer"
         )
 
 
-def _weights_by_gradient(tower: TowerTrace, reading: Reading | None, arguments: Mapping[str, Any]) -> Tensor | None:
+def _weights_by_gradient(tower: TowerTrace, found: ScoreTokens | None, arguments: Mapping[str, Any]) -> Tensor | None:
     """The weights (B, N) of the tokens that the scores are read from: of one, or the same of several, which are averaged; None =
     the adapter's. ValueError where they are several that count differently, and the adapter does not say how."""
     listed = None
     if tower.entry is not None and not tower.entry.rule.by_gradient:
-        if reading is None:  # a tower that the scores do not depend on
+        if found is None:  # a tower that the scores do not depend on
             return None
         listed = _start(tower, None, arguments, False)[:, 0]
-    tokens = torch.zeros(tower.shape, dtype=torch.bool) if reading is None else reading.tokens
-    gradients = [] if reading is None else reading.gradients
+    tokens = torch.zeros(tower.shape, dtype=torch.bool) if found is None else found.tokens
+    gradients = [] if found is None else found.gradients
     counts, some = tokens.sum(-1), tokens.any(-1)
     named = bool((counts == 1).all()) or (bool(some.any()) and any(_is_same(g[some], tokens[some]) for g in gradients))
     if named and (listed is not None or bool(some.all())):

@@ -160,17 +160,17 @@ def vision_maps(
 
 
 def _each(relevancy: Tensor, read: Callable[[Tensor], tuple[Any, Any] | None]) -> tuple[Any, Any] | None:
-    """`read` of relevancy (B, N): tensors (or a tuple of them) and facts. With relevancy (B, T, N) the tensors have a dimension
-    T behind the first (in a tuple: in front)."""
+    """`read` of relevancy (B, N): tensors (or a tuple of them) and metadata. With relevancy (B, T, N) the tensors have a
+    dimension T behind the first (in a tuple: in front)."""
     if relevancy.ndim == 2:
         return read(relevancy)
     single = [read(one) for one in relevancy.unbind(1)]
     if not single or single[0] is None:
         return None
-    values, facts = [one[0] for one in single if one is not None], single[0][1]
+    values, metadata = [one[0] for one in single if one is not None], single[0][1]
     if isinstance(values[0], tuple):
-        return tuple(torch.stack(maps) for maps in zip(*values, strict=True)), facts
-    return torch.stack(values, 1), facts
+        return tuple(torch.stack(maps) for maps in zip(*values, strict=True)), metadata
+    return torch.stack(values, 1), metadata
 
 
 # --- patches of a tower that no adapter describes ---

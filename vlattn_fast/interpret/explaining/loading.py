@@ -18,10 +18,14 @@ from torch import Tensor
 
 from vlattn_fast._ground.extras import extra, progress
 from vlattn_fast.interpret.adapters.registry import find_adapter
-from vlattn_fast.interpret.explaining.answer import Alone, end_tokens, without_ends
+from vlattn_fast.interpret.explaining.answer import BareAnswer, end_tokens, without_ends
 
 _CHANGES_PROMPTS = ("BlipForConditionalGeneration",)  # it replaces the first token and drops the last
-_IN_FRONT = ("Blip2Processor", "InstructBlipProcessor", "Florence2Processor")  # they put the image's tokens there by themselves
+_ADDS_IMAGE_TOKENS = (
+    "Blip2Processor",
+    "InstructBlipProcessor",
+    "Florence2Processor",
+)  # they put the image's tokens there by themselves
 _ENDS_PROMPTS = ("GitForCausalLM",)  # its tokenizer closes a text, and the model would go on behind the end
 
 
@@ -30,7 +34,7 @@ def load_model(name: str, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
     with extra("explain"):
         import transformers
 
-    with _refusing_names(name) as where:
+    with _errors_of_names(name) as where:
         _, cls = _class_of(name, where)
         loaded = cls.from_pretrained(name, **where, **({} if dtype is None else {"dtype": dtype}))
         try:
@@ -42,13 +46,13 @@ def load_model(name: str, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
 
 def check_model(name: str) -> None:
     """ValueError where no config tells what model this is. Reads no weights."""
-    with extra("explain"), _refusing_names(name) as where:
+    with extra("explain"), _errors_of_names(name) as where:
         _class_of(name, where)
 
 
 def load_without_weights(name: str) -> Any:
     """The model, whose weights have shapes and no values; ValueError without its config."""
-    with extra("explain"), _refusing_names(name) as where:
+    with extra("explain"), _errors_of_names(name) as where:
         config, cls = _class_of(name, where)
         with torch.device("meta"):
             return cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
@@ -64,7 +68,7 @@ def _class_of(name: str, where: Mapping[str, bool]) -> tuple[Any, Any]:
 
 
 @contextlib.contextmanager
-def _refusing_names(name: str) -> Iterator[dict[str, bool]]:
+def _errors_of_names(name: str) -> Iterator[dict[str, bool]]:
     """A context in which errors of transformers become ValueErrors about the name. Gives the options of `from_pretrained`."""
     path = Path(name).expanduser()
     wrong = f"model must be the directory or id of a Hugging Face model; got {name}"
@@ -182,7 +186,7 @@ def _prompt(processor: Any, text: str) -> str:
         content = [{"type": "image"}, {"type": "text", "text": text}]
         return str(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
     token = getattr(processor, "image_token", None)
-    if token is None or type(processor).__name__ in _IN_FRONT or str(token) in text:
+    if token is None or type(processor).__name__ in _ADDS_IMAGE_TOKENS or str(token) in text:
         return text
     return f"{token}{text}" if type(processor).__name__ == "PaliGemmaProcessor" else f"{token}\n{text}"
 
@@ -196,7 +200,7 @@ def on_device(inputs: Mapping[str, Any], model: Any) -> dict[str, Any]:
     return placed
 
 
-def generate(model: Any, inputs: Mapping[str, Any], count: int) -> Alone:
+def generate(model: Any, inputs: Mapping[str, Any], count: int) -> BareAnswer:
     """At most `count` tokens behind each prompt, the most likely one each time; the token that ends an answer is left out.
     ValueError where the model is no decoder with an adapter, or an answer has no token."""
     adapter = find_adapter(model)
@@ -204,15 +208,15 @@ def generate(model: Any, inputs: Mapping[str, Any], count: int) -> Alone:
         raise ValueError(f"generate must be used with a decoder with an adapter; got {type(model).__name__}")
     images = (getattr(model.config, name, None) for name in ("image_token_id", "video_token_id"))  # no words
     never = [*(model.generation_config.suppress_tokens or []), *(token for token in images if token is not None)]
-    with torch.no_grad(), progress("generating", total=count, unit="token", leave=False) as seen:
-        steps = itertools.count(1)
+    with torch.no_grad(), progress("generating", total=count, unit="token", leave=False) as count_token:
+        numbers = itertools.count(1)
 
         def ends(ids: Tensor, scores: Any, **options: Any) -> Tensor:
             """No answer ends here: it is asked after each token, which the bar counts."""
-            seen(next(steps))
+            count_token(next(numbers))
             return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
         greedy = {"max_new_tokens": count, "do_sample": False, "num_beams": 1, "suppress_tokens": never or None}
         made = model.generate(**inputs, **greedy, stopping_criteria=[ends])
     prompt = inputs.get(adapter.answers)  # without one a decoder behind an encoder begins with its start token
-    return Alone(without_ends(made[:, 1 if prompt is None else prompt.shape[1] :].tolist(), end_tokens(model)))
+    return BareAnswer(without_ends(made[:, 1 if prompt is None else prompt.shape[1] :].tolist(), end_tokens(model)))

@@ -98,13 +98,13 @@ def _groups(request: Request, prompt: Prompt, run: Run, question: Question) -> l
     patches = request.patches if len(plain) == len(run.towers) else None
     fields, _ = parts(plain, arguments, index, question.answer, patches, request.special)
     real = {tower: tokens.real() for tower, tokens in tokens_of(plain, arguments, request.special).items()}
-    seen: set[TowerTrace] = set()
+    covered: set[TowerTrace] = set()
 
     def add(sample: int, numbers: Tensor, is_map: bool) -> None:
         numbers = numbers.long()
         if numbers.numel() and bool((numbers > 0).all()):
             tower = owner[int(numbers.flatten()[0]) - 1]
-            seen.add(tower)
+            covered.add(tower)
             groups.append((tower, sample, (numbers - firsts[tower])[..., None], is_map))
 
     owners = fields.get("image_samples") or []
@@ -119,7 +119,7 @@ def _groups(request: Request, prompt: Prompt, run: Run, question: Question) -> l
             for numbers_of_tower in by_tower.values():
                 add(sample, torch.tensor([numbers_of_tower]), False)
     for tower in plain:
-        if tower not in seen:
+        if tower not in covered:
             known = real.get(tower)
             for sample in range(tower.batch or 0):
                 numbers = torch.arange(tower.size) if known is None else known[sample].cpu().nonzero()[:, 0]

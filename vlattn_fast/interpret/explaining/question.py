@@ -165,14 +165,14 @@ def _depends_on(scores: Tensor, edges: Sequence[GradientEdge]) -> bool:
     if not scores.requires_grad:
         return False
     aims = {edge.node for edge in edges}
-    seen = {get_gradient_edge(scores).node}
-    waiting = list(seen)
+    visited = {get_gradient_edge(scores).node}
+    waiting = list(visited)
     while waiting:
         node = waiting.pop()
         if node in aims:
             return True
-        following = {after for after, _ in node.next_functions if after is not None} - seen
-        seen |= following
+        following = {after for after, _ in node.next_functions if after is not None} - visited
+        visited |= following
         waiting.extend(following)
     return False
 
@@ -217,9 +217,9 @@ def check_relevancy(
     for tower, row, start in zip(run.towers, relevancy, starts, strict=False):
         if row.shape != start.shape or row.shape[-1] == 1:  # behind a pooling head, whose probes are no tokens
             return
-        alone = single_tokens(start)
-        beside = row.masked_fill(alone, 0.0) if bool(alone.any()) else contribution.get(tower, row - start)
-        if bool((beside != 0).any()):
+        single = single_tokens(start)
+        others = row.masked_fill(single, 0.0) if bool(single.any()) else contribution.get(tower, row - start)
+        if bool((others != 0).any()):
             return
     raise UndefinedRelevancy(
         f"The score does not depend on the explained token{_why(run) or '. Pass position= with the token it is computed from'}"

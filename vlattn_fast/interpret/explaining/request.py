@@ -23,9 +23,9 @@ from vlattn_fast.interpret.adapters.registry import find_adapter, listed_adapter
 from vlattn_fast.interpret.explaining.answer import (
     Answer,
     block_decoder,
+    custom_decoder,
     encoder_decoder,
     ids_in,
-    own_decoder,
     prepare_answer,
     start_tokens,
 )
@@ -200,7 +200,7 @@ def _adapter_of_target(model: nn.Module, inputs: Mapping[str, Any], position: An
     known = find_adapter(model)
     if known is None:
         decodes = generates(model) and (encoder_decoder(model) or block_decoder(model))
-        known = decodes or own_decoder(model, opened(inputs)[0])
+        known = decodes or custom_decoder(model, opened(inputs)[0])
     finds = isinstance(position, Mapping) and listed_adapter(model) is None  # the caller names towers
     if known is not None and not (finds and not _names_towers(known, position)):
         return known
@@ -214,17 +214,17 @@ def _adapter_of_answers(model: nn.Module, inputs: Mapping[str, Any], target: Any
     if target is not None or position is not None:
         raise ValueError("answer must be given without target and position, which it replaces; got both")
     known = find_adapter(model) or encoder_decoder(model)
-    adapter = own_decoder(model, inputs, answers=True) if known is None else known
+    adapter = custom_decoder(model, inputs, answers=True) if known is None else known
     if adapter is None or not adapter.scoring.predicts:
         name, is_callers = type(model).__name__, adapter is None and not hasattr(model, "can_generate")
         raise ValueError(
             "model must be a decoder with an adapter, or an encoder-decoder, if answer is given; got "
-            f"{name}{_own_ids(name, inputs) if is_callers else ''}{_like_the_nearest(model)}"
+            f"{name}{_custom_ids(name, inputs) if is_callers else ''}{_like_the_nearest(model)}"
         )
     return adapter
 
 
-def _own_ids(name: str, inputs: Mapping[str, Any]) -> str:
+def _custom_ids(name: str, inputs: Mapping[str, Any]) -> str:
     """How a model of the caller's, called `name`, says which of its inputs an answer is put into."""
     names = ids_in(inputs)
     chosen = names[-1] if names else "decoder_input_ids"

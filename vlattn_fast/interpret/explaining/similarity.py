@@ -42,8 +42,8 @@ class Similarity:
         if len(states) % 2:
             raise ValueError(f"target='{SIMILARITY}' needs two texts or images, or pairs of them; got {len(states)}")
         embedded = nn.functional.normalize((self._weights(states, inputs).to(states) @ states)[:, 0], dim=-1)
-        beside = embedded.detach().unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
-        return (embedded * beside).sum(-1)
+        partner = embedded.detach().unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+        return (embedded * partner).sum(-1)
 
     def _weights(self, states: Tensor, inputs: Mapping[str, Any]) -> Tensor:
         """(B, 1, N)"""

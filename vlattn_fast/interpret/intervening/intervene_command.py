@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from vlattn_fast.interpret.adapters.registry import find_adapter
-from vlattn_fast.interpret.explaining.answer import Alone
+from vlattn_fast.interpret.explaining.answer import BareAnswer
 from vlattn_fast.interpret.explaining.loading import build_inputs, generate, on_device
 from vlattn_fast.interpret.intervening.asking import Asked
 from vlattn_fast.interpret.intervening.edits import EdgeEdit, HeadEdit, Knockout, ScaleHeads
@@ -100,7 +100,7 @@ def intervene_one(
             yield f"score {number}: {before:.6g} as it is, {after:.6g} edited{aim}"
 
 
-def generated(model: Any, inputs: Any, count: int) -> Alone | None:
+def generated(model: Any, inputs: Any, count: int) -> BareAnswer | None:
     """A decoder's answers; None where one ends at once."""
     try:
         return generate(model, inputs, count)

@@ -53,9 +53,9 @@ class JoinedKeys:
     """The joins of a run. `describe` gives a tensor's part of a join; `refuses` keys from elsewhere, which may be tokens that ran
     earlier."""
 
-    def __init__(self, describe: Callable[[Tensor, int], Part], refuses: bool) -> None:
+    def __init__(self, describe: Callable[[Tensor, int], Part], strict: bool) -> None:
         self._name, self._describe, self._any = new_mark("joins"), describe, False  # of a tensor: its join
-        self._refuses = refuses
+        self._strict = strict
 
     def follow(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
         """After a function of torch: its results remember how they were joined."""
@@ -79,7 +79,7 @@ class JoinedKeys:
     def with_columns(self, call: TracedCall, sizes: Sequence[int]) -> TracedCall:
         """The call with the columns of its tokens, one of `sizes` many, where it has further keys that can be told from them."""
         known = None if call.tokens in sizes else self._columns(call.key, call.value, sizes)
-        if known is None or (known[1] and not self._refuses):
+        if known is None or (known[1] and not self._strict):
             return call
         columns, strange = known
         if strange:

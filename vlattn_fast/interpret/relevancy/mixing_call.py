@@ -54,13 +54,13 @@ class MixingCall(TracedCall):
         """start (B, 1, N) @ relu(A_h * dA_h) of each head, (B, H, N); without a gradient @ |A_h|, its rows over their sums."""
         (batch, heads), rule = self.value.shape[:2], "attention" if grad_output is None else "gradient"
         rows = self._of_map(start.repeat_interleave(heads, 0), grad_output, Recursion(rule), apart=True)
-        return self._in_front(rows.view(batch, heads, -1), grad_output, rule)
+        return self._through_convolution(rows.view(batch, heads, -1), grad_output, rule)
 
     # --- the map ---
 
     def _step(self, relevancy: Tensor, grad_output: Tensor | None, recursion: Recursion) -> Tensor:
         relevancy = relevancy.to(self.query.device)
-        return self._in_front(self._of_map(relevancy, grad_output, recursion), grad_output, recursion.rule)
+        return self._through_convolution(self._of_map(relevancy, grad_output, recursion), grad_output, recursion.rule)
 
     def _of_map(self, relevancy: Tensor, grad_output: Tensor | None, recursion: Recursion, apart: bool = False) -> Tensor:
         """relevancy (B, T, N) @ Abar of the map; `apart`: (B * H, T, N), each head's row times its own."""
@@ -87,7 +87,7 @@ class MixingCall(TracedCall):
         grad_output = None if grad_output is None else _in_turn(grad_output, "r")
         return recurrent_step(relevancy, query, key, value, grad_output, **options).unflatten(-1, (-1, 2)).sum(-1)
 
-    def _in_front(self, relevancy: Tensor, grad_output: Tensor | None, rule: str) -> Tensor:
+    def _through_convolution(self, relevancy: Tensor, grad_output: Tensor | None, rule: str) -> Tensor:
         """relevancy (B, T, N) @ Abar of the convolution in front."""
         if self.convolution is None:
             return relevancy

@@ -66,7 +66,7 @@ class Trace(SeesMixers, Subscriber):
         self._chunks: dict[int, int] = {}  # of the runs that attended in chunks: their queries, over the whole batch
         self._owners: list[TowerTrace | None] = []  # the tower of each call, by its bit
         self._marks = TensorMarks(model)
-        self._joined = JoinedKeys(self._part, refuses=self.finds_towers)
+        self._joined = JoinedKeys(self._part, strict=self.finds_towers)
         self.moves = TokenMoves(self._marks.calls, self._marks.constants)
         self.without_gradient: list[str] = []  # the innermost modules in which a gradient ends
         self._begin_mixers()

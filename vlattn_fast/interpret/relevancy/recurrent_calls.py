@@ -98,13 +98,13 @@ class SeesMixers:
         before = self._convolutions.get(run.number)
         if before is None and run.number in self._convolved and reading.channels is not None:
             raise _unseen_convolution(path, module)
-        seen = _mixing_call(path, module, reading, output, before, self.observer.aside)
+        mixing = _mixing_call(path, module, reading, output, before, self.observer.aside)
         with torch._C.DisableTorchFunction():
             if isinstance(mixer, Convolution):
-                self._marked_as(seen.query, mixer.value, 3)
-            calls = self._marks.calls((seen.query, seen.value))
-            output, owner = self._attend(run, seen, calls)
-            self._attended(seen, owner, calls, output)
+                self._marked_as(mixing.query, mixer.value, 3)
+            calls = self._marks.calls((mixing.query, mixing.value))
+            output, owner = self._attend(run, mixing, calls)
+            self._attended(mixing, owner, calls, output)
         return reading.with_output(result, output[..., 0] if isinstance(mixer, Convolution) else output)
 
 
@@ -157,11 +157,11 @@ def _mixing_call(
         return MixingCall(path, value, value, value, masks, mixer=mixer, run=run, ran=output[..., None])
     convolution = reading.convolution
     if convolution is None and reading.channels is not None:
-        convolution = _in_front_of(path, module, mixer.value, reading.channels, before)
+        convolution = _convolution_before(path, module, mixer.value, reading.channels, before)
     return MixingCall(path, mixer.query, mixer.key, mixer.value, masks, mixer=mixer, convolution=convolution, run=run, ran=output)
 
 
-def _in_front_of(
+def _convolution_before(
     path: str, module: nn.Module, value: Tensor, channels: slice, before: tuple[Reading, Tensor] | None
 ) -> Convolution | None:
     """The convolution that gave the values (B, H, N, Dv), of their channels; None without one."""

@@ -247,8 +247,8 @@ class TowerTrace:
         if layers in self.calls.lists:
             return True
         # Layers may lie in several lists beside one another, or be lists themselves.
-        beside = layers.rpartition(".")[0] == last.rpartition(".")[0]
-        return self.keeps and (beside or _NUMBER.sub("*", layers) == _NUMBER.sub("*", last))
+        siblings = layers.rpartition(".")[0] == last.rpartition(".")[0]
+        return self.keeps and (siblings or _NUMBER.sub("*", layers) == _NUMBER.sub("*", last))
 
     # --- attention calls ---
 

@@ -45,8 +45,8 @@ class Equations:
 
     def normalized(self, call: Link, relevancy: Tensor, identity: Tensor) -> Tensor:
         """Equations 8 and 9: R - I, each row divided by its sum, plus I. Zero rows stay. `relevancy` is R less diag(identity)."""
-        beside = relevancy + torch.diag_embed(identity[..., 0] - 1)
-        return over_sums(beside) + torch.eye(relevancy.shape[-1], dtype=relevancy.dtype, device=relevancy.device)
+        rest = relevancy + torch.diag_embed(identity[..., 0] - 1)
+        return over_sums(rest) + torch.eye(relevancy.shape[-1], dtype=relevancy.dtype, device=relevancy.device)
 
     def across(self, query_rows: Tensor, abar: Tensor, key_rows: Tensor) -> Tensor:
         """Equation 10: what cross-attention adds between its two towers, from the relevancies within each."""

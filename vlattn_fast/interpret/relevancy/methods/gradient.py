@@ -121,7 +121,7 @@ class _NotAdded(_NotNormalized):
         return addition
 
 
-class _CrossAlone(Equations):
+class _OnlyAcross(Equations):
     def across(self, query_rows: Tensor, abar: Tensor, key_rows: Tensor) -> Tensor:
         return abar
 
@@ -136,7 +136,7 @@ class WithoutAggregation(GradientMethod):
     equations = _NotAdded()
 
 
-class _BetweenAlone(GradientMethod):
+class _OnlyBetween(GradientMethod):
     """An ablation that differs from "gradient" only for towers that attend to one another."""
 
     name = ""
@@ -149,15 +149,15 @@ class _BetweenAlone(GradientMethod):
         )
 
 
-class WithoutNormalization(_BetweenAlone):
+class WithoutNormalization(_OnlyBetween):
     """Leaves out equations 8 and 9 of "gradient", for towers that attend to one another."""
 
     name = "gradient:no_normalization"
     equations = _NotNormalized()
 
 
-class WithoutSelfAttention(_BetweenAlone):
+class WithoutSelfAttention(_OnlyBetween):
     """Adds only Abar in equation 10 of "gradient", for towers that attend to one another."""
 
     name = "gradient:no_self_attention"
-    equations = _CrossAlone()
+    equations = _OnlyAcross()
