@@ -37,7 +37,7 @@ def _check(fits: bool, name: str, shape: Shape, count: int) -> None:
 
 
 def joined(merged: Merged, layouts: Sequence[Layout]) -> tuple[Tensor, ...] | None:
-    """The patches (h, w) of each map of the image tokens, where every image fills a part of one; None where one does not."""
+    """The patches (h, w) of each map of the image tokens, where every image fills a part of one; None if one does not."""
     maps = [(start, index) for layout, start in _with_starts(layouts) for index in layout.maps]
     places = torch.full((sum(layout.size for layout in layouts), 3), -1)  # of each image token: its map, row and column
     for number, (start, index) in enumerate(maps):
@@ -138,7 +138,7 @@ def in_one_row(config: Any, inputs: Mapping[str, Any], shape: Shape, count: int)
 
 
 def tiles(config: Any, inputs: Mapping[str, Any], shape: Shape, count: int) -> Merged:
-    """One image token a patch: those of a thumbnail, then of tiles without padding, with a token behind each row (LLaVA-NeXT,
+    """One image token a patch: those of a thumbnail, then of tiles without padding, with a token after each row (LLaVA-NeXT,
     LLaVA-OneVision)."""
     side = config.vision_config.image_size // config.vision_config.patch_size
     area, (images, size) = side * side, shape

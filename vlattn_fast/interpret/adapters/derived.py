@@ -118,7 +118,7 @@ def _language(model: Any) -> Tower:
 
 
 def _encoder(model: Any, name: str, path: str, tokens: str) -> Tower:
-    """A tower of a dual encoder. timm's head that pools by the attention of one learnt query is called `attn_pool`."""
+    """A tower of a dual encoder. timm's head that pools by the attention of one learned query is called `attn_pool`."""
     tower = model.get_submodule(path)
     first, *further = _lists_of_layers(tower)
     heads = {inside: head for inside, head in tower.named_modules() if inside.split(".")[-1] == "attn_pool"}

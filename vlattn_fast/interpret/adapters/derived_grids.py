@@ -61,7 +61,7 @@ def _by_pixels(config: Any, inputs: Mapping[str, Any]) -> list[Layout] | None:
         return None
     count = int(image_tokens(config, inputs).sum())
     shapes = merged_shapes(config, inputs, 1)
-    for before in (0, 1):  # some vision towers put their CLS token in front
+    for before in (0, 1):  # some vision towers put their CLS token first
         if count == sum(before + math.prod(shape) for shape in shapes):
             return _images(config, inputs, shapes, before)
     for side in _sides(config):

@@ -32,13 +32,13 @@ Grid = Callable[[Any, Mapping[str, Any]], list[Layout] | None]  # None = nothing
 
 
 def whole(shape: Shape, before: int = 0, box: Box | None = None) -> Layout:
-    """An image of (h, w) tokens, row by row, behind `before` tokens that have no place in it."""
+    """An image of (h, w) tokens, row by row, after `before` tokens that have no position in it."""
     height, width = shape
     return Layout(before + height * width, (_after(before, shape),), (box,))
 
 
 def frames(count: int, shape: Shape, after: int = 0) -> Layout:
-    """A video of `count` frames of (h, w) tokens, and `after` tokens behind them that have no place in it."""
+    """A video of `count` frames of (h, w) tokens, and `after` tokens after them that have no position in it."""
     size = math.prod(shape)
     return Layout(count * size + after, tuple(_after(i * size, shape) for i in range(count)), film=True)
 
@@ -54,7 +54,7 @@ def patch_shape(config: Any, size: Sequence[int]) -> Shape:
 
 
 def only_image(inputs: Mapping[str, Any]) -> Tensor | None:
-    """The images (B, C, H, W) of a model that takes nothing beside them; None where it takes ids, too, or several."""
+    """The images (B, C, H, W) of a model that takes nothing beside them; None if it takes ids, too, or several."""
     tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
     images = [value for value in tensors if value.ndim == 4 and value.is_floating_point()]
     return images[0] if len(images) == 1 and not any(map(is_ids, tensors)) else None
@@ -66,12 +66,12 @@ def is_ids(value: Any) -> bool:
 
 
 def square_patches(count: int, size: Sequence[int], prefix: int | None) -> tuple[int, Shape] | None:
-    """The tokens in front of the patches and the grid (h, w) of these, where `count` tokens are of an image of `size` (height,
+    """The tokens before the patches and the grid (h, w) of these, where `count` tokens are of an image of `size` (height,
     width) pixels in squares that leave nothing over. Without a `prefix` the fewest tokens that fit, at most 8 (CLS, registers);
-    None where nothing fits."""
+    None if nothing fits."""
     height, width = int(size[0]), int(size[1])
     common = math.gcd(height, width)
-    sides = [side for side in range(1, common + 1) if common % side == 0 and max(height, width) > side]  # one square is no grid
+    sides = [side for side in range(1, common + 1) if common % side == 0 and max(height, width) > side]  # not one square
     shapes = {(height // side) * (width // side): (height // side, width // side) for side in sides}
     befores = range(9) if prefix is None else [prefix]
     return next(((before, shapes[count - before]) for before in befores if count - before in shapes), None)
@@ -100,7 +100,7 @@ def photos_of(layouts: Sequence[Layout]) -> tuple[list[int], list[Box | None]]:
 
 
 def patches(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
-    """One token a patch (LLaVA, PaliGemma). Some vision towers put their CLS token in front."""
+    """One token a patch (LLaVA, PaliGemma). Some vision towers put their CLS token first."""
     shapes = merged_shapes(config, inputs, 1)
     before = int(int(image_tokens(config, inputs).sum()) == sum(height * width + 1 for height, width in shapes))
     return [whole(shape, before) for shape in shapes]
@@ -126,14 +126,14 @@ def merged_frames(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
 
 
 def pooled(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
-    """Patches averaged to `mm_tokens_per_image` tokens, a square. Crops may be behind the whole photo (Gemma 3)."""
+    """Patches averaged to `mm_tokens_per_image` tokens, a square. Crops may be after the whole photo (Gemma 3)."""
     side = config.vision_config.image_size // config.vision_config.patch_size
     kernel = side // math.isqrt(config.mm_tokens_per_image)
     return with_thumbnails(config, inputs, (side // kernel, side // kernel), first=True)
 
 
 def after_mean(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
-    """The map of a convolutional vision tower, behind its mean (Florence-2)."""
+    """The map of a convolutional vision tower, after its mean (Florence-2)."""
     vision = config.vision_config
     height, width = (int(size) for size in inputs["pixel_values"].shape[-2:])
     for kernel, stride, padding in zip(vision.patch_size, vision.patch_stride, vision.patch_padding, strict=True):
@@ -154,8 +154,8 @@ def shuffled(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
 def with_thumbnails(
     config: Any, inputs: Mapping[str, Any], shape: Shape, before: int = 0, first: bool | None = None, apart: bool = False
 ) -> list[Layout]:
-    """Images of `shape` tokens, each behind `before` others. Crops of a photo are joined to one map where a thumbnail shows how
-    they lie: in front of them (`first`) or behind. `apart`: images with other tokens between them are other photos."""
+    """Images of `shape` tokens, each after `before` others. Crops of a photo are joined to one map where a thumbnail shows how
+    they lie: before them (`first`) or after them. `apart`: images with other tokens between them are other photos."""
     pixels, size = inputs["pixel_values"], before + math.prod(shape)
     layouts: list[Layout] = []
     for _, runs in _runs(config, inputs):
@@ -170,7 +170,7 @@ def with_thumbnails(
 
 
 def _cropped(grid: Shape, shape: Shape, before: int, first: bool) -> Layout:
-    """The map of crops of `shape`, and that of their thumbnail in front of or behind them."""
+    """The map of crops of `shape`, and that of their thumbnail before or after them."""
     crops, size = math.prod(grid), before + math.prod(shape)
     joined = _tiled(grid, shape)
     joined = joined + (joined // math.prod(shape) + 1) * before + first * size
@@ -180,9 +180,9 @@ def _cropped(grid: Shape, shape: Shape, before: int, first: bool) -> Layout:
 
 
 def labelled(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
-    """Tiles, then a thumbnail, each behind a token that names it (Idefics 3, SmolVLM).
+    """Tiles, then a thumbnail, each after a token that names it (Idefics 3, SmolVLM).
 
-    Two tokens stand in front of each, and a line feed behind a row of tiles, so that tiles which are two tokens apart are of one
+    Two tokens stand before each, and a line feed after a row of tiles, so that tiles which are two tokens apart are of one
     row. The tiles of a complete grid are joined to one map of the image; the thumbnail is another one.
     """
     height, width = patch_shape(config.vision_config, inputs["pixel_values"].shape[-2:])
@@ -206,9 +206,9 @@ def labelled(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
 
 
 def separated(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
-    """Tiles with a token behind each, which is another one at the end of a row, then a thumbnail (Llama 4).
+    """Tiles with a token after each, which is another one at the end of a row, then a thumbnail (Llama 4).
 
-    Between the last row and the thumbnail are that token and the thumbnail's name, as in front of each thumbnail. The tiles, or a
+    Between the last row and the thumbnail are that token and the thumbnail's name, as before each thumbnail. The tiles, or a
     single one without a thumbnail, are of a canvas whose upper left corner the photo fills.
     """
     pixels = inputs["pixel_values"]
@@ -220,7 +220,7 @@ def separated(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
         if untiled is not None:
             layouts, pixels = layouts + untiled, pixels[len(untiled) :]
             continue
-        labels: list[int] = []  # in front of the tiles of the image whose thumbnail is yet to come
+        labels: list[int] = []  # before the tiles of the image whose thumbnail is yet to come
         for start, _ in runs:
             if ids[start - 1] != ids[runs[-1][0] - 1]:
                 labels.append(ids[start - 1])
@@ -253,7 +253,7 @@ def _runs(config: Any, inputs: Mapping[str, Any]) -> Iterator[tuple[list[int], l
 
 
 def _joined(rows: Sequence[int], shape: Shape, box: Box | None = WHOLE) -> list[Layout]:
-    """Tiles of `shape`, so many in each of `rows`, and the thumbnail behind them. `box` of the tiles relative to the photo."""
+    """Tiles of `shape`, so many in each of `rows`, and the thumbnail after them. `box` of the tiles relative to the photo."""
     if not rows:
         return [whole(shape, box=box)]
     if len(set(rows)) > 1:
@@ -277,7 +277,7 @@ def _tiled(tiles: Shape, shape: Shape) -> Tensor:
 
 
 def tiled_states(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
-    """Tiles behind a CLS token each, as many as the model takes at most; `aspect_ratio_ids` says how they lie (Mllama).
+    """Tiles after a CLS token each, as many as the model takes at most; `aspect_ratio_ids` says how they lie (Mllama).
 
     The tokens are keys of cross-attention and in no prompt. Images that only pad a shorter list of images have no map. The photo
     fills the upper left corner of the tiles.
@@ -293,7 +293,7 @@ def tiled_states(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
         if number > 0:  # 0 pads
             rows, columns = vision.supported_aspect_ratios[number - 1]
             places = _tiled((rows, columns), shape)
-            maps = (places + places // math.prod(shape) + 1,)  # behind the CLS token of its tile and of those before
+            maps = (places + places // math.prod(shape) + 1,)  # after the CLS token of its tile and of those before
             boxes = (_canvas(image[: rows * columns], [columns] * rows),)
         layouts.append(Layout(tiles * count, maps, boxes))
     return layouts
@@ -376,7 +376,7 @@ def in_order(config: Any, inputs: Mapping[str, Any], images: list[Layout], video
 
 
 def _after(count: int, shape: Shape) -> Tensor:
-    """Indices (h, w) of tokens behind `count` others."""
+    """Indices (h, w) of tokens after `count` others."""
     return count + torch.arange(math.prod(shape)).view(shape)
 
 

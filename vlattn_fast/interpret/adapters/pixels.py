@@ -28,14 +28,14 @@ class Photo:
 
     count: int  # of images
     grid: Shape | None = None  # rows and columns of crops beside a thumbnail; None = one image without crops
-    first: bool = False  # the thumbnail is in front of the crops
+    first: bool = False  # the thumbnail is before the crops
 
 
 def photos_in(images: Tensor, first: bool | None, one: bool) -> list[Photo]:
     """The photos that images (n, C, H, W) of a prompt show; with `one` all show the same, or nothing tells.
 
-    Crops of one photo, row by row, have a thumbnail behind or in front of them (`first`; None = either): at one grid alone they
-    are the thumbnail when they are scaled down. An image that is no part of such a group is a photo by itself.
+    Crops of one photo, row by row, have a thumbnail behind or before them (`first`; None = either): at one grid alone they
+    are the thumbnail when they are scaled down. An image that is not a part of such a group is a photo by itself.
     """
     photos, at = list[Photo](), 0
     height, width = (min(_SMALL, side) for side in images.shape[-2:])
@@ -103,7 +103,7 @@ def numbered(images: Sequence[Tensor]) -> list[int]:
 
 def canvas_box(canvas: Tensor) -> Box | None:
     """x1, y1, x2, y2 of a canvas (C, H, W) relative to the photo in its upper left corner, where the canvas has one colour below
-    and beside the photo; None where it has one colour throughout."""
+    and beside the photo; None if it has one colour throughout."""
     drawn = (canvas != canvas[:, -1:, -1:]).any(0)
     if not bool(drawn.any()):
         return None

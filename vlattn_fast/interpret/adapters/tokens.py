@@ -57,8 +57,8 @@ class Tokens(Named):
     prefix: int = 0  # tokens of the image before its patches, which are CLS and registers
     grid: Grid | None = None  # see `Tower`
     predicts: bool = False  # whether the tower predicts tokens. Its texts then do not end with [SEP].
-    end: Any = None  # the ids of end-of-text tokens; None where neither model nor config names one
-    special: frozenset[int] | None = None  # ids that are no words, as a tokenizer names them; None = as the config does
+    end: Any = None  # the ids of end-of-text tokens; None if neither model nor config names one
+    special: frozenset[int] | None = None  # ids that are not words, as a tokenizer names them; None = as the config does
     attended: Tensor | None = None  # bool (B, N), False = the attention's masks hide it from every token; None = they hide none
 
     named: ClassVar[dict[str, type[Any]]] = {}
@@ -78,16 +78,16 @@ class Tokens(Named):
 
     @property
     def before(self) -> int:
-        """How many tokens stand in front of the text."""
+        """How many tokens stand before the text."""
         return 0
 
     def real(self) -> Tensor | None:
-        """bool (B, N), True = a real token and no padding; None where all tokens are real, or nothing tells."""
+        """bool (B, N), True = a real token and no padding; None if all tokens are real, or nothing tells."""
         mask = self.inputs.get("attention_mask")
         return mask.bool() if isinstance(mask, Tensor) and mask.shape == self.shape else self.attended
 
     def words(self) -> Tensor | None:
-        """bool (B, N), True = a word: no special token, no padding, no image token. None where the tower has no text."""
+        """bool (B, N), True = a word: no special token, no padding, no image token. None if the tower has no text."""
         return None
 
     def image_mask(self) -> Tensor:
@@ -96,7 +96,7 @@ class Tokens(Named):
 
     def maps(self, relevancy: Tensor) -> Maps | None:
         """The image's entries of relevancy (B, N) on their grids (images, h, w), a tuple of (h, w) where grids differ, and the
-        row that each belongs to. None without an image, or where tokens have no place in it."""
+        row that each belongs to. None without an image, or where tokens have no position in it."""
         if (layouts := self.layouts) is None:
             return None
         is_image = self.image_mask()
@@ -129,7 +129,7 @@ class Tokens(Named):
         return list(range(count)) if images is None else numbered([*images]), [None] * count
 
     def fields(self, row: Tensor) -> dict[str, Any]:
-        """Further fields of an `Explanation` from the tower's row (B, N), or rows (B, K, N)."""
+        """Further fields of an `Explanation` from the tower's row (B, N), or relevancy vectors (B, K, N)."""
         return {}
 
     def last_real(self) -> Tensor:
@@ -203,7 +203,7 @@ class ClipText(Text, name="clip_text"):
 
 
 class BertText(Text, name="bert_text"):
-    """A text behind [CLS], whose parts [SEP] ends."""
+    """A text after [CLS], whose parts [SEP] ends."""
 
     def not_special(self, ids: Tensor, real: Tensor) -> Tensor:
         if self.predicts or self.special is not None:
@@ -216,7 +216,7 @@ class BertText(Text, name="bert_text"):
 
 
 class PromptedText(Text, name="prompted_text"):
-    """A text behind tokens that the model learnt, which stand in front of every text."""
+    """A text after tokens that the model learned, which stand before every text."""
 
     follows_ids = False
 
@@ -248,7 +248,7 @@ class _WithoutPadding(Tokens):
 
 
 class Patches(_WithoutPadding, name="patches"):
-    """Patches of images of one size, behind `prefix` tokens."""
+    """Patches of images of one size, after `prefix` tokens."""
 
     image = True
 
@@ -273,7 +273,7 @@ class Patches(_WithoutPadding, name="patches"):
 
 
 class LastPatches(Patches, name="last_patches"):
-    """Patches of images of one size, behind all tokens that they leave."""
+    """Patches of images of one size, after all tokens that they leave."""
 
     def __post_init__(self) -> None:
         if (pixels := self.pixels) is None:
@@ -337,7 +337,7 @@ class Boxes(_WithoutPadding, name="boxes"):
 
 
 class Queries(_WithoutPadding, name="queries"):
-    """Learnt queries of objects."""
+    """Learned queries of objects."""
 
 
 # --- texts and images in one sequence ---
@@ -353,7 +353,7 @@ class ImageText(Text, name="image_text"):
 
 
 class _TextAndImage(BertText):
-    """BERT's text, and behind it an image."""
+    """BERT's text, and after it an image."""
 
     image = True
 
@@ -437,7 +437,7 @@ def decoder_inputs(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     return {name.removeprefix("decoder_"): inputs[name] for name in inputs if name.startswith("decoder_")} or inputs
 
 
-# The config's names of ids that are no words.
+# The config's names of ids that are not words.
 _OF_TEXT = ("bos_token_id", "eos_token_id", "pad_token_id")
 _OF_IMAGES = (
     *("image_token_id", "video_token_id", "audio_token_id", "vision_start_token_id"),

@@ -1,4 +1,4 @@
-"""An answer: its tokens behind the prompt, their log-probabilities, and the rows that predict them."""
+"""An answer: its tokens after the prompt, their log-probabilities, and the rows that predict them."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Answer:
     """An answer of T tokens (shorter ones are padded) to prompts of N tokens."""
 
     ids: list[list[int]]  # each row's tokens
-    arguments: dict[str, Any]  # the model's inputs with the answer behind the last real token of each prompt, N + T in all
-    answer_positions: Tensor  # int64 (B, T), where each token of the answer is predicted: the place in front of its own
+    arguments: dict[str, Any]  # the model's inputs with the answer after the last real token of each prompt, N + T in all
+    answer_positions: Tensor  # int64 (B, T), where each token of the answer is predicted: the place before its own
     name: str = "input_ids"  # of the input that it is put into
 
     @functools.cached_property
@@ -65,7 +65,7 @@ class Answer:
         return explained_number(of, logits[samples, logit_positions], ids).masked_fill(~real, 0.0)
 
     def repeated(self, copies: int) -> Answer:
-        """The answers of `copies` of the batch, one behind the other."""
+        """The answers of `copies` of the batch, one after the other."""
         return replace(self, ids=self.ids * copies, answer_positions=self.answer_positions.repeat(copies, 1))
 
     def start(self, like: Tensor, token: int | None) -> Tensor:
@@ -88,11 +88,11 @@ def explained_number(of: str, logits: Tensor, index: Tensor) -> Tensor:
 
 
 class BareAnswer(list[list[int]]):
-    """Token ids of answers that nothing is cut off: their prompts do not stand in front of them."""
+    """Token ids of answers that nothing is cut off: their prompts do not stand before them."""
 
 
 def prepare_answer(answer: Any, tokenizer: Any, inputs: Mapping[str, Any], adapter: Adapter, model: nn.Module) -> Answer:
-    """`answer` behind the prompts of `inputs`; in an encoder-decoder behind the decoder's, which is its start token alone unless
+    """`answer` after the prompts of `inputs`; in an encoder-decoder after the decoder's, which is its start token alone unless
     `inputs` have another.
 
     Raises:
@@ -108,7 +108,7 @@ def prepare_answer(answer: Any, tokenizer: Any, inputs: Mapping[str, Any], adapt
     ids = token_ids(answer, tokenizer, len(prompts))
     if not (isinstance(answer, BareAnswer) or _is_text(answer)):  # a text may begin as its prompt does
         ids = _after_prompts(ids, prompts, model)
-    if adapter.answers == "input_ids":  # a decoder behind an encoder may have another vocabulary
+    if adapter.answers == "input_ids":  # a decoder after an encoder may have another vocabulary
         _check_vocabulary(ids, model)
     shape = (prompts.shape[0], prompts.shape[1])
     renamed = not adapter.answers.endswith("input_ids")  # in a model of the caller's
@@ -140,7 +140,7 @@ def prepare_answer(answer: Any, tokenizer: Any, inputs: Mapping[str, Any], adapt
 
 
 def _padded(ids: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Tokens (B, T) with zeros behind shorter answers, and bool (B, T), False = those zeros."""
+    """Tokens (B, T) with zeros after shorter answers, and bool (B, T), False = those zeros."""
     length = max((len(row) for row in ids), default=0)
     tokens = torch.tensor([[*row, *[0] * (length - len(row))] for row in ids], dtype=torch.long).view(len(ids), length)
     lengths = torch.tensor([len(row) for row in ids], dtype=torch.long)
@@ -148,7 +148,7 @@ def _padded(ids: list[list[int]]) -> tuple[Tensor, Tensor]:
 
 
 class _AnswerPositions:
-    """Where answers `ids` of at most T tokens stand, behind the tokens `last` (B,) of prompts of N = `size` tokens.
+    """Where answers `ids` of at most T tokens stand, after the tokens `last` (B,) of prompts of N = `size` tokens.
 
     Args:
         answer_type: the `token_type_ids` of an answer; None = as the last real token of the prompt has.
@@ -159,7 +159,7 @@ class _AnswerPositions:
         length, self.answer_type = self.tokens.shape[1], answer_type
         column, last = torch.arange(size + length), last[:, None]
         self.answered = (column > last) & (column <= last + length)  # bool (B, N + T)
-        # The column of the prompt that each one repeats: the answer's repeat the last real token, what stood behind it follows.
+        # The column of the prompt that each one repeats: the answer's repeat the last real token, what stood after it follows.
         self.source = torch.where(column > last + length, column - length, torch.minimum(column, last))
         self.answer_positions = last + torch.arange(length)
 
@@ -215,7 +215,7 @@ _OF_IMAGES = (
 
 
 def _follows_tokens(name: str, value: Any, shape: tuple[int, int], prefix: str) -> bool:
-    """Whether an input has an entry for each token of the prompts, and an answer makes it longer. ValueError where it has, and
+    """Whether an input has an entry for each token of the prompts, and an answer makes it longer. ValueError if it has, and
     nobody says what the answer's tokens have, or its shape is another one."""
     if value is None:
         return False
@@ -269,7 +269,7 @@ def ids_in(inputs: Mapping[str, Any]) -> list[str]:
 
 def block_decoder(model: nn.Module) -> Adapter | None:
     """The adapter of a model that predicts all tokens of its decoder's input at once, as by block diffusion: the last is read. It
-    explains no answer, whose tokens would be predicted one behind the other."""
+    explains no answer, whose tokens would be predicted one after the other."""
     return Adapter((), "token", answers="decoder_input_ids") if drafts(model) else None
 
 
@@ -289,7 +289,7 @@ def start_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
 
 
 def without_ends(answers: list[list[int]], ends: set[int]) -> list[list[int]]:
-    """Answers without their first token of `ends` and all behind it. ValueError where nothing is left of one."""
+    """Answers without their first token of `ends` and all after it. ValueError if nothing is left of one."""
     cut = [row[: next((number for number, token in enumerate(row) if token in ends), len(row))] for row in answers]
     if not all(cut):
         raise ValueError("each answer must have a token before its end token; got an empty one")
@@ -303,7 +303,7 @@ def end_tokens(model: Any) -> set[int]:
 
 
 def _after_prompts(ids: list[list[int]], prompts: Tensor, model: nn.Module) -> list[list[int]]:
-    """The answers alone where each row is what `model.generate` gave: its prompt, the answer, and what stands behind its end."""
+    """The answers alone where each row is what `model.generate` gave: its prompt, the answer, and what stands after its end."""
     before = prompts.tolist()
     if not ids or not all(
         len(row) > len(prompt) and row[: len(prompt)] == prompt for row, prompt in zip(ids, before, strict=True)

@@ -111,7 +111,7 @@ def baseline_image(kind: str, pixels: Tensor, processor: Any, option: str = "bas
 
 
 def _normalised(value: float, processor: Any, pixels: Tensor) -> Tensor | None:
-    """A colour from 0 to 1 as an image processor normalises it, (C, 1, 1); None where it does not say."""
+    """A colour from 0 to 1 as an image processor normalises it, (C, 1, 1); None if it does not say."""
     images = getattr(processor, "image_processor", processor)
     mean, std = getattr(images, "image_mean", None), getattr(images, "image_std", None)
     if mean is None or std is None:

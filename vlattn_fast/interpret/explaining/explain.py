@@ -1,5 +1,5 @@
 """`explain`, and what has its stages, `explain_layers` and `find_sinks`: one forward pass with a carrier through the layers, one
-backward pass, one relevancy row per tower.
+backward pass, one relevancy vector per tower.
 
 Six stages, each of which takes what those before it give: `Request.check` and `lay_out` in request.py, `run_traced` in
 forward_pass.py, `ask` in question.py, `carry_back` and `assemble` here.
@@ -52,7 +52,8 @@ _LARGEST_GAP = 0.1  # of the score's gain: what entries may miss without a remar
 
 
 class Vectors(NamedTuple):
-    """The row (B, N) of each tower, by its name; (B, T, N) where each token of an answer, or each layer or head, has one."""
+    """The relevancy vector (B, N) of each tower, by its name; (B, T, N) where each token of an answer, or each layer or head, has
+    one."""
 
     relevancy: dict[str, Tensor]
     contribution: dict[str, Tensor]  # what attention brought to it, where the method knows
@@ -279,7 +280,7 @@ def carry_back(request: Request, prompt: Prompt, run: Run, question: Question) -
 
 @torch.no_grad()
 def _gap(request: Request, prompt: Prompt, question: Question, vectors: Vectors) -> Tensor | None:
-    """The sum of all entries less the score's gain over the baseline, with a remark where it is large; None where the baseline
+    """The sum of all entries less the score's gain over the baseline, with a remark where it is large; None if the baseline
     has no score."""
     method = request.method
     method.at_run(0)
@@ -343,7 +344,7 @@ def _pass_back(request: Request, prompt: Prompt, run: Run, question: Question, n
 def _of_towers(
     request: Request, prompt: Prompt, run: Run, question: Question, vectors: Vectors
 ) -> tuple[Vectors, dict[str, Any], dict[str, str]]:
-    """The rows of each tower, also of one behind a connector; the fields of their tokens, and whose they are."""
+    """The rows of each tower, also of one after a connector; the fields of their tokens, and whose they are."""
     arguments, (relevancy, contribution, gap) = prompt.arguments, vectors
     positions = question.start_positions or {}
     contribution = {name: row for name, row in contribution.items() if name not in positions}

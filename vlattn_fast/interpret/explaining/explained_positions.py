@@ -18,7 +18,8 @@ from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 def start_vectors(
     run: Run, position: Any, scores: Tensor | None, arguments: Mapping[str, Any], name: str = "target"
 ) -> list[Tensor]:
-    """The weights (B, 1, N) of the rows of each tower that is read. `name`: of the argument that gives the scores."""
+    """The weights (B, 1, N) of the explained positions of each tower that is read. `name`: of the argument that gives the
+    scores."""
     for tower in run.explained:  # attention in windows is refused as such
         if scores is None or tower.batch == len(scores):
             tower.positions.check()
@@ -45,7 +46,7 @@ def start_vectors(
 
 
 def _start(tower: TowerTrace, position: Any, arguments: Mapping[str, Any], attends: bool) -> Tensor:
-    """The weights (B, 1, N) of the rows that are read at the end of a tower, which may attend to others. Behind a pooling head N
+    """The weights (B, 1, N) of the explained positions at the end of a tower, which may attend to others. After a pooling head N
     is its number of probes."""
     count = tower.size if tower.probes is None else tower.probes
     like = torch.zeros(tower.batch or 0, 1, count, dtype=tower.dtype, device=tower.device)
@@ -82,8 +83,8 @@ def _weights_of(tower: TowerTrace, asked: Any, zeros: Tensor) -> Tensor:
 
 
 def _start_at(tower: TowerTrace, asked: Position, ends: Tensor, arguments: Mapping[str, Any], like: Tensor) -> Tensor:
-    """The weights (B, 1, N) of the rows that are read where tokens have other places (B', K) at the end of their tower than where
-    they entered: a row is named as it is at the end. `ends` are the tokens there."""
+    """The weights (B, 1, N) of the explained positions where tokens have other places (B', K) at the end of their tower than
+    where they entered: a row is named as it is at the end. `ends` are the tokens there."""
     batch, count = ends.shape
     weights = torch.zeros(batch, count, dtype=like.dtype)
     if isinstance(asked, str):
@@ -112,13 +113,13 @@ def _start_at(tower: TowerTrace, asked: Position, ends: Tensor, arguments: Mappi
 class ScoreTokens(NamedTuple):
     """Where scores are read from a tower."""
 
-    tokens: Tensor  # bool (B, N), those that count behind the last attention that the scores depend on
-    gradients: list[Tensor]  # (B, N, C), the scores' at the steps behind it
-    later: int  # attention calls behind that one
+    tokens: Tensor  # bool (B, N), those that count after the last attention that the scores depend on
+    gradients: list[Tensor]  # (B, N, C), the scores' at the steps after it
+    later: int  # attention calls after that one
 
 
 def _score_tokens(tower: TowerTrace, scores: Tensor) -> ScoreTokens | None:
-    """None where the scores depend on no token of the tower."""
+    """None if the scores depend on no token of the tower."""
     for later, states in enumerate(reversed(tower.gradients.states) if scores.requires_grad else ()):
         edges = [edge for edge, _ in states]
         gradients = torch.autograd.grad(scores.sum(), edges, retain_graph=True, allow_unused=True) if states else ()
@@ -131,7 +132,7 @@ def _score_tokens(tower: TowerTrace, scores: Tensor) -> ScoreTokens | None:
         counting = [(g != 0).flatten(1, -3).any(1).any(-1) if g.ndim > 3 else (g != 0).any(-1) for g in whole]
         if not counting or not any(bool(tokens.any()) for tokens in counting):
             continue
-        # A sample whose attention counts nothing, as a dropped branch, is read from the residual stream behind it.
+        # A sample whose attention counts nothing, as a dropped branch, is read from the residual stream after it.
         in_stream = torch.stack(counting).any(0)
         tokens = torch.where(counting[0].any(-1, keepdim=True), counting[0], in_stream)
         return ScoreTokens(tokens, [g for g in whole if g.ndim == 3], later)
@@ -146,7 +147,7 @@ def _depends(scores: Tensor, edge: Any) -> bool:
 
 
 def _check_last_layer(run: Run, found: Sequence[ScoreTokens], pooled: bool, scores: Tensor, name: str) -> None:
-    """ValueError where a method without gradients would go through layers behind those that the scores are read from. `pooled`:
+    """ValueError if a method without gradients would go through layers after those that the scores are read from. `pooled`:
     they depend on a pooling head."""
     method = run.trace.method
     last = pooled or any(not one.later for one in found)
@@ -159,7 +160,7 @@ def _check_last_layer(run: Run, found: Sequence[ScoreTokens], pooled: bool, scor
 
 def _weights_by_gradient(tower: TowerTrace, found: ScoreTokens | None, arguments: Mapping[str, Any]) -> Tensor | None:
     """The weights (B, N) of the tokens that the scores are read from: of one, or the same of several, which are averaged; None =
-    the adapter's. ValueError where they are several that count differently, and the adapter does not say how."""
+    the adapter's. ValueError if they are several that count differently, and the adapter does not say how."""
     listed = None
     if tower.entry is not None and not tower.entry.rule.by_gradient:
         if found is None:  # a tower that the scores do not depend on

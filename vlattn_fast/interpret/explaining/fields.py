@@ -1,4 +1,4 @@
-"""The parts of relevancy rows that belong to images and to words, as fields of an Explanation."""
+"""The parts of relevancy vectors that belong to images and to words, as fields of an Explanation."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def parts(
     patches: PatchGrid | None,
     special: frozenset[int] | None,
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Fields of an Explanation from rows (B, N), or (B, T, N) with a row for each token of an answer; and the tower that each of
-    them is of. `patches` says where the tokens of towers without an adapter lie, `special` which ids are no words; None = those
-    that the config names."""
+    """Fields of an Explanation from relevancy vectors (B, N), or (B, T, N) with a row for each token of an answer; and the tower
+    that each of them is of. `patches` says where the tokens of towers without an adapter lie, `special` which ids are not words;
+    None = those that the config names."""
     fields: dict[str, Any] = {} if answer is None else {"answer": answer.ids}
     owners: dict[str, str] = {}
     name, patch_fields = patch_maps(patches, towers, arguments, relevancy)
@@ -95,18 +95,18 @@ def _reads_ids(towers: list[TowerTrace], arguments: Mapping[str, Any]) -> TowerT
 
 
 def gather_words(relevancy: Tensor, words: Tensor) -> Tensor:
-    """The entries (B, ..., N) of the words (B, N) alone, left-aligned in (B, ..., L) with zeros behind shorter texts."""
+    """The entries (B, ..., N) of the words (B, N) alone, left-aligned in (B, ..., L) with zeros after shorter texts."""
     entries = [row[..., mask.to(row.device)] for row, mask in zip(relevancy, words, strict=True)]
     return _padded(entries) if entries else relevancy[..., :0]
 
 
 def _padded(entries: list[Tensor]) -> Tensor:
-    """Rows (..., n) as (B, ..., L), with zeros behind shorter ones."""
+    """Rows (..., n) as (B, ..., L), with zeros after shorter ones."""
     return nn.utils.rnn.pad_sequence([row.movedim(-1, 0) for row in entries], batch_first=True).movedim(1, -1)
 
 
 def _with_answer(fields: Mapping[str, Any], row: Tensor, answer: Answer) -> dict[str, Any]:
-    """Fields of text with the answer behind that of the encoder, if there is one; `row` (B, N) or (B, T, N) is the decoder's."""
+    """Fields of text with the answer after that of the encoder, if there is one; `row` (B, N) or (B, T, N) is the decoder's."""
     decoded = [positions[: len(ids)] for positions, ids in zip((answer.answer_positions + 1).tolist(), answer.ids, strict=True)]
     text, before = fields.get("text"), fields.get("token_ids", [[] for _ in decoded])
     if text is not None and text.shape[1:-1] != row.shape[1:-1]:  # rows of other layers than the decoder's
@@ -133,8 +133,8 @@ def vision_maps(
     fields: Mapping[str, Any],
     layouts: Sequence[Layout] | None,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The rows of the vision tower behind a connector, where there is one for each map; else (B, [T,] n), all that the tower saw
-    of a prompt in its order, with zeros behind shorter ones. And `fields`, those of `parts`, with its maps: crops of a photo are
+    """The rows of the vision tower before a connector, where there is one for each map; else (B, [T,] n), all that the tower saw
+    of a prompt in its order, with zeros after shorter ones. And `fields`, those of `parts`, with its maps: crops of a photo are
     joined as `layouts` of the image tokens have them. `row` (images, N) or (images, T, N) is as the tower ran."""
     is_image = image_tokens(config, arguments)
     prompts = is_image.nonzero()[:, 0].cpu()
@@ -161,7 +161,7 @@ def vision_maps(
 
 def _each(relevancy: Tensor, read: Callable[[Tensor], tuple[Any, Any] | None]) -> tuple[Any, Any] | None:
     """`read` of relevancy (B, N): tensors (or a tuple of them) and metadata. With relevancy (B, T, N) the tensors have a
-    dimension T behind the first (in a tuple: in front)."""
+    dimension T after the first (in a tuple: before it)."""
     if relevancy.ndim == 2:
         return read(relevancy)
     single = [read(one) for one in relevancy.unbind(1)]
@@ -179,8 +179,8 @@ def _each(relevancy: Tensor, read: Callable[[Tensor], tuple[Any, Any] | None]) -
 def patch_maps(
     patches: PatchGrid | None, towers: Sequence[TowerTrace], inputs: Mapping[str, Any], relevancy: Mapping[str, Tensor]
 ) -> tuple[str, dict[str, Any]]:
-    """The first tower that has such a grid, and fields of an Explanation with its patches, from rows (B, N) or (B, T, N).
-    ValueError where the caller asks for a grid, and no tower has it."""
+    """The first tower that has such a grid, and fields of an Explanation with its patches, from relevancy vectors (B, N) or (B,
+    T, N). ValueError if the caller asks for a grid, and no tower has it."""
     free = [tower for tower in towers if tower.entry is None or (patches is not None and tower.entry.kind is Patches)]
     if patches is None:  # towers of ids are none of the image
         texts = {name: tuple(value.shape) for name, value in inputs.items() if is_ids(value)}
@@ -207,7 +207,7 @@ def patch_maps(
 
 
 def grid_of_pixels(patches: PatchGrid | None, tower: TowerTrace) -> Shape:
-    """Rows and columns of the patches in a tower of pixels. ValueError where nothing tells, or the caller's do not fit."""
+    """Rows and columns of the patches in a tower of pixels. ValueError if nothing tells, or the caller's do not fit."""
     pixels, shape = tower.grid, (patches.shape if patches is not None else None) or tower.patches
     if pixels is None or shape is None or pixels[0] % shape[0] or pixels[1] % shape[1]:
         raise ValueError(
@@ -229,7 +229,7 @@ def _of_pixels(patches: PatchGrid | None, row: Tensor, tower: TowerTrace) -> Ten
 
 
 def _grid_of(patches: PatchGrid | None, count: int, inputs: Mapping[str, Any]) -> tuple[int, Shape] | None:
-    """The tokens in front of the patches and their grid, in a tower of `count` tokens; None where that is not known."""
+    """The tokens before the patches and their grid, in a tower of `count` tokens; None if that is not known."""
     if patches is not None and (shape := patches.shape) is not None:
         return (patches.prefix, shape) if count == patches.prefix + math.prod(shape) else None
     if (image := only_image(inputs)) is not None:

@@ -12,7 +12,7 @@ _LONGEST = 40  # characters of a value that a message repeats
 
 
 def check_names(function: str, unknown: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """TypeError where one of the `unknown` arguments of a call of `function` had this name before. `given` are all of the
+    """TypeError if one of the `unknown` arguments of a call of `function` had this name before. `given` are all of the
     call."""
     for name in unknown:
         if name in _NOW:

@@ -29,7 +29,7 @@ class Run:
     outputs: Any  # the model's; of an empty batch, those of one made-up row
     trace: Trace | EmbeddingTrace
     explained: list[TowerTrace]  # with an explained position
-    vision: TowerTrace | None  # the tower behind the connector, whose row comes from that of the decoder; None without
+    vision: TowerTrace | None  # the vision tower before the connector, whose row comes from that of the decoder; None without
     attended: list[TowerTrace]  # to which those of `explained` attend, and on into which their relevancy goes
 
     @property
@@ -85,7 +85,7 @@ def run_of_trace(
 
 
 def _check_ids(trace: Trace | EmbeddingTrace, prompt: Prompt) -> None:
-    """ValueError where a tower, whose tokens are those of `input_ids`, ran on a sequence of another length."""
+    """ValueError if a tower, whose tokens are those of `input_ids`, ran on a sequence of another length."""
     ids = prompt.arguments.get("input_ids")
     for tower in trace.towers:
         if isinstance(ids, Tensor) and tower.entry is not None and tower.entry.rule.predicts and tower.entry.kind.follows_ids:

@@ -36,7 +36,7 @@ def prepare_inputs(
     `packs`: see `opened`.
 
     Raises:
-        TypeError: `inputs` is no mapping, or holds images or words that no processor made tensors of.
+        TypeError: `inputs` is not a mapping, or holds images or words that no processor made tensors of.
         ValueError: no input has a name that the model takes, images and texts cannot be paired, or a target is out of range.
     """
     check_inputs(model, inputs)
@@ -94,7 +94,7 @@ def _check_values(inputs: Mapping[str, Any], adapter: Adapter) -> None:
 
 
 def _check_names(inputs: Collection[str], accepted: Mapping[str, inspect.Parameter]) -> None:
-    """ValueError where no input has a name of the model's `forward`."""
+    """ValueError if no input has a name of the model's `forward`."""
     by_name = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
     named = [name for name, parameter in accepted.items() if parameter.kind in by_name]
     if named and not set(named) & set(inputs):

@@ -26,7 +26,7 @@ _ADDS_IMAGE_TOKENS = (
     "InstructBlipProcessor",
     "Florence2Processor",
 )  # they put the image's tokens there by themselves
-_ENDS_PROMPTS = ("GitForCausalLM",)  # its tokenizer closes a text, and the model would go on behind the end
+_ENDS_PROMPTS = ("GitForCausalLM",)  # its tokenizer closes a text, and the model would go on after the end
 
 
 def load_model(name: str, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
@@ -45,7 +45,7 @@ def load_model(name: str, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
 
 
 def check_model(name: str) -> None:
-    """ValueError where no config tells what model this is. Reads no weights."""
+    """ValueError if no config tells what model this is. Reads no weights."""
     with extra("explain"), _errors_of_names(name) as where:
         _class_of(name, where)
 
@@ -112,7 +112,7 @@ def _first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def open_lines(path: Path) -> Iterator[TextIO]:
-    """The lines of a data set's file; ValueError where it is no UTF-8."""
+    """The lines of a data set's file; ValueError if it is not UTF-8."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as lines:
             yield lines
@@ -121,7 +121,7 @@ def open_lines(path: Path) -> Iterator[TextIO]:
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """The number and the content of each line that is not blank; for a line that is no JSON the text of the error."""
+    """The number and the content of each line that is not blank; for a line that is not JSON the text of the error."""
     with open_lines(path) as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
@@ -149,7 +149,7 @@ def build_inputs(model: Any, processor: Any, image: Any, texts: Sequence[str]) -
     name = type(model).__name__
     takes_image, takes_text = check_parts(model, processor, image is not None, bool(texts))
     for text in texts:
-        if any("\ud800" <= letter <= "\udfff" for letter in text):  # half a pair, as from a command line that is no UTF-8
+        if any("\ud800" <= letter <= "\udfff" for letter in text):  # half a pair, as from a command line that is not UTF-8
             raise ValueError(f"text must be Unicode; got {text!r}")
     if not takes_text:
         return dict(processor(images=image, return_tensors="pt"))
@@ -181,7 +181,7 @@ def build_inputs(model: Any, processor: Any, image: Any, texts: Sequence[str]) -
 
 
 def _prompt(processor: Any, text: str) -> str:
-    """The text behind the image's token, as the model was trained."""
+    """The text after the image's token, as the model was trained."""
     if getattr(processor, "chat_template", None):
         content = [{"type": "image"}, {"type": "text", "text": text}]
         return str(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
@@ -201,8 +201,8 @@ def on_device(inputs: Mapping[str, Any], model: Any) -> dict[str, Any]:
 
 
 def generate(model: Any, inputs: Mapping[str, Any], count: int) -> BareAnswer:
-    """At most `count` tokens behind each prompt, the most likely one each time; the token that ends an answer is left out.
-    ValueError where the model is no decoder with an adapter, or an answer has no token."""
+    """At most `count` tokens after each prompt, the most likely one each time; the token that ends an answer is left out.
+    ValueError if the model is not a decoder with an adapter, or an answer has no token."""
     adapter = find_adapter(model)
     if adapter is None or not adapter.scoring.predicts:
         raise ValueError(f"generate must be used with a decoder with an adapter; got {type(model).__name__}")
@@ -218,5 +218,5 @@ def generate(model: Any, inputs: Mapping[str, Any], count: int) -> BareAnswer:
 
         greedy = {"max_new_tokens": count, "do_sample": False, "num_beams": 1, "suppress_tokens": never or None}
         made = model.generate(**inputs, **greedy, stopping_criteria=[ends])
-    prompt = inputs.get(adapter.answers)  # without one a decoder behind an encoder begins with its start token
+    prompt = inputs.get(adapter.answers)  # without one a decoder after an encoder begins with its start token
     return BareAnswer(without_ends(made[:, 1 if prompt is None else prompt.shape[1] :].tolist(), end_tokens(model)))

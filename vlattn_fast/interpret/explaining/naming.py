@@ -26,7 +26,7 @@ def tokenizer_of(processor: Any) -> Any:
 
 
 def special_ids(tokenizer: Any) -> frozenset[int] | None:
-    """The ids of special tokens; None where the tokenizer does not say."""
+    """The ids of special tokens; None if the tokenizer does not say."""
     ids = getattr(tokenizer, "all_special_ids", None)
     return None if ids is None else frozenset(ids)
 

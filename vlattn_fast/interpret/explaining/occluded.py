@@ -22,7 +22,8 @@ Window = tuple[str, Tensor]  # a tower, and tokens of it
 
 
 def occluded(request: Request, prompt: Prompt, run: Run, question: Question, method: OccludingMethod) -> dict[str, Tensor]:
-    """The rows (B, N) of the towers, or (B, T, N) of an answer's tokens: the mean drop of the score over a token's windows."""
+    """The relevancy vectors (B, N) of the towers, or (B, T, N) of an answer's tokens: the mean drop of the score over a token's
+    windows."""
     whole = question.scores
     if whole is None:
         raise ValueError(

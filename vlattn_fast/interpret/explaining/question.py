@@ -23,7 +23,8 @@ from vlattn_fast.interpret.explaining.request import Prompt, Request
 from vlattn_fast.interpret.relevancy.method import LOG_PROBABILITY, LOGIT, BackwardPass, Method, PredictedTokens, single_tokens
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 
-Pass = tuple[Tensor | None, list[Tensor]]  # of one backward pass: the score (B,), and the rows (B, T, N) to read in each tower
+# Of one backward pass: the score (B,), and the weights (B, T, N) of the explained positions in each tower.
+Pass = tuple[Tensor | None, list[Tensor]]
 
 
 class UndefinedRelevancy(ValueError):
@@ -32,17 +33,17 @@ class UndefinedRelevancy(ValueError):
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a run: scores, and the rows that are read."""
+    """A question about a run: scores, and the explained positions."""
 
     scores: Tensor | None  # (B,), or (B, T) of an answer's tokens; None for a method and a model that give none
     passes: list[Pass] = field(default_factory=list)  # the backward passes; none for an empty batch
     target: list[int] | None = None  # index of each row's text, class, token or query; None for a callable and for an answer
     # The token of each tower whose row is read, where it is one: int64 (B,), or (B, T) of an answer; None for an empty batch.
     start_positions: dict[str, Tensor] | None = None
-    answer: Answer | None = None  # as it stands among the tokens of the tower that is read; None where a target is explained
+    answer: Answer | None = None  # as it stands among the tokens of the tower that is read; None if a target is explained
 
     def predicted(self, logits: Tensor, number: int) -> PredictedTokens | None:
-        """The tokens of the answer, or the target, the one that backward pass `number` explains; None where it is none."""
+        """The tokens of the answer, or the target, the one that backward pass `number` explains; None if it is none."""
         if self.answer is not None:
             each = self.scores is not None and self.scores.ndim == 2
             length = self.answer.answer_positions.shape[1]
@@ -90,14 +91,14 @@ def _about_target(request: Request, prompt: Prompt, run: Run) -> Question:
     if not request.method.uses_position:
         return Question(scores, [(scores, [])], target, {})
     starts = start_vectors(run, position, scores, prompt.arguments)
-    # The queries of a pooling head are no tokens.
+    # The queries of a pooling head are not tokens.
     token_starts = ((tower, start) for tower, start in zip(run.explained, starts, strict=True) if not tower.pooled)
     positions = ((tower.name, _single_position(start)) for tower, start in token_starts)
     return Question(scores, [(scores, starts)], target, {name: position for name, position in positions if position is not None})
 
 
 def _about_answer(request: Request, prompt: Prompt, run: Run, answer: Answer) -> Question:
-    before = run.explained[0].tokens_in(prompt.arguments).before  # patches stand in front of the text
+    before = run.explained[0].tokens_in(prompt.arguments).before  # patches stand before the text
     answer = replace(answer, answer_positions=answer.answer_positions + before)
     logits, of = request.adapter.scoring.logits(run.outputs), request.method.of or LOG_PROBABILITY
     scores = answer.scores(logits, prompt.arguments.get("logits_to_keep"), of)
@@ -196,7 +197,7 @@ def backward_pass(
 
 
 def _single_position(start: Tensor) -> Tensor | None:
-    """int64 (B,), the one token that has a weight in `start` (B, 1, N); None where several have."""
+    """int64 (B,), the one token that has a weight in `start` (B, 1, N); None if several have."""
     weights = start[:, 0]
     single = bool(((weights == 1).sum(-1) == 1).all()) and bool(((weights != 0).sum(-1) == 1).all())
     return weights.argmax(-1).cpu() if single else None
@@ -205,7 +206,7 @@ def _single_position(start: Tensor) -> Tensor | None:
 def check_relevancy(
     request: Request, question: Question, run: Run, relevancy: list[Tensor], contribution: Mapping[TowerTrace, Tensor]
 ) -> None:
-    """UndefinedRelevancy where no row (B, T, N) holds more than the row that was read, and that tells of a wrong row.
+    """UndefinedRelevancy if no row (B, T, N) holds more than the explained position, and that tells of a wrong row.
     `contribution`: what attention brought to it, where the method knows."""
     # A decoder's logits and its row are of one position: where that position sees itself alone, nothing else counts for it.
     predicts = request.adapter.scoring.predicts and request.position is None and not callable(request.target)
@@ -215,7 +216,7 @@ def check_relevancy(
     if any(bool((row != 0).any()) for row in relevancy[len(starts) :]):  # of towers that are read through others
         return
     for tower, row, start in zip(run.towers, relevancy, starts, strict=False):
-        if row.shape != start.shape or row.shape[-1] == 1:  # behind a pooling head, whose probes are no tokens
+        if row.shape != start.shape or row.shape[-1] == 1:  # after a pooling head, whose probes are not tokens
             return
         single = single_tokens(start)
         others = row.masked_fill(single, 0.0) if bool(single.any()) else contribution.get(tower, row - start)
@@ -227,14 +228,14 @@ def check_relevancy(
 
 
 def warn_of_lost_gradients(run: Run) -> None:
-    """A warning where gradients end in modules of the explained layers: relevancy lacks the part that goes through them."""
+    """A warning if gradients end in modules of the explained layers: relevancy lacks the part that goes through them."""
     layers = tuple(f"{path}." for tower in run.carrying for path in tower.calls.lists)
     if lost := [path for path in run.trace.without_gradient if path.startswith(layers)]:
         warnings.warn(f"The relevancy leaves out what goes through {_names(run, lost)}", stacklevel=2)
 
 
 def warn_of_missed_norms(method: Method) -> None:
-    """A warning where modules divide by a norm of their input whose derivative stays."""
+    """A warning if modules divide by a norm of their input whose derivative stays."""
     if method.frozen is not None and (missed := method.frozen.missed):
         more = f" and {len(missed) - 3} more modules" if len(missed) > 3 else ""
         some = f"{', '.join(missed[:3])}{more}"
@@ -248,7 +249,7 @@ def warn_of_remarks(method: Method) -> None:
 
 
 def warn_of_other_keys(run: Run) -> None:
-    """A warning where towers attend to keys that are none of their tokens: no row has a place for them."""
+    """A warning if towers attend to keys that are none of their tokens: no row has a place for them."""
     for tower in run.towers:
         if not tower.others:
             continue

@@ -86,7 +86,7 @@ class Request:
 
     @cached_property
     def special(self) -> frozenset[int] | None:
-        """The ids of special tokens; None where the tokenizer does not say."""
+        """The ids of special tokens; None if the tokenizer does not say."""
         return special_ids(self.tokenizer)
 
     @classmethod
@@ -133,7 +133,7 @@ class Prompt:
 
     arguments: dict[str, Any]
     pairs: list[int] | None  # where images are compared with texts, the text of each row
-    answer: Answer | None  # the answer among the tokens; None where a target is explained
+    answer: Answer | None  # the answer among the tokens; None if a target is explained
     packs: Packs = field(default_factory=dict)  # the arguments that stand in a dict when the model is called
 
     @property
@@ -141,7 +141,7 @@ class Prompt:
         return is_empty(self.arguments)
 
     def repeated(self, copies: int, batch: int) -> Prompt:
-        """The same of `copies` of the batch, which has `batch` samples, one behind the other."""
+        """The same of `copies` of the batch, which has `batch` samples, one after the other."""
         arguments = {name: _repeated(name, value, copies, batch) for name, value in self.arguments.items()}
         pairs = None if self.pairs is None else self.pairs * copies
         answer = None if self.answer is None else self.answer.repeated(copies)
@@ -260,7 +260,7 @@ def _names_towers(adapter: Adapter, position: Mapping[str, Any]) -> bool:
 
 
 def _vision_of(model: nn.Module, adapter: Adapter) -> Tower:
-    """The vision tower behind an adapter's connector."""
+    """The vision tower before an adapter's connector."""
     if adapter.vision is None:
         raise ValueError(f"model must have an adapter with a connector for through_connector=True; got {type(model).__name__}")
     return adapter.vision

@@ -1,4 +1,4 @@
-"""Methods that read rows of every layer's map after the one backward pass: the calls are kept, and no map."""
+"""Methods that use rows of every layer's map after the one backward pass: the calls are cached, and no map."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vlattn_fast.interpret.relevancy.two_modalities import vectors_between
 
 
 class CachedCalls(Method):
-    """A method that keeps the calls of each tower to itself, and that of its pooling head. A subclass defines `combine`, or
+    """A method that caches the self-attention calls of each tower, and that of its pooling head. A subclass defines `combine` or
     `carry`."""
 
     cached: dict[TowerTrace, list[TracedCall]]
@@ -53,7 +53,7 @@ class CachedCalls(Method):
         return super().cross(tower, call)
 
     def _check(self, call: TracedCall) -> None:
-        """ValueError where a call has a part of the maps alone."""
+        """ValueError if a call only has a part of the maps."""
         if call.part:
             raise ValueError(f"{self.asked} does not support models in which {call.part}; got attention '{call.path}'")
 
@@ -94,8 +94,8 @@ class CachedCalls(Method):
         return vectors_between(backward, vector)
 
     def rows_of_towers(self, backward: BackwardPass, blocks: Sequence[Sequence[Sequence[TracedCall]]]) -> list[list[Tensor]]:
-        """The rows (B, H, M) of the maps of `blocks`, some of each of `backward.towers`, of one call each or of several. Behind a
-        pooling head the row that is read is what the head's own map makes of it."""
+        """The explained token's rows (B, H, M) of the maps of `blocks`, of one call each or of several, for each of
+        `backward.towers`. For a pooling head they are first multiplied by the head's own map."""
         pools = [[self.pools[tower]] if tower.pooled else [] for tower in backward.towers]
         in_order = [
             call for tower_blocks, pool in zip(blocks, pools, strict=True) for block in (*tower_blocks, pool) for call in block
@@ -110,8 +110,8 @@ class CachedCalls(Method):
         return by_tower
 
     def _of_block(self, tower: TowerTrace, block: Sequence[tuple[TracedCall, Tensor | None]], start: Tensor) -> Tensor:
-        """The rows (B, H, M) of the one call of a block. Where it has several, one behind the other, the row (B, 1, M) of what
-        they bring to the residual stream: start @ ((I + A_2) (I + A_1) - I), with the mean over the heads of each."""
+        """The rows (B, H, M) of the one call of a block. For several calls, one after the other, the relevancy vector (B, 1, M)
+        of what they add to the residual stream: start @ ((I + A_2) (I + A_1) - I), with the mean over the heads of each."""
         if len(block) == 1:
             ((call, grad),) = block
             return self._in_positions(tower, call, start, grad).to(start)
@@ -141,7 +141,7 @@ class CachedCalls(Method):
         return [call for call in self.cached[tower] if call.layer >= first]
 
     def _in_positions(self, tower: TowerTrace, call: TracedCall, start: Tensor, grad: Tensor | None) -> Tensor:
-        """`rows_of_call`, from flat weights to flat rows (1, H, positions) where the tower's tokens move."""
+        """`rows_of_call`, from flat weights to flat vectors (1, H, positions) where the tower's tokens move."""
         if not tower.positions.reorders:
             return self.rows_of_call(call, start, grad)
         at = tower.positions.call(call.token_positions)

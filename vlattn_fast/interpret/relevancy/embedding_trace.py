@@ -41,7 +41,7 @@ class Embeddings:
         return combine(rows, -1).flatten(1)
 
     def over_features(self, rows: Tensor) -> Tensor:
-        """Rows (B, N) in a shape that broadcasts to the embeddings of a batch of B."""
+        """Relevancy vectors (B, N) in a shape that broadcasts to the embeddings of a batch of B."""
         if self.dim is None:
             return rows.reshape(-1, *self.values.shape[1:])
         sizes = [size for dim, size in enumerate(self.values.shape) if dim not in (0, self.dim % self.values.ndim)]
@@ -169,7 +169,7 @@ class EmbeddingTrace(Subscriber):
     # --- after the forward pass ---
 
     def check(self) -> None:
-        """ValueError, naming the tower, where no embeddings were seen."""
+        """ValueError, naming the tower, where no embeddings were traced."""
         for tower in self.towers:
             if not tower.calls.paths:
                 raise ValueError(

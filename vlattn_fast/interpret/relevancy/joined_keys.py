@@ -1,4 +1,4 @@
-"""Whose tokens the keys of an attention call are, where it joins several: those of another tower, a learnt key, zeros, a prefix.
+"""Whose tokens the keys of an attention call are, where it joins several: those of another tower, a learned key, zeros, a prefix.
 
 Tensors remember how torch.cat and pad joined them, of parts that came from the model's inputs and of parts that did not. At an
 attention call the first kind are the tokens. A part that no function of the run made, and that is none of the model's tensors,
@@ -30,7 +30,7 @@ class Part:
     """Some of the positions of a tensor that was joined."""
 
     size: int
-    origin: str  # "tokens"; "model" = learnt or constant; "elsewhere"
+    origin: str  # "tokens"; "model" = learned or constant; "elsewhere"
     within: tuple[Part, ...] = ()  # its own parts, where it was joined, too
     calls: int = 0  # the attention calls that it came through, as bits
     entered: int = 0  # the states that entered a layer and that it came through, as bits
@@ -90,7 +90,7 @@ class JoinedKeys:
         return replace(call, columns=torch.tensor(columns, device=call.key.device))
 
     def _columns(self, key: Tensor, value: Tensor, sizes: Sequence[int]) -> tuple[list[int], bool] | None:
-        """The columns of the tokens among the keys (B, H, M, D), and whether others are from elsewhere; None where the tokens are
+        """The columns of the tokens among the keys (B, H, M, D), and whether others are from elsewhere; None if the tokens are
         none of `sizes` many."""
         key_levels, value_levels = (self._levels(tensor, key.shape[2]) for tensor in (key, value))
         for parts, others in zip(key_levels, value_levels, strict=False):
@@ -237,8 +237,8 @@ def _is_view(source: Tensor, tensor: Tensor) -> bool:
 
 
 def _place(source: Tensor, join: Join, result: Tensor) -> int | None:
-    """The dimension of `result` in which the joined dimension of `source` lies; None where that cannot be told. A view keeps its
-    stride, and a reshape the number of elements in front. Else the index is the same, from the left or the right."""
+    """The dimension of `result` in which the joined dimension of `source` lies; None if that cannot be told. A view keeps its
+    stride, and a reshape the number of elements before it. Else the index is the same, from the left or the right."""
     dim, size = join.dim, join.size
     if result.shape == source.shape and not _is_view(source, result):
         return dim

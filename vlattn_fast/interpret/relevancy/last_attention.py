@@ -1,4 +1,4 @@
-"""Methods that read the last attention alone."""
+"""Methods that only use the last attention."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Real = Callable[[], tuple[Tensor | None, Tensor | None]]
 
 
 class LastAttentionMethod(Method):
-    """A method that reads the last attention of a tower to itself, and to each tower that it attends to."""
+    """A method that uses the last attention of a tower to itself, and to each tower that it attends to."""
 
     cached: dict[TowerTrace, TracedCall]  # the last attention of each tower to itself
 
     def vector(self, start: Tensor, call: TracedCall, grad: Tensor | None, real: Real) -> Tensor:
-        """The row (B, 1, M) of a call, from the weights `start` (B, 1, N) of the rows that are read, and the score's gradient at
-        the call's output (B, H, N, D), None without one. `real` says which queries (B, N) and which of all keys (B, M) are; None
-        = all."""
+        """The relevancy vector (B, 1, M) of a call, from the weights `start` (B, 1, N) of the explained positions, and the
+        score's gradient at the call's output (B, H, N, D), None without one. `real` gives the real queries (B, N) and the
+        real keys (B, M); None = all."""
         raise NotImplementedError
 
     def attend(self, tower: TowerTrace, call: TracedCall) -> Tensor:
@@ -42,7 +42,7 @@ class LastAttentionMethod(Method):
         return self._leaf(tower, call, call.computed())
 
     def _leaf(self, tower: TowerTrace, call: TracedCall, output: Tensor) -> Tensor:
-        """`output`, where the graph starts: only the gradient at it is used, unless those of several calls are."""
+        """`output`, where the graph starts, unless the gradients of several calls are used."""
         output = (output if tower.keeps else output.detach()).requires_grad_()
         self.cached[tower] = replace(call.detached(), output=output)
         tower.enters_gradient(output)
@@ -75,7 +75,7 @@ class LastAttentionMethod(Method):
 
     def _gradients(self, backward: BackwardPass, calls: Sequence[TracedCall]) -> Sequence[Tensor | None]:
         for tower in [*backward.towers, *backward.attended]:
-            if tower.calls.chunked and not tower.pooled:  # the last call has a part of the sequence alone
+            if tower.calls.chunked and not tower.pooled:  # the last call only has a part of the sequence
                 raise ValueError(
                     "method must carry relevancy through the layers if a module attends in chunks; got "
                     f"{self.name!r} and '{tower.calls.path}'"
@@ -91,7 +91,8 @@ class LastAttentionMethod(Method):
         start: Tensor,
         grad: Tensor | None,
     ) -> Tensor:
-        """The row of the first of `keys`: the towers whose tokens the keys of one call are, each with the call's columns."""
+        """The relevancy vector over the first of `keys`: the towers whose tokens the keys of one call are, with the call's
+        columns."""
         (source, call), at = keys[0], None
         if tower.positions.reorders and tower is source:
             at = tower.positions.call(call.token_positions)

@@ -53,8 +53,8 @@ class Selection:
 
 
 class LayerMaps(CachedCalls):
-    """The rows that are read of the attention maps of a method, each layer's by itself: relu(A * dA) of a method that takes
-    gradients, else A. Behind a pooling head the row is what the head's own map makes of it.
+    """The explained token's row of each layer's map: relu(A * dA) if the method takes gradients, else A. For a pooling head the
+    row is first multiplied by the head's own map.
 
     Where towers attend to one another, a tower whose row is read has the rows of its maps to itself, and a tower that it attends
     to has those of the cross-attention, by the numbers of the layers of the tower that attends.

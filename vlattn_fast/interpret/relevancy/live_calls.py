@@ -199,14 +199,14 @@ class LiveCalls(Method):
     def _moved(
         self, row: Tensor, a: Any, b: Any, call: TracedCall, grad: Tensor | None, positions: TokenPositions, term: Any
     ) -> Tensor:
-        """The flat row in front of a call, whose tokens are elsewhere. Weights of a sum are of the tokens of its stream."""
+        """The flat vector before a call, whose tokens are elsewhere. Weights of a sum are of the tokens of its stream."""
         at = positions.call(call.token_positions)
         sum_places = None if term is None else positions.locate_states(term[0])
         carried = at.pick(at.scaled(row, b, sum_places), at.queries)
         return at.scaled(row, a, sum_places) + at.spread(self._step(carried, call, grad).to(row), at.keys)
 
     def _step(self, row: Tensor, call: TracedCall, grad: Tensor | None) -> Tensor:
-        """row (B, T, N) times Abar: zeros where the score does not depend on the call."""
+        """row (B, T, N) times Abar: zeros if the score does not depend on the call."""
         row = row.to(call.query.device)
         if self.needs_score and grad is None:
             return row.new_zeros(*row.shape[:2], call.tokens)

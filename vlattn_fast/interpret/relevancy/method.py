@@ -1,5 +1,5 @@
-"""The bases of all methods, and of those that carry one row through the layers. Each file of `methods/` holds a method, and no
-other file names it."""
+"""The base classes of all methods, and of those that carry a relevancy vector through the layers. Each file of `methods/` holds
+one method, and no other file names it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Link:
     source: TowerTrace
     attention: TracedCall
     source_call: int | None  # of cross-attention, the last call of `source` that the keys came through; None without one
-    joint: bool = False  # the keys stand beside those of `tower` in one softmax
+    joint: bool = False  # the keys share one softmax with those of `tower`
 
     @property
     def number(self) -> int:
@@ -47,7 +47,7 @@ class PredictedTokens:
     """Tokens that a model predicts, of which one is explained."""
 
     logits: Tensor  # (B, N, vocabulary), at every position
-    ids: Sequence[Sequence[int]]  # (B, T), with a zero where an answer is shorter
+    ids: Sequence[Sequence[int]]  # (B, T), with a zero if an answer is shorter
     positions: Tensor  # int64 (B, T), where each is predicted
     number: int  # of the token that is explained
 
@@ -56,21 +56,21 @@ class PredictedTokens:
 class BackwardPass:
     """The start of one backward pass of a run."""
 
-    towers: Sequence[TowerTrace]  # whose own rows are read
+    towers: Sequence[TowerTrace]  # with an explained position
     attended: Sequence[TowerTrace]  # that they attend to
-    calls: Sequence[Link]  # in the order in which they ran, where towers may attend to one another; else none
-    starts: Sequence[Tensor]  # (B, T, N), the weights of the rows that are read of `towers`; T is 1 where a score counts
+    calls: Sequence[Link]  # in the order in which they ran, if towers may attend to one another; else none
+    starts: Sequence[Tensor]  # (B, T, N), the weights of the explained positions of `towers`; T is 1 if a score counts
     scores: Tensor | None  # (B,); None for methods without a gradient
     arguments: Mapping[str, Any]  # of the model
     keep: bool  # keep the graph for a further pass
     differentiable: bool = False  # gradients have gradients themselves
     predicted: PredictedTokens | None = None  # of methods that take logits, where a token is explained
-    # The part of each tower's row (B, 1, N) that attention brought, as the method notes it: without what the rows that are read
-    # have kept on themselves by the residual connections. Methods without these note nothing.
+    # The part of each tower's relevancy vector (B, 1, N) that comes from attention, without what the residual connections leave
+    # at the explained positions. Methods without residual connections note nothing.
     contribution: dict[TowerTrace, Tensor] = field(default_factory=dict)
 
     def gradients(self, tensors: Sequence[Tensor]) -> list[Tensor | None]:
-        """The gradient of the score at each tensor; None where it does not depend on it."""
+        """The gradient of the score at each tensor; None if it does not depend on it."""
         if self.scores is None:
             raise ValueError("scores must be given to a method that takes gradients; got None")
         used = [tensor for tensor in tensors if tensor.requires_grad]
@@ -80,7 +80,7 @@ class BackwardPass:
         return [next(used_grads) if tensor.requires_grad else None for tensor in tensors]
 
     def reaching_calls(self) -> list[Link]:
-        """The calls through which something counts for `towers`: calls of other towers cost time, and bring nothing."""
+        """The calls through which something counts for `towers`: calls of other towers cost time, and add nothing."""
         reached = set(self.towers)
         while more := {call.source for call in self.calls if call.tower in reached} - reached:
             reached |= more
@@ -93,41 +93,41 @@ class BackwardPass:
 
 
 def single_tokens(start: Tensor) -> Tensor:
-    """bool (B, T, N), True = a token that is read by itself: weights that leave no token out name none."""
+    """bool (B, T, N), True = an explained token; none for weights that include all tokens."""
     return (start == 1) & (start == 0).any(-1, keepdim=True)
 
 
 class Method:
     """A method of `explain`, with its options; each call of `explain` takes a copy (`for_call`).
 
-    During the forward pass it sees every attention call of the towers (`attend`, `pool`, `cross`), and returns what the call
-    gives the model. Afterwards `carry` or `between` makes the relevancy rows, once for each score.
+    During the forward pass it gets every attention call of the towers (`attend`, `pool`, `cross`), and returns the output of the
+    call. Afterwards `carry` or `between` makes the relevancy vectors, once for each score.
 
     Attributes:
         name: the value of `explain`'s argument `method`; "<method>:<part>" of an ablation. "" = a class for others to build on.
         needs_score: it takes the gradient of a score.
-        needs: what it sees of the forward pass: "attention", every attention call of the towers; "embeddings", those that enter
-            the towers, of a model with any attention or none.
-        uses_position: it explains by a row of a tower's relevancy matrix; without, by the score alone.
+        needs: what it takes from the forward pass: "attention" = every attention call of the towers; "embeddings" = those that
+            enter the towers, of a model with any attention or none.
+        uses_position: it has an explained position; without, it only uses the score.
         takes_logits: it takes the logits of every position of a decoder.
         rank_filter: the maps of the image are filtered, see `result.numbers.interference`.
-        carries_several: a backward pass carries several rows of a tower at once, where no score is differentiated.
-        default_freeze: what the backward pass takes for constants, see `freeze`.
+        carries_several: a backward pass carries several relevancy vectors of a tower at once, since no score is differentiated.
+        default_freeze: the constants of the backward pass, see `freeze`.
         n_runs: the number of changed inputs on which it runs the model; 0 = only the input itself, once.
         unlabelled: options that change no number, which its label leaves out.
-        completes: its rows add up to the score's gain over a baseline, as the number of steps grows.
+        completes: its entries add up to the score's gain over a baseline, as the number of runs grows.
         reads_score: it takes the score itself, of runs without gradients on changed inputs.
-        by_layer: each layer's own map has a meaning: relu(A * dA) where it takes gradients, else A.
-        adds_parallel: the maps of attention and of a recurrence over the same tokens are added. Other methods refuse such layers.
-        needs_mixer_rules: what mixes tokens beside attention counts, so that a rule must cover it.
-        holds_start: a relevancy row begins as the weights of the row that is read, and the layers add to it. A row that equals
-            these weights at the end means that the score does not depend on the row that is read: `explain` refuses it.
+        by_layer: it has a map of each layer: relu(A * dA) if it takes gradients, else A.
+        adds_parallel: the maps of attention and of a recurrence over the same tokens are added. Other
+            methods do not support such layers.
+        needs_mixer_rules: what mixes tokens in parallel to attention counts, so that a rule must cover it.
+        holds_start: a relevancy vector begins as the weights of the explained positions, and the layers add to it. If it
+            equals these weights at the end, the score does not depend on the explained position, and `explain` raises an error.
         trains: the model runs as it is, in train mode or not, and the calls keep their graph.
         cached: for each tower, what the method caches for the backward pass.
-        start_layer, sinks, through_connector: options of some methods; here as they are for all others.
-        findings: unless `sinks` is "keep", what each call says of its keys: the tower that attends, the tower of the keys, and
-            that.
-        remarks: what a reader of the result must know; `explain` warns of each once.
+        start_layer, sinks, through_connector: options of some methods, with the values for all others.
+        findings: unless `sinks` is "keep", for each call: the tower that attends, the tower of the keys, and what was found.
+        remarks: caveats of the result; `explain` warns of each once.
     """
 
     name: str = ""
@@ -155,10 +155,10 @@ class Method:
     def __init__(self, *, freeze: Sequence[str] | None = None, of: str | None = None) -> None:
         """
         Args:
-            freeze: constants of the backward pass: "norms", the denominators of LayerNorm, RMSNorm and GroupNorm, including those
-                that a module writes out; "attention", the attention weights. () = nothing, the form that the papers published;
-                None = the method's default: both for "gradient", "weighted" and "input_gradient", norms for "gradcam".
-            of: the number that is explained of a class, a token, or each token of an answer: its "logit", its "log_probability",
+            freeze: constants of the backward pass: "norms" = the denominators of LayerNorm, RMSNorm and GroupNorm, including
+                those that a module computes itself; "attention" = the attention weights. () = nothing, the form that the papers
+                published; None = the method's default: both for "gradient", "weighted" and "input_gradient", norms for "gradcam".
+            of: the explained number of a class, a token, or each token of an answer: its "logit", its "log_probability",
                 or its "margin", the logit less the log-sum-exp of all others. None = the method's default of an answer, and
                 the logit of a target.
 
@@ -175,15 +175,15 @@ class Method:
 
     def begin(self) -> None:
         """The state of one call of `explain`, as it is before it."""
-        self.n_vectors = 1  # how many rows of a tower a backward pass carries
-        self.finds_position = False  # the caller does not say which row is read
+        self.n_vectors = 1  # relevancy vectors of a tower in one backward pass
+        self.finds_position = False  # the caller does not pass the explained position
         self.cached: dict[TowerTrace, Any] = {}
         self.findings: list[tuple[TowerTrace, TowerTrace, Findings]] = []
-        self.frozen: Frozen | None = None  # what the backward pass of the run takes for constants
+        self.frozen: Frozen | None = None  # the constants of the backward pass
         self.remarks: list[str] = []
 
     def freezing(self, model: nn.Module) -> Frozen:
-        """The context around a run whose backward pass takes for constants what `freeze` names."""
+        """The context of a run in whose backward pass `freeze` holds something constant."""
         self.frozen = Frozen(model, NORMS in self.freeze, ATTENTION in self.freeze, self.trains)
         return self.frozen
 
@@ -227,10 +227,10 @@ class Method:
     # --- what it can explain ---
 
     def check_adapter(self, adapter: Adapter, model: str) -> None:
-        """ValueError where it cannot explain models of this adapter; `model` is the class's name."""
+        """ValueError if it cannot explain models of this adapter; `model` is the class's name."""
 
     def check_between(self, entries: Sequence[Tower | None]) -> None:
-        """ValueError where it cannot explain towers that attend to one another, or not from its `start_layer`. `entries` are
+        """ValueError if it cannot explain towers that attend to one another, or not from its `start_layer`. `entries` are
         those of the towers; None = a tower that is found."""
         if self.start_layer != 0:
             raise ValueError(f"start_layer must be 0 for towers that attend to one another; got {self.start_layer}")
@@ -238,7 +238,7 @@ class Method:
     # --- the forward pass ---
 
     def hooks(self, model: nn.Module, towers: Sequence[TowerTrace], within_run: Callable[[Hook], Hook]) -> Iterator[Any]:
-        """Registers the hooks that it needs beside the attention calls; yields their handles. `towers` are those with an adapter:
+        """Registers further hooks; yields their handles. `towers` are those with an adapter:
         others are found while the model runs. `within_run` makes a hook that is silent in other runs of the same model."""
         yield from ()
 
@@ -261,14 +261,14 @@ class Method:
         return f"sinks must be {KEEP!r} for models" if self.sinks == REMOVE else "find_sinks does not support models"
 
     def at_run(self, number: float) -> None:
-        """A run of this number comes next, of a method of several steps."""
+        """Called before each of `n_runs` runs with its number."""
 
     def origin(self, tower: TowerTrace, values: Tensor) -> Tensor | None:
         """The embeddings of a baseline, in place of those that enter a tower; None = zeros."""
         return None
 
     def entering(self, tower: TowerTrace, values: Tensor, origin: Tensor | None, dim: int | None) -> Tensor:
-        """The tensor, another one, that the model goes on with in their place; see `Embeddings`."""
+        """The new tensor with which the model continues; see `Embeddings`."""
         return values * 1
 
     def attended(self, tower: TowerTrace, source: TowerTrace, call: TracedCall) -> tuple[TracedCall, Tensor]:
@@ -287,7 +287,7 @@ class Method:
         return self.watched(tower, call.computed())
 
     def pool(self, tower: TowerTrace, call: TracedCall) -> Tensor:
-        """The output of an attention-pooling head, whose queries are learnt and no tokens."""
+        """The output of an attention-pooling head, whose queries are learned and are not tokens."""
         return self.watched(tower, call.computed())
 
     def cross(self, tower: TowerTrace, call: TracedCall) -> Tensor:
@@ -303,39 +303,40 @@ class Method:
         return output
 
     def _cut(self, tower: TowerTrace, output: Tensor) -> Tensor:
-        """`output` without what is behind it in the graph. A gradient at it may name the row that is read."""
+        """`output` without the graph that made it. A gradient at it may name the explained position."""
         return output.detach().requires_grad_(self.finds_position and tower.gradients.finds_position)
 
     def follow(
         self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], last_tower: Callable[[Tensor, Tensor], TowerTrace | None]
     ) -> Any:
-        """The result of a call of torch beside attention. `last_tower` takes two tensors and gives the tower through whose last
-        attention the first one came, and the second did not."""
+        """The result of a call of torch in parallel to attention. `last_tower` takes two tensors and gives the tower through
+        whose last attention the first one came, and the second did not."""
         return func(*args, **kwargs)
 
     # --- the backward pass ---
 
     def ran(self, explained: Sequence[TowerTrace], attended: Sequence[TowerTrace], calls: Sequence[Link]) -> None:
-        """The forward pass is over: the towers whose own rows are read, those that they attend to, and `BackwardPass.calls`."""
+        """Called after the forward pass, with the explained towers, those that they attend to, and `BackwardPass.calls`."""
 
     def n_vectors_of(self, tower: TowerTrace) -> int:
-        """How many rows a backward pass gives for a tower."""
+        """The number of relevancy vectors that a backward pass gives for a tower."""
         return 1
 
     def edges(self, tower: TowerTrace) -> list[GradientEdge]:
-        """Where gradients enter the explained layers: a score must depend on one of them."""
+        """Where gradients enter the explained layers; a score must depend on one of them."""
         return tower.edges(self.start_layer)
 
     def carry(self, backward: BackwardPass) -> list[Tensor]:
-        """The rows (B, T, N) of towers that do not attend to one another, for their starts (B, T, N)."""
+        """The relevancy vectors (B, T, N) of towers that do not attend to one another, for their starts (B, T, N)."""
         raise ValueError(f"method={self.name!r} does not support towers that do not attend to one another. Pass another method=")
 
     def between(self, backward: BackwardPass) -> list[Tensor]:
-        """The rows (B, 1, N) of towers that attend to others, and of those others; see `two_modalities.vectors_between`."""
+        """The relevancy vectors (B, 1, N) of towers that attend to others, and of those others; see
+        `two_modalities.vectors_between`."""
         raise ValueError(f"method={self.name!r} does not support towers that attend to one another. Pass another method=")
 
     def carried(self, backward: BackwardPass) -> list[Tensor]:
-        """The rows (B, 1, N) of `backward.towers` and of `backward.attended`."""
+        """The relevancy vectors (B, 1, N) of `backward.towers` and of `backward.attended`."""
         for tower in (*backward.towers, *backward.attended):
             tower.positions.check()
         if not backward.attended:
@@ -385,7 +386,7 @@ def check_sinks(sinks: Any) -> str:
 
 
 def _flat(tower: TowerTrace, start: Tensor) -> Tensor:
-    """The weights of the rows that are read, as methods take them: flat where a tower's tokens move."""
+    """The weights of the explained positions, as methods take them: flat where a tower's tokens move."""
     positions = tower.positions
     if tower.pooled or not positions.is_flat:
         return start
@@ -394,9 +395,9 @@ def _flat(tower: TowerTrace, start: Tensor) -> Tensor:
 
 
 class CarriedMethod(Method):
-    """A method that carries one row through all layers (Chefer, Gur, Wolf, ICCV 2021, equations 5 and 6 for one row)."""
+    """A method that carries one relevancy vector through all layers (Chefer, Gur, Wolf, ICCV 2021, equations 5 and 6)."""
 
-    recursion: ClassVar[Recursion]  # what an attention call does to the row that is carried back
+    recursion: ClassVar[Recursion]  # what an attention call does to the relevancy vector
 
     def __init__(
         self, *, start_layer: int = 0, sinks: str = KEEP, freeze: Sequence[str] | None = None, of: str | None = None
@@ -423,7 +424,7 @@ class CarriedMethod(Method):
 
     def _of_carrier(self, tower: TowerTrace, output: Tensor) -> Tensor:
         if not self.needs_score:
-            return self._cut(tower, output)  # only the carrier needs a graph between the layers
+            return self._cut(tower, output)  # between the layers only the carrier needs a graph
         tower.enters_gradient(output)
         return output
 
@@ -447,7 +448,7 @@ class CarriedMethod(Method):
         )
         return [half[0][:, :n] for half, n in zip(halves, counts, strict=True)]
 
-    # --- for rows that are made of the calls themselves, see `live_calls` ---
+    # --- for relevancy with gradients, see `live_calls` ---
 
     def begins(self, tower: TowerTrace, chunk: bool = False, carries: bool = True) -> None:
         """A call begins, whose residual sum comes later. `carries`: of the tower to itself."""

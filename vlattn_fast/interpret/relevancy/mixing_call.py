@@ -1,4 +1,4 @@
-"""A call through which tokens reach one another without a softmax: a recurrence, maybe behind a short convolution, or the
+"""A call through which tokens reach one another without a softmax: a recurrence, maybe after a short convolution, or the
 convolution alone. It does for relevancy what an attention call does."""
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class MixingCall(TracedCall):
         options["row_normalize"] = recursion.row_normalize
         if not self.mixer.reads_before:
             return recurrent_step(relevancy, query, key, value, grad_output, **options)
-        # Each token is two: one that reads, and one behind it that writes.
+        # Each token is two: one that reads, and one after it that writes.
         options |= {"log_decay": _in_turn(options["log_decay"], "w"), "diagonal": _in_turn(options["diagonal"], "r")}
         relevancy, query, key = (_in_turn(x, of) for x, of in ((relevancy, "r"), (query, "r"), (key, "w")))
         value = None if value is None else _in_turn(value, "rw")
@@ -88,7 +88,7 @@ class MixingCall(TracedCall):
         return recurrent_step(relevancy, query, key, value, grad_output, **options).unflatten(-1, (-1, 2)).sum(-1)
 
     def _through_convolution(self, relevancy: Tensor, grad_output: Tensor | None, rule: str) -> Tensor:
-        """relevancy (B, T, N) @ Abar of the convolution in front."""
+        """relevancy (B, T, N) @ Abar of the convolution before it."""
         if self.convolution is None:
             return relevancy
         grad = None

@@ -258,7 +258,7 @@ class Trace(SeesMixers, Subscriber):
         self.moves.hand_on(output, call.query)
 
     def _attend(self, run: ModuleRun, call: TracedCall, calls: int) -> tuple[Tensor, TowerTrace | None]:
-        """The output, and the tower that it belongs to, None where it is not explained. `calls`: those that the queries came
+        """The output, and the tower that it belongs to, None if it is not explained. `calls`: those that the queries came
         through, as bits."""
         if is_checkpointed() and not self.trains:
             raise ValueError(
@@ -426,7 +426,7 @@ class Trace(SeesMixers, Subscriber):
     # --- after the forward pass ---
 
     def check(self) -> None:
-        """ValueError, naming the module, if attention of an explained tower was not seen."""
+        """ValueError, naming the module, if attention of an explained tower was not traced."""
         called = {path for tower in self.towers for path in tower.calls.paths}
         check_recurrences({path: self.model.get_submodule(path) for path in self._ran if self._concerns(path)}, [*called])
         by_hand = {path: shapes for path, shapes in self.by_hand.items() if self._concerns(path)}

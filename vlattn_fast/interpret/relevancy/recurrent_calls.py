@@ -26,14 +26,14 @@ from vlattn_fast.interpret.relevancy.tracking.tensor_marks import TensorMarks
 
 # The packages whose functions compute what their names say. Others may have another recurrence under such a name.
 _KNOWN = ("transformers.", "vlattn_fast.")
-# By the end of the class's name: attention that is no softmax of one map over tokens.
+# By the end of the class's name: attention that is not a softmax of one map over tokens.
 _ATTENTION = {
     "DeformableAttention": "which samples values at a few learned points and has no softmax over keys",
     "BiMultiHeadAttention": "which takes two softmaxes of one clamped score matrix, over its rows and over its columns",
     "CvtSelfAttention": "which makes queries, keys and values by convolutions over tokens",
     "NystromformerSelfAttention": "which multiplies three maps over landmarks, and adds a convolution over tokens",
 }
-# And what goes on beside attention.
+# And what goes on in parallel to attention.
 _MIXERS = {
     "ConvBertSelfAttention": "which adds a convolution over tokens to attention",
     "ShortConvolution": "which mixes neighbouring tokens in parallel to attention",
@@ -109,7 +109,7 @@ class SeesMixers:
 
 
 def _check(reading: Reading, call: FunctionCall, path: str) -> None:
-    """ValueError where relevancy cannot go through a call of a module at `path`."""
+    """ValueError if relevancy cannot go through a call of a module at `path`."""
     why = reading.refusal
     if has_dtensors(call.module):
         why = "has its heads in several processes. Run it in one"
@@ -229,7 +229,7 @@ def named_in(target: Any) -> list[str]:
 
 
 def recurs(module: nn.Module) -> bool:
-    """Whether the file of a module's class has a recurrence: then its short convolutions stand in front of it."""
+    """Whether the file of a module's class has a recurrence: then its short convolutions stand before it."""
     return any(name in FUNCTIONS for target in _with_files(module) for name in named_in(target)) or any(
         kind.__name__ in CLASSES for part in module.modules() for kind in type(part).__mro__
     )
@@ -285,7 +285,7 @@ def check_rules(model: nn.Module, parts: Sequence[str], mixers: bool = True) -> 
 
 def check_recurrences(ran: Mapping[str, nn.Module], called: Sequence[str]) -> None:
     """ValueError, naming the module, if a recurrence among the modules that ran is none of those that `called` one that is seen:
-    beside attention in the same layer it would be left out."""
+    in parallel to attention in the same layer it would be left out."""
     for path, module in ran.items():
         kind = type(module).__name__
         names = (each.__name__ for each in type(module).__mro__)  # a class of a user may stand on one of them

@@ -1,6 +1,6 @@
 """Tokens that receive attention without content, found in each attention call.
 
-They are tokens of the input. A learnt sink is none of them: it is one more logit of a head's softmax, see `ops/_sinks.py`.
+They are tokens of the input. A learned sink is none of them: it is one more logit of a head's softmax, see `ops/_sinks.py`.
 
 A is the attention of one call with H heads, v_hj the value of key j in head h. Each call is judged by itself:
 
@@ -58,7 +58,7 @@ def judge(call: TracedCall, real: Tensor | None, layer: int) -> Findings:
 
 
 def _median(values: Tensor, chosen: Tensor) -> Tensor:
-    """(B, 1), the lower median of the chosen values (B, N); 0 where none is."""
+    """(B, 1), the lower median of the chosen values (B, N); 0 if none is."""
     return values.masked_fill(~chosen, torch.nan).nanmedian(-1, keepdim=True).values.nan_to_num(0.0)
 
 

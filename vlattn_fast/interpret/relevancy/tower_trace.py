@@ -27,19 +27,19 @@ _NUMBER = re.compile(r"\b\d+\b")
 
 
 class Carriers:
-    """The carriers of one tower, in front of its layers and behind the last call.
+    """The carriers of one tower, before its layers and after the last call.
 
-    A carrier (B, 2 T, N) is handed from call to call. In the backward pass the cotangents of its first T lines are the relevancy
-    that is carried back from the end of the tower, where they are the rows that are read. Those of the others are what attention
-    brought to them: zero at the end of the tower. By themselves, since the difference to the first would have lost its digits
-    beside the row.
+    A carrier (B, 2 T, N) is passed from call to call. In the backward pass the cotangents of its first T lines are the relevancy
+    vectors, carried back from the end of the tower, where they are the weights of the explained positions. Those of the other T
+    lines are the contribution of attention alone, zero at the end of the tower. They are carried separately, since the difference
+    of both would lose its digits next to the larger entries.
     """
 
     def __init__(self) -> None:
-        self.entering: list[list[Tensor]] = []  # in front of each layer; one tensor a chunk in front of the first
+        self.entering: list[list[Tensor]] = []  # before each layer; one tensor a chunk before the first
         self._layers: list[int] = []  # their numbers
-        self.after: list[Tensor] = []  # behind the last call, one a chunk
-        self._before: Tensor | None = None  # in front of the call that runs; None = the first
+        self.after: list[Tensor] = []  # after the last call, one a chunk
+        self._before: Tensor | None = None  # before the call that runs; None = the first
         self.n_vectors = 1  # T
         self.dtype = torch.float32
         self.without_gradients: str | None = None  # the first module that called attention in a part that turns gradients off
@@ -78,8 +78,8 @@ class Carriers:
         return output
 
     def _through_moved(self, call: TracedCall, recursion: Recursion) -> tuple[Tensor, Tensor]:
-        """The output, and the flat carrier behind a call that has the tokens in other positions, or not all of them. The keys of
-        a further part of the sequence are as they were in front of the module."""
+        """The output, and the flat carrier after a call that has the tokens in other positions, or not all of them. The keys of
+        a further part of the sequence are as they were before the module."""
         assert call.token_positions is not None
         parts = [self._of_tokens(call.query)] if self._before is None and not self.after else [self._before]
         before = torch.cat([part for part in parts if part is not None] or self.entering[0], 2)
@@ -94,7 +94,7 @@ class Carriers:
         return output, call.token_positions.scaled(now, a) + added
 
     def into_probes(self, call: TracedCall, output: Tensor, recursion: Recursion) -> Tensor:
-        """`output` of a pooling head's call. The carrier is that of its queries, which are learnt: there is no residual term."""
+        """`output` of a pooling head's call. The carrier is that of its queries, which are learned: there is no residual term."""
         before = self.after[-1].to(call.query.device, compute_dtype(call.query))
         before = (
             before if call.token_positions is None else call.token_positions.pick(flat_rows(before), call.token_positions.keys)
@@ -104,7 +104,7 @@ class Carriers:
         return output
 
     def _of_tokens(self, query: Tensor) -> Tensor:
-        """The carrier of the query's tokens, in front of the attention."""
+        """The carrier of the query's tokens, before the attention."""
         size = query.shape[2]
         if self._before is None:
             carrier = torch.zeros(
@@ -118,25 +118,25 @@ class Carriers:
         return carrier.to(query.device, compute_dtype(query))  # layers of a model may have several devices and dtypes
 
     def entering_from(self, layer: int) -> list[Tensor]:
-        """The carriers in front of the first layer from number `layer` on."""
+        """The carriers before the first layer from number `layer` on."""
         return self.entering[bisect_left(self._layers, layer)]
 
     @property
     def before(self) -> Tensor:
-        """The carrier in front of the last call."""
+        """The carrier before the last call."""
         return torch.cat(self.entering[0], 2) if self._before is None else self._before
 
     def leaving(self) -> Tensor:
-        """The carrier (B, 2 T, N) behind the last layer that ran."""
+        """The carrier (B, 2 T, N) after the last layer that ran."""
         return torch.cat(self.after, 2) if len(self.after) > 1 else self.after[0]
 
 
 class ScoreGradients:
-    """Where the score's gradient enters one tower: the outputs of its attention calls, and the states behind them."""
+    """Where the score's gradient enters one tower: the outputs of its attention calls, and the states after them."""
 
     def __init__(self, finds_position: bool) -> None:
-        self.finds_position = finds_position  # the score's gradient names the row that is read
-        # Then, of each call: where a gradient enters its output, and the tokens (B, N, C) behind it, with their numbers.
+        self.finds_position = finds_position  # the score's gradient names the explained position
+        # Then, of each call: where a gradient enters its output, and the tokens (B, N, C) after it, with their numbers.
         self.states: list[list[tuple[GradientEdge, Numbers | None]]] = []
         self.after_pooling: GradientEdge | None = None  # and where one enters the output of the pooling head
         # Where it enters the attention of each layer; they tell whether a score depends on it.
@@ -148,7 +148,7 @@ class ScoreGradients:
         return output
 
     def leaves_call(self, output: Tensor, chunk: bool, numbers: Numbers | None) -> None:
-        """Begin the steps of a call anew at its output; a further part of a sequence is no call of its own."""
+        """Begin the states after a call at its output; a further part of a sequence is not a call of its own."""
         if not self.finds_position:
             return
         if output.is_leaf:  # the graph begins here
@@ -173,7 +173,7 @@ class TowerTrace:
 
     def __init__(self, entry: Tower | None, model: nn.Module, keeps: bool, ran: Collection[str] = ()) -> None:
         self.entry, self.model = entry, model  # no entry: a tower that is found
-        self.keeps = keeps  # every call is kept, for rules that read them after the backward pass
+        self.keeps = keeps  # every call is cached, for rules that use them after the backward pass
         self.name = "" if entry is None else entry.name
         self.batch: int | None = None
         self.size = 0
@@ -181,9 +181,9 @@ class TowerTrace:
         self.grid: tuple[int, int] | None = None  # rows and columns, where the tokens are the pixels of an image
         self.patches: tuple[int, int] | None = None  # rows and columns of the patches that the model cuts these pixels into
         self.entered = 0  # the states that entered the layer of the first call, as bits of the tensors' marks
-        self.attended: Tensor | None = None  # bool (B, N), False = no query of the first softmax sees it; None = all are seen
-        self._has_masks = False  # a call came that says which tokens are seen
-        # By module: how many of its keys are no tokens, and the share of attention that they take; None = not measured.
+        self.attended: Tensor | None = None  # bool (B, N), False = no query of the first softmax attends to it; None = to all
+        self._has_masks = False  # a call came whose masks tell which tokens are attended to
+        # By module: how many of its keys are not tokens, and the share of attention that they take; None = not measured.
         self.others: dict[str, tuple[int, Tensor | None]] = {}
         self.probes: int | None = None  # queries of the pooling head; None before it ran
         self.calls, self.positions = CallOrder(), TokenPositions()
@@ -246,7 +246,7 @@ class TowerTrace:
         layers, last = layers_of(path), self.calls.lists[-1]
         if layers in self.calls.lists:
             return True
-        # Layers may lie in several lists beside one another, or be lists themselves.
+        # Layers may be in several parallel lists, or be lists themselves.
         siblings = layers.rpartition(".")[0] == last.rpartition(".")[0]
         return self.keeps and (siblings or _NUMBER.sub("*", layers) == _NUMBER.sub("*", last))
 
@@ -278,12 +278,12 @@ class TowerTrace:
         return dataclasses.replace(call, mesh=self._mesh(call), **known)
 
     def note_others(self, call: TracedCall, measures: bool) -> None:
-        """Note the keys of a call that are no tokens; `measures` the share of attention that they take."""
+        """Note the keys of a call that are not tokens; `measures` the share of attention that they take."""
         if count := call.key.shape[2] - call.tokens:
             self.others[call.path] = count, call.share_of_others() if measures else None
 
     def enter_pooling(self, call: TracedCall, moves: TokenMoves) -> TracedCall:
-        """Take the call of the attention-pooling head in, whose queries are learnt and no tokens."""
+        """Take the call of the attention-pooling head in, whose queries are learned and no tokens."""
         if self.pooled:
             raise ValueError(f"model must call the pooling head of tower '{self.name}' once; got '{self.pooling_path}' again")
         self.probes = call.query.shape[2]
@@ -302,7 +302,7 @@ class TowerTrace:
         self.gradients.enters(self.layer, output)
 
     def goes_through(self, states: Tensor) -> None:
-        """Note the tokens (B, N, C) as one of the steps behind the last call; a score may be read from any of them."""
+        """Note states (B, N, C) after the last call; the score may be computed from any of them."""
         self.positions.goes_through(states)
         noted = self.gradients.states
         if noted and states.grad_fn is not None and (states.shape[:2] == self.shape or self.positions.reorders):
@@ -323,7 +323,7 @@ class TowerTrace:
             kinds = {type(children[i]) for i in children if _calls(f"{layers}.{i}", called)} if self.calls.paths else set()
             for index, layer in children.items():
                 path, listed = _joined(layers, index), self.entry is not None
-                # Layers of cross-attention alone do not run in prompts without an image.
+                # Layers with only cross-attention do not run for prompts without an image.
                 left_out = bool(self.calls.paths) and listed and not _calls(path, ran)
                 mixes = getattr(layer, "block_type", None) not in TOKENWISE
                 if (listed or type(layer) in kinds) and mixes and not left_out and not _calls(path, called):
@@ -382,14 +382,14 @@ def _ends_gradient(inputs: tuple[Any, ...], output: Any) -> bool:
 
 
 def find_positions(towers: Iterable[TowerTrace]) -> None:
-    """Watch where a score is read from, also in towers whose entry names a row: it knows the model's own score alone."""
+    """Let the score's gradient name the position in all towers: an adapter only knows that of the model's own score."""
     for tower in towers:
         tower.gradients.finds_position = True
 
 
 def begun(tower: TowerTrace, path: str, ids: Tensor | None, before: Iterable[TowerTrace]) -> TowerTrace:
-    """`tower`, which begins at `path` with the tokens `ids`, behind others. It cannot be explained where layers of the same list
-    had some of its tokens by themselves: its rows would leave these layers out."""
+    """`tower`, which begins at `path` with the tokens `ids`, after others. It cannot be explained if layers of the same list
+    had only some of its tokens before: its relevancy would leave these layers out."""
     for part in before:
         if layers_of(path) in part.calls.lists and ids is not None and bool((part.positions.locate(ids) >= 0).any()):
             tower.positions.fail(
@@ -419,7 +419,7 @@ def matching(root: nn.Module, tower: Tower) -> list[str]:
 
 
 def _attended(call: TracedCall) -> Tensor | None:
-    """bool (B, N), False = a token that the masks hide from every query, as padding is; None = there is none."""
+    """bool (B, N), False = a token that the masks hide from every query, such as padding; None = there is none."""
     (batch, _, count, _), mask, keys = call.key.shape, call.masks["attn_mask"], call.masks.get("key_mask")
     parts = [] if keys is None else [keys]
     if mask is not None and mask.numel():

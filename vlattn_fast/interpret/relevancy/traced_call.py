@@ -37,7 +37,7 @@ class Recursion(NamedTuple):
 
     @property
     def parallel(self) -> tuple[float, float]:
-        """The weights of the row behind one of two mixers over the same tokens, and of r Abar' of the other one: the sum is
+        """The weights of the row after one of two mixers over the same tokens, and of r Abar' of the other one: the sum is
         r + r (Abar + Abar'), by rollout (r + r A + r A') / 3."""
         return (2 / 3, 1 / 3) if 0 < self.residual_weight < 1 else (1.0, self.attention_weight)
 
@@ -92,7 +92,7 @@ class TracedCall:
         return self.key.shape[2] if self.columns is None else len(self.columns)
 
     def at_tokens(self, rows: Tensor) -> Tensor:
-        """(..., M) without the columns of keys that are no tokens."""
+        """(..., M) without the columns of keys that are not tokens."""
         return rows if self.columns is None else rows.index_select(-1, self.columns.to(rows.device))
 
     def over_keys(self, values: Tensor, others: float) -> Tensor:
@@ -111,7 +111,7 @@ class TracedCall:
         return attention(self.query, self.key, self.value, {**self.masks, **dropout})
 
     def logits(self, query: Tensor) -> Tensor:
-        """The scores (B, H, R, M) of some queries (B, H, R, D) with all keys, in front of the masks."""
+        """The scores (B, H, R, M) of some queries (B, H, R, D) with all keys, before the masks."""
         scale = self._scale()
         if (score := self.masks.get("score")) is not None:
             return core_logits(Core(score.kind, query, self.key, score.vector, score.parameter), scale)
@@ -119,7 +119,7 @@ class TracedCall:
         return core_logits(Core(kind, query, self.key, parameter=parameter), scale)
 
     def sink(self) -> Tensor | None:
-        """One more logit of each row, in front of the softmax: broadcastable to (B, H, N)."""
+        """One more logit of each row, before the softmax: broadcastable to (B, H, N)."""
         if (score := self.masks.get("score")) is not None:
             return score.sink
         sink: Tensor | None = self.masks.get("sink")
@@ -198,7 +198,7 @@ class TracedCall:
 
             Abar_ij = mean_h relu(A * dA)_ij (1 - s_j)         rule "gradient"; a row is divided by its sum, if at all, afterwards
             Abar_ij = f_i mean_h A_ij (1 - s_j)                rule "attention"
-            f_i = sum_k mean_h A_ik / sum_k mean_h A_ik (1 - s_k), 0 where nothing is left
+            f_i = sum_k mean_h A_ik / sum_k mean_h A_ik (1 - s_k), 0 if nothing is left
 
         dA = dO V^T, so values of zero make columns of zeros. f takes two passes of the log-sum-exp, and no map.
         """
@@ -229,7 +229,7 @@ class TracedCall:
         return self.at_tokens(self._step(relevancy, grad_output, recursion))
 
     def share_of_others(self) -> Tensor:
-        """The share of the attention that keys take which are no tokens, a mean over the batch, heads and queries."""
+        """The share of the attention that keys take which are not tokens, a mean over the batch, heads and queries."""
         with torch.no_grad():
             every = torch.full_like(self.query[:, 0, None, :, 0], 1 / self.query.shape[2])
             taken = self._step(every, None, Recursion("attention"))
@@ -291,13 +291,13 @@ class TracedCall:
 
 
 def as_factor(weight: Any, rows: Tensor) -> Any:
-    """a or b, a number or (B, N), as a factor of rows (B, T, N)."""
+    """a or b, a number or (B, N), as a factor of relevancy vectors (B, T, N)."""
     return weight[:, None].to(rows) if isinstance(weight, Tensor) else weight
 
 
 class Through(torch.autograd.Function):
     """The identity on the output of an attention call that ran. Its backward pass turns the relevancy of the queries into that of
-    the keys, as `TracedCall.through` does; a is 0 where they are different tokens."""
+    the keys, as `TracedCall.through` does; a is 0 if they are different tokens."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, carrier: Tensor, call: TracedCall, recursion: Recursion) -> tuple[Tensor, Tensor]:

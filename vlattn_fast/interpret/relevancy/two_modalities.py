@@ -6,7 +6,7 @@ Rhat_ss + diag(i_s). The attention calls are gone through in the order in which 
 relu(A * dA), streamed without a head axis.
 
 Keys may be older than the tokens they are of: both directions of a cross-attention layer read its input, so neither sees what
-the other adds. So a call takes R of its keys as it was behind the last call that they came through.
+the other adds. So a call takes R of its keys as it was after the last call that they came through.
 
 Where one softmax is over the tokens of its queries' tower and over those of others, all of them are one sequence, and equation 6
 holds: each tower's columns of Abar bring what its tokens bring.
@@ -53,7 +53,7 @@ class Equations:
         return query_rows.transpose(1, 2) @ abar @ key_rows
 
     def added(self, call: Link, old: Tensor | None, addition: Tensor) -> Tensor:
-        """The relevancy behind a call."""
+        """The relevancy after a call."""
         return addition if old is None else old + addition
 
 
@@ -120,9 +120,9 @@ def _additions(
 
 
 def vectors_between(backward: BackwardPass, vector: Callable[[TowerTrace, TowerTrace, Tensor], Tensor]) -> list[Tensor]:
-    """The rows (B, 1, N) of the towers, the entries of the tokens that are read set to zero, and those of the towers that they
-    attend to. `read` takes a tower, one that it attends to (or itself) and the weights (B, 1, N) of the rows that are read of the
-    first; it returns how much the tokens of the second count for them, (B, 1, M)."""
+    """The relevancy vectors (B, 1, N) of the towers, the entries of the explained tokens set to zero, and those of the towers
+    that they attend to. `vector` takes a tower, one that it attends to (or itself) and the weights (B, 1, N) of the explained
+    positions of the first; it returns how much the tokens of the second count for them, (B, 1, M)."""
     linked = {(call.tower, call.source) for call in backward.calls}
     pairs = list(zip(backward.towers, backward.starts, strict=True))
     carried = [vector(tower, tower, start).masked_fill(single_tokens(start), 0.0) for tower, start in pairs]

@@ -32,7 +32,7 @@ class TensorMarks:
         self._inputs, self._entered = 0, 0
 
     def give(self, arguments: Mapping[Any, Any]) -> None:
-        """Mark the tensors that the model is called with. Caches are no tensors, or hold them deeper."""
+        """Mark the tensors that the model is called with. Caches are not tensors, or hold them deeper."""
         for value in arguments.values():
             if isinstance(value, Mapping):
                 self.give(value)

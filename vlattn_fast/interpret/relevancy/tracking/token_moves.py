@@ -1,7 +1,7 @@
 """Which token each place of a tensor holds, while a model moves its tokens.
 
 A function of torch that moves positions (an index, a flip, a view into windows) is run once more, over the numbers of its tensor.
-All else leaves a token in its place, or loses the numbers where the result has another shape.
+All else leaves a token in its position, or loses the numbers where the result has another shape.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from vlattn_fast.interpret.relevancy.tracking.token_numbers import (
 
 class TokenMoves:
     """The numbers of all tensors of a run. `is_after_attention` says whether a tensor came through an attention call: tokens that
-    are joined in front of the first one are new tokens, and those that are merged behind one are lost. `constants`: the ids of
+    are joined before the first one are new tokens, and those that are merged after one are lost. `constants`: the ids of
     the model's own tensors, which have no tokens."""
 
     def __init__(self, is_after_attention: Callable[[Any], int], constants: Container[int]) -> None:
@@ -223,7 +223,7 @@ class TokenMoves:
         return self._aligned(call.numbered[0][1], call.result.ndim) if call.numbered else None
 
     def _aligned(self, numbers: Numbers, ndim: int) -> Numbers:
-        """The numbers with dimensions in front, as torch broadcasts them."""
+        """The numbers with leading dimensions, as torch broadcasts them."""
         if len(numbers.shape) == ndim:
             return numbers
         shape = (*(1,) * (ndim - len(numbers.shape)), *numbers.shape)
@@ -232,7 +232,7 @@ class TokenMoves:
         )
 
     def _joined(self, one: Numbers, second: Numbers, after: bool, call: TorchCall) -> Numbers | None:
-        """The numbers of a place that depends on two tensors; in front of the first attention they are new tokens where these
+        """The numbers of a position that depends on two tensors; before the first attention they are new tokens where these
         have others."""
         return self._once(("join", id(one), id(second), after), (one, second), lambda: self._join(one, second, after, call))
 
@@ -305,7 +305,7 @@ class TokenMoves:
         numbers = [self.of(x) for x in tensors]
         known = [n for n in numbers if n is not None]
         if not known or (len(known) < len(numbers) and not self._is_after_attention(tensors)):
-            return None  # in front of the first attention they are new tokens
+            return None  # before the first attention they are new tokens
         shapes = [tuple(x.shape) for x in tensors]
         dim: Any = None
         if call.name in CONCATENATIONS:

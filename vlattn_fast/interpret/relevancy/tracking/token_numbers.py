@@ -103,7 +103,7 @@ def narrowed(ids: Tensor) -> Tensor:
 
 
 def key_of(value: Any) -> Hashable:
-    """`value` as a key; None where it holds tensors, or what cannot be one."""
+    """`value` as a key; None if it holds tensors, or what cannot be one."""
     if isinstance(value, (tuple, list)):
         parts = [key_of(part) for part in value]
         return None if any(part is None for part in parts) else tuple(parts)

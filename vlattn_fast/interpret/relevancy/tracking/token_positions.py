@@ -21,18 +21,18 @@ from vlattn_fast.interpret.relevancy.tracking.token_numbers import MERGED, Numbe
 
 @dataclass(frozen=True, eq=False)
 class Moved:
-    """The positions of a call's queries (B', N) and keys (B', M), -1 = a key that is no token of the tower."""
+    """The positions of a call's queries (B', N) and keys (B', M), -1 = a key that is not a token of the tower."""
 
     queries: Tensor
     keys: Tensor
     count: int  # of the tower's positions so far
 
     def pick(self, flat: Tensor, positions: Tensor) -> Tensor:
-        """(B', T, N) of flat rows (1, T, positions); zeros for what is no token."""
+        """(B', T, N) of flat vectors (1, T, positions); zeros for what is not a token."""
         return functional.pad(flat, (0, self.count + 1 - flat.shape[2]))[0][:, positions.to(flat.device)].transpose(0, 1)
 
     def spread(self, part: Tensor, positions: Tensor) -> Tensor:
-        """The flat rows (1, T, positions) of parts (B', T, N), summed where a place has several."""
+        """The flat vectors (1, T, positions) of parts (B', T, N), summed if several have one position."""
         index = positions.where(positions >= 0, self.count).flatten().to(part.device)
         rows = part.new_zeros(1, part.shape[1], self.count + 1)
         return rows.index_add(2, index, part.transpose(0, 1).reshape(1, part.shape[1], -1))[..., : self.count]
@@ -83,12 +83,12 @@ class TokenPositions:
         self._size = 0  # of the first call's positions
         self.error = ""  # why the tokens cannot be followed
         self.reorders = False  # some call has the tokens otherwise
-        self.end: Numbers | None = None  # of the tokens behind the last call
+        self.end: Numbers | None = None  # of the tokens after the last call
         self.last: Tensor | None = None  # the positions of the last call's queries; None = all, in order
         self.latest: Numbers | None = None  # of the queries of the last call
         self._layout: Numbers | None = None  # of the queries of the first call
         self._numbered = _Numbered()
-        self._in_order: dict[int, Numbers] = {}  # that were seen to be of all tokens, in the order of the first call
+        self._in_order: dict[int, Numbers] = {}  # known to be of all tokens, in the order of the first call
         self._report: Tensor | None = None  # the positions (B, N) of the tokens in the order in which they entered
 
     @property
@@ -183,7 +183,7 @@ class TokenPositions:
         return Moved(taken, keys, self.count)
 
     def pool(self, moves: TokenMoves, key: Tensor, columns: Tensor | None) -> Moved | None:
-        """The positions of the keys of a pooling head; None where they are all of the tower's tokens, in order."""
+        """The positions of the keys of a pooling head; None if they are all of the tower's tokens, in order."""
         ids = _of_columns(ids_of(moves.of(key), key), columns)
         whole = self._in_rows
         keys = whole if ids is None or not self.holds(ids) else self.locate(ids)
@@ -231,7 +231,7 @@ class TokenPositions:
         self.error = self.error or f"{why}. {_WAYS}"
 
     def locate_states(self, states: Tensor) -> Tensor:
-        """The positions (B', N) of states (B', N, C); ValueError where they are lost."""
+        """The positions (B', N) of states (B', N, C); ValueError if they are lost."""
         numbers = None if self.moves is None else self.moves.of(states)
         positions = None if numbers is None else self.locate(numbers.ids.expand(*states.shape[:-1], -1)[..., 0])
         if positions is None or bool((positions < 0).any()):
@@ -243,7 +243,7 @@ class TokenPositions:
     # --- afterwards ---
 
     def goes_through(self, states: Tensor) -> None:
-        """Notes where the tokens are behind the last call: the latest states that hold all of those that any hold."""
+        """Notes where the tokens are after the last call: the latest states that hold all of those that any hold."""
         numbers = None if self.moves is None else self.moves.of(states)
         if numbers is None or numbers is self.end:
             return
@@ -295,17 +295,17 @@ class TokenPositions:
         return self._in_rows if self._report is None else self._report
 
     def flattened(self, row: Tensor) -> Tensor:
-        """The flat row (1, 1, positions) of a row (B, 1, N) over the tokens as they entered."""
+        """The flat vector (1, 1, positions) of a row (B, 1, N) over the tokens as they entered."""
         return Moved(self.entered, self.entered, self.count).spread(row, self.entered)
 
     def reported(self, row: Tensor) -> Tensor:
-        """The rows (B, T, N) over the tokens as they entered, of flat rows (1, T, positions), or of (B, T, N) in the order of the
-        first call."""
+        """The relevancy vectors (B, T, N) over the tokens as they entered, of flat vectors (1, T, positions), or of (B, T, N) in
+        the order of the first call."""
         return flat_rows(row)[0][:, self.entered.to(row.device)].transpose(0, 1)
 
     def as_entered(self, values: Tensor, numbers: Numbers | None) -> Tensor | None:
         """Values (B', K, C) or (B', H, K, D) of tokens with these numbers, over the tokens as they entered, zeros for those that
-        are missing; None where it is not known which they are."""
+        are missing; None if it is not known which they are."""
         ids = None if numbers is None else self.locate(numbers.ids).squeeze(-1)
         ids = ids[:, 0] if ids is not None and values.ndim > 3 else ids
         if ids is None or bool((ids < 0).any()) or tuple(ids.shape) != (len(values), values.shape[-2]):
@@ -316,8 +316,8 @@ class TokenPositions:
         return entered.unflatten(-1, (values.shape[1], -1)).transpose(1, 2) if values.ndim > 3 else entered
 
     def ends(self) -> Tensor | None:
-        """Which token, as they entered, each place (B, K) behind the last call holds, counted over the batch, -1 = a new token;
-        None where all are there, as they entered."""
+        """Which token, as they entered, each position (B, K) after the last call holds, counted over the batch, -1 = a new token;
+        None if all are there, as they entered."""
         entered = self.entered
         if self.end is None:
             return None
@@ -341,7 +341,7 @@ _WAYS = (
 
 
 def flat_rows(rows: Tensor) -> Tensor:
-    """(1, T, positions) of rows (B, T, N) in the order of the first call; flat rows stay."""
+    """(1, T, positions) of relevancy vectors (B, T, N) in the order of the first call; flat vectors stay."""
     return rows.transpose(0, 1).reshape(1, rows.shape[1], -1)
 
 
@@ -350,7 +350,7 @@ def _of_columns(ids: Tensor | None, columns: Tensor | None) -> Tensor | None:
 
 
 def ids_of(numbers: Numbers | None, tensor: Tensor) -> Tensor | None:
-    """The numbers (B, N) of the tokens of queries or keys (B, H, N, D); None where they are not known."""
+    """The numbers (B, N) of the tokens of queries or keys (B, H, N, D); None if they are not known."""
     if numbers is None or len(numbers.shape) != 4 or numbers.shape[3] != 1:
         return None
     batch, _, count, _ = tensor.shape
