@@ -64,7 +64,7 @@ def test_a_full_disk_ends_a_run_in_one_line(models, four, tmp_path, monkeypatch,
         result = vlattn(*run)
     assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
     (line,) = [line for line in result.output.splitlines() if line.startswith("explain stopped")]
-    assert str(out / store.SHARDS) in line and full in line and "keeps what was written before" in line
+    assert str(out / store.SHARDS) in line and full in line and "holds what was written before" in line
     assert not list(out.rglob("*.tmp")) and len(va.load_explanations(out)) == 2
     assert closing(vlattn(*run)) == f"done 2, failed 0, skipped 2 (done before), of 4: {out}"
     for row, explanation in zip(rows, va.load_explanations(out), strict=True):

@@ -1,4 +1,4 @@
-"""`vlattn info | explain | intervene | evaluate | probe | verify | bench | demo`."""
+"""Explain, test and change the attention of a model, and check and time the operators, from the command line."""
 
 from __future__ import annotations
 
@@ -46,15 +46,15 @@ BACKENDS = checks.BACKENDS
 MODEL_DTYPES = ("float64", "float32", "bfloat16", "float16")
 DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in checks.DTYPES)
 
-# Options of methods, which each command that explains takes.
+# options of methods, for each command that explains
 StartLayer = Annotated[int | None, typer.Option(help="First layer that counts; -1 is the last. Default: 0.")]
-Weighting = Annotated[str | None, typer.Option(help=f"Method weighted: {', '.join(WEIGHTINGS)}. Default: {WEIGHTINGS[0]}.")]
-ThroughConnector = Annotated[bool, typer.Option("--through-connector", help="Go on into the vision tower.")]
-SinksOption = Annotated[str | None, typer.Option(help=f"Attention without content: {', '.join(SINKS)}. Default: {SINKS[0]}.")]
+Weighting = Annotated[str | None, typer.Option(help=f"Weights of method weighted: {', '.join(WEIGHTINGS)}. Default: {WEIGHTINGS[0]}.")]
+ThroughConnector = Annotated[bool, typer.Option("--through-connector", help="Continue into the vision tower.")]
+SinksOption = Annotated[str | None, typer.Option(help=f"Attention sinks: {', '.join(SINKS)}. Default: {SINKS[0]}.")]
 Freeze = Annotated[
-    list[str] | None, typer.Option(help="Constants of the backward pass: norms, attention, or none. Default: the method's.")
+    list[str] | None, typer.Option(help="Constants of the backward pass: norms, attention or none. Default: the method's.")
 ]
-Of = Annotated[str | None, typer.Option(help=f"Number that is explained: {', '.join(EXPLAINED)}.")]
+Of = Annotated[str | None, typer.Option(help=f"Explained number: {', '.join(EXPLAINED)}. Default: the method's.")]
 
 
 def _method_options(
@@ -65,7 +65,7 @@ def _method_options(
     freeze: list[str] | None,
     of: str | None,
 ) -> dict[str, Any]:
-    """Those that were given, by the names that classes of methods have for them."""
+    """Returns the options that were given, by their names in the classes of methods."""
     _check_known("--sinks", [sinks], SINKS)
     asked: dict[str, Any] = {"start_layer": start_layer, "weighting": weighting, "sinks": sinks, "of": of}
     asked |= {"through_connector": through_connector or None}
@@ -74,7 +74,7 @@ def _method_options(
 
 
 def _command(run: Callable[..., None]) -> Callable[..., None]:
-    """A command whose help the terminal alone breaks into lines; typer keeps the line breaks of all paragraphs but the first."""
+    """Registers a command whose help only the terminal wraps; typer keeps line breaks of all paragraphs but the first."""
     paragraphs = (inspect.getdoc(run) or "").split("\n\n")
     return app.command(help="\n\n".join(" ".join(each.split()) for each in paragraphs))(run)
 
@@ -94,7 +94,7 @@ def _options(
 
 
 def main() -> None:
-    """The `vlattn` command."""
+    """Runs the `vlattn` command."""
     app()
 
 
@@ -109,17 +109,17 @@ def _check_device(device: str) -> None:
 
 
 def _check_file(out: Path | None) -> None:
-    """Refuses an unwritable file before the work, which takes long."""
+    """Raises for an unwritable file before the work, which takes long."""
     if out is not None and not out.parent.is_dir():
         raise typer.BadParameter(f"--out must be in a directory; there is no directory {out.parent}")
-    with _refusing(ValueError):
+    with _as_usage_errors(ValueError):
         if out is not None:
             check_writable("--out", out)
 
 
 def _check_outcome(model: str, endings: tuple[str, str], out: Path | None, dtype: str | None, device: str | None) -> None:
-    """Refuses wrong options of a command that measures a model, before the work; the model first, and then where results go."""
-    with _refusing(ImportError, ValueError, command=info):
+    """Raises for wrong options of a command that measures a model, before the work; the model first, and then the output file."""
+    with _as_usage_errors(ImportError, ValueError, command=info):
         check_model(model)
     _check_known("--dtype", [dtype], MODEL_DTYPES)
     if out is not None and out.suffix not in endings:
@@ -130,14 +130,14 @@ def _check_outcome(model: str, endings: tuple[str, str], out: Path | None, dtype
 
 
 def _load(model: str, dtype: str | None, device: str | None) -> tuple[Any, Any]:
-    """The model, on its device, and its processor."""
+    """Returns the model, on its device, and its processor."""
     loaded, processor = load_model(model, None if dtype is None else getattr(torch, dtype))
     return (loaded if device is None else loaded.to(device)), processor
 
 
 @contextmanager
-def _refusing(*errors: type[Exception], command: Callable[..., None] | None = None) -> Iterator[None]:
-    """Inside, these errors are of a wrong option; an argument that they name is named as the option of `command`."""
+def _as_usage_errors(*errors: type[Exception], command: Callable[..., None] | None = None) -> Iterator[None]:
+    """Turns these errors into those of a wrong option, with the name of `command`'s option instead of the argument's."""
     try:
         yield
     except errors as error:
@@ -155,17 +155,19 @@ def _check_known(option: str, values: Iterable[str | None] | None, known: Iterab
 
 @_command
 def info(
-    model: Annotated[str | None, typer.Option(help="Directory or id of a Hugging Face model, whose config is enough.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Directory or id of a Hugging Face model; its config is enough. Default: no model.")
+    ] = None,
 ) -> None:
-    """Versions, devices, and which backend runs which operator, with the reasons for each refusal.
+    """Show versions, devices, and which backend supports which operator, with reasons if it does not.
 
-    --model shows what explain knows of a model before a run: its towers, the rows that are read, kinds of tokens, grids, and
-    what is refused.
+    --model shows what explain finds in a model before a run: its towers, explained positions, kinds of tokens and patch grids,
+    and what is not supported.
     """
     if model is not None:
         from vlattn_fast.interpret.explaining.description import described
 
-        with _refusing(ImportError, ValueError, command=info):
+        with _as_usage_errors(ImportError, ValueError, command=info):
             lines = described(load_without_weights(model))
     else:
         from vlattn_fast.checking import info as page
@@ -177,30 +179,44 @@ def info(
 
 @_command
 def verify(
-    operator: Annotated[list[str] | None, typer.Argument(help="Operators by the names that `vlattn info` shows; all.")] = None,
-    backend: Annotated[list[str] | None, typer.Option(help=f"One or more of {', '.join(BACKENDS)}; all by default.")] = None,
-    dtype: Annotated[list[str] | None, typer.Option(help=f"One or more of {', '.join(DTYPES)}; all by default.")] = None,
-    device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, ...")] = "cpu",
-    seed: Annotated[int, typer.Option(help="Of the random inputs; with --fuzz, the number of the first call.")] = 0,
-    fuzz: Annotated[int | None, typer.Option(min=1, help="So many random calls instead, of all dtypes, on the CPU.")] = None,
-    out: Annotated[Path | None, typer.Option(help="With --fuzz: JSON file for the counts and the worst error.")] = None,
+    operator: Annotated[
+        list[str] | None, typer.Argument(help="Operators to check, by the names of `vlattn info`. Default: all.")
+    ] = None,
+    backend: Annotated[
+        list[str] | None, typer.Option(help=f"Backend to check; repeat it for several: {', '.join(BACKENDS)}. Default: all.")
+    ] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help=f"Dtype to check; repeat it for several: {', '.join(DTYPES)}. Default: all.")
+    ] = None,
+    device: Annotated[str, typer.Option(show_default=False, help="Device: cpu, cuda, cuda:1, ... Default: cpu.")] = "cpu",
+    seed: Annotated[
+        int, typer.Option(show_default=False, help="Seed of the inputs; with --fuzz, number of the first call. Default: 0.")
+    ] = 0,
+    fuzz: Annotated[
+        int | None, typer.Option(min=1, help="Number of random calls, of all dtypes, on the CPU. Default: fixed calls.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File for the counts and the worst error of --fuzz, .json. Default: none.")
+    ] = None,
 ) -> None:
-    """Run every operator on every backend and dtype and compare with its formula in float64.
+    """Run every operator on every backend and dtype, and compare with its formula in float64.
 
     Prints the worst error as a multiple of the allowed one, and the command that repeats it. Errors may have twice the root mean
     square and four times the largest error of the plain formula in the same dtype, each plus an ulp or two. Ends with status 1
-    where a multiple is above 1. Without a GPU, TRITON_INTERPRET=1 in the environment runs the Triton kernels in Triton's
+    if a multiple is above 1. Without a GPU, TRITON_INTERPRET=1 in the environment runs the Triton kernels in Triton's
     interpreter.
 
-    --fuzz N draws N calls: sizes, masks, memory layouts, numbers and options. Each call must be right, or refused by name. Every
-    failure comes with the command that repeats it.
+    --fuzz N draws N calls: sizes, masks, memory layouts, numbers and options. Each call must be right, or raise an error that
+    names the reason. Every failure comes with the command that repeats it.
     """
     if fuzz is not None:
         if dtype or device != "cpu":
-            raise typer.BadParameter("--fuzz draws the dtype itself and runs on the CPU; leave --dtype and --device out")
+            raise typer.BadParameter(
+                "--dtype and --device must be left out with --fuzz, which draws dtypes and runs on the CPU; got one"
+            )
         return _fuzz(fuzz, seed, operator, backend, out)
     if out is not None:
-        raise typer.BadParameter("--out belongs to --fuzz")
+        raise typer.BadParameter("--out must be given with --fuzz; got it alone")
     _check_known("OPERATOR", operator, OPERATORS)
     _check_known("--backend", backend, BACKENDS)
     _check_known("--dtype", dtype, DTYPES)
@@ -209,7 +225,7 @@ def verify(
     _check_device(device)
     dtypes = tuple(getattr(torch, one) for one in dtype or DTYPES)
     failed, worst, width = 0, None, max(map(len, OPERATORS)) + 2
-    typer.echo(f"{'operator':{width}}{'backend':11}{'dtype':10}{'checks':>6}  worst error, of what is allowed")
+    typer.echo(f"{'operator':{width}}{'backend':11}{'dtype':10}{'checks':>6}  worst error / allowed error")
     chosen = tuple(backend or BACKENDS), dtypes, device, seed, tuple(operator or OPERATORS)
     total = len(chosen[0]) * len(dtypes) * len(chosen[4])
     for result in with_progress(checks.verify(*chosen), "verifying", total=total):
@@ -255,21 +271,25 @@ def _fuzz(count: int, seed: int, operators: list[str] | None, backends: list[str
 
 @_command
 def bench(
-    names: Annotated[list[str] | None, typer.Argument(help="Operators, tasks or single benchmarks; all by default.")] = None,
-    device: Annotated[str, typer.Option(help="Where to run: cpu or cuda.")] = "cpu",
-    quick: Annotated[bool, typer.Option("--quick", help="Small sizes and few rounds; stores records only with --out.")] = False,
-    rounds: Annotated[int | None, typer.Option(help="Calls of each variant.")] = None,
-    out: Annotated[Path | None, typer.Option(help="JSON file that records are added to, or a folder for <device>.json.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(help="Operators, tasks or single benchmarks to run. Default: all.")] = None,
+    device: Annotated[str, typer.Option(show_default=False, help="Device: cpu or cuda. Default: cpu.")] = "cpu",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Use small sizes and few rounds; store results only with --out.")
+    ] = False,
+    rounds: Annotated[int | None, typer.Option(help="Number of timed calls of each variant. Default: the benchmark's.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File to which results are added, .json, or a folder for <device>.json.")
+    ] = None,
 ) -> None:
-    """Time operators and whole tasks beside plain SDPA, the plain formula and the published procedures.
+    """Time operators and whole tasks, versus plain SDPA, the plain formula and the published procedures.
 
-    Prints and stores time, peak memory and the error against float64; progress goes to stderr. Status 1: a backend of ours
-    failed.
+    Prints and stores time, peak memory and the error against float64; progress goes to stderr. Ends with status 1 if one of this
+    package's backends failed.
     """
     from vlattn_fast.benchmarks._run import run
 
     command = shlex.join(["vlattn", *sys.argv[1:]])
-    with _refusing(ValueError):
+    with _as_usage_errors(ValueError):
         passed = run(names or (), device=device, quick=quick, rounds=rounds, out=out, command=command)
     if not passed:
         raise typer.Exit(1)
@@ -278,44 +298,59 @@ def bench(
 @_command
 def explain(
     model: Annotated[str, typer.Option(help="Directory or id of a Hugging Face model.")],
-    out: Annotated[Path, typer.Option(help="File to write, .html or .png; with --dataset a directory.")],
-    image: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="Picture.")] = None,
-    text: Annotated[list[str] | None, typer.Option(help="Text; repeat it for several texts beside one picture.")] = None,
-    method: Annotated[list[str] | None, typer.Option(help=f"{', '.join(METHODS)}; repeat it for several on one page.")] = None,
-    target: Annotated[str | None, typer.Option(help="Text by index, class, token, or similarity; the model's choice.")] = None,
+    out: Annotated[Path, typer.Option(help="File to write, .html or .png; with --dataset, a directory.")],
+    image: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="Image file.")] = None,
+    text: Annotated[list[str] | None, typer.Option(help="Text; repeat it for several texts with one image.")] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Method; repeat it for several on one page: {', '.join(METHODS)}. Default: gradient."),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(help="Explained output: index of a text, class, token, or similarity. Default: the model's choice."),
+    ] = None,
     position: Annotated[
-        str | None, typer.Option(help="Explained token: cls, last, mean or an index. Default: the model's own.")
+        str | None, typer.Option(help="Explained position: cls, last, mean or an index. Default: the model's.")
     ] = None,
     start_layer: StartLayer = None,
     weighting: Weighting = None,
     through_connector: ThroughConnector = False,
-    per: Annotated[str | None, typer.Option(help="layer or head: the map of each by itself, on one sheet.")] = None,
+    per: Annotated[
+        str | None, typer.Option(help="One map per layer or per head, on one sheet: layer or head. Default: one map of all.")
+    ] = None,
     sinks: SinksOption = None,
-    find_sinks: Annotated[bool, typer.Option("--find-sinks", help="Name the tokens of attention without content.")] = False,
+    find_sinks: Annotated[bool, typer.Option("--find-sinks", help="Also print the tokens that are attention sinks.")] = False,
     freeze: Freeze = None,
     of: Of = None,
-    answer: Annotated[str | None, typer.Option(help="Decoders: explain each token of this answer.")] = None,
-    generate: Annotated[int | None, typer.Option(min=1, help="Decoders: generate so many tokens, and explain each.")] = None,
-    dtype: Annotated[str | None, typer.Option(help=f"Of the model: {', '.join(MODEL_DTYPES)}; by default as stored.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default the CPU, with --dataset a GPU if any.")] = None,
-    dataset: Annotated[Path | None, typer.Option(help=".jsonl, .csv, folder of images or saved Hugging Face dataset.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="With --dataset: inputs explained together; 8.")] = None,
-    shard_size: Annotated[int | None, typer.Option(min=1, help="With --dataset: explanations in a file; 256.")] = None,
-    workers: Annotated[int | None, typer.Option(min=0, help="With --dataset: threads that read pictures ahead; 2.")] = None,
+    answer: Annotated[str | None, typer.Option(help="Answer to explain token by token. Only decoders.")] = None,
+    generate: Annotated[int | None, typer.Option(min=1, help="Number of tokens to generate and explain. Only decoders.")] = None,
+    dtype: Annotated[str | None, typer.Option(help=f"Dtype of the model: {', '.join(MODEL_DTYPES)}. Default: as stored.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Device: cpu, cuda, ... Default: cpu, with --dataset a GPU if there is one.")
+    ] = None,
+    dataset: Annotated[
+        Path | None, typer.Option(help="Inputs: .jsonl, .csv, folder of images or saved Hugging Face dataset.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Inputs explained together, with --dataset. Default: 8.")] = None,
+    shard_size: Annotated[int | None, typer.Option(min=1, help="Explanations per file, with --dataset. Default: 256.")] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="Threads that load images, with --dataset. Default: 2.")] = None,
 ) -> None:
-    """Explain which parts of a picture and a text a model's score rests on.
+    """Explain which parts of an image and a text a model's output depends on.
 
-    --target similarity explains the cosine of two texts that an encoder embeds: the mean of its tokens' states, or what
-    --position names.
+    Writes a page (.html) or a figure (.png), and prints the explained scores. With --dataset, explains many
+    inputs and stores the explanations in a directory.
 
-    --dataset explains many inputs, whose columns are image, text, target, answer and id; --text, --target and --answer are then
-    defaults. A run continues where a killed run ended, and skips inputs that fail, which failures.jsonl lists. `torchrun -m
-    vlattn_fast explain --dataset ...` shares the work among processes. Ends with status 1 where an input failed.
+    The columns of a data set are image, text, target, answer and id; --text, --target and --answer are then defaults. A run
+    continues from where a killed run ended, and skips inputs that fail, which failures.jsonl lists. `torchrun -m vlattn_fast
+    explain --dataset ...` shares the work among processes. Ends with status 1 if an input failed.
+
+    --target similarity explains the cosine of two texts that an encoder embeds: the mean of its tokens' states, or the state at
+    --position.
     """
     methods = list(dict.fromkeys(method or ["gradient"]))
     _check_known("--method", methods, METHODS)
     if len(methods) > 1 and (dataset is not None or out.suffix != ".html"):
-        raise typer.BadParameter(f"--method must be given once, except for one page (.html); got {', '.join(methods)}")
+        raise typer.BadParameter(f"--method must be given once unless --out is one page (.html); got {', '.join(methods)}")
     if find_sinks and dataset is not None:
         raise typer.BadParameter("--find-sinks must be given without --dataset; got both")
     if per is not None and (dataset is not None or len(methods) > 1):
@@ -337,8 +372,8 @@ def explain(
     by_name |= {"answer": answer, "generate": generate, "dtype": dtype}
     options = _method_options(start_layer, weighting, through_connector, sinks, freeze, of)
     try:
-        with _refusing(ImportError, TypeError, ValueError, command=explain):
-            check_model(model)  # before `out`: the reader mends what is named first
+        with _as_usage_errors(ImportError, TypeError, ValueError, command=explain):
+            check_model(model)  # before `out`: users fix what is named first
             objects = [with_options(name, **options) for name in methods]
             by_name["method"] = objects[0]
             if dataset is None:
@@ -354,11 +389,11 @@ def explain(
     except KeyboardInterrupt:
         if dataset is None:
             raise
-        typer.echo(f"explain was stopped. {out} keeps what was written before; the same command goes on from there", err=True)
+        typer.echo(f"explain was stopped. {out} holds what was written before; run the same command again to continue", err=True)
         raise typer.Exit(130) from None
     except OSError as error:  # a full disk
-        kept = "" if dataset is None else f". {out} keeps what was written before; the same command goes on from there"
-        typer.echo(f"explain stopped: {error.filename or out}: {error.strerror or error}{kept}", err=True)
+        rest = "" if dataset is None else f". {out} holds what was written before; run the same command again to continue"
+        typer.echo(f"explain stopped: {error.filename or out}: {error.strerror or error}{rest}", err=True)
         raise typer.Exit(1) from None
     if outcome.first:
         inputs = outcome.done + outcome.failed + outcome.skipped
@@ -366,30 +401,37 @@ def explain(
         if outcome.failed:
             for line in summary_lines(load_explanations(out).failures):
                 typer.echo(line)
-            typer.echo(f"{out / FAILURES} says which inputs failed, and why")
+            typer.echo(f"{out / FAILURES} lists the inputs that failed, with reasons")
             raise typer.Exit(1)
 
 
 @_command
 def intervene(
     model: Annotated[str, typer.Option(help="Directory or id of a Hugging Face model.")],
-    image: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="Picture.")] = None,
-    text: Annotated[list[str] | None, typer.Option(help="Text; repeat it for several texts beside one picture.")] = None,
-    cut: Annotated[list[str] | None, typer.Option(help='KEYS->QUERIES[:LAYERS[:HEADS]], as "image->last:1-5"; several.')] = None,
-    scale: Annotated[list[str] | None, typer.Option(help="LAYER:HEADS:FACTOR, as 14:3,7:0 for no heads 3 and 7.")] = None,
-    tower: Annotated[str | None, typer.Option(help="Whose attention, where several towers have such tokens.")] = None,
-    generate: Annotated[int, typer.Option(min=1, help="Decoders: generate so many tokens.")] = 20,
-    dtype: Annotated[str | None, typer.Option(help=f"Of the model: {', '.join(MODEL_DTYPES)}; by default as stored.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default the CPU.")] = None,
+    image: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="Image file.")] = None,
+    text: Annotated[list[str] | None, typer.Option(help="Text; repeat it for several texts with one image.")] = None,
+    cut: Annotated[
+        list[str] | None, typer.Option(help='Edge to cut, KEYS->QUERIES[:LAYERS[:HEADS]], e.g. "image->last:1-5"; repeat it.')
+    ] = None,
+    scale: Annotated[
+        list[str] | None,
+        typer.Option(help="Heads to scale, LAYER:HEADS:FACTOR, e.g. 14:3,7:0 turns off heads 3 and 7; repeat it."),
+    ] = None,
+    tower: Annotated[str | None, typer.Option(help="Tower to edit, if several have such tokens. Default: the only one.")] = None,
+    generate: Annotated[
+        int, typer.Option(min=1, show_default=False, help="Number of tokens to generate. Only decoders. Default: 20.")
+    ] = 20,
+    dtype: Annotated[str | None, typer.Option(help=f"Dtype of the model: {', '.join(MODEL_DTYPES)}. Default: as stored.")] = None,
+    device: Annotated[str | None, typer.Option(help="Device: cpu, cuda, ... Default: cpu.")] = None,
 ) -> None:
-    """Cut attention, or scale heads, and compare what the model says with what it says as it is.
+    """Cut attention edges or scale heads, and compare the model's answer with and without the edit.
 
-    Information flows from keys to queries: "image->last" is what the last token reads of the image. The quotes keep the arrow
-    from the shell. Names of tokens are image, text, question, answer, last, special and all. Layers and heads count from 0,
-    negative ones from the end: -1 is the last.
+    Information flows from keys to queries: "image->last" is the attention of the last token to the image. Quote it, since the
+    shell treats > as a redirection. Names of tokens are image, text, question, answer, last, special and all. Layers and heads
+    count from 0, negative ones from the end: -1 is the last.
     """
     _check_outcome(model, ("", ""), None, dtype, device)
-    with _refusing(ImportError, TypeError, ValueError, command=intervene):
+    with _as_usage_errors(ImportError, TypeError, ValueError, command=intervene):
         edits: list[Any] = [cut_of(each, tower) for each in cut or ()]
         edits += [scale_of(each, tower) for each in scale or ()]
         if not edits:
@@ -401,24 +443,30 @@ def intervene(
 @_command
 def evaluate(
     model: Annotated[str, typer.Option(help="Directory or id of a Hugging Face model.")],
-    dataset: Annotated[Path, typer.Option(help=".jsonl, .csv, folder of images or saved Hugging Face dataset.")],
-    out: Annotated[Path | None, typer.Option(help="File to write, .json, or .png for the curves.")] = None,
-    method: Annotated[list[str] | None, typer.Option(help=f"{', '.join(METHODS)}, ablations, random; gradient.")] = None,
+    dataset: Annotated[Path, typer.Option(help="Inputs: .jsonl, .csv, folder of images or saved Hugging Face dataset.")],
+    out: Annotated[Path | None, typer.Option(help="File to write: .json, or .png for the curves. Default: none.")] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Method; repeat it for several: {', '.join(METHODS)}, an ablation, random. Default: gradient."),
+    ] = None,
     start_layer: StartLayer = None,
     weighting: Weighting = None,
     through_connector: ThroughConnector = False,
     sinks: SinksOption = None,
     freeze: Freeze = None,
     of: Of = None,
-    test: Annotated[list[str] | None, typer.Option(help=f"One or more of {', '.join(EVALUATION_TESTS)}.")] = None,
-    text: Annotated[list[str] | None, typer.Option(help="For inputs without a text; repeat it for several.")] = None,
-    dtype: Annotated[str | None, typer.Option(help=f"Of the model: {', '.join(MODEL_DTYPES)}; by default as stored.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default the CPU.")] = None,
+    test: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Test; repeat it for several: {', '.join(EVALUATION_TESTS)}. Default: positive, negative, pointing."),
+    ] = None,
+    text: Annotated[list[str] | None, typer.Option(help="Text for inputs without one; repeat it for several.")] = None,
+    dtype: Annotated[str | None, typer.Option(help=f"Dtype of the model: {', '.join(MODEL_DTYPES)}. Default: as stored.")] = None,
+    device: Annotated[str | None, typer.Option(help="Device: cpu, cuda, ... Default: cpu.")] = None,
 ) -> None:
-    """Measure how well maps show the parts of an input that a model's answer rests on.
+    """Evaluate how well maps show the parts of an input that a model's output depends on.
 
-    The columns of the data set are image, text, target, id and boxes: [[x1, y1, x2, y2], ...] relative to the picture as the
-    model sees it, or the file of a mask. Prints the table; without --test positive, negative and pointing.
+    Prints a table of the tests. The columns of the data set are image, text, target, id and boxes: a list of boxes x1,
+    y1, x2, y2, relative to the image as the model processes it, or the file of a mask.
     """
     from vlattn_fast.interpret.dataset.samples import samples
     from vlattn_fast.interpret.evaluating.evaluate import evaluate as run
@@ -426,7 +474,7 @@ def evaluate(
 
     _check_outcome(model, (".json", ".png"), out, dtype, device)
     options = _method_options(start_layer, weighting, through_connector, sinks, freeze, of)
-    with _refusing(ImportError, TypeError, ValueError, command=evaluate):
+    with _as_usage_errors(ImportError, TypeError, ValueError, command=evaluate):
         named = method or ["gradient"]
         known = {**METHODS, **ABLATIONS} if options else {}  # others, such as "random", have none
         if options and not known.keys() & {*named}:
@@ -448,21 +496,25 @@ def evaluate(
 @_command
 def probe(
     model: Annotated[str, typer.Option(help="Directory or id of a Hugging Face model.")],
-    dataset: Annotated[Path, typer.Option(help=".jsonl, or a folder with one: text, image, phrases, relations, sentence.")],
-    out: Annotated[Path | None, typer.Option(help="File to write, .html or .json.")] = None,
-    test: Annotated[list[str] | None, typer.Option(help=f"One or more of {', '.join(TESTS)}; all by default.")] = None,
-    dtype: Annotated[str | None, typer.Option(help=f"Of the model: {', '.join(MODEL_DTYPES)}; by default as stored.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default the CPU.")] = None,
+    dataset: Annotated[
+        Path, typer.Option(help="Inputs, .jsonl or a folder with one: text, image, phrases, relations, sentence.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="File to write, .html or .json. Default: none.")] = None,
+    test: Annotated[
+        list[str] | None, typer.Option(help=f"Test; repeat it for several: {', '.join(TESTS)}. Default: all.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help=f"Dtype of the model: {', '.join(MODEL_DTYPES)}. Default: as stored.")] = None,
+    device: Annotated[str | None, typer.Option(help="Device: cpu, cuda, ... Default: cpu.")] = None,
 ) -> None:
     """Probe a model's heads and states over a data set: modalities, phrases, relations, fusion, texts.
 
-    Prints the table without single heads; --out holds the whole table.
+    Prints the table without single heads; --out writes the whole table.
     """
     from vlattn_fast.interpret.probing import probe as run
     from vlattn_fast.interpret.probing.files import samples
 
     _check_outcome(model, (".html", ".json"), out, dtype, device)
-    with _refusing(ImportError, TypeError, ValueError, command=probe):
+    with _as_usage_errors(ImportError, TypeError, ValueError, command=probe):
         loaded, processor = _load(model, dtype, device)
         report = run(loaded, samples(loaded, processor, dataset), tests=test)
     typer.echo(str(report))
@@ -473,11 +525,13 @@ def probe(
 
 @_command
 def demo(
-    out: Annotated[Path, typer.Option(help="Directory for the pictures.")] = Path("demo"),
-    costs: Annotated[bool, typer.Option(help="Also measure what one map costs (minutes).")] = True,
+    out: Annotated[Path, typer.Option(show_default=False, help="Directory for the figures. Default: demo.")] = Path("demo"),
+    costs: Annotated[
+        bool, typer.Option(show_default=False, help="Also measure the cost of one map, in minutes. Default: --costs.")
+    ] = True,
 ) -> None:
-    """Check every operator, explain pictures of DigitScenes (the embedded benchmark), and compare the costs of one map."""
-    with _refusing(ValueError):
+    """Check every operator, explain images of DigitScenes (the embedded benchmark), and compare the costs of one map."""
+    with _as_usage_errors(ValueError):
         check_writable("--out", out, folder=True)
     installed = entry_points(group="vlattn_fast.commands", name="demo")
     if not installed:

@@ -44,7 +44,7 @@ def test_several_methods_on_one_page(vit, llava, picture, tmp_path):
         refused = vlattn("explain", "--model", vit, *options, *asked)
         assert (
             refused.exit_code == 2
-            and "--method must be given once, except for one page (.html); got rollout, gradient" in said(refused)
+            and "--method must be given once unless --out is one page (.html); got rollout, gradient" in said(refused)
         )
 
 
@@ -132,7 +132,7 @@ def test_a_stopped_run_says_how_to_go_on(vit, picture, tmp_path, monkeypatch):
 
     monkeypatch.setattr(cli, "explain_dataset", stopped)
     result = vlattn("explain", "--model", vit, "--dataset", picture.parent, "--out", tmp_path / "out")
-    assert result.exit_code == 130 and "keeps what was written before; the same command goes on from there" in said(result)
+    assert result.exit_code == 130 and "holds what was written before; run the same command again to continue" in said(result)
 
 
 @pytest.mark.parametrize("name", ["out.png", "out.html"])

@@ -71,4 +71,4 @@ def test_refuses(line: str, options: list[str], message: str, tmp_path: Path) ->
 
 
 def test_help_names_the_tests() -> None:
-    assert "One or more of modality, cross_modal, coreference, relation, fusion, linguistic" in run("--help").output
+    assert "repeat it for several: modality, cross_modal, coreference, relation, fusion, linguistic" in run("--help").output

@@ -149,8 +149,8 @@ def test_the_command_stores_what_it_found(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--fuzz", "1", "--dtype", "float32"], "--fuzz draws the dtype itself"),
-        (["--out", "x.json"], "--out belongs to --fuzz"),
+        (["--fuzz", "1", "--dtype", "float32"], "--dtype and --device must be left out with --fuzz"),
+        (["--out", "x.json"], "--out must be given with --fuzz"),
         (["no_operator", "--fuzz", "1"], "OPERATOR must be one of"),
         (["--fuzz", "0"], "--fuzz"),
     ],

@@ -149,7 +149,7 @@ def test_where_a_row_is_read():
     padded_with_eos = torch.where(MASK, IDS, EOS)  # as CLIP's tokenizer pads: the first one is read
     wanted = model(pixel_values=pixels(), input_ids=IDS).logits
     torch.testing.assert_close(model(pixel_values=pixels(), input_ids=padded_with_eos).logits, wanted)
-    with pytest.raises(ValueError, match=r"^input_ids must have the end-of-text token 12 in every row; got"):
+    with pytest.raises(ValueError, match=r"^input_ids must have the end-of-text token 12 in every sample; got"):
         model(pixel_values=pixels(), input_ids=torch.ones(2, 3, dtype=torch.long))
     model.eos_token_id = 2  # of old configs: the highest id
     torch.testing.assert_close(model(pixel_values=pixels(), input_ids=IDS).logits, wanted)
@@ -341,7 +341,7 @@ def test_wrong_generation_is_named(changes, words):
 
 def test_an_end_that_stands_for_another_one_stops_nothing():
     model, ids = mapper(vocab_size=13, eos_token_id=2), torch.ones(2, 4, dtype=torch.long)
-    with pytest.raises(ValueError, match="^stop_token must be given where eos_token_id is 2, .*; got None"):
+    with pytest.raises(ValueError, match="^stop_token must be given if eos_token_id is 2, .*; got None"):
         model.generate(pixels(), ids, max_new_tokens=3)
     assert model.generate(pixels(), ids, max_new_tokens=3, stop_token=2).shape[0] == 2
 

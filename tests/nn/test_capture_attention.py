@@ -59,7 +59,7 @@ def test_one_sequence(name: str) -> None:
         torch.autograd.grad(x.square().sum(), weight, retain_graph=True)[0] for x in (captured.query, seen["query"][0])
     )
     assert torch.equal(ours, hooked) and bool(ours.any())
-    with pytest.raises(ValueError, match="text tokens alone, but over joint; split"):
+    with pytest.raises(ValueError, match="over only text tokens, but over joint; split"):
         _ = captured.text
 
 
@@ -68,7 +68,7 @@ def test_split_says_what_it_has_instead_of_one_sequence(name: str, seen: str) ->
     model, inputs = MODELS[name]()
     with capture_attention(model) as captured:
         model(**inputs)
-    with pytest.raises(ValueError, match=f"parts a sequence of words and image; the captured layer has attention over {seen}$"):
+    with pytest.raises(ValueError, match=f"needs a sequence of words and image; the captured layer has attention over {seen}$"):
         captured.split(WORDS)
 
 
@@ -97,7 +97,7 @@ def test_cross_attention_both_ways() -> None:
     assert cross is not None
     for way in (0, 1):
         assert torch.equal(cross[way][0], seen["query"][way]) and torch.equal(cross[way][1], seen["key"][way])
-    with pytest.raises(ValueError, match=r"layers must be one index where fields are read directly; got 2"):
+    with pytest.raises(ValueError, match=r"layers must be one index for fields of the capture itself; got 2"):
         _ = captured.text
 
 
@@ -182,9 +182,10 @@ def test_refusals() -> None:
         model(**inputs)
     with capture_attention(model) as captured:
         pass
-    with pytest.raises(ValueError, match="saw no forward pass"):
+    with pytest.raises(ValueError, match="captured no forward pass"):
         _ = captured.query
-    with pytest.raises(ValueError, match="saw no self-attention over all tokens"), capture_attention(nn.Linear(3, 3)) as captured:
+    no_attention = pytest.raises(ValueError, match="captured no self-attention over all tokens")
+    with no_attention, capture_attention(nn.Linear(3, 3)) as captured:
         captured.model(torch.randn(2, 3))
     checkpointing(model, {"use_reentrant": True})
     model.train().get_input_embeddings().weight.requires_grad_(True)

@@ -20,7 +20,7 @@ def test_parts_of_a_model_alone_do_not_count() -> None:
     pixels = inputs["pixel_values"]
     with capture_attention(model) as captured:
         model.get_image_features(pixel_values=pixels)
-        with pytest.raises(ValueError, match="saw no forward pass"):
+        with pytest.raises(ValueError, match="captured no forward pass"):
             assert captured.image
         handle = model.register_forward_pre_hook(lambda m, a: m.get_image_features(pixel_values=pixels) and None, prepend=True)
         model(**inputs)

@@ -129,7 +129,7 @@ def test_scale_and_mask_of_a_module_of_ones_own(way: str) -> None:
         out = captured.model(text, image, keep)
     if way in ("soft cap", "set"):
         for name in ("scale", "is_causal", "attn_mask"):
-            with pytest.raises(ValueError, match=f"a layer has {name} where it only scales and masks"):
+            with pytest.raises(ValueError, match=f"a layer has {name} only if it does no more than scale and mask"):
                 getattr(captured, name)
         assert captured.split()[0][0].shape == (2, 1, 5, 8)
         return
@@ -137,7 +137,7 @@ def test_scale_and_mask_of_a_module_of_ones_own(way: str) -> None:
     assert captured.scale == 0.25 and torch.equal(captured.joint.key_mask, keep)
     parts = captured.split()
     assert torch.equal(parts[0].key_mask, keep[:, 3:]) and torch.equal(parts[1].key_mask, keep[:, :3])
-    with pytest.raises(ValueError, match="num_text_tokens must be the number of words that stand in front of the image; got 5"):
+    with pytest.raises(ValueError, match="num_text_tokens must be the number of words before the image; got 5"):
         captured.split(5)
 
 
@@ -154,7 +154,7 @@ def test_a_score_that_is_no_dot_product_has_no_scale(score: str, options: dict[s
     layer = va.nn.ScoreAttention(16, 2, score, **options)
     with capture_attention(layer, modality={"query": "text"}) as captured:
         layer(torch.randn(2, 5, 16))
-    with pytest.raises(ValueError, match=f"a layer has scale where .* this one has {name}: pass"):
+    with pytest.raises(ValueError, match=f"a layer has scale only if .* this one has {name}: pass"):
         _ = captured.scale
 
 
@@ -247,9 +247,9 @@ def test_bad_parts() -> None:
         ({"image": torch.ones(2, 5, dtype=torch.bool)}, "image must be positions"),
         ({"image": torch.ones(23)}, "image must be positions"),
         ({"text": [0, 3], "image": [3, 4]}, "text and image must have no token in common"),
-        ({"num_text_tokens": 3, "text": [0]}, "text and image must be None beside num_text_tokens"),
+        ({"num_text_tokens": 3, "text": [0]}, "text and image must be None if num_text_tokens is given"),
         ({"num_text_tokens": 2.5}, "num_text_tokens must be from 0 to 23"),
-        ({"text": torch.arange(46).view(2, 23) < 25}, "must have as many tokens in each row; got 2 to 23"),
+        ({"text": torch.arange(46).view(2, 23) < 25}, "must have as many tokens in each sample; got 2 to 23"),
     ]
     for options, message in wrong:
         with pytest.raises(ValueError, match=message):
@@ -271,7 +271,7 @@ def test_positions_that_the_run_does_not_show() -> None:
         model(torch.randn(2, 4, 8), torch.randn(2, 3, 8))
     with pytest.raises(ValueError, match="num_text_tokens, text or image must be given"):
         captured.split()
-    with pytest.raises(ValueError, match="text_mask .* must tell how many"):
+    with pytest.raises(ValueError, match="text_mask .* must be given, to tell how many"):
         CongruenceLoss()(captured)
     text, image, _ = captured.split(4)
     assert text[0].shape == (2, 1, 4, 8) and torch.equal(image[0], captured.joint[0][:, :, 4:])

@@ -218,7 +218,7 @@ def test_trainer_that_fails_and_evaluates(tmp_path: Any) -> None:
 
     class Notes(transformers.TrainerCallback):  # type: ignore[misc, name-defined]
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            seen.append(clip._seen.calls)
+            seen.append(clip._current.calls)
 
         def on_evaluate(self, *_: Any, **__: Any) -> None:
             if len(seen) == 1:

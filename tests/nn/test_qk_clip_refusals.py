@@ -172,7 +172,7 @@ def test_what_it_refuses() -> None:
         clip.model(torch.randn(2, 5, 16))
     with va.nn.QKClip(Plain()) as clip, pytest.raises(ValueError, match="QKClip found no projections around a call of attention"):
         clip.model(torch.randn(2, 2, 5, 16))
-    with va.nn.QKClip(multihead()) as clip, pytest.raises(RuntimeError, match="QKClip saw no attention since its last step"):
+    with va.nn.QKClip(multihead()) as clip, pytest.raises(RuntimeError, match="QKClip recorded no attention since its last step"):
         clip.step()
     with va.nn.QKClip(multihead()) as clip, pytest.raises(RuntimeError, match="this QKClip is entered already"):
         clip.__enter__()
@@ -210,7 +210,7 @@ def refusals_on_two_ranks() -> dict[str, list[str]]:
 def test_what_one_process_refuses_all_refuse(tmp_path: Path) -> None:
     first, second = (rank["errors"] for rank in results_of(__name__, "refusals_on_two_ranks", tmp_path))
     assert first == second and [error.split(";")[0][:73] for error in first] == [
-        "RuntimeError: rank 1: QKClip saw no attention since its last step",
+        "RuntimeError: rank 1: QKClip recorded no attention since its last step",
         "RuntimeError: rank 1: '1' must attend in each process between two steps",
         "ValueError: rank 1: the heads of '' must be its projections, turned by ro",
         "ValueError: rank 1: the heads of '' must be its projections, turned by ro",

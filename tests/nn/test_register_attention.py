@@ -165,7 +165,7 @@ def test_parameters_of_the_first_call() -> None:
     register_attention("by_general", "general", per_head=False)
     model, inputs = MODELS["BERT"]()
     model.bfloat16().eval().set_attn_implementation("by_general")
-    with torch.inference_mode(), pytest.warns(UserWarning, match="new parameters of 'by_general' were drawn"):
+    with torch.inference_mode(), pytest.warns(UserWarning, match="new parameters of 'by_general' were initialised"):
         model(**inputs)
     count = sum(1 for _ in model.parameters())
     _, grads = gradients(model, inputs)

@@ -98,7 +98,7 @@ def test_layers() -> None:
     model, _ = lxmert()
     cross = replace_attention(model, score="cosine", layers=lambda path: "visual_attention" in path)
     assert len(cross.scores) == 2 and all("visual_attention" in path for path in cross.scores)
-    with pytest.raises(ValueError, match="is replaced already: restore it first"):
+    with pytest.raises(ValueError, match="is already replaced: restore it first"):
         replace_attention(model, score="cosine")
     cross.restore()
     assert len(replace_attention(model, score="cosine", layers=[0]).scores) == 1 + 1 + 3
@@ -343,5 +343,5 @@ def test_wrong_padding() -> None:
     for mask in (torch.ones(5, 5, dtype=torch.int64), [[1.0] * 5] * 5):
         with pytest.raises(TypeError, match="attn_mask must be"):
             layer(x, key_padding_mask=torch.zeros(2, 5), attn_mask=mask)
-    with pytest.raises(ValueError, match="key_mask must be None where key_padding_mask is given"):
+    with pytest.raises(ValueError, match="key_mask must be None if key_padding_mask is given"):
         layer(x, key_padding_mask=torch.zeros(2, 5, dtype=torch.bool), key_mask=torch.ones(2, 5, dtype=torch.bool))

@@ -165,12 +165,12 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "vector size": (
         scored(S.Additive(torch.zeros(5))),
         ValueError,
-        "query must have vector's size 5 where query_weight is None; got",
+        "query must have vector's size 5 if query_weight is None; got",
     ),
     "key weight": (scored(S.Additive(U, key_weight=torch.zeros(6, 5))), ValueError, "key_weight must have shape (6, 6)"),
     "method": (scored(S.Additive(U, method="fast")), ValueError, "method must be one of ('exact', 'series'); got 'fast'"),
     "no tolerance": (scored(S.Additive(U, method="series")), ValueError, "tolerance must be given with method='series'"),
-    "idle tolerance": (scored(S.Additive(U, tolerance=0.1)), ValueError, "tolerance belongs to method='series'"),
+    "idle tolerance": (scored(S.Additive(U, tolerance=0.1)), ValueError, "tolerance must be None unless method is 'series'"),
     "tolerance of text": (
         scored(S.Additive(U, method="series", tolerance="small")),
         TypeError,
@@ -179,7 +179,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "concat, odd": (
         lambda: S.Additive.concat(U, torch.zeros(6, 11)),
         ValueError,
-        "query_size must be given where weight has an odd number",
+        "query_size must be given if weight has an odd number",
     ),
     "concat, size": (
         lambda: S.Additive.concat(U, torch.zeros(6, 12), query_size=13),
@@ -192,11 +192,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "vector must have shape (6,), or (4, 6) for one per head",
     ),
-    "hadamard, sizes": (
-        scored(S.Hadamard(U), key=K[..., :4]),
-        ValueError,
-        "query and key must have one size where weight is None",
-    ),
+    "hadamard, sizes": (scored(S.Hadamard(U), key=K[..., :4]), ValueError, "query and key must have one size if weight is None"),
     "offset": (scored(S.Hadamard(U, offset=torch.zeros(2))), ValueError, "offset must be a number or a tensor of one element"),
     "offset of text": (scored(S.Hadamard(U, offset="0")), TypeError, "offset must be a real number"),
     "carrier rank": (relevancy(Q, Q, Q, C[0]), ValueError, "carrier must have 3 dimensions (B, T, N)"),

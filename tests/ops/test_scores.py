@@ -344,6 +344,6 @@ def test_series_fit_reaches_the_known_errors(radius: float, terms: int, bound: f
 @pytest.mark.parametrize(("name", "kind"), [("additive", "Additive"), ("general", "General"), ("Hadamard", "Hadamard")])
 def test_a_name_of_a_learned_score_says_which_object_to_pass(name, kind):
     query = torch.ones(1, 2, 3, 4)
-    words = rf"got '{name}'. It has parameters: pass va.scores.{kind}\(...\), or take va.nn.ScoreAttention"
+    words = rf"got '{name}'. It has parameters: pass va.scores.{kind}\(...\), or use va.nn.ScoreAttention"
     with pytest.raises(ValueError, match=words):
         va.score_attention(query, query, query, score=name)

@@ -135,7 +135,7 @@ def test_a_relevancy_term_has_the_attention_for_itself(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.png"))) == 3
     torch.testing.assert_close(weights(trainer.model), trained_by_hand("relevancy"))
     trainer.add_callback(va.train.AttentionLog(trainer.model).trainer_callback(trainer))
-    with pytest.raises(ValueError, match="Beside a RelevancyTerm of the same model nothing else sees its attention"):
+    with pytest.raises(ValueError, match="A RelevancyTerm of the same model hides its attention"):
         trainer.train()
     trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)  # Trainer does not, where a step failed
 

@@ -281,7 +281,7 @@ def test_what_is_refused() -> None:
         with pytest.raises(ValueError, match="target must be a field of each sample; got 'mask'"):
             model(pixel_values=batch["pixel_values"], labels=batch["labels"])
         torch.testing.assert_close(model(**batch).loss, loss_by_hand("relevancy", model_of("relevancy").train(), batch, 0))
-    with term_of("relevancy", model), pytest.raises(ValueError, match="score must be given where the model is no classifier"):
+    with term_of("relevancy", model), pytest.raises(ValueError, match="score must be given if the model is not a classifier"):
         model(pixel_values=batch["pixel_values"], mask=batch["mask"])
     term = term_of("relevancy", model)
     with term, pytest.raises(RuntimeError, match="entered already"):

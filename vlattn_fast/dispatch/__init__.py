@@ -1,9 +1,8 @@
 """How a call finds its kernel, for all operators.
+ `call` describes a call, `limits` says what a backend does not support, `table` lists an operator's backends, `choice` picks one,
+`loading` imports it.
 
-`call` describes a call, `limits` says what a backend refuses, `table` lists an operator's backends, `choice` picks one, `loading`
-imports it.
-
-In: the arguments of a call, as facts; the limits of an operator's kernels.
+In: the metadata of a call's arguments; the limits of an operator's kernels.
 Out: the name of a backend; its functions.
 Imports: backends, kernels, scores, _ground.
 """

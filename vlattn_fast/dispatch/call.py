@@ -1,4 +1,4 @@
-"""The facts of a call that backends' limits read, and who runs the kernels of GPUs on CPU tensors."""
+"""The metadata of a call that backends' limits use, and the runner of GPU kernels on CPU tensors."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 
 class OnCpu(NamedTuple):
-    """Who runs the kernels of GPUs on CPU tensors: Triton's interpreter, or an emulator of a GPU of this capability. `command`
-    stands before the arguments of `vlattn` where a command repeats a call. `reseed()` has launches drawn as the first ones of a
-    process are."""
+    """What runs GPU kernels on CPU tensors: Triton's interpreter, or an emulator of a GPU of this capability. `command` comes
+    before the arguments of `vlattn` in a command that repeats a call. `reseed()` makes launches be drawn like the first ones of a
+    process."""
 
     capability: tuple[int, int] | None = None
     command: str = "TRITON_INTERPRET=1 vlattn"
@@ -25,15 +25,18 @@ on_cpu: OnCpu | None = OnCpu() if os.environ.get("TRITON_INTERPRET") == "1" else
 
 
 def run_gpu_kernels_on_cpu(runner: OnCpu | None) -> OnCpu | None:
-    """From here on calls with backend="triton" and "cuda" take CPU tensors, which `runner` makes true; None ends that. Returns
-    who did so before."""
+    """Makes calls with backend="triton" and "cuda" accept CPU tensors, which `runner` runs; None ends that. Returns the previous
+    runner."""
     global on_cpu
     before, on_cpu = on_cpu, runner
     return before
 
 
 class Call(NamedTuple):
-    """The facts of a call that backends' limits read. It holds no tensor, so a laptop can ask what a backend refuses on a GPU."""
+    """The metadata of a call that backends' limits use.
+
+    It holds no tensor, so a laptop can ask what a backend supports on a GPU.
+    """
 
     operator: str
     dtype: torch.dtype
@@ -44,19 +47,19 @@ class Call(NamedTuple):
 
     def __str__(self) -> str:
         architecture = "" if self.capability is None else " (sm_{}{})".format(*self.capability)
-        facts = {"dtype": self.dtype, "device": self.device_type + architecture, **self.sizes, **self.flags}
-        return f"{self.operator}({', '.join(f'{name}={value}' for name, value in facts.items())})"
+        metadata = {"dtype": self.dtype, "device": self.device_type + architecture, **self.sizes, **self.flags}
+        return f"{self.operator}({', '.join(f'{name}={value}' for name, value in metadata.items())})"
 
 
 def make_call(operator: str, first: Tensor, sizes: dict[str, int], flags: dict[str, Any]) -> Call:
-    """The call of `operator` with dtype and device of its first tensor, `first`."""
+    """Returns the call of `operator` with dtype and device of its first tensor, `first`."""
     device = first.device
     return Call(operator, first.dtype, device.type, sizes, flags, capability(device))
 
 
 def capability(device: torch.device) -> tuple[int, int] | None:
-    """The compute capability of a CUDA device, and of the CPU where it emulates one. None for other devices and absent ones, and
-    for AMD's, whose numbers are others."""
+    """Returns the compute capability of a CUDA device, and of the CPU if it emulates one. None for other devices and absent ones,
+    and for AMD's, whose numbers mean something else."""
     if device.type == "cpu" and on_cpu:
         return on_cpu.capability
     if device.type != "cuda" or torch.version.hip is not None:

@@ -1,6 +1,6 @@
-"""Which backend runs a call, and its functions, which are imported at first use.
+"""Chooses the backend of a call, and loads its functions, which are imported at first use.
 
-It is the backend that the caller names, or the first without refusals. Plans of calls are kept.
+It is the backend that the caller names, or the first that supports the call. Plans of calls are cached.
 """
 
 from __future__ import annotations
@@ -34,13 +34,12 @@ AUTO = os.environ.get("VLATTN_BACKEND", "auto")  # the backend that "auto" stand
 
 
 def select(backends: Table, call: Call, backend: Any) -> str:
-    """The name of the backend that runs `call`: `backend`, or for "auto" the first without refusals. Backends that lead are tried
-    first.
+    """Returns the name of the backend that runs `call`: `backend`, or for "auto" the first that supports it. Backends that lead
+    are tried first.
 
-    On the CPU "auto" takes no GPU kernel: Triton's interpreter and the host build of CUDA C++ are there for tests, by name. Where
-    the environment has VLATTN_BACKEND, its value takes the place of "auto".
-    Raises ValueError with all reasons where the named backend refuses the call, and where a variable of the environment names a
-    library that is not there.
+    On the CPU "auto" takes no GPU kernel: Triton's interpreter and the host build of CUDA C++ are only for tests, by name. If the
+    environment has VLATTN_BACKEND, its value replaces "auto". Raises ValueError with all reasons if the named backend does not
+    support the call, and if a variable of the environment names a library that does not exist.
     """
     check_choice("backend", backend, BACKEND_NAMES)
     if backend == "auto" and AUTO != "auto":
@@ -61,19 +60,21 @@ def select(backends: Table, call: Call, backend: Any) -> str:
 
 
 def load(backends: Table, name: str) -> ModuleType:
-    """The backend's module, from sys.modules where possible: torch.compile cannot trace an import."""
+    """Returns the backend's module, from sys.modules if possible: torch.compile cannot trace an import."""
     module = sys.modules.get(backends[name].module)
     return importlib.import_module(backends[name].module) if module is None else module
 
 
 def launcher(backends: Table, name: str) -> Callable[..., Any]:
-    """The function `name` ("forward", ...) of the backend that the inputs name."""
+    """Returns the function `name` ("forward", ...) of the backend that the inputs name."""
     return lambda inputs: getattr(load(backends, inputs.backend), name)(inputs)
 
 
 def gradients(backends: Table, name: str) -> Callable[..., tuple[Tensor | None, ...]]:
-    """As `launcher`, of "streaming" where the backend has no such function. The inputs have key, value and key_mask. Gradients
-    come as `as_outputs` lays them out."""
+    """Like `launcher`, but returns that of "streaming" if the backend has no such function.
+
+    The inputs have key, value and key_mask. Gradients have the layout of `as_outputs`.
+    """
 
     def run(inputs: Any) -> tuple[Tensor | None, ...]:
         chosen = inputs.backend if hasattr(load(backends, inputs.backend), name) else "streaming"
@@ -86,10 +87,11 @@ def gradients(backends: Table, name: str) -> Callable[..., tuple[Tensor | None, 
 
 
 def planned(plan: Callable[[Arguments], Plan], arguments: Arguments) -> Plan:
-    """plan(arguments), kept for later calls with the same facts.
+    """Returns plan(arguments), cached for later calls with the same metadata.
 
-    `arguments` holds those of a public call. `plan` checks them, selects the backend, and reads no value of a tensor. So a call
-    with the facts of an earlier one skips all of that. Errors are not kept. Traced code keeps nothing: its facts are symbols.
+    `arguments` holds those of a public call. `plan` checks them, selects the backend, and uses no value of a tensor. So a call
+    with the metadata of an earlier one skips all of that. Errors are not cached. Traced code caches nothing: its sizes are
+    symbols.
     """
     key = None if torch.compiler.is_compiling() else _key(plan, arguments)
     if key is None:
@@ -108,8 +110,8 @@ _PLAIN = {str, bool, int, float, type(None)}
 
 
 def _key(plan: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Plain values, and the facts of tensors, also of those in score functions and sequences: checks and refusals read no more.
-    None where they may: for subclasses of tensors, forward-mode tangents, other options."""
+    """Returns plain values, and the metadata of tensors, including those in score functions and sequences: checks and limits use
+    no more. None if they may: for subclasses of tensors, forward-mode tangents, other options."""
     kinds = tuple(map(type, arguments))
     sorts = _SORTS.get(kinds) or _sort(kinds)
     if sorts.with_parts:
@@ -119,10 +121,10 @@ def _key(plan: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, ...
         sorts = _SORTS.get(kinds) or _sort(kinds)
     if not sorts.has_all or getattr(forward_ad, "_current_level", -1) >= 0:
         return None
-    facts: list[Any] = []
+    metadata: list[Any] = []
     try:
         for x in sorts.tensors(arguments):
-            facts += x.shape, x.dtype, x.device, x.layout, x.requires_grad
+            metadata += x.shape, x.dtype, x.device, x.layout, x.requires_grad
     except RuntimeError:  # of nested tensors, which have no shape
         return None
     return (
@@ -135,7 +137,7 @@ def _key(plan: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, ...
         native.library.exists,
         _shared_library.library.exists,
         _shared_library.library.device_type,
-        *facts,
+        *metadata,
     )
 
 
@@ -143,13 +145,13 @@ Pick = Callable[[Any], tuple[Any, ...]]
 
 
 def _fields(kind: type[scores.Score]) -> Pick:
-    """A function that returns the fields of such a score."""
+    """Returns a function that returns the fields of such a score."""
     names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
     return attrgetter(*names) if len(names) > 1 else lambda score: tuple([getattr(score, name) for name in names])
 
 
 def _items(x: Any) -> tuple[Any, ...]:
-    """The items of a sequence, flat, each sequence behind its length."""
+    """Returns the items of a sequence, flat, each sequence after its length."""
     items = [len(x)]
     for each in x:
         items += _items(each) if type(each) in (tuple, list) else (each,)
@@ -160,9 +162,9 @@ _PARTS: dict[type, Pick] = {kind: _fields(kind) for kind in scores.SCORES.values
 
 
 class _Sorts(NamedTuple):
-    """For values of some kinds: what picks the plain ones and the tensors among them; where score functions and sequences stand,
-    and what takes them apart; whether there are no others. A subclass of tensors or score functions is another: it may have more
-    facts than its fields."""
+    """For values of some types: functions that pick the plain ones and the tensors; the indices of score functions and sequences,
+    and functions that unpack them; whether there are no others. A subclass of tensors or score functions is another: it may have
+    more metadata than its fields."""
 
     plain: Pick
     tensors: Pick
@@ -184,5 +186,5 @@ def _sort(kinds: tuple[type, ...]) -> _Sorts:
 
 
 def _picking(numbers: list[int]) -> Pick:
-    """A function that takes a tuple and returns those of its items."""
+    """Returns a function that takes a tuple and returns these items of it."""
     return itemgetter(*numbers) if len(numbers) > 1 else lambda values: tuple([values[i] for i in numbers])

@@ -1,4 +1,4 @@
-"""The refusals of backends: all reasons at once, in constant words, read without a tensor or a GPU."""
+"""What backends do not support: all reasons at once, in constant words, without a tensor or a GPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def accept(call: Call) -> list[Any]:
 
 
 def limited(call: Call, limits: Limits) -> list[str]:
-    """The reasons among `limits` that hold."""
+    """Returns the reasons among `limits` that hold."""
     return [reason for reason, holds in limits(call) if holds]
 
 
@@ -32,7 +32,7 @@ _FAULTY_ON_SM_100 = bool(extras.missing("triton", 3, 9))  # in tensor memory, as
 
 
 def triton_refusals(call: Call, limits: Limits = accept) -> list[str]:
-    """Why a Triton kernel with these `limits` does not run the call."""
+    """Returns why a Triton kernel with these `limits` does not run the call."""
     reasons = []
     if _TRITON_MISSING:
         reasons.append(_TRITON_MISSING)
@@ -52,7 +52,7 @@ def triton_refusals(call: Call, limits: Limits = accept) -> list[str]:
 
 
 def cpu_refusals(call: Call, limits: Limits = accept) -> list[str]:
-    """Why a CPU kernel with these `limits` does not run the call."""
+    """Returns why a CPU kernel with these `limits` does not run the call."""
     reasons = []
     if not native.library.exists:
         reasons.append("the CPU kernels are not built (`vlattn info` says why)")
@@ -64,7 +64,7 @@ def cpu_refusals(call: Call, limits: Limits = accept) -> list[str]:
 
 
 def cuda_refusals(call: Call, limits: Limits) -> list[str]:
-    """Why a CUDA C++ kernel with these `limits` does not run the call."""
+    """Returns why a CUDA C++ kernel with these `limits` does not run the call."""
     reasons = []
     if not _shared_library.library.exists:
         reasons.append("the CUDA C++ kernels are not built (`vlattn info` says why)")

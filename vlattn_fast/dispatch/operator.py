@@ -1,4 +1,4 @@
-"""An operator describes itself, for all who go through the operators."""
+"""The description of an operator, for code that iterates over the operators."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vlattn_fast.dispatch.table import Table
 
 class Operator(NamedTuple):
     """`call`: the public call, whose name is the operator's. `describe(**arguments)` checks the arguments of a call and returns
-    the facts that backends' limits read. `backends`: its table."""
+    the metadata that backends' limits use. `backends`: its table."""
 
     call: Callable[..., Any]
     describe: Callable[..., Call]
@@ -24,10 +24,10 @@ class Operator(NamedTuple):
 
     @property
     def formula(self) -> Callable[..., Any]:
-        """The call's formula, whose arguments are the call's without `backend`."""
+        """Returns the call's formula, whose arguments are the call's without `backend`."""
         formula: Callable[..., Any] = getattr(load(self.backends, "reference"), self.stem)
         return formula
 
     def refusals(self, backend: str, arguments: Mapping[str, Any]) -> list[str]:
-        """Why the backend does not run the call with these arguments, which are checked."""
+        """Returns why the backend does not support the call with these arguments, which are checked."""
         return self.backends[backend].refusals(self.describe(**arguments))

@@ -27,18 +27,18 @@ BACKEND_NAMES = ("auto", "reference", "streaming", "sdpa", "cpu", "triton", "cud
 
 
 class Backend(NamedTuple):
-    """`refusals(call)` lists all reasons why the backend does not run it, in constant words: a size in the words would cost
+    """`refusals(call)` lists all reasons why the backend does not support it, in constant words: a size in the words would cost
     torch.compile a graph per size. `module` is imported at first use. It has `forward` and `backward`, which take the operator's
-    inputs (vlattn_fast.backends.inputs), or the operator itself where torch differentiates it (reference, sdpa).
+    inputs (vlattn_fast.backends.inputs), or the operator itself if torch differentiates it (reference, sdpa).
 
     masks_padding: whether the kernels keep padding, which may be NaN, out of outputs and gradients. For other backends the public
-    call copies what is padded with zeros at padding. lse_dtype: that of the log-sum-exp which the backward pass gets; None for
-    the dtype of sums. saves: the outputs that the backward pass reads, where not every backend's does.
+    call copies padded tensors with zeros at padding. lse_dtype: that of the log-sum-exp which the backward pass gets; None for
+    the dtype of sums. saves: the outputs that the backward pass uses, if not every backend's does.
 
-    leads: the calls for which "auto" tries the backend before the others, where measurements say so.
+    leads: the calls for which "auto" tries the backend before the others, if measurements say so.
 
-    shared_sums: the results of an operator, "gradient of ..." for gradients, whose sums are cut by how many threads or processors
-    there are, and how many samples. A call repeats its bits; those of these results may be others in another batch or on another
+    shared_sums: the results of an operator, "gradient of ..." for gradients, whose sums are split by the number of threads or
+    processors, and of samples. A call repeats its bits; the bits of these results may differ in another batch or on another
     number of threads. All other results of a sample keep theirs.
     """
 
@@ -52,7 +52,7 @@ class Backend(NamedTuple):
 
     @property
     def exists(self) -> bool:
-        """Whether there is a kernel of the operator in this language."""
+        """Returns whether there is a kernel of the operator in this language."""
         return not (isinstance(self.refusals, partial) and self.refusals.func is no_kernel)
 
 
@@ -71,10 +71,11 @@ def table(
     shared_sums: Mapping[str, tuple[str, ...]] | None = None,
     leads: Mapping[str, Callable[[Call], bool]] | None = None,
 ) -> Table:
-    """The backends of the operator `stem` in the order in which "auto" takes them. `leads` names calls with another order.
+    """Returns the backends of the operator `stem` in the order in which "auto" takes them. `leads` names calls with another
+    order.
 
-    `sdpa`, `cpu`, `triton` and `cuda` are the limits of the operator's own kernels, beside those of all operators; None where
-    there is no such kernel: `table(stem, cpu=None, triton=None)` has streaming alone. `masks_padding` names the backends whose
+    `sdpa`, `cpu`, `triton` and `cuda` are the limits of the operator's own kernels, in addition to those of all operators; None
+    if there is no such kernel: `table(stem, cpu=None, triton=None)` has only streaming. `masks_padding` names the backends whose
     kernels do, `saves` what backends save, `shared_sums` what tasks share the sums of, `leads` what comes first; see `Backend`.
 
     On the CPU our kernels come before torch's own attention, which is slower in stored rows; on a GPU torch's comes first. CUDA
@@ -103,10 +104,10 @@ def table(
 
 
 def _kernel(language: str, refuses: Callable[..., list[str]], limits: Limits | None) -> Refusals:
-    """The refusals of an operator's kernel in this language, if there is one."""
+    """Returns the limits of an operator's kernel in this language, if there is one."""
     return partial(no_kernel, language=language) if limits is None else partial(refuses, limits=limits)
 
 
 def lse_dtype(backend: Backend, query: Tensor) -> torch.dtype:
-    """The dtype of the log-sum-exp that the backend's backward pass gets."""
+    """Returns the dtype of the log-sum-exp that the backend's backward pass gets."""
     return compute_dtype(query) if backend.lse_dtype is None else backend.lse_dtype

@@ -28,7 +28,7 @@ def check_length(name: str, length: int, most: int | None) -> None:
 
 
 def check_states(name: str, x: Any, sizes: tuple[int | None, ...]) -> None:
-    """Floating point of these sizes; None stands for any size."""
+    """Raises unless x is floating point of these sizes; None stands for any size."""
     _check_is_tensor(name, x)
     fits = x.ndim == len(sizes) and all(size in (None, is_) for size, is_ in zip(sizes, x.shape, strict=True))
     if not fits or not x.is_floating_point():
@@ -37,7 +37,7 @@ def check_states(name: str, x: Any, sizes: tuple[int | None, ...]) -> None:
 
 
 def check_mask(name: str, mask: Any, shape: tuple[int, ...]) -> None:
-    """bool or integers of this shape, or None."""
+    """Raises unless the mask is bool or integers of this shape, or None."""
     if mask is None:
         return
     _check_is_tensor(name, mask)

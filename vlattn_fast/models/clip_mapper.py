@@ -144,7 +144,7 @@ class CLIPMapper(nn.Module):
         _check_sizes(**{name: size for name, size in optional.items() if size is not None})
         known = getattr(text.config, "vocab_size", None)
         if vocab_size is not None and known is not None and vocab_size > known:
-            raise ValueError(f"vocab_size must be at most text's, {known}, since text reads generated tokens; got {vocab_size}")
+            raise ValueError(f"vocab_size must be at most text's, {known}, since text encodes generated tokens; got {vocab_size}")
         check_number("dropout", dropout, low=0.0, high=1.0, open_high=True)
         self.vision, self.text = vision, text
         self.num_answers, self.vocab_size = num_answers, vocab_size
@@ -219,8 +219,8 @@ class CLIPMapper(nn.Module):
         for layer in self.layers:
             hidden_states = layer(hidden_states, image_states, mask)
         hidden_states = self.norm(hidden_states)
-        read = hidden_states if end is None else hidden_states[torch.arange(len(end), device=end.device), end]
-        return CLIPMapperOutput(self.head(read), hidden_states)
+        explained = hidden_states if end is None else hidden_states[torch.arange(len(end), device=end.device), end]
+        return CLIPMapperOutput(self.head(explained), hidden_states)
 
     @torch.no_grad()
     def generate(
@@ -246,12 +246,12 @@ class CLIPMapper(nn.Module):
         ids = self._check(pixel_values, input_ids, attention_mask, image_states, None)
         if max_new_tokens is None:
             if self._most_tokens is None:
-                raise ValueError("max_new_tokens must be given where text has no config.max_position_embeddings; got None")
+                raise ValueError("max_new_tokens must be given if text has no config.max_position_embeddings; got None")
             max_new_tokens = self._most_tokens - ids.shape[1] + 1
         _check_sizes(max_new_tokens=max_new_tokens)
         stop = self.eos_token_id if stop_token is None else stop_token
         if stop_token is None and stop == 2:  # configs from before transformers 4.31, see `_end_of_text`
-            raise ValueError("stop_token must be given where eos_token_id is 2, which stands for the highest id; got None")
+            raise ValueError("stop_token must be given if eos_token_id is 2, which stands for the highest id; got None")
         if not isinstance(stop, int) or not 0 <= stop < self.vocab_size:
             raise ValueError(f"stop_token must be an int from 0 to {self.vocab_size - 1}; got {stop!r}")
         check_length("input_ids and max_new_tokens", ids.shape[1] + max_new_tokens - 1, self._most_tokens)
@@ -267,9 +267,9 @@ class CLIPMapper(nn.Module):
         generated: list[Tensor] = []
         done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         for count in range(max_new_tokens):
-            seen = prompt + count
-            mask = columns[:seen] < lengths[:, None]
-            logits = self(input_ids=ids[:, :seen], attention_mask=mask, image_states=image_states).logits
+            length = prompt + count
+            mask = columns[:length] < lengths[:, None]
+            logits = self(input_ids=ids[:, :length], attention_mask=mask, image_states=image_states).logits
             token = logits[samples, lengths - 1].argmax(-1).masked_fill(done, stop)
             generated.append(token)
             done = done | (token == stop)
@@ -302,7 +302,7 @@ class CLIPMapper(nn.Module):
             return ids.argmax(1)
         ends = torch.isin(ids, torch.as_tensor(eos, dtype=ids.dtype, device=ids.device))
         if ids.device.type == "cpu" and readable(ids) and not bool(ends.any(1).all()):
-            raise ValueError(f"input_ids must have the end-of-text token {eos} in every row; got rows without it")
+            raise ValueError(f"input_ids must have the end-of-text token {eos} in every sample; got samples without it")
         return ends.int().argmax(1)
 
     def _check(

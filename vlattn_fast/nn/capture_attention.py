@@ -1,8 +1,8 @@
-"""Queries and keys of chosen layers of any model, as the congruence losses take them, while the model runs as it is.
+"""Captures queries and keys of some layers of any model, for the congruence losses, without changing the model.
 
-The model stays as it is: a mode of torch sees the attention calls, and the products in front of a softmax where a module writes
-attention out by hand. So dropout, autocast and gradients are those of the model. Meanwhile compiled code runs as plain
-Python, since compiled code shows no calls.
+A mode of torch intercepts the attention calls, and the products before a softmax if a module writes attention out by hand. So
+dropout, autocast and gradients are those of the model. Compiled code runs as plain Python inside of the context, since it shows
+no calls.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vlattn_fast._ground.tensors import expand_heads
 from vlattn_fast.attach.session import uncompiled, unwrapped
 from vlattn_fast.attach.token_kinds import IMAGE, TEXT, AttentionCall, TokenKinds, check_modality
-from vlattn_fast.nn.captured_layer import CapturedLayer, Places, QueryKey, pair_of
+from vlattn_fast.nn.captured_layer import CapturedLayer, Positions, QueryKey, pair_of
 
 
 def capture_attention(
@@ -80,7 +80,7 @@ class AttentionCapture:
 
     def __enter__(self) -> AttentionCapture:
         if self._stack is not None:
-            raise RuntimeError("this capture_attention is entered already; make another one")
+            raise RuntimeError("this capture_attention is already entered; make another one")
         inner = unwrapped(self.model)
         with contextlib.ExitStack() as stack:
             stack.enter_context(uncompiled(inner))
@@ -101,14 +101,14 @@ class AttentionCapture:
 
     def _layers_of_last_pass(self) -> list[CapturedLayer]:
         if self._captured is None:
-            raise ValueError("capture_attention saw no forward pass; run the model within its `with` block")
+            raise ValueError("capture_attention captured no forward pass; run the model within its `with` block")
         return self._captured
 
     @property
     def layer(self) -> CapturedLayer:
         """Returns the only captured layer."""
         if not self._single:
-            raise ValueError(f"layers must be one index where fields are read directly; got {len(self)}: read capture[i]")
+            raise ValueError(f"layers must be one index for fields of the capture itself; got {len(self)}: use capture[i]")
         return self._layers_of_last_pass()[0]
 
     def __getattr__(self, name: str) -> Any:
@@ -119,12 +119,12 @@ class AttentionCapture:
         value = getattr(layer, name)
         if value is None and name in sequences:
             has = ", ".join(field for field in sequences if getattr(layer, field) is not None)
-            hint = "; split() parts one sequence of both" if name != "joint" and layer.joint is not None else ""
-            raise ValueError(f"the captured layer has no self-attention over {name} tokens alone, but over {has}{hint}")
+            hint = "; split() separates one sequence of both" if name != "joint" and layer.joint is not None else ""
+            raise ValueError(f"the captured layer has no self-attention over only {name} tokens, but over {has}{hint}")
         return value
 
     def split(
-        self, num_text_tokens: int | None = None, *, text: Places | None = None, image: Places | None = None
+        self, num_text_tokens: int | None = None, *, text: Positions | None = None, image: Positions | None = None
     ) -> tuple[QueryKey, QueryKey, None]:
         """Splits one sequence into (text, image, cross); see `CapturedLayer.split`."""
         return self.layer.split(num_text_tokens, text=text, image=image)
@@ -138,8 +138,8 @@ class AttentionCapture:
         lengths = {len(layers) for layers in within.values() if layers}
         if not lengths:
             raise ValueError(
-                "capture_attention saw no self-attention over all tokens of text or image at once; modality= names the kind of "
-                "inputs with unusual names"
+                "capture_attention captured no self-attention over all tokens of text or image at once; modality= names the kind "
+                "of inputs with unusual names"
             )
         for index in self._layers:
             if any(not -n <= index < n for n in lengths):
@@ -161,14 +161,14 @@ def _layer(layers: Sequence[QueryKey], index: int) -> QueryKey | None:
 
 
 def _both(forth: Sequence[QueryKey], back: Sequence[QueryKey], index: int) -> tuple[QueryKey, QueryKey] | None:
-    """The cross-attention of a layer both ways, or None. Layers are counted from the end, where both ways meet."""
+    """Returns the cross-attention of a layer both ways, or None. Layers are counted from the end, which both ways share."""
     last = index if index < 0 else index - len(forth)
     fits = len(forth) == len(back) and -len(forth) <= last < 0
     return (forth[last], back[last]) if fits else None
 
 
 def _in_order(calls: Iterable[AttentionCall]) -> list[QueryKey]:
-    """The layers' queries and keys; none where a layer attends part by part, as Qwen-VL's vision tower, image by image."""
+    """Returns the layers' queries and keys; none if a layer attends part by part, e.g. Qwen-VL's vision tower, image by image."""
     calls = list(calls)
     if any(call.again for call in calls):
         return []

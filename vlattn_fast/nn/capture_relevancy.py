@@ -1,7 +1,7 @@
-"""Relevancy that a model trains on: rows of `va.explain` with their gradient, from the forward pass of a training step.
+"""Relevancy that a model trains on: that of `va.explain` with its gradient, from the forward pass of a training step.
 
-The model stays as it is, with its dropout, autocast and wrappers. Its attention calls keep queries, keys, values and outputs,
-which the backward pass needs anyway; the rows come from them when they are asked for.
+The model is unchanged, with its dropout, autocast and wrappers. Its attention calls store queries, keys, values and outputs,
+which the backward pass needs anyway; `relevancy` is computed from them.
 """
 
 from __future__ import annotations
@@ -107,8 +107,8 @@ class RelevancyCapture:
         self._higher_order, self._formula = higher_order, method_of(method)
         if self._formula.needs_score and any(isinstance(x, DistributedDataParallel) and x.static_graph for x in model.modules()):
             raise ValueError(
-                "model must have several backward passes a step; got DistributedDataParallel(static_graph=True), which takes the "
-                "relevancy's for the loss's, whose gradients it then leaves apart. Pass static_graph=False"
+                "model must support several backward passes per step; got DistributedDataParallel(static_graph=True), which "
+                "treats the relevancy's as the loss's, and then does not reduce the loss's gradients. Pass static_graph=False"
             )
         adapter = (
             find_adapter(self._inner) or (encoder_decoder(self._inner) if generates(self._inner) else None) or WITHOUT_ADAPTER
@@ -130,7 +130,7 @@ class RelevancyCapture:
     def __enter__(self) -> RelevancyCapture:
         before = vars(self._inner).get("forward")
         if self._stack is not None or hasattr(before, "captures_relevancy"):
-            raise RuntimeError("a capture_relevancy of this model is entered already. Leave it first")
+            raise RuntimeError("a capture_relevancy of this model is already entered. Leave it first")
         self._passes, self._thread = [], threading.get_ident()
         with contextlib.ExitStack() as stack:
             stack.enter_context(uncompiled(self._inner))
@@ -193,22 +193,22 @@ class RelevancyCapture:
             TypeError, ValueError: if `score` or `position` is wrong; if no forward pass with gradients, or several, ran inside
                 the context; if the score is NaN, or does not depend on the layers or on the explained position.
         """
-        seen = self._single_pass()
+        traced = self._single_pass()
         check_position(position)
         scores = self._checked(score)
-        request = replace(self._request, method=seen.method, position=position, target=_given)
-        run = run_of_trace(request, Prompt(seen.arguments, None, None), seen.trace, None)
+        request = replace(self._request, method=traced.method, position=position, target=_given)
+        run = run_of_trace(request, Prompt(traced.arguments, None, None), traced.trace, None)
         if scores is not None:
             check_scores("score", scores, request, run)
         how = {"keep": True, "differentiable": self._higher_order}
-        assert seen.method.frozen is not None
-        with _naming_a_freed_graph(), seen.method.frozen.holding():
-            starts = start_vectors(run, position, scores, seen.arguments, "score")
-            backward = backward_pass(request, run, scores, starts, seen.arguments, **how)
-            rows = seen.method.carried(backward)
+        assert traced.method.frozen is not None
+        with _naming_a_freed_graph(), traced.method.frozen.holding():
+            starts = start_vectors(run, position, scores, traced.arguments, "score")
+            backward = backward_pass(request, run, scores, starts, traced.arguments, **how)
+            rows = traced.method.carried(backward)
         check_relevancy(request, Question(scores, [(scores, starts)]), run, rows, backward.contribution)
         warn_of_lost_gradients(run)
-        warn_of_missed_norms(seen.method)
+        warn_of_missed_norms(traced.method)
         warn_of_other_keys(run)
         by_tower = {tower.name: row[:, 0] for tower, row in zip(run.towers, rows, strict=True)}
         return by_tower if len(by_tower) > 1 or isinstance(position, Mapping) else next(iter(by_tower.values()))
@@ -216,19 +216,19 @@ class RelevancyCapture:
     def _single_pass(self) -> _Pass:
         if not self._passes:
             raise ValueError(
-                "capture_relevancy saw no forward pass with gradients. Run the model itself within the `with` block, outside of "
-                "torch.no_grad. In an evaluation without gradients, as Trainer.evaluate, leave the relevancy and its loss out: "
+                "capture_relevancy traced no forward pass with gradients. Run the model itself within the `with` block, outside "
+                "of torch.no_grad. In evaluations without gradients, such as Trainer.evaluate, leave relevancy and loss out: "
                 "`if torch.is_grad_enabled():`"
             )
         if len(self._passes) > 1:
             raise ValueError(
-                f"capture_relevancy saw {len(self._passes)} forward passes, and a score may come from each of "
+                f"capture_relevancy traced {len(self._passes)} forward passes, and a score may come from each of "
                 "them. Use a context for each pass"
             )
         return self._passes[0]
 
     def _checked(self, score: Any) -> Tensor | None:
-        """The scores (B,), or (1,) of a sum."""
+        """Returns the scores (B,), or (1,) of a sum."""
         if score is None:
             if self._request.method.needs_score:
                 raise ValueError(
@@ -240,7 +240,7 @@ class RelevancyCapture:
         if score.ndim > 1 or not score.is_floating_point():
             raise ValueError(f"score must be a floating scalar, or scores (B,); got {describe(score)}")
         if not score.requires_grad and self._request.method.needs_score:
-            raise ValueError("score must have a gradient by the model's forward pass; got a tensor that is detached from it")
+            raise ValueError("score must depend on the model's forward pass; got a tensor that is detached from it")
         return score.reshape(-1)
 
 
@@ -258,7 +258,7 @@ def _naming_a_freed_graph() -> Iterator[None]:
 
 
 def _given(outputs: Any) -> Tensor:
-    """The target of a request whose score the caller takes from the outputs."""
+    """Stands for the target of a request whose score the caller takes from the outputs."""
     raise AssertionError
 
 

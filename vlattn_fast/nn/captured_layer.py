@@ -14,7 +14,7 @@ from vlattn_fast._ground.tensors import scaled_dot_default
 from vlattn_fast.attach.written import is_masked, joined
 from vlattn_fast.ops.token_scores import token_scores
 
-Places = Tensor | Sequence[int]
+Positions = Tensor | Sequence[int]
 
 
 class QueryKey(tuple[Tensor, Tensor]):
@@ -92,8 +92,8 @@ class QueryKey(tuple[Tensor, Tensor]):
             kind = f"the score {self._score!r}" if self._options else "other scores, written out by hand"
             kind = " and ".join(also) or kind
             raise ValueError(
-                f"a layer has {name} where it only scales and masks the product of queries and keys; this one has {kind}: pass "
-                "scale, text_mask and image_mask to the loss"
+                f"a layer has {name} only if it does no more than scale and mask the product of queries and keys; this one has "
+                f"{kind}: pass scale, text_mask and image_mask to the loss"
             )
         return options[name]
 
@@ -156,7 +156,7 @@ class CapturedLayer:
         return scales.pop()
 
     def split(
-        self, num_text_tokens: int | None = None, *, text: Places | None = None, image: Places | None = None
+        self, num_text_tokens: int | None = None, *, text: Positions | None = None, image: Positions | None = None
     ) -> tuple[QueryKey, QueryKey, None]:
         """Splits a joint sequence into (text, image, cross), the arguments of `congruence_loss`.
 
@@ -173,40 +173,40 @@ class CapturedLayer:
         """
         if self.joint is None:
             has = " and over ".join(x for x in ("text", "image") if getattr(self, x) is not None)
-            raise ValueError(f"split() parts a sequence of words and image; the captured layer has attention over {has}")
+            raise ValueError(f"split() needs a sequence of words and image; the captured layer has attention over {has}")
         shape = self.joint[0].shape[0], self.joint[0].shape[2]
         if num_text_tokens is not None:
             if text is not None or image is not None:
-                raise ValueError("text and image must be None beside num_text_tokens; got both")
-            behind = self._behind(num_text_tokens, shape[1])
-            return _at(self.joint, ~behind, "text"), _at(self.joint, behind, "image"), None
-        text_mask, image_mask = _chosen("text", text, shape), _chosen("image", image, shape)
-        if text_mask is None and image_mask is None:
+                raise ValueError("text and image must be None if num_text_tokens is given; got both")
+            after = self._after_words(num_text_tokens, shape[1])
+            return _at(self.joint, ~after, "text"), _at(self.joint, after, "image"), None
+        is_text, is_image = _chosen("text", text, shape), _chosen("image", image, shape)
+        if is_text is None and is_image is None:
             if self.is_image is None:
                 raise ValueError(
-                    "num_text_tokens, text or image must be given where the model's run does not show the image tokens; got None"
+                    "num_text_tokens, text or image must be given if the model's run does not show the image tokens; got None"
                 )
-            image_mask = self.is_image.cpu()
-        if text_mask is None:
-            assert image_mask is not None
-            text_mask = ~image_mask
-        image_mask = ~text_mask if image_mask is None else image_mask
-        if bool((text_mask & image_mask).any()):
+            is_image = self.is_image.cpu()
+        if is_text is None:
+            assert is_image is not None
+            is_text = ~is_image
+        is_image = ~is_text if is_image is None else is_image
+        if bool((is_text & is_image).any()):
             raise ValueError("text and image must have no token in common; got some that both choose")
-        return _at(self.joint, text_mask, "text"), _at(self.joint, image_mask, "image"), None
+        return _at(self.joint, is_text, "text"), _at(self.joint, is_image, "image"), None
 
-    def _behind(self, num_text_tokens: int, size: int) -> Tensor:
-        """bool (N), the tokens behind the words. ValueError where the image stands elsewhere."""
+    def _after_words(self, num_text_tokens: int, size: int) -> Tensor:
+        """Returns bool (N), the tokens after the words. Raises ValueError if the image is elsewhere."""
         if isinstance(num_text_tokens, bool) or not isinstance(num_text_tokens, int) or not 0 <= num_text_tokens <= size:
             raise ValueError(f"num_text_tokens must be from 0 to {size}, the tokens; got {num_text_tokens!r}")
-        behind = torch.arange(size) >= num_text_tokens
-        if self.is_image is not None and not bool((self.is_image.cpu() == behind).all()):
+        after = torch.arange(size) >= num_text_tokens
+        if self.is_image is not None and not bool((self.is_image.cpu() == after).all()):
             first = int(self.is_image.reshape(-1, size).any(0).int().argmax())
             raise ValueError(
-                f"num_text_tokens must be the number of words that stand in front of the image; got {num_text_tokens}, and an "
-                f"image token at {first}: leave it out to part the tokens as the model put them together"
+                f"num_text_tokens must be the number of words before the image; got {num_text_tokens}, and an image token at "
+                f"{first}: leave it out to split the tokens as the model joined them"
             )
-        return behind
+        return after
 
 
 def pair_of(query: Tensor, key: Tensor, options: Mapping[str, Any] | None, score: str) -> QueryKey:
@@ -220,38 +220,40 @@ def pair_of(query: Tensor, key: Tensor, options: Mapping[str, Any] | None, score
 # --- parts of a sequence ---
 
 
-def _chosen(name: str, places: Any, shape: tuple[int, int]) -> Tensor | None:
-    """`places` as bool (N) or (B, N)."""
-    if places is None:
+def _chosen(name: str, positions: Any, shape: tuple[int, int]) -> Tensor | None:
+    """Returns `positions` as bool (N) or (B, N)."""
+    if positions is None:
         return None
     legend = f"positions from 0 to {shape[1] - 1}, or bool (N) or (B, N) = {shape}"
     try:
-        chosen = torch.as_tensor(places)
+        chosen = torch.as_tensor(positions)
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{name} must be {legend}; got {describe(places)}") from None
+        raise TypeError(f"{name} must be {legend}; got {describe(positions)}") from None
     if chosen.dtype == torch.bool and tuple(chosen.shape) in (shape, shape[1:]):
         return chosen.cpu()
     if chosen.dtype not in (torch.int64, torch.int32) and chosen.numel() or chosen.ndim != 1:
-        raise ValueError(f"{name} must be {legend}; got {describe(places)}")
+        raise ValueError(f"{name} must be {legend}; got {describe(positions)}")
     if chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < shape[1]:
         raise ValueError(f"{name} must be {legend}; got {int(chosen.min())} to {int(chosen.max())}")
     return torch.zeros(shape[1], dtype=torch.bool).index_fill(0, chosen.long().cpu(), True)
 
 
 def _at(pair: QueryKey, chosen: Tensor, name: str) -> QueryKey:
-    """The chosen tokens, bool (N) or (B, N), of a self-attention."""
+    """Returns the chosen tokens, bool (N) or (B, N), of a self-attention."""
     counts = sorted(set(chosen.reshape(-1, chosen.shape[-1]).sum(1).tolist()))
     if len(counts) > 1:
-        raise ValueError(f"{name} must have as many tokens in each row; got {counts[0]} to {counts[-1]}: pass rows one by one")
+        raise ValueError(
+            f"{name} must have as many tokens in each sample; got {counts[0]} to {counts[-1]}: pass samples one by one"
+        )
     index = chosen.nonzero()[:, -1].view(-1 if chosen.ndim == 2 else 1, counts[0] if counts else 0)
-    places = index.to(pair[0].device)  # (B or 1, L)
+    positions = index.to(pair[0].device)  # (B or 1, L)
     options = pair._options
     if options is not None and (mask := options["attn_mask"]) is not None:
         mask = _with_four_dims(mask)
-        mask = torch.take_along_dim(mask, places[:, None, :, None], 2) if mask.shape[2] > 1 else mask
-        mask = torch.take_along_dim(mask, places[:, None, None, :], 3) if mask.shape[3] > 1 else mask
+        mask = torch.take_along_dim(mask, positions[:, None, :, None], 2) if mask.shape[2] > 1 else mask
+        mask = torch.take_along_dim(mask, positions[:, None, None, :], 3) if mask.shape[3] > 1 else mask
         options = {**options, "attn_mask": mask}
-    query, key = (torch.take_along_dim(x, places[:, None, :, None], 2) for x in pair)
+    query, key = (torch.take_along_dim(x, positions[:, None, :, None], 2) for x in pair)
     return pair_of(query, key, options, pair._score)
 
 

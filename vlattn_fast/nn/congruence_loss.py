@@ -75,7 +75,7 @@ class CongruenceLoss(nn.Module):
         if num_steps is not None:
             check_number("num_steps", num_steps, low=1)
         elif schedule != "const":
-            raise ValueError(f"num_steps must be the number of training steps where schedule is {schedule!r}; got None")
+            raise ValueError(f"num_steps must be the number of training steps if schedule is {schedule!r}; got None")
         self.kind, self.direction, self.scale, self.reduction, self.backend = kind, direction, scale, reduction, backend
         self.schedule, self.num_steps, self.weight = schedule, num_steps, weight
         self.calls = 0
@@ -103,7 +103,7 @@ class CongruenceLoss(nn.Module):
         scale = self.scale
         if isinstance(text, (AttentionCapture, CapturedLayer)):
             if image is not None or cross is not None:
-                raise ValueError("image and cross must be left out where the first argument is a capture; got both")
+                raise ValueError("image and cross must be left out if the first argument is a capture; got both")
             layer = text.layer if isinstance(text, AttentionCapture) else text
             text, image, cross = words, regions, _ = _parts(layer, text_mask)
             scale = layer.scale if scale is None else scale
@@ -123,12 +123,12 @@ class CongruenceLoss(nn.Module):
         weight = self.weight
         if self.num_steps is not None:
             weight *= training_signal_annealing(step, self.num_steps, self.schedule)
-        if counts and self.training and torch.is_grad_enabled():  # an evaluation is often of the model alone, and not of its loss
+        if counts and self.training and torch.is_grad_enabled():  # an evaluation often runs only the model, and not its loss
             self.calls += 1
         return loss if weight == 1.0 else weight * loss
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor(self.calls, device="cpu")  # safetensors, in which Trainer stores a model, takes tensors alone
+        return torch.tensor(self.calls, device="cpu")  # safetensors, in which Trainer stores a model, supports only tensors
 
     def set_extra_state(self, state: Tensor | dict[str, int]) -> None:
         self.calls = int(state["calls"] if isinstance(state, dict) else state)  # a dict in older files
@@ -139,16 +139,16 @@ class CongruenceLoss(nn.Module):
 
 
 def _parts(layer: CapturedLayer, text_mask: Tensor | None) -> tuple[QueryKey, QueryKey, Any]:
-    """text, image and cross of a captured layer."""
+    """Returns text, image and cross of a captured layer."""
     if layer.text is not None and layer.image is not None:
         return layer.text, layer.image, layer.cross
     if layer.joint is None:
         has = "image" if layer.text is None else "text"
-        raise ValueError(f"the captured layer attends to {has} alone; capture one that sees words and image tokens")
+        raise ValueError(f"the captured layer attends only to {has}; capture one that attends to words and image tokens")
     if layer.is_image is not None:
         return layer.split()
     if text_mask is None:
-        raise ValueError("text_mask (B, L) must tell how many tokens of the captured sequence are words; got None")
+        raise ValueError("text_mask (B, L) must be given, to tell how many tokens of the captured sequence are words; got None")
     return layer.split(text_mask.shape[1])
 
 

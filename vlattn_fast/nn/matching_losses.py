@@ -153,7 +153,7 @@ class DamsmLoss(nn.Module):
 
 
 def _same(similarity: Tensor, ids: Tensor | None) -> Tensor:
-    """bool (B, B): pairs that are true, or have equal ids."""
+    """Returns bool (B, B), the pairs that are true, or have equal ids."""
     pairs, captions = similarity.shape
     if pairs != captions:
         raise ValueError(f"captions must be as many as images, pair by pair; got {captions} for {pairs} images")

@@ -1,4 +1,4 @@
-"""Where a module makes its queries and keys: rows of the weights and biases of linear maps, which `rescale` multiplies."""
+"""The parameters with which a module computes its queries and keys: rows of weights and biases, which `rescale` multiplies."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from vlattn_fast.attach.token_kinds import AttentionCall
 
 # children that project the query and the key, by the names that models give them
 PAIRS = (("q_proj", "k_proj"), ("query", "key"), ("q_lin", "k_lin"), ("to_q", "to_k"), ("wq", "wk"), ("q", "k"))
-FUSED = ("qkv", "c_attn", "qkv_proj", "in_proj", "Wqkv")  # all queries, then all keys, then all values; else refused
+# all queries, then all keys, then all values; other orders are not supported
+FUSED = ("qkv", "c_attn", "qkv_proj", "in_proj", "Wqkv")
 
 
 class _Part(NamedTuple):
@@ -25,29 +26,29 @@ class _Part(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """`num_rows` rows of a linear map: where they lie in its weight and bias, and the map where it is a module."""
+    """`num_rows` rows of a linear map: their index in its weight and bias, and the map if it is a module."""
 
     parts: tuple[_Part, ...]
     num_rows: int
     module: nn.Module | None = None
 
     def rescale(self, factors: Tensor) -> None:
-        """Each of len(factors) heads by its factor."""
+        """Multiplies each of len(factors) heads by its factor."""
         row_factors = factors.repeat_interleave(self.num_rows // len(factors))
         for x, dim, first in self.parts:
             all_factors = row_factors.new_ones(x.shape[dim])
             all_factors[first : first + self.num_rows] = row_factors
-            x.mul_(_beside(x, all_factors.unflatten(0, [-1 if d == dim else 1 for d in range(x.ndim)])))
+            x.mul_(_on_device_of(x, all_factors.unflatten(0, [-1 if d == dim else 1 for d in range(x.ndim)])))
 
     def norms(self, output: Tensor, size: int) -> Tensor:
-        """The norms of the heads in the map's output, (B, H, N)."""
+        """Returns the norms of the heads in the map's output, (B, H, N)."""
         first = self.parts[0].first
         rows = output[..., first : first + self.num_rows]
         return rows.unflatten(-1, (-1, size)).norm(dim=-1).transpose(-1, -2)
 
 
-def _beside(like: Tensor, x: Tensor) -> Tensor:
-    """x on the device of `like`; on each of its processes where that is a DTensor."""
+def _on_device_of(like: Tensor, x: Tensor) -> Tensor:
+    """Returns x on the device of `like`; on each of its processes if that is a DTensor."""
     x = x.to(like.device)
     if not hasattr(like, "device_mesh"):
         return x
@@ -57,10 +58,10 @@ def _beside(like: Tensor, x: Tensor) -> Tensor:
 
 
 class Projections:
-    """How a module makes its queries and keys.
+    """The projections with which a module computes its queries and keys.
 
     rows: from the numbers of rows of query and key in a fused weight, which the weight does not tell, to those of both. It is
-    called anew for each use: wrappers such as fully_shard put other tensors in the place of parameters, which views would miss.
+    called anew for each use: wrappers such as fully_shard replace parameters by other tensors, which views would miss.
     """
 
     def __init__(self, rows: Callable[[int, int], tuple[_Rows, _Rows]]) -> None:
@@ -84,12 +85,12 @@ class Projections:
 
     @property
     def are_whole(self) -> bool:
-        """Whether all are parameters, weights (rows, columns) and biases (rows)."""
+        """Returns whether all are parameters, weights (rows, columns) and biases (rows)."""
         parts = [(part.parameter, ndim) for rows in self._rows(0, 0) for part, ndim in zip(rows.parts, (2, 1), strict=False)]
         return all(isinstance(x, nn.Parameter) and x.ndim == ndim for x, ndim in parts)
 
     def is_frozen(self, path: str) -> bool:
-        """ValueError where a part is frozen."""
+        """Returns whether all parts are frozen. Raises ValueError if only some are."""
         trained = {parameter.requires_grad for parameter in self.parameters()}
         if len(trained) > 1:
             raise ValueError(
@@ -99,8 +100,8 @@ class Projections:
         return trained == {False}
 
     def check(self, path: str, call: AttentionCall, outputs: dict[nn.Module, Tensor]) -> None:
-        """At the first call: ValueError where a factor of the projections is none of the logits. Zeros do not tell, and need no
-        factor."""
+        """Raises ValueError, at the first call, if a factor of the projections is not a factor of the logits. Zeros do not tell,
+        and need no factor."""
         if self._counts is not None or not call.query.any() or not call.key.any():
             return
         (_, heads, _, size), key_heads = call.query.shape, call.key.shape[1]
@@ -114,14 +115,14 @@ class Projections:
         raise misfit(path)
 
     def fit(self, call: AttentionCall, outputs: dict[nn.Module, Tensor]) -> Tensor:
-        """Whether a factor of the projections is one of the logits of a later call: a bool on the call's device, which waits for
-        nothing."""
+        """Returns whether a factor of the projections is a factor of a later call's logits: a bool on the call's device, without
+        waiting."""
         assert self._counts is not None  # since the first call was checked
         query, key = self._rows(*self._counts)
         return _fits(query, call.query, outputs, 1) & _fits(key, call.key, outputs, call.key.shape[1] // self._key_heads)
 
     def rescale(self, gamma: Tensor) -> None:
-        """The logits of each head by gamma (H,)."""
+        """Multiplies the logits of each head by gamma (H,)."""
         assert self._counts is not None  # since the module has been called
         query, key = self._rows(*self._counts)
         key_factors = gamma.view(self._key_heads, -1).amin(1).sqrt()
@@ -132,13 +133,13 @@ class Projections:
 def misfit(path: str) -> ValueError:
     return ValueError(
         f"the heads of '{path}' must be its projections, turned by rotary embeddings or times a number, for QKClip; got "
-        "others (a norm of queries and keys takes every factor back, and bounds the logits by itself; attention of a sequence in "
-        "pieces, and fused weights in which heads of query and key take turns, are not known)"
+        "others (a norm of queries and keys cancels every factor, and bounds the logits by itself; attention of a sequence in "
+        "pieces, and fused weights in which heads of query and key take turns, are not supported)"
     )
 
 
 def _fits(rows: _Rows, attended: Tensor, outputs: dict[nn.Module, Tensor], shared: int) -> Tensor:
-    """Whether what is attended with, (B, H, N, D), has the norms of what was projected, but for one factor."""
+    """Returns whether the attended heads, (B, H, N, D), have the norms of the projected ones, except for one factor."""
     size, no = attended.shape[3], attended.new_zeros((), dtype=torch.bool)
     if rows.num_rows * shared != attended.shape[1] * size:
         return no
@@ -156,27 +157,27 @@ def _fits(rows: _Rows, attended: Tensor, outputs: dict[nn.Module, Tensor], share
 
 
 def projections_of(module: nn.Module) -> Projections | None:
-    """Those of an attention module; None for other modules."""
+    """Returns the projections of an attention module; None for other modules."""
     if isinstance(module, nn.MultiheadAttention):
-        return Projections(partial(_of_multihead, module))
+        return Projections(partial(_multihead_rows, module))
     children = dict(module.named_children())
     for names in PAIRS:
         query, key = (children.get(name) for name in names)
         if _is_linear(query) and _is_linear(key):
-            return Projections(partial(_of_pair, query, key))
+            return Projections(partial(_pair_rows, query, key))
     fused = next((children[name] for name in FUSED if _is_linear(children.get(name))), None)
-    return None if fused is None else Projections(partial(_of_fused, fused))
+    return None if fused is None else Projections(partial(_fused_rows, fused))
 
 
-def _of_pair(query: Any, key: Any, *_: int) -> tuple[_Rows, _Rows]:
+def _pair_rows(query: Any, key: Any, *_: int) -> tuple[_Rows, _Rows]:
     return _rows(query, 0, _size(query)), _rows(key, 0, _size(key))
 
 
-def _of_fused(module: Any, queries: int, keys: int) -> tuple[_Rows, _Rows]:
+def _fused_rows(module: Any, queries: int, keys: int) -> tuple[_Rows, _Rows]:
     return _rows(module, 0, queries), _rows(module, queries, keys)
 
 
-def _of_multihead(module: nn.MultiheadAttention, *_: int) -> tuple[_Rows, _Rows]:
+def _multihead_rows(module: nn.MultiheadAttention, *_: int) -> tuple[_Rows, _Rows]:
     size = module.embed_dim
     weights: Any = [_Part(x, 0, 0) for x in (module.q_proj_weight, module.k_proj_weight) if x is not None]
     if not weights:
@@ -192,21 +193,21 @@ def _rows(module: Any, first: int, count: int) -> _Rows:
 
 
 def _size(module: Any) -> int:
-    """The number of rows."""
+    """Returns the number of rows."""
     return int(module.nf if _is_transposed(module) else module.out_features)
 
 
 def faults_of(model: nn.Module, projections: dict[nn.Module, Projections]) -> dict[nn.Module, str]:
-    """Why modules of `projections` cannot be rescaled by themselves, of those that cannot."""
+    """Returns, for each module of `projections` that cannot be rescaled by itself, the reason."""
     users: dict[Any, set[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, part in (*module._parameters.items(), *module._modules.items()):
             users.setdefault(part, set()).add((module, name))
     faults = {}
-    for module, module_projections in projections.items():
-        if not module_projections.are_whole:
+    for module, its_projections in projections.items():
+        if not its_projections.are_whole:
             faults[module] = "be parameters of a linear map in its shape, which parametrizations and FSDP 1 replace"
-        elif any(len(users[part]) > 1 for part in (*module_projections.parameters(), *module_projections.modules())):
+        elif any(len(users[part]) > 1 for part in (*its_projections.parameters(), *its_projections.modules())):
             faults[module] = "have no other user, whom their factors would reach as well"
     return faults
 
@@ -216,5 +217,5 @@ def _is_linear(module: nn.Module | None) -> bool:
 
 
 def _is_transposed(module: nn.Module | None) -> bool:
-    """Whether the weight is (in, out), as in transformers' Conv1D."""
+    """Returns whether the weight is (in, out), as in transformers' Conv1D."""
     return any(base.__name__ == "Conv1D" for base in type(module).__mro__)

@@ -22,17 +22,17 @@ from vlattn_fast.attach.training import TrainingContext
 from vlattn_fast.nn.projections import FUSED, PAIRS, Projections, faults_of, misfit, projections_of
 from vlattn_fast.ops.attention_statistics import attention_statistics
 
-_HIDDEN = -9999.0  # what a float mask adds at most where it hides a key; some models add -10000, biases add less
+_MASKED = -9999.0  # a float mask adds at most this to mask a key; some models add -10000, biases add less
 
 
 @dataclass
-class _Seen:
+class _StepCalls:
     """Calls of attention since the last step."""
 
     calls: int = 0
     largest: dict[nn.Module, Tensor] = field(default_factory=dict)  # (H,) of a module
     misfits: dict[nn.Module, Tensor] = field(default_factory=dict)  # whether a factor would miss logits above the threshold
-    refusal: Exception | None = None  # of a call, which `step` raises in all processes
+    error: Exception | None = None  # of a call, which `step` raises in all processes
 
 
 class QKClip(TrainingContext):
@@ -92,7 +92,7 @@ class QKClip(TrainingContext):
         self._running: list[nn.Module] = []
         self._outputs: dict[nn.Module, Tensor] = {}  # of projections, until their module ends
         self._faults: dict[nn.Module, str] = {}
-        self._seen, self._aside = _Seen(), _Seen()  # aside: that of the step under way, during an evaluation
+        self._current, self._aside = _StepCalls(), _StepCalls()  # aside: those of the current step, during an evaluation
 
     def _enter(self, stack: ExitStack) -> None:
         self._faults = faults_of(self.model, self._projections)
@@ -113,21 +113,21 @@ class QKClip(TrainingContext):
 
         Returns path of an attention module -> head -> that logit, for the rescaled heads.
         """
-        seen = self._seen
+        recorded = self._current
         self._forget()
-        if seen.refusal is None and seen.calls == 0:
-            seen.refusal = RuntimeError(
-                "QKClip saw no attention since its last step; run the model inside of its context, with attention that torch "
-                "shows (attn_implementation='sdpa' or 'eager')"
+        if recorded.error is None and recorded.calls == 0:
+            recorded.error = RuntimeError(
+                "QKClip recorded no attention since its last step; run the model inside of its context, with attention that "
+                "torch shows (attn_implementation='sdpa' or 'eager')"
             )
-        self._raise_in_all_processes(seen.refusal)
-        largest = seen.largest
+        self._raise_in_all_processes(recorded.error)
+        largest = recorded.largest
         if _are_several():
-            for_all = {module: _of_all_processes(largest.get(module), x) for module, x in self._projections.items()}
+            for_all = {module: _max_over_processes(largest.get(module), x) for module, x in self._projections.items()}
             largest = {module: x for module, x in for_all.items() if x is not None}
         heads = {module: (x > self.threshold).nonzero()[:, 0].tolist() for module, x in largest.items()}
-        refusals = (self._refused(module, largest[module], heads[module], seen.misfits) for module in heads)
-        self._raise_in_all_processes(next((error for error in refusals if error is not None), None))
+        errors = (self._error_of(module, largest[module], heads[module], recorded.misfits) for module in heads)
+        self._raise_in_all_processes(next((error for error in errors if error is not None), None))
         clipped: dict[str, dict[int, float]] = {}
         for module, too_large in heads.items():
             if too_large:
@@ -136,7 +136,7 @@ class QKClip(TrainingContext):
                 clipped[self._paths[module]] = {head: float(x[head]) for head in too_large}
         return clipped
 
-    def _refused(
+    def _error_of(
         self, module: nn.Module, largest: Tensor, heads: list[int], misfits: dict[nn.Module, Tensor]
     ) -> Exception | None:
         """Returns why the module cannot be rescaled, or None."""
@@ -149,20 +149,20 @@ class QKClip(TrainingContext):
             return misfit(path)
         return None
 
-    def _raise_in_all_processes(self, refusal: Exception | None) -> None:
+    def _raise_in_all_processes(self, error: Exception | None) -> None:
         """Raises one process's error in each of them: a process that went on would wait for the others forever."""
         if not _are_several():
-            if refusal is not None:
-                raise refusal
+            if error is not None:
+                raise error
             return
         device = next((x.device for x in self.model.parameters()), torch.device("cpu"))
         several, here = torch.distributed.get_world_size(), torch.distributed.get_rank()
-        first = torch.tensor([several if refusal is None else here], device=device)
+        first = torch.tensor([several if error is None else here], device=device)
         torch.distributed.all_reduce(first, torch.distributed.ReduceOp.MIN)
         if (rank := int(first)) < several:
-            refusals = [refusal]
-            torch.distributed.broadcast_object_list(refusals, rank, device=device)
-            raise type(refusals[0])(f"rank {rank}: {refusals[0]}") from refusal  # type: ignore[misc]
+            errors = [error]
+            torch.distributed.broadcast_object_list(errors, rank, device=device)
+            raise type(errors[0])(f"rank {rank}: {errors[0]}") from error  # type: ignore[misc]
 
     def trainer_callback(self) -> Any:
         """Returns a callback for transformers' Trainer."""
@@ -177,14 +177,14 @@ class QKClip(TrainingContext):
         return {}
 
     def _begin_evaluation(self) -> None:
-        self._aside, self._seen = self._seen, _Seen()
+        self._aside, self._current = self._current, _StepCalls()
 
     def _end_evaluation(self) -> None:
-        self._seen, self._aside = self._aside, _Seen()
+        self._current, self._aside = self._aside, _StepCalls()
 
     def _forget(self) -> None:
         """Drops what was recorded since the last step."""
-        self._seen, self._aside = _Seen(), _Seen()
+        self._current, self._aside = _StepCalls(), _StepCalls()
         self._outputs.clear()
 
     def _begin(self, module: nn.Module, _: Any) -> None:
@@ -206,16 +206,16 @@ class QKClip(TrainingContext):
         except ValueError as error:
             if not _are_several():
                 raise
-            self._seen.refusal = self._seen.refusal or error
+            self._current.error = self._current.error or error
 
     def _take_up(self, call: AttentionCall) -> None:
         if not self._running:
             raise ValueError(
-                "QKClip found no projections around a call of attention; it knows modules with children "
+                "QKClip found no projections around a call of attention; it supports modules with children "
                 f"{', '.join(' and '.join(pair) for pair in PAIRS)}, with one of {', '.join(FUSED)}, and nn.MultiheadAttention"
             )
-        module, seen = self._running[-1], self._seen
-        seen.calls += 1
+        module, recorded = self._running[-1], self._current
+        recorded.calls += 1
         path, projections = self._paths[module], self._projections[module]
         if module in self._faults:
             raise ValueError(f"the projections of '{path}' must {self._faults[module]}, for QKClip")
@@ -227,21 +227,21 @@ class QKClip(TrainingContext):
             if largest is None:
                 return
             misses = largest.gt(self.threshold).any() & ~projections.fit(call, self._outputs)
-            before = seen.largest.get(module)
-            seen.largest[module] = largest if before is None else torch.maximum(before, largest)
-            seen.misfits[module] = misses if before is None else seen.misfits[module] | misses
+            before = recorded.largest.get(module)
+            recorded.largest[module] = largest if before is None else torch.maximum(before, largest)
+            recorded.misfits[module] = misses if before is None else recorded.misfits[module] | misses
 
     def _max_logits(self, module: nn.Module, call: AttentionCall) -> Tensor | None:
         """Returns (H,); None if no logit can reach the threshold."""
         if call.masks is None or call.score != "dot":
             raise ValueError(
-                f"the attention of '{self._paths[module]}' must only scale and mask its logits for QKClip; it does more"
+                f"the attention of '{self._paths[module]}' must only scale and mask its logits for QKClip; got one that does more"
             )
         query, key, mask = call.query.detach(), call.key.detach(), call.masks.get("attn_mask")
         options = {name: x for name, x in call.masks.items() if name not in ("softcap", "sink")}
         options["enable_gqa"] = key.shape[1] != query.shape[1]
         if mask is not None and mask.is_floating_point():
-            options["attn_mask"] = mask > _HIDDEN
+            options["attn_mask"] = mask > _MASKED
         if query.device.type == "cpu" and _bound(query, key, options) <= self.threshold:
             return None
         statistics: Any = attention_statistics(query, key, statistics=["max_logit"], **options)
@@ -249,7 +249,7 @@ class QKClip(TrainingContext):
 
 
 def _bound(query: Tensor, key: Tensor, options: dict[str, Any]) -> float:
-    """A number that no logit passes."""
+    """Returns an upper bound of the logits."""
     scale = resolve_scale(options.get("scale"), scaled_dot_default(query.shape[-1]))
     norms = [x.norm(dim=-1).amax().float() if x.numel() else x.new_zeros(()) for x in (query, key)]
     bound = float(abs(scale) * norms[0] * norms[1] * 1.01)
@@ -260,8 +260,8 @@ def _are_several() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def _of_all_processes(largest: Tensor | None, projections: Projections) -> Tensor | None:
-    """The largest logits among the processes, which all take part."""
+def _max_over_processes(largest: Tensor | None, projections: Projections) -> Tensor | None:
+    """Returns the largest logits of all processes."""
     device = projections.device
     sizes = torch.tensor([0 if largest is None else len(largest)], device=device)
     torch.distributed.all_reduce(sizes, torch.distributed.ReduceOp.MAX)
@@ -269,6 +269,6 @@ def _of_all_processes(largest: Tensor | None, projections: Projections) -> Tenso
         return None
     if largest is None:
         largest = torch.full((int(sizes),), -torch.inf, device=device)
-    largest = torch.where(largest.isnan(), torch.inf, largest)  # no process misses what another one refuses
+    largest = torch.where(largest.isnan(), torch.inf, largest)  # so that all processes raise for NaN
     torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
     return largest

@@ -1,8 +1,7 @@
 """A score function by name in transformers' attention interface: `attn_implementation="additive"`.
 
 The model looks our function up by the name in its config and makes the masks that SDPA gets. The parameters of a learned score
-become a part of each attention module, as a module of the name of `registered.attribute`, so the model trains, moves and saves
-them.
+become a part of each attention module, under the name `registered.attribute`, so the model trains, moves and saves them.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from vlattn_fast.nn.score_attention import ScoreFactory, make_score
 from vlattn_fast.ops import BACKEND_NAMES
 from vlattn_fast.scores import Score
 
-_MEANT = ("sdpa", "eager", "flash", "flex_attention", "paged", "vlattn")  # transformers reads these within a name
+_RESERVED = ("sdpa", "eager", "flash", "flex_attention", "paged", "vlattn")  # transformers looks for these within a name
 
 
 def register_attention(
@@ -65,18 +64,18 @@ def register_attention(
     """
     if not isinstance(name, str):
         raise TypeError(f"name must be a str; got {describe(name)}")
-    if not name.isidentifier() or any(word in name for word in _MEANT):
-        raise ValueError(f"name must be a Python identifier without {', '.join(_MEANT)}; got {name!r}")
+    if not name.isidentifier() or any(word in name for word in _RESERVED):
+        raise ValueError(f"name must be a Python identifier without {', '.join(_RESERVED)}; got {name!r}")
     check_bool(per_head=per_head)
     check_choice("backend", backend, BACKEND_NAMES)
     made = RegisteredAttention(name, name if score is None else score, per_head, score_options, backend)
     if isinstance(made.score, Score):
         if per_head or score_options is not None:
             raise ValueError(
-                f"per_head and score_options must be left out where score is an object; got {per_head}, {score_options!r}"
+                f"per_head and score_options must be left out if score is an object; got {per_head}, {score_options!r}"
             )
     else:
-        make_score(made.score, 1, 8, per_head, score_options)  # refuses what no layer can make
+        make_score(made.score, 1, 8, per_head, score_options)  # raises for what no layer can make
     SCORES_BY_NAME[name] = made
 
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -122,7 +121,7 @@ class RegisteredAttention(NamedTuple):
         return {path: score for path, score in held.items() if isinstance(score, nn.Module)}
 
     def _held(self, module: nn.Module, num_heads: int, head_dim: int) -> Held:
-        """The score of an attention module."""
+        """Returns the score of an attention module."""
         if isinstance(self.score, Score):
             return self.score
         held: Any = getattr(module, self.attribute, None)
@@ -141,15 +140,15 @@ class RegisteredAttention(NamedTuple):
         return held
 
     def _attend(self, module: nn.Module, query: Tensor, *call: Any, **options: Any) -> tuple[Tensor, None]:
-        """transformers' attention contract."""
+        """Implements transformers' attention interface."""
         before = hasattr(module, self.attribute)
         held = self._held(module, query.shape[1], query.shape[3])
         if isinstance(held, nn.Module) and not before:
             if torch.compiler.is_compiling():
                 raise ValueError(f"model must have the parameters of {self.name!r} before it is compiled: call scores(model)")
             warnings.warn(
-                f"new parameters of {self.name!r} were drawn at the first call; call scores(model) before you make an optimizer, "
-                "load saved parameters, or compile",
+                f"new parameters of {self.name!r} were initialised at the first call; call scores(model) before you make an "
+                "optimizer, load saved parameters, or compile",
                 stacklevel=2,
             )
         return by_interface(module, query, *call, held=held, backend=self.backend, causal_by_module=True, **options)

@@ -20,7 +20,7 @@ from vlattn_fast._ground.checks import (
 )
 
 KINDS = ("inside", "mse", "cosine")
-_MOST_BEFORE = 5  # tokens in front of the patches that are looked for where nobody names their number
+_MOST_BEFORE = 5  # largest number of tokens before the patches that is tried without `prefix`
 
 
 class RelevancyLoss(nn.Module):
@@ -114,7 +114,7 @@ class RelevancyLoss(nn.Module):
         if (self.kind == "inside" or (self.kind == "mse" and self.scaled)) and bool(((target < 0) | (target > 1)).any()):
             raise ValueError(
                 f"target must be from 0 to 1 for kind {self.kind!r}; got {target.min().item():g} to {target.max().item():g}. "
-                "kind='cosine', and kind='mse' with scaled=False, take a row in relevancy's units"
+                "kind='cosine', and kind='mse' with scaled=False, take a target in relevancy's units"
             )
         if target.ndim == 2:
             return relevancy[:, prefix or 0 :], target[:, prefix or 0 :]
@@ -125,12 +125,13 @@ class RelevancyLoss(nn.Module):
 
 
 def _mean(losses: Tensor) -> Tensor:
-    """The mean, and 0 for a batch without a sample."""
+    """Returns the mean, and 0 for a batch without a sample."""
     return losses.mean() if losses.numel() else losses.sum()
 
 
 def _grid(tokens: int, height: int, width: int, prefix: int | None) -> tuple[int, tuple[int, int]]:
-    """The tokens in front of the patches, and the patches' rows and columns, which have the shape of a mask (height, width)."""
+    """Returns the number of tokens before the patches, and the patches' rows and columns, in the shape of a mask (height,
+    width)."""
     several = range(_MOST_BEFORE + 1) if prefix is None else (prefix,)
     common = math.gcd(height, width) or 1
     rows, columns = height // common, width // common
@@ -139,10 +140,10 @@ def _grid(tokens: int, height: int, width: int, prefix: int | None) -> tuple[int
     sides = {before: math.isqrt(max(0, tokens - before) // max(1, rows * columns)) for before in several}
     fitting = [before for before, side in sides.items() if side and side**2 * rows * columns == tokens - before]
     if len(fitting) != 1:
-        may = " or ".join(f"{rows * sides[before]} x {columns * sides[before]} behind {before}" for before in fitting) or "none"
+        may = " or ".join(f"{rows * sides[before]} x {columns * sides[before]} after {before}" for before in fitting) or "none"
         raise ValueError(
             f"target (B, {height}, {width}) must fit the patches of relevancy, which has {tokens} tokens; got {may}. Pass "
-            "prefix=, the number of tokens in front of the patches, or a mask (B, N)"
+            "prefix=, the number of tokens before the patches, or a mask (B, N)"
         )
     side = sides[fitting[0]]
     return fitting[0], (rows * side, columns * side)

@@ -1,4 +1,4 @@
-"""Puts another score function into the attention of an existing model, in place, with its projections unchanged.
+"""Replaces the score function in the attention of an existing model, in place, with its projections unchanged.
 
 transformers' models look up their attention function by the name in a module's config: a replaced module gets a copy of the
 config that names our function. In models that write attention out by hand, the forward of the instance is replaced. The
@@ -83,7 +83,7 @@ def replace_attention(
         raise ValueError(f"layers must choose some of {', '.join(attention)}; got {layers!r}")
     for path in chosen:
         if hasattr(attention[path], REPLACED):
-            raise ValueError(f"the attention of '{path}' is replaced already: restore it first, by its handle")
+            raise ValueError(f"the attention of '{path}' is already replaced: restore it first, with its handle")
     made = {path: make_score(score, *sizes_of(path, attention[path]), per_head, score_options) for path in chosen}
     replaced: dict[str, nn.Module] = {}
     try:
@@ -128,21 +128,21 @@ class ReplacedAttention:
 
 
 def attention_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Path and module of each attention that can be replaced."""
+    """Yields path and module of each attention that can be replaced."""
     for path, module in model.named_modules():
         if has_core(type(module)) or (_sizes_of(module) and calls_configured_attention(module)):
             yield path, module
 
 
 def calls_configured_attention(module: nn.Module) -> bool:
-    """Whether the module calls transformers' interface for the attention that its config names. Other modules have heads, too: a
-    mixer of Mamba, an indexer of keys."""
+    """Returns whether the module calls transformers' interface for the attention that its config names. Other modules have heads,
+    too: a mixer of Mamba, an indexer of keys."""
     forwards = (kind for kind in type(module).__mro__ if "forward" in vars(kind))  # a subclass may hand its call on
     return hasattr(getattr(module, "config", None), CONFIG_NAME) and any(map(calls_interface, forwards))
 
 
 def _sizes_of(module: nn.Module) -> tuple[int, int] | None:
-    """Number and size of the heads of an attention module; None for other modules."""
+    """Returns number and size of the heads of an attention module; None for other modules."""
     sizes = [getattr(module, name, None) for name in ("attention_head_size", "head_dim", "head_size")]
     size = next((size for size in sizes if isinstance(size, int)), None)
     if size is None:
@@ -180,7 +180,7 @@ def _is_chosen(path: str, attention: dict[str, nn.Module], layers: Layers) -> bo
 
 
 def placed(module: nn.Module, score: nn.Module) -> nn.Module:
-    """The score with device, dtype and mode of an attention module."""
+    """Returns the score with device, dtype and mode of an attention module."""
     like = next((each for each in module.parameters() if each.is_floating_point()), None)  # quantized weights are integers
     if like is None:
         raise TypeError(f"model must have floating-point parameters in its attention; got {type(module).__name__}")
@@ -223,7 +223,7 @@ def _restore(module: nn.Module) -> None:
 
 
 class _Registered:
-    """Makes our function known to transformers, also in another process that reads a replaced module from a file."""
+    """Registers our function with transformers, including in another process that loads a replaced module from a file."""
 
     def __init__(self) -> None:
         from transformers import AttentionInterface
@@ -235,12 +235,12 @@ class _Registered:
 
 
 def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor]:
-    """The forward of a module that writes attention out by hand; a module-level function, so that pickle finds it."""
+    """Runs the forward of a module that writes attention out by hand; a module-level function, so that pickle finds it."""
     return with_core(_by_hand, module, *args, **kwargs)
 
 
 def _by_interface(module: nn.Module, *call: Any, **options: Any) -> tuple[Tensor, None]:
-    """transformers' attention contract, with the score of the module."""
+    """Implements transformers' attention interface, with the score of the module."""
     rule = getattr(module, RULE)
     if rule is None:
         rule = getattr(module._attention_config, CONFIG_NAME) != "eager"  # eager masks hold causality
@@ -262,13 +262,14 @@ def by_interface(
     causal_by_module: bool,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention contract, with the score that `held` is or makes; `causal_by_module` as in `masks_of`."""
+    """Implements transformers' attention interface, with the score that `held` is or makes; `causal_by_module`: see
+    `masks_of`."""
     key_mask = None
     if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:  # the mask of flash attention
         attention_mask, key_mask = None, attention_mask.bool()
     elif attention_mask is not None and not isinstance(attention_mask, Tensor):
         kind = type(attention_mask).__name__
-        raise ValueError(f"a replaced score takes masks that are tensors; got a mask of {kind}: set_attn_implementation('sdpa')")
+        raise ValueError(f"a replaced score needs masks that are tensors; got a mask of {kind}: set_attn_implementation('sdpa')")
     masks = masks_of(module, query, key, attention_mask, causal_by_module=causal_by_module, **options)
     masks |= {"key_mask": key_mask, "backend": backend}
     output = _attend(held, query, key, value, dropout if module.training else 0.0, scaling, **masks)

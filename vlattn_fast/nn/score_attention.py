@@ -50,10 +50,10 @@ class LearnedScore(nn.Module):
             setattr(self, name, nn.Parameter(torch.empty(self.make.parameters[name].shape(head_dim, heads))))
         self.reset_parameters()
         token = next(self.parameters()).new_zeros(1, num_heads, 1, head_dim)
-        self().check(token, token)  # the class refuses wrong options
+        self().check(token, token)  # the class raises for wrong options
 
     def reset_parameters(self) -> None:
-        """The first values that the score's class names."""
+        """Sets the initial values that the score's class names."""
         for name in self.names:
             nn.init.uniform_(getattr(self, name), *self.make.parameters[name].first(self.head_dim))
 
@@ -65,13 +65,13 @@ class LearnedScore(nn.Module):
 def make_score(
     score: str | ScoreFactory, num_heads: int, head_dim: int, per_head: bool, options: dict[str, Any] | None
 ) -> nn.Module | str:
-    """The score of a layer: a module where the score has parameters, else its name. per_head concerns parameters alone."""
+    """Returns the score of a layer: a module if the score has parameters, else its name. per_head only affects parameters."""
     if options is not None and not isinstance(options, dict):
         raise TypeError(f"score_options must be a dict or None; got {describe(options)}")
     options = {} if options is None else options
     if not isinstance(score, str) and callable(score):
         if options:
-            raise ValueError(f"score_options must be None where score is a function; got {options!r}")
+            raise ValueError(f"score_options must be None if score is a function; got {options!r}")
         made = score(num_heads, head_dim)
         if not isinstance(made, nn.Module):
             raise TypeError(f"score must make a torch.nn.Module; got {describe(made)}")
@@ -81,7 +81,7 @@ def make_score(
     if layers[score].learned:
         return LearnedScore(score, num_heads, head_dim, per_head=per_head, **options)
     if options:
-        raise ValueError(f"score_options must be None where score is {score!r}, which has none; got {options!r}")
+        raise ValueError(f"score_options must be None if score is {score!r}, which has none; got {options!r}")
     return score
 
 
@@ -194,7 +194,7 @@ class ScoreAttention(nn.Module):
         k, v = self._heads("key", key, self.k_proj), self._heads("value", value, self.v_proj)
         if key_padding_mask is not None:
             if key_mask is not None:
-                raise ValueError("key_mask must be None where key_padding_mask is given; got both")
+                raise ValueError("key_mask must be None if key_padding_mask is given; got both")
             key_mask, attn_mask = _without_padding(key_padding_mask, attn_mask, q, k)
         score = scores.resolve(self.score() if isinstance(self.score, nn.Module) else self.score)
         masks: dict[str, Any] = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal}
@@ -209,7 +209,7 @@ class ScoreAttention(nn.Module):
 
     @torch.no_grad()
     def _weights(self, query: Tensor, key: Tensor, score: scores.Score, masks: dict[str, Any]) -> Tensor:
-        """The head mean (B, N, M) of the attention."""
+        """Returns the head mean (B, N, M) of the attention."""
         scale = resolve_scale(self.scale, score.default_scale(query.shape[-1]))
         (key,) = mask_padding(masks["key_mask"], key, fill=score.masked_key)
         core, dtype = score.core(query, key), cast_by_autocast(query)[0].dtype

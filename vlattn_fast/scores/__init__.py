@@ -50,7 +50,7 @@ def scores_in_folder() -> dict[str, type[Score]]:
                 if kind.name in by_name:
                     raise ValueError(f"scores must have names of their own; got {kind.name!r} in {file.name} once more")
                 by_name[kind.name] = kind
-    # those known by name alone first, dot products of query and key before the others
+    # those that need only a name first, dot products of query and key before the others
     return dict(sorted(by_name.items(), key=lambda item: (bool(item[1].parameters), not item[1].is_plain)))
 
 
@@ -74,5 +74,5 @@ def resolve(score: Any) -> Score:
         return _BY_NAME[score]
     kind, way = SCORES.get(score.lower()), ""
     if kind is not None and kind.parameters:
-        way = f". It has parameters: pass va.scores.{kind.__name__}(...), or take va.nn.ScoreAttention, which makes them"
+        way = f". It has parameters: pass va.scores.{kind.__name__}(...), or use va.nn.ScoreAttention, which makes them"
     raise ValueError(f"score must be one of {names} or a va.scores object; got {score!r}{way}")

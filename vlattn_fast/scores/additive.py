@@ -63,7 +63,7 @@ class Additive(Score):
             raise ValueError(f"weight must have shape (A, D_q + D_k) or (H, A, D_q + D_k); got {describe(weight)}")
         columns = weight.shape[-1]
         if query_size is None and columns % 2 != 0:
-            raise ValueError(f"query_size must be given where weight has an odd number of columns; got {describe(weight)}")
+            raise ValueError(f"query_size must be given if weight has an odd number of columns; got {describe(weight)}")
         size = columns // 2 if query_size is None else query_size
         if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= columns:
             raise ValueError(f"query_size must be an integer in [0, {columns}]; got {query_size!r}")
@@ -84,7 +84,7 @@ class Additive(Score):
                 raise ValueError("tolerance must be given with method='series': the allowed error of the score; got None")
             check_number("tolerance", self.tolerance, low=0.0)
         elif self.tolerance is not None:
-            raise ValueError(f"tolerance belongs to method='series'; method is {self.method!r} and tolerance {self.tolerance!r}")
+            raise ValueError(f"tolerance must be None unless method is 'series'; got {self.tolerance!r} for {self.method!r}")
         check_tensor("vector", self.vector, shape="(A) or (H, A)")
         if self.vector.dim() not in (1, 2):
             raise ValueError(f"vector must have shape (A), or (H, A) for one per head; got {describe(self.vector)}")
@@ -94,7 +94,7 @@ class Additive(Score):
             if weight is not None:
                 check_parameter(f"{name}_weight", weight, (size, x.shape[-1]), query)
             elif x.shape[-1] != size:
-                raise ValueError(f"{name} must have vector's size {size} where {name}_weight is None; got {describe(x)}")
+                raise ValueError(f"{name} must have vector's size {size} if {name}_weight is None; got {describe(x)}")
         if self.bias is not None:
             check_parameter("bias", self.bias, (size,), query)
 
@@ -113,5 +113,5 @@ class Additive(Score):
         vector = self.vector.expand(query.shape[1], -1)
         if self.method == "exact":
             return Core("additive", query, key, vector)
-        assert self.tolerance is not None  # check() saw to it
+        assert self.tolerance is not None  # checked by check()
         return Core("dot", *sine_series(query, key, vector, self.tolerance), keeps_dtype=True)

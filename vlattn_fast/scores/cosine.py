@@ -54,7 +54,7 @@ class Cosine(Score):
         return torch.where(norms < self.eps, clamped.to(query.dtype), cosine)
 
     def core(self, query: Tensor, key: Tensor) -> Core:
-        # A dot product of unit vectors is right only if no product of norms is below eps. The norms are read where reading costs
+        # A dot product of unit vectors is right only if no product of norms is below eps. The norms are compared if that costs
         # no device synchronisation and no graph break.
         reads_data = query.device.type == "cpu" and readable(query) and readable(key)
         if not reads_data or query.numel() == 0 or key.numel() == 0:
@@ -85,12 +85,12 @@ def _unit_vectors_of_data(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _bounded(x: Tensor, partner: Tensor, eps: float) -> Tensor:
-    """Vectors divided by powers of two where an entry is above a bound, so that no kernel's product of norms overflows.
+    """Returns vectors, divided by powers of two if an entry is above a bound, so that no kernel's product of norms overflows.
 
-    A cosine does not depend on the lengths; only its clamp does. The bound keeps the pairs on which the clamp acts: in float16 no
-    product with a vector of that length is below eps; in wider dtypes the vector in `partner` would have to be shorter than eps /
-    2^50. Where `partner` holds a zero vector, the clamp always acts, and its gradient, sum x / eps, depends on the length. So
-    float16 vectors keep their lengths there; their norms cannot overflow in float32.
+    A cosine does not depend on the lengths; only its clamp does. The bound preserves the pairs on which the clamp acts: in
+    float16 no product with a vector of that length is below eps; in wider dtypes the vector in `partner` would have to be shorter
+    than eps / 2^50. If `partner` holds a zero vector, the clamp always acts, and its gradient, sum x / eps, depends on the
+    length. So float16 vectors keep their lengths then; their norms cannot overflow in float32.
     """
     if x.shape[-1] == 0:
         return x

@@ -68,10 +68,10 @@ class Distance(Score):
     def core(self, query: Tensor, key: Tensor) -> Core:
         """With w = 1 / sigma^2: s = [w q, w, 1] . [k, -|k|^2 / 2, -w |q|^2 / 2], where each square is the sum of two numbers.
 
-        Four things keep the digits of a small distance between long vectors. A point amid the keys, which no distance depends on,
-        is taken away. Features are at least float32, and two numbers hold a square. The square of a query is that of the rounded
-        w q: its rounding moves the query, and a small distance depends little on that. The row's term is a feature: as an offset
-        it would have to cancel against the log-sum-exp.
+        Four things preserve the digits of a small distance between long vectors. A point amid the keys, which no distance depends
+        on, is subtracted. Features are at least float32, and two numbers hold a square. The square of a query is that of the
+        rounded w q: its rounding moves the query, and a small distance depends little on that. The query's term is a feature: as
+        an offset it would have to cancel against the log-sum-exp.
         """
         dtype = compute_dtype(query)
         query, key = query.to(dtype), key.to(dtype)
@@ -80,7 +80,7 @@ class Distance(Score):
         weight = self._sigma(query).square().reciprocal()
         weighted, weights = query * weight, weight.expand(*query.shape[:3], 1)
         half = weight.detach().double() * 2
-        squares = torch.where(half > 0, _squares(weighted.detach().double()) / -half, 0.0)  # 0 behind a huge sigma
+        squares = torch.where(half > 0, _squares(weighted.detach().double()) / -half, 0.0)  # 0 for a huge sigma
         query_terms = _exactly(_squares(query) * weight / -2, squares)
         key_terms = _exactly(_squares(key) / -2, _squares(key.detach().double()) / -2)
         ones = key.new_ones(*key.shape[:3], 1)
@@ -89,7 +89,7 @@ class Distance(Score):
         return Core("dot", phi, psi, keeps_dtype=True)
 
     def _sigma(self, like: Tensor) -> Tensor:
-        """sigma in the dtype of sums, as it broadcasts to (B, H, N, D). A tensor's values are read where reading costs no device
+        """Returns sigma in the dtype of sums, broadcastable to (B, H, N, D). Checks a tensor's values if that costs no device
         synchronisation."""
         if not isinstance(self.sigma, Tensor):
             return torch.full((), self.sigma, dtype=torch.float64, device=like.device).to(compute_dtype(like))
@@ -108,8 +108,8 @@ SAMPLE = 15  # keys
 
 
 def _middle(key: Tensor) -> Tensor:
-    """A point amid the keys, (B, Hkv, 1, D): in each column the median of some of those that are not 0, as padding is. Any point
-    serves; a mean would follow a single long key, also one that no query sees."""
+    """Returns a point amid the keys, (B, Hkv, 1, D): in each column the median of some keys that are not 0 (padding is 0). Any
+    point serves; a mean would follow a single long key, even one that no query attends to."""
     if key.shape[2] == 0:
         return key.new_zeros(*key.shape[:2], 1, key.shape[3])
     is_real = (key != 0).any(-1)
@@ -125,6 +125,6 @@ def _squares(x: Tensor) -> Tensor:
 
 
 def _exactly(rounded: Tensor, exact: Tensor) -> tuple[Tensor, Tensor]:
-    """Two numbers in the dtype of `rounded` with the sum `exact`, which has float64; the gradient is that of `rounded`."""
+    """Returns two numbers in the dtype of `rounded` with the sum `exact`, which is float64; the gradient is that of `rounded`."""
     high = exact.to(rounded.dtype)
     return rounded + (high - rounded.detach()), (exact - high.double()).to(rounded.dtype)

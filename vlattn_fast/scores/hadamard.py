@@ -66,7 +66,7 @@ class Hadamard(Score):
         if self.weight is not None:
             check_parameter("weight", self.weight, (size, source.shape[-1]), query)
         elif source.shape[-1] != size:
-            raise ValueError(f"query and key must have one size where weight is None; got {describe(query)} and {describe(key)}")
+            raise ValueError(f"query and key must have one size if weight is None; got {describe(query)} and {describe(key)}")
         if self.bias is not None:
             check_parameter("bias", self.bias, (size,), query)
         if isinstance(self.offset, Tensor):
@@ -103,7 +103,7 @@ class Hadamard(Score):
         query_pos, query_neg = _parts(query, slope)
         key_pos, key_neg = _parts(key, slope)
         weight = vector[:, None]  # multiplied part by part: torch sums over rows and a last dimension one number after the other
-        with without_autocast(query):  # torch.stack under autocast to float16 refuses bfloat16
+        with without_autocast(query):  # torch.stack under autocast to float16 does not support bfloat16
             phi = torch.stack([query_pos * weight, query_neg * weight], dim=-1)
             psi = torch.stack([key_pos - slope * key_neg, key_neg - slope * key_pos], dim=-1)
         return Core("dot", phi.flatten(-2), psi.flatten(-2), offset=offset)

@@ -81,7 +81,7 @@ class Score:
     """
 
     name: ClassVar[str] = ""
-    parameters: ClassVar[Mapping[str, Parameter]] = {}  # what a layer learns; a score without any is known by its name alone
+    parameters: ClassVar[Mapping[str, Parameter]] = {}  # what a layer learns; a score without any needs only its name
     options: ClassVar[Mapping[str, tuple[Any, ...]]] = {}  # values that the fuzzer draws
     masked_key: ClassVar[float] = 0.0  # what score_attention writes into the keys of padding
     is_plain: ClassVar[bool] = False  # query and key are themselves the features of a dot product: such a score takes a softcap

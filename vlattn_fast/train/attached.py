@@ -28,11 +28,11 @@ class Attached(TrainingContext):
         self._trainer = trainer
         return self._callback_of_trainer(trainer.log)
 
-    def _saw_nothing(self) -> ValueError:
+    def _no_pass(self) -> ValueError:
         return ValueError(
-            f"model must be the module that a training step calls, as `self.model` of a LightningModule; {type(self).__name__} "
-            f"saw no forward pass of {type(self.model).__name__} in training mode with gradients. Beside a RelevancyTerm of the "
-            "same model nothing else sees its attention"
+            f"model must be the module that a training step calls, e.g. `self.model` of a LightningModule; {type(self).__name__} "
+            f"traced no forward pass of {type(self.model).__name__} in training mode with gradients. A RelevancyTerm of the same "
+            "model hides its attention from everything else"
         )
 
 

@@ -91,7 +91,7 @@ class AttentionLog(Attached):
         self.__exit__()
         means = self.take()
         if not means:
-            raise self._saw_nothing()
+            raise self._no_pass()
         return means
 
     def _begin_pass(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -104,7 +104,9 @@ class AttentionLog(Attached):
         kind = _KINDS.get(call.kinds, "other")
         layer = self._layers[kind] = self._layers.get(kind, -1) + 1
         if call.masks is None or call.score != "dot":
-            raise ValueError(f"attention must only scale and mask its logits for AttentionLog; layer {layer} of {kind} does more")
+            raise ValueError(
+                f"attention must only scale and mask its logits for AttentionLog; got layer {layer} of {kind}, which does more"
+            )
         query, key, options = call.query.detach(), call.key.detach(), dict(call.masks)
         options["enable_gqa"] = key.shape[1] != query.shape[1]
         names, groups = self._groups_of(call)
@@ -117,7 +119,7 @@ class AttentionLog(Attached):
             self._add(f"attention/{kind}/{layer}/mass_{name}", statistics.mass[..., i], weight)
 
     def _groups_of(self, call: AttentionCall) -> tuple[list[str], Tensor | None]:
-        """Names of groups of keys, and the group (M) or (B, M) of each key."""
+        """Returns names of groups of keys, and the group (M) or (B, M) of each key."""
         num_keys, device = call.key.shape[2], call.key.device
         if self.groups is None:
             if call.image is None or call.image.shape[-1] != num_keys:
@@ -140,7 +142,7 @@ class AttentionLog(Attached):
         return names, groups
 
     def _add(self, name: str, values: Tensor, weight: Tensor | None) -> None:
-        """values (B, H, N), weight bool (B, N)."""
+        """Adds values (B, H, N), weight bool (B, N)."""
         mean = values.mean() if weight is None else values.mean(1)[weight].mean()
         self._means.setdefault(name, Mean()).add(mean)
 

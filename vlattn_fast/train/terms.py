@@ -22,7 +22,7 @@ from vlattn_fast.nn.congruence_loss import CongruenceLoss
 from vlattn_fast.nn.relevancy_loss import RelevancyLoss
 from vlattn_fast.train.attached import Attached, Mean
 
-_MASK = "attention_mask"  # the name that models of transformers have for it; a model of one's own may have none
+_MASK = "attention_mask"  # its name in models of transformers; your own model may have none
 
 
 class Term(Attached):
@@ -83,15 +83,15 @@ class Term(Attached):
             return {}
         mean = self._mean.take()
         if mean is None:
-            raise self._saw_nothing()
+            raise self._no_pass()
         return {self.name: mean}
 
     def _begin_training(self) -> None:
         for name in ("compute_loss_func", "label_smoother"):
             if getattr(self._trainer, name, None) is not None:
                 raise ValueError(
-                    f"trainer must take the loss from the model's outputs, to which {type(self).__name__} adds its own; it has "
-                    f"a {name}. Add the loss there, or leave that out"
+                    f"trainer must take the loss from the model's outputs, to which {type(self).__name__} adds its own; got one "
+                    f"with a {name}. Add the loss there, or leave that out"
                 )
         super()._begin_training()
 
@@ -247,7 +247,7 @@ class RelevancyTerm(Term):
             raise TypeError(f"loss must be a RelevancyLoss; got {type(loss).__name__}")
         check_number("weight", weight, low=0.0)
         check_callable(score=score)
-        capture_relevancy(self.model, **options)  # refuses what is wrong now
+        capture_relevancy(self.model, **options)  # raises for wrong options now
         self.loss, self.target, self.score, self.weight = loss, target, score or _logit_of_label, weight
         self.tower, self._position, self._options = tower, position, options
         self._around: ExitStack | None = None
@@ -287,7 +287,7 @@ def _logit_of_label(outputs: Any, batch: dict[str, Any]) -> Tensor:
     logits, labels = getattr(outputs, "logits", None), batch.get("labels")
     if not isinstance(logits, Tensor) or logits.dim() != 2 or not isinstance(labels, Tensor) or labels.dim() != 1:
         raise ValueError(
-            "score must be given where the model is no classifier with logits (B, classes) and labels (B); got logits "
+            "score must be given if the model is not a classifier with logits (B, classes) and labels (B); got logits "
             f"{describe(logits)} and labels {describe(labels)}"
         )
     return logits.gather(1, labels[:, None]).sum()
