@@ -124,7 +124,7 @@ def test_info_says_how_the_cuda_library_was_built(library, record, words, tmp_pa
 def test_info_names_a_library_of_ones_own(tmp_path, monkeypatch):
     file = tmp_path / "libvlattn_own.so"
     monkeypatch.setattr(_shared_library, "library", _shared_library.find(file))
-    assert f"\nCUDA C++      {file}, named by VLATTN_CUDA_LIBRARY, is not there\n" in vlattn("info").output
+    assert f"\nCUDA C++      {file}, named by VLATTN_CUDA_LIBRARY, does not exist\n" in vlattn("info").output
     file.touch()
     monkeypatch.setattr(_shared_library, "library", _shared_library.find(file))
     assert f"\nCUDA C++      {file}, named by VLATTN_CUDA_LIBRARY\n" in vlattn("info").output

@@ -236,10 +236,10 @@ def test_a_variable_that_names_no_file(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for (variable, name, title, refused), line in zip(cases, done.stdout.splitlines(), strict=True):
         said, file = json.loads(line), tmp_path / name
-        error = f"{variable} must name the library of the {title} kernels; got '{file}', which is no file"
+        error = f"{variable} must name the library of the {title} kernels; got '{file}', which is not a file"
         for backend in refused:
             assert said.splitlines().count(f"{backend} {error}") == 2, said
-        assert "streaming runs\n" in said and f"{file}, named by {variable}, is not there\n" in said
+        assert "streaming runs\n" in said and f"{file}, named by {variable}, does not exist\n" in said
         assert ("auto runs\n" in said) == ("auto" not in refused)
 
 

@@ -153,7 +153,7 @@ def test_forward_mode_is_refused(name: str) -> None:
     """torch would give a tangent of zero, in silence."""
     call, x = tangents()[name]
     call(x)
-    with forward_ad.dual_level(), pytest.raises(ValueError, match=f"^{name} must not carry a forward-mode tangent"):
+    with forward_ad.dual_level(), pytest.raises(ValueError, match=f"^{name} must not have a forward-mode tangent"):
         call(forward_ad.make_dual(x, torch.ones_like(x)))
 
 

@@ -150,7 +150,7 @@ def test_second_derivative_is_refused(score: str, words: str) -> None:
 def test_forward_mode_is_refused() -> None:
     x = torch.randn(1, 1, 3, 4)
     for score in ("dot", S.General(torch.eye(4), activation="tanh")):
-        with pytest.raises(ValueError, match="query must not carry a forward-mode tangent"):
+        with pytest.raises(ValueError, match="query must not have a forward-mode tangent"):
             torch.func.jvp(lambda q, score=score: va.score_attention(q, x, x, score=score), (x,), (x,))
 
 

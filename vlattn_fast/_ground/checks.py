@@ -1,6 +1,6 @@
 """The checks of the public calls. Each message names the argument and says "must be ...; got ...".
 
-Every call pays for its checks, so a check reads no property twice and formats text only when it raises.
+Every call pays for its checks, so a check gets no property twice and formats text only when it raises.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _PLAIN = (Tensor, Parameter)
 
 
 def describe(x: Any) -> str:
-    """A value as an error message shows it: tensors by dtype, shape and device."""
+    """Returns a value as an error message shows it: tensors by dtype, shape and device."""
     if isinstance(x, Tensor):
         if foreign := _foreign(x):
             return foreign
@@ -34,8 +34,8 @@ def describe(x: Any) -> str:
 
 
 def check_tensor(name: str, x: Any, *, rank: int | None = None, shape: str | tuple[int, ...] = "") -> None:
-    """`x` is a dense tensor of `rank` dimensions without a forward-mode tangent. The message shows `shape`: words, or the sizes
-    of a parameter that may also have a leading (H, ...)."""
+    """Raises unless `x` is a dense tensor of `rank` dimensions without a forward-mode tangent. The message shows `shape`: words,
+    or the sizes of a parameter that may also have a leading (H, ...)."""
     if type(x) not in _PLAIN or x.is_nested or x.layout is not torch.strided:
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor{_legend(shape)}; got {describe(x)}")
@@ -54,7 +54,7 @@ def _legend(shape: str | tuple[int, ...]) -> str:
 
 
 def _foreign(x: Tensor) -> str:
-    """The kind of a tensor whose elements do not lie in one dense block of this device's memory; "" for others."""
+    """Returns the kind of a tensor whose elements are not in one dense block of this device's memory; "" for others."""
     if x.is_nested:
         return f"a nested {x.dtype} tensor"
     if x.layout is not torch.strided:
@@ -65,21 +65,21 @@ def _foreign(x: Tensor) -> str:
 
 
 def _check_no_tangent(name: str, x: Tensor) -> None:
-    """`x` has no tangent: torch silently gives zero for an operator without a forward-mode formula."""
+    """Raises if `x` has a tangent: torch silently gives zero for an operator without a forward-mode formula."""
     if forward_ad.unpack_dual(x).tangent is not None:
         raise ValueError(
-            f"{name} must not carry a forward-mode tangent: operators have reverse mode alone (vlattn_fast.reference has "
+            f"{name} must not have a forward-mode tangent: operators only support reverse mode (vlattn_fast.reference has "
             f"both); got one with {describe(x)}"
         )
 
 
 def autocasts(x: Tensor) -> bool:
-    """Whether autocast is on for tensors like `x`; never for meta tensors, for which torch raises."""
+    """Returns whether autocast is on for tensors like `x`; never for meta tensors, for which torch raises."""
     return torch._C._is_any_autocast_enabled() and not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def readable(x: Tensor) -> bool:
-    """Whether the values of `x` can be read: not in traces, under vmap, during CUDA graph capture, or of meta and fake
+    """Returns whether the values of `x` are available: not in traces, under vmap, during CUDA graph capture, or of meta and fake
     tensors."""
     if x.is_meta or is_traced_or_batched(x):
         return False
@@ -90,7 +90,8 @@ def readable(x: Tensor) -> bool:
 
 
 def is_traced_or_batched(x: Tensor) -> bool:
-    """Whether `x` stands for many values: in traced code (torch.compile, torch.jit.trace, make_fx) and under torch.func.vmap."""
+    """Returns whether `x` stands for many values: in traced code (torch.compile, torch.jit.trace, make_fx) and under
+    torch.func.vmap."""
     if torch.compiler.is_compiling() or torch._C._is_tracing():
         return True
     if torch._C._len_torch_dispatch_stack() > 0 and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
@@ -105,12 +106,12 @@ def is_dtensor(x: Any) -> bool:
 
 
 def is_jit_traced() -> bool:
-    """Whether torch.jit.trace runs. It checks a trace by a second one without gradients, and both must have the same graph."""
+    """Returns whether torch.jit.trace runs. It checks a trace with a second one without gradients; both need the same graph."""
     return not torch.compiler.is_compiling() and torch._C._is_tracing()
 
 
 def _is_batched(x: Tensor) -> bool:
-    """Whether `x` stands for the samples of a torch.func.vmap, also within torch.func.grad and the like."""
+    """Returns whether `x` stands for the samples of a torch.func.vmap, including within torch.func.grad and the like."""
     functorch = torch._C._functorch
     while functorch.maybe_current_level() is not None and functorch.is_functorch_wrapped_tensor(x):
         if functorch.is_batchedtensor(x):
@@ -120,7 +121,7 @@ def _is_batched(x: Tensor) -> bool:
 
 
 def check_not_batched(names: str, remedy: str, *tensors: Tensor | None) -> None:
-    """No tensor stands for the samples of a torch.func.vmap, for calls that torch cannot run sample by sample."""
+    """Raises if a tensor stands for the samples of a torch.func.vmap, for calls that torch cannot run sample by sample."""
     if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is None:
         return
     for x in tensors:
@@ -129,7 +130,7 @@ def check_not_batched(names: str, remedy: str, *tensors: Tensor | None) -> None:
 
 
 def varies(x: float) -> bool:
-    """Whether `x` is a symbol in code that torch.compile traces: a float that may differ from call to call."""
+    """Returns whether `x` is a symbol in code that torch.compile traces: a float that may differ from call to call."""
     if not torch.compiler.is_compiling():
         return False
     from torch.fx.experimental.symbolic_shapes import has_static_value  # a slow import
@@ -138,7 +139,10 @@ def varies(x: float) -> bool:
 
 
 def check_floating(**tensors: Tensor) -> None:
-    """The tensors share a device and a floating dtype. Under autocast dtypes may differ, except float64, which is never cast."""
+    """Raises unless tensors share device and floating dtype.
+
+    Under autocast dtypes may differ, except float64, which is not cast.
+    """
     items = iter(tensors.items())
     first_name, first = next(items)
     dtype, device = first.dtype, first.device
@@ -154,7 +158,7 @@ def check_floating(**tensors: Tensor) -> None:
 
 
 def check_constant(name: str, x: Tensor) -> None:
-    """`x` asks for no gradient, unless gradients are off."""
+    """Raises if `x` requires a gradient, unless gradients are off."""
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             f"{name} must not require a gradient, since none is computed for it; got {describe(x)} with requires_grad=True"
@@ -174,7 +178,10 @@ def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
 
 
 def check_names(name: str, value: Any, known: Iterable[str], legend: str = "a sequence of names") -> tuple[str, ...]:
-    """`value` names some of `known`; returns the names without repeats. `legend`: the message's text for "must be"."""
+    """Raises unless `value` names some of `known`; returns the names without repeats.
+
+    `legend`: the message's text for "must be".
+    """
     if isinstance(value, (str, Tensor)) or not isinstance(value, Iterable):
         raise TypeError(f"{name} must be {legend}; got {value!r:.80}")
     names = tuple(value)
@@ -196,14 +203,14 @@ def check_bool(**flags: Any) -> None:
 
 
 def check_callable(**functions: Any) -> None:
-    """Each is a function, or None."""
+    """Raises unless each is a function, or None."""
     for name, value in functions.items():
         if value is not None and not callable(value):
             raise TypeError(f"{name} must be a callable or None; got {describe(value)}")
 
 
 def call_on(name: str, function: Any, outputs: Any, inputs: Any) -> Any:
-    """`function(outputs)`, or `function(outputs, inputs)` where it takes two arguments, or has one that is called `inputs`."""
+    """Returns function(outputs), or function(outputs, inputs) if it takes two arguments, or one with the name `inputs`."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # of C
@@ -218,7 +225,7 @@ def call_on(name: str, function: Any, outputs: Any, inputs: Any) -> Any:
 
 
 def check_items(name: str, value: Any, legend: str) -> None:
-    """`value` is iterable and no string; `legend` is the message's text for "must be"."""
+    """Raises unless `value` is iterable and not a string; `legend` is the message's text for "must be"."""
     if isinstance(value, str) or not isinstance(value, Iterable) or (isinstance(value, Tensor) and value.ndim == 0):
         raise TypeError(f"{name} must be {legend}; got {describe(value)}")
 
@@ -228,7 +235,7 @@ _INT64 = -(2**63), 2**63 - 1
 
 
 def check_number(name: str, value: Any, *, low: float = -math.inf, high: float = math.inf, open_high: bool = False) -> None:
-    """A finite real number in [low, high] (or [low, high) with open_high)."""
+    """Raises unless `value` is a finite real number in [low, high] (or [low, high) with open_high)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a real number; got {describe(value)}")
     # torch.compile traces comparisons of a float that varies, but not math.isfinite
@@ -240,7 +247,7 @@ def check_number(name: str, value: Any, *, low: float = -math.inf, high: float =
 
 
 def check_integer(name: str, value: Any, *, low: int = _INT64[0], high: int = _INT64[1]) -> None:
-    """An int in [low, high], by default of 64 bits, as torch's are."""
+    """Raises unless `value` is an int in [low, high], by default of 64 bits, like torch's."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int; got {describe(value)}")
     if value < low:
@@ -250,14 +257,14 @@ def check_integer(name: str, value: Any, *, low: int = _INT64[0], high: int = _I
 
 
 def check_index(name: str, number: int, count: int, where: str) -> int:
-    """An int as one from 0; negative ones count from the end of the `count` that there are `where`."""
+    """Returns a number as an index from 0; negative ones count from the end of the `count` items in `where`."""
     if not -count <= number < count:
         raise ValueError(f"{name} must be from {-count} to {count - 1} in {where}, which has {count}; got {number}")
     return number % count
 
 
 def check_writable(name: str, path: Path, *, folder: bool = False) -> None:
-    """`path` is a file that can be written, or a folder, which is made. Long work checks this before it starts."""
+    """Raises unless `path` is a file that can be written, or a folder, which is created. For checks before long work."""
     try:
         if folder:
             path.mkdir(parents=True, exist_ok=True)
@@ -268,15 +275,15 @@ def check_writable(name: str, path: Path, *, folder: bool = False) -> None:
             if not existed:
                 path.unlink()
     except OSError as error:
-        kind, place = ("directory", path) if folder else ("file", path.parent)
-        around = next((each for each in (place, *place.parents) if each.is_dir()), place)
-        missing = isinstance(error, FileNotFoundError) and (folder or around == place)  # as in /proc: the folder takes no files
+        kind, target = ("directory", path) if folder else ("file", path.parent)
+        around = next((each for each in (target, *target.parents) if each.is_dir()), target)
+        missing = isinstance(error, FileNotFoundError) and (folder or around == target)  # e.g. in /proc, which takes no files
         reason = f"nothing can be made in {around}" if missing else error.strerror
         raise ValueError(f"{name} must be a {kind} that can be written; got {path}: {reason}") from None
 
 
 def check_place(name: str, path: Path) -> None:
-    """Files can be made in the folder `path`, or in the one that it will be made in. Makes nothing."""
+    """Raises unless files can be created in the folder `path`, or in the one that will contain it. Creates nothing."""
     around = next((each for each in (path, *path.parents) if each.is_dir()), path)
     try:
         check_writable(name, around, folder=True)
@@ -289,7 +296,7 @@ _SHAPES = {"value": "(B, Hkv, M, Dv)", "grad_output": "(B, H, N, Dv)"}
 
 
 def check_attention(query: Any, key: Any, enable_gqa: Any, **tensors: Any) -> None:
-    """The tensors of an attention call pass `check_tensor` and `check_floating`, and their sizes fit.
+    """Raises unless the tensors of an attention call pass `check_tensor` and `check_floating`, and their sizes fit.
 
     query: (B, H, N, D). key: (B, Hkv, M, Dk). tensors: value (B, Hkv, M, Dv) and grad_output (B, H, N, Dv), the gradient of the
     attention's output; each may be absent.
@@ -305,7 +312,7 @@ def check_attention(query: Any, key: Any, enable_gqa: Any, **tensors: Any) -> No
         raise ValueError(f"key must have query's batch size {batch}; got {describe(key)}")
     if enable_gqa:
         if key_heads == 0 or heads % key_heads != 0:
-            raise ValueError(f"key's number of heads must divide query's {heads} under enable_gqa; got {describe(key)}")
+            raise ValueError(f"key's number of heads must divide query's {heads} with enable_gqa=True; got {describe(key)}")
     elif key_heads != heads:
         raise ValueError(f"key must have query's {heads} heads (enable_gqa=True allows fewer); got {describe(key)}")
     if "value" in tensors:
@@ -323,13 +330,13 @@ def check_attention(query: Any, key: Any, enable_gqa: Any, **tensors: Any) -> No
 
 
 def check_head_dim(query: Tensor, key: Tensor) -> None:
-    """query (B, H, N, D) and key (B, Hkv, M, D) have one head_dim."""
+    """Raises unless query (B, H, N, D) and key (B, Hkv, M, D) have one head_dim."""
     if query.shape[-1] != key.shape[-1]:
         raise ValueError(f"key must have query's head_dim {query.shape[-1]}; got {describe(key)}")
 
 
 def check_lse(lse: Any, query: Tensor) -> None:
-    """lse (B, H, N) is a log-sum-exp of query's rows, or None."""
+    """Raises unless lse (B, H, N) may be a log-sum-exp for each query, or is None."""
     if lse is None:
         return
     check_tensor("lse", lse, rank=3, shape="(B, H, N)")
@@ -340,7 +347,7 @@ def check_lse(lse: Any, query: Tensor) -> None:
 
 
 def check_softcap(softcap: Any) -> None:
-    """The softcap of an attention call is a positive finite number, or None."""
+    """Raises unless the softcap of an attention call is a positive finite number, or None."""
     if softcap is not None:
         check_number("softcap", softcap)
         if softcap <= 0:
@@ -348,7 +355,7 @@ def check_softcap(softcap: Any) -> None:
 
 
 def check_sink(sink: Any, query: Tensor) -> None:
-    """sink (H,) has a logit for each head of query (B, H, N, D), or is None."""
+    """Raises unless sink (H,) has a logit for each head of query (B, H, N, D), or is None."""
     if sink is None:
         return
     check_tensor("sink", sink, rank=1, shape="(H,)")
@@ -360,7 +367,7 @@ def check_sink(sink: Any, query: Tensor) -> None:
 
 
 def check_masks(query: Tensor, key: Tensor, attn_mask: Any, key_mask: Any, is_causal: Any) -> None:
-    """attn_mask broadcasts to (B, H, N, M), bool or float; key_mask is bool (B, M)."""
+    """Raises unless attn_mask broadcasts to (B, H, N, M), bool or float; key_mask is bool (B, M)."""
     check_bool(is_causal=is_causal)
     if attn_mask is not None:
         check_tensor("attn_mask", attn_mask, shape="that broadcasts to (B, H, N, M)")
@@ -377,7 +384,7 @@ def check_masks(query: Tensor, key: Tensor, attn_mask: Any, key_mask: Any, is_ca
 
 
 def check_token_mask(name: str, mask: Any, like_name: str, like: Tensor, tokens: int, legend: str) -> None:
-    """`mask` is bool, True = a real token, of shape (B, tokens) with the batch size of `like`; or None."""
+    """Raises unless `mask` is bool, True = a real token, of shape (B, tokens) with the batch size of `like`; or None."""
     if mask is None:
         return
     check_tensor(name, mask, rank=2, shape=legend)

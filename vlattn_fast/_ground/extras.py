@@ -1,4 +1,4 @@
-"""Optional packages, the extra that installs each, and the bars of progress of one of them."""
+"""Optional packages, the extra that installs each, and the progress bars of tqdm."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _bars: ContextVar[bool] = ContextVar("_bars", default=True)
 
 @contextlib.contextmanager
 def extra(name: str) -> Iterator[None]:
-    """A context in which a missing package is reported with the extra of vlattn_fast that installs it.
+    """Returns a context that reports a missing package with the extra of vlattn_fast that installs it.
 
     Raises:
         ModuleNotFoundError: naming the package and the command that installs it.
@@ -33,21 +33,21 @@ def extra(name: str) -> Iterator[None]:
 
 
 def missing(package: str, *lowest: int) -> str:
-    """Why `package` cannot be used, without an import of it: it is not installed, or older than `lowest`; else empty."""
+    """Returns why `package` cannot be used, without importing it: it is not installed, or older than `lowest`; else empty."""
     if importlib.util.find_spec(package) is None:
         return f"{package} is not installed"
     try:
         version = importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # installed under another name, as nightly builds are
+    except importlib.metadata.PackageNotFoundError:  # installed under another name, such as nightly builds
         return ""
     old = tuple(map(int, re.findall(r"\d+", version)[: len(lowest)])) < lowest
     return f"{package} {version} is installed, and {'.'.join(map(str, lowest))} or newer is needed" if old else ""
 
 
 def with_progress(items: Iterable[T], what: str, **options: Any) -> Iterable[T]:
-    """`items`, with a progress bar that appears after two seconds; `options` are tqdm's.
+    """Returns `items`, with a progress bar that appears after two seconds; `options` are tqdm's.
 
-    Bars are drawn on a terminal or in a notebook, where tqdm is installed. `without_progress` and TQDM_DISABLE=1 in the
+    Bars are drawn on a terminal or in a notebook, if tqdm is installed. `without_progress` and TQDM_DISABLE=1 in the
     environment switch all of them off.
     """
     bar = _bar(items, what, options)
@@ -56,7 +56,7 @@ def with_progress(items: Iterable[T], what: str, **options: Any) -> Iterable[T]:
 
 @contextlib.contextmanager
 def progress(what: str, **options: Any) -> Iterator[Callable[[int], None]]:
-    """A context with such a bar; gives the function that sets its count."""
+    """Returns a context with such a bar; it yields the function that sets its count."""
     bar = _bar(None, what, options)
     if bar is None:
         yield lambda count: None
@@ -67,7 +67,7 @@ def progress(what: str, **options: Any) -> Iterator[Callable[[int], None]]:
 
 @contextlib.contextmanager
 def without_progress() -> Iterator[None]:
-    """Within it no call shows a bar."""
+    """Returns a context in which no call shows a bar."""
     token = _bars.set(False)
     try:
         yield
@@ -76,19 +76,19 @@ def without_progress() -> Iterator[None]:
 
 
 def _bar(items: Any, what: str, options: dict[str, Any]) -> Any:
-    """tqdm's bar; None where bars are switched off or tqdm is not installed."""
+    """Returns tqdm's bar; None if bars are switched off or tqdm is not installed."""
     if not _bars.get() or os.environ.get("TQDM_DISABLE", "0") not in ("", "0"):
         return None
     with contextlib.suppress(ModuleNotFoundError):
         from tqdm.auto import tqdm
 
-        return tqdm(items, desc=what, disable=None, delay=SECONDS, **options)  # None = unless stderr is no terminal
+        return tqdm(items, desc=what, disable=None, delay=SECONDS, **options)  # None = only if stderr is a terminal
     return None
 
 
 def warn_of_two_trees() -> None:
-    """Warns where this is a clone and its kernels would come from another one, as beside an editable install of that one: a clone
-    has them next to the package's folder, where Python does not look."""
+    """Warns if this is a clone and its kernels would come from another one, such as one that is installed in editable mode: a
+    clone has them next to the package's folder, where Python does not look."""
     here = Path(__file__).resolve().parents[2] / "kernels" / "__init__.py"
     spec = importlib.util.find_spec(f"vlattn_fast.{here.parent.name}") if here.exists() else None
     if spec is not None and spec.origin is not None and (there := Path(spec.origin).resolve()) != here:

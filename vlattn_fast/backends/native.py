@@ -1,9 +1,9 @@
-"""Libraries of C++ kernels, and that of the CPU (csrc/cpu/): where it lies, which instruction set runs, how a kernel is called.
+"""Libraries of C++ kernels, and that of the CPU (csrc/cpu/): its path, which instruction set runs, how a kernel is called.
 
 A call is one struct of pointers, strides, sizes and numbers through ctypes, which releases the GIL. A `Struct` has the members of
-one of csrc/ by name; the library's own list must be the same (csrc/layout.h). Refusals look only at whether the file exists;
-it is loaded at the first call. VLATTN_CPU_LIBRARY names another file than the installed one, and calls that would use it raise
-where it is not there. VLATTN_CPU_ISA names one of the instruction sets (docs/building.md).
+one of csrc/ by name; the library's own list must be the same (csrc/layout.h). The limits of backends only check whether the file
+exists; it is loaded at the first call. VLATTN_CPU_LIBRARY names another file than the installed one, and calls that would use it
+raise if it does not exist. VLATTN_CPU_ISA names one of the instruction sets (docs/building.md).
 The library for GPUs: cuda/_shared_library.py.
 """
 
@@ -27,18 +27,18 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3} 
 
 
 class Library(NamedTuple):
-    """A file of kernels and what refusals need to know of it. torch.compile traces what asks, and cannot look at a disk."""
+    """A file of kernels and what the limits of backends use of it. torch.compile traces them, and cannot access a disk."""
 
     path: Path
     exists: bool
     title: str
     device_type: str  # what its kernels run on
-    error: str  # what a call that asks for it says where a variable names a file that is not there; else empty
+    error: str  # the error of a call that asks for it if a variable names a file that does not exist; else empty
 
     @classmethod
     def find(cls, path: Path, title: str, device_type: str, installed: Path, variable: str) -> Library:
         path, exists = path.absolute(), path.is_file()
-        error = f"{variable} must name the library of the {title} kernels; got {str(path)!r}, which is no file"
+        error = f"{variable} must name the library of the {title} kernels; got {str(path)!r}, which is not a file"
         return cls(path, exists, title, device_type, "" if exists or path == installed else error)
 
     @functools.cache  # noqa: B019  there are two
@@ -49,11 +49,11 @@ class Library(NamedTuple):
             raise RuntimeError(f"the {self.title} kernels cannot be loaded (install vlattn_fast again): {error}") from error
 
     def has(self, name: str) -> bool:
-        """Whether there is a C function of this name."""
+        """Returns whether there is a C function of this name."""
         return hasattr(self.load(), name)
 
     def function(self, name: str, result: Any, *arguments: Any) -> Any:
-        """The C function `name`, with the types of its result and arguments."""
+        """Returns the C function `name`, with the types of its result and arguments."""
         function = getattr(self.load(), name, None)
         if function is None:
             raise RuntimeError(f"{self.path} has no {name}: it does not fit this vlattn_fast; install it again")
@@ -61,13 +61,13 @@ class Library(NamedTuple):
         return function
 
     def text(self, name: str) -> str:
-        """What the C function `name` writes into a buffer."""
+        """Returns the text that the C function `name` writes into a buffer."""
         buffer = ctypes.create_string_buffer(2**14)
         self.function(name, None, ctypes.c_char_p, ctypes.c_int64)(buffer, len(buffer))
         return buffer.value.decode()
 
     def operator(self, name: str, call: type[Struct], result: Any, *arguments: Any) -> Any:
-        """The kernel `name`, which takes such a struct."""
+        """Returns the kernel `name`, which takes such a struct."""
         function = self.function(name, result, *arguments)
         expected_lines = [*(f"{path} {code} {offset}" for path, code, offset in members(call)), f"size {ctypes.sizeof(call)}"]
         for actual, expected in itertools.zip_longest(self.text(f"{name}_fields").splitlines(), expected_lines):
@@ -86,9 +86,9 @@ library = find(Path(os.environ.get("VLATTN_CPU_LIBRARY") or INSTALLED))
 
 
 def described(file: Path, installed: Path, variable: str, words: Callable[[dict[str, Any]], str]) -> str:
-    """How a library was built, in `words` of the record that setup.py has stored beside it, or why it was not."""
+    """Returns how a library was built, in `words` of what setup.py has stored with it, or why it was not."""
     if file != installed:
-        return f"{file}, named by {variable}{'' if file.exists() else ', is not there'}"
+        return f"{file}, named by {variable}{'' if file.exists() else ', does not exist'}"
     record = file.with_name("build.json")
     stored = json.loads(record.read_text()) if record.exists() else {}
     if not file.exists():
@@ -98,7 +98,7 @@ def described(file: Path, installed: Path, variable: str, words: Callable[[dict[
 
 
 def state() -> str:
-    """How the library was built, or why it was not, and what of it runs here, for `vlattn info`."""
+    """Returns how the library was built, or why it was not, and what of it runs here, for `vlattn info`."""
     text = described(library.path, INSTALLED, "VLATTN_CPU_LIBRARY", lambda stored: f"built with {stored['compiler']}")
     if not library.exists:
         return text

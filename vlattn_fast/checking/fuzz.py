@@ -1,4 +1,5 @@
-"""Random calls of every operator on every backend: right by the tolerance rule, or refused by name.
+"""Random calls of every operator on every backend: right by the tolerance rule, or an error that names why they are not
+supported.
 
 `vlattn verify --fuzz N --seed S` runs the configurations S, S + 1, ..., S + N - 1. A configuration is drawn from its number
 alone. `vlattn verify OPERATOR --backend BACKEND --fuzz 1 --seed NUMBER` repeats one.
@@ -51,7 +52,7 @@ class Outcome:
         return not self.failure and self.ratio <= 1.0
 
     def repro(self) -> str:
-        """The command that runs this configuration alone."""
+        """Returns the command that runs only this configuration."""
         return f"{command(self.backend)} verify {self.operator} --backend {self.backend} --fuzz 1 --seed {self.seed}"
 
 
@@ -66,7 +67,7 @@ def fuzz(
 def run(seed: int, *, operators: Iterable[str] | None = None, backends: tuple[str, ...] = BACKENDS) -> Outcome:
     """Draws configuration number `seed`, runs it and compares every output and gradient with the formula in float64."""
     if calls.on_cpu:
-        calls.on_cpu.reseed()  # so that the configuration alone is what it is among others
+        calls.on_cpu.reseed()  # so that the configuration by itself is what it is among others
     operator, backend, dtype = drawn(seed, operators, backends)
     # As a backend, the formula also gets these layouts, and torch's product in bfloat16 reads between rows on some CPUs.
     nan = backend != "reference" or dtype.itemsize > 2
@@ -76,7 +77,7 @@ def run(seed: int, *, operators: Iterable[str] | None = None, backends: tuple[st
     if dice.facts.get("mask") == "float, NaN" or dice.facts.get("group_bias") == "NaN":
         example = replace(example, differentiable=False)
     try:
-        with np.errstate(all="ignore"):  # Triton's interpreter computes in NumPy, which warns where float16 overflows
+        with np.errstate(all="ignore"):  # Triton's interpreter computes in NumPy, which warns if float16 overflows
             ratio, worst, refused = _judge(example, dtype, backend, dice)
         failure = ""
     except Exception as error:  # of any kind: the message must name the configuration
@@ -95,7 +96,7 @@ def drawn(
 
 
 def _judge(example: Example, dtype: torch.dtype, backend: str, dice: Dice) -> tuple[float, str, str]:
-    """(ratio, the output or gradient with that ratio, why the backend refuses the call).
+    """Returns (ratio, the output or gradient with that ratio, why the backend does not support the call).
 
     A call that passes with its first draw is right. Any other call is judged with as many draws as the rule takes, against the
     formula with other roundings: the plain formula may be exact by luck.
@@ -143,7 +144,7 @@ def _runs(
 
 
 def _drop_doubtful_overflow(got: Tensors, exact: Tensors, in_float32: Callable[[], Tensors]) -> None:
-    """Sets to 0, in both, the places where float16 overflows on one side and the formula in float32 does not say which is right.
+    """Sets to 0, in both, the entries where float16 overflows on one side and the formula in float32 does not say which is right.
 
     For a zero vector, cosine's gradients are sums times 1 / eps = 1e8. Where such a sum cancels, or float32 has lost the scores
     beside a mask of -1e9, only rounding is left, above 65504 or not. A place stays where the formulas in float32 and in float64
@@ -230,7 +231,7 @@ class Summary:
         record = self.record()
         counts = ", ".join(f"{name} {count}" for name, count in record["compared"].items())
         return [
-            f"{record['configurations']} calls: {self.compared.total()} compared ({counts}), {self.refused.total()} refused, "
-            f"{len(self.failures)} failed",
+            f"{record['configurations']} calls: {self.compared.total()} compared ({counts}), "
+            f"{self.refused.total()} not supported, {len(self.failures)} failed",
             f"the worst error that passed is {record['worst_ratio']} of what is allowed: {record['worst']}",
         ]

@@ -1,4 +1,4 @@
-"""`vlattn info`: versions, devices, and tables of which backend runs which operator, with each reason once."""
+"""`vlattn info`: versions, devices, and tables of which backend supports which operator, with each reason once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Calls = Mapping[tuple[str, str], Call]  # by dtype and by the name of the case
 
 
 def lines() -> Iterator[str]:
-    """The whole page, line by line: packages and devices, then the tables and their notes."""
+    """Yields the whole page, line by line: packages and devices, then the tables and their notes."""
     from vlattn_fast.backends import native
     from vlattn_fast.backends.cuda import _shared_library
 
@@ -53,7 +53,7 @@ def lines() -> Iterator[str]:
 
 
 def _table(title: str, device_type: str, notes: dict[str, dict[str, None]]) -> Iterator[str]:
-    """One line per operator, one column per backend and one for "auto"; adds the reasons to `notes`."""
+    """Yields one line per operator, one column per backend and one for "auto"; adds the reasons to `notes`."""
     from vlattn_fast.checking.verify import cases
     from vlattn_fast.ops import OPERATORS
 
@@ -76,7 +76,7 @@ def _table(title: str, device_type: str, notes: dict[str, dict[str, None]]) -> I
         for call in calls.values():
             try:
                 chosen[select(table, call, "auto")] = None
-            except ValueError:  # a variable names a library that is not there, as the line of the library says
+            except ValueError:  # a variable names a library that does not exist, which the line of the library says
                 chosen["error"] = None
         lines.append([name, *cells, "/".join(chosen)])
     widths = [max(len(row[column]) for row in lines) + 2 for column in range(len(lines[0]))]
@@ -85,23 +85,23 @@ def _table(title: str, device_type: str, notes: dict[str, dict[str, None]]) -> I
 
 
 def _cell(operator: str, calls: Calls, refusals: Mapping[tuple[str, str], list[str]], notes: dict[str, dict[str, None]]) -> str:
-    """The word "yes", or the refused calls with the numbers of the reasons."""
-    refused = {key: reasons for key, reasons in refusals.items() if reasons}
-    if not refused:
+    """Returns "yes", or which calls are not supported, with the numbers of the reasons."""
+    unsupported = {key: reasons for key, reasons in refusals.items() if reasons}
+    if not unsupported:
         return "yes"
     by_reason: dict[str, list[tuple[str, str]]] = {}
-    for key, reasons in refused.items():
+    for key, reasons in unsupported.items():
         for reason in reasons:
             by_reason.setdefault(reason, []).append(key)
-    if len(refused) == len(calls):
+    if len(unsupported) == len(calls):
         # A reason that holds for every call hides the reasons of single calls.
         by_reason = {reason: keys for reason, keys in by_reason.items() if len(keys) == len(calls)} or by_reason
         what = "no"
     else:
         names = {name for _, name in calls}
-        whole = [dtype for dtype in DTYPES if all((dtype, name) in refused for name in names)]
+        whole = [dtype for dtype in DTYPES if all((dtype, name) in unsupported for name in names)]
         rest = [dtype for dtype in DTYPES if dtype not in whole]
-        only_dtypes = len(refused) == len(whole) * len(names)
+        only_dtypes = len(unsupported) == len(whole) * len(names)
         what = "some" if not only_dtypes else f"{rest[0]} only" if len(rest) == 1 else f"not {'/'.join(whole)}"
     numbers = []
     for reason, keys in by_reason.items():

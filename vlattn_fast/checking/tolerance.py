@@ -45,7 +45,7 @@ class Errors:
         self.scale = scale
         self.draws = self.numbers = 0
         self.dtype: torch.dtype | None = None
-        self.mismatch = ""  # why no number was compared: another shape, or NaN and Inf in other places
+        self.mismatch = ""  # why no number was compared: another shape, or NaN and Inf in other entries
         self._statistics: list[tuple[float, ...]] = []
 
     def add(self, got: Tensor, exact: Tensor, formula: Tensor | None) -> None:
@@ -129,7 +129,7 @@ def settle(
     """The errors of each output by name, pooled over `runs`: ours, exact and the formula's results of one draw.
 
     The loop draws until each output has NUMBERS errors, or for `enough()` draws. Where the rule does not hold by then, the loop
-    goes on to at most `most` draws. Results in float64 alone need one draw.
+    goes on to at most `most` draws. Results only in float64 need one draw.
     """
     pools: dict[str, Errors] = {}
     for n, (ours, exact, formula) in enumerate(runs, 1):
@@ -154,7 +154,7 @@ def _mismatch(got: Tensor, exact: Tensor) -> str:
         ours, expected = kind(got), kind(pattern)
         if not torch.equal(ours, expected):
             place = (ours != expected).nonzero()[0].tolist()
-            return f"{kind.__name__} must hold in {int(expected.sum())} places; got {int(ours.sum())}, first another at {place}"
+            return f"{kind.__name__} must hold in {int(expected.sum())} entries; got {int(ours.sum())}, first another at {place}"
     return ""
 
 

@@ -39,7 +39,7 @@ def cases(seed: int = 0, sizes: Sizes | None = None, operators: Iterable[str] | 
 @dataclass(frozen=True)
 class Result:
     """One operator on one backend in one dtype over all its cases. `ratio`: the worst error as a multiple of the allowed one;
-    `worst`: its place; `reasons`: why the backend runs no case."""
+    `worst`: its name; `reasons`: why the backend supports no case."""
 
     operator: str
     backend: str
@@ -100,9 +100,9 @@ def _result(operator: str, backend: str, dtype: torch.dtype, device: str, proble
     enough = 1 if device == "cpu" and backend in ("triton", "cuda") else 4  # kernels on the CPU are interpreted or emulated
     for problem in problems:
         tensors = problem.case.in_dtype(dtype, device)
-        refused = OPERATORS[operator].refusals(backend, problem.case.arguments(tensors))
-        reasons |= dict.fromkeys(refused)
-        if refused:
+        unsupported = OPERATORS[operator].refusals(backend, problem.case.arguments(tensors))
+        reasons |= dict.fromkeys(unsupported)
+        if unsupported:
             continue
         for name, errors in settle(problem.runs(backend), enough=lambda: enough).items():
             checks += 1

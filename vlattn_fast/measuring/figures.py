@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def panels(lines: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Figure, Any]:
-    """A figure of `size` inches, and its panels line by line."""
+    """Returns a figure of `size` inches, and its panels line by line."""
     with extra("viz"):
         from matplotlib.figure import Figure
 

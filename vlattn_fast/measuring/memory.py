@@ -11,11 +11,12 @@ from typing import Any
 
 
 def peak_of_call(call: Callable[[], Any]) -> tuple[int | None, float]:
-    """(how far the process's largest resident set, VmHWM, rises above the level before the call, None without Linux; seconds)."""
+    """Returns how far the process's largest resident set, VmHWM, rises above the level before the call (None without Linux), and
+    the seconds of the call."""
     linux = Path("/proc/self/clear_refs").exists()
     held = 0
     if linux:
-        ctypes.CDLL(None).malloc_trim(0)  # else memory freed by earlier calls would serve this call unseen
+        ctypes.CDLL(None).malloc_trim(0)  # else memory freed by earlier calls would serve this call without being counted
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
         held = _status("VmRSS")
     start = time.perf_counter()

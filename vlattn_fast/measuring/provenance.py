@@ -1,4 +1,4 @@
-"""The origin that a stored record names."""
+"""The origin that a stored result names."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["commit", "fingerprint", "version", "versions"]
 
 
 def commit() -> str:
-    """The commit of the checkout that holds this file; "+dirty" where the checkout differs in more than results and docs."""
+    """Returns the commit of the checkout that holds this file; "+dirty" if the checkout differs in more than results and docs."""
 
     def git(*words: str) -> str:
-        place = Path(__file__).parent
-        return subprocess.run(["git", *words], cwd=place, check=True, capture_output=True, text=True).stdout.strip()
+        folder = Path(__file__).parent
+        return subprocess.run(["git", *words], cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
 
     try:
         top = Path(git("rev-parse", "--show-toplevel"))
@@ -32,7 +32,7 @@ def commit() -> str:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash of the weights, by which a record names the weights it was measured with."""
+    """Returns a hash of the weights, by which a stored result names the weights it was measured with."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())

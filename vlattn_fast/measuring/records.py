@@ -1,4 +1,4 @@
-"""The files that keep records of measurements, and tables of them."""
+"""The files that store results of measurements, and tables of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Fact = TypeVar("Fact", bound=Mapping[str, Any])
 
 
 def read_json(path: Path, fits: Callable[[Any], bool], must: str) -> Any:
-    """The content of a JSON file, [] without a file. ValueError, which begins with `must`, where the content does not fit."""
+    """Returns the content of a JSON file, [] without a file. Raises ValueError, which begins with `must`, if it does not fit."""
     try:
         content = json.loads(path.read_text()) if path.exists() else []
     except (OSError, ValueError):
@@ -26,12 +26,12 @@ def read_json(path: Path, fits: Callable[[Any], bool], must: str) -> Any:
     return content
 
 
-def write_records(path: Path, records: Iterable[Mapping[str, Any]], facts: Mapping[str, Any] | None = None) -> None:
-    """Writes a JSON list with a record a line, with `facts` an object that ends with this list. The new file replaces the old one
-    at once, so that a stopped run leaves the old one."""
+def write_records(path: Path, records: Iterable[Mapping[str, Any]], metadata: Mapping[str, Any] | None = None) -> None:
+    """Writes a JSON list with a result per line, with `metadata` an object that ends with this list. The new file replaces the
+    old one at once, so that a stopped run leaves the old one."""
     text = "[\n" + ",\n".join(map(json.dumps, records)) + "\n]"
-    if facts is not None:
-        lines = (f"{json.dumps(name)}: {json.dumps(fact)},\n" for name, fact in facts.items())
+    if metadata is not None:
+        lines = (f"{json.dumps(name)}: {json.dumps(value)},\n" for name, value in metadata.items())
         text = "{\n" + "".join(lines) + f'"rows": {text}\n}}'
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text + "\n")
@@ -51,13 +51,13 @@ def grouped(records: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, li
     return groups
 
 
-def having(records: Iterable[Fact], **facts: Any) -> list[Fact]:
-    """The records that hold all of these facts."""
-    return [record for record in records if all(record.get(name) == value for name, value in facts.items())]
+def having(records: Iterable[Fact], **values: Any) -> list[Fact]:
+    """Returns the records that have all of these values."""
+    return [record for record in records if all(record.get(name) == value for name, value in values.items())]
 
 
 def number(x: float | None, form: str) -> str:
-    """A number in a table; "" where there is none."""
+    """Returns a number as it stands in a table; "" if there is none."""
     return "" if x is None else format(x, form)
 
 
