@@ -74,7 +74,7 @@ def by_table(operator: str, kernel: str, **facts: Any) -> Config:
     return next(line.config for line in LINES[f"{operator} {kernel}"] if line.holds(facts))
 
 
-def of_facts(make: Callable[..., Launch]) -> Callable[..., Launch]:
+def cached_launch(make: Callable[..., Launch]) -> Callable[..., Launch]:
     """`make(*facts)`, kept for later launches with the same facts: a model asks for the same in each of its layers. While
     OVERRIDES are tried, nothing is kept."""
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs
 from vlattn_fast.kernels import score_attention
-from vlattn_fast.kernels._configurations import Config, configuration, of_facts
+from vlattn_fast.kernels._configurations import Config, cached_launch, configuration
 from vlattn_fast.kernels._group_bias import (
     FLOAT_MASK,
     GROUP_BIAS,
@@ -127,7 +127,7 @@ def config_of(kernel: str, launch: Launch, block_t: int = 0) -> Config:
     return _config(kernel, constants, x.q.p.dtype, x.N, x.M, block_t)
 
 
-@of_facts
+@cached_launch
 def _config(
     kernel: str, constants: score_attention.Constants, dtype: torch.dtype, num_q: int, num_k: int, block_t: int
 ) -> Config:

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import as_dtype, empty_gradient, fold_heads
-from vlattn_fast.kernels._configurations import Config, configuration, of_facts
+from vlattn_fast.kernels._configurations import Config, cached_launch, configuration
 from vlattn_fast.kernels._group_bias import (
     FLOAT_MASK,
     GROUP_BIAS,
@@ -198,7 +198,7 @@ def whole_config(kernel: str, call: dict[str, Any], row_bias: Tensor | None, blo
     return config if config and 0 < x.M <= config.get("BLOCK_KV", x.M) else None
 
 
-@of_facts
+@cached_launch
 def _whole_config(kernel: str, dtype: torch.dtype, num_q: int, num_k: int, size: int, block_t: int) -> Config:
     return configuration("score_attention", kernel, dtype=dtype, N=num_q, M=num_k, size=size, block_t=block_t)
 

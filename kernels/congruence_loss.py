@@ -23,7 +23,7 @@ from torch import Tensor
 from vlattn_fast._ground.tensors import unit_strides
 from vlattn_fast.backends.inputs import CongruenceLossBackwardInputs, CongruenceLossInputs
 from vlattn_fast.backends.reference.congruence_loss import EPSILON
-from vlattn_fast.kernels._configurations import configuration, of_facts
+from vlattn_fast.kernels._configurations import cached_launch, configuration
 from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._tiles import (
     LOG2_E,
@@ -180,7 +180,7 @@ class _Chunk:
         sizes, grad = [self.sizes[side] for side in self.sides], grad_intra is not None
         out = [self._empty(self.batch, size, size) for size in sizes] if grad else [self._empty(self.batch, sum(sizes))]
         intra = self.map if self.log_map is None else self.log_map
-        tiles, of_launch = _of_divergence(self.sizes, tuple(self.sides), self.kind, self.masks is not None, self.whole, grad)
+        tiles, options = _divergence_launch(self.sizes, tuple(self.sides), self.kind, self.masks is not None, self.whole, grad)
         call = {
             "maps": (intra, self.map, grad_intra),
             "p_targets": tuple(targets * 2)[:2],
@@ -191,7 +191,7 @@ class _Chunk:
             "per_head": 1.0 / self.heads,
             "epsilon": EPSILON,
         }
-        _divergence_kernel[(tiles * self.batch,)](**call, **of_launch)
+        _divergence_kernel[(tiles * self.batch,)](**call, **options)
         return out
 
     def _target_backward(self, side: int, cross: Tensor, grad_target: Tensor, grad_map: Tensor, add: bool) -> None:
@@ -264,10 +264,10 @@ class _Chunk:
         """The named arguments that all kernels with heads share, and their constants."""
         dtype = self.queries[0].dtype
         masked, precision = self.masks is not None, input_precision(dtype)
-        of_launch, constants = _of_launch(
+        options, constants = _gradient_launch(
             kernel, self.kind, dtype, self.sizes, self.features, self.whole, masked, precision, blocks, unread
         )
-        return {**self.blocks, **of_launch}, constants
+        return {**self.blocks, **options}, constants
 
     def _empty(self, *shape: int) -> Tensor:
         return self.queries[0].new_empty(shape, dtype=torch.float32)
@@ -277,8 +277,8 @@ class _Chunk:
         return x[:, self.parts[rows], self.parts[columns]]
 
 
-@of_facts
-def _of_divergence(
+@cached_launch
+def _divergence_launch(
     sizes: tuple[int, int], sides: tuple[int, ...], kind: str, masked: bool, whole: bool, grad: bool
 ) -> tuple[int, dict[str, Any]]:
     """The tiles of a sample, and the named arguments that all launches with these facts share."""
@@ -290,8 +290,8 @@ def _of_divergence(
     return sum(cdiv(sizes[side], rows[side]) for side in sides), launched({"C": constants, "num_warps": num_warps})
 
 
-@of_facts
-def _of_launch(
+@cached_launch
+def _gradient_launch(
     kernel: str,
     kind: str,
     dtype: torch.dtype,

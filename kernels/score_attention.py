@@ -32,7 +32,7 @@ from vlattn_fast._ground.tensors import empty_gradient, empty_rows_first
 from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs
 from vlattn_fast.kernels import _cudnn, _products_backward, _units_backward
 from vlattn_fast.kernels._boxes import Boxes, boxes_of, fits, load_box, store_box
-from vlattn_fast.kernels._configurations import Config, configuration, of_facts
+from vlattn_fast.kernels._configurations import Config, cached_launch, configuration
 from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._group_bias import (
     FLOAT_MASK,
@@ -235,7 +235,7 @@ def arguments(
     of_masks = inputs.attn_mask, inputs.key_mask, query, num_k, inputs.row_bias, inputs.key_groups
     masks, kind, product = masks_and_product(*of_masks, scale if multiplied and score == "dot" else None)
     padded, precision = inputs.key_mask is not None, input_precision(query.dtype)
-    constants, most_aligned = _of_call(shapes, strides, score, query.dtype, kind, padded, inputs.is_causal, precision)
+    constants, most_aligned = _call_constants(shapes, strides, score, query.dtype, kind, padded, inputs.is_causal, precision)
     if not most_aligned or (query.data_ptr() | key.data_ptr() | value.data_ptr()) % most_aligned:
         query, key, value = aligned(query), aligned(key), aligned(value)
         strides = query.stride(), key.stride(), value.stride()
@@ -266,7 +266,7 @@ def arguments(
 
 
 @functools.lru_cache(maxsize=1024)  # a model asks for the same in each of its layers
-def _of_call(
+def _call_constants(
     shapes: tuple[Shape, Shape, Shape],
     strides: tuple[Shape, Shape, Shape],
     score: str,
@@ -358,7 +358,7 @@ def _prepare(x: Tensor, score: str, factor: float) -> Tensor:
     return precomputed
 
 
-@of_facts
+@cached_launch
 def _forward_launch(
     constants: Constants, dtype: torch.dtype, num_q: int, num_k: int, negative: bool
 ) -> tuple[Config, dict[str, Any]]:
@@ -369,7 +369,7 @@ def _forward_launch(
     return config, launched({"C": constants, **tile})
 
 
-@of_facts
+@cached_launch
 def _config(kernel: str, constants: Constants, dtype: torch.dtype, num_q: int, num_k: int, masked: bool = False) -> Config:
     """masked: as under an attn_mask. Its tiles have at most ROW_MULTIPLE rows."""
     config = configuration(

@@ -50,7 +50,7 @@ def test_a_row_has_the_tiles_of_its_launches(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_launch_that_is_known_is_recorded_again() -> None:
-    """`of_facts` keeps launches: a second row of the same call asks the table for nothing."""
+    """`cached_launch` caches launches: a second row of the same call asks the table for nothing."""
     first, second = (rows(only=["triton"])["triton"]["tiles"] for _ in range(2))
     assert first and first == second
 

@@ -1,9 +1,9 @@
-"""The inputs of backends: a NamedTuple for each operator, which goes whole to the backend that it names. An operator may have its
-own beside its streaming backend instead.
+"""The inputs of backends: a NamedTuple for each operator, which goes whole to the backend that it names. An operator may define
+its own in its streaming backend instead.
 
-The fields stand in the order of the operator's schema, which `vlattn_fast.ops` derives from them. All tensors come first. Who
+The fields are in the order of the operator's schema, which `vlattn_fast.ops` derives from them. All tensors come first. Code that
 passes fields by position has them in variables of the fields' names (`tests/test_floors.py`).
-B batch, H query heads, Hkv heads of key and value, N queries, M keys, D head_dim, Dv value_dim, T carried rows.
+B batch, H query heads, Hkv heads of key and value, N queries, M keys, D head_dim, Dv value_dim, T relevancy vectors per sample.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import Tensor
 
 class ScoreAttentionInputs(NamedTuple):
     """query (B, H, N, D), key (B, Hkv, M, D), value (B, Hkv, M, Dv), vector (H, D) or None, attn_mask broadcastable to
-    (B, H, N, M), key_mask bool (B, M), seed () where dropout_p > 0. row_bias (B, H, N, G) in the dtype of sums and key_groups
-    int64 (B, M), both contiguous, come together: row_bias[i, key_groups[j]] is added to the pair (i, j) as a float mask is, and
+    (B, H, N, M), key_mask bool (B, M), seed () if dropout_p > 0. row_bias (B, H, N, G) in the dtype of sums and key_groups
+    int64 (B, M), both contiguous, come together: row_bias[i, key_groups[j]] is added to the pair (i, j) like a float mask, and
     nothing for a group outside [0, G). sink broadcastable to (B, H, N) or None: the public call
-    applies it to what backends compute without it; it is here for those that see the operator called."""
+    applies it to what backends compute without it; it is here for code that intercepts the operator."""
 
     query: Tensor
     key: Tensor
@@ -112,7 +112,7 @@ class RelevancyAttentionInputs(NamedTuple):
     backend: str
 
     def attention(self) -> ScoreAttentionInputs:
-        """The attention without its carrier."""
+        """Returns the attention without its carrier."""
         return _without_dropout(self, self.value)
 
 
@@ -147,7 +147,7 @@ class RelevancyAttentionBackwardInputs(NamedTuple):
     backend: str
 
     def attention(self, grad_out: Tensor) -> ScoreAttentionBackwardInputs:
-        """The backward pass of the attention without its carrier."""
+        """Returns the backward pass of the attention without its carrier."""
         query, key, value, out, lse = self.query, self.key, self.value, self.out, self.lse
         masks = self.attn_mask, self.key_mask, self.row_bias, self.key_groups
         tensors = grad_out, self.grad_lse, query, key, value, out, lse, None, *masks, None
@@ -156,7 +156,7 @@ class RelevancyAttentionBackwardInputs(NamedTuple):
         )
 
     def step(self, relevancy: Tensor, lse: Tensor | None) -> RelevancyStepInputs:
-        """relevancy @ Abar behind the same attention."""
+        """Returns relevancy @ Abar for the same attention."""
         tensors = relevancy, self.query, self.key, self.value, self.grad_out, lse
         masks = self.attn_mask, self.key_mask, self.row_bias, self.key_groups
         score = self.score, self.parameter, self.scale
@@ -186,7 +186,7 @@ class RelevancyStepInputs(NamedTuple):
     backend: str
 
     def attention(self) -> ScoreAttentionInputs:
-        """The attention behind which the step stands; without a value the query stands in for it."""
+        """Returns the attention of the step; without a value the query replaces it."""
         return _without_dropout(self, self.query if self.value is None else self.value)
 
 
@@ -217,7 +217,7 @@ class RelevancyStepBackwardInputs(NamedTuple):
     backend: str
 
     def attention(self) -> ScoreAttentionInputs:
-        """The attention behind which the step stood; without a value the query stands in for it."""
+        """Returns the attention of the step; without a value the query replaces it."""
         return _without_dropout(self, self.query if self.value is None else self.value)
 
 
@@ -273,7 +273,7 @@ class AttentionMapBackwardInputs(NamedTuple):
     backend: str
 
     def attention(self) -> ScoreAttentionInputs:
-        """The attention whose map it is; without a value the query stands in for it."""
+        """Returns the attention of the map; without a value the query replaces it."""
         return _without_dropout(self, self.query if self.value is None else self.value)
 
 
@@ -360,7 +360,7 @@ class CongruenceLossInputs(NamedTuple):
 
 
 class CongruenceLossBackwardInputs(NamedTuple):
-    """grad_loss (B), gradients as the backend's forward pass gave them; the others as in CongruenceLossInputs."""
+    """grad_loss (B), the gradients from the backend's forward pass; the others as in CongruenceLossInputs."""
 
     grad_loss: Tensor
     gradients: Tensor
@@ -406,8 +406,8 @@ class StackedCrossAttentionBackwardInputs(NamedTuple):
 
 
 class MaxsimInputs(NamedTuple):
-    """queries (A, N, D), documents (B, M, D), query_mask bool (A, N), document_mask bool (B, M). saves: whether the places of the
-    largest products are needed."""
+    """queries (A, N, D), documents (B, M, D), query_mask bool (A, N), document_mask bool (B, M). saves: whether the indices of
+    the largest products are needed."""
 
     queries: Tensor
     documents: Tensor

@@ -38,10 +38,10 @@ def gradients(
     inputs: AttentionMapBackwardInputs | RelevancyStepBackwardInputs,
     needs_inputs: bool = True,
     reduction: str = "mean",
-    **of_abar: Any,
+    **abar_members: Any,
 ) -> tuple[Tensor | None, ...]:
-    """Those of query, key, value, grad_output, lse and row_bias; None for those not needed. `of_abar`: the gradient of Abar, in
-    members of the kernel's struct."""
+    """Returns the gradients of query, key, value, grad_output, lse and row_bias; None for those not needed. `abar_members`: the
+    gradient of Abar, in members of the kernel's struct."""
     is_gradient = inputs.rule == "gradient"
     pair = (inputs.value, inputs.grad_output) if is_gradient else (None, None)
     query, key, value, grad_output = tensors = unit_strides(inputs.query, inputs.key, *pair)
@@ -70,7 +70,7 @@ def gradients(
         grad_grad_output=grad_grad_output,
         grad_lse=address(grad_lse),
         grad_row_bias=address(grad_row_bias),
-        **of_abar,
+        **abar_members,
     )
     _run(call)
     return *grads, None if grad_lse is None or inputs.lse is None else as_dtype(grad_lse, inputs.lse.dtype), grad_row_bias

@@ -70,15 +70,15 @@ def attention(inputs: Any, query: Tensor, key: Tensor, value: Tensor | None) -> 
 
 
 def empty_row_bias(inputs: Any) -> Tensor | None:
-    """The gradient of row_bias (B, H, N, G), which kernels fill where there is something to sum."""
+    """Returns the gradient of row_bias (B, H, N, G), zeros that kernels add to."""
     return None if inputs.row_bias is None else torch.zeros_like(inputs.row_bias, dtype=torch.float32)
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor | None, scale: float, is_causal: bool) -> Attention:
-    """Without masks, but for causality."""
-    of_value = (None, None) if value is None else (value.shape, value.stride())
-    of_sizes = _of_sizes(query.dtype, query.shape, query.stride(), key.shape, key.stride(), *of_value, scale, is_causal)
-    a = Attention.from_buffer_copy(of_sizes)
+    """Returns the struct without masks, except for causality."""
+    value_shape = (None, None) if value is None else (value.shape, value.stride())
+    sized = _sized(query.dtype, query.shape, query.stride(), key.shape, key.stride(), *value_shape, scale, is_causal)
+    a = Attention.from_buffer_copy(sized)
     a.query.data, a.key.data = query.data_ptr(), key.data_ptr()
     if value is not None:
         a.value.data = value.data_ptr()
@@ -86,19 +86,19 @@ def _attention(query: Tensor, key: Tensor, value: Tensor | None, scale: float, i
 
 
 @functools.lru_cache(maxsize=1024)  # a model asks for the same in each of its layers
-def _of_sizes(
+def _sized(
     dtype: torch.dtype,
-    of_query: torch.Size,
+    query_shape: torch.Size,
     query_strides: tuple[int, ...],
-    of_key: torch.Size,
+    key_shape: torch.Size,
     key_strides: tuple[int, ...],
-    of_value: torch.Size | None,
+    value_shape: torch.Size | None,
     value_strides: tuple[int, ...] | None,
     scale: float,
     is_causal: bool,
 ) -> Attention:
-    """All but addresses and tensors of masks."""
-    (batch, heads, queries, head_dim), (_, key_heads, keys, _) = of_query, of_key
+    """Returns the struct without addresses and tensors of masks."""
+    (batch, heads, queries, head_dim), (_, key_heads, keys, _) = query_shape, key_shape
     return Attention(
         dtype=DTYPES[dtype],
         B=batch,
@@ -107,7 +107,7 @@ def _of_sizes(
         N=queries,
         M=keys,
         D=head_dim,
-        Dv=0 if of_value is None else of_value[3],
+        Dv=0 if value_shape is None else value_shape[3],
         scale=scale,
         query=StridedTensor(None, *query_strides[:3]),
         key=StridedTensor(None, *key_strides[:3]),

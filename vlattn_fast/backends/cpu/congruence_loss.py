@@ -32,7 +32,7 @@ _KINDS = ("cacr", "iais_singular", "iais_distributed")  # Kind of the kernel
 
 
 def forward(inputs: CongruenceLossInputs) -> tuple[Tensor, Tensor]:
-    """The loss of each sample, (B), and its gradients where they are needed. Padding may hold anything."""
+    """Returns the loss of each sample, (B), and its gradients if they are needed. Padding may hold anything."""
     queries, keys, kind, direction = inputs.queries, inputs.keys, inputs.kind, inputs.direction
     text, image, *_ = queries
     batch, heads, L, head_dim = text.shape

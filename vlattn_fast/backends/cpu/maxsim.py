@@ -31,7 +31,7 @@ _backward = kernel("maxsim_backward", Maxsim)
 
 
 def forward(inputs: MaxsimInputs) -> tuple[Tensor, Tensor]:
-    """similarity (A, B), and the places of the largest products, int32 (A, B, N), where the backward pass needs them."""
+    """Returns similarity (A, B), and the indices of the largest products, int32 (A, B, N), if the backward pass needs them."""
     queries, documents = unit_stride(inputs.queries), unit_stride(inputs.documents)
     pairs = queries.shape[0], documents.shape[0]
     similarity = queries.new_empty(pairs, dtype=torch.float32)

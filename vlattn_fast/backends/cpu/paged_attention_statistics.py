@@ -33,12 +33,12 @@ _forward = kernel("paged_attention_statistics_forward", PagedStatistics)
 
 
 def forward(inputs: PagedAttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """mass (T, H, G), entropy, maximum (T, H), received (R, H, M), max_logit, lse (T, H); empty where `statistics` does not name
+    """mass (T, H, G), entropy, maximum (T, H), received (R, H, M), max_logit, lse (T, H); empty if `statistics` does not name
     them."""
     query, cache, asked = unit_stride(inputs.query), inputs.key_cache, inputs.statistics.split()
     (tokens, heads, size), (blocks, key_heads, block_size, _) = query.shape, cache.shape
     requests, columns = inputs.block_table.shape
-    # of tokens of no request, and keys behind a length
+    # of tokens of no request, and keys after a length
     beyond = {"mass": 0.0, "entropy": 0.0, "maximum": 0.0, "received": 0.0, "max_logit": -torch.inf, "lse": -torch.inf}
     shapes = {"mass": (tokens, heads, inputs.num_groups), "received": (requests, heads, columns * block_size)}
     outputs = {

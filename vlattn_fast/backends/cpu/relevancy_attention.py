@@ -37,14 +37,14 @@ def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, .
     those not needed."""
     query, grad_out, grad_carrier = inputs.query, inputs.grad_out, inputs.grad_carrier
     grads: tuple[Tensor | None, ...] = (None, None, None)
-    of_inputs: dict[str, Any] = {}
+    grad_members: dict[str, Any] = {}
     grad_row_bias = None
     if inputs.need_inputs and grad_out is not None:
         grads, grad_row_bias = new_gradients(query, inputs.key, inputs.value), empty_row_bias(inputs)
-        of_inputs = dict(zip(("grad_query", "grad_key", "grad_value"), map(strided, grads), strict=True))
+        grad_members = dict(zip(("grad_query", "grad_key", "grad_value"), map(strided, grads), strict=True))
     elif grad_carrier is None:
         return None, None, None, None, None
-    elif inputs.rule == "attention":  # Abar needs P alone
+    elif inputs.rule == "attention":  # Abar only needs P
         grad_out = None
     direct = weighted = None
     if grad_carrier is not None:
@@ -53,13 +53,13 @@ def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, .
         if grad_out is None and inputs.rule == "gradient":  # Abar is zero
             return None, None, None, direct.clone(), None
     out, grad_lse = unit_stride(inputs.out), float32(inputs.grad_lse)
-    of_lse = {"lse_source": _OWN_LSE, "grad_lse": address(grad_lse)}
-    of_rows = {"out": strided(out), **of_lse, "grad_row_bias": address(grad_row_bias), **of_inputs}
-    # the gradients make each head's map, too: it is worth making anew where r passes H of them at more than that costs
-    if not of_inputs or weighted is None or weighted.shape[1] <= 2 * (query.shape[3] + inputs.value.shape[3]):
-        attended = _run(inputs, grad_out, inputs.lse, weighted, direct, **of_rows)
+    lse_members = {"lse_source": _OWN_LSE, "grad_lse": address(grad_lse)}
+    row_members = {"out": strided(out), **lse_members, "grad_row_bias": address(grad_row_bias), **grad_members}
+    # the gradients also compute each head's map: computing it again pays if r passes H of them at more than that costs
+    if not grad_members or weighted is None or weighted.shape[1] <= 2 * (query.shape[3] + inputs.value.shape[3]):
+        attended = _run(inputs, grad_out, inputs.lse, weighted, direct, **row_members)
     else:
-        _run(inputs, grad_out, inputs.lse, None, None, **of_rows)
+        _run(inputs, grad_out, inputs.lse, None, None, **row_members)
         attended = _run(inputs, grad_out, None, weighted, direct)
     return *grads, attended, grad_row_bias
 
@@ -76,14 +76,14 @@ def step(inputs: RelevancyStepInputs) -> Tensor:
 def step_backward(inputs: RelevancyStepBackwardInputs) -> tuple[Tensor | None, ...]:
     """Gradients of relevancy, query, key, value, grad_output, lse and row_bias; None for those not needed."""
     r, grad_result = (x.float().contiguous() for x in (inputs.relevancy, inputs.grad))
-    grad_rows = torch.zeros_like(r) if inputs.need_relevancy else None  # also where there are no heads
-    of_abar: dict[str, Any] = {
+    grad_rows = torch.zeros_like(r) if inputs.need_relevancy else None  # even if there are no heads
+    abar_members: dict[str, Any] = {
         "rows": r.data_ptr(),
         "T": r.shape[1],
         "grad_result": grad_result.data_ptr(),
         "grad_rows": address(grad_rows),
     }
-    grads = gradients(inputs, inputs.need_inputs, **of_abar)
+    grads = gradients(inputs, inputs.need_inputs, **abar_members)
     return None if grad_rows is None else as_dtype(grad_rows, inputs.relevancy.dtype), *grads
 
 
@@ -93,16 +93,17 @@ def _run(
     lse: Tensor | None,
     relevancy: Tensor | None,
     direct: Tensor | None,
-    **of_rows: Any,
+    **row_members: Any,
 ) -> Tensor | None:
-    """direct + relevancy @ Abar where there is `relevancy`; gradients where `of_rows`, members of Backward, has them."""
+    """Returns direct + relevancy @ Abar if there is `relevancy`; computes gradients if `row_members`, members of Backward, has
+    them."""
     value = None if grad_out is None else inputs.value
     grad_out, query, key, value = unit_strides(grad_out, inputs.query, inputs.key, value)
     a, _kept = attention(inputs, query, key, value)
     lse = None if lse is None else as_dtype(lse, torch.float64).contiguous()
     score = core_score(inputs, None)
     if relevancy is None:
-        run_backward(Backward(a=a, score=score, grad_out=strided(grad_out), lse=address(lse), **of_rows))
+        run_backward(Backward(a=a, score=score, grad_out=strided(grad_out), lse=address(lse), **row_members))
         return None
     batch, carried_rows, _ = relevancy.shape
     r, direct = as_dtype(relevancy, torch.float32).contiguous(), float32(direct)
@@ -112,11 +113,13 @@ def _run(
     sums = {"rows": r.data_ptr(), "direct": address(direct), "result": result.data_ptr()}
     carried = {"T": carried_rows, "row_normalize": inputs.row_normalize, **sums}
     is_gradient = inputs.rule == "gradient"
-    if (carried_rows > _FEW_ROWS or query.shape[2] <= _FEW_QUERIES) and "grad_query" not in of_rows:
-        lse = None if of_rows.get("lse_source") == _OWN_LSE else lse
-        of_map = {"grad_output": strided(grad_out), "gradient": is_gradient, "lse": address(lse)}
-        run_map(MapCall(a=a, score=score, **of_map, **carried))
+    if (carried_rows > _FEW_ROWS or query.shape[2] <= _FEW_QUERIES) and "grad_query" not in row_members:
+        lse = None if row_members.get("lse_source") == _OWN_LSE else lse
+        map_members = {"grad_output": strided(grad_out), "gradient": is_gradient, "lse": address(lse)}
+        run_map(MapCall(a=a, score=score, **map_members, **carried))
     else:
-        of_heads = {"grad_out": strided(grad_out), "lse": address(lse)}
-        run_backward(Backward(a=a, score=score, **of_heads, relevancy=Relevancy(is_gradient=is_gradient, **carried), **of_rows))
+        head_members = {"grad_out": strided(grad_out), "lse": address(lse)}
+        run_backward(
+            Backward(a=a, score=score, **head_members, relevancy=Relevancy(is_gradient=is_gradient, **carried), **row_members)
+        )
     return as_dtype(result, relevancy.dtype)

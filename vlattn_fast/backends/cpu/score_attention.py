@@ -186,7 +186,7 @@ def _dropout(inputs: ScoreAttentionInputs | ScoreAttentionBackwardInputs | Score
 
 
 def new_gradients(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Uninitialised; zero where there are no queries, since the kernel runs over them."""
+    """Returns uninitialised memory; zeros if there are no queries, since the kernel runs over them."""
     grads = empty_gradient(query), empty_gradient(key), empty_gradient(value)
     if not query.numel():
         for grad in grads:
@@ -195,7 +195,7 @@ def new_gradients(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Te
 
 
 def _same_heads(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Key and value with one number of heads. Features of the key may have a head per query head where the value has fewer."""
+    """Key and value with one number of heads. Features of the key may have a head per query head while the value has fewer."""
     key_heads, value_heads = key.shape[1], value.shape[1]
     if key_heads == value_heads:
         return key, value

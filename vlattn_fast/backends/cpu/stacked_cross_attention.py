@@ -59,15 +59,15 @@ def _call(
     inputs: StackedCrossAttentionInputs | StackedCrossAttentionBackwardInputs,
     pairs: Tensor,
     grads: tuple[Tensor | None, Tensor | None],
-    **of_pairs: Any,
+    **pair_members: Any,
 ) -> None:
-    """Runs the kernel, for which the side that asks comes first. pairs (Bi, Bc); grads: of images and captions. of_pairs: the
+    """Runs the kernel, for which the side that asks comes first. pairs (Bi, Bc); grads: of images and captions. pair_members: the
     member that has their address."""
     clips, norm = split_norm(inputs.first_norm)
     tensors, lengths = (inputs.images, inputs.captions), (inputs.image_lengths, inputs.caption_lengths)
-    # kept until the call is over
-    kept = [(unit_stride(x), None if n is None else n.contiguous()) for x, n in zip(tensors, lengths, strict=True)]
-    sides = list(zip((_set(*one) for one in kept), pairs.stride(), grads, strict=True))
+    # must live until the call is over
+    tensors_and_lengths = [(unit_stride(x), None if n is None else n.contiguous()) for x, n in zip(tensors, lengths, strict=True)]
+    sides = list(zip((_set(*one) for one in tensors_and_lengths), pairs.stride(), grads, strict=True))
     if inputs.direction == "t2i":  # the captions ask
         sides.reverse()
     (query, stride_y, grad_query), (context, stride_x, grad_context) = sides
@@ -85,7 +85,7 @@ def _call(
         stride_x=stride_x,
         grad_query=address(grad_query),
         grad_context=address(grad_context),
-        **of_pairs,
+        **pair_members,
     )
     run(call)
 

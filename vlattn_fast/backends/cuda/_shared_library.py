@@ -70,8 +70,8 @@ def kernel(name: str, kind: type[Struct]) -> Callable[[Tensor, Any], None]:
         else:
             message = function(bytes(call), None)
         if message is not None:
-            facts = ", ".join(f"{member}={getattr(call, member)}" for member in numbers)
-            raise RuntimeError(f"{name}({facts}) on {like.device}: {message.decode()}")
+            numbers_text = ", ".join(f"{member}={getattr(call, member)}" for member in numbers)
+            raise RuntimeError(f"{name}({numbers_text}) on {like.device}: {message.decode()}")
 
     return run
 
@@ -100,7 +100,7 @@ def check_versions(built: int, driver: int) -> None:
 
 
 def masks_of(inputs: Any, query: Tensor, key: Tensor) -> tuple[Masks, tuple[Tensor | None, ...]]:
-    """Masks of an operator's inputs, and the tensors behind them, which must live until the call is over: attn_mask, bool or
+    """Returns masks of an operator's inputs, and their tensors, which must live until the call is over: attn_mask, bool or
     float32, as a view of (B, H, N, M), and key_mask (B, M), contiguous."""
     attn_mask, key_mask, masks = inputs.attn_mask, inputs.key_mask, Masks(causal=inputs.is_causal)
     if attn_mask is not None:

@@ -38,7 +38,7 @@ _BLOCKS = (0, 2, 3, 1)  # LL, LV, VL, VV, as the kernel has them, of LL, VV, LV,
 
 
 def forward(inputs: CongruenceLossInputs) -> tuple[Tensor, Tensor]:
-    """The loss of each sample, (B), and an empty tensor: nothing is kept for the backward pass."""
+    """Returns the loss of each sample, (B), and an empty tensor: nothing is stored for the backward pass."""
     text = inputs.queries[0]
     loss = text.new_empty(text.shape[0], dtype=torch.float32)
     _call(_forward, inputs, loss=address(loss))
@@ -56,7 +56,7 @@ def backward(inputs: CongruenceLossBackwardInputs) -> tuple[list[Tensor], list[T
 
 
 def _call(run: Any, inputs: CongruenceLossInputs | CongruenceLossBackwardInputs, **others: Any) -> None:
-    """Runs the kernel, to which the operator's inputs go beside other members."""
+    """Runs the kernel with the operator's inputs and other members."""
     like, direction = inputs.queries[0], inputs.direction
     batch, heads, L, head_dim = like.shape
     V = inputs.queries[1].shape[2]

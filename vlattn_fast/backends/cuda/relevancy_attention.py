@@ -71,14 +71,14 @@ def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, .
         grads = empty_gradient(query), empty_gradient(inputs.key), empty_gradient(inputs.value)
     elif grad_carrier is None:
         return None, None, None, direct, None
-    # a rounded lse would be half of the error in float32, and all of it where a float mask brings logits far from zero
+    # a rounded lse would be half of the error in float32, and all of it if a float mask makes logits large
     masked = inputs.attn_mask is not None and inputs.attn_mask.dtype != torch.bool
     lse = None if query.dtype == torch.float32 or masked else inputs.lse
     weights = inputs.residual_weight, inputs.attention_weight
     out = unit_stride(inputs.out)
-    of_inputs = dict(zip(("grad_query", "grad_key", "grad_value"), map(strided, grads), strict=True))
-    of_rows = {"out": strided(out), "residual": True, **of_inputs}
-    r_abar = _run_backward(_backward, inputs, grad_carrier, grad_out, inputs.value, lse, weights, **of_rows)
+    grad_members = dict(zip(("grad_query", "grad_key", "grad_value"), map(strided, grads), strict=True))
+    row_members = {"out": strided(out), "residual": True, **grad_members}
+    r_abar = _run_backward(_backward, inputs, grad_carrier, grad_out, inputs.value, lse, weights, **row_members)
     return *grads, r_abar if direct is None else direct, None
 
 
@@ -102,10 +102,10 @@ def _run_backward(
     value: Tensor | None,
     lse: Tensor | None,
     weights: tuple[Tensor | None, Tensor | None] = (None, None),
-    **of_rows: Any,
+    **row_members: Any,
 ) -> Tensor | None:
-    """r * a + (r * b) Abar where there is r, `relevancy`; the first term with `residual`. weights: a and b. of_rows: members of
-    the struct."""
+    """Returns r * a + (r * b) Abar if there is r, `relevancy`; the first term with `residual`. weights: a and b. row_members:
+    members of the struct."""
     f32 = torch.float32
     grad_out, query, key, value = unit_strides(grad_out, inputs.query, inputs.key, value)
     lse, r = (None if x is None else as_dtype(x, f32).contiguous() for x in (lse, relevancy))
@@ -120,7 +120,7 @@ def _run_backward(
         run(query, Relevancy(**_attention(query, key, value), masks=masks, **shared, **members))
 
     if r is None:
-        launch(**of_rows)
+        launch(**row_members)
         return None
     if inputs.row_normalize:
         row_sums = query.new_empty(batch, heads, queries, dtype=f32)
@@ -133,9 +133,9 @@ def _run_backward(
         shares = r.new_empty(batch, key_heads, some.shape[1], keys)
         some = some.contiguous()
         carrier = {"T": some.shape[1], "relevancy": address(some), "r_abar": address(shares)}
-        launch(**carrier, residual_weight=_weight(a), attention_weight=_weight(b), **of_rows)
+        launch(**carrier, residual_weight=_weight(a), attention_weight=_weight(b), **row_members)
         sums_of_heads.append(shares[:, 0] if key_heads == 1 else shares.sum(1))
-        of_rows = {"residual": of_rows.get("residual", False)}  # the first launch has made the gradients
+        row_members = {"residual": row_members.get("residual", False)}  # the first launch has made the gradients
     return sums_of_heads[0] if len(sums_of_heads) == 1 else torch.cat(sums_of_heads, 1)
 
 

@@ -75,9 +75,9 @@ def paged_attention_statistics(
 
     token, j = (torch.arange(size, device=query.device) for size in (tokens, is_key.shape[1]))
     starts, ends = query_starts[:-1], query_starts[1:]
-    of_request = (starts <= token[:, None]) & (token[:, None] < ends)  # (T, R)
+    is_request = (starts <= token[:, None]) & (token[:, None] < ends)  # (T, R)
     position = (lengths - ends + token[:, None])[..., None]  # (T, R, 1), of a query among its request's keys
-    visible = of_request[..., None] & is_key & (j <= position)  # (T, R, M)
+    visible = is_request[..., None] & is_key & (j <= position)  # (T, R, M)
     if window is not None:
         visible = visible & (j > position - window)
 
@@ -88,7 +88,7 @@ def paged_attention_statistics(
             num_groups = int(key_groups.max()) + 1 if key_groups.numel() else 0
         groups = F.pad(key_groups.long(), (0, is_key.shape[1] - key_groups.shape[1]), value=-1).flatten()  # (R * M)
     query, keys, mask = query.transpose(0, 1)[None], expand_heads(keys[None], query.shape[1]), visible.flatten(1)
-    of_rows = attention_statistics(
+    statistics_of_rows = attention_statistics(
         query,
         keys,
         statistics=("mass", "entropy", "maximum", "max_logit", "lse"),
@@ -100,6 +100,6 @@ def paged_attention_statistics(
     )
     prob, _ = attend(scale * product(query, keys.mT), mask, softcap=softcap)  # A (1, H, T, R * M)
     received = torch.where(mask, prob, 0.0).sum(2).to(compute_dtype(query))  # NaN in a query does not reach what it does not see
-    named = {name: x[0].transpose(0, 1) for name, x in of_rows._asdict().items() if x is not None}  # (T, H, ...)
+    named = {name: x[0].transpose(0, 1) for name, x in statistics_of_rows._asdict().items() if x is not None}  # (T, H, ...)
     named["received"] = received[0].unflatten(1, is_key.shape).transpose(0, 1)  # (R, H, M)
     return chosen_statistics([named[name].contiguous() for name in STATISTICS], asked)

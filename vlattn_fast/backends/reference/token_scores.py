@@ -43,11 +43,11 @@ class Rule(NamedTuple):
     """Whether each key head has a score; else the mean over all heads is taken."""
     is_causal: bool
     keeps_window: bool = False
-    """Whether the last W tokens, which are the queries, are kept in any case."""
+    """Whether the last W tokens, which are the queries, are always kept."""
     keeps_first: bool = False
-    """Whether the first token, which is the query, is kept in any case."""
+    """Whether the first token, which is the query, is always kept."""
     recent: int = 0
-    """The last tokens that are kept in any case."""
+    """The last tokens that are always kept."""
     pooling: str = "avg"
 
 
@@ -210,28 +210,28 @@ def finish(received: Tensor, how: Rule, num_rows: int, key: Tensor, key_mask: Te
     if key_mask is None:
         first = min(int(how.keeps_first), key.shape[2])
         last = min(how.recent, key.shape[2] - first)
-        if first or last:  # pools see zeros beside the others
+        if first or last:  # pools add zeros next to the others
             received = received[..., first : key.shape[2] - last]
-        scores = _of_heads(_pooled(received, how), how, key)
+        scores = _head_means(_pooled(received, how), how, key)
         return F.pad(scores, (first, last), value=highest) if first or last else scores
-    kept = last_of(key_mask, how.recent)
+    always = last_of(key_mask, how.recent)
     if how.keeps_first:
-        kept = kept | first_of(key_mask)
-    scores = _of_heads(_pooled(received.masked_fill(kept[:, None], 0.0), how), how, key)
-    kept, padding = (kept[:, None], ~key_mask[:, None]) if how.per_head else (kept, ~key_mask)
-    return scores.masked_fill(kept, highest).masked_fill(padding, 0.0)
+        always = always | first_of(key_mask)
+    scores = _head_means(_pooled(received.masked_fill(always[:, None], 0.0), how), how, key)
+    always, padding = (always[:, None], ~key_mask[:, None]) if how.per_head else (always, ~key_mask)
+    return scores.masked_fill(always, highest).masked_fill(padding, 0.0)
 
 
 def _pooled(received: Tensor, how: Rule) -> Tensor:
     if how.kernel_size == 1 or received.numel() == 0:
         return received
-    size, beside = how.kernel_size, how.kernel_size // 2
+    size, padding_size = how.kernel_size, how.kernel_size // 2
     if how.pooling == "max":
-        return F.max_pool1d(received, size, 1, beside)
-    return F.pad(received, (beside, beside)).unfold(-1, size, 1).mean(-1)  # F.avg_pool1d, in a fifth of the time on a CPU
+        return F.max_pool1d(received, size, 1, padding_size)
+    return F.pad(received, (padding_size, padding_size)).unfold(-1, size, 1).mean(-1)  # a fifth of F.avg_pool1d's time on a CPU
 
 
-def _of_heads(received: Tensor, how: Rule, key: Tensor) -> Tensor:
+def _head_means(received: Tensor, how: Rule, key: Tensor) -> Tensor:
     """Returns the mean over the query heads of a key head, or over all; 0 if there are none."""
     num_heads, num_key_heads = received.shape[1], key.shape[1]
     if how.per_head and num_heads == num_key_heads:

@@ -3,7 +3,7 @@
 It takes scores that are dot products of features, with key_mask or the causal flag. torch adds -inf to the scores that a mask
 hides, and NaN or Inf in a hidden key would stay NaN. So it takes no attn_mask; the public call writes zeros over the keys that
 key_mask hides, and the causal flag by itself writes -inf over scores. Float masks torch's kernels want in the query's dtype
-besides, and their backward passes take P = exp(logit - lse) from a rounded log-sum-exp, which is wrong where a finite mask such
+besides, and their backward passes take P = exp(logit - lse) from a rounded log-sum-exp, which is wrong if a finite mask such
 as finfo.min stands in a whole row.
 """
 
@@ -24,18 +24,18 @@ def attention(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None
     if mask is not None:
         query = torch.where(mask.any(-1, keepdim=True), query, 0.0)  # NaN in a query without a key
     if query.device.type == "cpu":
-        # torch's fused CPU kernel recomputes P from a rounded log-sum-exp: float32 gradients were seen at 4.1 times the error of
+        # torch's fused CPU kernel recomputes P from a rounded log-sum-exp: float32 gradients had 4.1 times the error of
         # the plain formula, on short rows. The output itself is as exact as the formula's.
         if dtype == torch.float32 and has_short_backward(query, key, value):
             query, key, value = query.double(), key.double(), value.double()
         if mask is None and not is_causal and key.shape[2] < 16:
-            # without a mask the kernel takes a row of NaN for a hidden one where no vector register is full of keys
+            # without a mask the kernel treats a row of NaN as masked if no vector register is full of keys
             mask = query.new_zeros(1, 1, 1, key.shape[2])
         shares_heads = key.shape[1] == value.shape[1]
         query, key, value = pad_head_dim(query, key, value)  # the kernel wants one head_dim
     else:
         query, key, value = _aligned(query), _aligned(key), _aligned(value)
-        # Among torch's fused GPU kernels flash attention alone shares heads, on some GPUs up to a head_dim of 192. A call that no
+        # Among torch's fused GPU kernels only flash attention shares heads, on some GPUs up to a head_dim of 192. A call that no
         # fused kernel takes runs with whole maps.
         flash = mask is None and dtype != torch.float32 and value.shape[3] == key.shape[3] <= 192
         shares_heads = flash and key.shape[1] == value.shape[1] and not (is_causal and query.shape[2] != key.shape[2])

@@ -54,7 +54,7 @@ class Abar:
         return abar
 
     def _reduced(self, b: slice, i: slice) -> Tensor:
-        """The tile in front of the division by the number of heads or by the rows' sums."""
+        """Returns the tile before the division by the number of heads or by the rows' sums."""
         reduce, combine = _REDUCTIONS[self.head_reduction]
         abar: Tensor | None = None
         for _, prob, grad_prob in self._heads(b, i):
@@ -90,13 +90,13 @@ class Abar:
 class AbarGradients:
     """The gradients of query, key, value, grad_output, lse and row_bias from that of Abar, tile by tile.
 
-    With w the gradient of a head's map E, that of A is w where E = A, w dA where E = A dA > 0; that of dA is w A there. `of_lse`:
-    A = exp(logit - lse) has a gradient by each; else an lse counts as computed from query and key, here as anywhere.
+    With w the gradient of a head's map E, that of A is w where E = A, w dA where E = A dA > 0; that of dA is w A there.
+    `needs_lse`: A = exp(logit - lse) has a gradient by each; else an lse counts as computed from query and key, as everywhere.
     """
 
-    def __init__(self, abar: Abar, of_lse: bool) -> None:
+    def __init__(self, abar: Abar, needs_lse: bool) -> None:
         self.abar, inputs, by_gradient = abar, abar.inputs, abar.inputs.rule == "gradient"
-        self.lse = torch.zeros(abar.shape[:3], dtype=abar.dtype, device=inputs.query.device) if of_lse else None
+        self.lse = torch.zeros(abar.shape[:3], dtype=abar.dtype, device=inputs.query.device) if needs_lse else None
         self.query = torch.zeros_like(inputs.query, dtype=abar.dtype, memory_format=torch.contiguous_format)
         self.key = abar.key.new_zeros(abar.key.shape, dtype=abar.dtype)
         self.row_bias = None if inputs.row_bias is None else torch.zeros_like(inputs.row_bias)

@@ -1,7 +1,7 @@
 """PyTorch's fused CPU attention with its log-sum-exp: a fast path for dot products.
 
 `runs` and `runs_backward` read the data, which waits for no device on the CPU, and leave to the tiles what the kernel gets wrong.
-The kernel recomputes P = exp(logit - lse) from a rounded lse: its float32 gradients were seen at 3.3 times the error of the
+The kernel recomputes P = exp(logit - lse) from a rounded lse: its float32 gradients were measured at 3.3 times the error of the
 plain formula, so float32 calls of at most one tile run as a tile, and so does every backward pass with a large |lse|.
 """
 
@@ -23,13 +23,13 @@ def runs(query: Tensor, key: Tensor, value: Tensor, masks: Masks, dropout_p: flo
         return False
     if query.dtype == torch.float32 and query.shape[:3].numel() * key.shape[2] <= _tiles.TILE_ELEMENTS:
         return False
-    if key.shape[2] < 16:  # the kernel takes a row of NaN for a hidden one where no vector register is full of keys
+    if key.shape[2] < 16:  # the kernel treats a row of NaN as masked if no vector register is full of keys
         return False
     if masks.row_bias is not None:  # as a mask of the kernel it would be N x M
         return False
     if masks.is_causal and scale <= 0.0:  # the kernel multiplies its causal -inf by the scale
         return False
-    # In 16 bit the kernel makes finite numbers of a logit of +inf; where there are masks it adds -inf to it, which gives NaN.
+    # In 16 bit the kernel makes finite numbers of a logit of +inf; with masks it adds -inf to it, which gives NaN.
     if masks.attn_mask is None:
         return compute_dtype(query) == query.dtype or _is_finite(query, key, scale)
     small = masks.key_mask is None or _joined_mask_is_small(query, key, masks.attn_mask)
@@ -55,7 +55,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, masks: Masks, scale: floa
     )
     empty = _empty_rows(query, masks)
     if empty is not None:
-        # the kernel gives fully masked rows an lse of 0, and NaN where the causal flag alone leaves a row without keys
+        # the kernel gives fully masked rows an lse of 0, and NaN if only the causal flag leaves a row without keys
         out, lse = out.masked_fill(empty[..., None], 0.0), lse.masked_fill(empty, -torch.inf)
     return rows_first(out[..., : value.shape[3]]), lse.contiguous()
 
@@ -107,7 +107,7 @@ def _join_masks(query: Tensor, key: Tensor, masks: Masks) -> Tensor | None:
 
 
 def _empty_rows(query: Tensor, masks: Masks) -> Tensor | None:
-    """(broadcastable to (B, H, N)) rows without a visible key; None where there can be none."""
+    """(broadcastable to (B, H, N)) rows without a visible key; None if there can be none."""
     if masks.attn_mask is None and masks.key_mask is None:
         return None
     visible = torch.ones((), dtype=torch.bool)

@@ -24,7 +24,7 @@ def score_tile(kind: str, q: Tensor, k: Tensor, vector: Tensor | None, parameter
         return q @ k.mT if kind == "dot" else _ACTIVATIONS[kind].value(q @ k.mT, parameter)
     assert vector is not None
     units = _Units(kind, q, k, vector)
-    score, unit, ones = units.of_tile().zero_(), units.of_tile(), vector.new_zeros(vector.shape[0])
+    score, unit, ones = units.new_tile().zero_(), units.new_tile(), vector.new_zeros(vector.shape[0])
     for a in range(q.shape[-1]):
         if units.factored[a]:
             score.addcdiv_(-2 * vector[:, None, None, a], units.one_plus_exp(a, unit))
@@ -46,7 +46,7 @@ def score_tile_backward(
         return grad @ k, grad.mT @ q, None
     assert vector is not None
     units = _Units(kind, q, k, vector)
-    unit, by_unit, total = units.of_tile(), units.of_tile(), grad.sum((0, 2, 3))
+    unit, by_unit, total = units.new_tile(), units.new_tile(), grad.sum((0, 2, 3))
     grad_q, grad_k, grad_vector = torch.empty_like(q), torch.empty_like(k), torch.empty_like(vector)
     for a in range(q.shape[-1]):
         if units.factored[a]:
@@ -80,7 +80,7 @@ class _Units:
             self.exp_q, self.exp_keys = torch.exp(2 * q), torch.exp(2 * self.keys)
             self.ones = q.new_ones(k.shape[-2])
 
-    def of_tile(self) -> Tensor:
+    def new_tile(self) -> Tensor:
         return self.q.new_empty(*self.q.shape[:-1], self.keys.shape[-1])
 
     def one_plus_exp(self, a: int, out: Tensor) -> Tensor:

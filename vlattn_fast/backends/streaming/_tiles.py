@@ -1,6 +1,6 @@
 """Tiles of the score matrix: some query rows with all their keys, so that each statistic of a row is a plain reduction.
 
-A tile holds at most `tile_elements` scores, or one row of one head where that is longer. So memory is O(N + M), and on a CPU the
+A tile holds at most `tile_elements` scores, or one row of one head if that is longer. So memory is O(N + M), and on a CPU the
 temporaries of one tile stay in cache.
 """
 
@@ -45,7 +45,10 @@ class Tiling:
         return max(1, min(self.num_queries, self.elements // max(1, self.num_keys)))
 
     def query_tiles(self) -> Iterator[tuple[slice, slice]]:
-        """Slices of the batch and of the query rows. A tile has several samples only where it has all their rows and heads."""
+        """Returns slices of the batch and of the queries.
+
+        A tile has several samples only if it has all their queries and heads.
+        """
         step_i = self._rows_per_tile()
         per_sample = max(1, self.num_keys) * step_i * self.num_heads
         step_b = max(1, self.elements // max(1, per_sample)) if step_i == self.num_queries else 1
@@ -84,7 +87,7 @@ class Masks:
         """
         added = []
         if self.row_bias is not None:
-            added.append(self.of_groups(self.row_bias[b, h, i], b))
+            added.append(self.group_bias_of(self.row_bias[b, h, i], b))
         mask = None if self.attn_mask is None else self.attn_mask.expand(shape)[b, h, i]
         if mask is not None and mask.dtype != torch.bool:
             added.append(mask)
@@ -104,7 +107,7 @@ class Masks:
             score = score.masked_fill(o_kv > o_q[:, None], -torch.inf)
         return score
 
-    def of_groups(self, rows: Tensor, b: slice) -> Tensor:
+    def group_bias_of(self, rows: Tensor, b: slice) -> Tensor:
         """Numbers (b, h, i, G) for the groups of keys, as (b, h, i, M); 0 for a key without a group."""
         assert self.key_groups is not None
         return columns_of_groups(rows, self.key_groups[b])

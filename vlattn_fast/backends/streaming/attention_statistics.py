@@ -1,7 +1,6 @@
 """attention_statistics in O(N + M) memory with plain PyTorch, on any device and dtype.
-
-A tile holds full rows of A, so each statistic of a row is one reduction. The backward pass recomputes the tiles; beside the
-inputs it needs argmax only.
+ A tile holds full rows of A, so each statistic of a row is one reduction. The backward pass recomputes the tiles; in addition to
+the inputs it only needs argmax.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor,
         if grad_entropy is not None:
             # the 1 of d(-P log P)/dP = -(log P + 1) cancels in the softmax
             grad_prob -= grad_entropy[b, h, i, None] * torch.where(prob > 0, prob.log(), 0.0)
-        if grad_maximum is not None and inputs.argmax is not None:  # which comes beside it
+        if grad_maximum is not None and inputs.argmax is not None:  # which comes with it
             grad_prob += torch.where(o_kv == inputs.argmax[b, h, i, None], grad_maximum[b, h, i, None], 0.0)
         if grad_received is not None:
             grad_row = grad_received[b, h, None, :]  # the same for every query

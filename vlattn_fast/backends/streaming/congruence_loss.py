@@ -31,7 +31,7 @@ from vlattn_fast.backends.streaming._tiles import Tiling, tile_elements
 
 
 def forward(inputs: CongruenceLossInputs) -> tuple[Tensor, Tensor]:
-    """The loss of each sample, (B), and an empty tensor: no maps are kept."""
+    """Returns the loss of each sample, (B), and an empty tensor: no maps are stored."""
     text = inputs.queries[0]
     loss = text.new_zeros(text.shape[0], dtype=compute_dtype(text))
     for b in _batches(inputs.queries):
@@ -70,14 +70,14 @@ class _Block:
     def __init__(self, query: Tensor, key: Tensor, tokens: Tensor, padding: Tensor | None, scale: float) -> None:
         self.query, self.key, self.scale = query, key, scale
         self.tokens = tokens  # (b, N): real tokens among the queries
-        self.padding = padding  # (b, 1, M): padding among the keys; None where there is none
+        self.padding = padding  # (b, 1, M): padding among the keys; None if there is none
         self.num_heads, self.dtype = query.shape[1], compute_dtype(query)
         self.all_rows = slice(0, query.shape[2])
 
     def tiles(self, width: int = 0) -> list[slice]:
-        """Slices of the rows. `width`: the length of the rows that the caller holds beside them, where that is more."""
-        of_one_head = Tiling.of(self.query, 1, 1, self.query.shape[2], max(width, self.key.shape[2]))
-        return [i for _, i in of_one_head.query_tiles()]
+        """Returns slices of the rows. `width`: the length of the rows that the caller also holds, if that is more."""
+        head_tiling = Tiling.of(self.query, 1, 1, self.query.shape[2], max(width, self.key.shape[2]))
+        return [i for _, i in head_tiling.query_tiles()]
 
     def map_tile(self, i: slice) -> Tensor:
         """Rows i of the block, (b, I, M)."""

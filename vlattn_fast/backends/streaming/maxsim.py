@@ -1,6 +1,6 @@
 """maxsim in bounded memory with plain PyTorch: products of a tile of query tokens with one document, or with several short ones.
 
-Beside inputs and result there are, for each pair of a query and a document, a maximum and its place for each query token.
+In addition to inputs and result it stores a maximum and its index, per pair of query and document and per query token.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from vlattn_fast.backends.streaming import _tiles
 
 
 def forward(inputs: MaxsimInputs) -> tuple[Tensor, Tensor]:
-    """similarity (A, B), and the places of the largest products, int32 (A, B, N). Tokens that are not real are zeros."""
+    """Returns similarity (A, B), and the indices of the largest products, int32 (A, B, N). Tokens that are not real are zeros."""
     queries, documents, mask = inputs.queries, inputs.documents, inputs.document_mask
     (num_queries, tokens, _), (num_documents, keys, _) = queries.shape, documents.shape
     dtype = compute_dtype(queries)
@@ -35,7 +35,7 @@ def forward(inputs: MaxsimInputs) -> tuple[Tensor, Tensor]:
             if inputs.saves:
                 largest[i, b], where = scores.max(-1)
                 places[i, b] = where.to(torch.int32)
-            else:  # a maximum alone takes a quarter of the time
+            else:  # only a maximum takes a quarter of the time
                 largest[i, b] = scores.amax(-1)
     counts = torch.full_like(largest, keys > 0, dtype=torch.bool)
     if mask is not None:

@@ -89,7 +89,7 @@ def _visible(i: slice, ahead: int, low: int, is_key: Tensor, window: int) -> Ten
 
 
 def _groups(inputs: PagedAttentionStatisticsInputs, r: int, low: int, high: int) -> Tensor | None:
-    """The groups of these keys, (1, high - low); None where no mass is asked for."""
+    """The groups of these keys, (1, high - low); None if no mass is asked for."""
     if inputs.key_groups is None or inputs.num_groups == 0:
         return None
     groups = inputs.key_groups[r, low:high].long()

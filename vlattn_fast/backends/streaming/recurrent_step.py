@@ -1,14 +1,14 @@
 """recurrent_step in O(N) memory with plain PyTorch, on any device and dtype.
 
-The keys are swept from the last to the first. Each query t has a state row z, which is q_t where the sweep reaches it:
+The keys are swept from the last to the first. Each query t has a state row z, which is q_t when the sweep reaches it:
 
     A_ts = w_s z . k_s,  w_s = beta_s or 1;      then  z <- (z - beta_s (z . k_s) k_s) * a_s
 
 No decay is divided by, and none is a difference of sums of logarithms, so a decay of 0 is as good as any. A step is linear in z.
 So a chunk of C tokens is one matrix, `_sweep`: the sweep over its own queries and over the unit vectors. Its rows for unit
-vectors take all later queries through the chunk in one product, z -> (columns of A, z behind the chunk). A sequence of one chunk
+vectors take all later queries through the chunk in one product, z -> (columns of A, z after the chunk). A sequence of one chunk
 has no later queries, and no such rows.
-A tile of queries has its whole rows of A, and no tile is kept. The backward pass computes tiles and sweeps again.
+A tile of queries has its whole rows of A, and no tile is stored. The backward pass computes tiles and sweeps again.
 """
 
 from __future__ import annotations
@@ -109,13 +109,13 @@ def backward(inputs: RecurrentStepBackwardInputs) -> tuple[Tensor | None, ...]:
     if not inputs.need_inputs:
         return first, *(None,) * 7
     # a row that is divided by its sum: the gradient of the sum is that of all of the row's numbers
-    of_sum = (relevancy * by_relevancy).sum(1) / divisors if inputs.row_normalize else None
+    grad_of_sum = (relevancy * by_relevancy).sum(1) / divisors if inputs.row_normalize else None
     weighted, gradients = relevancy / divisors[:, None], abar.zeros()
     for part in abar.parts(gradients):
         for tile in part.tiles():
             by_each = weighted[part.b, :, tile.i].mT @ grad[part.b, :, : tile.stop]
-            if of_sum is not None:
-                by_each -= of_sum[part.b, tile.i, None]
+            if grad_of_sum is not None:
+                by_each -= grad_of_sum[part.b, tile.i, None]
             tile.backward(by_each[:, None])
         part.backward()
     return first, *gradients.result(abar)
@@ -210,9 +210,9 @@ class _Part:
         self.by_matrices = torch.zeros_like(self.matrices) if gradients is not None else None
 
     def _chunks(self, x: Tensor) -> Tensor:
-        """(b, h, N, ...) as (b * h * chunks, C, ...). Zeros behind the last token reach none before it."""
-        behind = self.num_chunks * self.chunk - self.length
-        padding = (0, 0) * (x.dim() - 3) + (0, behind)
+        """(b, h, N, ...) as (b * h * chunks, C, ...). Zeros after the last token reach none before it."""
+        missing = self.num_chunks * self.chunk - self.length
+        padding = (0, 0) * (x.dim() - 3) + (0, missing)
         return F.pad(x, padding).unflatten(2, (self.num_chunks, self.chunk)).flatten(0, 2)
 
     def tiles(self) -> Iterator[_Tile]:
@@ -240,7 +240,7 @@ class _Part:
 
 
 class _Tile:
-    """Some queries i of a part with their keys, which end where the queries do."""
+    """Some queries i of a part with their keys, which end with the queries."""
 
     def __init__(self, part: _Part, i: slice) -> None:
         self.part, self.i, self.stop = part, i, i.stop
@@ -284,7 +284,7 @@ class _Tile:
         self._map_backward(by_a, states)
 
     def _map(self, states: list[Tensor] | None = None) -> Tensor:
-        """A (b, h, i, stop). `states` takes the queries' states in front of each chunk, from the last chunk to the first."""
+        """A (b, h, i, stop). `states` takes the queries' states before each chunk, from the last chunk to the first."""
         part, query = self.part, self.part.abar.query
         num_rows, chunk = self.i.stop - self.i.start, part.chunk
         a = query.new_zeros(*part.heads, num_rows, self.stop)
@@ -295,8 +295,8 @@ class _Tile:
             if states is not None:
                 states.append(z[:, :, later].clone())
             if later.start < num_rows:
-                behind = z[:, :, later] @ matrix[:, :, chunk:]
-                a[:, :, later, keys], z[:, :, later] = behind[..., :size], behind[..., chunk:]
+                swept = z[:, :, later] @ matrix[:, :, chunk:]
+                a[:, :, later, keys], z[:, :, later] = swept[..., :size], swept[..., chunk:]
             if those is not None:
                 a[:, :, those, keys], z[:, :, those] = matrix[:, :, :size, :size], matrix[:, :, :size, chunk:]
         if (diagonal := part.abar.diagonal) is not None:
@@ -317,9 +317,9 @@ class _Tile:
             if later.start == by_a.shape[2]:
                 continue
             by_columns = F.pad(by_a[:, :, later, keys], (0, chunk - size))
-            behind = torch.cat([by_columns, by_z[:, :, later]], -1)
-            by_matrix[:, :, chunk:] += z.mT @ behind
-            by_z[:, :, later] = behind @ matrix[:, :, chunk:].mT
+            by_swept = torch.cat([by_columns, by_z[:, :, later]], -1)
+            by_matrix[:, :, chunk:] += z.mT @ by_swept
+            by_z[:, :, later] = by_swept @ matrix[:, :, chunk:].mT
 
     def _chunks(self) -> Iterator[tuple[slice, slice | None, slice]]:
         """From the last chunk to the first: its keys, and among the tile's rows its queries, if they are here, and all later
@@ -343,8 +343,8 @@ class _Tile:
 def _sweep(tokens: _Tokens, has_later: bool, states: list[Tensor] | None = None) -> Tensor:
     """The matrices (G, C + Dk or C, C + Dk) of chunks, whose tokens are (G, C, ...).
 
-    The first C rows are those of the chunk's queries; where it `has_later` queries the others are those of the unit vectors. The
-    first C columns are those of A, the others the state behind the chunk. `states` takes the states in front of each token, the
+    The first C rows are those of the chunk's queries; if it `has_later` queries the others are those of the unit vectors. The
+    first C columns are those of A, the others the state after the chunk. `states` takes the states before each token, the
     last first.
     """
     query, key, decay, beta = tokens
@@ -353,7 +353,7 @@ def _sweep(tokens: _Tokens, has_later: bool, states: list[Tensor] | None = None)
     rows = torch.cat([query, unit.expand(count, dim, dim)], 1) if has_later else query.clone()
     columns = query.new_zeros(count, rows.shape[1], chunk)
     for s in reversed(range(chunk)):
-        z = rows[:, s:]  # that of a query in front of the token is as it was
+        z = rows[:, s:]  # that of a query before the token is unchanged
         if states is not None:
             states.append(z.clone())
         written = z @ key[:, s, :, None]

@@ -1,6 +1,6 @@
 """score_attention in O(N + M) memory with plain PyTorch, on any device and dtype.
 
-Dot products run in PyTorch's fused CPU kernel where it takes the call (`_fused_cpu`); everything else runs tile by tile, and
+Dot products run in PyTorch's fused CPU kernel if it supports the call (`_fused_cpu`); everything else runs tile by tile, and
 the backward pass recomputes each tile.
 """
 
@@ -112,7 +112,7 @@ def second(inputs: ScoreAttentionSecondInputs) -> tuple[Tensor, Tensor | None, T
             delta = delta - inputs.grad_lse[b, h, i, None].to(dtype)
         x = scale * (by_q @ k.mT + q @ by_k.mT)
         if inputs.by_row_bias is not None:
-            x = x + masks.of_groups(inputs.by_row_bias[b, h, i].to(dtype), b)
+            x = x + masks.group_bias_of(inputs.by_row_bias[b, h, i].to(dtype), b)
         xi = (p * x).sum(-1, keepdim=True)
         grad_score, by_dp = p * (dp - delta), p * (x - xi) * factor
         by_p = x * (dp - delta) - xi * dp + by_p
