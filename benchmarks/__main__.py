@@ -1,4 +1,4 @@
-"""python -m vlattn_fast.benchmarks: measure, measure the host alone, look for cliffs, or draw the report."""
+"""Times operators and tasks, only their host code (`host`) or steps of size (`cliffs`), or writes the report (`report`)."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def main(arguments: list[str] | None = None) -> int:
         return cliffs.main(words[1:])
     parser = argparse.ArgumentParser(prog="python -m vlattn_fast.benchmarks", description=__doc__)
     parser.add_argument(
-        "names", nargs="*", help="files or single benchmarks (--list); all by default; or `report`, `host` or `cliffs`"
+        "names", nargs="*", help="Benchmarks or files of them (see --list). Default: all. Or `report`, `host` or `cliffs`."
     )
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--quick", action="store_true", help="small sizes and few rounds; stores records only with --out")
-    parser.add_argument("--no-compile", dest="compiled", action="store_false", help="nothing under torch.compile")
-    parser.add_argument("--rounds", type=int, help="calls of each variant")
-    parser.add_argument("--out", type=Path, help="JSON file that records are added to, or a folder for <device>.json")
-    parser.add_argument("--list", action="store_true", help="only name the benchmarks")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="Device. Default: cpu.")
+    parser.add_argument("--quick", action="store_true", help="Use small sizes and few rounds; store results only with --out.")
+    parser.add_argument("--no-compile", dest="compiled", action="store_false", help="Leave out variants under torch.compile.")
+    parser.add_argument("--rounds", type=int, help="Number of timed calls of each variant. Default: the benchmark's.")
+    parser.add_argument("--out", type=Path, help="File to which results are added, .json, or a folder for <device>.json.")
+    parser.add_argument("--list", action="store_true", help="Print the names of the benchmarks, and run none.")
     options = vars(parser.parse_args(words))
     try:
         if options.pop("list"):
@@ -48,10 +48,13 @@ def main(arguments: list[str] | None = None) -> int:
 def _report(arguments: list[str]) -> int:
     from vlattn_fast.benchmarks._report import write
 
-    parser = argparse.ArgumentParser(prog="python -m vlattn_fast.benchmarks report")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
+    parser = argparse.ArgumentParser(
+        prog="python -m vlattn_fast.benchmarks report", description="Writes the report of stored results."
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, help=f"Folder of the results. Default: {RESULTS}.")
     in_a_clone = RESULTS.parent == HERE
-    parser.add_argument("--out", type=Path, default=HERE.parent / "build" / "report.md" if in_a_clone else Path("report.md"))
+    default = HERE.parent / "build" / "report.md" if in_a_clone else Path("report.md")
+    parser.add_argument("--out", type=Path, default=default, help=f"File to write. Default: {default}.")
     options = parser.parse_args(arguments)
     for path in write(options.results, options.out):
         print(f"wrote {path}")

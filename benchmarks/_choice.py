@@ -30,12 +30,12 @@ def declared(device_type: str = "cpu") -> list[Benchmark]:
 
 
 def choose(names: Sequence[str], device_type: str = "cpu") -> list[Benchmark]:
-    """The benchmarks named by file, file/workload or in full; all by default. ValueError with the list for an unknown name."""
+    """Returns the benchmarks named by file, file/workload or in full; all by default. Raises ValueError for an unknown name."""
     everything = declared(device_type)
     for name in names:
         if not any(_answers(benchmark, name) for benchmark in everything):
             known = "\n  ".join([*MODULES, *(benchmark.name for benchmark in everything)])
-            raise ValueError(f"there is no benchmark {name!r}; there are\n  {known}")
+            raise ValueError(f"names must be of benchmarks; got {name!r}. There are\n  {known}")
     return [benchmark for benchmark in everything if not names or any(_answers(benchmark, name) for name in names)]
 
 

@@ -51,7 +51,7 @@ def _stored(path: Path) -> list[Any]:
 
 
 def check_path(path: Path) -> None:
-    """ValueError where `append` could not add records to `path`; a run checks this before its first benchmark."""
+    """Raises ValueError if `append` could not add results to `path`; a run checks this before its first benchmark."""
     check_writable("out", path.parent, folder=True)
     _stored(path)
 

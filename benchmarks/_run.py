@@ -30,7 +30,7 @@ def check_device(name: str) -> torch.device:
     if name not in ("cpu", "cuda"):
         raise ValueError(f"device must be cpu or cuda; got {name!r}")
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device must be cpu where torch sees no GPU; got 'cuda'")
+        raise ValueError("device must be cpu if torch finds no GPU; got 'cuda'")
     return torch.device(name)
 
 

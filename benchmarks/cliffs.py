@@ -1,11 +1,12 @@
-"""Random calls, as a day's users have them: the best backend that `auto` does not take, over `auto`.
+"""Times random calls of the operators: the best backend that `auto` does not take, over `auto`.
 
     python -m vlattn_fast.benchmarks cliffs [--minutes 5] [--seed 0] [--out FOLDER]
 
-A call is an operator with random sizes, dtype and masks, forward or forward and backward. Its rivals are every other backend that
-takes the call, and the formula with whole maps, in eager torch; for dot products torch's attention is the backend `sdpa`. All run
-in turns, and the smallest time counts; where `auto` is far behind, all run again. The twenty calls in which `auto` is furthest
-behind are printed and stored. So are attention and relevancy at sizes of models in bfloat16, whose rival is `auto` in float32.
+A call is an operator with random sizes, dtype and masks, forward or forward and backward. Its baselines are every other backend
+that supports the call, and the formula with whole maps, in eager torch; for dot products torch's attention is the backend `sdpa`.
+All run in turns, and the smallest time counts; if `auto` is much slower, all run again. The twenty calls in which `auto` is
+slowest in comparison are printed and stored. So are attention and relevancy at sizes of models in bfloat16, whose baseline is
+`auto` in float32.
 """
 
 from __future__ import annotations
@@ -168,9 +169,9 @@ def show(records: list[dict[str, Any]]) -> None:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m vlattn_fast.benchmarks cliffs", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--minutes", type=float, default=MINUTES, help=f"default {MINUTES:.0f}")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="Device. Default: cpu.")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help=f"Time limit. Default: {MINUTES:.0f}.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the calls. Default: 0.")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of cliffs-<device>.json, which records are added to")
     options = parser.parse_args(arguments)
     place = check_device(options.device)

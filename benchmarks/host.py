@@ -217,9 +217,9 @@ def main(arguments: list[str]) -> int:
         description=(__doc__ or "").splitlines()[0],
         epilog="Other options go to pytest-benchmark, such as --benchmark-autosave and --benchmark-compare.",
     )
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"timed calls of each pass; default {ROUNDS}")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of host-<device>.json, which records are added to")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="Device. Default: cpu.")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"Number of timed calls of each pass. Default: {ROUNDS}.")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="Folder of host-<device>.json, to which results are added.")
     options, pytest_options = parser.parse_known_args(arguments)
     place = check_device(options.device)
     command = shlex.join(["python", "-m", "vlattn_fast.benchmarks", "host", *arguments])

@@ -378,7 +378,7 @@ def test_vlattn_bench(only_congruence, tmp_path, monkeypatch):
 
 
 def test_wrong_options_are_refused(capsys):
-    with pytest.raises(ValueError, match="there is no benchmark 'flash'; there are\n  score_attention"):
+    with pytest.raises(ValueError, match="names must be of benchmarks; got 'flash'. There are\n  score_attention"):
         _run.run(["flash"])
     with pytest.raises(ValueError, match="rounds must be at least 1; got 0"):
         _run.run(["congruence_loss"], rounds=0)

@@ -1,4 +1,4 @@
-"""vlattn_fast: look inside, train on, and change the attention of vision-language models without a map per head."""
+"""vlattn_fast: explain, train on and change the attention of vision-language models, without a map per head."""
 
 import importlib
 import importlib.metadata
@@ -62,7 +62,7 @@ if TYPE_CHECKING:
 
     __version__: str
 
-# imported when they are first asked for, since they take long
+# imported at first use, since they take long
 _PACKAGES = "interpret", "methods", "models", "nn", "train"
 _MOVED = {"lab": "vlattn-lab", "serve": "vlattn-vllm"}  # folders of packages/, each a package of its own
 
@@ -129,10 +129,10 @@ warn_of_two_trees()
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a package, or a function or class of `vlattn_fast.interpret`, at its first use; asks what version is installed.
+    """Imports a package, or a function or class of `vlattn_fast.interpret`, at its first use; returns the installed version.
 
     Raises:
-        AttributeError: there is no such name; for one that became a package of its own, this names the package.
+        AttributeError: if there is no such name; for one that became a package of its own, the message names the package.
     """
     if name in _PACKAGES:
         return importlib.import_module(f"{__name__}.{name}")

@@ -179,16 +179,16 @@ def check_options(direction: Any, first_norm: Any, smooth: Any, aggregation: Any
         check_positive("lambda_lse", lambda_lse)
 
 
-def _check_lengths(name: str, lengths: Any, of_name: str, of: Tensor) -> None:
+def _check_lengths(name: str, lengths: Any, tokens_name: str, tokens: Tensor) -> None:
     if lengths is None:
         return
-    check_tensor(name, lengths, rank=1, shape=f"(the number of real rows of each of {of_name})")
+    check_tensor(name, lengths, rank=1, shape=f"(the number of real tokens of each of {tokens_name})")
     if lengths.dtype != torch.int64:
         raise TypeError(f"{name} must be int64; got {describe(lengths)}")
-    if lengths.device.type != "cpu" and lengths.device != of.device:
-        raise ValueError(f"{name} must be on the CPU or on the device of {of_name}, {of.device}; got {describe(lengths)}")
-    if lengths.shape[0] != of.shape[0]:
-        raise ValueError(f"{name} must have one entry for each of the {of.shape[0]} {of_name}; got {describe(lengths)}")
+    if lengths.device.type != "cpu" and lengths.device != tokens.device:
+        raise ValueError(f"{name} must be on the CPU or on the device of {tokens_name}, {tokens.device}; got {describe(lengths)}")
+    if lengths.shape[0] != tokens.shape[0]:
+        raise ValueError(f"{name} must have one entry for each of the {tokens.shape[0]} {tokens_name}; got {describe(lengths)}")
 
 
 def check_positive(name: str, value: float) -> None:
