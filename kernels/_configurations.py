@@ -1,4 +1,4 @@
-"""Tiles, warps and stages of the launches: a table with a reason a line.
+"""Tiles, warps and stages of the launches: a table with a reason per line.
 
 A launch takes the first of its kernel's lines whose conditions it meets. A reason that names an H100 was measured there: the
 part "tiles" of benchmarks/results/gpu.json has 180 times of three kernels, and a reason "as for" carries them over to a similar
@@ -57,8 +57,8 @@ def _meets(fact: Any, condition: Any) -> bool:
 def configuration(operator: str, kernel: str, **facts: Any) -> Config:
     """The configuration of a launch: as it was measured on this kind of device, or by the table. It is shared: do not change it.
 
-    Measured ones have the facts in their names, in the order of the call. A number stands there for all up to the next power of
-    two.
+    Measured ones have the metadata in their names, in the order of the call. A number stands there for all up to the next power
+    of two.
     """
     architecture = _current()
     if not (OVERRIDES or MEASURED):
@@ -75,8 +75,8 @@ def by_table(operator: str, kernel: str, **facts: Any) -> Config:
 
 
 def cached_launch(make: Callable[..., Launch]) -> Callable[..., Launch]:
-    """`make(*facts)`, kept for later launches with the same facts: a model asks for the same in each of its layers. While
-    OVERRIDES are tried, nothing is kept."""
+    """Returns `make` with a cache: launches with the same metadata are computed once, since a model asks for the same in each of
+    its layers. While OVERRIDES are tried, nothing is cached."""
 
     @functools.lru_cache(maxsize=4096)
     def kept(architecture: str | None, *facts: Any) -> Launch:

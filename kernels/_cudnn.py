@@ -1,7 +1,7 @@
 """The forward pass of long causal dot products by cuDNN, as torch calls it for scaled_dot_product_attention.
 
-On an H100, with 16,384 tokens and 32 heads of 128 in bfloat16, cuDNN took 3.4 ms where the Triton kernel of then took 6.0
-(docs/kernels.md). The backward pass needs out and lse alone, so it stays ours. cuDNN makes a plan for each new shape,
+On an H100, with 16,384 tokens and 32 heads of 128 in bfloat16, cuDNN took 3.4 ms and the Triton kernel of then 6.0
+(docs/kernels.md). The backward pass only needs out and lse, so it stays ours. cuDNN makes a plan for each new shape,
 and each thread keeps its plans. `torch.backends.cuda.enable_cudnn_sdp(False)` turns this off, as it does for
 torch's own attention.
 """
@@ -25,7 +25,7 @@ attend = getattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention", None)  #
 
 
 def out_and_lse(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor] | None:
-    """out (B, H, N, D), laid out (B, N, H, D), and lse (B, H, N) in float32; None where the Triton kernel runs."""
+    """out (B, H, N, D), laid out (B, N, H, D), and lse (B, H, N) in float32; None if the Triton kernel runs."""
     # what most calls are not comes first: each call of the Triton backend asks
     if not (_is_plain(inputs) and _on_hopper(inputs.query) and _is_long(inputs)) or attend is None or _version() < OLDEST:
         return None

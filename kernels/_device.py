@@ -16,7 +16,7 @@ Launcher = TypeVar("Launcher", bound=Callable[..., Any])
 def on_device(launcher: Launcher) -> Launcher:
     """`launcher`, a function of an operator's inputs, run with the device of its tensors as the current device.
 
-    Triton launches on the current device, whatever device the tensors are on. They differ where the layers of a model lie on
+    Triton launches on the current device, whatever device the tensors are on. They differ if the layers of a model lie on
     several devices (device_map="auto").
     """
 

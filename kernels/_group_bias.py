@@ -5,13 +5,13 @@ is subtracted from the logits of a row anyway, and costs no instruction a pair. 
 the group has changed up to key j, and the group. All keys between two keys of the same word have one group. In other tiles a loop
 goes over the groups that are there. It stands in a branch, so the products of the loop over tiles still run ahead.
 
-Tiles whose groups are hidden from all queries of a program are not visited: in front of the first run of keys that some query
-sees, behind the last one, and in the longest gap between. A loop goes over the other tiles as if they stood together, since a
+Tiles whose groups are masked for all queries of a program are not visited: before the first run of keys that is visible to some
+query, after the last one, and in the longest gap between. A loop goes over the other tiles as if they were contiguous, since a
 branch around its products would keep copies from running ahead.
 
 In kernels a group's number is one more than the caller's, and 0 is no group, whose bias is 0.
 
-A product adds the bias to dot products in 16 bits, of up to MULTIPLIED groups and beside no attn_mask (`GROUP_PRODUCT`):
+A product adds the bias to dot products in 16 bits, of up to MULTIPLIED groups and without attn_mask (`GROUP_PRODUCT`):
 logits += parts @ members^T. A row of members has ones for the group of its key, a row of parts the bias of its query, divided by
 the scale, as a sum of two numbers of 16 bits or more. A bias that such numbers do not hold is special: -inf, which masks a pair
 whatever the score is, NaN, and what is large. Its part is 0, and a branch adds it, which only blocks of queries with a special
@@ -40,11 +40,11 @@ PADDED = tl.constexpr(128)  # rows are padded to a multiple of it, as many as th
 
 
 class GroupBias(NamedTuple):
-    """The tensors that kernels read beside row_bias, by `prepared`.
+    """The tensors that kernels read in addition to row_bias, by `prepared`.
 
     bias (B, H, 1 + G, padded N) in base 2; masked (B, H, 1 + G) int32: whether it is -inf for some query. words
-    (B, M + RUNS + 1) int64: of each key the number of the run of equal groups in which it stands, times 2^32, and the
-    group; behind them of each run its first key, M behind the last run, times 2^32, and the group.
+    (B, M + RUNS + 1) int64: of each key the number of its run of equal groups, times 2^32, and the
+    group; after them of each run its first key, M after the last run, times 2^32, and the group.
     """
 
     bias: Tensor

@@ -13,12 +13,12 @@ FEW_GROUPS = 4
 
 
 def few(num_groups: int) -> int:
-    """How many groups are summed one by one; 0 where a product sums all of them."""
+    """How many groups are summed one by one; 0 if a product sums all of them."""
     return num_groups if num_groups <= FEW_GROUPS else 0
 
 
 def as_members(key_groups: Tensor, num_groups: int) -> Tensor:
-    """(B, G, M) float32: 1 where a key is in a group, else 0.
+    """(B, G, M) float32: 1 if a key is in a group, else 0.
 
     M is padded to a multiple of 128, as many as the largest tile has, so that tiles are loaded without a mask.
     """

@@ -1,9 +1,9 @@
-"""Compiles the kernels of this package by another ptxas where Triton's own one is of CUDA 12.8.
+"""Compiles the kernels of this package by another ptxas if Triton's own one is of CUDA 12.8.
 
 That one can lose the address of an operand of wgmma, which tools/compiled/descriptors.py finds in machine code. On an H100
 `paged_attention_statistics` then ended in an illegal access; other kernels would read other numbers. Triton 3.6 and 3.7 have a
-ptxas of CUDA 12.8 for Hopper, and a newer one for Blackwell beside it. Both make the same machine code of the 20 kernels that
-take the most time. A ptxas that TRITON_PTXAS_PATH names is kept, unless it is one of CUDA 12.8, too.
+ptxas of CUDA 12.8 for Hopper, and also a newer one for Blackwell. Both make the same machine code of the 20 kernels that
+take the most time. A ptxas that TRITON_PTXAS_PATH names is used, unless it is one of CUDA 12.8, too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def is_faulty() -> bool:
 
 
 def newer_ptxas() -> str | None:
-    """The path of a ptxas that can take the place of a faulty one; None where there is no such thing.
+    """The path of a ptxas that can replace a faulty one; None if there is none.
 
     A driver runs what a ptxas of its major version of CUDA makes, and the driver is as new as torch's CUDA.
     """
@@ -40,7 +40,7 @@ def newer_ptxas() -> str | None:
 
 @functools.cache
 def warn() -> None:
-    """Says once that nothing takes the place of a faulty ptxas, where a Hopper is there."""
+    """Says once that nothing replaces a faulty ptxas, if there is a Hopper GPU."""
     if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9:
         warnings.warn(
             f"Triton {triton.__version__} compiles for this GPU by ptxas of CUDA {FAULTY}, which can lose addresses: some "

@@ -73,7 +73,7 @@ def sides(inputs: Inputs) -> tuple[Side, Side]:
 
 
 def chunks(context: Side, query: Side) -> Iterator[tuple[slice, list[slice]]]:
-    """Slices of the context sets, each with the slices of the query sets. They depend on shapes and the device's size alone."""
+    """Slices of the context sets, each with the slices of the query sets. They only depend on shapes and the device's size."""
     (num_x, size, _), (num_y, n, _) = context[0].shape, query[0].shape
     m, most = padded(size), _map_elements(context[0].device)
     step_x = _even(num_x, most // (m * max(m, num_y * n)))  # m for the Gram matrices
@@ -89,7 +89,7 @@ def padded(size: int) -> int:
 
 
 def _map_elements(device: torch.device) -> int:
-    """Elements of each map of a chunk, or of one pair where that is more: a power of two.
+    """Elements of each map of a chunk, or of one pair if that is more: a power of two.
 
     The backward pass holds about twelve maps of at most eight bytes. They take a sixteenth of the device's memory; what of it is
     free is not asked, since the order of sums would depend on it.
@@ -155,11 +155,11 @@ class Queries:
             self.wide = self.rows.to(dtype)
 
     def new_map(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        """(L, ...), or (parts, L, ...). A product takes whole maps, so there must be no garbage behind the packed rows."""
+        """(L, ...), or (parts, L, ...). A product takes whole maps, so there must be no garbage after the packed rows."""
         return self.rows.new_empty(shape, dtype=dtype) if self.place is None else self.rows.new_zeros(shape, dtype=dtype)
 
     def unpack(self, x: Tensor) -> Tensor:
-        """Rows (L, ...) in their places among all rows of the sets."""
+        """Rows (L, ...) at their positions among all rows of the sets."""
         return x if self.place is None else x[self.place]
 
 

@@ -118,7 +118,7 @@ def input_precision(dtype: torch.dtype = torch.float32) -> str:
 def aligned(x: Tensor) -> Tensor:
     """`x` with a last stride of 1. Rows of a multiple of 8 features begin at multiples of 8, as `load_rows` expects.
 
-    It is copied where that is not so. Triton sees by itself what is divisible by 16; heads of 72 features are not.
+    It is copied if that is not so. Triton finds by itself what is divisible by 16; heads of 72 features are not.
     """
     needed = alignment(x.shape, x.stride())
     return x if needed and x.data_ptr() % needed == 0 else x.clone(memory_format=torch.contiguous_format)
@@ -126,7 +126,7 @@ def aligned(x: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=1024)
 def alignment(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
-    """The number of bytes that must divide a tensor's address, else `aligned` copies it; 0 where it copies in any case."""
+    """The number of bytes that must divide a tensor's address, else `aligned` copies it; 0 if it always copies."""
     size = shape[-1]
     if stride[-1] != 1 and size > 1:
         return 0
@@ -245,7 +245,7 @@ def launched(call: dict[str, Any]) -> dict[str, Any]:
     """The named arguments of a launch.
 
     Its constants `C` are wrapped one by one: Triton 3.6 knows those of a tuple by that. A product and a sum become one
-    instruction, which Triton 3.10 does on request alone.
+    instruction, which Triton 3.10 only does on request.
     """
     return {**call, "C": wrapped(call["C"]), "enable_fp_fusion": True}
 

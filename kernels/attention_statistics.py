@@ -248,7 +248,7 @@ def _arguments(inputs: AttentionStatisticsInputs | AttentionStatisticsBackwardIn
 
 
 def _facts(query: Tensor, key: Tensor, num_groups: int, attn_mask: Tensor | None) -> dict[str, Any]:
-    """The facts of a launch that choose its configuration."""
+    """Returns the metadata of a launch that choose its configuration."""
     (_, _, num_q, size), num_kv = query.shape, key.shape[2]
     return {"dtype": query.dtype, "N": num_q, "M": num_kv, "size": size, "groups": num_groups, "masked": attn_mask is not None}
 

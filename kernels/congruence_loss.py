@@ -53,7 +53,7 @@ _CHUNK_BYTES, _MAPS = 1 << 28, 6  # a chunk of samples holds about _MAPS maps of
 
 @on_device
 def forward(inputs: CongruenceLossInputs) -> tuple[Tensor, Tensor]:
-    """The loss of each sample, (B), and an empty tensor: nothing is kept for the backward pass."""
+    """The loss of each sample, (B), and an empty tensor: nothing is stored for the backward pass."""
     queries = inputs.queries
     losses = [part.losses() for _, part in _chunks(inputs)]
     if len(losses) == 1:
@@ -281,7 +281,7 @@ class _Chunk:
 def _divergence_launch(
     sizes: tuple[int, int], sides: tuple[int, ...], kind: str, masked: bool, whole: bool, grad: bool
 ) -> tuple[int, dict[str, Any]]:
-    """The tiles of a sample, and the named arguments that all launches with these facts share."""
+    """The tiles of a sample, and the named arguments that all launches with this metadata share."""
     blocks = [block_size(size) for size in sizes]
     rows = [32 if whole else max(1, 2048 // block) for block in blocks]
     light = kind == "iais_singular" and whole and not grad  # eight warps would spill under Triton 3.6
@@ -303,7 +303,7 @@ def _gradient_launch(
     blocks: int,
     unread: int,
 ) -> tuple[dict[str, Any], Constants]:
-    """The named arguments that all launches with these facts share, and their constants."""
+    """The named arguments that all launches with this metadata share, and their constants."""
     L, V = sizes
     facts = {"kind": kind, "dtype": dtype, "L": L, "V": V, "size": features, "whole": whole}
     config = {**configuration("congruence_loss", kernel, **facts)}

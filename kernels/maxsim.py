@@ -59,7 +59,7 @@ class Sets(NamedTuple):
 
 @on_device
 def forward(inputs: MaxsimInputs) -> tuple[Tensor, Tensor]:
-    """similarity (A, B), and the places of the largest products, int32 (A, B, N), -1 for none."""
+    """similarity (A, B), and the indices of the largest products, int32 (A, B, N), -1 for none."""
     queries, documents, query_mask, document_mask = inputs.queries, inputs.documents, inputs.query_mask, inputs.document_mask
     (num_queries, tokens, _), num_documents = queries.shape, documents.shape[0]
     shape = num_queries, num_documents, tokens
@@ -77,7 +77,7 @@ def forward(inputs: MaxsimInputs) -> tuple[Tensor, Tensor]:
 
 @on_device
 def backward(inputs: MaxsimBackwardInputs) -> tuple[Tensor, Tensor]:
-    """Gradients of queries and documents; places as `forward` gave them."""
+    """Gradients of queries and documents; places: the indices from `forward`."""
     queries, documents, places = inputs.queries, inputs.documents, inputs.places.contiguous()
     grad_q = torch.zeros_like(queries, memory_format=torch.contiguous_format)
     grad_d = torch.zeros_like(documents, memory_format=torch.contiguous_format)
@@ -117,7 +117,7 @@ def _arguments(queries: Tensor, documents: Tensor, mask: Tensor | None) -> dict[
 
 
 def _facts(queries: Tensor, documents: Tensor) -> dict[str, object]:
-    """The facts of a launch that choose its configuration."""
+    """Returns the metadata of a launch that choose its configuration."""
     return {"dtype": queries.dtype, "M": documents.shape[1], "size": queries.shape[2]}
 
 

@@ -1,9 +1,9 @@
-"""paged_attention_statistics in Triton: statistics of packed queries over keys that lie in the blocks of a cache.
+"""paged_attention_statistics in Triton: statistics of packed queries over keys in the blocks of a cache.
 
 Shapes: query (T, H, D), key_cache (blocks, Hk, block size, D) of any strides, block_table (R, W), lengths (R), starts (R + 1),
 key_groups (R, K); mass (T, H, G), entropy, maximum, max_logit (T, H), received (R, H, M), M = W block size.
 Roofline: HBM for decoding, where a program reads each key once for all query heads that share it. For prompts a matrix product
-and an exponential per pair, in each of two passes where `received` is asked for.
+and an exponential per pair, in each of two passes if `received` is asked for.
 Trick: the host reads no value. T tokens of R requests have at most T / BLOCK_T + R tiles of BLOCK_T tokens of one request: so
 many programs run for each key head, find their request in `starts`, and those without tokens end at once. The rows of a tile are
 the tokens of all query heads that share keys. Measured on an H100: docs/operators.

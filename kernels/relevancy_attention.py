@@ -1,7 +1,7 @@
-"""relevancy_attention in Triton: a flash backward pass that also gives r Abar, and r Abar alone behind any attention.
+"""relevancy_attention in Triton: a flash backward pass that also gives r Abar, and only r Abar for any attention.
 
 Shapes: query (B, H, N, D), key (B, Hk, M, D), value (B, Hk, M, Dv), relevancy r (B, T, N) -> r Abar (B, T, M). Hk divides H.
-Roofline: tensor cores, 7 matrix products in the two passes of the backward, 5 in the one of few tokens, and 2 in r Abar alone
+Roofline: tensor cores, 7 matrix products in the two passes of the backward, 5 in the one of few tokens, and 2 in only r Abar
 (rule "gradient"). There the exponentials (MUFU) take as long at D = 64. r Abar within the backward pass adds a maximum and two
 multiply-adds per pair.
 The kernels are those of score_attention's backward pass (_products_backward.py), which carry rows of r along, and its
@@ -194,7 +194,7 @@ def _map_inputs(inputs: RelevancyStepInputs | RelevancyStepBackwardInputs, b: sl
 
 
 def _stored_maps(relevancy: Tensor, query: Tensor, key: Tensor) -> int:
-    """The number of samples whose Abar (N, M) `step` stores at once; 0 for few rows, and where a single map is too large.
+    """The number of samples whose Abar (N, M) `step` stores at once; 0 for few rows, and if a single map is too large.
 
     Together the maps have at most as many elements as the queries or the result, or 2^22: memory stays linear in the length.
     """

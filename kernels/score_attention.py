@@ -332,7 +332,7 @@ def row_statistics(
 
 
 def _prepare(x: Tensor, score: str, factor: float) -> Tensor:
-    """The part of a score that depends on the rows of x (B, H, N, A) alone.
+    """The part of a score that only depends on the rows of x (B, H, N, A).
 
     Cosine: 1 / |x|, (B, H, N). Hidden units: (B, H, A + 2, N), with A padded to an even number. `precomputed_at` says how N is
     padded, and what follows the units.
@@ -362,7 +362,7 @@ def _prepare(x: Tensor, score: str, factor: float) -> Tensor:
 def _forward_launch(
     constants: Constants, dtype: torch.dtype, num_q: int, num_k: int, negative: bool
 ) -> tuple[Config, dict[str, Any]]:
-    """The configuration of `_forward_kernel`, and the arguments that all its launches with these facts share. negative: whether
+    """The configuration of `_forward_kernel`, and the arguments that all its launches with this metadata share. negative: whether
     the scale is."""
     config = _config("forward", constants, dtype, num_q, num_k)
     tile = {"NEGATIVE": negative, "BLOCK_EDGE": _edge_of_keys(num_k, constants, config), **config}
@@ -393,7 +393,7 @@ def _parts(x: Call, constants: Constants, keys: int) -> Parts:
 
 
 def _boxes(call: dict[str, Any], config: Config, out: Tensor) -> dict[str, TensorDescriptor]:
-    """Tensor descriptors for `_forward_kernel`, where it computes scores ahead: on sm_90 and newer, in calls of many tokens.
+    """Tensor descriptors for `_forward_kernel`, if it computes scores ahead: on sm_90 and newer, in calls of many tokens.
 
     Descriptors do not know padding among the keys.
     """
