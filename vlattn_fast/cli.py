@@ -48,7 +48,9 @@ DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in checks.DTYPES)
 
 # options of methods, for each command that explains
 StartLayer = Annotated[int | None, typer.Option(help="First layer that counts; -1 is the last. Default: 0.")]
-Weighting = Annotated[str | None, typer.Option(help=f"Weights of method weighted: {', '.join(WEIGHTINGS)}. Default: {WEIGHTINGS[0]}.")]
+Weighting = Annotated[
+    str | None, typer.Option(help=f"Weights, method weighted: {', '.join(WEIGHTINGS)}. Default: {WEIGHTINGS[0]}.")
+]
 ThroughConnector = Annotated[bool, typer.Option("--through-connector", help="Continue into the vision tower.")]
 SinksOption = Annotated[str | None, typer.Option(help=f"Attention sinks: {', '.join(SINKS)}. Default: {SINKS[0]}.")]
 Freeze = Annotated[
