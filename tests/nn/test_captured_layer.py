@@ -147,7 +147,7 @@ def test_scale_and_mask_of_a_module_of_ones_own(way: str) -> None:
         ("additive", {}, "the score 'additive'"),
         ("scaled_dot", {"softcap": 2.0}, "a softcap"),
         ("scaled_dot", {"sink": True, "softcap": 2.0}, "a softcap and a sink"),
-        ("biased_general", {"sink": True}, "the score 'dot with an offset beside its sink'"),
+        ("biased_general", {"sink": True}, "the score 'dot with an offset and a sink'"),
     ],
 )
 def test_a_score_that_is_no_dot_product_has_no_scale(score: str, options: dict[str, Any], name: str) -> None:

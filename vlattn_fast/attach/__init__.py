@@ -1,6 +1,6 @@
-"""Sees and replaces the attention of a foreign model.
+"""Observes and replaces the attention of a foreign model.
 
 In: a model.
-Out: its attention calls, as tensors and masks, handed to the run that sees them.
+Out: its attention calls, as tensors and masks, handed to subscribers.
 Imports: ops, backends, _ground.
 """

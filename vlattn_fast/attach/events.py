@@ -1,7 +1,7 @@
 """What an `Observer` tells its subscribers about a model: which modules run, and each attention call.
 
 A call is one `Attention`, whether the model calls torch's scaled_dot_product_attention, nn.MultiheadAttention, transformers'
-attention interface or this package's score_attention, or writes attention out by hand. `RUNNING` is the run that sees the calls
+attention interface or this package's score_attention, or writes attention out by hand. `RUNNING` is the run that takes the calls
 of this thread.
 """
 
@@ -45,15 +45,15 @@ class Attention:
     query: Tensor
     key: Tensor  # (B, H, M, D)
     value: Tensor | None  # (B, H, M, Dv); None = the call is known by its softmax, and the model goes on with the map
-    # The options of the call, as scaled_dot_product_attention and score_attention take them; None = attention that is written
-    # out by hand does more than scale and mask its scores.
+    # The options of the call for scaled_dot_product_attention and score_attention; None = attention that is written out by hand
+    # does more than scale and mask its scores.
     masks: Mapping[str, Any] | None
     given: tuple[Any, Any, Any]  # query, key and value as the model has them
     dropout_p: float = 0.0
-    inputs: ScoreAttentionInputs | None = None  # of a call of score_attention
-    sink: Tensor | None = None  # the logit of its sink, which counts afterwards
-    lse: Tensor | None = None  # and the log-sum-exp that it counts beside
-    written: Any = None  # of attention that is written out by hand: the `WrittenProduct`
+    inputs: ScoreAttentionInputs | None = None  # for a call of score_attention
+    sink: Tensor | None = None  # the logit of its sink, which is applied afterwards
+    lse: Tensor | None = None  # and the log-sum-exp that the sink joins
+    written: Any = None  # for attention that is written out by hand: the `WrittenProduct`
 
     @property
     def is_one_head(self) -> bool:
@@ -94,19 +94,19 @@ Attend = Callable[[Attention], Any]
 class Subscriber:
     """What an `Observer` tells, for a subclass to override.
 
-    `on_attention` gets a function that goes on: to the next subscriber, at the end to the model's own computation. Where parts of
-    the model are replaced, the output (B, H, N, Dv) that it returns takes the place of the model's.
+    `on_attention` gets a function that goes on: to the next subscriber, at the end to the model's own computation. If parts of
+    the model are replaced, the output (B, H, N, Dv) that it returns replaces the model's.
     """
 
-    explains: ClassVar[bool] = False  # it belongs to `explain`, and others leave its runs alone
+    explains: ClassVar[bool] = False  # it belongs to `explain`, and others do not observe its runs
     edits: ClassVar[bool] = False  # it changes the attention, as `intervene` does
     trains: bool = True  # the model runs as it is, with its dropout
 
     def before_run(self) -> None:
-        """The observer is entered; an error refuses it."""
+        """The observer is entered; an error prevents it."""
 
     def begins(self, observer: Any) -> Iterator[Callable[[], object]]:
-        """What it attaches to the model by itself: yields the way back of each step (`Stepwise`)."""
+        """What it attaches to the model itself: yields a function that undoes each step (`Stepwise`)."""
         yield from ()
 
     def takes_arguments(self, module: nn.Module) -> bool:
@@ -127,8 +127,8 @@ class Subscriber:
         return inputs
 
     def takes_calls(self) -> bool:
-        """Whether the attention that runs now concerns it. Where it concerns nobody, the model's functions run as they are, and
-        other modes of torch see them."""
+        """Whether it takes the attention that runs now. If no subscriber does, the model's functions run unchanged, and other
+        modes of torch see them."""
         return True
 
     def on_attention(self, event: Attention, attend: Attend) -> Any:
@@ -142,12 +142,12 @@ class Subscriber:
         """score_attention also gave the model this log-sum-exp."""
 
     def on_call(self, run: ModuleRun, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Another function of torch is called; NotImplemented = it computes, else the result in place of the function's."""
+        """Another function of torch is called; NotImplemented = it runs, else the result that replaces the function's."""
         return NotImplemented
 
     def heads_of_map(self, run: ModuleRun, probabilities: Tensor, dim: Any, number: int) -> int:
-        """The heads of a softmax (B, H, N, M) or (B * H, N, M) over `dim` that a module takes itself. It is then followed to its
-        product with the values, an attention call of this `number` among the written ones; 0 = it is not followed."""
+        """The heads of a softmax (B, H, N, M) or (B * H, N, M) over `dim` that a module computes itself. It is then followed to
+        its product with the values, an attention call with this `number` among the written ones; 0 = it is not followed."""
         return 0
 
     def on_result(self, run: ModuleRun, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
@@ -156,11 +156,11 @@ class Subscriber:
     def on_recurrence(
         self, run: ModuleRun, reader: Any, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """A function that the table of recurrences names is called; NotImplemented = it computes, else the result."""
+        """A function in the table of recurrences is called; NotImplemented = it runs, else the result."""
         return NotImplemented
 
     def on_end(self) -> None:
-        """The observer has ended, maybe by an error."""
+        """The observer has ended, possibly with an error."""
 
 
 class Attends(Protocol):
@@ -200,7 +200,7 @@ class Plain:
 
 
 def edits_of(model: nn.Module | None) -> Any:
-    """What edits the attention of `model` in this thread (`intervening.editing`); None = nothing does.
+    """The edits of the attention of `model` in this thread (`intervening.editing`); None = no edits.
 
     Raises:
         ValueError: a run edits attention of another model, or `model` is None: the caller would not see its edits.
@@ -210,14 +210,14 @@ def edits_of(model: nn.Module | None) -> Any:
         return None
     if running.model is not model:
         raise ValueError(
-            "model must be left by va.intervene before another run sees its attention; got a call inside of one. Put all edits "
-            "into one intervene; inside of it, va.explain takes the edited model alone, by methods that read its attention"
+            "model must not be inside of va.intervene when another run observes its attention; got a call inside. Put all "
+            "edits into one intervene; inside of it, va.explain supports only the edited model and methods that use its attention"
         )
     return running.edits
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, options: Mapping[str, Any]) -> Tensor:
-    """torch's scaled_dot_product_attention by its options, or score_attention where it has not all of them."""
+    """torch's scaled_dot_product_attention with these options, or score_attention if torch lacks one of them."""
     if not options.keys().isdisjoint(("softcap", "sink", "group_bias")):
         return score_attention(query, key, value, **options)
     return functional.scaled_dot_product_attention(query, key, value, **options)
@@ -225,7 +225,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, options: Mapping[str, A
 
 @contextlib.contextmanager
 def plain() -> Iterator[None]:
-    """A context in which calls of transformers' attention interface become calls of torch, which any mode sees."""
+    """A context in which calls of transformers' attention interface become calls of torch, which every mode sees."""
     token = RUNNING.set(Plain())
     try:
         yield

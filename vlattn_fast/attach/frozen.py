@@ -1,11 +1,11 @@
 """Constants of the backward pass: denominators of norms, attention weights. The forward pass stays as it is.
 
-A norm is y = (x - mean(x)) / d(x) * weight + bias, or the same without the mean, where d(x) is the norm of the numerator. A
+A norm is y = (x - mean(x)) / d(x) * weight + bias, or the same without the mean; d(x) is the norm of the numerator. A
 gradient that comes back through it is orthogonal to x, so the contributions of tokens to x cancel. With a constant d, y is linear
 in x (Ali et al., ICML 2022; studies of circuits linearise models so).
 
 torch's own functions are replaced by one with this gradient. A module that writes its norm out is found by what it computes: a
-copy of it runs on numbers of our own, and on a multiple of them. If the output is the same, it divides by a norm of its input,
+copy of it runs on test inputs, and on a multiple of them. If the output is the same, it divides by a norm of its input,
 and the roots that it takes become constants. The gradient shows whether that is all: a linear function has <gradient, x> =
 <cotangent, y - bias>, a norm has <gradient, x> = 0.
 """
@@ -34,7 +34,7 @@ _ROOTS: tuple[Any, ...] = (
     *(Tensor.sqrt, Tensor.rsqrt, Tensor.std, Tensor.norm),
 )
 _POWERS = (torch.pow, Tensor.pow, Tensor.__pow__)
-_LARGER = 64.0  # the norm of an input so many times as large is the same, but for the eps in its denominator
+_LARGER = 64.0  # an input so many times as large has the same normalised output, except for the eps in the denominator
 _EQUAL = 0.02  # relative to the largest number: below, outputs are the same, and a gradient is as expected
 
 _NONE, _HELD, _MISSED = "no norm", "held fixed", "not held fixed"
@@ -42,16 +42,16 @@ _kinds: weakref.WeakKeyDictionary[type[nn.Module], str] = weakref.WeakKeyDiction
 
 
 class Frozen(Stepwise, TorchFunctionMode):
-    """A context in which the backward pass of `model` takes some things for constants.
+    """A context in which the backward pass of `model` treats some values as constants.
 
     Args:
         model: the model; other models that run meanwhile in this thread have their torch functions replaced, too.
         norms: the denominators of norms are constants.
-        attention: so are attention weights. A run that takes attention calls itself asks for `constant` queries and keys.
-        trains: the model trains on the same graph: things are constants only while `holds` is set.
+        attention: so are attention weights. A run that computes attention itself calls `constant` for queries and keys.
+        trains: the model trains on the same graph: values are constants only while `holds` is set.
 
     Attributes:
-        differentiable: where the model trains, the gradients with these constants are differentiated themselves.
+        differentiable: the gradients with these constants are differentiated themselves, if the model trains.
         missed: the modules, named, that divide by a norm of their input which keeps its derivative.
     """
 
@@ -75,7 +75,7 @@ class Frozen(Stepwise, TorchFunctionMode):
 
     @contextlib.contextmanager
     def holding(self) -> Iterator[None]:
-        """A context whose backward passes take them for constants, of a model that trains."""
+        """A context whose backward passes treat them as constants, for a model that trains."""
         before, self.holds = self.holds, True
         try:
             yield
@@ -102,7 +102,7 @@ class Frozen(Stepwise, TorchFunctionMode):
         if self.attention and func in (functional.scaled_dot_product_attention, SCORE_ATTENTION):
             return self._attention(func, *args, **kwargs)
         if self.attention and func is with_sink:
-            out, lse, logit = args  # the log-sum-exp has the part of a score that counts beside a sink alone
+            out, lse, logit = args  # the log-sum-exp has the part of a score that only a sink sees
             return func(out, self.constant(lse), self.constant(logit))
         if roots and func is functional.normalize:
             return _normalize(self.constant, *args, **kwargs)
@@ -115,7 +115,7 @@ class Frozen(Stepwise, TorchFunctionMode):
         return self.constant(result) if is_constant else result
 
     def _attention(self, func: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Any:
-        """The call, in which all but the values is constant: a mask may be computed from tokens."""
+        """The call with everything but the values constant: a mask may be computed from tokens."""
         rest = tuple(map(self._constant, rest))
         options = {name: self._constant(option) for name, option in options.items()}
         return func(self.constant(query), self.constant(key), value, *rest, **options)
@@ -174,12 +174,13 @@ class _Linear(torch.autograd.Function):
 
 
 class _Switch(torch.autograd.Function):
-    """A tensor. While the owner holds things fixed, its gradient goes past it: to nothing, or to the norm's input x as that of a
-    linear function. No tensor is saved, since a layer under torch.utils.checkpoint saves what it saves without this context."""
+    """A tensor. While the owner holds values constant, its gradient bypasses it: to nothing, or to the norm's input x as that
+    of a linear function. No tensor is saved, since a layer under torch.utils.checkpoint saves what it saves without this
+    context."""
 
     @staticmethod
     def forward(ctx: Any, plain: Tensor, owner: Frozen, x: Tensor | None = None, norm: _Norm | None = None) -> Tensor:
-        """A copy, since a model may write into what a norm gives it."""
+        """A copy, since a model may write into the output of a norm."""
         ctx.set_materialize_grads(False)  # see `_Linear`
         ctx.owner, ctx.norm = owner, norm
         if norm is not None and x is not None:
@@ -234,14 +235,14 @@ def _trailing(x: Tensor, normalized_shape: Sequence[int]) -> tuple[int, ...]:
 def _is_of_products(scores: Tensor) -> bool:
     """Whether scores are products of activations, and not those of a router (B, N, experts) with as many experts as tokens, which
     a linear layer gives."""
-    nodes, seen = [scores.grad_fn], set[Any]()
-    while nodes and len(seen) < 100:
+    nodes, visited = [scores.grad_fn], set[Any]()
+    while nodes and len(visited) < 100:
         node = nodes.pop()
-        if node is None or node in seen or node.name().startswith(("MmBackward", "AddmmBackward")):
+        if node is None or node in visited or node.name().startswith(("MmBackward", "AddmmBackward")):
             continue
         if "bmm" in node.name().lower():
             return True
-        seen.add(node)
+        visited.add(node)
         nodes += [before for before, _ in node.next_functions]
     return False
 
@@ -263,7 +264,7 @@ def _may_be_written(module: nn.Module) -> bool:
 
 
 def _reduces(kind: type[nn.Module]) -> bool:
-    """Whether the code of a class, or its name, speaks of a norm or a reduction. Other code is never tried."""
+    """Whether the code of a class, or its name, mentions a norm or a reduction. Other modules are never tried."""
     bases = [one for one in kind.__mro__ if one is not nn.Module and issubclass(one, nn.Module)]
     codes = [one.__code__ for base in bases for one in vars(base).values() if inspect.isfunction(one)]
     said = " ".join([*(base.__name__ for base in bases), *(name for code in codes for name in code.co_names)]).lower()
@@ -289,7 +290,7 @@ def _numbers(module: nn.Module) -> Iterator[Tensor]:
 
 
 def _alike(module: nn.Module) -> nn.Module:
-    """A copy of a module, whose parameters are numbers of our own, since those of a model may be elsewhere. Its code
+    """A copy of a module, with test numbers as parameters, since those of a model may be on another device. Its code
     changes nothing of the module."""
     made = copy.copy(module)
     parts = {name: x for name, x in vars(module).items() if name[0] != "_"}
@@ -332,7 +333,7 @@ def _kind_of(module: nn.Module, x: Tensor) -> str:
 
 
 def _is_linear(run: Callable[[Tensor], Tensor], x: Tensor, linear: Tensor) -> bool:
-    """Whether the module has the gradient of a linear function where its roots are constants."""
+    """Whether the module has the gradient of a linear function if its roots are constants."""
     x = x.clone().requires_grad_()
     with torch.enable_grad(), _AllRoots(nn.Module()):
         output = run(x)

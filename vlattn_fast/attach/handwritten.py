@@ -1,6 +1,6 @@
 """Attention that a model writes out by hand, matmul, softmax, matmul, as calls of torch's scaled_dot_product_attention.
 
-A mode that watches torch's functions sees such a call, and no hand-written products. A class is known by its name (transformers
+A mode of torch sees such a call, but no hand-written products. A class is known by its name (transformers
 is not imported). Left out, since they are not softmax(scale * Q K^T + mask) V: GroundingDINO's bidirectional attention (two
 softmaxes of one score matrix), deformable and disentangled attention, LiLT's joint scores, GroupViT's assignment.
 """
@@ -25,16 +25,16 @@ Core = Callable[[Any, Tensor, Tensor, Tensor, Tensor | None], Tensor]
 def replacements(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
     """(module, "forward", function) for every module of `model` that computes attention by hand; for `overridden`.
 
-    Each function has the arguments and, in eval mode, the result of the module's forward, with None in the place of an attention
+    Each function has the arguments and, in eval mode, the result of the module's forward, with None instead of an attention
     map. It calls scaled_dot_product_attention once.
 
     Raises:
-        ValueError: other code has replaced a module's forward.
+        ValueError: other code has replaced the forward of a module.
     """
     for name, module in model.named_modules():
         function = multihead_attention if defining_class(type(module)) is nn.MultiheadAttention else _by_name
         if hasattr(module, REPLACED) or (function is _by_name and _written(type(module)) is None):
-            continue  # the operator of a replaced score is seen anyway
+            continue  # the operator of a replaced score is observed anyway
         # accelerate's hooks call the earlier forward.
         attribute = "_old_forward" if hasattr(module, "_hf_hook") and "_old_forward" in vars(module) else "forward"
         before = vars(module).get(attribute)
@@ -51,8 +51,8 @@ def defining_class(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def _written(kind: type[nn.Module]) -> Callable[..., Any] | None:
-    """The function of `_TRANSFORMERS` for the class that defines `kind`'s forward. A subclass with a forward of its own has none,
-    nor has a class that calls transformers' interface in this release."""
+    """The function of `_TRANSFORMERS` for the class that defines `kind`'s forward. None for a subclass with a forward of its own,
+    and for a class that calls transformers' interface in this release."""
     owner = defining_class(kind)
     if owner.__module__.startswith("transformers.") and owner.__name__ in _TRANSFORMERS and not calls_interface(owner):
         return _TRANSFORMERS[owner.__name__]
@@ -66,7 +66,7 @@ def calls_interface(kind: type[nn.Module]) -> bool:
 
 
 def has_core(kind: type[nn.Module]) -> bool:
-    """Whether a class has query, key and value projections alone, so that `with_core` runs its forward."""
+    """Whether a class has only query, key and value projections, so that `with_core` runs its forward."""
     return _written(kind) is _bert
 
 
@@ -76,7 +76,7 @@ def with_core(core: Core, module: nn.Module, hidden_states: Tensor, *args: Any, 
     if "context" in inspect.unwrap(type(module).forward).__code__.co_varnames:
         names.insert(0, "context")
     named = {**dict(zip(names, args, strict=False)), **kwargs}
-    _refuse_maps(module, named.pop("output_attentions", None))
+    _check_no_maps(module, named.pop("output_attentions", None))
     return _bert(module, hidden_states, **named, core=core)
 
 
@@ -89,13 +89,13 @@ def _signature(forward: Callable[..., Any]) -> inspect.Signature:
 
 
 def _by_name(module: Any, *args: Any, **kwargs: Any) -> Any:
-    """The forward of a module of transformers by its function, which takes the arguments by the names of the class's forward."""
+    """The forward of a module of transformers with its function, which has the argument names of the class's forward."""
     bound = _signature(defining_class(type(module)).forward).bind(module, *args, **kwargs)
     named = {**bound.arguments, **bound.arguments.get("kwargs", {})}
     del named["self"]
     named.pop("kwargs", None)
-    _refuse_maps(module, named.pop("output_attentions", None))
-    if "cache" in named:  # as transformers calls it from 5.24 on
+    _check_no_maps(module, named.pop("output_attentions", None))
+    if "cache" in named:  # its name in transformers from 5.24 on
         named["past_key_values"] = named.pop("cache")
     function = _written(type(module))
     assert function is not None  # `replacements` takes no other module
@@ -114,7 +114,7 @@ def _added(module: nn.Module, query: Tensor, *masks: Tensor | None) -> Tensor | 
     return total
 
 
-def _refuse_maps(module: nn.Module, output_attentions: Any) -> None:
+def _check_no_maps(module: nn.Module, output_attentions: Any) -> None:
     if output_attentions:
         raise ValueError(
             f"model must not ask for attention maps; got output_attentions={output_attentions!r} in {type(module).__name__}"
@@ -308,7 +308,7 @@ def _trocr(
     return _bart(module, hidden_states, key_value_states, attention_mask, past_key_values, module.scaling)
 
 
-# The functions take the arguments by the names of the class's forward, but for `output_attentions`, which is refused.
+# The functions have the argument names of the class's forward, except `output_attentions`, which is not supported.
 _TRANSFORMERS: dict[str, Callable[..., Any]] = {
     "BlipAttention": _blip_vision,
     "BlipTextSelfAttention": _blip_text,

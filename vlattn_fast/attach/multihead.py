@@ -43,11 +43,11 @@ def multihead_attention(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """nn.MultiheadAttention with every option but maps per head. Its bool masks say which keys are masked."""
+    """nn.MultiheadAttention with every option but maps per head. Its bool masks are True for masked keys."""
     if need_weights and not average_attn_weights:
         raise ValueError("model must not ask nn.MultiheadAttention for maps per head; got average_attn_weights=False")
     if is_causal and attn_mask is None:
-        raise ValueError("attn_mask must be the causal mask where is_causal is set in nn.MultiheadAttention; got None")
+        raise ValueError("attn_mask must be the causal mask if is_causal is set in nn.MultiheadAttention; got None")
     if query.is_nested or key.is_nested or value.is_nested:
         raise ValueError("query, key and value must be dense in nn.MultiheadAttention; got a nested tensor")
     batched = query.dim() == 3
@@ -61,14 +61,14 @@ def multihead_attention(
         weights = module.in_proj_weight.chunk(3)
     biases: Any = (None,) * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
     projected = [nn.functional.linear(*each) for each in zip((query, key, value), weights, biases, strict=True)]
-    for index, bias in ((1, module.bias_k), (2, module.bias_v)):  # keys that are no tokens
+    for index, bias in ((1, module.bias_k), (2, module.bias_v)):  # keys that are not tokens
         if bias is not None:
             projected[index] = torch.cat([projected[index], bias.expand(query.shape[0], -1, -1)], 1)
         if module.add_zero_attn:
             projected[index] = nn.functional.pad(projected[index], (0, 0, 0, 1))
     queries, keys, values = (heads(states, module.head_dim) for states in projected)
 
-    # As in torch, the hint replaces the mask where nothing else needs the mask.
+    # As in torch, the hint replaces the mask if nothing else needs the mask.
     is_causal = is_causal and key_padding_mask is None and not need_weights
     mask = None
     if not is_causal:
@@ -84,7 +84,7 @@ def multihead_attention(
 
 
 def joined_masks(query: Tensor, extra: int, attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> Tensor | None:
-    """nn.MultiheadAttention's masks (N, M) or (B * H, N, M) and (B, M), True or -inf where a key is masked, as one mask for SDPA;
+    """nn.MultiheadAttention's masks (N, M) or (B * H, N, M) and (B, M), True or -inf for a masked key, as one mask for SDPA;
     `extra` last keys are visible to all. query: (B, H, N, D)."""
     if attn_mask is not None and attn_mask.dim() == 3:
         attn_mask = attn_mask.unflatten(0, (-1, query.shape[1]))

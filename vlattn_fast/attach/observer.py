@@ -1,7 +1,7 @@
-"""The one observer of a foreign model: it sees the modules that run and every attention call, and restores the model on exit.
+"""The observer of a foreign model: it follows the modules that run and every attention call, and restores the model on exit.
 
 A call reaches it in one of three ways. The model calls torch's scaled_dot_product_attention or nn.MultiheadAttention, or this
-package's score_attention, which a mode of torch sees. transformers' attention interface hands it over, where `parts` of the model
+package's score_attention, which a mode of torch sees. transformers' attention interface hands it over, if `parts` of the model
 name our function for the run. Or a module writes attention out by hand, which is followed (`attach.written`).
 
 Each call is one `Attention`, which goes from subscriber to subscriber. `explain`, `intervene`, the losses on attention, probes,
@@ -43,7 +43,7 @@ from vlattn_fast.backends.inputs import ScoreAttentionInputs
 from vlattn_fast.ops._groups import bias_arguments
 from vlattn_fast.ops._sinks import with_sink
 
-_OF_THE_CALLER = (nn.Softmax, nn.Dropout)  # the module that calls one takes the softmax
+_OF_THE_CALLER = (nn.Softmax, nn.Dropout)  # their caller computes the softmax
 
 
 class _FastPath:
@@ -64,12 +64,12 @@ class Observer(Stepwise, TorchFunctionMode):
         model: the model, without wrappers.
         subscribers: in the order in which a call goes through them.
         parts: the parts of the model whose attention is replaced for the run, so that subscribers may compute it. None = the
-            model computes as it is, and subscribers only see its attention.
+            model runs unchanged, and subscribers only observe its attention.
         within: the part of the model whose modules have paths; "" = the whole model.
-        starts: the modules with whose run the observer begins to see; None = it sees whatever runs.
-        keeps_sdpa: configs of `parts` that name SDPA stay, since a mode sees its calls.
-        keeps_order: the patches of a picture keep their order, which ViLT shuffles; in runs with `parts` they do in any case.
-        further: (object, attribute, value) that hold in the context, too.
+        starts: the modules whose run starts the observation; None = it observes everything.
+        keeps_sdpa: configs of `parts` that name SDPA stay, since a mode of torch sees its calls.
+        keeps_order: the patches of an image keep their order, which ViLT shuffles; in runs with `parts` they do in any case.
+        further: (object, attribute, value) to set in the context, too.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class Observer(Stepwise, TorchFunctionMode):
         if self.explains:  # torch's global hooks also see modules of other models, which a hook may run
             yield nn.modules.module.register_module_forward_pre_hook(self._enter_module).remove
             yield nn.modules.module.register_module_forward_hook(self._leave_module, always_call=True).remove
-        else:  # and warn where a compiled model is called
+        else:  # and warn if a compiled model is called
             for module in self.model.modules():
                 yield module.register_forward_pre_hook(self.hook(self._enter_module)).remove
                 yield module.register_forward_hook(self.hook(self._leave_module), always_call=True).remove
@@ -144,14 +144,15 @@ class Observer(Stepwise, TorchFunctionMode):
             subscriber.on_end()
 
     def is_on(self) -> bool:
-        """Whether what runs now is seen: in this thread, and in no run that began within and belongs to another observer."""
+        """Whether what runs now is observed: in this thread, and not in a run that began within and belongs to another
+        observer."""
         running = RUNNING.get()
         if self._parts is not None:
             return running is self
         return threading.get_ident() == self._thread and (running is None or running is self._around or not running.explains)
 
     def hook(self, hook: Callable[..., Any]) -> Callable[..., Any]:
-        """The hook of a module, silent in runs that are not seen, and in copies of the model."""
+        """The hook of a module, silent in runs that are not observed, and in copies of the model."""
         return _Hook(self, hook)
 
     # --- modules ---
@@ -169,7 +170,7 @@ class Observer(Stepwise, TorchFunctionMode):
         elif module in (self._starts or ()):
             path = self._paths.of(module, None, 0)
         else:
-            return  # a part alone is no forward pass of the model
+            return  # a single part is not a forward pass of the model
         self._count += 1
         run = ModuleRun(module, path, self._count, begins_anew)
         self.runs.append(run)
@@ -191,7 +192,7 @@ class Observer(Stepwise, TorchFunctionMode):
     # --- functions ---
 
     def _takes_calls(self) -> bool:
-        """Whether the attention that runs now concerns a subscriber."""
+        """Whether a subscriber takes the attention that runs now."""
         return any(each.takes_calls() for each in self._subscribers)
 
     def __torch_function__(
@@ -217,7 +218,7 @@ class Observer(Stepwise, TorchFunctionMode):
         return self._other(run, takes_calls, func, args, kwargs)
 
     def _other(self, run: ModuleRun, takes_calls: bool, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The result of a function that is no attention, or a part of attention that is written out by hand."""
+        """The result of a function that is not attention, or is a part of attention that is written out by hand."""
         result = NotImplemented
         for on_call in self._told["on_call"]:
             result = on_call(run, func, args, kwargs)
@@ -257,7 +258,7 @@ class Observer(Stepwise, TorchFunctionMode):
 
     def _score_attention(self, run: ModuleRun, inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
         """The operator's output and log-sum-exp. With a sink the attention ends afterwards, in `_with_sink`."""
-        with self._unseen():
+        with self._unobserved():
             for subscriber in self._subscribers:
                 inputs = subscriber.on_inputs(run, inputs)
             output, lse = SCORE_ATTENTION(*inputs)
@@ -281,7 +282,7 @@ class Observer(Stepwise, TorchFunctionMode):
         return result
 
     def _multihead(self, run: ModuleRun, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Projects query and key once more: nn.MultiheadAttention splits into heads where no mode sees the tensors."""
+        """Projects query and key once more: nn.MultiheadAttention splits into heads in code that no mode sees."""
         forward = functional.multi_head_attention_forward
         bound = inspect.signature(forward).bind(*args, **kwargs)
         bound.apply_defaults()
@@ -305,7 +306,7 @@ class Observer(Stepwise, TorchFunctionMode):
         return self._answer(event, lambda _: forward(*args, **kwargs))
 
     def _scores(self, run: ModuleRun, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
-        """`result`, after a module that takes a softmax of its own last product is told as a call."""
+        """`result`, after the softmax of a module over its own last product has been reported as a call."""
         if func in PRODUCTS and isinstance(result, Tensor) and result.ndim == 4:
             right = args[1] if len(args) > 1 else kwargs["other" if "other" in kwargs else "mat2"]
             run.product = WrittenScores(first_argument(args, kwargs), right, result)
@@ -322,7 +323,7 @@ class Observer(Stepwise, TorchFunctionMode):
         return result
 
     def _map(self, run: ModuleRun, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
-        """`result`, in whose place the output of a call stands if it is the product of a map that a module took with values."""
+        """`result`, or the output of a call, if `result` is the product of a module's own map with values."""
         if func in SOFTMAX:
             dim = args[1] if len(args) > 1 else kwargs.get("dim")
             for heads_of_map in self._told["heads_of_map"]:
@@ -337,16 +338,16 @@ class Observer(Stepwise, TorchFunctionMode):
         return self._answer(event, lambda _: product.output)
 
     def _answer(self, event: Attention, compute: Callable[[Attention], Any]) -> Any:
-        """What the model goes on with: the output of the call, which `compute` gives, after the subscribers."""
-        with self._unseen():
+        """What the model continues with: the output of the call, computed by `compute`, after the subscribers."""
+        with self._unobserved():
             output = self._through(self._subscribers, event, compute)
             result = output if self._parts is None else event.as_given(output)
             for subscriber in self._subscribers:
                 subscriber.on_output(event, output, result)
         return result
 
-    def _unseen(self) -> AbstractContextManager[Any]:
-        """A run sees nothing of what it computes itself; what a model computes as it is may be seen by other modes."""
+    def _unobserved(self) -> AbstractContextManager[Any]:
+        """A context in which a run does not observe its own computation; other modes may see what an unchanged model computes."""
         return nullcontext() if self._parts is None else torch._C.DisableTorchFunction()
 
     def _through(self, subscribers: Sequence[Subscriber], event: Attention, compute: Callable[[Attention], Any]) -> Any:
@@ -359,7 +360,7 @@ class Observer(Stepwise, TorchFunctionMode):
 
     @property
     def recur(self) -> Callable[..., Any] | None:
-        """Takes a call of a function that the table of recurrences names; None = nobody asks for these."""
+        """Takes a call of a function in the table of recurrences; None = no subscriber needs it."""
         return self._recur if self._told["on_recurrence"] else None
 
     def _recur(self, reader: Any, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -371,7 +372,7 @@ class Observer(Stepwise, TorchFunctionMode):
         return function(*args, **kwargs)
 
     def aside(self) -> _Aside:
-        """A context in which nothing is seen; other modes of torch see what runs."""
+        """A context in which nothing is observed; other modes of torch see what runs."""
         return _Aside(self)
 
 
@@ -387,7 +388,7 @@ class ModulePaths:
         self._times: Counter[tuple[int, nn.Module]] = Counter()  # how often a shared module ran within a run of another
 
     def of(self, module: nn.Module, around: str | None, run: int) -> str | None:
-        """The path of a module that the one at `around` calls in its run number `run`; None = it lies elsewhere."""
+        """The path of a module that the one at `around` calls in its run number `run`; None = it is elsewhere."""
         names = self._names.get(module, [])
         if len(names) < 2:
             return names[0] if names else None
@@ -408,7 +409,7 @@ class _Aside:
 
 
 class _Hook:
-    """A hook of a run. A model that is copied or pickled meanwhile takes its hooks along: those of the copy do nothing."""
+    """A hook of a run. A model that is copied or pickled meanwhile copies its hooks: those of the copy do nothing."""
 
     def __init__(self, observer: Observer, hook: Callable[..., Any]) -> None:
         self._observer, self._hook = observer, hook
@@ -422,7 +423,7 @@ class _Hook:
 
 
 def _runs_within_itself(module: nn.Module) -> bool:
-    """Whether a run of a module that begins lies within another one, as where a hook runs the whole model."""
+    """Whether a run of a module begins within another one of it, e.g. if a hook runs the whole model."""
     frame: FrameType | None = sys._getframe()
     count = 0
     while frame is not None:
@@ -432,7 +433,7 @@ def _runs_within_itself(module: nn.Module) -> bool:
 
 
 def _shuffles(module: Any, args: tuple[Any, ...]) -> bool:
-    """Whether ViLT draws the places of all its patches in the sequence."""
+    """Whether ViLT draws the positions of all its patches in the sequence at random."""
     kind = type(module)
     is_vilt = kind.__name__ == "ViltEmbeddings" and kind.__module__.startswith("transformers.")
     return is_vilt and len(args) == 2 and args[0].shape == (int(args[1]),)
@@ -446,7 +447,7 @@ def _scored(run: ModuleRun, inputs: ScoreAttentionInputs) -> Attention:
 
 
 def _plain(event: Attention) -> Tensor:
-    """The call, by torch's function or by score_attention."""
+    """The call, computed by torch's function or by score_attention."""
     assert event.value is not None and event.masks is not None
     dropout = {"dropout_p": event.dropout_p} if event.dropout_p else {}
     return attention(event.query, event.key, event.value, {**event.masks, **dropout})

@@ -1,4 +1,4 @@
-"""A model during one run of `explain`: unwrapped, at rest, its attention visible to a trace; where its modules lie."""
+"""A model during one run of `explain`: unwrapped, in eval mode, its attention visible to a trace; the paths of its modules."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _ABSENT = object()
 
 @dataclass
 class _Overridden:
-    target: Any  # held, so that no new object takes its id
+    target: Any  # a reference, so that no new object takes its id
     before: Any
     runs: int = 0
 
@@ -45,10 +45,10 @@ class overridden:  # used as a function is
     """A context in which each (object, attribute, value) of `changes` holds.
 
     Several threads may explain one model, and a hook may explain the model that it belongs to: the first run over an attribute
-    saves it, and the last one puts it back. All runs over a model ask for equal values. Attributes that hold the value anyway are
-    left alone, as in most modules of a model in eval mode.
+    saves it, and the last one puts it back. All runs over a model set equal values. Attributes that have the value already are
+    not set, as in most modules of a model in eval mode.
 
-    Ctrl-C may come while attributes are set or put back. A generator would then stay suspended as long as anybody holds the
+    Ctrl-C may come while attributes are set or put back. A generator would then stay suspended as long as somebody holds the
     traceback, so the context is a class. Only Python's first step into `__exit__`, before its first line, is unprotected.
     """
 
@@ -110,7 +110,7 @@ def _leave(entered: list[tuple[int, str]]) -> None:
 
 
 def never_compiled(function: Callable[P, R]) -> Callable[P, R]:
-    """`function`, run as plain Python also in code that torch.compile compiles (a graph break)."""
+    """`function`, run as plain Python even in code that torch.compile compiles (a graph break)."""
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -122,8 +122,8 @@ def never_compiled(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def unwrapped(model: Any) -> nn.Module:
-    """The model inside the wrappers of torch.compile, DataParallel, DDP and PEFT, or inside a pipeline. TypeError where there is
-    no module, ValueError where PEFT prepends prompts, which the inner model lacks."""
+    """The model inside the wrappers of torch.compile, DataParallel, DDP and PEFT, or inside a pipeline. TypeError if there is
+    no module, ValueError if PEFT prepends prompts, which the inner model lacks."""
     while True:
         if isinstance(model, nn.Module) and isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = model._orig_mod
@@ -151,7 +151,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def check_has_gradients(model: nn.Module) -> None:
-    """ValueError for a model made under inference mode, whose parameters torch keeps out of every backward pass."""
+    """ValueError for a model made under inference mode, whose parameters torch excludes from every backward pass."""
     name = next((name for name, parameter in model.named_parameters() if parameter.is_inference()), None)
     if name is not None:
         raise ValueError(
@@ -169,7 +169,7 @@ def dispatched(model: nn.Module) -> Iterator[None]:
 
 
 def visible(roots: Sequence[nn.Module], keeps_sdpa: bool = False, further: Iterable[tuple[Any, str, Any]] = ()) -> overridden:
-    """A context in which the attention below `roots` goes where a run sees it. `further`: changes that hold in it, too."""
+    """A context in which a run can observe the attention below `roots`. `further`: changes to make in it, too."""
     return overridden(chain(configs(roots, keeps_sdpa), *(chain(replacements(root), _switches(root)) for root in roots), further))
 
 
@@ -179,8 +179,8 @@ def _switches(root: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
         attends = vars(module).get("attention_function") or getattr(type(module), "attention_function", None)
         if callable(attends):
             yield module, "attention_function", sdpa_function
-        # timm's attention calls torch's where its flag `fused_attn` says so, and writes it out by hand elsewhere.
-        if "fused_attn" in vars(module):  # also where another run has set the flag: that run may end first
+        # timm's attention calls torch's if its flag `fused_attn` is set, and otherwise writes it out by hand.
+        if "fused_attn" in vars(module):  # even if another run has set the flag: that run may end first
             yield module, "fused_attn", True
 
 
@@ -197,7 +197,7 @@ def _plainly(modules: Iterable[nn.Module]) -> Iterator[tuple[Any, str, Any]]:
 class uncompiled(overridden):  # used as a function is
     """A context in which a compiled model and its compiled parts run as plain Python; the last run puts everything back.
 
-    Inside a compiled function this thread runs plain Python as well: Dynamo would trace the watching code, and may repeat sums.
+    Inside a compiled function this thread runs plain Python as well: Dynamo would trace the observing code, and may repeat sums.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -217,7 +217,7 @@ def at_rest(model: nn.Module) -> overridden:
     # A compiled module shares the attributes of the module that it wraps, and `modules` lists that module as well.
     modules = list(model.modules())
     modes = [(module, "training", False) for module in modules if "_orig_mod" not in module._modules]
-    # Tensors made under inference mode have no gradients, and torch refuses to set their flag outside of that mode.
+    # Tensors made under inference mode have no gradients, and torch does not let their flag be set outside of that mode.
     frozen = [(parameter, "requires_grad", False) for parameter in model.parameters() if not parameter.is_inference()]
     return overridden([*modes, *frozen, *_plainly(modules)])
 
@@ -228,10 +228,10 @@ Steps = Iterator[Callable[[], object]]
 
 
 class Stepwise:
-    """A context that is entered step by step. Leaving takes back the steps that were taken, the last one first."""
+    """A context that is entered step by step. Leaving undoes the steps that were taken, the last one first."""
 
     def _steps(self) -> Steps:
-        """Takes the steps; yields the way back of each. Where it can it does so before the step: Ctrl-C may come in between."""
+        """Takes the steps; yields a function that undoes each, if possible before the step: Ctrl-C may come in between."""
         raise NotImplementedError
 
     def __enter__(self) -> Self:
@@ -242,7 +242,7 @@ class Stepwise:
         except BaseException:
             ways_back.close()
             raise
-        self._ways_back = ways_back  # not before: where it is refused within itself, the outer one has its own
+        self._ways_back = ways_back  # not before: entered within itself, it raises, and the outer one has its own
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -251,7 +251,7 @@ class Stepwise:
 
 def as_mode(mode: TorchFunctionMode) -> Steps:
     """The step by which torch hands its calls to `mode`. Ctrl-C while it does may have removed the mode, and modes that came
-    later, as those of callbacks that end in the order in which they began, may still be there."""
+    later, such as those of callbacks that end in the order in which they began, may still be there."""
 
     def remove() -> None:
         later = []
@@ -266,7 +266,7 @@ def as_mode(mode: TorchFunctionMode) -> Steps:
     TorchFunctionMode.__enter__(mode)
 
 
-# --- where a module lies ---
+# --- the path of a module ---
 
 
 def in_layers(path: str) -> bool:
@@ -275,7 +275,8 @@ def in_layers(path: str) -> bool:
 
 
 def layers_of(path: str) -> str:
-    """The innermost list of layers on a module's path: "encoder.layers" for "encoder.layers.3.attn". Else the path itself."""
+    """The innermost list of layers on a module's path: "encoder.layers" for "encoder.layers.3.attn". Otherwise the path
+    itself."""
     return split_path(path)[0]
 
 
@@ -290,6 +291,6 @@ def named(path: str, module: nn.Module) -> str:
 
 
 def is_checkpointed() -> bool:
-    """Whether torch.utils.checkpoint is to run this part again in the backward pass, where no trace sees it."""
+    """Whether torch.utils.checkpoint will run this part again in the backward pass, where no trace sees it."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return hooks is not None and "_checkpoint_hook" in getattr(hooks[0], "__qualname__", "")

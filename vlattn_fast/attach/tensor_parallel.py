@@ -1,5 +1,5 @@
-"""Models whose attention heads several processes share (tensor parallelism): which mesh shares them, means over all heads, and
-the heads of all processes in their order.
+"""Models whose attention heads several processes share (tensor parallelism): their mesh, means over all heads, and
+the heads of all processes in order.
 
 Inside such a model each process sees its own heads as plain tensors; the parameters of the projections are DTensors, whose
 placements say how the heads are divided. FSDP's parameters are whole while the layer that they belong to runs.
@@ -28,8 +28,8 @@ def has_dtensors(model: nn.Module) -> bool:
 
 
 def heads_mesh(module: nn.Module, query: Tensor, key: Tensor) -> Any:
-    """The one-dimensional mesh that divides the heads of query (B, H, N, D) and key, which `module` attends with; None = this
-    process has all heads. ValueError where the placements of the module's parameters contradict the size of `query`."""
+    """The one-dimensional mesh that divides the heads of query (B, H, N, D) and key, that `module` attends with; None = this
+    process has all heads. ValueError if the placements of the module's parameters contradict the size of `query`."""
     query_size = query.shape[1] * query.shape[3]
     fused = query_size + 2 * key.shape[1] * key.shape[3]
     for name, parameter in module.named_parameters():
@@ -43,7 +43,7 @@ def heads_mesh(module: nn.Module, query: Tensor, key: Tensor) -> Any:
             continue
         if len(divided) > 1 or weight.to_local().shape[0] != size or weight.shape[0] != size * mesh.size(divided[0]):
             raise ValueError(
-                "model must divide whole heads among processes, as many to each, along one dimension of a mesh; got "
+                "model must divide whole heads among processes, the same number to each, along one dimension of a mesh; got "
                 f"'{name}' of shape {tuple(weight.shape)} with placements {weight.placements} for {query.shape[1]} heads of "
                 f"{query.shape[3]}"
             )
@@ -83,7 +83,7 @@ def local(x: Any) -> Tensor:
 
 
 def mean_over(mesh: Any, mean: Tensor) -> Tensor:
-    """The mean over all heads, in place of `mean` over this process's heads."""
+    """The mean over all heads, from `mean` over this process's heads."""
     if mesh is None:
         return mean
     import torch.distributed as dist
@@ -109,7 +109,7 @@ class HeadShare:
         return x if self.mesh is None else _Part.apply(x, self, dim)
 
     def indices(self, heads: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of some heads (K,), int64, that this process has: their places in `heads`, and their numbers in this process."""
+        """Those of some heads (K,), int64, that this process has: their indices in `heads`, and their numbers in this process."""
         if self.mesh is None:
             return torch.arange(len(heads)), heads
         first = self.mesh.get_local_rank() * self.count

@@ -1,6 +1,6 @@
 """The attention calls of a model while it runs, and whether their tokens come from text or from an image.
 
-Every tensor carries a mark: whether it was computed from an input with text or with an image. A query's tokens are of the kind of
+Every tensor has a mark: whether it was computed from an input with text or with an image. The kind of a query's tokens is that of
 their residual stream; the output of cross-attention does not change the kind.
 """
 
@@ -28,16 +28,16 @@ _JOINS = (torch.cat, torch.concat, *_SCATTERS)
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One call of attention, and whose tokens it is over."""
+    """One call of attention, and the kinds of its tokens."""
 
-    kinds: int  # what the tokens of the queries come from, as bits (TEXT, IMAGE)
+    kinds: int  # the inputs that the tokens of the queries come from, as bits (TEXT, IMAGE)
     key_kinds: int  # and those of the keys
     query: Tensor  # (B, H, N, D)
     key: Tensor  # (B, H, M, D)
-    # Options of `attention_statistics`; None where hand-written attention does more than scale and mask its scores.
+    # Options of `attention_statistics`; None if hand-written attention does more than scale and mask its scores.
     masks: Mapping[str, Any] | None = None
     score: str = "dot"  # the core score
-    again: bool = False  # the module has called attention with these kinds before in this run, as for one image after another
+    again: bool = False  # the module has called attention with these kinds before in this run, e.g. for one image after another
     image: Tensor | None = None  # bool (N) or (B, N), which tokens of a joint sequence are of the image; None = not known
 
 
@@ -47,18 +47,18 @@ class _Module:
 
     written: int = 0  # the kinds of the queries of its hand-written attention
     calls: list[int] = field(default_factory=list)  # the numbers of the calls within, but not inside a listed module further in
-    seen: set[tuple[int, int]] = field(default_factory=set)  # the kinds of queries and keys of its own calls
+    called: set[tuple[int, int]] = field(default_factory=set)  # the kinds of queries and keys of its own calls
 
 
 class TokenKinds(Subscriber):
-    """Sees in the forward passes of one model whose tokens each attention call is over.
+    """Observes the kinds of the tokens of each attention call in the forward passes of one model.
 
     Args:
         modality: input name -> "text" or "image", for inputs without the usual names.
         finish: called after a forward pass with its attention calls.
-        sees: called with each attention call's number and the call; the calls are then not kept, and `finish` gets none.
-        leaves: called with the number of a call and what the layer around it returned.
-        needs_graph: whether calls without gradients are refused in a forward pass with gradients.
+        sees: called with each attention call's number and the call; then the calls are not stored, and `finish` gets none.
+        leaves: called with the number of a call and the result of the layer around it.
+        needs_graph: whether calls without gradients in a forward pass with gradients raise a ValueError.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class TokenKinds(Subscriber):
         return module is self._model
 
     def on_arguments(self, run: ModuleRun, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Marks the inputs of a forward pass with the kinds that their names tell."""
+        """Marks the inputs of a forward pass with their kinds, by their names."""
         self._calls, self._number, self._learns = [], 0, self._needs_graph and torch.is_grad_enabled()
         self._image = {}
         named = list(kwargs.items())
@@ -148,19 +148,19 @@ class TokenKinds(Subscriber):
         add_mark(result, self._mark, self._kinds(event.given[:1]), keep=False)
 
     def on_attention(self, event: Attention, attend: Attend) -> Any:
-        """Keeps the call."""
+        """Stores the call."""
         if self._learns and not torch.is_grad_enabled():
             raise ValueError(
-                "model must keep the graph of its attention; got a call without gradients, as torch.utils.checkpoint makes with "
+                "model must keep the graph of its attention; got a call without gradients, e.g. from torch.utils.checkpoint with "
                 "use_reentrant=True"
             )
         kinds = self._kinds(event.given[:1]), self._kinds(event.given[1:2])
         module = self._modules[event.run]
         image = self._image.get(event.query.shape[2]) if kinds == (TEXT | IMAGE, TEXT | IMAGE) else None
         masks, score = options_of(event)
-        again = len(self._modules) > 1 and kinds in module.seen
+        again = len(self._modules) > 1 and kinds in module.called
         call = AttentionCall(*kinds, event.query, event.key, masks, score, again, image)
-        module.seen.add(kinds)
+        module.called.add(kinds)
         if event.written is not None:
             module.written |= kinds[0]
         if self._sees is None:
@@ -211,7 +211,7 @@ def kind_of(name: str, modality: Mapping[str, str]) -> int:
 
 
 def options_of(event: Attention) -> tuple[Mapping[str, Any] | None, str]:
-    """The options of a call, as `attention_statistics` takes them, and its core score."""
+    """The options of a call for `attention_statistics`, and its core score."""
     if event.inputs is None:
         return event.masks, "dot"
     inputs = event.inputs
@@ -223,7 +223,7 @@ def options_of(event: Attention) -> tuple[Mapping[str, Any] | None, str]:
     if sink is not None and sink.ndim == 2:  # (H, 1)
         options["sink"] = sink[:, 0]
     elif sink is not None:
-        score = f"{score} with an offset beside its sink"
+        score = f"{score} with an offset and a sink"
     if inputs.row_bias is not None:
         score = f"{score} with a group_bias"
     return options, score

@@ -1,4 +1,4 @@
-"""A context around training, which is entered by hand or by a callback of a Trainer."""
+"""A context around training, entered by hand or by a callback of a Trainer."""
 
 from __future__ import annotations
 
@@ -7,34 +7,34 @@ from typing import Any, Self
 
 
 class TrainingContext:
-    """A base for all that is attached to a model while it trains. A callback leaves alone what is entered by hand."""
+    """The base of what is attached to a model while it trains. A callback does nothing if the context is entered by hand."""
 
-    _ways_back: ExitStack | None = None  # where it is entered
+    _ways_back: ExitStack | None = None  # while it is entered
     _by_callback = False
 
     # --- what a subclass does ---
 
     def _enter(self, stack: ExitStack) -> None:
-        """Attaches it; `stack` gets the ways back."""
+        """Attaches it; `stack` gets the functions that undo it."""
 
     def _begin_step(self, step: int) -> None:
-        """In front of a step of the optimizer."""
+        """Before a step of the optimizer."""
 
     def _end_step(self, step: int, is_first_process: bool) -> dict[str, float]:
-        """Behind a step of the optimizer, which is its `step`-th, from 1 on: the numbers to log now."""
+        """After a step of the optimizer, its `step`-th, from 1: returns the numbers to log now."""
         return {}
 
     def _begin_evaluation(self) -> None:
-        """In front of an evaluation. transformers' Trainer, which evaluates between two steps, has no event for it."""
+        """Before an evaluation. transformers' Trainer, which evaluates between two steps, has no event for it."""
 
     def _end_evaluation(self) -> None:
-        """Behind an evaluation."""
+        """After an evaluation."""
 
     # --- the context ---
 
     def __enter__(self) -> Self:
         if self._ways_back is not None:
-            raise RuntimeError(f"this {type(self).__name__} is entered already; make another one")
+            raise RuntimeError(f"{type(self).__name__} must be entered once at a time; got one that is. Make another one")
         with ExitStack() as stack:
             self._enter(stack)
             self._ways_back = stack.pop_all()
@@ -85,8 +85,8 @@ class TrainingContext:
         return Callback()
 
     def lightning_callback(self) -> Any:
-        """A callback for Lightning's Trainer, `callbacks=[x.lightning_callback()]`. It enters the context when training begins;
-        what there is to log goes by the module's `log_dict` to the Trainer's logger."""
+        """Returns a callback for Lightning's Trainer, `callbacks=[x.lightning_callback()]`. It enters the context when training
+        begins, and logs with the module's `log_dict`."""
         from lightning import Callback as Base
 
         context = self

@@ -5,7 +5,7 @@ transformers looks its attention function up by the name in the config. Two name
 - "vlattn" gets the masks that SDPA gets (bool, or None where the pattern is causal or complete), for models that support SDPA;
 - "vlattn_additive" gets eager attention's float masks, for models that also add the mask by hand somewhere.
 
-A config may belong to several models, so each module holds, for the run, a copy that names our function.
+A config may belong to several models, so each module has a copy that names our function during the run.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ def attention_function(
 ) -> tuple[Tensor, None]:
     """transformers' attention contract: query, key, value (B, H, N, D) in, (output (B, N, H, D), None) out.
 
-    Dropout is off but in a run that trains, since explained models run in eval mode. `causal_by_module` and `options` are those
-    of `masks_of`. ValueError for a call outside of a run.
+    Dropout is off except in a run that trains, since explained models run in eval mode. `causal_by_module` and `options` are
+    those of `masks_of`. ValueError for a call outside of a run.
     """
     trace = RUNNING.get()
     if trace is None:
         raise ValueError(
-            f"model must be run by explain while its attention is '{SDPA_NAME}'; got {type(module).__name__} outside of it"
+            f"model must run inside of explain while its attention is '{SDPA_NAME}'; got {type(module).__name__} outside"
         )
     with torch._C.DisableTorchFunction():  # a run's mode would see each x.shape
         masks = masks_of(module, query, key, attention_mask, causal_by_module=causal_by_module, **options)
@@ -74,22 +74,22 @@ def masks_of(
     causal_by_module: bool,
     **kwargs: Any,
 ) -> dict[str, Any]:
-    """attn_mask, is_causal and enable_gqa of a call by transformers' interface, as SDPA takes them; and softcap and sink, as
-    score_attention takes them, where the call has them.
+    """attn_mask, is_causal and enable_gqa of a call of transformers' interface for SDPA; and softcap and sink for
+    score_attention, if the call has them.
 
-    A mask already contains causality and windows. Without a mask `is_causal` decides; where `is_causal` is None,
+    A mask already contains causality and windows. Without a mask `is_causal` decides; if `is_causal` is None,
     `module.is_causal` decides if `causal_by_module` is set (SDPA's rule).
 
     Raises:
         ValueError: paged or packed sequences; a window without a mask.
     """
-    refused = {"sinks": sinks, "cache": cache, "cu_seq_lens_q": cu_seq_lens_q}
-    for name, option in refused.items():
+    unsupported = {"sinks": sinks, "cache": cache, "cu_seq_lens_q": cu_seq_lens_q}
+    for name, option in unsupported.items():
         if option is not None:
             raise ValueError(f"model must not use {name}, which no attention operator supports; got {type(module).__name__}")
     if attention_mask is None and sliding_window is not None and sliding_window < key.shape[2]:
         raise ValueError(
-            f"model must pass the mask of a sliding window; got {type(module).__name__} with {sliding_window} and none"
+            f"model must pass the mask of a sliding window; got {type(module).__name__} with window {sliding_window} and no mask"
         )
 
     causal = attention_mask is None and query.shape[2] > 1
@@ -104,7 +104,7 @@ def masks_of(
 
 
 def sdpa_function(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    """`attention_function` where `module.is_causal` decides without a mask."""
+    """`attention_function` in which `module.is_causal` decides without a mask."""
     return attention_function(*args, causal_by_module=True, **kwargs)
 
 
@@ -122,20 +122,19 @@ def configs(roots: Iterable[nn.Module], keeps_sdpa: bool = False) -> Iterator[tu
     such names.
 
     A module follows the innermost transformers model around it. `keeps_sdpa`: configs that name SDPA stay, since modes of torch
-    see its calls. A generator: `overridden` runs it while no other run changes
-    configs.
+    see its calls. It is a generator: `overridden` runs it while no other run changes configs.
     """
     names: dict[nn.Module, str] = {}
     parts: Iterator[Any] = (part for root in roots for part in root.modules())  # outermost first, so inner models decide
     for part in parts:
-        if hasattr(type(part), "_can_set_attn_implementation"):  # nn.Module is slow where an attribute is absent
+        if hasattr(type(part), "_can_set_attn_implementation"):  # nn.Module is slow if an attribute is absent
             takes_names = part._can_set_attn_implementation()
             name = SDPA_NAME if getattr(part, "_supports_sdpa", False) else ADDITIVE_NAME
             for module in part.modules():
                 names.pop(module, None)
                 if takes_names:
                     names[module] = name
-    # A module may hold its config under several names. Where a score is replaced, the config stays.
+    # A module may hold its config under several names. If a score is replaced, the config stays.
     named = [module for module in names if REPLACED not in vars(module) and REPLACED not in module._modules]
     attributes = ((module, key, value) for module in named for key, value in vars(module).items() if key not in _OF_ANY_MODULE)
     held = [(module, key, value) for module, key, value in attributes if hasattr(value, CONFIG_NAME)]
@@ -153,7 +152,7 @@ def configs(roots: Iterable[nn.Module], keeps_sdpa: bool = False) -> Iterator[tu
 
 def _naming_us(config: Any, name: str, chosen: dict[int, str], copies: dict[int, Any]) -> Any:
     """A copy of `config` that names our function, with copies of its sub-configs, which models read as well; the config itself
-    where it names a score, since the operator of such a score is seen anyway."""
+    where it names a score, since the operator of such a score is observed anyway."""
     if getattr(config, CONFIG_NAME) in SCORES_BY_NAME:
         return config
     if id(config) not in copies:

@@ -1,8 +1,8 @@
 """Attention that a module writes out by hand: scores, their softmax, and the softmax times values.
 
-`WrittenScores` follows the scores, from the product of queries and keys to the softmax: so much serves who reads the attention.
-`WrittenMaps` follows the softmax to its product with the values: so much serves who takes the place of the attention. A map that
-goes through anything else is none that the rules cover, and its module is refused.
+`WrittenScores` follows the scores, from the product of queries and keys to the softmax: which suffices to observe the attention.
+`WrittenMaps` follows the softmax to its product with the values: which is needed to replace the attention. The rules do
+not cover a map that goes through anything else, so its module raises an error.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vlattn_fast._ground.marks import add_mark, new_mark, read_mark
 PRODUCTS = (torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__)
 
 _CASTS = ("float", "to", "type", "type_as", "contiguous")
-_MASKED = -1e4  # models mask with this or less, where every weight is 0
+_MASKED = -1e4  # models mask with this or less, so that the weight is 0
 
 
 class WrittenScores:
@@ -38,18 +38,18 @@ class WrittenScores:
         self._mask: Tensor | None = None
 
     def masks(self, scores: Tensor) -> Mapping[str, Any] | None:
-        """attn_mask, is_causal, scale and softcap, if there is one, of `scores` in front of the softmax; None where another
+        """attn_mask, is_causal, scale and softcap, if there is one, of `scores` in front of the softmax; None if another
         operation changed the scores."""
         if self._scores() is not scores:
             return None
         masks = {"attn_mask": self._mask, "is_causal": False, "scale": self._scale}
         if self._cap is None:
             return masks
-        # cap * tanh(scale * product) is a softcap of the product times cap * scale. One that is not above 0 is none.
+        # cap * tanh(scale * product) is a softcap of the product times cap * scale. One that is not above 0 is not a softcap.
         return {**masks, "scale": self._cap * self._scale, "softcap": self._cap} if self._cap > 0 else None
 
     def follow(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
-        """Goes on from the scores to `result` where `func` scales, caps, masks or casts them; stops after another operation."""
+        """Follows the scores to `result` if `func` scales, caps, masks or casts them; stops after another operation."""
         scores = self._scores()
         if scores is None or all(x is not scores for x in args):
             return
@@ -84,12 +84,12 @@ class WrittenScores:
 
 
 def is_masked_score(scores: Tensor) -> Tensor:
-    """bool, True where a mask that was added to finished scores hides a key."""
+    """bool, True for keys masked by a mask that was added to finished scores."""
     return scores <= _MASKED / 2  # it may be added to a positive score
 
 
 def is_masked(mask: Tensor) -> Tensor:
-    """bool, of the mask's shape: True where a query does not see a key."""
+    """bool, of the mask's shape: True if a query does not see a key."""
     return ~mask if mask.dtype == torch.bool else mask <= _MASKED
 
 
@@ -98,7 +98,7 @@ def _is_number(x: Any) -> bool:
 
 
 def joined(first: Tensor | None, second: Tensor) -> Tensor:
-    """Two masks as one: bool where both are bool."""
+    """Two masks as one: bool if both are bool."""
     if first is None:
         return second
     if first.dtype != torch.bool and second.dtype != torch.bool:
@@ -118,7 +118,7 @@ _KEEPING = (
 )
 _BY_HAND = (
     "Call scaled_dot_product_attention there; or va.relevancy_attention, which carries relevancy through layers of your own "
-    "(examples/relevancy_in_your_transformer.py); or va.relevancy_step behind attention that stays as it is "
+    "(examples/relevancy_in_your_transformer.py); or va.relevancy_step after attention that stays unchanged "
     "(examples/relevancy_behind_sdpa.py)"
 )
 
@@ -127,12 +127,12 @@ _BY_HAND = (
 class WrittenProduct:
     """A product of a map with values."""
 
-    number: int  # of the map, among those that were taken
+    number: int  # of the map, among those that modules computed
     probabilities: Tensor  # (B, H, N, M)
     value: Tensor  # (B, H, M, Dv)
     output: Tensor  # (B, H, N, Dv)
     given: tuple[Tensor, Tensor, Tensor]  # of the module: the map, and twice the values
-    as_product: Callable[[Tensor], Tensor]  # gives the output the shape in which the module goes on with it
+    as_product: Callable[[Tensor], Tensor]  # the output in the shape in which the module continues with it
 
     def as_call(self) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
         """Query, key, value and masks of an attention call that gives the product: its logits are the map's logarithms."""
@@ -145,27 +145,28 @@ class WrittenProduct:
 
 
 class WrittenMaps:
-    """The maps (B, H, N, M) of a run that modules took themselves. `keeps_graph`: the calls have gradients by the maps."""
+    """The maps (B, H, N, M) that modules computed themselves in a run. `keeps_graph`: the calls have gradients with respect to
+    the maps."""
 
     def __init__(self, keeps_graph: bool) -> None:
         self._keeps_graph = keeps_graph
         self._mark = new_mark("maps")  # of a tensor: the map that it holds, as a bit
         self._maps: list[tuple[str, Tensor | None]] = []  # with the module's path; None = multiplied with its values
-        self._changed: set[str] = set()  # modules that do something else with a map
+        self._changed: set[str] = set()  # modules that use a map otherwise
 
     def take(self, path: str, result: Tensor, heads: int | None = None) -> int:
-        """A map that the module at `path` took: (B, H, N, M), or (B * H, N, M) of a module with `heads`. Returns its number."""
+        """Notes a map of the module at `path`, (B, H, N, M), or (B * H, N, M) of a module with `heads`; returns its number."""
         add_mark(result, self._mark, 1 << len(self._maps))
         self._maps.append((path, result if heads is None else result.view(-1, heads, *result.shape[-2:])))
         return len(self._maps) - 1
 
     @property
     def count(self) -> int:
-        """How many were taken: the number of the next one."""
+        """How many there are: the number of the next one."""
         return len(self._maps)
 
     def holds(self, value: Any) -> bool:
-        """Whether this is a map that was taken, as it is."""
+        """Whether this is one of the maps, unchanged."""
         return isinstance(value, Tensor) and bool(read_mark((value,), self._mark))
 
     def leave_out(self, path: str) -> None:
@@ -175,10 +176,10 @@ class WrittenMaps:
     def check(
         self, model: nn.Module, by_hand: Mapping[str, set[torch.Size]], called: set[str], towers: Sequence[tuple[int, int]]
     ) -> None:
-        """ValueError for a module that took a map itself, whose call was not seen, and for a model without calls.
+        """ValueError for a module that computed a map itself without a call, and for a model without calls.
 
         Args:
-            by_hand: the modules that took a softmax, and the shapes of those that may be maps for sure.
+            by_hand: the modules that computed a softmax, and the shapes of those that are certainly maps.
             called: the modules of the towers that called attention.
             towers: (B, N) of each.
         """
@@ -186,12 +187,12 @@ class WrittenMaps:
             # (B, N, n, n) mixes streams of one token, as hyper-connections do.
             is_map = any(shape[:2] not in towers for shape in shapes)
             kind = type(model.get_submodule(path)).__name__
-            seen = self.covers(path) and any(not path or f"{caller}.".startswith(f"{path}.") for caller in called)
-            if (is_map or "ttention" in kind) and not seen:
+            is_covered = self.covers(path) and any(not path or f"{caller}.".startswith(f"{path}.") for caller in called)
+            if (is_map or "ttention" in kind) and not is_covered:
                 place = f"'{path}' ({kind})" if path else kind
                 raise ValueError(
                     "model must compute attention through transformers' AttentionInterface or scaled_dot_product_attention; got "
-                    f"{place}, which takes a softmax itself. {_BY_HAND}"
+                    f"{place}, which computes a softmax itself. {_BY_HAND}"
                 )
         if not called:
             raise ValueError(
@@ -206,7 +207,7 @@ class WrittenMaps:
         return not any(multiplied) or (all(multiplied) and path not in self._changed)
 
     def product(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> WrittenProduct | None:
-        """The product of a map with values that a function of torch gave, if it did."""
+        """The product of a map with values that a function of torch computed, if any."""
         if not self._maps:
             return None
         equation, args = _einsum(func, args)
@@ -272,8 +273,8 @@ def _by_equation(equation: str, operands: Sequence[Tensor], result: Tensor) -> P
 
 
 def _alike(result: Tensor, stored: Tensor) -> bool:
-    """Whether a function left the numbers of a map as they are, as a mask does that the map has already; or made zeros of the
-    rows that see no key, which are NaN."""
+    """Whether a function left the numbers of a map unchanged, as a mask does that was applied already; or replaced the NaN of
+    rows that see no key with zeros."""
     if result.numel() != stored.numel() or result.shape[-2:] != stored.shape[-2:] or result.dtype != stored.dtype:
         return False
     return torch.equal(result.detach().view(stored.shape), stored.detach().nan_to_num(0.0))

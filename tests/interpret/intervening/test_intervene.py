@@ -305,7 +305,7 @@ def test_a_context_that_is_entered_within_itself() -> None:
     before, context = state(model), va.intervene(model, inputs, va.Knockout(keys=(0, 2)))
     with context:
         expected = model(**inputs).logits
-        with pytest.raises(ValueError, match="model must be left by va.intervene"):
+        with pytest.raises(ValueError, match="model must not be inside of va.intervene"):
             context.__enter__()
         assert torch.equal(model(**inputs).logits, expected)
     assert state(model) == before and RUNNING.get() is None

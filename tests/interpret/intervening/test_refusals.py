@@ -139,7 +139,7 @@ def test_runs_within_runs() -> None:
             lambda: va.explain(model, inputs, method="input_gradient"),  # which sees no attention
             lambda: va.attribute_edges(other, inputs, ["text", "last"]),
         ):
-            with pytest.raises(ValueError, match="model must be left by va.intervene before another run sees its attention"):
+            with pytest.raises(ValueError, match="must not be inside of va.intervene when another run observes"):
                 call()
     waiting = va.intervene(model, inputs, cut)
     # The second would run the model, and so this hook, before its context is entered.

@@ -94,7 +94,7 @@ def test_attention_by_hand_without_a_dimension_of_heads_is_named(alone):
     kind = "three dimensions"
     model = stack(kind, kind) if alone else stack("torch", kind, "torch")
     name = r"blocks\.0\.attend" if alone else r"blocks\.1\.attend"
-    with pytest.raises(ValueError, match=rf"got '{name}' \(Heads\), which takes a softmax itself"):
+    with pytest.raises(ValueError, match=rf"got '{name}' \(Heads\), which computes a softmax itself"):
         explain(model, sequences(), position="cls", target=second)
 
 
@@ -119,7 +119,7 @@ class Einsum(torch.nn.Module):
 
 @pytest.mark.parametrize("options", [{}, {"position": "cls", "target": 1}])
 def test_attention_by_einsum_has_a_way_out(options):
-    words = r"got Einsum, which takes a softmax itself. .* va.relevancy_attention, .*in_your_transformer.py.* va.relevancy_step"
+    words = r"Einsum, which computes a softmax itself. .* va.relevancy_attention, .*in_your_transformer.py.* va.relevancy_step"
     with pytest.raises(ValueError, match=rf"^model must compute attention through .*{words}"):
         explain(Einsum(), {"x": torch.randn(2, 5, 16)}, **options)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):  # the model's own error

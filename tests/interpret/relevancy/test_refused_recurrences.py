@@ -32,7 +32,7 @@ def test_methods_without_a_rule_refuse(method: str) -> None:
 def test_a_state_of_an_earlier_pass_is_refused() -> None:
     model = made("Qwen3Next", dtype=torch.float32)
     cache = model(input_ids=WORDS[:, :5], use_cache=True).past_key_values
-    with pytest.raises(ValueError, match=rf"got {PLACE}, which goes on from the state of an earlier pass"):
+    with pytest.raises(ValueError, match=rf"got {PLACE}, which continues from the state of an earlier pass"):
         with capture_relevancy(model, method="gradient"):
             model(input_ids=WORDS[:, 5:], past_key_values=cache)
 

@@ -333,7 +333,7 @@ def test_no_map_is_held(name, method):
 def test_whole_maps_are_named():
     model = scored("additive")
     model.blocks[1].attend.inside.backend = "reference"
-    with pytest.raises(ValueError, match=r"got 'blocks\.1\.attend\.inside' \(ScoreAttention\), which takes a softmax itself"):
+    with pytest.raises(ValueError, match=r"got 'blocks\.1\.attend\.inside' \(ScoreAttention\), which computes a softmax itself"):
         explain(model, sequences(), position="cls", target=second)
 
 

@@ -1,4 +1,4 @@
-"""A linear recurrence in plain PyTorch, for what readers must know of one: chunks of tokens as maps, a state between them."""
+"""A linear recurrence in plain PyTorch, for readers that need its state: chunks of tokens as maps, a state between them."""
 
 from __future__ import annotations
 

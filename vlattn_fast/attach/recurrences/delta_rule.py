@@ -23,12 +23,12 @@ def read(call: FunctionCall) -> Reading:
         run=lambda value: call.run(value=value.transpose(1, 2)),
         output_of=lambda result: result[0].transpose(1, 2),
         with_output=lambda result, output: (output.transpose(1, 2), *result[1:]),
-        channels=slice(-value.shape[1] * value.shape[3], None),  # behind those of queries and keys
-        refusal=GOES_ON if call["initial_state"] is not None else PACKED if call["cu_seqlens"] is not None else "",
+        channels=slice(-value.shape[1] * value.shape[3], None),  # after those of queries and keys
+        unsupported=GOES_ON if call["initial_state"] is not None else PACKED if call["cu_seqlens"] is not None else "",
     )
 
 
-# By the names in the files of the models; those without "torch" are attributes of modules in older releases.
+# The names in the files of the models; those without "torch" are attributes of modules in older releases.
 FUNCTIONS = dict.fromkeys(
     (
         *("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"),

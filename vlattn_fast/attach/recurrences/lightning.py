@@ -1,4 +1,4 @@
-"""Lightning attention (Qin et al., arXiv 2401.04658): linear attention with one decay a head. MiniMax writes it out."""
+"""Lightning attention (Qin et al., arXiv 2401.04658): linear attention with one decay per head. MiniMax writes it out."""
 
 from __future__ import annotations
 

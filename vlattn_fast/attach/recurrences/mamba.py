@@ -1,8 +1,8 @@
 """Selective state spaces: Mamba (Gu, Dao, arXiv 2312.00752) and Mamba-2 (Dao, Gu, arXiv 2405.21060), whose map is that of Ali,
 Zimerman, Wolf (arXiv 2403.01590).
 
-Models: Mamba, FalconMamba and Jamba, in which each channel has a state of its own; Mamba-2, Bamba, FalconH1, GraniteMoeHybrid,
-NemotronH and Zamba2, in which a head has one. Zamba's groups of channels have queries and keys of their own.
+Models: Mamba, FalconMamba and Jamba, in which each channel has its own state; Mamba-2, Bamba, FalconH1, GraniteMoeHybrid,
+NemotronH and Zamba2, in which each head has one. Zamba's groups of channels have queries and keys of their own.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def read_channels(call: FunctionCall) -> Reading:
         output_of=lambda result: first_of(result)[..., None],
         with_output=lambda result, output: with_first(result, output[..., 0]),
         channels=slice(None),
-        refusal=PACKED if call["seq_idx"] is not None else "",
+        unsupported=PACKED if call["seq_idx"] is not None else "",
     )
 
 
@@ -59,8 +59,8 @@ def read_heads(call: FunctionCall) -> Reading:
         run=lambda value: call.run(hidden_states=value.transpose(1, 2)),
         output_of=lambda result: first_of(result).transpose(1, 2),
         with_output=lambda result, output: with_first(result, output.transpose(1, 2)),
-        channels=slice(value.shape[1] * value.shape[3]),  # in front of those of keys and queries
-        refusal=GOES_ON if call["initial_states"] is not None else PACKED if call["seq_idx"] is not None else "",
+        channels=slice(value.shape[1] * value.shape[3]),  # before those of keys and queries
+        unsupported=GOES_ON if call["initial_states"] is not None else PACKED if call["seq_idx"] is not None else "",
     )
 
 
@@ -120,12 +120,12 @@ def read_update(call: FunctionCall) -> Reading:
         run=lambda value: call.run(hidden_states=value[..., 0]),
         output_of=lambda result: result[..., None],
         with_output=lambda result, output: output[..., 0],
-        refusal=GOES_ON,
+        unsupported=GOES_ON,
     )
 
 
 def _step(call: FunctionCall, bias: Tensor | None, dim: int | None) -> Tensor:
-    """The length of each step in time, in the shape of dt; `dim` of dt is that of tokens, behind the channels of the bias."""
+    """The length of each step in time, in the shape of dt; `dim` of dt is that of tokens, after the channels of the bias."""
     step = at_least_float32(call["dt"])
     if bias is not None:
         step = step + (bias if dim is None else bias[:, None])

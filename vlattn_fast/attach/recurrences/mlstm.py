@@ -14,7 +14,7 @@ from vlattn_fast.attach.recurrences.reading import GOES_ON, FunctionCall, Readin
 
 
 def read(call: FunctionCall) -> Reading:
-    """Query, key and value are (B, H, N, D), the gates in front of their activations (B, H, N).
+    """Query, key and value are (B, H, N, D), the gates before their activations (B, H, N).
 
     C_t = f_t C_{t-1} + i_t k_t v_t^T and n_t = f_t n_{t-1} + i_t k_t, and h_t = C_t^T q_t / (max(|n_t . q_t|, exp(-m_t)) + eps),
     both with states divided by exp(m_t), the largest gate of a token so far.
@@ -35,7 +35,7 @@ def read(call: FunctionCall) -> Reading:
     return Reading(
         Recurrence(query, key, value, log_decay),
         run=lambda value: call.run(value=value),
-        refusal="" if call["c_initial"] is None else GOES_ON,
+        unsupported="" if call["c_initial"] is None else GOES_ON,
     )
 
 

@@ -1,4 +1,4 @@
-"""A call as a reader gives it: the map through which tokens reach one another, and the way to and from the model's tensors."""
+"""A call as a reader describes it: the map over tokens, and the conversion from and to the model's tensors."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from torch import Tensor, nn
 
 from vlattn_fast._ground.tensors import compute_dtype
 
-# Why relevancy cannot go through a call, see `Reading.refusal`.
-GOES_ON = "goes on from the state of an earlier pass. Pass the whole sequence in one forward pass, without a cache"
+# Why relevancy cannot go through a call, see `Reading.unsupported`.
+GOES_ON = "continues from the state of an earlier pass. Pass the whole sequence in one forward pass, without a cache"
 PACKED = "takes several sequences as one. Pass them as a batch"
 
 
 @dataclass(frozen=True, eq=False)
 class Recurrence:
-    """o_t = sum_{s <= t} A_ts v_s, one A a head, which `va.reference.recurrent_map` writes out:
+    """o_t = sum_{s <= t} A_ts v_s, one A per head, which `va.reference.recurrent_map` writes out:
 
         S_t = diag(exp(log_decay_t)) S_{t-1}
         S_t = S_t + beta_t k_t (v_t - S_t^T k_t)^T   with beta, the delta rule;   S_t = S_t + k_t v_t^T   without
         o_t = S_t^T q_t + diagonal_t v_t
 
-    The query is used as it is: the reader has scaled and normalized it. Heads of query and key may divide those of the value. A
-    channel that has a state of its own is a head with Dv = 1.
+    The query is already scaled and normalised. The number of heads of query and key may divide that of the value. A channel with
+    its own state is a head with Dv = 1.
     """
 
     query: Tensor  # (B, H, N, Dk)
@@ -36,7 +36,7 @@ class Recurrence:
     log_decay: Tensor | None = None  # (B, H, N) or (B, H, N, Dk); None = nothing is forgotten
     beta: Tensor | None = None  # (B, H, N)
     diagonal: Tensor | None = None  # (B, H, N)
-    reads_before: bool = False  # o_t = S_{t-1}^T q_t + diagonal_t v_t: the state that a token reads is without itself
+    reads_before: bool = False  # o_t = S_{t-1}^T q_t + diagonal_t v_t: the state that a token uses is without itself
 
     def outputs(self) -> Tensor:
         """o (B, H, N, Dv), token by token."""
@@ -57,13 +57,13 @@ class Recurrence:
 
 @dataclass(frozen=True, eq=False)
 class Convolution:
-    """o_u = gate_u * (sum_w weight_w x_{u-W+1+w} + bias) of each channel: depthwise, causal, W taps. The gate is what the
-    activation multiplies the sum with, act(z) / z."""
+    """o_u = gate_u * (sum_w weight_w x_{u-W+1+w} + bias) of each channel: depthwise, causal, W taps. The activation multiplies
+    the sum by the gate, act(z) / z."""
 
     value: Tensor  # (B, C, N), x
     weight: Tensor  # (C, W), the tap of the token itself is the last
     gate: Tensor | None = None  # (B, C, N); None = without an activation
-    projection: Tensor | None = None  # (values, C), which makes values of its output; None = it is the values
+    projection: Tensor | None = None  # (values, C), from its output to values; None = the output is the values
 
     def outputs(self, bias: Tensor | None) -> Tensor:
         """o (B, C, N)."""
@@ -80,7 +80,7 @@ class Convolution:
 
 
 def first_of(result: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """The output of a function that may give its last state, too."""
+    """The output of a function that may also return its last state."""
     return result[0] if isinstance(result, tuple) else result
 
 
@@ -90,18 +90,18 @@ def with_first(result: Tensor | tuple[Tensor, ...], output: Tensor) -> Tensor | 
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """A call of a function that the table names.
+    """A call of a function in the table.
 
     Attributes:
         mixer: what mixes its tokens, which has a map.
         run: the result of the model's function for other values, in the shape and the dtype of `mixer.value`.
         output_of: the output in a result, in the shape of the values: (B, H, N, Dv) of a recurrence, (B, C, N) of a convolution.
-        with_output: the result with another output, as the model goes on with it.
-        channels: which channels of a short convolution that the module called before are the values, in their order (H, Dv);
-            None = no convolution in front of this function is looked for.
-        convolution: one that the function itself has in front of its values, of their channels alone.
-        alone: a convolution that is the only mixer of its module.
-        refusal: why relevancy cannot go through this call, behind "which"; "" = it can.
+        with_output: the result with another output, as the model continues with it.
+        channels: the channels of the values, (H, Dv) in order, in a short convolution that the module called before; None = this
+            function has no convolution before it.
+        convolution: one that the function itself applies before its values, with only their channels.
+        is_only_mixer: a convolution that is the only mixer of its module.
+        unsupported: why relevancy cannot go through this call, to follow "which"; "" = it can.
     """
 
     mixer: Recurrence | Convolution
@@ -110,12 +110,12 @@ class Reading:
     with_output: Callable[[Any, Tensor], Any] = with_first
     channels: slice | None = None
     convolution: Convolution | None = None
-    alone: bool = False
-    refusal: str = ""
+    is_only_mixer: bool = False
+    unsupported: str = ""
 
 
 class FunctionCall:
-    """A call as the model makes it. `module`: the one whose forward it is, or that calls the function."""
+    """A call as the model makes it. `module`: the module whose forward it is, or that calls the function."""
 
     def __init__(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], module: nn.Module) -> None:
         self.function, self.args, self.kwargs, self.module = function, tuple(args), dict(kwargs), module
@@ -123,15 +123,15 @@ class FunctionCall:
         self._named = dict(zip(self._parameters, self.args, strict=False)) | self.kwargs
 
     def __getitem__(self, name: str) -> Any:
-        """The argument, or what stands for it by default; None where the function has none of this name."""
+        """The argument, or its default; None if the function has no such argument."""
         if name in self._named or name not in self._parameters:
             return self._named.get(name)
         default = self._parameters[name].default
         return None if default is inspect.Parameter.empty else default
 
     def run(self, **changed: Any) -> Any:
-        """The function's result with some of its arguments changed. The others stand where the model put them: a kernel of
-        another package may have other names for them."""
+        """The function's result with some of its arguments changed. The others keep their positions: a kernel of another package
+        may have other names for them."""
         names = list(self._parameters)
         args = [changed.get(name, value) for name, value in zip(names, self.args, strict=False)]
         kwargs = {name: changed.get(name, value) for name, value in self.kwargs.items()}
@@ -147,5 +147,5 @@ def _signature(function: Callable[..., Any]) -> inspect.Signature:
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """The tensor in float32, or in float64 where it is."""
+    """The tensor in float32, or in float64 if it is float64."""
     return tensor.to(compute_dtype(tensor))

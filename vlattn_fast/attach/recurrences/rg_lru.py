@@ -17,7 +17,7 @@ _SHARPNESS = 8.0  # c of the paper's equation 3
 
 def read(convolution: Convolution | None, call: FunctionCall) -> Reading:
     """h_t = a_t h_{t-1} + sqrt(1 - a_t^2) i_t x_t, with gates a and i of x. The function is the module of the recurrence, the
-    values x are (B, N, C); where the position is 0, a sequence begins."""
+    values x are (B, N, C); a sequence begins at each position 0."""
     states: Tensor = call["activations"]
     module: Any = call.function
     value: Tensor = states.transpose(1, 2)[..., None]

@@ -1,7 +1,7 @@
-"""RWKV-4 (Peng et al., arXiv 2305.13048): each channel is a head whose weights fall with distance, but for the token's own.
+"""RWKV-4 (Peng et al., arXiv 2305.13048): each channel is a head whose weights fall with distance, except the token's own.
 
-A token's features are mixed with those of the token before it, a convolution with two taps: in front of the recurrence, and in
-front of the feed-forward layer, where it is the only mixer.
+A token's features are mixed with those of the token before it, a convolution with two taps: before the recurrence, and before
+the feed-forward layer, where it is the only mixer.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def read(convolution: Convolution | None, call: FunctionCall) -> Reading:
     since_start = speed * torch.arange(key.shape[-1], device=key.device)
     largest = (key + since_start).cummax(-1).values - since_start  # m_t = max(m_{t-1} - w, k_t)
     before = functional.pad(largest, (1, -1), value=-torch.inf)  # m_{t-1}
-    log_decay = (before - speed - largest).nan_to_num(neginf=0.0)  # nothing is in front of the first token
+    log_decay = (before - speed - largest).nan_to_num(neginf=0.0)  # nothing is before the first token
     written = (key - largest).exp()[..., None]
     sums = recurred(torch.ones_like(written), written, torch.ones_like(written), log_decay, _CHUNK)[..., 0]
     top = torch.maximum(before, first + key)
@@ -54,7 +54,7 @@ def read(convolution: Convolution | None, call: FunctionCall) -> Reading:
 
 
 def read_shift(call: FunctionCall) -> Reading:
-    return Reading(Convolution(call["states"], call["weight"]), run=lambda states: call.run(states=states), alone=True)
+    return Reading(Convolution(call["states"], call["weight"]), run=lambda states: call.run(states=states), is_only_mixer=True)
 
 
 def shifted(states: Tensor, weight: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The causal depthwise convolution in front of a recurrence's queries, keys and values, or a layer's only mixer (LFM2)."""
+"""The causal depthwise convolution before a recurrence's queries, keys and values, or a layer's only mixer (LFM2)."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from vlattn_fast.attach.recurrences.reading import GOES_ON, PACKED, Convolution,
 def read(call: FunctionCall) -> Reading:
     """The states are (B, C, N)."""
     states, weight = call["hidden_states"], call["weight"]
-    activation, refusal = call["activation"], PACKED if call["seq_idx"] is not None else ""
-    if not refusal and activation not in (None, "silu", "swish"):
-        refusal = f"has the activation {activation!r}, of which no gate is known"
+    activation, unsupported = call["activation"], PACKED if call["seq_idx"] is not None else ""
+    if not unsupported and activation not in (None, "silu", "swish"):
+        unsupported = f"has the activation {activation!r}, whose gate is not known"
     gate = None if activation is None else gate_of_silu(states, weight, call["bias"])
     return Reading(
         Convolution(states, weight, gate),
         run=lambda states: call.run(hidden_states=states),
-        alone=type(call.module).__name__.endswith("ShortConv"),  # of LFM2: all others have a recurrence behind it
-        refusal=refusal,
+        is_only_mixer=type(call.module).__name__.endswith("ShortConv"),  # of LFM2: all others have a recurrence after it
+        unsupported=unsupported,
     )
 
 
@@ -32,7 +32,7 @@ def gate_of_silu(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def read_update(call: FunctionCall) -> Reading:
     """One token of generation, which has the tokens before it in a cache."""
     convolution = Convolution(call["hidden_states"], call["weight"])
-    return Reading(convolution, run=lambda states: call.run(hidden_states=states), refusal=GOES_ON)
+    return Reading(convolution, run=lambda states: call.run(hidden_states=states), unsupported=GOES_ON)
 
 
 CONVOLUTIONS = {"causal_conv1d_fn": read, "causal_conv1d_update": read_update}

@@ -90,7 +90,7 @@ class SeesMixers:
         if isinstance(mixer, Convolution) and recurs(module):
             self._convolutions[run.number] = reading, output
             return reading.with_output(result, self._marked_as(output, mixer.value))
-        if isinstance(mixer, Convolution) and not reading.alone:
+        if isinstance(mixer, Convolution) and not reading.is_only_mixer:
             raise ValueError(
                 f"model must use supported functions for its recurrence; got {named(path, module)}, whose short convolution "
                 "comes before attention or an unsupported recurrence"
@@ -110,7 +110,7 @@ class SeesMixers:
 
 def _check(reading: Reading, call: FunctionCall, path: str) -> None:
     """ValueError if relevancy cannot go through a call of a module at `path`."""
-    why = reading.refusal
+    why = reading.unsupported
     if has_dtensors(call.module):
         why = "has its heads in several processes. Run it in one"
     if why:
