@@ -38,7 +38,7 @@ def test_a_decoder_says_another_answer(tmp_path: Path, photo: str) -> None:
     result = run("--model", str(model), "--image", photo, "--text", "a red", "--cut", "image->last:0-1", "--generate", "3")
     assert result.exit_code == 0, result.output
     first, second = result.stdout.splitlines()
-    assert first.startswith("as it is: '") and second.startswith("edited:   '")
+    assert first.startswith("unedited: '") and second.startswith("edited:   '")
     before, after = (float(each.split(", ")[0]) for each in first.split("probability ")[1].split(", with the edits "))
     assert 0 < before < 1 and 0 < after < 1 and before != after
     nothing = run("--model", str(model), "--image", photo, "--text", "a red", "--scale", "0:0:1", "--generate", "3")
@@ -58,14 +58,14 @@ def test_scores_of_a_dual_encoder(tmp_path: Path, photo: str) -> None:
         before = model(**inputs).logits_per_image.item()
         with va.intervene(model, inputs, va.Knockout(keys="image", layers=1)):
             after = model(**inputs).logits_per_image.item()
-    assert result.stdout == f"score 0: {before:.6g} as it is, {after:.6g} edited (target 0)\n"
+    assert result.stdout == f"score 0: {before:.6g} unedited, {after:.6g} edited (target 0)\n"
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ([], "--cut or --scale must be given; got neither"),
-        (["--cut", "last"], """--cut must be "KEYS->QUERIES[:LAYERS[:HEADS]]" in quotes, as "image->last:10-15", with names"""),
+        (["--cut", "last"], """--cut must be "KEYS->QUERIES[:LAYERS[:HEADS]]" in quotes, e.g. "image->last:10-15", with names"""),
         (["--cut", "words->last"], '--cut must be "KEYS->QUERIES'),
         (["--cut", "image->last:x"], '--cut must be "KEYS->QUERIES'),
         (["--cut", "image->last:3-1"], '--cut must be "KEYS->QUERIES'),
@@ -76,8 +76,8 @@ def test_scores_of_a_dual_encoder(tmp_path: Path, photo: str) -> None:
             ["--cut", "last:image:0-1:3"],
             """information flows from keys to queries: "image->last:0-1:3"; got 'last:image:0-1:3'""",
         ),
-        (["--cut", "all->all"], "queries, keys or heads must be given, since Knockout without them is of all attention"),
-        (["--scale", "1:2"], "--scale must be LAYER:HEADS:FACTOR, as 14:3,7:0; got '1:2'"),
+        (["--cut", "all->all"], "queries, keys or heads must be given, since Knockout without them edits all attention"),
+        (["--scale", "1:2"], "--scale must be LAYER:HEADS:FACTOR, e.g. 14:3,7:0; got '1:2'"),
         (["--cut", "image->last:9"], "layers must be from -2 to 1 in tower 'language', which has 2; got 9"),
         (["--cut", "image->last", "--tower", "text"], "--tower must be one of 'language'; got 'text'"),
         (["--cut", "image->last", "--dtype", "int8"], "--dtype must be one of"),

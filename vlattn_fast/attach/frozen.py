@@ -1,4 +1,4 @@
-"""Constants of the backward pass: denominators of norms, attention weights. The forward pass stays as it is.
+"""Constants of the backward pass: denominators of norms, attention weights. The forward pass stays unchanged.
 
 A norm is y = (x - mean(x)) / d(x) * weight + bias, or the same without the mean; d(x) is the norm of the numerator. A
 gradient that comes back through it is orthogonal to x, so the contributions of tokens to x cancel. With a constant d, y is linear
@@ -267,8 +267,8 @@ def _reduces(kind: type[nn.Module]) -> bool:
     """Whether the code of a class, or its name, mentions a norm or a reduction. Other modules are never tried."""
     bases = [one for one in kind.__mro__ if one is not nn.Module and issubclass(one, nn.Module)]
     codes = [one.__code__ for base in bases for one in vars(base).values() if inspect.isfunction(one)]
-    said = " ".join([*(base.__name__ for base in bases), *(name for code in codes for name in code.co_names)]).lower()
-    return any(name in said for name in ("norm", "std", "var", "mean", "sum", "max", "dot"))
+    code_names = " ".join([*(base.__name__ for base in bases), *(name for code in codes for name in code.co_names)]).lower()
+    return any(name in code_names for name in ("norm", "std", "var", "mean", "sum", "max", "dot"))
 
 
 def _kind(module: nn.Module) -> str:

@@ -2,7 +2,7 @@
 
 transformers looks its attention function up by the name in the config. Two names are registered:
 
-- "vlattn" gets the masks that SDPA gets (bool, or None where the pattern is causal or complete), for models that support SDPA;
+- "vlattn" gets the masks that SDPA gets (bool, or None if the pattern is causal or complete), for models that support SDPA;
 - "vlattn_additive" gets eager attention's float masks, for models that also add the mask by hand somewhere.
 
 A config may belong to several models, so each module has a copy that names our function during the run.
@@ -152,7 +152,7 @@ def configs(roots: Iterable[nn.Module], keeps_sdpa: bool = False) -> Iterator[tu
 
 def _naming_us(config: Any, name: str, chosen: dict[int, str], copies: dict[int, Any]) -> Any:
     """A copy of `config` that names our function, with copies of its sub-configs, which models read as well; the config itself
-    where it names a score, since the operator of such a score is observed anyway."""
+    if it names a score, since the operator of such a score is observed anyway."""
     if getattr(config, CONFIG_NAME) in SCORES_BY_NAME:
         return config
     if id(config) not in copies:

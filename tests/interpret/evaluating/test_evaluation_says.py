@@ -58,7 +58,7 @@ def test_a_wrapped_text_model_asks_for_its_tokenizer():
     model, ids = Wrapped().eval(), torch.randint(5, 60, (2, 8))
     data = [({"input_ids": ids, "attention_mask": torch.ones(2, 8).long()}, lambda outputs: outputs[:, 0], None)]
     options = {"position": {"tower0": "cls"}, "methods": ("gradient", "random")}
-    hint = "no sample has a map with an entry to remove; processor= tells which tokens are words"
+    hint = "no sample has a map with an entry to remove; pass processor= to find the words"
     result = va.evaluate(model, data, **options)
     row = rows(result)["gradient", "positive", "text"]
     assert (row["samples"], row["left_out"], row["note"]) == (0, 2, hint)

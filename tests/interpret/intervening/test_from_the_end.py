@@ -55,7 +55,7 @@ def test_a_tower_that_attends_to_another_counts_all_its_layers() -> None:
     depth = 1 + max(*layers, *va.record_heads(model, inputs, tower="language").means)
     missing = next(layer for layer in range(depth) if layer not in layers)
     with pytest.raises(
-        ValueError, match=rf"layers must be among \{layers}, which attend; got {missing}, which does not attend to"
+        ValueError, match=rf"layers must be among \{layers}, which have attention; got {missing}, which does not attend to"
     ):
         va.intervene(model, inputs, va.Knockout(heads=0, layers=missing - depth, tower=across))
     logits = []

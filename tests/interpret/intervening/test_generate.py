@@ -132,7 +132,7 @@ def test_last_among_the_keys_is_the_row_that_runs() -> None:
     with torch.no_grad(), va.intervene(model, inputs, va.Knockout(queries="last", keys="last")):
         for logits, whole in zip(steps(model, inputs, transformers.DynamicCache()), expected, strict=True):
             torch.testing.assert_close(logits, whole, rtol=0, atol=1e-9)
-        with pytest.raises(ValueError, match="keys='last' needs rows that run one by one"):
+        with pytest.raises(ValueError, match="keys='last' needs tokens that run one by one"):
             list(steps(model, inputs, None))
 
 

@@ -58,7 +58,7 @@ def test_bad_data_is_refused_by_name() -> None:
     model, inputs = llama()
     for dataset, message in (
         ([], "dataset must have at least one item"),
-        ([inputs], "dataset must give"),
+        ([inputs], "dataset must yield"),
         (3, "dataset must be"),
     ):
         with pytest.raises((ValueError, TypeError), match=message):

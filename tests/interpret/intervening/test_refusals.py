@@ -26,16 +26,16 @@ from vlattn_fast.attach.events import RUNNING
         (lambda: va.Knockout(keys=(3, 3)), ValueError, "keys must be a name, spans .*; got"),
         (lambda: va.Knockout(keys=[(0, 2), (4,)]), ValueError, "keys must be a name, spans"),
         (lambda: va.Knockout(keys=torch.ones(2, 9)), ValueError, r"keys must be bool \(B, N\) or \(N,\)"),
-        (lambda: va.Knockout(layers=[]), ValueError, "layers must be ints, at least one, where -1 is the last"),
+        (lambda: va.Knockout(layers=[]), ValueError, "layers must be ints, at least one, -1 for the last"),
         (lambda: va.Knockout(layers=-1.0), TypeError, "layers must be a number, numbers, or None; got float"),
         (lambda: va.Knockout(heads="all"), TypeError, "heads must be a number, numbers, or None"),
         (lambda: va.Knockout(heads=[True]), ValueError, "heads must be ints, at least one"),
-        (lambda: va.Knockout(), ValueError, "queries, keys or heads must be given, since Knockout without them is of all"),
+        (lambda: va.Knockout(), ValueError, "queries, keys or heads must be given, since Knockout without them edits all"),
         (lambda: va.Knockout(layers=[3]), ValueError, "queries, keys or heads must be given, since Knockout without"),
-        (lambda: va.Steer(weight=2.0), ValueError, "queries, keys or heads must be given, since Steer without them is of all"),
-        (lambda: va.Knockout(keys="last - words"), ValueError, "or one less others, as 'question - last'; got 'last - words'"),
+        (lambda: va.Steer(weight=2.0), ValueError, "queries, keys or heads must be given, since Steer without them edits all"),
+        (lambda: va.Knockout(keys="last - words"), ValueError, "or one minus others, e.g. 'question - last'; got 'last - words'"),
         (lambda: va.Knockout(keys="last", tower=3), TypeError, "tower must be a name, a pair of names, or None"),
-        (lambda: va.Steer(keys="image", weight=0.0), ValueError, r"weight must be above 0 \(va.Knockout takes edges away\)"),
+        (lambda: va.Steer(keys="image", weight=0.0), ValueError, r"weight must be above 0 \(va.Knockout cuts edges\)"),
         (lambda: va.Steer(keys="image", weight=-1.0), ValueError, "weight must be above 0"),
         (lambda: va.Steer(keys="image", weight=math.nan), ValueError, "weight must be a finite number"),
         (lambda: va.Steer(keys="image", weight=torch.ones(2)), TypeError, "weight must be a real number"),
@@ -43,8 +43,8 @@ from vlattn_fast.attach.events import RUNNING
         (lambda: va.ScaleHeads({}, 0.0), ValueError, "heads must name a layer"),
         (lambda: va.ScaleHeads({0: [1.0]}, 0.0), ValueError, "heads must be ints, at least one"),
         (lambda: va.ScaleHeads({0: 0}, math.inf), ValueError, "factor must be a finite number"),
-        (lambda: va.ScaleHeads({0: 0}, 0.0, mean=torch.ones(4)), TypeError, "mean must be what va.record_heads returns"),
-        (lambda: va.Patch({}, {0: 0}), TypeError, "other_run must be what va.record_heads returns"),
+        (lambda: va.ScaleHeads({0: 0}, 0.0, mean=torch.ones(4)), TypeError, "mean must be a result of va.record_heads"),
+        (lambda: va.Patch({}, {0: 0}), TypeError, "other_run must be a result of va.record_heads"),
         (lambda: va.Patch(va.HeadRecord(("a", "a"), {}, None, 3), {0: 0}), ValueError, "other_run must be of one run"),
     ],
 )
@@ -88,9 +88,11 @@ def test_names_without_a_meaning_and_names_of_several_towers() -> None:
     with pytest.raises(ValueError, match="keys='image' has no meaning in tower 'language' of 9 tokens"):
         va.intervene(model, inputs, va.Knockout(keys="image"))
     clip, pairs = made("clip")
-    with pytest.raises(ValueError, match="Knockout needs tower= where several towers have such tokens; got 'vision', 'text'"):
+    with pytest.raises(ValueError, match="Knockout needs tower= if several towers have such tokens; got 'vision', 'text'"):
         va.intervene(clip, pairs, va.Knockout(keys="special"))
-    with pytest.raises(ValueError, match="ScaleHeads needs tower= where the model has not one tower; got 'vision', 'text'"):
+    with pytest.raises(
+        ValueError, match="ScaleHeads needs tower= if the model does not have exactly one tower; got 'vision', 'text'"
+    ):
         va.intervene(clip, pairs, va.ScaleHeads({0: 0}, 0.0))
     with pytest.raises(ValueError, match="Knockout must be of tokens that attend to one another"):
         va.intervene(clip, pairs, va.Knockout(queries="text", keys="image"))
@@ -103,7 +105,7 @@ def test_contradictions_and_what_is_no_edit() -> None:
     run = va.record_heads(model, inputs)
     patch, scale = va.Patch(run, {1: [0, 2]}), va.ScaleHeads({1: [2]}, 0.0)
     for edits in ([patch, scale], [scale, patch], [patch, patch]):
-        with pytest.raises(ValueError, match="edits must give the outputs of a head once; got .* of head [02], layer 1"):
+        with pytest.raises(ValueError, match="edits must set the outputs of a head once; got .* of head [02], layer 1"):
             va.intervene(model, inputs, edits)
     for edits in (None, "last", [3], {1: scale}):
         with pytest.raises(TypeError, match="edits must be va.Knockout, va.Steer, va.ScaleHeads or va.Patch"):
@@ -196,14 +198,14 @@ def test_a_layer_that_attends_twice_has_no_record() -> None:
                 x = x + part(x, torch.ones(x.shape[:2], dtype=torch.bool))
             return x
 
-    with pytest.raises(ValueError, match="model must attend once in a layer where heads are recorded; got layer 0"):
+    with pytest.raises(ValueError, match="model must attend once in a layer if heads are recorded; got layer 0"):
         va.record_heads(Twice(), {"x": torch.randn(2, 5, 16)})
 
 
 def test_attention_in_chunks_has_heads_and_no_edges() -> None:
     case = DECODERS["Qwen2VLForConditionalGeneration"]()
     model, inputs = case.model.eval(), case.inputs()
-    with pytest.raises(ValueError, match="model must attend over whole inputs where edges are edited; got 'model.visual.blocks"):
+    with pytest.raises(ValueError, match="model must attend over whole inputs if edges are edited; got 'model.visual.blocks"):
         va.intervene(model, inputs, va.Knockout(keys=(0, 2), tower="vision"))
     before = model(**inputs).logits
     with va.intervene(model, inputs, va.ScaleHeads({0: 1}, 0.0, tower="vision")):
@@ -216,9 +218,9 @@ def test_attention_in_chunks_has_heads_and_no_edges() -> None:
         ([(9, 0, "a", "a")], "layers must be from -3 to 2 in tower 'language', which has 3; got 9"),
         ([(0, 9, "a", "a")], "heads must be from -4 to 3"),
         ([(0, -5, "a", "a")], "heads must be from -4 to 3 in layer 0 of tower 'language', which has 4; got -5"),
-        ([(0, 1.0, "a", "a")], "edges must have an int as their head, where -1 is the last; got 1.0"),
-        ([(True, 1, "a", "a")], "edges must have an int as their layer, where -1 is the last; got True"),
-        ([(None, 1, "a", "a")], "edges must have an int as their layer, where -1 is the last; got None"),
+        ([(0, 1.0, "a", "a")], "edges must have an int as their head, -1 for the last; got 1.0"),
+        ([(True, 1, "a", "a")], "edges must have an int as their layer, -1 for the last; got True"),
+        ([(None, 1, "a", "a")], "edges must have an int as their layer, -1 for the last; got None"),
         ([(0, 0, "a", "c")], "edges must go between groups among 'a', 'b'; got 'c'"),
         ([(0, 0, "a")], "edges must be va.Edge or tuples"),
         ([], "edges must have at least one; got none"),
@@ -242,9 +244,9 @@ def test_arguments_of_effects() -> None:
         with pytest.raises((ValueError, TypeError), match=message):
             va.attribute_edges(model, inputs, groups)
     table = va.attribute_edges(model, inputs, ["text", "last"])
-    with pytest.raises(ValueError, match="edges of a table must be given alone"):
+    with pytest.raises(ValueError, match="edges must be given without groups, target, answer and tower if"):
         va.intervene_each(model, inputs, table, target=3)
-    with pytest.raises(ValueError, match="groups must be given beside edges"):
+    with pytest.raises(ValueError, match="groups must be given for edges"):
         va.intervene_each(model, inputs, [(0, 0, "text", "last")])
     with pytest.raises(ValueError, match="k must be"):
         table.top(0)
@@ -252,7 +254,7 @@ def test_arguments_of_effects() -> None:
         table.matrix("image", "last")
     with pytest.raises(ValueError, match="target must give scores that depend on the attention"):
         va.attribute_edges(model, inputs, ["text"], target=lambda outputs: torch.ones(2))
-    with pytest.raises(ValueError, match="target must give scores that are numbers; got nan in rows"):
+    with pytest.raises(ValueError, match="target must give scores that are numbers; got nan for samples"):
         va.attribute_edges(model, inputs, ["text"], target=lambda outputs: outputs.logits[:, -1, 0] * torch.nan)
 
 

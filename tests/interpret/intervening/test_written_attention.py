@@ -201,5 +201,5 @@ def test_a_map_that_is_not_multiplied_is_refused() -> None:
     attend = model.blocks[0].attend
     edited = va.intervene(model, inputs, va.ScaleHeads({0: [0]}, 0.5))
     attend.times = lambda weights, v: weights.square() @ v
-    with edited, pytest.raises(ValueError, match="got 'blocks.0.attend' .Heads., whose attention va.intervene does not see"):
+    with edited, pytest.raises(ValueError, match="got 'blocks.0.attend' .Heads., whose attention va.intervene does not support"):
         model(**inputs)

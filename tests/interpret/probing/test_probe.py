@@ -322,7 +322,7 @@ def test_a_linear_probe_parts_no_input() -> None:
     features, labels = random.normal(size=(60, 100))[inputs], random.integers(0, 2, 60)[inputs]
     assert abs(linear_probe(features, labels, inputs, 0).value - 0.5) < 0.2
     assert linear_probe(features, labels, np.arange(240), 0).value > 0.9
-    assert linear_probe(features[:12], labels[:12], inputs[:12], 0).note in ("fewer than 5 inputs", "one class alone")
+    assert linear_probe(features[:12], labels[:12], inputs[:12], 0).note in ("fewer than 5 inputs", "only one class")
 
 
 def test_labels_are_not_shuffled_as_the_folds_are() -> None:

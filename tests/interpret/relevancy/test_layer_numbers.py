@@ -131,7 +131,7 @@ def test_blocks_without_the_map_that_is_asked_for() -> None:
     with pytest.raises(ValueError, match=r"start_layer must be from -1 \(the last layer\) to 2"):
         va.explain(nemotron, WHOLE, method=va.methods.Gradient(start_layer=3))
     for number, why in ((0, "'model.layers.0.mixer' .*, without a softmax"), (1, "")):
-        with pytest.raises(ValueError, match=rf"layers must be among \[2\], which attend; got {number}, {why}"):
+        with pytest.raises(ValueError, match=rf"layers must be among \[2\], which have attention; got {number}, {why}"):
             va.intervene(nemotron, WHOLE, va.Knockout(queries="last", keys=(0, 2), layers=number))
 
 

@@ -367,8 +367,8 @@ def test_edits_of_a_recurrence_are_refused() -> None:
     place = r"'model\.layers\.0\.linear_attn' \(OlmoHybridGatedDeltaNet\)"
     for edit, why in (
         (va.Knockout(**cut), rf"Knockout needs layers=.*got None, and layer 0, {place}"),
-        (va.Knockout(**cut, layers=[0]), rf"layers must be among \[1\], which attend; got 0, {place}"),
-        (va.ScaleHeads({0: [1]}, 0.0), rf"layers must be among \[1\], which attend; got 0, {place}"),
+        (va.Knockout(**cut, layers=[0]), rf"layers must be among \[1\], which have attention; got 0, {place}"),
+        (va.ScaleHeads({0: [1]}, 0.0), rf"layers must be among \[1\], which have attention; got 0, {place}"),
     ):
         with pytest.raises(ValueError, match=why), va.intervene(model, INPUTS, [edit]):
             pass
@@ -382,7 +382,7 @@ def test_edits_of_a_recurrence_are_refused() -> None:
 
 def test_a_model_without_attention_has_no_edges() -> None:
     model = made("Mamba", "eager", dtype=torch.float32)
-    with pytest.raises(ValueError, match=r"model must have layers that attend.*got one whose layers all take no softmax"):
+    with pytest.raises(ValueError, match=r"model must have layers with a softmax.*got none"):
         va.attribute_edges(model, INPUTS, {"first": (3, 5), "last": (8, 9)}, target=7)
 
 

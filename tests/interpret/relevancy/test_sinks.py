@@ -288,7 +288,7 @@ def test_files_pages_and_copies_keep_them(case, some_sinks, tmp_path):
     assert sinks_line(by_hand.sinks) == "Attention without content: text 0, up to 50% of a layer."
     with pytest.raises(TypeError, match="sinks must be a list of Sinks for each sample"):
         va.Explanation({"text": torch.rand(1, 4)}, sinks=[["first"]])
-    with pytest.raises(ValueError, match="sinks must have 1 rows"):
+    with pytest.raises(ValueError, match="sinks must have 1 samples"):
         va.Explanation({"text": torch.rand(1, 4)}, sinks=[])
 
 

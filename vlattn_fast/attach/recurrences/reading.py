@@ -74,7 +74,7 @@ class Convolution:
         return summed if self.gate is None else summed * self.gate
 
     def part(self, channels: slice, count: int) -> Convolution:
-        """That of some channels, for the last `count` tokens: a cache puts zeros in front of them."""
+        """That of some channels, for the last `count` tokens: a cache puts zeros before them."""
         gate = None if self.gate is None else self.gate[:, channels, -count:]
         return Convolution(self.value[:, channels, -count:], self.weight[channels], gate)
 

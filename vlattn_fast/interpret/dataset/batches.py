@@ -158,10 +158,10 @@ class Batches:
         inputs = build_inputs(self.model, processor, item.picture(), item.texts or options.text)
         targets: list[Any] | None
         target = item.target if item.target is not None else options.target
-        said = item.answer if item.answer is not None else options.answer
-        if target is not None and (said is not None or options.generate is not None):
+        known = item.answer if item.answer is not None else options.answer
+        if target is not None and (known is not None or options.generate is not None):
             raise ValueError("answer must be None if target is given; got both")
-        answer = None if said is None else token_ids(said, processor, 1)[0]
+        answer = None if known is None else token_ids(known, processor, 1)[0]
         if self.adapter.scoring.pairs:
             inputs, targets = prepare_inputs(self.model, inputs, self.adapter, target)
             count = len(targets or [])

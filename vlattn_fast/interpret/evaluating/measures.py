@@ -48,7 +48,7 @@ def lacks(tally: Tally, batch: Batch, plan: Plan) -> None:
     texts = "input_ids" in batch.question.paired and not any(plan.options.get(name) for name in ("tokenizer", "processor"))
     for name, test, part in plan.keys:
         unnamed = texts and part != "image" and isinstance(plan.methods[name], (str, Method))
-        hint = "; processor= tells which tokens are words" if unnamed and batch.maps[name][0]["text"] is None else ""
+        hint = "; pass processor= to find the words" if unnamed and batch.maps[name][0]["text"] is None else ""
         tally.lacks[name, test, part] = f"no sample has {_NEEDS[test]}{hint}"
 
 

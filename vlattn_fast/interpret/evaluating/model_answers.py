@@ -89,8 +89,8 @@ class Judge:
         for place, (number, stays) in enumerate(keys):
             sample = samples[number]
             shapes = tuple((name, tuple(v.shape)) for name, v in sample.inputs.items() if isinstance(v, Tensor))
-            alone = (number,) if question.logits is not None else ()
-            groups.setdefault((sample.sizes(stays), shapes, *alone), []).append(place)
+            own_batch = (number,) if question.logits is not None else ()
+            groups.setdefault((sample.sizes(stays), shapes, *own_batch), []).append(place)
         for places in groups.values():
             for start in range(0, len(places), self.batch_size):
                 yield places[start : start + self.batch_size]

@@ -190,9 +190,9 @@ def split(adapter: Adapter | None, inputs: Mapping[str, Any], count: int, shown:
         entries = {} if columns is None else _entries(texts, number, columns)
         rows = images if images is None or pictures is None else [row for index in images for row in pictures[index]]
         rows = None if isinstance(pixels, Tensor) and pixels.ndim == 5 else rows  # images of a sample are next to one another
-        alone = _sample_inputs(inputs, number, count, rows)
+        single = _sample_inputs(inputs, number, count, rows)
         filled = adapter is not None and adapter.names != NAMES  # its positions are those of the longest text
-        samples.append(Sample(alone, columns, shown_entries, entries, own_grids, regions, boxes, problem, filled))
+        samples.append(Sample(single, columns, shown_entries, entries, own_grids, regions, boxes, problem, filled))
     return samples
 
 
@@ -281,16 +281,16 @@ def _real_regions(inputs: Mapping[str, Any], number: int) -> Tensor | None:
 
 def _sample_inputs(inputs: Mapping[str, Any], number: int, count: int, images: list[int] | None) -> dict[str, Any]:
     """The inputs of one sample of `count`, with its images if they are known."""
-    alone = dict(inputs)
+    single = dict(inputs)
     grid = inputs.get("image_grid_thw")
     for name, value in inputs.items():
         if not isinstance(value, Tensor) or value.ndim == 0:
             continue
         if name == "pixel_values" and value.ndim == 2 and grid is not None and images is not None:
             parts = value.split(grid.prod(-1).tolist())
-            alone[name] = torch.cat([parts[index] for index in images])
+            single[name] = torch.cat([parts[index] for index in images])
         elif name in _IMAGES and images is not None:
-            alone[name] = value[images]
+            single[name] = value[images]
         elif value.shape[0] == count:
-            alone[name] = value[number : number + 1]
-    return alone
+            single[name] = value[number : number + 1]
+    return single

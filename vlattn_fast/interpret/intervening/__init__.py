@@ -1,4 +1,4 @@
-"""Attention that is changed while a model runs: edits, their first-order and true effects, and curves of these by layer.
+"""Edits of a model's attention while it runs, their first-order and true effects, and curves of effects by layer.
 
 In: a model, its inputs and edits or groups of tokens.
 Out: a context with the edits, `HeadRecord`, `EdgeTable`, `FlowCurve`.

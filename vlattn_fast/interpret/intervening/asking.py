@@ -1,4 +1,4 @@
-"""A score of a model, as `explain` defines it, of runs whose attention is edited, one or several at a time."""
+"""A score of a model, as in `explain`, for runs with edited attention, one or several at a time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vlattn_fast.interpret.relevancy.methods.input_gradient import InputGradient
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """A question to a model: its score, its inputs and the calls that these make."""
+    """A score of a model, its inputs and the attention calls of these."""
 
     request: Request
     prompt: Prompt
@@ -43,8 +43,8 @@ class Asked:
         of: str | None = None,
         notes: NotesCalls | None = None,
     ) -> Asked:
-        """With the errors of `explain`, whose method "input_gradient" reads no row. `notes`: sees the calls, with gradients where
-        the caller has them on, and the outputs of this run stay."""
+        """Raises the errors of `explain`, for the method "input_gradient", which needs no position. `notes`: gets the calls, with
+        gradients if the caller has them on; then the outputs of this run are stored."""
         request = Request.check(
             model,
             inputs,
@@ -62,7 +62,7 @@ class Asked:
 
     @property
     def batch(self) -> int:
-        """The samples. A tower without an adapter, as that of several cameras, may have more rows."""
+        """The number of samples. A tower without an adapter, such as that of several cameras, may have a larger batch."""
         recorded = [tower.name for tower in self.request.adapter.towers]
         return next((tower for tower in self.seen.towers if tower.name in recorded), self.seen.towers[0]).shape[0]
 
@@ -73,12 +73,12 @@ class Asked:
             return self.request.model(**self.prompt.arguments)
 
     def scores(self, outputs: Any) -> tuple[Tensor, Any]:
-        """The scores (B,), and the target that they are of."""
+        """The scores (B,), and their target."""
         request, prompt = self.request, self.prompt
         if prompt.answer is None:
             scores, target = choose_score(request, prompt, outputs, self.batch)
             if scores is None:
-                raise ValueError("target must be a callable where the outputs have no logits; got None")
+                raise ValueError("target must be a callable if the outputs have no logits; got None")
             return scores, request.target if target is None else target
         answer = replace(prompt.answer, answer_positions=prompt.answer.answer_positions + self._before)
         logits, of = request.adapter.scoring.logits(outputs), request.method.of or LOG_PROBABILITY
@@ -86,11 +86,11 @@ class Asked:
 
     @property
     def _before(self) -> int:
-        """How many tokens stand in front of the text."""
+        """The number of tokens before the text."""
         return next((tower.tokens.before for tower in self.seen.towers if bool(tower.answered.any())), 0)
 
     def probabilities(self, outputs: Any) -> Tensor:
-        """The probabilities (B,) of the answer, or of the target among all logits; what a callable target gives."""
+        """The probabilities (B,) of the answer, or of the target among all logits; or the result of a callable target."""
         scores, _ = self.scores(outputs)
         if self.prompt.answer is not None:
             return scores.exp()
@@ -99,18 +99,18 @@ class Asked:
         scoring = self.request.adapter.scoring
         if scoring.pairs or scoring.names_position:
             raise ValueError(
-                f"model must predict tokens or classes, whose probabilities are known; got {type(self.request.model).__name__}. "
+                f"model must predict tokens or classes, which have probabilities; got {type(self.request.model).__name__}. "
                 "Pass target=, a callable(outputs) -> (B,) numbers"
             )
         logits = scoring.per_row(scoring.logits(outputs), self.prompt.arguments)
         return (scores.double() - logits.double().logsumexp(-1)).exp()
 
     def at_once(self, batch_size: int) -> int:
-        """How many copies of the batch run at once: one for a callable target, which expects the outputs of the batch alone."""
+        """How many copies of the batch run at once: one for a callable target, which expects the outputs of exactly the batch."""
         return 1 if callable(self.request.target) else batch_size
 
     def repeated(self, copies: int, target: Any) -> Asked:
-        """The same of `copies` of the batch, one behind the other, about a target that a first run has chosen."""
+        """The same for `copies` of the batch, one after the other, with the target that a first run has chosen."""
         prompt, request = self.prompt, self.request
         if isinstance(target, Sequence) and not isinstance(target, str):
             request = replace(request, target=list(target) * copies)
@@ -124,4 +124,5 @@ def repeated_set(tokens: TokenSet, copies: int) -> TokenSet:
 def check_scores(scores: Tensor) -> None:
     """ValueError for scores that are NaN."""
     if bool(scores.isnan().any()):
-        raise ValueError(f"target must give scores that are numbers; got nan in rows {scores.isnan().nonzero()[:, 0].tolist()}")
+        samples = scores.isnan().nonzero()[:, 0].tolist()
+        raise ValueError(f"target must give scores that are numbers; got nan for samples {samples} of the batch")

@@ -1,4 +1,4 @@
-"""Edges of attention, from keys of one group of tokens to queries of another in one head, and what they do for a score."""
+"""Edges of attention, from keys of one group of tokens to queries of another in one head, and their effects on a score."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Edge:
     """The attention of one head between two groups, from -> to: information flows from the keys of one to the queries of another.
 
     Args:
-        layer: from 0; of an edge that is asked for also negative, from the end.
-        head: in the same way; None = all heads of the layer.
-        from_: the group whose keys and values are read.
-        to: the group whose queries read them.
-        effect: what the edge adds to the score, the mean over the samples; NaN where it was not measured.
+        layer: its number, from 0; as an argument also negative, from the end.
+        head: likewise; None = all heads of the layer.
+        from_: the group of the keys and values.
+        to: the group of the queries.
+        effect: what the edge adds to the score, the mean over the samples; NaN if it was not measured.
     """
 
     layer: int
@@ -39,17 +39,19 @@ class Edge:
 
 @dataclass(frozen=True, eq=False)
 class EdgeTable(Sequence[Edge]):
-    """Edges with their effects, in the order of layers, heads and groups, or of `top`.
+    """Edges with their effects on a score; `print` shows the largest, `plot` and `plot_flow` draw them.
+
+    The order is that of layers, heads and groups, or of `top`.
 
     Args:
         edges: each with its mean effect.
-        effects: (E, B), of each edge and sample.
-        scores: (B,), of the model as it is.
-        groups: the tokens of each name, as `Knockout` takes them; no token is in two. Where a name gave way to another, it is
-            given so: "question - last".
-        asked: what the score is: the arguments target, answer, tokenizer, processor, like and tower of the call.
-        first_order: the effects are gradients; else the edges were cut.
-        without_edges: the layers that have none, as recurrences, which hand on what tokens hold otherwise.
+        effects: (E, B), for each edge and sample.
+        scores: (B,), of the unedited model.
+        groups: the tokens of each name, as for `Knockout`; no token is in two. A name without the tokens of another is written
+            "question - last".
+        asked: the arguments of the call that define the score, such as target, answer, processor and tower.
+        first_order: True = the effects are gradients; False = the edges were cut.
+        without_edges: the layers without a softmax, such as recurrences, which have no edges.
     """
 
     edges: tuple[Edge, ...]
@@ -88,14 +90,14 @@ class EdgeTable(Sequence[Edge]):
         return replace(self, edges=tuple(self.edges[i] for i in numbers), effects=self.effects[list(numbers)])
 
     def top(self, k: int) -> EdgeTable:
-        """The `k` edges of the largest effects, for the score or against it; the largest first."""
+        """Returns the `k` edges with the largest effects, positive or negative; the largest first."""
         check_integer("k", k, low=1)
         order = torch.tensor([edge.effect for edge in self.edges]).abs().argsort(descending=True, stable=True)
         return self._chosen(order[:k].tolist())
 
     def matrix(self, from_: str, to: str) -> Tensor:
-        """The effects (L, H) of the edges from_ -> to, from keys of one group to queries of the other: layers down, heads across.
-        NaN where the table has none. ValueError for unknown groups."""
+        """Returns the effects (L, H) of the edges from_ -> to, from keys of one group to queries of the other. NaN if the table
+        has no such edge. ValueError for unknown groups."""
         for name, group in (("from_", from_), ("to", to)):
             if group not in self.groups:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, self.groups))}; got {group!r}")
@@ -108,28 +110,28 @@ class EdgeTable(Sequence[Edge]):
         return matrix
 
     def by_layer(self) -> Tensor:
-        """The effects (L, F, F) of a layer's edges, [layer, from, to]: from the keys of one group to the queries of another, both
-        in the order of `groups`. It is that of all heads at once where the table has it, else the sum over its heads. NaN where
-        it has neither."""
+        """Returns the effects (L, F, F) of each layer, [layer, from, to]: from the keys of one group to the queries of another,
+        both in the order of `groups`. It is the effect of all heads at once if the table has it, else the sum over its heads. NaN
+        without either."""
         names, size = list(self.groups), 1 + max((edge.layer for edge in self.edges), default=-1)
         effects = torch.full((size, len(names), len(names)), torch.nan, dtype=torch.float64)
-        for edge in sorted(self.edges, key=lambda edge: edge.head is None):  # edges of all heads take the place of sums
+        for edge in sorted(self.edges, key=lambda edge: edge.head is None):  # edges of all heads replace sums
             place = edge.layer, names.index(edge.from_), names.index(edge.to)
             before = 0.0 if edge.head is None else float(effects[place].nan_to_num())
             effects[place] = before + edge.effect
         return effects
 
     def rank_correlation(self, table: EdgeTable) -> float | None:
-        """Spearman's correlation with the effects of the same edges in another table, as of the first-order with the true ones;
-        None below three edges, and where all effects are equal. ValueError for other edges."""
+        """Returns Spearman's correlation with the effects of the same edges in another table, e.g. of first-order and true
+        effects; None for fewer than three edges, and if all effects are equal. ValueError for other edges."""
         pair = self, table
         places = [[(edge.layer, edge.head, edge.from_, edge.to) for edge in each] for each in pair]
         if places[0] != places[1]:
-            raise ValueError(f"table must have the same {len(self)} edges in the same order; got {len(table)}, not the same")
+            raise ValueError(f"table must have the same {len(self)} edges in the same order; got {len(table)} other ones")
         return rank_correlation(*(torch.tensor([edge.effect for edge in each]) for each in pair))
 
     def plot(self, from_: str, to: str) -> Figure:
-        """`matrix` as a picture, layers down, heads across. ModuleNotFoundError without matplotlib."""
+        """Draws `matrix`, layers down, heads across. ModuleNotFoundError without matplotlib."""
         matrix = self.matrix(from_, to)
         with extra("viz"):
             from matplotlib.figure import Figure
@@ -142,8 +144,8 @@ class EdgeTable(Sequence[Edge]):
         return figure
 
     def plot_flow(self) -> Figure:
-        """The effects of `by_layer` as ribbons, layer behind layer, from keys of a group on the left to queries of one on the
-        right. A ribbon is as wide as its effect, red where the edge adds to the score, and blue where it takes away.
+        """Draws the effects of `by_layer` as ribbons, layer after layer, from keys of a group on the left to queries of one on
+        the right. A ribbon is as wide as its effect: red if the edge adds to the score, blue if it subtracts.
         ModuleNotFoundError without matplotlib."""
         effects, names = self.by_layer().nan_to_num(), list(self.groups)
         with extra("viz"):
@@ -160,9 +162,9 @@ class EdgeTable(Sequence[Edge]):
             axes.fill_between(*sides, color="#b2182b" if effect > 0 else "#2166ac", alpha=0.6, linewidth=0)
         axes.set(xlim=(0, max(len(effects), 1)), ylim=(len(names) - 0.5, -0.5), xlabel="layer")
         kind = "first-order effects" if self.first_order else "effects"
-        axes.set_title(f"{kind}, the widest {largest:.3g}\nred adds to the score, blue takes away", fontsize=10)
+        axes.set_title(f"{kind}, the widest {largest:.3g}\nred adds to the score, blue subtracts", fontsize=10)
         axes.set_yticks(range(len(names)), names)
-        step = -(-len(effects) // 16)  # numbers that can be read
+        step = -(-len(effects) // 16)  # so that the numbers are legible
         numbers = list(range(0, len(effects), step or 1))
         axes.set_xticks([number + 0.5 for number in numbers], list(map(str, numbers)))
         axes.tick_params(length=0)
@@ -170,8 +172,8 @@ class EdgeTable(Sequence[Edge]):
         return figure
 
     def to_pandas(self) -> pd.DataFrame:
-        """A row for each edge, with columns layer, head, from (keys), to (queries) and effect. ModuleNotFoundError without
-        pandas."""
+        """Returns a data frame with a line per edge and the columns layer, head, from (keys), to (queries) and effect.
+        ModuleNotFoundError without pandas."""
         with extra("tables"):
             import pandas as pd
         columns = {"layer": "layer", "head": "head", "from": "from_", "to": "to", "effect": "effect"}
@@ -187,7 +189,7 @@ def as_edge(edge: Any, groups: Mapping[str, Any]) -> Edge:
         raise TypeError(f"edges must be va.Edge or tuples (layer, head, from, to); got {describe(edge)}")
     for name, number in (("layer", edge.layer), ("head", edge.head)):
         if (number is not None or name == "layer") and type(number) is not int:
-            raise ValueError(f"edges must have an int as their {name}, where -1 is the last; got {number!r}")
+            raise ValueError(f"edges must have an int as their {name}, -1 for the last; got {number!r}")
     for name in (edge.from_, edge.to):
         if name not in groups:
             raise ValueError(f"edges must go between groups among {', '.join(map(repr, groups))}; got {name!r}")

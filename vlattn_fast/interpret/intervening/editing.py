@@ -31,19 +31,19 @@ class _Grouped(NamedTuple):
 
 @dataclass(eq=False)
 class _Attending:
-    """A run of a module that attends."""
+    """A run of a module with attention."""
 
     module: nn.Module
     attended: bool = False
-    begun: CallPlan | None = None  # of the call that has begun: a softmax that the module takes itself, or score_attention
+    begun: CallPlan | None = None  # of the call that has begun: a softmax that the module computes itself, or score_attention
     taken_maps: dict[int, tuple[CallPlan, int]] = field(default_factory=dict)  # of each that it took, and its first query's place
 
 
 class EditedCalls(Subscriber):
-    """Edits the attention calls of a model as `plans` say.
+    """Edits the attention calls of a model by `plans`.
 
-    A model that generates runs on one new token after the other: the rows that run are the last ones of the tokens so far, which
-    its cache counts.
+    A model that generates runs on one new token after the other: its queries are the last of the tokens so far, which its cache
+    counts.
     """
 
     edits = True
@@ -77,7 +77,7 @@ class EditedCalls(Subscriber):
         self.count_anew()
 
     def count_anew(self) -> Callable[[], None]:
-        """Begins a run of the model; returns what goes on with the run that is under way, if one is."""
+        """Begins a run of the model; returns a function that continues the run that is under way, if any."""
         before = self._numbers, self._attending, self._cached
 
         def go_on() -> None:
@@ -98,7 +98,7 @@ class EditedCalls(Subscriber):
     # --- modules ---
 
     def on_enter(self, run: ModuleRun, args: tuple[Any, ...]) -> None:
-        if run.module is self.model:  # a run before may have ended in an error
+        if run.module is self.model:  # the run before may have ended in an error
             self._numbers = dict.fromkeys(self._of_modules, 0)
         if run.begins_anew:
             self._attending = []
@@ -121,8 +121,8 @@ class EditedCalls(Subscriber):
         unseen = not attending.attended or attending.taken_maps
         if output is not None and unseen and not all(plan.is_empty for plan in plans):
             raise ValueError(
-                "model must call attention through transformers' AttentionInterface or scaled_dot_product_attention where it is "
-                f"edited; got '{plans[0].call.path}' ({type(run.module).__name__}), whose attention va.intervene does not see"
+                "model must call attention through transformers' AttentionInterface or scaled_dot_product_attention to be "
+                f"edited; got '{plans[0].call.path}' ({type(run.module).__name__}), whose attention va.intervene does not support"
             )
 
     def _plan(self) -> CallPlan | None:
@@ -184,10 +184,10 @@ class EditedCalls(Subscriber):
         if not plan.terms:
             return inputs
         if inputs.row_bias is not None:
-            raise ValueError(f"model must not have a group_bias where edges are edited; got one in '{plan.call.path}'")
+            raise ValueError(f"model must not have a group_bias if edges are edited; got one in '{plan.call.path}'")
         sizes = inputs.query.shape[2], inputs.key.shape[2]
         row_bias, key_groups = self.row_bias(plan, inputs.query, sizes[1], *self.rows(plan, *sizes))
-        # The backend was chosen for a call without groups, which this one takes everywhere.
+        # The backend was chosen for a call without groups.
         return inputs._replace(row_bias=row_bias, key_groups=key_groups, backend="streaming")
 
     def row_bias(self, plan: CallPlan, query: Tensor, keys: int, start: int, total: int) -> tuple[Tensor, Tensor]:
@@ -198,7 +198,7 @@ class EditedCalls(Subscriber):
         return row_bias, key_groups
 
     def on_call(self, run: ModuleRun, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The softmax that a module takes itself gets edited scores."""
+        """The softmax that a module computes itself gets edited scores."""
         if func not in SOFTMAX or not self._attending or not self._takes_softmax(self._attending[-1].module):
             return NotImplemented
         attending, taken = self._attending[-1], first_argument(args, kwargs)
@@ -220,8 +220,8 @@ class EditedCalls(Subscriber):
         return plan.call.share.count
 
     def softmax(self, plan: CallPlan, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """The softmax `func` of scores (B, H, N, M) or (B * H, N, M), its first argument, with edited edges; zeros in rows that
-        lose all keys."""
+        """The softmax `func` of scores (B, H, N, M) or (B * H, N, M), its first argument, with edited edges; zeros for queries
+        that lose all keys."""
         taken: Tensor = first_argument(args, kwargs)
         with torch._C.DisableTorchFunction():
             scores = taken if taken.ndim == 4 else taken.unflatten(0, (-1, plan.call.share.count))
@@ -235,7 +235,7 @@ class EditedCalls(Subscriber):
             return result.view(scores.shape).masked_fill(empty, 0.0).view(taken.shape)
 
     def masks(self, plan: CallPlan, event: Attention) -> dict[str, Any]:
-        """The options of a call whose edges are edited."""
+        """The options of a call with edited edges."""
         masks = dict(event.masks or {})
         mask = masks.setdefault("attn_mask", None)
         if mask is not None and mask.is_floating_point() and plan.cuts:
@@ -243,8 +243,8 @@ class EditedCalls(Subscriber):
         return masks
 
     def _with_zeros(self, mask: Tensor) -> Tensor:
-        """A float mask with -inf where it masks by the lowest finite number. Else a row whose visible keys are all cut would
-        attend to the masked ones. Rows that see no key anyway stay as they are."""
+        """A float mask with -inf instead of the lowest finite number. Otherwise a query whose visible keys are all cut would
+        attend to the masked ones. Queries that see no key anyway stay unchanged."""
         if self._mask is None or self._mask[0] is not mask:  # all layers have the same
             low = mask <= torch.finfo(mask.dtype).min / 2
             self._mask = mask, mask.masked_fill(low & ~low.all(-1, keepdim=True), -torch.inf)
@@ -254,16 +254,16 @@ class EditedCalls(Subscriber):
         """The place of the first of `count` queries, and how many tokens the tower has so far."""
         tower = plan.call.tower
         cached = self._cached.get(tower)
-        if plan.call.problem:  # of its tokens nothing is known, and heads alone are edited
+        if plan.call.problem:  # its tokens are not known, and only heads are edited
             return 0, count
-        if (columns := plan.call.columns) is not None:  # a cache may count keys that are no tokens, or not
+        if (columns := plan.call.columns) is not None:  # a cache may or may not count keys that are not tokens
             total = keys - (plan.call.keys - len(columns))
         else:
             total = (count if plan.call.crosses else max(count, keys)) if cached is None else cached + count
         if total < tower.shape[1]:
             raise ValueError(
                 f"model must run on the {tower.shape[1]} tokens of tower '{tower.name}' of va.intervene's inputs at once, "
-                f"and then on tokens behind them; got {total}"
+                f"and then on tokens after them; got {total}"
             )
         return total - count, total
 
@@ -287,7 +287,7 @@ class ExplainedEdits(Subscriber):
         if plan.terms and not plan.call.by_hand:
             if event.inputs is not None or event.written is not None:
                 raise ValueError(
-                    "model must call attention through transformers' AttentionInterface or scaled_dot_product_attention where "
+                    "model must call attention through transformers' AttentionInterface or scaled_dot_product_attention if "
                     f"explain runs it with edited edges; got '{event.run.path}' ({type(event.run.module).__name__})"
                 )
             event = self._with_edges(plan, event, start, total)
@@ -314,7 +314,7 @@ def check_not_explained() -> None:
     """ValueError within a run of `explain`."""
     around = RUNNING.get()
     if around is not None and around.explains:
-        raise ValueError("model must not be edited while explain runs it; got va.intervene within. Enter it outside")
+        raise ValueError("model must not be edited while explain runs it; got va.intervene inside of explain. Enter it before")
 
 
 def token_groups(

@@ -1,4 +1,4 @@
-"""Edits of attention: what a caller wants changed, checked as far as no model is needed."""
+"""Edits of attention, checked as far as possible without a model."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ Numbers = int | Iterable[int] | None  # of layers or heads, from 0, or negative 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class EdgeEdit(abc.ABC):
-    """A number that is added to the logits of some queries with some keys: the base of `Knockout` and `Steer`. Information flows
-    from the keys to the queries: an edge is written key -> query."""
+    """The base of `Knockout` and `Steer`: adds a number to the logits of some queries with some keys. Information flows from the
+    keys to the queries: an edge is written key -> query."""
 
     queries: TokenGroup | None = None
     keys: TokenGroup | None = None
@@ -36,7 +36,7 @@ class EdgeEdit(abc.ABC):
         check_tower(self.tower)
         if self.queries is None and self.keys is None and self.heads is None:
             what = type(self).__name__
-            raise ValueError(f"queries, keys or heads must be given, since {what} without them is of all attention; got none")
+            raise ValueError(f"queries, keys or heads must be given, since {what} without them edits all attention; got none")
 
     @property
     @abc.abstractmethod
@@ -46,28 +46,33 @@ class EdgeEdit(abc.ABC):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Knockout(EdgeEdit):
-    """Cuts edges of attention: these queries do not see these keys (attention knockout: Geva et al., EMNLP 2023; in
-    vision-language models Basu et al., 2024, and "Cross-modal Information Flow in MLLMs", CVPR 2025).
+    """An edit that cuts edges of attention: these queries do not see these keys.
 
-    Information flows from keys to queries: the edge that is cut is keys -> queries. The other keys share the attention, as under
-    a mask. A query without a key gives zeros.
+    It acts as a mask: the other keys share the attention, and a query without keys gives zeros. Information flows from keys to
+    queries, so the edge that is cut is keys -> queries. This is attention knockout (Geva et al., EMNLP 2023; for vision-language
+    models Basu et al., 2024, and "Cross-modal Information Flow in MLLMs", CVPR 2025).
+
+    Examples:
+        >>> import vlattn_fast as va
+        >>> va.Knockout(queries="last", keys="image", layers=range(10, 16)).bias
+        -inf
 
     Args:
-        queries: the tokens that read: a name, a span (start, stop) or several, or bool (B, N). None = all. Names are "image"
-            ("image:0" for one of several), "text" (words, also the answer's), "question" (words without the answer's), "answer"
-            (the answer's tokens, and those that `generate` adds), "last" (the last real token, a word or not, and the row that
-            runs in `generate`; of inputs with an answer the tokens that predict it) and "special" (real tokens that are no words,
-            no patches and no answer, as [CLS] and registers). Names may overlap: "question - last" is one without another, among
-            the tokens of the inputs. ("image", (x1, y1, x2, y2)), relative to the image, are the patches whose centres lie in the
-            box.
-        keys: the tokens that are read, in the same ways. None = all.
+        queries: tokens: a name, a span (start, stop) or several, or bool (B, N). None = all. Names are "image" ("image:0" for one
+            of several), "text" (all words, including the answer's), "question" (words without the answer's), "answer" (the
+            answer's tokens, and those that `generate` adds), "last" (the last real token, a word or not, and in `generate` the
+            newest token; for inputs with an answer the tokens that predict it) and "special" (real tokens that are neither words
+            nor patches nor an answer, such as [CLS] and registers). Names may overlap; "question - last" is one without another,
+            among the tokens of the inputs. ("image", (x1, y1, x2, y2)), relative to the image, selects the patches with centres
+            in the box.
+        keys: tokens, likewise. None = all.
         layers: numbers from 0, or negative from the end, -1 the last; None = all.
-        heads: in the same way. Queries, keys or heads have to be given.
-        tower: the name of the tower whose queries are meant, where several have such tokens; (queries', keys') where a tower
-            also attends to another. None = the only one that has them.
+        heads: likewise. Queries, keys or heads must be given.
+        tower: the name of the tower with these queries, if several towers have such tokens; (queries', keys') if a tower also
+            attends to another. None = the only one that has them.
 
     Raises:
-        TypeError, ValueError: an argument is of no such kind.
+        TypeError, ValueError: an argument is invalid.
     """
 
     @property
@@ -77,15 +82,16 @@ class Knockout(EdgeEdit):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Steer(EdgeEdit):
-    """Multiplies the attention of these queries to these keys by `weight` before its rows are divided by their sums: log(weight)
-    is added to the logits (PASTA, Zhang et al., ICLR 2024, with weights below 1 for all other keys).
+    """An edit that multiplies the attention of these queries to these keys by `weight` before its normalisation.
+
+    log(weight) is added to the logits. PASTA (Zhang et al., ICLR 2024) does the same with weights below 1 for all other keys.
 
     Args:
         queries, keys, layers, heads, tower: as in `Knockout`.
         weight: above 0; 1 changes nothing.
 
     Raises:
-        TypeError, ValueError: an argument is of no such kind; a weight of 0 is that of `Knockout`.
+        TypeError, ValueError: an argument is invalid; for a weight of 0 use `Knockout`.
     """
 
     weight: float
@@ -94,7 +100,7 @@ class Steer(EdgeEdit):
         super().__post_init__()
         check_number("weight", self.weight)
         if self.weight <= 0:
-            raise ValueError(f"weight must be above 0 (va.Knockout takes edges away); got {self.weight!r}")
+            raise ValueError(f"weight must be above 0 (va.Knockout cuts edges); got {self.weight!r}")
 
     @property
     def bias(self) -> float:
@@ -103,21 +109,21 @@ class Steer(EdgeEdit):
 
 @dataclass(frozen=True, eq=False)
 class HeadEdit:
-    """Another output for some heads: the base of `ScaleHeads` and `Patch`."""
+    """The base of `ScaleHeads` and `Patch`: another output for some heads."""
 
 
 @dataclass(frozen=True, eq=False)
 class ScaleHeads(HeadEdit):
-    """Multiplies the outputs of heads, in front of the output projection, by `factor`: mean + factor * (output - mean).
+    """An edit that scales the outputs of heads, before the output projection: mean + factor * (output - mean).
 
     Args:
         heads: {layer: heads}, numbers from 0, or negative from the end; heads None = all of the layer.
-        factor: any finite number; 0 takes the heads away, or puts their means in.
-        mean: a `HeadRecord`, whose means the outputs are scaled towards: with factor 0, mean ablation. None = zero.
+        factor: any finite number; 0 removes the heads, or replaces their outputs with the mean.
+        mean: a `HeadRecord` with the means; with factor 0 this is mean ablation. None = zero.
         tower: as in `Knockout`.
 
     Raises:
-        TypeError, ValueError: an argument is of no such kind.
+        TypeError, ValueError: an argument is invalid.
     """
 
     heads: Mapping[int, Numbers]
@@ -129,24 +135,25 @@ class ScaleHeads(HeadEdit):
         object.__setattr__(self, "heads", check_heads(self.heads))
         check_number("factor", self.factor)
         if self.mean is not None and not isinstance(self.mean, HeadRecord):
-            raise TypeError(f"mean must be what va.record_heads returns, or None; got {describe(self.mean)}")
+            raise TypeError(f"mean must be a result of va.record_heads, or None; got {describe(self.mean)}")
         check_tower(self.tower)
 
 
 @dataclass(frozen=True, eq=False)
 class Patch(HeadEdit):
-    """Puts the outputs that heads had in another run into this one (activation patching: Vig et al., NeurIPS 2020; Wang et al.,
-    ICLR 2023).
+    """An edit that replaces the outputs of heads with those of another run (activation patching).
+
+    References: Vig et al., NeurIPS 2020; Wang et al., ICLR 2023.
 
     Args:
-        other_run: what `va.record_heads(model, inputs)` returned of another run of a model of this class, with as many samples
-            (or one) and tokens.
+        other_run: the result of `va.record_heads(model, inputs)` for another run of a model of this class, with the same number
+            of tokens and of samples (or one).
         heads: {layer: heads}, numbers from 0, or negative from the end; heads None = all of the layer.
-        queries: the tokens whose outputs are replaced, as in `Knockout`. None = all. Tokens that `generate` adds keep theirs.
+        queries: the tokens whose outputs are replaced, as in `Knockout`. None = all. Tokens that `generate` adds keep their own.
         tower: as in `Knockout`.
 
     Raises:
-        TypeError, ValueError: an argument is of no such kind; a record of means alone.
+        TypeError, ValueError: an argument is invalid; `other_run` has only means.
     """
 
     other_run: HeadRecord
@@ -156,10 +163,10 @@ class Patch(HeadEdit):
 
     def __post_init__(self) -> None:
         if not isinstance(self.other_run, HeadRecord):
-            raise TypeError(f"other_run must be what va.record_heads returns; got {describe(self.other_run)}")
+            raise TypeError(f"other_run must be a result of va.record_heads; got {describe(self.other_run)}")
         if self.other_run.outputs is None:
             raise ValueError(
-                "other_run must be of one run, va.record_heads(model, inputs); got a record of a data set, which has means alone"
+                "other_run must be of one run, va.record_heads(model, inputs); got that of a data set, which has only means"
             )
         object.__setattr__(self, "heads", check_heads(self.heads))
         check_group("queries", self.queries)
@@ -170,7 +177,7 @@ Edit = EdgeEdit | HeadEdit
 
 
 def check_numbers(name: str, numbers: Any) -> tuple[int, ...] | None:
-    """Numbers in their order, without repeats; negative ones count from an end that no one knows here. None = all."""
+    """Sorted numbers without repeats; negative ones count from the end, which is not known here. None = all."""
     if numbers is None:
         return None
     listed = [numbers] if type(numbers) is int else numbers
@@ -178,7 +185,7 @@ def check_numbers(name: str, numbers: Any) -> tuple[int, ...] | None:
         raise TypeError(f"{name} must be a number, numbers, or None; got {describe(numbers)}")
     listed = tuple(dict.fromkeys(listed))
     if not listed or not all(type(number) is int for number in listed):
-        raise ValueError(f"{name} must be ints, at least one, where -1 is the last; got {numbers!r:.80}")
+        raise ValueError(f"{name} must be ints, at least one, -1 for the last; got {numbers!r:.80}")
     return tuple(sorted(listed))
 
 

@@ -36,35 +36,44 @@ def attribute_edges(
     tower: str | tuple[str, str] | None = None,
     processor: Any = None,
 ) -> EdgeTable:
-    """The first-order effect of every edge of attention on a score: of each head, layer and pair of groups, from one forward pass
-    and one backward pass. No map is stored.
+    """Computes the first-order effect of every edge of attention on a score: for each layer, head and pair of token groups.
 
-    An edge has the weight w = e^b, by a number b that is added to the logits of its queries and keys; w = 1 is the model as it
-    is, and w = 0 a cut. Its effect is the score's gradient by b at 0, the sum of A (dA - sum_j A dA) over the pairs of its
-    tokens: to first order the score falls by it where the edge is cut. This is attribution patching (Nanda, 2023; Syed et al.,
-    2023) of attention's edges. `intervene_each` gives the true effects; they differ where a softmax is saturated.
+    Returns an `EdgeTable` with layers x heads x groups x groups edges, each with the mean over the samples. It takes one forward
+    pass and one backward pass, and stores no map. `intervene_each` gives the true effects; they differ if a softmax is saturated.
+
+    Examples:
+        >>> import torch, vlattn_fast as va
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=4)
+        >>> model = ViTForImageClassification(ViTConfig(**sizes))
+        >>> table = va.attribute_edges(model, {"pixel_values": torch.rand(2, 3, 16, 16)}, ["special", "image"])
+        >>> table.matrix("image", "special").shape  # (layers, heads)
+        torch.Size([2, 4])
+
+    An edge has the weight w = e^b, with b added to the logits of its queries and keys; w = 1 is the unedited model, and w = 0 a
+    cut. Its effect is the gradient of the score with respect to b at 0, the sum of A (dA - sum_j A dA) over the pairs of its
+    tokens: to first order, the drop of the score if the edge is cut. This is attribution patching (Nanda, 2023; Syed et al.,
+    2023) for edges of attention.
 
     Args:
-        model: as `explain` takes it, with its target.
+        model: a model that `explain` supports.
         inputs: the model's keyword arguments.
-        groups: {name: tokens}, tokens as `Knockout` takes them; or names that `Knockout` knows, as ["image", "question", "last"].
-            The table has each token once: other names give way to "answer", "last" and "special", in this order, and other groups
-            must not overlap.
-        target: as in `explain`: the score is a logit, or what a callable gives.
-        answer: as in `explain`, in place of a target: the score is the sum over its tokens of what `of` says.
-        of: what is explained of a token or a class, "logit", "log_probability" or "margin", see `va.methods.Method`. None = the
-            log-probability of an answer, the logit of a target.
-        tower: whose edges: a name, or (queries', keys') for cross-attention, whose groups are those that each of the two has.
-            None = the only one that has all groups.
+        groups: names that `Knockout` knows, such as ["image", "question", "last"]; or {name: tokens}, with tokens as for
+            `Knockout`. The table has each token once: a token with several names belongs to "answer", "last" or "special", in
+            this order; other groups must not overlap.
+        target: as in `explain`: the score is a logit, or the result of a callable.
+        answer: as in `explain`, instead of a target: the score is the sum of `of` over its tokens.
         processor: as in `explain`.
+        of: the score of a token or a class, "logit", "log_probability" or "margin", see `va.methods.Method`. None = the
+            log-probability of an answer, the logit of a target.
+        tower: the tower of the edges: a name, or (queries', keys') for cross-attention, each with the groups that it has. None =
+            the only one that has all groups.
 
-    Returns:
-        An `EdgeTable` of layers x heads x groups x groups rows, each with the mean over the samples. Layers without a softmax,
-        as recurrences, have no edges: the table's `without_edges` names them.
+    Layers without a softmax, such as recurrences, have no edges: the table's `without_edges` names them.
 
     Raises:
-        TypeError, ValueError: an argument is of no such kind; a group that is empty, or that several towers have; groups that
-            overlap; a score that does not depend on the attention, or is NaN; and what `explain` and `intervene` raise.
+        TypeError, ValueError: an argument is invalid; a group that is empty, or that several towers have; groups that overlap; a
+            score that does not depend on the attention, or is NaN; and what `explain` and `intervene` raise.
     """
     named = _checked(groups)
     check_tower(tower)
@@ -101,7 +110,7 @@ def attribute_edges(
 
 def _by_edits(asked: Asked, plans: Plans, chosen: Sequence[CallPlan], queries: Sets, keys: Sets) -> tuple[Tensor, list[Tensor]]:
     """The scores, and their gradients (B, H, F, T) by the biases of each call, of a second run that has these: the first one
-    cannot take them where a module calls `score_attention` itself, or learns a mask."""
+    cannot have them if a module calls `score_attention` itself, or learns a mask."""
     weight = next(asked.request.model.parameters(), torch.zeros(()))
     made: Any = {"dtype": torch.promote_types(weight.dtype, torch.float32), "device": weight.device, "requires_grad": True}
     leaves = [torch.zeros(plan.call.tower.shape[0], plan.call.heads, len(keys), len(queries), **made) for plan in chosen]
@@ -137,32 +146,41 @@ def intervene_each(
     processor: Any = None,
     batch_size: int = 8,
 ) -> EdgeTable:
-    """The true effect of each edge: the score of the model as it is, minus its score with this edge alone cut (`Knockout`).
+    """Measures the true effect of each edge: the score of the unedited model minus its score with only this edge cut.
+
+    Returns an `EdgeTable` of the edges in their order. It takes a forward pass per edge, `batch_size` of them at once.
+
+    Examples:
+        >>> import torch, vlattn_fast as va
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=4)
+        >>> model, inputs = ViTForImageClassification(ViTConfig(**sizes)), {"pixel_values": torch.rand(2, 3, 16, 16)}
+        >>> table = va.attribute_edges(model, inputs, ["special", "image"])
+        >>> len(va.intervene_each(model, inputs, table.top(3)))
+        3
 
     Args:
         model, inputs: as in `attribute_edges`.
-        edges: a table of `attribute_edges`, or a part of it, as `table.top(20)`: its groups and its score count, and the
-            following arguments are left out. Or `Edge`s, or tuples (layer, head, from, to), where head None = all heads, and
-            negative numbers count from the end.
-        groups, target, answer, tower, processor: as in `attribute_edges`. A target of None is the one that the
-            model as it is gives.
-        batch_size: how many copies of the inputs, each with one edge cut, run at once; under a callable target one does.
-
-    Returns:
-        An `EdgeTable` of the edges in their order.
+        edges: a table of `attribute_edges`, or a part of it, such as `table.top(20)`, which has its groups and its score. Or
+            `Edge`s, or tuples (layer, head, from, to); head None = all heads, and negative numbers count from the end.
+        groups, target, answer, tower, processor: as in `attribute_edges`, for edges that are not in a table. Target None = the
+            one that the unedited model chooses.
+        batch_size: the number of copies of the inputs, each with one edge cut, in a forward pass; 1 with a callable target.
 
     Raises:
-        TypeError, ValueError: no edge; an unknown layer, head or group; groups beside a table, or none without; and what
+        TypeError, ValueError: no edge; an unknown layer, head or group; groups with a table, or none without; and what
             `attribute_edges` raises.
     """
     check_integer("batch_size", batch_size, low=1)
     question = {"target": target, "answer": answer, "processor": processor, "tower": tower}
     if isinstance(edges, EdgeTable):
         if groups is not None or any(value is not None for value in question.values()):
-            raise ValueError("edges of a table must be given alone, since it has its groups and its score; got further arguments")
+            raise ValueError(
+                "edges must be given without groups, target, answer and tower if they are a table; got some of these"
+            )
         groups, question = edges.groups, dict(edges.asked)
     if groups is None:
-        raise ValueError("groups must be given beside edges that are of no table; got None")
+        raise ValueError("groups must be given for edges that are not in a table; got None")
     check_items("edges", edges, "a table of va.attribute_edges, or edges (layer, head, from, to)")
     named = _checked(groups)
     listed = [as_edge(edge, named) for edge in edges]
@@ -196,13 +214,13 @@ def _from_start(plans: Plans, pair: Pair, edge: Edge) -> Edge:
 
 
 def _cuts(asked: Asked, pair: Pair, edges: Sequence[Edge], queries: Sets, keys: Sets) -> Plans:
-    """Plans for copies of the inputs, of which each has one edge cut."""
+    """Plans for copies of the inputs, each with one edge cut."""
     plans, copies = Plans(asked.seen), len(edges)
     for side, sets in (("to", queries), ("from_", keys)):
         for name in (getattr(edge, side) for edge in edges):
             if name not in sets:
                 raise ValueError(
-                    f"edges must go between tokens of the towers; got {name!r} as '{side.strip('_')}', of which there are none"
+                    f"edges must go between tokens of the towers; got {name!r} as '{side.strip('_')}', which has none"
                 )
     query_sets = {edge.to: repeated_set(queries[edge.to], copies) for edge in edges}
     key_sets = {edge.from_: repeated_set(keys[edge.from_], copies) for edge in edges}

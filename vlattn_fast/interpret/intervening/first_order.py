@@ -1,7 +1,7 @@
-"""The gradient by a bias of groups of tokens that are told after the forward pass, so that the pass which finds them serves.
+"""The gradient with respect to a bias between groups of tokens that are known only after the forward pass, in the same pass.
 
 A bias of zero changes no output: the forward pass needs no groups. The backward pass of each attention call takes them, and
-gives sum A (dA - sum_j A dA) over the pairs of each two groups beside the gradients of query, key and value.
+gives sum A (dA - sum_j A dA) over the pairs of each two groups together with the gradients of query, key and value.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _OF_CALL = [field for field in ScoreAttentionInputs._fields if field in ScoreAtt
 
 
 class GroupGradient:
-    """One attention call, and what its backward pass has for the groups."""
+    """One attention call, and the results of its backward pass for the groups."""
 
     def __init__(self, call: TracedCall) -> None:
         (self.batch, self.heads, self.queries, _), self.keys = call.query.shape, call.key.shape[2]
         self.device = call.query.device
-        self.leaf = torch.zeros((), requires_grad=True)  # has a gradient where the score depends on the call
+        self.leaf = torch.zeros((), requires_grad=True)  # has a gradient if the score depends on the call
         self.asked: list[Groups] = []  # of the queries and of the keys, which count for its effects
         self.groups: list[Tensor] = []  # and those of its queries and its keys
         self.effects: Tensor | None = None  # (B, H, Gq, Gk)
@@ -50,19 +50,19 @@ class GroupGradient:
         return score_attention_by(lambda inputs: _Biased.apply(self, self.leaf, *inputs), **tensors, **call.masks, **every)
 
     def ask(self, plan: CallPlan, queries: Groups, keys: Groups) -> None:
-        """Tells the groups, in front of the backward pass."""
+        """Sets the groups, before the backward pass."""
         plan.queries, plan.keys, self.asked = queries, keys, [queries, keys]
         sizes = self.batch, self.queries, self.keys
         self.groups = [groups.contiguous() for groups in token_groups(plan, sizes, 0, self.queries, self.device)]
 
     def biases(self, row_bias: Tensor, key_groups: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of the operator: as they were where no groups were told."""
+        """The biases of the operator; unchanged if no groups are set."""
         if not self.asked:
             return row_bias, key_groups
         return row_bias.new_zeros(*row_bias.shape[:3], self.asked[1].members.shape[1]), self.groups[1]
 
     def note(self, row_effects: Tensor) -> None:
-        """Sums the gradient of row_bias over the groups of queries. Few queries are packed as rows of their key head."""
+        """Sums the gradient of row_bias over the groups of queries. Few queries are packed per key head."""
         if self.asked:
             rows = row_effects.reshape(self.batch, self.heads, self.queries, -1)
             self.effects = sums_of_groups(rows, self.groups[0], self.asked[0].members.shape[1])
@@ -77,7 +77,7 @@ class GroupGradient:
 
 
 class _Biased(torch.autograd.Function):
-    """The operator score_attention, whose backward pass takes its groups anew."""
+    """The operator score_attention, whose backward pass takes other groups."""
 
     @staticmethod
     def forward(ctx: Any, call: GroupGradient, leaf: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -102,14 +102,14 @@ class _Biased(torch.autograd.Function):
 
 
 class KeepsCalls(NotesCalls):
-    """Notes the attention calls of the towers, and keeps what their gradients need."""
+    """Notes the attention calls of the towers, and stores what their gradients need."""
 
     needs_score = True
 
     def __init__(self) -> None:
         super().__init__()
         self.biased: list[GroupGradient] = []
-        self.takes_all = True  # no call is one whose bias the model must run again for
+        self.takes_all = True  # no call needs another run of the model for its bias
 
     def output(self, call: TracedCall) -> Tensor:
         if call.is_mixing:  # no softmax, so no bias
@@ -122,7 +122,7 @@ class KeepsCalls(NotesCalls):
         return biased.output(call)
 
     def for_plans(self, plans: Plans, chosen: Sequence[CallPlan], queries: Sets, keys: Sets) -> list[GroupGradient]:
-        """The calls of the plans `chosen`, which count their effects between these sets in the backward pass."""
+        """The calls of the plans `chosen`, which compute their effects between these sets in the backward pass."""
         query_groups, key_groups = Groups(list(queries.values()), as_keys=False), Groups(list(keys.values()), as_keys=True)
         numbers = {id(plan): number for number, plan in enumerate(plans.calls)}
         calls = [self.biased[numbers[id(plan)]] for plan in chosen]

@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class FlowCurve:
-    """How far the answer's probability falls where an edge is cut in a window of layers, by the layer in its middle.
+    """The result of `information_flow`: the answer's probability with an edge cut in a window of layers, by its middle layer.
 
     Args:
-        base: (S,), the probability of each sample's answer in the model as it is.
-        probability: (S, L), where the window around layer l is cut.
-        layers: (L), the numbers of the layers that attend so.
-        window: how many layers are cut at once, fewer at the ends.
+        base: (S,), the probability of each sample's answer in the unedited model.
+        probability: (S, L), with the window around layer l cut.
+        layers: (L), the numbers of the layers with this attention.
+        window: the number of layers that are cut together, fewer at the ends.
         label: the edge in words, keys -> queries.
     """
 
@@ -43,7 +43,7 @@ class FlowCurve:
 
     @property
     def change(self) -> Tensor:
-        """(S, L), (probability - base) / base: -1 where nothing of the answer is left."""
+        """(S, L), (probability - base) / base: -1 if the probability is 0."""
         return self.probability / self.base[:, None] - 1
 
     @property
@@ -52,7 +52,7 @@ class FlowCurve:
         return -self.change.mean(0)
 
     def to_pandas(self) -> pd.DataFrame:
-        """A row for each sample and layer, with columns sample, layer, probability, base and change."""
+        """Returns a data frame with a line per sample and layer: sample, layer, probability, base and change."""
         with extra("tables"):
             import pandas as pd
         places = torch.cartesian_prod(torch.arange(len(self.base)), torch.tensor(self.layers))
@@ -62,7 +62,7 @@ class FlowCurve:
         return pd.DataFrame({name: column.cpu().numpy() for name, column in columns.items()})
 
     def plot(self) -> Figure:
-        """The curve as a figure. ModuleNotFoundError without matplotlib."""
+        """Draws the curve. ModuleNotFoundError without matplotlib."""
         with extra("viz"):
             from matplotlib.figure import Figure
         figure = Figure(figsize=(5, 3), layout="constrained")
@@ -91,29 +91,34 @@ def information_flow(
     processor: Any = None,
     batch_size: int = 8,
 ) -> FlowCurve:
-    """The drop of the answer's probability by layer, where the attention of some tokens to others is cut in a window of layers:
-    attention knockout (Geva et al., EMNLP 2023), as "Cross-modal Information Flow in MLLMs" (CVPR 2025) draws it.
+    """Measures the drop of the answer's probability if the attention between two groups of tokens is cut, layer by layer.
 
-    The window of layer l has the layers from l - (window - 1) // 2 to l + window // 2 that there are.
+    Returns a `FlowCurve`. It takes a forward pass per sample and layer, `batch_size` of them at once. This is attention knockout
+    (Geva et al., EMNLP 2023), with the curve of "Cross-modal Information Flow in MLLMs" (CVPR 2025).
+
+    Examples:
+        >>> import torch, vlattn_fast as va
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=4)
+        >>> model, inputs = ViTForImageClassification(ViTConfig(**sizes)), {"pixel_values": torch.rand(2, 3, 16, 16)}
+        >>> va.information_flow(model, [(inputs, None)], window=1, queries="special", keys="image").curve.shape
+        torch.Size([2])
 
     Args:
-        model: as `explain` takes it; a decoder or a classifier.
+        model: a decoder or a classifier that `explain` supports.
         dataset: (inputs, answer) for each sample or batch. answer: as in `explain`; None = `target`.
-        window: how many layers are cut at once.
-        queries, keys, heads, tower: as in `Knockout`; the edge is keys -> queries. Two groups that overlap are told apart as in
-            `attribute_edges`.
-        target: of samples without an answer, as in `explain`: None = the token or class that the model as it is gives. A callable
-            gives (B,) numbers that take the probability's place.
+        queries, keys, heads, tower: as in `Knockout`; the edge is keys -> queries. Tokens of both groups belong to one of them,
+            as in `attribute_edges`.
+        window: the number of layers that are cut together: for layer l those from l - (window - 1) // 2 to l + window // 2, if
+            they exist.
+        target: for samples without an answer, as in `explain`: None = the token or class that the unedited model chooses. A
+            callable returns (B,) numbers that replace the probability.
         processor: as in `explain`.
-        batch_size: how many copies of the inputs, each with one window cut, run at once; under a callable target one does.
-
-    Returns:
-        A `FlowCurve`.
+        batch_size: the number of copies of the inputs, each with one window cut, in a forward pass; 1 with a callable target.
 
     Raises:
-        TypeError, ValueError: an argument is of no such kind; an item that is no pair; no sample; samples that the model takes
-            through other layers; a dual encoder, whose similarities are no probabilities; and what `intervene` and `explain`
-            raise.
+        TypeError, ValueError: an argument is invalid; an item that is not a pair; no sample; samples that go through different
+            layers; a dual encoder, whose similarities are not probabilities; and what `intervene` and `explain` raise.
     """
     for name, value in (("window", window), ("batch_size", batch_size)):
         check_integer(name, value, low=1)
@@ -122,7 +127,7 @@ def information_flow(
     bases, curves, layers = list[Tensor](), list[Tensor](), set[tuple[int, ...]]()
     for item in with_progress(dataset, "samples"):
         if not isinstance(item, (tuple, list)) or len(item) != 2:
-            raise TypeError(f"dataset must give (inputs, answer) for each sample or batch; got {describe(item)}")
+            raise TypeError(f"dataset must yield (inputs, answer) for each sample or batch; got {describe(item)}")
         question = {"target": None if item[1] is not None else target, "answer": item[1]}
         asked = Asked.check(model, item[0], **question, processor=processor, tower=tower)
         base, curve, numbers = _of_one(asked, cut, window, asked.at_once(batch_size))

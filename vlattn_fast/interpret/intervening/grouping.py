@@ -11,11 +11,11 @@ from vlattn_fast.interpret.intervening.token_sets import TokenSet
 
 
 class Groups:
-    """The groups of a tower's N tokens, and of those that a model generates behind them.
+    """The groups of a tower's N tokens, and of those that a model generates after them.
 
     Args:
         sets: masks (B, N).
-        as_keys: the tokens are keys: of a set that is "the row that is running" they hold the newest token alone.
+        as_keys: the tokens are keys: in a set that "runs", only the newest token is a member.
     """
 
     def __init__(self, sets: Sequence[TokenSet], as_keys: bool) -> None:
@@ -35,14 +35,14 @@ class Groups:
         tokens = masks[0].numel()
         self._tokens, self._earlier = (part.view(self.batch, self.size) for part in groups[: 2 * tokens].split(tokens))
         self._new, self._newest = groups[2 * tokens :].tolist()
-        self._latest: tuple[tuple[object, ...], Tensor] | None = None  # all layers ask for the same
+        self._latest: tuple[tuple[object, ...], Tensor] | None = None  # all layers need the same
 
     def of(self, start: int, count: int, total: int, batch: int, device: torch.device) -> Tensor:
-        """int64 (`batch`, `count`), the groups of `count` places from `start` on, where `total` tokens are there: a cache of a
-        fixed length has places behind them.
+        """int64 (`batch`, `count`), the groups of `count` positions from `start` on, of `total` tokens; a cache of a fixed
+        length has positions after them.
 
         Raises:
-            ValueError: a batch of another size; several new rows at once, where "last" is among the keys.
+            ValueError: a batch of another size; several new tokens at once, if "last" is among the keys.
         """
         asked = (start, count, total, batch, device)
         if self._latest is not None and self._latest[0] == asked:
@@ -63,6 +63,6 @@ class Groups:
         return groups
 
     def check_rows(self, count: int, total: int) -> None:
-        """ValueError for `count` rows that run at once behind the inputs, of which each would have another newest key."""
+        """ValueError for `count` tokens that run at once after the inputs, of which each would have another newest key."""
         if self._newest_alone and count > 1 and total > self.size:
-            raise ValueError(f"keys='last' needs rows that run one by one behind the inputs; got {count} at once")
+            raise ValueError(f"keys='last' needs tokens that run one by one after the inputs; got {count} at once")

@@ -1,4 +1,4 @@
-"""The outputs of attention heads that were recorded."""
+"""Recorded outputs of attention heads."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class HeadRecord:
-    """The result of `va.record_heads`: outputs of heads in front of the output projection.
+    """The result of `va.record_heads`: outputs of heads before the output projection.
 
     Args:
         tower: the tower of the queries, and that of the keys, by their names.
         means: layer -> (H, Dv), over all real tokens of all samples.
-        outputs: layer -> (B, H, N, Dv) of one run; None of a data set.
-        count: how many tokens the means are of.
-        model: the class of the model. Edits of a model of another class refuse the record.
+        outputs: layer -> (B, H, N, Dv) of one run; None for a data set.
+        count: the number of tokens in the means.
+        model: the class of the model. Edits of a model of another class raise a ValueError.
     """
 
     tower: tuple[str, str]

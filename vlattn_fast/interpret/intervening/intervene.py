@@ -1,4 +1,4 @@
-"""`intervene` and `record_heads`: a model whose attention is edited, and the outputs of its heads."""
+"""`intervene` and `record_heads`: edits of a model's attention, and the outputs of its heads."""
 
 from __future__ import annotations
 
@@ -23,33 +23,39 @@ from vlattn_fast.interpret.intervening.seen_calls import TowerName, see, with_st
 
 
 def intervene(model: nn.Module, inputs: Mapping[str, Any], edits: Edit | Sequence[Edit]) -> Observer:
-    """A context in which the attention of a model is edited: `model(**inputs)` and `model.generate(**inputs)`, with gradients or
-    without.
+    """Edits a model's attention inside of a context: in `model(**inputs)` and `model.generate(**inputs)`, also with gradients.
 
-    `model(**inputs)` runs once before, to see which layers, heads and tokens there are. Edited calls run by `score_attention`
-    with a bias of pairs of token groups, so no mask of N x M is made. Several edits compose: biases add up, factors multiply.
-    Groups are of the tokens of `inputs`; tokens that the model generates behind them belong to "answer" and "text", and the row
-    that runs is "last". Beams and several sequences a prompt are copies of their prompt.
+    On exit, the model is restored, even after an error. `model(**inputs)` runs once on entry, to find layers, heads and tokens.
+    Edited calls run with `score_attention` and a bias between groups of tokens, so no mask of N x M is stored.
 
-    The model runs as it is, in train mode or not, and is left as it was, also after an error. Where it checkpoints gradients,
-    backward() runs it again, so call that within the context, too. `explain` within the context explains the edited model, by
-    methods that see attention. Compiled parts run as plain Python meanwhile. Other threads see no edit; no thread may explain,
-    train or run the model meanwhile but this one.
+    Examples:
+        >>> import torch, vlattn_fast as va
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=4)
+        >>> model, inputs = ViTForImageClassification(ViTConfig(**sizes)), {"pixel_values": torch.rand(2, 3, 16, 16)}
+        >>> with va.intervene(model, inputs, va.Knockout(queries="special", keys="image", layers=-1)):
+        ...     model(**inputs).logits.shape
+        torch.Size([2, 2])
+
+    Several edits compose: biases add up, factors multiply. Groups are tokens of `inputs`; other inputs of the same sizes have the
+    same groups. Tokens that the model generates after them belong to "answer" and "text", and the newest one is "last". Beams and
+    several sequences per prompt are copies of their prompt.
+
+    `explain` inside of the context explains the edited model, with methods that use attention. Call backward() inside of the
+    context, too, if the model checkpoints gradients. The model may be in train or eval mode; compiled parts run as plain Python.
+    Other threads are not affected, but must not explain, train or run the model meanwhile.
 
     Args:
-        model: any model that `explain` sees, see there, also in its wrappers.
+        model: a model that `explain` supports, including its wrappers.
         inputs: the model's keyword arguments, e.g. what a processor returns.
-        edits: `Knockout`, `Steer`, `ScaleHeads`, `Patch`, one or several.
+        edits: one or several of `Knockout`, `Steer`, `ScaleHeads` and `Patch`.
 
     Raises:
         TypeError, ValueError: no edit, or an unknown layer, head or tower; a group that is empty, or has another length than the
-            tokens; a group that several towers have; heads that are patched and scaled; a model whose attention is not seen, or
-            is in windows where edges are edited; an intervene within another one, or within `explain`.
-            In the context: inputs of other sizes, or another run that sees attention, as `attribute_edges` or `explain` of
-            another model. Other inputs of the same sizes keep the groups of these.
-
-    >>> with intervene(model, inputs, [Knockout(queries="last", keys="image", layers=range(10, 16))]):  # doctest: +SKIP
-    ...     logits = model(**inputs).logits
+            tokens; a group that several towers have; heads that are patched and scaled; a model whose attention is not supported,
+            or is in windows if edges are edited; an intervene inside of another one, or inside of `explain`.
+            In the context: inputs of other sizes, or another run that uses attention, such as `attribute_edges`, or `explain` of
+            another model.
     """
     edits = [edits] if isinstance(edits, (EdgeEdit, HeadEdit)) else edits
     if not isinstance(edits, Sequence) or isinstance(edits, str) or not all(isinstance(e, (EdgeEdit, HeadEdit)) for e in edits):
@@ -67,18 +73,32 @@ def record_heads(
     layers: Numbers = None,
     tower: str | tuple[str, str] | None = None,
 ) -> HeadRecord:
-    """The outputs of heads in front of the output projection: of one run for `Patch`, or their means for `ScaleHeads`.
+    """Records the outputs of heads before the output projection: those of one run for `Patch`, or their means for `ScaleHeads`.
+
+    Returns a `HeadRecord`. It takes a forward pass per item of `inputs`, in eval mode. For one item it stores all outputs,
+    (B, H, N, Dv) per layer; for a data set only their sums.
+
+    Examples:
+        >>> import torch, vlattn_fast as va
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=4)
+        >>> model, inputs = ViTForImageClassification(ViTConfig(**sizes)), {"pixel_values": torch.rand(2, 3, 16, 16)}
+        >>> record = va.record_heads(model, inputs)
+        >>> with va.intervene(model, inputs, va.ScaleHeads({0: [1]}, 0, mean=record)):  # mean ablation of head 1 of layer 0
+        ...     model(**inputs).logits.shape
+        torch.Size([2, 2])
 
     Args:
-        model: as `intervene` takes it; it runs in eval mode.
-        inputs: the model's keyword arguments: a record with the outputs and their means. Or several of them, as a data set gives
-            them: a record with the means alone.
+        model: as in `intervene`.
+        inputs: the model's keyword arguments, for outputs and their means; or an iterable of several such mappings, for the means
+            over a data set.
         layers: numbers from 0, or negative from the end; None = all.
-        tower: whose heads: a name, or (queries', keys') for cross-attention. None = the only one that attends to itself.
+        tower: the tower of the heads: a name, or (queries', keys') for cross-attention. None = the only one that attends to
+            itself.
 
     Raises:
-        TypeError, ValueError: an argument is of no such kind; an unknown layer or tower; a tower that attends in windows; a layer
-            with several self-attention calls; a data set without inputs; and what `intervene` raises.
+        TypeError, ValueError: an argument is invalid; an unknown layer or tower; a tower that attends in windows; a layer with
+            several self-attention calls; a data set without inputs; and what `intervene` raises.
     """
     chosen = check_numbers("layers", layers)
     check_tower(tower)
@@ -110,9 +130,9 @@ def _of_one_run(model: nn.Module, inputs: Mapping[str, Any], layers: Sequence[in
     by_layer = Counter(plan.call.layer for plan in chosen)
     for plan in chosen:
         if plan.call.problem:
-            raise ValueError(f"model must attend over whole inputs where heads are recorded; got {plan.call.problem}")
+            raise ValueError(f"model must attend over whole inputs if heads are recorded; got {plan.call.problem}")
         if by_layer[plan.call.layer] > 1:
-            raise ValueError(f"model must attend once in a layer where heads are recorded; got layer {plan.call.layer}")
+            raise ValueError(f"model must attend once in a layer if heads are recorded; got layer {plan.call.layer}")
         plan.sees = functools.partial(_keep, outputs, plan)
     with torch.inference_mode(False), torch.no_grad(), at_rest(unwrapped(model)), EditedCalls(plans).observer():
         unwrapped(model)(**with_start(unwrapped(model), inputs))

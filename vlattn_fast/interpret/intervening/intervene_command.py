@@ -1,4 +1,4 @@
-"""One input of `vlattn intervene`: what a model says as it is, and with edits."""
+"""One input of `vlattn intervene`: a model's answer without and with edits."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def cut_of(text: str, tower: str | None) -> Knockout:
             raise ValueError
         layers, heads = (None if each is None else _numbers(each) for each in numbers)
     except ValueError:
-        form = f'"KEYS->QUERIES[:LAYERS[:HEADS]]" in quotes, as "image->last:10-15", with names among {", ".join(known)}'
+        form = f'"KEYS->QUERIES[:LAYERS[:HEADS]]" in quotes, e.g. "image->last:10-15", with names among {", ".join(known)}'
         first, second, *rest = [*text.split(":"), ""]
         if first in known and second in known:  # the order of earlier versions
             form += f'; information flows from keys to queries: "{":".join([f"{second}->{first}", *rest]).rstrip(":")}"'
@@ -51,7 +51,7 @@ def scale_of(text: str, tower: str | None) -> ScaleHeads:
         layer, heads, factor = parts
         return ScaleHeads({int(layer): _numbers(heads)}, float(factor), tower=tower)
     except ValueError:
-        raise ValueError(f"scale must be LAYER:HEADS:FACTOR, as 14:3,7:0; got {text!r}") from None
+        raise ValueError(f"scale must be LAYER:HEADS:FACTOR, e.g. 14:3,7:0; got {text!r}") from None
 
 
 def _numbers(text: str) -> list[int]:
@@ -59,7 +59,7 @@ def _numbers(text: str) -> list[int]:
     numbers = list[int]()
     for part in text.split(","):
         if (span := _SPAN.match(part)) is None:
-            raise ValueError(f"numbers must be as 10-12,15; got {text!r}")
+            raise ValueError(f"numbers must be like 10-12,15; got {text!r}")
         start, stop = int(span[1]), int(span[2] or span[1])
         if stop < start or start < 0 <= stop:
             raise ValueError(f"numbers must rise in a span; got {part!r}")
@@ -75,8 +75,8 @@ def intervene_one(
     texts: Sequence[str] = (),
     count: int = 20,
 ) -> Iterator[str]:
-    """Lines that compare what a model says of a picture, of texts, or of both, as it is and with edits: a decoder's answer of at
-    most `count` tokens, else its scores."""
+    """Yields lines that compare a model's answer to an image, texts, or both, without and with edits: a decoder's answer of at
+    most `count` tokens, else the scores."""
     if image is None and not texts:
         raise ValueError("image or --text must be given, or both, depending on the model; got neither")
     inputs = on_device(build_inputs(model, processor, None if image is None else open_image(image), texts), model)
@@ -88,7 +88,7 @@ def intervene_one(
                 edited = generated(model, inputs, count)
             asked = Asked.check(model, inputs, target=None, answer=answer, **how)
             chances = [float(asked.probabilities(asked.run(Plans(asked.seen, each)))[0]) for each in ((), edits)]
-            yield f"as it is: {processor.decode(answer[0])!r}, probability {chances[0]:.4g}, with the edits {chances[1]:.4g}"
+            yield f"unedited: {processor.decode(answer[0])!r}, probability {chances[0]:.4g}, with the edits {chances[1]:.4g}"
             yield f"edited:   {'nothing' if edited is None else repr(processor.decode(edited[0]))}"
             return
         asked = Asked.check(model, inputs, target=None, answer=None, **how)
@@ -97,11 +97,11 @@ def intervene_one(
         edited_scores, _ = again.scores(again.run(Plans(asked.seen, edits)))
         for number, (before, after) in enumerate(zip(scores.tolist(), edited_scores.tolist(), strict=True)):
             aim = f" (target {target[number]})" if isinstance(target, list) else ""
-            yield f"score {number}: {before:.6g} as it is, {after:.6g} edited{aim}"
+            yield f"score {number}: {before:.6g} unedited, {after:.6g} edited{aim}"
 
 
 def generated(model: Any, inputs: Any, count: int) -> BareAnswer | None:
-    """A decoder's answers; None where one ends at once."""
+    """A decoder's answers; None if one ends at once."""
     try:
         return generate(model, inputs, count)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Edits, resolved on the calls of a model: what is done to each attention call."""
+"""Edits, resolved to the attention calls of a model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Term:
 
 
 class Grouped(NamedTuple):
-    """The groups of a table, which hold each token once, and their sets in the towers of the queries and of the keys."""
+    """The groups of a table, which have each token once, and their sets in the towers of the queries and of the keys."""
 
     pair: Pair
     groups: dict[str, Any]
@@ -39,7 +39,7 @@ class Grouped(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Patched:
-    """Outputs (B, H', N, Dv) that take the place of those of `heads` at `tokens` (B, N)."""
+    """Outputs (B, H', N, Dv) that replace those of `heads` at `tokens` (B, N)."""
 
     heads: Tensor
     outputs: Tensor
@@ -66,12 +66,12 @@ class CallPlan:
 
     @property
     def edits_heads(self) -> bool:
-        """Whether it changes or sees outputs, beside edges."""
+        """Whether it changes or reads outputs."""
         return bool(self.patched) or not (self.gate is None and self.shift is None and self.sees is None)
 
     @property
     def cuts(self) -> bool:
-        """Whether a term takes edges away."""
+        """Whether a term cuts edges."""
         return any(bool(torch.isneginf(term.bias).any()) for term in self.terms)
 
     @property
@@ -115,14 +115,14 @@ class Plans:
     def __init__(self, seen: SeenModel, edits: Iterable[Edit] = ()) -> None:
         self.seen = seen
         self.calls = [CallPlan(call) for call in seen.calls]
-        self._edited: dict[tuple[int, int], str] = {}  # by plan and head: the edit that gives its outputs
+        self._edited: dict[tuple[int, int], str] = {}  # by plan and head: the edit that sets its outputs
         for edit in edits:
             self.add(edit)
 
     # --- which calls ---
 
     def pairs(self, tower: TowerName) -> list[Pair]:
-        """The towers of queries and keys between which there is attention, or those of them that `tower` names."""
+        """The towers of queries and keys with attention between them, or only those that `tower` names."""
         names = tower if isinstance(tower, tuple) else (tower, None)
         for name in names:
             if name is not None:
@@ -132,7 +132,7 @@ class Plans:
             pairs = [pair for pair in pairs if not pair[0].beside]
         chosen = [pair for pair in pairs if all(name in (None, of.name) for name, of in zip(names, pair, strict=True))]
         if not self.calls:
-            raise ValueError("model must have layers that attend, which have edges; got one whose layers all take no softmax")
+            raise ValueError("model must have layers with a softmax, whose attention has edges; got none")
         if not chosen:
             known = ", ".join(str((of.name, to.name)) for of, to in pairs)
             raise ValueError(f"tower must be a pair of which the first attends to the second, {known}; got {tower!r}")
@@ -143,7 +143,7 @@ class Plans:
         pairs = [pair for pair in self.pairs(tower) if isinstance(tower, tuple) or pair[0] is pair[1]]
         if len(pairs) != 1:
             names = ", ".join(repr(pair[0].name) for pair in pairs) or "none that attends to itself"
-            raise ValueError(f"{what} needs tower= where the model has not one tower; got {names}")
+            raise ValueError(f"{what} needs tower= if the model does not have exactly one tower; got {names}")
         return pairs[0]
 
     def with_tokens(self, what: str, queries: Any, keys: Any, tower: TowerName) -> dict[Pair, tuple[TokenSet, TokenSet]]:
@@ -194,16 +194,16 @@ class Plans:
         chosen = {check_index("layers", number, self._depth(tower), f"tower '{tower.name}'") for number in numbers}
         for layer in sorted(chosen.difference(known)):
             what = mixing.get(layer, f"which does not attend to {', '.join(repr(pair[1].name) for pair in pairs)}")
-            raise ValueError(f"layers must be among {known}, which attend; got {layer}, {what}")
+            raise ValueError(f"layers must be among {known}, which have attention; got {layer}, {what}")
         return [plan for plan in plans if plan.call.layer in chosen]
 
     def _depth(self, tower: SeenTower) -> int:
-        """How many layers a tower has."""
+        """The number of layers of a tower."""
         layers = [plan.call.layer for plan in self.calls if plan.call.tower is tower]
         return 1 + max(layers + [layer for of, layer, _ in self.seen.mixing if of is tower])
 
     def without_edges(self, pairs: Iterable[Pair]) -> dict[int, str]:
-        """By the number of each layer that has no softmax, as recurrences have none: the module's path and class."""
+        """Layer -> the module's path and class, for each layer without a softmax, such as recurrences."""
         towers = [pair[0] for pair in pairs if pair[0] is pair[1]]
         with_edges = {plan.call.layer for plan in self.calls if plan.call.tower in towers}
         return {layer: place for tower, layer, place in self.seen.mixing if tower in towers and layer not in with_edges}
@@ -211,7 +211,7 @@ class Plans:
     # --- edits ---
 
     def add(self, edit: Edit) -> None:
-        """Adds an edit; ValueError, naming what is wrong, where the model has not what it asks for, or it contradicts another."""
+        """Adds an edit. ValueError, naming the problem, if the model does not support it, or it contradicts another edit."""
         what = type(edit).__name__
         if isinstance(edit, EdgeEdit):
             sets = self.with_tokens(what, edit.queries, edit.keys, edit.tower)
@@ -219,7 +219,7 @@ class Plans:
             if mixing and edit.layers is None:
                 number, place = next(iter(mixing.items()))
                 raise ValueError(
-                    f"{what} needs layers= where some take no softmax, and have no edges; got None, and layer {number}, {place}"
+                    f"{what} needs layers= if some layers have no softmax, and so no edges; got None, and layer {number}, {place}"
                 )
             for plan in self.layers(sets, edit.layers):  # type: ignore[arg-type]
                 chosen = heads_of(plan.call, edit.heads)  # type: ignore[arg-type]
@@ -243,7 +243,7 @@ class Plans:
             raise TypeError(f"edits must be va.Knockout, va.Steer, va.ScaleHeads or va.Patch; got {what}")
 
     def _check_record(self, edit: ScaleHeads | Patch) -> None:
-        """ValueError for a record of another class of models. Other weights are taken, as of a checkpoint before training."""
+        """ValueError for a record of another class of models. Other weights are allowed, e.g. of a checkpoint before training."""
         name, record = ("mean", edit.mean) if isinstance(edit, ScaleHeads) else ("other_run", edit.other_run)
         if record is not None and record.model not in ("", self.seen.name):
             raise ValueError(
@@ -255,12 +255,12 @@ class Plans:
         plan.terms.append(term)
 
     def _claim(self, plan: CallPlan, heads: Tensor, what: str) -> None:
-        """Notes which edit gives the outputs of these heads. One may be scaled twice; a patched one is given once."""
+        """Notes which edit sets the outputs of these heads. A head may be scaled twice, but patched only by itself."""
         for head in heads.tolist():
             before = self._edited.get((id(plan), head))
             if before is not None and "Patch" in (what, before):
                 raise ValueError(
-                    f"edits must give the outputs of a head once; got {before} and {what} of head {head}, layer {plan.call.layer}"
+                    f"edits must set the outputs of a head once; got {before} and {what} of head {head}, layer {plan.call.layer}"
                 )
             self._edited[id(plan), head] = what
 
@@ -282,25 +282,25 @@ class Plans:
 
 
 def tower_of(edit: Any) -> TowerName:
-    """The tower that an edit names: by itself, or by the record that it takes."""
+    """The tower that an edit names, itself or in its record."""
     record = getattr(edit, "mean", None) or getattr(edit, "other_run", None)
     tower: TowerName = edit.tower
     return record.tower if tower is None and record is not None else tower
 
 
 def _check_one(what: str, chosen: Mapping[Pair, Any], problems: Sequence[str]) -> None:
-    """ValueError unless the pairs that have the tokens of an argument are of one tower's queries."""
+    """ValueError unless the pairs that have the tokens of an argument have the queries of one tower."""
     if not chosen:
         raise ValueError(f"{what} must be of tokens that attend to one another: {'; '.join(dict.fromkeys(problems))}")
     towers = list(dict.fromkeys(pair[0].name for pair in chosen))
     if len(towers) > 1:
-        raise ValueError(f"{what} needs tower= where several towers have such tokens; got {', '.join(map(repr, towers))}")
+        raise ValueError(f"{what} needs tower= if several towers have such tokens; got {', '.join(map(repr, towers))}")
 
 
 def check_edges(plan: CallPlan) -> None:
     """ValueError for a call whose queries and keys have no groups."""
     if plan.call.problem:
-        raise ValueError(f"model must attend over whole inputs where edges are edited; got {plan.call.problem}")
+        raise ValueError(f"model must attend over whole inputs if edges are edited; got {plan.call.problem}")
 
 
 def heads_of(call: SeenCall, numbers: Sequence[int] | None) -> Tensor:
@@ -312,7 +312,7 @@ def heads_of(call: SeenCall, numbers: Sequence[int] | None) -> Tensor:
 
 
 def _scale(plan: CallPlan, edit: ScaleHeads, heads: Tensor) -> None:
-    """output -> mean + factor (output - mean), behind what was there before."""
+    """output -> mean + factor (output - mean), after the earlier edits."""
     factor = torch.ones(plan.call.heads, dtype=torch.float64).index_fill(0, heads, edit.factor)
     plan.gate = factor if plan.gate is None else plan.gate * factor
     if plan.shift is not None:
@@ -335,12 +335,12 @@ def _patch(plan: CallPlan, edit: Patch, heads: Tensor) -> None:
     if isinstance(tokens, str):
         raise ValueError(f"Patch must be of tokens of its tower: {tokens}")
     if plan.call.problem:
-        raise ValueError(f"model must attend over whole inputs where outputs are patched; got {plan.call.problem}")
+        raise ValueError(f"model must attend over whole inputs if outputs are patched; got {plan.call.problem}")
     plan.patched.append(Patched(heads, outputs.expand(batch, -1, -1, -1)[:, heads.to(outputs.device)], tokens.mask))
 
 
 def _recorded(name: str, record: HeadRecord, by_layer: Mapping[int, Tensor], call: SeenCall) -> Tensor:
-    """The part of a record that is of a call's layer."""
+    """The part of a record for a call's layer."""
     towers, recorded = (call.tower.name, call.source.name), by_layer.get(call.layer)
     if record.tower != towers or recorded is None or recorded.shape[-3 if recorded.ndim == 4 else 0] != call.heads:
         has = f"layers {', '.join(map(str, by_layer))} of {record.tower}"

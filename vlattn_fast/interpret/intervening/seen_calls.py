@@ -1,6 +1,6 @@
-"""The attention calls of a model, as one forward pass over its inputs shows them, and the tokens that they are over.
+"""The attention calls of a model in one forward pass over its inputs, and their tokens.
 
-The pass is that of `explain`'s trace, so whatever `explain` refuses to see is refused here by the same names.
+The pass is that of `explain`'s trace, so what `explain` does not support raises the same errors here.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from vlattn_fast.interpret.relevancy.traced_call import TracedCall
 
 @dataclass(frozen=True, eq=False)
 class SeenTower:
-    """The tokens that several attention calls are over."""
+    """The tokens of several attention calls."""
 
     name: str
     tokens: Tokens
     answered: Tensor  # bool (B, N), the tokens of an answer in the inputs
-    last: Tensor  # bool (B, N), the last real token of each sample; of inputs with an answer the tokens that predict it
-    beside: bool = False  # it is the vision tower behind a connector, which counts where it is named
+    last: Tensor  # bool (B, N), the last real token of each sample; for inputs with an answer the tokens that predict it
+    beside: bool = False  # it is the vision tower before a connector, which counts only if it is named
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -46,7 +46,7 @@ class SeenTower:
 
 @dataclass(frozen=True, eq=False)
 class SeenCall:
-    """One attention call: of the tokens of `tower` to those of `source`, which are the same in self-attention."""
+    """One attention call, from the tokens of `tower` to those of `source`, which are the same in self-attention."""
 
     path: str  # of the module that calls
     tower: SeenTower
@@ -56,11 +56,11 @@ class SeenCall:
     keys: int
     columns: Tensor | None  # int64, which of the keys are tokens; None = all
     problem: str  # why its queries and keys have no groups; "" = they have
-    by_hand: bool  # its module takes the softmax itself
+    by_hand: bool  # its module computes the softmax itself
 
     @property
     def heads(self) -> int:
-        """Those of all processes."""
+        """The number of heads in all processes."""
         return self.share.heads
 
     @property
@@ -70,7 +70,7 @@ class SeenCall:
 
 @dataclass(frozen=True, eq=False)
 class SeenModel:
-    """A model without its wrappers, and its calls in the order in which they ran. `mixing`: those without a softmax, as of
+    """A model without its wrappers, and its calls in the order in which they ran. `mixing`: those without a softmax, such as
     recurrences, which have no edges: the tower and the layer of each, and the module's path and class."""
 
     model: nn.Module
@@ -80,23 +80,23 @@ class SeenModel:
 
     @property
     def name(self) -> str:
-        """The class of the model, also where FSDP2 made one of its own of it."""
+        """The class of the model, also if FSDP2 derived a class from it."""
         return defining_class(type(self.model)).__name__
 
     @cached_property
     def towers(self) -> list[SeenTower]:
-        """Those that attend, in the order of their first calls, then those that only others attend to."""
+        """Those with queries, in the order of their first calls, then those with only keys."""
         return list(dict.fromkeys([call.tower for call in self.calls] + [call.source for call in self.calls]))
 
     @property
     def roots(self) -> list[nn.Module]:
-        """The parts of the model in which it attends so."""
+        """The parts of the model with these calls."""
         adapter = self.adapter
         paths = [adapter.within] if not adapter.towers or adapter.bimodal else [tower.path for tower in adapter.towers]
         return [self.model.get_submodule(path) for path in dict.fromkeys(paths)]
 
     def tower(self, name: str) -> SeenTower:
-        """The tower of this name; ValueError where there is none."""
+        """The tower of this name; ValueError if there is none."""
         for tower in self.towers:
             if tower.name == name:
                 return tower
@@ -119,10 +119,10 @@ class _Noted:
 
 
 class NotesCalls(Method):
-    """Notes the attention calls of the towers and keeps none of their tensors."""
+    """Notes the attention calls of the towers and stores none of their tensors."""
 
     needs_score = False
-    adds_parallel = True  # of a recurrence beside it attention is edited alone
+    adds_parallel = True  # if a layer has a recurrence, too, only its attention is edited
     needs_mixer_rules = False
 
     def __init__(self) -> None:
@@ -147,7 +147,7 @@ class NotesCalls(Method):
         return self.output(call)
 
     def output(self, call: TracedCall) -> Tensor:
-        """(B, H, N, Dv), which the model goes on with."""
+        """(B, H, N, Dv), which the model continues with."""
         return call.computed()
 
 
@@ -155,10 +155,11 @@ TowerName = str | tuple[str, str] | None
 
 
 def see(model: Any, inputs: Mapping[str, Any], towers: Iterable[TowerName] = ()) -> SeenModel:
-    """The attention calls of `model(**inputs)`. `towers`: those that are asked for by name.
+    """The attention calls of `model(**inputs)`. `towers`: those that edits name.
 
     Raises:
-        TypeError, ValueError: `model` is no module, or its attention is not seen; `inputs` are no mapping, or have no sample.
+        TypeError, ValueError: `model` is not a module, or its attention is not supported; `inputs` are not a mapping, or have no
+            sample.
     """
     module = unwrapped(model)
     check_inputs(module, inputs)
@@ -168,7 +169,7 @@ def see(model: Any, inputs: Mapping[str, Any], towers: Iterable[TowerName] = ())
 
 
 def with_start(module: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The inputs, with the first tokens of a decoder behind an encoder where nothing is there for it."""
+    """The inputs, with the first token of an encoder-decoder's decoder if they have none for it."""
     answers = _adapter_of(module).answers
     if answers in inputs or answers == "input_ids" or inputs.get("labels") is not None:
         return inputs
@@ -180,7 +181,7 @@ def _adapter_of(module: nn.Module) -> Adapter:
 
 
 def _all_of_it(outputs: Any) -> Any:
-    """A target for which no input is paired or cut."""
+    """A target that neither pairs nor cuts inputs."""
     return outputs
 
 
@@ -191,7 +192,7 @@ def see_run(
     towers: Iterable[TowerName] = (),
     answer: Answer | None = None,
 ) -> SeenModel:
-    """The same for arguments that `prepare_inputs` made, which may have an answer among them."""
+    """The same for the arguments of `prepare_inputs`, which may contain an answer."""
     with torch.no_grad():
         return watched_run(NotesCalls(), model, adapter, arguments, towers, answer)[0]
 
@@ -204,7 +205,7 @@ def watched_run(
     towers: Iterable[TowerName] = (),
     answer: Answer | None = None,
 ) -> tuple[SeenModel, Any]:
-    """The same, and the outputs of the model, whose attention calls `method` notes and computes."""
+    """The same, and the outputs of the model; `method` notes and computes its attention calls."""
     edits_of(None)
     if adapter.vision is not None and any(
         adapter.vision.name in (name if isinstance(name, tuple) else (name,)) for name in towers
@@ -246,7 +247,7 @@ def watched_run(
 
 
 def _tokens(tower: TowerTrace, model: nn.Module, arguments: Mapping[str, Any], decodes: bool) -> Tokens:
-    """The tokens of a tower, of the kind of its adapter; else a text where it has as many as there are ids."""
+    """The tokens of a tower, by its adapter; without one it is a text if it has as many tokens as there are ids."""
     if tower.entry is not None:
         return tower.tokens_in(arguments)
     named = decoder_inputs(arguments) if decodes else arguments
@@ -259,7 +260,7 @@ def _tokens(tower: TowerTrace, model: nn.Module, arguments: Mapping[str, Any], d
 
 
 def _answered(tokens: Tokens, answer: Answer | None) -> tuple[Tensor, Tensor]:
-    """Which tokens are an answer's, and which are the last ones: see `SeenTower`. Patches have neither."""
+    """Which tokens are an answer's, and which are the last ones: see the fields of a tower. Patches have neither."""
     answered, last = (torch.zeros(tokens.shape, dtype=torch.bool) for _ in range(2))
     samples = torch.arange(tokens.shape[0])[:, None]
     if answer is not None:

@@ -19,18 +19,18 @@ from vlattn_fast.interpret.intervening.seen_calls import SeenTower
 NAMES = ("image", "text", "question", "answer", "last", "special")
 _ONE_IMAGE = re.compile(r"image:(\d+)$")
 _LESS = " - "  # "question - last": the tokens of one name without those of another
-_KEEP = ("answer", "last", "special")  # in a table other names give way to these, and each of them to those in front of it
+_KEEP = ("answer", "last", "special")  # in a table a token with several names belongs to the first of these
 # A name; a span (start, stop), or several; bool (B, N) or (N,); the patches of an image whose centres lie in a box of it.
 TokenGroup = str | tuple[int, int] | Sequence[tuple[int, int]] | Tensor | tuple[str, Box]
 
 
 @dataclass(frozen=True, eq=False)
 class TokenSet:
-    """Tokens (B, N) of a tower, and whether tokens that a model generates behind them belong to the set, too."""
+    """Tokens (B, N) of a tower, and whether tokens that a model generates after them belong to the set, too."""
 
     mask: Tensor  # bool (B, N), on the CPU
     grows: bool = False  # it takes each new token
-    runs: bool = False  # it is the row that is running: as queries each new token, as keys the newest alone
+    runs: bool = False  # its generated tokens: as queries each new token, as keys only the newest
 
 
 def check_group(name: str, group: Any) -> None:
@@ -40,7 +40,7 @@ def check_group(name: str, group: Any) -> None:
     if isinstance(group, str):
         if not is_name(group):
             known = f"one of {', '.join(map(repr, NAMES))} or 'image:0', 'image:1', ..."
-            raise ValueError(f"{name} must be {known}, or one less others, as 'question - last'; got {group!r}")
+            raise ValueError(f"{name} must be {known}, or one minus others, e.g. 'question - last'; got {group!r}")
     elif isinstance(group, Tensor):
         if group.dtype != torch.bool or group.ndim not in (1, 2):
             raise ValueError(f"{name} must be bool (B, N) or (N,), True = a token of the group; got {describe(group)}")
@@ -55,7 +55,7 @@ def check_group(name: str, group: Any) -> None:
 
 
 def is_name(group: str) -> bool:
-    """Whether it is a name of `NAMES`, "image:0", or such a name less others."""
+    """Whether it is a name of `NAMES`, "image:0", or such a name minus others."""
     return all(name in NAMES or _ONE_IMAGE.match(name) for name in group.split(_LESS))
 
 
@@ -79,7 +79,7 @@ def _is_span(span: Any) -> bool:
 
 
 def token_set(name: str, group: Any, tower: SeenTower) -> TokenSet | str:
-    """The tokens of a group that `check_group` has passed, or why the tower has none."""
+    """The tokens of a checked group, or why the tower has none."""
     (batch, size), where = tower.shape, f"tower '{tower.name}' of {tower.shape[1]} tokens"
     if group is None:
         return TokenSet(torch.ones(batch, size, dtype=torch.bool), grows=True)
@@ -112,7 +112,7 @@ def token_set(name: str, group: Any, tower: SeenTower) -> TokenSet | str:
 
 
 def disjoint(groups: Mapping[str, Any], towers: Iterable[SeenTower]) -> dict[str, Any]:
-    """The groups of a table, which has each token once: in the towers names give way to those of `_KEEP`.
+    """The groups of a table, which has each token once: in the towers a token with several names belongs to the first of `_KEEP`.
 
     Raises:
         ValueError: other groups overlap.
@@ -135,7 +135,7 @@ def disjoint(groups: Mapping[str, Any], towers: Iterable[SeenTower]) -> dict[str
 
 
 def _strength(group: Any) -> int:
-    """The place in `_KEEP` of the name; others come behind these."""
+    """The index of a name in `_KEEP`; others come after these."""
     name = group.split(_LESS)[0] if isinstance(group, str) else None
     return _KEEP.index(name) if name in _KEEP else len(_KEEP)
 
@@ -145,7 +145,7 @@ def describe_group(group: Any) -> str:
 
 
 def _named(group: str, tower: SeenTower) -> Tensor | None:
-    """bool (B, N); None where the name means nothing for such tokens."""
+    """bool (B, N); None if the name has no meaning for such tokens."""
     tokens = tower.tokens
     if group == "last":
         return tower.last
@@ -162,7 +162,7 @@ def _named(group: str, tower: SeenTower) -> Tensor | None:
         return None if is_image is None else _one_of_several(tokens, is_image, int(one[1]))
     if group == "image":
         return is_image
-    if words is None and is_image is None:  # nothing says what its tokens are
+    if words is None and is_image is None:  # the kinds of its tokens are not known
         return None
     special = _real(tokens)
     for part in (words, is_image, tower.answered):
@@ -176,7 +176,7 @@ def _real(tokens: Tokens) -> Tensor:
 
 
 def _of_image(tokens: Tokens) -> Tensor | None:
-    """bool (B, N), the real tokens of images without those in front of their patches; None where there can be none."""
+    """bool (B, N), the real tokens of images without those before their patches; None if there can be none."""
     if not tokens.image:
         return None
     is_image = tokens.image_mask().cpu().clone()
@@ -189,9 +189,10 @@ def _of_image(tokens: Tokens) -> Tensor | None:
 
 
 def _in_box(image: str, box: Box, tower: SeenTower) -> Tensor | None:
-    """bool (B, N), the patches of an image whose centres lie in a box relative to it; None where nothing says where they lie."""
+    """bool (B, N), the patches of an image whose centres lie in a box relative to it; None if their places are not known."""
     tokens, is_image = tower.tokens, _named(image, tower)
-    numbered = None if is_image is None else tokens.maps(torch.arange(tokens.shape[1]).expand(tokens.shape))  # by place its token
+    # the token of each patch
+    numbered = None if is_image is None else tokens.maps(torch.arange(tokens.shape[1]).expand(tokens.shape))
     if is_image is None or numbered is None:
         return None
     maps, rows = numbered
@@ -206,7 +207,8 @@ def _in_box(image: str, box: Box, tower: SeenTower) -> Tensor | None:
 
 
 def _one_of_several(tokens: Tokens, is_image: Tensor, number: int) -> Tensor | None:
-    """bool (B, N), the tokens of each sample's image of this number; None where nothing says which tokens are of which image."""
+    """bool (B, N), the tokens of each sample's image of this number; None if the images of its
+    tokens are not known."""
     if isinstance(tokens, Patches):
         return is_image if number == 0 else torch.zeros_like(is_image)
     if tokens.layouts is None:

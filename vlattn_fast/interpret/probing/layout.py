@@ -61,8 +61,8 @@ class Layouts:
         images = [tower for tower in towers if issubclass(tower.kind, (Patches, Boxes))]
         two = len(towers) == 2 and len(images) == len(texts) == 1 and not texts[0].kind.image
         self.pair = (texts[0], images[0]) if two and parts is None else None
-        alone = adapter is not None and len(texts) == 1 and not adapter.bimodal and not two
-        self.tower = texts[0] if alone else None  # no other tower with words has an explained position
+        one_stream = adapter is not None and len(texts) == 1 and not adapter.bimodal and not two
+        self.tower = texts[0] if one_stream else None  # no other tower with words has an explained position
 
     def of(self, inputs: Mapping[str, Any], shape: tuple[int, int]) -> Layout:
         """The layout of a sequence of tokens (B, N)."""

@@ -31,7 +31,7 @@ def linear_probe(features: Array, labels: Sequence[Any], groups: Sequence[int], 
     samples, counts = len(coded), np.bincount(coded, minlength=1)
     chance = float(counts.max() / samples) if samples else None
     if len(classes) < 2:
-        return Probed(None, chance, None, samples, "one class alone" if samples else "no samples")
+        return Probed(None, chance, None, samples, "only one class" if samples else "no samples")
     names, index = np.unique(np.asarray(groups), return_inverse=True)
     folds = (np.random.default_rng(seed).permutation(len(names)) % FOLDS)[index]
     if len(np.unique(folds)) < FOLDS:

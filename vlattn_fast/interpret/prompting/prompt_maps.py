@@ -193,9 +193,9 @@ class PromptMaps:
         image = maps.new_zeros(len(tokens), max((len(ids) for ids, _ in tokens), default=0), *maps.shape[2:])
         for row, (ids, places) in enumerate(tokens):
             image[row, : len(ids)] = maps[row, [columns.index(place) for place in places]]
-        said = [ids for ids, _ in tokens]
+        prompts = [ids for ids, _ in tokens]
         relevancy = {"image": image.flatten(2)}
-        return Explanation(relevancy, image, token_ids=said, answer=said, method="prompt_maps").with_tokens(processor)
+        return Explanation(relevancy, image, token_ids=prompts, answer=prompts, method="prompt_maps").with_tokens(processor)
 
     def _tokens(self, prompt: str | Sequence[str], processor: Any, first: int) -> list[tuple[list[int], list[int]]]:
         """For each sample, the ids of its prompt without special tokens, and their columns."""

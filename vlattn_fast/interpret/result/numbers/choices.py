@@ -207,8 +207,8 @@ def _sums(values: Array, ranges: Sequence[range], axis: int) -> Array:
 def tower_row(explanation: Explained, tower: str, sample: int) -> Tensor:
     """A tower's entries for one sample, all its images in turn, without what the explained positions give themselves."""
     values = explanation.relevancy[tower]
-    alone = len(values) == len(explanation)
-    owners = [sample] if alone else [i for i, owner in enumerate(explanation.image_samples or []) if owner == sample]
+    one_each = len(values) == len(explanation)
+    owners = [sample] if one_each else [i for i, owner in enumerate(explanation.image_samples or []) if owner == sample]
     return torch.cat([explanation.without_self(tower, i) for i in owners], -1) if owners else torch.zeros_like(values[0])
 
 

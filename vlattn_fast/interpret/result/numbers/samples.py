@@ -32,12 +32,12 @@ def chosen_rows(index: Any, count: int) -> list[int]:
     return [number % count]
 
 
-def some_samples(explanation: E, rows: Sequence[int], in_front: int = 0, kept: Sequence[str] = ()) -> E:
+def some_samples(explanation: E, rows: Sequence[int], in_front: int = 0, shared: Sequence[str] = ()) -> E:
     """The part of an explanation that has these samples of the batch.
 
     Args:
         in_front: the number of dimensions of relevancy, text, regions and each map before that of the samples.
-        kept: fields that are not per sample.
+        shared: fields that are not per sample.
     """
     batch, owners = len(explanation), explanation.image_samples or []
     maps_of = [(new, place) for new, row in enumerate(rows) for place, owner in enumerate(owners) if owner == row]
@@ -77,7 +77,7 @@ def some_samples(explanation: E, rows: Sequence[int], in_front: int = 0, kept: S
             some = None if value is None else [value[place] for place in (chosen if owners else rows)]
             numbers = {photo: number for number, photo in enumerate(dict.fromkeys(some or []))} if name == "photos" else {}
             fields[name] = [numbers[photo] for photo in some] if some and numbers else some
-        elif name in kept or name == "token_names":
+        elif name in shared or name == "token_names":
             fields[name] = value
         elif name in _MAPS:
             fields[name] = maps(value)

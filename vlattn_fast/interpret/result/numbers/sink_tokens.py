@@ -21,7 +21,7 @@ class Sink:
         shares: layer -> its share of the layer's attention, the mean over heads and queries; all layers of the reader.
         norms: layer -> the norm of its values over the median of the tokens.
         place: (image, y, x) of a patch: which of the sample's maps, and where on its grid; else None.
-        word: its name, where it has an id; else None.
+        word: its name, if it has an id; else None.
         removed: its share is left out of the maps.
     """
 

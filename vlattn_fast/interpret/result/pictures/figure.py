@@ -385,9 +385,9 @@ def _draw_maps(part: Any, sample: Sample, painter: Painter, lines: int) -> None:
         for name, patches in painter.named(choice):
             axis = next(free)
             drawn = painter.overlay(axis, patches, low, high)
-            said = "" if choice.score is None else f"p {exp(choice.score):.2g}"
+            probability = "" if choice.score is None else f"p {exp(choice.score):.2g}"
             label = f"{choice.label} ({name})" if name else choice.label
-            set_title(axis.set_title("", fontsize=9), label, said, _SMALL)
+            set_title(axis.set_title("", fontsize=9), label, probability, _SMALL)
             if high > low:
                 draw_bar(part, drawn.norm, painter.shades(low), [axis], location="bottom", of=choice.patches)
 
@@ -436,10 +436,10 @@ def _draw_table(part: Any, sample: Sample, values: Array, across: list[str], cma
     low, high = scale_of(values)
     cmap = for_scale(cmap, low)
     drawn = axis.imshow(values, cmap=cmap, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
-    below, beside = -(-len(across) // _NAMES) or 1, -(-len(sample.choices) // _MANY) or 1
+    below, step = -(-len(across) // _NAMES) or 1, -(-len(sample.choices) // _MANY) or 1
     columns = axis.set_xticks(range(0, len(across), below), across[::below], rotation=90, fontsize=8)
-    words = [choice.label for choice in sample.choices[::beside]]
-    lines = axis.set_yticks(range(0, len(sample.choices), beside), words, fontsize=8)
+    words = [choice.label for choice in sample.choices[::step]]
+    lines = axis.set_yticks(range(0, len(sample.choices), step), words, fontsize=8)
     for tick in (*columns, *lines):
         tick.label1.set_parse_math(False)
     draw_bar(part, drawn.norm, cmap, [axis])

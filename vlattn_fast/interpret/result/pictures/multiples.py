@@ -31,7 +31,7 @@ Rows = list[tuple[Place, Array]]  # one number a word
 
 _SIDE, _SMALL_SIDE, _MANY = 112, 56, 60  # pixels of a map's longer side, and of one among many
 _LARGE_SIDE = 260  # of the maps of named explanations
-_COLUMNS, _LARGE_COLUMNS = 6, 4  # of the maps of layers, and of those; fewer where a map is wider than its side
+_COLUMNS, _LARGE_COLUMNS = 6, 4  # of the maps of layers, and of those; fewer if a map is wider than its side
 _LEAST = 210  # pixels of a column of named explanations, so that their names have room
 _IN_LINE = 4  # maps of a sample side by side
 _GAP, _SEAM = 6, 2  # pixels between maps, and between those of one sample
@@ -70,7 +70,7 @@ class Sheet:
     tiles: list[Picture | None]  # of each place; None without an image
     notes: dict[Place, str] = field(default_factory=dict)  # of named explanations: the score, and the names of its maps
     bars: dict[Place, Bar] = field(default_factory=dict)  # of those with maps; of maps of layers, if they share one, the first's
-    tables: list[tuple[list[str], Rows]] = field(default_factory=list)  # words, and the places that have these words
+    tables: list[tuple[list[str], Rows]] = field(default_factory=list)  # words, and the maps that have these words
     panel_names: str = ""  # of maps of layers and heads: the names of maps that are side by side
 
     @property

@@ -58,7 +58,7 @@ def _wanted(explanation: Explained, owners: list[int], photos: int, got: int) ->
     elif explanation.photos is None:
         way = ""
     elif got == 1 and None in (explanation.crops or [None]) and max(map(owners.count, owners), default=0) > 1:
-        way = ", in the order of the prompts. If some are crops of one photo, inputs do not tell how these lie in it: pass crop="
+        way = ", in the order of the prompts. If some are crops of one photo, their places in it are not known: pass crop="
     else:
         way = ", in the order of the samples"
     return f"image must be {kinds}; got {got}{way}"
@@ -76,7 +76,7 @@ def open_image(path: Any) -> Any:
 
 
 def read_mask(image: Any) -> Tensor:
-    """bool (h, w) of a PIL image or of the file of one: True where a pixel, or its place in the palette, is not 0."""
+    """bool (h, w) of a PIL image or of the file of one: True if a pixel, or its index in the palette, is not 0."""
     values = np.asarray(image if hasattr(image, "convert") else _opened(image, "boxes"))
     return torch.from_numpy((values[..., :3] != 0).any(-1) if values.ndim == 3 else values != 0)
 
