@@ -14,8 +14,10 @@ VISION = {
     "patch_size": 6,
 }
 WORDS = ["<start>", "<end>", "<pad>", "a", "red", "blue", "square", "circle"]
-TILES = [f"<row_{row}_col_{column}>" for row in (1, 2, 3, 4) for column in (1, 2, 3, 4)]
-OF_SMOLVLM = ["\n", "<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", *TILES]
+TEMPLATE = (
+    "{% for message in messages %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
+)
 
 
 def tokenizer():
@@ -89,40 +91,8 @@ def save_llava(folder: Path) -> Path:
         vision_feature_select_strategy="default",
         image_token="<image>",
         num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
     ).save_pretrained(folder)
-    return folder
-
-
-def save_smolvlm(folder: Path) -> Path:
-    """An Idefics3, as SmolVLM-256M is one: a picture is cut into tiles, and a chat has a template."""
-    torch.manual_seed(0)
-    words = tokenizer()
-    words.add_special_tokens({"additional_special_tokens": OF_SMOLVLM})
-    words.model_max_length = 512
-    text = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": len(words),
-        "max_position_embeddings": 512,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": 2,
-        "model_type": "llama",
-    }
-    image = words.convert_tokens_to_ids("<image>")
-    config = transformers.Idefics3Config(
-        text_config=text, vision_config={**VISION, "image_size": 32, "patch_size": 8}, image_token_id=image, scale_factor=2
-    )
-    transformers.Idefics3ForConditionalGeneration(config).save_pretrained(folder)
-    pictures = transformers.Idefics3ImageProcessorPil(size={"longest_edge": 96}, max_image_size={"longest_edge": 32})
-    template = (
-        "{% for message in messages %}{% for part in message['content'] %}"
-        "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}<end_of_utterance>{% endfor %}"
-    )
-    transformers.Idefics3Processor(pictures, words, image_seq_len=4, chat_template=template).save_pretrained(folder)
     return folder
 
 
