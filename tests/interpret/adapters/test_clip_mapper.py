@@ -231,7 +231,7 @@ results.atPosition = document.getElementById("at-position").textContent;
     found = browse(explanation.to_html(torch.rand(24, 24, 3)), script)
     assert len(set(found["maps"])) == 3 and found["words"] == ["w17", "w30", "w58"]
     assert found["atPosition"] == ""  # the rules set it to zero
-    assert found["summary"].startswith("“w58”") and "Picture: strongest" in found["summary"]
+    assert found["summary"].startswith("“w58”") and "Image: strongest" in found["summary"]
 
 
 # --- the same for models of transformers ---
