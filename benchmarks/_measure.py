@@ -153,11 +153,11 @@ def operator_problem(
     map_elements: int,
     floor: Sequence[Pass],
     *,
-    rivals: Mapping[str, Variant] = MappingProxyType({}),
+    baselines: Mapping[str, Variant] = MappingProxyType({}),
     names: Sequence[str] | None = None,
 ) -> Problem:
-    """A public call on every backend that takes it (or on `names`), the formula, the same under torch.compile, the `rivals`, and
-    plain SDPA as `bound`."""
+    """A public call on every backend that takes it (or on `names`), the formula, the same under torch.compile, the `baselines`,
+    and plain SDPA as `bound`."""
     public, formula = getattr(va, call), getattr(va.reference, call)
 
     def ours(name: str) -> Callable[[Tensors], Any]:
@@ -167,7 +167,7 @@ def operator_problem(
     variants = {name: Variant(finish(ours(name))) for name in names}
     variants["reference"] = Variant(finish(lambda t: formula(**arguments(t))), maps)
     variants["reference compiled"] = Variant(finish(compile_later(lambda t: formula(**arguments(t)))), maps, compiled=True)
-    variants |= {**rivals, "SDPA": Variant(without_output(bound))}
+    variants |= {**baselines, "SDPA": Variant(without_output(bound))}
     in_blocks = "query" in tensors
     truth = finish(lambda t: blocks.formula(call)(**arguments(t))) if in_blocks else variants["reference"].run
     return Problem(tensors, variants, "SDPA", truth, part, map_elements, floor, in_blocks=in_blocks)

@@ -1,4 +1,4 @@
-"""The report's pictures of one file of records: our best backend among its rivals, and time and memory over the length."""
+"""The report's pictures of one file of records: our best backend among its baselines, and time and memory over the length."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Record = dict[str, Any]
 BEST = "vlattn_fast"  # the name of our best backend in the first picture
 
 
-def draw_rivals(records: Sequence[Record], path: Path, title: str) -> Path:
+def draw_baselines(records: Sequence[Record], path: Path, title: str) -> Path:
     """One panel an operator or task, one line a benchmark, one dot a variant: its p50 over that of the bound."""
     with extra("viz"):
         from matplotlib.lines import Line2D

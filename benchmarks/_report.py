@@ -16,16 +16,16 @@ from vlattn_fast.measuring.records import grouped, markdown, number
 Record = dict[str, Any]
 
 COLUMNS = ("variant", "p20", "p50", "p80 (ms)", "peak MiB", "error", "of bound", "of limit", "calls")
-RIVALS = ("reference", "reference compiled", "FlexAttention", "published", "maps stored, one backward", "SDPA, dense mask")
-SUMMARY = """The table compares our fastest backend with each rival: *2.00x* means that the rival takes twice as long.
+BASELINES = ("reference", "reference compiled", "FlexAttention", "published", "maps stored, one backward", "SDPA, dense mask")
+SUMMARY = """The table compares our fastest backend with each baseline: *2.00x* means that the baseline takes twice as long.
 *reference* is the formula in eager mode, *reference compiled* the formula under torch.compile, *published* the procedure as its
 authors run it. *of bound* is our time over that of the bound: plain SDPA of the same shape, or a model without an explanation or
 a loss. This ratio is below 1 where an operator does less work than SDPA, or is faster than torch's SDPA. *of limit* is the
 share of what the machine can do (below). *MiB* is the peak memory
-that a call adds, and *of a rival at least* the smallest peak of a rival.
+that a call adds, and *of a baseline at least* the smallest peak of a baseline.
 """
 SETTINGS = """The table has a column for each machine and setting: our time over that of the bound, and the time of the fastest
-rival over ours.
+baseline over ours.
 """
 HOST = """The table has the time of Python and torch in a call of one short head, in microseconds above that of
 F.scaled_dot_product_attention, with the goal in brackets. The columns of Triton leave launches out; in the columns of *cpu* the
@@ -73,7 +73,7 @@ def write(results: Path, out: Path) -> list[Path]:
         parts.append(f"## {first}\n")
         parts.append(_summary(settings[first]))
         best = [record for record in _best(settings[first]) if not record["is_bound"] and not _is_scaling(record)]
-        written.append(_pictures.draw_rivals(best, pictures / f"{name}.png", first))
+        written.append(_pictures.draw_baselines(best, pictures / f"{name}.png", first))
         parts.append(f"![Median time over that of the bound]({written[-1].relative_to(out.parent)})\n")
         if rest:
             parts.append(_settings(settings))
@@ -133,26 +133,26 @@ def _fastest(variants: Mapping[str, Record], names: Iterable[str]) -> Record | N
 
 
 def _best(records: Sequence[Record]) -> list[Record]:
-    """Our fastest backend of each benchmark, under the package's name, the rivals and the bound."""
+    """Our fastest backend of each benchmark, under the package's name, the baselines and the bound."""
     best = []
     for variants in _by_benchmark(records).values():
         if ours := _fastest(variants, OURS):
             best.append({**ours, "variant": _pictures.BEST})
-        best.extend(record for name, record in variants.items() if name in RIVALS or record["is_bound"])
+        best.extend(record for name, record in variants.items() if name in BASELINES or record["is_bound"])
     return best
 
 
 def _summary(records: Sequence[Record]) -> str:
-    """Our best backend against each rival, a line a benchmark."""
+    """Our best backend against each baseline, a line a benchmark."""
     tables = {key: table for key, table in _by_benchmark(records).items() if not key[1].startswith("scaling/")}
-    rivals = [name for name in RIVALS if any(name in variants for variants in tables.values())]
-    head, lines = ("benchmark", "our best", "ms", *rivals, "of bound", "of limit", "MiB", "of a rival at least"), []
+    baselines = [name for name in BASELINES if any(name in variants for variants in tables.values())]
+    head, lines = ("benchmark", "our best", "ms", *baselines, "of bound", "of limit", "MiB", "of a baseline at least"), []
     for key, variants in tables.items():
         ours = _fastest(variants, OURS)
         if ours is None:
             continue
-        times = (f"{variants[name]['p50_us'] / ours['p50_us']:.2f}x" if name in variants else "" for name in rivals)
-        peaks = [variants[name]["peak_bytes"] for name in rivals if name in variants and variants[name]["peak_bytes"]]
+        times = (f"{variants[name]['p50_us'] / ours['p50_us']:.2f}x" if name in variants else "" for name in baselines)
+        peaks = [variants[name]["peak_bytes"] for name in baselines if name in variants and variants[name]["peak_bytes"]]
         memory = [f"{x / 2**20:.1f}" if x else "" for x in (ours["peak_bytes"], min(peaks, default=0))]
         bound = number(ours["ratio_to_bound"], ".2f")
         lines.append((key[1], ours["variant"], f"{ours['p50_us'] / 1e3:.3f}", *times, bound, share_of_limit(ours), *memory))
@@ -160,15 +160,15 @@ def _summary(records: Sequence[Record]) -> str:
 
 
 def _settings(settings: Mapping[str, Sequence[Record]]) -> str:
-    """Our time over the bound's on each machine in each setting, and how much longer the fastest rival takes."""
+    """Our time over the bound's on each machine in each setting, and how much longer the fastest baseline takes."""
     tables = {name: {key[1:]: table for key, table in _by_benchmark(records).items()} for name, records in settings.items()}
     lines = []
     for key in next(iter(tables.values())):
         cells = []
         for table in tables.values():
-            ours, rival = (_fastest(table.get(key, {}), names) for names in (OURS, RIVALS))
+            ours, baseline = (_fastest(table.get(key, {}), names) for names in (OURS, BASELINES))
             bound = "" if ours is None else number(ours["ratio_to_bound"], ".2f")
-            cells.append(bound if ours is None or rival is None else f"{bound}, {rival['p50_us'] / ours['p50_us']:.2f}x")
+            cells.append(bound if ours is None or baseline is None else f"{bound}, {baseline['p50_us'] / ours['p50_us']:.2f}x")
         if all(cells):
             lines.append((key[0], *cells))
     return "\n".join([SETTINGS, markdown(("benchmark", *tables), lines), ""])

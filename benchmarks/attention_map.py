@@ -32,11 +32,13 @@ def build(rule: str, differentiates: bool, sizes: Sizes, device: torch.device, d
     n, attention = tensors["query"].shape[2], partial(sdpa, is_causal=causal)
     tensors |= {"cotangent": randn(sizes["B"], n, n).float()} if differentiates else {}
     bound, finish = finished(differentiates, QKV, ("grad_output",))(attention), finished(differentiates, names, ("cotangent",))
-    rivals = {"published": Variant(published, 4)} if rule == "gradient" and not differentiates else {}
+    baselines = {"published": Variant(published, 4)} if rule == "gradient" and not differentiates else {}
     maps = (2 if rule == "attention" else 3) * (2 if differentiates else 1)
     terms = [(products, 2 * products, 1), (3 * products, 4 * products, 1)][: 1 + differentiates]
     floor = passes(sizes, dtype, *terms, extra_bytes=4 * sizes["B"] * n * keys(sizes))
-    return operator_problem("attention_map", arguments, tensors, finish, maps, bound, end, pairs(sizes), floor, rivals=rivals)
+    return operator_problem(
+        "attention_map", arguments, tensors, finish, maps, bound, end, pairs(sizes), floor, baselines=baselines
+    )
 
 
 def _declared(rule: str, *workloads: Any, differentiates: bool = False) -> list[Benchmark]:

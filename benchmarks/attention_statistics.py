@@ -38,9 +38,9 @@ def build(both: bool, sizes: Sizes, device: torch.device, dtype: torch.dtype) ->
     finish = finished(both, ("query", "key"), [f"grad_{name}" for name in STATISTICS])
     plain, maps = finished(both, QKV, ("grad_output",)), 6 if both else 3
     floor = passes(sizes, dtype, (1, 2, 1), (3, 4, 1))[: 1 + both]
-    rivals, part = {"published": Variant(finish(published), maps)}, lambda name, x: ends(x, 2)
+    baselines, part = {"published": Variant(finish(published), maps)}, lambda name, x: ends(x, 2)
     return operator_problem(
-        "attention_statistics", arguments, tensors, finish, maps, plain(sdpa), part, pairs(sizes), floor, rivals=rivals
+        "attention_statistics", arguments, tensors, finish, maps, plain(sdpa), part, pairs(sizes), floor, baselines=baselines
     )
 
 

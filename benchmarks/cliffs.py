@@ -88,7 +88,7 @@ def has_gradients(operator: str) -> bool:
 
 
 def runs(example: Example, both: bool) -> dict[str, Callable[[], None]]:
-    """`auto` and its rivals, forward or forward and backward."""
+    """`auto` and its baselines, forward or forward and backward."""
 
     def run(call: Callable[..., Any]) -> None:
         if not both or not has_gradients(example.operator):
@@ -100,8 +100,8 @@ def runs(example: Example, both: bool) -> dict[str, Callable[[], None]]:
         outputs = [x for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, torch.Tensor) and x.requires_grad]
         torch.autograd.grad(outputs, list(leaves.values()), [torch.ones_like(x) for x in outputs], allow_unused=True)
 
-    _, *rivals = backends(example.operator, example.arguments(example.tensors))
-    variants = {name: partial(run, partial(example.call, backend=name)) for name in ("auto", *rivals)}
+    _, *baselines = backends(example.operator, example.arguments(example.tensors))
+    variants = {name: partial(run, partial(example.call, backend=name)) for name in ("auto", *baselines)}
     return {**variants, "reference": partial(run, OPERATORS[example.operator].formula)}
 
 
@@ -136,10 +136,10 @@ def measure(device: torch.device, minutes: float, seed: int) -> list[dict[str, A
         if spent["auto"] > BEHIND * min(spent.values()):  # a busy moment, or a cliff
             spent = {name: min(spent[name], again) for name, again in times(variants).items()}
         auto = spent.pop("auto")
-        rival = min(spent, key=lambda name: spent[name], default="")
-        if rival:
-            facts |= {"pass": "forward+backward" if both else "forward", "rival": rival, "auto_us": round(auto * 1e6, 1)}
-            records.append({"cliff": operator, **facts, "ratio": round(auto / spent[rival], 3)})
+        baseline = min(spent, key=lambda name: spent[name], default="")
+        if baseline:
+            facts |= {"pass": "forward+backward" if both else "forward", "baseline": baseline, "auto_us": round(auto * 1e6, 1)}
+            records.append({"cliff": operator, **facts, "ratio": round(auto / spent[baseline], 3)})
     return sorted(records, key=lambda record: -record["ratio"])
 
 
@@ -156,15 +156,15 @@ def beside_float32(device: torch.device) -> list[dict[str, Any]]:
             spent = times({str(dtype): runs(call, both)["auto"] for dtype, call in calls.items()})
             half, single = (spent[str(dtype)] for dtype in calls)
             facts = {"dtype": "bfloat16", "B": b, "H": h, "N": n, "M": n, "D": d, "mask": "none"}
-            facts |= {"pass": "forward+backward" if both else "forward", "rival": IN_FLOAT32, "auto_us": round(half * 1e6, 1)}
+            facts |= {"pass": "forward+backward" if both else "forward", "baseline": IN_FLOAT32, "auto_us": round(half * 1e6, 1)}
             records.append({"cliff": operator, **facts, "ratio": round(half / single, 3)})
     return records
 
 
 def show(records: list[dict[str, Any]]) -> None:
     for record in records:
-        facts = ", ".join(f"{name} {x}" for name, x in record.items() if name not in ("cliff", "ratio", "auto_us", "rival"))
-        print(f"{record['ratio']:6.2f}  {record['auto_us'] / 1e3:10.3f} ms  {record['rival']:10}  {record['cliff']}: {facts}")
+        facts = ", ".join(f"{name} {x}" for name, x in record.items() if name not in ("cliff", "ratio", "auto_us", "baseline"))
+        print(f"{record['ratio']:6.2f}  {record['auto_us'] / 1e3:10.3f} ms  {record['baseline']:10}  {record['cliff']}: {facts}")
 
 
 def main(arguments: list[str]) -> int:
@@ -177,7 +177,8 @@ def main(arguments: list[str]) -> int:
     place = check_device(options.device)
     records = measure(place, options.minutes, options.seed)
     behind = sum(record["ratio"] > BEHIND for record in records)
-    print(f"{len(records)} calls; auto takes more than {BEHIND} times the time of its best rival in {behind}\n\nauto over rival:")
+    slower = f"auto takes more than {BEHIND} times the time of its best baseline in {behind}"
+    print(f"{len(records)} calls; {slower}\n\nauto over baseline:")
     show(records[:WORST])
     halves = beside_float32(place)
     print("\nbfloat16 over float32:")

@@ -46,7 +46,7 @@ def build(kind: str, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> 
     return operator_problem(
         "congruence_loss", partial(arguments, kind), tensors, finish, 5,
         lambda _: plain(whole), end, pairs(sizes), _floor(kind, lengths, sizes, dtype),
-        rivals={"published": Variant(finish(loop), 5)},
+        baselines={"published": Variant(finish(loop), 5)},
     )  # fmt: skip
 
 

@@ -63,10 +63,10 @@ def build(both: bool, sizes: Sizes, device: torch.device, dtype: torch.dtype) ->
     tensors["grad_similarity"] = randn(sizes["A"], sizes["B"])
     bound_tensors = tensors | {"grad_output": all_pairs(tensors)}
     finish, bound = finished(both, EMBEDDINGS, ("grad_similarity",)), finished(both, EMBEDDINGS, ("grad_output",))(all_pairs)
-    rivals = {"published": Variant(finish(published_similarity))}
+    baselines = {"published": Variant(finish(published_similarity))}
     least = floor(sizes, dtype, both)
     return operator_problem(
-        "maxsim", taking(*EMBEDDINGS), tensors, finish, 0, lambda _: bound(bound_tensors), whole, 0, least, rivals=rivals
+        "maxsim", taking(*EMBEDDINGS), tensors, finish, 0, lambda _: bound(bound_tensors), whole, 0, least, baselines=baselines
     )
 
 

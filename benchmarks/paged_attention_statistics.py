@@ -70,10 +70,10 @@ def build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
     sdpa_operands = operands(tensors)
     pairs, maps = sizes["R"] * heads * tokens * length, sizes["R"] ** 2 * heads * tokens * length
     floor = [Pass(2 * pairs * size, (tensors["tokens"].numel() + cache.numel()) * dtype.itemsize, pairs)]
-    rivals = {"gathered": Variant(_measure.forward(gathered), 3)}
+    baselines = {"gathered": Variant(_measure.forward(gathered), 3)}
     run = _measure.forward(bound)
     return operator_problem(
-        "paged_attention_statistics", arguments, tensors, _measure.forward, 3, run, whole, maps, floor, rivals=rivals
+        "paged_attention_statistics", arguments, tensors, _measure.forward, 3, run, whole, maps, floor, baselines=baselines
     )
 
 

@@ -66,10 +66,10 @@ def build(what: str, delta: bool, sizes: Sizes, device: torch.device, dtype: tor
     tensors |= {"cotangent": torch.rand_like(tensors["relevancy"])} if both else {}
     finish, plain = _measure.finished(both, [*names, "rows"], ("cotangent",)), _measure.finished(both, QKV, ("grad_output",))
     bound, floor = plain(partial(sdpa, is_causal=True)), passes(sizes, dtype, (2.0, 4.0, 0.0), (6.0, 8.0, 0.0))[: 1 + both]
-    rivals = {} if both else {"unit impulses": Variant(_measure.forward(impulses), 3)}
+    baselines = {} if both else {"unit impulses": Variant(_measure.forward(impulses), 3)}
     problem = operator_problem(
         "recurrent_step", arguments, tensors, finish, 6 if both else 3,
-        lambda _: bound(bound_tensors), whole, pairs(sizes), floor, rivals=rivals,
+        lambda _: bound(bound_tensors), whole, pairs(sizes), floor, baselines=baselines,
     )  # fmt: skip
     # A loop over thousands of tokens is no graph.
     return problem._replace(variants={name: one for name, one in problem.variants.items() if not one.compiled})

@@ -57,8 +57,10 @@ def build(what: str, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> 
         return operator_problem("relevancy_step", arguments, tensors, finish, maps, bound, end, pairs(sizes), floor, names=names)
     finish = _measure.backward((*QKV, "carrier"), ("grad_output", "relevancy"))
     bound, floor = _measure.backward(QKV, ("grad_output",))(attention), passes(sizes, dtype, SDPA_FORWARD, SDPA_BACKWARD)
-    rivals = {"published": Variant(published, 5)}
-    return operator_problem("relevancy_attention", carried, tensors, finish, 4, bound, end, pairs(sizes), floor, rivals=rivals)
+    baselines = {"published": Variant(published, 5)}
+    return operator_problem(
+        "relevancy_attention", carried, tensors, finish, 4, bound, end, pairs(sizes), floor, baselines=baselines
+    )
 
 
 def _declared(what: str, *workloads: Workload) -> list[Benchmark]:

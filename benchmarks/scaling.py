@@ -1,7 +1,6 @@
 """Each operator over the length: time over the pairs of queries and keys, and memory over the length, should be flat.
-
-B 1, H 1 on a CPU. The bound is plain SDPA of the same length. The rivals of the operators' benchmarks run until their whole maps
-need more than half of the free memory.
+ B 1, H 1 on a CPU. The bound is plain SDPA of the same length. The baselines of the operators' benchmarks run until their whole
+maps need more than half of the free memory.
 """
 
 from __future__ import annotations

@@ -81,11 +81,13 @@ def build(kind: str, both: bool, sizes: Sizes, device: torch.device, dtype: torc
     maps = 4 if both else 2
     maps *= d if kind in ("additive", "hadamard relu", "hadamard tanh") else 1  # the formula holds features for every pair
     bound, floor = plain(partial(sdpa, is_causal=causal)), passes(sizes, dtype, *_floor(kind, d)[: 1 + both])
-    rivals = {}
+    baselines = {}
     if kind in ACTIVATIONS:
         flex = _flex(ACTIVATIONS[kind], 1.0, causal, tensors["query"].shape[2], device)
-        rivals["FlexAttention"] = Variant(finish(flex), compiled=True)
-    return operator_problem("score_attention", arguments, tensors, finish, maps, bound, _part, pairs(sizes), floor, rivals=rivals)
+        baselines["FlexAttention"] = Variant(finish(flex), compiled=True)
+    return operator_problem(
+        "score_attention", arguments, tensors, finish, maps, bound, _part, pairs(sizes), floor, baselines=baselines
+    )
 
 
 def build_token(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
@@ -105,16 +107,18 @@ def build_dot(padding: bool, both: bool, sizes: Sizes, device: torch.device, dty
     tensors, causal = standard(sizes, randoms(device, dtype)), bool(sizes.get("causal"))
     b, _, n, d = tensors["query"].shape
     finish = finished(both, QKV, ("grad_output",))
-    visible, rivals = 1.0, {}
+    visible, baselines = 1.0, {}
     arguments, bound = _measure.taking(*QKV, is_causal=causal), finish(partial(sdpa, is_causal=causal))
     if padding:
         tensors["key_mask"] = (torch.arange(n, device=device) < n - n // 4).expand(b, n).contiguous()
         arguments, visible = _measure.taking(*QKV, "key_mask"), 1 - (n // 4) / n
     else:
-        rivals["FlexAttention"] = Variant(finish(_flex(None, d**-0.5, causal, n, device)), compiled=True)
+        baselines["FlexAttention"] = Variant(finish(_flex(None, d**-0.5, causal, n, device)), compiled=True)
     floor = passes(sizes, dtype, (2 * visible, 4, visible), (5 * visible, 8, visible))[: 1 + both]
     maps = 4 if both else 2
-    return operator_problem("score_attention", arguments, tensors, finish, maps, bound, _part, pairs(sizes), floor, rivals=rivals)
+    return operator_problem(
+        "score_attention", arguments, tensors, finish, maps, bound, _part, pairs(sizes), floor, baselines=baselines
+    )
 
 
 def build_second(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:

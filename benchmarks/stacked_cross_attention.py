@@ -87,9 +87,9 @@ def build(kind: str, both: bool, sizes: Sizes, device: torch.device, dtype: torc
     finish = _measure.finished(both, ("images", "captions"), ("grad_similarity",), not_compared=("captions",))
     plain = _measure.finished(both, ("images", "words"), ("grad_output",))
     bound, least = plain(all_pairs), floor(sizes, len(words["words"]), dtype, both)
-    rivals = {"published": Variant(finish(loop))}
+    baselines = {"published": Variant(finish(loop))}
     problem = operator_problem(
-        "stacked_cross_attention", arguments, tensors, finish, 0, lambda _: bound(words), _part, 0, least, rivals=rivals
+        "stacked_cross_attention", arguments, tensors, finish, 0, lambda _: bound(words), _part, 0, least, baselines=baselines
     )
     not_run, left_out = {}, ["reference compiled"]  # a loop of thousands of pairs is no graph
     if sizes["images"] * sizes["captions"] > MOST_PAIRS:

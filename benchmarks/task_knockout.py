@@ -44,7 +44,7 @@ def build(both: bool, sizes: Sizes, device: torch.device, dtype: torch.dtype) ->
     arguments = _measure.taking(*QKV, "group_bias", **constants)
     finish = finished(both, (*QKV, "group_bias"), ("grad_output",))
     bound = finished(both, QKV, ("grad_output",))(partial(sdpa, is_causal=True))
-    rivals = (
+    baselines = (
         {
             "maps stored, one backward": Variant(partial(_stored, groups), 5),
             DENSE: Variant(finish(partial(_dense_bias, groups)), 4),
@@ -57,7 +57,9 @@ def build(both: bool, sizes: Sizes, device: torch.device, dtype: torch.dtype) ->
     )
     floor = passes(sizes, dtype, SDPA_FORWARD, SDPA_BACKWARD)[: 1 + both]
     maps = 6 if both else 3
-    return operator_problem("score_attention", arguments, tensors, finish, maps, bound, _part, pairs(sizes), floor, rivals=rivals)
+    return operator_problem(
+        "score_attention", arguments, tensors, finish, maps, bound, _part, pairs(sizes), floor, baselines=baselines
+    )
 
 
 def _visible(groups: Tensor, cut: bool) -> Tensor:

@@ -20,14 +20,14 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_drawn_calls_run_on_auto_and_its_rivals(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drawn_calls_run_on_auto_and_its_baselines(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cliffs, "WORK", 1 << 18)
     for seed in range(6):
         example, facts = cliffs.draw(operator, random.Random(seed), CPU)
         assert facts["B"] * facts["H"] * facts["N"] * facts["M"] * facts["D"] <= 1 << 18
         variants = cliffs.runs(example, both=seed % 2 == 0)
-        rivals = {"streaming"} if OPERATORS[operator].backends["cpu"].exists and library.exists else set()
-        assert {"auto", "reference"} | rivals <= set(variants) and "cpu" not in variants
+        baselines = {"streaming"} if OPERATORS[operator].backends["cpu"].exists and library.exists else set()
+        assert {"auto", "reference"} | baselines <= set(variants) and "cpu" not in variants
         for run in variants.values():
             run()
 
@@ -47,9 +47,9 @@ def test_a_slow_call_comes_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setattr(cliffs, "MODELS", ())
     assert __main__.main(["cliffs", "--minutes", "0.01", "--out", str(tmp_path)]) == 0
     records = json.loads((tmp_path / "cliffs-cpu.json").read_text())
-    assert records[0]["ratio"] > 2 and records[0]["rival"] == "streaming" and records[0]["behind"] == 1
+    assert records[0]["ratio"] > 2 and records[0]["baseline"] == "streaming" and records[0]["behind"] == 1
     assert all(record["ratio"] < 1 for record in records[1:])
-    assert "more than 1.3 times the time of its best rival in 1\n" in capsys.readouterr().out
+    assert "more than 1.3 times the time of its best baseline in 1\n" in capsys.readouterr().out
 
 
 def test_bfloat16_is_timed_beside_float32(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,4 +69,4 @@ def test_bfloat16_is_timed_beside_float32(monkeypatch: pytest.MonkeyPatch) -> No
         ("score_attention", "forward+backward"),
         ("relevancy_attention", "forward+backward"),
     ]
-    assert all(record["ratio"] == 1.5 and record["rival"] == cliffs.IN_FLOAT32 and record["N"] == 5 for record in records)
+    assert all(record["ratio"] == 1.5 and record["baseline"] == cliffs.IN_FLOAT32 and record["N"] == 5 for record in records)

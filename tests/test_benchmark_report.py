@@ -57,7 +57,7 @@ def test_the_report_shows_the_newest_rows(tmp_path):
     command.main(["report", "--results", str(results), "--out", str(out)])
     text, plot = out.read_text(), (tmp_path / "report" / "h200.png").read_bytes()
     assert plot.startswith(b"\x89PNG")
-    # ours, its time, how much longer the one rival takes, the time over the bound's, both peaks
+    # ours, its time, how much longer the one baseline takes, the time over the bound's, both peaks
     summary = text.split("## How it was measured")[0]
     assert "| attention_map/attention/clip | triton | 1.234 | 2.00x | 1.75 | 40 % products | 3.0 | 9.0 |" in summary
     assert "| triton | 1.000 | 1.234 | 1.500 | 3.0 | 1.5e-03 | 1.75 | 40 % products | 50 |" in text
@@ -89,11 +89,11 @@ def test_the_pictures_have_a_panel_for_each_operator(tmp_path, monkeypatch):
         for dtype, variant, ratio in (("float32", "triton", 2.0), ("float32", "published", 7.0))
     ]
     (tmp_path / "h200.json").write_text(json.dumps(rows))
-    _, rivals, scaling = _report.write(tmp_path, tmp_path / "report.md")
+    _, baselines, scaling = _report.write(tmp_path, tmp_path / "report.md")
     assert list(panels) == [name for name in _choice.MODULES if name != "scaling"]
     for module, lines in panels.items():
         assert len(lines) == sum(benchmark.name.startswith(f"{module}/") for benchmark in DECLARED)
-    for picture in (rivals, scaling):
+    for picture in (baselines, scaling):
         width, height = size_of(picture)
         assert 1000 <= width <= 1800 and 0.3 <= height / width <= 1.2
 

@@ -1,6 +1,6 @@
 """Groups of tokens: a row of a table for each token, and sums over the tokens of each group.
 
-groups (B, N) holds the number of each token's group; any number that is no group's, such as -1, says that it has none.
+groups (B, N) holds the index of each token's group; out-of-range indices, such as -1, mean "no group".
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def columns_of_groups(table: Tensor, groups: Tensor) -> Tensor:
 
 
 def _index(groups: Tensor, num_groups: int) -> Tensor:
-    """The groups, and for a token without one the number behind the last, where a table is padded with zeros."""
+    """Returns the groups, and for a token without one the index after the last, at which a table is padded with zeros."""
     return torch.where((groups >= 0) & (groups < num_groups), groups, num_groups)
 
 

@@ -28,7 +28,7 @@ def read_mark(values: Iterable[Any], mark: str) -> int:
 
 
 def add_mark(value: Any, mark: str, bits: int, keep: bool = True) -> None:
-    """Marks a tensor, or each in a tuple, list or mapping, with `bits`, beside those that it has if they are to be kept."""
+    """Marks a tensor, or each in a tuple, list or mapping, with `bits`, in addition to those that it has if they are to stay."""
     if isinstance(value, Tensor):
         setattr(value, mark, bits | (getattr(value, mark, 0) if keep else 0))
     elif isinstance(value, (tuple, list, Mapping)):

@@ -1,6 +1,6 @@
 """The kinds of core scores, in one table. Operators compute these of features of query and key; `Core.kind` names one.
 
-A kind is a row here, its arithmetic for PyTorch in backends/streaming/_scores.py, and where kernels have it, its arithmetic in
+A kind is an entry here, its arithmetic for PyTorch in backends/streaming/_scores.py, and if kernels have it, its arithmetic in
 csrc/cpu/scores.h and kernels/_scores.py. Limits of backends and the choice between kernels follow from this table, and C++ tells
 Python by which number it knows a name.
 """
@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 
 class Kind(NamedTuple):
-    """A core score of features q (A) and k (A), with a vector u (A) per head where it sums over hidden units, and a number p.
+    """A core score of features q (A) and k (A), with a vector u (A) per head if it sums over hidden units, and a number p.
 
     `of`: what it is computed of, by which kernels choose their tiles and loops. "product": a function of q . k, pair by pair.
     "norms": q . k and both norms. "units": a sum over hidden units a of u_a f(q_a, k_a), which needs the vector.

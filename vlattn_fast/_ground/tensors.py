@@ -20,7 +20,7 @@ EMULATED_MULTIPROCESSORS = 132  # those of an H100 or H200
 
 
 def resolve_scale(scale: Any, default: float) -> float:
-    """`scale` as a float (0.0 included), or the default where it is None."""
+    """Returns `scale` as a float (0.0 included), or the default if it is None."""
     if scale is None:
         return default
     check_number("scale", scale)
@@ -28,12 +28,12 @@ def resolve_scale(scale: Any, default: float) -> float:
 
 
 def scaled_dot_default(head_dim: int) -> float:
-    """1/sqrt(D); 1 where D is 0 and every score is 0."""
+    """Returns 1/sqrt(D); 1 if D is 0, since every score is 0."""
     return 1.0 / math.sqrt(head_dim) if head_dim else 1.0
 
 
 def cast_by_autocast(*tensors: Any) -> tuple[Any, ...]:
-    """The tensors in autocast's dtype where autocast is on, except float64, as scaled_dot_product_attention does it."""
+    """Returns the tensors in autocast's dtype if autocast is on, except float64, like scaled_dot_product_attention."""
     if not autocasts(tensors[0]):
         return tensors
     dtype = torch.get_autocast_dtype(tensors[0].device.type)
@@ -78,7 +78,7 @@ _IN_FLOAT32 = range(0 if _HAS_AMX else 16**3 + 1, 2**16 + 1)
 
 def reads_rows_alone(x: Tensor, factor: Tensor) -> bool:
     """Whether torch's products of `x` by this matrix read nothing beyond rows. In 16 bits on a CPU with AMX they read up to the
-    next multiple of 32 numbers, where the next row or a gap lies, and multiply by 0: Inf and NaN there spoil the row
+    next multiple of 32 numbers, into the next row or a gap, and multiply by 0: Inf and NaN there spoil the row
     (docs/bugs.md)."""
     if _TILE == 1 or (x.dtype.itemsize != 2 and not autocasts(x)):
         return True
@@ -86,17 +86,17 @@ def reads_rows_alone(x: Tensor, factor: Tensor) -> bool:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, forward and backward from the rows alone: `reads_rows_alone`, or both padded with zeros."""
+    """Returns a @ b, forward and backward from only the rows: `reads_rows_alone`, or both padded with zeros."""
     if reads_rows_alone(a, b):
         return a @ b
     size, columns = b.shape[-2:]
-    behind = -size % _TILE
-    return (F.pad(a, (0, behind)) @ F.pad(b, (0, -columns % _TILE, 0, behind)))[..., :columns]
+    missing = -size % _TILE
+    return (F.pad(a, (0, missing)) @ F.pad(b, (0, -columns % _TILE, 0, missing)))[..., :columns]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.mT + bias, weight (A, D) and bias (A), or weight (H, A, D) without a bias. It is the `product`, or in float32
-    where that is faster."""
+    if that is faster."""
     if weight.dim() == 2:
         in_16_bits = x.dtype.itemsize == 2 and x.is_cpu and not torch.compiler.is_compiling()
         if in_16_bits and x.numel() * weight.shape[0] in _IN_FLOAT32 and not autocasts(x):
@@ -120,7 +120,7 @@ def has_short_backward(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 
 def unit_stride(x: Tensor) -> Tensor:
-    """`x`, copied where its last stride is not 1, as every kernel assumes."""
+    """Returns `x`, copied if its last stride is not 1, which every kernel assumes."""
     return x if x.stride()[-1] == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
@@ -130,7 +130,7 @@ def unit_strides(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 
 def rows_first(x: Tensor) -> Tensor:
-    """`x` (B, H, N, D) laid out as (B, N, H, D), without a copy where it already is. Fake implementations promise this layout for
+    """`x` (B, H, N, D) laid out as (B, N, H, D), without a copy if it already is. Fake implementations promise this layout for
     every backend. SDPA has the same layout, so heads merge without a copy.
     """
     strides = _rows_first_strides(*x.shape[1:])
@@ -147,7 +147,7 @@ def _rows_first_strides(heads: int, length: int, size: int) -> tuple[int, ...]:
 
 
 def as_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    """`grad` in the layout of `rows_first`, or in that of `x` (B, H, N, D) where `x` is contiguous.
+    """`grad` in the layout of `rows_first`, or in that of `x` (B, H, N, D) if `x` is contiguous.
 
     Autograd copies gradients whose strides differ from x's. Within `promised_layouts` the layout is always that of `rows_first`:
     an operator must return the strides that its fake declares.
@@ -215,12 +215,12 @@ def mask_padding(key_mask: Tensor | None, *tensors: Tensor | None, fill: float =
 
 
 def real_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
-    """(B, L, D) with zeros where mask (B, L) is False, so that NaN there reaches no output and no gradient."""
+    """Returns (B, L, D) with zeros if mask (B, L) is False, so that NaN there reaches no output and no gradient."""
     return x if mask is None else torch.where(mask[..., None], x, 0.0)
 
 
 def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x.to(dtype); the comparison saves most of a microsecond where the dtype is right."""
+    """Returns x.to(dtype); the comparison saves most of a microsecond if the dtype is right."""
     return x if x.dtype == dtype else x.to(dtype)
 
 
@@ -230,7 +230,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def pad_head_dim(*tensors: Tensor) -> list[Tensor]:
-    """(B, H, *, D) tensors padded with zeros to one D, with a last stride of 1, as torch's fused CPU kernel requires."""
+    """Returns (B, H, *, D) tensors padded with zeros to one D, with a last stride of 1, for torch's fused CPU kernel."""
     size = max(x.shape[3] for x in tensors)
     padded = [x if x.shape[3] == size else F.pad(x, (0, size - x.shape[3])) for x in tensors]
     return [x if x.stride(3) == 1 else x.contiguous() for x in padded]
@@ -247,10 +247,10 @@ def fold_heads(grad: Tensor, num_key_heads: int) -> Tensor:
 
 
 def unit_vectors(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x / |x| and |x| along the last axis, both in the dtype of sums; differentiable in x through the unit vectors alone.
+    """x / |x| and |x| along the last axis, both in the dtype of sums; differentiable in x only through the unit vectors.
 
     Each vector is divided by its largest entry before the squares are summed, so that no norm overflows or underflows. A zero
-    vector stays zero; with eps = 0 it gives NaN, as q . k / (|q| |k|) does.
+    vector stays zero; with eps = 0 it gives NaN, like q . k / (|q| |k|).
     """
     x = x.to(compute_dtype(x))
     largest = x.detach().abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros((*x.shape[:-1], 1))
@@ -263,7 +263,7 @@ def unit_vectors(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """The number of a GPU's multiprocessors; a large GPU's number where kernels are interpreted or emulated on the CPU."""
+    """Returns the number of a GPU's multiprocessors; a large GPU's number if kernels are interpreted or emulated on the CPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else EMULATED_MULTIPROCESSORS
 
 
@@ -273,5 +273,5 @@ def as_outputs(tensors: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
 
 
 def as_fake_outputs(like: Tensor, tensors: Iterable[Tensor | None]) -> tuple[Tensor, ...]:
-    """The fake of `as_outputs`, where each output is like one of the tensors. An empty one stands for None."""
+    """Returns the fake of `as_outputs`, with outputs like these tensors. An empty one stands for None."""
     return tuple(like.new_empty(0) if x is None else x.new_empty(x.shape) for x in tensors)

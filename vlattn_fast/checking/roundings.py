@@ -1,4 +1,4 @@
-"""The formula with other roundings: its error where it is not exact by luck."""
+"""The formula with other roundings: its error when it is not exact by luck."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class OtherRoundings(TorchDispatchMode):
     Plain formulas are exact by luck on round numbers: equal logits give P = 1 / M to the last bit, a single key gives P = 1, and
     differences then cancel to 0. Another order of the same sums lacks this luck, and so does the formula under this mode.
     Where the formula had no luck, the mode makes its error two to three times as large. Zeros stay zero and equal numbers
-    stay equal, so masks and ties are kept. Without `keeps_ties` equal numbers may become different: some CPUs sum the columns
+    stay equal, so masks and ties stay. Without `keeps_ties` equal numbers may become different: some CPUs sum the columns
     at the edge of a matrix product in another order than the inner columns, and equal keys get logits an ulp apart.
 
     A softmax and its logarithm are as in streaming kernels, P = exp(logit - lse), with lse rounded to the dtype of sums. In calls
@@ -60,7 +60,7 @@ class OtherRoundings(TorchDispatchMode):
         return torch.where(exact.abs() < 1e4, off, 0.0)
 
     def _to_neighbours(self, x: Tensor) -> Tensor:
-        """`x` with half of its numbers a step up or down, chosen by their magnitude, or by their place without `keeps_ties`."""
+        """`x` with half of its numbers a step up or down, chosen by their magnitude, or by their index without `keeps_ties`."""
         if not x.is_floating_point() or x.numel() == 0:
             return x
         frequency, phase = self.chance.uniform(300.0, 3000.0), self.chance.uniform(0.0, 6.28)

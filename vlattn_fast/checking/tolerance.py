@@ -12,11 +12,11 @@ ones. An ulp stands for the rounding of the result itself, where the formula has
 * rms(exact), as if every element had an error of one ulp.
 
 Before pooling, the numbers of a draw are divided by its level of error: the root mean square of our errors, the formula's and the
-ulp together. Where a draw nearly cancels (a tiny norm, two logits that tie), one number in it can by luck be off by more than all
+ulp together. If a draw nearly cancels (a tiny norm, two logits that tie), one number in it can by luck be off by more than all
 other draws. After the division such a draw counts as one among many.
 
 No better formula exists for a float64 result. Its largest error may be 1e-10 of the largest magnitude, and four times the error
-of the formula in float64 under other roundings, where a caller passes those (roundings.py).
+of the formula in float64 under other roundings, if a caller passes those (roundings.py).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ FLOAT64 = 1e-10
 class Errors:
     """The errors of one output, ours and the formula's, pooled over draws.
 
-    `scale` is a lower bound for rms(exact) and largest(exact): the size of the summands where the exact result cancels to zero.
+    `scale` is a lower bound for rms(exact) and largest(exact): the size of the summands if the exact result cancels to zero.
     """
 
     def __init__(self, scale: float = 0.0) -> None:
