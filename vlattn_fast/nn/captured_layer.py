@@ -105,7 +105,8 @@ class CapturedLayer:
     Each pair is a `QueryKey`, and None if the model has no such attention.
 
     Attributes:
-        text, image: self-attention over words only, and over image tokens only.
+        text: self-attention over words only.
+        image: self-attention over image tokens only.
         cross: ((text query, image key), (image query, text key)), if the model has cross-attention both ways.
         joint: self-attention over words and image tokens together.
         is_image: bool (N) or (B, N), which tokens of `joint` belong to the image; None if the model's run does not show it.
