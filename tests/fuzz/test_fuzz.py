@@ -117,7 +117,7 @@ def test_a_planted_flaw_is_repeated_by_its_number(monkeypatch: pytest.MonkeyPatc
     command = f"verify {first.operator} --backend streaming --fuzz 1 --seed {first.seed}"
     assert first.repro() == f"vlattn {command}"
     result = CliRunner().invoke(app, command.split())
-    assert result.exit_code == 1 and first.facts in result.output and "1 failed" in result.output
+    assert result.exit_code == 1 and first.drawn in result.output and "1 failed" in result.output
     assert first.worst in result.output  # with its errors
 
 
@@ -126,7 +126,7 @@ def test_digits_that_small_numbers_lose_are_caught(monkeypatch: pytest.MonkeyPat
     """Of tanh from an exponential, as the Triton and CUDA C++ kernels had it in additive scores."""
     call = partial(fuzz.run, 1502, operators=("score_attention",), backends=("streaming",))
     right = call()
-    assert all(fact in right.facts for fact in ("score=additive", "values=small", "bias=False")) and right.passed
+    assert all(fact in right.drawn for fact in ("score=additive", "values=small", "bias=False")) and right.passed
     tanh = _Units.activation
     # rounded as 2 / (1 + e) is: to a part of 1, not of tanh
     monkeypatch.setattr(_Units, "activation", lambda self, a, out: tanh(self, a, out).add_(1.0).sub_(1.0))

@@ -83,13 +83,13 @@ def test_a_class_in_a_file_is_all_that_a_score_needs(toy: type[Any], monkeypatch
     only_toys = lambda dice, name, options: pick(dice, name, ("toy",) if name == "score" else options)  # noqa: E731
     monkeypatch.setattr(_dice.Dice, "pick", only_toys)
     for outcome in fuzz.fuzz(10, operators=("score_attention",), backends=("streaming",)):
-        assert outcome.passed and "score=toy" in outcome.facts, outcome
+        assert outcome.passed and "score=toy" in outcome.drawn, outcome
 
 
 def drawn_score(seed: int) -> str:
     dice = _dice.Dice(f"score {seed}")
     cases_of("score_attention").draw(dice, torch.float32)
-    return str(dice.facts["score"])
+    return str(dice.drawn["score"])
 
 
 def test_two_scores_of_one_name_are_refused(toy: type[Any], tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def is_traced_or_batched(x: Tensor) -> bool:
 
 
 def is_dtensor(x: Any) -> bool:
-    """Whether `x` is a DTensor; never where DTensors are not imported."""
+    """Returns whether `x` is a DTensor; never if DTensors are not imported."""
     distributed: Any = None if type(x) is Tensor else sys.modules.get("torch.distributed.tensor")
     return distributed is not None and isinstance(x, distributed.DTensor)
 

@@ -40,7 +40,7 @@ def versions(*packages: str) -> dict[str, str | None]:
 def place_of(model: nn.Module) -> dict[str, Any]:
     """The "dtype" and the "device" of a model's first parameter, None without one, and "versions" of what runs it."""
     parameter = next(model.parameters(), None)
-    facts: dict[str, Any] = {"dtype": None, "device": None}
+    metadata: dict[str, Any] = {"dtype": None, "device": None}
     if parameter is not None:
-        facts = {"dtype": str(parameter.dtype).removeprefix("torch."), "device": device_name(parameter.device)}
-    return {**facts, "versions": versions("vlattn_fast", "torch", "transformers")}
+        metadata = {"dtype": str(parameter.dtype).removeprefix("torch."), "device": device_name(parameter.device)}
+    return {**metadata, "versions": versions("vlattn_fast", "torch", "transformers")}

@@ -1,7 +1,7 @@
 """The formulas in blocks of samples and queries, for sizes at which whole maps fit no memory.
 
 Each block is a call of the formula (`va.reference`), whose map the backward pass makes again. Queries stand in blocks under a
-mask of their own in place of `is_causal`. Gradients of keys and values are sums over the blocks, in float32 or float64.
+mask of their own instead of `is_causal`. Gradients of keys and values are sums over the blocks, in float32 or float64.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class Outcome:
     worst: str = ""
     refused: str = ""
     failure: str = ""
-    facts: str = ""
+    drawn: str = ""
 
     @property
     def passed(self) -> bool:
@@ -74,7 +74,7 @@ def run(seed: int, *, operators: Iterable[str] | None = None, backends: tuple[st
     dice = Dice(f"{operator} {backend} {seed}", FEW_PAIRS if backend in ("triton", "cuda") else PAIRS, nan)
     example: Example = cases_of(operator).draw(dice, dtype)
     # which gradients are NaN depends on the order of the sums, and autograd leaves NaN out of those of a relu
-    if dice.facts.get("mask") == "float, NaN" or dice.facts.get("group_bias") == "NaN":
+    if dice.drawn.get("mask") == "float, NaN" or dice.drawn.get("group_bias") == "NaN":
         example = replace(example, differentiable=False)
     try:
         with np.errstate(all="ignore"):  # Triton's interpreter computes in NumPy, which warns if float16 overflows
@@ -82,8 +82,8 @@ def run(seed: int, *, operators: Iterable[str] | None = None, backends: tuple[st
         failure = ""
     except Exception as error:  # of any kind: the message must name the configuration
         ratio, worst, refused, failure = float("inf"), "", "", f"{type(error).__name__}: {error}"
-    facts = ", ".join(f"{name}={value}" for name, value in dice.facts.items())
-    return Outcome(seed, operator, backend, dtype, ratio, worst, refused, failure, facts)
+    choices = ", ".join(f"{name}={value}" for name, value in dice.drawn.items())
+    return Outcome(seed, operator, backend, dtype, ratio, worst, refused, failure, choices)
 
 
 def drawn(
@@ -118,7 +118,7 @@ def _runs(
 ) -> Iterator[tuple[Tensors, Tensors, Tensors]]:
     """Draw after draw: ours, the formula in float64, and the formula in the dtype of the call."""
     for number, (tensors,) in enumerate(draws(example.tensors)):
-        name = f"{example.operator} {dice.facts} {number}"
+        name = f"{example.operator} {dice.drawn} {number}"
         cotangents = _cotangents(name, dice.gap)
         before = {name: x._version for name, x in tensors.items()}
         got = _results(example, tensors, backend, cotangents)
@@ -129,7 +129,7 @@ def _runs(
         if got.keys() != exact.keys():
             raise AssertionError(f"outputs must be {list(exact)}; got {list(got)}")
         if other_roundings:
-            keeps_ties = dice.facts.get("kind") not in ("cacr", "iais_distributed")  # these two compare for a maximum
+            keeps_ties = dice.drawn.get("kind") not in ("cacr", "iais_distributed")  # these two compare for a maximum
             formulas = []
             for n in range(ROUNDINGS):
                 with OtherRoundings(f"{name} {n}", dtype, keeps_ties):
@@ -144,7 +144,8 @@ def _runs(
 
 
 def _drop_doubtful_overflow(got: Tensors, exact: Tensors, in_float32: Callable[[], Tensors]) -> None:
-    """Sets to 0, in both, the entries where float16 overflows on one side and the formula in float32 does not say which is right.
+    """Sets to 0, in both, the entries at which float16 overflows on one side and the formula in float32 does not say which is
+    right.
 
     For a zero vector, cosine's gradients are sums times 1 / eps = 1e8. Where such a sum cancels, or float32 has lost the scores
     beside a mask of -1e9, only rounding is left, above 65504 or not. A place stays where the formulas in float32 and in float64
@@ -211,7 +212,7 @@ class Summary:
     def add(self, outcome: Outcome) -> None:
         (self.refused if outcome.refused else self.compared)[outcome.backend] += 1
         if not outcome.passed:
-            self.failures.append(f"{outcome.repro()}  # {outcome.failure or outcome.worst} [{outcome.dtype}; {outcome.facts}]")
+            self.failures.append(f"{outcome.repro()}  # {outcome.failure or outcome.worst} [{outcome.dtype}; {outcome.drawn}]")
         elif self.worst is None or outcome.ratio > self.worst.ratio:
             self.worst = outcome
 

@@ -8,7 +8,7 @@ over draws of the inputs:
 
 Another order of summation gives other errors, number by number, but over a few thousand numbers their root mean square hardly
 changes. The largest error of few numbers does change, so its bound is wide: the bound catches one wrong number among many right
-ones. An ulp stands for the rounding of the result itself, where the formula has no error. For the root mean square the ulp is eps
+ones. An ulp stands for the rounding of the result itself, if the formula has no error. For the root mean square the ulp is eps
 * rms(exact), as if every element had an error of one ulp.
 
 Before pooling, the numbers of a draw are divided by its level of error: the root mean square of our errors, the formula's and the
@@ -153,8 +153,8 @@ def _mismatch(got: Tensor, exact: Tensor) -> str:
     for kind in (torch.isnan, torch.isposinf, torch.isneginf):
         ours, expected = kind(got), kind(pattern)
         if not torch.equal(ours, expected):
-            place = (ours != expected).nonzero()[0].tolist()
-            return f"{kind.__name__} must hold in {int(expected.sum())} entries; got {int(ours.sum())}, first another at {place}"
+            index = (ours != expected).nonzero()[0].tolist()
+            return f"{kind.__name__} must hold in {int(expected.sum())} entries; got {int(ours.sum())}, first another at {index}"
     return ""
 
 
@@ -162,7 +162,7 @@ def draws(*tensors: Mapping[str, Tensor]) -> Iterator[tuple[dict[str, Tensor], .
     """The tensors as they are, then again and again with other numbers, without end.
 
     Each draw multiplies every floating number by a factor between 0.75 and 1 that varies wildly with its magnitude, so equal
-    numbers stay equal. Ties, constants, zeros, NaN, Inf, strides and the gaps between elements are kept, and errors are drawn
+    numbers stay equal. Ties, constants, zeros, NaN, Inf, strides and the gaps between elements stay, and errors are drawn
     anew. The factors are the same in every run, and the global generators stay unchanged.
     """
     yield tuple(dict(x) for x in tensors)

@@ -24,11 +24,11 @@ def _found() -> dict[str, Operator]:
     operators = [x for module in modules for x in vars(module).values() if isinstance(x, Operator)]
     classes = list(vars(inputs))
 
-    def place(operator: Operator) -> int:
+    def rank(operator: Operator) -> int:
         name = f"{operator.stem.title().replace('_', '')}Inputs"
         return classes.index(name) if name in classes else len(classes)
 
-    return {operator.stem: operator for operator in sorted(operators, key=place)}
+    return {operator.stem: operator for operator in sorted(operators, key=rank)}
 
 
 OPERATORS = _found()

@@ -267,7 +267,7 @@ def _packed(x: Any, key: Tensor) -> Any:
 
 
 def _without_padding(x: Any, plan: Plan, score: scores.Score) -> tuple[Tensor, Tensor]:
-    """Key and value, without what padding holds where the backend's kernels do not keep it out."""
+    """Returns key and value, with neutral values at padding unless the backend's kernels mask it."""
     key, value = x.key, x.value
     if not plan.masks_padding:
         (value,) = mask_padding(x.key_mask, value)

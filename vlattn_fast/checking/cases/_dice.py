@@ -16,10 +16,10 @@ LENGTHS = (0, 1, 1, 2, 3, 5, 7, 11, 15, 16, 17, 23, 31, 32, 33, 47, 63, 64, 65, 
 DIMS = (1, 2, 3, 5, 8, 8, 16, 16, 24, 31, 32, 40, 64, 65)
 LAYOUTS = (
     "contiguous",
-    "heads last",  # (B, N, H, D) in memory, as projections leave it
+    "heads last",  # (B, N, H, D) in memory, like the output of projections
     "features first",  # the last stride is not 1
     *("rows padded", "every second row", "every second number", "offset by one", "part of a longer batch"),
-    "fused",  # one of three tensors inside one, as after a joint projection
+    "fused",  # one of three tensors inside one, such as after a joint projection
     *("one batch for all", "one head for all", "one row for all"),  # stride 0
 )
 VALUES = ("normal", "normal", "normal", "small", "large", "constant", "signs", "one-hot", "with zero rows", "cancelling")
@@ -30,7 +30,7 @@ MASKS = (
     "float and key and causal",
 )
 PAIRS = 1 << 15  # of query and key over batch and heads, at most
-FEW_PAIRS = 1 << 12  # where kernels are interpreted or emulated
+FEW_PAIRS = 1 << 12  # if kernels are interpreted or emulated
 
 
 class Dice:
@@ -40,12 +40,12 @@ class Dice:
         self.pairs, self.gap = pairs, torch.nan if nan else 0.0  # fills the gaps between rows, and masks of kind "float, NaN"
         self.choice = random.Random(seed)
         self.generator = torch.Generator().manual_seed(self.choice.getrandbits(60))
-        self.facts: dict[str, Any] = {}
+        self.drawn: dict[str, Any] = {}
 
     def pick(self, name: str, options: Any) -> Any:
         """One of the options, noted under `name`."""
-        self.facts[name] = self.choice.choice(tuple(options))
-        return self.facts[name]
+        self.drawn[name] = self.choice.choice(tuple(options))
+        return self.drawn[name]
 
     def chance(self, p: float) -> bool:
         return self.choice.random() < p
@@ -76,7 +76,7 @@ class Dice:
         return x * factors[kind] if kind in factors else x
 
     def sizes(self, square: bool = False) -> tuple[int, int, int, int, int]:
-        """B, H, Hkv, N, M; M = N where tokens attend to themselves."""
+        """B, H, Hkv, N, M; M = N if tokens attend to themselves."""
         while True:
             batch, heads = self.choice.choice((1, 1, 2, 3, 0 if self.chance(0.05) else 2)), self.choice.choice((1, 2, 3, 4, 6, 8))
             queries, keys = self.choice.choice(LENGTHS), self.choice.choice(LENGTHS)
@@ -85,15 +85,15 @@ class Dice:
                 break
         divisors = [n for n in range(1, heads + 1) if heads % n == 0]
         key_heads = self.choice.choice(divisors) if self.chance(0.3) else heads
-        self.facts |= {"B": batch, "H": heads, "Hkv": key_heads, "N": queries, "M": keys}
+        self.drawn |= {"B": batch, "H": heads, "Hkv": key_heads, "N": queries, "M": keys}
         return batch, heads, key_heads, queries, keys
 
     def laid_out(self, name: str, x: Tensor, dtype: torch.dtype, repeated: bool = True) -> Tensor:
         """`x` in `dtype` in a layout of LAYOUTS, of stride 0 only where `repeated` allows it."""
         layout = self.choice.choice(LAYOUTS if repeated else LAYOUTS[:-3]) if self.chance(0.5) else "contiguous"
-        self.facts.pop(f"layout of {name}", None)  # of another tensor that this one takes the place of
+        self.drawn.pop(f"layout of {name}", None)  # of another tensor that this one takes the place of
         if layout != "contiguous":
-            self.facts[f"layout of {name}"] = layout
+            self.drawn[f"layout of {name}"] = layout
         return lay_out(x.to(dtype), layout, self.gap)
 
 
@@ -172,10 +172,10 @@ def attention_inputs(
     """query, key and value of one call, and its masks, scale and enable_gqa."""
     batch, heads, key_heads, queries, keys = dice.sizes()
     if square:
-        keys = dice.facts["M"] = queries
+        keys = dice.drawn["M"] = queries
     dim = dice.pick("D", DIMS)
     value_dim = dice.choice.choice(DIMS) if dice.chance(0.3) else dim
-    dice.facts["Dv"] = value_dim
+    dice.drawn["Dv"] = value_dim
     options = draw_masks(dice, batch, heads, queries, keys, dtype)
     options |= {"scale": dice.pick("scale", (None, None, 0.125, 1.0, 0.0, -0.5)), "enable_gqa": key_heads != heads}
     kind = dice.pick("values", values)
@@ -193,9 +193,9 @@ def attention_inputs(
 
 
 def softcap_and_sink(dice: Dice, tensors: Tensors, dtype: torch.dtype, takes_softcap: bool = True) -> dict[str, Any]:
-    """The softcap of a call, where it has one; its sink goes to `tensors`."""
+    """The softcap of a call, if it has one; its sink goes to `tensors`."""
     if dice.pick("sink", (None, None, None, "normal", "large", "small")) is not None:
-        factor = {"normal": 1.0, "large": 20.0, "small": -20.0}[dice.facts["sink"]]
+        factor = {"normal": 1.0, "large": 20.0, "small": -20.0}[dice.drawn["sink"]]
         spread = dice.randn(tensors["query"].shape[1])
         tensors["sink"] = (spread if factor == 1.0 else factor + spread).to(dtype)
     softcap = dice.pick("softcap", (None, None, None, 0.5, 5.0, 50.0) if takes_softcap else (None,))
@@ -204,9 +204,9 @@ def softcap_and_sink(dice: Dice, tensors: Tensors, dtype: torch.dtype, takes_sof
 
 def group_bias(dice: Dice, tensors: Tensors, options: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """The groups of a call that has a bias of them; the bias goes to `tensors`. `options` may have groups of keys."""
-    mask = dice.facts["mask"]
+    mask = dice.drawn["mask"]
     kinds = ["normal", "large"] + ["-inf"] * (mask != "float, NaN")  # a row of NaN has NaN in the gradients of masked pairs, too
-    if mask in ("none", "float", "float32", "float, NaN") and dice.facts["values"] != "with zero rows":  # whose relu has none
+    if mask in ("none", "float", "float32", "float, NaN") and dice.drawn["values"] != "with zero rows":  # whose relu has none
         kinds.append("NaN")
     kind = dice.pick("group_bias", [None] * 4 + kinds)
     if kind is None:
@@ -237,7 +237,7 @@ def head_gate(dice: Dice, tensors: Tensors, dtype: torch.dtype) -> None:
 def map_inputs(dice: Dice, dtype: torch.dtype) -> tuple[Tensors, dict[str, Any], bool]:
     """Arguments that relevancy_step and attention_map share, and whether the call has gradients that rounding does not choose.
 
-    Value and grad_output are drawn only where the rule takes them. The gradient jumps where dA = dO . V changes its sign. So half
+    Value and grad_output are drawn only if the rule takes them. The gradient jumps if dA = dO . V changes its sign. So half
     of these calls are drawn with entries of one magnitude in an odd number of columns, which never add up to nothing.
     """
     tensors, options = attention_inputs(dice, dtype)
@@ -251,6 +251,6 @@ def map_inputs(dice: Dice, dtype: torch.dtype) -> tuple[Tensors, dict[str, Any],
             value = dice.laid_out("value", value, dtype, repeated="key_mask" not in options)
             grad_output = grad_output.sign()[..., :odd]
         tensors |= {"value": value, "grad_output": dice.laid_out("grad_output", grad_output, dtype)}
-    if options["row_normalize"] and dtype == torch.float16:  # the formula's own overflows where a row's sum is subnormal
+    if options["row_normalize"] and dtype == torch.float16:  # the formula's own overflows if a row's sum is subnormal
         differentiable = False
     return tensors, options, differentiable

@@ -37,7 +37,7 @@ def verify(generator: torch.Generator, sizes: Sizes) -> Iterator[Example]:
 
 
 def draw(dice: Dice, dtype: torch.dtype) -> Example:
-    """With gradients of the mean over heads alone: the largest and the least may be those of two heads, by rounding."""
+    """With gradients only of the mean over heads: the largest and the least may be those of two heads, by rounding."""
     tensors, options, differentiable = map_inputs(dice, dtype)
     options["head_reduction"] = dice.pick("head_reduction", ("mean", "mean", "max", "min"))
     options |= softcap_and_sink(dice, tensors, dtype)
@@ -47,6 +47,6 @@ def draw(dice: Dice, dtype: torch.dtype) -> Example:
 
 
 def host(sizes: Sizes) -> Iterator[Example]:
-    """Forward alone: the backward pass is that of streaming."""
+    """Only forward: the backward pass is that of streaming."""
     tensors = plain(sizes)
     yield Example(attention_map, "", {name: tensors[name] for name in ("query", "key")}, differentiable=False)

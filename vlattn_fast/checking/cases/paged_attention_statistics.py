@@ -72,17 +72,17 @@ def draw(dice: Dice, dtype: torch.dtype) -> Example:
     some = [tuple(dice.choice.choice((0, 1, 5, 16, 31, 64, 129)) for _ in range(n)) for n in (0, 1, 2, 4)]
     lengths = dice.pick("lengths", some)
     counts = tuple(min(dice.choice.choice((0, 1, 1, 2, 7, length)), length, max(1, most // max(1, length))) for length in lengths)
-    dice.facts["queries"] = counts
+    dice.drawn["queries"] = counts
     requests = _requests(dice.generator, lengths, counts, block_size)
     blocks = int(requests["block_table"].max()) + 2 if requests["block_table"].numel() else 1
     if dice.pick("integers", (32, 64)) == 32:
         requests = {name: x.to(torch.int32) for name, x in requests.items()}
     cache = dice.randn(blocks, heads, block_size, size)
-    behind = torch.ones(blocks, block_size, dtype=torch.bool)
+    unused = torch.ones(blocks, block_size, dtype=torch.bool)
     for row, length in zip(requests["block_table"], lengths, strict=True):
         for j in range(length):
-            behind[row[j // block_size], j % block_size] = False
-    cache = torch.where(behind[:, None, :, None], dice.gap, cache)  # what no request has
+            unused[row[j // block_size], j % block_size] = False
+    cache = torch.where(unused[:, None, :, None], dice.gap, cache)  # what no request has
     tokens = sum(counts) + dice.pick("more", (0, 0, 2))
     tensors = {"query": dice.laid_out("query", dice.randn(tokens, heads * group, size), dtype)}
     tensors["key_cache"] = dice.laid_out("key_cache", cache, dtype, repeated=False)
@@ -107,7 +107,7 @@ def fit(sizes: Sizes) -> Sizes:
 def _requests(
     generator: torch.Generator, lengths: tuple[int, ...], counts: tuple[int, ...], block_size: int
 ) -> dict[str, Tensor]:
-    """Requests of so many keys and queries, whose blocks lie in any order; a block number of -1 stands behind the last."""
+    """Requests of so many keys and queries, whose blocks are in any order; a block number of -1 comes after the last."""
     columns = [-(-length // block_size) for length in lengths]
     table = torch.full((len(lengths), max(columns, default=0) + 1), -1)
     order = torch.randperm(sum(columns), generator=generator)

@@ -51,7 +51,7 @@ def draw(dice: Dice, dtype: torch.dtype) -> Example:
     tensors = {"query": dice.numbers((batch, query_heads, length, dim), kind, dtype), "key": key}
     differentiable = True
     if rule == "gradient":
-        # entries of one magnitude in an odd number of columns never add up to nothing, where the gradient jumps
+        # entries of one magnitude in an odd number of columns never add up to 0, at which the gradient jumps
         pair = {name: dice.randn(batch, heads, length, value_dim) for name in ("value", "grad_output")}
         if differentiable := dice.pick("signs", (False, True)):
             pair = {name: x.sign()[..., : value_dim - 1 + value_dim % 2] for name, x in pair.items()}
@@ -63,7 +63,7 @@ def draw(dice: Dice, dtype: torch.dtype) -> Example:
         factor = {"weak": 1e-3, "of a model": 1.0, "strong": 50.0, "none at all": 0.0}[decay]
         tensors["log_decay"] = -factor * dice.randn(*size).abs()
     if decay == "strong" and (rule == "attention" or options["row_normalize"]):
-        differentiable = False  # the formula's own gradients overflow where a row's sum is subnormal
+        differentiable = False  # the formula's own gradients overflow if a row's sum is subnormal
     if dice.pick("delta rule", (False, True)):
         tensors["beta"] = 2 * torch.sigmoid(dice.randn(*shape))
     if dice.pick("diagonal", (False, False, True)):

@@ -48,5 +48,5 @@ def draw(dice: Dice, dtype: torch.dtype) -> Example:
 
 
 def host(sizes: Sizes) -> Iterator[Example]:
-    """Forward alone: the backward pass is that of streaming."""
+    """Only forward: the backward pass is that of streaming."""
     yield Example(relevancy_step, "", _plain(sizes), in_float32=ROWS, differentiable=False)

@@ -56,7 +56,7 @@ def _verified_scores(generator: torch.Generator, sizes: Sizes, qkv: Tensors, opt
     randn, size = normal(generator), sizes.head_dim
     for kind in scores.SCORES.values():
         for name, fixed in kind.examples().items() if kind.parameters else ():
-            parameters = {  # one for all heads where it is a matrix, otherwise one for each
+            parameters = {  # one for all heads if it is a matrix, otherwise one for each
                 key: each.random(randn(*each.shape(size, () if each.rank == 2 else (sizes.heads,))), size)
                 for key, each in kind.parameters.items()
             }
@@ -64,7 +64,7 @@ def _verified_scores(generator: torch.Generator, sizes: Sizes, qkv: Tensors, opt
             returns_lse = make(**parameters).is_dot_product and name != "general"  # SDPA returns none: so it is checked, too
             chosen, attended = {**options, "return_lse": returns_lse}, qkv
             if fixed.get("activation") == "sigmoid":
-                # scores are at most 1, and many are near it: keys that grow with their place have larger ones in the last tile
+                # scores are at most 1, and many are near it: keys that grow with their index have larger ones in the last tile
                 chosen["scale"] = 4.0
                 attended = {**qkv, "key": qkv["key"] * torch.linspace(0.25, 1.5, sizes.keys, dtype=torch.float64)[:, None]}
             yield Example(score_attention, name, {**attended, **parameters}, chosen, _scored(make, tuple(parameters)))
@@ -72,7 +72,7 @@ def _verified_scores(generator: torch.Generator, sizes: Sizes, qkv: Tensors, opt
 
 def verify(generator: torch.Generator, sizes: Sizes) -> Iterator[Example]:
     qkv, key_mask = verified(generator, sizes)
-    # as many queries as keys: the last ones alone see the keys beyond a tile
+    # as many queries as keys: only the last ones attend to the keys beyond a tile
     square = {**qkv, "query": qkv["key"].flip(2)}
     yield Example(score_attention, "scaled_dot causal", square, {"is_causal": True})
     yield Example(score_attention, "cosine", qkv, {"score": "cosine", "scale": 4.0})
@@ -92,8 +92,8 @@ def draw(dice: Dice, dtype: torch.dtype) -> Example:
     heads, dim = tensors["query"].shape[1], tensors["query"].shape[3]
     options["return_lse"] = dice.pick("return_lse", (False, True))
     parameters, fixed = kind.random(dice, heads, dim)
-    if dice.facts["values"] == "small" and dice.chance(0.5):
-        options["scale"] = dice.facts["scale"] = 1e3  # logits that are not small
+    if dice.drawn["values"] == "small" and dice.chance(0.5):
+        options["scale"] = dice.drawn["scale"] = 1e3  # logits that are not small
     options |= softcap_and_sink(dice, tensors, dtype, takes_softcap=kind.is_plain)
     options |= group_bias(dice, tensors, options, dtype)
     head_gate(dice, tensors, dtype)
