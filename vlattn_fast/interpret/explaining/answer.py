@@ -1,4 +1,4 @@
-"""An answer: its tokens after the prompt, their log-probabilities, and the rows that predict them."""
+"""An answer: its tokens after the prompt, their log-probabilities, and the positions that predict them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Answer:
 
     ids: list[list[int]]  # each row's tokens
     arguments: dict[str, Any]  # the model's inputs with the answer after the last real token of each prompt, N + T in all
-    answer_positions: Tensor  # int64 (B, T), where each token of the answer is predicted: the place before its own
+    answer_positions: Tensor  # int64 (B, T), the position that predicts each token of the answer, one before its own
     name: str = "input_ids"  # of the input that it is put into
 
     @functools.cached_property
@@ -35,13 +35,13 @@ class Answer:
 
     @property
     def start_positions(self) -> Tensor:
-        """int64 (B, T), where each token is predicted; padding of a shorter answer repeats its last token's."""
+        """int64 (B, T), the position that predicts each token; padding of a shorter answer repeats its last token's."""
         last = self.real.sum(1, keepdim=True).sub(1).clamp(min=0)
         column = torch.arange(self.answer_positions.shape[1]).expand(len(last), -1)
         return self.answer_positions.gather(1, torch.minimum(column, last))
 
     def masked(self, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The model's arguments, with a mask of the decoder's padding where an encoder-decoder takes none."""
+        """The model's arguments, with a mask of the decoder's padding if an encoder-decoder has none."""
         mask = "decoder_attention_mask"
         if self.name == "input_ids" or arguments.get(mask) is not None:
             return arguments
@@ -52,7 +52,7 @@ class Answer:
         """The logits, log-probabilities or margins (`of`) of the answer's tokens, (B, T), 0 for padding.
 
         Args:
-            logits: (B, N + T, vocabulary), or of the positions `kept` alone; ValueError for others, or none.
+            logits: (B, N + T, vocabulary), or only of the positions `kept`; ValueError for others, or none.
         """
         if not isinstance(logits, Tensor) or logits.ndim != 3:
             got = tuple(logits.shape) if isinstance(logits, Tensor) else "none"
@@ -88,16 +88,15 @@ def explained_number(of: str, logits: Tensor, index: Tensor) -> Tensor:
 
 
 class BareAnswer(list[list[int]]):
-    """Token ids of answers that nothing is cut off: their prompts do not stand before them."""
+    """Token ids of whole answers, without their prompts."""
 
 
 def prepare_answer(answer: Any, tokenizer: Any, inputs: Mapping[str, Any], adapter: Adapter, model: nn.Module) -> Answer:
-    """`answer` after the prompts of `inputs`; in an encoder-decoder after the decoder's, which is its start token alone unless
-    `inputs` have another.
+    """`answer` after the prompts of `inputs`; in an encoder-decoder after the decoder's prompt, by default only its start token.
 
     Raises:
         TypeError: neither token ids nor texts.
-        ValueError: no tokenizer for texts; no tokens; nothing to put them behind; an input with an entry for each token that the
+        ValueError: no tokenizer for texts; no tokens; no prompt; an input with an entry for each token that the
             answer cannot make longer; labels of an encoder-decoder.
     """
     if adapter.answers not in inputs and adapter.answers != "input_ids":
@@ -106,7 +105,7 @@ def prepare_answer(answer: Any, tokenizer: Any, inputs: Mapping[str, Any], adapt
     if not isinstance(prompts, Tensor) or prompts.ndim != 2:
         raise ValueError(f"inputs must contain '{adapter.answers}' (B, N), the prompt of the answer; got none")
     ids = token_ids(answer, tokenizer, len(prompts))
-    if not (isinstance(answer, BareAnswer) or _is_text(answer)):  # a text may begin as its prompt does
+    if not (isinstance(answer, BareAnswer) or _is_text(answer)):  # a text may begin like its prompt
         ids = _after_prompts(ids, prompts, model)
     if adapter.answers == "input_ids":  # a decoder after an encoder may have another vocabulary
         _check_vocabulary(ids, model)
@@ -118,7 +117,7 @@ def prepare_answer(answer: Any, tokenizer: Any, inputs: Mapping[str, Any], adapt
             "inputs must not contain 'labels' if answer is given, since an encoder-decoder takes labels for the answer; got "
             "both. Leave one of them out"
         )
-    if adapter.answer_type and inputs.get("token_type_ids") is None:  # they tell the answer from the prompt
+    if adapter.answer_type and inputs.get("token_type_ids") is None:  # they distinguish answer and prompt
         raise ValueError(
             "inputs must contain 'token_type_ids' (B, N) if answer is given, since they say which tokens attend to each other in "
             "both directions; got none. The model's processor returns them"
@@ -178,12 +177,12 @@ class _AnswerPositions:
         return self._filled(value, filling)
 
     def _repeated(self, value: Tensor) -> Tensor:
-        """(B, N, ...) as (B, N + T, ...), where the answer has what the last real token of its prompt has."""
+        """(B, N, ...) as (B, N + T, ...), in which the answer repeats the last real token of its prompt."""
         samples = torch.arange(len(value), device=value.device)[:, None]
         return value[samples, self.source.to(value.device)]
 
     def _filled(self, value: Tensor, new: Tensor | int) -> Tensor:
-        """(B, N) as (B, N + T), where the answer has `new` (B, T), or one number for all."""
+        """(B, N) as (B, N + T), in which the answer has `new` (B, T), or one number for all."""
         new = torch.as_tensor(new).expand(self.tokens.shape)
         return self._repeated(value).masked_scatter(self.answered.to(value.device), new.to(value))
 
@@ -216,7 +215,7 @@ _OF_IMAGES = (
 
 def _follows_tokens(name: str, value: Any, shape: tuple[int, int], prefix: str) -> bool:
     """Whether an input has an entry for each token of the prompts, and an answer makes it longer. ValueError if it has, and
-    nobody says what the answer's tokens have, or its shape is another one."""
+    the answer's entries are unknown, or its shape is another one."""
     if value is None:
         return False
     sizes = tuple(value.shape) if isinstance(value, Tensor) else None
@@ -249,8 +248,8 @@ def encoder_decoder(model: nn.Module) -> Adapter | None:
 
 
 def custom_decoder(model: nn.Module, inputs: Mapping[str, Any], answers: bool = False) -> Adapter | None:
-    """The adapter of a model of the caller's that predicts tokens, whose towers are found; None for others. Its decoder reads
-    'decoder_input_ids'; where it is known that the model explains `answers`, also other ids (B, N), if they are the only ones."""
+    """The adapter of a model that is not of transformers and predicts tokens, whose towers are found; None for others. Its
+    decoder takes 'decoder_input_ids'; or, for `answers`, the only input of ids (B, N)."""
     if hasattr(model, "can_generate"):  # of transformers
         return None
     name = "decoder_input_ids"
@@ -268,8 +267,8 @@ def ids_in(inputs: Mapping[str, Any]) -> list[str]:
 
 
 def block_decoder(model: nn.Module) -> Adapter | None:
-    """The adapter of a model that predicts all tokens of its decoder's input at once, as by block diffusion: the last is read. It
-    explains no answer, whose tokens would be predicted one after the other."""
+    """The adapter of a model that predicts all tokens of its decoder's input at once, as in block diffusion: the last one is
+    explained. It explains no answer, whose tokens would be predicted one after the other."""
     return Adapter((), "token", answers="decoder_input_ids") if drafts(model) else None
 
 
@@ -303,7 +302,7 @@ def end_tokens(model: Any) -> set[int]:
 
 
 def _after_prompts(ids: list[list[int]], prompts: Tensor, model: nn.Module) -> list[list[int]]:
-    """The answers alone where each row is what `model.generate` gave: its prompt, the answer, and what stands after its end."""
+    """Only the answers, if `ids` are what `model.generate` returned: the prompt, the answer, and what follows its end."""
     before = prompts.tolist()
     if not ids or not all(
         len(row) > len(prompt) and row[: len(prompt)] == prompt for row, prompt in zip(ids, before, strict=True)

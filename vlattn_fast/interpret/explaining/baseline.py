@@ -1,4 +1,4 @@
-"""The stage of `explain` before the run: the embeddings of an input in place of the input."""
+"""The stage of `explain` before the forward pass: the embeddings of a baseline."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BLUR = 1 / 20  # of the shorter side: the standard deviation
 
 
 def run_baseline(request: Request, prompt: Prompt, method: BaselineMethod) -> None:
-    """Give the method the embeddings of its baseline, by a run without gradients where that is an input."""
+    """Gives the method the embeddings of its baseline, from a run without gradients if that is an input."""
     changed = _changed(request, prompt, method)
     if changed:
         method.is_baseline = True
@@ -30,7 +30,7 @@ def run_baseline(request: Request, prompt: Prompt, method: BaselineMethod) -> No
 
 
 def _changed(request: Request, prompt: Prompt, method: BaselineMethod) -> dict[str, Tensor]:
-    """The inputs that the baseline changes; none where it is of the embeddings."""
+    """The inputs that the baseline changes; none if it replaces the embeddings."""
     inputs, baseline, option = prompt.arguments, method.baseline, method.option
     images = [name for name, value in inputs.items() if _is_image(name, value)]
     words = [name for name in ("input_ids", request.adapter.names[1]) if _are_ids(inputs.get(name))][:1]
@@ -79,7 +79,7 @@ def _are_ids(value: Any) -> bool:
 
 
 def _fits(baseline: Tensor, pixels: Tensor) -> bool:
-    """Whether a tensor is in place of these images, and not of embeddings."""
+    """Whether a tensor replaces these images, and not embeddings."""
     if baseline.shape == pixels.shape:
         return True
     sizes = zip(reversed(baseline.shape), reversed(pixels.shape), strict=False)
@@ -90,7 +90,7 @@ def _fits(baseline: Tensor, pixels: Tensor) -> bool:
 
 
 def baseline_image(kind: str, pixels: Tensor, processor: Any, option: str = "baseline") -> Tensor:
-    """Images like `pixels` (..., C, H, W) that are "black", "white", "mean" or "blur". Images that are cut into patches
+    """Images like `pixels` (..., C, H, W) that are "black", "white", "mean" or "blur". Images that are given as patches
     (patches, features) are in all but "blur": as their smallest and largest number, and the mean of each feature over patches."""
     if pixels.ndim < 4:
         if kind == BLUR:
@@ -126,7 +126,7 @@ def _normalised(value: float, processor: Any, pixels: Tensor) -> Tensor | None:
 
 
 def _blurred(pixels: Tensor) -> Tensor:
-    """Under a Gaussian; beyond the edges the images go on as at the edges."""
+    """Under a Gaussian; the edges are repeated outwards."""
     sigma = min(pixels.shape[-2:]) * _BLUR
     radius = max(1, math.ceil(3 * sigma))
     steps = torch.arange(-radius, radius + 1, dtype=pixels.dtype, device=pixels.device)
@@ -141,7 +141,7 @@ def _blurred(pixels: Tensor) -> Tensor:
 
 
 def _other_words(request: Request, ids: Tensor, inputs: Mapping[str, Any], value: str | int, option: str) -> Tensor:
-    """The ids (B, N) with `value` in place of words; special tokens, image tokens and padding stay."""
+    """The ids (B, N) with `value` for words; special tokens, image tokens and padding stay."""
     config = getattr(request.model, "config", None)
     configs = [config, getattr(config, "text_config", None)]
     if value == PAD:

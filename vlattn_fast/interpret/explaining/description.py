@@ -24,15 +24,16 @@ SCORES = {
 
 
 def described(model: nn.Module) -> Iterator[str]:
-    """Lines about a model: where its adapter is from, its towers, rows, kinds of tokens, grid, and what is refused."""
+    """Lines about a model: where its adapter is from, its towers, explained positions, kinds of tokens, grid, and what is not
+    supported."""
     name, adapter = type(model).__name__, find_adapter(model)
     if adapter is None:
         yield f"{'adapter':12}none"
         if encoder_decoder(model) is not None and generates(model):
-            yield f"{'score':12}next token of {name}, an encoder-decoder whose towers a run finds, or answer="
-            yield f"{'row':12}the decoder's position that predicts the token, and what it attends to"
+            yield f"{'score':12}next token of {name}, an encoder-decoder whose towers are found in a forward pass, or answer="
+            yield f"{'position':12}the decoder's position that predicts the token, and what it attends to"
         else:
-            yield f"{'refused':12}va.explain(model, inputs) without position=: {why_underived(model)}"
+            yield f"{'unsupported':12}va.explain(model, inputs) without position=: {why_underived(model)}"
         return
     yield f"{'adapter':12}{'derived from the model and its config' if listed_adapter(model) is None else 'listed by its class'}"
     for tower in adapter.towers:
@@ -43,10 +44,10 @@ def described(model: nn.Module) -> Iterator[str]:
     try:
         check_rules(model, [tower.path for tower in adapter.towers])
     except ValueError as error:
-        yield f"{'refused':12}{error}"
+        yield f"{'unsupported':12}{error}"
     if adapter.vision is None and any(tower.kind.image_ids for tower in adapter.towers):
-        yield f"{'refused':12}through_connector=True, which needs a listed adapter of the connector"
-    yield f"{'seen later':12}a run refuses by name what only a run shows, as attention whose softmax a module takes by itself"
+        yield f"{'unsupported':12}through_connector=True, which needs a listed adapter with a connector"
+    yield f"{'note':12}a forward pass may find further modules that are not supported; the error names them"
 
 
 def _of_tower(model: nn.Module, adapter: Adapter, tower: Tower, when: str = "") -> Iterator[str]:
@@ -58,15 +59,15 @@ def _of_tower(model: nn.Module, adapter: Adapter, tower: Tower, when: str = "") 
     yield f"{'tower':12}{when}{tower.name} ({shown})"
     kinds = Counter(type(part).__name__ for part in root.modules() if type(part).__name__.endswith(RECURRENT))
     if kinds:
-        yield f"{'  mixers':12}{', '.join(f'{number} {kind}' for kind, number in kinds.items())}: by maps of their values"
-    read = not adapter.bimodal or tower is adapter.towers[0]
-    yield f"{'  row':12}{tower.rule.label if read else 'read through the first tower'}"
+        yield f"{'  mixers':12}{', '.join(f'{number} {kind}' for kind, number in kinds.items())}: as maps over their values"
+    explained = not adapter.bimodal or tower is adapter.towers[0]
+    yield f"{'  position':12}{tower.rule.label if explained else 'explained through the first tower'}"
     yield f"{'  tokens':12}{tower.tokens}{_image_ids(model, tower)}"
     if tower.kind.image_ids:
         if tower.grid is derived_grids.derived:
             yield f"{'  grid':12}of each input: by image_grid_thw, image_sizes or patches that the tokens add up to; else no map"
         else:
-            yield f"{'  grid':12}{'none: the tokens have no place in the image' if tower.grid is None else tower.grid.__name__}"
+            yield f"{'  grid':12}{'none: the tokens are not patches' if tower.grid is None else tower.grid.__name__}"
 
 
 def _image_ids(model: nn.Module, tower: Tower) -> str:

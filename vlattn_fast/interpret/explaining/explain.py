@@ -1,7 +1,7 @@
-"""`explain`, and what has its stages, `explain_layers` and `find_sinks`: one forward pass with a carrier through the layers, one
-backward pass, one relevancy vector per tower.
+"""`explain`, `explain_layers` and `find_sinks`: one forward pass with a carrier through the layers, one backward pass, and one
+relevancy vector for each tower.
 
-Six stages, each of which takes what those before it give: `Request.check` and `lay_out` in request.py, `run_traced` in
+Six stages, one after the other: `Request.check` and `lay_out` in request.py, `run_traced` in
 forward_pass.py, `ask` in question.py, `carry_back` and `assemble` here.
 """
 
@@ -52,11 +52,11 @@ _LARGEST_GAP = 0.1  # of the score's gain: what entries may miss without a remar
 
 
 class Vectors(NamedTuple):
-    """The relevancy vector (B, N) of each tower, by its name; (B, T, N) where each token of an answer, or each layer or head, has
-    one."""
+    """The relevancy vector (B, N) of each tower, by its name; (B, T, N) with one for each token of an answer, or each layer or
+    head."""
 
     relevancy: dict[str, Tensor]
-    contribution: dict[str, Tensor]  # what attention brought to it, where the method knows
+    contribution: dict[str, Tensor]  # the part of it that comes from attention, if the method knows
     gap: Tensor | None = None  # the sum of all entries less the score's gain, of a method whose entries add up
 
 
@@ -107,7 +107,7 @@ def explain(
             `va.methods.Weighted(weighting="norm", start_layer=2)`.
         processor: a processor, a tokenizer or an image processor. It names the words of the explanation and the special tokens,
             and encodes a `target` or an `answer` that is text.
-        per_token: True = each token of the answer by itself: relevancy (B, T, N + T) and scores (B, T), its log-probabilities.
+        per_token: True = each token of the answer separately: relevancy (B, T, N + T) and scores (B, T), its log-probabilities.
             False = the answer as a whole, in one backward pass: relevancy (B, N + T) and scores (B,), their sum. A tower of M
             tokens that is attended to has (B, T, M) or (B, M).
         position: the explained token. None = the adapter's choice, or for a callable the token that its gradient names. "cls"
@@ -155,7 +155,7 @@ def explain_layers(
     processor: Any = None,
     patches: PatchGrid | None = None,
 ) -> LayerExplanation:
-    """Explains a score by the attention map of each layer, or of each head, by itself.
+    """Explains a score with the attention map of each layer, or of each head, separately.
 
     One forward and one backward pass give all relevancy vectors; no map is stored. A map is relu(A * dA) for method "gradient"
     and A for "attention"; its relevancy vector is the row of the explained token.
@@ -246,7 +246,7 @@ def _explained(
         prompt = lay_out(request, inputs)
         if isinstance(request.method, BaselineMethod) and not prompt.empty:
             run_baseline(request, prompt, request.method)
-        once = not (request.method.n_runs or request.method.reads_score)  # else each step has a run with gradients, or none
+        once = not (request.method.n_runs or request.method.reads_score)  # else only further runs have gradients, or none
         with torch.set_grad_enabled(once):
             run = run_traced(request, prompt)
             question = ask(request, prompt, run)
@@ -255,13 +255,13 @@ def _explained(
 
 
 def carry_back(request: Request, prompt: Prompt, run: Run, question: Question) -> Vectors:
-    """The rows of all towers. A method of several steps runs the model once for each, and gives the mean of their rows."""
+    """The relevancy vectors of all towers: for a method with several runs of the model, their mean."""
     method = request.method
     if isinstance(method, OccludingMethod) and not prompt.empty:
         return Vectors(occluded(request, prompt, run, question, method), {})
     if not method.n_runs or prompt.empty:
         return _vectors_of_run(request, prompt, run, question)
-    if question.target is not None:  # scaled inputs may have another
+    if question.target is not None:  # changed inputs may have another
         request = replace(request, target=question.target)
     mean = Vectors({}, {})
     for number in with_progress(range(method.n_runs), "explaining", unit="pass"):
@@ -280,7 +280,7 @@ def carry_back(request: Request, prompt: Prompt, run: Run, question: Question) -
 
 @torch.no_grad()
 def _gap(request: Request, prompt: Prompt, question: Question, vectors: Vectors) -> Tensor | None:
-    """The sum of all entries less the score's gain over the baseline, with a remark where it is large; None if the baseline
+    """The sum of all entries less the score's gain over the baseline, with a remark if it is large; None if the baseline
     has no score."""
     method = request.method
     method.at_run(0)
@@ -301,7 +301,7 @@ def _gap(request: Request, prompt: Prompt, question: Question, vectors: Vectors)
 
 
 def _vectors_of_run(request: Request, prompt: Prompt, run: Run, question: Question) -> Vectors:
-    """The rows that one run gives, from a backward pass for each token of an answer, or for several."""
+    """The relevancy vectors of one run, from a backward pass for each token of an answer, or for several."""
     contribution: dict[TowerTrace, Tensor] = {}
     joined: list[Tensor] = []
     filled = [0] * len(run.towers)
@@ -310,12 +310,12 @@ def _vectors_of_run(request: Request, prompt: Prompt, run: Run, question: Questi
     for number in with_progress(numbers, "explaining", unit="pass") if shows else numbers:
         backward = _pass_back(request, prompt, run, question, number)
         rows = request.method.carried(backward)
-        # A small tensor kept from each pass would lie between the large ones that the next pass cannot take again.
+        # Kept apart, a small tensor of each pass would fragment the memory that the next pass reuses.
         joined = joined or [row.new_empty(len(row), row.shape[1] * len(question.passes), row.shape[2]) for row in rows]
         for tower, row in enumerate(rows):
             joined[tower][:, filled[tower] : filled[tower] + row.shape[1]] = row.detach()
             filled[tower] += row.shape[1]
-        if len(question.passes) == 1:  # the tokens of an answer are read one by one
+        if len(question.passes) == 1:  # the tokens of an answer are explained one by one
             contribution = without_self_entries(backward)
     if question.passes:
         joined = [x if x.shape[1] == count else x[:, :count].clone() for x, count in zip(joined, filled, strict=True)]
@@ -332,7 +332,7 @@ def _vectors_of_run(request: Request, prompt: Prompt, run: Run, question: Questi
 def _pass_back(request: Request, prompt: Prompt, run: Run, question: Question, number: int) -> BackwardPass:
     """The backward pass of this number, from the score's gradient."""
     score, starts = question.passes[number]
-    if run.vision is not None:  # its row starts from the decoder's image tokens
+    if run.vision is not None:  # its relevancy starts from the decoder's image tokens
         starts = [*starts, torch.zeros_like(run.vision.carriers.leaving()[:, :1])]
     keep = number + 1 < len(question.passes)
     logits = request.adapter.scoring.logits(run.outputs) if request.method.takes_logits else None
@@ -344,7 +344,8 @@ def _pass_back(request: Request, prompt: Prompt, run: Run, question: Question, n
 def _of_towers(
     request: Request, prompt: Prompt, run: Run, question: Question, vectors: Vectors
 ) -> tuple[Vectors, dict[str, Any], dict[str, str]]:
-    """The rows of each tower, also of one after a connector; the fields of their tokens, and whose they are."""
+    """The relevancy vectors of each tower, including the vision tower before a connector; the fields of their tokens, and their
+    towers."""
     arguments, (relevancy, contribution, gap) = prompt.arguments, vectors
     positions = question.start_positions or {}
     contribution = {name: row for name, row in contribution.items() if name not in positions}
@@ -398,7 +399,8 @@ def assemble(request: Request, prompt: Prompt, run: Run, question: Question, vec
 
 
 def without_self_entries(backward: BackwardPass) -> dict[TowerTrace, Tensor]:
-    """The part of each row (B, 1, N) that attention brought, without the entry of a token that alone is read of its sample."""
+    """The part of each relevancy vector (B, 1, N) that comes from attention, without the entry of the explained token, if it is
+    the only one of its sample."""
     starts = dict(zip(backward.towers, backward.starts, strict=False))
     contribution = {}
     for tower, row in backward.contribution.items():
@@ -410,7 +412,7 @@ def without_self_entries(backward: BackwardPass) -> dict[TowerTrace, Tensor]:
 
 
 def _of_rows(request: Request, position: Tensor | None) -> Tensor | None:
-    """The read token (B,) as (B, 1) where rows are (B, K, N), one for each layer or head."""
+    """The explained token (B,), or (B, 1) for relevancy vectors (B, K, N), one for each layer or head."""
     return position if position is None or request.selection is None else position[:, None]
 
 

@@ -1,4 +1,4 @@
-"""Which row of each tower is read: the caller's, the adapter's, or the one that the score's gradient names."""
+"""The explained position of each tower: the caller's, the adapter's, or the one that the score's gradient names."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 def start_vectors(
     run: Run, position: Any, scores: Tensor | None, arguments: Mapping[str, Any], name: str = "target"
 ) -> list[Tensor]:
-    """The weights (B, 1, N) of the explained positions of each tower that is read. `name`: of the argument that gives the
-    scores."""
-    for tower in run.explained:  # attention in windows is refused as such
+    """The weights (B, 1, N) of the explained positions of each tower. `name`: of the argument that gives the scores."""
+    for tower in run.explained:  # names attention in windows as such
         if scores is None or tower.batch == len(scores):
             tower.positions.check()
     if position is not None or scores is None or not any(tower.gradients.finds_position for tower in run.explained):
@@ -83,8 +82,8 @@ def _weights_of(tower: TowerTrace, asked: Any, zeros: Tensor) -> Tensor:
 
 
 def _start_at(tower: TowerTrace, asked: Position, ends: Tensor, arguments: Mapping[str, Any], like: Tensor) -> Tensor:
-    """The weights (B, 1, N) of the explained positions where tokens have other places (B', K) at the end of their tower than
-    where they entered: a row is named as it is at the end. `ends` are the tokens there."""
+    """The weights (B, 1, N) of the explained positions if tokens are at other positions (B', K) at the end of their tower than
+    where they entered: a position is counted at the end. `ends` are the tokens there."""
     batch, count = ends.shape
     weights = torch.zeros(batch, count, dtype=like.dtype)
     if isinstance(asked, str):
@@ -107,15 +106,15 @@ def _start_at(tower: TowerTrace, asked: Position, ends: Tensor, arguments: Mappi
     return start.view_as(like)
 
 
-# --- the row that the gradient names ---
+# --- the position that the gradient names ---
 
 
 class ScoreTokens(NamedTuple):
-    """Where scores are read from a tower."""
+    """The tokens of a tower from which the scores are computed."""
 
     tokens: Tensor  # bool (B, N), those that count after the last attention that the scores depend on
-    gradients: list[Tensor]  # (B, N, C), the scores' at the steps after it
-    later: int  # attention calls after that one
+    gradients: list[Tensor]  # (B, N, C), the gradients of the scores at the states after it
+    later: int  # the number of attention calls after that one
 
 
 def _score_tokens(tower: TowerTrace, scores: Tensor) -> ScoreTokens | None:
@@ -132,7 +131,7 @@ def _score_tokens(tower: TowerTrace, scores: Tensor) -> ScoreTokens | None:
         counting = [(g != 0).flatten(1, -3).any(1).any(-1) if g.ndim > 3 else (g != 0).any(-1) for g in whole]
         if not counting or not any(bool(tokens.any()) for tokens in counting):
             continue
-        # A sample whose attention counts nothing, as a dropped branch, is read from the residual stream after it.
+        # A sample whose attention does not count, such as a dropped branch, uses the residual stream after it.
         in_stream = torch.stack(counting).any(0)
         tokens = torch.where(counting[0].any(-1, keepdim=True), counting[0], in_stream)
         return ScoreTokens(tokens, [g for g in whole if g.ndim == 3], later)
@@ -147,8 +146,8 @@ def _depends(scores: Tensor, edge: Any) -> bool:
 
 
 def _check_last_layer(run: Run, found: Sequence[ScoreTokens], pooled: bool, scores: Tensor, name: str) -> None:
-    """ValueError if a method without gradients would go through layers after those that the scores are read from. `pooled`:
-    they depend on a pooling head."""
+    """ValueError if a method without gradients would go through layers after those that the scores depend on. `pooled`: they
+    depend on a pooling head."""
     method = run.trace.method
     last = pooled or any(not one.later for one in found)
     if not method.needs_score and (any(one.later for one in found) or (scores.requires_grad and not last)):
@@ -159,8 +158,8 @@ def _check_last_layer(run: Run, found: Sequence[ScoreTokens], pooled: bool, scor
 
 
 def _weights_by_gradient(tower: TowerTrace, found: ScoreTokens | None, arguments: Mapping[str, Any]) -> Tensor | None:
-    """The weights (B, N) of the tokens that the scores are read from: of one, or the same of several, which are averaged; None =
-    the adapter's. ValueError if they are several that count differently, and the adapter does not say how."""
+    """The weights (B, N) of the tokens from which the scores are computed: one, or the mean of several; None = the adapter's.
+    ValueError if several count differently, and the adapter has no weights for them."""
     listed = None
     if tower.entry is not None and not tower.entry.rule.by_gradient:
         if found is None:  # a tower that the scores do not depend on
@@ -190,7 +189,7 @@ def _is_same(gradient: Tensor, tokens: Tensor) -> bool:
 
 
 def _is_listed(listed: Tensor, tokens: Tensor, gradients: Sequence[Tensor]) -> bool:
-    """Whether the scores are read from the tokens that have a weight in `listed` (B, N), and from those of one weight alike."""
+    """Whether the scores are computed from the tokens with a weight in `listed` (B, N), equally from those of equal weight."""
     if not bool(((listed != 0) == tokens).all()):
         return False
     groups = [listed == weight for weight in listed.unique() if weight != 0]

@@ -40,9 +40,9 @@ def parts(
     patches: PatchGrid | None,
     special: frozenset[int] | None,
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Fields of an Explanation from relevancy vectors (B, N), or (B, T, N) with a row for each token of an answer; and the tower
-    that each of them is of. `patches` says where the tokens of towers without an adapter lie, `special` which ids are not words;
-    None = those that the config names."""
+    """Fields of an Explanation from relevancy vectors (B, N), or (B, T, N) with one for each token of an answer; and the tower of
+    each field. `patches` is the grid in towers without an adapter, `special` the ids that are not words; None = those that the
+    config names."""
     fields: dict[str, Any] = {} if answer is None else {"answer": answer.ids}
     owners: dict[str, str] = {}
     name, patch_fields = patch_maps(patches, towers, arguments, relevancy)
@@ -58,7 +58,7 @@ def parts(
             owners["image"] = tower.name
         if tokens.ids is not None and (words := tokens.words()) is not None:
             placed = nn.functional.pad(tokens.ids, (tokens.before, 0))
-            if answer is not None and tower is towers[0]:  # of an answer every token is shown
+            if answer is not None and tower is towers[0]:  # every token of an answer is shown
                 words[torch.arange(len(words))[:, None], answer.answer_positions + 1] |= answer.real.to(words.device)
             fields["text"], owners["text"] = gather_words(row, words), tower.name
             fields["text_positions"] = [mask.nonzero()[:, 0].tolist() for mask in words]
@@ -95,7 +95,7 @@ def _reads_ids(towers: list[TowerTrace], arguments: Mapping[str, Any]) -> TowerT
 
 
 def gather_words(relevancy: Tensor, words: Tensor) -> Tensor:
-    """The entries (B, ..., N) of the words (B, N) alone, left-aligned in (B, ..., L) with zeros after shorter texts."""
+    """Only the entries (B, ..., N) of the words (B, N), left-aligned in (B, ..., L) with zeros after shorter texts."""
     entries = [row[..., mask.to(row.device)] for row, mask in zip(relevancy, words, strict=True)]
     return _padded(entries) if entries else relevancy[..., :0]
 
@@ -109,7 +109,7 @@ def _with_answer(fields: Mapping[str, Any], row: Tensor, answer: Answer) -> dict
     """Fields of text with the answer after that of the encoder, if there is one; `row` (B, N) or (B, T, N) is the decoder's."""
     decoded = [positions[: len(ids)] for positions, ids in zip((answer.answer_positions + 1).tolist(), answer.ids, strict=True)]
     text, before = fields.get("text"), fields.get("token_ids", [[] for _ in decoded])
-    if text is not None and text.shape[1:-1] != row.shape[1:-1]:  # rows of other layers than the decoder's
+    if text is not None and text.shape[1:-1] != row.shape[1:-1]:  # relevancy of other layers than the decoder's
         text, before, fields = None, [[] for _ in decoded], {}
     entries = []
     for number, (positions, ids) in enumerate(zip(decoded, before, strict=True)):
@@ -133,9 +133,9 @@ def vision_maps(
     fields: Mapping[str, Any],
     layouts: Sequence[Layout] | None,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The rows of the vision tower before a connector, where there is one for each map; else (B, [T,] n), all that the tower saw
-    of a prompt in its order, with zeros after shorter ones. And `fields`, those of `parts`, with its maps: crops of a photo are
-    joined as `layouts` of the image tokens have them. `row` (images, N) or (images, T, N) is as the tower ran."""
+    """The relevancy of the vision tower before a connector: one vector for each map, if it ran so; else (B, [T,] n), all its
+    tokens of a prompt in order, with zeros after shorter ones. And `fields`, those of `parts`, with its maps: crops of a photo
+    are joined according to the `layouts` of the image tokens. `row` (images, N) or (images, T, N) is as the tower ran."""
     is_image = image_tokens(config, arguments)
     prompts = is_image.nonzero()[:, 0].cpu()
     merged = connector(config, arguments, (row.shape[0], row.shape[-1]), len(prompts))
@@ -159,12 +159,12 @@ def vision_maps(
     return row, vision_fields
 
 
-def _each(relevancy: Tensor, read: Callable[[Tensor], tuple[Any, Any] | None]) -> tuple[Any, Any] | None:
-    """`read` of relevancy (B, N): tensors (or a tuple of them) and metadata. With relevancy (B, T, N) the tensors have a
-    dimension T after the first (in a tuple: before it)."""
+def _each(relevancy: Tensor, cut: Callable[[Tensor], tuple[Any, Any] | None]) -> tuple[Any, Any] | None:
+    """`cut` of relevancy (B, N): tensors (or a tuple of them) and metadata. With relevancy (B, T, N) the tensors have a
+    dimension T after the first (in a tuple: before the first)."""
     if relevancy.ndim == 2:
-        return read(relevancy)
-    single = [read(one) for one in relevancy.unbind(1)]
+        return cut(relevancy)
+    single = [cut(one) for one in relevancy.unbind(1)]
     if not single or single[0] is None:
         return None
     values, metadata = [one[0] for one in single if one is not None], single[0][1]
@@ -182,7 +182,7 @@ def patch_maps(
     """The first tower that has such a grid, and fields of an Explanation with its patches, from relevancy vectors (B, N) or (B,
     T, N). ValueError if the caller asks for a grid, and no tower has it."""
     free = [tower for tower in towers if tower.entry is None or (patches is not None and tower.entry.kind is Patches)]
-    if patches is None:  # towers of ids are none of the image
+    if patches is None:  # towers of ids have no patches
         texts = {name: tuple(value.shape) for name, value in inputs.items() if is_ids(value)}
         text_towers = [tower for tower in free if tower.shape in texts.values()]
         shapes = {tower.shape for tower in text_towers}
@@ -219,7 +219,7 @@ def grid_of_pixels(patches: PatchGrid | None, tower: TowerTrace) -> Shape:
 
 def _of_pixels(patches: PatchGrid | None, row: Tensor, tower: TowerTrace) -> Tensor | None:
     """A map of the sums over the patches that the caller asks for, or that the model cuts the image into, else of pixels; None
-    where these do not fit."""
+    if these do not fit."""
     pixels = tower.grid or (1, 1)
     height, width = (patches.shape if patches is not None else None) or tower.patches or pixels
     if (patches is not None and patches.prefix) or pixels[0] % height or pixels[1] % width:

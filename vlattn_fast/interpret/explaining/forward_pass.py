@@ -18,7 +18,7 @@ from vlattn_fast.interpret.relevancy.embedding_trace import EmbeddingTrace
 from vlattn_fast.interpret.relevancy.model_trace import Trace
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace, find_positions
 
-_MOST_VECTORS = 32  # so that the carriers of a long answer stay small beside queries, keys and values
+_MOST_VECTORS = 32  # so that the carriers of a long answer stay small compared with queries, keys and values
 _TRACES: dict[str, type[Trace] | type[EmbeddingTrace]] = {"attention": Trace, "embeddings": EmbeddingTrace}  # by `Method.needs`
 
 
@@ -65,7 +65,7 @@ def run_traced(request: Request, prompt: Prompt) -> Run:
 
 
 def _n_vectors(request: Request, prompt: Prompt) -> int:
-    """How many tokens of an answer a backward pass explains."""
+    """The number of tokens of an answer that a backward pass explains."""
     several = request.method.carries_several and request.per_token and prompt.answer is not None and bool(request.adapter.towers)
     return max(1, min(_MOST_VECTORS, prompt.answer.answer_positions.shape[1])) if several and prompt.answer is not None else 1
 
@@ -73,7 +73,7 @@ def _n_vectors(request: Request, prompt: Prompt) -> int:
 def run_of_trace(
     request: Request, prompt: Prompt, trace: Trace | EmbeddingTrace, outputs: Any, vision: TowerTrace | None = None
 ) -> Run:
-    """A forward pass that `trace` has seen, with the errors of `explain` where a layer is missing."""
+    """The run of a forward pass that was traced, with the errors of `explain` if a layer is missing."""
     trace.check()
     _check_ids(trace, prompt)
     explained, attended = _towers_of(trace, request, prompt, vision)

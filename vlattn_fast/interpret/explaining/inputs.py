@@ -15,7 +15,7 @@ from vlattn_fast.interpret.adapters.adapter import Adapter, indices, prompt_shap
 Packs = Mapping[str, tuple[str, ...]]  # the names of the entries of each input that is a dict
 EMPTY: Packs = {}
 
-# what goes along with images and texts where these are chosen
+# inputs that are chosen along with images and texts
 _IMAGE_INPUTS = ("pixel_attention_mask", "spatial_shapes", "pixel_mask")
 _TEXT_INPUTS = ("attention_mask", "position_ids", "token_type_ids")
 
@@ -32,7 +32,7 @@ def prepare_inputs(
     """Keyword arguments for the model, and for scores of pairs the text that each row stands for.
 
     One image with T texts becomes T pairs, as in the notebook of Chefer et al.; a target picks the text of each image.
-    `logit_positions` says where a decoder's logits are read; None = at the last real token. With `all_logits` it gives all.
+    `logit_positions`: those of a decoder's logits; None = the last real token. With `all_logits` it returns all.
     `packs`: see `opened`.
 
     Raises:
@@ -66,7 +66,7 @@ def prepare_inputs(
 
 
 def _keep_logits(arguments: dict[str, Any], adapter: Adapter, positions: Tensor | None) -> None:
-    """Logits of the whole prompt are large, and only a few rows of them are asked for."""
+    """Logits of the whole prompt are large, and only a few positions are needed."""
     shape = prompt_shape(arguments)
     arguments.pop("labels", None)
     positions = adapter.scoring.kind(arguments, shape).last_real() if positions is None else positions
@@ -111,7 +111,7 @@ def check_inputs(model: Any, inputs: Any) -> None:
 
 
 def opened(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Packs]:
-    """`inputs` with the entries of each dict of tensors in the dict's place, as of a `forward` that takes one dict."""
+    """`inputs` with the entries of each dict of tensors instead of the dict, for a `forward` that takes one dict."""
     flat, packs = dict[str, Any](), dict[str, tuple[str, ...]]()
     for name, value in inputs.items():
         if not (isinstance(value, Mapping) and any(isinstance(entry, Tensor) for entry in value.values())):
@@ -125,7 +125,7 @@ def opened(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Packs]:
 
 
 def packed(arguments: Mapping[str, Any], packs: Packs) -> dict[str, Any]:
-    """The opposite of `opened`."""
+    """The inverse of `opened`."""
     inner = {entry for names in packs.values() for entry in names}
     dicts = {name: {entry: arguments[entry] for entry in names if entry in arguments} for name, names in packs.items()}
     return {**{name: value for name, value in arguments.items() if name not in inner}, **dicts}
@@ -133,7 +133,7 @@ def packed(arguments: Mapping[str, Any], packs: Packs) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def packing(model: nn.Module, packs: Packs) -> Iterator[None]:
-    """A context in which the model takes arguments that are `opened`, too."""
+    """A context in which the model also takes arguments that are `opened`."""
 
     def pack(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         return None if all(name in kwargs for name in packs) else (args, packed(kwargs, packs))  # None = called as ever

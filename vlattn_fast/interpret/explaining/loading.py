@@ -1,4 +1,4 @@
-"""A Hugging Face model and its processor by name, and what the processor makes of images and texts."""
+"""A Hugging Face model and its processor by name, and what the processor returns for images and texts."""
 
 from __future__ import annotations
 
@@ -21,11 +21,7 @@ from vlattn_fast.interpret.adapters.registry import find_adapter
 from vlattn_fast.interpret.explaining.answer import BareAnswer, end_tokens, without_ends
 
 _CHANGES_PROMPTS = ("BlipForConditionalGeneration",)  # it replaces the first token and drops the last
-_ADDS_IMAGE_TOKENS = (
-    "Blip2Processor",
-    "InstructBlipProcessor",
-    "Florence2Processor",
-)  # they put the image's tokens there by themselves
+_ADDS_IMAGE_TOKENS = ("Blip2Processor", "InstructBlipProcessor", "Florence2Processor")  # they add the image's tokens themselves
 _ENDS_PROMPTS = ("GitForCausalLM",)  # its tokenizer closes a text, and the model would go on after the end
 
 
@@ -87,7 +83,7 @@ def _errors_of_names(name: str) -> Iterator[dict[str, bool]]:
 
 
 def _alike(path: Path) -> str:
-    """Directories beside a missing one, whose names are like its name."""
+    """Directories with names similar to that of a missing one, in the same place."""
     around = next((parent for parent in path.parents if parent.is_dir()), Path())
     alike = difflib.get_close_matches(path.name, [each.name for each in around.iterdir() if each.is_dir()], 3)
     return f"; in {around.resolve()} there are {', '.join(alike)}" if alike else ""
@@ -133,7 +129,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def check_parts(model: Any, processor: Any, image: bool, text: bool) -> tuple[bool, bool]:
-    """Whether a model takes images, and texts. ValueError for an input that has one too few or too many."""
+    """Whether a model takes images, and texts. ValueError if an input has one too few or too many."""
     takes_image = hasattr(processor, "image_processor") or hasattr(processor, "image_mean")
     takes_text = hasattr(processor, "tokenizer") or hasattr(processor, "convert_ids_to_tokens")
     for part, present, taken in (("image", image, takes_image), ("text", text, takes_text)):
@@ -212,7 +208,7 @@ def generate(model: Any, inputs: Mapping[str, Any], count: int) -> BareAnswer:
         numbers = itertools.count(1)
 
         def ends(ids: Tensor, scores: Any, **options: Any) -> Tensor:
-            """No answer ends here: it is asked after each token, which the bar counts."""
+            """Never ends an answer: it counts the tokens for the progress bar."""
             count_token(next(numbers))
             return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 

@@ -1,4 +1,4 @@
-"""The tokenizer in what a caller passes as processor: names of tokens, special tokens, and targets that are words."""
+"""The tokenizer that a caller passes as `processor`: names of tokens, special tokens, and targets that are words."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _classes(model: nn.Module) -> dict[str, list[int]]:
 
 
 def encoded(name: str, text: str, tokenizer: Any) -> list[int]:
-    """The tokens of a text without special ones. ValueError, with the argument's `name`, where the tokenizer lacks a part."""
+    """The tokens of a text without special ones. ValueError, with the argument's `name`, if a part is not in the vocabulary."""
     ids = [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
     unknown = getattr(tokenizer, "unk_token", None)
     if unknown and tokenizer.unk_token_id in ids and unknown not in text:

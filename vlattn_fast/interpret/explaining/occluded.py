@@ -1,4 +1,4 @@
-"""In place of the backward pass: runs on a model's input without some of its tokens, whose scores are compared."""
+"""Instead of a backward pass: the scores of runs on the input with some tokens replaced."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def occluded(request: Request, prompt: Prompt, run: Run, question: Question, met
                 f"model must embed whole inputs in tower '{tower.name}'; got a batch of {tower.batch} for {len(whole)} scores"
             )
     windows = _windows(request, prompt, run, question, method)
-    if question.target is not None:  # other inputs may have another
+    if question.target is not None:  # changed inputs may have another
         request = replace(request, target=question.target)
     copies = max(1, min(method.batch_size, max(map(len, windows))))
     if copies > 1 and not _runs_copies(request, prompt, whole):
@@ -61,7 +61,7 @@ def occluded(request: Request, prompt: Prompt, run: Run, question: Question, met
 
 
 def _windows(request: Request, prompt: Prompt, run: Run, question: Question, method: OccludingMethod) -> list[list[Window]]:
-    """The windows of each sample: over maps of patches, and over the other tokens that are no special ones and no padding."""
+    """The windows of each sample: over maps of patches, and over the other tokens, without special tokens and padding."""
     windows: list[list[Window]] = [[] for _ in range(len(question.scores))]  # type: ignore[arg-type]
     masks = {tower: torch.zeros(tower.shape, dtype=torch.bool) for tower in run.towers}
     for tower, sample, tokens, is_map in _groups(request, prompt, run, question):

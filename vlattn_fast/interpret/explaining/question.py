@@ -1,6 +1,6 @@
-"""The fourth stage of `explain`: which scores are explained, and which row of each tower is read.
+"""The fourth stage of `explain`: which scores are explained, and which positions of each tower.
 
-A question is about a target, about an answer, or about nothing, where the batch is empty.
+A question is about a target, about an answer, or about nothing, if the batch is empty.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Pass = tuple[Tensor | None, list[Tensor]]
 
 
 class UndefinedRelevancy(ValueError):
-    """The call is right, but this model's weights give a score that is NaN, or no row beside the one that is read."""
+    """The call is correct, but with this model's weights the score is NaN, or only depends on the explained position itself."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,13 @@ class Question:
     scores: Tensor | None  # (B,), or (B, T) of an answer's tokens; None for a method and a model that give none
     passes: list[Pass] = field(default_factory=list)  # the backward passes; none for an empty batch
     target: list[int] | None = None  # index of each row's text, class, token or query; None for a callable and for an answer
-    # The token of each tower whose row is read, where it is one: int64 (B,), or (B, T) of an answer; None for an empty batch.
+    # The explained token of each tower, if it is one: int64 (B,), or (B, T) of an answer; None for an empty batch.
     start_positions: dict[str, Tensor] | None = None
-    answer: Answer | None = None  # as it stands among the tokens of the tower that is read; None if a target is explained
+    answer: Answer | None = None  # with positions in the explained tower; None if a target is explained
 
     def predicted(self, logits: Tensor, number: int) -> PredictedTokens | None:
-        """The tokens of the answer, or the target, the one that backward pass `number` explains; None if it is none."""
+        """The answer's tokens, or the target, of which backward pass `number` explains one; None if it explains no single
+        token."""
         if self.answer is not None:
             each = self.scores is not None and self.scores.ndim == 2
             length = self.answer.answer_positions.shape[1]
@@ -98,7 +99,7 @@ def _about_target(request: Request, prompt: Prompt, run: Run) -> Question:
 
 
 def _about_answer(request: Request, prompt: Prompt, run: Run, answer: Answer) -> Question:
-    before = run.explained[0].tokens_in(prompt.arguments).before  # patches stand before the text
+    before = run.explained[0].tokens_in(prompt.arguments).before  # patches come before the text
     answer = replace(answer, answer_positions=answer.answer_positions + before)
     logits, of = request.adapter.scoring.logits(run.outputs), request.method.of or LOG_PROBABILITY
     scores = answer.scores(logits, prompt.arguments.get("logits_to_keep"), of)
@@ -123,7 +124,7 @@ def _about_answer(request: Request, prompt: Prompt, run: Run, answer: Answer) ->
 
 def choose_score(request: Request, prompt: Prompt, outputs: Any, batch: int) -> tuple[Tensor | None, list[int] | None]:
     """Scores (B,) and the index each belongs to (text, class, token or object query; None for a callable); no scores for a method
-    without a gradient where the outputs have no logits."""
+    without a gradient if the outputs have no logits."""
     adapter, target = request.adapter, request.target
     if callable(target):
         if request.method.of is not None:
@@ -178,13 +179,13 @@ def _depends_on(scores: Tensor, edges: Sequence[GradientEdge]) -> bool:
     return False
 
 
-# --- rows that are read ---
+# --- explained positions ---
 
 
 def backward_pass(
     request: Request, run: Run, scores: Tensor | None, starts: list[Tensor], arguments: Mapping[str, Any], **options: Any
 ) -> BackwardPass:
-    """The backward pass that asks about `scores` (B,) and the rows `starts`; `options` are further fields of it."""
+    """The backward pass of `scores` (B,) from the positions `starts`; `options` are further fields of it."""
     return BackwardPass(
         towers=run.carrying,
         attended=run.attended,
@@ -206,14 +207,14 @@ def _single_position(start: Tensor) -> Tensor | None:
 def check_relevancy(
     request: Request, question: Question, run: Run, relevancy: list[Tensor], contribution: Mapping[TowerTrace, Tensor]
 ) -> None:
-    """UndefinedRelevancy if no row (B, T, N) holds more than the explained position, and that tells of a wrong row.
-    `contribution`: what attention brought to it, where the method knows."""
-    # A decoder's logits and its row are of one position: where that position sees itself alone, nothing else counts for it.
+    """UndefinedRelevancy if no relevancy vector (B, T, N) has an entry besides the explained position, which may be the wrong
+    one. `contribution`: the part that comes from attention, if the method knows."""
+    # A decoder's logits are at the explained position itself: if it only attends to itself, nothing else counts for it.
     predicts = request.adapter.scoring.predicts and request.position is None and not callable(request.target)
     if predicts or not request.method.holds_start:
         return
     starts = [torch.cat(tower_starts, 1) for tower_starts in zip(*(starts for _, starts in question.passes), strict=True)]
-    if any(bool((row != 0).any()) for row in relevancy[len(starts) :]):  # of towers that are read through others
+    if any(bool((row != 0).any()) for row in relevancy[len(starts) :]):  # of towers that are explained through others
         return
     for tower, row, start in zip(run.towers, relevancy, starts, strict=False):
         if row.shape != start.shape or row.shape[-1] == 1:  # after a pooling head, whose probes are not tokens
@@ -228,14 +229,14 @@ def check_relevancy(
 
 
 def warn_of_lost_gradients(run: Run) -> None:
-    """A warning if gradients end in modules of the explained layers: relevancy lacks the part that goes through them."""
+    """A warning if gradients end in modules of the explained layers: relevancy leaves out what goes through them."""
     layers = tuple(f"{path}." for tower in run.carrying for path in tower.calls.lists)
     if lost := [path for path in run.trace.without_gradient if path.startswith(layers)]:
         warnings.warn(f"The relevancy leaves out what goes through {_names(run, lost)}", stacklevel=2)
 
 
 def warn_of_missed_norms(method: Method) -> None:
-    """A warning if modules divide by a norm of their input whose derivative stays."""
+    """A warning if modules divide by a norm of their input that is not held fixed."""
     if method.frozen is not None and (missed := method.frozen.missed):
         more = f" and {len(missed) - 3} more modules" if len(missed) > 3 else ""
         some = f"{', '.join(missed[:3])}{more}"
@@ -249,7 +250,7 @@ def warn_of_remarks(method: Method) -> None:
 
 
 def warn_of_other_keys(run: Run) -> None:
-    """A warning if towers attend to keys that are none of their tokens: no row has a place for them."""
+    """A warning if towers attend to keys that are not their tokens: relevancy has no entries for them."""
     for tower in run.towers:
         if not tower.others:
             continue
@@ -268,7 +269,7 @@ def _why(run: Run) -> str:
 
 
 def _names(run: Run, paths: Sequence[str]) -> str:
-    """Modules in which a gradient ends, and the way out."""
+    """Modules in which a gradient ends, and what to do."""
     some = [named(path, run.trace.model.get_submodule(path)) for path in paths[:3]]
     more = f" and {len(paths) - 3} more modules" if len(paths) > 3 else ""
     return f"{', '.join(some)}{more}, whose output has no gradient. Explain the model before you quantise it"

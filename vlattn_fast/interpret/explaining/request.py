@@ -1,4 +1,4 @@
-"""The first two stages of `explain`: what the caller asks, with all refusals that need no run, and the model's arguments."""
+"""The first two stages of `explain`: the caller's arguments, with all errors that need no run, and the model's arguments."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ Position = str | int | Tensor | Sequence[float]
 
 
 def renamed(function: Callable[P, R]) -> Callable[P, R]:
-    """`function`, which answers a former name of an argument by a TypeError with the new line."""
+    """`function`, with a TypeError that shows the new line for a former name of an argument."""
     names = inspect.signature(function).parameters
 
     @functools.wraps(function)
@@ -64,14 +64,14 @@ class Request:
     """The arguments of one `explain`, checked."""
 
     model: nn.Module  # without its wrappers
-    adapter: Adapter  # the model's, or one without towers, where they are found
-    method: Method  # of this call alone, with its options
+    adapter: Adapter  # the model's, or one without towers if they are found
+    method: Method  # a copy for this call, with its options
     target: Target = None
     answer: Any = None  # None = a target is explained
     per_token: bool = True
     position: None | Position | Mapping[str, Position] = None
     processor: Any = None
-    patches: PatchGrid | None = None  # where the tokens of towers without an adapter lie in the image
+    patches: PatchGrid | None = None  # the grid of the patches in towers without an adapter
     vision: Tower | None = None  # that relevancy is carried on into through the model's connector; None = it ends in the decoder
 
     @property
@@ -81,7 +81,7 @@ class Request:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """What names tokens and encodes words; None = nothing does."""
+        """The tokenizer, which names tokens and encodes words; None without one."""
         return tokenizer_of(self.processor)
 
     @cached_property
@@ -132,7 +132,7 @@ class Prompt:
     """The model's arguments."""
 
     arguments: dict[str, Any]
-    pairs: list[int] | None  # where images are compared with texts, the text of each row
+    pairs: list[int] | None  # if images are compared with texts, the text of each sample
     answer: Answer | None  # the answer among the tokens; None if a target is explained
     packs: Packs = field(default_factory=dict)  # the arguments that stand in a dict when the model is called
 
@@ -183,10 +183,10 @@ def lay_out(request: Request, inputs: Mapping[str, Any]) -> Prompt:
 
 
 def _checked_position(position: Any, method: Method, target: Any) -> Any:
-    """`position` where the method reads a row, else None; a warning where it is then without any effect."""
+    """`position` if the method has an explained position, else None, with a warning that it has no effect."""
     if method.uses_position and not method.takes_logits:
         return position
-    if position is not None and not (isinstance(target, str) and target == SIMILARITY):  # whose embedding it is
+    if position is not None and not (isinstance(target, str) and target == SIMILARITY):  # it names the embedding
         warnings.warn(
             f"position={position!r} has no effect on method {method.name!r}, which has no explained token", stacklevel=3
         )
@@ -194,7 +194,7 @@ def _checked_position(position: Any, method: Method, target: Any) -> Any:
 
 
 def _adapter_of_target(model: nn.Module, inputs: Mapping[str, Any], position: Any, method: Method, per_token: bool) -> Adapter:
-    """The adapter of a model whose `target` is explained; WITHOUT_ADAPTER where its towers are found."""
+    """The adapter of a model whose `target` is explained; WITHOUT_ADAPTER if its towers are found."""
     if not per_token:
         raise ValueError("answer must be given for per_token=False, which sums over its tokens; got none")
     known = find_adapter(model)
@@ -205,7 +205,7 @@ def _adapter_of_target(model: nn.Module, inputs: Mapping[str, Any], position: An
     if known is not None and not (finds and not _names_towers(known, position)):
         return known
     if position is None and method.uses_position and not classifies(model):
-        raise ValueError(_how_to_read(model, inputs))
+        raise ValueError(_how_to_explain(model, inputs))
     return WITHOUT_ADAPTER
 
 
@@ -225,7 +225,7 @@ def _adapter_of_answers(model: nn.Module, inputs: Mapping[str, Any], target: Any
 
 
 def _custom_ids(name: str, inputs: Mapping[str, Any]) -> str:
-    """How a model of the caller's, called `name`, says which of its inputs an answer is put into."""
+    """How to name the input of a model called `name` to which an answer is appended."""
     names = ids_in(inputs)
     chosen = names[-1] if names else "decoder_input_ids"
     return (
@@ -234,11 +234,11 @@ def _custom_ids(name: str, inputs: Mapping[str, Any]) -> str:
     )
 
 
-# --- refusals ---
+# --- errors ---
 
 
 def check_position(position: Any) -> None:
-    """TypeError or ValueError unless `position` is None, or one way to read a row, or a dict of them."""
+    """TypeError or ValueError unless `position` is None, a position, or a dict of positions."""
     if isinstance(position, Mapping) and not position:
         raise ValueError("position must name at least one tower; got an empty mapping")
     for value in position.values() if isinstance(position, Mapping) else [] if position is None else [position]:
@@ -266,9 +266,9 @@ def _vision_of(model: nn.Module, adapter: Adapter) -> Tower:
     return adapter.vision
 
 
-def _how_to_read(model: nn.Module, inputs: Mapping[str, Any]) -> str:
-    """The error for a model without an adapter: the towers that its forward pass shows, and the line that explains it. An error
-    of this forward pass is raised as it is, since no argument of `explain` mends it."""
+def _how_to_explain(model: nn.Module, inputs: Mapping[str, Any]) -> str:
+    """The error for a model without an adapter: the towers of its forward pass, and the line to write. An error of this forward
+    pass is raised unchanged, since no argument of `explain` can avoid it."""
     problem = f"model must be of a class with an adapter if position is None; got {type(model).__name__}"
     inputs, packs = opened(inputs)
     with torch.inference_mode(False), torch.no_grad(), at_rest(model), packing(model, packs):
@@ -284,7 +284,7 @@ def _how_to_read(model: nn.Module, inputs: Mapping[str, Any]) -> str:
 
 
 def _like_the_nearest(model: nn.Module) -> str:
-    """The way out where another class's adapter fits."""
+    """What to do if another class's adapter fits."""
     nearest = nearest_adapter(model)
     if nearest in (None, type(model).__name__):
         return ""

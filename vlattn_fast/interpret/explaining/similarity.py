@@ -1,4 +1,4 @@
-"""The score `target="similarity"`: of two rows of a batch, texts or images, that an encoder without logits embeds."""
+"""The score `target="similarity"`: of two samples, texts or images, that an encoder without logits embeds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAMED_POSITIONS: dict[str, PositionRule] = {
 
 @dataclass(frozen=True)
 class Similarity:
-    """A target: the cosine of each row's embedding with that of the row beside it (0 and 1, 2 and 3, ...), which is a constant.
+    """A target: the cosine of each sample's embedding with that of its partner (0 and 1, 2 and 3, ...), which is held constant.
 
     Args:
         position: the states of the last layer that are the embedding: a name of `NAMED_POSITIONS`, an index, or weights (N,) or
