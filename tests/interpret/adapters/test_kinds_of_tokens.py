@@ -80,6 +80,6 @@ def test_names_are_those_of_the_classes(listener):
         Adapter((), "logit")
     for position in POSITION_RULES:
         assert (
-            Tower("ear", "", "layers", position, "sound", pooling="head" if position == "pool" else None).row
+            Tower("ear", "", "layers", position, "sound", pooling="head" if position == "pool" else None).rule
             is POSITION_RULES[position]
         )

@@ -224,7 +224,7 @@ def test_sinks_are_those_of_the_formula(name, call, seen, real):
     assert torch.equal(got.sinks, found)
     torch.testing.assert_close(got.shares, shares, rtol=1e-9, atol=1e-12)
     counts = (seen & every[:, None, :, None]).sum(2).double().mean(1)
-    torch.testing.assert_close(sinks._seen_by(call, every.double(), real), counts, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(sinks._attending_queries(call, every.double(), real), counts, rtol=1e-9, atol=1e-9)
     visible = seen.any(2).any(1)
     torch.testing.assert_close(got.norms[visible], norms[visible], rtol=1e-9, atol=1e-12)
     wider = sinks.judge(replace(call, key=call.key.repeat(1, 1, 2, 1), value=call.value.repeat(1, 1, 2, 1),
