@@ -48,9 +48,9 @@ def test_answers_and_single_samples_are_joined() -> None:
 def test_a_probability_that_is_nan_is_refused() -> None:
     model, inputs = llama()
     model.lm_head.weight.data.fill_(torch.nan)
-    with pytest.raises(ValueError, match=r"target must give scores that are numbers; got nan in rows \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"target must give scores that are numbers; got nan for samples \[0, 1\]"):
         va.information_flow(model, [(inputs, [[3], [4]])], window=1, keys=(0, 2))
-    with pytest.raises(ValueError, match=r"target must give scores that are numbers; got nan in rows \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"target must give scores that are numbers; got nan for samples \[0, 1\]"):
         va.information_flow(model, [(inputs, None)], window=1, keys=(0, 2))
 
 

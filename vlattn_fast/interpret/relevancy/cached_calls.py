@@ -141,7 +141,7 @@ class CachedCalls(Method):
         return [call for call in self.cached[tower] if call.layer >= first]
 
     def _in_positions(self, tower: TowerTrace, call: TracedCall, start: Tensor, grad: Tensor | None) -> Tensor:
-        """`rows_of_call`, from flat weights to flat vectors (1, H, positions) where the tower's tokens move."""
+        """`rows_of_call`; if the tower's tokens move, from flat weights to flat vectors (1, H, positions)."""
         if not tower.positions.reorders:
             return self.rows_of_call(call, start, grad)
         at = tower.positions.call(call.token_positions)
@@ -154,7 +154,7 @@ def rows_of_maps(
     call: TracedCall, grad: Tensor | None, start: Tensor, needs_grad: bool
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     """The queries (B, R) that have a weight in `start` (B, 1, N), a few at a time, and their rows (B, H, R, M) of A and of
-    dA = dO V^T, in the dtype of `start`; None for dA without gradients. Nothing where the score does not depend on the call."""
+    dA = dO V^T, in the dtype of `start`; None for dA without gradients. Nothing if the score does not depend on the call."""
     if needs_grad and grad is None:
         return
     heads, dtype = call.query.shape[1], start.dtype

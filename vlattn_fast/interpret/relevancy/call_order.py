@@ -15,7 +15,7 @@ TOKENWISE = ("mlp", "moe")  # kinds of layers whose tokens do not reach one anot
 
 class LayerNumbers:
     """Counts blocks: all calls in one part of a list of layers are of one layer. Parts of the list that mix no tokens count as
-    well, and so do those of a listed list that do not run: the number is the part's index where a tower has one list.
+    well, and so do those of a listed list that do not run: the number is the part's index if a tower has one list.
 
     Args:
         model: the whole model.
@@ -31,7 +31,7 @@ class LayerNumbers:
 
     def enter(self, path: str, crosses: bool) -> int:
         """The number of the layer of the next call. Self-attention and cross-attention in one part of a list of layers are in one
-        layer, also where they lie in a list of their own, as in T5."""
+        layer, even in separate lists, such as in T5."""
         before = self._paths[-1] if self._paths else None
         same = before is not None and path not in self._paths
         if same and before is not None and split_path(before) != split_path(path):
@@ -78,7 +78,7 @@ class CallOrder:
         return self.paths[-1] if self.paths else None
 
     def enter(self, path: str, number: int, chunk: bool) -> bool:
-        """Take a call in; returns whether it brings tokens of the tower that are not counted yet."""
+        """Takes a call in; returns whether it has tokens of the tower that are not counted yet."""
         if layers_of(path) not in self.lists:
             self.lists.append(layers_of(path))
         is_new = not self.paths or (chunk and self._whole == 1)

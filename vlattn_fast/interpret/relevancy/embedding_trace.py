@@ -53,7 +53,7 @@ class EmbeddingTrace(Subscriber):
 
     Args:
         model: the model, without wrappers.
-        adapter: which names the towers; where it names none, each input is a tower.
+        adapter: it names the towers; if it names none, each input is a tower.
         method: keeps the embeddings of each tower, and says what becomes of them.
     """
 
@@ -62,11 +62,11 @@ class EmbeddingTrace(Subscriber):
     def __init__(self, model: nn.Module, adapter: Adapter, method: Method) -> None:
         self.model, self.adapter, self.method = model, adapter, method
         self.towers = [TowerTrace(entry, model, keeps=False) for entry in adapter.towers]
-        self.calls: list[Link] = []  # none is seen
+        self.calls: list[Link] = []  # none is traced
         self.without_gradient: list[str] = []  # the innermost modules in which a gradient ends
         self._names = {module: path for path, module in model.named_modules()}
         self._ids: dict[str, Tensor] = {}  # the inputs that hold integers, where no adapter names towers
-        # A frozen attention is seen where it calls torch's and this package's functions.
+        # Attention is frozen at its calls of torch's and this package's functions.
         is_frozen = method.frozen is not None and method.frozen.attention
         self._observer = Observer(model, [self], parts=[model] if is_frozen else [])
 
@@ -79,7 +79,7 @@ class EmbeddingTrace(Subscriber):
 
     @property
     def links(self) -> set[tuple[TowerTrace, TowerTrace]]:
-        """The pairs of a tower that is read and one that it attends to, as far as the adapter tells."""
+        """The pairs of an explained tower and one that it attends to, if the adapter names them."""
         if self.adapter.towers:
             first = self.towers[0] if self.adapter.bimodal else None
         else:  # of an encoder-decoder
@@ -105,7 +105,7 @@ class EmbeddingTrace(Subscriber):
             yield module.register_forward_hook(observer.hook(self._at_output)).remove
 
     def prepare(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments that the model is called with: numbers among them are embeddings where no adapter names towers."""
+        """The arguments that the model is called with: numbers among them are embeddings if no adapter names towers."""
         prepared = dict(arguments)
         for name, value in () if self.adapter.towers else arguments.items():
             if isinstance(value, Tensor) and value.ndim > 1 and not name.endswith("mask"):
@@ -169,7 +169,7 @@ class EmbeddingTrace(Subscriber):
     # --- after the forward pass ---
 
     def check(self) -> None:
-        """ValueError, naming the tower, where no embeddings were traced."""
+        """ValueError that names the tower, if no embeddings were traced."""
         for tower in self.towers:
             if not tower.calls.paths:
                 raise ValueError(

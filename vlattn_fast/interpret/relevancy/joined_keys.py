@@ -1,4 +1,4 @@
-"""Whose tokens the keys of an attention call are, where it joins several: those of another tower, a learned key, zeros, a prefix.
+"""Whose tokens the keys of an attention call are, if it joins several: those of another tower, a learned key, zeros, a prefix.
 
 Tensors remember how torch.cat and pad joined them, of parts that came from the model's inputs and of parts that did not. At an
 attention call the first kind are the tokens. A part that no function of the run made, and that is none of the model's tensors,
@@ -31,7 +31,7 @@ class Part:
 
     size: int
     origin: str  # "tokens"; "model" = learned or constant; "elsewhere"
-    within: tuple[Part, ...] = ()  # its own parts, where it was joined, too
+    within: tuple[Part, ...] = ()  # its own parts, if it was joined, too
     calls: int = 0  # the attention calls that it came through, as bits
     entered: int = 0  # the states that entered a layer and that it came through, as bits
     keys_of: int = 0  # the towers whose self-attention took it for its keys, as bits
@@ -50,8 +50,8 @@ class Join:
 
 
 class JoinedKeys:
-    """The joins of a run. `describe` gives a tensor's part of a join; `refuses` keys from elsewhere, which may be tokens that ran
-    earlier."""
+    """The joins of a run. `describe` gives a tensor's part of a join; `strict`: an error for keys from elsewhere, which may be
+    tokens that ran earlier."""
 
     def __init__(self, describe: Callable[[Tensor, int], Part], strict: bool) -> None:
         self._name, self._describe, self._any = new_mark("joins"), describe, False  # of a tensor: its join
@@ -77,7 +77,7 @@ class JoinedKeys:
             setattr(tensor, self._name, replace(join, dim=dim))
 
     def with_columns(self, call: TracedCall, sizes: Sequence[int]) -> TracedCall:
-        """The call with the columns of its tokens, one of `sizes` many, where it has further keys that can be told from them."""
+        """The call with the columns of its tokens, one of `sizes` many, if it has further keys that differ from them."""
         known = None if call.tokens in sizes else self._columns(call.key, call.value, sizes)
         if known is None or (known[1] and not self._strict):
             return call
@@ -103,7 +103,7 @@ class JoinedKeys:
         return None
 
     def parts_of_towers(self, key: Tensor, value: Tensor) -> Iterator[list[tuple[Part, Tensor]]]:
-        """The parts of the keys (B, H, M, D), each with its columns, where all are tokens; then what those were joined of."""
+        """The parts of the keys (B, H, M, D), each with its columns, if all are tokens; then the parts of those."""
         for parts, others in zip(*(self._levels(tensor, key.shape[2]) for tensor in (key, value)), strict=False):
             if [(part.size, part.origin) for part in parts] == [(part.size, "tokens") for part in others]:
                 columns = torch.arange(key.shape[2], device=key.device).split([part.size for part in parts])
@@ -169,7 +169,7 @@ def joint_keys(
     reached: Callable[[int], list[TowerTrace]],
 ) -> list[Joint]:
     """The keys of a call that attends to the tokens of its queries and of other towers at once, those of the queries first; none
-    where its keys are not joined of such parts. `owner`: the tower that the queries continue; None = they begin one."""
+    if its keys are not joined from such parts. `owner`: the tower that the queries continue; None = they begin one."""
     for parts in joins.parts_of_towers(call.key, call.value):
         joint = []
         for part, columns in parts:
@@ -185,7 +185,7 @@ def joint_keys(
 
 
 def check_cross(call: TracedCall, owner: TowerTrace | None, reached: Sequence[TowerTrace], as_one: bool, knows: bool) -> None:
-    """ValueError for cross-attention to keys that are no other tower's.
+    """ValueError for cross-attention to keys that are not another tower's.
 
     Args:
         owner: the tower that the queries continue; None = they begin one.

@@ -126,7 +126,7 @@ def times_map(start: Tensor, call: TracedCall, combine: Callable[[Tensor], Tenso
 
 
 def weighted_queries(start: Tensor) -> list[Tensor]:
-    """Query indices (B, R) of every non-zero entry of start (B, 1, N): one row where each sample has one, else 128 a time."""
+    """Query indices (B, R) of every non-zero entry of start (B, 1, N): one row if each sample has one, else 128 at a time."""
     batch, _, count = start.shape
     if count == 0 or batch == 0:
         return []

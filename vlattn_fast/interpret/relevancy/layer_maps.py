@@ -1,4 +1,4 @@
-"""The row of each layer's own map, mean over the heads or one a head, from the one backward pass of `explain`."""
+"""The explained token's row of each layer's map, or of each head's, from the one backward pass of `explain`."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ class LayerMaps(CachedCalls):
     """The explained token's row of each layer's map: relu(A * dA) if the method takes gradients, else A. For a pooling head the
     row is first multiplied by the head's own map.
 
-    Where towers attend to one another, a tower whose row is read has the rows of its maps to itself, and a tower that it attends
-    to has those of the cross-attention, by the numbers of the layers of the tower that attends.
+    If towers attend to one another, an explained tower has the rows of its self-attention, and a tower that it attends to those
+    of the cross-attention, by the numbers of the layers of the tower that attends.
     """
 
     def __init__(self, method: Method, selection: Selection) -> None:

@@ -1,6 +1,6 @@
 """Relevancy rows of a model that trains, with their gradients: the calls keep their graph, and the rows are made of them.
 
-The model runs as it is. A row r goes back through the calls of its tower, r <- r * a + (r * b) Abar, by `relevancy_step`, which
+The model runs unchanged. A row r goes back through the calls of its tower, r <- r * a + (r * b) Abar, by `relevancy_step`, which
 is differentiable and stores no map.
 """
 
@@ -26,7 +26,7 @@ from vlattn_fast.ops.score_attention import score_attention
 
 
 class LiveCalls(Method):
-    """The rows of `formula` from calls with their graph. `higher_order`: the score's gradient has a gradient, too."""
+    """The relevancy of `formula`, from calls with their graph. `higher_order`: the score's gradient has a gradient, too."""
 
     trains = True
     adds_parallel: bool
@@ -107,7 +107,7 @@ class LiveCalls(Method):
         return output
 
     def _check(self, call: TracedCall, module: nn.Module) -> None:
-        """ValueError for a call whose relevancy has no gradient, or not that of the model as it is."""
+        """ValueError for a call whose relevancy has no gradient, or not that of the unchanged model."""
         where = f"attention {named(call.path, module)}"
         if not torch.is_grad_enabled():
             raise ValueError(
@@ -168,7 +168,7 @@ class LiveCalls(Method):
                     row = at.spread(row, at.keys)
             each = zip(calls[tower], call_grads[tower], term_grads[tower], strict=True)
             positions = backward.towers[tower].positions
-            last_share, added = 1.0, None  # by a mixer beside the call
+            last_share, added = 1.0, None  # by a mixer parallel to the call
             for call, grad, term_grad in reversed(list(each)):
                 if call.parallel:
                     last_share, this_share = self.formula.recursion.parallel

@@ -64,7 +64,7 @@ class BackwardPass:
     arguments: Mapping[str, Any]  # of the model
     keep: bool  # keep the graph for a further pass
     differentiable: bool = False  # gradients have gradients themselves
-    predicted: PredictedTokens | None = None  # of methods that take logits, where a token is explained
+    predicted: PredictedTokens | None = None  # for methods that take logits, if a token is explained
     # The part of each tower's relevancy vector (B, 1, N) that comes from attention, without what the residual connections leave
     # at the explained positions. Methods without residual connections note nothing.
     contribution: dict[TowerTrace, Tensor] = field(default_factory=dict)
@@ -264,7 +264,7 @@ class Method:
         """Called before each of `n_runs` runs with its number."""
 
     def origin(self, tower: TowerTrace, values: Tensor) -> Tensor | None:
-        """The embeddings of a baseline, in place of those that enter a tower; None = zeros."""
+        """The embeddings of a baseline for those that enter a tower; None = zeros."""
         return None
 
     def entering(self, tower: TowerTrace, values: Tensor, origin: Tensor | None, dim: int | None) -> Tensor:
@@ -295,7 +295,7 @@ class Method:
         return self.watched(tower, call.computed())
 
     def watched(self, tower: TowerTrace, output: Tensor) -> Tensor:
-        """`output`, at which the score has a gradient, where the method takes one."""
+        """`output`, at which the score has a gradient if the method takes one."""
         if not self.needs_score:
             return self._cut(tower, output)
         output = output if output.requires_grad else output.requires_grad_()
@@ -386,7 +386,7 @@ def check_sinks(sinks: Any) -> str:
 
 
 def _flat(tower: TowerTrace, start: Tensor) -> Tensor:
-    """The weights of the explained positions, as methods take them: flat where a tower's tokens move."""
+    """The weights of the explained positions, as methods take them: flat if a tower's tokens move."""
     positions = tower.positions
     if tower.pooled or not positions.is_flat:
         return start
@@ -451,10 +451,10 @@ class CarriedMethod(Method):
     # --- for relevancy with gradients, see `live_calls` ---
 
     def begins(self, tower: TowerTrace, chunk: bool = False, carries: bool = True) -> None:
-        """A call begins, whose residual sum comes later. `carries`: of the tower to itself."""
+        """A call begins, whose residual sum comes later. `carries`: it is self-attention."""
 
     def terms(self, tower: TowerTrace) -> Mapping[int, tuple[Tensor, Tensor, Tensor]]:
-        """By the number of each call that is added to the residual stream, where weights depend on it: the stream and the branch
+        """By the number of each call that is added to the residual stream, if weights depend on it: the stream and the branch
         (B, N, C), and the tensor that the model adds. Else nothing."""
         return {}
 

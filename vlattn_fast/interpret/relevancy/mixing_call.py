@@ -1,5 +1,5 @@
 """A call through which tokens reach one another without a softmax: a recurrence, maybe after a short convolution, or the
-convolution alone. It does for relevancy what an attention call does."""
+convolution alone. For relevancy it works like an attention call."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class MixingCall(TracedCall):
         options["row_normalize"] = recursion.row_normalize
         if not self.mixer.reads_before:
             return recurrent_step(relevancy, query, key, value, grad_output, **options)
-        # Each token is two: one that reads, and one after it that writes.
+        # Each token becomes two: one that reads the state, and one after it that writes to it.
         options |= {"log_decay": _in_turn(options["log_decay"], "w"), "diagonal": _in_turn(options["diagonal"], "r")}
         relevancy, query, key = (_in_turn(x, of) for x, of in ((relevancy, "r"), (query, "r"), (key, "w")))
         value = None if value is None else _in_turn(value, "rw")
@@ -149,7 +149,7 @@ def check_softmax(method: str, call: TracedCall) -> None:
 
 
 def _each(tensor: Tensor, heads: int | None) -> Tensor:
-    """(B * heads, 1, N, ..), each head by itself, of a tensor (B, H', N, ..) whose H' divide the heads; None = as it is."""
+    """(B * heads, 1, N, ..), each head separately, of a tensor (B, H', N, ..) whose H' divide the heads; None = as it is."""
     if heads is None:
         return tensor
     return tensor.repeat_interleave(heads // tensor.shape[1], 1).flatten(0, 1)[:, None]

@@ -40,7 +40,7 @@ class _NewCall(NamedTuple):
     owner: TowerTrace | None  # the tower that its queries continue; None = they begin one
     calls: int  # those that its queries came through, as bits
     key_calls: int  # and its keys
-    ids: Tensor | None  # the numbers of the queries' tokens, where they are known
+    ids: Tensor | None  # the numbers of the queries' tokens, if they are known
     is_same: bool  # its keys are the tokens of its queries
 
 
@@ -49,7 +49,7 @@ class Trace(SeesMixers, Subscriber):
 
     Args:
         model: the model, without wrappers.
-        adapter: which names the towers; where it names none, every tower is found.
+        adapter: it names the towers; if it names none, every tower is found.
         method: says what is made of each attention call of a tower.
     """
 
@@ -61,8 +61,8 @@ class Trace(SeesMixers, Subscriber):
         self._ran: set[str] = set()
         self._make_tower = functools.partial(TowerTrace, model=model, keeps=self.finds_towers, ran=self._ran)
         self.towers = [self._make_tower(entry) for entry in adapter.towers]
-        self.calls: list[Link] = []  # in the order in which they ran, where rules for several towers may read them
-        self.by_hand: dict[str, set[torch.Size]] = {}  # modules that took a softmax themselves: those that may be maps for sure
+        self.calls: list[Link] = []  # in the order in which they ran, if rules for several towers may need them
+        self.by_hand: dict[str, set[torch.Size]] = {}  # by module that computed a softmax: the shapes of maps
         self._chunks: dict[int, int] = {}  # of the runs that attended in chunks: their queries, over the whole batch
         self._owners: list[TowerTrace | None] = []  # the tower of each call, by its bit
         self._marks = TensorMarks(model)
@@ -190,21 +190,22 @@ class Trace(SeesMixers, Subscriber):
     # --- attention calls ---
 
     def _frozen(self, tensor: Any) -> Any:
-        """What attention weights are made of, as a constant of the backward pass where the method freezes them."""
+        """A tensor from which attention weights are computed, as a constant of the backward pass if the method freezes them."""
         frozen = self.method.frozen
         if frozen is None or not frozen.attention or not isinstance(tensor, Tensor) or not tensor.requires_grad:
             return tensor
         return self._marked_as(frozen.constant(tensor), tensor)
 
     def _marked_as(self, view: Tensor, tensor: Tensor, dim: int | None = None) -> Tensor:
-        """A view of `tensor` with its marks, copied by hand: the trace does not see itself. `dim`: one that it adds, or -1."""
+        """A view of `tensor` with its marks, copied by hand: the trace does not follow its own functions. `dim`: one that it
+        adds, or -1."""
         self._marks.copy(view, tensor)
         self._joined.copy(view, tensor)
         self.moves.hand_on(view, tensor, dim)
         return view
 
     def on_attention(self, event: Attention, attend: Attend) -> Tensor:
-        """The attention (B, H, N, D) of one call, as the model computes it; relevancy goes along where the tower is explained.
+        """The attention (B, H, N, D) of one call, as the model computes it; with relevancy, if the tower is explained.
         Dropout is off but in a run that trains."""
         tensors, masks = self._parts_of(event, attend)
         calls, path = self._marks.calls(tensors[:1]), event.run.path
@@ -392,7 +393,7 @@ class Trace(SeesMixers, Subscriber):
         return list(dict.fromkeys(owner for owner in owners if owner is not None))
 
     def _tower_of(self, run: ModuleRun, calls: int, batch: int, size: int, ids: Tensor | None) -> TowerTrace | None:
-        """The tower that a call in `run` continues. `ids`: the numbers (B, N) of its queries' tokens, where they are known."""
+        """The tower that a call in `run` continues. `ids`: the numbers (B, N) of its queries' tokens, if they are known."""
         path = run.path or ""
         layers = layers_of(path)
         for tower in sorted(self._reached(calls), key=lambda tower: not tower.positions.holds(ids)):
@@ -414,7 +415,7 @@ class Trace(SeesMixers, Subscriber):
         return bool(reached) and reached[0] in self._reached(calls)[:1]
 
     def _source_of(self, calls: int, call: TracedCall) -> TowerTrace:
-        """The tower whose tokens are the keys; where they are no tower's, a made-up one without layers."""
+        """The tower whose tokens are the keys; else a made-up one without layers."""
         key, batch, size = call.key, call.key.shape[0], call.tokens
         for tower in (*self._reached(calls), *(tower for tower in self.towers if not tower.calls.paths)):
             if (tower.batch, tower.size) == (batch, size):

@@ -1,4 +1,4 @@
-"""Calls of recurrences and short convolutions, as a trace sees them, and the modules that it does not support."""
+"""Calls of recurrences and short convolutions, as a trace gets them, and the modules that it does not support."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ _ATTENTION = {
     "CvtSelfAttention": "which makes queries, keys and values by convolutions over tokens",
     "NystromformerSelfAttention": "which multiplies three maps over landmarks, and adds a convolution over tokens",
 }
-# And what goes on in parallel to attention.
+# And what mixes tokens in parallel to attention.
 _MIXERS = {
     "ConvBertSelfAttention": "which adds a convolution over tokens to attention",
     "ShortConvolution": "which mixes neighbouring tokens in parallel to attention",
     "MobileBertEmbeddings": "which joins each token with its neighbours before attention",
     "BridgeTowerLinkTower": "which adds up two streams of the same tokens, whose relevancies no published rule joins",
 }
-# Modules that hand on what tokens hold by a recurrence or a short convolution, by the end of the class's name. The functions that
+# Modules with a recurrence or a short convolution over tokens, by the end of the class's name. The functions that
 # they call for it are in `attach.recurrences`.
 RECURRENT = (
     *("MambaMixer", "Mamba2Mixer", "BambaMixer", "FalconH1Mixer", "MambaLayer"),
@@ -139,7 +139,7 @@ def _mixing_call(
     before: tuple[Reading, Tensor] | None,
     computing: Callable[[], AbstractContextManager[None]],
 ) -> MixingCall:
-    """The call of a recurrence, or of a convolution alone.
+    """The call of a recurrence, or of only a convolution.
 
     Args:
         output: as the model computed it.
@@ -197,12 +197,12 @@ def _unsaved() -> Iterator[None]:
         yield
 
 
-# --- what a run puts in the place of these functions ---
+# --- what replaces these functions during a run ---
 
 
 def replacements(root: nn.Module) -> Iterator[tuple[Any, str, Any]]:
     """(object, attribute, function) for what the table names below `root`; for `overridden`. Each function runs as the model has
-    it, and a run of this thread sees the call."""
+    it, and the run of this thread gets the call."""
     seen = set[int]()
     for module in root.modules():
         reader = next((CLASSES[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in CLASSES), None)
@@ -242,14 +242,14 @@ def _with_files(module: nn.Module) -> list[Any]:
 
 
 def _run_written(written: Callable[..., Any], module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The output of a forward that `written` takes the place of. Other threads run the model's own, maybe with a cache."""
+    """The output of a forward that `written` replaces. Other threads run the model's own, maybe with a cache."""
     if getattr(RUNNING.get(), "recur", None) is None:
         return forward(*args, **kwargs)
     return written(module, _handed, *args, **kwargs)
 
 
 class _Handed:
-    """The function of a model, in whose place it stands."""
+    """Replaces a function of a model, and passes its calls to the run."""
 
     def __init__(self, reader: Reader, function: Callable[..., Any]) -> None:
         functools.update_wrapper(self, function)
@@ -267,7 +267,7 @@ def _handed(reader: Reader, function: Any) -> _Handed:
 
 def check_rules(model: nn.Module, parts: Sequence[str], mixers: bool = True) -> None:
     """ValueError, naming the modules, if the rules for relevancy do not cover the parts of `model` at these paths: their
-    attention, and what goes on `beside` it."""
+    attention, and with `mixers` what mixes tokens in parallel to it."""
     uncovered: dict[str, str] = {}
     reasons = _ATTENTION | _MIXERS if mixers else _ATTENTION
     below = ((name, module) for part in parts for name, module in model.get_submodule(part).named_modules(prefix=part))
@@ -284,11 +284,11 @@ def check_rules(model: nn.Module, parts: Sequence[str], mixers: bool = True) -> 
 
 
 def check_recurrences(ran: Mapping[str, nn.Module], called: Sequence[str]) -> None:
-    """ValueError, naming the module, if a recurrence among the modules that ran is none of those that `called` one that is seen:
-    in parallel to attention in the same layer it would be left out."""
+    """ValueError, naming the module, if a recurrence among the modules that ran is not among those that `called` one that is
+    traced: in parallel to attention in the same layer it would be left out."""
     for path, module in ran.items():
         kind = type(module).__name__
-        names = (each.__name__ for each in type(module).__mro__)  # a class of a user may stand on one of them
+        names = (each.__name__ for each in type(module).__mro__)  # a class of a user may be built on one of them
         if any(name.endswith(RECURRENT) for name in names) and not any(f"{caller}.".startswith(f"{path}.") for caller in called):
             raise ValueError(
                 f"model must use supported functions for its recurrence; got '{path}' ({kind}), whose recurrence cannot be "

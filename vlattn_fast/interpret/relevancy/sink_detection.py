@@ -2,16 +2,16 @@
 
 They are tokens of the input. A learned sink is none of them: it is one more logit of a head's softmax, see `ops/_sinks.py`.
 
-A is the attention of one call with H heads, v_hj the value of key j in head h. Each call is judged by itself:
+A is the attention of one call with H heads, v_hj the value of key j in head h. Each call is judged separately:
 
-    a_j = sum_i mean_h A_hij / (number of queries i that see j)     the attention that j receives
+    a_j = sum_i mean_h A_hij / (number of queries i that attend to j)     the attention that j receives
     n_j = sqrt(mean_h |v_hj|^2)                                     the norm of its values
-    j is such a token where a_j >= TIMES * median_k a_k and n_j <= NORM * median_k n_k
+    j is such a token if a_j >= TIMES * median_k a_k and n_j <= NORM * median_k n_k
 
 a_j is the importance score of Gu et al. (ICLR 2025, arXiv 2410.10781) as a mean over the heads. Attention adds A_hij v_hj to
 query i, so a token with small values adds little, however much attention it receives (Kobayashi et al., EMNLP 2020, arXiv
 2004.10102).
-The medians are of the tokens that some query sees, and queries that are padding count nowhere. It takes a pass of the attention
+The medians are over the tokens that some query attends to, and padding queries do not count. It takes a pass of the attention
 and O(N) memory.
 """
 
@@ -28,7 +28,7 @@ from vlattn_fast.interpret.relevancy.traced_call import Recursion, TracedCall
 from vlattn_fast.interpret.relevancy.tracking.token_positions import Moved
 
 CHOICES = KEEP, REMOVE = "keep", "remove"
-REPORT = "report"  # of `find_sinks`, whose maps nobody reads
+REPORT = "report"  # of `find_sinks`, which makes no map
 TIMES, NORM = 5.0, 0.8
 
 
@@ -39,7 +39,7 @@ class Findings(NamedTuple):
     shares: Tensor  # (B, N), of the call's attention
     norms: Tensor  # (B, N), of the values, over their median
     sinks: Tensor  # bool (B, N)
-    token_positions: Moved | None  # where the keys are, if the tower does not have them all, in order
+    token_positions: Moved | None  # the positions of the keys, unless they are all of the tower's, in order
 
 
 @torch.no_grad()
@@ -63,7 +63,8 @@ def _median(values: Tensor, chosen: Tensor) -> Tensor:
 
 
 def _attending_queries(call: TracedCall, counted: Tensor, real: Tensor | None) -> Tensor:
-    """(B, M), how many of the queries, 1 in `counted` (B, N), see each key; of a mask that differs from head to head the mean."""
+    """(B, M), how many of the queries, 1 in `counted` (B, N), attend to each key; the mean over heads if the mask differs from
+    head to head."""
     count, masks = call.key.shape[2], call.masks
     mask, is_causal, keys = masks["attn_mask"], masks["is_causal"], masks.get("key_mask")
     if mask is not None:

@@ -31,7 +31,7 @@ class Carriers:
 
     A carrier (B, 2 T, N) is passed from call to call. In the backward pass the cotangents of its first T lines are the relevancy
     vectors, carried back from the end of the tower, where they are the weights of the explained positions. Those of the other T
-    lines are the contribution of attention alone, zero at the end of the tower. They are carried separately, since the difference
+    lines are only the contribution of attention, zero at the end of the tower. They are carried separately, since the difference
     of both would lose its digits next to the larger entries.
     """
 
@@ -178,7 +178,7 @@ class TowerTrace:
         self.batch: int | None = None
         self.size = 0
         self.dtype, self.device = torch.float32, torch.device("cpu")  # of the carrier
-        self.grid: tuple[int, int] | None = None  # rows and columns, where the tokens are the pixels of an image
+        self.grid: tuple[int, int] | None = None  # rows and columns, if the tokens are the pixels of an image
         self.patches: tuple[int, int] | None = None  # rows and columns of the patches that the model cuts these pixels into
         self.entered = 0  # the states that entered the layer of the first call, as bits of the tensors' marks
         self.attended: Tensor | None = None  # bool (B, N), False = no query of the first softmax attends to it; None = to all
@@ -311,7 +311,7 @@ class TowerTrace:
     # --- after the forward pass ---
 
     def finish(self) -> None:
-        """Counts the tokens as they entered, where the first call has them otherwise, as in windows."""
+        """Counts the tokens as they entered, if the first call has them otherwise, such as in windows."""
         shape = self.positions.finish(self.entry is not None) if self.calls.paths and not self.pooled else None
         if shape is not None:
             self.batch, self.size = shape
@@ -359,13 +359,13 @@ class TowerTrace:
 
 
 def edge_at(tensor: Tensor) -> GradientEdge:
-    """Where a gradient enters a tensor that requires one, also where the model turns gradients off."""
+    """Where a gradient enters a tensor that requires one, even if the model turns gradients off."""
     with torch.enable_grad():
         return get_gradient_edge(tensor)
 
 
 def note_lost_gradient(paths: list[str], path: str, inputs: tuple[Any, ...], output: Any) -> None:
-    """Appends `path` to `paths` where the module at `path` ends the gradient, and no module inside of it is known to do so."""
+    """Appends `path` to `paths` if the module at `path` ends the gradient, and no module inside of it is known to do so."""
     if _ends_gradient(inputs, output) and not any(inner.startswith(f"{path}.") for inner in paths):
         paths.append(path)
 

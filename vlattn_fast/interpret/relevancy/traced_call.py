@@ -1,8 +1,8 @@
 """One attention call: its output, rows of its map, and relevancy through it.
 
-A call is torch's scaled_dot_product_attention, with its options as `masks`, and maybe a softcap and a sink beside them. Or it is
+A call is torch's scaled_dot_product_attention, with its options as `masks`, and maybe with a softcap and a sink. Or it is
 this package's score_attention, with any score function: then `masks` also holds a `Scored`, and query and key are the features
-that the core score takes. Relevancy through a dot product takes the operators; through any other core score the map is made
+that the core score takes. Relevancy through a dot product takes the operators; through any other core score the map is computed
 again, one tile at a time.
 """
 
@@ -74,11 +74,11 @@ class TracedCall:
     number: int = -1  # among all calls of the run
     layer: int = 0  # its number in the tower, from 0: that of the block that calls
     parallel: bool = False  # it takes the same tokens as the last call, and the model adds the outputs of both
-    chunk: bool = False  # it takes a further part of the sequence through the module of the last call
-    output: Any = None  # (B, H, N, Dv), what the model went on with, of a call that is kept for the backward pass
-    token_positions: Moved | None = None  # where its tokens are, if its tower does not have them all, in order
+    chunk: bool = False  # it takes a further part of the sequence in the module of the last call
+    output: Any = None  # (B, H, N, Dv), the output with which the model continued, of a call that is cached for the backward pass
+    token_positions: Moved | None = None  # the positions of its tokens, unless they are all of its tower's, in order
     dropout_p: float = 0.0  # of the probabilities; its relevancy is that without dropout
-    columns: Tensor | None = None  # int64, the columns of the tokens, where others of the M keys are none; None = all are
+    columns: Tensor | None = None  # int64, the columns of the tokens among the M keys; None = all keys are tokens
     left_out: Tensor | None = None  # bool (B, M), True = a key whose column of Abar is zero, see `_without_left_out`
 
     @property
@@ -96,7 +96,7 @@ class TracedCall:
         return rows if self.columns is None else rows.index_select(-1, self.columns.to(rows.device))
 
     def over_keys(self, values: Tensor, others: float) -> Tensor:
-        """Values (B, N) of the tokens for all keys (B, M), where `others` have one value."""
+        """Values (B, N) of the tokens for all keys (B, M), with one value for the `others`."""
         if self.columns is None:
             return values
         every = values.new_full((len(values), self.key.shape[2]), others)
@@ -146,14 +146,14 @@ class TracedCall:
         return output, kept + nn.functional.pad(step, (0, 0, 0, step.shape[1]))
 
     def weights(self, recursion: Recursion) -> tuple[Any, Any]:
-        """a and b of the recursion. Rollout divides I + mean_h A by its row sum, which is not 2 where a sink takes a part."""
+        """a and b of the recursion. Rollout divides I + mean_h A by its row sum, which is not 2 if a sink takes a part."""
         a, b = recursion.residual_weight, recursion.attention_weight
         if recursion.rule == "gradient" or not a or (self.sink() is None and self.left_out is None):
             return a, b
         return (self.over_row_sum(),) * 2
 
     def over_row_sum(self) -> Any:
-        """1 / sum_j (I + Abar)_ij with Abar of rule "attention", (B, N): a half where all of a row goes to keys."""
+        """1 / sum_j (I + Abar)_ij with Abar of rule "attention", (B, N): a half if all of a row goes to keys."""
         if self.left_out is not None:
             every, rest = self._row_sums()
             return 1 / (1 + every.masked_fill(rest == 0, 0.0))
@@ -162,7 +162,7 @@ class TracedCall:
         return 1 / (1 + mean_over(self.mesh, share_of_keys(self._lse(), sink).mean(1)))
 
     def _lse(self, **masks: Any) -> Tensor:
-        """The log-sum-exp (B, H, N) of the keys' logits, with some masks in place of those of the call."""
+        """The log-sum-exp (B, H, N) of the keys' logits, with some masks of the call replaced."""
         if (score := self.masks.get("score")) is not None:
             core = Core(score.kind, self.query, self.key, score.vector, score.parameter)
             return core_lse(core, **{**self._options(), **masks})
@@ -264,7 +264,8 @@ class TracedCall:
         return (self.query, self.key, self.value, masks["attn_mask"]), together
 
     def for_training(self, higher_order: bool) -> TracedCall:
-        """The call as its map is made again where the model trains: dA = dO V^T is a constant but for `higher_order`."""
+        """The call from which its map is computed again while the model trains: dA = dO V^T is a constant, unless
+        `higher_order`."""
         query, key, value = self.query, self.key, self.value
         if len({query.dtype, key.dtype, value.dtype}) > 1:  # autocast casts them within the attention
             query, key, value = (x.to(self.output.dtype) for x in (query, key, value))

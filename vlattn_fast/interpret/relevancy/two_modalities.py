@@ -1,15 +1,15 @@
 """Relevancy between towers that attend to one another: the rules for two modalities of Chefer, Gur, Wolf (ICCV 2021).
 
-R_st (B, N_s, N_t) holds how much the tokens of tower t count for those of tower s. It begins as the identity where s = t, and as
-zero elsewhere. R is kept without its part of the identity, which would take the digits of small relevancies: R_ss =
+R_st (B, N_s, N_t) holds how much the tokens of tower t count for those of tower s. It begins as the identity for s = t, and as
+zero otherwise. R is stored without its part of the identity, which would cost the digits of small relevancies: R_ss =
 Rhat_ss + diag(i_s). The attention calls are gone through in the order in which they ran; Abar (N x M) is a call's head mean
 relu(A * dA), streamed without a head axis.
 
-Keys may be older than the tokens they are of: both directions of a cross-attention layer read its input, so neither sees what
+Keys may be older than the tokens they are of: both directions of a cross-attention layer take its input, so neither has what
 the other adds. So a call takes R of its keys as it was after the last call that they came through.
 
 Where one softmax is over the tokens of its queries' tower and over those of others, all of them are one sequence, and equation 6
-holds: each tower's columns of Abar bring what its tokens bring.
+holds: each tower's columns of Abar are the contribution of its tokens.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Equations:
         return call.attention.at_tokens(self.weighed(call.attention.mean_map(grad).to(like)))
 
     def weighed(self, abar: Tensor) -> Tensor:
-        """Abar over all keys, its rows divided by their sums where a rule says so."""
+        """Abar over all keys, its rows divided by their sums if a rule says so."""
         return abar
 
     def normalized(self, call: Link, relevancy: Tensor, identity: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Where the tensors of a run are from: the attention calls that they were computed from, and whether the model was given them.
 
-The marks are bits of an int, which a tensor hands on to what is computed from it.
+The marks are bits of an int, which a tensor passes to all that is computed from it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class TensorMarks:
                     self._inputs += 1
 
     def enter(self, path: str, args: Sequence[Any]) -> None:
-        """Mark the states (B, N, C) that the module at `path` takes, a member of a list, where they came through no call yet."""
+        """Mark the states (B, N, C) that the module at `path` takes, a member of a list, if they came through no call yet."""
         if not path[-1:].isdigit() or self._entered == _BITS - _ENTERED:
             return
         if args and isinstance(args[0], Tensor) and args[0].ndim == 3 and not self.calls(args[:1]):
@@ -59,8 +59,8 @@ class TensorMarks:
             vars(tensor).pop(self._name, None)
 
     def across_processes(self, model: nn.Module, within_run: Callable[..., Any]) -> Iterator[Callable[[], None]]:
-        """Hooks by which modules whose parameters several processes share hand marks on: they exchange tensors where no mode
-        sees it. Yields the way back of each."""
+        """Hooks by which modules whose parameters several processes share pass marks on: they exchange tensors outside of
+        any mode. Yields a function that removes each hook."""
         entering: list[int] = []
 
         def enters(module: nn.Module, args: Sequence[Any]) -> None:
@@ -81,7 +81,7 @@ class TensorMarks:
         return read_mark(values, self._name) >> _BITS
 
     def add_calls(self, tensor: Tensor, calls: int, *sources: Tensor) -> None:
-        """`tensor` came through `calls`, and otherwise from where `sources` did."""
+        """`tensor` came through `calls`, and else has the origin of `sources`."""
         add_mark(tensor, self._name, calls << _BITS | read_mark(sources, self._name) & _LOWEST)
 
     def copy(self, tensor: Tensor, *sources: Tensor) -> None:

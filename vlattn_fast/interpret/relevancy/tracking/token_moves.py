@@ -1,7 +1,7 @@
-"""Which token each place of a tensor holds, while a model moves its tokens.
+"""Which token each position of a tensor holds, while a model moves its tokens.
 
 A function of torch that moves positions (an index, a flip, a view into windows) is run once more, over the numbers of its tensor.
-All else leaves a token in its position, or loses the numbers where the result has another shape.
+All else leaves a token in its position, or loses the numbers if the result has another shape.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class TokenMoves:
         setattr(tensor, self._mark, numbers)
 
     def hand_on(self, view: Tensor, tensor: Tensor, dim: int | None = None) -> None:
-        """Gives `view`, that is made outside of torch's functions, the numbers of `tensor`; with a new dimension `dim`, or where
+        """Gives `view`, that is made outside of torch's functions, the numbers of `tensor`; with a new dimension `dim`, or if
         it is negative without that one."""
         numbers = self.of(tensor)
         if numbers is not None and dim is not None:
@@ -89,7 +89,7 @@ class TokenMoves:
         return numbers
 
     def rename(self, tensor: Tensor, numbers: Numbers, before: Tensor | None) -> None:
-        """Gives `tensor` other numbers, in place of `before`, which what it was made of keeps; None = they are not known."""
+        """Gives `tensor` other numbers, which replace `before`, the numbers of what it was made of; None = they are not known."""
         ids = numbers.ids.flatten()
         self._renamed.append((ids, torch.full_like(ids, ANY) if before is None else before.flatten()))
         self.give(tensor, numbers)
@@ -183,7 +183,7 @@ class TokenMoves:
 
     def _as_new(self, call: TorchCall) -> Numbers | bool:
         """New tokens: all dimensions but the last one are theirs. A sum or a join of the same tokens gives the same ones. False
-        where a function took constants alone, as a cast of a parameter."""
+        if a function only took constants, such as a cast of a parameter."""
         tensors = [x for x in (*call.args, *call.kwargs.values()) if isinstance(x, Tensor)]
         if tensors and all(map(self._is_constant, tensors)):
             return False
@@ -195,7 +195,7 @@ class TokenMoves:
         return self._once(("new", call.name, shape, *map(id, numbers)), numbers, lambda: self.new(shape))
 
     def _once(self, key: Hashable, held: Any, make: Callable[[], Any]) -> Any:
-        """The result of `make`, kept for the next time; a key of None is that of no other call. `held` outlives the key's ids."""
+        """The result of `make`, cached for the next time; None is the key of no other call. `held` outlives the key's ids."""
         if key is None:
             return make()
         if key not in self._results:
@@ -205,7 +205,7 @@ class TokenMoves:
     # --- functions that leave tokens in their positions ---
 
     def _kept(self, call: TorchCall, numbered: Sequence[tuple[Tensor, Numbers]]) -> Numbers | None:
-        """The numbers of the arguments, where the result has the positions of their tokens."""
+        """The numbers of the arguments, if the result has the positions of their tokens."""
         shape = call.result.shape
         whole = [(x, n) for x, n in numbered if fits(x.shape, n.shape, shape)]
         if not whole:
@@ -254,7 +254,7 @@ class TokenMoves:
         return self._numbers(joined, call, [one, second])
 
     def _numbers(self, ids: Tensor, call: TorchCall, sources: Sequence[Numbers] = ()) -> Numbers:
-        """Numbers of these ids; the same ones where a tensor with them is known, so that later functions find what they made."""
+        """Numbers of these ids; the same ones if a tensor with them is known, so that later functions find their results."""
         for source in sources:
             self._known(source)
         why = next((n.why for n in sources if n.why), "")

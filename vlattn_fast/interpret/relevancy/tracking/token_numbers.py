@@ -1,7 +1,7 @@
 """The numbers of tokens, and what functions that move positions take to run over them.
 
-Tokens are numbered where they first appear. The numbers of a tensor are an int64 tensor of as many dimensions, of size 1 where
-all positions along a dimension are of one token, as along features. Numbers below zero are no token's.
+Tokens are numbered where they first appear. The numbers of a tensor are an int64 tensor of as many dimensions, of size 1 if
+all positions along a dimension are of one token, such as along features. Numbers below zero belong to no token.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NONE, MERGED, ANY = -1, -2, -3  # of constants, as padding is; of positions that hold several tokens at once; not known
+NONE, MERGED, ANY = -1, -2, -3  # of constants, such as padding; of positions that hold several tokens at once; not known
 
 
 # Functions by their names in torch, without the underscores of those that work in place.
@@ -29,7 +29,7 @@ BROADCASTS = {*"expand expand_as broadcast_to".split()}
 CONCATENATIONS = {"cat", "concat", "concatenate"}  # along a dimension that the call names
 JOINS = CONCATENATIONS | {"stack", "hstack", "vstack", "dstack"}
 WRITES = {*"setitem index_copy scatter index_put masked_scatter slice_scatter select_scatter copy where".split()}
-SUMS = {*"index_add scatter_add scatter_reduce index_reduce".split()}  # of what goes to one place
+SUMS = {*"index_add scatter_add scatter_reduce index_reduce".split()}  # of what goes to one position
 LAYOUTS = VIEWS | MOVES | BROADCASTS
 PRODUCTS = {*"matmul rmatmul bmm mm baddbmm addmm addbmm".split()}
 MADE = {*"zeros ones empty full rand randn arange linspace eye tensor as_tensor".split()}  # out of nothing
@@ -38,10 +38,10 @@ LOST = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, Assert
 
 @dataclass(eq=False)
 class Numbers:
-    """The numbers of a tensor's positions; `why` says what merged tokens, where something did."""
+    """The numbers of a tensor's positions; `why` names what merged tokens, if something did."""
 
     shape: tuple[int, ...]
-    begin: int = 0  # of the numbers of new tokens, that are made where they are first asked for
+    begin: int = 0  # of the numbers of new tokens, which are made when they are first needed
     why: str = ""
     _ids: Tensor | None = None
 
@@ -52,7 +52,7 @@ class Numbers:
         return self._ids
 
     def over(self, shape: Sequence[int]) -> Tensor:
-        """The number of each place of a tensor of this shape."""
+        """The number of each position of a tensor of this shape."""
         return self.ids.expand(tuple(shape))
 
 
@@ -135,7 +135,7 @@ def leaves_last(index: Any, ndim: int) -> bool:
 
 
 def thinned(ids: Tensor, rest: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, Sequence[Any], Mapping[str, Any]]:
-    """The arguments of a gather for the first feature alone, where the index is the same for all."""
+    """The arguments of a gather for only the first feature, if the index is the same for all."""
     index = next(x for x in (*rest, *kwargs.values()) if isinstance(x, Tensor))
     dim = next((x for x in (*rest, kwargs.get("dim")) if isinstance(x, int)), -1)
     if not is_flat(index, ids.ndim) or dim % ids.ndim == ids.ndim - 1:
@@ -149,7 +149,7 @@ def summed(ids: Tensor, dim: int, index: Tensor, values: Tensor) -> Tensor:
     dimension or at one of a scatter."""
     by_index = index.ndim == 1 and ids.ndim > 1
     put, add = (torch.index_copy, torch.index_add) if by_index else (torch.scatter, torch.scatter_add)
-    added = put(torch.full_like(ids, NONE), dim, index, values.contiguous())  # where several come to one place: one of them
+    added = put(torch.full_like(ids, NONE), dim, index, values.contiguous())  # if several come to one position: one of them
     there = added.index_select(dim, index) if by_index else added.gather(dim, index)
     added = torch.where(add(torch.zeros_like(ids), dim, index, (there != values).long()) > 0, MERGED, added)
     return torch.where((added == NONE) | (added == ids), ids, torch.where(ids < 0, added, MERGED))

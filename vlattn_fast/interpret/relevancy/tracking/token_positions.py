@@ -1,4 +1,4 @@
-"""Where the tokens of a tower are, at each of its attention calls, at its end and where they entered.
+"""The positions of the tokens of a tower: as they entered, at each of its attention calls, and at its end.
 
 A tower counts its tokens in the order of its first call: these are its positions. While every call has them in this order, a
 carrier is (B, 1, N). From the first call on that has them otherwise, it is flat, (1, 1, number of positions), and a call takes
@@ -66,7 +66,7 @@ class _Numbered:
         self.ids, self.positions = ids[order], positions[order]
 
     def locate(self, ids: Tensor) -> Tensor:
-        """The place of each token; -1 for what has none."""
+        """The position of each token; -1 for what has none."""
         if not len(self.ids):
             return torch.full_like(ids, -1)
         at = torch.searchsorted(self.ids, ids.contiguous()).clamp(max=len(self.ids) - 1)
@@ -102,7 +102,7 @@ class TokenPositions:
         return None if self.moves is None else self.moves.of(tensor)
 
     def locate(self, ids: Tensor) -> Tensor:
-        """The place of each token; -1 for what is none of the tower's."""
+        """The position of each token; -1 for what is not a token of the tower."""
         return self._numbered.locate(ids)
 
     def holds(self, ids: Tensor | None, all_of: bool = False) -> bool:
@@ -118,7 +118,7 @@ class TokenPositions:
         self, moves: TokenMoves, query: Tensor, key: Tensor, columns: Tensor | None, path: str, chunk: bool, size: int
     ) -> Moved | None:
         """Takes a call of the tower to itself in, whose tokens have these `columns` among the keys (None = all); returns None
-        where its tokens are all of the tower's, in order. Gives the numbers of its queries to `query`, so that its output has
+        if its tokens are all of the tower's, in order. Gives the numbers of its queries to `query`, so that its output has
         them."""
         self.moves = moves
         numbers = moves.of(query)
@@ -227,7 +227,7 @@ class TokenPositions:
             raise ValueError(self.error)
 
     def fail(self, why: str) -> None:
-        """Notes why the tower cannot be explained; another one may be."""
+        """Notes why the tower cannot be explained; others may be."""
         self.error = self.error or f"{why}. {_WAYS}"
 
     def locate_states(self, states: Tensor) -> Tensor:
@@ -251,8 +251,8 @@ class TokenPositions:
             self.end = numbers
 
     def finish(self, listed: bool) -> tuple[int, int] | None:
-        """Finds the order in which the tokens entered, where it is not that of the first call, as in windows; returns its sizes B
-        and N. An adapter knows its tokens in the order of the first call, unless they leave as they entered."""
+        """Finds the order in which the tokens entered, if it is not that of the first call, such as in windows; returns its sizes
+        B and N. An adapter knows its tokens in the order of the first call, unless they leave as they entered."""
         in_first = self._numbered.positions < self._size
         ids, positions = self._numbered.ids[in_first], self._numbered.positions[in_first]
         if self.moves is None or not len(ids) or self._size == 0:
