@@ -1,7 +1,7 @@
-"""Which tokens of a vision tower a connector makes each image token of, and where they lie in the image.
+"""From which tokens of a vision tower a connector makes each image token, and their positions in the image.
 
 A connector is a function of the config, the inputs, the shape (images, N) of the vision tower and the number of image tokens of
-all prompts. It raises where the tokens do not add up to what it says.
+all prompts. It raises an error if the tokens do not add up.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Merged:
     """The tokens of a vision tower, counted through all its images."""
 
     tokens: Tensor  # int64 (images * N,), the image token, counted through all prompts, that each is part of; -1 = none
-    maps: tuple[Tensor, ...]  # index tensors (h, w), which of them lies where in each image
+    maps: tuple[Tensor, ...]  # index tensors (h, w), the token at each position of an image
     owners: Tensor  # int64 (images * N,), the map of the image that each belongs to
 
 
@@ -37,16 +37,16 @@ def _check(fits: bool, name: str, shape: Shape, count: int) -> None:
 
 
 def joined(merged: Merged, layouts: Sequence[Layout]) -> tuple[Tensor, ...] | None:
-    """The patches (h, w) of each map of the image tokens, where every image fills a part of one; None if one does not."""
+    """The patches (h, w) of each map of the image tokens, if every image fills a part of one; else None."""
     maps = [(start, index) for layout, start in _with_starts(layouts) for index in layout.maps]
-    places = torch.full((sum(layout.size for layout in layouts), 3), -1)  # of each image token: its map, row and column
+    positions = torch.full((sum(layout.size for layout in layouts), 3), -1)  # of each image token: its map, row and column
     for number, (start, index) in enumerate(maps):
         rows, columns = torch.meshgrid(*map(torch.arange, index.shape), indexing="ij")
-        places[start + index] = torch.stack([torch.full_like(rows, number), rows, columns], -1)
+        positions[start + index] = torch.stack([torch.full_like(rows, number), rows, columns], -1)
     whole: list[Tensor | None] = [None] * len(maps)
     for image in merged.maps:
         tokens = merged.tokens[image]
-        (number, top, left), (last, bottom, _) = places[tokens[0, 0]].tolist(), places[tokens[-1, -1]].tolist()
+        (number, top, left), (last, bottom, _) = positions[tokens[0, 0]].tolist(), positions[tokens[-1, -1]].tolist()
         if int(tokens.min()) < 0 or number < 0 or last != number:
             return None
         side = image.shape[0] // (bottom - top + 1)
@@ -94,15 +94,15 @@ def packed(config: Any, inputs: Mapping[str, Any], shape: Shape, count: int) -> 
     Where the tower attends in windows, it takes the squares window by window.
     """
     vision = config.vision_config
-    side, places, maps = vision.spatial_merge_size, list[Tensor](), list[Tensor]()
+    side, positions, maps = vision.spatial_merge_size, list[Tensor](), list[Tensor]()
     for frames, height, width in inputs["image_grid_thw"].tolist():
         rows, columns = height // side, width // side
-        index = torch.arange(frames * rows * columns).view(frames, rows, columns) + sum(part.numel() for part in places)
-        places.append(_in_windows(index, getattr(vision, "window_size", None) or 0, side * vision.patch_size))
+        index = torch.arange(frames * rows * columns).view(frames, rows, columns) + sum(part.numel() for part in positions)
+        positions.append(_in_windows(index, getattr(vision, "window_size", None) or 0, side * vision.patch_size))
         patches = index[..., None] * side**2 + torch.arange(side**2)
         square = patches.view(frames, rows, columns, side, side).transpose(2, 3)
         maps += list(square.reshape(frames, height, width))
-    order = torch.cat(places)  # the square at each place of the tower's sequence
+    order = torch.cat(positions)  # the square at each place of the tower's sequence
     _check(shape == (1, len(order) * side**2) and count == len(order), "image_grid_thw", shape, count)
     where = (order.argsort()[:, None] * side**2 + torch.arange(side**2)).flatten()  # of each patch in the tower's sequence
     maps = [where[index] for index in maps]
@@ -149,16 +149,16 @@ def tiles(config: Any, inputs: Mapping[str, Any], shape: Shape, count: int) -> M
     numbers, maps, owners = torch.full((images * size,), -1), list[Tensor](), list[Tensor]()
     tile = token = 0
     for layout, (tiles_of_image, index) in parts:
-        places = [tile * size + before + torch.arange(area).view(side, side)]
+        positions = [tile * size + before + torch.arange(area).view(side, side)]
         if index is not None:
             if (patches := tuple(index.shape)) != anyres_shape(config, index.shape):
                 raise ValueError(
                     f"through_connector=True does not support images that the model scales down; got {patches} patches"
                 )
-            places.append((tile + 1 + index // area) * size + before + index % area)
-        for place, map_numbers in zip(places, layout.maps, strict=True):
+            positions.append((tile + 1 + index // area) * size + before + index % area)
+        for place, map_numbers in zip(positions, layout.maps, strict=True):
             numbers[place] = token + map_numbers
         owners.append(torch.full(((1 + tiles_of_image) * size,), len(maps)))
-        maps += places
+        maps += positions
         token, tile = token + layout.size, tile + 1 + tiles_of_image
     return Merged(numbers, tuple(maps), torch.cat(owners))

@@ -1,4 +1,4 @@
-"""Adapters of decoders that see images, where what is derived would lack a grid or the connector."""
+"""Adapters of decoders that take images, for which a derived adapter would lack a grid or the connector."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ DECODERS: dict[str, Adapter] = {
             Adapter((_DECODER,), "token"),  # over another vision tower
         ),
     ),
-    "PaliGemmaForConditionalGeneration": Adapter((_DECODER,), "token", vision=_VISION, answer_type=1),  # 0 = sees both ways
+    "PaliGemmaForConditionalGeneration": Adapter(
+        (_DECODER,), "token", vision=_VISION, answer_type=1
+    ),  # 0 = attends in both directions
     "Gemma3ForConditionalGeneration": Adapter((_GEMMA,), "token", vision=_VISION, answer_type=0),  # 1 = image
     "Mistral3ForConditionalGeneration": Adapter(
         (replace(_QUERIES, grid=image_grids.merged_sizes),), "token", vision=_PIXTRAL, connector=connector_maps.in_one_row

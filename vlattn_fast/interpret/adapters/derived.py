@@ -1,4 +1,4 @@
-"""Adapters that nobody lists: derived from the model, its config and the names that transformers gives its parts."""
+"""Derived adapters: from the model, its config and the names that transformers gives its parts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _IN_LAYERS = re.compile(r"(?:(.*)\.)?\d+(?:\.|$)")  # a path through a list of l
 
 
 def derive_adapter(model: nn.Module) -> Adapter:
-    """The adapter of a model whose class has none; ValueError, which says why, where nothing is derived."""
+    """The adapter of a model whose class has none; ValueError with the reason if nothing is derived."""
     name, config = type(model).__name__, getattr(model, "config", None)
     if any(getattr(part, "is_encoder_decoder", False) for part in (config, getattr(config, "text_config", None))):
         raise ValueError(f"{name} encodes its prompt with an encoder, so that its towers are found in a forward pass")
@@ -54,8 +54,8 @@ _OF_TIMM = ("patch_embed", "blocks", "num_classes")
 
 
 def classifies(model: Any) -> bool:
-    """Whether a class of transformers gives logits and does not generate, or a model has the parts of timm's: its score is read
-    from towers that a run finds."""
+    """Whether a class of transformers gives logits and does not generate, or a model has the parts of timm's: its towers are
+    found in a forward pass."""
     if all(hasattr(model, part) for part in _OF_TIMM):
         return True
     if not hasattr(model, "can_generate") or model.can_generate():
@@ -96,7 +96,7 @@ def drafts(model: Any) -> bool:
 
 
 def _language(model: Any) -> Tower:
-    """The language model, where transformers puts it."""
+    """The tower of the language model in a class of transformers."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
     if decoder is model.get_output_embeddings():  # some call their head "decoder"
         decoder = model.base_model
@@ -105,14 +105,14 @@ def _language(model: Any) -> Tower:
         raise ValueError(f"{type(model).__name__}.get_decoder() does not return a part of the model")
     first, *further = _lists_of_layers(decoder)
     inside = f"{path}." if path else ""
-    sees, prompted = (isinstance(getattr(model.config, name, None), int) for name in ("image_token_id", "prompt_length"))
+    takes_images, prompted = (isinstance(getattr(model.config, name, None), int) for name in ("image_token_id", "prompt_length"))
     return Tower(
         "language",
         path,
         first,
         "target",
-        "image_text" if sees else "prompted_text" if prompted else "text",
-        grid=derived_grids.derived if sees else None,
+        "image_text" if takes_images else "prompted_text" if prompted else "text",
+        grid=derived_grids.derived if takes_images else None,
         further=tuple(f"{inside}{layers}" for layers in further),
     )
 
@@ -129,8 +129,8 @@ def _encoder(model: Any, name: str, path: str, tokens: str) -> Tower:
 
 
 def _lists_of_layers(decoder: nn.Module) -> list[str]:
-    """The lists of layers that attend, in their order; "*" stands for the layer's number where they lie in layers themselves.
-    Where none attends, the longest list of layers."""
+    """The lists of layers that attend, in their order; "*" stands for the layer's number if they are inside of layers themselves.
+    If none attends, the longest list of layers."""
     attending = (_IN_LAYERS.match(name) for name, module in decoder.named_modules() if _attends(name, module))
     lists = {_NUMBER.sub("*", path[1] or ""): None for path in attending if path is not None}
     if not lists:
@@ -140,7 +140,7 @@ def _lists_of_layers(decoder: nn.Module) -> list[str]:
         if not others:
             raise ValueError(f"{type(decoder).__name__} has no list of layers")
         return [max(others, key=lambda name: (-name.count("."), others[name]))]
-    outermost = min(layers.count(".") for layers in lists)  # deeper ones are parts beside the decoder, as a tower of images
+    outermost = min(layers.count(".") for layers in lists)  # deeper ones are other parts, such as a tower of images
     return [layers for layers in lists if layers.count(".") == outermost]
 
 

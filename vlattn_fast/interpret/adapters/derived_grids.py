@@ -1,4 +1,4 @@
-"""The grid of models that nobody lists, derived from names that many configs and inputs share."""
+"""The grid of models without a listed adapter, derived from names that many configs and inputs share."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _SHARES = ("downsample_ratio", "pixel_shuffle_ratio")
 
 
 def derived(config: Any, inputs: Mapping[str, Any]) -> list[Layout] | None:
-    """The images of a model that nobody lists, where config and inputs tell how they lie and the tokens add up; else None."""
+    """The images of a model without a listed adapter, if config and inputs give their grids and the tokens add up; else None."""
     for rule in (_by_frames, _by_tiles, _by_pixels):
         layouts = rule(config, inputs)
         if layouts is not None:
@@ -72,7 +72,7 @@ def _by_pixels(config: Any, inputs: Mapping[str, Any]) -> list[Layout] | None:
 
 
 def _images(config: Any, inputs: Mapping[str, Any], shapes: Sequence[Shape], before: int = 0) -> list[Layout]:
-    """Images of these shapes, some of which may be crops of one photo where all have one shape."""
+    """Images of these shapes, some of which may be crops of one photo if all have one shape."""
     alike = len(set(shapes)) == 1 and inputs.get("image_sizes") is None
     return with_thumbnails(config, inputs, shapes[0], before) if alike else [whole(shape, before) for shape in shapes]
 

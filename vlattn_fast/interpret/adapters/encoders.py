@@ -12,7 +12,7 @@ _SIGLIP_VISION = replace(_CLIP_VISION, position="pool", prefix=0, pooling="head.
 _SIGLIP_TEXT = replace(_CLIP_TEXT, position="last", tokens="text")
 _VIT = Tower("vision", "vit", "layers", "cls", "patches", prefix=1)
 _DINOV2 = Tower("vision", "dinov2", "encoder.layer", "cls", "patches", prefix=1)
-_DINOV2_READ = replace(_DINOV2, position="cls_and_patch_mean")  # its head takes both beside each other
+_DINOV2_CLASSIFIED = replace(_DINOV2, position="cls_and_patch_mean")  # its head takes both, concatenated
 _DEIT = replace(_VIT, path="deit", prefix=2)  # CLS and the distillation token
 _DINOV3 = Tower("vision", "", "model.layer", "cls", "patches", prefix=1)
 _BERT = Tower("text", "bert", "encoder.layer", "cls", "bert_text")
@@ -32,7 +32,7 @@ _LAYOUTLMV3 = replace(_BERT, name="joint", path="layoutlmv3", tokens="text_patch
 _FLAVA = Tower("joint", "multimodal_model", "encoder.layer", "cls", "patches_text", prefix=2)
 _GIT = Tower("language", "git.encoder", "layer", "target", "patches_text", prefix=1)
 
-# The stem of a class, its tower, and the endings of the classes with a head; <stem>Model is the tower alone.
+# The stem of a class, its tower, and the endings of the classes with a head; <stem>Model is only the tower.
 _ONE_TOWER = [
     ("CLIPVision", _CLIP_VISION, "ModelWithProjection"),
     ("CLIPText", _CLIP_TEXT, "ModelWithProjection"),
@@ -60,8 +60,8 @@ _CLIPS = ("CLIPModel", "MetaClip2Model", "CLIPSegModel", "OwlViTModel")
 ENCODERS: dict[str, Adapter] = {
     **{f"{stem}Model": Adapter((replace(tower, path=""),), "class") for stem, tower, _ in _ONE_TOWER},
     **{f"{stem}{head}": Adapter((tower,), "class") for stem, tower, heads in _ONE_TOWER for head in heads.split()},
-    "Dinov2ForImageClassification": Adapter((_DINOV2_READ,), "class"),
-    "Dinov2WithRegistersForImageClassification": Adapter((replace(_DINOV2_READ, path="dinov2_with_registers"),), "class"),
+    "Dinov2ForImageClassification": Adapter((_DINOV2_CLASSIFIED,), "class"),
+    "Dinov2WithRegistersForImageClassification": Adapter((replace(_DINOV2_CLASSIFIED, path="dinov2_with_registers"),), "class"),
     "CLIPForImageClassification": Adapter((replace(_CLIP_VISION, position="patch_mean"),), "class"),
     "SiglipForImageClassification": Adapter((replace(_SIGLIP_VISION, position="mean", pooling=None),), "class"),
     "DINOv3ViTModel": Adapter((_DINOV3,), "class"),

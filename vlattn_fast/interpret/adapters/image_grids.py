@@ -1,7 +1,7 @@
 """Grids: how the image tokens of a prompt lie in the images that they stand for.
 
 A grid is a function of the config of a model and of its inputs. It gives one `Layout` per image, in the order of the prompts.
-Where the image tokens do not add up to what it says, `Tokens.maps` raises. `derived_grids` has that of models that nobody lists.
+If the image tokens do not add up to it, `Tokens.maps` raises an error. `derived_grids` is for models without a listed adapter.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Layout:
     """The tokens of one image."""
 
     size: int  # how many image tokens of the prompt are this image's
-    maps: tuple[Tensor, ...]  # (h, w): which token lies where in each map. Tokens in no map (CLS, ends of rows) have no place.
+    maps: tuple[Tensor, ...]  # (h, w): the token at each position of a map. Some tokens are in no map (CLS, ends of rows).
     boxes: tuple[Box | None, ...] | None = None  # x1, y1, x2, y2 of each map relative to the photo; None = the inputs do not tell
     film: bool = False  # each map is of a frame, and not all of one photo
 
@@ -54,7 +54,7 @@ def patch_shape(config: Any, size: Sequence[int]) -> Shape:
 
 
 def only_image(inputs: Mapping[str, Any]) -> Tensor | None:
-    """The images (B, C, H, W) of a model that takes nothing beside them; None if it takes ids, too, or several."""
+    """The images (B, C, H, W) of a model that takes nothing else; None if it also takes ids, or several images."""
     tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
     images = [value for value in tensors if value.ndim == 4 and value.is_floating_point()]
     return images[0] if len(images) == 1 and not any(map(is_ids, tensors)) else None
@@ -66,7 +66,7 @@ def is_ids(value: Any) -> bool:
 
 
 def square_patches(count: int, size: Sequence[int], prefix: int | None) -> tuple[int, Shape] | None:
-    """The tokens before the patches and the grid (h, w) of these, where `count` tokens are of an image of `size` (height,
+    """The tokens before the patches and the grid (h, w) of these, if `count` tokens are of an image of `size` (height,
     width) pixels in squares that leave nothing over. Without a `prefix` the fewest tokens that fit, at most 8 (CLS, registers);
     None if nothing fits."""
     height, width = int(size[0]), int(size[1])
@@ -154,7 +154,7 @@ def shuffled(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
 def with_thumbnails(
     config: Any, inputs: Mapping[str, Any], shape: Shape, before: int = 0, first: bool | None = None, apart: bool = False
 ) -> list[Layout]:
-    """Images of `shape` tokens, each after `before` others. Crops of a photo are joined to one map where a thumbnail shows how
+    """Images of `shape` tokens, each after `before` others. Crops of a photo are joined to one map if a thumbnail shows how
     they lie: before them (`first`) or after them. `apart`: images with other tokens between them are other photos."""
     pixels, size = inputs["pixel_values"], before + math.prod(shape)
     layouts: list[Layout] = []
@@ -237,7 +237,7 @@ def separated(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
 def _prompts_of_tiles(
     config: Any, inputs: Mapping[str, Any], shape: Shape
 ) -> Iterator[tuple[list[int], list[Shape], list[Layout] | None]]:
-    """The ids of each prompt, the stretches of its image tokens, and the layouts where these are no tiles with tokens between."""
+    """The ids of each prompt, the stretches of its image tokens, and the layouts if these are not tiles with tokens between them."""
     for ids, runs in _runs(config, inputs):
         tiles = all(stop - start == math.prod(shape) for start, stop in runs)
         count = sum(stop - start for start, stop in runs)
@@ -245,7 +245,7 @@ def _prompts_of_tiles(
 
 
 def _runs(config: Any, inputs: Mapping[str, Any]) -> Iterator[tuple[list[int], list[Shape]]]:
-    """The ids of each prompt, and where each stretch of its image tokens starts and stops."""
+    """The ids of each prompt, and the start and stop of each stretch of its image tokens."""
     ids_of = inputs["input_ids"].reshape(-1, inputs["input_ids"].shape[-1])
     for ids, is_image in zip(ids_of.tolist(), image_tokens(config, inputs).tolist(), strict=True):
         edges = [i for i in range(len(ids) + 1) if (i < len(ids) and is_image[i]) != (i > 0 and is_image[i - 1])]
@@ -292,8 +292,8 @@ def tiled_states(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
         maps, boxes = tuple[Tensor, ...](), tuple[Box | None, ...]()
         if number > 0:  # 0 pads
             rows, columns = vision.supported_aspect_ratios[number - 1]
-            places = _tiled((rows, columns), shape)
-            maps = (places + places // math.prod(shape) + 1,)  # after the CLS token of its tile and of those before
+            positions = _tiled((rows, columns), shape)
+            maps = (positions + positions // math.prod(shape) + 1,)  # after the CLS token of its tile and of those before
             boxes = (_canvas(image[: rows * columns], [columns] * rows),)
         layouts.append(Layout(tiles * count, maps, boxes))
     return layouts

@@ -1,4 +1,4 @@
-"""Facts that only pixels tell: which images are of one photo, how its crops lie in it, and which part of them is padding."""
+"""What only pixels tell: which images are of one photo, how its crops lie in it, and which part of them is padding."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 _CELLS = 32  # a side of a crop has so many cells at most when it is compared with the thumbnail
 _SMALL = 480  # pixels a side are enough for that
 _MOST = 41  # images of one photo
-_ALIKE = 0.25  # of the thumbnail's variance: what scaling changes is less, another place of the crops gives more
-_KEPT = 0.03  # of the variance is kept when an image is scaled down, or its pattern is too fine
+_ALIKE = 0.25  # of the thumbnail's variance: what scaling changes is less, other positions of the crops give more
+_LEAST_VARIANCE = 0.03  # of the variance is kept when an image is scaled down, or its pattern is too fine
 _CLEARLY = 3.0  # times the error: so much more has the second-best grid
 
 
@@ -27,14 +27,14 @@ class Photo:
     """Consecutive images of a prompt that show one photo."""
 
     count: int  # of images
-    grid: Shape | None = None  # rows and columns of crops beside a thumbnail; None = one image without crops
+    grid: Shape | None = None  # rows and columns of crops with a thumbnail; None = one image without crops
     first: bool = False  # the thumbnail is before the crops
 
 
 def photos_in(images: Tensor, first: bool | None, one: bool) -> list[Photo]:
     """The photos that images (n, C, H, W) of a prompt show; with `one` all show the same, or nothing tells.
 
-    Crops of one photo, row by row, have a thumbnail behind or before them (`first`; None = either): at one grid alone they
+    Crops of one photo, row by row, have a thumbnail after or before them (`first`; None = either): in exactly one grid they
     are the thumbnail when they are scaled down. An image that is not a part of such a group is a photo by itself.
     """
     photos, at = list[Photo](), 0
@@ -47,7 +47,7 @@ def photos_in(images: Tensor, first: bool | None, one: bool) -> list[Photo]:
 
 
 def _photo(images: Tensor, sides: Sequence[bool], fewest: int) -> Photo:
-    """The photo of the first images, as many of them as show one, but `fewest` or more; else the first image alone."""
+    """The photo of the first images, as many of them as show one, but `fewest` or more; else only the first image."""
     means = images.mean((-2, -1))
     for count in range(min(len(images), _MOST), max(fewest, 3) - 1, -1):
         errors = dict[Photo, float]()
@@ -80,7 +80,7 @@ def _errors(crops: Tensor, thumbnail: Tensor) -> dict[Shape, float] | None:
         variance = _variance(whole)
         if variance <= 1e-6:  # one colour
             return {}
-        if variance < _KEPT * _variance(thumbnail):
+        if variance < _LEAST_VARIANCE * _variance(thumbnail):
             return None
         errors[rows, columns] = float((joined - whole).square().mean()) / variance
     return errors
@@ -102,8 +102,8 @@ def numbered(images: Sequence[Tensor]) -> list[int]:
 
 
 def canvas_box(canvas: Tensor) -> Box | None:
-    """x1, y1, x2, y2 of a canvas (C, H, W) relative to the photo in its upper left corner, where the canvas has one colour below
-    and beside the photo; None if it has one colour throughout."""
+    """x1, y1, x2, y2 of a canvas (C, H, W) relative to the photo in its upper left corner, if the canvas has one colour below
+    and to the right of the photo; None if it has one colour throughout."""
     drawn = (canvas != canvas[:, -1:, -1:]).any(0)
     if not bool(drawn.any()):
         return None

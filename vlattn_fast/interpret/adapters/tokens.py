@@ -1,4 +1,4 @@
-"""Kinds of tokens: which tokens of a tower are real, which are words, and where they lie in an image.
+"""Kinds of tokens: which tokens of a tower are real, which are words, and their positions in an image.
 
 A kind is one subclass of `Tokens` with a name, which a `Tower` has as `tokens`. Its objects are the tokens of a tower in a batch.
 """
@@ -49,11 +49,11 @@ class Named:
 
 @dataclass(frozen=True, eq=False)
 class Tokens(Named):
-    """The tokens (B, N) of a tower in a batch. This base is the kind of towers without an adapter: only masks may tell."""
+    """The tokens (B, N) of a tower in a batch. This base is the kind of towers without an adapter: only masks tell which are real."""
 
     inputs: Mapping[str, Any]  # the model's
     shape: tuple[int, int]
-    config: Any = None  # the tower's; the model's where text and image share a sequence, or a grid is given
+    config: Any = None  # the tower's; the model's if text and image share a sequence, or a grid is given
     prefix: int = 0  # tokens of the image before its patches, which are CLS and registers
     grid: Grid | None = None  # see `Tower`
     predicts: bool = False  # whether the tower predicts tokens. Its texts then do not end with [SEP].
@@ -68,7 +68,7 @@ class Tokens(Named):
     follows_ids: ClassVar[bool] = False  # token i has the id `input_ids[:, i]`
 
     def __post_init__(self) -> None:
-        """A kind may settle here what its inputs tell."""
+        """For what a kind derives from its inputs."""
 
     @property
     def ids(self) -> Tensor | None:
@@ -95,8 +95,8 @@ class Tokens(Named):
         return torch.ones(self.shape, dtype=torch.bool)
 
     def maps(self, relevancy: Tensor) -> Maps | None:
-        """The image's entries of relevancy (B, N) on their grids (images, h, w), a tuple of (h, w) where grids differ, and the
-        row that each belongs to. None without an image, or where tokens have no position in it."""
+        """The image's entries of relevancy (B, N) on their grids (images, h, w), a tuple of (h, w) if grids differ, and the
+        sample of each. None without an image, or if its tokens are not patches."""
         if (layouts := self.layouts) is None:
             return None
         is_image = self.image_mask()
@@ -116,12 +116,12 @@ class Tokens(Named):
 
     @cached_property
     def layouts(self) -> list[Layout] | None:
-        """How the tokens of each image of the prompts lie in it; None without an image, or where nothing tells."""
+        """The grids of the images of the prompts; None without an image, or if nothing tells."""
         has_images = any(self.inputs.get(name) is not None for name in ("pixel_values", "pixel_values_videos"))
         return None if self.grid is None or self.ids is None or not has_images else self.grid(self.config, self.inputs)
 
     def photos(self, count: int) -> tuple[list[int], list[Box | None]]:
-        """The number of the photo of each of `count` maps, and the map's x1, y1, x2, y2 relative to it, where inputs tell."""
+        """The number of the photo of each of `count` maps, and the map's x1, y1, x2, y2 relative to it, if the inputs tell."""
         if self.layouts is not None:
             return photos_of(self.layouts)
         found = [self.inputs.get(name) for name in ("pixel_values", "image")] + [only_image(self.inputs)]
@@ -129,7 +129,7 @@ class Tokens(Named):
         return list(range(count)) if images is None else numbered([*images]), [None] * count
 
     def fields(self, row: Tensor) -> dict[str, Any]:
-        """Further fields of an `Explanation` from the tower's row (B, N), or relevancy vectors (B, K, N)."""
+        """Further fields of an `Explanation` from the tower's relevancy vectors (B, N) or (B, K, N)."""
         return {}
 
     def last_real(self) -> Tensor:
@@ -143,7 +143,7 @@ class Tokens(Named):
 
     def end_of_text(self) -> Tensor:
         """(B,) the token that CLIP pools: the first end-of-text token; in old configs (eos_token_id 2) and in models without a
-        config the largest id; the last real token where the config does not name it."""
+        config the largest id; the last real token if the config does not name it."""
         ids = self.ids
         if ids is None:
             raise ValueError("inputs must contain 'input_ids' with CLIP's end-of-text token; got none")
@@ -230,7 +230,7 @@ class PromptedText(Text, name="prompted_text"):
 
 
 class Decoded(Text, name="decoded"):
-    """A decoder's text, whose prompt an encoder reads."""
+    """A decoder's text after an encoder's prompt."""
 
     text = follows_ids = False
     mask = "decoder_attention_mask"
@@ -273,7 +273,7 @@ class Patches(_WithoutPadding, name="patches"):
 
 
 class LastPatches(Patches, name="last_patches"):
-    """Patches of images of one size, after all tokens that they leave."""
+    """Patches of images of one size, after any number of other tokens."""
 
     def __post_init__(self) -> None:
         if (pixels := self.pixels) is None:
@@ -322,13 +322,13 @@ class Features(_WithoutPadding, name="features"):
 
 
 class Image(_WithoutPadding, name="image"):
-    """Image tokens alone, as `grid` has them."""
+    """Only image tokens, with the positions of `grid`."""
 
     image = True
 
 
 class Boxes(_WithoutPadding, name="boxes"):
-    """Image regions alone."""
+    """Only image regions."""
 
     image = True
 
