@@ -237,7 +237,8 @@ def separated(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
 def _prompts_of_tiles(
     config: Any, inputs: Mapping[str, Any], shape: Shape
 ) -> Iterator[tuple[list[int], list[Shape], list[Layout] | None]]:
-    """The ids of each prompt, the stretches of its image tokens, and the layouts if these are not tiles with tokens between them."""
+    """The ids of each prompt, the stretches of its image tokens, and the layouts if these are not tiles with tokens between
+    them."""
     for ids, runs in _runs(config, inputs):
         tiles = all(stop - start == math.prod(shape) for start, stop in runs)
         count = sum(stop - start for start, stop in runs)

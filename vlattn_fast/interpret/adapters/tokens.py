@@ -49,7 +49,8 @@ class Named:
 
 @dataclass(frozen=True, eq=False)
 class Tokens(Named):
-    """The tokens (B, N) of a tower in a batch. This base is the kind of towers without an adapter: only masks tell which are real."""
+    """The tokens (B, N) of a tower in a batch. This base is the kind of towers without an adapter: only masks tell which are
+    real."""
 
     inputs: Mapping[str, Any]  # the model's
     shape: tuple[int, int]

@@ -142,14 +142,14 @@ def vision_maps(
     flat = row.movedim(0, -2).flatten(-2)  # ([T,] images * N)
     map_prompts = [int(prompts[merged.tokens[index].max()]) for index in merged.maps]
     photos, crops = ([], []) if layouts is None else photos_of(layouts)
-    places = merged.maps
-    if len(places) != len(photos):
-        photo_places = None if layouts is None else joined(merged, layouts)
-        if photo_places is None:
-            photos, crops = list(range(len(places))), [None] * len(places)
-        places = photo_places or places
-    maps = stacked([flat[..., index.to(flat.device)] for index in places])
-    image_samples = [int(prompts[merged.tokens[index].max()]) for index in places]
+    positions = merged.maps
+    if len(positions) != len(photos):
+        photo_positions = None if layouts is None else joined(merged, layouts)
+        if photo_positions is None:
+            photos, crops = list(range(len(positions))), [None] * len(positions)
+        positions = photo_positions or positions
+    maps = stacked([flat[..., index.to(flat.device)] for index in positions])
+    image_samples = [int(prompts[merged.tokens[index].max()]) for index in positions]
     vision_fields: dict[str, Any] = {"image": maps, "image_samples": image_samples, "photos": photos, "crops": crops}
     if fields.get("image_samples") == image_samples:
         vision_fields["tower_images"] = {"language": fields["image"]}

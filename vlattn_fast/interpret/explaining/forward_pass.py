@@ -152,12 +152,12 @@ def _connect(vision: TowerTrace, language: TowerTrace, connector: Connector, con
     def below(like: Tensor) -> Tensor:
         leaving = vision.carriers.leaving()
         fed = connector(config, arguments, vision.shape, int(image_tokens(config, arguments).sum())).tokens
-        real, places = fed >= 0, image_tokens(config, arguments).flatten().nonzero()[:, 0]
+        real, positions = fed >= 0, image_tokens(config, arguments).flatten().nonzero()[:, 0]
         tokens = fed[real].to(leaving.device)
-        shares = 1 / tokens.bincount(minlength=len(places)).clamp(min=1).to(leaving)
+        shares = 1 / tokens.bincount(minlength=len(positions)).clamp(min=1).to(leaving)
         lines = leaving.transpose(0, 1).flatten(1)[:, real.to(leaving.device)]  # (2, patches), as they lie in the batch
-        contribution = (leaving.new_zeros(2, len(places)).index_add(1, tokens, lines) * shares).to(like)
-        flat = torch.zeros_like(like).transpose(0, 1).flatten(1).index_copy(1, places.to(like.device), contribution)
+        contribution = (leaving.new_zeros(2, len(positions)).index_add(1, tokens, lines) * shares).to(like)
+        flat = torch.zeros_like(like).transpose(0, 1).flatten(1).index_copy(1, positions.to(like.device), contribution)
         return flat.view(2, *like.shape[::2]).transpose(0, 1)
 
     language.carriers.below = below
