@@ -93,18 +93,16 @@ def explain(
     Args:
         model: a Hugging Face model with an adapter, listed (`va.interpret.ADAPTERS`) or derived; `va.models.UNITER`; or any other
             model, if you pass `position` and `target`. Wrappers such as torch.compile, DDP, PEFT or a pipeline are allowed.
-        inputs: the model's keyword arguments, such as a processor returns.
-        target: the score. None = what the model predicts: a classifier's largest logit, a decoder's next token, a detector's
-            surest object query; of CLIP-like models the similarity of image i and text i (one image and T texts: T samples). An
-            int, or (B,) ints = that class, token, object query or text. A word, or (B,) words = a class's name, or a decoder's
-            token as the tokenizer has it (byte-level BPE: " red" with a space). A callable(outputs) or (outputs, inputs) ->
-            (B,) scores. "similarity" = the cosine of samples 0 and 1, 2 and 3, ..., for an encoder without logits. A
-            `va.Action` = a number of a robot policy's actions.
-        answer: in place of `target`, the answer of a decoder or encoder-decoder to the prompts of `inputs`: one text or a text
-            for each sample, token ids (B, T) or (T,), lists of ids, or what `model.generate` returned, whose prompts, and all
-            from the first end token on, are left out.
-        method: a name, which means the defaults, or an object with options, such as
-            `va.methods.Weighted(weighting="norm", start_layer=2)`.
+        inputs: the model's keyword arguments, for example what a processor returns.
+        target: the score. None = what the model predicts; for CLIP-like models the similarity of image i and text i. An int, or
+            (B,) ints = that class, token, object query or text. A word, or (B,) words = a class's name, or a decoder's token as
+            the tokenizer has it (byte-level BPE: " red" with a space). A callable(outputs) or (outputs, inputs) -> (B,) scores;
+            images and texts must then be equally many. "similarity" = the cosine of samples 0 and 1, 2 and 3, ..., for an encoder
+            without logits. A `va.Action`, for a robot policy. The guide "What to explain" has the details.
+        answer: instead of `target`, a decoder's answer to the prompts of `inputs`: a text, or one for each sample, token ids
+            (B, T) or (T,), lists of ids, or what `model.generate` returned (its prompts, and all from the first end token on,
+            are left out).
+        method: a name, or an object with options, such as `va.methods.Weighted(weighting="norm", start_layer=2)`.
         processor: a processor, a tokenizer or an image processor. It names the words of the explanation and the special tokens,
             and encodes a `target` or an `answer` that is text.
         per_token: True = each token of the answer separately: relevancy (B, T, N + T) and scores (B, T), its log-probabilities.

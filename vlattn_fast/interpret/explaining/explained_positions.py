@@ -182,7 +182,7 @@ def _weights_by_gradient(tower: TowerTrace, found: ScoreTokens | None, arguments
 
 def _is_same(gradient: Tensor, tokens: Tensor) -> bool:
     """Whether the gradient (B, N, C) is the same, and not zero, at all `tokens`, bool (B, N), of which each row has some. Behind
-    the last step that mixes features it is, where tokens are averaged."""
+    the last step that mixes features it is, if tokens are averaged."""
     first = gradient[torch.arange(len(tokens)), tokens.int().argmax(-1)][:, None]
     bound = 1e-4 * first.abs().amax(-1, keepdim=True)
     return bool((((gradient - first).abs() <= bound).all(-1) | ~tokens).all()) and bool(first.any())

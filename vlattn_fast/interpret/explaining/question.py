@@ -151,7 +151,7 @@ def choose_score(request: Request, prompt: Prompt, outputs: Any, batch: int) -> 
 
 def check_scores(name: str, scores: Tensor, request: Request, run: Run) -> None:
     """UndefinedRelevancy for a score (B,) that is NaN, and ValueError for scores that do not depend on the explained layers,
-    where the method takes their gradient. `name`: of the argument that gives them."""
+    if the method takes their gradient. `name`: of the argument that gives them."""
     if bool(scores.isnan().any()):
         samples = scores.isnan().nonzero()[:, 0].tolist()
         raise UndefinedRelevancy(f"{name} must give scores that are numbers; got nan for samples {samples} of the batch")

@@ -162,7 +162,7 @@ class EmbeddingTrace(Subscriber):
         first = output[0] if isinstance(output, tuple) and output else output
         for tower in self.towers:
             if tower.grid is not None and tower.patches is None and isinstance(first, Tensor):
-                tower.patches = _patches_of(module, args, first, tower.grid, alone=len(self.towers) == 1 and not self._ids)
+                tower.patches = _patches_of(module, args, first, tower.grid, only=len(self.towers) == 1 and not self._ids)
         if path := self._names[module]:
             note_lost_gradient(self.without_gradient, path, args, first)
 
@@ -182,16 +182,16 @@ class EmbeddingTrace(Subscriber):
             )
 
 
-def _patches_of(module: nn.Module, args: tuple[Any, ...], output: Tensor, pixels: Shape, alone: bool) -> Shape | None:
+def _patches_of(module: nn.Module, args: tuple[Any, ...], output: Tensor, pixels: Shape, only: bool) -> Shape | None:
     """The grid of the patches that a module cuts an image of `pixels` into: a convolution that steps from patch to patch; or, if
-    the model sees the image `alone`, what gives tokens (B, N, C), where N fits squares and at most eight tokens before them.
+    the image is the `only` input, what gives tokens (B, N, C), if N fits squares and at most eight tokens before them.
     None for other modules."""
     if isinstance(module, nn.Conv2d):
         steps = all(size == step > 1 for size, step in zip(module.kernel_size, module.stride, strict=True))
         shape = (output.shape[-2], output.shape[-1])
         whole = bool(args) and tuple(args[0].shape[-2:]) == pixels
         return shape if steps and whole and not pixels[0] % shape[0] and not pixels[1] % shape[1] else None
-    if not alone or output.ndim != 3 or not output.is_floating_point():
+    if not only or output.ndim != 3 or not output.is_floating_point():
         return None
     fitting = square_patches(output.shape[1], pixels, None)
     return None if fitting is None else fitting[1]

@@ -1,8 +1,8 @@
 """Whose tokens the keys of an attention call are, if it joins several: those of another tower, a learned key, zeros, a prefix.
 
 Tensors remember how torch.cat and pad joined them, of parts that came from the model's inputs and of parts that did not. At an
-attention call the first kind are the tokens. A part that no function of the run made, and that is none of the model's tensors,
-came from elsewhere, as the keys of a cache do. Tokens that came through other attention calls are another tower's.
+attention call the first kind are the tokens. A part that no function of the run made, and that is not one of the model's tensors,
+came from elsewhere, such as the keys of a cache. Tokens that came through other attention calls are another tower's.
 """
 
 from __future__ import annotations

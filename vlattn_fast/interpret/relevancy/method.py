@@ -98,7 +98,7 @@ def single_tokens(start: Tensor) -> Tensor:
 
 
 class Method:
-    """A method of `explain`, with its options; each call of `explain` takes a copy (`for_call`).
+    """Computes the relevancy of `explain`: the base class of all methods. Each call takes a copy (`for_call`).
 
     During the forward pass it gets every attention call of the towers (`attend`, `pool`, `cross`), and returns the output of the
     call. Afterwards `carry` or `between` makes the relevancy vectors, once for each score.

@@ -21,7 +21,7 @@ _GATES = ("log_decay", "beta", "diagonal")
 
 @dataclass(frozen=True, eq=False)
 class MixingCall(TracedCall):
-    """One call of a recurrence or of a convolution. Its query, key and value are those of the map; of a convolution alone, whose
+    """One call of a recurrence or of a convolution. Its query, key and value are those of the map; of only a convolution, whose
     channels are heads with Dv = 1, all three are the values (B, C, N, 1)."""
 
     is_mixing: ClassVar[bool] = True

@@ -1,6 +1,6 @@
 """Tokens that receive attention without content, found in each attention call.
 
-They are tokens of the input. A learned sink is none of them: it is one more logit of a head's softmax, see `ops/_sinks.py`.
+They are tokens of the input. A learned sink is not one of them: it is one more logit of a head's softmax, see `ops/_sinks.py`.
 
 A is the attention of one call with H heads, v_hj the value of key j in head h. Each call is judged separately:
 

@@ -118,10 +118,10 @@ def _rolled(calls: Sequence[Link], tower: TowerTrace, row: Tensor) -> tuple[Tens
 def _rolled_as_one(backward: BackwardPass, calls: Sequence[Link]) -> list[Tensor]:
     """The relevancy vectors of towers whose tokens are one sequence. Keys may come from an earlier call of their tower: relevancy
     that goes to them waits for that call."""
-    if alone := next((call for call in calls if call.source is not call.tower and not call.joint), None):
+    if separate := next((call for call in calls if call.source is not call.tower and not call.joint), None):
         raise ValueError(
             "model must attend to other towers either in one softmax with its own tokens, or in separate calls, for method "
-            f"'rollout'; got both, such as in '{alone.attention.path}'"
+            f"'rollout'; got both, such as in '{separate.attention.path}'"
         )
 
     def vector(tower: TowerTrace, source: TowerTrace, start: Tensor) -> Tensor:
