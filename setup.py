@@ -274,7 +274,7 @@ if __name__ == "__main__":
         packages=[
             *inside,
             "vlattn_fast.interpret.dataset.templates",
-            "vlattn_fast.interpret.result.pictures.templates",
+            "vlattn_fast.interpret.result.figures.templates",
             "vlattn_fast.interpret.probing.templates",
             "vlattn_fast.interpret.exploring.templates",
             "vlattn_fast.kernels",

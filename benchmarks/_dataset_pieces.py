@@ -11,7 +11,7 @@ import torch
 
 from vlattn_fast.interpret.dataset.store import SHARDS, ShardWriter
 from vlattn_fast.interpret.result.explanation import Explanation
-from vlattn_fast.interpret.result.pictures.photos import open_image
+from vlattn_fast.interpret.result.figures.photos import open_image
 
 
 def _milliseconds(act: Callable[[], object], rounds: int) -> float:

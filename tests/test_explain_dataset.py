@@ -24,7 +24,7 @@ from tests.helpers.commands import said, vlattn  # noqa: E402
 from vlattn_fast.interpret.dataset import pieces, store  # noqa: E402
 from vlattn_fast.interpret.dataset.items import Items  # noqa: E402
 from vlattn_fast.interpret.explaining import loading  # noqa: E402
-from vlattn_fast.interpret.result.pictures import photos  # noqa: E402
+from vlattn_fast.interpret.result.figures import photos  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 CAPTIONS = ["a red square", "a circle", "blue", "a red red blue square"]

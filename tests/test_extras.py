@@ -16,7 +16,7 @@ import torch
 import vlattn_fast as va
 from vlattn_fast._ground import extras
 from vlattn_fast.interpret.explaining import loading
-from vlattn_fast.interpret.result.pictures import photos
+from vlattn_fast.interpret.result.figures import photos
 
 EXPLANATION = va.Explanation({"vision": torch.rand(1, 5)}, torch.rand(1, 2, 2), [0])
 CALLS: dict[str, tuple[str, str, Callable[[Path], Any]]] = {

@@ -13,7 +13,7 @@ from tests.helpers.interpret.encoder_cases import git  # noqa: E402
 from tests.interpret.relevancy.test_linked import florence  # noqa: E402
 from vlattn_fast.interpret import explain  # noqa: E402
 from vlattn_fast.interpret.explaining import loading  # noqa: E402
-from vlattn_fast.interpret.result.pictures import photos  # noqa: E402
+from vlattn_fast.interpret.result.figures import photos  # noqa: E402
 
 PICTURE = image_module.effect_noise((40, 30), 80).convert("RGB")
 

@@ -15,7 +15,7 @@ from tests.helpers.commands import said, vlattn  # noqa: E402
 from vlattn_fast import cli  # noqa: E402
 from vlattn_fast.checking import verify  # noqa: E402
 from vlattn_fast.interpret.relevancy.methods.registry import METHODS  # noqa: E402
-from vlattn_fast.interpret.result.pictures import photos  # noqa: E402
+from vlattn_fast.interpret.result.figures import photos  # noqa: E402
 from vlattn_fast.ops import OPERATORS  # noqa: E402
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from vlattn_fast.interpret.evaluating.ties import rounding
-from vlattn_fast.interpret.result.pictures.photos import open_image
+from vlattn_fast.interpret.result.figures.photos import open_image
 
 Pair = tuple[Sequence[Any], Sequence[Any]]
 

@@ -18,7 +18,7 @@ from tests.helpers.interpret.evaluation_cases import Planted, made, planted_data
 from vlattn_fast.interpret.dataset.items import Items
 from vlattn_fast.interpret.dataset.samples import samples
 from vlattn_fast.interpret.evaluating.box_scores import BOX_SCORES, Truth, grid_entries, mass
-from vlattn_fast.interpret.result.pictures.photos import read_mask
+from vlattn_fast.interpret.result.figures.photos import read_mask
 
 SCORES = ("pointing", "iou", "mass")
 MAP = torch.tensor([[0.0, 4.0], [1.0, -1.0]])  # cells of a quarter of the image; the mean is 1

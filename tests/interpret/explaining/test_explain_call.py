@@ -441,6 +441,6 @@ def test_towers_alone_and_mean_pooling():
 
 def test_public_name():
     """The call and the package share a name; importing parts of the package must not put it in the call's place."""
-    import vlattn_fast.interpret.result.pictures.figure  # noqa: F401
+    import vlattn_fast.interpret.result.figures.figure  # noqa: F401
 
     assert va.explain is explain

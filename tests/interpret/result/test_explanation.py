@@ -264,7 +264,7 @@ def test_low_values_leave_the_background_as_it_is():
 
 
 def test_the_largest_value_does_not_vanish_on_white():
-    from vlattn_fast.interpret.result.pictures.figure import colors
+    from vlattn_fast.interpret.result.figures.figure import colors
 
     for name in ("inferno", "magma", "plasma", "viridis"):
         brightness = np.asarray(colors(name).colors)[:, :3] @ [0.2126, 0.7152, 0.0722]
@@ -301,10 +301,10 @@ def test_an_installed_font_has_the_letters_that_matplotlibs_own_lacks(monkeypatc
         for explanation, labels in shown:
             explanation.plot(labels=labels).savefig(tmp_path / "words.png")
 
-    monkeypatch.setattr("vlattn_fast.interpret.result.pictures.figure._FONTS", ("No such font",))
+    monkeypatch.setattr("vlattn_fast.interpret.result.figures.figure._FONTS", ("No such font",))
     with pytest.warns(UserWarning, match="Glyph 12398 .*missing"):
         draw()
-    monkeypatch.setattr("vlattn_fast.interpret.result.pictures.figure._FONTS", ("No such font", "STIXGeneral"))
+    monkeypatch.setattr("vlattn_fast.interpret.result.figures.figure._FONTS", ("No such font", "STIXGeneral"))
     draw()  # a warning is an error
     assert dict(matplotlib.rcParams) == before
 

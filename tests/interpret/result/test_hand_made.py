@@ -12,8 +12,8 @@ import torch
 
 from tests.helpers.interpret.made import answered, made
 from vlattn_fast.interpret import Explanation
+from vlattn_fast.interpret.result.figures.labels import Labels
 from vlattn_fast.interpret.result.numbers import choices
-from vlattn_fast.interpret.result.pictures.labels import Labels
 
 
 def cells(page: str) -> list[list[float | None]]:
@@ -304,7 +304,7 @@ def test_a_table_reads_each_row_once(monkeypatch):
 
 @pytest.mark.slow
 def test_many_words_share_a_sheet():
-    from vlattn_fast.interpret.result.pictures import figure
+    from vlattn_fast.interpret.result.figures import figure
 
     short, long = long_answer(40).plot(), long_answer(300).plot()
     assert len(short.axes) > 80 and len(long.axes) == 4  # sheet and table, each with a bar

@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers")
 from tests.helpers import saved_models  # noqa: E402
 from tests.helpers.interpret.made import answered, made  # noqa: E402
 from vlattn_fast.interpret import Explanation  # noqa: E402
-from vlattn_fast.interpret.result.pictures import photos  # noqa: E402
+from vlattn_fast.interpret.result.figures import photos  # noqa: E402
 
 PHOTO = image_module.effect_noise((640, 427), 80).convert("RGB")
 MIDDLE = ((640 - 427) / 2 / 640, 0, (640 + 427) / 2 / 640, 1)  # a square
@@ -136,7 +136,7 @@ def test_an_overlay_has_the_photos_size_and_pixels() -> None:
         assert start + 6.4 * side < places.min() < start + 7 * side and start + 8 * side < places.max() < start + 8.6 * side
     middle = np.asarray(shown)[round(7.5 * side), round(left + 7.5 * side)] / 255
     under = np.asarray(PHOTO)[round(7.5 * side), round(left + 7.5 * side)] / 255
-    from vlattn_fast.interpret.result.pictures.figure import colors
+    from vlattn_fast.interpret.result.figures.figure import colors
 
     np.testing.assert_allclose(middle, 0.85 * np.asarray(colors("inferno")(1.0)[:3]) + 0.15 * under, atol=0.1)
     assert np.array_equal(np.asarray(explanation.overlay(PHOTO, processor=CLIP, alpha=0.0)), np.asarray(PHOTO))

@@ -14,9 +14,9 @@ from vlattn_fast.interpret.explaining.explain import explain, explain_layers, fi
 from vlattn_fast.interpret.explaining.loading import build_inputs, generate, load_model, on_device
 from vlattn_fast.interpret.relevancy.method import Method
 from vlattn_fast.interpret.result.explanation import Explanation
+from vlattn_fast.interpret.result.figures.photos import open_image
 from vlattn_fast.interpret.result.numbers.choices import score_text
 from vlattn_fast.interpret.result.numbers.sink_tokens import sinks_line
-from vlattn_fast.interpret.result.pictures.photos import open_image
 
 
 def explain_one(

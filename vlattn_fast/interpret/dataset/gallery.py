@@ -12,11 +12,11 @@ from torch import Tensor
 from vlattn_fast._ground.extras import with_progress
 from vlattn_fast.interpret.dataset.failures import summary
 from vlattn_fast.interpret.result.explanation import Explanation
+from vlattn_fast.interpret.result.figures.figure import Painter
+from vlattn_fast.interpret.result.figures.page import Page, data_uri, fill_template
+from vlattn_fast.interpret.result.figures.photos import open_image, read_boxes, read_pictures
+from vlattn_fast.interpret.result.figures.scale import colors, limits
 from vlattn_fast.interpret.result.numbers.choices import Patch, Sample, explained_as, read_samples, score_text, to_array
-from vlattn_fast.interpret.result.pictures.figure import Painter
-from vlattn_fast.interpret.result.pictures.page import Page, data_uri, fill_template
-from vlattn_fast.interpret.result.pictures.photos import open_image, read_boxes, read_pictures
-from vlattn_fast.interpret.result.pictures.scale import colors, limits
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture

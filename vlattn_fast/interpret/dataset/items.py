@@ -12,7 +12,7 @@ from typing import Any
 
 from vlattn_fast._ground.extras import extra
 from vlattn_fast.interpret.explaining.loading import json_lines, open_lines
-from vlattn_fast.interpret.result.pictures.photos import open_image, to_rgb
+from vlattn_fast.interpret.result.figures.photos import open_image, to_rgb
 
 COLUMNS = ("image", "text", "target", "answer", "id")
 BOXES = "boxes"  # a column that only `evaluate` reads

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlattn_fast.interpret.dataset.items import Items
 from vlattn_fast.interpret.explaining.loading import build_inputs, on_device
-from vlattn_fast.interpret.result.pictures.photos import read_mask
+from vlattn_fast.interpret.result.figures.photos import read_mask
 
 
 def samples(

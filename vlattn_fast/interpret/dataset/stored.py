@@ -17,7 +17,7 @@ from vlattn_fast.interpret.dataset.gallery import gallery
 from vlattn_fast.interpret.dataset.pieces import unpack
 from vlattn_fast.interpret.dataset.store import SHARDS, read_settings, stored_items
 from vlattn_fast.interpret.result.explanation import Explanation
-from vlattn_fast.interpret.result.pictures.page import Page
+from vlattn_fast.interpret.result.figures.page import Page
 
 if TYPE_CHECKING:
     import pandas as pd

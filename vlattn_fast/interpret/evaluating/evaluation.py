@@ -10,7 +10,7 @@ import torch
 
 from vlattn_fast._ground.extras import extra
 from vlattn_fast.interpret.evaluating.curves import BOTH, CURVES
-from vlattn_fast.interpret.result.pictures.report import Report, panels
+from vlattn_fast.interpret.result.figures.report import Report, panels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

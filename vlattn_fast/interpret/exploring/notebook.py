@@ -14,9 +14,9 @@ from vlattn_fast.interpret.exploring.exploration import Exploration, State
 from vlattn_fast.interpret.intervening.edges import EdgeTable
 from vlattn_fast.interpret.intervening.edits import Edit
 from vlattn_fast.interpret.result.explanation import Explanation
+from vlattn_fast.interpret.result.figures.page import TEMPLATES, Drawn, fill_template, finite
+from vlattn_fast.interpret.result.figures.photos import read_boxes, read_pictures
 from vlattn_fast.interpret.result.numbers.choices import read_samples
-from vlattn_fast.interpret.result.pictures.page import TEMPLATES, Drawn, fill_template, finite
-from vlattn_fast.interpret.result.pictures.photos import read_boxes, read_pictures
 
 _HERE = Path(__file__).parent / "templates"
 _SCRIPT = "\n".join(path.read_text(encoding="utf-8") for path in (TEMPLATES / "drawing.js", _HERE / "exploring.js"))

@@ -17,7 +17,7 @@ from vlattn_fast.interpret.intervening.edits import EdgeEdit, HeadEdit, Knockout
 from vlattn_fast.interpret.intervening.intervene import intervene
 from vlattn_fast.interpret.intervening.plans import Plans
 from vlattn_fast.interpret.intervening.token_sets import NAMES, is_name
-from vlattn_fast.interpret.result.pictures.photos import open_image
+from vlattn_fast.interpret.result.figures.photos import open_image
 
 _CUT = re.compile(r"([^>]+)->([^:>]+)(?::([^:]+))?(?::([^:]+))?$")
 _SPAN = re.compile(r"(-?\d+)(?:-(-?\d+))?$")

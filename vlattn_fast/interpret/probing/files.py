@@ -8,7 +8,7 @@ from typing import Any
 
 from vlattn_fast.interpret.explaining.loading import build_inputs, json_lines, on_device
 from vlattn_fast.interpret.probing.labels import KEYS, read_item
-from vlattn_fast.interpret.result.pictures.photos import open_image
+from vlattn_fast.interpret.result.figures.photos import open_image
 
 _COLUMNS = ("image", "text", *KEYS)
 SUFFIXES = (".jsonl", ".ndjson")

@@ -11,8 +11,8 @@ import numpy as np
 from vlattn_fast._ground.checks import check_writable
 from vlattn_fast._ground.extras import extra
 from vlattn_fast.interpret.probing.gathered import COLUMNS
-from vlattn_fast.interpret.result.pictures.page import data_uri, fill_template
-from vlattn_fast.interpret.result.pictures.report import Report, panels
+from vlattn_fast.interpret.result.figures.page import data_uri, fill_template
+from vlattn_fast.interpret.result.figures.report import Report, panels
 
 if TYPE_CHECKING:
     import pandas as pd

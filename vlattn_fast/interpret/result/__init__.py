@@ -2,5 +2,5 @@
 
 In: relevancy vectors, and metadata about their tokens.
 Out: an `Explanation` and its files, figures and tables.
-Imports: interpret.result.numbers, interpret.result.pictures, _ground.
+Imports: interpret.result.numbers, interpret.result.figures, _ground.
 """

@@ -11,10 +11,10 @@ from torch import Tensor
 from vlattn_fast._ground.checks import check_integer
 from vlattn_fast._ground.extras import extra
 from vlattn_fast.interpret.result.explanation import Explanation
+from vlattn_fast.interpret.result.figures.multiples import Multiples
+from vlattn_fast.interpret.result.figures.page import Page
 from vlattn_fast.interpret.result.numbers.explained import Explained
 from vlattn_fast.interpret.result.numbers.samples import chosen_rows, some_samples
-from vlattn_fast.interpret.result.pictures.multiples import Multiples
-from vlattn_fast.interpret.result.pictures.page import Page
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -13,16 +13,16 @@ import torch
 
 from vlattn_fast._ground.checks import check_items, check_writable, describe
 from vlattn_fast._ground.extras import extra
+from vlattn_fast.interpret.result.figures.figure import draw
+from vlattn_fast.interpret.result.figures.overlay import overlay
+from vlattn_fast.interpret.result.figures.page import Page, render
+from vlattn_fast.interpret.result.figures.photos import read_boxes, read_pictures
 from vlattn_fast.interpret.result.numbers import table
 from vlattn_fast.interpret.result.numbers.explained import FORMER_FIELDS, Explained, with_names_of_today
 from vlattn_fast.interpret.result.numbers.interference import subtract_earlier
 from vlattn_fast.interpret.result.numbers.samples import chosen_rows, some_samples
 from vlattn_fast.interpret.result.numbers.table import Comparison, Entry
 from vlattn_fast.interpret.result.numbers.tensor_files import open_tensors, write_tensors
-from vlattn_fast.interpret.result.pictures.figure import draw
-from vlattn_fast.interpret.result.pictures.overlay import overlay
-from vlattn_fast.interpret.result.pictures.page import Page, render
-from vlattn_fast.interpret.result.pictures.photos import read_boxes, read_pictures
 
 if TYPE_CHECKING:
     import pandas as pd

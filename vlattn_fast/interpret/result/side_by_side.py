@@ -11,10 +11,10 @@ from vlattn_fast._ground.checks import check_writable, describe
 from vlattn_fast._ground.extras import extra
 from vlattn_fast.interpret.result.by_layer import LayerExplanation
 from vlattn_fast.interpret.result.explanation import Explanation
+from vlattn_fast.interpret.result.figures.multiples import Multiples
+from vlattn_fast.interpret.result.figures.page import Page
+from vlattn_fast.interpret.result.figures.scale import check_scale
 from vlattn_fast.interpret.result.numbers import table
-from vlattn_fast.interpret.result.pictures.multiples import Multiples
-from vlattn_fast.interpret.result.pictures.page import Page
-from vlattn_fast.interpret.result.pictures.scale import check_scale
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlattn_fast._ground.checks import check_bool, check_number
+from vlattn_fast.interpret.result.figures.figure import Painter
+from vlattn_fast.interpret.result.figures.figure_parts import draw_bar, fitted
+from vlattn_fast.interpret.result.figures.page import TEMPLATES, Page, data_uri, fill_template
+from vlattn_fast.interpret.result.figures.photos import each_once, read_boxes, read_pictures
+from vlattn_fast.interpret.result.figures.scale import check_scale, colors, for_scale, joint, range_text, scale_of, shares
 from vlattn_fast.interpret.result.numbers.choices import Array, Choice, Patch, Sample, chosen_numbers, read_samples, score_text
 from vlattn_fast.interpret.result.numbers.explained import Explained
 from vlattn_fast.interpret.result.numbers.sink_tokens import sinks_line
-from vlattn_fast.interpret.result.pictures.figure import Painter
-from vlattn_fast.interpret.result.pictures.figure_parts import draw_bar, fitted
-from vlattn_fast.interpret.result.pictures.page import TEMPLATES, Page, data_uri, fill_template
-from vlattn_fast.interpret.result.pictures.photos import each_once, read_boxes, read_pictures
-from vlattn_fast.interpret.result.pictures.scale import check_scale, colors, for_scale, joint, range_text, scale_of, shares
 
 if TYPE_CHECKING:
     from matplotlib.colors import ListedColormap

@@ -14,6 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from vlattn_fast.interpret.result.figures.panel_names import panel_names
+from vlattn_fast.interpret.result.figures.photos import read_boxes, read_pictures
+from vlattn_fast.interpret.result.figures.scale import check_scale, colors, for_scale, limits, scale_of, shares
 from vlattn_fast.interpret.result.numbers.choices import (
     Array,
     Box,
@@ -26,9 +29,6 @@ from vlattn_fast.interpret.result.numbers.choices import (
 )
 from vlattn_fast.interpret.result.numbers.explained import Explained
 from vlattn_fast.interpret.result.numbers.sink_tokens import sinks_line
-from vlattn_fast.interpret.result.pictures.panel_names import panel_names
-from vlattn_fast.interpret.result.pictures.photos import read_boxes, read_pictures
-from vlattn_fast.interpret.result.pictures.scale import check_scale, colors, for_scale, limits, scale_of, shares
 
 TEMPLATES = Path(__file__).parent / "templates"  # page.html is the frame of all pages
 _PHOTO_SIZE = 400_000  # in base64, 300 kB of JPEG, so that a page of 24 maps stays within a megabyte

@@ -6,11 +6,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vlattn_fast._ground.checks import check_integer, check_number
+from vlattn_fast.interpret.result.figures.figure import Painter
+from vlattn_fast.interpret.result.figures.photos import read_boxes, read_pictures
+from vlattn_fast.interpret.result.figures.scale import check_scale, colors, limits
 from vlattn_fast.interpret.result.numbers.choices import read_samples
 from vlattn_fast.interpret.result.numbers.explained import Explained
-from vlattn_fast.interpret.result.pictures.figure import Painter
-from vlattn_fast.interpret.result.pictures.photos import read_boxes, read_pictures
-from vlattn_fast.interpret.result.pictures.scale import check_scale, colors, limits
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture

@@ -10,6 +10,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlattn_fast._ground.checks import check_bool, check_number
+from vlattn_fast.interpret.result.figures.figure_parts import (
+    LINE,
+    SIZE,
+    draw_bar,
+    draw_note,
+    draw_words,
+    lines_of,
+    set_title,
+    with_frame,
+)
+from vlattn_fast.interpret.result.figures.panel_names import panel_names
+from vlattn_fast.interpret.result.figures.photos import each_once, read_boxes, read_pictures
+from vlattn_fast.interpret.result.figures.scale import check_scale, colors, for_scale, joint, scale_of, shares, strengths
 from vlattn_fast.interpret.result.numbers.choices import (
     WHOLE,
     Array,
@@ -24,19 +37,6 @@ from vlattn_fast.interpret.result.numbers.choices import (
     score_text,
 )
 from vlattn_fast.interpret.result.numbers.explained import Explained
-from vlattn_fast.interpret.result.pictures.figure_parts import (
-    LINE,
-    SIZE,
-    draw_bar,
-    draw_note,
-    draw_words,
-    lines_of,
-    set_title,
-    with_frame,
-)
-from vlattn_fast.interpret.result.pictures.panel_names import panel_names
-from vlattn_fast.interpret.result.pictures.photos import each_once, read_boxes, read_pictures
-from vlattn_fast.interpret.result.pictures.scale import check_scale, colors, for_scale, joint, scale_of, shares, strengths
 
 if TYPE_CHECKING:
     from matplotlib.colors import ListedColormap
@@ -398,7 +398,7 @@ def _draw_sheet(part: Any, named: list[tuple[str, list[Patch]]], painter: Painte
     from matplotlib.colors import Normalize
     from PIL import Image
 
-    from vlattn_fast.interpret.result.pictures.labels import Labels
+    from vlattn_fast.interpret.result.figures.labels import Labels
 
     def smaller(picture: Array) -> Array:
         size = _TILE, max(1, round(_TILE * min(2.0, picture.shape[0] / picture.shape[1])))

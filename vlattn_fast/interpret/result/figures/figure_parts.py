@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vlattn_fast.interpret.result.figures.scale import clipped, range_text
 from vlattn_fast.interpret.result.numbers.choices import Array, Patch
 from vlattn_fast.interpret.result.numbers.words import Word
-from vlattn_fast.interpret.result.pictures.scale import clipped, range_text
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
