@@ -85,7 +85,7 @@ def hottest_on_the_page(explanation: Explanation, size: tuple[int, int]) -> list
     places = []
     for figure in data["methods"][0]["choices"][0]["views"][""]["figures"]:
         (part,) = figure["maps"]
-        assert data["pictures"][figure["picture"]]["width"] == size[0]
+        assert data["images"][figure["image"]]["width"] == size[0]
         x1, y1, x2, y2 = part["box"]
         row, column = divmod(int(np.argmax(part["cells"])), part["size"][1])
         places.append((x1 + (column + 0.5) / part["size"][1] * (x2 - x1), y1 + (row + 0.5) / part["size"][0] * (y2 - y1)))
@@ -121,9 +121,9 @@ def test_photos_of_one_prompt_have_their_crops(family: str) -> None:
         assert all(abs(a - b) < 1.05 / n for a, b, n in zip(place, spot, reversed(part.shape), strict=True)), (panel, place)
     page = got.to_html([image_module.new("RGB", size) for size, _ in SPOTS])
     data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])  # type: ignore[index]
-    shown = [figure["picture"] for figure in data["methods"][0]["choices"][0]["views"][""]["figures"]]
-    assert [data["pictures"][number]["width"] for number in shown] == [600, 600, 400, 400]
-    assert [picture is None for picture in data["pictures"]] == [False, True, False, True]  # each photo is stored once
+    shown = [figure["image"] for figure in data["methods"][0]["choices"][0]["views"][""]["figures"]]
+    assert [data["images"][number]["width"] for number in shown] == [600, 600, 400, 400]
+    assert [picture is None for picture in data["images"]] == [False, True, False, True]  # each photo is stored once
     for photos in ([image_module.new("RGB", LANDSCAPE)], [image_module.new("RGB", LANDSCAPE)] * 3):
         with pytest.raises(ValueError, match=f"image must be 2 photos, .*, or 4, one per map; got {len(photos)}"):
             got.overlay(photos)

@@ -60,7 +60,7 @@ def test_the_values_of_an_answer():
     page = explanation.to_html([photo(), photo(20, 30)], others=[replace(explanation, method="rollout")])
     found = data(page)
     assert [method["name"] for method in found["methods"]] == ["gradient", "rollout"]
-    assert len(found["pictures"]) == 2 and found["pictures"][1]["height"] == 20 and page.count("data:image") == 2
+    assert len(found["images"]) == 2 and found["images"][1]["height"] == 20 and page.count("data:image") == 2
     choices = found["methods"][0]["choices"]
     assert [(c["row"], c["label"], c["score"]) for c in choices] == [
         (0, "a", -0.5),
@@ -78,7 +78,7 @@ def test_the_values_of_an_answer():
     np.testing.assert_allclose(values(map_, map_["low"], map_["high"]), expected, atol=2e-3)
     assert giraffe["at_position"] == {"language": 1.25} and giraffe["rows"]["language"]["high"] < 1.25 * 2
     assert [word["text"] for word in found["texts"][0]] == ["what", "is", "it", "?"]
-    assert choices[2]["views"][""]["figures"][0]["picture"] == 1
+    assert choices[2]["views"][""]["figures"][0]["image"] == 1
     labels = re.findall(r'data-choice="(\d)"><span>(.*?)</span>', page)
     assert labels == [("0", "a"), ("1", "giraffe"), ("2", "me"), ("3", "&lt;/s&gt;")]
     assert "<h3>what is it?</h3>" in page and "<h3>who</h3>" in page  # two prompts, each above its answer
@@ -162,16 +162,16 @@ def test_the_photo_keeps_its_size_where_it_can(tmp_path):
         return Image.open(io.BytesIO(base64.b64decode(source.split(",")[1])))
 
     smooth = np.linspace(0, 255, 1200 * 900).reshape(900, 1200, 1).repeat(3, 2).astype(np.uint8)
-    (kept,) = data(made().to_html(smooth))["pictures"]
+    (kept,) = data(made().to_html(smooth))["images"]
     assert read(kept["source"]).size == (1200, 900) == (kept["width"], kept["height"])
-    (noisy,) = data(made().to_html(photo(1500, 2000)))["pictures"]
+    (noisy,) = data(made().to_html(photo(1500, 2000)))["images"]
     small = read(noisy["source"])
     assert small.width < 2000 and abs(small.width / small.height - 4 / 3) < 0.01 and len(noisy["source"]) < 4.1e5
     clear = np.zeros((40, 60, 4), np.uint8)  # transparent, so white
-    (white,) = data(made().to_html(clear))["pictures"]
+    (white,) = data(made().to_html(clear))["images"]
     assert (np.asarray(read(white["source"])) == 255).all()
     palette = Image.fromarray(photo()).convert("P")
-    (colored,) = data(made().to_html(palette))["pictures"]
+    (colored,) = data(made().to_html(palette))["images"]
     assert np.asarray(read(colored["source"])).std(axis=2).mean() > 1
 
 

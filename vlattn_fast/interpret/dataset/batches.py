@@ -155,7 +155,7 @@ class Batches:
         if not hasattr(self._of_thread, "processor"):  # a fast tokenizer does not support two threads at once
             self._of_thread.processor = copy.deepcopy(self.processor)
         processor, options = self._of_thread.processor, self.options
-        inputs = build_inputs(self.model, processor, item.picture(), item.texts or options.text)
+        inputs = build_inputs(self.model, processor, item.load_image(), item.texts or options.text)
         targets: list[Any] | None
         target = item.target if item.target is not None else options.target
         known = item.answer if item.answer is not None else options.answer

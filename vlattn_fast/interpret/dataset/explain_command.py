@@ -35,8 +35,8 @@ def explain_one(
         raise ValueError("image or --text must be given, or both, depending on the model; got neither")
     model, processor = load_model(options.model, None if options.dtype is None else getattr(torch, options.dtype))
     model = model if device is None else model.to(device)
-    picture = None if image is None else open_image(image)
-    inputs = on_device(build_inputs(model, processor, picture, texts), model)
+    opened = None if image is None else open_image(image)
+    inputs = on_device(build_inputs(model, processor, opened, texts), model)
     answer: Any = options.answer
     if options.generate is not None:
         answer = generate(model, inputs, options.generate)
@@ -46,8 +46,8 @@ def explain_one(
     else:
         explanation, others = explain_layers(model, inputs, per=per, method=methods[0], **asked), []
     placed = explanation.is_spatial and len(set(explanation.photos or [0])) == 1
-    photo = {"image": picture, "processor": processor} if picture is not None and placed else {}
-    if picture is not None and not photo:
+    photo = {"image": opened, "processor": processor} if opened is not None and placed else {}
+    if opened is not None and not photo:
         lies = "crops whose place in it is unknown" if explanation.is_spatial else "no tokens with a place in it"
         why = explanation.no_map or f"{type(model).__name__} has {lies}"
         yield f"{out} does not show the image: {why}"

@@ -14,12 +14,12 @@ from vlattn_fast.interpret.dataset.failures import summary
 from vlattn_fast.interpret.result.explanation import Explanation
 from vlattn_fast.interpret.result.figures.figure import Painter
 from vlattn_fast.interpret.result.figures.page import Page, data_uri, fill_template
-from vlattn_fast.interpret.result.figures.photos import open_image, read_boxes, read_pictures
+from vlattn_fast.interpret.result.figures.photos import open_image, read_boxes, read_images
 from vlattn_fast.interpret.result.figures.scale import colors, limits
 from vlattn_fast.interpret.result.numbers.choices import Patch, Sample, explained_as, read_samples, score_text, to_array
 
 if TYPE_CHECKING:
-    from PIL.Image import Image as Picture
+    from PIL.Image import Image as PILImage
 
 TEMPLATE = Path(__file__).parent / "templates" / "gallery.html"
 SIDE = 240  # the longer side of a thumbnail, in pixels
@@ -47,19 +47,19 @@ def _cards(explanations: Any, index: int, processor: Any, cmap: str) -> Iterator
         first = sample.choices[0] if sample.choices else None
         score = None if first is None or explanation.per_token else first.score
         try:
-            picture = _thumbnail(explanation, sample, photo, processor, cmap)
+            image = _thumbnail(explanation, sample, photo, processor, cmap)
         except ValueError as error:  # maps without a photo under them
-            picture, note = _thumbnail(explanation, sample, None, None, cmap), str(error)
+            image, note = _thumbnail(explanation, sample, None, None, cmap), str(error)
         yield {
             "name": name if len(explanation) == 1 else f"{name}, sample {number}",
             "scored": score_text(score, explained_as(explanation)),
-            "source": None if picture is None else _source(picture),
+            "source": None if image is None else _source(image),
             "words": _words(sample),
             "note": note,
         }
 
 
-def _photo(path: str | None) -> tuple[Picture | None, str]:
+def _photo(path: str | None) -> tuple[PILImage | None, str]:
     """The photo that an input names, as a thumbnail; else None, and the reason."""
     if path is None:
         return None, "no path of a photo is stored"
@@ -71,13 +71,13 @@ def _photo(path: str | None) -> tuple[Picture | None, str]:
     return photo, ""
 
 
-def _thumbnail(explanation: Explanation, sample: Sample, photo: Picture | None, processor: Any, cmap: str) -> Picture | None:
+def _thumbnail(explanation: Explanation, sample: Sample, photo: PILImage | None, processor: Any, cmap: str) -> PILImage | None:
     """The first panel of a sample's maps, those of an answer's words added up, over its photo if there is one."""
-    pictures = read_pictures(explanation, photo)
-    if pictures is None and explanation.image is None:
+    images = read_images(explanation, photo)
+    if images is None and explanation.image is None:
         return None
-    boxes = read_boxes(explanation, pictures, None, processor if pictures is not None else None)
-    painter = Painter(pictures, boxes, colors(cmap), 0.85)
+    boxes = read_boxes(explanation, images, None, processor if images is not None else None)
+    painter = Painter(images, boxes, colors(cmap), 0.85)
     panels = [drawn[0] for choice in sample.choices if (drawn := painter.panels(choice))]
     if not panels:
         return None
@@ -87,7 +87,7 @@ def _thumbnail(explanation: Explanation, sample: Sample, photo: Picture | None, 
     return painter.laid_over(total, SIDE)
 
 
-def _without_photo(values: Tensor, cmap: str) -> Picture:
+def _without_photo(values: Tensor, cmap: str) -> PILImage:
     """A map (h, w) without a photo."""
     return Painter(None, [(0.0, 0.0, 1.0, 1.0)], colors(cmap), 1.0).laid_over([Patch(0, to_array(values))], SIDE)
 
@@ -105,5 +105,5 @@ def _words(sample: Sample) -> list[dict[str, Any]]:
     ]
 
 
-def _source(picture: Picture) -> str:
-    return data_uri(picture.save, "jpeg", quality=85)
+def _source(image: PILImage) -> str:
+    return data_uri(image.save, "jpeg", quality=85)

@@ -36,7 +36,7 @@ class Item:
         """The absolute path of its image, or None."""
         return str(Path(self.image).resolve()) if isinstance(self.image, (str, Path)) else None
 
-    def picture(self) -> Any:
+    def load_image(self) -> Any:
         """The image in RGB, or None. ValueError if it cannot be read."""
         if self.image is None:
             return None

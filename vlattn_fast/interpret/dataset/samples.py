@@ -32,7 +32,7 @@ def samples(
                 boxes = torch.tensor(boxes, dtype=torch.float32)
             elif boxes is not None:
                 boxes = read_mask(boxes)
-            inputs = on_device(build_inputs(model, processor, item.picture(), item.texts or texts), model)
+            inputs = on_device(build_inputs(model, processor, item.load_image(), item.texts or texts), model)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{error}, in input {item.id!r} of the dataset") from error
         yield inputs, item.target, boxes

@@ -15,7 +15,7 @@ from vlattn_fast.interpret.intervening.edges import EdgeTable
 from vlattn_fast.interpret.intervening.edits import Edit
 from vlattn_fast.interpret.result.explanation import Explanation
 from vlattn_fast.interpret.result.figures.page import TEMPLATES, Drawn, fill_template, finite
-from vlattn_fast.interpret.result.figures.photos import read_boxes, read_pictures
+from vlattn_fast.interpret.result.figures.photos import read_boxes, read_images
 from vlattn_fast.interpret.result.numbers.choices import read_samples
 
 _HERE = Path(__file__).parent / "templates"
@@ -32,9 +32,9 @@ class Explorer(anywidget.AnyWidget):
 
     def __init__(self, exploration: Exploration, image: Any, labels: Any, crop: Any, processor: Any, cmap: str) -> None:
         first = next(iter(exploration.plain.explanations.values()))
-        pictures = read_pictures(first, image)
-        boxes = read_boxes(first, pictures, crop, processor)
-        self._drawn = Drawn(first, labels, pictures, boxes, read_samples(first, labels))
+        images = read_images(first, image)
+        boxes = read_boxes(first, images, crop, processor)
+        self._drawn = Drawn(first, labels, images, boxes, read_samples(first, labels))
         self._exploration, self._shown, answers = exploration, exploration.plain, exploration.plain.answers
         page = {
             **self._drawn.shared(cmap),

@@ -16,7 +16,7 @@ from vlattn_fast._ground.extras import extra
 from vlattn_fast.interpret.result.figures.figure import draw
 from vlattn_fast.interpret.result.figures.overlay import overlay
 from vlattn_fast.interpret.result.figures.page import Page, render
-from vlattn_fast.interpret.result.figures.photos import read_boxes, read_pictures
+from vlattn_fast.interpret.result.figures.photos import read_boxes, read_images
 from vlattn_fast.interpret.result.numbers import table
 from vlattn_fast.interpret.result.numbers.explained import FORMER_FIELDS, Explained, with_names_of_today
 from vlattn_fast.interpret.result.numbers.interference import subtract_earlier
@@ -27,7 +27,7 @@ from vlattn_fast.interpret.result.numbers.tensor_files import open_tensors, writ
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
-    from PIL.Image import Image as Picture
+    from PIL.Image import Image as PILImage
 
 _FORMAT = "vlattn_fast.explanation.7"
 _BEFORE = ("vlattn_fast.explanation.5", "vlattn_fast.explanation.6")  # differ only in the names of fields
@@ -125,10 +125,10 @@ class Explanation(Explained):
             True
         """
         with extra("viz"):
-            pictures = read_pictures(self, image)
-            read_boxes(self, pictures, crop, processor)
+            images = read_images(self, image)
+            read_boxes(self, images, crop, processor)
         shown = copy(self)
-        object.__setattr__(shown, "_photo", {"image": pictures, "crop": crop, "processor": processor})
+        object.__setattr__(shown, "_photo", {"image": images, "crop": crop, "processor": processor})
         return shown
 
     def to_numpy(self) -> dict[str, Any]:
@@ -308,7 +308,7 @@ class Explanation(Explained):
         cmap: str = "inferno",
         alpha: float = 0.85,
         scale: str = "max",
-    ) -> Picture:
+    ) -> PILImage:
         """Returns a photo under the map of one sample, as an image of the photo's size, without title and scale. The ends of the
         scale, which begins at 0 as in `plot`, and the range of the values are in the image's `info["scale"]` and `info["range"]`.
 

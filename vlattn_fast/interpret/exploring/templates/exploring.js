@@ -81,7 +81,7 @@ function explore(model, el) {
 
   function showPane(pane, i) {
     const one = choiceOf(i, shows()), view = one.views[""], before = choiceOf(i, false);
-    const layout = JSON.stringify(view.figures.map((figure) => [figure.picture, figure.maps.map((map) => map.size)]));
+    const layout = JSON.stringify(view.figures.map((figure) => [figure.image, figure.maps.map((map) => map.size)]));
     if (pane.layout !== layout) {
       pane.layout = layout;
       pane.figures.replaceChildren();
@@ -231,10 +231,10 @@ function explore(model, el) {
       return button;
     });
     const look = make("div", root, { className: "bar" }), spatial = page.panes.some((pane) => pane.choices.some((one) => one.views[""].figures.length));
-    const opaque = make("label", look, { textContent: "Opacity ", hidden: !spatial || !page.pictures.length });
+    const opaque = make("label", look, { textContent: "Opacity ", hidden: !spatial || !page.images.length });
     parts.opacity = make("input", opaque, { type: "range", min: 0, max: 100, value: 85 });
     parts.opacity.addEventListener("input", show);
-    check(look, "Show patches", "patches").hidden = !spatial || !page.pictures.length;
+    check(look, "Show patches", "patches").hidden = !spatial || !page.images.length;
     check(look, "Clip the largest 1 %", "clip").hidden = !spatial;
     check(look, "One scale for all maps", "common").hidden = page.panes.length < 2;
     parts.afterBar = make("span", look, { className: "bar" });

@@ -21,7 +21,7 @@ from vlattn_fast.interpret.result.figures.figure_parts import (
     with_frame,
 )
 from vlattn_fast.interpret.result.figures.panel_names import panel_names
-from vlattn_fast.interpret.result.figures.photos import each_once, read_boxes, read_pictures
+from vlattn_fast.interpret.result.figures.photos import each_once, read_boxes, read_images
 from vlattn_fast.interpret.result.figures.scale import check_scale, colors, for_scale, joint, scale_of, shares, strengths
 from vlattn_fast.interpret.result.numbers.choices import (
     WHOLE,
@@ -31,8 +31,8 @@ from vlattn_fast.interpret.result.numbers.choices import (
     Patch,
     Sample,
     chosen_numbers,
+    image_number,
     panels,
-    picture_number,
     read_samples,
     score_text,
 )
@@ -41,7 +41,7 @@ from vlattn_fast.interpret.result.numbers.explained import Explained
 if TYPE_CHECKING:
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
-    from PIL.Image import Image as Picture
+    from PIL.Image import Image as PILImage
 
 _WIDTH, _SMALL = 3.4, 2.3  # inches of a sample's panel, and of an answer's
 _TITLE = 0.15  # inches between the title of an answer and its maps
@@ -80,9 +80,9 @@ def draw(
     check_number("alpha", alpha, low=0, high=1)
     check_bool(common=common)
     check_scale(scale)
-    pictures = read_pictures(explanation, image, rows)
-    boxes = read_boxes(explanation, pictures, crop, processor)
-    painter = Painter(pictures, boxes, colors(cmap), alpha, scale, explanation.photos)
+    images = read_images(explanation, image, rows)
+    boxes = read_boxes(explanation, images, crop, processor)
+    painter = Painter(images, boxes, colors(cmap), alpha, scale, explanation.photos)
     samples, each = read_samples(explanation, labels, rows), explanation.per_token
     if common:
         painter.shared = joint(painter.range(choice.patches) for sample in samples for choice in sample.choices)
@@ -122,7 +122,7 @@ def _fonts(samples: list[Sample]) -> list[str]:
 class Painter:
     """Draws the panels of choices: the photo, and the maps over it."""
 
-    pictures: list[Array] | None
+    images: list[Array] | None
     crops: list[Box]
     cmap: ListedColormap
     alpha: float
@@ -143,24 +143,24 @@ class Painter:
         return scale_of(*(patch.values for patch in patches), scale=self.scale) if self.shared is None else self.shared
 
     def panels(self, choice: Choice) -> list[list[Patch]]:
-        return panels(choice.patches, self.pictures, self.crops)
+        return panels(choice.patches, self.images, self.crops)
 
     def named(self, choice: Choice) -> list[tuple[str, list[Patch]]]:
         """The panels with their names; "" if a panel needs no name."""
         views = self.panels(choice)
         return list(zip(panel_names(self.photos, views), views, strict=True))
 
-    def picture(self, patches: list[Patch]) -> Array | None:
+    def image(self, patches: list[Patch]) -> Array | None:
         """The image under the maps of a panel."""
-        return None if self.pictures is None else self.pictures[picture_number(patches[0], self.pictures)]
+        return None if self.images is None else self.images[image_number(patches[0], self.images)]
 
     def shape(self, patches: list[Patch]) -> float:
         """Height per width of the panel that begins with these maps."""
         if not patches:
             return 0.3
-        picture = self.picture(patches)
-        height, width = (patches[0].values if picture is None else picture).shape[:2]
-        return min(2.0, height / width) if patches[0].box is None or picture is not None else 1.0
+        image = self.image(patches)
+        height, width = (patches[0].values if image is None else image).shape[:2]
+        return min(2.0, height / width) if patches[0].box is None or image is not None else 1.0
 
     def placed(self, patch: Patch, low: float, high: float) -> tuple[Box, Array, Array]:
         """The box of a map on its image, and for each number its share of the range and its opacity over an image."""
@@ -169,34 +169,29 @@ class Painter:
 
     def opacity(self, share: Array, low: float) -> Array:
         """The opacity of shares of a scale that begins at `low`: over an image what is near 0 is transparent."""
-        if self.pictures is None:
+        if self.images is None:
             return np.ones_like(share)
         return self.alpha * np.minimum(1, 1.5 * strengths(share, low)) ** 1.5
 
     def photo(self, axis: Any, patches: list[Patch]) -> None:
-        picture = self.picture(patches)
-        if picture is not None:
-            axis.imshow(picture)
+        image = self.image(patches)
+        if image is not None:
+            axis.imshow(image)
 
     def overlay(self, axis: Any, patches: list[Patch], low: float, high: float) -> Any:
         """Draws the maps of one panel; returns the artist for a colour bar."""
         from matplotlib.patches import Rectangle
 
-        picture = self.picture(patches)
-        height, width = (1, 1) if picture is None else picture.shape[:2]
-        if picture is None and patches[0].box is None and len(patches) == 1:
+        image = self.image(patches)
+        height, width = (1, 1) if image is None else image.shape[:2]
+        if image is None and patches[0].box is None and len(patches) == 1:
             height, width = patches[0].values.shape
         self.photo(axis, patches)
         for patch in patches:
             (x1, y1, x2, y2), _, opacity = self.placed(patch, low, high)
             region = patch.values.size == 1
-            painted = {
-                "cmap": for_scale(self.cmap, low),
-                "vmin": low,
-                "vmax": high,
-                "alpha": None if picture is None else opacity,
-            }
-            smooth = "nearest" if picture is None or region else "bilinear"
+            painted = {"cmap": for_scale(self.cmap, low), "vmin": low, "vmax": high, "alpha": None if image is None else opacity}
+            smooth = "nearest" if image is None or region else "bilinear"
             extent = x1 * width, x2 * width, y2 * height, y1 * height
             drawn = axis.imshow(patch.values, extent=extent, interpolation=smooth, **painted)
             if region or (x1, y1, x2, y2) != WHOLE:  # white dashes on black show on any photo
@@ -204,23 +199,23 @@ class Painter:
                 styles: list[dict[str, Any]] = [{"edgecolor": "black", "alpha": 0.6}, {"edgecolor": "white", "linestyle": "--"}]
                 for style in styles[: 1 if region else 2]:
                     axis.add_patch(Rectangle((x1 * width, y1 * height), *size, fill=False, linewidth=0.7, **style))
-        axis.set(xlim=(0, width) if picture is None else (-0.5, width - 0.5), ylim=(height, 0), aspect="equal")
+        axis.set(xlim=(0, width) if image is None else (-0.5, width - 0.5), ylim=(height, 0), aspect="equal")
         return drawn
 
-    def laid_over(self, patches: Sequence[Patch], side: int = 0, outlined: bool = False) -> Picture:
+    def laid_over(self, patches: Sequence[Patch], side: int = 0, outlined: bool = False) -> PILImage:
         """The maps of one panel over their image, of its size; without an image on white, whose longer side is `side` pixels.
         `outlined`: with a frame around a map of a part of the image."""
         from PIL import Image
 
-        (low, high), picture = self.range(patches), self.picture([*patches])
-        if picture is None:
+        (low, high), image = self.range(patches), self.image([*patches])
+        if image is None:
             tall = self.shape([*patches])
             width, height = (max(1, round(side * part / max(1, tall))) for part in (1, tall))
             shown = Image.new("RGBA", (width, height), "white")
         else:
-            shown = Image.new("RGBA", picture.shape[1::-1], "white")
-            shown = Image.alpha_composite(shown, Image.fromarray(picture).convert("RGBA"))
-        smooth = Image.Resampling.NEAREST if picture is None else Image.Resampling.BILINEAR
+            shown = Image.new("RGBA", image.shape[1::-1], "white")
+            shown = Image.alpha_composite(shown, Image.fromarray(image).convert("RGBA"))
+        smooth = Image.Resampling.NEAREST if image is None else Image.Resampling.BILINEAR
         for patch in patches:
             box, share, _ = self.placed(patch, low, high)
             left, top, right, bottom = (round(part * shown.size[number % 2]) for number, part in enumerate(box))
@@ -256,7 +251,7 @@ def _cells(painter: Painter, choice: Choice) -> list[tuple[str | None, list[Patc
     cells: list[tuple[str | None, list[Patch]]] = []
     before = None
     for name, view in painter.named(choice):
-        if (photo := painter.picture(view)) is not before:
+        if (photo := painter.image(view)) is not before:
             cells.append((None, view))
         cells.append((name, view))
         before = photo
@@ -345,7 +340,7 @@ def _lines(sample: Sample, painter: Painter) -> tuple[int, int]:
     """The number of lines of an answer's maps, and of maps in a line."""
     panels = sum(len(painter.panels(choice)) for choice in sample.choices)
     columns = _COLUMNS if len(sample.choices) <= _MANY else _SHEET
-    return -(-(panels + (painter.pictures is not None)) // columns) if panels else 0, columns
+    return -(-(panels + (painter.images is not None)) // columns) if panels else 0, columns
 
 
 def _draw_answer(part: Any, sample: Sample, painter: Painter) -> None:
@@ -378,7 +373,7 @@ def _draw_maps(part: Any, sample: Sample, painter: Painter, lines: int) -> None:
     for axis in axes:
         axis.set_axis_off()
     free = iter(axes)
-    if painter.pictures is not None:
+    if painter.images is not None:
         painter.photo(next(free), painter.panels(sample.choices[0])[0])
     for choice in sample.choices:
         low, high = painter.range(choice.patches)
@@ -400,18 +395,18 @@ def _draw_sheet(part: Any, named: list[tuple[str, list[Patch]]], painter: Painte
 
     from vlattn_fast.interpret.result.figures.labels import Labels
 
-    def smaller(picture: Array) -> Array:
-        size = _TILE, max(1, round(_TILE * min(2.0, picture.shape[0] / picture.shape[1])))
-        return np.asarray(Image.fromarray(picture).resize(size))
+    def smaller(image: Array) -> Array:
+        size = _TILE, max(1, round(_TILE * min(2.0, image.shape[0] / image.shape[1])))
+        return np.asarray(Image.fromarray(image).resize(size))
 
     def tile(patches: list[Patch]) -> Array:
         return np.asarray(painter.laid_over(patches, round(_TILE * max(1, painter.shape(patches)))))
 
     shown = [patch for _, maps in named for patch in maps]
     low, high = painter.range(shown)
-    painter = replace(painter, pictures=each_once(painter.pictures, smaller), shared=(low, high))
+    painter = replace(painter, images=each_once(painter.images, smaller), shared=(low, high))
     tiles = [(name, tile(maps)) for name, maps in named]
-    if painter.pictures is not None and with_photo:
+    if painter.images is not None and with_photo:
         photo = [Patch(patch.index, np.zeros((1, 1)), WHOLE) for patch in named[0][1][:1]]
         tiles.insert(0, ("", tile(photo)))
     gap, text = 6, 22

@@ -14,7 +14,7 @@ from vlattn_fast._ground.checks import check_bool, check_number
 from vlattn_fast.interpret.result.figures.figure import Painter
 from vlattn_fast.interpret.result.figures.figure_parts import draw_bar, fitted
 from vlattn_fast.interpret.result.figures.page import TEMPLATES, Page, data_uri, fill_template
-from vlattn_fast.interpret.result.figures.photos import each_once, read_boxes, read_pictures
+from vlattn_fast.interpret.result.figures.photos import each_once, read_boxes, read_images
 from vlattn_fast.interpret.result.figures.scale import check_scale, colors, for_scale, joint, range_text, scale_of, shares
 from vlattn_fast.interpret.result.numbers.choices import Array, Choice, Patch, Sample, chosen_numbers, read_samples, score_text
 from vlattn_fast.interpret.result.numbers.explained import Explained
@@ -23,7 +23,7 @@ from vlattn_fast.interpret.result.numbers.sink_tokens import sinks_line
 if TYPE_CHECKING:
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
-    from PIL.Image import Image as Picture
+    from PIL.Image import Image as PILImage
 
 Place = tuple[int, int | None] | str  # a layer, and a head of it or None; or the caller's name of an explanation
 Maps = Sequence[tuple[Place, Explained]]
@@ -67,14 +67,14 @@ class Sheet:
 
     label: str
     places: list[Place]
-    tiles: list[Picture | None]  # of each place; None without an image
+    tiles: list[PILImage | None]  # of each place; None without an image
     notes: dict[Place, str] = field(default_factory=dict)  # of named explanations: the score, and the names of its maps
     bars: dict[Place, Bar] = field(default_factory=dict)  # of those with maps; of maps of layers, if they share one, the first's
     tables: list[tuple[list[str], Rows]] = field(default_factory=list)  # words, and the maps that have these words
     panel_names: str = ""  # of maps of layers and heads: the names of maps that are side by side
 
     @property
-    def lines(self) -> list[list[tuple[Place, Picture]]]:
+    def lines(self) -> list[list[tuple[Place, PILImage]]]:
         """The maps by line: those of a layer's heads, or a few layers."""
         shown = [(place, tile) for place, tile in zip(self.places, self.tiles, strict=True) if tile is not None]
         if shown and _is_head(shown[0][0]):
@@ -205,9 +205,9 @@ class Multiples:
     def _painter(self, place: Place | None, shown: Explained, side: int, rows: list[int] | None) -> Painter:
         """`place`: of explanations that may have a photo each."""
         image = self.image[place] if isinstance(self.image, Mapping) else None if not shown.is_spatial and place else self.image
-        pictures = read_pictures(shown, image, rows)
-        boxes = read_boxes(shown, pictures, self.crop if shown.is_spatial or place is None else None, self.processor)
-        small = each_once(pictures, lambda picture: _fitted(picture, side))
+        images = read_images(shown, image, rows)
+        boxes = read_boxes(shown, images, self.crop if shown.is_spatial or place is None else None, self.processor)
+        small = each_once(images, lambda image: _fitted(image, side))
         return Painter(small, boxes, colors(self.cmap), self.alpha, self.scale, shown.photos)
 
     def _of_row(self, samples: Sequence[Sample], painters: Sequence[Painter], side: int) -> list[Sheet]:
@@ -265,15 +265,15 @@ def _label(samples: Sequence[Sample], choices: Sequence[Choice]) -> str:
     return label if word in names else f"{label}: {word}"
 
 
-def _fitted(picture: Array, side: int) -> Array:
+def _fitted(image: Array, side: int) -> Array:
     """The image with `side` pixels on its longer side."""
     from PIL import Image
 
-    size = [max(1, round(pixels * side / max(picture.shape[:2]))) for pixels in picture.shape[1::-1]]
-    return np.asarray(Image.fromarray(picture).resize((size[0], size[1])))
+    size = [max(1, round(pixels * side / max(image.shape[:2]))) for pixels in image.shape[1::-1]]
+    return np.asarray(Image.fromarray(image).resize((size[0], size[1])))
 
 
-def _tile(painter: Painter, choice: Choice, side: int, outlined: bool) -> Picture | None:
+def _tile(painter: Painter, choice: Choice, side: int, outlined: bool) -> PILImage | None:
     """The map of a choice, over its image; several maps of a sample, such as frames of a video, side by side, and many in
     a square. `outlined`: with a frame around a part of the image that has a map."""
     from PIL import Image
@@ -281,16 +281,16 @@ def _tile(painter: Painter, choice: Choice, side: int, outlined: bool) -> Pictur
     panels = [panel for panel in painter.panels(choice) if panel]
     if not panels:
         return None
-    pictures = [painter.laid_over(panel, side, outlined) for panel in panels]
-    columns = len(pictures) if len(pictures) <= _IN_LINE else math.isqrt(len(pictures) - 1) + 1
-    if len(pictures) > _IN_LINE:  # as wide as those of a line together
-        smaller = [[_IN_LINE * (side + _SEAM) // columns - _SEAM for side in picture.size] for picture in pictures]
-        pictures = [picture.resize((width, height)) for picture, (width, height) in zip(pictures, smaller, strict=True)]
-    width, height = max(p.width for p in pictures) + _SEAM, max(p.height for p in pictures) + _SEAM
-    lines = -(-len(pictures) // columns)
+    images = [painter.laid_over(panel, side, outlined) for panel in panels]
+    columns = len(images) if len(images) <= _IN_LINE else math.isqrt(len(images) - 1) + 1
+    if len(images) > _IN_LINE:  # as wide as those of a line together
+        smaller = [[_IN_LINE * (side + _SEAM) // columns - _SEAM for side in image.size] for image in images]
+        images = [image.resize((width, height)) for image, (width, height) in zip(images, smaller, strict=True)]
+    width, height = max(p.width for p in images) + _SEAM, max(p.height for p in images) + _SEAM
+    lines = -(-len(images) // columns)
     whole = Image.new("RGB", (columns * width - _SEAM, lines * height - _SEAM), "white")
-    for number, picture in enumerate(pictures):
-        whole.paste(picture, (number % columns * width, number // columns * height))
+    for number, image in enumerate(images):
+        whole.paste(image, (number % columns * width, number // columns * height))
     return whole
 
 

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from vlattn_fast._ground.checks import check_integer, check_number
 from vlattn_fast.interpret.result.figures.figure import Painter
-from vlattn_fast.interpret.result.figures.photos import read_boxes, read_pictures
+from vlattn_fast.interpret.result.figures.photos import read_boxes, read_images
 from vlattn_fast.interpret.result.figures.scale import check_scale, colors, limits
 from vlattn_fast.interpret.result.numbers.choices import read_samples
 from vlattn_fast.interpret.result.numbers.explained import Explained
 
 if TYPE_CHECKING:
-    from PIL.Image import Image as Picture
+    from PIL.Image import Image as PILImage
 
 
 def overlay(
@@ -27,16 +27,16 @@ def overlay(
     cmap: str,
     alpha: float,
     scale: str,
-) -> Picture:
+) -> PILImage:
     """See `Explanation.overlay`."""
     check_number("alpha", alpha, low=0, high=1)
     check_scale(scale)
     check_integer("row", row, low=0, high=len(explanation) - 1)
-    pictures = read_pictures(explanation, image, [row])
-    if pictures is None:
+    images = read_images(explanation, image, [row])
+    if images is None:
         raise ValueError("image must be the photo under the map; got None")
-    boxes = read_boxes(explanation, pictures, crop, processor)
-    painter = Painter(pictures, boxes, colors(cmap), alpha, scale)
+    boxes = read_boxes(explanation, images, crop, processor)
+    painter = Painter(images, boxes, colors(cmap), alpha, scale)
     (sample,) = read_samples(explanation, None, [row])
     if word is not None:
         if not explanation.per_token:
@@ -47,6 +47,6 @@ def overlay(
     patches = [
         replace(parts[0], values=sum(part.values for part in parts)) for parts in zip(*(one[panel] for one in maps), strict=True)
     ]
-    picture = painter.laid_over(patches)
-    picture.info |= {"scale": painter.range(patches), "range": limits(*(patch.values for patch in patches))}
-    return picture
+    shown = painter.laid_over(patches)
+    shown.info |= {"scale": painter.range(patches), "range": limits(*(patch.values for patch in patches))}
+    return shown

@@ -15,18 +15,9 @@ from typing import Any
 import numpy as np
 
 from vlattn_fast.interpret.result.figures.panel_names import panel_names
-from vlattn_fast.interpret.result.figures.photos import read_boxes, read_pictures
+from vlattn_fast.interpret.result.figures.photos import read_boxes, read_images
 from vlattn_fast.interpret.result.figures.scale import check_scale, colors, for_scale, limits, scale_of, shares
-from vlattn_fast.interpret.result.numbers.choices import (
-    Array,
-    Box,
-    Patch,
-    Sample,
-    panels,
-    picture_number,
-    read_samples,
-    score_text,
-)
+from vlattn_fast.interpret.result.numbers.choices import Array, Box, Patch, Sample, image_number, panels, read_samples, score_text
 from vlattn_fast.interpret.result.numbers.explained import Explained
 from vlattn_fast.interpret.result.numbers.sink_tokens import sinks_line
 
@@ -65,8 +56,8 @@ def render(
     """See `Explanation.to_html`."""
     check_scale(scale)
     first = explanations[0]
-    pictures = read_pictures(first, image)
-    drawn = Drawn(first, labels, pictures, read_boxes(first, pictures, crop, processor), read_samples(first, labels))
+    images = read_images(first, image)
+    drawn = Drawn(first, labels, images, read_boxes(first, images, crop, processor), read_samples(first, labels))
     methods = []
     for explanation in explanations:
         methods.append({"name": explanation.method, "choices": drawn.choices("others", explanation)})
@@ -91,7 +82,7 @@ class Drawn:
 
     first: Explained
     labels: Sequence[Any] | None
-    pictures: list[Array] | None
+    images: list[Array] | None
     crops: list[Box]
     samples: list[Sample]  # of `first`
 
@@ -99,16 +90,14 @@ class Drawn:
         """Colours, photos and words."""
         from matplotlib.colors import to_hex
 
-        each, photos = self.first.per_token, self.pictures or []
+        each, photos = self.first.per_token, self.images or []
         return {
             "colors": [to_hex(color) for color in colors(cmap)(np.arange(256))],
             # of a scale that begins below 0
             "signed": [to_hex(color) for color in for_scale(colors(cmap), -1.0)(np.arange(256))],
             "steps": _STEPS,
             # of maps of one photo, only the first has it
-            "pictures": [
-                _photo(one) if all(one is not before for before in photos[:i]) else None for i, one in enumerate(photos)
-            ],
+            "images": [_photo(one) if all(one is not before for before in photos[:i]) else None for i, one in enumerate(photos)],
             # without words of an answer that are choices: these are buttons
             "texts": [[{"text": w.text, "space": w.space} for w in (one.prompt if each else one.words)] for one in self.samples],
         }
@@ -128,7 +117,7 @@ class Drawn:
                 "scored": score_text(choice.score, choice.of).replace(" -", " \u2212"),
                 "words": [finite(value) for value in choice.values.tolist()],
                 "views": {
-                    name: _view(patches, self.crops, self.pictures, explanation.photos)
+                    name: _view(patches, self.crops, self.images, explanation.photos)
                     for name, patches in {"": choice.patches, **choice.towers}.items()
                 },
                 "rows": {name: _values(values) for name, values in choice.relevancy.items()},
@@ -145,19 +134,19 @@ def _kinds(samples: Sequence[Sample]) -> list[tuple[Any, ...]]:
     return [(c.sample, c.label, len(c.values), len(c.patches), *c.relevancy, *c.towers) for c in chosen]
 
 
-def _view(patches: list[Patch], crops: list[Box], pictures: list[Array] | None, photos: Sequence[int] | None) -> dict[str, Any]:
+def _view(patches: list[Patch], crops: list[Box], images: list[Array] | None, photos: Sequence[int] | None) -> dict[str, Any]:
     """The maps of a choice by figure, with their scale, the end of the scale that clips, and the range of their values."""
     values = [patch.values for patch in patches]
     (low, high), (_, clip), range_ = scale_of(*values), scale_of(*values, scale="quantile"), limits(*values)
     figures = []
-    views = panels(patches, pictures, crops)
+    views = panels(patches, images, crops)
     for name, panel in zip(panel_names(photos, views), views, strict=True):
         maps = []
         for patch in panel:
             box = crops[patch.index] if patch.box is None else patch.box
             maps.append({"box": [round(x, 5) for x in box], "size": list(patch.values.shape), **_values(patch.values)})
-        picture = None if pictures is None else picture_number(panel[0], pictures)
-        figures.append({"picture": picture, "name": name, "maps": maps})
+        image = None if images is None else image_number(panel[0], images)
+        figures.append({"image": image, "name": name, "maps": maps})
     ends = {"low": finite(low), "high": finite(high), "clip": finite(clip), "range": [finite(end) for end in range_]}
     return {**ends, "figures": figures}
 
@@ -176,11 +165,11 @@ def finite(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else float(f"{value:.4g}")
 
 
-def _photo(picture: Array) -> dict[str, Any]:
+def _photo(image: Array) -> dict[str, Any]:
     """An image as a JPEG in a data URI, smaller if it must be; transparent parts become white."""
     from PIL import Image
 
-    photo = Image.fromarray(picture)
+    photo = Image.fromarray(image)
     if photo.mode == "RGBA":
         white = Image.new("RGBA", photo.size, "white")
         photo = Image.alpha_composite(white, photo).convert("RGB")

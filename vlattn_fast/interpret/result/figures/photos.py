@@ -17,7 +17,7 @@ from vlattn_fast.interpret.result.numbers.choices import WHOLE, Array, Box, to_a
 from vlattn_fast.interpret.result.numbers.explained import Explained
 
 
-def read_pictures(explanation: Explained, image: Any, rows: Sequence[int] | None = None) -> list[Array] | None:
+def read_images(explanation: Explained, image: Any, rows: Sequence[int] | None = None) -> list[Array] | None:
     """The user's image or images as (H, W, 3) or (H, W, 4) arrays of bytes: one for all maps, or one per map; maps of one photo
     then have the same array. `rows`: the samples to draw, None = all."""
     if image is None:
@@ -30,17 +30,17 @@ def read_pictures(explanation: Explained, image: Any, rows: Sequence[int] | None
             why = f"no token of {names} has a place in an image. If the model saw one, {way}"
         raise ValueError(f"image must be None for an explanation without maps and boxes; got one, but {why}")
     many = isinstance(image, (list, tuple)) or (hasattr(image, "ndim") and image.ndim == 4)
-    pictures = [_picture(part) for part in image] if many else [_picture(image)]
+    images = [_pixels(part) for part in image] if many else [_pixels(image)]
     owners = list(range(len(explanation))) if explanation.image_samples is None else explanation.image_samples
-    photos, got = explanation.photos, len(pictures)
+    photos, got = explanation.photos, len(images)
     drawn = dict.fromkeys(photo for photo, row in zip(photos or [], owners, strict=False) if rows is None or row in rows)
     if got == len(owners) or (photos is None and got == 1):
-        return pictures
+        return images
     if photos and got == len(set(photos)):
-        return [pictures[photo] for photo in photos]
+        return [images[photo] for photo in photos]
     if photos and got == len(drawn):
-        of = dict(zip(drawn, pictures, strict=True))
-        return [of.get(photo, pictures[0]) for photo in photos]
+        of = dict(zip(drawn, images, strict=True))
+        return [of.get(photo, images[0]) for photo in photos]
     raise ValueError(_wanted(explanation, owners, len(drawn), got))
 
 
@@ -64,10 +64,10 @@ def _wanted(explanation: Explained, owners: list[int], photos: int, got: int) ->
     return f"image must be {kinds}; got {got}{way}"
 
 
-def each_once(pictures: list[Array] | None, change: Callable[[Array], Array]) -> list[Array] | None:
+def each_once(images: list[Array] | None, change: Callable[[Array], Array]) -> list[Array] | None:
     """The images, changed; images that are the same array stay the same array."""
-    changed = {id(picture): change(picture) for picture in {id(picture): picture for picture in pictures or []}.values()}
-    return None if pictures is None else [changed[id(picture)] for picture in pictures]
+    changed = {id(image): change(image) for image in {id(image): image for image in images or []}.values()}
+    return None if images is None else [changed[id(image)] for image in images]
 
 
 def open_image(path: Any) -> Any:
@@ -87,9 +87,9 @@ def _opened(path: Any, name: str) -> Any:
         from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as picture:
-            ImageOps.exif_transpose(picture, in_place=True)
-            picture.load()
+        with Image.open(path) as image:
+            ImageOps.exif_transpose(image, in_place=True)
+            image.load()
     except FileNotFoundError:
         raise ValueError(f"{name} must be a file; got {path}, which does not exist") from None
     except Image.DecompressionBombError:
@@ -101,22 +101,22 @@ def _opened(path: Any, name: str) -> Any:
     except (OSError, SyntaxError, ValueError) as error:  # PIL's, by the kind of damage
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(f"{name} must be an image file; got {path}, which PIL cannot read: {reason}") from error
-    return picture
+    return image
 
 
-def to_rgb(picture: Any) -> Any:
+def to_rgb(image: Any) -> Any:
     """A PIL image in RGB. 16-bit images keep their upper eight bits; PIL itself makes all above 255 white.
     ValueError for an image of 32 bits, which defines no white."""
-    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):  # "I" in older versions of PIL
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # "I" in older versions of PIL
         from PIL import Image
 
-        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    if picture.mode in ("I", "F"):
-        raise ValueError(f"image must have 8 or 16 bits a channel; got an image of mode {picture.mode!r}, which has 32")
-    return picture.convert("RGB")
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"image must have 8 or 16 bits a channel; got an image of mode {image.mode!r}, which has 32")
+    return image.convert("RGB")
 
 
-def _picture(image: Any) -> Array:
+def _pixels(image: Any) -> Array:
     if isinstance(image, (str, Path)) or hasattr(image, "read"):
         image = open_image(image)
     if hasattr(image, "convert"):  # the array of a PIL image may hold indices of a palette
@@ -147,23 +147,23 @@ def _picture(image: Any) -> Array:
 # --- the part that the model saw ---
 
 
-def read_boxes(explanation: Explained, pictures: list[Array] | None, crop: Any, processor: Any) -> list[Box]:
+def read_boxes(explanation: Explained, images: list[Array] | None, crop: Any, processor: Any) -> list[Box]:
     """The box of every map on its image: `crop`, or that of the explanation's `crops` or of `processor`, else the whole image,
     with a warning if its shape differs. ValueError if `crop` and `processor` are both given, or `processor` without an image."""
     if crop is not None and processor is not None:
         raise ValueError(f"crop must be None if processor is given, which determines the part that the model saw; got {crop}")
-    if processor is not None and pictures is None:
+    if processor is not None and images is None:
         raise ValueError("processor must be given together with an image; got image=None")
     boxes = _read_crops(explanation, crop)
-    if crop is not None or pictures is None:
+    if crop is not None or images is None:
         return boxes
-    sizes = [pictures[0 if len(pictures) == 1 else number].shape[1::-1] for number in range(len(boxes))]
+    sizes = [images[0 if len(images) == 1 else number].shape[1::-1] for number in range(len(boxes))]
     shapes = [tuple(part.shape[-2:]) for part in explanation.image] if explanation.image is not None else []
     told = explanation.crops or [None] * len(boxes)
     told = [box if box and _fits(box, *of) else None for box, *of in zip(told, shapes, sizes, strict=False)]
     seen: dict[tuple[int, int], Box | None] = {}
     if processor is not None:
-        seen = {size: seen_part(processor, size) for size in dict.fromkeys(sizes) or [pictures[0].shape[1::-1]]}
+        seen = {size: seen_part(processor, size) for size in dict.fromkeys(sizes) or [images[0].shape[1::-1]]}
     _warn_of_shapes([of for box, *of in zip(told, shapes, sizes, strict=False) if box is None and seen.get(of[1]) is None])
     return [tuple(box or seen.get(size) or WHOLE) for box, size in zip(told or [None] * len(boxes), sizes, strict=True)]
 
@@ -210,13 +210,13 @@ def _prepared(processor: Any, grey: Array) -> Array | None:
     """An image of grey values (H, W) as a processor prepares it, (h, w); None if it does not make exactly one image of it."""
     from PIL import Image
 
-    picture, prepare = Image.fromarray(grey).convert("RGB"), getattr(processor, "image_processor", processor)
+    image, prepare = Image.fromarray(grey).convert("RGB"), getattr(processor, "image_processor", processor)
     if hasattr(prepare, "convert_ids_to_tokens") or not callable(prepare):
         raise TypeError(f"processor must prepare images for the model; got {type(processor).__name__}")
     if hasattr(prepare, "model_input_names"):  # of Hugging Face
-        pixels = prepare(images=picture, return_tensors="pt").get("pixel_values")
+        pixels = prepare(images=image, return_tensors="pt").get("pixel_values")
     else:
-        pixels = prepare(picture)
+        pixels = prepare(image)
     if isinstance(pixels, Tensor) and pixels.ndim == 4 and len(pixels) == 1:
         pixels = pixels[0]
     return to_array(pixels[0]).astype(float) if isinstance(pixels, Tensor) and pixels.ndim == 3 and len(pixels) == 3 else None

@@ -224,11 +224,11 @@ def maps_of(explanation: Explained, maps: Maps | None, sample: int) -> list[tupl
     return [(i, part) for i, (part, owner) in enumerate(zip(maps, explanation.image_samples, strict=True)) if owner == sample]
 
 
-def panels(patches: Sequence[Patch], pictures: Sequence[Array] | None, crops: Sequence[Box]) -> list[list[Patch]]:
+def panels(patches: Sequence[Patch], images: Sequence[Array] | None, crops: Sequence[Box]) -> list[list[Patch]]:
     """Patches by panel: regions of one image share it, and so do maps whose crops do not overlap."""
     shown: list[tuple[int, list[Patch]]] = []
     for patch in patches:
-        number = picture_number(patch, pictures)
+        number = image_number(patch, images)
         for of, panel in shown:
             apart = patch.box is not None or not any(_overlap(crops[patch.index], crops[one.index]) for one in panel)
             if of == number and (panel[0].box is None) == (patch.box is None) and apart:
@@ -245,8 +245,8 @@ def _overlap(one: Box, two: Box) -> bool:
     return across > 1e-3 and down > 1e-3
 
 
-def picture_number(patch: Patch, pictures: Sequence[Array] | None) -> int:
+def image_number(patch: Patch, images: Sequence[Array] | None) -> int:
     """The number of the image under a patch, 0 if there is one or none; the first of those that are the same."""
-    if pictures is None or len(pictures) == 1:
+    if images is None or len(images) == 1:
         return 0
-    return next(number for number, picture in enumerate(pictures) if picture is pictures[patch.index])
+    return next(number for number, image in enumerate(images) if image is images[patch.index])

@@ -62,7 +62,7 @@ class Explained:
             object.__setattr__(self, "sinks", as_sinks(self.sinks))
         self._check_samples()
         towers = {f"tower_images[{name!r}]": maps for name, maps in (self.tower_images or {}).items()}
-        self._check_pictures(towers if self.image is None else {"image": self.image, **towers})
+        self._check_images(towers if self.image is None else {"image": self.image, **towers})
         count = next(iter(self.relevancy.values())).shape[-1]
         if self.token_names is not None and len(self.token_names) != count:
             raise ValueError(f"token_names must name the {count} tokens of the first tower; got {len(self.token_names)}")
@@ -94,7 +94,7 @@ class Explained:
             if self.text is not None and longest > self.text.shape[-1]:
                 raise ValueError(f"{name} must be at most {self.text.shape[-1]} per sample, as text has; got {longest}")
 
-    def _check_pictures(self, fields: Mapping[str, Any]) -> None:
+    def _check_images(self, fields: Mapping[str, Any]) -> None:
         """Checks the maps in these fields, the samples they belong to, and what they are drawn on."""
         samples = len(self)
         owners = range(samples) if self.image_samples is None else self.image_samples

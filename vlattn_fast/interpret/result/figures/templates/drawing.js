@@ -45,11 +45,11 @@ function shadesOf(data, bare, low, opacity) {
 
 /* A figure with its photo and its name, if it has them, and a canvas for its maps. */
 function frame(holder, figure, data) {
-  const picture = data.pictures[figure.picture], [rows, columns] = figure.maps[0].size;
-  const box = make("figure", holder, { className: picture ? (picture.width < 300 ? "tiny" : "") : "bare" });
-  if (picture) make("img", box, { src: picture.source, alt: "" });
-  const canvas = make("canvas", box, { width: picture ? Math.max(360, Math.min(720, picture.width)) : 360 });
-  canvas.height = Math.max(1, Math.round(canvas.width * (picture ? picture.height / picture.width : rows / columns)));
+  const image = data.images[figure.image], [rows, columns] = figure.maps[0].size;
+  const box = make("figure", holder, { className: image ? (image.width < 300 ? "tiny" : "") : "bare" });
+  if (image) make("img", box, { src: image.source, alt: "" });
+  const canvas = make("canvas", box, { width: image ? Math.max(360, Math.min(720, image.width)) : 360 });
+  canvas.height = Math.max(1, Math.round(canvas.width * (image ? image.height / image.width : rows / columns)));
   canvas.setAttribute("role", "img");
   if (figure.name) make("figcaption", box, { textContent: figure.name });
   return canvas;
@@ -58,7 +58,7 @@ function frame(holder, figure, data) {
 /* Draws the maps of a figure on a scale from low to high; cells instead of a smooth map if there is no photo under it. */
 function paint(canvas, figure, data, low, high, opacity, patches) {
   const context = canvas.getContext("2d", { willReadFrequently: true });
-  const { width, height } = canvas, bare = figure.picture === null;
+  const { width, height } = canvas, bare = figure.image === null;
   const smooth = !bare && !patches, shades = shadesOf(data, bare, low, opacity);
   context.clearRect(0, 0, width, height);
   for (const map of figure.maps) {

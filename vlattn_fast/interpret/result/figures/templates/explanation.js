@@ -16,7 +16,7 @@ function range(choice) {
 
 function showFigure(choice) {
   const view = viewOf(choice), [low, high] = range(choice), any = view.figures.length > 0;
-  const holder = element("figures"), layout = JSON.stringify(view.figures.map((f) => [f.picture, f.maps.map((m) => m.size)]));
+  const holder = element("figures"), layout = JSON.stringify(view.figures.map((f) => [f.image, f.maps.map((m) => m.size)]));
   if (holder.dataset.layout !== layout) {
     holder.replaceChildren();
     holder.dataset.layout = layout;
@@ -33,10 +33,10 @@ function showFigure(choice) {
   const patches = view.figures.some((figure) => figure.maps.some((map) => map.cells.length > 1));
   element("stage").hidden = !any;
   element("clips").hidden = !patches;
-  element("opaque").hidden = !any || data.pictures.length === 0;
-  element("grid").hidden = !patches || data.pictures.length === 0;
+  element("opaque").hidden = !any || data.images.length === 0;
+  element("grid").hidden = !patches || data.images.length === 0;
   document.querySelector("main").classList.toggle("wordsonly", !any);
-  const shades = shadesOf(data, data.pictures.length === 0, low, element("opacity").value).map(([r, g, b, alpha]) => `rgb(${r} ${g} ${b} / ${alpha / 255})`);
+  const shades = shadesOf(data, data.images.length === 0, low, element("opacity").value).map(([r, g, b, alpha]) => `rgb(${r} ${g} ${b} / ${alpha / 255})`);
   element("bar").style.background = `linear-gradient(to right, ${shades.join(", ")})`;
   element("low").textContent = any ? format(low) : "";
   element("high").textContent = any ? format(high) : "";
