@@ -337,7 +337,7 @@ def test_the_model_is_put_back_after_an_error() -> None:
     ("score", "position", "error", "says"),
     [
         (lambda logits: logits[:, 1].sum().detach(), None, ValueError, "score must depend on"),
-        (lambda logits: logits[:, 1] * float("nan"), None, UndefinedRelevancy, "got nan in rows"),
+        (lambda logits: logits[:, 1] * float("nan"), None, UndefinedRelevancy, "got nan for samples"),
         (lambda logits: torch.ones(2, requires_grad=True).sum(), None, ValueError, "scores without a gradient there"),
         (lambda logits: logits, None, ValueError, r"score must be a floating scalar, or scores \(B,\)"),
         (lambda logits: 1.0, None, TypeError, "score must be a tensor"),

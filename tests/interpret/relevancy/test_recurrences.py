@@ -390,4 +390,4 @@ def test_info_tells_of_them() -> None:
     from vlattn_fast.interpret.explaining.description import described
 
     lines = [line for line in described(made("OlmoHybrid", dtype=torch.float32)) if "mixers" in line]
-    assert lines == ["  mixers    2 OlmoHybridGatedDeltaNet: by maps of their values"]
+    assert lines == ["  mixers    2 OlmoHybridGatedDeltaNet: as maps over their values"]
