@@ -129,7 +129,7 @@ class Batches:
             name = type(model).__name__
             raise ValueError(f"{name} has no adapter. Register one with va.register_adapter")
         if not adapter.scoring.predicts and (options.generate is not None or options.answer is not None):
-            raise ValueError(f"answer and generate need a decoder; got {type(model).__name__}")
+            raise ValueError(f"answer and generate must be used with a decoder; got {type(model).__name__}")
         self.adapter = adapter
         self._of_thread = threading.local()
 
