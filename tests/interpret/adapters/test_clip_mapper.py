@@ -192,7 +192,7 @@ def test_an_answer_as_text():
 
 def test_what_is_refused():
     classes, inputs = mapper(), inputs_of(IDS)
-    with pytest.raises(ValueError, match="model must be a decoder with an adapter, .*; got CLIPMapper$"):
+    with pytest.raises(ValueError, match=r"model must be a decoder with an adapter, .*; got CLIPMapper\. For a class"):
         explain(classes, inputs, answer=[17])
     states = {"image_states": classes.encode_image(inputs["pixel_values"]), "input_ids": IDS}
     with pytest.raises(ValueError, match="no attention call was traced in layer 'vision.encoder.layers.0' .* of tower 'vision'"):

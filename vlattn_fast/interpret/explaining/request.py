@@ -219,7 +219,8 @@ def _adapter_of_answers(model: nn.Module, inputs: Mapping[str, Any], target: Any
         name, is_callers = type(model).__name__, adapter is None and not hasattr(model, "can_generate")
         raise ValueError(
             "model must be a decoder with an adapter, or an encoder-decoder, if answer is given; got "
-            f"{name}{_custom_ids(name, inputs) if is_callers else ''}{_like_the_nearest(model)}"
+            f"{name}{_custom_ids(name, inputs) if is_callers else ''}{_like_the_nearest(model)}. "
+            "For a class or another score pass target= in place of answer="
         )
     return adapter
 
@@ -278,8 +279,8 @@ def _how_to_explain(model: nn.Module, inputs: Mapping[str, Any]) -> str:
     towers = [tower.described for tower in trace.towers if tower.calls.paths]
     line = f'va.explain(model, inputs, position={{"{trace.towers[0].name}": "cls"}}, target=lambda outputs: ...)'
     return (
-        f"{problem}. Its towers are {', '.join(towers)}. Pass the explained token and the score: {line}. No adapter could be "
-        f"derived: {why_underived(model)}{_like_the_nearest(model)}"
+        f"{problem}. Its towers are {', '.join(towers)}. Pass the explained token and the score: {line}, or target=1 for class 1 "
+        f"if the output is one tensor of logits. No adapter could be derived: {why_underived(model)}{_like_the_nearest(model)}"
     )
 
 

@@ -294,7 +294,8 @@ def _check_one(what: str, chosen: Mapping[Pair, Any], problems: Sequence[str]) -
         raise ValueError(f"{what} must be of tokens that attend to one another: {'; '.join(dict.fromkeys(problems))}")
     towers = list(dict.fromkeys(pair[0].name for pair in chosen))
     if len(towers) > 1:
-        raise ValueError(f"{what} needs tower= if several towers have such tokens; got {', '.join(map(repr, towers))}")
+        pairs = ", ".join(str((of.name, to.name)) for of, to in chosen)
+        raise ValueError(f"{what} needs tower=(of the queries, of the keys) if several towers have such tokens; got {pairs}")
 
 
 def check_edges(plan: CallPlan) -> None:

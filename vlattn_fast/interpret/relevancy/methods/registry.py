@@ -36,7 +36,9 @@ def find_method(name: str) -> type[Method]:
     known = {**METHODS, **ABLATIONS}
     if isinstance(name, str) and name in known:
         return known[name]
-    raise ValueError(f"method must be one of {', '.join(known)}; got {name!r}")
+    bare = str(name).partition("(")[0]
+    line = f". Options belong to an object: method=va.methods.{known[bare].__name__}(...)" if bare in METHODS else ""
+    raise ValueError(f"method must be one of {', '.join(known)}; got {name!r}{line}")
 
 
 def method_of(method: str | Method) -> Method:
