@@ -20,6 +20,11 @@ class Attention(LastAttentionMethod):
 
     It costs one forward pass. If towers attend to one another, it takes the last attention of the explained tower to itself and
     to each other tower.
+
+    Examples:
+        >>> import vlattn_fast as va
+        >>> va.methods.Attention(sinks="remove")  # pass it as va.explain(..., method=...)
+        <method attention(sinks=remove)>
     """
 
     name = "attention"

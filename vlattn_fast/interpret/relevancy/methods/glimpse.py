@@ -38,6 +38,11 @@ class Glimpse(CachedCalls):
     It costs one forward and one backward pass. Rows of maps are computed again, a few queries at a time, twice a layer: for the
     layer's weights, and for r. Layers are weighted with a, heads with w, both from gradients (arXiv 2506.18985, equations 5 to
     13).
+
+    Examples:
+        >>> import vlattn_fast as va
+        >>> va.methods.Glimpse(of="logit")  # pass it as va.explain(..., method=...)
+        <method glimpse(of=logit)>
     """
 
     name = "glimpse"

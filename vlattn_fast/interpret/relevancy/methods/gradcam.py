@@ -23,6 +23,11 @@ class GradCam(LastAttentionMethod):
     with the bias after it, leaves each output unchanged, but shifts w_h by (sum_i dO_i).c / N. If no entry of the mean is above
     0, relu leaves zeros, and `explain` warns. If towers attend to one another, it takes the last attention of the explained
     tower to itself and to each other tower (Chefer, Gur, Wolf, ICCV 2021).
+
+    Examples:
+        >>> import vlattn_fast as va
+        >>> va.methods.GradCam(of="logit")  # pass it as va.explain(..., method=...)
+        <method gradcam(of=logit)>
     """
 
     name = "gradcam"

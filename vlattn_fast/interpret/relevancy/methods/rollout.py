@@ -22,6 +22,11 @@ class Rollout(CarriedMethod):
     which is 2 if a row of A sums to one. Between towers R_ti is rollout(t)^T mean_h A_ti rollout(i), with the last attention from
     t to i (Chefer et al. 2021). In a causal decoder rollout(t)^T is partly of later tokens: "rollout:one_hot" has e_t^T in its
     place.
+
+    Examples:
+        >>> import vlattn_fast as va
+        >>> va.methods.Rollout(start_layer=2)  # pass it as va.explain(..., method=...)
+        <method rollout(start_layer=2)>
     """
 
     name = "rollout"

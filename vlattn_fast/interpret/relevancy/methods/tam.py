@@ -31,6 +31,11 @@ class Tam(Method):
 
     It costs one forward pass, with the logits of all positions. It only supports decoders with the image in their own sequence,
     and explains one token at a time (arXiv 2506.23270).
+
+    Examples:
+        >>> import vlattn_fast as va
+        >>> va.methods.Tam()  # pass it as va.explain(..., method=...)
+        <method tam>
     """
 
     name = "tam"
