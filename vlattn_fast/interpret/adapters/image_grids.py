@@ -38,7 +38,7 @@ def whole(shape: Shape, before: int = 0, box: Box | None = None) -> Layout:
 
 
 def frames(count: int, shape: Shape, after: int = 0) -> Layout:
-    """A video of `count` frames of (h, w) tokens, and `after` tokens after them that have no position in it."""
+    """A video of `count` frames of (h, w) tokens, and then `after` tokens that have no position in it."""
     size = math.prod(shape)
     return Layout(count * size + after, tuple(_after(i * size, shape) for i in range(count)), film=True)
 

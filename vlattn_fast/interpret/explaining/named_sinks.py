@@ -21,7 +21,7 @@ Place = tuple[int, int, int]
 
 
 class FindsSinks(Method):
-    """Sees every attention call, and makes no relevancy of it."""
+    """Gets every attention call to find sinks, and makes no relevancy."""
 
     needs_score = False
     uses_position = False
@@ -49,7 +49,7 @@ def named_sinks(request: Request, prompt: Prompt, run: Run, image_samples: Seque
         layers = [found.layer for found in calls]
         rows = image_samples if len(image_samples) == source.batch else None
         for row, index in torch.stack(sinks).any(0).nonzero().tolist():
-            if row >= (source.batch or 0):  # of the row that stands for an empty batch
+            if row >= (source.batch or 0):  # of the made-up sample for an empty batch
                 continue
             sample = row if source.batch == count else rows[row] if rows is not None else row * count // (source.batch or 1)
             layer_shares, layer_norms = (
@@ -73,12 +73,12 @@ def _as_entered(tower: TowerTrace, values: Tensor, found: Findings) -> Tensor:
 
 
 class _Names:
-    """Where tokens lie in the image, and what their ids are called."""
+    """The positions of tokens in the image, and the names of their ids."""
 
     def __init__(self, request: Request, prompt: Prompt, run: Run) -> None:
         self._convert = getattr(request.tokenizer, "convert_ids_to_tokens", None)
         towers, arguments = [*run.explained, *run.attended], prompt.arguments
-        # Each token's number in place of its relevancy: the maps then say which token each patch is.
+        # With the tokens' numbers instead of their relevancy, the maps have the token of each patch.
         numbers = {tower.name: torch.arange(tower.size, dtype=torch.float64).expand(tower.shape) for tower in towers}
         special = request.special
         fields, owners = parts(towers, arguments, numbers, None, request.patches, special)
