@@ -11,8 +11,8 @@ from torch import Tensor
 import vlattn_fast as va
 from tests.helpers.interpret.decoder_cases import DECODERS
 from tests.helpers.interpret.edited_maps import llama, made
-from vlattn_fast.interpret.intervening.seen_calls import see
 from vlattn_fast.interpret.intervening.token_sets import token_set
+from vlattn_fast.interpret.intervening.traced_model import trace_model
 
 GROUPS = ["image", "question", "last"]
 LAST = 23, 21  # of each sample
@@ -22,7 +22,7 @@ def test_the_question_gives_way_to_the_last_token() -> None:
     model, inputs = made("llava")
     table = va.attribute_edges(model, inputs, GROUPS, target=7)
     assert table.groups == {"image": "image", "question": "question - last", "last": "last"}
-    (tower,) = see(model, inputs).towers
+    (tower,) = trace_model(model, inputs).towers
     sets = {name: token_set(name, group, tower).mask for name, group in table.groups.items()}
     named = {name: token_set(name, name, tower).mask for name in GROUPS}
     assert bool(named["question"][[0, 1], LAST].all()) and not bool(sets["question"][[0, 1], LAST].any())

@@ -17,7 +17,7 @@ from tests.helpers.interpret.edited_maps import Cut, biased, hooked, llama, made
 from tests.helpers.interpret.encoder_cases import MADE
 from vlattn_fast.attach.events import RUNNING
 from vlattn_fast.attach.session import dispatched
-from vlattn_fast.interpret.intervening.seen_calls import see
+from vlattn_fast.interpret.intervening.traced_model import trace_model
 
 CLOSE = {"rtol": 0, "atol": 1e-9}
 TOWERS = {
@@ -182,7 +182,7 @@ def test_a_record_of_an_encoder_decoder_needs_no_decoder_tokens() -> None:
     )
     model = lively(transformers.T5ForConditionalGeneration(config)).double().eval()
     inputs = {"input_ids": torch.randint(3, 50, (2, 9))}
-    encoder = see(model, inputs).towers[0].name
+    encoder = trace_model(model, inputs).towers[0].name
     outputs = va.record_heads(model, inputs, tower=encoder).outputs
     expected = va.record_heads(model, {**inputs, "decoder_input_ids": torch.zeros(2, 1, dtype=torch.long)}, tower=encoder).outputs
     assert outputs is not None and expected is not None and torch.equal(outputs[1], expected[1])
@@ -240,7 +240,7 @@ def test_every_class_that_explain_sees_is_cut_as_by_dense_masks(kind: str) -> No
     model, inputs = t5() if kind == "t5" else CLASSES[kind]()
     lively(model).double().eval()
     inputs = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
-    seen = see(model, inputs)
+    seen = trace_model(model, inputs)
     pairs = list(dict.fromkeys((call.tower, call.source) for call in seen.calls))
     assert len(pairs) == {"siglip2": 2, "t5": 3}.get(kind, 1)
     before = first_tensor(model(**inputs)).detach()

@@ -14,7 +14,7 @@ import vlattn_fast as va
 from tests.interpret.relevancy.test_recurrences_of_models import IDS, INPUTS, made, near, of_last, stored
 from vlattn_fast.checking.models.mixers import each_within
 from vlattn_fast.checking.models.stored import Double, in_double, stored_rows
-from vlattn_fast.interpret.intervening.seen_calls import see
+from vlattn_fast.interpret.intervening.traced_model import trace_model
 
 transformers = pytest.importorskip("transformers")
 HYBRIDS = [
@@ -44,7 +44,7 @@ def relevancy(model: Any, explain: Any = va.explain_layers, **options: Any) -> A
 @pytest.mark.parametrize("kind", [*HYBRIDS, "Mllama"])
 def test_a_layer_is_a_block_by_its_index(kind: str) -> None:
     model = mllama() if kind == "Mllama" else made(kind)
-    seen = see(model, WHOLE)
+    seen = trace_model(model, WHOLE)
     attend = {call.layer: call.path for call in seen.calls}
     mix = {layer: place.strip("'") for _, layer, place in seen.mixing}
     blocks = "rwkv.blocks" if kind == "Rwkv" else "backbone.blocks" if kind == "xLSTM" else "model.layers"
@@ -138,7 +138,7 @@ def test_blocks_without_the_map_that_is_asked_for() -> None:
 def test_both_attentions_of_a_decoders_block_are_one_layer() -> None:
     sizes = {"vocab_size": 60, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
     model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)).eval()
-    seen = see(model, {"input_ids": IDS})
+    seen = trace_model(model, {"input_ids": IDS})
     assert [(call.layer, call.crosses) for call in seen.calls if "decoder" in call.path] == [
         *((0, False), (0, True)),
         *((1, False), (1, True)),

@@ -57,7 +57,7 @@ class _Question:
         """ValueError if no tower, or several, attend to themselves, or the tower has no explained position."""
         target, processor = batch.question.target, plan.options.get("processor")
         asked = Asked.check(plan.model, batch.question.inputs, target=target, answer=None, tower=None, processor=processor)
-        pairs = [pair for pair in Plans(asked.seen).pairs(None) if pair[0] is pair[1]]
+        pairs = [pair for pair in Plans(asked.traced).pairs(None) if pair[0] is pair[1]]
         if len(pairs) != 1:
             names = ", ".join(repr(pair[0].name) for pair in pairs) or "none"
             raise ValueError(f"{_IMPOSSIBLE}: one tower must attend to itself; got {names}. {_LEAVE}")
@@ -74,7 +74,7 @@ class _Question:
         """Scores and probabilities (K, B) with the tokens of masks (K, B, N) cut."""
         copies, results = self.asked.at_once(max(1, batch_size // masks.shape[1])), []
         for part in with_progress(masks.split(copies), "cutting attention", leave=False):
-            asked, plans = self.asked.repeated(len(part), self.target), Plans(self.asked.seen)
+            asked, plans = self.asked.repeated(len(part), self.target), Plans(self.asked.traced)
             queries, keys = repeated_set(self.queries, len(part)), TokenSet(part.flatten(0, 1))
             for each in plans.layers([self.pair], None):
                 plans.add_term(each, Term(queries, keys, torch.full((each.call.heads,), -torch.inf)))
@@ -90,7 +90,7 @@ class _Question:
     def first_order(self, masks: Tensor) -> Tensor:
         """(K, B), the first-order effects of cutting masks (K, B, N): see `attribute_edges`."""
         weight = next(self.asked.request.model.parameters(), torch.zeros(()))
-        dtype, plans = torch.promote_types(weight.dtype, torch.float32), Plans(self.asked.seen)
+        dtype, plans = torch.promote_types(weight.dtype, torch.float32), Plans(self.asked.traced)
         leaf = torch.zeros(masks.shape[:2], dtype=dtype, device=weight.device, requires_grad=True)
         sets = [TokenSet(mask) for mask in masks]
         for each in plans.layers([self.pair], None):

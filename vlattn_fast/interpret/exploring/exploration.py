@@ -59,7 +59,7 @@ class Exploration:
         one = Asked.check(next(iter(self.models.values())), inputs, **question)
         if question["target"] is None and one.prompt.answer is None and one.prompt.pairs is None:
             with torch.no_grad():  # the target that the first model chooses is that of all, edited ones included
-                question = {**question, "target": one.scores(one.run(Plans(one.seen)))[1]}
+                question = {**question, "target": one.scores(one.run(Plans(one.traced)))[1]}
         self.inputs, self.count, self.question = inputs, count, question
         self.tables = {name: attribute_edges(model, inputs, groups, **question) for name, model in self.models.items()}
         self.groups = next(iter(self.tables.values())).groups
@@ -72,7 +72,7 @@ class Exploration:
 
     def _facts(self, name: str) -> tuple[tuple[str, str], dict[int, int]]:
         """The towers between which the edges of a model go, and how many heads its layers have."""
-        pair = Plans(self._asked[name].seen).with_groups(self.groups, self.question["tower"]).pair
+        pair = Plans(self._asked[name].traced).with_groups(self.groups, self.question["tower"]).pair
         return (pair[0].name, pair[1].name), {edge.layer: (edge.head or 0) + 1 for edge in self.tables[name]}  # the last head's
 
     def state(self, message: Any) -> State:
@@ -108,7 +108,7 @@ class Exploration:
         for name, (model, method) in self.panes.items():
             question = {key: value for key, value in self.question.items() if key != "tower"}
             with torch.inference_mode(False):
-                editing = EditedCalls(Plans(self._asked[model].seen, edits)).observer() if edits else nullcontext()
+                editing = EditedCalls(Plans(self._asked[model].traced, edits)).observer() if edits else nullcontext()
             with without_progress(), editing:
                 explanations[name] = explain(self.models[model], self.inputs, method=method, **question)
         answers = {}

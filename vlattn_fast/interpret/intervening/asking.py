@@ -15,8 +15,8 @@ from vlattn_fast.interpret.explaining.question import choose_score
 from vlattn_fast.interpret.explaining.request import Prompt, Request, lay_out
 from vlattn_fast.interpret.intervening.editing import EditedCalls
 from vlattn_fast.interpret.intervening.plans import Plans
-from vlattn_fast.interpret.intervening.seen_calls import NotesCalls, SeenModel, TowerName, see_run, watched_run
 from vlattn_fast.interpret.intervening.token_sets import TokenSet
+from vlattn_fast.interpret.intervening.traced_model import NotesCalls, TowerName, TracedModel, run_traced, trace_arguments
 from vlattn_fast.interpret.relevancy.method import LOG_PROBABILITY
 from vlattn_fast.interpret.relevancy.methods.input_gradient import InputGradient
 
@@ -27,7 +27,7 @@ class Asked:
 
     request: Request
     prompt: Prompt
-    seen: SeenModel
+    traced: TracedModel
     outputs: Any = None  # of the model, whose calls were noted by a method of the caller's
 
     @classmethod
@@ -58,13 +58,14 @@ class Asked:
             prompt = lay_out(request, inputs)
         run = request.model, request.adapter, prompt.arguments, [tower], prompt.answer
         with packing(request.model, prompt.packs):
-            return cls(request, prompt, see_run(*run)) if notes is None else cls(request, prompt, *watched_run(notes, *run))
+            traced = (trace_arguments(*run),) if notes is None else run_traced(notes, *run)
+            return cls(request, prompt, *traced)
 
     @property
     def batch(self) -> int:
         """The number of samples. A tower without an adapter, such as that of several cameras, may have a larger batch."""
         recorded = [tower.name for tower in self.request.adapter.towers]
-        return next((tower for tower in self.seen.towers if tower.name in recorded), self.seen.towers[0]).shape[0]
+        return next((tower for tower in self.traced.towers if tower.name in recorded), self.traced.towers[0]).shape[0]
 
     def run(self, plans: Plans) -> Any:
         """The outputs of the edited model in eval mode."""
@@ -87,7 +88,7 @@ class Asked:
     @property
     def _before(self) -> int:
         """The number of tokens before the text."""
-        return next((tower.tokens.before for tower in self.seen.towers if bool(tower.answered.any())), 0)
+        return next((tower.tokens.before for tower in self.traced.towers if bool(tower.answered.any())), 0)
 
     def probabilities(self, outputs: Any) -> Tensor:
         """The probabilities (B,) of the answer, or of the target among all logits; or the result of a callable target."""
@@ -114,7 +115,7 @@ class Asked:
         prompt, request = self.prompt, self.request
         if isinstance(target, Sequence) and not isinstance(target, str):
             request = replace(request, target=list(target) * copies)
-        return Asked(request, prompt.repeated(copies, self.batch), self.seen)
+        return Asked(request, prompt.repeated(copies, self.batch), self.traced)
 
 
 def repeated_set(tokens: TokenSet, copies: int) -> TokenSet:

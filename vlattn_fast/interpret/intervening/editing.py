@@ -16,7 +16,7 @@ from vlattn_fast.attach.session import Steps, uncompiled
 from vlattn_fast.attach.written import is_masked_score, joined
 from vlattn_fast.backends.inputs import ScoreAttentionInputs
 from vlattn_fast.interpret.intervening.plans import CallPlan, Plans
-from vlattn_fast.interpret.intervening.seen_calls import SeenTower
+from vlattn_fast.interpret.intervening.traced_model import TracedTower
 from vlattn_fast.ops._groups import gated, group_bias_inputs
 
 
@@ -49,12 +49,12 @@ class EditedCalls(Subscriber):
     edits = True
 
     def __init__(self, plans: Plans) -> None:
-        self.model, self._parts, self._plans = plans.seen.model, plans.seen.roots, plans.finished()
+        self.model, self._parts, self._plans = plans.traced.model, plans.traced.roots, plans.finished()
         self._of_modules: dict[nn.Module, list[CallPlan]] = {}  # each module's calls in their order
         for plan in self._plans:
             self._of_modules.setdefault(self.model.get_submodule(plan.call.path), []).append(plan)
         # By module, the towers whose first call it makes, and which of its calls that is.
-        self._firsts: dict[nn.Module, list[tuple[SeenTower, int]]] = {}
+        self._firsts: dict[nn.Module, list[tuple[TracedTower, int]]] = {}
         for tower in dict.fromkeys(plan.call.tower for plan in self._plans):
             first = next(plan for plan in self._plans if plan.call.tower is tower)
             module = self.model.get_submodule(first.call.path)
@@ -62,7 +62,7 @@ class EditedCalls(Subscriber):
         self._numbers: dict[nn.Module, int] = {}  # of the call that a module makes next
         self._attending: list[_Attending] = []
         self._mask: tuple[Tensor, Tensor] | None = None  # a float mask and what `_with_zeros` made of it
-        self._cached: dict[SeenTower, int | None] = {}  # tokens in the cache; None = there is no cache
+        self._cached: dict[TracedTower, int | None] = {}  # tokens in the cache; None = there is no cache
 
     def observer(self) -> Observer:
         return Observer(self.model, [self], parts=self._parts)

@@ -81,7 +81,7 @@ def attribute_edges(
     with torch.inference_mode(False), torch.enable_grad():
         notes = KeepsCalls()
         asked = Asked.check(model, inputs, **question, notes=notes)
-        plans = Plans(asked.seen)
+        plans = Plans(asked.traced)
         pair, named, queries, keys = plans.with_groups(named, tower)
         chosen = plans.layers([pair], None)
         for plan in chosen:
@@ -188,11 +188,11 @@ def intervene_each(
         raise ValueError("edges must have at least one; got none")
     check_tower(question["tower"])
     asked = Asked.check(model, inputs, **question)
-    plans = Plans(asked.seen)
+    plans = Plans(asked.traced)
     pair, named, queries, keys = plans.with_groups(named, question["tower"])
     listed = [_from_start(plans, pair, edge) for edge in listed]
     with torch.no_grad():
-        scores, chosen = asked.scores(asked.run(Plans(asked.seen)))
+        scores, chosen = asked.scores(asked.run(Plans(asked.traced)))
         check_scores(scores)
         effects = []
         copies = asked.at_once(batch_size)
@@ -215,7 +215,7 @@ def _from_start(plans: Plans, pair: Pair, edge: Edge) -> Edge:
 
 def _cuts(asked: Asked, pair: Pair, edges: Sequence[Edge], queries: Sets, keys: Sets) -> Plans:
     """Plans for copies of the inputs, each with one edge cut."""
-    plans, copies = Plans(asked.seen), len(edges)
+    plans, copies = Plans(asked.traced), len(edges)
     for side, sets in (("to", queries), ("from_", keys)):
         for name in (getattr(edge, side) for edge in edges):
             if name not in sets:

@@ -18,8 +18,8 @@ from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAtten
 from vlattn_fast.interpret.intervening.editing import token_groups
 from vlattn_fast.interpret.intervening.grouping import Groups
 from vlattn_fast.interpret.intervening.plans import CallPlan, Plans
-from vlattn_fast.interpret.intervening.seen_calls import NotesCalls
 from vlattn_fast.interpret.intervening.token_sets import TokenSet
+from vlattn_fast.interpret.intervening.traced_model import NotesCalls
 from vlattn_fast.interpret.relevancy.traced_call import TracedCall
 from vlattn_fast.ops.score_attention import score_attention_by
 

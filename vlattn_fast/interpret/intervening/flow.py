@@ -166,17 +166,17 @@ def _apart(plans: Plans, cut: Knockout) -> dict[Pair, tuple[TokenSet, TokenSet]]
 @torch.no_grad()
 def _of_one(asked: Asked, cut: Knockout, window: int, batch_size: int) -> tuple[Tensor, Tensor, tuple[int, ...]]:
     """The probabilities (B,) and (B, L) of one batch, and the numbers of the layers."""
-    outputs = asked.run(Plans(asked.seen))
+    outputs = asked.run(Plans(asked.traced))
     scores, chosen = asked.scores(outputs)
     check_scores(scores)
     base = asked.probabilities(outputs)
-    plans = Plans(asked.seen)
+    plans = Plans(asked.traced)
     by_pair = _apart(plans, cut)
     layers = sorted({plan.call.layer for plan in plans.layers(by_pair, None)})
     parts = []
     for first in with_progress(range(0, len(layers), batch_size), "cutting windows", leave=False):
         middles = torch.tensor(layers[first : first + batch_size])
-        plans, copies = Plans(asked.seen), len(middles)
+        plans, copies = Plans(asked.traced), len(middles)
         sets = {pair: (repeated_set(q, copies), repeated_set(k, copies)) for pair, (q, k) in by_pair.items()}
         for plan in plans.layers(by_pair, None):
             is_cut = (middles - (window - 1) // 2 <= plan.call.layer) & (plan.call.layer <= middles + window // 2)

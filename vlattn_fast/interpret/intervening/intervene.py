@@ -19,7 +19,7 @@ from vlattn_fast.interpret.intervening.editing import EditedCalls, check_not_exp
 from vlattn_fast.interpret.intervening.edits import EdgeEdit, Edit, HeadEdit, Numbers, check_numbers, check_tower
 from vlattn_fast.interpret.intervening.head_record import HeadRecord
 from vlattn_fast.interpret.intervening.plans import CallPlan, Plans, tower_of
-from vlattn_fast.interpret.intervening.seen_calls import TowerName, see, with_start
+from vlattn_fast.interpret.intervening.traced_model import TowerName, trace_model, with_start
 
 
 def intervene(model: nn.Module, inputs: Mapping[str, Any], edits: Edit | Sequence[Edit]) -> Observer:
@@ -64,7 +64,7 @@ def intervene(model: nn.Module, inputs: Mapping[str, Any], edits: Edit | Sequenc
         raise ValueError("edits must have at least one; got none")
     check_not_explained()
     with torch.inference_mode(False):  # the context may train
-        return EditedCalls(Plans(see(model, inputs, map(tower_of, edits)), edits)).observer()
+        return EditedCalls(Plans(trace_model(model, inputs, map(tower_of, edits)), edits)).observer()
 
 
 def record_heads(
@@ -122,8 +122,8 @@ def record_heads(
 
 
 def _of_one_run(model: nn.Module, inputs: Mapping[str, Any], layers: Sequence[int] | None, tower: TowerName) -> HeadRecord:
-    seen = see(model, inputs, [tower])
-    plans = Plans(seen)
+    traced = trace_model(model, inputs, [tower])
+    plans = Plans(traced)
     pair = plans.self_pair("record_heads", tower)
     outputs: dict[int, Tensor] = {}
     chosen = plans.layers([pair], layers)
@@ -141,7 +141,7 @@ def _of_one_run(model: nn.Module, inputs: Mapping[str, Any], layers: Sequence[in
     real = torch.ones(pair[0].shape, dtype=torch.bool) if real is None else real.bool().cpu()
     with torch.inference_mode(False):
         means = {layer: x.transpose(1, 2)[real.to(x.device)].double().mean(0) for layer, x in outputs.items()}
-    return HeadRecord((pair[0].name, pair[1].name), means, outputs, int(real.sum()), seen.name)
+    return HeadRecord((pair[0].name, pair[1].name), means, outputs, int(real.sum()), traced.name)
 
 
 def _keep(outputs: dict[int, Tensor], plan: CallPlan, output: Tensor) -> None:

@@ -87,14 +87,14 @@ def intervene_one(
             with intervene(model, inputs, edits):
                 edited = generated(model, inputs, count)
             asked = Asked.check(model, inputs, target=None, answer=answer, **how)
-            chances = [float(asked.probabilities(asked.run(Plans(asked.seen, each)))[0]) for each in ((), edits)]
+            chances = [float(asked.probabilities(asked.run(Plans(asked.traced, each)))[0]) for each in ((), edits)]
             yield f"unedited: {processor.decode(answer[0])!r}, probability {chances[0]:.4g}, with the edits {chances[1]:.4g}"
             yield f"edited:   {'nothing' if edited is None else repr(processor.decode(edited[0]))}"
             return
         asked = Asked.check(model, inputs, target=None, answer=None, **how)
-        scores, target = asked.scores(asked.run(Plans(asked.seen)))
+        scores, target = asked.scores(asked.run(Plans(asked.traced)))
         again = asked.repeated(1, target)
-        edited_scores, _ = again.scores(again.run(Plans(asked.seen, edits)))
+        edited_scores, _ = again.scores(again.run(Plans(asked.traced, edits)))
         for number, (before, after) in enumerate(zip(scores.tolist(), edited_scores.tolist(), strict=True)):
             aim = f" (target {target[number]})" if isinstance(target, list) else ""
             yield f"score {number}: {before:.6g} unedited, {after:.6g} edited{aim}"

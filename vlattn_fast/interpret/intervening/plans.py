@@ -13,10 +13,10 @@ from vlattn_fast._ground.checks import check_index
 from vlattn_fast.interpret.intervening.edits import EdgeEdit, Edit, Patch, ScaleHeads
 from vlattn_fast.interpret.intervening.grouping import Groups
 from vlattn_fast.interpret.intervening.head_record import HeadRecord
-from vlattn_fast.interpret.intervening.seen_calls import SeenCall, SeenModel, SeenTower, TowerName
 from vlattn_fast.interpret.intervening.token_sets import TokenSet, disjoint, token_set
+from vlattn_fast.interpret.intervening.traced_model import ModelCall, TowerName, TracedModel, TracedTower
 
-Pair = tuple[SeenTower, SeenTower]  # of the queries and of the keys
+Pair = tuple[TracedTower, TracedTower]  # of the queries and of the keys
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +50,7 @@ class Patched:
 class CallPlan:
     """The edits of one attention call."""
 
-    call: SeenCall
+    call: ModelCall
     terms: list[Term] = field(default_factory=list)
     gate: Tensor | None = None  # (H,), a factor of the outputs
     shift: Tensor | None = None  # (H, Dv), added to them
@@ -112,9 +112,9 @@ def _numbers(sets: Sequence[TokenSet]) -> list[int]:
 class Plans:
     """The plans of all calls of a model, to which edits are added one by one."""
 
-    def __init__(self, seen: SeenModel, edits: Iterable[Edit] = ()) -> None:
-        self.seen = seen
-        self.calls = [CallPlan(call) for call in seen.calls]
+    def __init__(self, traced: TracedModel, edits: Iterable[Edit] = ()) -> None:
+        self.traced = traced
+        self.calls = [CallPlan(call) for call in traced.calls]
         self._edited: dict[tuple[int, int], str] = {}  # by plan and head: the edit that sets its outputs
         for edit in edits:
             self.add(edit)
@@ -126,10 +126,10 @@ class Plans:
         names = tower if isinstance(tower, tuple) else (tower, None)
         for name in names:
             if name is not None:
-                self.seen.tower(name)
+                self.traced.tower(name)
         pairs = list(dict.fromkeys(plan.pair for plan in self.calls))
         if tower is None:
-            pairs = [pair for pair in pairs if not pair[0].beside]
+            pairs = [pair for pair in pairs if not pair[0].only_by_name]
         chosen = [pair for pair in pairs if all(name in (None, of.name) for name, of in zip(names, pair, strict=True))]
         if not self.calls:
             raise ValueError("model must have layers with a softmax, whose attention has edges; got none")
@@ -197,16 +197,16 @@ class Plans:
             raise ValueError(f"layers must be among {known}, which have attention; got {layer}, {what}")
         return [plan for plan in plans if plan.call.layer in chosen]
 
-    def _depth(self, tower: SeenTower) -> int:
+    def _depth(self, tower: TracedTower) -> int:
         """The number of layers of a tower."""
         layers = [plan.call.layer for plan in self.calls if plan.call.tower is tower]
-        return 1 + max(layers + [layer for of, layer, _ in self.seen.mixing if of is tower])
+        return 1 + max(layers + [layer for of, layer, _ in self.traced.mixing if of is tower])
 
     def without_edges(self, pairs: Iterable[Pair]) -> dict[int, str]:
         """Layer -> the module's path and class, for each layer without a softmax, such as recurrences."""
         towers = [pair[0] for pair in pairs if pair[0] is pair[1]]
         with_edges = {plan.call.layer for plan in self.calls if plan.call.tower in towers}
-        return {layer: place for tower, layer, place in self.seen.mixing if tower in towers and layer not in with_edges}
+        return {layer: place for tower, layer, place in self.traced.mixing if tower in towers and layer not in with_edges}
 
     # --- edits ---
 
@@ -245,9 +245,9 @@ class Plans:
     def _check_record(self, edit: ScaleHeads | Patch) -> None:
         """ValueError for a record of another class of models. Other weights are allowed, e.g. of a checkpoint before training."""
         name, record = ("mean", edit.mean) if isinstance(edit, ScaleHeads) else ("other_run", edit.other_run)
-        if record is not None and record.model not in ("", self.seen.name):
+        if record is not None and record.model not in ("", self.traced.name):
             raise ValueError(
-                f"{name} must be recorded of a {self.seen.name}, as the edited model is; got one of a {record.model}"
+                f"{name} must be recorded of a {self.traced.name}, as the edited model is; got one of a {record.model}"
             )
 
     def add_term(self, plan: CallPlan, term: Term) -> None:
@@ -304,7 +304,7 @@ def check_edges(plan: CallPlan) -> None:
         raise ValueError(f"model must attend over whole inputs if edges are edited; got {plan.call.problem}")
 
 
-def heads_of(call: SeenCall, numbers: Sequence[int] | None) -> Tensor:
+def heads_of(call: ModelCall, numbers: Sequence[int] | None) -> Tensor:
     """int64, some heads of a call; None = all. Negative numbers count from the end."""
     if numbers is None:
         return torch.arange(call.heads)
@@ -340,7 +340,7 @@ def _patch(plan: CallPlan, edit: Patch, heads: Tensor) -> None:
     plan.patched.append(Patched(heads, outputs.expand(batch, -1, -1, -1)[:, heads.to(outputs.device)], tokens.mask))
 
 
-def _recorded(name: str, record: HeadRecord, by_layer: Mapping[int, Tensor], call: SeenCall) -> Tensor:
+def _recorded(name: str, record: HeadRecord, by_layer: Mapping[int, Tensor], call: ModelCall) -> Tensor:
     """The part of a record for a call's layer."""
     towers, recorded = (call.tower.name, call.source.name), by_layer.get(call.layer)
     if record.tower != towers or recorded is None or recorded.shape[-3 if recorded.ndim == 4 else 0] != call.heads:

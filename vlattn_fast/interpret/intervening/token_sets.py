@@ -14,7 +14,7 @@ from torch import Tensor
 from vlattn_fast._ground.checks import describe
 from vlattn_fast.interpret.adapters.pixels import WHOLE, Box
 from vlattn_fast.interpret.adapters.tokens import Patches, TextPatches, Tokens
-from vlattn_fast.interpret.intervening.seen_calls import SeenTower
+from vlattn_fast.interpret.intervening.traced_model import TracedTower
 
 NAMES = ("image", "text", "question", "answer", "last", "special")
 _ONE_IMAGE = re.compile(r"image:(\d+)$")
@@ -78,7 +78,7 @@ def _is_span(span: Any) -> bool:
     return 0 <= span[0] < span[1]
 
 
-def token_set(name: str, group: Any, tower: SeenTower) -> TokenSet | str:
+def token_set(name: str, group: Any, tower: TracedTower) -> TokenSet | str:
     """The tokens of a checked group, or why the tower has none."""
     (batch, size), where = tower.shape, f"tower '{tower.name}' of {tower.shape[1]} tokens"
     if group is None:
@@ -111,7 +111,7 @@ def token_set(name: str, group: Any, tower: SeenTower) -> TokenSet | str:
     return chosen
 
 
-def disjoint(groups: Mapping[str, Any], towers: Iterable[SeenTower]) -> dict[str, Any]:
+def disjoint(groups: Mapping[str, Any], towers: Iterable[TracedTower]) -> dict[str, Any]:
     """The groups of a table, which has each token once: in the towers a token with several names belongs to the first of `_KEEP`.
 
     Raises:
@@ -144,7 +144,7 @@ def describe_group(group: Any) -> str:
     return describe(group) if isinstance(group, Tensor) else repr(group)
 
 
-def _named(group: str, tower: SeenTower) -> Tensor | None:
+def _named(group: str, tower: TracedTower) -> Tensor | None:
     """bool (B, N); None if the name has no meaning for such tokens."""
     tokens = tower.tokens
     if group == "last":
@@ -188,7 +188,7 @@ def _of_image(tokens: Tokens) -> Tensor | None:
     return is_image & _real(tokens)
 
 
-def _in_box(image: str, box: Box, tower: SeenTower) -> Tensor | None:
+def _in_box(image: str, box: Box, tower: TracedTower) -> Tensor | None:
     """bool (B, N), the patches of an image whose centres lie in a box relative to it; None if their places are not known."""
     tokens, is_image = tower.tokens, _named(image, tower)
     # the token of each patch

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from vlattn_fast import Knockout, Steer, intervene
 from vlattn_fast.checking.models.stored import SOFTMAX
-from vlattn_fast.interpret.intervening.seen_calls import SeenCall, see
+from vlattn_fast.interpret.intervening.traced_model import ModelCall, trace_model
 from vlattn_lab.model_classes.compare import BOUND, Row, described, next_logits
 
 WEIGHT = 3.0
@@ -59,7 +59,7 @@ def spans(size: int) -> tuple[list[tuple[int, int]], tuple[int, int], tuple[int,
     return [(0, 1), (min(middle, size - 1), size)], (1, middle), (0, 2)
 
 
-def weights_of(calls: list[SeenCall], edited: list[SeenCall], size: int) -> list[Tensor]:
+def weights_of(calls: list[ModelCall], edited: list[ModelCall], size: int) -> list[Tensor]:
     """Those of each call; ones but for the `edited` ones."""
     (queries, keys, steered), first = spans(size), edited[0].layer
     weights = []
@@ -77,8 +77,8 @@ def weights_of(calls: list[SeenCall], edited: list[SeenCall], size: int) -> list
 def compared(mapping: str, model: nn.Module, eager: nn.Module, inputs: dict[str, Any]) -> Row:
     """The row of a model; `eager` is the same model with eager attention."""
     try:
-        seen = see(model, inputs)
-        itself = [call for call in seen.calls if not call.crosses and call.tower.shape[1] > 2]
+        traced = trace_model(model, inputs)
+        itself = [call for call in traced.calls if not call.crosses and call.tower.shape[1] > 2]
         if not itself:
             return Row("cannot be compared", "no tower of three tokens attends to itself")
         tower = itself[-1].tower
@@ -97,7 +97,7 @@ def compared(mapping: str, model: nn.Module, eager: nn.Module, inputs: dict[str,
     try:
         with torch.no_grad():
             base = next_logits(eager(**inputs), inputs)
-            alike = [call for call in seen.calls if (call.heads, call.tower.shape[1], call.keys) == sizes]
+            alike = [call for call in traced.calls if (call.heads, call.tower.shape[1], call.keys) == sizes]
             with EditedMaps(weights_of(alike, calls, size)) as edited:
                 expected = next_logits(eager(**inputs), inputs)
     except Exception as error:

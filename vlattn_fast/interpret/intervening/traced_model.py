@@ -30,14 +30,14 @@ from vlattn_fast.interpret.relevancy.traced_call import TracedCall
 
 
 @dataclass(frozen=True, eq=False)
-class SeenTower:
+class TracedTower:
     """The tokens of several attention calls."""
 
     name: str
     tokens: Tokens
     answered: Tensor  # bool (B, N), the tokens of an answer in the inputs
     last: Tensor  # bool (B, N), the last real token of each sample; for inputs with an answer the tokens that predict it
-    beside: bool = False  # it is the vision tower before a connector, which counts only if it is named
+    only_by_name: bool = False  # it is the vision tower before a connector, which counts only if it is named
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -45,12 +45,12 @@ class SeenTower:
 
 
 @dataclass(frozen=True, eq=False)
-class SeenCall:
+class ModelCall:
     """One attention call, from the tokens of `tower` to those of `source`, which are the same in self-attention."""
 
     path: str  # of the module that calls
-    tower: SeenTower
-    source: SeenTower
+    tower: TracedTower
+    source: TracedTower
     layer: int  # its number in the tower, from 0
     share: HeadShare  # this process's heads of the queries
     keys: int
@@ -69,14 +69,14 @@ class SeenCall:
 
 
 @dataclass(frozen=True, eq=False)
-class SeenModel:
+class TracedModel:
     """A model without its wrappers, and its calls in the order in which they ran. `mixing`: those without a softmax, such as
     recurrences, which have no edges: the tower and the layer of each, and the module's path and class."""
 
     model: nn.Module
     adapter: Adapter
-    calls: list[SeenCall]
-    mixing: list[tuple[SeenTower, int, str]]
+    calls: list[ModelCall]
+    mixing: list[tuple[TracedTower, int, str]]
 
     @property
     def name(self) -> str:
@@ -84,7 +84,7 @@ class SeenModel:
         return defining_class(type(self.model)).__name__
 
     @cached_property
-    def towers(self) -> list[SeenTower]:
+    def towers(self) -> list[TracedTower]:
         """Those with queries, in the order of their first calls, then those with only keys."""
         return list(dict.fromkeys([call.tower for call in self.calls] + [call.source for call in self.calls]))
 
@@ -95,7 +95,7 @@ class SeenModel:
         paths = [adapter.within] if not adapter.towers or adapter.bimodal else [tower.path for tower in adapter.towers]
         return [self.model.get_submodule(path) for path in dict.fromkeys(paths)]
 
-    def tower(self, name: str) -> SeenTower:
+    def tower(self, name: str) -> TracedTower:
         """The tower of this name; ValueError if there is none."""
         for tower in self.towers:
             if tower.name == name:
@@ -154,7 +154,7 @@ class NotesCalls(Method):
 TowerName = str | tuple[str, str] | None
 
 
-def see(model: Any, inputs: Mapping[str, Any], towers: Iterable[TowerName] = ()) -> SeenModel:
+def trace_model(model: Any, inputs: Mapping[str, Any], towers: Iterable[TowerName] = ()) -> TracedModel:
     """The attention calls of `model(**inputs)`. `towers`: those that edits name.
 
     Raises:
@@ -165,7 +165,7 @@ def see(model: Any, inputs: Mapping[str, Any], towers: Iterable[TowerName] = ())
     check_inputs(module, inputs)
     adapter = _adapter_of(module)
     arguments, _ = prepare_inputs(module, with_start(module, inputs), adapter, _all_of_it)
-    return see_run(module, adapter, arguments, towers)
+    return trace_arguments(module, adapter, arguments, towers)
 
 
 def with_start(module: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -185,26 +185,26 @@ def _all_of_it(outputs: Any) -> Any:
     return outputs
 
 
-def see_run(
+def trace_arguments(
     model: nn.Module,
     adapter: Adapter,
     arguments: Mapping[str, Any],
     towers: Iterable[TowerName] = (),
     answer: Answer | None = None,
-) -> SeenModel:
+) -> TracedModel:
     """The same for the arguments of `prepare_inputs`, which may contain an answer."""
     with torch.no_grad():
-        return watched_run(NotesCalls(), model, adapter, arguments, towers, answer)[0]
+        return run_traced(NotesCalls(), model, adapter, arguments, towers, answer)[0]
 
 
-def watched_run(
+def run_traced(
     method: NotesCalls,
     model: nn.Module,
     adapter: Adapter,
     arguments: Mapping[str, Any],
     towers: Iterable[TowerName] = (),
     answer: Answer | None = None,
-) -> tuple[SeenModel, Any]:
+) -> tuple[TracedModel, Any]:
     """The same, and the outputs of the model; `method` notes and computes its attention calls."""
     edits_of(None)
     if adapter.vision is not None and any(
@@ -219,21 +219,21 @@ def watched_run(
     sources = {call.number: call.source for call in trace.calls}
     joint = {call.number for call in trace.calls if call.joint}
     crossing = {id(call.tower) for call in trace.calls if call.tower is not call.source}
-    tokens_of: dict[int, SeenTower] = {}
+    tokens_of: dict[int, TracedTower] = {}
 
-    def seen(tower: TowerTrace) -> SeenTower:
+    def traced(tower: TowerTrace) -> TracedTower:
         if id(tower) not in tokens_of:
             tokens = _tokens(tower, model, arguments, decodes=id(tower) in crossing)
-            beside = tower.entry is not None and tower.entry is adapter.vision
+            only_by_name = tower.entry is not None and tower.entry is adapter.vision
             predicts = tokens.predicts or id(tower) in crossing
-            tokens_of[id(tower)] = SeenTower(tower.name, tokens, *_answered(tokens, answer if predicts else None), beside)
+            tokens_of[id(tower)] = TracedTower(tower.name, tokens, *_answered(tokens, answer if predicts else None), only_by_name)
         return tokens_of[id(tower)]
 
     calls, mixing = [], []
     for noted in method.calls:
         if noted.mixes:
             place = f"'{noted.path}' ({type(model.get_submodule(noted.path)).__name__})"
-            mixing.append((seen(noted.tower), noted.layer, place))
+            mixing.append((traced(noted.tower), noted.layer, place))
             continue
         source = sources.get(noted.number, noted.tower)
         tokens, kind = len(noted.columns) if noted.columns is not None else noted.keys, model.get_submodule(noted.path)
@@ -242,8 +242,8 @@ def watched_run(
             problem = f"has {noted.queries[1]} queries and {tokens} keys of {noted.tower.size} and {source.size} tokens"
         problem = problem and f"'{noted.path}' ({type(kind).__name__}) {problem}"
         sizes = noted.share, noted.keys, noted.columns
-        calls.append(SeenCall(noted.path, seen(noted.tower), seen(source), noted.layer, *sizes, problem, noted.by_hand))
-    return SeenModel(model, adapter, calls, mixing), outputs
+        calls.append(ModelCall(noted.path, traced(noted.tower), traced(source), noted.layer, *sizes, problem, noted.by_hand))
+    return TracedModel(model, adapter, calls, mixing), outputs
 
 
 def _tokens(tower: TowerTrace, model: nn.Module, arguments: Mapping[str, Any], decodes: bool) -> Tokens:
