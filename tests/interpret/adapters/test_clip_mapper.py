@@ -209,7 +209,7 @@ def test_the_page_has_a_map_for_each_word():
     found = data(explanation.to_html([*torch.rand(2, 24, 24, 3)]))
     assert [[word["text"] for word in text] for text in found["texts"]] == [["w4", "w9", "w11"], ["w8"]]
     choices = found["methods"][0]["choices"]
-    assert [(c["row"], c["label"]) for c in choices] == [(0, "w17"), (0, "w30"), (0, "w58"), (1, "w14"), (1, "w58")]
+    assert [(c["sample"], c["label"]) for c in choices] == [(0, "w17"), (0, "w30"), (0, "w58"), (1, "w14"), (1, "w58")]
     cells = [tuple(c["views"][""]["figures"][0]["maps"][0]["cells"]) for c in choices]
     assert len(set(cells)) == 5 and all(max(c) == 1000 for c in cells)
 

@@ -386,7 +386,7 @@ def test_answers_entries_and_parts_of_a_batch(decoder):
             "input_ids": ids,
             "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1),
         }
-    (best,) = (best for best in alone.top(1) if best.tower == "vision" and best.row == 1)
+    (best,) = (best for best in alone.top(1) if best.tower == "vision" and best.sample == 1)
     image, y, x = best.place
     assert alone.image_samples[image] == 1 and float(alone.image[image][y, x]) == best.value == float(
         alone.relevancy["vision"][1].max()

@@ -182,10 +182,10 @@ def test_pictures_of_a_batch_want_a_photo_each() -> None:
         with pytest.raises(ValueError, match="image must be 3 photos, .*; got 1, in the order of the samples"):
             draw(white)
         draw([white] * 3)
-    assert got.overlay(white, row=1).size == got.overlay([white] * 3, row=1).size == (24, 24)  # of one row alone
-    assert len([axis for axis in got.plot(white, rows=[2]).axes if len(axis.images) == 2]) == 1
+    assert got.overlay(white, sample=1).size == got.overlay([white] * 3, sample=1).size == (24, 24)  # of one row alone
+    assert len([axis for axis in got.plot(white, samples=[2]).axes if len(axis.images) == 2]) == 1
     twice = explain(vision, {"pixel_values": torch.rand(1, 3, 24, 24).expand(2, -1, -1, -1)})
-    assert twice.photos == [0, 0] and twice.overlay(white, row=1).size == (24, 24)
+    assert twice.photos == [0, 0] and twice.overlay(white, sample=1).size == (24, 24)
 
 
 def test_one_image_with_many_texts_is_one_photo() -> None:
@@ -195,7 +195,7 @@ def test_one_image_with_many_texts_is_one_photo() -> None:
     ids = torch.tensor([[0, 5, 98], [0, 6, 98], [0, 7, 98]])
     got = explain(t.CLIPModel(config).eval(), {"input_ids": ids, "pixel_values": torch.rand(1, 3, 24, 24)})
     assert got.photos == [0, 0, 0]
-    assert [got.overlay(image_module.new("RGB", (24, 24)), row=row).size for row in range(3)] == [(24, 24)] * 3
+    assert [got.overlay(image_module.new("RGB", (24, 24)), sample=row).size for row in range(3)] == [(24, 24)] * 3
 
 
 def test_facts_of_photos_are_kept(tmp_path: Any) -> None:

@@ -64,7 +64,7 @@ def test_one_dict_and_other_names(each):
             assert torch.equal(one, two)
         assert not model._forward_pre_hooks and list(inputs) == ["inputs"] and len(inputs["inputs"]) == 2
         assert "<canvas" in got.to_html()
-        photo = got.overlay(torch.rand(3, 8, 12), row=1, word=1 if each else None)
+        photo = got.overlay(torch.rand(3, 8, 12), sample=1, word=1 if each else None)
         assert photo.size == (12, 8)
 
 

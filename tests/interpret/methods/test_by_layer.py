@@ -176,7 +176,7 @@ def test_a_table_has_the_layer_and_the_head(case):
     got = explain_layers(case.model, case.inputs, per="head", layers=[1])
     frame = got.to_pandas()
     assert list(frame.columns[:2]) == ["layer", "head"] and set(frame["layer"]) == {1} and set(frame["head"]) == {0, 1, 2, 3}
-    row = frame[(frame["head"] == 2) & (frame["tower"] == "vision") & (frame["row"] == 0)]
+    row = frame[(frame["head"] == 2) & (frame["tower"] == "vision") & (frame["sample"] == 0)]
     assert sorted(row["value"]) == pytest.approx(sorted(got.image[0, 2, 0].flatten().tolist()), rel=1e-5)
     assert "head" not in explain_layers(case.model, case.inputs, per="layer").to_pandas().columns
 
@@ -194,7 +194,7 @@ def test_small_multiples(case, per, tmp_path):
 
     got = explain_layers(case.model, case.inputs, per=per)
     photo = Image.new("RGB", (200, 200), "white")
-    figure = got.plot(photo, rows=[0])
+    figure = got.plot(photo, samples=[0])
     figure.savefig(tmp_path / "layers.png")
     maps, words = figure.axes  # the words below the maps
     ticks = [label.get_text() for label in (*maps.get_yticklabels(), *maps.get_xticklabels())]

@@ -80,7 +80,7 @@ def test_pictures_and_pages(tmp_path):
     torch.testing.assert_close(saved.image, explanation.image)
     assert saved.tokens == explanation.tokens and repr(saved) == repr(explanation)
     best = explanation.top(1)[0]
-    assert (best.row, best.answer, best.part, best.tower) == (0, 0, "patch", "image")
+    assert (best.sample, best.answer, best.part, best.tower) == (0, 0, "patch", "image")
     torch.testing.assert_close(torch.tensor(best.value), explanation.image[0, 0].max())
 
 

@@ -216,7 +216,7 @@ def test_plot(index):
 
 def test_the_scale_is_as_transparent_as_the_map():
     for image, opacity in ((np.ones((30, 40, 3)), 0.85), (None, 1.0)):
-        figure = made().plot(image, rows=[0])
+        figure = made().plot(image, samples=[0])
         (scale,) = [axis for axis in figure.axes if axis.get_label() == "<colorbar>"]
         shades = np.asarray(scale._colorbar.cmap.colors)[:, 3]
         assert shades[-1] == opacity and shades[0] == (0 if opacity < 1 else 1) and (np.diff(shades) >= 0).all()
@@ -275,12 +275,12 @@ def test_the_largest_value_does_not_vanish_on_white():
 
 def test_plot_of_rows_words_and_constants():
     constant = made(image=torch.full((2, 3, 4), 0.5), words=[["$a", "_b_", "^"], ["\\x"]])
-    figure = constant.plot(rows=[1])
+    figure = constant.plot(samples=[1])
     assert len(figure.axes) == 3 and titles(figure) == ["\\x   score -2"]
     figure.canvas.draw()
-    constant.plot(np.ones((4, 4)), rows=[0]).canvas.draw()
-    with pytest.raises(ValueError, match="rows must be from 0 to 1; got 2"):
-        constant.plot(rows=[2])
+    constant.plot(np.ones((4, 4)), samples=[0]).canvas.draw()
+    with pytest.raises(ValueError, match="samples must be from 0 to 1; got 2"):
+        constant.plot(samples=[2])
 
 
 def test_labels_name_the_rows():
@@ -310,17 +310,17 @@ def test_an_installed_font_has_the_letters_that_matplotlibs_own_lacks(monkeypatc
 
 
 def test_words_are_joined_in_a_picture():
-    figure = made(words=[["▁a", "▁gir", "affe"], ["▁b"]]).plot(rows=[0])
+    figure = made(words=[["▁a", "▁gir", "affe"], ["▁b"]]).plot(samples=[0])
     assert written(figure.axes[1]) == pytest.approx({"a": 0.5, "giraffe": 1.0})  # 0.1 and -0.4 + 0.2
 
 
 def test_a_crop_places_the_map():
-    figure = made().plot(np.ones((20, 40, 3)), rows=[0], crop=(0.25, 0, 0.75, 1))
+    figure = made().plot(np.ones((20, 40, 3)), samples=[0], crop=(0.25, 0, 0.75, 1))
     overlay = figure.axes[1]
     assert overlay.images[1].get_extent() == [10, 30, 20, 0]
     assert overlay.get_xlim() == (-0.5, 39.5) and overlay.get_ylim() == (20, 0)
     tiles = made(image=torch.rand(3, 2, 2), image_samples=[0, 0, 1])
-    figure = tiles.plot(np.ones((20, 40, 3)), rows=[0], crop=[(0, 0, 0.5, 1), (0.5, 0, 1, 1), (0, 0, 1, 1)])
+    figure = tiles.plot(np.ones((20, 40, 3)), samples=[0], crop=[(0, 0, 0.5, 1), (0.5, 0, 1, 1), (0, 0, 1, 1)])
     assert [image.get_extent() for image in figure.axes[1].images[1:]] == [[0, 20, 20, 0], [20, 40, 20, 0]]
     for crop in ((0, 0, 1), (0.5, 0, 0.5, 1), [(0, 0, 1, 1)] * 3, (0, 0, float("nan"), 1)):
         with pytest.raises(ValueError, match="crop must be x1, y1, x2, y2 relative to the image"):

@@ -167,8 +167,8 @@ def test_labels_may_be_numbers():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"rows": 1}, TypeError, "rows must be numbers of samples; got int 1"),
-        ({"rows": [0.5]}, TypeError, "rows must be an int; got float 0.5"),
+        ({"samples": 1}, TypeError, "samples must be numbers from 0; got int 1"),
+        ({"samples": [0.5]}, TypeError, "samples must be an int; got float 0.5"),
         ({"alpha": "much"}, TypeError, "alpha must be a real number"),
         ({"cmap": None}, ValueError, "cmap must be the name of a matplotlib colormap"),
         ({"crop": "left"}, ValueError, "crop must be x1, y1, x2, y2 relative to the image"),
@@ -287,7 +287,7 @@ def test_words_are_joined_once_a_row(monkeypatch):
         relevancy={"text": torch.rand(9, 3)}, text=torch.rand(9, 3), token_ids=[[1, 2, 3]] * 9, target=None, scores=None,
         image=None, image_samples=None,
     )  # fmt: skip
-    many.plot(rows=[4])
+    many.plot(samples=[4])
     assert len(joined) == 1
 
 

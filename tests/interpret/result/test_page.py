@@ -41,7 +41,7 @@ def test_the_values_of_rows():
     assert method["name"] == "weighted" and found["towers"] == ["vision", "text"]
     assert [[word["text"] for word in text] for text in found["texts"]] == [["7", "8", "9"], ["5"]]
     for row, choice in enumerate(method["choices"]):
-        assert (choice["row"], choice["score"]) == (row, explanation.scores[row])
+        assert (choice["sample"], choice["score"]) == (row, explanation.scores[row])
         np.testing.assert_allclose(choice["words"], explanation.text[row, : len(found["texts"][row])], rtol=1e-3)
         view = choice["views"][""]
         image = explanation.image[row].numpy()
@@ -62,7 +62,7 @@ def test_the_values_of_an_answer():
     assert [method["name"] for method in found["methods"]] == ["gradient", "rollout"]
     assert len(found["images"]) == 2 and found["images"][1]["height"] == 20 and page.count("data:image") == 2
     choices = found["methods"][0]["choices"]
-    assert [(c["row"], c["label"], c["score"]) for c in choices] == [
+    assert [(c["sample"], c["label"], c["score"]) for c in choices] == [
         (0, "a", -0.5),
         (0, "giraffe", -0.375),
         (1, "me", -1.0),
@@ -102,7 +102,7 @@ def test_a_tower_that_sees_one_image_at_a_time():
     rows = [choice["rows"]["vision"] for choice in data(explanation.to_html())["methods"][0]["choices"]]
     np.testing.assert_allclose(values(rows[1], rows[1]["low"], rows[1]["high"]), [0, 1, 2, 3, 0, 5, 6, 7], atol=5e-3)
     assert rows[0]["cells"] == rows[2]["cells"] == [0] * 4
-    assert {(e.row, e.tower, e.part) for e in explanation.top(1)} >= {(1, "vision", "patch"), (0, "language", "token")}
+    assert {(e.sample, e.tower, e.part) for e in explanation.top(1)} >= {(1, "vision", "patch"), (0, "language", "token")}
 
 
 def test_crops_regions_and_towers():

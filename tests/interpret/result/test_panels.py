@@ -81,7 +81,7 @@ def test_small_multiples_of_wide_rows_wrap():
 def test_sheets_of_layers_say_their_scale():
     case = CASES["clip"]()
     whole = va.explain_layers(case.model, case.inputs, per="layer")
-    apart, together = whole.plot(rows=[0]), whole.plot(rows=[0], common=True)
+    apart, together = whole.plot(samples=[0]), whole.plot(samples=[0], common=True)
     assert [axis.get_xlabel() for axis in apart.axes if axis.get_xlabel()] == ["each map on a scale of its own"]
     (bar,) = [axis for axis in together.axes if axis.get_label() == "<colorbar>"]
     assert bar._colorbar.norm.vmax == whole.image[:, 0].max().item() and bar.get_ylabel().startswith("values ")

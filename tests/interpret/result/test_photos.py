@@ -150,14 +150,14 @@ def test_overlays_of_rows_words_and_panels() -> None:
     together = Explanation({"language": explanation.relevancy["language"][:1, 0]}, image=explanation.image[:1].sum(1))
     assert np.abs(np.asarray(explanation.overlay(white)).astype(int) - np.asarray(together.overlay(white))).max() <= 1
     second = made(image=torch.stack([torch.zeros(3, 4), torch.eye(4)[:3]]))
-    assert (np.asarray(second.overlay(white)) == 255).all() and (np.asarray(second.overlay(white, row=1)) < 255).any()
+    assert (np.asarray(second.overlay(white)) == 255).all() and (np.asarray(second.overlay(white, sample=1)) < 255).any()
     tiles = made(image=torch.stack([torch.zeros(3, 4), torch.eye(4)[:3], torch.zeros(3, 4)]), image_samples=[0, 0, 1])
     assert (np.asarray(tiles.overlay(white, panel=1)) < 255).any() and (np.asarray(tiles.overlay(white, panel=0)) == 255).all()
     corners = torch.tensor([[[0.0, 0.0, 0.5, 1.0], [0.5, 0.0, 1.0, 1.0]]])
     regions = Explanation({"joint": torch.rand(1, 9)}, regions=torch.tensor([[0.0, 1.0]]), boxes=corners)
     halves = np.asarray(regions.overlay(white))
     assert (halves[:, :15] == 255).all() and (halves[:, 15:].min(-1) < 255).all()
-    for options, name in (({"row": 2}, "row"), ({"word": 0}, "word"), ({"panel": 1}, "panel"), ({"alpha": 2}, "alpha")):
+    for options, name in (({"sample": 2}, "sample"), ({"word": 0}, "word"), ({"panel": 1}, "panel"), ({"alpha": 2}, "alpha")):
         with pytest.raises(ValueError, match=f"{name} must be"):
             made().overlay(white, **options)
     with pytest.raises(ValueError, match="image must be the photo under the map; got None"):

@@ -30,7 +30,7 @@ def bars(figure) -> list:
 @pytest.mark.parametrize("photo", [None, PHOTO])
 def test_a_nearly_even_map_is_drawn_nearly_even(photo):
     explanation = made(image=NEARLY_EVEN, text=NEARLY_EVEN.flatten(1)[:, :3])
-    figure = explanation.plot(photo, rows=[0])
+    figure = explanation.plot(photo, samples=[0])
     drawn = next(axis.images[-1] for axis in figure.axes if axis.images and axis.images[-1].get_array().shape == (3, 4))
     assert drawn.get_clim() == pytest.approx((0, 0.0966))
     if photo is not None:
@@ -43,13 +43,13 @@ def test_a_nearly_even_map_is_drawn_nearly_even(photo):
 
 def test_a_map_with_numbers_below_zero_has_a_scale_of_two_sides():
     explanation = made(image=SIGNED)
-    figure = explanation.plot(rows=[0])
+    figure = explanation.plot(samples=[0])
     drawn = figure.axes[0].images[-1]
     assert drawn.get_clim() == (-2, 2) and bars(figure)[0].get_ylabel() == "values \u22121 to 2"
     colors = drawn.cmap(drawn.norm(np.array([-2.0, -1e-9, 1e-9, 2.0])))
     assert colors[0][2] > colors[0][0] and colors[3][0] > colors[3][2]  # blue below, the map's last colour above
     np.testing.assert_allclose(colors[1], colors[2], atol=0.05)
-    over = explanation.plot(PHOTO, rows=[0])
+    over = explanation.plot(PHOTO, samples=[0])
     alpha = next(axis.images[1] for axis in over.axes if len(axis.images) == 2).get_alpha()
     near_zero = 0.85 * (1.5 * float(SIGNED[0, 1, 0]) / 2) ** 1.5
     np.testing.assert_allclose(alpha.ravel()[[0, 4, 11]], [0.85 * 0.75**1.5, near_zero, 0.85], rtol=1e-4)
@@ -95,22 +95,22 @@ def test_many_rows_wrap_into_a_grid():
     rows = made(image=torch.rand(32, 3, 4), **MANY, image_samples=list(range(32)))
     width, height = rows.plot().get_size_inches()
     assert height < 25 and 0.5 < width / height < 2
-    few = rows.plot(rows=[0, 1, 2])
+    few = rows.plot(samples=[0, 1, 2])
     assert few.get_size_inches()[1] == pytest.approx(3 * few.subfigs[0].bbox.height / few.dpi, rel=1e-3)
-    assert len(rows.plot(rows=[0]).axes) == len(few.axes) // 3
+    assert len(rows.plot(samples=[0]).axes) == len(few.axes) // 3
 
 
 @pytest.mark.parametrize("photo", [None, PHOTO])
 def test_frames_of_a_video_wrap_into_lines(photo):
     for frames in (9, 128):
         video = made(image=torch.rand(frames, 3, 4), image_samples=[0] * frames)
-        figure = video.plot(photo if photo is None else [photo] * frames, rows=[0])
+        figure = video.plot(photo if photo is None else [photo] * frames, samples=[0])
         width, height = figure.get_size_inches()
         assert width < 26 and height < 12
         names = [axis.get_title() for axis in figure.axes]
         assert (f"map 9 of {frames}" in names) == (frames == 9)
         assert len(figure.axes) == (9 + 2 if frames == 9 else 3)  # maps or their sheet, words, scale
-    page = va.compare({"a": video, "b": video}).to_html(rows=[0])
+    page = va.compare({"a": video, "b": video}).to_html(samples=[0])
     sizes = [Image.open(io.BytesIO(base64.b64decode(one))).size for one in re.findall(r'base64,([^"]+)"', page)]
     assert sizes == [sizes[0]] * 2 and max(sizes[0]) <= 4 * 260 + 3 * 2
 
@@ -126,7 +126,7 @@ def test_one_large_patch_does_not_hide_the_others():
     explanation = made(image=PEAK)
     for photo in (None, SQUARE):
         for scale, end, text in (("max", 0.082, "values 0 to 0.082"), ("quantile", END, "values 0 to 0.082, clipped at 0.0159")):
-            figure = explanation.plot(photo, rows=[0], scale=scale)
+            figure = explanation.plot(photo, samples=[0], scale=scale)
             drawn = next(axis.images[-1] for axis in figure.axes if axis.images and axis.images[-1].get_array().shape == (14, 14))
             (bar,) = bars(figure)
             assert drawn.get_clim() == pytest.approx((0, end)) and bar.get_ylabel() == text
@@ -140,7 +140,7 @@ def test_one_large_patch_does_not_hide_the_others():
 
 def test_a_scale_that_clips_has_two_ends_below_zero():
     signed = made(image=torch.where(PEAK > 0.05, -PEAK, PEAK))
-    figure = signed.plot(rows=[0], scale="quantile")
+    figure = signed.plot(samples=[0], scale="quantile")
     drawn = next(axis.images[-1] for axis in figure.axes if axis.images)
     assert drawn.get_clim() == pytest.approx((-END, END)) and bars(figure)[0]._colorbar.extend == "both"
     assert bars(figure)[0].get_ylabel() == "values \u22120.082 to 0.016, clipped at ±0.0159"
@@ -153,7 +153,7 @@ def test_a_scale_that_clips_has_two_ends_below_zero():
 def test_the_end_of_few_patches(values, end):
     """The largest is left out, unless nothing else is above 0."""
     image = torch.tensor(values).view(1, 1, -1).repeat(2, 1, 1)
-    figure = made(image=image).plot(rows=[0], scale="quantile")
+    figure = made(image=image).plot(samples=[0], scale="quantile")
     drawn = next(axis.images[-1] for axis in figure.axes if axis.images)
     assert drawn.get_clim() == pytest.approx((0, end))
 
@@ -173,7 +173,7 @@ def test_a_page_and_small_multiples_clip_as_figures_do():
         assert [view["high"], view["clip"]] == pytest.approx([0.082, END], rel=1e-3)
         assert ('id="clip" type="checkbox" checked' in page) == (scale == "quantile")
     beside = va.compare({"a": made(image=PEAK), "b": made()}, scale="quantile")
-    assert [bar._colorbar.norm.vmax for bar in bars(beside.plot(rows=[0]))][0] == pytest.approx(END)
+    assert [bar._colorbar.norm.vmax for bar in bars(beside.plot(samples=[0]))][0] == pytest.approx(END)
     assert "clipped at 0.0159" in beside.to_html() and "clipped at 0.0159" not in beside.to_html(scale="max")
 
 

@@ -44,7 +44,7 @@ def test_two_checkpoints_on_one_photo(tmp_path):
     assert first.shape == second.shape == (195, 260, 3)
     for picture, strong, weak in ((first, (20, 20), (180, 240)), (second, (180, 240), (20, 20))):
         assert picture[strong].min() < 120 and picture[weak].min() > 230
-    figure = found.plot(rows=[0])
+    figure = found.plot(samples=[0])
     figure.savefig(tmp_path / "figure.png")
     *maps, words = [axis for axis in figure.axes if axis.get_label() != "<colorbar>"]
     assert [axis.get_title(loc="left") for axis in maps] == ["before\nscore 1.5", "after <b>\nscore 2.5"]
@@ -59,13 +59,13 @@ def bars_of(figure) -> list:
 
 def test_each_map_has_its_scale_and_colours():
     found = va.compare({"one": made(), "other": made(image=3 * torch.rand(2, 3, 4))}, WHITE, cmap="viridis")
-    for figure, name in ((found.plot(rows=[0]), "viridis"), (found.plot(rows=[0], cmap="magma"), "magma")):
+    for figure, name in ((found.plot(samples=[0]), "viridis"), (found.plot(samples=[0], cmap="magma"), "magma")):
         ends = [one.image[0].max().item() for one in found.explanations.values()]
         assert [bar._colorbar.norm.vmax for bar in bars_of(figure)] == pytest.approx(ends)
         assert {bar._colorbar.cmap.name for bar in bars_of(figure)} == {name}
         assert [bar.get_xlabel().startswith("values ") for bar in bars_of(figure)] == [True, True]
-    assert {bar._colorbar.norm.vmax for bar in bars_of(found.plot(rows=[0], common=True))} == {max(ends)}
-    page = found.to_html(rows=[0])
+    assert {bar._colorbar.norm.vmax for bar in bars_of(found.plot(samples=[0], common=True))} == {max(ends)}
+    page = found.to_html(samples=[0])
     assert page.count("linear-gradient(") == 2 and found._repr_html_() != va.compare(found.explanations, WHITE)._repr_html_()
     with pytest.raises(ValueError, match="cmap must be the name of a matplotlib colormap"):
         va.compare({"a": made()}, cmap="rainbows").plot()
@@ -85,7 +85,7 @@ def test_columns_are_aligned():
     """Photos of several shapes stand in columns of one width, in figures and pages."""
     photos = {"tall": np.full((90, 30, 3), 255, np.uint8), **{name: WHITE for name in "abcd"}}
     found = va.compare({name: made() for name in photos}, photos, crop=(0, 0, 1, 1))
-    figure = found.plot(rows=[0])
+    figure = found.plot(samples=[0])
     figure.canvas.draw()
     maps = [axis for axis in figure.axes if axis.images and axis.get_title(loc="left")]
     lefts = [axis.get_subplotspec().get_position(axis.figure).x0 for axis in maps]
@@ -116,14 +116,14 @@ def test_words_of_an_answer_and_maps_of_one_scale():
     found = va.compare({"one": answered(), "other": answered(method="rollout")}, WHITE)
     page = found.to_html(common=True)
     assert page.count("<figure>") == 2 * 4 and "what is it?: giraffe" in page
-    figure = va.compare({"one": answered(), "other": answered()}).plot(rows=iter([1]))
+    figure = va.compare({"one": answered(), "other": answered()}).plot(samples=iter([1]))
     assert len(figure.axes) - len(bars_of(figure)) == 2 * 3 and len(bars_of(figure)) == 4  # maps and a table of two words
 
 
 def test_without_maps():
     words = dict(image=None, image_samples=None)
     found = va.compare({"a": made(**words), "b": made(**words)})
-    assert len(found.plot(rows=[1]).axes) == 1 and "<figure>" not in found.to_html()
+    assert len(found.plot(samples=[1]).axes) == 1 and "<figure>" not in found.to_html()
     mixed = va.compare({"with": made(), "without": made(**words)}, WHITE)
     assert mixed.to_html().count("<figure>") == 2
 
@@ -181,7 +181,7 @@ def test_a_row_is_an_explanation_of_one_sample(make):
             assert torch.equal(one.relevancy[tower][0], row[number])
         length = len(whole.token_ids[number])
         assert one.tokens == [whole.tokens[number]] and torch.equal(one.text[0], whole.text[number, ..., :length])
-        assert [entry.value for entry in one.top(2)] == [entry.value for entry in whole.top(2) if entry.row == number]
+        assert [entry.value for entry in one.top(2)] == [entry.value for entry in whole.top(2) if entry.sample == number]
     assert torch.equal(whole[-1].scores, whole.scores[-1:]) and len(whole[:]) == 2 and len(whole[2:]) == 0
     assert [one.scores[0].tolist() for one in whole[::-1]] == whole.scores.flip(0).tolist()
     for index in (2, -3):

@@ -17,7 +17,7 @@ from vlattn_fast.interpret.result.numbers.table import Entry
 def test_top_of_rows():
     image = torch.arange(24.0).reshape(2, 3, 4)
     found = made(image=image, words=[["a", "b", "c"], ["d"]]).top(2)
-    assert [(e.row, e.tower, e.part, e.position, e.place, e.word, round(e.value, 3)) for e in found] == [
+    assert [(e.sample, e.tower, e.part, e.position, e.place, e.word, round(e.value, 3)) for e in found] == [
         (0, "vision", "patch", 11, (0, 2, 3), None, 11.0),
         (0, "vision", "patch", 10, (0, 2, 2), None, 10.0),
         (0, "text", "word", 2, None, "c", 0.2),
@@ -32,14 +32,14 @@ def test_top_of_rows():
 def test_top_of_an_answer():
     explanation = answered()
     found = explanation.top(1)
-    assert [(e.row, e.answer) for e in found] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
+    assert [(e.sample, e.answer) for e in found] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
     for entry in found:
-        image, text = explanation.image[entry.row, entry.answer], explanation.text[entry.row, entry.answer]
+        image, text = explanation.image[entry.sample, entry.answer], explanation.text[entry.sample, entry.answer]
         assert entry.value == max(image.max(), text.max()) < 1  # not the position that is read
         if entry.part == "patch":
-            assert image[entry.place[1:]] == entry.value and entry.place[0] == entry.row
+            assert image[entry.place[1:]] == entry.value and entry.place[0] == entry.sample
         else:
-            assert text[entry.position] == entry.value and explanation.tokens[entry.row][entry.position] == entry.word
+            assert text[entry.position] == entry.value and explanation.tokens[entry.sample][entry.position] == entry.word
 
 
 def test_top_of_other_towers():
@@ -68,11 +68,11 @@ def test_top_refuses():
 def test_data_frame():
     explanation = answered()
     frame = explanation.to_pandas()
-    assert list(frame) == ["row", "answer", "tower", "part", "position", "image", "y", "x", "word", "value"]
+    assert list(frame) == ["sample", "answer", "tower", "part", "position", "image", "y", "x", "word", "value"]
     assert len(frame) == 3 * (6 + 7) + 2 * (6 + 3)
-    patches = frame[(frame.part == "patch") & (frame.row == 1) & (frame.answer == 1)]
+    patches = frame[(frame.part == "patch") & (frame["sample"] == 1) & (frame.answer == 1)]
     np.testing.assert_allclose(patches.pivot(index="y", columns="x", values="value"), explanation.image[1, 1])
-    words = frame[(frame.part == "word") & (frame.row == 0) & (frame.answer == 2)]
+    words = frame[(frame.part == "word") & (frame["sample"] == 0) & (frame.answer == 2)]
     assert list(words.word) == explanation.tokens[0] and words.x.isna().all()
     np.testing.assert_allclose(words.value, explanation.text[0, 2])
     plain = made().to_pandas()
@@ -91,7 +91,7 @@ def test_compare():
         for row in range(2):
             expected = torch.corrcoef(torch.stack([ranks[0][row], ranks[1][row]]))[0, 1]
             torch.testing.assert_close(found.rank[name][row].double(), expected, atol=1e-6, rtol=0)
-    assert [(line["tower"], line["row"]) for line in found.table] == [("vision", 0), ("vision", 1), ("text", 0), ("text", 1)]
+    assert [(line["tower"], line["sample"]) for line in found.table] == [("vision", 0), ("vision", 1), ("text", 0), ("text", 1)]
     same = left.compare(left)
     assert all(line["cosine"] == line["rank"] == 1.0 for line in same.table)
 
@@ -100,9 +100,9 @@ def test_compare_leaves_out_what_says_nothing():
     """Padding, tokens that come later, and the entry of the position that is read."""
     left = Explanation({"language": torch.tensor([[1.0, 2.0, 9.0, 0.0, 0.0]])}, position={"language": torch.tensor([2])})
     right = replace(left, relevancy={"language": torch.tensor([[2.0, 1.0, 9.0, 0.0, 0.0]])})
-    assert left.compare(right).table == [{"tower": "language", "row": 0, "cosine": 0.8, "rank": -1.0}]
+    assert left.compare(right).table == [{"tower": "language", "sample": 0, "cosine": 0.8, "rank": -1.0}]
     answer = answered().compare(answered())
-    assert answer.cosine["language"].shape == (2, 3) and {"row", "answer"} < answer.table[0].keys()
+    assert answer.cosine["language"].shape == (2, 3) and {"sample", "answer"} < answer.table[0].keys()
 
 
 def test_equal_values_share_their_rank():

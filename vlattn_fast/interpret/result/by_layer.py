@@ -155,7 +155,7 @@ class LayerExplanation(Explanation):
         self,
         image: Any = None,
         *,
-        rows: Sequence[int] | None = None,
+        samples: Sequence[int] | None = None,
         labels: Sequence[Any] | None = None,
         crop: Any = None,
         processor: Any = None,
@@ -167,7 +167,7 @@ class LayerExplanation(Explanation):
         """Draws small multiples: a map per layer, or with per="head" a line of heads per layer; the words as a table with a line
         per map. The arguments are those of `Explanation.plot`. Each map has its own scale; with `common` all share one."""
         with extra("viz"):
-            return Multiples([*self.items()], image, labels, crop, processor, cmap, rows, alpha, scale, common).figure()
+            return Multiples([*self.items()], image, labels, crop, processor, cmap, samples, alpha, scale, common).figure()
 
     def to_html(
         self,

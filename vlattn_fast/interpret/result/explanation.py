@@ -212,12 +212,12 @@ class Explanation(Explained):
         Example:
             >>> explanation = Explanation({"text": torch.tensor([[0.0, 0.3, 0.5]])})
             >>> explanation.top(1)
-            [Entry(row=0, answer=None, tower='text', part='token', position=2, place=None, word=None, value=0.5)]
+            [Entry(sample=0, answer=None, tower='text', part='token', position=2, place=None, word=None, value=0.5)]
         """
         return table.largest(self, k)
 
     def to_pandas(self) -> pd.DataFrame:
-        """Returns a data frame with a line per entry: row (the sample), answer (the token's number), tower, part, position,
+        """Returns a data frame with a line per entry: sample, answer (the token's number), tower, part, position,
         image, y, x, word, value."""
         with extra("tables"):
             return table.to_frame(self)
@@ -230,7 +230,7 @@ class Explanation(Explained):
             >>> plain = Explanation({"text": torch.tensor([[0.0, 0.3, 0.5]])})
             >>> double = Explanation({"text": torch.tensor([[0.0, 0.6, 1.0]])})
             >>> plain.compare(double).table
-            [{'tower': 'text', 'row': 0, 'cosine': 1.0, 'rank': 1.0}]
+            [{'tower': 'text', 'sample': 0, 'cosine': 1.0, 'rank': 1.0}]
         """
         return table.compare(self, other)
 
@@ -253,7 +253,7 @@ class Explanation(Explained):
         self,
         image: Any = None,
         *,
-        rows: Sequence[int] | None = None,
+        samples: Sequence[int] | None = None,
         labels: Sequence[Any] | None = None,
         crop: Any = None,
         processor: Any = None,
@@ -275,7 +275,7 @@ class Explanation(Explained):
             crop: that part, in place of `processor`: x1, y1, x2, y2 relative to the image, or one box per map. For example,
                 CLIP's processor shows the model the middle square. Without both, a map whose shape differs from the photo's gives
                 a warning.
-            rows: samples of the batch to draw. Default: all.
+            samples: those of the batch to draw. Default: all.
             labels: names of the samples, such as classes or their numbers. Default: their text.
             scale: where the colours of the maps end: "max" = at the largest value; "quantile" = at the value that 99 % of the
                 patches do not exceed, for a map in which one patch is many times the others. Larger values then have the last
@@ -294,13 +294,13 @@ class Explanation(Explained):
             A matplotlib Figure (without pyplot: nothing is shown or kept open).
         """
         with extra("viz"):
-            return draw(self, image, rows, labels, crop, processor, cmap, alpha, scale, common)
+            return draw(self, image, samples, labels, crop, processor, cmap, alpha, scale, common)
 
     def overlay(
         self,
         image: Any,
         *,
-        row: int = 0,
+        sample: int = 0,
         word: int | None = None,
         panel: int = 0,
         crop: Any = None,
@@ -314,7 +314,7 @@ class Explanation(Explained):
 
         Args:
             image, processor, crop, scale, cmap, alpha: as for `plot`.
-            row: the sample of the batch.
+            sample: its number in the batch.
             word: the number of a word of the answer, if each word has a map; None = the sum of their maps.
             panel: which of the sample's maps, if it has several, such as the frames of a video, or a thumbnail and tiles.
 
@@ -322,7 +322,7 @@ class Explanation(Explained):
             A PIL image in RGB.
         """
         with extra("viz"):
-            return overlay(self, image, row, word, panel, crop, processor, cmap, alpha, scale)
+            return overlay(self, image, sample, word, panel, crop, processor, cmap, alpha, scale)
 
     def to_html(
         self,

@@ -44,7 +44,7 @@ class SideBySide:
         return lines
 
     def plot(
-        self, *, rows: Any = None, cmap: str | None = None, alpha: float = 0.85, scale: str | None = None, common: bool = False
+        self, *, samples: Any = None, cmap: str | None = None, alpha: float = 0.85, scale: str | None = None, common: bool = False
     ) -> Figure:
         """Draws a map for each explanation, under its name and score and above its scale with the range of its values; dashes
         around the part of the photo that a model saw, if it did not see all; words as a table, a line for each explanation.
@@ -53,13 +53,13 @@ class SideBySide:
         scale; with `common` all maps of a sample share one.
         """
         with extra("viz"):
-            return self._multiples(rows, cmap, alpha, scale, common).figure()
+            return self._multiples(samples, cmap, alpha, scale, common).figure()
 
     def to_html(
         self,
         *,
         title: str = "Side by side",
-        rows: Any = None,
+        samples: Any = None,
         cmap: str | None = None,
         alpha: float = 0.85,
         scale: str | None = None,
@@ -67,7 +67,7 @@ class SideBySide:
     ) -> Page:
         """Returns the same as one self-contained page, with `table` below. A notebook shows it in a frame."""
         with extra("viz"):
-            return self._multiples(rows, cmap, alpha, scale, common).page(title, self.table)
+            return self._multiples(samples, cmap, alpha, scale, common).page(title, self.table)
 
     def save_html(self, path: str | Path, **options: Any) -> Path:
         """Writes the page of `to_html`, with the same options, to `path`."""
@@ -75,10 +75,10 @@ class SideBySide:
         Path(path).write_text(self.to_html(**options), encoding="utf-8")
         return Path(path)
 
-    def _multiples(self, rows: Any, cmap: str | None, alpha: float, scale: str | None, common: bool) -> Multiples:
+    def _multiples(self, samples: Any, cmap: str | None, alpha: float, scale: str | None, common: bool) -> Multiples:
         cmap, scale = self.cmap if cmap is None else cmap, self.scale if scale is None else scale
         maps = [*self.explanations.items()]
-        return Multiples(maps, self.image, self.labels, self.crop, self.processor, cmap, rows, alpha, scale, common)
+        return Multiples(maps, self.image, self.labels, self.crop, self.processor, cmap, samples, alpha, scale, common)
 
     def _repr_html_(self) -> str | None:
         """The page for a notebook; None, i.e. plain text, if a package for pages is missing."""
@@ -109,7 +109,7 @@ def compare(
         >>> import torch, vlattn_fast as va
         >>> before, after = (va.Explanation({"text": torch.tensor([[0.0, 0.3, x]])}) for x in (0.5, 0.1))
         >>> va.compare({"before": before, "after": after}).table
-        [{'one': 'before', 'other': 'after', 'tower': 'text', 'row': 0, 'cosine': 0.759257, 'rank': -1.0}]
+        [{'one': 'before', 'other': 'after', 'tower': 'text', 'sample': 0, 'cosine': 0.759257, 'rank': -1.0}]
 
     Args:
         explanations: a dict from the names that are shown. All have the same number of samples, and with an answer the same

@@ -95,7 +95,7 @@ function explore(model, el) {
     });
     pane.range.textContent = view.figures.length ? `${rangeText(view, low, high)}, in colours from ${format(low)} to ${format(high)}.` : "";
     pane.score.textContent = shows() ? `${before.scored} \u2192 ${one.scored}` : one.scored;
-    const answers = [page.models[page.panes[i].model].answers, shows() ? edited().answers[page.panes[i].model] : []].map((all) => all[one.row]);
+    const answers = [page.models[page.panes[i].model].answers, shows() ? edited().answers[page.panes[i].model] : []].map((all) => all[one.sample]);
     pane.answer.textContent = answers[0] === undefined ? "" : answers[1] === undefined ? `answer: ${answers[0]}` : `answer: ${answers[0]} \u2192 ${answers[1]}`;
     showWords(pane, i, one);
   }
@@ -104,8 +104,8 @@ function explore(model, el) {
     const largest = Math.max(...compared(i, (each) => each.words).flat().map(Math.abs), 0) || 1;
     pane.words.replaceChildren();
     /* After the prompt's words come those of the answer, which are choices. */
-    const answer = page.panes[i].choices.filter((each) => each.row === one.row).map((each) => ({ text: each.label, space: true }));
-    [...page.texts[one.row], ...answer].slice(0, one.words.length).forEach((word, number) => {
+    const answer = page.panes[i].choices.filter((each) => each.sample === one.sample).map((each) => ({ text: each.label, space: true }));
+    [...page.texts[one.sample], ...answer].slice(0, one.words.length).forEach((word, number) => {
       if (word.space) pane.words.append(" ");
       const node = make("span", pane.words, { textContent: word.text, title: format(one.words[number]) });
       node.style.setProperty("--share", Math.abs(one.words[number]) / largest);

@@ -63,7 +63,7 @@ _FONTS = (  # with these letters; no coloured emoji, which matplotlib cannot dra
 def draw(
     explanation: Explained,
     image: Any,
-    rows: Any,
+    numbers: Any,
     labels: Any,
     crop: Any,
     processor: Any,
@@ -76,14 +76,14 @@ def draw(
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    rows = chosen_numbers(rows, len(explanation))
+    numbers = chosen_numbers(numbers, len(explanation))
     check_number("alpha", alpha, low=0, high=1)
     check_bool(common=common)
     check_scale(scale)
-    images = read_images(explanation, image, rows)
+    images = read_images(explanation, image, numbers)
     boxes = read_boxes(explanation, images, crop, processor)
     painter = Painter(images, boxes, colors(cmap), alpha, scale, explanation.photos)
-    samples, each = read_samples(explanation, labels, rows), explanation.per_token
+    samples, each = read_samples(explanation, labels, numbers), explanation.per_token
     if common:
         painter.shared = joint(painter.range(choice.patches) for sample in samples for choice in sample.choices)
     with rc_context({"font.family": _fonts(samples)}):

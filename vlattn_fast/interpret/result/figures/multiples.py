@@ -113,7 +113,7 @@ class Multiples:
     crop: Any
     processor: Any
     cmap: str
-    rows: Any = None
+    samples: Any = None
     alpha: float = 0.85
     scale: str = "max"
     common: bool = False
@@ -194,18 +194,18 @@ class Multiples:
         check_scale(self.scale)
         check_number("alpha", self.alpha, low=0, high=1)
         shown = next((one for _, one in self.maps if one.is_spatial), self.maps[0][1])
-        rows = chosen_numbers(self.rows, len(shown))
+        numbers = chosen_numbers(self.samples, len(shown))
         named = isinstance(self.maps[0][0], str)
         side = _LARGE_SIDE if named else _SIDE if len(self.maps) <= _MANY else _SMALL_SIDE
-        painters = [self._painter(place, one, side, rows) for place, one in self.maps] if named else []
-        painters = painters or [self._painter(None, shown, side, rows)] * len(self.maps)
-        samples = [read_samples(one, self.labels, rows) for _, one in self.maps]
+        painters = [self._painter(place, one, side, numbers) for place, one in self.maps] if named else []
+        painters = painters or [self._painter(None, shown, side, numbers)] * len(self.maps)
+        samples = [read_samples(one, self.labels, numbers) for _, one in self.maps]
         return [sheet for row_samples in zip(*samples, strict=True) for sheet in self._of_row(row_samples, painters, side)]
 
-    def _painter(self, place: Place | None, shown: Explained, side: int, rows: list[int] | None) -> Painter:
+    def _painter(self, place: Place | None, shown: Explained, side: int, numbers: list[int] | None) -> Painter:
         """`place`: of explanations that may have a photo each."""
         image = self.image[place] if isinstance(self.image, Mapping) else None if not shown.is_spatial and place else self.image
-        images = read_images(shown, image, rows)
+        images = read_images(shown, image, numbers)
         boxes = read_boxes(shown, images, self.crop if shown.is_spatial or place is None else None, self.processor)
         small = each_once(images, lambda image: _fitted(image, side))
         return Painter(small, boxes, colors(self.cmap), self.alpha, self.scale, shown.photos)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def overlay(
     explanation: Explained,
     image: Any,
-    row: int,
+    number: int,
     word: int | None,
     panel: int,
     crop: Any,
@@ -31,13 +31,13 @@ def overlay(
     """See `Explanation.overlay`."""
     check_number("alpha", alpha, low=0, high=1)
     check_scale(scale)
-    check_integer("row", row, low=0, high=len(explanation) - 1)
-    images = read_images(explanation, image, [row])
+    check_integer("sample", number, low=0, high=len(explanation) - 1)
+    images = read_images(explanation, image, [number])
     if images is None:
         raise ValueError("image must be the photo under the map; got None")
     boxes = read_boxes(explanation, images, crop, processor)
     painter = Painter(images, boxes, colors(cmap), alpha, scale)
-    (sample,) = read_samples(explanation, None, [row])
+    (sample,) = read_samples(explanation, None, [number])
     if word is not None:
         if not explanation.per_token:
             raise ValueError(f"word must be None if the words of an answer have no maps; got {word}")

@@ -111,7 +111,7 @@ class Drawn:
             )
         return [
             {
-                "row": choice.sample,
+                "sample": choice.sample,
                 "label": choice.label,
                 "score": finite(choice.score),
                 "scored": score_text(choice.score, choice.of).replace(" -", " \u2212"),

@@ -17,9 +17,9 @@ from vlattn_fast.interpret.result.numbers.choices import WHOLE, Array, Box, to_a
 from vlattn_fast.interpret.result.numbers.explained import Explained
 
 
-def read_images(explanation: Explained, image: Any, rows: Sequence[int] | None = None) -> list[Array] | None:
+def read_images(explanation: Explained, image: Any, numbers: Sequence[int] | None = None) -> list[Array] | None:
     """The user's image or images as (H, W, 3) or (H, W, 4) arrays of bytes: one for all maps, or one per map; maps of one photo
-    then have the same array. `rows`: the samples to draw, None = all."""
+    then have the same array. `numbers`: the samples to draw, None = all."""
     if image is None:
         return None
     if not explanation.is_spatial:
@@ -33,7 +33,9 @@ def read_images(explanation: Explained, image: Any, rows: Sequence[int] | None =
     images = [_pixels(part) for part in image] if many else [_pixels(image)]
     owners = list(range(len(explanation))) if explanation.image_samples is None else explanation.image_samples
     photos, got = explanation.photos, len(images)
-    drawn = dict.fromkeys(photo for photo, row in zip(photos or [], owners, strict=False) if rows is None or row in rows)
+    drawn = dict.fromkeys(
+        photo for photo, owner in zip(photos or [], owners, strict=False) if numbers is None or owner in numbers
+    )
     if got == len(owners) or (photos is None and got == 1):
         return images
     if photos and got == len(set(photos)):

@@ -57,17 +57,17 @@ class Sample:
     choices: list[Choice]  # the sample itself, or the words of its answer if it is explained per token
 
 
-def chosen_numbers(rows: Any, count: int) -> list[int] | None:
+def chosen_numbers(samples: Any, count: int) -> list[int] | None:
     """The samples to draw, of `count`; None = all."""
-    if rows is None:
+    if samples is None:
         return None
-    check_items("rows", rows, "numbers of samples")
-    rows = list(rows)
-    for row in rows:
-        check_integer("rows", row)
-        if not 0 <= row < count:
-            raise ValueError(f"rows must be from 0 to {count - 1}; got {row}")
-    return rows
+    check_items("samples", samples, "numbers from 0")
+    numbers = list(samples)
+    for number in numbers:
+        check_integer("samples", number)
+        if not 0 <= number < count:
+            raise ValueError(f"samples must be from 0 to {count - 1}; got {number}")
+    return numbers
 
 
 def read_samples(explanation: Explained, labels: Any = None, numbers: Sequence[int] | None = None) -> list[Sample]:

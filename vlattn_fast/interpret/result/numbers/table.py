@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _COLUMNS: dict[str, Any] = {  # of a data frame, with types
-    **{"row": int, "answer": int, "tower": object, "part": object, "position": int},
+    **{"sample": int, "answer": int, "tower": object, "part": object, "position": int},
     **{"image": int, "y": int, "x": int, "word": object, "value": float},
 }
 
@@ -31,7 +31,7 @@ class Entry:
     """One number of an explanation, and the token it belongs to.
 
     Args:
-        row: the sample of the batch.
+        sample: its number in the batch.
         answer: the explained token of the answer; None if the sample has one score.
         tower: the key in `Explanation.relevancy`.
         part: the kind of the entry's token; "token" if only the position in the tower is known.
@@ -41,7 +41,7 @@ class Entry:
         value: the raw relevancy.
     """
 
-    row: int
+    sample: int
     answer: int | None
     tower: str
     part: Literal["patch", "word", "region", "token"]
@@ -67,11 +67,11 @@ class Comparison:
 
     @property
     def table(self) -> list[dict[str, Any]]:
-        """A dict per tower and sample: "tower", "row" (the sample), "answer" if it is explained per token, "cosine", "rank"."""
+        """A dict per tower and sample: "tower", "sample", "answer" if it is explained per token, "cosine", "rank"."""
         lines = []
         for tower, cosines in self.cosine.items():
             for index in torch.cartesian_prod(*map(torch.arange, cosines.shape)).reshape(-1, cosines.ndim).tolist():
-                keys = dict(zip(("row", "answer"), index, strict=False))
+                keys = dict(zip(("sample", "answer"), index, strict=False))
                 values = {"cosine": cosines[tuple(index)], "rank": self.rank[tower][tuple(index)]}
                 lines.append({"tower": tower, **keys, **{name: round(float(value), 6) for name, value in values.items()}})
         return lines
@@ -97,19 +97,19 @@ class _Part(NamedTuple):
 def _groups(explanation: Explained) -> Iterator[tuple[int, int | None, str, list[_Part]]]:
     """All entries by sample, token of the answer and tower: those of a group can be compared."""
     tokens, answers = explanation.tokens, explanation.answer_tokens if explanation.per_token else None
-    for row in range(len(explanation)):
-        words = None if tokens is None else tokens[row]
-        towers = {name: _tower_parts(explanation, row, name, words) for name in explanation.relevancy}
-        for answer in [None] if answers is None else range(len(answers[row])):
+    for sample in range(len(explanation)):
+        words = None if tokens is None else tokens[sample]
+        towers = {name: _tower_parts(explanation, sample, name, words) for name in explanation.relevancy}
+        for answer in [None] if answers is None else range(len(answers[sample])):
             for tower, parts in towers.items():
-                yield row, answer, tower, parts
+                yield sample, answer, tower, parts
 
 
 def largest(explanation: Explained, k: int) -> list[Entry]:
     """See `Explanation.top`."""
     check_integer("k", k, low=0)
     entries = []
-    for row, answer, tower, parts in _groups(explanation):
+    for sample, answer, tower, parts in _groups(explanation):
         arrays = [part.values[answer or 0] for part in parts]
         values, ends = np.concatenate(arrays), np.cumsum([len(array) for array in arrays])
         for i in np.argsort(-values, kind="stable")[:k].tolist():  # NaN is last
@@ -117,7 +117,7 @@ def largest(explanation: Explained, k: int) -> list[Entry]:
             part, position = parts[number], i - (int(ends[number - 1]) if number else 0)
             word = None if part.words is None else part.words[position]
             place = None if part.image is None else (part.image, *divmod(position, part.width))
-            entries.append(Entry(row, answer, tower, part.kind, position, place, word, float(values[i])))
+            entries.append(Entry(sample, answer, tower, part.kind, position, place, word, float(values[i])))
     return entries
 
 
@@ -126,12 +126,12 @@ def to_frame(explanation: Explained) -> pd.DataFrame:
     import pandas as pd
 
     columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
-    for row, answer, tower, parts in _groups(explanation):
+    for sample, answer, tower, parts in _groups(explanation):
         for part in parts:
             values = part.values[answer or 0]
             position = np.arange(len(values))
             place = (part.image, position // part.width, position % part.width) if part.image is not None else (-1, -1, -1)
-            line = (row, -1 if answer is None else answer, tower, part.kind, position, *place, part.words, values)
+            line = (sample, -1 if answer is None else answer, tower, part.kind, position, *place, part.words, values)
             for name, column in zip(_COLUMNS, line, strict=True):
                 kind = _COLUMNS[name]
                 columns[name].append(np.broadcast_to(np.asarray(column, dtype=kind), len(values)))

@@ -70,7 +70,7 @@ function strongest(figures) {
 /* --- words --- */
 
 function showWords(choice) {
-  const words = data.texts[choice.row], all = element("common").checked ? choices() : [choice];
+  const words = data.texts[choice.sample], all = element("common").checked ? choices() : [choice];
   const largest = Math.max(...all.flatMap((one) => one.words.map(Math.abs)), 0) || 1;
   const shade = (node, value) => {
     node.style.setProperty("--share", Math.abs(value) / largest);
@@ -84,7 +84,7 @@ function showWords(choice) {
     shade(make("span", element("text"), { className: "word", textContent: word.text }), choice.words[i]);
   });
   /* After the prompt's values come those of the answer's words, which are buttons. */
-  const answer = document.querySelector(".answer") ? buttons.filter((_, i) => choices()[i].row === choice.row) : [];
+  const answer = document.querySelector(".answer") ? buttons.filter((_, i) => choices()[i].sample === choice.sample) : [];
   answer.forEach((button, i) => shade(button, choice.words[words.length + i] || 0));
   const names = [...words.map((word) => word.text), ...answer.map((button) => button.textContent)].slice(0, choice.words.length);
   const numbers = choice.words.filter((value) => value !== null);
