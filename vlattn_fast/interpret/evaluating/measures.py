@@ -66,7 +66,7 @@ def score_boxes(plan: Plan, batch: Batch, tally: Tally) -> None:
 
 def perturb(plan: Plan, judge: Judge, batch: Batch, tally: Tally) -> None:
     """Curves of every method. An input that several steps, tests or methods share runs once."""
-    places: dict[Key, int] = {}
+    indices: dict[Key, int] = {}
     planned: list[tuple[tuple[str, str, str], list[Key]]] = []
     for name, maps in batch.maps.items():
         for test, steps in plan.steps.items():
@@ -78,13 +78,13 @@ def perturb(plan: Plan, judge: Judge, batch: Batch, tally: Tally) -> None:
                         continue
                     keys = [(number, batch.samples[number].stays(left)) for left in CURVES[test].inputs(known, steps)]
                     for key in keys:
-                        places.setdefault(key, len(places))
+                        indices.setdefault(key, len(indices))
                     planned.append(((name, test, part), keys))
-    measures = dict(zip(("accuracy", "probability"), judge.run(batch.question, batch.samples, list(places)), strict=True))
+    measures = dict(zip(("accuracy", "probability"), judge.run(batch.question, batch.samples, list(indices)), strict=True))
     noise = rounding(coarsest(plan.model.parameters()))
     for entry, keys in planned:
         curve, steps = CURVES[entry[1]], plan.steps[entry[1]]
-        scores = [measures[curve.measure][places[key]] for key in keys]
+        scores = [measures[curve.measure][indices[key]] for key in keys]
         for (number, stays), score in zip(keys, scores, strict=True):
             if math.isnan(score):
                 sample = batch.samples[number]

@@ -77,23 +77,23 @@ class Judge:
     def run(self, question: Question, samples: list[Sample], keys: list[Key]) -> tuple[list[float], list[float]]:
         """Accuracy and probability of each perturbed input."""
         accuracy, probability = [0.0] * len(keys), [0.0] * len(keys)
-        for places in with_progress(list(self._batches(question, samples, keys)), "perturbing", leave=False):
-            correct, likely = self._measured(question, samples, [keys[place] for place in places])
-            for place, one, two in zip(places, correct.tolist(), likely.tolist(), strict=True):
-                accuracy[place], probability[place] = one, two
+        for indices in with_progress(list(self._batches(question, samples, keys)), "perturbing", leave=False):
+            correct, likely = self._measured(question, samples, [keys[index] for index in indices])
+            for index, one, two in zip(indices, correct.tolist(), likely.tolist(), strict=True):
+                accuracy[index], probability[index] = one, two
         return accuracy, probability
 
     def _batches(self, question: Question, samples: list[Sample], keys: list[Key]) -> Iterator[list[int]]:
         """Indices of inputs with the same parts removed and the same shapes; if images are matched with texts, of one sample."""
         groups: dict[Any, list[int]] = {}
-        for place, (number, stays) in enumerate(keys):
+        for index, (number, stays) in enumerate(keys):
             sample = samples[number]
             shapes = tuple((name, tuple(v.shape)) for name, v in sample.inputs.items() if isinstance(v, Tensor))
             own_batch = (number,) if question.logits is not None else ()
-            groups.setdefault((sample.sizes(stays), shapes, *own_batch), []).append(place)
-        for places in groups.values():
-            for start in range(0, len(places), self.batch_size):
-                yield places[start : start + self.batch_size]
+            groups.setdefault((sample.sizes(stays), shapes, *own_batch), []).append(index)
+        for indices in groups.values():
+            for start in range(0, len(indices), self.batch_size):
+                yield indices[start : start + self.batch_size]
 
     def _measured(self, question: Question, samples: list[Sample], keys: list[Key]) -> tuple[Tensor, Tensor]:
         """Accuracy and probability of inputs that make one batch, by the caller's measures or else by the target's logit."""

@@ -232,13 +232,13 @@ def _inner_words(adapter: Adapter | None, inputs: Mapping[str, Any]) -> Tensor |
 def _entries(texts: list[Tensor], number: int, columns: Tensor) -> dict[int, list[Tensor]]:
     """The indices of a sample's columns in its vector of `.text`, by the width of the vector, which has an entry for each word of
     one of the masks `texts`, with zeros after shorter texts, or for each column of `input_ids`."""
-    places: dict[int, list[Tensor]] = {}
+    by_width: dict[int, list[Tensor]] = {}
     for mask in [*texts, torch.ones_like(texts[0])]:
-        same_width = places.setdefault(int(mask.sum(1).max()), [])
-        place = (mask[number].cumsum(0) - 1)[columns]
-        if bool(mask[number][columns].all()) and not any(torch.equal(place, one) for one in same_width):
-            same_width.append(place)
-    return places
+        same_width = by_width.setdefault(int(mask.sum(1).max()), [])
+        entries = (mask[number].cumsum(0) - 1)[columns]
+        if bool(mask[number][columns].all()) and not any(torch.equal(entries, one) for one in same_width):
+            same_width.append(entries)
+    return by_width
 
 
 def _fit(pixels: Any, grids: list[tuple[int, int]], counts: list[int], inputs: Mapping[str, Any]) -> bool:

@@ -82,8 +82,8 @@ class Exploration:
         if not isinstance(message, Mapping) or set(message) != {"edits"} or not isinstance(message["edits"], list):
             raise TypeError(f'a message must be {{"edits": [...]}}; got {message!r:.200}')
         edits = tuple(map(self._edit, message["edits"]))
-        places = {tuple(sorted((k, str(v)) for k, v in one.items() if k != "factor")) for one in message["edits"]}
-        if len(places) < len(edits):
+        targets = {tuple(sorted((k, str(v)) for k, v in one.items() if k != "factor")) for one in message["edits"]}
+        if len(targets) < len(edits):
             raise ValueError(f"edits must name each head and each edge once; got {message['edits']!r:.200}")
         return self._state(edits) if edits else self.plain
 

@@ -125,8 +125,8 @@ class EdgeTable(Sequence[Edge]):
         """Returns Spearman's correlation with the effects of the same edges in another table, e.g. of first-order and true
         effects; None for fewer than three edges, and if all effects are equal. ValueError for other edges."""
         pair = self, table
-        places = [[(edge.layer, edge.head, edge.from_, edge.to) for edge in each] for each in pair]
-        if places[0] != places[1]:
+        named = [[(edge.layer, edge.head, edge.from_, edge.to) for edge in each] for each in pair]
+        if named[0] != named[1]:
             raise ValueError(f"table must have the same {len(self)} edges in the same order; got {len(table)} other ones")
         return rank_correlation(*(torch.tensor([edge.effect for edge in each]) for each in pair))
 

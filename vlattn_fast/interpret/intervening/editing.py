@@ -332,7 +332,7 @@ def token_groups(
         if call.columns is not None:
             key_groups = token_groups.new_full((batch, keys), -1).index_copy(1, call.columns.to(device), token_groups)
     else:
-        # The keys are the last ones of all, or, in a cache of fixed length, the first places of it.
+        # The keys are the last ones of all, or, in a cache of fixed length, the first positions in it.
         key_groups = plan.keys.of(max(0, total - keys), keys, total, batch, device)
     return plan.queries.of(start, queries, total, batch, device), key_groups
 

@@ -55,10 +55,10 @@ class FlowCurve:
         """Returns a data frame with a line per sample and layer: sample, layer, probability, base and change."""
         with extra("tables"):
             import pandas as pd
-        places = torch.cartesian_prod(torch.arange(len(self.base)), torch.tensor(self.layers))
+        pairs = torch.cartesian_prod(torch.arange(len(self.base)), torch.tensor(self.layers))
         base = self.base[:, None].expand_as(self.probability)
         values = {"probability": self.probability, "base": base, "change": self.change}
-        columns = {"sample": places[:, 0], "layer": places[:, 1], **{name: x.flatten() for name, x in values.items()}}
+        columns = {"sample": pairs[:, 0], "layer": pairs[:, 1], **{name: x.flatten() for name, x in values.items()}}
         return pd.DataFrame({name: column.cpu().numpy() for name, column in columns.items()})
 
     def plot(self) -> Figure:

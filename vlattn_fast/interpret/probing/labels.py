@@ -105,9 +105,9 @@ def tokens_of(layout: Layout, sample: int, columns: Sequence[int], number: int) 
 
 def regions_of(layout: Layout, sample: int, regions: Sequence[int], number: int) -> list[int]:
     """Positions in the sequence for the numbers of image tokens; `number` as in `tokens_of`."""
-    places = layout.regions[sample]
+    positions = layout.regions[sample]
     for region in regions:
-        if not 0 <= region < len(places) or layout.parts[sample, places[region]] != IMAGE:
-            among = f"the {len(places)} image tokens of input {number} without padding"
+        if not 0 <= region < len(positions) or layout.parts[sample, positions[region]] != IMAGE:
+            among = f"the {len(positions)} image tokens of input {number} without padding"
             raise ValueError(f"regions must be among {among}; got {region}")
-    return [places[region] for region in regions]
+    return [positions[region] for region in regions]

@@ -154,17 +154,17 @@ class TwoStreams(OneStream):
                 if not statistics or not asked:
                     return
                 from_words = kinds != (FROM_IMAGE, FROM_IMAGE)
-                places = [[i for i, (one, _) in enumerate(pairs) if (one[0] < words) == from_words] for pairs in asked]
+                indices = [[i for i, (one, _) in enumerate(pairs) if (one[0] < words) == from_words] for pairs in asked]
                 chosen = []
-                for pairs, some in zip(asked, places, strict=True):
-                    ones = ([i if from_words else i - words for i in pairs[place][0]] for place in some)
-                    twos = ([i - words for i in pairs[place][1]] for place in some)
+                for pairs, some in zip(asked, indices, strict=True):
+                    ones = ([i if from_words else i - words for i in pairs[index][0]] for index in some)
+                    twos = ([i - words for i in pairs[index][1]] for index in some)
                     first, second = (twos, ones) if kinds == (FROM_IMAGE, FROM_TEXT) else (ones, twos)
                     chosen.append(list(zip(first, second, strict=True)))
                 most = one_way(call, chosen) if from_words else both_ways(call, chosen)
-                for sample, some in enumerate(places):
-                    for index, place in enumerate(some):
-                        maxima[kinds].setdefault((sample, place), []).append(most[sample][:, index])
+                for sample, some in enumerate(indices):
+                    for column, index in enumerate(some):
+                        maxima[kinds].setdefault((sample, index), []).append(most[sample][:, column])
 
         states = self.forward(inputs, on_call)
         if layout is None or not numbers:

@@ -191,8 +191,8 @@ class PromptMaps:
         columns = sorted({column for _, row in tokens for column in row})
         maps = self.token_maps(columns, size=size, mode=mode)
         image = maps.new_zeros(len(tokens), max((len(ids) for ids, _ in tokens), default=0), *maps.shape[2:])
-        for row, (ids, places) in enumerate(tokens):
-            image[row, : len(ids)] = maps[row, [columns.index(place) for place in places]]
+        for row, (ids, positions) in enumerate(tokens):
+            image[row, : len(ids)] = maps[row, [columns.index(position) for position in positions]]
         prompts = [ids for ids, _ in tokens]
         relevancy = {"image": image.flatten(2)}
         return Explanation(relevancy, image, token_ids=prompts, answer=prompts, method="prompt_maps").with_tokens(processor)

@@ -200,7 +200,7 @@ class Multiples:
         painters = [self._painter(place, one, side, numbers) for place, one in self.maps] if named else []
         painters = painters or [self._painter(None, shown, side, numbers)] * len(self.maps)
         samples = [read_samples(one, self.labels, numbers) for _, one in self.maps]
-        return [sheet for row_samples in zip(*samples, strict=True) for sheet in self._of_row(row_samples, painters, side)]
+        return [sheet for row_samples in zip(*samples, strict=True) for sheet in self._sample_sheets(row_samples, painters, side)]
 
     def _painter(self, place: Place | None, shown: Explained, side: int, numbers: list[int] | None) -> Painter:
         """`place`: of explanations that may have a photo each."""
@@ -210,7 +210,7 @@ class Multiples:
         small = each_once(images, lambda image: _fitted(image, side))
         return Painter(small, boxes, colors(self.cmap), self.alpha, self.scale, shown.photos)
 
-    def _of_row(self, samples: Sequence[Sample], painters: Sequence[Painter], side: int) -> list[Sheet]:
+    def _sample_sheets(self, samples: Sequence[Sample], painters: Sequence[Painter], side: int) -> list[Sheet]:
         """The sheets of a sample: one, or one for each word of its answer."""
         places = [place for place, _ in self.maps]
         counts = {place: len(sample.choices) for place, sample in zip(places, samples, strict=True)}

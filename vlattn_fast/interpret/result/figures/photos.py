@@ -228,10 +228,10 @@ def _side(shares: Array, axis: int) -> tuple[float, float]:
     """Where an image (h, w) begins and ends along an axis; `shares` are 0 at one side of the photo and 1 at the other, and NaN
     outside of the photo."""
     count, line = shares.shape[axis], np.moveaxis(shares, axis, 0)
-    places, share = np.broadcast_to((np.arange(count)[:, None] + 0.5) / count, line.shape), line
+    centres, share = np.broadcast_to((np.arange(count)[:, None] + 0.5) / count, line.shape), line
     inner = (share > 0.05) & (share < 0.95)  # resizing bends the sides
-    slope, start = np.polyfit(places[inner], share[inner], 1) if inner.sum() > 1 else (0.0, 0.0)
-    if slope <= 0 or np.abs(start + slope * places[inner] - share[inner]).max() > 0.03:
+    slope, start = np.polyfit(centres[inner], share[inner], 1) if inner.sum() > 1 else (0.0, 0.0)
+    if slope <= 0 or np.abs(start + slope * centres[inner] - share[inner]).max() > 0.03:
         raise ValueError("processor must only resize and crop images; got one that changes them otherwise. Pass crop=")
     end, rounding = start + slope, 0.5 * slope / count  # half a pixel of the model's
     return (0.0 if abs(start) <= rounding else float(start)), (1.0 if abs(end - 1) <= rounding else float(end))

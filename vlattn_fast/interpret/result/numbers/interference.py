@@ -66,8 +66,8 @@ def subtract_earlier(explanation: E, rank_filter: bool) -> E:
     parts = []
     for maps, sample in zip(explanation.image, explanation.image_samples, strict=True):
         ids = explanation.answer[sample]
-        places = torch.tensor(explanation.text_positions[sample][-len(ids) :], device=row_of.device)
-        weights, flat = row_of[sample][:, places].clamp(min=0).to(maps), maps.flatten(1)
+        positions = torch.tensor(explanation.text_positions[sample][-len(ids) :], device=row_of.device)
+        weights, flat = row_of[sample][:, positions].clamp(min=0).to(maps), maps.flatten(1)
         left = torch.zeros_like(flat)
         for number, token in enumerate(ids):
             earlier = [before for before in range(number) if ids[before] != token]
