@@ -238,7 +238,7 @@ def test_the_page_needs_nothing_else(page: tuple[str, Any]) -> None:
 def test_a_stored_page_shows_the_edits_and_says_that_it_cannot_compute(page: tuple[str, Any], browse: Browse) -> None:
     script = """
 results.edited = { pixels: pixels(), score: texts(".score"), answer: texts(".answer"), edits: texts(".edits button") };
-button("as it is").click();
+button("unedited").click();
 results.plain = { pixels: pixels(), score: texts(".score"), answer: texts(".answer") };
 button("edited").click();
 results.again = pixels();

@@ -148,7 +148,8 @@ def intervene_each(
 ) -> EdgeTable:
     """Measures the true effect of each edge: the score of the unedited model minus its score with only this edge cut.
 
-    Returns an `EdgeTable` of the edges in their order. It takes a forward pass per edge, `batch_size` of them at once.
+    Returns an `EdgeTable` of the edges in their order. It takes a forward pass per edge, `batch_size` of them at once,
+    and two of the unedited model.
 
     Examples:
         >>> import torch, vlattn_fast as va

@@ -93,7 +93,8 @@ def information_flow(
 ) -> FlowCurve:
     """Measures the drop of the answer's probability if the attention between two groups of tokens is cut, layer by layer.
 
-    Returns a `FlowCurve`. It takes a forward pass per sample and layer, `batch_size` of them at once. This is attention knockout
+    Returns a `FlowCurve`. It takes a forward pass per sample and layer, `batch_size` of them at once, and two per sample of
+    the unedited model. This is attention knockout
     (Geva et al., EMNLP 2023), with the curve of "Cross-modal Information Flow in MLLMs" (CVPR 2025).
 
     Examples:

@@ -75,8 +75,8 @@ def record_heads(
 ) -> HeadRecord:
     """Records the outputs of heads before the output projection: those of one run for `Patch`, or their means for `ScaleHeads`.
 
-    Returns a `HeadRecord`. It takes a forward pass per item of `inputs`, in eval mode. For one item it stores all outputs,
-    (B, H, N, Dv) per layer; for a data set only their sums.
+    Returns a `HeadRecord`. It takes two forward passes per item of `inputs`, in eval mode: the first finds the calls. Memory
+    holds all outputs of an item, (B, H, N, Dv) per layer, and for a data set also their sums.
 
     Examples:
         >>> import torch, vlattn_fast as va

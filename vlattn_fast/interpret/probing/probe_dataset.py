@@ -39,8 +39,8 @@ def probe(
     """Probes what a model's heads attend to and which information its states hold, over a data set (VALUE, ECCV 2020).
 
     Returns a `ProbeReport`: a table with an entry per test, layer and head. Each sample takes one forward pass, and "word_order"
-    one more per text. Memory holds `attention_statistics`, layer by layer, and no map. Fitting the linear probes takes the rest
-    of the time, on the CPU with scikit-learn.
+    one more per text. Memory holds `attention_statistics`, layer by layer, and no map. scikit-learn fits the linear probes on
+    the CPU.
 
     `probe` supports models with one stream of words and image tokens (UNITER, VisualBERT, ViLT, decoders that see images), and
     text models for "linguistic". Models with a stream of each (LXMERT) support "coreference" in the layers in which both streams

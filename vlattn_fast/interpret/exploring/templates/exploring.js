@@ -1,5 +1,5 @@
 /* Models whose heads and edges are edited by clicks. `model` is what anywidget gives: get, on and send. A stored page has get alone:
-   it shows everything, and computes nothing. "page" stays as it is; "edited" holds the edits and what they changed. */
+   it shows everything, and computes nothing. "page" stays unchanged; "edited" holds the edits and what they changed. */
 function explore(model, el) {
   const page = model.get("page"), live = typeof model.send === "function";
   const root = make("div", el, { className: "vlattn-explorer" });
@@ -238,7 +238,7 @@ function explore(model, el) {
     check(look, "Clip the largest 1 %", "clip").hidden = !spatial;
     check(look, "One scale for all maps", "common").hidden = page.panes.length < 2;
     parts.afterBar = make("span", look, { className: "bar" });
-    parts.after = ["as it is", "edited"].map((name, i) => {
+    parts.after = ["unedited", "edited"].map((name, i) => {
       const button = make("button", parts.afterBar, { type: "button", textContent: name });
       button.addEventListener("click", () => { chosen.after = Boolean(i); show(); });
       return button;
