@@ -174,7 +174,7 @@ def test_what_it_refuses() -> None:
         clip.model(torch.randn(2, 2, 5, 16))
     with va.nn.QKClip(multihead()) as clip, pytest.raises(RuntimeError, match="QKClip recorded no attention since its last step"):
         clip.step()
-    with va.nn.QKClip(multihead()) as clip, pytest.raises(RuntimeError, match="this QKClip is entered already"):
+    with va.nn.QKClip(multihead()) as clip, pytest.raises(RuntimeError, match="QKClip must be entered once at a time"):
         clip.__enter__()
     x = torch.full((1, 3, 16), torch.nan)
     with va.nn.QKClip(multihead()) as clip:

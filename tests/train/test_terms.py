@@ -284,7 +284,7 @@ def test_what_is_refused() -> None:
     with term_of("relevancy", model), pytest.raises(ValueError, match="score must be given if the model is not a classifier"):
         model(pixel_values=batch["pixel_values"], mask=batch["mask"])
     term = term_of("relevancy", model)
-    with term, pytest.raises(RuntimeError, match="entered already"):
+    with term, pytest.raises(RuntimeError, match="must be entered once at a time"):
         term.__enter__()
     with pytest.raises(TypeError, match="loss must be a RelevancyLoss"):
         va.train.RelevancyTerm(model, nn.MSELoss())
