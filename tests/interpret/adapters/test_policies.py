@@ -132,11 +132,11 @@ def test_a_state_of_several_tokens_names_the_joints():
         (ValueError, "step must be from 0 to 2, the last one in noise; got 3", dict(dimension=0, step=3, time=0.5), {}),
         (ValueError, "inputs must hold 'state', the robot's state", dict(dimension=0, step=0, time=0.5), {"state": None}),
         (ValueError, "inputs must hold 'noise', the noisy actions", dict(dimension=0, step=0, time=0.5), {"noise": None}),
-        (ValueError, "noise level must be given as time .*; got neither", dict(dimension=0), {}),
-        (ValueError, "noise level must be given as time .*; got both", dict(dimension=0, time=0.5), {"timestep": torch.ones(2)}),
-        (ValueError, "noise must have as many steps", dict(dimension=0, time=0.5), {"noise": torch.zeros(2, 2, 4).double()}),
+        (ValueError, "noise level must be given as time of the Action, or as 'timestep' (B,) in inputs; got neither", dict(dimension=0), {}),
+        (ValueError, "or as 'timestep' (B,) in inputs; got both", dict(dimension=0, time=0.5), {"timestep": torch.ones(2)}),
+        (ValueError, "noise must have the steps and dimensions", dict(dimension=0, time=0.5), {"noise": torch.zeros(2, 2, 4).double()}),
         (ValueError, "noise must be (B, steps, dimensions); got (3, 4)", dict(dimension=0), {"noise": torch.zeros(3, 4)}),
-        (TypeError, "target must be a vlattn_fast.Action", None, {}),
+        (TypeError, "target must be a va.Action", None, {}),
     ],
 )  # fmt: skip
 def test_refusals_name_the_argument(error, message, target, changes):

@@ -160,7 +160,7 @@ def test_the_gap_to_the_gain(tmp_path: Path) -> None:
         (0.5, TypeError, "baseline must be a name, a token id, a tensor, or a dict from inputs to these; got"),
         (True, TypeError, "baseline must be a name"),
         (7, ValueError, r"inputs must hold token ids for baseline=7; got \['x'"),
-        ({"y": "black"}, ValueError, r"baseline must name inputs that are tensors, of \['x'\]; got 'y'"),
+        ({"y": "black"}, ValueError, r"baseline must name inputs that are tensors, among \['x'\]; got 'y'"),
         ({"x": 7}, ValueError, r"baseline must be a token only for ids \(B, N\); got 7 for 'x'"),
         ({"x": torch.zeros(5)}, ValueError, r"baseline must broadcast to 'x' \(2, 3, 8, 12\); got \(5,\)"),
         (torch.zeros(5), ValueError, r"baseline must broadcast to the images in inputs, or to the embeddings .* got \(5,\)"),
