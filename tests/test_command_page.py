@@ -37,5 +37,5 @@ def test_how_options_are_typed() -> None:
         "--costs/--no-costs",
     ):
         assert f"\n| `{usage}` | " in page, usage
-    assert " Default: `0`. |" in page  # --seed, whose default is a number that counts as false
+    assert " Default: 0. |" in page and " Default: `--costs`. |" in page  # from the help, and of an option whose help has none
     assert "&lt;device>.json" in page and "<device>" not in page

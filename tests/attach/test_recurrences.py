@@ -67,7 +67,7 @@ def double() -> Iterator[None]:
 @pytest.mark.parametrize("name", CALLS)
 def test_the_map_times_the_values_is_the_output(name: str) -> None:
     call, reading = call_of(CALLS[name])
-    assert not reading.refusal
+    assert not reading.unsupported
     result = call.function(*call.args, **call.kwargs)
     output, each = reading.output_of(result), map_of(reading)
     torch.testing.assert_close(each @ reading.mixer.value, output, rtol=0, atol=1e-11)

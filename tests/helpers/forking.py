@@ -45,7 +45,8 @@ class Forking:
     def _started(self) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", self._module]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        return subprocess.Popen(command, cwd=ROOT, text=True, start_new_session=True, **pipes)
+        one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # a fork of a process with threads of OpenMP hangs
+        return subprocess.Popen(command, cwd=ROOT, env=one_thread, text=True, start_new_session=True, **pipes)
 
     def _end(self) -> None:
         process, self._process = self._process, None
