@@ -42,7 +42,7 @@ def test_explain_the_next_token_of_a_decoder(llava, picture, tmp_path):
     assert result.exit_code == 0, result.output
     assert "(target 5)" in result.output and "square" in out.read_text() and "data:image/jpeg" in out.read_text()
     refused = vlattn("explain", "--model", llava, "--image", picture, "--text", "a", "--text", "red", "--out", out)
-    assert refused.exit_code == 2 and "is what LlavaForConditionalGeneration takes; got 2" in said(refused)
+    assert refused.exit_code == 2 and "text must be one text for LlavaForConditionalGeneration; got 2" in said(refused)
 
 
 @pytest.mark.slow
