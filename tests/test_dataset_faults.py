@@ -27,7 +27,7 @@ def test_of_two_runs_that_begin_at_once_one_is_refused(models, many, tmp_path):
     both = start("-m", "tests.helpers.explain_twice", models["clip"], dataset, out)
     assert both.returncode == 0, both.stderr
     refused = f"out must not be written by another run; got {out}. Wait until that run ends, or pass another out"
-    assert sorted(both.stdout.splitlines()) == [refused, "explained 38"]
+    assert sorted(both.stdout.splitlines()) == ["explained 38", refused]
     check_all(models, out, rows)
 
 

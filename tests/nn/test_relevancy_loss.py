@@ -85,7 +85,7 @@ def test_rows_without_relevancy_and_with_nan() -> None:
         (ROW, torch.rand(1, 4, 4), ValueError, "with B=2"),
         (ROW, torch.rand(2, 4, 4, 1), ValueError, "target must have shape"),
         (ROW, torch.rand(2, 3, 6), ValueError, "must fit the patches"),
-        (ROW[:, :9], torch.rand(2, 8, 8), ValueError, "got 3 x 3 behind 0 or 2 x 2 behind 5"),
+        (ROW[:, :9], torch.rand(2, 8, 8), ValueError, "got 3 x 3 after 0 or 2 x 2 after 5"),
         (ROW, torch.rand(2, 0, 4), ValueError, "must fit the patches"),
         (ROW, 2 * torch.ones(2, 17), ValueError, "target must be from 0 to 1"),
         (ROW, torch.ones(2, 17, dtype=torch.int64), TypeError, "target must be bool or floating"),

@@ -149,11 +149,11 @@ def test_parameters_are_those_of_the_score():
         ((10, 3), {}, "num_heads must divide"),
         ((0, 1), {}, "embed_dim must be at least 1"),
         ((8, 2, "bilinear"), {}, "score must be one of"),
-        ((8, 2, "dot"), {"score_options": {"activation": "tanh"}}, "must be None where score is 'dot'"),
+        ((8, 2, "dot"), {"score_options": {"activation": "tanh"}}, "must be None if score is 'dot'"),
         (
             (8, 2, lambda *sizes: LearnedScore("general", *sizes)),
             {"score_options": {"projects": "query"}},
-            "must be None where score is a function",
+            "must be None if score is a function",
         ),
         ((8, 2), {"dropout": 1.0}, "dropout must be"),
     ],

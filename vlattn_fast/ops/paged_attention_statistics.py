@@ -174,7 +174,9 @@ def _check_requests(x: Any) -> None:
         requests = x.lengths.shape[0]
         entries = requests + 1 if name == "query_starts" else requests  # torch 2.11 adds no bool to a size that may change
         if integers.shape[0] != entries:
-            raise ValueError(f"{name} must have the shape {shape} with lengths' R = {requests}; got {describe(integers)}")
+            raise ValueError(
+                f"{name} must have the shape {shape} with R = {requests}, the number of lengths; got {describe(integers)}"
+            )
     if x.key_cache.shape[0] == 0 and x.block_table.shape[1] > 0:
         raise ValueError(f"key_cache must have at least one block if block_table has columns; got {describe(x.key_cache)}")
 
