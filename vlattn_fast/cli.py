@@ -47,11 +47,11 @@ MODEL_DTYPES = ("float64", "float32", "bfloat16", "float16")
 DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in checks.DTYPES)
 
 # options of methods, for each command that explains
-StartLayer = Annotated[int | None, typer.Option(help="First layer that counts; -1 is the last. Default: 0.")]
+StartLayer = Annotated[int | None, typer.Option(help="First layer to include; -1 is the last. Default: 0.")]
 Weighting = Annotated[
-    str | None, typer.Option(help=f"Weights, method weighted: {', '.join(WEIGHTINGS)}. Default: {WEIGHTINGS[0]}.")
+    str | None, typer.Option(help=f"Weights of the method weighted: {', '.join(WEIGHTINGS)}. Default: {WEIGHTINGS[0]}.")
 ]
-ThroughConnector = Annotated[bool, typer.Option("--through-connector", help="Continue into the vision tower.")]
+ThroughConnector = Annotated[bool, typer.Option("--through-connector", help="Carry relevancy on into the vision tower.")]
 SinksOption = Annotated[str | None, typer.Option(help=f"Attention sinks: {', '.join(SINKS)}. Default: {SINKS[0]}.")]
 Freeze = Annotated[
     list[str] | None, typer.Option(help="Constants of the backward pass: norms, attention or none. Default: the method's.")
@@ -163,7 +163,7 @@ def info(
 ) -> None:
     """Show versions, devices, and which backend supports which operator, with reasons if it does not.
 
-    --model shows what explain finds in a model before a run: its towers, explained positions, kinds of tokens and patch grids,
+    --model shows what explain finds in a model before a run: its towers, explained tokens, kinds of tokens and patch grids,
     and what is not supported.
     """
     if model is not None:
@@ -203,7 +203,7 @@ def verify(
 ) -> None:
     """Run every operator on every backend and dtype, and compare with its formula in float64.
 
-    Prints the worst error as a multiple of the allowed one, and the command that repeats it. Errors may have twice the root mean
+    Prints the worst error as a multiple of the allowed one, and the command that repeats it. Allowed are twice the root mean
     square and four times the largest error of the plain formula in the same dtype, each plus an ulp or two. Ends with status 1
     if a multiple is above 1. Without a GPU, TRITON_INTERPRET=1 in the environment runs the Triton kernels in Triton's
     interpreter.
@@ -312,7 +312,7 @@ def explain(
         typer.Option(help="Explained output: index of a text, class, token, or similarity. Default: the model's choice."),
     ] = None,
     position: Annotated[
-        str | None, typer.Option(help="Explained position: cls, last, mean or an index. Default: the model's.")
+        str | None, typer.Option(help="Explained token: cls, last, mean or an index. Default: the model's.")
     ] = None,
     start_layer: StartLayer = None,
     weighting: Weighting = None,
@@ -342,9 +342,9 @@ def explain(
     Writes a page (.html) or a figure (.png), and prints the explained scores. With --dataset, explains many
     inputs and stores the explanations in a directory.
 
-    The columns of a data set are image, text, target, answer and id; --text, --target and --answer are then defaults. A run
-    continues from where a killed run ended, and skips inputs that fail, which failures.jsonl lists. `torchrun -m vlattn_fast
-    explain --dataset ...` shares the work among processes. Ends with status 1 if an input failed.
+    The columns of a data set are image, text, target, answer and id; --text, --target and --answer are then defaults. If a
+    run was killed, the same command continues it. Inputs that fail are skipped and listed in failures.jsonl; the status is
+    then 1. `torchrun -m vlattn_fast explain --dataset ...` shares the work among processes.
 
     --target similarity explains the cosine of two texts that an encoder embeds: the mean of its tokens' states, or the state at
     --position.
