@@ -191,7 +191,7 @@ class RelevancyCapture:
 
         Raises:
             TypeError, ValueError: if `score` or `position` is wrong; if no forward pass with gradients, or several, ran inside
-                the context; if the score is NaN, or does not depend on the layers or on the explained position.
+                the context; if the score is NaN, or does not depend on the layers or on the explained token.
         """
         traced = self._single_pass()
         check_position(position)

@@ -34,7 +34,7 @@ class CongruenceLoss(nn.Module):
     CACR is tiny for a fresh model, whose maps are close to uniform on both sides of the divergence: 3e-4 with 7 words and 5
     regions, 2e-6 with 60 and 100. IAIS is then 0.01, and about 1 for sharp attention, where CACR is larger, too.
 
-    Each block is a softmax of its own over all words or all image tokens, even if the model's layer is causal or masks pairs of
+    Each block is its own softmax over all words or all image tokens, even if the model's layer is causal or masks pairs of
     tokens. The blocks use a layer's mask only for padding.
 
     Args:

@@ -34,7 +34,7 @@ class Tower:
         path: the path of the tower in the model, "" for the model itself.
         layers: the path of its list of layers in the tower; "*" stands for any number (lists that run one after the other). "" =
             tokens without layers, which others only attend to.
-        position: the explained position, a key of `POSITION_RULES`: "cls" = token 0; "eot" = CLIP's pooled end-of-text token;
+        position: the explained token, a key of `POSITION_RULES`: "cls" = token 0; "eot" = CLIP's pooled end-of-text token;
             "last" = the last position; "target" = the position that predicts the target token; "before_sep" = the token before
             the text's last real one; "mean" and "patch_mean" = 1/N of each real token, or of each patch; "cls_and_patch_mean" =
             half of each; "pool" = an attention-pooling head; "query" = the object query that the target names; "gradient" =

@@ -66,7 +66,7 @@ class _Question:
         sets = [token_set("queries", name, pairs[0][0]) for name in read]
         queries = next((each for each in sets if isinstance(each, TokenSet)), None)
         if queries is None:
-            raise ValueError(f"{_IMPOSSIBLE}: it needs an explained position; {sets[-1]}. {_LEAVE}")
+            raise ValueError(f"{_IMPOSSIBLE}: it needs an explained token; {sets[-1]}. {_LEAVE}")
         return cls(asked, target, pairs[0], queries)
 
     @torch.no_grad()

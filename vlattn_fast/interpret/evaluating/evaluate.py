@@ -102,7 +102,7 @@ def evaluate(
     A test of image and text, each by itself, that leaves the input whole and cuts attention (see `intervene_each`):
 
     - "intervention": Spearman's correlation of a map's mass on each group of tokens with the group's true effect. Groups are
-      single words, or 4 x 4 pieces of an image. A cut masks a group for the explained position, in all layers and heads: for a
+      single words, or 4 x 4 pieces of an image. A cut masks a group for the explained token, in all layers and heads: for a
       decoder its last token, else the special tokens, such as [CLS]. The effect is the drop of the score. The table has three
       more entries: "intervention:top", the share of the largest quarter of the groups by mass (rounded up) that is among the
       largest quarter by effect; "intervention:insertion" and "intervention:deletion", the areas under the probability while the

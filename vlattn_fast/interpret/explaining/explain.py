@@ -115,7 +115,7 @@ def explain(
             derived if the inputs are a single image tensor (B, C, H, W) that is cut into equal squares.
 
     Returns:
-        An `Explanation`; values are raw. The entry of the explained token itself is zero.
+        An `Explanation`; values are raw. `relevancy` includes what the explained token gives itself; `image` and `text` do not.
 
     Raises:
         TypeError: an argument has a wrong type or a former name; the message shows the line to write.

@@ -23,7 +23,7 @@ from vlattn_fast.interpret.intervening.traced_model import TowerName, trace_mode
 
 
 def intervene(model: nn.Module, inputs: Mapping[str, Any], edits: Edit | Sequence[Edit]) -> Observer:
-    """Edits a model's attention inside of a context: in `model(**inputs)` and `model.generate(**inputs)`, also with gradients.
+    """Edits a model's attention inside of a context: for `model(**inputs)` and `model.generate(**inputs)`, including gradients.
 
     On exit, the model is restored, even after an error. `model(**inputs)` runs once on entry, to find layers, heads and tokens.
     Edited calls run with `score_attention` and a bias between groups of tokens, so no mask of N x M is stored.

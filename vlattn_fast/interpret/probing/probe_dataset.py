@@ -57,8 +57,8 @@ def probe(
 
     Tests of attention, for each layer and head:
 
-    - "modality": the attention of the explained position to the text and to the image, each a sum over tokens; mean over samples.
-      The explained position is that of `explain`: [CLS], for decoders the last token, for VisualBERT for questions the one before
+    - "modality": the attention of the explained token to the text and to the image, each a sum over tokens; mean over samples.
+      The explained token is that of `explain`: [CLS], for decoders the last token, for VisualBERT for questions the one before
       [SEP].
     - "cross_modal": the share of samples in which some image token gives more than half of its attention to the text. Only image
       tokens that see a word and the whole image count: under a causal mask the last one, and none if the image comes first.
@@ -86,11 +86,11 @@ def probe(
             "relations": (region, region, class) each; "sentence": a dict of further tasks -> the text's class.
         tests: some of the names above. None = all; the entry of an impossible test has the reason as its note.
         position: the state for linguistic probes: "mean" = the mean state of the words; "cls" = the state of the explained
-            position.
+            token.
         special: whether tokens like [CLS] and [SEP] count as text, and an image's [CLS] as image. False = special tokens are a
             separate kind in "modality", and left out in "cross_modal" and "fusion".
         parts: for models without an adapter: a callable(inputs) -> (N) or (B, N), 0 = text, 1 = image, -1 = neither. Spans of
-            phrases then count positions of the sequence, and the explained position is the first. Linguistic probes need the text
+            phrases then count positions of the sequence, and the explained token is the first. Linguistic probes need the text
             first or last in the sequence.
         modality: input name -> "text" or "image", see `capture_attention`.
         seed: for folds, shuffled labels, k-means, the other regions and the words to exchange.

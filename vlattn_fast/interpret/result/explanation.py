@@ -66,8 +66,8 @@ class Explanation(Explained):
             of these, 0 = all layers.
         of: what the scores are, "logit", "log_probability" or "margin": known for every answer, and for a target if the method's
             `of` is set. None = a target's logit or similarity, or what a callable returns.
-        position: tower -> (B,) int64, the explained position. Towers without one (mean, pooling head) are missing.
-        contribution: tower -> (B, N), for towers with several explained positions, such as a mean: the contribution of attention,
+        position: tower -> (B,) int64, the index of the explained token. Towers without one (mean, pooling head) are missing.
+        contribution: tower -> (B, N), for towers with several explained tokens, such as a mean: the contribution of attention,
             i.e. `relevancy` without the part of the positions' weights that the residual connections keep.
         gap: (B,), for "integrated_gradients": the sum of all entries minus the score's gain over the baseline. It is not 0 if
             there are few steps. None for methods whose entries need not add up, and with `freeze`.
@@ -87,9 +87,9 @@ class Explanation(Explained):
         tower_images: tower -> maps like `image`, if several towers see the images. `image` is that of the tower nearest to the
             pixels.
 
-    The explained position always gives itself the most relevancy: about 1 on its token, 1/N on each token of a mean. So `image`,
-    `text`, `regions`, figures and tables leave that part out: for a single position its whole entry, for several what is not
-    `contribution`. `self_relevancy` holds it, and `relevancy` contains both.
+    The explained token always gives itself the most relevancy: about 1 on a single token, 1/N on each token of a mean. So
+    `image`, `text`, `regions`, figures and tables leave that part out: for a single token its whole entry, for several what is
+    not `contribution`. `self_relevancy` holds it, and `relevancy` contains both.
 
     With an answer of T tokens, the last `len(answer[b])` entries of `text[b]` and of `token_ids[b]` are the answer's, in order
     and special tokens included: the relevancy of earlier words of the answer for later ones. There are two forms:
