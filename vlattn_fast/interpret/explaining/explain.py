@@ -78,8 +78,8 @@ def explain(
     """Explains a score of a model: gives each input token its relevancy to that score.
 
     It takes one forward and one backward pass, or one backward pass for each token of an `answer`; other methods may take more or
-    fewer (`va.methods`). It takes the memory of these passes: no attention map is stored, and no weight gets a gradient. During the
-    call the model is in eval mode; on exit it is restored, even after an error.
+    fewer (`va.methods`). It takes the memory of these passes: no attention map is stored, and no weight gets a gradient. During
+    the call the model is in eval mode; on exit it is restored, even after an error.
 
     Examples:
         >>> import torch, vlattn_fast as va
@@ -97,8 +97,8 @@ def explain(
         target: the score. None = what the model predicts; for CLIP-like models the similarity of image i and text i. An int, or
             (B,) ints = that class, token, object query or text. A word, or (B,) words = a class's name, or a decoder's token as
             the tokenizer has it (byte-level BPE: " red" with a space). A callable(outputs) or (outputs, inputs) -> (B,) scores;
-            images and texts must then be equal in number. "similarity" = the cosine of samples 0 and 1, 2 and 3, ..., for an encoder
-            without logits. A `va.Action`, for a robot policy. The guide "What to explain" has the details.
+            images and texts must then be equal in number. "similarity" = the cosine of samples 0 and 1, 2 and 3, ..., for an
+            encoder without logits. A `va.Action`, for a robot policy. The guide "What to explain" has the details.
         answer: instead of `target`, a decoder's answer to the prompts of `inputs`: a text, or one for each sample, token ids
             (B, T) or (T,), lists of ids, or what `model.generate` returned (its prompts, and all from the first end token on,
             are left out).
