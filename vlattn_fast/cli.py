@@ -480,7 +480,8 @@ def evaluate(
         named = method or ["gradient"]
         known = {**METHODS, **ABLATIONS} if options else {}  # others, such as "random", have none
         if options and not known.keys() & {*named}:
-            raise ValueError(f"method must be one of explain's with --{next(iter(options))}; got {', '.join(named)}")
+            option = next(iter(options)).replace("_", "-")
+            raise ValueError(f"method must be one of explain's with --{option}; got {', '.join(named)}")
         methods = [with_options(name, **options) if name in known else name for name in named]
         loaded, processor = _load(model, dtype, device)
         outcome = run(loaded, samples(loaded, processor, dataset, text or ()), methods=methods, tests=test)

@@ -115,11 +115,11 @@ def test_evaluate_prints_the_table(vit, picture, tmp_path):
         options = {"--model": vit, "--dataset": dataset, option: wrong}
         named = vlattn("evaluate", *(word for pair in options.items() for word in pair))
         assert named.exit_code == 2 and f"{option} must be" in said(named)
-    for method, message in (
-        ("rollout", "--weighting must be an option of method 'rollout'"),
-        ("random", "--method must be one of explain's with --weighting; got random"),
+    for method, option, message in (
+        ("rollout", ("--weighting", "norm"), "--weighting must be an option of method 'rollout'"),
+        ("random", ("--start-layer", "1"), "--method must be one of explain's with --start-layer; got random"),
     ):
-        asked = ("--method", method, "--weighting", "norm")
+        asked = ("--method", method, *option)
         refused = vlattn("evaluate", "--model", vit, "--dataset", dataset, *asked)
         assert refused.exit_code == 2 and message in said(refused)
     refused = vlattn("evaluate", "--model", vit, "--dataset", dataset)
