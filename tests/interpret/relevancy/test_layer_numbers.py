@@ -111,7 +111,7 @@ def test_a_block_of_two_mixers_has_the_row_of_both(kind: str, double: None) -> N
 
 def test_blocks_without_the_map_that_is_asked_for() -> None:
     with pytest.raises(
-        ValueError, match=r"mixes tokens several times.*got 'rwkv.blocks.1.attention' and 'rwkv.blocks.1.feed_f.* in layer 1 "
+        ValueError, match=r"that mix tokens several times.*got 'rwkv.blocks.1.attention' and 'rwkv.blocks.1.feed_f.* in layer 1 "
     ):
         va.explain_layers(made("Rwkv"), WHOLE, per="head", layers=[1])
     zamba = made("Zamba")

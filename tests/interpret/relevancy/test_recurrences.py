@@ -170,7 +170,7 @@ def test_layers_may_differ_in_their_heads() -> None:
     model = made("Qwen3Next", dtype=torch.float32, linear_num_value_heads=8)
     assert explain_layers(model, INPUTS, per="layer").relevancy["language"].shape == (2, 2, 9)
     assert explain_layers(model, INPUTS, per="head", layers=[0]).relevancy["language"].shape == (1, 8, 2, 9)
-    with pytest.raises(ValueError, match=r"layers differ in their number of heads.*got \[4, 8\] in 'language'"):
+    with pytest.raises(ValueError, match=r"layers with the same number of heads.*got \[4, 8\] in 'language'"):
         explain_layers(model, INPUTS, per="head")
 
 

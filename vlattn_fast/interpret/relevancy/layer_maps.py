@@ -99,14 +99,14 @@ class LayerMaps(CachedCalls):
         if several is not None and by_head:
             paths = " and ".join(f"'{call.path}'" for call in several)
             raise ValueError(
-                "per must be 'layer', without heads=, if a layer mixes tokens several times, or layers= leave it out; got "
+                "per must be 'layer', without heads=, unless layers= leaves out the layers that mix tokens several times; got "
                 f"{paths} in layer {several[0].layer} of '{tower.name}'"
             )
         counts = {max(call.query.shape[1], call.value.shape[1]) for layer in layers for call in blocks[layer]}
         if len(counts) > 1 and by_head:
             raise ValueError(
-                "per must be 'layer', without heads=, if layers differ in their number of heads, or layers= choose those with "
-                f"one number; got {sorted(counts)} in '{tower.name}'"
+                "per must be 'layer', without heads=, unless layers= chooses layers with the same number of heads; got "
+                f"{sorted(counts)} in '{tower.name}'"
             )
         return layers, self.selection.chosen("heads", range(max(counts)), tower.name)
 
