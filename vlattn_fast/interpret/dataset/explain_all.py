@@ -59,7 +59,7 @@ def explain_dataset(
     skips the inputs that `out` already holds, and tries failed inputs again. Under torchrun each process takes a share; `out`
     must then be on a file system that all processes share.
 
-    Example:
+    Examples:
         >>> va.explain_dataset("openai/clip-vit-base-patch32", "photos.jsonl", "maps")  # doctest: +SKIP
         >>> va.load_explanations("maps")[0].top(3)  # doctest: +SKIP
 

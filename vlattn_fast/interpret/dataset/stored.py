@@ -140,7 +140,7 @@ class Explanations(Sequence[Explanation]):
 def load_explanations(directory: str | Path) -> Explanations:
     """Loads the explanations that `explain_dataset` or `vlattn explain --dataset FILE --out DIR` wrote, also during the run.
 
-    Example:
+    Examples:
         >>> explanations = va.load_explanations("maps")  # doctest: +SKIP
         >>> explanations.save_html("gallery.html")  # doctest: +SKIP
 

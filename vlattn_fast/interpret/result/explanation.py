@@ -119,7 +119,7 @@ class Explanation(Explained):
         """Returns a copy that a notebook shows over its photo, or photos. The arguments are those of `plot`. Neither saved files
         nor copies of the copy hold the photos.
 
-        Example:
+        Examples:
             >>> explanation = Explanation({"vision": torch.rand(1, 4)}, image=torch.rand(1, 2, 2))
             >>> "data:image/jpeg" in explanation.with_photo(torch.rand(3, 20, 20))._repr_html_()
             True
@@ -209,7 +209,7 @@ class Explanation(Explained):
         The entries are a tower's patches, words or regions if these are known, else all its tokens. You can compare entries of
         one tower, but not entries of different towers.
 
-        Example:
+        Examples:
             >>> explanation = Explanation({"text": torch.tensor([[0.0, 0.3, 0.5]])})
             >>> explanation.top(1)
             [Entry(sample=0, answer=None, tower='text', part='token', position=2, place=None, word=None, value=0.5)]
@@ -226,7 +226,7 @@ class Explanation(Explained):
         """Returns the similarity of two explanations per tower and sample, e.g. of two methods, models or inputs. The entry at
         `position` is left out.
 
-        Example:
+        Examples:
             >>> plain = Explanation({"text": torch.tensor([[0.0, 0.3, 0.5]])})
             >>> double = Explanation({"text": torch.tensor([[0.0, 0.6, 1.0]])})
             >>> plain.compare(double).table

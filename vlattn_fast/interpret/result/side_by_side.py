@@ -105,7 +105,7 @@ def compare(
 
     No model runs. The table compares the first explanation with each other one: cosine and rank correlation.
 
-    Example:
+    Examples:
         >>> import torch, vlattn_fast as va
         >>> before, after = (va.Explanation({"text": torch.tensor([[0.0, 0.3, x]])}) for x in (0.5, 0.1))
         >>> va.compare({"before": before, "after": after}).table

@@ -55,7 +55,7 @@ def join_tokens(tokens: Sequence[str], marks: Marks | None = None) -> list[Word]
         tokens: the result of `convert_ids_to_tokens`.
         marks: of the tokenizer; by default the marks in `tokens`.
 
-    Example:
+    Examples:
         >>> [word.text for word in join_tokens(["▁a", "▁gir", "affe", "."])]
         ['a', 'giraffe', '.']
     """
