@@ -1,3 +1,4 @@
 from tools.planted.table import main
 
-main()
+if __name__ == "__main__":
+    main()
