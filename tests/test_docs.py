@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import vlattn_fast as va
-from tools.pages import navigation
+from tools import navigation
 from vlattn_fast.checking.cases import Sizes, examples
 from vlattn_fast.interpret.adapters import registry
 from vlattn_fast.interpret.relevancy.methods.registry import method_list

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tools import navigation
 from tools.lists import Lists
-from tools.pages import navigation
 from vlattn_fast.interpret.relevancy.methods.registry import first_lines
 
 ROOT = Path(__file__).parents[1]

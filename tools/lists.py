@@ -16,6 +16,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from tools.navigation import pages_of
+
 ROOT = Path(__file__).parents[1]
 WIDTH = 130
 EXPORTING = ("", "interpret", "methods", "models", "nn", "scores", "train", "backends/reference")
@@ -181,7 +183,7 @@ class Lists:
         pages = {str(path.relative_to(docs)) for path in docs.rglob("*.md")} | {
             name.removeprefix("docs/") for name in texts if name.startswith("docs/")
         }
-        listed = re.findall(r"^ +- .+: ([\w/]+\.md)$", text, re.M)
+        listed = pages_of(text)
         for gone in {*listed} - pages - {*GENERATED}:
             text = re.sub(rf"^ +- .+: {re.escape(gone)}\n", "", text, flags=re.M)
         for page in sorted(pages - {*listed}):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
 
-from tools.pages.navigation import pages_of
+from tools.navigation import pages_of
 from tools.pages.site import ROOT
 
 EXPECTED = re.compile(r"Build started|Build finished in .+|No issues found|\s*")  # lines of a build without a warning

@@ -13,7 +13,7 @@ _ZAMBA = {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hyb
 _ZAMBA |= {"attention_hidden_size": 128, "attention_head_dim": 32}
 _TOKENS = {"<image>": 98, "<|extra_200|>": 97, **{f"<|visual token {n:06}|>": 60 + n for n in range(16)}}
 
-# Towers of timm have their sizes in these arguments alone.
+# Towers of timm have their sizes only in these arguments.
 _FASTVIT = {
     **{"inference_mode": True, "layers": [1, 1], "embed_dims": [16, 32], "mlp_ratios": [2, 2], "se_downsamples": [False, False]},
     **{"downsamples": [False, True], "pos_embs": [None, None], "token_mixers": ["repmixer", "attention"]},
