@@ -8,9 +8,21 @@ B batch, H query heads, Hkv heads of key and value, N queries, M keys, D head_di
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, get_type_hints
 
 from torch import Tensor
+
+
+def derivative_inputs(backward_inputs: type[Any], differentiable: Sequence[str], *, grads: Sequence[str]) -> tuple[Any, Any]:
+    """Returns the inputs of an operator's jvp and of its second derivative, two NamedTuples. Both begin with the tangents
+    `<field>_tangent` of the `differentiable` fields, None for zeros. Then come the fields of the backward operator: for the jvp
+    without `grads`, those of its outputs."""
+    stem, types = backward_inputs.__name__.removesuffix("BackwardInputs"), get_type_hints(backward_inputs)
+    tangents: list[tuple[str, Any]] = [(f"{field}_tangent", Tensor | None) for field in differentiable]
+    fields = [(field, kind) for field, kind in types.items() if not field.startswith("need_")]
+    jvp = NamedTuple(f"{stem}JvpInputs", [*tangents, *[each for each in fields if each[0] not in grads]])  # type: ignore[misc]
+    return jvp, NamedTuple(f"{stem}SecondInputs", [*tangents, *fields])
 
 
 class ScoreAttentionInputs(NamedTuple):
@@ -62,30 +74,9 @@ class ScoreAttentionBackwardInputs(NamedTuple):
     backend: str
 
 
-class ScoreAttentionSecondInputs(NamedTuple):
-    """by_query, by_key and by_value, the gradients of the gradients of query, key and value; the others as in
-    ScoreAttentionBackwardInputs."""
-
-    by_query: Tensor
-    by_key: Tensor
-    by_value: Tensor
-    by_row_bias: Tensor | None
-    grad_out: Tensor
-    grad_lse: Tensor | None
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    attn_mask: Tensor | None
-    key_mask: Tensor | None
-    row_bias: Tensor | None
-    key_groups: Tensor | None
-    seed: Tensor | None
-    score: str
-    parameter: float
-    scale: float
-    dropout_p: float
-    is_causal: bool
-    backend: str
+ScoreAttentionJvpInputs, ScoreAttentionSecondInputs = derivative_inputs(
+    ScoreAttentionBackwardInputs, ("query", "key", "value", "vector", "row_bias"), grads=("grad_out", "grad_lse")
+)
 
 
 class RelevancyAttentionInputs(NamedTuple):

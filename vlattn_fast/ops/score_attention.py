@@ -435,20 +435,19 @@ differentiable("score_attention", _autograd, _setup_context)
 
 
 def _second_fake(inputs: ScoreAttentionSecondInputs) -> tuple[Tensor, ...]:
-    return as_fake_outputs(
-        inputs.query, (inputs.grad_out, inputs.grad_lse, inputs.query, inputs.key, inputs.value, inputs.row_bias)
-    )
+    rows = inputs.out, inputs.query.new_empty(inputs.query.shape[:3], dtype=compute_dtype(inputs.query))
+    return as_fake_outputs(inputs.query, (*rows, inputs.query, inputs.key, inputs.value, inputs.vector, inputs.row_bias))
 
 
 _second_op = define(
     "score_attention_second",
     ScoreAttentionSecondInputs,
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"({', '.join(['Tensor'] * 7)})",
     gradients(BACKENDS, "second"),
     _second_fake,
 )
-_by = "by_query", "by_key", "by_value", "by_row_bias"
-_backward_saved = Saved(ScoreAttentionBackwardInputs, ScoreAttentionSecondInputs, grads=_by)
+_tangents = tuple(f"{name}_tangent" for name in ("query", "key", "value", "vector", "row_bias"))
+_backward_saved = Saved(ScoreAttentionBackwardInputs, ScoreAttentionSecondInputs, grads=_tangents)
 
 
 def _backward_setup_context(ctx: Any, inputs: ScoreAttentionBackwardInputs, output: tuple[Tensor, ...]) -> None:
@@ -464,11 +463,11 @@ def _backward_autograd(
             "score_attention has no second derivative for scores that are not dot products; create_graph=True asks for "
             f"{ctx.score}"
         )
-    inputs = _backward_saved.inputs(ctx, by_query, by_key, by_value, by_row_bias)
+    inputs = _backward_saved.inputs(ctx, by_query, by_key, by_value, None, by_row_bias)
     if inputs.row_bias is None:
-        inputs = inputs._replace(by_row_bias=None)
-    to_out, to_lse, to_query, to_key, to_value, to_row_bias = _second_op(inputs)
-    to_lse = None if inputs.grad_lse is None else to_lse
+        inputs = inputs._replace(row_bias_tangent=None)
+    to_out, to_lse, to_query, to_key, to_value, _, to_row_bias = _second_op(inputs)
+    to_lse = None if inputs.grad_lse is None else as_dtype(to_lse, inputs.grad_lse.dtype)
     to_others = (None,) * 5  # out, lse, vector, attn_mask and key_mask
     return to_out, to_lse, to_query, to_key, to_value, *to_others, None if inputs.row_bias is None else to_row_bias
 

@@ -13,7 +13,7 @@ from vlattn_fast._ground.score_kinds import in_kernels
 from vlattn_fast._ground.tensors import as_dtype, empty_gradient, empty_rows_first, expand_heads, fold_heads, unit_strides
 from vlattn_fast.backends import native
 from vlattn_fast.backends.cpu._attention import Attention, attention, empty_row_bias
-from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs, ScoreAttentionSecondInputs
+from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs
 from vlattn_fast.backends.native import StridedTensor, Struct, address, each, kernel, strided
 
 
@@ -118,13 +118,13 @@ def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tens
     return grad_query, *folded, grad_vector, grad_row_bias
 
 
-def second(inputs: ScoreAttentionSecondInputs) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of grad_out, grad_lse, query, key, value and row_bias from those of the gradients of query, key, value and
-    row_bias."""
+def second(inputs: Any) -> tuple[Tensor | None, ...]:
+    """The tangents of out and lse for those of query, key, value and row_bias, and the gradients of their products with grad_out
+    and grad_lse by query, key, value, vector (None) and row_bias."""
     key, value = _same_heads(inputs.key, inputs.value)
-    by_key, by_value = _same_heads(inputs.by_key, inputs.by_value)
+    by_key, by_value = _same_heads(inputs.key_tangent, inputs.value_tangent)
     query, key, value, grad_out = unit_strides(inputs.query, key, value, inputs.grad_out)
-    by_query, by_key, by_value = unit_strides(inputs.by_query, by_key, by_value)
+    by_query, by_key, by_value = unit_strides(inputs.query_tangent, by_key, by_value)
     (a, _kept), grad_lse = attention(inputs, query, key, value), float32(inputs.grad_lse)
     to_lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     to_out, to_query, to_key, to_value = (
@@ -132,7 +132,7 @@ def second(inputs: ScoreAttentionSecondInputs) -> tuple[Tensor, Tensor | None, T
     )
     if not query.shape[1] * query.shape[2]:  # the kernel runs over heads and queries
         to_key.zero_(), to_value.zero_()
-    by_row_bias, to_row_bias = float32(inputs.by_row_bias), empty_row_bias(inputs)
+    by_row_bias, to_row_bias = float32(inputs.row_bias_tangent), empty_row_bias(inputs)
     call = Second(
         a=a,
         score=core_score(inputs, None),
@@ -152,8 +152,7 @@ def second(inputs: ScoreAttentionSecondInputs) -> tuple[Tensor, Tensor | None, T
     )
     _second(call)
     folded = fold_heads(to_key, inputs.key.shape[1]), fold_heads(to_value, inputs.value.shape[1])
-    to_lse_or_none = None if inputs.grad_lse is None else as_dtype(to_lse, inputs.grad_lse.dtype)
-    return to_out, to_lse_or_none, to_query, *folded, to_row_bias
+    return to_out, to_lse, to_query, *folded, None, to_row_bias
 
 
 def float32(x: Tensor | None) -> Tensor | None:
@@ -181,7 +180,7 @@ def _numbers_of_kinds() -> dict[str, int]:
     return numbers
 
 
-def _dropout(inputs: ScoreAttentionInputs | ScoreAttentionBackwardInputs | ScoreAttentionSecondInputs) -> Dropout:
+def _dropout(inputs: Any) -> Dropout:
     return _NO_DROPOUT if inputs.seed is None else Dropout(seed=int(inputs.seed), probability=inputs.dropout_p)
 
 

@@ -7,12 +7,13 @@ the backward pass recomputes each tile.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import cast_finite, compute_dtype, empty_rows_first, expand_heads, fold_heads
-from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs, ScoreAttentionSecondInputs
+from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs
 from vlattn_fast.backends.streaming import _fused_cpu
 from vlattn_fast.backends.streaming._dropout import keep_factor
 from vlattn_fast.backends.streaming._scores import score_tile, score_tile_backward
@@ -81,26 +82,26 @@ def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tens
     return grad_q, grad_k, grad_v, None if grad_vector is None else grad_vector.to(query.dtype), grad_row_bias
 
 
-def second(inputs: ScoreAttentionSecondInputs) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of grad_out, grad_lse, query, key, value and row_bias from those of the gradients of query, key, value and
-    row_bias; dot products.
+def second(inputs: Any) -> tuple[Tensor | None, ...]:
+    """The tangents of out and lse for those of query, key, value and row_bias, and the gradients of their products with grad_out
+    and grad_lse by query, key, value, vector (None) and row_bias; dot products.
 
     The backward pass has dP = dO V^T, dS = P (dP - delta), the gradients scale dS K, scale dS^T Q and P^T dO, and sums of dS over
-    the groups of keys. With u_q, u_k, u_v and u_b those of the latter, that of dS is x = scale (u_q K^T + Q u_k^T) + u_b; that of
-    dP is P (x - xi), xi_i = sum_j P_ij x_ij; and that of P is x (dP - delta) - xi dP + dO u_v^T.
+    the groups of keys. With u_q, u_k, u_v and u_b the tangents, that of S is x = scale (u_q K^T + Q u_k^T) + u_b, and xi_i =
+    sum_j P_ij x_ij that of lse. The gradient of dP is P (x - xi), and that of P is x (dP - delta) - xi dP + dO u_v^T.
     """
     query, scale, dropout_p = inputs.query, inputs.scale, inputs.dropout_p
     masks, num_heads, dtype = Masks.of(inputs), query.shape[1], compute_dtype(query)
     key, value, by_key, by_value = (
-        expand_heads(x, num_heads) for x in (inputs.key, inputs.value, inputs.by_key, inputs.by_value)
+        expand_heads(x, num_heads) for x in (inputs.key, inputs.value, inputs.key_tangent, inputs.value_tangent)
     )
     like = (inputs.grad_out, query, key, value)
     to_out, to_query, to_key, to_value = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in like)
-    to_lse = None if inputs.grad_lse is None else torch.zeros(query.shape[:3], dtype=dtype, device=query.device)
+    to_lse = torch.zeros(query.shape[:3], dtype=dtype, device=query.device)
     to_row_bias = None if inputs.row_bias is None else torch.empty_like(inputs.row_bias)
     for b, h, i, logits in logit_tiles(query, key, None, masks, inputs.score, inputs.parameter, scale):
         p = probabilities(logits, dtype)
-        q, by_q, go = (x[b, h, i].to(dtype) for x in (query, inputs.by_query, inputs.grad_out))
+        q, by_q, go = (x[b, h, i].to(dtype) for x in (query, inputs.query_tangent, inputs.grad_out))
         k, v, by_k, by_v = (x[b, h].to(dtype) for x in (key, value, by_key, by_value))
         dp, by_p = go @ v.mT, go @ by_v.mT
         factor: Tensor | float = 1.0
@@ -111,8 +112,8 @@ def second(inputs: ScoreAttentionSecondInputs) -> tuple[Tensor, Tensor | None, T
         if inputs.grad_lse is not None:
             delta = delta - inputs.grad_lse[b, h, i, None].to(dtype)
         x = scale * (by_q @ k.mT + q @ by_k.mT)
-        if inputs.by_row_bias is not None:
-            x = x + masks.group_bias_of(inputs.by_row_bias[b, h, i].to(dtype), b)
+        if inputs.row_bias_tangent is not None:
+            x = x + masks.group_bias_of(inputs.row_bias_tangent[b, h, i].to(dtype), b)
         xi = (p * x).sum(-1, keepdim=True)
         grad_score, by_dp = p * (dp - delta), p * (x - xi) * factor
         by_p = x * (dp - delta) - xi * dp + by_p
@@ -123,13 +124,10 @@ def second(inputs: ScoreAttentionSecondInputs) -> tuple[Tensor, Tensor | None, T
         to_value[b, h] += by_dp.mT @ go
         if to_row_bias is not None:
             to_row_bias[b, h, i] = masks.by_groups(by_score, b)
-        if to_lse is not None:
-            to_lse[b, h, i] = xi[..., 0]
-    if to_lse is not None and inputs.grad_lse is not None:
-        to_lse = to_lse.to(inputs.grad_lse.dtype)
+        to_lse[b, h, i] = xi[..., 0]
     to_key, to_value = fold_heads(to_key, inputs.key.shape[1]), fold_heads(to_value, inputs.value.shape[1])
     to_inputs = to_query.to(query.dtype), to_key.to(key.dtype), to_value.to(value.dtype)
-    return to_out.to(inputs.grad_out.dtype), to_lse, *to_inputs, to_row_bias
+    return to_out.to(query.dtype), to_lse, *to_inputs, None, to_row_bias
 
 
 def logit_tiles(
