@@ -112,16 +112,15 @@ class Call(NamedTuple):
 
 
 @on_device
-def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """mass (B, H, N, G), entropy, maximum, argmax (B, H, N), received (B, H, M), max_logit (B, H, N) and, for `backward`, of_rows
-    (2, B, H, N): each row's largest logit, without the scale unless FOLDED, and the mean of logit - largest in base 2. Garbage
-    for what `statistics` does not name."""
+def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """mass (B, H, N, G), entropy, maximum, argmax (B, H, N), received (B, H, M), max_logit (B, H, N) and, for `backward`, row_max
+    and mean_x (B, H, N): each row's largest logit, without the scale unless FOLDED, and the mean of logit - largest in base 2.
+    Garbage for what `statistics` does not name."""
     query, key, num_groups, is_causal = inputs.query, inputs.key, inputs.num_groups, inputs.is_causal
     statistics = inputs.statistics.split()
     rows = query.shape[:3]
-    of_rows = query.new_empty((2, *rows), dtype=torch.float32)
-    whole = _empty_rows(query, rows, num_groups, *of_rows.unbind())
-    mass, entropy, maximum, argmax, row_max, _ = whole
+    whole = _empty_rows(query, rows, num_groups)
+    mass, entropy, maximum, argmax, row_max, mean_x = whole
     received = query.new_empty((*rows[:2], key.shape[2] if "received" in statistics else 0), dtype=torch.float32)
     call = _arguments(inputs)
     facts = _facts(query, key, num_groups, inputs.attn_mask)
@@ -133,7 +132,7 @@ def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, 
         keys = 0 if is_causal else keys_of_a_part(blocks, rows[2], key.shape[2], config)
         parts = cdiv(key.shape[2], keys) if keys > 0 else 1
         asked = {"ENTROPY": "entropy" in statistics, "ARGMAX": "argmax" in statistics}
-        each_part = whole if keys == 0 else _empty_parts(query, (*rows[:2], parts, rows[2]), num_groups)
+        each_part = whole if keys == 0 else _empty_rows(query, (*rows[:2], parts, rows[2]), num_groups)
         _rows_kernel[(cdiv(rows[2], config["BLOCK_Q"]) * parts * blocks,)](
             **launched(call),
             rows=each_part,
@@ -171,16 +170,17 @@ def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, 
         factor = math.log(2.0) * (1.0 if call["C"].FOLDED else call["x"].scale_log2)
         max_logit = torch.where(maximum == 0.0, -torch.inf, row_max * factor)
         max_logit = torch.where(maximum.isnan() & (max_logit != torch.inf), torch.nan, max_logit)
-    return mass, entropy, maximum, argmax, received, max_logit, of_rows
+    return mass, entropy, maximum, argmax, received, max_logit, row_max, mean_x
 
 
 @on_device
 def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of query, key, row_weight and row_bias; mass, maximum, argmax and rows as `forward` gave them."""
+    """Gradients of query, key, row_weight and row_bias; mass, maximum, argmax, row_max and mean_x as `forward` gave them."""
     query, num_groups, grad_mass = inputs.query, inputs.num_groups, inputs.grad_mass
-    mass, maximum, argmax, rows = inputs.mass, inputs.maximum, inputs.argmax, inputs.rows
-    assert mass is not None and maximum is not None and rows is not None  # which the operator saves for these kernels
-    row_max, mean_x = rows.contiguous().unbind()
+    mass, maximum, argmax = inputs.mass, inputs.maximum, inputs.argmax
+    # which the operator saves for these kernels
+    assert mass is not None and maximum is not None and inputs.row_max is not None and inputs.mean_x is not None
+    row_max, mean_x = inputs.row_max.contiguous(), inputs.mean_x.contiguous()
     if inputs.key_groups is None or num_groups == 0:
         grad_mass = None
     grads = {"mass": grad_mass, "entropy": inputs.grad_entropy, "maximum": inputs.grad_maximum, "received": inputs.grad_received}
@@ -199,15 +199,10 @@ def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor,
     return grad_q, grad_k, torch.zeros_like(grad_weight) if inputs.grad_received is None else grad_weight, grad_bias
 
 
-def _empty_rows(query: Tensor, shape: tuple[int, ...], num_groups: int, row_max: Tensor, mean_x: Tensor) -> Rows:
-    entropy, maximum = query.new_empty(shape, dtype=torch.float32), query.new_empty(shape, dtype=torch.float32)
+def _empty_rows(query: Tensor, shape: tuple[int, ...], num_groups: int) -> Rows:
+    entropy, maximum, row_max, mean_x = (query.new_empty(shape, dtype=torch.float32) for _ in range(4))
     argmax, mass = query.new_empty(shape, dtype=torch.int64), query.new_empty((*shape, num_groups), dtype=torch.float32)
     return Rows(mass, entropy, maximum, argmax, row_max, mean_x)
-
-
-def _empty_parts(query: Tensor, shape: tuple[int, ...], num_groups: int) -> Rows:
-    row_max, mean_x = (query.new_empty(shape, dtype=torch.float32) for _ in range(2))
-    return _empty_rows(query, shape, num_groups, row_max, mean_x)
 
 
 def _arguments(inputs: AttentionStatisticsInputs | AttentionStatisticsBackwardInputs) -> dict[str, Any]:

@@ -34,8 +34,8 @@ def describe(x: Any) -> str:
 
 
 def check_tensor(name: str, x: Any, *, rank: int | None = None, shape: str | tuple[int, ...] = "") -> None:
-    """Raises unless `x` is a dense tensor of `rank` dimensions without a forward-mode tangent. The message shows `shape`: words,
-    or the sizes of a parameter that may also have a leading (H, ...)."""
+    """Raises unless `x` is a dense tensor of `rank` dimensions. The message shows `shape`: words, or the sizes of a parameter that
+    may also have a leading (H, ...)."""
     if type(x) not in _PLAIN or x.is_nested or x.layout is not torch.strided:
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor{_legend(shape)}; got {describe(x)}")
@@ -43,8 +43,6 @@ def check_tensor(name: str, x: Any, *, rank: int | None = None, shape: str | tup
             raise TypeError(f"{name} must be a dense torch.Tensor{_legend(shape)}; got {describe(x)}")
     if rank is not None and x.dim() != rank:
         raise ValueError(f"{name} must have {rank} dimensions{_legend(shape)}; got {describe(x)}")
-    if getattr(forward_ad, "_current_level", -1) >= 0 and not torch.compiler.is_compiling():  # a private name, which may vanish
-        _check_no_tangent(name, x)
 
 
 def _legend(shape: str | tuple[int, ...]) -> str:
@@ -64,13 +62,21 @@ def _foreign(x: Tensor) -> str:
     return ""
 
 
-def _check_no_tangent(name: str, x: Tensor) -> None:
-    """Raises if `x` has a tangent: torch silently gives zero for an operator without a forward-mode formula."""
-    if forward_ad.unpack_dual(x).tangent is not None:
-        raise ValueError(
-            f"{name} must not have a forward-mode tangent: operators only support reverse mode (vlattn_fast.reference has "
-            f"both); got one with {describe(x)}"
-        )
+def has_forward_mode() -> bool:
+    """Returns whether a level of forward-mode derivatives is open, in this thread's code outside torch.compile."""
+    return getattr(forward_ad, "_current_level", -1) >= 0  # a private name, which may vanish
+
+
+def is_transformed() -> bool:
+    """Returns whether forward mode or a transform of torch.func is on."""
+    return has_forward_mode() or torch._C._functorch.maybe_current_level() is not None
+
+
+def is_differentiated(*tensors: Tensor | None) -> bool:
+    """Returns whether derivatives of an operator on these tensors may be asked for: by backward(), forward mode or torch.func."""
+    if not torch.compiler.is_compiling() and is_transformed():
+        return True
+    return torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in tensors])
 
 
 def autocasts(x: Tensor) -> bool:
@@ -158,11 +164,13 @@ def check_floating(**tensors: Tensor) -> None:
 
 
 def check_constant(name: str, x: Tensor) -> None:
-    """Raises if `x` requires a gradient, unless gradients are off."""
+    """Raises if `x` requires a gradient, unless gradients are off, or has a forward-mode tangent."""
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             f"{name} must not require a gradient, since none is computed for it; got {describe(x)} with requires_grad=True"
         )
+    if not torch.compiler.is_compiling() and has_forward_mode() and forward_ad.unpack_dual(x).tangent is not None:
+        raise ValueError(f"{name} must not have a forward-mode tangent, since it is a constant; got one with {describe(x)}")
 
 
 def check_device(name: str, x: Tensor, like_name: str, like: Tensor) -> None:

@@ -212,6 +212,11 @@ class RelevancyStepBackwardInputs(NamedTuple):
         return _without_dropout(self, self.query if self.value is None else self.value)
 
 
+RelevancyStepJvpInputs, RelevancyStepSecondInputs = derivative_inputs(
+    RelevancyStepBackwardInputs, ("relevancy", "query", "key", "value", "grad_output", "lse", "row_bias"), grads=("grad",)
+)
+
+
 def _without_dropout(x: Any, value: Tensor) -> ScoreAttentionInputs:
     tensors = x.query, x.key, value, None, x.attn_mask, x.key_mask, x.row_bias, x.key_groups, None, None
     return ScoreAttentionInputs(*tensors, x.score, x.parameter, x.scale, dropout_p=0.0, is_causal=x.is_causal, backend=x.backend)
@@ -268,6 +273,11 @@ class AttentionMapBackwardInputs(NamedTuple):
         return _without_dropout(self, self.query if self.value is None else self.value)
 
 
+AttentionMapJvpInputs, AttentionMapSecondInputs = derivative_inputs(
+    AttentionMapBackwardInputs, ("query", "key", "value", "grad_output", "lse", "row_bias"), grads=("grad",)
+)
+
+
 class AttentionStatisticsInputs(NamedTuple):
     """query (B, H, N, D), key (B, Hkv, M, D), key_groups (B, M), row_weight (B, H, N), masks as in ScoreAttentionInputs, score as
     in RelevancyAttentionInputs. statistics: the names of the outputs that are needed, with spaces between them."""
@@ -290,7 +300,7 @@ class AttentionStatisticsInputs(NamedTuple):
 
 class AttentionStatisticsBackwardInputs(NamedTuple):
     """grad_mass and mass (B, H, N, G), grad_entropy, grad_maximum, maximum and argmax (B, H, N), grad_received (B, H, M),
-    rows (2, B, H, N); the others as in AttentionStatisticsInputs."""
+    row_max and mean_x (B, H, N); the others as in AttentionStatisticsInputs."""
 
     grad_mass: Tensor | None
     grad_entropy: Tensor | None
@@ -301,18 +311,27 @@ class AttentionStatisticsBackwardInputs(NamedTuple):
     mass: Tensor | None
     maximum: Tensor | None
     argmax: Tensor | None
-    rows: Tensor | None
+    row_max: Tensor | None
+    mean_x: Tensor | None
     key_groups: Tensor | None
     row_weight: Tensor | None
     attn_mask: Tensor | None
     key_mask: Tensor | None
     row_bias: Tensor | None
     num_groups: int
+    statistics: str
     score: str
     parameter: float
     scale: float
     is_causal: bool
     backend: str
+
+
+AttentionStatisticsJvpInputs, AttentionStatisticsSecondInputs = derivative_inputs(
+    AttentionStatisticsBackwardInputs,
+    ("query", "key", "row_weight", "row_bias"),
+    grads=("grad_mass", "grad_entropy", "grad_maximum", "grad_received"),
+)
 
 
 class PagedAttentionStatisticsInputs(NamedTuple):

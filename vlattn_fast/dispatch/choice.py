@@ -16,11 +16,10 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from vlattn_fast import scores
-from vlattn_fast._ground.checks import check_choice
+from vlattn_fast._ground.checks import check_choice, is_transformed
 from vlattn_fast._ground.tensors import as_outputs, mask_padding
 from vlattn_fast.backends import native
 from vlattn_fast.backends.cuda import _shared_library
@@ -73,14 +72,15 @@ def launcher(backends: Table, name: str) -> Callable[..., Any]:
 def gradients(backends: Table, name: str) -> Callable[..., tuple[Tensor | None, ...]]:
     """Like `launcher`, but returns that of "streaming" if the backend has no such function.
 
-    The inputs have key, value and key_mask. Gradients have the layout of `as_outputs`.
+    The inputs have key, value and key_mask, and may have tangents. Gradients have the layout of `as_outputs`.
     """
 
     def run(inputs: Any) -> tuple[Tensor | None, ...]:
         chosen = inputs.backend if hasattr(load(backends, inputs.backend), name) else "streaming"
         if not backends[chosen].masks_padding:
-            key, value = mask_padding(inputs.key_mask, inputs.key, inputs.value)
-            inputs = inputs._replace(key=key, value=value)
+            names = [name for name in ("key", "value", "key_tangent", "value_tangent") if name in inputs._fields]
+            masked = mask_padding(inputs.key_mask, *[getattr(inputs, name) for name in names])
+            inputs = inputs._replace(**dict(zip(names, masked, strict=True)))
         return as_outputs(getattr(load(backends, chosen), name)(inputs))
 
     return run
@@ -111,7 +111,7 @@ _PLAIN = {str, bool, int, float, type(None)}
 
 def _key(plan: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """Returns plain values, and the metadata of tensors, including those in score functions and sequences: checks and limits use
-    no more. None if they may: for subclasses of tensors, forward-mode tangents, other options."""
+    no more. None if they may: for subclasses of tensors, forward mode and torch.func, other options."""
     kinds = tuple(map(type, arguments))
     sorts = _SORTS.get(kinds) or _sort(kinds)
     if sorts.with_parts:
@@ -119,7 +119,7 @@ def _key(plan: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, ...
             parts = parts_of(arguments[i])
             arguments, kinds = arguments + parts, kinds + tuple(map(type, parts))
         sorts = _SORTS.get(kinds) or _sort(kinds)
-    if not sorts.has_all or getattr(forward_ad, "_current_level", -1) >= 0:
+    if not sorts.has_all or is_transformed():
         return None
     metadata: list[Any] = []
     try:

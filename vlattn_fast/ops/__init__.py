@@ -32,5 +32,6 @@ def _found() -> dict[str, Operator]:
 
 
 OPERATORS = _found()
+importlib.import_module(f"{__name__}._relevancy_derivatives")  # of two operators
 
 __all__ = ["BACKEND_NAMES", "OPERATORS"]

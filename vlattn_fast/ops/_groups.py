@@ -6,6 +6,7 @@ operators, each the gradient of the other, convert between group_bias and row_bi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -178,5 +179,10 @@ def _to_rows(ctx: Any, grad: Tensor) -> tuple[Tensor]:
     return (_rows_op(GroupRowsInputs(table=grad, groups=groups)),)
 
 
-differentiable("group_rows", _to_table, _save_rows)
-differentiable("group_sums", _to_rows, _save_sums)
+def _linear(operator: Callable[..., Tensor], field: str) -> Callable[..., Tensor | None]:
+    """The jvp of an operator that is linear in this field."""
+    return lambda inputs, tangents, outputs: operator(inputs._replace(**{field: getattr(tangents, field)}))
+
+
+differentiable("group_rows", _to_table, _save_rows, _linear(_rows_op, "table"))
+differentiable("group_sums", _to_rows, _save_sums, _linear(_sums_op, "rows"))

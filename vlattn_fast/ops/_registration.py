@@ -1,7 +1,11 @@
 """Registration of the operators with torch.library under the namespace of `_ops`, and a fast path past torch's dispatcher.
 
+Derivatives, of forward and reverse mode, are those of an autograd.Function in the operator's own kernel for torch's key Autograd:
+torch.library.register_autograd has no forward mode (tangents would be zeros in silence), and torch.func.grad does not take the
+operators that it makes. Batches of torch.func.vmap: `_batches`.
+
 For an operator written in Python the dispatcher takes longer than a kernel on small tensors: 15 microseconds, 45 if autograd
-records the call, 20 in the backward pass. If the dispatcher would only do autograd, the fast path calls the kernel, in an
+records the call, 20 in the backward pass. If the dispatcher would only do autograd, the fast path calls the kernel, in the same
 autograd.Function if a gradient is needed.
 """
 
@@ -9,13 +13,16 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import _C, Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 
-from vlattn_fast._ground.checks import varies
+from vlattn_fast._ground.checks import has_forward_mode, varies
 from vlattn_fast._ground.tensors import promised_layouts, without_autocast
+from vlattn_fast.ops._batches import over_batches
 from vlattn_fast.ops._ops import NAMESPACE, add_op_namespace_prefix
 
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -30,8 +37,17 @@ _TYPES: dict[Any, str] = {
     bool: "bool",
     int: "SymInt",
 }
-_INPUTS: dict[str, type[Any]] = {}  # of each operator: the NamedTuple of what it takes
-_FORMULAS: dict[str, tuple[Callable[..., Any], Callable[..., None]]] = {}  # of each operator: backward and setup_context
+
+
+class _Derivatives(NamedTuple):
+    """Those of an operator, see `differentiable`."""
+
+    backward: Callable[..., tuple[Any, ...]]
+    setup_context: Callable[..., None]
+    jvp: Callable[..., Any]
+
+
+_DERIVATIVES: dict[str, _Derivatives] = {}  # by operator
 
 
 def define(name: str, inputs_type: type[Any], returns: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
@@ -45,13 +61,11 @@ def define(name: str, inputs_type: type[Any], returns: str, implementation: Call
     instead of them, which compiled code calls if a float varies.
     """
     types = {field: _TYPES[kind] for field, kind in get_type_hints(inputs_type).items()}
-    _INPUTS[name] = inputs_type
-    dispatched = _register(name, inputs_type, types, returns, implementation, fake)
-    floats = _floats(inputs_type)
     num_tensors = sum("Tensor" in kind for kind in types.values())
-    takes_lists, returns_lists = "Tensor[]" in types.values(), "Tensor[]" in returns
+    floats = _floats(inputs_type)
     kernel = _below_autograd(implementation)
-    recorded = _autograd_function(name, kernel, num_tensors, takes_lists)
+    apply = _autograd_function(name, kernel, inputs_type, num_tensors)
+    dispatched = _register(name, inputs_type, types, returns, implementation, fake, apply)
     first_float = list(types).index(floats[0]) if floats else -1
     twin: Any = None
 
@@ -60,7 +74,7 @@ def define(name: str, inputs_type: type[Any], returns: str, implementation: Call
 
     if floats:
         tensors_for_floats = {field: "Tensor" if kind == "float" else kind for field, kind in types.items()}
-        twin = _register(name + _SYMBOLIC, inputs_type, tensors_for_floats, returns, with_floats, fake)
+        twin = _register(name + _SYMBOLIC, inputs_type, tensors_for_floats, returns, with_floats, fake, apply)
 
     def call(inputs: Any) -> Any:
         if twin is not None and isinstance(inputs[first_float], Tensor):  # the backward pass of the twin
@@ -70,15 +84,15 @@ def define(name: str, inputs_type: type[Any], returns: str, implementation: Call
                 one = torch.ones((), dtype=torch.float64, device="cpu")  # times it: torch.compile makes a tensor of a product
                 return twin(*[one * x if field in floats else x for field, x in zip(types, inputs, strict=True)])
             return dispatched(*inputs)
-        tensors = _flat(inputs[:num_tensors]) if takes_lists else inputs[:num_tensors]
+        tensors = inputs[:num_tensors]
         records = _records(tensors) if _HAS_FAST_PATH else None
         if records is None:
             return dispatched(*inputs)
         if not records:
             return kernel(inputs)
-        if returns_lists or _C._dispatch_tls_local_exclude_set().raw_repr() & _AUTOGRAD:
-            return dispatched(*inputs)  # an autograd.Function cannot return lists, and runs even if autograd is excluded
-        return recorded(*tensors, inputs)
+        if _C._dispatch_tls_local_exclude_set().raw_repr() & _AUTOGRAD:
+            return dispatched(*inputs)  # an autograd.Function runs even if autograd is excluded
+        return apply(*tensors, inputs, None)
 
     return call
 
@@ -99,9 +113,9 @@ def _keys(*names: str) -> Any:
 def _records(tensors: Sequence[Tensor | None]) -> bool | None:
     """Returns whether autograd would record an operator on these tensors; None if the dispatcher would do more than call autograd
     and the kernel. It does more for tensors without memory of their own (meta, fake, functorch's, subclasses, negated views), in
-    modes (of dispatch, of functions, vmap, tracing), and for a profiler, which shows operators by name.
+    modes (of dispatch, of functions, vmap, tracing, forward mode), and for a profiler, which shows operators by name.
     """
-    if _C._has_torch_function(tensors) or _C._autograd._profiler_enabled():
+    if _C._has_torch_function(tensors) or _C._autograd._profiler_enabled() or has_forward_mode():
         return None
     if _C._dispatch_tls_local_include_set().raw_repr() & _OTHER_THREAD_KEYS:
         return None
@@ -141,57 +155,84 @@ except AttributeError:  # a torch whose private functions have other names
     _HAS_FAST_PATH = False
 
 
-def _autograd_function(name: str, kernel: Callable[..., Any], num_tensors: int, takes_lists: bool) -> Callable[..., Any]:
-    """Returns a function that calls the kernel in an autograd.Function with the operator's backward formula. It takes the
-    operator's tensors, those of lists one by one, and then all inputs as one tuple, which autograd does not unpack."""
+def _autograd_function(name: str, kernel: Callable[..., Any], inputs_type: Any, num_tensors: int) -> Callable[..., Any]:
+    """Returns a function that calls the operator in an autograd.Function with its derivatives. It takes the operator's tensors,
+    then all inputs as one tuple, which autograd does not unpack, and a function that the dispatcher goes on with; None for the
+    kernel."""
 
     def forward(ctx: Any, *tensors_and_inputs: Any) -> Any:
-        inputs = tensors_and_inputs[-1]
-        outputs = kernel(inputs)
-        _, setup_context = _FORMULAS[name]
-        setup_context(ctx, inputs, outputs)
+        *tensors, inputs, below = tensors_and_inputs
+        outputs = kernel(inputs) if below is None else below(inputs)
+        _DERIVATIVES[name].setup_context(ctx, inputs, outputs)
+        if has_forward_mode():  # `jvp` is next, and reads what is saved for it
+            ctx.present = [x is not None for x in tensors]
+            ctx.save_for_forward(*[x for x in tensors if x is not None], *_flat(outputs))
+            ctx.options_of_jvp = inputs[num_tensors:]
         return outputs
 
-    no_more = (None,) * (num_tensors + 1)  # autograd takes any number of these after the gradients
+    no_more = (None,) * (num_tensors + 2)  # autograd takes any number of these after the gradients
 
     def backward(ctx: Any, *grads: Any) -> Any:
-        formula, _ = _FORMULAS[name]
-        grads_of_first = formula(ctx, *grads)
-        return *(_flat(grads_of_first) if takes_lists else grads_of_first), *no_more
+        return *_DERIVATIVES[name].backward(ctx, *grads), *no_more
 
-    function: Any = type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
-    # Function.apply, in Python, first looks for functorch's tensors; _records has ruled them out
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        # What is saved are duals of this level, of which a rule takes the primals. Below it are other levels, with their own
+        saved = iter([forward_ad.unpack_dual(x).primal if x.is_floating_point() else x for x in ctx.saved_tensors])
+        tensors = [next(saved) if present else None for present in ctx.present]
+        inputs = inputs_type(*tensors, *ctx.options_of_jvp)
+        return _DERIVATIVES[name].jvp(inputs, inputs_type(*tangents[:num_tensors], *ctx.options_of_jvp), tuple(saved))
+
+    methods = {"forward": forward, "backward": backward, "jvp": jvp}
+    function: Any = type(name, (torch.autograd.Function,), {key: staticmethod(method) for key, method in methods.items()})
+    # Function.apply, in Python, first looks for functorch's tensors. _records has ruled them out, or this is the kernel of one level
     return super(torch.autograd.Function, function).apply
 
 
-def _flat(args: Sequence[Any]) -> list[Any]:
-    """The arguments with lists unpacked."""
-    return [x for arg in args for x in (arg if isinstance(arg, (list, tuple)) else (arg,))]
+def _flat(outputs: Any) -> tuple[Any, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
-def _register(name: str, inputs_type: Any, types: dict[str, str], returns: str, implementation: Any, fake: Any) -> Any:
+def _register(
+    name: str, inputs_type: Any, types: dict[str, str], returns: str, implementation: Any, fake: Any, apply: Callable[..., Any]
+) -> Any:
     """The registered operator; `types` of the schema by field.
 
     Autocast is off inside: the public calls cast their arguments, and autocast would round the float32 products of a tile. No
-    output is a view to autograd, so that a caller may edit every output in place.
+    output is a view to autograd, so that a caller may edit every output in place, and none is an input.
     """
     schema = f"{name}({', '.join(f'{kind} {field}' for field, kind in types.items())}) -> {returns}"
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
-    first = next(field for field, kind in types.items() if kind in ("Tensor", "Tensor[]"))  # one that is never None
+    dispatched = getattr(getattr(torch.ops, NAMESPACE), name)
+    num_tensors = sum(kind in (Tensor, Tensor | None) for kind in get_type_hints(inputs_type).values())
 
     def kernel(*args: Any) -> Any:
         inputs = inputs_type(*args)
-        like, *_ = _flat([getattr(inputs, first)])
+        like = next(x for x in inputs if x is not None)
         try:
             with promised_layouts(), without_autocast(like):
-                return _without_views(implementation(inputs), like)
+                return _without_views(implementation(inputs), like, inputs)
         except Exception as error:
             _note_the_way_out(error, inputs)
             raise
 
+    def autograd(keyset: Any, *args: Any) -> Any:
+        def below(inputs: Any) -> Any:
+            # levels of functorch below this one record and carry tangents, too
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), _C._AutoDispatchBelowAutograd():
+                return dispatched.default.redispatch(keyset & _C._after_autograd_keyset, *inputs)
+
+        inputs = inputs_type(*args)
+        if not (torch.is_grad_enabled() or has_forward_mode()):
+            return below(inputs)
+        with enable_single_level_autograd_function():
+            return apply(*args[:num_tensors], inputs, below)
+
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(add_op_namespace_prefix(name), lambda *args: fake(inputs_type(*args)), lib=_LIBRARY)
-    return getattr(getattr(torch.ops, NAMESPACE), name)
+    _LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
+    operator_name = add_op_namespace_prefix(name)
+    torch.library.register_fake(operator_name, lambda *args: fake(inputs_type(*args)), lib=_LIBRARY)
+    torch.library.register_vmap(operator_name, over_batches(dispatched, inputs_type), lib=_LIBRARY)
+    return dispatched
 
 
 def _note_the_way_out(error: Exception, inputs: Any) -> None:
@@ -204,33 +245,38 @@ def _note_the_way_out(error: Exception, inputs: Any) -> None:
         )
 
 
-def _without_views(outputs: Any, like: Tensor) -> Any:
-    """Returns the same memory, without copies, in tensors that are not views. An empty one stands for None."""
+def _without_views(outputs: Any, like: Tensor, inputs: Any) -> Any:
+    """Returns the same memory, without copies, in tensors that are not views. An empty one stands for None, a copy for an
+    input."""
     if outputs is None:
         return like.new_empty(0)
     if not isinstance(outputs, Tensor):
-        return type(outputs)([_without_views(x, like) for x in outputs])
+        return tuple([_without_views(x, like, inputs) for x in outputs])
+    if any([outputs is x for x in inputs]):
+        return outputs.clone()
     if outputs._base is None:
         return outputs
     layout = outputs.storage_offset(), outputs.shape, outputs.stride()
     return outputs.new_empty(0).set_(outputs.untyped_storage(), *layout)
 
 
-def differentiable(name: str, backward: Callable[..., tuple[Any, ...]], setup_context: Callable[..., None]) -> None:
-    """Gives the operator and its twin their backward formula: `setup_context(ctx, inputs, output)` and `backward(ctx, *grads)`,
-    the gradients of the first inputs; the inputs after them have none."""
-    inputs_type = _INPUTS[name]
-    _FORMULAS[name] = backward, setup_context
+def differentiable(
+    name: str, backward: Callable[..., tuple[Any, ...]], setup_context: Callable[..., None], jvp: Callable[..., Any] | None = None
+) -> None:
+    """Gives an operator, with its twin, its derivatives.
 
-    def in_order(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        grads_of_first = backward(ctx, *grads)
-        return *grads_of_first, *[None] * (len(inputs_type._fields) - len(grads_of_first))
+    Reverse mode: `setup_context(ctx, inputs, outputs)` saves for `backward(ctx, *grads)`, which returns the gradients of the first
+    inputs; the inputs after them have none. Forward mode: `jvp(inputs, tangents, outputs)` returns the tangents of the outputs;
+    tangents have the names of the inputs, and None stands for zero.
+    """
+    _DERIVATIVES[name] = _Derivatives(backward, setup_context, _no_forward_mode(name) if jvp is None else jvp)
 
-    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        setup_context(ctx, inputs_type(*inputs), output)
 
-    for each in (name, name + _SYMBOLIC) if _floats(inputs_type) else (name,):
-        torch.library.register_autograd(add_op_namespace_prefix(each), in_order, setup_context=setup, lib=_LIBRARY)
+def _no_forward_mode(name: str) -> Callable[..., Any]:
+    def jvp(inputs: Any, tangents: Any, outputs: Any) -> Any:
+        raise RuntimeError(f"{add_op_namespace_prefix(name)} has no forward-mode derivative; torch.func.grad and backward() work")
+
+    return jvp
 
 
 class Saved:
@@ -268,15 +314,15 @@ def _picked(fields: Sequence[str], some: Sequence[str]) -> Callable[[Sequence[An
 
 
 def not_differentiable(name: str, why: str) -> None:
-    """Makes a backward pass through the operator an error that says why; torch would return a silent or obscure result."""
+    """Makes derivatives of the operator an error that says why; torch would return a silent or obscure result."""
 
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         raise RuntimeError(f"{add_op_namespace_prefix(name)}: {why}")
 
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    def setup_context(ctx: Any, inputs: Any, outputs: Any) -> None:
         pass
 
-    differentiable(name, backward, setup_context)
+    differentiable(name, backward, setup_context, backward)
 
 
 def once_differentiable(name: str) -> None:

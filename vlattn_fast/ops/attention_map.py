@@ -12,15 +12,21 @@ from torch import Tensor
 
 from vlattn_fast._ground.checks import check_attention, check_bool, check_choice, check_head_dim, check_lse, describe, is_dtensor
 from vlattn_fast._ground.tensors import as_fake_outputs, compute_dtype, over_sums
-from vlattn_fast.backends.inputs import AttentionMapBackwardInputs, AttentionMapInputs
+from vlattn_fast.backends.inputs import (
+    AttentionMapBackwardInputs,
+    AttentionMapInputs,
+    AttentionMapJvpInputs,
+    AttentionMapSecondInputs,
+)
 from vlattn_fast.backends.reference.attention_map import HEAD_REDUCTIONS, RULES
 from vlattn_fast.dispatch import choice
 from vlattn_fast.dispatch.call import Call, make_call
 from vlattn_fast.dispatch.choice import gradients, launcher, load, planned
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
+from vlattn_fast.ops._derivatives import Derivatives
 from vlattn_fast.ops._groups import NO_BIAS, group_bias_inputs
-from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
+from vlattn_fast.ops._registration import Saved, define, differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, NO_HEADS, PER_ROW, Local, Shards, over_shards
 from vlattn_fast.ops._stages import (
     DotPlan,
@@ -204,8 +210,18 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return query, key, *rule_grads, lse if need_lse else None, None, None, row_bias if ctx.has_bias else None
 
 
-differentiable("attention_map", _autograd, _setup_context)
-once_differentiable("attention_map_backward")
+_derivatives = Derivatives(
+    "attention_map",
+    (AttentionMapBackwardInputs, AttentionMapJvpInputs, AttentionMapSecondInputs),
+    ("query", "key", "value", "grad_output", "lse", "row_bias"),
+    outputs=("map",),
+    grads={"grad": "map"},
+    backward=_backward_op,
+    jvp=gradients(BACKENDS, "jvp"),
+    second=gradients(BACKENDS, "second"),
+    fake=_forward_fake,
+)
+differentiable("attention_map", _autograd, _setup_context, _derivatives.of_forward)
 
 describe_call = described(Arguments, _describe)
 OPERATOR = Operator(attention_map, describe_call, BACKENDS)

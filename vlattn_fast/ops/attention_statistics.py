@@ -19,18 +19,25 @@ from vlattn_fast._ground.checks import (
     check_names,
     check_tensor,
     describe,
+    is_differentiated,
     is_dtensor,
 )
 from vlattn_fast._ground.tensors import as_dtype, compute_dtype
-from vlattn_fast.backends.inputs import AttentionStatisticsBackwardInputs, AttentionStatisticsInputs
+from vlattn_fast.backends.inputs import (
+    AttentionStatisticsBackwardInputs,
+    AttentionStatisticsInputs,
+    AttentionStatisticsJvpInputs,
+    AttentionStatisticsSecondInputs,
+)
 from vlattn_fast.backends.reference.attention_statistics import AttentionStatistics, LogitStatistics, chosen_statistics
 from vlattn_fast.dispatch import choice
 from vlattn_fast.dispatch.call import Call, make_call
-from vlattn_fast.dispatch.choice import load, planned
+from vlattn_fast.dispatch.choice import gradients, load, planned
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
+from vlattn_fast.ops._derivatives import Derivatives
 from vlattn_fast.ops._groups import NO_BIAS, check_rows, check_token_groups, group_bias_inputs, resolve_groups
-from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
+from vlattn_fast.ops._registration import Saved, define, differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, TOKENS, Local, Shards, over_shards
 from vlattn_fast.ops._sinks import lse_with_sink, share_of_keys
 from vlattn_fast.ops._stages import DotPlan, arguments_of, by_formula, cast, check_logits, logit_flags, make_plan, without_padding
@@ -38,11 +45,11 @@ from vlattn_fast.ops.score_attention import attention_lse
 
 BACKENDS = table(
     "attention_statistics",
-    saves={"cpu": ("argmax",), "triton": ("mass", "maximum", "rows")},
+    saves={"cpu": ("argmax",), "triton": ("mass", "maximum", "row_max", "mean_x")},
     shared_sums={"cpu": ("received", "gradient of key")},
 )
 DEFAULT = AttentionStatistics._fields
-OUTPUTS = (*DEFAULT, "max_logit", "rows")  # of the operator; rows (2, B, H, N): more numbers for a backend's backward pass
+OUTPUTS = (*DEFAULT, "max_logit", "row_max", "mean_x")  # of the operator; the last two are numbers for a backend's backward pass
 
 
 def _on_shards(call: Callable[..., AttentionStatistics], shards: Shards, x: Local) -> AttentionStatistics:
@@ -182,7 +189,7 @@ def make_statistics_plan(x: Any) -> StatisticsPlan:
     needed, leaves = [*asked], (x.query, x.key, x.row_weight, x.group_bias, x.sink if "received" in asked else None)
     if "lse" in asked:
         needed += ["max_logit", "maximum"]
-    if torch.is_grad_enabled() and any([leaf is not None and leaf.requires_grad for leaf in leaves]):
+    if is_differentiated(*leaves):
         needed += BACKENDS[backend].saves
         if "maximum" in asked:
             needed.append("argmax")  # its gradient goes there
@@ -227,7 +234,7 @@ def _features(arguments: Any, plan: StatisticsPlan) -> Features:
 def _finish(outputs: tuple[Tensor, ...], features: Features, asked: list[str]) -> AttentionStatistics:
     """Returns the statistics with a sink, from those of the softmax over only the keys and the share that the sink leaves them.
     `received` has the share in the weights of its queries."""
-    *without_sink, _ = outputs
+    without_sink = outputs[:-2]
     values = chosen_statistics([*without_sink, _lse(outputs, features.logit) if "lse" in asked else None], asked)
     share = features.share
     if share is None:
@@ -280,7 +287,7 @@ def _forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor | None, ...]:
 def _forward_fake(inputs: AttentionStatisticsInputs) -> tuple[Tensor, ...]:
     query, asked = inputs.query, inputs.statistics.split()
     per_row, dtypes = query.shape[:3], {"argmax": torch.int64}
-    shapes = {"mass": (*per_row, inputs.num_groups), "received": (*per_row[:2], inputs.key.shape[2]), "rows": (2, *per_row)}
+    shapes = {"mass": (*per_row, inputs.num_groups), "received": (*per_row[:2], inputs.key.shape[2])}
     return tuple(
         query.new_empty(shapes.get(name, per_row), dtype=dtypes.get(name, compute_dtype(query)))
         if name in asked
@@ -308,7 +315,7 @@ def _backward_fake(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, .
 _forward_op = define(
     "attention_statistics",
     AttentionStatisticsInputs,
-    "(Tensor mass, Tensor entropy, Tensor maximum, Tensor argmax, Tensor received, Tensor max_logit, Tensor rows)",
+    "(Tensor mass, Tensor entropy, Tensor maximum, Tensor argmax, Tensor received, Tensor max_logit, Tensor row_max, Tensor mean_x)",
     _forward,
     _forward_fake,
 )
@@ -324,19 +331,19 @@ _backward_op = define(
 _saved = Saved(
     AttentionStatisticsInputs,
     AttentionStatisticsBackwardInputs,
-    outputs=("mass", "maximum", "argmax", "rows"),
+    outputs=("mass", "maximum", "argmax", "row_max", "mean_x"),
     grads=("grad_mass", "grad_entropy", "grad_maximum", "grad_received"),
 )
 
 
 def _setup_context(ctx: Any, inputs: AttentionStatisticsInputs, output: tuple[Tensor, ...]) -> None:
-    mass, _, maximum, argmax, _, max_logit, rows = output
-    ctx.mark_non_differentiable(*[x for x in (argmax, max_logit, rows) if x is not None])
+    mass, _, maximum, argmax, _, *constants = output
+    ctx.mark_non_differentiable(*[x for x in (argmax, *constants) if x is not None])
     ctx.set_materialize_grads(False)
-    if "rows" in BACKENDS[inputs.backend].saves:
-        _saved.save(ctx, inputs, mass, maximum, argmax, rows)
+    if "mass" in BACKENDS[inputs.backend].saves:
+        _saved.save(ctx, inputs, mass, maximum, argmax, *constants[1:])
     else:
-        _saved.save(ctx, inputs, None, None, argmax, None)
+        _saved.save(ctx, inputs, None, None, argmax, None, None)
 
 
 def _autograd(
@@ -348,7 +355,17 @@ def _autograd(
     return grad_q, grad_k, None, None if inputs.row_weight is None else grad_weight, *grad_masks
 
 
-differentiable("attention_statistics", _autograd, _setup_context)
-once_differentiable("attention_statistics_backward")
+_derivatives = Derivatives(
+    "attention_statistics",
+    (AttentionStatisticsBackwardInputs, AttentionStatisticsJvpInputs, AttentionStatisticsSecondInputs),
+    ("query", "key", "row_weight", "row_bias"),
+    outputs=OUTPUTS,
+    grads={f"grad_{name}": name for name in ("mass", "entropy", "maximum", "received")},
+    backward=_backward_op,
+    jvp=gradients(BACKENDS, "jvp"),
+    second=gradients(BACKENDS, "second"),
+    fake=_forward_fake,
+)
+differentiable("attention_statistics", _autograd, _setup_context, _derivatives.of_forward)
 
 OPERATOR = Operator(attention_statistics, describe_call, BACKENDS)

@@ -35,7 +35,7 @@ from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import lse_dtype, table
 from vlattn_fast.ops import _relevancy_shards
 from vlattn_fast.ops._groups import NO_BIAS, check_head_gate, gated, group_bias_inputs
-from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
+from vlattn_fast.ops._registration import Saved, define, differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, NO_HEADS, TOKENS, over_shards
 from vlattn_fast.ops._sinks import lse_with_sink, with_sink
 from vlattn_fast.ops._stages import (
@@ -49,6 +49,7 @@ from vlattn_fast.ops._stages import (
     make_plan,
     without_padding,
 )
+from vlattn_fast.ops.score_attention import DERIVATIVES
 
 
 def _cuda_limits(call: Call) -> list[tuple[str, bool]]:
@@ -231,7 +232,7 @@ def _check_weight(name: str, weight: Any, carrier: Tensor) -> None:
 def _features(arguments: Any, plan: DotPlan) -> RelevancyAttentionInputs:
     x = without_padding(arguments, plan)
     residual, attention = _weight(x.residual_weight, x.carrier), _weight(x.attention_weight, x.carrier)
-    sink = None if x.sink is None else x.sink.detach()[:, None]
+    sink = None if x.sink is None else x.sink[:, None]
     bias = NO_BIAS if x.group_bias is None else group_bias_inputs(x)
     tensors = x.query, x.key, x.value, x.carrier, residual, attention, x.attn_mask, x.key_mask, *bias, sink
     return RelevancyAttentionInputs(*tensors, x.rule, x.row_normalize, *plan.core, x.is_causal, plan.backend)
@@ -356,8 +357,24 @@ def _autograd(
     return *(grads if need_inputs else (None,) * 3), None if grad_carrier is None else cotangent, *grad_masks, grad_row_bias
 
 
-differentiable("relevancy_attention", _autograd, _setup_context)
-once_differentiable("relevancy_attention_backward")
+def attention_of(x: dict[str, Any]) -> dict[str, Any]:
+    """The inputs of the attention without its carrier, by name, for the derivatives of score_attention."""
+    backend = "streaming" if x["backend"] == "cuda" else x["backend"]  # which has no backward pass of attention alone
+    return x | {"vector": None, "seed": None, "dropout_p": 0.0, "backend": backend}
+
+
+def _jvp(inputs: RelevancyAttentionInputs, tangents: Any, outputs: Rows) -> tuple[Tensor | None, ...]:
+    """The carrier is passed through: its backward pass is a rule, and no transpose of this."""
+    out, _, lse, behind_sink = outputs
+    u = {field: getattr(tangents, field, None) for field in DERIVATIVES.fields}
+    rows: tuple[Tensor, ...] = torch.zeros_like(out), torch.zeros_like(lse)
+    if any(x is not None for x in u.values()):
+        rows = DERIVATIVES.tangents_of_outputs(attention_of(inputs._asdict() | {"out": out, "lse": lse}), u)
+    carrier = torch.zeros_like(inputs.carrier) if tangents.carrier is None else tangents.carrier.clone()
+    return rows[0], carrier, rows[1], None if behind_sink is None else torch.zeros_like(behind_sink)
+
+
+differentiable("relevancy_attention", _autograd, _setup_context, _jvp)
 
 
 describe_call = described(Arguments, _describe)

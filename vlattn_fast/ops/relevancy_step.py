@@ -12,14 +12,20 @@ from torch import Tensor
 
 from vlattn_fast._ground.checks import check_lse, is_dtensor
 from vlattn_fast._ground.tensors import as_fake_outputs
-from vlattn_fast.backends.inputs import RelevancyStepBackwardInputs, RelevancyStepInputs
+from vlattn_fast.backends.inputs import (
+    RelevancyStepBackwardInputs,
+    RelevancyStepInputs,
+    RelevancyStepJvpInputs,
+    RelevancyStepSecondInputs,
+)
 from vlattn_fast.dispatch import choice
 from vlattn_fast.dispatch.call import Call, make_call
 from vlattn_fast.dispatch.choice import gradients, launcher, load, planned
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.ops import _relevancy_shards
+from vlattn_fast.ops._derivatives import Derivatives
 from vlattn_fast.ops._groups import NO_BIAS, group_bias_inputs
-from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
+from vlattn_fast.ops._registration import Saved, define, differentiable
 from vlattn_fast.ops._shards import ATTENTION, NO_HEADS, PER_ROW, over_shards
 from vlattn_fast.ops._stages import DotPlan, arguments_of, by_formula, cast, described, make_plan, without_padding
 from vlattn_fast.ops.relevancy_attention import BACKENDS, SHARDED, check_abar, check_carried, flags_of, sizes_of
@@ -161,8 +167,18 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *first_grads, None, None, grad_row_bias
 
 
-differentiable("relevancy_step", _autograd, _setup_context)
-once_differentiable("relevancy_step_backward")
+DERIVATIVES = Derivatives(
+    "relevancy_step",
+    (RelevancyStepBackwardInputs, RelevancyStepJvpInputs, RelevancyStepSecondInputs),
+    ("relevancy", "query", "key", "value", "grad_output", "lse", "row_bias"),
+    outputs=("relevancy_out",),
+    grads={"grad": "relevancy_out"},
+    backward=_backward_op,
+    jvp=gradients(BACKENDS, "step_jvp"),
+    second=gradients(BACKENDS, "step_second"),
+    fake=_forward_fake,
+)
+differentiable("relevancy_step", _autograd, _setup_context, DERIVATIVES.of_forward)
 
 describe_call = described(Arguments, _describe)
 OPERATOR = Operator(relevancy_step, describe_call, BACKENDS)

@@ -22,6 +22,7 @@ from vlattn_fast._ground.checks import (
     check_sink,
     check_softcap,
     describe,
+    is_differentiated,
     is_dtensor,
     is_jit_traced,
     varies,
@@ -29,7 +30,6 @@ from vlattn_fast._ground.checks import (
 from vlattn_fast._ground.named import by_name
 from vlattn_fast._ground.tensors import (
     as_dtype,
-    as_fake_outputs,
     as_gradient,
     cast_by_autocast,
     cast_finite,
@@ -39,15 +39,21 @@ from vlattn_fast._ground.tensors import (
     resolve_scale,
     without_autocast,
 )
-from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs, ScoreAttentionSecondInputs
+from vlattn_fast.backends.inputs import (
+    ScoreAttentionBackwardInputs,
+    ScoreAttentionInputs,
+    ScoreAttentionJvpInputs,
+    ScoreAttentionSecondInputs,
+)
 from vlattn_fast.backends.sdpa import score_attention as sdpa
 from vlattn_fast.dispatch import choice
 from vlattn_fast.dispatch.call import Call, make_call
 from vlattn_fast.dispatch.choice import gradients, launcher, load, planned
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import lse_dtype
+from vlattn_fast.ops._derivatives import Derivatives
 from vlattn_fast.ops._groups import NO_BIAS, check_groups, check_head_gate, gated, group_bias_inputs
-from vlattn_fast.ops._registration import Saved, define, differentiable, not_differentiable
+from vlattn_fast.ops._registration import Saved, define, differentiable
 from vlattn_fast.ops._score_attention_backends import BACKENDS
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, Local, Shards, over_shards
 from vlattn_fast.ops._sinks import lse_with_sink, with_sink
@@ -371,7 +377,7 @@ def attention_lse(arguments: Any, plan: DotPlan, sink: Tensor | None = None) -> 
 def lse_for_sink(arguments: Any, plan: DotPlan) -> Tensor | None:
     """Returns the caller's log-sum-exp, or a new one if a sink needs it: for its value, or for its gradient."""
     lse, sink = arguments.lse, arguments.sink
-    if sink is None or (lse is not None and (lse.requires_grad or not (torch.is_grad_enabled() and sink.requires_grad))):
+    if sink is None or (lse is not None and (lse.requires_grad or not is_differentiated(sink))):
         return lse
     return attention_lse(arguments, plan, sink)
 
@@ -431,53 +437,43 @@ def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     return *grads, None if inputs.vector is None else grad_vector, *grad_masks
 
 
-differentiable("score_attention", _autograd, _setup_context)
+def _of_kind(name: str) -> Callable[..., tuple[Tensor | None, ...]]:
+    """Like `gradients`; kernels take dot products, and streaming any score."""
+    run = gradients(BACKENDS, name)
+    return lambda inputs: run(inputs if inputs.score == "dot" else inputs._replace(backend="streaming"))
 
 
-def _second_fake(inputs: ScoreAttentionSecondInputs) -> tuple[Tensor, ...]:
-    rows = inputs.out, inputs.query.new_empty(inputs.query.shape[:3], dtype=compute_dtype(inputs.query))
-    return as_fake_outputs(inputs.query, (*rows, inputs.query, inputs.key, inputs.value, inputs.vector, inputs.row_bias))
+def _jvp(inputs: Any) -> tuple[Tensor, ...]:
+    tangents = {f"{field}_tangent": torch.zeros_like(getattr(inputs, field)) for field in ("query", "key", "value")}
+    given = {name: tangent for name in tangents if (tangent := getattr(inputs, name)) is not None}
+    out, lse = _of_kind("jvp")(inputs._replace(**(tangents | given)))
+    return out, as_dtype(lse, inputs.lse.dtype)
 
 
-_second_op = define(
-    "score_attention_second",
-    ScoreAttentionSecondInputs,
-    f"({', '.join(['Tensor'] * 7)})",
-    gradients(BACKENDS, "second"),
-    _second_fake,
+def _second(inputs: Any) -> tuple[Tensor | None, ...]:
+    empty = torch.isneginf(inputs.lse)  # rows without a key, which have no gradient even of NaN
+    grads = {"grad_out": torch.where(empty[..., None], 0.0, inputs.grad_out)}
+    if inputs.grad_lse is not None:
+        grads["grad_lse"] = torch.where(empty, 0.0, inputs.grad_lse)
+    tangents = {f"{field}_tangent": torch.zeros_like(getattr(inputs, field)) for field in ("query", "key", "value")}
+    given = {name: tangent for name in tangents if (tangent := getattr(inputs, name)) is not None}
+    out, lse, *by_fields = _of_kind("second")(inputs._replace(**(tangents | given | grads)))
+    return out, as_dtype(lse, inputs.lse.dtype), *by_fields
+
+
+DERIVATIVES = Derivatives(
+    "score_attention",
+    (ScoreAttentionBackwardInputs, ScoreAttentionJvpInputs, ScoreAttentionSecondInputs),
+    ("query", "key", "value", "vector", "row_bias"),
+    outputs=("out", "lse"),
+    grads={"grad_out": "out", "grad_lse": "lse"},
+    backward=_backward_op,
+    jvp=_jvp,
+    second=_second,
+    fake=_forward_fake,
+    sweeps=True,
 )
-_tangents = tuple(f"{name}_tangent" for name in ("query", "key", "value", "vector", "row_bias"))
-_backward_saved = Saved(ScoreAttentionBackwardInputs, ScoreAttentionSecondInputs, grads=_tangents)
-
-
-def _backward_setup_context(ctx: Any, inputs: ScoreAttentionBackwardInputs, output: tuple[Tensor, ...]) -> None:
-    _backward_saved.save(ctx, inputs)
-    ctx.score = inputs.score
-
-
-def _backward_autograd(
-    ctx: Any, by_query: Tensor, by_key: Tensor, by_value: Tensor, _: Tensor | None, by_row_bias: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    if ctx.score != "dot":
-        raise RuntimeError(
-            "score_attention has no second derivative for scores that are not dot products; create_graph=True asks for "
-            f"{ctx.score}"
-        )
-    inputs = _backward_saved.inputs(ctx, by_query, by_key, by_value, None, by_row_bias)
-    if inputs.row_bias is None:
-        inputs = inputs._replace(row_bias_tangent=None)
-    to_out, to_lse, to_query, to_key, to_value, _, to_row_bias = _second_op(inputs)
-    to_lse = None if inputs.grad_lse is None else as_dtype(to_lse, inputs.grad_lse.dtype)
-    to_others = (None,) * 5  # out, lse, vector, attn_mask and key_mask
-    return to_out, to_lse, to_query, to_key, to_value, *to_others, None if inputs.row_bias is None else to_row_bias
-
-
-differentiable("score_attention_backward", _backward_autograd, _backward_setup_context)
-not_differentiable(
-    "score_attention_second",
-    "score_attention has no third derivative; it is twice differentiable (create_graph=True asked for more). A product with a "
-    "Hessian is torch.autograd.functional.vhp, which needs two",
-)
+differentiable("score_attention", _autograd, _setup_context, DERIVATIVES.of_forward)
 
 describe_call = described(Arguments, _describe)
 OPERATOR = Operator(score_attention, describe_call, BACKENDS)

@@ -45,7 +45,7 @@ _backward = kernel("attention_statistics_backward", StatisticsBackward)
 
 def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor | None, ...]:
     """mass (B, H, N, G), entropy, maximum, argmax (B, H, N), received (B, H, M) and max_logit (B, H, N); None for what
-    `statistics` does not name, and for rows: `backward` needs none."""
+    `statistics` does not name, and for row_max and mean_x: `backward` needs none."""
     query, key = unit_strides(inputs.query, inputs.key)
     a, _kept = attention(inputs, query, key, None)
     batch, heads, queries, _ = query.shape
@@ -62,7 +62,7 @@ def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor | None, ...]:
     _forward(StatisticsForward(a=a, score=score, groups=groups, weight=address(weight), **addresses))
     if queries == 0 and "received" in outputs:  # the kernel runs over queries
         outputs["received"].zero_()
-    return *map(outputs.get, _OUTPUTS), None
+    return *map(outputs.get, _OUTPUTS), None, None
 
 
 def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:

@@ -32,14 +32,16 @@ def attend(
         score, visible = torch.cat([score, logit], -1), torch.cat([visible, ~torch.isneginf(logit)], -1)
     if score.shape[-1] == 0:
         return score.to(dtype), score.new_full(score.shape[:-1], -torch.inf)
-    score = torch.where(visible, score, -torch.inf)
+    wide = as_dtype(torch.where(visible, score, -torch.inf), compute_dtype(score))
     empty = ~visible.any(-1, keepdim=True)
-    score = torch.where(empty, 0.0, score)  # keeps softmax and its gradient finite; the row is set to zero below
-    prob = torch.where(empty, 0.0, torch.softmax(score, dim=-1))
-    # torch.logsumexp takes exp(score - rounded lse) in its backward pass: 1 for every key of a row masked by finfo.min throughout
-    largest = score.amax(-1, keepdim=True).detach()
-    lse = largest[..., 0] + torch.exp(score - largest).sum(-1).log()
-    lse = torch.where(empty[..., 0], -torch.inf, lse)
+    wide = torch.where(empty, 0.0, wide)  # keeps the exponentials and their gradient finite; the row is set to zero below
+    # By hand: torch.softmax has no backward pass through a tangent of forward_ad.dual_level, and torch.logsumexp takes
+    # exp(score - rounded lse) in its own, 1 for every key of a row masked by finfo.min throughout
+    largest = wide.amax(-1, keepdim=True).detach()
+    each = torch.exp(wide - largest)
+    total = each.sum(-1, keepdim=True)
+    prob = torch.where(empty, 0.0, each / total)
+    lse = torch.where(empty, -torch.inf, largest + total.log())[..., 0].to(score.dtype)
     if sink is not None:
         prob = prob[..., :-1]
     return prob.to(dtype), lse

@@ -49,7 +49,7 @@ def relevancy_attention(
     pair_bias = pair_bias_of(group_bias, query_groups, key_groups)
     prob, _ = attend(scale * product(query, key.mT), attn_mask, key_mask, is_causal, softcap, sink, pair_bias)
     out, carrier = _Carry.apply(
-        product(prob, value), carrier, prob.detach(), value.detach(), rule, row_normalize, residual_weight, attention_weight
+        product(prob, value), carrier, prob, value, rule, row_normalize, residual_weight, attention_weight
     )
     return gated(out, head_gate), carrier
 
@@ -101,25 +101,38 @@ def head_mean(prob: Tensor, grad_prob: Tensor | None, row_normalize: bool) -> Te
 
 
 class _Carry(torch.autograd.Function):
-    """Returns (out, carrier). The backward pass multiplies the carrier's gradient by Abar; a and b are the weights."""
+    """Returns (out, carrier). The backward pass multiplies the carrier's gradient by Abar, of which `prob` and `value` have second
+    derivatives alone; a and b are the weights."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(
-        ctx: Any, out: Tensor, carrier: Tensor, prob: Tensor, value: Tensor, rule: str, row_normalize: bool, a: Any, b: Any
+        out: Tensor, carrier: Tensor, prob: Tensor, value: Tensor, rule: str, row_normalize: bool, a: Any, b: Any
     ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(prob, value)
-        ctx.rule, ctx.row_normalize, ctx.weights = rule, row_normalize, (a, b)
-        ctx.set_materialize_grads(False)
         return out.clone(), carrier.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor | None, r: Tensor | None) -> tuple[Any, ...]:
-        prob, value = ctx.saved_tensors
-        if r is None:
-            return grad_out, *(None,) * 7
-        a, b = (1.0 if w is None else w[:, None].to(r.dtype) if isinstance(w, Tensor) else w for w in ctx.weights)
-        grad_prob = None
-        if ctx.rule == "gradient":
-            grad_prob = torch.zeros_like(prob) if grad_out is None else product(grad_out, value.mT)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _, _, prob, value, ctx.rule, ctx.row_normalize, *weights = inputs
+        ctx.save_for_backward(prob, value, *[w if isinstance(w, Tensor) else None for w in weights])
+        ctx.weights = [None if isinstance(w, Tensor) else w for w in weights]
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor, r: Tensor) -> tuple[Any, ...]:
+        prob, value, *tensors = ctx.saved_tensors
+        a, b = (_factor(x if w is None else w, r) for w, x in zip(ctx.weights, tensors, strict=True))
+        grad_prob = product(grad_out, value.mT) if ctx.rule == "gradient" else None
         abar = head_mean(prob, grad_prob, ctx.row_normalize).to(r.dtype)
         return grad_out, r * a + product(r * b, abar), *(None,) * 6
+
+    @staticmethod
+    def jvp(ctx: Any, out: Tensor, carrier: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        return out.clone(), carrier.clone()
+
+
+def _factor(weight: Any, r: Tensor) -> Any:
+    """A weight for relevancy r (B, T, N)."""
+    if weight is None:
+        return 1.0
+    return weight[:, None].to(r.dtype) if isinstance(weight, Tensor) else weight

@@ -6,19 +6,21 @@ the inputs it only needs argmax.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import cast_finite, compute_dtype, expand_heads, fold_heads
 from vlattn_fast.backends.inputs import AttentionStatisticsBackwardInputs, AttentionStatisticsInputs
-from vlattn_fast.backends.streaming import _tiles
+from vlattn_fast.backends.streaming import _derivatives, _formulas, _tiles
+from vlattn_fast.backends.streaming._derivatives import Formula
 from vlattn_fast.backends.streaming._scores import score_tile_backward
 from vlattn_fast.backends.streaming._tiles import Masks, probabilities, softmax_backward
 from vlattn_fast.backends.streaming.score_attention import logit_tiles
 
 
-def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, None]:
+def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, None, None]:
     """mass (B, H, N, G), entropy, maximum, argmax (B, H, N), received (B, H, M), max_logit (B, H, N); anything for what
     `statistics` does not name."""
     query, key_groups, num_groups, row_weight = inputs.query, inputs.key_groups, inputs.num_groups, inputs.row_weight
@@ -43,7 +45,7 @@ def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, 
             received[b, h] += prob.sum(2) if row_weight is None else (row_weight[b, h, None, i] @ prob).squeeze(2)
         for g, columns in _group_columns(key_groups, num_groups, b, dtype):
             mass[b, h, i, g] = (prob.flatten(1, 2) @ columns).view(*prob.shape[:3], -1)
-    return mass, entropy, maximum, argmax, received, max_logit, None
+    return mass, entropy, maximum, argmax, received, max_logit, None, None
 
 
 def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -106,3 +108,30 @@ def _group_columns(key_groups: Tensor | None, num_groups: int, b: slice, dtype: 
     for g in range(0, num_groups, step):
         index = torch.arange(g, min(g + step, num_groups), device=groups.device)
         yield slice(g, g + len(index)), (groups == index).to(dtype)
+
+
+_FORMULA = Formula(
+    fields=("query", "key", "row_weight", "row_bias"),
+    of_tile=lambda inputs, b, i, varies: _formulas.attention_statistics,
+    shapes=lambda x: (
+        (*x.query.shape[:3], x.num_groups),
+        x.query.shape[:3],
+        x.query.shape[:3],
+        (*x.query.shape[:2], x.key.shape[2]),
+    ),
+    sums=(False, False, False, True),
+)
+
+
+def jvp(inputs: Any) -> tuple[Tensor | None, ...]:
+    """The tangents of mass, entropy, maximum and received; None for what `statistics` does not name."""
+    asked, names = inputs.statistics.split(), ("mass", "entropy", "maximum", "received")
+    tangents = _derivatives.jvp(_FORMULA, inputs)
+    return tuple([x if name in asked else None for name, x in zip(names, tangents, strict=True)])
+
+
+def second(inputs: Any) -> tuple[Tensor | None, ...]:
+    """The gradients of those tangents' product with the gradients of the statistics."""
+    return _derivatives.second(
+        _FORMULA, inputs, (inputs.grad_mass, inputs.grad_entropy, inputs.grad_maximum, inputs.grad_received)
+    )

@@ -5,6 +5,9 @@ Attention and its gradients are those of score_attention. r Abar is computed aft
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,8 +18,9 @@ from vlattn_fast.backends.inputs import (
     RelevancyStepBackwardInputs,
     RelevancyStepInputs,
 )
-from vlattn_fast.backends.streaming import score_attention
+from vlattn_fast.backends.streaming import _derivatives, _formulas, score_attention
 from vlattn_fast.backends.streaming._abar import Abar, AbarGradients
+from vlattn_fast.backends.streaming._derivatives import Formula
 from vlattn_fast.backends.streaming._tiles import Tiling
 
 
@@ -69,3 +73,22 @@ def step_backward(inputs: RelevancyStepBackwardInputs) -> tuple[Tensor | None, .
             gradients.add(b, i, relevancy[b, :, i].mT @ grad[b])
     first = None if by_relevancy is None else by_relevancy.to(inputs.relevancy.dtype)
     return first, *(gradients.result() if gradients is not None else (None,) * 6)
+
+
+_STEP = Formula(
+    fields=("relevancy", "query", "key", "value", "grad_output", "lse", "row_bias"),
+    of_tile=lambda inputs, b, i, varies: partial(_formulas.relevancy_step, lse_varies="lse" in varies),
+    shapes=lambda x: ((*x.relevancy.shape[:2], x.key.shape[2]),),
+    sums=(True,),
+)
+
+
+def step_jvp(inputs: Any) -> tuple[Tensor]:
+    """The tangent of relevancy @ Abar."""
+    (tangent,) = _derivatives.jvp(_STEP, inputs)
+    return (tangent.to(inputs.relevancy.dtype),)
+
+
+def step_second(inputs: Any) -> tuple[Tensor | None, ...]:
+    """The gradients of that tangent's product with `grad`."""
+    return _derivatives.second(_STEP, inputs, (inputs.grad,))

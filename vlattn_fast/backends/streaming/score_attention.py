@@ -7,6 +7,7 @@ the backward pass recomputes each tile.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from vlattn_fast._ground.tensors import cast_finite, compute_dtype, empty_rows_first, expand_heads, fold_heads
 from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs
-from vlattn_fast.backends.streaming import _fused_cpu
+from vlattn_fast.backends.streaming import _derivatives, _formulas, _fused_cpu
+from vlattn_fast.backends.streaming._derivatives import Formula
 from vlattn_fast.backends.streaming._dropout import keep_factor
 from vlattn_fast.backends.streaming._scores import score_tile, score_tile_backward
 from vlattn_fast.backends.streaming._tiles import Masks, Tiling, logsumexp, probabilities
@@ -82,38 +84,80 @@ def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tens
     return grad_q, grad_k, grad_v, None if grad_vector is None else grad_vector.to(query.dtype), grad_row_bias
 
 
+_FORMULA = Formula(
+    fields=("query", "key", "value", "vector", "row_bias"),
+    of_tile=lambda inputs, b, i, varies: partial(_formulas.score_attention, kept=_formulas.dropout_factors(inputs, b, i)),
+    shapes=lambda x: ((*x.query.shape[:3], x.value.shape[3]), x.query.shape[:3]),
+    sums=(False, False),
+)
+
+
+def jvp(inputs: Any) -> tuple[Tensor, Tensor]:
+    """The tangents of out and lse for those of query, key, value, vector and row_bias.
+
+    With x = scale (u_q K^T + Q u_k^T) + u_b the tangent of a dot product's logits, that of lse is xi_i = sum_j P_ij x_ij, and that
+    of P is P (x - xi).
+    """
+    if inputs.score != "dot":
+        out, to_lse = _derivatives.jvp(_FORMULA, inputs)
+        return out.to(inputs.query.dtype), to_lse
+    query, num_heads, dtype = inputs.query, inputs.query.shape[1], compute_dtype(inputs.query)
+    value, value_tangent = (expand_heads(x, num_heads) for x in (inputs.value, inputs.value_tangent))
+    to_out = query.new_zeros(*query.shape[:3], value.shape[3])
+    to_lse = query.new_zeros(query.shape[:3], dtype=dtype)
+    for (b, h, i), p, x, factor in _tangent_tiles(inputs):
+        xi = (p * x).sum(-1, keepdim=True)
+        to_out[b, h, i] = ((p * (x - xi) * factor) @ value[b, h].to(dtype) + (p * factor) @ value_tangent[b, h].to(dtype)).to(
+            query.dtype
+        )
+        to_lse[b, h, i] = xi[..., 0]
+    return to_out, to_lse
+
+
+def _tangent_tiles(inputs: Any) -> Iterator[tuple[tuple[slice, slice, slice], Tensor, Tensor, Tensor | float]]:
+    """Tiles of P, the tangent of the logits, and the dropout factors; dot products."""
+    query, scale, masks, dtype = inputs.query, inputs.scale, Masks.of(inputs), compute_dtype(inputs.query)
+    num_heads = query.shape[1]
+    key, key_tangent = (expand_heads(x, num_heads) for x in (inputs.key, inputs.key_tangent))
+    for b, h, i, logits in logit_tiles(query, key, None, masks, inputs.score, inputs.parameter, scale):
+        p = probabilities(logits, dtype)
+        q, q_tangent = query[b, h, i].to(dtype), inputs.query_tangent[b, h, i].to(dtype)
+        x = scale * (q_tangent @ key[b, h].to(dtype).mT + q @ key_tangent[b, h].to(dtype).mT)
+        if inputs.row_bias_tangent is not None:
+            x = x + masks.group_bias_of(inputs.row_bias_tangent[b, h, i].to(dtype), b)
+        factor: Tensor | float = 1.0
+        if inputs.dropout_p > 0.0:
+            factor = keep_factor(inputs.seed, inputs.dropout_p, query.shape[1:3], key.shape[2], (b, h, i), dtype)
+        yield (b, h, i), p, torch.where(p > 0, x, 0.0), factor  # a masked pair may have any tangent
+
+
 def second(inputs: Any) -> tuple[Tensor | None, ...]:
-    """The tangents of out and lse for those of query, key, value and row_bias, and the gradients of their products with grad_out
-    and grad_lse by query, key, value, vector (None) and row_bias; dot products.
+    """The tangents of out and lse for those of query, key, value, vector and row_bias, and the gradients of their products with
+    grad_out and grad_lse by query, key, value, vector and row_bias.
 
     The backward pass has dP = dO V^T, dS = P (dP - delta), the gradients scale dS K, scale dS^T Q and P^T dO, and sums of dS over
-    the groups of keys. With u_q, u_k, u_v and u_b the tangents, that of S is x = scale (u_q K^T + Q u_k^T) + u_b, and xi_i =
-    sum_j P_ij x_ij that of lse. The gradient of dP is P (x - xi), and that of P is x (dP - delta) - xi dP + dO u_v^T.
+    the groups of keys. With x and xi as in `jvp`, the gradient of dP is P (x - xi), and that of P is x (dP - delta) - xi dP +
+    dO u_v^T.
     """
-    query, scale, dropout_p = inputs.query, inputs.scale, inputs.dropout_p
+    if inputs.score != "dot":
+        grads = inputs.grad_out, inputs.grad_lse
+        return *jvp(inputs), *_derivatives.second(_FORMULA, inputs, grads)
+    query, scale = inputs.query, inputs.scale
     masks, num_heads, dtype = Masks.of(inputs), query.shape[1], compute_dtype(query)
-    key, value, by_key, by_value = (
+    key, value, key_tangent, value_tangent = (
         expand_heads(x, num_heads) for x in (inputs.key, inputs.value, inputs.key_tangent, inputs.value_tangent)
     )
     like = (inputs.grad_out, query, key, value)
     to_out, to_query, to_key, to_value = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in like)
     to_lse = torch.zeros(query.shape[:3], dtype=dtype, device=query.device)
     to_row_bias = None if inputs.row_bias is None else torch.empty_like(inputs.row_bias)
-    for b, h, i, logits in logit_tiles(query, key, None, masks, inputs.score, inputs.parameter, scale):
-        p = probabilities(logits, dtype)
+    for (b, h, i), p, x, factor in _tangent_tiles(inputs):
         q, by_q, go = (x[b, h, i].to(dtype) for x in (query, inputs.query_tangent, inputs.grad_out))
-        k, v, by_k, by_v = (x[b, h].to(dtype) for x in (key, value, by_key, by_value))
-        dp, by_p = go @ v.mT, go @ by_v.mT
-        factor: Tensor | float = 1.0
-        if dropout_p > 0.0:
-            factor = keep_factor(inputs.seed, dropout_p, query.shape[1:3], key.shape[2], (b, h, i), dtype)
-            dp, by_p = dp * factor, by_p * factor
+        k, v, by_k, by_v = (x[b, h].to(dtype) for x in (key, value, key_tangent, value_tangent))
+        dp, by_p = go @ v.mT * factor, go @ by_v.mT * factor
         delta = (p * dp).sum(-1, keepdim=True)
         if inputs.grad_lse is not None:
             delta = delta - inputs.grad_lse[b, h, i, None].to(dtype)
-        x = scale * (by_q @ k.mT + q @ by_k.mT)
-        if inputs.row_bias_tangent is not None:
-            x = x + masks.group_bias_of(inputs.row_bias_tangent[b, h, i].to(dtype), b)
         xi = (p * x).sum(-1, keepdim=True)
         grad_score, by_dp = p * (dp - delta), p * (x - xi) * factor
         by_p = x * (dp - delta) - xi * dp + by_p

@@ -1,0 +1,196 @@
+"""The operators `X_jvp` and `X_second` of an operator X, and with them its derivatives up to the second, of every mode.
+
+For outputs y = F(x), X_backward is B(x, h) = DF(x)^T h. With tangents u the others are
+
+    J(x, u) = DF(x) u        S(x, h, u) = (D^2 F(x)[u])^T h
+
+J is F's forward mode. All second derivatives follow: J has the gradients B(x, h) by u and S(x, h, u) by x; B has the gradients
+J(x, u) by h and S(x, h, u) by x, and the tangent S(x, h, u) + B(x, h.). Only forward mode of forward mode is missing: a Hessian is
+forward over reverse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, get_type_hints
+
+import torch
+from torch import Tensor
+
+from vlattn_fast.ops._registration import define, differentiable, not_differentiable
+
+Named = dict[str, Any]
+
+
+class Derivatives:
+    """Registers `X_jvp` and `X_second`, and makes X_backward and them differentiable. `of_forward` is the jvp of X.
+
+    Args:
+        name: X.
+        types: the inputs of X_backward, X_jvp and X_second (`derivative_inputs`).
+        fields: the inputs that have gradients, in the order of X_backward's outputs.
+        outputs: the names of X's outputs. grads: the fields of X_backward for the gradients of outputs, with the output's name.
+        backward: the operator X_backward.
+        jvp: computes the tangents of the outputs with gradients, in the order of `grads`, from the inputs of X_jvp.
+        second: computes the gradients of `fields` from the inputs of X_second, with `sweeps` after the tangents of `jvp`.
+        fake: gives X's outputs from the inputs of X_jvp.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        types: Sequence[Any],
+        fields: Sequence[str],
+        *,
+        outputs: Sequence[str],
+        grads: dict[str, str],
+        backward: Callable[..., Any],
+        jvp: Callable[..., Any],
+        second: Callable[..., Any],
+        fake: Callable[..., Any],
+        sweeps: bool = False,
+    ) -> None:
+        self.backward_type, self.jvp_type, self.second_type = types
+        self.fields, self.outputs, self.grads, self.sweeps = tuple(fields), tuple(outputs), grads, sweeps
+        self.needed = [grad for grad in grads if get_type_hints(self.backward_type)[grad] is Tensor]  # None is no value
+        self.backward = backward
+
+        def jvp_fake(inputs: Any) -> tuple[Tensor, ...]:
+            named = dict(zip(self.outputs, _flat(fake(inputs)), strict=True))
+            return tuple([named[output].new_empty(named[output].shape) for output in grads.values()])
+
+        def second_fake(inputs: Any) -> tuple[Tensor, ...]:
+            given = [getattr(inputs, field) for field in self.fields]
+            like = next(x for x in given if x is not None)
+            gradients = [like.new_empty(0) if x is None else x.new_empty(x.shape) for x in given]
+            return *(jvp_fake(inputs) if sweeps else ()), *gradients
+
+        single = len(grads) == 1
+        self.jvp = define(
+            f"{name}_jvp",
+            self.jvp_type,
+            _tensors(len(grads)),
+            (lambda inputs: jvp(inputs)[0]) if single else jvp,
+            (lambda inputs: jvp_fake(inputs)[0]) if single else jvp_fake,
+        )
+        self.second = define(f"{name}_second", self.second_type, _tensors(len(fields) + sweeps * len(grads)), second, second_fake)
+        differentiable(f"{name}_backward", self._backward_of_backward, save, self._jvp_of_backward)
+        differentiable(f"{name}_jvp", self._backward_of_jvp, save, _raises(f"{name} has no forward mode of forward mode"))
+        third = f"{name} has no third derivative; it is twice differentiable"
+        not_differentiable(f"{name}_second", f"{third} (create_graph=True or a transform of torch.func asked for more)")
+
+    def of_forward(self, inputs: Any, tangents: Any, outputs: tuple[Tensor, ...]) -> Any:
+        """The tangents of X's outputs."""
+        x = inputs._asdict() | dict(zip(self.outputs, outputs, strict=True))  # an lse is an input if it has a tangent
+        made = self.tangents_of_outputs(x, {field: getattr(tangents, field) for field in self.fields})
+        for output, tangent in zip(self.grads.values(), made, strict=True):
+            x[f"{output}_tangent"] = torch.zeros_like(x[output]) if tangent is None else tangent
+        tangents = tuple([x.get(f"{output}_tangent") for output in self.outputs])
+        return tangents if len(tangents) > 1 else tangents[0]
+
+    def tangents_of_outputs(self, x: Named, u: Named) -> tuple[Tensor, ...]:
+        """J(x, u); x: the inputs of X_backward but gradients."""
+        return _flat(self.jvp(named_inputs(self.jvp_type, x, u)))
+
+    def gradients(self, x: Named, h: Named) -> Named:
+        """B(x, h) by field; h: gradients of outputs, or None."""
+        h = {grad: torch.zeros_like(x[self.grads[grad]]) if y is None and grad in self.needed else y for grad, y in h.items()}
+        return dict(zip(self.fields, _flat(self.backward(named_inputs(self.backward_type, x | h))), strict=True))
+
+    def second_gradients(self, x: Named, h: Named, u: Named) -> tuple[tuple[Tensor, ...], Named]:
+        """J(x, u), if one sweep gives it, and S(x, h, u) by field."""
+        h = {grad: torch.zeros_like(x[self.grads[grad]]) if y is None and grad in self.needed else y for grad, y in h.items()}
+        made = self.second(named_inputs(self.second_type, x | h, u))
+        rows = len(self.grads) if self.sweeps else 0
+        return tuple(made[:rows]), dict(zip(self.fields, made[rows:], strict=True))
+
+    def _jvp_of_backward(self, inputs: Any, tangents: Any, outputs: tuple[Tensor, ...]) -> Any:
+        x, h = inputs._asdict(), {grad: getattr(tangents, grad) for grad in self.grads}
+        u = self._with_lse(x, {field: getattr(tangents, field) for field in self.fields})
+        total: Named = dict.fromkeys(self.fields)
+        if has_any(u):
+            _, total = self.second_gradients(x, {grad: x[grad] for grad in self.grads}, u)
+        if has_any(h):
+            total = {field: plus(total[field], y) for field, y in self.gradients(x, h).items()}
+        pairs = zip(total.values(), outputs, strict=True)  # an output that stands for None needs a tangent, too
+        return tuple([torch.zeros_like(out) if y is None or y.shape != out.shape else y for y, out in pairs])
+
+    def _backward_of_backward(self, ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+        x = saved(ctx)
+        # an output that stands for None has no elements
+        u = {
+            f: y if y is not None and x[f] is not None and y.shape == x[f].shape else None
+            for f, y in zip(self.fields, cotangents, strict=True)
+        }
+        if not has_any(u):
+            return (None,) * len(self.backward_type._fields)
+        u, h = self._with_lse(x, u), {grad: x[grad] for grad in self.grads}
+        rows, by_fields = self.second_gradients(x, h, u)
+        rows = rows if self.sweeps else self.tangents_of_outputs(x, u)
+        by_grads = {grad: None if h[grad] is None else y.to(h[grad].dtype) for grad, y in zip(h, rows, strict=True)}
+        return in_order(self.backward_type, by_fields | by_grads, x)
+
+    def _backward_of_jvp(self, ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+        x, h = saved(ctx), dict(zip(self.grads, cotangents, strict=True))
+        u = {field: x[f"{field}_tangent"] for field in self.fields}
+        x["need_lse"] = u.get("lse") is not None
+        if not has_any(h):
+            return (None,) * len(self.jvp_type._fields)
+        by_tangents = {f"{field}_tangent": y for field, y in self.gradients(x, h).items()}
+        _, by_fields = self.second_gradients(x, h, u)
+        return in_order(self.jvp_type, by_fields | by_tangents, x)
+
+    @staticmethod
+    def _with_lse(x: Named, u: Named) -> Named:
+        """An lse that has a gradient of its own is an input, as X_jvp and X_second see by its tangent."""
+        return u | {"lse": torch.zeros_like(x["lse"])} if x.get("need_lse") and u["lse"] is None and has_any(u) else u
+
+
+def _tensors(count: int) -> str:
+    return f"({', '.join(['Tensor'] * count)})" if count > 1 else "Tensor"
+
+
+def _flat(outputs: Any) -> tuple[Any, ...]:
+    return tuple(outputs) if isinstance(outputs, (tuple, list)) else (outputs,)
+
+
+def has_any(named: Named) -> bool:
+    return any(x is not None for x in named.values())
+
+
+def plus(x: Tensor | None, y: Tensor | None) -> Tensor | None:
+    """The sum; None, and a tensor without elements, which stands for it, is zero."""
+    if x is None or y is None or x.shape != y.shape:
+        return y if x is None or not x.numel() else x
+    return x + y
+
+
+def named_inputs(kind: Any, x: Named, u: Named | None = None) -> Any:
+    """The inputs of an operator from those of another; all gradients but that of an lse are needed."""
+    named = {"need_lse": False} | x | {f"{field}_tangent": y for field, y in (u or {}).items()}
+    named |= {field: True for field in kind._fields if field.startswith("need_") and field != "need_lse"}
+    return kind._make([named[field] for field in kind._fields])
+
+
+def in_order(kind: Any, gradients: Named, x: Named) -> tuple[Any, ...]:
+    """Gradients for the fields of an operator's inputs that are tensors."""
+    return tuple([gradients.get(field) if isinstance(x[field], Tensor) else None for field in kind._fields])
+
+
+def save(ctx: Any, inputs: Any, outputs: Any) -> None:
+    ctx.save_for_backward(*[x if isinstance(x, Tensor) else None for x in inputs])
+    ctx.options = inputs._make([None if isinstance(x, Tensor) else x for x in inputs])
+    ctx.set_materialize_grads(False)
+
+
+def saved(ctx: Any) -> Named:
+    """The inputs that `_save` saved, by name."""
+    pairs = zip(ctx.saved_tensors, ctx.options, strict=True)
+    return dict(zip(ctx.options._fields, [option if x is None else x for x, option in pairs], strict=True))
+
+
+def _raises(why: str) -> Callable[..., Any]:
+    def jvp(inputs: Any, tangents: Any, outputs: Any) -> Any:
+        raise RuntimeError(f"{why}; use reverse mode inside (torch.func.hessian, or jvp of grad)")
+
+    return jvp

@@ -1,0 +1,124 @@
+"""The derivatives of relevancy_attention's backward pass, which is that of score_attention beside one relevancy_step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlattn_fast._ground.tensors import weigh_rows
+from vlattn_fast.backends.inputs import RelevancyAttentionBackwardInputs, RelevancyStepBackwardInputs
+from vlattn_fast.ops._derivatives import Named, has_any, in_order, named_inputs, plus, save, saved
+from vlattn_fast.ops._registration import differentiable
+from vlattn_fast.ops._sinks import lse_with_sink
+from vlattn_fast.ops.relevancy_attention import attention_of
+from vlattn_fast.ops.relevancy_step import DERIVATIVES as STEP
+from vlattn_fast.ops.score_attention import DERIVATIVES as ATTENTION
+
+_FIELDS = "query", "key", "value", "row_bias"
+_OUTPUTS = "query", "key", "value", "grad_carrier", "row_bias"  # what the outputs are gradients of
+
+
+def _step_of(x: Named) -> Named | None:
+    """The inputs of the relevancy_step; None where Abar is zero."""
+    behind = x["grad_behind_sink"]
+    grad_output = x["grad_out"] if behind is None else behind
+    if x["grad_carrier"] is None or (grad_output is None and x["rule"] == "gradient"):
+        return None
+    lse = lse_with_sink(x["lse"], x["sink"]) if _has_sink(x) else x["lse"]
+    relevancy = weigh_rows(x["grad_carrier"], x["attention_weight"])
+    return x | {"relevancy": relevancy, "grad_output": grad_output, "lse": lse}
+
+
+def _has_sink(x: Named) -> bool:
+    """Whether A has the share of the keys as a factor. Else dA has it, by the gradient of the output before the sink."""
+    return x["sink"] is not None and (x["rule"] == "attention" or x["grad_behind_sink"] is not None)
+
+
+def _shares(x: Named, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """What the keys and the sink have of the softmax, the derivatives of its log-sum-exp `lse`."""
+    shares = [torch.where(torch.isinf(lse), 0.0, torch.exp(part - lse)) for part in (x["lse"], x["sink"])]
+    return shares[0], shares[1]
+
+
+def _jvp(inputs: Any, tangents: Any, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    x, given = inputs._asdict(), tangents._asdict()
+    attention, u = attention_of(x), {field: given[field] for field in _FIELDS}
+    h, h_tangent = _of_outputs(x), _of_outputs(given)
+    made: Named = {}
+    if has_any(u) and has_any(h):
+        made |= ATTENTION.second_gradients(attention, h, u | {"vector": None})[1]
+    if has_any(h_tangent):
+        made = {field: plus(made.get(field), y) for field, y in ATTENTION.gradients(attention, h_tangent).items()}
+    if x["grad_carrier"] is not None:
+        made["grad_carrier"] = _jvp_of_carrier(x, given, u)
+    pairs = [(made.get(name), out) for name, out in zip(_OUTPUTS, outputs, strict=True)]
+    return tuple([torch.zeros_like(out) if y is None or y.shape != out.shape else y for y, out in pairs])
+
+
+def _jvp_of_carrier(x: Named, given: Named, u: Named) -> Tensor | None:
+    """The tangent of r * a + (r * b) Abar."""
+    step, carrier = _step_of(x), given["grad_carrier"]
+    direct = None if carrier is None else weigh_rows(carrier, x["residual_weight"])
+    if step is None:
+        return direct
+    behind = x["grad_behind_sink"] is not None
+    v = u | {
+        "relevancy": None if carrier is None else weigh_rows(carrier, x["attention_weight"]),
+        "grad_output": given["grad_behind_sink" if behind else "grad_out"],
+        "lse": None,
+    }
+    if _has_sink(x):
+        of_keys, of_sink = _shares(x, step["lse"])
+        if has_any(u):
+            _, lse = ATTENTION.tangents_of_outputs(attention_of(x), u | {"vector": None})
+            v["lse"] = of_keys * lse
+        if given["sink"] is not None:
+            v["lse"] = plus(v["lse"], of_sink * given["sink"])
+    return plus(direct, STEP.tangents_of_outputs(step, v)[0] if has_any(v) else None)
+
+
+def _of_outputs(x: Named) -> Named:
+    return {"grad_out": x["grad_out"], "grad_lse": x["grad_lse"]}
+
+
+def _backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+    x = saved(ctx)
+    attention, h = attention_of(x), _of_outputs(x)
+    c = {
+        name: y if y is not None and x[name] is not None and y.shape == x[name].shape else None
+        for name, y in zip(_OUTPUTS, cotangents, strict=True)
+    }
+    u = {field: c[field] for field in _FIELDS}
+    made: Named = {}
+    if has_any(u) and has_any(h):
+        rows, made = ATTENTION.second_gradients(attention, h, u | {"vector": None})
+        made |= {grad: y for grad, y in zip(h, rows, strict=True) if h[grad] is not None}
+    if c["grad_carrier"] is not None:
+        for name, y in _backward_of_carrier(x, attention, c["grad_carrier"]).items():
+            made[name] = plus(made.get(name), y)
+    return in_order(RelevancyAttentionBackwardInputs, made, x)
+
+
+def _backward_of_carrier(x: Named, attention: Named, cotangent: Tensor) -> Named:
+    """The gradients of the product of `cotangent` with r * a + (r * b) Abar."""
+    step, made = _step_of(x), {"grad_carrier": weigh_rows(cotangent, x["residual_weight"])}
+    if step is None:
+        return made
+    has_sink = _has_sink(x)
+    inputs = named_inputs(RelevancyStepBackwardInputs, step | {"grad": cotangent, "need_lse": has_sink})
+    by_step = dict(zip(STEP.fields, STEP.backward(inputs), strict=True))
+    made["grad_carrier"] = made["grad_carrier"] + weigh_rows(by_step["relevancy"], x["attention_weight"])
+    if x["rule"] == "gradient":
+        made["grad_out" if x["grad_behind_sink"] is None else "grad_behind_sink"] = by_step["grad_output"]
+    made |= {field: by_step[field] for field in _FIELDS if x[field] is not None and (field != "value" or x["rule"] == "gradient")}
+    if has_sink:
+        of_keys, of_sink = _shares(x, step["lse"])
+        made["sink"] = (of_sink * by_step["lse"]).sum_to_size(x["sink"].shape)
+        through = ATTENTION.gradients(attention, {"grad_out": None, "grad_lse": of_keys * by_step["lse"]})
+        made |= {field: plus(made.get(field), through[field]) for field in _FIELDS}
+    return made
+
+
+differentiable("relevancy_attention_backward", _backward, save, _jvp)
