@@ -34,8 +34,8 @@ def describe(x: Any) -> str:
 
 
 def check_tensor(name: str, x: Any, *, rank: int | None = None, shape: str | tuple[int, ...] = "") -> None:
-    """Raises unless `x` is a dense tensor of `rank` dimensions. The message shows `shape`: words, or the sizes of a parameter that
-    may also have a leading (H, ...)."""
+    """Raises unless `x` is a dense tensor of `rank` dimensions. The message shows `shape`: words, or the sizes of a parameter
+    that may also have a leading (H, ...)."""
     if type(x) not in _PLAIN or x.is_nested or x.layout is not torch.strided:
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor{_legend(shape)}; got {describe(x)}")

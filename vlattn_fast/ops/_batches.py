@@ -1,4 +1,4 @@
-"""torch.func.vmap of an operator: its samples become part of the batch, where the operator has one batch; else they run in turn."""
+"""torch.func.vmap of an operator: its samples become part of the batch, or run in turn if the operator has not one batch."""
 
 from __future__ import annotations
 

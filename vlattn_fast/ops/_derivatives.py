@@ -5,8 +5,8 @@ For outputs y = F(x), X_backward is B(x, h) = DF(x)^T h. With tangents u the oth
     J(x, u) = DF(x) u        S(x, h, u) = (D^2 F(x)[u])^T h
 
 J is F's forward mode. All second derivatives follow: J has the gradients B(x, h) by u and S(x, h, u) by x; B has the gradients
-J(x, u) by h and S(x, h, u) by x, and the tangent S(x, h, u) + B(x, h.). Only forward mode of forward mode is missing: a Hessian is
-forward over reverse.
+J(x, u) by h and S(x, h, u) by x, and the tangent S(x, h, u) + B(x, h.). Only forward mode of forward mode is missing: a Hessian
+is forward over reverse.
 """
 
 from __future__ import annotations

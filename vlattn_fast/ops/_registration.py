@@ -184,7 +184,7 @@ def _autograd_function(name: str, kernel: Callable[..., Any], inputs_type: Any, 
 
     methods = {"forward": forward, "backward": backward, "jvp": jvp}
     function: Any = type(name, (torch.autograd.Function,), {key: staticmethod(method) for key, method in methods.items()})
-    # Function.apply, in Python, first looks for functorch's tensors. _records has ruled them out, or this is the kernel of one level
+    # Function.apply, in Python, first looks for functorch's tensors. There are none (`_records`), or only those of one level
     return super(torch.autograd.Function, function).apply
 
 
@@ -265,9 +265,9 @@ def differentiable(
 ) -> None:
     """Gives an operator, with its twin, its derivatives.
 
-    Reverse mode: `setup_context(ctx, inputs, outputs)` saves for `backward(ctx, *grads)`, which returns the gradients of the first
-    inputs; the inputs after them have none. Forward mode: `jvp(inputs, tangents, outputs)` returns the tangents of the outputs;
-    tangents have the names of the inputs, and None stands for zero.
+    Reverse mode: `setup_context(ctx, inputs, outputs)` saves for `backward(ctx, *grads)`, which returns the gradients of the
+    first inputs; the inputs after them have none. Forward mode: `jvp(inputs, tangents, outputs)` returns the tangents of the
+    outputs; tangents have the names of the inputs, and None stands for zero.
     """
     _DERIVATIVES[name] = _Derivatives(backward, setup_context, _no_forward_mode(name) if jvp is None else jvp)
 

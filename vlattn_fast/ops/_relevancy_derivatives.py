@@ -103,7 +103,8 @@ def _backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
 
 def _backward_of_carrier(x: Named, attention: Named, cotangent: Tensor) -> Named:
     """The gradients of the product of `cotangent` with r * a + (r * b) Abar."""
-    step, made = _step_of(x), {"grad_carrier": weigh_rows(cotangent, x["residual_weight"])}
+    step = _step_of(x)
+    made: Named = {"grad_carrier": weigh_rows(cotangent, x["residual_weight"])}
     if step is None:
         return made
     has_sink = _has_sink(x)

@@ -315,7 +315,7 @@ def _backward_fake(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, .
 _forward_op = define(
     "attention_statistics",
     AttentionStatisticsInputs,
-    "(Tensor mass, Tensor entropy, Tensor maximum, Tensor argmax, Tensor received, Tensor max_logit, Tensor row_max, Tensor mean_x)",
+    f"({', '.join(f'Tensor {name}' for name in OUTPUTS)})",
     _forward,
     _forward_fake,
 )

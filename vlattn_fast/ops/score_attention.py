@@ -437,13 +437,13 @@ def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     return *grads, None if inputs.vector is None else grad_vector, *grad_masks
 
 
-def _of_kind(name: str) -> Callable[..., tuple[Tensor | None, ...]]:
+def _of_kind(name: str) -> Callable[..., tuple[Any, ...]]:
     """Like `gradients`; kernels take dot products, and streaming any score."""
     run = gradients(BACKENDS, name)
     return lambda inputs: run(inputs if inputs.score == "dot" else inputs._replace(backend="streaming"))
 
 
-def _jvp(inputs: Any) -> tuple[Tensor, ...]:
+def _jvp(inputs: Any) -> tuple[Tensor, Tensor]:
     tangents = {f"{field}_tangent": torch.zeros_like(getattr(inputs, field)) for field in ("query", "key", "value")}
     given = {name: tangent for name in tangents if (tangent := getattr(inputs, name)) is not None}
     out, lse = _of_kind("jvp")(inputs._replace(**(tangents | given)))

@@ -101,8 +101,8 @@ def head_mean(prob: Tensor, grad_prob: Tensor | None, row_normalize: bool) -> Te
 
 
 class _Carry(torch.autograd.Function):
-    """Returns (out, carrier). The backward pass multiplies the carrier's gradient by Abar, of which `prob` and `value` have second
-    derivatives alone; a and b are the weights."""
+    """Returns (out, carrier). The backward pass multiplies the carrier's gradient by Abar, so `prob` and `value` have only second
+    derivatives; a and b are the weights."""
 
     generate_vmap_rule = True
 

@@ -61,7 +61,7 @@ def jvp(formula: Formula, inputs: Any) -> tuple[Tensor, ...]:
     for tile in _tiles(formula, inputs):
         x = {name: tile.tensors[name] for name in tile.tangents}
         with derivable():
-            _, tangents = torch.func.jvp(tile.run, (x,), (tile.tangents,))
+            _, tangents, *_ = torch.func.jvp(tile.run, (x,), (tile.tangents,))
         for output, part, where in zip(outputs, tangents, tile.places, strict=True):
             output[where] += part
     return outputs
@@ -76,7 +76,7 @@ def second(formula: Formula, inputs: Any, grads: Sequence[Tensor | None]) -> tup
 
         def product(x: Named, tile: Any = tile, cotangents: Any = cotangents) -> Tensor:
             varied = {name: x[name] for name in tile.tangents}
-            _, tangents = torch.func.jvp(lambda y: tile.run({**x, **y}), (varied,), (tile.tangents,))
+            _, tangents, *_ = torch.func.jvp(lambda y: tile.run({**x, **y}), (varied,), (tile.tangents,))
             parts = [(g.to(t.dtype) * t).sum() for g, t in zip(cotangents, tangents, strict=True) if g is not None]
             return sum(parts, tile.none)
 

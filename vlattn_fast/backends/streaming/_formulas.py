@@ -122,8 +122,8 @@ def abar_of_heads(x: Any, lse_varies: bool) -> Tensor:
 
 def attention_map(x: Any, lse_varies: bool) -> tuple[Tensor]:
     """Abar (b, i, M)."""
-    reduce = {"mean": torch.mean, "max": torch.amax, "min": torch.amin}[x.head_reduction]
-    abar = reduce(abar_of_heads(x, lse_varies), 1)
+    reductions: dict[str, Callable[..., Tensor]] = {"mean": torch.mean, "max": torch.amax, "min": torch.amin}
+    abar = reductions[x.head_reduction](abar_of_heads(x, lse_varies), 1)
     return (over_sums(abar) if x.row_normalize else abar,)
 
 

@@ -95,8 +95,8 @@ _FORMULA = Formula(
 def jvp(inputs: Any) -> tuple[Tensor, Tensor]:
     """The tangents of out and lse for those of query, key, value, vector and row_bias.
 
-    With x = scale (u_q K^T + Q u_k^T) + u_b the tangent of a dot product's logits, that of lse is xi_i = sum_j P_ij x_ij, and that
-    of P is P (x - xi).
+    With x = scale (u_q K^T + Q u_k^T) + u_b the tangent of a dot product's logits, that of lse is xi_i = sum_j P_ij x_ij, and
+    that of P is P (x - xi).
     """
     if inputs.score != "dot":
         out, to_lse = _derivatives.jvp(_FORMULA, inputs)
