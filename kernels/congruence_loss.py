@@ -22,7 +22,7 @@ from torch import Tensor
 
 from vlattn_fast._ground.tensors import unit_strides
 from vlattn_fast.backends.inputs import CongruenceLossBackwardInputs, CongruenceLossInputs
-from vlattn_fast.backends.reference.congruence_loss import EPSILON
+from vlattn_fast.backends.reference.congruence_loss import EPSILON, num_gradients, of_all_blocks
 from vlattn_fast.kernels._configurations import cached_launch, configuration
 from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._tiles import (
@@ -64,8 +64,8 @@ def forward(inputs: CongruenceLossInputs) -> tuple[Tensor, Tensor]:
 
 
 @on_device
-def backward(inputs: CongruenceLossBackwardInputs) -> tuple[list[Tensor], list[Tensor]]:
-    """Gradients of the queries and of the keys: of the first two, or of all four for "iais_distributed"."""
+def backward(inputs: CongruenceLossBackwardInputs) -> tuple[Tensor | None, ...]:
+    """Gradients of the queries and of the keys; None for those of blocks that are constants."""
     queries, keys, direction = inputs.queries, inputs.keys, inputs.direction
     distributed = inputs.kind == "iais_distributed"
     # iais_distributed in one direction does not use the other modality's attention to itself
@@ -73,12 +73,12 @@ def backward(inputs: CongruenceLossBackwardInputs) -> tuple[list[Tensor], list[T
     if _without_tokens(queries):
         zero = {0, 1, 2, 3}
     grad_queries, grad_keys = (
-        [(x.new_zeros if i in zero else x.new_empty)(x.shape) for i, x in enumerate(xs[: 4 if distributed else 2])]
+        [(x.new_zeros if i in zero else x.new_empty)(x.shape) for i, x in enumerate(xs[: num_gradients(inputs.kind)])]
         for xs in (queries, keys)
     )
     for b, part in _chunks(inputs):
         part.gradients(_at(grad_queries, b), _at(grad_keys, b), _at([inputs.grad_loss], b)[0].float().contiguous())
-    return grad_queries, grad_keys
+    return of_all_blocks([*grad_queries, *grad_keys])
 
 
 def _at(xs: list[Tensor], b: slice | None) -> list[Tensor]:

@@ -602,30 +602,31 @@ std::tuple<Tensor, Tensor> maxsim(Tensor queries_in, Tensor documents_in, Maybe 
     return {similarity, places};
 }
 
-std::tuple<Tensor, Tensor> congruence_loss(std::vector<Tensor> queries, std::vector<Tensor> keys, Maybe text_mask,
-                                           Maybe image_mask, Word kind, Word direction, double scale, bool saves, Word backend) {
+std::tuple<Tensor, Tensor> congruence_loss(Tensor text_query, Tensor image_query, Tensor cross_text_query,
+                                           Tensor cross_image_query, Tensor text_key, Tensor image_key, Tensor cross_image_key,
+                                           Tensor cross_text_key, Maybe text_mask, Maybe image_mask, Word kind, Word direction,
+                                           double scale, bool saves, Word backend) {
     check_backend(backend);
-    STD_TORCH_CHECK(
-        queries.size() == 4 && keys.size() == 4, "queries and keys must be those of the four blocks LL, VV, LV and VL");
-    const Tensor& text = queries[0];
-    check("queries[0]", text, {ANY, ANY, ANY, ANY}, FLOATS);
-    check("queries[1]", queries[1], {ANY, ANY, ANY, ANY}, {});
-    const Size batch = text.size(0), L = text.size(2), V = queries[1].size(2);
+    check("text_query", text_query, {ANY, ANY, ANY, ANY}, FLOATS);
+    check("image_query", image_query, {ANY, ANY, ANY, ANY}, {});
+    const Size batch = text_query.size(0), L = text_query.size(2), V = image_query.size(2);
     Call call("congruence_loss");
-    for (const size_t n : {0, 1, 2, 3}) {  // text or image
-        const std::string index = "[" + std::to_string(n) + "]";
-        const Size of_queries = n % 2 ? V : L, of_keys = n == 0 || n == 3 ? L : V;
-        check("queries" + index, queries[n], {batch, text.size(1), of_queries, text.size(3)}, {text.scalar_type()});
-        check("keys" + index, keys[n], {batch, text.size(1), of_keys, text.size(3)}, {text.scalar_type()});
-        call.strided("queries" + index, unit_stride(queries[n])).strided("keys" + index, unit_stride(keys[n]));
-    }
+    const auto block = [&](const char* kind_of, size_t n, const char* name, const Tensor& x, Size tokens) {
+        check(name, x, {batch, text_query.size(1), tokens, text_query.size(3)}, {text_query.scalar_type()});
+        call.strided(kind_of + ("[" + std::to_string(n) + "]"), unit_stride(x));
+    };
+    block("queries", 0, "text_query", text_query, L), block("keys", 0, "text_key", text_key, L);
+    block("queries", 1, "image_query", image_query, V), block("keys", 1, "image_key", image_key, V);
+    block("queries", 2, "cross_text_query", cross_text_query, L), block("keys", 2, "cross_image_key", cross_image_key, V);
+    block("queries", 3, "cross_image_query", cross_image_query, V), block("keys", 3, "cross_text_key", cross_text_key, L);
     check("text_mask", text_mask, {batch, L}, {ScalarType::Bool});
     check("image_mask", image_mask, {batch, V}, {ScalarType::Bool});
     place("direction", direction, {"text", "image", "both"});
-    const Tensor loss = empty(text, {batch}, ScalarType::Float);
+    const Tensor loss = empty(text_query, {batch}, ScalarType::Float);
     const Size of_blocks = kind == "iais_distributed" ? 4 : 2;
-    const Tensor gradients = empty(text, {saves ? of_blocks * (text.numel() + queries[1].numel()) : 0}, ScalarType::Float);
-    call.number("dtype", dtype_of(text)).number("B", batch).number("H", text.size(1)).number("D", text.size(3));
+    const Tensor gradients =
+        empty(text_query, {saves ? of_blocks * (text_query.numel() + image_query.numel()) : 0}, ScalarType::Float);
+    call.number("dtype", dtype_of(text_query)).number("B", batch).number("H", text_query.size(1)).number("D", text_query.size(3));
     call.number("lengths[0]", L).number("lengths[1]", V).number("scale", scale);
     call.number("kind", place("kind", kind, {"cacr", "iais_singular", "iais_distributed"}));
     call.number("directions[0]", direction != "image").number("directions[1]", direction != "text");
@@ -705,8 +706,10 @@ OPERATORS(VLATTN_NAMESPACE, m) {
         "maxsim(Tensor queries, Tensor documents, Tensor? query_mask, Tensor? document_mask, bool saves, str backend) -> "
         "(Tensor similarity, Tensor places)");
     m.def(
-        "congruence_loss(Tensor[] queries, Tensor[] keys, Tensor? text_mask, Tensor? image_mask, str kind, str direction, "
-        "float scale, bool saves, str backend) -> (Tensor loss, Tensor gradients)");
+        "congruence_loss(Tensor text_query, Tensor image_query, Tensor cross_text_query, Tensor cross_image_query, "
+        "Tensor text_key, Tensor image_key, Tensor cross_image_key, Tensor cross_text_key, Tensor? text_mask, "
+        "Tensor? image_mask, str kind, str direction, float scale, bool saves, str backend) -> "
+        "(Tensor loss, Tensor gradients)");
     m.def(
         "stacked_cross_attention(Tensor images, Tensor captions, Tensor? caption_lengths, Tensor? image_lengths, "
         "str direction, str? first_norm, float smooth, str aggregation, float lambda_lse, str backend) -> Tensor");

@@ -61,7 +61,7 @@ def test_threads_change_no_bit(threads: None) -> None:
 
 def op_arguments(x: dict[str, Tensor], kind: str, saves: bool, *masks: Tensor | None, direction: str = "both") -> tuple[Any, ...]:
     queries, keys = [x["text_query"], x["image_query"]] * 2, [x["text_key"], x["image_key"], x["image_key"], x["text_key"]]
-    return queries, keys, *(masks or (None, None)), kind, direction, 0.5, saves, "cpu"
+    return *queries, *keys, *(masks or (None, None)), kind, direction, 0.5, saves, "cpu"
 
 
 @pytest.mark.parametrize("kind", KINDS)

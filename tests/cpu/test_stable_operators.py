@@ -130,8 +130,8 @@ wrong("grad_output must be given", lambda: operators.relevancy_step(
 wrong("documents must have the shape (any, any, 4)", lambda: operators.maxsim(x[0], x[0, :, :, 1:], None, None, False, "cpu"))
 wrong("lengths must lie from 0 to 5; got 9", lambda: operators.stacked_cross_attention(
     x[0], x[0], torch.tensor([9, 1]), None, "t2i", None, 9.0, "mean", 6.0, "cpu"))
-wrong("keys[1] must have the shape", lambda: operators.congruence_loss(
-    [x, few, x, few], [x] * 4, None, None, "cacr", "both", 0.5, False, "cpu"))
+wrong("image_key must have the shape", lambda: operators.congruence_loss(
+    x, few, x, few, *[x] * 4, None, None, "cacr", "both", 0.5, False, "cpu"))
 print("all were refused")
 """
 

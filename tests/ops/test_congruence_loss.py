@@ -237,7 +237,7 @@ def op_arguments(kind: str, masked: bool, grad: bool) -> tuple[Any, ...]:
     tail = (prefix(5, 5, 1), prefix(4, 4, 2)) if masked else (None, None)
     queries = [x[name] for name in ("text_query", "image_query", "cross_text_query", "cross_image_query")]
     keys = [x[name] for name in ("text_key", "image_key", "cross_image_key", "cross_text_key")]
-    return queries, keys, *tail, kind, "both", 0.5, grad, "streaming"
+    return *queries, *keys, *tail, kind, "both", 0.5, grad, "streaming"
 
 
 @pytest.mark.parametrize("kind", KINDS)

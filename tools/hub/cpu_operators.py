@@ -34,8 +34,7 @@ def _forward(name: str, inputs_type: Any, fake: Callable[[Any], Any]) -> Callabl
     torch.library.register_fake(add_op_namespace_prefix(name), lambda *args: fake(inputs_type(*args)))
 
     def call(inputs: Any) -> Any:
-        tensors = [x for each in inputs for x in (each if isinstance(each, list) else [each]) if isinstance(x, Tensor)]
-        if torch.is_grad_enabled() and any([x.requires_grad for x in tensors]):
+        if torch.is_grad_enabled() and any([x.requires_grad for x in inputs if isinstance(x, Tensor)]):
             raise ValueError(
                 f"{name} must get tensors without gradients: on CPUs it has a forward pass alone. Call it under "
                 "torch.no_grad(), or install the package vlattn_fast, which has the backward pass"
@@ -66,7 +65,7 @@ def _statistics(inputs: AttentionStatisticsInputs) -> tuple[Tensor, ...]:
 
 
 def _congruence(inputs: CongruenceLossInputs) -> tuple[Tensor, Tensor]:
-    text = inputs.queries[0]
+    text = inputs.text_query
     return text.new_empty(text.shape[0], dtype=torch.float32), text.new_empty(0, dtype=torch.float32)
 
 

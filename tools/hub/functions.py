@@ -216,7 +216,7 @@ def congruence_loss(
     check_device(text[0])
     queries, keys = block_inputs(text, image, cross, None, None)  # the kernels mask padding
     options = kind, direction, _scale(text[0], scale), False, BACKEND
-    loss, _ = congruence_op(CongruenceLossInputs(queries, keys, text_mask, image_mask, *options))
+    loss, _ = congruence_op(CongruenceLossInputs(*queries, *keys, text_mask, image_mask, *options))
     return loss
 
 

@@ -22,7 +22,7 @@ from vlattn_fast.backends.inputs import (
     ScoreAttentionBackwardInputs,
     ScoreAttentionInputs,
 )
-from vlattn_fast.backends.reference.congruence_loss import num_gradients
+from vlattn_fast.backends.reference.congruence_loss import num_gradients, of_all_blocks
 from vlattn_fast.kernels import attention_map as _map
 from vlattn_fast.kernels import attention_statistics as _statistics
 from vlattn_fast.kernels import congruence_loss as _congruence
@@ -239,29 +239,29 @@ congruence_op = define(
     CongruenceLossInputs,
     "(Tensor, Tensor)",
     _congruence.forward,
-    lambda x: tuple(x.queries[0].new_empty(size, dtype=torch.float32) for size in (x.queries[0].shape[0], 0)),
+    lambda x: tuple(x.text_query.new_empty(size, dtype=torch.float32) for size in (x.text_query.shape[0], 0)),
 )
 _congruence_gradients = define(
     "congruence_loss_backward",
     CongruenceLossBackwardInputs,
-    "(Tensor[], Tensor[])",
+    f"({', '.join(['Tensor'] * 8)})",
     _congruence.backward,
-    lambda x: tuple([torch.empty_like(each) for each in xs[: num_gradients(x.kind)]] for xs in (x.queries, x.keys)),
+    lambda x: tuple(
+        each.new_empty(each.shape if k % 4 < num_gradients(x.kind) else 0) for k, each in enumerate((*x.queries, *x.keys))
+    ),
 )
+_of_congruence = Saved(CongruenceLossInputs, CongruenceLossBackwardInputs, outputs=("gradients",), grads=("grad_loss",))
 
 
 def _congruence_saved(ctx: Any, inputs: CongruenceLossInputs, output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*inputs.queries, *inputs.keys, inputs.text_mask, inputs.image_mask, output[1])
-    ctx.options = inputs.kind, inputs.direction, inputs.scale, inputs.backend
+    _of_congruence.save(ctx, inputs, output[1])
 
 
-def _congruence_autograd(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[list[Any], list[Any]]:
-    *blocks, text_mask, image_mask, gradients = ctx.saved_tensors
-    inputs = CongruenceLossBackwardInputs(grad_loss, gradients, blocks[:4], blocks[4:], text_mask, image_mask, *ctx.options)
-    grad_queries, grad_keys = _congruence_gradients(inputs)
-    none = [None] * (4 - len(grad_queries))
-    return [*grad_queries, *none], [*grad_keys, *none]
+def _congruence_autograd(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    inputs = _of_congruence.inputs(ctx, grad_loss)
+    grads, n = _congruence_gradients(inputs), num_gradients(inputs.kind)
+    return of_all_blocks([*grads[:n], *grads[4 : 4 + n]])
 
 
 differentiable("score_attention", _score_autograd, lambda ctx, inputs, output: _of_scores.save(ctx, inputs, *output))

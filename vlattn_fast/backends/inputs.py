@@ -358,8 +358,14 @@ class CongruenceLossInputs(NamedTuple):
     """queries and keys (B, H, L or V, D) of the blocks LL, VV, LV, VL (see reference.congruence_loss.block_inputs), text_mask
     bool (B, L), image_mask bool (B, V). saves: whether gradients are needed."""
 
-    queries: list[Tensor]
-    keys: list[Tensor]
+    text_query: Tensor
+    image_query: Tensor
+    cross_text_query: Tensor
+    cross_image_query: Tensor
+    text_key: Tensor
+    image_key: Tensor
+    cross_image_key: Tensor
+    cross_text_key: Tensor
     text_mask: Tensor | None
     image_mask: Tensor | None
     kind: str
@@ -368,20 +374,42 @@ class CongruenceLossInputs(NamedTuple):
     saves: bool
     backend: str
 
+    @property
+    def queries(self) -> list[Tensor]:
+        return [self.text_query, self.image_query, self.cross_text_query, self.cross_image_query]
+
+    @property
+    def keys(self) -> list[Tensor]:
+        return [self.text_key, self.image_key, self.cross_image_key, self.cross_text_key]
+
 
 class CongruenceLossBackwardInputs(NamedTuple):
     """grad_loss (B), the gradients from the backend's forward pass; the others as in CongruenceLossInputs."""
 
     grad_loss: Tensor
     gradients: Tensor
-    queries: list[Tensor]
-    keys: list[Tensor]
+    text_query: Tensor
+    image_query: Tensor
+    cross_text_query: Tensor
+    cross_image_query: Tensor
+    text_key: Tensor
+    image_key: Tensor
+    cross_image_key: Tensor
+    cross_text_key: Tensor
     text_mask: Tensor | None
     image_mask: Tensor | None
     kind: str
     direction: str
     scale: float
     backend: str
+
+    @property
+    def queries(self) -> list[Tensor]:
+        return [self.text_query, self.image_query, self.cross_text_query, self.cross_image_query]
+
+    @property
+    def keys(self) -> list[Tensor]:
+        return [self.text_key, self.image_key, self.cross_image_key, self.cross_text_key]
 
 
 class StackedCrossAttentionInputs(NamedTuple):

@@ -13,12 +13,19 @@ from torch import Tensor
 from vlattn_fast._ground.checks import check_choice, check_floating, check_not_batched, check_tensor, check_token_mask, describe
 from vlattn_fast._ground.tensors import cast_by_autocast, compute_dtype, resolve_scale, scaled_dot_default
 from vlattn_fast.backends.inputs import CongruenceLossBackwardInputs, CongruenceLossInputs
-from vlattn_fast.backends.reference.congruence_loss import DIRECTIONS, KINDS, REDUCTIONS, block_inputs, num_gradients
+from vlattn_fast.backends.reference.congruence_loss import (
+    DIRECTIONS,
+    KINDS,
+    REDUCTIONS,
+    block_inputs,
+    num_gradients,
+    of_all_blocks,
+)
 from vlattn_fast.dispatch.call import Call, make_call
 from vlattn_fast.dispatch.choice import launcher, load, planned, select
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
-from vlattn_fast.ops._registration import define, differentiable, once_differentiable
+from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
 from vlattn_fast.ops._stages import arguments_of, described
 
 
@@ -104,7 +111,7 @@ def congruence_loss(
     queries, keys = block_inputs(cast_by_autocast(*text), cast_by_autocast(*image), cross, *written)
     check_not_batched("tensors of congruence_loss", "backend='reference' takes them", *queries, *keys, text_mask, image_mask)
     saves = torch.is_grad_enabled() and any([x.requires_grad for x in (*queries, *keys)])
-    loss, _ = _forward_op(CongruenceLossInputs(queries, keys, text_mask, image_mask, kind, direction, scale, saves, backend))
+    loss, _ = _forward_op(CongruenceLossInputs(*queries, *keys, text_mask, image_mask, kind, direction, scale, saves, backend))
     if reduction == "none":
         return loss
     return loss.mean() if loss.shape[0] else loss.sum()
@@ -162,15 +169,15 @@ def _check_pair(name: str, x: Any, legend: str) -> None:
 
 
 def _forward_fake(inputs: CongruenceLossInputs) -> tuple[Tensor, Tensor]:
-    text, image, *_ = inputs.queries
+    text, image = inputs.text_query, inputs.image_query
     loss = text.new_empty(text.shape[0], dtype=compute_dtype(text))
     saves = inputs.saves and "gradients" in BACKENDS[inputs.backend].saves
     return loss, loss.new_empty(num_gradients(inputs.kind) * (text.numel() + image.numel()) if saves else 0)
 
 
-def _backward_fake(inputs: CongruenceLossBackwardInputs) -> tuple[list[Tensor], list[Tensor]]:
+def _backward_fake(inputs: CongruenceLossBackwardInputs) -> tuple[Tensor, ...]:
     n = num_gradients(inputs.kind)
-    return [x.new_empty(x.shape) for x in inputs.queries[:n]], [x.new_empty(x.shape) for x in inputs.keys[:n]]
+    return tuple(x.new_empty(x.shape if k % 4 < n else 0) for k, x in enumerate((*inputs.queries, *inputs.keys)))
 
 
 # `gradients`: those of each sample's loss, if the backend computes them with it; empty if the backward pass computes them
@@ -180,29 +187,28 @@ _forward_op = define(
 _backward_op = define(
     "congruence_loss_backward",
     CongruenceLossBackwardInputs,
-    "(Tensor[] grad_queries, Tensor[] grad_keys)",
+    f"({', '.join(['Tensor'] * 8)})",
     launcher(BACKENDS, "backward"),
     _backward_fake,
 )
+
+
+_saved = Saved(CongruenceLossInputs, CongruenceLossBackwardInputs, outputs=("gradients",), grads=("grad_loss",))
 
 
 def _setup_context(ctx: Any, inputs: CongruenceLossInputs, output: tuple[Tensor, Tensor]) -> None:
     _, gradients = output
     ctx.mark_non_differentiable(gradients)
     ctx.set_materialize_grads(False)  # else zeros as large as the gradients
-    ctx.save_for_backward(*inputs.queries, *inputs.keys, inputs.text_mask, inputs.image_mask, gradients)
-    ctx.options = inputs.kind, inputs.direction, inputs.scale, inputs.backend
+    _saved.save(ctx, inputs, gradients)
 
 
-def _autograd(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[list[Any], list[Any]]:
+def _autograd(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if grad_loss is None:  # the differentiated result does not depend on the loss
-        return [None] * 4, [None] * 4
-    *blocks, text_mask, image_mask, gradients = ctx.saved_tensors
-    queries, keys = blocks[:4], blocks[4:]
-    inputs = CongruenceLossBackwardInputs(grad_loss, gradients, queries, keys, text_mask, image_mask, *ctx.options)
-    grad_queries, grad_keys = _backward_op(inputs)
-    none = [None] * (4 - len(grad_queries))
-    return [*grad_queries, *none], [*grad_keys, *none]
+        return (None,) * 8
+    inputs = _saved.inputs(ctx, grad_loss)
+    grads, n = _backward_op(inputs), num_gradients(inputs.kind)
+    return of_all_blocks([*grads[:n], *grads[4 : 4 + n]])
 
 
 differentiable("congruence_loss", _autograd, _setup_context)

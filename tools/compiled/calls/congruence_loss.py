@@ -44,8 +44,14 @@ def run(
     text, image = (torch.empty(1, 12, length, size, dtype=dtype) for length in lengths)
     text_mask, image_mask = (torch.ones(1, length, dtype=torch.bool) if masked else None for length in lengths)
     inputs = CongruenceLossInputs(
-        queries=[text, image, text, image],
-        keys=[text, image, image, text],
+        text_query=text,
+        image_query=image,
+        cross_text_query=text,
+        cross_image_query=image,
+        text_key=text,
+        image_key=image,
+        cross_image_key=image,
+        cross_text_key=text,
         text_mask=text_mask,
         image_mask=image_mask,
         kind=kind,

@@ -10,7 +10,7 @@ from torch import Tensor
 from vlattn_fast._ground.tensors import saved_for_the_last_time, unit_strides
 from vlattn_fast.backends.inputs import CongruenceLossBackwardInputs, CongruenceLossInputs
 from vlattn_fast.backends.native import DTYPES, StridedTensor, Struct, address, each, kernel, strided
-from vlattn_fast.backends.reference.congruence_loss import num_gradients
+from vlattn_fast.backends.reference.congruence_loss import num_gradients, of_all_blocks
 
 
 class CongruenceLoss(Struct):
@@ -60,8 +60,8 @@ def forward(inputs: CongruenceLossInputs) -> tuple[Tensor, Tensor]:
     return loss, gradients
 
 
-def backward(inputs: CongruenceLossBackwardInputs) -> tuple[list[Tensor], list[Tensor]]:
-    """Gradients of the queries and of the keys, of as many as `num_gradients` says."""
+def backward(inputs: CongruenceLossBackwardInputs) -> tuple[Tensor | None, ...]:
+    """Gradients of the queries and of the keys; None for those of blocks that are constants."""
     n = num_gradients(inputs.kind)
     blocks = [*inputs.queries[:n], *inputs.keys[:n]]
     factor = inputs.grad_loss.float()[:, None, None, None]
@@ -71,4 +71,4 @@ def backward(inputs: CongruenceLossBackwardInputs) -> tuple[list[Tensor], list[T
     for x, part in zip(blocks, parts, strict=True):
         part = part.view(x.shape)
         grads.append(torch.mul(part, factor, out=part if in_place else x.new_empty(x.shape)))
-    return grads[:n], grads[n:]
+    return of_all_blocks(grads)

@@ -13,7 +13,7 @@ from vlattn_fast._ground.tensors import unit_strides
 from vlattn_fast.backends.cuda._shared_library import kernel
 from vlattn_fast.backends.inputs import CongruenceLossBackwardInputs, CongruenceLossInputs
 from vlattn_fast.backends.native import DTYPES, StridedTensor, Struct, address, each, strided
-from vlattn_fast.backends.reference.congruence_loss import num_gradients
+from vlattn_fast.backends.reference.congruence_loss import num_gradients, of_all_blocks
 
 
 class Congruence(Struct):
@@ -45,14 +45,14 @@ def forward(inputs: CongruenceLossInputs) -> tuple[Tensor, Tensor]:
     return loss, loss.new_empty(0)
 
 
-def backward(inputs: CongruenceLossBackwardInputs) -> tuple[list[Tensor], list[Tensor]]:
-    """Gradients of the queries and of the keys, of as many as `num_gradients` says."""
+def backward(inputs: CongruenceLossBackwardInputs) -> tuple[Tensor | None, ...]:
+    """Gradients of the queries and of the keys; None for those of blocks that are constants."""
     n = num_gradients(inputs.kind)
     queries, keys = ([x.new_empty(*x.shape) for x in xs[:n]] for xs in (inputs.queries, inputs.keys))
     grad_loss = inputs.grad_loss.float().contiguous()
     grads = {"grad_query": _in_order(queries), "grad_key": _in_order(keys)}
     _call(_backward, inputs, grad_loss=address(grad_loss), **grads)
-    return queries, keys
+    return of_all_blocks([*queries, *keys])
 
 
 def _call(run: Any, inputs: CongruenceLossInputs | CongruenceLossBackwardInputs, **others: Any) -> None:

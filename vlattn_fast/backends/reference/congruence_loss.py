@@ -8,6 +8,7 @@ VL (B, V, L) are four softmaxes, each over the keys of its block, averaged over 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from vlattn_fast._ground.checks import check_choice
 from vlattn_fast._ground.tensors import compute_dtype, mask_padding, product, resolve_scale, scaled_dot_default
 
+Blocks = tuple[Tensor, Tensor, Tensor, Tensor]  # one tensor of each of LL, VV, LV, VL
 EPSILON = 1e-6  # in the logarithms of iais_distributed
 KINDS = ("cacr", "iais_singular", "iais_distributed")
 DIRECTIONS = ("text", "image", "both")
@@ -61,7 +63,7 @@ def block_inputs(
     cross: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
     text_mask: Tensor | None,
     image_mask: Tensor | None,
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> tuple[Blocks, Blocks]:
     """Queries and keys of the four blocks, with zeros at padding. Every backend takes them in this order:
 
     queries: text, image, cross text, cross image, each (B, H, L or V, D);
@@ -71,16 +73,23 @@ def block_inputs(
     """
     text, image = mask_padding(text_mask, *text), mask_padding(image_mask, *image)
     if cross is None:
-        return [text[0], image[0], text[0], image[0]], [text[1], image[1], image[1], text[1]]
+        return (text[0], image[0], text[0], image[0]), (text[1], image[1], image[1], text[1])
     (cross_text_query, cross_image_key), (cross_image_query, cross_text_key) = cross
     cross_text_query, cross_text_key = mask_padding(text_mask, cross_text_query, cross_text_key)
     cross_image_query, cross_image_key = mask_padding(image_mask, cross_image_query, cross_image_key)
-    return ([text[0], image[0], cross_text_query, cross_image_query], [text[1], image[1], cross_image_key, cross_text_key])
+    return (text[0], image[0], cross_text_query, cross_image_query), (text[1], image[1], cross_image_key, cross_text_key)
 
 
 def num_gradients(kind: str) -> int:
     """Returns how many blocks have gradients: all of LL, VV, LV and VL, or the first two if the cross blocks are constants."""
     return 4 if kind == "iais_distributed" else 2
+
+
+def of_all_blocks(gradients: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """Returns gradients of the queries and of the keys, `num_gradients` of each, with None for those of the other blocks."""
+    n = len(gradients) // 2
+    none = (None,) * (4 - n)
+    return *gradients[:n], *none, *gradients[n:], *none
 
 
 def _logits(query: Tensor, key: Tensor, columns: Tensor, scale: float) -> Tensor:

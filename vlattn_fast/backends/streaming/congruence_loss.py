@@ -26,7 +26,7 @@ from torch import Tensor
 
 from vlattn_fast._ground.tensors import compute_dtype
 from vlattn_fast.backends.inputs import CongruenceLossBackwardInputs, CongruenceLossInputs
-from vlattn_fast.backends.reference.congruence_loss import EPSILON, num_gradients
+from vlattn_fast.backends.reference.congruence_loss import EPSILON, num_gradients, of_all_blocks
 from vlattn_fast.backends.streaming._tiles import Tiling, tile_elements
 
 
@@ -41,8 +41,8 @@ def forward(inputs: CongruenceLossInputs) -> tuple[Tensor, Tensor]:
     return loss, loss.new_empty(0)
 
 
-def backward(inputs: CongruenceLossBackwardInputs) -> tuple[list[Tensor], list[Tensor]]:
-    """Gradients of the queries and of the keys, of as many as `num_gradients` says."""
+def backward(inputs: CongruenceLossBackwardInputs) -> tuple[Tensor | None, ...]:
+    """Gradients of the queries and of the keys; None for those of blocks that are constants."""
     kind, text = inputs.kind, inputs.queries[0]
     dtype, n = compute_dtype(text), num_gradients(kind)
     grad_queries, grad_keys = ([x.new_zeros(x.shape, dtype=dtype) for x in xs[:n]] for xs in (inputs.queries, inputs.keys))
@@ -54,7 +54,7 @@ def backward(inputs: CongruenceLossBackwardInputs) -> tuple[list[Tensor], list[T
             _BACKWARD[kind](inputs.grad_loss[b].to(dtype), ll, vv, lv, vl)
         for block in differentiated:
             block.finish()
-    return [grad.to(text.dtype) for grad in grad_queries], [grad.to(text.dtype) for grad in grad_keys]
+    return of_all_blocks([grad.to(text.dtype) for grad in (*grad_queries, *grad_keys)])
 
 
 _Softmax = Callable[..., Tensor]
