@@ -271,6 +271,11 @@ struct GroupBias {
         for (Size g = 0; g <= a.masks.groups; ++g) all &= !holds[g] || hides[g];
         return all;
     }
+    // x (count, w) += of each key of the block the row of its group in another table
+    void add_rows(const float* other, Size w, float* x) const {
+        for (Size j = 0; j < count; ++j)
+            for (Size i = 0; i < w; i += VL) store(x + j * w + i, load(x + j * w + i) + load(other + rows[j] + i));
+    }
     void add(Size w, float* S) const {
         const Vector masked = splat(-INFINITY);
         for (Size j = 0; j < count; ++j)
@@ -510,6 +515,27 @@ struct TakeGradient {
 // The caller's log-sum-exp is a float32 at best. Up to this magnitude P = e^(logit - lse) is right to 1e-3. Beyond it rows are
 // divided by the sum over the keys of this call.
 static const double LARGEST_CALLER_LSE = 16384.;
+
+// Ours is a float64. Up to 2^24 it gives P = e^(logit - lse) to 2^-29. Beyond it the statistics are computed again.
+static const double LARGEST_OWN_LSE = 16777216.;
+
+// From log-sum-exps (B, H, N) up to the magnitude `bound`: shift is lse in float32, and factor takes back what that rounds off.
+// `lost`: the rows whose log-sum-exp is too large for that. Gives whether there are any.
+static bool statistics_of_lse(const Attention& a, const double* lse, double bound, const Tile& t, const Statistics& s, bool* lost) {
+    lse += (t.b * a.H + t.h) * a.N + t.first;
+    const double* mask_shifts = a.mask_shifts(t.b, t.h, t.first);
+    bool any = false;
+    for (Size i = 0; i < t.width; ++i) {
+        double x = i < t.rows ? lse[i] : -INFINITY;
+        const bool masked = fabs(x) == INFINITY;
+        any |= lost[i] = !masked && fabs(x) > bound;
+        if (mask_shifts && i < t.rows) x -= mask_shifts[i];
+        s.shift[i] = masked ? INFINITY : (float)x;  // e^(logit - Inf) is 0 whatever the logit is
+        const double rounded_by = s.shift[i] - x;  // beyond 2^24 P is 0, and this has no bound
+        s.factor[i] = masked ? 0.f : fabs(rounded_by) < 1 ? (float)exp(rounded_by) : 1.f;
+    }
+    return any;
+}
 
 // The end of an online softmax: shift and factor of each row. `largest` may be the array of `s`.
 static void finish_rows(const float* largest, const double* total, Size w, const Statistics& s) {

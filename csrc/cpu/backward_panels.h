@@ -116,7 +116,7 @@ static void statistics_by_panels(const Attention& a, BackwardPanels& x, const Bl
     for (Size i = 0; i < b.t.width; ++i) largest[i] = -INFINITY, total[i] = 0;
     for (Size j0 = 0; j0 < visible; j0 += most_keys) {
         const Size count = least(most_keys, visible - j0);
-        load_panel(a, b.t.b, b.t.h / a.group(), j0, count, x.zeros, x.keys, x.values);
+        load_panel(a, a.key, a.value, b.t.b, b.t.h / a.group(), j0, count, x.zeros, x.keys, x.values);
         for (Size from = 0; from < count; from += CHUNK) {
             const Size some = least(CHUNK, count - from), steps = steps_of(some);
             key_products<STRIPS>(x.keys, from / STEP, steps, b.queries(x), x.S, x.stride);
@@ -322,7 +322,7 @@ static void backward_sweep(const BackwardCall& call, BackwardPanels& x, Size fir
     each_tile([&](const BlockTile& b) { start_packed_tile(call, x, b); });
     for (Size j0 = 0; j0 < visible; j0 += most_keys) {
         const Size loaded = least(most_keys, visible - j0);
-        load_panel(a, any.b, any.h / a.group(), j0, loaded, x.zeros, x.keys, x.values);
+        load_panel(a, a.key, a.value, any.b, any.h / a.group(), j0, loaded, x.zeros, x.keys, x.values);
         for (Size n = 0; n < blocks; ++n)
             pass_block(call, x, x.blocks[n], block_at(n), block_at(n + 1), j0, loaded, visible, n == 0);
         write_panel(x, x.grad_key, a.D, loaded, x.sums.fresh, x.sums.grad_key, j0);

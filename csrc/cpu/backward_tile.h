@@ -169,26 +169,9 @@ static void statistics_by_blocks(const Attention& a, const Score& score, Gradien
     finish_rows(largest, total, w, s);
 }
 
-// Ours is a float64. Up to 2^24 it gives P = e^(logit - lse) to 2^-29. Beyond it the statistics are computed again.
-static const double LARGEST_OWN_LSE = 16777216.;
-
-// From the log-sum-exp of the forward pass, or of the caller: shift is lse in float32, and factor takes back what that rounds off.
-// `lost`: the rows whose log-sum-exp is too large for that. Gives whether there are any.
+// From the log-sum-exp of the forward pass, or of the caller: as statistics_of_lse
 static bool statistics_of_lse(const Backward& c, const Tile& t, const Statistics& s, bool* lost) {
-    const double* lse = c.lse + (t.b * c.a.H + t.h) * c.a.N + t.first;
-    const double* mask_shifts = c.a.mask_shifts(t.b, t.h, t.first);
-    const double bound = c.lse_source == CALLER_LSE ? LARGEST_CALLER_LSE : LARGEST_OWN_LSE;
-    bool any = false;
-    for (Size i = 0; i < t.width; ++i) {
-        double x = i < t.rows ? lse[i] : -INFINITY;
-        const bool masked = fabs(x) == INFINITY;
-        any |= lost[i] = !masked && fabs(x) > bound;
-        if (mask_shifts && i < t.rows) x -= mask_shifts[i];
-        s.shift[i] = masked ? INFINITY : (float)x;  // e^(logit - Inf) is 0 whatever the logit is
-        const double rounded_by = s.shift[i] - x;  // beyond 2^24 P is 0, and this has no bound
-        s.factor[i] = masked ? 0.f : fabs(rounded_by) < 1 ? (float)exp(rounded_by) : 1.f;
-    }
-    return any;
+    return statistics_of_lse(c.a, c.lse, c.lse_source == CALLER_LSE ? LARGEST_CALLER_LSE : LARGEST_OWN_LSE, t, s, lost);
 }
 static void find_statistics(const Backward& c, Gradients& g, const Tile& t, Size visible, const Statistics& s) {
     if (c.lse_source == NO_LSE) return statistics_by_blocks(c.a, c.score, g, t, visible, s);

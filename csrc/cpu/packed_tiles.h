@@ -149,12 +149,12 @@ struct PackedKeys {
         }
     }
 };
-// Keys and values of a panel of one key head; `zeros` are as many as a row has
-static void load_panel(const Attention& a, Size b, Size head, Size first, Size count, const uint16_t* zeros, PackedKeys& keys,
-                       PackedKeys& values) {
+// Keys and values of a panel of one key head, or their tangents; `zeros` are as many as a row has
+static void load_panel(const Attention& a, const StridedTensor& key, const StridedTensor& value, Size b, Size head, Size first,
+                       Size count, const uint16_t* zeros, PackedKeys& keys, PackedKeys& values) {
     const uint8_t* visible = a.masks.keys ? a.masks.keys + b * a.M + first : nullptr;
-    keys.load({a.key, visible, b, head, first, count, a.D, zeros});
-    values.load({a.value, visible, b, head, first, count, a.Dv, zeros});
+    keys.load({key, visible, b, head, first, count, a.D, zeros});
+    values.load({value, visible, b, head, first, count, a.Dv, zeros});
 }
 
 // ---- a tile of rows

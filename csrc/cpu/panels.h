@@ -166,7 +166,7 @@ static void sweep(const Forward& c, PanelSpace& x, Size first, Size last) {
     memset(x.zeros, 0, most(a.D, a.Dv) * sizeof(uint16_t));
     each([&](const Tile& t, const PanelRows& r) { start_rows(a, x, t, r); });
     for (Size j0 = 0; j0 < visible; j0 += most_keys) {
-        load_panel(a, any.b, any.h / a.group(), j0, least(most_keys, visible - j0), x.zeros, x.keys, x.values);
+        load_panel(a, a.key, a.value, any.b, any.h / a.group(), j0, least(most_keys, visible - j0), x.zeros, x.keys, x.values);
         each([&](const Tile& t, const PanelRows& r) {
             const Size count = least(most_keys, t.keys(a, visible) - j0);
             if (count <= 0) return;  // under the causal mask

@@ -71,15 +71,6 @@ struct SecondTiles {
     }
 };
 
-// x (count, width) += of each key from j0 the row of its group
-static void add_rows(GroupBias& groups, const Attention& a, const Tile& t, Size j0, Size count, const float* table, float* x) {
-    groups.load_keys(a, t.b, j0, count);
-    for (Size j = 0; j < count; ++j)
-        for (Size i = 0; i < t.width; i += VL) {
-            float* to = x + j * t.width + i;
-            store(to, load(to) + load(table + groups.rows[j] + i));
-        }
-}
 // s.whole, and the products x, dP and w
 static void load_tiles(const Second& c, SecondTiles& s, const Tile& t, Size keys, Size visible) {
     const Attention& a = c.a;
@@ -97,7 +88,7 @@ static void load_tiles(const Second& c, SecondTiles& s, const Tile& t, Size keys
         l.keys.products(t, count, s.by_query_transposed, x, false);
         if (l.pairs) s.by_keys.products(t, count, l.transposed, x, true, Scaled<Store>{(float)a.scale, {}});
         else s.by_keys.products(t, count, l.transposed, x, true);
-        if (s.by_bias) add_rows(l.bias, a, t, j0, count, s.by_bias, x);
+        if (s.by_bias) l.bias.load_keys(a, t.b, j0, count), l.bias.add_rows(s.by_bias, width, x);
         l.value_products(a, t, j0, count, loaded, s.grad_out_transposed, dP);
         s.by_values.products(t, count, s.grad_out_transposed, w, false);
         if (c.dropout.probability > 0) drop(a, c.dropout, t, j0, count, dP), drop(a, c.dropout, t, j0, count, w);

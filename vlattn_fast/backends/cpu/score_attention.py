@@ -1,4 +1,5 @@
-"""score_attention by csrc/cpu/score_attention.cpp, and its second derivatives by csrc/cpu/score_attention_second.cpp."""
+"""score_attention by csrc/cpu/score_attention.cpp, its tangents by score_attention_jvp.cpp, and its second derivatives by
+score_attention_second.cpp."""
 
 from __future__ import annotations
 
@@ -54,6 +55,17 @@ class Backward(Struct):
     )
 
 
+class Jvp(Struct):
+    __slots__ = ()
+    _fields_ = (
+        *_CALL,
+        *each(StridedTensor, "out by_query by_key by_value"),
+        *each(c_void_p, "lse by_row_bias"),
+        ("to_out", StridedTensor),
+        ("to_lse", c_void_p),
+    )
+
+
 class Second(Struct):
     __slots__ = ()
     _fields_ = (
@@ -68,6 +80,7 @@ class Second(Struct):
 _NO_DROPOUT = Dropout()
 _forward = kernel("score_attention_forward", Forward)
 run_backward = kernel("score_attention_backward", Backward)
+_jvp = kernel("score_attention_jvp", Jvp)
 _second = kernel("score_attention_second", Second)
 
 
@@ -116,6 +129,31 @@ def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tens
         grad_vector = as_dtype(grad_vector, inputs.vector.dtype)
     folded = fold_heads(grad_key, inputs.key.shape[1]), fold_heads(grad_value, inputs.value.shape[1])
     return grad_query, *folded, grad_vector, grad_row_bias
+
+
+def jvp(inputs: Any) -> tuple[Tensor, Tensor]:
+    """The tangents of out and lse (float64) for those of query, key, value and row_bias; dot products."""
+    key, value = _same_heads(inputs.key, inputs.value)
+    by_key, by_value = _same_heads(inputs.key_tangent, inputs.value_tangent)
+    query, key, value, out = unit_strides(inputs.query, key, value, inputs.out)
+    by_query, by_key, by_value = unit_strides(inputs.query_tangent, by_key, by_value)
+    (a, _kept), lse, by_row_bias = attention(inputs, query, key, value), inputs.lse.contiguous(), float32(inputs.row_bias_tangent)
+    to_out, to_lse = empty_rows_first(query, *query.shape[1:3], value.shape[3]), torch.empty_like(lse)
+    call = Jvp(
+        a=a,
+        score=core_score(inputs, None),
+        dropout=_dropout(inputs),
+        out=strided(out),
+        by_query=strided(by_query),
+        by_key=strided(by_key),
+        by_value=strided(by_value),
+        lse=lse.data_ptr(),
+        by_row_bias=address(by_row_bias),
+        to_out=strided(to_out),
+        to_lse=to_lse.data_ptr(),
+    )
+    _jvp(call)
+    return to_out, to_lse
 
 
 def second(inputs: Any) -> tuple[Tensor | None, ...]:
