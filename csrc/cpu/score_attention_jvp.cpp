@@ -19,6 +19,10 @@
 namespace ISA {
 namespace {
 
+// Tiles of a head that pass a block of keys together: unlike forward, keys that are read where they lie, too, since with their tangents
+// they are twice as many.
+static Size most_tiles(const Attention& a) { return a.M > a.key_block() ? least(8, a.group() * tiles_of(a)) : 1; }
+
 // One thread's memory
 struct JvpSpace {
     Logits logits;
@@ -34,7 +38,7 @@ struct JvpSpace {
         const bool pairs = logits.pairs = Logits::takes_pairs(a, c.score);
         logits.plan(a, c.score, memory, false);
         by_keys.plan(a, c.by_key, a.D, pairs, false, memory), by_values.plan(a, c.by_value, a.Dv, pairs, true, memory);
-        rows = memory.take_spaces<JvpRows>(ForwardSpace::most_tiles(a), [&](JvpRows& r) { r.plan(LANES * a.Dv, LANES, memory); });
+        rows = memory.take_spaces<JvpRows>(most_tiles(a), [&](JvpRows& r) { r.plan(LANES * a.Dv, LANES, memory); });
         by_query = pairs ? nullptr : memory.take(LANES * round_up(a.D, VL)), by_query_transposed = memory.take(LANES * a.D);
         x = memory.take(a.key_block() * LANES);
         by_bias = c.by_row_bias ? memory.take(table_size(a)) : nullptr;
@@ -121,7 +125,7 @@ static void jvp_sweep(const Jvp& c, JvpSpace& s, Size first, Size last) {
 static void jvp_task(JvpCall& call, JvpSpace& s, Size task) {
     const Attention& a = call.c.a;
     const Size items = a.B * a.H * tiles_of(a);
-    by_sweeps(a, share(items, task, call.tasks), share(items, task + 1, call.tasks), LANES, ForwardSpace::most_tiles(a),
+    by_sweeps(a, share(items, task, call.tasks), share(items, task + 1, call.tasks), LANES, most_tiles(a),
               [&](Size first, Size last) { jvp_sweep(call.c, s, first, last); });
 }
 
