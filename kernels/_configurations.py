@@ -233,6 +233,13 @@ LINES: dict[str, list[Line]] = {
         _line((32, 64, 4, 2), _WIDE, size=128),
         _line((32, 32, 4, 1), _WIDER),
     ],
+    "score_attention jvp": [
+        *_FLOAT32_ROWS,
+        _line((64, 32, 4, 2), _MASK, masked=True, size=128),
+        _line((64, 64, 4, 2), _ONCE, size=64),
+        _line((64, 32, 4, 2), _WIDE, size=128),
+        _line((32, 32, 4, 1), _WIDER),
+    ],
     # of all keys of a head; relevancy_attention's, too. block_t: as below
     "score_attention forward_whole": [
         _whole((64, 4, 2), _READ_ONCE, **_WHOLE, M=256, size=64),

@@ -29,8 +29,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from vlattn_fast._ground.named import by_name
 from vlattn_fast._ground.score_kinds import KINDS
 from vlattn_fast._ground.tensors import empty_gradient, empty_rows_first
-from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs
-from vlattn_fast.kernels import _cudnn, _products_backward, _units_backward
+from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs, ScoreAttentionJvpInputs
+from vlattn_fast.kernels import _cudnn, _products_backward, _products_jvp, _units_backward
 from vlattn_fast.kernels._boxes import Boxes, boxes_of, fits, load_box, store_box
 from vlattn_fast.kernels._configurations import Config, cached_launch, configuration
 from vlattn_fast.kernels._device import on_device
@@ -214,6 +214,20 @@ def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tens
     grad_k, grad_v, _ = _products_backward.keys(call, {**config_kv, "BLOCK_T": 0}, rows)
     assert grad_k is not None and grad_v is not None  # rows have a delta
     return grad_q, grad_k, grad_v, None, grad_bias
+
+
+@on_device
+def jvp(inputs: ScoreAttentionJvpInputs) -> tuple[Tensor, Tensor]:
+    """The tangents of out and lse, for scores that are functions of a product."""
+    call = arguments(inputs, True, backward=True)
+    x, constants, lse = call["x"], call["C"], inputs.lse.contiguous()
+    of_call = constants, x.q.p.dtype, x.N, x.M
+    coarse = None
+    if constants.MASK >= FLOAT_MASK.value:
+        coarse = row_statistics(call, _config("forward", *of_call, True), lse, OWN_LSE, pair=True)
+    return _products_jvp.launch(
+        call, _config("jvp", *of_call), _products_jvp.tangents_of(inputs), lse, aligned(inputs.out), coarse
+    )
 
 
 def arguments(

@@ -8,13 +8,23 @@ from typing import Any
 import torch
 
 from vlattn_fast.backends.cuda import score_attention as in_cuda
-from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs
+from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs, ScoreAttentionJvpInputs
 from vlattn_fast.kernels import score_attention
 
 # dot_leaky_relu compiles as dot_relu does, hadamard_sigmoid as hadamard_tanh
 KINDS = ("dot", "cosine", "dot_relu", "dot_tanh", "dot_sigmoid", "dot_softcap", "additive", "hadamard_tanh")
 
 DECODING = {"heads": 4, "queries": 8, "tokens": 8192}
+JVP: tuple[tuple[str, torch.dtype, str, int, dict[str, Any]], ...] = (
+    *(("dot", torch.bfloat16, "bf16", size, {}) for size in (64, 72, 128, 256)),
+    *(("dot", torch.float32, "fp32", size, {}) for size in (64, 128, 256)),
+    ("dot causal", torch.bfloat16, "bf16", 128, {"causal": True, "tokens": 704}),
+    ("dot masked", torch.float16, "fp16", 64, {"masked": True}),
+    ("dot masked", torch.float32, "fp32", 64, {"masked": True}),
+    ("dot groups", torch.bfloat16, "bf16", 64, {"groups": 8}),
+    ("dot groups", torch.float32, "fp32", 64, {"groups": 8}),
+    ("dot_tanh", torch.bfloat16, "bf16", 64, {}),
+)
 
 
 def calls() -> Iterator[tuple[str, Callable[[], None]]]:
@@ -38,6 +48,8 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"{kind} masked fp16 64", lambda kind=kind: run(kind, torch.float16, 64, masked=True)
     for batch in (1, 8):  # a decoder's step: 8 query heads share each of 4 keys
         yield f"dot decoding {batch} bf16 128", lambda n=batch: run("dot", torch.bfloat16, 128, batch=n, **DECODING)
+    for kind, dtype, name, size, options in JVP:
+        yield f"jvp {kind} {name} {size}", lambda case=(kind.split()[0], dtype, size), more=options: jvp(*case, **more)
 
 
 def causal_calls() -> Iterator[tuple[str, Callable[[], None]]]:
@@ -51,7 +63,25 @@ def compared_calls() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "cuda additive bf16 64", lambda: run("additive", torch.bfloat16, 64, kernels=in_cuda)
 
 
-def run(
+def run(kind: str, dtype: torch.dtype, size: int, *, kernels: Any = score_attention, **options: Any) -> None:
+    """Forward and backward. kernels: the backend's module."""
+    inputs = inputs_of(kind, dtype, size, **options)
+    out, lse = kernels.forward(inputs)
+    shared = {name: x for name, x in inputs._asdict().items() if name != "sink"}
+    backward = ScoreAttentionBackwardInputs(grad_out=out, grad_lse=None, out=out, lse=lse, **shared)
+    kernels.backward(backward)
+
+
+def jvp(kind: str, dtype: torch.dtype, size: int, **options: Any) -> None:
+    inputs = inputs_of(kind, dtype, size, **options)
+    out, lse = torch.empty_like(inputs.query), torch.empty(inputs.query.shape[:3])
+    differentiable = "query", "key", "value", "vector", "row_bias"
+    shared = {name: x for name, x in inputs._asdict().items() if name != "sink"}
+    tangents = {f"{name}_tangent": shared[name] for name in differentiable}
+    score_attention.jvp(ScoreAttentionJvpInputs(**tangents, out=out, lse=lse, **shared))
+
+
+def inputs_of(
     kind: str,
     dtype: torch.dtype,
     size: int,
@@ -64,12 +94,11 @@ def run(
     queries: int | None = None,
     tokens: int = 577,
     groups: int = 0,
-    kernels: Any = score_attention,
-) -> None:
-    """Forward and backward at the sizes of CLIP ViT-L/14@336. kernels: the backend's module."""
+) -> ScoreAttentionInputs:
+    """At the sizes of CLIP ViT-L/14@336."""
     q, k, v = (torch.empty(batch, heads, rows, size, dtype=dtype) for rows in (queries or tokens, tokens, tokens))
     vector = torch.empty(heads, size, dtype=dtype) if kind.startswith(("additive", "hadamard")) else None
-    inputs = ScoreAttentionInputs(
+    return ScoreAttentionInputs(
         query=q,
         key=k,
         value=v,
@@ -87,7 +116,3 @@ def run(
         is_causal=masked or causal,
         backend="triton",
     )
-    out, lse = kernels.forward(inputs)
-    shared = {name: x for name, x in inputs._asdict().items() if name != "sink"}
-    backward = ScoreAttentionBackwardInputs(grad_out=out, grad_lse=None, out=out, lse=lse, **shared)
-    kernels.backward(backward)
