@@ -127,6 +127,8 @@ _THIRD = "as for dot products on an H100: a third stage saves an eighth of the t
 _TURNS = "products of every second tile run beside exponentials, by docs/kernels.md in a tenth less time than without"
 _FEWER = "64 keys take fewer instructions a pair than 32"
 _HALF = "128 keys read Q and dO half as often as 64, copied two tiles ahead, since an SM holds one block; it spills a few bytes"
+_TWO_ROWS = "queries and their tangents stay in registers"
+_FOUR_TILES = "keys, values and their tangents: of 64 keys of 128 features a stage would have 64 KB"
 _WIDE = "sums over rows of 128 features take twice the registers of 64"
 _WIDER = "sums over rows of 256 features take four times the registers of 64"
 _UNITS = "reciprocals of many pairs a thread hide one another's latency"
@@ -233,11 +235,17 @@ LINES: dict[str, list[Line]] = {
         _line((32, 64, 4, 2), _WIDE, size=128),
         _line((32, 32, 4, 1), _WIDER),
     ],
-    "score_attention jvp": [
-        *_FLOAT32_ROWS,
-        _line((64, 32, 4, 2), _MASK, masked=True, size=128),
-        _line((64, 64, 4, 2), _ONCE, size=64),
-        _line((64, 32, 4, 2), _WIDE, size=128),
+    "score_attention jvp": [  # masked: also by a bias of groups
+        _line((64, 32, 4, 1), _FLOAT32, architecture="sm_90", dtype=FLOAT32),
+        _line((32, 32, 4, 1), _FLOAT32, dtype=FLOAT32, masked=False, size=64),
+        _line((16, 32, 4, 1), _TWO_ROWS, dtype=FLOAT32, size=128),
+        _line((32, 64, 4, 1), _PARTS, dtype=FLOAT32),
+        _line((64, 64, 4, 3), _THIRD, architecture="sm_90", masked=False, size=64),
+        _line((64, 64, 4, 2), _ONCE, architecture="sm_100", masked=False, size=64),
+        _line((64, 32, 4, 2), _FOUR_TILES, architecture=_ASYNCHRONOUS, size=128),
+        _line((64, 32, 4, 3), _TWO_ROWS, masked=False, size=64),
+        _line((64, 16, 4, 3), _TWO_ROWS, size=64),
+        _line((32, 32, 4, 2), _TWO_ROWS, size=128),
         _line((32, 32, 4, 1), _WIDER),
     ],
     # of all keys of a head; relevancy_attention's, too. block_t: as below

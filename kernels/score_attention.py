@@ -225,9 +225,8 @@ def jvp(inputs: ScoreAttentionJvpInputs) -> tuple[Tensor, Tensor]:
     coarse = None
     if constants.MASK >= FLOAT_MASK.value:
         coarse = row_statistics(call, _config("forward", *of_call, True), lse, OWN_LSE, pair=True)
-    return _products_jvp.launch(
-        call, _config("jvp", *of_call), _products_jvp.tangents_of(inputs), lse, aligned(inputs.out), coarse
-    )
+    config, tangents = _config("jvp", *of_call, constants.MASK != 0), _products_jvp.tangents_of(inputs)
+    return _products_jvp.launch(call, config, tangents, lse, aligned(inputs.out), coarse)
 
 
 def arguments(

@@ -29,7 +29,8 @@ KERNELS = {
     "score_attention": """score_attention._prepare_kernel score_attention._forward_kernel score_attention._join_kernel
         score_attention._whole_forward_kernel
         _products_backward._backward_q_kernel _products_backward._backward_kv_kernel _units_backward._units_rows_kernel
-        _units_backward._units_backward_kernel score_attention._rows_kernel _group_bias._group_bias_kernel""",
+        _units_backward._units_backward_kernel score_attention._rows_kernel _group_bias._group_bias_kernel
+        _products_jvp._jvp_kernel""",
     "relevancy_attention": """score_attention._forward_kernel score_attention._rows_kernel _products_backward._backward_q_kernel
         score_attention._whole_forward_kernel
         _products_backward._backward_kv_kernel relevancy_attention._step_kernel

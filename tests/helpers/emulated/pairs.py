@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tests.helpers.ops.jvp_cases import with_tangents
 from tools.emulated.triton import emulated
 from tools.planted.calls import changed_source, tile_by_tile
 from vlattn_fast.checking import verify
@@ -58,6 +59,7 @@ CALLS = {
         _products_backward._backward_kv_kernel""",
     ("score_attention", "scaled_dot causal, all keys"): """score_attention._whole_forward_kernel
         _products_backward._backward_kv_kernel""",
+    ("score_attention", "scaled_dot causal, tangents"): "score_attention._forward_kernel _products_jvp._jvp_kernel",
     ("score_attention", "additive"): """score_attention._prepare_kernel score_attention._forward_kernel
         _units_backward._units_rows_kernel _units_backward._units_backward_kernel""",
     ("score_attention", "grouped heads, few queries"): "score_attention._forward_kernel score_attention._join_kernel",
@@ -92,8 +94,9 @@ CALLS = {
 ALSO_WITH_WHOLE_ROWS = ("congruence_loss._target_backward_kernel",)
 # under ConSan alone: it divides by 1 / sum, which is the sum again where that is odd alone, and raises exponents to at least -160
 NO_PAIR = ("attention_statistics._join_kernel",)
-# tiles of additive scores are few: each takes others for its split. A part of the keys of few queries is a tile
-ONE_TILING = ("additive", "grouped heads, few queries", "three groups, few queries")
+# tiles of additive scores are few: each takes others for its split. A part of the keys of few queries is a tile. Tangents are
+# centred by the mean of a tile, and integers have no sum of P that is 1, by which it drops out
+ONE_TILING = ("additive", "grouped heads, few queries", "three groups, few queries", "scaled_dot causal, tangents")
 PAIRS = (
     *(Item("tiles", *call) for call in CALLS if call[1] not in ONE_TILING),
     Item("tiles", "score_attention", "scaled_dot causal", torch.float32),
@@ -102,6 +105,7 @@ PAIRS = (
     Item("rounded tiles", "score_attention", "scaled_dot causal"),
     Item("causal", "score_attention", "scaled_dot causal"),
     Item("heads", "score_attention", "scaled_dot causal"),
+    Item("heads", "score_attention", "scaled_dot causal, tangents"),
     Item("split", "score_attention", "additive"),
     Item("split", "score_attention", "grouped heads, few queries"),
     Item("parts", "score_attention", "grouped heads, few queries"),
@@ -147,6 +151,10 @@ def case_of(item: Item) -> tuple[Example, Callable[[], AbstractContextManager[No
     if variant == "runs":
         groups = torch.arange(sizes.keys) // 40  # some tiles have one group, others parts of two
         case = replace(case, options={**case.options, "key_groups": groups})
+    if variant == "tangents":
+        from vlattn_fast.kernels import score_attention
+
+        case = with_tangents(case, score_attention)
     whole = variant == "all keys"
     case = replace(case, differentiable=case.differentiable and (whole or variant not in OTHER_SIZES))
     return case, nullcontext if whole else partial(by_tiles, VARIANTS.get(variant, nullcontext))
@@ -194,7 +202,7 @@ def grouped(case: Example, repeated: bool) -> Example:
     """One head of keys and values for all query heads, or as many as these that are equal."""
     heads = case.tensors["query"].shape[1]
     shared = {
-        name: x[:, :1].repeat(1, heads if repeated else 1, 1, 1) if name in ("key", "value") else x
+        name: x[:, :1].repeat(1, heads if repeated else 1, 1, 1) if name.startswith(("key", "value")) else x
         for name, x in case.tensors.items()
     }
     return replace(case, tensors=shared, options={**case.options, "enable_gqa": not repeated})
@@ -297,6 +305,7 @@ VARIANTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "long rows": lambda: whole_rows(False),
     "one row": nullcontext,
     "runs": nullcontext,
+    "tangents": nullcontext,
 }
 # the others are of calls without gradients
 OTHER_SIZES = {"all keys": {"rows": 1}, "few queries": {"queries": 6}, "one row": {"rows": 1}}

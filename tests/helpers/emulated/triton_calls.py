@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from tests.helpers.ops import jvp_cases
 from vlattn_fast.checking import verify
 from vlattn_fast.checking.cases import Example, Sizes
 from vlattn_fast.checking.tolerance import settle
@@ -65,6 +66,10 @@ def ratios(operator: str, architecture: int) -> tuple[dict[str, float], set[str]
         for case in calls_of(operator, architecture):
             errors = settle(verify._Problem(case, CALLED[architecture], "cpu").runs("triton"), enough=lambda: 1)
             worst[case.name] = max(one.ratio() for one in errors.values())
+        if operator == "score_attention":
+            from vlattn_fast.kernels import score_attention
+
+            worst |= jvp_cases.ratios(score_attention, CALLED[architecture])
     return worst, {launch.name for launch in launches}
 
 
