@@ -105,7 +105,7 @@ def test_a_sink_and_the_lse_that_holds_it(backend: str, operator: str) -> None:
         results = []
         for name, wide in (("reference", torch.float64), ("reference", dtype), (backend, dtype)):
             of_draws = []
-            for seed in range(3, 4 if backend == "triton" else 11):  # torch rounds; a sink has two numbers a draw
+            for seed in range(3, 6 if backend == "triton" else 11):  # torch rounds; a sink has two numbers a draw
                 tensors = {key: x.to(dtype).to(wide).requires_grad_() for key, x in inputs(17, 19, seed=seed).items()}
                 sink = torch.tensor([0.3, 2.0], dtype=wide, requires_grad=True)
                 if operator == "map":

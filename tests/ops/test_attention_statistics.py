@@ -303,10 +303,9 @@ def test_opcheck(dtype: torch.dtype, without: tuple[str, ...]) -> None:
     torch.library.opcheck(torch.ops.vlattn.attention_statistics, arguments)
     mass, entropy, maximum, argmax, received, *_ = (x.detach() for x in torch.ops.vlattn.attention_statistics(*arguments))
     grads = (None, entropy, None, None) if without else (mass, entropy, maximum, received)
-    query, key, *constants = (x.detach() if isinstance(x, Tensor) else x for x in (*tensors, 0 if without else G, *options))
-    torch.library.opcheck(
-        torch.ops.vlattn.attention_statistics_backward, (*grads, query, key, None, None, argmax, None, *constants)
-    )
+    query, key, *constants = (x.detach() if isinstance(x, Tensor) else x for x in arguments)
+    saved = None, None, argmax, None, None
+    torch.library.opcheck(torch.ops.vlattn.attention_statistics_backward, (*grads, query, key, *saved, *constants))
 
 
 @pytest.mark.parametrize("heads", [1, 2])

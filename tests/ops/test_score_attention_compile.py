@@ -66,7 +66,8 @@ def test_opcheck(backend: str, case: tuple[str, str]) -> None:
         if kind == "dot":
             by_inputs = [torch.randn_like(x) for x in (query, key, value)]
             by_bias = None if mask[2] is None else torch.randn_like(mask[2])
-            arguments = (*by_inputs, by_bias, torch.randn_like(out), grad_lse, query, key, value, *mask, seed, *options)
+            forward = query, key, value, out, lse, None, *mask, seed, *options
+            arguments = (*by_inputs, None, by_bias, torch.randn_like(out), grad_lse, *forward)
             torch.library.opcheck(torch.ops.vlattn.score_attention_second, arguments, test_utils=checks)
 
 

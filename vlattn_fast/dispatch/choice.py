@@ -16,10 +16,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from vlattn_fast import scores
-from vlattn_fast._ground.checks import check_choice, is_transformed
+from vlattn_fast._ground.checks import check_choice
 from vlattn_fast._ground.tensors import as_outputs, mask_padding
 from vlattn_fast.backends import native
 from vlattn_fast.backends.cuda import _shared_library
@@ -119,7 +120,11 @@ def _key(plan: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, ...
             parts = parts_of(arguments[i])
             arguments, kinds = arguments + parts, kinds + tuple(map(type, parts))
         sorts = _SORTS.get(kinds) or _sort(kinds)
-    if not sorts.has_all or is_transformed():
+    if (
+        not sorts.has_all
+        or getattr(forward_ad, "_current_level", -1) >= 0
+        or torch._C._functorch.maybe_current_level() is not None
+    ):
         return None
     metadata: list[Any] = []
     try:

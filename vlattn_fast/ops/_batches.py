@@ -10,17 +10,17 @@ from torch import Tensor
 
 _BROADCAST = {"attn_mask": 4, "sink": 3, "residual_weight": 2, "attention_weight": 2}  # fields, with the rank that has the batch
 _OF_ALL_SAMPLES = ("vector", "seed")  # a score's parameter, whose gradient is a sum over the batch, and one seed for the batch
-_TWO_BATCHES = ("images", "queries")  # fields of operators on all pairs of two batches
+_NO_BATCH = ("images", "queries", "key_cache")  # fields of operators on all pairs of two batches, and of requests in one tensor
 
 
 def over_batches(operator: Callable[..., Any], inputs_type: Any) -> Callable[..., Any]:
     """Returns the rule for torch.library.register_vmap."""
     fields: tuple[str, ...] = inputs_type._fields
-    has_two_batches = any(field in fields for field in _TWO_BATCHES)
+    has_no_batch = any(field in fields for field in _NO_BATCH)
 
     def rule(info: Any, dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         named = dict(zip(fields, args, strict=True))
-        in_turn = has_two_batches or any(named.get(field) is not None for field in _OF_ALL_SAMPLES)
+        in_turn = has_no_batch or any(named.get(field) is not None for field in _OF_ALL_SAMPLES)
         first = [x if dim is None else x.movedim(dim, 0) for x, dim in zip(args, dims, strict=True)]
         batched = [dim is not None for dim in dims]
         return (_in_turn if in_turn else _folded)(operator, fields, info.batch_size, first, batched)

@@ -115,7 +115,7 @@ def _records(tensors: Sequence[Tensor | None]) -> bool | None:
     and the kernel. It does more for tensors without memory of their own (meta, fake, functorch's, subclasses, negated views), in
     modes (of dispatch, of functions, vmap, tracing, forward mode), and for a profiler, which shows operators by name.
     """
-    if _C._has_torch_function(tensors) or _C._autograd._profiler_enabled() or has_forward_mode():
+    if _C._has_torch_function(tensors) or _C._autograd._profiler_enabled() or forward_ad._current_level >= 0:
         return None
     if _C._dispatch_tls_local_include_set().raw_repr() & _OTHER_THREAD_KEYS:
         return None
