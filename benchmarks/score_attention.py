@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+import vlattn_fast as va
 from vlattn_fast import scores
 from vlattn_fast.benchmarks import _measure
 from vlattn_fast.benchmarks._bounds import SDPA_BACKWARD, SDPA_FORWARD, pairs, passes, sdpa, standard
@@ -31,7 +32,18 @@ from vlattn_fast.benchmarks._measure import (
     operator_problem,
     randoms,
 )
-from vlattn_fast.benchmarks._workloads import CLIP, DECODER, DECODER_LONG, DECODER_PLAIN, HIGHRES, LLAVA, UNITER, Sizes
+from vlattn_fast.benchmarks._workloads import (
+    CLIP,
+    DECODER,
+    DECODER_LONG,
+    DECODER_PLAIN,
+    HIGHRES,
+    LLAVA,
+    TOKENS_2048,
+    TOKENS_16384,
+    UNITER,
+    Sizes,
+)
 
 ACTIVATIONS = {"general tanh": torch.tanh, "general sigmoid": torch.sigmoid}
 
@@ -144,6 +156,51 @@ def build_second(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Prob
     return operator_problem("score_attention", arguments, tensors, finish, 12, bound, _part, pairs(sizes), floor, names=names)
 
 
+def build_derivative(mode: str, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
+    """Derivatives of scaled dot products by torch.func, with tangents of query, key and value: "jvp" of the output; "hvp", the
+    Hessian's product for a loss that is square in the output; "reverse over forward", the gradient of a loss on the jvp."""
+    randn, causal = randoms(device, dtype), bool(sizes.get("causal"))
+    tensors, tangents = standard(sizes, randn), [f"tangent of {name}" for name in QKV]
+    tensors |= {tangent: randn(*tensors[name].shape) for tangent, name in zip(tangents, QKV, strict=True)}
+
+    def finish(call: Callable[[Tensors], Any]) -> _measure.Run:
+        def run(t: Tensors) -> Tensors:
+            x, u = (tuple([t[name] for name in names]) for names in (QKV, tangents))
+
+            def output(*qkv: Tensor) -> Tensor:
+                out: Tensor = call({**t, **dict(zip(QKV, qkv, strict=True))})
+                return out
+
+            def loss(*qkv: Tensor) -> Tensor:
+                return (output(*qkv).square() * t["grad_output"]).sum()
+
+            def loss_on_jvp(*qkv: Tensor) -> Tensor:
+                out, tangent = torch.func.jvp(output, qkv, u)
+                return (out * tangent * t["grad_output"]).sum()
+
+            if mode == "jvp":
+                return dict(zip(("output", "tangent of output"), torch.func.jvp(output, x, u), strict=True))
+            if mode == "hvp":
+                made = torch.func.jvp(torch.func.grad(loss, (0, 1, 2)), x, u)[1]
+            else:
+                made = torch.func.grad(loss_on_jvp, (0, 1, 2))(*x)
+            return {f"{mode} by {name}": each for name, each in zip(QKV, made, strict=True)}
+
+        return run
+
+    arguments, both = _measure.taking(*QKV, is_causal=causal), mode != "jvp"
+    bound = finished(both, QKV, ("grad_output",))(partial(sdpa, is_causal=causal))
+    names = [name for name in _measure.backends("score_attention", arguments(tensors)) if name != "sdpa"]  # it has none
+    floor = passes(sizes, dtype, SDPA_FORWARD, (5, 7, 1), *([SDPA_BACKWARD, (10, 10, 1)] if both else []))
+    problem = operator_problem(
+        "score_attention", arguments, tensors, finish, 20 if both else 6, bound, _part, pairs(sizes), floor, names=names
+    )
+    # torch.func does not go into compiled code, so all of it is compiled
+    formula = finish(lambda t: va.reference.score_attention(**arguments(t)))
+    compiled = problem.variants["reference compiled"]._replace(run=_measure.compile_later(formula))
+    return problem._replace(variants={**problem.variants, "reference compiled": compiled})
+
+
 def _part(name: str, x: Tensor) -> Tensor:
     return ends(x, 2) if x.dim() == 4 else ends(x) if name == "key_mask" else x
 
@@ -186,6 +243,11 @@ BENCHMARKS = [
     Benchmark(__name__, "scaled dot, padding, forward+backward", CLIP, partial(build_dot, True, True)),
     *(Benchmark(__name__, "scaled dot, one token", one, build_token) for one in (DECODER, DECODER_PLAIN, DECODER_LONG)),
     Benchmark(__name__, "scaled dot, second derivatives", CLIP, build_second),
+    *(
+        Benchmark(__name__, f"scaled dot, {mode}", workload, partial(build_derivative, mode))
+        for mode in ("jvp", "hvp", "reverse over forward")
+        for workload in (CLIP, LLAVA, TOKENS_2048, TOKENS_16384)
+    ),
 ]
 BENCHMARKS += in_bfloat16(*(one for one in BENCHMARKS if one.what.startswith(("general tanh", "scaled dot"))))
 BENCHMARKS += [
