@@ -175,7 +175,7 @@ def build_derivative(mode: str, sizes: Sizes, device: torch.device, dtype: torch
                 return (output(*qkv).square() * t["grad_output"]).sum()
 
             def loss_on_jvp(*qkv: Tensor) -> Tensor:
-                out, tangent = torch.func.jvp(output, qkv, u)
+                out, tangent, *_ = torch.func.jvp(output, qkv, u)
                 return (out * tangent * t["grad_output"]).sum()
 
             if mode == "jvp":

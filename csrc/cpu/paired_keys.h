@@ -63,14 +63,14 @@ struct PairedKeys {
         product<!TILES>(size, t.width, half(some), across, ld, (const Pair*)weights, t.width, C, t.width, add);
     }
     // From G (some, width), the gradient of `products`, times `factor` and rounded: that of the keys, to_keys (some, stride), or +=
-    // with `add`, and that of the tile's rows, to_rows (size, width), added to. `tile_rows` are pairs of rows (width / 2, stride);
-    // `along` holds some * width / 2, and G is left undefined.
+    // with `add`, and that of the tile's rows, to_rows (size, width) or null, added to. `tile_rows` are pairs of rows
+    // (width / 2, stride); `along` holds some * width / 2, and G is left undefined.
     void gradients(const Tile& t, Size some, float factor, float* G, Pair* along, const Pair* tile_rows, float* to_keys,
                    Size to_stride, bool add, float* to_rows) {
         const Size columns = round_up(size, VL);
         round_tile(G, t.rows, t.width, some, factor, along, (Pair*)G);
         product<false>(some, columns, half(t.rows), (const Pair*)along, t.width / 2, tile_rows, columns, to_keys, to_stride, add);
-        sum(t, some, G, to_rows, true);
+        if (to_rows) sum(t, some, G, to_rows, true);
     }
 };
 
@@ -104,14 +104,14 @@ struct KeyRows {
         paired.sum(t, some, S, C, add);
     }
     // From G (some, width), the gradient of `products`: that of the keys, to_keys (some, stride), or += with `add`, and that of the
-    // tile's rows, to_rows (size, width), added to. For pairs G counts `factor` times and is left undefined, and `along` holds some *
+    // tile's rows, to_rows (size, width) or null, added to. For pairs G counts `factor` times and is left undefined, and `along` holds some *
     // width / 2. tile_rows are (width, size rounded up), or pairs of rows.
     void gradients(const Tile& t, Size some, float factor, float* G, Pair* along, const float* tile_rows, float* to_keys,
                    Size stride, bool add, float* to_rows) {
         if (pairs) return paired.gradients(t, some, factor, G, along, (const Pair*)tile_rows, to_keys, stride, add, to_rows);
         const Size columns = round_up(size, VL);
         product<false>(some, columns, t.rows, G, t.width, tile_rows, columns, to_keys, stride, add);
-        tile_product<true>(t, size, some, numbers.rows, numbers.stride, G, to_rows, true);
+        if (to_rows) tile_product<true>(t, size, some, numbers.rows, numbers.stride, G, to_rows, true);
     }
 };
 

@@ -67,8 +67,12 @@ def test_opcheck(backend: str, case: tuple[str, str]) -> None:
             by_inputs = [torch.randn_like(x) for x in (query, key, value)]
             by_bias = None if mask[2] is None else torch.randn_like(mask[2])
             forward = query, key, value, out, lse, None, *mask, seed, *options
-            arguments = (*by_inputs, None, by_bias, torch.randn_like(out), grad_lse, *forward)
-            torch.library.opcheck(torch.ops.vlattn.score_attention_second, arguments, test_utils=checks)
+            grads = torch.randn_like(out), grad_lse
+            for tangents, with_jvp in (((None, None), True), (grads, False)):
+                arguments = (*by_inputs, None, by_bias, *tangents, *grads, *forward, with_jvp)
+                torch.library.opcheck(torch.ops.vlattn.score_attention_second, arguments, test_utils=checks)
+            arguments = (*by_inputs, None, by_bias, *forward)
+            torch.library.opcheck(torch.ops.vlattn.score_attention_jvp, arguments, test_utils=checks)
 
 
 @pytest.mark.parametrize(

@@ -14,15 +14,18 @@ from typing import Any, NamedTuple, get_type_hints
 from torch import Tensor
 
 
-def derivative_inputs(backward_inputs: type[Any], differentiable: Sequence[str], *, grads: Sequence[str]) -> tuple[Any, Any]:
+def derivative_inputs(
+    backward_inputs: type[Any], differentiable: Sequence[str], *, grads: Sequence[str], one_sweep: bool = False
+) -> tuple[Any, Any]:
     """Returns the inputs of an operator's jvp and of its second derivative, two NamedTuples. Both begin with the tangents
     `<field>_tangent` of the `differentiable` fields, None for zeros. Then come the fields of the backward operator: for the jvp
-    without `grads`, those of its outputs."""
+    without `grads`, those of its outputs. A second derivative in one sweep also takes the tangents of `grads`, and `with_jvp`."""
     stem, types = backward_inputs.__name__.removesuffix("BackwardInputs"), get_type_hints(backward_inputs)
     tangents: list[tuple[str, Any]] = [(f"{field}_tangent", Tensor | None) for field in differentiable]
+    of_grads: list[tuple[str, Any]] = [(f"{field}_tangent", Tensor | None) for field in grads] if one_sweep else []
     fields = [(field, kind) for field, kind in types.items() if not field.startswith("need_")]
     jvp = NamedTuple(f"{stem}JvpInputs", [*tangents, *[each for each in fields if each[0] not in grads]])  # type: ignore[misc]
-    return jvp, NamedTuple(f"{stem}SecondInputs", [*tangents, *fields])
+    return jvp, NamedTuple(f"{stem}SecondInputs", [*tangents, *of_grads, *fields, *[("with_jvp", bool)] * one_sweep])
 
 
 class ScoreAttentionInputs(NamedTuple):
@@ -75,7 +78,7 @@ class ScoreAttentionBackwardInputs(NamedTuple):
 
 
 ScoreAttentionJvpInputs, ScoreAttentionSecondInputs = derivative_inputs(
-    ScoreAttentionBackwardInputs, ("query", "key", "value", "vector", "row_bias"), grads=("grad_out", "grad_lse")
+    ScoreAttentionBackwardInputs, ("query", "key", "value", "vector", "row_bias"), grads=("grad_out", "grad_lse"), one_sweep=True
 )
 
 

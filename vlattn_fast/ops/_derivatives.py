@@ -32,7 +32,9 @@ class Derivatives:
         outputs: the names of X's outputs. grads: the fields of X_backward for the gradients of outputs, with the output's name.
         backward: the operator X_backward.
         jvp: computes the tangents of the outputs with gradients, in the order of `grads`, from the inputs of X_jvp.
-        second: computes the gradients of `fields` from the inputs of X_second, with `sweeps` after the tangents of `jvp`.
+        second: computes the gradients of `fields` from the inputs of X_second.
+        one_sweep: X_second also takes tangents h. of h and gives S(x, h, u) + B(x, h.), after J(x, u), which may be None without
+            `with_jvp`.
         fake: gives X's outputs from the inputs of X_jvp.
     """
 
@@ -48,22 +50,25 @@ class Derivatives:
         jvp: Callable[..., Any],
         second: Callable[..., Any],
         fake: Callable[..., Any],
-        sweeps: bool = False,
+        one_sweep: bool = False,
     ) -> None:
         self.backward_type, self.jvp_type, self.second_type = types
-        self.fields, self.outputs, self.grads, self.sweeps = tuple(fields), tuple(outputs), grads, sweeps
+        self.fields, self.outputs, self.grads, self.one_sweep = tuple(fields), tuple(outputs), grads, one_sweep
         self.needed = [grad for grad in grads if get_type_hints(self.backward_type)[grad] is Tensor]  # None is no value
         self.backward = backward
 
         def jvp_fake(inputs: Any) -> tuple[Tensor, ...]:
-            named = dict(zip(self.outputs, _flat(fake(inputs)), strict=True))
+            named = dict(zip(self.outputs, flat(fake(inputs)), strict=True))
             return tuple([named[output].new_empty(named[output].shape) for output in grads.values()])
 
         def second_fake(inputs: Any) -> tuple[Tensor, ...]:
             given = [getattr(inputs, field) for field in self.fields]
             like = next(x for x in given if x is not None)
             gradients = [like.new_empty(0) if x is None else x.new_empty(x.shape) for x in given]
-            return *(jvp_fake(inputs) if sweeps else ()), *gradients
+            if not one_sweep:
+                return tuple(gradients)
+            rows = jvp_fake(inputs) if inputs.with_jvp else tuple([like.new_empty(0) for _ in grads])
+            return *rows, *gradients
 
         single = len(grads) == 1
         self.jvp = define(
@@ -73,7 +78,9 @@ class Derivatives:
             (lambda inputs: jvp(inputs)[0]) if single else jvp,
             (lambda inputs: jvp_fake(inputs)[0]) if single else jvp_fake,
         )
-        self.second = define(f"{name}_second", self.second_type, _tensors(len(fields) + sweeps * len(grads)), second, second_fake)
+        self.second = define(
+            f"{name}_second", self.second_type, _tensors(len(fields) + one_sweep * len(grads)), second, second_fake
+        )
         differentiable(f"{name}_backward", self._backward_of_backward, save, self._jvp_of_backward)
         differentiable(f"{name}_jvp", self._backward_of_jvp, save, _raises(f"{name} has no forward mode of forward mode"))
         third = f"{name} has no third derivative; it is twice differentiable"
@@ -90,28 +97,39 @@ class Derivatives:
 
     def tangents_of_outputs(self, x: Named, u: Named) -> tuple[Tensor, ...]:
         """J(x, u); x: the inputs of X_backward but gradients."""
-        return _flat(self.jvp(named_inputs(self.jvp_type, x, u)))
+        return flat(self.jvp(named_inputs(self.jvp_type, x, u)))
 
     def gradients(self, x: Named, h: Named) -> Named:
         """B(x, h) by field; h: gradients of outputs, or None."""
         h = {grad: torch.zeros_like(x[self.grads[grad]]) if y is None and grad in self.needed else y for grad, y in h.items()}
-        return dict(zip(self.fields, _flat(self.backward(named_inputs(self.backward_type, x | h))), strict=True))
+        return dict(zip(self.fields, flat(self.backward(named_inputs(self.backward_type, x | h))), strict=True))
 
-    def second_gradients(self, x: Named, h: Named, u: Named) -> tuple[tuple[Tensor, ...], Named]:
-        """J(x, u), if one sweep gives it, and S(x, h, u) by field."""
+    def second_gradients(self, x: Named, h: Named, u: Named, *, with_jvp: bool = False) -> tuple[tuple[Tensor, ...], Named]:
+        """J(x, u), if `with_jvp`, and S(x, h, u) by field."""
+        rows, by_fields = self._sweep(x, h, u, {}, with_jvp)
+        return self.tangents_of_outputs(x, u) if with_jvp and not self.one_sweep else rows, by_fields
+
+    def tangents_of_gradients(self, x: Named, h: Named, u: Named, h_tangent: Named) -> Named:
+        """S(x, h, u) + B(x, h.) by field."""
+        if not has_any(u):
+            return self.gradients(x, h_tangent) if has_any(h_tangent) else dict.fromkeys(self.fields)
+        _, total = self._sweep(x, h, u, h_tangent if self.one_sweep else {}, False)
+        if self.one_sweep or not has_any(h_tangent):
+            return total
+        return {field: plus(total[field], y) for field, y in self.gradients(x, h_tangent).items()}
+
+    def _sweep(self, x: Named, h: Named, u: Named, h_tangent: Named, with_jvp: bool) -> tuple[tuple[Tensor, ...], Named]:
+        """What X_second gives: J(x, u) if it does, and the gradients by field."""
         h = {grad: torch.zeros_like(x[self.grads[grad]]) if y is None and grad in self.needed else y for grad, y in h.items()}
-        made = self.second(named_inputs(self.second_type, x | h, u))
-        rows = len(self.grads) if self.sweeps else 0
-        return tuple(made[:rows]), dict(zip(self.fields, made[rows:], strict=True))
+        tangents = dict.fromkeys(self.grads) | h_tangent
+        made = flat(self.second(named_inputs(self.second_type, x | h | {"with_jvp": with_jvp}, u | tangents)))
+        rows = len(self.grads) if self.one_sweep else 0
+        return made[:rows], dict(zip(self.fields, made[rows:], strict=True))
 
     def _jvp_of_backward(self, inputs: Any, tangents: Any, outputs: tuple[Tensor, ...]) -> Any:
         x, h = inputs._asdict(), {grad: getattr(tangents, grad) for grad in self.grads}
         u = self._with_lse(x, {field: getattr(tangents, field) for field in self.fields})
-        total: Named = dict.fromkeys(self.fields)
-        if has_any(u):
-            _, total = self.second_gradients(x, {grad: x[grad] for grad in self.grads}, u)
-        if has_any(h):
-            total = {field: plus(total[field], y) for field, y in self.gradients(x, h).items()}
+        total = self.tangents_of_gradients(x, {grad: x[grad] for grad in self.grads}, u, h)
         pairs = zip(total.values(), outputs, strict=True)  # an output that stands for None needs a tangent, too
         return tuple([torch.zeros_like(out) if y is None or y.shape != out.shape else y for y, out in pairs])
 
@@ -125,8 +143,7 @@ class Derivatives:
         if not has_any(u):
             return (None,) * len(self.backward_type._fields)
         u, h = self._with_lse(x, u), {grad: x[grad] for grad in self.grads}
-        rows, by_fields = self.second_gradients(x, h, u)
-        rows = rows if self.sweeps else self.tangents_of_outputs(x, u)
+        rows, by_fields = self.second_gradients(x, h, u, with_jvp=True)
         by_grads = {grad: None if h[grad] is None else y.to(h[grad].dtype) for grad, y in zip(h, rows, strict=True)}
         return in_order(self.backward_type, by_fields | by_grads, x)
 
@@ -150,7 +167,7 @@ def _tensors(count: int) -> str:
     return f"({', '.join(['Tensor'] * count)})" if count > 1 else "Tensor"
 
 
-def _flat(outputs: Any) -> tuple[Any, ...]:
+def flat(outputs: Any) -> tuple[Any, ...]:
     return tuple(outputs) if isinstance(outputs, (tuple, list)) else (outputs,)
 
 

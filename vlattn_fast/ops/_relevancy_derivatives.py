@@ -47,10 +47,8 @@ def _jvp(inputs: Any, tangents: Any, outputs: tuple[Tensor, ...]) -> tuple[Tenso
     attention, u = attention_of(x), {field: given[field] for field in _FIELDS}
     h, h_tangent = _of_outputs(x), _of_outputs(given)
     made: Named = {}
-    if has_any(u) and has_any(h):
-        made |= ATTENTION.second_gradients(attention, h, u | {"vector": None})[1]
-    if has_any(h_tangent):
-        made = {field: plus(made.get(field), y) for field, y in ATTENTION.gradients(attention, h_tangent).items()}
+    if has_any(h):
+        made |= ATTENTION.tangents_of_gradients(attention, h, u | {"vector": None}, h_tangent)
     if x["grad_carrier"] is not None:
         made["grad_carrier"] = _jvp_of_carrier(x, given, u)
     pairs = [(made.get(name), out) for name, out in zip(_OUTPUTS, outputs, strict=True)]
@@ -93,7 +91,7 @@ def _backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
     u = {field: c[field] for field in _FIELDS}
     made: Named = {}
     if has_any(u) and has_any(h):
-        rows, made = ATTENTION.second_gradients(attention, h, u | {"vector": None})
+        rows, made = ATTENTION.second_gradients(attention, h, u | {"vector": None}, with_jvp=True)
         made |= {grad: y for grad, y in zip(h, rows, strict=True) if h[grad] is not None}
     if c["grad_carrier"] is not None:
         for name, y in _backward_of_carrier(x, attention, c["grad_carrier"]).items():

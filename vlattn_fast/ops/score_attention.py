@@ -443,22 +443,29 @@ def _of_kind(name: str) -> Callable[..., tuple[Any, ...]]:
     return lambda inputs: run(inputs if inputs.score == "dot" else inputs._replace(backend="streaming"))
 
 
+def _tangents(inputs: Any) -> dict[str, Tensor]:
+    """The tangents that kernels take, with zeros for None."""
+    given = {field: getattr(inputs, f"{field}_tangent") for field in ("query", "key", "value")}
+    return {f"{field}_tangent": torch.zeros_like(getattr(inputs, field)) if x is None else x for field, x in given.items()}
+
+
 def _jvp(inputs: Any) -> tuple[Tensor, Tensor]:
-    tangents = {f"{field}_tangent": torch.zeros_like(getattr(inputs, field)) for field in ("query", "key", "value")}
-    given = {name: tangent for name in tangents if (tangent := getattr(inputs, name)) is not None}
-    out, lse = _of_kind("jvp")(inputs._replace(**(tangents | given)))
+    out, lse = _of_kind("jvp")(inputs._replace(**_tangents(inputs)))
     return out, as_dtype(lse, inputs.lse.dtype)
 
 
 def _second(inputs: Any) -> tuple[Tensor | None, ...]:
     empty = torch.isneginf(inputs.lse)  # rows without a key, which have no gradient even of NaN
-    grads = {"grad_out": torch.where(empty[..., None], 0.0, inputs.grad_out)}
-    if inputs.grad_lse is not None:
-        grads["grad_lse"] = torch.where(empty, 0.0, inputs.grad_lse)
-    tangents = {f"{field}_tangent": torch.zeros_like(getattr(inputs, field)) for field in ("query", "key", "value")}
-    given = {name: tangent for name in tangents if (tangent := getattr(inputs, name)) is not None}
-    out, lse, *by_fields = _of_kind("second")(inputs._replace(**(tangents | given | grads)))
-    return out, as_dtype(lse, inputs.lse.dtype), *by_fields
+    rows = (
+        ("grad_out", empty[..., None]),
+        ("grad_out_tangent", empty[..., None]),
+        ("grad_lse", empty),
+        ("grad_lse_tangent", empty),
+    )
+    given = {name: (x, where) for name, where in rows if (x := getattr(inputs, name)) is not None}
+    grads = {name: torch.where(where, 0.0, x) for name, (x, where) in given.items()}
+    out, lse, *by_fields = _of_kind("second")(inputs._replace(**_tangents(inputs), **grads))
+    return out, None if lse is None else as_dtype(lse, inputs.lse.dtype), *by_fields
 
 
 DERIVATIVES = Derivatives(
@@ -471,7 +478,7 @@ DERIVATIVES = Derivatives(
     jvp=_jvp,
     second=_second,
     fake=_forward_fake,
-    sweeps=True,
+    one_sweep=True,
 )
 differentiable("score_attention", _autograd, _setup_context, DERIVATIVES.of_forward)
 

@@ -70,8 +70,8 @@ class Second(Struct):
     __slots__ = ()
     _fields_ = (
         *_CALL,
-        *each(StridedTensor, "grad_out by_query by_key by_value"),
-        ("grad_lse", c_void_p),
+        *each(StridedTensor, "grad_out by_query by_key by_value grad_out_tangent"),
+        *each(c_void_p, "grad_lse grad_lse_tangent"),
         *each(StridedTensor, "to_out to_query to_key to_value"),
         *each(c_void_p, "to_lse by_row_bias to_row_bias"),
     )
@@ -138,7 +138,7 @@ def jvp(inputs: Any) -> tuple[Tensor, Tensor]:
     query, key, value, out = unit_strides(inputs.query, key, value, inputs.out)
     by_query, by_key, by_value = unit_strides(inputs.query_tangent, by_key, by_value)
     (a, _kept), lse, by_row_bias = attention(inputs, query, key, value), inputs.lse.contiguous(), float32(inputs.row_bias_tangent)
-    to_out, to_lse = empty_rows_first(query, *query.shape[1:3], value.shape[3]), torch.empty_like(lse)
+    to_out, to_lse = empty_rows_first(query, query.shape[1], query.shape[2], value.shape[3]), torch.empty_like(lse)
     call = Jvp(
         a=a,
         score=core_score(inputs, None),
@@ -157,13 +157,20 @@ def jvp(inputs: Any) -> tuple[Tensor, Tensor]:
 
 
 def second(inputs: Any) -> tuple[Tensor | None, ...]:
-    """The tangents of out and lse for those of query, key, value and row_bias, and the gradients of their products with grad_out
-    and grad_lse by query, key, value, vector (None) and row_bias."""
+    """The tangents of out and lse for those of query, key, value and row_bias, or None, and the gradients of their products with
+    grad_out and grad_lse by query, key, value, vector (None) and row_bias; with tangents of grad_out and grad_lse, the tangents
+    of the backward pass."""
     key, value = _same_heads(inputs.key, inputs.value)
     by_key, by_value = _same_heads(inputs.key_tangent, inputs.value_tangent)
-    query, key, value, grad_out = unit_strides(inputs.query, key, value, inputs.grad_out)
+    query, key, value, grad_out, grad_out_tangent = unit_strides(
+        inputs.query, key, value, inputs.grad_out, inputs.grad_out_tangent
+    )
     by_query, by_key, by_value = unit_strides(inputs.query_tangent, by_key, by_value)
-    (a, _kept), grad_lse = attention(inputs, query, key, value), float32(inputs.grad_lse)
+    (a, _kept), grad_lse, grad_lse_tangent = (
+        attention(inputs, query, key, value),
+        float32(inputs.grad_lse),
+        float32(inputs.grad_lse_tangent),
+    )
     to_lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     to_out, to_query, to_key, to_value = (
         torch.empty_like(x, memory_format=torch.contiguous_format) for x in (grad_out, query, key, value)
@@ -179,8 +186,10 @@ def second(inputs: Any) -> tuple[Tensor | None, ...]:
         by_query=strided(by_query),
         by_key=strided(by_key),
         by_value=strided(by_value),
+        grad_out_tangent=StridedTensor() if grad_out_tangent is None else strided(grad_out_tangent),
         grad_lse=address(grad_lse),
-        to_out=strided(to_out),
+        grad_lse_tangent=address(grad_lse_tangent),
+        to_out=strided(to_out) if inputs.with_jvp else StridedTensor(),
         to_query=strided(to_query),
         to_key=strided(to_key),
         to_value=strided(to_value),
@@ -190,7 +199,8 @@ def second(inputs: Any) -> tuple[Tensor | None, ...]:
     )
     _second(call)
     folded = fold_heads(to_key, inputs.key.shape[1]), fold_heads(to_value, inputs.value.shape[1])
-    return to_out, to_lse, to_query, *folded, None, to_row_bias
+    rows = (to_out, to_lse) if inputs.with_jvp else (None, None)
+    return *rows, to_query, *folded, None, to_row_bias
 
 
 def float32(x: Tensor | None) -> Tensor | None:

@@ -67,18 +67,23 @@ def jvp(formula: Formula, inputs: Any) -> tuple[Tensor, ...]:
     return outputs
 
 
-def second(formula: Formula, inputs: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """The gradients of the fields of <grads, J(x, u)>; `grads` of each output."""
+def second(
+    formula: Formula, inputs: Any, grads: Sequence[Tensor | None], grads_tangents: Sequence[Tensor | None] | None = None
+) -> tuple[Tensor | None, ...]:
+    """The gradients of the fields of <grads, J(x, u)>, `grads` of each output; with tangents of `grads`, those of the gradients
+    of <grads, F(x)>."""
+    grads_tangents = [None] * len(grads) if grads_tangents is None else grads_tangents
     dtype, contiguous = compute_dtype(inputs.query), torch.contiguous_format
     made: Named = {n: torch.zeros_like(x, dtype=dtype, memory_format=contiguous) for n, x in _given(formula, inputs).items()}
     for tile in _tiles(formula, inputs):
-        cotangents = [None if grad is None else grad[where] for grad, where in zip(grads, tile.places, strict=True)]
+        places = [*tile.places, *tile.places]
+        cotangents = [x if x is None else x[where] for x, where in zip([*grads, *grads_tangents], places, strict=True)]
 
         def product(x: Named, tile: Any = tile, cotangents: Any = cotangents) -> Tensor:
             varied = {name: x[name] for name in tile.tangents}
-            _, tangents, *_ = torch.func.jvp(lambda y: tile.run({**x, **y}), (varied,), (tile.tangents,))
-            parts = [(g.to(t.dtype) * t).sum() for g, t in zip(cotangents, tangents, strict=True) if g is not None]
-            return sum(parts, tile.none)
+            outputs, tangents, *_ = torch.func.jvp(lambda y: tile.run({**x, **y}), (varied,), (tile.tangents,))
+            pairs = zip(cotangents, [*tangents, *outputs], strict=True)
+            return sum([(grad.to(y.dtype) * y).sum() for grad, y in pairs if grad is not None], tile.none)
 
         with derivable():
             gradients = torch.func.grad(product)(tile.tensors)

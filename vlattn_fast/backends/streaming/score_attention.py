@@ -132,16 +132,18 @@ def _tangent_tiles(inputs: Any) -> Iterator[tuple[tuple[slice, slice, slice], Te
 
 
 def second(inputs: Any) -> tuple[Tensor | None, ...]:
-    """The tangents of out and lse for those of query, key, value, vector and row_bias, and the gradients of their products with
-    grad_out and grad_lse by query, key, value, vector and row_bias.
+    """The tangents of out and lse for those of query, key, value, vector and row_bias, or None, and the gradients of their
+    products with grad_out and grad_lse by query, key, value, vector and row_bias; with tangents of grad_out and grad_lse, the
+    tangents of the backward pass.
 
     The backward pass has dP = dO V^T, dS = P (dP - delta), the gradients scale dS K, scale dS^T Q and P^T dO, and sums of dS over
     the groups of keys. With x and xi as in `jvp`, the gradient of dP is P (x - xi), and that of P is x (dP - delta) - xi dP +
     dO u_v^T.
     """
     if inputs.score != "dot":
-        grads = inputs.grad_out, inputs.grad_lse
-        return *jvp(inputs), *_derivatives.second(_FORMULA, inputs, grads)
+        grads, tangents = (inputs.grad_out, inputs.grad_lse), (inputs.grad_out_tangent, inputs.grad_lse_tangent)
+        rows = jvp(inputs) if inputs.with_jvp else (None, None)
+        return *rows, *_derivatives.second(_FORMULA, inputs, grads, tangents)
     query, scale = inputs.query, inputs.scale
     masks, num_heads, dtype = Masks.of(inputs), query.shape[1], compute_dtype(query)
     key, value, key_tangent, value_tangent = (
@@ -161,8 +163,14 @@ def second(inputs: Any) -> tuple[Tensor | None, ...]:
         xi = (p * x).sum(-1, keepdim=True)
         grad_score, by_dp = p * (dp - delta), p * (x - xi) * factor
         by_p = x * (dp - delta) - xi * dp + by_p
-        by_score = p * (by_p - (p * by_p).sum(-1, keepdim=True))
-        to_out[b, h, i] = by_dp @ v + (p * factor) @ by_v
+        if inputs.grad_out_tangent is not None:
+            go_tangent = inputs.grad_out_tangent[b, h, i].to(dtype)
+            by_p += go_tangent @ v.mT * factor
+            to_value[b, h] += (p * factor).mT @ go_tangent
+        by_lse = 0.0 if inputs.grad_lse_tangent is None else inputs.grad_lse_tangent[b, h, i, None].to(dtype)
+        by_score = p * (by_p - (p * by_p).sum(-1, keepdim=True) + by_lse)
+        if inputs.with_jvp:
+            to_out[b, h, i] = by_dp @ v + (p * factor) @ by_v
         to_query[b, h, i] = scale * (by_score @ k + grad_score @ by_k)
         to_key[b, h] += scale * (by_score.mT @ q + grad_score.mT @ by_q)
         to_value[b, h] += by_dp.mT @ go
@@ -171,7 +179,8 @@ def second(inputs: Any) -> tuple[Tensor | None, ...]:
         to_lse[b, h, i] = xi[..., 0]
     to_key, to_value = fold_heads(to_key, inputs.key.shape[1]), fold_heads(to_value, inputs.value.shape[1])
     to_inputs = to_query.to(query.dtype), to_key.to(key.dtype), to_value.to(value.dtype)
-    return to_out.to(query.dtype), to_lse, *to_inputs, None, to_row_bias
+    rows = (to_out.to(query.dtype), to_lse) if inputs.with_jvp else (None, None)
+    return *rows, *to_inputs, None, to_row_bias
 
 
 def logit_tiles(
