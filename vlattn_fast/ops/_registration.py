@@ -30,7 +30,6 @@ _SYMBOLIC = "_symbolic"  # suffix of an operator's twin, see `define`
 _TYPES: dict[Any, str] = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
-    list[Tensor]: "Tensor[]",
     str: "str",
     str | None: "str?",
     float: "float",
