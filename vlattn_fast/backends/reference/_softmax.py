@@ -1,10 +1,11 @@
-"""The masked softmax that every reference formula shares, with the whole map in memory."""
+"""The softmax that the reference formulas share, masked and plain, with the whole map in memory."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from vlattn_fast._ground.checks import has_forward_mode
 from vlattn_fast._ground.tensors import add_mask, as_dtype, compute_dtype
 
 
@@ -96,3 +97,28 @@ def logits(
     if is_causal:
         visible = visible & torch.ones(score.shape[-2:], dtype=torch.bool, device=score.device).tril()
     return score, visible
+
+
+# In forward mode softmax and log-sum-exp are written out: torch's edit their tangents in place, and a backward pass through them
+# would raise. Elsewhere torch's keep fewer maps.
+
+
+def softmax(x: Tensor, dim: int) -> Tensor:
+    """torch.softmax, which has all derivatives."""
+    return torch.exp(log_softmax(x, dim)) if has_forward_mode() else torch.softmax(x, dim)
+
+
+def log_softmax(x: Tensor, dim: int) -> Tensor:
+    """torch.log_softmax, which has all derivatives."""
+    if not has_forward_mode():
+        return torch.log_softmax(x, dim)
+    x = x - x.amax(dim, keepdim=True).detach()
+    return x - torch.exp(x).sum(dim, keepdim=True).log()
+
+
+def logsumexp(x: Tensor, dim: int) -> Tensor:
+    """torch.logsumexp, which has all derivatives."""
+    if not has_forward_mode():
+        return torch.logsumexp(x, dim)
+    largest = x.amax(dim, keepdim=True).detach()
+    return (largest + torch.exp(x - largest).sum(dim, keepdim=True).log()).squeeze(dim)

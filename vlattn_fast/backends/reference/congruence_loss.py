@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vlattn_fast._ground.checks import check_choice
 from vlattn_fast._ground.tensors import compute_dtype, mask_padding, product, resolve_scale, scaled_dot_default
+from vlattn_fast.backends.reference._softmax import log_softmax, logsumexp, softmax
 
 Blocks = tuple[Tensor, Tensor, Tensor, Tensor]  # one tensor of each of LL, VV, LV, VL
 EPSILON = 1e-6  # in the logarithms of iais_distributed
@@ -115,7 +116,7 @@ def _one_direction(kind: str, ll: Tensor, vv: Tensor, lv: Tensor, vl: Tensor, te
         picked = picked.gather(2, index[:, None, :].expand(-1, index.shape[1], -1))
         log_t = _log_softmax(picked, text)
         # log(mean_h P) by logarithms, so that a weight that underflows gives no infinite loss and no NaN gradient
-        log_p = torch.logsumexp(torch.log_softmax(ll, dim=-1), dim=1) - math.log(ll.shape[1])
+        log_p = logsumexp(log_softmax(ll, dim=-1), dim=1) - math.log(ll.shape[1])
         return _symmetric_kl(_block(ll), torch.exp(log_t), log_p, log_t, 0.0, text, image)
     p, t = _block(ll), product(_block(lv), _block(vl))
     return _symmetric_kl(p, t, _log(p), _log(t), EPSILON, text, image)
@@ -123,7 +124,7 @@ def _one_direction(kind: str, ll: Tensor, vv: Tensor, lv: Tensor, vl: Tensor, te
 
 def _block(logits: Tensor) -> Tensor:
     """Attention of a block, averaged over the heads after the softmax: (B, N, M)."""
-    return torch.softmax(logits, dim=-1).mean(1)
+    return softmax(logits, dim=-1).mean(1)
 
 
 def _log(x: Tensor) -> Tensor:
@@ -133,7 +134,7 @@ def _log(x: Tensor) -> Tensor:
 
 def _log_softmax(x: Tensor, columns: Tensor) -> Tensor:
     """The log-softmax of each row (B, N, N) over real tokens, `columns` (B, N)."""
-    return torch.log_softmax(torch.where(columns[:, None, :], x, torch.finfo(x.dtype).min), dim=-1)
+    return log_softmax(torch.where(columns[:, None, :], x, torch.finfo(x.dtype).min), dim=-1)
 
 
 def _symmetric_kl(p: Tensor, t: Tensor, log_p: Tensor, log_t: Tensor, epsilon: float, rows: Tensor, columns: Tensor) -> Tensor:

@@ -6,12 +6,12 @@ Shapes: images (Bi, R, D), captions (Bc, T, D); of one pair, queries q (n, D) an
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_choice
 from vlattn_fast._ground.tensors import compute_dtype, product
+from vlattn_fast.backends.reference._softmax import logsumexp, softmax
 
 DIRECTIONS = ("t2i", "i2t")
 FIRST_NORMS = ("softmax", "l2norm", "l1norm", "clipped_l2norm", "clipped_l1norm", "clipped", None)
@@ -77,7 +77,7 @@ def damsm_similarity(
 def _relevance(q: Tensor, c: Tensor, first_norm: str | None, smooth: float) -> Tensor:
     """Returns r_q = cos(q, a_q), (n,): how close each query is to the context that it attends to."""
     s = product(q, c.mT)  # eq. 1
-    alpha = torch.softmax(smooth * _normalize(s, first_norm), dim=1)  # over contexts, eq. 3
+    alpha = softmax(smooth * _normalize(s, first_norm), dim=1)  # over contexts, eq. 3
     a = product(alpha, c)  # eq. 2
     return (q * a).sum(1) / (q.norm(dim=1) * a.norm(dim=1)).clamp(min=1e-8)  # eq. 4
 
@@ -89,7 +89,7 @@ def _normalize(s: Tensor, first_norm: str | None) -> Tensor:
         s = F.leaky_relu(s, 0.1)
     match norm:
         case "softmax":
-            return torch.softmax(s, dim=0)
+            return softmax(s, dim=0)
         case "l2norm":
             return s / (s.norm(dim=0) + 1e-8)
         case "l1norm":
@@ -101,7 +101,7 @@ def _aggregate(r: Tensor, aggregation: str, lambda_lse: float) -> Tensor:
     """One similarity from the queries' r (n,), n > 0: eq. 5 and its alternatives."""
     match aggregation:
         case "logsumexp":
-            return torch.logsumexp(lambda_lse * r, dim=0) / lambda_lse
+            return logsumexp(lambda_lse * r, dim=0) / lambda_lse
         case "max":
             return r.amax(0)
         case "sum":
