@@ -415,6 +415,11 @@ class CongruenceLossBackwardInputs(NamedTuple):
         return [self.text_key, self.image_key, self.cross_image_key, self.cross_text_key]
 
 
+CongruenceLossJvpInputs, CongruenceLossSecondInputs = derivative_inputs(
+    CongruenceLossBackwardInputs, CongruenceLossInputs._fields[:8], grads=("grad_loss",)
+)
+
+
 class StackedCrossAttentionInputs(NamedTuple):
     """images (Bi, R, D), captions (Bc, T, D), caption_lengths int64 (Bc), image_lengths int64 (Bi)."""
 
@@ -446,6 +451,11 @@ class StackedCrossAttentionBackwardInputs(NamedTuple):
     backend: str
 
 
+StackedCrossAttentionJvpInputs, StackedCrossAttentionSecondInputs = derivative_inputs(
+    StackedCrossAttentionBackwardInputs, ("images", "captions"), grads=("grad_similarity",)
+)
+
+
 class MaxsimInputs(NamedTuple):
     """queries (A, N, D), documents (B, M, D), query_mask bool (A, N), document_mask bool (B, M). saves: whether the indices of
     the largest products are needed."""
@@ -466,6 +476,11 @@ class MaxsimBackwardInputs(NamedTuple):
     documents: Tensor
     places: Tensor
     backend: str
+
+
+MaxsimJvpInputs, MaxsimSecondInputs = derivative_inputs(
+    MaxsimBackwardInputs, ("queries", "documents"), grads=("grad_similarity",)
+)
 
 
 class GroupRowsInputs(NamedTuple):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from ctypes import c_double, c_int64, c_void_p
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import saved_for_the_last_time, unit_strides
-from vlattn_fast.backends.inputs import CongruenceLossBackwardInputs, CongruenceLossInputs
+from vlattn_fast.backends.inputs import CongruenceLossBackwardInputs, CongruenceLossInputs, CongruenceLossJvpInputs
 from vlattn_fast.backends.native import DTYPES, StridedTensor, Struct, address, each, kernel, strided
 from vlattn_fast.backends.reference.congruence_loss import num_gradients, of_all_blocks
+from vlattn_fast.backends.streaming.congruence_loss import differentiated, filled, product_with_tangents
 
 
 class CongruenceLoss(Struct):
@@ -62,13 +64,27 @@ def forward(inputs: CongruenceLossInputs) -> tuple[Tensor, Tensor]:
 
 def backward(inputs: CongruenceLossBackwardInputs) -> tuple[Tensor | None, ...]:
     """Gradients of the queries and of the keys; None for those of blocks that are constants."""
-    n = num_gradients(inputs.kind)
-    blocks = [*inputs.queries[:n], *inputs.keys[:n]]
+    blocks = [getattr(inputs, name) for name in differentiated(inputs.kind)]
     factor = inputs.grad_loss.float()[:, None, None, None]
-    parts = inputs.gradients.split([x.numel() for x in blocks])
-    in_place = blocks[0].dtype == torch.float32 and saved_for_the_last_time()
+    made = inputs.gradients.numel() == 0  # torch.func.vmap saves none
+    gradients = _gradients_of_loss(inputs) if made else inputs.gradients
+    in_place = blocks[0].dtype == torch.float32 and (made or saved_for_the_last_time())
     grads = []
-    for x, part in zip(blocks, parts, strict=True):
+    for x, part in zip(blocks, gradients.split([x.numel() for x in blocks]), strict=True):
         part = part.view(x.shape)
         grads.append(torch.mul(part, factor, out=part if in_place else x.new_empty(x.shape)))
     return of_all_blocks(grads)
+
+
+def jvp(inputs: CongruenceLossJvpInputs) -> Tensor:
+    """The tangent of the loss of each sample, (B). It reads no `gradients`: a backward pass may have multiplied them in place."""
+    x = filled(inputs)
+    blocks = [getattr(x, name) for name in differentiated(x.kind)]
+    parts = _gradients_of_loss(x).split([block.numel() for block in blocks])
+    return product_with_tangents(x, [part.view(block.shape) for part, block in zip(parts, blocks, strict=True)])
+
+
+def _gradients_of_loss(inputs: Any) -> Tensor:
+    """Those that a forward pass makes."""
+    values = [getattr(inputs, name, True) for name in CongruenceLossInputs._fields]  # `inputs` has no saves
+    return forward(CongruenceLossInputs._make(values))[1]

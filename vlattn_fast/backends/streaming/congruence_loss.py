@@ -24,9 +24,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlattn_fast._ground.tensors import compute_dtype
-from vlattn_fast.backends.inputs import CongruenceLossBackwardInputs, CongruenceLossInputs
+from vlattn_fast._ground.tensors import compute_dtype, mask_padding
+from vlattn_fast.backends.inputs import (
+    CongruenceLossBackwardInputs,
+    CongruenceLossInputs,
+    CongruenceLossJvpInputs,
+    CongruenceLossSecondInputs,
+)
 from vlattn_fast.backends.reference.congruence_loss import EPSILON, num_gradients, of_all_blocks
+from vlattn_fast.backends.streaming._forward_mode import tangents_of
 from vlattn_fast.backends.streaming._tiles import Tiling, tile_elements
 
 
@@ -43,6 +49,11 @@ def forward(inputs: CongruenceLossInputs) -> tuple[Tensor, Tensor]:
 
 def backward(inputs: CongruenceLossBackwardInputs) -> tuple[Tensor | None, ...]:
     """Gradients of the queries and of the keys; None for those of blocks that are constants."""
+    return of_all_blocks([grad.to(inputs.text_query.dtype) for grad in _gradients(inputs)])
+
+
+def _gradients(inputs: CongruenceLossBackwardInputs) -> list[Tensor]:
+    """Those of the queries and of the keys, of as many as `num_gradients` says, in the dtype of sums."""
     kind, text = inputs.kind, inputs.queries[0]
     dtype, n = compute_dtype(text), num_gradients(kind)
     grad_queries, grad_keys = ([x.new_zeros(x.shape, dtype=dtype) for x in xs[:n]] for xs in (inputs.queries, inputs.keys))
@@ -54,7 +65,47 @@ def backward(inputs: CongruenceLossBackwardInputs) -> tuple[Tensor | None, ...]:
             _BACKWARD[kind](inputs.grad_loss[b].to(dtype), ll, vv, lv, vl)
         for block in differentiated:
             block.finish()
-    return of_all_blocks([grad.to(text.dtype) for grad in (*grad_queries, *grad_keys)])
+    return [*grad_queries, *grad_keys]
+
+
+def jvp(inputs: CongruenceLossJvpInputs) -> Tensor:
+    """The tangent of the loss of each sample, (B). The loss is one number, so that its gradient gives it for any tangents."""
+    x = filled(inputs)
+    ones = x.text_query.new_ones(x.text_query.shape[0], dtype=compute_dtype(x.text_query))
+    values = [getattr(x, name, ones) for name in CongruenceLossBackwardInputs._fields]  # `x` has no grad_loss
+    return product_with_tangents(x, _gradients(CongruenceLossBackwardInputs._make(values)))
+
+
+def product_with_tangents(inputs: Any, gradients: Sequence[Tensor]) -> Tensor:
+    """Returns the tangents of the samples, (B), from the gradients of their queries and keys in the order of `differentiated`."""
+    tangents = [getattr(inputs, f"{name}_tangent") for name in differentiated(inputs.kind)]
+    pairs = [(g, u) for g, u in zip(gradients, tangents, strict=True) if u is not None]
+    zero = gradients[0].new_zeros(gradients[0].shape[0])
+    return sum([(g * u).sum((1, 2, 3)) for g, u in pairs], zero)
+
+
+def second(inputs: CongruenceLossSecondInputs) -> tuple[Tensor | None, ...]:
+    """The second derivative: the tangents of the gradients of the queries and of the keys."""
+    made = tangents_of(_gradients, filled(inputs), CongruenceLossBackwardInputs, differentiated(inputs.kind))
+    return of_all_blocks([grad.to(inputs.text_query.dtype) for grad in made])
+
+
+BLOCKS = CongruenceLossInputs._fields[:8]  # the queries and the keys
+
+
+def differentiated(kind: str) -> tuple[str, ...]:
+    """Returns the queries and the keys of blocks that are not constants."""
+    n = num_gradients(kind)
+    return *BLOCKS[:n], *BLOCKS[4 : 4 + n]
+
+
+def filled(inputs: Any) -> Any:
+    """Returns the inputs with zeros at padding, where other backends take anything."""
+    for modality, mask in (("text", inputs.text_mask), ("image", inputs.image_mask)):
+        names = [name for block in BLOCKS if modality in block for name in (block, f"{block}_tangent")]
+        filled = mask_padding(mask, *[getattr(inputs, name) for name in names])
+        inputs = inputs._replace(**dict(zip(names, filled, strict=True)))
+    return inputs
 
 
 _Softmax = Callable[..., Tensor]
@@ -93,7 +144,7 @@ class _Block:
         Where one head has nearly all of the sum, this is its logarithm to the last bit, and its share in the gradient is 1. The
         logarithm of the mean is another number: at -1,000 its rounding changes every share by 6e-5.
         """
-        total = self._filled(i, -torch.inf)
+        total = self.filled(i, -torch.inf)
         for _, log_prob in self.maps(i, torch.log_softmax):
             total = torch.logaddexp(total, torch.logsumexp(log_prob, dim=1))
         return _fill(total, self.padding, 0.0)
@@ -111,7 +162,7 @@ class _Block:
         return self._mean(self.all_rows)
 
     def _mean(self, i: slice) -> Tensor:
-        total = self._filled(i, 0.0)
+        total = self.filled(i, 0.0)
         for _, prob in self.maps(i):
             total += prob.sum(1)
         return total.div_(self.num_heads)
@@ -120,7 +171,7 @@ class _Block:
         score = (self.scale * self.query[:, h, i].to(self.dtype)) @ self.key[:, h].to(self.dtype).mT
         return _fill(score, None if self.padding is None else self.padding[:, None], -torch.inf)
 
-    def _filled(self, i: slice, value: float) -> Tensor:
+    def filled(self, i: slice, value: float) -> Tensor:
         return self.query.new_full((self.query.shape[0], i.stop - i.start, self.key.shape[2]), value, dtype=self.dtype)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import compute_dtype
-from vlattn_fast.backends.inputs import MaxsimBackwardInputs, MaxsimInputs
+from vlattn_fast.backends.inputs import MaxsimBackwardInputs, MaxsimInputs, MaxsimJvpInputs, MaxsimSecondInputs
 from vlattn_fast.backends.streaming import _tiles
 
 
@@ -60,3 +60,26 @@ def backward(inputs: MaxsimBackwardInputs) -> tuple[Tensor, Tensor]:
         grad_q += torch.where(counts, weight * documents[b].to(dtype)[place], 0.0)
         grad_d[b].index_add_(0, place.flatten(), torch.where(counts, weight * queries.to(dtype), 0.0).flatten(0, 1))
     return grad_q.to(queries.dtype), grad_d.to(queries.dtype)
+
+
+def jvp(inputs: MaxsimJvpInputs) -> Tensor:
+    """The tangent of the similarity. Each query token keeps its tokens of the documents."""
+    queries, documents, places = inputs.queries, inputs.documents, inputs.places
+    tangent = queries.new_zeros(places.shape[:2], dtype=compute_dtype(queries))
+    pairs = (inputs.queries_tangent, documents), (queries, inputs.documents_tangent)
+    for q, d in pairs:
+        if q is None or d is None or d.shape[1] == 0:
+            continue
+        for b in range(d.shape[0]):
+            counts, place = (places[:, b] >= 0)[..., None], places[:, b].clamp(min=0).long()
+            tangent[:, b] += torch.where(counts, q.to(tangent.dtype) * d[b].to(tangent.dtype)[place], 0.0).sum((1, 2))
+    return tangent
+
+
+def second(inputs: MaxsimSecondInputs) -> tuple[Tensor, Tensor]:
+    """The second derivative: the similarity is linear in either side, so this is `backward` of the tangents."""
+    queries, documents = (
+        torch.zeros_like(x) if tangent is None else tangent
+        for x, tangent in ((inputs.queries, inputs.queries_tangent), (inputs.documents, inputs.documents_tangent))
+    )
+    return backward(MaxsimBackwardInputs(inputs.grad_similarity, queries, documents, inputs.places, inputs.backend))

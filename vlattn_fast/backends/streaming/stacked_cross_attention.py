@@ -16,15 +16,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlattn_fast._ground.tensors import compute_dtype
-from vlattn_fast.backends.inputs import StackedCrossAttentionBackwardInputs, StackedCrossAttentionInputs
+from vlattn_fast._ground.tensors import compute_dtype, real_tokens
+from vlattn_fast.backends.inputs import (
+    StackedCrossAttentionBackwardInputs,
+    StackedCrossAttentionInputs,
+    StackedCrossAttentionJvpInputs,
+    StackedCrossAttentionSecondInputs,
+)
 from vlattn_fast.backends.reference.stacked_cross_attention import split_norm
 from vlattn_fast.backends.streaming import _tiles
+from vlattn_fast.backends.streaming._forward_mode import tangents_of
 
 EPS = 1e-8  # of SCAN's norms and cosine
 _Inputs = StackedCrossAttentionInputs | StackedCrossAttentionBackwardInputs
@@ -57,6 +64,31 @@ def backward(inputs: StackedCrossAttentionBackwardInputs) -> tuple[Tensor, Tenso
         grad_c[x] = contexts.backward()
     grad_q, grad_c = grad_q.to(images.dtype), grad_c.to(images.dtype)
     return (grad_c, grad_q) if direction == "t2i" else (grad_q, grad_c)
+
+
+def jvp(inputs: StackedCrossAttentionJvpInputs) -> Tensor:
+    """The tangent of the similarity."""
+    (tangent,) = tangents_of(lambda x: (forward(x),), _filled(inputs), StackedCrossAttentionInputs, _FIELDS)
+    return tangent
+
+
+def second(inputs: StackedCrossAttentionSecondInputs) -> tuple[Tensor, ...]:
+    """The second derivative: the tangents of the gradients of images and captions."""
+    return tangents_of(backward, _filled(inputs), StackedCrossAttentionBackwardInputs, _FIELDS)
+
+
+_FIELDS = "images", "captions"
+
+
+def _filled(inputs: Any) -> Any:
+    """Inputs with zeros in rows beyond the lengths: other backends take anything there."""
+    for name, lengths in (("images", inputs.image_lengths), ("captions", inputs.caption_lengths)):
+        if lengths is not None:
+            mask = torch.arange(getattr(inputs, name).shape[1], device=lengths.device) < lengths[:, None]
+            for each in (name, f"{name}_tangent"):
+                x = getattr(inputs, each)
+                inputs = inputs if x is None else inputs._replace(**{each: real_tokens(x, mask)})
+    return inputs
 
 
 @dataclass(frozen=True)
