@@ -6,8 +6,9 @@ backward passes alone: <u, DF(x)^T h> has the gradients jvp by h and second by x
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from inspect import signature
 from typing import Any, NamedTuple
 
 import pytest
@@ -36,18 +37,20 @@ class Case(NamedTuple):
     options: dict[str, Any]
 
 
-def congruence(kind: str, masked: str = "", direction: str = "both") -> Case:
-    tensors, given = make(6, 9, b=3, d=4, cross=True), masks(masked) if masked else {}
+def congruence(
+    kind: str = "iais_distributed", masked: str = "", direction: str = "both", sizes: Sequence[int] = (3, 2, 6, 9)
+) -> Case:
+    b, h, text, image = sizes
+    tensors, given = make(text, image, b=b, h=h, d=4, cross=True), masks(masked) if masked else {}
     options = {"kind": kind, "direction": direction, "scale": 0.5, "gradients": torch.empty(0)}
     formula = call(reference.congruence_loss, kind=kind, direction=direction, scale=0.5, **given)
     kinds = types.CongruenceLossJvpInputs, types.CongruenceLossSecondInputs
     return Case(formula, tensors, congruence_loss, kinds, {"text_mask": None, "image_mask": None} | options | given)
 
 
-def stacked(ragged: bool = False, **options: Any) -> Case:
-    tensors = {"images": torch.randn(3, 6, 5, dtype=F64), "captions": torch.randn(4, 7, 5, dtype=F64)}
-    if options.get("direction") == "i2t":  # more contexts than features
-        tensors = {name: x[..., :4].contiguous() for name, x in tensors.items()}
+def stacked(ragged: bool = False, sizes: Sequence[int] = (3, 6, 4, 7), **options: Any) -> Case:
+    features = 4 if options.get("direction") == "i2t" else 8  # fewer or more than contexts, which makes Gram matrices
+    tensors = {name: torch.randn(*two, features, dtype=F64) for name, two in {"images": sizes[:2], "captions": sizes[2:]}.items()}
     lengths = {"caption_lengths": torch.tensor([7, 0, 3, 1]), "image_lengths": torch.tensor([6, 2, 4])} if ragged else {}
     defaults = {"direction": "t2i", "first_norm": "clipped_l2norm", "smooth": 4.0, "aggregation": "logsumexp", "lambda_lse": 6.0}
     every = defaults | {"caption_lengths": None, "image_lengths": None} | lengths | options
@@ -59,8 +62,8 @@ def stacked(ragged: bool = False, **options: Any) -> Case:
     return Case(formula, tensors, stacked_cross_attention, kinds, every)
 
 
-def late(masked: bool = False) -> Case:
-    tensors = {"queries": torch.randn(3, 4, 5, dtype=F64), "documents": torch.randn(2, 6, 5, dtype=F64)}
+def late(masked: bool = False, sizes: Sequence[int] = (3, 4, 2, 6)) -> Case:
+    tensors = {name: torch.randn(*two, 5, dtype=F64) for name, two in {"queries": sizes[:2], "documents": sizes[2:]}.items()}
     of_tokens = (prefix(4, 4, 2, 0), prefix(6, 3, 6)) if masked else (None, None)
     filled = [x if mask is None else x * mask[..., None] for x, mask in zip(tensors.values(), of_tokens, strict=True)]
     _, places = maxsim.forward(types.MaxsimInputs(*filled, *of_tokens, saves=True, backend="streaming"))
@@ -71,6 +74,7 @@ def late(masked: bool = False) -> Case:
     return Case(formula, tensors, maxsim, (types.MaxsimJvpInputs, types.MaxsimSecondInputs), {"places": places})
 
 
+SIZES = {make_case: signature(make_case).parameters["sizes"].default for make_case in (congruence, stacked, late)}
 CASES: dict[str, Callable[[], Case]] = {
     **{f"congruence_loss, {kind}": lambda kind=kind: congruence(kind) for kind in KINDS},
     **{f"congruence_loss, {kind}, scattered": lambda kind=kind: congruence(kind, "scattered", "text") for kind in KINDS},
@@ -125,7 +129,10 @@ class Point(NamedTuple):
 
 
 def point(name: str) -> Point:
-    case = CASES[name]()
+    return at_random(CASES[name]())
+
+
+def at_random(case: Case) -> Point:
     tangents = {name: torch.randn_like(x) for name, x in case.tensors.items()}
     return Point(case, tangents, torch.randn_like(case.formula(**case.tensors)))
 
@@ -158,6 +165,14 @@ def test_without_some_tangents(name: str) -> None:
         assert_equal(none.of_backend(), without.of_formula())
     none = at._replace(tangents={})
     assert not any(x.any() for x in none.of_backend().values())
+
+
+@pytest.mark.parametrize("make_case", [congruence, stacked, late])
+def test_sizes_of_zero(make_case: Callable[..., Case]) -> None:
+    for empty in range(len(SIZES[make_case])):
+        sizes = [0 if n == empty else size for n, size in enumerate(SIZES[make_case])]
+        at = at_random(make_case(sizes=sizes))
+        assert_equal(at.of_backend(), at.of_formula())
 
 
 @pytest.mark.parametrize("caller", ["an operator", "a level", "an operator in a level"])

@@ -74,7 +74,8 @@ def jvp(inputs: StackedCrossAttentionJvpInputs) -> Tensor:
 
 def second(inputs: StackedCrossAttentionSecondInputs) -> tuple[Tensor, ...]:
     """The second derivative: the tangents of the gradients of images and captions."""
-    return tangents_of(backward, _filled(inputs), StackedCrossAttentionBackwardInputs, _FIELDS)
+    made = tangents_of(backward, _filled(inputs), StackedCrossAttentionBackwardInputs, _FIELDS)
+    return tuple([real_tokens(x, mask) for x, mask in zip(made, _real(inputs), strict=True)])
 
 
 _FIELDS = "images", "captions"
@@ -82,13 +83,17 @@ _FIELDS = "images", "captions"
 
 def _filled(inputs: Any) -> Any:
     """Inputs with zeros in rows beyond the lengths: other backends take anything there."""
-    for name, lengths in (("images", inputs.image_lengths), ("captions", inputs.caption_lengths)):
-        if lengths is not None:
-            mask = torch.arange(getattr(inputs, name).shape[1], device=lengths.device) < lengths[:, None]
-            for each in (name, f"{name}_tangent"):
-                x = getattr(inputs, each)
-                inputs = inputs if x is None else inputs._replace(**{each: real_tokens(x, mask)})
+    for name, mask in zip(_FIELDS, _real(inputs), strict=True):
+        for each in (name, f"{name}_tangent"):
+            x = getattr(inputs, each)
+            inputs = inputs if x is None else inputs._replace(**{each: real_tokens(x, mask)})
     return inputs
+
+
+def _real(inputs: Any) -> list[Tensor | None]:
+    """bool (Bi, R) and (Bc, T): the rows within the lengths."""
+    sides = (inputs.images, inputs.image_lengths), (inputs.captions, inputs.caption_lengths)
+    return [None if n is None else torch.arange(x.shape[1], device=x.device) < n[:, None] for x, n in sides]
 
 
 @dataclass(frozen=True)
