@@ -116,7 +116,7 @@ class Point(NamedTuple):
         fields = [name.removesuffix("_tangent") for name in second._fields[: len(gradients)]]
         none = {name: torch.zeros_like(x) for name, x in self.case.tensors.items()}
         made = {name: x for name, x in zip(fields, gradients, strict=True) if x is not None}
-        return {"jvp": self.case.backend.jvp(jvp), **none, **made}
+        return {"jvp": self.case.backend.jvp(jvp)[0], **none, **made}
 
     def of_formula(self) -> dict[str, Tensor]:
         leaves = {name: x.clone().requires_grad_() for name, x in self.case.tensors.items()}

@@ -66,8 +66,13 @@ def load(backends: Table, name: str) -> ModuleType:
 
 
 def launcher(backends: Table, name: str) -> Callable[..., Any]:
-    """Returns the function `name` ("forward", ...) of the backend that the inputs name."""
-    return lambda inputs: getattr(load(backends, inputs.backend), name)(inputs)
+    """Returns the function `name` ("forward", ...) of the backend that the inputs name, or of "streaming" if it has none."""
+
+    def run(inputs: Any) -> Any:
+        function = getattr(load(backends, inputs.backend), name, None)
+        return (getattr(load(backends, "streaming"), name) if function is None else function)(inputs)
+
+    return run
 
 
 def gradients(backends: Table, name: str) -> Callable[..., tuple[Tensor | None, ...]]:

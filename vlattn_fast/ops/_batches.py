@@ -61,7 +61,7 @@ def _fold(field: str, x: Any, of_samples: bool, size: int, batch: int) -> Any:
         return False  # what is saved has no batch
     if not isinstance(x, Tensor):
         return x
-    if x.shape[int(of_samples) :] == (0,) and batch:  # stands for None
+    if field == "gradients" or (x.shape[int(of_samples) :] == (0,) and batch):  # one row of no batch, made again; one for None
         return x.new_empty(0)
     if field in _BROADCAST:
         missing = _BROADCAST[field] - (x.dim() - of_samples)

@@ -36,6 +36,7 @@ class Derivatives:
         one_sweep: X_second also takes tangents h. of h and gives S(x, h, u) + B(x, h.), after J(x, u), which may be None without
             `with_jvp`.
         fake: gives X's outputs from the inputs of X_jvp.
+        fake_second: gives the gradients from the inputs of X_second, if not each of `fields` that is there has one.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Derivatives:
         jvp: Callable[..., Any],
         second: Callable[..., Any],
         fake: Callable[..., Any],
+        fake_second: Callable[..., Any] | None = None,
         one_sweep: bool = False,
     ) -> None:
         self.backward_type, self.jvp_type, self.second_type = types
@@ -78,9 +80,8 @@ class Derivatives:
             (lambda inputs: jvp(inputs)[0]) if single else jvp,
             (lambda inputs: jvp_fake(inputs)[0]) if single else jvp_fake,
         )
-        self.second = define(
-            f"{name}_second", self.second_type, _tensors(len(fields) + one_sweep * len(grads)), second, second_fake
-        )
+        returns = _tensors(len(fields) + one_sweep * len(grads))
+        self.second = define(f"{name}_second", self.second_type, returns, second, fake_second or second_fake)
         differentiable(f"{name}_backward", self._backward_of_backward, save, self._jvp_of_backward)
         differentiable(f"{name}_jvp", self._backward_of_jvp, save, _raises(f"{name} has no forward mode of forward mode"))
         third = f"{name} has no third derivative; it is twice differentiable"
@@ -190,8 +191,9 @@ def named_inputs(kind: Any, x: Named, u: Named | None = None) -> Any:
 
 
 def in_order(kind: Any, gradients: Named, x: Named) -> tuple[Any, ...]:
-    """Gradients for the fields of an operator's inputs that are tensors."""
-    return tuple([gradients.get(field) if isinstance(x[field], Tensor) else None for field in kind._fields])
+    """Gradients for the fields of an operator's inputs that are tensors; one of another shape, without elements, stands for None."""
+    pairs = [(x[field], gradients.get(field)) for field in kind._fields]
+    return tuple([y if isinstance(of, Tensor) and y is not None and y.shape == of.shape else None for of, y in pairs])
 
 
 def save(ctx: Any, inputs: Any, outputs: Any) -> None:

@@ -10,9 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlattn_fast._ground.checks import check_choice, check_floating, check_not_batched, check_tensor, check_token_mask, describe
+from vlattn_fast._ground.checks import check_choice, check_floating, check_tensor, check_token_mask, describe, has_forward_mode
 from vlattn_fast._ground.tensors import cast_by_autocast, compute_dtype, resolve_scale, scaled_dot_default
-from vlattn_fast.backends.inputs import CongruenceLossBackwardInputs, CongruenceLossInputs
+from vlattn_fast.backends.inputs import (
+    CongruenceLossBackwardInputs,
+    CongruenceLossInputs,
+    CongruenceLossJvpInputs,
+    CongruenceLossSecondInputs,
+)
 from vlattn_fast.backends.reference.congruence_loss import (
     DIRECTIONS,
     KINDS,
@@ -25,7 +30,8 @@ from vlattn_fast.dispatch.call import Call, make_call
 from vlattn_fast.dispatch.choice import launcher, load, planned, select
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
-from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
+from vlattn_fast.ops._derivatives import Derivatives
+from vlattn_fast.ops._registration import Saved, define, differentiable
 from vlattn_fast.ops._stages import arguments_of, described
 
 
@@ -109,8 +115,8 @@ def congruence_loss(
         cross = (cast_by_autocast(*cross[0]), cast_by_autocast(*cross[1]))
     written = (None, None) if BACKENDS[backend].masks_padding else (text_mask, image_mask)
     queries, keys = block_inputs(cast_by_autocast(*text), cast_by_autocast(*image), cross, *written)
-    check_not_batched("tensors of congruence_loss", "backend='reference' takes them", *queries, *keys, text_mask, image_mask)
-    saves = torch.is_grad_enabled() and any([x.requires_grad for x in (*queries, *keys)])
+    # in forward mode none are saved: its tangents need them from a pass of their own
+    saves = torch.is_grad_enabled() and any([x.requires_grad for x in (*queries, *keys)]) and not has_forward_mode()
     loss, _ = _forward_op(CongruenceLossInputs(*queries, *keys, text_mask, image_mask, kind, direction, scale, saves, backend))
     if reduction == "none":
         return loss
@@ -168,14 +174,14 @@ def _check_pair(name: str, x: Any, legend: str) -> None:
         raise TypeError(f"{name} must be the pair {legend}; got {describe(x)}")
 
 
-def _forward_fake(inputs: CongruenceLossInputs) -> tuple[Tensor, Tensor]:
+def _forward_fake(inputs: Any) -> tuple[Tensor, Tensor]:
     text, image = inputs.text_query, inputs.image_query
     loss = text.new_empty(text.shape[0], dtype=compute_dtype(text))
-    saves = inputs.saves and "gradients" in BACKENDS[inputs.backend].saves
+    saves = getattr(inputs, "saves", False) and "gradients" in BACKENDS[inputs.backend].saves
     return loss, loss.new_empty(num_gradients(inputs.kind) * (text.numel() + image.numel()) if saves else 0)
 
 
-def _backward_fake(inputs: CongruenceLossBackwardInputs) -> tuple[Tensor, ...]:
+def _backward_fake(inputs: Any) -> tuple[Tensor, ...]:
     n = num_gradients(inputs.kind)
     return tuple(x.new_empty(x.shape if k % 4 < n else 0) for k, x in enumerate((*inputs.queries, *inputs.keys)))
 
@@ -211,8 +217,19 @@ def _autograd(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | Non
     return of_all_blocks([*grads[:n], *grads[4 : 4 + n]])
 
 
-differentiable("congruence_loss", _autograd, _setup_context)
-once_differentiable("congruence_loss_backward")
+_derivatives = Derivatives(
+    "congruence_loss",
+    (CongruenceLossBackwardInputs, CongruenceLossJvpInputs, CongruenceLossSecondInputs),
+    CongruenceLossInputs._fields[:8],
+    outputs=("loss", "gradients"),
+    grads={"grad_loss": "loss"},
+    backward=_backward_op,
+    jvp=launcher(BACKENDS, "jvp"),
+    second=launcher(BACKENDS, "second"),
+    fake=_forward_fake,
+    fake_second=_backward_fake,
+)
+differentiable("congruence_loss", _autograd, _setup_context, _derivatives.of_forward)
 
 describe_call = described(Arguments, _describe)
 OPERATOR = Operator(congruence_loss, describe_call, BACKENDS)

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlattn_fast._ground.checks import check_device, check_floating, check_tensor, describe
+from vlattn_fast._ground.checks import check_device, check_floating, check_tensor, describe, is_differentiated
 from vlattn_fast._ground.tensors import cast_by_autocast, compute_dtype, real_tokens, without_autocast
-from vlattn_fast.backends.inputs import MaxsimBackwardInputs, MaxsimInputs
+from vlattn_fast.backends.inputs import MaxsimBackwardInputs, MaxsimInputs, MaxsimJvpInputs, MaxsimSecondInputs
 from vlattn_fast.dispatch.call import Call, make_call
 from vlattn_fast.dispatch.choice import launcher, load, planned, select
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
-from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
+from vlattn_fast.ops._derivatives import Derivatives
+from vlattn_fast.ops._registration import Saved, define, differentiable
 from vlattn_fast.ops._stages import arguments_of, described
 
 BACKENDS = table("maxsim")
@@ -66,7 +67,7 @@ def maxsim(
             return load(BACKENDS, backend).maxsim(queries, documents, query_mask, document_mask)
     if not BACKENDS[backend].masks_padding:
         queries, documents = real_tokens(queries, query_mask), real_tokens(documents, document_mask)
-    saves = torch.is_grad_enabled() and (queries.requires_grad or documents.requires_grad)
+    saves = is_differentiated(queries, documents)
     similarity, _ = _forward_op(MaxsimInputs(queries, documents, query_mask, document_mask, saves, backend))
     return similarity
 
@@ -108,9 +109,9 @@ def _forward(inputs: MaxsimInputs) -> tuple[Tensor, Tensor]:
     return similarity, places if inputs.saves else inputs.queries.new_empty(0, dtype=torch.int32)
 
 
-def _forward_fake(inputs: MaxsimInputs) -> tuple[Tensor, Tensor]:
+def _forward_fake(inputs: Any) -> tuple[Tensor, Tensor]:
     queries, pairs = inputs.queries, (inputs.queries.shape[0], inputs.documents.shape[0])
-    places = (*pairs, queries.shape[1]) if inputs.saves else (0,)
+    places = (*pairs, queries.shape[1]) if getattr(inputs, "saves", False) else (0,)
     return queries.new_empty(pairs, dtype=compute_dtype(queries)), queries.new_empty(places, dtype=torch.int32)
 
 
@@ -132,8 +133,18 @@ def _autograd(ctx: Any, grad_similarity: Tensor, _: Any) -> tuple[Tensor | None,
     return *_backward_op(_saved.inputs(ctx, grad_similarity)), None, None
 
 
-differentiable("maxsim", _autograd, _setup_context)
-once_differentiable("maxsim_backward")
+_derivatives = Derivatives(
+    "maxsim",
+    (MaxsimBackwardInputs, MaxsimJvpInputs, MaxsimSecondInputs),
+    ("queries", "documents"),
+    outputs=("similarity", "places"),
+    grads={"grad_similarity": "similarity"},
+    backward=_backward_op,
+    jvp=launcher(BACKENDS, "jvp"),
+    second=launcher(BACKENDS, "second"),
+    fake=_forward_fake,
+)
+differentiable("maxsim", _autograd, _setup_context, _derivatives.of_forward)
 
 describe_call = described(Arguments, _describe)
 OPERATOR = Operator(maxsim, describe_call, BACKENDS)

@@ -12,13 +12,19 @@ from torch import Tensor
 
 from vlattn_fast._ground.checks import check_choice, check_device, check_floating, check_number, check_tensor, describe, readable
 from vlattn_fast._ground.tensors import cast_by_autocast, compute_dtype, real_tokens, without_autocast
-from vlattn_fast.backends.inputs import StackedCrossAttentionBackwardInputs, StackedCrossAttentionInputs
+from vlattn_fast.backends.inputs import (
+    StackedCrossAttentionBackwardInputs,
+    StackedCrossAttentionInputs,
+    StackedCrossAttentionJvpInputs,
+    StackedCrossAttentionSecondInputs,
+)
 from vlattn_fast.backends.reference.stacked_cross_attention import AGGREGATIONS, DIRECTIONS, FIRST_NORMS
 from vlattn_fast.dispatch.call import Call, make_call
 from vlattn_fast.dispatch.choice import launcher, load, planned, select
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
-from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
+from vlattn_fast.ops._derivatives import Derivatives
+from vlattn_fast.ops._registration import Saved, define, differentiable
 from vlattn_fast.ops._stages import arguments_of, described
 
 
@@ -247,8 +253,18 @@ def _autograd(ctx: Any, grad_similarity: Tensor) -> tuple[Tensor, Tensor]:
     return _backward_op(_saved.inputs(ctx, grad_similarity))
 
 
-differentiable("stacked_cross_attention", _autograd, _setup_context)
-once_differentiable("stacked_cross_attention_backward")
+_derivatives = Derivatives(
+    "stacked_cross_attention",
+    (StackedCrossAttentionBackwardInputs, StackedCrossAttentionJvpInputs, StackedCrossAttentionSecondInputs),
+    ("images", "captions"),
+    outputs=("similarity",),
+    grads={"grad_similarity": "similarity"},
+    backward=_backward_op,
+    jvp=launcher(BACKENDS, "jvp"),
+    second=launcher(BACKENDS, "second"),
+    fake=_forward_fake,
+)
+differentiable("stacked_cross_attention", _autograd, _setup_context, _derivatives.of_forward)
 
 describe_call = described(Arguments, _describe)
 OPERATOR = Operator(stacked_cross_attention, describe_call, BACKENDS)

@@ -76,12 +76,12 @@ def backward(inputs: CongruenceLossBackwardInputs) -> tuple[Tensor | None, ...]:
     return of_all_blocks(grads)
 
 
-def jvp(inputs: CongruenceLossJvpInputs) -> Tensor:
+def jvp(inputs: CongruenceLossJvpInputs) -> tuple[Tensor]:
     """The tangent of the loss of each sample, (B). It reads no `gradients`: a backward pass may have multiplied them in place."""
     x = filled(inputs)
     blocks = [getattr(x, name) for name in differentiated(x.kind)]
     parts = _gradients_of_loss(x).split([block.numel() for block in blocks])
-    return product_with_tangents(x, [part.view(block.shape) for part, block in zip(parts, blocks, strict=True)])
+    return (product_with_tangents(x, [part.view(block.shape) for part, block in zip(parts, blocks, strict=True)]),)
 
 
 def _gradients_of_loss(inputs: Any) -> Tensor:

@@ -68,12 +68,12 @@ def _gradients(inputs: CongruenceLossBackwardInputs) -> list[Tensor]:
     return [*grad_queries, *grad_keys]
 
 
-def jvp(inputs: CongruenceLossJvpInputs) -> Tensor:
+def jvp(inputs: CongruenceLossJvpInputs) -> tuple[Tensor]:
     """The tangent of the loss of each sample, (B). The loss is one number, so that its gradient gives it for any tangents."""
     x = filled(inputs)
     ones = x.text_query.new_ones(x.text_query.shape[0], dtype=compute_dtype(x.text_query))
     values = [getattr(x, name, ones) for name in CongruenceLossBackwardInputs._fields]  # `x` has no grad_loss
-    return product_with_tangents(x, _gradients(CongruenceLossBackwardInputs._make(values)))
+    return (product_with_tangents(x, _gradients(CongruenceLossBackwardInputs._make(values))),)
 
 
 def product_with_tangents(inputs: Any, gradients: Sequence[Tensor]) -> Tensor:

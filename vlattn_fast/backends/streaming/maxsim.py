@@ -62,7 +62,7 @@ def backward(inputs: MaxsimBackwardInputs) -> tuple[Tensor, Tensor]:
     return grad_q.to(queries.dtype), grad_d.to(queries.dtype)
 
 
-def jvp(inputs: MaxsimJvpInputs) -> Tensor:
+def jvp(inputs: MaxsimJvpInputs) -> tuple[Tensor]:
     """The tangent of the similarity. Each query token keeps its tokens of the documents."""
     queries, documents, places = inputs.queries, inputs.documents, inputs.places
     tangent = queries.new_zeros(places.shape[:2], dtype=compute_dtype(queries))
@@ -73,7 +73,7 @@ def jvp(inputs: MaxsimJvpInputs) -> Tensor:
         for b in range(d.shape[0]):
             counts, place = (places[:, b] >= 0)[..., None], places[:, b].clamp(min=0).long()
             tangent[:, b] += torch.where(counts, q.to(tangent.dtype) * d[b].to(tangent.dtype)[place], 0.0).sum((1, 2))
-    return tangent
+    return (tangent,)
 
 
 def second(inputs: MaxsimSecondInputs) -> tuple[Tensor, Tensor]:

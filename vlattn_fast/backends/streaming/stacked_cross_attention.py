@@ -66,10 +66,9 @@ def backward(inputs: StackedCrossAttentionBackwardInputs) -> tuple[Tensor, Tenso
     return (grad_c, grad_q) if direction == "t2i" else (grad_q, grad_c)
 
 
-def jvp(inputs: StackedCrossAttentionJvpInputs) -> Tensor:
+def jvp(inputs: StackedCrossAttentionJvpInputs) -> tuple[Tensor, ...]:
     """The tangent of the similarity."""
-    (tangent,) = tangents_of(lambda x: (forward(x),), _filled(inputs), StackedCrossAttentionInputs, _FIELDS)
-    return tangent
+    return tangents_of(lambda x: (forward(x),), _filled(inputs), StackedCrossAttentionInputs, _FIELDS)
 
 
 def second(inputs: StackedCrossAttentionSecondInputs) -> tuple[Tensor, ...]:
