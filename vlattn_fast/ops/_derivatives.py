@@ -191,7 +191,7 @@ def named_inputs(kind: Any, x: Named, u: Named | None = None) -> Any:
 
 
 def in_order(kind: Any, gradients: Named, x: Named) -> tuple[Any, ...]:
-    """Gradients for the fields of an operator's inputs that are tensors; one of another shape, without elements, stands for None."""
+    """Gradients for the fields of an operator's inputs that are tensors; one without elements stands for None."""
     pairs = [(x[field], gradients.get(field)) for field in kind._fields]
     return tuple([y if isinstance(of, Tensor) and y is not None and y.shape == of.shape else None for of, y in pairs])
 
