@@ -252,14 +252,6 @@ def test_opcheck(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_second_derivative_is_refused(kind: str) -> None:
-    x = {key: value.requires_grad_() for key, value in make(3, 4, d=2).items()}
-    (grad,) = torch.autograd.grad(call(congruence_loss, kind=kind)(**x).sum(), x["text_query"], create_graph=True)
-    with pytest.raises(RuntimeError, match="congruence_loss has no second derivative"):
-        grad.sum().backward()
-
-
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.slow
 def test_fullgraph_five_lengths_two_graphs(kind: str) -> None:
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager" if kind == "cacr" else "eager")

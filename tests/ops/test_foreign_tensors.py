@@ -149,17 +149,31 @@ def tangents() -> dict[str, tuple[Callable[[Tensor], Any], Tensor]]:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 @pytest.mark.parametrize("name", tangents())
-def test_forward_mode_is_refused(name: str) -> None:
-    """torch would give a tangent of zero, in silence."""
+def test_a_tangent_is_no_zero_in_silence(name: str) -> None:
+    """Of a float argument: a constant raises, a carrier is passed on, and the others have the tangent that the gradient has."""
     call, x = tangents()[name]
-    call(x)
-    with forward_ad.dual_level(), pytest.raises(ValueError, match=f"^{name} must not have a forward-mode tangent"):
-        call(forward_ad.make_dual(x, torch.ones_like(x)))
+
+    def total(x: Tensor) -> Tensor:
+        return sum(y.sum() for y in outputs_of(call(x)) if y.is_floating_point())
+
+    tangent = torch.randn_like(x)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, tangent)
+        if name in ("attn_mask", "residual_weight", "attention_weight"):
+            with pytest.raises(ValueError, match=f"^{name} must not have a forward-mode tangent"):
+                call(dual)
+            return
+        made = forward_ad.unpack_dual(total(dual)).tangent
+    if name in ("carrier", "branch_carrier"):  # whose backward pass is a rule
+        expected = tangent.sum() if name == "carrier" else None
+    else:
+        leaf = x.clone().requires_grad_()
+        expected = (torch.autograd.grad(total(leaf), leaf)[0] * tangent).sum()
+    torch.testing.assert_close(made, expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["score_attention", "attention_statistics", "congruence_loss", "stacked_cross_attention"])
 def test_gradients_of_torch_func(name: str) -> None:
-    """As docs/reliability.md has it: the formulas take them, and torch refuses them for registered operators."""
     every = every_call(name, 5)
     x = every.tensors
     first = next(iter(x))
@@ -171,8 +185,7 @@ def test_gradients_of_torch_func(name: str) -> None:
     leaf = x[first].clone().requires_grad_()
     (expected,) = torch.autograd.grad(total(leaf, "reference"), leaf)
     torch.testing.assert_close(torch.func.grad(total)(x[first], "reference"), expected)
-    with pytest.raises(RuntimeError, match="setup_context"):
-        torch.func.grad(total)(x[first], "streaming")
+    torch.testing.assert_close(torch.func.grad(total)(x[first], "streaming"), expected)
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -203,13 +203,6 @@ def test_places_are_kept_for_a_gradient_alone() -> None:
             assert torch.ops.vlattn.maxsim(*arguments, saves, backend)[1].numel() == (3 * 4 * 7 if saves else 0)
 
 
-def test_no_second_derivative() -> None:
-    queries, documents = (x.requires_grad_() for x in tensors().values())
-    (grad,) = torch.autograd.grad(va.maxsim(queries, documents).sum(), queries, create_graph=True)
-    with pytest.raises(RuntimeError, match="maxsim has no second derivative"):
-        grad.sum().backward()
-
-
 @pytest.mark.parametrize("backend", ["streaming", "cpu"])
 @pytest.mark.slow("streaming")
 def test_compiles(backend: str) -> None:

@@ -164,13 +164,6 @@ def test_only_what_is_asked_for_is_computed(monkeypatch):
     torch.testing.assert_close(grad, torch.ones_like(result) @ abar.mT)
 
 
-def test_a_second_derivative_is_refused():
-    tensors = inputs()
-    (grad,) = torch.autograd.grad(va.relevancy_step(*tensors, backend="streaming").sum(), tensors[1], create_graph=True)
-    with pytest.raises(RuntimeError, match="relevancy_step has no second derivative"):
-        grad.sum().backward()
-
-
 def test_padding_of_nan_has_no_influence():
     tensors = inputs()
     keys = torch.ones(B, M, dtype=torch.bool)

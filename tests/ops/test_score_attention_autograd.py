@@ -12,7 +12,7 @@ from torch import Tensor
 import vlattn_fast as va
 from tests.helpers.compare import as_dtype, assert_all_close_to, outputs_and_grads
 from tests.helpers.ops.backends import F64, each
-from tests.helpers.ops.score_cases import SCORES, TORCH_JIT, B, H, M, N, attention_inputs, bool_mask, call, sizes_of, tensors
+from tests.helpers.ops.score_cases import SCORES, B, H, M, N, attention_inputs, bool_mask, call, sizes_of, tensors
 from vlattn_fast import scores as S
 from vlattn_fast.backends.streaming import _tiles
 
@@ -135,23 +135,12 @@ def test_backward_twice_and_partial_gradients() -> None:
         torch.testing.assert_close(grad, first[list(leaves).index(name)])
 
 
-@pytest.mark.parametrize(
-    "score, words", (("general-tanh-key", "score_attention has no second derivative"), ("dot", "is not implemented"))
-)
-def test_second_derivative_is_refused(score: str, words: str) -> None:
-    inputs, make = attention_inputs(SCORES[score])
+def test_torchs_own_attention_has_no_second_derivative() -> None:
+    inputs, make = attention_inputs(SCORES["dot"])
     leaves = {name: x.requires_grad_() for name, x in inputs.items()}
     (grad,) = torch.autograd.grad(call(va.score_attention, make)(**leaves).pow(2).sum(), leaves["query"], create_graph=True)
-    with pytest.raises(RuntimeError, match=words):
+    with pytest.raises(RuntimeError, match="is not implemented"):
         torch.autograd.grad(grad.sum(), leaves["key"])
-
-
-@TORCH_JIT
-def test_forward_mode_is_refused() -> None:
-    x = torch.randn(1, 1, 3, 4)
-    for score in ("dot", S.General(torch.eye(4), activation="tanh")):
-        with pytest.raises(ValueError, match="query must not have a forward-mode tangent"):
-            torch.func.jvp(lambda q, score=score: va.score_attention(q, x, x, score=score), (x,), (x,))
 
 
 def test_what_cancels_has_a_gradient_of_zero_not_none() -> None:

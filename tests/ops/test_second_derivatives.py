@@ -1,8 +1,7 @@
-"""Second derivatives: relevancy_residual is linear and has them; the others say that they have none."""
+"""Second derivatives by create_graph=True: of relevancy_residual, which is linear, and of dot products."""
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +12,6 @@ from torch.autograd import gradcheck, gradgradcheck
 import vlattn_fast as va
 from tests.helpers.compare import assert_all_close_to, assert_close_to, outputs_and_grads
 from tests.helpers.ops.backends import each, on
-from tests.helpers.ops.every_call import CALLS, every_call, leaves, outputs_of
 from tests.helpers.ops.second_cases import check, gradients, inputs
 from vlattn_fast.dispatch.choice import load
 from vlattn_fast.ops.score_attention import BACKENDS
@@ -74,25 +72,6 @@ def test_weights_are_constants() -> None:
     a = ((g * residual).sum(-1).abs() / ((g * residual).sum(-1).abs() + (g * branch).sum(-1).abs())).detach()
     (by_r,) = torch.autograd.grad(grads[1].sum(), r)
     torch.testing.assert_close(by_r, a[:, None].expand_as(r))
-
-
-TWICE = (
-    "relevancy_residual",
-    *("score_attention", "score_attention, lse"),  # dot products
-    *(f"score_attention, {name}" for name in ("cosine", "distance", "general")),  # of features
-)
-ONCE = [name for name in CALLS if name not in TWICE and every_call(name, 4).differentiable]
-
-
-@pytest.mark.parametrize("name", ONCE)
-def test_the_others_have_none(name: str) -> None:
-    every = every_call(name, 4)
-    run = partial(every.run, backend="streaming")
-    x = leaves(every)
-    total = sum(y.sum() for y in outputs_of(run(x)) if y.requires_grad)
-    grads = torch.autograd.grad(total, list(x.values()), create_graph=True, allow_unused=True)
-    with pytest.raises(RuntimeError, match="has no second derivative"):
-        sum(g.sum() for g in grads if g is not None and g.requires_grad).backward()
 
 
 # ------------------------------------------------------------------ dot products
@@ -156,13 +135,8 @@ def test_a_gradient_penalty_in_float32_runs_in_tiles(monkeypatch: pytest.MonkeyP
         torch.testing.assert_close(two.double(), one, rtol=1e-4, atol=1e-5)
 
 
-def test_other_scores_say_that_they_have_none() -> None:
+def test_the_third_is_refused() -> None:
     query, key, value = attention_inputs()
-    additive = va.scores.Additive(torch.ones(5, dtype=torch.float64))
-    out = va.score_attention(query, key, value, score=additive, backend="streaming")
-    (grad,) = torch.autograd.grad(out.sum(), query, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative for scores that are not dot products"):
-        grad.sum().backward()
     (second,) = torch.autograd.grad(
         torch.autograd.grad(va.score_attention(query, key, value, backend="streaming").sum(), query, create_graph=True)[0].sum(),
         query,

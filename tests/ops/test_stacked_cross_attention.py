@@ -289,13 +289,6 @@ def test_gradcheck(size: int) -> None:
         assert torch.autograd.gradcheck(lambda x, y, f=function: f(x, y, words), inputs)
 
 
-def test_second_derivatives_are_refused() -> None:
-    inputs = [x.requires_grad_() for x in tensors().values()]
-    grads = torch.autograd.grad(stacked_cross_attention(*inputs).sum(), inputs, create_graph=True)
-    with pytest.raises(RuntimeError, match="stacked_cross_attention has no second derivative"):
-        grads[0].sum().backward()
-
-
 @on("reference", "streaming")
 def test_autocast_computes_in_float32(backend: str) -> None:
     inputs = tensors((3, 4), 6, 7, 8, torch.float32)

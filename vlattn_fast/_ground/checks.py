@@ -67,14 +67,15 @@ def has_forward_mode() -> bool:
     return getattr(forward_ad, "_current_level", -1) >= 0  # a private name, which may vanish
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def is_transformed() -> bool:
-    """Returns whether forward mode or a transform of torch.func is on."""
+    """Returns whether forward mode or a transform of torch.func is on; in code that torch.compile traces, where it traces."""
     return has_forward_mode() or torch._C._functorch.maybe_current_level() is not None
 
 
 def is_differentiated(*tensors: Tensor | None) -> bool:
     """Returns whether derivatives of an operator on these tensors may be asked for: by backward(), forward mode or torch.func."""
-    if not torch.compiler.is_compiling() and is_transformed():
+    if is_transformed():
         return True
     return torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in tensors])
 

@@ -20,7 +20,7 @@ from torch import _C, Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
-from vlattn_fast._ground.checks import has_forward_mode, varies
+from vlattn_fast._ground.checks import varies
 from vlattn_fast._ground.tensors import promised_layouts, without_autocast
 from vlattn_fast.ops._batches import over_batches
 from vlattn_fast.ops._ops import NAMESPACE, add_op_namespace_prefix
@@ -163,7 +163,7 @@ def _autograd_function(name: str, kernel: Callable[..., Any], inputs_type: Any, 
         *tensors, inputs, below = tensors_and_inputs
         outputs = kernel(inputs) if below is None else below(inputs)
         _DERIVATIVES[name].setup_context(ctx, inputs, outputs)
-        if has_forward_mode():  # `jvp` is next, and reads what is saved for it
+        if below is not None:  # `jvp` may be next, and reads what is saved for it
             ctx.present = [x is not None for x in tensors]
             ctx.save_for_forward(*[x for x in tensors if x is not None], *_flat(outputs))
             ctx.options_of_jvp = inputs[num_tensors:]
@@ -220,11 +220,8 @@ def _register(
             with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), _C._AutoDispatchBelowAutograd():
                 return dispatched.default.redispatch(keyset & _C._after_autograd_keyset, *inputs)
 
-        inputs = inputs_type(*args)
-        if not (torch.is_grad_enabled() or has_forward_mode()):
-            return below(inputs)
         with enable_single_level_autograd_function():
-            return apply(*args[:num_tensors], inputs, below)
+            return apply(*args[:num_tensors], inputs_type(*args), below)
 
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     _LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)

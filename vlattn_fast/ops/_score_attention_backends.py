@@ -15,6 +15,7 @@ def _sdpa_limits(call: Call) -> list[tuple[str, bool]]:
     return [
         ("SDPA takes scores that are a dot product of features, whatever the data are", not flags["dot_product"]),
         ("SDPA returns no log-sum-exp", flags["return_lse"]),
+        ("SDPA has no forward mode, and torch.func may ask for it", flags["transformed"]),
         ("SDPA has no attention sinks", flags["sink"]),
         ("SDPA has no softcap", flags["softcap"]),
         ("SDPA has no group_bias but as a mask of N x M", flags["group_bias"]),

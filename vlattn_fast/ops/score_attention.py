@@ -25,6 +25,7 @@ from vlattn_fast._ground.checks import (
     is_differentiated,
     is_dtensor,
     is_jit_traced,
+    is_transformed,
     varies,
 )
 from vlattn_fast._ground.named import by_name
@@ -212,6 +213,7 @@ def _describe(x: Any) -> Call:
         "backward_in_16_bit": _multiplies_16_bits(x.query) and torch.is_grad_enabled(),
         "positive_scale": resolve_scale(x.scale, score.default_scale(head_dim)) > 0.0,
         "varying_scale": x.scale is not None and varies(x.scale),
+        "transformed": is_transformed(),
     }
     return make_call("score_attention", x.query, sizes, flags)
 

@@ -41,18 +41,25 @@ class _Residual(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, residual: Tensor, branch: Tensor, residual_carrier: Tensor, branch_carrier: Tensor, weighting: str | Weighting
+        residual: Tensor, branch: Tensor, residual_carrier: Tensor, branch_carrier: Tensor, weighting: str | Weighting
     ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(residual, branch)
-        ctx.weighting = weighting
         return residual + branch, residual_carrier.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        residual, branch, _, _, ctx.weighting = inputs
+        ctx.save_for_backward(residual, branch)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
         residual, branch = ctx.saved_tensors
         with torch.no_grad():  # constants of the rule; everything else here is linear in grad and r
-            a, b = residual_weights(residual, branch, grad, ctx.weighting)
+            a, b = residual_weights(residual.detach(), branch.detach(), grad.detach(), ctx.weighting)
         return grad, grad, r * a[:, None].to(r.dtype), r * b[:, None].to(r.dtype), None
+
+    @staticmethod
+    def jvp(ctx: Any, residual: Tensor, branch: Tensor, residual_carrier: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        return residual + branch, residual_carrier.clone()
 
 
 def residual_weights(residual: Tensor, branch: Tensor, grad: Tensor, weighting: str | Weighting) -> tuple[Tensor, Tensor]:
