@@ -67,10 +67,13 @@ def has_forward_mode() -> bool:
     return getattr(forward_ad, "_current_level", -1) >= 0  # a private name, which may vanish
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def is_transformed() -> bool:
     """Returns whether forward mode or a transform of torch.func is on; in code that torch.compile traces, where it traces."""
     return has_forward_mode() or torch._C._functorch.maybe_current_level() is not None
+
+
+# As by torch.compiler.assume_constant_result, which would import all of torch.compile
+is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_differentiated(*tensors: Tensor | None) -> bool:
