@@ -92,32 +92,17 @@ def test_vmap_runs_sample_by_sample(name: str, backend: str) -> None:
     torch.testing.assert_close(list(got), [torch.stack(each) for each in zip(*want, strict=True)])
 
 
-@pytest.mark.parametrize("backend", ["auto", "streaming", "cpu"])
-def test_vmap_over_a_congruence_loss_is_refused(backend: str) -> None:
-    """The formula takes it."""
-
-    def loss(text: Tensor, image: Tensor, backend: str) -> Tensor:
-        return va.congruence_loss((text, text), (image, image), backend=backend)
-
-    text, image = torch.randn(3, 2, 2, 5, 4), torch.randn(2, 2, 6, 4)
-    with pytest.raises(ValueError, match="samples of a torch.func.vmap .backend='reference' takes them.; got a torch.float32"):
-        torch.func.vmap(loss, (0, None, None))(text, image, backend)
-    got = torch.func.vmap(loss, (0, None, None))(text, image, "reference")
-    torch.testing.assert_close(got, torch.stack([loss(each, image, "reference") for each in text]))
-
-
-@pytest.mark.parametrize("backend", ["streaming", "cpu"])
-def test_vmap_over_its_masks_is_refused(backend: str) -> None:
-    text, image = torch.randn(2, 2, 5, 4), torch.randn(2, 2, 6, 4)
-
-    def loss(text_mask: Tensor) -> Tensor:
+@pytest.mark.parametrize("backend", ["auto", "streaming", "cpu", "reference"])
+def test_vmap_over_a_congruence_loss(backend: str) -> None:
+    def loss(text: Tensor, image: Tensor, text_mask: Tensor) -> Tensor:
         return va.congruence_loss((text, text), (image, image), text_mask=text_mask, backend=backend)
 
-    with pytest.raises(ValueError, match="samples of a torch.func.vmap"):
-        torch.func.vmap(loss)(torch.ones(3, 2, 5, dtype=torch.bool))
+    text, image, mask = torch.randn(3, 2, 2, 5, 4), torch.randn(2, 2, 6, 4), torch.rand(3, 2, 5) > 0.3
+    got = torch.func.vmap(loss, (0, None, 0))(text, image, mask)
+    torch.testing.assert_close(got, torch.stack([loss(each, image, which) for each, which in zip(text, mask, strict=True)]))
 
 
-def test_vmap_over_a_residual_is_refused() -> None:
-    terms, carriers = torch.randn(2, 3, 2, 5, 8), torch.randn(2, 3, 2, 1, 5)
-    with pytest.raises(ValueError, match="carriers of relevancy_residual must not stand for the samples of a torch.func.vmap"):
-        torch.func.vmap(va.relevancy_residual)(*terms, *carriers)
+def test_vmap_over_a_residual() -> None:
+    (residual, branch), (one, two) = torch.randn(2, 3, 2, 5, 8), torch.randn(2, 3, 2, 1, 5)
+    total, carrier = torch.func.vmap(va.relevancy_residual)(residual, branch, one, two)
+    assert torch.equal(total, residual + branch) and torch.equal(carrier, one)

@@ -130,15 +130,6 @@ def _is_batched(x: Tensor) -> bool:
     return False
 
 
-def check_not_batched(names: str, remedy: str, *tensors: Tensor | None) -> None:
-    """Raises if a tensor stands for the samples of a torch.func.vmap, for calls that torch cannot run sample by sample."""
-    if torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is None:
-        return
-    for x in tensors:
-        if x is not None and _is_batched(x):
-            raise ValueError(f"{names} must not stand for the samples of a torch.func.vmap ({remedy}); got {describe(x)} of each")
-
-
 def varies(x: float) -> bool:
     """Returns whether `x` is a symbol in code that torch.compile traces: a float that may differ from call to call."""
     if not torch.compiler.is_compiling():

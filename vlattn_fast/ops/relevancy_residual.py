@@ -7,15 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from vlattn_fast._ground.checks import (
-    FLOAT_DTYPES,
-    check_device,
-    check_floating,
-    check_not_batched,
-    check_tensor,
-    describe,
-    is_dtensor,
-)
+from vlattn_fast._ground.checks import FLOAT_DTYPES, check_device, check_floating, check_tensor, describe, is_dtensor
 from vlattn_fast.backends import reference
 from vlattn_fast.backends.reference.relevancy_residual import Weighting
 from vlattn_fast.ops._shards import NO_HEADS, over_shards
@@ -89,6 +81,4 @@ def relevancy_residual(
             f"branch_carrier must have residual_carrier's shape and dtype; got {describe(residual_carrier)} and "
             f"{describe(branch_carrier)}"
         )
-    tensors = residual, branch, residual_carrier, branch_carrier
-    check_not_batched("terms and carriers of relevancy_residual", "the batch can hold them", *tensors)
     return reference.relevancy_residual(residual, branch, residual_carrier, branch_carrier, weighting=weighting)

@@ -39,6 +39,8 @@ def relevancy_residual(
 class _Residual(torch.autograd.Function):
     """An autograd.Function, since a weighting may be any callable; torch.compile traces into it and fuses it."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
         residual: Tensor, branch: Tensor, residual_carrier: Tensor, branch_carrier: Tensor, weighting: str | Weighting
