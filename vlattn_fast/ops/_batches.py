@@ -50,10 +50,10 @@ def _folded(
     )
     folded = [_fold(*each, size, batch) for each in zip(fields, args, batched, strict=True)]
     outputs = operator(*folded)
-    several = isinstance(outputs, (tuple, list))
-    parts = [_unfold(x, size, batch) for x in (outputs if several else (outputs,))]
-    tensors, dims = [x for x, _ in parts], [dim for _, dim in parts]
-    return (tuple(tensors), tuple(dims)) if several else (tensors[0], dims[0])
+    if isinstance(outputs, Tensor):
+        return _unfold(outputs, size, batch)
+    tensors, dims = zip(*[_unfold(x, size, batch) for x in outputs], strict=True)
+    return tensors, dims
 
 
 def _fold(field: str, x: Any, of_samples: bool, size: int, batch: int) -> Any:

@@ -114,11 +114,11 @@ def attention_map(
 
     Returns:
         Abar (B, N, M) float32 (float64 for float64 input): probabilities, or for "gradient" the explained score's units. The
-        row of a query without a visible key is zero. Differentiable once, in every floating tensor except attn_mask.
+        row of a query without a visible key is zero. Twice differentiable, in every floating tensor except attn_mask.
 
     Raises:
         ValueError, TypeError: if an argument is wrong (the message names it), or the requested backend does not support the call.
-        RuntimeError: in the backward pass of a backward pass.
+        RuntimeError: in a third derivative.
 
     Reference: the head mean of rule="gradient" is Abar of Chefer et al., "Generic Attention-Model Explainability", ICCV 2021, eq.
     5.

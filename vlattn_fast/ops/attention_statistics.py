@@ -116,7 +116,7 @@ def attention_statistics(
         -1, max_logit -inf, lse -inf (or the sink) and zero gradients. With a sink, the weights of a query sum to less than 1, and
         all statistics are of the weights on the keys: `mass` over all keys is their share, and `entropy` is -sum_j A_ij log A_ij.
 
-    Differentiable once, in query, key, row_weight, sink and group_bias, except argmax, max_logit and lse (`score_attention`
+    Twice differentiable, in query, key, row_weight, sink and group_bias, except argmax, max_logit and lse (`score_attention`
     returns an lse with a gradient). Do not edit mass and maximum in place: the backward pass of the Triton kernels uses them.
     Training that bounds its logits (QK-clip, vlattn_fast.nn.QKClip) uses `max_logit`.
 

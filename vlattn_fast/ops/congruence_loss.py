@@ -99,8 +99,8 @@ def congruence_loss(
 
     Returns:
         The loss in nats, a scalar or (B), float32 (float64 for float64 input). A sample without text or without image tokens
-        gives 0 and counts in the mean. Differentiable once, in all queries and keys; "cacr" and "iais_singular" send no
-        gradient through the cross block.
+        gives 0 and counts in the mean. Twice differentiable in all queries and keys; "cacr" and "iais_singular" send no gradient
+        through the cross block.
 
     Raises:
         ValueError, TypeError: if an argument is wrong (the message names it), or the requested backend does not support the call.

@@ -52,7 +52,7 @@ def maxsim(
 
     Returns:
         similarity (A, B) in the inputs' dtype, in float32 for float16 and bfloat16. A pair with an empty side gives 0 and zero
-        gradients. Differentiable once, in queries and documents; the gradient of a maximum goes to the first token that has it.
+        gradients. Twice differentiable, in both; the gradient of a maximum goes to the first token that has it.
 
     Raises:
         ValueError, TypeError: if an argument is wrong (the message names it), or the requested backend does not support the call.

@@ -79,7 +79,7 @@ def relevancy_step(
             group_bias, backend: see relevancy_attention. "cuda" uses the backward pass of "streaming".
 
     Returns:
-        (B, T, M) in relevancy's dtype, differentiable once in every floating tensor except attn_mask. With the result's
+        (B, T, M) in relevancy's dtype, twice differentiable in every floating tensor except attn_mask. With the result's
         gradient u and w = r^T u / H, the gradient of A is w dA and that of dA is w A where A dA > 0.
 
     Raises:

@@ -129,8 +129,8 @@ def score_attention(
 
     Returns:
         out (B, H, N, Dv), or (out, lse) with lse (B, H, N) float32 (float64 for float64 input). A query without a visible key
-        gets zeros, lse -inf (or the sink) and zero gradients. Dot products have second derivatives (create_graph=True), except
-        with backend "sdpa", since torch has none for its fused kernels.
+        gets zeros, lse -inf (or the sink) and zero gradients. Twice differentiable, in reverse and forward mode and by
+        torch.func, except with backend "sdpa", since torch's fused kernels have only first gradients.
 
     Raises:
         ValueError, TypeError: if an argument is wrong (the message names it), or the requested backend does not support the call.

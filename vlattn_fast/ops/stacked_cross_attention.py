@@ -88,7 +88,7 @@ def stacked_cross_attention(
 
     Returns:
         similarity (Bi, Bc) in the inputs' dtype, in float32 for float16 and bfloat16 (which are computed in float32). A pair
-        with an empty side (length 0) gives 0 and zero gradients for any aggregation. Differentiable once, in images and captions.
+        with an empty side (length 0) gives 0 and zero gradients for any aggregation. Twice differentiable in both.
 
     Raises:
         ValueError, TypeError: if an argument is wrong (the message names it), or the requested backend does not support the call.
