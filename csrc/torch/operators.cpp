@@ -447,7 +447,7 @@ Tensor attention_map(Tensor q, Tensor k, Maybe v, Maybe g, Maybe lse, Maybe attn
     return map;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_statistics(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_statistics(
     Tensor q, Tensor k, Maybe key_groups, Maybe row_weight, Maybe attn_mask, Maybe key_mask, Maybe row_bias, int64_t num_groups,
     Word statistics, Word score, double parameter, double scale, bool is_causal, Word backend) {
     check_backend(backend);
@@ -478,6 +478,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_sta
             asks(statistics, "argmax") ? argmax : none(),
             asks(statistics, "received") ? received : none(),
             asks(statistics, "max_logit") ? max_logit : none(),
+            none(),
             none()};
 }
 
@@ -693,7 +694,7 @@ OPERATORS(VLATTN_NAMESPACE, m) {
     m.def("attention_statistics(Tensor query, Tensor key, Tensor? key_groups, Tensor? row_weight, " MASKS
           "SymInt num_groups, str statistics, " SCORE
           "bool is_causal, str backend) -> (Tensor mass, Tensor entropy, "
-          "Tensor maximum, Tensor argmax, Tensor received, Tensor max_logit, Tensor rows)");
+          "Tensor maximum, Tensor argmax, Tensor received, Tensor max_logit, Tensor row_max, Tensor mean_x)");
     m.def(
         "paged_attention_statistics(Tensor query, Tensor key_cache, Tensor block_table, Tensor lengths, Tensor query_starts, "
         "Tensor? key_groups, SymInt num_groups, str statistics, SymInt window, " SCORE

@@ -80,9 +80,15 @@ def test_a_group_out_of_range_is_none() -> None:
         kernels.forward(AttentionStatisticsInputs(key_groups=x, statistics=statistics, **options)) for x in (index, clean)
     )
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-    mass, _, maximum, argmax, *_, rows = want
-    options |= {"mass": mass, "maximum": maximum, "argmax": argmax, "rows": rows, "grad_mass": torch.randn_like(mass)}
-    options |= {"grad_entropy": None, "grad_maximum": None, "grad_received": None}
+    mass, _, maximum, argmax, *_, row_max, mean_x = want
+    options |= {"mass": mass, "maximum": maximum, "argmax": argmax, "row_max": row_max, "mean_x": mean_x}
+    options |= {
+        "statistics": statistics,
+        "grad_mass": torch.randn_like(mass),
+        "grad_entropy": None,
+        "grad_maximum": None,
+        "grad_received": None,
+    }
     got, want = (kernels.backward(AttentionStatisticsBackwardInputs(key_groups=x, **options)) for x in (index, clean))
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1]) and not got[2].any()
 

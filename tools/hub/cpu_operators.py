@@ -61,7 +61,7 @@ def _statistics(inputs: AttentionStatisticsInputs) -> tuple[Tensor, ...]:
     received = inputs.query.new_empty(*inputs.query.shape[:2], inputs.key.shape[2], dtype=torch.float32)
     none = inputs.query.new_empty(0)
     argmax = _rows(inputs, dtype=torch.int64)
-    return _rows(inputs, inputs.num_groups), _rows(inputs), _rows(inputs), argmax, received, none, none.clone()
+    return _rows(inputs, inputs.num_groups), _rows(inputs), _rows(inputs), argmax, received, none, none.clone(), none.clone()
 
 
 def _congruence(inputs: CongruenceLossInputs) -> tuple[Tensor, Tensor]:

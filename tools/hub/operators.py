@@ -188,10 +188,10 @@ def _map_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _statistics_fake(inputs: AttentionStatisticsInputs) -> tuple[Tensor, ...]:
-    row, (batch, heads, num_queries, _) = _rows(inputs.query), inputs.query.shape
-    received = row.new_empty(batch, heads, inputs.key.shape[2])
-    mass, rows = row.new_empty(*row.shape, inputs.num_groups), row.new_empty(2, batch, heads, num_queries)
-    return mass, row, row.clone(), row.new_empty(row.shape, dtype=torch.int64), received, row.new_empty(0), rows
+    row, (batch, heads, *_) = _rows(inputs.query), inputs.query.shape
+    mass, received = row.new_empty(*row.shape, inputs.num_groups), row.new_empty(batch, heads, inputs.key.shape[2])
+    argmax, max_logit = row.new_empty(row.shape, dtype=torch.int64), row.new_empty(0)
+    return mass, row, row.clone(), argmax, received, max_logit, row.clone(), row.clone()
 
 
 def _statistics_backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, ...]:
@@ -200,7 +200,7 @@ def _statistics_backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Ten
 
 
 statistics_op = define(
-    "attention_statistics", AttentionStatisticsInputs, f"({', '.join(['Tensor'] * 7)})", _statistics.forward, _statistics_fake
+    "attention_statistics", AttentionStatisticsInputs, f"({', '.join(['Tensor'] * 8)})", _statistics.forward, _statistics_fake
 )
 _statistics_gradients = define(
     "attention_statistics_backward",
@@ -216,16 +216,16 @@ _statistics_gradients = define(
 _of_statistics = Saved(
     AttentionStatisticsInputs,
     AttentionStatisticsBackwardInputs,
-    outputs=("mass", "maximum", "argmax", "rows"),
+    outputs=("mass", "maximum", "argmax", "row_max", "mean_x"),
     grads=("grad_mass", "grad_entropy", "grad_maximum", "grad_received"),
 )
 
 
 def _statistics_saved(ctx: Any, inputs: AttentionStatisticsInputs, output: tuple[Tensor, ...]) -> None:
-    mass, _, maximum, argmax, _, max_logit, rows = output
-    ctx.mark_non_differentiable(argmax, max_logit, rows)
+    mass, _, maximum, argmax, _, max_logit, *rows = output
+    ctx.mark_non_differentiable(argmax, max_logit, *rows)
     ctx.set_materialize_grads(False)
-    _of_statistics.save(ctx, inputs, mass, maximum, argmax, rows)
+    _of_statistics.save(ctx, inputs, mass, maximum, argmax, *rows)
 
 
 def _statistics_autograd(ctx: Any, mass: Any, entropy: Any, maximum: Any, _: Any, received: Any, *__: Any) -> tuple[Any, ...]:

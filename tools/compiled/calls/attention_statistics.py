@@ -58,8 +58,9 @@ def run(
         "backend": "triton",
     }
     asked = (only,) if only else NAMES
-    *statistics, _, rows = attention_statistics.forward(AttentionStatisticsInputs(statistics=" ".join(asked), **options))
+    options["statistics"] = " ".join(asked)
+    *statistics, _, row_max, mean_x = attention_statistics.forward(AttentionStatisticsInputs(**options))
     mass, _, maximum, argmax, _ = statistics
     grads = {f"grad_{name}": x if name in asked else None for name, x in zip(NAMES, statistics, strict=True) if name != "argmax"}
-    saved = {"mass": mass, "maximum": maximum, "argmax": argmax, "rows": rows}
+    saved = {"mass": mass, "maximum": maximum, "argmax": argmax, "row_max": row_max, "mean_x": mean_x}
     attention_statistics.backward(AttentionStatisticsBackwardInputs(**grads, **saved, **options))

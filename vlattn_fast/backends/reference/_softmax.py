@@ -33,16 +33,14 @@ def attend(
         score, visible = torch.cat([score, logit], -1), torch.cat([visible, ~torch.isneginf(logit)], -1)
     if score.shape[-1] == 0:
         return score.to(dtype), score.new_full(score.shape[:-1], -torch.inf)
-    wide = as_dtype(torch.where(visible, score, -torch.inf), compute_dtype(score))
+    score = torch.where(visible, score, -torch.inf)
     empty = ~visible.any(-1, keepdim=True)
-    wide = torch.where(empty, 0.0, wide)  # keeps the exponentials and their gradient finite; the row is set to zero below
-    # By hand: torch.softmax has no backward pass through a tangent of forward_ad.dual_level, and torch.logsumexp takes
-    # exp(score - rounded lse) in its own, 1 for every key of a row masked by finfo.min throughout
-    largest = wide.amax(-1, keepdim=True).detach()
-    each = torch.exp(wide - largest)
-    total = each.sum(-1, keepdim=True)
-    prob = torch.where(empty, 0.0, each / total)
-    lse = torch.where(empty, -torch.inf, largest + total.log())[..., 0].to(score.dtype)
+    score = torch.where(empty, 0.0, score)  # keeps softmax and its gradient finite; the row is set to zero below
+    prob = torch.where(empty, 0.0, softmax(score, -1))
+    # torch.logsumexp takes exp(score - rounded lse) in its backward pass: 1 for every key of a row masked by finfo.min throughout
+    largest = score.amax(-1, keepdim=True).detach()
+    lse = largest[..., 0] + torch.exp(score - largest).sum(-1).log()
+    lse = torch.where(empty[..., 0], -torch.inf, lse)
     if sink is not None:
         prob = prob[..., :-1]
     return prob.to(dtype), lse
@@ -105,7 +103,10 @@ def logits(
 
 def softmax(x: Tensor, dim: int) -> Tensor:
     """torch.softmax, which has all derivatives."""
-    return torch.exp(log_softmax(x, dim)) if has_forward_mode() else torch.softmax(x, dim)
+    if not has_forward_mode():
+        return torch.softmax(x, dim)
+    each = torch.exp(x - x.amax(dim, keepdim=True).detach())
+    return each / each.sum(dim, keepdim=True)
 
 
 def log_softmax(x: Tensor, dim: int) -> Tensor:
