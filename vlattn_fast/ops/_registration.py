@@ -202,11 +202,12 @@ def _register(
     schema = f"{name}({', '.join(f'{kind} {field}' for field, kind in types.items())}) -> {returns}"
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
     dispatched = getattr(getattr(torch.ops, NAMESPACE), name)
+    first = next(field for field, kind in get_type_hints(inputs_type).items() if kind is Tensor)  # one that is never None
     num_tensors = sum(kind in (Tensor, Tensor | None) for kind in get_type_hints(inputs_type).values())
 
     def kernel(*args: Any) -> Any:
         inputs = inputs_type(*args)
-        like = next(x for x in inputs if x is not None)
+        like = getattr(inputs, first)
         try:
             with promised_layouts(), without_autocast(like):
                 return _without_views(implementation(inputs), like, inputs)
