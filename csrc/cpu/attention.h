@@ -521,7 +521,8 @@ static const double LARGEST_OWN_LSE = 16777216.;
 
 // From log-sum-exps (B, H, N) up to the magnitude `bound`: shift is lse in float32, and factor takes back what that rounds off.
 // `lost`: the rows whose log-sum-exp is too large for that. Gives whether there are any.
-static bool statistics_of_lse(const Attention& a, const double* lse, double bound, const Tile& t, const Statistics& s, bool* lost) {
+static bool statistics_of_lse(const Attention& a, const double* lse, double bound, const Tile& t, const Statistics& s,
+                              bool* lost) {
     lse += (t.b * a.H + t.h) * a.N + t.first;
     const double* mask_shifts = a.mask_shifts(t.b, t.h, t.first);
     bool any = false;

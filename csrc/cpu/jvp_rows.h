@@ -36,8 +36,7 @@ struct JvpRows {
         float factor[LANES];  // `total` takes its place
         const bool any = statistics_of_lse(c.a, c.lse, LARGEST_OWN_LSE, t, {shift, factor}, lost);
         memset(to_out, 0, numbers * sizeof(float));
-        for (Size i = 0; i < t.width; ++i)
-            centre[i] = shift[i] == INFINITY ? 0.f : NAN, total[i] = mean[i] = 0;
+        for (Size i = 0; i < t.width; ++i) centre[i] = shift[i] == INFINITY ? 0.f : NAN, total[i] = mean[i] = 0;
         return any;
     }
 };

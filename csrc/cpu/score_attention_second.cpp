@@ -28,8 +28,8 @@ struct Second {
     float* to_lse;  // (B, H, N)
     const float* by_row_bias;  // as row_bias, or null
     float* to_row_bias;  // as row_bias, or null
-    FIELDS(a, score, dropout, grad_out, by_query, by_key, by_value, grad_out_tangent, grad_lse, grad_lse_tangent, to_out, to_query,
-           to_key, to_value, to_lse, by_row_bias, to_row_bias)
+    FIELDS(a, score, dropout, grad_out, by_query, by_key, by_value, grad_out_tangent, grad_lse, grad_lse_tangent, to_out,
+           to_query, to_key, to_value, to_lse, by_row_bias, to_row_bias)
 };
 
 struct SecondCall {
