@@ -5,6 +5,7 @@ Formula: reference/recurrent_step.py. O(N) memory: streaming/recurrent_step.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -23,12 +24,19 @@ from vlattn_fast._ground.named import by_name
 from vlattn_fast._ground.tensors import as_fake_outputs, as_outputs, without_autocast
 from vlattn_fast.backends.reference.recurrent_step import heads_of
 from vlattn_fast.backends.reference.relevancy_attention import RULES
-from vlattn_fast.backends.streaming.recurrent_step import RecurrentStepBackwardInputs, RecurrentStepInputs
+from vlattn_fast.backends.streaming.recurrent_step import (
+    DIFFERENTIABLE,
+    RecurrentStepBackwardInputs,
+    RecurrentStepInputs,
+    RecurrentStepJvpInputs,
+    RecurrentStepSecondInputs,
+)
 from vlattn_fast.dispatch.call import Call, make_call
 from vlattn_fast.dispatch.choice import launcher, load, planned, select
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
-from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
+from vlattn_fast.ops._derivatives import Derivatives
+from vlattn_fast.ops._registration import Saved, define, differentiable
 from vlattn_fast.ops._stages import arguments_of, cast, described
 from vlattn_fast.ops.relevancy_attention import check_carried
 
@@ -86,8 +94,8 @@ def recurrent_step(
         backend: "auto", "reference", "streaming" or "cpu". "cpu" uses the backward pass of "streaming".
 
     Returns:
-        (B, T, N) in relevancy's dtype, differentiable once in every floating tensor. Gates may have another floating dtype than
-        query. Sums are in float32, in float64 for float64.
+        (B, T, N) in relevancy's dtype, twice differentiable in every floating tensor, also in forward mode. Gates may have
+        another floating dtype than query. Sums are in float32, in float64 for float64.
 
     Raises:
         ValueError, TypeError: if an argument is wrong (the message names it), or the requested backend does not support the call.
@@ -192,11 +200,15 @@ def _forward_fake(inputs: RecurrentStepInputs) -> Tensor:
 _forward_op = define("recurrent_step", RecurrentStepInputs, "Tensor", launcher(BACKENDS, "forward"), _forward_fake)
 
 
-def _backward(inputs: RecurrentStepBackwardInputs) -> tuple[Tensor | None, ...]:
-    """Runs the backend's backward pass, or that of streaming if it has none."""
-    module = load(BACKENDS, inputs.backend)
-    module = module if hasattr(module, "backward") else load(BACKENDS, "streaming")
-    return as_outputs(module.backward(inputs))
+def _gradients(name: str) -> Callable[[Any], tuple[Tensor | None, ...]]:
+    """Runs the backend's function `name`, or that of streaming if it has none."""
+
+    def run(inputs: Any) -> tuple[Tensor | None, ...]:
+        module = load(BACKENDS, inputs.backend)
+        module = module if hasattr(module, name) else load(BACKENDS, "streaming")
+        return as_outputs(getattr(module, name)(inputs))
+
+    return run
 
 
 def _backward_fake(x: RecurrentStepBackwardInputs) -> tuple[Tensor, ...]:
@@ -206,7 +218,11 @@ def _backward_fake(x: RecurrentStepBackwardInputs) -> tuple[Tensor, ...]:
 
 
 _backward_op = define(
-    "recurrent_step_backward", RecurrentStepBackwardInputs, f"({', '.join(['Tensor'] * 8)})", _backward, _backward_fake
+    "recurrent_step_backward",
+    RecurrentStepBackwardInputs,
+    f"({', '.join(['Tensor'] * 8)})",
+    _gradients("backward"),
+    _backward_fake,
 )
 _saved = Saved(RecurrentStepInputs, RecurrentStepBackwardInputs, grads=("grad", "need_relevancy", "need_inputs"))
 
@@ -224,8 +240,18 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return tuple([x if is_needed else None for x, is_needed in zip(grads, needed, strict=True)])
 
 
-differentiable("recurrent_step", _autograd, _setup_context)
-once_differentiable("recurrent_step_backward")
+_derivatives = Derivatives(
+    "recurrent_step",
+    (RecurrentStepBackwardInputs, RecurrentStepJvpInputs, RecurrentStepSecondInputs),
+    DIFFERENTIABLE,
+    outputs=("result",),
+    grads={"grad": "result"},
+    backward=_backward_op,
+    jvp=_gradients("jvp"),
+    second=_gradients("second"),
+    fake=_forward_fake,
+)
+differentiable("recurrent_step", _autograd, _setup_context, _derivatives.of_forward)
 
 describe_call = described(Arguments, _describe)
 OPERATOR = Operator(recurrent_step, describe_call, BACKENDS)

@@ -53,22 +53,31 @@ def recurrent_map(
     """
     dtype, num_heads = compute_dtype(query), heads_of(query, key, log_decay, beta, diagonal)
     query, key = (expand_heads(x, num_heads).to(dtype) for x in (query, key))
-    decay = None if log_decay is None else (log_decay if log_decay.dim() == 4 else log_decay[..., None]).to(dtype).exp()
-    length = query.shape[2]
-    rows = query[:, :, :0]  # z_t of the queries t >= s, (B, H, N - s, Dk): A_ts = w_s z_t . k_s, w_s = beta_s or 1
+    log_decay, beta = (None if x is None else x.to(dtype) for x in (log_decay, beta))
+    whole, _ = sweep(query[:, :, :0], query, key, log_decay, beta)
+    return whole if diagonal is None else whole + torch.diag_embed(diagonal.to(dtype))
+
+
+def sweep(rows: Tensor, query: Tensor, key: Tensor, log_decay: Tensor | None, beta: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Takes the states z of queries through tokens, from the last to the first: A_ts = w_s z_t . k_s, w_s = beta_s or 1.
+
+    rows (..., R, Dk) are the states of later queries, query and key (..., N, Dk) those of the tokens; log_decay (..., N) or
+    (..., N, Dk), beta (..., N). Returns the columns of A (..., N + R, N), and all states before the first token (..., N + R, Dk).
+    """
+    decay = None if log_decay is None else (log_decay if log_decay.dim() == key.dim() else log_decay[..., None]).exp()
+    weight = None if beta is None else beta[..., None]
+    queries, keys, decays, weights = ([] if x is None else x.split(1, -2) for x in (query, key, decay, weight))
     columns = []
-    for s in reversed(range(length)):
-        now = slice(s, s + 1)
-        rows = torch.cat([query[:, :, now], rows], 2)  # z_s = q_s
-        dots = product(rows, key[:, :, now].mT)
+    for s in reversed(range(query.shape[-2])):
+        rows = torch.cat([queries[s], rows], -2)  # z_s = q_s
+        dots = product(rows, keys[s].mT)
         if beta is not None:
-            dots = dots * beta[:, :, now, None].to(dtype)
-            rows = rows - dots * key[:, :, now]  # z <- z - beta_s (z . k_s) k_s
+            dots = dots * weights[s]
+            rows = rows - dots * keys[s]  # z <- z - beta_s (z . k_s) k_s
         columns.append(F.pad(dots, (0, 0, s, 0)))
         if decay is not None:
-            rows = rows * decay[:, :, now]  # z <- diag(a_s) z
-    whole = torch.cat(columns[::-1], -1) if columns else query.new_zeros(*query.shape[:2], 0, 0)
-    return whole if diagonal is None else whole + torch.diag_embed(diagonal.to(dtype))
+            rows = rows * decays[s]  # z <- diag(a_s) z
+    return torch.cat(columns[::-1], -1) if columns else rows.new_zeros(*rows.shape[:-1], 0), rows
 
 
 def recurrent_step(
@@ -92,14 +101,18 @@ def recurrent_step(
     num_heads = heads_of(query, key, value, log_decay, beta, diagonal)
     query = expand_heads(query, num_heads)
     each = recurrent_map(query, key, log_decay=log_decay, beta=beta, diagonal=diagonal)
-    if rule == "gradient":
-        if value is None or grad_output is None:
-            raise ValueError("value and grad_output must be given for rule='gradient'; got None")
-        grad_each = product(grad_output.to(each.dtype), value.to(each.dtype).mT)  # dA_ts = dO_t . v_s
-        abar = head_mean(each, torch.tril(grad_each), row_normalize)
-    else:
-        abar = head_mean(over_sums(each.abs()), None, row_normalize)
+    abar = mean_of_heads(each, value, grad_output, rule, row_normalize)
     return product(relevancy.to(abar.dtype), abar).to(relevancy.dtype)
+
+
+def mean_of_heads(each: Tensor, value: Tensor | None, grad_output: Tensor | None, rule: str, row_normalize: bool) -> Tensor:
+    """Abar (B, i, N) of the last rows of the maps, (B, H, i, N), with these rows of grad_output."""
+    if rule == "attention":
+        return head_mean(over_sums(each.abs()), None, row_normalize)
+    if value is None or grad_output is None:
+        raise ValueError("value and grad_output must be given for rule='gradient'; got None")
+    grad_each = product(grad_output.to(each.dtype), value.to(each.dtype).mT)  # dA_ts = dO_t . v_s
+    return head_mean(each, torch.tril(grad_each, each.shape[3] - each.shape[2]), row_normalize)
 
 
 def heads_of(*tensors: Tensor | None) -> int:

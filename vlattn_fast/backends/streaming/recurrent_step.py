@@ -9,20 +9,25 @@ So a chunk of C tokens is one matrix, `_sweep`: the sweep over its own queries a
 vectors take all later queries through the chunk in one product, z -> (columns of A, z after the chunk). A sequence of one chunk
 has no later queries, and no such rows.
 A tile of queries has its whole rows of A, and no tile is stored. The backward pass computes tiles and sweeps again.
+Tangents and second derivatives chain those of two formulas by torch.func: of a chunk's matrix and of a tile. Sweeps are
+recorded some chunks at a time, and tiles one by one, so their memory is O(N), too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from operator import itemgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import compute_dtype, expand_heads, fold_heads, not_zero
+from vlattn_fast.backends.inputs import derivative_inputs
+from vlattn_fast.backends.reference.recurrent_step import mean_of_heads, sweep
 from vlattn_fast.backends.streaming import _tiles
+from vlattn_fast.backends.streaming._derivatives import Named, derivable
 
 CHUNK = 64  # tokens that one product takes a query through
 
@@ -66,6 +71,10 @@ class RecurrentStepBackwardInputs(NamedTuple):
     backend: str
 
 
+DIFFERENTIABLE = ("relevancy", "query", "key", "value", "grad_output", "log_decay", "beta", "diagonal")
+RecurrentStepJvpInputs, RecurrentStepSecondInputs = derivative_inputs(
+    RecurrentStepBackwardInputs, DIFFERENTIABLE, grads=("grad",)
+)
 Inputs = RecurrentStepInputs | RecurrentStepBackwardInputs
 
 
@@ -392,3 +401,148 @@ def _sweep_backward(tokens: _Tokens, by_matrix: Tensor) -> _Tokens:
         by_key[:, s] += (by_written * z).sum(1)
         by_z += by_written * k
     return _Tokens(by_rows[:, :chunk], by_key, by_decay, by_beta)
+
+
+# ------------------------------------------------------------------ tangents and second derivatives
+
+
+def jvp(inputs: Any) -> tuple[Tensor]:
+    """The tangent of relevancy @ Abar."""
+    result = torch.zeros_like(inputs.relevancy, memory_format=torch.contiguous_format)
+    for samples in _samples(inputs):
+        total = torch.zeros_like(samples.x["relevancy"])
+        for places in samples.tiles():
+            with derivable():
+                tangent = samples.tangent(_cut(samples.x, places), _cut(samples.u, places))
+            total[..., : tangent.shape[2]] += tangent
+        result[samples.b] = total[..., : samples.length]
+    return (result,)
+
+
+def second(inputs: Any) -> tuple[Tensor | None, ...]:
+    """The gradients of that tangent's product with `grad`."""
+    given = {name: x for name in DIFFERENTIABLE if (x := getattr(inputs, name)) is not None}
+    made = {name: torch.zeros_like(x, memory_format=torch.contiguous_format) for name, x in given.items()}
+    for samples in _samples(inputs):
+        for name, gradient in samples.second().items():
+            made[name][samples.b] = fold_heads(gradient[:, :, : samples.length], made[name].shape[1])
+    return tuple([made.get(name) for name in DIFFERENTIABLE])
+
+
+def _samples(inputs: Any) -> Iterator[_Samples]:
+    """As many samples at a time as `tile_elements` allow, one at least."""
+    batch, _, length, _ = inputs.query.shape
+    if inputs.num_heads and length:
+        step = max(1, _tiles.tile_elements(inputs.query) // (inputs.num_heads * CHUNK * length))
+        for first in range(0, batch, step):
+            yield _Samples(inputs, slice(first, min(first + step, batch)))
+
+
+class _Samples:
+    """Some samples b: `x`, the inputs that have gradients, and `u`, their tangents, with all heads, in the dtype of sums and
+    padded to whole chunks. Both have the chunks' matrices, too: `own` and `later`, see `_matrices`."""
+
+    def __init__(self, inputs: Any, b: slice) -> None:
+        self.inputs, self.b, self.length = inputs, b, inputs.query.shape[2]
+        self.chunk = min(CHUNK, self.length)
+        unused = ("value", "grad_output") if inputs.rule == "attention" else ()
+        names = [name for name in DIFFERENTIABLE if getattr(inputs, name) is not None and name not in unused]
+        x = {name: self._whole(name, getattr(inputs, name)) for name in names}
+        tangents = {name: getattr(inputs, f"{name}_tangent") for name in names}
+        u = {name: torch.zeros_like(x[name]) if y is None else self._whole(name, y) for name, y in tangents.items()}
+        self.tokens, self.tokens_tangent = self._by_chunks(x), self._by_chunks(u)
+        with derivable():
+            matrices = torch.func.jvp(_matrices, (self.tokens,), (self.tokens_tangent,))
+        chunks = b.stop - b.start, inputs.num_heads, -1
+        self.x, self.u = (
+            {**given, **{name: y.unflatten(0, chunks) for name, y in made.items()}}
+            for given, made in zip((x, u), matrices, strict=True)
+        )
+
+    def _whole(self, name: str, x: Tensor) -> Tensor:
+        x = x.detach()[self.b].to(compute_dtype(self.inputs.query))
+        x = expand_heads(x, self.inputs.num_heads) if name in ("query", "key") else x
+        padding = (0, 0) * (x.dim() - 3) + (0, -self.length % self.chunk)
+        return F.pad(x, padding).contiguous()  # a dual has no overlapping memory
+
+    def _by_chunks(self, x: Named) -> Named:
+        """The inputs of `_matrices`."""
+        names = ("query", "key", "log_decay", "beta", "diagonal")
+        return {name: x[name].unflatten(2, (-1, self.chunk)).flatten(0, 2) for name in names if name in x}
+
+    def tiles(self) -> Iterator[Places]:
+        """A tile has the queries of a chunk, with all keys up to them."""
+        every = slice(None)
+        for n in range(self.x["later"].shape[2]):
+            stop = (n + 1) * self.chunk
+            rows = (every, every, slice(stop - self.chunk, stop))
+            keys = {"value": (every, every, slice(stop)), "later": (every, every, slice(n))}
+            yield {"relevancy": rows, "grad_output": rows, "own": (every, every, n), **keys}
+
+    def tangent(self, x: Named, u: Named) -> Tensor:
+        """That of a tile's part of the result."""
+        return torch.func.jvp(self._step, (x,), (u,))[1]
+
+    def _step(self, x: Named) -> Tensor:
+        """relevancy @ Abar (b, T, keys) of a tile."""
+        own, value, grad_output = x["own"], x.get("value"), x.get("grad_output")
+        blocks, z = [own[..., : self.chunk]], own[..., self.chunk :]
+        for matrix in reversed(x["later"].unbind(2)):
+            swept = z @ matrix
+            blocks.append(swept[..., : self.chunk])
+            z = swept[..., self.chunk :]
+        a = torch.cat(blocks[::-1], -1)
+        return x["relevancy"] @ mean_of_heads(a, value, grad_output, self.inputs.rule, self.inputs.row_normalize)
+
+    def second(self) -> Named:
+        """The gradients of the tangent's product with `grad`: those of tiles, also by the matrices and by their tangents, and
+        with these by the tokens."""
+        grad = self._whole("grad", self.inputs.grad)
+        by_x, by_u = ({name: torch.zeros_like(y) for name, y in each.items()} for each in (self.x, self.u))
+
+        def product(x: Named, u: Named) -> Tensor:
+            tangent = self.tangent(x, u)
+            return (grad[..., : tangent.shape[2]] * tangent).sum()
+
+        for places in self.tiles():
+            with derivable():
+                parts = torch.func.grad(product, (0, 1))(_cut(self.x, places), _cut(self.u, places))
+            for total, part in zip((by_x, by_u), parts, strict=True):
+                for name, gradient in part.items():
+                    total[name][places[name]] += gradient
+        by_matrices, by_tangents = ({name: each[name].flatten(0, 2) for name in _MATRICES} for each in (by_x, by_u))
+        by_x |= {name: y.view_as(by_x[name]) for name, y in self._through_matrices(by_matrices, by_tangents).items()}
+        return {name: by_x[name] for name in DIFFERENTIABLE if name in by_x}
+
+    def _through_matrices(self, by_matrices: Named, by_tangents: Named) -> Named:
+        """The gradients of the tokens, some chunks at a time."""
+        count, chunk, dim = self.tokens["query"].shape
+        step = max(1, 4 * _tiles.TILE_ELEMENTS // max(1, chunk * (chunk + dim) * dim))
+        parts = []
+        for first in range(0, count, step):
+            some = dict.fromkeys((*self.tokens, *_MATRICES), (slice(first, first + step),))
+            tokens, u = _cut(self.tokens, some), _cut(self.tokens_tangent, some)
+            with derivable():
+                _, pull = torch.func.vjp(lambda x, u=u: torch.func.jvp(_matrices, (x,), (u,)), tokens)  # type: ignore[misc]
+                parts.append(pull((_cut(by_matrices, some), _cut(by_tangents, some)))[0])
+        return {name: torch.cat([part[name] for part in parts]) for name in self.tokens}
+
+
+_MATRICES = ("own", "later")
+Places = dict[str, tuple[Any, ...]]  # indices of a tile's part of each tensor
+
+
+def _cut(x: Named, places: Places) -> Named:
+    return {name: x[name][place] for name, place in places.items() if name in x}
+
+
+def _matrices(x: Named) -> Named:
+    """`_sweep` as a formula that torch.func differentiates, with the diagonal: what chunks (G, C, ...) make of their `own`
+    queries, (G, C, C + Dk), and of the unit vectors for all `later` ones, (G, Dk, C + Dk)."""
+    query = x["query"]
+    count, chunk, dim = query.shape
+    unit = torch.eye(dim, dtype=query.dtype, device=query.device).expand(count, dim, dim)
+    matrix = torch.cat(sweep(unit, query, x["key"], x.get("log_decay"), x.get("beta")), -1)
+    if "diagonal" in x:
+        matrix = matrix + F.pad(torch.diag_embed(x["diagonal"]), (0, dim, 0, dim))
+    return {"own": matrix[:, :chunk], "later": matrix[:, chunk:]}
