@@ -16,8 +16,7 @@ from tests.helpers.ops.backends import each
 from tests.helpers.ops.every_call import CALLS, WITH_CPU, every_call
 
 Tensors = tuple[Tensor, ...]
-ONCE = "recurrent_step"  # in reverse mode
-TWICE = [name for name in CALLS if every_call(name, 4).differentiable and not name.startswith((ONCE, "token_scores"))]
+TWICE = [name for name in CALLS if every_call(name, 4).differentiable and not name.startswith("token_scores")]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 
 
