@@ -24,7 +24,7 @@ struct JvpCall {
 // What the rows of a tile take from block to block of keys
 struct JvpRows {
     float* to_out;  // (Dv, width)
-    float *shift, *centre;  // (lanes) each; the centre is NaN until a key has some weight
+    float *shift, *centre;  // (lanes) each; the centre is NaN until a key has some weight, and 0 in a row without a key
     double *total, *mean;
     void plan(Size numbers, Size lanes, Memory& memory) {
         to_out = memory.take(numbers), shift = memory.take(lanes), centre = memory.take(lanes);
@@ -91,7 +91,7 @@ static void finish_rows(const Jvp& c, const Tile& t, const JvpRows& r, float* sc
         widen(element(c.out.data, a.dtype, c.out.at(t.b, t.h, t.first + i)), a.dtype, a.Dv, out);
         for (Size d = 0; d < a.Dv; ++d) row[d] = masked ? 0.f : row[d] * by - less * out[d];
         narrow(row, a.Dv, a.dtype, (void*)element(c.to_out.data, a.dtype, c.to_out.at(t.b, t.h, t.first + i)));
-        c.to_lse[(t.b * a.H + t.h) * a.N + t.first + i] = masked ? 0. : r.centre[i] + mean;
+        c.to_lse[(t.b * a.H + t.h) * a.N + t.first + i] = r.centre[i] + mean;
     }
 }
 

@@ -210,13 +210,15 @@ def test_padding_is_not_read(n: int, m: int, fill: float, dtype: torch.dtype) ->
 
 @pytest.mark.parametrize("dtype", LOW)
 def test_rows_without_a_key(dtype: torch.dtype) -> None:
-    """Zeros, also where a query's tangent is NaN."""
+    """Zeros, also where a query's tangent is NaN, or a value's that no row sees."""
     for n, m in ((5, 20), (40, 40), (40, 900)):
         tensors, mask = inputs(n, m, d=32, dv=16, dtype=dtype), torch.ones(n, m, dtype=torch.bool)
         mask[[0, n - 1]] = False
         tensors["query_tangent"][:, :, 0] = torch.nan
         for x in tangents(attn_mask=mask)(**tensors):
             assert not x[:, :, [0, n - 1]].any() and x[:, :, 1:-1].isfinite().all()
+        tensors["value_tangent"][:] = torch.nan
+        assert not any(x.any() for x in tangents(attn_mask=mask & False)(**tensors))
 
 
 # ---- large numbers
@@ -250,7 +252,7 @@ def test_finite_masks(n: int, dtype: torch.dtype, offset: float) -> None:
             check(tensors, attn_mask=given)
 
 
-@pytest.mark.parametrize("n", (1, 5, 40))
+@pytest.mark.parametrize("n", (1, 5, 16, 40))
 @pytest.mark.parametrize("dtype", LOW[:2])
 def test_large_logits(n: int, dtype: torch.dtype) -> None:
     """Of 1e8, whose sums other kernels round otherwise: each row still attends to the largest ones, with weights of sum 1."""

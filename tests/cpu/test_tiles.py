@@ -15,7 +15,7 @@ import pytest
 from vlattn_fast.backends import native
 
 ROOT = Path(__file__).parents[2]
-FILES = tuple(f"tests/cpu/test_{name}.py" for name in ("pairs", "panels", "backward_panels"))
+FILES = tuple(f"tests/cpu/test_{name}.py" for name in ("pairs", "panels", "backward_panels", "jvp"))
 CHOSEN = (
     "padding or one_key or zero or threads or lanes or relu or (in_maps and size2) or (in_gradients and 33)"
     # of many keys one size each: `python -m tools.sanitize` computes all of them
