@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from tests.helpers.ops.backends import LOW, ROOT
 from vlattn_fast.backends.reference.paged_attention_statistics import STATISTICS
@@ -80,19 +81,21 @@ def _exact(name: str, x: Tensor) -> Tensor:
 
 
 class Run:
-    """A call on some of the samples: its results by name, gradients of random cotangents among them."""
+    """A call on some of the samples: its results by name, with gradients of random cotangents, and tangents for random ones of
+    the inputs if a kernel computes them."""
 
     def __init__(self, example: Example, dtype: torch.dtype) -> None:
         self.example, self.tensors = example, example.in_dtype(dtype)
         self.cotangents: dict[str, Tensor] = {}
+        self.tangents = {name: torch.randn_like(x) for name, x in self.tensors.items()} if has_tangents(example) else {}
 
     def results(self, threads: int, first: int = 0, last: int = BATCH) -> dict[str, Tensor]:
         torch.set_num_threads(threads)
         leaves = {name: _samples(x, first, last).detach().clone() for name, x in self.tensors.items()}
         leaves = {name: x.requires_grad_(self.example.differentiable) for name, x in leaves.items()}
         options = {name: _samples(x, first, last) for name, x in self.example.options.items()}
-        result = replace(self.example, options=options).run(leaves, backend="cpu")
-        outputs = dict(zip(_names(self.example, result), [result] if isinstance(result, Tensor) else result, strict=False))
+        call = replace(self.example, options=options)
+        outputs = self._by_name(call.run(leaves, backend="cpu"))
         used = {name: x for name, x in outputs.items() if x.requires_grad}
         for name, x in used.items():
             self.cotangents.setdefault(name, torch.randn_like(x))
@@ -102,7 +105,23 @@ class Run:
         grads = torch.autograd.grad(
             list(used.values()), list(leaves.values()), cotangents, materialize_grads=True, allow_unused=True
         )
-        return outputs | {f"gradient of {name}": grad for name, grad in zip(leaves, grads, strict=True)}
+        outputs |= {f"gradient of {name}": grad for name, grad in zip(leaves, grads, strict=True)}
+        return outputs | self._tangents(call, leaves, first, last) if self.tangents else outputs
+
+    def _tangents(self, call: Example, leaves: dict[str, Tensor], first: int, last: int) -> dict[str, Tensor]:
+        given = {name: _samples(x, first, last) for name, x in self.tangents.items()}
+        with forward_ad.dual_level():
+            duals = {name: forward_ad.make_dual(x.detach(), given[name]) for name, x in leaves.items()}
+            found = self._by_name(call.run(duals, backend="cpu"))
+            return {f"tangent of {name}": forward_ad.unpack_dual(x).tangent for name, x in found.items()}
+
+    def _by_name(self, result: Any) -> dict[str, Tensor]:
+        return dict(zip(_names(self.example, result), [result] if isinstance(result, Tensor) else result, strict=False))
+
+
+def has_tangents(example: Example) -> bool:
+    """Whether the CPU kernel computes tangents of this call, and not streaming, which rests on torch's bits."""
+    return example.operator == "score_attention" and example.tensors.keys() == {"query", "key", "value"}
 
 
 def _names(example: Example, result: Any) -> tuple[str, ...]:
