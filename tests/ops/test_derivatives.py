@@ -1,0 +1,242 @@
+"""Derivatives of every operator, of every mode and up to the second, against the operators written out a second time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch.func import grad, jvp
+from torch.utils._pytree import tree_leaves
+
+import vlattn_fast as va
+from tests.helpers.compare import assert_close_to, draws
+from tests.helpers.ops.backends import DEVICE, each, finest, on
+from tests.helpers.ops.derivative_cases import PRODUCTS, Function
+from tests.helpers.ops.every_call import CALLS, WITH_CPU, every_call, small
+from vlattn_fast import scores as S
+from vlattn_fast.checking.cases import Example, cases_of
+from vlattn_fast.ops import OPERATORS
+
+
+def has_derivatives(title: str) -> bool:
+    operator = every_call(title, 2).operator
+    operator = {"token_scores": "attention_statistics", "damsm_similarity": "stacked_cross_attention"}.get(operator, operator)
+    return hasattr(torch.ops.vlattn, f"{operator}_jvp") or operator == "relevancy_attention"
+
+
+TITLES = [title for title in CALLS if has_derivatives(title)]
+OF_CPU = [title for title in TITLES if title in WITH_CPU]
+
+
+def check(example: Example, backend: str, products: tuple[str, ...] = tuple(PRODUCTS), **kept: Any) -> None:
+    """`kept`: what the formula is told of dropout."""
+    dtype = finest(backend)
+    x = {name: y.detach().to(dtype) for name, y in example.tensors.items()}
+    u = {name: torch.randn(y.shape).to(y) for name, y in x.items()}
+    ours, formula = Function(example, backend), Function(example, "", **kept)
+    for product in products:
+        run, found = PRODUCTS[product], list[list[list[Tensor]]]()
+        for drawn, tangents in draws(x, u, most=1 if dtype == torch.float64 or backend == "triton" else 2):
+            narrow = [tuple(drawn.values()), tuple(tangents.values())]
+            wide = [tuple(y.double() for y in side) for side in narrow]
+            plain = run(formula, *narrow)
+            found.append([tree_leaves(each) for each in (run(ours, *narrow), run(formula, *wide), plain)])
+        for n, numbers in enumerate(zip(*[zip(*each, strict=True) for each in found], strict=True)):
+            got, exact, same = zip(*numbers, strict=True)
+            what = f"{example.title} {product} {n}"
+            assert_close_to([y.to(dtype) for y in got], list(exact), [y.to(dtype) for y in same], what=what, scale=1.0)
+
+
+@each("title", streaming=TITLES, reference=[title for title in TITLES if title != "relevancy_residual"], cpu=OF_CPU)
+def test_every_call(backend: str, title: str) -> None:
+    check(every_call(title, 4), backend)
+
+
+@on("triton")
+def test_in_triton(backend: str) -> None:
+    check(every_call("score_attention, lse", 4), backend, ("forward", "forward_over_reverse", "reverse_over_forward"))
+
+
+def options_of_every_operator() -> dict[str, Example]:
+    """What `vlattn verify` calls: masks, groups, gates, shared heads, scores with parameters for each head."""
+    operators = {every_call(title, 2).operator for title in TITLES} & {*OPERATORS}
+    made = [each for name in sorted(operators) for each in cases_of(name).verify(torch.Generator().manual_seed(0), small(5))]
+    return {each.title: each for each in made}
+
+
+OPTIONS = options_of_every_operator()
+
+
+@each("title", streaming=OPTIONS, cpu=OPTIONS)
+@pytest.mark.slow
+def test_options(backend: str, title: str) -> None:
+    check(OPTIONS[title], backend, ("forward", "forward_over_reverse", "reverse_over_forward", "batched"))
+
+
+# ------------------------------------------------------------------ masks, rows without a key, dropout, large logits
+
+
+def attended(shared: int = 1, **options: Any) -> Example:
+    shapes = {"query": (2, 4, 5, 6), "key": (2, 4 // shared, 7, 6), "value": (2, 4 // shared, 7, 3)}
+    tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
+    options = {"return_lse": True, "enable_gqa": shared > 1, **options}
+    return Example(va.score_attention, "", tensors, options)
+
+
+def visible() -> Tensor:
+    """One row sees no key."""
+    mask = torch.rand(2, 1, 5, 7) < 0.7
+    mask[..., 0] = True
+    mask[0, :, 2] = False
+    return mask
+
+
+MASKS: dict[str, Callable[[], Example]] = {
+    "bool": lambda: attended(2, attn_mask=visible()),
+    "float": lambda: attended(attn_mask=torch.where(visible(), torch.randn(2, 1, 5, 7), -torch.inf)),
+    "causal": lambda: attended(2, is_causal=True),
+    "softcap": lambda: attended(softcap=2.0, attn_mask=visible()),
+}
+
+
+@each("mask", streaming=MASKS, cpu=MASKS, reference=MASKS)
+def test_masks(backend: str, mask: str) -> None:
+    check(MASKS[mask](), backend, ("forward", "forward_over_reverse", "reverse_over_forward"))
+
+
+@on("streaming", "cpu", "reference")
+def test_padding_of_nan(backend: str) -> None:
+    """Neither it nor its tangents reach a derivative, and its gradients are zero."""
+    example, real = attended(), torch.arange(7)[None] % 3 != torch.arange(2)[:, None]
+    example = Example(va.score_attention, "", example.tensors, {"key_mask": real, "return_lse": True})
+    dtype, found = finest(backend), []
+    for fill in (0.0, torch.nan):
+        x = {name: y.to(dtype) for name, y in example.tensors.items()}
+        u = {name: y.cos() for name, y in x.items()}
+        for side in (x, u):
+            side |= {name: side[name].masked_fill(~real[:, None, :, None], fill) for name in ("key", "value")}
+        names = ("forward", "forward_over_reverse", "reverse_over_reverse")
+        f = Function(example, backend)
+        found.append([tree_leaves(PRODUCTS[name](f, tuple(x.values()), tuple(u.values()))) for name in names])
+    for zeros, nans in zip(*found, strict=True):
+        for expected, got in zip(zeros, nans, strict=True):
+            torch.testing.assert_close(got, expected)
+
+
+@on("streaming", "cpu", "reference")
+def test_a_row_without_a_key(backend: str) -> None:
+    """Its tangents are zero, and NaN in its cotangents and in their tangents reaches nothing."""
+    example, mask = attended(attn_mask=visible()), None
+    mask = example.options["attn_mask"]
+    empty = ~mask.any(-1, keepdim=True).expand(2, 4, 5, 1)
+    x = tuple(y.to(finest(backend)) for y in example.tensors.values())
+    u = tuple(y.cos() for y in x)
+    f = Function(example, backend)
+    out, lse = jvp(f, x, u)[1]
+    assert not out.masked_select(empty).any() and not lse[..., None].masked_select(empty).any()
+    results = []
+    for fill in (1.0, torch.nan):
+
+        def gradient(*y: Tensor, fill: float = fill) -> Any:
+            (out, lse), back = torch.func.vjp(f, *y)
+            return back((torch.where(empty, fill, out.sin()), torch.where(empty[..., 0], fill, lse)))
+
+        results.append(tree_leaves([gradient(*x), jvp(gradient, x, u)[1]]))
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@on("streaming", "cpu")
+def test_dropout(backend: str) -> None:
+    """All derivatives drop what the forward pass with the same seed drops."""
+    example = attended(dropout_p=0.4)
+    ones = {"value": torch.eye(7).expand(2, 4, 7, 7)}
+    torch.manual_seed(3)
+    prob = va.score_attention(**{**example.tensors, **ones}, dropout_p=0.4, backend=backend)
+    plain = Example(va.score_attention, "", example.tensors, {"return_lse": True})
+    ours, formula = Function(example, backend), Function(plain, "", kept=(prob != 0).double() / 0.6)
+    x = [tuple(y.to(dtype) for y in example.tensors.values()) for dtype in (finest(backend), torch.float64)]
+    u = [tuple(y.cos() for y in side) for side in x]
+    for name in ("forward", "forward_over_reverse", "reverse_over_forward", "reverse_over_reverse"):
+        got, expected = PRODUCTS[name](ours, x[0], u[0]), PRODUCTS[name](formula, x[1], u[1])
+        for one, two in zip(tree_leaves(got), tree_leaves(expected), strict=True):
+            torch.testing.assert_close(one.double(), two, rtol=1e-4, atol=1e-4)
+
+
+@on("streaming", "cpu")
+def test_a_large_offset_in_the_tangents_of_scores(backend: str) -> None:
+    """One number for all keys changes no weight: it must cost no digits. A plain sum in float32 is wrong by 2e-4."""
+    x = attended().tensors
+    q, k = torch.cat([x["query"], torch.ones(2, 4, 5, 1)], -1), torch.cat([x["key"], torch.ones(2, 4, 7, 1)], -1)
+    u = torch.cat([x["query"].cos(), torch.full((2, 4, 5, 1), 1000.0)], -1)
+    tangents = [
+        jvp(lambda q: va.score_attention(q, k.to(q), x["value"].to(q), scale=1.0, backend=name), (q.to(dtype),), (u.to(dtype),))[1]
+        for name, dtype in ((backend, torch.float32), ("reference", torch.float64))
+    ]
+    assert (tangents[0] - tangents[1]).abs().max() < 1e-4
+
+
+# ------------------------------------------------------------------ what torch checks, and torch.compile
+
+
+@on("streaming")
+@pytest.mark.parametrize("name", ("score_attention", "relevancy_step", "attention_map", "attention_statistics"))
+def test_by_differences(backend: str, name: str) -> None:
+    example = every_call(name, 2)
+    f = Function(example, backend)
+    x = [y.detach()[:1].double().requires_grad_() for y in example.tensors.values()]
+    assert torch.autograd.gradcheck(f, x, check_forward_ad=True, fast_mode=True)
+    assert torch.autograd.gradgradcheck(f, x, check_fwd_over_rev=True, fast_mode=True)
+
+
+@each("title", streaming=TITLES, cpu=OF_CPU)
+def test_compiled(backend: str, title: str) -> None:
+    f = Function(every_call(title, 4), backend)
+    x = tuple(y.detach().to(finest(backend)) for y in f.example.tensors.values())
+    u = tuple(y.cos() for y in x)
+    for run in (PRODUCTS[name] for name in ("forward", "reverse_over_forward", "forward_over_reverse")):
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda x, u, run=run: run(f, x, u), fullgraph=True, backend="aot_eager")
+        for got, expected in zip(tree_leaves(compiled(x, u)), tree_leaves(run(f, x, u)), strict=True):
+            torch.testing.assert_close(got, expected)
+
+
+# ------------------------------------------------------------------ what has no derivative
+
+
+def twice(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return jvp(lambda y: jvp(f, (y,), (x,))[1], (x,), (x,))[1]
+
+
+def test_third_derivatives_and_forward_mode_of_it_are_refused_by_name() -> None:
+    x = torch.randn(1, 2, 3, 4)
+
+    def total(q: Tensor) -> Tensor:
+        return va.score_attention(q, x, x, backend="streaming").sin().sum()
+
+    with pytest.raises(RuntimeError, match="score_attention has no third derivative; it is twice differentiable"):
+        grad(lambda q: (grad(lambda y: (grad(total)(y) * x).sum())(q) * x).sum())(x)
+    with pytest.raises(RuntimeError, match="has no forward mode of forward mode; use reverse mode inside"):
+        twice(lambda q: va.score_attention(q, x, x, backend="streaming"), x)
+
+
+def constants() -> dict[str, tuple[Callable[[Tensor], Any], Tensor]]:
+    q, carrier, weight = torch.randn(1, 2, 4, 8), torch.randn(1, 3, 4), torch.rand(1, 4)
+    return {
+        "attn_mask": (lambda x: va.score_attention(q, q, q, attn_mask=x), torch.randn(4, 4)),
+        "residual_weight": (lambda x: va.relevancy_attention(q, q, q, carrier, residual_weight=x), weight),
+        "attention_weight": (lambda x: va.relevancy_attention(q, q, q, carrier, attention_weight=x), weight),
+    }
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.parametrize("name", constants())
+def test_a_tangent_of_a_constant_raises(name: str) -> None:
+    call, x = constants()[name]
+    call(x)
+    with forward_ad.dual_level(), pytest.raises(ValueError, match=f"^{name} must not have a forward-mode tangent"):
+        call(forward_ad.make_dual(x, torch.ones_like(x)))
