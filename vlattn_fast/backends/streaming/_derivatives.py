@@ -37,7 +37,7 @@ class Formula(NamedTuple):
 def derivable() -> Iterator[None]:
     """A context in which torch.func works. The kernels of operators run below autograd, where derivatives would be zeros. Within
     forward_ad.dual_level torch.func.jvp would open a level of its own, which torch does not support, unless it is in another."""
-    excluded = _C._dispatch_tls_local_exclude_set() - _AUTOGRAD
+    excluded = _C._dispatch_tls_local_exclude_set() - _ABOVE
     outer = eager_transforms.jvp_increment_nesting() if has_forward_mode() and not eager_transforms.JVP_NESTING else nullcontext()
     with outer, _C._ForceDispatchKeyGuard(_C._dispatch_tls_local_include_set(), excluded):
         yield
@@ -50,9 +50,11 @@ def _keys(*names: str) -> Any:
     return first
 
 
-_AUTOGRAD = _keys("AutogradCPU", "AutogradCUDA", "AutogradMeta", "AutogradXPU", "AutogradOther", "ADInplaceOrView") - _keys(
+_ABOVE = _keys("AutogradCPU", "AutogradCUDA", "AutogradMeta", "AutogradXPU", "AutogradOther", "ADInplaceOrView") - _keys(
     "CPU", "CUDA", "Meta", "XPU"
 )
+# Below a dispatch mode these are excluded, too: kernels would get torch.func's wrapped tensors, and zero tangents without memory
+_ABOVE = _ABOVE | _keys("FuncTorchDynamicLayerFrontMode", "FuncTorchDynamicLayerBackMode", "FuncTorchGradWrapper", "ZeroTensor")
 
 
 def jvp(formula: Formula, inputs: Any) -> tuple[Tensor, ...]:
