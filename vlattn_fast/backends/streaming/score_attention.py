@@ -107,10 +107,12 @@ def jvp(inputs: Any) -> tuple[Tensor, Tensor]:
     to_lse = query.new_zeros(query.shape[:3], dtype=dtype)
     for (b, h, i), p, x, factor in _tangent_tiles(inputs):
         xi = (p * x).sum(-1, keepdim=True)
-        to_out[b, h, i] = ((p * (x - xi) * factor) @ value[b, h].to(dtype) + (p * factor) @ value_tangent[b, h].to(dtype)).to(
+        x = x - xi
+        rest = (p * x).sum(-1, keepdim=True)  # what rounding leaves: x may have a large mean, which no output has
+        to_out[b, h, i] = ((p * (x - rest) * factor) @ value[b, h].to(dtype) + (p * factor) @ value_tangent[b, h].to(dtype)).to(
             query.dtype
         )
-        to_lse[b, h, i] = xi[..., 0]
+        to_lse[b, h, i] = (xi + rest)[..., 0]
     return to_out, to_lse
 
 
