@@ -47,14 +47,16 @@ def stacked_cross_attention(
     words = [captions.shape[1]] * captions.shape[0] if caption_lengths is None else caption_lengths.tolist()
     # zeros that depend on both inputs, so that empty sets and empty batches have gradients, too
     similarity = images[:, :0].sum((1, 2))[:, None] + captions[:, :0].sum((1, 2))
+    pairs = []  # stacked at the end: torch.func.vmap over one of the inputs takes no result in place
     for i, num_regions in enumerate(regions):
         for j, num_words in enumerate(words):
+            pairs.append(similarity[i, j])
             if num_regions > 0 and num_words > 0:
                 image, caption = images[i, :num_regions], captions[j, :num_words]
                 q, c = (caption, image) if direction == "t2i" else (image, caption)
                 r = _relevance(q, c, first_norm, smooth)
-                similarity[i, j] = _aggregate(r, aggregation, lambda_lse)
-    return similarity
+                pairs[-1] = _aggregate(r, aggregation, lambda_lse)
+    return torch.stack(pairs).view_as(similarity) if pairs else similarity
 
 
 def damsm_similarity(
