@@ -182,8 +182,8 @@ def _forward_fake(inputs: Any) -> tuple[Tensor, Tensor]:
 
 
 def _backward_fake(inputs: Any) -> tuple[Tensor, ...]:
-    n = num_gradients(inputs.kind)
-    return tuple(x.new_empty(x.shape if k % 4 < n else 0) for k, x in enumerate((*inputs.queries, *inputs.keys)))
+    n, tensors = num_gradients(inputs.kind), [getattr(inputs, field) for field in CongruenceLossInputs._fields[:8]]
+    return tuple(x.new_empty(x.shape if k % 4 < n else 0) for k, x in enumerate(tensors))
 
 
 # `gradients`: those of each sample's loss, if the backend computes them with it; empty if the backward pass computes them
