@@ -6,6 +6,8 @@ pass the second derivative.
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -34,11 +36,14 @@ def tangents_of(run: Callable[[Any], Sequence[Tensor]], inputs: Any, kind: Any, 
 def _forward_mode() -> Iterator[None]:
     """A level for tangents, or the caller's, since torch has no second one. The kernels of operators run below autograd, where
     tangents would be dropped."""
-    excluded = _C._dispatch_tls_local_exclude_set() - _AUTOGRAD
+    excluded = _C._dispatch_tls_local_exclude_set() - _ABOVE
     above = _C._ForceDispatchKeyGuard(_C._dispatch_tls_local_include_set(), excluded)
     level = nullcontext() if has_forward_mode() else forward_ad.dual_level()
     with above, torch.no_grad(), forward_ad._set_fwd_grad_enabled(True), level:
         yield
 
 
-_AUTOGRAD = _C.DispatchKeySet(_C.DispatchKey.AutogradCPU) | _C.DispatchKeySet(_C.DispatchKey.ADInplaceOrView)  # of any device
+# Of any device. Below a dispatch mode zero tangents without memory are no longer looked for, either
+_ABOVE = functools.reduce(
+    operator.or_, [_C.DispatchKeySet(getattr(_C.DispatchKey, name)) for name in ("AutogradCPU", "ADInplaceOrView", "ZeroTensor")]
+)
