@@ -68,7 +68,8 @@ def backward(inputs: CongruenceLossBackwardInputs) -> tuple[Tensor | None, ...]:
     factor = inputs.grad_loss.float()[:, None, None, None]
     made = inputs.gradients.numel() == 0  # torch.func.vmap saves none
     gradients = _gradients_of_loss(inputs) if made else inputs.gradients
-    in_place = blocks[0].dtype == torch.float32 and (made or saved_for_the_last_time())
+    # not where they are made: code of torch.compile takes no outputs that share memory
+    in_place = not made and blocks[0].dtype == torch.float32 and saved_for_the_last_time()
     grads = []
     for x, part in zip(blocks, gradients.split([x.numel() for x in blocks]), strict=True):
         part = part.view(x.shape)

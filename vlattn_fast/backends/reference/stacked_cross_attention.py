@@ -6,6 +6,7 @@ Shapes: images (Bi, R, D), captions (Bc, T, D); of one pair, queries q (n, D) an
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
