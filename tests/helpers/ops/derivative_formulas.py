@@ -58,7 +58,9 @@ def activated(score: Any, x: Tensor) -> Tensor:
     return x if score.activation is None else functions[score.activation](x)
 
 
-def attention(query: Tensor, key: Tensor, score: Any = "scaled_dot", scale: float | None = None, **o: Any) -> tuple[Tensor, Tensor]:
+def attention(
+    query: Tensor, key: Tensor, score: Any = "scaled_dot", scale: float | None = None, **o: Any
+) -> tuple[Tensor, Tensor]:
     """A (B, H, N, M) and its log-sum-exp (B, H, N), 0 for a row without a key and a sink."""
     key = heads_as(without_padding(key, o.get("key_mask")), query)
     scaled = score == "scaled_dot" or getattr(score, "name", "") == "scaled_dot"
@@ -175,9 +177,7 @@ def token_scores(query: Tensor, key: Tensor, *, rule: str) -> Outputs:
     return (attention(query, key, is_causal=True)[0].sum(2),)
 
 
-def maxsim(
-    queries: Tensor, documents: Tensor, query_mask: Tensor | None = None, document_mask: Tensor | None = None
-) -> Outputs:
+def maxsim(queries: Tensor, documents: Tensor, query_mask: Tensor | None = None, document_mask: Tensor | None = None) -> Outputs:
     score = torch.einsum("and,bmd->abnm", queries, documents)
     real = torch.ones(score.shape, dtype=torch.bool)
     real = real if query_mask is None else real & query_mask[:, None, :, None]
@@ -282,9 +282,16 @@ def stacked_cross_attention(
             s = clipped / (clipped.square().sum(0).sqrt() + 1e-8)
         context = softmax(smooth * s) @ c
         r = (q * context).sum(1) / (q.square().sum(1) * context.square().sum(1)).sqrt()
-        return r.mean() if aggregation == "mean" else torch.exp(lambda_lse * r).sum().log() / lambda_lse
+        # not of rank 0: there torch makes float64 of the tangent of a product with a number
+        return (
+            r.mean(0, keepdim=True)
+            if aggregation == "mean"
+            else torch.exp(lambda_lse * r).sum(0, keepdim=True).log() / lambda_lse
+        )
 
-    pairs = [torch.stack([similarity(image, caption[:n]) for caption, n in zip(captions, lengths, strict=True)]) for image in images]
+    pairs = [
+        torch.cat([similarity(image, caption[:n]) for caption, n in zip(captions, lengths, strict=True)]) for image in images
+    ]
     return (torch.stack(pairs),)
 
 
