@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from vlattn_fast.checking.cases import Example, Sizes, Tensors, cases_of
 from vlattn_fast.checking.tolerance import draws, settle
@@ -61,8 +62,8 @@ def verify(
     seed: int = 0,
     operators: Iterable[str] | None = None,
 ) -> Iterator[Result]:
-    """Runs every case of these operators, by default of all, on every backend that takes it: outputs and the gradient of every
-    tensor."""
+    """Runs every case of these operators, by default of all, on every backend that takes it: outputs, the gradient of every
+    tensor, and the tangents of the outputs."""
     for operator in OPERATORS if operators is None else operators:
         made = cases(seed, operators=[operator])
         for dtype in dtypes:
@@ -112,15 +113,35 @@ def _result(operator: str, backend: str, dtype: torch.dtype, device: str, proble
 
 
 def _run(case: Example, tensors: Tensors, backend: str, dtype: torch.dtype | None = None) -> Tensors:
-    """Floating outputs and gradients by name; with `dtype`, of the same numbers computed in it."""
-
-    def cotangents(outputs: list[Tensor]) -> list[Tensor]:
-        generator = torch.Generator().manual_seed(1)
-        # rounded once, to the coarsest dtype, so that every dtype gets the same cotangents
-        return [torch.randn(x.shape, generator=generator).bfloat16().to(x.device, x.dtype) for x in outputs]
-
+    """Floating outputs, gradients and tangents by name; with `dtype`, of the same numbers computed in it."""
     inputs = {name: x.to(dtype or x.dtype) for name, x in tensors.items()}
-    return outputs_and_gradients(partial(case.run, backend=backend), inputs, cotangents, case.differentiable)
+    run = partial(case.run, backend=backend)
+    results = outputs_and_gradients(run, inputs, partial(_random_like, seed=1), case.differentiable)
+    if case.differentiable:
+        results |= _tangents_of_outputs(case, run, inputs, backend)
+    return results
+
+
+def _random_like(tensors: Iterable[Tensor], seed: int) -> list[Tensor]:
+    """Rounded once, to the coarsest dtype, so that every dtype gets the same numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(x.shape, generator=generator).bfloat16().to(x.device, x.dtype) for x in tensors]
+
+
+def _tangents_of_outputs(case: Example, run: Callable[[Tensors], Any], tensors: Tensors, backend: str) -> Tensors:
+    """The tangent of each floating output, by number, for random tangents of all tensors; none if the backend has no forward
+    mode."""
+    with forward_ad.dual_level():
+        if case.operator in OPERATORS and OPERATORS[case.operator].refusals(backend, case.arguments(tensors)):
+            return {}
+        duals = [forward_ad.make_dual(x, u) for x, u in zip(tensors.values(), _random_like(tensors.values(), 2), strict=True)]
+        out = run(dict(zip(tensors, duals, strict=True)))
+        pairs = [forward_ad.unpack_dual(x) for x in _outputs(out)]
+        return {f"tangent of output {i}": x.tangent.detach() for i, x in enumerate(pairs) if x.tangent is not None}
+
+
+def _outputs(out: Any) -> list[Tensor]:
+    return [x for x in (out if isinstance(out, tuple) else (out,)) if x.is_floating_point()]
 
 
 def outputs_and_gradients(
