@@ -10,7 +10,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.func import grad, jvp
 
-from tests.helpers.ops.derivative_formulas import FORMULAS, Outputs, carrier_gradient
+from tests.helpers.ops.derivative_formulas import FORMULAS, Outputs, carrier_gradient, carrier_gradients_of_residual
 from vlattn_fast.checking.cases import Example
 
 Tensors = tuple[Tensor, ...]
@@ -22,7 +22,7 @@ class Function:
     def __init__(self, example: Example, backend: str, **options: Any) -> None:
         """`backend`: "" for the formula; else `options` belong to the call."""
         self.example, self.backend, self.options = example, backend, options
-        self.carries = example.operator == "relevancy_attention"
+        self.carries = any("carrier" in name for name in example.tensors)
         self.numbers = tuple(range(len(example.tensors)))
 
     def __call__(self, *x: Tensor) -> Outputs:
@@ -44,7 +44,11 @@ class Function:
         arguments = self.example.arguments(dict(zip(self.example.tensors, x, strict=True)))
         out, carrier = self(*x)
         by_name = dict(zip(self.example.tensors, grad(self.loss, self.numbers)(*x), strict=True))
-        by_name["carrier"] = carrier_gradient(out.cos(), carrier.cos(), **arguments)
+        if self.example.operator == "relevancy_attention":
+            by_name["carrier"] = carrier_gradient(out.cos(), carrier.cos(), **arguments)
+        else:
+            made = carrier_gradients_of_residual(out.cos(), carrier.cos(), **arguments)
+            by_name["residual_carrier"], by_name["branch_carrier"] = made
         return tuple(by_name.values())
 
     def of_jvp(self, *xu: Tensor) -> Tensor:
@@ -69,7 +73,7 @@ def reverse_over_forward(f: Function, x: Tensors, u: Tensors) -> Any:
 
 def reverse_over_reverse(f: Function, x: Tensors, u: Tensors) -> Any:
     """Not by a carrier, whose rule would be applied twice."""
-    numbers = tuple(n for n, name in enumerate(f.example.tensors) if name != "carrier")
+    numbers = tuple(n for n, name in enumerate(f.example.tensors) if "carrier" not in name)
     return grad(lambda *y: sum((g * t).sum() for g, t in zip(f.gradient(*y), u, strict=True)), numbers)(*x)
 
 

@@ -255,6 +255,18 @@ def carrier_gradient(
     return r * a + (r * b) @ normalised(abar, row_normalize)
 
 
+def relevancy_residual(residual: Tensor, branch: Tensor, residual_carrier: Tensor, branch_carrier: Tensor) -> Outputs:
+    return residual + branch, residual_carrier
+
+
+def carrier_gradients_of_residual(
+    grad: Tensor, r: Tensor, residual: Tensor, branch: Tensor, residual_carrier: Tensor, branch_carrier: Tensor
+) -> tuple[Tensor, Tensor]:
+    """r * a and r * b: the rule, whose weights are constants."""
+    a, b = ((grad * x).sum(-1).abs().detach() for x in (residual, branch))
+    return r * (a / (a + b))[:, None], r * (b / (a + b))[:, None]
+
+
 def softmax(x: Tensor) -> Tensor:
     return torch.exp(x) / torch.exp(x).sum(-1, keepdim=True)
 
@@ -341,6 +353,7 @@ FORMULAS: dict[str, Callable[..., Outputs]] = {
     for each in (
         score_attention,
         relevancy_attention,
+        relevancy_residual,
         relevancy_step,
         attention_map,
         attention_statistics,
