@@ -203,10 +203,10 @@ def verify(
 ) -> None:
     """Run every operator on every backend and dtype, and compare with its formula in float64.
 
-    Prints the worst error as a multiple of the allowed one, and the command that repeats it. The limits are twice the root
-    mean square and four times the largest error of the plain formula in the same dtype, each plus an ulp or two. Ends with
-    status 1 if a multiple is above 1. Without a GPU, TRITON_INTERPRET=1 in the environment runs the Triton kernels in Triton's
-    interpreter.
+    Compares outputs, gradients and, in forward mode, tangents. Prints the worst error as a multiple of the allowed one, and the
+    command that repeats it. The limits are twice the root mean square and four times the largest error of the plain formula in
+    the same dtype, each plus an ulp or two. Ends with status 1 if a multiple is above 1. Without a GPU, TRITON_INTERPRET=1 in
+    the environment runs the Triton kernels in Triton's interpreter.
 
     --fuzz N draws N calls: sizes, masks, memory layouts, numbers and options. Each call must be right, or raise an error that
     names the reason. Every failure comes with the command that repeats it.

@@ -136,12 +136,9 @@ def _tangents_of_outputs(case: Example, run: Callable[[Tensors], Any], tensors: 
             return {}
         duals = [forward_ad.make_dual(x, u) for x, u in zip(tensors.values(), _random_like(tensors.values(), 2), strict=True)]
         out = run(dict(zip(tensors, duals, strict=True)))
-        pairs = [forward_ad.unpack_dual(x) for x in _outputs(out)]
-        return {f"tangent of output {i}": x.tangent.detach() for i, x in enumerate(pairs) if x.tangent is not None}
-
-
-def _outputs(out: Any) -> list[Tensor]:
-    return [x for x in (out if isinstance(out, tuple) else (out,)) if x.is_floating_point()]
+        outputs = [x for x in (out if isinstance(out, tuple) else (out,)) if x.is_floating_point()]
+        pairs = [forward_ad.unpack_dual(x) for x in outputs]
+        return {f"tangent of output {i}": torch.zeros_like(x) if u is None else u.detach() for i, (x, u) in enumerate(pairs)}
 
 
 def outputs_and_gradients(
