@@ -93,8 +93,19 @@ _backward_op = define(
     lambda x: (x.left.new_empty(x.left.shape), x.right.new_empty(x.right.shape)),
 )
 _saved = Saved(RowProductsInputs, RowProductsBackwardInputs, grads=["grad"])
+
+
+def tangent(inputs: RowProductsInputs, tangents: Any, outputs: Any) -> Tensor:
+    """Of products: linear in each factor."""
+    given = {name: x for name in ("left", "right") if (x := getattr(tangents, name)) is not None}
+    return sum(_forward_op(inputs._replace(**{name: x})) for name, x in given.items())  # type: ignore[no-any-return]
+
+
 differentiable(
-    "row_products", lambda ctx, grad: _backward_op(_saved.inputs(ctx, grad)), lambda ctx, inputs, output: _saved.save(ctx, inputs)
+    "row_products",
+    lambda ctx, grad: _backward_op(_saved.inputs(ctx, grad)),
+    lambda ctx, inputs, output: _saved.save(ctx, inputs),
+    tangent,
 )
 once_differentiable("row_products_backward")
 OPERATOR = Operator(row_products, describe_call, BACKENDS)

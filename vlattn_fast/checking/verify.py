@@ -85,14 +85,14 @@ class _Problem:
             (tensors,) = next(self._fresh)
             case = replace(self.case, tensors=tensors)
             here = case.in_dtype(self._dtype, self._device)
-            truth = _run(case, case.in_dtype(self._dtype, self._truth_on), "reference", torch.float64)
-            self._known.append((here, truth, _run(case, here, "reference")))
+            truth = _run_with_tangents(case, case.in_dtype(self._dtype, self._truth_on), "reference", torch.float64)
+            self._known.append((here, truth, _run_with_tangents(case, here, "reference")))
         return self._known[number]
 
     def runs(self, backend: str) -> Iterator[tuple[Tensors, Tensors, Tensors]]:
         for number in count():
             tensors, truth, formula = self.draw(number)
-            yield _run(self.case, tensors, backend), truth, formula
+            yield _run_with_tangents(self.case, tensors, backend), truth, formula
 
 
 def _result(operator: str, backend: str, dtype: torch.dtype, device: str, problems: list[_Problem]) -> Result:
@@ -113,12 +113,17 @@ def _result(operator: str, backend: str, dtype: torch.dtype, device: str, proble
 
 
 def _run(case: Example, tensors: Tensors, backend: str, dtype: torch.dtype | None = None) -> Tensors:
-    """Floating outputs, gradients and tangents by name; with `dtype`, of the same numbers computed in it."""
+    """Floating outputs and gradients by name; with `dtype`, of the same numbers computed in it."""
     inputs = {name: x.to(dtype or x.dtype) for name, x in tensors.items()}
-    run = partial(case.run, backend=backend)
-    results = outputs_and_gradients(run, inputs, partial(_random_like, seed=1), case.differentiable)
+    return outputs_and_gradients(partial(case.run, backend=backend), inputs, partial(_random_like, seed=1), case.differentiable)
+
+
+def _run_with_tangents(case: Example, tensors: Tensors, backend: str, dtype: torch.dtype | None = None) -> Tensors:
+    """Those of `_run`, and the tangents of the outputs."""
+    results = _run(case, tensors, backend, dtype)
     if case.differentiable:
-        results |= _tangents_of_outputs(case, run, inputs, backend)
+        inputs = {name: x.to(dtype or x.dtype) for name, x in tensors.items()}
+        results |= _tangents_of_outputs(case, partial(case.run, backend=backend), inputs, backend)
     return results
 
 

@@ -1,21 +1,17 @@
-"""Tangents and second derivatives of operators in O(N + M) memory, from their formulas on tiles (`_formulas`) by torch.func."""
+"""Tangents and second derivatives of operators in O(N + M) memory, from their formulas on tiles (`_formulas`)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch import _C, Tensor
-from torch._functorch import eager_transforms
+from torch import Tensor
 
-from vlattn_fast._ground.checks import has_forward_mode
 from vlattn_fast._ground.tensors import compute_dtype
-from vlattn_fast.backends.streaming import _formulas
+from vlattn_fast.backends.streaming import _formulas, _forward_mode
+from vlattn_fast.backends.streaming._forward_mode import Named
 from vlattn_fast.backends.streaming._tiles import tile_elements
-
-Named = dict[str, Tensor]
 
 
 class Formula(NamedTuple):
@@ -33,37 +29,11 @@ class Formula(NamedTuple):
     rows: int = 2  # the dimension of the queries in outputs that are not sums
 
 
-@contextmanager
-def derivable() -> Iterator[None]:
-    """A context in which torch.func works. The kernels of operators run below autograd, where derivatives would be zeros. Within
-    forward_ad.dual_level torch.func.jvp would open a level of its own, which torch does not support, unless it is in another."""
-    excluded = _C._dispatch_tls_local_exclude_set() - _ABOVE
-    outer = eager_transforms.jvp_increment_nesting() if has_forward_mode() and not eager_transforms.JVP_NESTING else nullcontext()
-    with outer, _C._ForceDispatchKeyGuard(_C._dispatch_tls_local_include_set(), excluded):
-        yield
-
-
-def _keys(*names: str) -> Any:
-    first, *rest = [_C.DispatchKeySet(getattr(_C.DispatchKey, name)) for name in names]
-    for each in rest:
-        first = first | each
-    return first
-
-
-_ABOVE = _keys("AutogradCPU", "AutogradCUDA", "AutogradMeta", "AutogradXPU", "AutogradOther", "ADInplaceOrView") - _keys(
-    "CPU", "CUDA", "Meta", "XPU"
-)
-# Below a dispatch mode these are excluded, too: kernels would get torch.func's wrapped tensors, and zero tangents without memory
-_ABOVE = _ABOVE | _keys("FuncTorchDynamicLayerFrontMode", "FuncTorchDynamicLayerBackMode", "FuncTorchGradWrapper", "ZeroTensor")
-
-
 def jvp(formula: Formula, inputs: Any) -> tuple[Tensor, ...]:
     """The tangents of the outputs."""
     outputs = _zeros(formula, inputs)
     for tile in _tiles(formula, inputs):
-        x = {name: tile.tensors[name] for name in tile.tangents}
-        with derivable():
-            _, tangents, *_ = torch.func.jvp(tile.run, (x,), (tile.tangents,))
+        _, tangents = _forward_mode.jvp(tile.run, tile.tensors, tile.tangents)
         for output, part, where in zip(outputs, tangents, tile.places, strict=True):
             output[where] += part
     return outputs
@@ -78,17 +48,10 @@ def second(
     dtype, contiguous = compute_dtype(inputs.query), torch.contiguous_format
     made: Named = {n: torch.zeros_like(x, dtype=dtype, memory_format=contiguous) for n, x in _given(formula, inputs).items()}
     for tile in _tiles(formula, inputs):
-        places = [*tile.places, *tile.places]
-        cotangents = [x if x is None else x[where] for x, where in zip([*grads, *grads_tangents], places, strict=True)]
-
-        def product(x: Named, tile: Any = tile, cotangents: Any = cotangents) -> Tensor:
-            varied = {name: x[name] for name in tile.tangents}
-            outputs, tangents, *_ = torch.func.jvp(lambda y: tile.run({**x, **y}), (varied,), (tile.tangents,))
-            pairs = zip(cotangents, [*tangents, *outputs], strict=True)
-            return sum([(grad.to(y.dtype) * y).sum() for grad, y in pairs if grad is not None], tile.none)
-
-        with derivable():
-            gradients = torch.func.grad(product)(tile.tensors)
+        by_tangents, by_outputs = (
+            [x if x is None else x[where] for x, where in zip(each, tile.places, strict=True)] for each in (grads, grads_tangents)
+        )
+        gradients, _ = _forward_mode.gradients_of_jvp(tile.run, tile.tensors, tile.tangents, by_outputs, by_tangents)
         for name, part in gradients.items():
             made[name][tile.where(name)] += part
     return tuple([made[name].to(getattr(inputs, name).dtype) if name in made else None for name in formula.fields])

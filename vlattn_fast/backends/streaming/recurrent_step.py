@@ -26,8 +26,8 @@ from torch import Tensor
 from vlattn_fast._ground.tensors import compute_dtype, expand_heads, fold_heads, not_zero
 from vlattn_fast.backends.inputs import derivative_inputs
 from vlattn_fast.backends.reference.recurrent_step import mean_of_heads, sweep
-from vlattn_fast.backends.streaming import _tiles
-from vlattn_fast.backends.streaming._derivatives import Named, derivable
+from vlattn_fast.backends.streaming import _forward_mode, _tiles
+from vlattn_fast.backends.streaming._forward_mode import Named
 
 CHUNK = 64  # tokens that one product takes a query through
 
@@ -412,8 +412,7 @@ def jvp(inputs: Any) -> tuple[Tensor]:
     for samples in _samples(inputs):
         total = torch.zeros_like(samples.x["relevancy"])
         for places in samples.tiles():
-            with derivable():
-                tangent = samples.tangent(_cut(samples.x, places), _cut(samples.u, places))
+            tangent = samples.tangent(_cut(samples.x, places), _cut(samples.u, places))
             total[..., : tangent.shape[2]] += tangent
         result[samples.b] = total[..., : samples.length]
     return (result,)
@@ -451,8 +450,7 @@ class _Samples:
         tangents = {name: getattr(inputs, f"{name}_tangent") for name in names}
         u = {name: torch.zeros_like(x[name]) if y is None else self._whole(name, y) for name, y in tangents.items()}
         self.tokens, self.tokens_tangent = self._by_chunks(x), self._by_chunks(u)
-        with derivable():
-            matrices = torch.func.jvp(_matrices, (self.tokens,), (self.tokens_tangent,))
+        matrices = _forward_mode.jvp(_matrices, self.tokens, self.tokens_tangent)
         chunks = b.stop - b.start, inputs.num_heads, -1
         self.x, self.u = (
             {**given, **{name: y.unflatten(0, chunks) for name, y in made.items()}}
@@ -481,7 +479,8 @@ class _Samples:
 
     def tangent(self, x: Named, u: Named) -> Tensor:
         """That of a tile's part of the result."""
-        return torch.func.jvp(self._step, (x,), (u,))[1]
+        tangent: Tensor = _forward_mode.jvp(self._step, x, u)[1]
+        return tangent
 
     def _step(self, x: Named) -> Tensor:
         """relevancy @ Abar (b, T, keys) of a tile."""
@@ -500,13 +499,10 @@ class _Samples:
         grad = self._whole("grad", self.inputs.grad)
         by_x, by_u = ({name: torch.zeros_like(y) for name, y in each.items()} for each in (self.x, self.u))
 
-        def product(x: Named, u: Named) -> Tensor:
-            tangent = self.tangent(x, u)
-            return (grad[..., : tangent.shape[2]] * tangent).sum()
-
-        for places in self.tiles():
-            with derivable():
-                parts = torch.func.grad(product, (0, 1))(_cut(self.x, places), _cut(self.u, places))
+        for n, places in enumerate(self.tiles()):
+            by_tangent = grad[..., : (n + 1) * self.chunk]
+            x, u = _cut(self.x, places), _cut(self.u, places)
+            parts = _forward_mode.gradients_of_jvp(self._step, x, u, [None], [by_tangent])
             for total, part in zip((by_x, by_u), parts, strict=True):
                 for name, gradient in part.items():
                     total[name][places[name]] += gradient
@@ -522,9 +518,8 @@ class _Samples:
         for first in range(0, count, step):
             some = dict.fromkeys((*self.tokens, *_MATRICES), (slice(first, first + step),))
             tokens, u = _cut(self.tokens, some), _cut(self.tokens_tangent, some)
-            with derivable():
-                _, pull = torch.func.vjp(lambda x, u=u: torch.func.jvp(_matrices, (x,), (u,)), tokens)  # type: ignore[misc]
-                parts.append(pull((_cut(by_matrices, some), _cut(by_tangents, some)))[0])
+            cotangents = [list(_cut(each, some).values()) for each in (by_matrices, by_tangents)]
+            parts.append(_forward_mode.gradients_of_jvp(_matrices, tokens, u, *cotangents)[0])
         return {name: torch.cat([part[name] for part in parts]) for name in self.tokens}
 
 
