@@ -34,7 +34,7 @@ KERNELS = {
     "relevancy_attention": """score_attention._forward_kernel score_attention._rows_kernel _products_backward._backward_q_kernel
         score_attention._whole_forward_kernel
         _products_backward._backward_kv_kernel relevancy_attention._step_kernel
-        _group_bias._group_bias_kernel""",
+        _group_bias._group_bias_kernel _products_jvp._jvp_kernel""",
     # maps and statistics take a sink by way of the attention's log-sum-exp
     "attention_map": """attention_map._map_kernel attention_map._rows_kernel score_attention._rows_kernel
         score_attention._forward_kernel score_attention._whole_forward_kernel

@@ -159,7 +159,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_verify() -> None:
     results = {result.backend: result for result in verify.verify(dtypes=(torch.float32,), operators=["row_products"])}
     assert set(results) == set(verify.BACKENDS)
-    assert results["streaming"].checks == 3 and results["streaming"].passed
+    assert results["streaming"].checks == 4 and results["streaming"].passed
     for backend, language in (("cpu", "CPU"), ("triton", "Triton"), ("cuda", "CUDA C++")):
         assert results[backend].reasons == (f"there is no {language} kernel for this operator",)
     assert "row_products" in {case.operator for case in verify.cases()}
