@@ -107,7 +107,7 @@ def assert_all_close_to(
     cotangents: Sequence[Tensor | None] | None = None,
     *,
     what: str = "",
-    scales: Mapping[str, float] | None = None,
+    scales: Mapping[str, float] | float = 0.0,
     grads: bool = True,
 ) -> dict[str, Tensor]:
     """Every output and every gradient of `fn` against `reference` in float64 and in the inputs' own dtype.

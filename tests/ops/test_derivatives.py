@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -14,13 +14,13 @@ from torch.func import grad, jvp
 from torch.utils._pytree import tree_leaves
 
 import vlattn_fast as va
-from tests.helpers.compare import assert_close_to, draws
 from tests.helpers.ops.backends import each, finest, on
 from tests.helpers.ops.derivative_cases import PRODUCTS, Function
 from tests.helpers.ops.derivative_formulas import FORMULAS
 from tests.helpers.ops.every_call import CALLS, WITH_CPU, every_call, small
 from tests.helpers.ops.score_cases import TORCH_JIT
 from vlattn_fast.checking.cases import Example, cases_of
+from vlattn_fast.checking.tolerance import draws, settle
 from vlattn_fast.ops import OPERATORS
 
 pytestmark = TORCH_JIT  # torch.func uses torch.jit
@@ -38,16 +38,20 @@ def check(example: Example, backend: str, products: tuple[str, ...] = tuple(PROD
     u = {name: torch.randn(y.shape).to(y) for name, y in x.items()}
     ours, formula = Function(example, backend), Function(example, "", **kept)
     for product in products:
-        run, found = PRODUCTS[product], list[list[list[Tensor]]]()
-        for drawn, tangents in draws(x, u, most=1 if dtype == torch.float64 or backend == "triton" else 2):
-            narrow = [tuple(drawn.values()), tuple(tangents.values())]
-            wide = [tuple(y.double() for y in side) for side in narrow]
-            plain = run(formula, *narrow)
-            found.append([tree_leaves(made) for made in (run(ours, *narrow), run(formula, *wide), plain)])
-        for n, numbers in enumerate(zip(*[zip(*draw, strict=True) for draw in found], strict=True)):
-            got, exact, same = zip(*numbers, strict=True)
-            what = f"{example.title} {product} {n}"
-            assert_close_to([y.to(dtype) for y in got], list(exact), [y.to(dtype) for y in same], what=what, scale=1.0)
+        run = PRODUCTS[product]
+
+        def runs(run: Any = run) -> Iterator[tuple[dict[str, Tensor], ...]]:
+            for drawn, tangents in draws(x, u):
+                narrow = [tuple(drawn.values()), tuple(tangents.values())]
+                wide = [tuple(y.double() for y in side) for side in narrow]
+                of_formula = tree_leaves(run(formula, *narrow))
+                got = [y.to(dtype) for y in tree_leaves(run(ours, *narrow))]
+                made = got, tree_leaves(run(formula, *wide)), [y.to(dtype) for y in of_formula]
+                yield tuple({str(n): y for n, y in enumerate(each)} for each in made)
+
+        pools = settle(runs(), 1.0, lambda: 1 if backend == "triton" else 2)
+        for n, errors in pools.items():
+            assert errors.ratio() <= 1.0, f"{example.title} {product} {n}: {errors}"
 
 
 @each("title", streaming=TITLES, reference=TITLES, cpu=OF_CPU)

@@ -221,3 +221,20 @@ def test_fullgraph(name: str) -> None:
     torch.testing.assert_close(found[2:], found[:2])
     assert counter.frame_count <= 2
     torch._dynamo.reset()
+
+
+def test_fullgraph_with_transforms_is_refused() -> None:
+    """torch.compile traces the backward pass for torch.func in place of calling it, and would give wrong carriers."""
+    x, start = torch.randn(2, 4, 8), torch.randn(2, 1, 4)
+
+    def loss(x: Tensor, carrier: Tensor) -> Tensor:
+        return sum(y.square().sum() for y in va.relevancy_residual(x, x, carrier, carrier))  # type: ignore[return-value]
+
+    def gradients(x: Tensor, carrier: Tensor) -> Any:
+        return torch.func.grad(loss, (0, 1))(x, carrier)
+
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="relevancy_residual"):
+        torch.compile(gradients, backend="aot_eager", fullgraph=True)(x, start)
+    torch._dynamo.reset()
+    for ours, plain in zip(torch.compile(gradients, backend="aot_eager")(x, start), gradients(x, start), strict=True):
+        torch.testing.assert_close(ours, plain)

@@ -122,11 +122,12 @@ def _over(error: Tensor, allowed: Tensor) -> Tensor:
 
 def settle(
     runs: Iterable[tuple[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor]]],
-    scales: Mapping[str, float] | None = None,
+    scales: Mapping[str, float] | float = 0.0,
     enough: Callable[[], int] = lambda: ENOUGH,
     most: int = MOST,
 ) -> dict[str, Errors]:
-    """The errors of each output by name, pooled over `runs`: ours, exact and the formula's results of one draw.
+    """The errors of each output by name, pooled over `runs`: ours, exact and the formula's results of one draw. `scales`: one for
+    all, or by name.
 
     The loop draws until each output has NUMBERS errors, or for `enough()` draws. Where the rule does not hold by then, the loop
     goes on to at most `most` draws. Results only in float64 need one draw.
@@ -134,7 +135,8 @@ def settle(
     pools: dict[str, Errors] = {}
     for n, (ours, exact, formula) in enumerate(runs, 1):
         for name, got in ours.items():
-            pool = pools.setdefault(name, Errors(0.0 if scales is None else scales.get(name, 0.0)))
+            scale = scales if isinstance(scales, float) else scales.get(name, 0.0)
+            pool = pools.setdefault(name, Errors(scale))
             pool.add(got, exact[name], formula.get(name))
         if n >= most or any(pool.mismatch for pool in pools.values()):
             break

@@ -77,7 +77,8 @@ def residual_shares(task: Task, model: nn.Module, samples: int) -> list[dict[str
     last: mean, 5th and 95th percentile over the tokens at which the score has a gradient."""
     shares: dict[tuple[str, int], list[Tensor]] = {}
     for inputs, target, _ in task.items(model, samples, 0, task.batch):
-        # by number of tokens, which differs between towers; in the order of the last calls, since linked towers weigh a sum twice
+        # by number of tokens, which differs between towers, then by memory, which stays theirs since `residual` is kept; in the
+        # order of the last calls, since linked towers weigh a sum twice
         seen: dict[int, dict[int, tuple[Tensor, Tensor]]] = {}
 
         def weighting(
@@ -85,8 +86,8 @@ def residual_shares(task: Task, model: nn.Module, samples: int) -> list[dict[str
         ) -> tuple[Tensor, Tensor]:
             a, b = residual_weights(residual, branch, gradient, "contribution")
             same_size = seen.setdefault(residual.shape[1], {})
-            same_size.pop(id(residual), None)
-            same_size[id(residual)] = residual, a[gradient.abs().amax(-1) > 0]
+            same_size.pop(residual.data_ptr(), None)
+            same_size[residual.data_ptr()] = residual, a[gradient.abs().amax(-1) > 0]
             return a, b
 
         explain(model, inputs, target=target, method=published("weighted", weighting=weighting))

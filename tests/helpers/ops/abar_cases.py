@@ -54,7 +54,7 @@ def check(
     make: Callable[[int], dict[str, Tensor]],
     dtype: torch.dtype = torch.float32,
     *,
-    scales: dict[str, float] | None = None,
+    scales: dict[str, float] | float = 0.0,
     formula_options: dict[str, Any] | None = None,
     **options: Any,
 ) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlattn_fast._ground.checks import check_choice, describe
+from vlattn_fast._ground.checks import check_choice, describe, is_transformed
 from vlattn_fast._ground.tensors import compute_dtype, not_zero
 
 WEIGHTINGS = ("contribution", "norm", "equal")
@@ -32,12 +32,21 @@ def relevancy_residual(
     """
     if not callable(weighting):
         check_choice("weighting", weighting, WEIGHTINGS)
-    total, carrier = _Residual.apply(residual, branch, residual_carrier, branch_carrier, weighting)
+    function: type[_ResidualToCompile] = _Residual
+    if torch.compiler.is_compiling():
+        if is_transformed():
+            raise RuntimeError(
+                "relevancy_residual inside torch.compile has no forward mode, and torch.func would give wrong gradients of its "
+                "carriers; compile without them, or use them without torch.compile"
+            )
+        function = _ResidualToCompile
+    total, carrier = function.apply(residual, branch, residual_carrier, branch_carrier, weighting)
     return total, carrier
 
 
-class _Residual(torch.autograd.Function):
-    """An autograd.Function, since a weighting may be any callable; torch.compile traces into it and fuses it."""
+class _ResidualToCompile(torch.autograd.Function):
+    """An autograd.Function, since a weighting may be any callable; torch.compile traces into it, where it has no `jvp`, and fuses
+    it."""
 
     generate_vmap_rule = True
 
@@ -58,6 +67,10 @@ class _Residual(torch.autograd.Function):
         with torch.no_grad():  # constants of the rule; everything else here is linear in grad and r
             a, b = residual_weights(residual.detach(), branch.detach(), grad.detach(), ctx.weighting)
         return grad, grad, r * a[:, None].to(r.dtype), r * b[:, None].to(r.dtype), None
+
+
+class _Residual(_ResidualToCompile):
+    """With forward mode."""
 
     @staticmethod
     def jvp(ctx: Any, residual: Tensor, branch: Tensor, residual_carrier: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
