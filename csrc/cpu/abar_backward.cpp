@@ -261,17 +261,22 @@ static void add_item(const AbarCall& call, AbarTiles& x, Size item, float* sums)
     tile_gradients(call, x, tile_at(call.c.a, item / tiles, 0, item % tiles, call.lanes), sums);
 }
 
+static Size greatest_divisor(Size a, Size b) { return b > 0 ? greatest_divisor(b, a % b) : a; }
+
 static Size abar_backward(const AbarBackward& c) {
     const Attention& a = c.a;
+    const Size threads = thread_count();
     Size lanes = lanes_of_map(a);
-    while (lanes > GROUP && a.B * tiles_of(a, lanes) < thread_count()) lanes -= GROUP;
-    const Size tiles = tiles_of(a, lanes), items = a.B * tiles, tasks = least(thread_count(), items);
+    while (lanes > GROUP && a.B * tiles_of(a, lanes) < threads) lanes -= GROUP;
+    const Size tiles = tiles_of(a, lanes), items = a.B * tiles;
     if (items * a.H == 0) return DONE;
+    // A part has the gradients of all key heads: parts that suit any number of threads would cost a tenth of the time.
+    const Size parts = least(tiles, threads / greatest_divisor(a.B, threads)), tasks = least(threads, a.B * parts);
     const Size key_stride = round_up(a.D, VL), stride = key_stride + round_up(a.Dv, VL), of_head = most(a.M * stride, 1);
     const Size heads = c.needs_inputs ? least(a.Hkv, most(1, MOST_SUMS / (tasks * of_head))) : a.Hkv;
     Memory starts, memory;
-    const Size* start = cut(items, tasks, starts);
-    AbarCall call = {c, {start, tasks, tiles, 0}, lanes, key_stride, stride, 0, heads};
+    const Size* start = cut(items, tiles, parts, tasks, starts);
+    AbarCall call = {c, {start, tasks, tiles, parts, 0}, lanes, key_stride, stride, 0, heads};
     call.sums.floats = row_count(call) * stride;
     if (!start || !memory.place([&] { call.sums.plan(memory); })) return NO_MEMORY;
     for (; call.head < a.Hkv; call.head += heads) {

@@ -3,9 +3,10 @@
 //
 // Bound: multiply-adds, D (and Dv) per entry of each head; then one exponential. A tile has all keys of its rows, so products and
 // exponentials are made once; beyond MOST_KEYS keys it has fewer rows. The tiles of several heads are reduced at
-// once, in the cache, so each entry of the map is written to memory once; dA is taken up while it is in registers. Where tiles are
-// too few for the threads, the heads of a tile are shared out, and their reductions are joined at the end. Few queries would fill
-// few lanes of a tile: there vectors run along the features of products, and along the keys (few_rows.h).
+// once, in the cache, so each entry of the map is written to memory once; dA is taken up while it is in registers. Where a sample
+// has few tiles, the heads of a tile are cut into parts, whose reductions are joined: so threads can share a tile, and its bits do
+// not depend on whether they do. Few queries would fill few lanes of a tile: there vectors run along the features of products, and
+// along the keys (few_rows.h).
 // Measured: rows attention_map of benchmarks/results/cpu.json.
 #include "few_rows.h"
 #include "shared_sums.h"
@@ -32,6 +33,15 @@ struct MapCall {
     Size heads() const { return least(a.H, a.M > MOST_KEYS ? 1 : HEADS); }
     Size tiles() const { return tiles_of(a, lanes()); }
     Tile tile(Size item) const { return tile_at(a, item / tiles(), 0, item % tiles(), lanes()); }
+    bool few() const { return a.N <= FEW_QUERIES; }
+    // Into how many parts the heads of a tile are cut, by the sizes of a sample alone: a power of two, which most threads share
+    Size parts() const {
+        Size count = 1;
+        while (6 * count <= a.H && 2 * count * (few() ? 1 : tiles()) <= 8) count *= 2;
+        return count;
+    }
+    Size part(Size n) const { return share(a.H, n, parts()); }  // its first head
+    Size size() const { return few() ? a.N * round_up(a.M, GROUP) : lanes() * a.M; }  // of a tile
 };
 
 // One thread's tiles, (keys, width) each: of some heads, and of the map, of which a chunk is enough where these are all heads
@@ -40,6 +50,7 @@ struct MapTiles {
     float *rows, *grad_output;  // of dO: (LANES, Dv rounded up), (Dv, width); or pairs, as Logits::rows
     float *heads, *dA, *map;  // dA is written where Dv is more than DEPTH
     float* carried;  // (LANES, T rounded up): r of the tile's rows
+    float* joined;  // (parts, size), or null where there is one part or threads share tiles
     Size size;  // of a tile
     float *largest, *rescale, *factor, *shifts;  // (LANES), factor (H, LANES), shifts (blocks of keys, LANES)
     double* total;  // (LANES)
@@ -50,7 +61,7 @@ struct MapTiles {
         logits.pairs = Logits::takes_pairs(a, c.score);
         logits.plan(a, c.score, memory, false);
         rows = memory.take(LANES * round_up(a.Dv, VL)), grad_output = memory.take(LANES * a.Dv);
-        size = c.lanes() * a.M;
+        size = c.size(), joined = call.joins() ? memory.take(c.parts() * size) : nullptr;
         heads = memory.take(size * c.heads()), map = memory.take(c.heads() < a.H || c.result ? size : CHUNK * LANES);
         carried = memory.take(c.result ? LANES * round_up(c.T, VL) : 0);
         dA = memory.take(c.gradient ? LANES * a.key_block() : 0);
@@ -168,9 +179,9 @@ static void map_tile(const MapCall& c, MapTiles& x, Tile t, Size begin, Size end
 
 struct MapRun {
     const MapCall& c;
-    Size items, parts, tasks;  // each tile's heads are shared out over `parts`
-    Size size;  // of a tile
-    float* joined;  // (items, parts, size); null where there is one part
+    Size items, tasks;
+    float* joined;  // (items, parts, size) where threads share tiles; null where each tile is one task's
+    bool joins() const { return c.parts() > 1 && !joined; }  // whether a task joins the parts of its tiles
 };
 
 // ---- few queries: vectors run along the features of products, then along the keys
@@ -179,14 +190,15 @@ struct MapRun {
 struct FewRows {
     RowBias bias;
     // (rows, D or Dv rounded up), (rows, stride), (rows, stride), with rows rounded up to BLOCK_ROWS; (N, stride)
-    float *inputs, *heads, *dA, *map;
+    float *inputs, *heads, *dA, *map, *joined;  // joined: as MapTiles
     static Size stride(const Attention& a) { return round_up(a.M, GROUP); }
     static Size heads_at_once(const Attention& a) { return most(1, least(a.group(), FEW_QUERIES / a.N)); }
     void plan(const MapRun& call, Memory& memory) {
         const Attention& a = call.c.a;
         const Size rows = round_up(heads_at_once(a) * a.N, BLOCK_ROWS);
         inputs = memory.take(rows * round_up(most(a.D, a.Dv), 2 * VL)), heads = memory.take(rows * stride(a));
-        map = memory.take(a.N * stride(a)), dA = memory.take(call.c.gradient ? rows * stride(a) : 0);
+        map = memory.take(a.N * stride(a)), joined = call.joins() ? memory.take(call.c.parts() * call.c.size()) : nullptr;
+        dA = memory.take(call.c.gradient ? rows * stride(a) : 0);
         bias.plan(a, memory);
     }
 };
@@ -247,34 +259,37 @@ static void few_rows_of_heads(const MapCall& c, FewRows& x, Size b, Size h, Size
 
 // ---- all tiles
 
-static void map_task(MapRun& call, MapTiles& x, Size task) {
-    // by turns, to and fro: under the causal mask the later rows take longer
-    const Size items = call.items * call.parts;
-    for (Size turn = 0; turn * call.tasks < items; ++turn) {
-        const Size item = turn * call.tasks + (turn % 2 ? call.tasks - 1 - task : task), part = item % call.parts;
-        if (item < items)
-            map_tile(call.c, x, call.c.tile(item / call.parts), share(call.c.a.H, part, call.parts),
-                     share(call.c.a.H, part + 1, call.parts), call.joined ? call.joined + item * call.size : nullptr);
-    }
-}
-// The parts of the task's tiles, joined
-static void join_task(MapRun& call, Size task) {
-    const MapCall& c = call.c;
+// The parts of a tile, (parts, size), to the map
+static void join_tile(const MapCall& c, const Tile& t, const float* parts) {
     alignas(64) float map[CHUNK * LANES], one[LANES];
     for (float& x : one) x = 1.f;
-    for (Size item = share(call.items, task, call.tasks); item < share(call.items, task + 1, call.tasks); ++item) {
-        const Tile t = c.tile(item);
-        const Size w = t.width, keys = t.keys(c.a, visible_keys(c.a, t.b));
-        for (Size j = 0; j < keys; j += CHUNK) {
-            const Size n = least(CHUNK, keys - j);
-            for (Size part = 0; part < call.parts; ++part) {
-                const float* tile = call.joined + (item * call.parts + part) * call.size;
-                take_up_heads(c.reduction, 1, tile + j * w, 0, n * w, w, one, part > 0, map);
-            }
-            transpose(map, w, n, t.rows, c.map + (t.b * c.a.N + t.first) * c.a.M + j, c.a.M);
-        }
-        finish_map(c, t, keys);
+    const Size w = t.width, keys = t.keys(c.a, visible_keys(c.a, t.b));
+    for (Size j = 0; j < keys; j += CHUNK) {
+        const Size n = least(CHUNK, keys - j);
+        for (Size part = 0; part < c.parts(); ++part)
+            take_up_heads(c.reduction, 1, parts + part * c.size() + j * w, 0, n * w, w, one, part > 0, map);
+        transpose(map, w, n, t.rows, c.map + (t.b * c.a.N + t.first) * c.a.M + j, c.a.M);
     }
+    finish_map(c, t, keys);
+}
+static void map_task(MapRun& call, MapTiles& x, Size task) {
+    const MapCall& c = call.c;
+    // by turns, to and fro: under the causal mask the later rows take longer
+    const Size parts = call.joined ? c.parts() : 1, items = call.items * parts;
+    for (Size turn = 0; turn * call.tasks < items; ++turn) {
+        const Size item = turn * call.tasks + (turn % 2 ? call.tasks - 1 - task : task), part = item % parts;
+        if (item >= items) continue;
+        const Tile t = c.tile(item / parts);
+        if (call.joined) map_tile(c, x, t, c.part(part), c.part(part + 1), call.joined + item * c.size());
+        else if (!x.joined) map_tile(c, x, t, 0, c.a.H, nullptr);
+        for (Size n = 0; x.joined && n < c.parts(); ++n) map_tile(c, x, t, c.part(n), c.part(n + 1), x.joined + n * c.size());
+        if (x.joined) join_tile(c, t, x.joined);
+    }
+}
+static void join_task(MapRun& call, Size task) {
+    const MapCall& c = call.c;
+    for (Size item = share(call.items, task, call.tasks); item < share(call.items, task + 1, call.tasks); ++item)
+        join_tile(c, c.tile(item), call.joined + item * c.parts() * c.size());
 }
 
 // A sample's few rows (N, stride) to the map, or r times them to the result
@@ -293,49 +308,45 @@ static void write_few_rows(const MapCall& c, Size b, float* rows) {
             for (Size j = 0; j < keys; ++j) to[j] += c.rows[k * a.N + n] * rows[n * stride + j];
     }
 }
+// Part `part` of the heads of sample b, to `map`
+static void few_rows_of_part(const MapCall& c, FewRows& x, Size b, Size part, float* map) {
+    const Size keys = Tile{b, 0, 0, c.a.N, GROUP}.keys(c.a, visible_keys(c.a, b)), first = c.part(part), last = c.part(part + 1);
+    x.map = map;
+    for (Size h = first, heads; h < last; h += heads) {
+        heads = least(FewRows::heads_at_once(c.a), least(last - h, c.a.group() - h % c.a.group()));
+        few_rows_of_heads(c, x, b, h, heads, keys, h > first);
+    }
+}
+// The parts of a sample, (parts, size), joined in the first of them
+static void join_few_rows(const MapCall& c, Size b, float* parts) {
+    alignas(64) float one[GROUP];
+    for (float& x : one) x = 1.f;
+    for (Size part = 1; part < c.parts(); ++part)
+        take_up_heads(c.reduction, 1, parts + part * c.size(), 0, c.size(), GROUP, one, true, parts);
+    write_few_rows(c, b, parts);
+}
 static void few_rows_task(MapRun& call, FewRows& x, Size task) {
     const MapCall& c = call.c;
-    const Size H = c.a.H, items = call.items * call.parts;
-    float* map = x.map;
+    const Size parts = call.joined ? c.parts() : 1, items = call.items * parts;
+    float* map = x.joined ? x.joined : x.map;
     for (Size item = share(items, task, call.tasks); item < share(items, task + 1, call.tasks); ++item) {
-        const Size b = item / call.parts, part = item % call.parts;
-        const Size first = share(H, part, call.parts), last = share(H, part + 1, call.parts);
-        const Size keys = Tile{b, 0, 0, c.a.N, GROUP}.keys(c.a, visible_keys(c.a, b));
-        x.map = call.joined ? call.joined + item * call.size : map;
-        for (Size h = first, heads; h < last; h += heads) {
-            heads = least(FewRows::heads_at_once(c.a), least(last - h, c.a.group() - h % c.a.group()));
-            few_rows_of_heads(c, x, b, h, heads, keys, h > first);
-        }
-        if (!call.joined) write_few_rows(c, b, x.map);
+        if (call.joined) few_rows_of_part(c, x, item / parts, item % parts, call.joined + item * c.size());
+        for (Size n = 0; !call.joined && n < c.parts(); ++n) few_rows_of_part(c, x, item, n, map + n * c.size());
+        if (!call.joined) join_few_rows(c, item, map);
     }
 }
 static void join_few_rows_task(MapRun& call, Size task) {
-    alignas(64) float one[GROUP];
-    for (float& x : one) x = 1.f;
-    for (Size b = share(call.items, task, call.tasks); b < share(call.items, task + 1, call.tasks); ++b) {
-        float* map = call.joined + b * call.parts * call.size;
-        for (Size part = 1; part < call.parts; ++part)
-            take_up_heads(call.c.reduction, 1, map + part * call.size, 0, call.size, GROUP, one, true, map);
-        write_few_rows(call.c, b, map);
-    }
-}
-
-// Into how many parts the heads of each tile are shared out: few, so that the slowest of the threads has the fewest heads
-static Size parts_of(Size items, Size heads, Size threads) {
-    Size best = 1, fewest = (items + threads - 1) / threads * heads;
-    for (Size parts = 2; parts <= least(heads, threads); ++parts) {
-        const Size here = (items * parts + threads - 1) / threads * ((heads + parts - 1) / parts);
-        if (5 * here < 4 * fewest) best = parts, fewest = here;  // to join them costs something
-    }
-    return best;
+    for (Size b = share(call.items, task, call.tasks); b < share(call.items, task + 1, call.tasks); ++b)
+        join_few_rows(call.c, b, call.joined + b * call.c.parts() * call.c.size());
 }
 
 // ---- r Abar
 
 struct CarryRun {
     const MapCall& c;
-    Size parts;  // each tile's heads are shared out over `parts`
+    Size parts;  // of each tile's heads
     SharedSums sums;  // the items are parts of tiles, sample by sample; the sums are r Abar of a sample, (M, T rounded up)
+    static bool joins() { return false; }
 };
 
 // r of the tile's rows as (rows, T rounded up), for row_normalize over the sums of the rows of `map` (keys, width). A zero row stays
@@ -372,33 +383,37 @@ static void add_item(const CarryRun& call, MapTiles& x, Size item, float* sums) 
 
 static Size carry_rows(const MapCall& c) {
     const Attention& a = c.a;
-    const Size tiles = a.B * c.tiles(), threads = thread_count();
-    // rows are divided by their sums over all heads
-    const Size parts = c.row_normalize ? 1 : parts_of(tiles, a.H, threads), items = tiles * parts, tasks = least(threads, items);
+    const Size parts = c.row_normalize ? 1 : c.parts();  // rows are divided by their sums over all heads
+    const Size unit = c.tiles() * parts, parts_of_sums = least(unit, 8), tasks = least(thread_count(), a.B * parts_of_sums);
     Memory starts, memory;
-    const Size* start = cut(items, tasks, starts, [&](Size item) {  // under the causal mask the later rows take longer
+    const Size* start = cut(a.B * unit, unit, parts_of_sums, tasks, starts, [&](Size item) {  // under the causal mask the later rows take longer
         const Tile t = c.tile(item / parts);
         return t.keys(a, visible_keys(a, t.b)) + 1;
     });
-    CarryRun call = {c, parts, {start, tasks, c.tiles() * parts, a.M * round_up(c.T, VL)}};
+    CarryRun call = {c, parts, {start, tasks, unit, parts_of_sums, a.M * round_up(c.T, VL)}};
     if (!start || !memory.place([&] { call.sums.plan(memory); })) return NO_MEMORY;
     return run_and_join<MapTiles>(tasks, call);
 }
 
+// Whether threads share tiles: where the slowest of them then has less to do
+static bool shares_tiles(Size items, Size parts, Size threads) {
+    const Size whole = (items + threads - 1) / threads * parts, shared = (items * parts + threads - 1) / threads;
+    return 5 * shared < 4 * whole;  // to join them later costs something
+}
 static Size attention_map(const MapCall& c) {
     const Attention& a = c.a;
-    const bool few = a.N <= FEW_QUERIES;
+    const bool few = c.few();
     const Size items = a.M > 0 ? a.B * (few ? 1 : c.tiles()) : 0, threads = thread_count();
     if (items == 0 || a.H * a.N == 0) return DONE;
     if (c.result && !few) return carry_rows(c);
     if (c.map) take_large_pages(c.map, a.B * a.N * a.M * sizeof(float));
-    const Size parts = parts_of(items, a.H, threads), size = few ? a.N * FewRows::stride(a) : c.lanes() * a.M;
-    MapRun call = {c, items, parts, least(threads, items * parts), size, nullptr};
+    const bool shares = shares_tiles(items, c.parts(), threads);
+    MapRun call = {c, items, least(threads, items * (shares ? c.parts() : 1)), nullptr};
     Memory memory;
-    if (parts > 1 && !memory.place([&] { call.joined = memory.take(items * parts * size); })) return NO_MEMORY;
+    if (shares && !memory.place([&] { call.joined = memory.take(items * c.parts() * c.size()); })) return NO_MEMORY;
     const Size result = few ? run_with_space(call.tasks, call, few_rows_task) : run_with_space(call.tasks, call, map_task);
     call.tasks = least(call.tasks, items);
-    if (parts > 1 && result == DONE) run(call.tasks, call, few ? join_few_rows_task : join_task);
+    if (shares && result == DONE) run(call.tasks, call, few ? join_few_rows_task : join_task);
     return result;
 }
 

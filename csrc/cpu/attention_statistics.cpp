@@ -28,7 +28,7 @@ namespace {
 
 // ---- sums over rows
 
-// Pass has: `a`; unit() and floats() of its sums, whose items are the tiles of all heads in order; a Space with plan(call, memory);
+// Pass has: `a`; heads() of a sample whose rows have sums of their own, and floats() of them; the items are the tiles of all heads; a Space with plan(call, memory);
 // add(space, tile, sums); finish(unit, sums, first key, last key).
 template <class Pass> struct StatisticsCall {
     const Pass& pass;
@@ -44,17 +44,21 @@ static void write_sums(const StatisticsCall<Pass>& call, Size unit, const float*
     call.pass.finish(unit, sums, first, last);
 }
 template <class Pass> static Size run_pass(const Pass& pass) {
-    const Size items = pass.a.B * pass.a.H * tiles_of(pass.a), tasks = least(thread_count(), items);
+    const Attention& a = pass.a;
+    const Size items = a.B * a.H * tiles_of(a);
     if (items == 0) return DONE;
+    const Size heads = pass.heads(), unit = a.H / heads * tiles_of(a);
+    const Size parts = pass.floats() > 0 ? least(unit, parts_of_rows(a.H / heads * a.N, heads)) : unit;
+    const Size tasks = least(thread_count(), a.B * heads * parts);
     Memory starts, memory;
     Size b = -1, visible = 0;
     const Size* start =
-        cut(items, tasks, starts, [&](Size item) {  // under the causal mask and with padding some tiles have few keys
-            const Tile t = tile_of_item(pass.a, item);
-            if (t.b != b) b = t.b, visible = visible_keys(pass.a, b);
-            return t.width * (t.keys(pass.a, visible) + 1);
+        cut(items, unit, parts, tasks, starts, [&](Size item) {  // under the causal mask and with padding some tiles have few keys
+            const Tile t = tile_of_item(a, item);
+            if (t.b != b) b = t.b, visible = visible_keys(a, b);
+            return t.width * (t.keys(a, visible) + 1);
         });
-    StatisticsCall<Pass> call = {pass, {start, tasks, pass.unit(), pass.floats()}};
+    StatisticsCall<Pass> call = {pass, {start, tasks, unit, parts, pass.floats()}};
     if (!start || !memory.place([&] { call.sums.plan(memory); })) return NO_MEMORY;
     return run_and_join<typename Pass::Space>(tasks, call);
 }
@@ -174,7 +178,7 @@ struct StatisticsForward {
         }
     };
     // received attention: for each key a vector, whose lanes are added at the end, and how much it is too large
-    Size unit() const { return tiles_of(a); }
+    Size heads() const { return a.H; }
     Size floats() const { return received ? a.M * 2 * VL : 0; }
     void finish(Size head, const float* x, Size first, Size last) const {
         for (Size j = first; received && j < last; ++j)
@@ -405,7 +409,7 @@ struct StatisticsBackward {
         }
     };
     Size stride() const { return round_up(a.D, VL); }
-    Size unit() const { return a.group() * tiles_of(a); }
+    Size heads() const { return a.Hkv; }
     Size floats() const { return a.M * stride(); }
     void finish(Size head, const float* x, Size first, Size last) const {
         for (Size j = first; j < last; ++j) store_key(a, head / a.Hkv, head % a.Hkv, j, x + j * stride(), a.D, d_key);

@@ -54,7 +54,7 @@ struct BackwardCall {
     // r Abar of a sample.
     SharedSums keys, values, carried;
     Size key_stride, value_stride;  // D and Dv rounded up to VL
-    float* vector_parts = nullptr;  // gradients of the units' vector, by task
+    float* vector_parts = nullptr;  // gradients of the units' vector, by part of the query heads of a key head
     float* row_sums = nullptr;  // (B, H, N) sums of max(P dP, 0) or P over the keys, for row_normalize
     bool sums_rows = false;  // this pass computes row_sums alone
     bool inputs() const { return (c.grad_query.data || c.grad_value.data) && !sums_rows; }  // an empty tensor has no pointer

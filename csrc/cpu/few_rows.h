@@ -502,20 +502,11 @@ static void sum_parts_task(FewRowsCall& call, FewRowsSpace& x, Size task) {
     }
 }
 
-INLINE Size greatest_divisor(Size a, Size b) {
-    while (b > 0) {
-        const Size rest = a % b;
-        a = b, b = rest;
-    }
-    return a;
-}
 static Size few_rows_forward(const Forward& c) {
     const Attention& a = c.a;
-    const Size heads = a.B * a.Hkv, threads = thread_count(), few = most(a.M / 2048, 1);  // keys that pay for a part
+    const Size heads = a.B * a.Hkv, pieces = most(a.M / 2048, 1);  // keys that pay for a part, on any number of threads
     if (heads == 0) return DONE;
-    // so many parts that the threads have the same number of them
-    const Size pieces = least(few, threads / greatest_divisor(heads, threads));
-    FewRowsCall call = {c, a.group() * a.N, round_up(a.Dv, VL), pieces, least(threads, heads * pieces), nullptr};
+    FewRowsCall call = {c, a.group() * a.N, round_up(a.Dv, VL), pieces, least(thread_count(), heads * pieces), nullptr};
     Memory memory;
     const auto plan = [&](Part& part) { call.plan(part, memory); };
     if (pieces > 1 && !memory.place([&] { call.parts = memory.take_spaces<Part>(heads * pieces, plan); })) return NO_MEMORY;

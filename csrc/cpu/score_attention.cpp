@@ -14,11 +14,10 @@
 namespace ISA {
 namespace {
 
-// Before the first tile of a task: what its query heads sum up over all keys
+// Before the first tile of a task
 static void clear_units(const Attention& a, Gradients& g) {
     memset(g.logits.units.by_key, 0, UnitTile::padded(a.D) * round_up(a.key_block(), VL) * sizeof(float));
     memset(g.logits.units.by_weight, 0, UnitTile::padded(a.D) * sizeof(float));
-    memset(g.grad_vector, 0, a.H * a.D * sizeof(float));
 }
 static void backward_task(BackwardCall& call, Gradients& g, Size task) {
     const Backward& c = call.c;
@@ -26,16 +25,18 @@ static void backward_task(BackwardCall& call, Gradients& g, Size task) {
     const Size tiles = tiles_of(a);
     if (call.inputs() && c.score.sums_units()) clear_units(a, g);
     by_key_heads(call, g, task, [&](Size unit, Size item, Size end) {
-        const Size b = unit / a.Hkv;
-        memset(g.by_key_norm, 0, a.M * sizeof(float));
+        const Size b = unit / a.Hkv, of_heads = a.group() * a.D;
+        float* by_vector = g.grad_vector + unit % a.Hkv * of_heads;
+        float* part = call.vector_parts ? call.vector_parts + (unit * call.keys.parts + call.keys.part_of(item)) * of_heads : nullptr;
+        memset(g.by_key_norm, 0, a.M * sizeof(float)), memset(by_vector, 0, of_heads * sizeof(float));
         while (item < end) {  // the query heads of the key head
             const Size from = item % tiles, to = least(tiles, from + end - item);
             backward_head(call, g, b, item / tiles % a.H, from, to);
             item += to - from;
         }
         if (call.inputs() && c.score.kind == COSINE) finish_cosine_keys(call, g, b, unit % a.Hkv);
+        if (part) memcpy(part, by_vector, of_heads * sizeof(float));
     });
-    if (call.vector_parts) memcpy(call.vector_parts + task * a.H * a.D, g.grad_vector, a.H * a.D * sizeof(float));
 }
 
 // The units that several tasks have; each task takes a range of the keys.
@@ -56,20 +57,20 @@ static void join_task(BackwardCall& call, Size task) {
         });
 }
 
-static bool place_sums(BackwardCall& call, Size tasks, Memory& memory) {
+static bool place_sums(BackwardCall& call, Memory& memory) {
     const Attention& a = call.c.a;
     return memory.place([&] {
         if (call.inputs()) call.keys.plan(memory), call.values.plan(memory);
         if (call.c.relevancy.rows) call.carried.plan(memory);
-        if (call.c.grad_vector) call.vector_parts = memory.take(tasks * a.H * a.D);
+        if (call.c.grad_vector) call.vector_parts = memory.take(a.B * call.keys.parts * a.H * a.D);
     });
 }
-static void join_vector(const BackwardCall& call, Size tasks) {
-    float* sums = call.c.grad_vector;
-    for (Size i = 0, n = call.c.a.H * call.c.a.D; i < n; ++i) {
-        sums[i] = 0;
-        for (Size task = 0; task < tasks; ++task) sums[i] += call.vector_parts[task * n + i];
-    }
+static void join_vector(const BackwardCall& call) {
+    const Attention& a = call.c.a;
+    const Size of_heads = a.group() * a.D, parts = call.keys.parts;
+    memset(call.c.grad_vector, 0, a.H * a.D * sizeof(float));
+    for (Size n = 0; n < a.B * a.Hkv * parts; ++n)
+        for (Size i = 0; i < of_heads; ++i) call.c.grad_vector[n / parts % a.Hkv * of_heads + i] += call.vector_parts[n * of_heads + i];
 }
 // The one place that says which calls take panels: those of the forward pass that have rows to fill a tile, and a log-sum-exp
 static bool takes_panels(const Backward& c) {
@@ -85,14 +86,17 @@ static Size backward_pass(const Backward& c, float* row_sums, bool sums_rows) {
     const Attention& a = c.a;
     const bool panels = takes_panels(c) && !sums_rows;
     const Size lanes = panels ? 2 * TILE_SIDE : LANES, tiles = a.group() * tiles_of(a, lanes), items = a.B * a.Hkv * tiles;
-    const Size tasks = least(thread_count(), items), key_stride = round_up(a.D, VL), value_stride = round_up(a.Dv, VL);
+    const Size rows_of_part = panels ? 2048 : 256;  // for each part, panels are packed: one sweep's rows (packed_tiles.h)
+    const Size parts = least(tiles, parts_of_rows(a.group() * a.N, a.Hkv, rows_of_part)), tasks = least(thread_count(), a.B * a.Hkv * parts);
+    const Size key_stride = round_up(a.D, VL), value_stride = round_up(a.Dv, VL);
     Memory starts, memory;
-    const Size* start = cut(items, tasks, starts);
+    const Size* start = cut(items, tiles, parts, tasks, starts);
     if (!start) return NO_MEMORY;
-    const SharedSums keys = {start, tasks, tiles, a.M * key_stride}, values = {start, tasks, tiles, a.M * value_stride};
-    const SharedSums carried = {start, tasks, a.Hkv * tiles, a.M * round_up(c.relevancy.T, VL)};
+    const SharedSums keys = {start, tasks, tiles, parts, a.M * key_stride};
+    const SharedSums values = {start, tasks, tiles, parts, a.M * value_stride};
+    const SharedSums carried = {start, tasks, a.Hkv * tiles, a.Hkv * parts, a.M * round_up(c.relevancy.T, VL)};
     BackwardCall call = {c, keys, values, carried, key_stride, value_stride, nullptr, row_sums, sums_rows};
-    if (!place_sums(call, tasks, memory)) return NO_MEMORY;
+    if (!place_sums(call, memory)) return NO_MEMORY;
     Size result;
 #if TILES
     if (panels) result = run_with_space(tasks, call, backward_panels_task);
@@ -102,7 +106,7 @@ static Size backward_pass(const Backward& c, float* row_sums, bool sums_rows) {
     if (result != DONE || sums_rows) return result;
     const bool joins = call.inputs() && (call.keys.any() || call.values.any());
     if (joins || (c.relevancy.rows && call.carried.any())) run(tasks, call, join_task);
-    if (c.grad_vector) join_vector(call, tasks);
+    if (c.grad_vector) join_vector(call);
     return DONE;
 }
 static Size score_attention_backward(const Backward& c) {

@@ -181,12 +181,12 @@ static void add_item(const SecondCall& call, SecondTiles& s, Size item, float* s
 static Size score_attention_second(const Second& c) {
     const Attention& a = c.a;
     if (a.B * a.H * a.N == 0) return DONE;
-    const Size lanes = lanes_of_map(a), tiles = a.group() * tiles_of(a, lanes), items = a.B * a.Hkv * tiles,
-               tasks = least(thread_count(), items);
+    const Size lanes = lanes_of_map(a), tiles = a.group() * tiles_of(a, lanes), items = a.B * a.Hkv * tiles;
+    const Size parts = least(tiles, parts_of_rows(a.group() * a.N, a.Hkv)), tasks = least(thread_count(), a.B * a.Hkv * parts);
     const Size key_stride = round_up(a.D, VL), stride = key_stride + round_up(a.Dv, VL);
     Memory starts, memory;
-    const Size* start = cut(items, tasks, starts);
-    SecondCall call = {c, {start, tasks, tiles, a.M * stride}, lanes, key_stride, stride};
+    const Size* start = cut(items, tiles, parts, tasks, starts);
+    SecondCall call = {c, {start, tasks, tiles, parts, a.M * stride}, lanes, key_stride, stride};
     if (!start || !memory.place([&] { call.sums.plan(memory); })) return NO_MEMORY;
     return run_and_join<SecondTiles>(tasks, call);
 }

@@ -5,38 +5,62 @@
 namespace ISA {
 namespace {
 
-// The items of a call in order are cut into one range for each task, and `unit` items in a row add to the same sums. A task
-// writes the result of a unit that it has alone. For any other unit each task has a part, and the parts are added in the order of the
-// tasks, so that a call repeats its bits.
+// The items of a call in order, `unit` of which in a row add to the same sums. A unit is cut into `parts` by the sizes of a sample
+// alone. Each part is summed from 0, and the parts are added in their order: neither the number of tasks nor the batch changes a bit.
+// A task takes parts in a row. It adds up those of a unit that it begins; of a unit that an earlier task began it keeps each part
+// until `join`.
 struct SharedSums {
-    const Size* start;  // (tasks + 1): task n takes the items [start[n], start[n + 1])
-    Size tasks, unit, floats;  // floats: of the sums of one unit
-    float* parts = nullptr;  // of each task: one for the unit that an earlier task began, one for all that begin in its range
+    const Size* start;  // (tasks + 1): task n takes the items [start[n], start[n + 1]), which are whole parts
+    Size tasks, unit, parts, floats;  // floats: of the sums of one unit, whole vectors
+    // of each task: the parts that it keeps, the sums of the units that it begins, and a further part of these
+    float* memory = nullptr;
 
+    Size part_of(Size item) const { return (((item % unit) + 1) * parts - 1) / unit; }
+    Size end_of_part(Size item) const { return item / unit * unit + share(unit, part_of(item) + 1, parts); }
     bool goes_on(Size task) const { return start[task] % unit != 0 && start[task] < start[task + 1]; }
     bool begins(Size task) const { return round_up(start[task], unit) < start[task + 1]; }
     bool alone(Size task, Size n) const { return start[task] <= n * unit && (n + 1) * unit <= start[task + 1]; }
-    Size parts_before(Size task) const {
+    bool adds(Size task) const {  // a further part to that with which a unit begins
+        return begins(task) && end_of_part(round_up(start[task], unit)) < start[task + 1] && parts > 1;
+    }
+    Size kept(Size task) const {
+        const Size last = least(start[task + 1], round_up(start[task], unit)) - 1;
+        return goes_on(task) ? part_of(last) - part_of(start[task]) + 1 : 0;
+    }
+    Size places_before(Size task) const {
         Size count = 0;
-        for (Size n = 0; n < task; ++n) count += goes_on(n) + begins(n);
+        for (Size n = 0; n < task; ++n) count += kept(n) + begins(n) + adds(n);
         return count;
     }
     Size stride() const { return round_up(floats, 16); }
-    void plan(Memory& memory) { parts = memory.take(parts_before(tasks) * stride()); }
+    void plan(Memory& memory_of_call) { memory = memory_of_call.take(places_before(tasks) * stride()); }
+    float* place(Size task, Size n) const { return memory + (places_before(task) + n) * stride(); }
 
-    // where the task adds up the unit n
-    float* at(Size task, Size n) const {
-        return parts + (parts_before(task) + (goes_on(task) && n * unit >= start[task])) * stride();
+    // where the task adds up the part of the item, from 0 on
+    float* at(Size task, Size item) const {
+        const Size part = part_of(item);
+        if (item / unit == start[task] / unit && goes_on(task)) return place(task, part - part_of(start[task]));
+        return place(task, kept(task) + (part > 0));
+    }
+    // After the part that ends before item `end`: the sums of its unit if the task has added up all parts, else null
+    float* add_part(Size task, Size end) const {
+        const Size n = (end - 1) / unit;
+        if (start[task] > n * unit) return nullptr;
+        float* sums = place(task, kept(task));
+        if (part_of(end - 1) > 0) add(sums + stride(), 0, floats, sums);
+        return end == (n + 1) * unit ? sums : nullptr;
+    }
+    static void add(const float* part, Size first, Size last, float* sums) {
+        for (Size i = first; i < last; i += VL) store(sums + i, load(sums + i) + load(part + i));
     }
     // add(item, sums) for each item of the task, to sums that are 0 at first; finish(n, sums) for each unit n that the task has
     // alone
     template <class Add, class Finish> void add_up(Size task, const Add& add, const Finish& finish) const {
-        float* sums = nullptr;
-        for (Size item = start[task]; item < start[task + 1]; ++item) {
-            const Size n = item / unit;
-            if (item == start[task] || item % unit == 0) sums = at(task, n), memset(sums, 0, floats * sizeof(float));
-            add(item, sums);
-            if ((item + 1) % unit == 0 && alone(task, n)) finish(n, sums);
+        for (Size item = start[task], end; item < start[task + 1]; item = end) {
+            float* part = at(task, item);
+            memset(part, 0, floats * sizeof(float));
+            for (end = end_of_part(item); item < end; ++item) add(item, part);
+            if (const float* sums = add_part(task, end)) finish((end - 1) / unit, sums);
         }
     }
     bool any() const {  // sums that several tasks have, and so something to join
@@ -49,28 +73,36 @@ struct SharedSums {
     template <class Finish> void join(Size sharer, Size rows, const Finish& finish) const {
         const Size first_row = share(rows, sharer, tasks), last_row = share(rows, sharer + 1, tasks);
         const Size first = floats / most(rows, 1) * first_row, last = floats / most(rows, 1) * last_row;
-        float* sums = nullptr;  // in the place of the first part
+        float* sums = nullptr;  // of the unit that an earlier task began
         for (Size task = 0; task < tasks; ++task) {
-            const Size n = start[task] / unit, end = start[task + 1];
-            if (goes_on(task)) {
-                const float* part = at(task, n);
-                for (Size i = first; i < last; ++i) sums[i] += part[i];
-                if ((n + 1) * unit <= end) finish(n, sums, first_row, last_row);
-            }
-            if (begins(task)) sums = at(task, (end - 1) / unit);
+            const Size n = start[task] / unit, count = kept(task);
+            for (Size part = 0; part < count; ++part) add(place(task, part), first, last, sums);
+            if (count > 0 && (n + 1) * unit <= start[task + 1]) finish(n, sums, first_row, last_row);
+            if (begins(task)) sums = place(task, count);
         }
     }
 };
+// Into how many parts of about `each` rows the rows of a unit are cut, of which a sample has `units`: enough to occupy threads, few
+// enough that adding them takes no time beside the products.
+static Size parts_of_rows(Size rows, Size units, Size each = 256) {
+    return least(least(8, most(4, 32 / most(units, 1))), most(1, (rows + each / 2) / each));
+}
 struct EqualWork {
     Size operator()(Size) const { return 1; }
 };
-// `start` for ranges that are equal in work(item); null where there is not enough memory
-template <class Work = EqualWork> static const Size* cut(Size items, Size tasks, Memory& memory, const Work& work = {}) {
+// `start` for ranges of whole parts that are about equal in work(item); null where there is not enough memory
+template <class Work = EqualWork>
+static const Size* cut(Size items, Size unit, Size parts, Size tasks, Memory& memory, const Work& work = {}) {
     Size *start, all = 0, before = 0, task = 0;
     if (!memory.place([&] { start = (Size*)memory.take(2 * (tasks + 1)); })) return nullptr;
     for (Size item = 0; item < items; ++item) all += work(item);
-    for (Size item = 0; item < items; before += work(item++))
-        while (task < tasks && before >= share(all, task, tasks)) start[task++] = item;
+    const SharedSums sums = {start, tasks, unit, parts, 0};
+    for (Size item = 0, end; item < items; item = end) {
+        Size here = 0;
+        for (Size i = item; i < (end = sums.end_of_part(item)); ++i) here += work(i);
+        while (task < tasks && 2 * before + here > 2 * share(all, task, tasks)) start[task++] = item;  // in the part's first half
+        before += here;
+    }
     while (task <= tasks) start[task++] = items;
     return start;
 }

@@ -73,7 +73,7 @@ def _cuda_limits(call: Call) -> list[tuple[str, bool]]:
     ]
 
 
-_SHARED_SUMS = {"cpu": ("gradient of key", "gradient of value")} | dict.fromkeys(("triton", "cuda"), ("gradient of query",))
+_SHARED_SUMS = dict.fromkeys(("triton", "cuda"), ("gradient of query",))
 
 
 def _in_16_bits_on_a_gpu(call: Call) -> bool:

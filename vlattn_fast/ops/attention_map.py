@@ -41,7 +41,7 @@ from vlattn_fast.ops._stages import (
 )
 from vlattn_fast.ops.score_attention import lse_for_sink
 
-BACKENDS = table("attention_map", shared_sums={"cpu": ("map", "gradient of key", "gradient of value")})
+BACKENDS = table("attention_map", shared_sums={"cpu": ("gradient of key", "gradient of value")})
 
 
 def _on_shards(call: Callable[..., Tensor], shards: Shards, x: Local) -> Tensor:

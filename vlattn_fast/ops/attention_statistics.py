@@ -43,11 +43,7 @@ from vlattn_fast.ops._sinks import lse_with_sink, share_of_keys
 from vlattn_fast.ops._stages import DotPlan, arguments_of, by_formula, cast, check_logits, logit_flags, make_plan, without_padding
 from vlattn_fast.ops.score_attention import attention_lse
 
-BACKENDS = table(
-    "attention_statistics",
-    saves={"cpu": ("argmax",), "triton": ("mass", "maximum", "row_max", "mean_x")},
-    shared_sums={"cpu": ("received", "gradient of key")},
-)
+BACKENDS = table("attention_statistics", saves={"cpu": ("argmax",), "triton": ("mass", "maximum", "row_max", "mean_x")})
 DEFAULT = AttentionStatistics._fields
 OUTPUTS = (*DEFAULT, "max_logit", "row_max", "mean_x")  # of the operator; the last two are numbers for a backend's backward pass
 

@@ -70,12 +70,7 @@ def _cuda_limits(call: Call) -> list[tuple[str, bool]]:
 
 
 BACKENDS = table(  # of relevancy_step, too, whose result is the relevancy
-    "relevancy_attention",
-    cuda=_cuda_limits,
-    shared_sums={
-        "cpu": ("relevancy", "gradient of carrier", "gradient of key", "gradient of value"),
-        "cuda": ("relevancy", "gradient of carrier"),
-    },
+    "relevancy_attention", cuda=_cuda_limits, shared_sums={"cuda": ("relevancy", "gradient of carrier")}
 )
 SHARDED = dict.fromkeys(("query", "key", "value"), ATTENTION) | MASKS
 _OUTPUTS = [ATTENTION, NO_HEADS]

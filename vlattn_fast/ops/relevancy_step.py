@@ -181,4 +181,5 @@ DERIVATIVES = Derivatives(
 differentiable("relevancy_step", _autograd, _setup_context, DERIVATIVES.of_forward)
 
 describe_call = described(Arguments, _describe)
-OPERATOR = Operator(relevancy_step, describe_call, BACKENDS)
+_CPU = BACKENDS["cpu"]._replace(shared_sums=("gradient of key", "gradient of value"))  # abar_backward, as attention_map's
+OPERATOR = Operator(relevancy_step, describe_call, {**BACKENDS, "cpu": _CPU})
