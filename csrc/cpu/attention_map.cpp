@@ -386,10 +386,11 @@ static Size carry_rows(const MapCall& c) {
     const Size parts = c.row_normalize ? 1 : c.parts();  // rows are divided by their sums over all heads
     const Size unit = c.tiles() * parts, parts_of_sums = least(unit, 8), tasks = least(thread_count(), a.B * parts_of_sums);
     Memory starts, memory;
-    const Size* start = cut(a.B * unit, unit, parts_of_sums, tasks, starts, [&](Size item) {  // under the causal mask the later rows take longer
-        const Tile t = c.tile(item / parts);
-        return t.keys(a, visible_keys(a, t.b)) + 1;
-    });
+    const Size* start =
+        cut(a.B * unit, unit, parts_of_sums, tasks, starts, [&](Size item) {  // under the causal mask the later rows take longer
+            const Tile t = c.tile(item / parts);
+            return t.keys(a, visible_keys(a, t.b)) + 1;
+        });
     CarryRun call = {c, parts, {start, tasks, unit, parts_of_sums, a.M * round_up(c.T, VL)}};
     if (!start || !memory.place([&] { call.sums.plan(memory); })) return NO_MEMORY;
     return run_and_join<MapTiles>(tasks, call);

@@ -52,8 +52,8 @@ template <class Pass> static Size run_pass(const Pass& pass) {
     const Size tasks = least(thread_count(), a.B * heads * parts);
     Memory starts, memory;
     Size b = -1, visible = 0;
-    const Size* start =
-        cut(items, unit, parts, tasks, starts, [&](Size item) {  // under the causal mask and with padding some tiles have few keys
+    const Size* start = cut(
+        items, unit, parts, tasks, starts, [&](Size item) {  // under the causal mask and with padding some tiles have few keys
             const Tile t = tile_of_item(a, item);
             if (t.b != b) b = t.b, visible = visible_keys(a, b);
             return t.width * (t.keys(a, visible) + 1);

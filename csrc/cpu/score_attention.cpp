@@ -27,7 +27,8 @@ static void backward_task(BackwardCall& call, Gradients& g, Size task) {
     by_key_heads(call, g, task, [&](Size unit, Size item, Size end) {
         const Size b = unit / a.Hkv, of_heads = a.group() * a.D;
         float* by_vector = g.grad_vector + unit % a.Hkv * of_heads;
-        float* part = call.vector_parts ? call.vector_parts + (unit * call.keys.parts + call.keys.part_of(item)) * of_heads : nullptr;
+        float* part =
+            call.vector_parts ? call.vector_parts + (unit * call.keys.parts + call.keys.part_of(item)) * of_heads : nullptr;
         memset(g.by_key_norm, 0, a.M * sizeof(float)), memset(by_vector, 0, of_heads * sizeof(float));
         while (item < end) {  // the query heads of the key head
             const Size from = item % tiles, to = least(tiles, from + end - item);
@@ -70,7 +71,8 @@ static void join_vector(const BackwardCall& call) {
     const Size of_heads = a.group() * a.D, parts = call.keys.parts;
     memset(call.c.grad_vector, 0, a.H * a.D * sizeof(float));
     for (Size n = 0; n < a.B * a.Hkv * parts; ++n)
-        for (Size i = 0; i < of_heads; ++i) call.c.grad_vector[n / parts % a.Hkv * of_heads + i] += call.vector_parts[n * of_heads + i];
+        for (Size i = 0; i < of_heads; ++i)
+            call.c.grad_vector[n / parts % a.Hkv * of_heads + i] += call.vector_parts[n * of_heads + i];
 }
 // The one place that says which calls take panels: those of the forward pass that have rows to fill a tile, and a log-sum-exp
 static bool takes_panels(const Backward& c) {
@@ -87,7 +89,8 @@ static Size backward_pass(const Backward& c, float* row_sums, bool sums_rows) {
     const bool panels = takes_panels(c) && !sums_rows;
     const Size lanes = panels ? 2 * TILE_SIDE : LANES, tiles = a.group() * tiles_of(a, lanes), items = a.B * a.Hkv * tiles;
     const Size rows_of_part = panels ? 2048 : 256;  // for each part, panels are packed: one sweep's rows (packed_tiles.h)
-    const Size parts = least(tiles, parts_of_rows(a.group() * a.N, a.Hkv, rows_of_part)), tasks = least(thread_count(), a.B * a.Hkv * parts);
+    const Size parts = least(tiles, parts_of_rows(a.group() * a.N, a.Hkv, rows_of_part)),
+               tasks = least(thread_count(), a.B * a.Hkv * parts);
     const Size key_stride = round_up(a.D, VL), value_stride = round_up(a.Dv, VL);
     Memory starts, memory;
     const Size* start = cut(items, tiles, parts, tasks, starts);
