@@ -88,8 +88,8 @@ static Size backward_pass(const Backward& c, float* row_sums, bool sums_rows) {
     const Attention& a = c.a;
     const bool panels = takes_panels(c) && !sums_rows;
     const Size lanes = panels ? 2 * TILE_SIDE : LANES, tiles = a.group() * tiles_of(a, lanes), items = a.B * a.Hkv * tiles;
-    const Size rows_of_part = panels ? 2048 : 256;  // for each part, panels are packed: one sweep's rows (packed_tiles.h)
-    const Size parts = least(tiles, parts_of_rows(a.group() * a.N, a.Hkv, rows_of_part)),
+    // panels are packed again for each part, and one sweep has 2,048 rows (packed_tiles.h)
+    const Size parts = least(tiles, parts_of_rows(a.group() * a.N, a.Hkv, panels ? 1024 : 288)),
                tasks = least(thread_count(), a.B * a.Hkv * parts);
     const Size key_stride = round_up(a.D, VL), value_stride = round_up(a.Dv, VL);
     Memory starts, memory;

@@ -82,10 +82,12 @@ struct SharedSums {
         }
     }
 };
-// Into how many parts of about `each` rows the rows of a unit are cut, of which a sample has `units`: enough to occupy threads, few
-// enough that adding them takes no time beside the products.
-static Size parts_of_rows(Size rows, Size units, Size each = 256) {
-    return least(least(8, most(4, 32 / most(units, 1))), most(1, (rows + each / 2) / each));
+// Into how many parts the rows of a unit are cut, of which a sample has `units`: enough to occupy threads, few enough that adding
+// them takes little beside the products. A power of two, which most numbers of threads share.
+static Size parts_of_rows(Size rows, Size units, Size least_rows = 288) {
+    Size parts = 1;
+    while (parts < 8 && 2 * parts * units <= 64 && 2 * parts * least_rows <= rows) parts *= 2;
+    return parts;
 }
 struct EqualWork {
     Size operator()(Size) const { return 1; }
