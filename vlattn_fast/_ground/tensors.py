@@ -247,7 +247,7 @@ def fold_heads(grad: Tensor, num_key_heads: int) -> Tensor:
 
 
 def unit_vectors(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x / |x| and |x| along the last axis, both in the dtype of sums; differentiable in x only through the unit vectors.
+    """x / |x| and |x| along the last axis, both in the dtype of sums.
 
     Each vector is divided by its largest entry before the squares are summed, so that no norm overflows or underflows. A zero
     vector stays zero; with eps = 0 it gives NaN, like q . k / (|q| |k|).
@@ -258,7 +258,7 @@ def unit_vectors(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     scaled = x / divisor
     norm = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
     unit = scaled / (torch.where(norm > 0, norm, 1.0) if eps > 0 else norm)
-    return unit, (divisor * norm).detach().squeeze(-1)
+    return unit, (divisor * norm).squeeze(-1)
 
 
 @functools.cache

@@ -3,11 +3,14 @@ maps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from vlattn_fast._ground.checks import has_forward_mode
 from vlattn_fast._ground.tensors import compute_dtype, expand_heads, fold_heads, not_zero, over_sums
 from vlattn_fast.backends.inputs import (
     AttentionMapBackwardInputs,
@@ -15,13 +18,14 @@ from vlattn_fast.backends.inputs import (
     RelevancyStepBackwardInputs,
     RelevancyStepInputs,
 )
+from vlattn_fast.backends.streaming._forward_mode import tangents_of
 from vlattn_fast.backends.streaming._scores import score_tile, score_tile_backward
 from vlattn_fast.backends.streaming._tiles import Masks, Tiling, probabilities
 
 Inputs = AttentionMapInputs | AttentionMapBackwardInputs | RelevancyStepInputs | RelevancyStepBackwardInputs
 # of heads in a tile, and of tiles
 _REDUCTIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
-    "mean": (torch.sum, torch.add),
+    "mean": (torch.sum, Tensor.add_),
     "max": (torch.amax, torch.maximum),
     "min": (torch.amin, torch.minimum),
 }
@@ -58,9 +62,9 @@ class Abar:
         reduce, combine = _REDUCTIONS[self.head_reduction]
         abar: Tensor | None = None
         for _, prob, grad_prob in self._heads(b, i):
-            tile = _each(prob, grad_prob, out=prob)
+            tile = prob if grad_prob is None else prob.mul_(grad_prob).relu_()
             tile = tile[:, 0] if tile.shape[1] == 1 else reduce(tile, 1)
-            abar = tile if abar is None else combine(abar, tile, out=abar)
+            abar = tile if abar is None else combine(abar, tile)
         if abar is None:  # no heads
             return self.inputs.query.new_zeros((b.stop - b.start, i.stop - i.start, self.shape[3]), dtype=self.dtype)
         return abar
@@ -75,7 +79,11 @@ class Abar:
             else:
                 tile = score_tile(inputs.score, q, k, vector, inputs.parameter) * inputs.scale
             logits = self.masks.apply(tile, self.shape, b, h, i)
-            prob = probabilities(logits, dtype, None if inputs.lse is None else inputs.lse[b, h, i].to(dtype))
+            lse = None if inputs.lse is None else inputs.lse[b, h, i].to(dtype)
+            prob = probabilities(logits, dtype, lse)
+            if lse is not None and has_forward_mode() and forward_ad.unpack_dual(lse).tangent is None:
+                total = prob.sum(-1, keepdim=True)  # its tangent is that of an lse which is computed from query and key
+                prob = prob * (1 - (total - total.detach()))
             grad_prob = None
             if inputs.rule == "gradient":
                 assert self.value is not None and inputs.grad_output is not None
@@ -152,6 +160,15 @@ class AbarGradients:
         return tuple(None if grad is None else fold_heads(grad, x.shape[1]).to(x.dtype) for grad, x in pairs)
 
 
-def _each(prob: Tensor, grad_prob: Tensor | None, out: Tensor | None = None) -> Tensor:
+def _each(prob: Tensor, grad_prob: Tensor | None) -> Tensor:
     """The map of each head."""
-    return prob if grad_prob is None else torch.mul(prob, grad_prob, out=out).clamp_min_(0.0)
+    return prob if grad_prob is None else (prob * grad_prob).relu_()
+
+
+def second_of(backward: Callable[[Any], Any], inputs: Any, kind: Any, fields: Sequence[str]) -> tuple[Tensor | None, ...]:
+    """The tangents of the gradients of all `fields` by a backward pass, which gives None for a gradient that it leaves out."""
+    asked = {"need_relevancy": True, "need_inputs": True, "need_lse": inputs.lse_tangent is not None}
+    asked = {field: need for field, need in asked.items() if field in kind._fields}
+    made = tangents_of(lambda x: backward(x._replace(**asked)), inputs, kind, fields)
+    given = [getattr(inputs, field) for field in fields]
+    return tuple([torch.zeros_like(x) if y is None and x is not None else y for x, y in zip(given, made, strict=True)])

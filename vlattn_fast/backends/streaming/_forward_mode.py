@@ -48,17 +48,18 @@ def gradients_of_jvp(f: Callable[[Named], Any], x: Named, u: Named, by_outputs: 
     return dict(zip(x, gradients[: len(x)], strict=True)), dict(zip(u, gradients[len(x) :], strict=True))
 
 
-def tangents_of(run: Callable[[Any], Sequence[Tensor]], inputs: Any, kind: Any, fields: Sequence[str]) -> tuple[Tensor, ...]:
+def tangents_of(run: Callable[[Any], Sequence[Tensor | None]], inputs: Any, kind: Any, fields: Sequence[str]) -> tuple[Any, ...]:
     """Returns the tangents of the outputs of run(x), where x, a `kind`, has the fields of `inputs`, and None for others.
 
-    Those of `fields` are in `inputs` as `<field>_tangent`; None stands for zero.
+    Those of `fields` are in `inputs` as `<field>_tangent`; None stands for zero, and an output for None has none.
     """
     x = kind._make([getattr(inputs, field, None) for field in kind._fields])
     tangents = {field: getattr(inputs, f"{field}_tangent") for field in fields}
     with forward_mode(), torch.no_grad():
-        duals = {name: forward_ad.make_dual(getattr(x, name).detach(), y) for name, y in tangents.items() if y is not None}
-        made = [(y, forward_ad.unpack_dual(y).tangent) for y in run(x._replace(**duals))]
-        return tuple([torch.zeros_like(y) if tangent is None else tangent for y, tangent in made])
+        given = [(name, getattr(x, name).detach().contiguous(), y) for name, y in tangents.items() if y is not None]
+        duals = {name: forward_ad.make_dual(y, tangent.to(y.dtype)) for name, y, tangent in given}  # which must not overlap
+        made = [(None, None) if y is None else forward_ad.unpack_dual(y) for y in run(x._replace(**duals))]
+        return tuple([y if y is None else torch.zeros_like(y) if tangent is None else tangent for y, tangent in made])
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vlattn_fast._ground.checks import has_forward_mode
 from vlattn_fast._ground.score_kinds import KINDS
 from vlattn_fast._ground.tensors import unit_vectors
 
@@ -24,7 +25,7 @@ def score_tile(kind: str, q: Tensor, k: Tensor, vector: Tensor | None, parameter
         return q @ k.mT if kind == "dot" else _ACTIVATIONS[kind].value(q @ k.mT, parameter)
     assert vector is not None
     units = _Units(kind, q, k, vector)
-    score, unit, ones = units.new_tile().zero_(), units.new_tile(), vector.new_zeros(vector.shape[0])
+    score, unit, ones = units.new_tile().zero_(), units.buffer(), vector.new_zeros(vector.shape[0])
     for a in range(q.shape[-1]):
         if units.factored[a]:
             score.addcdiv_(-2 * vector[:, None, None, a], units.one_plus_exp(a, unit))
@@ -46,19 +47,20 @@ def score_tile_backward(
         return grad @ k, grad.mT @ q, None
     assert vector is not None
     units = _Units(kind, q, k, vector)
-    unit, by_unit, total = units.new_tile(), units.new_tile(), grad.sum((0, 2, 3))
+    buffer, second, total = units.buffer(), units.buffer(), grad.sum((0, 2, 3))
     grad_q, grad_k, grad_vector = torch.empty_like(q), torch.empty_like(k), torch.empty_like(vector)
     for a in range(q.shape[-1]):
         if units.factored[a]:
             # with r = 1 / (1 + e^2x e^2y) the unit is 1 - 2 r and its slope 4 r (1 - r)
-            torch.mul(grad, units.one_plus_exp(a, unit).reciprocal_(), out=by_unit)
+            unit = units.one_plus_exp(a, buffer).reciprocal_()
+            by_unit = torch.mul(grad, unit, out=second)
             grad_vector[:, a] = total - 2 * by_unit.sum((0, 2, 3))
-            grad_product = torch.addcmul(by_unit, by_unit, unit, value=-1.0, out=unit).mul_(4.0)
+            grad_product = torch.addcmul(by_unit, by_unit, unit, value=-1.0, out=buffer).mul_(4.0)
         else:
-            torch.mul(grad, units.activation(a, unit), out=by_unit)
-            grad_vector[:, a] = by_unit.sum((0, 2, 3))
-            grad_product = units.slope(unit).mul_(grad)
-        grad_q[..., a], grad_k[..., a] = units.sums(a, grad_product, by_unit)
+            unit = units.activation(a, buffer)
+            grad_vector[:, a] = torch.mul(grad, unit, out=second).sum((0, 2, 3))
+            grad_product = units.slope(unit, buffer).mul_(grad)
+        grad_q[..., a], grad_k[..., a] = units.sums(a, grad_product, second)
     grad_q *= vector[:, None]
     grad_k *= vector[:, None]
     return grad_q, grad_k, grad_vector
@@ -83,20 +85,24 @@ class _Units:
     def new_tile(self) -> Tensor:
         return self.q.new_empty(*self.q.shape[:-1], self.keys.shape[-1])
 
-    def one_plus_exp(self, a: int, out: Tensor) -> Tensor:
+    def buffer(self) -> Tensor | None:
+        """A tile for `out=`, which has no tangents: None in forward mode."""
+        return None if has_forward_mode() else self.new_tile()
+
+    def one_plus_exp(self, a: int, out: Tensor | None) -> Tensor:
         return torch.addcmul(self.ones, self.exp_q[..., a, None], self.exp_keys[..., a, None, :], out=out)
 
-    def activation(self, a: int, out: Tensor) -> Tensor:
+    def activation(self, a: int, out: Tensor | None) -> Tensor:
         combine = torch.add if self.kind == "additive" else torch.mul
-        combine(self.q[..., a, None], self.keys[..., a, None, :], out=out)
-        return out.sigmoid_() if self.kind == "hadamard_sigmoid" else out.tanh_()
+        unit = combine(self.q[..., a, None], self.keys[..., a, None, :], out=out)
+        return unit.sigmoid_() if self.kind == "hadamard_sigmoid" else unit.tanh_()
 
-    def slope(self, unit: Tensor) -> Tensor:
-        """Writes over the unit its derivative by what the activation acts on."""
+    def slope(self, unit: Tensor, out: Tensor | None) -> Tensor:
+        """The derivative of a unit by what the activation acts on; `out` may be the unit."""
         first = unit if self.kind == "hadamard_sigmoid" else unit.new_ones(())
-        return torch.addcmul(first, unit, unit, value=-1.0, out=unit)
+        return torch.addcmul(first, unit, unit, value=-1.0, out=out)
 
-    def sums(self, a: int, grad: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
+    def sums(self, a: int, grad: Tensor, buffer: Tensor | None) -> tuple[Tensor, Tensor]:
         """Gradients (b, h, i) and (b, h, M) of the unit's queries and keys from that of their sum or product."""
         if self.kind == "additive":
             return grad.sum(-1), grad.sum(-2)
@@ -132,7 +138,7 @@ def _sigmoid_slope(x: Tensor, p: float) -> Tensor:
 _ACTIVATIONS = {
     "dot_relu": _Activation(lambda x, p: torch.relu(x), lambda x, p: (x > 0).to(x.dtype)),
     "dot_leaky_relu": _Activation(
-        lambda x, p: torch.where(x >= 0, x, p * x),
+        lambda x, p: torch.where(x > 0, x, p * x),
         lambda x, p: torch.where(x > 0, torch.ones_like(x), p),  # two Python numbers would give float32
     ),
     "dot_tanh": _Activation(lambda x, p: torch.tanh(x), lambda x, p: 1 - torch.tanh(x) ** 2),
@@ -144,9 +150,8 @@ _ACTIVATIONS = {
 def _cosine(q: Tensor, k: Tensor, eps: float) -> Tensor:
     """q . k / max(|q| |k|, eps) by unit vectors, so that no product of norms overflows."""
     (unit_q, norm_q), (unit_k, norm_k) = unit_vectors(q, eps), unit_vectors(k, eps)
-    cosine, norms = unit_q @ unit_k.mT, norm_q[..., :, None] * norm_k[..., None, :]
-    # |q| |k| / eps is at most 1 where it is used
-    return cosine if eps == 0.0 else cosine * torch.where(norms >= eps, 1.0, norms / eps)
+    cosine, clamps = unit_q @ unit_k.mT, norm_q[..., :, None] * norm_k[..., None, :] < eps
+    return torch.where(clamps, q @ k.mT / eps, cosine) if eps > 0.0 and _any(clamps) else cosine
 
 
 def _cosine_backward(grad: Tensor, q: Tensor, k: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -156,15 +161,20 @@ def _cosine_backward(grad: Tensor, q: Tensor, k: Tensor, eps: float) -> tuple[Te
     """
     (unit_q, norm_q), (unit_k, norm_k) = unit_vectors(q, eps), unit_vectors(k, eps)
     norm_q, norm_k = norm_q[..., :, None], norm_k[..., None, :]
-    free = norm_q * norm_k >= eps
-    by_unit = torch.where(free, grad, 0.0)
+    clamps = norm_q * norm_k < eps
+    by_unit = torch.where(clamps, 0.0, grad)
     grad_q = _norm_backward(by_unit @ unit_k, unit_q, norm_q)
     grad_k = _norm_backward(by_unit.mT @ unit_q, unit_k, norm_k.mT)
-    if eps > 0.0 and not (free.device.type == "cpu" and free.all()):  # looking costs nothing there
-        clamped = torch.where(free, 0.0, grad)
-        grad_q += (clamped * (norm_k / eps)) @ unit_k
-        grad_k += (clamped * (norm_q / eps)).mT @ unit_q
+    if eps > 0.0 and _any(clamps):
+        clamped = torch.where(clamps, grad, 0.0)
+        grad_q += clamped @ k / eps
+        grad_k += clamped.mT @ q / eps
     return grad_q, grad_k
+
+
+def _any(clamps: Tensor) -> bool:
+    """Whether the clamp acts on a pair, or may: only on a CPU does looking cost nothing."""
+    return clamps.device.type != "cpu" or bool(clamps.any())
 
 
 def _norm_backward(grad: Tensor, unit: Tensor, norm: Tensor) -> Tensor:

@@ -122,7 +122,8 @@ def logsumexp(logits: Tensor) -> Tensor:
     """The log-sum-exp of each row (..., M); -inf for a fully masked row."""
     if logits.shape[-1] == 0:
         return logits.new_full(logits.shape[:-1], -torch.inf)
-    return torch.logsumexp(logits, dim=-1)
+    lse = torch.logsumexp(logits, dim=-1)
+    return torch.where(torch.isneginf(lse), -torch.inf, lse)  # a constant, whose tangent would be NaN
 
 
 def probabilities(logits: Tensor, dtype: torch.dtype, lse: Tensor | None = None) -> Tensor:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
-
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import compute_dtype
-from vlattn_fast.backends.inputs import AttentionMapBackwardInputs, AttentionMapInputs
-from vlattn_fast.backends.streaming import _derivatives, _formulas
-from vlattn_fast.backends.streaming._abar import Abar, AbarGradients
-from vlattn_fast.backends.streaming._derivatives import Formula
+from vlattn_fast.backends.inputs import (
+    AttentionMapBackwardInputs,
+    AttentionMapInputs,
+    AttentionMapJvpInputs,
+    AttentionMapSecondInputs,
+)
+from vlattn_fast.backends.streaming._abar import Abar, AbarGradients, second_of
+from vlattn_fast.backends.streaming._forward_mode import tangents_of
 from vlattn_fast.backends.streaming._tiles import Tiling
 
 
@@ -35,20 +36,14 @@ def backward(inputs: AttentionMapBackwardInputs) -> tuple[Tensor | None, ...]:
     return gradients.result()
 
 
-_FORMULA = Formula(
-    fields=("query", "key", "value", "grad_output", "lse", "row_bias"),
-    of_tile=lambda inputs, b, i, varies: partial(_formulas.attention_map, lse_varies="lse" in varies),
-    shapes=lambda x: ((x.query.shape[0], x.query.shape[2], x.key.shape[2]),),
-    sums=(False,),
-    rows=1,
-)
+_FIELDS = "query", "key", "value", "grad_output", "lse", "row_bias"
 
 
-def jvp(inputs: Any) -> tuple[Tensor, ...]:
+def jvp(inputs: AttentionMapJvpInputs) -> tuple[Tensor | None, ...]:
     """The tangent of Abar."""
-    return _derivatives.jvp(_FORMULA, inputs)
+    return tangents_of(lambda x: (forward(x),), inputs, AttentionMapInputs, _FIELDS)
 
 
-def second(inputs: Any) -> tuple[Tensor | None, ...]:
-    """The gradients of that tangent's product with `grad`."""
-    return _derivatives.second(_FORMULA, inputs, (inputs.grad,))
+def second(inputs: AttentionMapSecondInputs) -> tuple[Tensor | None, ...]:
+    """The gradients of that tangent's product with `grad`: the tangents of the backward pass."""
+    return second_of(backward, inputs, AttentionMapBackwardInputs, _FIELDS)

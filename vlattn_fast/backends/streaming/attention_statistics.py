@@ -6,15 +6,20 @@ the inputs it only needs argmax.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from vlattn_fast._ground.checks import has_forward_mode
 from vlattn_fast._ground.tensors import cast_finite, compute_dtype, expand_heads, fold_heads
-from vlattn_fast.backends.inputs import AttentionStatisticsBackwardInputs, AttentionStatisticsInputs
-from vlattn_fast.backends.streaming import _derivatives, _formulas, _tiles
-from vlattn_fast.backends.streaming._derivatives import Formula
+from vlattn_fast.backends.inputs import (
+    AttentionStatisticsBackwardInputs,
+    AttentionStatisticsInputs,
+    AttentionStatisticsJvpInputs,
+    AttentionStatisticsSecondInputs,
+)
+from vlattn_fast.backends.streaming import _tiles
+from vlattn_fast.backends.streaming._forward_mode import tangents_of
 from vlattn_fast.backends.streaming._scores import score_tile_backward
 from vlattn_fast.backends.streaming._tiles import Masks, probabilities, softmax_backward
 from vlattn_fast.backends.streaming.score_attention import logit_tiles
@@ -36,7 +41,9 @@ def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, 
             max_logit[b, h, i] = cast_finite(logits.amax(-1), dtype)
         prob = probabilities(logits, dtype)
         if "entropy" in statistics:
-            entropy[b, h, i] = torch.special.entr(prob).sum(-1)
+            # whose tangent at 0 would be NaN
+            positive = prob.masked_fill(prob == 0, 1.0) if has_forward_mode() else prob
+            entropy[b, h, i] = torch.special.entr(positive).sum(-1)
         if "maximum" in statistics or "argmax" in statistics:
             largest, where = prob.max(-1)
             maximum[b, h, i] = largest
@@ -110,28 +117,21 @@ def _group_columns(key_groups: Tensor | None, num_groups: int, b: slice, dtype: 
         yield slice(g, g + len(index)), (groups == index).to(dtype)
 
 
-_FORMULA = Formula(
-    fields=("query", "key", "row_weight", "row_bias"),
-    of_tile=lambda inputs, b, i, varies: _formulas.attention_statistics,
-    shapes=lambda x: (
-        (*x.query.shape[:3], x.num_groups),
-        x.query.shape[:3],
-        x.query.shape[:3],
-        (*x.query.shape[:2], x.key.shape[2]),
-    ),
-    sums=(False, False, False, True),
-)
+_FIELDS = "query", "key", "row_weight", "row_bias"
 
 
-def jvp(inputs: Any) -> tuple[Tensor | None, ...]:
+def jvp(inputs: AttentionStatisticsJvpInputs) -> tuple[Tensor | None, ...]:
     """The tangents of mass, entropy, maximum and received; None for what `statistics` does not name."""
-    asked, names = inputs.statistics.split(), ("mass", "entropy", "maximum", "received")
-    tangents = _derivatives.jvp(_FORMULA, inputs)
-    return tuple([x if name in asked else None for name, x in zip(names, tangents, strict=True)])
+    asked = inputs.statistics.split()
+
+    def run(x: AttentionStatisticsInputs) -> list[Tensor | None]:
+        mass, entropy, maximum, _, received, *_ = forward(x)
+        made = {"mass": mass, "entropy": entropy, "maximum": maximum, "received": received}
+        return [y if name in asked else None for name, y in made.items()]
+
+    return tangents_of(run, inputs, AttentionStatisticsInputs, _FIELDS)
 
 
-def second(inputs: Any) -> tuple[Tensor | None, ...]:
-    """The gradients of those tangents' product with the gradients of the statistics."""
-    return _derivatives.second(
-        _FORMULA, inputs, (inputs.grad_mass, inputs.grad_entropy, inputs.grad_maximum, inputs.grad_received)
-    )
+def second(inputs: AttentionStatisticsSecondInputs) -> tuple[Tensor | None, ...]:
+    """The gradients of those tangents' product with the gradients of the statistics: the tangents of the backward pass."""
+    return tangents_of(backward, inputs, AttentionStatisticsBackwardInputs, _FIELDS)

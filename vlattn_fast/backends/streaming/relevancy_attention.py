@@ -5,9 +5,6 @@ Attention and its gradients are those of score_attention. r Abar is computed aft
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -17,10 +14,12 @@ from vlattn_fast.backends.inputs import (
     RelevancyAttentionInputs,
     RelevancyStepBackwardInputs,
     RelevancyStepInputs,
+    RelevancyStepJvpInputs,
+    RelevancyStepSecondInputs,
 )
-from vlattn_fast.backends.streaming import _derivatives, _formulas, score_attention
-from vlattn_fast.backends.streaming._abar import Abar, AbarGradients
-from vlattn_fast.backends.streaming._derivatives import Formula
+from vlattn_fast.backends.streaming import score_attention
+from vlattn_fast.backends.streaming._abar import Abar, AbarGradients, second_of
+from vlattn_fast.backends.streaming._forward_mode import tangents_of
 from vlattn_fast.backends.streaming._tiles import Tiling
 
 
@@ -75,20 +74,14 @@ def step_backward(inputs: RelevancyStepBackwardInputs) -> tuple[Tensor | None, .
     return first, *(gradients.result() if gradients is not None else (None,) * 6)
 
 
-_STEP = Formula(
-    fields=("relevancy", "query", "key", "value", "grad_output", "lse", "row_bias"),
-    of_tile=lambda inputs, b, i, varies: partial(_formulas.relevancy_step, lse_varies="lse" in varies),
-    shapes=lambda x: ((*x.relevancy.shape[:2], x.key.shape[2]),),
-    sums=(True,),
-)
+_FIELDS = "relevancy", "query", "key", "value", "grad_output", "lse", "row_bias"
 
 
-def step_jvp(inputs: Any) -> tuple[Tensor]:
+def step_jvp(inputs: RelevancyStepJvpInputs) -> tuple[Tensor | None, ...]:
     """The tangent of relevancy @ Abar."""
-    (tangent,) = _derivatives.jvp(_STEP, inputs)
-    return (tangent.to(inputs.relevancy.dtype),)
+    return tangents_of(lambda x: (step(x),), inputs, RelevancyStepInputs, _FIELDS)
 
 
-def step_second(inputs: Any) -> tuple[Tensor | None, ...]:
-    """The gradients of that tangent's product with `grad`."""
-    return _derivatives.second(_STEP, inputs, (inputs.grad,))
+def step_second(inputs: RelevancyStepSecondInputs) -> tuple[Tensor | None, ...]:
+    """The gradients of that tangent's product with `grad`: the tangents of the backward pass."""
+    return second_of(step_backward, inputs, RelevancyStepBackwardInputs, _FIELDS)

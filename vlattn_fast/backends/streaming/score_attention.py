@@ -7,7 +7,6 @@ the backward pass recomputes each tile.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +14,9 @@ from torch import Tensor
 
 from vlattn_fast._ground.tensors import cast_finite, compute_dtype, empty_rows_first, expand_heads, fold_heads
 from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs
-from vlattn_fast.backends.streaming import _derivatives, _formulas, _fused_cpu
-from vlattn_fast.backends.streaming._derivatives import Formula
+from vlattn_fast.backends.streaming import _fused_cpu
 from vlattn_fast.backends.streaming._dropout import keep_factor
+from vlattn_fast.backends.streaming._forward_mode import tangents_of
 from vlattn_fast.backends.streaming._scores import score_tile, score_tile_backward
 from vlattn_fast.backends.streaming._tiles import Masks, Tiling, logsumexp, probabilities
 
@@ -84,23 +83,17 @@ def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tens
     return grad_q, grad_k, grad_v, None if grad_vector is None else grad_vector.to(query.dtype), grad_row_bias
 
 
-_FORMULA = Formula(
-    fields=("query", "key", "value", "vector", "row_bias"),
-    of_tile=lambda inputs, b, i, varies: partial(_formulas.score_attention, kept=_formulas.dropout_factors(inputs, b, i)),
-    shapes=lambda x: ((*x.query.shape[:3], x.value.shape[3]), x.query.shape[:3]),
-    sums=(False, False),
-)
+_FIELDS = "query", "key", "value", "vector", "row_bias"
 
 
-def jvp(inputs: Any) -> tuple[Tensor, Tensor]:
+def jvp(inputs: Any) -> tuple[Tensor, ...]:
     """The tangents of out and lse for those of query, key, value, vector and row_bias.
 
     With x = scale (u_q K^T + Q u_k^T) + u_b the tangent of a dot product's logits, that of lse is xi_i = sum_j P_ij x_ij, and
-    that of P is P (x - xi).
+    that of P is P (x - xi). Other scores take the tangents of `forward`.
     """
     if inputs.score != "dot":
-        out, to_lse = _derivatives.jvp(_FORMULA, inputs)
-        return out.to(inputs.query.dtype), to_lse
+        return tangents_of(forward, inputs, ScoreAttentionInputs, _FIELDS)
     query, num_heads, dtype = inputs.query, inputs.query.shape[1], compute_dtype(inputs.query)
     value, value_tangent = (expand_heads(x, num_heads) for x in (inputs.value, inputs.value_tangent))
     to_out = query.new_zeros(*query.shape[:3], value.shape[3])
@@ -140,12 +133,11 @@ def second(inputs: Any) -> tuple[Tensor | None, ...]:
 
     The backward pass has dP = dO V^T, dS = P (dP - delta), the gradients scale dS K, scale dS^T Q and P^T dO, and sums of dS over
     the groups of keys. With x and xi as in `jvp`, the gradient of dP is P (x - xi), and that of P is x (dP - delta) - xi dP +
-    dO u_v^T.
+    dO u_v^T. Other scores take the tangents of `backward`.
     """
     if inputs.score != "dot":
-        grads, tangents = (inputs.grad_out, inputs.grad_lse), (inputs.grad_out_tangent, inputs.grad_lse_tangent)
         rows = jvp(inputs) if inputs.with_jvp else (None, None)
-        return *rows, *_derivatives.second(_FORMULA, inputs, grads, tangents)
+        return *rows, *tangents_of(backward, inputs, ScoreAttentionBackwardInputs, (*_FIELDS, "grad_out", "grad_lse"))
     query, scale = inputs.query, inputs.scale
     masks, num_heads, dtype = Masks.of(inputs), query.shape[1], compute_dtype(query)
     key, value, key_tangent, value_tangent = (
