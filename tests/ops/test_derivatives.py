@@ -14,11 +14,13 @@ from torch.func import grad, jvp
 from torch.utils._pytree import tree_leaves
 
 import vlattn_fast as va
+from tests.helpers.compare import LargestAllocation, bytes_of
 from tests.helpers.ops.backends import each, finest, on
 from tests.helpers.ops.derivative_cases import PRODUCTS, Function
 from tests.helpers.ops.derivative_formulas import FORMULAS
 from tests.helpers.ops.every_call import CALLS, WITH_CPU, every_call, small
 from tests.helpers.ops.score_cases import TORCH_JIT
+from vlattn_fast.backends.streaming import _tiles
 from vlattn_fast.checking.cases import Example, cases_of
 from vlattn_fast.checking.tolerance import draws, settle
 from vlattn_fast.ops import OPERATORS
@@ -181,6 +183,41 @@ def test_a_large_offset_in_the_tangents_of_scores(backend: str) -> None:
     runs = ((backend, torch.float32), ("reference", torch.float64))
     tangents = [jvp(partial(call, name=name), (q.to(dtype),), (u.to(dtype),))[1] for name, dtype in runs]
     assert (tangents[0] - tangents[1]).abs().max() < 1e-4
+
+
+def clamped_cosine(query: Tensor, key: Tensor, value: Tensor, eps: float) -> Tensor:
+    """With lengths of zero vectors that torch can differentiate."""
+    lengths = [torch.where((x == 0).all(-1, keepdim=True), eps**2, x).norm(dim=-1) for x in (query, key)]
+    products = lengths[0][..., :, None] * lengths[1][..., None, :]
+    return torch.softmax(query @ key.mT / torch.where(products < eps, eps, products), -1) @ value
+
+
+@on("streaming", "reference")
+def test_cosine_at_its_clamp(backend: str) -> None:
+    """Vectors above and below it, and zeros, which have no direction but a derivative."""
+    sizes = torch.tensor([0.0, 1e-3, 1.0, 1e-6, 1e-2]).double()[:, None]
+    lengths = sizes, sizes.flip(0), torch.ones_like(sizes)
+    x, u = (tuple(torch.randn(1, 2, 5, 3).double() * length for length in lengths) for _ in range(2))
+    u = tuple(torch.where(one == 0, 1e-3, two) for one, two in zip(x, u, strict=True))
+    ours = partial(va.score_attention, score=va.scores.Cosine(1e-4), scale=1.0, backend=backend)
+    results = []
+    for f in (ours, partial(clamped_cosine, eps=1e-4)):
+        gradient = grad(lambda *y, f=f: f(*y).sin().sum(), (0, 1, 2))
+        results.append((jvp(f, x, u)[1], *jvp(gradient, x, u)[1]))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("title", ("score_attention, softcap and sink", "relevancy_step", "attention_statistics"))
+def test_no_map_is_in_memory(title: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is larger than a tile or an input."""
+    monkeypatch.setattr(_tiles, "TILE_ELEMENTS", 1 << 12)
+    f = Function(every_call(title, 128), "streaming")
+    x = tuple(y.detach() for y in f.example.tensors.values())
+    for product in (PRODUCTS["forward"], PRODUCTS["forward_over_reverse"]):
+        with LargestAllocation() as seen:
+            product(f, x, tuple(y.cos() for y in x))
+        assert seen.bytes <= max(4 << 12, *(bytes_of(y) for y in x)), seen.by
 
 
 # ------------------------------------------------------------------ what torch checks, and torch.compile
