@@ -247,6 +247,30 @@ def test_compiled(backend: str, title: str) -> None:
             torch.testing.assert_close(got, expected)
 
 
+def compiled_and_not(title: str, product: str, backend: str) -> Any:
+    f = Function(every_call(title, 4), "streaming")
+    x = tuple(y.detach().double() for y in f.example.tensors.values())
+    u, run = tuple(y.cos() for y in x), PRODUCTS[product]
+    torch._dynamo.reset()
+    return torch.compile(lambda x, u: run(f, x, u), fullgraph=True, backend=backend), lambda x, u: run(f, x, u), x, u
+
+
+@pytest.mark.parametrize("title, product", [("recurrent_step", "forward"), ("congruence_loss", "forward_over_reverse")])
+def test_compiled_code_opens_levels_without_python(title: str, product: str) -> None:
+    compiled, run, x, u = compiled_and_not(title, product, "eager")
+    torch.testing.assert_close(compiled(x, u), run(x, u))
+
+
+def test_compiled_hessian_products_of_leaves() -> None:
+    """AOT autograd asks for the third derivative of inputs that require grad."""
+    compiled, run, x, u = compiled_and_not("score_attention", "forward_over_reverse", "aot_eager")
+    x = tuple(y.requires_grad_() for y in x)
+    with pytest.raises(Exception, match="call what it compiles under torch.no_grad"):
+        compiled(x, u)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x, u), run(x, u))
+
+
 # ------------------------------------------------------------------ what has no derivative
 
 

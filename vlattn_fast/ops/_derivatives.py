@@ -85,7 +85,9 @@ class Derivatives:
         differentiable(f"{name}_backward", self._backward_of_backward, save, self._jvp_of_backward)
         differentiable(f"{name}_jvp", self._backward_of_jvp, save, _raises(f"{name} has no forward mode of forward mode"))
         third = f"{name} has no third derivative; it is twice differentiable"
-        not_differentiable(f"{name}_second", f"{third} (create_graph=True or a transform of torch.func asked for more)")
+        asked = "create_graph=True or a transform of torch.func asked for more"
+        way_out = "torch.compile asks for more if an input requires grad: call what it compiles under torch.no_grad()"
+        not_differentiable(f"{name}_second", f"{third} ({asked}). {way_out}")
 
     def of_forward(self, inputs: Any, tangents: Any, outputs: tuple[Tensor, ...]) -> Any:
         """The tangents of X's outputs."""

@@ -11,8 +11,9 @@ autograd.Function if a gradient is needed.
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
@@ -175,16 +176,29 @@ def _autograd_function(name: str, kernel: Callable[..., Any], inputs_type: Any, 
         return *_DERIVATIVES[name].backward(ctx, *grads), *no_more
 
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        # What is saved are duals of this level, of which a rule takes the primals. Below it are other levels, with their own
-        saved = iter([forward_ad.unpack_dual(x).primal if x.is_floating_point() else x for x in ctx.saved_tensors])
-        tensors = [next(saved) if present else None for present in ctx.present]
-        inputs = inputs_type(*tensors, *ctx.options_of_jvp)
-        return _DERIVATIVES[name].jvp(inputs, inputs_type(*tangents[:num_tensors], *ctx.options_of_jvp), tuple(saved))
+        with _open_level():
+            # What is saved are duals of this level, of which a rule takes the primals. Below it are other levels, with their own
+            saved = iter([forward_ad.unpack_dual(x).primal if x.is_floating_point() else x for x in ctx.saved_tensors])
+            tensors = [next(saved) if present else None for present in ctx.present]
+            inputs = inputs_type(*tensors, *ctx.options_of_jvp)
+            return _DERIVATIVES[name].jvp(inputs, inputs_type(*tangents[:num_tensors], *ctx.options_of_jvp), tuple(saved))
 
     methods = {"forward": forward, "backward": backward, "jvp": jvp}
     function: Any = type(name, (torch.autograd.Function,), {key: staticmethod(method) for key, method in methods.items()})
     # Function.apply, in Python, first looks for functorch's tensors. There are none (`_records`), or only those of one level
     return super(torch.autograd.Function, function).apply
+
+
+@contextlib.contextmanager
+def _open_level() -> Iterator[None]:
+    """A context in which torch's Python knows the open level of forward mode: code of torch.compile(backend="eager") opens it in
+    C++ only, and a kernel would open a second one."""
+    before = forward_ad._current_level
+    forward_ad._current_level = max(before, 0)
+    try:
+        yield
+    finally:
+        forward_ad._current_level = before
 
 
 def _flat(outputs: Any) -> tuple[Any, ...]:
