@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import vlattn_fast as va
 from tests.helpers.nn import divided_relevancy
@@ -128,6 +129,72 @@ def test_a_step_equals_that_on_stored_maps(name: str, method: str, how: str) -> 
     model.zero_grad()
     (0.1 * score_of(model(**inputs)).square().sum()).backward()
     assert (gradients(model) - gradients(stored)).norm() / gradients(stored).norm() > 0.01  # the relevancy has a part in it
+
+
+CHANGE = torch.sin(7 * PIXELS)
+
+
+@pytest.fixture
+def differentiable() -> nn.Module:
+    """A model whose attention has every derivative."""
+    model = made("ViT").eval()
+    model.set_attn_implementation(va.nn.register_attention("scaled_dot").name)
+    return model
+
+
+@pytest.mark.parametrize("higher_order", [False, True])
+@pytest.mark.parametrize("method", ["gradient", "weighted"])
+def test_tangents_of_relevancy(differentiable: nn.Module, method: str, higher_order: bool) -> None:
+    """<w, tangent> = <gradient of <w, relevancy>, change>, with denominators of norms held fixed."""
+
+    def relevancy(pixels: Tensor) -> Tensor:
+        with capture_relevancy(differentiable, method=method, higher_order=higher_order) as captured:
+            logits = differentiable(pixel_values=pixels).logits
+        row: Tensor = captured.relevancy(logits[:, 1])
+        return row
+
+    with forward_ad.dual_level():
+        row, tangent = forward_ad.unpack_dual(relevancy(forward_ad.make_dual(PIXELS, CHANGE)))
+    pixels = PIXELS.clone().requires_grad_()
+    by_pixels = [torch.autograd.grad(relevancy(pixels)[:, n].sum(), pixels)[0] for n in (1, 5)]
+    want = torch.stack([(grad * CHANGE).sum((1, 2, 3)) for grad in by_pixels], 1)
+    torch.testing.assert_close(tangent[:, [1, 5]], want, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(row, relevancy(PIXELS))
+    (by_func,) = torch.func.grad(lambda x: relevancy(x)[:, 1].sum(), (0,))(PIXELS)
+    torch.testing.assert_close(by_func, by_pixels[0])
+
+
+def test_a_captured_model_has_its_own_derivatives(differentiable: nn.Module) -> None:
+    def logits(pixels: Tensor) -> Tensor:
+        made: Tensor = differentiable(pixel_values=pixels).logits
+        return made
+
+    def captured(pixels: Tensor) -> Tensor:
+        with capture_relevancy(differentiable):
+            return logits(pixels)
+
+    def dual(f: Callable[[Tensor], Tensor]) -> Any:
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(f(forward_ad.make_dual(PIXELS, CHANGE))).tangent
+
+    def product(f: Callable[[Tensor], Tensor]) -> Any:
+        return torch.func.jvp(torch.func.grad(lambda x: f(x).square().sum()), (PIXELS,), (CHANGE,))
+
+    for derivative in (dual, lambda f: torch.func.jvp(f, (PIXELS,), (CHANGE,)), product):
+        torch.testing.assert_close(derivative(captured), derivative(logits), rtol=1e-9, atol=1e-12)
+
+
+def test_transforms_that_have_no_relevancy_are_named(differentiable: nn.Module) -> None:
+    def relevancy(pixels: Tensor) -> Tensor:
+        with capture_relevancy(differentiable) as captured:
+            logits = differentiable(pixel_values=pixels).logits
+        row: Tensor = captured.relevancy(logits[:, 1])
+        return row
+
+    with pytest.raises(RuntimeError, match="Use torch.autograd.forward_ad.dual_level around"):
+        torch.func.jvp(relevancy, (PIXELS,), (CHANGE,))
+    with pytest.raises(RuntimeError, match="Use va.nn.capture_relevancy"), forward_ad.dual_level():
+        va.explain(differentiable, {"pixel_values": PIXELS}, target=1)
 
 
 @pytest.mark.parametrize("start_layer", [0, 1, -1])

@@ -120,10 +120,16 @@ def is_jit_traced() -> bool:
     return not torch.compiler.is_compiling() and torch._C._is_tracing()
 
 
+def is_wrapped(x: Tensor) -> bool:
+    """Returns whether a transform of torch.func has wrapped `x`."""
+    functorch = torch._C._functorch
+    return functorch.maybe_current_level() is not None and functorch.is_functorch_wrapped_tensor(x)
+
+
 def _is_batched(x: Tensor) -> bool:
     """Returns whether `x` stands for the samples of a torch.func.vmap, including within torch.func.grad and the like."""
     functorch = torch._C._functorch
-    while functorch.maybe_current_level() is not None and functorch.is_functorch_wrapped_tensor(x):
+    while is_wrapped(x):
         if functorch.is_batchedtensor(x):
             return True
         x = functorch.get_unwrapped(x)

@@ -84,7 +84,12 @@ class Frozen(Stepwise, TorchFunctionMode):
 
     def constant(self, tensor: Tensor) -> Tensor:
         """The tensor, as a constant of the backward pass."""
-        return _Switch.apply(tensor, self) if self.trains else tensor.detach()
+        return self._switched(tensor, None, None) if self.trains else tensor.detach()
+
+    def _switched(self, plain: Tensor, x: Tensor | None, norm: _Norm | None) -> Tensor:
+        """See `_Switch`. torch.func would take an argument with `__torch_function__` for a tensor."""
+        switched: Tensor = _Switch.apply(plain, lambda: self, x, norm)
+        return switched
 
     def _step(self, into: int) -> None:
         if threading.get_ident() == self._thread:
@@ -129,7 +134,7 @@ class Frozen(Stepwise, TorchFunctionMode):
             return func(*args)
         if not self.trains:
             return _Linear.apply(x, norm, func, args)
-        return _Switch.apply(func(*args), self, x, norm)
+        return self._switched(func(*args), x, norm)
 
 
 class _Norm(NamedTuple):
@@ -178,13 +183,24 @@ class _Switch(torch.autograd.Function):
     of a linear function. No tensor is saved, since a layer under torch.utils.checkpoint saves what it saves without this
     context."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, plain: Tensor, owner: Frozen, x: Tensor | None = None, norm: _Norm | None = None) -> Tensor:
+    def forward(plain: Tensor, owner: Callable[[], Frozen], x: Tensor | None, norm: _Norm | None) -> Tensor:
         """A copy, since a model may write into the output of a norm."""
+        return plain.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, owner, x, ctx.norm = inputs
+        ctx.owner = owner()
         ctx.set_materialize_grads(False)  # see `_Linear`
-        ctx.owner, ctx.norm = owner, norm
-        if norm is not None and x is not None:
-            ctx.over_root, ctx.dtype, ctx.x = norm.over_root(x), x.dtype, x if owner.differentiable else None
+        if ctx.norm is not None:
+            ctx.over_root, ctx.dtype, ctx.x = ctx.norm.over_root(x), x.dtype, x if ctx.owner.differentiable else None
+
+    @staticmethod
+    def jvp(ctx: Any, plain: Tensor, *_: Any) -> Tensor:
+        """That of the forward pass, which is the model's own."""
         return plain.clone()
 
     @staticmethod

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from vlattn_fast._ground.checks import check_bool, describe
+from vlattn_fast._ground.checks import check_bool, describe, is_wrapped
 from vlattn_fast.attach.events import RUNNING
 from vlattn_fast.attach.session import check_has_gradients, is_sharded, never_compiled, uncompiled, unwrapped
 from vlattn_fast.interpret.adapters.adapter import WITHOUT_ADAPTER
@@ -75,7 +75,7 @@ def capture_relevancy(model: nn.Module, *, method: str | Method = "gradient", hi
             `va.methods.Gradient(freeze=())` for the published form. The loss always uses the plain derivatives.
         higher_order: False = the score's gradient in the maps is a constant, as RobustViT trains. True = the relevancy's
             gradient goes through it, too: attention is then computed by `score_attention`, and the rest of the
-            model must have second derivatives.
+            model must have second derivatives. Tangents of torch.autograd.forward_ad.dual_level follow the same rule.
 
     Raises:
         TypeError, ValueError: if an argument is wrong (the message names it); in the forward pass, if the relevancy of an
@@ -192,6 +192,7 @@ class RelevancyCapture:
         Raises:
             TypeError, ValueError: if `score` or `position` is wrong; if no forward pass with gradients, or several, ran inside
                 the context; if the score is NaN, or does not depend on the layers or on the explained token.
+            RuntimeError: for a score inside torch.func.jvp or vmap; or the graph of the forward pass is freed.
         """
         traced = self._single_pass()
         check_position(position)
@@ -239,6 +240,11 @@ class RelevancyCapture:
             raise TypeError(f"score must be a tensor of the model's outputs; got {type(score).__name__}")
         if score.ndim > 1 or not score.is_floating_point():
             raise ValueError(f"score must be a floating scalar, or scores (B,); got {describe(score)}")
+        if self._request.method.needs_score and is_wrapped(score) and not score.requires_grad:
+            raise RuntimeError(
+                "relevancy takes the gradient of its score, which torch.func.jvp and vmap do not support inside. Use "
+                "torch.autograd.forward_ad.dual_level around the forward pass and relevancy"
+            )
         if not score.requires_grad and self._request.method.needs_score:
             raise ValueError("score must depend on the model's forward pass; got a tensor that is detached from it")
         return score.reshape(-1)

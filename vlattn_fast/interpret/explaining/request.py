@@ -13,7 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast._ground.checks import check_bool, describe
+from vlattn_fast._ground.checks import check_bool, describe, is_transformed
 from vlattn_fast.attach.session import at_rest, check_has_gradients, unwrapped
 from vlattn_fast.interpret.adapters.actions import Action
 from vlattn_fast.interpret.adapters.adapter import WITHOUT_ADAPTER, Adapter, Tower
@@ -111,6 +111,11 @@ class Request:
         chosen = method_of(method)
         model, tokenizer = unwrapped(model), tokenizer_of(processor)
         check_has_gradients(model)
+        if is_transformed():
+            raise RuntimeError(
+                "an explanation has no derivative: torch.func and torch.autograd.forward_ad.dual_level must be off. "
+                "Use va.nn.capture_relevancy(model, higher_order=True) for a relevancy with derivatives"
+            )
         embedded_by = "mean" if position is None or isinstance(position, Mapping) else position
         position = _checked_position(position, chosen, target)
         if answer is None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from vlattn_fast._ground.checks import is_wrapped
 from vlattn_fast._ground.marks import new_mark
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import TracedCall
@@ -233,7 +234,14 @@ def _by_label(args: Sequence[Any], source: Tensor, dim: int) -> int | None:
 
 
 def _is_view(source: Tensor, tensor: Tensor) -> bool:
-    return tensor.untyped_storage().data_ptr() == source.untyped_storage().data_ptr()
+    return _memory(tensor) == _memory(source)
+
+
+def _memory(x: Tensor) -> int:
+    """Where the storage of a tensor begins. Transforms of torch.func wrap the tensor that has it."""
+    while is_wrapped(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x.untyped_storage().data_ptr()
 
 
 def _place(source: Tensor, join: Join, result: Tensor) -> int | None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlattn_fast._ground.checks import is_wrapped
 from vlattn_fast.attach.frozen import Frozen
 from vlattn_fast.attach.session import is_checkpointed, named
 from vlattn_fast.attach.transformers_interface import ADDITIVE_NAME, CONFIG_NAME, SDPA_NAME
@@ -99,7 +100,7 @@ class LiveCalls(Method):
     def watched(self, tower: TowerTrace, output: Tensor) -> Tensor:
         if not self.needs_score:
             return output
-        if not output.requires_grad:
+        if not output.requires_grad and not is_wrapped(output):  # torch.func has gradients of its own
             if is_checkpointed():
                 raise ValueError(f"tower '{tower.name}' must have a trained parameter before its checkpointed layers; got none")
             output.requires_grad_()

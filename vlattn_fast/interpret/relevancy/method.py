@@ -77,7 +77,8 @@ class BackwardPass:
         how = {"retain_graph": self.keep, "create_graph": self.differentiable}
         ones = torch.ones_like(self.scores)
         used_grads = iter(torch.autograd.grad(self.scores, used, ones, allow_unused=True, **how) if used else [])
-        return [next(used_grads) if tensor.requires_grad else None for tensor in tensors]
+        grads = [next(used_grads) if tensor.requires_grad else None for tensor in tensors]
+        return grads if self.differentiable else [None if grad is None else grad.detach() for grad in grads]  # of a tangent, too
 
     def reaching_calls(self) -> list[Link]:
         """The calls through which something counts for `towers`: calls of other towers cost time, and add nothing."""
