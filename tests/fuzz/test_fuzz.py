@@ -6,7 +6,7 @@ import importlib
 import json
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,28 @@ def test_a_configuration_is_emulated_alone_as_it_is_among_others(monkeypatch: py
     monkeypatch.setattr(calls, "on_cpu", calls.OnCpu((9, 0), reseed=lambda: reseeded.append("90")))
     assert all(outcome.passed for outcome in fuzz.fuzz(2, operators=("attention_map",), backends=("streaming",)))
     assert reseeded == ["90", "90"]
+
+
+@pytest.mark.slow
+def test_tangents_are_drawn_and_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    right, made = fuzz._tangents, set[str]()
+
+    def noted(*arguments: Any) -> Any:
+        tangents = right(*arguments)
+        made.update(tangents)
+        return tangents
+
+    monkeypatch.setattr(fuzz, "_tangents", noted)
+    outcomes = list(fuzz.fuzz(20, operators=("relevancy_step",), backends=("streaming",)))
+    assert all(outcome.passed for outcome in outcomes) and {"tangent of output 0", "tangent of gradient of query"} <= made
+    factors = cycle((2.0, 1.0, 1.0))  # ours, the formula in float64, and in the call's dtype
+
+    def flawed(*arguments: Any) -> Any:
+        factor = next(factors)
+        return {name: factor * y for name, y in right(*arguments).items()}
+
+    monkeypatch.setattr(fuzz, "_tangents", flawed)
+    assert not all(outcome.passed for outcome in fuzz.fuzz(20, operators=("relevancy_step",), backends=("streaming",)))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from vlattn_fast.checking.cases import Example, Tensors, cases_of
 from vlattn_fast.checking.cases._dice import FEW_PAIRS, LAYOUTS, PAIRS, Dice, lay_out
@@ -29,6 +30,7 @@ from vlattn_fast.ops import OPERATORS
 
 # How often each backend is drawn. Without a GPU the Triton and CUDA C++ kernels are interpreted and emulated, which is slow.
 BACKENDS = ("streaming",) * 7 + ("cpu",) * 7 + ("auto",) * 2 + ("sdpa", "triton", "cuda", "reference")
+TANGENTS = 0.25  # of the calls with gradients: those of outputs and gradients, which are products with second derivatives
 ROUNDINGS = 4  # of the formula; the unluckiest one counts
 DTYPES = (torch.float32,) * 4 + (torch.bfloat16, torch.float16) * 2 + (torch.float64,)
 
@@ -76,6 +78,9 @@ def run(seed: int, *, operators: Iterable[str] | None = None, backends: tuple[st
     # which gradients are NaN depends on the order of the sums, and autograd leaves NaN out of those of a relu
     if dice.drawn.get("mask") == "float, NaN" or dice.drawn.get("group_bias") == "NaN":
         example = replace(example, differentiable=False)
+    if example.differentiable and backend != "sdpa" and random.Random(f"tangents {seed}").random() < TANGENTS:
+        # those of gradients not in 16 bits, in which the formula jumps at kinks
+        dice.drawn["tangents"] = "outputs" if dtype.itemsize == 2 else "outputs and gradients"
     try:
         with np.errstate(all="ignore"):  # Triton's interpreter computes in NumPy, which warns if float16 overflows
             ratio, worst, refused = _judge(example, dtype, backend, dice)
@@ -120,26 +125,26 @@ def _runs(
     for number, (tensors,) in enumerate(draws(example.tensors)):
         name = f"{example.operator} {dice.drawn} {number}"
         cotangents = _cotangents(name, dice.gap)
+        results = partial(_results, cotangents=cotangents, tangents=dice.drawn.get("tangents", ""))
         before = {name: x._version for name, x in tensors.items()}
-        got = _results(example, tensors, backend, cotangents)
+        got = results(example, tensors, backend)
         if before != {name: x._version for name, x in tensors.items()}:
             raise AssertionError("an input was written to")
         in_float64 = {name: x.double() if x.is_floating_point() else x for name, x in tensors.items()}
-        exact = _results(example, in_float64, "", cotangents)
+        exact = results(example, in_float64, "")
         if got.keys() != exact.keys():
             raise AssertionError(f"outputs must be {list(exact)}; got {list(got)}")
+        formula = results(example, tensors, "")
         if other_roundings:
             keeps_ties = dice.drawn.get("kind") not in ("cacr", "iais_distributed")  # these two compare for a maximum
             formulas = []
             for n in range(ROUNDINGS):
-                with OtherRoundings(f"{name} {n}", dtype, keeps_ties):
-                    formulas.append(_results(example, tensors, "", cotangents))
-            formula = unluckiest(formulas, exact)
-        else:
-            formula = _results(example, tensors, "", cotangents)
+                with OtherRoundings(f"{name} {n}", dtype, keeps_ties):  # torch has no tangents of views in such a mode
+                    formulas.append(results(example, tensors, "", tangents=""))
+            formula |= unluckiest(formulas, {name: exact[name] for name in formulas[0]})
         if dtype == torch.float16:
             wide = {name: x.float() if x.is_floating_point() else x for name, x in tensors.items()}
-            _drop_doubtful_overflow(got, exact, partial(_results, example, wide, "", cotangents))
+            _drop_doubtful_overflow(got, exact, partial(results, example, wide, ""))
         yield got, exact, formula
 
 
@@ -186,18 +191,44 @@ def _cotangents(seed: str, gap: float) -> Callable[[list[Tensor]], list[Tensor]]
     return cotangents
 
 
-def _results(example: Example, tensors: Tensors, backend: str, cotangents: Callable[[list[Tensor]], list[Tensor]]) -> Tensors:
+def _results(
+    example: Example, tensors: Tensors, backend: str, *, cotangents: Callable[[list[Tensor]], list[Tensor]], tangents: str
+) -> Tensors:
     """Floating outputs and gradients by name, on `backend`; without a backend, of the formula on contiguous tensors. (torch's
-    product in bfloat16 reads the gaps between rows of odd size on some CPUs: docs/bugs.md.)
+    product in bfloat16 reads the gaps between rows of odd size on some CPUs: docs/bugs.md.) `tangents`: of what.
     """
     call = partial(example.call, backend=backend) if backend else OPERATORS[example.operator].formula
     if not backend:
         tensors = {name: x.contiguous() for name, x in tensors.items()}
 
+    def run(leaves: Tensors) -> Any:
+        return call(**example.arguments(leaves))
+
     def gradients(outputs: list[Tensor]) -> list[Tensor]:
         return cotangents(outputs) if backend else [x.contiguous() for x in cotangents(outputs)]
 
-    return outputs_and_gradients(lambda leaves: call(**example.arguments(leaves)), tensors, gradients, example.differentiable)
+    results = outputs_and_gradients(run, tensors, gradients, example.differentiable)
+    return results | _tangents(run, tensors, gradients if "gradients" in tangents else None) if tangents else results
+
+
+def _tangents(
+    call: Callable[[Tensors], Any], tensors: Tensors, cotangents: Callable[[list[Tensor]], list[Tensor]] | None
+) -> Tensors:
+    """The tangents of the outputs and, with `cotangents`, of the gradients."""
+    dice, duals = Dice("tangents"), {}
+    with forward_ad.dual_level():
+        for name, x in tensors.items():
+            plain = x.contiguous() if 0 in x.stride() else x  # a tangent has memory for each of its elements
+            tangent = dice.randn(*x.shape).bfloat16().to(x.dtype)  # rounded once, like the gradients of outputs
+            duals[name] = forward_ad.make_dual(plain.detach().requires_grad_(), tangent)
+        out = call(duals)
+        outputs = {f"output {i}": x for i, x in enumerate(out if isinstance(out, tuple) else (out,)) if x.is_floating_point()}
+        used = [x for x in outputs.values() if x.requires_grad]
+        if used and cotangents is not None:
+            grads = torch.autograd.grad(used, list(duals.values()), cotangents(used), materialize_grads=True)
+            outputs |= {f"gradient of {name}": x for name, x in zip(duals, grads, strict=True)}
+        pairs = {name: forward_ad.unpack_dual(x) for name, x in outputs.items()}
+        return {f"tangent of {n}": torch.zeros_like(x) if u is None else u.detach() for n, (x, u) in pairs.items()}
 
 
 @dataclass
