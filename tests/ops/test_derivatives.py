@@ -185,6 +185,27 @@ def test_a_large_offset_in_the_tangents_of_scores(backend: str) -> None:
     assert (tangents[0] - tangents[1]).abs().max() < 1e-4
 
 
+@on("streaming", "cpu", "reference")
+@pytest.mark.parametrize("name", ("relevancy_step", "attention_map"))
+def test_a_log_sum_exp_that_is_given_counts_as_computed_in_both_modes(backend: str, name: str) -> None:
+    x = [torch.randn(1, 2, 6, 4, dtype=finest(backend)) for _ in range(4)]
+    _, lse = va.score_attention(*x[:3], return_lse=True, backend=backend)
+    r = torch.rand(1, 1, 6).to(x[0])
+
+    def run(query: Tensor, key: Tensor) -> Tensor:
+        given = {"rule": "gradient", "lse": lse.to(query.dtype), "backend": backend}
+        if name == "attention_map":
+            return va.attention_map(query, key, x[2], x[3], **given)
+        return va.relevancy_step(r, query, key, x[2], x[3], **given)
+
+    u = [torch.randn_like(y) for y in x[:2]]
+    out, tangent = jvp(run, (x[0], x[1]), tuple(u))
+    h = torch.randn_like(out)
+    grads = torch.func.vjp(run, x[0], x[1])[1](h)
+    total = sum((y * g).sum() for y, g in zip(u, grads, strict=True))
+    torch.testing.assert_close((tangent * h).sum(), total, rtol=1e-4, atol=1e-5)
+
+
 def clamped_cosine(query: Tensor, key: Tensor, value: Tensor, eps: float) -> Tensor:
     """With lengths of zero vectors that torch can differentiate."""
     lengths = [torch.where((x == 0).all(-1, keepdim=True), eps**2, x).norm(dim=-1) for x in (query, key)]

@@ -201,7 +201,6 @@ def in_order(kind: Any, gradients: Named, x: Named) -> tuple[Any, ...]:
 def save(ctx: Any, inputs: Any, outputs: Any) -> None:
     ctx.save_for_backward(*[x if isinstance(x, Tensor) else None for x in inputs])
     ctx.options = inputs._make([None if isinstance(x, Tensor) else x for x in inputs])
-    ctx.set_materialize_grads(False)
 
 
 def saved(ctx: Any) -> Named:

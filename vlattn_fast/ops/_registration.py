@@ -163,6 +163,7 @@ def _autograd_function(name: str, kernel: Callable[..., Any], inputs_type: Any, 
     def forward(ctx: Any, *tensors_and_inputs: Any) -> Any:
         *tensors, inputs, below = tensors_and_inputs
         outputs = kernel(inputs) if below is None else below(inputs)
+        ctx.set_materialize_grads(False)  # None is zero: not as many zeros as a gradient or a tangent has numbers
         _DERIVATIVES[name].setup_context(ctx, inputs, outputs)
         if below is not None:  # `jvp` may be next, and reads what is saved for it
             ctx.present = [x is not None for x in tensors]
@@ -278,7 +279,7 @@ def differentiable(
 
     Reverse mode: `setup_context(ctx, inputs, outputs)` saves for `backward(ctx, *grads)`, which returns the gradients of the
     first inputs; the inputs after them have none. Forward mode: `jvp(inputs, tangents, outputs)` returns the tangents of the
-    outputs; tangents have the names of the inputs, and None stands for zero.
+    outputs; tangents have the names of the inputs. A gradient or a tangent that is None stands for zero.
     """
     _DERIVATIVES[name] = _Derivatives(backward, setup_context, _no_forward_mode(name) if jvp is None else jvp)
 

@@ -335,7 +335,6 @@ _saved = Saved(
 def _setup_context(ctx: Any, inputs: AttentionStatisticsInputs, output: tuple[Tensor, ...]) -> None:
     mass, _, maximum, argmax, _, *constants = output
     ctx.mark_non_differentiable(*[x for x in (argmax, *constants) if x is not None])
-    ctx.set_materialize_grads(False)
     if "mass" in BACKENDS[inputs.backend].saves:
         _saved.save(ctx, inputs, mass, maximum, argmax, *constants[1:])
     else:

@@ -205,7 +205,6 @@ _saved = Saved(CongruenceLossInputs, CongruenceLossBackwardInputs, outputs=("gra
 def _setup_context(ctx: Any, inputs: CongruenceLossInputs, output: tuple[Tensor, Tensor]) -> None:
     _, gradients = output
     ctx.mark_non_differentiable(gradients)
-    ctx.set_materialize_grads(False)  # else zeros as large as the gradients
     _saved.save(ctx, inputs, gradients)
 
 

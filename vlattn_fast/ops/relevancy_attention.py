@@ -332,7 +332,6 @@ _ROW_BIAS = RelevancyAttentionInputs._fields.index("row_bias")
 def _setup_context(ctx: Any, inputs: RelevancyAttentionInputs, output: Rows) -> None:
     out, _, lse, _ = output
     _saved.save(ctx, inputs, out, lse)
-    ctx.set_materialize_grads(False)
 
 
 def _autograd(

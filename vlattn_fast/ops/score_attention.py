@@ -425,7 +425,6 @@ _saved = Saved(ScoreAttentionInputs, ScoreAttentionBackwardInputs, outputs=("out
 
 def _setup_context(ctx: Any, inputs: ScoreAttentionInputs, output: tuple[Tensor, Tensor]) -> None:
     _saved.save(ctx, inputs, *output)
-    ctx.set_materialize_grads(False)
 
 
 def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
