@@ -174,6 +174,8 @@ def _autograd_function(name: str, kernel: Callable[..., Any], inputs_type: Any, 
     no_more = (None,) * (num_tensors + 2)  # autograd takes any number of these after the gradients
 
     def backward(ctx: Any, *grads: Any) -> Any:
+        if not any([grad is not None for grad in grads]):
+            return no_more
         return *_DERIVATIVES[name].backward(ctx, *grads), *no_more
 
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -279,7 +281,8 @@ def differentiable(
 
     Reverse mode: `setup_context(ctx, inputs, outputs)` saves for `backward(ctx, *grads)`, which returns the gradients of the
     first inputs; the inputs after them have none. Forward mode: `jvp(inputs, tangents, outputs)` returns the tangents of the
-    outputs; tangents have the names of the inputs. A gradient or a tangent that is None stands for zero.
+    outputs; tangents have the names of the inputs. A gradient or a tangent that is None stands for zero; one of them
+    is a tensor.
     """
     _DERIVATIVES[name] = _Derivatives(backward, setup_context, _no_forward_mode(name) if jvp is None else jvp)
 
