@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from vlattn_fast._ground.checks import has_forward_mode
 from vlattn_fast._ground.tensors import compute_dtype, expand_heads, fold_heads, not_zero, over_sums
 from vlattn_fast.backends.inputs import (
     AttentionMapBackwardInputs,
@@ -18,7 +17,7 @@ from vlattn_fast.backends.inputs import (
     RelevancyStepBackwardInputs,
     RelevancyStepInputs,
 )
-from vlattn_fast.backends.streaming._forward_mode import tangents_of
+from vlattn_fast.backends.streaming._forward_mode import differentiates, tangents_of
 from vlattn_fast.backends.streaming._scores import score_tile, score_tile_backward
 from vlattn_fast.backends.streaming._tiles import Masks, Tiling, probabilities
 
@@ -81,7 +80,7 @@ class Abar:
             logits = self.masks.apply(tile, self.shape, b, h, i)
             lse = None if inputs.lse is None else inputs.lse[b, h, i].to(dtype)
             prob = probabilities(logits, dtype, lse)
-            if lse is not None and has_forward_mode() and forward_ad.unpack_dual(lse).tangent is None:
+            if lse is not None and differentiates() and forward_ad.unpack_dual(lse).tangent is None:
                 total = prob.sum(-1, keepdim=True)  # its tangent is that of an lse which is computed from query and key
                 prob = prob * (1 - (total - total.detach()))
             grad_prob = None

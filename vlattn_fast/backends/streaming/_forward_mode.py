@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -69,8 +70,20 @@ def forward_mode() -> Iterator[None]:
     excluded = _C._dispatch_tls_local_exclude_set() - _ABOVE
     above = _C._ForceDispatchKeyGuard(_C._dispatch_tls_local_include_set(), excluded)
     level = nullcontext() if has_forward_mode() else forward_ad.dual_level()
-    with above, forward_ad._set_fwd_grad_enabled(True), level:
-        yield
+    before, _thread.differentiates = differentiates(), True
+    try:
+        with above, forward_ad._set_fwd_grad_enabled(True), level:
+            yield
+    finally:
+        _thread.differentiates = before
+
+
+def differentiates() -> bool:
+    """Returns whether a pass runs within `forward_mode`. A caller's level alone is none of a kernel's business."""
+    return getattr(_thread, "differentiates", False)
+
+
+_thread = threading.local()
 
 
 # Of any device. Below a dispatch mode zero tangents without memory are no longer looked for, either

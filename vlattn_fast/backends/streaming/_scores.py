@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vlattn_fast._ground.checks import has_forward_mode
 from vlattn_fast._ground.score_kinds import KINDS
 from vlattn_fast._ground.tensors import unit_vectors
+from vlattn_fast.backends.streaming._forward_mode import differentiates
 
 
 def score_tile(kind: str, q: Tensor, k: Tensor, vector: Tensor | None, parameter: float) -> Tensor:
@@ -87,7 +87,7 @@ class _Units:
 
     def buffer(self) -> Tensor | None:
         """A tile for `out=`, which has no tangents: None in forward mode."""
-        return None if has_forward_mode() else self.new_tile()
+        return None if differentiates() else self.new_tile()
 
     def one_plus_exp(self, a: int, out: Tensor | None) -> Tensor:
         return torch.addcmul(self.ones, self.exp_q[..., a, None], self.exp_keys[..., a, None, :], out=out)

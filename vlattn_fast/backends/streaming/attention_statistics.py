@@ -10,7 +10,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from vlattn_fast._ground.checks import has_forward_mode
 from vlattn_fast._ground.tensors import cast_finite, compute_dtype, expand_heads, fold_heads
 from vlattn_fast.backends.inputs import (
     AttentionStatisticsBackwardInputs,
@@ -19,7 +18,7 @@ from vlattn_fast.backends.inputs import (
     AttentionStatisticsSecondInputs,
 )
 from vlattn_fast.backends.streaming import _tiles
-from vlattn_fast.backends.streaming._forward_mode import tangents_of
+from vlattn_fast.backends.streaming._forward_mode import differentiates, tangents_of
 from vlattn_fast.backends.streaming._scores import score_tile_backward
 from vlattn_fast.backends.streaming._tiles import Masks, probabilities, softmax_backward
 from vlattn_fast.backends.streaming.score_attention import logit_tiles
@@ -42,7 +41,7 @@ def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, 
         prob = probabilities(logits, dtype)
         if "entropy" in statistics:
             # whose tangent at 0 would be NaN
-            positive = prob.masked_fill(prob == 0, 1.0) if has_forward_mode() else prob
+            positive = prob.masked_fill(prob == 0, 1.0) if differentiates() else prob
             entropy[b, h, i] = torch.special.entr(positive).sum(-1)
         if "maximum" in statistics or "argmax" in statistics:
             largest, where = prob.max(-1)
