@@ -122,9 +122,9 @@ _ONCE = "four warps compute a tile of 64 rows once, eight would compute it twice
 _AHEAD = "products of 128 features take longer than instructions: the next tile's scores are computed under this one's softmax"
 _FOUR = "measured on an H100: an SM has three or four programs, which fill one another's waits"
 _TWO = "norms take registers: an SM would have one program of eight warps, and it should have two"
+_ESTIMATED = "an SM holds two programs or three, which by the estimate of tools/compiled/tile_times.py take less time"
 _AFTER = "with 704 tokens an H100 takes 15 % less time than with products ahead and two stages; longer ones were not measured so"
 _THIRD = "as for dot products on an H100: a third stage saves an eighth of the time or more"
-_TURNS = "products of every second tile run beside exponentials, by docs/kernels.md in a tenth less time than without"
 _FEWER = "64 keys take fewer instructions a pair than 32"
 _HALF = "128 keys read Q and dO half as often as 64, copied two tiles ahead, since an SM holds one block; it spills a few bytes"
 _TWO_ROWS = "queries and their tangents stay in registers"
@@ -230,7 +230,8 @@ LINES: dict[str, list[Line]] = {
         _line((32, 128, 4, 3), "measured on an H100; it spills 8 to 16 bytes", architecture="sm_90", score="dot", size=64),
         _line((32, 64, 4, 3), _THIRD, architecture="sm_90", size=64),
         _line((64, 64, 4, 2), _ONCE, size=64),
-        _line((64, 128, 8, 3), _HALF, architecture=_ASYNCHRONOUS, score="dot", size=128),
+        _line((32, 64, 4, 3), _ESTIMATED, architecture="sm_90", score="dot", size=128),
+        _line((64, 128, 8, 3), _HALF, architecture="sm_100", score="dot", size=128),
         _line((32, 32, 4, 2), _NORMS, score="cosine", size=128),
         _line((32, 64, 4, 2), _WIDE, size=128),
         _line((32, 32, 4, 1), _WIDER),
@@ -277,7 +278,8 @@ LINES: dict[str, list[Line]] = {
         _line((32, 64, 4, 2), "and a mask's addresses, or rows of r, take registers", M=512, size=64),
         _line((64, 128, 8, 2), "128 keys read Q and dO half as often as 64", masked=False, block_t=16, size=64),
         _line((32, 128, 8, 2), "a mask's addresses, or 64 rows of r, take registers", size=64),
-        _line((64, 128, 8, 3), _HALF, architecture=_ASYNCHRONOUS, masked=False, block_t=1, size=128),
+        _line((32, 64, 4, 3), _ESTIMATED, architecture="sm_90", masked=False, block_t=1, size=128),
+        _line((64, 128, 8, 3), _HALF, architecture="sm_100", masked=False, block_t=1, size=128),
         _line((32, 64, 4, 2), _WIDE, masked=False, block_t=1, size=128),
         _line((16, 64, 4, 2), "and a mask's addresses, or rows of r, take registers", size=128),
         _line((32, 32, 4, 1), _WIDER, block_t=16),
@@ -289,9 +291,10 @@ LINES: dict[str, list[Line]] = {
         *_FLOAT32_ROWS,
         _line((64, 64, 4, 2), _MASK, masked=True, size=128),
         _line((64, 64, 4, 2), _SHORT_KEYS, M=512, size=128),
-        _ahead((64, 128, 8, 2, 1), _TURNS, architecture="sm_90", size=64),
+        _line((64, 64, 4, 3), _ESTIMATED, architecture="sm_90", size=64),
         _line((64, 128, 8, 2), "128 keys read Q and dO half as often as 64", size=64),
-        _line((64, 128, 8, 2), "128 keys read Q and dO half as often as 64", architecture=_ASYNCHRONOUS, size=128),
+        _line((64, 64, 4, 2), _ESTIMATED, architecture="sm_90", size=128),
+        _line((64, 128, 8, 2), "128 keys read Q and dO half as often as 64", architecture="sm_100", size=128),
         _line((64, 64, 4, 2), _WIDE, size=128),
         _line((32, 32, 4, 1), _WIDER),
     ],
@@ -326,14 +329,17 @@ LINES: dict[str, list[Line]] = {
         *_FLOAT32_FORWARD,
         *(
             line
-            for size, stages in ((64, 2), (128, 1))  # two stages of 128 features exceed shared memory
+            # two stages of 128 features exceed shared memory in large tiles; the last two are of sm_90
+            for size, stages, by_gradient, by_attention in ((64, 2, 2, 3), (128, 1, 1, 2))
             for line in (
                 _line((64, 64, 4, stages), "holds whole rows", M=64, size=size),
                 _line((128, 32, 8, 1), _MASK, masked=True, size=size),
                 _line((64, 128, 8, stages), "holds whole rows; P and dP take registers", rule="gradient", M=128, size=size),
                 _line((64, 128, 4, stages), "holds whole rows", M=128, size=size),
+                _line((64, 64, 4, by_gradient), _ESTIMATED, architecture="sm_90", rule="gradient", size=size),
                 _line((128, 64, 8, stages), "P and dP take registers", rule="gradient", size=size),
                 _line((64, 256, 8, stages), "holds whole rows", M=256, size=size),
+                _line((64, 64, 4, by_attention), _ESTIMATED, architecture="sm_90", size=size),
                 _line((128, 128, 8, stages), "reads Q and K least often", size=size),
             )
         ),

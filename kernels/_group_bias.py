@@ -588,7 +588,7 @@ def seeing_queries_of_product(masks, product, first_head, HEADS: tl.constexpr, s
 def groups_of_rows(x, masks, i_bh, first, o_q, MASK: tl.constexpr):
     """Of a tile of queries from `first` on: its `special_groups`, the keys that it sees, and with a product the bias of its rows,
     [q,slot]."""
-    special, b_parts = tl.full([], 0, tl.int32), None
+    special, b_parts = tl.full([], 0, tl.int32), 0  # nothing: Triton 3.6 returns no None
     if MASK == GROUP_PRODUCT:
         special, hidden = special_groups(x.product, i_bh, first, x.N, o_q.shape[0])
         seen = seen_keys_of_product(masks, hidden, x.M)

@@ -387,7 +387,7 @@ def _backward_q_kernel(
         tl.store(stats.total + i_bh * NP + o_q, b_total)
     elif C.MASK >= FLOAT_MASK:
         b_total = tl.load(stats.total + i_bh * NP + o_q)
-    b_dq, b_along, b_sums, b_bias = _over_total(b_dq, b_along, b_sums, b_bias, b_total, special, C)
+    b_dq, b_along, b_sums, b_bias = _over_total(b_dq, b_along, b_sums, b_bias, b_total, special, C, BLOCK_G > 0)
     if C.SCORE == "cosine":
         b_dq = along_norms(b_dq, b_weight, b_q, of_q, b_inv_q, b_along, C.A)
     _store_stats(stats, i_bh * NP, o_q, N, b_shift, b_sums, b_delta, C)
@@ -404,7 +404,7 @@ def _backward_q_kernel(
 @triton.jit
 def _first_bias(dtype: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_G: tl.constexpr, C: tl.constexpr):
     """What `_add_bias` adds to."""
-    b_bias, b_mean_bias = None, None
+    b_bias, b_mean_bias = 0, 0  # nothing: Triton 3.6 returns no None
     if BLOCK_G > 0:
         b_bias = tl.zeros([BLOCK_Q, BLOCK_G], dtype=tl.float32)
         b_mean_bias = b_bias
@@ -456,19 +456,19 @@ def _add_bias(b_bias, b_mean_bias, b_ds, b_p, product, masks, of_tile, i_b, star
 
 
 @triton.jit
-def _over_total(b_dq, b_along, b_sums, b_bias, b_total, special, C: tl.constexpr):
+def _over_total(b_dq, b_along, b_sums, b_bias, b_total, special, C: tl.constexpr, BIAS: tl.constexpr):
     """Sums over P of `_backward_q_kernel`, divided by the total of P where it may be other than 1."""
     if C.MASK == GROUP_PRODUCT:
         if special != 0:  # else the total is 1
             b_dq = [b / b_total[:, None] for b in b_dq]
             b_sums /= b_total
-            if b_bias is not None:
+            if BIAS:
                 b_bias /= b_total[:, None]
     elif C.EXACT or C.MASK >= FLOAT_MASK:
         b_dq = [b / b_total[:, None] for b in b_dq]
         b_along /= b_total
         b_sums /= b_total
-        if b_bias is not None:
+        if BIAS:
             b_bias /= b_total[:, None]
     return b_dq, b_along, b_sums, b_bias
 

@@ -73,6 +73,7 @@ def parts() -> list[Part]:
         for part in Part(f"ptx sm_{architecture}", command, variables={"VLATTN_PTX": architecture}).shards(20)
     ]
     exact = Part("exact", (*SUITE, "tests/compiled/test_exact.py"), variables={"VLATTN_EXACT": "80 90"}).shards(5)
+    ptx.append(Part("the lowest Triton", ("-m", "tools.environments", "triton", "--parse")))
     emulated = [*ptx, *exact] if (ROOT / "packages" / "ptx").exists() else []
     return [*suite, *bits, *cpus, *packages, *sanitized, *arm, *emulated]
 

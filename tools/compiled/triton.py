@@ -1,6 +1,7 @@
 """Compiles the Triton kernels and stores registers, shared memory, spills, tensor cores and warps in build/compiled/triton.json.
 
     python -m tools.compiled.triton [OPERATOR ...]    # compile, store, and print what changed since the table that is there
+    python -m tools.compiled.triton --parse           # only whether this Triton takes the kernels' Python; two minutes
 
 Triton's own cache makes a second run quick. No GPU is needed. The kernels' launchers run as they are, on CPU tensors: triton is
 told that an sm_80, sm_90 or sm_100 device is there, and each launch compiles its kernel with the specialisation for this device,
@@ -91,6 +92,40 @@ def compile_call(operator: str, name: str, architecture: int, kernels: list[str]
         for n, row in enumerate(rows)
         if row not in rows[:n]
     }
+
+
+class _Parsed(Exception):
+    pass
+
+
+def refused(operator: str) -> Iterator[str]:
+    """The kernels whose Python this Triton refuses, each with the innermost reason."""
+    from triton.compiler.compiler import ASTSource
+    from triton.runtime.jit import JITFunction
+
+    run, make_ir, found = JITFunction.run, ASTSource.make_ir, dict[str, str]()
+
+    def only_parsed(self: Any, *args: Any, **options: Any) -> None:
+        make_ir(self, *args, **options)
+        raise _Parsed
+
+    def parse(kernel: Any, kwargs: dict[str, Any]) -> None:
+        try:
+            run(kernel, grid=(1,), warmup=True, **kwargs)
+        except _Parsed:
+            pass
+        except Exception as error:
+            while error.__cause__ is not None:
+                error = error.__cause__  # type: ignore[assignment]
+            found.setdefault(f"{operator} {kernel.fn.__name__}", str(error))
+
+    ASTSource.make_ir = only_parsed
+    try:
+        for name in calls_of(operator):
+            launches(operator, name, 90, parse)
+    finally:
+        ASTSource.make_ir = make_ir
+    yield from (f"{kernel}: {reason}" for kernel, reason in found.items())
 
 
 def check(what: str, asm: dict[str, Any]) -> None:
@@ -213,10 +248,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.compiled.triton", description=__doc__.splitlines()[0])
     parser.add_argument("operators", nargs="*", metavar="OPERATOR", help=f"of {', '.join(operators())}; default: all")
     parser.add_argument("--workers", type=int, metavar="N", help="processes; default: one for each processor")
+    parser.add_argument("--parse", action="store_true", help="compile nothing; print the kernels that this Triton refuses")
     options = parser.parse_args()
     chosen = options.operators or operators()
     if unknown := sorted(set(chosen) - set(operators())):
         parser.error(f"OPERATOR must be one of {', '.join(operators())}; got {', '.join(unknown)}")
+    if options.parse:
+        lines = [line for operator in chosen for line in refused(operator)]
+        print(*lines, sep="\n")
+        sys.exit(1 if lines else 0)
     too_large = []
     tasks = tasks_of(chosen)
     with ProcessPoolExecutor(options.workers or os.cpu_count(), get_context("spawn"), gc.disable) as pool:

@@ -97,19 +97,15 @@ def issued(row: Row) -> int:
 def share_under_softmax(entry: Entry, kernel: str) -> float:
     """The share of the products that the loop computes under the softmax of the tile before, on sm_90.
 
-    It is the scores of all tiles in forward passes. In `_step_kernel` it is both products of every second tile, of 10 tiles 4;
-    the first tile is none of these, and is computed twice.
+    It is the scores of all tiles in forward passes whose configuration says `AHEAD`.
     """
+    if kernel != "_forward_kernel":
+        return 0.0
     work = entry.workload
     dtype = torch.float32 if " fp32 " in entry.call else torch.bfloat16
     facts = {"dtype": dtype, "N": work.queries, "M": work.tokens, "size": work.size, "masked": False}
-    if kernel == "_forward_kernel":
-        share, config = 0.5, by_table("score_attention", "forward", architecture="sm_90", score=entry.call.split()[1], **facts)
-    elif kernel == "_step_kernel":
-        share, config = 0.4, by_table("relevancy_attention", "step", architecture="sm_90", block_t=0, **facts)
-    else:
-        return 0.0
-    return share if config.get("AHEAD", 0) else 0.0
+    config = by_table("score_attention", "forward", architecture="sm_90", score=entry.call.split()[1], **facts)
+    return 0.5 if config.get("AHEAD", 0) else 0.0
 
 
 def causal_time(blocks: int, heads: int, work: float, elements: int) -> float:

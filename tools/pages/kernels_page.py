@@ -51,7 +51,7 @@ Three figures follow:
 - *estimate*: the sum over the kernels of a pass. A program takes its products, then the longer of issue and special: its softmax
   waits for the scores. Forward passes whose configuration says `AHEAD` compute the next tile's scores beforehand: of 65 to 128
   features and 513 to 1,024 tokens, except in float32. There half of the products, those for the scores, overlap issue and
-  special. So do two fifths of those of `relevancy_step`, both products of every second tile but the first.
+  special.
   A program also waits {clocks:.0f} clocks for its first tile. An SM has one program at a time, and takes the next one when it
   ends; the kernel ends with its last program. Programs of a causal call have different lengths, and begin in the order in which
   `heads_in_turn` numbers them. L2 and memory are read meanwhile, so that a kernel takes no less than either.
