@@ -1,4 +1,5 @@
-# The forward operators for processes without Python, by torch's stable ABI: no C++ of torch is linked, only its C functions.
+# The operators for the kernel hub and for processes without Python, by torch's stable ABI: no C++ of torch is linked, only its
+# C functions.
 add_library(vlattn_torch SHARED csrc/torch/operators.cpp)
 set_target_properties(vlattn_torch PROPERTIES SUFFIX .so)  # as libvlattn_cpu.so, which it opens
 target_include_directories(vlattn_torch SYSTEM PRIVATE ${VLATTN_TORCH}/include)

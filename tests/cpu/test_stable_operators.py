@@ -44,8 +44,11 @@ def program(code: str, *arguments: Path, kernels: Path = native.library.path) ->
     return done.stdout
 
 
+LEFT_OUT = ("_second", "_sums", *(f"{name}_backward" for name in ("recurrent_step", "maxsim", "stacked_cross_attention")))
+
+
 class Recorder(TorchDispatchMode):
-    """Notes each call of a forward operator as its name, arguments and results."""
+    """Notes each call of an operator that the library has as its name, arguments and results."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +57,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = func(*args, **(kwargs or {}))
         name = func.name().partition("::")[2]
-        if func.namespace == NAMESPACE and not name.endswith(("_backward", "_second", "_sums")):
+        if func.namespace == NAMESPACE and not name.endswith(LEFT_OUT):
             self.calls.append((name, args, results))
         return results
 
@@ -77,27 +80,84 @@ assert "vlattn_fast" not in sys.modules
 """
 
 
-def test_they_are_those_of_python_to_the_bit(library: Path, tmp_path: Path) -> None:
+def what_the_cases_leave_out() -> None:
+    def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.randn(shape).to(dtype).requires_grad_()
+
+    def differentiate(*outputs: torch.Tensor | None) -> None:
+        differentiable = [x for x in outputs if x is not None and x.requires_grad]
+        torch.autograd.backward(differentiable, [torch.randn_like(x) for x in differentiable], retain_graph=True)
+
+    x, mask, key, vector = leaf(2, 3, 5, 4), torch.randn(5, 5, dtype=torch.float64), leaf(2, 1, 5, 4), leaf(3, 4)
+    differentiate(va.score_attention(x, x, x, attn_mask=mask, dropout_p=0.3, backend="cpu"))
+    differentiate(va.score_attention(x, key, key, score=va.scores.Additive(vector), enable_gqa=True))  # 3 heads over 1
+    differentiate(*va.attention_statistics(x, x, statistics=("entropy", "lse"), attn_mask=mask, backend="cpu"))
+    differentiate(*va.attention_statistics(x, x, statistics=("max_logit", "lse"), attn_mask=mask, backend="cpu"))
+    va.stacked_cross_attention(x[0], x[0], first_norm="clipped", backend="cpu")
+    some = mask[:4, :4][None].expand(2, 3, 4, 4)[..., :1]
+    differentiate(va.relevancy_step(x[:, 0, :1], x[:, :, :4], x, rule="attention", attn_mask=some, backend="cpu"))
+    for sizes in ((2, 0, 5, 4), (2, 2, 0, 4)):
+        query, key = leaf(*sizes), leaf(*sizes[:2], 6, 4)
+        differentiate(va.score_attention(query, key, key, score=va.scores.Cosine()))
+        differentiate(*va.attention_statistics(query, key), *va.relevancy_attention(query, query, query, leaf(2, 3, sizes[2])))
+        differentiate(va.relevancy_step(leaf(2, 3, sizes[2]), query, key, rule="attention"))
+    query = leaf(2, 4, 11, 4)
+    for rule in ("gradient", "attention"):
+        for heads, rows in ((4, 1), (2, 3), (4, 17)):  # one kernel or the other, and behind the gradients
+            key = leaf(2, heads, 11, 4)
+            for q, k in ((query, key), (query.detach(), key.detach())):
+                out, carried = va.relevancy_attention(q, k, k, leaf(2, rows, 11), rule=rule, enable_gqa=True)
+                differentiate(out, carried), differentiate(carried)
+        half = leaf(2, 4, 11, 4, dtype=torch.bfloat16)
+        differentiate(*va.relevancy_attention(half, half, half, leaf(2, 3, 11), rule=rule, sink=leaf(4)))
+    blocks = [torch.randn(2, 3, tokens, 4) for tokens in (5, 6, 5, 6, 5, 6, 6, 5)]
+    options = (None, None, "cacr", "both", 0.5, "cpu")
+    OPERATORS.congruence_loss_backward(torch.randn(2), torch.empty(0), *blocks, *options)  # as torch.func.vmap
+
+
+@pytest.fixture(scope="module")
+def calls(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     with Recorder() as recorder:
         for case in verify.cases():
             for dtype in (torch.float32, torch.bfloat16):
                 verify._run(case, case.in_dtype(dtype), "cpu")
-        x, mask = torch.randn(2, 3, 5, 4), torch.randn(5, 5, dtype=torch.float64)  # what the cases leave out
-        va.score_attention(x, x, x, attn_mask=mask, dropout_p=0.3, backend="cpu")
-        va.attention_statistics(x, x, statistics=("max_logit", "lse"), attn_mask=mask, backend="cpu")
-        va.stacked_cross_attention(x[0], x[0], first_norm="clipped", backend="cpu")
-        va.relevancy_step(x[:, 0, :1], x[:, :, :4], x, rule="attention", attn_mask=mask[:4, :4][None].expand(2, 3, 4, 4)[..., :1])
-        key, vector = torch.randn(2, 1, 5, 4), torch.randn(3, 4)
-        va.score_attention(x, key, key, score=va.scores.Additive(vector), enable_gqa=True)
-    calls = [call for call in recorder.calls if call[1][-1] == "cpu" or call[0] == "group_rows"]
-    torch.save(calls, tmp_path / "calls.pt")
-    *schemas, refusal = program(REPLAY, library, tmp_path / "calls.pt").splitlines()
+        what_the_cases_leave_out()
+    path = tmp_path_factory.mktemp("calls") / "calls.pt"
+    torch.save([call for call in recorder.calls if call[1][-1] == "cpu" or call[0] == "group_rows"], path)
+    return path
+
+
+def test_they_are_those_of_python_to_the_bit(library: Path, calls: Path) -> None:
+    *schemas, refusal = program(REPLAY, library, calls).splitlines()
     said = dict(line.split(" ", 1) for line in schemas)
     assert said == {name: str(getattr(OPERATORS, name).default._schema) for name in said}
-    of_python = {name for name in {case.operator for case in verify.cases()} if hasattr(OPERATORS, name)}
+    names = {name for case in verify.cases() for name in (case.operator, f"{case.operator}_backward")}
+    of_python = {name for name in names if hasattr(OPERATORS, name) and name not in LEFT_OUT}
     assert of_python | {"group_rows"} == said.keys()
     assert "has the kernels of backend='cpu' alone; this graph was exported with backend='triton'. Export it" in refusal
+
+
+# Each tensor of a backward pass with one row less, along each dimension, unless that is another valid call.
+SHORT = f"""
+import sys, torch
+torch.ops.load_library(sys.argv[1])
+UNREAD, FREE = ("mass", "maximum", "row_max", "mean_x"), (("key", 1), ("value", 1), ("grad_carrier", 1), ("row_bias", 3))
+BROADCAST = "attn_mask", "sink", "residual_weight", "attention_weight"
+for name, arguments, _ in torch.load(sys.argv[2]):
+    operator = getattr(torch.ops.{NAMESPACE}, name)
+    for i, argument in enumerate(operator.default._schema.arguments if name.endswith("_backward") else ()):
+        x = arguments[i]
+        for dim in range(x.dim() if isinstance(x, torch.Tensor) and argument.name not in UNREAD else 0):
+            if x.shape[dim] < (3 if argument.name in BROADCAST else 1) or (argument.name, dim) in FREE: continue
+            try: operator(*arguments[:i], x.narrow(dim, 0, x.shape[dim] - 1), *arguments[i + 1:])
+            except RuntimeError: continue
+            print(name, argument.name, dim, tuple(x.shape))
+"""
+
+
+def test_a_short_tensor_of_a_backward_pass_is_refused(library: Path, calls: Path) -> None:
+    assert program(SHORT, library, calls) == ""
 
 
 WRONG = f"""
@@ -132,6 +192,21 @@ wrong("lengths must lie from 0 to 5; got 9", lambda: operators.stacked_cross_att
     x[0], x[0], torch.tensor([9, 1]), None, "t2i", None, 9.0, "mean", 6.0, "cpu"))
 wrong("image_key must have the shape", lambda: operators.congruence_loss(
     x, few, x, few, *[x] * 4, None, None, "cacr", "both", 0.5, False, "cpu"))
+
+lse, options = x[..., 0].double(), ("dot", 0.0, 0.5)
+def backward(grad=x, out=x, lse=lse, seed=None):
+    operators.score_attention_backward(grad, None, x, x, x, out, lse, *none[:5], seed, *options, 0.0, False, "cpu")
+wrong("grad_out has a dtype", lambda: backward(grad=x.half()))
+wrong("out has a dtype", lambda: backward(out=x.double()))
+wrong("lse has a dtype", lambda: backward(lse=lse.float()))
+wrong("seed has a dtype", lambda: backward(seed=lse[0, 0, 0]))
+wrong("grad_carrier has a dtype", lambda: operators.relevancy_attention_backward(
+    None, x[:, 0, :, :2].mT.double(), None, None, x, x, x, x, lse, *none, "gradient", False, *options, False, True, "cpu"))
+for argmax, words in ((None, "argmax must be given"), (lse, "argmax has a dtype")):
+    wrong(words, lambda: operators.attention_statistics_backward(
+        *none[:4], x, x, None, None, argmax, *none, 0, "entropy", *options, False, "cpu"))
+wrong("gradients must have the shape (160); got (4)", lambda: operators.congruence_loss_backward(
+    x[0, 0, 0, :1], x[0, 0, 0], *[x] * 8, None, None, "cacr", "both", 0.5, "cpu"))
 print("all were refused")
 """
 
@@ -159,12 +234,15 @@ import os, sys, torch
 torch.ops.load_library(sys.argv[1])
 torch.set_num_threads(1)
 operators, x, queries = torch.ops.{NAMESPACE}, torch.randn(2, 2, 3, 4), torch.randn(2, 3, 4)
+lse = x[..., 0].double()
 
 def calls(count):
     for _ in range(count):
         operators.maxsim(queries, x[0], None, None, False, "cpu")
     for _ in range(count):
         operators.attention_statistics(x, x, *[None] * 5, 0, "entropy maximum received", "dot", 0.0, 0.5, False, "cpu")
+    for _ in range(count):
+        operators.score_attention_backward(x, None, x, x[:, :1], x, x, lse, *[None] * 6, "dot", 0.0, 0.5, 0.0, False, "cpu")
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 before = calls(2000)
