@@ -39,8 +39,7 @@ else:
 assert Path(hub.__file__).parent == folder, hub.__file__
 assert not any(name.split(".")[0] == "vlattn_fast" for name in sys.modules)
 """
-# Each function beside the formula, forward and backward, with masks, in float32.
-RUN = """
+WITH_TRITON = """
 if sys.argv[2] == "kernels":
     from kernels._rust import Backend, Build, Metadata
 
@@ -55,7 +54,26 @@ from tests.helpers.ops.interpreter import make_faster
 
 interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
 make_faster(pytest.MonkeyPatch())
+"""
+# Notes one call of each of the CPU's operators.
+WITH_LIBRARY = """
+assert "triton" not in sys.modules
+sys.path.append(sys.argv[3])
+from torch.utils._python_dispatch import TorchDispatchMode
 
+class Recorder(TorchDispatchMode):
+    calls = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == hub.__name__:
+            self.calls[func] = [x.detach() if isinstance(x, torch.Tensor) else x for x in args]
+        return func(*args, **(kwargs or {}))
+
+recorder = Recorder()
+recorder.__enter__()
+"""
+# Each function beside the formula, forward and backward, with masks, in float32.
+COMPARE = """
 import vlattn_fast as va
 
 formula = va.reference
@@ -68,7 +86,8 @@ def close(got, wanted, leaves=()):
     torch.testing.assert_close(got, wanted, rtol=2e-4, atol=2e-5)
     if leaves:
         sent = [torch.randn_like(x) for x in wanted]
-        torch.testing.assert_close(grad(got, leaves, sent), grad(wanted, leaves, sent), rtol=2e-3, atol=2e-4)
+        got, wanted = (grad(outputs, leaves, sent, retain_graph=True) for outputs in (got, wanted))
+        torch.testing.assert_close(got, wanted, rtol=2e-3, atol=2e-4)
 
 query, key, value = leaf(2, 4, 9, 16), leaf(2, 2, 11, 16), leaf(2, 2, 11, 8)
 key_mask = torch.ones(2, 11, dtype=torch.bool)
@@ -88,6 +107,7 @@ for score, of_formula in (
     got = hub.score_attention(query, key, value, score=score, **options, **masks)
     wanted = formula.score_attention(query, key, value, score=of_formula, enable_gqa=True, return_lse=True, **masks)
     close(got, wanted, (query, key, value, vector) if learned else (query, key, value))
+    close(got[1:], wanted[1:], (query, key))  # there is no gradient of the output
     print(score)
 with torch.no_grad():
     key[1, :, 8:] = value[1, :, 8:] = 0.0
@@ -100,6 +120,7 @@ for rule in ("gradient", "attention"):
         query, keys, values, carrier, rule=rule, row_normalize=True, is_causal=True, enable_gqa=True
     )
     close(got, wanted, (query, keys, values, carrier))
+    close(got[1:], wanted[1:], (carrier,))
     # in 16 bits the backward pass reads the rows' log-sum-exp
     halves = [x.detach().bfloat16().requires_grad_() for x in (query, keys, values)]
     ours, theirs = hub.relevancy_attention(*halves, carrier, rule=rule), formula.relevancy_attention(
@@ -144,7 +165,8 @@ for kind in ("cacr", "iais_singular", "iais_distributed"):
     got = hub.congruence_loss(text, image, **options)
     close([got], [formula.congruence_loss(text, image, reduction="none", **options)], (*text, *image))
 print("congruence")
-
+"""
+COMPILE = """
 compiled = torch.compile(lambda q, k, v: hub.score_attention(q, k, v)[0], backend="aot_eager", fullgraph=True)
 close([compiled(query, key, value)], [hub.score_attention(query, key, value)[0]], (query, key, value))
 carried = lambda r, q, k, v, g: hub.relevancy_step(r, q, k, v, g) @ hub.attention_map(q, k, v, g, rule="gradient").mT
@@ -160,11 +182,12 @@ for wrong in ({"score": "dots"}, {"score": "additive"}):
         assert "must be" in str(error)
     else:
         raise AssertionError(wrong)
-
+"""
+CHECK_DEVICES = """
 from types import SimpleNamespace
 
 of_hub = [one for name, one in sys.modules.items() if name.startswith(hub.__name__)]
-(operators,) = [one for one in of_hub if hasattr(one, "STATISTICS") and hasattr(one, "define")]
+(operators,) = [one for one in of_hub if hasattr(one, "KERNELS") and hasattr(one, "OLD_TRITON")]
 operators.OLD_TRITON = SimpleNamespace(value=True)
 for capability, why in (((7, 5), "8.0 or more"), ((9, 0), ""), ((10, 0), "install triton 3.9")):
     torch.cuda.get_device_capability = lambda device: capability
@@ -178,85 +201,41 @@ print("end")
 """
 
 
-# The forward passes of the CPU's variant beside the formula, and what torch.compile believes of them beside what they give.
-RUN_CPU = """
-assert "triton" not in sys.modules
-sys.path.append(sys.argv[3])
-from torch.utils._python_dispatch import TorchDispatchMode
-import vlattn_fast as va
+# What torch.compile believes of the CPU's operators, gradients beside the package's, and derivatives that they do not have.
+CHECK_DERIVATIVES = """
+recorder.__exit__(None, None, None)
+print("operators", len(Recorder.calls))
+for func, args in Recorder.calls.items():
+    torch.library.opcheck(func, args, test_utils=("test_schema", "test_faketensor"))
 
-class Recorder(TorchDispatchMode):
-    calls = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == hub.__name__:
-            self.calls.append((func, args))
-        return func(*args, **(kwargs or {}))
-
-formula = va.reference
-torch.manual_seed(0)
-masks = {"attn_mask": torch.randn(9, 11), "key_mask": torch.arange(11) < torch.tensor([[11], [8]])}
-def compare(dtype, tolerance):
-    def close(got, wanted):
-        for x, y in zip(got, wanted, strict=True):
-            assert x.dtype == y.dtype, (x.dtype, y.dtype)
-            torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
-
-    query, key, value = (torch.randn(2, *shape).to(dtype) for shape in ((4, 9, 16), (2, 11, 16), (2, 11, 8)))
-    vector, carrier, grad_output = torch.randn(4, 16).to(dtype), torch.rand(2, 3, 9), torch.randn(2, 4, 9, 8).to(dtype)
-    for score, of_formula in (
-        ("dot", "scaled_dot"),
-        ("cosine", va.scores.Cosine(1e-8)),
-        ("additive", va.scores.Additive(vector)),
-        ("hadamard_tanh", va.scores.Hadamard(vector, activation="tanh")),
-    ):
-        options = {"vector": None if score in ("dot", "cosine") else vector, "parameter": 1e-8 if score == "cosine" else 0.0}
-        got = hub.score_attention(query, key, value, score=score, **options, **masks)
-        close(got, formula.score_attention(query, key, value, score=of_formula, enable_gqa=True, return_lse=True, **masks))
-    keys, values = key[:, :, :9], value[:, :, :9]
-    got = hub.relevancy_attention(query, keys, values, carrier, is_causal=True)
-    close(got, formula.relevancy_attention(query, keys, values, carrier, is_causal=True, enable_gqa=True))
-    for rule in ("gradient", "attention"):
-        options = {"rule": rule, "row_normalize": True, **masks}
-        got = hub.relevancy_step(carrier, query, key, value, grad_output, **options)
-        close([got], [formula.relevancy_step(carrier, query, key, value, grad_output, enable_gqa=True, **options)])
-        inputs = (query, key, value, grad_output) if rule == "gradient" else (query, key)
-        got = hub.attention_map(*inputs, head_reduction="max", **options)
-        close([got], [formula.attention_map(*inputs, head_reduction="max", enable_gqa=True, **options)])
-    options = {"key_groups": torch.randint(-1, 2, (2, 11)), "num_groups": 2, "row_weight": torch.rand(2, 9), **masks}
-    wanted = formula.attention_statistics(query, key, enable_gqa=True, **options)
-    close(hub.attention_statistics(query, key, **options), wanted[:5])
-    text, image = (torch.randn(2, 2, 2, length, 16).to(dtype).unbind() for length in (6, 7))
-    for kind in ("cacr", "iais_singular", "iais_distributed"):
-        options = {"kind": kind, "image_mask": masks["key_mask"][:, 4:]}
-        close([hub.congruence_loss(text, image, **options)], [formula.congruence_loss(text, image, reduction="none", **options)])
-
-with torch.no_grad():
-    with Recorder():
-        compare(torch.float32, 1e-5)
-        compare(torch.bfloat16, 2e-2)
-    print("forward", len(dict(Recorder.calls)))
-    for func, args in dict(Recorder.calls).items():
-        torch.library.opcheck(func, args, test_utils=("test_schema", "test_faketensor"))
-
-query, key = torch.randn(2, 4, 9, 16), torch.randn(2, 2, 11, 16)
-some = lambda query, key: hub.score_attention(query, key, key)[0].sum() + hub.attention_statistics(query, key)[4].sum()
-compiled = torch.compile(some, fullgraph=True, backend="aot_eager")
-torch.testing.assert_close(compiled(query, key), some(query, key))
-query.requires_grad_()
-for refused in (lambda: hub.attention_map(query, key), lambda: hub.congruence_loss((key, key), (query[:, :2], key[:, :, :9]))):
+gqa, groups_of_keys = {"enable_gqa": True}, {"key_groups": groups, "num_groups": 2, "row_weight": weight}
+calls = {  # arguments, options, and what the package's function takes besides
+    "score_attention": ((query, key, value), masks, {**gqa, "return_lse": True}),
+    "relevancy_attention": ((query, keys, values, carrier), {}, gqa),
+    "relevancy_step": ((carrier, query, key, value, grad_output), masks, gqa),
+    "attention_map": ((query, key), masks, gqa),
+    "attention_statistics": ((query, key), groups_of_keys, gqa),
+    "congruence_loss": ((text, image), {}, {"reduction": "none"}),
+}
+for name, (arguments, options, of_package) in calls.items():
+    leaves = (*text, *image) if name == "congruence_loss" else arguments
+    got = getattr(hub, name)(*arguments, **options)
+    wanted = getattr(va, name)(*arguments, **options, **of_package, backend="cpu")
+    got, wanted = [[one for one in ([x] if torch.is_tensor(x) else x) if one.is_floating_point()] for x in (got, wanted)]
+    sent = [torch.randn_like(x) for x in wanted]
+    for x, y in zip(grad(got, leaves, sent, retain_graph=True), grad(wanted, leaves, sent), strict=True):
+        assert torch.equal(x, y), name
+    (once,) = grad(got[0].sum(), leaves[:1], create_graph=True)
     try:
-        refused()
-    except ValueError as error:
-        assert "without gradients: on CPUs it has a forward pass alone" in str(error), error
+        grad(once.sum(), leaves[:1])
+    except RuntimeError as error:
+        assert f"{name} has no second derivative; it is once differentiable" in str(error), error
     else:
-        raise AssertionError("a gradient was promised")
-names = {name.split("::")[0] for name in torch._C._dispatch_get_all_op_names() if "vlattn" in name}
-assert names == {"vlattn", hub.__name__}, names
-print("end")
+        raise AssertionError(name)
+print("derivatives")
 """
 
-SCORES = ("dot", "cosine", "additive", "hadamard_tanh")
+COMPARED = ("dot", "cosine", "additive", "hadamard_tanh", "relevancy", "statistics", "congruence")
 
 
 def installed() -> bool:
@@ -281,7 +260,7 @@ def run(code: str, folder: Path, chosen: Path) -> list[str]:
 
 @pytest.mark.slow
 def test_its_functions_equal_the_formulas(folder: Path) -> None:
-    assert run(RUN, folder, folder) == [*SCORES, "relevancy", "statistics", "congruence", "end"]
+    assert run(WITH_TRITON + COMPARE + COMPILE + CHECK_DEVICES, folder, folder) == [*COMPARED, "end"]
 
 
 @needs_stable_abi
@@ -292,7 +271,7 @@ def test_those_of_the_cpu_equal_the_formulas(folder: Path) -> None:
         kernel = build.write_cpu(out)
     except building.Missing as error:
         pytest.skip(f"the kernels of the CPU are not tested: {error}")
-    assert run(RUN_CPU, kernel, out) == ["forward", "6", "end"]
+    assert run(WITH_LIBRARY + COMPARE + CHECK_DERIVATIVES + COMPILE, kernel, out) == [*COMPARED, "operators", "12", "derivatives"]
 
 
 # A score is a name here, with features and a parameter in place of a learned one; and groups have no number of their own.

@@ -26,7 +26,7 @@ from tools import building
 ROOT = Path(__file__).parents[2]
 NAME, VERSION = "vlattn-fast", 0  # 0 until a device has run it
 FRONT = "tools.hub.functions"  # becomes the folder's __init__.py
-OPERATORS = {"cuda": "tools.hub.operators", "cpu": "tools.hub.cpu_operators"}  # what the functions call, by backend
+KERNELS = {"cuda": "tools.hub.triton_kernels", "cpu": "tools.hub.cpu_kernels"}  # behind the operators, by backend
 LIBRARIES = "libvlattn_torch.so", "libvlattn_cpu.so"  # the first one opens the second one beside it
 # torch's stable ABI of 2.10 and later (csrc/torch/library.cmake), this processor, this system
 MACHINE = {"arm64": "aarch64"}.get(platform.machine(), platform.machine())
@@ -68,7 +68,7 @@ def rewritten(module: str, backend: str = "cuda") -> tuple[str, set[str]]:
     """The text of a module with relative imports, and the modules that it imports."""
     path = source(module)
     assert path is not None, module
-    text = path.read_text(encoding="utf-8").replace(OPERATORS["cuda"], OPERATORS[backend])
+    text = path.read_text(encoding="utf-8").replace(KERNELS["cuda"], KERNELS[backend])
     lines, needs = text.splitlines(keepends=True), set[str]()
     depth = place(module).count(".") + 1
     for node in ast.walk(ast.parse(text)):

@@ -6,9 +6,8 @@ Everywhere: query (B, H, N, D), key (B, Hkv, M, D), value (B, Hkv, M, Dv) in flo
 bool (True = may attend) or float (added), broadcastable to (B, H, N, M); key_mask bool (B, M), True = a real token; is_causal:
 query i sees keys j <= i; scale multiplies the score, default 1/sqrt(D). A row without visible keys gives zeros, lse -inf.
 
-On GPUs of compute capability 8.0 or more the kernels are Triton's, and all functions are differentiable once, in every floating
-tensor but attn_mask. No device has run this version. On CPUs the kernels are C++ behind torch's stable ABI, with forward passes
-alone: the functions refuse tensors that require gradients.
+All functions are differentiable once, in every floating tensor but attn_mask. On GPUs of compute capability 8.0 or more the
+kernels are Triton's, and no device has run this version. On CPUs they are C++ behind torch's stable ABI.
 """
 
 from __future__ import annotations
@@ -19,17 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tools.hub.operators import (
-    BACKEND,
-    STATISTICS,
-    check_device,
-    congruence_op,
-    map_op,
-    relevancy_op,
-    score_op,
-    statistics_op,
-    step_op,
-)
+from tools.hub.operators import STATISTICS, congruence_op, map_op, relevancy_op, score_op, statistics_op, step_op
+from tools.hub.triton_kernels import BACKEND, check_device
 from vlattn_fast._ground.checks import check_attention, check_choice, check_masks
 from vlattn_fast._ground.score_kinds import UNIT_KINDS, in_kernels
 from vlattn_fast.backends.inputs import (
@@ -84,7 +74,7 @@ def score_attention(
         **masks,
     }
     out, lse = score_op(ScoreAttentionInputs(query, key, value, vector, **options, backend=BACKEND))
-    return out, lse
+    return out, lse.float()
 
 
 def relevancy_attention(
@@ -109,7 +99,7 @@ def relevancy_attention(
     check_choice("rule", rule, ("gradient", "attention"))
     tensors = query, key, value, carrier, None, None, attn_mask, key_mask, None, None, None
     options = rule, row_normalize, "dot", 0.0, _scale(query, scale), is_causal, BACKEND
-    out, carried, _ = relevancy_op(RelevancyAttentionInputs(*tensors, *options))
+    out, carried, _, _ = relevancy_op(RelevancyAttentionInputs(*tensors, *options))
     return out, carried
 
 
@@ -191,7 +181,7 @@ def attention_statistics(
     tensors = query, key, key_groups, row_weight, attn_mask, key_mask, None
     options = num_groups, " ".join(STATISTICS), "dot", 0.0, _scale(query, scale), is_causal, BACKEND
     outputs = statistics_op(AttentionStatisticsInputs(*tensors, *options))
-    return tuple(outputs[: len(STATISTICS)])
+    return tuple(outputs[:5])
 
 
 def congruence_loss(
@@ -215,7 +205,8 @@ def congruence_loss(
     check_choice("direction", direction, ("text", "image", "both"))
     check_device(text[0])
     queries, keys = block_inputs(text, image, cross, None, None)  # the kernels mask padding
-    options = kind, direction, _scale(text[0], scale), False, BACKEND
+    saves = BACKEND == "cpu" and torch.is_grad_enabled() and any([x.requires_grad for x in (*queries, *keys)])
+    options = kind, direction, _scale(text[0], scale), saves, BACKEND
     loss, _ = congruence_op(CongruenceLossInputs(*queries, *keys, text_mask, image_mask, *options))
     return loss
 

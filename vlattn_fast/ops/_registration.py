@@ -26,7 +26,7 @@ from vlattn_fast._ground.tensors import promised_layouts, without_autocast
 from vlattn_fast.ops._batches import over_batches
 from vlattn_fast.ops._ops import NAMESPACE, add_op_namespace_prefix
 
-_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")  # in the kernel hub's folder a C++ library opens the namespace
 _SYMBOLIC = "_symbolic"  # suffix of an operator's twin, see `define`
 _TYPES: dict[Any, str] = {
     Tensor: "Tensor",
@@ -50,12 +50,15 @@ class _Derivatives(NamedTuple):
 _DERIVATIVES: dict[str, _Derivatives] = {}  # by operator
 
 
-def define(name: str, inputs_type: type[Any], returns: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def define(
+    name: str, inputs_type: type[Any], returns: str, implementation: Callable[..., Any] | None, fake: Callable[..., Any]
+) -> Any:
     """Registers the operator `name(inputs) -> returns` for every device and returns the function that calls it.
 
     `inputs_type` is the operator's NamedTuple of vlattn_fast.backends.inputs: the schema has its fields. The returned
     function, `implementation` and `fake` take one of it. If an implementation gives None for an output, the function returns
-    None, or an empty tensor, since torch's dispatcher does not support None.
+    None, or an empty tensor, since torch's dispatcher does not support None. Without an implementation the operator is one that a
+    library of torch's stable ABI has registered.
 
     torch.compile makes a graph for each value of a float argument. So an operator with floats gets a twin with 0-dim tensors
     instead of them, which compiled code calls if a float varies.
@@ -63,9 +66,11 @@ def define(name: str, inputs_type: type[Any], returns: str, implementation: Call
     types = {field: _TYPES[kind] for field, kind in get_type_hints(inputs_type).items()}
     num_tensors = sum("Tensor" in kind for kind in types.values())
     floats = _floats(inputs_type)
+    by_library = implementation is None
+    implementation = implementation or _call_of_library(name)
     kernel = _below_autograd(implementation)
     apply = _autograd_function(name, kernel, inputs_type, num_tensors)
-    dispatched = _register(name, inputs_type, types, returns, implementation, fake, apply)
+    dispatched = _register(name, inputs_type, types, None if by_library else returns, implementation, fake, apply)
     first_float = list(types).index(floats[0]) if floats else -1
     twin: Any = None
 
@@ -95,6 +100,11 @@ def define(name: str, inputs_type: type[Any], returns: str, implementation: Call
         return apply(*tensors, inputs, None)
 
     return call
+
+
+def _call_of_library(name: str) -> Callable[..., Any]:
+    registered = getattr(getattr(torch.ops, NAMESPACE), name).default
+    return lambda inputs: registered(*inputs)
 
 
 def _floats(inputs_type: type[Any]) -> list[str]:
@@ -209,16 +219,19 @@ def _flat(outputs: Any) -> tuple[Any, ...]:
 
 
 def _register(
-    name: str, inputs_type: Any, types: dict[str, str], returns: str, implementation: Any, fake: Any, apply: Callable[..., Any]
+    name: str,
+    inputs_type: Any,
+    types: dict[str, str],
+    returns: str | None,
+    implementation: Any,
+    fake: Any,
+    apply: Callable[..., Any],
 ) -> Any:
-    """The registered operator; `types` of the schema by field.
+    """The registered operator; `types` of the schema by field. `returns`: None if the operator is there.
 
     Autocast is off inside: the public calls cast their arguments, and autocast would round the float32 products of a tile. No
     output is a view to autograd, so that a caller may edit every output in place, and none is an input.
     """
-    schema = f"{name}({', '.join(f'{kind} {field}' for field, kind in types.items())}) -> {returns}"
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
-    dispatched = getattr(getattr(torch.ops, NAMESPACE), name)
     first = next(field for field, kind in get_type_hints(inputs_type).items() if kind is Tensor)  # one that is never None
     num_tensors = sum(kind in (Tensor, Tensor | None) for kind in get_type_hints(inputs_type).values())
 
@@ -232,6 +245,12 @@ def _register(
             _note_the_way_out(error, inputs)
             raise
 
+    if returns is not None:
+        schema = f"{name}({', '.join(f'{kind} {field}' for field, kind in types.items())}) -> {returns}"
+        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+        _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    dispatched = getattr(getattr(torch.ops, NAMESPACE), name)
+
     def autograd(keyset: Any, *args: Any) -> Any:
         def below(inputs: Any) -> Any:
             # levels of functorch below this one record and carry tangents, too
@@ -241,7 +260,6 @@ def _register(
         with enable_single_level_autograd_function():
             return apply(*args[:num_tensors], inputs_type(*args), below)
 
-    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     _LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
     operator_name = add_op_namespace_prefix(name)
     torch.library.register_fake(operator_name, lambda *args: fake(inputs_type(*args)), lib=_LIBRARY)
