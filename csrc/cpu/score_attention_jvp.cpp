@@ -13,6 +13,7 @@
 //
 // Bound: multiply-adds of five products; a forward pass has two. Blocks of keys and tiles of rows are those of the forward pass
 // (forward.h); bfloat16 products take packed panels (jvp_panels.h) where it does.
+// Measured: rows score_attention/scaled dot, jvp, of benchmarks/results/cpu.json.
 #include "jvp_panels.h"
 #include "jvp_rows.h"
 

@@ -174,11 +174,11 @@ def test_a_map_is_memory_too() -> None:
 
 
 def test_the_configuration_says_which_scores_are_ahead() -> None:
-    """Those of more than 64 features and up to 1,024 tokens, and of `relevancy_step`."""
+    """Those of more than 64 features and up to 1,024 tokens."""
     carrying = {
         (entry.what, entry.workload) for entry in ENTRIES for kernel in entry.kernels if share_under_softmax(entry, kernel)
     }
-    assert carrying == {("score_attention, dot, forward", LLAVA), ("relevancy_step, lse given", CLIP)}
+    assert carrying == {("score_attention, dot, forward", LLAVA)}
 
 
 def test_published_rates_are_the_nearest_and_of_dot_products_alone() -> None:

@@ -1,7 +1,7 @@
 """Which tiles are fast on an H100: an estimate from what the compiler says of a kernel, without a device.
 
-    python -m tools.compiled.tile_times    # beside the tiles that an H100 has timed: rank correlations
-    python -m tools.compiled.tile_times score_attention "dot bf16 128" _backward_kv_kernel "score_attention backward_kv dot"
+    python -m tools.gpu.tile_times    # beside the tiles that an H100 has timed: rank correlations
+    python -m tools.gpu.tile_times score_attention "dot bf16 128" _backward_kv_kernel "score_attention backward_kv dot"
 
 The second command compiles the tiles, warps and stages near those of the table for a call of tools/compiled/calls/, and prints
 the fastest; its last words are a launch of kernels/_configurations.py.
@@ -124,7 +124,7 @@ def compiled(operator: str, call: str, kernel: str, launch: str) -> Iterator[Til
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.compiled.tile_times", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.gpu.tile_times", description=__doc__.splitlines()[0])
     parser.add_argument("call", nargs="*", metavar="OPERATOR CALL KERNEL LAUNCH", help="default: the tiles that were timed")
     words = parser.parse_args().call
     if not words:
