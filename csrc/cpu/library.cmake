@@ -1,5 +1,5 @@
 # Each operator's source once per instruction set; which one runs is chosen when the library is loaded (library.cpp).
-set(OPERATORS mask_shifts score_attention score_attention_jvp score_attention_second attention_map abar_backward attention_statistics congruence_loss stacked_cross_attention maxsim paged_attention_statistics recurrent_step)
+set(OPERATORS mask_shifts score_attention score_attention_jvp score_attention_second attention_map abar_backward attention_statistics congruence_loss stacked_cross_attention maxsim paged_attention_statistics recurrent_step relevancy_residual)
 # Products by pairs and by tiles are those of bfloat16 alone: for other operators these sets take the kernels of v4 (native.py),
 # whose machine code is the same.
 set(OPERATORS_v4_bf16 score_attention score_attention_jvp score_attention_second attention_map abar_backward attention_statistics congruence_loss)

@@ -44,7 +44,12 @@ def program(code: str, *arguments: Path, kernels: Path = native.library.path) ->
     return done.stdout
 
 
-LEFT_OUT = ("_second", "_sums", *(f"{name}_backward" for name in ("recurrent_step", "maxsim", "stacked_cross_attention")))
+LEFT_OUT = (
+    "_second",
+    "_weights",
+    "_sums",
+    *(f"{name}_backward" for name in ("recurrent_step", "maxsim", "stacked_cross_attention")),
+)
 
 
 class Recorder(TorchDispatchMode):

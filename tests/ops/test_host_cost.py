@@ -21,8 +21,7 @@ from tests.helpers.ops.every_call import CALLS, WITH_CPU, every_call, gradients,
 from vlattn_fast.checking.cases import Example
 from vlattn_fast.ops import _registration
 
-ALONE = "relevancy_residual"  # which is PyTorch alone
-OPERATORS, WITH_KERNELS = ([name for name in names if name != ALONE] for names in (CALLS, WITH_CPU))
+IN_BACKWARD = "relevancy_residual"  # whose operator runs there alone, where autograd hides modes of functions
 PACKAGE = str(Path(va.__file__).parent)
 # with a sink they begin with the log-sum-exp, which is a call of score_attention
 WITH_LSE = "attention_map, softcap and sink", "attention_statistics, softcap and sink"
@@ -50,7 +49,7 @@ def functions(run: Callable[[], Any]) -> tuple[Any, list[str]]:
         sys.setprofile(None)
 
 
-@each("name", cpu=WITH_KERNELS, streaming=OPERATORS)
+@each("name", cpu=WITH_CPU, streaming=CALLS)
 def test_plain_tensors_do_without_the_dispatcher(name: str, backend: str) -> None:
     every = every_call(name, 5)
     x = leaves(every)
@@ -99,7 +98,7 @@ def same(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one, other) if one.dim() else torch.allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("name", [name for name in CALLS if name != IN_BACKWARD])
 def test_whoever_watches_sees_the_operator(name: str) -> None:
     """Modes and the profiler, and the results are the same bit by bit."""
     every = every_call(name, 5)

@@ -63,7 +63,7 @@ def launchers(case: Example, backend: str) -> list[Made]:
 @pytest.mark.parametrize(("name", "case"), CASES)
 def test_they_read_no_value_and_mix_no_devices(name: str, case: Example) -> None:
     made = launchers(case, name)
-    assert len(made) > case.differentiable
+    assert len(made) > (case.differentiable and case.operator != "relevancy_residual")  # whose forward pass has no launcher
     with without_launches(), torch.no_grad():  # as autograd calls them
         for launcher, args in made:
             results = launcher(*tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, args))

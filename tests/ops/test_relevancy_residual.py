@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,11 +12,23 @@ import torch._dynamo.testing
 from torch import Tensor
 
 import vlattn_fast as va
-from tests.helpers.compare import assert_close_to
+from tests.helpers.compare import LargestAllocation, as_dtype, assert_all_close_to, assert_close_to, bytes_of
+from tests.helpers.ops.backends import F64, HALVES, assert_refused, core, each, finest, on
+from tests.helpers.ops.score_cases import lay_out
+from tests.helpers.ops.tile_edges import covering
+from vlattn_fast.backends.reference.relevancy_residual import BY_ROWS
+from vlattn_fast.backends.streaming import _tiles
 
-F64 = torch.float64
 B, H, N, D, T, LAYERS = 2, 2, 6, 4, 2, 3
 C = H * D
+FAST = ("streaming", "cpu", "triton")
+LAYOUTS = ("contiguous", "transposed", "sliced", "strided", "expanded", "offset")
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streaming crosses several tiles, of tokens and of samples."""
+    monkeypatch.setattr(_tiles, "TILE_ELEMENTS", 200)
 
 
 def by_norm_of_gradient(residual: Tensor, branch: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,15 +103,22 @@ def carriers(requires_grad: bool = True) -> tuple[Tensor, Tensor]:
     return tuple(torch.rand(1, 1, 3, requires_grad=requires_grad) for _ in range(2))  # type: ignore[return-value]
 
 
-def test_forward_is_the_sum_and_the_residual_carrier() -> None:
+@on("reference", *FAST)
+def test_forward_is_the_sum_and_the_residual_carrier(backend: str) -> None:
     x, o = torch.randn(1, 3, 4), torch.randn(1, 3, 4)
     c, d = carriers()
-    for weighting in WEIGHTINGS.values():
-        total, carrier = va.relevancy_residual(x, o, c, d, weighting=weighting)
+    for name, weighting in WEIGHTINGS.items():
+        if name == "callable" and backend in ("cpu", "triton"):
+            assert_refused(
+                backend, "a callable", partial(va.relevancy_residual, x, o, c, d, weighting=weighting, backend=backend)
+            )
+            continue
+        total, carrier = va.relevancy_residual(x, o, c, d, weighting=weighting, backend=backend)
         assert torch.equal(total, x + o) and torch.equal(carrier, c)
 
 
-def test_by_hand_and_one_half_where_both_are_zero() -> None:
+@on("reference", *FAST)
+def test_by_hand_and_one_half_where_both_are_zero(backend: str) -> None:
     """g = [1, 1]: token 0 has x.g = 3, o.g = -1 (3/4, 1/4); token 1 nothing (1/2 each); token 2 only the branch (0, 1)."""
     x = torch.tensor([[[1.0, 2.0], [0.0, 0.0], [1.0, -1.0]]], requires_grad=True)
     o = torch.tensor([[[0.0, -1.0], [0.0, 0.0], [3.0, 4.0]]], requires_grad=True)
@@ -109,7 +129,7 @@ def test_by_hand_and_one_half_where_both_are_zero() -> None:
         "norm": ([5**0.5 / (5**0.5 + 1), 0.5, 2**0.5 / (2**0.5 + 5)], [1 / (5**0.5 + 1), 0.5, 5 / (2**0.5 + 5)]),
     }
     for weighting, (a, b) in expected.items():
-        outputs = va.relevancy_residual(x, o, c, d, weighting=weighting)
+        outputs = va.relevancy_residual(x, o, c, d, weighting=weighting, backend=backend)
         r = torch.tensor([[[1.0, 10.0, 100.0]]])
         gx, go, gc, gd = torch.autograd.grad(outputs, (x, o, c, d), (torch.ones_like(x), r))
         assert torch.equal(gx, torch.ones_like(x)) and torch.equal(go, torch.ones_like(x))
@@ -117,33 +137,111 @@ def test_by_hand_and_one_half_where_both_are_zero() -> None:
         torch.testing.assert_close(gd, r * torch.tensor(b))
 
 
-@pytest.mark.parametrize("weighting", ("contribution", "norm"))
-def test_nan_stays_nan(weighting: str) -> None:
+@each("weighting", **dict.fromkeys(("reference", *FAST), BY_ROWS))
+def test_nan_stays_nan(backend: str, weighting: str) -> None:
     x, o = torch.randn(1, 3, 4), torch.randn(1, 3, 4)
     x[0, 1, 2] = torch.nan
     c, d = carriers()
-    outputs = va.relevancy_residual(x.requires_grad_(), o, c, d, weighting=weighting)
+    outputs = va.relevancy_residual(x.requires_grad_(), o, c, d, weighting=weighting, backend=backend)
     for grad in torch.autograd.grad(outputs, (c, d), (torch.ones_like(x), torch.ones_like(c))):
         assert grad.isnan().tolist() == [[[False, True, False]] * c.shape[1]]
 
 
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
-def test_half_precision_weights_are_taken_in_float32(dtype: torch.dtype) -> None:
+@each("dtype", **dict.fromkeys(("reference", *FAST), HALVES))
+def test_half_precision_weights_are_taken_in_float32(backend: str, dtype: torch.dtype) -> None:
     """g x of 300 * 300 overflows float16; the carrier stays float32."""
     x, o = (torch.full((1, 3, 4), 300.0, dtype=dtype, requires_grad=True) for _ in range(2))
     c, d = carriers()
-    outputs = va.relevancy_residual(x, o, c, d)
+    outputs = va.relevancy_residual(x, o, c, d, backend=backend)
     grads = torch.autograd.grad(outputs, (x, o, c, d), (torch.full_like(x, 300.0), torch.ones_like(c)))
     assert [g.dtype for g in grads] == [dtype, dtype, torch.float32, torch.float32]
     torch.testing.assert_close(grads[2], torch.full_like(c, 0.5))
 
 
-def test_carriers_alone_require_a_gradient() -> None:
+@on("reference", *FAST)
+def test_carriers_alone_require_a_gradient(backend: str) -> None:
     x, o = torch.randn(1, 3, 4), torch.randn(1, 3, 4)
     c, d = carriers()
-    _, carrier = va.relevancy_residual(x, o, c, d)
+    _, carrier = va.relevancy_residual(x, o, c, d, backend=backend)
     grads = torch.autograd.grad(carrier.sum(), (c, d))  # no gradient of the sum: both contributions are zero
     assert all(torch.equal(g, torch.full_like(g, 0.5)) for g in grads)
+
+
+# ------------------------------------------------------------------ every backend against the formula
+
+
+def tensors(b: int = 2, n: int = 5, c: int = 24, t: int = 2) -> dict[str, Tensor]:
+    streams = {name: torch.randn(b, n, c, dtype=F64) for name in ("residual", "branch")}
+    return streams | {name: torch.randn(b, t, n, dtype=F64) for name in ("residual_carrier", "branch_carrier")}
+
+
+def check(backend: str, inputs: dict[str, Tensor], weighting: str, grad: Tensor | None = None) -> None:
+    """Outputs and gradients against the formula's; `grad`: at the sum."""
+    grad = torch.randn(inputs["residual"].shape) if grad is None else grad
+    cotangents = [grad, torch.randn(inputs["residual_carrier"].shape)]
+    functions = partial(va.relevancy_residual, backend=backend), va.reference.relevancy_residual
+    assert_all_close_to(*(partial(function, weighting=weighting) for function in functions), inputs, cotangents)
+
+
+@pytest.mark.parametrize("weighting", BY_ROWS)
+@each("dtype", **{name: core(name) for name in FAST})
+def test_dtypes(backend: str, dtype: torch.dtype, weighting: str) -> None:
+    check(backend, as_dtype(tensors(), dtype), weighting)
+
+
+@on(*FAST)
+@pytest.mark.parametrize("c, n, weighting", covering((1, 7, 65, 1030), (1, 33), BY_ROWS))
+def test_edges_of_rows(backend: str, c: int, n: int, weighting: str) -> None:
+    for dtype in (finest(backend), torch.bfloat16):
+        check(backend, as_dtype(tensors(n=n, c=c), dtype), weighting)
+
+
+@on(*FAST)
+@pytest.mark.parametrize("layout, of_grad", covering(LAYOUTS, LAYOUTS))
+def test_layouts(backend: str, layout: str, of_grad: str) -> None:
+    inputs = as_dtype(tensors(3, 5, 7), finest(backend))
+    inputs["residual"], inputs["branch_carrier"] = (lay_out(inputs[name], layout) for name in ("residual", "branch_carrier"))
+    check(backend, inputs, "contribution", lay_out(torch.randn(3, 5, 7), of_grad).to(finest(backend)))
+
+
+@each("sizes", **dict.fromkeys(FAST, ((0, 5, 4, 2), (2, 0, 4, 2), (2, 5, 0, 2), (2, 5, 4, 0))))
+def test_empty_sizes(backend: str, sizes: tuple[int, ...]) -> None:
+    inputs = {name: x.float().requires_grad_() for name, x in tensors(*sizes).items()}
+    outputs = va.relevancy_residual(**inputs, backend=backend)
+    *_, a, b = torch.autograd.grad(outputs, list(inputs.values()), [torch.ones_like(x) for x in outputs])
+    assert a.shape == b.shape == inputs["residual_carrier"].shape
+    assert sizes[2] > 0 or (a == 0.5).all()  # of no features
+
+
+@on("reference", *FAST)
+def test_terms_of_two_dtypes_under_autocast(backend: str) -> None:
+    x, o, g = torch.randn(1, 3, 8).bfloat16(), torch.randn(1, 3, 8), torch.randn(1, 3, 8)
+    c, d = carriers()
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = va.relevancy_residual(x, o, c, d, backend=backend)
+    (a,) = torch.autograd.grad(outputs, c, (g, torch.ones_like(c)), retain_graph=True)
+    by_x, by_o = ((g * term).sum(-1).abs() for term in (x.float(), o))
+    torch.testing.assert_close(a, (by_x / (by_x + by_o))[:, None])
+
+
+@on("streaming", "cpu")
+def test_rows_are_widened_in_no_copy(backend: str) -> None:
+    inputs = {name: x.bfloat16().requires_grad_() for name, x in tensors(1, 64, 128).items()}
+    outputs = va.relevancy_residual(**inputs, backend=backend)
+    cotangents = [torch.randn_like(x) for x in outputs]
+    with LargestAllocation() as largest:
+        torch.autograd.grad(outputs, list(inputs.values()), cotangents)
+    assert 0 < largest.bytes <= 1024 < bytes_of(inputs["residual"])
+
+
+@on("cpu", "triton", "streaming")
+def test_opcheck(backend: str) -> None:
+    x = tensors(n=3, c=4)["residual"].float()
+    for rows in (x, lay_out(x, "transposed")):
+        arguments = rows, rows + 1, rows.cos(), "contribution", backend
+        torch.library.opcheck(torch.ops.vlattn.residual_weights, arguments, test_utils=("test_schema", "test_faketensor"))
+    with pytest.raises(RuntimeError, match="the weights are constants of the rule"):
+        torch.ops.vlattn.residual_weights(x.requires_grad_(), x, x, "norm", backend)[0].sum().backward()
 
 
 X, Y = torch.zeros(1, 3, 4), torch.zeros(1, 3, 4)
@@ -178,6 +276,12 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: va.relevancy_residual(X, Y, K.long(), K.long()),
         TypeError,
         "residual_carrier must be floating point",
+    ),
+    "backend": (lambda: va.relevancy_residual(X, Y, K, K, backend="gpu"), ValueError, "backend must be one of"),
+    "float64 on kernels": (
+        lambda: va.relevancy_residual(*(x.double() for x in (X, Y, K, K)), backend="cpu"),
+        ValueError,
+        "the CPU kernels take float16, bfloat16 and float32",
     ),
     "weighting name": (lambda: va.relevancy_residual(X, Y, K, K, weighting="mean"), ValueError, "weighting must be one of"),
     "weighting type": (lambda: va.relevancy_residual(X, Y, K, K, weighting=0.5), TypeError, "weighting must be one of"),
@@ -223,6 +327,22 @@ def test_fullgraph(name: str) -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@each("weighting", reference=BY_ROWS, **dict.fromkeys(FAST, BY_ROWS))
+@pytest.mark.slow
+def test_fullgraph_of_one_call(backend: str, weighting: str) -> None:
+    torch._dynamo.reset()
+    inputs, cotangents = as_dtype(tensors(), torch.float32), (torch.randn(2, 5, 24), torch.randn(2, 2, 5))
+    call = partial(va.relevancy_residual, weighting=weighting, backend=backend)
+    found = []
+    for run in (call, torch.compile(call, backend="aot_eager", fullgraph=True)):
+        leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
+        found.append(torch.autograd.grad(run(**leaves), list(leaves.values()), cotangents))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo:UserWarning")  # it looks into the kernel, which torch.func calls, and gives it up
 def test_fullgraph_with_transforms_is_refused() -> None:
     """torch.compile traces the backward pass for torch.func in place of calling it, and would give wrong carriers."""
     x, start = torch.randn(2, 4, 8), torch.randn(2, 1, 4)

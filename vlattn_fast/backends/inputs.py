@@ -225,6 +225,17 @@ def _without_dropout(x: Any, value: Tensor) -> ScoreAttentionInputs:
     return ScoreAttentionInputs(*tensors, x.score, x.parameter, x.scale, dropout_p=0.0, is_causal=x.is_causal, backend=x.backend)
 
 
+class ResidualWeightsInputs(NamedTuple):
+    """residual, branch and grad, the gradient at their sum, (B, N, C) in one dtype; weighting a name of BY_ROWS in the formula's
+    file."""
+
+    residual: Tensor
+    branch: Tensor
+    grad: Tensor
+    weighting: str
+    backend: str
+
+
 class AttentionMapInputs(NamedTuple):
     """query (B, H, N, D), key (B, Hkv, M, D), value (B, Hkv, M, Dv), grad_output (B, H, N, Dv), lse (B, H, N), masks as in
     ScoreAttentionInputs."""

@@ -1,18 +1,45 @@
 """A residual sum that weights relevancy by the contribution of each term (our reading of Huang et al. 2023).
 
-The formula, reference/relevancy_residual.py, reads each tensor once and fuses under torch.compile: the only backend.
+Formula, and the autograd.Function around the weights: reference/relevancy_residual.py. Backends differ in one function of the
+backward pass, the weights (B, N): the rest is a sum and two products with rows.
 """
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 from torch import Tensor
 
-from vlattn_fast._ground.checks import FLOAT_DTYPES, check_device, check_floating, check_tensor, describe, is_dtensor
+from vlattn_fast._ground.checks import (
+    FLOAT_DTYPES,
+    check_choice,
+    check_device,
+    check_floating,
+    check_tensor,
+    describe,
+    is_dtensor,
+)
+from vlattn_fast._ground.tensors import compute_dtype
 from vlattn_fast.backends import reference
-from vlattn_fast.backends.reference.relevancy_residual import Weighting
+from vlattn_fast.backends.inputs import ResidualWeightsInputs
+from vlattn_fast.backends.reference.relevancy_residual import BY_ROWS, WEIGHTINGS, Weighting, residual_sum
+from vlattn_fast.dispatch.call import Call, make_call
+from vlattn_fast.dispatch.choice import launcher, planned, select
+from vlattn_fast.dispatch.operator import Operator
+from vlattn_fast.dispatch.table import table
+from vlattn_fast.ops._registration import define, not_differentiable
 from vlattn_fast.ops._shards import NO_HEADS, over_shards
+from vlattn_fast.ops._stages import arguments_of, described
 
 _SHARDED = dict.fromkeys(("residual", "branch", "residual_carrier", "branch_carrier"), NO_HEADS)
+
+
+def _limits(call: Call) -> list[tuple[str, bool]]:
+    return [("a callable weighting runs in PyTorch", call.flags["weighting"] == "callable")]
+
+
+BACKENDS = table("relevancy_residual", cpu=_limits, triton=_limits, masks_padding=())
 
 
 def relevancy_residual(
@@ -22,11 +49,12 @@ def relevancy_residual(
     branch_carrier: Tensor,
     *,
     weighting: str | Weighting = "contribution",
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Computes the residual sum y = x + o, and weights relevancy by the contribution of each term in the backward pass.
 
-    Returns (residual + branch, residual_carrier). The weights are (B, N), so memory is that of the tensors. Each tensor
-    is read once, and torch.compile fuses the call.
+    Returns (residual + branch, residual_carrier). In the backward pass "cpu" and "triton" read x, o and g once and store only the
+    weights, (B, N).
 
     Examples:
         >>> import torch, vlattn_fast as va
@@ -52,33 +80,72 @@ def relevancy_residual(
         residual, branch: (B, N, C), float16, bfloat16, float32 or float64.
         residual_carrier, branch_carrier: (B, T, N) in one dtype.
         weighting: "contribution", "norm", "equal" or a callable.
+        backend: "auto", "reference", "streaming", "cpu" or "triton". "cpu" and "triton" support no callable.
 
     Returns:
         The sum (B, N, C) and the carrier (B, T, N). Differentiable any number of times. The weights a and b are constants of the
         rule: no derivative goes through them, so the second derivative of a carrier is that of r -> (r * a, r * b).
 
     Raises:
-        ValueError, TypeError: if an argument is wrong (the message names it).
+        ValueError, TypeError: if an argument is wrong (the message names it), or the requested backend does not support the call.
 
     Reference: our reading of Huang et al. 2023.
     """
     if is_dtensor(residual):
         return over_shards(relevancy_residual, locals(), _SHARDED, [NO_HEADS, NO_HEADS])
+    backend = planned(_backend, Arguments(**locals()))
+    tensors = residual, branch, residual_carrier, branch_carrier
+    if backend == "reference" or weighting not in BY_ROWS:
+        return reference.relevancy_residual(*tensors, weighting=weighting)
+    return residual_sum(*tensors, partial(_weights, weighting=weighting, backend=backend))
+
+
+Arguments = arguments_of(relevancy_residual)
+
+
+def _backend(x: Any) -> str:
+    return select(BACKENDS, _describe(x), x.backend)
+
+
+def _describe(x: Any) -> Call:
+    """Checks a call, and returns its metadata."""
+    residual, branch = x.residual, x.branch
     check_tensor("residual", residual, rank=3, shape="(B, N, C)")
     check_tensor("branch", branch, rank=3, shape="(B, N, C)")
     check_floating(residual=residual, branch=branch)
     if branch.shape != residual.shape:
         raise ValueError(f"branch must have residual's shape {tuple(residual.shape)}; got {describe(branch)}")
-    for name, carrier in (("residual_carrier", residual_carrier), ("branch_carrier", branch_carrier)):
+    carriers = {name: getattr(x, name) for name in ("residual_carrier", "branch_carrier")}
+    for name, carrier in carriers.items():
         check_tensor(name, carrier, rank=3, shape="(B, T, N)")
         check_device(name, carrier, "residual", residual)
         if carrier.dtype not in FLOAT_DTYPES:
             raise TypeError(f"{name} must be floating point; got {describe(carrier)}")
         if (carrier.shape[0], carrier.shape[2]) != (residual.shape[0], residual.shape[1]):
             raise ValueError(f"{name} must have shape (B, T, N) with residual's B and N; got {describe(carrier)}")
-    if branch_carrier.shape != residual_carrier.shape or branch_carrier.dtype != residual_carrier.dtype:
+    first, second = carriers.values()
+    if second.shape != first.shape or second.dtype != first.dtype:
         raise ValueError(
-            f"branch_carrier must have residual_carrier's shape and dtype; got {describe(residual_carrier)} and "
-            f"{describe(branch_carrier)}"
+            f"branch_carrier must have residual_carrier's shape and dtype; got {describe(first)} and {describe(second)}"
         )
-    return reference.relevancy_residual(residual, branch, residual_carrier, branch_carrier, weighting=weighting)
+    if not callable(x.weighting):
+        check_choice("weighting", x.weighting, WEIGHTINGS)
+    sizes = dict(zip(("batch", "tokens", "features"), residual.shape, strict=True)) | {"rows": first.shape[1]}
+    return make_call("relevancy_residual", residual, sizes, {"weighting": "callable" if callable(x.weighting) else x.weighting})
+
+
+def _weights(residual: Tensor, branch: Tensor, grad: Tensor, *, weighting: str, backend: str) -> tuple[Tensor, Tensor]:
+    a, b = _op(ResidualWeightsInputs(residual, branch, grad, weighting, backend))
+    return a, b
+
+
+def _fake(inputs: ResidualWeightsInputs) -> tuple[Tensor, Tensor]:
+    a, b = (inputs.residual.new_empty(inputs.residual.shape[:2], dtype=compute_dtype(inputs.residual)) for _ in range(2))
+    return a, b
+
+
+_op = define("residual_weights", ResidualWeightsInputs, "(Tensor a, Tensor b)", launcher(BACKENDS, "backward"), _fake)
+not_differentiable("residual_weights", "the weights are constants of the rule; detach residual, branch and grad")
+
+describe_call = described(Arguments, _describe)
+OPERATOR = Operator(relevancy_residual, describe_call, BACKENDS)

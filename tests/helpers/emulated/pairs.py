@@ -86,17 +86,25 @@ CALLS = {
     ("congruence_loss", "iais_singular, long rows"): """congruence_maps.statistics_kernel congruence_maps.map_kernel
         congruence_maps.gradient_q_kernel congruence_maps.gradient_kernel congruence_loss._divergence_kernel""",
     ("maxsim", "masks"): "maxsim._largest_kernel maxsim._query_gradient_kernel maxsim._document_gradient_kernel",
+    ("relevancy_residual", "contribution"): "relevancy_residual._weights_kernel",
     ("paged_attention_statistics", "requests"): """paged_attention_statistics._rows_kernel
         paged_attention_statistics._received_kernel""",
     ("stacked_cross_attention", "SCAN t2i"): """_stacked_products._matmul_kernel _stacked_weights._weights_kernel
         _stacked_cosines._attend_kernel _stacked_cosines._aggregate_kernel _stacked_gradients._maps_kernel""",
 }
 ALSO_WITH_WHOLE_ROWS = ("congruence_loss._target_backward_kernel",)
-# under ConSan alone: it divides by 1 / sum, which is the sum again where that is odd alone, and raises exponents to at least -160
-NO_PAIR = ("attention_statistics._join_kernel",)
+# under ConSan alone: the first divides by 1 / sum, which is the sum again where that is odd alone, and raises exponents to at
+# least -160; the second has steps of one size
+NO_PAIR = ("attention_statistics._join_kernel", "relevancy_residual._weights_kernel")
 # tiles of additive scores are few: each takes others for its split. A part of the keys of few queries is a tile. Tangents are
 # centred by the mean of a tile, and integers have no sum of P that is 1, by which it drops out
-ONE_TILING = ("additive", "grouped heads, few queries", "three groups, few queries", "scaled_dot causal, tangents")
+ONE_TILING = (
+    "additive",
+    "grouped heads, few queries",
+    "three groups, few queries",
+    "scaled_dot causal, tangents",
+    "contribution",
+)
 PAIRS = (
     *(Item("tiles", *call) for call in CALLS if call[1] not in ONE_TILING),
     Item("tiles", "score_attention", "scaled_dot causal", torch.float32),

@@ -255,16 +255,26 @@ def carrier_gradient(
     return r * a + (r * b) @ normalised(abar, row_normalize)
 
 
-def relevancy_residual(residual: Tensor, branch: Tensor, residual_carrier: Tensor, branch_carrier: Tensor) -> Outputs:
+def relevancy_residual(
+    residual: Tensor, branch: Tensor, residual_carrier: Tensor, branch_carrier: Tensor, weighting: str = "contribution"
+) -> Outputs:
     return residual + branch, residual_carrier
 
 
 def carrier_gradients_of_residual(
-    grad: Tensor, r: Tensor, residual: Tensor, branch: Tensor, residual_carrier: Tensor, branch_carrier: Tensor
+    grad: Tensor,
+    r: Tensor,
+    residual: Tensor,
+    branch: Tensor,
+    residual_carrier: Tensor,
+    branch_carrier: Tensor,
+    weighting: str = "contribution",
 ) -> tuple[Tensor, Tensor]:
     """r * a and r * b: the rule, whose weights are constants."""
-    a, b = ((grad * x).sum(-1).abs().detach() for x in (residual, branch))
-    return r * (a / (a + b))[:, None], r * (b / (a + b))[:, None]
+    by_norm = weighting == "norm"
+    a, b = (x.square().sum(-1).sqrt() if by_norm else (grad * x).sum(-1).abs() for x in (residual, branch))
+    a = torch.where(a + b == 0, 0.5, a / (a + b)).detach()
+    return r * a[:, None], r * (1 - a)[:, None]
 
 
 def softmax(x: Tensor) -> Tensor:

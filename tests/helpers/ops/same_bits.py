@@ -24,6 +24,7 @@ OUTPUTS = {
     "score_attention": ("out", "lse"),
     "relevancy_attention": ("out", "carrier"),
     "relevancy_step": ("relevancy",),
+    "relevancy_residual": ("sum", "carrier"),
     "recurrent_step": ("relevancy",),
     "attention_map": ("map",),
     "congruence_loss": ("loss",),

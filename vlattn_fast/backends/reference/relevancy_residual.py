@@ -6,6 +6,7 @@ On any device and floating dtype. Shapes: residual and branch (B, N, C), carrier
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor
 from vlattn_fast._ground.checks import check_choice, describe, is_transformed
 from vlattn_fast._ground.tensors import compute_dtype, not_zero
 
-WEIGHTINGS = ("contribution", "norm", "equal")
+BY_ROWS = ("contribution", "norm")  # which read rows, and have kernels
+WEIGHTINGS = (*BY_ROWS, "equal")
 Weighting = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -32,6 +34,13 @@ def relevancy_residual(
     """
     if not callable(weighting):
         check_choice("weighting", weighting, WEIGHTINGS)
+    return residual_sum(residual, branch, residual_carrier, branch_carrier, partial(residual_weights, weighting=weighting))
+
+
+def residual_sum(
+    residual: Tensor, branch: Tensor, residual_carrier: Tensor, branch_carrier: Tensor, weigh: Weighting
+) -> tuple[Tensor, Tensor]:
+    """(residual + branch, carrier) with weights by `weigh`: (residual, branch, g) -> (a, b), tensors of the sum's dtype."""
     function: type[_ResidualToCompile] = _Residual
     if torch.compiler.is_compiling():
         if is_transformed():
@@ -40,32 +49,31 @@ def relevancy_residual(
                 "carriers; compile without them, or use them without torch.compile"
             )
         function = _ResidualToCompile
-    total, carrier = function.apply(residual, branch, residual_carrier, branch_carrier, weighting)
+    total, carrier = function.apply(residual, branch, residual_carrier, branch_carrier, weigh)
     return total, carrier
 
 
 class _ResidualToCompile(torch.autograd.Function):
-    """An autograd.Function, since a weighting may be any callable; torch.compile traces into it, where it has no `jvp`, and fuses
-    it."""
+    """An autograd.Function, since a weighting may be any callable; torch.compile traces into it, where it has no `jvp`."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
-        residual: Tensor, branch: Tensor, residual_carrier: Tensor, branch_carrier: Tensor, weighting: str | Weighting
+        residual: Tensor, branch: Tensor, residual_carrier: Tensor, branch_carrier: Tensor, weigh: Weighting
     ) -> tuple[Tensor, Tensor]:
         return residual + branch, residual_carrier.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        residual, branch, _, _, ctx.weighting = inputs
+        residual, branch, _, _, ctx.weigh = inputs
         ctx.save_for_backward(residual, branch)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
         residual, branch = ctx.saved_tensors
         with torch.no_grad():  # constants of the rule; everything else here is linear in grad and r
-            a, b = residual_weights(residual.detach(), branch.detach(), grad.detach(), ctx.weighting)
+            a, b = ctx.weigh(*(x.detach().to(grad.dtype) for x in (residual, branch)), grad.detach())
         return grad, grad, r * a[:, None].to(r.dtype), r * b[:, None].to(r.dtype), None
 
 

@@ -1,18 +1,15 @@
-"""Calls of relevancy_attention, and of relevancy_residual, which has no backends."""
+"""Calls of relevancy_attention."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from vlattn_fast._ground.tensors import compute_dtype
 from vlattn_fast.checking.cases._attention import carried, grouped, plain, verified
 from vlattn_fast.checking.cases._dice import Dice, attention_inputs, group_bias, head_gate, softcap_and_sink
 from vlattn_fast.checking.cases._example import FLOATS, Example, Sizes, Tensors, normal
-from vlattn_fast.ops import relevancy_residual as residual
 from vlattn_fast.ops.relevancy_attention import relevancy_attention
 
 CARRIER = ("carrier",)
@@ -27,11 +24,6 @@ def _plain(sizes: Sizes) -> Tensors:
     return {**plain(fit(sizes)), "carrier": carried(sizes)}
 
 
-def relevancy_residual(*, backend: str = "auto", **tensors: Any) -> tuple[Tensor, Tensor]:
-    """The public call; `backend` has no meaning."""
-    return residual.relevancy_residual(**tensors)
-
-
 def examples(sizes: Sizes) -> Iterator[Example]:
     floats = {"scale": FLOATS, "residual_weight": FLOATS, "attention_weight": FLOATS}
     yield Example(relevancy_attention, "", _plain(sizes), floats=floats, in_float32=CARRIER)
@@ -40,9 +32,6 @@ def examples(sizes: Sizes) -> Iterator[Example]:
     options, floats = {"rule": "attention", "softcap": 1.5}, {"scale": FLOATS, "softcap": FLOATS, "residual_weight": FLOATS}
     tensors = _plain(sizes) | {"sink": torch.randn(sizes.heads)}
     yield Example(relevancy_attention, "softcap and sink", tensors, options, floats=floats, in_float32=CARRIER)
-    stream = torch.randn(sizes.batch, sizes.queries, sizes.value_dim)
-    carriers = {"residual_carrier": carried(sizes), "branch_carrier": carried(sizes) - 1}
-    yield Example(relevancy_residual, "", {"residual": stream, "branch": stream + 1, **carriers}, in_float32=tuple(carriers))
 
 
 def verify(generator: torch.Generator, sizes: Sizes) -> Iterator[Example]:

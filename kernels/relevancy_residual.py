@@ -1,0 +1,91 @@
+"""The weights of relevancy_residual in Triton.
+
+Shapes: residual, branch and grad (B, N, C); weights a and b (B, N).
+Roofline: memory, one read of the three tensors: no product of matrices.
+Trick: a program is one warp with one row, so no sum goes through shared memory, and an SM loads two dozen rows or more at once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vlattn_fast._ground.tensors import unit_strides
+from vlattn_fast.backends.inputs import ResidualWeightsInputs
+from vlattn_fast.kernels._device import on_device
+
+MOST_FEATURES = 512  # of a step: 16 numbers a thread of each tensor
+
+
+@on_device
+def backward(inputs: ResidualWeightsInputs) -> tuple[Tensor, Tensor]:
+    """Returns a and b (B, N), by which the backward pass multiplies the carriers' gradients."""
+    batch, tokens, features = inputs.residual.shape
+    a, b = (inputs.residual.new_empty(batch, tokens, dtype=torch.float32) for _ in range(2))
+    if a.numel() > 0:
+        rows = unit_strides(inputs.residual, inputs.branch, inputs.grad)
+        named: dict[str, Tensor | int] = {}
+        for name, x in zip(("residual", "branch", "grad"), rows, strict=True):
+            named |= {f"p_{name}": x, f"stride_{name}_b": x.stride(0), f"stride_{name}_n": x.stride(1)}
+        _weights_kernel[(batch * tokens,)](
+            **named,
+            p_a=a,
+            p_b=b,
+            N=tokens,
+            C=features,
+            BY_NORM=inputs.weighting == "norm",
+            BLOCK_C=max(32, min(MOST_FEATURES, triton.next_power_of_2(features))),
+            num_warps=1,
+            enable_fp_fusion=True,
+        )
+    return a, b
+
+
+@triton.jit
+def _weights_kernel(
+    p_residual,
+    p_branch,
+    p_grad,
+    p_a,
+    p_b,
+    stride_residual_b,
+    stride_residual_n,
+    stride_branch_b,
+    stride_branch_n,
+    stride_grad_b,
+    stride_grad_n,
+    N,
+    C,
+    BY_NORM: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """a and b of one row."""
+    i_row = tl.program_id(0).to(tl.int64)
+    i_b, i_n = i_row // N, i_row % N
+    p_residual += i_b * stride_residual_b + i_n * stride_residual_n
+    p_branch += i_b * stride_branch_b + i_n * stride_branch_n
+    p_grad += i_b * stride_grad_b + i_n * stride_grad_n
+    b_by_x = tl.zeros((BLOCK_C,), tl.float32)
+    b_by_o = tl.zeros((BLOCK_C,), tl.float32)
+    for first in range(0, C, BLOCK_C):
+        o_c = first + tl.arange(0, BLOCK_C)
+        b_x = tl.load(p_residual + o_c, mask=o_c < C, other=0.0).to(tl.float32)
+        b_o = tl.load(p_branch + o_c, mask=o_c < C, other=0.0).to(tl.float32)
+        if BY_NORM:
+            b_by_x += b_x * b_x
+            b_by_o += b_o * b_o
+        else:
+            b_g = tl.load(p_grad + o_c, mask=o_c < C, other=0.0).to(tl.float32)
+            b_by_x += b_g * b_x
+            b_by_o += b_g * b_o
+    by_x, by_o = tl.sum(b_by_x), tl.sum(b_by_o)
+    if BY_NORM:
+        by_x, by_o = tl.sqrt_rn(by_x), tl.sqrt_rn(by_o)
+    else:
+        by_x, by_o = tl.abs(by_x), tl.abs(by_o)
+    total = by_x + by_o
+    a = tl.where(total == 0.0, 0.5, tl.div_rn(by_x, tl.where(total == 0.0, 1.0, total)))
+    tl.store(p_a + i_row, a)
+    tl.store(p_b + i_row, 1.0 - a)
