@@ -87,6 +87,8 @@ DAMSM = _workload(
 )
 
 # Whole models: C width; `every` = 3: the loss on every third sample, as IAIS takes the matched pairs among hard negatives.
+CLIP_STREAM = _workload("clip-stream", "CLIP ViT-L/14@336's residual stream", "B 64, N 577, C 1024", "B 1", "N 100")
+VIT_STREAM = _workload("vit-stream", "ViT-B/16's residual stream", "B 256, N 197, C 768", "B 8", "B 1")
 CLIP_TOWER = _workload("clip-tower", "CLIP ViT-L/14@336's tower", "layers 24, B 64, H 16, N 577, D 64, C 1024", "B 1", "layers 1")
 LLAVA_DECODER = _workload(
     "llava-decoder",
