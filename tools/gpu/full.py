@@ -97,7 +97,7 @@ FULL = [
         ("clip", "attention_map", ("",)),
         ("clip", "attention_statistics", ("padding",)),
         ("colpali", "maxsim", ("masks",)),
-        ("llama", "paged_attention_statistics", ("requests", "softcap and window")),
+        ("llama", "paged_attention_statistics", ("requests", "softcap and window", "new tokens")),
     )
     for what in kinds
 ]

@@ -52,17 +52,25 @@ def examples(sizes: Sizes) -> Iterator[Example]:
 
 
 def verify(generator: torch.Generator, sizes: Sizes) -> Iterator[Example]:
-    """A prompt, the newest token of a long answer, the end of a prompt whose beginning is cached, a request that waits."""
-    randn, lengths = normal(generator), (sizes.queries, sizes.keys, sizes.keys - 1, 0)
-    counts = (sizes.queries, 1, sizes.queries // 2, 0)
-    requests = _requests(generator, lengths, counts, 16)
-    key_cache = randn(int(requests["block_table"].max()) + 2, sizes.heads, 16, sizes.head_dim)
-    tensors = {"query": randn(sum(counts) + 1, 2 * sizes.heads, sizes.head_dim), "key_cache": key_cache}
-    groups = {"key_groups": torch.randint(-1, 3, (len(lengths), sizes.keys), generator=generator), "num_groups": 3}
-    options: dict[str, Any] = {**requests, **groups, "statistics": STATISTICS}
+    """A prompt, the newest token of a long answer, the end of a prompt whose beginning is cached, a request that waits; and then
+    a few tokens of each request, whose keys Triton splits into parts."""
+    lengths, counts = (sizes.queries, sizes.keys, sizes.keys - 1, 0), (sizes.queries, 1, sizes.queries // 2, 0)
+    tensors, options = _verified(generator, sizes, lengths, counts)
     yield Example(paged_attention_statistics, "requests", tensors, options, differentiable=False)
     options = {**options, "softcap": 1.5, "window": sizes.queries // 2}
     yield Example(paged_attention_statistics, "softcap and window", tensors, options, differentiable=False)
+    tensors, options = _verified(generator, sizes, (4 * sizes.keys, sizes.keys, 3, 0), (1, 3, 2, 0))
+    yield Example(paged_attention_statistics, "new tokens", tensors, options, differentiable=False)
+
+
+def _verified(
+    generator: torch.Generator, sizes: Sizes, lengths: tuple[int, ...], counts: tuple[int, ...]
+) -> tuple[Tensors, dict[str, Any]]:
+    randn, requests = normal(generator), _requests(generator, lengths, counts, 16)
+    key_cache = randn(int(requests["block_table"].max()) + 2, sizes.heads, 16, sizes.head_dim)
+    tensors = {"query": randn(sum(counts) + 1, 2 * sizes.heads, sizes.head_dim), "key_cache": key_cache}
+    groups = {"key_groups": torch.randint(-1, 3, (len(lengths), sizes.keys), generator=generator), "num_groups": 3}
+    return tensors, {**requests, **groups, "statistics": STATISTICS}
 
 
 def draw(dice: Dice, dtype: torch.dtype) -> Example:
