@@ -12,9 +12,9 @@ instructions, spills included. With more than 128 features in float32 score_atte
 of its instructions on sm_90. None of the tiles tried was without spills, and the one with half of them took a third more
 instructions. r Abar of one row of 64 features in float32 spills 136 bytes on sm_90: 32 keys instead of 64 do not, and take 60 %
 more instructions. Additive scores in float32 keep one number out of registers while the loop over keys runs. Statistics of
-paged keys in float32 spill 40 to 464 bytes; no smaller tile of theirs was tried. A reason says what else decided. `make gpu
-PARTS=sweep` tries others on a device, and stores what is faster in configurations.json, by architecture. Those come before the
-lines here.
+paged keys in float32 spill 8 to 104 bytes with 128 features, in the smallest tiles, and up to 784 with 256. A reason says what
+else decided. `make gpu PARTS=sweep` tries others on a device, and stores what is faster in configurations.json, by architecture.
+Those come before the lines here.
 
 Sizes that follow from the data, as of tiles that hold whole rows, stay with the kernels, and so do the warps of small kernels.
 """
@@ -135,6 +135,7 @@ _UNITS = "reciprocals of many pairs a thread hide one another's latency"
 _STAGED_NORMS = "norms are staged as well, and a third stage of them takes instructions"
 _NORMS = "gradients of the norms take registers"
 _SHORT, _SHORT_KEYS = (f"128 {what} would be padding in short sequences" for what in ("rows", "keys"))
+_ONE_WARP = "heads of a token fill 16 rows at most in most models: more warps would repeat them. Keys and their blocks are staged"
 _OWNED = "a thread has one unit of 32 keys: it spills, but not in the loops over units. One stage: the launch says why"
 
 _UNITS_ROWS = [
@@ -413,17 +414,20 @@ LINES: dict[str, list[Line]] = {
         _line((32, 32, 4, 1), _WIDER),
     ],
     "paged_attention_statistics rows": [  # few: most requests have a token or two
-        _line((16, 32, 4, 1), _FLOAT32, dtype=FLOAT32),
-        _line((16, 64, 4, 2), "the query heads of a token fill 16 rows at most in most models", few=True, size=128),
-        _line((16, 32, 4, 2), _WIDER, few=True),
+        _line(
+            (64, 16, 4, 1), "other tiles of prompts spill", architecture=("sm_80", "sm_90"), dtype=FLOAT32, few=False, size=128
+        ),
+        _line((16, 16, 1, 1), _FLOAT32, dtype=FLOAT32),
+        _line((16, 32, 1, 3), _ONE_WARP, few=True, size=128),
+        _line((16, 16, 1, 3), _WIDER, few=True),
         _line((64, 32, 4, 2), "addresses of keys that lie anywhere take registers; an SM has three programs by these", size=128),
-        _line((32, 32, 4, 1), _WIDER),
+        _line((64, 32, 4, 1), "rows of 256 features fill shared memory"),
     ],
     "paged_attention_statistics received": [
+        _line((4, 256, 4, 1), "reads logits; the heads of a token fill four rows or more in most models", few=True),
         _line((16, 32, 4, 1), _FLOAT32, dtype=FLOAT32),
-        _line((16, 64, 4, 1), "requests have a token or two", few=True, size=128),
         _line((64, 64, 4, 1), "addresses of keys that lie anywhere take registers", size=128),
-        _line((16, 32, 4, 1), _WIDER),
+        _line((64, 32, 4, 1), _WIDER),
     ],
     "stacked_cross_attention attend": [
         _attend((64, 16, 64, 4, 2), _FLOAT32, dtype=FLOAT32),

@@ -48,7 +48,8 @@ KERNELS = {
         congruence_maps.gradient_q_kernel congruence_loss._divergence_kernel congruence_loss._target_backward_kernel""",
     "maxsim": "maxsim._largest_kernel maxsim._query_gradient_kernel maxsim._document_gradient_kernel",
     "relevancy_residual": "relevancy_residual._weights_kernel",
-    "paged_attention_statistics": "paged_attention_statistics._rows_kernel paged_attention_statistics._received_kernel",
+    "paged_attention_statistics": """paged_attention_statistics._rows_kernel paged_attention_statistics._join_kernel
+        paged_attention_statistics._received_kernel""",
     "stacked_cross_attention": """_stacked_products._matmul_kernel _stacked_weights._weights_kernel
         _stacked_cosines._attend_kernel _stacked_cosines._aggregate_kernel _stacked_gradients._maps_kernel""",
 }

@@ -84,14 +84,6 @@ REASONS = [
   numbers, and writes them into the product's operand in two parts: the lanes lie 32 bytes apart, two a bank.""",
     ),
     Reason(
-        "heads side by side",
-        "sectors",
-        "^paged_attention_statistics._received",
-        "prompt",
-        """Maxima of rows lie as the call returns them, (T, H). A program reads those of one head, with each tile of tokens: one
-  number of a sector. Programs of other heads, which are neighbours, read the others.""",
-    ),
-    Reason(
         "short rows",
         "sectors",
         "congruence|_stacked|_map_backward",

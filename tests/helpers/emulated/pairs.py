@@ -88,7 +88,9 @@ CALLS = {
     ("maxsim", "masks"): "maxsim._largest_kernel maxsim._query_gradient_kernel maxsim._document_gradient_kernel",
     ("relevancy_residual", "contribution"): "relevancy_residual._weights_kernel",
     ("paged_attention_statistics", "requests"): """paged_attention_statistics._rows_kernel
-        paged_attention_statistics._received_kernel""",
+        paged_attention_statistics._join_kernel paged_attention_statistics._received_kernel""",
+    ("paged_attention_statistics", "new tokens"): """paged_attention_statistics._rows_kernel
+        paged_attention_statistics._join_kernel paged_attention_statistics._received_kernel""",
     ("stacked_cross_attention", "SCAN t2i"): """_stacked_products._matmul_kernel _stacked_weights._weights_kernel
         _stacked_cosines._attend_kernel _stacked_cosines._aggregate_kernel _stacked_gradients._maps_kernel""",
 }
@@ -116,6 +118,7 @@ PAIRS = (
     Item("heads", "score_attention", "scaled_dot causal, tangents"),
     Item("split", "score_attention", "additive"),
     Item("split", "score_attention", "grouped heads, few queries"),
+    Item("split", "paged_attention_statistics", "new tokens"),
     Item("parts", "score_attention", "grouped heads, few queries"),
     Item("rows", "congruence_loss", "iais_singular, long rows"),
 )
@@ -277,10 +280,11 @@ def ranges_of_keys(one: bool) -> Iterator[None]:
 
 @contextmanager
 def parts_of_keys(keys: int) -> Iterator[None]:
-    """Within it the keys of few queries are taken in parts of so many; 0: all in one."""
-    from vlattn_fast.kernels import attention_statistics, score_attention
+    """Within it the keys of few queries are taken in parts of so many, at least; 0: all in one."""
+    from vlattn_fast.kernels import attention_statistics, paged_attention_statistics, score_attention
 
     with ExitStack() as stack:
+        stack.enter_context(_changed(paged_attention_statistics, "FEWEST_KEYS", keys or 1 << 20))
         for module in (score_attention, attention_statistics):
             stack.enter_context(_changed(module, "keys_of_a_part", lambda *_: keys))
         yield
