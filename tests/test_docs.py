@@ -337,6 +337,9 @@ def test_a_million_images_cost_what_the_table_above_them_says():
     assert f"W such machines take {days:.1f} / W days" in said
 
 
+DERIVATIVES = "jvp", "hvp", "over forward"  # beside SDPA's first pass, which has none of them
+
+
 @pytest.mark.parametrize("name", ["README.md", "docs/index.md", "docs/costs.md"])
 def test_the_price_is_that_of_the_stored_rows(name):
     """Our fastest backend over SDPA, in every setting of the machine: of operators, and of score functions."""
@@ -349,7 +352,7 @@ def test_the_price_is_that_of_the_stored_rows(name):
     ratios: dict[bool, list[float]] = {True: [], False: []}
     stored = _report.newest(json.loads(text("benchmarks/results/cpu.json")))
     for (_, benchmark, *_), variants in _report._by_benchmark(stored).items():
-        if not benchmark.startswith(("scaling/", "task_")):
+        if not benchmark.startswith(("scaling/", "task_")) and not any(words in benchmark for words in DERIVATIVES):
             ours = min((variants[backend] for backend in OURS if backend in variants), key=lambda row: row["p50_us"])
             another_score = benchmark.startswith("score_attention/") and "scaled dot" not in benchmark
             ratios[another_score].append(ours["ratio_to_bound"])

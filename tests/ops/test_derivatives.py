@@ -206,6 +206,26 @@ def test_a_log_sum_exp_that_is_given_counts_as_computed_in_both_modes(backend: s
     torch.testing.assert_close((tangent * h).sum(), total, rtol=1e-4, atol=1e-5)
 
 
+@on("streaming", "reference")
+@pytest.mark.parametrize("direction", ("t2i", "i2t"))
+def test_similarities_of_a_zero_vector_in_float32(backend: str, direction: str) -> None:
+    """A single zero context: its norm has no slope. The formula's tangents stay in float32."""
+    x = [torch.randn(2, 1, 8), torch.randn(2, 1, 8)]
+    x[0 if direction == "t2i" else 1][0] = 0.0
+    u = tuple(y.cos() for y in x)
+
+    def hvp(backend: str, *tensors: Tensor) -> Any:
+        def loss(images: Tensor, captions: Tensor) -> Tensor:
+            return va.stacked_cross_attention(images, captions, direction=direction, backend=backend).sin().sum()
+
+        return jvp(grad(loss, (0, 1)), tensors, tuple(y.to(tensors[0]) for y in u))[1]
+
+    for ours, exact in zip(hvp(backend, *x), hvp("reference", *(y.double() for y in x)), strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours[1], exact[1].float(), rtol=1e-4, atol=1e-4)
+        assert ours.isfinite().all()
+
+
 def clamped_cosine(query: Tensor, key: Tensor, value: Tensor, eps: float) -> Tensor:
     """With lengths of zero vectors that torch can differentiate."""
     lengths = [torch.where((x == 0).all(-1, keepdim=True), eps**2, x).norm(dim=-1) for x in (query, key)]

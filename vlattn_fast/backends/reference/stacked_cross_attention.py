@@ -104,7 +104,8 @@ def _aggregate(r: Tensor, aggregation: str, lambda_lse: float) -> Tensor:
     """One similarity from the queries' r (n,), n > 0: eq. 5 and its alternatives."""
     match aggregation:
         case "logsumexp":
-            return logsumexp(lambda_lse * r, dim=0) / lambda_lse
+            # of one column: torch's tangent of a quotient without dimensions is float64
+            return (logsumexp(lambda_lse * r[:, None], dim=0) / lambda_lse)[0]
         case "max":
             return r.amax(0)
         case "sum":

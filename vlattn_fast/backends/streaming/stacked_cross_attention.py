@@ -189,7 +189,9 @@ class _Tile:
         else:
             self.attended = self._times(self.alpha, contexts.gram)  # C a
             dot = scores[..., contexts.size] + ((self.alpha - contexts.share[..., None]) * self.score).sum(-1)
-            self.norm_a = (self.alpha * self.attended).sum(-1).clamp(min=0.0).sqrt()  # rounding may leave less than 0
+            squared = (self.alpha * self.attended).sum(-1)
+            positive = squared > 0  # rounding may leave less; a tangent of the root at 0 would be NaN
+            self.norm_a = torch.where(positive, torch.where(positive, squared, 1.0).sqrt(), 0.0)
         self.dot = dot
         self.norm_q = torch.linalg.vector_norm(query, dim=-1).to(contexts.dtype)
         self.length = self.norm_q * self.norm_a
