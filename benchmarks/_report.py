@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def write(results: Path, out: Path) -> list[Path]:
     pictures.mkdir(parents=True, exist_ok=True)
     parts, written = ["# Measurements\n"], [out]
     for name, records in files.items():
-        settings = _by_setting(records)
+        settings = _by_setting(records, [record for record in stored[name] if "benchmark" in record])
         first, *rest = settings
         parts.append(f"## {first}\n")
         parts.append(_summary(settings[first]))
@@ -112,10 +113,11 @@ def _instructions(record: Record) -> list[str]:
     return str(record.get("instructions", "")).split(", ")
 
 
-def _by_setting(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """The records of each setting; the setting with most records comes first, and the newest first among equals."""
-    settings = grouped(records, _setting).items()
-    return dict(sorted(settings, key=lambda item: (len(item[1]), max(x["time"] for x in item[1])), reverse=True))
+def _by_setting(records: Sequence[Record], every: Iterable[Record] = ()) -> dict[str, list[Record]]:
+    """The records of each setting; the setting with most records of `every` (default: of these) comes first, and the newest first
+    among equals."""
+    settings, counts = grouped(records, _setting).items(), Counter(map(_setting, every or records))
+    return dict(sorted(settings, key=lambda item: (counts[item[0]], max(x["time"] for x in item[1])), reverse=True))
 
 
 def _is_scaling(record: Record) -> bool:

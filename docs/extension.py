@@ -14,7 +14,6 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 ROWS = ROOT / "benchmarks" / "results" / "cpu.json"
 FUZZED, EMULATED = ROOT / "tests" / "fuzz" / "results.json", ROOT / "tests" / "fuzz" / "emulated.json"
-KEYS = "benchmark", "workload", "dtype", "variant"  # of a row; a later one with the same replaces it
 COST = re.compile(r"<!-- cost: (.+?) -->")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.S)
 
@@ -57,7 +56,7 @@ def cost(stems: list[str]) -> str:
     """
     newest: dict[str, dict[str, dict[str, Any]]] = {}
     stored = json.loads(ROWS.read_text(encoding="utf-8"))
-    counts = Counter(setting for setting, *_ in {(_setting(row), *map(row.get, KEYS)) for row in stored})  # none counts twice
+    counts = Counter(map(_setting, stored))
     shown = _setting(max(stored, key=lambda row: (counts[_setting(row)], row["time"])))
     chosen = [row for row in stored if row["benchmark"].split("/")[0] in stems]
     if chosen and all(_setting(row) != shown for row in chosen):  # measured later, on another machine
