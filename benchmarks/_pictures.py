@@ -18,6 +18,7 @@ BEST = "vlattn_fast"  # the name of our best backend in the first picture
 def draw_baselines(records: Sequence[Record], path: Path, title: str) -> Path:
     """One panel an operator or task, one line a benchmark, one dot a variant: its p50 over that of the bound."""
     with extra("viz"):
+        from matplotlib.figure import Figure
         from matplotlib.lines import Line2D
 
     by_module: dict[str, dict[str, list[Record]]] = {}
@@ -26,20 +27,22 @@ def draw_baselines(records: Sequence[Record], path: Path, title: str) -> Path:
         kind = "" if len({each["dtype"] for each in records}) == 1 else f" ({record['dtype']})"
         by_module.setdefault(module, {}).setdefault(label.replace("/", ", ") + kind, []).append(record)
     looks = _looks(records)
-    columns = 2 if len(by_module) > 1 else 1
-    shelves = [list(by_module)[start : start + columns] for start in range(0, len(by_module), columns)] or [[]]
-    heights = [0.9 + 0.17 * max((len(by_module[module]) for module in shelf), default=1) for shelf in shelves]
-    size = 9.3 * columns, sum(heights) + 1.2
-    figure, axes = panels(len(shelves), columns, size, gridspec_kw={"height_ratios": heights})
-    for shelf, cells in zip(shelves, axes, strict=True):
-        for cell in cells[len(shelf) :]:
-            cell.set_axis_off()
-        for module, cell in zip(shelf, cells, strict=False):
+    columns: list[list[str]] = [[] for _ in range(min(2, len(by_module)) or 1)]
+    heights = {module: 0.9 + 0.17 * len(lines) for module, lines in by_module.items()}  # inches
+    for module in by_module:
+        min(columns, key=lambda column: sum(heights[name] for name in column)).append(module)
+    tallest = max(sum(heights[name] for name in column) for column in columns)
+    figure = Figure(figsize=(9.3 * len(columns), tallest + 1.2), layout="constrained")
+    for column, part in zip(columns, figure.subfigures(1, len(columns), squeeze=False)[0], strict=True):
+        rest = max(tallest - sum(heights[name] for name in column), 1e-3)  # below the shorter column's panels
+        *cells, below = part.subplots(len(column) + 1, height_ratios=[*(heights[name] for name in column), rest])
+        below.set_axis_off()
+        for module, cell in zip(column, cells, strict=True):
             _draw_panel(cell, module, by_module[module], looks)
     figure.suptitle(f"{title}: median time over that of the bound (log scale, less is better)", fontsize=11)
     handles = [Line2D([], [], color=color, marker=marker, linestyle="", label=name) for name, (color, marker) in looks.items()]
     if handles:
-        figure.legend(handles=handles, loc="outside lower center", ncols=4 * columns, fontsize=8, frameon=False)
+        figure.legend(handles=handles, loc="outside lower center", ncols=4 * len(columns), fontsize=8, frameon=False)
     figure.savefig(path, dpi=90, metadata={"Software": None})
     return path
 

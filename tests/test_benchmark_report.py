@@ -90,7 +90,7 @@ def test_the_pictures_have_a_panel_for_each_operator(tmp_path, monkeypatch):
     ]
     (tmp_path / "h200.json").write_text(json.dumps(rows))
     _, baselines, scaling = _report.write(tmp_path, tmp_path / "report.md")
-    assert list(panels) == [name for name in _choice.MODULES if name != "scaling"]
+    assert panels.keys() == {name for name in _choice.MODULES if name != "scaling"}
     for module, lines in panels.items():
         assert len(lines) == sum(benchmark.name.startswith(f"{module}/") for benchmark in DECLARED)
     for picture in (baselines, scaling):
