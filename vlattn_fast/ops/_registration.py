@@ -299,8 +299,8 @@ def differentiable(
 
     Reverse mode: `setup_context(ctx, inputs, outputs)` saves for `backward(ctx, *grads)`, which returns the gradients of the
     first inputs; the inputs after them have none. Forward mode: `jvp(inputs, tangents, outputs)` returns the tangents of the
-    outputs; tangents have the names of the inputs. A gradient or a tangent that is None stands for zero; one of them
-    is a tensor.
+    outputs; tangents have the names of the inputs. A gradient or a tangent that is None stands for zero; at least
+    one gradient, and at least one tangent, is a tensor.
     """
     _DERIVATIVES[name] = _Derivatives(backward, setup_context, _no_forward_mode(name) if jvp is None else jvp)
 
