@@ -60,6 +60,11 @@ def naive(x: dict[str, Tensor], kind: str, direction: str, words: Tensor, region
     def softmax(a: Any) -> Any:
         return np.stack([np.exp(row) / sum(math.exp(v) for v in row) for row in a])
 
+    def soft_relation(weights: Any, others: Any, relations: Any) -> float:
+        """The mean relation of what two tokens stand for, over all pairs of tokens of the other modality."""
+        pairs = np.ndindex(relations.shape)
+        return math.fsum(weights[v] * others[w] * relations[v, w] for v, w in pairs)
+
     def sym(p: Any, t: Any, eps: float) -> float:
         total = 0.0
         for i, j in np.ndindex(p.shape):
@@ -77,7 +82,9 @@ def naive(x: dict[str, Tensor], kind: str, direction: str, words: Tensor, region
         loss = 0.0
         for own, other, cross, back in (sides.values() if direction == "both" else [sides[direction]]) if n and m else ():
             if kind == "cacr":
-                loss += sym(softmax(own), softmax(cross @ other @ cross.T), 0.0)
+                target = np.array([[soft_relation(of_i, of_j, other) for of_j in cross] for of_i in cross])
+                np.testing.assert_allclose(cross @ other @ cross.T, target, rtol=1e-12)  # the change of basis
+                loss += sym(softmax(own), softmax(target), 0.0)
             elif kind == "iais_singular":
                 c = cross.argmax(1)
                 loss += sym(own, softmax(np.array([[other[i, j] for j in c] for i in c])), 0.0)
