@@ -129,7 +129,7 @@ def is_wrapped(x: Tensor) -> bool:
 def _is_batched(x: Tensor) -> bool:
     """Returns whether `x` stands for the samples of a torch.func.vmap, including within torch.func.grad and the like."""
     functorch = torch._C._functorch
-    while functorch.maybe_current_level() is not None and functorch.is_functorch_wrapped_tensor(x):  # written out: a call costs host time
+    while functorch.maybe_current_level() is not None and functorch.is_functorch_wrapped_tensor(x):  # not is_wrapped: calls cost
         if functorch.is_batchedtensor(x):
             return True
         x = functorch.get_unwrapped(x)
