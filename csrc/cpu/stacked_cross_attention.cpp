@@ -1,7 +1,7 @@
 // stacked_cross_attention: the similarity of every set of queries (captions or images) with every set of contexts, and gradients.
 //
 // A pair of sets has n queries q_i and m contexts c_j. Maps are (n, m); in brackets: the names below.
-//     S_ij  = q_i . c_j                                                                    [times_contexts]
+//     S_ij  = q_i . c_j, or the product of features that follow the vectors in their rows  [times_contexts]
 //     N_ij  = S_ij, clipped or not, over the norm of column j, or the column's softmax     [normalize]
 //     P_ij  = softmax over j of smooth N_ij                                                [attend]
 //     a_i   = sum_j P_ij c_j                                                               [A]
@@ -12,6 +12,7 @@
 //     G_P = G_a C^T, and from it G_N and G_S                                               [map_gradients]
 //     G_c = P^T G_a + G_S^T Q                                                              [add_to_contexts]
 //     G_q = by_dot a + by_norm_q q + G_S C = by_norm_q q + (G_S + by_dot P) C              [store_for_queries, add_to_queries]
+// With features G_S is multiplied by those, and gives their gradients.
 //
 // Bound: multiply-adds. Forward: two products over features a pair of query and context; backward: six, two of them again.
 // Tricks: the real rows of all query sets lie one after the other, so that products never see padding and take many sets at once;
@@ -42,18 +43,19 @@ struct Sets {
 };
 
 struct StackedCrossAttention {
-    Size dtype, D, norm, clips, aggregation;
+    Size dtype, D, F, norm, clips,
+        aggregation;  // F: features in float32 behind the D numbers of each vector; 0: scores of vectors
     double smooth, lambda_lse;
     Sets query, context;
     float* similarity;  // forward: element (y, x)
     const float* grad_similarity;  // backward
     Size stride_y, stride_x;  // of either
     void *grad_query, *grad_context;  // as the inputs, contiguous
-    FIELDS(dtype, D, norm, clips, aggregation, smooth, lambda_lse, query, context, similarity, grad_similarity, stride_y,
+    FIELDS(dtype, D, F, norm, clips, aggregation, smooth, lambda_lse, query, context, similarity, grad_similarity, stride_y,
            stride_x, grad_query, grad_context)
 };
 
-static bool takes_pairs(const StackedCrossAttention& c) { return tiles_pay(c.dtype, least(c.D, c.context.rows)); }
+static bool takes_pairs(const StackedCrossAttention& c) { return !c.F && tiles_pay(c.dtype, least(c.D, c.context.rows)); }
 
 // The stride of maps: an odd number of groups where it is long, so that their rows do not fall onto one set of the cache
 static Size padded(Size contexts) {
@@ -86,7 +88,7 @@ struct Workspace {
     // likewise (rows, features / 2) and (half(rows), features); of query rows as the last
     Pair *map_along, *map_across, *map_transposed, *A_along, *A_across, *query_across;
     // of a context set
-    float* CT;  // (D, contexts) from context `start` of set `set`, or pairs
+    float* CT;  // (D, contexts) from context `start` of set `set`, or pairs, or with features (columns, contexts)
     Size set, start;
     float* grad_context;
 };
@@ -101,14 +103,18 @@ struct Job : Queue {
     float* norm_q;  // of all query rows
     // for the second sweep, of a chunk of context sets: (x, rows, contexts) G_S + by_dot P, and (x, rows)
     float *context_weights, *by_norm_q;
-    float* grad_query;  // (rows, features), in float32
+    float* score_weights;  // with features: G_S, and the former without it
+    float* grad_query;  // (rows, columns), in float32
     Workspace* workspaces;
     Size block_rows, block_sets;  // at most
     Size splits, first = 0, sets;
 
     explicit Job(const StackedCrossAttention& c) : c(c) {}
-    Size features() const { return round_up(c.D, GROUP); }
+    Size features() const { return round_up(c.D, GROUP); }  // of vectors
+    Size columns() const { return features() + round_up(c.F, GROUP); }  // of a row
     Size depth() const { return pairs ? half(c.D) : c.D; }  // of products over the features
+    Size first_of_score() const { return c.F ? features() : 0; }  // the columns whose products are scores
+    Size columns_of_score() const { return columns() - first_of_score(); }
     // Of a product with `rows` rows of the batch: fewer than a tile's would be multiplied, and so round, otherwise than in a larger batch.
     Size product_rows(Size rows) const { return pairs ? most(rows, TILE_SIDE) : rows; }
     const Pair* query_along(Size row) const { return query_pairs.along + row * features() / 2; }
@@ -117,8 +123,8 @@ struct Job : Queue {
     Size width() const { return padded(c.context.rows); }
     Size rows() const { return query.first[c.query.count]; }
     // of query row `row` and context set x, whose maps have `width` columns
-    float* weights_at(Size x, Size row, Size width) const {
-        return context_weights + (x - first) * rows() * this->width() + row * width;
+    float* weights_at(float* weights, Size x, Size row, Size width) const {
+        return weights + (x - first) * rows() * this->width() + row * width;
     }
     float* by_norm_q_at(Size x, Size row) const { return by_norm_q + (x - first) * rows() + row; }
 };
@@ -277,46 +283,48 @@ INLINE Block block_at(const Job& job, Size b) {
     return {first, last, row, job.query.first[last] - row};
 }
 
-// CT becomes contexts [start, start + n) of set x, transposed as (D, n), with zeros behind the last one. Gives n.
+// CT becomes contexts [start, start + n) of set x, transposed, with zeros behind the last one. Gives n.
 static Size load_contexts(const Job& job, Size x, Size start, Workspace& w) {
     const Size m = job.context.count(x), n = least(MOST_CONTEXTS, padded(m) - start), real = most(0, least(n, m - start));
     if (w.set == x && w.start == start) return n;
     w.set = x, w.start = start;
-    if (real < n) memset(w.CT, 0, n * job.depth() * sizeof(float));
+    const Size rows_of_CT = job.c.F ? job.columns() : job.depth();
+    if (real < n) memset(w.CT, 0, n * rows_of_CT * sizeof(float));
     const Size stride = job.pairs ? job.features() / 2 : job.context.stride;
     const float* rows = job.pairs ? (const float*)job.context_along(x) : job.context.at(x);
     if (job.pairs) count_packed(job.depth() * n * sizeof(Pair));
-    transpose(rows + start * stride, stride, real, job.depth(), w.CT, n);
+    transpose(rows + start * stride, stride, real, rows_of_CT, w.CT, n);
     return n;
 }
-// to (rows, width) = from (rows, D), whose stride is `stride`, times the contexts of set x transposed; `from` may be pairs
+// to (rows, width) = from (rows, D), whose stride is `stride`, times the contexts of set x transposed; `from` may be pairs. Of
+// contexts the columns from `first` on are taken, `depth` of them.
 template <class Element>
-static void times_contexts(const Job& job, Size x, Size rows, const Element* from, Size stride, float* to, Size width,
-                           Workspace& w) {
+static void times_contexts(const Job& job, Size x, Size rows, const Element* from, Size stride, Size first, Size depth, float* to,
+                           Size width, Workspace& w) {
     for (Size j = 0, n; j < width; j += n) {
         n = load_contexts(job, x, j, w);
-        product<false>(job.product_rows(rows), n, job.depth(), from, stride, (const Element*)w.CT, n, to + j, width, false);
+        const Element* CT = (const Element*)w.CT + first * n;
+        product<false>(job.product_rows(rows), n, depth, from, stride, CT, n, to + j, width, false);
     }
 }
 static const int WHOLE = 3;  // bfloat16 numbers whose sum is a float32 number
-// to (rows, features) = map (rows, width) times the contexts of set x, or += with `add`. Pairs take the first `parts` of the map: it
-// rounded, and then what that leaves.
-static void map_times_contexts(const Job& job, Size x, Size rows, const float* map, int parts, float* to, bool add,
-                               Workspace& w) {
+// to (rows, features) = map (rows, width) times the contexts of set x. Pairs take the first `parts` of the map: it rounded, and then
+// what that leaves.
+static void map_times_contexts(const Job& job, Size x, Size rows, const float* map, int parts, float* to, Workspace& w) {
     const Size m = job.context.count(x), width = padded(m), features = job.features();
     const auto multiply = [&](bool adds) {
         const Size some = job.product_rows(rows);
         product<false>(some, features, half(m), w.map_along, width / 2, job.context_across(x), features, to, features, adds);
     };
     if (!job.pairs)
-        return product<false>(rows, features, m, map, width, job.context.at(x), job.context.stride, to, features, add);
+        return product<false>(rows, features, m, map, width, job.context.at(x), job.context.stride, to, features, false);
     for (int part = 0; part < parts; ++part) {
         for (Size n = 0; n < rows * width; n += VL) {
             Vector rest = load(map + n);
             for (int before = 0; before < part; ++before) rest -= widened(rounded(rest), true);
             store((uint16_t*)w.map_along + n, rounded(rest));
         }
-        multiply(add || part > 0);
+        multiply(part > 0);
     }
 }
 
@@ -341,14 +349,18 @@ static void cosines(const Job& job, const Block& b, Workspace& w) {
 // S, N, P, attended vectors A and cosines of the block with context set x.
 static void block_forward(const Job& job, const Block& b, Size x, Workspace& w) {
     const StackedCrossAttention& c = job.c;
-    const Size m = job.context.count(x), width = padded(m), features = job.features();
-    if (job.pairs) times_contexts(job, x, b.rows, job.query_along(b.first_row), features / 2, w.S, width, w);
-    else times_contexts(job, x, b.rows, job.query.at(b.first_set), job.query.stride, w.S, width, w);
+    const Size m = job.context.count(x), width = padded(m), first = job.first_of_score();
+    if (job.pairs) {
+        times_contexts(job, x, b.rows, job.query_along(b.first_row), job.features() / 2, 0, job.depth(), w.S, width, w);
+    } else {
+        const float* query = job.query.at(b.first_set) + first;
+        times_contexts(job, x, b.rows, query, job.query.stride, first, c.F ? c.F : c.D, w.S, width, w);
+    }
     for_maps(job, b, width, w, [&](Size n, Size at, float* norms) {
         normalize(c, w.S + at, n, width, w.N + at, norms);
         attend((float)c.smooth, w.N + at, n, m, width, w.P + at);
     });
-    map_times_contexts(job, x, b.rows, w.P, WHOLE, w.A, false, w);
+    map_times_contexts(job, x, b.rows, w.P, WHOLE, w.A, w);
     cosines(job, b, w);
 }
 
@@ -380,38 +392,46 @@ static void map_gradients(const Job& job, const Block& b, Size x, Workspace& w) 
     const Size width = padded(job.context.count(x)), features = job.features();
     if (job.pairs) {
         round_tile(w.A, features, features, b.rows, 1.f, w.A_along, w.A_across);
-        times_contexts(job, x, b.rows, w.A_along, features / 2, w.G, width, w);
-    } else times_contexts(job, x, b.rows, w.A, features, w.G, width, w);
+        times_contexts(job, x, b.rows, w.A_along, features / 2, 0, job.depth(), w.G, width, w);
+    } else times_contexts(job, x, b.rows, w.A, features, 0, c.D, w.G, width, w);
     for_maps(job, b, width, w, [&](Size n, Size at, const float* norms) {
         attend_backward((float)c.smooth, w.P + at, n, width, w.G + at);
         with_columns(c, [&](auto columns) { columns.gradients(w.S + at, w.N + at, norms, n, width, w.G + at); });
     });
 }
-// The gradient of the contexts += map^T (m, rows) times rows, which are given (rows, features) and, for pairs, across
+// Columns [first, first + count) of the gradient of the contexts += map^T (m, rows) times rows, which are given (rows, count) and, for
+// pairs, across
 static void add_map_to_contexts(const Job& job, Size rows, Size m, const float* map, const float* other, Size stride,
-                                const Pair* other_across, Workspace& w) {
-    const Size width = padded(m), features = job.features();
+                                const Pair* other_across, Size first, Size count, Workspace& w) {
+    const Size width = padded(m), columns = job.columns();
     if (job.pairs) round_tile(map, width, width, rows, 1.f, nullptr, w.map_across);
     for (Size j = 0; j < m; j += MOST_CONTEXTS) {
         const Size some = least(MOST_CONTEXTS, m - j), depth = half(rows);
-        float* grad = w.grad_context + j * features;
+        float* grad = w.grad_context + j * columns + first;
         if (job.pairs) {
             transpose((const float*)(w.map_across + j), width, depth, some, (float*)w.map_transposed, depth);
-            product<false>(some, features, depth, w.map_transposed, depth, other_across, features, grad, features, true);
-        } else product<true>(some, features, rows, map + j, width, other, stride, grad, features, true);
+            product<false>(some, count, depth, w.map_transposed, depth, other_across, count, grad, columns, true);
+        } else product<true>(some, count, rows, map + j, width, other, stride, grad, columns, true);
     }
 }
 static void add_to_contexts(const Job& job, const Block& b, Size x, Workspace& w) {
     const Size m = job.context.count(x), features = job.features();
     if (job.pairs) pair_all_rows(job.query_along(b.first_row), features / 2, b.rows, features, w.query_across, features);
-    add_map_to_contexts(job, b.rows, m, w.P, w.A, features, w.A_across, w);
-    add_map_to_contexts(job, b.rows, m, w.G, job.query.at(b.first_set), job.query.stride, w.query_across, w);
+    add_map_to_contexts(job, b.rows, m, w.P, w.A, features, w.A_across, 0, features, w);
+    const Size first = job.first_of_score();
+    const float* query = job.query.at(b.first_set) + first;
+    add_map_to_contexts(job, b.rows, m, w.G, query, job.query.stride, w.query_across, first, job.columns_of_score(), w);
 }
 static void store_for_queries(const Job& job, const Block& b, Size x, const Workspace& w) {
     const Size width = padded(job.context.count(x));
-    float* weights = job.weights_at(x, b.first_row, width);
+    float *weights = job.weights_at(job.context_weights, x, b.first_row, width),
+          *of_scores = job.c.F ? job.weights_at(job.score_weights, x, b.first_row, width) : nullptr;
     for (Size i = 0; i < b.rows; ++i)
-        for (Size j = i * width; j < (i + 1) * width; j += VL) store(weights + j, load(w.G + j) + load(w.P + j) * w.dot[i]);
+        for (Size j = i * width; j < (i + 1) * width; j += VL) {
+            const Vector by_score = load(w.G + j), by_dot = load(w.P + j) * w.dot[i];
+            store(weights + j, of_scores ? by_dot : by_score + by_dot);
+            if (of_scores) store(of_scores + j, by_score);
+        }
 }
 // After block_forward: adds to the gradient of the contexts, and stores what those of the queries need.
 static void block_backward(const Job& job, const Block& b, Size x, Workspace& w) {
@@ -446,58 +466,68 @@ static void forward_task(Job& job, Size task) {
 }
 
 // The gradient of a set: `count` real rows, zeros behind them
-static void store_gradient(const StackedCrossAttention& c, const float* from, Size stride, Size count, const Sets& sets, Size set,
-                           void* to) {
-    char* rows = (char*)to + set * sets.rows * c.D * bytes_of(c.dtype);
-    for (Size i = 0; i < count; ++i) narrow(from + i * stride, c.D, c.dtype, rows + i * c.D * bytes_of(c.dtype));
-    const Size rest = (sets.rows - count) * c.D * bytes_of(c.dtype);
-    if (rest > 0) memset(rows + count * c.D * bytes_of(c.dtype), 0, rest);  // an empty tensor has no pointer
+static void store_gradient(const Job& job, const float* from, Size count, const Sets& sets, Size set, void* to) {
+    const StackedCrossAttention& c = job.c;
+    const Size row = (c.D + c.F) * bytes_of(c.dtype), rest = (sets.rows - count) * row;
+    char* rows = (char*)to + set * sets.rows * row;
+    for (Size i = 0; i < count; ++i) {
+        narrow(from + i * job.columns(), c.D, c.dtype, rows + i * row);
+        narrow(from + i * job.columns() + job.features(), c.F, c.dtype, rows + i * row + c.D * bytes_of(c.dtype));
+    }
+    if (rest > 0) memset(rows + count * row, 0, rest);  // an empty tensor has no pointer
 }
 
 static void contexts_task(Job& job, Size task) {
     Workspace& w = job.workspaces[task];
     for (Size item = job.take(); item < job.sets; item = job.take()) {
         const Size x = job.first + item, m = job.context.count(x);
-        memset(w.grad_context, 0, m * job.features() * sizeof(float));
+        memset(w.grad_context, 0, m * job.columns() * sizeof(float));
         for (Size index = 0; m > 0 && index < job.num_blocks; ++index) {
             const Block b = block_at(job, index);
             if (b.rows == 0) continue;
             block_forward(job, b, x, w);
             block_backward(job, b, x, w);
         }
-        store_gradient(job.c, w.grad_context, job.features(), m, job.c.context, x, job.c.grad_context);
+        store_gradient(job, w.grad_context, m, job.c.context, x, job.c.grad_context);
     }
 }
 
 // Rows [first, first + some) of the queries' gradients += those by way of context set x
 static void add_to_queries(const Job& job, Size first, Size some, Size x, Workspace& w) {
-    const Size width = padded(job.context.count(x)), features = job.features();
+    const Size m = job.context.count(x), width = padded(m), features = job.features(), columns = job.columns();
     const float *Q = job.query.data + first * job.query.stride, *by_norm_q = job.by_norm_q_at(x, first);
-    float* grad = job.grad_query + first * features;
+    float* grad = job.grad_query + first * columns;
     for (Size i = 0; i < some; ++i)
         for (Size d = 0; d < features; d += VL) {
-            float* to = grad + i * features + d;
+            float* to = grad + i * columns + d;
             store(to, load(to) + load(Q + i * job.query.stride + d) * by_norm_q[i]);
         }
-    const float* weights = job.weights_at(x, first, width);
-    if (!job.pairs) return map_times_contexts(job, x, some, weights, 1, grad, true, w);
-    map_times_contexts(job, x, some, weights, 1, w.A, false, w);
+    const auto add = [&](float* of, Size at, Size count) {
+        const float *weights = job.weights_at(of, x, first, width), *contexts = job.context.at(x) + at;
+        product<false>(some, count, m, weights, width, contexts, job.context.stride, grad + at, columns, true);
+    };
+    if (!job.pairs) {
+        add(job.context_weights, 0, features);
+        if (job.c.F) add(job.score_weights, features, columns - features);
+        return;
+    }
+    map_times_contexts(job, x, some, job.weights_at(job.context_weights, x, first, width), 1, w.A, w);
     for (Size n = 0; n < some * features; n += VL) store(grad + n, load(grad + n) + load(w.A + n));
 }
 static void queries_task(Job& job, Size task) {
-    const Size features = job.features(), rows = job.rows();
+    const Size columns = job.columns(), rows = job.rows();
     for (Size first = job.take() * BLOCK_ROWS; first < rows; first = job.take() * BLOCK_ROWS) {
         const Size some = least(BLOCK_ROWS, rows - first);
-        if (job.first == 0) memset(job.grad_query + first * features, 0, some * features * sizeof(float));
+        if (job.first == 0) memset(job.grad_query + first * columns, 0, some * columns * sizeof(float));
         for (Size x = job.first; x < job.first + job.sets; ++x)
             if (job.context.count(x) > 0) add_to_queries(job, first, some, x, job.workspaces[task]);
     }
 }
 static void store_task(Job& job, Size) {
-    const Size features = job.features();
-    for (Size y = job.take(); y < job.c.query.count; y = job.take())
-        store_gradient(job.c, job.grad_query + job.query.first[y] * features, features, job.query.count(y), job.c.query, y,
-                       job.c.grad_query);
+    for (Size y = job.take(); y < job.c.query.count; y = job.take()) {
+        const float* from = job.grad_query + job.query.first[y] * job.columns();
+        store_gradient(job, from, job.query.count(y), job.c.query, y, job.c.grad_query);
+    }
 }
 
 // ---- before they start
@@ -505,13 +535,17 @@ static void store_task(Job& job, Size) {
 // The task's share of the sets of a side, as float32 rows where they are copied, and as pairs. norms: those of the rows, or null
 static void pack_side(const Job& job, Size task, const Sets& sets, const Rows32& rows, const PairedRows& pairs, float* norms) {
     const StackedCrossAttention& c = job.c;
-    const Size features = job.features(), tasks = job.threads;
+    const Size features = job.features(), columns = job.columns(), tasks = job.threads;
     for (Size set = share(sets.count, task, tasks); set < share(sets.count, task + 1, tasks); ++set) {
         Pair* along = pairs.along + rows.first[set] * features / 2;
         for (Size i = 0; i < rows.count(set); ++i) {
             const void* from = element(sets.data, c.dtype, set * sets.stride_set + i * sets.stride_row);
-            float* to = rows.copy + (rows.first[set] + i) * features;
-            if (rows.copy) widen(from, c.dtype, c.D, to), memset(to + c.D, 0, (features - c.D) * sizeof(float));
+            float* to = rows.copy + (rows.first[set] + i) * columns;
+            const auto copy = [&](Size first, Size count, Size at, Size end) {  // with zeros up to `end`
+                widen(element(from, c.dtype, first), c.dtype, count, to + at);
+                memset(to + at + count, 0, (end - at - count) * sizeof(float));
+            };
+            if (rows.copy) copy(0, c.D, 0, features), copy(c.D, c.F, features, columns);
             const float* row = rows.at(set) + i * rows.stride;
             if (norms) norms[rows.first[set] + i] = sqrtf(inner(row, row, features));
             if (!job.pairs) continue;
@@ -539,15 +573,15 @@ static void plan_rows(const StackedCrossAttention& c, const Sets& sets, bool are
         total += count;
     }
     if (!memory.counts()) rows.first[sets.count] = total;
-    const bool as_it_is = c.dtype == FLOAT32 && c.D % GROUP == 0 &&
+    const bool as_it_is = c.dtype == FLOAT32 && c.D % GROUP == 0 && c.F % GROUP == 0 &&
                           (!are_queries || (total == sets.count * sets.rows && sets.stride_set == sets.rows * sets.stride_row));
-    const Size features = round_up(c.D, GROUP);
+    const Size features = round_up(c.D, GROUP), columns = features + round_up(c.F, GROUP);
     const bool paired = takes_pairs(c), across = paired && !are_queries;
     pairs.along = paired ? (Pair*)memory.take((total + TILE_SIDE) * features / 2) : nullptr;  // see product_rows
     pairs.across = across ? (Pair*)memory.take((total + sets.count) / 2 * features) : nullptr;
-    rows.copy = as_it_is || across ? nullptr : memory.take(total * features);
+    rows.copy = as_it_is || across ? nullptr : memory.take(total * columns);
     rows.data = as_it_is ? (const float*)sets.data : rows.copy;
-    rows.stride = as_it_is ? sets.stride_row : features, rows.stride_set = sets.stride_set;
+    rows.stride = as_it_is ? sets.stride_row : columns, rows.stride_set = sets.stride_set;
 }
 
 // Blocks of query sets, and how many sets and rows a block has at most
@@ -568,7 +602,8 @@ static void plan_workspace(const Job& job, bool backward, Memory& memory, Worksp
                rows = job.pairs ? most(block_rows, BLOCK_ROWS) : block_rows;  // as add_to_queries has
     const Size map = rows * job.width(), features = job.features();
     w.set = w.start = -1;
-    w.CT = memory.take(job.c.D * least(job.width(), MOST_CONTEXTS)), w.A = memory.take(rows * features);
+    w.CT = memory.take((job.c.F ? job.columns() : job.c.D) * least(job.width(), MOST_CONTEXTS)),
+    w.A = memory.take(rows * features);
     w.S = memory.take(map), w.N = memory.take(map), w.P = memory.take(map), w.G = backward ? memory.take(map) : nullptr;
     if (job.pairs) {
         w.map_along = (Pair*)memory.take(map / 2), w.map_across = (Pair*)memory.take(half(rows) * job.width());
@@ -577,7 +612,7 @@ static void plan_workspace(const Job& job, bool backward, Memory& memory, Worksp
         w.query_across = (Pair*)memory.take(half(rows) * features);
     }
     w.norms = memory.take(job.block_sets * job.width());
-    w.grad_context = backward ? memory.take(job.c.context.rows * features) : nullptr;
+    w.grad_context = backward ? memory.take(job.c.context.rows * job.columns()) : nullptr;
     w.dot = memory.take(rows + GROUP), w.norm_a = memory.take(rows + GROUP);
     w.cosine = memory.take(rows + GROUP), w.weight = memory.take(rows + GROUP);
 }
@@ -597,9 +632,10 @@ static bool prepare(Job& job, Memory& lists, Memory& memory, bool backward) {
     job.splits = most(1, least(job.num_blocks, 4 * threads / most(c.context.count, 1)));
     const bool placed = memory.place([&] {
         job.norm_q = memory.take(job.rows());
-        job.context_weights = memory.take(job.sets * job.rows() * job.width()),
+        job.context_weights = memory.take(job.sets * job.rows() * job.width());
+        job.score_weights = c.F ? memory.take(job.sets * job.rows() * job.width()) : nullptr;
         job.by_norm_q = memory.take(job.sets * job.rows());
-        job.grad_query = backward ? memory.take(job.rows() * job.features()) : nullptr;
+        job.grad_query = backward ? memory.take(job.rows() * job.columns()) : nullptr;
         job.workspaces = memory.take_spaces<Workspace>(threads, [&](Workspace& w) { plan_workspace(job, backward, memory, w); });
     });
     if (placed) run(threads, job, pack_task);
@@ -617,8 +653,8 @@ static Size stacked_cross_attention_backward(const StackedCrossAttention& c) {
     Job job(c);
     Memory lists, memory;
     if (!prepare(job, lists, memory, true)) return NO_MEMORY;
-    take_large_pages(c.grad_query, c.query.count * c.query.rows * c.D * bytes_of(c.dtype));
-    take_large_pages(c.grad_context, c.context.count * c.context.rows * c.D * bytes_of(c.dtype));
+    take_large_pages(c.grad_query, c.query.count * c.query.rows * (c.D + c.F) * bytes_of(c.dtype));
+    take_large_pages(c.grad_context, c.context.count * c.context.rows * (c.D + c.F) * bytes_of(c.dtype));
     for (const Size step = job.sets;; job.first += step) {  // once without context sets: the queries' gradients are zeros
         job.sets = least(step, c.context.count - job.first);
         run_queue(job.threads, job, contexts_task);

@@ -158,9 +158,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> congr
     return std::tuple_cat(grads);
 }
 
-Tensor stacked_cross_attention(Tensor images_in, Tensor captions_in, Maybe caption_lengths, Maybe image_lengths, Word direction,
-                               std::optional<Word> first_norm, double smooth, Word aggregation, double lambda_lse, Word backend) {
+Tensor stacked_cross_attention(Tensor images_in, Tensor captions_in, Maybe caption_lengths, Maybe image_lengths, Size features,
+                               Word direction, std::optional<Word> first_norm, double smooth, Word aggregation, double lambda_lse,
+                               Word backend) {
     check_backend(backend);
+    STD_TORCH_CHECK(0 <= features && features <= images_in.size(2), "features must be among the columns; got ", features);
     check("images", images_in, {ANY, ANY, ANY}, FLOATS);
     check("captions", captions_in, {ANY, ANY, images_in.size(2)}, {images_in.scalar_type()});
     check("caption_lengths", caption_lengths, {captions_in.size(0)}, {ScalarType::Long});
@@ -172,7 +174,11 @@ Tensor stacked_cross_attention(Tensor images_in, Tensor captions_in, Maybe capti
     const bool clips = first_norm && first_norm->rfind("clipped", 0) == 0;
     const std::string norm = !first_norm || *first_norm == "clipped" ? "" : first_norm->substr(clips ? strlen("clipped_") : 0);
     Call call("stacked_cross_attention_forward");
-    call.number("dtype", dtype_of(images)).number("D", images.size(2)).number("clips", clips).number("smooth", smooth);
+    call.number("dtype", dtype_of(images))
+        .number("D", images.size(2) - features)
+        .number("F", features)
+        .number("clips", clips)
+        .number("smooth", smooth);
     call.number("norm", place("first_norm", norm, {"", "softmax", "l2norm", "l1norm"})).number("lambda_lse", lambda_lse);
     call.number("aggregation", place("aggregation", aggregation, {"logsumexp", "max", "sum", "mean"}));
     const auto side = [&](Text name, Text stride, const Tensor& x, const Maybe& lengths, Size stride_of_pairs) {
@@ -262,7 +268,7 @@ OPERATORS(VLATTN_NAMESPACE, m) {
         "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
     m.def(
         "stacked_cross_attention(Tensor images, Tensor captions, Tensor? caption_lengths, Tensor? image_lengths, "
-        "str direction, str? first_norm, float smooth, str aggregation, float lambda_lse, str backend) -> Tensor");
+        "SymInt features, str direction, str? first_norm, float smooth, str aggregation, float lambda_lse, str backend) -> Tensor");
 }
 
 OPERATORS_ON(VLATTN_NAMESPACE, CPU, m) {

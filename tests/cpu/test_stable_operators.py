@@ -99,6 +99,7 @@ def what_the_cases_leave_out() -> None:
     differentiate(*va.attention_statistics(x, x, statistics=("entropy", "lse"), attn_mask=mask, backend="cpu"))
     differentiate(*va.attention_statistics(x, x, statistics=("max_logit", "lse"), attn_mask=mask, backend="cpu"))
     va.stacked_cross_attention(x[0], x[0], first_norm="clipped", backend="cpu")
+    va.stacked_cross_attention(x[0], x[0], score="cosine", backend="cpu")
     some = mask[:4, :4][None].expand(2, 3, 4, 4)[..., :1]
     differentiate(va.relevancy_step(x[:, 0, :1], x[:, :, :4], x, rule="attention", attn_mask=some, backend="cpu"))
     for sizes in ((2, 0, 5, 4), (2, 2, 0, 4)):
@@ -194,7 +195,7 @@ wrong("grad_output must be given", lambda: operators.relevancy_step(
     x[:, 0, :1, :1].expand(1, 1, 5), x, x, x, *none[:6], "gradient", False, "dot", 0.0, 0.5, False, "cpu"))
 wrong("documents must have the shape (any, any, 4)", lambda: operators.maxsim(x[0], x[0, :, :, 1:], None, None, False, "cpu"))
 wrong("lengths must lie from 0 to 5; got 9", lambda: operators.stacked_cross_attention(
-    x[0], x[0], torch.tensor([9, 1]), None, "t2i", None, 9.0, "mean", 6.0, "cpu"))
+    x[0], x[0], torch.tensor([9, 1]), None, 0, "t2i", None, 9.0, "mean", 6.0, "cpu"))
 wrong("image_key must have the shape", lambda: operators.congruence_loss(
     x, few, x, few, *[x] * 4, None, None, "cacr", "both", 0.5, False, "cpu"))
 

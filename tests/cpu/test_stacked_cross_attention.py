@@ -59,7 +59,7 @@ def test_threads_change_no_bit(regions: int, direction: str, threads: None) -> N
 
 def test_opcheck() -> None:
     images, captions = tensors(dtype=F32).values()
-    options = (torch.tensor([9, 1, 0, 5]), None, "t2i", "clipped_l2norm", 9.0, "logsumexp", 6.0, "cpu")
+    options = (torch.tensor([9, 1, 0, 5]), None, 4, "t2i", "clipped_l2norm", 9.0, "logsumexp", 6.0, "cpu")
     torch.library.opcheck(
         torch.ops.vlattn.stacked_cross_attention, (images.requires_grad_(), captions.requires_grad_(), *options)
     )

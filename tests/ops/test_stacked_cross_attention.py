@@ -6,8 +6,10 @@ Loops over every pair: test_stacked_cross_attention_properties.py.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from vlattn_fast.backends import reference
 from vlattn_fast.backends.streaming import _tiles
 from vlattn_fast.backends.streaming import stacked_cross_attention as streaming
 from vlattn_fast.ops.stacked_cross_attention import AGGREGATIONS, DIRECTIONS, FIRST_NORMS
+from vlattn_fast.scores import Additive, Distance, General, Hadamard
 
 FAST = ("streaming", "cpu", "triton")
 NAN = float("nan")
@@ -78,6 +81,52 @@ def test_first_norms_aggregations_and_directions(backend: str, options: tuple[st
     first_norm, aggregation, direction = options
     fixed = dict(first_norm=first_norm, aggregation=aggregation, direction=direction, smooth=4.0, lambda_lse=3.0)
     check(backend, tensors(dtype=finest(backend)), **fixed, **RAGGED)
+
+
+SCORES: dict[str, tuple[tuple[str, ...], Callable[..., Any]]] = {  # parameters, and the score that they make
+    "scaled dot": ((), lambda: "scaled_dot"),
+    "cosine": ((), lambda: "cosine"),
+    "general": (("weight",), General),
+    "biased general": (("weight", "bias"), General),
+    "biased general of the query": (("weight", "bias"), partial(General, projects="query")),
+    "hadamard": (("vector", "weight", "bias"), Hadamard),
+    "hadamard relu": (("vector",), partial(Hadamard, activation="relu", offset=0.5)),
+}
+OF_SIZES = covering(SCORES, (3, 12, 16), DIRECTIONS)  # with 3 streaming takes no Gram matrix; only 16 fills vectors
+
+
+@each("case", streaming=OF_SIZES, cpu=OF_SIZES)
+def test_scores_that_are_products_of_features(backend: str, case: tuple[str, int, str]) -> None:
+    name, size, direction = case
+    names, score = SCORES[name]
+    shapes = {"weight": (size, size), "bias": (size,), "vector": (size,)}
+    inputs = tensors(size=size) | {each: torch.randn(shapes[each], dtype=F64) for each in names}
+    check(backend, as_dtype(inputs, finest(backend)), score=score, direction=direction, **RAGGED)
+
+
+@each("dtype", streaming=LOW, cpu=LOW)
+def test_features_of_16_bits_are_float32(dtype: torch.dtype, backend: str) -> None:
+    inputs = tensors((2, 2), 9, 7, 40) | {"weight": torch.randn(40, 40, dtype=F64)}
+    got = check(backend, as_dtype(inputs, dtype), score=General, first_norm="softmax")
+    assert got["out0"].dtype == torch.float32 and got["grad weight"].dtype == dtype
+
+
+@pytest.mark.parametrize("backend", ["streaming", "cpu"])
+def test_padding_reaches_no_parameter(backend: str) -> None:
+    inputs = tensors(dtype=torch.float32)
+    inputs["captions"][1, 1:] = inputs["images"][2, 3:] = NAN
+    weight = torch.randn(12, 12, requires_grad=True)
+    loss = stacked_cross_attention(**inputs, **LENGTHS, score=General(weight), backend=backend).sum()
+    (grad,) = torch.autograd.grad(loss, [weight])
+    assert loss.isfinite() and grad.isfinite().all() and grad.any()
+
+
+def test_a_zero_vector_has_no_cosine() -> None:
+    inputs = tensors(dtype=torch.float32)
+    inputs["images"][0, 2] = 0.0
+    inputs["captions"] *= 1e-20
+    for backend in ("streaming", "cpu"):
+        check(backend, inputs, score=lambda: "cosine")
 
 
 @on(*FAST)
@@ -320,10 +369,10 @@ def test_opcheck(ragged: bool, dtype: torch.dtype) -> None:
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     checks = checks if ragged and dtype == torch.float32 else checks[:3]
     forward = torch.ops.vlattn.stacked_cross_attention
-    torch.library.opcheck(forward, (images, captions, *lengths, "t2i", *options), test_utils=checks)
+    torch.library.opcheck(forward, (images, captions, *lengths, 0, "t2i", *options), test_utils=checks)
     grad, backward = torch.randn(4, 3).mT, torch.ops.vlattn.stacked_cross_attention_backward
     for direction in DIRECTIONS:
-        arguments = (grad, images.detach(), captions.detach(), *lengths, direction, *options)
+        arguments = (grad, images.detach(), captions.detach(), *lengths, 3 * (direction == "i2t"), direction, *options)
         torch.library.opcheck(backward, arguments, test_utils=checks[: 3 + (direction == "t2i")])
 
 
@@ -387,6 +436,11 @@ BAD_INPUT = {
     "lambda_lse zero": ((IM, CA), dict(lambda_lse=0.0), ValueError, "lambda_lse must be greater than 0"),
     "lambda_lse tensor": ((IM, CA), dict(lambda_lse=torch.tensor(6.0)), TypeError, "lambda_lse must be a real number"),
     "backend": ((IM, CA), dict(backend="nonsense"), ValueError, "backend must be one of"),
+    "score": ((IM, CA), dict(score="additive"), ValueError, "score must be one of .* It has parameters"),
+    "score of no features": ((IM, CA), dict(score=Additive(torch.ones(4))), ValueError, "score must be a product of features of"),
+    "score of pairs": ((IM, CA), dict(score=Distance(1.0)), ValueError, "score must be a product of features of"),
+    "parameters of a score": ((IM, CA), dict(score=General(torch.ones(3, 4))), ValueError, "weight must have shape"),
+    "kernel of a score": ((IM, CA), dict(score="cosine", backend="triton"), ValueError, "compute no score but a dot product"),
     "no kernel": ((IM, CA), dict(backend="cuda"), ValueError, "backend='cuda' cannot run stacked_cross_attention"),
 }
 

@@ -432,12 +432,14 @@ CongruenceLossJvpInputs, CongruenceLossSecondInputs = derivative_inputs(
 
 
 class StackedCrossAttentionInputs(NamedTuple):
-    """images (Bi, R, D), captions (Bc, T, D), caption_lengths int64 (Bc), image_lengths int64 (Bi)."""
+    """images (Bi, R, D + F), captions (Bc, T, D + F), caption_lengths int64 (Bc), image_lengths int64 (Bi). features: F, how
+    many of the last columns give the scores by their products; 0: scores are products of the vectors themselves."""
 
     images: Tensor
     captions: Tensor
     caption_lengths: Tensor | None
     image_lengths: Tensor | None
+    features: int
     direction: str
     first_norm: str | None
     smooth: float
@@ -454,6 +456,7 @@ class StackedCrossAttentionBackwardInputs(NamedTuple):
     captions: Tensor
     caption_lengths: Tensor | None
     image_lengths: Tensor | None
+    features: int
     direction: str
     first_norm: str | None
     smooth: float

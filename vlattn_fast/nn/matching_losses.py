@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vlattn_fast._ground.checks import check_bool, check_choice, check_number, describe
 from vlattn_fast.ops import BACKEND_NAMES
 from vlattn_fast.ops.stacked_cross_attention import check_options, check_positive, damsm_similarity, stacked_cross_attention
+from vlattn_fast.scores import Score
 
 
 class ScanLoss(nn.Module):
@@ -29,7 +30,8 @@ class ScanLoss(nn.Module):
     Args:
         margin: least difference of a true pair to a false one.
         hardest: use only the hardest caption of each image and the hardest image of each caption.
-        direction, first_norm, smooth, aggregation, lambda_lse, backend: see `stacked_cross_attention`.
+        direction, first_norm, smooth, aggregation, lambda_lse, score, backend: see `stacked_cross_attention`. The tensors of a
+            score are the caller's: the loss registers no parameters.
 
     Raises:
         ValueError, TypeError: if an argument is wrong (the message names it).
@@ -47,16 +49,17 @@ class ScanLoss(nn.Module):
         smooth: float = 9.0,
         aggregation: str = "logsumexp",
         lambda_lse: float = 6.0,
+        score: str | Score = "dot",
         backend: str = "auto",
     ) -> None:
         super().__init__()
         check_number("margin", margin, low=0.0)
         check_bool(hardest=hardest)
-        check_options(direction, first_norm, smooth, aggregation, lambda_lse)
+        check_options(direction, first_norm, smooth, aggregation, lambda_lse, score)
         check_choice("backend", backend, BACKEND_NAMES)
         self.margin, self.hardest = margin, hardest
         self.options: dict[str, Any] = {"direction": direction, "first_norm": first_norm, "smooth": smooth}
-        self.options |= {"aggregation": aggregation, "lambda_lse": lambda_lse, "backend": backend}
+        self.options |= {"aggregation": aggregation, "lambda_lse": lambda_lse, "score": score, "backend": backend}
 
     def forward(
         self,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlattn_fast import scores
 from vlattn_fast._ground.checks import check_choice, check_device, check_floating, check_number, check_tensor, describe, readable
 from vlattn_fast._ground.tensors import cast_by_autocast, compute_dtype, real_tokens, without_autocast
 from vlattn_fast.backends.inputs import (
@@ -31,7 +32,11 @@ from vlattn_fast.ops._stages import arguments_of, described
 def _triton_limits(call: Call) -> list[tuple[str, bool]]:
     contexts = call.sizes["regions" if call.flags["direction"] == "t2i" else "words"]
     return [
-        ("the Triton kernels attend to at most 4096 contexts, whose weights of one query they hold in registers", contexts > 4096)
+        ("the Triton kernels compute no score but a dot product", call.flags["score"] != "dot"),
+        (
+            "the Triton kernels attend to at most 4096 contexts, whose weights of one query they hold in registers",
+            contexts > 4096,
+        ),
     ]
 
 
@@ -54,6 +59,7 @@ def stacked_cross_attention(
     smooth: float = 9.0,
     aggregation: str = "logsumexp",
     lambda_lse: float = 6.0,
+    score: str | scores.Score = "dot",
     backend: str = "auto",
 ) -> Tensor:
     """Computes SCAN's similarity of every image with every caption.
@@ -84,7 +90,10 @@ def stacked_cross_attention(
         smooth: factor in the softmax over contexts, any number.
         aggregation: "logsumexp" = log(sum exp(lambda_lse r)) / lambda_lse; "max" (ties share the gradient); "sum"; "mean".
         lambda_lse: > 0. Only for "logsumexp".
-        backend: "auto", "reference", "streaming", "cpu" or "triton".
+        score: s_qc, with its default scale: "dot", "scaled_dot", "cosine" (0 for a zero vector, whatever eps), or General or
+            Hadamard without tanh and sigmoid (General: without any activation), with parameters without heads or of one head. Its
+            tensors are differentiable. The cosines r_q remain those of the vectors.
+        backend: "auto", "reference", "streaming", "cpu" or "triton"; "triton" supports only "dot".
 
     Returns:
         similarity (Bi, Bc) in the inputs' dtype, in float32 for float16 and bfloat16 (which are computed in float32). A pair
@@ -100,15 +109,41 @@ def stacked_cross_attention(
     sums = {"aggregation": aggregation, "lambda_lse": lambda_lse}
     caption_lengths, image_lengths = _place(caption_lengths, "caption", captions), _place(image_lengths, "image", images)
     images, captions = cast_by_autocast(images, captions)
+    score = scores.resolve(score)
     if backend == "reference":
         with without_autocast(images):
             formula = load(BACKENDS, backend).stacked_cross_attention
-            return formula(images, captions, caption_lengths, image_lengths, **norms, **sums)
-    if not BACKENDS[backend].masks_padding:
-        images, captions = _mask_padding(images, image_lengths), _mask_padding(captions, caption_lengths)
+            return formula(images, captions, caption_lengths, image_lengths, **norms, **sums, score=score)
+    images, captions, features = _rows(images, captions, caption_lengths, image_lengths, direction, score, backend)
     smooth, lambda_lse = float(smooth), float(lambda_lse)
-    options = direction, first_norm, smooth, aggregation, lambda_lse, backend
+    options = features, direction, first_norm, smooth, aggregation, lambda_lse, backend
     return _forward_op(StackedCrossAttentionInputs(images, captions, caption_lengths, image_lengths, *options))
+
+
+def _rows(
+    images: Tensor,
+    captions: Tensor,
+    caption_lengths: Tensor | None,
+    image_lengths: Tensor | None,
+    direction: str,
+    score: scores.Score,
+    backend: str,
+) -> tuple[Tensor, Tensor, int]:
+    """Returns images and captions as a backend takes them, and how many features of the score follow the vectors."""
+
+    def without_padding(images: Tensor, captions: Tensor) -> tuple[Tensor, Tensor]:
+        return _mask_padding(images, image_lengths), _mask_padding(captions, caption_lengths)
+
+    if score.name == "dot":
+        return *((images, captions) if BACKENDS[backend].masks_padding else without_padding(images, captions)), 0
+    dtype = compute_dtype(images)
+    images, captions = (x.to(dtype) for x in without_padding(images, captions))  # padding would reach parameters
+    query, context = (captions, images) if direction == "t2i" else (images, captions)
+    with without_autocast(images):
+        phi, psi = (x[:, 0] for x in score.to(dtype).linear_features(query[:, None], context[:, None]))
+    query, context = torch.cat([query, phi], -1), torch.cat([context, psi], -1)
+    images, captions = (context, query) if direction == "t2i" else (query, context)
+    return *without_padding(images, captions), phi.shape[-1]  # which has features if there is a bias
 
 
 def damsm_similarity(
@@ -159,7 +194,7 @@ def _backend(x: Any) -> str:
 def _describe(x: Any) -> Call:
     """Checks a call except for the values of lengths, and returns its metadata."""
     images, captions = x.images, x.captions
-    check_options(x.direction, x.first_norm, x.smooth, x.aggregation, x.lambda_lse)
+    score = check_options(x.direction, x.first_norm, x.smooth, x.aggregation, x.lambda_lse, x.score)
     check_tensor("images", images, rank=3, shape="(Bi, R, D)")
     check_tensor("captions", captions, rank=3, shape="(Bc, T, D)")
     check_floating(images=images, captions=captions)
@@ -170,12 +205,17 @@ def _describe(x: Any) -> Call:
     _check_lengths("image_lengths", x.image_lengths, "images", images)
     (num_images, regions, features), (num_captions, words, _) = images.shape, captions.shape
     sizes = {"images": num_images, "captions": num_captions, "regions": regions, "words": words, "features": features}
+    query, context = (captions, images) if x.direction == "t2i" else (images, captions)
+    score.check(query[:, None], context[:, None])
     flags = {"direction": x.direction, "first_norm": x.first_norm, "aggregation": x.aggregation}
+    flags["score"] = score.name
     return make_call("stacked_cross_attention", images, sizes, flags)
 
 
-def check_options(direction: Any, first_norm: Any, smooth: Any, aggregation: Any, lambda_lse: Any) -> None:
-    """Raises an error unless the options of `stacked_cross_attention` have the documented types and values."""
+def check_options(
+    direction: Any, first_norm: Any, smooth: Any, aggregation: Any, lambda_lse: Any, score: Any = "dot"
+) -> scores.Score:
+    """Returns the score. Raises an error unless the options of `stacked_cross_attention` have the documented types and values."""
     check_choice("direction", direction, DIRECTIONS)
     check_choice("first_norm", first_norm, FIRST_NORMS)
     check_number("smooth", smooth)
@@ -183,6 +223,13 @@ def check_options(direction: Any, first_norm: Any, smooth: Any, aggregation: Any
     check_number("lambda_lse", lambda_lse)
     if aggregation == "logsumexp":
         check_positive("lambda_lse", lambda_lse)
+    score = scores.resolve(score)
+    if not score.is_linear:
+        raise ValueError(
+            "score must be a product of features of the queries and of the contexts: 'dot', 'scaled_dot', 'cosine', General "
+            f"without an activation, or Hadamard without tanh and sigmoid; got {score!r:.80}"
+        )
+    return score
 
 
 def _check_lengths(name: str, lengths: Any, tokens_name: str, tokens: Tensor) -> None:

@@ -38,6 +38,15 @@ class Cosine(Score):
     def kind(self) -> str:
         return "cosine"
 
+    @property
+    def is_linear(self) -> bool:
+        return True
+
+    def linear_features(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns unit vectors: the score without its clamp, and 0 for a zero vector."""
+        (phi, _), (psi, _) = unit_vectors(query, 1.0), unit_vectors(key, 1.0)
+        return phi, psi
+
     def check(self, query: Tensor, key: Tensor) -> None:
         check_number("eps", self.eps, low=0.0)
         check_head_dim(query, key)

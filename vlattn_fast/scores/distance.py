@@ -47,6 +47,10 @@ class Distance(Score):
         "sigma": Parameter(0, lambda head_dim: (_usual(head_dim),) * 2, lambda x, head_dim: 4 * _usual(head_dim) * (x / 4).exp())
     }
 
+    @property
+    def is_linear(self) -> bool:
+        return False  # features of the queries depend on the keys
+
     def features(self, query_dim: int, key_dim: int) -> int:
         return query_dim + 4
 

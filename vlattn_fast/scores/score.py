@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_floating, check_tensor, describe
@@ -96,6 +97,17 @@ class Score:
     def is_dot_product(self) -> bool:
         return self.kind == "dot"
 
+    def to(self, dtype: torch.dtype) -> Score:
+        """Returns the score with its tensors in `dtype`."""
+        values = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}  # type: ignore[arg-type]
+        tensors = {name: x.to(dtype) for name, x in values.items() if isinstance(x, Tensor)}
+        return dataclasses.replace(self, **tensors) if tensors else self  # type: ignore[type-var]
+
+    @property
+    def is_linear(self) -> bool:
+        """Returns whether `linear_features` exist: the score is a product of features of the query only, and of the key only."""
+        return self.is_dot_product
+
     def features(self, query_dim: int, key_dim: int) -> int | None:
         """Returns the largest number of features; None if it depends on the data."""
         return query_dim
@@ -114,6 +126,15 @@ class Score:
     def core(self, query: Tensor, key: Tensor) -> Core:
         """Returns the core score and its features, differentiable in query, key and every parameter."""
         raise NotImplementedError
+
+    def linear_features(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns phi (B, H, N, F) and psi (C, H, M, F), whose products are scores of any two samples with the default scale."""
+        core = self.core(query, key)
+        phi, psi = core.query * self.default_scale(query.shape[-1]), core.key
+        if isinstance(core.offset, Tensor) or core.offset != 0.0:
+            offset = torch.zeros_like(phi[..., 0]) + core.offset
+            phi, psi = torch.cat([phi, offset[..., None]], -1), torch.cat([psi, torch.ones_like(psi[..., :1])], -1)
+        return phi, psi
 
     def default_scale(self, head_dim: int) -> float:
         """Returns the scale if the caller passes none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -24,14 +25,28 @@ def tensors(
     return as_dtype({"images": unit(images), "captions": unit(captions)}, dtype)
 
 
-def check(backend: str, inputs: dict[str, Tensor], call: str = "stacked_cross_attention", **options: Any) -> dict[str, Tensor]:
-    """Similarities and gradients of `backend` against the formula's. No input is written to. Tuples become tensors."""
+def check(
+    backend: str,
+    inputs: dict[str, Tensor],
+    call: str = "stacked_cross_attention",
+    score: Callable[..., Any] | None = None,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """Similarities and gradients of `backend` against the formula's. No input is written to. Tuples become tensors. `score` makes
+    a score of those inputs that are not images and captions."""
     options = {name: torch.tensor(x) if isinstance(x, tuple) else x for name, x in options.items()}
     given = {name: x for name, x in (inputs | options).items() if isinstance(x, Tensor)}
     before = {name: x.clone() for name, x in given.items()}
+
+    def run(fn: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
+        def on(images: Tensor, captions: Tensor, **parameters: Tensor) -> Tensor:
+            return fn(images, captions, **options, **({} if score is None else {"score": score(**parameters)}))
+
+        return on
+
     got = assert_all_close_to(
-        partial(getattr(va, call), **options, backend=backend),
-        partial(getattr(va.reference, call), **options),
+        run(getattr(va, call), **options, backend=backend),
+        run(getattr(va.reference, call), **options),
         inputs,
         [torch.randn(len(inputs["images"]), len(inputs["captions"]))],
     )

@@ -27,6 +27,7 @@ def run(dtype: torch.dtype, direction: str, first_norm: str | None, aggregation:
         captions=captions,
         caption_lengths=torch.tensor([60, 20, 7]),
         image_lengths=None,
+        features=0,
         direction=direction,
         first_norm=first_norm,
         smooth=9.0,

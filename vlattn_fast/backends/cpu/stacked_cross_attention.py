@@ -22,7 +22,7 @@ class Sets(Struct):
 class StackedCrossAttention(Struct):
     __slots__ = ()
     _fields_ = (
-        *each(c_int64, "dtype D norm clips aggregation"),
+        *each(c_int64, "dtype D F norm clips aggregation"),
         *each(c_double, "smooth lambda_lse"),
         *each(Sets, "query context"),
         *each(c_void_p, "similarity grad_similarity"),
@@ -73,7 +73,8 @@ def _call(
     (query, stride_y, grad_query), (context, stride_x, grad_context) = sides
     call = StackedCrossAttention(
         dtype=DTYPES[inputs.images.dtype],
-        D=inputs.images.shape[2],
+        D=inputs.images.shape[2] - inputs.features,
+        F=inputs.features,
         norm=_NORMS[norm],
         clips=clips,
         aggregation=_AGGREGATIONS.index(inputs.aggregation),

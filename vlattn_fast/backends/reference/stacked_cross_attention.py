@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_choice
-from vlattn_fast._ground.tensors import compute_dtype, product
+from vlattn_fast._ground.tensors import compute_dtype, product, unit_vectors
 from vlattn_fast.backends.reference._softmax import logsumexp, softmax
+from vlattn_fast.scores import Score, resolve
 
 DIRECTIONS = ("t2i", "i2t")
 FIRST_NORMS = ("softmax", "l2norm", "l1norm", "clipped_l2norm", "clipped_l1norm", "clipped", None)
@@ -37,13 +38,14 @@ def stacked_cross_attention(
     smooth: float = 9.0,
     aggregation: str = "logsumexp",
     lambda_lse: float = 6.0,
+    score: str | Score = "dot",
 ) -> Tensor:
     """Computes the formula of vlattn_fast.stacked_cross_attention; the same arguments and shapes, without `backend`."""
     check_choice("direction", direction, DIRECTIONS)
     check_choice("first_norm", first_norm, FIRST_NORMS)
     check_choice("aggregation", aggregation, AGGREGATIONS)
     dtype = compute_dtype(images)
-    images, captions = images.to(dtype), captions.to(dtype)
+    images, captions, score = images.to(dtype), captions.to(dtype), resolve(score).to(dtype)
     regions = [images.shape[1]] * images.shape[0] if image_lengths is None else image_lengths.tolist()
     words = [captions.shape[1]] * captions.shape[0] if caption_lengths is None else caption_lengths.tolist()
     # zeros that depend on both inputs, so that empty sets and empty batches have gradients, too
@@ -55,7 +57,7 @@ def stacked_cross_attention(
             if num_regions > 0 and num_words > 0:
                 image, caption = images[i, :num_regions], captions[j, :num_words]
                 q, c = (caption, image) if direction == "t2i" else (image, caption)
-                r = _relevance(q, c, first_norm, smooth)
+                r = _relevance(q, c, score, first_norm, smooth)
                 pairs[-1] = _aggregate(r, aggregation, lambda_lse)
     return torch.stack(pairs).view_as(similarity) if pairs else similarity
 
@@ -77,12 +79,20 @@ def damsm_similarity(
     return gamma2 * stacked_cross_attention(images, captions, *lengths, first_norm="softmax", smooth=gamma1, lambda_lse=gamma2)
 
 
-def _relevance(q: Tensor, c: Tensor, first_norm: str | None, smooth: float) -> Tensor:
+def _relevance(q: Tensor, c: Tensor, score: Score, first_norm: str | None, smooth: float) -> Tensor:
     """Returns r_q = cos(q, a_q), (n,): how close each query is to the context that it attends to."""
-    s = product(q, c.mT)  # eq. 1
+    s = _scores(score, q, c)  # eq. 1
     alpha = softmax(smooth * _normalize(s, first_norm), dim=1)  # over contexts, eq. 3
     a = product(alpha, c)  # eq. 2
     return (q * a).sum(1) / (q.norm(dim=1) * a.norm(dim=1)).clamp(min=1e-8)  # eq. 4
+
+
+def _scores(score: Score, q: Tensor, c: Tensor) -> Tensor:
+    """Returns the score of each query with each context, (n, m); a cosine has no eps, and is 0 for a zero vector."""
+    if score.kind == "cosine":
+        (unit_q, _), (unit_c, _) = unit_vectors(q, 1.0), unit_vectors(c, 1.0)
+        return product(unit_q, unit_c.mT)
+    return score.default_scale(q.shape[1]) * score.formula(q[None, None], c[None, None])[0, 0]
 
 
 def _normalize(s: Tensor, first_norm: str | None) -> Tensor:

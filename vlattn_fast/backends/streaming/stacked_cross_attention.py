@@ -9,6 +9,9 @@ The backward pass recomputes each tile; only the inputs are saved. The gradient 
 and a, which cancel where features have a large part in common. So products over features take the rows less the contexts' mean in
 the inputs' dtype, and the coefficients of that mean are summed in the dtype of the maps, where they cancel without loss.
 
+If scores are products of features, and not of the vectors, these follow the vectors in each row. The scores' gradients then go to
+the features, and those of <q, a_q> to the vectors.
+
 Shapes: a tile has x context sets of m contexts and y query sets of n queries; maps are (x, y, n, m).
 """
 
@@ -43,7 +46,7 @@ def forward(inputs: StackedCrossAttentionInputs) -> Tensor:
     similarity = images.new_zeros(images.shape[0], captions.shape[0], dtype=compute_dtype(images))
     query, context = _sides(inputs)
     by_context = similarity if direction == "t2i" else similarity.mT
-    for x, tiles_y in _tile_pairs(query.vectors, context.vectors):
+    for x, tiles_y in _tile_pairs(query.rows, context.rows):
         contexts = _Contexts(context, x)
         for y in tiles_y:
             by_context[x, y] = _Tile(inputs, query, y, contexts).similarity().to(similarity.dtype)
@@ -56,8 +59,8 @@ def backward(inputs: StackedCrossAttentionBackwardInputs) -> tuple[Tensor, Tenso
     query, context = _sides(inputs)
     grad = grad_similarity if direction == "t2i" else grad_similarity.mT  # (context sets, query sets)
     dtype = compute_dtype(images)
-    grad_q, grad_c = (side.vectors.new_zeros(side.vectors.shape, dtype=dtype) for side in (query, context))
-    for x, tiles_y in _tile_pairs(query.vectors, context.vectors):
+    grad_q, grad_c = (side.rows.new_zeros(side.rows.shape, dtype=dtype) for side in (query, context))
+    for x, tiles_y in _tile_pairs(query.rows, context.rows):
         contexts = _Contexts(context, x)
         for y in tiles_y:
             grad_q[y] += _Tile(inputs, query, y, contexts).backward(grad[x, y])
@@ -97,13 +100,16 @@ def _real(inputs: Any) -> list[Tensor | None]:
 
 @dataclass(frozen=True)
 class _Side:
-    """Images or captions: vectors (B, L, D), of which the first lengths (B) are real."""
+    """Images or captions: rows (B, L, D + F) of vectors and `num_features`, of which the first lengths (B) are real."""
 
-    vectors: Tensor
+    rows: Tensor
+    num_features: int
     lengths: Tensor | None
 
-    def tile(self, i: slice) -> Tensor:
-        return self.vectors[i].to(compute_dtype(self.vectors))
+    def tile(self, i: slice) -> tuple[Tensor, Tensor]:
+        """The vectors (i, L, D) and the features (i, L, F)."""
+        rows, size = self.rows[i].to(compute_dtype(self.rows)), self.rows.shape[2] - self.num_features
+        return rows[..., :size], rows[..., size:]
 
     def masks(self, i: slice) -> tuple[Tensor | None, Tensor | None]:
         """bool (i, L), True = real, and (i), True = not empty. Row 0 of an empty set, a zero vector, counts as real so that
@@ -111,12 +117,13 @@ class _Side:
         if self.lengths is None:
             return None, None
         lengths = self.lengths[i]
-        return torch.arange(self.vectors.shape[1], device=lengths.device) < lengths.clamp(min=1)[:, None], lengths > 0
+        return torch.arange(self.rows.shape[1], device=lengths.device) < lengths.clamp(min=1)[:, None], lengths > 0
 
 
 def _sides(inputs: _Inputs) -> tuple[_Side, _Side]:
     """The side of the queries and the side of the contexts."""
-    image, caption = _Side(inputs.images, inputs.image_lengths), _Side(inputs.captions, inputs.caption_lengths)
+    image = _Side(inputs.images, inputs.features, inputs.image_lengths)
+    caption = _Side(inputs.captions, inputs.features, inputs.caption_lengths)
     return (caption, image) if inputs.direction == "t2i" else (image, caption)
 
 
@@ -139,7 +146,8 @@ class _Contexts:
     """The context sets x and their gradient, to which the tiles add."""
 
     def __init__(self, side: _Side, x: slice) -> None:
-        vectors = side.tile(x)
+        vectors, self.features = side.tile(x)
+        self.grad_features = torch.zeros_like(self.features)
         self.size = vectors.shape[1]
         self.mask, self.filled = side.masks(x)
         self.dtype = vectors.dtype if vectors.device.type == "mps" else torch.float64  # of the maps; mps has no float64
@@ -159,12 +167,12 @@ class _Contexts:
         self.grad_common = self.share.new_zeros(vectors.shape[:2])  # of which these are the coefficients
 
     def backward(self) -> Tensor:
-        """The gradient of the context sets (x, m, D)."""
+        """The gradient of the context sets (x, m, D + F)."""
         grad = self.grad_vectors + self.grad_common[..., None] * self.common
         if self.grad_gram is not None:
             grad, grad_mean = grad[:, : self.size], grad[:, self.size :]
             grad = grad + self.grad_gram @ self.vectors[:, : self.size].to(self.dtype) + grad_mean * self.share
-        return grad.to(self.vectors.dtype)
+        return torch.cat([grad.to(self.vectors.dtype), self.grad_features], dim=-1)
 
 
 class _Tile:
@@ -172,11 +180,13 @@ class _Tile:
 
     def __init__(self, inputs: _Inputs, side: _Side, y: slice, contexts: _Contexts) -> None:
         self.inputs, self.contexts = inputs, contexts
-        self.query = query = side.tile(y)
-        self.mask, self.filled = side.masks(y)
-        scores = (query.flatten(0, 1) @ contexts.vectors.flatten(0, 1).mT).view(*query.shape[:2], *contexts.vectors.shape[:2])
-        scores = scores.permute(2, 0, 1, 3).to(contexts.dtype)
-        self.score = scores[..., : contexts.size].contiguous()
+        (query, self.features), (self.mask, self.filled) = side.tile(y), side.masks(y)
+        self.query = query
+        self.has_features = side.num_features > 0
+        if not self.has_features or contexts.gram is not None:
+            products = self._products(query, contexts.vectors)
+            self.product = products[..., : contexts.size].contiguous()  # q . c
+        self.score = self._products(self.features, contexts.features) if self.has_features else self.product
         self.normal, self.column_norm = _normalize(inputs, self.score, self.mask)
         logits = inputs.smooth * self.normal
         if contexts.mask is not None:
@@ -188,7 +198,7 @@ class _Tile:
             self.norm_a = torch.linalg.vector_norm(self.attended, dim=-1)
         else:
             self.attended = self._times(self.alpha, contexts.gram)  # C a
-            dot = scores[..., contexts.size] + ((self.alpha - contexts.share[..., None]) * self.score).sum(-1)
+            dot = products[..., contexts.size] + ((self.alpha - contexts.share[..., None]) * self.product).sum(-1)
             squared = (self.alpha * self.attended).sum(-1)
             positive = squared > 0  # rounding may leave less; a tangent of the root at 0 would be NaN
             self.norm_a = torch.where(positive, torch.where(positive, squared, 1.0).sqrt(), 0.0)
@@ -202,7 +212,7 @@ class _Tile:
         return self._zero_where_empty(_aggregate(self.inputs, self.cosine, self.mask))
 
     def backward(self, grad: Tensor) -> Tensor:
-        """The gradient of the query sets (y, n, D) from that of the similarity (x, y). Adds to the gradient of the contexts."""
+        """The gradient of the query sets (y, n, D + F) from that of the similarity (x, y). Adds to that of the contexts."""
         contexts, query, alpha = self.contexts, self.query.to(self.contexts.dtype), self.alpha
         grad = self._zero_where_empty(grad.to(contexts.dtype))
         grad_cosine = grad[..., None] * _aggregate_backward(self.inputs, self.cosine, self.mask)
@@ -219,16 +229,24 @@ class _Tile:
             contexts.grad_vectors += self._outer(alpha, grad_attended, contexts.vectors.dtype)
             direct = None
         else:
-            grad_alpha = grad_dot * self.score + by_norm_a * self.attended
+            grad_alpha = grad_dot * self.product + by_norm_a * self.attended
             contexts.grad_gram += self._outer(alpha * by_norm_a, alpha, contexts.dtype)
             direct = grad_dot * (alpha - contexts.share[..., None])
             if contexts.mask is not None:
                 direct = direct.masked_fill(~contexts.mask[:, None, None, :], 0.0)
         grad_normal = self.inputs.smooth * alpha * self._less_mean(grad_alpha, grad_dot)
         grad_score = _normalize_backward(self.inputs, grad_normal, self.score, self.normal, self.column_norm)
+        by_features = torch.zeros_like(self.features)
+        if self.has_features:
+            flat = self._rows_of(grad_score)
+            contexts.grad_features += (flat.mT @ self.features.flatten(0, 1)).view_as(contexts.features)
+            by_features = (flat @ contexts.features.flatten(0, 1)).view_as(self.features)
+            if direct is None:
+                return torch.cat([grad_query.to(self.query.dtype), by_features], dim=-1)
+            grad_score = torch.zeros_like(grad_score)  # of the products of vectors, which are no scores
         if direct is not None:
             grad_score = torch.cat([grad_score + direct, grad_dot], dim=-1)
-        flat = grad_score.permute(1, 2, 0, 3).to(self.query.dtype).reshape(query.shape[0] * query.shape[1], -1)
+        flat = self._rows_of(grad_score)
         # the queries may not have it: of few contexts the mean is not near 0 either
         common = contexts.common
         shared = self.query.mean((0, 1)) @ common > 0.5 * common.square().sum()
@@ -236,7 +254,17 @@ class _Tile:
         contexts.grad_vectors += (flat.mT @ rest).view_as(contexts.vectors)
         contexts.grad_common += torch.where(shared, grad_score.sum((1, 2)), 0.0)
         grad_query = grad_query + grad_score.sum((0, 3))[..., None] * contexts.common
-        return (grad_query + (flat @ contexts.less_common.flatten(0, 1)).view_as(query)).to(self.query.dtype)
+        grad_query = (grad_query + (flat @ contexts.less_common.flatten(0, 1)).view_as(query)).to(self.query.dtype)
+        return torch.cat([grad_query, by_features], dim=-1)
+
+    def _products(self, query: Tensor, context: Tensor) -> Tensor:
+        """(x, y, n, k) of the rows of query sets (y, n, D) and of context sets (x, k, D), in the dtype of maps."""
+        product = (query.flatten(0, 1) @ context.flatten(0, 1).mT).view(*query.shape[:2], *context.shape[:2])
+        return product.permute(2, 0, 1, 3).to(self.contexts.dtype)
+
+    def _rows_of(self, x: Tensor) -> Tensor:
+        """(y n, x k) of a map (x, y, n, k), in the dtype of the vectors."""
+        return x.permute(1, 2, 0, 3).to(self.query.dtype).reshape(x.shape[1] * x.shape[2], -1)
 
     def _less_mean(self, grad_alpha: Tensor, grad_dot: Tensor) -> Tensor:
         """grad_alpha (x, y, n, m) less sum_c alpha grad_alpha, as the softmax's backward takes it.
