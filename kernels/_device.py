@@ -1,4 +1,4 @@
-"""The guards round a Triton launch: its device, and the ptxas that compiles it."""
+"""The guards round a Triton launch: its device, the ptxas that compiles it, and kernels that were compiled ahead."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from vlattn_fast.kernels import _archive
 from vlattn_fast.kernels import _ptxas as _ptxas  # compiles each kernel that is launched from here on
 
 Launcher = TypeVar("Launcher", bound=Callable[..., Any])
@@ -19,6 +20,7 @@ def on_device(launcher: Launcher) -> Launcher:
     Triton launches on the current device, whatever device the tensors are on. They differ if the layers of a model lie on
     several devices (device_map="auto").
     """
+    is_taken = False  # whether kernels that were compiled ahead are launched
 
     @functools.wraps(launcher)
     def guarded(inputs: Any) -> Any:
@@ -26,7 +28,14 @@ def on_device(launcher: Launcher) -> Launcher:
             if first is not None:
                 break
         device = (first[0] if isinstance(first, list) else first).device
-        if device.index is None or device.index == torch.cuda.current_device():  # without an index: the CPU
+        if device.index is None:  # the CPU
+            return launcher(inputs)
+        nonlocal is_taken
+        if not is_taken:
+            if (compiled := _archive.launching()) is not None:
+                compiled.take()  # all that this launcher needs is imported
+            is_taken = True
+        if device.index == torch.cuda.current_device():
             return launcher(inputs)
         with torch.cuda.device(device):
             return launcher(inputs)

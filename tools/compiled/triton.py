@@ -54,19 +54,24 @@ def calls_of(operator: str) -> dict[str, Any]:
 
 def launches(operator: str, name: str, architecture: int, launch: Callable[[Any, dict[str, Any]], None]) -> None:
     """Runs one call as on a device of this architecture. Its launches go to `launch`, with the kernel and its arguments."""
+    launches_of(calls_of(operator)[name], f"{operator} {name}", architecture, launch)
+
+
+def launches_of(call: Callable[[], Any], title: str, architecture: int, launch: Callable[[Any, dict[str, Any]], None]) -> None:
+    """The same for any call."""
     from triton.runtime.jit import JITFunction
 
     from vlattn_fast.kernels import _configurations
 
     def without_launch(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        assert not args, f"{operator} {name} {self.fn.__name__}: name the arguments of the launch"
+        assert not args, f"{title} {self.fn.__name__}: name the arguments of the launch"
         launch(self, kwargs)
 
     _configurations.TARGET = f"sm_{architecture}"
     pretend(architecture)
     run, JITFunction.run = JITFunction.run, without_launch
     try:
-        calls_of(operator)[name]()
+        call()
     finally:
         JITFunction.run = run
 

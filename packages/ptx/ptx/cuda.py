@@ -12,6 +12,9 @@ between guards, and the call takes the copies' addresses: an access outside of t
         with ptx.cuda.Device.active.using(memory):
             library.scale(ctypes.c_void_p(memory.place(x, "x")), x.numel())
     print(launches[0].name, launches[0].executed)
+
+runtime/driver.cpp (DRIVER) stands in for the driver's library, libcuda, under a program that loads modules of PTX and launches by
+the driver's API, in the same way. There the launches of a call take the tensors' own addresses if `lent` names them.
 """
 
 from __future__ import annotations
@@ -25,6 +28,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ptx.architectures import properties
 from ptx.running.launch import Launch, launch
 from ptx.running.memory import Memory
@@ -32,6 +37,7 @@ from ptx.running.program import Program
 from ptx.running.reports import Options
 
 RUNTIME = Path(__file__).with_name("runtime") / "runtime.cpp"  # to be compiled with the host code
+DRIVER = RUNTIME.with_name("driver.cpp")  # to be compiled alone, as a library
 # Bytes of a block, at most. Of the GPUs that run sm_80's code sm_86 has the least.
 SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 UNASKED = 48 * 1024  # bytes of a block without cudaFuncSetAttribute
@@ -40,13 +46,13 @@ INVALID_VALUE, INVALID_CONFIGURATION, OUT_OF_RESOURCES, LAUNCH_FAILURE = 1, 9, 7
 
 
 class _Kernel(ctypes.Structure):
-    """Kernel of runtime.cpp."""
+    """Kernel of emulator.h."""
 
     _fields_ = [("text", ctypes.c_void_p), ("name", ctypes.c_char_p), ("title", ctypes.c_char_p)]
 
 
 class _Launch(ctypes.Structure):
-    """Launch of runtime.cpp."""
+    """Launch of emulator.h."""
 
     _fields_ = [
         ("kernel", ctypes.POINTER(_Kernel)),
@@ -62,7 +68,7 @@ _ALLOW = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(_Kernel), ctypes.c_int)
 
 
 class _Emulator(ctypes.Structure):
-    """Emulator of runtime.cpp."""
+    """Emulator of emulator.h."""
 
     _fields_ = [("launch", _LAUNCH), ("allow", _ALLOW)]
 
@@ -88,6 +94,15 @@ def connected(library: ctypes.CDLL) -> ctypes.CDLL:
     """The library, whose launches are emulated from here on."""
     library.ptx_connect(ctypes.byref(_EMULATOR))
     return library
+
+
+def lent(tensors: dict[str, Tensor]) -> Memory:
+    """Memory for `Device.using` whose launches use these tensors in place, by name: no access outside of all of them."""
+    memory = Memory()
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        memory.add(storage.data_ptr(), storage.nbytes(), name, writable=True)
+    return memory
 
 
 @dataclass

@@ -10,23 +10,9 @@
 #include <map>
 #include <vector>
 
-namespace {
+#include "emulator.h"
 
-// As ptx/cuda.py has them, member for member.
-struct Kernel {
-    const char* text;  // the PTX of its fat binary, or null
-    const char *name, *title;  // mangled, and as C++ writes it
-};
-struct Launch {
-    const Kernel* kernel;
-    uint32_t grid[3], block[3];
-    uint64_t shared;  // bytes of dynamic shared memory
-    void** arguments;
-};
-struct Emulator {
-    int (*launch)(const Launch*);
-    int (*allow)(const Kernel*, int shared);  // so many bytes of dynamic shared memory from now on
-};
+namespace {
 
 const Emulator* emulator = nullptr;
 

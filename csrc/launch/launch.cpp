@@ -1,0 +1,334 @@
+// Launches of Triton's kernels that were compiled ahead (kernels/_archive.py), in place of Triton's own launcher.
+//
+// A Launcher stands for a kernel and is called as Triton's JITFunction.run is: with the grid and named arguments, members of tuples
+// among them. One walk over them makes the key of the launch (constants and options, types, whether a number is 1 or a multiple of
+// 16) and collects the numbers and addresses. A key that is new goes to Python, `resolve`, which finds the compiled kernel or
+// nothing; then, and for what no key describes, such as tensor descriptors, Triton launches. The GIL guards all maps.
+#define Py_LIMITED_API 0x030B0000
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <stdint.h>
+#include <string.h>
+
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "driver.h"
+
+namespace {
+
+Driver driver;
+
+// What `connect` says of torch
+PyObject *tensor_type, *current_device, *current_stream, *text_of;
+PyObject *word_data_ptr, *word_dtype, *word_grid, *word_warmup;
+
+// A constant that is no number and no string, by its address: what it says in a text, numbered. It is kept alive.
+uint32_t number_of(PyObject* constant, bool& failed) {
+    static std::unordered_map<PyObject*, uint32_t> by_address;
+    static std::unordered_map<std::string, uint32_t> by_text;
+    const auto known = by_address.find(constant);
+    if (known != by_address.end()) return known->second;
+    PyObject* text = PyObject_CallFunctionObjArgs(text_of, constant, nullptr);
+    Py_ssize_t size = 0;
+    const char* characters = text ? PyUnicode_AsUTF8AndSize(text, &size) : nullptr;
+    if (!characters) return Py_XDECREF(text), failed = true, 0;
+    const uint32_t number = by_text.try_emplace(std::string(characters, size), (uint32_t)by_text.size()).first->second;
+    Py_DECREF(text);
+    if (by_address.size() >= 65536) {  // a program that makes its constants anew
+        for (const auto& one : by_address) Py_DECREF(one.first);
+        by_address.clear();
+    }
+    Py_INCREF(constant);
+    by_address[constant] = number;
+    return number;
+}
+
+union Value {
+    int64_t integer;
+    double number;
+};
+
+// The arguments of a launch: key and values. `covered`: whether the key describes them; an error of Python's is set if `failed`.
+struct Arguments {
+    std::string key;
+    std::vector<Value> leaves;
+    bool covered = true, failed = false;
+
+    template <class Number> void put(Number number) { key.append((const char*)&number, sizeof number); }
+    void leaf(char code, int64_t integer = 0) {
+        key.push_back(code);
+        Value value;
+        value.integer = integer;
+        leaves.push_back(value);
+    }
+
+    void constant(PyObject* x) {
+        leaf('C');
+        if (x == Py_None) return key.push_back('N');
+        if (PyBool_Check(x)) return key.push_back(x == Py_True ? 'T' : 'F');
+        Py_ssize_t size = 0;
+        if (PyLong_CheckExact(x)) {
+            key.push_back('i'), put(integer(x));
+        } else if (PyUnicode_Check(x)) {
+            const char* text = PyUnicode_AsUTF8AndSize(x, &size);
+            if (!text) return (void)(failed = true);
+            key.push_back('s'), put(size), key.append(text, size);
+        } else {
+            key.push_back('o'), put(number_of(x, failed));
+        }
+    }
+
+    void argument(PyObject* x) {
+        if (failed || !covered) return;
+        if (x == Py_None) return leaf('N');
+        if (PyBool_Check(x)) return leaf('b', x == Py_True);
+        if (PyLong_Check(x)) {
+            const int64_t number = integer(x);
+            leaf(number == 1 ? '1' : number % 16 == 0 ? 'D' : 'i', number);
+            key.push_back(number < INT32_MIN || number > INT32_MAX ? 'w' : 'n');
+        } else if (PyFloat_Check(x)) {
+            leaf('f');
+            leaves.back().number = PyFloat_AsDouble(x);
+        } else if (PyTuple_Check(x)) {
+            key.push_back('(');
+            const Py_ssize_t members = PyTuple_Size(x);
+            for (Py_ssize_t n = 0; n < members; ++n) argument(PyTuple_GetItem(x, n));
+            key.push_back(')');
+        } else if (PyType_IsSubtype(Py_TYPE(x), (PyTypeObject*)tensor_type)) {
+            tensor(x);
+        } else {
+            covered = false;
+        }
+    }
+
+   private:
+    int64_t integer(PyObject* x) {
+        int overflow = 0;
+        const int64_t number = PyLong_AsLongLongAndOverflow(x, &overflow);
+        covered = covered && !overflow;
+        return number;
+    }
+    void tensor(PyObject* x) {
+        PyObject *dtype = PyObject_GetAttr(x, word_dtype), *address = PyObject_CallMethodObjArgs(x, word_data_ptr, nullptr);
+        if (dtype && address) {
+            const uint64_t number = PyLong_AsUnsignedLongLong(address);
+            failed = failed || (number == (uint64_t)-1 && PyErr_Occurred());
+            leaf(number % 16 == 0 ? 'P' : 'p', (int64_t)number);
+            put(dtype);  // there is one object for each dtype, which lives as long as torch
+        } else {
+            failed = true;
+        }
+        Py_XDECREF(dtype), Py_XDECREF(address);
+    }
+};
+
+// A parameter of the compiled kernel: a leaf of the arguments, and its type. A leaf of -1 is scratch memory that it does not use.
+struct Parameter {
+    int leaf;
+    char code;  // p: address; q, i, h, b: integers of 8, 4, 2 and 1 bytes; d, f: floats of 8 and 4
+};
+struct Compiled {
+    void* function = nullptr;  // nullptr: Triton launches
+    unsigned threads = 0, shared = 0;
+    std::vector<Parameter> parameters;
+    std::string name;
+};
+
+struct Kernel {
+    std::vector<PyObject*> names;  // of the parameters, in their order
+    std::vector<bool> constants;
+    PyObject *resolve, *otherwise;
+    std::unordered_map<std::string, Compiled> known;
+};
+
+struct Launcher {
+    PyObject ob_base;
+    Kernel* kernel;
+};
+
+bool unsigned_of(PyObject* x, unsigned& number) {
+    const long value = PyLong_AsLong(x);
+    number = (unsigned)value;
+    return !(value == -1 && PyErr_Occurred());
+}
+
+// What `resolve` gives: None, or (function, name, threads, bytes of shared memory, ((leaf, code), ...))
+bool read(PyObject* found, Compiled& compiled) {
+    if (found == Py_None) return true;
+    unsigned long long function = 0;
+    const char* name = nullptr;
+    PyObject* parameters = nullptr;
+    if (!PyArg_ParseTuple(found, "KsIIO!", &function, &name, &compiled.threads, &compiled.shared, &PyTuple_Type, &parameters))
+        return false;
+    for (Py_ssize_t n = 0; n < PyTuple_Size(parameters); ++n) {
+        Parameter one = {0, 0};
+        const char* code = nullptr;
+        if (!PyArg_ParseTuple(PyTuple_GetItem(parameters, n), "is", &one.leaf, &code)) return false;
+        one.code = code[0];
+        compiled.parameters.push_back(one);
+    }
+    compiled.function = (void*)function, compiled.name = name;
+    return true;
+}
+
+bool start(const Compiled& compiled, const std::vector<Value>& leaves, const unsigned* grid, int device, PyObject* stream) {
+    std::vector<Value> values(compiled.parameters.size());
+    std::vector<void*> addresses(values.size());
+    for (size_t n = 0; n < values.size(); ++n) {
+        const Parameter& one = compiled.parameters[n];
+        addresses[n] = &values[n];
+        values[n].integer = 0;
+        if (one.leaf < 0) continue;
+        const Value& leaf = leaves[one.leaf];
+        const float single = (float)leaf.number;
+        if (one.code == 'f') memcpy(addresses[n], &single, sizeof single);
+        else values[n] = leaf;  // little-endian: the first bytes of an integer are the narrower one
+    }
+    const unsigned long long at = PyLong_AsUnsignedLongLong(stream);
+    if (at == (unsigned long long)-1 && PyErr_Occurred()) return false;
+    Driver::Result result = 0;
+    Py_BEGIN_ALLOW_THREADS;
+    result = driver.enter(device);
+    if (result == 0)
+        result = driver.cuLaunchKernel(compiled.function, grid[0], grid[1], grid[2], compiled.threads, 1, 1, compiled.shared,
+                                       (void*)at, addresses.data(), nullptr);
+    Py_END_ALLOW_THREADS;
+    if (result == 0) return true;
+    PyErr_Format(
+        PyExc_RuntimeError, "%s was not launched on a grid of (%u, %u, %u) with %u threads and %u bytes of shared memory: %s",
+        compiled.name.c_str(), grid[0], grid[1], grid[2], compiled.threads, compiled.shared, driver.error(result).c_str());
+    return false;
+}
+
+PyObject* call(PyObject* self, PyObject* args, PyObject* named) {
+    Kernel& kernel = *((Launcher*)self)->kernel;
+    PyObject* grid_of = named ? PyDict_GetItemWithError(named, word_grid) : nullptr;
+    PyObject* warmup = named ? PyDict_GetItemWithError(named, word_warmup) : nullptr;
+    if (!grid_of || !PyTuple_Check(grid_of) || warmup != Py_False || PyTuple_Size(args) > 0)
+        return PyErr_Occurred() ? nullptr : PyObject_Call(kernel.otherwise, args, named);
+
+    static thread_local Arguments arguments;
+    arguments.key.clear(), arguments.leaves.clear(), arguments.covered = true, arguments.failed = false;
+    Py_ssize_t others = PyDict_Size(named) - 2;
+    for (size_t n = 0; n < kernel.names.size(); ++n) {
+        PyObject* x = PyDict_GetItemWithError(named, kernel.names[n]);
+        if (!x && PyErr_Occurred()) return nullptr;
+        if (!x) arguments.leaf('-');  // its default
+        else if (--others, kernel.constants[n]) arguments.constant(x);
+        else arguments.argument(x);
+    }
+    if (others > 0) {  // options, as the number of warps
+        PyObject *name = nullptr, *x = nullptr;
+        for (Py_ssize_t place = 0; PyDict_Next(named, &place, &name, &x);) {
+            bool is_parameter = PyUnicode_Compare(name, word_grid) == 0 || PyUnicode_Compare(name, word_warmup) == 0;
+            for (size_t n = 0; n < kernel.names.size() && !is_parameter; ++n)
+                is_parameter = PyUnicode_Compare(name, kernel.names[n]) == 0;
+            if (!is_parameter) arguments.constant(name), arguments.constant(x);
+        }
+    }
+    unsigned grid[3] = {1, 1, 1};
+    const Py_ssize_t axes = PyTuple_Size(grid_of);
+    for (Py_ssize_t n = 0; n < axes && n < 3; ++n)
+        if (!unsigned_of(PyTuple_GetItem(grid_of, n), grid[n])) return nullptr;
+    if (arguments.failed) return nullptr;
+    if (!arguments.covered) return PyObject_Call(kernel.otherwise, args, named);
+
+    PyObject* device_number = PyObject_CallNoArgs(current_device);
+    unsigned device = 0;
+    if (!device_number || !unsigned_of(device_number, device)) return Py_XDECREF(device_number), nullptr;
+    arguments.put(device);
+    auto entry = kernel.known.find(arguments.key);
+    if (entry == kernel.known.end()) {
+        const std::string key = arguments.key;  // resolving may launch
+        const std::vector<Value> leaves = arguments.leaves;
+        PyObject* found = PyObject_CallFunctionObjArgs(kernel.resolve, named, device_number, nullptr);
+        Compiled compiled;
+        const bool is_read = found && read(found, compiled);
+        Py_XDECREF(found);
+        if (!is_read) return Py_DECREF(device_number), nullptr;
+        for (const Parameter& one : compiled.parameters)
+            if (one.leaf >= (int)leaves.size()) {
+                Py_DECREF(device_number);
+                PyErr_SetString(
+                    PyExc_RuntimeError, "the archive of compiled kernels does not fit the launcher: install vlattn_fast again");
+                return nullptr;
+            }
+        entry = kernel.known.try_emplace(key, compiled).first;
+        arguments.leaves = leaves;
+    }
+    if (!entry->second.function) return Py_DECREF(device_number), PyObject_Call(kernel.otherwise, args, named);
+    if (grid[0] == 0 || grid[1] == 0 || grid[2] == 0) return Py_DECREF(device_number), Py_NewRef(Py_None);
+    PyObject* stream = PyObject_CallFunctionObjArgs(current_stream, device_number, nullptr);
+    Py_DECREF(device_number);
+    const bool is_started = stream && start(entry->second, arguments.leaves, grid, (int)device, stream);
+    Py_XDECREF(stream);
+    return is_started ? Py_NewRef(Py_None) : nullptr;
+}
+
+// Launcher(((name, is a constant), ...), resolve, otherwise)
+PyObject* make(PyTypeObject* type, PyObject* args, PyObject*) {
+    PyObject *parameters = nullptr, *resolve = nullptr, *otherwise = nullptr;
+    if (!PyArg_ParseTuple(args, "O!OO", &PyTuple_Type, &parameters, &resolve, &otherwise)) return nullptr;
+    auto* kernel = new Kernel;
+    kernel->resolve = Py_NewRef(resolve), kernel->otherwise = Py_NewRef(otherwise);
+    for (Py_ssize_t n = 0; n < PyTuple_Size(parameters); ++n) {
+        PyObject* name = nullptr;
+        int is_constant = 0;
+        if (!PyArg_ParseTuple(PyTuple_GetItem(parameters, n), "Up", &name, &is_constant)) return nullptr;
+        Py_INCREF(name);
+        PyUnicode_InternInPlace(&name);  // as names of keywords are
+        kernel->names.push_back(name), kernel->constants.push_back(is_constant);
+    }
+    PyObject* self = ((allocfunc)PyType_GetSlot(type, Py_tp_alloc))(type, 0);
+    if (self) ((Launcher*)self)->kernel = kernel;  // lives as long as its kernel, that is to the end of the process
+    return self;
+}
+
+PyObject* connect(PyObject*, PyObject* args) {
+    const char* path = nullptr;
+    PyObject* functions[4];
+    if (!PyArg_ParseTuple(args, "sOOOO", &path, &functions[0], &functions[1], &functions[2], &functions[3])) return nullptr;
+    const std::string error = driver.open(path);
+    if (!error.empty()) return PyErr_Format(PyExc_OSError, "CUDA's driver cannot be used: %s", error.c_str());
+    PyObject** places[] = {&tensor_type, &current_device, &current_stream, &text_of};
+    for (int n = 0; n < 4; ++n) {
+        PyObject* before = *places[n];
+        *places[n] = Py_NewRef(functions[n]);
+        Py_XDECREF(before);
+    }
+    return Py_NewRef(Py_None);
+}
+
+PyObject* load(PyObject*, PyObject* args) {
+    const char *image = nullptr, *name = nullptr;
+    int shared = 0, device = 0;
+    Py_ssize_t size = 0;
+    if (!PyArg_ParseTuple(args, "y#sii", &image, &size, &name, &shared, &device)) return nullptr;
+    void* function = nullptr;
+    Driver::Result result = driver.enter(device);
+    if (result == 0) result = driver.load(image, name, shared, &function);
+    if (result == 0) return PyLong_FromUnsignedLongLong((unsigned long long)function);
+    return PyErr_Format(PyExc_RuntimeError, "the driver does not load %s: %s", name, driver.error(result).c_str());
+}
+
+PyMethodDef functions[] = {
+    {"connect", connect, METH_VARARGS,
+     "connect(path, tensor, device, stream, text): opens the driver; the class of tensors, functions of the current device, of a "
+     "device's stream, and of the text of a constant."},
+    {"load", load, METH_VARARGS, "load(image, name, shared, device): the driver's function of a cubin or PTX, as a number."},
+    {nullptr, nullptr, 0, nullptr}};
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "vlattn_launch", nullptr, -1, functions, nullptr, nullptr, nullptr, nullptr};
+PyType_Slot slots[] = {{Py_tp_call, (void*)call}, {Py_tp_new, (void*)make}, {0, nullptr}};
+PyType_Spec spec = {"vlattn_launch.Launcher", sizeof(Launcher), 0, Py_TPFLAGS_DEFAULT, slots};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit_vlattn_launch() {
+    word_data_ptr = PyUnicode_InternFromString("data_ptr"), word_dtype = PyUnicode_InternFromString("dtype");
+    word_grid = PyUnicode_InternFromString("grid"), word_warmup = PyUnicode_InternFromString("warmup");
+    PyObject* module = PyModule_Create(&definition);
+    if (!module || PyModule_AddObject(module, "Launcher", PyType_FromSpec(&spec)) < 0) return nullptr;
+    return module;
+}

@@ -1,0 +1,188 @@
+"""Compiles kernels ahead of their first call, into the archives kernels/compiled/sm_80.zip, sm_90.zip and sm_100.zip.
+
+    python -m tools.compiled.cubins [OPERATOR ...] [--architecture 90 ...] [--out FOLDER] [--ptx]
+
+The launches are those of the calls in tools/compiled/calls/. A launch is compiled once for all sizes: only strides and addresses
+are specialised, as they are in these calls. sm_100 has PTX, which the driver compiles; with --ptx all have, for a stand-in of the
+driver. Launches with tensor descriptors are left to Triton. No GPU is needed; a launch that Triton's cache has takes no time. The
+launcher of csrc/launch/ is built as well. kernels/_archive.py uses all of it, and a wheel that is built then has it inside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tools import building
+from tools.compiled.triton import ARCHITECTURES, calls_of, check, launches_of, operators
+
+FOLDER = Path(__file__).parents[2] / "kernels" / "compiled"
+OPERATORS = ("score_attention", "relevancy_attention", "attention_statistics", "attention_map", "congruence_loss")
+AS_PTX = (100,)
+
+
+class Compiled(NamedTuple):
+    """A launch as the manifest has it, without the name of its member, and the code."""
+
+    form: tuple[Any, ...]
+    facts: tuple[Any, ...]  # symbol, warps, bytes of shared memory, needs, parameters
+    image: bytes
+
+
+def compiled_launch(kernel: Any, named: dict[str, Any], as_ptx: bool) -> Compiled | None:
+    """A launch; None if it has arguments that archives do not have."""
+    from vlattn_fast.kernels import _archive
+
+    try:
+        leaves = _archive.leaves_of(kernel, named)
+    except _archive.Uncovered:
+        return None
+    made = _compile(kernel, named)
+    metadata = made.metadata
+    scratch = [getattr(metadata, f"{name}_scratch_size", 0) for name in ("global", "profile")]
+    if metadata.num_ctas != 1 or any(scratch) or getattr(metadata, "launch_cooperative_grid", False):
+        return None
+    types = _by_path(zip(kernel.arg_names, kernel.arg_names, made.src.signature.values(), strict=True), named)
+    numbers = {leaf.path: n for n, leaf in enumerate(leaves)}
+    constant = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
+    parameters = [(numbers[path], kind) for path, kind in types if kind != "constexpr"]
+    needs = {
+        numbers[path]: 1
+        for path, kind in types
+        if kind == "constexpr" and path not in constant and leaves[numbers[path]].kind == "int"
+    }
+    divisible = {path for path, attributes in made.src.attrs.items() if ["tt.divisibility", 16] in attributes}
+    needs |= {numbers[path]: 16 for path, place in _places(kernel, named) if place in divisible}
+    parameters += [(-1, "i64")] * len(scratch)
+    image = made.asm["ptx"].encode() if as_ptx else made.asm["cubin"]
+    check(metadata.name, made.asm)
+    facts = metadata.name, metadata.num_warps, metadata.shared, needs, parameters
+    return Compiled(_archive.form_of(kernel, named, leaves), facts, image)
+
+
+def _compile(kernel: Any, named: dict[str, Any]) -> Any:
+    """What Triton compiles for a launch, without specialising it for sizes: no number that is no stride counts as 1 or as a
+    multiple of 16."""
+    from triton.runtime.driver import driver
+
+    bind = kernel.device_caches[driver.active.get_current_device()]
+    _, _, target, backend, binder = bind
+    bound, specialisation, options = binder(**{"debug": False, **named})
+    relaxed = [
+        (kind, trait) if one.is_constexpr else _relaxed(one.name, bound[one.name], kind, trait)
+        for one, (kind, trait) in zip(kernel.params, specialisation, strict=True)
+    ]
+    options, signature, constants, attributes = kernel._pack_args(backend, {"debug": False, **named}, bound, relaxed, options)
+    source = kernel.ASTSource(kernel, signature, constants, attributes)
+    return kernel.compile(source, target=target, options=options.__dict__)
+
+
+def _relaxed(path: str, value: Any, kind: Any, trait: Any) -> tuple[Any, Any]:
+    if isinstance(value, tuple):
+        names = getattr(value, "_fields", range(len(value)))
+        members = [_relaxed(f"{path}.{n}", *one) for n, *one in zip(names, value, kind, trait, strict=True)]
+        kinds, traits = zip(*members, strict=True)
+        return (type(kind)(*kinds) if hasattr(kind, "_fields") else kinds), traits
+    if type(value) is not int or "stride" in path:
+        return kind, trait
+    return ("i32" if kind == "constexpr" else kind), ""
+
+
+def _by_path(parameters: Iterable[tuple[Any, str, Any]], named: dict[str, Any]) -> list[tuple[str, str]]:
+    """Triton's type of each leaf."""
+
+    def of(path: str, value: Any, kind: Any) -> list[tuple[str, str]]:
+        if not isinstance(kind, tuple):
+            return [(path, kind)]
+        names = getattr(value, "_fields", range(len(kind)))
+        return [one for name, member, part in zip(names, value, kind, strict=True) for one in of(f"{path}.{name}", member, part)]
+
+    return [one for name, _, kind in parameters for one in of(name, named.get(name), kind)]
+
+
+def _places(kernel: Any, named: dict[str, Any]) -> list[tuple[str, tuple[int, ...]]]:
+    """The path of each leaf, and where Triton has it: the number of the parameter, and of members of tuples."""
+
+    def of(path: str, value: Any, place: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
+        if not isinstance(value, tuple):
+            return [(path, place)]
+        names = getattr(value, "_fields", range(len(value)))
+        members = enumerate(zip(names, value, strict=True))
+        return [one for n, (name, member) in members for one in of(f"{path}.{name}", member, (*place, n))]
+
+    parameters = [(one.num, one.name) for one in kernel.params if not one.is_constexpr and one.name in named]
+    return [one for n, name in parameters for one in of(name, named[name], (n,))]
+
+
+def of_call(operator: str, name: str, architecture: int, as_ptx: bool) -> list[Compiled]:
+    """The launches of a call of tools/compiled/calls/, each form once."""
+    return launches_in(calls_of(operator)[name], f"{operator} {name}", architecture, as_ptx)
+
+
+def launches_in(call: Callable[[], Any], title: str, architecture: int, as_ptx: bool) -> list[Compiled]:
+    """The launches of any call, each form once."""
+    made: dict[Any, Compiled] = {}
+
+    def compile_one(kernel: Any, named: dict[str, Any]) -> None:
+        if (one := compiled_launch(kernel, named, as_ptx)) is not None:
+            made[one.form, str(one.facts)] = one
+
+    launches_of(call, title, architecture, compile_one)
+    return list(made.values())
+
+
+def write(path: Path, compiled: Iterable[Compiled], suffix: str) -> None:
+    """The archive of these launches."""
+    from vlattn_fast.kernels import _archive
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    entries, members = {}, set[str]()
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as file:
+        for one in compiled:
+            member = f"{hashlib.sha256(one.image).hexdigest()[:24]}.{suffix}"
+            if member not in members:
+                members.add(member)
+                file.writestr(member, one.image)
+            entries[one.form, str(one.facts[3:])] = (*one.form, member, *one.facts)
+        manifest = {"sources": _archive.sources(), "entries": list(entries.values())}
+        file.writestr(_archive.MANIFEST, json.dumps(manifest))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tools.compiled.cubins", description=__doc__.splitlines()[0])
+    parser.add_argument("operators", nargs="*", metavar="OPERATOR", help=f"default: {' '.join(OPERATORS)}")
+    parser.add_argument("--architecture", type=int, nargs="*", default=ARCHITECTURES, choices=ARCHITECTURES)
+    parser.add_argument("--out", type=Path, default=FOLDER)
+    parser.add_argument("--ptx", action="store_true", help="PTX for every architecture")
+    parser.add_argument("--workers", type=int, metavar="N", default=os.cpu_count())
+    options = parser.parse_args()
+    chosen = options.operators or OPERATORS
+    if unknown := sorted(set(chosen) - set(operators())):
+        parser.error(f"OPERATOR must be one of {', '.join(operators())}; got {', '.join(unknown)}")
+    calls = [(operator, name) for operator in chosen for name in calls_of(operator)]
+    with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
+        for architecture in options.architecture:
+            as_ptx = options.ptx or architecture in AS_PTX
+            of_one: Callable[..., list[Compiled]] = functools.partial(of_call, architecture=architecture, as_ptx=as_ptx)
+            compiled = []
+            for (operator, name), made in zip(calls, pool.map(of_one, *zip(*calls, strict=True)), strict=True):
+                compiled += made
+                print(f"sm_{architecture} {operator} {name}: {len(made)} launches", flush=True)
+            path = options.out / f"sm_{architecture}.zip"
+            write(path, compiled, "ptx" if as_ptx else "cubin")
+            print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+    shutil.copy(building.launcher(), options.out)
+
+
+if __name__ == "__main__":
+    main()

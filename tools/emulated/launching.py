@@ -1,0 +1,81 @@
+"""Kernels that were compiled ahead, launched by the launcher in C++ over a stand-in for CUDA's driver, on CPU tensors.
+
+with tools.emulated.launching.emulated(folder, 90) as launches:      # an archive of `python -m tools.compiled.cubins --ptx`
+    va.score_attention(query, key, value, backend="triton")
+print(launches[0].executed)
+
+A launch that no archive covers raises an error: Triton has no driver here. `planned` leaves the launches out, to time the host.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+import ptx.cuda
+from ptx.running.launch import Launch
+from ptx.running.reports import Options
+from tools import building
+from vlattn_fast.dispatch.call import OnCpu, run_gpu_kernels_on_cpu
+from vlattn_fast.kernels import _archive, _configurations
+
+
+@contextmanager
+def planned(folder: Path, architecture: int) -> Iterator[_archive.Launching]:
+    """Within it backend="triton" takes CPU tensors, and all kernels of this package are launched from the archives in a folder:
+    with nothing behind the driver, launches do nothing."""
+    with ExitStack() as stack:
+        stack.callback(run_gpu_kernels_on_cpu, run_gpu_kernels_on_cpu(OnCpu(divmod(architecture, 10))))
+        stack.callback(setattr, _configurations, "TARGET", _configurations.TARGET)
+        _configurations.TARGET = f"sm_{architecture}"
+        made = _archive.Launching(
+            folder,
+            building.launcher(),
+            str(building.driver()),
+            lambda: 0,
+            lambda device: 0,
+            lambda device: divmod(architecture, 10),
+        )
+        stack.callback(made.end)
+        made.take()
+        yield made
+
+
+@contextmanager
+def emulated(folder: Path, architecture: int, options: Options | None = None) -> Iterator[list[Launch]]:
+    """The same, with launches that are emulated. Gives the list of launches, which grows."""
+    with ptx.cuda.emulated(architecture, options) as launches, planned(folder, architecture) as made:
+        driver = ctypes.CDLL(str(building.driver()))
+        ptx.cuda.connected(driver)
+        for kernel in made.kernels:
+            kernel.run = _with_tensors(kernel.run)
+        try:
+            yield launches
+        finally:
+            driver.ptx_connect(None)
+
+
+def _with_tensors(run: Callable[..., Any]) -> Callable[..., Any]:
+    """A launch whose tensors the emulated GPU can reach."""
+
+    def launch(*arguments: Any, **named: Any) -> Any:
+        device = ptx.cuda.Device.active
+        assert device is not None
+        with device.using(ptx.cuda.lent(dict(_tensors("", named)))):
+            return run(*arguments, **named)
+
+    return launch
+
+
+def _tensors(path: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor) and value.numel():
+        yield path, value
+    elif isinstance(value, dict | tuple):
+        members = value.items() if isinstance(value, dict) else enumerate(value)
+        for name, member in members:
+            yield from _tensors(f"{path}.{name}", member)
