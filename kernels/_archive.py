@@ -28,6 +28,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
+from vlattn_fast.kernels._tiles import OLD_TRITON
+
 LIBRARY = Path(__file__).parent / "compiled" / "libvlattn_launch.so"
 MANIFEST = "manifest.json"
 DRIVER = "libcuda.so.1"
@@ -125,8 +127,6 @@ def _meets(value: Any, need: int) -> bool:
 def sources() -> str:
     """A digest of this package's files with kernels, and of Triton's version as far as they depend on it. An archive of other
     sources is not used."""
-    from vlattn_fast.kernels._tiles import OLD_TRITON
-
     digest = hashlib.sha256(repr(bool(OLD_TRITON.value)).encode())
     for file in sorted(Path(__file__).parent.glob("*.py")):
         text = file.read_bytes()
