@@ -13,7 +13,7 @@ of its instructions on sm_90. None of the tiles tried was without spills, and th
 instructions. r Abar of one row of 64 features in float32 spills 136 bytes on sm_90: 32 keys instead of 64 do not, and take 60 %
 more instructions. Additive scores in float32 keep one number out of registers while the loop over keys runs. Statistics of
 paged keys in float32 spill 8 to 104 bytes with 128 features, in the smallest tiles, and up to 784 with 256. A reason says what
-else decided. `make gpu PARTS=sweep` tries others on a device, and stores what is faster in configurations.json, by architecture.
+else decided. `make gpu PARTS=tiles` times others on a device, and stores what is faster in configurations.json, by architecture.
 Those come before the lines here.
 
 Sizes that follow from the data, as of tiles that hold whole rows, stay with the kernels, and so do the warps of small kernels.
@@ -35,7 +35,7 @@ Config = dict[str, int]
 Launch = TypeVar("Launch")
 # by architecture, as "sm_90"
 MEASURED: dict[str, dict[str, Config]] = json.loads(Path(__file__).with_name("configurations.json").read_text())
-OVERRIDES: dict[str, Config] = {}  # `make gpu PARTS=sweep` tries these
+OVERRIDES: dict[str, Config] = {}  # `make gpu PARTS=tiles` tries these
 TARGET: str | None = None  # the architecture that kernels are compiled for without a device
 
 

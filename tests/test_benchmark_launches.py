@@ -20,7 +20,7 @@ NAME = "attention_map/gradient/clip"
 
 
 class Tiles(dict[str, Any]):
-    """In place of the table's tiles, as the sweep's table has them; it notes which kernels of the operator asked."""
+    """In place of the table's tiles, as the table of the fastest tiles has them; it notes which kernels of the operator asked."""
 
     def get(self, key: str, default: Any = None) -> Any:
         self[key] = {**default, "BLOCK_Q": 16, "BLOCK_KV": 32, "num_warps": 2}

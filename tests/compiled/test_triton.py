@@ -12,8 +12,8 @@ from tests.helpers.releases import WITHOUT_PTX
 
 pytest.importorskip("ptx", reason=WITHOUT_PTX)
 from ptx.testing import compiling
-from tools.compiled.table import Row
-from tools.compiled.thresholds import beyond, programs, thresholds, worst
+from tools.compiled.table import Row, programs
+from tools.compiled.thresholds import beyond, thresholds, worst
 from tools.compiled.triton import Task, calls_of, compile_call, narrow_offsets, operators, overwritten_operands, unknown_opcodes
 
 ROW = {

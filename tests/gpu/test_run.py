@@ -24,7 +24,7 @@ from tests.helpers.releases import WITHOUT_PTX
 pytest.importorskip("ptx", reason=WITHOUT_PTX)
 from tools import building
 from tools.emulated.cuda import emulated
-from tools.gpu import full, launch, ncu, production, run, session, suite, sweep
+from tools.gpu import full, launch, ncu, production, run, session, suite, tiles
 from vlattn_fast.benchmarks.host import without_launches
 from vlattn_fast.checking import verify
 from vlattn_fast.kernels import _configurations
@@ -132,14 +132,15 @@ def test_verify_runs_the_compiled_kernels_and_goes_on(rehearsed):
     assert all({"BLOCK_Q", "BLOCK_KV", "num_warps", "num_stages"} <= tile.keys() for tile in rows[triton]["tiles"])
 
 
-def test_sweep_stores_each_configuration_and_the_winner(rehearsed):
+def test_tiles_store_each_candidate_and_the_winner(rehearsed):
     call, ((_, said), _) = rehearsed
-    *tried, won = call.by_item("sweep").values()
+    *tried, won = call.by_item("tiles").values()
     assert [row["is_default"] for row in tried] == [True, *[False] * (run.CPU_TRIES - 1)], said
-    assert len({sweep.label(row["config"]) for row in tried}) == run.CPU_TRIES
-    assert all(row["passed"] and row["ratio"] <= 1 and row["us"] > 0 for row in tried)
-    assert all(row["key"] == "attention_map map gradient torch.bfloat16 1024 1024 64 False" for row in (*tried, won))
-    assert won["winner"] in [row["config"] for row in tried] and won["us"] <= won["us_before"]
+    assert len({tiles.label(row["config"]) for row in tried}) == run.CPU_TRIES
+    key = "attention_map map gradient torch.bfloat16 1024 1024 64 False"
+    assert all(row["us"] > 0 and row["regs"] > 0 and row["item"].startswith(f"{key}: ") for row in tried)
+    assert won["key"] == key and won["winner"] in [row["config"] for row in tried] and won["best_us"] <= won["present_us"]
+    assert won["passed"] is (True if won["changed"] else None)
     table = call.out / "configurations.json"
     assert table.exists() == won["changed"]
 
@@ -241,6 +242,7 @@ def test_the_first_steps_fit_one_call_and_the_last_ones_leave_nothing_out(tree, 
     asked: dict[bool, dict[str, list[str]]] = {True: {}, False: {}}
     compiled: dict[str, list[str]] = {}
     monkeypatch.setattr(suite, "TREE", ROOT)
+    monkeypatch.setattr(tiles, "kept", lambda *_: {"candidates": []})
     monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
     tree.built = Future()
     tree.built.set_result(True)
@@ -273,32 +275,13 @@ def test_what_is_timed_is_what_was_checked(hot, monkeypatch):
     with without_launches():
         call = production.call_of(hot.benchmark, "triton", "cpu", batch=1)
     for run_it in (lambda: verify._run(case, case.in_dtype(torch.bfloat16), "triton"), call):
-        recorder, launched = sweep.Recorder(hot.key, None), []
+        recorder, launched = tiles.Recorder(hot.key, None), []
         monkeypatch.setattr(_configurations, "OVERRIDES", recorder)
         with without_launches(launched):
             run_it()
         assert set(hot.kernels) <= set(launched)
         asked.append(recorder.asked)
     assert len(asked[0]) == 1 and asked[0] == asked[1]
-
-
-def test_the_sweep_goes_over_tiles_then_stages():
-    default = {"BLOCK_Q": 64, "BLOCK_KV": 64, "num_warps": 4, "num_stages": 2}
-    rows = [{"config": default, "us": 100.0}]
-    first = sweep.candidates(default, 64, rows, (1, 2, 3, 4))
-    assert len(first) == 2 * 3 * 2 - 1 and {config["BLOCK_Q"] for config in first} == {32, 64}
-    rows += [{"config": config, "us": 110.0 + n} for n, config in enumerate(first[:-1])]
-    assert sweep.candidates(default, 64, rows, (1, 2, 3, 4)) == first[-1:]  # cut before the last
-    rows.append({"config": first[-1], "not_run": "OutOfResources"})
-    second = sweep.candidates(default, 64, rows, (1, 2, 3, 4))
-    assert len(second) == 3 * 3 and {config["num_stages"] for config in second} == {1, 3, 4}
-    rows += [{"config": config, "us": 98.0} for config in second]
-    assert sweep.candidates(default, 64, rows, (1, 2, 3, 4)) == []
-    assert sweep.winner(default, rows) == default  # two percent are noise
-    rows[-1]["us"] = 90.0
-    assert sweep.winner(default, rows) == second[-1]
-    whole = {"BLOCK_Q": 32, "num_warps": 8, "num_stages": 1}  # a tile has all keys
-    assert all(config.keys() == whole.keys() for config in sweep.candidates(whole, 64, [], (1,)))
 
 
 def test_what_ncu_says_without_a_table_is_no_row():
@@ -422,10 +405,9 @@ def test_the_winners_are_written_to_the_table(tree, tmp_path, monkeypatch):
     assert not tree.options.table.exists()
     small = {"BLOCK_Q": 16}
     tree.options.table.write_text(json.dumps({"sm_80": {"x": small}, "sm_90": {"one": small, "z": small}}))
-    for name, changed in (("one", True), ("two", False)):
-        tree.store(
-            "sweep", {"item": f"{name}: winner", "passed": True, "key": name, "winner": {"BLOCK_Q": 64}, "changed": changed}
-        )
+    for name, facts in (("one", {}), ("two", {"changed": False}), ("three", {"passed": False})):
+        right = {"passed": True, "changed": True, **facts}
+        tree.store("tiles", {"item": name, "key": name, "winner": {"BLOCK_Q": 64}, **right})
     run.write_table(tree)
     expected = {"sm_80": {"x": small}, "sm_90": {"one": {"BLOCK_Q": 64}, "z": small}}
     assert json.loads(tree.options.table.read_text()) == expected
@@ -437,4 +419,4 @@ def test_an_unknown_part_is_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         run.main()
     assert end.value.code == 2
-    assert "PART must be one of verify, benchmarks, tests, sweep, ncu; got measure" in capsys.readouterr().err
+    assert "PART must be one of verify, benchmarks, tests, tiles, ncu; got measure" in capsys.readouterr().err

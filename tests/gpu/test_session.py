@@ -28,8 +28,8 @@ def test_a_row_is_known_to_the_same_sources_alone(tree, monkeypatch):
     source.write_text("a")
     tree.sources = session.sources()
     tree.store("verify", {"item": "x", "passed": True})
-    assert tree.known("verify").keys() == {"x"} and tree.known("sweep") == {}
-    (session.ROOT / "kernels" / "configurations.json").write_text("{}")  # the sweep's own
+    assert tree.known("verify").keys() == {"x"} and tree.known("tiles") == {}
+    (session.ROOT / "kernels" / "configurations.json").write_text("{}")  # the table of the fastest tiles
     assert session.sources() == tree.sources
     source.write_text("b")
     tree.sources = session.sources()
@@ -236,7 +236,7 @@ def planted(item, device):
         os.kill(os.getpid(), 9)
     return {"passed": True, "process": os.getpid(), "worker": os.getppid()}
 
-worker.verified = worker.sweep.tried = planted
+worker.verified = worker.tiles.tried = planted
 worker.main("cpu")
 """
 
@@ -263,11 +263,11 @@ def test_an_item_that_hangs_crashes_or_takes_all_memory_costs_its_row(tree, monk
     assert rows["crash"]["problem"].startswith("the process ended with -6: it was crash")
     assert "RuntimeError" in rows["no memory"]["problem"] and "process ended with -9" in rows["killed"]["problem"]
     assert tree.run("verify", items, lambda: lambda *_: pytest.fail("it ran again"))
-    # a sweep shares its data among items, and starts anew behind one of them
+    # launches share a process, which starts anew after one of them
     monkeypatch.setattr(session, "GRACE", 0.0)
     items = [{"item": name, **({"limit": 3.0} if name == "hang" else {})} for name in names[:3]]
-    assert tree.run("sweep", [*items, {"item": "last"}], tree.worker)
-    rows = tree.known("sweep")
+    assert tree.run("tiles", [*items, {"item": "last"}], tree.worker)
+    rows = tree.known("tiles")
     assert (
         rows["first"]["process"] != rows["last"]["process"] and rows["first"]["worker"] == rows["last"]["worker"] == os.getpid()
     )

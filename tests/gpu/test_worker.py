@@ -1,13 +1,11 @@
 """What a worker says: a row a line, and kernels by the names that profilers show."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 
 from tests.helpers import programs
-from tools.gpu import production, session, sweep, worker
-from vlattn_fast.checking.tolerance import Errors
+from tools.gpu import production, session, worker
 
 
 @pytest.mark.parametrize(
@@ -32,27 +30,17 @@ def test_a_profile_without_kernels_is_no_profile(monkeypatch):
     assert not worker.kernels({"call": "", "backend": "triton"}, "cuda")["passed"]
 
 
-def test_a_configuration_that_gives_nan_has_a_row_in_json(monkeypatch):
-    """JSON has no infinity, which the ratio of such errors is."""
-    wrong = Errors()
-    wrong.mismatch = "NaN where the formula is finite"
-    monkeypatch.setattr(sweep, "settle", lambda *_, **__: {"output": wrong})
-    launch = SimpleNamespace(call=lambda: None, problems=[SimpleNamespace(runs=lambda backend: None)])
-    row = sweep._measured(launch, "cpu")
-    assert not row["passed"] and json.loads(json.dumps(row, allow_nan=False))["ratio"] > 1
-
-
 BAR = """
 import sys
 from tools.gpu import worker
-worker.sweep.tried = lambda item, device: sys.stdout.write("50%") and {"passed": True}
+worker.tiles.tried = lambda item, device: sys.stdout.write("50%") and {"passed": True}
 worker.main("cpu")
 """
 
 
 def test_a_row_stands_on_a_line_of_its_own():
     """Whatever was printed before it, as a progress bar without an end of line."""
-    said = programs.run(BAR, text='{"item": "x", "part": "sweep"}\n').stdout
+    said = programs.run(BAR, text='{"item": "x", "part": "tiles"}\n').stdout
     (line,) = [line for line in said.splitlines() if line.startswith(session.ROW)]
     assert json.loads(line.removeprefix(session.ROW))["passed"]
 

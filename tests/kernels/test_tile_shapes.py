@@ -1,4 +1,4 @@
-"""Any shape of a tile that `make gpu PARTS=sweep` may choose: more queries than keys, and more keys than queries.
+"""Any shape of a tile that `make gpu PARTS=tiles` may choose: more queries than keys, and more keys than queries.
 
 A loop over queries or keys begins and ends at the diagonal of a causal mask, which depends on the shape. Query heads share key
 heads, and each has a mask of its own, so that every tile meets another one.

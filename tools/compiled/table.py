@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 # KB of shared memory that a block may have; sm_86 and sm_89, which have the least, run what is compiled for sm_80
 SHARED_LIMITS = {"sm_90": 227, "sm_100": 227}
 LEAST_SHARED = 99
+REGISTERS, WARPS = 65536, 64  # of an SM
+SHARED = {"sm_80": 164, "sm_90": 228, "sm_100": 228}  # KB of an SM; each program takes one more than it asks for
 
 Row = dict[str, Any]  # registers, spills, ... of one kernel on one target
 Table = dict[str, dict[str, Row]]
@@ -46,6 +52,28 @@ def differences(compiled: dict[str, Row], stored: dict[str, Row]) -> list[str]:
             ]
             lines.append(f"{key}: {', '.join(changed)}")
     return lines
+
+
+def programs(row: Row, architecture: str) -> int:
+    """How many programs an SM holds, by their registers, which come in eights a thread, their shared memory and their warps."""
+    registers = -(-row["registers"] // 8) * 8 * 32 * row["warps"]
+    return int(min(REGISTERS // registers, SHARED[architecture] * 1024 // (row["shared"] + 1024), WARPS // row["warps"]))
+
+
+def usage(kernel: Any) -> Row:
+    """Registers of a thread, bytes that it spills, and shared memory of a kernel that Triton compiled."""
+    with file_of(kernel.asm["cubin"]) as file:
+        said = cuobjdump("--dump-resource-usage", file)
+    registers, stack = (int(re.findall(rf"{word}:(\d+)", said)[0]) for word in ("REG", "STACK"))
+    return {"registers": registers, "spills": stack, "shared": kernel.metadata.shared}
+
+
+@contextmanager
+def file_of(cubin: bytes) -> Iterator[str]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        yield file.name
 
 
 def tool(name: str) -> Path:

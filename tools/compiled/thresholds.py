@@ -11,12 +11,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tools.compiled.table import Row, Table, read
+from tools.compiled.table import Row, Table, programs, read
 from tools.compiled.triton import ARCHITECTURES, TABLE
 
 THRESHOLDS = Path(__file__).parents[2] / "tests" / "compiled" / "thresholds.json"
-REGISTERS, WARPS = 65536, 64  # of an SM
-SHARED = {"sm_80": 164, "sm_90": 228, "sm_100": 228}  # KB of an SM; each program takes one more than it asks for
 
 Threshold = dict[str, int]
 
@@ -24,12 +22,6 @@ Threshold = dict[str, int]
 def thresholds() -> dict[str, dict[str, Threshold]]:
     stored: dict[str, dict[str, Threshold]] = json.loads(THRESHOLDS.read_text(encoding="utf-8"))
     return stored
-
-
-def programs(row: Row, architecture: str) -> int:
-    """How many programs an SM holds, by their registers, which come in eights a thread, their shared memory and their warps."""
-    registers = -(-row["registers"] // 8) * 8 * 32 * row["warps"]
-    return int(min(REGISTERS // registers, SHARED[architecture] * 1024 // (row["shared"] + 1024), WARPS // row["warps"]))
 
 
 def numbers(row: Row, architecture: str) -> Threshold:

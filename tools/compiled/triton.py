@@ -18,10 +18,8 @@ import importlib
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,7 @@ from ptx.reading.opcodes import matching
 from tools.compiled.descriptors import stale_descriptors
 from tools.compiled.device import pretend
 from tools.compiled.machine_code import facts, waits
-from tools.compiled.table import Row, cuobjdump, differences, nvdisasm, read, write
+from tools.compiled.table import Row, differences, file_of, nvdisasm, read, usage, write
 
 TABLE = Path(__file__).parents[2] / "build" / "compiled" / "triton.json"
 ARCHITECTURES = (80, 90, 100)
@@ -147,26 +145,15 @@ def check(what: str, asm: dict[str, Any]) -> None:
 
 def _row(kernel: Any) -> Row:
     cores = [name for name, words in TENSOR_CORES.items() if words in kernel.asm["ptx"]]
-    with _file(kernel.asm["cubin"]) as file:
-        usage = cuobjdump("--dump-resource-usage", file)
     waiting = waits(_sass(kernel.asm["cubin"])) if "wgmma" in cores else {}
-    registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
-    row = {"registers": registers, "spills": stack, "shared": kernel.metadata.shared, "tensor_cores": "+".join(cores)}
+    row = usage(kernel) | {"tensor_cores": "+".join(cores)}
     return row | waiting
 
 
 @functools.lru_cache(maxsize=1)  # of a kernel that is checked first, and then has its row
 def _sass(cubin: bytes) -> str:
-    with _file(cubin) as file:
+    with file_of(cubin) as file:
         return nvdisasm(file)
-
-
-@contextmanager
-def _file(cubin: bytes) -> Iterator[str]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        yield file.name
 
 
 def narrow_offsets(ttir: str) -> list[str]:

@@ -1,10 +1,11 @@
 """Compiles what `make gpu` launches on a machine without a GPU, so that a lent one spends its minutes on running.
 
-    python -m tools.gpu.ahead [--architecture 90] [--processes 2] [--sweep NAME]
+    python -m tools.gpu.ahead [--architecture 90] [--processes 2] [--tiles REGEX]
 
 Triton finds a compiled kernel by its source and by Triton's own files. So the Python of this process needs the minor version of
 the other machine's, and the same wheels of torch and Triton. build/kernels.tar.xz then holds the kernels of the first step of
-`verify`, of the named benchmarks, and of all tiles of the sweep, by default of all its launches; `make gpu` unpacks it there.
+`verify`, of the named benchmarks, and of the candidates of `tiles`; `make gpu` unpacks it there. With --tiles it compiles only
+candidates of the hot launches whose names match, and prints them, the best by the estimate (tile_times.py) first.
 """
 
 from __future__ import annotations
@@ -24,19 +25,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--architecture", type=int, default=90)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--sweep", default="", metavar="NAME", help="a regular expression: only launches whose names match")
+    parser.add_argument("--tiles", metavar="REGEX", help="only candidates of launches whose names match; writes no archive")
     options = parser.parse_args()
     lay_out_tree()
     import_from_tree()
     os.environ["TRITON_CACHE_DIR"] = str(ROOT / "build" / "triton-cache")
-    from tools.gpu import production
-    from tools.gpu.sweep import new_pool
+    from tools.gpu import production, tiles
+    from tools.gpu.tile_times import label
 
-    hot = [n for n, one in enumerate(production.HOTTEST) if re.search(options.sweep, one.name)]
-    tasks: list[tuple[Callable[..., str], str | int]] = [(tiles, n) for n in hot]
-    tasks += [(benchmark, name) for name in production.NAMED]
+    made_of = tiles.made_of(options.architecture)
+    for number, hot in enumerate(production.HOTTEST):
+        if re.search(options.tiles or "", hot.name):
+            made = tiles.plan(number, options.architecture, options.processes)
+            tiles.keep(number, made_of, made)
+            print(f"{hot.name}: {made['of']} compiled for", flush=True)
+            for row in made["candidates"]:
+                estimate = f"{row['estimate']:.3f} cycles a pair, " if "estimate" in row else ""
+                print(f"  {label(row['config'])}: {estimate}{row['programs']} programs an SM, {row['spills']} bytes spilled")
+    if options.tiles is not None:
+        return
+    tasks: list[tuple[Callable[..., str], str]] = [(benchmark, name) for name in production.NAMED]
     tasks += [(check, one.item) for one in production.checks() if one.is_full or one.sizes == next(iter(production.SIZES))]
-    with new_pool(options.processes) as pool:
+    with tiles.new_pool(options.processes) as pool:
         for done in [pool.submit(task, what, options.architecture) for task, what in tasks]:
             print(done.result(), flush=True)
     archive = ROOT / "build" / KERNELS
@@ -44,20 +54,9 @@ def main() -> None:
     print(f"{archive}: {archive.stat().st_size / 2**20:.0f} MiB")
 
 
-def tiles(number: int, architecture: int) -> str:
-    from tools.gpu import production
-    from tools.gpu.sweep import compile_some, every_candidate
-
-    hot = production.HOTTEST[number]
-    (default,) = compile_some(number, [None], architecture)
-    configs = every_candidate(default, hot.most, hot.stages)
-    compile_some(number, configs, architecture)
-    return f"{hot.name}: {len(configs)} configurations"
-
-
 def benchmark(name: str, architecture: int) -> str:
     from tools.gpu import production
-    from tools.gpu.sweep import for_a_gpu
+    from tools.gpu.tiles import for_a_gpu
 
     with for_a_gpu(architecture):
         call = production.call_of(name, "triton", "cpu", batch=16)
@@ -68,7 +67,7 @@ def benchmark(name: str, architecture: int) -> str:
 
 def check(item: str, architecture: int) -> str:
     from tools.gpu import full, production
-    from tools.gpu.sweep import for_a_gpu
+    from tools.gpu.tiles import for_a_gpu
     from vlattn_fast.checking import verify
     from vlattn_fast.ops import OPERATORS
 

@@ -1,16 +1,18 @@
-"""The kernels that a call launches, and one launch again, to be timed by itself."""
+"""The kernels that a call launches, and launches again, to be timed by themselves."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
 from typing import Any
 
 import torch
 
 from vlattn_fast.benchmarks._launches import Launch, watching
 
-GRAPH_SECONDS, REPLAYS = 2e-3, 30  # the least time of a replay, and their number
+GRAPH_SECONDS, ROUNDS = 2e-3, 30  # the least time of a replay, and their number
+TIMED_BY = {"cuda": f"CUDA graphs in turns, median of {ROUNDS}", "cpu": "one emulated launch"}
 
 
 def launched(call: Callable[[], Any]) -> list[tuple[str, Launch, Any]]:
@@ -25,17 +27,29 @@ def launched(call: Callable[[], Any]) -> list[tuple[str, Launch, Any]]:
     return seen
 
 
-def seconds(launches: list[Launch], device: str) -> float:
-    """Seconds of all launches, one after another: the median of replays, on a device of a CUDA graph, without the host's part."""
+def in_turns(every: Sequence[Sequence[Launch]], device: str) -> list[float]:
+    """Seconds of each list of launches, one after another, without the host's part: medians over rounds in which each is replayed
+    once, so that a change of the clock meets all alike."""
+    replays = [_replay(each, device) for each in every]
+    rounds = [[replay() for replay in replays] for _ in range(ROUNDS if device == "cuda" else 1)]
+    return [median(times) for times in zip(*rounds, strict=True)]
+
+
+def _replay(each: Sequence[Launch], device: str) -> Callable[[], float]:
+    """A function that returns the seconds of these launches, on a device from a CUDA graph of many."""
 
     def once() -> None:
-        for launch in launches:
+        for launch in each:
             launch()
 
     if device == "cpu":
-        start = time.perf_counter()
-        once()
-        return time.perf_counter() - start
+
+        def emulated() -> float:
+            start = time.perf_counter()
+            once()
+            return time.perf_counter() - start
+
+        return emulated
     once()
     repeats = max(1, round(GRAPH_SECONDS / max(_timed(once), 1e-6)))
     graph = torch.cuda.CUDAGraph()
@@ -43,7 +57,7 @@ def seconds(launches: list[Launch], device: str) -> float:
         for _ in range(repeats):
             once()
     graph.replay()
-    return sorted(_timed(graph.replay) for _ in range(REPLAYS))[REPLAYS // 2] / repeats
+    return lambda: _timed(graph.replay) / repeats
 
 
 def _timed(run: Callable[[], Any]) -> float:

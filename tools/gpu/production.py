@@ -1,4 +1,4 @@
-"""The calls that `make gpu` checks, sweeps and profiles: those of `vlattn verify` at several sizes, those of the sizes of models
+"""The calls that `make gpu` checks, tunes and profiles: those of `vlattn verify` at several sizes, those of the sizes of models
 (full.py), and hot launches.
 
 A rehearsal (`--device cpu`, emulated kernels) checks the same calls, with fewer samples, heads and tokens in those of models;
@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from tools.gpu import full
+from tools.gpu.tile_times import PRODUCTS
 from vlattn_fast import scores
+from vlattn_fast._ground.score_kinds import UNIT_KINDS
 from vlattn_fast.benchmarks import _measure
 from vlattn_fast.benchmarks._choice import MODULES, choose
 from vlattn_fast.checking import verify
@@ -101,6 +103,8 @@ def cases(sizes: str) -> list[Example]:
     dot = replace(causal, name="scaled_dot", options={})
     relevancy = by_name["relevancy_attention", "gradient"]
     one_row = replace(relevancy, name="gradient one row", tensors=_one_row(relevancy.tensors))
+    step = by_name["relevancy_step", "gradient"]
+    one_row_step = replace(step, name="gradient one row", tensors=_one_row(step.tensors))
     statistics = by_name["attention_statistics", "three groups"]
     groups = torch.randint(0, 2, (chosen.keys,), generator=generator)
     two = replace(
@@ -114,7 +118,7 @@ def cases(sizes: str) -> list[Example]:
         for case in (tanh, by_name["score_attention", "additive"], relevancy, *_of(made, "attention_map"), statistics)
         for kind in ("bool", "float")
     ]
-    return [*made, tanh, dot, one_row, two, *masked]
+    return [*made, tanh, dot, one_row, one_row_step, two, *masked]
 
 
 def _of(made: list[Example], operator: str) -> list[Example]:
@@ -129,7 +133,7 @@ def _tanh(case: Example) -> Callable[[dict[str, Tensor]], dict[str, Any]]:
 
 
 def _one_row(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: x[:, :1].contiguous() if name == "carrier" else x for name, x in tensors.items()}
+    return {name: x[:, :1].contiguous() if name in ("carrier", "relevancy") else x for name, x in tensors.items()}
 
 
 def _masked(case: Example, kind: str, generator: torch.Generator) -> Example:
@@ -180,27 +184,58 @@ class Hot(NamedTuple):
     benchmark: str
     check: tuple[str, str]
     most: int = 64
-    stages: tuple[int, ...] = (1, 2, 3, 4)
+    stages: tuple[int, ...] = (1, 2, 3)
 
     @property
     def operator(self) -> str:
-        return self.key.split()[0]
+        return "relevancy_step" if self.kernel == "step" else self.key.split()[0]
+
+    @property
+    def kernel(self) -> str:
+        return self.key.split()[1]
 
     @property
     def name(self) -> str:
         return f"{self.key} {self.check[1]}"
 
+    @property
+    def size(self) -> int:
+        return SIZES[self.check[1]].head_dim
+
+    @property
+    def has_estimate(self) -> bool:
+        """Whether tile_times.py knows such kernels, which multiply tiles of pairs."""
+        return self.kernel in PRODUCTS and not set(self.key.split()) & set(UNIT_KINDS)
+
+    @property
+    def has_ahead(self) -> bool:
+        """Whether the kernel can compute the next tile's scores under this one's softmax."""
+        return self.has_estimate and self.kernel == "forward"
+
 
 FORWARD, Q, KV = ("_forward_kernel",), ("_backward_q_kernel",), ("_backward_kv_kernel",)
 ONE_ROW_D64, ONE_ROW_D128, SIGMOID_D128 = ("gradient one row", "D64"), ("gradient one row", "D128"), ("general sigmoid", "D128")
 DOT_D64, DOT_D128, DOT_N200 = ("scaled_dot", "D64"), ("scaled_dot causal", "D128"), ("scaled_dot", "N200")
-DOT = "score_attention/scaled dot, forward+backward"
+DOT, PAGED = "score_attention/scaled dot, forward+backward", "paged_attention_statistics/forward/paged-answers"
 CLIP_RELEVANCY, LLAVA_RELEVANCY = (f"relevancy_attention/gradient, forward+backward/{one}" for one in ("clip", "llava"))
-# Those first whose products wait for one another in Triton 3.6
-SERIALISED = (
+# Those first of which an SM of an H100 held one program, and those that were never timed by themselves
+TELLING = (
     Hot("score_attention backward_kv dot", KV, f"{DOT}/llava", DOT_D128),
     Hot("relevancy_attention backward_kv", KV, LLAVA_RELEVANCY, ONE_ROW_D128),
+    Hot("attention_map map gradient", ("_map_kernel",), "attention_map/gradient/clip", ("gradient", "D64"), 128),
+    Hot("relevancy_attention backward_kv", KV, CLIP_RELEVANCY, ONE_ROW_D64),
     Hot("relevancy_attention backward_q", Q, CLIP_RELEVANCY, ONE_ROW_D64),
+    Hot("relevancy_attention step", ("_step_kernel",), "relevancy_attention/step alone/clip", ONE_ROW_D64),
+    Hot("attention_statistics rows", ("_rows_kernel",), "attention_statistics/forward/clip", ("two groups", "D64"), 128),
+    Hot("attention_statistics received", ("_received_kernel",), "attention_statistics/forward/clip", ("two groups", "D64"), 128),
+    Hot("paged_attention_statistics rows", ("_rows_kernel",), PAGED, ("new tokens", "D128")),
+    Hot("paged_attention_statistics received", ("_received_kernel",), PAGED, ("new tokens", "D128")),
+    Hot("score_attention forward dot", FORWARD, f"{DOT}/llava", DOT_D128, 128),
+    Hot("attention_map map gradient", ("_map_kernel",), "attention_map/gradient/llava", ("gradient", "D128"), 128),
+    Hot("relevancy_attention step", ("_step_kernel",), "relevancy_attention/step alone/llava", ONE_ROW_D128),
+    Hot(
+        "congruence_loss gradient cacr", ("gradient_kernel",), "congruence_loss/cacr, forward+backward/uniter", ("cacr", "uniter")
+    ),
     Hot(
         "score_attention forward_whole",
         ("_whole_forward_kernel",),
@@ -210,12 +245,12 @@ SERIALISED = (
     ),
 )
 HOTTEST = (
-    *SERIALISED,
+    *TELLING,
     Hot("score_attention forward dot", FORWARD, f"{DOT}/clip", DOT_D64, 128),
     Hot("score_attention backward_kv dot", KV, f"{DOT}/clip", DOT_D64),
     Hot("score_attention backward_q dot", Q, f"{DOT}/clip", DOT_D64),
-    Hot("score_attention forward dot", FORWARD, f"{DOT}/llava", DOT_D128, 128),
     Hot("score_attention backward_q dot", Q, f"{DOT}/llava", DOT_D128),
+    Hot("relevancy_attention backward_q", Q, LLAVA_RELEVANCY, ONE_ROW_D128),
     Hot(
         "score_attention backward_kv additive",
         ("_units_backward_kernel",),
@@ -230,14 +265,7 @@ HOTTEST = (
         "score_attention backward_kv dot_tanh", KV, "score_attention/general tanh, forward+backward/clip", ("general tanh", "D64")
     ),
     Hot("score_attention backward_q dot_tanh", Q, "score_attention/general tanh, forward+backward/clip", ("general tanh", "D64")),
-    Hot("relevancy_attention backward_kv", KV, CLIP_RELEVANCY, ONE_ROW_D64),
-    Hot("attention_statistics rows", ("_rows_kernel",), "attention_statistics/forward/clip", ("two groups", "D64"), 128),
-    Hot(
-        "congruence_loss gradient cacr", ("gradient_kernel",), "congruence_loss/cacr, forward+backward/uniter", ("cacr", "uniter")
-    ),
-    Hot("attention_map map gradient", ("_map_kernel",), "attention_map/gradient/clip", ("gradient", "D64"), 128),
     Hot("score_attention forward dot_tanh", FORWARD, "score_attention/general tanh, forward/clip", ("general tanh", "D64"), 128),
-    Hot("relevancy_attention backward_q", Q, LLAVA_RELEVANCY, ONE_ROW_D128),
     Hot("score_attention backward_kv dot_sigmoid", KV, "score_attention/general sigmoid, forward+backward/llava", SIGMOID_D128),
     Hot("score_attention backward_q dot_sigmoid", Q, "score_attention/general sigmoid, forward+backward/llava", SIGMOID_D128),
     Hot(
@@ -247,13 +275,10 @@ HOTTEST = (
         SIGMOID_D128,
         128,
     ),
-    Hot("attention_map map gradient", ("_map_kernel",), "attention_map/gradient/llava", ("gradient", "D128"), 128),
 )
-# The benchmarks that are timed first: plain dot products, whose rates docs/kernels.md estimates, those of the launches above, and
-# the two operators that are swept nowhere
+# The benchmarks that are timed first: plain dot products, whose rates docs/kernels.md estimates, and those of the launches above
 PLAIN = (f"{DOT}/clip", "score_attention/scaled dot, forward/llava", "score_attention/scaled dot, forward/highres")
-UNSWEPT = ("maxsim/forward+backward/colpali", "paged_attention_statistics/forward/paged-answers")
-NAMED = tuple(dict.fromkeys((*PLAIN, *(hot.benchmark for hot in HOTTEST), *UNSWEPT)))
+NAMED = tuple(dict.fromkeys((*PLAIN, *(hot.benchmark for hot in HOTTEST), "maxsim/forward+backward/colpali")))
 
 
 def calls() -> list[tuple[str, str]]:

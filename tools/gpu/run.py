@@ -8,12 +8,13 @@ benchmarks: all of `python -m vlattn_fast.benchmarks`: calls and CUDA graphs bes
             of SDPA's kernels; the host's time. A variant of this package that breaks the rule has no time, and fails.
 tests:      tests that need a device, the tests of tests/ops/, tests/kernels/ and tests/cuda/, and the tools of
             compute-sanitizer, where it is installed.
-sweep:      tiles, warps and stages of the hottest launches; the fastest right ones go to kernels/configurations.json.
+tiles:      tiles, warps and stages of the hottest launches by themselves (tiles.py); the fastest right ones go to
+            kernels/configurations.json.
 ncu:        the time of each kernel, and stalls and pipes of the eight slowest by Nsight Compute, where it is installed.
 
 A call goes through ORDER, step by step, for --minutes. The first steps take items of each part, each step for its share of the
 call; the last ones take all the other items. Each check runs in a process of its own: one that hangs, crashes or runs out of
-memory costs its own row. Tiles share a process, and so do benchmarks. An item that takes more than 30 s in the first steps
+memory costs its own row. Launches share a process, and so do benchmarks. An item that takes more than 30 s in the first steps
 comes again in the last ones, for 90 s.
 
 Each row goes to OUT/gpu.json at once, on a device to benchmarks/results/ as well, with the tiles of its launches. Its `passed` is
@@ -35,7 +36,6 @@ import filecmp
 import json
 import math
 import os
-import re
 import shutil
 import sys
 import sysconfig
@@ -48,12 +48,12 @@ from typing import NamedTuple
 
 from tools import building
 from tools.gpu import ncu, session, suite
-from tools.gpu.session import LAST, ROOT, TREE, Item, Row, Session, failed, hung
+from tools.gpu.session import LAST, ROOT, TREE, Item, Row, Session, Worker, failed, hung
 
 SLOWEST = 8
 MINUTES = 9.0  # of a call; a lent machine runs a command for ten
 REHEARSED = 600.0  # seconds of an item in a rehearsal
-CPU_TRIES = 2  # configurations of a launch in a rehearsal
+CPU_TRIES = 2  # candidates of a launch in a rehearsal
 
 
 def main() -> None:
@@ -64,7 +64,7 @@ def main() -> None:
         "--out", type=Path, help="folder that rows are added to; default: benchmarks/results/, in a rehearsal build/rehearsal/"
     )
     parser.add_argument(
-        "--table", type=Path, help="table that the sweep writes; default: kernels/configurations.json, in a rehearsal in OUT"
+        "--table", type=Path, help="table of the fastest tiles; default: kernels/configurations.json, in a rehearsal in OUT"
     )
     parser.add_argument("--minutes", type=float, default=MINUTES, help="of the call; the next call does the rest; inf = no limit")
     parser.add_argument("--seconds", type=float, help="of an item; a rehearsal may need more; inf = no limit")
@@ -256,71 +256,63 @@ def benchmarks(run: Session, first: bool = False) -> bool:
     return done
 
 
-# --- sweep ---
+# --- tiles ---
 
 
-def sweep(run: Session, first: bool = False) -> bool:
-    """`first`: the launches whose products wait for one another."""
+def tiles(run: Session, first: bool = False) -> bool:
+    """`first`: launches that had one program an SM, or no time yet."""
     try:
-        return _swept(run, first)
+        return _tuned(run, first)
     finally:
         run.close()  # the worker holds memory of the device, and a table without the winners
 
 
-def _swept(run: Session, first: bool) -> bool:
+def _tuned(run: Session, first: bool) -> bool:
+    """Compiles the candidates of all launches that no file has, then times them, launch by launch."""
     from tools.gpu import production
-    from tools.gpu.sweep import candidates, label, winner
+    from tools.gpu.tiles import keep, kept, made_of
 
     run.with_library()
-    worker, compiler = run.worker(), run.worker()
+    hot = dict(enumerate(production.TELLING if first else production.HOTTEST))
+    names = {hot[item["hot"]].name: item for item in run.selected([{"item": one.name, "hot": n} for n, one in hot.items()])}
+    facts, of = {"architecture": int(run.architecture), "processes": run.options.workers}, made_of(int(run.architecture))
+    if run.device == "cpu":
+        facts["most"] = CPU_TRIES
+    compiler = Worker(run, VLATTN_PTX="")  # ptxas says what a kernel takes of an SM; the emulator has no ptxas
 
-    def attempt(item: Item, seconds: float) -> Row:
-        config = item["config"]
-        return {"launch": item["launch"], "config": config, "is_default": config is None, **worker(item, seconds)}
+    def compiled(item: Item, seconds: float) -> Row:
+        row = compiler({**item, **facts}, seconds)
+        if "candidates" in row:
+            keep(item["hot"], of, row)
+        else:
+            print(f"{item['item']} does not compile: {row.get('problem', '')}", flush=True)
+        return row
 
-    for number, hot in enumerate(production.SERIALISED if first else production.HOTTEST):
-        if not re.search(run.options.select, hot.name):
-            continue
-        if not run.run("sweep", [tile(hot.name, number, None)], lambda: attempt):
+    ahead = [{**item, "part": "tiles compiled", "limit": LAST} for item in names.values() if kept(item["hot"], of) is None]
+    run.run("tiles", ahead, lambda: compiled, stored=False)
+    compiler.close()
+    worker = run.worker()
+
+    def timed(item: Item, seconds: float) -> Row:
+        row = worker(item, seconds)
+        for one in row.pop("candidates", ()):
+            run.store("tiles", one)
+        return row
+
+    for name, item in names.items():
+        made = kept(item["hot"], of)
+        if made is None or not run.run("tiles", [{**item, "candidates": made["candidates"], "limit": LAST}], lambda: timed):
             return False
-        while True:
-            rows = [row for row in run.known("sweep").values() if row.get("launch") == hot.name and "config" in row]
-            default = next((row["config"] for row in rows if row["is_default"]), None)
-            if default is None:
-                break  # the default configuration failed
-            ahead = candidates(default, hot.most, rows, hot.stages)
-            if not ahead or (run.device == "cpu" and len(rows) >= CPU_TRIES):
-                break
-            ahead = ahead[: CPU_TRIES - len(rows)] if run.device == "cpu" else ahead
-            if (processes := run.options.workers) > 1:
-                facts = {"hot": number, "batch": ahead, "architecture": int(run.architecture), "processes": processes}
-                facts["limit"] = LAST  # each is compiled for two calls
-                run.run(
-                    "sweep", [{"item": f"{hot.name}: ahead", "part": "sweep compiled", **facts}], lambda: compiler, stored=False
-                )
-            if not run.run("sweep", [tile(hot.name, number, config) for config in ahead], lambda: attempt):
-                return False
-        if default is not None:
-            timed = {label(row["config"]): row.get("us") for row in rows}
-            best = winner(default, rows)
-            key = next(row["key"] for row in rows if row["is_default"])
-            won = {"launch": hot.name, "key": key, "winner": best, "us": timed[label(best)], "us_before": timed[label(default)]}
-            if run.known("sweep").get(f"{hot.name}: winner", {}).get("winner") != best:
-                run.store("sweep", {"item": f"{hot.name}: winner", "passed": True, "changed": best != default, **won})
-            print(f"{hot.name}: {label(best)}, {won['us']} us, before {won['us_before']} us", flush=True)
-            write_table(run)
+        row = run.known("tiles").get(name, {})
+        if "winner" in row:
+            print(f"{name}: {row['winner']}, {row['best_us']} us, before {row['present_us']} us", flush=True)
+    write_table(run)
     return True
 
 
-def tile(name: str, number: int, config: dict[str, int] | None) -> Item:
-    from tools.gpu.sweep import label
-
-    return {"item": f"{name}: {label(config)}", "launch": name, "hot": number, "config": config}
-
-
 def write_table(run: Session) -> None:
-    """Writes the winners of the stored rows into the table, here and in the tree, which later parts read."""
-    winners = {row["key"]: row["winner"] for row in run.known("sweep").values() if row.get("changed")}
+    """Writes the winners of the stored rows that are right into the table, here and in the tree, which later parts read."""
+    winners = {row["key"]: row["winner"] for row in run.known("tiles").values() if row.get("changed") and row["passed"]}
     if not winners:
         return
     table = json.loads(run.options.table.read_text()) if run.options.table.exists() else {}
@@ -351,11 +343,11 @@ ORDER = (
     Step("verify", "calls of models, and each case of Triton once", 110, partial(verify, first=True)),
     Step("benchmarks", "the named ones", 200, partial(benchmarks, first=True)),
     Step("tests", "what only a device shows", 75, suite.device_only),
-    Step("sweep", "launches whose products wait", 90, partial(sweep, first=True)),
+    Step("tiles", "launches that had one program an SM", 90, partial(tiles, first=True)),
     Step("tests", "memcheck of one operator", 60, suite.memcheck),
     Step("verify", "all", REST, verify),
     Step("benchmarks", "all", REST, benchmarks),
-    Step("sweep", "all", REST, sweep),
+    Step("tiles", "all", REST, tiles),
     Step("tests", "all", REST, suite.everything),
     Step("ncu", "all", REST, profile),
 )

@@ -32,8 +32,8 @@ LEAST_LEFT = 15.0  # seconds; with fewer left no item begins
 # GRACE more.
 FIRST, LAST, GRACE = 30.0, 90.0, 10.0
 MOST_BYTES = 15 * 2**20  # of an archive: a machine that is lent gives back files of 16 MiB
-# Files of compiled kernels in an archive: the library of CUDA C++, Triton's code, and torch.compile's
-KEPT = ("cuda/*.so", "cuda/sources", "triton-cache/*/*.json", "triton-cache/*/*.cubin", "inductor-cache/**/*")
+# Files of compiled kernels in an archive: the library of CUDA C++, the candidates of launches, Triton's code, torch.compile's
+KEPT = ("cuda/*.so", "cuda/sources", "tiles/*.json", "triton-cache/*/*.json", "triton-cache/*/*.cubin", "inductor-cache/**/*")
 ROW = "ROW "  # begins a worker's row; all other output is kept for error messages
 # an ended process must take its children along
 GROUP: dict[str, Any] = {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
@@ -55,7 +55,7 @@ def hung(seconds: float, said: str) -> Row:
 
 
 def sources() -> str:
-    """A hash of the tree's files, since a copy has no commits; the table that the sweep writes is left out."""
+    """A hash of the tree's files, since a copy has no commits; the table of the fastest tiles is left out."""
     digest = hashlib.sha256()
     for pattern in SOURCES:
         for path in sorted(ROOT.glob(pattern)):
@@ -277,10 +277,10 @@ def end(process: subprocess.Popen[str]) -> None:
 
 
 class Worker:
-    """A process of worker.py, started at its first item, and again after its death."""
+    """A process of worker.py, started at its first item, and again after its death. `more`: of its environment."""
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
+    def __init__(self, session: Session, **more: str) -> None:
+        self._session, self._more = session, more
         self._process: subprocess.Popen[str] | None = None
 
     def __call__(self, item: Item, seconds: float) -> Row:
@@ -317,7 +317,7 @@ class Worker:
 
     def _started(self) -> subprocess.Popen[str]:
         words = [sys.executable, "-m", "tools.gpu.worker", self._session.device]
-        return subprocess.Popen(words, cwd=TREE, env=self._session.environment(), stdin=subprocess.PIPE, **PIPES)
+        return subprocess.Popen(words, cwd=TREE, env=self._session.environment(**self._more), stdin=subprocess.PIPE, **PIPES)
 
     def close(self) -> None:
         process, self._process = self._process, None

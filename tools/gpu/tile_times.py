@@ -1,10 +1,8 @@
 """Which tiles are fast on an H100: an estimate from what the compiler says of a kernel, without a device.
 
     python -m tools.gpu.tile_times    # beside the tiles that an H100 has timed: rank correlations
-    python -m tools.gpu.tile_times score_attention "dot bf16 128" _backward_kv_kernel "score_attention backward_kv dot"
 
-The second command compiles the tiles, warps and stages near those of the table for a call of tools/compiled/calls/, and prints
-the fastest; its last words are a launch of kernels/_configurations.py.
+`python -m tools.gpu.ahead --tiles REGEX` compiles tiles of the hot launches whose names match, and prints the best by it.
 
 One iteration of a program alone takes, in cycles of the SM,
 
@@ -18,23 +16,21 @@ nearest to the 180 tiles that were timed. They order tiles of one launch; they a
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tools.compiled.thresholds import programs
-from tools.compiled.triton import compile_call
-from tools.gpu.sweep import Config, Recorder, every_candidate, is_of_a_configuration, label
-from vlattn_fast.kernels import _configurations
+from tools.compiled.table import programs
 
 STORED = Path(__file__).parents[2] / "benchmarks" / "results" / "gpu.json"
 WAIT, COPY, ELEMENT, SPILL, AHEAD, ISSUE = 590.0, {1: 1140.0, 2: 340.0}, 13.8, 15.9, 6.1, 11.3
 PRODUCTS = {"rows": 1, "forward": 2, "map": 2, "backward_q": 3, "step": 3, "backward_kv": 4}  # of a tile, by the launch
 RATE = 2048  # multiply-adds of 16 bits a cycle
+
+Config = dict[str, int]
 
 
 class Tile(NamedTuple):
@@ -64,11 +60,16 @@ def repeats(kernel: str, config: Config) -> float:
     return max(1.0, 16 * config["num_warps"] / rows)
 
 
+def label(config: Config) -> str:
+    return " ".join(f"{name}={x}" for name, x in config.items())
+
+
 def timed() -> dict[str, list[tuple[Tile, float]]]:
-    """The tiles that a device has timed, with microseconds, by launch."""
+    """The tiles that a device has timed, with microseconds, by launch. Those that this estimate chose have a rank, and are left
+    out: they do not show what it would say of others."""
     found: dict[str, list[tuple[Tile, float]]] = defaultdict(list)
     for row in json.loads(STORED.read_text(encoding="utf-8")):
-        if row["part"] == "tiles" and "us" in row:
+        if row["part"] == "tiles" and "us" in row and "rank" not in row:
             asked = {"registers": row["regs"], "shared": row["shared"], "warps": row["config"]["num_warps"]}
             tile = Tile(row["config"], programs(asked, "sm_90"), row["spills"])
             found[row["item"].partition(": ")[0]].append((tile, row["us"]))
@@ -103,44 +104,5 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def compiled(operator: str, call: str, kernel: str, launch: str) -> Iterator[Tile]:
-    """The tiles near the table's, as they compile for sm_90; without those whose warps repeat rows, which are never fast."""
-    asked = Recorder(launch, None)
-    _configurations.OVERRIDES = asked
-    compile_call(operator, call, 90, [kernel])
-    ((_, default),) = asked.asked.items()
-    for config in every_candidate(default, 128, (2, 3)):
-        if repeats(launch.split()[1], config) > 1:
-            continue
-        _configurations.OVERRIDES = Recorder(launch, config)
-        try:
-            ((_, row),) = compile_call(operator, call, 90, [kernel]).items()
-        except Exception as error:
-            if is_of_a_configuration(error):
-                continue
-            raise
-        if held := programs(row, "sm_90"):
-            yield Tile(config, held, row["spills"] // 4)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.gpu.tile_times", description=__doc__.splitlines()[0])
-    parser.add_argument("call", nargs="*", metavar="OPERATOR CALL KERNEL LAUNCH", help="default: the tiles that were timed")
-    words = parser.parse_args().call
-    if not words:
-        print(table())
-        return
-    operator, call, kernel, launch = words
-    size = int(call.split()[-1])
-    order: list[tuple[float, Tile]] = sorted(
-        ((cycles(launch.split()[1], size, tile), tile) for tile in compiled(operator, call, kernel, launch)),
-        key=lambda one: one[0],
-    )
-    for each, tile in order:
-        print(
-            f"{each:.3f} cycles a pair, {tile.programs} programs, {tile.spilled} words spilled: {label(tile.config)}", flush=True
-        )
-
-
 if __name__ == "__main__":
-    main()
+    print(table())

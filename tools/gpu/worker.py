@@ -1,8 +1,8 @@
 """A process of `make gpu` that reads items, a line of JSON each, and answers each by a row.
 
 Each item runs in a process of its own, forked from this one, which has imported everything and touched no GPU: one that hangs,
-crashes or runs out of memory costs its row. The configurations of a sweep share data, and run in this process; so do benchmarks,
-of which the first one takes 15 s to load torch.compile.
+crashes or runs out of memory costs its row. Launches whose tiles are timed run in this process, which takes seconds to begin on
+a device. So do benchmarks, of which the first one takes 15 s to load torch.compile.
 
 usage: python -m tools.gpu.worker DEVICE
 """
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from tools.gpu import full, launches, production, sweep
+from tools.gpu import full, launches, production, tiles
 from tools.gpu.session import ROW, Item, Row, emulate, hung
 from vlattn_fast.benchmarks._choice import choose
 from vlattn_fast.benchmarks._formula import OURS, WRONG
@@ -42,7 +42,7 @@ def main(device: str) -> None:
     emulate()  # once, for all processes
     for line in sys.stdin:
         start, item = time.monotonic(), json.loads(line)
-        shared = item["part"] in ("sweep", "benchmarks")
+        shared = item["part"] in ("tiles", "benchmarks")
         if item.get("sizes") in production.SIZES:
             production.cases(item["sizes"])  # made once, for all processes
         row = answered(item, device) if shared else apart(item, device)
@@ -54,7 +54,7 @@ def main(device: str) -> None:
 
 def answered(item: Item, device: str) -> Row:
     parts = {"verify": verified, "ncu": kernels, "ncu compiled": compiled, "benchmarks": benchmarked}
-    parts |= {"benchmarks compiled": compiled_variants, "sweep": sweep.tried, "sweep compiled": sweep.compiled}
+    parts |= {"benchmarks compiled": compiled_variants, "tiles": tiles.tried, "tiles compiled": tiles.compiled}
     try:
         return parts[item["part"]](item, device)
     except Exception as error:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tools.compiled.table import programs
 from tools.pages.kernel_entries import ENTRIES
 from tools.pages.kernel_times import rate_of
 from vlattn_fast.kernels import _configurations
@@ -49,7 +50,7 @@ def measured_kernels() -> str:
 
 def changes_of_tiles() -> str:
     """What a third stage of copies, and products ahead, change of the time."""
-    tiles = [row for row in _rows() if row["part"] == "tiles"]
+    tiles = [row for row in _rows() if row["part"] == "tiles" and "us" in row]
     lines = []
     for what, name, before, after in (("three stages, for two", "num_stages", 2, 3), ("products ahead", "AHEAD", 0, 1)):
         changes = _changes(tiles, name, before, after)
@@ -70,17 +71,16 @@ def _changes(tiles: list[dict[str, Any]], name: str, before: int, after: int) ->
         launch, _, _ = row["item"].partition(": ")
         times[launch, tuple(sorted(others.items())), row["config"].get(name, 0)] = row["us"], _programs(row)
     changes = []
-    for (launch, others, number), (us, programs) in times.items():
-        us_before, programs_before = times.get((launch, others, before), (0.0, 0))
-        if number == after and programs == programs_before:
+    for (launch, others, number), (us, held) in times.items():
+        us_before, held_before = times.get((launch, others, before), (0.0, 0))
+        if number == after and held == held_before:
             changes.append(us / us_before - 1)
     return changes
 
 
 def _programs(row: dict[str, Any]) -> int:
-    """How many programs an SM holds: of 65,536 registers in eights a thread, and 227 KB with 1 KB for each program."""
-    registers = -(-row["regs"] // 8) * 8 * 32 * row["config"]["num_warps"]
-    return int(min(65536 // registers, 227 * 1024 // (row["shared"] + 1024)))
+    """How many programs an SM holds."""
+    return programs({"registers": row["regs"], "shared": row["shared"], "warps": row["config"]["num_warps"]}, ARCHITECTURE)
 
 
 def _microseconds(one: Measured, stored: list[dict[str, Any]]) -> float:
@@ -96,11 +96,7 @@ def _of_tiles(launch: str, stored: list[dict[str, Any]]) -> float:
     numbers = {"N": int(queries), "M": int(keys), "size": int(size)}
     facts: dict[str, Any] = {"score": score, "dtype": torch.bfloat16, **numbers, "masked": masked == "True"}
     now = _configurations.by_table(operator, kernel, architecture=ARCHITECTURE, **facts)
-    times = [
-        row["us"]
-        for row in stored
-        if row["part"] == "tiles" and row["item"].startswith(f"{launch}: ") and _same(row["config"], now)
-    ]
+    times = [row["us"] for row in stored if "us" in row and row["item"].startswith(f"{launch}: ") and _same(row["config"], now)]
     return float(times[-1])
 
 
