@@ -125,6 +125,7 @@ _TWO = "norms take registers: an SM would have one program of eight warps, and i
 _ESTIMATED = "an SM holds two programs or three, which by the estimate of tools/gpu/tile_times.py take less time"
 _AFTER = "with 704 tokens an H100 takes 15 % less time than with products ahead and two stages; longer ones were not measured so"
 _THIRD = "as for dot products on an H100: a third stage saves an eighth of the time or more"
+_LONG = "16,384 tokens took 5,962 µs on an H100, and 3,405 by cuDNN; between 704 and these none was measured"
 _FEWER = "64 keys take fewer instructions a pair than 32"
 _HALF = "128 keys read Q and dO half as often as 64, copied two tiles ahead, since an SM holds one block; it spills a few bytes"
 _TWO_ROWS = "queries and their tangents stay in registers"
@@ -188,6 +189,12 @@ _CONGRUENCE_TILES = [  # rows are longer than a tile
 ]
 
 LINES: dict[str, list[Line]] = {
+    # from how many tokens on cuDNN has the forward pass of plain dot products, as many queries as keys; none: ours always has it
+    "score_attention cudnn": [
+        _line((), "with 577 tokens cuDNN took 3 % longer on an H100; no other length was measured", names="", size=64),
+        _line((8192,), _LONG, names="FROM", architecture="sm_90", is_causal=True, size=128),
+        _line((), "not measured", names=""),
+    ],
     "score_attention forward": [
         *_UNITS_ROWS,
         *_FLOAT32_FORWARD,

@@ -1,4 +1,4 @@
-"""The forward pass that cuDNN computes for long causal dot products, on a stand-in for torch's operator."""
+"""The forward pass that cuDNN computes for long dot products, on a stand-in for torch's operator."""
 
 from __future__ import annotations
 
@@ -26,21 +26,23 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     seen: list[float] = []
 
     def attend(query: Tensor, key: Tensor, value: Tensor, bias: None, wants_lse: bool, *, is_causal: bool, scale: float) -> Any:
-        assert bias is None and wants_lse and is_causal
+        assert bias is None and wants_lse
         for x in (query, key, value):  # as cuDNN takes them
             assert x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(step % 8 == 0 for step in x.stride()[:3])
         seen.append(scale)
         logits = query.double() @ key.double().mT * scale
-        logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).triu(1), -math.inf)
+        logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).triu(1) & is_causal, -math.inf)
         lse = logits.logsumexp(-1, keepdim=True)
         out = torch.empty_like(query).copy_((logits - lse).exp() @ value.double())  # in the layout of the query, as cuDNN's is
         return out, lse.float(), *[None] * 7
 
     monkeypatch.setattr(_cudnn, "attend", attend)
-    monkeypatch.setattr(_cudnn, "can_use_cudnn_attention", lambda parameters: parameters.is_causal)
-    monkeypatch.setattr(_cudnn, "_on_hopper", lambda _: True)
+    monkeypatch.setattr(_cudnn, "can_use_cudnn_attention", lambda parameters: True)
+    monkeypatch.setattr(_cudnn, "_on_gpu", lambda _: True)
     monkeypatch.setattr(_cudnn, "_version", lambda: 91501)
-    monkeypatch.setattr(_cudnn, "LONG", 64)
+    monkeypatch.setattr(_configurations, "TARGET", "sm_90")
+    measured = {f"score_attention cudnn {causal} 128": {"FROM": tokens} for causal, tokens in ((True, 64), (False, 72))}
+    monkeypatch.setattr(_configurations, "MEASURED", {"sm_90": measured})
     yield seen
 
 
@@ -70,6 +72,16 @@ def test_score_attention(calls: list[float], rows_first: bool, dtype: torch.dtyp
     assert set(calls) == {0.2}
     out, lse = call(ours, **tensors)
     assert out.transpose(1, 2).is_contiguous() and lse.is_contiguous() and lse.shape == (2, 2, N)
+
+
+@pytest.mark.parametrize("is_causal, tokens, expected", [(True, 64, 1), (True, 63, 0), (False, 72, 1), (False, 71, 0)])
+def test_lengths_of_the_table(calls: list[float], is_causal: bool, tokens: int, expected: int) -> None:
+    tensors = sides(tokens=tokens)
+    got = va.score_attention(**tensors, is_causal=is_causal, return_lse=True, backend="triton")
+    want = va.reference.score_attention(**{name: x.double() for name, x in tensors.items()}, is_causal=is_causal, return_lse=True)
+    for x, exact in zip(got, want, strict=True):
+        torch.testing.assert_close(x.double(), exact, rtol=2e-2, atol=2e-2)
+    assert len(calls) == expected
 
 
 @pytest.mark.parametrize("cut", (slice(1, None), slice(None, -1), slice(None, None, 2)), ids=str)
@@ -102,7 +114,7 @@ def test_compiled(calls: list[float]) -> None:
 
 
 LEFT: dict[str, dict[str, Any]] = {  # calls that stay with the Triton kernel
-    "not causal": {"is_causal": False},
+    "not causal": {"is_causal": False, **sides(tokens=71)},
     "a scale of zero": {"scale": 0.0},
     "a negative scale": {"scale": -0.5},
     "padding": {"key_mask": torch.ones(2, N, dtype=torch.bool)},
@@ -133,7 +145,8 @@ def test_what_stays_with_the_triton_kernel(calls: list[float], name: str) -> Non
     assert len(calls) == 1
 
 
-def test_more_elements_than_32_bits_count_stay_with_the_triton_kernel() -> None:
+def test_more_elements_than_32_bits_count_stay_with_the_triton_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_configurations, "TARGET", "sm_90")
     for tokens, is_taken in ((2**24 - 1, True), (2**24, False)):
         x = torch.empty(1, 1, tokens, 128, dtype=BF16, device="meta")
         assert _cudnn._is_long(inputs(query=x, key=x, value=x)) is is_taken
@@ -153,9 +166,19 @@ def test_where_cudnn_is_not_taken(calls: list[float], monkeypatch: pytest.Monkey
     assert calls == []
 
 
+def test_without_measured_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit of one measurement, for causal calls of 65 to 128 features on Hopper."""
+    for architecture in ("sm_80", "sm_90", "sm_100"):
+        monkeypatch.setattr(_configurations, "TARGET", architecture)
+        least = {(is_causal, size): _cudnn._least(is_causal, size) for is_causal in (True, False) for size in (64, 65, 128, 160)}
+        assert {facts for facts, tokens in least.items() if tokens} == (
+            {(True, 65), (True, 128)} if architecture == "sm_90" else set()
+        )
+        assert set(least.values()) <= {None, 8192}
+
+
 def test_an_emulated_hopper_takes_no_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_configurations, "TARGET", "sm_90")
-    assert not _cudnn._on_hopper(sides()["query"])
+    assert not _cudnn._on_gpu(sides()["query"])
 
 
 def test_torch_has_the_operator() -> None:
