@@ -268,7 +268,8 @@ OPERATORS(VLATTN_NAMESPACE, m) {
         "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
     m.def(
         "stacked_cross_attention(Tensor images, Tensor captions, Tensor? caption_lengths, Tensor? image_lengths, "
-        "SymInt features, str direction, str? first_norm, float smooth, str aggregation, float lambda_lse, str backend) -> Tensor");
+        "SymInt features, str direction, str? first_norm, float smooth, str aggregation, float lambda_lse, str backend) -> "
+        "Tensor");
 }
 
 OPERATORS_ON(VLATTN_NAMESPACE, CPU, m) {
