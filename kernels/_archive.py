@@ -3,7 +3,8 @@
 An archive, compiled/sm_90.zip, is written by `python -m tools.compiled.cubins`. Its manifest has an entry for each compiled
 launch, with what the kernel was compiled for: `Form` and needs. Its other members are cubins, or PTX, which the driver compiles
 for sm_100. libvlattn_launch.so (csrc/launch/) then launches through CUDA's driver. All else stays as it is: the functions of this
-package plan a launch and name its arguments, and Triton compiles and launches what no entry covers.
+package plan a launch and name its arguments, and Triton compiles and launches what no entry covers. If such a function does
+nothing but allocate and launch, calls with the metadata of an earlier one repeat its launches, and the function does not run.
 """
 
 from __future__ import annotations
@@ -26,8 +27,11 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.jit import JITFunction
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.jit import JITFunction, KernelInterface
 
+from vlattn_fast._ground.tensors import LAYOUTS
+from vlattn_fast.kernels._configurations import OVERRIDES
 from vlattn_fast.kernels._tiles import OLD_TRITON
 
 LIBRARY = Path(__file__).parent / "compiled" / "libvlattn_launch.so"
@@ -165,6 +169,96 @@ class Archive:
             return file.read(entry.member)
 
 
+class _Allocations(TorchDispatchMode):
+    """Keeps what is allocated within it, and sees whether torch did anything else but views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[Tensor] = []
+        self.is_all = True
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = op(*args, **(kwargs or {}))
+        if op in _ALLOCATING:
+            self.made.append(result)
+        elif op not in _VIEWS:
+            self.is_all = False
+        return result
+
+
+_ATEN = torch.ops.aten
+_ALLOCATING = {
+    _ATEN.empty.memory_format,
+    _ATEN.empty_strided.default,
+    _ATEN.empty_like.default,
+    _ATEN.new_empty.default,
+    _ATEN.new_empty_strided.default,
+}
+_VIEWS = {
+    _ATEN.transpose.int,
+    _ATEN.view.default,
+    _ATEN.select.int,
+    _ATEN.slice.Tensor,
+    _ATEN.unsqueeze.default,
+    _ATEN.squeeze.dim,
+    _ATEN.expand.default,
+    _ATEN.detach.default,
+    _ATEN.alias.default,
+}
+
+
+def repeatable(inputs: Any, outputs: Any, allocated: list[Tensor], launches: list[Any]) -> tuple[Any, ...] | None:
+    """What the launcher repeats of a call: its allocations, its launches with the tensor that each address is of, and which
+    allocation each output is. None if an address is no argument's and no allocation's, or an output is a part of an
+    allocation."""
+    addresses = {x.data_ptr(): n for n, x in enumerate(inputs) if isinstance(x, Tensor)}
+    storages = [(x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()) for x in allocated]
+    geometry = [x for x in allocated]
+    single = isinstance(outputs, Tensor)
+    if not single and type(outputs) is not tuple:
+        return None
+    numbers = []
+    for x in (outputs,) if single else outputs:
+        of = [n for n, (start, _) in enumerate(storages) if x is not None and x.untyped_storage().data_ptr() == start]
+        if x is None:
+            numbers.append(-1)
+            continue
+        extent = 1 + sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
+        if len(of) != 1 or of[0] in numbers or not x.numel() or extent * x.element_size() != storages[of[0]][1]:
+            return None
+        geometry[of[0]] = x
+        numbers.append(of[0])
+    repeated = []
+    for launch in launches:
+        if launch is None:
+            return None
+        compiled, grid, values, tensors = launch
+        sources = []
+        for place in tensors:
+            address = values[place]
+            within = [n for n, (start, size) in enumerate(storages) if start <= address < start + size]
+            if address in addresses:
+                sources.append((place, addresses[address], 0))
+            elif within:
+                sources.append((place, len(inputs) + within[0], address - storages[within[0]][0]))
+            elif address:  # a tensor without numbers has none
+                return None
+        repeated.append((compiled, grid, values, sources))
+    allocations = [((x.shape, x.stride()), {"dtype": x.dtype, "device": x.device}) for x in geometry]
+    return tuple(allocations), tuple(repeated), tuple(numbers), single
+
+
+_GETITEM = KernelInterface.__getitem__
+
+
+def _state() -> int | None:
+    """A number for all that plans depend on beside their arguments. None if tiles are tried, or something watches launches."""
+    if OVERRIDES or KernelInterface.__getitem__ is not _GETITEM:
+        return None
+    is_tf32 = torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32"
+    return LAYOUTS.promised + 2 * is_tf32 + 4 * torch._C._get_cudnn_sdp_enabled()
+
+
 class Launching:
     """Launches from the archives in a folder, by the library. current_device, stream and capability are torch's."""
 
@@ -187,6 +281,8 @@ class Launching:
         self.lock = threading.RLock()  # a kernel is loaded once, and modules are taken once
         self.modules: set[str] = set()
         self.kernels: list[Any] = []
+        self.functions: dict[Callable[[Any], Any], Callable[[Any], Any]] = {}
+        self.allocate: Callable[..., Tensor] = torch.empty_strided
 
     def archive(self, device: int) -> Archive | None:
         """That of a device; None if there is none of these sources."""
@@ -217,6 +313,26 @@ class Launching:
         parameters = tuple((leaf, "q" if kind[0] == "*" else CODES[kind]) for leaf, kind in entry.parameters)
         return archive.functions[place], entry.symbol, 32 * entry.warps, entry.shared, parameters
 
+    def of(self, function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """`function`, which launches kernels, with launches from the archives. A second call with the same metadata repeats them
+        without planning."""
+        found: Callable[[Any], Any] | None = self.functions.get(function)
+        if found is None:
+            self.take()  # all modules that it needs are imported
+            found = self.functions[function] = self.library.Planned(function, self.plan, _state, self.allocate)
+        return found
+
+    def plan(self, function: Callable[[Any], Any], inputs: Any) -> tuple[Any, tuple[Any, ...] | None]:
+        """The result of a first call, and what may be repeated of it: nothing if torch computed something, too."""
+        allocations = _Allocations()
+        self.library.record()
+        try:
+            with allocations:
+                outputs = function(inputs)
+        finally:
+            launches = self.library.end_record()
+        return outputs, repeatable(inputs, outputs, allocations.made, launches) if allocations.is_all else None
+
     def take(self) -> None:
         """Launches the kernels of all modules of this package that are imported by now."""
         prefix = f"{__package__}."
@@ -244,6 +360,9 @@ class Launching:
 @functools.cache
 def _warn(error: str) -> None:
     warnings.warn(f"Triton compiles kernels at their first call, since a compiled one cannot be used: {error}", stacklevel=2)
+
+
+on_cpu: Launching | None = None  # that of calls with CPU tensors, of which a test emulates the launches
 
 
 @functools.cache

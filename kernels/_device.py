@@ -20,7 +20,6 @@ def on_device(launcher: Launcher) -> Launcher:
     Triton launches on the current device, whatever device the tensors are on. They differ if the layers of a model lie on
     several devices (device_map="auto").
     """
-    is_taken = False  # whether kernels that were compiled ahead are launched
 
     @functools.wraps(launcher)
     def guarded(inputs: Any) -> Any:
@@ -28,16 +27,11 @@ def on_device(launcher: Launcher) -> Launcher:
             if first is not None:
                 break
         device = (first[0] if isinstance(first, list) else first).device
-        if device.index is None:  # the CPU
-            return launcher(inputs)
-        nonlocal is_taken
-        if not is_taken:
-            if (compiled := _archive.launching()) is not None:
-                compiled.take()  # all that this launcher needs is imported
-            is_taken = True
-        if device.index == torch.cuda.current_device():
-            return launcher(inputs)
+        compiled = _archive.on_cpu if device.index is None else _archive.launching()
+        run = launcher if compiled is None else compiled.of(launcher)
+        if device.index is None or device.index == torch.cuda.current_device():  # without an index: the CPU
+            return run(inputs)
         with torch.cuda.device(device):
-            return launcher(inputs)
+            return run(inputs)
 
     return guarded  # type: ignore[return-value]

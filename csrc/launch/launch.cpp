@@ -22,7 +22,9 @@ Driver driver;
 
 // What `connect` says of torch
 PyObject *tensor_type, *current_device, *current_stream, *text_of;
-PyObject *word_data_ptr, *word_dtype, *word_grid, *word_warmup;
+PyObject *word_data_ptr, *word_dtype, *word_grid, *word_warmup, *word_shape, *word_stride;
+// The launches of this thread since `record`, or nullptr; None among them: one that Triton launched
+thread_local PyObject* recorded = nullptr;
 
 // A constant that is no number and no string, by its address: what it says in a text, numbered. It is kept alive.
 uint32_t number_of(PyObject* constant, bool& failed) {
@@ -54,14 +56,17 @@ union Value {
 struct Arguments {
     std::string key;
     std::vector<Value> leaves;
+    std::string kinds;  // of the leaves: p is a tensor
+    std::vector<bool> is_tensor;  // of arguments of which this is `metadata`
     bool covered = true, failed = false;
 
+    void clear() { key.clear(), leaves.clear(), kinds.clear(), covered = true, failed = false; }
     template <class Number> void put(Number number) { key.append((const char*)&number, sizeof number); }
     void leaf(char code, int64_t integer = 0) {
         key.push_back(code);
         Value value;
         value.integer = integer;
-        leaves.push_back(value);
+        leaves.push_back(value), kinds.push_back(code == 'P' ? 'p' : code);
     }
 
     void constant(PyObject* x) {
@@ -78,6 +83,23 @@ struct Arguments {
         } else {
             key.push_back('o'), put(number_of(x, failed));
         }
+    }
+
+    // All that a plan may read of an argument: values of numbers, metadata of tensors, whose addresses become leaves
+    void metadata(PyObject* x) {
+        if (failed || !covered) return;
+        is_tensor.push_back(false);
+        if (PyFloat_Check(x)) return key.push_back('f'), put(PyFloat_AsDouble(x));
+        if (!PyType_IsSubtype(Py_TYPE(x), (PyTypeObject*)tensor_type))
+            return PyTuple_Check(x) || PyList_Check(x) ? (void)(covered = false) : constant(x);
+        is_tensor.back() = true;
+        tensor(x);
+        PyObject *shape = PyObject_GetAttr(x, word_shape), *stride = PyObject_CallMethodObjArgs(x, word_stride, nullptr);
+        failed = failed || !shape || !stride;
+        for (PyObject* sizes : {shape, stride})
+            for (Py_ssize_t n = 0; !failed && n < PyTuple_Size(sizes); ++n) put(integer(PyTuple_GetItem(sizes, n)));
+        key.push_back(';');
+        Py_XDECREF(shape), Py_XDECREF(stride);
     }
 
     void argument(PyObject* x) {
@@ -173,19 +195,24 @@ bool read(PyObject* found, Compiled& compiled) {
     return true;
 }
 
-bool start(const Compiled& compiled, const std::vector<Value>& leaves, const unsigned* grid, int device, PyObject* stream) {
+// The parameters of the compiled kernel, each in the first bytes of a value
+std::vector<Value> values_of(const Compiled& compiled, const std::vector<Value>& leaves) {
     std::vector<Value> values(compiled.parameters.size());
-    std::vector<void*> addresses(values.size());
     for (size_t n = 0; n < values.size(); ++n) {
         const Parameter& one = compiled.parameters[n];
-        addresses[n] = &values[n];
         values[n].integer = 0;
         if (one.leaf < 0) continue;
         const Value& leaf = leaves[one.leaf];
         const float single = (float)leaf.number;
-        if (one.code == 'f') memcpy(addresses[n], &single, sizeof single);
+        if (one.code == 'f') memcpy(&values[n], &single, sizeof single);
         else values[n] = leaf;  // little-endian: the first bytes of an integer are the narrower one
     }
+    return values;
+}
+
+bool start(const Compiled& compiled, std::vector<Value>& values, const unsigned* grid, int device, PyObject* stream) {
+    std::vector<void*> addresses(values.size());
+    for (size_t n = 0; n < values.size(); ++n) addresses[n] = &values[n];
     const unsigned long long at = PyLong_AsUnsignedLongLong(stream);
     if (at == (unsigned long long)-1 && PyErr_Occurred()) return false;
     Driver::Result result = 0;
@@ -202,15 +229,41 @@ bool start(const Compiled& compiled, const std::vector<Value>& leaves, const uns
     return false;
 }
 
+// Triton launches.
+PyObject* otherwise(const Kernel& kernel, PyObject* args, PyObject* named) {
+    if (recorded && PyList_Append(recorded, Py_None) < 0) return nullptr;
+    return PyObject_Call(kernel.otherwise, args, named);
+}
+
+// For `record`: the compiled kernel, the grid, all values, and which of them are addresses of tensors
+bool remember(const Compiled& compiled, const std::vector<Value>& values, const unsigned* grid, const std::string& kinds) {
+    PyObject *all = PyList_New(0), *tensors = PyList_New(0);
+    bool is_done = all && tensors;
+    for (size_t n = 0; is_done && n < values.size(); ++n) {
+        PyObject* value = PyLong_FromLongLong(values[n].integer);
+        is_done = value && PyList_Append(all, value) == 0;
+        Py_XDECREF(value);
+        const int leaf = compiled.parameters[n].leaf;
+        PyObject* number = PyLong_FromSize_t(n);
+        if (leaf >= 0 && kinds[leaf] == 'p') is_done = is_done && number && PyList_Append(tensors, number) == 0;
+        Py_XDECREF(number);
+    }
+    PyObject* launch =
+        is_done ? Py_BuildValue("K(III)OO", (unsigned long long)&compiled, grid[0], grid[1], grid[2], all, tensors) : nullptr;
+    is_done = launch && PyList_Append(recorded, launch) == 0;
+    Py_XDECREF(launch), Py_XDECREF(all), Py_XDECREF(tensors);
+    return is_done;
+}
+
 PyObject* call(PyObject* self, PyObject* args, PyObject* named) {
     Kernel& kernel = *((Launcher*)self)->kernel;
     PyObject* grid_of = named ? PyDict_GetItemWithError(named, word_grid) : nullptr;
     PyObject* warmup = named ? PyDict_GetItemWithError(named, word_warmup) : nullptr;
     if (!grid_of || !PyTuple_Check(grid_of) || warmup != Py_False || PyTuple_Size(args) > 0)
-        return PyErr_Occurred() ? nullptr : PyObject_Call(kernel.otherwise, args, named);
+        return PyErr_Occurred() ? nullptr : otherwise(kernel, args, named);
 
     static thread_local Arguments arguments;
-    arguments.key.clear(), arguments.leaves.clear(), arguments.covered = true, arguments.failed = false;
+    arguments.clear();
     Py_ssize_t others = PyDict_Size(named) - 2;
     for (size_t n = 0; n < kernel.names.size(); ++n) {
         PyObject* x = PyDict_GetItemWithError(named, kernel.names[n]);
@@ -233,7 +286,7 @@ PyObject* call(PyObject* self, PyObject* args, PyObject* named) {
     for (Py_ssize_t n = 0; n < axes && n < 3; ++n)
         if (!unsigned_of(PyTuple_GetItem(grid_of, n), grid[n])) return nullptr;
     if (arguments.failed) return nullptr;
-    if (!arguments.covered) return PyObject_Call(kernel.otherwise, args, named);
+    if (!arguments.covered) return otherwise(kernel, args, named);
 
     PyObject* device_number = PyObject_CallNoArgs(current_device);
     unsigned device = 0;
@@ -243,6 +296,7 @@ PyObject* call(PyObject* self, PyObject* args, PyObject* named) {
     if (entry == kernel.known.end()) {
         const std::string key = arguments.key;  // resolving may launch
         const std::vector<Value> leaves = arguments.leaves;
+        const std::string kinds = arguments.kinds;
         PyObject* found = PyObject_CallFunctionObjArgs(kernel.resolve, named, device_number, nullptr);
         Compiled compiled;
         const bool is_read = found && read(found, compiled);
@@ -256,14 +310,16 @@ PyObject* call(PyObject* self, PyObject* args, PyObject* named) {
                 return nullptr;
             }
         entry = kernel.known.try_emplace(key, compiled).first;
-        arguments.leaves = leaves;
+        arguments.leaves = leaves, arguments.kinds = kinds;
     }
-    if (!entry->second.function) return Py_DECREF(device_number), PyObject_Call(kernel.otherwise, args, named);
+    if (!entry->second.function) return Py_DECREF(device_number), otherwise(kernel, args, named);
     if (grid[0] == 0 || grid[1] == 0 || grid[2] == 0) return Py_DECREF(device_number), Py_NewRef(Py_None);
     PyObject* stream = PyObject_CallFunctionObjArgs(current_stream, device_number, nullptr);
     Py_DECREF(device_number);
-    const bool is_started = stream && start(entry->second, arguments.leaves, grid, (int)device, stream);
+    std::vector<Value> values = values_of(entry->second, arguments.leaves);
+    bool is_started = stream && start(entry->second, values, grid, (int)device, stream);
     Py_XDECREF(stream);
+    if (is_started && recorded) is_started = remember(entry->second, values, grid, arguments.kinds);
     return is_started ? Py_NewRef(Py_None) : nullptr;
 }
 
@@ -284,6 +340,173 @@ PyObject* make(PyTypeObject* type, PyObject* args, PyObject*) {
     PyObject* self = ((allocfunc)PyType_GetSlot(type, Py_tp_alloc))(type, 0);
     if (self) ((Launcher*)self)->kernel = kernel;  // lives as long as its kernel, that is to the end of the process
     return self;
+}
+
+// ---- the launches of a planned call, again
+
+struct Source {
+    int tensor;  // an argument of the call, and after these a tensor that it allocates
+    int64_t offset;  // bytes
+};
+struct Again {
+    const Compiled* compiled;
+    unsigned grid[3];
+    std::vector<Value> values;
+    std::vector<std::pair<int, Source>> tensors;  // by the number of the value
+};
+struct Plan {
+    bool repeats = false;
+    std::vector<PyObject*> allocations;  // the arguments of `allocate`, and those by name
+    std::vector<Again> launches;
+    std::vector<int> outputs;  // numbers of allocations, or -1 for None
+    bool is_single = false;
+};
+struct Planned {
+    PyObject ob_base;
+    PyObject *function, *plan, *state, *allocate;
+    std::unordered_map<std::string, Plan>* known;
+};
+
+// What `plan` gives beside the result: None, or (allocations, launches, outputs, whether the output is no tuple)
+bool read(PyObject* made, Plan& plan) {
+    if (made == Py_None) return true;
+    PyObject *allocations, *launches, *outputs;
+    int is_single = 0;
+    if (!PyArg_ParseTuple(
+            made, "O!O!O!p", &PyTuple_Type, &allocations, &PyTuple_Type, &launches, &PyTuple_Type, &outputs, &is_single))
+        return false;
+    for (Py_ssize_t n = 0; n < PyTuple_Size(launches); ++n) {
+        PyObject *values, *tensors;
+        unsigned long long compiled = 0;
+        Again again;
+        if (!PyArg_ParseTuple(PyTuple_GetItem(launches, n), "K(III)O!O!", &compiled, &again.grid[0], &again.grid[1],
+                              &again.grid[2], &PyList_Type, &values, &PyList_Type, &tensors))
+            return false;
+        again.compiled = (const Compiled*)compiled;
+        for (Py_ssize_t m = 0; m < PyList_Size(values); ++m) {
+            Value value;
+            value.integer = PyLong_AsLongLong(PyList_GetItem(values, m));
+            again.values.push_back(value);
+        }
+        for (Py_ssize_t m = 0; m < PyList_Size(tensors); ++m) {
+            int number = 0;
+            Source source = {0, 0};
+            if (!PyArg_ParseTuple(PyList_GetItem(tensors, m), "iiL", &number, &source.tensor, &source.offset)) return false;
+            again.tensors.push_back({number, source});
+        }
+        plan.launches.push_back(again);
+    }
+    for (Py_ssize_t n = 0; n < PyTuple_Size(outputs); ++n)
+        plan.outputs.push_back((int)PyLong_AsLong(PyTuple_GetItem(outputs, n)));
+    if (PyErr_Occurred()) return false;
+    for (Py_ssize_t n = 0; n < PyTuple_Size(allocations); ++n)
+        plan.allocations.push_back(Py_NewRef(PyTuple_GetItem(allocations, n)));
+    plan.is_single = is_single, plan.repeats = true;
+    return true;
+}
+
+PyObject* repeat(const Planned& self, const Plan& plan, std::vector<Value> addresses, PyObject* device_number, unsigned device) {
+    std::vector<PyObject*> made;
+    bool is_done = true;
+    for (PyObject* arguments : plan.allocations) {
+        PyObject* tensor = PyObject_Call(self.allocate, PyTuple_GetItem(arguments, 0), PyTuple_GetItem(arguments, 1));
+        PyObject* address = tensor ? PyObject_CallMethodObjArgs(tensor, word_data_ptr, nullptr) : nullptr;
+        if (tensor) made.push_back(tensor);
+        if (!(is_done = address)) break;
+        Value value;
+        value.integer = (int64_t)PyLong_AsUnsignedLongLong(address);
+        addresses.push_back(value);
+        Py_DECREF(address);
+    }
+    PyObject* stream = is_done ? PyObject_CallFunctionObjArgs(current_stream, device_number, nullptr) : nullptr;
+    is_done = is_done && stream;
+    for (size_t n = 0; is_done && n < plan.launches.size(); ++n) {
+        const Again& again = plan.launches[n];
+        std::vector<Value> values = again.values;
+        for (const auto& one : again.tensors)
+            values[one.first].integer = addresses[one.second.tensor].integer + one.second.offset;
+        is_done = start(*again.compiled, values, again.grid, (int)device, stream);
+    }
+    Py_XDECREF(stream);
+    PyObject* result = nullptr;
+    if (is_done && plan.is_single) {
+        result = Py_NewRef(made[plan.outputs[0]]);
+    } else if (is_done && (result = PyTuple_New((Py_ssize_t)plan.outputs.size()))) {
+        for (size_t n = 0; n < plan.outputs.size(); ++n)
+            PyTuple_SetItem(result, (Py_ssize_t)n, Py_NewRef(plan.outputs[n] < 0 ? Py_None : made[plan.outputs[n]]));
+    }
+    for (PyObject* one : made) Py_DECREF(one);
+    return result;
+}
+
+PyObject* call_planned(PyObject* object, PyObject* args, PyObject*) {
+    const Planned& self = *(Planned*)object;
+    PyObject *inputs = nullptr, *state = nullptr;
+    if (!PyArg_ParseTuple(args, "O!", &PyTuple_Type, &inputs)) return nullptr;
+    if (recorded) return PyObject_CallFunctionObjArgs(self.function, inputs, nullptr);  // a part of another call
+    Arguments arguments;
+    for (Py_ssize_t n = 0; n < PyTuple_Size(inputs); ++n) {
+        arguments.metadata(PyTuple_GetItem(inputs, n));
+        arguments.leaves.resize(n + 1);  // an address for each argument
+    }
+    const size_t count = arguments.leaves.size();
+    if (!(state = PyObject_CallNoArgs(self.state))) return nullptr;
+    if (state == Py_None) arguments.covered = false;
+    arguments.constant(state);
+    Py_DECREF(state);
+    arguments.leaves.resize(count);
+    if (arguments.failed) return nullptr;
+    for (size_t n = 0; n < count; ++n)  // which tensor an address belongs to must be certain
+        for (size_t m = 0; arguments.is_tensor[n] && m <= n; ++m)
+            if (arguments.is_tensor[m] && arguments.leaves[n].integer == (m == n ? 0 : arguments.leaves[m].integer))
+                arguments.covered = false;
+    if (!arguments.covered) return PyObject_CallFunctionObjArgs(self.function, inputs, nullptr);
+    unsigned device = 0;
+    PyObject* device_number = PyObject_CallNoArgs(current_device);
+    if (!device_number || !unsigned_of(device_number, device)) return Py_XDECREF(device_number), nullptr;
+    arguments.put(device);
+    const auto entry = self.known->find(arguments.key);
+    if (entry != self.known->end()) {
+        PyObject* result = entry->second.repeats ? repeat(self, entry->second, arguments.leaves, device_number, device)
+                                                 : PyObject_CallFunctionObjArgs(self.function, inputs, nullptr);
+        return Py_DECREF(device_number), result;
+    }
+    Py_DECREF(device_number);
+    PyObject *planned = PyObject_CallFunctionObjArgs(self.plan, self.function, inputs, nullptr), *result = nullptr,
+             *made = nullptr;
+    Plan plan;
+    if (planned && PyArg_ParseTuple(planned, "OO", &result, &made) && read(made, plan)) {
+        if (self.known->size() < 4096) self.known->try_emplace(arguments.key, plan);  // none is removed: a thread may launch it
+        Py_INCREF(result);
+    } else {
+        result = nullptr;
+    }
+    Py_XDECREF(planned);
+    return result;
+}
+
+// Planned(function, plan, state, allocate): `function` of a tuple of arguments, and what it launches again when it is called with
+// the same metadata. plan(function, inputs) runs it for the first time, and gives the result and what to repeat. state() is a
+// number for what the function depends on beside its arguments, or None where it must run.
+PyObject* make_planned(PyTypeObject* type, PyObject* args, PyObject*) {
+    PyObject* parts[4];
+    if (!PyArg_ParseTuple(args, "OOOO", &parts[0], &parts[1], &parts[2], &parts[3])) return nullptr;
+    auto* self = (Planned*)((allocfunc)PyType_GetSlot(type, Py_tp_alloc))(type, 0);
+    if (!self) return nullptr;
+    self->function = Py_NewRef(parts[0]), self->plan = Py_NewRef(parts[1]);
+    self->state = Py_NewRef(parts[2]), self->allocate = Py_NewRef(parts[3]);
+    self->known = new std::unordered_map<std::string, Plan>;
+    return (PyObject*)self;
+}
+
+PyObject* record(PyObject*, PyObject*) {
+    Py_XDECREF(recorded);
+    return (recorded = PyList_New(0)) ? Py_NewRef(Py_None) : nullptr;
+}
+PyObject* end_record(PyObject*, PyObject*) {
+    PyObject* launches = recorded ? recorded : Py_NewRef(Py_None);
+    recorded = nullptr;
+    return launches;
 }
 
 PyObject* connect(PyObject*, PyObject* args) {
@@ -318,17 +541,25 @@ PyMethodDef functions[] = {
      "connect(path, tensor, device, stream, text): opens the driver; the class of tensors, functions of the current device, of a "
      "device's stream, and of the text of a constant."},
     {"load", load, METH_VARARGS, "load(image, name, shared, device): the driver's function of a cubin or PTX, as a number."},
+    {"record", record, METH_NOARGS, "record(): from here on this thread's launches are remembered."},
+    {"end_record", end_record, METH_NOARGS,
+     "end_record(): the launches since `record`: (kernel, grid, values, which values are addresses); None for one of Triton."},
     {nullptr, nullptr, 0, nullptr}};
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, "vlattn_launch", nullptr, -1, functions, nullptr, nullptr, nullptr, nullptr};
 PyType_Slot slots[] = {{Py_tp_call, (void*)call}, {Py_tp_new, (void*)make}, {0, nullptr}};
+PyType_Slot planned_slots[] = {{Py_tp_call, (void*)call_planned}, {Py_tp_new, (void*)make_planned}, {0, nullptr}};
+PyType_Spec planned_spec = {"vlattn_launch.Planned", sizeof(Planned), 0, Py_TPFLAGS_DEFAULT, planned_slots};
 PyType_Spec spec = {"vlattn_launch.Launcher", sizeof(Launcher), 0, Py_TPFLAGS_DEFAULT, slots};
 
 }  // namespace
 
 PyMODINIT_FUNC PyInit_vlattn_launch() {
     word_data_ptr = PyUnicode_InternFromString("data_ptr"), word_dtype = PyUnicode_InternFromString("dtype");
+    word_shape = PyUnicode_InternFromString("shape"), word_stride = PyUnicode_InternFromString("stride");
     word_grid = PyUnicode_InternFromString("grid"), word_warmup = PyUnicode_InternFromString("warmup");
     PyObject* module = PyModule_Create(&definition);
-    if (!module || PyModule_AddObject(module, "Launcher", PyType_FromSpec(&spec)) < 0) return nullptr;
+    if (!module || PyModule_AddObject(module, "Launcher", PyType_FromSpec(&spec)) < 0 ||
+        PyModule_AddObject(module, "Planned", PyType_FromSpec(&planned_spec)) < 0)
+        return nullptr;
     return module;
 }

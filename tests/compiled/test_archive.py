@@ -53,5 +53,15 @@ def test_sizes_do_not_choose_the_kernel(tmp_path: Path) -> None:
     assert [name for name, is_covered in covered.items() if not is_covered] == ["another dtype", "causal"]
 
 
+def test_launches_are_repeated_on_other_tensors(tmp_path: Path) -> None:
+    errors, planned, seen = compiling(AHEAD + "repeated", tmp_path)
+    assert {name: ratio for name, ratio in errors.items() if not ratio <= 1.0} == {}
+    both = ["forward", "backward"]
+    # which of two arguments an address belongs to is uncertain if they are one tensor
+    expected = {"one tensor": both, "first": both, "second": [], "packed": both, "packed again": [], "third": [], "watched": both}
+    assert planned == expected
+    assert seen == ["_forward_kernel", "_backward_q_kernel", "_backward_kv_kernel"]
+
+
 def test_a_kernel_is_loaded_once(tmp_path: Path) -> None:
     assert compiling(AHEAD + "loads_of_threads", tmp_path, 8) == ["_forward_kernel"]

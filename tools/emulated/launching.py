@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import ptx.cuda
@@ -42,6 +43,8 @@ def planned(folder: Path, architecture: int) -> Iterator[_archive.Launching]:
             lambda device: divmod(architecture, 10),
         )
         stack.callback(made.end)
+        stack.callback(setattr, _archive, "on_cpu", _archive.on_cpu)
+        _archive.on_cpu = made
         made.take()
         yield made
 
@@ -54,10 +57,21 @@ def emulated(folder: Path, architecture: int, options: Options | None = None) ->
         ptx.cuda.connected(driver)
         for kernel in made.kernels:
             kernel.run = _with_tensors(kernel.run)
+        made.allocate, of = _allocate, made.of
+        made.of = lambda function: _with_tensors(of(function))  # type: ignore[method-assign]
         try:
             yield launches
         finally:
             driver.ptx_connect(None)
+
+
+def _allocate(*arguments: Any, **options: Any) -> Tensor:
+    """For launches that are repeated, whose tensors no function of Python sees."""
+    made = torch.empty_strided(*arguments, **options)
+    device = ptx.cuda.Device.active
+    assert device is not None and device.memory is not None
+    device.memory.ranges += ptx.cuda.lent({"allocation": made}).ranges
+    return made
 
 
 def _with_tensors(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -66,7 +80,7 @@ def _with_tensors(run: Callable[..., Any]) -> Callable[..., Any]:
     def launch(*arguments: Any, **named: Any) -> Any:
         device = ptx.cuda.Device.active
         assert device is not None
-        with device.using(ptx.cuda.lent(dict(_tensors("", named)))):
+        with device.using(ptx.cuda.lent(dict(_tensors("", (*arguments, named))))):
             return run(*arguments, **named)
 
     return launch

@@ -152,7 +152,7 @@ def as_gradient(grad: Tensor, x: Tensor) -> Tensor:
     Autograd copies gradients whose strides differ from x's. Within `promised_layouts` the layout is always that of `rows_first`:
     an operator must return the strides that its fake declares.
     """
-    return grad.contiguous() if x.is_contiguous() and not _LAYOUTS.promised else rows_first(grad)
+    return grad.contiguous() if x.is_contiguous() and not LAYOUTS.promised else rows_first(grad)
 
 
 def empty_gradient(x: Tensor, num_heads: int | None = None) -> Tensor:
@@ -160,7 +160,7 @@ def empty_gradient(x: Tensor, num_heads: int | None = None) -> Tensor:
     batch, heads, length, size = x.shape
     num_heads = heads if num_heads is None else num_heads
     shape, dtype = (batch, num_heads, length, size), x.dtype if num_heads == heads else torch.float32
-    if x.is_contiguous() and not _LAYOUTS.promised:
+    if x.is_contiguous() and not LAYOUTS.promised:
         return x.new_empty(shape, dtype=dtype)
     return x.new_empty_strided(shape, _rows_first_strides(num_heads, length, size), dtype=dtype)
 
@@ -168,24 +168,24 @@ def empty_gradient(x: Tensor, num_heads: int | None = None) -> Tensor:
 @contextmanager
 def promised_layouts() -> Iterator[None]:
     """A context around a registered operator: this thread's gradients have the layout that the fake implementation promises."""
-    before, _LAYOUTS.promised = _LAYOUTS.promised, True
+    before, LAYOUTS.promised = LAYOUTS.promised, True
     try:
         yield
     finally:
-        _LAYOUTS.promised = before
+        LAYOUTS.promised = before
 
 
 class _Layouts(threading.local):
     promised = False
 
 
-_LAYOUTS = _Layouts()
+LAYOUTS = _Layouts()
 
 
 def saved_for_the_last_time() -> bool:
     """Whether what was saved for this backward pass may be overwritten: no other pass will read it (retain_graph=True), and the
     operator is not a registered one, which promises to leave its inputs."""
-    return not (_LAYOUTS.promised or _keeps_graph())
+    return not (LAYOUTS.promised or _keeps_graph())
 
 
 _keeps_graph: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,9 +20,10 @@ import vlattn_fast as va
 from tools.compiled.cubins import launches_in, write
 from tools.emulated import launching
 from tools.emulated.package import options_of_process
+from vlattn_fast.benchmarks._launches import watching
 from vlattn_fast.checking import verify
 from vlattn_fast.checking.cases import Example
-from vlattn_fast.checking.tolerance import settle
+from vlattn_fast.checking.tolerance import Errors, settle
 from vlattn_fast.dispatch.call import OnCpu, run_gpu_kernels_on_cpu
 
 DTYPES = {80: torch.float16, 90: torch.bfloat16}
@@ -60,6 +62,65 @@ def attend(
     return va.score_attention(query, key, value, backend="triton", is_causal=is_causal)
 
 
+def repeated(folder: Path) -> tuple[dict[str, float], dict[str, list[str]], list[str]]:
+    """Calls, one after another, whose launches are planned, or repeated from an earlier call: by name the worst error as a
+    multiple of the allowed one, and what was planned; and the kernels that a watcher of launches saw in the last one."""
+    from vlattn_fast.kernels import score_attention
+
+    torch.set_num_threads(1)
+    errors, planned, seen = {}, {}, list[str]()
+
+    def call(query: Tensor, key: Tensor, value: Tensor, by: Any = va.score_attention, **options: Any) -> list[Tensor]:
+        out = by(query, key, value, **options)
+        return [out, *torch.autograd.grad(out, [query, key, value], torch.linspace(-1, 1, out.numel()).view(out.shape).to(out))]
+
+    def sides(dtype: torch.dtype = torch.float16) -> list[Tensor]:
+        return [torch.randn(2, 3, 20, 16, dtype=dtype).requires_grad_() for _ in range(3)]
+
+    def shared() -> list[Tensor]:
+        one = torch.randn(2, 3, 20, 16, dtype=torch.float16).requires_grad_()
+        return [one, one.view_as(one), one.view_as(one)]
+
+    def packed() -> list[Tensor]:
+        return [x.detach().requires_grad_() for x in torch.randn(2, 3, 20, 48, dtype=torch.float16).chunk(3, dim=-1)]
+
+    compile_calls(folder, 80, [lambda: call(*sides(), backend="triton")], "one call")
+    calls = {"one tensor": shared, "first": sides, "second": sides, "packed": packed, "packed again": packed, "third": sides}
+    with launching.emulated(folder, 80, options_of_process()), ExitStack() as stack:
+        for name in ("forward", "backward"):
+            function = getattr(score_attention, name).__wrapped__
+            stack.callback(replace_launcher, getattr(score_attention, name), function)
+
+            def counted(inputs: Any, name: str = name, function: Any = function) -> Any:
+                planned[now].append(name)
+                return function(inputs)
+
+            replace_launcher(getattr(score_attention, name), counted)
+        for now, make in calls.items():
+            planned[now] = []
+            tensors = make()
+            ours = call(*tensors, backend="triton")
+            exact = call(*[x.detach().double().requires_grad_() for x in tensors], by=va.reference.score_attention)
+            formula = call(*[x.detach().requires_grad_() for x in tensors], by=va.reference.score_attention)
+            pool = Errors()
+            if now != "one tensor":
+                for each in zip(ours, exact, formula, strict=True):
+                    pool.add(*each)
+            else:
+                pool.add(ours[0], exact[0], formula[0])
+            errors[now] = pool.ratio()
+        with watching(lambda kernel, named, launch: (seen.append(kernel.fn.__name__), launch())):
+            planned["watched"], now = [], "watched"
+            call(*sides(), backend="triton")
+    return errors, planned, seen
+
+
+def replace_launcher(guarded: Any, function: Any) -> None:
+    """Puts a function in place of the one that `on_device` guards."""
+    place = guarded.__code__.co_freevars.index("launcher")
+    guarded.__closure__[place].cell_contents = function
+
+
 def coverage(folder: Path) -> dict[str, bool]:
     """Which calls an archive covers that has a call of 20 tokens and 3 heads in float16. The driver ignores launches."""
     calls = {
@@ -93,7 +154,7 @@ def loads_of_threads(folder: Path, threads: int) -> list[str]:
             loaded.append(symbol)
             return library.load(image, symbol, shared, device)
 
-        made.library = SimpleNamespace(load=load)  # type: ignore[assignment]
+        made.library = SimpleNamespace(**{**vars(library), "load": load})  # type: ignore[assignment]
         together = threading.Barrier(threads)
 
         def launch() -> None:
