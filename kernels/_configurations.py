@@ -135,6 +135,7 @@ _WIDER = "sums over rows of 256 features take four times the registers of 64"
 _UNITS = "reciprocals of many pairs a thread hide one another's latency"
 _STAGED_NORMS = "norms are staged as well, and a third stage of them takes instructions"
 _NORMS = "gradients of the norms take registers"
+_NORMS_READ = "norms take registers"
 _SHORT, _SHORT_KEYS = (f"128 {what} would be padding in short sequences" for what in ("rows", "keys"))
 _ONE_WARP = "heads of a token fill 16 rows at most in most models: more warps would repeat them. Keys and their blocks are staged"
 _OWNED = "a thread has one unit of 32 keys: it spills, but not in the loops over units. One stage: the launch says why"
@@ -271,7 +272,7 @@ LINES: dict[str, list[Line]] = {
         _line((32, 128, 8, 2), _ALL, **_WHOLE, block_t=1, M=128, size=128),
         _line((), "two kernels with tiles of keys", names=""),
     ],
-    "relevancy_attention statistics": _RELEVANCY_ROWS,
+    "relevancy_attention statistics": [*_UNITS_ROWS, *_RELEVANCY_ROWS],
     "relevancy_attention backward_q": [
         *_FLOAT32_ROWS,
         _line((64, 32, 4, 2), _MASK, masked=True, size=128),
@@ -294,6 +295,8 @@ LINES: dict[str, list[Line]] = {
         _line((16, 32, 4, 1), "and 64 rows of r take registers"),
     ],
     "relevancy_attention step": [  # one row of r
+        _line((32, 32, 4, 1), _NORMS_READ, score="cosine", dtype=FLOAT32, size=64),
+        _line((64, 32, 4, 2), _NORMS_READ, score="cosine", masked=True, size=128),
         _line((64, 64, 4, 1), _FLOAT32, architecture="sm_90", dtype=FLOAT32, size=64),
         _line((32, 64, 4, 1), _FLOAT32, dtype=FLOAT32, size=64),
         *_FLOAT32_ROWS,
@@ -304,6 +307,20 @@ LINES: dict[str, list[Line]] = {
         _line((64, 64, 4, 2), _ESTIMATED, architecture="sm_90", size=128),
         _line((64, 128, 8, 2), "128 keys read Q and dO half as often as 64", architecture="sm_100", size=128),
         _line((64, 64, 4, 2), _WIDE, size=128),
+        _line((32, 32, 4, 1), _WIDER),
+    ],
+    "relevancy_attention step_units": [
+        _line((32, 32, 4, 1), "float32 sums more exactly, in more registers", dtype=FLOAT32, size=64),
+        _line((32, 16, 8, 1), "float32 sums more exactly, in more registers", dtype=FLOAT32),
+        _line((32, 64, 4, 1), _UNITS, size=128),
+        _line((32, 16, 8, 1), _WIDER),
+    ],
+    "relevancy_attention map_of_scores": [
+        *_UNITS_ROWS,
+        *_FLOAT32_FORWARD,
+        _line((64, 32, 4, 1), _MASK, masked=True, size=128),
+        _line((64, 64, 4, 2), _ONCE, size=64),
+        _line((64, 32, 4, 2), _WIDE, size=128),
         _line((32, 32, 4, 1), _WIDER),
     ],
     "relevancy_attention map_backward_rows": [

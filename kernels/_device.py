@@ -15,23 +15,23 @@ Launcher = TypeVar("Launcher", bound=Callable[..., Any])
 
 
 def on_device(launcher: Launcher) -> Launcher:
-    """`launcher`, a function of an operator's inputs, run with the device of its tensors as the current device.
+    """`launcher`, a function of an operator's inputs and maybe more, run with the device of its tensors as the current device.
 
     Triton launches on the current device, whatever device the tensors are on. They differ if the layers of a model lie on
     several devices (device_map="auto").
     """
 
     @functools.wraps(launcher)
-    def guarded(inputs: Any) -> Any:
+    def guarded(inputs: Any, *more: Any) -> Any:
         for first in inputs:
             if first is not None:
                 break
         device = (first[0] if isinstance(first, list) else first).device
         compiled = _archive.on_cpu if device.index is None else _archive.launching()
-        run = launcher if compiled is None else compiled.of(launcher)
+        run = launcher if compiled is None or more else compiled.of(launcher)  # which repeats what inputs tell
         if device.index is None or device.index == torch.cuda.current_device():  # without an index: the CPU
-            return run(inputs)
+            return run(inputs, *more)
         with torch.cuda.device(device):
-            return run(inputs)
+            return run(inputs, *more)
 
     return guarded  # type: ignore[return-value]

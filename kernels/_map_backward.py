@@ -101,11 +101,13 @@ class RowConstants(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """The named arguments of a launch, from score_attention.arguments, and whether the rule is "gradient"."""
+    """The named arguments of a launch, from score_attention.arguments, and whether the rule is "gradient". vector: of scores over
+    hidden units."""
 
     call: dict[str, Any]
     by_gradient: bool
     row_bias: Tensor | None
+    vector: Tensor | None
 
     @property
     def float_mask(self) -> bool:
@@ -117,9 +119,11 @@ class Launch(NamedTuple):
         return x.q.p.shape[0] * x.H * x.N * x.M
 
 
-def describe(inputs: ScoreAttentionInputs | ScoreAttentionBackwardInputs, rule: str, grad_out: Tensor | None) -> Launch:
+def describe(
+    inputs: ScoreAttentionInputs | ScoreAttentionBackwardInputs, rule: str, grad_out: Tensor | None, vector: Tensor | None = None
+) -> Launch:
     call = score_attention.arguments(inputs, backward=True, grad_out=grad_out)
-    return Launch(call, rule == "gradient", inputs.row_bias)
+    return Launch(call, rule == "gradient", inputs.row_bias, None if vector is None else vector.contiguous())
 
 
 def config_of(kernel: str, launch: Launch, block_t: int = 0) -> Config:
@@ -140,6 +144,7 @@ def _config(
         size=max(constants.A, constants.DV),
         block_t=block_t,
         masked=constants.MASK % GROUP_BIAS.value != 0,
+        score=constants.SCORE,
     )
     return staged(config, constants.MASK)
 
@@ -155,7 +160,9 @@ def statistics(launch: Launch, lse: Tensor | None, summed: bool = False, limit: 
         return RowStats(pad_rows(torch.where(lse == -torch.inf, torch.inf, lse * LOG2_E), torch.inf))
     pair = launch.float_mask or (lse is None and launch.call["C"].EXACT)
     config = config_of("statistics", launch)
-    return score_attention.row_statistics(launch.call, config, lse, limit, pair, by_gradient=launch.by_gradient, summed=summed)
+    return score_attention.row_statistics(
+        launch.call, config, lse, limit, pair, launch.vector, by_gradient=launch.by_gradient, summed=summed
+    )
 
 
 def sums(launch: Launch, rows: RowStats, w: MapGradient, u: Tensor | None = None, deltas: bool = False) -> tuple[Tensor, Tensor]:
@@ -361,7 +368,7 @@ def _rounded_product(b_x, b_y, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _row_numbers(stats, o_row):
+def row_numbers(stats, o_row):
     """The shift and 1 / total of rows."""
     b_inverse = tl.full(o_row.shape, 1.0, dtype=tl.float32)
     if stats.total is not None:  # one division a row, not one a pair
@@ -393,7 +400,7 @@ def _tile_of_queries(x, stats, C: tl.constexpr, R: tl.constexpr, BLOCK_Q: tl.con
     if R.BY_GRADIENT:
         of_do = head_side(x.grad, i_b, i_h, o_q, N, C.DV)
         b_do = load_side(of_do, tl.arange(0, C.BLOCK_DV), C.DV)  # [q,Dv]
-    b_shift, b_inverse = _row_numbers(stats, i_bh * NP + o_q)
+    b_shift, b_inverse = row_numbers(stats, i_bh * NP + o_q)
     return (i_q, i_bh, i_b, i_h, i_hk), p_k, p_v, masks, o_q, b_q, of_q, b_do, of_do, b_shift, b_inverse
 
 
@@ -588,7 +595,7 @@ def _map_backward_kv_kernel(
             b_logit = mask_key_major(
                 b_s * x.scale_log2, x.masks, i_b, i_h, i_kv * BLOCK_KV, o_kv, o_q, o_row, N, M, C, EDGE
             )  # [kv,q]
-            b_shift, b_inverse = _row_numbers(stats, (i_b * H + i_h) * NP + o_q)
+            b_shift, b_inverse = row_numbers(stats, (i_b * H + i_h) * NP + o_q)
             b_p = tl.exp2(b_logit - b_shift[None, :]) * b_inverse[None, :]
             b_w = _gradient_of_map(w, i_b, i_h, o_q, o_kv, x, True, R)
             if R.BY_GRADIENT:
@@ -654,7 +661,7 @@ def _map_taken_kernel(
         b_x = row_products(load_side(of_q, o_a, C.A), of_q, load_side(of_k, o_a, C.A), of_k, C.A, C.PRECISION)
         b_s, b_slope = activate(b_x, 0.0, 0.0, 0.0, x.parameter, False, C)
         b_logit = mask_logits(b_s * x.scale_log2, masks, i_kv * BLOCK_KV, o_q, o_kv, N, M, C.MASK, C.KEY_MASK, C.CAUSAL)
-        b_shift, b_inverse = _row_numbers(stats, i_bh * NP + tl.minimum(o_q, NP - 1))  # a tile may be larger than the padding
+        b_shift, b_inverse = row_numbers(stats, i_bh * NP + tl.minimum(o_q, NP - 1))  # a tile may be larger than the padding
         b_map = tl.exp2(b_logit - b_shift[:, None]) * b_inverse[:, None]
         if R.BY_GRADIENT:
             of_do = head_side(x.grad, i_b, i_h, o_q, N, C.DV)

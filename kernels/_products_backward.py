@@ -653,7 +653,7 @@ def _backward_kv_kernel(
     # rows beyond N have P = 0, and keys are rows of the tiles below: those of padding are dropped at the end, without masks
     m_key = real_tokens(x.masks.p_keys + i_b * M, o_kv, M, C.KEY_MASK)
     b_dk, b_dv, b_along = _zero_gradients(x, C, BLOCK_KV, WHOLE or BLOCK_T > 1)
-    b_r_abar = _zero_carried(BLOCK_KV, BLOCK_T)
+    b_r_abar = zero_carried(BLOCK_KV, BLOCK_T)
     ranges = (N, N, 0, N) if WHOLE else query_range(i_kv, N, C.CAUSAL, BLOCK_Q, BLOCK_KV)
     for i in range(KEY_HEADS):
         i_hkv = i_p * KEY_HEADS + i
@@ -682,7 +682,7 @@ def _backward_kv_kernel(
                         b_dp = row_products(b_v, of_v, b_do, of_do, C.DV, C.PRECISION)  # [kv,q]
                     if BLOCK_T > 0 and LOOP != 1:
                         b_map = map_of(b_p, b_dp, o_q, N if EDGE or C.CAUSAL else None) if BY_GRADIENT else b_p
-                        b_r_abar = _add_carried(b_r_abar, b_map, p_r, i_b, o_q, o_t, T, x, C)
+                        b_r_abar = add_carried(b_r_abar, b_map, p_r, i_b, o_q, o_t, T, x, C)
                     if GRADS:
                         b_dropped_p, b_dp = dropped(b_p, b_dp, x, i_bh, o_q, o_kv)
                         if LOOP != 2:
@@ -702,7 +702,7 @@ def _backward_kv_kernel(
             b_dk = along_norms(b_dk, b_weight, b_k, of_k, b_inv_k, b_along, C.A)
     if GRADS:
         store_head(grad_k, i_b, i_p, o_kv, o_a, M, C.A, [tl.where(m_key[:, None], b * x.scale, 0.0) for b in b_dk])
-    _store_carried(p_r_abar, b_r_abar, factor, i_bp, o_t, T, o_kv, m_key, M)
+    store_carried(p_r_abar, b_r_abar, factor, i_bp, o_t, T, o_kv, m_key, M)
 
 
 @triton.jit
@@ -879,7 +879,7 @@ def dropped(b_p, b_dp, x, i_bh, o_q, o_kv):
 
 
 @triton.jit
-def _zero_carried(BLOCK_KV: tl.constexpr, BLOCK_T: tl.constexpr):
+def zero_carried(BLOCK_KV: tl.constexpr, BLOCK_T: tl.constexpr):
     """Zeros for the sums of r Abar: [kv,T], or [kv] of one row."""
     if BLOCK_T <= 1:
         return tl.zeros([BLOCK_KV], dtype=tl.float32)
@@ -888,7 +888,7 @@ def _zero_carried(BLOCK_KV: tl.constexpr, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
-def _add_carried(b_r_abar, b_map, p_r, i_b, o_q, o_t, T, x, C: tl.constexpr):
+def add_carried(b_r_abar, b_map, p_r, i_b, o_q, o_t, T, x, C: tl.constexpr):
     """b_r_abar and sum_i r_ti E_ij of a tile b_map [kv,q] of E."""
     p_r += i_b * T * (tl.cdiv(x.N, ROW_MULTIPLE) * ROW_MULTIPLE)
     if o_t.shape[0] == 1:
@@ -904,7 +904,7 @@ def _add_carried(b_r_abar, b_map, p_r, i_b, o_q, o_t, T, x, C: tl.constexpr):
 
 
 @triton.jit
-def _store_carried(p_r_abar, b_r_abar, factor, i_bp, o_t, T, o_kv, m_key, M):
+def store_carried(p_r_abar, b_r_abar, factor, i_bp, o_t, T, o_kv, m_key, M):
     """r Abar of a tile of keys, and 0 for padding; nothing without rows of r."""
     m_kv = o_kv < M
     if p_r_abar is None:

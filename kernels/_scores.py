@@ -13,7 +13,22 @@ import triton.language as tl
 from torch import Tensor
 
 from vlattn_fast.kernels._group_bias import FLOAT_MASK, BiasProduct
-from vlattn_fast.kernels._tiles import FEATURES, LOG2_E, Dropout, Heads, Masks, extended, head_at, masks_at, part_of, real_tokens
+from vlattn_fast.kernels._tiles import (
+    FEATURES,
+    LOG2_E,
+    Dropout,
+    Heads,
+    Masks,
+    extended,
+    head_at,
+    load_side,
+    mask_tile,
+    masks_at,
+    part_of,
+    real_tokens,
+    row_products,
+    side_at,
+)
 
 
 class Call(NamedTuple):
@@ -275,6 +290,15 @@ def add_masks(b_s, b_masked, C: tl.constexpr):
 
 
 @triton.jit
+def masked_logits(b_logit, masks, start, o_q, o_kv, N, M, EDGE: tl.constexpr, C: tl.constexpr):
+    """`mask_tile` of any score. Those over hidden units take an attn_mask apart: see `keep_layout`."""
+    if C.UNITS and C.MASK != 0:
+        return add_masks(b_logit, mask_tile(tl.zeros_like(b_logit), masks, start, o_q, o_kv, N, M, C, EDGE), C)
+    else:
+        return mask_tile(b_logit, masks, start, o_q, o_kv, N, M, C, EDGE)
+
+
+@triton.jit
 def one_a_thread(o, PRECISION: tl.constexpr):
     """Neighbouring offsets that the compiler does not know to be aligned, so that threads load and keep one each."""
     if PRECISION != "widen":
@@ -349,6 +373,31 @@ def activate(b_x, b_inv_row, b_inv_column, b_weight, parameter, CLAMPED: tl.cons
     if C.SCORE == "dot_softcap":
         b_s, b_slope = softcapped(b_x, parameter, C)
     return b_s, b_slope
+
+
+@triton.jit
+def scores_of_tile(x, head, p_u, o_q, o_kv, C: tl.constexpr):
+    """The scores [q,kv] of a tile, of any kind. head: of `head_of`; p_u: its vector, for scores over hidden units."""
+    p_q, p_k, _, p_pre_q, p_pre_k, masks = head
+    o_a = tl.arange(0, C.BLOCK_A)
+    if C.UNITS:
+        bound = largest_argument(p_q, p_k, p_pre_q, p_pre_k, masks.p_keys, x.N, x.M, C)
+        largest, total = weights_summed(p_u, o_a, C.A)
+        of_q, of_k = (p_q, p_pre_q, o_q, x.q.stride_n, x.N), (p_k, p_pre_k, o_kv, x.k.stride_n, x.M)
+        b_s = sum_units(of_q, of_k, p_u, bound, largest, total, C)
+    else:
+        of_q, of_k = side_at(p_q, x.q.stride_n, o_q, x.N, C.A), side_at(p_k, x.k.stride_n, o_kv, x.M, C.A)
+        b_x = row_products(load_side(of_q, o_a, C.A), of_q, load_side(of_k, o_a, C.A), of_k, C.A, C.PRECISION)
+        b_s = activate_all(b_x, p_pre_q, p_pre_k, o_q, o_kv, x.parameter, C)
+    return b_s
+
+
+@triton.jit
+def activate_all(b_x, p_pre_q, p_pre_k, o_q, o_kv, parameter, C: tl.constexpr):
+    """The scores of a tile [q,kv] of dot products, of cosine, too: each pair with its clamp."""
+    b_inv_q, b_inv_k = inverse_norm(p_pre_q, o_q, C.SCORE), inverse_norm(p_pre_k, o_kv, C.SCORE)
+    b_s, _ = activate(b_x, b_inv_q, b_inv_k, tl.full(o_q.shape, 1.0, dtype=tl.float32), parameter, True, C)
+    return b_s
 
 
 @triton.jit

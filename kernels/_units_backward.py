@@ -1,4 +1,4 @@
-"""The backward pass of scores that sum over hidden units, for score_attention: additive, Hadamard with tanh or sigmoid.
+"""The backward pass of scores that sum over hidden units: additive, Hadamard with tanh or sigmoid; and relevancy through them.
 
 Roofline: instructions, and MUFU (16 results per clock and SM). For each hidden unit and pair additive takes half a reciprocal for
 the score and half a one for its slope.
@@ -35,7 +35,17 @@ from vlattn_fast.kernels._group_bias import (
     store_group_sums,
     tile_at,
 )
-from vlattn_fast.kernels._products_backward import RowStats, dropped, empty_key_gradients, grad_of_lse, heads_summed, new_rows
+from vlattn_fast.kernels._products_backward import (
+    RowStats,
+    add_carried,
+    dropped,
+    empty_key_gradients,
+    grad_of_lse,
+    heads_summed,
+    new_rows,
+    store_carried,
+    zero_carried,
+)
 from vlattn_fast.kernels._scores import (
     add_masks,
     head_of,
@@ -64,6 +74,7 @@ from vlattn_fast.kernels._tiles import (
     load_keys,
     load_rows,
     load_tile,
+    map_of,
     mask_logits,
     masks_at,
     padded_rows,
@@ -117,7 +128,7 @@ def launch(
     grad_k, grad_v = empty_key_gradients(key, value)
     heads_kv = grad_k.shape[1]
     blocks_q, blocks_kv = padded_rows(num_q) // config_q["BLOCK_Q"], cdiv(num_kv, config_kv["BLOCK_KV"])
-    coarse = RowStats(new_rows(query), new_rows(query)) if coarse is None else coarse
+    coarse = RowStats(new_rows(query), new_rows(query) if call["C"].EXACT else None) if coarse is None else coarse
     stats = coarse._replace(delta=new_rows(query))
     grad_bias, blocks = gradient_blocks(row_bias)
     for p_grad_bias, first_group, block_g in blocks if lse.numel() > 0 else ():
@@ -159,6 +170,40 @@ def launch(
         if ranges > 1:
             grad_q.copy_(sums.sum(2)[:, :, :num_q])
     return grad_q, *heads_summed(grad_k, key, grad_v, value), grad_u.sum((0, 2)), grad_bias
+
+
+def carry(
+    call: dict[str, Any],
+    config: Config,
+    vector: Tensor,
+    rows: RowStats,
+    relevancy: Tensor,
+    factor: float,
+    by_gradient: bool,
+    together: int,
+) -> Tensor:
+    """factor * sum over heads of r Abar, (B, T, M), for rows r (B, T, N) with N padded. config has BLOCK_T.
+
+    A program takes so many heads `together`.
+    """
+    x, num_t = call["x"], relevancy.shape[1]
+    batch, heads, num_q, _ = x.q.p.shape
+    if batch * heads * num_q * x.M * num_t == 0:
+        return relevancy.new_zeros(batch, num_t, x.M)
+    r_abar = relevancy.new_empty(batch, heads // together, num_t, x.M)
+    _units_step_kernel[(cdiv(x.M, config["BLOCK_KV"]) * cdiv(num_t, config["BLOCK_T"]) * batch * (heads // together),)](
+        **launched(call),
+        p_u=vector,
+        stats=RowStats(rows.shift, rows.total),
+        p_r=relevancy,
+        p_r_abar=r_abar,
+        HEADS=together,
+        T=num_t,
+        factor=factor,
+        BY_GRADIENT=by_gradient,
+        **config,
+    )
+    return r_abar.sum(1)
 
 
 def _key_ranges(heads: int, blocks: int, sums: int, programs: int) -> tuple[int, int]:
@@ -490,15 +535,78 @@ def _through_softmax(b_dv, b_logit, b_v, b_do, x, stats, p_key_mask, i_bh, o_q, 
     """b_dv [kv,Dv] and what a tile of logits [kv,q] adds to it; and dS [kv,q], times the scale."""
     N, M = x.N, x.M
     row = i_bh * (tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE)
-    b_p = tl.exp2(b_logit - tl.load(stats.shift + row + o_q)[None, :])
-    if C.EXACT or C.MASK >= FLOAT_MASK:  # else the shift is a log-sum-exp
-        b_p /= tl.load(stats.total + row + o_q)[None, :]
+    b_p = _probabilities(b_logit, x, stats, i_bh, o_q, C)
     b_dp = dot(b_v, tl.trans(b_do), C.PRECISION)  # [kv,q]
     b_dropped_p, b_dp = dropped(b_p, b_dp, x, i_bh, o_q, o_kv)
     b_dv += dot(keep_layout(b_dropped_p, True, C.PRECISION).to(b_do.dtype), b_do, C.PRECISION)
     b_ds = b_p * (b_dp - tl.load(stats.delta + row + o_q)[None, :]) * x.scale
     m_pair = real_tokens(p_key_mask, o_kv, M, C.KEY_MASK)[:, None] & (o_q < N)[None, :]
     return b_dv, tl.where(m_pair, b_ds, 0.0)  # of padding P is 0, but dP may be infinite
+
+
+@triton.jit
+def _probabilities(b_logit, x, stats, i_bh, o_q, C: tl.constexpr):
+    """P of a tile of logits [kv,q]."""
+    row = i_bh * (tl.cdiv(x.N, ROW_MULTIPLE) * ROW_MULTIPLE)
+    b_p = tl.exp2(b_logit - tl.load(stats.shift + row + o_q)[None, :])
+    if stats.total is not None:  # else the shift is a log-sum-exp
+        b_p /= tl.load(stats.total + row + o_q)[None, :]
+    return b_p
+
+
+@triton.jit
+def _units_step_kernel(
+    x,
+    p_u,
+    stats,
+    p_r,
+    p_r_abar,
+    HEADS,
+    T,
+    factor,
+    BY_GRADIENT: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """r Abar of a tile of keys j and BLOCK_T rows of r, of HEADS heads, by a pass over their queries i. Tiles are [kv,q].
+
+    r_abar_tj = factor sum_i r_ti E_ij, E = P or BY_GRADIENT relu(P dP), with P and dP as in `_units_backward_kernel`
+    """
+    N, M, grad = x.N, x.M, x.grad
+    num_kv = tl.cdiv(M, BLOCK_KV)
+    i_block, i_bp, i_b, i_p, _ = block_and_head(num_kv * tl.cdiv(T, BLOCK_T), x.H // HEADS, 1)
+    i_kv = i_block % num_kv
+    o_kv = i_kv * BLOCK_KV + tl.arange(0, BLOCK_KV)
+    o_t = (i_block // num_kv) * BLOCK_T + tl.arange(0, BLOCK_T)
+    o_a, o_d = tl.arange(0, C.BLOCK_A), tl.arange(0, C.BLOCK_DV)
+    m_key = real_tokens(x.masks.p_keys + i_b * M, o_kv, M, C.KEY_MASK)
+    begin = (i_kv * BLOCK_KV) // BLOCK_Q * BLOCK_Q if C.CAUSAL else 0  # queries before it see none of these keys
+    b_r_abar = zero_carried(BLOCK_KV, BLOCK_T)
+    for i in range(HEADS):
+        i_h = i_p * HEADS + i
+        i_bh = i_b * x.H + i_h
+        p_q, p_k, p_v, p_pre_q, p_pre_k, masks = head_of(x, i_bh, i_b, i_h, i_h // C.GROUP_K, C)
+        bound = largest_argument(p_q, p_k, p_pre_q, p_pre_k, masks.p_keys, N, M, C)
+        largest, total = weights_summed(p_u + i_h * C.A, o_a, C.A)
+        masks = transposed(masks)
+        if BY_GRADIENT:
+            b_v = load_rows(p_v, x.v.stride_n, o_kv, o_d, M, C.DV)  # [kv,Dv]
+            p_grad = head_at(grad, i_b, i_h, C.DV)
+        seeing = seeing_queries(masks, i_kv * BLOCK_KV, N, M, BLOCK_KV, C.MASK)
+        tiles = seen_tiles(seeing, begin, N, BLOCK_Q, C.MASK)
+        for start in range(tiles[0], tiles[1], BLOCK_Q):
+            o_q = start + tl.arange(0, BLOCK_Q)
+            of_k, of_q = (p_k, p_pre_k, o_kv, x.k.stride_n, M), (p_q, p_pre_q, o_q, x.q.stride_n, N)
+            b_s = sum_units(of_k, of_q, p_u + i_h * C.A, bound, largest, total, C)  # [kv,q]
+            b_logit = _masked(b_s * x.scale_log2, masks, i_kv * BLOCK_KV, o_q, o_kv, N, M, True, C)
+            b_map = _probabilities(b_logit, x, stats, i_bh, o_q, C)
+            if BY_GRADIENT:
+                b_do = load_rows(p_grad, grad.stride_n, o_q, o_d, N, C.DV)  # [q,Dv]
+                b_map = map_of(b_map, dot(b_v, tl.trans(b_do), C.PRECISION), o_q, N)
+            b_r_abar = add_carried(b_r_abar, keep_layout(b_map, True, C.PRECISION), p_r, i_b, o_q, o_t, T, x, C)
+    store_carried(p_r_abar, b_r_abar, factor, i_bp, o_t, T, o_kv, m_key, M)
 
 
 @triton.jit

@@ -24,11 +24,12 @@ from vlattn_fast.backends.inputs import AttentionMapBackwardInputs, AttentionMap
 from vlattn_fast.kernels._configurations import configuration
 from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._group_bias import FLOAT_MASK, GROUP_BIAS, seen_keys, seen_tiles, sees_tile, tile_at
-from vlattn_fast.kernels._map_backward import MapGradient, describe, gradients, statistics, sums, taken
-from vlattn_fast.kernels._scores import softcapped
+from vlattn_fast.kernels._map_backward import MapGradient, config_of, describe, gradients, row_numbers, statistics, sums, taken
+from vlattn_fast.kernels._scores import head_of, masked_logits, scores_of_tile, softcapped
 from vlattn_fast.kernels._tiles import (
     CALLER_LSE,
     LOG2_E,
+    ROW_MULTIPLE,
     aligned,
     aligned_step,
     below_max,
@@ -47,6 +48,7 @@ from vlattn_fast.kernels._tiles import (
     mask_tile,
     masks_and_kind,
     masks_at,
+    real_tokens,
     relu,
     row_products,
     row_shift,
@@ -70,8 +72,8 @@ class Constants(NamedTuple):
 
 
 @on_device
-def forward(inputs: AttentionMapInputs) -> Tensor:
-    """Abar (B, N, M) float32.
+def forward(inputs: AttentionMapInputs, vector: Tensor | None = None) -> Tensor:
+    """Abar (B, N, M) float32, of any core score with its `vector`: of one that the operator lacks, the mean of all heads.
 
     Probabilities are exp(logit - lse) where there is an lse (B, H, N), which may count keys that are not here. Under a float
     mask, rows whose lse `is_coarse` are normalised over the keys that are here.
@@ -83,6 +85,8 @@ def forward(inputs: AttentionMapInputs) -> Tensor:
     abar = query.new_empty((batch, num_q, num_kv), dtype=torch.float32)
     if abar.numel() == 0:
         return abar
+    if inputs.score not in ("dot", "dot_softcap"):
+        return _of_scores(inputs, vector, abar)
     query, key = aligned(query), aligned(key)
     gradient = inputs.rule == "gradient"
     value = aligned(value) if gradient and value is not None else key
@@ -98,7 +102,7 @@ def forward(inputs: AttentionMapInputs) -> Tensor:
         FOLDED=scale <= 0.0 or kind >= FLOAT_MASK.value or inputs.score != "dot",
         PRECISION=input_precision(),
     )
-    x = heads_of(query), heads_of(key), masks, heads, heads // key.shape[1], num_q, num_kv, scale * LOG2_E
+    x = heads_of(query), heads_of(key), masks, heads, heads // key.shape[1], num_q, num_kv, scale * LOG2_E, None
     call = {"x": x, "parameter": None if inputs.score == "dot" else inputs.parameter, "C": constants}
     facts = {"rule": inputs.rule, "dtype": query.dtype, "N": num_q, "M": num_kv}
     masked = inputs.attn_mask is not None
@@ -144,6 +148,23 @@ def forward(inputs: AttentionMapInputs) -> Tensor:
     if inputs.row_normalize and not one_tile:
         total = abar.sum(-1, keepdim=True)
         abar.div_(torch.where(total == 0, 1.0, total))
+    return abar
+
+
+def _of_scores(inputs: AttentionMapInputs, vector: Tensor | None, abar: Tensor) -> Tensor:
+    """Writes the mean of the heads' maps to abar, for scores that the operator does not have."""
+    assert inputs.head_reduction == "mean" and not inputs.row_normalize, "core_map asks for no other"
+    launch = describe(inputs.attention(), inputs.rule, inputs.grad_output, vector)
+    config = config_of("map_of_scores", launch)
+    batch, num_q, num_kv = abar.shape
+    _map_of_scores_kernel[(cdiv(num_q, config["BLOCK_Q"]) * cdiv(num_kv, config["BLOCK_KV"]) * batch,)](
+        **launched(launch.call),
+        p_u=launch.vector,
+        stats=statistics(launch, inputs.lse),
+        p_map=abar,
+        BY_GRADIENT=launch.by_gradient,
+        **config,
+    )
     return abar
 
 
@@ -200,7 +221,7 @@ def _rows_kernel(
     Unless FOLDED, x and max lack the factor scale_log2, which `below_max` multiplies in. The logarithm of the sum is not stored:
     it would be rounded.
     """
-    q, k, masks, H, GROUP_K, N, M, scale_log2 = x
+    q, k, masks, H, GROUP_K, N, M, scale_log2, _ = x
     i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, GROUP_K)
     p_k = head_at(k, i_b, i_hk, C.D)
     masks = masks_at(masks, i_b, i_h, M)
@@ -277,7 +298,7 @@ def _map_kernel(
     SOURCE: whence max and inverse come. "tile": the tile, which holds whole rows. "statistics": memory. "lse": there is an lse.
     Neighbouring programs share query rows, and those of one batch share all keys, so both stay in the cache.
     """
-    q, k, masks, H, GROUP_K, N, M, scale_log2 = x
+    q, k, masks, H, GROUP_K, N, M, scale_log2, _ = x
     num_q, num_kv = tl.cdiv(N, BLOCK_Q), tl.cdiv(M, BLOCK_KV)
     i = tl.program_id(0).to(tl.int64)
     i_b = i // (num_q * num_kv)
@@ -340,6 +361,49 @@ def _map_kernel(
         b_map /= tl.where(b_total == 0.0, 1.0, b_total)[:, None]
     elif REDUCTION == "mean" and not NORMALIZE:  # a row over its sum has no H
         b_map /= H
+    store_tile(p_map + i_b * N * M, M, o_q, o_kv, N, M, b_map)
+
+
+@triton.jit
+def _map_of_scores_kernel(
+    x, p_u, stats, p_map, BY_GRADIENT: tl.constexpr, C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr
+):
+    """One tile of pairs ij of the map of any score, with the heads h in the loop, as in `_map_kernel`.
+
+    P_hij  = 2^(x_hij - shift_hi) / total_hi, of `RowStats`        dP_hij = dO_hi v_hj
+    map_ij = the mean over h of P_hij, or BY_GRADIENT of relu(P_hij dP_hij)
+    """
+    H, N, M = x.H, x.N, x.M
+    num_q, num_kv = tl.cdiv(N, BLOCK_Q), tl.cdiv(M, BLOCK_KV)
+    i = tl.program_id(0).to(tl.int64)
+    i_b = i // (num_q * num_kv)
+    i_q, i_kv = ((i // num_kv) % num_q).to(tl.int32), (i % num_kv).to(tl.int32)
+    NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
+    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    o_kv = i_kv * BLOCK_KV + tl.arange(0, BLOCK_KV)
+    o_d = tl.arange(0, C.BLOCK_DV)
+    b_map = tl.zeros([BLOCK_Q, BLOCK_KV], dtype=tl.float32)
+    end_h = H
+    if C.CAUSAL:  # all is 0 above the diagonal
+        end_h = tl.where(i_kv * BLOCK_KV < (i_q + 1) * BLOCK_Q, H, 0)
+    for h in range(0, end_h):
+        i_h = tl.full([], 0, dtype=tl.int64) + h  # 64 bits, as offsets are products of it
+        i_bh = i_b * H + i_h
+        head = head_of(x, i_bh, i_b, i_h, i_h // C.GROUP_K, C)
+        p_head = p_u + i_h * C.A if C.UNITS else p_u
+        b_s = scores_of_tile(x, head, p_head, o_q, o_kv, C)
+        b_logit = masked_logits(b_s * x.scale_log2, head[5], i_kv * BLOCK_KV, o_q, o_kv, N, M, True, C)
+        b_shift, b_inverse = row_numbers(stats, i_bh * NP + o_q)
+        b_p = tl.exp2(b_logit - b_shift[:, None]) * b_inverse[:, None]
+        if BY_GRADIENT:
+            of_do = head_side(x.grad, i_b, i_h, o_q, N, C.DV)
+            of_v = side_at(head[2], x.v.stride_n, o_kv, M, C.DV)
+            b_p = relu(
+                b_p * row_products(load_side(of_do, o_d, C.DV), of_do, load_side(of_v, o_d, C.DV), of_v, C.DV, C.PRECISION)
+            )
+        b_map += b_p
+    # over what NaN or infinity in padding has made of the map
+    b_map = tl.where(real_tokens(x.masks.p_keys + i_b * M, o_kv, M, C.KEY_MASK)[None, :], b_map / H, 0.0)
     store_tile(p_map + i_b * N * M, M, o_q, o_kv, N, M, b_map)
 
 

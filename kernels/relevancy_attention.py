@@ -25,13 +25,13 @@ from vlattn_fast.backends.inputs import (
     RelevancyStepBackwardInputs,
     RelevancyStepInputs,
 )
-from vlattn_fast.kernels import _products_backward, attention_map, score_attention
+from vlattn_fast.kernels import _products_backward, _units_backward, attention_map, score_attention
 from vlattn_fast.kernels._configurations import Config
 from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._group_bias import GROUP_BIAS, seeing_queries
 from vlattn_fast.kernels._map_backward import MAX_T, Launch, MapGradient, config_of, describe, gradients, statistics, sums
 from vlattn_fast.kernels._products_backward import OwnRows, RowStats, keys, queries
-from vlattn_fast.kernels._scores import head_of, softcapped
+from vlattn_fast.kernels._scores import activate_all, head_of
 from vlattn_fast.kernels._tiles import (
     OWN_LSE,
     ROW_MULTIPLE,
@@ -97,8 +97,8 @@ def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, .
 
 
 @on_device
-def step(inputs: RelevancyStepInputs) -> Tensor:
-    """relevancy @ Abar, (B, T, N) -> (B, T, M).
+def step(inputs: RelevancyStepInputs, vector: Tensor | None = None) -> Tensor:
+    """relevancy @ Abar, (B, T, N) -> (B, T, M), of any core score with its `vector`.
 
     Up to MAX_T rows are multiplied while Abar is computed. More would compute it again for each MAX_T of them. So then Abar is
     stored, for as many samples at once as `_stored_maps` says.
@@ -114,9 +114,9 @@ def step(inputs: RelevancyStepInputs) -> Tensor:
         result = relevancy.new_empty((*relevancy.shape[:2], key.shape[2]), dtype=torch.float32)
         for start in range(0, query.shape[0], samples):
             b = slice(start, start + samples)
-            torch.bmm(relevancy[b].to(torch.float32), attention_map.forward(_map_inputs(inputs, b)), out=result[b])
+            torch.bmm(relevancy[b].to(torch.float32), attention_map.forward(_map_inputs(inputs, b), vector), out=result[b])
         return result.to(relevancy.dtype)
-    launch = describe(inputs.attention(), inputs.rule, inputs.grad_output)
+    launch = describe(inputs.attention(), inputs.rule, inputs.grad_output, vector)
     r_abar = _keys(launch, statistics(launch, inputs.lse, inputs.row_normalize), relevancy)[2]
     assert r_abar is not None  # since relevancy is not
     return as_dtype(r_abar, relevancy.dtype)
@@ -218,16 +218,22 @@ def _keys(
     query, key = launch.call["x"].q.p, launch.call["x"].k.p
     num_t, block_t = 0 if relevancy is None else relevancy.shape[1], _block_t(relevancy)
     factor, weighted_r = 1.0 / query.shape[1] if query.shape[1] > 0 else 1.0, None
+    # with many rows of r a program takes all heads, so that the partial sums stay O(B H N)
+    together = num_t > MAX_T
     if relevancy is not None:
         weighted_r = pad_rows(as_dtype(relevancy, torch.float32))
         if isinstance(rows, RowStats) and rows.sums is not None:
             total, factor = rows.sums.sum(1, keepdim=True), 1.0
             # where the sum is 0, so is the row of Abar; over a subnormal number r overflows, and times 0 it would be NaN
             weighted_r = weighted_r / torch.where(total < torch.finfo(torch.float32).tiny, 1.0, total)
+        if launch.vector is not None:
+            assert isinstance(rows, RowStats)
+            config = {**config_of("step_units", launch, block_t), "BLOCK_T": block_t}
+            of_r = weighted_r, factor, launch.by_gradient, max(1, query.shape[1]) if together else 1
+            return None, None, _units_backward.carry(launch.call, config, launch.vector, rows, *of_r)
         if num_t == 1 and isinstance(rows, RowStats) and rows.delta is None and launch.pairs > 0:
             return None, None, _one_row(launch, rows, weighted_r, factor)
-    # with many rows of r a program takes all key heads, so that the partial sums stay O(B H N)
-    key_heads = max(1, key.shape[1]) if num_t > MAX_T else 1
+    key_heads = max(1, key.shape[1]) if together else 1
     config = {**(config or config_of("backward_kv", launch, block_t)), "BLOCK_T": block_t}
     return keys(launch.call, config, rows, weighted_r, factor, launch.by_gradient, key_heads)
 
@@ -268,7 +274,7 @@ def _step_kernel(
 
     P_ij  = 2^(x_ij - shift_i) / total_i           r_abar_j = factor sum_i r_i E_ij, E = P or BY_GRADIENT relu(P dP)
     dP_ij = dO_i v_j                               shift and total are those of `RowStats`, x_ij that of `_backward_q_kernel`,
-                                                   whose score is the product or its softcap
+                                                   whose score is any function of a product
 
     Tiles are [q,kv]: so a thread has few rows, whose shift and r it loads. It adds up tiles of r_i E_ij, and rows at the end.
     AHEAD: away from the edge a round takes two tiles, and the products of one run beside the exponentials of the other. With one
@@ -276,7 +282,7 @@ def _step_kernel(
     """
     N, M = x.N, x.M
     i_kv, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(M, BLOCK_KV), x.H, C.GROUP_K)
-    p_q, p_k, p_v, _, _, masks = head_of(x, i_bh, i_b, i_h, i_hk, C)
+    p_q, p_k, p_v, p_pre_q, p_pre_k, masks = head_of(x, i_bh, i_b, i_h, i_hk, C)
     o_kv = i_kv * BLOCK_KV + tl.arange(0, BLOCK_KV)
     of_k = side_at(p_k, x.k.stride_n, o_kv, M, C.A)
     b_k = load_side(of_k, tl.arange(0, C.BLOCK_A), C.A)  # [kv,A]
@@ -285,8 +291,8 @@ def _step_kernel(
         of_v = side_at(p_v, x.v.stride_n, o_kv, M, C.DV)
         b_v = load_side(of_v, tl.arange(0, C.BLOCK_DV), C.DV)  # [kv,Dv]
     NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
-    rows = p_q, head_at(x.grad, i_b, i_h, C.DV), i_bh * NP, p_r + i_b * NP
-    keys_of = i_kv * BLOCK_KV, o_kv, b_k, of_k, b_v, of_v, masks
+    rows = p_q, head_at(x.grad, i_b, i_h, C.DV), p_pre_q, i_bh * NP, p_r + i_b * NP
+    keys_of = i_kv * BLOCK_KV, o_kv, b_k, of_k, b_v, of_v, p_pre_k, masks
     # causal: queries before `first` see none of these keys, and from `whole` on all of them
     first, whole, end = 0, 0, N
     if C.CAUSAL:
@@ -332,8 +338,8 @@ def _step_kernel(
 def _products(x, rows, keys_of, start, BY_GRADIENT: tl.constexpr, EDGE: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr):
     """q_i k_j and BY_GRADIENT dP_ij, [q,kv], of the BLOCK queries from `start` on. At the EDGE the last row stands for those
     beyond it: zeros times an infinite key would be NaN."""
-    p_q, p_do, _, _ = rows
-    _, _, b_k, of_k, b_v, of_v, _ = keys_of
+    p_q, p_do, _, _, _ = rows
+    _, _, b_k, of_k, b_v, of_v, _, _ = keys_of
     o_row = start + tl.arange(0, BLOCK)
     if EDGE:
         o_row = tl.minimum(o_row, x.N - 1)
@@ -349,13 +355,12 @@ def _products(x, rows, keys_of, start, BY_GRADIENT: tl.constexpr, EDGE: tl.const
 @triton.jit
 def _add_tile(b_sum, b_x, b_dp, x, stats, rows, keys_of, start, BY_GRADIENT: tl.constexpr, EDGE: tl.constexpr, C: tl.constexpr):
     """b_sum [q,kv] and r_i E_ij of the `_products` of the queries from `start` on. Keys of padding are dropped at the end."""
-    _, _, o_head, p_r = rows
-    start_kv, o_kv, _, _, _, _, masks = keys_of
+    _, _, p_pre_q, o_head, p_r = rows
+    start_kv, o_kv, _, _, _, _, p_pre_k, masks = keys_of
     o_q = start + tl.arange(0, b_x.shape[0])
     o_row = tl.minimum(o_q, x.N - 1) if EDGE else o_q
-    if C.SCORE == "dot_softcap":
-        b_x, _ = softcapped(b_x, x.parameter, C)
-    b_logit = add_mask(b_x * x.scale_log2, masks, start_kv, o_q, o_kv, x.N, x.M, C.MASK)
+    b_s = activate_all(b_x, p_pre_q, p_pre_k, o_row, o_kv, x.parameter, C)
+    b_logit = add_mask(b_s * x.scale_log2, masks, start_kv, o_q, o_kv, x.N, x.M, C.MASK)
     if C.CAUSAL and EDGE:
         b_logit = tl.where(o_kv[None, :] <= o_row[:, None], b_logit, float("-inf"))
     b_map = tl.exp2(b_logit - tl.load(stats.shift + o_head + o_q)[:, None])

@@ -51,12 +51,12 @@ from vlattn_fast.kernels._products_backward import OwnRows, RowStats, new_rows
 from vlattn_fast.kernels._scores import (
     Call,
     activate,
-    add_masks,
     head_of,
     inverse_norm,
     keep_layout,
     largest_argument,
     largest_entries,
+    masked_logits,
     precomputed_at,
     query_factor,
     sum_units,
@@ -870,7 +870,7 @@ def _softmax_of_all(b_s, b_scale, b_max, NEGATIVE: tl.constexpr):
 @triton.jit
 def _softmax_under_masks(b_logit, b_max, masks, start, o_q, o_kv, N, M, EDGE: tl.constexpr, C: tl.constexpr):
     """p [q,kv], the new maximum [q], and what stands for it where that is -inf."""
-    b_x = _masked(b_logit, masks, start, o_q, o_kv, N, M, EDGE, C)
+    b_x = masked_logits(b_logit, masks, start, o_q, o_kv, N, M, EDGE, C)
     b_new = tl.maximum(b_max, tl.max(b_x, axis=1))
     b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)  # -inf - -inf is NaN in a row that has no key yet
     return tl.exp2(b_x - b_safe[:, None]), b_new, b_safe
@@ -891,17 +891,8 @@ def _softmax_under_bias(b_s, b_scale, b_max, masks, start, o_q, o_kv, N, M, NEGA
             b_first, b_last = row_bias_of(masks, first, o_q, N), row_bias_of(masks, last, o_q, N)
             b_x = b_s * b_scale[:, None] + chosen_rows(masks, of_tile, b_first, b_last, o_kv, M, False)
         else:
-            b_x = _masked(b_s * b_scale[:, None], masks, start, o_q, o_kv, N, M, False, C)
+            b_x = masked_logits(b_s * b_scale[:, None], masks, start, o_q, o_kv, N, M, False, C)
         b_new = tl.maximum(b_max, tl.max(b_x, axis=1))
         b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
         b_p = tl.exp2(b_x - b_safe[:, None])
     return b_p, b_new, b_safe
-
-
-@triton.jit
-def _masked(b_logit, masks, start, o_q, o_kv, N, M, EDGE: tl.constexpr, C: tl.constexpr):
-    """`mask_tile` of any score. Those over hidden units take an attn_mask apart: see `keep_layout`."""
-    if C.UNITS and C.MASK != 0:
-        return add_masks(b_logit, mask_tile(tl.zeros_like(b_logit), masks, start, o_q, o_kv, N, M, C, EDGE), C)
-    else:
-        return mask_tile(b_logit, masks, start, o_q, o_kv, N, M, C, EDGE)

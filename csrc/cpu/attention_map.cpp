@@ -33,7 +33,7 @@ struct MapCall {
     Size heads() const { return least(a.H, a.M > MOST_KEYS ? 1 : HEADS); }
     Size tiles() const { return tiles_of(a, lanes()); }
     Tile tile(Size item) const { return tile_at(a, item / tiles(), 0, item % tiles(), lanes()); }
-    bool few() const { return a.N <= FEW_QUERIES; }
+    bool few() const { return a.N <= FEW_QUERIES && score.is_product(); }
     // Into how many parts the heads of a tile are cut, by the sizes of a sample alone: a power of two, which most threads share
     Size parts() const {
         Size count = 1;

@@ -40,6 +40,9 @@ KERNELS = {
         score_attention._forward_kernel score_attention._whole_forward_kernel
         _map_backward._map_backward_rows_kernel _map_backward._map_backward_q_kernel
         _map_backward._map_backward_kv_kernel _map_backward._map_taken_kernel _group_bias._group_bias_kernel""",
+    # which is no operator: one sort of scores on sm_90, and another on sm_80
+    "core_scores": """score_attention._prepare_kernel score_attention._rows_kernel relevancy_attention._step_kernel
+        _units_backward._units_step_kernel attention_map._map_of_scores_kernel""",
     "attention_statistics": """_key_groups._members_kernel attention_statistics._rows_kernel attention_statistics._join_kernel
         attention_statistics._received_kernel _statistics_backward._backward_q_kernel _statistics_backward._backward_kv_kernel
         score_attention._forward_kernel score_attention._whole_forward_kernel

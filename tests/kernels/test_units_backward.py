@@ -1,4 +1,5 @@
-"""The backward pass of scores over hidden units: how keys are divided among programs, which the gradients may not show."""
+"""The backward pass of scores over hidden units: how keys are divided among programs, which the gradients may not show. And
+relevancy through them: edges of tiles, many rows."""
 
 from __future__ import annotations
 
@@ -10,11 +11,12 @@ import torch
 
 import vlattn_fast as va
 from tests.helpers.compare import as_dtype
+from tests.helpers.ops import core_cases
 from tests.helpers.ops.score_cases import check
 from tests.helpers.ops.tile_edges import covering
 from vlattn_fast import scores as S
 from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs
-from vlattn_fast.kernels import _units_backward, score_attention
+from vlattn_fast.kernels import _units_backward, relevancy_attention, score_attention
 
 KINDS = {
     "additive": lambda p: S.Additive(p["vector"]),
@@ -186,3 +188,18 @@ def test_the_largest_exponentials(largest: float) -> None:
     inputs["vector"] = torch.tensor([[0.0, 1.0, -0.5, 0.0, 0.0, 0.0]] * 2)
     for dtype in (torch.float16, torch.bfloat16):
         check("triton", as_dtype(inputs, dtype), KINDS["additive"], scale=1.0)
+
+
+@pytest.mark.parametrize("n, m, causal", [(32, 64, False), (33, 65, False), (65, 33, False), (70, 70, True)])
+def test_relevancy_either_side_of_a_tile(n: int, m: int, causal: bool) -> None:
+    """Of 32 queries and 64 keys in 16 bits; maps have 64 queries and 32 keys."""
+    inputs, make = core_cases.made("additive", n, m, b=1, h=1, kv=1, dtype=torch.bfloat16)
+    core_cases.check("triton", inputs, make, is_causal=causal, row_normalize=causal)
+
+
+@pytest.mark.parametrize("rows", (65, 130))
+def test_many_rows_of_maps_that_are_too_large_to_be_stored(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program takes all heads, so that nothing is larger than the result."""
+    monkeypatch.setattr(relevancy_attention, "_stored_maps", lambda *_: 0)
+    inputs, make = core_cases.made("additive", 9, 20, h=4, kv=2, rows=rows, dtype=torch.bfloat16)
+    core_cases.check("triton", inputs, make, maps=False)

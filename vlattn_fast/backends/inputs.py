@@ -258,6 +258,10 @@ class AttentionMapInputs(NamedTuple):
     is_causal: bool
     backend: str
 
+    def attention(self) -> ScoreAttentionInputs:
+        """Returns the attention of the map; without a value the query replaces it."""
+        return _without_dropout(self, self.query if self.value is None else self.value)
+
 
 class AttentionMapBackwardInputs(NamedTuple):
     """grad (B, N, M), the gradient of the map; the others as in AttentionMapInputs. need_lse: whether lse gets a gradient."""

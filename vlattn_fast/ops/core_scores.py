@@ -1,23 +1,45 @@
 """attention_map and relevancy_step of score_attention: for any core score of vlattn_fast.scores. The operators take only
 dot products.
 
-They run in plain PyTorch, tile by tile (backends/streaming/), without checks and without gradients. Their callers are layers and
-methods that traced an attention call.
+They run without checks and without gradients, by the kernels that take the core score; PyTorch, tile by tile, takes all of them
+(backends/streaming/). Their callers are layers and methods that traced an attention call.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from vlattn_fast._ground.tensors import product, without_autocast
+from vlattn_fast._ground.checks import is_transformed
+from vlattn_fast._ground.score_kinds import kind_of
+from vlattn_fast._ground.tensors import mask_padding, product, without_autocast
 from vlattn_fast.backends.inputs import AttentionMapInputs, RelevancyStepInputs, ScoreAttentionInputs
-from vlattn_fast.backends.streaming import attention_map, relevancy_attention, score_attention
 from vlattn_fast.backends.streaming._scores import score_tile
+from vlattn_fast.dispatch import choice
+from vlattn_fast.dispatch.call import Call, make_call
+from vlattn_fast.dispatch.choice import load
+from vlattn_fast.dispatch.table import Table, table
 from vlattn_fast.ops._groups import group_bias_inputs
 from vlattn_fast.ops._sinks import lse_with_sink
 from vlattn_fast.scores import Core
+
+
+def _limits(call: Call, kernels: str) -> list[tuple[str, bool]]:
+    return [
+        ("the kernels do not have this kind of score", kernels not in kind_of(call.flags["score"]).kernels),
+        ("no operator of torch stands for the kernels of a core score: nothing traces or transforms them", call.flags["traced"]),
+    ]
+
+
+def _table(stem: str) -> Table:
+    return table(stem, cpu=partial(_limits, kernels="cpu"), triton=partial(_limits, kernels="triton"))
+
+
+_STEP, _MAP, _LSE = (_table(stem) for stem in ("relevancy_attention", "attention_map", "score_attention"))
 
 
 def core_logits(core: Core, scale: float) -> Tensor:
@@ -35,14 +57,16 @@ def core_map(
     *,
     rule: str,
     sink: Tensor | None = None,
+    backend: str = "auto",
     **masks: Any,
 ) -> Tensor:
     """Returns Abar (B, N, M), the mean over the heads; see `attention_map`. masks: attn_mask, key_mask, is_causal and scale, and
     groups and their bias if the call had them. sink: that of ScoreAttentionInputs."""
     options: dict[str, Any] = {"rule": rule, "head_reduction": "mean", "row_normalize": False, **_options(core, masks)}
     with without_autocast(core.query):
-        lse = None if sink is None else lse_with_sink(core_lse(core, **masks), sink)
-        return attention_map.forward(AttentionMapInputs(core.query, core.key, value, grad_output, lse, **options), core.vector)
+        lse = None if sink is None else lse_with_sink(core_lse(core, backend=backend, **masks), sink)
+        inputs = AttentionMapInputs(core.query, core.key, value, grad_output, lse, **options)
+        return _run(_MAP, "forward", inputs, core.vector, backend)
 
 
 def core_step(
@@ -54,14 +78,23 @@ def core_step(
     rule: str,
     row_normalize: bool,
     sink: Tensor | None = None,
+    backend: str = "auto",
     **masks: Any,
 ) -> Tensor:
     """relevancy @ Abar, (B, T, N) -> (B, T, M); see `relevancy_step`. masks: as in `core_map`."""
     options: dict[str, Any] = {"rule": rule, "row_normalize": row_normalize, **_options(core, masks)}
     with without_autocast(core.query):
-        lse = None if sink is None else lse_with_sink(core_lse(core, **masks), sink)
+        lse = None if sink is None else lse_with_sink(core_lse(core, backend=backend, **masks), sink)
         inputs = RelevancyStepInputs(relevancy, core.query, core.key, value, grad_output, lse, **options)
-        return relevancy_attention.step(inputs, core.vector)
+        return _run(_STEP, "step", inputs, core.vector, backend)
+
+
+def core_lse(core: Core, *, backend: str = "auto", **masks: Any) -> Tensor:
+    """The log-sum-exp (B, H, N) without a sink. masks: as in `core_map`."""
+    options = {"dropout_p": 0.0, **_options(core, masks)}
+    inputs = ScoreAttentionInputs(core.query, core.key, core.key[..., :1], core.vector, seed=None, sink=None, **options)
+    _, lse = _run(_LSE, "forward", inputs, None, backend)
+    return lse
 
 
 class _Grouped(NamedTuple):
@@ -76,13 +109,21 @@ def _options(core: Core, masks: dict[str, Any]) -> dict[str, Any]:
     groups = [masks.get(name) for name in _Grouped._fields[1:]]
     row_bias, key_groups = group_bias_inputs(_Grouped(core.query, *groups))
     without_groups = {name: x for name, x in masks.items() if name not in _Grouped._fields}
-    score = {"score": core.kind, "parameter": core.parameter, "backend": "streaming"}
+    score = {"score": core.kind, "parameter": core.parameter, "backend": "auto"}
     return {**score, **without_groups, "row_bias": row_bias, "key_groups": key_groups}
 
 
-def core_lse(core: Core, **masks: Any) -> Tensor:
-    """The log-sum-exp (B, H, N) without a sink. masks: as in `core_map`."""
-    options = {"dropout_p": 0.0, **_options(core, masks)}
-    inputs = ScoreAttentionInputs(core.query, core.key, core.key[..., :1], core.vector, seed=None, sink=None, **options)
-    _, lse = score_attention.forward(inputs)
-    return lse
+def _run(backends: Table, function: str, inputs: Any, vector: Tensor | None, backend: str) -> Any:
+    """Runs the function of the backend with these inputs; where their kind has no place for a vector, it follows them."""
+    (_, _, queries, features), value = inputs.query.shape, inputs.value
+    sizes = {"queries": queries, "keys": inputs.key.shape[2], "head_dim": features}
+    sizes["value_dim"] = 0 if value is None else value.shape[3]
+    flags = {"score": inputs.score, "traced": is_transformed() or torch.compiler.is_compiling()}
+    name = choice.select(backends, make_call(f"{function} of a core score", inputs.query, sizes, flags), backend)
+    name = "streaming" if name == "reference" else name  # formulas take scores, and not their features
+    if not backends[name].masks_padding:
+        key, value = mask_padding(inputs.key_mask, inputs.key, value)
+        inputs = inputs._replace(key=key, value=value)
+    run: Callable[..., Any] = getattr(load(backends, name), function)
+    inputs = inputs._replace(backend=name)
+    return run(inputs) if vector is None else run(inputs, vector)

@@ -1,4 +1,5 @@
-"""Calls of attention_map to compile: one tile and two passes, both rules, every dtype, head sizes 64 and 128, masks."""
+"""Calls of attention_map to compile: one tile and two passes, both rules, every dtype, head sizes 64 and 128, masks; and of maps
+behind other scores."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from vlattn_fast._ground.score_kinds import UNIT_KINDS
 from vlattn_fast.backends.inputs import AttentionMapBackwardInputs, AttentionMapInputs
 from vlattn_fast.kernels import attention_map
 
@@ -21,6 +23,12 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
             yield f"{rule} masked bf16 {length} 64", lambda r=rule, n=length: run(r, torch.bfloat16, n, 64, masked=True)
         yield f"{rule} lse bf16 577 64", lambda r=rule: run(r, torch.bfloat16, 577, 64, lse=True)
     yield "gradient bf16 577 256", lambda: run("gradient", torch.bfloat16, 577, 256)
+    for kind in ("dot_tanh", "cosine", "additive", "hadamard_tanh"):
+        yield f"{kind} bf16 577 64", lambda kind=kind: of_score(kind, torch.bfloat16, 64)
+    for kind in ("cosine", "additive"):
+        yield f"{kind} bf16 577 128", lambda kind=kind: of_score(kind, torch.bfloat16, 128)
+        yield f"{kind} fp32 577 64", lambda kind=kind: of_score(kind, torch.float32, 64)
+        yield f"{kind} masked fp16 577 64", lambda kind=kind: of_score(kind, torch.float16, 64, masked=True)
     yield "backward bf16 577 64", lambda: backward(torch.bfloat16, 577, "mean")
     yield "gradient groups bf16 577 64", lambda: run("gradient", torch.bfloat16, 577, 64, groups=8)
     yield "backward max bf16 160 64", lambda: backward(torch.bfloat16, 160, "max")
@@ -30,6 +38,12 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
 def run(rule: str, dtype: torch.dtype, length: int, size: int, masked: bool = False, lse: bool = False, groups: int = 0) -> None:
     """At the sizes of UNITER, LXMERT and CLIP ViT-L/14@336."""
     attention_map.forward(inputs_of(rule, dtype, length, size, masked, lse, "max" if masked else "mean", groups))
+
+
+def of_score(kind: str, dtype: torch.dtype, size: int, masked: bool = False) -> None:
+    inputs = inputs_of("gradient", dtype, 577, size, masked, lse=False, reduction="mean")
+    inputs = inputs._replace(score=kind, row_normalize=False)
+    attention_map.forward(inputs, torch.empty(16, size, dtype=dtype) if kind in UNIT_KINDS else None)
 
 
 def backward(dtype: torch.dtype, length: int, reduction: str) -> None:

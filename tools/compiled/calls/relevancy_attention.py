@@ -1,5 +1,5 @@
-"""Calls of relevancy_attention's backward and of relevancy_step, forward and backward, to compile; relevancy_attention's forward
-pass is score_attention's."""
+"""Calls of relevancy_attention's backward and of relevancy_step, forward and backward, and of steps behind other scores, to
+compile; relevancy_attention's forward pass is score_attention's."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from vlattn_fast._ground.score_kinds import UNIT_KINDS
 from vlattn_fast.backends.cuda import relevancy_attention as in_cuda
 from vlattn_fast.backends.inputs import RelevancyAttentionBackwardInputs, RelevancyStepBackwardInputs, RelevancyStepInputs
 from vlattn_fast.kernels import relevancy_attention
@@ -33,6 +34,15 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "step 577 rows bf16 64", lambda: step(BF16, 64, 577, "gradient")
     yield "step 577 rows of long maps bf16 64", lambda: step(BF16, 64, 577, "gradient", 2304)  # rows too large to be stored
     yield "step attention bf16 64", lambda: step(BF16, 64, 1, "attention")
+    for kind in ("dot_tanh", "cosine", "additive", "hadamard_tanh"):
+        yield f"step {kind} bf16 64", lambda kind=kind: step(BF16, 64, 1, "gradient", kind=kind)
+    for kind in ("cosine", "additive"):
+        yield f"step {kind} bf16 128", lambda kind=kind: step(BF16, 128, 1, "gradient", kind=kind)
+        yield f"step {kind} fp32 64", lambda kind=kind: step(FP32, 64, 1, "gradient", kind=kind)
+        yield f"step {kind} 16 rows bf16 64", lambda kind=kind: step(BF16, 64, 16, "gradient", kind=kind)
+        yield f"step {kind} masked fp16 64", lambda kind=kind: step(FP16, 64, 1, "gradient", kind=kind, masked=True)
+    yield "step additive attention bf16 64", lambda: step(BF16, 64, 1, "attention", kind="additive")
+    yield "step additive groups bf16 64", lambda: step(BF16, 64, 1, "gradient", kind="additive", groups=8)
     yield "step backward groups bf16 64", lambda: step_backward(BF16, 64, 1, groups=8)
     for dtype, name, size in ((BF16, "bf16", 64), (BF16, "bf16", 128), (FP32, "fp32", 64), (FP32, "fp32", 128)):
         yield f"step backward {name} {size}", lambda dtype=dtype, size=size: step_backward(dtype, size, 1)
@@ -104,7 +114,17 @@ def backward(
     kernels.backward(inputs)
 
 
-def step(dtype: torch.dtype, size: int, rows: int, rule: str, length: int = 577) -> None:
+def step(
+    dtype: torch.dtype,
+    size: int,
+    rows: int,
+    rule: str,
+    length: int = 577,
+    *,
+    kind: str = "dot",
+    masked: bool = False,
+    groups: int = 0,
+) -> None:
     """Without an lse, so that the kernel that recomputes the lse runs too."""
     query, key, value, grad_output = (torch.empty(1, 16, length, size, dtype=dtype) for _ in range(4))
     inputs = RelevancyStepInputs(
@@ -114,19 +134,19 @@ def step(dtype: torch.dtype, size: int, rows: int, rule: str, length: int = 577)
         value=value,
         grad_output=grad_output,
         lse=None,
-        attn_mask=None,
-        key_mask=None,
-        row_bias=None,
-        key_groups=None,
+        attn_mask=torch.zeros(length, length) if masked else None,
+        key_mask=torch.ones(1, length, dtype=torch.bool) if masked else None,
+        row_bias=torch.zeros(1, 16, length, groups) if groups else None,
+        key_groups=(torch.arange(length) * groups // length)[None] if groups else None,
         rule=rule,
         row_normalize=True,
-        score="dot",
+        score=kind,
         parameter=0.0,
         scale=0.125,
-        is_causal=False,
+        is_causal=masked,
         backend="triton",
     )
-    relevancy_attention.step(inputs)
+    relevancy_attention.step(inputs, torch.empty(16, size, dtype=dtype) if kind in UNIT_KINDS else None)
 
 
 def step_backward(

@@ -10,7 +10,7 @@ from torch import Tensor
 from vlattn_fast._ground.tensors import unit_strides
 from vlattn_fast.backends.cpu._abar import REDUCTIONS, gradients
 from vlattn_fast.backends.cpu._attention import Attention, attention
-from vlattn_fast.backends.cpu.score_attention import Score, core_score
+from vlattn_fast.backends.cpu.score_attention import Score, core_score, float32, same_heads
 from vlattn_fast.backends.inputs import AttentionMapBackwardInputs, AttentionMapInputs
 from vlattn_fast.backends.native import StridedTensor, Struct, address, each, kernel, strided
 
@@ -31,15 +31,19 @@ class MapCall(Struct):
 run_map = kernel("attention_map", MapCall)
 
 
-def forward(inputs: AttentionMapInputs) -> Tensor:
-    """Abar (B, N, M)."""
-    query, key, value, grad_output = unit_strides(inputs.query, inputs.key, inputs.value, inputs.grad_output)
+def forward(inputs: AttentionMapInputs, vector: Tensor | None = None) -> Tensor:
+    """Abar (B, N, M), of any core score with its `vector`."""
+    key, value = inputs.key, inputs.value
+    if value is not None:
+        key, value = same_heads(key, value)
+    query, key, value, grad_output = unit_strides(inputs.query, key, value, inputs.grad_output)
+    vector = float32(vector)
     a, _kept = attention(inputs, query, key, value)
     lse = None if inputs.lse is None else inputs.lse.double().contiguous()
     abar = query.new_empty(query.shape[0], query.shape[2], key.shape[2], dtype=torch.float32)
     call = MapCall(
         a=a,
-        score=core_score(inputs, None),
+        score=core_score(inputs, vector),
         grad_output=strided(grad_output),
         gradient=inputs.rule == "gradient",
         reduction=REDUCTIONS.index(inputs.head_reduction),

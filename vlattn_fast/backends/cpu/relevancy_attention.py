@@ -12,7 +12,16 @@ from vlattn_fast._ground.tensors import as_dtype, unit_stride, unit_strides, wei
 from vlattn_fast.backends.cpu._abar import gradients
 from vlattn_fast.backends.cpu._attention import attention, empty_row_bias
 from vlattn_fast.backends.cpu.attention_map import MapCall, run_map
-from vlattn_fast.backends.cpu.score_attention import Backward, Relevancy, attend, core_score, float32, new_gradients, run_backward
+from vlattn_fast.backends.cpu.score_attention import (
+    Backward,
+    Relevancy,
+    attend,
+    core_score,
+    float32,
+    new_gradients,
+    run_backward,
+    same_heads,
+)
 from vlattn_fast.backends.inputs import (
     RelevancyAttentionBackwardInputs,
     RelevancyAttentionInputs,
@@ -64,11 +73,11 @@ def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, .
     return *grads, attended, grad_row_bias
 
 
-def step(inputs: RelevancyStepInputs) -> Tensor:
-    """relevancy @ Abar, (B, T, N) -> (B, T, M)."""
+def step(inputs: RelevancyStepInputs, vector: Tensor | None = None) -> Tensor:
+    """relevancy @ Abar, (B, T, N) -> (B, T, M), of any core score with its `vector`."""
     grad_out = None if inputs.rule == "attention" else inputs.grad_output
     lse_source = _NO_LSE if inputs.lse is None else _CALLER_LSE
-    attended = _run(inputs, grad_out, inputs.lse, inputs.relevancy, None, lse_source=lse_source)
+    attended = _run(inputs, grad_out, inputs.lse, inputs.relevancy, None, vector, lse_source=lse_source)
     assert attended is not None
     return attended
 
@@ -93,15 +102,18 @@ def _run(
     lse: Tensor | None,
     relevancy: Tensor | None,
     direct: Tensor | None,
+    vector: Tensor | None = None,
     **row_members: Any,
 ) -> Tensor | None:
     """Returns direct + relevancy @ Abar if there is `relevancy`; computes gradients if `row_members`, members of Backward, has
     them."""
-    value = None if grad_out is None else inputs.value
-    grad_out, query, key, value = unit_strides(grad_out, inputs.query, inputs.key, value)
+    key, value, vector = inputs.key, None, float32(vector)
+    if grad_out is not None and inputs.value is not None:
+        key, value = same_heads(key, inputs.value)
+    grad_out, query, key, value = unit_strides(grad_out, inputs.query, key, value)
     a, _kept = attention(inputs, query, key, value)
     lse = None if lse is None else as_dtype(lse, torch.float64).contiguous()
-    score = core_score(inputs, None)
+    score = core_score(inputs, vector)
     if relevancy is None:
         run_backward(Backward(a=a, score=score, grad_out=strided(grad_out), lse=address(lse), **row_members))
         return None

@@ -91,7 +91,7 @@ def forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
 
 def attend(inputs: Any, vector: Tensor | None = None, dropout: Dropout = _NO_DROPOUT) -> tuple[Tensor, Tensor]:
     """`forward`, for the inputs of any operator with a query, a key and a value."""
-    key, value = _same_heads(inputs.key, inputs.value)
+    key, value = same_heads(inputs.key, inputs.value)
     query, key, value = unit_strides(inputs.query, key, value)
     a, _kept = attention(inputs, query, key, value)
     batch, heads, queries, _ = query.shape
@@ -104,7 +104,7 @@ def attend(inputs: Any, vector: Tensor | None = None, dropout: Dropout = _NO_DRO
 
 def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of query, key, value, vector and row_bias."""
-    key, value = _same_heads(inputs.key, inputs.value)
+    key, value = same_heads(inputs.key, inputs.value)
     query, key, value, out, grad_out = unit_strides(inputs.query, key, value, inputs.out, inputs.grad_out)
     (a, _kept), vector = attention(inputs, query, key, value), float32(inputs.vector)
     grads, grad_vector = new_gradients(query, key, value), None if vector is None else torch.zeros_like(vector)
@@ -133,8 +133,8 @@ def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tens
 
 def jvp(inputs: Any) -> tuple[Tensor, Tensor]:
     """The tangents of out and lse (float64) for those of query, key, value and row_bias; dot products."""
-    key, value = _same_heads(inputs.key, inputs.value)
-    by_key, by_value = _same_heads(inputs.key_tangent, inputs.value_tangent)
+    key, value = same_heads(inputs.key, inputs.value)
+    by_key, by_value = same_heads(inputs.key_tangent, inputs.value_tangent)
     query, key, value, out = unit_strides(inputs.query, key, value, inputs.out)
     by_query, by_key, by_value = unit_strides(inputs.query_tangent, by_key, by_value)
     (a, _kept), lse, by_row_bias = attention(inputs, query, key, value), inputs.lse.contiguous(), float32(inputs.row_bias_tangent)
@@ -160,8 +160,8 @@ def second(inputs: Any) -> tuple[Tensor | None, ...]:
     """The tangents of out and lse for those of query, key, value and row_bias, or None, and the gradients of their products with
     grad_out and grad_lse by query, key, value, vector (None) and row_bias; with tangents of grad_out and grad_lse, the tangents
     of the backward pass."""
-    key, value = _same_heads(inputs.key, inputs.value)
-    by_key, by_value = _same_heads(inputs.key_tangent, inputs.value_tangent)
+    key, value = same_heads(inputs.key, inputs.value)
+    by_key, by_value = same_heads(inputs.key_tangent, inputs.value_tangent)
     query, key, value, grad_out, grad_out_tangent = unit_strides(
         inputs.query, key, value, inputs.grad_out, inputs.grad_out_tangent
     )
@@ -241,7 +241,7 @@ def new_gradients(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Te
     return grads
 
 
-def _same_heads(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def same_heads(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Key and value with one number of heads. Features of the key may have a head per query head while the value has fewer."""
     key_heads, value_heads = key.shape[1], value.shape[1]
     if key_heads == value_heads:

@@ -2,8 +2,8 @@
 
 A call is torch's scaled_dot_product_attention, with its options as `masks`, and maybe with a softcap and a sink. Or it is
 this package's score_attention, with any score function: then `masks` also holds a `Scored`, and query and key are the features
-that the core score takes. Relevancy through a dot product takes the operators; through any other core score the map is computed
-again, one tile at a time.
+that the core score takes. Relevancy through a dot product takes the operators; through any other core score it takes their
+kernels (vlattn_fast.ops.core_scores).
 """
 
 from __future__ import annotations

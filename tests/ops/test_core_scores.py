@@ -1,0 +1,115 @@
+"""Relevancy steps and maps behind any score of score_attention, on every backend that has them, against whole maps by the score's
+formula."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers.ops.backends import F64, HALVES, each, finest, on
+from tests.helpers.ops.core_cases import FEW, check, made
+from tests.helpers.ops.relevancy_cases import RULES, padding, some
+from tests.helpers.ops.score_cases import KINDS, finite_rows
+from vlattn_fast import scores as S
+from vlattn_fast.dispatch import choice
+from vlattn_fast.ops.core_scores import core_lse, core_map, core_step
+
+BACKENDS = ("streaming", "cpu", "triton")
+
+
+@each("score", **{backend: (*KINDS, "general-tanh-per_head") for backend in BACKENDS})
+def test_every_kind(backend: str, score: str) -> None:
+    """Heads that share keys, or with weights of their own values alone; more keys than a tile has, and padding."""
+    for rule, row_normalize in RULES:
+        inputs, make = made(score, 7, 37, kv=1, dtype=finest(backend))
+        check(backend, inputs, make, rule=rule, row_normalize=row_normalize, key_mask=padding(37))
+
+
+@each("score", **{backend: FEW for backend in BACKENDS})
+def test_one_row_and_more_than_one_product_takes(backend: str, score: str) -> None:
+    """More than 64 rows pass maps, which are stored."""
+    for rows in (1, 3, 17, 66):
+        inputs, make = made(score, 35, 19, b=1, rows=rows, dtype=finest(backend))
+        check(backend, inputs, make, maps=False)
+
+
+@each("dtype", streaming=HALVES, cpu=HALVES, triton=HALVES)
+def test_half_precision(backend: str, dtype: torch.dtype) -> None:
+    for score in KINDS if dtype == torch.bfloat16 else FEW[1:]:
+        for rows in (1, 2):
+            inputs, make = made(score, 9, 20, b=1, rows=rows, dtype=dtype)
+            check(backend, inputs, make, maps=rows == 1)
+
+
+def masks(n: int, m: int) -> dict[str, dict[str, Any]]:
+    """For two samples and two heads."""
+    groups = {"query_groups": torch.arange(n) % 3 - 1, "key_groups": torch.arange(m) % 3 - 1}
+    return {
+        "bool": {"attn_mask": torch.stack([some(n, m), some(n, m).roll(1, 0)])[None]},  # each head hides another row
+        "float": {"attn_mask": torch.randn(1, 2, n, m).masked_fill(~some(n, m), -torch.inf)},
+        "finite rows": {"attn_mask": finite_rows(n, m)},
+        "causal": {"is_causal": True},
+        "all": {"attn_mask": some(n, m), "key_mask": padding(m), "is_causal": True},
+        "groups": {**groups, "group_bias": torch.randn(2, 2, 2).masked_fill(torch.rand(2, 2, 2) < 0.2, -torch.inf)},
+        "fully masked": {"attn_mask": torch.zeros(n, m, dtype=torch.bool)},
+    }
+
+
+@each("score", **{backend: FEW for backend in BACKENDS})
+@pytest.mark.parametrize("mask", masks(3, 3))
+def test_masks(mask: str, backend: str, score: str) -> None:
+    inputs, make = made(score, 19, 21, dtype=finest(backend))
+    check(backend, inputs, make, rule="attention" if mask == "finite rows" else "gradient", **masks(19, 21)[mask])
+
+
+@each("score", **{backend: ("general-key-bias", *FEW[1:]) for backend in BACKENDS})
+def test_sinks(backend: str, score: str) -> None:
+    """The bias of a score cancels in a softmax, but not beside a sink."""
+    inputs, make = made(score, 6, 9, dtype=finest(backend))
+    check(backend, inputs, make, sink=torch.randn(2), key_mask=padding(9))
+
+
+@each("score", **{backend: FEW for backend in BACKENDS})
+def test_what_stands_in_padding_shows_nowhere(backend: str, score: str) -> None:
+    inputs, make = made(score, 6, 9, dtype=finest(backend))
+    params = {name: x for name, x in inputs.items() if name not in ("relevancy", "query", "key", "value", "grad_output")}
+    real, found = padding(9), []
+    for filler in (torch.nan, 0.5):
+        core = S.resolve(make(params)).core(inputs["query"], inputs["key"])
+        core = core._replace(key=core.key.masked_fill(~real[:, None, :, None], filler))
+        value = inputs["value"].masked_fill(~real[:, None, :, None], filler)
+        options = {"attn_mask": None, "key_mask": real, "is_causal": False, "scale": 1.0, "backend": backend}
+        of_map = core, value, inputs["grad_output"]
+        found.append(core_step(inputs["relevancy"], *of_map, rule="gradient", row_normalize=True, **options))
+        found.append(core_map(*of_map, rule="gradient", **options))
+    for with_nan, without in zip(found[:2], found[2:], strict=True):
+        assert torch.equal(with_nan, without) and without[0].any()
+        assert not with_nan.masked_select(~real[:, None]).any()
+
+
+@on(*BACKENDS)
+@pytest.mark.parametrize("n, m", [(0, 4), (4, 0)])
+def test_empty_sizes(n: int, m: int, backend: str) -> None:
+    for score in FEW:
+        inputs, make = made(score, n, m, dtype=finest(backend))
+        check(backend, inputs, make)
+
+
+def test_which_backend_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU's kernels for what they take; a call that torch transforms runs in plain PyTorch."""
+    chosen: list[str] = []
+    load = choice.load
+    monkeypatch.setattr("vlattn_fast.ops.core_scores.load", lambda backends, name: (chosen.append(name), load(backends, name))[1])
+    options = {"attn_mask": None, "key_mask": None, "is_causal": False, "scale": 1.0}
+    for dtype in (torch.float32, F64):
+        inputs, make = made("additive", 3, 4, dtype=dtype)
+        core = S.resolve(make({name: inputs[name] for name in ("vector", "query_weight", "key_weight", "bias")})).core(
+            inputs["query"], inputs["key"]
+        )
+        core_lse(core, **options)
+        torch.func.vmap(lambda scale, core=core: core_lse(core, **{**options, "scale": 1.0}) * scale)(torch.ones(2))
+    assert chosen == ["cpu", "streaming", "streaming", "streaming"]
+    with pytest.raises(ValueError, match="backend='triton' cannot run step of a core score.*float16, bfloat16 and float32"):
+        core_step(inputs["relevancy"], core, None, None, rule="attention", row_normalize=False, backend="triton", **options)
