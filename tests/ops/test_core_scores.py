@@ -3,20 +3,21 @@ formula."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 
 from tests.helpers.ops.backends import F64, HALVES, each, finest, on
-from tests.helpers.ops.core_cases import FEW, check, made
+from tests.helpers.ops.core_cases import FEW, check, core_of, made
 from tests.helpers.ops.relevancy_cases import RULES, padding, some
 from tests.helpers.ops.score_cases import KINDS, finite_rows
-from vlattn_fast import scores as S
 from vlattn_fast.dispatch import choice
 from vlattn_fast.ops.core_scores import core_lse, core_map, core_step
 
 BACKENDS = ("streaming", "cpu", "triton")
+PLAIN: dict[str, Any] = {"attn_mask": None, "key_mask": None, "is_causal": False, "scale": 1.0}
 
 
 @each("score", **{backend: (*KINDS, "general-tanh-per_head") for backend in BACKENDS})
@@ -72,15 +73,31 @@ def test_sinks(backend: str, score: str) -> None:
 
 
 @each("score", **{backend: FEW for backend in BACKENDS})
+def test_the_attentions_own_lse(backend: str, score: str) -> None:
+    """It is taken in 16 bits; where its rounding would show another one is computed."""
+    for dtype, share in ((torch.bfloat16, 0.5), (torch.float32, 1.0)):
+        inputs, make = made(score, 6, 9, dtype=dtype)
+        core = core_of(inputs, make)
+        options: dict[str, Any] = {**PLAIN, "key_mask": padding(9), "backend": backend}
+        of_map = core, inputs["value"], inputs["grad_output"]
+        lse = core_lse(core, **options)
+        expected = core_step(inputs["relevancy"], *of_map, rule="gradient", row_normalize=False, **options)
+        for more, factor in ((0.0, 1.0), (math.log(2), share)):
+            got = core_step(inputs["relevancy"], *of_map, rule="gradient", row_normalize=False, lse=lse + more, **options)
+            torch.testing.assert_close(got, factor * expected, rtol=1e-4, atol=1e-6)
+            got = core_map(*of_map, rule="attention", lse=lse + more, **options)
+            torch.testing.assert_close(got, factor * core_map(*of_map, rule="attention", **options), rtol=1e-4, atol=1e-6)
+
+
+@each("score", **{backend: FEW for backend in BACKENDS})
 def test_what_stands_in_padding_shows_nowhere(backend: str, score: str) -> None:
     inputs, make = made(score, 6, 9, dtype=finest(backend))
-    params = {name: x for name, x in inputs.items() if name not in ("relevancy", "query", "key", "value", "grad_output")}
     real, found = padding(9), []
     for filler in (torch.nan, 0.5):
-        core = S.resolve(make(params)).core(inputs["query"], inputs["key"])
+        core = core_of(inputs, make)
         core = core._replace(key=core.key.masked_fill(~real[:, None, :, None], filler))
         value = inputs["value"].masked_fill(~real[:, None, :, None], filler)
-        options = {"attn_mask": None, "key_mask": real, "is_causal": False, "scale": 1.0, "backend": backend}
+        options = {**PLAIN, "key_mask": real, "backend": backend}
         of_map = core, value, inputs["grad_output"]
         found.append(core_step(inputs["relevancy"], *of_map, rule="gradient", row_normalize=True, **options))
         found.append(core_map(*of_map, rule="gradient", **options))
@@ -102,14 +119,11 @@ def test_which_backend_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[str] = []
     load = choice.load
     monkeypatch.setattr("vlattn_fast.ops.core_scores.load", lambda backends, name: (chosen.append(name), load(backends, name))[1])
-    options = {"attn_mask": None, "key_mask": None, "is_causal": False, "scale": 1.0}
     for dtype in (torch.float32, F64):
         inputs, make = made("additive", 3, 4, dtype=dtype)
-        core = S.resolve(make({name: inputs[name] for name in ("vector", "query_weight", "key_weight", "bias")})).core(
-            inputs["query"], inputs["key"]
-        )
-        core_lse(core, **options)
-        torch.func.vmap(lambda scale, core=core: core_lse(core, **{**options, "scale": 1.0}) * scale)(torch.ones(2))
+        core = core_of(inputs, make)
+        core_lse(core, **PLAIN)
+        torch.func.vmap(lambda scale, core=core: core_lse(core, **PLAIN) * scale)(torch.ones(2))
     assert chosen == ["cpu", "streaming", "streaming", "streaming"]
     with pytest.raises(ValueError, match="backend='triton' cannot run step of a core score.*float16, bfloat16 and float32"):
-        core_step(inputs["relevancy"], core, None, None, rule="attention", row_normalize=False, backend="triton", **options)
+        core_step(inputs["relevancy"], core, None, None, rule="attention", row_normalize=False, backend="triton", **PLAIN)

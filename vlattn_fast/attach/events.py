@@ -52,7 +52,7 @@ class Attention:
     dropout_p: float = 0.0
     inputs: ScoreAttentionInputs | None = None  # for a call of score_attention
     sink: Tensor | None = None  # the logit of its sink, which is applied afterwards
-    lse: Tensor | None = None  # and the log-sum-exp that the sink joins
+    lse: Tensor | None = None  # its log-sum-exp, which the sink joins
     written: Any = None  # for attention that is written out by hand: the `WrittenProduct`
 
     @property

@@ -267,7 +267,7 @@ class Observer(Stepwise, TorchFunctionMode):
         if inputs.sink is not None:
             self._before_sink = inputs
             return output, lse
-        return self._answer(_scored(run, inputs), lambda _: output), lse
+        return self._answer(replace(_scored(run, inputs), lse=lse), lambda _: output), lse
 
     def _with_sink(self, run: ModuleRun, output: Tensor, lse: Tensor, sink: Tensor) -> Tensor:
         """The output of the operator that ran last, with its sink."""

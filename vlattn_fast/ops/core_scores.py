@@ -57,14 +57,16 @@ def core_map(
     *,
     rule: str,
     sink: Tensor | None = None,
+    lse: Tensor | None = None,
     backend: str = "auto",
     **masks: Any,
 ) -> Tensor:
     """Returns Abar (B, N, M), the mean over the heads; see `attention_map`. masks: attn_mask, key_mask, is_causal and scale, and
-    groups and their bias if the call had them. sink: that of ScoreAttentionInputs."""
+    groups and their bias if the call had them. sink: that of ScoreAttentionInputs. lse: that of the attention without its sink,
+    if it is known."""
     options: dict[str, Any] = {"rule": rule, "head_reduction": "mean", "row_normalize": False, **_options(core, masks)}
     with without_autocast(core.query):
-        lse = None if sink is None else lse_with_sink(core_lse(core, backend=backend, **masks), sink)
+        lse = _lse_for(core, sink, lse, backend, masks)
         inputs = AttentionMapInputs(core.query, core.key, value, grad_output, lse, **options)
         return _run(_MAP, "forward", inputs, core.vector, backend)
 
@@ -78,15 +80,31 @@ def core_step(
     rule: str,
     row_normalize: bool,
     sink: Tensor | None = None,
+    lse: Tensor | None = None,
     backend: str = "auto",
     **masks: Any,
 ) -> Tensor:
-    """relevancy @ Abar, (B, T, N) -> (B, T, M); see `relevancy_step`. masks: as in `core_map`."""
+    """relevancy @ Abar, (B, T, N) -> (B, T, M); see `relevancy_step`. sink, lse and masks: as in `core_map`."""
     options: dict[str, Any] = {"rule": rule, "row_normalize": row_normalize, **_options(core, masks)}
     with without_autocast(core.query):
-        lse = None if sink is None else lse_with_sink(core_lse(core, backend=backend, **masks), sink)
+        lse = _lse_for(core, sink, lse, backend, masks)
         inputs = RelevancyStepInputs(relevancy, core.query, core.key, value, grad_output, lse, **options)
         return _run(_STEP, "step", inputs, core.vector, backend)
+
+
+def _lse_for(core: Core, sink: Tensor | None, lse: Tensor | None, backend: str, masks: dict[str, Any]) -> Tensor | None:
+    """The log-sum-exp that probabilities are made with, with the sink; None if the map computes its own.
+
+    The attention's own saves a pass over the scores. In float32, and next to what is added to the scores, its rounding shows: as
+    in the backward pass of relevancy_attention it is computed anew there.
+    """
+    mask = masks["attn_mask"]
+    added = (mask is not None and mask.dtype != torch.bool) or masks.get("group_bias") is not None
+    if lse is not None and (added or core.query.dtype.itemsize > 2):
+        lse = None
+    if sink is None:
+        return lse
+    return lse_with_sink(core_lse(core, backend=backend, **masks) if lse is None else lse, sink)
 
 
 def core_lse(core: Core, *, backend: str = "auto", **masks: Any) -> Tensor:

@@ -32,6 +32,11 @@ def made(
     return {"relevancy": torch.rand(b, rows, n, dtype=torch.promote_types(dtype, torch.float32)), **inputs}, make
 
 
+def core_of(inputs: dict[str, Tensor], make: Callable[..., S.Score]) -> S.Core:
+    params = {name: x for name, x in inputs.items() if name not in ("relevancy", "query", "key", "value", "grad_output")}
+    return S.resolve(make(params)).core(inputs["query"], inputs["key"])
+
+
 def functions(
     backend: str, make: Callable[..., S.Score], *, maps: bool = True, **options: Any
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:

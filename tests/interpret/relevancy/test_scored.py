@@ -18,7 +18,9 @@ from tests.helpers.interpret.stored_maps import Kept, Place, assert_rows, check,
 from tests.helpers.interpret.tower_cases import METHODS, Stack, first_rows, second, sequences, stack
 from tests.nn.test_score_attention import CASES
 from vlattn_fast.interpret import ADAPTERS, Adapter, Tower, explain
+from vlattn_fast.interpret.relevancy import traced_call
 from vlattn_fast.nn import ScoreAttention
+from vlattn_fast.ops.core_scores import core_lse, core_step
 
 ACTIVATIONS = {
     None: lambda x: x,
@@ -174,6 +176,24 @@ def test_softcaps_and_sinks_of_layers(name, softcap):
     for block in model.blocks:
         block.attend.inside.softcap, block.attend.inside.sink = softcap, nn.Parameter(torch.randn(4))
     compare(model, sequences())
+
+
+@pytest.mark.parametrize("sink", [False, True])
+def test_the_log_sum_exp_of_the_attention_is_passed_on(sink, monkeypatch):
+    """Without its sink, of each layer; in 16 bits it saves a pass."""
+    model, seen = scored("additive"), []
+    for block in model.blocks:
+        block.attend.inside.sink = nn.Parameter(torch.randn(4)) if sink else None
+
+    def step(relevancy, core, value, grad_output, *, rule, row_normalize, sink, lse, **masks):
+        seen.append((lse, core_lse(core, **masks)))
+        return core_step(relevancy, core, value, grad_output, rule=rule, row_normalize=row_normalize, sink=sink, **masks)
+
+    monkeypatch.setattr(traced_call, "core_step", step)
+    explain(model, sequences(), position="cls", target=second)
+    assert len(seen) == 3
+    for lse, own in seen:
+        torch.testing.assert_close(lse.to(own), own)
 
 
 def test_beside_torchs_attention():

@@ -227,7 +227,8 @@ class Trace(SeesMixers, Subscriber):
         elif event.inputs is not None:
             inputs = event.inputs
             output = attend(replace(event, sink=self._frozen(event.sink), lse=self._frozen(event.lse)))
-            masks["score"] = Scored(inputs.score, inputs.vector, inputs.parameter, output, inputs.sink)
+            lse = None if event.lse is None else event.lse.detach()
+            masks["score"] = Scored(inputs.score, inputs.vector, inputs.parameter, output, inputs.sink, lse)
             parts = (x if self.trains else x.detach() for x in (inputs.query, inputs.key, inputs.value))
             query, *key_value = parts
             key, value = (expand_heads(x, query.shape[1]) for x in mask_padding(inputs.key_mask, *key_value))

@@ -44,14 +44,16 @@ class Recursion(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """A call of score_attention that ran: its core score (see vlattn_fast.scores), its output (B, H, N, Dv), and its
-    sink, broadcastable to (B, H, N). `by_hand`: a module wrote the call out, as a softmax and its product with values."""
+    """A call of score_attention that ran: its core score (see vlattn_fast.scores), its output (B, H, N, Dv), its sink,
+    broadcastable to (B, H, N), and its log-sum-exp (B, H, N) without the sink. `by_hand`: a module wrote the call out, as a
+    softmax and its product with values."""
 
     kind: str
     vector: Tensor | None
     parameter: float
     output: Tensor
     sink: Tensor | None = None
+    lse: Tensor | None = None
     by_hand: bool = False
 
 
@@ -221,7 +223,7 @@ class TracedCall:
         if (core := self._core()) is None:
             tensors, options = on_mesh(self.mesh, (self.query, self.key, self.value, grad_output), self._options())
             return local(attention_map(*tensors, rule="gradient", **options))
-        options = {"rule": "gradient", "sink": self.sink(), **self._options()}
+        options = {"rule": "gradient", "sink": self.sink(), "lse": self.masks["score"].lse, **self._options()}
         return mean_over(self.mesh, core_map(core, self.value, grad_output, **options))
 
     def step(self, relevancy: Tensor, grad_output: Tensor | None, recursion: Recursion) -> Tensor:
@@ -247,6 +249,7 @@ class TracedCall:
         if self.mesh is not None and row_normalize:
             raise ValueError(f"method must not normalize rows if processes share heads with {core.kind} scores; got 'weighted'")
         options = {"rule": rule, "row_normalize": row_normalize, "sink": self.sink(), **self._options()}
+        options["lse"] = self.masks["score"].lse
         return mean_over(self.mesh, core_step(relevancy, core, self.value, grad_output, **options))
 
     # --- for the backward pass ---
