@@ -13,6 +13,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from vlattn_fast import scores
 from vlattn_fast.nn import ScoreAttention
 from vlattn_fast.nn.score_attention import LearnedScore
+from vlattn_fast.ops import core_scores
 
 CASES = [
     *((name, False, {}) for name in scores.layers()),
@@ -222,3 +223,20 @@ def test_a_bias_of_groups_is_its_dense_mask(name: str, sink: bool) -> None:
     with torch.no_grad():
         layer.out_proj.weight[:, 8:12] = 0.0
     torch.testing.assert_close(got, layer(x, attn_mask=mask))
+
+
+@pytest.mark.parametrize("backend, runs", [("auto", "cpu"), ("cuda", "cpu"), ("cpu", "cpu"), ("streaming", "streaming")])
+def test_the_head_mean_of_other_scores_runs_on_the_layers_backend(
+    backend: str, runs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless it has no maps."""
+    chosen: list[str] = []
+    load = core_scores.load
+    monkeypatch.setattr(core_scores, "load", lambda backends, name: (chosen.append(name), load(backends, name))[1])
+    layer, x = ScoreAttention(16, 4, "additive"), torch.randn(2, 6, 16)
+    layer.eval().backend = backend
+    q, k = (project(x).unflatten(2, (4, -1)).transpose(1, 2) for project in (layer.q_proj, layer.k_proj))
+    masks = {"attn_mask": None, "key_mask": None, "is_causal": False}
+    got = layer._weights(q, k, layer.score(), masks)
+    assert chosen == [runs]
+    torch.testing.assert_close(got, layer.score().formula(q, k).softmax(-1).mean(1))

@@ -215,14 +215,14 @@ class ScoreAttention(nn.Module):
         core, dtype = score.core(query, key), cast_by_autocast(query)[0].dtype
         features = core.query, core.key, core.vector
         query, key, vector = features if core.keeps_dtype else cast_by_autocast(*features)
+        masks = {**masks, "scale": scale, "backend": "auto" if self.backend in ("sdpa", "cuda") else self.backend}  # without maps
         if core.kind == "dot" and (self.sink is None or score.is_plain):
-            options: dict[str, Any] = {"scale": scale, "softcap": self.softcap, "sink": self.sink}
-            options["backend"] = "auto" if self.backend == "sdpa" else self.backend  # attention_map has no backend "sdpa"
+            options: dict[str, Any] = {"softcap": self.softcap, "sink": self.sink}
             with without_autocast(query):
                 return as_dtype(attention_map(query, key, **options, **masks), dtype)
         core = core._replace(query=query, key=key, vector=vector)
         logit = None if self.sink is None else self.sink[:, None] - scale * core.offset
-        return as_dtype(core_map(core, rule="attention", sink=logit, scale=scale, **masks), dtype)
+        return as_dtype(core_map(core, rule="attention", sink=logit, **masks), dtype)
 
     def _heads(self, name: str, x: Tensor, project: nn.Linear) -> Tensor:
         check_tensor(name, x, rank=3, shape="(B, tokens, features)" if self.batch_first else "(tokens, B, features)")
