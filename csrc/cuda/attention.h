@@ -1,6 +1,8 @@
 // What the attention kernels share: the layout of tensors and masks, logits, the online softmax, and how rows are stored.
 #pragma once
 
+#include <utility>
+
 #include "mma.h"
 
 namespace vlattn {
@@ -16,6 +18,56 @@ struct StridedTensor {
     template <class T> __device__ T* at(int64_t b, int64_t h) const {
         return static_cast<T*>(data) + b * stride_b + h * stride_h;
     }
+};
+
+// Copies rows of one head after the other to a tile, asynchronously if they are aligned: the tile can be read after
+// `wait_for_copies` and a barrier. A block has THREADS. The loop is unrolled, since a copy itself is one instruction.
+template <class T, int K, int THREADS> class RowCopies {
+    static constexpr int VECTOR = 16 / sizeof(T), VECTORS = K / VECTOR, LD = tile_stride<T, K>(), AT_ONCE = THREADS / VECTORS;
+    const T* next;  // what this thread copies first
+    const int64_t step, stride_h;
+    const int columns;  // as many as exist from this thread's on
+    const int* bytes;
+    const bool aligned;
+
+    template <int... I> __device__ void copy(uint32_t to, const T* p, uint32_t from, std::integer_sequence<int, I...>) const {
+        const auto one = [&](auto offset, auto of_bytes) {
+            asm volatile(
+                "{ .reg .b32 size; ld.shared.b32 size, [%2 + %4]; cp.async.cg.shared.global [%0 + %3], [%1], 16, size; }" ::"r"(
+                    to),
+                "l"(p), "r"(from), "n"(decltype(offset)::value), "n"(decltype(of_bytes)::value)
+                : "memory");
+            p += step;
+        };
+        (one(std::integral_constant<int, I * AT_ONCE * LD * sizeof(T)>(),
+             std::integral_constant<int, I * AT_ONCE * sizeof(int)>()),
+         ...);
+    }
+
+   public:
+    // From row `first` of head h on. bytes: 16 of each row that is copied; of others it is 0, and zeros take their place. none: as
+    // many zeros, for columns that do not exist.
+    __device__ RowCopies(const StridedTensor& x, int64_t b, int64_t h, int first, int num_cols, const int* bytes, const int* none)
+        : next(x.at<const T>(b, h) + (first + static_cast<int>(threadIdx.x) / VECTORS) * x.stride_n +
+               threadIdx.x % VECTORS * VECTOR),
+          step(x.stride_n * AT_ONCE),
+          stride_h(x.stride_h),
+          columns(num_cols - static_cast<int>(threadIdx.x) % VECTORS * VECTOR),
+          bytes((columns > 0 ? bytes : none) + first + threadIdx.x / VECTORS),
+          aligned(num_cols % VECTOR == 0 && x.stride_n % VECTOR == 0 && x.stride_h % VECTOR == 0 &&
+                  reinterpret_cast<uintptr_t>(x.at<T>(b, h)) % 16 == 0) {}
+
+    // Of the next head, ROWS rows, a multiple of what the threads copy at once.
+    template <int ROWS> __device__ void rows(T* tile) const {
+        tile += threadIdx.x / VECTORS * LD + threadIdx.x % VECTORS * VECTOR;
+        if (aligned)
+            return copy(shared_address(tile), next, shared_address(bytes), std::make_integer_sequence<int, ROWS / AT_ONCE>());
+        const T* p = next;
+#pragma unroll 1
+        for (int i = 0; i < ROWS; i += AT_ONCE, p += step)
+            for (int e = 0; e < VECTOR; ++e) tile[i * LD + e] = bytes[i] && e < columns ? p[e] : from_float<T>(0.0f);
+    }
+    __device__ void next_head() { next += stride_h; }
 };
 
 // attn_mask, bool or float32, expanded to (B,H,N,M), strides in elements (0 where it was broadcast); key_mask (B,M), contiguous.
@@ -126,14 +178,46 @@ __device__ __forceinline__ void dot_rows(float (&sum)[2], const StridedTensor& x
 template <class T, int NT>
 __device__ __forceinline__ void store_rows(const float (&x)[NT][4], const float (&factor)[2], const StridedTensor& to, int64_t b,
                                            int64_t h, int64_t first, int64_t num_rows, int num_cols) {
+    const bool whole =
+        num_cols == 8 * NT && to.stride_n % 2 == 0 && reinterpret_cast<uintptr_t>(to.at<T>(b, h)) % (2 * sizeof(T)) == 0;
 #pragma unroll
-    for (int e = 0; e < 4 * NT; ++e) {
-        const int64_t row = first + lane_row() + e % 4 / 2 * 8;
-        const int column = e / 4 * 8 + lane_column() * 2 + e % 2;
-        if (row < num_rows && column < num_cols)
-            to.at<T>(b, h)[row * to.stride_n + column] =
-                from_float<T>(factor[e % 4 / 2] == 0.0f ? 0.0f : x[e / 4][e % 4] * factor[e % 4 / 2]);
+    for (int r = 0; r < 2; ++r) {
+        const int64_t row = first + lane_row() + r * 8;
+        if (row >= num_rows) continue;
+        T* at = to.at<T>(b, h) + row * to.stride_n + lane_column() * 2;
+        const auto times = [&](float x) { return factor[r] == 0.0f ? 0.0f : x * factor[r]; };
+        if (whole) {
+#pragma unroll
+            for (int n = 0; n < NT; ++n) store_pair(at + n * 8, times(x[n][2 * r]), times(x[n][2 * r + 1]));
+        } else {
+#pragma unroll
+            for (int n = 0; n < NT; ++n) {
+                for (int e = 0; e < 2; ++e)
+                    if (n * 8 + lane_column() * 2 + e < num_cols) at[n * 8 + e] = from_float<T>(times(x[n][2 * r + e]));
+            }
+        }
     }
+}
+
+// The same by way of a warp's buffer of 16 rows of a tile, from which lanes store 16 bytes: whole sectors.
+template <class T, int K>
+__device__ __forceinline__ void store_rows_through(T* buffer, const float (&x)[K / 8][4], const StridedTensor& to, int64_t b,
+                                                   int64_t h, int64_t first, int64_t num_rows, int num_cols) {
+    constexpr int VECTOR = 16 / sizeof(T), VECTORS = K / VECTOR, LD = tile_stride<T, K>();
+    T* p = to.at<T>(b, h) + first * to.stride_n;
+    if (num_cols != K || to.stride_n % VECTOR != 0 || reinterpret_cast<uintptr_t>(p) % 16 != 0)
+        return store_rows<T>(x, {1.0f, 1.0f}, to, b, h, first, num_rows, num_cols);
+    __syncwarp();
+#pragma unroll
+    for (int e = 0; e < K / 2; e += 2)
+        store_pair(
+            buffer + (lane_row() + e % 4 / 2 * 8) * LD + e / 4 * 8 + lane_column() * 2, x[e / 4][e % 4], x[e / 4][e % 4 + 1]);
+    __syncwarp();
+    const int row = lane_index() / VECTORS, column = lane_index() % VECTORS * VECTOR, rows = static_cast<int>(num_rows - first);
+    p += row * to.stride_n + column;
+#pragma unroll
+    for (int i = 0; i < 16; i += WARP / VECTORS, p += WARP / VECTORS * to.stride_n)
+        if (row + i < rows) *reinterpret_cast<uint4*>(p) = *reinterpret_cast<const uint4*>(buffer + (row + i) * LD + column);
 }
 
 // Multiplies a warp's 16 rows by a factor each.

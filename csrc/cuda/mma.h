@@ -80,12 +80,36 @@ __device__ void stage(T* tile, const T* p, int64_t stride, int64_t first, int ro
     }
 }
 
+__device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // Two 16-bit numbers as a matrix instruction takes them, the first in the low half.
 template <class T> __device__ __forceinline__ uint32_t pack(T low, T high) {
     const T both[2] = {low, high};
     uint32_t bits;
     memcpy(&bits, both, sizeof(bits));
     return bits;
+}
+
+// Rounds both first.
+template <class T> __device__ __forceinline__ uint32_t rounded_pair(float low, float high) {
+    uint32_t bits;
+    if constexpr (std::is_same_v<T, __half>) {
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+    } else {
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+    }
+    return bits;
+}
+
+// Stores two numbers side by side, at an address that is aligned to both.
+template <class T> __device__ __forceinline__ void store_pair(T* to, float first, float second) {
+    if constexpr (std::is_same_v<T, float>) {
+        *reinterpret_cast<float2*>(to) = {first, second};
+    } else {
+        *reinterpret_cast<uint32_t*>(to) = rounded_pair<T>(first, second);
+    }
 }
 
 // c (16,8) += a (16,16) b (16,8). a[0], a[1]: rows g, g+8 at columns 2t, 2t+1; a[2], a[3]: at columns 2t+8, 2t+9. b[0]: rows
@@ -104,10 +128,25 @@ template <class T> __device__ __forceinline__ void mma_16x8x16(float (&c)[4], co
     }
 }
 
-// Four 8 x 8 matrices of 16-bit numbers from shared memory: lane i gives the address of row i % 8 of matrix i / 8 (8 numbers,
+// The nearest number of tf32, of 10 mantissa bits: the matrix instruction would cut the others off.
+__device__ __forceinline__ float round_tf32(float x) {
+    uint32_t bits;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+    return __uint_as_float(bits);
+}
+
+// c (16,8) += a (16,8) b (8,8) of tf32. a[0], a[1]: rows g, g+8 at one column; a[2], a[3]: at another. b: at these rows, of column
+// g. Which columns a lane has is free, since a sum has no order: those are 2t and 2t+1 here, as a result has them.
+__device__ __forceinline__ void mma_tf32(float (&c)[4], const float (&a)[4], float b0, float b1) {
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])),
+                   "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
+}
+
+// Four 8 x 8 matrices of 16-bit numbers from shared memory: lane i gives the `shared_address` of row i % 8 of matrix i / 8 (8 numbers,
 // 16-byte aligned) and gets of each matrix columns 2t, 2t+1 of row g; TRANSPOSED: rows 2t, 2t+1 of column g.
-template <bool TRANSPOSED> __device__ __forceinline__ void load_matrices(uint32_t (&x)[4], const void* row) {
-    const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+template <bool TRANSPOSED> __device__ __forceinline__ void load_matrices(uint32_t (&x)[4], uint32_t from) {
     if constexpr (TRANSPOSED) {
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                      : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
@@ -125,6 +164,13 @@ template <bool TRANSPOSED> __device__ __forceinline__ void load_matrices(uint32_
 // 16-bit types they lie in registers; of float32, which would need too many, the addresses of rows g and g+8 do.
 template <class T, int K> struct Rows16 {
     uint32_t a[K / 16][4];
+
+    // Of rows first .. first+15 of a tile.
+    __device__ __forceinline__ void load(const T* tile, int first) {
+        const uint32_t row = shared_address(tile + (first + lane_index() % 16) * tile_stride<T, K>() + lane_index() / 16 * 8);
+#pragma unroll
+        for (int i = 0; i < K / 16; ++i) load_matrices<false>(a[i], row + i * 32);
+    }
 
     __device__ void load(const T* p, int64_t stride, int64_t first, int64_t num_rows, int num_cols) {
         const bool pairs = num_cols % 2 == 0 && stride % 2 == 0 && reinterpret_cast<uintptr_t>(p) % 4 == 0;
@@ -146,6 +192,11 @@ template <int K> struct Rows16<float, K> {
     const float* row[2];  // null: a row of zeros
     int num_cols;
     bool vectors;  // whether they can be read by fours
+
+    __device__ __forceinline__ void load(const float* tile, int first) {
+        for (int i = 0; i < 2; ++i) row[i] = tile + (first + lane_row() + i * 8) * tile_stride<float, K>();
+        num_cols = K, vectors = true;
+    }
 
     __device__ void load(const float* p, int64_t stride, int64_t first, int64_t num_rows, int columns) {
         for (int i = 0; i < 2; ++i) {
@@ -187,17 +238,32 @@ __device__ __forceinline__ void product_with_rows(float (&c)[NT][4], const Rows1
         }
     } else {
         static_assert(K % 32 == 0, "two steps share a load");
-        const T* row = tile + lane_index() / 8 * 8;
+        const uint32_t row = shared_address(tile + lane_index() % 8 * LD + lane_index() / 8 * 8);
 #pragma unroll
         for (int s = 0; s < K / 16; s += 2) {
             uint32_t b[NT][4];
 #pragma unroll
-            for (int i = 0; i < NT; ++i) load_matrices<false>(b[i], row + (n + i * 8 + lane_index() % 8) * LD + s * 16);
+            for (int i = 0; i < NT; ++i) load_matrices<false>(b[i], row + ((n + i * 8) * LD + s * 16) * sizeof(T));
 #pragma unroll
             for (int i = 0; i < NT; ++i) mma_16x8x16<T>(c[i], left.a[s], {b[i][0], b[i][1]});
 #pragma unroll
             for (int i = 0; i < NT; ++i) mma_16x8x16<T>(c[i], left.a[s + 1], {b[i][2], b[i][3]});
         }
+    }
+}
+
+// out (16,N) += left (16,16) of 16 bits times rows k .. k+15 of a tile.
+template <class T, int N>
+__device__ __forceinline__ void product_with_columns(float (&out)[N / 8][4], const uint32_t (&left)[4], const T* tile, int k) {
+    constexpr int LD = tile_stride<T, N>();
+    const uint32_t row =
+        shared_address(tile + lane_index() % 16 * LD + lane_index() / 16 * 8) + k * LD * static_cast<int>(sizeof(T));
+#pragma unroll
+    for (int n = 0; n < N / 8; n += 2) {
+        uint32_t x[4];
+        load_matrices<true>(x, row + n * 8 * sizeof(T));
+        mma_16x8x16<T>(out[n], left, {x[0], x[1]});
+        mma_16x8x16<T>(out[n + 1], left, {x[2], x[3]});
     }
 }
 
@@ -225,17 +291,29 @@ __device__ __forceinline__ void product_with_columns(float (&out)[N / 8][4], con
         for (int m = 0; m < NT; m += 2) {
             uint32_t a[4];
 #pragma unroll
-            for (int i = 0; i < 4; ++i)
-                a[i] = pack(from_float<T>(left[m + i / 2][i % 2 * 2]), from_float<T>(left[m + i / 2][i % 2 * 2 + 1]));
-            const T* row = tile + (k + m * 8 + lane_index() % 16) * LD + lane_index() / 16 * 8;
-#pragma unroll
-            for (int n = 0; n < N / 8; n += 2) {
-                uint32_t x[4];
-                load_matrices<true>(x, row + n * 8);
-                mma_16x8x16<T>(out[n], a, {x[0], x[1]});
-                mma_16x8x16<T>(out[n + 1], a, {x[2], x[3]});
-            }
+            for (int i = 0; i < 4; ++i) a[i] = rounded_pair<T>(left[m + i / 2][i % 2 * 2], left[m + i / 2][i % 2 * 2 + 1]);
+            product_with_columns<T, N>(out, a, tile, k + m * 8);
         }
+    }
+}
+
+// The same with the transpose of a tile of left operands, whose rows k .. k+15 meet those of `tile`: out (16,N) += left^T tile for
+// its columns first .. first+15. `stride`: of the left tile, a multiple of eight that is odd in eights.
+template <class T, int N>
+__device__ __forceinline__ void product_of_columns(float (&out)[N / 8][4], const T* left, int stride, int first, const T* tile,
+                                                   int k) {
+    if constexpr (std::is_same_v<T, float>) {
+        float x[2][4];
+#pragma unroll
+        for (int e = 0; e < 8; ++e)
+            x[e / 4][e % 4] = left[(k + e / 4 * 8 + lane_column() * 2 + e % 2) * stride + first + lane_row() + e % 4 / 2 * 8];
+        product_with_columns<T, N>(out, x, tile, k);
+    } else {
+        uint32_t a[4];
+        const int lane = lane_index();
+        load_matrices<true>(a, shared_address(left + (lane / 16 * 8 + lane % 8) * stride + first + lane / 8 % 2 * 8) +
+                                   k * stride * static_cast<int>(sizeof(T)));
+        product_with_columns<T, N>(out, a, tile, k);
     }
 }
 

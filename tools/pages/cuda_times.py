@@ -45,12 +45,14 @@ def _pairs() -> Iterator[Pair]:
         cuda = Side(f"relevancy_attention cuda {call}", {"relevancy_backward_kernel": 8}, 1)  # the sum over heads
         yield Pair("relevancy_attention, backward", workload, triton, cuda)
     call = "cacr masked bf16 64"
+    maps, again = {"congruence_map_kernel": 4, "congruence_divergence_kernel": 0}, ("map_kernel", "divergence_kernel")
+    steps = dict.fromkeys((*(f"congruence_{kernel} launch 2" for kernel in again), "congruence_target_kernel"), 0)
     for what, triton_kernels, cuda_kernels, further in (
-        ("forward", MAPS, {"congruence_loss_kernel": 4}, 1),
-        ("backward", GRADIENTS, {"congruence_loss_kernel launch 2": 8}, 0),
+        ("forward", MAPS, maps, 1),  # the sum over parts of the loss
+        ("backward", GRADIENTS, steps | {"congruence_gradient_kernel": 8}, 0),
     ):
         triton = Side(f"congruence_loss {call}", triton_kernels, further)
-        yield Pair(f"congruence_loss, cacr, {what}", WORDS, triton, Side(f"congruence_loss cuda {call}", cuda_kernels, 0))
+        yield Pair(f"congruence_loss, cacr, {what}", WORDS, triton, Side(f"congruence_loss cuda {call}", cuda_kernels, further))
     forward, backward = {"_prepare_kernel": 4, "_forward_kernel": 8}, {"_units_rows_kernel": 2, "_units_backward_kernel": 11}
     rows = {"additive_backward_rows_kernel": 2, "additive_backward_kernel": 9, "additive_backward_query_kernel": 3}
     for what, triton_kernels, cuda_kernels, further in (
@@ -82,8 +84,8 @@ them, as in a CUDA graph. Times of torch's kernels are left out of both.
 
 - Relevancy: the CUDA C++ kernel wins two launches of four. It takes more instructions for each pair: `mma.sync` has a warp's
   16 rows where `wgmma` has 64, and every tile asks for its masks. Its estimate is shorter {relevancy}
-- Congruence: the CUDA C++ kernel wins launches and loses more: each sample has one multiprocessor, also where others are idle.
-  Its estimate is shorter {congruence}
+- Congruence: the CUDA C++ kernels pad rows and columns to 16, and copy a head while they work on another. Their estimate is
+  shorter {congruence}
 - Additive scores: the CUDA C++ kernels choose the layout of the scores in registers. Their estimate is shorter {additive}
 """
 

@@ -48,7 +48,13 @@ def _cuda_limits(call: Call) -> list[tuple[str, bool]]:
     ]
 
 
-BACKENDS = table("congruence_loss", triton=_triton_limits, cuda=_cuda_limits, saves={"cpu": ("gradients",)})
+BACKENDS = table(
+    "congruence_loss",
+    triton=_triton_limits,
+    cuda=_cuda_limits,
+    masks_padding=("cpu", "triton", "cuda"),
+    saves={"cpu": ("gradients",)},
+)
 
 
 def congruence_loss(

@@ -1,4 +1,4 @@
-"""congruence_loss by csrc/cuda/congruence_loss.cu: the loss of one sample in one block, forward and backward."""
+"""congruence_loss by csrc/cuda/congruence_loss.cu: forward and backward."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ class Congruence(Struct):
         *each(StridedTensor * 4, "query key"),
         *each(c_void_p, "text_mask image_mask"),
         ("scale", c_float),
-        *each(c_void_p, "loss grad_loss"),
+        ("loss", c_void_p),
+        ("parts", c_int64),
+        ("grad_loss", c_void_p),
         *each(StridedTensor * 4, "grad_query grad_key"),
         ("maps", c_void_p),
     )
@@ -34,15 +36,18 @@ class Congruence(Struct):
 
 _forward, _backward = kernel("congruence_loss", Congruence), kernel("congruence_loss_backward", Congruence)
 _KINDS = ("cacr", "iais_distributed")  # Congruence::Kind
+_ROWS = 64  # of a block of threads, which has a part of the loss
+_STRIP = 16  # a multiple of so many rows and columns has the block of a map
 _BLOCKS = (0, 2, 3, 1)  # LL, LV, VL, VV, as the kernel has them, of LL, VV, LV, VL
 
 
 def forward(inputs: CongruenceLossInputs) -> tuple[Tensor, Tensor]:
     """Returns the loss of each sample, (B), and an empty tensor: nothing is stored for the backward pass."""
-    text = inputs.queries[0]
-    loss = text.new_empty(text.shape[0], dtype=torch.float32)
-    _call(_forward, inputs, loss=address(loss))
-    return loss, loss.new_empty(0)
+    text, image = inputs.queries[:2]
+    parts = sum(-(-x.shape[2] // _ROWS) for x in (text, image))
+    losses = text.new_empty(text.shape[0], parts, dtype=torch.float32)
+    _call(_forward, inputs, 1, loss=address(losses), parts=parts)
+    return losses.sum(1), losses.new_empty(0)
 
 
 def backward(inputs: CongruenceLossBackwardInputs) -> tuple[Tensor | None, ...]:
@@ -51,18 +56,19 @@ def backward(inputs: CongruenceLossBackwardInputs) -> tuple[Tensor | None, ...]:
     queries, keys = ([x.new_empty(*x.shape) for x in xs[:n]] for xs in (inputs.queries, inputs.keys))
     grad_loss = inputs.grad_loss.float().contiguous()
     grads = {"grad_query": _in_order(queries), "grad_key": _in_order(keys)}
-    _call(_backward, inputs, grad_loss=address(grad_loss), **grads)
+    _call(_backward, inputs, 3, grad_loss=address(grad_loss), **grads)
     return of_all_blocks([*queries, *keys])
 
 
-def _call(run: Any, inputs: CongruenceLossInputs | CongruenceLossBackwardInputs, **others: Any) -> None:
-    """Runs the kernel with the operator's inputs and other members."""
+def _call(run: Any, inputs: CongruenceLossInputs | CongruenceLossBackwardInputs, regions: int, **others: Any) -> None:
+    """Runs the kernels with the operator's inputs, a workspace of so many maps a sample, and other members."""
     like, direction = inputs.queries[0], inputs.direction
     batch, heads, L, head_dim = like.shape
     V = inputs.queries[1].shape[2]
     queries, keys = unit_strides(*inputs.queries), unit_strides(*inputs.keys)
     text_mask, image_mask = (None if mask is None else mask.contiguous() for mask in (inputs.text_mask, inputs.image_mask))
-    maps = like.new_empty(batch, 3, L + V, L + V, dtype=torch.float32)
+    length = sum(-(-size // _STRIP) * _STRIP for size in (L, V))
+    maps = like.new_empty(regions, batch, length, length, dtype=torch.float32)
     call = Congruence(
         dtype=DTYPES[like.dtype],
         B=batch,
