@@ -3,10 +3,10 @@
     python -m tools.compiled.counts [OPERATOR ...] [--architectures 80 90] [--programs 2] [--only PATTERN] [--missing]
 
 The calls are those of tools/compiled/calls/, with random numbers for inputs. Names of calls of CUDA C++ kernels, which nvcc
-compiles, begin with "cuda". A row of build/compiled/ptx_counts.json is a kernel of a call: instructions of threads by kind,
-wavefronts of shared memory and sectors of global memory of the programs that ran, and the least of both that could be: without
-bank conflicts, and with all bytes of a sector in use. Each call is stored when it ends, in place of its old rows. Races and reads
-of what was never written are looked for meanwhile, and make the command fail.
+compiles, begin with "cuda", and with "cuda sm_90" if only sm_90 runs them. A row of build/compiled/ptx_counts.json is a kernel of
+a call: instructions of threads by kind, wavefronts of shared memory and sectors of global memory of the programs that ran, and
+the least of both that could be: without bank conflicts, and with all bytes of a sector in use. Each call is stored when it ends,
+in place of its old rows. Races and reads of what was never written are looked for meanwhile, and make the command fail.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def main() -> None:
         for operator in options.operators or operators()
         for name in counted_calls(operator)
         for architecture in options.architectures
-        if re.search(options.only, f"{operator} {name}")
+        if re.search(options.only, f"{operator} {name}") and (architecture == 90 or not name.startswith("cuda sm_90"))
     ]
     findings = 0
     for operator, name, architecture in chosen:

@@ -14,6 +14,7 @@ FORWARD, BACKWARD = {"_forward_kernel": 4}, {"_backward_q_kernel": 6, "_backward
 WHOLE_FORWARD, WHOLE_BACKWARD = {"_whole_forward_kernel": 4}, {"_backward_kv_kernel": 8}  # programs of all keys of a head
 # with the exponentials of each side in float32; the backward pass reads and writes sums of dQ for each block of keys
 UNITS_FORWARD, UNITS_BACKWARD = {"_forward_kernel": 8}, {"_units_backward_kernel": 11}
+LONG = {"relevancy_rows_kernel": 2, "relevancy_long_kernel": 9}  # with sums of dQ in float32
 ROWS, OF_A_MAP, OF_A_GRADIENT = {"_rows_kernel": 2}, {"_map_kernel": 2}, {"_map_kernel": 4}
 # a batch has too few programs, so that parts of the keys are programs of their own
 DECODING = [
@@ -58,6 +59,12 @@ ENTRIES = [
     Entry("relevancy_attention, backward", UNITER, "relevancy_attention backward 1 rows of 160 bf16 64", WHOLE_BACKWARD, 5, 8),
     Entry("relevancy_attention, backward", LLAVA, "relevancy_attention backward causal bf16 704 128", BACKWARD, 5, 8),
     Entry("relevancy_attention, backward", HIGHRES, "relevancy_attention backward causal bf16 4096 128", BACKWARD, 5, 8),
+    *(
+        Entry(
+            "relevancy_attention, backward in CUDA C++", workload, f"relevancy_attention cuda sm_90 backward {call}", LONG, 5, 8
+        )
+        for workload, call in ((LLAVA, "causal bf16 704 128"), (HIGHRES, "causal bf16 4096 128"))
+    ),
     Entry("relevancy_step, lse given", CLIP, "relevancy_attention step bf16 64", {"_step_kernel": 4}, 2, 4),
     Entry("attention_map, attention", CLIP, "attention_map attention bf16 577 64", ROWS | OF_A_MAP, 1, 2),
     Entry("attention_map, gradient", CLIP, "attention_map gradient bf16 577 64", ROWS | OF_A_GRADIENT, 2, 4),

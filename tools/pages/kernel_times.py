@@ -124,6 +124,26 @@ def causal_time(blocks: int, heads: int, work: float, elements: int) -> float:
     return max(ends)
 
 
+def turns_time(work: Workload, seconds: float) -> float:
+    """Seconds until the last program of csrc/cuda/relevancy_attention_long.cu ends: a program takes a tile of queries after the
+    program of the keys before, or after these with a causal mask, has passed it on. seconds: of all tiles, one after another."""
+    keys, tiles, heads = math.ceil(work.tokens / 128), math.ceil(work.tokens / 64), work.batch * work.heads
+    together = max(1, (32 << 20) // (8 * work.tokens * work.size))
+    firsts = [2 * n if work.causal else 0 for n in range(keys)]
+    step = seconds / heads / sum(tiles - first for first in firsts)
+    order = [*reversed(range(keys))] if work.causal else [*range(keys)]
+    ends, passed = [0.0] * SMS, [[0.0] * tiles for _ in range(heads)]
+    for begin in range(0, heads, together):
+        for n in order:
+            for head in range(begin, min(begin + together, heads)):
+                now = ends[0] + FIRST
+                for tile in range(firsts[n], tiles):
+                    now = max(now, passed[head][tile]) + step
+                    passed[head][tile] = now + step / 2  # it is passed on in the program's next tile
+                heapq.heapreplace(ends, now)
+    return max(ends)
+
+
 def times_of(entry: Entry, rows: Rows) -> Times:
     """The times of all kernels of the pass, one after another."""
     work, kernels = entry.workload, []
@@ -140,7 +160,9 @@ def times_of(entry: Entry, rows: Rows) -> Times:
         rest, hidden = max(issue, special), products * share_under_softmax(entry, kernel)
         program = FIRST + SMS * (max(hidden, rest) + products - hidden) / programs
         busy = program * math.ceil(programs / SMS)  # programs of one length end in rounds
-        if work.causal:
+        if kernel == "relevancy_long_kernel":
+            busy = turns_time(work, programs * (program - FIRST))
+        elif work.causal:
             heads = work.batch * work.heads
             busy = causal_time(round(programs / heads), heads, programs * (program - FIRST), work.tokens * work.size)
         estimate = LAUNCH + max(memory, l2, busy if copied else busy + l2)

@@ -56,16 +56,33 @@ def _cuda_limits(call: Call) -> list[tuple[str, bool]]:
     sizes, size = call.sizes, max(call.sizes["head_dim"], call.sizes["value_dim"])
     row = 2 * ((64 if size <= 64 else 128) * call.dtype.itemsize + 16)  # bytes of shared memory, in two tiles
     longest = max(sizes["queries"], sizes["keys"])
-    return [
-        ("the CUDA C++ kernel takes at most 256 queries and keys", longest > 256),
+    limits = [
         ("the CUDA C++ kernel takes a head_dim of at most 128", size > 128),
-        (
-            "the CUDA C++ kernel takes no more queries and keys than fit into shared memory at this head_dim and dtype",
-            -(-longest // 16) * 16 * row > 96 * 1024,
-        ),  # every GPU since Ampere has 99 KB
         ("the CUDA C++ kernel takes at most 64 relevancy vectors per sample", sizes["rows"] > 64),
         ("the CUDA C++ kernel has no softcap", call.flags["softcap"]),
         ("the CUDA C++ kernel has no attention sinks", call.flags["sink"]),
+    ]
+    if longest <= 256:
+        fits = -(-longest // 16) * 16 * row <= 96 * 1024  # every GPU since Ampere has 99 KB
+        reason = "the CUDA C++ kernel takes no more queries and keys than fit into shared memory at this head_dim and dtype"
+        return [*limits, (reason, not fits)]
+    return [*limits, *_long_limits(call)]
+
+
+def _long_limits(call: Call) -> list[tuple[str, bool]]:
+    """Those of more than 256 queries and keys."""
+    sizes, flags, long = call.sizes, call.flags, "of more than 256 queries and keys, the CUDA C++ kernel"
+    return [
+        (f"{long} has only relevancy_attention", call.operator != "relevancy_attention"),
+        (f"{long} needs a compute capability of 9.0 (Hopper)", call.capability not in ((9, 0), None)),
+        (f"{long} takes float16 and bfloat16", call.dtype.itemsize != 2),
+        (
+            f"{long} takes one head_dim for queries and values, a multiple of 8",
+            sizes["head_dim"] != sizes["value_dim"] or sizes["head_dim"] % 8 != 0,
+        ),
+        (f"{long} takes one relevancy vector per sample", sizes["rows"] > 1),
+        (f"{long} takes rule='gradient' without row_normalize", flags["rule"] != "gradient" or flags["row_normalize"]),
+        (f"{long} takes no mask but the causal one", flags["masked"]),
     ]
 
 
@@ -197,7 +214,8 @@ def sizes_of(x: Any, carrier: Tensor) -> dict[str, int]:
 
 
 def flags_of(x: Any) -> dict[str, Any]:
-    return {"rule": x.rule, "row_normalize": x.row_normalize, **logit_flags(x)}
+    masked = x.attn_mask is not None or x.key_mask is not None
+    return {"rule": x.rule, "row_normalize": x.row_normalize, "masked": masked, **logit_flags(x)}
 
 
 def _plan(x: Any) -> DotPlan:

@@ -56,7 +56,9 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
 def causal_calls() -> Iterator[tuple[str, Callable[[], None]]]:
     """Calls of one head, counted as a whole: its programs have different lengths."""
     for tokens in (704, 4096):  # LLaVA-7B's, and many
-        yield f"backward causal bf16 {tokens} 128", lambda n=tokens: backward(BF16, 128, 1, tokens=n, heads=1, causal=True)
+        for language, kernels in (("", relevancy_attention), ("cuda sm_90 ", in_cuda)):
+            name = f"{language}backward causal bf16 {tokens} 128"
+            yield name, lambda n=tokens, k=kernels: backward(BF16, 128, 1, tokens=n, heads=1, causal=True, kernels=k)
 
 
 def compared_calls() -> Iterator[tuple[str, Callable[[], None]]]:

@@ -1,4 +1,6 @@
-"""relevancy_attention and relevancy_step by csrc/cuda/relevancy_attention.cu: short sequences."""
+"""relevancy_attention and relevancy_step by csrc/cuda/relevancy_attention.cu, for short sequences, and the backward pass of
+relevancy_attention by csrc/cuda/relevancy_attention_long.cu, for long ones on sm_90. Their forward pass is FlashAttention-2, as
+torch has it: it returns the log-sum-exp."""
 
 from __future__ import annotations
 
@@ -8,7 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlattn_fast._ground.tensors import as_dtype, empty_gradient, empty_rows_first, unit_stride, unit_strides, weigh_rows
+from vlattn_fast._ground.tensors import (
+    as_dtype,
+    empty_gradient,
+    empty_rows_first,
+    expand_heads,
+    rows_first,
+    unit_stride,
+    unit_strides,
+    weigh_rows,
+)
 from vlattn_fast.backends.cuda._shared_library import Masks, kernel, masks_of
 from vlattn_fast.backends.inputs import RelevancyAttentionBackwardInputs, RelevancyAttentionInputs, RelevancyStepInputs
 from vlattn_fast.backends.native import DTYPES, StridedTensor, Struct, address, each, strided
@@ -35,21 +46,29 @@ class Relevancy(Struct):
         ("relevancy", c_void_p),
         *each(RowWeight, "residual_weight attention_weight"),
         ("residual", c_bool),
-        *each(c_void_p, "r_abar row_sums rows"),
+        *each(c_void_p, "r_abar row_sums rows sums turns"),
     )
 
 
+SHORT = 256  # tokens of the kernels for short sequences, at most: MAX_ROWS
 _CARRIED = 4  # rows of r in a launch: MAX_CARRIED
+_QUERIES, _FEATURES = 64, 128  # of a tile of the kernel for long sequences
 _forward = kernel("relevancy_attention", Relevancy)
 _backward = kernel("relevancy_attention_backward", Relevancy)
 _step = kernel("relevancy_step", Relevancy)
+_long = kernel("relevancy_attention_long", Relevancy)
 
 
 def forward(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
     """out (B, H, N, Dv), a copy of the carrier (B, T, N), lse (B, H, N)."""
     query, key, value = unit_strides(inputs.query, inputs.key, inputs.value)
-    masks, _kept = masks_of(inputs, query, key)
     batch, heads, queries, _ = query.shape
+    if queries > SHORT:
+        aten, shared = torch.ops.aten, (expand_heads(key, heads), expand_heads(value, heads))
+        attend = aten._scaled_dot_product_flash_attention if query.is_cuda else aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = attend(query, *shared, 0.0, inputs.is_causal, scale=inputs.scale)[:2]
+        return rows_first(out), inputs.carrier.clone(), lse.contiguous()
+    masks, _kept = masks_of(inputs, query, key)
     out = empty_rows_first(query, heads, queries, value.shape[3])
     lse = query.new_empty(batch, heads, queries, dtype=torch.float32)
     rows = {"scale": inputs.scale, "out": strided(out), "lse": address(lse)}
@@ -67,6 +86,8 @@ def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, .
         direct = weigh_rows(grad_carrier, inputs.residual_weight).clone()
         grad_carrier = None
     grads: tuple[Tensor | None, ...] = (None, None, None)
+    if inputs.query.shape[2] > SHORT and grad_out is not None and heads > 0:
+        return _long_backward(inputs, grad_out, grad_carrier, direct)
     if inputs.need_inputs and grad_out is not None:
         grads = empty_gradient(query), empty_gradient(inputs.key), empty_gradient(inputs.value)
     elif grad_carrier is None:
@@ -80,6 +101,39 @@ def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, .
     row_members = {"out": strided(out), "residual": True, **grad_members}
     r_abar = _run_backward(_backward, inputs, grad_carrier, grad_out, inputs.value, lse, weights, **row_members)
     return *grads, r_abar if direct is None else direct, None
+
+
+def _long_backward(
+    inputs: RelevancyAttentionBackwardInputs, grad_out: Tensor, grad_carrier: Tensor | None, direct: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """`backward` of long sequences. All gradients come from one kernel, so each is computed."""
+    f32 = torch.float32
+    query, key, value, out, grad_out = map(_pieces, (inputs.query, inputs.key, inputs.value, inputs.out, grad_out))
+    (batch, heads, queries, _), key_heads = query.shape, key.shape[1]
+    tiles = -(-queries // _QUERIES)
+    grads = empty_gradient(query), empty_gradient(key), empty_gradient(value)
+    r = None if grad_carrier is None else as_dtype(grad_carrier, f32).contiguous()
+    shares = query.new_empty(batch, key_heads, 0 if r is None else r.shape[1], queries, dtype=f32)
+    lse = inputs.lse.contiguous()
+    weights = [None if x is None else as_dtype(x, f32) for x in (inputs.residual_weight, inputs.attention_weight)]
+    rows = query.new_empty(3, batch, heads, tiles * _QUERIES, dtype=f32)
+    sums = query.new_empty(batch, heads, tiles, _QUERIES * _FEATURES, dtype=f32)
+    turns = query.new_empty(batch * heads * tiles + 1, dtype=torch.int32)
+    members: dict[str, Any] = {"T": shares.shape[2], "relevancy": address(r), "r_abar": address(shares), "rows": address(rows)}
+    members |= {"sums": address(sums), "turns": address(turns), "lse": address(lse), "residual": True, "by_gradient": True}
+    members |= dict(zip(("residual_weight", "attention_weight"), map(_weight, weights), strict=True))
+    members |= dict(zip(("grad_query", "grad_key", "grad_value"), map(strided, grads), strict=True))
+    members |= {"out": strided(out), "grad_out": strided(grad_out), "scale": inputs.scale}
+    _long(query, Relevancy(**_attention(query, key, value), masks=Masks(causal=inputs.is_causal), **members))
+    needed = grads if inputs.need_inputs else (None, None, None)
+    return *needed, direct if r is None else shares.sum(1), None
+
+
+def _pieces(x: Tensor) -> Tensor:
+    """`x` (B, H, N, D), copied unless its rows begin at multiples of 16 bytes."""
+    steps = [step for size, step in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
+    fits = x.stride(-1) == 1 and all(step % 8 == 0 for step in steps) and x.data_ptr() % 16 == 0
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
 def step(inputs: RelevancyStepInputs) -> Tensor:
