@@ -111,11 +111,7 @@ class Request:
         chosen = method_of(method)
         model, tokenizer = unwrapped(model), tokenizer_of(processor)
         check_has_gradients(model)
-        if is_transformed():
-            raise RuntimeError(
-                "an explanation has no derivative: torch.func and torch.autograd.forward_ad.dual_level must be off. "
-                "Use va.nn.capture_relevancy(model, higher_order=True) for a relevancy with derivatives"
-            )
+        _check_no_derivative()
         embedded_by = "mean" if position is None or isinstance(position, Mapping) else position
         position = _checked_position(position, chosen, target)
         if answer is None:
@@ -259,6 +255,15 @@ def check_patches(patches: Any) -> PatchGrid | None:
     if patches is not None and not isinstance(patches, PatchGrid):
         raise TypeError(f"patches must be a va.PatchGrid(rows, columns, prefix=0); got {describe(patches)}")
     return patches
+
+
+def _check_no_derivative() -> None:
+    """RuntimeError within torch.func and forward mode."""
+    if is_transformed():
+        raise RuntimeError(
+            "an explanation has no derivative: torch.func and torch.autograd.forward_ad.dual_level must be off. "
+            "Use va.nn.capture_relevancy(model, higher_order=True) for a relevancy with derivatives"
+        )
 
 
 def _names_towers(adapter: Adapter, position: Mapping[str, Any]) -> bool:
