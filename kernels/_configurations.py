@@ -11,7 +11,8 @@ float mask, and of about 200 keys that a program has all of. Tiles of theirs tha
 instructions, spills included. With more than 128 features in float32 score_attention's forward pass spills up to 992 bytes, 5 %
 of its instructions on sm_90. None of the tiles tried was without spills, and the one with half of them took a third more
 instructions. r Abar of one row of 64 features in float32 spills 136 bytes on sm_90: 32 keys instead of 64 do not, and take 60 %
-more instructions. Additive scores in float32 keep one number out of registers while the loop over keys runs. Statistics of
+more instructions. Behind cosine it spills 80 bytes, and maps behind other scores spill 8 to 80 in float32 or under a mask.
+Additive scores in float32 keep one number out of registers while the loop over keys runs. Statistics of
 paged keys in float32 spill 8 to 104 bytes with 128 features, in the smallest tiles, and up to 784 with 256. A reason says what
 else decided. `make gpu PARTS=tiles` times others on a device, and stores what is faster in configurations.json, by architecture.
 Those come before the lines here.
