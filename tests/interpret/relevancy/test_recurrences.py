@@ -179,7 +179,7 @@ def test_padding_changes_nothing(method: str) -> None:
     model = made("KimiLinear" if method == "weighted" else "Qwen3Next", dtype=torch.float32)
     both = explain(model, INPUTS, method=method, target=[7, 7]).relevancy["language"]
     one = explain(model, {"input_ids": WORDS[1:, 3:]}, method=method, target=[7]).relevancy["language"]
-    torch.testing.assert_close(both[1, 3:], one[0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(both[1, 3:], one[0], rtol=1e-4, atol=1e-4 * float(one[0].abs().max()))
     assert not both[1, :3].any()
 
 
