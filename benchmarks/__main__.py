@@ -31,6 +31,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="Device. Default: cpu.")
     parser.add_argument("--quick", action="store_true", help="Use small sizes and few rounds; store results only with --out.")
     parser.add_argument("--no-compile", dest="compiled", action="store_false", help="Leave out variants under torch.compile.")
+    parser.add_argument(
+        "--variants", nargs="+", metavar="VARIANT", help="Only these variants, such as `triton SDPA FlexAttention`. Default: all."
+    )
     parser.add_argument("--rounds", type=int, help="Number of timed calls of each variant. Default: the benchmark's.")
     parser.add_argument("--out", type=Path, help="File to which results are added, .json, or a folder for <device>.json.")
     parser.add_argument("--list", action="store_true", help="Print the names of the benchmarks, and run none.")

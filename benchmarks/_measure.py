@@ -173,9 +173,9 @@ def operator_problem(
     return Problem(tensors, variants, "SDPA", truth, part, map_elements, floor, in_blocks=in_blocks)
 
 
-def compile_later(call: Callable[[Tensors], Any]) -> Callable[[Tensors], Any]:
+def compile_later(call: Callable[[Tensors], Any], mode: str | None = None) -> Callable[[Tensors], Any]:
     """torch.compile, which loads much, at the first call."""
-    made = functools.cache(lambda: torch.compile(call, dynamic=False))
+    made = functools.cache(lambda: torch.compile(call, dynamic=False, mode=mode))
     return lambda tensors: made()(tensors)
 
 

@@ -1,5 +1,6 @@
 """The rates of a machine, a second: operations of large products, bytes, exponentials. A CPU's are measured: those of arithmetic
-once a process and number type, that of memory at each call, since other programs share it. Those of GPUs are constants."""
+once a process and number type, that of memory at each call, since other programs share it. Those of GPUs are constants of their
+data sheets."""
 
 from __future__ import annotations
 
@@ -39,9 +40,14 @@ class Rates(NamedTuple):
         return sum(by.values()), next(reached, most)
 
 
-# In bfloat16: a product of 8,192 rows and a copy, both by torch
+# In bfloat16, by torch: a product of 8,192 rows, and a copy
 H200 = Rates(790e12, 4.3e12, 16 * CLOCK * SMS)
-GPUS = {"H200": H200, "H100 80GB HBM3": Rates(798e12, 3.0e12, 16 * CLOCK * SMS)}
+# Of the data sheets, which no program reaches: products of 16 bits on tensor cores without sparsity, and memory
+TENSOR_CORES = 989e12
+GPUS = {
+    name: Rates(TENSOR_CORES, memory, H200.exponentials, {"tensor cores": TENSOR_CORES})
+    for name, memory in (("H200", 4.8e12), ("H100 80GB HBM3", 3.35e12))
+}
 
 
 def rates(device: torch.device, dtype: torch.dtype) -> Rates | None:
@@ -51,7 +57,20 @@ def rates(device: torch.device, dtype: torch.dtype) -> Rates | None:
         products, exponentials = _arithmetic(dtype, threads)
         peaks = {name: peak * threads for name, peak in _peaks(dtype).items()}
         return Rates(max([products, *peaks.values()]), _memory(), exponentials, peaks)
-    return next((known for name, known in GPUS.items() if name in device_name(device)), None)
+    known = next((known for name, known in GPUS.items() if name in device_name(device)), None)
+    return known and known._replace(peaks={**known.peaks, "torch's product": _product_on_gpu()})
+
+
+@functools.cache
+def _product_on_gpu() -> float:
+    """FLOP/s of torch's product of 8,192 rows in bfloat16."""
+    square = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+
+    def product() -> None:
+        square @ square
+        torch.cuda.synchronize()
+
+    return 2 * len(square) ** 3 / _fastest(product)
 
 
 @functools.cache

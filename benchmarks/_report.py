@@ -16,7 +16,7 @@ from vlattn_fast.measuring.records import grouped, markdown, number
 
 Record = dict[str, Any]
 
-COLUMNS = ("variant", "p20", "p50", "p80 (ms)", "peak MiB", "error", "of bound", "of limit", "calls")
+COLUMNS = ("variant", "p20", "p50", "p80 (ms)", "host (ms)", "peak MiB", "error", "of bound", "of limit", "calls")
 BASELINES = ("reference", "reference compiled", "FlexAttention", "published", "maps stored, one backward", "SDPA, dense mask")
 SUMMARY = """The table compares our fastest backend with each baseline: *2.00x* means that the baseline takes twice as long.
 *reference* is the formula in eager mode, *reference compiled* the formula under torch.compile, *published* the procedure as its
@@ -42,6 +42,7 @@ them. The newest row of each variant is shown.
   `task_long`, whose error is not taken. On a GPU, events time a call behind queued work that hides the host.
 - *cuda*, *triton*, *sdpa* and *streaming* are backends of this package. *reference* is the formula with whole maps in eager mode.
   *published* is the procedure as its authors run it.
+- *host*: p50 of the time until a call for a GPU returns, which is what Python, torch and the launches cost.
 - *peak MiB*: the peak memory that one call adds, by torch's allocator on a GPU and by the process's resident set on a CPU.
 - *error*: the largest error of any output or compared gradient over its largest magnitude, against the formula in float64 on a
   part of the batch.
@@ -49,8 +50,9 @@ them. The newest row of each variant is shown.
 - *of limit*: the least time that the machine's rates allow, over p50, and the rate that is reached first: *FMA*, *pairs* of
   bfloat16 or *AMX* tiles are operations of these instructions on registers, *products* those of torch's large matrix product or
   convolution in the same number type where they are more, or where a row is older than these loops; then bytes from memory, and
-  torch's exponentials. A CPU's rates are measured in the same run; those of a GPU are constants, of torch's product and copy in
-  bfloat16 and of the special function units (`_rates.py`). A row is above 100 % where torch's product or exponential is slower
+  torch's exponentials. A CPU's rates are measured in the same run; those of a GPU are constants: of an H100 and an H200 the
+  data sheet's products in bfloat16 and bytes, and the special function units (`_rates.py`; older rows: torch's product and copy).
+  A table's head has torch's product in the same run, too. A row is above 100 % where torch's product or exponential is slower
   than the processor allows, where the caches hold a part of the data, or where other programs took memory's rate while it was
   measured. Every benchmark counts the least work of its operator (`floor` in `_measure.py`); older rows of `congruence_loss`
   have no share, since it was counted too high. The rest goes to exponentials beside the products, the passes over tiles between
@@ -227,9 +229,13 @@ def _table(records: Sequence[Record], origins: Sequence[str]) -> str:
     peaks = "".join(f"; {name} {peak:,} GFLOP/s" for name, peak in first.get("peaks", {}).items())
     about = f"{first['workload']}: {sizes}; {first['dtype']}; {_setting(first)}{peaks}; run {', '.join(map(str, runs))}."
     lines = [(f"*{record['variant']}*" if record["is_bound"] else record["variant"], *_cells(record)) for record in records]
+    titles = COLUMNS
+    if not _on_gpu(first):  # a call on a CPU has no other host
+        at = COLUMNS.index("host (ms)")
+        titles, lines = (*COLUMNS[:at], *COLUMNS[at + 1 :]), [(*line[:at], *line[at + 1 :]) for line in lines]
     by_note = grouped((record for record in records if "note" in record), lambda record: record["note"])
     notes = [f"{', '.join(one['variant'] for one in noted)}: {note}" for note, noted in by_note.items()]
-    return "\n".join([about, "", markdown(COLUMNS, lines), "", *(line for note in notes for line in (note, ""))])
+    return "\n".join([about, "", markdown(titles, lines), "", *(line for note in notes for line in (note, ""))])
 
 
 def _cells(record: Record) -> list[str]:

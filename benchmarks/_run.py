@@ -19,7 +19,8 @@ from vlattn_fast.benchmarks._records import RESULTS, append, check_path, provena
 from vlattn_fast.measuring.records import number
 
 COLUMNS = """
-p20, p50, p80: percentiles of the time of a call. MiB: what a call adds to memory at its peak.
+p20, p50, p80: percentiles of the time of a call. host: p50 of the time until a call for a GPU returns.
+MiB: what a call adds to memory at its peak.
 error: the largest error over the largest magnitude, against the formula in float64.
 of bound: p50 over that of the bound, marked *: plain SDPA, or a model without what is measured.
 of limit: the least time that the machine's rates allow, over p50, and the rate that is reached first (_rates.py).
@@ -42,12 +43,14 @@ def run(
     rounds: int | None = None,
     out: Path | None = None,
     compiled: bool = True,
+    variants: Sequence[str] | None = None,
     command: str = "",
 ) -> bool:
     """Measures, prints and stores; returns False where a backend of this package failed.
 
     Records go to `out`, a JSON file or a folder for <device>.json, by default benchmarks/results. A quick run stores none by
-    default, since its sizes differ from the report's. The progress goes to stderr.
+    default, since its sizes differ from the report's. The progress goes to stderr. `variants`: only these, of benchmarks that
+    have them.
     """
     if rounds is not None and rounds < 1:
         raise ValueError(f"rounds must be at least 1; got {rounds}")
@@ -59,14 +62,14 @@ def run(
         check_path(path)
     rows_go = "records are not stored (--out stores them)" if path is None else f"records go to {path}"
     print(f"{device_name(place)}, {torch.get_num_threads()} CPU threads; {rows_go}\n{COLUMNS}", flush=True)
-    passed, origin, start = True, {"device": device_name(place), **provenance(command)}, time.perf_counter()
+    passed, seen, origin, start = True, set[str](), {"device": device_name(place), **provenance(command)}, time.perf_counter()
     for done, benchmark in enumerate(benchmarks):
         print(_progress(done, len(benchmarks), time.perf_counter() - start, benchmark.name), file=sys.stderr, flush=True)
         try:
             if benchmark.isolated and place.type == "cpu" and not quick:
-                records = _isolated.measure(benchmark.name, rounds=rounds)
+                records = _isolated.measure(benchmark.name, variants, rounds=rounds)
             else:
-                records = Measurement(benchmark, place, quick=quick, rounds=rounds, compiled=compiled).run()
+                records = Measurement(benchmark, place, quick=quick, rounds=rounds, compiled=compiled, only=variants).run()
         except KeyboardInterrupt:
             kept = "" if path is None else f"; {path} keeps the others' records"
             left = " ".join(one.name for one in benchmarks[done:])
@@ -74,13 +77,16 @@ def run(
             raise
         records = [{**record, **origin} for record in records]
         show(records)
+        seen |= {record["variant"] for record in records}
         if path is not None:
             append(records, path)
         passed &= not any("not_run" in record and record["variant"] in OURS for record in records)
         if place.type == "cuda":
             torch.cuda.empty_cache()
+    if unknown := set(variants or ()) - seen:
+        print(f"\nvariants must be of a benchmark; none of these has {', '.join(sorted(unknown))}", file=sys.stderr)
     print(f"\n{len(benchmarks)} benchmarks in {_clock(time.perf_counter() - start)}", file=sys.stderr, flush=True)
-    return passed
+    return passed and not unknown
 
 
 def _progress(done: int, count: int, elapsed: float, name: str) -> str:
@@ -98,7 +104,7 @@ def show(records: Iterable[dict[str, Any]]) -> None:
         if n == 0:
             sizes = ", ".join(f"{name} {size}" for name, size in record["sizes"].items())
             print(f"\n{record['benchmark']}  ({sizes}, {record['dtype']})")
-            titles = ("p20 ms", "p50 ms", "p80 ms", "MiB", "error", "of bound")
+            titles = ("p20 ms", "p50 ms", "p80 ms", "host ms", "MiB", "error", "of bound")
             print(f"  {'variant':28}" + "".join(f"{title:>10}" for title in titles) + f"{'of limit':>19}")
         mark = " *" if record["is_bound"] else ""
         cells = [f"  not run: {record['not_run']}"] if "not_run" in record else [f"{one:>10}" for one in figures(record)]
@@ -107,10 +113,17 @@ def show(records: Iterable[dict[str, Any]]) -> None:
 
 
 def figures(record: dict[str, Any]) -> list[str]:
-    """The numbers of a record with a time: milliseconds, MiB, error, and p50 over that of the bound."""
+    """The numbers of a record with a time: milliseconds, the host's on a GPU, MiB, error, and p50 over that of the bound."""
     times = [f"{record[f'p{n}_us'] / 1e3:.3f}" for n in (20, 50, 80)]
-    peak = None if record["peak_bytes"] is None else record["peak_bytes"] / 2**20
-    return [*times, number(peak, ".1f"), number(record["error"], ".1e"), number(record["ratio_to_bound"], ".2f")]
+    host, peak = record.get("host_p50_us"), record["peak_bytes"]
+    host, peak = None if host is None else host / 1e3, None if peak is None else peak / 2**20
+    return [
+        *times,
+        number(host, ".3f"),
+        number(peak, ".1f"),
+        number(record["error"], ".1e"),
+        number(record["ratio_to_bound"], ".2f"),
+    ]
 
 
 def share_of_limit(record: dict[str, Any]) -> str:

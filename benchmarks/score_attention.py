@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ from vlattn_fast.benchmarks._workloads import (
 )
 from vlattn_fast.checking.blocks import NUMBERS
 
+FLEX, FLEX_FLASH = "FlexAttention", "FlexAttention FLASH"  # the latter with kernels of FlashAttention-4, if that is installed
 ACTIVATIONS = {"general tanh": torch.tanh, "general sigmoid": torch.sigmoid}
 
 
@@ -94,10 +96,9 @@ def build(kind: str, both: bool, sizes: Sizes, device: torch.device, dtype: torc
     maps = 4 if both else 2
     maps *= d if kind in ("additive", "hadamard relu", "hadamard tanh") else 1  # the formula holds features for every pair
     bound, floor = plain(partial(sdpa, is_causal=causal)), passes(sizes, dtype, *_floor(kind, d)[: 1 + both])
-    baselines = {}
+    baselines = dict[str, Variant]()
     if kind in ACTIVATIONS:
-        flex = _flex(ACTIVATIONS[kind], 1.0, causal, tensors["query"].shape[2], device)
-        baselines["FlexAttention"] = Variant(finish(flex), compiled=True)
+        baselines = _flex(ACTIVATIONS[kind], 1.0, causal, tensors["query"].shape[2], device, finish)
     return operator_problem(
         "score_attention", arguments, tensors, finish, maps, bound, _part, pairs(sizes), floor, baselines=baselines
     )
@@ -120,13 +121,13 @@ def build_dot(padding: bool, both: bool, sizes: Sizes, device: torch.device, dty
     tensors, causal = standard(sizes, randoms(device, dtype)), bool(sizes.get("causal"))
     b, _, n, d = tensors["query"].shape
     finish = finished(both, QKV, ("grad_output",))
-    visible, baselines = 1.0, {}
+    visible, baselines = 1.0, dict[str, Variant]()
     arguments, bound = _measure.taking(*QKV, is_causal=causal), finish(partial(sdpa, is_causal=causal))
     if padding:
         tensors["key_mask"] = (torch.arange(n, device=device) < n - n // 4).expand(b, n).contiguous()
         arguments, visible = _measure.taking(*QKV, "key_mask"), 1 - (n // 4) / n
     else:
-        baselines["FlexAttention"] = Variant(finish(_flex(None, d**-0.5, causal, n, device)), compiled=True)
+        baselines = _flex(None, d**-0.5, causal, n, device, finish)
     floor = passes(sizes, dtype, (2 * visible, 4, visible), (5 * visible, 8, visible))[: 1 + both]
     maps = 4 if both else 2
     return operator_problem(
@@ -218,20 +219,31 @@ def _part(name: str, x: Tensor) -> Tensor:
 
 
 def _flex(
-    activation: Callable[[Tensor], Tensor] | None, scale: float, causal: bool, n: int, device: torch.device
-) -> Callable[[Tensors], Tensor]:
-    """FlexAttention; with an activation as score_mod, over projected keys."""
+    activation: Callable[[Tensor], Tensor] | None,
+    scale: float,
+    causal: bool,
+    n: int,
+    device: torch.device,
+    finish: _measure.Finish,
+) -> dict[str, Variant]:
+    """FlexAttention; with an activation as score_mod, over projected keys. On a GPU it is autotuned, when it is compiled."""
     block_mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, n, n, device=device.type) if causal else None
 
-    def call(t: Tensors) -> Tensor:
+    def call(t: Tensors, **options: Any) -> Tensor:
         if activation is None:
-            plain: Tensor = flex_attention(t["query"], t["key"], t["value"], scale=scale, block_mask=block_mask)
+            plain: Tensor = flex_attention(t["query"], t["key"], t["value"], scale=scale, block_mask=block_mask, **options)
             return plain
         key = t["key"] @ t["key_weight"].mT + t["vector"]
-        modified: dict[str, Any] = {"score_mod": lambda score, b, h, i, j: activation(score), "block_mask": block_mask}
+        modified: dict[str, Any] = {"score_mod": lambda score, b, h, i, j: activation(score), "block_mask": block_mask, **options}
         return flex_attention(t["query"], key, t["value"], scale=scale, **modified)
 
-    return _measure.compile_later(call)
+    on_gpu = device.type == "cuda"
+    mode = "max-autotune-no-cudagraphs" if on_gpu else None
+    variants = {FLEX: Variant(finish(_measure.compile_later(call, mode)), compiled=True)}
+    if on_gpu and find_spec("flash_attn") and find_spec("flash_attn.cute"):
+        flash = partial(call, kernel_options={"BACKEND": "FLASH"})
+        variants[FLEX_FLASH] = Variant(finish(_measure.compile_later(flash)), compiled=True)
+    return variants
 
 
 BENCHMARKS = [

@@ -60,7 +60,7 @@ def test_the_report_shows_the_newest_rows(tmp_path):
     # ours, its time, how much longer the one baseline takes, the time over the bound's, both peaks
     summary = text.split("## How it was measured")[0]
     assert "| attention_map/attention/clip | triton | 1.234 | 2.00x | 1.75 | 40 % products | 3.0 | 9.0 |" in summary
-    assert "| triton | 1.000 | 1.234 | 1.500 | 3.0 | 1.5e-03 | 1.75 | 40 % products | 50 |" in text
+    assert "| triton | 1.000 | 1.234 | 1.500 | 0.020 | 3.0 | 1.5e-03 | 1.75 | 40 % products | 50 |" in text
     assert "| *SDPA* |" in text and "9.999" not in text and "gone" not in text
     assert "not run: out of memory" in text
     assert "On a CPU: not measured." in text and "On a GPU not measured: score_attention/" in text

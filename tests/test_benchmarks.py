@@ -303,6 +303,14 @@ def test_a_quick_run_is_smaller_and_stores_nothing_unless_told(only_congruence, 
         assert workload.sizes(torch.device("cuda"), quick=True) == dict(workload.full)
 
 
+def test_a_run_of_some_variants(only_congruence, tmp_path, capsys):
+    out = tmp_path / "rows.json"
+    assert _run.run(["congruence_loss"], quick=True, rounds=1, variants=["SDPA", "streaming"], out=out)
+    assert {row["variant"] for row in json.loads(out.read_text())} == {"SDPA", "streaming"}
+    assert not _run.run(["congruence_loss"], quick=True, rounds=1, variants=["SDPA", "FlashAttention"])
+    assert "variants must be of a benchmark; none of these has FlashAttention" in capsys.readouterr().err
+
+
 def test_a_run_that_is_stopped_says_how_it_goes_on(only_congruence, tmp_path, monkeypatch, capsys):
     (chosen,) = _run.choose([])
     monkeypatch.setattr(_run, "choose", lambda *_: [chosen] * 3)

@@ -55,3 +55,15 @@ def test_the_peak_of_fma_is_that_of_a_processor():
     if not native.library.exists or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip("no library, or no FMA")
     assert 1 < _rates._peaks(torch.float32)["FMA"] / (2 * GIGA) < 2 * 16 * 8
+
+
+@pytest.mark.parametrize("name, bytes_a_second", [("NVIDIA H100 80GB HBM3", 3.35e12), ("NVIDIA H200", 4.8e12)])
+def test_rates_of_gpus_are_those_of_their_data_sheets(monkeypatch, name, bytes_a_second):
+    """Beside what torch's product reaches, which is no limit."""
+    monkeypatch.setattr(_rates, "device_name", lambda device: name)
+    monkeypatch.setattr(_rates, "_product_on_gpu", lambda: 700e12)
+    rates = _rates.rates(torch.device("cuda"), torch.bfloat16)
+    assert rates.peaks == {"tensor cores": 989e12, "torch's product": 700e12}
+    assert rates.limit([(989e12, 0, 0)]) == (1, "tensor cores") and rates.limit([(0, bytes_a_second, 0)]) == (1, "memory")
+    monkeypatch.setattr(_rates, "device_name", lambda device: "NVIDIA H100 PCIe")
+    assert _rates.rates(torch.device("cuda"), torch.bfloat16) is None

@@ -24,7 +24,7 @@ from tests.helpers.releases import WITHOUT_PTX
 pytest.importorskip("ptx", reason=WITHOUT_PTX)
 from tools import building
 from tools.emulated.cuda import emulated
-from tools.gpu import full, launch, ncu, production, run, session, suite, tiles
+from tools.gpu import full, launch, lengths, ncu, production, run, session, suite, tiles
 from vlattn_fast.benchmarks.host import without_launches
 from vlattn_fast.checking import verify
 from vlattn_fast.kernels import _configurations
@@ -39,6 +39,8 @@ SELECT = "|".join(
         "attention_map/gradient(/uniter/|/clip)",
         "relevancy_attention/(gradient/uniter/bfloat16|step alone/uniter).cuda",
         "^attention_map map gradient D64",
+        "^relevancy_step$",
+        "^1024 tokens of 64",
         "test_launches",
         "(triton attention_map|cuda congruence_loss)$",
     )
@@ -145,6 +147,21 @@ def test_tiles_store_each_candidate_and_the_winner(rehearsed):
     assert table.exists() == won["changed"]
 
 
+def test_gluon_and_cudnn_store_times(rehearsed):
+    call, _ = rehearsed
+    (row,) = call.by_item("gluon").values()
+    assert row["passed"] and row["us"].keys() == row["ratios"].keys() == {
+        "Triton",
+        "Gluon, products ahead",
+        "Gluon, groups in turn",
+    }
+    rows = call.by_item("cudnn")
+    assert rows.keys() == {"1024 tokens of 64", "1024 tokens of 64, causal"}
+    for row in rows.values():
+        assert row["us"].keys() == {"ours", "cuDNN", "ours, forward+backward", "cuDNN, forward+backward"}
+        assert all(us > 0 for us in row["us"].values())
+
+
 def test_ncu_stores_times_stalls_and_pipes(rehearsed):
     call, (_, (_, said)) = rehearsed
     rows = call.by_item("ncu")
@@ -166,7 +183,8 @@ def test_ncu_stores_times_stalls_and_pipes(rehearsed):
 
 def test_benchmarks_store_their_rows(rehearsed):
     call, ((_, said), _) = rehearsed
-    assert [*call.by_item("benchmarks")] == ["attention_map/gradient/clip"], said
+    named = f"attention_map/gradient/clip{run.BESIDE}"
+    assert [*call.by_item("benchmarks")] == [named, "attention_map/gradient/clip"], said
     rows = {row["variant"]: row for row in json.loads((call.out / "cpu.json").read_text())}
     assert rows.keys() >= {"triton", "streaming", "published", "SDPA"}
     assert all(row["commit"] == "abc123" and row["dtype"] == "bfloat16" for row in rows.values())
@@ -257,14 +275,35 @@ def test_the_first_steps_fit_one_call_and_the_last_ones_leave_nothing_out(tree, 
         monkeypatch.setattr(tree, "run", asks)
         assert step.run(tree)
     for part, names in asked[True].items():
-        assert names and set(names) <= set(asked[False][part]), part
-    benchmarks = asked[False]["benchmarks"]
-    assert benchmarks[-1] == "host" and asked[True]["benchmarks"] == [*production.NAMED]
-    assert compiled["benchmarks"] == 2 * [*production.NAMED]  # before one of them is timed
+        assert names and {name.removesuffix(run.BESIDE) for name in names} <= set(asked[False][part]), part
+    benchmarks, named = asked[False]["benchmarks"], [f"{name}{run.BESIDE}" for name in production.NAMED]
+    assert benchmarks[-1] == "host" and asked[True]["benchmarks"] == named
+    assert compiled["benchmarks"] == [*named, *production.NAMED]  # before one of them is timed
     # plain dot products, whose rates docs/kernels.md estimates, come first
     assert [name.split("/")[1] for name in production.NAMED[:3]] == ["scaled dot, forward+backward", *["scaled dot, forward"] * 2]
     tests = asked[True]["tests"]
-    assert tests[0].startswith("tests/gpu/device_only.py") and tests[-1] == "memcheck triton score_attention uniter"
+    assert tests[0].startswith("tests/gpu/device_only.py") and tests[-1] == "memcheck triton score_attention uniter groups"
+
+
+def test_what_no_device_has_run_comes_first() -> None:
+    """Each case of an operator, each of its dtypes and each of its sizes once, by the rows that passed; masks last."""
+    every = production.untried([])
+    tried = {(check.operator, other) for check in every for other in (check.name, check.sizes, check.dtype)}
+    assert tried == {(check.operator, other) for check in production.checks() for other in (check.name, check.sizes, check.dtype)}
+    assert len(every) < len(production.checks()) / 2
+    masked = ["mask" in check.name for check in every]
+    assert masked == sorted(masked)
+    row = {"item": "score_attention/full causal by cuDNN/16384/bfloat16/triton", "passed": True}
+    left = [check.item for check in production.untried([row])]
+    assert "score_attention/full causal by cuDNN float16/16384/float16" in left
+    assert row["item"].removesuffix("/triton") not in left
+    assert len(production.untried([{**row, "passed": False}])) == len(every)
+    assert production.untried([{"item": f"{check.item}/triton", "passed": True} for check in every]) == []
+
+
+def test_each_call_of_a_model_has_its_dtype() -> None:
+    dtypes = {check.dtype for check in production.checks() if check.is_full}
+    assert dtypes == {torch.bfloat16, torch.float16, torch.float32}
 
 
 @pytest.mark.parametrize("hot", production.HOTTEST, ids=lambda hot: hot.name)
@@ -352,7 +391,7 @@ def test_kernels_are_built_for_the_architecture(tree, monkeypatch, number, targe
 
 
 def test_triton_kernels_are_checked_while_nvcc_compiles(tree, monkeypatch):
-    """The calls of models and each case once, before the CUDA C++ kernels; those after a failed build not at all."""
+    """What no device has run, before the CUDA C++ kernels; those after a failed build not at all."""
     asked, closed = [], []
     monkeypatch.setattr(tree, "run", lambda part, items, *_: asked.append([item["item"] for item in items]) or True)
     monkeypatch.setattr(tree, "close", lambda: closed.append(len(asked)))
@@ -365,7 +404,8 @@ def test_triton_kernels_are_checked_while_nvcc_compiles(tree, monkeypatch):
     for built in (True, False):
         tree.built = SimpleNamespace(done=lambda: False, result=lambda: pytest.fail("it waits"))
         assert run.verify(tree, first=True)
-        assert asked.pop() == [name for name in triton if "/full" in name or "/uniter/" in name] and not closed
+        first = asked.pop()
+        assert {*first} < {*triton} and first[0].startswith("score_attention/full") and not closed
         tree.built = SimpleNamespace(done=lambda: False, result=lambda built=built: built)
         assert run.verify(tree) == built
         assert asked.pop() == (everything if built else triton) and closed.pop() == 0  # workers that know no library
@@ -408,8 +448,14 @@ def test_the_winners_are_written_to_the_table(tree, tmp_path, monkeypatch):
     for name, facts in (("one", {}), ("two", {"changed": False}), ("three", {"passed": False})):
         right = {"passed": True, "changed": True, **facts}
         tree.store("tiles", {"item": name, "key": name, "winner": {"BLOCK_Q": 64}, **right})
+    for tokens in lengths.LENGTHS:
+        times = {"ours": 100.0, "cuDNN": 90.0 if tokens >= 4096 else 110.0}
+        tree.store(
+            "cudnn", {"item": str(tokens), "tokens": tokens, "features": 128, "is_causal": True, "us": times, "passed": None}
+        )
     run.write_table(tree)
-    expected = {"sm_80": {"x": small}, "sm_90": {"one": {"BLOCK_Q": 64}, "z": small}}
+    cudnn = {"score_attention cudnn True 128": {"FROM": 4096}}
+    expected = {"sm_80": {"x": small}, "sm_90": {"one": {"BLOCK_Q": 64}, **cudnn, "z": small}}
     assert json.loads(tree.options.table.read_text()) == expected
     assert json.loads((run.TREE / "vlattn_fast" / "kernels" / "configurations.json").read_text()) == expected
 
@@ -419,4 +465,4 @@ def test_an_unknown_part_is_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         run.main()
     assert end.value.code == 2
-    assert "PART must be one of verify, benchmarks, tests, tiles, ncu; got measure" in capsys.readouterr().err
+    assert "PART must be one of verify, tiles, gluon, benchmarks, cudnn, tests, ncu; got measure" in capsys.readouterr().err

@@ -30,8 +30,8 @@ def main() -> None:
     lay_out_tree()
     import_from_tree()
     os.environ["TRITON_CACHE_DIR"] = str(ROOT / "build" / "triton-cache")
+    from tools.compiled.tile_times import label
     from tools.gpu import production, tiles
-    from tools.gpu.tile_times import label
 
     made_of = tiles.made_of(options.architecture)
     for number, hot in enumerate(production.HOTTEST):

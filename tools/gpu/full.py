@@ -23,20 +23,23 @@ SIZES = {
     "clip": Sizes(577, 577, 64, 64, batch=64, heads=16, rows=1),  # CLIP ViT-L/14@336
     "siglip": Sizes(729, 729, 72, 72, batch=32, heads=16, rows=1),
     "llava": Sizes(704, 704, 128, 128, batch=4, heads=32, rows=1),
+    "2048": Sizes(2048, 2048, 128, 128, batch=1, heads=4, rows=1),
     "4096": Sizes(4096, 4096, 64, 64, batch=1, heads=1, rows=1),
+    "8192": Sizes(8192, 8192, 64, 64, batch=1, heads=1, rows=1),
     "16384": Sizes(16384, 16384, 128, 128, batch=1, heads=1, rows=1),
     "colpali": Sizes(regions=1030, words=32, features=128, images=64),
     "llama": Sizes(1024, 4096, 128, 128, heads=8),
 }
 CASES = ("maxsim", "paged_attention_statistics")  # their maps are small, and need no blocks
+DTYPES = {"float16": torch.float16, "float32": torch.float32}
 SHARED = 4  # query heads of a key head, where heads are grouped
 DROPOUT = 0.1
 WITHOUT_CUDNN = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 class Full(NamedTuple):
-    """A call. `what`: words of "causal", "grouped", "padding", "dropout" and "without cuDNN", whose forward pass is ours in any
-    case; for an operator of CASES the name of a case."""
+    """A call. `what`: words of "causal", "grouped", "padding", "dropout", a dtype, "by cuDNN", and "without cuDNN", whose forward
+    pass is ours in any case; for an operator of CASES the name of a case."""
 
     operator: str
     what: str
@@ -45,6 +48,10 @@ class Full(NamedTuple):
     @property
     def name(self) -> str:
         return f"full {self.what}".strip()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next((dtype for name, dtype in DTYPES.items() if name in self.what.split()), torch.bfloat16)
 
     def example(self, rehearsed: bool) -> Example:
         sizes, words = SIZES[self.sizes], self.what.split()
@@ -77,19 +84,22 @@ class Full(NamedTuple):
             case "attention_statistics":
                 del tensors["value"]
         call = in_blocks(OPERATORS[self.operator].call)
-        call = WITHOUT_CUDNN(call) if "cuDNN" in words else call
+        call = WITHOUT_CUDNN(call) if "without" in words else call
         return Example(call, self.name, tensors, options, in_float32=("carrier",))
 
 
 FULL = [
     Full(operator, what, sizes)
     for sizes, operator, kinds in (
-        ("clip", "score_attention", ("", "padding", "dropout")),
+        ("clip", "score_attention", ("", "padding", "dropout", "float16", "float32")),
         ("clip", "relevancy_attention", ("", "padding")),
         ("llava", "score_attention", ("causal", "causal grouped", "causal grouped dropout", "causal padding")),
         ("llava", "relevancy_attention", ("causal", "causal grouped", "causal padding")),
-        ("16384", "score_attention", ("", "causal", "causal without cuDNN")),
+        ("16384", "score_attention", ("", "causal by cuDNN", "causal by cuDNN float16", "causal without cuDNN")),
         ("16384", "relevancy_attention", ("causal",)),
+        ("2048", "relevancy_attention", ("causal", "causal float16", "causal float32")),
+        ("8192", "score_attention", ("",)),
+        ("8192", "relevancy_attention", ("causal",)),
         ("4096", "score_attention", ("", "causal dropout")),
         ("4096", "relevancy_attention", ("",)),
         ("siglip", "score_attention", ("",)),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tools.compiled.tile_times import PRODUCTS
 from tools.gpu import full
-from tools.gpu.tile_times import PRODUCTS
-from vlattn_fast import scores
 from vlattn_fast._ground.score_kinds import UNIT_KINDS
 from vlattn_fast.benchmarks import _measure
 from vlattn_fast.benchmarks._choice import MODULES, choose
+from vlattn_fast.benchmarks._gpu import GRAPH
+from vlattn_fast.benchmarks.score_attention import FLEX, FLEX_FLASH
 from vlattn_fast.checking import verify
 from vlattn_fast.checking.cases import Example, Sizes
 from vlattn_fast.checking.tolerance import Errors
@@ -70,11 +71,27 @@ def backends_of(operator: str) -> tuple[str, ...]:
     return BACKENDS if getattr(refuses, "func", None) is not no_kernel else ("streaming",)
 
 
+def untried(rows: Iterable[dict[str, Any]]) -> list[Check]:
+    """Checks that together try what no passed row has: an operator's case, an operator in a dtype, or at a size."""
+    known = {fact for row in rows if row["passed"] for fact in _facts(*row["item"].split("/")[:4])}
+    chosen = []
+    for check in checks():
+        facts = _facts(*check.item.split("/"))
+        if facts - known:
+            known |= facts
+            chosen.append(check)
+    return sorted(chosen, key=lambda check: "mask" in check.name)  # which decide less than scores, dtypes and lengths
+
+
+def _facts(operator: str, *others: str) -> set[tuple[str, str]]:
+    return {(operator, other) for other in others}
+
+
 @functools.cache
 def checks() -> list[Check]:
     """All checks: the calls of models, then each case in bfloat16 at the smallest size, then the remaining sizes and dtypes.
     Within a size the slowest come first: scores over hidden units, whose formula holds the units for every pair."""
-    model_checks = [Check(one.operator, one.name, one.sizes, torch.bfloat16) for one in full.FULL]
+    model_checks = [Check(one.operator, one.name, one.sizes, one.dtype) for one in full.FULL]
     planned = [
         Check(case.operator, case.name, sizes, dtype)
         for sizes in SIZES
@@ -97,8 +114,8 @@ def cases(sizes: str) -> list[Example]:
     made = verify.cases(sizes=chosen)
     by_name = {(case.operator, case.name): case for case in made}
     generator = torch.Generator().manual_seed(2)
-    general = by_name["score_attention", "general"]
-    tanh = replace(general, name="general tanh", arrange=_tanh(general))
+    tanh = _activated(by_name["score_attention", "general"], "tanh")
+    sigmoid = _activated(by_name["score_attention", "hadamard tanh"], "sigmoid")
     causal = by_name["score_attention", "scaled_dot causal"]
     dot = replace(causal, name="scaled_dot", options={})
     relevancy = by_name["relevancy_attention", "gradient"]
@@ -118,18 +135,21 @@ def cases(sizes: str) -> list[Example]:
         for case in (tanh, by_name["score_attention", "additive"], relevancy, *_of(made, "attention_map"), statistics)
         for kind in ("bool", "float")
     ]
-    return [*made, tanh, dot, one_row, one_row_step, two, *masked]
+    return [*made, tanh, sigmoid, dot, one_row, one_row_step, two, *masked]
 
 
 def _of(made: list[Example], operator: str) -> list[Example]:
     return [case for case in made if case.operator == operator]
 
 
-def _tanh(case: Example) -> Callable[[dict[str, Tensor]], dict[str, Any]]:
-    def arrange(t: dict[str, Tensor]) -> dict[str, Any]:
-        return {**case.arrange(t), "score": scores.General(t["weight"], t["bias"], activation="tanh")}
+def _activated(case: Example, activation: str) -> Example:
+    """The case with another activation of its score."""
 
-    return arrange
+    def arrange(t: dict[str, Tensor]) -> dict[str, Any]:
+        arranged = case.arrange(t)
+        return {**arranged, "score": replace(arranged["score"], activation=activation)}
+
+    return replace(case, name=f"{case.name.split()[0]} {activation}", arrange=arrange)
 
 
 def _one_row(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -278,6 +298,8 @@ HOTTEST = (
 )
 # The benchmarks that are timed first: plain dot products, whose rates docs/kernels.md estimates, and those of the launches above
 PLAIN = (f"{DOT}/clip", "score_attention/scaled dot, forward/llava", "score_attention/scaled dot, forward/highres")
+# of which the first step has ours, and the attentions of torch
+VARIANTS = [f"{name}{ending}" for name in ("triton", "SDPA", "SDPA cuDNN", FLEX, FLEX_FLASH) for ending in ("", GRAPH)]
 NAMED = tuple(dict.fromkeys((*PLAIN, *(hot.benchmark for hot in HOTTEST), "maxsim/forward+backward/colpali")))
 
 

@@ -2,20 +2,23 @@
 
     python -m tools.gpu.run [PART ...] [--device cuda] [--out benchmarks/results] [--minutes 9]        make gpu PARTS=verify
 
-verify:     every Triton and CUDA kernel against the formula, by the tolerance rule: outputs and gradients. Calls of the sizes of
-            models first, then each case at several sizes. Operators without a kernel run on `streaming`.
-benchmarks: all of `python -m vlattn_fast.benchmarks`: calls and CUDA graphs beside the compiled formula, FlexAttention, and each
-            of SDPA's kernels; the host's time. A variant of this package that breaks the rule has no time, and fails.
-tests:      tests that need a device, the tests of tests/ops/, tests/kernels/ and tests/cuda/, and the tools of
-            compute-sanitizer, where it is installed.
+verify:     every Triton and CUDA kernel against the formula, by the tolerance rule: outputs and gradients. First what no stored
+            row of a device has, then calls of the sizes of models, then each case at several sizes. Operators without a kernel
+            run on `streaming`.
 tiles:      tiles, warps and stages of the hottest launches by themselves (tiles.py); the fastest right ones go to
             kernels/configurations.json.
+gluon:      the trial of docs/gluon.md beside Triton's kernel.
+benchmarks: first ours beside SDPA and FlexAttention, then all of `python -m vlattn_fast.benchmarks`: calls and CUDA graphs, and
+            the host's time. A variant of this package that breaks the rule has no time, and fails.
+cudnn:      cuDNN's attention beside ours by length; from how many tokens on it is faster goes to kernels/configurations.json.
+tests:      tests that need a device, the tests of tests/ops/, tests/kernels/ and tests/cuda/, and the tools of
+            compute-sanitizer, where it is installed.
 ncu:        the time of each kernel, and stalls and pipes of the eight slowest by Nsight Compute, where it is installed.
 
 A call goes through ORDER, step by step, for --minutes. The first steps take items of each part, each step for its share of the
 call; the last ones take all the other items. Each check runs in a process of its own: one that hangs, crashes or runs out of
-memory costs its own row. Launches share a process, and so do benchmarks. An item that takes more than 30 s in the first steps
-comes again in the last ones, for 90 s.
+memory costs its own row. Timed launches share a process, and so do benchmarks. An item that takes more than 30 s in the first
+steps comes again in the last ones, for 90 s.
 
 Each row goes to OUT/gpu.json at once, on a device to benchmarks/results/ as well, with the tiles of its launches. Its `passed` is
 null where nothing was compared, timed or run, as where a backend refuses the call. A new call on the same sources continues where
@@ -51,6 +54,7 @@ from tools.gpu import ncu, session, suite
 from tools.gpu.session import LAST, ROOT, TREE, Item, Row, Session, Worker, failed, hung
 
 SLOWEST = 8
+BESIDE = ", beside SDPA"  # ends the name of a benchmark with few variants
 MINUTES = 9.0  # of a call; a lent machine runs a command for ten
 REHEARSED = 600.0  # seconds of an item in a rehearsal
 CPU_TRIES = 2  # candidates of a launch in a rehearsal
@@ -181,13 +185,12 @@ def build(run: Session) -> bool:
 
 
 def verify(run: Session, first: bool = False) -> bool:
-    """`first`: the calls of models and the cases at the smallest size, without CUDA C++, which nvcc compiles meanwhile."""
+    """`first`: what no device has run, by the stored rows, without CUDA C++, which nvcc compiles meanwhile."""
     from tools.gpu import production
 
-    checks = [(check, backend) for check in production.checks() for backend in production.backends_of(check.operator)]
-    if first:
-        smallest = next(iter(production.SIZES))
-        checks = [(check, name) for check, name in checks if name != "cuda" and (check.is_full or check.sizes == smallest)]
+    chosen = production.untried(run.ever("verify")) if first else production.checks()
+    checks = [(check, backend) for check in chosen for backend in production.backends_of(check.operator)]
+    checks = [(check, name) for check, name in checks if name != "cuda" or not first]
     items = [
         {"item": f"{one.item}/{backend}", "sizes": one.sizes, "backend": backend, **({"limit": LAST} if one.is_full else {})}
         for one, backend in checks
@@ -200,11 +203,13 @@ def verify(run: Session, first: bool = False) -> bool:
 # --- ncu ---
 
 
-def profile(run: Session) -> bool:
+def profile(run: Session, most: int = SLOWEST) -> bool:
+    """`most`: kernels that Nsight Compute takes, the slowest of them; then also fewer calls."""
     from tools.gpu import production
 
     run.with_library()
-    items = [{"item": f"{name} {backend}", "call": name, "backend": backend} for name, backend in production.calls()]
+    calls = production.calls() if most == SLOWEST else [(name, "triton") for name in production.NAMED[:most]]
+    items = [{"item": f"{name} {backend}", "call": name, "backend": backend} for name, backend in calls]
     items = run.selected(items)
     prepare(run, "ncu", items)
     done = run.run("ncu", items, run.worker)
@@ -217,7 +222,7 @@ def profile(run: Session) -> bool:
     if program is None:
         run.lacks("ncu", "ncu")  # times of kernels alone
         return done
-    slowest = sorted(times.values(), key=lambda task: -task["us"])[:SLOWEST]
+    slowest = sorted(times.values(), key=lambda task: -task["us"])[:most]
     return done and run.run("ncu", slowest, lambda: lambda item, seconds: _stalls(run, program, item, seconds))
 
 
@@ -241,19 +246,43 @@ def _stalls(run: Session, program: str, item: Item, seconds: float) -> Row:
 
 
 def benchmarks(run: Session, first: bool = False) -> bool:
-    """`first`: the named ones. The other operators' come next, then tasks, and lengths last."""
-    from tools.gpu.production import NAMED
+    """`first`: the named ones, ours beside SDPA and FlexAttention alone. Then all variants of all: operators, tasks, lengths."""
+    from tools.gpu.production import NAMED, VARIANTS
     from vlattn_fast.benchmarks._choice import choose
 
     run.with_library()
     names = [benchmark.name for benchmark in choose([], "cuda")]
     rank = {name: (NAMED.index(name) if name in NAMED else len(NAMED), name.startswith("scaling/")) for name in names}
-    names = [*sorted(names, key=rank.__getitem__)[: len(NAMED) if first else None], *([] if first else ["host"])]
-    items = run.selected([{"item": name} for name in names])
-    prepare(run, "benchmarks", [item for item in items if item["item"] in NAMED])
+    items: list[Item] = [{"item": name} for name in (*sorted(names, key=rank.__getitem__), "host")]
+    if first:
+        items = [{"item": f"{name}{BESIDE}", "benchmark": name, "variants": VARIANTS} for name in NAMED]
+    items = run.selected(items)
+    prepare(run, "benchmarks", [item for item in items if first or item["item"] in NAMED])
     done = run.run("benchmarks", items, run.worker)
     run.close()  # the worker has touched the device, and cannot be forked any more
     return done
+
+
+# --- cuDNN by length, and the trial in Gluon ---
+
+
+def cudnn(run: Session) -> bool:
+    """Both passes at each length; the table of lengths when all are known."""
+    from tools.gpu.lengths import EVERY
+
+    items = run.selected([{"item": one.item, **one._asdict()} for one in EVERY])
+    try:
+        return run.run("cudnn", items, run.worker)
+    finally:
+        run.close()
+        write_table(run)
+
+
+def gluon(run: Session) -> bool:
+    try:
+        return run.run("gluon", run.selected([{"item": "relevancy_step"}]), run.worker)
+    finally:
+        run.close()
 
 
 # --- tiles ---
@@ -311,8 +340,12 @@ def _tuned(run: Session, first: bool) -> bool:
 
 
 def write_table(run: Session) -> None:
-    """Writes the winners of the stored rows that are right into the table, here and in the tree, which later parts read."""
+    """Writes the fastest right tiles, and the lengths from which cuDNN is faster, into the table, here and in the tree, which
+    later parts read."""
+    from tools.gpu.lengths import chosen
+
     winners = {row["key"]: row["winner"] for row in run.known("tiles").values() if row.get("changed") and row["passed"]}
+    winners |= chosen([row for row in run.known("cudnn").values() if "us" in row])
     if not winners:
         return
     table = json.loads(run.options.table.read_text()) if run.options.table.exists() else {}
@@ -340,14 +373,20 @@ class Step(NamedTuple):
 
 REST = math.inf
 ORDER = (
-    Step("verify", "calls of models, and each case of Triton once", 110, partial(verify, first=True)),
-    Step("benchmarks", "the named ones", 200, partial(benchmarks, first=True)),
-    Step("tests", "what only a device shows", 75, suite.device_only),
-    Step("tiles", "launches that had one program an SM", 90, partial(tiles, first=True)),
-    Step("tests", "memcheck of one operator", 60, suite.memcheck),
+    Step("verify", "what no device has run", 60, partial(verify, first=True)),
+    Step("tiles", "launches that had one program an SM, or no time", 120, partial(tiles, first=True)),
+    Step("gluon", "the trial beside Triton's kernel", 30, gluon),
+    Step("benchmarks", "the named ones, beside SDPA and FlexAttention", 180, partial(benchmarks, first=True)),
+    Step("cudnn", "cuDNN beside ours by length", 60, cudnn),
+    Step("tests", "what only a device shows", 50, suite.device_only),
+    Step("tests", "memcheck of paged keys and of a bias of groups", 40, suite.memcheck),
+    Step("tests", "racecheck", REST, suite.racecheck),
+    Step("ncu", "three calls", REST, partial(profile, most=3)),
     Step("verify", "all", REST, verify),
-    Step("benchmarks", "all", REST, benchmarks),
     Step("tiles", "all", REST, tiles),
+    Step("cudnn", "all", REST, cudnn),
+    Step("gluon", "all", REST, gluon),
+    Step("benchmarks", "all", REST, benchmarks),
     Step("tests", "all", REST, suite.everything),
     Step("ncu", "all", REST, profile),
 )

@@ -138,6 +138,12 @@ class Session:
                     latest[row["item"]] = row
         return latest
 
+    def ever(self, part: str) -> list[Row]:
+        """The rows of a part on any GPU, of whatever sources."""
+        path = STORED / ROWS
+        rows: list[Row] = json.loads(path.read_text()) if path.exists() else []
+        return [row for row in rows if row["part"] == part and not row["device"].startswith("CPU")]
+
     def store(self, part: str, row: Row) -> None:
         """Stores a row of a part. The `rows` of a benchmark go to the file of the device first."""
         with self._lock:

@@ -15,6 +15,8 @@ from tools.gpu.session import LAST, TREE, Item, Row, Session, hung
 BYTES_AN_ITEM = 5000  # characters of test files in an item
 DEVICE_ONLY, DEVICE_ONLY_SHARDS = "tests/gpu/device_only.py", 12
 NO_TESTS = 5  # pytest's status: a file may have fewer tests than items, or no test of a device
+# backend, operator, sizes, names of cases
+FIRST_SANITIZED = [("triton", "paged_attention_statistics", "uniter"), ("triton", "score_attention", "uniter", "groups")]
 SIDE_BY_SIDE = 4  # operators under one tool of compute-sanitizer
 # A process that loads torch calls CUDA late, and compute-sanitizer's default wait is 10 s. A failed query of torch to the driver
 # is no error; errors of kernels count.
@@ -30,8 +32,12 @@ def device_only(run: Session) -> bool:
 
 
 def memcheck(run: Session) -> bool:
-    """One operator, at the size whose kernels `verify` has compiled."""
-    return sanitize(run, ["memcheck"], [("triton", "score_attention", "uniter")])
+    """What reads addresses from a table, and what no device has run, at the size whose kernels `verify` has compiled."""
+    return sanitize(run, ["memcheck"], FIRST_SANITIZED)
+
+
+def racecheck(run: Session) -> bool:
+    return sanitize(run, ["racecheck"], [*FIRST_SANITIZED, ("triton", "relevancy_attention", "uniter", "gradient")])
 
 
 def everything(run: Session) -> bool:
@@ -47,7 +53,7 @@ def everything(run: Session) -> bool:
     done &= pytests(run, [_shard(file, i, n) for file, n in counts.items() for i in range(n)])
     kernels = [(backend, operator) for backend in BACKENDS for operator in OPERATORS if backend != "cuda" or run.library.exists()]
     kernels = [(backend, operator) for backend, operator in kernels if find_spec(OPERATORS[operator].backends[backend].module)]
-    return memcheck(run) and sanitize(run, list(TOOLS), kernels) and done
+    return memcheck(run) and racecheck(run) and sanitize(run, list(TOOLS), kernels) and done
 
 
 def pytests(run: Session, items: list[Item]) -> bool:

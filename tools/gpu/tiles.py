@@ -26,10 +26,10 @@ from typing import Any
 import torch
 
 from tools.compiled.table import programs, usage
+from tools.compiled.tile_times import Config, Tile, cycles, label, repeats
 from tools.gpu import launches, production
 from tools.gpu.production import Hot
 from tools.gpu.session import ROOT, sources
-from tools.gpu.tile_times import Config, Tile, cycles, label, repeats
 from vlattn_fast.benchmarks._launches import Launch
 from vlattn_fast.checking import verify
 from vlattn_fast.checking.cases import Example

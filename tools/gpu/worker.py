@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from tools.gpu import full, launches, production, tiles
+from tools.gpu import full, gluon, launches, lengths, production, tiles
 from tools.gpu.session import ROW, Item, Row, emulate, hung
 from vlattn_fast.benchmarks._choice import choose
 from vlattn_fast.benchmarks._formula import OURS, WRONG
@@ -42,7 +42,7 @@ def main(device: str) -> None:
     emulate()  # once, for all processes
     for line in sys.stdin:
         start, item = time.monotonic(), json.loads(line)
-        shared = item["part"] in ("tiles", "benchmarks")
+        shared = item["part"] in ("tiles", "benchmarks", "cudnn", "gluon")
         if item.get("sizes") in production.SIZES:
             production.cases(item["sizes"])  # made once, for all processes
         row = answered(item, device) if shared else apart(item, device)
@@ -54,6 +54,7 @@ def main(device: str) -> None:
 
 def answered(item: Item, device: str) -> Row:
     parts = {"verify": verified, "ncu": kernels, "ncu compiled": compiled, "benchmarks": benchmarked}
+    parts |= {"cudnn": lengths.measured, "gluon": gluon.measured}
     parts |= {"benchmarks compiled": compiled_variants, "tiles": tiles.tried, "tiles compiled": tiles.compiled}
     try:
         return parts[item["part"]](item, device)
@@ -185,15 +186,16 @@ def compiled_variants(item: Item, device: str) -> Row:
     if device == "cuda":
         problem = measurement(item, device, only=[]).problem
         names = [name for name, variant in problem.variants.items() if variant.compiled or name in OURS]
-        measurement(item, device, only=names)
+        measurement(item, device, only=[name for name in names if name in item.get("variants", names)])
     return {"passed": True}
 
 
 def measurement(item: Item, device: str, only: list[str] | None = None) -> Measurement:
-    """The benchmark with few rounds; with `only`, these variants, without comparing anything."""
-    (benchmark,) = choose([item["item"]])
+    """The benchmark with few rounds and, where the item names them, few variants; with `only`, these variants, without comparing
+    anything."""
+    (benchmark,) = choose([item.get("benchmark", item["item"])])
     quick = {"quick": True, "rounds": 1, "compiled": False} if device == "cpu" else {"rounds": QUICK_ROUNDS["cuda"]}
-    known = {} if only is None else {"only": only, "truth": {}}
+    known = {"only": item.get("variants")} if only is None else {"only": only, "truth": {}}
     with production.emulated_too():
         return Measurement(benchmark, torch.device(device), dtype=benchmark.cuda_dtype, **quick, **known)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tools.gpu import tile_times
-from tools.gpu.tile_times import Tile, cycles, estimates, rank_correlation, timed
+from tools.compiled import tile_times
+from tools.compiled.tile_times import Tile, cycles, estimates, rank_correlation, timed
 
 TIMED = timed()
 

@@ -1,6 +1,6 @@
 """Which tiles are fast on an H100: an estimate from what the compiler says of a kernel, without a device.
 
-    python -m tools.gpu.tile_times    # beside the tiles that an H100 has timed: rank correlations
+    python -m tools.compiled.tile_times    # beside the tiles that an H100 has timed: rank correlations
 
 `python -m tools.gpu.ahead --tiles REGEX` compiles tiles of the hot launches whose names match, and prints the best by it.
 

@@ -1,0 +1,92 @@
+"""cuDNN's attention beside ours by length: forward, which the line `score_attention cudnn` of kernels/_configurations.py decides
+by, and forward with backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import vlattn_fast as va
+from tools.gpu import launches
+from tools.gpu.full import WITHOUT_CUDNN
+
+Row = dict[str, Any]
+LENGTHS, FEATURES = (1024, 2048, 4096, 8192, 16384), (64, 128)
+TOKENS, WIDTH = 16384, 2048  # of all samples, and of all heads
+NEVER = 2**31  # tokens: more than a call has
+SAVES = 0.03
+
+
+class Length(NamedTuple):
+    tokens: int
+    features: int
+    is_causal: bool
+
+    @property
+    def item(self) -> str:
+        return f"{self.tokens} tokens of {self.features}{', causal' if self.is_causal else ''}"
+
+
+EVERY = [Length(tokens, features, causal) for features in FEATURES[::-1] for causal in (True, False) for tokens in LENGTHS]
+
+
+def measured(item: dict[str, Any], device: str) -> Row:
+    """Microseconds of both. On a CPU few tokens of one head, and torch's attention in place of cuDNN's."""
+    length, emulated = Length(item["tokens"], item["features"], item["is_causal"]), device == "cpu"
+    tokens = length.tokens // 64 if emulated else length.tokens
+    batch, heads = (1, 1) if emulated else (TOKENS // tokens, WIDTH // length.features)
+    shape = (batch, heads, tokens, length.features)
+    leaves = [torch.randn(shape, device=device, dtype=torch.bfloat16).requires_grad_() for _ in range(3)]
+    grad = torch.randn_like(leaves[0])
+
+    def ours(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out: Tensor = va.score_attention(query, key, value, is_causal=length.is_causal, return_lse=True, backend="triton")[0]
+        return out
+
+    def cudnn(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=length.is_causal)
+
+    by_cudnn: AbstractContextManager[Any] = nullcontext() if emulated else sdpa_kernel(SDPBackend.CUDNN_ATTENTION)
+    both = {"ours": (ours, WITHOUT_CUDNN), "cuDNN": (cudnn, by_cudnn)}
+
+    def forward(call: Callable[..., Tensor], within: AbstractContextManager[Any]) -> Callable[[], Any]:
+        @torch.no_grad()
+        def run() -> Any:
+            with within:
+                return call(*leaves)
+
+        return run
+
+    def backward(call: Callable[..., Tensor], within: AbstractContextManager[Any]) -> Callable[[], Any]:
+        def run() -> Any:
+            with within:
+                return torch.autograd.grad(call(*leaves), leaves, grad)
+
+        return run
+
+    calls = {name: forward(*one) for name, one in both.items()}
+    calls |= {f"{name}, forward+backward": backward(*one) for name, one in both.items()}
+    seconds = launches.in_turns([[call] for call in calls.values()], device)
+    times = {name: round(each * 1e6, 3) for name, each in zip(calls, seconds, strict=True)}
+    facts = {**length._asdict(), "batch": batch, "heads": heads, "timed_by": launches.TIMED_BY[device]}
+    return {"passed": None, **facts, "us": times}
+
+
+def chosen(rows: Sequence[Row]) -> dict[str, dict[str, int]]:
+    """Configurations by these rows: from how many tokens on cuDNN's forward pass is faster at each length. Only where all lengths
+    are measured."""
+    table = {}
+    for features in FEATURES:
+        for causal in (True, False):
+            mine = {row["tokens"]: row["us"] for row in rows if (row["features"], row["is_causal"]) == (features, causal)}
+            if mine.keys() == set(LENGTHS):
+                loses = [n for n in LENGTHS if mine[n]["cuDNN"] >= (1 - SAVES) * mine[n]["ours"]]
+                least = next((n for n in LENGTHS if n > max(loses, default=0)), NEVER)
+                table[f"score_attention cudnn {causal} {features}"] = {"FROM": least}
+    return table
