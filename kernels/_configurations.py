@@ -286,6 +286,7 @@ LINES: dict[str, list[Line]] = {
         _line((32, 64, 4, 3), _THIRD, architecture="sm_90", masked=False, block_t=1, size=64),
         _line((64, 64, 4, 2), _SHORT_KEYS, masked=False, block_t=1, M=512, size=64),
         _line((32, 64, 4, 2), "and a mask's addresses, or rows of r, take registers", M=512, size=64),
+        _line((32, 64, 4, 3), _ESTIMATED, architecture="sm_90", size=64),
         _line((64, 128, 8, 2), "128 keys read Q and dO half as often as 64", masked=False, block_t=16, size=64),
         _line((32, 128, 8, 2), "a mask's addresses, or 64 rows of r, take registers", size=64),
         _line((32, 64, 4, 3), _ESTIMATED, architecture="sm_90", masked=False, block_t=1, size=128),
@@ -359,6 +360,7 @@ LINES: dict[str, list[Line]] = {
             for size, stages, by_gradient, by_attention in ((64, 2, 2, 3), (128, 1, 1, 2))
             for line in (
                 _line((64, 64, 4, stages), "holds whole rows", M=64, size=size),
+                *[_line((64, 32, 4, 2), _ESTIMATED, architecture="sm_90", masked=True, size=64)][: size == 64],
                 _line((128, 32, 8, 1), _MASK, masked=True, size=size),
                 _line((64, 128, 8, stages), "holds whole rows; P and dP take registers", rule="gradient", M=128, size=size),
                 _line((64, 128, 4, stages), "holds whole rows", M=128, size=size),
@@ -381,8 +383,9 @@ LINES: dict[str, list[Line]] = {
         *_FLOAT32_FORWARD,
         _line((64, 32, 4, 1), _MASK, masked=True, size=128),
         _line((64, 64, 4, 2), _SHORT, groups=32, N=512, size=128),
-        _line((128, 64, 8, 3), _THIRD, architecture="sm_90", groups=32, size=64),
+        _line((64, 64, 4, 3), _ESTIMATED, architecture="sm_90", groups=32, size=64),
         _line((128, 64, 8, 2), "128 rows read K half as often as 64", groups=32, size=128),
+        _line((64, 64, 4, 2), _ESTIMATED, architecture="sm_90", size=128),
         _line((128, 32, 8, 2), "sums of 64 groups take registers", size=128),
         _line((32, 32, 4, 1), "rows of 256 features fill shared memory"),
     ],

@@ -283,7 +283,8 @@ def _divergence_launch(
 ) -> tuple[int, dict[str, Any]]:
     """The tiles of a sample, and the named arguments that all launches with this metadata share."""
     blocks = [block_size(size) for size in sizes]
-    rows = [32 if whole else max(1, 2048 // block) for block in blocks]
+    few = 16 if kind == "iais_distributed" else 32  # with 32 rows an SM of sm_90 holds one program, with 16 it holds two
+    rows = [few if whole else max(1, 2048 // block) for block in blocks]
     light = kind == "iais_singular" and whole and not grad  # eight warps would spill under Triton 3.6
     num_warps = 4 if light else 8 if max(blocks) <= 2048 else 16
     constants = _Divergence(kind, masked, whole, 0 in sides, 1 in sides, *blocks, *rows)

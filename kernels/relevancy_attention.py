@@ -268,7 +268,6 @@ def _step_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
     BLOCK_EDGE: tl.constexpr,
-    AHEAD: tl.constexpr = 0,
 ):
     """r Abar of a tile of keys j of one head, for one row r, by a pass over its queries i.
 
@@ -277,8 +276,6 @@ def _step_kernel(
                                                    whose score is any function of a product
 
     Tiles are [q,kv]: so a thread has few rows, whose shift and r it loads. It adds up tiles of r_i E_ij, and rows at the end.
-    AHEAD: away from the edge a round takes two tiles, and the products of one run beside the exponentials of the other. With one
-    tile a round a product would change registers in flight: ptxas then waits for each instruction of it.
     """
     N, M = x.N, x.M
     i_kv, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(M, BLOCK_KV), x.H, C.GROUP_K)
@@ -306,23 +303,9 @@ def _step_kernel(
     tiles = (end - whole) // BLOCK_Q  # away from the edge
     if C.MASK >= GROUP_BIAS:
         tiles = tl.maximum(tiles, 0)
-    if AHEAD:
-        tiles = tl.maximum((tiles + 1) // 2 * 2 - 1, 0)  # one, and two in each round
     length = tiles * BLOCK_Q
     b_r_abar = tl.zeros([BLOCK_KV], dtype=tl.float32)
-    if AHEAD:
-        if tiles > 0:
-            b_sum = tl.zeros([BLOCK_Q, BLOCK_KV], dtype=tl.float32)
-            # both halves of the warps compute it: Triton has another layout before a loop of products than in it
-            b_x, b_dp = _products(x, rows, keys_of, whole, BY_GRADIENT, False, C, BLOCK_Q)
-            for start in range(whole, whole + length - BLOCK_Q, 2 * BLOCK_Q):
-                b_x_2, b_dp_2 = _products(x, rows, keys_of, start + BLOCK_Q, BY_GRADIENT, False, C, BLOCK_Q)
-                b_sum = _add_tile(b_sum, b_x, b_dp, x, stats, rows, keys_of, start, BY_GRADIENT, False, C)
-                b_x, b_dp = _products(x, rows, keys_of, start + 2 * BLOCK_Q, BY_GRADIENT, False, C, BLOCK_Q)
-                b_sum = _add_tile(b_sum, b_x_2, b_dp_2, x, stats, rows, keys_of, start + BLOCK_Q, BY_GRADIENT, False, C)
-            b_sum = _add_tile(b_sum, b_x, b_dp, x, stats, rows, keys_of, whole + length - BLOCK_Q, BY_GRADIENT, False, C)
-            b_r_abar += tl.sum(b_sum, axis=0)
-    for EDGE in tl.static_range(1 if AHEAD else 0, 2):
+    for EDGE in tl.static_range(0, 2):
         b_sum = tl.zeros([BLOCK_EDGE if EDGE else BLOCK_Q, BLOCK_KV], dtype=tl.float32)
         # at the edge `start` goes over the queries as if those away from it were not there
         for start in range(first if EDGE else whole, end - length if EDGE else whole + length, BLOCK_EDGE if EDGE else BLOCK_Q):

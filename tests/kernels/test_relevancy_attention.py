@@ -45,18 +45,12 @@ def test_masks_over_several_tiles(mask: str) -> None:
 
 
 class OneRow(dict[str, Any]):
-    """Tiles of 16 x 32 in r Abar of one row, whose products may run ahead."""
-
-    def __init__(self, ahead: int) -> None:
-        super().__init__(unused={})
-        self.ahead = ahead
+    """Tiles of 16 x 32 in r Abar of one row."""
 
     def get(self, key: str, default: Any = None) -> Any:
-        tiles = {"BLOCK_Q": 16, "BLOCK_KV": 32, "AHEAD": self.ahead}
-        return {**default, **tiles} if key.startswith("relevancy_attention step ") else default
+        return {**default, "BLOCK_Q": 16, "BLOCK_KV": 32} if key.startswith("relevancy_attention step ") else default
 
 
-@pytest.mark.parametrize("ahead", (0, 1))
 @pytest.mark.parametrize(
     "n, m, options",
     [
@@ -71,8 +65,8 @@ class OneRow(dict[str, Any]):
     ],
     ids=str,
 )
-def test_one_row_without_gradients(n: int, m: int, options: dict[str, Any], ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_configurations, "OVERRIDES", OneRow(ahead))
+def test_one_row_without_gradients(n: int, m: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_configurations, "OVERRIDES", OneRow(unused={}))
     heads = {"query": (4, n, 8), "key": (2, m, 8), "value": (2, m, 6), "grad_output": (4, n, 6)}
     inputs = {"relevancy": torch.randn(2, 1, n), **{name: torch.randn(2, *shape) for name, shape in heads.items()}}
     masks = {"key_mask": torch.rand(2, m) > 0.3, "attn_mask": torch.rand(4, n, m) > 0.3}
@@ -84,10 +78,9 @@ def test_one_row_without_gradients(n: int, m: int, options: dict[str, Any], ahea
     assert_all_close_to(made, formula, inputs, scales={"out0": 1e-3}, grads=False)
 
 
-@pytest.mark.parametrize("ahead", (0, 1))
-def test_infinite_values_and_gradients_of_one_row(ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_infinite_values_and_gradients_of_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last tile of queries has padding, whose products with them are NaN."""
-    monkeypatch.setattr(_configurations, "OVERRIDES", OneRow(ahead))
+    monkeypatch.setattr(_configurations, "OVERRIDES", OneRow(unused={}))
     relevancy, query, key, value = torch.rand(1, 1, 50), *(torch.randn(1, 1, 50, 8) for _ in range(3))
     value[:, :, 3] = -torch.inf
     grad_output = torch.rand(1, 1, 50, 8) + 0.1

@@ -3,9 +3,10 @@
     python -m tools.gpu.ahead [--architecture 90] [--processes 2] [--tiles REGEX]
 
 Triton finds a compiled kernel by its source and by Triton's own files. So the Python of this process needs the minor version of
-the other machine's, and the same wheels of torch and Triton. build/kernels.tar.xz then holds the kernels of the first step of
-`verify`, of the named benchmarks, and of the candidates of `tiles`; `make gpu` unpacks it there. With --tiles it compiles only
-candidates of the hot launches whose names match, and prints them, the best by the estimate (tile_times.py) first.
+the other machine's, and the same wheels of torch and Triton. build/kernels.tar.xz then holds the kernels of the first steps of a
+call: what no device has run, the candidates of `tiles`, the trial in Gluon, the named benchmarks, and the lengths beside cuDNN.
+`make gpu` unpacks it there. With --tiles it compiles only candidates of the hot launches whose names match, and prints them, the
+best by the estimate (tools/compiled/tile_times.py) first.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import argparse
 import os
 import re
 from collections.abc import Callable
+from typing import Any
 
 from tools.gpu.run import lay_out_tree
-from tools.gpu.session import KERNELS, ROOT, import_from_tree, pack
+from tools.gpu.session import KERNELS, ROOT, import_from_tree, of_devices, pack
 
 MOST_BYTES = 36 * 2**20  # beside the tree a lent machine may take 64 MiB
 
@@ -31,7 +33,7 @@ def main() -> None:
     import_from_tree()
     os.environ["TRITON_CACHE_DIR"] = str(ROOT / "build" / "triton-cache")
     from tools.compiled.tile_times import label
-    from tools.gpu import production, tiles
+    from tools.gpu import lengths, production, tiles
 
     made_of = tiles.made_of(options.architecture)
     for number, hot in enumerate(production.HOTTEST):
@@ -44,8 +46,9 @@ def main() -> None:
                 print(f"  {label(row['config'])}: {estimate}{row['programs']} programs an SM, {row['spills']} bytes spilled")
     if options.tiles is not None:
         return
-    tasks: list[tuple[Callable[..., str], str]] = [(benchmark, name) for name in production.NAMED]
-    tasks += [(check, one.item) for one in production.checks() if one.is_full or one.sizes == next(iter(production.SIZES))]
+    tasks: list[tuple[Callable[..., str], Any]] = [(benchmark, name) for name in production.NAMED]
+    tasks += [(check, one.item) for one in production.untried(of_devices("verify"))]
+    tasks += [(of_length, length) for length in lengths.EVERY] + [(trial, "relevancy_step in Gluon")]
     with tiles.new_pool(options.processes) as pool:
         for done in [pool.submit(task, what, options.architecture) for task, what in tasks]:
             print(done.result(), flush=True)
@@ -61,6 +64,27 @@ def benchmark(name: str, architecture: int) -> str:
     with for_a_gpu(architecture):
         call = production.call_of(name, "triton", "cpu", batch=16)
         if call is not None:
+            call()
+    return name
+
+
+def of_length(length: Any, architecture: int) -> str:
+    from tools.gpu import lengths
+    from tools.gpu.tiles import for_a_gpu
+
+    with for_a_gpu(architecture):
+        for name, call in lengths.calls(length, "cpu").items():
+            if name.startswith("ours"):
+                call()
+    return str(length.item)
+
+
+def trial(name: str, architecture: int) -> str:
+    from tools.gpu import gluon
+    from tools.gpu.tiles import for_a_gpu
+
+    with for_a_gpu(architecture):
+        for call in gluon.calls("cpu")[0].values():
             call()
     return name
 

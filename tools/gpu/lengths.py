@@ -4,7 +4,6 @@ by, and forward with backward."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -37,45 +36,36 @@ EVERY = [Length(tokens, features, causal) for features in FEATURES[::-1] for cau
 
 
 def measured(item: dict[str, Any], device: str) -> Row:
-    """Microseconds of both. On a CPU few tokens of one head, and torch's attention in place of cuDNN's."""
-    length, emulated = Length(item["tokens"], item["features"], item["is_causal"]), device == "cpu"
-    tokens = length.tokens // 64 if emulated else length.tokens
-    batch, heads = (1, 1) if emulated else (TOKENS // tokens, WIDTH // length.features)
+    """Microseconds of both."""
+    length = Length(item["tokens"], item["features"], item["is_causal"])
+    made = calls(length, device, few=device == "cpu")
+    seconds = launches.in_turns([[call] for call in made.values()], device)
+    times = {name: round(each * 1e6, 3) for name, each in zip(made, seconds, strict=True)}
+    return {"passed": None, **length._asdict(), "timed_by": launches.TIMED_BY[device], "us": times}
+
+
+def calls(length: Length, device: str, few: bool = False) -> dict[str, Callable[[], Any]]:
+    """Both ways by ours and by cuDNN. few: tokens of one head; torch has no cuDNN for them on a CPU."""
+    tokens = length.tokens // 64 if few else length.tokens
+    batch, heads = (1, 1) if few else (TOKENS // tokens, WIDTH // length.features)
     shape = (batch, heads, tokens, length.features)
     leaves = [torch.randn(shape, device=device, dtype=torch.bfloat16).requires_grad_() for _ in range(3)]
     grad = torch.randn_like(leaves[0])
 
-    def ours(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out: Tensor = va.score_attention(query, key, value, is_causal=length.is_causal, return_lse=True, backend="triton")[0]
+    def ours() -> Tensor:
+        out: Tensor = va.score_attention(*leaves, is_causal=length.is_causal, return_lse=True, backend="triton")[0]
         return out
 
-    def cudnn(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=length.is_causal)
+    def cudnn() -> Tensor:
+        return F.scaled_dot_product_attention(*leaves, is_causal=length.is_causal)
 
-    by_cudnn: AbstractContextManager[Any] = nullcontext() if emulated else sdpa_kernel(SDPBackend.CUDNN_ATTENTION)
-    both = {"ours": (ours, WITHOUT_CUDNN), "cuDNN": (cudnn, by_cudnn)}
+    def backward(forward: Callable[[], Tensor]) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(forward(), leaves, grad)
 
-    def forward(call: Callable[..., Tensor], within: AbstractContextManager[Any]) -> Callable[[], Any]:
-        @torch.no_grad()
-        def run() -> Any:
-            with within:
-                return call(*leaves)
-
-        return run
-
-    def backward(call: Callable[..., Tensor], within: AbstractContextManager[Any]) -> Callable[[], Any]:
-        def run() -> Any:
-            with within:
-                return torch.autograd.grad(call(*leaves), leaves, grad)
-
-        return run
-
-    calls = {name: forward(*one) for name, one in both.items()}
-    calls |= {f"{name}, forward+backward": backward(*one) for name, one in both.items()}
-    seconds = launches.in_turns([[call] for call in calls.values()], device)
-    times = {name: round(each * 1e6, 3) for name, each in zip(calls, seconds, strict=True)}
-    facts = {**length._asdict(), "batch": batch, "heads": heads, "timed_by": launches.TIMED_BY[device]}
-    return {"passed": None, **facts, "us": times}
+    by_cudnn = (lambda call: call) if few else sdpa_kernel(SDPBackend.CUDNN_ATTENTION)
+    both = {"ours": WITHOUT_CUDNN(ours), "cuDNN": by_cudnn(cudnn)}
+    made: dict[str, Callable[[], Any]] = {name: torch.no_grad()(call) for name, call in both.items()}
+    return made | {f"{name}, forward+backward": backward(call) for name, call in both.items()}
 
 
 def chosen(rows: Sequence[Row]) -> dict[str, dict[str, int]]:

@@ -188,7 +188,7 @@ def verify(run: Session, first: bool = False) -> bool:
     """`first`: what no device has run, by the stored rows, without CUDA C++, which nvcc compiles meanwhile."""
     from tools.gpu import production
 
-    chosen = production.untried(run.ever("verify")) if first else production.checks()
+    chosen = production.untried(session.of_devices("verify")) if first else production.checks()
     checks = [(check, backend) for check in chosen for backend in production.backends_of(check.operator)]
     checks = [(check, name) for check, name in checks if name != "cuda" or not first]
     items = [

@@ -64,6 +64,12 @@ def sources() -> str:
     return digest.hexdigest()[:16]
 
 
+def of_devices(part: str) -> list[Row]:
+    """The stored rows of a part on any GPU, of whatever sources."""
+    rows: list[Row] = json.loads((STORED / ROWS).read_text()) if (STORED / ROWS).exists() else []
+    return [row for row in rows if row["part"] == part and not row["device"].startswith("CPU")]
+
+
 def import_from_tree() -> None:
     """From here on `vlattn_fast` is that of the laid-out tree."""
     sys.path.insert(0, str(TREE))
@@ -137,12 +143,6 @@ class Session:
                 if (row["part"], row["sources"], row["device"]) == (part, self.sources, self.origin["device"]):
                     latest[row["item"]] = row
         return latest
-
-    def ever(self, part: str) -> list[Row]:
-        """The rows of a part on any GPU, of whatever sources."""
-        path = STORED / ROWS
-        rows: list[Row] = json.loads(path.read_text()) if path.exists() else []
-        return [row for row in rows if row["part"] == part and not row["device"].startswith("CPU")]
 
     def store(self, part: str, row: Row) -> None:
         """Stores a row of a part. The `rows` of a benchmark go to the file of the device first."""
