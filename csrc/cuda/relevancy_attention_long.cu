@@ -260,7 +260,7 @@ template <class T> __global__ void __launch_bounds__(THREADS, 1) relevancy_long_
         const float* rows = reinterpret_cast<const float*>(tiles + ROWS + step.stage * ROW_BYTES);
         const int first_query = step.tile * QUERIES;
         // a tile at the edge has pairs that do not exist, or that the causal mask hides
-        const bool edge = first_query + QUERIES > N || first_key + KEYS > N || (causal && first_query < first_key + KEYS);
+        const bool edge = first_key + KEYS > N || (causal && first_query < first_key + KEYS);
         wait_for_products<1>();
 #pragma unroll
         for (int n = 0; n < 8; ++n) {
@@ -273,12 +273,12 @@ template <class T> __global__ void __launch_bounds__(THREADS, 1) relevancy_long_
             int seen_from[2];  // by which query on, of this lane's keys
             for (int r = 0; r < 2; ++r) {
                 const int j = first_key + first_row + lane_row() + 8 * r;
-                seen_from[r] = j >= N ? N : causal ? j : 0;
+                seen_from[r] = j >= N ? first_query + QUERIES : causal ? j : 0;
             }
 #pragma unroll
             for (int e = 0; e < 32; ++e) {
                 const int i = first_query + e / 4 * 8 + 2 * lane_column() + e % 2;
-                if (i < seen_from[e % 4 / 2] || i >= N) p[e / 4][e % 4] = dp[e / 4][e % 4] = 0.0f;
+                if (i < seen_from[e % 4 / 2]) p[e / 4][e % 4] = dp[e / 4][e % 4] = 0.0f;
             }
         }
         uint32_t left_p[4][4], left_ds[4][4];
