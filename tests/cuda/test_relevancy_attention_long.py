@@ -76,16 +76,16 @@ def test_without_relevancy_and_without_gradients() -> None:
 @pytest.mark.skipif(DEVICE != "cpu", reason="a device has one order of its own")
 @pytest.mark.parametrize("causal", (False, True))
 def test_the_order_of_blocks_and_warps_changes_no_bit(causal: bool, cuda_library: Path) -> None:
-    """dq is a sum over blocks of keys, which take turns."""
+    """dq is a sum over blocks of keys, which take turns: one after another, and up to four at once."""
     from ptx.running.reports import Options
     from tools.emulated import cuda
 
-    inputs = {name: x.requires_grad_() for name, x in inputs_of(300, d=32).items()}
-    cotangents = [torch.randn(1, 1, 300, 32, dtype=BF16), torch.rand(1, 1, 300)]
+    inputs = {name: x.requires_grad_() for name, x in inputs_of(300, h=2, d=32).items()}
+    cotangents = [torch.randn(1, 2, 300, 32, dtype=BF16), torch.rand(1, 1, 300)]
     found = []
     for seed in range(4):
-        with cuda.emulated(90, Options(seed=seed), library=cuda_library):
-            outputs = call(va.relevancy_attention, backend="cuda", is_causal=causal)(**inputs)
+        with cuda.emulated(90, Options(seed=seed, interleave=seed + 1), library=cuda_library):
+            outputs = call(va.relevancy_attention, backend="cuda", is_causal=causal, enable_gqa=True)(**inputs)
             found.append(torch.autograd.grad(outputs, [*inputs.values()], cotangents))
     for other in found[1:]:
         assert all(map(torch.equal, found[0], other))
