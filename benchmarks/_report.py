@@ -229,7 +229,7 @@ def _table(records: Sequence[Record], origins: Sequence[str]) -> str:
     peaks = "".join(f"; {name} {peak:,} GFLOP/s" for name, peak in first.get("peaks", {}).items())
     about = f"{first['workload']}: {sizes}; {first['dtype']}; {_setting(first)}{peaks}; run {', '.join(map(str, runs))}."
     lines = [(f"*{record['variant']}*" if record["is_bound"] else record["variant"], *_cells(record)) for record in records]
-    titles = COLUMNS
+    titles: Sequence[str] = COLUMNS
     if not _on_gpu(first):  # a call on a CPU has no other host
         at = COLUMNS.index("host (ms)")
         titles, lines = (*COLUMNS[:at], *COLUMNS[at + 1 :]), [(*line[:at], *line[at + 1 :]) for line in lines]
