@@ -14,13 +14,10 @@ namespace vlattn {
 constexpr int WARP_GROUP = 4 * WARP;
 constexpr int TILE_ROW = 128;  // bytes
 
-__device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
-
 // Copies 16 bytes to shared memory, or writes zeros there. The copy runs beside other instructions until `wait_for_copies`.
 __device__ __forceinline__ void copy_16_bytes(uint32_t to, const void* from, bool exists) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(exists ? 16 : 0) : "memory");
 }
-__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // Copies ROWS rows of a matrix (.., columns), the first at `first`, to tiles in shared memory, two side by side, by 256 threads.
 // Rows beyond `last` are copies of it: a row of zeros would make NaN of an infinite number. Missing columns are zeros.
