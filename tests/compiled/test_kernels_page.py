@@ -167,6 +167,16 @@ def test_causal_programs_end_by_the_order_of_their_blocks(monkeypatch: pytest.Mo
     assert kernel_times.causal_time(3, 3, 18.0, cached // 6) == pytest.approx(7.5)
 
 
+def test_blocks_that_add_in_turns_wait_for_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two blocks of 128 keys, on SMs of their own, and a second for each tile of queries, which a block passes on half a second
+    later. Without a mask both begin with the first tile: the second block ends 1.5 seconds later. With the causal mask the block
+    of the last keys has two tiles, and passes them on before the other block comes to them."""
+    monkeypatch.setattr(kernel_times, "FIRST", 0.0)
+    full, causal = (Workload("two blocks", 1, 1, 256, 128, causal) for causal in (False, True))
+    assert kernel_times.turns_time(full, 8.0) == pytest.approx(4 + 1.5)
+    assert kernel_times.turns_time(causal, 6.0) == pytest.approx(4)
+
+
 def test_a_map_is_memory_too() -> None:
     entry = Entry("attention_map, attention, lse given", CLIP, CALL, {"_map_kernel": 2}, 1, 2)
     times = times_of(entry, {(CALL, "_map_kernel"): row()})

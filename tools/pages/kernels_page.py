@@ -54,7 +54,8 @@ Three figures follow:
   special.
   A program also waits {clocks:.0f} clocks for its first tile. An SM has one program at a time, and takes the next one when it
   ends; the kernel ends with its last program. Programs of a causal call have different lengths, and begin in the order in which
-  `heads_in_turn` numbers them. L2 and memory are read meanwhile, so that a kernel takes no less than either.
+  `heads_in_turn` numbers them. Programs that add to the same sums in turns, in CUDA C++, wait for one another. L2 and memory are
+  read meanwhile, so that a kernel takes no less than either.
   A kernel without asynchronous copies takes L2 in addition. A launch takes {launch} µs.
 - *FlashAttention-3*: its published rate in TFLOP/s, only for dot products, at the nearest published number of tokens and the
   same number of features. *TFLOP/s* is that of the estimate. Both divide the floor's products by the time.
