@@ -1,6 +1,6 @@
 """Kernels that were compiled ahead of their first call: archives, which launch each of their kernels covers, and its launcher.
 
-An archive, compiled/sm_90.zip, is written by `python -m tools.compiled.cubins`. Its manifest has an entry for each compiled
+An archive, compiled/sm_90.zip, is written by `python -m tools.gpu.cubins`. Its manifest has an entry for each compiled
 launch, with what the kernel was compiled for: `Form` and needs. Its other members are cubins, or PTX, which the driver compiles
 for sm_100. libvlattn_launch.so (csrc/launch/) then launches through CUDA's driver. All else stays as it is: the functions of this
 package plan a launch and name its arguments, and Triton compiles and launches what no entry covers. If such a function does

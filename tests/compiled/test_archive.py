@@ -21,7 +21,8 @@ AHEAD = "tests.helpers.emulated.ahead."
 CALLS = {
     ("score_attention", "additive"): """score_attention._prepare_kernel score_attention._forward_kernel
         _units_backward._units_rows_kernel _units_backward._units_backward_kernel""",
-    ("relevancy_attention", "gradient"): """score_attention._whole_forward_kernel _products_backward._backward_kv_kernel""",
+    ("relevancy_attention", "gradient"): """score_attention._whole_forward_kernel _products_backward._backward_q_kernel
+        _products_backward._backward_kv_kernel _products_jvp._jvp_kernel""",
     ("attention_statistics", "three groups"): """_key_groups._members_kernel attention_statistics._rows_kernel
         attention_statistics._received_kernel _statistics_backward._backward_q_kernel _statistics_backward._backward_kv_kernel""",
     ("attention_map", "gradient of the largest head"): """attention_map._map_kernel score_attention._rows_kernel

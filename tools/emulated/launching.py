@@ -1,6 +1,6 @@
 """Kernels that were compiled ahead, launched by the launcher in C++ over a stand-in for CUDA's driver, on CPU tensors.
 
-with tools.emulated.launching.emulated(folder, 90) as launches:      # an archive of `python -m tools.compiled.cubins --ptx`
+with tools.emulated.launching.emulated(folder, 90) as launches:      # an archive of `python -m tools.gpu.cubins --ptx`
     va.score_attention(query, key, value, backend="triton")
 print(launches[0].executed)
 

@@ -17,25 +17,20 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 import vlattn_fast as va
-from tools.compiled.cubins import launches_in, write
 from tools.emulated import launching
 from tools.emulated.package import options_of_process
+from tools.gpu.cubins import launches_in, write
 from vlattn_fast.benchmarks._launches import watching
 from vlattn_fast.checking import verify
 from vlattn_fast.checking.cases import Example
 from vlattn_fast.checking.tolerance import Errors, settle
-from vlattn_fast.dispatch.call import OnCpu, run_gpu_kernels_on_cpu
 
 DTYPES = {80: torch.float16, 90: torch.bfloat16}
 
 
 def compile_calls(folder: Path, architecture: int, calls: Iterable[Any], title: str) -> None:
     """An archive of what these calls launch, as PTX."""
-    before = run_gpu_kernels_on_cpu(OnCpu(divmod(architecture, 10)))
-    try:
-        compiled = [one for call in calls for one in launches_in(call, title, architecture, as_ptx=True)]
-    finally:
-        run_gpu_kernels_on_cpu(before)
+    compiled = [one for call in calls for one in launches_in(call, title, architecture, as_ptx=True)]
     write(folder / f"sm_{architecture}.zip", compiled, "ptx")
 
 
@@ -49,7 +44,7 @@ def ratio(folder: Path, architecture: int, operator: str, name: str, differentia
     A finding of the emulator raises."""
     torch.set_num_threads(1)
     case, dtype = case_of(operator, name, differentiable), DTYPES[architecture]
-    compile_calls(folder, architecture, [lambda: verify._run(case, case.in_dtype(dtype), "triton")], case.name)
+    compile_calls(folder, architecture, [lambda: verify._run_with_tangents(case, case.in_dtype(dtype), "triton")], case.name)
     with launching.emulated(folder, architecture, options_of_process()) as launches:
         errors = settle(verify._Problem(case, dtype, "cpu").runs("triton"), enough=lambda: 1)
     return max(one.ratio() for one in errors.values()), {launch.name for launch in launches}

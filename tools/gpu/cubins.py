@@ -1,11 +1,12 @@
 """Compiles kernels ahead of their first call, into the archives kernels/compiled/sm_80.zip, sm_90.zip and sm_100.zip.
 
-    python -m tools.compiled.cubins [OPERATOR ...] [--architecture 90 ...] [--out FOLDER] [--ptx]
+    python -m tools.gpu.cubins [OPERATOR ...] [--architecture 90 ...] [--out FOLDER] [--ptx]
 
-The launches are those of the calls in tools/compiled/calls/. A launch is compiled once for all sizes: only strides and addresses
-are specialised, as they are in these calls. sm_100 has PTX, which the driver compiles; with --ptx all have, for a stand-in of the
-driver. Launches with tensor descriptors are left to Triton. No GPU is needed; a launch that Triton's cache has takes no time. The
-launcher of csrc/launch/ is built as well. kernels/_archive.py uses all of it, and a wheel that is built then has it inside.
+The launches are those of the calls in tools/compiled/calls/, and of the calls of models in full.py. A launch is compiled once for
+all sizes: only strides and addresses are specialised, as they are in these calls. sm_100 has PTX, which the driver compiles; with
+--ptx all have, for a stand-in of the driver. Launches with tensor descriptors are left to Triton. No GPU is needed; a launch that
+Triton's cache has takes no time. The launcher of csrc/launch/ is built as well. kernels/_archive.py uses all of it, and a wheel
+that is built then has it inside.
 """
 
 from __future__ import annotations
@@ -19,12 +20,19 @@ import shutil
 import zipfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
 
 from tools import building
 from tools.compiled.triton import ARCHITECTURES, calls_of, check, launches_of, operators
+from tools.gpu import full
+from vlattn_fast.checking import verify
+from vlattn_fast.dispatch.call import OnCpu, run_gpu_kernels_on_cpu
 
 FOLDER = Path(__file__).parents[2] / "kernels" / "compiled"
 OPERATORS = ("score_attention", "relevancy_attention", "attention_statistics", "attention_map", "congruence_loss")
@@ -124,9 +132,24 @@ def _places(kernel: Any, named: dict[str, Any]) -> list[tuple[str, tuple[int, ..
     return [one for n, name in parameters for one in of(name, named[name], (n,))]
 
 
+def calls(operator: str) -> dict[str, Callable[[], Any]]:
+    """Those of tools/compiled/calls/, and those of models in 16 bits, of one sample, with and without a log-sum-exp."""
+
+    def run(one: full.Full) -> None:
+        case = one.example(rehearsed=False)
+        for dtype in (torch.bfloat16, torch.float16):
+            for asked in ({}, {"return_lse": False})[: 2 if "return_lse" in case.options else 1]:
+                with_lse = replace(case, options=case.options | asked)
+                verify._run(with_lse, case.in_dtype(dtype), "triton")
+
+    single = patch.dict(full.SIZES, {name: sizes._replace(batch=1) for name, sizes in full.SIZES.items()})
+    models = [one for one in full.FULL if one.operator == operator]
+    return calls_of(operator) | {f"{one.name} {one.sizes}": functools.partial(single(run), one) for one in models}
+
+
 def of_call(operator: str, name: str, architecture: int, as_ptx: bool) -> list[Compiled]:
-    """The launches of a call of tools/compiled/calls/, each form once."""
-    return launches_in(calls_of(operator)[name], f"{operator} {name}", architecture, as_ptx)
+    """The launches of such a call, each form once."""
+    return launches_in(calls(operator)[name], f"{operator} {name}", architecture, as_ptx)
 
 
 def launches_in(call: Callable[[], Any], title: str, architecture: int, as_ptx: bool) -> list[Compiled]:
@@ -137,7 +160,11 @@ def launches_in(call: Callable[[], Any], title: str, architecture: int, as_ptx: 
         if (one := compiled_launch(kernel, named, as_ptx)) is not None:
             made[one.form, str(one.facts)] = one
 
-    launches_of(call, title, architecture, compile_one)
+    before = run_gpu_kernels_on_cpu(OnCpu(divmod(architecture, 10)))
+    try:
+        launches_of(call, title, architecture, compile_one)
+    finally:
+        run_gpu_kernels_on_cpu(before)
     return list(made.values())
 
 
@@ -159,7 +186,7 @@ def write(path: Path, compiled: Iterable[Compiled], suffix: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.compiled.cubins", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.gpu.cubins", description=__doc__.splitlines()[0])
     parser.add_argument("operators", nargs="*", metavar="OPERATOR", help=f"default: {' '.join(OPERATORS)}")
     parser.add_argument("--architecture", type=int, nargs="*", default=ARCHITECTURES, choices=ARCHITECTURES)
     parser.add_argument("--out", type=Path, default=FOLDER)
@@ -169,13 +196,13 @@ def main() -> None:
     chosen = options.operators or OPERATORS
     if unknown := sorted(set(chosen) - set(operators())):
         parser.error(f"OPERATOR must be one of {', '.join(operators())}; got {', '.join(unknown)}")
-    calls = [(operator, name) for operator in chosen for name in calls_of(operator)]
+    every = [(operator, name) for operator in chosen for name in calls(operator)]
     with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
         for architecture in options.architecture:
             as_ptx = options.ptx or architecture in AS_PTX
             of_one: Callable[..., list[Compiled]] = functools.partial(of_call, architecture=architecture, as_ptx=as_ptx)
             compiled = []
-            for (operator, name), made in zip(calls, pool.map(of_one, *zip(*calls, strict=True)), strict=True):
+            for (operator, name), made in zip(every, pool.map(of_one, *zip(*every, strict=True)), strict=True):
                 compiled += made
                 print(f"sm_{architecture} {operator} {name}: {len(made)} launches", flush=True)
             path = options.out / f"sm_{architecture}.zip"
