@@ -24,6 +24,8 @@ namespace {
 constexpr int WARPS = 4;
 constexpr int ROWS = WARPS * STRIP;  // of a block
 constexpr int HEADS = 3;  // of which a block computes the gradients: more of them wait less for their first copies
+// Whether a block has room for one tile of TOKENS rows at a time: every GPU since Ampere has 99 KB.
+template <class T, int K> constexpr bool ONE_TILE = sizeof(T) * K > 128;
 constexpr size_t TOKENS_BYTES = (sizeof(Tokens) + 15) / 16 * 16;
 
 // A block's place: its sample, and the modality and the first row of its rows.
@@ -81,17 +83,19 @@ __device__ __forceinline__ void powers(Strip& p, float (&sum)[2], const Rows16<T
     for (int r = 0; r < 2; ++r) sum[r] = row_sum(sum[r]);
 }
 
-// All of a modality's rows, or only the first half if there are no more.
+// How many rows are copied of a modality, by code that is unrolled: all, or only half.
+__host__ __device__ constexpr int copied_rows(int rows) { return rows <= TOKENS / 2 ? TOKENS / 2 : TOKENS; }
+
 template <class T, int K>
 __device__ __forceinline__ void copy_tokens(const RowCopies<T, K, WARPS * WARP>& copies, T* tile, int rows) {
-    if (rows <= TOKENS / 2) copies.template rows<TOKENS / 2>(tile);
+    if (copied_rows(rows) == TOKENS / 2) copies.template rows<TOKENS / 2>(tile);
     else copies.template rows<TOKENS>(tile);
 }
 
 // The mean over the heads of a block of attention: a block's rows of one modality and all keys of one.
 template <class T, int K>
 __global__ void __launch_bounds__(WARPS* WARP) congruence_map_kernel(const __grid_constant__ Congruence call) {
-    constexpr int STAGES = sizeof(T) == 2 ? 2 : 1;  // of copies; two of float32 would not fit
+    constexpr int STAGES = ONE_TILE<T, K> ? 1 : 2;  // of copies
     const Place place(call, blockIdx.x / 2);
     const int r = place.a, c = blockIdx.x % 2, rows = call.padded(c);
     if ((r == c) != (call.kind == Congruence::CACR) && !call.has(r)) return;
@@ -242,7 +246,7 @@ __device__ __forceinline__ float power_for(float x) {
 // multiplied by a power of two before they are rounded to float16: with many tokens and heads they would underflow.
 template <class T, int K>
 __global__ void __launch_bounds__(WARPS* WARP) congruence_gradient_kernel(const __grid_constant__ Congruence call, int parts) {
-    constexpr bool WIDE = sizeof(T) == 4;
+    constexpr bool WIDE = ONE_TILE<T, K>;
     const bool cacr = call.kind == Congruence::CACR;
     const int blocks = cacr ? 2 : 4, part = blockIdx.x % parts, i = blockIdx.x / parts % blocks, n = cacr ? 3 * i : i;
     const int64_t b = blockIdx.x / parts / blocks, first_head = part * HEADS, end_head = min(call.H, first_head + HEADS);
@@ -250,9 +254,9 @@ __global__ void __launch_bounds__(WARPS* WARP) congruence_gradient_kernel(const 
     const StridedTensor &query = call.query[n], &key = call.key[n];
     Tokens& tokens = *static_cast<Tokens*>(shared_memory());
     T* keys = reinterpret_cast<T*>(static_cast<char*>(shared_memory()) + TOKENS_BYTES);
-    T* queries = WIDE ? keys : keys + TOKENS * tile_stride<T, K>();  // float32 has room for one of them at a time
-    T* buffer = queries + (TOKENS + warp_index() * STRIP) * tile_stride<T, K>();  // of a warp; float32 has and needs none
-    T* by_logit = queries + (TOKENS + (WIDE ? 0 : ROWS)) * tile_stride<T, K>();
+    T* queries = WIDE ? keys : keys + TOKENS * tile_stride<T, K>();
+    T* buffer = queries + (TOKENS + warp_index() * STRIP) * tile_stride<T, K>();  // of a warp, if there is room
+    T* by_logit = queries + (WIDE ? copied_rows(max(rows, columns)) : TOKENS + ROWS) * tile_stride<T, K>();
     if (!tokens.load(call, b) || (r == c && !cacr && !call.has(r))) {
         for (int64_t h = first_head; h < end_head; ++h) {
             clear<T>(call.grad_query[n], b, h, call.size(r), call.D);
@@ -336,7 +340,7 @@ __global__ void __launch_bounds__(WARPS* WARP) congruence_gradient_kernel(const 
 }
 
 cudaError_t run(const Congruence& call, bool backward, cudaStream_t stream) {
-    const int text = call.padded(0), image = call.padded(1), longest = std::max(text, image);
+    const int text = call.padded(0), image = call.padded(1), longest = std::max(text, image), copied = copied_rows(longest);
     const int64_t tiles = Place::tiles(call);
     if (std::max(call.L, call.V) > TOKENS || call.D > 128 || (!backward && call.parts != tiles)) return cudaErrorInvalidValue;
     return with_shape(call.dtype, call.D, [&](auto type, auto width) {
@@ -349,7 +353,8 @@ cudaError_t run(const Congruence& call, bool backward, cudaStream_t stream) {
                 status = launch(kernel, blocks, WARPS * WARP, TOKENS_BYTES + bytes, stream, call, others...);
         };
         const size_t product = sizeof(float) * longest * (longest + 8);
-        next(congruence_map_kernel<T, K>, 2 * call.B * tiles, (PRECISE ? 1 : 2) * tile_bytes<T, K>(ROWS + TOKENS));
+        next(congruence_map_kernel<T, K>, 2 * call.B * tiles,
+             tile_bytes<T, K>(ONE_TILE<T, K> ? ROWS + copied : 2 * (ROWS + TOKENS)));
         if (!backward) {
             next(congruence_divergence_kernel<PRECISE, false>, call.B * tiles, std::max(product, WARPS * sizeof(float)));
             return status;
@@ -359,7 +364,7 @@ cudaError_t run(const Congruence& call, bool backward, cudaStream_t stream) {
         const int64_t blocks = call.B * (call.kind == Congruence::CACR ? 2 : 4);
         const int parts = static_cast<int>(divide_up(std::max<int64_t>(call.H, 1), HEADS));
         next(congruence_gradient_kernel<T, K>, blocks * parts,
-             tile_bytes<T, K>(PRECISE ? TOKENS : 2 * TOKENS + ROWS) + sizeof(T) * longest * (longest + 8), parts);
+             tile_bytes<T, K>(ONE_TILE<T, K> ? copied : 2 * TOKENS + ROWS) + sizeof(T) * longest * (longest + 8), parts);
         return status;
     });
 }

@@ -57,6 +57,15 @@ template <class T, int K> __host__ __device__ constexpr size_t tile_bytes(int ro
     return sizeof(T) * tile_stride<T, K>() * static_cast<size_t>(rows);
 }
 
+__device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// Begins to copy 16 bytes to shared memory, zeros if they do not exist.
+__device__ __forceinline__ void copy_16_bytes(void* to, const void* from, bool exist) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(exist ? 16 : 0)
+                 : "memory");
+}
+
 // Rows first .. first+rows-1 of a matrix (num_rows, num_cols) in global memory, its columns contiguous, to a tile, by all
 // threads of the block; zeros outside of the matrix. The caller has the barriers.
 template <class T, int K>
@@ -79,10 +88,6 @@ __device__ void stage(T* tile, const T* p, int64_t stride, int64_t first, int ro
         *reinterpret_cast<uint4*>(tile + row * tile_stride<T, K>() + col) = bits;
     }
 }
-
-__device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
-
-__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // Two 16-bit numbers as a matrix instruction takes them, the first in the low half.
 template <class T> __device__ __forceinline__ uint32_t pack(T low, T high) {
@@ -253,9 +258,8 @@ __device__ __forceinline__ void product_with_rows(float (&c)[NT][4], const Rows1
 }
 
 // out (16,N) += left (16,16) of 16 bits times rows k .. k+15 of a tile.
-template <class T, int N>
+template <class T, int N, int LD = tile_stride<T, N>()>
 __device__ __forceinline__ void product_with_columns(float (&out)[N / 8][4], const uint32_t (&left)[4], const T* tile, int k) {
-    constexpr int LD = tile_stride<T, N>();
     const uint32_t row =
         shared_address(tile + lane_index() % 16 * LD + lane_index() / 16 * 8) + k * LD * static_cast<int>(sizeof(T));
 #pragma unroll
@@ -268,9 +272,8 @@ __device__ __forceinline__ void product_with_columns(float (&out)[N / 8][4], con
 }
 
 // out (16,N) += left (16,8 NT) times rows k .. k + 8 NT - 1 of a tile; the left operand is results side by side, rounded to T.
-template <class T, int N, int NT>
+template <class T, int N, int LD = tile_stride<T, N>(), int NT>
 __device__ __forceinline__ void product_with_columns(float (&out)[N / 8][4], const float (&left)[NT][4], const T* tile, int k) {
-    constexpr int LD = tile_stride<T, N>();
     if constexpr (std::is_same_v<T, float>) {
 #pragma unroll
         for (int i = 0; i < 8 * NT; ++i) {
@@ -292,14 +295,14 @@ __device__ __forceinline__ void product_with_columns(float (&out)[N / 8][4], con
             uint32_t a[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) a[i] = rounded_pair<T>(left[m + i / 2][i % 2 * 2], left[m + i / 2][i % 2 * 2 + 1]);
-            product_with_columns<T, N>(out, a, tile, k + m * 8);
+            product_with_columns<T, N, LD>(out, a, tile, k + m * 8);
         }
     }
 }
 
 // The same with the transpose of a tile of left operands, whose rows k .. k+15 meet those of `tile`: out (16,N) += left^T tile for
 // its columns first .. first+15. `stride`: of the left tile, a multiple of eight that is odd in eights.
-template <class T, int N>
+template <class T, int N, int LD = tile_stride<T, N>()>
 __device__ __forceinline__ void product_of_columns(float (&out)[N / 8][4], const T* left, int stride, int first, const T* tile,
                                                    int k) {
     if constexpr (std::is_same_v<T, float>) {
@@ -307,13 +310,13 @@ __device__ __forceinline__ void product_of_columns(float (&out)[N / 8][4], const
 #pragma unroll
         for (int e = 0; e < 8; ++e)
             x[e / 4][e % 4] = left[(k + e / 4 * 8 + lane_column() * 2 + e % 2) * stride + first + lane_row() + e % 4 / 2 * 8];
-        product_with_columns<T, N>(out, x, tile, k);
+        product_with_columns<T, N, LD>(out, x, tile, k);
     } else {
         uint32_t a[4];
         const int lane = lane_index();
         load_matrices<true>(a, shared_address(left + (lane / 16 * 8 + lane % 8) * stride + first + lane / 8 % 2 * 8) +
                                    k * stride * static_cast<int>(sizeof(T)));
-        product_with_columns<T, N>(out, a, tile, k);
+        product_with_columns<T, N, LD>(out, a, tile, k);
     }
 }
 

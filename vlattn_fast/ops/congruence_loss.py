@@ -40,11 +40,18 @@ def _triton_limits(call: Call) -> list[tuple[str, bool]]:
 
 
 def _cuda_limits(call: Call) -> list[tuple[str, bool]]:
-    longest = max(call.sizes["L"], call.sizes["V"])
+    longest, head_dim = max(call.sizes["L"], call.sizes["V"]), call.sizes["head_dim"]
+    rows = -(-longest // 16) * 16
+    # of a tile of one head, and of the gradients at a map
+    float32_bytes = 4 * ((64 if rows <= 64 else 128) * (68 if head_dim <= 64 else 132) + rows * (rows + 8))
     return [
         ("the CUDA C++ kernel takes the kinds cacr and iais_distributed", call.flags["kind"] == "iais_singular"),
         ("the CUDA C++ kernel takes at most 128 tokens of each modality", longest > 128),
-        ("the CUDA C++ kernel takes a head_dim of at most 128", call.sizes["head_dim"] > 128),
+        ("the CUDA C++ kernel takes a head_dim of at most 128", head_dim > 128),
+        (
+            "the CUDA C++ kernel takes no more float32 tokens than fit into shared memory at this head_dim",
+            call.dtype == torch.float32 and float32_bytes > 96 * 1024,
+        ),  # every GPU since Ampere has 99 KB
     ]
 
 

@@ -62,9 +62,10 @@ def causal_calls() -> Iterator[tuple[str, Callable[[], None]]]:
 
 
 def compared_calls() -> Iterator[tuple[str, Callable[[], None]]]:
-    """Calls of LXMERT's 36 tokens and UNITER's 160, which the CUDA C++ kernels have, too."""
-    yield "backward 1 rows of 36 bf16 64", lambda: backward(BF16, 64, 1, tokens=36)
-    for tokens in (36, 160):
+    """Calls of LXMERT's 36 tokens, UNITER's 160 and the 197 of ViT-B/16, which the CUDA C++ kernels have, too."""
+    for tokens in (36, 197):
+        yield f"backward 1 rows of {tokens} bf16 64", lambda tokens=tokens: backward(BF16, 64, 1, tokens=tokens)
+    for tokens in (36, 160, 197):
         name = f"cuda backward 1 rows of {tokens} bf16 64"
         yield name, lambda tokens=tokens: backward(BF16, 64, 1, tokens=tokens, kernels=in_cuda)
 
