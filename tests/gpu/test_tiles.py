@@ -89,8 +89,12 @@ def test_the_estimate_orders_what_fits() -> None:
 
 def planned(monkeypatch: pytest.MonkeyPatch, present: dict[str, int]) -> list[dict[str, Any]]:
     """The candidates where all configurations compile to the same."""
+    checked: list[dict[str, int] | None] = []
 
-    def compile_some(number: int, configs: list[dict[str, int] | None], architecture: int) -> list[dict[str, Any]]:
+    def compile_some(
+        number: int, configs: list[dict[str, int] | None], architecture: int, as_checked: bool
+    ) -> list[dict[str, Any]]:
+        (checked if as_checked else []).extend(configs)
         return [compiled(present if config is None else config) for config in configs]
 
     pool = SimpleNamespace(
@@ -98,7 +102,9 @@ def planned(monkeypatch: pytest.MonkeyPatch, present: dict[str, int]) -> list[di
     )
     monkeypatch.setattr(tiles, "new_pool", lambda processes: pool)
     monkeypatch.setattr(tiles, "compile_some", compile_some)
-    return tiles.plan(production.HOTTEST.index(HOT), 90, 2)["candidates"]
+    made = tiles.plan(production.HOTTEST.index(HOT), 90, 2)["candidates"]
+    assert sorted(map(str, checked)) == sorted(str(row["config"]) for row in made)  # as they are checked, only these
+    return made
 
 
 def test_candidates_have_products_ahead_and_none(monkeypatch: pytest.MonkeyPatch) -> None:

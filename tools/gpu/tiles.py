@@ -118,9 +118,9 @@ def plan(number: int, architecture: int, processes: int, most: int | None = None
     hot = production.HOTTEST[number]
     pool = new_pool(processes)
 
-    def compiled(configs: Sequence[Config | None]) -> list[Row]:
+    def compiled(configs: Sequence[Config | None], as_checked: bool = False) -> list[Row]:
         shares = [configs[first::processes] for first in range(processes)]
-        parts = [pool.submit(compile_some, number, share, architecture) for share in shares if share]
+        parts = [pool.submit(compile_some, number, share, architecture, as_checked) for share in shares if share]
         return ranked(hot, [row for part in parts for row in part.result()], architecture)
 
     (present,) = compiled([None])
@@ -129,6 +129,7 @@ def plan(number: int, architecture: int, processes: int, most: int | None = None
     if hot.has_ahead and most is None:
         twins = [{**row["config"], "AHEAD": 1 - row["config"].get("AHEAD", 0)} for row in candidates[:AHEAD]]
         candidates += compiled([config for config in twins if config not in [row["config"] for row in candidates]])
+    compiled([row["config"] for row in candidates], as_checked=True)  # any of them may win
     pool.shutdown()
     return {"candidates": candidates, "of": 1 + len(configs)}
 
@@ -168,19 +169,19 @@ def _end_with_parent() -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def compile_some(number: int, configs: Sequence[Config | None], architecture: int) -> list[Row]:
-    """Compiles one launch in these configurations for a GPU, on CPU tensors: with the sizes and masks of the timed call, and with
-    those of the check. None stands for the present configuration. A row for each that compiles, of the timed call."""
+def compile_some(number: int, configs: Sequence[Config | None], architecture: int, as_checked: bool) -> list[Row]:
+    """Compiles one launch in these configurations for a GPU, on CPU tensors: with the sizes and masks of the timed call or, as it
+    is checked, with those of the check. None stands for the present configuration. A row for each that compiles."""
     hot, rows = production.HOTTEST[number], []
     with for_a_gpu(architecture):
         call, cases = _calls(number)
+    checks = [functools.partial(verify._run, case, case.in_dtype(torch.bfloat16), "triton") for case in cases]
     for config in configs:
         seen: list[Row] = []
         with overridden(hot.key, config) as recorder, for_a_gpu(architecture, hot.kernels, seen.append):
             try:
-                call()
-                for case in cases:
-                    verify._run(case, case.in_dtype(torch.bfloat16), "triton")
+                for run in checks if as_checked else [call]:
+                    run()
             except Exception as error:
                 if not is_of_a_configuration(error):
                     raise
