@@ -58,13 +58,12 @@ template <class T, int K> __host__ __device__ constexpr size_t tile_bytes(int ro
 }
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
-__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// Begins to copy 16 bytes to shared memory, zeros if they do not exist.
-__device__ __forceinline__ void copy_16_bytes(void* to, const void* from, bool exist) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(exist ? 16 : 0)
-                 : "memory");
+// Copies 16 bytes to shared memory, or writes zeros there. The copy runs beside other instructions until `wait_for_copies`.
+__device__ __forceinline__ void copy_16_bytes(uint32_t to, const void* from, bool exists) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(exists ? 16 : 0) : "memory");
 }
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // Rows first .. first+rows-1 of a matrix (num_rows, num_cols) in global memory, its columns contiguous, to a tile, by all
 // threads of the block; zeros outside of the matrix. The caller has the barriers.

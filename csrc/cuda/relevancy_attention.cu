@@ -94,7 +94,7 @@ template <class T, int WIDTH> class HeadCopies {
         const T* p = next;
         tile += thread_row() * LD + thread_column();
         for (int row = thread_row(); row < count; row += at_once, p += at_once * stride, tile += at_once * LD) {
-            if (aligned) copy_16_bytes(tile, p, row < rows && columns > 0);
+            if (aligned) copy_16_bytes(shared_address(tile), p, row < rows && columns > 0);
             else
                 for (int e = 0; e < VECTOR; ++e) tile[e] = row < rows && e < columns ? p[e] : from_float<T>(0.0f);
         }

@@ -14,11 +14,6 @@ namespace vlattn {
 constexpr int WARP_GROUP = 4 * WARP;
 constexpr int TILE_ROW = 128;  // bytes
 
-// Copies 16 bytes to shared memory, or writes zeros there. The copy runs beside other instructions until `wait_for_copies`.
-__device__ __forceinline__ void copy_16_bytes(uint32_t to, const void* from, bool exists) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(exists ? 16 : 0) : "memory");
-}
-
 // Copies ROWS rows of a matrix (.., columns), the first at `first`, to tiles in shared memory, two side by side, by 256 threads.
 // Rows beyond `last` are copies of it: a row of zeros would make NaN of an infinite number. Missing columns are zeros.
 template <class T, int ROWS>
