@@ -28,7 +28,8 @@ def on_device(launcher: Launcher) -> Launcher:
                 break
         device = (first[0] if isinstance(first, list) else first).device
         compiled = _archive.on_cpu if device.index is None else _archive.launching()
-        run = launcher if compiled is None or more else compiled.of(launcher)  # which repeats what inputs tell
+        repeated = None if compiled is None else compiled.of(launcher)  # by what the inputs tell
+        run = launcher if repeated is None or more else repeated
         if device.index is None or device.index == torch.cuda.current_device():  # without an index: the CPU
             return run(inputs, *more)
         with torch.cuda.device(device):
