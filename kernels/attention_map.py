@@ -221,7 +221,7 @@ def _rows_kernel(
     Unless FOLDED, x and max lack the factor scale_log2, which `below_max` multiplies in. The logarithm of the sum is not stored:
     it would be rounded.
     """
-    q, k, masks, H, GROUP_K, N, M, scale_log2, _ = x
+    q, k, masks, H, GROUP_K, N, M, scale_log2, _behind = x
     i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, GROUP_K)
     p_k = head_at(k, i_b, i_hk, C.D)
     masks = masks_at(masks, i_b, i_h, M)
@@ -298,7 +298,7 @@ def _map_kernel(
     SOURCE: whence max and inverse come. "tile": the tile, which holds whole rows. "statistics": memory. "lse": there is an lse.
     Neighbouring programs share query rows, and those of one batch share all keys, so both stay in the cache.
     """
-    q, k, masks, H, GROUP_K, N, M, scale_log2, _ = x
+    q, k, masks, H, GROUP_K, N, M, scale_log2, _behind = x
     num_q, num_kv = tl.cdiv(N, BLOCK_Q), tl.cdiv(M, BLOCK_KV)
     i = tl.program_id(0).to(tl.int64)
     i_b = i // (num_q * num_kv)

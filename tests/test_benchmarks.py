@@ -270,6 +270,7 @@ def test_a_gpu_is_timed_by_events_behind_a_backlog(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(_measure, "_clock", lambda device: 1e9)
     monkeypatch.setattr(_rates, "device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(_rates, "_product_on_gpu", lambda: 7e14)
     monkeypatch.setattr(_records, "device_name", lambda device: "NVIDIA H200")
     (benchmark,) = _choice.choose(["attention_map/attention/clip"])
     measurement = _measure.Measurement(benchmark, CPU, overrides=TINY, compiled=False)

@@ -59,7 +59,7 @@ def stacked(ragged: bool = False, sizes: Sequence[int] = (3, 6, 4, 7), **options
         return reference.stacked_cross_attention(images, captions, **every)
 
     kinds = types.StackedCrossAttentionJvpInputs, types.StackedCrossAttentionSecondInputs
-    return Case(formula, tensors, stacked_cross_attention, kinds, every)
+    return Case(formula, tensors, stacked_cross_attention, kinds, every | {"features": 0})
 
 
 def late(masked: bool = False, sizes: Sequence[int] = (3, 4, 2, 6)) -> Case:

@@ -107,12 +107,13 @@ def _run(
 ) -> Tensor | None:
     """Returns direct + relevancy @ Abar if there is `relevancy`; computes gradients if `row_members`, members of Backward, has
     them."""
-    key, value, vector = inputs.key, None, float32(vector)
-    if grad_out is not None and inputs.value is not None:
-        key, value = same_heads(key, inputs.value)
+    key, value = inputs.key, None if grad_out is None else inputs.value
+    if value is not None and value.shape[1] != key.shape[1]:  # features of keys may have the heads of the queries
+        key, value = same_heads(key, value)
     grad_out, query, key, value = unit_strides(grad_out, inputs.query, key, value)
     a, _kept = attention(inputs, query, key, value)
     lse = None if lse is None else as_dtype(lse, torch.float64).contiguous()
+    vector = None if vector is None else float32(vector)  # which must live until the call is over
     score = core_score(inputs, vector)
     if relevancy is None:
         run_backward(Backward(a=a, score=score, grad_out=strided(grad_out), lse=address(lse), **row_members))
