@@ -190,12 +190,11 @@ def test_heads_that_see_other_tiles_share_keys() -> None:
     check(inputs | {"group_bias": table}, "dot", runs(160, 0, 64, 100), enable_gqa=True)
 
 
-@pytest.mark.parametrize("ahead", (0, 1))
 @pytest.mark.parametrize("causal", (False, True))
 @pytest.mark.parametrize("row", (5, 190))
 @pytest.mark.slow
-def test_hidden_tiles_of_one_row_of_relevancy(row: int, causal: bool, ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_configurations, "OVERRIDES", OneRow(ahead))
+def test_hidden_tiles_of_one_row_of_relevancy(row: int, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_configurations, "OVERRIDES", OneRow(unused={}))
     query, key, value = (torch.randn(1, 2, rows, 8) for rows in (200, 300, 300))
     rows = runs(200, 0, 100)
     table = torch.randn(2, 2, 3)
