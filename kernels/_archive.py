@@ -213,7 +213,7 @@ def repeatable(inputs: Any, outputs: Any, allocated: list[Tensor], launches: lis
     allocation."""
     addresses = {x.data_ptr(): n for n, x in enumerate(inputs) if isinstance(x, Tensor)}
     storages = [(x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()) for x in allocated]
-    geometry = [x for x in allocated]
+    geometry = list(allocated)
     single = isinstance(outputs, Tensor)
     if not single and type(outputs) is not tuple:
         return None

@@ -70,16 +70,9 @@ __device__ __forceinline__ void powers(Strip& p, float (&sum)[2], const Rows16<T
     }
     const float factor = fmaxf(fabsf(scale) * LOG2_E, 1.4e-45f);  // not 0, whose product with -inf is NaN
     for (int r = 0; r < 2; ++r) top[r] = -row_max(top[r]) * factor, sum[r] = 0.0f;
-#pragma unroll
-    for (int k = 0; k < GROUPS; ++k) {
-        if (k * STRIP >= columns) break;
-#pragma unroll
-        for (int e = 0; e < 8; ++e) {
-            float& x = p[k][e / 4][e % 4];
-            x = fast_exp2(fmaf(x, factor, top[e % 4 / 2]));
-            sum[e % 4 / 2] += x;
-        }
-    }
+    each_pair(columns, p, [&](float(&x)[4], int, int, int) {
+        for (int e = 0; e < 4; ++e) x[e] = fast_exp2(fmaf(x[e], factor, top[e / 2])), sum[e / 2] += x[e];
+    });
     for (int r = 0; r < 2; ++r) sum[r] = row_sum(sum[r]);
 }
 

@@ -14,22 +14,19 @@ from tests.helpers.releases import WITHOUT_PTX
 pytest.importorskip("triton")
 pytest.importorskip("ptx", reason=WITHOUT_PTX)
 from ptx.testing import compiling, needs_fences
+from tests.helpers.emulated import pairs
 
 pytestmark = needs_fences  # archives are made by a Triton that sets them
 AHEAD = "tests.helpers.emulated.ahead."
-# launched by one call each, forward and backward
+# launched by one call each, forward and backward; of three calls these are the kernels that tests/helpers/emulated/pairs.py lists
+LISTED = (("score_attention", "additive"), ("attention_statistics", "three groups"), ("congruence_loss", "iais_singular"))
 CALLS = {
-    ("score_attention", "additive"): """score_attention._prepare_kernel score_attention._forward_kernel
-        _units_backward._units_rows_kernel _units_backward._units_backward_kernel""",
+    **{call: pairs.CALLS[call] for call in LISTED},
     ("relevancy_attention", "gradient"): """score_attention._whole_forward_kernel _products_backward._backward_q_kernel
         _products_backward._backward_kv_kernel _products_jvp._jvp_kernel""",
-    ("attention_statistics", "three groups"): """_key_groups._members_kernel attention_statistics._rows_kernel
-        attention_statistics._received_kernel _statistics_backward._backward_q_kernel _statistics_backward._backward_kv_kernel""",
     ("attention_map", "gradient of the largest head"): """attention_map._map_kernel score_attention._rows_kernel
         _map_backward._map_backward_rows_kernel _map_backward._map_backward_q_kernel _map_backward._map_backward_kv_kernel
         _map_backward._map_taken_kernel""",
-    ("congruence_loss", "iais_singular"): """congruence_maps.map_kernel congruence_maps.gradient_kernel
-        congruence_loss._divergence_kernel congruence_loss._target_backward_kernel""",
 }
 
 

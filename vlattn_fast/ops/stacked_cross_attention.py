@@ -207,14 +207,11 @@ def _describe(x: Any) -> Call:
     sizes = {"images": num_images, "captions": num_captions, "regions": regions, "words": words, "features": features}
     query, context = (captions, images) if x.direction == "t2i" else (images, captions)
     score.check(query[:, None], context[:, None])
-    flags = {"direction": x.direction, "first_norm": x.first_norm, "aggregation": x.aggregation}
-    flags["score"] = score.name
+    flags = {"direction": x.direction, "first_norm": x.first_norm, "aggregation": x.aggregation, "score": score.name}
     return make_call("stacked_cross_attention", images, sizes, flags)
 
 
-def check_options(
-    direction: Any, first_norm: Any, smooth: Any, aggregation: Any, lambda_lse: Any, score: Any = "dot"
-) -> scores.Score:
+def check_options(direction: Any, first_norm: Any, smooth: Any, aggregation: Any, lambda_lse: Any, score: Any) -> scores.Score:
     """Returns the score. Raises an error unless the options of `stacked_cross_attention` have the documented types and values."""
     check_choice("direction", direction, DIRECTIONS)
     check_choice("first_norm", first_norm, FIRST_NORMS)
