@@ -291,12 +291,13 @@ def stacked_cross_attention(
     smooth: float = 9.0,
     aggregation: str = "logsumexp",
     lambda_lse: float = 6.0,
+    score: Any = "dot",
 ) -> Outputs:
     lengths = [captions.shape[1]] * captions.shape[0] if caption_lengths is None else caption_lengths.tolist()
 
     def similarity(image: Tensor, caption: Tensor) -> Tensor:
         q, c = (caption, image) if direction == "t2i" else (image, caption)
-        s = q @ c.mT
+        s = score_of(score, q[None, None], c[None, None])[0, 0]
         if first_norm == "softmax":
             s = softmax(s.mT).mT
         else:
