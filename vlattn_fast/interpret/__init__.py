@@ -17,11 +17,11 @@ from vlattn_fast.interpret.evaluating.evaluation import Evaluation
 from vlattn_fast.interpret.explaining.explain import explain, explain_layers, find_sinks
 from vlattn_fast.interpret.exploring.widget import widget
 from vlattn_fast.interpret.intervening.edges import Edge, EdgeTable
-from vlattn_fast.interpret.intervening.edits import Knockout, Patch, ScaleHeads, Steer
+from vlattn_fast.interpret.intervening.edits import Knockout, Mlp, Patch, Residual, ScaleHeads, Steer
 from vlattn_fast.interpret.intervening.effects import attribute_edges, intervene_each
 from vlattn_fast.interpret.intervening.flow import FlowCurve, information_flow
-from vlattn_fast.interpret.intervening.head_record import HeadRecord
-from vlattn_fast.interpret.intervening.intervene import intervene, record_heads
+from vlattn_fast.interpret.intervening.intervene import intervene, record_heads, record_states
+from vlattn_fast.interpret.intervening.records import HeadRecord, StateRecord
 from vlattn_fast.interpret.probing import ProbeReport, probe
 from vlattn_fast.interpret.prompting.prompt_maps import PromptMaps, prompt_maps
 from vlattn_fast.interpret.result.by_layer import LayerExplanation
@@ -41,12 +41,15 @@ __all__ = [
     "HeadRecord",
     "Knockout",
     "LayerExplanation",
+    "Mlp",
     "Patch",
     "PatchGrid",
     "ProbeReport",
     "PromptMaps",
+    "Residual",
     "ScaleHeads",
     "SideBySide",
+    "StateRecord",
     "Steer",
     "Tower",
     "attribute_edges",
@@ -63,6 +66,7 @@ __all__ = [
     "probe",
     "prompt_maps",
     "record_heads",
+    "record_states",
     "register_adapter",
     "widget",
 ]

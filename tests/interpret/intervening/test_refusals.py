@@ -108,7 +108,9 @@ def test_contradictions_and_what_is_no_edit() -> None:
         with pytest.raises(ValueError, match="edits must set the outputs of a head once; got .* of head [02], layer 1"):
             va.intervene(model, inputs, edits)
     for edits in (None, "last", [3], {1: scale}):
-        with pytest.raises(TypeError, match="edits must be va.Knockout, va.Steer, va.ScaleHeads or va.Patch"):
+        with pytest.raises(
+            TypeError, match="edits must be va.Knockout, va.Steer, va.ScaleHeads, va.Patch, va.Residual or va.Mlp"
+        ):
             va.intervene(model, inputs, edits)
     with pytest.raises(ValueError, match="edits must have at least one; got none"):
         va.intervene(model, inputs, [])

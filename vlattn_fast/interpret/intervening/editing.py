@@ -1,7 +1,8 @@
-"""The attention calls of a model, edited while it runs."""
+"""The attention calls and the states of a model, edited while it runs."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -16,6 +17,8 @@ from vlattn_fast.attach.session import Steps, uncompiled
 from vlattn_fast.attach.written import is_masked_score, joined
 from vlattn_fast.backends.inputs import ScoreAttentionInputs
 from vlattn_fast.interpret.intervening.plans import CallPlan, Plans
+from vlattn_fast.interpret.intervening.state_places import sizes_of
+from vlattn_fast.interpret.intervening.state_plans import StatePlan
 from vlattn_fast.interpret.intervening.traced_model import TracedTower
 from vlattn_fast.ops._groups import gated, group_bias_inputs
 
@@ -59,7 +62,14 @@ class EditedCalls(Subscriber):
             first = next(plan for plan in self._plans if plan.call.tower is tower)
             module = self.model.get_submodule(first.call.path)
             self._firsts.setdefault(module, []).append((tower, self._of_modules[module].index(first)))
+        self._states: dict[nn.Module, list[StatePlan]] = {}
+        self._entries: dict[nn.Module, StatePlan] = {}  # by first layer of a tower, which may not attend: a plan of the tower
+        self._sizes: dict[TracedTower, tuple[int, int]] = {}  # (B, N) of the states of this run
+        for state_plan in plans.states.values():
+            self._states.setdefault(self.model.get_submodule(state_plan.place.path), []).append(state_plan)
+            self._entries[self.model.get_submodule(state_plan.entry)] = state_plan
         self._numbers: dict[nn.Module, int] = {}  # of the call that a module makes next
+        self._state_runs: dict[nn.Module, int] = {}  # of each module with edited states, in this pass
         self._attending: list[_Attending] = []
         self._mask: tuple[Tensor, Tensor] | None = None  # a float mask and what `_with_zeros` made of it
         self._cached: dict[TracedTower, int | None] = {}  # tokens in the cache; None = there is no cache
@@ -78,19 +88,53 @@ class EditedCalls(Subscriber):
 
     def count_anew(self) -> Callable[[], None]:
         """Begins a run of the model; returns a function that continues the run that is under way, if any."""
-        before = self._numbers, self._attending, self._cached
+        before = self._numbers, self._state_runs, self._attending, self._cached
 
         def go_on() -> None:
-            self._numbers, self._attending, self._cached = before
+            self._numbers, self._state_runs, self._attending, self._cached = before
 
-        self._numbers = dict.fromkeys(self._of_modules, 0)
+        self._begin_pass()
         self._attending, self._cached = [], {}
         return go_on
+
+    def _begin_pass(self) -> None:
+        self._numbers = dict.fromkeys(self._of_modules, 0)
+        self._state_runs = dict.fromkeys(self._states, 0)
 
     def begins(self, observer: Observer) -> Steps:
         plainly = uncompiled(self.model)
         yield plainly.__exit__
         plainly.__enter__()
+        yield from self.hooks_on_states(observer)
+
+    def begins_tower(self, module: nn.Module) -> bool:
+        """Whether a module is the first layer of a tower with edited states."""
+        return module in self._entries
+
+    def enter_tower(self, module: nn.Module, arguments: Sequence[Any]) -> None:
+        """Notes how many tokens a tower's cache and its states have, if the module is its first layer."""
+        if (entered := self._entries.get(module)) is not None:
+            place = entered.place
+            states = (x for x in arguments if isinstance(x, Tensor) and x.ndim > 1 and x.shape[-1] == place.channels)
+            self._cached[place.tower], self._sizes[place.tower] = _cached(arguments), sizes_of(next(states))
+
+    def hooks_on_states(self, observer: Observer) -> Steps:
+        """The hooks through which modules return edited states in the runs of an observer."""
+        for module in self._states:
+            yield module.register_forward_hook(observer.hook(self._edit_states)).remove
+
+    def _edit_states(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        number = self._state_runs[module]
+        self._state_runs[module] += 1
+        for plan in self._states[module]:
+            (run, runs), tower = plan.place.run, plan.place.tower
+            if number % runs == run:
+                sizes = self._sizes[tower]
+                total = sizes[1] + (self._cached[tower] or 0)
+                _check_whole(tower, total)
+                change = functools.partial(plan.changed, start=total - sizes[1], total=total)
+                output = plan.place.replaced(output, sizes, change)
+        return output
 
     def on_end(self) -> None:
         self._mask = None
@@ -99,18 +143,19 @@ class EditedCalls(Subscriber):
 
     def on_enter(self, run: ModuleRun, args: tuple[Any, ...]) -> None:
         if run.module is self.model:  # the run before may have ended in an error
-            self._numbers = dict.fromkeys(self._of_modules, 0)
+            self._begin_pass()
         if run.begins_anew:
             self._attending = []
         if run.module in self._of_modules:
             self._attending.append(_Attending(run.module))
 
     def takes_arguments(self, module: nn.Module) -> bool:
-        return module in self._firsts
+        return module in self._firsts or self.begins_tower(module)
 
     def on_arguments(self, run: ModuleRun, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert run.module is not None
-        for tower, number in self._firsts[run.module]:
+        self.enter_tower(run.module, (*args, *kwargs.values()))
+        for tower, number in self._firsts.get(run.module, ()):
             if self._numbers[run.module] == number:  # a model that runs its layers again has filled its cache meanwhile
                 self._cached[tower] = _cached((*args, *kwargs.values()))
 
@@ -260,11 +305,7 @@ class EditedCalls(Subscriber):
             total = keys - (plan.call.keys - len(columns))
         else:
             total = (count if plan.call.crosses else max(count, keys)) if cached is None else cached + count
-        if total < tower.shape[1]:
-            raise ValueError(
-                f"model must run on the {tower.shape[1]} tokens of tower '{tower.name}' of va.intervene's inputs at once, "
-                f"and then on tokens after them; got {total}"
-            )
+        _check_whole(tower, total)
         return total - count, total
 
 
@@ -278,6 +319,14 @@ class ExplainedEdits(Subscriber):
 
     def begins(self, observer: Observer) -> Steps:
         yield self._edits.count_anew()  # a hook of the edited model may explain it
+        yield from self._edits.hooks_on_states(observer)
+
+    def takes_arguments(self, module: nn.Module) -> bool:
+        return self._edits.begins_tower(module)
+
+    def on_arguments(self, run: ModuleRun, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        assert run.module is not None
+        self._edits.enter_tower(run.module, (*args, *kwargs.values()))
 
     def on_attention(self, event: Attention, attend: Attend) -> Tensor:
         plan = None if event.run.path is None else self._edits.next_plan(event.run.module or self._edits.model)
@@ -335,6 +384,15 @@ def token_groups(
         # The keys are the last ones of all, or, in a cache of fixed length, the first positions in it.
         key_groups = plan.keys.of(max(0, total - keys), keys, total, batch, device)
     return plan.queries.of(start, queries, total, batch, device), key_groups
+
+
+def _check_whole(tower: TracedTower, total: int) -> None:
+    """ValueError for fewer tokens than the inputs have."""
+    if total < tower.shape[1]:
+        raise ValueError(
+            f"model must run on the {tower.shape[1]} tokens of tower '{tower.name}' of va.intervene's inputs at once, "
+            f"and then on tokens after them; got {total}"
+        )
 
 
 def _groups(plan: CallPlan, queries: Tensor, keys: int, start: int, total: int) -> dict[str, Any]:

@@ -1,17 +1,17 @@
-"""Edits of attention, checked as far as possible without a model."""
+"""Edits of attention and of states, checked as far as possible without a model."""
 
 from __future__ import annotations
 
 import abc
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_number, describe
-from vlattn_fast.interpret.intervening.head_record import HeadRecord
+from vlattn_fast.interpret.intervening.records import HeadRecord, StateRecord
 from vlattn_fast.interpret.intervening.token_sets import TokenGroup, check_group
 
 Numbers = int | Iterable[int] | None  # of layers or heads, from 0, or negative from the end; None = all
@@ -173,7 +173,92 @@ class Patch(HeadEdit):
         check_tower(self.tower)
 
 
-Edit = EdgeEdit | HeadEdit
+@dataclass(frozen=True, eq=False)
+class StateEdit:
+    """The base of `Residual` and `Mlp`: another state (B, N, C) at some positions. Exactly one of `set`, `add` and `scale`."""
+
+    of: ClassVar[str]  # the kind of state
+
+    layers: Numbers
+    positions: TokenGroup | None = None
+    set: float | Tensor | StateRecord | None = field(default=None, kw_only=True)
+    add: Tensor | None = field(default=None, kw_only=True)
+    scale: float | None = field(default=None, kw_only=True)
+    tower: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", check_numbers("layers", self.layers))
+        check_group("positions", self.positions)
+        if not (self.tower is None or isinstance(self.tower, str)):
+            raise TypeError(f"tower must be a name, or None; got {describe(self.tower)}")
+        given = [name for name in ("set", "add", "scale") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"{type(self).__name__} needs one of set, add and scale; got {', '.join(given) or 'none'}")
+        name, value = self.value
+        if isinstance(value, Tensor) and name != "scale":
+            if not value.is_floating_point() or value.ndim not in (1, 3):
+                raise ValueError(f"{name} must be a floating-point tensor (C) or (B, N, C); got {describe(value)}")
+        elif isinstance(value, StateRecord) and name == "set":
+            if value.of != self.of:
+                raise ValueError(f"set must be recorded with of={self.of!r}; got a record of {value.of!r}")
+        elif name == "add":
+            raise TypeError(f"add must be a tensor (C) or (B, N, C); got {describe(value)}")
+        else:
+            check_number(name, value)
+
+    @property
+    def value(self) -> tuple[str, Any]:
+        """The name of the argument that is given, and its value."""
+        return next((name, value) for name in ("set", "add", "scale") if (value := getattr(self, name)) is not None)
+
+
+@dataclass(frozen=True, eq=False)
+class Residual(StateEdit):
+    """An edit of the residual stream after layers: the states that a layer hands to the next one.
+
+    With `set` it is zero or mean ablation, or activation patching (Meng et al., NeurIPS 2022, restore states of a clean run);
+    with `add` it adds a steering vector (Turner et al., 2023).
+
+    Examples:
+        >>> import torch, vlattn_fast as va
+        >>> va.Residual(4, "last", add=torch.randn(32)).value[0]
+        'add'
+
+    Args:
+        layers: numbers from 0, or negative from the end, -1 the last; None = all.
+        positions: tokens, as `queries` of `Knockout`. None = all, those that `generate` adds among them.
+        set: replaces the states: a number; a tensor (C) or (B, N, C), B or one sample; or a result of `record_states`, whose
+            states have the same positions. That of a data set gives its means.
+        add: a tensor (C) or (B, N, C) that is added to them.
+        scale: a factor.
+        tower: the name of the tower; None = that of the record, or the only one.
+
+    Tokens that `generate` adds keep their states if values are (B, N, C), or of a run. Several edits of a layer act one after the
+    other.
+
+    Raises:
+        TypeError, ValueError: an argument is invalid; not exactly one of set, add and scale.
+    """
+
+    of = "residual"
+
+
+@dataclass(frozen=True, eq=False)
+class Mlp(StateEdit):
+    """An edit of what the MLPs of layers add to the residual stream, after a norm or factor of this output.
+
+    Args:
+        layers, positions, set, add, scale, tower: as in `Residual`; a record is one of `record_states(..., of="mlp")`.
+
+    Raises:
+        TypeError, ValueError: an argument is invalid; not exactly one of set, add and scale.
+    """
+
+    of = "mlp"
+
+
+Edit = EdgeEdit | HeadEdit | StateEdit
+EDITS = "va.Knockout, va.Steer, va.ScaleHeads, va.Patch, va.Residual or va.Mlp"
 
 
 def check_numbers(name: str, numbers: Any) -> tuple[int, ...] | None:

@@ -1,31 +1,35 @@
-"""`intervene` and `record_heads`: edits of a model's attention, and the outputs of its heads."""
+"""`intervene`, `record_heads` and `record_states`: edits of a model, the outputs of its heads, and its states."""
 
 from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast._ground.checks import check_items, describe
+from vlattn_fast._ground.checks import check_choice, check_items, describe
 from vlattn_fast._ground.extras import with_progress
 from vlattn_fast.attach.observer import Observer
 from vlattn_fast.attach.session import at_rest, unwrapped
 from vlattn_fast.interpret.intervening.editing import EditedCalls, check_not_explained
-from vlattn_fast.interpret.intervening.edits import EdgeEdit, Edit, HeadEdit, Numbers, check_numbers, check_tower
-from vlattn_fast.interpret.intervening.head_record import HeadRecord
+from vlattn_fast.interpret.intervening.edits import EDITS, Edit, Numbers, check_numbers, check_tower
 from vlattn_fast.interpret.intervening.plans import CallPlan, Plans, tower_of
-from vlattn_fast.interpret.intervening.traced_model import TowerName, trace_model, with_start
+from vlattn_fast.interpret.intervening.records import HeadRecord, StateRecord
+from vlattn_fast.interpret.intervening.state_places import KINDS
+from vlattn_fast.interpret.intervening.state_plans import chosen_places
+from vlattn_fast.interpret.intervening.traced_model import TowerName, TracedTower, trace_model, with_start
 
 
 def intervene(model: nn.Module, inputs: Mapping[str, Any], edits: Edit | Sequence[Edit]) -> Observer:
-    """Edits a model's attention inside of a context: for `model(**inputs)` and `model.generate(**inputs)`, including gradients.
+    """Edits attention or states of a model inside of a context: for `model(**inputs)` and `model.generate(**inputs)`, including
+    gradients.
 
-    On exit, the model is restored, even after an error. `model(**inputs)` runs once on entry, to find layers, heads and tokens.
+    On exit, the model is restored, even after an error. `model(**inputs)` runs once on entry, to find layers, heads and tokens,
+    and a second time for edits of states.
     Edited calls run with `score_attention` and a bias between groups of tokens, so no mask of N x M is stored.
 
     Examples:
@@ -37,9 +41,9 @@ def intervene(model: nn.Module, inputs: Mapping[str, Any], edits: Edit | Sequenc
         ...     model(**inputs).logits.shape
         torch.Size([2, 2])
 
-    Several edits compose: biases add up, factors multiply. Groups are tokens of `inputs`; other inputs of the same sizes have the
-    same groups. Tokens that the model generates after them belong to "answer" and "text", and the newest one is "last". Beams and
-    several sequences per prompt are copies of their prompt.
+    Several edits compose: biases add up, factors multiply, and edits of one state act one after the other. Groups are tokens of
+    `inputs`; other inputs of the same sizes have the same groups. Tokens that the model generates after them belong to "answer"
+    and "text", and the newest one is "last". Beams and several sequences per prompt are copies of their prompt.
 
     `explain` inside of the context explains the edited model, with methods that use attention. Call backward() inside of the
     context, too, if the model checkpoints gradients. The model may be in train or eval mode; compiled parts run as plain Python.
@@ -48,18 +52,19 @@ def intervene(model: nn.Module, inputs: Mapping[str, Any], edits: Edit | Sequenc
     Args:
         model: a model that `explain` supports, including its wrappers.
         inputs: the model's keyword arguments, e.g. what a processor returns.
-        edits: one or several of `Knockout`, `Steer`, `ScaleHeads` and `Patch`.
+        edits: one or several of `Knockout`, `Steer`, `ScaleHeads`, `Patch`, `Residual` and `Mlp`.
 
     Raises:
         TypeError, ValueError: no edit, or an unknown layer, head or tower; a group that is empty, or has another length than the
             tokens; a group that several towers have; heads that are patched and scaled; a model whose attention is not supported,
-            or is in windows if edges are edited; an intervene inside of another one, or inside of `explain`.
+            or is in windows if edges are edited; a layer whose states are not found, or have another size than the values; an
+            intervene inside of another one, or inside of `explain`.
             In the context: inputs of other sizes, or another run that uses attention, such as `attribute_edges`, or `explain` of
             another model.
     """
-    edits = [edits] if isinstance(edits, (EdgeEdit, HeadEdit)) else edits
-    if not isinstance(edits, Sequence) or isinstance(edits, str) or not all(isinstance(e, (EdgeEdit, HeadEdit)) for e in edits):
-        raise TypeError(f"edits must be va.Knockout, va.Steer, va.ScaleHeads or va.Patch, or a list; got {describe(edits)}")
+    edits = [edits] if isinstance(edits, Edit) else edits
+    if not isinstance(edits, Sequence) or isinstance(edits, str) or not all(isinstance(each, Edit) for each in edits):
+        raise TypeError(f"edits must be {EDITS}, or a list; got {describe(edits)}")
     if not edits:
         raise ValueError("edits must have at least one; got none")
     check_not_explained()
@@ -102,26 +107,112 @@ def record_heads(
     """
     chosen = check_numbers("layers", layers)
     check_tower(tower)
+    record, means, count = _recorded(inputs, lambda one: _heads_of_run(model, one, chosen, tower))
+    return record if means is None else replace(record, means=means, outputs=None, count=count)
+
+
+def record_states(
+    model: nn.Module,
+    inputs: Mapping[str, Any] | Iterable[Mapping[str, Any]],
+    layers: Numbers = None,
+    *,
+    of: str = "residual",
+    tower: str | None = None,
+) -> StateRecord:
+    """Records states for `Residual` and `Mlp`: those of one run, or their means over a data set.
+
+    Returns a `StateRecord`. It takes three forward passes per item of `inputs`, in eval mode: the first two find the layers.
+    Memory holds all states of an item, (B, N, C) per layer, and for a data set also their sums.
+
+    Examples:
+        >>> import torch, vlattn_fast as va
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=4)
+        >>> model, inputs = ViTForImageClassification(ViTConfig(**sizes)), {"pixel_values": torch.rand(2, 3, 16, 16)}
+        >>> run = va.record_states(model, inputs)
+        >>> run.states[1].shape
+        torch.Size([2, 17, 32])
+        >>> other = {"pixel_values": torch.rand(2, 3, 16, 16)}
+        >>> with va.intervene(model, other, va.Residual(0, "image", set=run)):  # activation patching
+        ...     model(**other).logits.shape
+        torch.Size([2, 2])
+
+    Args:
+        model: as in `intervene`.
+        inputs: the model's keyword arguments, for states and their means; or an iterable of several such mappings, for the means
+            over a data set.
+        layers: numbers from 0, or negative from the end; None = all.
+        of: "residual" for the residual stream after each layer; "mlp" for what its MLP adds to it.
+        tower: the name of the tower; None = the only one.
+
+    Raises:
+        TypeError, ValueError: an argument is invalid; an unknown layer or tower; a layer whose states are not found; a data set
+            without inputs; and what `intervene` raises.
+    """
+    check_choice("of", of, KINDS)
+    chosen = check_numbers("layers", layers)
+    if not (tower is None or isinstance(tower, str)):
+        raise TypeError(f"tower must be a name, or None; got {describe(tower)}")
+    record, means, count = _recorded(inputs, lambda one: _states_of_run(model, one, chosen, of, tower))
+    return record if means is None else replace(record, means=means, states=None, count=count)
+
+
+R = TypeVar("R", HeadRecord, StateRecord)
+
+
+def _recorded(inputs: Any, of_one: Callable[[Mapping[str, Any]], R]) -> tuple[R, dict[int, Tensor] | None, int]:
+    """The record of one run; for a data set that of its last item, with the means and the number of tokens of all items."""
     if isinstance(inputs, Mapping):
-        return _of_one_run(model, inputs, chosen, tower)
+        return of_one(inputs), None, 0
     check_items("inputs", inputs, "a mapping of the model's keyword arguments, or several")
     sums: dict[int, Tensor] = {}
     count, record = 0, None
     for one in with_progress(inputs, "recording"):
         if not isinstance(one, Mapping):
             raise TypeError(f"inputs must be mappings of the model's keyword arguments; got {describe(one)}")
-        record = _of_one_run(model, one, chosen, tower)
+        record = of_one(one)
         for layer, means in record.means.items():
             part = means.double() * record.count
             sums[layer] = sums[layer] + part if layer in sums else part
         count += record.count
     if record is None:
         raise ValueError("inputs must have at least one item; got an empty data set")
-    means_of_all = {layer: total / count for layer, total in sums.items()}
-    return replace(record, means=means_of_all, outputs=None, count=count)
+    return record, {layer: total / count for layer, total in sums.items()}, count
 
 
-def _of_one_run(model: nn.Module, inputs: Mapping[str, Any], layers: Sequence[int] | None, tower: TowerName) -> HeadRecord:
+def _states_of_run(
+    model: nn.Module, inputs: Mapping[str, Any], layers: Sequence[int] | None, of: str, tower: str | None
+) -> StateRecord:
+    traced = trace_model(model, inputs, [tower])
+    plans, states = Plans(traced), dict[int, Tensor]()
+    places = chosen_places(traced, plans.state_places, of, "record_states", layers, tower)
+    for place in places:
+        plans.add_change(place, functools.partial(_keep_state, states, place.layer))
+    _run(model, inputs, plans)
+    means, count = _means(states, places[0].tower)
+    return StateRecord(of, places[0].tower.name, means, states, count, traced.name)
+
+
+def _keep_state(states: dict[int, Tensor], layer: int, state: Tensor, start: int, total: int) -> Tensor:
+    states[layer] = state.detach().clone()
+    return state
+
+
+def _run(model: nn.Module, inputs: Mapping[str, Any], plans: Plans) -> None:
+    """Runs a model in eval mode with plans that record."""
+    with torch.inference_mode(False), torch.no_grad(), at_rest(unwrapped(model)), EditedCalls(plans).observer():
+        unwrapped(model)(**with_start(unwrapped(model), inputs))
+
+
+def _means(by_layer: Mapping[int, Tensor], tower: TracedTower) -> tuple[dict[int, Tensor], int]:
+    """The means of (B, N, ...) over the real tokens of a tower, and their number."""
+    real = tower.tokens.real()
+    real = torch.ones(tower.shape, dtype=torch.bool) if real is None else real.bool().cpu()
+    with torch.inference_mode(False):
+        return {layer: x[real.to(x.device)].double().mean(0) for layer, x in by_layer.items()}, int(real.sum())
+
+
+def _heads_of_run(model: nn.Module, inputs: Mapping[str, Any], layers: Sequence[int] | None, tower: TowerName) -> HeadRecord:
     traced = trace_model(model, inputs, [tower])
     plans = Plans(traced)
     pair = plans.self_pair("record_heads", tower)
@@ -134,14 +225,10 @@ def _of_one_run(model: nn.Module, inputs: Mapping[str, Any], layers: Sequence[in
         if by_layer[plan.call.layer] > 1:
             raise ValueError(f"model must attend once in a layer if heads are recorded; got layer {plan.call.layer}")
         plan.sees = functools.partial(_keep, outputs, plan)
-    with torch.inference_mode(False), torch.no_grad(), at_rest(unwrapped(model)), EditedCalls(plans).observer():
-        unwrapped(model)(**with_start(unwrapped(model), inputs))
+    _run(model, inputs, plans)
     outputs = {plan.call.layer: plan.call.share.whole(outputs[plan.call.layer], 1) for plan in chosen}
-    real = pair[0].tokens.real()
-    real = torch.ones(pair[0].shape, dtype=torch.bool) if real is None else real.bool().cpu()
-    with torch.inference_mode(False):
-        means = {layer: x.transpose(1, 2)[real.to(x.device)].double().mean(0) for layer, x in outputs.items()}
-    return HeadRecord((pair[0].name, pair[1].name), means, outputs, int(real.sum()), traced.name)
+    means, count = _means({layer: x.transpose(1, 2) for layer, x in outputs.items()}, pair[0])
+    return HeadRecord((pair[0].name, pair[1].name), means, outputs, count, traced.name)
 
 
 def _keep(outputs: dict[int, Tensor], plan: CallPlan, output: Tensor) -> None:

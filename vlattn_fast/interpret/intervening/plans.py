@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_index
-from vlattn_fast.interpret.intervening.edits import EdgeEdit, Edit, Patch, ScaleHeads
+from vlattn_fast.attach.session import named
+from vlattn_fast.interpret.intervening.edits import EDITS, EdgeEdit, Edit, Patch, ScaleHeads, StateEdit
 from vlattn_fast.interpret.intervening.grouping import Groups
-from vlattn_fast.interpret.intervening.head_record import HeadRecord
+from vlattn_fast.interpret.intervening.records import HeadRecord, StateRecord
+from vlattn_fast.interpret.intervening.state_places import StatePlace, StatePlaces, find_states
+from vlattn_fast.interpret.intervening.state_plans import Change, StatePlan, change_of, chosen_places, entry_path
 from vlattn_fast.interpret.intervening.token_sets import TokenSet, disjoint, token_set
 from vlattn_fast.interpret.intervening.traced_model import ModelCall, TowerName, TracedModel, TracedTower
 
@@ -115,6 +119,7 @@ class Plans:
     def __init__(self, traced: TracedModel, edits: Iterable[Edit] = ()) -> None:
         self.traced = traced
         self.calls = [CallPlan(call) for call in traced.calls]
+        self.states: dict[StatePlace, StatePlan] = {}
         self._edited: dict[tuple[int, int], str] = {}  # by plan and head: the edit that sets its outputs
         for edit in edits:
             self.add(edit)
@@ -206,7 +211,12 @@ class Plans:
         """Layer -> the module's path and class, for each layer without a softmax, such as recurrences."""
         towers = [pair[0] for pair in pairs if pair[0] is pair[1]]
         with_edges = {plan.call.layer for plan in self.calls if plan.call.tower in towers}
-        return {layer: place for tower, layer, place in self.traced.mixing if tower in towers and layer not in with_edges}
+        model = self.traced.model
+        return {
+            layer: named(path, model.get_submodule(path))
+            for tower, layer, path in self.traced.mixing
+            if tower in towers and layer not in with_edges
+        }
 
     # --- edits ---
 
@@ -239,8 +249,21 @@ class Plans:
                         _scale(plan, edit, chosen)
                     else:
                         _patch(plan, edit, chosen)
+        elif isinstance(edit, StateEdit):
+            for state in chosen_places(self.traced, self.state_places, edit.of, what, edit.layers, tower_of(edit)):
+                self.add_change(state, change_of(edit, state, self.traced))
         else:
-            raise TypeError(f"edits must be va.Knockout, va.Steer, va.ScaleHeads or va.Patch; got {what}")
+            raise TypeError(f"edits must be {EDITS}; got {what}")
+
+    @cached_property
+    def state_places(self) -> StatePlaces:
+        """Where the model has its states; takes a forward pass."""
+        return find_states(self.traced)
+
+    def add_change(self, place: StatePlace, change: Change) -> None:
+        if place not in self.states:
+            self.states[place] = StatePlan(place, entry_path(self.state_places, place.tower))
+        self.states[place].changes.append(change)
 
     def _check_record(self, edit: ScaleHeads | Patch) -> None:
         """ValueError for a record of another class of models. Other weights are allowed, e.g. of a checkpoint before training."""
@@ -283,7 +306,8 @@ class Plans:
 
 def tower_of(edit: Any) -> TowerName:
     """The tower that an edit names, itself or in its record."""
-    record = getattr(edit, "mean", None) or getattr(edit, "other_run", None)
+    named_records = (getattr(edit, name, None) for name in ("mean", "other_run", "set"))
+    record = next((each for each in named_records if isinstance(each, (HeadRecord, StateRecord))), None)
     tower: TowerName = edit.tower
     return record.tower if tower is None and record is not None else tower
 

@@ -71,12 +71,13 @@ class ModelCall:
 @dataclass(frozen=True, eq=False)
 class TracedModel:
     """A model without its wrappers, and its calls in the order in which they ran. `mixing`: those without a softmax, such as
-    recurrences, which have no edges: the tower and the layer of each, and the module's path and class."""
+    recurrences, which have no edges: the tower, the layer and the module's path of each. `arguments`: what the model ran on."""
 
     model: nn.Module
     adapter: Adapter
     calls: list[ModelCall]
     mixing: list[tuple[TracedTower, int, str]]
+    arguments: Mapping[str, Any]
 
     @property
     def name(self) -> str:
@@ -232,8 +233,7 @@ def run_traced(
     calls, mixing = [], []
     for noted in method.calls:
         if noted.mixes:
-            place = f"'{noted.path}' ({type(model.get_submodule(noted.path)).__name__})"
-            mixing.append((traced(noted.tower), noted.layer, place))
+            mixing.append((traced(noted.tower), noted.layer, noted.path))
             continue
         source = sources.get(noted.number, noted.tower)
         tokens, kind = len(noted.columns) if noted.columns is not None else noted.keys, model.get_submodule(noted.path)
@@ -243,7 +243,7 @@ def run_traced(
         problem = problem and f"'{noted.path}' ({type(kind).__name__}) {problem}"
         sizes = noted.share, noted.keys, noted.columns
         calls.append(ModelCall(noted.path, traced(noted.tower), traced(source), noted.layer, *sizes, problem, noted.by_hand))
-    return TracedModel(model, adapter, calls, mixing), outputs
+    return TracedModel(model, adapter, calls, mixing, arguments), outputs
 
 
 def _tokens(tower: TowerTrace, model: nn.Module, arguments: Mapping[str, Any], decodes: bool) -> Tokens:

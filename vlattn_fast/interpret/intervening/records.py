@@ -1,4 +1,4 @@
-"""Recorded outputs of attention heads."""
+"""Recorded outputs of attention heads, and recorded states."""
 
 from __future__ import annotations
 
@@ -23,5 +23,26 @@ class HeadRecord:
     tower: tuple[str, str]
     means: Mapping[int, Tensor]
     outputs: Mapping[int, Tensor] | None
+    count: int
+    model: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class StateRecord:
+    """The result of `va.record_states`: the residual stream after layers, or the outputs of their MLPs.
+
+    Args:
+        of: "residual" or "mlp".
+        tower: the name of the tower.
+        means: layer -> (C), over all real tokens of all samples.
+        states: layer -> (B, N, C) of one run; None for a data set.
+        count: the number of tokens in the means.
+        model: the class of the model. Edits of a model of another class raise a ValueError.
+    """
+
+    of: str
+    tower: str
+    means: Mapping[int, Tensor]
+    states: Mapping[int, Tensor] | None
     count: int
     model: str = ""

@@ -1,0 +1,245 @@
+"""Where a model has the residual stream after each layer, and what each layer's MLP adds to it: runs of its modules.
+
+They are found in one forward pass, from which modules run, what they take and what they return. No class of models is named.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vlattn_fast.attach.events import ModuleRun, Subscriber
+from vlattn_fast.attach.observer import Observer
+from vlattn_fast.attach.session import Steps, at_rest, named, uncompiled
+from vlattn_fast.interpret.intervening.traced_model import TracedModel, TracedTower
+
+KINDS = ("residual", "mlp")
+
+
+@dataclass(frozen=True, eq=False)
+class StatePlace:
+    """A state: the output of one run of a module, or an element of this output. It is (B, N, C), or has these numbers in order,
+    such as (B * N, C) or (B, H, W, C)."""
+
+    tower: TracedTower
+    layer: int
+    path: str
+    run: tuple[int, int]  # which run of the module in a forward pass, and of how many
+    element: int | None
+    channels: int
+
+    def replaced(self, output: Any, sizes: tuple[int, int], change: Callable[[Tensor], Tensor]) -> Any:
+        """The output with a changed state; `sizes`: (B, N)."""
+
+        def changed_state(state: Tensor) -> Tensor:
+            return change(state.reshape(*sizes, self.channels)).reshape(state.shape)
+
+        if self.element is None:
+            return changed_state(output)
+        changed = list(output)
+        changed[self.element] = changed_state(output[self.element])
+        return type(output)(*changed) if hasattr(output, "_fields") else type(output)(changed)
+
+
+# Kind -> tower -> layer -> the place, or why there is none.
+StatePlaces = dict[str, dict[TracedTower, dict[int, StatePlace | str]]]
+
+
+def find_states(traced: TracedModel) -> StatePlaces:
+    """Runs the model once more, in eval mode."""
+    places: StatePlaces = {kind: {} for kind in KINDS}
+    layers = dict[str, dict[TracedTower, list[int]]]()  # by path of a module: the layers that are its runs
+    for tower, paths in _attending(traced).items():
+        roots = _layer_paths(paths)
+        for layer, path in paths.items():
+            if roots is not None:
+                layers.setdefault(roots[layer], {}).setdefault(tower, []).append(layer)
+            for kind in KINDS:
+                where = named(path, traced.model.get_submodule(path))
+                places[kind].setdefault(tower, {})[layer] = f"{where} is in no list of layers"
+    notes = _Notes(traced.model, layers, {path for paths in _attending(traced).values() for path in paths.values()})
+    with torch.inference_mode(False), torch.no_grad(), at_rest(traced.model), Observer(traced.model, [notes]):
+        traced.model(**traced.arguments)
+    for path, towers in layers.items():
+        for tower, numbers in towers.items():
+            for kind, found in notes.places(path, tower, numbers).items():
+                places[kind][tower].update(found)
+            if len(towers) > 1 and (first := min(places["residual"][tower])) in numbers:  # nothing tells whose states come in
+                places["residual"][tower][first] = f"{named(path, traced.model.get_submodule(path))} begins several towers"
+    return places
+
+
+def sizes_of(state: Tensor) -> tuple[int, int]:
+    """(B, N) of a state (B, N, C), (B, H, W, C), or (N, C) of one sample."""
+    return (1 if state.ndim == 2 else len(state)), state.shape[-2] * (state.shape[1] if state.ndim == 4 else 1)
+
+
+def _tensors(output: Any) -> dict[int | None, Tensor]:
+    """The tensors in the output of a module, by their number in it."""
+    parts: dict[int | None, Any] = {None: output} if isinstance(output, Tensor) else {}
+    if isinstance(output, (tuple, list)):
+        parts = dict(enumerate(output))
+    return {number: x for number, x in parts.items() if isinstance(x, Tensor) and x.is_floating_point() and x.ndim in (2, 3, 4)}
+
+
+def _attending(traced: TracedModel) -> dict[TracedTower, dict[int, str]]:
+    """By tower and layer, the path of the module that attends, to the tower itself if one does."""
+    paths = dict[TracedTower, dict[int, str]]()
+    for call in sorted(traced.calls, key=lambda call: call.crosses):
+        paths.setdefault(call.tower, {}).setdefault(call.layer, call.path)
+    for tower, layer, path in traced.mixing:
+        paths.setdefault(tower, {}).setdefault(layer, path)
+    return {tower: dict(sorted(of.items())) for tower, of in paths.items()}
+
+
+def _layer_paths(paths: Mapping[int, str]) -> dict[int, str] | None:
+    """The module of each layer: the outermost elements of lists that tell the layers apart, such as T5's `block.3` for
+    `block.3.layer.0.SelfAttention`. If one module is all layers, as in ALBERT, the innermost element. None = there is no list."""
+    ends = {layer: [n for n, name in enumerate(path.split("."), 1) if name.isdigit()] for layer, path in paths.items()}
+    depths, distinct = range(min(map(len, ends.values()))), len(set(paths.values()))
+    for depth in depths if distinct > 1 else reversed(depths):
+        roots = {layer: ".".join(path.split(".")[: ends[layer][depth]]) for layer, path in paths.items()}
+        if len(set(roots.values())) == distinct:
+            return roots
+    return None
+
+
+@dataclass(eq=False)
+class _Ran:
+    """A run of a module within a layer."""
+
+    module: nn.Module
+    number: int  # which of the module's runs
+    attends: bool
+    taken: Sequence[Tensor]  # the tensors among its arguments
+    children: list[_Ran] = field(default_factory=list)
+    output: Any = None
+
+    def has_matrix(self) -> bool:
+        weights = (*self.module.parameters(), *self.module.buffers())  # quantised weights may be buffers
+        return any(sum(size > 1 for size in weight.shape) > 1 for weight in weights)
+
+
+class _State(NamedTuple):
+    """A state: the run of a module that has it, the element of its output, and C."""
+
+    module: nn.Module
+    number: int
+    element: int | None
+    channels: int
+
+
+class _Notes(Subscriber):
+    """Notes which modules run within each layer, and at the end of a layer where its states are."""
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, Mapping[TracedTower, Any]], attending: set[str]) -> None:
+        self._model = model
+        self._paths = {module: path for path, module in model.named_modules()}
+        self._towers = {model.get_submodule(path): list(towers) for path, towers in layers.items()}
+        self._attending = {model.get_submodule(path) for path in attending}
+        self._under_way: list[_Ran] = []
+        self._runs: Counter[nn.Module] = Counter()
+        self._found: dict[nn.Module, list[dict[tuple[str, TracedTower], _State | str]]] = {module: [] for module in self._towers}
+
+    def begins(self, observer: Observer) -> Steps:
+        plainly = uncompiled(self._model)
+        yield plainly.__exit__
+        plainly.__enter__()
+
+    def takes_arguments(self, module: nn.Module) -> bool:
+        return True
+
+    def on_arguments(self, run: ModuleRun, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        assert run.module is not None
+        self._runs[run.module] += 1
+        if not self._under_way and run.module not in self._towers:
+            return
+        taken = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        ran = _Ran(run.module, self._runs[run.module] - 1, run.module in self._attending, taken)
+        if self._under_way:
+            self._under_way[-1].children.append(ran)
+        self._under_way.append(ran)
+
+    def on_leave(self, run: ModuleRun, args: tuple[Any, ...], output: Any) -> None:
+        if all(ran.module is not run.module for ran in self._under_way):
+            return
+        while (ran := self._under_way.pop()).module is not run.module:
+            pass  # left by an error that the model has caught
+        ran.output = output
+        if self._under_way:
+            self._under_way[-1].attends |= ran.attends
+        if (towers := self._towers.get(ran.module)) is not None:
+            self._found[ran.module].append(
+                {(kind, tower): _state(kind, ran, tower, towers) for kind in KINDS for tower in towers}
+            )
+
+    def places(self, path: str, tower: TracedTower, layers: Sequence[int]) -> dict[str, dict[int, StatePlace | str]]:
+        """By kind and layer, of the `layers` that are runs of the module at `path`."""
+        module = self._model.get_submodule(path)
+        found, where = self._found[module], named(path, module)
+        if len(found) != len(layers):
+            return {kind: dict.fromkeys(layers, f"{where} runs {len(found)} times for {len(layers)} layers") for kind in KINDS}
+        places: dict[str, dict[int, StatePlace | str]] = {kind: {} for kind in KINDS}
+        for layer, states in zip(layers, found, strict=True):
+            for kind in KINDS:
+                state = states[kind, tower]
+                if isinstance(state, str):
+                    places[kind][layer] = f"{where} {state}"
+                    continue
+                run = state.number, self._runs[state.module]
+                places[kind][layer] = StatePlace(tower, layer, self._paths[state.module], run, state.element, state.channels)
+        return places
+
+
+def _state(kind: str, layer: _Ran, tower: TracedTower, towers: Sequence[TracedTower]) -> _State | str:
+    """Where a layer of `tower` has its state, or why it has none; `towers`: those with a layer in this module."""
+    states = _tensors(layer.output)
+    fitting = [number for number, x in states.items() if sizes_of(x) == tower.shape]
+    if not fitting:
+        return f"returns no state of (B, N) = {tower.shape} tokens"
+    if len(towers) > 1 and (len(fitting) > 1 or kind == "mlp"):
+        return f"is a layer of several towers, {', '.join(repr(each.name) for each in towers)}, which it does not tell apart"
+    element = fitting[0]
+    channels, count = states[element].shape[-1], states[element].numel()
+    if kind == "residual":
+        return _State(layer.module, layer.number, element, channels)
+    ran = _mlp(layer, layer.output if element is None else layer.output[element])
+    if ran is None:
+        return "has no MLP after its attention"
+    for number, x in _tensors(ran.output).items():
+        if x.numel() == count and x.shape[-1] == channels:
+            return _State(ran.module, ran.number, number, channels)
+    return f"has an MLP, {type(ran.module).__name__}, that returns no state of (B, N, C) = {(*tower.shape, channels)}"
+
+
+def _mlp(layer: _Ran, state: Tensor) -> _Ran | None:
+    """The module whose output a layer adds to its stream after attention: the last one with a matrix of weights. If that module
+    adds to the stream itself, the last one within it."""
+    around = layer
+    while True:
+        with_matrix = [number for number, ran in enumerate(around.children) if ran.has_matrix()]
+        if not with_matrix or around.children[with_matrix[-1]].attends:
+            return None
+        last = with_matrix[-1]
+        ran = around.children[last]
+        if not ran.children or not _adds(ran, state):
+            break
+        around = ran
+    for after in around.children[last + 1 :]:  # a norm or a factor of this output alone
+        if not after.taken or all(after.taken[0] is not output for output in _tensors(ran.output).values()):
+            break
+        ran = after
+    return ran
+
+
+def _adds(ran: _Ran, state: Tensor) -> bool:
+    """Whether a module adds to the residual stream itself: it takes the stream beside a branch of it, as in BERT, or takes the
+    stream and begins with its norm, as in T5."""
+    tokens = [x for x in ran.taken if x.is_floating_point() and x.shape[:-1] == state.shape[:-1]]
+    with_weights = [child for child in ran.children if next(child.module.parameters(), None) is not None]
+    return len(tokens) > 1 or (len(with_weights) > 1 and not with_weights[0].has_matrix())
