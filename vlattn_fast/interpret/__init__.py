@@ -21,7 +21,9 @@ from vlattn_fast.interpret.intervening.edits import Knockout, Mlp, Patch, Residu
 from vlattn_fast.interpret.intervening.effects import attribute_edges, intervene_each
 from vlattn_fast.interpret.intervening.flow import FlowCurve, information_flow
 from vlattn_fast.interpret.intervening.intervene import intervene, record_heads, record_states
+from vlattn_fast.interpret.intervening.logit_parts import LogitParts, logit_parts
 from vlattn_fast.interpret.intervening.records import HeadRecord, StateRecord
+from vlattn_fast.interpret.intervening.score_parts import ScoreParts, score_parts
 from vlattn_fast.interpret.probing import ProbeReport, probe
 from vlattn_fast.interpret.prompting.prompt_maps import PromptMaps, prompt_maps
 from vlattn_fast.interpret.result.by_layer import LayerExplanation
@@ -41,6 +43,7 @@ __all__ = [
     "HeadRecord",
     "Knockout",
     "LayerExplanation",
+    "LogitParts",
     "Mlp",
     "Patch",
     "PatchGrid",
@@ -48,6 +51,7 @@ __all__ = [
     "PromptMaps",
     "Residual",
     "ScaleHeads",
+    "ScoreParts",
     "SideBySide",
     "StateRecord",
     "Steer",
@@ -63,10 +67,12 @@ __all__ = [
     "intervene",
     "intervene_each",
     "load_explanations",
+    "logit_parts",
     "probe",
     "prompt_maps",
     "record_heads",
     "record_states",
     "register_adapter",
+    "score_parts",
     "widget",
 ]

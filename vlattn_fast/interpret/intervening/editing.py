@@ -199,6 +199,8 @@ class EditedCalls(Subscriber):
         plan = self._plan() if event.inputs is None else self._begun()
         if plan is None:
             return attend(event)
+        if plan.meets is not None:
+            plan.meets(event)
         start, total = self.rows(plan, event.query.shape[2], event.key.shape[2])
         if plan.terms and event.inputs is None:
             event = self._with_groups(plan, event, start, total)
@@ -431,9 +433,7 @@ def with_heads(plan: CallPlan, output: Tensor, start: int) -> Tensor:
         before = output[:, heads]
         after = torch.where(tokens[:, None, rows, None], outputs[:, :, rows].to(output), before[:, :, : len(rows)])
         output = output.index_copy(1, heads, torch.cat([after, before[:, :, len(rows) :]], 2))
-    if plan.sees is not None:
-        plan.sees(output)
-    return output
+    return output if plan.through is None else plan.through(output)
 
 
 def _cached(arguments: Sequence[Any]) -> int | None:

@@ -75,7 +75,7 @@ def attribute_edges(
         TypeError, ValueError: an argument is invalid; a group that is empty, or that several towers have; groups that overlap; a
             score that does not depend on the attention, or is NaN; and what `explain` and `intervene` raise.
     """
-    named = _checked(groups)
+    named = checked_groups(groups)
     check_tower(tower)
     question = {"target": target, "answer": answer, "of": of, "tower": tower, "processor": processor}
     with torch.inference_mode(False), torch.enable_grad():
@@ -183,7 +183,7 @@ def intervene_each(
     if groups is None:
         raise ValueError("groups must be given for edges that are not in a table; got None")
     check_items("edges", edges, "a table of va.attribute_edges, or edges (layer, head, from, to)")
-    named = _checked(groups)
+    named = checked_groups(groups)
     listed = [as_edge(edge, named) for edge in edges]
     if not listed:
         raise ValueError("edges must have at least one; got none")
@@ -240,7 +240,7 @@ def _cuts(asked: Asked, pair: Pair, edges: Sequence[Edge], queries: Sets, keys: 
     return plans
 
 
-def _checked(groups: Any) -> dict[str, Any]:
+def checked_groups(groups: Any) -> dict[str, Any]:
     """The groups by their names."""
     if isinstance(groups, Sequence) and not isinstance(groups, str) and all(isinstance(name, str) for name in groups):
         groups = {name: name for name in groups}

@@ -224,12 +224,13 @@ def _heads_of_run(model: nn.Module, inputs: Mapping[str, Any], layers: Sequence[
             raise ValueError(f"model must attend over whole inputs if heads are recorded; got {plan.call.problem}")
         if by_layer[plan.call.layer] > 1:
             raise ValueError(f"model must attend once in a layer if heads are recorded; got layer {plan.call.layer}")
-        plan.sees = functools.partial(_keep, outputs, plan)
+        plan.through = functools.partial(_keep, outputs, plan)
     _run(model, inputs, plans)
     outputs = {plan.call.layer: plan.call.share.whole(outputs[plan.call.layer], 1) for plan in chosen}
     means, count = _means({layer: x.transpose(1, 2) for layer, x in outputs.items()}, pair[0])
     return HeadRecord((pair[0].name, pair[1].name), means, outputs, count, traced.name)
 
 
-def _keep(outputs: dict[int, Tensor], plan: CallPlan, output: Tensor) -> None:
+def _keep(outputs: dict[int, Tensor], plan: CallPlan, output: Tensor) -> Tensor:
     outputs[plan.call.layer] = output.detach().clone()
+    return output

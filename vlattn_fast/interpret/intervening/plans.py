@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_index
+from vlattn_fast.attach.events import Attention
 from vlattn_fast.attach.session import named
 from vlattn_fast.interpret.intervening.edits import EDITS, EdgeEdit, Edit, Patch, ScaleHeads, StateEdit
 from vlattn_fast.interpret.intervening.grouping import Groups
@@ -59,19 +60,20 @@ class CallPlan:
     gate: Tensor | None = None  # (H,), a factor of the outputs
     shift: Tensor | None = None  # (H, Dv), added to them
     patched: list[Patched] = field(default_factory=list)
-    sees: Callable[[Tensor], None] | None = None  # called with the outputs (B, H, N, Dv)
+    meets: Callable[[Attention], None] | None = None  # called with the call, before it is computed
+    through: Callable[[Tensor], Tensor] | None = None  # the outputs (B, H, N, Dv) -> those that replace them
     queries: Groups | None = None
     keys: Groups | None = None
     _bias: Tensor | None = None  # the last `group_bias` without a gradient
 
     @property
     def is_empty(self) -> bool:
-        return not (self.terms or self.edits_heads)
+        return not (self.terms or self.edits_heads or self.meets)
 
     @property
     def edits_heads(self) -> bool:
         """Whether it changes or reads outputs."""
-        return bool(self.patched) or not (self.gate is None and self.shift is None and self.sees is None)
+        return bool(self.patched) or not (self.gate is None and self.shift is None and self.through is None)
 
     @property
     def cuts(self) -> bool:

@@ -1,0 +1,264 @@
+"""`score_parts` and `logit_parts` next to sums over parts that are written out for each model, with constant denominators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+import vlattn_fast as va
+from tests.helpers.interpret.decoder_cases import DECODERS
+from tests.helpers.interpret.edited_maps import llama, made
+
+CLOSE = {"rtol": 0, "atol": 1e-6}  # transformers' RMSNorm computes in float32
+GROUPS = {"first": (0, 3), "later": (3, 9)}
+
+
+def recorded(model: nn.Module, inputs: dict[str, Any], modules: dict[str, tuple[str, str]]) -> dict[str, Tensor]:
+    """By name, the first input or the output of modules in one run."""
+    kept: dict[str, Tensor] = {}
+
+    def keep(name: str, what: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: Any, output: Any) -> None:
+            kept[name] = args[0] if what == "input" else output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    handles = [model.get_submodule(path).register_forward_hook(keep(name, what)) for name, (path, what) in modules.items()]
+    with torch.no_grad():
+        model(**inputs)
+    for handle in handles:
+        handle.remove()
+    return kept
+
+
+class Llama:
+    """The parts of a llama's stream, and what its norms and projections make of them."""
+
+    def __init__(self, by_head: bool) -> None:
+        self.model, self.inputs = llama()
+        self.inputs["attention_mask"][1, :2] = 0
+        layers: Any = self.model.get_submodule("model.layers")
+        modules = {"x0": ("model.layers.0.input_layernorm", "input"), "end": ("model.norm", "input")}
+        for n in range(len(layers)):
+            modules |= {f"x{n}": (f"model.layers.{n}.input_layernorm", "input"), f"mlp {n}": (f"model.layers.{n}.mlp", "output")}
+            modules |= {f"heads {n}": (f"model.layers.{n}.self_attn.o_proj", "input")}
+        self.seen, self.layers = recorded(self.model, self.inputs, modules), layers
+        self.by_head = by_head
+
+    def parts(self, below: int) -> dict[str, Tensor]:
+        parts = {"embedding": self.seen["x0"]}
+        for n in range(below):
+            weight, heads = self.layers[n].self_attn.o_proj.weight, self.seen[f"heads {n}"].unflatten(-1, (4, 8))
+            each = {f"head {n}.{h}": heads[..., h, :] @ weight[:, 8 * h : 8 * h + 8].mT for h in range(4)}
+            parts |= each if self.by_head else {f"attention {n}": sum(each.values())}  # type: ignore[dict-item]
+            parts[f"mlp {n}"] = self.seen[f"mlp {n}"]
+        return parts
+
+    def projected(self, layer: int, part: Tensor, name: str) -> Tensor:
+        x, own = self.seen[f"x{layer}"], self.layers[layer]
+        y = part * own.input_layernorm.weight * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+        y = getattr(own.self_attn, name)(y).unflatten(-1, (-1, 8)).transpose(1, 2)
+        cos, sin = self.model.model.rotary_emb(x, torch.arange(9)[None].expand(2, -1))  # type: ignore[operator, union-attr]
+        y = apply_rotary_pos_emb(y, y, cos, sin)[0]
+        return y.repeat_interleave(4 // y.shape[1], 1)
+
+    def attention(self, query: Tensor, key: Tensor) -> Tensor:
+        visible = torch.ones(9, 9).tril().bool() & self.inputs["attention_mask"].bool()[:, None, None]
+        return (query @ key.mT * 8**-0.5).masked_fill(~visible, -torch.inf).softmax(-1).nan_to_num(0.0)
+
+
+@pytest.mark.parametrize("by_head", [False, True])
+def test_scores_are_sums_over_the_parts_of_keys_and_of_queries(by_head: bool) -> None:
+    case = Llama(by_head)
+    parts = case.parts(2)
+    with torch.no_grad():
+        query, key = (case.projected(2, case.seen["x2"], name) for name in ("q_proj", "k_proj"))
+        maps = case.attention(query, key)
+        members = torch.stack(
+            [(torch.arange(9) >= start) & (torch.arange(9) < stop) for start, stop in GROUPS.values()], -1
+        ).double()
+        expected: dict[str, list[Tensor]] = {"keys": [], "queries": [], **{name: [] for name in GROUPS}}
+        for part in parts.values():
+            of_key, of_query = (case.projected(2, part, name) for name in ("k_proj", "q_proj"))
+            scores = 8**-0.5 * query @ of_key.mT
+            weighted = (maps * scores).sum(-1)
+            expected["keys"].append(weighted[..., -1])
+            expected["queries"].append((maps * (8**-0.5 * of_query @ key.mT)).sum(-1)[..., -1])
+            push = (maps * scores) @ members - weighted[..., None] * (maps @ members)
+            for number, name in enumerate(GROUPS):
+                expected[name].append(push[..., -1, number])
+    table = va.score_parts(case.model, case.inputs, -1, parts="heads" if by_head else "layers", groups=GROUPS)
+    assert table.names == (*parts, "rest") and table.heads == (0, 1, 2, 3) and table.layer == 2
+    for name, got in {"keys": table.keys, "queries": table.queries, **table.push}.items():
+        torch.testing.assert_close(
+            got[..., :-1], torch.stack(expected[name], -1), **CLOSE, msg=lambda m, name=name: f"{name}: {m}"
+        )
+    torch.testing.assert_close(table.scores, table.entropy_gap, **CLOSE)
+    torch.testing.assert_close(table.keys.sum(-1), table.queries.sum(-1), **CLOSE)
+    torch.testing.assert_close(table.push["first"], -table.push["later"], **CLOSE)
+    assert float(table.keys[..., -1].abs().max()) < 1e-6  # no biases
+    one = va.score_parts(case.model, case.inputs, 2, heads=[-1, 1], parts=table.names[1] != "attention 0" and "heads" or "layers")
+    torch.testing.assert_close(one.keys, table.keys[:, [1, 3]], **CLOSE)
+
+
+def test_queries_are_means_over_their_tokens() -> None:
+    model, inputs = llama()
+    spans = [va.score_parts(model, inputs, 1, queries=(n, n + 1), groups=GROUPS) for n in (4, 6)]
+    both = va.score_parts(model, inputs, 1, queries=[(4, 5), (6, 7)], groups=GROUPS)
+    torch.testing.assert_close(both.keys, (spans[0].keys + spans[1].keys) / 2, **CLOSE)
+    torch.testing.assert_close(both.push["later"], (spans[0].push["later"] + spans[1].push["later"]) / 2, **CLOSE)
+
+
+def frozen_norm(part: Tensor, x: Tensor, norm: Any) -> Tensor:
+    """LayerNorm of a part, with the denominator of x."""
+    return (part - part.mean(-1, keepdim=True)) * norm.weight * torch.rsqrt(x.var(-1, keepdim=True, correction=0) + norm.eps)
+
+
+def test_parts_of_a_stream_that_is_normalised_after_each_sum() -> None:
+    model, inputs = made("bert")
+    layers: Any = model.get_submodule("bert.encoder.layer")
+    modules = {"end": ("bert.encoder.layer.2.attention.self.query", "input")}
+    for n in range(2):
+        path = f"bert.encoder.layer.{n}"
+        modules |= {f"x{n}": (f"{path}.attention.self.query", "input"), f"heads {n}": (f"{path}.attention.output.dense", "input")}
+        modules |= {
+            f"sum {n}": (f"{path}.attention.output.LayerNorm", "input"),
+            f"end {n}": (f"{path}.output.LayerNorm", "input"),
+        }
+        modules |= {f"mlp {n}": (f"{path}.output.dense", "output")}
+    seen = recorded(model, inputs, modules)
+    with torch.no_grad():
+        parts = {"embedding": seen["x0"]}
+        for n in range(2):
+            own = layers[n]
+            parts[f"attention {n}"] = seen[f"heads {n}"] @ own.attention.output.dense.weight.mT
+            parts = {name: frozen_norm(x, seen[f"sum {n}"], own.attention.output.LayerNorm) for name, x in parts.items()}
+            parts[f"mlp {n}"] = seen[f"mlp {n}"]
+            parts = {name: frozen_norm(x, seen[f"end {n}"], own.output.LayerNorm) for name, x in parts.items()}
+        attends = layers[2].attention.self
+
+        def by_head(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (4, -1)).transpose(1, 2)
+
+        query, key = (by_head(project(seen["end"])) for project in (attends.query, attends.key))
+        scale, real = query.shape[-1] ** -0.5, inputs["attention_mask"].bool()
+        maps = (scale * query @ key.mT).masked_fill(~real[:, None, None], -torch.inf).softmax(-1)
+        expected = torch.stack(
+            [(maps * (scale * query @ by_head(x @ attends.key.weight.mT).mT)).sum(-1) for x in parts.values()], -1
+        )
+    table = va.score_parts(model, inputs, 2, queries=(0, 1))
+    assert table.names == (*parts, "rest")
+    torch.testing.assert_close(table.keys[..., :-1], expected[:, :, 0], rtol=0, atol=1e-9)
+    torch.testing.assert_close(table.scores, table.entropy_gap, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("by_head", [False, True])
+def test_a_logit_is_the_sum_of_its_parts(by_head: bool) -> None:
+    case = Llama(by_head)
+    parts, x, norm = case.parts(3), case.seen["end"], case.model.get_submodule("model.norm")
+    with torch.no_grad():
+        gain = norm.weight * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)  # type: ignore[operator]
+        of_token = case.model.get_submodule("lm_head").weight[7]
+        expected = torch.stack([(part * gain)[:, -1] @ of_token for part in parts.values()], -1)
+        values = {}
+        for n in range(3):
+            query, key = (case.projected(n, case.seen[f"x{n}"], name) for name in ("q_proj", "k_proj"))
+            own = case.layers[n]
+            normed = own.input_layernorm(case.seen[f"x{n}"])
+            value = own.self_attn.v_proj(normed).unflatten(-1, (-1, 8)).transpose(1, 2).repeat_interleave(2, 1)
+            direction = ((gain[:, -1] * of_token) @ own.self_attn.o_proj.weight).unflatten(-1, (4, 8))
+            values[n] = case.attention(query, key)[:, :, -1] * (value @ direction[..., None])[..., 0]
+        score = case.model(**case.inputs).logits[:, -1, 7]
+    table = va.logit_parts(case.model, case.inputs, 7, parts="heads" if by_head else "layers")
+    assert table.names == (*parts, "rest")
+    torch.testing.assert_close(table.scores, score, **CLOSE)
+    torch.testing.assert_close(table.parts[:, :-1], expected, **CLOSE)
+    torch.testing.assert_close(table.parts.sum(1), score, rtol=0, atol=1e-12)
+    for n in range(3):
+        torch.testing.assert_close(table.sources[n], values[n], **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["clip", "llava", "vit", "uniter", "dinov2", "Gemma3ForConditionalGeneration", "OPTForCausalLM", "GPTNeoXForCausalLM", "t5"],
+)
+def test_families(family: str) -> None:
+    """What holds in every model: sums, heads in place of layers, the scores of the call, and the sources of a head."""
+    tower = {"clip": "vision", "t5": "tower1"}.get(family)
+    if family == "t5":
+        sizes = dict(vocab_size=60, d_model=32, d_kv=8, d_ff=48, num_layers=3, num_heads=4, decoder_start_token_id=0)
+        model: Any = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)).double().eval()
+        inputs = {"input_ids": torch.randint(3, 50, (2, 7)), "decoder_input_ids": torch.randint(3, 50, (2, 5))}
+    elif family in DECODERS:
+        case = DECODERS[family]()
+        model = case.model.double().eval()
+        inputs = {k: v.double() if v.is_floating_point() else v for k, v in case.inputs("left").items()}
+    else:
+        model, inputs = made(family)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    layers, heads = (va.score_parts(model, inputs, 2, parts=parts, tower=tower) for parts in ("layers", "heads"))
+    torch.testing.assert_close(layers.scores, heads.scores, rtol=0, atol=1e-9)
+    if family != "t5":  # whose scores have a bias of positions as well
+        torch.testing.assert_close(layers.scores, layers.entropy_gap, rtol=0, atol=1e-6)
+    for n in range(2):
+        of_heads = [number for number, name in enumerate(heads.names) if name.startswith(f"head {n}.")]
+        assert len(of_heads) == 4
+        of_layer = layers.keys[..., layers.names.index(f"attention {n}")]
+        torch.testing.assert_close(heads.keys[..., of_heads].sum(-1), of_layer, rtol=0, atol=1e-9)
+    table = va.logit_parts(model, inputs, 0 if family == "clip" else None, tower=tower)
+    torch.testing.assert_close(table.parts.sum(1), table.scores, rtol=0, atol=1e-9)
+    for layer, by_token in table.sources.items():
+        for head in range(4):
+            share = table.parts[:, table.names.index(f"head {layer}.{head}")]
+            torch.testing.assert_close(by_token[:, head].sum(-1), share, rtol=0, atol=1e-9)
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+
+
+def test_tables_and_figures() -> None:
+    model, inputs = llama()
+    table, logit = va.score_parts(model, inputs, 2, heads=[1, 2], groups=GROUPS), va.logit_parts(model, inputs, 7)
+    frame = table.to_pandas()
+    assert list(frame.columns) == ["sample", "head", "part", "keys", "queries", "push to first", "push to later"]
+    line = frame[(frame["sample"] == 1) & (frame["head"] == 2) & (frame["part"] == "mlp 1")]
+    assert float(line["push to later"].iloc[0]) == float(table.push["later"][1, 1, table.names.index("mlp 1")])
+    assert list(logit.to_pandas().columns) == ["sample", "part", "share"] and len(logit.to_pandas()) == 2 * len(logit.names)
+    for figure, bars in ((table.plot(2), 6), (table.plot(1, "keys", count=3), 3), (logit.plot(count=5), 5)):
+        assert len(figure.axes[0].patches) == bars
+    assert "largest push to first:" in repr(table) and "mlp" in repr(logit)
+    with pytest.raises(ValueError, match=r"head must be among \(1, 2\); got 0"):
+        table.plot(0)
+    with pytest.raises(ValueError, match="kind must be one of"):
+        table.plot(1, "values")
+
+
+def test_what_cannot_be_split_is_named() -> None:
+    model, inputs = llama()
+    for call, message in [
+        (lambda: va.score_parts(model, inputs, 3), "layers must be from -3 to 2 in tower 'language', which has 3; got 3"),
+        (lambda: va.score_parts(model, inputs, 1, heads=4), "heads must be from -4 to 3"),
+        (lambda: va.score_parts(model, inputs, 1, parts="tokens"), "parts must be one of"),
+        (lambda: va.score_parts(model, inputs, 1, groups=["image"]), r"groups\['image'\]='image' has no meaning in tower"),
+        (
+            lambda: va.score_parts(model, inputs, 1, groups={"a": (0, 3), "b": (2, 5)}),
+            "groups of a table must hold each token once",
+        ),
+        (lambda: va.score_parts(model, inputs, 1, queries=(8, 12)), "queries must end within tower"),
+        (lambda: va.score_parts(model, inputs, 1, tower="text"), "tower must be one of"),
+        (lambda: va.logit_parts(model, inputs, 7, parts="all"), "parts must be one of"),
+        (
+            lambda: va.logit_parts(model, inputs, lambda outputs: torch.ones(2)),
+            "target must give scores that depend on the stream",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
+    config = transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=60)
+    bloom: Any = transformers.BloomForCausalLM(config).eval()
+    with pytest.raises(ValueError, match="model must attend by dot products through .*; got another score, or attention that is"):
+        va.score_parts(bloom, {"input_ids": torch.randint(3, 50, (1, 6))}, 1)

@@ -1,0 +1,208 @@
+"""`score_parts`: which parts of the residual stream make a head attend where it does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from vlattn_fast._ground.checks import check_choice
+from vlattn_fast.attach.events import Attention
+from vlattn_fast.attach.session import at_rest, never_compiled
+from vlattn_fast.backends.reference.attention_statistics import LogitStatistics
+from vlattn_fast.interpret.intervening.edits import Numbers, check_numbers
+from vlattn_fast.interpret.intervening.effects import checked_groups
+from vlattn_fast.interpret.intervening.part_table import PartTable, bars
+from vlattn_fast.interpret.intervening.plans import Plans, heads_of
+from vlattn_fast.interpret.intervening.stream_leaves import PARTS, Leaves, run_with_leaves
+from vlattn_fast.interpret.intervening.token_sets import TokenGroup, TokenSet, check_group, disjoint, token_set
+from vlattn_fast.interpret.intervening.traced_model import trace_model
+from vlattn_fast.ops.attention_statistics import attention_statistics
+from vlattn_fast.ops.score_attention import score_attention
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreParts(PartTable):
+    """The result of `va.score_parts`; `print` shows the largest numbers, `plot` draws them.
+
+    Args:
+        names: the parts: "embedding", "attention 0" or "head 0.3", "mlp 0", ...; the last is "rest": biases of norms and
+            projections.
+        layer: whose scores are split.
+        heads: of the layer.
+        keys: (B, H, P), the parts of the keys in the score, weighted by attention: the mean over the queries of sum_s A_ts S_ts.
+        queries: (B, H, P), the parts of the queries in the same number.
+        push: group -> (B, H, P), how much a part of the keys raises the attention to this group: the derivative of its mass. The
+            groups of all keys sum to 0.
+        scores: (B, H), sum_s A_ts S_ts: what `keys` and `queries` sum to over the parts.
+        entropy_gap: (B, H), log-sum-exp - entropy of the same rows. It equals `scores`, but for what a mask, a bias or a cap of
+            the logits adds.
+    """
+
+    layer: int
+    heads: tuple[int, ...]
+    keys: Tensor
+    queries: Tensor
+    push: Mapping[str, Tensor]
+    scores: Tensor
+    entropy_gap: Tensor
+
+    def _kinds(self) -> dict[str, Tensor]:
+        return {"keys": self.keys, "queries": self.queries, **{f"push to {name}": x for name, x in self.push.items()}}
+
+    def __repr__(self) -> str:
+        gap = float((self.scores - self.entropy_gap).abs().max())
+        head = f"layer {self.layer}, {len(self.heads)} heads, {len(self.names)} parts; sums - (lse - entropy): {gap:.1e} at most"
+        return "\n".join([head, *(line for kind in ("keys", *list(self._kinds())[2:]) for line in self._lines(kind, 5))])
+
+    def plot(self, head: int, kind: str | None = None, count: int = 20) -> Figure:
+        """Draws the parts of a head with the largest numbers, the mean over the samples. `kind`: "keys", "queries" or "push to
+        GROUP", by default the last of these. ModuleNotFoundError without matplotlib."""
+        name, mean = self._mean(kind)
+        if head not in self.heads:
+            raise ValueError(f"head must be among {self.heads}; got {head!r}")
+        return bars(self.names, mean[self.heads.index(head)], f"layer {self.layer}, head {head}: {name}", count)
+
+
+@never_compiled
+def score_parts(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    layer: int,
+    heads: Numbers = None,
+    *,
+    parts: str = "layers",
+    groups: Mapping[str, TokenGroup] | Sequence[str] | None = None,
+    queries: TokenGroup | None = None,
+    tower: str | None = None,
+) -> ScoreParts:
+    """Splits the scores of a layer's heads into the parts of the residual stream: why does a head look there?
+
+    Returns a `ScoreParts`. In a model whose norms divide by constants, query and key are sums over the parts of the residual
+    stream before the layer: embedding, outputs of attention or of its heads, outputs of MLPs. So are the scores S = scale q . k,
+    and their mean under the head's own attention, sum_s A_ts S_ts. No N x M map is stored: memory is that of one forward pass
+    with all parts, (P, B, N, C), and time that of one backward pass through norms and projections for each head and group.
+
+    Examples:
+        >>> import torch, vlattn_fast as va
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, vocab_size=50)
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes))
+        >>> inputs = {"input_ids": torch.randint(50, (1, 12))}
+        >>> table = va.score_parts(model, inputs, 2, heads=[1], groups={"first": (0, 4), "later": (4, 12)})
+        >>> table.names
+        ('embedding', 'attention 0', 'mlp 0', 'attention 1', 'mlp 1', 'rest')
+        >>> table.push["first"].shape  # (B, H, P)
+        torch.Size([1, 1, 6])
+
+    A part that adds the same to all keys of a row changes no attention: `keys` has it, `push` leaves it out. `push` is the
+    derivative of a group's mass of attention by a factor of the part in the keys, A_ts (S_ts - sum_j A_tj S_tj) summed over the
+    group, with the part's S; to first order, what the group loses without the part.
+
+    Args:
+        model: a model that `explain` supports, whose layers add to a residual stream (`Residual` and `Mlp` find it).
+        inputs: the model's keyword arguments.
+        layer: whose scores are split, from 0, or negative from the end.
+        heads: numbers from 0, or negative from the end; None = all.
+        parts: "layers", or "heads" for each head of the layers before.
+        groups: groups of keys, for `push`: names that `Knockout` knows, or {name: tokens}. A token with several names belongs to
+            "answer", "last" or "special", in this order; other groups must not overlap.
+        queries: the queries over which all numbers are means, as in `Knockout`. None = "last" in a tower of text, else all.
+        tower: the name of the tower; None = the only one.
+
+    Constants: the denominators of norms, also those of queries and keys; gates of attention. Rotary positions act on each part.
+
+    Raises:
+        TypeError, ValueError: an argument is invalid; an unknown layer, head or tower; a group that is empty; a model whose
+            residual stream is not found, whose attention has another score than the dot product or is written out by hand, or
+            with a norm that cannot be held fixed; and what `intervene` raises.
+    """
+    check_choice("parts", parts, PARTS)
+    named = {} if groups is None else checked_groups(groups)
+    check_group("queries", queries)
+    chosen_heads = check_numbers("heads", heads)
+    traced = trace_model(model, inputs, [tower])
+    plans = Plans(traced)
+    pair = plans.self_pair("score_parts", tower)
+    (plan, *more) = plans.layers([pair], check_numbers("layer", layer))
+    if more or type(layer) is not int:
+        raise ValueError(f"layer must be a number of a layer that attends once; got {layer!r}")
+    if plan.call.problem:
+        raise ValueError(f"model must attend over whole inputs if scores are split; got {plan.call.problem}")
+    numbers = heads_of(plan.call, chosen_heads)
+    tower_of = pair[0]
+    weights = _query_weights(queries, tower_of)
+    sets = {name: _set_of(f"groups[{name!r}]", group, tower_of) for name, group in disjoint(named, [tower_of]).items()}
+    with at_rest(traced.model):
+        leaves, event = run_with_leaves(
+            plans, tower_of, traced.model, lambda: traced.model(**traced.arguments), "score_parts", plan.call.layer
+        )
+        return _split(leaves, event, parts, plan.call.layer, numbers.tolist(), weights, sets)
+
+
+def _set_of(name: str, group: Any, tower: Any) -> Tensor:
+    chosen = token_set(name, group, tower)
+    if not isinstance(chosen, TokenSet):
+        raise ValueError(chosen)
+    return chosen.mask
+
+
+def _query_weights(queries: Any, tower: Any) -> Tensor:
+    """(B, N), which sum to 1 over the queries of each sample."""
+    if queries is None and bool(tower.last.any()):
+        queries = "last"
+    mask = _set_of("queries", queries, tower)
+    real = tower.tokens.real()
+    mask = mask if real is None else mask & real.bool().cpu()
+    if not bool(mask.any(1).all()):
+        raise ValueError(f"queries must have a token in each sample; got none in sample {int((~mask.any(1)).nonzero()[0])}")
+    return mask.double() / mask.sum(1, keepdim=True)
+
+
+def _split(
+    leaves: Leaves, event: Attention, parts: str, layer: int, heads: Sequence[int], weights: Tensor, sets: Mapping[str, Tensor]
+) -> ScoreParts:
+    options = {name: option for name, option in (event.masks or {}).items() if name != "dropout_p"}
+    query, key = event.query, event.key
+    scale = query.shape[-1] ** -0.5 if options.get("scale") is None else float(options["scale"])
+    options |= {"scale": scale, "enable_gqa": query.shape[1] != key.shape[1]}
+    # Each on its own: the weights of attention are constants in the scores' mean, and not in the push.
+    q, k, values = query.detach(), key.detach().requires_grad_(), key.detach().requires_grad_()
+    mixed = score_attention(q, k.detach(), values, **options)  # (B, H, N, D)
+    columns = [mask.to(q.device, q.dtype) for mask in sets.values()]
+    masses = None
+    if columns:
+        of_groups = torch.stack(columns, -1)[:, None].expand(-1, key.shape[1], -1, -1)
+        masses = score_attention(q, k, of_groups, **options)  # (B, H, N, G)
+    weights = weights.to(q.device, q.dtype)[:, None, :, None]
+    kinds: dict[str, list[Tensor]] = {name: [] for name in ("keys", "queries", *sets)}
+    for head in heads:
+        of_head = torch.zeros(query.shape[1], 1, 1, dtype=q.dtype, device=q.device).index_fill(0, torch.tensor(head), 1.0)
+        cotangent = of_head * weights  # (B, H, N, 1)
+        (by_key,) = torch.autograd.grad(mixed, values, scale * cotangent * q, retain_graph=True)
+        kinds["keys"].append(_shares(leaves, key, by_key, parts))
+        kinds["queries"].append(_shares(leaves, query, scale * cotangent * mixed.detach(), parts))
+        for number, name in enumerate(sets):
+            assert masses is not None
+            (by_key,) = torch.autograd.grad(masses[..., number : number + 1], k, cotangent, retain_graph=True)
+            kinds[name].append(_shares(leaves, key, by_key, parts))
+    keys, queries, *push = (torch.stack(each, 1) for each in kinds.values())  # (B, H, P)
+    statistics = attention_statistics(q, k.detach(), statistics=("entropy", "lse"), **options)
+    assert isinstance(statistics, LogitStatistics)
+    weight = weights[..., 0].double()
+    gap = torch.where(weight > 0, weight * (statistics.lse - statistics.entropy).double(), 0.0).sum(-1)[:, list(heads)]
+    names = (*leaves.part_names(parts), "rest")
+    of_push = dict(zip(sets, push, strict=True))
+    return ScoreParts(names, layer, tuple(heads), keys, queries, of_push, keys.sum(-1), gap)
+
+
+def _shares(leaves: Leaves, output: Tensor, cotangent: Tensor, parts: str) -> Tensor:
+    """(B, P), the shares of the parts in sum(output * cotangent)."""
+    whole = (output.detach().double() * cotangent.double()).flatten(1).sum(1)
+    return leaves.shares(leaves.gradients(output, cotangent), whole, parts)

@@ -1,0 +1,181 @@
+"""The parts of a residual stream: one run of a model in which each is a leaf, and nothing else hands a gradient on.
+
+A stream starts with the embeddings; each layer adds the outputs of its heads and of its MLP to it. A leaf is one of these: what
+it was computed from has no gradient, and norms divide by constants (`attach.frozen`). Between the leaves and what is read from
+the stream, the model is then a linear function, and a gradient at a leaf, times the leaf, is the share of the leaf.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vlattn_fast.attach.events import Attention, ModuleRun, Subscriber
+from vlattn_fast.attach.frozen import Frozen
+from vlattn_fast.attach.observer import Observer
+from vlattn_fast.attach.session import Steps, named
+from vlattn_fast.interpret.intervening.editing import EditedCalls
+from vlattn_fast.interpret.intervening.plans import Plans
+from vlattn_fast.interpret.intervening.state_places import sizes_of
+from vlattn_fast.interpret.intervening.state_plans import chosen_places, entry_path
+from vlattn_fast.interpret.intervening.traced_model import ModelCall, TracedTower
+
+PARTS = ("layers", "heads")
+# Attention may multiply its outputs by a gate, which is a constant factor of them here.
+_GATES = (torch.sigmoid, Tensor.sigmoid, functional.sigmoid, functional.silu)
+
+
+@dataclass(frozen=True, eq=False)
+class Leaf:
+    """A part of the stream: (B, N, C), or (B, H, N, Dv), the outputs of the heads of a call."""
+
+    name: str
+    tensor: Tensor
+    call: ModelCall | None = None
+
+
+@dataclass(eq=False)
+class Leaves:
+    """The parts of the stream of a tower, and the calls of attention that gave some of them."""
+
+    leaves: list[Leaf] = field(default_factory=list)
+    events: dict[ModelCall, Attention] = field(default_factory=dict)
+
+    def add(self, name: str, value: Tensor, call: ModelCall | None = None) -> Tensor:
+        self.leaves.append(Leaf(name, value.detach().requires_grad_(), call))
+        return self.leaves[-1].tensor
+
+    def part_names(self, parts: str) -> list[str]:
+        """The names of the parts, of `PARTS`."""
+        names = []
+        for leaf in self.leaves:
+            if leaf.call is not None and parts == "heads":
+                kind = "cross-head" if leaf.call.crosses else "head"
+                names += [f"{kind} {leaf.call.layer}.{head}" for head in range(leaf.tensor.shape[1])]
+            else:
+                names.append(leaf.name)
+        return names
+
+    def gradients(self, output: Tensor, cotangent: Tensor) -> list[Tensor]:
+        """Those of sum(output * cotangent) at the leaves."""
+        leaves = [leaf.tensor for leaf in self.leaves]
+        gradients = torch.autograd.grad(output, leaves, cotangent, retain_graph=True, allow_unused=True)
+        return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, gradients, strict=True)]
+
+    def shares(self, gradients: Sequence[Tensor], whole: Tensor, parts: str) -> Tensor:
+        """(B, P + 1): the share of each part in a number (B,) with these gradients, and what is missing in their sum."""
+        columns = list[Tensor]()
+        for leaf, gradient in zip(self.leaves, gradients, strict=True):
+            kept = 2 if leaf.call is not None and parts == "heads" else 1
+            share = (gradient.double() * leaf.tensor.detach().double()).flatten(kept).sum(kept)
+            columns.append(share.view(len(share), -1))
+        shares = torch.cat(columns, 1)
+        return torch.cat([shares, whole.double()[:, None] - shares.sum(1, keepdim=True)], 1)
+
+
+class _Found(Exception):
+    """Ends a run in which the call has been captured."""
+
+
+def run_with_leaves(
+    plans: Plans, tower: TracedTower, model: nn.Module, run: Callable[[], Any], what: str, layer: int | None = None
+) -> tuple[Leaves, Any]:
+    """Runs a model with the parts of a tower's stream as leaves.
+
+    `layer`: the run ends at the tower's own attention call of this layer; returns this call. None = returns what `run` returns,
+    with the parts of all layers.
+    """
+    traced, leaves, found = plans.traced, Leaves(), list[Attention]()
+    frozen = Frozen(model)
+    if frozen.missed:
+        raise ValueError(f"model must have norms that {what} can hold fixed; got {', '.join(frozen.missed[:3])}")
+    mlps = {place.layer: place for place in chosen_places(traced, plans.state_places, "mlp", what, None, tower.name)}
+    attending = [plan for plan in plans.calls if plan.call.tower is tower]
+    for plan in attending:
+        kind = "cross-attention" if plan.call.crosses else "attention"
+        if layer is None or plan.call.layer < layer:
+            plan.meets = functools.partial(leaves.events.__setitem__, plan.call)
+            plan.through = functools.partial(leaves.add, f"{kind} {plan.call.layer}", call=plan.call)
+        elif plan.call.layer == layer and not plan.call.crosses:
+            plan.meets = functools.partial(_keep_and_end, found)
+    for number, place in mlps.items():
+        if layer is None or number < layer:
+            plans.add_change(place, functools.partial(_leaf_of_state, leaves, f"mlp {number}"))
+    mixing = {model.get_submodule(path): f"mixer {number}" for of, number, path in traced.mixing if of is tower}
+    gated = {model.get_submodule(plan.call.path) for plan in attending}
+    entry = model.get_submodule(entry_path(plans.state_places, tower, what))
+    channels = next(iter(mlps.values())).channels
+    stream = _Stream(leaves, entry, channels, mixing, gated)
+    observer = Observer(model, [EditedCalls(plans), stream], parts=traced.roots)
+    result: Any = None
+    with torch.inference_mode(False), torch.enable_grad(), frozen, observer:
+        try:
+            result = run()
+        except _Found:
+            pass
+    if layer is None:
+        return leaves, result
+    event = found[0] if found else None  # a softmax that a module takes itself is no call
+    is_dot = event is not None and event.masks is not None and (event.inputs is None or event.inputs.score == "dot")
+    if event is None or not is_dot or event.written is not None:
+        path = next(plan.call.path for plan in attending if plan.call.layer == layer and not plan.call.crosses)
+        raise ValueError(
+            "model must attend by dot products through transformers' AttentionInterface or scaled_dot_product_attention; got "
+            f"another score, or attention that is written out by hand, in {named(path, model.get_submodule(path))}"
+        )
+    return leaves, event
+
+
+def _keep_and_end(found: list[Attention], event: Attention) -> None:
+    found.append(event)
+    raise _Found
+
+
+def _leaf_of_state(leaves: Leaves, name: str, state: Tensor, start: int, total: int) -> Tensor:
+    return leaves.add(name, state)
+
+
+class _Stream(Subscriber):
+    """Makes the input of the first layer a leaf, and the outputs of mixers; gates are constants."""
+
+    def __init__(
+        self, leaves: Leaves, entry: nn.Module, channels: int, mixing: Mapping[nn.Module, str], gated: set[nn.Module]
+    ) -> None:
+        self._leaves, self._entry, self._channels, self._mixing, self._gated = leaves, entry, channels, mixing, gated
+        self._has_begun = False
+
+    def begins(self, observer: Observer) -> Steps:
+        yield self._entry.register_forward_pre_hook(observer.hook(self._enter), with_kwargs=True).remove
+        for module in self._mixing:
+            yield module.register_forward_hook(observer.hook(self._mixed)).remove
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._has_begun:  # a module that is all layers, as in ALBERT
+            return None
+        self._has_begun = True
+        taken: dict[int | str, Any] = dict(enumerate(args))
+        taken.update(kwargs)
+        name = next(n for n, x in taken.items() if isinstance(x, Tensor) and x.ndim > 1 and x.shape[-1] == self._channels)
+        leaf = self._leaf("embedding", taken[name])
+        if isinstance(name, int):
+            return (*args[:name], leaf, *args[name + 1 :]), kwargs
+        return args, {**kwargs, name: leaf}
+
+    def _mixed(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        first = output if isinstance(output, Tensor) else output[0]
+        leaf = self._leaf(self._mixing[module], first)
+        return leaf if isinstance(output, Tensor) else type(output)((leaf, *output[1:]))
+
+    def _leaf(self, name: str, state: Tensor) -> Tensor:
+        return self._leaves.add(name, state.reshape(*sizes_of(state), -1)).view(state.shape)
+
+    def on_call(self, run: ModuleRun, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        if func in _GATES and run.module in self._gated:
+            return func(*args, **kwargs).detach()
+        return NotImplemented
