@@ -192,3 +192,20 @@ def test_part_of_the_samples():
     part = samples.part(slice(2, 5))
     assert torch.equal(part.answers, samples.answers[2:5]) and replace(part).content == samples.content
     assert all(torch.equal(part.groups[name], mask[2:5]) for name, mask in samples.groups.items())
+
+
+@pytest.mark.parametrize(
+    ("circuit", "of_keys", "of_queries"), [("induction", "head 0.0", "embedding"), ("lookup", "embedding", "head 0.0")]
+)
+def test_the_planted_part_makes_the_planted_head_look_there(circuit, of_keys, of_queries):
+    planted = models.planted(circuit, 0.9, seed=3)
+    samples = planted.draw(32, 5)
+    content = {"content": samples.groups[samples.content]}
+    options = {"heads": 0, "parts": "heads", "groups": content, "queries": samples.groups[samples.read]}
+    table = va.score_parts(planted.model, samples.inputs, 1, **options)
+    for push, part in ((table.push, of_keys), (table.query_push, of_queries)):
+        largest = push["content"].mean(0)[0].topk(2)
+        assert table.names[largest.indices[0]] == part and largest.values[0] > 50 * largest.values[1]
+    logit = va.logit_parts(planted.model, samples.inputs, samples.answers)
+    assert logit.names[logit.parts[:, :-1].mean(0).argmax()] == "head 1.0"
+    assert logit.sources[1][:, 0].argmax(1).equal(samples.groups[samples.content].float().argmax(1))

@@ -19,6 +19,9 @@ CLOSE = {"rtol": 0, "atol": 1e-6}  # transformers' RMSNorm computes in float32
 GROUPS = {"first": (0, 3), "later": (3, 9)}
 
 
+PUSHES = ("push to first", "query push to first", "push to later", "query push to later")
+
+
 def recorded(model: nn.Module, inputs: dict[str, Any], modules: dict[str, tuple[str, str]]) -> dict[str, Tensor]:
     """By name, the first input or the output of modules in one run."""
     kept: dict[str, Tensor] = {}
@@ -83,19 +86,19 @@ def test_scores_are_sums_over_the_parts_of_keys_and_of_queries(by_head: bool) ->
         members = torch.stack(
             [(torch.arange(9) >= start) & (torch.arange(9) < stop) for start, stop in GROUPS.values()], -1
         ).double()
-        expected: dict[str, list[Tensor]] = {"keys": [], "queries": [], **{name: [] for name in GROUPS}}
+        expected: dict[Any, list[Tensor]] = {name: [] for name in ("keys", "queries", *GROUPS, *((name,) for name in GROUPS))}
         for part in parts.values():
             of_key, of_query = (case.projected(2, part, name) for name in ("k_proj", "q_proj"))
-            scores = 8**-0.5 * query @ of_key.mT
-            weighted = (maps * scores).sum(-1)
-            expected["keys"].append(weighted[..., -1])
-            expected["queries"].append((maps * (8**-0.5 * of_query @ key.mT)).sum(-1)[..., -1])
-            push = (maps * scores) @ members - weighted[..., None] * (maps @ members)
-            for number, name in enumerate(GROUPS):
-                expected[name].append(push[..., -1, number])
+            for side, scores in (("keys", 8**-0.5 * query @ of_key.mT), ("queries", 8**-0.5 * of_query @ key.mT)):
+                weighted = (maps * scores).sum(-1)
+                expected[side].append(weighted[..., -1])
+                push = (maps * scores) @ members - weighted[..., None] * (maps @ members)
+                for number, name in enumerate(GROUPS):
+                    expected[name if side == "keys" else (name,)].append(push[..., -1, number])
     table = va.score_parts(case.model, case.inputs, -1, parts="heads" if by_head else "layers", groups=GROUPS)
     assert table.names == (*parts, "rest") and table.heads == (0, 1, 2, 3) and table.layer == 2
-    for name, got in {"keys": table.keys, "queries": table.queries, **table.push}.items():
+    query_push = {(name,): push for name, push in table.query_push.items()}
+    for name, got in {"keys": table.keys, "queries": table.queries, **table.push, **query_push}.items():
         torch.testing.assert_close(
             got[..., :-1], torch.stack(expected[name], -1), **CLOSE, msg=lambda m, name=name: f"{name}: {m}"
         )
@@ -224,11 +227,11 @@ def test_tables_and_figures() -> None:
     model, inputs = llama()
     table, logit = va.score_parts(model, inputs, 2, heads=[1, 2], groups=GROUPS), va.logit_parts(model, inputs, 7)
     frame = table.to_pandas()
-    assert list(frame.columns) == ["sample", "head", "part", "keys", "queries", "push to first", "push to later"]
+    assert list(frame.columns) == ["sample", "head", "part", "keys", "queries", *PUSHES]
     line = frame[(frame["sample"] == 1) & (frame["head"] == 2) & (frame["part"] == "mlp 1")]
     assert float(line["push to later"].iloc[0]) == float(table.push["later"][1, 1, table.names.index("mlp 1")])
     assert list(logit.to_pandas().columns) == ["sample", "part", "share"] and len(logit.to_pandas()) == 2 * len(logit.names)
-    for figure, bars in ((table.plot(2), 6), (table.plot(1, "keys", count=3), 3), (logit.plot(count=5), 5)):
+    for figure, bars in ((table.plot(2), 6), (table.plot(1, "query push to first", count=3), 3), (logit.plot(count=5), 5)):
         assert len(figure.axes[0].patches) == bars
     assert "largest push to first:" in repr(table) and "mlp" in repr(logit)
     with pytest.raises(ValueError, match=r"head must be among \(1, 2\); got 0"):

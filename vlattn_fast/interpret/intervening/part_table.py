@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class PartTable:
-    """The base of `ScoreParts` and `LogitParts`: numbers (..., P, V) of P parts, in V kinds, by sample and perhaps by head."""
+    """The base of `ScoreParts` and `LogitParts`: numbers of P parts, of several kinds, by sample and perhaps by head."""
 
     names: tuple[str, ...]
 
@@ -28,9 +28,9 @@ class PartTable:
         raise NotImplementedError
 
     def _mean(self, kind: str | None) -> tuple[str, Tensor]:
-        """A kind, by default the last one, and its mean over the samples: (P), or (H, P)."""
+        """A kind, by default the first one, and its mean over the samples: (P), or (H, P)."""
         kinds = self._kinds()
-        name = list(kinds)[-1] if kind is None else kind
+        name = next(iter(kinds)) if kind is None else kind
         check_choice("kind", name, tuple(kinds))
         return name, kinds[name].double().mean(0)
 

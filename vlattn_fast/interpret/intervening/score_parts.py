@@ -40,6 +40,7 @@ class ScoreParts(PartTable):
         queries: (B, H, P), the parts of the queries in the same number.
         push: group -> (B, H, P), how much a part of the keys raises the attention to this group: the derivative of its mass. The
             groups of all keys sum to 0.
+        query_push: the same for a part of the queries.
         scores: (B, H), sum_s A_ts S_ts: what `keys` and `queries` sum to over the parts.
         entropy_gap: (B, H), log-sum-exp - entropy of the same rows. It equals `scores`, but for what a mask, a bias or a cap of
             the logits adds.
@@ -50,20 +51,25 @@ class ScoreParts(PartTable):
     keys: Tensor
     queries: Tensor
     push: Mapping[str, Tensor]
+    query_push: Mapping[str, Tensor]
     scores: Tensor
     entropy_gap: Tensor
 
     def _kinds(self) -> dict[str, Tensor]:
-        return {"keys": self.keys, "queries": self.queries, **{f"push to {name}": x for name, x in self.push.items()}}
+        kinds = {"keys": self.keys, "queries": self.queries}
+        for name, of_keys in self.push.items():
+            kinds |= {f"push to {name}": of_keys, f"query push to {name}": self.query_push[name]}
+        return kinds
 
     def __repr__(self) -> str:
         gap = float((self.scores - self.entropy_gap).abs().max())
         head = f"layer {self.layer}, {len(self.heads)} heads, {len(self.names)} parts; sums - (lse - entropy): {gap:.1e} at most"
-        return "\n".join([head, *(line for kind in ("keys", *list(self._kinds())[2:]) for line in self._lines(kind, 5))])
+        kinds = list(self._kinds())
+        return "\n".join([head, *(line for kind in kinds[2:] or kinds for line in self._lines(kind, 4))])
 
     def plot(self, head: int, kind: str | None = None, count: int = 20) -> Figure:
-        """Draws the parts of a head with the largest numbers, the mean over the samples. `kind`: "keys", "queries" or "push to
-        GROUP", by default the last of these. ModuleNotFoundError without matplotlib."""
+        """Draws the parts of a head with the largest numbers, the mean over the samples. `kind`: "keys", "queries", "push to
+        GROUP" or "query push to GROUP", by default "keys". ModuleNotFoundError without matplotlib."""
         name, mean = self._mean(kind)
         if head not in self.heads:
             raise ValueError(f"head must be among {self.heads}; got {head!r}")
@@ -103,7 +109,7 @@ def score_parts(
 
     A part that adds the same to all keys of a row changes no attention: `keys` has it, `push` leaves it out. `push` is the
     derivative of a group's mass of attention by a factor of the part in the keys, A_ts (S_ts - sum_j A_tj S_tj) summed over the
-    group, with the part's S; to first order, what the group loses without the part.
+    group, with the part's S; to first order, what the group loses without the part. `query_push` is that of the queries.
 
     Args:
         model: a model that `explain` supports, whose layers add to a residual stream (`Residual` and `Mlp` find it).
@@ -173,33 +179,36 @@ def _split(
     scale = query.shape[-1] ** -0.5 if options.get("scale") is None else float(options["scale"])
     options |= {"scale": scale, "enable_gqa": query.shape[1] != key.shape[1]}
     # Each on its own: the weights of attention are constants in the scores' mean, and not in the push.
-    q, k, values = query.detach(), key.detach().requires_grad_(), key.detach().requires_grad_()
-    mixed = score_attention(q, k.detach(), values, **options)  # (B, H, N, D)
+    q, k, values = (x.detach().requires_grad_() for x in (query, key, key))
+    mixed = score_attention(q.detach(), k.detach(), values, **options)  # (B, H, N, D)
     columns = [mask.to(q.device, q.dtype) for mask in sets.values()]
     masses = None
     if columns:
         of_groups = torch.stack(columns, -1)[:, None].expand(-1, key.shape[1], -1, -1)
         masses = score_attention(q, k, of_groups, **options)  # (B, H, N, G)
     weights = weights.to(q.device, q.dtype)[:, None, :, None]
-    kinds: dict[str, list[Tensor]] = {name: [] for name in ("keys", "queries", *sets)}
+    pushes = [(side, name) for side in ("keys", "queries") for name in sets]
+    kinds: dict[Any, list[Tensor]] = {name: [] for name in ("keys", "queries", *pushes)}
     for head in heads:
         of_head = torch.zeros(query.shape[1], 1, 1, dtype=q.dtype, device=q.device).index_fill(0, torch.tensor(head), 1.0)
         cotangent = of_head * weights  # (B, H, N, 1)
-        (by_key,) = torch.autograd.grad(mixed, values, scale * cotangent * q, retain_graph=True)
+        (by_key,) = torch.autograd.grad(mixed, values, scale * cotangent * q.detach(), retain_graph=True)
         kinds["keys"].append(_shares(leaves, key, by_key, parts))
         kinds["queries"].append(_shares(leaves, query, scale * cotangent * mixed.detach(), parts))
         for number, name in enumerate(sets):
             assert masses is not None
-            (by_key,) = torch.autograd.grad(masses[..., number : number + 1], k, cotangent, retain_graph=True)
-            kinds[name].append(_shares(leaves, key, by_key, parts))
-    keys, queries, *push = (torch.stack(each, 1) for each in kinds.values())  # (B, H, P)
-    statistics = attention_statistics(q, k.detach(), statistics=("entropy", "lse"), **options)
+            by_key, by_query = torch.autograd.grad(masses[..., number : number + 1], (k, q), cotangent, retain_graph=True)
+            kinds["keys", name].append(_shares(leaves, key, by_key, parts))
+            kinds["queries", name].append(_shares(leaves, query, by_query, parts))
+    tables = {name: torch.stack(each, 1) for name, each in kinds.items()}  # (B, H, P)
+    push, query_push = ({name: tables[side, name] for name in sets} for side in ("keys", "queries"))
+    statistics = attention_statistics(q.detach(), k.detach(), statistics=("entropy", "lse"), **options)
     assert isinstance(statistics, LogitStatistics)
     weight = weights[..., 0].double()
     gap = torch.where(weight > 0, weight * (statistics.lse - statistics.entropy).double(), 0.0).sum(-1)[:, list(heads)]
     names = (*leaves.part_names(parts), "rest")
-    of_push = dict(zip(sets, push, strict=True))
-    return ScoreParts(names, layer, tuple(heads), keys, queries, of_push, keys.sum(-1), gap)
+    keys = tables["keys"]
+    return ScoreParts(names, layer, tuple(heads), keys, tables["queries"], push, query_push, keys.sum(-1), gap)
 
 
 def _shares(leaves: Leaves, output: Tensor, cotangent: Tensor, parts: str) -> Tensor:
