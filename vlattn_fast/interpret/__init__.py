@@ -16,6 +16,7 @@ from vlattn_fast.interpret.evaluating.evaluate import evaluate
 from vlattn_fast.interpret.evaluating.evaluation import Evaluation
 from vlattn_fast.interpret.explaining.explain import explain, explain_layers, find_sinks
 from vlattn_fast.interpret.exploring.widget import widget
+from vlattn_fast.interpret.intervening.compare_prompts import PatchEffect, PromptComparison, compare_prompts
 from vlattn_fast.interpret.intervening.edges import Edge, EdgeTable
 from vlattn_fast.interpret.intervening.edits import Knockout, Mlp, Patch, Residual, ScaleHeads, Steer
 from vlattn_fast.interpret.intervening.effects import attribute_edges, intervene_each
@@ -46,8 +47,10 @@ __all__ = [
     "LogitParts",
     "Mlp",
     "Patch",
+    "PatchEffect",
     "PatchGrid",
     "ProbeReport",
+    "PromptComparison",
     "PromptMaps",
     "Residual",
     "ScaleHeads",
@@ -58,6 +61,7 @@ __all__ = [
     "Tower",
     "attribute_edges",
     "compare",
+    "compare_prompts",
     "evaluate",
     "explain",
     "explain_dataset",
