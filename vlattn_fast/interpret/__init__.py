@@ -22,6 +22,7 @@ from vlattn_fast.interpret.intervening.edits import Knockout, Mlp, Patch, Residu
 from vlattn_fast.interpret.intervening.effects import attribute_edges, intervene_each
 from vlattn_fast.interpret.intervening.flow import FlowCurve, information_flow
 from vlattn_fast.interpret.intervening.intervene import intervene, record_heads, record_states
+from vlattn_fast.interpret.intervening.lens import Lens, lens
 from vlattn_fast.interpret.intervening.logit_parts import LogitParts, logit_parts
 from vlattn_fast.interpret.intervening.records import HeadRecord, StateRecord
 from vlattn_fast.interpret.intervening.score_parts import ScoreParts, score_parts
@@ -44,6 +45,7 @@ __all__ = [
     "HeadRecord",
     "Knockout",
     "LayerExplanation",
+    "Lens",
     "LogitParts",
     "Mlp",
     "Patch",
@@ -70,6 +72,7 @@ __all__ = [
     "information_flow",
     "intervene",
     "intervene_each",
+    "lens",
     "load_explanations",
     "logit_parts",
     "probe",
