@@ -12,6 +12,7 @@ from vlattn_fast.interpret.adapters.decoders import DECODERS
 from vlattn_fast.interpret.adapters.encoders import ENCODERS
 from vlattn_fast.interpret.adapters.two_towers import LINKED
 from vlattn_lab.model_classes.compare import BOUND
+from vlattn_lab.model_classes.edited import WITHOUT
 from vlattn_lab.model_classes.held import KEPT
 from vlattn_lab.model_classes.run import EDITS, HELD, TABLE
 
@@ -73,12 +74,15 @@ built* if its default config with small sizes does not run. It *cannot be compar
 
 def edited(table: dict[str, Any]) -> str:
     """The stored outcomes of `python -m vlattn_lab.model_classes --edits`."""
-    text = f"""## Edited attention
+    equal = [reason for mapping in MAPPED for _, outcome, reason in table.get(mapping, {}).values() if outcome == "equal"]
+    both = sum(WITHOUT not in reason for reason in equal)
+    text = f"""## Edited attention and states
 
-`python -m vlattn_lab.model_classes --edits` uses the same models. It cuts edges of two heads in all layers and steers a layer,
-using `va.intervene` with `Knockout` and `Steer`, and compares the logits with those of eager attention with edited maps.
-*Equal* is a difference of at most {BOUND:.0e} of what the edits change. A class *cannot be compared* if no tower of three
-tokens attends to itself, or if the edits change no logit.
+`python -m vlattn_lab.model_classes --edits` uses the same models. With `va.intervene` it cuts edges of two heads in all layers
+and steers a layer (`Knockout`, `Steer`), and scales states after this layer and outputs of its MLP at some positions (`Residual`,
+`Mlp`). It compares the logits with those of eager attention with edited maps and of hooks on the modules. *Equal* is a difference
+of at most {BOUND:.0e} of what the edits change; {both} of {len(equal)} equal model types have both kinds of states. A class
+*cannot be compared* if no tower of three tokens attends to itself, or if the edits change no logit.
 """
     return text + outcomes(table, names_equal=False)
 
