@@ -9,6 +9,7 @@ from vlattn_fast._ground.extras import warn_of_two_trees
 from vlattn_fast.backends import reference
 from vlattn_fast.backends.reference.attention_statistics import AttentionStatistics, LogitStatistics
 from vlattn_fast.backends.reference.paged_attention_statistics import PagedAttentionStatistics
+from vlattn_fast.ops.attention_divergence import attention_divergence
 from vlattn_fast.ops.attention_map import attention_map
 from vlattn_fast.ops.attention_statistics import attention_statistics
 from vlattn_fast.ops.congruence_loss import congruence_loss
@@ -107,6 +108,7 @@ __all__ = [
     "SideBySide",
     "StateRecord",
     "Steer",
+    "attention_divergence",
     "attention_map",
     "attention_statistics",
     "attribute_edges",

@@ -76,9 +76,11 @@ def options_of_every_operator() -> dict[str, Example]:
 
 
 OPTIONS = options_of_every_operator()
+OPERATORS_OF_CPU = {every_call(title, 2).operator for title in OF_CPU}
+OPTIONS_OF_CPU = [title for title, example in OPTIONS.items() if example.operator in OPERATORS_OF_CPU]
 
 
-@each("title", streaming=OPTIONS, cpu=OPTIONS)
+@each("title", streaming=OPTIONS, cpu=OPTIONS_OF_CPU)
 @pytest.mark.slow
 def test_options(backend: str, title: str) -> None:
     check(OPTIONS[title], backend, ("forward", "forward_over_reverse", "reverse_over_forward", "batched"))

@@ -342,6 +342,36 @@ def congruence_loss(
     return (each.mean() if reduction == "mean" else each,)
 
 
+def attention_divergence(
+    query: Tensor,
+    key: Tensor,
+    other_query: Tensor,
+    other_key: Tensor,
+    *,
+    kind: str = "kl",
+    beta: float = 0.5,
+    head_mean: bool = False,
+    scale: float | None = None,
+    other_scale: float | None = None,
+    **masks: Any,
+) -> Outputs:
+    sides = ((query, key), scale), ((other_query, other_key), other_scale)
+    p, q = (attention(*side, scale=factor, **masks)[0] for side, factor in sides)
+    if head_mean:
+        p, q = p.mean(1, keepdim=True), q.mean(1, keepdim=True)
+    seen = p > 0
+    p, q = (torch.where(seen, x, torch.ones_like(x)) for x in (p, q))
+    m = beta * p + (1 - beta) * q
+    terms = {
+        "kl": p * (p.log() - q.log()),
+        "reverse_kl": q * (q.log() - p.log()),
+        "js": beta * p * (p.log() - m.log()) + (1 - beta) * q * (q.log() - m.log()),
+        "hellinger": (p.sqrt() - q.sqrt()).square() / 2,
+        "total_variation": (p - q).abs() / 2,
+    }
+    return (torch.where(seen, terms[kind], torch.zeros_like(p)).sum(-1),)
+
+
 def one_direction(kind: str, own: list[Tensor], other: list[Tensor]) -> Tensor:
     def block(x: list[Tensor], y: list[Tensor]) -> Tensor:
         return softmax(x[0] @ y[1].mT * x[0].shape[-1] ** -0.5).mean(0)
@@ -370,6 +400,7 @@ FORMULAS: dict[str, Callable[..., Outputs]] = {
         attention_statistics,
         token_scores,
         maxsim,
+        attention_divergence,
         recurrent_step,
         stacked_cross_attention,
         damsm_similarity,

@@ -7,6 +7,7 @@ Out: its result.
 Imports: scores, _ground.
 """
 
+from vlattn_fast.backends.reference.attention_divergence import attention_divergence
 from vlattn_fast.backends.reference.attention_map import attention_map
 from vlattn_fast.backends.reference.attention_statistics import attention_statistics
 from vlattn_fast.backends.reference.congruence_loss import congruence_loss
@@ -20,6 +21,7 @@ from vlattn_fast.backends.reference.stacked_cross_attention import damsm_similar
 from vlattn_fast.backends.reference.token_scores import text_raters, token_scores
 
 __all__ = [
+    "attention_divergence",
     "attention_map",
     "attention_statistics",
     "congruence_loss",

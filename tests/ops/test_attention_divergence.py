@@ -1,0 +1,262 @@
+"""attention_divergence: the formula by hand, every backend against it, small divergences, and what it refuses."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import vlattn_fast as va
+from tests.helpers.compare import LargestAllocation, as_dtype, assert_all_close_to, bytes_of, outputs_and_grads
+from tests.helpers.ops.backends import F64, HALVES, core, each, finest, on
+from tests.helpers.ops.score_cases import LAYOUTS, lay_out
+from vlattn_fast.backends.reference.attention_divergence import KINDS
+from vlattn_fast.backends.streaming import _tiles
+
+FAST = ("streaming",)
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streaming crosses several tiles."""
+    monkeypatch.setattr(_tiles, "TILE_ELEMENTS", 500)
+
+
+def tensors(heads: int = 4, others: int = 4, shared: int = 1, n: int = 7, m: int = 9) -> dict[str, Tensor]:
+    shapes = {"query": (heads, n, 6), "key": (heads // shared, m, 6), "other_query": (others, n, 5)}
+    shapes["other_key"] = others // shared, m, 5
+    return {name: torch.randn(2, *shape, dtype=F64) for name, shape in shapes.items()}
+
+
+def mask(heads: int = 1) -> Tensor:
+    """One row sees no key."""
+    seen = torch.rand(2, heads, 7, 9) < 0.7
+    seen[..., 0], seen[0, :, 2] = True, False
+    return seen
+
+
+def check(backend: str, inputs: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
+    """Divergences and gradients against the formula's. No input is written to."""
+    given = {name: x for name, x in (inputs | options).items() if isinstance(x, Tensor)}
+    before = {name: x.clone() for name, x in given.items()}
+    heads = 1 if options.get("head_mean") else inputs["query"].shape[1]
+    cotangent = torch.randn(*inputs["query"].shape[:1], heads, inputs["query"].shape[2])
+    calls = (partial(va.attention_divergence, **options, backend=backend), partial(va.reference.attention_divergence, **options))
+    got = assert_all_close_to(*calls, inputs, [cotangent])
+    assert all(torch.equal(given[name].nan_to_num(), x.nan_to_num()) for name, x in before.items())
+    return got
+
+
+# ------------------------------------------------------------------ the formula
+
+
+@on("reference", *FAST)
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("kl", 0.75 * math.log(1.5) + 0.25 * math.log(0.5)),
+        ("reverse_kl", 0.5 * math.log(1 / 1.5) + 0.5 * math.log(2)),
+        ("js", 0.5 * (0.75 * math.log(1.2) + 0.25 * math.log(2 / 3) + 0.5 * math.log(0.8) + 0.5 * math.log(4 / 3))),
+        ("hellinger", 1 - math.sqrt(0.375) - math.sqrt(0.125)),
+        ("total_variation", 0.25),
+    ],
+)
+def test_by_hand(backend: str, kind: str, expected: float) -> None:
+    """(3/4, 1/4) and (1/2, 1/2)."""
+    query, key = torch.ones(1, 1, 1, 1, dtype=F64), torch.tensor([math.log(3.0), 0.0], dtype=F64).view(1, 1, 2, 1)
+    got = va.attention_divergence(query, key, query, torch.zeros_like(key), kind=kind, backend=backend)
+    assert got.shape == (1, 1, 1) and abs(float(got) - expected) < 1e-14
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_mean_of_heads_is_that_of_their_weights(kind: str) -> None:
+    """Maps of which each row is one product, as a second way to the same numbers."""
+    x = tensors(heads=4, others=2)
+    sides = (("query", "key"), ("other_query", "other_key"))
+    a, b = ((x[q] @ x[k].mT * x[q].shape[-1] ** -0.5).softmax(-1).mean(1, keepdim=True) for q, k in sides)
+    expected = {
+        "kl": (a * (a / b).log()).sum(-1),
+        "reverse_kl": (b * (b / a).log()).sum(-1),
+        "js": 0.3 * (a * (a / (0.3 * a + 0.7 * b)).log()).sum(-1) + 0.7 * (b * (b / (0.3 * a + 0.7 * b)).log()).sum(-1),
+        "hellinger": 1 - (a * b).sqrt().sum(-1),
+        "total_variation": (a - b).abs().sum(-1) / 2,
+    }[kind]
+    for backend in ("reference", *FAST):
+        got = va.attention_divergence(**x, kind=kind, beta=0.3, head_mean=True, backend=backend)
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-13)
+
+
+# ------------------------------------------------------------------ every backend against the formula
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "bool mask": {"attn_mask": mask()},
+    "mask of each head": {"attn_mask": mask(4)},
+    "float mask": {"attn_mask": torch.where(mask(), torch.randn(2, 1, 7, 9), -torch.inf)},
+    "a finite mask over rows": {"attn_mask": torch.where(mask(), 0.0, torch.finfo(torch.float32).min)},
+    "padding": {"key_mask": torch.arange(9) < torch.tensor([[6], [0]])},
+    "scales": {"scale": 0.0, "other_scale": -0.7},
+    "means": {"head_mean": True, "attn_mask": mask(4)},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("kind", KINDS)
+@on(*FAST)
+def test_masks_and_options(backend: str, kind: str, name: str) -> None:
+    got = check(backend, as_dtype(tensors(), finest(backend)), kind=kind, beta=0.3, **OPTIONS[name])
+    if name == "padding":
+        assert not got["out0"][1].any() and not got["grad key"][1].any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@each("dtype", **{name: core(name) for name in FAST})
+def test_dtypes(backend: str, dtype: torch.dtype, kind: str) -> None:
+    got = check(backend, as_dtype(tensors(), dtype), kind=kind, head_mean=kind == "js")
+    assert got["out0"].dtype == (torch.float32 if dtype in HALVES else dtype) and got["grad other_key"].dtype == dtype
+
+
+@pytest.mark.parametrize("kind", ["kl", "js"])
+@on(*FAST)
+def test_other_heads_and_shared_keys(backend: str, kind: str) -> None:
+    x = as_dtype(tensors(heads=4, others=2, shared=2), finest(backend))
+    check(backend, x, kind=kind, head_mean=True, enable_gqa=True, attn_mask=mask())
+    check(backend, as_dtype(tensors(shared=4), finest(backend)), kind=kind, enable_gqa=True)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@on(*FAST)
+def test_strides(backend: str, layout: str) -> None:
+    check(backend, {name: lay_out(x, layout) for name, x in as_dtype(tensors(), finest(backend)).items()}, is_causal=True)
+
+
+@on(*FAST)
+def test_padding_may_be_nan(backend: str) -> None:
+    x, key_mask = tensors(), torch.arange(9) < torch.tensor([[6], [3]])
+    for name in ("key", "other_key"):
+        x[name] = torch.where(key_mask[:, None, :, None], x[name], torch.nan)
+    got = check(backend, as_dtype(x, finest(backend)), key_mask=key_mask)
+    assert all(value.isfinite().all() for value in got.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@on(*FAST)
+def test_weights_below_the_least_float(backend: str, kind: str) -> None:
+    """Their logarithms are finite, and so are divergences and gradients."""
+    x = {name: 60 * value.float() for name, value in tensors().items()}
+    for head_mean in (False, True):
+        for value in outputs_and_grads(
+            partial(va.attention_divergence, kind=kind, head_mean=head_mean, backend=backend), x
+        ).values():
+            assert value.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["kl", "reverse_kl", "js", "hellinger"])
+@pytest.mark.parametrize("size", [1e-2, 1e-3, 1e-4])
+def test_small_divergences_keep_their_digits(kind: str, size: float) -> None:
+    """A sum of A (S - S') less log-sum-exps is wrong by many times a divergence of 5e-9 in float32."""
+    query, key = torch.randn(1, 1, 32, 64), torch.randn(1, 1, 512, 64)
+    other = query + size * torch.randn_like(query)
+    exact = va.attention_divergence(query.double(), key.double(), other.double(), key.double(), kind=kind)
+    got = va.attention_divergence(query, key, other, key, kind=kind)
+    assert float(((got - exact) / exact).abs().max()) < 1e-6 / size
+    assert float(exact.max()) < 3 * size**2
+
+
+@on(*FAST)
+def test_a_detached_side_has_no_gradient(backend: str) -> None:
+    x = tensors()
+    for leaves in (("query", "key"), ("other_key",), ("other_query", "other_key")):
+        given = {name: value.clone().requires_grad_(name in leaves) for name, value in x.items()}
+        whole = {name: value.clone().requires_grad_() for name, value in x.items()}
+        for inputs, call in (
+            (given, partial(va.attention_divergence, backend=backend)),
+            (whole, va.reference.attention_divergence),
+        ):
+            call(**inputs).sum().backward()
+        for name in x:
+            if name in leaves:
+                torch.testing.assert_close(given[name].grad, whole[name].grad, rtol=0, atol=1e-12)
+            else:
+                assert given[name].grad is None
+
+
+def test_equal_attentions_have_no_divergence() -> None:
+    x = tensors()
+    for kind in KINDS:
+        same = {"query": x["query"], "key": x["key"], "other_query": x["query"], "other_key": x["key"]}
+        got = outputs_and_grads(partial(va.attention_divergence, kind=kind), same)
+        assert all(not value.any() for value in got.values()), kind
+
+
+def test_memory_is_linear_in_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    x = {name: torch.randn(1, 2, 1500, 16, requires_grad=True) for name in ("query", "key", "other_query", "other_key")}
+    with LargestAllocation() as largest:
+        va.attention_divergence(**x, kind="js", head_mean=True).sum().backward()
+    assert largest.bytes <= 8 * bytes_of(torch.empty(_tiles.TILE_ELEMENTS)), "no map of 1500 x 1500 of two heads"
+
+
+@pytest.mark.parametrize("options", [{}, {"kind": "js", "head_mean": True}, {"kind": "hellinger", "is_causal": True}])
+@on(*FAST)
+def test_gradcheck_and_opcheck(backend: str, options: dict[str, Any]) -> None:
+    x = {name: value[:1, ..., :2].contiguous().requires_grad_() for name, value in tensors(2, 2, n=2, m=3).items()}
+    call = partial(va.attention_divergence, **options, backend=backend)
+    assert torch.autograd.gradcheck(lambda *y: call(*y), tuple(x.values()))
+    tensors_of_op = *[value.detach().requires_grad_() for value in x.values()], None, None
+    settings = options.get("kind", "kl"), 0.5, options.get("head_mean", False), options.get("is_causal", False), 0.4, 0.3, backend
+    torch.library.opcheck(torch.ops.vlattn.attention_divergence.default, (*tensors_of_op, *settings))
+
+
+# ------------------------------------------------------------------ what it refuses
+
+
+X = torch.randn(2, 4, 7, 6)
+Y = torch.randn(2, 4, 9, 6)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"kind": "chi"}, ValueError, "kind must be one of"),
+        ({"beta": 1.0}, ValueError, "beta must be between 0 and 1; got 1.0"),
+        ({"beta": "a"}, TypeError, "beta must be a real number"),
+        ({"head_mean": 1}, TypeError, "head_mean must be True or False; got int 1"),
+        (
+            {"other_query": X[:, :2], "other_key": Y[:, :2]},
+            ValueError,
+            "other_query must have query's 4 heads unless head_mean=True",
+        ),
+        ({"other_query": X[:, :, :5]}, ValueError, "other_query must have query's B and N"),
+        ({"other_key": Y[:, :, :5]}, ValueError, "other_key must have as many keys as key, 9"),
+        ({"key": Y[:, :2]}, ValueError, r"key must have query's B and D, and H heads \(fewer with enable_gqa=True\)"),
+        ({"key": Y[:, :3], "enable_gqa": True}, ValueError, "key must have query's B and D, and a divisor of H heads"),
+        ({"key": Y[..., :5]}, ValueError, "key must have query's B and D"),
+        ({"other_key": Y.double()}, TypeError, "other_key must have"),
+        ({"query": X[0]}, ValueError, r"query must .*\(B, H, N, D\)"),
+        ({"attn_mask": torch.ones(3, 3, dtype=torch.bool)}, ValueError, "attn_mask must broadcast"),
+        ({"key_mask": torch.ones(2, 8, dtype=torch.bool)}, ValueError, "key_mask must"),
+        ({"scale": "x"}, TypeError, "scale must be a real number"),
+        ({"backend": "cpu"}, ValueError, "no CPU kernel for this operator"),
+        (
+            {
+                "other_query": X[:, :2],
+                "other_key": Y[:, :2],
+                "head_mean": True,
+                "attn_mask": torch.ones(2, 4, 7, 9, dtype=torch.bool),
+            },
+            ValueError,
+            "attn_mask must broadcast",
+        ),
+    ],
+)
+def test_wrong_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    given = {"query": X, "key": Y, "other_query": X, "other_key": Y} | change
+    with pytest.raises(error, match=message):
+        va.attention_divergence(**given)

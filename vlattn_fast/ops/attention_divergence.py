@@ -1,0 +1,219 @@
+"""Divergence of two attentions over the same keys, row by row: distillation, indexers of sparse attention, policies.
+
+Formula: reference/attention_divergence.py. Bounded memory: streaming/attention_divergence.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from vlattn_fast._ground.checks import (
+    check_bool,
+    check_choice,
+    check_device,
+    check_floating,
+    check_masks,
+    check_number,
+    check_tensor,
+    describe,
+)
+from vlattn_fast._ground.tensors import (
+    cast_by_autocast,
+    compute_dtype,
+    mask_padding,
+    resolve_scale,
+    scaled_dot_default,
+    without_autocast,
+)
+from vlattn_fast.backends.reference.attention_divergence import KINDS
+from vlattn_fast.backends.streaming.attention_divergence import (
+    FIELDS,
+    AttentionDivergenceBackwardInputs,
+    AttentionDivergenceInputs,
+    AttentionDivergenceJvpInputs,
+    AttentionDivergenceSecondInputs,
+)
+from vlattn_fast.dispatch.call import Call, make_call
+from vlattn_fast.dispatch.choice import launcher, load, planned, select
+from vlattn_fast.dispatch.operator import Operator
+from vlattn_fast.dispatch.table import table
+from vlattn_fast.ops._derivatives import Derivatives
+from vlattn_fast.ops._registration import Saved, define, differentiable
+from vlattn_fast.ops._stages import arguments_of, described
+
+BACKENDS = table("attention_divergence", cpu=None, triton=None)
+
+
+def attention_divergence(
+    query: Tensor,
+    key: Tensor,
+    other_query: Tensor,
+    other_key: Tensor,
+    *,
+    kind: str = "kl",
+    beta: float = 0.5,
+    head_mean: bool = False,
+    attn_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    other_scale: float | None = None,
+    enable_gqa: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Computes how far one attention is from another over the same keys, for each query: D_i = sum_j f(A_ij, A'_ij).
+
+    Returns one number per head and query. No map is stored: memory in addition to inputs and output is O(N + M) per head, and the
+    backward pass recomputes both maps. A side without a gradient costs nothing there.
+
+    Examples:
+        >>> import torch, vlattn_fast as va
+        >>> query, key = torch.randn(2, 4, 7, 8), torch.randn(2, 4, 7, 8)
+        >>> teacher = torch.randn(2, 4, 7, 16), torch.randn(2, 4, 7, 16)
+        >>> va.attention_divergence(query, key, *teacher, is_causal=True).shape
+        torch.Size([2, 4, 7])
+        >>> student = torch.randn(2, 2, 7, 8), torch.randn(2, 2, 7, 8)  # of other heads
+        >>> va.attention_divergence(*student, *teacher, kind="js", head_mean=True).shape
+        torch.Size([2, 1, 7])
+
+    With A = softmax(scale q k^T + mask), A' = softmax(other_scale q' k'^T + mask), or their means over the heads:
+
+    - "kl": sum_j A log(A / A'); "reverse_kl": sum_j A' log(A' / A).
+    - "js": beta KL(A || M) + (1 - beta) KL(A' || M), M = beta A + (1 - beta) A' (Lin, 1991; beta 0.5 is Jensen-Shannon).
+    - "hellinger": 1 - sum_j sqrt(A A'), the square of Hellinger's distance.
+    - "total_variation": sum_j |A - A'| / 2.
+
+    Args:
+        query, key: (B, H, N, D) and (B, Hkv, M, D), Hkv = H, or a divisor of H with enable_gqa; float16, bfloat16, float32,
+            float64.
+        other_query, other_key: (B, H', N, D') and (B, H'kv, M, D') of the same dtype; H' = H unless head_mean.
+        kind: "kl", "reverse_kl", "js", "hellinger" or "total_variation".
+        beta: between 0 and 1; only for "js".
+        head_mean: compares the means of the heads' attention.
+        attn_mask, key_mask, is_causal: of both attentions, as in score_attention; attn_mask broadcasts to (B, H, N, M), and to
+            (B, 1, N, M) if H' is not H. Masked pairs count on neither side.
+        scale, other_scale: multiply the scores. Default: 1/sqrt(D) and 1/sqrt(D').
+        backend: "auto", "reference" or "streaming".
+
+    Returns:
+        D (B, H, N), or (B, 1, N) with head_mean, in nats for "kl", "reverse_kl" and "js"; float32 (float64 for float64 input). 0
+        for a query without a visible key. Small divergences keep their digits. Twice differentiable in all queries and keys; the
+        gradient of "total_variation" is 0 where both weights are equal.
+
+    Raises:
+        ValueError, TypeError: if an argument is wrong (the message names it), or the requested backend does not support the call.
+    """
+    arguments = Arguments(**locals())
+    plan = planned(_plan, arguments)
+    x = arguments._replace(**dict(zip(FIELDS, cast_by_autocast(query, key, other_query, other_key), strict=True)))
+    if plan.backend == "reference":
+        options = {name: value for name, value in x._asdict().items() if name not in ("backend", *FIELDS)}
+        with without_autocast(query):
+            formula = load(BACKENDS, plan.backend).attention_divergence
+            result: Tensor = formula(x.query, x.key, x.other_query, x.other_key, **options)
+            return result
+    key, other_key = mask_padding(key_mask, x.key, x.other_key)
+    scales = plan.scale, plan.other_scale
+    tensors = x.query, key, x.other_query, other_key, attn_mask, key_mask
+    inputs = AttentionDivergenceInputs(*tensors, kind, float(beta), head_mean, is_causal, *scales, plan.backend)
+    divergence: Tensor = _forward_op(inputs)
+    return divergence
+
+
+Arguments = arguments_of(attention_divergence)
+
+
+class _Plan(NamedTuple):
+    backend: str
+    scale: float
+    other_scale: float
+
+
+def _plan(x: Any) -> _Plan:
+    backend = select(BACKENDS, _describe(x), x.backend)
+    scales = ((x.scale, x.query), (x.other_scale, x.other_query))
+    return _Plan(backend, *[resolve_scale(scale, scaled_dot_default(query.shape[3])) for scale, query in scales])
+
+
+def _describe(x: Any) -> Call:
+    """Checks a call except for its scales, and returns its metadata."""
+    check_choice("kind", x.kind, KINDS)
+    check_bool(head_mean=x.head_mean, enable_gqa=x.enable_gqa)
+    check_number("beta", x.beta)
+    if not 0 < x.beta < 1:
+        raise ValueError(f"beta must be between 0 and 1; got {x.beta!r}")
+    for name in FIELDS:
+        check_tensor(name, getattr(x, name), rank=4, shape="(B, H, M, D)" if "key" in name else "(B, H, N, D)")
+    check_floating(**{name: getattr(x, name) for name in FIELDS})
+    query, key, other = x.query, x.key, x.other_query
+    _check_key("key", key, "query", query, x.enable_gqa)
+    _check_key("other_key", x.other_key, "other_query", other, x.enable_gqa)
+    check_device("other_query", other, "query", query)
+    if other.shape[0] != query.shape[0] or other.shape[2] != query.shape[2]:
+        raise ValueError(f"other_query must have query's B and N; got {describe(other)} for {describe(query)}")
+    if x.other_key.shape[2] != key.shape[2]:
+        raise ValueError(f"other_key must have as many keys as key, {key.shape[2]}; got {describe(x.other_key)}")
+    if other.shape[1] != query.shape[1] and not x.head_mean:
+        raise ValueError(f"other_query must have query's {query.shape[1]} heads unless head_mean=True; got {describe(other)}")
+    if x.head_mean and 0 in (query.shape[1], other.shape[1]):
+        raise ValueError(f"query must have at least one head to reduce; got {describe(query)} and {describe(other)}")
+    check_masks(query if other.shape[1] == query.shape[1] else query[:, :1], key, x.attn_mask, x.key_mask, x.is_causal)
+    sizes = {"queries": query.shape[2], "keys": key.shape[2], "head_dim": query.shape[3], "other_dim": other.shape[3]}
+    return make_call("attention_divergence", query, sizes, {"kind": x.kind, "head_mean": x.head_mean})
+
+
+def _check_key(name: str, key: Tensor, of: str, query: Tensor, enable_gqa: bool) -> None:
+    check_device(name, key, of, query)
+    (batch, heads, _, dim), (key_batch, key_heads, _, key_dim) = query.shape, key.shape
+    shares = enable_gqa and key_heads > 0 and heads % key_heads == 0
+    if (key_batch, key_dim) != (batch, dim) or not (shares or key_heads == heads):
+        how = "a divisor of H heads" if enable_gqa else "H heads (fewer with enable_gqa=True)"
+        raise ValueError(f"{name} must have {of}'s B and D, and {how}; got {describe(key)} for {describe(query)}")
+
+
+def _forward_fake(inputs: Any) -> Tensor:
+    query = inputs.query
+    return query.new_empty(query.shape[0], 1 if inputs.head_mean else query.shape[1], query.shape[2], dtype=compute_dtype(query))
+
+
+def _backward_fake(inputs: AttentionDivergenceBackwardInputs) -> tuple[Tensor, ...]:
+    needs = inputs.need_own, inputs.need_own, inputs.need_other, inputs.need_other
+    return tuple(
+        [x.new_empty(x.shape if need else 0) for x, need in zip((getattr(inputs, f) for f in FIELDS), needs, strict=True)]
+    )
+
+
+_forward_op = define("attention_divergence", AttentionDivergenceInputs, "Tensor", launcher(BACKENDS, "forward"), _forward_fake)
+_backward_op = define(
+    "attention_divergence_backward",
+    AttentionDivergenceBackwardInputs,
+    "(Tensor, Tensor, Tensor, Tensor)",
+    launcher(BACKENDS, "backward"),
+    _backward_fake,
+)
+_saved = Saved(AttentionDivergenceInputs, AttentionDivergenceBackwardInputs, grads=("grad", "need_own", "need_other"))
+
+
+def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needs = [any(ctx.needs_input_grad[first : first + 2]) for first in (0, 2)]
+    own, own_key, other, other_key = _backward_op(_saved.inputs(ctx, grad, *needs))
+    return *((own, own_key) if needs[0] else (None, None)), *((other, other_key) if needs[1] else (None, None)), None, None
+
+
+_derivatives = Derivatives(
+    "attention_divergence",
+    (AttentionDivergenceBackwardInputs, AttentionDivergenceJvpInputs, AttentionDivergenceSecondInputs),
+    FIELDS,
+    outputs=("divergence",),
+    grads={"grad": "divergence"},
+    backward=_backward_op,
+    jvp=launcher(BACKENDS, "jvp"),
+    second=launcher(BACKENDS, "second"),
+    fake=_forward_fake,
+)
+differentiable("attention_divergence", _autograd, lambda ctx, inputs, output: _saved.save(ctx, inputs), _derivatives.of_forward)
+
+describe_call = described(Arguments, _describe)
+OPERATOR = Operator(attention_divergence, describe_call, BACKENDS)
