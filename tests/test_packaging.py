@@ -19,15 +19,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
 
+from tests.helpers.packaging import CPU_LIBRARY, LAUNCHER, LIBRARY, MAPPED, ROOT, build, copied, installed
 from vlattn_fast.backends import native
 
-ROOT = Path(__file__).parent.parent
-MAPPED = ("kernels", "benchmarks")  # folders at the top that are installed inside of the package
 # Where a build leaves them; not in git.
-LIBRARY, RECORD = "vlattn_fast/backends/cuda/libvlattn_cuda.so", "vlattn_fast/backends/cuda/build.json"
-CPU_LIBRARY, CPU_RECORD = "vlattn_fast/backends/cpu/libvlattn_cpu.so", "vlattn_fast/backends/cpu/build.json"
+RECORD, CPU_RECORD, LAUNCHER_RECORD = (str(Path(library).with_name("build.json")) for library in (LIBRARY, CPU_LIBRARY, LAUNCHER))
 CMAKE = """
 import os, pathlib, shutil, sys
 option = "--build" if "--build" in sys.argv else "-B"
@@ -37,7 +34,8 @@ with open(pathlib.Path(__file__).with_name("cmake.log"), "a") as log:
 cache = folder / "CMakeCache.txt"
 if option == "-B":
     folder.mkdir(parents=True, exist_ok=True)
-    source, name = sys.argv[sys.argv.index("-S") + 1], "cpu" if "-DVLATTN_CPU=ON" in sys.argv else "cuda"
+    source, named = sys.argv[sys.argv.index("-S") + 1], {"-DVLATTN_CPU": "cpu", "-DVLATTN_LAUNCH": "launch"}
+    name = next((named[x.partition("=")[0]] for x in sys.argv if x.partition("=")[0] in named), "cuda")
     print(f"CMAKE_HOME_DIRECTORY:INTERNAL={source}", f"CMAKE_CXX_COMPILER:STRING={os.environ.get('CXX')}", "OTHER:STRING=1",
         "VLATTN_TARGETS:STRING=80-real;100-virtual", "VLATTN_BUILT_SETS:INTERNAL=baseline;v3", "VLATTN_COMPILER:INTERNAL=GNU 12",
         f"lib={name}", sep="\\n", end="", file=cache.open("w"))
@@ -45,19 +43,6 @@ else:
     (folder / f"libvlattn_{cache.read_text().split('lib=')[1]}.so").write_text("the library")
 """
 FAILING = "import sys; sys.exit('no such compiler')"
-
-
-def copied(source: Path) -> Path:
-    """The sources, so that neither leftovers in the tree get in nor the build's own files stay there; and a library in them
-    as an editable install leaves it."""
-    source.mkdir()
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "CMakeLists.txt"):
-        shutil.copy(ROOT / name, source)
-    for name in ("vlattn_fast", "csrc", *MAPPED):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so", "build.json"))
-    (source / LIBRARY).write_text("an old library")
-    (source / CPU_LIBRARY).write_text("an old library")
-    return source
 
 
 def machine(
@@ -73,13 +58,6 @@ def machine(
         script.chmod(0o755)
     others = {name: value for name, value in os.environ.items() if not name.startswith(("VLATTN_", "CUDA", "CXX"))}
     return {**others, "PATH": str(folder / "bin"), "CUDA_HOME": str(folder / "nowhere")}
-
-
-def build(source: Path, target: Path, environment: dict[str, str], kind: str = "wheel") -> subprocess.CompletedProcess[str]:
-    """As pip does it, into target/kind."""
-    code = f"from setuptools import build_meta; build_meta.build_{kind}({str(target / kind)!r})"
-    (target / kind).mkdir()
-    return subprocess.run([sys.executable, "-c", code], cwd=source, env=environment, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -156,10 +134,11 @@ def test_mapped_folders_are_found_where_the_tests_run(name):
 def contents(folder: Path, kind: str = "cuda") -> tuple[str, set[str], dict[str, object], str | None]:
     """The only wheel's tags and names, and build.json and the library of this kind."""
     (built,) = folder.iterdir()
+    place = "vlattn_fast/kernels/compiled" if kind == "launch" else f"vlattn_fast/backends/{kind}"
     with zipfile.ZipFile(built) as archive:
-        names, file = set(archive.namelist()), f"vlattn_fast/backends/{kind}/libvlattn_{kind}.so"
+        names, file = set(archive.namelist()), f"{place}/libvlattn_{kind}.so"
         library = archive.read(file).decode() if file in names else None
-        return built.stem.split("-", 2)[2], names, json.loads(archive.read(f"vlattn_fast/backends/{kind}/build.json")), library
+        return built.stem.split("-", 2)[2], names, json.loads(archive.read(f"{place}/build.json")), library
 
 
 CPU_TOOLS = ("c++", "cmake", "ninja")
@@ -208,12 +187,7 @@ def test_an_installed_wheel_has_a_library_that_runs(tmp_path):
     audit = [sys.executable, "-m", "abi3audit", "--strict", "--summary", "--assume-minimum-abi3", "3.2", native.library.path]
     said = subprocess.run(audit, capture_output=True, text=True, check=True)
     assert "0 ABI version mismatches and 0 ABI violations" in " ".join((said.stdout + said.stderr).split())
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "empty"], check=True)
-    python = tmp_path / "empty" / "bin" / "python"
-    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
-    subprocess.run([*pip, wheel], check=True)
-    (packages,) = (tmp_path / "empty").glob("lib/*/site-packages")
-    (packages / "torch.pth").write_text(str(Path(torch.__file__).parents[1]))
+    python = installed(wheel, tmp_path / "empty")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("VLATTN_", "PYTHONPATH"))}
     subprocess.run([python, "-c", INSTALLED], check=True, cwd=tmp_path, env=environment)
 
@@ -224,6 +198,39 @@ def test_both_libraries_are_in_one_wheel(tmp_path):
     done = build(copied(tmp_path / "source"), tmp_path, environment)
     assert done.returncode == 0, done.stderr
     assert {contents(tmp_path / "wheel", kind)[3] for kind in ("cpu", "cuda")} == {"the library"}
+
+
+@pytest.mark.slow
+def test_a_wheel_has_the_kernels_that_were_compiled_ahead(tmp_path):
+    """And their launcher, which is built for the machine of the wheel; without a compiler the install goes on without it."""
+    source, archive = copied(tmp_path / "source"), "kernels/compiled/sm_90.zip"
+    (source / archive).write_text("an archive")
+    done = build(source, tmp_path, machine(tmp_path / "machine", CPU_TOOLS))
+    assert done.returncode == 0, done.stderr
+    tags, names, record, library = contents(tmp_path / "wheel", "launch")
+    assert tags.startswith("py3-none-linux_") and f"vlattn_fast/{archive}" in names and library == "the library"
+    assert record.pop("seconds") < 60 and record == {"architectures": ["sm_90"]}
+    (tmp_path / "without").mkdir()
+    done = build(source, tmp_path / "without", machine(tmp_path / "nothing", ()))
+    assert done.returncode == 0, done.stderr
+    tags, names, record, library = contents(tmp_path / "without" / "wheel", "launch")
+    assert tags == "py3-none-any" and f"vlattn_fast/{archive}" in names and library is None
+    assert record == {"reason": "no C++ compiler was found (g++ or clang++)"}
+    assert build(source, tmp_path, machine(tmp_path / "none", ()), "sdist").returncode == 0
+    (made,) = (tmp_path / "sdist").iterdir()
+    with tarfile.open(made) as sources:
+        assert archive in {name.split("/", 1)[-1] for name in sources.getnames()}
+    assert build(source, tmp_path, machine(tmp_path / "editing", CPU_TOOLS), "editable").returncode == 0
+    assert (source / LAUNCHER).read_text() == "the library"
+
+
+def test_a_wheel_has_at_most_60_MB_of_compiled_kernels(tmp_path):
+    source = copied(tmp_path / "source")
+    with open(source / "kernels/compiled/sm_90.zip", "wb") as file:
+        file.truncate(61_400_000)
+    done = build(source, tmp_path, machine(tmp_path / "machine", ()))
+    assert done.returncode != 0 and list((tmp_path / "wheel").iterdir()) == []
+    assert "kernels/compiled/ must have at most 60 MB of compiled kernels for a wheel; got 61 MB in sm_90.zip" in done.stderr
 
 
 @pytest.mark.slow
@@ -377,7 +384,7 @@ def test_the_source_distribution_can_build_it(tmp_path):
         found = {name.split("/", 1)[-1] for name in archive.getnames()}
     wanted = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*") if path.is_file()}
     assert {"CMakeLists.txt", "csrc/cuda/device.h", *wanted} <= found
-    assert not {LIBRARY, RECORD, CPU_LIBRARY, CPU_RECORD} & found
+    assert not {LIBRARY, RECORD, CPU_LIBRARY, CPU_RECORD, LAUNCHER, LAUNCHER_RECORD} & found
 
 
 def setup_module_of(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> ModuleType:

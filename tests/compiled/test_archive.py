@@ -5,10 +5,13 @@ The kernels of this process are those of Triton's interpreter (tests/conftest.py
 
 from __future__ import annotations
 
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.packaging import LAUNCHER, ROOT, build, copied, installed
 from tests.helpers.releases import WITHOUT_PTX
 
 pytest.importorskip("triton")
@@ -63,3 +66,34 @@ def test_launches_are_repeated_on_other_tensors(tmp_path: Path) -> None:
 
 def test_a_kernel_is_loaded_once(tmp_path: Path) -> None:
     assert compiling(AHEAD + "loads_of_threads", tmp_path, 8) == ["_forward_kernel"]
+
+
+INSTALLED = """
+import sys, torch, vlattn_fast as va
+from tools import building
+from tools.emulated import launching
+from vlattn_fast.checking.tolerance import Errors
+from vlattn_fast.kernels import _archive, score_attention  # whose launches are emulated from here on
+assert _archive.LIBRARY.is_relative_to(sys.prefix), _archive.LIBRARY
+building.launcher = lambda: _archive.LIBRARY
+query, key, value = torch.randn(3, 2, 3, 20, 16, dtype=torch.float16)
+with launching.emulated(_archive.LIBRARY.parent, 80) as launches:
+    out = va.score_attention(query, key, value, backend="triton")
+assert [one.name for one in launches] == ["_forward_kernel"], launches
+errors, reference = Errors(), va.reference.score_attention
+errors.add(out, reference(query.double(), key.double(), value.double()), reference(query, key, value))
+assert errors.ratio() <= 1, errors.ratio()
+"""
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_launches_them(tmp_path: Path) -> None:
+    """Its archive and its launcher, compiled by setup.py, in an environment with torch and this tree's tools by their paths."""
+    source = copied(tmp_path / "source")
+    compiling(AHEAD + "compile_one_call", (source / LAUNCHER).parent)
+    others = {name: value for name, value in os.environ.items() if not name.startswith(("VLATTN_", "PYTHONPATH"))}
+    done = build(source, tmp_path, others | {"VLATTN_BUILD_CPU": "0", "VLATTN_BUILD_LAUNCH": "1"})
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (tmp_path / "wheel").iterdir()
+    python = installed(wheel, tmp_path / "empty", ROOT / "packages" / "ptx", ROOT)
+    subprocess.run([python, "-c", INSTALLED], check=True, cwd=tmp_path, env=others)

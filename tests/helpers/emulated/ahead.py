@@ -57,6 +57,10 @@ def attend(
     return va.score_attention(query, key, value, backend="triton", is_causal=is_causal)
 
 
+def compile_one_call(folder: Path) -> None:
+    compile_calls(folder, 80, [attend], "one call")
+
+
 def repeated(folder: Path) -> tuple[dict[str, float], dict[str, list[str]], list[str]]:
     """Calls, one after another, whose launches are planned, or repeated from an earlier call: by name the worst error as a
     multiple of the allowed one, and what was planned; and the kernels that a watcher of launches saw in the last one."""
@@ -127,7 +131,7 @@ def coverage(folder: Path) -> dict[str, bool]:
         "another dtype": {"dtype": torch.bfloat16},
         "causal": {"is_causal": True},
     }
-    compile_calls(folder, 80, [attend], "one call")
+    compile_one_call(folder)
     left = list[str]()
     with patch.object(JITFunction, "run", lambda kernel, **named: left.append(kernel.fn.__name__)), launching.planned(folder, 80):
         covered = {}
@@ -140,7 +144,7 @@ def coverage(folder: Path) -> dict[str, bool]:
 
 def loads_of_threads(folder: Path, threads: int) -> list[str]:
     """What the driver loaded when several threads launched one kernel for the first time."""
-    compile_calls(folder, 80, [attend], "one call")
+    compile_one_call(folder)
     loaded: list[str] = []
     with launching.planned(folder, 80) as made:
         library = made.library
