@@ -215,7 +215,8 @@ def repeatable(inputs: Any, outputs: Any, allocated: list[Tensor], launches: lis
     storages = [(x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()) for x in allocated]
     geometry = list(allocated)
     single = isinstance(outputs, Tensor)
-    if not single and type(outputs) is not tuple:
+    device = next(x.device for x in inputs if isinstance(x, Tensor))
+    if not single and type(outputs) is not tuple or any(x.device != device for x in allocated):
         return None
     numbers = []
     for x in (outputs,) if single else outputs:
@@ -244,7 +245,7 @@ def repeatable(inputs: Any, outputs: Any, allocated: list[Tensor], launches: lis
             elif address:  # a tensor without numbers has none
                 return None
         repeated.append((compiled, grid, values, sources))
-    allocations = [((x.shape, x.stride()), {"dtype": x.dtype, "device": x.device}) for x in geometry]
+    allocations = [(tuple(x.shape), x.stride(), x.dtype) for x in geometry]
     return tuple(allocations), tuple(repeated), tuple(numbers), single
 
 
@@ -260,7 +261,8 @@ def _state() -> int | None:
 
 
 class Launching:
-    """Launches from the archives in a folder, by the library. current_device, stream and capability are torch's."""
+    """Launches from the archives in a folder, by the library. current_device, stream and capability are torch's, and
+    allocate(shape, stride, dtype) gives a tensor on the current device."""
 
     def __init__(
         self,
@@ -270,19 +272,19 @@ class Launching:
         current_device: Callable[[], int],
         stream: Callable[[int], int],
         capability: Callable[[int], tuple[int, int]],
+        allocate: Callable[..., Tensor],
     ) -> None:
         loader = importlib.machinery.ExtensionFileLoader("vlattn_launch", str(library))
         spec = importlib.util.spec_from_file_location("vlattn_launch", library, loader=loader)
         assert spec is not None
         self.library = importlib.util.module_from_spec(spec)
         self.library.connect(driver, Tensor, current_device, stream, text_of)
-        self.folder, self.capability = folder, capability
+        self.folder, self.capability, self.allocate = folder, capability, allocate
         self.archives: dict[int, Archive | None] = {}  # by device
         self.lock = threading.RLock()  # a kernel is loaded once, and modules are taken once
         self.modules: set[str] = set()
         self.kernels: list[Any] = []
         self.functions: dict[Callable[[Any], Any], Callable[[Any], Any]] = {}
-        self.allocate: Callable[..., Tensor] = torch.empty_strided
 
     def archive(self, device: int) -> Archive | None:
         """That of a device; None if there is none of these sources."""
@@ -379,7 +381,8 @@ def launching() -> Launching | None:
             torch._C._cuda_getDevice,
             torch._C._cuda_getCurrentRawStream,
             torch.cuda.get_device_capability,
+            torch._C._dynamo.guards._empty_strided_cuda,  # type: ignore[attr-defined]  # quicker than torch.empty_strided
         )
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError, AttributeError) as error:  # a torch whose private functions have other names
         _warn(str(error))
         return None

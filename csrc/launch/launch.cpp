@@ -356,7 +356,7 @@ struct Again {
 };
 struct Plan {
     bool repeats = false;
-    std::vector<PyObject*> allocations;  // the arguments of `allocate`, and those by name
+    std::vector<PyObject*> allocations;  // the arguments of `allocate`
     std::vector<Again> launches;
     std::vector<int> outputs;  // numbers of allocations, or -1 for None
     bool is_single = false;
@@ -409,7 +409,7 @@ PyObject* repeat(const Planned& self, const Plan& plan, std::vector<Value> addre
     std::vector<PyObject*> made;
     bool is_done = true;
     for (PyObject* arguments : plan.allocations) {
-        PyObject* tensor = PyObject_Call(self.allocate, PyTuple_GetItem(arguments, 0), PyTuple_GetItem(arguments, 1));
+        PyObject* tensor = PyObject_CallObject(self.allocate, arguments);
         PyObject* address = tensor ? PyObject_CallMethodObjArgs(tensor, word_data_ptr, nullptr) : nullptr;
         if (tensor) made.push_back(tensor);
         if (!(is_done = address)) break;

@@ -41,6 +41,7 @@ def planned(folder: Path, architecture: int) -> Iterator[_archive.Launching]:
             lambda: 0,
             lambda device: 0,
             lambda device: divmod(architecture, 10),
+            torch._C._dynamo.guards._empty_strided_cpu,
         )
         stack.callback(made.end)
         stack.callback(setattr, _archive, "on_cpu", _archive.on_cpu)
@@ -65,9 +66,9 @@ def emulated(folder: Path, architecture: int, options: Options | None = None) ->
             driver.ptx_connect(None)
 
 
-def _allocate(*arguments: Any, **options: Any) -> Tensor:
+def _allocate(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """For launches that are repeated, whose tensors no function of Python sees."""
-    made = torch.empty_strided(*arguments, **options)
+    made = torch.empty_strided(shape, stride, dtype=dtype)
     device = ptx.cuda.Device.active
     assert device is not None and device.memory is not None
     device.memory.ranges += ptx.cuda.lent({"allocation": made}).ranges
