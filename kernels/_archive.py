@@ -88,10 +88,16 @@ def leaves_of(kernel: Any, named: dict[str, Any]) -> list[Leaf]:
     return made
 
 
+def members(path: str, value: tuple[Any, ...]) -> list[tuple[str, Any]]:
+    """The members of a tuple among the arguments, with their paths."""
+    names = getattr(value, "_fields", range(len(value)))
+    return [(f"{path}.{name}", member) for name, member in zip(names, value, strict=True)]
+
+
 def _leaves(path: str, value: Any) -> Iterator[Leaf]:
     if isinstance(value, tuple):
-        for name, member in zip(getattr(value, "_fields", range(len(value))), value, strict=True):
-            yield from _leaves(f"{path}.{name}", member)
+        for member in members(path, value):
+            yield from _leaves(*member)
     elif value is None or isinstance(value, bool | int | float):
         yield Leaf(path, type(value).__name__, value)
     elif isinstance(value, Tensor):

@@ -33,6 +33,8 @@ from tools.compiled.triton import ARCHITECTURES, calls_of, check, launches_of, o
 from tools.gpu import full
 from vlattn_fast.checking import verify
 from vlattn_fast.dispatch.call import OnCpu, run_gpu_kernels_on_cpu
+from vlattn_fast.kernels import _archive
+from vlattn_fast.kernels._archive import members
 
 FOLDER = Path(__file__).parents[2] / "kernels" / "compiled"
 OPERATORS = ("score_attention", "relevancy_attention", "attention_statistics", "attention_map", "congruence_loss")
@@ -49,8 +51,6 @@ class Compiled(NamedTuple):
 
 def compiled_launch(kernel: Any, named: dict[str, Any], as_ptx: bool) -> Compiled | None:
     """A launch; None if it has arguments that archives do not have."""
-    from vlattn_fast.kernels import _archive
-
     try:
         leaves = _archive.leaves_of(kernel, named)
     except _archive.Uncovered:
@@ -97,9 +97,8 @@ def _compile(kernel: Any, named: dict[str, Any]) -> Any:
 
 def _relaxed(path: str, value: Any, kind: Any, trait: Any) -> tuple[Any, Any]:
     if isinstance(value, tuple):
-        names = getattr(value, "_fields", range(len(value)))
-        members = [_relaxed(f"{path}.{n}", *one) for n, *one in zip(names, value, kind, trait, strict=True)]
-        kinds, traits = zip(*members, strict=True)
+        relaxed = [_relaxed(*one, *more) for one, *more in zip(members(path, value), kind, trait, strict=True)]
+        kinds, traits = zip(*relaxed, strict=True)
         return (type(kind)(*kinds) if hasattr(kind, "_fields") else kinds), traits
     if type(value) is not int or "stride" in path:
         return kind, trait
@@ -112,8 +111,7 @@ def _by_path(parameters: Iterable[tuple[Any, str, Any]], named: dict[str, Any]) 
     def of(path: str, value: Any, kind: Any) -> list[tuple[str, str]]:
         if not isinstance(kind, tuple):
             return [(path, kind)]
-        names = getattr(value, "_fields", range(len(kind)))
-        return [one for name, member, part in zip(names, value, kind, strict=True) for one in of(f"{path}.{name}", member, part)]
+        return [one for member, part in zip(members(path, value), kind, strict=True) for one in of(*member, part)]
 
     return [one for name, _, kind in parameters for one in of(name, named.get(name), kind)]
 
@@ -124,9 +122,7 @@ def _places(kernel: Any, named: dict[str, Any]) -> list[tuple[str, tuple[int, ..
     def of(path: str, value: Any, place: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
         if not isinstance(value, tuple):
             return [(path, place)]
-        names = getattr(value, "_fields", range(len(value)))
-        members = enumerate(zip(names, value, strict=True))
-        return [one for n, (name, member) in members for one in of(f"{path}.{name}", member, (*place, n))]
+        return [one for n, member in enumerate(members(path, value)) for one in of(*member, (*place, n))]
 
     parameters = [(one.num, one.name) for one in kernel.params if not one.is_constexpr and one.name in named]
     return [one for n, name in parameters for one in of(name, named[name], (n,))]
@@ -170,15 +166,13 @@ def launches_in(call: Callable[[], Any], title: str, architecture: int, as_ptx: 
 
 def write(path: Path, compiled: Iterable[Compiled], suffix: str) -> None:
     """The archive of these launches."""
-    from vlattn_fast.kernels import _archive
-
     path.parent.mkdir(parents=True, exist_ok=True)
-    entries, members = {}, set[str]()
+    entries, images = {}, set[str]()
     with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as file:
         for one in compiled:
             member = f"{hashlib.sha256(one.image).hexdigest()[:24]}.{suffix}"
-            if member not in members:
-                members.add(member)
+            if member not in images:
+                images.add(member)
                 file.writestr(member, one.image)
             entries[one.form, str(one.facts[3:])] = (*one.form, member, *one.facts)
         manifest = {"sources": _archive.sources(), "entries": list(entries.values())}

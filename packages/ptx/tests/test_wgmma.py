@@ -107,7 +107,8 @@ def draw(columns: int, depth: int = 16) -> tuple[np.ndarray, np.ndarray]:
 def run(a: np.ndarray, b: np.ndarray, left: Layout, right: Layout, dtype: torch.dtype = torch.bfloat16, **how: str) -> np.ndarray:
     images = [left.image(a, dtype), right.image(b, dtype)]
     before, rows = fill(images, [left.descriptor(0), right.descriptor(IMAGE)])
-    body = before + FENCE_PROXY + BARRIER + FENCE + product(len(b), dtype, **how) + COMMIT + WAIT
+    predicate = "setp.ne.b32 %p1, %r999, 0; "  # on the product's line, as in inline assembly
+    body = before + FENCE_PROXY + BARRIER + FENCE + predicate + product(len(b), dtype, **how) + COMMIT + WAIT
     result, launch = run_lanes(body, rows, len(b) // 2, threads=THREADS, shared=2 * IMAGE, options=Options(counts=True))
     assert kinds(launch) == [] and launch.flop == 2 * a.size * len(b)
     return sums_of(result)

@@ -112,8 +112,9 @@ class Program:
     def products(self) -> dict[int, int]:
         """FLOP of a warp that runs a matrix product, by the instruction's number. Four warps share one of wgmma."""
         flop = {}
-        for number, one in enumerate(self.kernel.instructions):
-            if match := re.search(r"(wg)?mma\S*\.m(\d+)n(\d+)k(\d+)", self.lines[one.line - 1]):
+        for number, (one, code) in enumerate(zip(self.kernel.instructions, self.kernel.code.splitlines(), strict=True)):
+            match = re.search(r"(wg)?mma\S*\.m(\d+)n(\d+)k(\d+)", self.lines[one.line - 1])
+            if match and code.startswith(("mma.", "wgmma.mma")):  # and no other instruction of that line
                 flop[number] = 2 * math.prod(map(int, match.groups()[1:])) // (4 if match[1] else 1)
         return flop
 
