@@ -89,6 +89,7 @@ def test_calls_of_many_tokens_copy_tiles_by_descriptors(architecture: int) -> No
     assert all(0 < ratio <= 1 and copied for ratio, copied in outcomes.values()), outcomes
 
 
+@pytest.mark.slow  # nor are they in Triton's interpreter: tests/kernels/test_hidden_tiles.py
 def test_hidden_tiles_are_not_read() -> None:
     got, expected = compiling("tests.helpers.emulated.triton_calls.hidden_tiles")
     torch.testing.assert_close(got, expected, rtol=0.02, atol=0.05)

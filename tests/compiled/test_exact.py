@@ -39,10 +39,11 @@ TENTH = {
     n: sorted((one for one in items if one.title not in LONG), key=digest)[: -(-len(items) // 10)] for n, items in ITEMS.items()
 }
 CHOSEN = [(n, item) for n, items in (ITEMS if ALL else TENTH).items() for item in items if not ALL or str(n) in ALL]
+MARKED = [pytest.param(n, item, id=f"sm_{n} {item.title}", marks=pytest.mark.slow if n == 80 else ()) for n, item in CHOSEN]
 
 
 @needs_sanitizers
-@pytest.mark.parametrize(("architecture", "item"), CHOSEN, ids=[f"sm_{n} {item.title}" for n, item in CHOSEN])
+@pytest.mark.parametrize(("architecture", "item"), MARKED)
 def test_both_ways_are_equal_to_the_bit(architecture: int, item: Item) -> None:
     different, launched = sanitizing("tests.helpers.emulated.pairs.differing", item, architecture)
     assert different == {} and launched == item.kernels

@@ -20,7 +20,13 @@ from tools.planted.calls import CALLS, Outcome
 from tools.planted.table import TABLE, reasons, summary
 
 STORED = json.loads(TABLE.read_text())
-SAMPLES = ((80, 1, 6), (90, 0, 6), (90, 7, 2), (90, 8, 2), (90, 9, 2), (90, 11, 2))  # architecture, call and number of faults
+# architecture, call and number of faults: of Triton and of CUDA C++ one each is not slow, and the kernel of whole rows
+SAMPLES = (
+    (90, 0, 6),
+    (90, 7, 2),
+    (90, 11, 2),
+    *(pytest.param(*sample, marks=pytest.mark.slow) for sample in ((80, 1, 6), (90, 8, 2), (90, 9, 2))),
+)
 
 
 def rows() -> list[tuple[dict[str, Any], list[Any]]]:
