@@ -322,6 +322,7 @@ if __name__ == "__main__":
             "vlattn_fast.interpret.probing.templates",
             "vlattn_fast.interpret.exploring.templates",
             "vlattn_fast.kernels",
+            *(["vlattn_fast.kernels.compiled"] if archives() else []),
             "vlattn_fast.benchmarks",
         ],
         package_dir={"vlattn_fast": "vlattn_fast", "vlattn_fast.kernels": "kernels", "vlattn_fast.benchmarks": "benchmarks"},
