@@ -25,15 +25,15 @@ def calls_of(operator: str, architecture: int) -> Iterator[Example]:
     """Those of `vlattn verify`, one with rows longer than a tile, one of few queries, and one with a float mask; the latter
     take kernels of their own.
 
-    Compiling takes nearly all of the time. So sm_90 has the first half of those of `vlattn verify` and sm_80 the second, which
+    Compiling takes nearly all of the time. So sm_90 has the first third of those of `vlattn verify` and sm_80 the others, which
     launch the same kernels. Kernels of maps run in one call alone, on both, and one call has a backward pass, with all of it; the
     sink of statistics has kernels of its own, on both, too. So has a bias of groups.
     """
     verified = [case for case in verify.cases(operators=[operator]) if _runs(case, architecture)]
     if operator not in ("attention_map", "attention_statistics"):
-        half = (len(verified) + 1) // 2
-        groups = [case for case in verified[half:] if "group_bias" in case.tensors]
-        verified = verified[:half] + groups if architecture == 90 else verified[half:]
+        third = -(-len(verified) // 3)
+        groups = [case for case in verified[third:] if "group_bias" in case.tensors]
+        verified = verified[:third] + groups if architecture == 90 else verified[third:]
     for case in (*verified, *_longer(operator)):
         backward = "largest" in case.name if operator == "attention_map" else case.name != "one row"
         yield replace(case, differentiable=case.differentiable and backward)
