@@ -162,19 +162,14 @@ class Plan(NamedTuple):
 
 
 class Features(NamedTuple):
-    """The factors of the kernel's products. `logit`: the sink, (H, 1). `packs`: whether the query heads of a key head are queries
-    of one head here."""
+    """The operator's inputs, with the factors of the kernel's products, and what `_finish` needs. `logit`: the sink, (H, 1).
+    `packs`: whether the query heads of a key head are queries of one head here."""
 
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    vector: Tensor | None
+    inputs: ScoreAttentionInputs
     logit: Tensor | None
     core: scores.Core
     out_dtype: torch.dtype
     packs: bool
-    row_bias: Tensor | None
-    key_groups: Tensor | None
 
 
 _new_features = by_name(Features)
@@ -255,18 +250,27 @@ def _features(x: Any, plan: Plan) -> Features:
     row_bias, key_groups = NO_BIAS if x.group_bias is None else group_bias_inputs(x)
     if packs := plan.packs and vector is None and key.shape[1] == value.shape[1]:
         query, row_bias = _packed(query, key), _packed(row_bias, key)
-    return _new_features(
+    kind, parameter, scale = (core.kind, core.parameter, plan.scale) if plan.softcapped is None else plan.softcapped
+    inputs = _new_inputs(
         query=query,
         key=key,
         value=value,
         vector=vector,
-        logit=logit,
-        core=core,
-        out_dtype=out_dtype,
-        packs=packs,
+        attn_mask=x.attn_mask,
+        key_mask=x.key_mask,
         row_bias=row_bias,
         key_groups=key_groups,
+        seed=torch.randint(0, 2**62, (), device=query.device) if x.dropout_p > 0.0 else None,
+        # for the core score, which lacks the offset
+        sink=None if logit is None else (logit - plan.scale * core.offset).detach(),
+        score=kind,
+        parameter=parameter,
+        scale=scale,
+        dropout_p=float(x.dropout_p),
+        is_causal=x.is_causal,
+        backend=plan.backend,
     )
+    return _new_features(inputs=inputs, logit=logit, core=core, out_dtype=out_dtype, packs=packs)
 
 
 def _packed(x: Any, key: Tensor) -> Any:
@@ -303,38 +307,12 @@ def score_attention_by(operator: Computes, **call: Any) -> Tensor:
 
 def _run(x: Any, plan: Plan, features: Features, operator: Computes | None = None) -> tuple[Tensor, Any]:
     """Returns out and lse; torch's own attention has no lse."""
+    inputs = features.inputs
     if plan.backend == "sdpa":
-        query, key, value = features.query, features.key, features.value
-        with without_autocast(query):  # casts are done, and features of a series stay float32
-            return sdpa.attention(query, key, value, x.key_mask, x.is_causal, plan.scale), None
-    inputs = _inputs(x, plan, features)
+        with without_autocast(inputs.query):  # casts are done, and features of a series stay float32
+            return sdpa.attention(inputs.query, inputs.key, inputs.value, x.key_mask, x.is_causal, plan.scale), None
     out, lse = _forward_op(inputs) if operator is None else operator(inputs)
     return out, lse
-
-
-def _inputs(x: Any, plan: Plan, features: Features) -> ScoreAttentionInputs:
-    core, logit = features.core, features.logit
-    seed = torch.randint(0, 2**62, (), device=features.query.device) if x.dropout_p > 0.0 else None
-    sink = None if logit is None else (logit - plan.scale * core.offset).detach()  # for the core score, which lacks the offset
-    kind, parameter, scale = (core.kind, core.parameter, plan.scale) if plan.softcapped is None else plan.softcapped
-    return _new_inputs(
-        query=features.query,
-        key=features.key,
-        value=features.value,
-        vector=features.vector,
-        attn_mask=x.attn_mask,
-        key_mask=x.key_mask,
-        row_bias=features.row_bias,
-        key_groups=features.key_groups,
-        seed=seed,
-        sink=sink,
-        score=kind,
-        parameter=parameter,
-        scale=scale,
-        dropout_p=float(x.dropout_p),
-        is_causal=x.is_causal,
-        backend=plan.backend,
-    )
 
 
 def _finish(x: Any, plan: Plan, features: Features, rows: tuple[Tensor, Any]) -> Any:
