@@ -7,10 +7,13 @@ import random
 
 import pytest
 import torch
+import transformers
 from PIL import Image
 
 import vlattn_lab as lab
 from vlattn_lab import winoground
+from vlattn_lab.winoground import run as command
+from vlattn_lab.winoground.run import load_score
 
 
 def test_equals_the_batched_scores() -> None:
@@ -76,3 +79,127 @@ def test_equal_scores_of_a_pair_are_wrong(dtype):
 
     assert winoground.evaluate(score, [((0, 1), (0, 1))]) == {"text": 0.0, "image": 0.0, "group": 0.0}
     assert winoground.evaluate(lambda image, caption: 3 + 0.1 * (image == caption), [((0, 1), (0, 1))])["group"] == 1.0
+
+
+# --- the command ---
+
+WORDS = ["[PAD]", "[CLS]", "[SEP]", "red", "blue"]
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+IMAGES = {"image_size": 16, "patch_size": 8}
+
+
+def save_copy(folder, tags):
+    """A copy of Winoground with a pair for each entry of `tags`, all of a red and a blue image."""
+    (folder / "images").mkdir(parents=True)
+    lines = []
+    for i, tag in enumerate(tags):
+        for j, colour in enumerate(("red", "blue")):
+            Image.new("RGB", (20, 16), colour).save(folder / f"images/ex_{i}_img_{j}.png")
+        names = {f"image_{j}": f"ex_{i}_img_{j}" for j in (0, 1)}
+        lines.append(json.dumps({"id": i, **names, "caption_0": "red", "caption_1": "blue", **tag}))
+    (folder / "examples.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def save_model(kind, folder):
+    """A random model of a class of transformers, with its processor."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[PAD]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
+    tokens = {"bos_token": "[CLS]", "eos_token": "[SEP]", "pad_token": "[PAD]", "model_max_length": 8}
+    words = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **tokens)
+    size = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+    text = {**SIZES, "vocab_size": len(WORDS), "max_position_embeddings": 8}
+    torch.manual_seed(0)
+    if kind == "CLIPModel":
+        ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+        config = transformers.CLIPConfig(text_config={**text, **ids}, vision_config={**SIZES, **IMAGES})
+        processor = transformers.CLIPProcessor(transformers.CLIPImageProcessor(**size), words)
+    elif kind == "BlipForImageTextRetrieval":
+        ids = {"bos_token_id": 1, "sep_token_id": 2, "pad_token_id": 0, "encoder_hidden_size": 32}
+        config = transformers.BlipConfig(text_config={**text, **ids}, vision_config={**SIZES, **IMAGES})
+        processor = transformers.BlipProcessor(transformers.BlipImageProcessor(size={"height": 16, "width": 16}), words)
+    else:
+        config = transformers.ViltConfig(**text, **IMAGES)
+        processor = transformers.ViltProcessor(transformers.ViltImageProcessor(size={"shortest_edge": 16}, size_divisor=8), words)
+    model = getattr(transformers, kind)(config).eval()
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return model, processor
+
+
+@pytest.mark.parametrize("kind", ["CLIPModel", "BlipForImageTextRetrieval", "ViltForImageAndTextRetrieval"])
+def test_the_score_of_a_saved_model_is_its_own(kind, tmp_path):
+    model, processor = save_model(kind, tmp_path / "model")
+    score = load_score(tmp_path / "model")
+    for images, captions in winoground.load_pairs(save_copy(tmp_path / "copy", [{}])):
+        for image in images:
+            for caption in captions:
+                with torch.no_grad():
+                    output = model(**processor(images=image, text=caption, return_tensors="pt"))
+                if kind == "CLIPModel":
+                    own = output.logits_per_image[0, 0]
+                else:
+                    own = output.itm_score[0].log_softmax(0).diff()[0] if kind.startswith("Blip") else output.logits[0, 0]
+                torch.testing.assert_close(score(image, caption), own)
+
+
+def test_the_command_prints_scores_of_all_pairs_and_by_tag(tmp_path, capsys, monkeypatch):
+    tags = [
+        {"collapsed_tag": "Object", "num_main_preds": 1},
+        {"collapsed_tag": "Relation"},
+        {"collapsed_tag": "Object", "secondary_tag": ""},
+    ]
+    copy = save_copy(tmp_path / "copy", tags)
+    channel = {"red": 0, "blue": 2}
+    monkeypatch.setattr(
+        command, "load_score", lambda folder: lambda image, caption: float(image.getpixel((0, 0))[channel[caption]])
+    )
+    Image.new("RGB", (20, 16), "red").save(copy / "images/ex_1_img_1.png")  # the relation's two images are alike
+    command.main([str(copy), "--model", "anywhere"])
+    assert capsys.readouterr().out.splitlines() == [
+        "| pairs | number | text | image | group |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        "| chance |  | 0.250 | 0.250 | 0.167 |",
+        "| all | 3 | 0.667 | 0.667 | 0.667 |",
+        "| collapsed_tag: Object | 2 | 1.000 | 1.000 | 1.000 |",
+        "| collapsed_tag: Relation | 1 | 0.000 | 0.000 | 0.000 |",
+        "| num_main_preds: 1 | 1 | 1.000 | 1.000 | 1.000 |",
+    ]
+
+
+def test_the_command_runs_on_a_saved_model(tmp_path, capsys):
+    save_model("CLIPModel", tmp_path / "model")
+    copy = save_copy(tmp_path / "copy", [{}, {}])
+    command.main([str(copy), "--model", str(tmp_path / "model")])
+    expected = winoground.evaluate(load_score(tmp_path / "model"), winoground.load_pairs(copy))
+    shown = " | ".join(f"{expected[name]:.3f}" for name in winoground.SCORES)
+    assert f"| all | 2 | {shown} |" in capsys.readouterr().out
+
+
+def test_the_command_says_what_is_missing(tmp_path, capsys):
+    copy = save_copy(tmp_path / "copy", [{}])
+
+    def error(*arguments):
+        with pytest.raises(SystemExit):
+            command.main([str(x) for x in arguments])
+        return capsys.readouterr().err
+
+    assert "directory must hold examples.jsonl and images/" in error(tmp_path, "--model", tmp_path)
+    assert "model must be a folder with config.json, weights and processor; got" in error(copy, "--model", tmp_path / "none")
+    model = tmp_path / "model"
+    save_model("CLIPModel", model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "architectures": ["Absent"]}))
+    assert "must name a class of transformers" in error(copy, "--model", model)
+    (model / "config.json").write_text(json.dumps(config))
+    (tmp_path / "copy/images/ex_0_img_1.png").unlink()
+    assert "image must be a file" in error(copy, "--model", model)
+
+
+def test_a_model_without_a_matching_score_says_so(tmp_path):
+    save_model("ViltForMaskedLM", tmp_path)
+    with pytest.raises(ValueError, match=r"model must score an image and a caption, in itm_score.*; got logits \(1, 3, 5\)"):
+        load_score(tmp_path)(Image.new("RGB", (20, 16)), "red")

@@ -5,7 +5,7 @@ transformers is imported when it is first used.
 
 In: seeds and counts.
 Out: scenes, samples, trained models.
-Imports: nothing.
+Imports: vlattn_lab.winoground.
 """
 
 from vlattn_lab import winoground
