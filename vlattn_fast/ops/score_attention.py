@@ -247,11 +247,19 @@ def _features(x: Any, plan: Plan) -> Features:
     logit = None if x.sink is None else as_dtype(x.sink, compute_dtype(query))[:, None]
     if core.keeps_dtype:
         query, key, vector, value = core.query, core.key, core.vector, as_dtype(value, core.query.dtype)
+    packs = plan.packs and vector is None and key.shape[1] == value.shape[1]
+    inputs = _inputs(x, plan, core, query, key, value, vector, logit, packs)
+    return _new_features(inputs=inputs, logit=logit, core=core, out_dtype=out_dtype, packs=packs)
+
+
+def _inputs(
+    x: Any, plan: Plan, core: Any, query: Tensor, key: Tensor, value: Tensor, vector: Any, logit: Any, packs: bool
+) -> ScoreAttentionInputs:
     row_bias, key_groups = NO_BIAS if x.group_bias is None else group_bias_inputs(x)
-    if packs := plan.packs and vector is None and key.shape[1] == value.shape[1]:
+    if packs:
         query, row_bias = _packed(query, key), _packed(row_bias, key)
     kind, parameter, scale = (core.kind, core.parameter, plan.scale) if plan.softcapped is None else plan.softcapped
-    inputs = _new_inputs(
+    inputs: ScoreAttentionInputs = _new_inputs(
         query=query,
         key=key,
         value=value,
@@ -270,7 +278,7 @@ def _features(x: Any, plan: Plan) -> Features:
         is_causal=x.is_causal,
         backend=plan.backend,
     )
-    return _new_features(inputs=inputs, logit=logit, core=core, out_dtype=out_dtype, packs=packs)
+    return inputs
 
 
 def _packed(x: Any, key: Tensor) -> Any:
