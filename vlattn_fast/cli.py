@@ -499,9 +499,7 @@ def evaluate(
 @_command
 def probe(
     model: Annotated[str, typer.Option(help="Directory or id of a Hugging Face model.")],
-    dataset: Annotated[
-        Path, typer.Option(help="Inputs, .jsonl or a folder with one: text, image, phrases, relations, sentence.")
-    ],
+    dataset: Annotated[Path, typer.Option(help="Inputs, .jsonl or a folder with one: text, image, and labels as in `va.probe`.")],
     out: Annotated[Path | None, typer.Option(help="File to write, .html or .json. Default: none.")] = None,
     test: Annotated[
         list[str] | None, typer.Option(help=f"Test; repeat it for several: {', '.join(TESTS)}. Default: all.")

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import vlattn_fast as va
 from tests.helpers import saved_models
 from vlattn_fast.cli import app
+from vlattn_fast.interpret.probing.probe_dataset import TESTS
 
 
 def run(*arguments: str):
@@ -71,4 +72,5 @@ def test_refuses(line: str, options: list[str], message: str, tmp_path: Path) ->
 
 
 def test_help_names_the_tests() -> None:
-    assert "repeat it for several: modality, cross_modal, coreference, relation, fusion, linguistic" in run("--help").output
+    shown = " ".join(run("--help").output.replace("│", " ").split())
+    assert f"repeat it for several: {', '.join(TESTS)}" in shown

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vlattn_fast._ground.marks import add_mark, new_mark, read_mark
 from vlattn_fast.attach.events import Attend, Attention, ModuleRun, Subscriber
 from vlattn_fast.attach.observer import Observer
+from vlattn_fast.attach.written import PRODUCTS
 
 TEXT, IMAGE = 1, 2  # as bits: what a tensor was computed from
 _KINDS = {"text": TEXT, "image": IMAGE}
@@ -48,6 +49,7 @@ class _Module:
     written: int = 0  # the kinds of the queries of its hand-written attention
     calls: list[int] = field(default_factory=list)  # the numbers of the calls within, but not inside a listed module further in
     called: set[tuple[int, int]] = field(default_factory=set)  # the kinds of queries and keys of its own calls
+    map: tuple[int, torch.Size] | None = None  # number and shape of a hand-written map that has not met its values
 
 
 class TokenKinds(Subscriber):
@@ -58,6 +60,8 @@ class TokenKinds(Subscriber):
         finish: called after a forward pass with its attention calls.
         sees: called with each attention call's number and the call; then the calls are not stored, and `finish` gets none.
         leaves: called with the number of a call and the result of the layer around it.
+        outputs: called with the number of a call and the output (B, H, N, Dv) of its heads; not for nn.MultiheadAttention, which
+            does not show it.
         needs_graph: whether calls without gradients in a forward pass with gradients raise a ValueError.
     """
 
@@ -68,11 +72,13 @@ class TokenKinds(Subscriber):
         finish: Callable[[Sequence[AttentionCall]], None] | None = None,
         sees: Callable[[int, AttentionCall], None] | None = None,
         leaves: Callable[[int, Any], None] | None = None,
+        outputs: Callable[[int, Tensor], None] | None = None,
         needs_graph: bool = True,
     ) -> None:
         self._needs_graph = needs_graph
         self._learns, self._image = False, dict[int, Tensor]()  # length of a sequence -> which of its tokens are of the image
         self._model, self._modality, self._finish, self._sees, self._leaves = model, modality, finish, sees, leaves
+        self._outputs = outputs
         lists = (module for module in model.modules() if isinstance(module, (nn.ModuleList, nn.Sequential)))
         self._listed = {part for parts in lists for part in parts}
         self._number = 0
@@ -143,6 +149,12 @@ class TokenKinds(Subscriber):
         kinds = self._kinds(args) | self._kinds(kwargs.values())
         if kinds:
             add_mark(args[0] if result is None and args else result, self._mark, kinds)
+        if self._outputs is not None and func in PRODUCTS and run in self._modules:
+            module = self._modules[run]
+            # In eval mode, all that a map meets on its way to the values leaves its shape as it is.
+            if module.map is not None and len(args) == 2 and args[0].shape == module.map[1]:
+                self._outputs(module.map[0], result)
+                module.map = None
 
     def on_output(self, event: Attention, output: Any, result: Any) -> None:
         add_mark(result, self._mark, self._kinds(event.given[:1]), keep=False)
@@ -170,8 +182,15 @@ class TokenKinds(Subscriber):
         around = next((of for run, of in reversed(self._modules.items()) if run.module in self._listed), None)
         if around is not None:
             around.calls.append(self._number)
+        number = self._number
         self._number += 1
-        return attend(event)
+        output = attend(event)
+        if self._outputs is not None and isinstance(output, Tensor):
+            if event.written is not None:
+                module.map = number, output.shape
+            else:
+                self._outputs(number, output[:, None] if output.ndim == 3 else output)
+        return output
 
     def _join(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Notes which tokens of a joint sequence (B, N, C) are of the image."""
@@ -187,6 +206,10 @@ class TokenKinds(Subscriber):
         if (args[1] if len(args) > 1 else kwargs.get("dim")) in (1, -2) and result.ndim == 3 and set(kinds) == {TEXT, IMAGE}:
             places = [torch.full((part.shape[1],), kind == IMAGE) for part, kind in zip(parts, kinds, strict=True)]
             self._image[result.shape[1]] = torch.cat(places).to(result.device)
+
+    def kinds_of(self, value: Tensor) -> int:
+        """What a tensor of the pass was computed from."""
+        return self._kinds((value,))
 
     def _kinds(self, values: Iterable[Any]) -> int:
         return read_mark(values, self._mark)

@@ -197,7 +197,8 @@ def test_two_streams_against_stored_maps() -> None:
     across = [each for path, each in kept.maps if "visual_attention" in path]  # the words ask first
     regions = torch.stack([each for path, each in kept.maps if "r_layers" in path or "visn_self_att" in path])
     there, back = torch.stack(across[::2]), torch.stack(across[1::2])
-    sets = [[([1, 2], [WORDS + 3]), ([WORDS], [WORDS + 4]), ([3], [WORDS, WORDS + 2])]] * 2
+    words = torch.stack([each for path, each in kept.maps if ".layer." in path or "lang_self_att" in path])
+    sets = [[([1, 2], [WORDS + 3]), ([WORDS], [WORDS + 4]), ([3], [WORDS, WORDS + 2]), ([1], [2, 3])]] * 2
     stream = TwoStreams(model, Layouts(model, find_adapter(model), None), {}, True)
     with torch.no_grad():
         seen = stream.run(inputs, lambda layout: sets)
@@ -208,8 +209,51 @@ def test_two_streams_against_stored_maps() -> None:
             torch.testing.assert_close(seen.maxima[row][index], torch.stack(ways, -1), rtol=0, atol=1e-10)
         both = torch.stack([regions[:, row, :, 0, 4], regions[:, row, :, 4, 0]], -1)
         torch.testing.assert_close(seen.maxima[row][1], both, rtol=0, atol=1e-10)
+        ways = words[:, row][:, :, 1, 2:4].amax(-1), words[:, row][:, :, 2:4, 1].amax(-1)
+        torch.testing.assert_close(seen.maxima[row][3], torch.stack(ways, -1), rtol=0, atol=1e-10)
 
 
+def test_two_streams_are_joined_where_they_attend_to_one_another() -> None:
+    torch.manual_seed(0)
+    model, inputs = models.lxmert()
+    stream = TwoStreams(model.eval(), Layouts(model, find_adapter(model), None), {}, True)
+    with torch.no_grad():
+        run = stream.run(inputs, statistics=False)
+        output = model(**inputs, output_hidden_states=True)
+    words, regions = (states[-2:] for states in (output.language_hidden_states, output.vision_hidden_states))
+    assert len(run.joint) == 2
+    for joint, word, region in zip(run.joint, words, regions, strict=True):
+        torch.testing.assert_close(joint, torch.cat([word, region], 1), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["UNITER", "VisualBERT", "LXMERT"])
+def test_outputs_of_heads_are_what_the_layer_joins(name: str) -> None:
+    """Called by the operator, by torch's function, and written out by hand."""
+    torch.manual_seed(0)
+    model, inputs = (models.lxmert if name == "LXMERT" else CASES[name][0])()
+    model = model.eval()
+    two = name == "LXMERT"
+    adapter = find_adapter(model)
+    stream = (TwoStreams if two else OneStream)(model, Layouts(model, adapter, None), {}, True)
+    joined: list[Tensor] = []
+    ends = ("attention.output.dense", "lang_self_att.output.dense")
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args: joined.append(args[0]))
+        for path, module in model.named_modules()
+        if path.endswith(ends) and "r_layers" not in path and "visual_attention" not in path
+    ]
+    weight = torch.rand(2, WORDS + BOXES).double()
+    with torch.no_grad():
+        run = stream.run(inputs, statistics=False, weights=lambda layout: weight)
+    for hook in hooks:
+        hook.remove()
+    assert run.outputs is not None and len(run.outputs) == len(joined) == len(run.states)
+    for output, whole in zip(run.outputs, joined, strict=True):
+        by_hand = torch.einsum("bn,bnc->bc", weight[:, : whole.shape[1]], whole.double()).view(output.shape)
+        torch.testing.assert_close(output, by_hand, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["LXMERT", "CLIP, sdpa"])
 def test_what_two_streams_have(name: str) -> None:
     torch.manual_seed(0)
@@ -218,14 +262,19 @@ def test_what_two_streams_have(name: str) -> None:
     labels = [{"phrases": [((1, 3), 2)], "relations": [(0, 1, "one"), (2, 3, "other")]}, None]
     report = va.probe(model, [(inputs, labels)] * 6)
     notes = {row["test"]: row["note"] for row in report.table if row["kind"] is None}
-    for test in ("modality", "cross_modal", "fusion"):
+    for test in ("modality", "cross_modal"):
         assert notes[test] == "words and image in two streams"
     assert notes["coreference"] == (None if name == "LXMERT" else "no attention both ways")
     layers = {row["layer"] for row in report.table if row["test"] == "relation"}
     assert layers == {None, 0, 1, 2}
     assert report.value("linguistic", 1, kind="word_order") is not None
-    with pytest.raises(ValueError, match="'fusion' is impossible .*: words and image in two streams"):
-        va.probe(model, [(inputs, labels)], tests=("fusion",))
+    assert report.value("linguistic_heads", 1, 2, kind="word_order") is not None
+    if name == "LXMERT":
+        assert [row["layer"] for row in report.table if row["test"] == "fusion"] == [0, 1]
+    else:
+        assert notes["fusion"] == "no attention both ways"
+    with pytest.raises(ValueError, match="'modality' is impossible .*: words and image in two streams"):
+        va.probe(model, [(inputs, labels)], tests=("modality",))
 
 
 # --- planted heads ---
@@ -261,6 +310,47 @@ def test_a_relation_is_read_from_its_two_regions() -> None:
     whole = report.table[0]
     assert (whole["samples"], whole["chance"]) == (100, 0.5) and abs(whole["control"] - 0.5) < 0.2
     assert report.value("relation", 0, 1) > 0.95
+
+
+def test_two_related_regions_are_told_from_others() -> None:
+    model = planted(1)
+    model.uniter.encoder.layer[0].attention.self.key.weight.data[8:16, 20] = 0
+    (inputs, labels), *_ = scenes(60)
+    inputs["region_features"][:, 3] = inputs["region_features"][:, 0]
+    for row, label in enumerate(labels):
+        label["relations"] = [(0, 3, row % 2)]  # the class says nothing
+    report = va.probe(model, [(inputs, labels)], tests=("relation", "relation_detection"))
+    assert report.value("relation_detection", 0, 1) > 0.95 and report.value("relation") < 0.8
+    whole = next(row for row in report.table if row["test"] == "relation_detection")
+    assert (whole["samples"], whole["chance"]) == (120, 0.5)
+    every = [(one, two, "on") for one in range(6) for two in range(one)]
+    report = va.probe(model, [(inputs, [{"relations": every}, *labels[1:]])], tests=("relation_detection",))
+    assert report.table[0]["left_out"] == 30, "no pair of the first image is without a label"
+
+
+def test_the_class_of_a_phrase_and_its_region() -> None:
+    """The planted head links a phrase to the region of the same code, and not to another one."""
+    (inputs, labels), *_ = scenes(60)
+    for row, label in enumerate(labels):
+        (span, region), _ = label["phrases"]
+        label["phrases"] = [(span, region, "same")] if row % 2 else [(span, (region + 1) % 6, "other"), ((2, 3), 0)]
+    report = va.probe(planted(2), [(inputs, labels)], tests=("coreference_class",))
+    assert report.value("coreference_class", 0, 2) > 0.95 and report.value("coreference_class", 1, 1) < 0.9
+    assert report.table[0]["samples"] == 60, "a phrase without a class is no sample"
+
+
+def test_a_relation_of_words_is_read_from_their_attention() -> None:
+    """The planted head goes to words of the same code."""
+    model = planted(1)
+    codes = torch.randint(4, 12, (60, 2), generator=torch.Generator().manual_seed(0))
+    codes = codes[codes[:, 0] != codes[:, 1]]
+    (inputs, _), *_ = scenes(len(codes))
+    ends = torch.tensor([[1, 2]]).expand(len(codes), -1)
+    ids = torch.cat([ends[:, :1], codes, codes[:, :1], ends[:, 1:]], 1)
+    labels = [{"word_relations": [((1, 2), (3, 4), "same"), ((1, 2), (2, 3), "other")]}] * len(codes)
+    report = va.probe(model, [({**inputs, "input_ids": ids}, labels)], tests=("word_relation",))
+    assert report.value("word_relation", 0, 1) > 0.95
+    assert max(report.value("word_relation", 0, head) for head in (0, 2, 3)) < 0.9
 
 
 # --- states ---
@@ -302,6 +392,29 @@ def test_linguistic_probes() -> None:
     assert report.value("fusion", 0) is not None and report.metadata["inputs"] == 60
     other = va.probe(model, dataset, tests=("linguistic",), position="cls")
     assert other.value("linguistic", 0, kind="has_4") < rows["has_4"]["value"]
+
+
+def test_variants_of_a_text_and_its_heads() -> None:
+    """A probe of a head tells a text from the same text with another word, if the head's values hold the word."""
+    model = planted(0)
+    value = model.uniter.encoder.layer[0].attention.self.value
+    value.weight.data.zero_()
+    value.weight.data[8:16, :8] = torch.eye(8)  # head 1 carries the codes
+    (inputs, labels), *_ = scenes(100)
+    for ids, label in zip(inputs["input_ids"], labels, strict=True):
+        ids[1:3] = torch.tensor([4, 5])
+        label["variants"] = {"another": [*ids.tolist()[:-2], 9, 2]}
+    report = va.probe(model, [(inputs, labels)], tests=("linguistic", "linguistic_heads"))
+    assert report.value("linguistic_heads", 0, 1, "another") > 0.9
+    assert report.value("linguistic_heads", 0, 3, "another") < 0.7
+    assert report.value("linguistic", 1, kind="another") > 0.95
+    row = next(row for row in report.table if row["kind"] == "another")
+    assert (row["samples"], row["chance"], row["left_out"]) == (200, 0.5, 0)
+    shown = str(report)
+    assert "linguistic_heads    another" in shown and "in head 1" in shown
+    labels[3]["variants"] = {"another": [1, 2]}
+    with pytest.raises(ValueError, match="as many ids as the input's text, 4; got 2 ids for 'another' in input 3"):
+        va.probe(model, [(inputs, labels)], tests=("linguistic",))
 
 
 def test_a_text_alone() -> None:

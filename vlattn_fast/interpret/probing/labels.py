@@ -13,17 +13,20 @@ from torch import Tensor
 from vlattn_fast.interpret.adapters.adapter import WITHOUT_ADAPTER, Adapter
 from vlattn_fast.interpret.probing.layout import IMAGE, TEXT, Layout
 
-KEYS = ("phrases", "relations", "sentence")
+KEYS = ("phrases", "relations", "word_relations", "sentence", "variants")
 TASKS = ("length", "word_content", "word_order")  # of every text
 
 
 @dataclass(frozen=True)
 class Labels:
-    """A sample's phrases as (columns of the input ids, regions), relations as (region, region, class), classes by task."""
+    """A sample's phrases as (columns of the input ids, regions, class or None), relations as (region, region, class), those of
+    words as (columns, columns, class), classes of the text and the ids of its variants by task."""
 
-    phrases: list[tuple[list[int], list[int]]] = field(default_factory=list)
+    phrases: list[tuple[list[int], list[int], Any]] = field(default_factory=list)
     relations: list[tuple[int, int, Any]] = field(default_factory=list)
+    word_relations: list[tuple[list[int], list[int], Any]] = field(default_factory=list)
     sentence: dict[str, Any] = field(default_factory=dict)
+    variants: dict[str, list[int]] = field(default_factory=dict)
 
 
 def read_item(item: Any, adapter: Adapter = WITHOUT_ADAPTER) -> tuple[Mapping[str, Any], list[Labels]]:
@@ -52,38 +55,61 @@ def _labels(raw: Any) -> Labels:
         raise TypeError(f"dataset must yield labels as a dict, a dataclass or None; got {type(raw).__name__}")
     if unknown := [name for name in raw if name not in KEYS]:
         raise ValueError(f"labels must be among {', '.join(KEYS)}; got {unknown}")
-    entries = {name: () if raw.get(name) is None else raw[name] for name in ("phrases", "relations")}
+    entries = {name: () if raw.get(name) is None else raw[name] for name in ("phrases", "relations", "word_relations")}
     for name, value in entries.items():
         if isinstance(value, (str, Mapping)) or not isinstance(value, Iterable):
             raise TypeError(f"{name} must be a list; got {value!r}")
     phrases, relations = [], []
     for phrase in entries["phrases"]:
-        if not isinstance(phrase, Sequence) or len(phrase) != 2:
-            raise ValueError(f"phrases must be ((start, stop), region or regions) each; got {phrase!r}")
-        span, regions = phrase
+        if not isinstance(phrase, Sequence) or len(phrase) not in (2, 3):
+            raise ValueError(f"phrases must be ((start, stop), region or regions), with or without a class; got {phrase!r}")
+        span, regions, *kind = phrase
         several = isinstance(regions, (list, tuple)) or getattr(regions, "ndim", 0) > 0  # NumPy's and torch's arrays, too
         numbers = [_number("phrases", one, phrase) for one in (regions if several else [regions])]
-        try:
-            start, stop = map(operator.index, span)
-        except (TypeError, ValueError):
-            start = stop = -1
-        if not 0 <= start < stop:
-            raise ValueError(f"phrases must have a span (start, stop) of columns of the input ids; got {span!r}")
+        columns = _columns("phrases", span)
         if not numbers:
             raise ValueError(f"phrases must name a region each; got {phrase!r}")
-        phrases.append((list(range(start, stop)), list(dict.fromkeys(numbers))))
+        phrases.append((columns, list(dict.fromkeys(numbers)), kind[0] if kind else None))
     for relation in entries["relations"]:
         if not isinstance(relation, Sequence) or len(relation) != 3 or relation[2] is None:
             raise ValueError(f"relations must be (region, region, class) each; got {relation!r}")
         one, two = (_number("relations", region, relation) for region in relation[:2])
         relations.append((one, two, relation[2]))
+    word_relations = []
+    for relation in entries["word_relations"]:
+        if not isinstance(relation, Sequence) or len(relation) != 3 or relation[2] is None:
+            raise ValueError(f"word_relations must be ((start, stop), (start, stop), class) each; got {relation!r}")
+        word_relations.append((*(_columns("word_relations", span) for span in relation[:2]), relation[2]))
     sentence = {} if raw.get("sentence") is None else raw["sentence"]
-    if not isinstance(sentence, Mapping):
-        raise TypeError(f"sentence must be a dict of task -> class; got {type(sentence).__name__}")
-    for task in sentence:
-        if not isinstance(task, str) or task in TASKS:
-            raise ValueError(f"sentence must have tasks with names other than {', '.join(TASKS)}; got {task!r}")
-    return Labels(phrases, relations, {task: label for task, label in sentence.items() if label is not None})
+    variants = {} if raw.get("variants") is None else raw["variants"]
+    for name, tasks, what in (("sentence", sentence, "class"), ("variants", variants, "input ids")):
+        if not isinstance(tasks, Mapping):
+            raise TypeError(f"{name} must be a dict of task -> {what}; got {type(tasks).__name__}")
+        for task in tasks:
+            if not isinstance(task, str) or task in TASKS or (tasks is variants and task in sentence):
+                others = (*TASKS, *(sentence if tasks is variants else ()))
+                raise ValueError(f"{name} must have tasks with names other than {', '.join(others)}; got {task!r}")
+    classes = {task: label for task, label in sentence.items() if label is not None}
+    ids = {task: _ids(task, each) for task, each in variants.items() if each is not None}
+    return Labels(phrases, relations, word_relations, classes, ids)
+
+
+def _columns(name: str, span: Any) -> list[int]:
+    """The columns of a span (start, stop)."""
+    try:
+        start, stop = map(operator.index, span)
+    except (TypeError, ValueError):
+        start = stop = -1
+    if not 0 <= start < stop:
+        raise ValueError(f"{name} must have a span (start, stop) of columns of the input ids; got {span!r}")
+    return list(range(start, stop))
+
+
+def _ids(task: str, ids: Any) -> list[int]:
+    try:
+        return [operator.index(one) for one in ids]
+    except TypeError:
+        raise TypeError(f"variants must give the input ids of the changed text; got {ids!r} for {task!r}") from None
 
 
 def _number(name: str, region: Any, entry: Any) -> int:
@@ -94,12 +120,13 @@ def _number(name: str, region: Any, entry: Any) -> int:
         raise TypeError(f"{name} must name regions by their numbers; got {entry!r}") from None
 
 
-def tokens_of(layout: Layout, sample: int, columns: Sequence[int], number: int) -> list[int]:
-    """Positions in the sequence for columns of the input ids; errors name the input by its `number` in the data set."""
+def tokens_of(layout: Layout, sample: int, columns: Sequence[int], number: int, name: str = "phrases") -> list[int]:
+    """Positions in the sequence for columns of the input ids; errors name the label, and the input by its `number` in the data
+    set."""
     tokens = [column + layout.offset for column in columns]
     parts = layout.parts[sample]
     if tokens[-1] >= len(parts) or bool((parts[tokens] != TEXT).any()):
-        raise ValueError(f"phrases must name text tokens in input {number}; got columns {columns[0]} to {columns[-1]}")
+        raise ValueError(f"{name} must name text tokens in input {number}; got columns {columns[0]} to {columns[-1]}")
     return tokens
 
 

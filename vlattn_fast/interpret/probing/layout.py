@@ -73,11 +73,15 @@ class Layouts:
             raise ValueError(f"model must have an adapter with one stream; got {name}. Pass parts=")
         return self._listed(self.tower, inputs, shape)
 
+    def text(self, inputs: Mapping[str, Any]) -> Layout:
+        """The layout of the words of a model with two streams."""
+        assert self.pair is not None
+        return self._listed(self.pair[0], inputs, tuple(inputs["input_ids"].shape))
+
     def two_streams(self, inputs: Mapping[str, Any], shape: tuple[int, int]) -> Layout:
         """The layout of words, followed by the image tokens (B, R) of a stream of their own."""
         assert self.pair is not None
-        text, image = self.pair
-        words = self._listed(text, inputs, tuple(inputs["input_ids"].shape))
+        words, image = self.text(inputs), self.pair[1]
         if len(words.parts) != shape[0]:
             raise ValueError(f"inputs must have one text for each image; got {len(words.parts)} texts and {shape[0]} images")
         mask = inputs.get("visual_attention_mask")

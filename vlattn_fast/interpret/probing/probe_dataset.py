@@ -17,10 +17,14 @@ from vlattn_fast.interpret.explaining.request import renamed
 from vlattn_fast.interpret.probing.gathered import Gathered
 from vlattn_fast.interpret.probing.labels import read_item
 from vlattn_fast.interpret.probing.layout import Layouts, Parts
+from vlattn_fast.interpret.probing.patterns import Drawn
 from vlattn_fast.interpret.probing.report import ProbeReport
 from vlattn_fast.interpret.probing.streams import OneStream, TwoStreams
 
-TESTS = ("modality", "cross_modal", "coreference", "relation", "fusion", "linguistic")
+TESTS = (
+    *("modality", "cross_modal", "coreference", "coreference_class", "relation", "relation_detection", "word_relation"),
+    *("fusion", "linguistic", "linguistic_heads"),
+)
 
 
 @never_compiled
@@ -38,13 +42,14 @@ def probe(
 ) -> ProbeReport:
     """Probes what a model's heads attend to and which information its states hold, over a data set (VALUE, ECCV 2020).
 
-    Returns a `ProbeReport`: a table with an entry per test, layer and head. Each sample takes one forward pass, and "word_order"
-    one more per text. Memory holds `attention_statistics`, layer by layer, and no map. scikit-learn fits the linear probes on
-    the CPU.
+    Returns a `ProbeReport`: a table with an entry per test, layer and head, and `plot_patterns`, which draws the attention of the
+    best heads. Each sample takes one forward pass, and "word_order" and each variant of the texts one more. Memory holds
+    `attention_statistics`, layer by layer, and no map. scikit-learn fits the linear probes on the CPU.
 
     `probe` supports models with one stream of words and image tokens (UNITER, VisualBERT, ViLT, decoders that see images), and
-    text models for "linguistic". Models with a stream of each (LXMERT) support "coreference" in the layers in which both streams
-    attend to one another, "relation" in the image's layers, and "linguistic".
+    text models for the linguistic tests. Models with a stream of each (LXMERT) support the tests of coreference and "fusion" in
+    the layers in which both streams attend to one another, those of relations in the image's layers, and those of words and texts
+    in the layers of the words.
 
     Examples:
         >>> import torch, vlattn_fast as va
@@ -66,7 +71,12 @@ def probe(
     - "coreference": the accuracy of a linear probe that distinguishes a phrase's region from another region of the same image.
       Its features are the largest attention of the phrase's tokens to the region, and of the region to the phrase, for every
       head. Entries of one head have the accuracy with that head's two numbers.
-    - "relation": the accuracy of a linear probe for the class of a relation, from the same features of its two regions.
+    - "coreference_class": the accuracy for the class of a phrase and its region, from the same features.
+    - "relation": the accuracy for the class of a relation, from the same features of its two regions.
+    - "relation_detection": the accuracy of telling two related regions from two others of the same image.
+    - "word_relation": the accuracy for the class of a relation of two words or phrases, from the same features.
+
+    - "linguistic_heads": the tasks of "linguistic", from the output of each head, before heads are joined.
 
     Tests of the states after each layer:
 
@@ -74,7 +84,7 @@ def probe(
       fused.
     - "linguistic": the accuracy of linear probes on the text, as in SentEval: "length" (number of words, in at most six classes),
       "word_content" (whether the text has the word that is in about half of the texts), "word_order" (whether two neighbours were
-      exchanged), and the tasks that the data set names.
+      exchanged), and the tasks and variants of texts that the data set names.
 
     Linear probes are logistic regressions on standardised features. Accuracy is held out, over five folds that split no input.
     Attention to a sink (gpt-oss) counts for no token.
@@ -82,18 +92,20 @@ def probe(
     Args:
         model: a model that `explain` supports.
         dataset: (inputs, labels) for each sample or batch; labels: a dict, a dataclass or None, for a batch a list with one per
-            sample. "phrases": ((start, stop), region or regions) each, columns of input_ids and the numbers of image tokens;
-            "relations": (region, region, class) each; "sentence": a dict of further tasks -> the text's class.
+            sample. "phrases": ((start, stop), region or regions) each, columns of input_ids and the numbers of image tokens, and
+            a class as a third part if there is one; "relations": (region, region, class) each; "word_relations": ((start, stop),
+            (start, stop), class) each; "sentence": a dict of further tasks -> the text's class; "variants": a dict of further
+            tasks -> the input ids of a changed text, which a probe has to tell from the text itself.
         tests: some of the names above. None = all; the entry of an impossible test has the reason as its note.
-        position: the state for linguistic probes: "mean" = the mean state of the words; "cls" = the state of the explained
-            token.
+        position: the state, or the output of a head, for linguistic probes: "mean" = the mean over the words; "cls" = that of the
+            explained token.
         special: whether tokens like [CLS] and [SEP] count as text, and an image's [CLS] as image. False = special tokens are a
             separate kind in "modality", and left out in "cross_modal" and "fusion".
         parts: for models without an adapter: a callable(inputs) -> (N) or (B, N), 0 = text, 1 = image, -1 = neither. Spans of
             phrases then count positions of the sequence, and the explained token is the first. Linguistic probes need the text
             first or last in the sequence.
         modality: input name -> "text" or "image", see `capture_attention`.
-        seed: for folds, shuffled labels, k-means, the other regions and the words to exchange.
+        seed: for folds, shuffled labels, k-means, the other regions and their pairs, and the words to exchange.
 
     Raises:
         TypeError, ValueError: an argument is wrong (it is named), attention is not over one stream, the data set has no sample, a
@@ -112,9 +124,12 @@ def probe(
     layouts = Layouts(inner, find_adapter(inner), parts)
     stream = (OneStream if layouts.pair is None else TwoStreams)(inner, layouts, modality, special)
     gathered = Gathered(names, special, position, seed)
+    first: Drawn | None = None
     with torch.no_grad(), at_rest(inner):
         for item in with_progress(dataset, "probing"):
-            gathered.add(stream, *read_item(item, layouts.adapter))
+            inputs, labels = read_item(item, layouts.adapter)
+            first = Drawn(stream, inputs, labels) if first is None else first
+            gathered.add(stream, inputs, labels)
     if not gathered.count:
         raise ValueError("dataset must hold at least one sample; got none")
     table = gathered.table()
@@ -123,4 +138,6 @@ def probe(
             test, note = entry["test"], entry["note"]
             raise ValueError(f"Test {test!r} is impossible with this model and data set: {note}. Leave it out of tests=")
     facts = {"model": type(inner).__name__, "tests": list(names), "special": special, "position": position, "seed": seed}
-    return ProbeReport(table, {**facts, "inputs": gathered.count})
+    report = ProbeReport(table, {**facts, "inputs": gathered.count})
+    object.__setattr__(report, "_drawn", first)
+    return report

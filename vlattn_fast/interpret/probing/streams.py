@@ -36,6 +36,13 @@ class ForwardPass:
     crossing: Tensor | None  # (L, B, H), the largest attention to all text of an image token that sees both; NaN without one
     maxima: list[list[Tensor]]  # of each sample and two sets of tokens (L, H, 2), the largest attention in both directions
     states: list[Tensor]  # of each layer (B, N, C); for two streams those of the text
+    joint: list[Tensor]  # the same with words and image; for two streams after each layer in which both attend to one another
+    outputs: (
+        Tensor | None
+    )  # (L, B, H, Dv), the weighted mean over tokens of each head's output; None = not asked for, or not seen
+
+
+Weights = Callable[[Layout], Tensor]  # double (B, N), by which states and outputs of a sequence are averaged
 
 
 class OneStream:
@@ -44,12 +51,15 @@ class OneStream:
     def __init__(self, model: nn.Module, layouts: Layouts, modality: Mapping[str, str], special: bool) -> None:
         self.model, self.layouts, self.modality, self.special = model, layouts, modality, special
 
-    def run(self, inputs: Mapping[str, Any], sets: Any = None, statistics: bool = True) -> ForwardPass:
+    def run(
+        self, inputs: Mapping[str, Any], sets: Any = None, statistics: bool = True, weights: Weights | None = None
+    ) -> ForwardPass:
         """Runs one pass. ValueError for attention with another score than the dot product, or over two streams.
 
         Args:
             sets: a callable(layout) -> for each sample, the pairs of sets of tokens whose attention to one another is asked for.
             statistics: False = only states.
+            weights: those of the tokens in the means of the heads' outputs. None = no output is gathered.
         """
         kinds = 0
         for name, value in inputs.items():
@@ -89,7 +99,14 @@ class OneStream:
                 if sets is not None:
                     maxima.append(both_ways(call, sets(layout)))
 
-        states = self.forward(inputs, on_call)
+        means: dict[int, Tensor] = {}
+
+        def on_output(number: int, output: Tensor) -> None:
+            if weights is not None and numbers and number == numbers[-1] and layout is not None:
+                with torch._C.DisableTorchFunction():
+                    means[number] = mean_output(output, weights(layout))
+
+        states = self.forward(inputs, on_call, on_output)
         if layout is None:
             kind = "words" if kinds == FROM_TEXT else "words and image tokens in one stream"
             got = f"none in {type(self.model).__name__}, but {len(others)} other calls"
@@ -98,21 +115,34 @@ class OneStream:
         samples = range(len(layout.parts)) if maxima else ()
         by_sample = [list(torch.stack([layer[number] for layer in maxima]).unbind(2)) for number in samples]
         masses, crossings = (torch.stack(values) if values else torch.zeros(0) for values in (mass, crossing))
-        return ForwardPass(layout, masses, crossings, by_sample, whole)
+        return ForwardPass(layout, masses, crossings, by_sample, whole, whole, stacked(means, numbers))
 
-    def forward(self, inputs: Mapping[str, Any], on_call: Callable[[int, AttentionCall], None]) -> dict[int, Tensor]:
-        """Runs one pass, which hands each call to `on_call`; returns the first tensor after each call's layer."""
+    def forward(
+        self,
+        inputs: Mapping[str, Any],
+        on_call: Callable[[int, AttentionCall], None],
+        on_output: Callable[[int, Tensor], None] | None = None,
+    ) -> dict[int, Tensor]:
+        """Runs one pass, which hands each call to `on_call`, and the output of its heads to `on_output`; returns the state after
+        each call's layer: of several, the first one of the kind of the call's queries."""
         states: dict[int, Tensor] = {}
+        queries: dict[int, int] = {}  # the kinds of each call's queries
+
+        def sees(number: int, call: AttentionCall) -> None:
+            queries[number] = call.kinds
+            on_call(number, call)
 
         def leaves(number: int, result: Any) -> None:
-            state = result[0] if isinstance(result, (tuple, list)) else result
-            if isinstance(state, Tensor) and state.ndim == 3:
-                states[number] = state.detach()
+            several = isinstance(result, (tuple, list))
+            every = [x for x in (result if several else (result,)) if isinstance(x, Tensor) and x.ndim == 3]
+            alike = [x for x in every if kinds.kinds_of(x) == queries[number]]
+            if every:
+                states[number] = (alike or every)[0].detach()
 
         arguments = self.layouts.adapter.called(inputs)
         if "use_cache" in inspect.signature(self.model.forward).parameters:
             arguments.setdefault("use_cache", False)
-        kinds = TokenKinds(self.model, self.modality, sees=on_call, leaves=leaves)
+        kinds = TokenKinds(self.model, self.modality, sees=sees, leaves=leaves, outputs=on_output)
         with dispatched(self.model), kinds.observer(keeps_order=True):
             self.model(**arguments)
         return states
@@ -121,18 +151,22 @@ class OneStream:
 class TwoStreams(OneStream):
     """Runs a model with a stream of words and one of image tokens, such as LXMERT. Image tokens count after the words.
 
-    A phrase and a region have maxima in the layers in which words and image attend to one another; two regions have maxima
-    in the layers of the image's own stream. No softmax here covers both text and image.
+    A phrase and a region have maxima in the layers in which words and image attend to one another; two regions, and two words,
+    have maxima in the layers of their own stream. No softmax here covers both text and image.
     """
 
-    def run(self, inputs: Mapping[str, Any], sets: Any = None, statistics: bool = True) -> ForwardPass:
-        """See `OneStream.run`."""
+    def run(
+        self, inputs: Mapping[str, Any], sets: Any = None, statistics: bool = True, weights: Weights | None = None
+    ) -> ForwardPass:
+        """See `OneStream.run`. Outputs are those of the heads in which words attend to words."""
         layout: Layout | None = None
         numbers: list[int] = []
+        crossings: dict[tuple[int, int], list[int]] = {(FROM_TEXT, FROM_IMAGE): [], (FROM_IMAGE, FROM_TEXT): []}
+        early: list[AttentionCall] = []
         asked: list[list[Sets]] = []
         # by the kinds of a call, for each sample and number of a pair of sets: the maxima of each layer
         maxima: dict[tuple[int, int], dict[tuple[int, int], list[Tensor]]]
-        maxima = {(FROM_TEXT, FROM_IMAGE): {}, (FROM_IMAGE, FROM_TEXT): {}, (FROM_IMAGE, FROM_IMAGE): {}}
+        maxima = {kinds: {} for kinds in (*crossings, (FROM_IMAGE, FROM_IMAGE), (FROM_TEXT, FROM_TEXT))}
         if not isinstance(ids := inputs.get("input_ids"), Tensor):
             adapter = self.layouts.adapter
             raise ValueError(f"inputs must contain {adapter.names[1]!r}, the texts; got {sorted(adapter.called(inputs))}")
@@ -143,43 +177,79 @@ class TwoStreams(OneStream):
             kinds = call.kinds, call.key_kinds
             if kinds == (FROM_TEXT, FROM_TEXT):
                 numbers.append(number)
+            if kinds in crossings:
+                crossings[kinds].append(number)
             if kinds not in maxima:
                 return  # of neither stream
             with torch._C.DisableTorchFunction():
-                checked(call)
+                if kinds == (FROM_TEXT, FROM_TEXT):
+                    if layout is None:  # how many image tokens there are is not known yet
+                        early.extend([call] if sets is not None else [])
+                        return
+                else:
+                    checked(call)
                 if layout is None:
                     image = call.query if call.kinds == FROM_IMAGE else call.key
                     layout = self.layouts.two_streams(inputs, (image.shape[0], image.shape[2]))
                     asked.extend(sets(layout) if sets is not None else [])
-                if not statistics or not asked:
-                    return
-                from_words = kinds != (FROM_IMAGE, FROM_IMAGE)
-                indices = [[i for i, (one, _) in enumerate(pairs) if (one[0] < words) == from_words] for pairs in asked]
-                chosen = []
-                for pairs, some in zip(asked, indices, strict=True):
-                    ones = ([i if from_words else i - words for i in pairs[index][0]] for index in some)
-                    twos = ([i - words for i in pairs[index][1]] for index in some)
-                    first, second = (twos, ones) if kinds == (FROM_IMAGE, FROM_TEXT) else (ones, twos)
-                    chosen.append(list(zip(first, second, strict=True)))
-                most = one_way(call, chosen) if from_words else both_ways(call, chosen)
-                for sample, some in enumerate(indices):
-                    for column, index in enumerate(some):
-                        maxima[kinds].setdefault((sample, index), []).append(most[sample][:, column])
+                for one in (*early, call) if statistics and asked else ():
+                    gather(one)
+                early.clear()
 
-        states = self.forward(inputs, on_call)
+        def gather(call: AttentionCall) -> None:
+            """Adds the maxima of the sets of which one is among the call's queries and the other among its keys."""
+            kinds = call.kinds, call.key_kinds
+            of_sets = (FROM_TEXT, FROM_IMAGE) if kinds in crossings else kinds  # a phrase comes first, and then its region
+            starts = [0 if kind == FROM_TEXT else words for kind in of_sets]
+            first, second = starts
+            indices = [
+                [i for i, pair in enumerate(pairs) if [0 if part[0] < words else words for part in pair] == starts]
+                for pairs in asked
+            ]
+            chosen = [
+                [([token - first for token in pairs[i][0]], [token - second for token in pairs[i][1]]) for i in some]
+                for pairs, some in zip(asked, indices, strict=True)
+            ]
+            if kinds == (FROM_IMAGE, FROM_TEXT):
+                chosen = [[(two, one) for one, two in pairs] for pairs in chosen]
+            most = one_way(call, chosen) if kinds in crossings else both_ways(call, chosen)
+            for sample, some in enumerate(indices):
+                for column, index in enumerate(some):
+                    maxima[kinds].setdefault((sample, index), []).append(most[sample][:, column])
+
+        means: dict[int, Tensor] = {}
+
+        def on_output(number: int, output: Tensor) -> None:
+            if weights is not None and numbers and number == numbers[-1]:
+                with torch._C.DisableTorchFunction():
+                    means[number] = mean_output(output, weights(self.layouts.text(inputs)))
+
+        states = self.forward(inputs, on_call, on_output)
         if layout is None or not numbers:
             name = type(self.model).__name__
             raise ValueError(f"model must attend over words and image tokens; got no such call in {name}. {_REMEDY}")
 
         def layers(place: tuple[int, int]) -> Tensor:
             """(L, H, 2); L = 0 without such a layer."""
-            there, back, both = (by_place.get(place, []) for by_place in maxima.values())
+            there, back, of_image, of_text = (by_place.get(place, []) for by_place in maxima.values())
+            both = of_image or of_text
             if len(there) == len(back):
                 both = [torch.stack(ways, -1) for ways in zip(there, back, strict=True)] or both
             return torch.stack(both) if both else torch.zeros(0, 0, 2, dtype=torch.float64)
 
         by_sample = [[layers((sample, place)) for place in range(len(pairs))] for sample, pairs in enumerate(asked)]
-        return ForwardPass(layout, None, None, by_sample, states_after(self.model, numbers, states, words))
+        whole = states_after(self.model, numbers, states, words)
+        sizes = words, layout.parts.shape[1] - words
+        after = [[states.get(number) for number in of_kind] for of_kind in crossings.values()]
+        joint = [
+            torch.cat([word, region], 1)
+            for word, region in (zip(*after, strict=True) if len(after[0]) == len(after[1]) else ())
+            if word is not None
+            and region is not None
+            and (word.shape[1], region.shape[1]) == sizes
+            and word.shape[2] == region.shape[2]
+        ]
+        return ForwardPass(layout, None, None, by_sample, whole, joint, stacked(means, numbers))
 
 
 def checked(call: AttentionCall) -> Mapping[str, Any]:
@@ -188,6 +258,16 @@ def checked(call: AttentionCall) -> Mapping[str, Any]:
         what = "attention that is written out by hand" if call.masks is None else f"the score {call.score!r}"
         raise ValueError(f"model must attend by a dot product, by calls of torch or transformers; got {what}")
     return call.masks
+
+
+def mean_output(output: Tensor, weights: Tensor) -> Tensor:
+    """Means (B, H, Dv) over the tokens of a call's output (B, H, N, Dv), with weights (B, N)."""
+    return torch.einsum("bn,bhnd->bhd", weights[:, : output.shape[2]].to(output.device), output.double()).cpu()
+
+
+def stacked(means: Mapping[int, Tensor], numbers: Sequence[int]) -> Tensor | None:
+    """The means of the calls with these numbers (L, B, H, Dv); None if one is missing."""
+    return torch.stack([means[number] for number in numbers]) if means and set(numbers) <= means.keys() else None
 
 
 def states_after(model: nn.Module, numbers: Sequence[int], states: Mapping[int, Tensor], size: int) -> list[Tensor]:

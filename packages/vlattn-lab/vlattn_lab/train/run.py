@@ -21,13 +21,15 @@ from vlattn_fast.measuring.provenance import commit
 from vlattn_fast.measuring.records import read_json, write_records
 from vlattn_lab import clip as clip_model
 from vlattn_lab import hybrid as hybrid_model
+from vlattn_lab import lxmert as lxmert_model
 from vlattn_lab import mapper as mapper_model
 from vlattn_lab import uniter as uniter_model
-from vlattn_lab.train import clip, hybrid, mapper, uniter
+from vlattn_lab.train import clip, hybrid, lxmert, mapper, uniter
 from vlattn_lab.weights import DATA
 
 EVALUATED = {
     "uniter": 5000,
+    "lxmert": 5000,
     "clip": 2000,
     "vqa": 1000,
     "captions": 1000,
@@ -71,6 +73,7 @@ TRAININGS = {
     "uniter": Training(
         uniter_model.WEIGHTS, 3000, uniter.train, uniter.evaluate, lambda model: asdict(uniter_model.CONFIG), half=False
     ),
+    "lxmert": Training(lxmert_model.WEIGHTS, 3000, lxmert.train, lxmert.evaluate, lambda model: lxmert_model.CONFIG, half=False),
     "clip": Training(clip_model.WEIGHTS, 3600, clip.train, clip.evaluate, lambda model: clip_model.CONFIG),
     "vqa": _mapper("vqa", 5000),
     "captions": _mapper("captions", 3000),
@@ -89,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.add_argument("--rows", type=Path, help="JSON list of records that the report is added to, without its config")
         if name in mapper_model.WEIGHTS:
             options.add_argument("--clip", type=Path, default=DATA, help="directory of the CLIP weights")
-        if name == "uniter":
+        if name in ("uniter", "lxmert"):
             options.add_argument("--validate", action="store_true", help="train on 'fit' and measure on 'validation' scans")
     chosen = parser.parse_args(arguments)
     try:

@@ -13,7 +13,8 @@ view of test scans. All the rest was chosen with --validate: trained on "fit" sc
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,18 @@ WEIGHTS = {"matching": 1.0, "word": 1.0, "box": 10.0, "digit": 1.0, "there": 1.0
 MASK_ID = VOCABULARY.index("[MASK]")
 ZERO_ID = VOCABULARY.index("zero")
 FIRST, RELATION, SECOND = (1,), (2, 3), (5,)  # where a caption has its words
+
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class Observed(NamedTuple):
+    """What the losses need of a pass over B captions and scenes."""
+
+    logits: Tensor  # (B, 2)
+    regions: Tensor  # (B, n R, C), after the first layer over regions, and after others from which regions tell their digit
+    words: Tensor  # (B, L, C), after the second last layer over words
+    final: Tensor  # (B, L, C), after the last one
 
 
 class TrainingHeads(nn.Module):
@@ -76,27 +89,40 @@ def layer_states(model: UNITER) -> Iterator[list[Tensor]]:
         yield states
 
 
-def losses(model: UNITER, heads: TrainingHeads, scenes: Scenes, generator: torch.Generator) -> dict[str, Tensor]:
+def observe(model: UNITER, inputs: dict[str, Tensor]) -> Observed:
+    """The states that the losses need."""
+    with layer_states(model) as states:
+        output = model(**inputs)
+    length = inputs["input_ids"].shape[1]
+    return Observed(output.logits, states[0][:, length:], states[-2][:, :length], output.last_hidden_state[:, :length])
+
+
+def losses(
+    model: Any,
+    heads: TrainingHeads,
+    scenes: Scenes,
+    generator: torch.Generator,
+    observe: Callable[[Any, dict[str, Tensor]], Observed] = observe,
+) -> dict[str, Tensor]:
     """The losses on scenes of which the first MASKED have true captions and get a word masked."""
     inputs = scenes.inputs()
     masked_ids, where = mask_words(scenes.input_ids[:MASKED], generator)
     inputs["input_ids"] = torch.cat([masked_ids, scenes.input_ids[MASKED:]])
     features = bent(inputs["region_features"], generator)
     inputs["region_features"] = features + NOISE * torch.randn(features.shape, generator=generator)
-    with layer_states(model) as states:
-        output = model(**inputs)
-    length = scenes.input_ids.shape[1]
-    regions, named, final = states[0][:, length:], states[1][:, [*FIRST, *SECOND]], output.last_hidden_state
+    seen = observe(model, inputs)
+    named, final = seen.words[:, [*FIRST, *SECOND]], seen.final
+    digits = scenes.digits.repeat(1, seen.regions.shape[1] // scenes.digits.shape[1])
 
     names = scenes.input_ids[:, [*FIRST, *SECOND], None] - ZERO_ID == scenes.digits[:, None, :]
     centres = names.float() @ ((scenes.boxes[..., :2] + scenes.boxes[..., 2:]) / (2 * CANVAS))
     present = names.any(-1)
     both = present.all(1)
     return {
-        "matching": F.cross_entropy(output.logits[MASKED:], scenes.label[MASKED:]),
-        "word": F.cross_entropy(heads.word(final[:MASKED, :length][where]), scenes.input_ids[:MASKED][where]),
+        "matching": F.cross_entropy(seen.logits[MASKED:], scenes.label[MASKED:]),
+        "word": F.cross_entropy(heads.word(final[:MASKED][where]), scenes.input_ids[:MASKED][where]),
         "box": F.smooth_l1_loss(heads.centre(named)[present], centres[present], beta=0.1),
-        "digit": F.cross_entropy(heads.digit(regions).flatten(0, 1), scenes.digits.flatten()),
+        "digit": F.cross_entropy(heads.digit(seen.regions).flatten(0, 1), digits.flatten()),
         "there": F.binary_cross_entropy_with_logits(heads.there(named[MASKED:]).squeeze(-1), present[MASKED:].float()),
         "apart": F.smooth_l1_loss(heads.apart(final[both, 0]), (centres[:, 0] - centres[:, 1])[both], beta=0.1),
     }
@@ -104,19 +130,31 @@ def losses(model: UNITER, heads: TrainingHeads, scenes: Scenes, generator: torch
 
 def train(steps: int = 3000, *, seed: int = 0, split: str = "train", log_every: int = 100) -> UNITER:
     """A model trained for `steps` steps of 128 scenes with AdamW, one learning-rate cycle up to 1e-3; eval mode."""
+    return train_matching(lambda: UNITER(CONFIG), observe, steps, seed, split, log_every)
+
+
+def train_matching(
+    make: Callable[[], Model],
+    observe: Callable[[Model, dict[str, Tensor]], Observed],
+    steps: int,
+    seed: int,
+    split: str,
+    log_every: int,
+) -> Model:
+    """The model that `make` draws at random, trained as `train` says; `observe` gives the states that the losses need."""
     check_steps(steps)
     generator = torch.Generator().manual_seed(seed)
-    model, heads = seeded(seed, lambda: (UNITER(CONFIG), TrainingHeads(CONFIG.hidden_size)))
+    model, heads = seeded(seed, lambda: (make(), TrainingHeads(CONFIG.hidden_size)))
     parameters = [*model.parameters(), *heads.parameters()]
 
     def drawn() -> dict[str, Tensor]:
-        return losses(model, heads, sample_scenes(KINDS, split, None, generator), generator)
+        return losses(model, heads, sample_scenes(KINDS, split, None, generator), generator, observe)
 
     fit(parameters, drawn, WEIGHTS, steps, learning_rate=1e-3, log_every=log_every, warmup=0.2)
     return model.eval()
 
 
-def evaluate(model: UNITER, *, count: int, seed: int = 0, split: str = "test") -> dict[str, dict[str, dict[str, float]]]:
+def evaluate(model: Any, *, count: int, seed: int = 0, split: str = "test") -> dict[str, dict[str, dict[str, float]]]:
     """Accuracies per kind of wrong caption and swapped-pair scores: on test scans for all captions, captions seen in training and
     held-out captions; on every other split for captions seen in training alone."""
     told = PAIRS if split == "test" else ("seen",)

@@ -30,7 +30,7 @@ def read_images(explanation: Explained, image: Any, numbers: Sequence[int] | Non
             why = f"no token of {names} has a place in an image. If the model saw one, {way}"
         raise ValueError(f"image must be None for an explanation without maps and boxes; got one, but {why}")
     many = isinstance(image, (list, tuple)) or (hasattr(image, "ndim") and image.ndim == 4)
-    images = [_pixels(part) for part in image] if many else [_pixels(image)]
+    images = [pixels(part) for part in image] if many else [pixels(image)]
     owners = list(range(len(explanation))) if explanation.image_samples is None else explanation.image_samples
     photos, got = explanation.photos, len(images)
     drawn = dict.fromkeys(
@@ -118,7 +118,8 @@ def to_rgb(image: Any) -> Any:
     return image.convert("RGB")
 
 
-def _pixels(image: Any) -> Array:
+def pixels(image: Any) -> Array:
+    """One image of a user as an array (H, W, 3) or (H, W, 4) of bytes."""
     if isinstance(image, (str, Path)) or hasattr(image, "read"):
         image = open_image(image)
     if hasattr(image, "convert"):  # the array of a PIL image may hold indices of a palette

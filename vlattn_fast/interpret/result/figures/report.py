@@ -23,7 +23,11 @@ class Report:
     def save(self, path: str | Path) -> Path:
         """Writes everything to `path` as JSON; `load` reads it back."""
         check_writable("path", Path(path))
-        whole = {"format": self.FORMAT, "metadata": self.metadata, **vars(self)}
+        whole = {
+            "format": self.FORMAT,
+            "metadata": self.metadata,
+            **{name: value for name, value in vars(self).items() if not name.startswith("_")},
+        }
         Path(path).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
         return Path(path)
 
