@@ -7,38 +7,73 @@ import pytest
 import torch
 
 pytest.importorskip("sklearn")
+pytest.importorskip("transformers")
 
 import vlattn_lab as lab
+from vlattn_lab import lxmert
 from vlattn_lab.checkout import ROOT
 from vlattn_lab.experiments import value
 from vlattn_lab.experiments.run import main
+from vlattn_lab.processor import RELATIONS
 
 
 def test_everything_is_measured_once(tmp_path, capsys):
     out = tmp_path / "rows.json"
     main(["value", "--smoke", "--out", str(out), "--figures", str(tmp_path), "--seeds", "1", "--processes", "1"])
-    (row,) = json.loads(out.read_text())["rows"]
-    for model, heads_and_states in (("trained", True), ("untrained", True), ("other captions", False)):
-        tests = {one["test"] for one in row[model]}
-        assert {"modality", "cross_modal", "fusion"} <= tests
-        assert ({"coreference", "relation", "linguistic"} <= tests) == heads_and_states
-    assert len(row["without_head"]) == 18 and row["trained"] != row["untrained"]
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["model"] for row in rows] == ["UNITER", "LXMERT"]
+    for row, joined in zip(rows, (3 * 6, (3 + 3 + 2) * 6), strict=True):
+        for state in value.STATES:
+            assert {*value.PAIRS} <= row[state]["heads"].keys() & row[state]["whole"].keys() & row[state]["chosen"].keys()
+            assert {f"linguistic_heads: {task}" for task in value.TASKS} <= row[state]["heads"].keys()
+            assert {"fusion", *(f"linguistic: {task}" for task in value.TASKS)} <= row[state]["layers"].keys()
+        assert len(row["without_head"]) == joined and row["trained"] != row["untrained"]
+    assert "other captions" in rows[0] and "other captions" not in rows[1]
     shown = capsys.readouterr().out
-    assert all(f"({number})" in shown for number in ("i", "ii", "iii", "iv", "v")) and (tmp_path / "value.png").is_file()
+    assert all(f"({number})" in shown for number in value.OBSERVATIONS)
+    assert {path.stem for path in tmp_path.glob("*.png")} == {*value.EXPERIMENT.figures}
 
 
-def test_a_head_is_left_out_and_comes_back():
-    model = value.fresh(0)
-    scenes = lab.digit_scenes(3, seed=1)
-    attention = model.uniter.encoder.layer[1].attention
-    before = lab.matching_score(model, scenes)
-    seen = []
-    watch = attention.output.dense.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    with value.without_head(model, 1, 4):
-        without = lab.matching_score(model, scenes)
+@pytest.mark.parametrize("name", value.ARCHITECTURES)
+def test_a_head_is_left_out_and_comes_back(name):
+    kind, model, scenes = value.ARCHITECTURES[name], value.fresh(name, 0), lab.digit_scenes(3, seed=1)
+    join = kind.joins(model)["both", 1]
+    score = lambda: lab.matching_score(kind.matching(model), scenes)  # noqa: E731
+    before, seen = score(), []
+    watch = join.dense.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    with value.without_head(join, 4):
+        without = score()
     watch.remove()
-    assert torch.equal(seen[0][..., 64:80], torch.zeros(3, 11, 16)) and seen[0][..., :64].abs().min() > 0
-    assert not torch.equal(before, without) and torch.equal(before, lab.matching_score(model, scenes))
+    for heads in seen:
+        assert not heads[..., 64:80].any() and heads[..., :64].abs().min() > 0
+    assert len(seen) == (1 if name == "UNITER" else 2), "across streams, both ways"
+    assert not torch.equal(before, without) and torch.equal(before, score())
+
+
+def test_every_attention_of_lxmert_is_joined_once():
+    model = value.fresh("LXMERT", 0)
+    joins = value.ARCHITECTURES["LXMERT"].joins(model)
+    every = {module for path, module in model.named_modules() if path.endswith(("attention.output", "self_att.output"))}
+    assert set(joins.values()) == every and len(joins) == 8
+
+
+def test_what_cls_takes_is_what_attention_adds():
+    """From text and image together, UNITER's heads add what their module joins; LXMERT's streams, what each module adds."""
+    inputs = next(lab.probe_samples(5, seed=2))[0]
+    model = value.fresh("UNITER", 0)
+    dense = model.uniter.encoder.layer[1].attention.output.dense
+    dense.weight.data.zero_()
+    dense.weight.data[0] = 1.0  # norms of one number: text and image add up, or take from one another
+    with value.watched([dense], "outputs") as seen:
+        (text, image) = value.taken_by_uniter(model, inputs)[1]
+    added = (seen[0][:, 0] - dense.bias)[:, 0].abs().mean().item()
+    assert abs(text - image) - 1e-4 <= added <= text + image + 1e-4
+    model = value.fresh("LXMERT", 0)
+    layer = model.lxmert.encoder.x_layers[0]
+    with value.watched([layer.visual_attention.output.dense], "outputs") as seen:
+        _, image = value.taken_by_lxmert(model, inputs)[0]
+    added = (seen[0][:, 0] - layer.visual_attention.output.dense.bias).norm(dim=-1).mean().item()
+    assert image == pytest.approx(added, abs=1e-4)
 
 
 def test_other_captions_are_those_of_other_scenes():
@@ -48,18 +83,42 @@ def test_other_captions_are_those_of_other_scenes():
     assert torch.equal(other["region_features"], own["region_features"])
 
 
+def test_changed_captions():
+    """An inverted caption is false of its scene; an odd one has one other word, and two that no caption has together."""
+    (inputs, labels), *_ = lab.probe_samples(50, seed=4, batch=50)
+    words = lab.DigitProcessor().convert_ids_to_tokens
+    for ids, label in zip(inputs["input_ids"], labels, strict=True):
+        own, odd, inverted = (words(x) for x in (ids, *(label["variants"][task] for task in ("odd_word", "inverted"))))
+        assert sum(one != two for one, two in zip(own, odd, strict=True)) == 1 and own[2:4] != odd[2:4]
+        assert " ".join(odd[2:4]) not in RELATIONS
+        assert (inverted[1], inverted[5]) == (own[5], own[1]) and inverted[2:5] == own[2:5]
+    assert len({tuple(label["variants"]["odd_word"][2:4]) for label in labels}) > 4
+
+
 def test_words_and_regions_are_weighed_by_their_number():
-    even = [
-        {"test": "modality", "kind": kind, "layer": 0, "head": 0, "value": count / 11} for kind, count in value.TOKENS.items()
-    ]
-    assert value.per_token({"trained": even}, "trained") == pytest.approx(1.0)
+    even = {f"modality: {kind}": [[count / 11] * 6] for kind, count in value.TOKENS.items()}
+    assert value.per_token({"trained": {"heads": even}}, "trained") == pytest.approx(1.0)
 
 
-def test_the_page_says_which_observations_were_not_tested():
-    """The paper's (iv) is about plots and (v) about heads; the probes read two numbers of each head, and states."""
+def test_the_best_head_is_chosen_on_other_scenes():
+    record = {"trained": {"heads": {"coreference": [[0.9, 0.6], [0.5, 0.5]]}, "chosen": {"coreference": [0, 1]}}}
+    assert value.best(record, "trained", "coreference") == 0.6
+
+
+def test_lxmert_has_the_inputs_of_its_class():
+    scenes = lab.digit_scenes(4, seed=1)
+    model = value.fresh("LXMERT", 0)
+    logits = lxmert.matching(model)(**scenes.inputs()).logits
+    by_hand = model(
+        input_ids=scenes.input_ids,
+        visual_feats=scenes.inputs()["region_features"],
+        visual_pos=scenes.inputs()["region_positions"],
+    ).question_answering_score
+    assert logits.shape == (4, 2) and torch.allclose(logits, by_hand, atol=1e-6)
+
+
+def test_the_page_answers_each_observation_for_both_models():
     page = (ROOT / "docs" / "experiments" / "value.md").read_text(encoding="utf-8")
-    asked = dict(re.findall(r"^\| \((\w+)\) [^|]+ \| (yes|no)\b", page, re.M))
-    assert asked == {"i": "yes", "ii": "yes", "iii": "yes", "iv": "no", "v": "no"}
-    results = re.findall(r"^- \*\*\((\w+)\) [^*]+: not tested\.\*\*", page, re.M)
-    assert results == ["iv", "v"]
-    assert "(v) attention heads also contain" in page and "from states after" in page
+    answers = re.findall(r"^\| \((\w+)\) [^|]+ \| ([^|]+) \| ([^|]+) \|$", page, re.M)
+    assert [number for number, *_ in answers] == [*value.OBSERVATIONS]
+    assert [number for number in re.findall(r"^- \*\*\((\w+)\) ", page, re.M)] == [*value.OBSERVATIONS]

@@ -20,13 +20,15 @@ from vlattn_lab import (
     load_uniter,
     load_vqa,
 )
+from vlattn_lab import lxmert as lxmert_model
 from vlattn_lab import scenes as scenes_module
 from vlattn_lab.processor import DIGIT_WORDS, VOCABULARY
 from vlattn_lab.questions import PROMPTS, QUESTIONS, ask
 from vlattn_lab.scenes import sample_scenes
-from vlattn_lab.train import clip, mapper, run, uniter
+from vlattn_lab.train import clip, lxmert, mapper, run, uniter
 
 LOADERS = {"uniter": load_uniter, "clip": load_clip, "vqa": load_vqa, "captions": load_captioner}
+LOADERS |= {"lxmert": lxmert_model.load_lxmert}
 LOADERS |= {kind: lambda folder, kind=kind: (hybrid.load(kind, folder), None) for kind in hybrid.WEIGHTS}
 
 
@@ -93,6 +95,18 @@ def learn(parameters, losses, steps=12):
 
 def named(model, heads):
     return dict(model.named_parameters(prefix="model")) | dict(heads.named_parameters(prefix="heads"))
+
+
+def test_every_loss_of_lxmert_falls_and_reaches_every_parameter():
+    torch.manual_seed(0)
+    model, heads = lxmert_model.build(lxmert_model.CONFIG), uniter.TrainingHeads(uniter.CONFIG.hidden_size)
+    scenes = sample_scenes(uniter.KINDS, "train", None, torch.Generator().manual_seed(0))
+    generator = torch.Generator()
+    history, still = learn(
+        named(model, heads), lambda: uniter.losses(model, heads, scenes, generator.manual_seed(1), lxmert.observe)
+    )
+    assert all(history[-1][name] < history[0][name] for name in uniter.WEIGHTS), history
+    assert not still
 
 
 def test_every_loss_of_uniter_falls_and_reaches_every_parameter():

@@ -30,7 +30,12 @@ NAMES = (
     "planted_circuits",
 )
 # Experiments that take trained models, and the trainings of these.
-MODELS = {"value": "uniter", "flow": "vqa and captions", "sinks": "vqa and captions", "hybrid": "hybrid and transformer"}
+MODELS = {
+    "value": "uniter and lxmert",
+    "flow": "vqa and captions",
+    "sinks": "vqa and captions",
+    "hybrid": "hybrid and transformer",
+}
 RESULTS, FIGURES = Path("benchmarks/results"), Path("docs/experiments")
 
 

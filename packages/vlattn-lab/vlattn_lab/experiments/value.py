@@ -1,83 +1,128 @@
-"""The five observations of VALUE (Cao et al., "Behind the Scene", ECCV 2020), on UNITER trained on DigitScenes.
-
-Observations (i), (ii) and (iii) of the paper's abstract are tested. For (iv), relations of regions in plotted attention, a linear
-probe reads two numbers of each head. For (v), linguistic knowledge in attention heads, linear probes read the states after a
-layer.
+"""The five observations of VALUE (Cao et al., "Behind the Scene", ECCV 2020), on a model with one stream, UNITER, and one with
+two, LXMERT, both trained on DigitScenes.
 
 A seed stands for a trained model, the same model untrained, and its test scenes. Controls are the untrained model and captions of
 other scenes. [CLS] and [SEP] count as neither text nor image: otherwise seven of eleven tokens would be text, and a head that
-attends evenly would be cross-modal.
+attends evenly would be cross-modal. "Best head" is chosen on other scenes than those on which it is measured.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from vlattn_fast import probe
+from vlattn_fast import ProbeReport, probe
 from vlattn_fast.measuring.figures import panels
 from vlattn_fast.measuring.provenance import fingerprint
 from vlattn_fast.measuring.records import markdown, spread
 from vlattn_fast.models import UNITER
+from vlattn_lab import lxmert, uniter
 from vlattn_lab.experiments.experiment import Cell, Experiment, Record, Settings, Stage, spearman
 from vlattn_lab.probing import probe_samples
+from vlattn_lab.scenes import NEGATIVES, Scenes, digit_scenes
 from vlattn_lab.train.fit import seeded
-from vlattn_lab.train.uniter import train
-from vlattn_lab.uniter import CONFIG, load_uniter, matching_accuracy
+from vlattn_lab.train.lxmert import train as train_lxmert
+from vlattn_lab.train.uniter import train as train_uniter
+from vlattn_lab.weights import DATA
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MODELS = ("trained", "untrained", "other captions")
+STATES = ("trained", "untrained")
+OBSERVATIONS = ("i", "ii", "iii", "iv", "v")
 TOKENS = {"text": 5, "image": 4, "special": 2}  # in a caption and a scene
-SAMPLES, SCENES = 300, 500  # for the probes, and for an accuracy
-KEPT = ("test", "kind", "layer", "head", "value", "chance", "control")
+SAMPLES, CHOOSING, SCENES = 200, 100, 500  # for the probes, for the choice of heads, and for an accuracy
+OTHER_SCENES = 1000  # added to the seed
+ALIGNED = 0.9  # accuracy of a head that tells a phrase's region
+PAIRS = {
+    "coreference": "the region of a phrase",
+    "coreference_class": "the digit that links a phrase and its region",
+    "relation_detection": "whether the caption relates two regions",
+    "relation": "the relation of two regions",
+    "word_relation": "the relation of two words",
+}
+TASKS = {
+    "word_content": "whether a word is in the caption",
+    "first_digit": "the first word",
+    "word_order": "two exchanged neighbours",
+    "odd_word": "a word that does not go with its neighbour",
+    "inverted": "a caption with its digits exchanged",
+}
+HEAD_TESTS = (*PAIRS, "linguistic_heads")
+
+
+class Architecture(NamedTuple):
+    """An architecture as the experiment needs it.
+
+    joins: a model's modules that join the heads of an attention, by (stream, layer). inputs: UNITER's inputs under the model's
+    names. matching: a model as a function of UNITER's inputs. taken: see `taken_by_uniter`.
+    """
+
+    fresh: Callable[[], nn.Module]
+    train: Callable[..., nn.Module]
+    load: Callable[[Path], tuple[nn.Module, Any]]
+    inputs: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+    matching: Callable[[Any], Callable[..., Any]]
+    joins: Callable[[Any], dict[tuple[str, int], nn.Module]]
+    taken: Callable[[Any, dict[str, Tensor]], list[tuple[float, float]]]
 
 
 def cells(settings: Settings, records: Sequence[Record]) -> list[Cell]:
-    return [{"seed": seed} for seed in range(settings.seeds)]
+    return [{"model": name, "seed": seed} for seed in range(settings.seeds) for name in ARCHITECTURES]
 
 
 def measure(cell: Cell, settings: Settings) -> dict[str, Any]:
-    seed = cell["seed"]
+    name, seed = cell["model"], cell["seed"]
     samples, scenes = (20, 10) if settings.smoke else (SAMPLES, SCENES)
-    untrained = fresh(seed)
-    model = trained(seed, settings)
+    kind = ARCHITECTURES[name]
+    untrained, model = fresh(name, seed), trained(name, seed, settings)
     measured: dict[str, Any] = {"weights": fingerprint(model)}
-    for name, one in zip(MODELS, (model, untrained, model), strict=True):
-        data = other_captions(samples, seed) if name == "other captions" else probe_samples(samples, seed=seed)
-        tests = ("modality", "cross_modal", "fusion") if name == "other captions" else None
-        report = probe(one, data, tests=tests, special=False)
-        measured[name] = [
-            {key: round(record[key], 4) if isinstance(record[key], float) else record[key] for key in KEPT}
-            for record in report.table
-            if record["value"] is not None
-        ]
-    measured["accuracy"] = mean_accuracy(model, scenes, seed)
-    heads = itertools.product(range(CONFIG.num_hidden_layers), range(CONFIG.num_attention_heads))
+    for state, one in zip(STATES, (model, untrained), strict=True):
+        report = probe(one, named(name, samples, seed), special=False)
+        measured[state] = kept(report)
+        if not settings.smoke:
+            report = probe(one, named(name, CHOOSING, seed + OTHER_SCENES), tests=HEAD_TESTS, special=False)
+        measured[state]["chosen"] = chosen(report)
+        measured[state]["taken"] = kind.taken(one, next(probe_samples(samples, seed=seed, batch=samples))[0])
+    if name == "UNITER":
+        tests = ("modality", "cross_modal")
+        measured["other captions"] = kept(probe(model, other_captions(samples, seed), tests=tests, special=False))
+    drawn = [digit_scenes(scenes, seed=seed, negative=negative) for negative in (None, *NEGATIVES)]
+    matching = kind.matching(model)
+    measured["accuracy"] = accuracy(matching, drawn)
     measured["without_head"] = []
-    for layer, head in heads:
-        with without_head(model, layer, head):
-            accuracy = mean_accuracy(model, scenes, seed)
-        measured["without_head"].append({"layer": layer, "head": head, "accuracy": accuracy})
+    for (stream, layer), module in kind.joins(model).items():
+        for head in range(uniter.CONFIG.num_attention_heads):
+            with without_head(module, head):
+                left = accuracy(matching, drawn)
+            measured["without_head"].append({"stream": stream, "layer": layer, "head": head, "accuracy": left})
     return measured
 
 
-def fresh(seed: int) -> UNITER:
+def fresh(name: str, seed: int) -> nn.Module:
     """The model before its training."""
-    return seeded(seed, lambda: UNITER(CONFIG)).eval()
+    return seeded(seed, ARCHITECTURES[name].fresh).eval()
 
 
-def trained(seed: int, settings: Settings) -> UNITER:
+def trained(name: str, seed: int, settings: Settings) -> nn.Module:
+    kind = ARCHITECTURES[name]
     if settings.models is not None:
-        return load_uniter(Path(settings.models) / str(seed))[0]
-    return train(2, seed=seed, log_every=0) if settings.smoke else train(seed=seed, log_every=0)
+        return kind.load(Path(settings.models) / str(seed))[0]
+    return kind.train(2, seed=seed, log_every=0) if settings.smoke else kind.train(seed=seed, log_every=0)
+
+
+def named(name: str, count: int, seed: int) -> Iterator[tuple[dict[str, Tensor], Any]]:
+    """The samples, with the model's names."""
+    for inputs, labels in probe_samples(count, seed=seed):
+        yield ARCHITECTURES[name].inputs(inputs), labels
 
 
 def other_captions(count: int, seed: int) -> Iterator[tuple[dict[str, Tensor], None]]:
@@ -86,124 +131,329 @@ def other_captions(count: int, seed: int) -> Iterator[tuple[dict[str, Tensor], N
         yield {**inputs, "input_ids": inputs["input_ids"].roll(1, 0)}, None
 
 
-def mean_accuracy(model: UNITER, count: int, seed: int) -> float:
-    """Mean accuracy over the three kinds of wrong captions."""
-    accuracies = matching_accuracy(model, count=count, seed=seed)
-    return sum(accuracies.values()) / len(accuracies)
+def kept(report: ProbeReport) -> dict[str, Any]:
+    """The table as it is stored: by test and task the values of heads by layer, of layers, and of all heads together."""
+    stored: dict[str, Any] = {"heads": {}, "layers": {}, "whole": {}}
+    for entry in report.table:
+        if entry["value"] is None:
+            continue
+        key = entry["test"] if entry["kind"] is None else f"{entry['test']}: {entry['kind']}"
+        value = round(entry["value"], 4)
+        if entry["head"] is not None:
+            layers = stored["heads"].setdefault(key, [])
+            layers += [[] for _ in range(entry["layer"] + 1 - len(layers))]
+            layers[entry["layer"]].append(value)
+        else:
+            control = None if entry["control"] is None else round(entry["control"], 4)
+            one = {"value": value, "shuffled": control}
+            if entry["layer"] is None:
+                stored["whole"][key] = one
+            else:
+                stored["layers"].setdefault(key, []).append(one)
+    return stored
 
 
-def without_head(model: UNITER, layer: int, head: int) -> RemovableHandle:
-    """A context in which the result of a head is 0."""
-    chosen: Any = model.uniter.encoder.layer[layer]
-    width = chosen.attention.self.head_dim
+def chosen(report: ProbeReport) -> dict[str, list[int]]:
+    """The best head of each test and task."""
+    best: dict[str, list[int]] = {}
+    for key, layers in kept(report)["heads"].items():
+        largest = max(itertools.chain(*layers))
+        layer = next(number for number, row in enumerate(layers) if largest in row)
+        best[key] = [layer, layers[layer].index(largest)]
+    return best
+
+
+@torch.no_grad()
+def accuracy(model: Callable[..., Any], drawn: Sequence[Scenes]) -> float:
+    """Mean accuracy over the kinds of wrong captions; `drawn`: scenes with true captions, then the same with wrong ones."""
+    true, *false = (uniter.log_odds(model(**scenes.inputs())) > 0 for scenes in drawn)
+    right = true.double().mean()
+    return round(sum(float(right + 1 - wrong.double().mean()) / 2 for wrong in false) / len(false), 4)
+
+
+def without_head(join: nn.Module, head: int) -> RemovableHandle:
+    """A context in which a head adds nothing to what `join` joins."""
 
     def silence(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        width = inputs[0].shape[-1] // uniter.CONFIG.num_attention_heads
         heads = inputs[0].clone()
         heads[..., head * width : (head + 1) * width] = 0
         return (heads, *inputs[1:])
 
-    return chosen.attention.output.register_forward_pre_hook(silence)
+    return join.register_forward_pre_hook(silence)
+
+
+# --- what [CLS] takes from words and from regions ---
+
+
+@contextlib.contextmanager
+def watched(modules: Sequence[nn.Module], what: str) -> Iterator[list[Tensor]]:
+    """The first inputs, or the outputs, of modules in the order of their calls."""
+    seen: list[Tensor] = []
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            hook = (lambda _, args, out: seen.append(args[0])) if what == "inputs" else (lambda _, args, out: seen.append(out))
+            stack.enter_context(module.register_forward_hook(hook))
+        yield seen
+
+
+def _norm(joined: Tensor, dense: Any) -> float:
+    """The mean norm of what heads (B, C) add to a state."""
+    return float((joined @ dense.weight.T).norm(dim=-1).mean())
+
+
+@torch.no_grad()
+def taken_by_uniter(model: Any, inputs: dict[str, Tensor]) -> list[tuple[float, float]]:
+    """For each layer, the mean norm of what attention adds to [CLS] from the text, and from the image."""
+    taken, length = [], inputs["input_ids"].shape[1]
+    for layer in model.uniter.encoder.layer:
+        attention = layer.attention.self
+        with watched([attention.query, attention.key, attention.value], "outputs") as seen:
+            model(**inputs)
+        query, key, value = (x.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for x in seen)
+        weights = (query[:, :, :1] @ key.mT * attention.scaling).softmax(-1)
+        parts = [(weights[..., part] @ value[:, :, part]).flatten(1) for part in (slice(length), slice(length, None))]
+        text, image = (_norm(part, layer.attention.output.dense) for part in parts)
+        taken.append((round(text, 4), round(image, 4)))
+    return taken
+
+
+@torch.no_grad()
+def taken_by_lxmert(model: Any, inputs: dict[str, Tensor]) -> list[tuple[float, float]]:
+    """The same for each layer in which the streams attend to one another; text = from the words' attention to words."""
+    taken = []
+    for layer in model.lxmert.encoder.x_layers:
+        denses = [layer.visual_attention.output.dense, layer.lang_self_att.output.dense]
+        with watched(denses, "inputs") as seen:
+            model(**lxmert.inputs(inputs))
+        across, own = seen[0][:, 0], seen[2][:, 0]  # the second call has the regions ask
+        taken.append((round(_norm(own, denses[1]), 4), round(_norm(across, denses[0]), 4)))
+    return taken
+
+
+# --- the architectures ---
+
+
+def _joins_of_uniter(model: Any) -> dict[tuple[str, int], nn.Module]:
+    return {("both", number): layer.attention.output for number, layer in enumerate(model.uniter.encoder.layer)}
+
+
+def _joins_of_lxmert(model: Any) -> dict[tuple[str, int], nn.Module]:
+    """Layers count within their stream, as those of `probe`; one module joins the heads across streams, both ways."""
+    encoder = model.lxmert.encoder
+    text = [*(layer.attention.output for layer in encoder.layer), *(layer.lang_self_att.output for layer in encoder.x_layers)]
+    image = [*(layer.attention.output for layer in encoder.r_layers), *(layer.visn_self_att.output for layer in encoder.x_layers)]
+    across = [layer.visual_attention.output for layer in encoder.x_layers]
+    streams = {"text": text, "image": image, "both": across}
+    return {(stream, number): module for stream, modules in streams.items() for number, module in enumerate(modules)}
+
+
+ARCHITECTURES = {
+    "UNITER": Architecture(
+        lambda: UNITER(uniter.CONFIG),
+        train_uniter,
+        uniter.load_uniter,
+        lambda inputs: inputs,
+        lambda model: model,
+        _joins_of_uniter,
+        taken_by_uniter,
+    ),
+    "LXMERT": Architecture(
+        lambda: lxmert.build(lxmert.CONFIG),
+        train_lxmert,
+        lxmert.load_lxmert,
+        lxmert.inputs,
+        lxmert.matching,
+        _joins_of_lxmert,
+        taken_by_lxmert,
+    ),
+}
 
 
 # --- facts of the records ---
 
 
-def values(record: Record, model: str, test: str, kind: str | None = None, column: str = "value") -> dict[tuple[Any, Any], float]:
-    """(layer, head) -> value, of one model and test."""
-    return {(one["layer"], one["head"]): one[column] for one in record[model] if (one["test"], one["kind"]) == (test, kind)}
+def heads_of(record: Record, state: str, key: str) -> list[float]:
+    """The values of all heads."""
+    return list(itertools.chain(*record[state]["heads"].get(key, [])))
 
 
 def _mean(numbers: Sequence[float]) -> float:
     return sum(numbers) / len(numbers)
 
 
-def per_token(record: Record, model: str, layer: int | None = None) -> float:
+def _mean_of(record: Record, state: str, key: str) -> float:
+    return _mean(heads_of(record, state, key))
+
+
+def _after(record: Record, state: str, key: str, layer: int) -> float:
+    """The value of a test of states."""
+    value: float = record[state]["layers"][key][layer]["value"]
+    return value
+
+
+def best(record: Record, state: str, key: str) -> float:
+    """The value of the head that is best on other scenes."""
+    layer, head = record[state]["chosen"][key]
+    return record[state]["heads"][key][layer][head]
+
+
+def per_token(record: Record, state: str, layer: int | None = None) -> float:
     """[CLS]'s mean attention on a word over its attention on a region, over the heads of one layer or of all layers."""
-    mass = {
-        kind: _mean([v for place, v in values(record, model, "modality", kind).items() if layer in (None, place[0])])
-        for kind in ("text", "image")
-    }
+    mass = {}
+    for kind in ("text", "image"):
+        layers = record[state]["heads"][f"modality: {kind}"]
+        mass[kind] = _mean([*itertools.chain(*layers)] if layer is None else layers[layer])
     return (mass["text"] / TOKENS["text"]) / (mass["image"] / TOKENS["image"])
 
 
+def lost(record: Record) -> dict[tuple[str, int, int], float]:
+    """What accuracy loses without each head."""
+    return {(one["stream"], one["layer"], one["head"]): record["accuracy"] - one["accuracy"] for one in record["without_head"]}
+
+
 def facts(record: Record) -> list[tuple[str, str, dict[str, float]]]:
-    """(observation, name of the measurement, value by model) of one seed."""
+    """(observation, name of the measurement, value by state) of one model."""
     observed: list[tuple[str, str, dict[str, float]]] = []
-    for kind, count in TOKENS.items():
-        mass = {model: _mean([*values(record, model, "modality", kind).values()]) for model in MODELS}
-        observed.append(("i", f"attention of [CLS] on the {kind}, {count} tokens of 11", mass))
-    ratios = {model: per_token(record, model) for model in MODELS}
-    observed.append(("i", "attention on a word over attention on a region", ratios))
-    crossing = {model: _mean([v > 0.5 for v in values(record, model, "cross_modal").values()]) for model in MODELS}
-    observed.append(("ii", "share of heads that are cross-modal in most samples", crossing))
-    drops = {(one["layer"], one["head"]): record["accuracy"] - one["accuracy"] for one in record["without_head"]}
-    shares = values(record, "trained", "cross_modal")
-    head_numbers = torch.tensor([(shares[place], drop) for place, drop in drops.items()], dtype=torch.float64)
-    goes_with = {"trained": float(spearman(*head_numbers.T))}
-    observed.append(("ii", "rank correlation over heads: cross-modal, and what accuracy loses without the head", goes_with))
-    probed = MODELS[:2]
-    for number, test, what in (
-        ("iii", "coreference", "the region of a phrase"),
-        ("iv", "relation", "the relation of two regions"),
-    ):
-        told = {model: values(record, model, test) for model in probed}
-        best = {model: max(v for (layer, _), v in told[model].items() if layer is not None) for model in probed}
-        shuffled = {model: values(record, model, test, column="control")[None, None] for model in probed}
-        observed.append((number, f"accuracy for {what} from all heads", {model: told[model][None, None] for model in probed}))
-        observed.append((number, f"accuracy for {what} from the best head", best))
-        observed.append((number, f"accuracy for {what} from all heads, shuffled labels", shuffled))
-    for task, what in (("word_order", "two exchanged neighbours"), ("first_digit", "the first word")):
-        for layer in (0, CONFIG.num_hidden_layers - 1):
-            states = {model: values(record, model, "linguistic", task)[layer, None] for model in probed}
-            observed.append(("v", f"accuracy for {what} from states after layer {layer + 1}", states))
+
+    def add(observation: str, what: str, measured: Callable[[str], float], states: Sequence[str] = STATES) -> None:
+        observed.append((observation, what, {state: measured(state) for state in states}))
+
+    def one(what: str, value: float, observation: str = "ii") -> None:
+        observed.append((observation, what, {"trained": value}))
+
+    one("accuracy of the model on true and on wrong captions", record["accuracy"], "")
+    if record["model"] == "UNITER":
+        for kind, count in TOKENS.items():
+            what = f"attention of [CLS] on the {kind}, {count} tokens of 11"
+            add("i", what, partial(_mean_of, record, key=f"modality: {kind}"))
+        add("i", "attention on a word over attention on a region", partial(per_token, record))
+        one("the same with captions of other scenes", per_token(record, "other captions"), "i")
+    add("i", "norm that [CLS] takes from text over that from the image", lambda state: _taken(record, state))
+    drops = lost(record)
+    if record["model"] == "UNITER":
+        crossing = "share of heads that are cross-modal in most samples"
+        add("ii", crossing, lambda state: _mean([v > 0.5 for v in heads_of(record, state, "cross_modal")]))
+        one("the same with captions of other scenes", _mean([v > 0.5 for v in heads_of(record, "other captions", "cross_modal")]))
+        shares = record["trained"]["heads"]["cross_modal"]
+        numbers = torch.tensor([(shares[layer][head], drop) for (_, layer, head), drop in drops.items()], dtype=torch.float64)
+        one("rank correlation over heads: cross-modal, and what accuracy loses without the head", float(spearman(*numbers.T)))
+    aligned = f"share of heads that tell the region of a phrase in {ALIGNED:.0%}"
+    add("ii", aligned, lambda state: _mean([v >= ALIGNED for v in heads_of(record, state, "coreference")]))
+    told = record["trained"]["heads"]["coreference"]
+    linking = {place for place in drops if place[0] == "both" and told[place[1]][place[2]] >= ALIGNED}
+    if linking:
+        one("accuracy lost without such a head, mean", _mean([drops[place] for place in linking]))
+    one("accuracy lost without another head, mean", _mean([drop for place, drop in drops.items() if place not in linking]))
+    one("accuracy lost without the head that matters most", max(drops.values()))
+    for number, tests in (("iii", ("coreference", "coreference_class")), ("iv", ("relation_detection", "relation"))):
+        for test in tests:
+            add_test(record, number, test, add)
+    add_test(record, "v", "word_relation", add)
+    for task, what in TASKS.items():
+        key = f"linguistic: {task}"
+        for layer, name in ((0, "first"), (-1, "last")):
+            add("v", f"accuracy, {what}: states after the {name} layer", partial(_after, record, key=key, layer=layer))
+        add("v", f"accuracy, {what}: best head's output", partial(best, record, key=f"linguistic_heads: {task}"))
     return observed
 
 
+def add_test(record: Record, number: str, test: str, add: Callable[..., None]) -> None:
+    """The facts of a test that reads two numbers of each head."""
+    what = f"accuracy, {PAIRS[test]}"
+    add(number, f"{what}: all heads", lambda state: record[state]["whole"][test]["value"])
+    add(number, f"{what}: best head", partial(best, record, key=test))
+    add(number, f"{what}: mean head", partial(_mean_of, record, key=test))
+    add(number, f"{what}: all heads, shuffled labels", lambda state: record[state]["whole"][test]["shuffled"])
+
+
+def _taken(record: Record, state: str, layer: int | None = None) -> float:
+    """The norm that [CLS] takes from text over that from the image, over all layers or one."""
+    norms = record[state]["taken"] if layer is None else [record[state]["taken"][layer]]
+    return sum(text for text, _ in norms) / sum(image for _, image in norms)
+
+
+def by_model(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """The records of each model, of those that have some."""
+    return {name: found for name in ARCHITECTURES if (found := [record for record in records if record["model"] == name])}
+
+
 def tables(records: Sequence[Record]) -> Iterator[str]:
-    per_seed, lines = [facts(record) for record in records], []
-    for observations in zip(*per_seed, strict=True):
-        observation, what, first = observations[0]
-        by_models = [[by_model[model] for _, _, by_model in observations] if model in first else [] for model in MODELS]
-        lines.append([f"({observation})", what, *(spread(seed_values, none="–") for seed_values in by_models)])
-    yield markdown(["", "measured", "trained", "untrained", "captions of other scenes"], lines, words=(0, 1))
+    measured: dict[tuple[str, str], dict[tuple[str, str], list[float]]] = {}
+    for record in records:
+        for observation, what, by_state in facts(record):
+            key = (observation, what)
+            for state, value in by_state.items():
+                measured.setdefault(key, {}).setdefault((record["model"], state), []).append(value)
+    columns = [(name, state) for name in by_model(records) for state in STATES]
+    order = sorted(measured, key=lambda key: ("", *OBSERVATIONS).index(key[0]))
+    lines = [
+        [
+            f"({observation})" if observation else "",
+            what,
+            *(spread(measured[observation, what].get(column, []), none="–") for column in columns),
+        ]
+        for observation, what in order
+    ]
+    yield markdown(["", "measured", *(f"{name}, {state}" for name, state in columns)], lines, words=(0, 1))
 
     lines = []
-    for layer in range(CONFIG.num_hidden_layers):
-
-        def heads(record: Record, test: str, layer: int = layer) -> list[float]:
-            return [v for (one, _), v in values(record, "trained", test).items() if one == layer]
-
-        spreads = [
-            [per_token(record, "trained", layer) for record in records],
-            [_mean([v > 0.5 for v in heads(record, "cross_modal")]) for record in records],
-            *([max(heads(record, test)) for record in records] for test in ("coreference", "relation")),
-            [values(record, "trained", "fusion")[layer, None] for record in records],
-        ]
-        lines.append([str(layer + 1), *map(spread, spreads)])
-    head = ["layer", "a word over a region", "cross-modal heads", "best head for a phrase's region", "for a relation", "fusion"]
-    yield markdown(head, lines, words=())
+    for name, of_name in by_model(records).items():
+        for layer in range(len(of_name[0]["trained"]["taken"])):
+            spreads = [
+                [per_token(record, "trained", layer) for record in of_name] if name == "UNITER" else [],
+                [_taken(record, "trained", layer) for record in of_name],
+                [max(record["trained"]["heads"]["coreference"][layer]) for record in of_name],
+                *([record[state]["layers"]["fusion"][layer]["value"] for record in of_name] for state in STATES),
+                [record["trained"]["layers"]["fusion"][layer]["shuffled"] for record in of_name],
+            ]
+            lines.append([f"{name}, {layer + 1}", *(spread(values, none="–") for values in spreads)])
+    head = ["layer", "a word over a region", "norm from text over image", "best head for a phrase's region"]
+    yield markdown([*head, "fusion", "fusion, untrained", "fusion, shuffled"], lines, words=(0,))
 
 
 def figure(records: Sequence[Record]) -> Figure:
-    """A dot for every head: how well its two numbers tell a phrase's region, and a relation; trained and untrained."""
-    drawn, (axes,) = panels(1, 2, (9, 3.4))
-    tests = (("coreference", 0.5, "region of a phrase"), ("relation", 0.25, "relation of two regions"))
-    for axis, (test, chance, title) in zip(axes, tests, strict=True):
-        for model, colour, shift in (("untrained", "#9a9a9a", 0.12), ("trained", "#c2410c", -0.12)):
-            points = [
-                (layer + 1 + shift + 0.03 * (record["seed"] - 2), value)
-                for record in records
-                for (layer, _), value in values(record, model, test).items()
-                if layer is not None
-            ]
-            axis.scatter(*zip(*points, strict=True), s=14, color=colour, alpha=0.7, linewidths=0, label=model)
-        axis.axhline(chance, color="black", linewidth=0.8, linestyle=":")
-        axis.annotate("chance", (0.52, chance), xytext=(0, 3), textcoords="offset points", fontsize=8)
-        axis.set(title=title, xlabel="layer", ylabel="accuracy of one head", ylim=(0, 1.02), xlim=(0.5, 3.5))
-        axis.set_xticks(range(1, CONFIG.num_hidden_layers + 1))
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False, loc="lower right")
+    """A dot for every head: how well its two numbers tell regions and relations; trained and untrained."""
+    tests = (("coreference", 0.5), ("relation_detection", 0.5), ("relation", 0.25))
+    models = by_model(records)
+    drawn, axes = panels(len(models), len(tests), (11, 3.2 * len(models)))
+    for row, (name, of_name) in zip(axes, models.items(), strict=True):
+        for axis, (test, chance) in zip(row, tests, strict=True):
+            for state, colour, shift in (("untrained", "#9a9a9a", 0.12), ("trained", "#c2410c", -0.12)):
+                points = [
+                    (layer + 1 + shift + 0.03 * (record["seed"] - 2), value)
+                    for record in of_name
+                    for layer, row_of_heads in enumerate(record[state]["heads"][test])
+                    for value in row_of_heads
+                ]
+                axis.scatter(*zip(*points, strict=True), s=14, color=colour, alpha=0.7, linewidths=0, label=state)
+            layers = len(of_name[0]["trained"]["heads"][test])
+            axis.axhline(chance, color="black", linewidth=0.8, linestyle=":")
+            axis.annotate("chance", (0.52, chance), xytext=(0, 3), textcoords="offset points", fontsize=8)
+            axis.set(title=f"{name}: {PAIRS[test]}", xlabel="layer", ylim=(0, 1.02), xlim=(0.5, layers + 0.5))
+            axis.title.set_fontsize(9)
+            axis.set_xticks(range(1, layers + 1))
+            axis.spines[["top", "right"]].set_visible(False)
+        row[0].set_ylabel("accuracy of one head")
+    axes[0][0].legend(frameon=False, loc="lower right")
     return drawn
 
 
-EXPERIMENT = Experiment((Stage(cells, measure),), tables, {"value": figure})
+def patterns(test: str, name: str = "UNITER", directory: str | Path = DATA, count: int = 100) -> Figure:
+    """The attention of the three heads that are best in `test`, and of three random ones, on the first of `count` test scenes; of
+    the shipped UNITER, or of a model that a training wrote to a directory."""
+    model, processor = ARCHITECTURES[name].load(Path(directory))
+    report = probe(model, named(name, count, OTHER_SCENES), tests=(test,), special=False)
+    scene = digit_scenes(count, seed=OTHER_SCENES)
+    return report.plot_patterns(test=test, image=scene.render(0), processor=processor)
+
+
+EXPERIMENT = Experiment(
+    (Stage(cells, measure),),
+    tables,
+    {
+        "value": figure,
+        "value-coreference": lambda records: patterns("coreference"),
+        "value-relations": lambda records: patterns("relation_detection"),
+    },
+)

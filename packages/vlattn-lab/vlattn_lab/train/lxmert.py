@@ -28,7 +28,7 @@ def observe(model: LxmertForQuestionAnswering, of_uniter: dict[str, Tensor]) -> 
     return Observed(output.question_answering_score, first_and_last, words[-2], words[-1])
 
 
-def train(steps: int = 3000, *, seed: int = 0, split: str = "train", log_every: int = 100) -> LxmertForQuestionAnswering:
+def train(steps: int = 2000, *, seed: int = 0, split: str = "train", log_every: int = 100) -> LxmertForQuestionAnswering:
     """A model trained as `uniter.train` trains UNITER; eval mode."""
     return uniter.train_matching(lambda: build(CONFIG), observe, steps, seed, split, log_every)
 

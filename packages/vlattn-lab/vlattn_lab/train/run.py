@@ -73,7 +73,7 @@ TRAININGS = {
     "uniter": Training(
         uniter_model.WEIGHTS, 3000, uniter.train, uniter.evaluate, lambda model: asdict(uniter_model.CONFIG), half=False
     ),
-    "lxmert": Training(lxmert_model.WEIGHTS, 3000, lxmert.train, lxmert.evaluate, lambda model: lxmert_model.CONFIG, half=False),
+    "lxmert": Training(lxmert_model.WEIGHTS, 2000, lxmert.train, lxmert.evaluate, lambda model: lxmert_model.CONFIG, half=False),
     "clip": Training(clip_model.WEIGHTS, 3600, clip.train, clip.evaluate, lambda model: clip_model.CONFIG),
     "vqa": _mapper("vqa", 5000),
     "captions": _mapper("captions", 3000),
