@@ -35,7 +35,7 @@ def backward(inputs: ResidualWeightsInputs) -> tuple[Tensor, Tensor]:
             p_b=b,
             N=tokens,
             C=features,
-            BY_NORM=inputs.weighting == "norm",
+            WEIGHTING=inputs.weighting,
             BLOCK_C=max(32, min(MOST_FEATURES, triton.next_power_of_2(features))),
             num_warps=1,
             enable_fp_fusion=True,
@@ -58,7 +58,7 @@ def _weights_kernel(
     stride_grad_n,
     N,
     C,
-    BY_NORM: tl.constexpr,
+    WEIGHTING: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """a and b of one row."""
@@ -73,15 +73,19 @@ def _weights_kernel(
         o_c = first + tl.arange(0, BLOCK_C)
         b_x = tl.load(p_residual + o_c, mask=o_c < C, other=0.0).to(tl.float32)
         b_o = tl.load(p_branch + o_c, mask=o_c < C, other=0.0).to(tl.float32)
-        if BY_NORM:
+        if WEIGHTING == "norm":
             b_by_x += b_x * b_x
             b_by_o += b_o * b_o
         else:
             b_g = tl.load(p_grad + o_c, mask=o_c < C, other=0.0).to(tl.float32)
-            b_by_x += b_g * b_x
-            b_by_o += b_g * b_o
+            if WEIGHTING == "magnitude":
+                b_by_x += tl.abs(b_g * b_x)
+                b_by_o += tl.abs(b_g * b_o)
+            else:
+                b_by_x += b_g * b_x
+                b_by_o += b_g * b_o
     by_x, by_o = tl.sum(b_by_x), tl.sum(b_by_o)
-    if BY_NORM:
+    if WEIGHTING == "norm":
         by_x, by_o = tl.sqrt_rn(by_x), tl.sqrt_rn(by_o)
     else:
         by_x, by_o = tl.abs(by_x), tl.abs(by_o)

@@ -1,5 +1,5 @@
-// The weights a and b (B, N) of relevancy_residual: the shares of two tensors x and o (B, N, C) by |sum_c g x| and |sum_c g o|, or
-// by their L2 norms. PyTorch reads each tensor several times, and widens those of 16 bits.
+// The weights a and b (B, N) of relevancy_residual: the shares of two tensors x and o (B, N, C) by |sum_c g x| and |sum_c g o|, by
+// their L2 norms, or by sum_c |g x| and sum_c |g o|. PyTorch reads each tensor several times, and widens those of 16 bits.
 //
 // Bound: memory, one read of x, o and g.
 // Trick: one sweep, rows shared out among threads. Times beside torch.compile's: benchmarks/relevancy_residual.py.
@@ -8,16 +8,18 @@
 namespace ISA {
 namespace {
 
+enum Weighting : Size { CONTRIBUTION, NORM, MAGNITUDE };  // in the order of BY_ROWS in the formula's file
+
 struct Rows {  // (B, N, C) with a last stride of 1; strides count elements
     const void* data;
     Size stride_b, stride_n;
     FIELDS(data, stride_b, stride_n)
 };
 struct ResidualWeights {
-    Size dtype, B, N, C, by_norm;
+    Size dtype, B, N, C, weighting;
     Rows residual, branch, grad;
     float *a, *b;  // (B, N)
-    FIELDS(dtype, B, N, C, by_norm, residual, branch, grad, a, b)
+    FIELDS(dtype, B, N, C, weighting, residual, branch, grad, a, b)
 };
 
 // VL numbers from the i-th of a row on, or where it has fewer, these and zeros
@@ -35,7 +37,7 @@ struct Sums {
     Vector x, o;
     METHOD void add(Vector more_x, Vector more_o) { x += more_x, o += more_o; }
 };
-template <Size DTYPE, bool BY_NORM> static void weigh_row(const ResidualWeights& c, Size b, Size n) {
+template <Size DTYPE, Size WEIGHTING> static void weigh_row(const ResidualWeights& c, Size b, Size n) {
     const auto row = [&](const Rows& rows) { return element(rows.data, DTYPE, b * rows.stride_b + n * rows.stride_n); };
     const void *x = row(c.residual), *o = row(c.branch), *g = row(c.grad);
     Sums total = {};
@@ -43,17 +45,17 @@ template <Size DTYPE, bool BY_NORM> static void weigh_row(const ResidualWeights&
         Sums part = {};
         for (Size i = first; i < least(first + SHORT_SUM * VL, c.C); i += VL) {
             const Vector of_x = numbers<DTYPE>(x, i, c.C), of_o = numbers<DTYPE>(o, i, c.C);
-            if (BY_NORM) {
+            if (WEIGHTING == NORM) {
                 part.add(of_x * of_x, of_o * of_o);
             } else {
-                const Vector of_g = numbers<DTYPE>(g, i, c.C);
-                part.add(of_g * of_x, of_g * of_o);
+                const Vector of_g = numbers<DTYPE>(g, i, c.C), by_x = of_g * of_x, by_o = of_g * of_o;
+                WEIGHTING == MAGNITUDE ? part.add(absolute(by_x), absolute(by_o)) : part.add(by_x, by_o);
             }
         }
         total.add(part.x, part.o);
     }
     const float sum_x = sum(total.x), sum_o = sum(total.o);
-    const float by_x = BY_NORM ? sqrtf(sum_x) : fabsf(sum_x), by_o = BY_NORM ? sqrtf(sum_o) : fabsf(sum_o);
+    const float by_x = WEIGHTING == NORM ? sqrtf(sum_x) : fabsf(sum_x), by_o = WEIGHTING == NORM ? sqrtf(sum_o) : fabsf(sum_o);
     const float a = by_x + by_o == 0.f ? 0.5f : by_x / (by_x + by_o);
     c.a[b * c.N + n] = a, c.b[b * c.N + n] = 1.f - a;
 }
@@ -70,7 +72,11 @@ static void weigh_rows(WeightsRun& call, Size task) {
         call.weigh(call.c, row / call.c.N, row % call.c.N);
 }
 static Size residual_weights(const ResidualWeights& c) {
-    const auto chosen = [&](auto dtype) { return c.by_norm ? weigh_row<dtype.value, true> : weigh_row<dtype.value, false>; };
+    const auto chosen = [&](auto dtype) {
+        return c.weighting == NORM        ? weigh_row<dtype.value, NORM>
+               : c.weighting == MAGNITUDE ? weigh_row<dtype.value, MAGNITUDE>
+                                          : weigh_row<dtype.value, CONTRIBUTION>;
+    };
     const auto weigh = c.dtype == FLOAT32    ? chosen(Constant<FLOAT32>{})
                        : c.dtype == BFLOAT16 ? chosen(Constant<BFLOAT16>{})
                                              : chosen(Constant<FLOAT16>{});

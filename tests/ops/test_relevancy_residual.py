@@ -17,6 +17,7 @@ from tests.helpers.ops.backends import F64, HALVES, assert_refused, core, each, 
 from tests.helpers.ops.score_cases import lay_out
 from tests.helpers.ops.tile_edges import covering
 from vlattn_fast.backends.reference.relevancy_residual import BY_ROWS
+from vlattn_fast.backends.reference.relevancy_residual import WEIGHTINGS as NAMES
 from vlattn_fast.backends.streaming import _tiles
 
 B, H, N, D, T, LAYERS = 2, 2, 6, 4, 2, 3
@@ -36,7 +37,7 @@ def by_norm_of_gradient(residual: Tensor, branch: Tensor, g: Tensor) -> tuple[Te
     return g.norm(dim=-1) * residual[..., 0].abs(), branch.mean(-1).abs()
 
 
-WEIGHTINGS: dict[str, Any] = {"contribution": "contribution", "norm": "norm", "equal": "equal", "callable": by_norm_of_gradient}
+WEIGHTINGS: dict[str, Any] = {**dict(zip(NAMES, NAMES, strict=True)), "callable": by_norm_of_gradient}
 
 
 def heads(x: Tensor) -> Tensor:
@@ -91,6 +92,12 @@ def test_rows_of_the_full_formula(name: str) -> None:
         elif name == "norm":
             c_x, c_o = residual.norm(dim=-1), branch.norm(dim=-1)
             a, b = c_x / (c_x + c_o), c_o / (c_x + c_o)
+        elif name == "magnitude":
+            c_x, c_o = torch.zeros(B, N, dtype=F64), torch.zeros(B, N, dtype=F64)
+            for feature in range(C):
+                c_x += (g[..., feature] * residual[..., feature]).abs()
+                c_o += (g[..., feature] * branch[..., feature]).abs()
+            a, b = c_x / (c_x + c_o), c_o / (c_x + c_o)
         elif name == "equal":
             a = b = torch.ones(B, N, dtype=F64)
         else:
@@ -127,6 +134,7 @@ def test_by_hand_and_one_half_where_both_are_zero(backend: str) -> None:
         "contribution": ([0.75, 0.5, 0.0], [0.25, 0.5, 1.0]),
         "equal": ([1.0] * 3, [1.0] * 3),
         "norm": ([5**0.5 / (5**0.5 + 1), 0.5, 2**0.5 / (2**0.5 + 5)], [1 / (5**0.5 + 1), 0.5, 5 / (2**0.5 + 5)]),
+        "magnitude": ([0.75, 0.5, 2 / 9], [0.25, 0.5, 7 / 9]),
     }
     for weighting, (a, b) in expected.items():
         outputs = va.relevancy_residual(x, o, c, d, weighting=weighting, backend=backend)

@@ -13,6 +13,7 @@ import vlattn_fast as va
 from tests.helpers.compare import assert_all_close_to, assert_close_to, outputs_and_grads
 from tests.helpers.ops.backends import each, on
 from tests.helpers.ops.second_cases import check, gradients, inputs
+from vlattn_fast.backends.reference.relevancy_residual import WEIGHTINGS
 from vlattn_fast.dispatch.choice import load
 from vlattn_fast.ops.score_attention import BACKENDS
 
@@ -28,7 +29,7 @@ def residual_inputs() -> list[Tensor]:
     return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
 
-@pytest.mark.parametrize("weighting", ["contribution", "norm", "equal", constants])
+@pytest.mark.parametrize("weighting", [*WEIGHTINGS, constants])
 def test_the_sum_of_relevancy_residual(weighting: object) -> None:
     residual, branch, *carriers = residual_inputs()
 

@@ -70,6 +70,7 @@ def relevancy_residual(
 
     - "contribution": c_x = |sum_c g x|, c_o = |sum_c g o|, a = c_x / (c_x + c_o), b = 1 - a; 1/2 each if both are zero.
     - "norm": the same with the L2 norms |x| and |o|.
+    - "magnitude": the same with c_x = sum_c |g x| and c_o = sum_c |g o|, in which features of opposite signs do not cancel.
     - "equal": a = b = 1, Chefer's rule.
     - a callable (residual, branch, g) -> (a, b).
 
@@ -79,7 +80,7 @@ def relevancy_residual(
     Args:
         residual, branch: (B, N, C), float16, bfloat16, float32 or float64.
         residual_carrier, branch_carrier: (B, T, N) in one dtype.
-        weighting: "contribution", "norm", "equal" or a callable.
+        weighting: "contribution", "norm", "magnitude", "equal" or a callable.
         backend: "auto", "reference", "streaming", "cpu" or "triton". "cpu" and "triton" support no callable.
 
     Returns:

@@ -271,8 +271,12 @@ def carrier_gradients_of_residual(
     weighting: str = "contribution",
 ) -> tuple[Tensor, Tensor]:
     """r * a and r * b: the rule, whose weights are constants."""
-    by_norm = weighting == "norm"
-    a, b = (x.square().sum(-1).sqrt() if by_norm else (grad * x).sum(-1).abs() for x in (residual, branch))
+    shares = {
+        "contribution": lambda x: (grad * x).sum(-1).abs(),
+        "norm": lambda x: x.square().sum(-1).sqrt(),
+        "magnitude": lambda x: (grad * x).abs().sum(-1),
+    }
+    a, b = map(shares[weighting], (residual, branch))
     a = torch.where(a + b == 0, 0.5, a / (a + b)).detach()
     return r * a[:, None], r * (1 - a)[:, None]
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from vlattn_fast._ground.tensors import unit_strides
 from vlattn_fast.backends.inputs import ResidualWeightsInputs
 from vlattn_fast.backends.native import DTYPES, Struct, address, each, kernel
+from vlattn_fast.backends.reference.relevancy_residual import BY_ROWS
 
 
 class Rows(Struct):
@@ -19,7 +20,7 @@ class Rows(Struct):
 
 class ResidualWeights(Struct):
     __slots__ = ()
-    _fields_ = (*each(c_int64, "dtype B N C by_norm"), *each(Rows, "residual branch grad"), *each(c_void_p, "a b"))
+    _fields_ = (*each(c_int64, "dtype B N C weighting"), *each(Rows, "residual branch grad"), *each(c_void_p, "a b"))
 
 
 _weights = kernel("residual_weights", ResidualWeights)
@@ -30,7 +31,7 @@ def backward(inputs: ResidualWeightsInputs) -> tuple[Tensor, Tensor]:
     rows = unit_strides(inputs.residual, inputs.branch, inputs.grad)
     batch, tokens, features = inputs.residual.shape
     a, b = (inputs.residual.new_empty(batch, tokens, dtype=torch.float32) for _ in range(2))
-    call = ResidualWeights(DTYPES[inputs.residual.dtype], batch, tokens, features, inputs.weighting == "norm")
+    call = ResidualWeights(DTYPES[inputs.residual.dtype], batch, tokens, features, BY_ROWS.index(inputs.weighting))
     call.residual, call.branch, call.grad = (Rows(x.data_ptr(), *x.stride()[:2]) for x in rows)
     call.a, call.b = address(a), address(b)
     _weights(call)

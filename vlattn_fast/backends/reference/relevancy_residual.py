@@ -15,7 +15,7 @@ from torch import Tensor
 from vlattn_fast._ground.checks import check_choice, describe, is_transformed
 from vlattn_fast._ground.tensors import compute_dtype, not_zero
 
-BY_ROWS = ("contribution", "norm")  # which read rows, and have kernels
+BY_ROWS = ("contribution", "norm", "magnitude")  # which read rows, and have kernels
 WEIGHTINGS = (*BY_ROWS, "equal")
 Weighting = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -104,6 +104,8 @@ def residual_weights(residual: Tensor, branch: Tensor, grad: Tensor, weighting: 
     x, o, g = residual.to(dtype), branch.to(dtype), grad.to(dtype)
     if weighting == "contribution":
         by_residual, by_branch = (g * x).sum(-1).abs(), (g * o).sum(-1).abs()
+    elif weighting == "magnitude":
+        by_residual, by_branch = (g * x).abs().sum(-1), (g * o).abs().sum(-1)
     else:
         by_residual, by_branch = x.norm(dim=-1), o.norm(dim=-1)
     total = by_residual + by_branch

@@ -75,8 +75,9 @@ class Weighted(GradientMethod):
         """
         Args:
             weighting: the sizes of which a and b are the shares, with x the residual stream, o the attention's branch and g the
-                score's gradient at their sum: "contribution" = |g.x| and |g.o|, "norm" = |x| and |o|, "equal" = 1 and 1; or a
-                callable(residual, branch, gradient) -> (a, b), (B, N) each.
+                score's gradient at their sum: "contribution" = |g.x| and |g.o|, "norm" = |x| and |o|, "magnitude" =
+                sum_c |g_c x_c| and sum_c |g_c o_c|, "equal" = 1 and 1; or a callable(residual, branch, gradient) -> (a, b),
+                (B, N) each.
             start_layer, sinks: see `Gradient`.
             freeze, of: see `Method`.
 
@@ -84,7 +85,7 @@ class Weighted(GradientMethod):
             TypeError, ValueError: an option has a wrong type or value.
         """
         if not callable(weighting) and not (isinstance(weighting, str) and weighting in WEIGHTINGS):
-            raise ValueError(f"weighting must be 'contribution', 'norm', 'equal' or a callable; got {weighting!r}")
+            raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)} or a callable; got {weighting!r}")
         self.weighting = weighting
         super().__init__(start_layer=start_layer, sinks=sinks, freeze=freeze, of=of)
 
