@@ -55,7 +55,7 @@ def pixels(batch=2):
     return torch.randn(batch, 1, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
-def formula(model, image_states, text_states, mask):
+def formula(model, image_states, text_states, mask, cross_first=False):
     """The mapper written out with stored maps, mask bool (B, T, T)."""
     state = model.state_dict()
 
@@ -76,10 +76,15 @@ def formula(model, image_states, text_states, mask):
     image = linear("vision_projection", norm("vision_norm", image_states))
     x = linear("text_projection", text_states)
     every = torch.ones(x.shape[0], x.shape[1], image.shape[1], dtype=torch.bool)
+    among = torch.ones(x.shape[0], image.shape[1], image.shape[1], dtype=torch.bool)
     for layer in ("layers.0", "layers.1"):
-        normed = norm(f"{layer}.self_attention_norm", x)
-        x = x + attend(f"{layer}.self_attention", normed, normed, mask)
-        x = x + attend(f"{layer}.cross_attention", norm(f"{layer}.cross_attention_norm", x), image, every)
+        if model.image_layers:
+            normed = norm(f"image_{layer}.self_attention_norm", image)
+            image = image + attend(f"image_{layer}.self_attention", normed, normed, among)
+        for part in ("cross", "self") if cross_first else ("self", "cross"):
+            normed = norm(f"{layer}.{part}_attention_norm", x)
+            context, seen = (normed, mask) if part == "self" else (image, every)
+            x = x + attend(f"{layer}.{part}_attention", normed, context, seen)
         x = x + linear(f"{layer}.mlp.output", F.gelu(linear(f"{layer}.mlp.intermediate", norm(f"{layer}.mlp_norm", x))))
     x = norm("norm", x)
     return linear("head", x), x
@@ -110,6 +115,19 @@ def test_next_tokens_are_the_formula_with_a_causal_mask(masked):
     logits, _ = formula(model, image, text, mask[:, None] & earlier)
     assert output.logits.shape == (2, 6, 13)
     torch.testing.assert_close(output.logits[mask], logits[mask], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("image_self_attention", [True, False])
+@pytest.mark.parametrize("cross_first", [True, False])
+def test_the_formula_of_each_order_of_layers(cross_first, image_self_attention):
+    for task in ({"num_answers": 5}, {"vocab_size": 13}):
+        model = mapper(cross_first=cross_first, image_self_attention=image_self_attention, **task).double()
+        assert len(model.image_layers) == 2 * image_self_attention
+        states = model(pixels().double(), IDS, MASK).last_hidden_state
+        text = model.text(input_ids=IDS, attention_mask=MASK.long()).last_hidden_state
+        mask = MASK[:, None].expand(-1, 6, -1) if "num_answers" in task else MASK[:, None] & torch.ones(6, 6).tril().bool()
+        _, want = formula(model, model.encode_image(pixels().double()), text, mask, cross_first)
+        torch.testing.assert_close(states[MASK], want[MASK], rtol=1e-10, atol=1e-10)
 
 
 def test_a_later_token_changes_no_earlier_logits():

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlattn_fast._ground.checks import check_integer, check_number, readable
+from vlattn_fast._ground.checks import check_bool, check_integer, check_number, readable
 from vlattn_fast.models._attention import ProjectedAttention
 from vlattn_fast.models._checks import check_ids, check_length, check_mask, check_states
 
@@ -28,7 +28,7 @@ class CLIPMapperOutput:
 
 
 class CLIPMapperAttention(ProjectedAttention):
-    """Attention from text states to `context`."""
+    """Attention from states to `context`."""
 
     def __init__(self, hidden_size: int, num_heads: int, *, is_causal: bool = False, dropout: float = 0.0) -> None:
         super().__init__(hidden_size, num_heads, dropout, is_causal)
@@ -59,11 +59,37 @@ class CLIPMapperResidual(nn.Module):
         return stream + self.dropout(branch)
 
 
-class CLIPMapperLayer(nn.Module):
-    """Pre-norm: self-attention over the text, cross-attention to the image, MLP, each ended by its residual sum."""
+class CLIPMapperImageLayer(nn.Module):
+    """Pre-norm: self-attention over the image tokens, ended by its residual sum."""
 
-    def __init__(self, hidden_size: int, num_heads: int, intermediate_size: int, *, is_causal: bool, dropout: float) -> None:
+    def __init__(self, hidden_size: int, num_heads: int, *, dropout: float) -> None:
         super().__init__()
+        self.self_attention_norm = nn.LayerNorm(hidden_size)
+        self.self_attention = CLIPMapperAttention(hidden_size, num_heads, dropout=dropout)
+        self.self_attention_residual = CLIPMapperResidual(dropout)
+
+    def forward(self, image_states: Tensor) -> Tensor:
+        normed = self.self_attention_norm(image_states)
+        states: Tensor = self.self_attention_residual(image_states, self.self_attention(normed, normed))
+        return states
+
+
+class CLIPMapperLayer(nn.Module):
+    """Pre-norm: self-attention over the text, cross-attention to the image, MLP, each ended by its residual sum.
+    cross_first: cross-attention comes first."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        intermediate_size: int,
+        *,
+        is_causal: bool,
+        dropout: float,
+        cross_first: bool = False,
+    ) -> None:
+        super().__init__()
+        self.cross_first = cross_first
         self.self_attention_norm = nn.LayerNorm(hidden_size)
         self.self_attention = CLIPMapperAttention(hidden_size, num_heads, is_causal=is_causal, dropout=dropout)
         self.self_attention_residual = CLIPMapperResidual(dropout)
@@ -75,11 +101,21 @@ class CLIPMapperLayer(nn.Module):
         self.mlp_residual = CLIPMapperResidual(dropout)
 
     def forward(self, hidden_states: Tensor, image_states: Tensor, attention_mask: Tensor | None) -> Tensor:
-        normed = self.self_attention_norm(hidden_states)
-        hidden_states = self.self_attention_residual(hidden_states, self.self_attention(normed, normed, attention_mask))
-        normed = self.cross_attention_norm(hidden_states)
-        hidden_states = self.cross_attention_residual(hidden_states, self.cross_attention(normed, image_states))
+        if self.cross_first:
+            hidden_states = self._attend_to_image(hidden_states, image_states)
+            hidden_states = self._attend_to_text(hidden_states, attention_mask)
+        else:
+            hidden_states = self._attend_to_text(hidden_states, attention_mask)
+            hidden_states = self._attend_to_image(hidden_states, image_states)
         return self.mlp_residual(hidden_states, self.mlp(self.mlp_norm(hidden_states)))
+
+    def _attend_to_text(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
+        normed = self.self_attention_norm(hidden_states)
+        return self.self_attention_residual(hidden_states, self.self_attention(normed, normed, attention_mask))
+
+    def _attend_to_image(self, hidden_states: Tensor, image_states: Tensor) -> Tensor:
+        normed = self.cross_attention_norm(hidden_states)
+        return self.cross_attention_residual(hidden_states, self.cross_attention(normed, image_states))
 
 
 class CLIPMapper(nn.Module):
@@ -109,6 +145,9 @@ class CLIPMapper(nn.Module):
         num_answers, vocab_size: exactly one of them.
         intermediate_size: of the mapper's MLPs. Default: 4 * hidden_size.
         dropout: of the mapper's attention and residual branches.
+        image_self_attention: the image tokens attend to themselves before each layer of the mapper; the layers attend to the
+            result.
+        cross_first: in each layer cross-attention to the image comes before self-attention over the text, and not after.
         freeze_encoders: the encoders' parameters get no gradient, and train() leaves the encoders in eval mode, so that
             the states of `encode_image` and `encode_text` can be stored for the whole training.
         eos_token_id: the end-of-text token. Default: `text.config.eos_token_id`. As in transformers' CLIP, a sample's logits are
@@ -130,6 +169,8 @@ class CLIPMapper(nn.Module):
         vocab_size: int | None = None,
         intermediate_size: int | None = None,
         dropout: float = 0.0,
+        image_self_attention: bool = False,
+        cross_first: bool = False,
         freeze_encoders: bool = True,
         eos_token_id: int | None = None,
     ) -> None:
@@ -146,6 +187,7 @@ class CLIPMapper(nn.Module):
         if vocab_size is not None and known is not None and vocab_size > known:
             raise ValueError(f"vocab_size must be at most text's, {known}, since text encodes generated tokens; got {vocab_size}")
         check_number("dropout", dropout, low=0.0, high=1.0, open_high=True)
+        check_bool(image_self_attention=image_self_attention, cross_first=cross_first)
         self.vision, self.text = vision, text
         self.num_answers, self.vocab_size = num_answers, vocab_size
         self.freeze_encoders = freeze_encoders
@@ -155,12 +197,17 @@ class CLIPMapper(nn.Module):
         self.text_projection = nn.Linear(sizes["text"], hidden_size)
         inner = 4 * hidden_size if intermediate_size is None else intermediate_size
         self.layers = nn.ModuleList(
-            CLIPMapperLayer(hidden_size, num_heads, inner, is_causal=vocab_size is not None, dropout=dropout)
+            CLIPMapperLayer(
+                hidden_size, num_heads, inner, is_causal=vocab_size is not None, dropout=dropout, cross_first=cross_first
+            )
             for _ in range(num_layers)
+        )
+        self.image_layers = nn.ModuleList(
+            CLIPMapperImageLayer(hidden_size, num_heads, dropout=dropout) for _ in range(num_layers * image_self_attention)
         )
         self.norm = nn.LayerNorm(hidden_size)
         self.head = nn.Linear(hidden_size, num_answers or vocab_size or 0)
-        for part in (self.vision_projection, self.text_projection, self.layers, self.head):
+        for part in (self.vision_projection, self.text_projection, self.layers, self.image_layers, self.head):
             part.apply(_initialize)
         if freeze_encoders:
             for encoder in (vision, text):
@@ -216,7 +263,9 @@ class CLIPMapper(nn.Module):
         image_states = self.vision_projection(self.vision_norm(image_states))
         hidden_states = self.text_projection(text_states)
         mask = self._mask(real)
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers):
+            if self.image_layers:
+                image_states = self.image_layers[number](image_states)
             hidden_states = layer(hidden_states, image_states, mask)
         hidden_states = self.norm(hidden_states)
         explained = hidden_states if end is None else hidden_states[torch.arange(len(end), device=end.device), end]

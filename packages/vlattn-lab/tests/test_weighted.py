@@ -11,6 +11,7 @@ pytest.importorskip("safetensors")
 import vlattn_fast as va
 from tests.helpers.small_models import lively
 from tests.helpers.weighted_maps import _relevancies, run, shares, weighted_relevancy
+from vlattn_fast.backends.reference.relevancy_residual import WEIGHTINGS
 from vlattn_fast.interpret.relevancy.methods.registry import with_options
 from vlattn_fast.models import CLIPMapper
 from vlattn_lab.clip import CONFIG as CLIP_CONFIG
@@ -21,9 +22,9 @@ from vlattn_lab.texts import SceneProcessor
 pytestmark = pytest.mark.usefixtures("published")
 
 
-def make(task):
+def make(task, **options):
     clip = build_clip(CLIP_CONFIG)
-    model = lively(CLIPMapper(clip.vision_model, clip.text_model, **CONFIG[task])).eval().double()
+    model = lively(CLIPMapper(clip.vision_model, clip.text_model, **CONFIG[task], **options)).eval().double()
     texts = ["what is left of a six", "is there a three"]
     inputs = SceneProcessor(end=task == "vqa")(torch.rand(2, 32, 32).double(), texts)
     return model, inputs, [3, 5]
@@ -74,6 +75,8 @@ def test_weights_are_shares_of_the_sum():
     before, after = abs(float(g[1, 2] @ x[1, 2])), abs(float(g[1, 2] @ o[1, 2]))
     assert float(a[1, 2]) == pytest.approx(before / (before + after)) and float((a + b - 1).abs().max()) < 1e-12
     assert float(shares("norm", x, o, g)[0][1, 2]) == pytest.approx(float(x[1, 2].norm() / (x[1, 2].norm() + o[1, 2].norm())))
+    before, after = (sum(abs(float(g[1, 2, c] * term[1, 2, c])) for c in range(4)) for term in (x, o))
+    assert float(shares("magnitude", x, o, g)[0][1, 2]) == pytest.approx(before / (before + after))
 
 
 def test_each_addition_has_its_weights(mapper):
@@ -109,7 +112,7 @@ def test_each_addition_has_its_weights(mapper):
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("weighting", ["contribution", "norm", "equal"])
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_explain_has_the_same_rule(mapper, weighting, normalize):
     model, inputs, target = mapper
     want = weighted_relevancy(model, inputs, target, weighting=weighting, normalize=normalize)
@@ -119,6 +122,22 @@ def test_explain_has_the_same_rule(mapper, weighting, normalize):
         one, two = getattr(got, name), getattr(want, name)
         assert two.abs().max() > 1e-6
         assert (one - two).abs().max() < 1e-10 * two.abs().max()
+
+
+@pytest.mark.parametrize("task", CONFIG)
+@pytest.mark.parametrize("cross_first", [True, False])
+def test_image_tokens_that_attend_to_themselves(task, cross_first):
+    """In both orders of the layers: the relevancies of the image grow between the attentions to it."""
+    model, inputs, target = make(task, image_self_attention=True, cross_first=cross_first)
+    assert [step.kind for step in run(model, inputs)[2][-3:]] == (["ii", "ti", "tt"] if cross_first else ["ii", "tt", "ti"])
+    for weighting, normalize in (("contribution", True), ("equal", False)):
+        want = weighted_relevancy(model, inputs, target, weighting=weighting, normalize=normalize)
+        method = with_options("weighted" if normalize else "weighted:no_normalization", weighting=weighting)
+        got = va.explain(model, inputs, target=target, method=method)
+        for name in ("image", "text"):
+            one, two = getattr(got, name), getattr(want, name)
+            assert two.abs().max() > 1e-6
+            assert (one - two).abs().max() < 1e-10 * two.abs().max()
 
 
 def test_each_token_of_a_caption():

@@ -14,6 +14,7 @@ from tests.helpers.interpret.stored_maps import assert_rows, literal_attention
 from tests.interpret.result.test_page import data
 from vlattn_fast.interpret import explain
 from vlattn_fast.models import CLIPMapper
+from vlattn_fast.models._attention import ProjectedAttention
 
 pytestmark = pytest.mark.filterwarnings("ignore:A part of the map belongs to later tokens")  # of the published rollout
 
@@ -23,12 +24,13 @@ IDS = torch.tensor([[57, 4, 9, 11, 7, 23, EOS], [57, 8, 30, EOS, 0, 0, 0]])
 LAYERS = 2
 
 
-def mapper(dtype=torch.float64, **read):
+def mapper(dtype=torch.float64, **options):
     torch.manual_seed(0)
     ends = dict(bos_token_id=57, eos_token_id=EOS, pad_token_id=0)
     text = transformers.CLIPTextModel(transformers.CLIPTextConfig(**TEXT, **ends, max_position_embeddings=16))
     vision = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**dict(VISION, image_size=24)))
-    sizes = dict(hidden_size=24, num_layers=LAYERS, num_heads=3, **(read or {"num_answers": 5}))
+    options = options if "vocab_size" in options else {"num_answers": 5, **options}
+    sizes = dict(hidden_size=24, num_layers=LAYERS, num_heads=3, **options)
     model = CLIPMapper(vision, text, freeze_encoders=False, **sizes)  # the published rule takes gradients at their maps
     lively(model)
     with torch.no_grad():  # calmer, so that the error of float32 is the rules' and not that of a deep random model
@@ -58,15 +60,17 @@ def stored(model, inputs):
         return output
 
     with pytest.MonkeyPatch.context() as patch:
-        for layer in model.layers:
-            for module in (layer.self_attention, layer.cross_attention):
+        for module in model.modules():
+            if isinstance(module, ProjectedAttention):
                 patch.setattr(module, "attention_function", attend)
         outputs = model(**inputs)
     for handle in handles:
         handle.remove()
     for encoder in (model.vision, model.text):
         encoder.set_attn_implementation("sdpa")
-    kinds = ["ii"] * VISION["num_hidden_layers"] + ["tt"] * TEXT["num_hidden_layers"] + ["tt", "ti"] * LAYERS
+    layer = ["ti", "tt"] if model.layers[0].cross_first else ["tt", "ti"]
+    layer = ["ii"] * bool(model.image_layers) + layer
+    kinds = ["ii"] * VISION["num_hidden_layers"] + ["tt"] * TEXT["num_hidden_layers"] + layer * LAYERS
     assert len(kinds) == len(maps)
     return outputs, kinds, maps
 
@@ -74,8 +78,17 @@ def stored(model, inputs):
 DTYPES_OF_METHODS = (*((torch.float64, method) for method in METHODS), (torch.float32, "gradient"))
 
 
-def test_an_answer_among_classes():
-    model, inputs = mapper(), inputs_of(IDS)
+ORDERS = {
+    "text first": {},
+    "image tokens to themselves": {"image_self_attention": True},
+    "cross first": {"cross_first": True},
+    "both": {"image_self_attention": True, "cross_first": True},
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_an_answer_among_classes(order):
+    model, inputs = mapper(**ORDERS[order]), inputs_of(IDS)
     outputs, kinds, maps = stored(model, inputs)
     maps = with_gradients(kinds, maps, outputs.logits.max(-1).values.sum())
     ends = [6, 3]
@@ -107,9 +120,10 @@ def test_the_row_is_where_the_model_reads_its_answer(eos):
 
 
 @pytest.mark.parametrize("masked", [True, False])
-def test_the_next_token(masked):
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_next_token(masked, order):
     """Without a mask the mapper's attention is causal by its own flag."""
-    model, inputs = mapper(vocab_size=60), inputs_of(IDS[:, :4])
+    model, inputs = mapper(vocab_size=60, **ORDERS[order]), inputs_of(IDS[:, :4])
     if not masked:
         del inputs["attention_mask"]
     outputs, kinds, maps = stored(model, inputs)

@@ -20,13 +20,14 @@ _DECODED = Tower("language", "model.language_model.decoder", "layers", "target",
 _PROMPT = Tower("prompt", "model.language_model.encoder", "layers", "mean", "image_text", grid=image_grids.after_mean)
 _FLORENCE = Adapter((_DECODED, _PROMPT), "token", bimodal=True, within="model.language_model", answers="decoder_input_ids")
 
-# Its layers go on from the text encoder's states, token by token, and attend to the image's.
+# Its layers go on from the text encoder's states, token by token, and attend to the image's, which may have layers there, too.
 _MAPPED = Tower("text", "text", "encoder.layers", "eot", "clip_text", further=("layers",))
-_TO_MAP = Tower("vision", "vision", "encoder.layers", "cls", "patches", prefix=1)
+_PATCHES = Tower("vision", "vision", "encoder.layers", "cls", "patches", prefix=1)
+_TO_MAP = replace(_PATCHES, further=("image_layers",))
 _MAPPER = Adapter((replace(_MAPPED, position="target", tokens="text"), _TO_MAP), "token", bimodal=True)
 
 _BLIP_DECODER = Tower("text", "text_decoder.bert", "encoder.layer", "target", "text")
-_BLIP_VISION = replace(_TO_MAP, path="vision_model")
+_BLIP_VISION = replace(_PATCHES, path="vision_model")
 
 # The steps of the chunk attend to themselves and, layer by layer, to what the language model made of the images and the task.
 _CHUNK = Tower("actions", "model.dit", "layers", "gradient", actions.Actions.name)
@@ -35,7 +36,7 @@ _POLICY = Adapter((_CHUNK, _PROMPT_OF_POLICY), actions.Velocity.name, bimodal=Tr
 
 # A prompt has one image: several would be keys of one call, while the vision tower has them one by one.
 _BETWEEN = Tower("language", "model", "layers", "target", "text", further=("model.gated_cross_attn_layers",))
-_IDEFICS = Adapter((_BETWEEN, replace(_TO_MAP, path="model.vision_model")), "token", bimodal=True)
+_IDEFICS = Adapter((_BETWEEN, replace(_PATCHES, path="model.vision_model")), "token", bimodal=True)
 
 LINKED: dict[str, Adapter] = {
     "BlipForConditionalGeneration": Adapter((_BLIP_DECODER, _BLIP_VISION), "token", bimodal=True),

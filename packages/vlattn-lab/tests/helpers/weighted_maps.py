@@ -75,28 +75,38 @@ def run(model: CLIPMapper, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor, l
     hidden = model.text_projection(text.final_layer_norm(_encoded("tt", text, hidden, causal, steps)))
     mask = real[:, None, None] if model.num_answers is not None else causal
     names = ("query", "key", "value", "output")
-    for layer in model.layers:
+    for number, layer in enumerate(model.layers):
         part: Any = layer
-        normed = part.self_attention_norm(hidden)
-        maps, out = _attended(part.self_attention, names, normed, normed, mask)
-        steps.append(Step("tt", maps, hidden, hidden + out))
-        hidden = steps[-1].y
-        maps, out = _attended(part.cross_attention, names, part.cross_attention_norm(hidden), image, None)
-        steps.append(Step("ti", maps, hidden, hidden + out))
-        hidden = steps[-1].y + part.mlp(part.mlp_norm(steps[-1].y))
+        if model.image_layers:
+            own: Any = model.image_layers[number]
+            normed = own.self_attention_norm(image)
+            maps, out = _attended(own.self_attention, names, normed, normed, None)
+            steps.append(Step("ii", maps, image, image + out))
+            image = steps[-1].y
+        for kind in ("ti", "tt") if part.cross_first else ("tt", "ti"):
+            if kind == "tt":
+                normed = part.self_attention_norm(hidden)
+                maps, out = _attended(part.self_attention, names, normed, normed, mask)
+            else:
+                maps, out = _attended(part.cross_attention, names, part.cross_attention_norm(hidden), image, None)
+            steps.append(Step(kind, maps, hidden, hidden + out))
+            hidden = steps[-1].y
+        hidden = hidden + part.mlp(part.mlp_norm(hidden))
     place = (ids == model.eos_token_id).int().argmax(1) if model.num_answers is not None else real.sum(1) - 1
     return model.head(model.norm(hidden))[torch.arange(len(ids)), place], place, steps
 
 
 def shares(weighting: str, x: Tensor, o: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """a and b (B, N, 1) by "contribution", "norm" or "equal", see `relevancy_residual`."""
+    """a and b (B, N, 1) by the name of a weighting, see `relevancy_residual`."""
+    sizes = {
+        "contribution": lambda term: (gradient * term).sum(-1, keepdim=True).abs(),
+        "norm": lambda term: term.norm(dim=-1, keepdim=True),
+        "magnitude": lambda term: (gradient * term).abs().sum(-1, keepdim=True),
+    }
     if weighting == "equal":
         one = torch.ones_like(x[..., :1])
         return one, one
-    before, after = (
-        (gradient * term).sum(-1, keepdim=True).abs() if weighting == "contribution" else term.norm(dim=-1, keepdim=True)
-        for term in (x, o)
-    )
+    before, after = map(sizes[weighting], (x, o))
     share = torch.where(before + after > 0, before / (before + after), 0.5)
     return share, 1 - share
 

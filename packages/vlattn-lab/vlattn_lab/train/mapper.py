@@ -122,15 +122,16 @@ def fitting_digits(asked: Questions, ids: Tensor, texts: Tensor, last: Tensor) -
     return fitting, sayable_captions("train", None)[said[..., 0], said[..., 2], relation]
 
 
-def train(task: str, steps: int, *, seed: int = 0, log_every: int = 100, clip: str | Path = DATA) -> CLIPMapper:
+def train(task: str, steps: int, *, seed: int = 0, log_every: int = 100, clip: str | Path = DATA, **options: bool) -> CLIPMapper:
     """A model of task "vqa" or "captions", trained for `steps` steps of SCENES scenes with AdamW, one learning-rate cycle; eval
-    mode. clip: the directory of the CLIP weights."""
+    mode. clip: the directory of the CLIP weights. options: further ones of the CLIPMapper, such as its kind of layers."""
     check_steps(steps)
     generator = torch.Generator().manual_seed(seed)
     encoders, _ = load_clip(clip)
 
     def make() -> tuple[CLIPMapper, TrainingHeads]:
-        model = CLIPMapper(encoders.vision_model, encoders.text_model, **CONFIG[task], freeze_encoders=False)
+        config: dict[str, Any] = CONFIG[task] | options
+        model = CLIPMapper(encoders.vision_model, encoders.text_model, **config, freeze_encoders=False)
         return model, TrainingHeads(CONFIG[task]["hidden_size"])
 
     model, heads = seeded(seed, make)
