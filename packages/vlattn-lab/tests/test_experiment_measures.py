@@ -25,25 +25,46 @@ from vlattn_lab.processor import VOCABULARY
 from vlattn_lab.texts import ANSWERS
 
 
-def test_weighted_relevancy_is_compared_as_stored(monkeypatch):
-    """By which sign a test is better, over the sets of scenes; its control is no test."""
-    monkeypatch.chdir(ROOT)
-    stored = json.loads((ROOT / "benchmarks/results/experiment-weighted_relevancy.json").read_text())["rows"]
-    for row in stored:
-        stored_p = [pytest.approx(one.pop("p"), rel=1e-14) for one in row["compared"]]  # releases of SciPy round it in other ways
-        measured = weighted_relevancy.measure({"task": row["task"]}, Settings(5))
-        assert [one.pop("p") for one in measured["compared"]] == stored_p
-        assert measured == {key: row[key] for key in ("measured_at", "weights", "compared")}
-        assert "sanity" not in {one["test"] for one in row["compared"]}
-        one = next(one for one in row["compared"] if one["test"] == "positive" and one["part"] == "image")
-        values = {
-            found["method"]: found["values"]
-            for found in json.loads(weighted_relevancy.path_of(row["task"]).read_text())["rows"]
-            if (found["test"], found["part"]) == ("positive", "image")
-        }
-        plain = values["gradient" if one["method"] == "weighted" else weighted_relevancy.PLAIN]
-        less = [a - b for a, b in zip(plain, values[one["method"]], strict=True)]  # low is good
-        assert one["better_by"] == pytest.approx(sum(less) / len(less))
+def test_a_rule_is_compared_with_the_plain_one_of_its_form(monkeypatch):
+    """By hand: the margin of each set is the area of negative less that of positive perturbation, and low is good in positive."""
+    areas = iter([(0.2, 0.6), (0.1, 0.7), (0.3, 0.6), (0.1, 0.9)])  # positive and negative: plain rule and weights, two sets
+
+    def run(task, model, samples, seed, methods, tests):
+        rows = []
+        for label in methods:
+            positive, negative = next(areas)
+            facts = {"method": label, "part": "image"}
+            rows += [{**facts, "test": "positive", "value": positive}, {**facts, "test": "negative", "value": negative}]
+            rows.append({**facts, "test": "pointing", "value": None})
+        return SimpleNamespace(table=rows)
+
+    monkeypatch.setattr(weighted_relevancy, "run", run)
+    monkeypatch.setattr(weighted_relevancy, "FORMS", {"published": ()})
+    rule = ("norm", "divided")
+    sets = [weighted_relevancy._measured("vqa", None, 2, seed, [rule]) for seed in range(2)]
+    assert list(sets[0]) == ["published, plain", "published, norm, divided"]
+    assert [part["published, plain"]["margin image"] for part in sets] == pytest.approx([0.4, 0.3])
+    mean, deviation, p = weighted_relevancy.compared(sets, "published", rule, "margin image")
+    assert (mean, deviation) == pytest.approx((0.35, 0.15 * 2**0.5)) and 0.2 < p < 0.3  # of +0.2 and +0.5
+    assert weighted_relevancy.compared(sets, "published", rule, "positive image")[0] == pytest.approx(0.15)
+    assert weighted_relevancy.compared(sets, "published", rule, "pointing image") is None
+    assert sets[0]["published, plain"]["margin text"] is None
+
+
+def test_weighted_relevancy_has_the_values_of_the_stored_evaluations():
+    """What both measured is the same: the rules by their labels, on the same scenes of the same models."""
+    rows = json.loads((ROOT / "benchmarks/results/experiment-weighted_relevancy.json").read_text())["rows"]
+    labels = {name: method.label for name, method in weighted_relevancy.methods().items()}
+    both = 0
+    for row in (row for row in rows if row["stage"] == 1):
+        report = json.loads((ROOT / f"benchmarks/results/evaluation-{row['task']}.json").read_text())
+        assert row["weights"] == report["weights"]
+        stored = {(one["method"], f"{one['test']} {one['part']}"): one["values"] for one in report["rows"]}
+        for name, tests in row["values"].items():
+            for test in tests.keys() & {test for method, test in stored if method == labels[name]}:
+                assert tests[test] == pytest.approx(stored[labels[name], test][row["seed"]], abs=1e-3), (row["task"], name, test)
+                both += 1
+    assert both > 900  # 8 rules of 16, 7 values each, in 20 sets of scenes
 
 
 # --- congruence ---

@@ -9,9 +9,11 @@ import pytest
 
 pytest.importorskip("sklearn")
 
+from vlattn_fast.measuring.records import having
 from vlattn_lab.checkout import ROOT
 from vlattn_lab.experiments import weighted_relevancy
 from vlattn_lab.experiments.run import NAMES, experiment, main
+from vlattn_lab.tasks import TASKS
 
 STORED = {path.stem.removeprefix("experiment-"): path for path in (ROOT / "benchmarks" / "results").glob("experiment-*.json")}
 
@@ -32,22 +34,14 @@ def test_tables_and_pictures_are_those_of_the_rows(name):
         assert f"({picture}.png)" in page and (ROOT / "docs" / "experiments" / f"{picture}.png").is_file()
 
 
-def test_weighted_relevancy_gathers_what_is_stored(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
+def test_weighted_relevancy_runs(tmp_path, capsys):
     out = tmp_path / "rows.json"
-    main(["weighted_relevancy", "--smoke", "--out", str(out), "--figures", str(tmp_path), "--processes", "1"])
-    rows = json.loads(out.read_text())["rows"]
-    assert [row["task"] for row in rows] == [
-        task for task in weighted_relevancy.TASKS if weighted_relevancy.path_of(task).is_file()
-    ]
-    assert {one["method"] for row in rows for one in row["compared"]} == set(weighted_relevancy.METHODS)
-    assert (tmp_path / "weighted_relevancy.png").is_file() and "UNITER" in capsys.readouterr().out
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="must hold a stored evaluation"):
-        main(["weighted_relevancy", "--out", str(tmp_path / "none.json")])
-
-
-def test_a_difference_counts_where_chance_is_unlikely():
-    one = {"better_by": 0.1, "p": 0.01}
-    assert weighted_relevancy.verdict(one) == "better" and weighted_relevancy.verdict({**one, "p": 0.06}) == "open"
-    assert weighted_relevancy.verdict({**one, "better_by": -0.1}) == "worse"
+    main(["weighted_relevancy", "--smoke", "--seeds", "1", "--out", str(out), "--processes", "1"])
+    shares, shipped, trained = (having(json.loads(out.read_text())["rows"], stage=stage) for stage in range(3))
+    assert [(row["task"], row["form"]) for row in shares] == [(task, form) for task in TASKS for form in weighted_relevancy.FORMS]
+    assert [(row["task"], row["seed"]) for row in shipped] == [(task, 0) for task in TASKS]
+    rules = len(weighted_relevancy.RULES)
+    assert all(len(row["values"]) == 2 * (1 + rules) for row in shipped) and rules == 7
+    assert [row["layers"] for row in trained] == [*weighted_relevancy.LAYERS]
+    assert len({row["weights"] for row in trained}) == len(trained)
+    assert (tmp_path / "weighted_relevancy.png").is_file() and "| published | plain rule |" in capsys.readouterr().out

@@ -24,7 +24,7 @@ from vlattn_fast.interpret.evaluating.plan import TESTS as ALL_TESTS
 from vlattn_fast.interpret.relevancy.methods.registry import published
 from vlattn_fast.measuring.provenance import commit, fingerprint, version, versions
 from vlattn_fast.measuring.records import grouped, markdown, read_json, write_records
-from vlattn_fast.methods import Method
+from vlattn_fast.methods import Method, Weighted
 from vlattn_fast.models import CLIPMapper
 from vlattn_lab import rivals
 from vlattn_lab.tasks import PLAIN, TASKS, Task, matching
@@ -72,9 +72,9 @@ def whole(runs: Sequence[Evaluation]) -> float | None:
     return sum(first) / len(first) if len(first) == len(runs) else None
 
 
-def residual_shares(task: Task, model: nn.Module, samples: int) -> list[dict[str, Any]]:
+def residual_shares(task: Task, model: nn.Module, samples: int, freeze: Sequence[str] = ()) -> list[dict[str, Any]]:
     """The weight a of weighted relevancy's residual term by "contribution", a record for each attention of each tower, first to
-    last: mean, 5th and 95th percentile over the tokens at which the score has a gradient."""
+    last: mean, 5th and 95th percentile over the tokens at which the score has a gradient. freeze: see `Weighted`."""
     shares: dict[tuple[str, int], list[Tensor]] = {}
     for inputs, target, _ in task.items(model, samples, 0, task.batch):
         # by number of tokens, which differs between towers, then by memory, which stays theirs since `residual` is kept; in the
@@ -90,7 +90,7 @@ def residual_shares(task: Task, model: nn.Module, samples: int) -> list[dict[str
             same_size[residual.data_ptr()] = residual, a[gradient.abs().amax(-1) > 0]
             return a, b
 
-        explain(model, inputs, target=target, method=published("weighted", weighting=weighting))
+        explain(model, inputs, target=target, method=Weighted(weighting=weighting, freeze=freeze))
         for size, sums in seen.items():
             parts = [part for _, part in sums.values()]
             image = "image" if "pixel_values" in inputs else "joint"

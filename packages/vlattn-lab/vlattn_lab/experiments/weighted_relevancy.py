@@ -1,116 +1,227 @@
-"""Does weighted relevancy (Huang et al., 2023) give better maps than the plain method? Read from the stored evaluations.
+"""Does weighted relevancy (Huang et al., 2023) give better maps than the plain rule?
 
-`python -m vlattn_lab.evaluation TASK` measures; this experiment compares the two methods on the same scenes, test by test,
-and with chance. The seeds are sets of test scenes; the package ships the models.
+First the weights themselves: how far are they from one half? Then every weighting explains the shipped models of four tasks,
+with and without the division of rows, in the published form and with norms held fixed, and is compared with the plain rule of the
+same form on the same scenes. Last, a CLIPMapper of each kind of layers is trained, and both rules explain it. The seeds are sets
+of test scenes.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from vlattn_fast.interpret.relevancy.methods.registry import published
+from vlattn_fast.backends.reference.relevancy_residual import WEIGHTINGS
+from vlattn_fast.interpret.relevancy.methods.registry import with_options
 from vlattn_fast.measuring.figures import panels
-from vlattn_fast.measuring.records import markdown, mean_and_deviation
+from vlattn_fast.measuring.provenance import fingerprint
+from vlattn_fast.measuring.records import grouped, having, markdown, mean_and_deviation
+from vlattn_lab.evaluation import residual_shares, run
 from vlattn_lab.experiments.experiment import Cell, Experiment, Record, Settings, Stage, paired_test
-from vlattn_lab.tasks import PLAIN
+from vlattn_lab.mapper import prompt_accuracy, question_accuracy
+from vlattn_lab.tasks import TASKS
+from vlattn_lab.train.mapper import train
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-RESULTS = Path("benchmarks/results")
-TASKS = {"matching": "UNITER", "clip": "CLIP", "vqa": "CLIPMapper, answers", "captions": "CLIPMapper, captions"}
-METHODS = {  # by the names of the stored evaluations
-    **{
-        published(name, weighting=weighting).label: what
-        for name, weighting, what in (
-            ("weighted", "contribution", "its weights from gradients"),
-            ("weighted", "norm", "its weights from norms"),
-            ("weighted", "equal", "weights 1/2"),
-            ("weighted:no_normalization", "contribution", "from gradients, rows not divided"),
-            ("weighted:no_normalization", "norm", "from norms, rows not divided"),
-        )
-    },
-    "weighted": "from gradients, norms and attention held fixed",
+MODELS = {"matching": "UNITER", "clip": "CLIP", "vqa": "answers", "captions": "captions"}
+SAMPLES = {"matching": 200, "clip": 100, "vqa": 100, "captions": 100}  # those of the stored evaluations
+PARTS = ("image", "text")
+TESTS = ("positive", "negative", "pointing", "iou", "mass")
+FORMS = {"published": (), "norms held fixed": ("norms",)}
+DIVIDED = {"divided": "weighted", "not divided": "weighted:no_normalization"}  # the rows of Abar
+# Equal weights without the division are the plain rule.
+RULES = [(name, rows) for name in WEIGHTINGS for rows in DIVIDED if (name, rows) != ("equal", "not divided")]
+PLAIN = "plain"
+MARGIN = "margin"  # the area under the curve of negative perturbation less that of positive perturbation
+
+LAYERS: dict[str, dict[str, Any]] = {
+    "text to itself, then to the image": {},
+    "the same, image tokens to themselves": {"image_self_attention": True},
+    "the same, text to the image first": {"image_self_attention": True, "cross_first": True},
 }
-COLOURS = dict(zip(METHODS, ("#1d4ed8", "#c2410c", "#111111", "#93c5fd", "#fdba74", "#15803d"), strict=True))
-LOW_IS_GOOD = ("positive", "deletion")
-# Not the control, which does not tell which map is better, and none of the tests that the evaluations gained later.
-COMPARED = ("positive", "negative", "insertion", "deletion", "pointing", "iou", "mass")
+STEPS = {"vqa": 1200, "captions": 800}  # a quarter of the shipped models' training
+OF_LAYERS = [("contribution", "divided"), ("norm", "not divided")]  # the rules that explain them
+COUNT, FEW = 200, 50  # scenes of each kind that tell the accuracy, and those of a set that are explained
 LEVEL = 0.05
 
+Values = dict[str, dict[str, float | None]]  # by method, then by test and part
 
-def path_of(task: str) -> Path:
-    return RESULTS / f"evaluation-{task}.json"
+
+def methods(rules: Iterable[tuple[str, str]] = RULES) -> dict[str, Any]:
+    """Rules of both forms, by their names in the records: the plain rule first, then `rules`."""
+    made = {}
+    for form, freeze in FORMS.items():
+        made[_name(form, PLAIN)] = with_options("gradient", freeze=freeze)
+        for weighting, rows in rules:
+            made[_name(form, weighting, rows)] = with_options(DIVIDED[rows], weighting=weighting, freeze=freeze)
+    return made
+
+
+def _name(*parts: str) -> str:
+    return ", ".join(parts)
+
+
+def _measured(task: str, model: Any, samples: int, seed: int, rules: Iterable[tuple[str, str]] = RULES) -> Values:
+    """The tests of `rules` on one set of scenes, and the margin of both perturbation tests."""
+    chosen = methods(rules)
+    by_label = {method.label: name for name, method in chosen.items()}
+    found = run(TASKS[task], model, samples, seed, {method.label: method for method in chosen.values()}, TESTS)
+    values: Values = {name: {} for name in chosen}
+    for row in found.table:
+        values[by_label[row["method"]]][f"{row['test']} {row['part']}"] = row["value"]
+    for of_method, part in itertools.product(values.values(), PARTS):
+        above, below = (of_method.get(f"{test} {part}") for test in ("negative", "positive"))
+        of_method[f"{MARGIN} {part}"] = None if above is None or below is None else above - below
+    return values
+
+
+# --- the shipped models ---
+
+
+def cells_of_shares(settings: Settings, records: Sequence[Record]) -> list[Cell]:
+    return [{"task": task, "form": form} for task in MODELS for form in FORMS]
+
+
+def measure_shares(cell: Cell, settings: Settings) -> dict[str, Any]:
+    task = TASKS[cell["task"]]
+    return {"shares": residual_shares(task, task.load(), 2 if settings.smoke else 100, FORMS[cell["form"]])}
 
 
 def cells(settings: Settings, records: Sequence[Record]) -> list[Cell]:
-    tasks: list[Cell] = [{"task": task} for task in TASKS if path_of(task).is_file()]
-    if not tasks:
-        raise ValueError(f"{RESULTS} must hold a stored evaluation (python -m vlattn_lab.evaluation); got none")
-    return tasks
+    return [{"task": task, "seed": seed} for task in MODELS for seed in range(settings.seeds)]
 
 
 def measure(cell: Cell, settings: Settings) -> dict[str, Any]:
-    report = json.loads(path_of(cell["task"]).read_text())
-    stored = {(record["method"], record["test"], record["part"]): record["values"] for record in report["rows"]}
-    compared = []
-    for (method, test, part), values in stored.items():
-        plain = stored["gradient" if method == "weighted" else PLAIN, test, part]  # the plain rule that holds the same fixed
-        pairs = [(one, two) for one, two in zip(values, plain, strict=True) if one is not None and two is not None]
-        if method not in METHODS or test not in COMPARED or len(pairs) < 2:
-            continue
-        sign = -1 if test in LOW_IS_GOOD else 1
-        better = [sign * (one - two) for one, two in pairs]
-        mean, deviation = mean_and_deviation(better)
-        compared.append(
-            {"method": method, "test": test, "part": part, "better_by": mean, "sd": deviation, "sets": len(pairs)}
-            | {"p": paired_test(better)[1]}
-        )
-    return {"measured_at": report["commit"], "weights": report["weights"], "compared": compared}
+    model = TASKS[cell["task"]].load()
+    samples = 2 if settings.smoke else SAMPLES[cell["task"]]
+    return {"weights": fingerprint(model), "values": _measured(cell["task"], model, samples, cell["seed"])}
 
 
-def verdict(one: dict[str, Any]) -> str:
-    return "open" if one["p"] >= LEVEL else "better" if one["better_by"] > 0 else "worse"
+# --- trained layers ---
+
+
+def cells_of_layers(settings: Settings, records: Sequence[Record]) -> list[Cell]:
+    tasks = [*STEPS][: 1 if settings.smoke else None]  # a captioner that has learned nothing names no digits
+    return [{"task": task, "layers": layers} for task in tasks for layers in LAYERS]
+
+
+def measure_layers(cell: Cell, settings: Settings) -> dict[str, Any]:
+    task = cell["task"]
+    steps, count, samples = (2, 4, 2) if settings.smoke else (STEPS[task], COUNT, FEW)
+    model = train(task, steps, log_every=0, **LAYERS[cell["layers"]])
+    accuracy = question_accuracy(model, count=count) if task == "vqa" else prompt_accuracy(model, count=count)["true"]
+    sets = [_measured(task, model, samples, seed, OF_LAYERS) for seed in range(settings.seeds)]
+    return {"weights": fingerprint(model), "steps": steps, "accuracy": accuracy, "sets": sets}
+
+
+# --- what is shown ---
+
+
+def of_sets(sets: Sequence[Values], name: str, test: str) -> list[float | None]:
+    return [values[name].get(test) for values in sets]
+
+
+def compared(sets: Sequence[Values], form: str, rule: tuple[str, str], test: str) -> tuple[float, float, float] | None:
+    """By how much a rule is better than the plain rule of its form in the same sets: mean, deviation, and p of a paired t-test.
+    None if a test has no value."""
+    pairs = zip(of_sets(sets, _name(form, *rule), test), of_sets(sets, _name(form, PLAIN), test), strict=True)
+    sign = -1 if test.startswith("positive") else 1
+    better = [sign * (one - two) for one, two in pairs if one is not None and two is not None]
+    return (*mean_and_deviation(better), paired_test(better)[1]) if len(better) > 1 else None
+
+
+def _difference(sets: Sequence[Values], form: str, rule: tuple[str, str], test: str) -> str:
+    found = compared(sets, form, rule, test)
+    if found is None:
+        return "–"
+    mean, _, p = found
+    return f"**{mean:+.3f}**" if p < LEVEL else f"{mean:+.3f}"
+
+
+def _mean(sets: Sequence[Values], name: str, test: str, form: str = ".3f") -> str:
+    values = [value for value in of_sets(sets, name, test) if value is not None]
+    return f"{mean_and_deviation(values)[0]:{form}}" if values else "–"
+
+
+def _sets(records: Sequence[Record], task: str) -> list[Values]:
+    return [record["values"] for record in having(records, stage=1, task=task)]
 
 
 def tables(records: Sequence[Record]) -> Iterator[str]:
+    """The weights; the margin of every rule; pointing and mass; the trained layers."""
+    yield _of_shares(having(records, stage=0))
+    yield _of_rules(records, [(task, f"{MARGIN} {part}", f"{name}, {part}") for task, name in MODELS.items() for part in PARTS])
+    boxes = ("pointing", "mass")
+    yield _of_rules(records, [(task, f"{test} image", f"{name}, {test}") for task, name in MODELS.items() for test in boxes])
+    yield _of_layers(having(records, stage=2))
+
+
+def _of_shares(records: Sequence[Record]) -> str:
+    """The share of the residual stream: means of a layer, and how much tokens of a layer differ."""
     lines = []
-    for record, part, (method, what) in itertools.product(records, ("image", "text"), METHODS.items()):
-        compared = [one for one in record["compared"] if (one["method"], one["part"]) == (method, part)]
-        if compared:
-            verdicts = [verdict(one) for one in compared]
-            extremes = (extreme(compared, key=lambda one: one["better_by"]) for extreme in (max, min))
-            ends = (f"{one['better_by']:+.3f} ({one['test']})" for one in extremes)
-            counts = (str(verdicts.count(name)) for name in ("better", "worse", "open"))
-            lines.append([TASKS[record["task"]], part, what, *counts, *ends])
-    head = ["model", "map of the", "weights", "better", "worse", "open", "most in favour", "most against"]
-    yield markdown(head, lines, words=(0, 1, 2, 6, 7))
+    for record in records:
+        for tower, layers in grouped(record["shares"], lambda share: share["tower"]).items():
+            means, widths = [one["mean"] for one in layers], [one["p95"] - one["p5"] for one in layers]
+            ends = [f"{end(means):.3f}" for end in (min, max)]
+            lines.append([MODELS[record["task"]], tower, record["form"], str(len(layers)), *ends, f"{max(widths):.3f}"])
+    head = ["model", "tower", "form", "attentions", "smallest mean", "largest mean", "widest 5 % to 95 % of tokens"]
+    return markdown(head, lines, words=(0, 1, 2))
+
+
+def _of_rules(records: Sequence[Record], columns: Sequence[tuple[str, str, str]]) -> str:
+    """A line for each rule: for the plain rule the value, for others the difference from it; bold if p is below LEVEL."""
+    lines = []
+    for form in FORMS:
+        plain = [_mean(_sets(records, task), _name(form, PLAIN), test) for task, test, _ in columns]
+        lines.append([form, "plain rule", "", *plain])
+        for rule in RULES:
+            differences = [_difference(_sets(records, task), form, rule, test) for task, test, _ in columns]
+            lines.append([form, *rule, *differences])
+    return markdown(["form", "weights", "rows", *(shown for *_, shown in columns)], lines, words=(0, 1, 2))
+
+
+def _of_layers(records: Sequence[Record]) -> str:
+    lines = []
+    for record, form in itertools.product(records, FORMS):
+        right = record["accuracy"].values()
+        line = [MODELS[record["task"]], record["layers"], f"{sum(right) / len(right):.1%}".replace("%", " %"), form]
+        for test in (f"{MARGIN} image", "pointing image"):
+            differences = (_difference(record["sets"], form, rule, test) for rule in OF_LAYERS)
+            line += [_mean(record["sets"], _name(form, PLAIN), test), *differences]
+        lines.append(line)
+    rules = [f"{PLAIN} rule", *(_name(*rule) for rule in OF_LAYERS)]
+    head = ["model", "layers", "right", "form", *(f"{test}, {rule}" for test in (MARGIN, "pointing") for rule in rules)]
+    return markdown(head, lines, words=(0, 1, 3))
 
 
 def figure(records: Sequence[Record]) -> Figure:
-    """The difference in each test with its spread over the sets of scenes."""
-    drawn, (axes,) = panels(1, len(records), (3.4 * len(records), 5))
-    for axis, record in zip(axes, records, strict=True):
-        places = sorted(dict.fromkeys((one["part"], one["test"]) for one in record["compared"]), key=lambda place: place[0])
-        for number, (method, colour) in enumerate(COLOURS.items()):
-            compared = [one for one in record["compared"] if one["method"] == method]
-            shift = 0.14 * (number - (len(COLOURS) - 1) / 2)
-            heights = [places.index((one["part"], one["test"])) + shift for one in compared]
+    """The difference of the margin from the plain rule with its deviation over the sets of scenes."""
+    drawn, axes = panels(len(FORMS), len(MODELS), (3.4 * len(MODELS), 6.4), sharex="col", sharey=True)
+    for (row, form), (column, task) in itertools.product(enumerate(FORMS), enumerate(MODELS)):
+        axis, sets = axes[row][column], _sets(records, task)
+        for part, colour, shift in (("image", "#1d4ed8", -0.12), ("text", "#c2410c", 0.12)):
+            found = [compared(sets, form, rule, f"{MARGIN} {part}") or (0.0, 0.0, 1.0) for rule in RULES]
             axis.errorbar(
-                [one["better_by"] for one in compared], heights, xerr=[one["sd"] for one in compared],
-                fmt="o", markersize=3.5, linewidth=1, color=colour, label=METHODS[method],
+                [mean for mean, *_ in found], [place + shift for place in range(len(RULES))],
+                xerr=[deviation for _, deviation, _ in found],
+                fmt="o", markersize=4, linewidth=1, color=colour, label=f"map of the {part}",
             )  # fmt: skip
         axis.axvline(0, color="black", linewidth=0.8)
-        axis.set(title=TASKS[record["task"]], xlabel="better than the plain rule by")
-        axis.set_yticks(range(len(places)), [f"{test}, {part}" for part, test in places], fontsize=8)
-        axis.invert_yaxis()
+        axis.set_title(f"{MODELS[task]}, {form}", fontsize=10)
+        axis.set_yticks(range(len(RULES)), [_name(*rule) for rule in RULES], fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-    drawn.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+        if row == len(FORMS) - 1:
+            axis.set_xlabel("margin less that of the plain rule")
+    axes[0][0].invert_yaxis()
+    drawn.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     return drawn
 
 
-EXPERIMENT = Experiment((Stage(cells, measure),), tables, {"weighted_relevancy": figure})
+EXPERIMENT = Experiment(
+    (Stage(cells_of_shares, measure_shares), Stage(cells, measure), Stage(cells_of_layers, measure_layers)),
+    tables,
+    {"weighted_relevancy": figure},
+)
