@@ -11,6 +11,7 @@ Imports: vlattn_lab, vlattn_lab.experiments, vlattn_lab.train.
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,12 +19,19 @@ from typing import Any
 import torch
 
 from vlattn_lab.experiments.experiment import Cell, Experiment, Record, Settings, Stage
-from vlattn_lab.experiments.scores import answering, generation, matching, timing
-from vlattn_lab.experiments.scores.attend import ARMS, SCORES
-from vlattn_lab.experiments.scores.page import accuracy_and_interpretability, pictures, tables
+from vlattn_lab.experiments.scores import answering, conditions, drawing, generation, matching, scan, timing
+from vlattn_lab.experiments.scores.attend import FORMS, PLAIN, SCORES
+from vlattn_lab.experiments.scores.page import accuracy_and_interpretability, of_conditions, pictures, tables
 
-TASKS: dict[str, Any] = {"matching": matching, "answering": answering, "generation": generation}
-REFERENCES = {"answering": "frequent", "generation": "real"}  # arms without a model
+TASKS: dict[str, Any] = {
+    "matching": matching,
+    "SCAN": scan,
+    "answering": answering,
+    "generation": generation,
+    "drawing": drawing,
+    "conditions": conditions,
+}
+REFERENCES = {"answering": "frequent", "generation": "real", "drawing": "real"}  # arms without a model
 CHOICE_SEED = 100  # of the trainings that choose the learning rates; no measured training has it
 
 
@@ -38,11 +46,12 @@ def _without_denormals() -> Iterator[None]:
 
 
 def choices(settings: Settings, records: Sequence[Record]) -> list[Cell]:
-    """A cell for each learning rate of the tasks that have several."""
+    """A cell for each learning rate of the tasks that have several; forms of general have the rate of another arm."""
     return [
         {"task": task, "arm": arm, "rate": rate, "seed": CHOICE_SEED}
         for task, module in TASKS.items()
-        for arm in ARMS
+        for arm in module.ARMS
+        if arm not in FORMS
         for rate in (module.RATES if len(module.RATES) > 1 else ())
     ]
 
@@ -57,8 +66,10 @@ def choose(cell: Cell, settings: Settings) -> dict[str, Any]:
 
 
 def rate_of(task: str, arm: str, records: Sequence[Record]) -> float:
-    """The learning rate with the best accuracy on validation scenes."""
-    tried = [record for record in records if "validation" in record and (record["task"], record["arm"]) == (task, arm)]
+    """The learning rate with the best accuracy on validation scenes, of the arm itself, or of `general` or `activated_general`
+    for a form of general."""
+    chosen = task, SCORES[arm][0] if arm in FORMS else arm
+    tried = [record for record in records if "validation" in record and (record["task"], record["arm"]) == chosen]
     return float(max(tried, key=lambda record: record["validation"]["accuracy"])["rate"] if tried else TASKS[task].RATES[0])
 
 
@@ -66,8 +77,8 @@ def trainings(settings: Settings, records: Sequence[Record]) -> list[Cell]:
     """Cells of one seed follow one another, since a process keeps the scenes and encoders of a seed."""
     cells: list[Cell] = []
     for seed in range(settings.seeds):
-        for task in TASKS:
-            cells += [{"task": task, "arm": arm, "rate": rate_of(task, arm, records), "seed": seed} for arm in ARMS]
+        for task, module in TASKS.items():
+            cells += [{"task": task, "arm": arm, "rate": rate_of(task, arm, records), "seed": seed} for arm in module.ARMS]
             cells += [{"task": task, "arm": REFERENCES[task], "seed": seed}] if task in REFERENCES else []
     return cells
 
@@ -83,8 +94,8 @@ def train(cell: Cell, settings: Settings) -> dict[str, Any]:
     if arm == "frequent":
         return {"trained": _rounded(answering.blind(sizes, seed))}
     if arm == "real":
-        shown = generation.samples(None, seed, sizes) if seed == 0 else {}
-        return {"trained": _rounded(generation.measure_real(seed, sizes)), **shown}
+        shown = module.samples(None, seed, sizes) if seed == 0 else {}
+        return {"trained": _rounded(module.measure_real(seed, sizes)), **shown}
     if module is generation:
         for number in generation.judges(seed).values():  # the training has no part in their time
             generation.pair(number, sizes.pair)
@@ -93,7 +104,7 @@ def train(cell: Cell, settings: Settings) -> dict[str, Any]:
     figures: dict[str, Any] = {"training_seconds": round(time.process_time() - began, 2)}
     for name, one in (("trained", model), ("untrained", first)):
         figures[name] = _rounded(module.measure(one, seed, sizes))
-    return figures | (generation.samples(model, seed, sizes) if module is generation and seed == 0 else {})
+    return figures | (module.samples(model, seed, sizes) if REFERENCES.get(cell["task"]) == "real" and seed == 0 else {})
 
 
 def _rounded(figures: dict[str, float]) -> dict[str, float]:
@@ -101,7 +112,7 @@ def _rounded(figures: dict[str, float]) -> dict[str, float]:
 
 
 def timings(settings: Settings, records: Sequence[Record]) -> list[Cell]:
-    arms = list(SCORES)[:1] if settings.smoke else list(SCORES)
+    arms = list(PLAIN)[:1] if settings.smoke else list(PLAIN)
     return [{"what": what, "arm": arm, "seed": 0} for what in timing.MADE for arm in arms]
 
 
@@ -114,5 +125,10 @@ def time_steps(cell: Cell, settings: Settings) -> dict[str, Any]:
 EXPERIMENT = Experiment(
     stages=[Stage(choices, choose), Stage(trainings, train), Stage(timings, time_steps, alone=True)],
     tables=tables,
-    figures={"scores": accuracy_and_interpretability, "scores-pictures": pictures},
+    figures={
+        "scores": accuracy_and_interpretability,
+        "scores-conditions": of_conditions,
+        "scores-pictures": functools.partial(pictures, task="generation"),
+        "scores-drawing": functools.partial(pictures, task="drawing"),
+    },
 )

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlattn_lab.experiments.experiment import spearman
-from vlattn_lab.experiments.scores.attend import Attend, perturbation, weights_and_relevancy
+from vlattn_lab.experiments.scores.attend import SCORES, UNIFORM, Attend, perturbation, weights_and_relevancy
 from vlattn_lab.experiments.scores.material import TextEncoder, reader, region_encoder, regions, text_ids
 from vlattn_lab.processor import DIGIT_WORDS
 from vlattn_lab.questions import QUESTIONS, Questions, digit_questions
@@ -19,6 +19,7 @@ from vlattn_lab.scenes import REGIONS
 from vlattn_lab.texts import ANSWERS, PAD
 from vlattn_lab.train.fit import fit, seeded
 
+ARMS = (*SCORES, UNIFORM)
 WORDS, SIZE, STEPS = 7, 48, 3
 BATCH = 128
 RATES = (8e-4, 2e-3)  # learning rates; validation scans choose one for each score
@@ -118,15 +119,15 @@ def measure(model: Mac, seed: int, sizes: Sizes) -> dict[str, float]:
     figures["accuracy"] = sum(figures[kind] for kind in QUESTIONS) / len(QUESTIONS)
     whole = Asked(*map(torch.cat, zip(*every, strict=True)))
     calls = weights_and_relevancy(model.attend, lambda: _right_logit(model, whole))
-    last = calls[-1][0][:, 0]
+    last = calls[-1][0][:, 0, 0]
     target = torch.cat([aims(questions) for questions in parts.values()])
     aimed = target.any(1)
     figures["share"] = float(last[target].double().mean())
     figures["chance"] = 1 / REGIONS
     figures["pointing"] = float(target[aimed].gather(1, last[aimed].argmax(1, keepdim=True)).double().mean())
     for number, (weights, _) in enumerate(calls, 1):
-        figures[f"share_step_{number}"] = float(weights[:, 0][target].double().mean())
-    weights, relevancy = (torch.stack([call[i][:, 0] for call in calls]).mean(0) for i in (0, 1))
+        figures[f"share_step_{number}"] = float(weights[:, 0, 0][target].double().mean())
+    weights, relevancy = (torch.stack([call[i][:, 0, 0] for call in calls]).mean(0) for i in (0, 1))
     figures["agreement"] = float(spearman(weights, relevancy).mean())
 
     @torch.no_grad()

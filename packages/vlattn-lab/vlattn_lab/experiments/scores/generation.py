@@ -13,12 +13,13 @@ from vlattn_fast import damsm_similarity
 from vlattn_lab.clip import caption_pixels, words_of
 from vlattn_lab.experiments.experiment import spearman
 from vlattn_lab.experiments.scores import encoders
-from vlattn_lab.experiments.scores.attend import Attend, perturbation, weights_and_relevancy
+from vlattn_lab.experiments.scores.attend import PLAIN, UNIFORM, Attend, perturbation, weights_and_relevancy
 from vlattn_lab.experiments.scores.encoders import BATCH, CELLS, GAMMA1, GAMMA2, SIZE, WORDS, Pair, PairSizes, captioned, pair
 from vlattn_lab.experiments.scores.material import text_ids
 from vlattn_lab.texts import SceneProcessor
 from vlattn_lab.train.fit import fit, seeded
 
+ARMS = (*PLAIN, UNIFORM)
 NOISE = 16
 RATES = (3e-3,)  # one learning rate for all scores
 WRONG = 29  # captions beside the right one
@@ -134,7 +135,8 @@ def measure(model: Generator, seed: int, sizes: Sizes) -> dict[str, float]:
         parts = zip(net.picture(model(words, sentence, captions.noise))[0].split(20), words.split(20), strict=True)
         return torch.cat([damsm_similarity(cells, said, gamma1=GAMMA1, gamma2=GAMMA2).diagonal() for cells, said in parts])
 
-    [(each, relevancy)] = weights_and_relevancy(model.attend, score)  # (T, cells, WORDS)
+    [(each, relevancy)] = weights_and_relevancy(model.attend, score)
+    each, relevancy = each[:, 0], relevancy[:, 0]  # (T, cells, WORDS)
     weights, relevancy = (x.mT[:, DIGIT_PLACES] for x in (each, relevancy))  # (T, 2, cells)
     inside = seen[:, None] == captions.digits[..., None]
     there, mass = inside.any(-1), (weights * inside).sum(-1) / weights.sum(-1)

@@ -4,7 +4,8 @@ an image; the similarity is the mean cosine of a word and its attended regions."
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 
 from vlattn_lab.clip import caption_pixels, words_of
 from vlattn_lab.experiments.experiment import spearman
-from vlattn_lab.experiments.scores.attend import Attend, perturbation, weights_and_relevancy
+from vlattn_lab.experiments.scores.attend import SCORES, UNIFORM, Attend, perturbation, weights_and_relevancy
 from vlattn_lab.experiments.scores.material import TextEncoder, reader, region_encoder, regions, text_ids
 from vlattn_lab.scenes import CLEARANCE, NEGATIVES, REGIONS, Scenes, digit_scenes, joined, select, swapped_pairs
 from vlattn_lab.train.fit import fit, seeded
 
+ARMS = (*SCORES, UNIFORM)
 WORDS, SIZE = 5, 32
 FIRST, SECOND = 0, 4  # the places of the two digits in a caption
 BATCH = 32
@@ -39,25 +41,41 @@ SMOKE = Sizes(3, 32, GROUP)
 
 
 class Matcher(nn.Module):
-    def __init__(self, arm: str, backend: str = "auto") -> None:
+    """depth: how often words attend to regions. Before each time but the first, what they have seen is added to them."""
+
+    attention: type[Attend] = Attend
+
+    def __init__(self, arm: str, backend: str = "auto", depth: int = 1, **options: Any) -> None:
         super().__init__()
         self.text, self.region = TextEncoder(WORDS, SIZE), region_encoder(SIZE)
-        self.attend = Attend(arm, SIZE, backend)
+        self.attend = self.attention(arm, SIZE, backend, **options)
+        self.deeper = nn.ModuleList(nn.Linear(SIZE, SIZE) for _ in range(depth - 1))
 
     def forward(self, images: Tensor, ids: Tensor) -> Tensor:
-        """Regions (Bi, R, FEATURES) and captions (Bc, WORDS) -> similarity (Bi, Bc), in one call of attention."""
-        words = self.text(ids)[0].flatten(0, 1)
-        attended = self.attend(words.expand(len(images), -1, -1), self.region(images))
-        return _cosine(words, attended).unflatten(1, (len(ids), WORDS)).mean(-1)
+        """Regions (Bi, R, FEATURES) and captions (Bc, WORDS) -> similarity (Bi, Bc), in one call of attention a layer."""
+        regions, words = self.sides(images, ids)
+        words = words.flatten(0, 1)
+        return self._cosines(words.expand(len(images), -1, -1), regions).unflatten(1, (len(ids), WORDS)).mean(-1)
 
     def pairs(self, images: Tensor, ids: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """As many images as captions -> similarity (B) of each pair."""
-        words = self.text(ids)[0]
-        return _cosine(words, self.attend(words, self.region(images), key_mask=key_mask)).mean(-1)
+        regions, words = self.sides(images, ids)
+        return self._cosines(words, regions, key_mask).mean(-1)
+
+    def sides(self, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Encoded regions (Bi, R, SIZE) and words (Bc, WORDS, SIZE)."""
+        return self.region(images), self.text(ids)[0]
+
+    def _cosines(self, words: Tensor, regions: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        """(B, N): the cosine of each word and the regions that it attends to."""
+        attended = self.attend(words, regions, key_mask=key_mask)
+        for deeper in self.deeper:
+            attended = self.attend(words + deeper(attended), regions, key_mask=key_mask)
+        return _cosine(words, attended)
 
 
 def _cosine(words: Tensor, attended: Tensor) -> Tensor:
-    """The cosine of words (..., D), the same for all images, and attended regions; 0 where all regions are masked."""
+    """The cosine of words (..., D) and attended regions; 0 where all regions are masked."""
     return (attended * F.normalize(words, dim=-1)).sum(-1) / torch.linalg.vector_norm(attended, dim=-1).clamp(min=1e-8)
 
 
@@ -80,9 +98,9 @@ def triplets(similarity: Tensor, same: Tensor, margin: float = 0.2) -> Tensor:
     return captions_of.sum() + images_of.sum()
 
 
-def train(arm: str, seed: int, sizes: Sizes, rate: float) -> tuple[Matcher, Matcher]:
+def train(arm: str, seed: int, sizes: Sizes, rate: float, make: Callable[[str], Matcher] = Matcher) -> tuple[Matcher, Matcher]:
     """The trained model and its copy from before training."""
-    first, model = (seeded(seed, lambda: Matcher(arm)) for _ in range(2))
+    first, model = (seeded(seed, lambda: make(arm)) for _ in range(2))
     scenes, generator = swapped_scenes(sizes.scenes, 1000 + seed, sizes.learn), torch.Generator().manual_seed(seed)
     seen = regions(reader(seed, sizes.learn), scenes.images, scenes.boxes)
     ids, words = text_ids(scenes.captions, WORDS), words_of(scenes)
@@ -107,7 +125,8 @@ def said_regions(scenes: Scenes) -> Tensor:
 
 def measure(model: Matcher, seed: int, sizes: Sizes) -> dict[str, float]:
     """Figures on test scenes. accuracy: the mean of two shares: images whose most similar caption among GROUP is true of the
-    image, and captions that are true of their most similar image among GROUP."""
+    image, and captions that are true of their most similar image among GROUP. Weights are those of the last layer, and the mean
+    over heads; pointing_head: the mean over heads of each head's pointing."""
     net, scenes = reader(seed, sizes.learn), scenes_of(sizes.tested, seed, sizes.test)
     images, ids, words = regions(net, scenes.images, scenes.boxes), text_ids(scenes.captions, WORDS), words_of(scenes)
     figures: dict[str, float] = {}
@@ -129,9 +148,11 @@ def measure(model: Matcher, seed: int, sizes: Sizes) -> dict[str, float]:
             wrong[negative] = text_ids(scenes_of(sizes.tested, seed, sizes.test, negative).captions, WORDS)
             figures[negative] = float((true_scores > model.pairs(images, wrong[negative])).double().mean())
 
-    [(weights, relevancy)] = weights_and_relevancy(model.attend, lambda: model.pairs(images, ids))
+    each, relevancy = weights_and_relevancy(model.attend, lambda: model.pairs(images, ids))[-1]
     places, target = torch.tensor([FIRST, SECOND]), said_regions(scenes)
-    weights, relevancy = weights[:, places], relevancy[:, places]
+    each, relevancy = each[:, :, places], relevancy[:, :, places].mean(1)
+    weights = each.mean(1)
+    figures["pointing_head"] = float((each.argmax(-1) == target[:, None]).double().mean())
     figures["share"] = float(weights.gather(2, target[..., None]).mean())
     figures["chance"] = 1 / REGIONS
     figures["pointing"] = float((weights.argmax(-1) == target).double().mean())

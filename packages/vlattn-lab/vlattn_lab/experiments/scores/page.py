@@ -11,19 +11,24 @@ from torch import Tensor
 
 from vlattn_fast.measuring.figures import panels
 from vlattn_fast.measuring.records import grouped, markdown, mean_and_deviation, number, spread
-from vlattn_lab.experiments.experiment import Record, paired_test, spearman
-from vlattn_lab.experiments.scores.attend import SCORES, UNIFORM
+from vlattn_lab.experiments.experiment import Record, band, paired_change, paired_test, spearman
+from vlattn_lab.experiments.scores.attend import GENERAL, UNIFORM
+from vlattn_lab.experiments.scores.conditions import FACTORS, OPTIONS, arm_of
 from vlattn_lab.scenes import CANVAS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-BASE = "scaled_dot"  # the score that every arm is compared with
+BASES = {"SCAN": "cosine"}  # the score that a task's arms are compared with, if not scaled_dot
+FORMS = "accuracy", "pointing", "agreement"  # what two forms of general are compared in
 INTERPRETABILITY = {"focus": "share / chance", "pointing": "pointing", "agreement": "agreement", "gap": "gap of areas"}
+MATCHING = "recall_caption", "recall_image", "recall_chance", "digit", "relation", "order"
 MORE = {
-    "matching": ("recall_caption", "recall_image", "recall_chance", "digit", "relation", "order"),
+    "matching": MATCHING,
+    "SCAN": MATCHING,
     "answering": ("what", "is", "there", "many", "share_step_1", "share_step_2", "share_step_3"),
     "generation": ("own_encoders", "drawn", "chance", "ink"),
+    "drawing": ("drawn", "error"),
 }
 CONTROLS = {UNIFORM: "all words or regions alike", "frequent": "the most frequent answer", "real": "real images"}
 
@@ -43,20 +48,27 @@ def values(records: Sequence[Record], task: str, arm: str, name: str, when: str 
 
 
 def tasks(records: Sequence[Record]) -> list[str]:
-    return list(dict.fromkeys(record["task"] for record in records if "task" in record))
+    """Those in which scores are compared."""
+    found = dict.fromkeys(record["task"] for record in records if "task" in record)
+    return [task for task in found if task in MORE]
 
 
 def arms(records: Sequence[Record], task: str) -> dict[str, str]:
-    """The scores, then the control and the references of a task, each with its title in a table."""
-    names = dict.fromkeys([*SCORES, *(record["arm"] for record in records if record.get("task") == task)])
-    return {arm: f"`{arm}`" if arm in SCORES else CONTROLS[arm] for arm in names}
+    """The scores, the control and the references of a task, each with its title in a table."""
+    names = dict.fromkeys(record["arm"] for record in records if record.get("task") == task)
+    return {arm: CONTROLS.get(arm, f"`{arm}`") for arm in names}
+
+
+def scores_of(records: Sequence[Record], task: str) -> list[str]:
+    return [arm for arm in arms(records, task) if arm not in CONTROLS]
 
 
 def correlation(records: Sequence[Record], task: str, name: str) -> dict[str, float]:
-    """Rank correlation over SCORES between accuracy and a measure of interpretability: of the means over seeds (rho), its 2.5th
-    and 97.5th percentile over all samples of seeds with replacement, and its mean and deviation over seeds."""
+    """Rank correlation over the scores between accuracy and a measure of interpretability: of the means over seeds (rho), its
+    2.5th and 97.5th percentile over all samples of seeds with replacement, and its mean and deviation over seeds."""
+    names = scores_of(records, task)
     accuracy, measure = (
-        torch.tensor([values(records, task, score, key) for score in SCORES], dtype=torch.float64) for key in ("accuracy", name)
+        torch.tensor([values(records, task, score, key) for score in names], dtype=torch.float64) for key in ("accuracy", name)
     )
     seeds = accuracy.shape[1]
     samples = torch.tensor(list(itertools.product(range(seeds), repeat=seeds)))
@@ -71,7 +83,7 @@ def correlation(records: Sequence[Record], task: str, name: str) -> dict[str, fl
 
 
 def best(records: Sequence[Record], task: str, name: str) -> str:
-    return max(SCORES, key=lambda score: mean_and_deviation(values(records, task, score, name))[0])
+    return max(scores_of(records, task), key=lambda score: mean_and_deviation(values(records, task, score, name))[0])
 
 
 # --- tables ---
@@ -81,6 +93,9 @@ def tables(records: Sequence[Record]) -> Iterator[str]:
     for task in tasks(records):
         yield main_table(records, task)
         yield more_table(records, task)
+    for task in ("matching", "answering"):
+        yield forms_table(records, task)
+    yield conditions_table(records)
     yield correlation_table(records)
     yield choice_table(records)
     yield time_table(records)
@@ -90,11 +105,12 @@ def main_table(records: Sequence[Record], task: str) -> str:
     """The scores, then the control and the references."""
     names = ("accuracy", "share", "focus", "pointing", "agreement", "auc_most", "auc_least", "gap")
     head = [INTERPRETABILITY.get(name, name.replace("_", " ")) for name in (task, "accuracy", "p", *names[1:])]
-    base = values(records, task, BASE, "accuracy")
+    base_arm = BASES.get(task, "scaled_dot")
+    base = values(records, task, base_arm, "accuracy")
     lines = []
     for arm, title in arms(records, task).items():
         figures = {name: values(records, task, arm, name) for name in names}
-        compared = len(base) > 1 and arm in SCORES and arm != BASE
+        compared = len(base) > 1 and arm not in CONTROLS and arm != base_arm
         p = paired_test([x - y for x, y in zip(figures["accuracy"], base, strict=True)])[1] if compared else None
         accuracy, *cells = (spread(figures[name]) for name in names)
         lines.append([title, accuracy, number(p, ".3f"), *cells])
@@ -103,8 +119,8 @@ def main_table(records: Sequence[Record], task: str) -> str:
 
 
 def _mean_of_scores(records: Sequence[Record], task: str, name: str) -> list[float]:
-    """The mean over SCORES of each seed's untrained models."""
-    by_score = [values(records, task, score, name, "untrained") for score in SCORES]
+    """The mean over the scores of each seed's untrained models."""
+    by_score = [values(records, task, score, name, "untrained") for score in scores_of(records, task)]
     return [sum(seed_values) / len(seed_values) for seed_values in zip(*by_score, strict=True)]
 
 
@@ -112,6 +128,30 @@ def more_table(records: Sequence[Record], task: str) -> str:
     names = MORE[task]
     lines = [[title, *(spread(values(records, task, arm, name)) for name in names)] for arm, title in arms(records, task).items()]
     return markdown([task, *(name.replace("_", " ") for name in names)], lines)
+
+
+def forms_table(records: Sequence[Record], task: str) -> str:
+    """Each measured form of general as q . (W k) and as k . (W q), and the paired difference in accuracy."""
+    lines = []
+    measured = arms(records, task)
+    for form, pair in ((form, pair) for form, pair in GENERAL.items() if measured.keys() >= {*pair}):
+        sides = [[values(records, task, arm, name) for arm in pair] for name in FORMS]
+        change, p = paired_change(sides[0][1], sides[0][0])
+        lines.append([form.replace("_", " "), *(spread(side) for both in sides for side in both), change, p])
+    head = [f"{name} of {formula}" for name in FORMS for formula in ("q·(W k)", "k·(W q)")]
+    return markdown([f"general, {task}", *head, "difference in accuracy", "p"], lines)
+
+
+def conditions_table(records: Sequence[Record]) -> str:
+    """Each condition, and the paired difference in accuracy from the same score without one."""
+    names = ("accuracy", "share", "pointing", "pointing_head", "agreement", "gap")
+    lines = []
+    for arm, (score, options) in OPTIONS.items():
+        accuracy, *cells = (values(records, "conditions", arm, name) for name in names)
+        change = paired_change(accuracy, values(records, "conditions", score, "accuracy")) if options else ("", "")
+        lines.append([arm, spread(accuracy), *change, *map(spread, cells)])
+    head = ["condition", "accuracy", "difference", "p", *(INTERPRETABILITY.get(name, name) for name in names[1:])]
+    return markdown([name.replace("_head", " of a head") for name in head], lines)
 
 
 def correlation_table(records: Sequence[Record]) -> str:
@@ -129,12 +169,12 @@ def correlation_table(records: Sequence[Record]) -> str:
 def choice_table(records: Sequence[Record]) -> str:
     """Accuracy on validation scenes."""
     tried = grouped((record for record in records if "validation" in record), lambda record: (record["task"], record["rate"]))
-    names = dict.fromkeys(record["arm"] for group in tried.values() for record in group)
-    lines = []
-    for (task, rate), group in tried.items():
-        accuracy = {record["arm"]: record["validation"]["accuracy"] for record in group}
-        lines.append([f"{task}: {rate:g}", *(f"{accuracy[arm]:.3f}" for arm in names)])
-    return markdown(["learning rate", *(f"`{arm}`" for arm in names)], lines)
+    accuracy = {
+        (key, record["arm"]): f"{record['validation']['accuracy']:.3f}" for key, group in tried.items() for record in group
+    }
+    names = dict.fromkeys(arm for _, arm in accuracy)
+    lines = [[f"`{arm}`", *(accuracy.get((key, arm), "") for key in tried)] for arm in names]
+    return markdown(["learning rate", *(f"{task}: {rate:g}" for task, rate in tried)], lines)
 
 
 def time_table(records: Sequence[Record]) -> str:
@@ -152,15 +192,21 @@ def time_table(records: Sequence[Record]) -> str:
 
 def accuracy_and_interpretability(records: Sequence[Record]) -> Figure:
     """A point for each score; bars are standard deviations over seeds."""
+    import matplotlib
+
+    colours, markers = matplotlib.colormaps["tab20"], "osD^vP*hX<>pd"
+    places = {
+        arm: place for place, arm in enumerate(dict.fromkeys(arm for task in tasks(records) for arm in scores_of(records, task)))
+    }
     shown = {"focus": "share on its region / chance", "gap": "least first − most first,\narea under the accuracy"}
-    figure, grid = panels(len(shown), len(tasks(records)), (11, 6.4), sharex="col")
+    figure, grid = panels(len(shown), len(tasks(records)), (3.2 * len(tasks(records)), 6.8), sharex="col")
     for column, task in enumerate(tasks(records)):
         for line, (name, label) in enumerate(shown.items()):
             axes = grid[line][column]
-            for place, arm in enumerate((*SCORES, UNIFORM)):
+            for arm in (arm for arm in arms(records, task) if arm in (*places, UNIFORM)):
                 (x, dx), (y, dy) = (mean_and_deviation(values(records, task, arm, key)) for key in ("accuracy", name))
-                colour = "0.5" if arm == UNIFORM else f"C{place + (place > 6)}"  # C7 is grey, too
-                marker = "x" if arm == UNIFORM else "osD^vP*h"[place]
+                colour = "0.5" if arm == UNIFORM else colours(places[arm])
+                marker = "x" if arm == UNIFORM else markers[places[arm] % len(markers)]
                 axes.errorbar(x, y, dy, dx, fmt=marker, color=colour, elinewidth=0.8, markersize=6, label=arm)
             axes.spines[["top", "right"]].set_visible(False)
             axes.axhline(1.0 if name == "focus" else 0.0, color="0.8", linewidth=0.8, zorder=0)
@@ -168,14 +214,36 @@ def accuracy_and_interpretability(records: Sequence[Record]) -> Figure:
                 axes.set_ylabel(label)
             if line == len(shown) - 1:
                 axes.set_xlabel({"generation": "R-precision"}.get(task, "accuracy") + f" ({task})")
-    handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
+    shown_arms = {label: handle for axes in grid[0] for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(shown_arms.values(), shown_arms, loc="outside lower center", ncols=6, frameon=False)
     return figure
 
 
-def pictures(records: Sequence[Record]) -> Figure:
-    """Pictures of the first seed's generators, and the scenes of their captions."""
-    shown = [record for record in records if "pictures" in record]
+def of_conditions(records: Sequence[Record]) -> Figure:
+    """Accuracy, pointing and agreement for the values of each factor."""
+    names = ("accuracy", "pointing", "agreement")
+    figure, grid = panels(len(names), len(FACTORS), (2.9 * len(FACTORS), 6.6), sharex="col", sharey="row")
+    for line, name in zip(grid, names, strict=True):
+        for axes, ((score, factor), steps) in zip(line, FACTORS.items(), strict=True):
+            measured = [values(records, "conditions", arm_of(score, factor, value), name) for value in steps]
+            band(axes, steps, measured, color="C0", marker="o", label="mean over heads")
+            if (name, factor) == ("pointing", "heads"):
+                each = [values(records, "conditions", arm_of(score, factor, value), "pointing_head") for value in steps]
+                band(axes, steps, each, color="C1", marker="s", label="each head")
+                axes.legend(frameon=False, fontsize=8)
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(steps, [f"{value:g}" for value in steps])
+            if name == names[0]:
+                axes.set_title(score.replace("_", " "), fontsize=10)
+            if name == names[-1]:
+                axes.set_xlabel(factor)
+        line[0].set_ylabel(name)
+    return figure
+
+
+def pictures(records: Sequence[Record], task: str) -> Figure:
+    """Pictures of the first seed's models, and the scenes of their captions."""
+    shown = [record for record in records if "pictures" in record and record["task"] == task]
     shown.sort(key=lambda record: record["arm"] != "real")
     columns = len(shown[0]["pictures"])
     figure, grid = panels(len(shown), columns, (1.15 * columns + 1.2, 1.15 * len(shown)))
