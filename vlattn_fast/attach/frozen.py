@@ -112,7 +112,9 @@ class Frozen(Stepwise, TorchFunctionMode):
         if roots and func is functional.normalize:
             return _normalize(self.constant, *args, **kwargs)
         result = func(*args, **kwargs)
-        is_constant = roots and (func in _ROOTS or (func in _POWERS and len(args) > 1 and args[1] in (0.5, -0.5)))
+        is_constant = roots and (
+            func in _ROOTS or (func in _POWERS and len(args) > 1 and isinstance(args[1], float) and abs(args[1]) == 0.5)
+        )
         if self.attention and func in SOFTMAX:
             scores = first_argument(args, kwargs)
             is_constant = is_map(scores, args[1] if len(args) > 1 else kwargs.get("dim"))
@@ -351,19 +353,21 @@ def _kind_of(module: nn.Module, x: Tensor) -> str:
 def _is_linear(run: Callable[[Tensor], Tensor], x: Tensor, linear: Tensor) -> bool:
     """Whether the module has the gradient of a linear function if its roots are constants."""
     x = x.clone().requires_grad_()
-    with torch.enable_grad(), _AllRoots(nn.Module()):
+    with torch.enable_grad(), AllRoots(nn.Module()):
         output = run(x)
     (grad,) = torch.autograd.grad(output, x, linear)
     expected = linear.square().sum()
     return bool(((grad * x).sum() - expected).abs() < _EQUAL * expected)
 
 
-class _AllRoots(Frozen):
+class AllRoots(Frozen):
     """Roots are constants wherever they are taken."""
 
     def followed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], roots: bool = True) -> Any:
         return super().followed(func, args, kwargs, roots=True)
 
 
-def _normalize(constant: Callable[[Tensor], Tensor], input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12) -> Tensor:
+def _normalize(
+    constant: Callable[[Tensor], Tensor], input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: None = None
+) -> Tensor:
     return input / constant(input.norm(p, dim, keepdim=True).clamp_min(eps)).expand_as(input)

@@ -179,6 +179,8 @@ def test_tables_and_figures() -> None:
         ({"align": [((0, 2), (0, 2)), ((1, 3), (2, 4))]}, ValueError, "got spans that overlap"),
         ({"align": [((8, 10), (8, 10))]}, ValueError, "of 9 and 9 tokens"),
         ({"align": [3]}, ValueError, "align must be pairs of spans"),
+        ({"score": None}, ValueError, "score must be a target, or a pair of targets; got NoneType"),
+        ({"score": (1, None)}, ValueError, "score must be a target, or a pair of targets"),
         ({"score": (1, 2, 3)}, ValueError, "score must be a target, or a pair of targets"),
         ({"tower": "text"}, ValueError, "tower must be one of"),
     ],

@@ -13,10 +13,13 @@ from tests.helpers.interpret.edited_maps import llama, made
 
 
 class Words:
-    """A tokenizer of numbers."""
+    """A tokenizer of numbers: the id of a word is its number and `more`."""
+
+    def __init__(self, more: int = 0) -> None:
+        self.more = more
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        return {"input_ids": [int(word) for word in text.split()]}
+        return {"input_ids": [int(word) + self.more for word in text.split()]}
 
     def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
         return [f"w{token}" for token in ids]
@@ -63,6 +66,15 @@ def test_what_a_lens_cannot_read_is_named() -> None:
         (lambda: va.lens(model, inputs, tokens=["7"]), ValueError, "processor must have a tokenizer"),
         (lambda: va.lens(model, inputs, tokens=["7 8"], processor=Words()), ValueError, "tokens must be words of one token each"),
         (lambda: va.lens(model, inputs, tokens=[1.0]), TypeError, "tokens must be ids or words; got float"),
+        (lambda: va.lens(model, inputs, tokens="7"), TypeError, "tokens must be a list of ids or words; got str"),
+        (lambda: va.lens(model, inputs, tokens=7), TypeError, "tokens must be a list of ids or words; got int"),
+        (lambda: va.lens(model, inputs, tokens=[-1]), ValueError, "tokens must be at least 0; got -1"),
+        (lambda: va.lens(model, inputs, tokens=[7, 60]), ValueError, r"tokens must be ids below 60, .*; got \[7, 60\]"),
+        (
+            lambda: va.lens(model, inputs, [70, "70"], processor=Words(1)),
+            ValueError,
+            "tokens must have names that differ; got '70'",
+        ),
         (lambda: va.lens(model, inputs, k=0), ValueError, "k must be"),
         (lambda: va.lens(model, inputs, layers=5), ValueError, "layers must be from -3 to 2"),
         (lambda: va.lens(model, inputs).maps("7"), ValueError, "token must be one of tokens="),

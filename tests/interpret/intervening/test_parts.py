@@ -14,6 +14,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 import vlattn_fast as va
 from tests.helpers.interpret.decoder_cases import DECODERS
 from tests.helpers.interpret.edited_maps import llama, made
+from vlattn_fast.checking.models.shrink import small_model
+from vlattn_fast.checking.models.stored import in_double
 
 CLOSE = {"rtol": 0, "atol": 1e-6}  # transformers' RMSNorm computes in float32
 GROUPS = {"first": (0, 3), "later": (3, 9)}
@@ -28,7 +30,8 @@ def recorded(model: nn.Module, inputs: dict[str, Any], modules: dict[str, tuple[
 
     def keep(name: str, what: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: Any, output: Any) -> None:
-            kept[name] = args[0] if what == "input" else output[0] if isinstance(output, tuple) else output
+            state = args[0] if what == "input" else output[0] if isinstance(output, tuple) else output
+            kept[name] = state.clone()  # Falcon adds to it in place
 
         return hook
 
@@ -223,6 +226,73 @@ def test_families(family: str) -> None:
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
 
 
+def test_a_cosine_has_fixed_denominators() -> None:
+    """The last MLP of a tower of CLIP writes through a norm, a projection and the cosine of both towers."""
+    model, inputs = made("clip")
+    modules = {"end": ("vision_model.post_layernorm", "input"), "mlp": ("vision_model.encoder.layers.2.mlp", "output")}
+    modules |= {name: (f"{path}_projection", "output") for name, path in (("image", "visual"), ("text", "text"))}
+    seen = recorded(model, inputs, modules)
+    with torch.no_grad():
+        norm, projection = (model.get_submodule(path) for path in ("vision_model.post_layernorm", "visual_projection"))
+        written = projection(frozen_norm(seen["mlp"][:, 0], seen["end"], norm))
+        cosine = (written * seen["text"]).sum(-1) / seen["image"].norm(dim=-1) / seen["text"].norm(dim=-1)
+        expected = cosine * model.get_parameter("logit_scale").exp()
+    table = va.logit_parts(model, inputs, tower="vision", parts="layers")
+    torch.testing.assert_close(table.parts[:, table.names.index("mlp 2")], expected, rtol=0, atol=1e-9)
+
+
+def small(kind: str) -> tuple[nn.Module, dict[str, Any]]:
+    with in_double():
+        return small_model(getattr(transformers, kind)), {"input_ids": torch.randint(3, 50, (2, 7))}
+
+
+@pytest.mark.parametrize("kind", ["DogeForCausalLM", "Zamba2ForCausalLM", "Qwen3NextForCausalLM"])
+def test_without_biases_nothing_is_left(kind: str) -> None:
+    """A mask that the model computes, layers that end with a mixer, and gated attention."""
+    model, inputs = small(kind)
+    table = va.logit_parts(model, inputs, 7)
+    assert float(table.parts[:, -1].abs().max()) < 1e-6 < 1e-3 < float(table.parts[:, 0].abs().max())
+
+
+def test_a_layer_may_add_to_a_part_in_place() -> None:
+    model, inputs = small("FalconForCausalLM")
+    seen = recorded(model, inputs, {"end": ("transformer.ln_f", "input"), "mlp": ("transformer.h.0.mlp", "output")})
+    table, norm = va.logit_parts(model, inputs, 7), model.get_submodule("transformer.ln_f")
+    with torch.no_grad():
+        expected = frozen_norm(seen["mlp"], seen["end"], norm)[:, -1] @ model.get_submodule("lm_head").weight[7]  # type: ignore[index]
+    torch.testing.assert_close(table.parts[:, table.names.index("mlp 0")], expected, rtol=0, atol=1e-9)
+
+
+class OnlyAttention(nn.Module):
+    """A layer without an MLP; `bends`: it adds a function of the stream that is not linear."""
+
+    def __init__(self, bends: bool) -> None:
+        super().__init__()
+        self.attention, self.bends = nn.MultiheadAttention(16, 4, bias=False, batch_first=True), bends
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.attention(x, x, x, need_weights=False)[0] + (x.tanh() if self.bends else 0.0)
+
+
+@pytest.mark.parametrize("bends", [False, True])
+def test_models_without_mlps(bends: bool) -> None:
+    layers = [OnlyAttention(bends) for _ in range(2)]
+    model = nn.Sequential(nn.Linear(5, 16, bias=False), *layers, nn.Linear(16, 7, bias=False)).double().eval()
+    inputs = {"input": torch.randn(2, 6, 5, dtype=torch.float64)}
+    calls = [
+        lambda: va.logit_parts(model, inputs, lambda logits: logits[:, -1, 3]).parts,
+        lambda: va.score_parts(model, inputs, 1, queries=(0, 6)).keys,
+    ]
+    for call in calls:
+        if bends:
+            with pytest.raises(
+                ValueError, match=r"got layer 0, which .* has no MLP after its attention, and .* \(TanhBackward0\)"
+            ):
+                call()
+        else:
+            assert float(call()[..., -1].abs().max()) < 1e-12
+
+
 def test_tables_and_figures() -> None:
     model, inputs = llama()
     table, logit = va.score_parts(model, inputs, 2, heads=[1, 2], groups=GROUPS), va.logit_parts(model, inputs, 7)
@@ -261,6 +331,9 @@ def test_what_cannot_be_split_is_named() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             call()
+    per_layer, ids = small("Gemma4ForCausalLM")
+    with pytest.raises(ValueError, match=r"add only outputs of attention and of MLPs .*; got something else .* \(\w+Backward0\)"):
+        va.logit_parts(per_layer, ids, 7)
     config = transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=60)
     bloom: Any = transformers.BloomForCausalLM(config).eval()
     with pytest.raises(ValueError, match="model must attend by dot products through .*; got another score, or attention that is"):

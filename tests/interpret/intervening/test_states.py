@@ -16,6 +16,8 @@ import vlattn_fast as va
 from tests.helpers.interpret.cases import LLAMA, lively
 from tests.helpers.interpret.decoder_cases import DECODERS
 from tests.helpers.interpret.edited_maps import llama, made
+from vlattn_fast.checking.models.shrink import small_model
+from vlattn_fast.checking.models.stored import in_double
 
 CLOSE = {"rtol": 0, "atol": 1e-9}
 
@@ -310,6 +312,113 @@ def test_layers_without_attention_have_states() -> None:
             made = model.generate(**inputs, **chosen)
     for one, other in zip(made.logits, expected.logits, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+class TokensFirst(nn.Module):
+    """torch's encoder over states (N, B, C)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(32, 4, 48, batch_first=False)
+        self.encoder, self.head = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False), nn.Linear(32, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(x.transpose(0, 1))).mean(0)
+
+
+@pytest.mark.parametrize("sizes", [(2, 6), (4, 4), (1, 5)])
+def test_states_whose_first_size_is_that_of_tokens(sizes: tuple[int, int]) -> None:
+    model = lively(TokensFirst()).double().eval()
+    inputs, values = {"x": torch.randn(*sizes, 32, dtype=torch.float64)}, torch.randn(*sizes, 32, dtype=torch.float64)
+
+    def edited(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        output = output.clone()
+        output[1:3] = 0.5 * output[1:3]
+        return output + values.transpose(0, 1)
+
+    for kind, path in ((va.Residual, "encoder.layers.1"), (va.Mlp, "encoder.layers.1.linear2")):
+        handle = model.get_submodule(path).register_forward_hook(edited)
+        with torch.no_grad(), va.intervene(model, inputs, va.ScaleHeads({0: None}, 1.0)):  # without torch's fused layer
+            expected = model(**inputs)
+        handle.remove()
+        with torch.no_grad(), va.intervene(model, inputs, [kind(1, (1, 3), scale=0.5), kind(1, add=values)]):
+            torch.testing.assert_close(model(**inputs), expected, **CLOSE)
+        states = va.record_states(model, inputs, 1, of=kind.of).states
+        assert states is not None and states[1].shape == (*sizes, 32)
+
+
+class Apart(nn.Module):
+    """Attention and MLPs in lists of their own: no module returns the residual stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.ModuleList([nn.MultiheadAttention(16, 4, batch_first=True) for _ in range(2)])
+        self.mlps = nn.ModuleList([nn.Linear(16, 16) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for attention, mlp in zip(self.attention, self.mlps, strict=True):
+            x = x + attention(x, x, x, need_weights=False)[0]
+            x = x + mlp(x)
+        return x
+
+
+def test_attention_in_a_list_is_no_layer() -> None:
+    model, inputs = Apart().eval(), {"x": torch.randn(2, 6, 16)}
+    with pytest.raises(ValueError, match=r"'attention.0' \(MultiheadAttention\) is attention and no layer"):
+        va.intervene(model, inputs, va.Residual(1, scale=0.5))
+
+
+class Looped(nn.Module):
+    """A layer that runs twice, each time with a cache of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = transformers.LlamaConfig(**{**LLAMA, "num_hidden_layers": 2}, attn_implementation="sdpa")
+        self.rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
+        self.layers = nn.ModuleList([transformers.models.llama.modeling_llama.LlamaDecoderLayer(config, 0)])
+
+    def forward(self, x: Tensor, cache: Any = None) -> Tensor:
+        start = 0 if cache is None else cache.get_seq_length()
+        turns = self.rotary(x, torch.arange(start, start + x.shape[1])[None])
+        for number in range(2):
+            self.layers[0].self_attn.layer_idx = number
+            mask = torch.ones(x.shape[1], start + x.shape[1]).tril(start).bool()[None, None]
+            x = self.layers[0](x, attention_mask=mask, position_embeddings=turns, past_key_values=cache)
+        return x
+
+
+def test_a_layer_that_runs_again_has_filled_its_cache() -> None:
+    model, vector = lively(Looped()).double().eval(), torch.randn(32, dtype=torch.float64)
+    x = torch.randn(2, 6, 32, dtype=torch.float64)
+    with torch.no_grad(), va.intervene(model, {"x": x[:, :4]}, va.Residual(1, (1, 3), add=vector)):
+        whole, cache = model(x), transformers.DynamicCache()
+        steps = [model(part, cache=cache) for part in (x[:, :4], x[:, 4:5], x[:, 5:])]
+    with torch.no_grad():
+        plain = model(x)
+    plain[:, 1:3] += vector
+    torch.testing.assert_close(whole, plain, rtol=0, atol=1e-6)  # transformers' RMSNorm computes in float32
+    torch.testing.assert_close(torch.cat(steps, 1), plain, rtol=0, atol=1e-6)
+
+
+def small(kind: str) -> tuple[nn.Module, dict[str, Any]]:
+    with in_double():
+        return small_model(getattr(transformers, kind)), {"input_ids": torch.randint(3, 50, (2, 7))}
+
+
+def test_an_mlp_is_the_layers_only_one() -> None:
+    """A layer of Gemma 4 ends with two projections more, those of Granite have two MLPs, and one of Zamba 2 ends with a mixer."""
+    model, inputs = small("Gemma4ForCausalLM")
+    with torch.no_grad(), hooked(model.get_submodule("model.layers.1.post_feedforward_layernorm"), lambda x: 0.5 * x):
+        expected = logits(model(**inputs))
+    with torch.no_grad(), va.intervene(model, inputs, va.Mlp(1, scale=0.5)):
+        torch.testing.assert_close(logits(model(**inputs)), expected, **CLOSE)
+    for kind, layer, message in (
+        ("GraniteMoeHybridForCausalLM", 1, "has several MLPs, or other parts with weights: GraniteMoeHybridMoE, GraniteMoeHybri"),
+        ("Zamba2ForCausalLM", 3, r"\(Zamba2HybridLayer\) has no MLP after its attention"),
+    ):
+        model, inputs = small(kind)
+        with pytest.raises(ValueError, match=message):
+            va.intervene(model, inputs, va.Mlp(layer, scale=0.5))
 
 
 @pytest.mark.parametrize(

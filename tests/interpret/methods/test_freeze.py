@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import vlattn_fast as va
 from tests.helpers.interpret.cases import CASES, in_double, lively
-from vlattn_fast.attach.frozen import Frozen
+from vlattn_fast.attach.frozen import AllRoots, Frozen
 
 METHODS = [va.methods.Gradient, va.methods.Weighted, va.methods.GradCam, va.methods.InputGradient, va.methods.Glimpse]
 
@@ -268,6 +268,18 @@ def test_functions_of_torch(groups: int) -> None:
         constant = bias[:, None] if output is not None and call is calls[3] else bias[:5] if call is calls[4] else 0.0
         torch.testing.assert_close((grad * x).sum(), (cotangent * (output - constant)).sum(), rtol=1e-9, atol=0)
         assert (of_plain * x).sum().abs() < 0.1 * (grad * x).sum().abs() + 0.05
+
+
+def test_roots_outside_of_modules() -> None:
+    """Cosines divide by norms in the model's own code; a power may have exponents of its own for each number."""
+    x = torch.randn(3, 12, dtype=torch.float64, requires_grad=True)
+    cotangent = torch.randn(3, 12, dtype=torch.float64)
+    for divided in (lambda: x / x.norm(dim=-1, keepdim=True), lambda: nn.functional.normalize(x, dim=-1)):
+        with AllRoots(nn.Identity()):
+            output = divided()
+            assert torch.equal(torch.pow(x, torch.full_like(x, 2.0)), x * x)
+        (grad,) = torch.autograd.grad(output, x, cotangent)
+        torch.testing.assert_close((grad * x).sum(), (cotangent * output).sum())
 
 
 @pytest.mark.parametrize("case", ["vit"], indirect=True)

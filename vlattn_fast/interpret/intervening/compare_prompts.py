@@ -15,11 +15,11 @@ from vlattn_fast._ground.extras import extra, with_progress
 from vlattn_fast.attach.session import never_compiled
 from vlattn_fast.interpret.intervening.asking import Asked, check_scores
 from vlattn_fast.interpret.intervening.edits import Edit, Mlp, Patch, Residual
-from vlattn_fast.interpret.intervening.plans import Plans
+from vlattn_fast.interpret.intervening.plans import Plans, keep
 from vlattn_fast.interpret.intervening.records import HeadRecord
 from vlattn_fast.interpret.intervening.state_places import KINDS
 from vlattn_fast.interpret.intervening.state_plans import chosen_places
-from vlattn_fast.interpret.intervening.traced_model import TracedTower
+from vlattn_fast.interpret.intervening.traced_model import ModelCall, TracedTower
 from vlattn_fast.interpret.result.numbers.rank_correlation import rank_correlation
 
 if TYPE_CHECKING:
@@ -173,8 +173,8 @@ def compare_prompts(
     Args:
         model: a model that `explain` supports, whose states `Residual` and `Mlp` find.
         clean, corrupt: the model's keyword arguments, of as many samples.
-        score: as `target` of `explain`; or a pair of targets, whose scores are subtracted, such as the token of the clean answer
-            and that of the corrupt one.
+        score: as `target` of `explain`, but not None, since all runs have the same; or a pair of targets, whose scores are
+            subtracted, such as the token of the clean answer and that of the corrupt one.
         direction: "denoise" or "noise".
         align: pairs of spans (start, stop) of as many tokens in `clean` and in `corrupt`, which correspond. None = all tokens,
             if both have as many.
@@ -213,12 +213,11 @@ class _Side:
     @classmethod
     def of(cls, name: str, model: Any, inputs: Any, score: Any, tower: str | None, processor: Any) -> _Side:
         pair = score if isinstance(score, tuple) else (score,)
-        if len(pair) not in (1, 2):
+        if len(pair) not in (1, 2) or any(each is None for each in pair):  # each run has another largest logit
             raise ValueError(f"score must be a target, or a pair of targets; got {describe(score)}")
         question = {"answer": None, "tower": tower, "processor": processor}
         asked = tuple(
-            Asked.check(model, inputs, target=each, of=None if callable(each) or each is None else "logit", **question)
-            for each in pair
+            Asked.check(model, inputs, target=each, of=None if callable(each) else "logit", **question) for each in pair
         )
         first = Plans(asked[0].traced)
         own = first.self_pair("compare_prompts", tower)[0]
@@ -255,10 +254,13 @@ class _Runs:
         self.to, self.from_ = (of_corrupt, of_clean) if direction == "denoise" else (of_clean, of_corrupt)
         plans = self.base.plans()
         self.pair = plans.self_pair("compare_prompts", self.base.tower.name)
-        self.calls = {plan.call.layer: plan.call for plan in plans.layers([self.pair], None)}
-        for call in self.calls.values():
-            if call.problem:
-                raise ValueError(f"model must attend over whole inputs if runs are compared; got {call.problem}")
+        self.calls = dict[int, ModelCall]()
+        for plan in plans.layers([self.pair], None):
+            if plan.call.problem:
+                raise ValueError(f"model must attend over whole inputs if runs are compared; got {plan.call.problem}")
+            if plan.call.layer in self.calls:
+                raise ValueError(f"model must attend once in a layer if runs are compared; got layer {plan.call.layer}")
+            self.calls[plan.call.layer] = plan.call
         self.states, self.heads, self.own_scores = self._recorded(self.base)
         self.other_states, self.other_heads, other_scores = self._recorded(self.other)
         pair = self.own_scores, other_scores
@@ -272,10 +274,10 @@ class _Runs:
         states, heads, plans = dict[tuple[str, int], Tensor](), dict[int, Tensor](), side.plans()
         for kind in KINDS:
             for place in chosen_places(plans.traced, plans.state_places, kind, "compare_prompts", None, side.tower.name):
-                plans.add_change(place, functools.partial(_keep_state, states, (kind, place.layer)))
+                plans.add_change(place, functools.partial(keep, states, (kind, place.layer)))
         pair = plans.self_pair("compare_prompts", side.tower.name)
         for plan in plans.layers([pair], None):
-            plan.through = functools.partial(_keep, heads, plan.call.layer)
+            plan.through = functools.partial(keep, heads, plan.call.layer)
         with torch.no_grad():
             scores = side.run(plans)
         return states, heads, scores
@@ -285,7 +287,7 @@ class _Runs:
         leaves, plans = dict[tuple[str, int], Tensor](), self.base.plans()
         for kind in KINDS:
             for place in chosen_places(plans.traced, plans.state_places, kind, "compare_prompts", None, self.base.tower.name):
-                plans.add_change(place, functools.partial(_add_leaf, leaves, (kind, place.layer)))
+                plans.add_change(place, functools.partial(_with_leaf, leaves, (kind, place.layer)))
         for plan in plans.layers([self.pair], None):
             plan.through = functools.partial(_with_leaf, leaves, ("head", plan.call.layer))
         with torch.enable_grad():
@@ -351,7 +353,7 @@ class _Runs:
             if kind == "mlp" and layer < two:
                 plans.add(Mlp(layer, set=state, tower=self.base.tower.name))
         (plan,) = plans.layers([self.pair], [two])
-        plan.through = functools.partial(_keep, received, two)
+        plan.through = functools.partial(keep, received, two)
         with torch.no_grad():
             self.base.run(plans)
         return self._effect_of(Patch(self._head_record(received), {two: two_head}, everywhere))
@@ -378,23 +380,9 @@ def _moved(own: Tensor, other: Tensor, to: Sequence[int], from_: Sequence[int]) 
     return own.index_copy(-2, torch.tensor(to, device=own.device), other[..., from_, :].to(own))
 
 
-def _keep(kept: dict[int, Tensor], layer: int, output: Tensor) -> Tensor:
-    kept[layer] = output.detach().clone()
-    return output
-
-
-def _keep_state(kept: dict[Any, Tensor], key: Any, state: Tensor, start: int, total: int) -> Tensor:
-    kept[key] = state.detach().clone()
-    return state
-
-
-def _with_leaf(leaves: dict[Any, Tensor], key: Any, output: Tensor) -> Tensor:
-    leaves[key] = torch.zeros_like(output, requires_grad=True)
-    return output + leaves[key]
-
-
-def _add_leaf(leaves: dict[Any, Tensor], key: Any, state: Tensor, start: int, total: int) -> Tensor:
-    return _with_leaf(leaves, key, state)
+def _with_leaf(leaves: dict[Any, Tensor], key: Any, value: Tensor, *place: int) -> Tensor:
+    leaves[key] = torch.zeros_like(value, requires_grad=True)
+    return value + leaves[key]
 
 
 def _aligned(align: Any, clean: int, corrupt: int) -> tuple[list[int], list[int]]:

@@ -17,7 +17,7 @@ from vlattn_fast.attach.session import Steps, uncompiled
 from vlattn_fast.attach.written import is_masked_score, joined
 from vlattn_fast.backends.inputs import ScoreAttentionInputs
 from vlattn_fast.interpret.intervening.plans import CallPlan, Plans
-from vlattn_fast.interpret.intervening.state_places import sizes_of
+from vlattn_fast.interpret.intervening.state_places import StatePlace
 from vlattn_fast.interpret.intervening.state_plans import StatePlan
 from vlattn_fast.interpret.intervening.traced_model import TracedTower
 from vlattn_fast.ops._groups import gated, group_bias_inputs
@@ -63,13 +63,14 @@ class EditedCalls(Subscriber):
             module = self.model.get_submodule(first.call.path)
             self._firsts.setdefault(module, []).append((tower, self._of_modules[module].index(first)))
         self._states: dict[nn.Module, list[StatePlan]] = {}
-        self._entries: dict[nn.Module, StatePlan] = {}  # by first layer of a tower, which may not attend: a plan of the tower
+        self._entries: dict[nn.Module, StatePlace] = {}  # by first layer of a tower, which may not attend: its state
         self._sizes: dict[TracedTower, tuple[int, int]] = {}  # (B, N) of the states of this run
         for state_plan in plans.states.values():
             self._states.setdefault(self.model.get_submodule(state_plan.place.path), []).append(state_plan)
-            self._entries[self.model.get_submodule(state_plan.entry)] = state_plan
+            self._entries[self.model.get_submodule(state_plan.entry.path)] = state_plan.entry
         self._numbers: dict[nn.Module, int] = {}  # of the call that a module makes next
         self._state_runs: dict[nn.Module, int] = {}  # of each module with edited states, in this pass
+        self._entry_runs: dict[nn.Module, int] = {}  # of each tower's first layer, likewise
         self._attending: list[_Attending] = []
         self._mask: tuple[Tensor, Tensor] | None = None  # a float mask and what `_with_zeros` made of it
         self._cached: dict[TracedTower, int | None] = {}  # tokens in the cache; None = there is no cache
@@ -88,10 +89,10 @@ class EditedCalls(Subscriber):
 
     def count_anew(self) -> Callable[[], None]:
         """Begins a run of the model; returns a function that continues the run that is under way, if any."""
-        before = self._numbers, self._state_runs, self._attending, self._cached
+        before = self._numbers, self._state_runs, self._entry_runs, self._attending, self._cached
 
         def go_on() -> None:
-            self._numbers, self._state_runs, self._attending, self._cached = before
+            self._numbers, self._state_runs, self._entry_runs, self._attending, self._cached = before
 
         self._begin_pass()
         self._attending, self._cached = [], {}
@@ -99,7 +100,7 @@ class EditedCalls(Subscriber):
 
     def _begin_pass(self) -> None:
         self._numbers = dict.fromkeys(self._of_modules, 0)
-        self._state_runs = dict.fromkeys(self._states, 0)
+        self._state_runs, self._entry_runs = dict.fromkeys(self._states, 0), dict[nn.Module, int]()
 
     def begins(self, observer: Observer) -> Steps:
         plainly = uncompiled(self.model)
@@ -113,10 +114,13 @@ class EditedCalls(Subscriber):
 
     def enter_tower(self, module: nn.Module, arguments: Sequence[Any]) -> None:
         """Notes how many tokens a tower's cache and its states have, if the module is its first layer."""
-        if (entered := self._entries.get(module)) is not None:
-            place = entered.place
+        if (place := self._entries.get(module)) is not None:
+            run, runs = place.run
+            number = self._entry_runs[module] = self._entry_runs.get(module, -1) + 1
+            if number % runs != run:  # a model that runs its layers again has filled its cache meanwhile
+                return
             states = (x for x in arguments if isinstance(x, Tensor) and x.ndim > 1 and x.shape[-1] == place.channels)
-            self._cached[place.tower], self._sizes[place.tower] = _cached(arguments), sizes_of(next(states))
+            self._cached[place.tower], self._sizes[place.tower] = _cached(arguments), place.sizes(next(states))
 
     def hooks_on_states(self, observer: Observer) -> Steps:
         """The hooks through which modules return edited states in the runs of an observer."""

@@ -17,7 +17,7 @@ from vlattn_fast.attach.observer import Observer
 from vlattn_fast.attach.session import at_rest, unwrapped
 from vlattn_fast.interpret.intervening.editing import EditedCalls, check_not_explained
 from vlattn_fast.interpret.intervening.edits import EDITS, Edit, Numbers, check_numbers, check_tower
-from vlattn_fast.interpret.intervening.plans import CallPlan, Plans, tower_of
+from vlattn_fast.interpret.intervening.plans import Plans, keep, tower_of
 from vlattn_fast.interpret.intervening.records import HeadRecord, StateRecord
 from vlattn_fast.interpret.intervening.state_places import KINDS
 from vlattn_fast.interpret.intervening.state_plans import chosen_places
@@ -187,15 +187,10 @@ def _states_of_run(
     plans, states = Plans(traced), dict[int, Tensor]()
     places = chosen_places(traced, plans.state_places, of, "record_states", layers, tower)
     for place in places:
-        plans.add_change(place, functools.partial(_keep_state, states, place.layer))
+        plans.add_change(place, functools.partial(keep, states, place.layer))
     _run(model, inputs, plans)
     means, count = _means(states, places[0].tower)
     return StateRecord(of, places[0].tower.name, means, states, count, traced.name)
-
-
-def _keep_state(states: dict[int, Tensor], layer: int, state: Tensor, start: int, total: int) -> Tensor:
-    states[layer] = state.detach().clone()
-    return state
 
 
 def _run(model: nn.Module, inputs: Mapping[str, Any], plans: Plans) -> None:
@@ -224,13 +219,8 @@ def _heads_of_run(model: nn.Module, inputs: Mapping[str, Any], layers: Sequence[
             raise ValueError(f"model must attend over whole inputs if heads are recorded; got {plan.call.problem}")
         if by_layer[plan.call.layer] > 1:
             raise ValueError(f"model must attend once in a layer if heads are recorded; got layer {plan.call.layer}")
-        plan.through = functools.partial(_keep, outputs, plan)
+        plan.through = functools.partial(keep, outputs, plan.call.layer)
     _run(model, inputs, plans)
     outputs = {plan.call.layer: plan.call.share.whole(outputs[plan.call.layer], 1) for plan in chosen}
     means, count = _means({layer: x.transpose(1, 2) for layer, x in outputs.items()}, pair[0])
     return HeadRecord((pair[0].name, pair[1].name), means, outputs, count, traced.name)
-
-
-def _keep(outputs: dict[int, Tensor], plan: CallPlan, output: Tensor) -> Tensor:
-    outputs[plan.call.layer] = output.detach().clone()
-    return output

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from vlattn_fast.attach.session import at_rest, never_compiled, unwrapped
 from vlattn_fast.interpret.explaining.naming import encoded, tokenizer_of
 from vlattn_fast.interpret.intervening.editing import EditedCalls
 from vlattn_fast.interpret.intervening.edits import Numbers, Residual, check_numbers
-from vlattn_fast.interpret.intervening.plans import Plans
+from vlattn_fast.interpret.intervening.plans import Plans, keep
 from vlattn_fast.interpret.intervening.state_plans import chosen_places
 from vlattn_fast.interpret.intervening.traced_model import TracedTower, trace_model
 from vlattn_fast.interpret.result.figures.photos import open_image
@@ -149,7 +150,7 @@ def lens(
     """
     check_integer("k", k, low=1)
     numbers, names = check_numbers("layers", layers), tokenizer_of(processor)
-    asked = {str(token): _id_of(token, names) for token in tokens}
+    asked = _ids_of(tokens, names)
     module = unwrapped(model)
     traced = trace_model(model, inputs, [tower])
     plans = Plans(traced)
@@ -158,7 +159,7 @@ def lens(
     chosen = chosen_places(traced, plans.state_places, "residual", "lens", numbers, own.name)
     states: dict[int, Tensor] = {}
     for place in chosen:
-        plans.add_change(place, _keeps(states, place.layer))
+        plans.add_change(place, functools.partial(keep, states, place.layer))
     with torch.inference_mode(False), torch.no_grad(), at_rest(module):
         _run(plans, traced.arguments)
         tops, probabilities, columns = list[Tensor](), list[Tensor](), list[Tensor]()
@@ -170,6 +171,8 @@ def lens(
             if not isinstance(logits, Tensor) or logits.ndim != 3 or tuple(logits.shape[:2]) != own.shape:
                 got = "none" if not isinstance(logits, Tensor) else tuple(logits.shape)
                 raise ValueError(f"model must give logits for each of the {own.shape} tokens of '{own.name}'; got {got}")
+            if any(token >= logits.shape[-1] for token in asked.values()):
+                raise ValueError(f"tokens must be ids below {logits.shape[-1]}, those of the model; got {list(asked.values())}")
             probability = logits.float().softmax(-1)
             top = probability.topk(min(k, probability.shape[-1]), -1)
             tops.append(top.indices.cpu())
@@ -180,21 +183,25 @@ def lens(
     return Lens(tuple(place.layer for place in chosen), *found, is_image, own, names)
 
 
-def _keeps(states: dict[int, Tensor], layer: int) -> Any:
-    def keep(state: Tensor, start: int, total: int) -> Tensor:
-        states[layer] = state.detach().clone()
-        return state
-
-    return keep
-
-
 def _run(plans: Plans, arguments: Mapping[str, Any]) -> Any:
     with EditedCalls(plans).observer():
         return plans.traced.model(**arguments)
 
 
+def _ids_of(tokens: Any, names: Any) -> dict[str, int]:
+    """The ids of tokens, by their names."""
+    if isinstance(tokens, str) or not isinstance(tokens, Iterable):
+        raise TypeError(f"tokens must be a list of ids or words; got {describe(tokens)}")
+    ids = dict[str, int]()
+    for token in tokens:
+        if ids.setdefault(str(token), number := _id_of(token, names)) != number:
+            raise ValueError(f"tokens must have names that differ; got {token!r}, both an id and a word of another id")
+    return ids
+
+
 def _id_of(token: Any, names: Any) -> int:
     if type(token) is int:
+        check_integer("tokens", token, low=0)
         return token
     if not isinstance(token, str):
         raise TypeError(f"tokens must be ids or words; got {describe(token)}")

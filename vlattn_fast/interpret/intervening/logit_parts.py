@@ -15,7 +15,7 @@ from vlattn_fast.interpret.explaining.inputs import packing
 from vlattn_fast.interpret.intervening.asking import Asked, check_scores
 from vlattn_fast.interpret.intervening.part_table import PartTable, bars
 from vlattn_fast.interpret.intervening.plans import Plans
-from vlattn_fast.interpret.intervening.stream_leaves import PARTS, Leaves, run_with_leaves
+from vlattn_fast.interpret.intervening.stream_leaves import PARTS, Leaves, constant_options, run_with_leaves
 from vlattn_fast.ops.score_attention import score_attention
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def _sources(leaves: Leaves, gradients: list[Tensor]) -> dict[int, Tensor]:
         assert leaf.call is not None
         heads = event.query.shape[1]
         query, key, value = (x.detach().repeat_interleave(heads // x.shape[1], 1) for x in (event.query, event.key, event.value))
-        options = {name: option for name, option in event.masks.items() if name not in ("dropout_p", "enable_gqa")}
+        options = {name: option for name, option in constant_options(event).items() if name != "enable_gqa"}
         with torch.enable_grad():
             output = score_attention(query, key, value.requires_grad_(), **options)
             (by_value,) = torch.autograd.grad(output, value, gradient)

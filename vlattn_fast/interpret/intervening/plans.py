@@ -17,7 +17,7 @@ from vlattn_fast.interpret.intervening.edits import EDITS, EdgeEdit, Edit, Patch
 from vlattn_fast.interpret.intervening.grouping import Groups
 from vlattn_fast.interpret.intervening.records import HeadRecord, StateRecord
 from vlattn_fast.interpret.intervening.state_places import StatePlace, StatePlaces, find_states
-from vlattn_fast.interpret.intervening.state_plans import Change, StatePlan, change_of, chosen_places, entry_path
+from vlattn_fast.interpret.intervening.state_plans import Change, StatePlan, change_of, chosen_places, entry_of
 from vlattn_fast.interpret.intervening.token_sets import TokenSet, disjoint, token_set
 from vlattn_fast.interpret.intervening.traced_model import ModelCall, TowerName, TracedModel, TracedTower
 
@@ -264,7 +264,7 @@ class Plans:
 
     def add_change(self, place: StatePlace, change: Change) -> None:
         if place not in self.states:
-            self.states[place] = StatePlan(place, entry_path(self.state_places, place.tower))
+            self.states[place] = StatePlan(place, entry_of(self.state_places, place.tower))
         self.states[place].changes.append(change)
 
     def _check_record(self, edit: ScaleHeads | Patch) -> None:
@@ -304,6 +304,12 @@ class Plans:
             if plan.terms:
                 plan.queries, plan.keys = groups(plan, "queries"), groups(plan, "keys")
         return self.calls
+
+
+def keep(kept: dict[Any, Tensor], key: Any, value: Tensor, *place: int) -> Tensor:
+    """Stores a copy of a state, or of the outputs of heads, that goes on unchanged: the end of a `Change` or of `through`."""
+    kept[key] = value.detach().clone()
+    return value
 
 
 def tower_of(edit: Any) -> TowerName:

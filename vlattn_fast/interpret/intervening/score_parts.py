@@ -17,7 +17,7 @@ from vlattn_fast.interpret.intervening.edits import Numbers, check_numbers
 from vlattn_fast.interpret.intervening.effects import checked_groups
 from vlattn_fast.interpret.intervening.part_table import PartTable, bars
 from vlattn_fast.interpret.intervening.plans import Plans, heads_of
-from vlattn_fast.interpret.intervening.stream_leaves import PARTS, Leaves, run_with_leaves
+from vlattn_fast.interpret.intervening.stream_leaves import PARTS, Leaves, constant_options, run_with_leaves
 from vlattn_fast.interpret.intervening.token_sets import TokenGroup, TokenSet, check_group, disjoint, token_set
 from vlattn_fast.interpret.intervening.traced_model import trace_model
 from vlattn_fast.ops.attention_statistics import attention_statistics
@@ -174,8 +174,7 @@ def _query_weights(queries: Any, tower: Any) -> Tensor:
 def _split(
     leaves: Leaves, event: Attention, parts: str, layer: int, heads: Sequence[int], weights: Tensor, sets: Mapping[str, Tensor]
 ) -> ScoreParts:
-    options = {name: option for name, option in (event.masks or {}).items() if name != "dropout_p"}
-    query, key = event.query, event.key
+    options, query, key = constant_options(event), event.query, event.key
     scale = query.shape[-1] ** -0.5 if options.get("scale") is None else float(options["scale"])
     options |= {"scale": scale, "enable_gqa": query.shape[1] != key.shape[1]}
     # Each on its own: the weights of attention are constants in the scores' mean, and not in the push.

@@ -24,7 +24,7 @@ KINDS = ("residual", "mlp")
 @dataclass(frozen=True, eq=False)
 class StatePlace:
     """A state: the output of one run of a module, or an element of this output. It is (B, N, C), or has these numbers in order,
-    such as (B * N, C) or (B, H, W, C)."""
+    such as (B * N, C) or (B, H, W, C). `tokens_first`: it is (N, B, C), as in nn.TransformerEncoder by default."""
 
     tower: TracedTower
     layer: int
@@ -32,17 +32,25 @@ class StatePlace:
     run: tuple[int, int]  # which run of the module in a forward pass, and of how many
     element: int | None
     channels: int
+    tokens_first: bool
+
+    def sizes(self, state: Tensor) -> tuple[int, int]:
+        """(B, N) of a state."""
+        first, second = sizes_of(state)
+        return (second, first) if self.tokens_first else (first, second)
+
+    def changed(self, state: Tensor, sizes: tuple[int, int], change: Callable[[Tensor], Tensor]) -> Tensor:
+        """The state after `change`, which takes and returns it as (B, N, C); `sizes`: (B, N)."""
+        if self.tokens_first:
+            return change(state.reshape(*sizes[::-1], self.channels).transpose(0, 1)).transpose(0, 1).reshape(state.shape)
+        return change(state.reshape(*sizes, self.channels)).reshape(state.shape)
 
     def replaced(self, output: Any, sizes: tuple[int, int], change: Callable[[Tensor], Tensor]) -> Any:
-        """The output with a changed state; `sizes`: (B, N)."""
-
-        def changed_state(state: Tensor) -> Tensor:
-            return change(state.reshape(*sizes, self.channels)).reshape(state.shape)
-
+        """The output with a changed state."""
         if self.element is None:
-            return changed_state(output)
+            return self.changed(output, sizes, change)
         changed = list(output)
-        changed[self.element] = changed_state(output[self.element])
+        changed[self.element] = self.changed(output[self.element], sizes, change)
         return type(output)(*changed) if hasattr(output, "_fields") else type(output)(changed)
 
 
@@ -62,7 +70,8 @@ def find_states(traced: TracedModel) -> StatePlaces:
             for kind in KINDS:
                 where = named(path, traced.model.get_submodule(path))
                 places[kind].setdefault(tower, {})[layer] = f"{where} is in no list of layers"
-    notes = _Notes(traced.model, layers, {path for paths in _attending(traced).values() for path in paths.values()})
+    mixing = {call.path for call in traced.calls} | {path for _, _, path in traced.mixing}
+    notes = _Notes(traced.model, layers, mixing)
     with torch.inference_mode(False), torch.no_grad(), at_rest(traced.model), Observer(traced.model, [notes]):
         traced.model(**traced.arguments)
     for path, towers in layers.items():
@@ -75,7 +84,7 @@ def find_states(traced: TracedModel) -> StatePlaces:
 
 
 def sizes_of(state: Tensor) -> tuple[int, int]:
-    """(B, N) of a state (B, N, C), (B, H, W, C), or (N, C) of one sample."""
+    """(B, N) of a state (B, N, C), (B, H, W, C), or (N, C) of one sample; (N, B) of one (N, B, C)."""
     return (1 if state.ndim == 2 else len(state)), state.shape[-2] * (state.shape[1] if state.ndim == 4 else 1)
 
 
@@ -120,18 +129,19 @@ class _Ran:
     children: list[_Ran] = field(default_factory=list)
     output: Any = None
 
-    def has_matrix(self) -> bool:
+    def matrices(self) -> int:
         weights = (*self.module.parameters(), *self.module.buffers())  # quantised weights may be buffers
-        return any(sum(size > 1 for size in weight.shape) > 1 for weight in weights)
+        return sum(sum(size > 1 for size in weight.shape) > 1 for weight in weights)
 
 
 class _State(NamedTuple):
-    """A state: the run of a module that has it, the element of its output, and C."""
+    """A state: the run of a module that has it, and the rest of its `StatePlace`."""
 
     module: nn.Module
     number: int
     element: int | None
     channels: int
+    tokens_first: bool
 
 
 class _Notes(Subscriber):
@@ -145,6 +155,7 @@ class _Notes(Subscriber):
         self._under_way: list[_Ran] = []
         self._runs: Counter[nn.Module] = Counter()
         self._found: dict[nn.Module, list[dict[tuple[str, TracedTower], _State | str]]] = {module: [] for module in self._towers}
+        self._before: dict[TracedTower, _Ran] = {}  # the layer that ran before
 
     def begins(self, observer: Observer) -> Steps:
         plainly = uncompiled(self._model)
@@ -164,6 +175,17 @@ class _Notes(Subscriber):
         if self._under_way:
             self._under_way[-1].children.append(ran)
         self._under_way.append(ran)
+        for tower in self._towers.get(run.module, ()):
+            self._check_handed(tower, taken)
+
+    def _check_handed(self, tower: TracedTower, taken: Sequence[Tensor]) -> None:
+        """A module that attends itself is a layer only if the next one takes its output, and not the sum of it and the stream."""
+        before = self._before.pop(tower, None)
+        if before is None or before.module not in self._attending:
+            return
+        if not any(x is output for x in taken for output in _tensors(before.output).values()):
+            problem = "is attention and no layer, since the next one does not take its output"
+            self._found[before.module][-1].update({(kind, tower): problem for kind in KINDS})
 
     def on_leave(self, run: ModuleRun, args: tuple[Any, ...], output: Any) -> None:
         if all(ran.module is not run.module for ran in self._under_way):
@@ -174,6 +196,7 @@ class _Notes(Subscriber):
         if self._under_way:
             self._under_way[-1].attends |= ran.attends
         if (towers := self._towers.get(ran.module)) is not None:
+            self._before |= dict.fromkeys(towers, ran)
             self._found[ran.module].append(
                 {(kind, tower): _state(kind, ran, tower, towers) for kind in KINDS for tower in towers}
             )
@@ -192,40 +215,62 @@ class _Notes(Subscriber):
                     places[kind][layer] = f"{where} {state}"
                     continue
                 run = state.number, self._runs[state.module]
-                places[kind][layer] = StatePlace(tower, layer, self._paths[state.module], run, state.element, state.channels)
+                places[kind][layer] = StatePlace(tower, layer, self._paths[state.module], run, *state[2:])
         return places
 
 
 def _state(kind: str, layer: _Ran, tower: TracedTower, towers: Sequence[TracedTower]) -> _State | str:
     """Where a layer of `tower` has its state, or why it has none; `towers`: those with a layer in this module."""
-    states = _tensors(layer.output)
+    states, turned = _tensors(layer.output), tower.shape[::-1]
     fitting = [number for number, x in states.items() if sizes_of(x) == tower.shape]
+    fitting = fitting or [number for number, x in states.items() if sizes_of(x) == turned]
     if not fitting:
         return f"returns no state of (B, N) = {tower.shape} tokens"
     if len(towers) > 1 and (len(fitting) > 1 or kind == "mlp"):
         return f"is a layer of several towers, {', '.join(repr(each.name) for each in towers)}, which it does not tell apart"
     element = fitting[0]
-    channels, count = states[element].shape[-1], states[element].numel()
+    state = states[element]
+    # If B equals N, only torch's layers tell.
+    tokens_first = sizes_of(state) != tower.shape or (tower.shape == turned and _takes_tokens_first(layer))
+    channels = state.shape[-1]
     if kind == "residual":
-        return _State(layer.module, layer.number, element, channels)
-    ran = _mlp(layer, layer.output if element is None else layer.output[element])
-    if ran is None:
-        return "has no MLP after its attention"
+        return _State(layer.module, layer.number, element, channels, tokens_first)
+    ran = _mlp(layer, state)
+    if isinstance(ran, str):
+        return ran
     for number, x in _tensors(ran.output).items():
-        if x.numel() == count and x.shape[-1] == channels:
-            return _State(ran.module, ran.number, number, channels)
+        if _is_alike(x, state):
+            return _State(ran.module, ran.number, number, channels, tokens_first)
     return f"has an MLP, {type(ran.module).__name__}, that returns no state of (B, N, C) = {(*tower.shape, channels)}"
 
 
-def _mlp(layer: _Ran, state: Tensor) -> _Ran | None:
-    """The module whose output a layer adds to its stream after attention: the last one with a matrix of weights. If that module
-    adds to the stream itself, the last one within it."""
+def _takes_tokens_first(ran: _Ran) -> bool:
+    """Whether a layer attends with torch's nn.MultiheadAttention over (N, B, C)."""
+    if isinstance(ran.module, nn.MultiheadAttention):
+        return not ran.module.batch_first
+    return any(_takes_tokens_first(child) for child in ran.children)
+
+
+def _is_alike(x: Tensor, state: Tensor) -> bool:
+    """Whether a tensor has the numbers of a state in the same order, perhaps in another shape."""
+    same = x.numel() == state.numel() and x.shape[-1] == state.shape[-1]
+    return same and (x.ndim != 3 or state.ndim != 3 or x.shape == state.shape)
+
+
+def _mlp(layer: _Ran, state: Tensor) -> _Ran | str:
+    """The module whose output a layer adds to its stream next to attention, or why there is none: its only part that is a whole
+    MLP, else the last one with a matrix of weights, such as the second of two linear layers. If that module adds to the stream
+    itself, the one within it."""
     around = layer
     while True:
-        with_matrix = [number for number, ran in enumerate(around.children) if ran.has_matrix()]
-        if not with_matrix or around.children[with_matrix[-1]].attends:
-            return None
-        last = with_matrix[-1]
+        with_matrix = [number for number, ran in enumerate(around.children) if ran.matrices()]
+        whole = [number for number in with_matrix if _is_whole(around.children[number], state)]
+        if len(whole) > 1:
+            several = ", ".join(type(around.children[number].module).__name__ for number in whole)
+            return f"has several MLPs, or other parts with weights: {several}"
+        if not with_matrix or (not whole and around.children[with_matrix[-1]].attends):
+            return "has no MLP after its attention"
+        last = (whole or with_matrix)[-1]
         ran = around.children[last]
         if not ran.children or not _adds(ran, state):
             break
@@ -237,9 +282,16 @@ def _mlp(layer: _Ran, state: Tensor) -> _Ran | None:
     return ran
 
 
+def _is_whole(ran: _Ran, state: Tensor) -> bool:
+    """Whether a run without attention makes a state of a state with several matrices, as an MLP, a mixture of experts or a
+    convolution does."""
+    makes_state = any(_is_alike(x, state) for x in _tensors(ran.output).values())
+    return makes_state and not ran.attends and ran.matrices() > 1
+
+
 def _adds(ran: _Ran, state: Tensor) -> bool:
     """Whether a module adds to the residual stream itself: it takes the stream beside a branch of it, as in BERT, or takes the
     stream and begins with its norm, as in T5."""
     tokens = [x for x in ran.taken if x.is_floating_point() and x.shape[:-1] == state.shape[:-1]]
     with_weights = [child for child in ran.children if next(child.module.parameters(), None) is not None]
-    return len(tokens) > 1 or (len(with_weights) > 1 and not with_weights[0].has_matrix())
+    return len(tokens) > 1 or (len(with_weights) > 1 and not with_weights[0].matrices())

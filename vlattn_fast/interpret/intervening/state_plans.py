@@ -23,10 +23,10 @@ _NAMES = {"residual": "a residual stream after each layer", "mlp": "an MLP in ea
 
 @dataclass(eq=False)
 class StatePlan:
-    """The changes of the state at one place, in their order; `entry`: the path of the tower's first layer."""
+    """The changes of the state at one place, in their order; `entry`: that after the tower's first layer."""
 
     place: StatePlace
-    entry: str
+    entry: StatePlace
     changes: list[Change] = field(default_factory=list)
 
     def changed(self, state: Tensor, start: int, total: int) -> Tensor:
@@ -48,7 +48,7 @@ def chosen_places(
         raise ValueError(f"{what} needs tower= if the model does not have exactly one tower; got {names}")
     by_layer, numbers = places[of][named[0]], check_numbers("layers", layers)
     depth, where = 1 + max(by_layer), f"tower '{named[0].name}'"
-    entry_path(places, named[0], what)
+    entry_of(places, named[0], what)
     chosen = sorted(by_layer) if numbers is None else sorted({check_index("layers", n, depth, where) for n in numbers})
     found = list[StatePlace]()
     for layer in chosen:
@@ -59,14 +59,14 @@ def chosen_places(
     return found
 
 
-def entry_path(places: StatePlaces, tower: TracedTower, what: str = "an edit of states") -> str:
-    """The path of the first layer of a tower. ValueError if its states are not found."""
+def entry_of(places: StatePlaces, tower: TracedTower, what: str = "an edit of states") -> StatePlace:
+    """The state after the first layer of a tower, whose module takes the embeddings. ValueError if it is not found."""
     layer, place = min(places["residual"][tower].items())
     if isinstance(place, str):
         raise ValueError(
             f"model must have {_NAMES['residual']} for {what}; got, in layer {layer} of tower '{tower.name}', {place}"
         )
-    return place.path
+    return place
 
 
 def change_of(edit: StateEdit, place: StatePlace, traced: TracedModel) -> Change:

@@ -8,7 +8,7 @@ the stream, the model is then a linear function, and a gradient at a leaf, times
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vlattn_fast.attach.events import Attention, ModuleRun, Subscriber
-from vlattn_fast.attach.frozen import Frozen
+from vlattn_fast.attach.frozen import AllRoots
 from vlattn_fast.attach.observer import Observer
 from vlattn_fast.attach.session import Steps, named
 from vlattn_fast.interpret.intervening.editing import EditedCalls
 from vlattn_fast.interpret.intervening.plans import Plans
-from vlattn_fast.interpret.intervening.state_places import sizes_of
-from vlattn_fast.interpret.intervening.state_plans import chosen_places, entry_path
+from vlattn_fast.interpret.intervening.state_places import StatePlace
+from vlattn_fast.interpret.intervening.state_plans import chosen_places, entry_of
 from vlattn_fast.interpret.intervening.traced_model import ModelCall, TracedTower
 
 PARTS = ("layers", "heads")
@@ -48,8 +48,9 @@ class Leaves:
     events: dict[ModelCall, Attention] = field(default_factory=dict)
 
     def add(self, name: str, value: Tensor, call: ModelCall | None = None) -> Tensor:
+        """A copy, since a model may add to it in place."""
         self.leaves.append(Leaf(name, value.detach().requires_grad_(), call))
-        return self.leaves[-1].tensor
+        return self.leaves[-1].tensor.clone()
 
     def part_names(self, parts: str) -> list[str]:
         """The names of the parts, of `PARTS`."""
@@ -92,10 +93,11 @@ def run_with_leaves(
     with the parts of all layers.
     """
     traced, leaves, found = plans.traced, Leaves(), list[Attention]()
-    frozen = Frozen(model)
+    frozen = AllRoots(model)  # also those of cosines between towers
     if frozen.missed:
         raise ValueError(f"model must have norms that {what} can hold fixed; got {', '.join(frozen.missed[:3])}")
-    mlps = {place.layer: place for place in chosen_places(traced, plans.state_places, "mlp", what, None, tower.name)}
+    (last,) = chosen_places(traced, plans.state_places, "residual", what, -1, tower.name)
+    mlps = plans.state_places["mlp"][tower]
     attending = [plan for plan in plans.calls if plan.call.tower is tower]
     for plan in attending:
         kind = "cross-attention" if plan.call.crosses else "attention"
@@ -105,13 +107,12 @@ def run_with_leaves(
         elif plan.call.layer == layer and not plan.call.crosses:
             plan.meets = functools.partial(_keep_and_end, found)
     for number, place in mlps.items():
-        if layer is None or number < layer:
+        if isinstance(place, StatePlace) and (layer is None or number < layer):
             plans.add_change(place, functools.partial(_leaf_of_state, leaves, f"mlp {number}"))
+    plans.add_change(last, functools.partial(_keep_state, stream_end := list[Tensor]()))
     mixing = {model.get_submodule(path): f"mixer {number}" for of, number, path in traced.mixing if of is tower}
     gated = {model.get_submodule(plan.call.path) for plan in attending}
-    entry = model.get_submodule(entry_path(plans.state_places, tower, what))
-    channels = next(iter(mlps.values())).channels
-    stream = _Stream(leaves, entry, channels, mixing, gated)
+    stream = _Stream(leaves, model, entry_of(plans.state_places, tower, what), mixing, gated)
     observer = Observer(model, [EditedCalls(plans), stream], parts=traced.roots)
     result: Any = None
     with torch.inference_mode(False), torch.enable_grad(), frozen, observer:
@@ -119,7 +120,9 @@ def run_with_leaves(
             result = run()
         except _Found:
             pass
+    without = [f"layer {number}, which {place}" for number, place in mlps.items() if isinstance(place, str)]
     if layer is None:
+        _check_linear(stream_end, leaves, what, without)
         return leaves, result
     event = found[0] if found else None  # a softmax that a module takes itself is no call
     is_dot = event is not None and event.masks is not None and (event.inputs is None or event.inputs.score == "dot")
@@ -129,6 +132,7 @@ def run_with_leaves(
             "model must attend by dot products through transformers' AttentionInterface or scaled_dot_product_attention; got "
             f"another score, or attention that is written out by hand, in {named(path, model.get_submodule(path))}"
         )
+    _check_linear((event.query, event.key), leaves, what, without)
     return leaves, event
 
 
@@ -137,21 +141,72 @@ def _keep_and_end(found: list[Attention], event: Attention) -> None:
     raise _Found
 
 
+# The nodes of functions that are not linear. Nor are products if both factors depend on a part.
+_CURVES = (
+    *("Gelu", "Silu", "Relu", "LeakyRelu", "Elu", "Tanh", "Sigmoid", "LogSigmoid", "Softplus", "Mish", "Hardtanh", "Hardswish"),
+    *("Softmax", "LogSoftmax", "Exp", "Log", "Pow", "Sin", "Cos", "Abs", "Erf", "Glu", "PreluKernel"),
+)
+_PRODUCTS = ("Mul", "Div", "Mm", "Addmm", "Bmm", "Baddbmm", "Addcmul", "Dot", "Mv")
+
+
+def _curved(outputs: Iterable[Tensor], leaves: Leaves) -> str | None:
+    """The node of a function between the parts and `outputs` that is not linear; None if there is none."""
+    ends = {id(leaf.tensor) for leaf in leaves.leaves}
+    depends = dict[Any, bool]()  # node -> whether it depends on a part
+    stack = [output.grad_fn for output in outputs]
+    while stack:
+        node = stack[-1]
+        before = [] if node is None else [each for each, _ in node.next_functions if each is not None]
+        if ahead := [each for each in before if each not in depends]:
+            stack += ahead
+            continue
+        stack.pop()
+        if node is None or node in depends:
+            continue
+        count = sum(depends[each] for each in before)
+        depends[node] = count > 0 or id(getattr(node, "variable", None)) in ends
+        kind = node.name().partition("Backward")[0]
+        if count and (kind in _CURVES or (count > 1 and kind in _PRODUCTS)):
+            return str(node.name())
+    return None
+
+
+def _check_linear(outputs: Iterable[Tensor], leaves: Leaves, what: str, without: Sequence[str]) -> None:
+    """ValueError if something between the parts and `outputs` is not linear; `without`: the layers whose MLPs are no parts."""
+    if (node := _curved(outputs, leaves)) is not None:
+        found = without[0] if without else "something else that its layers add"
+        raise ValueError(
+            f"model must add only outputs of attention and of MLPs to its residual stream for {what}; got {found}, "
+            f"and a function of the stream that is not linear ({node})"
+        )
+
+
 def _leaf_of_state(leaves: Leaves, name: str, state: Tensor, start: int, total: int) -> Tensor:
     return leaves.add(name, state)
+
+
+def _keep_state(kept: list[Tensor], state: Tensor, start: int, total: int) -> Tensor:
+    kept.append(state)
+    return state
+
+
+def constant_options(event: Attention) -> dict[str, Any]:
+    """The options of a call without dropout; a mask that the model computes from its tokens is a constant."""
+    options = {name: option for name, option in (event.masks or {}).items() if name != "dropout_p"}
+    return {name: option.detach() if isinstance(option, Tensor) else option for name, option in options.items()}
 
 
 class _Stream(Subscriber):
     """Makes the input of the first layer a leaf, and the outputs of mixers; gates are constants."""
 
     def __init__(
-        self, leaves: Leaves, entry: nn.Module, channels: int, mixing: Mapping[nn.Module, str], gated: set[nn.Module]
+        self, leaves: Leaves, model: nn.Module, entry: StatePlace, mixing: Mapping[nn.Module, str], gated: set[nn.Module]
     ) -> None:
-        self._leaves, self._entry, self._channels, self._mixing, self._gated = leaves, entry, channels, mixing, gated
-        self._has_begun = False
+        self._leaves, self._entry, self._mixing, self._gated = leaves, entry, mixing, gated
+        self._first, self._has_begun = model.get_submodule(entry.path), False
 
     def begins(self, observer: Observer) -> Steps:
-        yield self._entry.register_forward_pre_hook(observer.hook(self._enter), with_kwargs=True).remove
+        yield self._first.register_forward_pre_hook(observer.hook(self._enter), with_kwargs=True).remove
         for module in self._mixing:
             yield module.register_forward_hook(observer.hook(self._mixed)).remove
 
@@ -161,7 +216,7 @@ class _Stream(Subscriber):
         self._has_begun = True
         taken: dict[int | str, Any] = dict(enumerate(args))
         taken.update(kwargs)
-        name = next(n for n, x in taken.items() if isinstance(x, Tensor) and x.ndim > 1 and x.shape[-1] == self._channels)
+        name = next(n for n, x in taken.items() if isinstance(x, Tensor) and x.ndim > 1 and x.shape[-1] == self._entry.channels)
         leaf = self._leaf("embedding", taken[name])
         if isinstance(name, int):
             return (*args[:name], leaf, *args[name + 1 :]), kwargs
@@ -173,7 +228,7 @@ class _Stream(Subscriber):
         return leaf if isinstance(output, Tensor) else type(output)((leaf, *output[1:]))
 
     def _leaf(self, name: str, state: Tensor) -> Tensor:
-        return self._leaves.add(name, state.reshape(*sizes_of(state), -1)).view(state.shape)
+        return self._entry.changed(state, self._entry.sizes(state), functools.partial(self._leaves.add, name))
 
     def on_call(self, run: ModuleRun, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         if func in _GATES and run.module in self._gated:
