@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import vlattn_fast as va
+from tests.helpers.interpret.cases import lively
+from tests.helpers.interpret.decoder_cases import DECODERS
 from tests.helpers.interpret.edited_maps import llama, made
 
 PLACES = {"residual": "model.layers.{}", "head": "model.layers.{}.self_attn.o_proj", "mlp": "model.layers.{}.mlp"}
@@ -101,6 +103,17 @@ def test_first_order_effects_are_true_for_small_differences() -> None:
             assert abs(each.first_order - each.true) < 1e-2 * (1 + abs(each.true)), each
         assert table.rank_correlation is not None and table.rank_correlation > 0.99
     assert "rank correlation of first-order and true effects: " in repr(table)
+
+
+def test_a_tower_may_pack_the_images_of_all_samples() -> None:
+    case = DECODERS["Mistral3ForConditionalGeneration"]()
+    model = lively(case.model).double().eval()
+    clean = {name: value.double() if value.is_floating_point() else value for name, value in case.inputs("left").items()}
+    torch.manual_seed(2)
+    corrupt = {**clean, "pixel_values": clean["pixel_values"] + 1e-4 * torch.randn_like(clean["pixel_values"])}
+    table = va.compare_prompts(model, clean, corrupt, 7, tower="vision", k=8)
+    for each in table.measured:
+        assert abs(each.first_order - each.true) < 1e-2 * (1 + abs(each.true)), each
 
 
 def test_the_last_position_carries_everything_after_the_last_layer() -> None:

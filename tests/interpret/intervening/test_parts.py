@@ -331,6 +331,9 @@ def test_what_cannot_be_split_is_named() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             call()
+    packed = DECODERS["Mistral3ForConditionalGeneration"]()
+    with pytest.raises(ValueError, match="inputs must have one sample if a tower packs the tokens of several; got 2, and 1 in"):
+        va.logit_parts(packed.model.eval(), packed.inputs("left"), 7, tower="vision")
     per_layer, ids = small("Gemma4ForCausalLM")
     with pytest.raises(ValueError, match=r"add only outputs of attention and of MLPs .*; got something else .* \(\w+Backward0\)"):
         va.logit_parts(per_layer, ids, 7)

@@ -314,6 +314,21 @@ def test_layers_without_attention_have_states() -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
 
+def test_states_that_transformers_collects_are_edited() -> None:
+    """LLaVA goes on with the states that transformers has collected of its vision tower, not with the tower's output."""
+    model, inputs = made("llava")
+    last = len(model.get_submodule("model.vision_tower.encoder.layers")) + model.config.vision_feature_layer  # type: ignore[arg-type, operator, union-attr]
+    layer: Any = model.get_submodule(f"model.vision_tower.encoder.layers.{last}")
+    with torch.no_grad():
+        before, plain = logits(model(**inputs)), layer.forward
+        layer.forward = lambda *args, **kwargs: 0.5 * plain(*args, **kwargs)
+        expected = logits(model(**inputs))
+        layer.forward = plain
+        with va.intervene(model, inputs, va.Residual(last, scale=0.5, tower="vision")):
+            torch.testing.assert_close(logits(model(**inputs)), expected, **CLOSE)
+    assert not torch.allclose(expected, before, atol=1e-4)
+
+
 class TokensFirst(nn.Module):
     """torch's encoder over states (N, B, C)."""
 

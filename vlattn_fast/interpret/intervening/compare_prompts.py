@@ -291,8 +291,9 @@ class _Runs:
         for plan in plans.layers([self.pair], None):
             plan.through = functools.partial(_with_leaf, leaves, ("head", plan.call.layer))
         with torch.enable_grad():
-            scores = self.base.run(plans)
-            gradients = dict(zip(leaves, torch.autograd.grad(scores.sum(), [*leaves.values()], allow_unused=True), strict=True))
+            scores = self.base.run(plans).double()
+            effect = (scores / self.difference.double()).mean()  # a tower may pack the tokens of all samples
+            gradients = dict(zip(leaves, torch.autograd.grad(effect, [*leaves.values()], allow_unused=True), strict=True))
         layers = 1 + max(layer for _, layer in leaves)
         heads = max(call.heads for call in self.calls.values())
         tables = {"residual": torch.full((layers, len(self.to)), torch.nan), "head": torch.full((layers, heads), torch.nan)}
@@ -310,7 +311,7 @@ class _Runs:
                 grad = gradient if kind == "head" else gradient[:, None]
                 products = (grad[:, :, self.to].double() * change).sum(-1).cpu()
             effects = products[:, 0] if kind == "residual" else products.sum(2)
-            tables[kind][layer, : effects.shape[1]] = self.neutral + (effects / self.difference.double().cpu()[:, None]).mean(0)
+            tables[kind][layer, : effects.shape[1]] = self.neutral + effects.sum(0)
         shown = self.clean_scores, self.corrupt_scores, self.direction, tuple(self.to)
         return PromptComparison(*shown, tables["residual"], tables["head"], tables["mlp"][:, 0], _runs=self)
 

@@ -123,9 +123,10 @@ class EditedCalls(Subscriber):
             self._cached[place.tower], self._sizes[place.tower] = _cached(arguments), place.sizes(next(states))
 
     def hooks_on_states(self, observer: Observer) -> Steps:
-        """The hooks through which modules return edited states in the runs of an observer."""
+        """The hooks through which modules return edited states in the runs of an observer. They come before those with which
+        transformers collects hidden states: LLaVA goes on with the collected ones of its vision tower."""
         for module in self._states:
-            yield module.register_forward_hook(observer.hook(self._edit_states)).remove
+            yield module.register_forward_hook(observer.hook(self._edit_states), prepend=True).remove
 
     def _edit_states(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         number = self._state_runs[module]

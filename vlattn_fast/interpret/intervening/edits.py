@@ -247,6 +247,8 @@ class Residual(StateEdit):
 class Mlp(StateEdit):
     """An edit of what the MLPs of layers add to the residual stream, after a norm or factor of this output.
 
+    A mixture of experts is one MLP. A layer with several MLPs side by side raises an error.
+
     Args:
         layers, positions, set, add, scale, tower: as in `Residual`; a record is one of `record_states(..., of="mlp")`.
 

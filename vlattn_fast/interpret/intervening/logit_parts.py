@@ -27,10 +27,11 @@ class LogitParts(PartTable):
     """The result of `va.logit_parts`; `print` shows the largest numbers, `plot` draws them.
 
     Args:
-        names: the parts: "embedding", "head 0.3" or "attention 0", "mlp 0", ...; the last is "rest": biases, and what is not
-            linear after the last layer.
+        names: the parts: "embedding", "head 0.3" or "attention 0", "mlp 0", ...; the last is "rest": biases, what the model adds
+            to the stream between layers, and what is not linear after the last layer.
         parts: (B, P), the share of each part in the score; they sum to `scores`.
-        sources: layer -> (B, H, N), the shares of the heads by the token that they attend to.
+        sources: layer -> (B, H, N), the shares of the heads by the token that they attend to. Layers whose attention is written
+            out by hand have none.
         scores: (B,).
     """
 
@@ -76,7 +77,8 @@ def logit_parts(
         True
 
     The residual stream is the sum of the parts, and norms divide by constants. A share is direct: what a part changes in later
-    heads and MLPs counts there. `sources` splits the share of a head further, by the token that it attends to.
+    heads and MLPs counts there. `sources` splits the share of a head further, by the token that it attends to. After the last
+    layer a share is first order: a head of several layers, or another tower that reads this one, leaves much in "rest".
 
     Args:
         model: a model that `explain` supports, whose layers add to a residual stream (`Residual` and `Mlp` find it).
@@ -88,8 +90,9 @@ def logit_parts(
         processor: as in `explain`.
 
     Raises:
-        TypeError, ValueError: an argument is invalid; an unknown tower; a model whose residual stream is not found, or with a
-            norm that cannot be held fixed; a score that is NaN, or does not depend on the stream; and what `explain` raises.
+        TypeError, ValueError: an argument is invalid; an unknown tower; several samples in a tower that packs their tokens; a
+            model whose residual stream is not found, or gets something else that is not linear, or with a norm that cannot be
+            held fixed; a score that is NaN, or does not depend on the stream; and what `explain` raises.
     """
     check_choice("parts", parts, PARTS)
     of = None if callable(target) else "logit"

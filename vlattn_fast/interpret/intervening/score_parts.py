@@ -33,17 +33,17 @@ class ScoreParts(PartTable):
 
     Args:
         names: the parts: "embedding", "attention 0" or "head 0.3", "mlp 0", ...; the last is "rest": biases of norms and
-            projections.
+            projections, and what the model adds to the stream between layers.
         layer: whose scores are split.
         heads: of the layer.
         keys: (B, H, P), the parts of the keys in the score, weighted by attention: the mean over the queries of sum_s A_ts S_ts.
         queries: (B, H, P), the parts of the queries in the same number.
         push: group -> (B, H, P), how much a part of the keys raises the attention to this group: the derivative of its mass. The
-            groups of all keys sum to 0.
+            groups of all keys sum to 0, but for what a sink takes.
         query_push: the same for a part of the queries.
         scores: (B, H), sum_s A_ts S_ts: what `keys` and `queries` sum to over the parts.
-        entropy_gap: (B, H), log-sum-exp - entropy of the same rows. It equals `scores`, but for what a mask, a bias or a cap of
-            the logits adds.
+        entropy_gap: (B, H), log-sum-exp - entropy of the same rows. It equals `scores`, but for what a mask, a bias, a cap of
+            the logits or a sink adds.
     """
 
     layer: int
@@ -126,8 +126,8 @@ def score_parts(
 
     Raises:
         TypeError, ValueError: an argument is invalid; an unknown layer, head or tower; a group that is empty; a model whose
-            residual stream is not found, whose attention has another score than the dot product or is written out by hand, or
-            with a norm that cannot be held fixed; and what `intervene` raises.
+            residual stream is not found, or gets something else that is not linear; whose attention has another score than the
+            dot product or is written out by hand; or with a norm that cannot be held fixed; and what `intervene` raises.
     """
     check_choice("parts", parts, PARTS)
     named = {} if groups is None else checked_groups(groups)

@@ -2,7 +2,8 @@
 
 A stream starts with the embeddings; each layer adds the outputs of its heads and of its MLP to it. A leaf is one of these: what
 it was computed from has no gradient, and norms divide by constants (`attach.frozen`). Between the leaves and what is read from
-the stream, the model is then a linear function, and a gradient at a leaf, times the leaf, is the share of the leaf.
+the stream, the model is then a linear function, and a gradient at a leaf, times the leaf, is the share of the leaf. The graph
+shows whether that is so: a layer that adds something else raises an error.
 """
 
 from __future__ import annotations
@@ -77,6 +78,9 @@ class Leaves:
             share = (gradient.double() * leaf.tensor.detach().double()).flatten(kept).sum(kept)
             columns.append(share.view(len(share), -1))
         shares = torch.cat(columns, 1)
+        if len(shares) != len(whole):
+            found = f"{len(whole)}, and {len(shares)} in the tower"
+            raise ValueError(f"inputs must have one sample if a tower packs the tokens of several; got {found}")
         return torch.cat([shares, whole.double()[:, None] - shares.sum(1, keepdim=True)], 1)
 
 
@@ -208,7 +212,7 @@ class _Stream(Subscriber):
     def begins(self, observer: Observer) -> Steps:
         yield self._first.register_forward_pre_hook(observer.hook(self._enter), with_kwargs=True).remove
         for module in self._mixing:
-            yield module.register_forward_hook(observer.hook(self._mixed)).remove
+            yield module.register_forward_hook(observer.hook(self._mixed), prepend=True).remove
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._has_begun:  # a module that is all layers, as in ALBERT

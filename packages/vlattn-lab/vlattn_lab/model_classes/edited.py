@@ -94,9 +94,11 @@ def scaled_states(model: nn.Module, places: dict[str, StatePlace], size: int) ->
             if next(runs) != place.run[0]:
                 return output
             state = output if place.element is None else output[place.element]
-            rows = state.reshape(-1, size, place.channels).clone()
-            rows[:, start:stop] *= FACTORS[kind]
-            rows = rows.view(state.shape)
+            rows = state.contiguous().clone()
+            if place.tokens_first:
+                rows.view(size, -1, place.channels)[start:stop] *= FACTORS[kind]
+            else:
+                rows.view(-1, size, place.channels)[:, start:stop] *= FACTORS[kind]
             return rows if place.element is None else type(output)((*output[: place.element], rows, *output[place.element + 1 :]))
 
         handles.append(model.get_submodule(place.path).register_forward_hook(scale))
