@@ -383,6 +383,38 @@ def test_attention_in_a_list_is_no_layer() -> None:
         va.intervene(model, inputs, va.Residual(1, scale=0.5))
 
 
+class Returns(nn.Module):
+    """A layer whose output is a dict."""
+
+    def __init__(self, of: Callable[..., Any]) -> None:
+        super().__init__()
+        self.attention, self.of = nn.MultiheadAttention(16, 4, batch_first=True), of
+
+    def forward(self, x: Any) -> Any:
+        x = x["last_hidden_state"] if isinstance(x, dict) else x
+        return self.of(last_hidden_state=x + self.attention(x, x, x, need_weights=False)[0])
+
+
+@pytest.mark.parametrize("of", [dict, transformers.modeling_outputs.BaseModelOutput])
+def test_layers_that_return_dicts(of: Callable[..., Any]) -> None:
+    model, inputs = nn.Sequential(Returns(of), Returns(of)).eval(), {"input": torch.randn(2, 6, 16)}
+    with torch.no_grad(), va.intervene(model, inputs, va.Residual(1, (1, 3), set=2.0)):
+        edited = model(**inputs)
+    plain = model(**inputs)["last_hidden_state"]
+    plain[:, 1:3] = 2.0
+    assert type(edited) is of
+    torch.testing.assert_close(edited["last_hidden_state"], plain)
+
+
+def test_a_first_layer_that_is_dropped_is_named() -> None:
+    model, inputs = made("bert")
+    layers: Any = model.get_submodule("bert.encoder.layer")
+    with va.intervene(model, inputs, va.Residual(1, scale=0.5)):
+        model.get_submodule("bert.encoder").layer = layers[1:]
+        with pytest.raises(ValueError, match="model must run the first layer of tower 'text', 'bert.encoder"):
+            model(**inputs)
+
+
 class Looped(nn.Module):
     """A layer that runs twice, each time with a cache of its own."""
 

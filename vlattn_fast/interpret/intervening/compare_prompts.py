@@ -52,7 +52,7 @@ class PromptComparison:
     Args:
         clean, corrupt: (B,), the scores of the two runs.
         direction: "denoise": the corrupt run is patched from the clean one; "noise": the clean run is patched.
-        positions: of each aligned token, its place in the run that is patched.
+        positions: of each aligned token in the run that is patched.
         residual: (L, T), first-order effects of the residual stream after each layer, at each aligned token.
         heads: (L, H), of the outputs of heads at all aligned tokens.
         mlps: (L), of the outputs of MLPs.
@@ -131,9 +131,9 @@ class PromptComparison:
         for axes, (title, values) in zip(figure.subplots(1, 3, width_ratios=widths), panels.items(), strict=True):
             largest = max(1.0, float((values - neutral).abs().nan_to_num().max()))
             colours = {"cmap": "RdBu_r", "vmin": neutral - largest, "vmax": neutral + largest}
-            picture = axes.imshow(values.tolist(), aspect="auto", **colours)
+            image = axes.imshow(values.tolist(), aspect="auto", **colours)
             axes.set(title=title, xlabel={"residual stream": "aligned token", "heads": "head"}.get(title, ""), ylabel="layer")
-            figure.colorbar(picture, ax=axes)
+            figure.colorbar(image, ax=axes)
         return figure
 
 

@@ -89,10 +89,10 @@ class EditedCalls(Subscriber):
 
     def count_anew(self) -> Callable[[], None]:
         """Begins a run of the model; returns a function that continues the run that is under way, if any."""
-        before = self._numbers, self._state_runs, self._entry_runs, self._attending, self._cached
+        before = self._numbers, self._state_runs, self._entry_runs, self._sizes, self._attending, self._cached
 
         def go_on() -> None:
-            self._numbers, self._state_runs, self._entry_runs, self._attending, self._cached = before
+            self._numbers, self._state_runs, self._entry_runs, self._sizes, self._attending, self._cached = before
 
         self._begin_pass()
         self._attending, self._cached = [], {}
@@ -100,7 +100,7 @@ class EditedCalls(Subscriber):
 
     def _begin_pass(self) -> None:
         self._numbers = dict.fromkeys(self._of_modules, 0)
-        self._state_runs, self._entry_runs = dict.fromkeys(self._states, 0), dict[nn.Module, int]()
+        self._state_runs, self._entry_runs, self._sizes = dict.fromkeys(self._states, 0), {}, {}
 
     def begins(self, observer: Observer) -> Steps:
         plainly = uncompiled(self.model)
@@ -134,7 +134,11 @@ class EditedCalls(Subscriber):
         for plan in self._states[module]:
             (run, runs), tower = plan.place.run, plan.place.tower
             if number % runs == run:
-                sizes = self._sizes[tower]
+                if (sizes := self._sizes.get(tower)) is None:
+                    raise ValueError(
+                        f"model must run the first layer of tower '{tower.name}', {plan.entry.path!r}, if its states are edited; "
+                        "got a run without this layer. Set the layer drop to 0, or call model.eval()"
+                    )
                 total = sizes[1] + (self._cached[tower] or 0)
                 _check_whole(tower, total)
                 change = functools.partial(plan.changed, start=total - sizes[1], total=total)

@@ -19,6 +19,7 @@ from vlattn_fast.attach.session import Steps, at_rest, named, uncompiled
 from vlattn_fast.interpret.intervening.traced_model import TracedModel, TracedTower
 
 KINDS = ("residual", "mlp")
+Element = int | str | None  # of an output: a number in a tuple, a name in a dict; None = all of it
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +31,7 @@ class StatePlace:
     layer: int
     path: str
     run: tuple[int, int]  # which run of the module in a forward pass, and of how many
-    element: int | None
+    element: Element
     channels: int
     tokens_first: bool
 
@@ -49,6 +50,10 @@ class StatePlace:
         """The output with a changed state."""
         if self.element is None:
             return self.changed(output, sizes, change)
+        if isinstance(output, Mapping):
+            state = self.changed(output[self.element], sizes, change)
+            return type(output)(**{**output, self.element: state})
+        assert isinstance(self.element, int)
         changed = list(output)
         changed[self.element] = self.changed(output[self.element], sizes, change)
         return type(output)(*changed) if hasattr(output, "_fields") else type(output)(changed)
@@ -88,11 +93,13 @@ def sizes_of(state: Tensor) -> tuple[int, int]:
     return (1 if state.ndim == 2 else len(state)), state.shape[-2] * (state.shape[1] if state.ndim == 4 else 1)
 
 
-def _tensors(output: Any) -> dict[int | None, Tensor]:
-    """The tensors in the output of a module, by their number in it."""
-    parts: dict[int | None, Any] = {None: output} if isinstance(output, Tensor) else {}
+def _tensors(output: Any) -> dict[Element, Tensor]:
+    """The tensors in the output of a module, by their number or name in it."""
+    parts: dict[Element, Any] = {None: output} if isinstance(output, Tensor) else {}
     if isinstance(output, (tuple, list)):
         parts = dict(enumerate(output))
+    elif isinstance(output, Mapping):
+        parts = dict(output)
     return {number: x for number, x in parts.items() if isinstance(x, Tensor) and x.is_floating_point() and x.ndim in (2, 3, 4)}
 
 
@@ -139,7 +146,7 @@ class _State(NamedTuple):
 
     module: nn.Module
     number: int
-    element: int | None
+    element: Element
     channels: int
     tokens_first: bool
 
@@ -206,7 +213,8 @@ class _Notes(Subscriber):
         module = self._model.get_submodule(path)
         found, where = self._found[module], named(path, module)
         if len(found) != len(layers):
-            return {kind: dict.fromkeys(layers, f"{where} runs {len(found)} times for {len(layers)} layers") for kind in KINDS}
+            times = f"runs {len(found)} times for {len(layers)} layers" if found else "is no module that runs"
+            return {kind: dict.fromkeys(layers, f"{where} {times}") for kind in KINDS}
         places: dict[str, dict[int, StatePlace | str]] = {kind: {} for kind in KINDS}
         for layer, states in zip(layers, found, strict=True):
             for kind in KINDS:
