@@ -271,7 +271,8 @@ class OnlyAttention(nn.Module):
         self.attention, self.bends = nn.MultiheadAttention(16, 4, bias=False, batch_first=True), bends
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.attention(x, x, x, need_weights=False)[0] + (x.tanh() if self.bends else 0.0)
+        attended = self.attention(x, x, x, need_weights=False)[0] if hasattr(self, "attention") else 0.0
+        return x + attended + (x.tanh() if self.bends else 0.0)
 
 
 @pytest.mark.parametrize("bends", [False, True])
@@ -331,6 +332,11 @@ def test_what_cannot_be_split_is_named() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             call()
+    layers = [OnlyAttention(bends) for bends in (False, False, True)]
+    after, images = nn.Sequential(*layers, nn.Linear(16, 7)).eval(), {"input": torch.randn(2, 6, 16)}
+    del layers[2].attention
+    with pytest.raises(ValueError, match=r"end with a layer that attends .*; got '2' \(OnlyAttention\) after the last one"):
+        va.logit_parts(after, images, lambda logits: logits[:, -1, 3])
     packed = DECODERS["Mistral3ForConditionalGeneration"]()
     with pytest.raises(ValueError, match="inputs must have one sample if a tower packs the tokens of several; got 2, and 1 in"):
         va.logit_parts(packed.model.eval(), packed.inputs("left"), 7, tower="vision")

@@ -383,6 +383,23 @@ def test_attention_in_a_list_is_no_layer() -> None:
         va.intervene(model, inputs, va.Residual(1, scale=0.5))
 
 
+def test_a_layer_that_returns_two_states_is_named() -> None:
+    """As in layers that leave the sum to the next layer's norm: neither state is the stream."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+
+        def forward(self, both: Any) -> Any:
+            x = sum(both) if isinstance(both, tuple) else both
+            return self.attention(x, x, x, need_weights=False)[0], x
+
+    model, inputs = nn.Sequential(Two(), Two()).eval(), {"input": torch.randn(2, 6, 16)}
+    with pytest.raises(ValueError, match=r"'0' \(Two\) returns several states of \(B, N, C\) = \(2, 6, 16\)"):
+        va.intervene(model, inputs, va.Residual(1, scale=0.5))
+
+
 class Returns(nn.Module):
     """A layer whose output is a dict."""
 

@@ -17,7 +17,7 @@ from vlattn_fast.interpret.explaining.naming import encoded, tokenizer_of
 from vlattn_fast.interpret.intervening.editing import EditedCalls
 from vlattn_fast.interpret.intervening.edits import Numbers, Residual, check_numbers
 from vlattn_fast.interpret.intervening.plans import Plans, keep
-from vlattn_fast.interpret.intervening.state_plans import chosen_places
+from vlattn_fast.interpret.intervening.state_plans import chosen_places, last_of
 from vlattn_fast.interpret.intervening.traced_model import TracedTower, trace_model
 from vlattn_fast.interpret.result.figures.photos import open_image
 
@@ -155,7 +155,7 @@ def lens(
     traced = trace_model(model, inputs, [tower])
     plans = Plans(traced)
     own = plans.self_pair("lens", tower)[0]
-    every = chosen_places(traced, plans.state_places, "residual", "lens", None, own.name)
+    last = last_of(traced, plans.state_places, own, "lens")
     chosen = chosen_places(traced, plans.state_places, "residual", "lens", numbers, own.name)
     states: dict[int, Tensor] = {}
     for place in chosen:
@@ -166,7 +166,7 @@ def lens(
         for place in with_progress(chosen, "layers"):
             edited = Plans(traced)
             edited.state_places = plans.state_places
-            edited.add(Residual(every[-1].layer, set=states.pop(place.layer), tower=own.name))
+            edited.add(Residual(last.layer, set=states.pop(place.layer), tower=own.name))
             logits = traced.adapter.scoring.logits(_run(edited, traced.arguments))
             if not isinstance(logits, Tensor) or logits.ndim != 3 or tuple(logits.shape[:2]) != own.shape:
                 got = "none" if not isinstance(logits, Tensor) else tuple(logits.shape)

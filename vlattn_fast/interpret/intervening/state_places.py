@@ -34,6 +34,7 @@ class StatePlace:
     element: Element
     channels: int
     tokens_first: bool
+    followed_by: str = ""  # a later module of the same list that ran, if this is the last layer that attends or mixes
 
     def sizes(self, state: Tensor) -> tuple[int, int]:
         """(B, N) of a state."""
@@ -81,7 +82,7 @@ def find_states(traced: TracedModel) -> StatePlaces:
         traced.model(**traced.arguments)
     for path, towers in layers.items():
         for tower, numbers in towers.items():
-            for kind, found in notes.places(path, tower, numbers).items():
+            for kind, found in notes.places(path, tower, numbers, max(places["residual"][tower])).items():
                 places[kind][tower].update(found)
             if len(towers) > 1 and (first := min(places["residual"][tower])) in numbers:  # nothing tells whose states come in
                 places["residual"][tower][first] = f"{named(path, traced.model.get_submodule(path))} begins several towers"
@@ -208,8 +209,8 @@ class _Notes(Subscriber):
                 {(kind, tower): _state(kind, ran, tower, towers) for kind in KINDS for tower in towers}
             )
 
-    def places(self, path: str, tower: TracedTower, layers: Sequence[int]) -> dict[str, dict[int, StatePlace | str]]:
-        """By kind and layer, of the `layers` that are runs of the module at `path`."""
+    def places(self, path: str, tower: TracedTower, layers: Sequence[int], last: int) -> dict[str, dict[int, StatePlace | str]]:
+        """By kind and layer, of the `layers` that are runs of the module at `path`; `last`: the tower's last layer."""
         module = self._model.get_submodule(path)
         found, where = self._found[module], named(path, module)
         if len(found) != len(layers):
@@ -223,8 +224,17 @@ class _Notes(Subscriber):
                     places[kind][layer] = f"{where} {state}"
                     continue
                 run = state.number, self._runs[state.module]
-                places[kind][layer] = StatePlace(tower, layer, self._paths[state.module], run, *state[2:])
+                followed = self._later(path) if layer == last else ""
+                places[kind][layer] = StatePlace(tower, layer, self._paths[state.module], run, *state[2:], followed)
         return places
+
+    def _later(self, path: str) -> str:
+        """A module of the same class after that at `path`, in the same list, that ran."""
+        parent, _, number = path.rpartition(".")
+        siblings, kind = self._model.get_submodule(parent).named_children(), type(self._model.get_submodule(path))
+        after = (each for name, each in siblings if name.isdigit() and int(name) > int(number) and type(each) is kind)
+        later = (self._paths[each] for each in after if self._runs[each])
+        return next(later, "")
 
 
 def _state(kind: str, layer: _Ran, tower: TracedTower, towers: Sequence[TracedTower]) -> _State | str:
@@ -238,6 +248,8 @@ def _state(kind: str, layer: _Ran, tower: TracedTower, towers: Sequence[TracedTo
         return f"is a layer of several towers, {', '.join(repr(each.name) for each in towers)}, which it does not tell apart"
     element = fitting[0]
     state = states[element]
+    if len(towers) == 1 and sum(states[number].shape == state.shape for number in fitting) > 1:
+        return f"returns several states of (B, N, C) = {(*tower.shape, state.shape[-1])}, so that none is the sum"
     # If B equals N, only torch's layers tell.
     tokens_first = sizes_of(state) != tower.shape or (tower.shape == turned and _takes_tokens_first(layer))
     channels = state.shape[-1]

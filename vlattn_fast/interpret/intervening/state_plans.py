@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_index
+from vlattn_fast.attach.session import named
 from vlattn_fast.interpret.intervening.edits import Numbers, StateEdit, check_numbers
 from vlattn_fast.interpret.intervening.grouping import Groups
 from vlattn_fast.interpret.intervening.records import StateRecord
@@ -42,13 +43,14 @@ def chosen_places(
     without such a state."""
     if tower is not None:
         traced.tower(str(tower))
-    named = [each for each in places[of] if (not each.only_by_name if tower is None else each.name == tower)]
-    if len(named) != 1:
-        names = ", ".join(repr(each.name) for each in named) or "none with layers"
+    chosen_towers = [each for each in places[of] if (not each.only_by_name if tower is None else each.name == tower)]
+    if len(chosen_towers) != 1:
+        names = ", ".join(repr(each.name) for each in chosen_towers) or "none with layers"
         raise ValueError(f"{what} needs tower= if the model does not have exactly one tower; got {names}")
-    by_layer, numbers = places[of][named[0]], check_numbers("layers", layers)
-    depth, where = 1 + max(by_layer), f"tower '{named[0].name}'"
-    entry_of(places, named[0], what)
+    (of_tower,), numbers = chosen_towers, check_numbers("layers", layers)
+    by_layer = places[of][of_tower]
+    depth, where = 1 + max(by_layer), f"tower '{of_tower.name}'"
+    entry_of(places, of_tower, what)
     chosen = sorted(by_layer) if numbers is None else sorted({check_index("layers", n, depth, where) for n in numbers})
     found = list[StatePlace]()
     for layer in chosen:
@@ -57,6 +59,15 @@ def chosen_places(
             raise ValueError(f"model must have {_NAMES[of]} for {what}; got, in layer {layer} of {where}, {place}")
         found.append(place)
     return found
+
+
+def last_of(traced: TracedModel, places: StatePlaces, tower: TracedTower, what: str) -> StatePlace:
+    """The state after the last layer of a tower. ValueError if it is not found, or a layer without attention comes after it."""
+    (last,) = chosen_places(traced, places, "residual", what, -1, tower.name)
+    if last.followed_by:
+        after = named(last.followed_by, traced.model.get_submodule(last.followed_by))
+        raise ValueError(f"model must end with a layer that attends or mixes tokens for {what}; got {after} after the last one")
+    return last
 
 
 def entry_of(places: StatePlaces, tower: TracedTower, what: str = "an edit of states") -> StatePlace:

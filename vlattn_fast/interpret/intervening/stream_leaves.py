@@ -24,7 +24,7 @@ from vlattn_fast.attach.session import Steps, named
 from vlattn_fast.interpret.intervening.editing import EditedCalls
 from vlattn_fast.interpret.intervening.plans import Plans
 from vlattn_fast.interpret.intervening.state_places import StatePlace
-from vlattn_fast.interpret.intervening.state_plans import chosen_places, entry_of
+from vlattn_fast.interpret.intervening.state_plans import entry_of, last_of
 from vlattn_fast.interpret.intervening.traced_model import ModelCall, TracedTower
 
 PARTS = ("layers", "heads")
@@ -100,7 +100,6 @@ def run_with_leaves(
     frozen = AllRoots(model)  # also those of cosines between towers
     if frozen.missed:
         raise ValueError(f"model must have norms that {what} can hold fixed; got {', '.join(frozen.missed[:3])}")
-    (last,) = chosen_places(traced, plans.state_places, "residual", what, -1, tower.name)
     mlps = plans.state_places["mlp"][tower]
     attending = [plan for plan in plans.calls if plan.call.tower is tower]
     for plan in attending:
@@ -113,7 +112,9 @@ def run_with_leaves(
     for number, place in mlps.items():
         if isinstance(place, StatePlace) and (layer is None or number < layer):
             plans.add_change(place, functools.partial(_leaf_of_state, leaves, f"mlp {number}"))
-    plans.add_change(last, functools.partial(_keep_state, stream_end := list[Tensor]()))
+    ends = list[Tensor]()
+    if layer is None:
+        plans.add_change(last_of(traced, plans.state_places, tower, what), functools.partial(_keep_state, ends))
     mixing = {model.get_submodule(path): f"mixer {number}" for of, number, path in traced.mixing if of is tower}
     gated = {model.get_submodule(plan.call.path) for plan in attending}
     stream = _Stream(leaves, model, entry_of(plans.state_places, tower, what), mixing, gated)
@@ -126,7 +127,7 @@ def run_with_leaves(
             pass
     without = [f"layer {number}, which {place}" for number, place in mlps.items() if isinstance(place, str)]
     if layer is None:
-        _check_linear(stream_end, leaves, what, without)
+        _check_linear(ends, leaves, what, without)
         return leaves, result
     event = found[0] if found else None  # a softmax that a module takes itself is no call
     is_dot = event is not None and event.masks is not None and (event.inputs is None or event.inputs.score == "dot")
