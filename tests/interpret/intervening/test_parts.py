@@ -340,9 +340,10 @@ def test_what_cannot_be_split_is_named() -> None:
     packed = DECODERS["Mistral3ForConditionalGeneration"]()
     with pytest.raises(ValueError, match="inputs must have one sample if a tower packs the tokens of several; got 2, and 1 in"):
         va.logit_parts(packed.model.eval(), packed.inputs("left"), 7, tower="vision")
-    per_layer, ids = small("Gemma4ForCausalLM")
-    with pytest.raises(ValueError, match=r"add only outputs of attention and of MLPs .*; got something else .* \(\w+Backward0\)"):
-        va.logit_parts(per_layer, ids, 7)
+    for kind in ("Gemma4ForCausalLM", "Qwen4ExpForCausalLM"):
+        other, ids = small(kind)
+        with pytest.raises(ValueError, match=r"model must add only outputs of attention and of MLPs .* \(\w+Backward0\)"):
+            va.logit_parts(other, ids, 7)
     config = transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=60)
     bloom: Any = transformers.BloomForCausalLM(config).eval()
     with pytest.raises(ValueError, match="model must attend by dot products through .*; got another score, or attention that is"):

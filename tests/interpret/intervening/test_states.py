@@ -470,13 +470,16 @@ def small(kind: str) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def test_an_mlp_is_the_layers_only_one() -> None:
-    """A layer of Gemma 4 ends with two projections more, those of Granite have two MLPs, and one of Zamba 2 ends with a mixer."""
+    """A layer of Gemma 4 ends with two projections more, those of Granite have two MLPs, and one of Zamba 2 ends with a mixer.
+    XLM has no modules for whole layers, and those of Zaya return two states to be added."""
     model, inputs = small("Gemma4ForCausalLM")
     with torch.no_grad(), hooked(model.get_submodule("model.layers.1.post_feedforward_layernorm"), lambda x: 0.5 * x):
         expected = logits(model(**inputs))
     with torch.no_grad(), va.intervene(model, inputs, va.Mlp(1, scale=0.5)):
         torch.testing.assert_close(logits(model(**inputs)), expected, **CLOSE)
     for kind, layer, message in (
+        ("XLMWithLMHeadModel", 1, r"'transformer.attentions.0' \(MultiHeadAttention\) is attention and no layer"),
+        ("ZayaForCausalLM", 1, r"\(ZayaDecoderLayer\) returns several states of"),
         ("GraniteMoeHybridForCausalLM", 1, "has several MLPs, or other parts with weights: GraniteMoeHybridMoE, GraniteMoeHybri"),
         ("Zamba2ForCausalLM", 3, r"\(Zamba2HybridLayer\) has no MLP after its attention"),
     ):

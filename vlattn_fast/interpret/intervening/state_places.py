@@ -44,8 +44,8 @@ class StatePlace:
     def changed(self, state: Tensor, sizes: tuple[int, int], change: Callable[[Tensor], Tensor]) -> Tensor:
         """The state after `change`, which takes and returns it as (B, N, C); `sizes`: (B, N)."""
         if self.tokens_first:
-            return change(state.reshape(*sizes[::-1], self.channels).transpose(0, 1)).transpose(0, 1).reshape(state.shape)
-        return change(state.reshape(*sizes, self.channels)).reshape(state.shape)
+            return change(state.reshape(*sizes[::-1], -1).transpose(0, 1)).transpose(0, 1).reshape(state.shape)
+        return change(state.reshape(*sizes, -1)).reshape(state.shape)
 
     def replaced(self, output: Any, sizes: tuple[int, int], change: Callable[[Tensor], Tensor]) -> Any:
         """The output with a changed state."""
