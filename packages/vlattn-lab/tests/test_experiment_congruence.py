@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ import vlattn_fast as va
 from vlattn_fast.benchmarks._published import published_loss
 from vlattn_fast.measuring.records import having
 from vlattn_fast.nn import CapturedLayer, CongruenceLoss
+from vlattn_fast.nn.congruence_loss import SCHEDULES
 from vlattn_lab import digit_scans, is_true, swapped_pairs
 from vlattn_lab.checkout import ROOT
 from vlattn_lab.experiments import congruence
@@ -38,9 +40,10 @@ def test_everything_is_measured_once(tmp_path, capsys, monkeypatch):
     trained = having(rows, what="training")
     assert [row["loss"] for row in trained] == ["untrained", *report.ARMS]
     assert trained[0]["curve"] == {} and all(row["curve"]["step"] == [2, 4] for row in trained[1:])
-    assert len({json.dumps(row["curve"]) for row in trained}) == 5, "each arm trains in its own way"
     assert all(0 <= row[pairs][score] <= 1 for row in trained for pairs in ("held_out", "seen") for score in report.SCORES)
-    assert {row["loss"] for row in having(rows, what="sweep")} == set(report.ARMS) and having(rows, what="cost")
+    for seed in congruence.SEARCH_SEEDS:
+        assert [row["loss"] for row in having(rows, what="search", seed=seed)] == list(report.ARMS)
+    assert [row["scenes"] for row in having(rows, what="room")] == [24, 96] and having(rows, what="cost")
     assert {path.stem for path in tmp_path.glob("*.png")} == set(report.FIGURES)
     shown = capsys.readouterr().out
     assert all(table in shown for table in report.tables(rows))
@@ -61,19 +64,51 @@ def test_the_page_shows_the_stored_rows():
 
 
 def test_all_arms_of_a_seed_start_alike_and_see_the_same():
-    """A loss of weight 0 changes nothing, to the last bit; one with a weight does, from the second step on."""
-    sizes = training.Sizes(steps=3, every=3, validation=8, test=8)
-    plain, _ = training.train(3, "none", 0.0, 0, sizes)
-    silent, _ = training.train(3, "cacr", 0.0, 1, sizes)
-    heard, _ = training.train(3, "iais_singular", 1.0, 1, sizes)
-    other, _ = training.train(4, "none", 0.0, 0, sizes)
-    states = [dict(model.named_parameters()) for model in (plain, silent, heard, other)]
-    assert all(torch.equal(x, states[1][name]) for name, x in states[0].items())
-    assert not torch.equal(
-        states[0]["uniter.encoder.layer.1.attention.self.query.weight"],
-        states[2]["uniter.encoder.layer.1.attention.self.query.weight"],
-    )
-    assert not torch.equal(states[0]["uniter.pooler.dense.weight"], states[3]["uniter.pooler.dense.weight"])
+    """A loss of weight 0 changes nothing; one with a weight does, from the second step on."""
+    sizes = training.Sizes(scenes=24, steps=3, every=4, validation=8, test=8)
+    key = "uniter.encoder.layer.1.attention.self.query.weight"
+
+    def state(seed, loss, weight):
+        return dict(training.train(seed, training.Setting(loss, weight, layer=1), sizes)[0].named_parameters())
+
+    plain = state(3, "none", 0.0)
+    for loss in report.LOSSES:
+        silent = state(3, loss, 0.0)
+        assert all(torch.equal(x, silent[name]) for name, x in plain.items())
+        assert not torch.equal(plain[key], state(3, loss, 1.0)[key])
+    assert not torch.equal(plain["uniter.pooler.dense.weight"], state(4, "none", 0.0)["uniter.pooler.dense.weight"])
+
+
+@pytest.mark.parametrize("loss", report.LOSSES)
+def test_each_part_of_a_setting_has_its_effect(loss):
+    inputs, _, named = next(training.batches(24, torch.Generator().manual_seed(0)))
+    model = training.new_model(0)
+
+    def value(step, **options):
+        setting = training.Setting(**{"loss": loss, "weight": 1.0, **options})
+        return training.Regulariser(setting, 10)(model, inputs, named, step)[1].item()
+
+    full = value(5)
+    assert full > 0 and value(5, weight=0.5) == pytest.approx(full / 2)
+    for schedule in SCHEDULES:
+        assert value(5, schedule=schedule) == pytest.approx(full * va.nn.training_signal_annealing(5, 10, schedule))
+    if loss in training.KINDS:
+        sides = {direction: value(5, direction=direction) for direction in ("text", "image")}
+        assert full == pytest.approx(sum(sides.values())) and len({full, *sides.values()}) == 3
+        assert value(5, direction="alternate") == sides["text"] and value(4, direction="alternate") == sides["image"]
+        assert value(5, layer=1) != full
+
+
+def test_the_loss_on_relevancy_is_the_share_of_regions_that_are_not_named():
+    inputs, _, named = next(training.batches(24, torch.Generator().manual_seed(0)))
+    model, count = training.new_model(0), training.MATCHED
+    assert (named.sum(1) == 2).all()
+    output, loss = training.Regulariser(training.Setting("relevancy", 1.0), 10)(model, inputs, named, 0)
+    loss.backward()
+    assert model.uniter.encoder.layer[0].attention.self.query.weight.grad.abs().sum() > 0
+    matched = {name: x[:count] for name, x in inputs.items()}
+    row = va.explain(model.eval(), matched, target=[1] * count).relevancy["joint"][:, training.CAPTION :]
+    torch.testing.assert_close(loss.detach(), ((row * ~named).sum(1) / row.sum(1)).mean())
 
 
 @pytest.mark.parametrize("kind", training.KINDS)
@@ -150,36 +185,73 @@ def test_a_false_caption_is_of_the_same_scene():
         assert words == (row % 4 in (0, 3)), "an order caption has the words of the true one"
 
 
-def test_a_batch_has_each_scene_three_times():
-    inputs, label = next(training.batches(torch.Generator().manual_seed(0)))
+def test_a_batch_has_each_scene_three_times_and_a_training_the_same_scenes():
+    drawn = training.batches(48, torch.Generator().manual_seed(0))
+    (inputs, label, named), (second, *_), (third, *_) = (next(drawn) for _ in range(3))
     true, false, asked = inputs["input_ids"].split(training.MATCHED)
-    assert label.tolist() == [1] * training.MATCHED + [0] * training.MATCHED
+    assert label.tolist() == [1] * training.MATCHED + [0] * training.MATCHED and named.shape == (24, training.REGIONS)
     assert (true != false).any(1).all() and (asked == training.MASK_ID).sum(1).eq(2).all()
     assert torch.equal(torch.where(asked == training.MASK_ID, true, asked), true)
     for name in ("region_features", "region_positions"):
         one, two, three = inputs[name].split(training.MATCHED)
         assert torch.equal(one, two) and torch.equal(one, three) and not torch.equal(one[0], one[1])
 
+    def places(*batches):
+        return {x.numpy().tobytes() for batch in batches for x in batch["region_positions"][: training.MATCHED]}
 
-def row_of(loss, weight, layer, seed, order, relation):
-    return {
-        "what": "sweep",
-        "loss": loss,
-        "weight": weight,
-        "layer": layer,
-        "seed": seed,
-        "curve": {"step": [50, 100, 150], "order": order, "relation": relation},
-    }
+    assert len(places(inputs, second)) == 48 and places(third) <= places(inputs, second)
 
 
-def test_the_earliest_jump_is_chosen():
-    late, early = [0.5, 0.6, 0.8], [0.5, 0.75, 0.8]
-    never = [0.5, 0.5, 0.74]
+@pytest.mark.parametrize("loss", training.KINDS)
+def test_the_levels_of_each_factor_of_the_search_occur_equally_often(loss):
+    tried = congruence.settings_of(loss)
+    assert len(set(tried)) == len(tried) == 6
+    for factor in ("weight", "layer", "direction"):
+        counts = Counter(getattr(one, factor) for one in tried)
+        assert len(counts) > 1 and len(set(counts.values())) == 1
+        for level in counts:
+            assert all(
+                len({getattr(one, name) for one in tried if getattr(one, factor) == level}) > 1
+                for name in ("schedule", "weight")
+                if name != factor
+            )
+    assert {one.schedule for one in tried} == set(SCHEDULES)
+
+
+def row_of(what, loss, seed, group, **options):
+    setting = {"loss": loss, "weight": 1.0, "schedule": "const", "layer": 0, "direction": "both", **options}
+    return {"what": what, **setting, "seed": seed, "validation" if what == "search" else "held_out": {"group": group}}
+
+
+def test_the_best_over_the_most_seeds_is_chosen():
+    def groups():
+        return [row["validation"]["group"] for row in report.best(rows, "cacr")]
+
     rows = [
-        row_of("cacr", 1.0, 0, 100, early, late),
-        row_of("cacr", 1.0, 1, 100, early, early),
-        row_of("cacr", 9.0, 0, 100, early, never),
+        row_of("search", "none", 100, 0.5),
+        row_of("search", "cacr", 100, 0.9),
+        row_of("search", "cacr", 100, 0.7, layer=1),
+        row_of("search", "cacr", 100, 0.6, weight=2.0),
+        row_of("search", "cacr", 100, 0.8, weight=9.0),
     ]
-    assert [report.jump_of(row) for row in rows] == [150, 100, None]
-    assert report.chosen(rows, "cacr") == {"loss": "cacr", "weight": 1.0, "layer": 1}
-    assert report.chosen(rows[::2], "cacr")["weight"] == 1.0, "of equals the one that is better at the end"
+    assert groups() == [0.9, 0.8, 0.7, 0.6]
+    rows += [row_of("search", "none", 101, 0.4), row_of("search", "cacr", 101, 0.1), row_of("search", "cacr", 101, 0.7, layer=1)]
+    assert groups() == [0.7, 0.9, 0.8, 0.6]
+
+
+def test_the_outcome_says_what_the_rows_say():
+    noise = (0.0, 0.01, -0.01, 0.005, -0.005)
+
+    def rows(**gains):
+        changes = {"none": 0.0, **dict.fromkeys(report.LOSSES, 0.0), **gains}
+        groups = {loss: [0.5 + 0.1 * i + x + (loss != "none") * noise[i] for i in range(5)] for loss, x in changes.items()}
+        return [row_of("training", loss, i, group) for loss, values in groups.items() for i, group in enumerate(values)]
+
+    nothing = report.outcome(rows())
+    assert nothing.startswith("**Nothing is gained with any of the four losses. No difference with CACR (")
+    assert "A loss of accuracy" not in nothing
+    assert report.outcome(rows(cacr=0.1)).startswith("**A gain with CACR (+0.100 ± 0.008). No difference with IAIS singular (")
+    assert "No difference with CACR (+0.012 ± 0.008)" in report.outcome(rows(cacr=0.012)), "p is 0.027, and there are four tests"
+    worse = report.outcome(rows(relevancy=-0.1))
+    assert worse.startswith("**Nothing is gained") and "A loss of accuracy with relevancy (-0.100 ± 0.008)." in worse
+    assert report.outcome(rows()[:1]) == "**One seed allows no test.**"

@@ -16,7 +16,7 @@ from vlattn_fast import congruence_loss
 from vlattn_fast.benchmarks._published import published_loss, uneven_masks
 from vlattn_fast.measuring.memory import peak_of_call
 from vlattn_fast.models import UNITER, UNITERConfig
-from vlattn_lab.experiments.congruence.training import CONFIG, MATCHED, REGIONS
+from vlattn_lab.experiments.congruence.training import CONFIG
 from vlattn_lab.experiments.experiment import least_seconds
 from vlattn_lab.train.fit import seeded
 
@@ -39,7 +39,7 @@ class Problem:
 
 BASE = UNITERConfig(num_hidden_layers=1, vocab_size=1000, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 PROBLEMS = {
-    "this experiment's model": Problem(CONFIG, 3 * MATCHED, MATCHED, 7, REGIONS, uneven=False),
+    "two layers of width 64": Problem(CONFIG, 144, 48, 7, 2, uneven=False),
     "one layer of UNITER-base": Problem(BASE, 16, 16, 40, 64, uneven=True),
 }
 

@@ -1,17 +1,17 @@
-"""The model, its scenes and its training: image-text matching alone, with or without a congruence loss beside it.
+"""The model, its scenes and its training: image-text matching alone, or with a loss on attention or on relevancy.
 
-The model is smaller than the UNITER of `vlattn_lab.train`, so that a training takes under a minute of one core, and no loss
-tells the model where a digit is. Such a model stays at chance on order and relation for a while, and then jumps.
-
-To shorten the wait, regions come as from a detector, with scores of the ten digits and a place, and the model begins where a
-first training would end: a region has the embedding of the word for its digit, and words attend to the regions they name.
+A training has few scenes, which it repeats: with new scenes at each step the model learns the task wholly, and no loss could
+gain anything. The model is smaller than the UNITER of `vlattn_lab.train`, so that a training takes a quarter of a minute of
+one core. Regions come as from a detector, with scores of the ten digits and a place, and the model begins where a first
+training would end: a region has the embedding of the word for its digit, and words attend to the regions they name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import vlattn_fast as va
 from vlattn_fast.models import UNITER, UNITERConfig, UNITEROutput
-from vlattn_fast.nn import CapturedLayer, CongruenceLoss
+from vlattn_fast.nn import CapturedLayer, CongruenceLoss, RelevancyLoss, training_signal_annealing
 from vlattn_lab import scenes as data
 from vlattn_lab import uniter, winoground
 from vlattn_lab.processor import DIGIT_WORDS, VOCABULARY
@@ -41,30 +41,41 @@ CONFIG = UNITERConfig(
     position_dim=3,
     masked_words=True,
 )
-FALSE = torch.tensor([1] * 12 + [2] * 12 + [3] * 24)  # one entry a scene of a batch, see `batches`
-MATCHED = len(FALSE)  # true captions come first
-REGIONS = 2  # digits a scene
-LEARNING_RATE, WARMUP = 1e-3, 100  # constant after warm-up: the jump must not depend on the run's length
+MATCHED = 24  # scenes of a batch; true captions come first
+FALSE = torch.tensor([1, 2, 3, 3])  # the kinds of false captions that scenes have in turn, see `batches`
+REGIONS = 3  # digits a scene
+LEARNING_RATE, WARMUP = 1e-3, 100
 NOISE = 0.15  # standard deviation added to the pixels in training
-AHEAD = 16  # batches drawn at once, which is cheaper
 RELATION, MASK_ID = slice(2, 4), VOCABULARY.index("[MASK]")
 WORDS, CAPTION = slice(1, 6), 7  # the five words without [CLS] and [SEP]; regions follow the caption
-JUMP = 0.75  # accuracy of order and of relation at which a model has passed the jump
-VALIDATION_SEED, TEST_SEED = 1, 2
-RELATIONAL = ("relation", "order")
+SEEDS = {"validation": 1, "test": 2}  # of the scenes that measure a model
 
-Curve = dict[str, list[float]]  # "step", accuracies by kind of caption, values of losses
+Curve = dict[str, list[float]]  # "step", scores and values of losses
 Inputs = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """steps: of a training; every: steps between two evaluations; validation, test: scenes of each kind."""
+    """scenes: that a training has; steps: of a training; every: steps between two evaluations; validation, test: scenes of each
+    kind."""
 
+    scenes: int
     steps: int
     every: int
     validation: int
     test: int
+
+
+@dataclass(frozen=True)
+class Setting:
+    """loss: "none", a kind of `CongruenceLoss`, or "relevancy". schedule: of its weight, see `training_signal_annealing`. layer
+    and direction: of a congruence loss."""
+
+    loss: str = "none"
+    weight: float = 0.0
+    schedule: str = "const"
+    layer: int = 0
+    direction: str = "both"
 
 
 @cache
@@ -120,25 +131,27 @@ def model_inputs(scenes: Scenes, *, noise: Tensor | None = None) -> Inputs:
     }
 
 
-def batches(generator: torch.Generator) -> Iterator[tuple[Inputs, Tensor]]:
-    """(inputs with noise, labels), without end. Each of MATCHED scenes comes with its true caption, with a false caption of the
-    kind in FALSE, and with the true caption without its relation; labels (2 MATCHED) belong to the first two thirds."""
-    label = torch.cat([torch.ones_like(FALSE), torch.zeros_like(FALSE)])
+def batches(count: int, generator: torch.Generator) -> Iterator[tuple[Inputs, Tensor, Tensor]]:
+    """(inputs with noise, labels, named), without end: `count` scenes in one order after another. Each of MATCHED scenes comes
+    with its true caption, with its false caption, of the kind in FALSE, and with the true caption without its relation; labels
+    (2 MATCHED) belong to the first two thirds; named (MATCHED, R): the regions that the true captions name."""
+    scenes, false_ids = training_scenes(FALSE.repeat(count // len(FALSE) + 1)[:count], "fit", generator)
+    asked = scenes.input_ids.clone()
+    asked[:, RELATION] = MASK_ID
+    label = torch.tensor([1, 0]).repeat_interleave(MATCHED)
     while True:
-        scenes, false_ids = training_scenes(FALSE.repeat(AHEAD), "fit", generator)
         inputs = model_inputs(scenes, noise=NOISE * torch.randn(*scenes.digits.shape, 64, generator=generator))
-        asked = inputs["input_ids"].clone()
-        asked[:, RELATION] = MASK_ID
-        for samples in torch.arange(len(false_ids)).split(MATCHED):
+        for samples in torch.randperm(count, generator=generator).split(MATCHED):
             batch = {name: x[samples].repeat(3, *[1] * (x.ndim - 1)) for name, x in inputs.items()}
-            yield batch | {"input_ids": torch.cat([x[samples] for x in (inputs["input_ids"], false_ids, asked)])}, label
+            ids = torch.cat([x[samples] for x in (inputs["input_ids"], false_ids, asked)])
+            yield batch | {"input_ids": ids}, label, scenes.named[samples]
 
 
-def congruence(loss: CongruenceLoss, layer: CapturedLayer, matched: int) -> Tensor:
+def congruence(loss: CongruenceLoss, layer: CapturedLayer, matched: int, *, step: int = 0) -> Tensor:
     """The loss between words and regions over the first `matched` samples."""
     assert layer.joint is not None
     query, key = (x[:matched] for x in layer.joint)
-    return loss((query[:, :, WORDS], key[:, :, WORDS]), (query[:, :, CAPTION:], key[:, :, CAPTION:]))
+    return loss((query[:, :, WORDS], key[:, :, WORDS]), (query[:, :, CAPTION:], key[:, :, CAPTION:]), step=step)
 
 
 def losses(model: UNITER, output: UNITEROutput, inputs: Inputs, label: Tensor) -> Tensor:
@@ -146,6 +159,32 @@ def losses(model: UNITER, output: UNITEROutput, inputs: Inputs, label: Tensor) -
     words = inputs["input_ids"][:MATCHED, RELATION]
     said = model.word_logits(output.last_hidden_state[2 * MATCHED :, RELATION])
     return F.cross_entropy(output.logits[: 2 * MATCHED], label) + F.cross_entropy(said.flatten(0, 1), words.flatten())
+
+
+class Regulariser:
+    """Runs a model with the loss of a setting: (its output, the loss with its weight)."""
+
+    def __init__(self, setting: Setting, steps: int) -> None:
+        self.setting, self.steps = setting, steps
+        self._outside = RelevancyLoss("inside", prefix=CAPTION)
+        self._congruence: CongruenceLoss | None = None
+        if setting.loss in KINDS:
+            schedule: dict[str, Any] = {"schedule": setting.schedule, "num_steps": steps, "weight": setting.weight}
+            self._congruence = CongruenceLoss(setting.loss, setting.direction, **schedule)
+
+    def __call__(self, model: UNITER, inputs: Inputs, named: Tensor, step: int) -> tuple[UNITEROutput, Tensor | float]:
+        if self._congruence is not None:
+            with va.nn.capture_attention(model, layers=self.setting.layer) as attention:
+                output = model(**inputs)
+            return output, congruence(self._congruence, attention.layer, MATCHED, step=step)
+        if self.setting.loss == "none":
+            return model(**inputs), 0.0
+        with va.nn.capture_relevancy(model) as captured:
+            output = model(**inputs)
+        relevancy = captured.relevancy(output.logits[:MATCHED, 1].sum())
+        assert isinstance(relevancy, Tensor)  # a model of one tower
+        weight = self.setting.weight * training_signal_annealing(step, self.steps, self.setting.schedule)
+        return output, weight * self._outside(relevancy[:MATCHED], named[:, None])  # regions are a grid of one line
 
 
 def new_model(seed: int) -> UNITER:
@@ -161,68 +200,47 @@ def new_model(seed: int) -> UNITER:
     return model
 
 
-def train(seed: int, loss: str, weight: float, layer: int, sizes: Sizes, *, stop_at_jump: bool = False) -> tuple[UNITER, Curve]:
-    """A trained model, and its accuracies and losses on validation scenes every `sizes.every` steps.
+def train(seed: int, setting: Setting, sizes: Sizes) -> tuple[UNITER, Curve]:
+    """A trained model, and its scores on validation scenes every `sizes.every` steps.
 
     Seeds pair the runs: the seed alone gives initial weights, scenes, captions and noise, whatever the loss.
-
-    Args:
-        loss: a kind of `CongruenceLoss`, or "none".
-        stop_at_jump: stop at the first evaluation where order and relation have passed the jump.
     """
-    model, drawn, watch = new_model(seed), batches(torch.Generator().manual_seed(seed)), Watch(sizes.validation)
-    extra = None if loss == "none" else CongruenceLoss(loss, direction="alternate", weight=weight)
+    model, drawn = new_model(seed), batches(sizes.scenes, torch.Generator().manual_seed(seed))
+    regulariser, curve = Regulariser(setting, sizes.steps), Curve()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01, fused=True)
-    warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARMUP))
-    for step in range(1, sizes.steps + 1):
-        inputs, label = next(drawn)
-        if extra is None:
-            total = losses(model, model(**inputs), inputs, label)
-        else:
-            with va.nn.capture_attention(model, layers=layer) as captured:
-                output = model(**inputs)
-            total = losses(model, output, inputs, label) + congruence(extra, captured.layer, MATCHED)
+    rates = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / WARMUP, 1.0, 3.0 * (sizes.steps - step) / max(sizes.steps, 1))
+    )
+    for step in range(sizes.steps):
+        inputs, label, named = next(drawn)
+        output, extra = regulariser(model, inputs, named, step)
         optimizer.zero_grad(set_to_none=True)
-        total.backward()
+        (losses(model, output, inputs, label) + extra).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        warmup.step()
-        if step % sizes.every == 0:
-            watch.look(model, step)
-            if stop_at_jump and None not in [jump(watch.curve, name) for name in RELATIONAL]:
-                break
-    return model, watch.curve
+        rates.step()
+        if (step + 1) % sizes.every == 0:
+            for name, value in {"step": step + 1, **scores(model, sizes.validation, "validation", "seen")}.items():
+                curve.setdefault(name, []).append(float(f"{value:.4g}"))
+    return model, curve
 
 
-def jump(curve: Curve, name: str) -> int | None:
-    """The first step at which the accuracy of a kind of caption has passed the jump; None where no step has."""
-    return next((int(step) for step, value in zip(curve["step"], curve[name], strict=True) if value >= JUMP), None)
-
-
-class Watch:
-    """Measures a model while it trains: accuracies on validation scenes as in `matching_accuracy`, and the congruence of its
-    attention by each loss and in each layer."""
-
-    def __init__(self, count: int) -> None:
-        self._false: dict[str, Inputs] = {}
-        for kind, name in enumerate(NEGATIVES, 1):
-            generator = torch.Generator().manual_seed(VALIDATION_SEED)  # the same scenes for each kind of caption
-            scenes, false_ids = training_scenes(torch.full((count,), kind), "validation", generator)
-            self._true = model_inputs(scenes)
-            self._false[name] = self._true | {"input_ids": false_ids}
-        self.curve: Curve = {}
-
-    @torch.no_grad()
-    def look(self, model: UNITER, step: int) -> None:
-        values, odds = congruences(model, self._true)
-        for name, value in ({"step": step} | accuracies(model, odds, self._false) | values).items():
-            self.curve.setdefault(name, []).append(float(f"{value:.4g}"))
-
-
-def accuracies(model: UNITER, odds: Tensor, false: Mapping[str, Inputs]) -> dict[str, float]:
-    """By kind of false caption, from the log odds of true captions and the inputs with false ones."""
-    accepted = float((odds > 0).double().mean())
-    return {name: (accepted + float((log_odds(model, x) <= 0).double().mean())) / 2 for name, x in false.items()}
+@torch.no_grad()
+def scores(model: UNITER, count: int, split: str, pairs: str) -> dict[str, float]:
+    """On `count` scenes of a split: accuracies by kind of false caption, Winoground's three scores on swapped pairs, and the
+    congruence losses of true captions."""
+    drawn: dict[str, Any] = {"split": split, "seed": SEEDS[split], "pairs": pairs}
+    true = model_inputs(fewer(data.digit_scenes(count, **drawn)))
+    odds, values = congruences(model, true)
+    accepted, found = float((odds > 0).double().mean()), {}
+    for name in NEGATIVES:
+        false = log_odds(model, true | {"input_ids": data.digit_scenes(count, **drawn, negative=name).input_ids})
+        found[name] = (accepted + float((false <= 0).double().mean())) / 2
+    sides = [model_inputs(fewer(side)) for side in data.swapped_pairs(count, **drawn)]
+    table = [[log_odds(model, scene | {"input_ids": text["input_ids"]}).tolist() for text in sides] for scene in sides]
+    examples = ((((0, number), (1, number)), (0, 1)) for number in range(count))
+    swapped = winoground.evaluate(lambda image, caption: table[image[0]][caption][image[1]], examples)
+    return {**found, **swapped, **values}
 
 
 def log_odds(model: UNITER, inputs: Inputs) -> Tensor:
@@ -231,31 +249,17 @@ def log_odds(model: UNITER, inputs: Inputs) -> Tensor:
 
 
 @torch.no_grad()
-def congruences(model: UNITER, inputs: Inputs) -> tuple[dict[str, float], Tensor]:
-    """(the losses in each layer, in both directions, by `value_name`; the log odds) of true captions."""
-    with va.nn.capture_attention(model, layers=range(CONFIG.num_hidden_layers)) as captured:
+def congruences(model: UNITER, inputs: Inputs) -> tuple[Tensor, dict[str, float]]:
+    """(the log odds of true captions; the losses in each layer, in both directions, by `value_name`)."""
+    layers = range(CONFIG.num_hidden_layers)
+    with va.nn.capture_attention(model, layers=layers) as captured:
         odds = log_odds(model, inputs)
-    return {
+    return odds, {
         value_name(kind, layer): float(congruence(CongruenceLoss(kind), captured[layer], len(odds)))
         for kind in KINDS
-        for layer in range(CONFIG.num_hidden_layers)
-    }, odds
+        for layer in layers
+    }
 
 
 def value_name(kind: str, layer: int) -> str:
     return f"{kind} in layer {layer}"
-
-
-@torch.no_grad()
-def final_scores(model: UNITER, count: int, pairs: str) -> dict[str, float]:
-    """Scores on scenes with test scans: accuracies by kind of wrong caption, Winoground's three scores on swapped pairs, and
-    the congruence losses of true captions."""
-    true = model_inputs(fewer(data.digit_scenes(count, seed=TEST_SEED, pairs=pairs)))
-    said = {name: data.digit_scenes(count, seed=TEST_SEED, pairs=pairs, negative=name).input_ids for name in NEGATIVES}
-    false = {name: true | {"input_ids": ids} for name, ids in said.items()}
-    scores = accuracies(model, log_odds(model, true), false)
-    sides = [model_inputs(fewer(side)) for side in data.swapped_pairs(count, seed=TEST_SEED, pairs=pairs)]
-    table = [[log_odds(model, scene | {"input_ids": text["input_ids"]}).tolist() for text in sides] for scene in sides]
-    examples = ((((0, number), (1, number)), (0, 1)) for number in range(count))
-    scores |= winoground.evaluate(lambda image, caption: table[image[0]][caption][image[1]], examples)
-    return scores | congruences(model, true)[0]
