@@ -59,7 +59,7 @@ def final_cells(settings: Settings, records: Sequence[Record]) -> list[Cell]:
 
 def room_cells(settings: Settings, records: Sequence[Record]) -> list[Cell]:
     sizes = SMOKE if settings.smoke else SIZES
-    counts = (sizes.scenes // 2, sizes.steps * MATCHED)  # half as many; a new scene each time
+    counts = (sizes.scenes + 5 * MATCHED, sizes.steps * MATCHED)  # some more; a new scene each time
     return [{"what": "room", "scenes": count, "seed": seed} for count in counts for seed in SEARCH_SEEDS[:1]]
 
 
