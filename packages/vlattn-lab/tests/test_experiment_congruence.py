@@ -43,7 +43,7 @@ def test_everything_is_measured_once(tmp_path, capsys, monkeypatch):
     assert all(0 <= row[pairs][score] <= 1 for row in trained for pairs in ("held_out", "seen") for score in report.SCORES)
     for seed in congruence.SEARCH_SEEDS:
         assert [row["loss"] for row in having(rows, what="search", seed=seed)] == list(report.ARMS)
-    assert [row["scenes"] for row in having(rows, what="room")] == [24, 96] and having(rows, what="cost")
+    assert [row["scenes"] for row in having(rows, what="room")] == [168, 96] and having(rows, what="cost")
     assert {path.stem for path in tmp_path.glob("*.png")} == set(report.FIGURES)
     shown = capsys.readouterr().out
     assert all(table in shown for table in report.tables(rows))

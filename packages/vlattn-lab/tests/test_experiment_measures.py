@@ -131,7 +131,7 @@ def test_matching_of_who_knows_the_truth(monkeypatch):
     weights = torch.zeros(sizes.tested, matching.WORDS, 4)
     for word, place in enumerate((matching.FIRST, matching.SECOND)):
         weights[torch.arange(sizes.tested), place, matching.said_regions(scenes)[:, word]] = 1.0
-    monkeypatch.setattr(matching, "weights_and_relevancy", lambda attend, run: [(weights, weights)])
+    monkeypatch.setattr(matching, "weights_and_relevancy", lambda attend, run: [(weights[:, None], weights[:, None])])
     found = matching.measure(Knows(), 3, sizes)
     perfect = ("recall_caption", "recall_image", "accuracy", "digit", "relation", "order", "share", "pointing", "agreement")
     assert {name: found[name] for name in perfect} == pytest.approx(dict.fromkeys(perfect, 1.0))
@@ -144,7 +144,9 @@ def test_answering_reads_the_last_step_at_the_digit_that_is_asked_for(monkeypatc
     parts = {kind: answering.questions_of(60, 3, "validation", kind) for kind in answering.QUESTIONS}
     target = torch.cat([answering.aims(part) for part in parts.values()]).float()
     even = torch.full_like(target, 0.25)
-    calls = [(each[:, None], each[:, None]) for each in (even, even, torch.where(target.any(1)[:, None], target, even))]
+    calls = [
+        (each[:, None, None], each[:, None, None]) for each in (even, even, torch.where(target.any(1)[:, None], target, even))
+    ]
     monkeypatch.setattr(answering, "weights_and_relevancy", lambda attend, run: calls)
 
     def says_yes(images, ids, mask=None):
