@@ -96,9 +96,14 @@ def test_labels_of_probes_are_those_of_the_captions():
     for (ids, label), caption, digits, boxes in zip(given, scenes.captions, scenes.digits, scenes.boxes, strict=True):
         said = [VOCABULARY[i] for i in ids.tolist()]
         names = [lab.processor.DIGIT_WORDS[digit] for digit in digits.tolist()]
-        phrases = [(" ".join(said[start:end]), names[region]) for (start, end), region in label["phrases"]]
+        phrases = [(" ".join(said[start:end]), names[region], digit) for (start, end), region, digit in label["phrases"]]
         words = caption.split()
-        assert phrases == [(words[0], words[0]), (f"a {words[4]}", words[4])]
+        assert phrases == [(words[0], words[0], words[0]), (f"a {words[4]}", words[4], words[4])]
+        pairs = {name: (" ".join(said[slice(*one)]), " ".join(said[slice(*two)])) for one, two, name in label["word_relations"]}
+        relation = " ".join(words[1:3])
+        assert pairs["subject"] == (words[0], relation) and pairs["object"] == (relation, words[4])
+        inverted, odd = ([VOCABULARY[i] for i in label["variants"][task]] for task in ("inverted", "odd_word"))
+        assert inverted[1:6] == [words[4], *words[1:4], words[0]] and sum(a != b for a, b in zip(odd, said, strict=True)) == 1
         ((first, second, relation),) = label["relations"]
         assert is_true("", f"{names[first]} {relation} a {names[second]}", digits, boxes)
         assert label["sentence"] == {"first_digit": words[0]}

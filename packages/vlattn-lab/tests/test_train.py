@@ -317,4 +317,4 @@ def test_what_is_wrong_ends_a_training_at_its_start(options, words, tmp_path, mo
 def test_the_model_must_be_named(capsys):
     with pytest.raises(SystemExit):
         run.main(["--steps", "1"])
-    assert "uniter,clip,vqa,captions" in capsys.readouterr().err
+    assert "uniter,lxmert,clip,vqa,captions" in capsys.readouterr().err
