@@ -19,7 +19,7 @@ from vlattn_fast.interpret.intervening.plans import Plans, keep
 from vlattn_fast.interpret.intervening.records import HeadRecord
 from vlattn_fast.interpret.intervening.state_places import KINDS
 from vlattn_fast.interpret.intervening.state_plans import chosen_places
-from vlattn_fast.interpret.intervening.traced_model import ModelCall, TracedTower
+from vlattn_fast.interpret.intervening.traced_model import TracedTower
 from vlattn_fast.interpret.result.numbers.rank_correlation import rank_correlation
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ class _Side:
 
     asked: tuple[Asked, ...]  # one, or two whose scores are subtracted
     tower: TracedTower
-    plans: Callable[[], Plans]
+    plans: Plans  # without edits
 
     @classmethod
     def of(cls, name: str, model: Any, inputs: Any, score: Any, tower: str | None, processor: Any) -> _Side:
@@ -219,16 +219,8 @@ class _Side:
         asked = tuple(
             Asked.check(model, inputs, target=each, of=None if callable(each) else "logit", **question) for each in pair
         )
-        first = Plans(asked[0].traced)
-        own = first.self_pair("compare_prompts", tower)[0]
-        places = first.state_places
-
-        def plans() -> Plans:
-            made = Plans(asked[0].traced)
-            made.state_places = places
-            return made
-
-        return cls(asked, own, plans)
+        plans = Plans(asked[0].traced)
+        return cls(asked, plans.self_pair("compare_prompts", tower)[0], plans)
 
     def scores(self, outputs: Any) -> Tensor:
         first, *second = (asked.scores(outputs)[0] for asked in self.asked)
@@ -238,6 +230,16 @@ class _Side:
 
     def run(self, plans: Plans) -> Tensor:
         return self.scores(self.asked[0].run(plans))
+
+    def plans_that(self, take: Callable[..., Tensor], kept: dict[Any, Tensor]) -> Plans:
+        """Plans that hand each state and the outputs of each layer's heads to take(kept, (kind, layer), tensor)."""
+        plans = self.plans.anew()
+        for kind in KINDS:
+            for place in chosen_places(plans.traced, plans.state_places, kind, "compare_prompts", None, self.tower.name):
+                plans.add_change(place, functools.partial(take, kept, (kind, place.layer)))
+        for plan in plans.layers([plans.self_pair("compare_prompts", self.tower.name)], None):
+            plan.through = functools.partial(take, kept, ("head", plan.call.layer))
+        return plans
 
 
 class _Runs:
@@ -252,44 +254,29 @@ class _Runs:
             raise ValueError(f"clean and corrupt must have as many samples; got {batches[0]} and {batches[1]}")
         of_clean, of_corrupt = _aligned(align, clean.tower.shape[1], corrupt.tower.shape[1])
         self.to, self.from_ = (of_corrupt, of_clean) if direction == "denoise" else (of_clean, of_corrupt)
-        plans = self.base.plans()
+        plans = self.base.plans
         self.pair = plans.self_pair("compare_prompts", self.base.tower.name)
-        self.calls = dict[int, ModelCall]()
-        for plan in plans.layers([self.pair], None):
-            if plan.call.problem:
-                raise ValueError(f"model must attend over whole inputs if runs are compared; got {plan.call.problem}")
-            if plan.call.layer in self.calls:
-                raise ValueError(f"model must attend once in a layer if runs are compared; got layer {plan.call.layer}")
-            self.calls[plan.call.layer] = plan.call
-        self.states, self.heads, self.own_scores = self._recorded(self.base)
-        self.other_states, self.other_heads, other_scores = self._recorded(self.other)
+        once = plans.once_in_layers(self.pair, None, "runs are compared")
+        self.calls = {plan.call.layer: plan.call for plan in once}
+        self.own, self.own_scores = self._recorded(self.base)
+        self.others, other_scores = self._recorded(self.other)
         pair = self.own_scores, other_scores
         self.corrupt_scores, self.clean_scores = pair if direction == "denoise" else pair[::-1]
         self.difference = self.clean_scores - self.corrupt_scores
         if not bool((self.difference != 0).all()):
             raise ValueError("clean and corrupt must have different scores; got equal ones, so that effects have no scale")
 
-    def _recorded(self, side: _Side) -> tuple[dict[tuple[str, int], Tensor], dict[int, Tensor], Tensor]:
-        """The states by kind and layer, the outputs of heads by layer, and the scores of a run."""
-        states, heads, plans = dict[tuple[str, int], Tensor](), dict[int, Tensor](), side.plans()
-        for kind in KINDS:
-            for place in chosen_places(plans.traced, plans.state_places, kind, "compare_prompts", None, side.tower.name):
-                plans.add_change(place, functools.partial(keep, states, (kind, place.layer)))
-        pair = plans.self_pair("compare_prompts", side.tower.name)
-        for plan in plans.layers([pair], None):
-            plan.through = functools.partial(keep, heads, plan.call.layer)
+    def _recorded(self, side: _Side) -> tuple[dict[tuple[str, int], Tensor], Tensor]:
+        """The states and the outputs of heads by kind and layer, and the scores of a run."""
+        kept = dict[tuple[str, int], Tensor]()
         with torch.no_grad():
-            scores = side.run(plans)
-        return states, heads, scores
+            scores = side.run(side.plans_that(keep, kept))
+        return kept, scores
 
     def first_order(self) -> PromptComparison:
         """The effects of all patches, from the gradients of the base run."""
-        leaves, plans = dict[tuple[str, int], Tensor](), self.base.plans()
-        for kind in KINDS:
-            for place in chosen_places(plans.traced, plans.state_places, kind, "compare_prompts", None, self.base.tower.name):
-                plans.add_change(place, functools.partial(_with_leaf, leaves, (kind, place.layer)))
-        for plan in plans.layers([self.pair], None):
-            plan.through = functools.partial(_with_leaf, leaves, ("head", plan.call.layer))
+        leaves = dict[tuple[str, int], Tensor]()
+        plans = self.base.plans_that(_with_leaf, leaves)
         with torch.enable_grad():
             scores = self.base.run(plans).double()
             effect = (scores / self.difference.double()).mean()  # a tower may pack the tokens of all samples
@@ -299,11 +286,9 @@ class _Runs:
         tables = {"residual": torch.full((layers, len(self.to)), torch.nan), "head": torch.full((layers, heads), torch.nan)}
         tables["mlp"] = torch.full((layers, 1), torch.nan)
         for (kind, layer), gradient in gradients.items():
-            own, other = (
-                (self.heads[layer], self.other_heads[layer])
-                if kind == "head"
-                else (self.states[kind, layer][:, None], self.other_states[kind, layer][:, None])
-            )
+            own, other = self.own[kind, layer], self.others[kind, layer]
+            if kind != "head":
+                own, other = own[:, None], other[:, None]
             change = other[:, :, self.from_].double() - own[:, :, self.to].double()  # (B, H or 1, T, C)
             if gradient is None:
                 products = torch.zeros(change.shape[:3], dtype=torch.float64)
@@ -319,18 +304,17 @@ class _Runs:
         """The effect of one patch, measured."""
         edit: Edit
         if effect.kind == "head":
-            edit = Patch(self._head_record(self.other_heads, aligned=True), {effect.layer: effect.number}, self._mask(self.to))
+            moved = self._moved("head", effect.layer)
+            edit = Patch(self._record({effect.layer: moved}), {effect.layer: effect.number}, self._mask(self.to))
         else:
             kind: Any = Residual if effect.kind == "residual" else Mlp
-            values = _moved(
-                self.states[effect.kind, effect.layer], self.other_states[effect.kind, effect.layer], self.to, self.from_
-            )
+            values = self._moved(effect.kind, effect.layer)
             positions = self._mask(self.to if effect.number is None else [effect.number])
             edit = kind(effect.layer, positions, set=values, tower=self.base.tower.name)
         return self._effect_of(edit)
 
     def _effect_of(self, edit: Edit) -> float:
-        plans = self.base.plans()
+        plans = self.base.plans.anew()
         plans.add(edit)
         with torch.no_grad():
             change = (self.base.run(plans) - self.own_scores).double() / self.difference.double()
@@ -342,22 +326,23 @@ class _Runs:
         )
         if two <= one:
             raise ValueError(f"receiver must be in a layer after that of the sender, {one}; got {two}")
-        plans, received = self.base.plans(), dict[int, Tensor]()
-        own, other = self._head_record(self.heads), self._head_record(self.other_heads, aligned=True)
+        plans, received = self.base.plans.anew(), dict[int, Tensor]()
+        own = self._record({layer: x for (kind, layer), x in self.own.items() if kind == "head"})
+        other = self._record({one: self._moved("head", one)})
         everywhere = self._mask(range(self.base.tower.shape[1]))
         for layer, call in self.calls.items():
             kept = [head for head in range(call.heads) if (layer, head) != (one, one_head)]
             if layer < two and kept:
                 plans.add(Patch(own, {layer: kept}, everywhere))
         plans.add(Patch(other, {one: one_head}, self._mask(self.to)))
-        for (kind, layer), state in self.states.items():
+        for (kind, layer), state in self.own.items():
             if kind == "mlp" and layer < two:
                 plans.add(Mlp(layer, set=state, tower=self.base.tower.name))
         (plan,) = plans.layers([self.pair], [two])
         plan.through = functools.partial(keep, received, two)
         with torch.no_grad():
             self.base.run(plans)
-        return self._effect_of(Patch(self._head_record(received), {two: two_head}, everywhere))
+        return self._effect_of(Patch(self._record(received), {two: two_head}, everywhere))
 
     def _numbered(self, name: str, head: Any) -> Head:
         if not (isinstance(head, tuple) and len(head) == 2 and all(type(number) is int for number in head)):
@@ -366,19 +351,17 @@ class _Runs:
             raise ValueError(f"{name} must be a head of layers {', '.join(map(str, self.calls))}; got {head}")
         return head
 
-    def _head_record(self, outputs: Mapping[int, Tensor], aligned: bool = False) -> HeadRecord:
-        """A record for `Patch`; `aligned`: the outputs are those of the other run, and move to their tokens' places."""
-        if aligned:
-            outputs = {n: _moved(self.heads[n], x, self.to, self.from_) for n, x in outputs.items()}
+    def _record(self, outputs: Mapping[int, Tensor]) -> HeadRecord:
+        """Outputs of heads by layer, for `Patch`."""
         return HeadRecord((self.base.tower.name, self.base.tower.name), {}, outputs, 0)
+
+    def _moved(self, kind: str, layer: int) -> Tensor:
+        """What the base run has there, (B, ..., N, C), with the aligned tokens of the other run."""
+        own, other = self.own[kind, layer], self.others[kind, layer]
+        return own.index_copy(-2, torch.tensor(self.to, device=own.device), other[..., self.from_, :].to(own))
 
     def _mask(self, positions: Sequence[int]) -> Tensor:
         return torch.zeros(self.base.tower.shape, dtype=torch.bool).index_fill(1, torch.tensor(list(positions)), True)
-
-
-def _moved(own: Tensor, other: Tensor, to: Sequence[int], from_: Sequence[int]) -> Tensor:
-    """`own` (B, ..., N, C), with the tokens `from_` of `other` in the places `to`."""
-    return own.index_copy(-2, torch.tensor(to, device=own.device), other[..., from_, :].to(own))
 
 
 def _with_leaf(leaves: dict[Any, Tensor], key: Any, value: Tensor, *place: int) -> Tensor:

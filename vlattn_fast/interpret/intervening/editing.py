@@ -119,8 +119,8 @@ class EditedCalls(Subscriber):
             number = self._entry_runs[module] = self._entry_runs.get(module, -1) + 1
             if number % runs != run:  # a model that runs its layers again has filled its cache meanwhile
                 return
-            states = (x for x in arguments if isinstance(x, Tensor) and x.ndim > 1 and x.shape[-1] == place.channels)
-            self._cached[place.tower], self._sizes[place.tower] = _cached(arguments), place.sizes(next(states))
+            stream = next(filter(place.may_be, arguments))
+            self._cached[place.tower], self._sizes[place.tower] = _cached(arguments), place.sizes(stream)
 
     def hooks_on_states(self, observer: Observer) -> Steps:
         """The hooks through which modules return edited states in the runs of an observer. They come before those with which

@@ -189,8 +189,7 @@ class StateEdit:
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", check_numbers("layers", self.layers))
         check_group("positions", self.positions)
-        if not (self.tower is None or isinstance(self.tower, str)):
-            raise TypeError(f"tower must be a name, or None; got {describe(self.tower)}")
+        check_tower_name(self.tower)
         given = [name for name in ("set", "add", "scale") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"{type(self).__name__} needs one of set, add and scale; got {', '.join(given) or 'none'}")
@@ -289,3 +288,8 @@ def check_tower(tower: Any) -> None:
     pair = isinstance(tower, tuple) and len(tower) == 2 and all(isinstance(name, str) for name in tower)
     if not (tower is None or isinstance(tower, str) or pair):
         raise TypeError(f"tower must be a name, a pair of names, or None; got {describe(tower)}")
+
+
+def check_tower_name(tower: Any) -> None:
+    if not (tower is None or isinstance(tower, str)):
+        raise TypeError(f"tower must be a name, or None; got {describe(tower)}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -16,7 +15,7 @@ from vlattn_fast._ground.extras import with_progress
 from vlattn_fast.attach.observer import Observer
 from vlattn_fast.attach.session import at_rest, unwrapped
 from vlattn_fast.interpret.intervening.editing import EditedCalls, check_not_explained
-from vlattn_fast.interpret.intervening.edits import EDITS, Edit, Numbers, check_numbers, check_tower
+from vlattn_fast.interpret.intervening.edits import EDITS, Edit, Numbers, check_numbers, check_tower, check_tower_name
 from vlattn_fast.interpret.intervening.plans import Plans, keep, tower_of
 from vlattn_fast.interpret.intervening.records import HeadRecord, StateRecord
 from vlattn_fast.interpret.intervening.state_places import KINDS
@@ -151,8 +150,7 @@ def record_states(
     """
     check_choice("of", of, KINDS)
     chosen = check_numbers("layers", layers)
-    if not (tower is None or isinstance(tower, str)):
-        raise TypeError(f"tower must be a name, or None; got {describe(tower)}")
+    check_tower_name(tower)
     record, means, count = _recorded(inputs, lambda one: _states_of_run(model, one, chosen, of, tower))
     return record if means is None else replace(record, means=means, states=None, count=count)
 
@@ -212,13 +210,8 @@ def _heads_of_run(model: nn.Module, inputs: Mapping[str, Any], layers: Sequence[
     plans = Plans(traced)
     pair = plans.self_pair("record_heads", tower)
     outputs: dict[int, Tensor] = {}
-    chosen = plans.layers([pair], layers)
-    by_layer = Counter(plan.call.layer for plan in chosen)
+    chosen = plans.once_in_layers(pair, layers, "heads are recorded")
     for plan in chosen:
-        if plan.call.problem:
-            raise ValueError(f"model must attend over whole inputs if heads are recorded; got {plan.call.problem}")
-        if by_layer[plan.call.layer] > 1:
-            raise ValueError(f"model must attend once in a layer if heads are recorded; got layer {plan.call.layer}")
         plan.through = functools.partial(keep, outputs, plan.call.layer)
     _run(model, inputs, plans)
     outputs = {plan.call.layer: plan.call.share.whole(outputs[plan.call.layer], 1) for plan in chosen}

@@ -164,8 +164,7 @@ def lens(
         _run(plans, traced.arguments)
         tops, probabilities, columns = list[Tensor](), list[Tensor](), list[Tensor]()
         for place in with_progress(chosen, "layers"):
-            edited = Plans(traced)
-            edited.state_places = plans.state_places
+            edited = plans.anew()
             edited.add(Residual(last.layer, set=states.pop(place.layer), tower=own.name))
             logits = traced.adapter.scoring.logits(_run(edited, traced.arguments))
             if not isinstance(logits, Tensor) or logits.ndim != 3 or tuple(logits.shape[:2]) != own.shape:

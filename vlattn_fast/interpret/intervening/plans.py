@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -126,6 +127,12 @@ class Plans:
         for edit in edits:
             self.add(edit)
 
+    def anew(self) -> Plans:
+        """Plans of the same model without edits, which know where its states are."""
+        plans = Plans(self.traced)
+        plans.state_places = self.state_places
+        return plans
+
     # --- which calls ---
 
     def pairs(self, tower: TowerName) -> list[Pair]:
@@ -208,6 +215,18 @@ class Plans:
         """The number of layers of a tower."""
         layers = [plan.call.layer for plan in self.calls if plan.call.tower is tower]
         return 1 + max(layers + [layer for of, layer, _ in self.traced.mixing if of is tower])
+
+    def once_in_layers(self, pair: Pair, numbers: Iterable[int] | None, doing: str) -> list[CallPlan]:
+        """Those of `layers`, for a pair whose outputs are read by layer and token. ValueError, with what the caller is `doing`,
+        for attention in windows and for several calls in a layer."""
+        plans = self.layers([pair], numbers)
+        by_layer = Counter(plan.call.layer for plan in plans)
+        for plan in plans:
+            if plan.call.problem:
+                raise ValueError(f"model must attend over whole inputs if {doing}; got {plan.call.problem}")
+            if by_layer[plan.call.layer] > 1:
+                raise ValueError(f"model must attend once in a layer if {doing}; got layer {plan.call.layer}")
+        return plans
 
     def without_edges(self, pairs: Iterable[Pair]) -> dict[int, str]:
         """Layer -> the module's path and class, for each layer without a softmax, such as recurrences."""

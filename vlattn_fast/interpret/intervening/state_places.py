@@ -36,6 +36,10 @@ class StatePlace:
     tokens_first: bool
     followed_by: str = ""  # a later module of the same list that ran, if this is the last layer that attends or mixes
 
+    def may_be(self, x: Any) -> bool:
+        """Whether an argument of the tower's modules may be its stream."""
+        return isinstance(x, Tensor) and x.ndim > 1 and x.shape[-1] == self.channels
+
     def sizes(self, state: Tensor) -> tuple[int, int]:
         """(B, N) of a state."""
         first, second = sizes_of(state)

@@ -221,7 +221,7 @@ class _Stream(Subscriber):
         self._has_begun = True
         taken: dict[int | str, Any] = dict(enumerate(args))
         taken.update(kwargs)
-        name = next(n for n, x in taken.items() if isinstance(x, Tensor) and x.ndim > 1 and x.shape[-1] == self._entry.channels)
+        name = next(name for name, x in taken.items() if self._entry.may_be(x))
         leaf = self._leaf("embedding", taken[name])
         if isinstance(name, int):
             return (*args[:name], leaf, *args[name + 1 :]), kwargs
