@@ -5,6 +5,7 @@ Out: modules and context managers.
 Imports: interpret.explaining, interpret.relevancy, interpret.adapters, attach, ops, backends.reference, scores, _ground.
 """
 
+from vlattn_fast.nn.attention_divergence import AttentionDivergence
 from vlattn_fast.nn.capture_attention import AttentionCapture, capture_attention
 from vlattn_fast.nn.capture_relevancy import RelevancyCapture, capture_relevancy
 from vlattn_fast.nn.captured_layer import CapturedLayer, QueryKey
@@ -18,6 +19,7 @@ from vlattn_fast.nn.score_attention import ScoreAttention
 
 __all__ = [
     "AttentionCapture",
+    "AttentionDivergence",
     "CapturedLayer",
     "CongruenceLoss",
     "DamsmLoss",

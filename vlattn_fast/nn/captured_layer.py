@@ -55,7 +55,7 @@ class QueryKey(tuple[Tensor, Tensor]):
     @property
     def key_mask(self) -> Tensor | None:
         """Returns bool (B, M), False = a key that no query attends to, such as padding; None if the model has no mask."""
-        return self._real_keys(self.attn_mask)
+        return self.real_keys(self.attn_mask)
 
     def token_scores(self, rule: str = "visionzip", **options: Any) -> Tensor:
         """Computes `vlattn_fast.token_scores` of this attention with the model's scale, mask, soft cap and sink.
@@ -76,9 +76,9 @@ class QueryKey(tuple[Tensor, Tensor]):
         known = {name: x for name, x in self._options.items() if name in ("attn_mask", "scale", "softcap", "sink")}
         if self._options["is_causal"]:
             known["is_causal"] = True
-        return token_scores(*self, rule, **{**known, "key_mask": self._real_keys(known["attn_mask"]), **options})
+        return token_scores(*self, rule, **{**known, "key_mask": self.real_keys(known["attn_mask"]), **options})
 
-    def _real_keys(self, mask: Tensor | None) -> Tensor | None:
+    def real_keys(self, mask: Tensor | None) -> Tensor | None:
         """Returns bool (B, M), False = a key that no query attends to under the mask."""
         if mask is None:
             return None

@@ -139,11 +139,8 @@ def _plan(x: Any) -> _Plan:
 
 def _describe(x: Any) -> Call:
     """Checks a call except for its scales, and returns its metadata."""
-    check_choice("kind", x.kind, KINDS)
+    check_kind(x.kind, x.beta)
     check_bool(head_mean=x.head_mean, enable_gqa=x.enable_gqa)
-    check_number("beta", x.beta)
-    if not 0 < x.beta < 1:
-        raise ValueError(f"beta must be between 0 and 1; got {x.beta!r}")
     for name in FIELDS:
         check_tensor(name, getattr(x, name), rank=4, shape="(B, H, M, D)" if "key" in name else "(B, H, N, D)")
     check_floating(**{name: getattr(x, name) for name in FIELDS})
@@ -162,6 +159,13 @@ def _describe(x: Any) -> Call:
     check_masks(query if other.shape[1] == query.shape[1] else query[:, :1], key, x.attn_mask, x.key_mask, x.is_causal)
     sizes = {"queries": query.shape[2], "keys": key.shape[2], "head_dim": query.shape[3], "other_dim": other.shape[3]}
     return make_call("attention_divergence", query, sizes, {"kind": x.kind, "head_mean": x.head_mean})
+
+
+def check_kind(kind: Any, beta: Any) -> None:
+    check_choice("kind", kind, KINDS)
+    check_number("beta", beta)
+    if not 0 < beta < 1:
+        raise ValueError(f"beta must be between 0 and 1; got {beta!r}")
 
 
 def _check_key(name: str, key: Tensor, of: str, query: Tensor, enable_gqa: bool) -> None:
