@@ -8,7 +8,7 @@ training would end: a region has the embedding of the word for its digit, and wo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -52,6 +52,7 @@ SEEDS = {"validation": 1, "test": 2}  # of the scenes that measure a model
 
 Curve = dict[str, list[float]]  # "step", scores and values of losses
 Inputs = dict[str, Tensor]
+Run = Callable[[UNITER, Inputs, Tensor, int], tuple[UNITEROutput, Tensor | float]]  # model, batch, named, step -> output, a loss
 
 
 @dataclass(frozen=True)
@@ -187,10 +188,10 @@ class Regulariser:
         return output, weight * self._outside(relevancy[:MATCHED], named[:, None])  # regions are a grid of one line
 
 
-def new_model(seed: int) -> UNITER:
+def new_model(seed: int, config: UNITERConfig = CONFIG) -> UNITER:
     """A model whose regions begin with the embedding of the word for the detected digit, and whose first layer projects keys as
     it projects queries."""
-    model = seeded(seed, lambda: UNITER(CONFIG))
+    model = seeded(seed, lambda: UNITER(config))
     zero = VOCABULARY.index(DIGIT_WORDS[0])
     words = model.uniter.embeddings.word_embeddings.weight[zero : zero + len(DIGIT_WORDS)]
     with torch.no_grad():
@@ -205,15 +206,19 @@ def train(seed: int, setting: Setting, sizes: Sizes) -> tuple[UNITER, Curve]:
 
     Seeds pair the runs: the seed alone gives initial weights, scenes, captions and noise, whatever the loss.
     """
-    model, drawn = new_model(seed), batches(sizes.scenes, torch.Generator().manual_seed(seed))
-    regulariser, curve = Regulariser(setting, sizes.steps), Curve()
+    return train_with(Regulariser(setting, sizes.steps), new_model(seed), seed, sizes)
+
+
+def train_with(run: Run, model: UNITER, seed: int, sizes: Sizes) -> tuple[UNITER, Curve]:
+    """The same for any model and any loss that `run` gives with the output."""
+    drawn, curve = batches(sizes.scenes, torch.Generator().manual_seed(seed)), Curve()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01, fused=True)
     rates = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / WARMUP, 1.0, 3.0 * (sizes.steps - step) / max(sizes.steps, 1))
     )
     for step in range(sizes.steps):
         inputs, label, named = next(drawn)
-        output, extra = regulariser(model, inputs, named, step)
+        output, extra = run(model, inputs, named, step)
         optimizer.zero_grad(set_to_none=True)
         (losses(model, output, inputs, label) + extra).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
