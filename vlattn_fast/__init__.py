@@ -13,6 +13,7 @@ from vlattn_fast.ops.attention_divergence import attention_divergence
 from vlattn_fast.ops.attention_map import attention_map
 from vlattn_fast.ops.attention_statistics import attention_statistics
 from vlattn_fast.ops.congruence_loss import congruence_loss
+from vlattn_fast.ops.indexer_divergence import indexer_divergence
 from vlattn_fast.ops.maxsim import maxsim
 from vlattn_fast.ops.paged_attention_statistics import paged_attention_statistics
 from vlattn_fast.ops.recurrent_step import recurrent_step
@@ -121,6 +122,7 @@ __all__ = [
     "explain_dataset",
     "explain_layers",
     "find_sinks",
+    "indexer_divergence",
     "information_flow",
     "intervene",
     "intervene_each",

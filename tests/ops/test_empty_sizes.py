@@ -36,7 +36,7 @@ def run(example: Example, backend: str) -> list[Tensor]:
 def test_as_the_formula(name: str, empty: str) -> None:
     torch.manual_seed(0)
     example = of_sizes(name, empty)
-    reduces = name.startswith("attention_map") or example.options.get("head_mean", False)
+    reduces = name.startswith(("attention_map", "indexer_divergence")) or example.options.get("head_mean", False)
     if reduces and "H" in empty:  # there is no maximum and no mean of no heads
         with pytest.raises(ValueError, match="query must have at least one head to reduce; got"):
             run(example, "auto")

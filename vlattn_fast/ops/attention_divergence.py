@@ -145,8 +145,8 @@ def _describe(x: Any) -> Call:
         check_tensor(name, getattr(x, name), rank=4, shape="(B, H, M, D)" if "key" in name else "(B, H, N, D)")
     check_floating(**{name: getattr(x, name) for name in FIELDS})
     query, key, other = x.query, x.key, x.other_query
-    _check_key("key", key, "query", query, x.enable_gqa)
-    _check_key("other_key", x.other_key, "other_query", other, x.enable_gqa)
+    check_key("key", key, "query", query, x.enable_gqa)
+    check_key("other_key", x.other_key, "other_query", other, x.enable_gqa)
     check_device("other_query", other, "query", query)
     if other.shape[0] != query.shape[0] or other.shape[2] != query.shape[2]:
         raise ValueError(f"other_query must have query's B and N; got {describe(other)} for {describe(query)}")
@@ -168,7 +168,7 @@ def check_kind(kind: Any, beta: Any) -> None:
         raise ValueError(f"beta must be between 0 and 1; got {beta!r}")
 
 
-def _check_key(name: str, key: Tensor, of: str, query: Tensor, enable_gqa: bool) -> None:
+def check_key(name: str, key: Tensor, of: str, query: Tensor, enable_gqa: bool) -> None:
     check_device(name, key, of, query)
     (batch, heads, _, dim), (key_batch, key_heads, _, key_dim) = query.shape, key.shape
     shares = enable_gqa and key_heads > 0 and heads % key_heads == 0

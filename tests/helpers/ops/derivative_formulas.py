@@ -376,6 +376,30 @@ def attention_divergence(
     return (torch.where(seen, terms[kind], torch.zeros_like(p)).sum(-1),)
 
 
+def indexer_divergence(
+    query: Tensor,
+    key: Tensor,
+    index_query: Tensor,
+    index_key: Tensor,
+    index_weights: Tensor,
+    *,
+    topk_indices: Tensor | None = None,
+    scale: float | None = None,
+    **masks: Any,
+) -> Outputs:
+    if topk_indices is not None:
+        kept = (topk_indices[..., None] == torch.arange(key.shape[2])).any(2)[:, None]
+        masks["attn_mask"] = kept if masks.get("attn_mask") is None else kept & masks["attn_mask"]
+    p = attention(query, key, scale=scale, **masks)[0].mean(1)
+    index_key = without_padding(index_key[:, None], masks.get("key_mask"))
+    terms = index_weights[..., None] * (index_query @ index_key.mT).relu()
+    units = torch.eye(key.shape[2], dtype=terms.dtype).expand(len(terms), 1, -1, -1)
+    q = attention(terms.sum(1, keepdim=True), units, scale=1.0, **masks)[0][:, 0]
+    seen = p > 0
+    p, q = (torch.where(seen, x, torch.ones_like(x)) for x in (p, q))
+    return (torch.where(seen, p * (p.log() - q.log()), torch.zeros_like(p)).sum(-1),)
+
+
 def one_direction(kind: str, own: list[Tensor], other: list[Tensor]) -> Tensor:
     def block(x: list[Tensor], y: list[Tensor]) -> Tensor:
         return softmax(x[0] @ y[1].mT * x[0].shape[-1] ** -0.5).mean(0)
@@ -405,6 +429,7 @@ FORMULAS: dict[str, Callable[..., Outputs]] = {
         token_scores,
         maxsim,
         attention_divergence,
+        indexer_divergence,
         recurrent_step,
         stacked_cross_attention,
         damsm_similarity,

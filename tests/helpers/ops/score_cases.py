@@ -323,5 +323,6 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
             room = x.new_full((x.numel() + 1,), torch.nan)
             return room[1:].view(x.shape).copy_(x)
         case "reversed":
-            return x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+            backwards = tuple(reversed(range(x.dim())))
+            return x.permute(backwards).contiguous().permute(backwards)
     return x

@@ -11,6 +11,7 @@ from vlattn_fast.backends.reference.attention_divergence import attention_diverg
 from vlattn_fast.backends.reference.attention_map import attention_map
 from vlattn_fast.backends.reference.attention_statistics import attention_statistics
 from vlattn_fast.backends.reference.congruence_loss import congruence_loss
+from vlattn_fast.backends.reference.indexer_divergence import indexer_divergence
 from vlattn_fast.backends.reference.maxsim import maxsim
 from vlattn_fast.backends.reference.paged_attention_statistics import paged_attention_statistics
 from vlattn_fast.backends.reference.recurrent_step import recurrent_map, recurrent_step
@@ -26,6 +27,7 @@ __all__ = [
     "attention_statistics",
     "congruence_loss",
     "damsm_similarity",
+    "indexer_divergence",
     "maxsim",
     "paged_attention_statistics",
     "recurrent_map",

@@ -43,15 +43,15 @@ def attention_divergence(
         (k,) = mask_padding(key_mask, k)
         factor = resolve_scale(factor, scaled_dot_default(q.shape[-1]))
         scores = factor * product(q.to(dtype), expand_heads(k, q.shape[1]).to(dtype).mT)
-        maps.append(_log_attention(*logits(scores, attn_mask, key_mask, is_causal, None), head_mean))
+        maps.append(log_attention(*logits(scores, attn_mask, key_mask, is_causal, None), head_mean))
     (a, visible), (b, _) = maps
     if a.shape[-1] == 0:
         return (a.sum(-1) + b.sum(-1)) * 0.0
-    terms = _terms(kind, a, b, beta)
+    terms = terms_of(kind, a, b, beta)
     return torch.where(visible, terms, 0.0).sum(-1).to(dtype)
 
 
-def _log_attention(scores: Tensor, visible: Tensor, head_mean: bool) -> tuple[Tensor, Tensor]:
+def log_attention(scores: Tensor, visible: Tensor, head_mean: bool) -> tuple[Tensor, Tensor]:
     """log A of each head, or of their mean, and which pairs are visible; 0 for others."""
     if scores.shape[-1]:
         empty = ~visible.any(-1, keepdim=True)
@@ -75,7 +75,7 @@ def _logsumexp(x: Tensor, dim: int) -> Tensor:
     return largest + (x - largest).exp().sum(dim, keepdim=True).log()
 
 
-def _terms(kind: str, a: Tensor, b: Tensor, beta: float) -> Tensor:
+def terms_of(kind: str, a: Tensor, b: Tensor, beta: float) -> Tensor:
     """f(p, q) of each pair, for a = log p and b = log q."""
     p, q = a.exp(), b.exp()
     if kind == "kl":

@@ -8,8 +8,8 @@ dD/dS_h = A_h / H (r - sum_j A_h r).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -68,15 +68,61 @@ AttentionDivergenceJvpInputs, AttentionDivergenceSecondInputs = derivative_input
 )
 
 
-class _Side(NamedTuple):
-    """One of the two attentions; its key has a head for each of the query's."""
+class Side(Protocol):
+    """One of the two sides that are compared."""
+
+    @property
+    def heads(self) -> int:
+        """How many maps it has."""
+        ...
+
+    @property
+    def maps(self) -> int:
+        """How many maps a tile holds at once."""
+        ...
+
+    def scores(self, b: slice, h: slice, i: slice) -> Tensor:
+        """(b, h, i, M), without masks."""
+        ...
+
+    def zeros(self) -> list[Tensor]:
+        """The gradients of its tensors, in the dtype of sums."""
+        ...
+
+    def add_gradients(self, made: list[Tensor], by_score: Tensor, b: slice, h: slice, i: slice) -> None:
+        """Adds those of a tile of scores."""
+        ...
+
+
+class Attention(NamedTuple):
+    """scale q k^T; the key has a head for each of the query's."""
 
     query: Tensor
     key: Tensor
     scale: float
 
+    @property
+    def heads(self) -> int:
+        return self.query.shape[1]
 
-class _Tile(NamedTuple):
+    @property
+    def maps(self) -> int:
+        return self.heads
+
+    def scores(self, b: slice, h: slice, i: slice) -> Tensor:
+        dtype = compute_dtype(self.query)
+        return self.scale * (self.query[b, h, i].to(dtype) @ self.key[b, h].to(dtype).mT)
+
+    def zeros(self) -> list[Tensor]:
+        return zeros_like(self.query, self.key)
+
+    def add_gradients(self, made: list[Tensor], by_score: Tensor, b: slice, h: slice, i: slice) -> None:
+        by_score = self.scale * by_score
+        made[0][b, h, i] = by_score @ self.key[b, h].to(by_score.dtype)
+        made[1][b, h] += by_score.mT @ self.query[b, h, i].to(by_score.dtype)
+
+
+class Tile(NamedTuple):
     """Some rows: the heads' log A (b, h, i, M), and those of their mean if it is compared."""
 
     b: slice
@@ -88,39 +134,51 @@ class _Tile(NamedTuple):
 
 def forward(inputs: AttentionDivergenceInputs) -> Tensor:
     """D (B, H, N), or (B, 1, N) of the mean over heads."""
-    query, dtype = inputs.query, compute_dtype(inputs.query)
-    result = query.new_zeros(query.shape[0], 1 if inputs.head_mean else query.shape[1], query.shape[2], dtype=dtype)
-    for tile in _tiles(inputs, _sides(inputs)):
-        terms, _, _ = _terms(inputs.kind, *tile.compared, inputs.beta)
-        result[tile.b, slice(None) if inputs.head_mean else tile.h, tile.i] = terms.sum(-1)
+    query = inputs.query
+    shape = query.shape[0], 1 if inputs.head_mean else query.shape[1], query.shape[2]
+    return divergences(_tiles(inputs, _sides(inputs)), query, shape, inputs.kind, inputs.beta)
+
+
+def divergences(tiles: Iterable[Tile], like: Tensor, shape: tuple[int, ...], kind: str, beta: float) -> Tensor:
+    """The sum of each row's terms."""
+    result = like.new_zeros(shape, dtype=compute_dtype(like))
+    for tile in tiles:
+        terms, _, _ = _terms(kind, *tile.compared, beta)
+        result[tile.b, tile.h, tile.i] = terms.sum(-1)
     return result
 
 
 def backward(inputs: AttentionDivergenceBackwardInputs) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, other_query and other_key; None for a side that needs none."""
-    sides, needs, dtype = _sides(inputs), (inputs.need_own, inputs.need_other), compute_dtype(inputs.query)
-    made = [[torch.zeros(x.shape, dtype=dtype, device=x.device) for x in side[:2]] for side in sides]
-    for tile in _tiles(inputs, sides):
-        _, *weighted = _terms(inputs.kind, *tile.compared, inputs.beta)  # A r and A' r'
-        grad = inputs.grad[tile.b, slice(None) if inputs.head_mean else tile.h, tile.i, None].to(dtype)
-        for n, (query, key, scale) in enumerate(sides):
-            if not needs[n]:
+    sides, needs = _sides(inputs), (inputs.need_own, inputs.need_other)
+    made = gradients(_tiles(inputs, sides), sides, needs, inputs.grad, inputs.kind, inputs.beta)
+    by_tensor = list[Tensor | None]()
+    for by_side, side, key in zip(made, sides, (inputs.key, inputs.other_key), strict=True):
+        if by_side is None:
+            by_tensor += (None, None)
+        else:
+            by_query, by_key = by_side
+            by_tensor += by_query.to(side.query.dtype), fold_heads(by_key, key.shape[1]).to(key.dtype)
+    return tuple(by_tensor)
+
+
+def gradients(
+    tiles: Iterable[Tile], sides: tuple[Side, Side], needs: Sequence[bool], grad: Tensor, kind: str, beta: float
+) -> list[list[Tensor] | None]:
+    """Those of the tensors of each side, in the dtype of sums, from `grad` (B, H or 1, N); None for a side that needs none."""
+    made = [side.zeros() if need else None for side, need in zip(sides, needs, strict=True)]
+    for tile in tiles:
+        _, *weighted = _terms(kind, *tile.compared, beta)  # A r and A' r'
+        for side, by_side, log_p, of_mean, by_weight in zip(sides, made, tile.heads, tile.compared, weighted, strict=True):
+            if by_side is None:
                 continue
-            log_p, by_weight, h = tile.heads[n], weighted[n], slice(None) if inputs.head_mean else tile.h
-            if inputs.head_mean:  # A_h r = (A_h / Abar) Abar r, and A_h / Abar is at most H
-                share = log_p - tile.compared[n]
-                share = torch.where(torch.isneginf(log_p), 0.0, share.masked_fill(torch.isneginf(log_p), 0.0).exp())
-                by_weight = by_weight * share
-            by_score = (by_weight - log_p.exp() * by_weight.sum(-1, keepdim=True)) * grad
-            by_score = by_score * (scale / query.shape[1] if inputs.head_mean else scale)
-            made[n][0][tile.b, h, tile.i] = by_score @ key[tile.b, h].to(dtype)
-            made[n][1][tile.b, h] += by_score.mT @ query[tile.b, h, tile.i].to(dtype)
-    keys = inputs.key, inputs.other_key
-    gradients = list[Tensor | None]()
-    for (by_query, by_key), side, key, need in zip(made, sides, keys, needs, strict=True):
-        of_side = by_query.to(side.query.dtype), fold_heads(by_key, key.shape[1]).to(key.dtype)
-        gradients += of_side if need else (None, None)
-    return tuple(gradients)
+            by_score = grad[tile.b, tile.h, tile.i, None].to(by_weight.dtype)
+            if of_mean is not log_p:  # A_h r = (A_h / Abar) Abar r, and A_h / Abar is at most H
+                share = (log_p - of_mean).masked_fill(torch.isneginf(log_p), -torch.inf).exp()
+                by_weight, by_score = by_weight * share, by_score / side.heads
+            by_score = (by_weight - log_p.exp() * by_weight.sum(-1, keepdim=True)) * by_score
+            side.add_gradients(by_side, by_score, tile.b, tile.h, tile.i)
+    return made
 
 
 def jvp(inputs: NamedTuple) -> tuple[Tensor | None, ...]:
@@ -131,39 +189,56 @@ def jvp(inputs: NamedTuple) -> tuple[Tensor | None, ...]:
 def second(inputs: NamedTuple) -> tuple[Tensor | None, ...]:
     """The gradients of that tangent's product with `grad`: the tangents of the backward pass."""
 
-    def gradients(x: AttentionDivergenceBackwardInputs) -> tuple[Tensor | None, ...]:
+    def of_both(x: AttentionDivergenceBackwardInputs) -> tuple[Tensor | None, ...]:
         return backward(x._replace(need_own=True, need_other=True))
 
-    return tangents_of(gradients, inputs, AttentionDivergenceBackwardInputs, FIELDS)
+    return tangents_of(of_both, inputs, AttentionDivergenceBackwardInputs, FIELDS)
 
 
-def _sides(inputs: AttentionDivergenceInputs | AttentionDivergenceBackwardInputs) -> tuple[_Side, _Side]:
+def zeros_like(*tensors: Tensor) -> list[Tensor]:
+    """In the dtype of sums."""
+    return [torch.zeros(x.shape, dtype=compute_dtype(x), device=x.device) for x in tensors]
+
+
+def _sides(inputs: AttentionDivergenceInputs | AttentionDivergenceBackwardInputs) -> tuple[Attention, Attention]:
     query, other = inputs.query, inputs.other_query
-    own = _Side(query, expand_heads(inputs.key, query.shape[1]), inputs.scale)
-    return own, _Side(other, expand_heads(inputs.other_key, other.shape[1]), inputs.other_scale)
+    own = Attention(query, expand_heads(inputs.key, query.shape[1]), inputs.scale)
+    return own, Attention(other, expand_heads(inputs.other_key, other.shape[1]), inputs.other_scale)
 
 
-def _tiles(inputs: AttentionDivergenceInputs | AttentionDivergenceBackwardInputs, sides: tuple[_Side, _Side]) -> Iterator[_Tile]:
-    """With all heads of both sides in a tile if their means are compared."""
-    (batch, num_heads, queries, _), keys = sides[0].query.shape, sides[0].key.shape[2]
-    others = sides[1].query.shape[1]
+def _tiles(inputs: AttentionDivergenceInputs | AttentionDivergenceBackwardInputs, sides: tuple[Side, Side]) -> Iterator[Tile]:
     masks = Masks(inputs.attn_mask, inputs.key_mask, None, None, inputs.is_causal)
-    most, dtype = tile_elements(sides[0].query), compute_dtype(sides[0].query)
-    at_once = num_heads + others if inputs.head_mean else 2
-    tiling = Tiling(batch, 1 if inputs.head_mean else num_heads, queries, keys, max(1, most // max(1, at_once)))
+    return tiles_of(sides, masks, inputs.query, inputs.key.shape[2], inputs.head_mean)
+
+
+def tiles_of(
+    sides: tuple[Side, Side], masks: Masks, query: Tensor, keys: int, head_mean: bool, chosen: Tensor | None = None
+) -> Iterator[Tile]:
+    """With all heads of both sides in a tile if their means are compared. chosen: indices (B, N, K) of the keys that each query
+    keeps; others than 0 to M - 1 are none."""
+    batch, num_heads, queries, _ = query.shape
+    at_once = sum(side.maps for side in sides) if head_mean else 2
+    tiling = Tiling(batch, 1 if head_mean else num_heads, queries, keys, max(1, tile_elements(query) // max(1, at_once)))
     for b, i in tiling.query_tiles():
-        for h in [slice(None)] if inputs.head_mean else tiling.heads():
+        kept = None if chosen is None else _kept(chosen[b, i], keys)
+        for h in [slice(None)] if head_mean else tiling.heads():
             logs = list[Tensor]()
-            for query, key, scale in sides:
-                scores = scale * (query[b, h, i].to(dtype) @ key[b, h].to(dtype).mT)
-                shape = batch, query.shape[1], queries, keys
-                scores = masks.apply(scores, shape, b, h, i)
+            for side in sides:
+                scores = masks.apply(side.scores(b, h, i), (batch, side.heads, queries, keys), b, h, i)
+                if kept is not None:
+                    scores = scores.masked_fill(~kept[:, None], -torch.inf)
                 scores = scores - _largest(scores, -1)  # an lse of huge logits would round all of them
                 lse = logsumexp(scores)[..., None]
                 logs.append(scores - torch.where(torch.isneginf(lse), 0.0, lse))
             own, other = logs
-            compared = (_mean(own), _mean(other)) if inputs.head_mean else (own, other)
-            yield _Tile(b, h, i, (own, other), compared)
+            compared = (_mean(own), _mean(other)) if head_mean else (own, other)
+            yield Tile(b, h, i, (own, other), compared)
+
+
+def _kept(chosen: Tensor, keys: int) -> Tensor:
+    """bool (b, i, M) of indices (b, i, K)."""
+    slots = torch.where((chosen >= 0) & (chosen < keys), chosen, keys).long()
+    return slots.new_zeros(*slots.shape[:-1], keys + 1, dtype=torch.bool).scatter_(-1, slots, value=True)[..., :keys]
 
 
 def _largest(x: Tensor, dim: int) -> Tensor:
@@ -174,6 +249,8 @@ def _largest(x: Tensor, dim: int) -> Tensor:
 
 def _mean(log_p: Tensor) -> Tensor:
     """The logarithm of the mean over heads."""
+    if log_p.shape[1] == 1:
+        return log_p
     largest = _largest(log_p, 1)
     total = (log_p - largest).exp().sum(1, keepdim=True)
     seen = total != 0  # of a NaN as well

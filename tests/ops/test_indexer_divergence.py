@@ -1,0 +1,282 @@
+"""indexer_divergence: the formula by hand and as attention_divergence, every backend against it, and what it refuses."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import vlattn_fast as va
+from tests.helpers.compare import LargestAllocation, as_dtype, assert_all_close_to, bytes_of, outputs_and_grads
+from tests.helpers.ops.backends import F64, HALVES, core, each, finest, on
+from tests.helpers.ops.score_cases import LAYOUTS, lay_out
+from vlattn_fast.backends.streaming import _tiles
+
+FAST = ("streaming",)
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streaming crosses several tiles."""
+    monkeypatch.setattr(_tiles, "TILE_ELEMENTS", 500)
+
+
+def tensors(heads: int = 4, shared: int = 1, index_heads: int = 3, n: int = 7, m: int = 9) -> dict[str, Tensor]:
+    shapes = {"query": (heads, n, 6), "key": (heads // shared, m, 6), "index_query": (index_heads, n, 5)}
+    shapes |= {"index_key": (m, 5), "index_weights": (index_heads, n)}
+    return {name: torch.randn(2, *shape, dtype=F64) for name, shape in shapes.items()}
+
+
+def mask() -> Tensor:
+    """One row sees no key."""
+    seen = torch.rand(2, 1, 7, 9) < 0.7
+    seen[..., 0], seen[0, :, 2] = True, False
+    return seen
+
+
+def chosen() -> Tensor:
+    """(2, 7, 4): a key twice, some that are none, and a row of none."""
+    indices = torch.randint(0, 9, (2, 7, 4))
+    indices[:, 1] = torch.tensor([3, 3, 8, 0])
+    indices[:, 2] = torch.tensor([-1, 9, 5, -7])
+    indices[1, 4] = -1
+    return indices
+
+
+def check(backend: str, inputs: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
+    """Divergences and gradients against the formula's. No input is written to."""
+    given = {name: x for name, x in (inputs | options).items() if isinstance(x, Tensor)}
+    before = {name: x.clone() for name, x in given.items()}
+    cotangent = torch.randn(inputs["query"].shape[0], inputs["query"].shape[2])
+    calls = (partial(va.indexer_divergence, **options, backend=backend), partial(va.reference.indexer_divergence, **options))
+    got = assert_all_close_to(*calls, inputs, [cotangent])
+    assert all(torch.equal(given[name].nan_to_num(), x.nan_to_num()) for name, x in before.items())
+    return got
+
+
+# ------------------------------------------------------------------ the formula
+
+
+@on("reference", *FAST)
+def test_by_hand(backend: str) -> None:
+    """The mean of (3/4, 1/4) and (1/2, 1/2), of an indexer whose scores are 2 relu(log 2) - relu(-1) and 2 relu(-1) - relu(1)."""
+    query = torch.tensor([math.log(3.0), 0.0], dtype=F64).view(1, 2, 1, 1)
+    key = torch.tensor([1.0, 0.0], dtype=F64).view(1, 1, 2, 1)
+    index_query = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=F64).view(1, 2, 1, 2)
+    index_key = torch.tensor([[math.log(2.0), -1.0], [-1.0, 1.0]], dtype=F64).view(1, 2, 2)
+    weights = torch.tensor([2.0, -1.0], dtype=F64).view(1, 2, 1)
+    told, total = (5 / 8, 3 / 8), 4 + math.exp(-1)
+    index = 4 / total, math.exp(-1) / total
+    expected = sum(p * math.log(p / q) for p, q in zip(told, index, strict=True))
+    call = partial(va.indexer_divergence, query, key, index_query, index_key, weights, enable_gqa=True, backend=backend)
+    got = call()
+    assert got.shape == (1, 1) and abs(float(got) - expected) < 1e-14
+    assert float(call(topk_indices=torch.tensor([[[1, -1]]]))) == 0.0  # of one key
+
+
+@on("reference", *FAST)
+def test_an_indexer_of_one_head_without_a_negative_product_is_an_attention(backend: str) -> None:
+    x = tensors(index_heads=1)
+    x |= {name: x[name].abs() for name in ("index_query", "index_key", "index_weights")}
+    other_query = x["index_query"] * x["index_weights"][..., None]
+    options: dict[str, Any] = {"is_causal": True, "attn_mask": mask()}
+    other = {"other_query": other_query, "other_key": x["index_key"][:, None], "other_scale": 1.0}
+    want = va.attention_divergence(x["query"], x["key"], **other, head_mean=True, **options, backend=backend)[:, 0]
+    torch.testing.assert_close(va.indexer_divergence(**x, **options, backend=backend), want, rtol=0, atol=1e-13)
+
+
+@on("reference", *FAST)
+def test_chosen_keys_are_those_of_a_mask(backend: str) -> None:
+    x, indices = tensors(), chosen()
+    kept = torch.zeros(2, 1, 7, 9, dtype=torch.bool)
+    for b in range(2):
+        for i in range(7):
+            for j in indices[b, i].tolist():
+                if 0 <= j < 9:
+                    kept[b, 0, i, j] = True
+    for options in ({}, {"is_causal": True}):
+        got = va.indexer_divergence(**x, topk_indices=indices, **options, backend=backend)
+        torch.testing.assert_close(
+            got, va.indexer_divergence(**x, attn_mask=kept, **options, backend=backend), rtol=0, atol=1e-14
+        )
+        assert float(got[1, 4]) == 0.0 and got.any()
+        assert torch.equal(got, va.indexer_divergence(**x, topk_indices=indices.int(), **options, backend=backend))
+
+
+# ------------------------------------------------------------------ every backend against the formula
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "bool mask": {"attn_mask": mask()},
+    "float mask": {"attn_mask": torch.where(mask(), torch.randn(2, 1, 7, 9), -torch.inf)},
+    "a finite mask over rows": {"attn_mask": torch.where(mask(), 0.0, torch.finfo(torch.float32).min)},
+    "padding": {"key_mask": torch.arange(9) < torch.tensor([[6], [0]])},
+    "scale": {"scale": -0.7},
+    "chosen keys": {"topk_indices": chosen()},
+    "chosen keys, causal": {"topk_indices": chosen(), "is_causal": True, "attn_mask": mask()},
+    "no keys chosen": {"topk_indices": chosen()[..., :0]},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@on(*FAST)
+def test_masks_and_options(backend: str, name: str) -> None:
+    got = check(backend, as_dtype(tensors(), finest(backend)), **OPTIONS[name])
+    assert got["out0"].any() == (name != "no keys chosen")
+    if name == "padding":
+        assert not got["out0"][1].any() and not got["grad key"][1].any() and not got["grad index_key"][1].any()
+
+
+@each("dtype", **{name: core(name) for name in FAST})
+def test_dtypes(backend: str, dtype: torch.dtype) -> None:
+    got = check(backend, as_dtype(tensors(), dtype), is_causal=True)
+    assert got["out0"].dtype == (torch.float32 if dtype in HALVES else dtype) and got["grad index_weights"].dtype == dtype
+
+
+@on(*FAST)
+def test_shared_keys(backend: str) -> None:
+    check(backend, as_dtype(tensors(shared=2, index_heads=1), finest(backend)), enable_gqa=True, attn_mask=mask())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@on(*FAST)
+def test_strides(backend: str, layout: str) -> None:
+    check(backend, {name: lay_out(x, layout) for name, x in as_dtype(tensors(), finest(backend)).items()}, is_causal=True)
+
+
+@on(*FAST)
+def test_padding_may_be_nan(backend: str) -> None:
+    x, key_mask = tensors(), torch.arange(9) < torch.tensor([[6], [3]])
+    x["key"] = torch.where(key_mask[:, None, :, None], x["key"], torch.nan)
+    x["index_key"] = torch.where(key_mask[..., None], x["index_key"], torch.nan)
+    got = check(backend, as_dtype(x, finest(backend)), key_mask=key_mask)
+    assert all(value.isfinite().all() for value in got.values())
+
+
+@on(*FAST)
+def test_weights_below_the_least_float(backend: str) -> None:
+    x = {name: 60 * value.float() for name, value in tensors().items()}
+    for value in outputs_and_grads(partial(va.indexer_divergence, backend=backend), x).values():
+        assert value.isfinite().all()
+
+
+@pytest.mark.parametrize("size", [1e-2, 1e-3, 1e-4])
+def test_small_divergences_keep_their_digits(size: float) -> None:
+    """An indexer that has learned its attention but for a little."""
+    query, key = torch.rand(1, 1, 32, 64), torch.rand(1, 1, 512, 64)
+    index_query = query + size * torch.randn_like(query)
+    given = query, key, index_query, key[:, 0], torch.full((1, 1, 32), 0.125)
+    exact = va.indexer_divergence(*(x.double() for x in given))
+    got = va.indexer_divergence(*given)
+    assert float(((got - exact) / exact).abs().max()) < 1e-6 / size
+    assert float(exact.max()) < 3 * size**2
+
+
+@on(*FAST)
+def test_a_detached_side_has_no_gradient(backend: str) -> None:
+    x = tensors()
+    for leaves in (("query", "key"), ("index_key",), ("index_query", "index_key", "index_weights")):
+        given = {name: value.clone().requires_grad_(name in leaves) for name, value in x.items()}
+        whole = {name: value.clone().requires_grad_() for name, value in x.items()}
+        va.indexer_divergence(**given, backend=backend).sum().backward()
+        va.reference.indexer_divergence(**whole).sum().backward()
+        for name in x:
+            if name in leaves:
+                torch.testing.assert_close(given[name].grad, whole[name].grad, rtol=0, atol=1e-12)
+            else:
+                assert given[name].grad is None
+
+
+def test_a_detached_attention_costs_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vlattn_fast.backends.streaming.attention_divergence import Attention
+
+    monkeypatch.setattr(Attention, "add_gradients", lambda *_: pytest.fail("its gradient is computed"))
+    x = {name: value.requires_grad_(name.startswith("index")) for name, value in tensors().items()}
+    va.indexer_divergence(**x).sum().backward()
+    with pytest.raises(pytest.fail.Exception, match="its gradient is computed"):
+        va.indexer_divergence(**x | {"query": x["query"].clone().requires_grad_()}).sum().backward()
+
+
+def test_memory_is_linear_in_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    n = 1500
+    x = tensors(1, 1, 2, n, n)
+    x = {name: value.float().requires_grad_() for name, value in x.items()}
+    with LargestAllocation() as largest:
+        va.indexer_divergence(**x, topk_indices=torch.randint(n, (2, n, 32))).sum().backward()
+    assert largest.bytes <= 8 * bytes_of(torch.empty(_tiles.TILE_ELEMENTS)), "no map of 1500 x 1500 of two samples"
+
+
+def test_training_finds_the_keys_of_the_attention() -> None:
+    """An indexer trained on the divergence chooses keys that hold more of the attention than before."""
+    query, key = torch.randn(1, 4, 24, 8) * 2, torch.randn(1, 4, 24, 8)
+    index_query, index_key = (torch.randn(1, *shape).requires_grad_() for shape in ((2, 24, 8), (24, 8)))
+    weights = torch.rand(1, 2, 24).requires_grad_()
+    attention = (query @ key.mT * 8**-0.5).softmax(-1).mean(1)
+    optimizer = torch.optim.Adam([index_query, index_key, weights], lr=0.05)
+
+    def mass() -> float:
+        scores = (weights[..., None] * (index_query @ index_key[:, None].mT).relu()).sum(1)
+        return float(attention.gather(2, scores.topk(4, -1).indices).sum(-1).mean())
+
+    before = mass()
+    for _ in range(40):
+        optimizer.zero_grad()
+        va.indexer_divergence(query, key, index_query, index_key, weights).mean().backward()
+        optimizer.step()
+    assert mass() > before + 0.2
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"topk_indices": torch.tensor([[[0, 1], [2, -1]]])}])
+@on(*FAST)
+def test_gradcheck_and_opcheck(backend: str, options: dict[str, Any]) -> None:
+    small = tensors(1, 1, 2, n=2, m=3)
+    x = {name: value[:1, ..., :2].contiguous().requires_grad_() for name, value in small.items()}
+    call = partial(va.indexer_divergence, **options, backend=backend)
+    assert torch.autograd.gradcheck(lambda *y: call(*y), tuple(x.values()))
+    tensors_of_op = *[value.detach().requires_grad_() for value in x.values()], options.get("topk_indices"), None, None
+    settings = options.get("is_causal", False), 0.4, backend
+    torch.library.opcheck(torch.ops.vlattn.indexer_divergence.default, (*tensors_of_op, *settings))
+
+
+# ------------------------------------------------------------------ what it refuses
+
+
+X = {name: value.float() for name, value in tensors().items()}
+INDICES = torch.zeros(2, 7, 3, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"key": X["key"][:, :2]}, ValueError, r"key must have query's B and D, and H heads \(fewer with enable_gqa=True\)"),
+        ({"query": X["query"][:, :0], "key": X["key"][:, :0]}, ValueError, "query must have at least one head to reduce"),
+        ({"query": X["query"][0]}, ValueError, r"query must .*\(B, H, N, D\)"),
+        (
+            {"index_query": X["index_query"][:, :, :5]},
+            ValueError,
+            r"index_query must have shape \(B, Hi, N, Di\) = \(2, 3, 7, 5\)",
+        ),
+        ({"index_key": X["index_key"][:, None]}, ValueError, r"index_key must .*\(B, M, Di\)"),
+        ({"index_key": X["index_key"][:, :5]}, ValueError, r"index_key must have shape \(B, M, Di\) = \(2, 9, 5\)"),
+        ({"index_weights": X["index_weights"].mT}, ValueError, r"index_weights must have shape \(B, Hi, N\) = \(2, 3, 7\)"),
+        ({"index_weights": X["index_weights"].double()}, TypeError, "index_weights must have"),
+        ({"topk_indices": INDICES[0]}, ValueError, r"topk_indices must .*\(B, N, K\)"),
+        ({"topk_indices": INDICES.float()}, TypeError, "topk_indices must be int64 or int32"),
+        ({"topk_indices": INDICES[:, :5]}, ValueError, "topk_indices must have query's B and N"),
+        ({"attn_mask": torch.ones(2, 4, 7, 9, dtype=torch.bool)}, ValueError, "attn_mask must broadcast"),
+        ({"key_mask": torch.ones(2, 8, dtype=torch.bool)}, ValueError, "key_mask must"),
+        ({"scale": "x"}, TypeError, "scale must be a real number"),
+        ({"enable_gqa": 1}, TypeError, "enable_gqa must be True or False"),
+        ({"backend": "cpu"}, ValueError, "no CPU kernel for this operator"),
+    ],
+)
+def test_wrong_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        va.indexer_divergence(**(X | change))

@@ -1,0 +1,194 @@
+"""Divergence of an indexer of sparse attention from the attention whose keys it chooses, row by row: its training loss.
+
+Formula: reference/indexer_divergence.py. Bounded memory: streaming/indexer_divergence.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vlattn_fast._ground.checks import check_bool, check_device, check_floating, check_masks, check_tensor, describe
+from vlattn_fast._ground.tensors import (
+    cast_by_autocast,
+    compute_dtype,
+    mask_padding,
+    resolve_scale,
+    scaled_dot_default,
+    without_autocast,
+)
+from vlattn_fast.backends.streaming.indexer_divergence import (
+    FIELDS,
+    IndexerDivergenceBackwardInputs,
+    IndexerDivergenceInputs,
+    IndexerDivergenceJvpInputs,
+    IndexerDivergenceSecondInputs,
+)
+from vlattn_fast.dispatch.call import Call, make_call
+from vlattn_fast.dispatch.choice import launcher, load, planned, select
+from vlattn_fast.dispatch.operator import Operator
+from vlattn_fast.dispatch.table import table
+from vlattn_fast.ops._derivatives import Derivatives
+from vlattn_fast.ops._registration import Saved, define, differentiable
+from vlattn_fast.ops._stages import arguments_of, described
+from vlattn_fast.ops.attention_divergence import check_key
+
+BACKENDS = table("indexer_divergence", cpu=None, triton=None)
+_SHAPES = dict(zip(FIELDS, ("(B, H, N, D)", "(B, Hkv, M, D)", "(B, Hi, N, Di)", "(B, M, Di)", "(B, Hi, N)"), strict=True))
+
+
+def indexer_divergence(
+    query: Tensor,
+    key: Tensor,
+    index_query: Tensor,
+    index_key: Tensor,
+    index_weights: Tensor,
+    *,
+    topk_indices: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Computes how far an indexer of sparse attention is from the attention whose keys it chooses: D_i = KL(mean_h A_h || A').
+
+    Returns one number per query, the training loss of DeepSeek sparse attention's lightning indexer. No map is stored: memory in
+    addition to inputs and output is O(N + M) per head, and the backward pass recomputes both maps. The gradients of a detached
+    query and key cost nothing there.
+
+    Examples:
+        >>> import torch, vlattn_fast as va
+        >>> query, key = torch.randn(2, 4, 7, 8), torch.randn(2, 4, 7, 8)
+        >>> index_query, index_key, index_weights = torch.randn(2, 3, 7, 5), torch.randn(2, 7, 5), torch.rand(2, 3, 7)
+        >>> va.indexer_divergence(query, key, index_query, index_key, index_weights, is_causal=True).shape
+        torch.Size([2, 7])
+
+    A_h = softmax(scale q_h k_h^T + mask) of each head, and A'_ij = softmax_j(sum_h w_ih relu(q'_ih . k'_j) + mask).
+
+    Args:
+        query, key: (B, H, N, D) and (B, Hkv, M, D), Hkv = H, or a divisor of H with enable_gqa; float16, bfloat16, float32,
+            float64. Usually detached: only the indexer learns.
+        index_query, index_key, index_weights: q' (B, Hi, N, Di), k' (B, M, Di) and w (B, Hi, N), of the same dtype. Factors, such
+            as 1/sqrt(Di), belong to the weights.
+        topk_indices: int64 or int32 (B, N, K), the keys of each query over which both softmaxes run, such as those that sparse
+            attention took; a key counts once. Indices outside [0, M), e.g. -1, mean no key. Default: all keys.
+        attn_mask, key_mask, is_causal: of both sides, as in score_attention; attn_mask broadcasts to (B, 1, N, M).
+        scale: multiplies the scores of query and key. Default: 1/sqrt(D).
+        backend: "auto", "reference" or "streaming".
+
+    Returns:
+        D (B, N) in nats, float32 (float64 for float64 input). 0 for a query without a visible key. Small divergences keep their
+        digits. Twice differentiable in all tensors but topk_indices.
+
+    Raises:
+        ValueError, TypeError: if an argument is wrong (the message names it), or the requested backend does not support the call.
+    """
+    arguments = Arguments(**locals())
+    plan = planned(_plan, arguments)
+    cast = cast_by_autocast(query, key, index_query, index_key, index_weights)
+    x = arguments._replace(**dict(zip(FIELDS, cast, strict=True)))
+    if plan.backend == "reference":
+        options = {name: value for name, value in x._asdict().items() if name != "backend"}
+        with without_autocast(query):
+            result: Tensor = load(BACKENDS, plan.backend).indexer_divergence(**options)
+            return result
+    key, index_key = mask_padding(key_mask, x.key, x.index_key[:, None])
+    tensors = x.query, key, x.index_query, index_key[:, 0], x.index_weights, topk_indices, attn_mask, key_mask
+    divergence: Tensor = _forward_op(IndexerDivergenceInputs(*tensors, is_causal, plan.scale, plan.backend))
+    return divergence
+
+
+Arguments = arguments_of(indexer_divergence)
+
+
+class _Plan(NamedTuple):
+    backend: str
+    scale: float
+
+
+def _plan(x: Any) -> _Plan:
+    backend = select(BACKENDS, _describe(x), x.backend)
+    return _Plan(backend, resolve_scale(x.scale, scaled_dot_default(x.query.shape[3])))
+
+
+def _describe(x: Any) -> Call:
+    """Checks a call except for its scale, and returns its metadata."""
+    check_bool(enable_gqa=x.enable_gqa)
+    for name, legend in _SHAPES.items():
+        check_tensor(name, getattr(x, name), rank=legend.count(",") + 1, shape=legend)
+    check_floating(**{name: getattr(x, name) for name in FIELDS})
+    query, key, index_query = x.query, x.key, x.index_query
+    check_key("key", key, "query", query, x.enable_gqa)
+    if query.shape[1] == 0:
+        raise ValueError(f"query must have at least one head to reduce; got {describe(query)}")
+    (batch, _, queries, _), keys, (_, heads, _, dim) = query.shape, key.shape[2], index_query.shape
+    shapes = (batch, heads, queries, dim), (batch, keys, dim), (batch, heads, queries)
+    for name, shape in zip(FIELDS[2:], shapes, strict=True):
+        index = getattr(x, name)
+        check_device(name, index, "query", query)
+        if index.shape != shape:
+            raise ValueError(f"{name} must have shape {_SHAPES[name]} = {shape}; got {describe(index)}")
+    if x.topk_indices is not None:
+        _check_indices(x.topk_indices, query)
+    check_masks(query[:, :1], key, x.attn_mask, x.key_mask, x.is_causal)
+    sizes = {"queries": queries, "keys": keys, "head_dim": query.shape[3], "index_heads": heads, "index_dim": dim}
+    return make_call("indexer_divergence", query, sizes, {"topk": x.topk_indices is not None})
+
+
+def _check_indices(topk_indices: Any, query: Tensor) -> None:
+    check_tensor("topk_indices", topk_indices, rank=3, shape="(B, N, K)")
+    if topk_indices.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"topk_indices must be int64 or int32; got {describe(topk_indices)}")
+    check_device("topk_indices", topk_indices, "query", query)
+    if topk_indices.shape[:2] != (query.shape[0], query.shape[2]):
+        raise ValueError(f"topk_indices must have query's B and N; got {describe(topk_indices)} for {describe(query)}")
+
+
+def _forward_fake(inputs: Any) -> Tensor:
+    query = inputs.query
+    return query.new_empty(query.shape[0], query.shape[2], dtype=compute_dtype(query))
+
+
+def _backward_fake(inputs: IndexerDivergenceBackwardInputs) -> tuple[Tensor, ...]:
+    needs = *[inputs.need_attention] * 2, *[inputs.need_index] * 3
+    return tuple(
+        [x.new_empty(x.shape if need else 0) for x, need in zip((getattr(inputs, f) for f in FIELDS), needs, strict=True)]
+    )
+
+
+_forward_op = define("indexer_divergence", IndexerDivergenceInputs, "Tensor", launcher(BACKENDS, "forward"), _forward_fake)
+_backward_op = define(
+    "indexer_divergence_backward",
+    IndexerDivergenceBackwardInputs,
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    launcher(BACKENDS, "backward"),
+    _backward_fake,
+)
+_saved = Saved(IndexerDivergenceInputs, IndexerDivergenceBackwardInputs, grads=("grad", "need_attention", "need_index"))
+
+
+def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needs = any(ctx.needs_input_grad[:2]), any(ctx.needs_input_grad[2:5])
+    made = _backward_op(_saved.inputs(ctx, grad, *needs))
+    return *(made[:2] if needs[0] else (None, None)), *(made[2:] if needs[1] else (None, None, None)), None, None, None
+
+
+_derivatives = Derivatives(
+    "indexer_divergence",
+    (IndexerDivergenceBackwardInputs, IndexerDivergenceJvpInputs, IndexerDivergenceSecondInputs),
+    FIELDS,
+    outputs=("divergence",),
+    grads={"grad": "divergence"},
+    backward=_backward_op,
+    jvp=launcher(BACKENDS, "jvp"),
+    second=launcher(BACKENDS, "second"),
+    fake=_forward_fake,
+)
+differentiable("indexer_divergence", _autograd, lambda ctx, inputs, output: _saved.save(ctx, inputs), _derivatives.of_forward)
+
+describe_call = described(Arguments, _describe)
+OPERATOR = Operator(indexer_divergence, describe_call, BACKENDS)
