@@ -115,7 +115,7 @@ def test_congruence_scores_of_who_knows_the_truth(oracle, split, pairs):
 
 
 def test_matching_of_who_knows_the_truth(monkeypatch):
-    sizes = matching.Sizes(tested=matching.GROUP, learn="fit", test="validation")
+    sizes = matching.SIZES._replace(tested=matching.GROUP, learn="fit", test="validation")
     scenes = matching.scenes_of(sizes.tested, 3, "validation")
     words, ids = matching.words_of(scenes), matching.text_ids(scenes.captions, matching.WORDS)
 
@@ -140,7 +140,7 @@ def test_matching_of_who_knows_the_truth(monkeypatch):
 
 def test_answering_reads_the_last_step_at_the_digit_that_is_asked_for(monkeypatch):
     """Of a model that says yes to everything, and looks at the right digit in the last step alone."""
-    sizes = answering.Sizes(tested=60, learn="fit", test="validation")
+    sizes = answering.SIZES._replace(tested=60, learn="fit", test="validation")
     parts = {kind: answering.questions_of(60, 3, "validation", kind) for kind in answering.QUESTIONS}
     target = torch.cat([answering.aims(part) for part in parts.values()]).float()
     even = torch.full_like(target, 0.25)
@@ -167,7 +167,7 @@ def test_pictures_are_judged_by_others_on_captions_that_are_held_out(monkeypatch
     met = []
     monkeypatch.setattr(generation, "pair", lambda seed, sizes: met.append(seed) or Pair().eval())
     monkeypatch.setattr(generation, "fit", lambda *args, **options: None)
-    sizes = generation.Sizes(steps=1, tested=40, pair=generation.PairSizes(1, 1, 32))
+    sizes = generation.SIZES._replace(steps=1, tested=40, pair=generation.PairSizes(1, 1, 32))
     model, _ = generation.train("dot", 7, sizes, 1e-3)
     assert met == [7]
     judged = []

@@ -84,7 +84,7 @@ def trainings(settings: Settings, records: Sequence[Record]) -> list[Cell]:
 
 
 def _sizes(module: Any, settings: Settings) -> Any:
-    return module.SMOKE if settings.smoke else module.Sizes()
+    return module.SMOKE if settings.smoke else module.SIZES
 
 
 @_without_denormals()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vlattn_lab.experiments.experiment import spearman
 from vlattn_lab.experiments.scores.attend import SCORES, UNIFORM, Attend, perturbation, weights_and_relevancy
-from vlattn_lab.experiments.scores.material import TextEncoder, reader, region_encoder, regions, text_ids
+from vlattn_lab.experiments.scores.material import Sizes, TextEncoder, reader, region_encoder, regions, text_ids
 from vlattn_lab.processor import DIGIT_WORDS
 from vlattn_lab.questions import QUESTIONS, Questions, digit_questions
 from vlattn_lab.scenes import REGIONS
@@ -23,20 +23,7 @@ ARMS = (*SCORES, UNIFORM)
 WORDS, SIZE, STEPS = 7, 48, 3
 BATCH = 128
 RATES = (8e-4, 2e-3)  # learning rates; validation scans choose one for each score
-
-
-class Sizes(NamedTuple):
-    """steps: of the training. questions: trained with. tested: test questions of each kind.
-    learn, test: splits."""
-
-    steps: int = 1700
-    questions: int = 16384
-    tested: int = 500
-    learn: str = "train"
-    test: str = "test"
-
-
-SMOKE = Sizes(3, 64, 20)
+SIZES, SMOKE = Sizes(1700, 16384, 500), Sizes(3, 64, 20)
 
 
 class Mac(nn.Module):
@@ -86,7 +73,7 @@ def asked(questions: Questions, net: nn.Sequential) -> Asked:
 def train(arm: str, seed: int, sizes: Sizes, rate: float) -> tuple[Mac, Mac]:
     """The trained model and its copy from before training."""
     first, model = (seeded(seed, lambda: Mac(arm)) for _ in range(2))
-    known = asked(questions_of(sizes.questions, 1000 + seed, sizes.learn), reader(seed, sizes.learn))
+    known = asked(questions_of(sizes.samples, 1000 + seed, sizes.learn), reader(seed, sizes.learn))
     generator = torch.Generator().manual_seed(seed)
 
     def losses() -> dict[str, Tensor]:

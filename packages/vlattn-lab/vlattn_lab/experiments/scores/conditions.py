@@ -6,9 +6,10 @@ import functools
 from typing import Any
 
 from vlattn_lab.experiments.scores import matching
+from vlattn_lab.experiments.scores.material import Sizes
 
 RATES = matching.RATES[1:]  # one rate, so that nothing but the factor changes
-SMOKE, Sizes, measure = matching.SMOKE, matching.Sizes, matching.measure
+SIZES, SMOKE, measure = matching.SIZES, matching.SMOKE, matching.measure
 
 # A factor of a score, and its values. Each score's first arm has none.
 FACTORS: dict[tuple[str, str], tuple[float, ...]] = {
@@ -32,7 +33,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
 ARMS = tuple(OPTIONS)
 
 
-def train(arm: str, seed: int, sizes: matching.Sizes, rate: float) -> tuple[matching.Matcher, matching.Matcher]:
+def train(arm: str, seed: int, sizes: Sizes, rate: float) -> tuple[matching.Matcher, matching.Matcher]:
     """As in `matching`."""
     score, options = OPTIONS[arm]
     return matching.train(score, seed, sizes, rate, functools.partial(matching.Matcher, **options))

@@ -15,7 +15,7 @@ from vlattn_lab.clip import words_of
 from vlattn_lab.experiments.experiment import spearman
 from vlattn_lab.experiments.scores.attend import PLAIN, UNIFORM, Attend, perturbation, weights_and_relevancy
 from vlattn_lab.experiments.scores.matching import said_regions
-from vlattn_lab.experiments.scores.material import TextEncoder, reader, text_ids
+from vlattn_lab.experiments.scores.material import Sizes, TextEncoder, reader, text_ids
 from vlattn_lab.processor import POSITION_DIM, REGION_DIM, DigitProcessor
 from vlattn_lab.scenes import DIGIT, digit_scenes, paint
 from vlattn_lab.texts import SceneProcessor
@@ -27,20 +27,7 @@ DIGIT_PLACES = torch.tensor([0, 4])  # among a caption's words
 BATCH = 64
 RATES = (5e-3,)  # one learning rate for all scores
 SHOWN = 6  # pictures that the records of the first seed keep
-
-
-class Sizes(NamedTuple):
-    """steps: of the training. scenes: trained with. tested: captions of pairs of digits that training does not name.
-    learn, test: splits."""
-
-    steps: int = 400
-    scenes: int = 8192
-    tested: int = 1000
-    learn: str = "train"
-    test: str = "test"
-
-
-SMOKE = Sizes(3, 64, 40)
+SIZES, SMOKE = Sizes(400, 8192, 1000), Sizes(3, 64, 40)
 
 
 class Painter(nn.Module):
@@ -92,7 +79,7 @@ def scenes_of(count: int, seed: int, split: str, pairs: str) -> Drawn:
 def train(arm: str, seed: int, sizes: Sizes, rate: float) -> tuple[Painter, Painter]:
     """The trained model and its copy from before training."""
     first, model = (seeded(seed, lambda: Painter(arm)) for _ in range(2))
-    known, generator = scenes_of(sizes.scenes, 1000 + seed, sizes.learn, "seen"), torch.Generator().manual_seed(seed)
+    known, generator = scenes_of(sizes.samples, 1000 + seed, sizes.learn, "seen"), torch.Generator().manual_seed(seed)
 
     def losses() -> dict[str, Tensor]:
         chosen = torch.randint(len(known.ids), (BATCH,), generator=generator)

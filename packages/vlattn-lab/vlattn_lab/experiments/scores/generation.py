@@ -35,7 +35,7 @@ class Sizes(NamedTuple):
     pair: PairSizes = PairSizes()
 
 
-SMOKE = Sizes(2, 40, PairSizes(2, 2, 64))
+SIZES, SMOKE = Sizes(), Sizes(2, 40, PairSizes(2, 2, 64))
 
 
 class Generator(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vlattn_lab.clip import caption_pixels, words_of
 from vlattn_lab.experiments.experiment import spearman
 from vlattn_lab.experiments.scores.attend import SCORES, UNIFORM, Attend, perturbation, weights_and_relevancy
-from vlattn_lab.experiments.scores.material import TextEncoder, reader, region_encoder, regions, text_ids
+from vlattn_lab.experiments.scores.material import Sizes, TextEncoder, reader, region_encoder, regions, text_ids
 from vlattn_lab.scenes import CLEARANCE, NEGATIVES, REGIONS, Scenes, digit_scenes, joined, select, swapped_pairs
 from vlattn_lab.train.fit import fit, seeded
 
@@ -24,20 +24,7 @@ FIRST, SECOND = 0, 4  # the places of the two digits in a caption
 BATCH = 32
 RATES = (2.5e-3, 4e-3)  # learning rates; validation scans choose one for each score
 GROUP = 100  # captions and images that recall is measured among
-
-
-class Sizes(NamedTuple):
-    """steps: of the training. scenes: trained with, and as many swapped scenes. tested: test scenes, a multiple of GROUP.
-    learn, test: splits."""
-
-    steps: int = 2400
-    scenes: int = 4096
-    tested: int = 1000
-    learn: str = "train"
-    test: str = "test"
-
-
-SMOKE = Sizes(3, 32, GROUP)
+SIZES, SMOKE = Sizes(2400, 4096, 10 * GROUP), Sizes(3, 32, GROUP)
 
 
 class Matcher(nn.Module):
@@ -101,13 +88,13 @@ def triplets(similarity: Tensor, same: Tensor, margin: float = 0.2) -> Tensor:
 def train(arm: str, seed: int, sizes: Sizes, rate: float, make: Callable[[str], Matcher] = Matcher) -> tuple[Matcher, Matcher]:
     """The trained model and its copy from before training."""
     first, model = (seeded(seed, lambda: make(arm)) for _ in range(2))
-    scenes, generator = swapped_scenes(sizes.scenes, 1000 + seed, sizes.learn), torch.Generator().manual_seed(seed)
+    scenes, generator = swapped_scenes(sizes.samples, 1000 + seed, sizes.learn), torch.Generator().manual_seed(seed)
     seen = regions(reader(seed, sizes.learn), scenes.images, scenes.boxes)
     ids, words = text_ids(scenes.captions, WORDS), words_of(scenes)
 
     def losses() -> dict[str, Tensor]:
-        half = torch.randint(sizes.scenes, (BATCH // 2,), generator=generator)
-        chosen = torch.cat([half, half + sizes.scenes])
+        half = torch.randint(sizes.samples, (BATCH // 2,), generator=generator)
+        chosen = torch.cat([half, half + sizes.samples])
         # a caption that is true, or nearly true, of an image is not wrong for this image
         holds = caption_pixels(select(scenes, chosen.tolist()), words[chosen]) > 0
         holds |= torch.eye(len(chosen), dtype=torch.bool)

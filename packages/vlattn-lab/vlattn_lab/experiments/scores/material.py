@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,17 @@ READ = 32  # features of a scan
 FEATURES = READ + POSITION_DIM  # features of a region
 READER_STEPS = 400
 NOISE = 0.2  # standard deviation added to the scans that the reader learns from
+
+
+class Sizes(NamedTuple):
+    """steps: of the training. samples: trained with; matching adds as many swapped scenes. tested: test samples; in matching a
+    multiple of its GROUP, in answering of each kind of question. learn, test: splits."""
+
+    steps: int
+    samples: int
+    tested: int
+    learn: str = "train"
+    test: str = "test"
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from vlattn_lab.experiments.scores.attend import BIASED_KEY, Attend
 ARMS = ("cosine", "general", "general_query", *BIASED_KEY, "biased_general", "hadamard")
 SMOOTH = 9.0
 RATES = matching.RATES[1:]  # one learning rate for all scores
-SMOKE, Sizes, measure = matching.SMOKE, matching.Sizes, matching.measure
+SIZES, SMOKE, measure = matching.SIZES, matching.SMOKE, matching.measure
 
 
 class Normalised(Attend):
