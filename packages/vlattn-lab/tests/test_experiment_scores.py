@@ -16,16 +16,32 @@ import vlattn_fast as va
 import vlattn_lab as lab
 from vlattn_lab.experiments import run, scores
 from vlattn_lab.experiments.experiment import Settings, spearman
-from vlattn_lab.experiments.scores import TASKS, answering, conditions, drawing, encoders, generation, matching, page, scan
+from vlattn_lab.experiments.scores import (
+    TASKS,
+    answering,
+    conditions,
+    drawing,
+    encoders,
+    generation,
+    matching,
+    page,
+    reading,
+    scan,
+)
 from vlattn_lab.experiments.scores.attend import GENERAL, SCORES, UNIFORM, Attend, perturbation, weights_and_relevancy
-from vlattn_lab.experiments.scores.material import FEATURES
-from vlattn_lab.processor import POSITION_DIM
-from vlattn_lab.texts import TEXT_VOCABULARY
+from vlattn_lab.experiments.scores.material import FEATURES, reader
+from vlattn_lab.processor import POSITION_DIM, DigitProcessor
+from vlattn_lab.texts import ANSWERS, TEXT_VOCABULARY
 from vlattn_lab.train.fit import seeded
 
 
 def ids(count: int, length: int) -> torch.Tensor:
     return torch.randint(1, len(TEXT_VOCABULARY), (count, length))
+
+
+def tokens(count: int) -> torch.Tensor:
+    """Of four different digits each."""
+    return torch.cat([torch.rand(count, 10).argsort(1)[:, :4, None], torch.randn(count, 4, POSITION_DIM)], dim=-1)
 
 
 @pytest.mark.parametrize("arm", matching.ARMS)
@@ -82,13 +98,14 @@ def test_forms_of_general():
             assert (score.bias is None) == (form == "general" or (form, side) == ("biased", "key"))
 
 
-@pytest.mark.parametrize("task", ["matching", "SCAN", "answering", "generation", "drawing"])
+@pytest.mark.parametrize("task", ["matching", "SCAN", "answering", "reading", "generation", "drawing"])
 def test_arms_differ_in_the_score_alone(task):
     """All other weights begin the same, every parameter that has a part in the output gets a gradient, and outputs differ."""
     made = {
         "matching": lambda arm: (matching.Matcher(arm), (torch.randn(4, 4, FEATURES), ids(4, matching.WORDS))),
         "SCAN": lambda arm: (scan.Scan(arm), (torch.randn(4, 4, FEATURES), ids(4, matching.WORDS))),
         "answering": lambda arm: (answering.Mac(arm), (3 * torch.randn(40, 4, FEATURES), ids(40, answering.WORDS))),
+        "reading": lambda arm: (reading.M4C(arm), (tokens(40), ids(40, reading.WORDS))),
         "generation": lambda arm: (
             generation.Generator(arm),
             (torch.randn(4, 5, encoders.SIZE), torch.randn(4, encoders.SIZE), torch.randn(4, generation.NOISE)),
@@ -100,7 +117,7 @@ def test_arms_differ_in_the_score_alone(task):
     outputs, first = {}, None
     for arm in TASKS[task].ARMS:
         model = seeded(0, lambda arm=arm: made(arm)[0])
-        state = {name: value for name, value in model.state_dict().items() if not name.startswith("attend.")}
+        state = {name: value for name, value in model.state_dict().items() if not name.startswith("attend")}
         first = first or state
         assert state.keys() == first.keys() and all(torch.equal(state[name], first[name]) for name in state)
         outputs[arm] = model(*inputs)
@@ -151,6 +168,32 @@ def test_regions_that_are_said_and_asked_about():
     ):
         aimed = [lab.processor.DIGIT_WORDS[digit] for digit, yes in zip(digits, aim, strict=True) if yes]
         assert aimed == {"what": [answer], "there": [question.split()[-1]] if answer == "yes" else []}.get(kind, [])
+
+
+@pytest.mark.parametrize("arm", ["dot", UNIFORM])
+def test_an_answer_is_a_fixed_word_or_a_token(arm):
+    """No other answer has a chance, and none that is masked; as the gate opens, the weights are the chances."""
+    model, seen, words = seeded(0, lambda: reading.M4C(arm)), tokens(20), ids(20, reading.WORDS)
+    mask = torch.rand(20, 4) < 0.5
+    mask[0] = False
+    allowed = torch.tensor([answer in reading.FIXED for answer in ANSWERS]).repeat(20, 1)
+    for shown in (mask, torch.ones_like(mask)):
+        allowed.scatter_(1, seen[..., 0].long(), allowed.gather(1, seen[..., 0].long()) | shown)
+        chances = model(seen, words, shown).exp()
+        assert torch.equal(chances > 1e-6, allowed)
+        torch.testing.assert_close(chances[shown.any(1)].sum(1), torch.ones(int(shown.any(1).sum())))
+    model.copies.bias.data += 100.0
+    [(weights, _)] = weights_and_relevancy(model.attend, lambda: model(seen, words).sum(1))
+    copied = model(seen, words).exp().gather(1, seen[..., 0].long())
+    torch.testing.assert_close(copied, weights[:, 0, 0], rtol=1e-5, atol=1e-6)
+
+
+def test_tokens_are_the_digits_of_the_scene():
+    """The classifier reads nearly all of them; places are those of the boxes."""
+    scenes = lab.digit_scenes(60, seed=3)
+    read = reading.tokens_of(reader(4, "train"), scenes.images, scenes.boxes)
+    assert float((read[..., 0] == scenes.digits).double().mean()) > 0.9
+    assert torch.equal(read[..., 1:], DigitProcessor().regions(scenes.images, scenes.boxes)["region_positions"])
 
 
 def test_drawing_is_of_the_two_named_digits():

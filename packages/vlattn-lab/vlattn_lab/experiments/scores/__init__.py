@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from vlattn_lab.experiments.experiment import Cell, Experiment, Record, Settings, Stage
-from vlattn_lab.experiments.scores import answering, conditions, drawing, generation, matching, scan, timing
+from vlattn_lab.experiments.scores import answering, conditions, drawing, generation, matching, reading, scan, timing
 from vlattn_lab.experiments.scores.attend import FORMS, PLAIN, SCORES
 from vlattn_lab.experiments.scores.page import accuracy_and_interpretability, of_conditions, pictures, tables
 
@@ -27,6 +27,7 @@ TASKS: dict[str, Any] = {
     "matching": matching,
     "SCAN": scan,
     "answering": answering,
+    "reading": reading,
     "generation": generation,
     "drawing": drawing,
     "conditions": conditions,

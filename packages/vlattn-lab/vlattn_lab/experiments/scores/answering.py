@@ -4,7 +4,8 @@ regions, which are combined with the memory of earlier steps."""
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,8 @@ SIZES, SMOKE = Sizes(1700, 16384, 500), Sizes(3, 64, 20)
 
 
 class Mac(nn.Module):
+    see = staticmethod(regions)  # what the model sees of a reader, images and boxes
+
     def __init__(self, arm: str, backend: str = "auto") -> None:
         super().__init__()
         self.text, self.region = TextEncoder(WORDS, SIZE), region_encoder(SIZE)
@@ -65,15 +68,15 @@ def questions_of(count: int, seed: int, split: str, kind: str | None = None) -> 
     return digit_questions(count, split=split, seed=seed, kind=kind)
 
 
-def asked(questions: Questions, net: nn.Sequential) -> Asked:
+def asked(questions: Questions, net: nn.Sequential, see: Callable[..., Tensor]) -> Asked:
     answers = torch.tensor([ANSWERS.index(answer) for answer in questions.answers])
-    return Asked(regions(net, questions.images, questions.boxes), text_ids(questions.questions, WORDS), answers)
+    return Asked(see(net, questions.images, questions.boxes), text_ids(questions.questions, WORDS), answers)
 
 
-def train(arm: str, seed: int, sizes: Sizes, rate: float) -> tuple[Mac, Mac]:
+def train(arm: str, seed: int, sizes: Sizes, rate: float, make: Callable[[str], Any] = Mac) -> tuple[Any, Any]:
     """The trained model and its copy from before training."""
-    first, model = (seeded(seed, lambda: Mac(arm)) for _ in range(2))
-    known = asked(questions_of(sizes.samples, 1000 + seed, sizes.learn), reader(seed, sizes.learn))
+    first, model = (seeded(seed, lambda: make(arm)) for _ in range(2))
+    known = asked(questions_of(sizes.samples, 1000 + seed, sizes.learn), reader(seed, sizes.learn), model.see)
     generator = torch.Generator().manual_seed(seed)
 
     def losses() -> dict[str, Tensor]:
@@ -98,7 +101,7 @@ def measure(model: Mac, seed: int, sizes: Sizes) -> dict[str, float]:
     """Figures on test questions, equally many of each kind. accuracy: mean over the kinds."""
     net = reader(seed, sizes.learn)
     parts = {kind: questions_of(sizes.tested, seed, sizes.test, kind) for kind in QUESTIONS}
-    every = [asked(questions, net) for questions in parts.values()]
+    every = [asked(questions, net, model.see) for questions in parts.values()]
     figures: dict[str, float] = {}
     with torch.no_grad():
         for kind, part in zip(parts, every, strict=True):

@@ -22,11 +22,13 @@ if TYPE_CHECKING:
 BASES = {"SCAN": "cosine"}  # the score that a task's arms are compared with, if not scaled_dot
 FORMS = "accuracy", "pointing", "agreement"  # what two forms of general are compared in
 INTERPRETABILITY = {"focus": "share / chance", "pointing": "pointing", "agreement": "agreement", "gap": "gap of areas"}
+KINDS = "what", "is", "there", "many"
 MATCHING = "recall_caption", "recall_image", "recall_chance", "digit", "relation", "order"
 MORE = {
     "matching": MATCHING,
     "SCAN": MATCHING,
-    "answering": ("what", "is", "there", "many", "share_step_1", "share_step_2", "share_step_3"),
+    "answering": (*KINDS, "share_step_1", "share_step_2", "share_step_3"),
+    "reading": KINDS,
     "generation": ("own_encoders", "drawn", "chance", "ink"),
     "drawing": ("drawn", "error"),
 }
