@@ -56,9 +56,9 @@ def tasks(records: Sequence[Record]) -> list[str]:
 
 
 def arms(records: Sequence[Record], task: str) -> dict[str, str]:
-    """The scores, the control and the references of a task, each with its title in a table."""
+    """The scores, the control and the references of a task, in this order, each with its title in a table."""
     names = dict.fromkeys(record["arm"] for record in records if record.get("task") == task)
-    return {arm: CONTROLS.get(arm, f"`{arm}`") for arm in names}
+    return {arm: CONTROLS.get(arm, f"`{arm}`") for arm in sorted(names, key=lambda arm: arm in CONTROLS)}
 
 
 def scores_of(records: Sequence[Record], task: str) -> list[str]:
