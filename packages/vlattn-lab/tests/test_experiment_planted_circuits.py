@@ -15,7 +15,7 @@ pytest.importorskip("matplotlib")
 import vlattn_fast as va
 from vlattn_lab.experiments import planted_circuits
 from vlattn_lab.experiments.flow.samples import PAIRS, draw
-from vlattn_lab.experiments.planted_circuits import mib, models
+from vlattn_lab.experiments.planted_circuits import mib, models, removal
 from vlattn_lab.experiments.run import main
 from vlattn_lab.mapper import load_vqa
 
@@ -41,6 +41,7 @@ def test_a_smoke_run_has_every_measure(tmp_path, capsys, monkeypatch):
         assert row["right"] == 1.0 and len(row["maps"]) == len(planted_circuits.methods()) + 1
         assert bool(row["synergy"]) == (row["circuit"] == "lookup")
         assert row["places"][mib.TRUE] == [2, 1], "true cuts name the planted edges first"
+        assert (row["removal"]["embedding"] is None) == (row["circuit"] == "lookup") and row["removal"]["head"] > 0.4
     assert "| CPR |" in capsys.readouterr().out and (tmp_path / "planted_circuits.png").is_file()
 
 
@@ -209,3 +210,36 @@ def test_the_planted_part_makes_the_planted_head_look_there(circuit, of_keys, of
     logit = va.logit_parts(planted.model, samples.inputs, samples.answers)
     assert logit.names[logit.parts[:, :-1].mean(0).argmax()] == "head 1.0"
     assert logit.sources[1][:, 0].argmax(1).equal(samples.groups[samples.content].float().argmax(1))
+
+
+@pytest.mark.parametrize("circuit", models.CIRCUITS)
+def test_without_the_planted_part_its_attention_is_gone(circuit):
+    """The attention that is measured is that of eager maps; removing a head is zeroing its part of the joined outputs."""
+    planted = models.planted(circuit, 0.9, seed=3)
+    samples = planted.draw(16, 5)
+    layer = removal.of_planted(planted, samples)
+    read, content = samples.groups[samples.read], samples.groups[samples.content]
+    number = [*samples.groups].index(samples.content)
+    plain = layer.masses()
+    torch.testing.assert_close(plain.sum(1), torch.ones(models.HEADS, dtype=torch.float64), rtol=0, atol=1e-5)
+    with va.intervene(planted.model, samples.inputs, layer.removed("head 0.0")):
+        without = layer.masses()
+    attention = planted.model.transformer.h[0].attn if planted.is_causal else planted.model.visual_bert.encoder.layer[0].attention
+    projection = attention.c_proj if planted.is_causal else attention.output.dense
+    mask = (torch.arange(models.WIDTH) >= models.HEAD_DIM).float()
+    planted.model.set_attn_implementation("eager")
+    for mass, hook in ((plain, lambda *_: None), (without, lambda _, args: (args[0] * mask,))):
+        with projection.register_forward_pre_hook(hook), torch.no_grad():
+            maps = planted.model(**samples.inputs, output_attentions=True).attentions[1]  # (B, H, N, N)
+        of_content = (maps.transpose(1, 2)[read] * content[:, None]).sum(-1).double().mean(0)
+        torch.testing.assert_close(mass[:, number], of_content, rtol=0, atol=1e-5)
+    assert plain[0, number] > 0.8 and without[0, number] < 0.2
+
+
+def test_a_push_of_a_trained_model_is_compared_with_removals():
+    model = load_vqa()[0]
+    asked, _ = draw("vqa", model, 12, 2, 0, every=True)
+    layer = removal.of_scenes(model, asked)
+    torch.testing.assert_close(layer.masses().sum(1), torch.ones(layer.heads, dtype=torch.float64), rtol=0, atol=1e-5)
+    kinds = layer.correlations()
+    assert set(kinds) == set(removal.KINDS) and all(0 < value <= 1 for value in kinds.values())

@@ -2,7 +2,7 @@
 
 Two transformers have an algorithm written into their weights: an induction head, and a lookup by colour. Maps are compared with
 the two tokens that an answer depends on, and lists of edges with the two planted ones. CPR and CMD measure lists of edges, for
-the models of DigitScenes too.
+the models of DigitScenes too. The push of the parts of a head's scores is compared with the removal of these parts.
 
 In: options of the experiment.
 Out: its records.
@@ -33,8 +33,10 @@ from vlattn_lab.experiments.planted_circuits.mib import (
     SHARES,
     measures_on_planted,
     measures_on_scenes,
+    part,
 )
 from vlattn_lab.experiments.planted_circuits.models import CIRCUITS, Circuit, Samples, planted
+from vlattn_lab.experiments.planted_circuits.removal import KINDS, of_planted, of_scenes
 from vlattn_lab.mapper import load_captioner, load_vqa
 
 if TYPE_CHECKING:
@@ -75,6 +77,7 @@ def measure(cell: Cell, settings: Settings) -> dict[str, Any]:
         "maps": maps(circuit, samples, cell["seed"]),
         "synergy": synergy(circuit, samples.part(slice(4 if settings.smoke else OF_SYNERGY)), cell["seed"]),
         **measures_on_planted(circuit, samples.part(slice(half)), samples.part(slice(half, None)), cell["seed"]),
+        "removal": of_planted(circuit, samples.part(slice(half))).correlations(),
     }
 
 
@@ -125,7 +128,8 @@ def scenes(settings: Settings, records: Sequence[Record]) -> list[Cell]:
 def measure_scenes(cell: Cell, settings: Settings) -> dict[str, Any]:
     model, _ = TASKS[cell["task"]][1]()
     asked, accuracy = draw(cell["task"], model, *((12, 4) if settings.smoke else (200, SCENES)), cell["seed"])
-    return {"accuracy": accuracy, **measures_on_scenes(model, asked, cell["seed"])}
+    removal = of_scenes(model, part(asked, slice(len(asked.inputs["input_ids"]) // 2))).correlations()
+    return {"accuracy": accuracy, **measures_on_scenes(model, asked, cell["seed"]), "removal": removal}
 
 
 def tables(records: Sequence[Record]) -> Iterator[str]:
@@ -137,6 +141,7 @@ def tables(records: Sequence[Record]) -> Iterator[str]:
     for fact in ("cpr", "cmd"):
         yield _of_areas(records, fact)
     yield _of_ranks(records)
+    yield of_removals(records)
 
 
 def _of_models(records: Sequence[Record]) -> str:
@@ -186,6 +191,16 @@ def _of_ranks(records: Sequence[Record]) -> str:
         for by in (FIRST_ORDER, HELD)
     ]
     return markdown(["true effects of", "by", *tasks], lines, words=(0, 1))
+
+
+def of_removals(records: Sequence[Record]) -> str:
+    """The rank correlation of what the push of a part foretells with what its removal does."""
+    kinds = _planted(records) | _of_tasks(records)
+    lines = []
+    for name, rows in kinds.items():
+        values = [[one["removal"][kind] for one in rows if one["removal"][kind] is not None] for kind in KINDS]
+        lines.append([name, *(spread(each, ".2f", none="–") for each in values)])
+    return markdown(["model", "embedding", "heads", "MLPs"], lines)
 
 
 def _planted(records: Sequence[Record]) -> dict[str, list[Record]]:
