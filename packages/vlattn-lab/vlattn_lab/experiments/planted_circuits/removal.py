@@ -99,13 +99,12 @@ class Layer:
 def of_planted(circuit: Circuit, samples: Samples) -> Layer:
     """The last layer, at the token that gives the answer."""
     model: Any = circuit.model
-    asked: tuple[Any, ...] = model, samples.inputs, 1, HEADS
     read = samples.groups, samples.read
     if circuit.is_causal:
         first, last = model.transformer.h
-        return Layer(*asked, [last.attn.c_attn], *read, first, masks={"is_causal": True})
+        return Layer(model, samples.inputs, 1, HEADS, [last.attn.c_attn], *read, first, masks={"is_causal": True})
     attention = model.visual_bert.encoder.layer[1].attention.self
-    return Layer(*asked, [attention.query, attention.key], *read, None)
+    return Layer(model, samples.inputs, 1, HEADS, [attention.query, attention.key], *read, None)
 
 
 def of_scenes(model: Any, asked: Asked) -> Layer:
