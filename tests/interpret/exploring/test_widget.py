@@ -101,6 +101,12 @@ def test_a_click_changes_the_answer_and_the_map() -> None:
         ({"edits": [{**EDGE, "from": "text"}]}, "from must be one of 'image', 'question', 'last'; got 'text'"),
         ({"edits": [{**EDGE, "to": ["last"]}]}, "to must be one of 'image', 'question', 'last'; got ['last']"),
         ({"edits": [HEAD, {**HEAD, "factor": 1}]}, "edits must name each head and each edge once"),
+        ({"parts": EDGE, "edits": []}, 'a message must be {"parts": {"layer", "head", "from", "to"}}; got'),
+        ({"parts": [EDGE]}, "an edit must have the keys"),
+        ({"parts": HEAD}, "parts must be those of an edge of one head"),
+        ({"parts": {**EDGE, "head": None}}, "parts must be those of an edge of one head"),
+        ({"parts": {**EDGE, "head": 4}}, "head must be from 0 to 3; got 4"),
+        ({"parts": {**EDGE, "from": "text"}}, "from must be one of 'image', 'question', 'last'; got 'text'"),
     ],
 )
 def test_a_message_that_is_no_edit_changes_nothing(message: Any, problem: str, widget: Any) -> None:
@@ -129,6 +135,43 @@ def test_a_click_cuts_the_edge_that_the_table_has(widget: Any) -> None:
     with va.intervene(model, inputs, cut):
         same(widget.explanations["gradient"], va.explain(model, inputs, target=widget._exploration.question["target"]))
     assert widget.page["groups"] == GROUPS
+
+
+@pytest.mark.parametrize("answer", [None, [[5, 6, 7], [8, 9]]])
+def test_a_click_shows_what_makes_a_head_look_there(answer: Any) -> None:
+    """Those of `score_parts` on the inputs with their answer, of each sample; the edits stay."""
+    model, inputs = made("llava")
+    edge = {**EDGE, "layer": 2, "to": "answer" if answer else "last"}
+    widget = va.widget(model, inputs, [*GROUPS, *(["answer"] if answer else [])], answer=answer, generate=0)
+    send(widget, {"edits": [HEAD]})
+    before = widget.edited
+    (sent,) = send(widget, {"parts": edge})
+    state = sent["state"]["edited"]
+    json.dumps(state, allow_nan=False)
+    assert state == {**before, "number": before["number"] + 1, "parts": state["parts"]} and len(widget.edits) == 1
+    (found,) = state["parts"]["models"]
+    assert state["parts"] == {**edge, "models": [found]} and [len(rows) for rows in found] == [8, 8]
+    queries: Any = "last"
+    if answer:
+        sizes, inputs = inputs["attention_mask"].sum(1, keepdim=True), widget._exploration._asked["model"].prompt.arguments
+        mask = inputs["attention_mask"].bool()
+        queries = mask & (torch.arange(mask.shape[1]) >= sizes)
+        assert queries.sum(1).tolist() == [3, 2]
+    table = va.score_parts(model, inputs, 2, [2], parts="heads", groups=["image"], queries=queries)
+    sums = (table.push["image"] + table.query_push["image"])[:, 0]
+    for sample, rows in enumerate(found):
+        largest = sums[sample].abs().topk(8).indices.tolist()
+        assert [row[0] for row in rows] == [table.names[i] for i in largest]
+        expected = [[float(push["image"][sample, 0, i]) for push in (table.push, table.query_push)] for i in largest]
+        np.testing.assert_allclose([row[1:] for row in rows], expected, rtol=0, atol=1e-12)
+    send(widget, {"edits": []})
+    assert widget.edited["parts"] == state["parts"]  # they are those of the unedited model
+
+
+def test_attention_between_towers_has_no_parts(widget: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(widget._exploration, "towers", ("text", "vision"))
+    send(widget, {"parts": EDGE})
+    assert widget.edited["problem"] == "parts must be of attention within a tower; got vision -> text"
 
 
 def test_another_error_is_shown_and_does_not_stop_the_widget(widget: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,6 +267,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any]:
     model, inputs = made("llava")
     made_widget = va.widget(model, inputs, GROUPS, image=PHOTOS, methods=["gradient", "rollout"], generate=2)
     send(made_widget, {"edits": [HEAD, EDGE]})
+    send(made_widget, {"parts": EDGE})
     path = made_widget.save_html(tmp_path_factory.mktemp("page") / "page.html", title="A <b> title")
     return path.read_text("utf-8"), made_widget
 
@@ -249,12 +293,17 @@ results.heads = all("td button").map((one) => one.getAttribute("aria-pressed"));
 results.status = [root.querySelector(".status").textContent];
 cell(2, 1).click();
 results.status.push(root.querySelector(".status").textContent);
+const parts = () => all("table.parts tbody tr").map((line) => [...line.children].map((one) => one.textContent));
+results.parts = [parts()];
+put(root.querySelector("[data-key=kind]"), "parts");
+results.asked = all("td button").map((one) => [one.getAttribute("aria-pressed"), one.disabled]);
 put(root.querySelector("[data-key=from]"), "question");
 results.titles = all("td button").map((one) => one.title);
 results.ribbons = all("svg path").map((one) => [one.querySelector("title").textContent, one.getAttribute("class")]);
 const choices = all(".bar")[0].querySelectorAll("button");
 choices[1].click();
 results.second = { pixels: pixels(), score: texts(".score") };
+results.parts.push(parts());
 put(root.querySelector("[type=range]"), 0);
 results.clear = all("canvas").map((one) => data(one).filter(Boolean).length);
 const named = (one) => one.getAttribute("aria-label") || one.textContent || one.closest("label");
@@ -280,6 +329,12 @@ results.unnamed = all("button, input, select, canvas").filter((one) => !named(on
     assert found["edited"]["edits"] == ["layer 0, head 1 × 0 ×", "layer 1, head 2: image → last cut ×", "remove all"]
     assert [i for i, pressed in enumerate(found["crossed"]) if pressed == "true"] == [8]  # a row has "all" and 4 heads
     assert [i for i, pressed in enumerate(found["heads"]) if pressed == "true"] == [2]
+    assert [i for i, (pressed, _) in enumerate(found["asked"]) if pressed == "true"] == [8]
+    assert [i for i, (_, disabled) in enumerate(found["asked"]) if disabled] == [0, 5, 10]  # all heads have no parts
+    for shown, rows in zip(found["parts"], widget.edited["parts"]["models"][0], strict=True):
+        assert [row[0] for row in shown] == [row[0] for row in rows]
+        numbers = [[float(number.replace("\u2212", "-")) for number in row[1:]] for row in shown]
+        np.testing.assert_allclose(numbers, [row[1:] for row in rows], rtol=6e-3)
     effects = widget.page["models"][0]["effects"]
     for titles, part in ((found["colors"], effects[0][2]), (found["titles"], effects[1][2])):
         for i, title in enumerate(title for title in titles if "all heads" not in title):
@@ -337,6 +392,17 @@ say({ ...state.edited, number: 5 });
 button("layer 0, head 1").click();
 say({ ...state.edited, number: 6 });
 button("remove all").click();
+say({ ...state.edited, number: 7, parts: null });
+results.without = texts("table.parts").length;
+put(root.querySelector("[data-key=kind]"), "parts");
+button("unedited").click();
+cell(1, 0).click();
+cell(1, 3).click();
+cell(2, 3).click();
+results.computing = root.querySelector(".status").textContent;
+say({ ...state.edited, number: 8, parts: answer.parts });
+results.why = [texts("table.parts tbody th"), root.querySelector(".status").textContent];
+results.stays = button("unedited").getAttribute("aria-pressed");
 results.sent = sent;
 end();
 """
@@ -345,7 +411,11 @@ end();
     assert found["first"]["edits"] == [] and "\u2192" not in found["first"]["score"][0] and found["waits"].startswith("Computing")
     assert "\u2192" in found["shown"]["score"][0] and found["shown"]["status"] == "" and found["problem"] == "no such layer"
     assert found["shown"]["pixels"] != found["first"]["pixels"] and found["off"] is True
-    assert [message["edits"] for message in found["sent"]] == [
+    (asked,) = [message for message in found["sent"] if "parts" in message]
+    assert asked == {"parts": EDGE} == found["sent"][-1] and found["computing"].startswith("Computing the parts")
+    assert found["without"] == 0 and found["stays"] == "true", "parts do not change what is shown"
+    assert found["why"] == [[row[0] for row in widget.edited["parts"]["models"][0][0]], ""]
+    assert [message["edits"] for message in found["sent"][:-1]] == [
         [EDGE],  # and no further one until it is answered
         [HEAD],
         [HEAD, EDGE, {"layer": 2, "head": 3, "factor": 2}],
@@ -354,7 +424,7 @@ end();
         [EDGE],
         [],
     ]
-    for message in found["sent"]:
+    for message in found["sent"][:-1]:
         send(widget, message)
         assert widget.edited["problem"] == "" and widget.edited["edits"] == message["edits"]
 

@@ -13,6 +13,7 @@ from vlattn_fast._ground.extras import without_progress
 from vlattn_fast.attach.session import at_rest, unwrapped
 from vlattn_fast.interpret.adapters.registry import find_adapter
 from vlattn_fast.interpret.explaining.explain import explain
+from vlattn_fast.interpret.explaining.inputs import packing
 from vlattn_fast.interpret.explaining.naming import tokenizer_of
 from vlattn_fast.interpret.intervening.asking import Asked
 from vlattn_fast.interpret.intervening.editing import EditedCalls
@@ -21,12 +22,15 @@ from vlattn_fast.interpret.intervening.effects import attribute_edges
 from vlattn_fast.interpret.intervening.intervene import intervene
 from vlattn_fast.interpret.intervening.intervene_command import generated
 from vlattn_fast.interpret.intervening.plans import Plans
+from vlattn_fast.interpret.intervening.score_parts import split_scores
 from vlattn_fast.interpret.relevancy.method import Method
 from vlattn_fast.interpret.relevancy.methods.registry import method_of
 from vlattn_fast.interpret.result.explanation import Explanation
 
 _CLASSES = 3  # of a classifier's answer
-_KEYS = {"layer", "head", "factor"}, {"layer", "head", "from", "to"}  # of a scaled head and of a cut edge in a message
+_PARTS = 8  # of a head's scores, the strongest ones
+_EDGE = {"layer", "head", "from", "to"}
+_KEYS = {"layer", "head", "factor"}, _EDGE  # of a scaled head and of a cut edge in a message
 
 
 class State(NamedTuple):
@@ -86,6 +90,29 @@ class Exploration:
         if len(targets) < len(edits):
             raise ValueError(f"edits must name each head and each edge once; got {message['edits']!r:.200}")
         return self._state(edits) if edits else self.plain
+
+    def parts(self, message: Any) -> list[list[list[tuple[str, float, float]]]]:
+        """The strongest parts of a head's scores, for a message {"parts": {"layer", "head", "from", "to"}}: for each model and
+        sample (part, push of its keys, push of its queries), see `score_parts`; of the unedited models. TypeError or ValueError
+        for another message, as in `state`, and for attention between two towers."""
+        if not isinstance(message, Mapping) or set(message) != {"parts"}:
+            raise TypeError(f'a message must be {{"parts": {{"layer", "head", "from", "to"}}}}; got {message!r:.200}')
+        one = message["parts"]
+        self._edit(one)
+        if set(one) != _EDGE or one["head"] is None:
+            raise ValueError(f"parts must be those of an edge of one head; got {one!r:.200}")
+        if self.towers[0] != self.towers[1]:
+            raise ValueError(f"parts must be of attention within a tower; got {self.towers[1]} -> {self.towers[0]}")
+        groups: Any = {"groups": {"": self.groups[one["from"]]}, "queries": self.groups[one["to"]]}
+        found = []
+        for asked in self._asked.values():
+            with packing(asked.traced.model, asked.prompt.packs):
+                table = split_scores(asked.traced, one["layer"], (one["head"],), parts="heads", tower=self.towers[0], **groups)
+            pushes = torch.stack([table.push[""], table.query_push[""]], -1)[:, 0].double()  # (B, P, 2)
+            strongest = pushes.sum(-1).abs().argsort(dim=1, descending=True, stable=True)[:, :_PARTS].tolist()
+            numbers = pushes.tolist()
+            found.append([[(table.names[i], *numbers[b][i]) for i in order] for b, order in enumerate(strongest)])
+        return found
 
     def _edit(self, one: Any) -> Edit:
         if not isinstance(one, Mapping) or set(one) not in _KEYS:

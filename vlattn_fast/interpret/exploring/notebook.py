@@ -28,7 +28,7 @@ class Explorer(anywidget.AnyWidget):
     _esm = f"{_SCRIPT}\nexport default {{ render: ({{ model, el }}) => explore(model, el) }};\n"
     _css = (_HERE / "exploring.css").read_text(encoding="utf-8")
     page = traitlets.Dict().tag(sync=True)  # what stays
-    edited = traitlets.Dict().tag(sync=True)  # the edits, and what they changed
+    edited = traitlets.Dict().tag(sync=True)  # the edits, and what they changed; the parts of a head
 
     def __init__(self, exploration: Exploration, image: Any, labels: Any, crop: Any, processor: Any, cmap: str) -> None:
         first = next(iter(exploration.plain.explanations.values()))
@@ -43,7 +43,8 @@ class Explorer(anywidget.AnyWidget):
             "models": [{"name": n, "answers": answers[n], **_effects(table)} for n, table in exploration.tables.items()],
             "panes": self._panes(exploration.plain),
         }
-        super().__init__(page=page, edited={"number": 0, "edits": [], "panes": [], "answers": [], "problem": ""})
+        empty = {"number": 0, "edits": [], "panes": [], "answers": [], "parts": None, "problem": ""}
+        super().__init__(page=page, edited=empty)
         self.on_msg(self._receive)
 
     @property
@@ -66,16 +67,21 @@ class Explorer(anywidget.AnyWidget):
         return Path(path)
 
     def _receive(self, widget: Any, message: Any, buffers: Any) -> None:
-        """Computes what a message of the page asks for. A message that is not an edit changes only `problem`."""
+        """Computes what a message of the page asks for. A message that is wrong changes only `problem`."""
         number = self.edited["number"] + 1  # tells the page that its message is answered, even if nothing else changes
         try:
+            if isinstance(message, dict) and "parts" in message:
+                models = self._exploration.parts(message)
+                self.edited = {**self.edited, "number": number, "parts": {**message["parts"], "models": models}, "problem": ""}
+                return
             self._shown = self._exploration.state(message)
         except Exception as error:  # else the page would wait
             kind = "" if isinstance(error, (TypeError, ValueError)) else f"{type(error).__name__}: "
             self.edited = {**self.edited, "number": number, "problem": f"{kind}{error}"}
             return
         panes, answers = (self._panes(self._shown), list(self._shown.answers.values())) if self._shown.edits else ([], [])
-        self.edited = {"number": number, "edits": message["edits"], "panes": panes, "answers": answers, "problem": ""}
+        changed = {"edits": message["edits"], "panes": panes, "answers": answers}
+        self.edited = {**self.edited, **changed, "number": number, "problem": ""}
 
     def _panes(self, state: State) -> list[dict[str, Any]]:
         models = list(self._exploration.models)

@@ -38,7 +38,7 @@ def widget(
 
     A click cuts an edge of attention or scales a head; then the model answers and is explained again. Maps are those of
     `explain`, inside of `intervene` if there are edits. The colours of heads are the first-order effects of `attribute_edges` on
-    the unedited model.
+    the unedited model. A click can also show which parts of the stream make a head attend there, by `score_parts`.
 
     Returns a widget: `widget.edits` and `widget.explanations` hold what is shown, and `widget.save_html(path)` writes a page that
     shows the same without a kernel.

@@ -5,7 +5,7 @@ function explore(model, el) {
   const root = make("div", el, { className: "vlattn-explorer" });
   const chosen = { choice: 0, kind: "edge", from: page.groups[0], to: page.groups[page.groups.length - 1], after: true };
   const parts = {};
-  let waits = false;
+  let waits = ""; /* for an answer to "edits" or "parts" */
 
   const edited = () => model.get("edited");
   const shows = () => chosen.after && edited().panes.length > 0; /* the edited models */
@@ -33,15 +33,17 @@ function explore(model, el) {
 
   /* --- asking the kernel --- */
 
-  function ask(edits) {
+  function send(message) {
     if (!live) {
       parts.status.textContent = "This page is stored. Computing an answer again needs a kernel: run va.widget in a notebook.";
       return;
     }
-    waits = true;
-    parts.status.textContent = "Computing the answer again \u2026";
-    model.send({ edits });
+    [waits] = Object.keys(message);
+    parts.status.textContent = waits === "edits" ? "Computing the answer again \u2026" : "Computing the parts \u2026";
+    model.send(message);
   }
+
+  const ask = (edits) => send({ edits });
 
   /* Adds the edit, or removes it if it is there. */
   function toggle(edit) {
@@ -56,7 +58,8 @@ function explore(model, el) {
 
   function click(layer, head) {
     const factor = Number(parts.factor.value);
-    if (chosen.kind === "edge") toggle(edge(layer, head));
+    if (chosen.kind === "parts") waits || send({ parts: edge(layer, head) });
+    else if (chosen.kind === "edge") toggle(edge(layer, head));
     else if (head !== null) toggle({ layer, head, factor });
     else toggleAll(layer, factor);
   }
@@ -121,20 +124,21 @@ function explore(model, el) {
   }
 
   function showHeads(part, each) {
-    const effects = each.effects[page.groups.indexOf(chosen.from)][page.groups.indexOf(chosen.to)], cuts = chosen.kind === "edge";
+    const effects = each.effects[page.groups.indexOf(chosen.from)][page.groups.indexOf(chosen.to)];
+    const asks = chosen.kind === "parts", cuts = chosen.kind === "edge";
     const numbers = effects.flat().filter((value) => value !== null), largest = Math.max(...numbers.map(Math.abs), 0);
     const none = numbers.length ? "" : `No attention goes from ${chosen.from} to ${chosen.to}. `;
     part.note.textContent = `${none}Colours: first-order effect of the edge ${chosen.from} \u2192 ${chosen.to}${largest ? ` on the score, up to ${format(largest)}` : ""}; red adds to it, blue takes away.`;
     part.cells.forEach((cell) => {
       const { layer, head } = cell, value = head === null ? null : effects[layer][head];
-      const edit = cuts ? edge(layer, head) : { layer, head };
-      const done = edited().edits.some((one) => same(one, edit));
+      const edit = cuts || asks ? edge(layer, head) : { layer, head };
+      const done = asks ? Boolean(edited().parts) && same(edited().parts, edit) : edited().edits.some((one) => same(one, edit));
       if (head !== null) cell.button.style.background = color(value, largest);
-      cell.button.disabled = cuts && !numbers.length;
-      cell.button.classList.toggle("edited", done);
+      cell.button.disabled = ((cuts || asks) && !numbers.length) || (asks && head === null);
+      cell.button.classList.toggle("edited", done && !asks);
       const what = `layer ${layer}, ${head === null ? "all heads" : `head ${head}`}`;
       cell.button.title = value === null ? what : `${what}: ${format(value)}`;
-      cell.button.setAttribute("aria-label", `${cuts ? "cut the edge" : "scale"}: ${cell.button.title}`);
+      cell.button.setAttribute("aria-label", `${asks ? "show parts" : cuts ? "cut the edge" : "scale"}: ${cell.button.title}`);
       cell.button.setAttribute("aria-pressed", done);
     });
   }
@@ -155,6 +159,24 @@ function explore(model, el) {
       }
     }
     return { cells, note: make("p", holder, { className: "note" }) };
+  }
+
+  /* --- why a head looks there --- */
+
+  function showParts(holder, number) {
+    holder.replaceChildren();
+    const asked = edited().parts;
+    if (!asked) return;
+    make("h4", holder, { textContent: "Why it looks there" });
+    make("p", holder, { className: "note", textContent: `What makes layer ${asked.layer}, head ${asked.head} attend from ${asked.to} to ${asked.from}: the strongest parts of its stream, of the unedited model. A positive push adds attention.` });
+    const table = make("table", make("div", holder, { className: "scroll" }), { className: "parts" });
+    const first = make("tr", make("thead", table)), body = make("tbody", table);
+    for (const name of ["part", "push in the keys", "in the queries"]) make("th", first, { scope: "col", textContent: name });
+    for (const [name, ...pushes] of asked.models[number][choice().sample]) {
+      const line = make("tr", body);
+      make("th", line, { scope: "row", textContent: name });
+      for (const push of pushes) make("td", line, { textContent: format(push) });
+    }
   }
 
   /* --- the flow from group to group, layer after layer --- */
@@ -206,6 +228,7 @@ function explore(model, el) {
     parts.panes.forEach(showPane);
     parts.models.forEach((part, i) => {
       showHeads(part, page.models[i]);
+      showParts(part.why, i);
       for (const { path, edit } of part.ribbons) {
         path.classList.toggle("cut", edited().edits.some((one) => same(one, edit)));
         path.classList.toggle("chosen", edit.from === chosen.from && edit.to === chosen.to);
@@ -252,7 +275,7 @@ function explore(model, el) {
     });
     make("h4", root, { textContent: "Layers and heads" });
     const how = make("div", root, { className: "bar" });
-    select(how, "A click", [["edge", "cuts the edge"], ["head", "scales the head"]], "kind");
+    select(how, "A click", [["edge", "cuts the edge"], ["head", "scales the head"], ["parts", "shows why it looks there"]], "kind");
     for (const key of ["from", "to"]) select(how, key, page.groups.map((group) => [group, group]), key);
     parts.factorLabel = make("label", how, { textContent: "factor " });
     parts.factor = make("input", parts.factorLabel, { type: "number", value: 0, step: 0.5 });
@@ -263,7 +286,7 @@ function explore(model, el) {
     parts.models = page.models.map((each) => {
       const holder = make("section", below, { className: "pane" });
       if (page.models.length > 1) make("h3", holder, { textContent: each.name });
-      const part = addHeads(holder);
+      const part = { ...addHeads(holder), why: make("div", holder) };
       make("h4", holder, { textContent: "Flow" });
       return { ...part, ribbons: addFlow(holder, each) };
     });
@@ -273,8 +296,8 @@ function explore(model, el) {
   show();
   if (!live) return undefined;
   const answered = () => {
-    waits = false;
-    chosen.after = true;
+    if (waits === "edits") chosen.after = true;
+    waits = "";
     parts.status.textContent = edited().problem;
     show();
   };
