@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,43 +55,56 @@ def _labels(raw: Any) -> Labels:
         raise TypeError(f"dataset must yield labels as a dict, a dataclass or None; got {type(raw).__name__}")
     if unknown := [name for name in raw if name not in KEYS]:
         raise ValueError(f"labels must be among {', '.join(KEYS)}; got {unknown}")
-    entries = {name: () if raw.get(name) is None else raw[name] for name in ("phrases", "relations", "word_relations")}
-    for name, value in entries.items():
-        if isinstance(value, (str, Mapping)) or not isinstance(value, Iterable):
-            raise TypeError(f"{name} must be a list; got {value!r}")
-    phrases, relations = [], []
-    for phrase in entries["phrases"]:
-        if not isinstance(phrase, Sequence) or len(phrase) not in (2, 3):
-            raise ValueError(f"phrases must be ((start, stop), region or regions), with or without a class; got {phrase!r}")
-        span, regions, *kind = phrase
-        several = isinstance(regions, (list, tuple)) or getattr(regions, "ndim", 0) > 0  # NumPy's and torch's arrays, too
-        numbers = [_number("phrases", one, phrase) for one in (regions if several else [regions])]
-        columns = _columns("phrases", span)
-        if not numbers:
-            raise ValueError(f"phrases must name a region each; got {phrase!r}")
-        phrases.append((columns, list(dict.fromkeys(numbers)), kind[0] if kind else None))
-    for relation in entries["relations"]:
-        if not isinstance(relation, Sequence) or len(relation) != 3 or relation[2] is None:
-            raise ValueError(f"relations must be (region, region, class) each; got {relation!r}")
-        one, two = (_number("relations", region, relation) for region in relation[:2])
-        relations.append((one, two, relation[2]))
-    word_relations = []
-    for relation in entries["word_relations"]:
-        if not isinstance(relation, Sequence) or len(relation) != 3 or relation[2] is None:
-            raise ValueError(f"word_relations must be ((start, stop), (start, stop), class) each; got {relation!r}")
-        word_relations.append((*(_columns("word_relations", span) for span in relation[:2]), relation[2]))
-    sentence = {} if raw.get("sentence") is None else raw["sentence"]
-    variants = {} if raw.get("variants") is None else raw["variants"]
-    for name, tasks, what in (("sentence", sentence, "class"), ("variants", variants, "input ids")):
-        if not isinstance(tasks, Mapping):
-            raise TypeError(f"{name} must be a dict of task -> {what}; got {type(tasks).__name__}")
-        for task in tasks:
-            if not isinstance(task, str) or task in TASKS or (tasks is variants and task in sentence):
-                others = (*TASKS, *(sentence if tasks is variants else ()))
-                raise ValueError(f"{name} must have tasks with names other than {', '.join(others)}; got {task!r}")
-    classes = {task: label for task, label in sentence.items() if label is not None}
-    ids = {task: _ids(task, each) for task, each in variants.items() if each is not None}
-    return Labels(phrases, relations, word_relations, classes, ids)
+    sentence = _tasks(raw, "sentence", "class", TASKS)
+    variants = _tasks(raw, "variants", "input ids", (*TASKS, *sentence))
+    return Labels(
+        [_phrase(phrase) for phrase in _entries(raw, "phrases")],
+        [(*(_number("relations", one, entry) for one in entry[:2]), entry[2]) for entry in _related(raw, "relations", "region")],
+        [
+            (*(_columns("word_relations", span) for span in entry[:2]), entry[2])
+            for entry in _related(raw, "word_relations", "(start, stop)")
+        ],
+        {task: label for task, label in sentence.items() if label is not None},
+        {task: _ids(task, each) for task, each in variants.items() if each is not None},
+    )
+
+
+def _entries(raw: Mapping[str, Any], name: str) -> Iterable[Any]:
+    """The list of a label; empty without one."""
+    value = () if raw.get(name) is None else raw[name]
+    if isinstance(value, (str, Mapping)) or not isinstance(value, Iterable):
+        raise TypeError(f"{name} must be a list; got {value!r}")
+    return value
+
+
+def _phrase(phrase: Any) -> tuple[list[int], list[int], Any]:
+    if not isinstance(phrase, Sequence) or len(phrase) not in (2, 3):
+        raise ValueError(f"phrases must be ((start, stop), region or regions), with or without a class; got {phrase!r}")
+    span, regions, *kind = phrase
+    several = isinstance(regions, (list, tuple)) or getattr(regions, "ndim", 0) > 0  # NumPy's and torch's arrays, too
+    numbers = [_number("phrases", one, phrase) for one in (regions if several else [regions])]
+    if not numbers:
+        raise ValueError(f"phrases must name a region each; got {phrase!r}")
+    return _columns("phrases", span), list(dict.fromkeys(numbers)), kind[0] if kind else None
+
+
+def _related(raw: Mapping[str, Any], name: str, part: str) -> Iterator[Any]:
+    """The entries (part, part, class) of a label."""
+    for entry in _entries(raw, name):
+        if not isinstance(entry, Sequence) or len(entry) != 3 or entry[2] is None:
+            raise ValueError(f"{name} must be ({part}, {part}, class) each; got {entry!r}")
+        yield entry
+
+
+def _tasks(raw: Mapping[str, Any], name: str, what: str, others: Sequence[str]) -> Mapping[str, Any]:
+    """The tasks of a text; `others`: names that are taken."""
+    tasks = {} if raw.get(name) is None else raw[name]
+    if not isinstance(tasks, Mapping):
+        raise TypeError(f"{name} must be a dict of task -> {what}; got {type(tasks).__name__}")
+    for task in tasks:
+        if not isinstance(task, str) or task in others:
+            raise ValueError(f"{name} must have tasks with names other than {', '.join(others)}; got {task!r}")
+    return tasks
 
 
 def _columns(name: str, span: Any) -> list[int]:

@@ -23,6 +23,8 @@ from vlattn_fast.interpret.probing.visibility import sees_both
 from vlattn_fast.ops.attention_statistics import attention_statistics
 
 _REMEDY = "Use scaled_dot_product_attention or transformers' attention interface, and name the inputs by modality="
+_WORDS, _ACROSS = (FROM_TEXT, FROM_TEXT), ((FROM_TEXT, FROM_IMAGE), (FROM_IMAGE, FROM_TEXT))
+_KINDS = (*_ACROSS, (FROM_IMAGE, FROM_IMAGE), _WORDS)  # of the calls of two streams: those of queries and of keys
 _KEYS = 16  # groups of one key each in one call: so many columns of a map are in memory at a time
 Sets = tuple[list[int], list[int]]  # two sets of positions in a sample's sequence
 
@@ -61,20 +63,14 @@ class OneStream:
             statistics: False = only states.
             weights: those of the tokens in the means of the heads' outputs. None = no output is gathered.
         """
-        kinds = 0
-        for name, value in inputs.items():
-            kinds |= kind_of(name, self.modality) if isinstance(value, Tensor) else 0
-        # Queries that look at the image are learned: their image tokens come from no input.
-        tower = self.layouts.tower
-        learned = tower is not None and tower.kind.image_ids and tower.grid in (None, derived_grids.derived)
+        stream = self._kinds(inputs)
         layout: Layout | None = None
         numbers, others = list[int](), list[int]()
         mass, crossing, maxima = list[Tensor](), list[Tensor](), list[list[Tensor]]()
 
         def on_call(number: int, call: AttentionCall) -> None:
             nonlocal layout
-            in_stream = call.kinds == kinds or (learned and call.kinds == FROM_TEXT)
-            if call.kinds != call.key_kinds or not in_stream:
+            if call.kinds != call.key_kinds or call.kinds not in stream:
                 others.append(number)  # of a tower before the one stream, or cross-attention
                 return
             numbers.append(number)
@@ -86,29 +82,23 @@ class OneStream:
                         f"inputs must give the whole sequence in one forward pass; got {shape[1]} queries and "
                         f"{call.key.shape[2]} keys in a layer of {tuple(layout.parts.shape)} tokens"
                     )
-                masks, device = checked(call), call.query.device
-                if not statistics:
-                    return
-                groups = layout.groups(self.special).to(device)
-                by_kind = {"key_groups": groups, "num_groups": 3, "statistics": ("mass",), **masks}
-                masses = attention_statistics(call.query, call.key, **by_kind).mass  # (B, H, N, 3)
-                explained = torch.arange(shape[0], device=device), slice(None), layout.position.to(device)
-                mass.append(masses[explained].double().cpu())
-                on_text = masses[..., TEXT].double().where(sees_both(masks, layout, groups), -torch.inf).amax(-1)
-                crossing.append(on_text.where(on_text.isfinite(), torch.nan).cpu())
-                if sets is not None:
-                    maxima.append(both_ways(call, sets(layout)))
+                masks = checked(call)
+                if statistics:
+                    for kept, one in zip((mass, crossing), self._of_kinds(call, masks, layout), strict=True):
+                        kept.append(one)
+                    if sets is not None:
+                        maxima.append(both_ways(call, sets(layout)))
 
         means: dict[int, Tensor] = {}
 
         def on_output(number: int, output: Tensor) -> None:
-            if weights is not None and numbers and number == numbers[-1] and layout is not None:
+            if weights is not None and layout is not None and number in numbers[-1:]:
                 with torch._C.DisableTorchFunction():
                     means[number] = mean_output(output, weights(layout))
 
         states = self.forward(inputs, on_call, on_output)
         if layout is None:
-            kind = "words" if kinds == FROM_TEXT else "words and image tokens in one stream"
+            kind = "words" if stream == {FROM_TEXT} else "words and image tokens in one stream"
             got = f"none in {type(self.model).__name__}, but {len(others)} other calls"
             raise ValueError(f"model must attend over {kind}; got {got}. {_REMEDY}")
         whole = states_after(self.model, numbers, states, layout.parts.shape[1])
@@ -117,11 +107,28 @@ class OneStream:
         masses, crossings = (torch.stack(values) if values else torch.zeros(0) for values in (mass, crossing))
         return ForwardPass(layout, masses, crossings, by_sample, whole, whole, stacked(means, numbers))
 
+    def _kinds(self, inputs: Mapping[str, Any]) -> set[int]:
+        """The kinds of inputs that a call of the stream may have its tokens from."""
+        kinds = 0
+        for name, value in inputs.items():
+            kinds |= kind_of(name, self.modality) if isinstance(value, Tensor) else 0
+        # Queries that look at the image are learned: their image tokens come from no input.
+        tower = self.layouts.tower
+        learned = tower is not None and tower.kind.image_ids and tower.grid in (None, derived_grids.derived)
+        return {kinds, FROM_TEXT} if learned else {kinds}
+
+    def _of_kinds(self, call: AttentionCall, masks: Mapping[str, Any], layout: Layout) -> tuple[Tensor, Tensor]:
+        """`mass` (B, H, 3) and `crossing` (B, H) of a layer."""
+        device = call.query.device
+        groups = layout.groups(self.special).to(device)
+        by_kind = {"key_groups": groups, "num_groups": 3, "statistics": ("mass",), **masks}
+        masses = attention_statistics(call.query, call.key, **by_kind).mass  # (B, H, N, 3)
+        explained = torch.arange(len(groups), device=device), slice(None), layout.position.to(device)
+        on_text = masses[..., TEXT].double().where(sees_both(masks, layout, groups), -torch.inf).amax(-1)
+        return masses[explained].double().cpu(), on_text.where(on_text.isfinite(), torch.nan).cpu()
+
     def forward(
-        self,
-        inputs: Mapping[str, Any],
-        on_call: Callable[[int, AttentionCall], None],
-        on_output: Callable[[int, Tensor], None] | None = None,
+        self, inputs: Mapping[str, Any], on_call: Callable[[int, AttentionCall], None], on_output: Callable[[int, Tensor], None]
     ) -> dict[int, Tensor]:
         """Runs one pass, which hands each call to `on_call`, and the output of its heads to `on_output`; returns the state after
         each call's layer: of several, the first one of the kind of the call's queries."""
@@ -159,68 +166,34 @@ class TwoStreams(OneStream):
         self, inputs: Mapping[str, Any], sets: Any = None, statistics: bool = True, weights: Weights | None = None
     ) -> ForwardPass:
         """See `OneStream.run`. Outputs are those of the heads in which words attend to words."""
-        layout: Layout | None = None
-        numbers: list[int] = []
-        crossings: dict[tuple[int, int], list[int]] = {(FROM_TEXT, FROM_IMAGE): [], (FROM_IMAGE, FROM_TEXT): []}
-        early: list[AttentionCall] = []
-        asked: list[list[Sets]] = []
-        # by the kinds of a call, for each sample and number of a pair of sets: the maxima of each layer
-        maxima: dict[tuple[int, int], dict[tuple[int, int], list[Tensor]]]
-        maxima = {kinds: {} for kinds in (*crossings, (FROM_IMAGE, FROM_IMAGE), (FROM_TEXT, FROM_TEXT))}
         if not isinstance(ids := inputs.get("input_ids"), Tensor):
             adapter = self.layouts.adapter
             raise ValueError(f"inputs must contain {adapter.names[1]!r}, the texts; got {sorted(adapter.called(inputs))}")
+        layout: Layout | None = None
         words = int(ids.shape[1])
+        calls: dict[tuple[int, int], list[int]] = {kinds: [] for kinds in (_WORDS, *_ACROSS)}
+        maxima = _Maxima(sets, words) if statistics and sets is not None else None
 
         def on_call(number: int, call: AttentionCall) -> None:
             nonlocal layout
             kinds = call.kinds, call.key_kinds
-            if kinds == (FROM_TEXT, FROM_TEXT):
-                numbers.append(number)
-            if kinds in crossings:
-                crossings[kinds].append(number)
-            if kinds not in maxima:
+            if kinds in calls:
+                calls[kinds].append(number)
+            if kinds not in _KINDS:
                 return  # of neither stream
             with torch._C.DisableTorchFunction():
-                if kinds == (FROM_TEXT, FROM_TEXT):
-                    if layout is None:  # how many image tokens there are is not known yet
-                        early.extend([call] if sets is not None else [])
-                        return
-                else:
+                if kinds != _WORDS:
                     checked(call)
-                if layout is None:
                     image = call.query if call.kinds == FROM_IMAGE else call.key
-                    layout = self.layouts.two_streams(inputs, (image.shape[0], image.shape[2]))
-                    asked.extend(sets(layout) if sets is not None else [])
-                for one in (*early, call) if statistics and asked else ():
-                    gather(one)
-                early.clear()
+                    shape = image.shape[0], image.shape[2]
+                    layout = self.layouts.two_streams(inputs, shape) if layout is None else layout
+                if maxima is not None:
+                    maxima.add(call, layout)
 
-        def gather(call: AttentionCall) -> None:
-            """Adds the maxima of the sets of which one is among the call's queries and the other among its keys."""
-            kinds = call.kinds, call.key_kinds
-            of_sets = (FROM_TEXT, FROM_IMAGE) if kinds in crossings else kinds  # a phrase comes first, and then its region
-            starts = [0 if kind == FROM_TEXT else words for kind in of_sets]
-            first, second = starts
-            indices = [
-                [i for i, pair in enumerate(pairs) if [0 if part[0] < words else words for part in pair] == starts]
-                for pairs in asked
-            ]
-            chosen = [
-                [([token - first for token in pairs[i][0]], [token - second for token in pairs[i][1]]) for i in some]
-                for pairs, some in zip(asked, indices, strict=True)
-            ]
-            if kinds == (FROM_IMAGE, FROM_TEXT):
-                chosen = [[(two, one) for one, two in pairs] for pairs in chosen]
-            most = one_way(call, chosen) if kinds in crossings else both_ways(call, chosen)
-            for sample, some in enumerate(indices):
-                for column, index in enumerate(some):
-                    maxima[kinds].setdefault((sample, index), []).append(most[sample][:, column])
-
-        means: dict[int, Tensor] = {}
+        numbers, means = calls[_WORDS], dict[int, Tensor]()
 
         def on_output(number: int, output: Tensor) -> None:
-            if weights is not None and numbers and number == numbers[-1]:
+            if weights is not None and number in numbers[-1:]:
                 with torch._C.DisableTorchFunction():
                     means[number] = mean_output(output, weights(self.layouts.text(inputs)))
 
@@ -228,28 +201,62 @@ class TwoStreams(OneStream):
         if layout is None or not numbers:
             name = type(self.model).__name__
             raise ValueError(f"model must attend over words and image tokens; got no such call in {name}. {_REMEDY}")
-
-        def layers(place: tuple[int, int]) -> Tensor:
-            """(L, H, 2); L = 0 without such a layer."""
-            there, back, of_image, of_text = (by_place.get(place, []) for by_place in maxima.values())
-            both = of_image or of_text
-            if len(there) == len(back):
-                both = [torch.stack(ways, -1) for ways in zip(there, back, strict=True)] or both
-            return torch.stack(both) if both else torch.zeros(0, 0, 2, dtype=torch.float64)
-
-        by_sample = [[layers((sample, place)) for place in range(len(pairs))] for sample, pairs in enumerate(asked)]
         whole = states_after(self.model, numbers, states, words)
-        sizes = words, layout.parts.shape[1] - words
-        after = [[states.get(number) for number in of_kind] for of_kind in crossings.values()]
-        joint = [
-            torch.cat([word, region], 1)
-            for word, region in (zip(*after, strict=True) if len(after[0]) == len(after[1]) else ())
-            if word is not None
-            and region is not None
-            and (word.shape[1], region.shape[1]) == sizes
-            and word.shape[2] == region.shape[2]
-        ]
+        of_words, of_image = ([states.get(number) for number in calls[kinds]] for kinds in _ACROSS)
+        joint = joined(of_words, of_image, (words, layout.parts.shape[1] - words))
+        by_sample = [] if maxima is None else maxima.by_sample()
         return ForwardPass(layout, None, None, by_sample, whole, joint, stacked(means, numbers))
+
+
+class _Maxima:
+    """The maxima that a pass over two streams is asked for: those of a pair of sets are in layers from one to the other."""
+
+    def __init__(self, sets: Callable[[Layout], list[list[Sets]]], words: int) -> None:
+        self.sets, self.words = sets, words
+        self.asked: list[list[Sets]] = []
+        self.waiting: list[AttentionCall] = []
+        # by the kinds of a call, for each sample and number of a pair: the maxima of each layer
+        self.layers: dict[tuple[int, int], dict[tuple[int, int], list[Tensor]]] = {kinds: {} for kinds in _KINDS}
+
+    def add(self, call: AttentionCall, layout: Layout | None) -> None:
+        """Adds those of a call. It waits for the layout, which is None until it is known how many image tokens there are."""
+        self.waiting.append(call)
+        if layout is not None:
+            self.asked = self.asked or self.sets(layout)
+            for one in self.waiting:
+                self._add(one)
+            self.waiting.clear()
+
+    def _add(self, call: AttentionCall) -> None:
+        """Adds those of the pairs of which one set is among the call's queries and the other among its keys."""
+        kinds = call.kinds, call.key_kinds
+        ordered = _ACROSS[0] if (across := kinds in _ACROSS) else kinds  # a phrase comes first, and then its region
+        first, second = (0 if kind == FROM_TEXT else self.words for kind in ordered)
+        chosen = [
+            {
+                number: ([token - first for token in one], [token - second for token in two])
+                for number, (one, two) in enumerate(pairs)
+                if tuple(FROM_TEXT if part[0] < self.words else FROM_IMAGE for part in (one, two)) == ordered
+            }
+            for pairs in self.asked
+        ]
+        if kinds == _ACROSS[1]:
+            chosen = [{number: (two, one) for number, (one, two) in pairs.items()} for pairs in chosen]
+        most = (one_way if across else both_ways)(call, [[*pairs.values()] for pairs in chosen])
+        for sample, pairs in enumerate(chosen):
+            for column, number in enumerate(pairs):
+                self.layers[kinds].setdefault((sample, number), []).append(most[sample][:, column])
+
+    def by_sample(self) -> list[list[Tensor]]:
+        """(L, H, 2) of each sample and pair; L = 0 without such a layer."""
+        return [[self._of((sample, number)) for number in range(len(pairs))] for sample, pairs in enumerate(self.asked)]
+
+    def _of(self, place: tuple[int, int]) -> Tensor:
+        there, back, of_image, of_text = (self.layers[kinds].get(place, []) for kinds in _KINDS)
+        both = of_image or of_text
+        if len(there) == len(back):
+            both = [torch.stack(ways, -1) for ways in zip(there, back, strict=True)] or both
+        return torch.stack(both) if both else torch.zeros(0, 0, 2, dtype=torch.float64)
 
 
 def checked(call: AttentionCall) -> Mapping[str, Any]:
@@ -268,6 +275,14 @@ def mean_output(output: Tensor, weights: Tensor) -> Tensor:
 def stacked(means: Mapping[int, Tensor], numbers: Sequence[int]) -> Tensor | None:
     """The means of the calls with these numbers (L, B, H, Dv); None if one is missing."""
     return torch.stack([means[number] for number in numbers]) if means and set(numbers) <= means.keys() else None
+
+
+def joined(words: Sequence[Tensor | None], regions: Sequence[Tensor | None], sizes: tuple[int, int]) -> list[Tensor]:
+    """The states of words and of image tokens together, of the layers that return both."""
+    pairs = zip(words, regions, strict=True) if len(words) == len(regions) else ()
+    both = [(one, two) for one, two in pairs if one is not None and two is not None]
+    fits = [(one, two) for one, two in both if (one.shape[1], two.shape[1]) == sizes and one.shape[2] == two.shape[2]]
+    return [torch.cat(pair, 1) for pair in fits]
 
 
 def states_after(model: nn.Module, numbers: Sequence[int], states: Mapping[int, Tensor], size: int) -> list[Tensor]:
