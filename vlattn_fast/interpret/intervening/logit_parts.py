@@ -99,15 +99,11 @@ def logit_parts(
     asked = Asked.check(model, inputs, target=target, answer=answer, processor=processor, tower=tower, of=of)
     plans = Plans(asked.traced)
     own = plans.self_pair("logit_parts", tower)[0]
-    request, prompt = asked.request, asked.prompt
-    with at_rest(request.model), packing(request.model, prompt.packs):
-
-        def run() -> Any:
-            return request.model(**prompt.arguments)
-
-        leaves, outputs = run_with_leaves(plans, own, request.model, run, "logit_parts")
+    model = asked.traced.model
+    with at_rest(model), packing(model, asked.prompt.packs):
+        leaves = run_with_leaves(plans, own, "logit_parts")
         with torch.enable_grad():
-            scores, _ = asked.scores(outputs)
+            scores, _ = asked.scores(leaves.outputs)
         check_scores(scores)
         if not scores.requires_grad:
             raise ValueError(f"target must give scores that depend on the stream of tower '{own.name}'; got others")

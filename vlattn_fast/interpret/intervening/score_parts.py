@@ -161,10 +161,8 @@ def split_scores(
     weights = _query_weights(queries, tower_of)
     sets = {name: _set_of(f"groups[{name!r}]", group, tower_of) for name, group in disjoint(groups, [tower_of]).items()}
     with at_rest(traced.model):
-        leaves, event = run_with_leaves(
-            plans, tower_of, traced.model, lambda: traced.model(**traced.arguments), "score_parts", plan.call.layer
-        )
-        return _split(leaves, event, parts, plan.call.layer, numbers.tolist(), weights, sets)
+        leaves = run_with_leaves(plans, tower_of, "score_parts", plan.call)
+        return _split(leaves, leaves.events[plan.call], parts, plan.call.layer, numbers.tolist(), weights, sets)
 
 
 def _set_of(name: str, group: Any, tower: Any) -> Tensor:

@@ -8,8 +8,9 @@ shows whether that is so: a layer that adds something else raises an error.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,10 +44,11 @@ class Leaf:
 
 @dataclass(eq=False)
 class Leaves:
-    """The parts of the stream of a tower, and the calls of attention that gave some of them."""
+    """The parts of the stream of a tower, the calls of attention that a run met, and the outputs of a run to the end."""
 
     leaves: list[Leaf] = field(default_factory=list)
     events: dict[ModelCall, Attention] = field(default_factory=dict)
+    outputs: Any = None
 
     def add(self, name: str, value: Tensor, call: ModelCall | None = None) -> Tensor:
         """A copy, since a model may add to it in place."""
@@ -88,15 +90,12 @@ class _Found(Exception):
     """Ends a run in which the call has been captured."""
 
 
-def run_with_leaves(
-    plans: Plans, tower: TracedTower, model: nn.Module, run: Callable[[], Any], what: str, layer: int | None = None
-) -> tuple[Leaves, Any]:
-    """Runs a model with the parts of a tower's stream as leaves.
+def run_with_leaves(plans: Plans, tower: TracedTower, what: str, last: ModelCall | None = None) -> Leaves:
+    """Runs a traced model with the parts of a tower's stream as leaves.
 
-    `layer`: the run ends at the tower's own attention call of this layer; returns this call. None = returns what `run` returns,
-    with the parts of all layers.
+    `last`: the run ends at this call, and the leaves are those of the layers before. None = those of all layers.
     """
-    traced, leaves, found = plans.traced, Leaves(), list[Attention]()
+    traced, model, leaves = plans.traced, plans.traced.model, Leaves()
     frozen = AllRoots(model)  # also those of cosines between towers
     if frozen.missed:
         raise ValueError(f"model must have norms that {what} can hold fixed; got {', '.join(frozen.missed[:3])}")
@@ -104,45 +103,40 @@ def run_with_leaves(
     attending = [plan for plan in plans.calls if plan.call.tower is tower]
     for plan in attending:
         kind = "cross-attention" if plan.call.crosses else "attention"
-        if layer is None or plan.call.layer < layer:
+        if last is None or plan.call.layer < last.layer:
             plan.meets = functools.partial(leaves.events.__setitem__, plan.call)
             plan.through = functools.partial(leaves.add, f"{kind} {plan.call.layer}", call=plan.call)
-        elif plan.call.layer == layer and not plan.call.crosses:
-            plan.meets = functools.partial(_keep_and_end, found)
+        elif plan.call is last:
+            plan.meets = functools.partial(_keep_and_end, leaves, last)
     for number, place in mlps.items():
-        if isinstance(place, StatePlace) and (layer is None or number < layer):
+        if isinstance(place, StatePlace) and (last is None or number < last.layer):
             plans.add_change(place, functools.partial(_leaf_of_state, leaves, f"mlp {number}"))
     ends = list[Tensor]()
-    if layer is None:
+    if last is None:
         plans.add_change(last_of(traced, plans.state_places, tower, what), functools.partial(_keep_state, ends))
     mixing = {model.get_submodule(path): f"mixer {number}" for of, number, path in traced.mixing if of is tower}
     gated = {model.get_submodule(plan.call.path) for plan in attending}
     stream = _Stream(leaves, model, entry_of(plans.state_places, tower, what), mixing, gated)
     observer = Observer(model, [EditedCalls(plans), stream], parts=traced.roots)
-    result: Any = None
-    with torch.inference_mode(False), torch.enable_grad(), frozen, observer:
-        try:
-            result = run()
-        except _Found:
-            pass
+    with torch.inference_mode(False), torch.enable_grad(), frozen, observer, contextlib.suppress(_Found):
+        leaves.outputs = model(**traced.arguments)
     without = [f"layer {number}, which {place}" for number, place in mlps.items() if isinstance(place, str)]
-    if layer is None:
+    if last is None:
         _check_linear(ends, leaves, what, without)
-        return leaves, result
-    event = found[0] if found else None  # a softmax that a module takes itself is no call
+        return leaves
+    event = leaves.events.get(last)  # a softmax that a module takes itself is no call
     is_dot = event is not None and event.masks is not None and (event.inputs is None or event.inputs.score == "dot")
     if event is None or not is_dot or event.written is not None:
-        path = next(plan.call.path for plan in attending if plan.call.layer == layer and not plan.call.crosses)
         raise ValueError(
             "model must attend by dot products through transformers' AttentionInterface or scaled_dot_product_attention; got "
-            f"another score, or attention that is written out by hand, in {named(path, model.get_submodule(path))}"
+            f"another score, or attention that is written out by hand, in {named(last.path, model.get_submodule(last.path))}"
         )
     _check_linear((event.query, event.key), leaves, what, without)
-    return leaves, event
+    return leaves
 
 
-def _keep_and_end(found: list[Attention], event: Attention) -> None:
-    found.append(event)
+def _keep_and_end(leaves: Leaves, call: ModelCall, event: Attention) -> None:
+    leaves.events[call] = event
     raise _Found
 
 
