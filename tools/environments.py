@@ -8,9 +8,10 @@
     python -m tools.environments conda [OPTION ...]    `python -m tools.conda`
     python -m tools.environments triton [OPERATOR ...] `python -m tools.compiled.triton` with the lowest Triton
     python -m tools.environments hub [PYTEST ...]      the tests of the kernel hub's folder, with the hub's loader and checker
+    python -m tools.environments trl [PYTEST ...]      the recipe for TRL, docs/guides/trl.md
 
 Each is made at its first use, in .venv-NAME, and kept. `oldest` and `newest` take the disk of two CUDA builds of torch. The last
-four are .venv with a few packages more, which lie in .venv/NAME: its tests run without them.
+five are .venv with a few packages more, which lie in .venv/NAME: its tests run without them.
 """
 
 from __future__ import annotations
@@ -103,6 +104,10 @@ BESIDE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "conda": (("-m", "tools.conda"), ("--no-deps", "py-rattler-build==0.73.*")),
     "triton": (("-m", "tools.compiled.triton"), ("--no-deps", TRITON_LOWEST)),
     "hub": (("-m", "pytest", "tests/test_hub.py"), HUB),
+    "trl": (
+        ("-m", "pytest", "tests/train/test_trl.py"),
+        ("--no-deps", "trl==1.16.*", "datasets==5.2.*", "pyarrow", "dill<0.4.2", "multiprocess<0.70.20", "xxhash"),
+    ),
 }
 
 
