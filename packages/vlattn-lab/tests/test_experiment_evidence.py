@@ -19,7 +19,7 @@ from vlattn_lab.experiments.run import main
 from vlattn_lab.questions import Questions
 from vlattn_lab.scenes import held_out_captions
 
-SIZES = Sizes(questions=64, base=2, guessable=128, steps=8, test=12)
+SIZES = Sizes(questions=64, base=2, guessable=256, steps=8, test=12)
 
 
 @pytest.fixture(scope="module")

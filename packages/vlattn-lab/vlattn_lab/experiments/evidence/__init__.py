@@ -37,14 +37,14 @@ from vlattn_lab.experiments.evidence.training import (
 )
 from vlattn_lab.experiments.experiment import Cell, Experiment, Record, Settings, Stage, least_seconds
 
-SIZES = Sizes(questions=1000, base=60, guessable=1000, steps=400, test=1000)
-SMOKE = Sizes(questions=64, base=2, guessable=128, steps=4, test=12)
+SIZES = Sizes(questions=1000, base=60, guessable=1024, steps=160, test=1000)
+SMOKE = Sizes(questions=64, base=2, guessable=256, steps=4, test=12)
 WEIGHTS = {
     "reward": (1.0, 10.0),
-    "evidence": (0.1, 1.0, 10.0),
-    "divergence": (1.0, 10.0, 100.0),
-    "cacr": (0.1, 1.0, 10.0),
-    "relevancy": (0.1, 1.0, 10.0),
+    "evidence": (0.1, 1.0),
+    "divergence": (1.0, 100.0),
+    "cacr": (1.0, 10.0),
+    "relevancy": (0.1, 1.0),
 }
 SEARCH_SEED = 100  # no reported run has it
 SEEDS = {"validation": 7, "test": 8}  # of the questions that measure a model

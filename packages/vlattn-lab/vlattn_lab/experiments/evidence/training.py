@@ -27,10 +27,10 @@ from vlattn_lab.scenes import Scenes, held_out_captions, joined, sample_scenes, 
 ASKED = 1  # the position of the masked digit: the row of attention that answers
 ZERO = VOCABULARY.index(DIGIT_WORDS[0])
 SAMPLED = 8  # answers to a question
-BATCH = 32  # questions of an update
+BATCH = 64  # questions of an update
 UPDATES = 4  # of the policy between two samplings
 CLIP = 0.2  # of the ratio of the policies
-LEARNING_RATE, BASE_RATE = 5e-4, 1e-3
+LEARNING_RATE = 1e-3
 EVIDENCE, OTHER, WORD = range(3)  # groups of keys
 
 
@@ -228,8 +228,8 @@ def sample(model: UNITER, inputs: Inputs, right: Tensor, named: Tensor, term: Te
 def first_training(seed: int, sizes: Sizes) -> UNITER:
     """A model that answers natural questions in part, by cross-entropy."""
     model, generator = new_model(seed), torch.Generator().manual_seed(seed)
-    drawn = batches(natural(sizes.questions, "fit", generator), 2 * BATCH, generator)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=BASE_RATE, weight_decay=0.01, fused=True)
+    drawn = batches(natural(sizes.questions, "fit", generator), BATCH, generator)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01, fused=True)
     for _ in range(sizes.base):
         inputs, right, _ = next(drawn)
         step(optimizer, model, F.cross_entropy(answer_logits(model, model(**inputs).last_hidden_state), right))
