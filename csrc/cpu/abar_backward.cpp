@@ -261,8 +261,6 @@ static void add_item(const AbarCall& call, AbarTiles& x, Size item, float* sums)
     tile_gradients(call, x, tile_at(call.c.a, item / tiles, 0, item % tiles, call.lanes), sums);
 }
 
-static Size greatest_divisor(Size a, Size b) { return b > 0 ? greatest_divisor(b, a % b) : a; }
-
 static Size abar_backward(const AbarBackward& c) {
     const Attention& a = c.a;
     const Size threads = thread_count();

@@ -142,12 +142,6 @@ struct Job {
     }
 };
 
-// ln(1 + x) to a few ulp for x > -1: the rounding of 1 + x is made good by the factor
-INLINE Vector log1p_all(Vector x) {
-    const Vector u = x + 1.f, rounded = u - 1.f;
-    return rounded == Vector{} ? x : log_all(u) * (x / rounded);
-}
-
 // ---- queries and keys of a block
 
 static void list_tokens(Job& job) {

@@ -32,6 +32,7 @@ enum : Size { DONE = 0, NO_MEMORY = 1 };  // what an operator returns
 INLINE Size round_up(Size x, Size to) { return (x + to - 1) / to * to; }
 INLINE Size least(Size a, Size b) { return a < b ? a : b; }
 INLINE Size most(Size a, Size b) { return a > b ? a : b; }
+static Size greatest_divisor(Size a, Size b) { return b > 0 ? greatest_divisor(b, a % b) : a; }
 
 static Size thread_count() {
     uint32_t count = 1;

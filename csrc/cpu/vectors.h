@@ -181,15 +181,17 @@ INLINE Reduced reduce(Vector x) {
     const Vector r = x - n * 0.693359375f;  // ln 2 in two parts, the first with few bits, so that the product is exact
     return {r - n * -2.12194440e-4f, ((Words)shifted << 23) + 0x3f800000u};
 }
-// e^r - 1 for |r| <= ln 2 / 2: r + r^2 p(r), where p has the least largest error of e^r, 4e-9, with p(0) = 1/2
-INLINE Vector expm1_reduced(Vector r) {
+// (e^r - 1 - r) / r^2 for |r| <= ln 2 / 2: its square part has the least largest error of e^r, 4e-9, and is 1/2 at 0
+static const float LARGEST_REDUCED = 0.346f;
+INLINE Vector exp_curve(Vector r) {
     Vector p = splat(1.3863756964e-3f);
     p = p * r + 8.3675092467e-3f;
     p = p * r + 4.1667238773e-2f;
     p = p * r + 1.6666533803e-1f;
-    p = p * r + 0.5f;
-    return p * (r * r) + r;
+    return p * r + 0.5f;
 }
+// e^r - 1 for |r| <= ln 2 / 2
+INLINE Vector expm1_reduced(Vector r) { return exp_curve(r) * (r * r) + r; }
 // e^x to 1 ulp for |x| <= 87, where 2^n is a normal number
 INLINE Vector exp_bounded(Vector x) {
     const Reduced c = reduce(x);
@@ -291,6 +293,11 @@ INLINE Vector log_all(Vector x) {
     y = x == splat(INFINITY) ? x : y;
     y = x == Vector{} ? splat(-INFINITY) : y;
     return x >= Vector{} ? y : splat(NAN);
+}
+// ln(1 + x) to a few ulp for x > -1: the rounding of 1 + x is made good by the factor
+INLINE Vector log1p_all(Vector x) {
+    const Vector u = x + 1.f, rounded = u - 1.f;
+    return rounded == Vector{} ? x : log_all(u) * (x / rounded);
 }
 
 }  // namespace

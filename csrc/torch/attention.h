@@ -14,8 +14,9 @@ struct Masks {
     bool is_causal;
 };
 
+// `a`: the path of the attention in the call
 void set_attention(Call& call, const Tensor& query, const Tensor& key, const Maybe& value, double scale, const Masks& masks,
-                   const Maybe& shifts) {
+                   const Maybe& shifts, Text a = "a.") {
     const Size batch = query.size(0), heads = query.size(1), queries = query.size(2), keys = key.size(2);
     const Size key_heads = key.size(1), groups = masks.row_bias ? masks.row_bias->size(3) : 0;
     check("key", key, {batch, ANY, ANY, query.size(3)}, {query.scalar_type()});
@@ -26,35 +27,40 @@ void set_attention(Call& call, const Tensor& query, const Tensor& key, const May
     check("row_bias", masks.row_bias, {batch, heads, queries, groups}, {});
     check("key_groups", masks.key_groups, {batch, keys}, {ScalarType::Long});
     if (masks.row_bias) check_given("key_groups", masks.key_groups);
-    call.number("a.dtype", dtype_of(query)).number("a.B", batch).number("a.H", heads).number("a.Hkv", key_heads);
-    call.number("a.N", queries).number("a.M", keys).number("a.D", query.size(3)).number("a.Dv", value ? value->size(3) : 0);
-    call.number("a.scale", scale).strided("a.query", query).strided("a.key", key).strided("a.value", value);
-    call.contiguous("a.masks.keys", masks.keys).number("a.masks.is_causal", masks.is_causal);
-    call.pointer("a.masks.shifts", shifts);
+    call.number(a + "dtype", dtype_of(query)).number(a + "B", batch).number(a + "H", heads).number(a + "Hkv", key_heads);
+    call.number(a + "N", queries)
+        .number(a + "M", keys)
+        .number(a + "D", query.size(3))
+        .number(a + "Dv", value ? value->size(3) : 0);
+    call.number(a + "scale", scale).strided(a + "query", query).strided(a + "key", key).strided(a + "value", value);
+    call.contiguous(a + "masks.keys", masks.keys).number(a + "masks.is_causal", masks.is_causal);
+    call.pointer(a + "masks.shifts", shifts);
     if (masks.row_bias) {
-        call.pointer("a.masks.row_bias", as(ScalarType::Float, masks.row_bias))
-            .contiguous("a.masks.key_groups", masks.key_groups);
-        call.number("a.masks.groups", groups);
+        call.pointer(a + "masks.row_bias", as(ScalarType::Float, masks.row_bias))
+            .contiguous(a + "masks.key_groups", masks.key_groups);
+        call.number(a + "masks.groups", groups);
     }
     if (!masks.mask) return;
-    call.pointer("a.masks.mask", masks.mask).number("a.masks.dtype", dtype_of(*masks.mask));
+    call.pointer(a + "masks.mask", masks.mask).number(a + "masks.dtype", dtype_of(*masks.mask));
     const char* names[] = {"stride_b", "stride_h", "stride_n", "stride_m"};
     const Size missing = 4 - masks.mask->dim();
     for (Size n = missing; n < 4; ++n)  // broadcast: a stride of 0
-        if (masks.mask->size(n - missing) != 1) call.integer(std::string("a.masks.") + names[n], masks.mask->stride(n - missing));
+        if (masks.mask->size(n - missing) != 1) call.integer(a + "masks." + names[n], masks.mask->stride(n - missing));
 }
 
+// Of a float64 mask
+Maybe shifts_of(const Tensor& query, const Tensor& key, const Masks& masks) {
+    if (!masks.mask || masks.mask->scalar_type() != ScalarType::Double) return std::nullopt;
+    const Tensor shifts = empty(query, {query.size(0), query.size(1), query.size(2)}, ScalarType::Double);
+    Call find("mask_shifts");
+    set_attention(find, query, key, std::nullopt, 1.0, masks, std::nullopt);
+    find.pointer("shifts", shifts).run();
+    return shifts;
+}
 // A call whose first member is the attention.
 Call attention_call(Text name, const Tensor& query, const Tensor& key, const Maybe& value, double scale, const Masks& masks) {
-    Maybe shifts;
-    if (masks.mask && masks.mask->scalar_type() == ScalarType::Double) {
-        shifts = empty(query, {query.size(0), query.size(1), query.size(2)}, ScalarType::Double);
-        Call find("mask_shifts");
-        set_attention(find, query, key, std::nullopt, 1.0, masks, std::nullopt);
-        find.pointer("shifts", shifts).run();
-    }
     Call call(name);
-    set_attention(call, query, key, value, scale, masks, shifts);
+    set_attention(call, query, key, value, scale, masks, shifts_of(query, key, masks));
     return call;
 }
 
@@ -466,6 +472,62 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_statistics_backward(
     call.pointer("d_row_bias", grad_row_bias);
     if (works) call.run();
     return {grad_query, grad_key, or_empty(grad_weight, q), or_empty(grad_row_bias, q)};
+}
+
+// attention_divergence, forward or backward, but for its outputs
+struct Divergence {
+    const Tensor query, key, other_query, other_key;
+    const Sizes rows;
+    Call call;
+    Divergence(const Tensor& q, const Tensor& k, const Tensor& other_q, const Tensor& other_k, const Masks& masks, Text kind,
+               double beta, bool head_mean, double scale, double other_scale)
+        : query(unit_stride(q)),
+          key(unit_stride(k)),
+          other_query(unit_stride(other_q)),
+          other_key(unit_stride(other_k)),
+          rows({q.size(0), head_mean ? 1 : q.size(1), q.size(2)}),
+          call("attention_divergence") {
+        check("other_query", other_q, {q.size(0), head_mean ? ANY : q.size(1), q.size(2), ANY}, {q.scalar_type()});
+        check("other_key", other_k, {q.size(0), ANY, k.size(2), other_q.size(3)}, {q.scalar_type()});
+        set_attention(call, query, key, std::nullopt, scale, masks, shifts_of(query, key, masks), "sides[0].");
+        set_attention(call, other_query, other_key, std::nullopt, other_scale, masks, shifts_of(other_query, other_key, masks),
+                      "sides[1].");
+        call.number("kind", place("kind", kind, {"kl", "reverse_kl", "js", "hellinger", "total_variation"}));
+        call.number("beta", beta).number("head_mean", head_mean);
+    }
+    // The gradients of a side's query and key
+    std::array<Tensor, 2> gradients(Text side, bool needed, const Tensor& q, const Tensor& k) {
+        if (!needed) return {empty(q, {0}), empty(k, {0})};
+        const bool works = query.size(1) > 0 && query.size(2) > 0;  // the kernel runs over them
+        const Tensor grad_query = empty(q, sizes_of(q)), grad_key = (works ? empty : zeros)(k, sizes_of(k), std::nullopt);
+        call.strided("grad_queries[" + side + "]", grad_query).strided("grad_keys[" + side + "]", grad_key);
+        return {grad_query, grad_key};
+    }
+};
+Tensor attention_divergence(Tensor query, Tensor key, Tensor other_query, Tensor other_key, Maybe attn_mask, Maybe key_mask,
+                            Word kind, double beta, bool head_mean, bool is_causal, double scale, double other_scale,
+                            Word backend) {
+    check_backend(backend);
+    check_four(query, key), check_four(other_query, other_key);
+    const Masks masks = {attn_mask, key_mask, std::nullopt, std::nullopt, is_causal};
+    Divergence x(query, key, other_query, other_key, masks, kind, beta, head_mean, scale, other_scale);
+    const Tensor divergence = empty(query, x.rows, ScalarType::Float);
+    x.call.pointer("divergence", divergence).run();
+    return divergence;
+}
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_divergence_backward(Tensor grad, Tensor query, Tensor key,
+                                                                         Tensor other_query, Tensor other_key, Maybe attn_mask,
+                                                                         Maybe key_mask, Word kind, double beta, bool head_mean,
+                                                                         bool is_causal, double scale, double other_scale,
+                                                                         bool need_own, bool need_other, Word backend) {
+    check_backend(backend);
+    check_four(query, key), check_four(other_query, other_key);
+    const Masks masks = {attn_mask, key_mask, std::nullopt, std::nullopt, is_causal};
+    Divergence x(query, key, other_query, other_key, masks, kind, beta, head_mean, scale, other_scale);
+    check("grad", grad, x.rows, {});
+    const auto own = x.gradients("0", need_own, query, key), other = x.gradients("1", need_other, other_query, other_key);
+    x.call.pointer("grad", as(ScalarType::Float, grad)).run();
+    return {own[0], own[1], other[0], other[1]};
 }
 
 // Of T packed tokens of R requests, over keys in a paged cache.

@@ -1,5 +1,6 @@
 // The operators of vlattn_fast on the CPU for the kernel hub, and for processes without Python: what AOTInductor and torch.export
-// have packed. Attention and congruence_loss have their backward operators; autograd, which calls them, stays in Python.
+// have packed. Attention, attention_divergence and congruence_loss have their backward operators; autograd, which calls them, stays
+// in Python.
 //
 // A process that has imported vlattn_fast has the operators already. Others open libvlattn_torch.so, which registers them by
 // torch's stable ABI (2.10 or newer), so one library serves every later torch. Schemas are those of vlattn_fast/ops; what a
@@ -246,6 +247,14 @@ OPERATORS(VLATTN_NAMESPACE, m) {
         "Tensor? key_groups, Tensor? row_weight, " MASKS "SymInt num_groups, str statistics, " SCORE
         "bool is_causal, str backend) -> (Tensor, Tensor, Tensor, Tensor)");
     m.def(
+        "attention_divergence(Tensor query, Tensor key, Tensor other_query, Tensor other_key, Tensor? attn_mask, "
+        "Tensor? key_mask, str kind, float beta, bool head_mean, bool is_causal, float scale, float other_scale, str backend) "
+        "-> Tensor");
+    m.def(
+        "attention_divergence_backward(Tensor grad, Tensor query, Tensor key, Tensor other_query, Tensor other_key, "
+        "Tensor? attn_mask, Tensor? key_mask, str kind, float beta, bool head_mean, bool is_causal, float scale, "
+        "float other_scale, bool need_own, bool need_other, str backend) -> (Tensor, Tensor, Tensor, Tensor)");
+    m.def(
         "paged_attention_statistics(Tensor query, Tensor key_cache, Tensor block_table, Tensor lengths, Tensor query_starts, "
         "Tensor? key_groups, SymInt num_groups, str statistics, SymInt window, " SCORE
         "str backend) -> (Tensor mass, Tensor entropy, Tensor maximum, Tensor received, Tensor max_logit, Tensor lse)");
@@ -283,6 +292,8 @@ OPERATORS_ON(VLATTN_NAMESPACE, CPU, m) {
     m.impl("attention_map_backward", TORCH_BOX(&attention_map_backward));
     m.impl("attention_statistics", TORCH_BOX(&attention_statistics));
     m.impl("attention_statistics_backward", TORCH_BOX(&attention_statistics_backward));
+    m.impl("attention_divergence", TORCH_BOX(&attention_divergence));
+    m.impl("attention_divergence_backward", TORCH_BOX(&attention_divergence_backward));
     m.impl("paged_attention_statistics", TORCH_BOX(&paged_attention_statistics));
     m.impl("recurrent_step", TORCH_BOX(&recurrent_step));
     m.impl("group_rows", TORCH_BOX(&group_rows));

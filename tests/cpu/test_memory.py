@@ -27,6 +27,7 @@ SCORES: dict[str, Any] = {
     "additive": S.Additive(torch.ones(1)),
     "hadamard": S.Hadamard(torch.ones(1), activation="tanh"),
 }
+OTHERS = "relevancy_attention", "relevancy_step", "its gradients", "attention_statistics", "attention_divergence"
 
 
 def attend(kind: str) -> None:
@@ -36,6 +37,8 @@ def attend(kind: str) -> None:
     elif kind == "attention_statistics":
         outputs = va.attention_statistics(query, key, key_groups=torch.arange(N) % 2, num_groups=2, backend="cpu")
         outputs = [x for x in outputs if x.requires_grad]
+    elif kind == "attention_divergence":
+        outputs = [va.attention_divergence(query, key, value, key, backend="cpu")]
     elif kind == "relevancy_attention":
         outputs = va.relevancy_attention(query, key, value, torch.zeros(1, 1, N, requires_grad=True), backend="cpu")
     else:
@@ -47,7 +50,7 @@ def attend(kind: str) -> None:
 
 
 @pytest.mark.skipif("VLATTN_TEST_SANITIZED" in os.environ, reason="a sanitizer has memory of its own")
-@pytest.mark.parametrize("kind", (*SCORES, "relevancy_attention", "relevancy_step", "its gradients", "attention_statistics"))
+@pytest.mark.parametrize("kind", (*SCORES, *OTHERS))
 def test_no_map_of_a_head_is_held(kind: str) -> None:
     attend(kind)  # what is loaded at the first call
     peak, _ = peak_of_call(lambda: attend(kind))

@@ -22,6 +22,7 @@ from tests.helpers.ops import (
     tile_edges,
 )
 from tests.helpers.ops.score_cases import MASKS, SCORES, attention_inputs, check, lay_out
+from vlattn_fast.backends.reference.attention_divergence import KINDS as DIVERGENCES
 from vlattn_fast.ops.congruence_loss import KINDS
 
 BF16 = torch.bfloat16
@@ -89,6 +90,15 @@ def test_layouts_of_pairs_in_congruence(kind: str, size: tuple[int, int], d: int
     length, regions = size
     inputs = as_dtype(congruence_loss_cases.make(length, regions, b=2, d=d, cross=d == 17), BF16)
     congruence_loss_cases.check("cpu", inputs, kind=kind, image_mask=torch.rand(2, regions) > 0.2)
+
+
+@pytest.mark.parametrize("size, d, kind, layout", tile_edges.covering(SIZES[:5], (5, 16, 65), DIVERGENCES, LAYOUTS))
+def test_layouts_of_pairs_in_divergences(size: tuple[int, int], d: int, kind: str, layout: str) -> None:
+    shapes = {"query": (size[0], d), "key": (size[1], d), "other_query": (size[0], 31), "other_key": (size[1], 31)}
+    inputs = {name: lay_out(random(2, 2, *shape), layout) for name, shape in shapes.items()}
+    ours = partial(va.attention_divergence, kind=kind, is_causal=True, backend="cpu")
+    formula = partial(va.reference.attention_divergence, kind=kind, is_causal=True)
+    assert_all_close_to(ours, formula, inputs, [torch.randn(2, 2, size[0])])
 
 
 @pytest.mark.parametrize("regions, words, d", tile_edges.covering((16, 36, 600), (1, 20, 51), (16, 33, 100)))

@@ -20,7 +20,7 @@ CHOSEN = (
     "padding or one_key or zero or threads or lanes or relu or (in_maps and size2) or (in_gradients and 33)"
     # of many keys one size each: `python -m tools.sanitize` computes all of them
     " or (in_statistics and (size1- or size11 or size14 or size16)) or (second and (size1- or size11 or size18))"
-    " or again or (beside_panels and 31)"
+    " or again or (beside_panels and 31) or (in_divergences and (kl or js))"
 )
 
 

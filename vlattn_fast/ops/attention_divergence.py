@@ -43,7 +43,7 @@ from vlattn_fast.ops._derivatives import Derivatives
 from vlattn_fast.ops._registration import Saved, define, differentiable
 from vlattn_fast.ops._stages import arguments_of, described
 
-BACKENDS = table("attention_divergence", cpu=None, triton=None)
+BACKENDS = table("attention_divergence", triton=None)
 
 
 def attention_divergence(
@@ -95,7 +95,7 @@ def attention_divergence(
         attn_mask, key_mask, is_causal: of both attentions, as in score_attention; attn_mask broadcasts to (B, H, N, M), and to
             (B, 1, N, M) if H' is not H. Masked pairs count on neither side.
         scale, other_scale: multiply the scores. Default: 1/sqrt(D) and 1/sqrt(D').
-        backend: "auto", "reference" or "streaming".
+        backend: "auto", "reference", "streaming" or "cpu".
 
     Returns:
         D (B, H, N), or (B, 1, N) with head_mean, in nats for "kl", "reverse_kl" and "js"; float32 (float64 for float64 input). 0

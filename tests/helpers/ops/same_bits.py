@@ -27,6 +27,7 @@ OUTPUTS = {
     "relevancy_residual": ("sum", "carrier"),
     "recurrent_step": ("relevancy",),
     "attention_map": ("map",),
+    "attention_divergence": ("divergence",),
     "congruence_loss": ("loss",),
     "stacked_cross_attention": ("similarity",),
     "maxsim": ("similarity",),

@@ -1,0 +1,79 @@
+"""attention_divergence by csrc/cpu/attention_divergence.cpp. Its second derivatives are streaming's."""
+
+from __future__ import annotations
+
+from ctypes import c_double, c_int64, c_void_p
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlattn_fast._ground.tensors import unit_strides
+from vlattn_fast.backends.cpu._attention import Attention, attention
+from vlattn_fast.backends.native import StridedTensor, Struct, address, each, kernel, strided
+from vlattn_fast.backends.reference.attention_divergence import KINDS
+from vlattn_fast.backends.streaming.attention_divergence import AttentionDivergenceBackwardInputs, AttentionDivergenceInputs
+
+
+class AttentionDivergence(Struct):
+    __slots__ = ()
+    _fields_ = (
+        ("sides", Attention * 2),
+        ("kind", c_int64),
+        ("beta", c_double),
+        ("head_mean", c_int64),
+        *each(c_void_p, "divergence grad"),
+        *each(StridedTensor * 2, "grad_queries grad_keys"),
+    )
+
+
+_run = kernel("attention_divergence", AttentionDivergence)
+
+
+def forward(inputs: AttentionDivergenceInputs) -> Tensor:
+    """D (B, H, N), or (B, 1, N) of the mean over heads."""
+    batch, heads, queries, _ = inputs.query.shape
+    divergence = inputs.query.new_empty(batch, 1 if inputs.head_mean else heads, queries, dtype=torch.float32)
+    _call(inputs, divergence=address(divergence))
+    return divergence
+
+
+def backward(inputs: AttentionDivergenceBackwardInputs) -> tuple[Tensor | None, ...]:
+    """Gradients of query, key, other_query and other_key; None for a side that needs none."""
+    grad, needs = inputs.grad.float().contiguous(), (inputs.need_own, inputs.need_other)
+    sides = (inputs.query, inputs.key), (inputs.other_query, inputs.other_key)
+    made = [
+        (q.new_empty(q.shape), k.new_empty(k.shape)) if need else (None, None) for (q, k), need in zip(sides, needs, strict=True)
+    ]
+    queries, keys = zip(*made, strict=True)
+    _call(inputs, grad=address(grad), grad_queries=tuple(map(strided, queries)), grad_keys=tuple(map(strided, keys)))
+    if not inputs.query.shape[1] * inputs.query.shape[2]:  # the kernel runs over heads and queries
+        for key in keys:
+            if key is not None:
+                key.zero_()
+    return queries[0], keys[0], queries[1], keys[1]
+
+
+def _call(inputs: Any, **members: Any) -> None:
+    own = _side(inputs, inputs.query, inputs.key, inputs.scale)
+    other = _side(inputs, inputs.other_query, inputs.other_key, inputs.other_scale)
+    call = AttentionDivergence(
+        sides=(own[0], other[0]), kind=KINDS.index(inputs.kind), beta=inputs.beta, head_mean=inputs.head_mean, **members
+    )
+    _run(call)
+
+
+def _side(inputs: Any, query: Tensor, key: Tensor, scale: float) -> tuple[Attention, Any]:
+    """Returns one of the two attentions, and the tensors in it, which must live until the call is over."""
+    query, key = unit_strides(query, key)
+    x = SimpleNamespace(
+        attn_mask=inputs.attn_mask,
+        key_mask=inputs.key_mask,
+        is_causal=inputs.is_causal,
+        scale=scale,
+        row_bias=None,
+        key_groups=None,
+    )
+    a, kept = attention(x, query, key, None)
+    return a, (query, key, kept)
