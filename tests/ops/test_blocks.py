@@ -15,7 +15,14 @@ from vlattn_fast.checking import blocks, verify
 from vlattn_fast.checking.cases import Example
 from vlattn_fast.ops import OPERATORS
 
-IN_BLOCKS = ("score_attention", "relevancy_attention", "relevancy_step", "attention_map", "attention_statistics")
+IN_BLOCKS = (
+    "score_attention",
+    "relevancy_attention",
+    "relevancy_step",
+    "attention_map",
+    "attention_statistics",
+    "attention_divergence",
+)
 CASES = [case for case in verify.cases(operators=IN_BLOCKS) if "attn_mask" not in case.options]
 
 

@@ -22,8 +22,8 @@ from vlattn_fast.backends.reference._softmax import gated
 from vlattn_fast.backends.streaming._dropout import keep_factor
 
 NUMBERS = 2**25  # of a block's map: 256 MiB in float64
-PER_QUERY = ("query", "grad_output", "relevancy")  # arguments whose third axis from the left is that of the queries
-SHARED = ("key", "value")  # arguments that every block of queries reads
+PER_QUERY = ("query", "other_query", "grad_output", "relevancy")  # arguments whose third axis is that of the queries
+SHARED = ("key", "other_key", "value")  # arguments that every block of queries reads
 QUERIES = {"attention_map": 1}  # the axis of the queries in a result; that of the other operators is 2
 SUMS = {"relevancy_step": (0,), "attention_statistics": (4,)}  # results that are sums over the queries
 
