@@ -33,7 +33,9 @@ def test_a_smoke_run_has_every_measure(tmp_path, capsys, monkeypatch):
     out = tmp_path / "rows.json"
     main(["planted_circuits", "--smoke", "--seeds", "1", "--out", str(out), "--figures", str(tmp_path), "--processes", "1"])
     rows = json.loads(out.read_text())["rows"]
-    planted = [row for row in rows if "circuit" in row]
+    planted, removed = (
+        [row for row in rows if "circuit" in row and ("part" in row) == is_removed] for is_removed in (False, True)
+    )
     assert [(row["circuit"], row["attention"]) for row in planted] == [
         (circuit, share) for circuit in models.CIRCUITS for share in planted_circuits.ATTENTION
     ]
@@ -41,7 +43,9 @@ def test_a_smoke_run_has_every_measure(tmp_path, capsys, monkeypatch):
         assert row["right"] == 1.0 and len(row["maps"]) == len(planted_circuits.methods()) + 1
         assert bool(row["synergy"]) == (row["circuit"] == "lookup")
         assert row["places"][mib.TRUE] == [2, 1], "true cuts name the planted edges first"
-        assert (row["removal"]["embedding"] is None) == (row["circuit"] == "lookup") and row["removal"]["head"] > 0.4
+    for row in removed:
+        assert (row["embedding"] is None) == (row["circuit"] == "lookup") and row["head"] > 0.4
+    assert len(removed) == len(planted) and [row["task"] for row in rows if "part" in row and "task" in row] == ["vqa"]
     assert "| CPR |" in capsys.readouterr().out and (tmp_path / "planted_circuits.png").is_file()
 
 

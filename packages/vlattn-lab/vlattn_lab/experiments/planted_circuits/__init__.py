@@ -33,7 +33,6 @@ from vlattn_lab.experiments.planted_circuits.mib import (
     SHARES,
     measures_on_planted,
     measures_on_scenes,
-    part,
 )
 from vlattn_lab.experiments.planted_circuits.models import CIRCUITS, Circuit, Samples, planted
 from vlattn_lab.experiments.planted_circuits.removal import KINDS, of_planted, of_scenes
@@ -77,7 +76,6 @@ def measure(cell: Cell, settings: Settings) -> dict[str, Any]:
         "maps": maps(circuit, samples, cell["seed"]),
         "synergy": synergy(circuit, samples.part(slice(4 if settings.smoke else OF_SYNERGY)), cell["seed"]),
         **measures_on_planted(circuit, samples.part(slice(half)), samples.part(slice(half, None)), cell["seed"]),
-        "removal": of_planted(circuit, samples.part(slice(half))).correlations(),
     }
 
 
@@ -128,11 +126,27 @@ def scenes(settings: Settings, records: Sequence[Record]) -> list[Cell]:
 def measure_scenes(cell: Cell, settings: Settings) -> dict[str, Any]:
     model, _ = TASKS[cell["task"]][1]()
     asked, accuracy = draw(cell["task"], model, *((12, 4) if settings.smoke else (200, SCENES)), cell["seed"])
-    removal = of_scenes(model, part(asked, slice(len(asked.inputs["input_ids"]) // 2))).correlations()
-    return {"accuracy": accuracy, **measures_on_scenes(model, asked, cell["seed"]), "removal": removal}
+    return {"accuracy": accuracy, **measures_on_scenes(model, asked, cell["seed"])}
+
+
+def removals(settings: Settings, records: Sequence[Record]) -> list[Cell]:
+    """Of each model in the records of earlier stages; trained models on three sets of scenes."""
+    kinds = [{name: one[name] for name in ("circuit", "attention", "task", "seed") if name in one} for one in records]
+    return [{"part": "removal", **kind} for kind in kinds if "circuit" in kind or kind["seed"] < 3]
+
+
+def measure_removals(cell: Cell, settings: Settings) -> dict[str, Any]:
+    if "circuit" in cell:
+        circuit = planted(cell["circuit"], cell["attention"], cell["seed"])
+        return of_planted(circuit, circuit.draw(4 if settings.smoke else SAMPLES // 2, cell["seed"])).correlations()
+    model, _ = TASKS[cell["task"]][1]()
+    asked, _ = draw(cell["task"], model, *((12, 2) if settings.smoke else (100, SCENES // 2)), cell["seed"])
+    return of_scenes(model, asked).correlations()
 
 
 def tables(records: Sequence[Record]) -> Iterator[str]:
+    removed = having(records, part="removal")
+    records = [record for record in records if "part" not in record]
     yield _of_models(records)
     for circuit in CIRCUITS:
         yield _of_methods(records, circuit, "maps", MEASURES)
@@ -141,7 +155,7 @@ def tables(records: Sequence[Record]) -> Iterator[str]:
     for fact in ("cpr", "cmd"):
         yield _of_areas(records, fact)
     yield _of_ranks(records)
-    yield of_removals(records)
+    yield _of_removals(removed)
 
 
 def _of_models(records: Sequence[Record]) -> str:
@@ -193,12 +207,11 @@ def _of_ranks(records: Sequence[Record]) -> str:
     return markdown(["true effects of", "by", *tasks], lines, words=(0, 1))
 
 
-def of_removals(records: Sequence[Record]) -> str:
+def _of_removals(records: Sequence[Record]) -> str:
     """The rank correlation of what the push of a part foretells with what its removal does."""
-    kinds = _planted(records) | _of_tasks(records)
     lines = []
-    for name, rows in kinds.items():
-        values = [[one["removal"][kind] for one in rows if one["removal"][kind] is not None] for kind in KINDS]
+    for name, rows in {**_planted(records), **_of_tasks(records)}.items():
+        values = [[one[kind] for one in rows if one[kind] is not None] for kind in KINDS]
         lines.append([name, *(spread(each, ".2f", none="–") for each in values)])
     return markdown(["model", "embedding", "heads", "MLPs"], lines)
 
@@ -216,6 +229,7 @@ def _of_tasks(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 def figure(records: Sequence[Record]) -> Figure:
     """Faithfulness over the share of edges that are kept, the mean over the seeds, a panel for each model."""
+    records = [record for record in records if "part" not in record]
     by_kind = _planted(records) | _of_tasks(records)
     drawn, axes = panels(2, 3, (10, 6), sharey=True)
     for axis, (kind, rows_of_kind) in zip(axes.flat, by_kind.items(), strict=False):
@@ -231,4 +245,5 @@ def figure(records: Sequence[Record]) -> Figure:
     return drawn
 
 
-EXPERIMENT = Experiment((Stage(cells, measure), Stage(scenes, measure_scenes)), tables, {"planted_circuits": figure})
+_STAGES = Stage(cells, measure), Stage(scenes, measure_scenes), Stage(removals, measure_removals)
+EXPERIMENT = Experiment(_STAGES, tables, {"planted_circuits": figure})
