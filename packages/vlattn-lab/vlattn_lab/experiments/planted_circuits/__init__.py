@@ -130,9 +130,8 @@ def measure_scenes(cell: Cell, settings: Settings) -> dict[str, Any]:
 
 
 def removals(settings: Settings, records: Sequence[Record]) -> list[Cell]:
-    """Of each model in the records of earlier stages; trained models on three sets of scenes."""
-    kinds = [{name: one[name] for name in ("circuit", "attention", "task", "seed") if name in one} for one in records]
-    return [{"part": "removal", **kind} for kind in kinds if "circuit" in kind or kind["seed"] < 3]
+    """Those of the earlier stages."""
+    return [{"part": "removal", **cell} for cell in cells(settings, ()) + scenes(settings, ())]
 
 
 def measure_removals(cell: Cell, settings: Settings) -> dict[str, Any]:
