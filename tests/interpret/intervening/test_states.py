@@ -470,13 +470,15 @@ def small(kind: str) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def test_an_mlp_is_the_layers_only_one() -> None:
-    """A layer of Gemma 4 ends with two projections more, those of Granite have two MLPs, and one of Zamba 2 ends with a mixer.
-    XLM has no modules for whole layers, and those of Zaya return two states to be added."""
-    model, inputs = small("Gemma4ForCausalLM")
-    with torch.no_grad(), hooked(model.get_submodule("model.layers.1.post_feedforward_layernorm"), lambda x: 0.5 * x):
-        expected = logits(model(**inputs))
-    with torch.no_grad(), va.intervene(model, inputs, va.Mlp(1, scale=0.5)):
-        torch.testing.assert_close(logits(model(**inputs)), expected, **CLOSE)
+    """A layer of Gemma 4 ends with two projections more, and norms of AXK2 have gates with two matrices. A layer of Granite has
+    two MLPs, and one of Zamba 2 ends with a mixer. XLM has no modules for whole layers, and those of Zaya return two states to be
+    added."""
+    for kind, path in (("Gemma4ForCausalLM", "post_feedforward_layernorm"), ("AXK2ForCausalLM", "mlp")):
+        model, inputs = small(kind)
+        with torch.no_grad(), hooked(model.get_submodule(f"model.layers.1.{path}"), lambda x: 0.5 * x):
+            expected = logits(model(**inputs))
+        with torch.no_grad(), va.intervene(model, inputs, va.Mlp(1, scale=0.5)):
+            torch.testing.assert_close(logits(model(**inputs)), expected, **CLOSE)
     for kind, layer, message in (
         ("XLMWithLMHeadModel", 1, r"'transformer.attentions.0' \(MultiHeadAttention\) is attention and no layer"),
         ("ZayaForCausalLM", 1, r"\(ZayaDecoderLayer\) returns several states of"),

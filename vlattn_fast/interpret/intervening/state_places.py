@@ -288,7 +288,7 @@ def _mlp(layer: _Ran, state: Tensor) -> _Ran | str:
     around = layer
     while True:
         with_matrix = [number for number, ran in enumerate(around.children) if ran.matrices()]
-        whole = [number for number in with_matrix if _is_whole(around.children[number], state)]
+        whole = [n for n in with_matrix if _is_whole(around.children[n], state) and not _is_fed_on(around.children, n)]
         if len(whole) > 1:
             several = ", ".join(type(around.children[number].module).__name__ for number in whole)
             return f"has several MLPs, or other parts with weights: {several}"
@@ -311,6 +311,14 @@ def _is_whole(ran: _Ran, state: Tensor) -> bool:
     convolution does."""
     makes_state = any(_is_alike(x, state) for x in _tensors(ran.output).values())
     return makes_state and not ran.attends and ran.matrices() > 1
+
+
+def _is_fed_on(parts: Sequence[_Ran], number: int) -> bool:
+    """Whether a later part of the layer, attention or one with weights, takes the output: a norm with a learned gate, as in
+    AXK2."""
+    outputs = _tensors(parts[number].output).values()
+    later = (x for part in parts[number + 1 :] if part.attends or part.matrices() for x in part.taken)
+    return any(x is output for x in later for output in outputs)
 
 
 def _adds(ran: _Ran, state: Tensor) -> bool:
