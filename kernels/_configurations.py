@@ -415,6 +415,24 @@ LINES: dict[str, list[Line]] = {
         _line((64, 64, 4, 1), "two stages of 128 features exceed shared memory", size=128),
         _line((32, 32, 4, 1), _WIDER),
     ],
+    "attention_divergence terms": [  # size: the features of the side that has more of them
+        *_FLOAT32_FORWARD,
+        _line((64, 64, 4, 2), _ONCE, size=64),
+        _line((64, 64, 4, 1), "two stages of both sides' keys exceed shared memory", size=128),
+        _line((32, 32, 4, 1), "rows of 256 features fill shared memory"),
+    ],
+    "attention_divergence backward_q": [
+        *_FLOAT32_WHOLE,
+        _line((64, 64, 4, 2), _ONCE, size=64),
+        _line((64, 32, 4, 1), _WIDE, size=128),
+        _line((32, 32, 4, 1), _WIDER),
+    ],
+    "attention_divergence backward_kv": [
+        *_FLOAT32_WHOLE,
+        _line((64, 64, 4, 2), _ONCE, size=64),
+        _line((32, 64, 4, 1), _WIDE, size=128),
+        _line((32, 32, 4, 1), _WIDER),
+    ],
     "congruence_loss map": [  # whole: tiles hold the rows of a head
         _whole((64, 8, 2), "eight warps share the registers of whole rows", whole=True, size=64),
         _whole((64, 8, 1), "eight warps share the registers of whole rows", whole=True),

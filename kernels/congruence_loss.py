@@ -350,7 +350,7 @@ def _dot_tf32(b_a, b_b):
 
 
 @triton.jit
-def _expm1(x):
+def expm1(x):
     """exp(x) - 1 to a few ulp. Small x take the power series, since exp(x) - 1 would cancel."""
     b = 1.0 + x * 0.1
     b = 1.0 + x * b * 0.1111111111111111
@@ -365,7 +365,7 @@ def _expm1(x):
 
 
 @triton.jit
-def _log1p(x):
+def log1p(x):
     """log(1 + x) for x > -1 to a few ulp. Small x take the series of the inverse hyperbolic tangent, since 1 + x would round."""
     z = x / (2.0 + x)
     zz = z * z
@@ -507,7 +507,7 @@ def _divergence_of_products(b_p, b_t, epsilon, GRAD: tl.constexpr):
         return b_grad_p, b_grad_t
     else:
         b_loss = (b_t - b_p) * (b_log_t - b_log_p)
-        b_loss -= b_t * _log1p(epsilon / b_t_safe) + b_p * _log1p(epsilon / b_p_safe)
+        b_loss -= b_t * log1p(epsilon / b_t_safe) + b_p * log1p(epsilon / b_p_safe)
         return b_loss
 
 
@@ -525,11 +525,11 @@ def _divergence_of_softmax(b_intra, b_target, m_pair, per_head, KIND: tl.constex
     if KIND == "cacr":
         # log p - log t is the gap minus the difference of the two log-sum-exps, which is log sum t e^gap
         b_gap = b_intra - b_target
-        b_d = b_gap - _log1p(tl.sum(b_t * _expm1(b_gap), axis=1))[:, None]
+        b_d = b_gap - log1p(tl.sum(b_t * expm1(b_gap), axis=1))[:, None]
     else:
         b_log_p = b_intra * 0.6931471805599453 + tl.log(per_head)  # of the mean over the heads
         b_d = b_log_p - (b_target - tl.log(b_sum))
-    b_difference = b_t * _expm1(b_d)  # p - t
+    b_difference = b_t * expm1(b_d)  # p - t
     if GRAD:
         b_p = b_t + b_difference
         b_grad_intra = b_p * b_d + b_difference

@@ -253,7 +253,7 @@ def _grad_logits(b_p, b_g, b_a, b_delta, b_delta_log, LOG: tl.constexpr):
 
 
 @triton.jit
-def _dot_small(b_a, b_b, PRECISION: tl.constexpr):
+def dot_small(b_a, b_b, PRECISION: tl.constexpr):
     """b_a @ b_b for gradients b_a of any magnitude. In float16, which may overflow, rows are divided by their largest entry."""
     if b_b.dtype == tl.float16:
         b_max = tl.maximum(tl.max(tl.abs(b_a), axis=1), 1e-30)[:, None]  # a row of zeros is divided by no zero
@@ -288,11 +288,11 @@ def _gradient_tile(q, k, masks, grads, first, stats, offset, outs, start, sizes,
         b_delta, b_delta_log = _deltas(b_p, b_g, b_a, stats, offset, o_q, N, LOG, C.WHOLE)
         b_ds = tl.where(m_q[:, None], _grad_logits(b_p, b_g, b_a, b_delta, b_delta_log, LOG), 0.0)
         if C.WHOLE:  # one tile has all keys of these queries: their gradient is complete
-            b_dq = _dot_small(b_ds, b_k, C.PRECISION) * factor
+            b_dq = dot_small(b_ds, b_k, C.PRECISION) * factor
             if C.MASKED:
                 b_dq = tl.where(m_q[:, None], b_dq, 0.0)
             store_tile(outs[0], D, o_q, o_d, N, D, b_dq)
-        b_dk += _dot_small(tl.trans(b_ds), b_q, C.PRECISION)
+        b_dk += dot_small(tl.trans(b_ds), b_q, C.PRECISION)
     b_dk *= factor
     if C.MASKED:
         b_dk = tl.where(m_kv[:, None], b_dk, 0.0)
@@ -382,7 +382,7 @@ def gradient_q_kernel(qs, ks, p_masks, stats, grads, p_grad_qs, H, L, V, D, scal
         for start in range(0, M, C.BLOCK_V):
             o_kv, b_k, b_s = _keys_and_logits(b_q, k, p_mask, start, M, D, scale_log2, C, C.BLOCK_V)
             b_p, b_g, b_a = _terms(b_s, b_max, b_sum, grads, first, o_q, o_kv, N, M, S)
-            b_dq += _dot_small(_grad_logits(b_p, b_g, b_a, b_delta, b_delta_log, LOG), b_k, C.PRECISION)
+            b_dq += dot_small(_grad_logits(b_p, b_g, b_a, b_delta, b_delta_log, LOG), b_k, C.PRECISION)
         p_grad_q = _entry(i_r, i_c, p_grad_qs[0], p_grad_qs[1], p_grad_qs[2], p_grad_qs[3]) + i_bh * N * D
         b_dq *= scale * tl.load(grads.p_loss + i_b)
         if C.MASKED:

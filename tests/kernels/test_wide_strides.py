@@ -75,6 +75,10 @@ def attention_statistics(query: Tensor, key: Tensor, mask: Tensor) -> Any:
     return found.mass, found.entropy, found.maximum, found.received
 
 
+def attention_divergence(query: Tensor, key: Tensor, value: Tensor, grad_output: Tensor, mask: Tensor) -> Any:
+    return va.attention_divergence(query, key, grad_output, value, attn_mask=mask, backend="triton")
+
+
 def congruence_loss(query: Tensor, key: Tensor, value: Tensor, grad_output: Tensor) -> Any:
     return va.congruence_loss((query, key), (value, grad_output), backend="triton")
 
@@ -94,6 +98,7 @@ CALLS: dict[str, Callable[..., Any]] = {
             relevancy_step,
             attention_map,
             attention_statistics,
+            attention_divergence,
             congruence_loss,
             stacked_cross_attention,
         )

@@ -17,7 +17,7 @@ from tests.helpers.ops.score_cases import LAYOUTS, lay_out
 from vlattn_fast.backends.reference.attention_divergence import KINDS
 from vlattn_fast.backends.streaming import _tiles
 
-FAST = ("streaming", "cpu")
+FAST = ("streaming", "cpu", "triton")
 
 
 @pytest.fixture(autouse=True)

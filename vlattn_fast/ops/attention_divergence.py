@@ -43,7 +43,12 @@ from vlattn_fast.ops._derivatives import Derivatives
 from vlattn_fast.ops._registration import Saved, define, differentiable
 from vlattn_fast.ops._stages import arguments_of, described
 
-BACKENDS = table("attention_divergence", triton=None)
+
+def _triton_limits(call: Call) -> list[tuple[str, bool]]:
+    return [("Triton kernels take a head_dim of other_query of at most 256", call.sizes["other_dim"] > 256)]
+
+
+BACKENDS = table("attention_divergence", triton=_triton_limits)
 
 
 def attention_divergence(
@@ -95,7 +100,7 @@ def attention_divergence(
         attn_mask, key_mask, is_causal: of both attentions, as in score_attention; attn_mask broadcasts to (B, H, N, M), and to
             (B, 1, N, M) if H' is not H. Masked pairs count on neither side.
         scale, other_scale: multiply the scores. Default: 1/sqrt(D) and 1/sqrt(D').
-        backend: "auto", "reference", "streaming" or "cpu".
+        backend: "auto", "reference", "streaming", "cpu" or "triton".
 
     Returns:
         D (B, H, N), or (B, 1, N) with head_mean, in nats for "kl", "reverse_kl" and "js"; float32 (float64 for float64 input). 0

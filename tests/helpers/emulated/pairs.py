@@ -81,6 +81,10 @@ CALLS = {
         attention_statistics._received_kernel _statistics_backward._backward_q_kernel _statistics_backward._backward_kv_kernel""",
     ("attention_statistics", "three groups, few queries"): """_key_groups._members_kernel attention_statistics._rows_kernel
         attention_statistics._join_kernel attention_statistics._received_kernel""",
+    ("attention_divergence", "js"): """attention_statistics._rows_kernel attention_divergence._terms_kernel
+        attention_divergence._backward_q_kernel attention_divergence._backward_kv_kernel""",
+    ("attention_divergence", "means of other heads"): """attention_statistics._rows_kernel attention_divergence._terms_kernel
+        attention_divergence._backward_q_kernel attention_divergence._backward_kv_kernel""",
     ("congruence_loss", "iais_singular"): """congruence_maps.map_kernel congruence_maps.gradient_kernel
         congruence_loss._divergence_kernel congruence_loss._target_backward_kernel""",
     ("congruence_loss", "iais_singular, long rows"): """congruence_maps.statistics_kernel congruence_maps.map_kernel
@@ -122,9 +126,10 @@ PAIRS = (
     Item("parts", "score_attention", "grouped heads, few queries"),
     Item("rows", "congruence_loss", "iais_singular, long rows"),
 )
-# on sm_80, in float16, congruence_loss divides rows of a tile by their largest entry: other tiles, other quotients. No program
-# has all keys of a head there
-SM_80 = tuple(item for item in PAIRS if item.operator != "congruence_loss" and not item.case.endswith("all keys"))
+# on sm_80, in float16, these divide rows of a tile by their largest entry: other tiles, other quotients. No program has all keys
+# of a head there
+RELATIVE = ("congruence_loss", "attention_divergence")
+SM_80 = tuple(item for item in PAIRS if item.operator not in RELATIVE and not item.case.endswith("all keys"))
 ITEMS = {90: (*(Item("consan", *call) for call in CALLS), *PAIRS), 80: SM_80}
 
 # its terms are cut off where 2^x is 0 in numbers, that is by the distance from the largest logit so far

@@ -1,0 +1,524 @@
+"""attention_divergence in Triton: how far one attention is from another over the same keys; forward and backward.
+
+Shapes: query (B, H, N, D), key (B, Hk, M, D), other_query (B, H', N, D'), other_key (B, H'k, M, D'); divergence (B, H or 1, N).
+Roofline: issue-bound. Two matrix products a pair and pass, and about two dozen instructions of f: exponentials, a series.
+Trick: attention_statistics gives each row's largest logit and weight, so that a second sweep has logarithms of both weights, in
+which small divergences keep their digits. All f are homogeneous: streaming/attention_divergence.py has their one gradient. The
+gradient of the other side is that of the first, with sides and `kind` exchanged: a detached side launches nothing. Means over
+heads are by a second online softmax, over the heads of a tile of pairs. Their backward pass stores A r and log A of the means for
+strips of rows, of bounded memory, instead of going over all heads once for each. Not measured on a device.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vlattn_fast.backends.inputs import AttentionStatisticsInputs
+from vlattn_fast.backends.streaming.attention_divergence import AttentionDivergenceBackwardInputs, AttentionDivergenceInputs
+from vlattn_fast.kernels import attention_statistics
+from vlattn_fast.kernels._configurations import configuration
+from vlattn_fast.kernels._device import on_device
+from vlattn_fast.kernels._group_bias import FLOAT_MASK
+from vlattn_fast.kernels._tiles import (
+    LOG2_E,
+    ROW_MULTIPLE,
+    Heads,
+    add_products,
+    aligned,
+    below_max,
+    block_and_head,
+    block_size,
+    cdiv,
+    head_at,
+    head_side,
+    heads_of,
+    input_precision,
+    key_range,
+    key_side,
+    launched,
+    load_side,
+    load_tile,
+    mask_logits,
+    masks_and_kind,
+    masks_at,
+    row_products,
+    store_sums,
+    store_tile,
+    zero_sums,
+)
+from vlattn_fast.kernels.congruence_loss import expm1, log1p
+from vlattn_fast.kernels.congruence_maps import dot_small
+
+_STRIP_BYTES = 1 << 26  # of A r and log A of the heads' mean, for each sample: bits are the same in any batch
+_PARTS = 16  # of the keys, of rows of a mean: their heads are in one program
+_EXCHANGED = {"kl": "reverse_kl", "reverse_kl": "kl"}
+_statistics: Any = attention_statistics.forward.__wrapped__  # type: ignore[attr-defined]  # the launchers here have its guard
+
+
+class Constants(NamedTuple):
+    """MEAN: heads are averaged. D: features, FOLDED: see `below_max`; OTHER: those of the other side."""
+
+    KIND: str
+    MEAN: bool
+    MASK: int
+    KEY_MASK: bool
+    CAUSAL: bool
+    D: int
+    BLOCK_D: int
+    FOLDED: bool
+    OTHER_D: int
+    OTHER_BLOCK_D: int
+    OTHER_FOLDED: bool
+    PRECISION: str
+
+
+class Side(NamedTuple):
+    """One of the two attentions. p_max, p_weight (B, H, N): each row's largest logit and weight, as `_statistics` gives them."""
+
+    q: Heads
+    k: Heads
+    p_max: Tensor
+    p_weight: Tensor
+    H: int
+    GROUP_K: int
+    scale_log2: float
+    end: None = None
+
+
+@on_device
+def forward(inputs: AttentionDivergenceInputs) -> Tensor:
+    """D (B, H, N), or (B, 1, N) of the mean over heads."""
+    query, num_k = inputs.query, inputs.key.shape[2]
+    rows = query.shape[0], 1 if inputs.head_mean else query.shape[1], query.shape[2]
+    if 0 in (*rows, num_k):
+        return query.new_zeros(rows, dtype=torch.float32)
+    own, other = _sides(inputs)
+    kind = inputs.kind
+    if kind == "reverse_kl":
+        own, other, kind = other, own, "kl"
+    call, config = _call(inputs, own, other, kind, inputs.beta, "terms")
+    parts = min(_PARTS, cdiv(num_k, config["BLOCK_KV"])) if inputs.head_mean else 1
+    keys = cdiv(cdiv(num_k, parts), config["BLOCK_KV"]) * config["BLOCK_KV"]
+    parts = cdiv(num_k, keys)
+    sums = query.new_empty((*rows[:2], parts, rows[2]), dtype=torch.float32)
+    grid = (cdiv(rows[2], config["BLOCK_Q"]) * parts * rows[0] * rows[1],)
+    _terms_kernel[grid](**launched(call), strip=None, p_sums=sums, first=0, rows=rows[2], keys=keys, **config)
+    return sums.sum(2)
+
+
+@on_device
+def backward(inputs: AttentionDivergenceBackwardInputs) -> tuple[Tensor | None, ...]:
+    """Gradients of query, key, other_query and other_key; None for a side that needs none."""
+    own, other = _sides(inputs)
+    exchanged = other, own, _EXCHANGED.get(inputs.kind, inputs.kind), 1.0 - inputs.beta, inputs.other_scale
+    none = None, None
+    return (
+        *(_gradients(inputs, own, other, inputs.kind, inputs.beta, inputs.scale) if inputs.need_own else none),
+        *(_gradients(inputs, *exchanged) if inputs.need_other else none),
+    )
+
+
+def _gradients(
+    inputs: AttentionDivergenceBackwardInputs, own: Side, other: Side, kind: str, beta: float, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Those of query and key of the side `own`."""
+    query, key = own.q.p, own.k.p
+    grad_q, grad_k = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (query, key))
+    if query.numel() == 0 or key.numel() == 0:
+        return grad_q, grad_k
+    (batch, heads, num_q, _), (_, key_heads, num_k, _) = query.shape, key.shape
+    mean = inputs.head_mean
+    call, config = _call(inputs, own, other, kind, beta, "backward_q")
+    _, config_k = _call(inputs, own, other, kind, beta, "backward_kv")
+    of_means, config_r = _call(inputs, own, other, kind, beta, "terms")
+    rows = num_q
+    if mean:
+        most = max(1, _STRIP_BYTES // (8 * num_k * ROW_MULTIPLE.value)) * ROW_MULTIPLE.value
+        rows = min(num_q, most)
+    grads = {
+        "p_grad": inputs.grad.float().contiguous(),
+        "p_mean": query.new_empty((batch, heads, num_q), dtype=torch.float32),
+        "factor": scale / heads if mean else scale,
+    }
+    parts = [grad_k] if rows == num_q else [torch.zeros_like(grad_k, dtype=torch.float32) for _ in range(2)]
+    for first in range(0, num_q, rows):
+        size = min(rows, num_q - first)
+        part: dict[str, Any] = {"strip": None, "first": first, "rows": size}
+        if mean:
+            strip = query.new_zeros((2, batch, size, num_k), dtype=torch.float32)
+            part["strip"] = strip[0], strip[1]
+            keys = config_r["BLOCK_KV"]
+            grid = (cdiv(size, config_r["BLOCK_Q"]) * cdiv(num_k, keys) * batch,)
+            _terms_kernel[grid](**launched(of_means), **part, p_sums=None, keys=keys, **config_r)
+        grid = (cdiv(size, config["BLOCK_Q"]) * batch * heads,)
+        _backward_q_kernel[grid](**launched(call), **grads, **part, p_grad_q=grad_q, **config)
+        grid = (cdiv(num_k, config_k["BLOCK_KV"]) * batch * key_heads,)
+        _backward_kv_kernel[grid](**launched(call), **grads, **part, p_grad_k=parts[-1], **config_k)
+        if len(parts) > 1:
+            parts[0] += parts[1]
+    return grad_q, parts[0].to(key.dtype)
+
+
+def _sides(inputs: AttentionDivergenceInputs | AttentionDivergenceBackwardInputs) -> tuple[Side, Side]:
+    own = _side(inputs, aligned(inputs.query), aligned(inputs.key), inputs.scale)
+    return own, _side(inputs, aligned(inputs.other_query), aligned(inputs.other_key), inputs.other_scale)
+
+
+def _side(
+    inputs: AttentionDivergenceInputs | AttentionDivergenceBackwardInputs, query: Tensor, key: Tensor, scale: float
+) -> Side:
+    maximum = AttentionStatisticsInputs(
+        query=query,
+        key=key,
+        key_groups=None,
+        row_weight=None,
+        attn_mask=inputs.attn_mask,
+        key_mask=inputs.key_mask,
+        row_bias=None,
+        num_groups=0,
+        statistics="maximum",
+        score="dot",
+        parameter=0.0,
+        scale=scale,
+        is_causal=inputs.is_causal,
+        backend=inputs.backend,
+    )
+    _, _, p_weight, _, _, _, p_max, _ = _statistics(maximum)
+    heads = query.shape[1]
+    return Side(heads_of(query), heads_of(key), p_max, p_weight, heads, heads // max(1, key.shape[1]), scale * LOG2_E)
+
+
+def _call(
+    inputs: AttentionDivergenceInputs | AttentionDivergenceBackwardInputs,
+    own: Side,
+    other: Side,
+    kind: str,
+    beta: float,
+    kernel: str,
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """The named arguments that all kernels here share, and the configuration of one."""
+    query, key = own.q.p, own.k.p
+    masks, mask = masks_and_kind(inputs.attn_mask, inputs.key_mask, inputs.query, key.shape[2])
+    size, other_size = query.shape[3], other.q.p.shape[3]
+    constants = Constants(
+        KIND=kind,
+        MEAN=inputs.head_mean,
+        MASK=mask,
+        KEY_MASK=inputs.key_mask is not None,
+        CAUSAL=inputs.is_causal,
+        D=size,
+        BLOCK_D=block_size(size),
+        FOLDED=own.scale_log2 <= 0.0 or mask >= FLOAT_MASK.value,
+        OTHER_D=other_size,
+        OTHER_BLOCK_D=block_size(other_size),
+        OTHER_FOLDED=other.scale_log2 <= 0.0 or mask >= FLOAT_MASK.value,
+        PRECISION=input_precision(),
+    )
+    call = {"own": own, "other": other, "masks": masks, "N": query.shape[2], "M": key.shape[2], "beta": beta, "C": constants}
+    return call, configuration(
+        "attention_divergence", kernel, dtype=query.dtype, size=max(size, other_size), mean=inputs.head_mean
+    )
+
+
+@triton.jit
+def _terms_kernel(
+    own,
+    other,
+    masks,
+    strip,
+    p_sums,
+    N,
+    M,
+    first,
+    rows,
+    keys,
+    beta,
+    C: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+):
+    """The sum of f over a part of `keys` keys j, for a tile of queries i of one head or of the heads' mean.
+
+    With a strip no sums, but A r and log2 A of the mean for its queries, `rows` from the `first` on; 0 for pairs that no head
+    sees.
+    """
+    parts = tl.cdiv(M, keys)
+    i, i_bh, i_b, i_h, _ = block_and_head(tl.cdiv(rows, BLOCK_Q) * parts, 1 if C.MEAN else own.H, 1)
+    i_q, i_part = first // BLOCK_Q + i // parts, i % parts
+    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    _, end = key_range(i_q, M, True, C.CAUSAL, BLOCK_Q, BLOCK_KV)
+    end = tl.minimum(end, i_part * keys + keys)
+    at_head = masks_at(masks, i_b, i_h, M)
+    if not C.MEAN:
+        queries = _queries(own, i_b, i_h, o_q, N, C.D, C.BLOCK_D)
+        others = _queries(other, i_b, i_h, o_q, N, C.OTHER_D, C.OTHER_BLOCK_D)
+    b_sum = tl.zeros([BLOCK_Q, BLOCK_KV], dtype=tl.float32)  # over its columns once, at the end
+    for start in range(i_part * keys, end, BLOCK_KV):
+        o_kv = start + tl.arange(0, BLOCK_KV)
+        if C.MEAN:
+            b_a = _log_mean(own, masks, i_b, start, o_q, o_kv, N, M, C.D, C.BLOCK_D, C.FOLDED, C)
+            b_b = _log_mean(other, masks, i_b, start, o_q, o_kv, N, M, C.OTHER_D, C.OTHER_BLOCK_D, C.OTHER_FOLDED, C)
+        else:
+            b_keys = _keys(own, at_head, i_b, i_h, o_kv, M, C.D, C.BLOCK_D, C.KEY_MASK)
+            b_a = _logs(queries, b_keys, at_head, start, o_q, o_kv, N, M, own.scale_log2, C.D, C.FOLDED, C)
+            b_theirs = _keys(other, at_head, i_b, i_h, o_kv, M, C.OTHER_D, C.OTHER_BLOCK_D, C.KEY_MASK)
+            b_b = _logs(others, b_theirs, at_head, start, o_q, o_kv, N, M, other.scale_log2, C.OTHER_D, C.OTHER_FOLDED, C)
+        if strip is None:
+            b_sum += _divergence(b_a, b_b, beta, C.KIND)
+        else:
+            b_log = tl.where(b_a == float("-inf"), 0.0, b_a)
+            store_tile(strip[0] + i_b * rows * M, M, o_q - first, o_kv, rows, M, _weighted(b_a, b_b, beta, C.KIND))
+            store_tile(strip[1] + i_b * rows * M, M, o_q - first, o_kv, rows, M, b_log)
+    if strip is None:
+        tl.store(p_sums + (i_bh * parts + i_part) * N + o_q, tl.sum(b_sum, axis=1), mask=o_q < N)
+
+
+@triton.jit
+def _backward_q_kernel(
+    own,
+    other,
+    masks,
+    strip,
+    p_grad,
+    p_mean,
+    p_grad_q,
+    N,
+    M,
+    first,
+    rows,
+    beta,
+    factor,
+    C: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+):
+    """dQ of a tile of queries i of one head, by two sweeps over its keys j; the first gives mean_i, which dK needs as well.
+
+    mean_i = sum_j A_ij r_ij      dS_ij = dD_i (A_ij r_ij - A_ij mean_i)      dq_i = scale sum_j dS_ij k_j
+    A mean over H heads has A_h r = (A_h / Abar) Abar r, and 1 / H of that dS. factor: scale, or scale / H.
+    """
+    i, i_bh, i_b, i_h, _ = block_and_head(tl.cdiv(rows, BLOCK_Q), own.H, 1)
+    i_q = first // BLOCK_Q + i
+    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    _, end = key_range(i_q, M, True, C.CAUSAL, BLOCK_Q, BLOCK_KV)
+    at_head = masks_at(masks, i_b, i_h, M)
+    place = i_b, N, M, first, rows
+    queries = _queries(own, i_b, i_h, o_q, N, C.D, C.BLOCK_D)
+    others = queries if C.MEAN else _queries(other, i_b, i_h, o_q, N, C.OTHER_D, C.OTHER_BLOCK_D)
+    b_sum = tl.zeros([BLOCK_Q, BLOCK_KV], dtype=tl.float32)
+    for start in range(0, end, BLOCK_KV):
+        o_kv = start + tl.arange(0, BLOCK_KV)
+        b_keys = _keys(own, at_head, i_b, i_h, o_kv, M, C.D, C.BLOCK_D, C.KEY_MASK)
+        b_theirs = b_keys if C.MEAN else _keys(other, at_head, i_b, i_h, o_kv, M, C.OTHER_D, C.OTHER_BLOCK_D, C.KEY_MASK)
+        b_sum += _log_and_weighted(
+            own, other, strip, place, beta, queries, b_keys, others, b_theirs, at_head, start, o_q, o_kv, C
+        )[1]
+    b_mean = tl.sum(b_sum, axis=1)
+    tl.store(p_mean + i_bh * N + o_q, b_mean, mask=o_q < N)
+    b_grad = tl.load(p_grad + (i_b if C.MEAN else i_bh) * N + o_q, mask=o_q < N, other=0.0) * factor
+    b_sums = zero_sums(own.q.p.dtype.element_ty, BLOCK_Q, C.D, C.BLOCK_D)
+    for start in range(0, end, BLOCK_KV):
+        o_kv = start + tl.arange(0, BLOCK_KV)
+        b_keys = _keys(own, at_head, i_b, i_h, o_kv, M, C.D, C.BLOCK_D, C.KEY_MASK)
+        b_theirs = b_keys if C.MEAN else _keys(other, at_head, i_b, i_h, o_kv, M, C.OTHER_D, C.OTHER_BLOCK_D, C.KEY_MASK)
+        b_log, b_weighted = _log_and_weighted(
+            own, other, strip, place, beta, queries, b_keys, others, b_theirs, at_head, start, o_q, o_kv, C
+        )
+        b_ds = (b_weighted - tl.exp2(b_log) * b_mean[:, None]) * b_grad[:, None]
+        b_sums = _add_small(b_sums, b_ds, b_keys[0], b_keys[1], C.D, C.PRECISION)
+    store_sums(p_grad_q + i_bh * N * C.D, C.D, o_q, tl.arange(0, C.BLOCK_D), N, C.D, b_sums)
+
+
+@triton.jit
+def _backward_kv_kernel(
+    own,
+    other,
+    masks,
+    strip,
+    p_grad,
+    p_mean,
+    p_grad_k,
+    N,
+    M,
+    first,
+    rows,
+    beta,
+    factor,
+    C: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+):
+    """dK of a tile of keys j, over `rows` queries i from the `first` on, of the GROUP_K query heads that share it, with dS as in
+    `_backward_q_kernel`: dk_j = scale sum_i dS_ij q_i."""
+    i_kv, i_bh, i_b, i_hk, _ = block_and_head(tl.cdiv(M, BLOCK_KV), own.H // own.GROUP_K, 1)
+    o_kv = i_kv * BLOCK_KV + tl.arange(0, BLOCK_KV)
+    b_keys = _keys(own, masks_at(masks, i_b, 0, M), i_b, i_hk * own.GROUP_K, o_kv, M, C.D, C.BLOCK_D, C.KEY_MASK)
+    begin = tl.maximum(first, i_kv * BLOCK_KV // BLOCK_Q * BLOCK_Q) if C.CAUSAL else first
+    place = i_b, N, M, first, rows
+    b_sums = zero_sums(own.q.p.dtype.element_ty, BLOCK_KV, C.D, C.BLOCK_D, True)
+    for head in range(0, own.GROUP_K):
+        i_h = i_hk * own.GROUP_K + head
+        at_head = masks_at(masks, i_b, i_h, M)
+        b_theirs = b_keys if C.MEAN else _keys(other, at_head, i_b, i_h, o_kv, M, C.OTHER_D, C.OTHER_BLOCK_D, C.KEY_MASK)
+        for start in range(begin, first + rows, BLOCK_Q):
+            o_q = start + tl.arange(0, BLOCK_Q)
+            queries = _queries(own, i_b, i_h, o_q, N, C.D, C.BLOCK_D)
+            others = queries if C.MEAN else _queries(other, i_b, i_h, o_q, N, C.OTHER_D, C.OTHER_BLOCK_D)
+            first_key = i_kv * BLOCK_KV
+            b_log, b_weighted = _log_and_weighted(
+                own, other, strip, place, beta, queries, b_keys, others, b_theirs, at_head, first_key, o_q, o_kv, C
+            )
+            o_row = (i_b * own.H + i_h) * N + o_q
+            b_mean = tl.load(p_mean + o_row, mask=o_q < N, other=0.0)
+            b_grad = tl.load(p_grad + (i_b * N + o_q if C.MEAN else o_row), mask=o_q < N, other=0.0) * factor
+            b_ds = (b_weighted - tl.exp2(b_log) * b_mean[:, None]) * b_grad[:, None]
+            b_sums = _add_small(b_sums, tl.trans(b_ds), queries[0], queries[1], C.D, C.PRECISION)
+    store_sums(p_grad_k + i_bh * M * C.D, C.D, o_kv, tl.arange(0, C.BLOCK_D), M, C.D, b_sums)
+
+
+@triton.jit
+def _queries(side, i_b, i_h, o_q, N, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A tile of queries [q,D] of one head, where it lies, and of each row the largest logit and log2 of the largest weight."""
+    of_q = head_side(side.q, i_b, i_h, o_q, N, D)
+    o_row = (i_b * side.H + i_h) * N + o_q
+    b_max = tl.load(side.p_max + o_row, mask=o_q < N, other=float("inf"))
+    b_weight = tl.load(side.p_weight + o_row, mask=o_q < N, other=1.0)
+    b_weight = tl.where(b_weight == 0.0, 1.0, b_weight)  # in a row without keys, whose largest logit is inf
+    return load_side(of_q, tl.arange(0, BLOCK_D), D), of_q, b_max, tl.log2(b_weight)
+
+
+@triton.jit
+def _keys(side, masks, i_b, i_h, o_kv, M, D: tl.constexpr, BLOCK_D: tl.constexpr, KEY_MASK: tl.constexpr):
+    """A tile of keys [kv,D] for a query head, and where it lies."""
+    of_k = key_side(head_at(side.k, i_b, i_h // side.GROUP_K, D), side.k.stride_n, masks.p_keys, o_kv, M, D, KEY_MASK)
+    return load_side(of_k, tl.arange(0, BLOCK_D), D), of_k
+
+
+@triton.jit
+def _logs(queries, keys, masks, start, o_q, o_kv, N, M, scale_log2, D: tl.constexpr, FOLDED: tl.constexpr, C: tl.constexpr):
+    """log2 A [q,kv] of one head, -inf for masked pairs and outside of N x M."""
+    b_q, of_q, b_max, b_largest = queries
+    b_k, of_k = keys
+    b_s = row_products(b_q, of_q, b_k, of_k, D, C.PRECISION)
+    if FOLDED:
+        b_s *= scale_log2
+    b_s = mask_logits(b_s, masks, start, o_q, o_kv, N, M, C.MASK, C.KEY_MASK, C.CAUSAL)
+    return below_max(b_s, b_max, scale_log2, FOLDED) + b_largest[:, None]
+
+
+@triton.jit
+def _log_mean(
+    side, masks, i_b, start, o_q, o_kv, N, M, D: tl.constexpr, BLOCK_D: tl.constexpr, FOLDED: tl.constexpr, C: tl.constexpr
+):
+    """log2 of the heads' mean of A [q,kv]; a sum below a largest power of its own, so that no weight underflows."""
+    b_high = tl.full([o_q.shape[0], o_kv.shape[0]], -3.0e38, dtype=tl.float32)  # finite: -inf - -inf would be NaN
+    b_sum = tl.zeros([o_q.shape[0], o_kv.shape[0]], dtype=tl.float32)
+    for h in range(side.H):
+        i_h = i_b * 0 + h
+        at_head = masks_at(masks, i_b, i_h, M)
+        queries = _queries(side, i_b, i_h, o_q, N, D, BLOCK_D)
+        keys = _keys(side, at_head, i_b, i_h, o_kv, M, D, BLOCK_D, C.KEY_MASK)
+        b_log = _logs(queries, keys, at_head, start, o_q, o_kv, N, M, side.scale_log2, D, FOLDED, C)
+        b_above = b_log - b_high
+        b_less = tl.exp2(-tl.abs(b_above))
+        b_sum = tl.where(b_above > 0.0, b_sum * b_less + 1.0, b_sum + b_less)
+        b_high = tl.maximum(b_high, b_log)
+    empty = b_sum == 0.0
+    return tl.where(empty, float("-inf"), b_high + tl.log2(tl.where(empty, 1.0, b_sum / side.H)))
+
+
+@triton.jit
+def _log_and_weighted(
+    own, other, strip, place, beta, queries, keys, others, their_keys, masks, start, o_q, o_kv, C: tl.constexpr
+):
+    """log2 A and A r [q,kv] of one head of `own`."""
+    i_b, N, M, first, rows = place
+    b_log = _logs(queries, keys, masks, start, o_q, o_kv, N, M, own.scale_log2, C.D, C.FOLDED, C)
+    if C.MEAN:
+        b_mean = load_tile(strip[1] + i_b * rows * M, M, o_q - first, o_kv, rows, M)
+        b_share = tl.exp2(b_log - b_mean)  # A_h / Abar, at most H
+        return b_log, b_share * load_tile(strip[0] + i_b * rows * M, M, o_q - first, o_kv, rows, M)
+    else:
+        b_other = _logs(others, their_keys, masks, start, o_q, o_kv, N, M, other.scale_log2, C.OTHER_D, C.OTHER_FOLDED, C)
+        return b_log, _weighted(b_log, b_other, beta, C.KIND)
+
+
+@triton.jit
+def _add_small(b_sums, b_ds, b_y, y, SIZE: tl.constexpr, PRECISION: tl.constexpr):
+    """b_sums + b_ds b_y for gradients b_ds of any magnitude, and a tile b_y at side y."""
+    if b_y.dtype == tl.float16:
+        return (b_sums[0] + dot_small(b_ds, b_y, PRECISION),)
+    else:
+        return add_products(b_sums, b_ds, b_y, y, SIZE, PRECISION)
+
+
+@triton.jit
+def _difference(b_a, b_b):
+    """ln p - ln q of a = log2 p and b = log2 q; 0 for masked pairs."""
+    masked = (b_a == float("-inf")) | (b_b == float("-inf"))
+    return tl.where(masked, 0.0, b_a - b_b) * 0.6931471805599453
+
+
+@triton.jit
+def _kl(b_p, b_q, b_d):
+    """p (d - 1 + e^-d) for d = ln p - ln q, a power series where that would cancel."""
+    b = 1.0 - b_d * 0.09090909090909091
+    b = 1.0 - b_d * b * 0.1
+    b = 1.0 - b_d * b * 0.1111111111111111
+    b = 1.0 - b_d * b * 0.125
+    b = 1.0 - b_d * b * 0.14285714285714285
+    b = 1.0 - b_d * b * 0.16666666666666666
+    b = 1.0 - b_d * b * 0.2
+    b = 1.0 - b_d * b * 0.25
+    b = 1.0 - b_d * b * 0.3333333333333333
+    return tl.where(tl.abs(b_d) < 1.0, b_p * (b_d * b_d * b * 0.5), b_p * b_d + b_q - b_p)
+
+
+@triton.jit
+def _from_mixture(b_d, beta):
+    """ln p - ln m and ln q - ln m of the mixture m = beta p + (1 - beta) q, for d = ln p - ln q."""
+    b_less = tl.where(b_d >= 0.0, 1.0 - beta, beta)  # the factor of the smaller of p and q; m is the larger one times
+    b_log = log1p(b_less * expm1(-tl.abs(b_d)))  # the exponential of this
+    return tl.minimum(b_d, 0.0) - b_log, -tl.maximum(b_d, 0.0) - b_log
+
+
+@triton.jit
+def _divergence(b_a, b_b, beta, KIND: tl.constexpr):
+    """f(p, q) of a = log2 p and b = log2 q: no term is negative, so that small divergences keep their digits."""
+    b_d = _difference(b_a, b_b)
+    b_p, b_q = tl.exp2(b_a), tl.exp2(b_b)
+    if KIND == "kl":
+        return _kl(b_p, b_q, b_d)
+    elif KIND == "js":
+        b_m = beta * b_p + (1.0 - beta) * b_q
+        b_to, b_from = _from_mixture(b_d, beta)
+        return beta * _kl(b_p, b_m, b_to) + (1.0 - beta) * _kl(b_q, b_m, b_from)
+    elif KIND == "hellinger":
+        b_root = tl.exp2(b_a * 0.5) - tl.exp2(b_b * 0.5)
+        return b_root * b_root * 0.5
+    else:
+        return tl.abs(b_p - b_q) * 0.5
+
+
+@triton.jit
+def _weighted(b_a, b_b, beta, KIND: tl.constexpr):
+    """p df/dp of a = log2 p and b = log2 q, up to a constant times p, which drops out."""
+    b_d = _difference(b_a, b_b)
+    b_p, b_q = tl.exp2(b_a), tl.exp2(b_b)
+    if KIND == "kl":
+        return b_p * b_d
+    elif KIND == "reverse_kl":
+        return b_p - b_q
+    elif KIND == "js":
+        b_to, _ = _from_mixture(b_d, beta)
+        return beta * b_p * b_to
+    elif KIND == "hellinger":
+        b_root = tl.exp2(b_a * 0.5)
+        return b_root * (b_root - tl.exp2(b_b * 0.5)) * 0.5
+    else:
+        return tl.where(b_p > b_q, 0.5, tl.where(b_p < b_q, -0.5, 0.0)) * b_p

@@ -1,0 +1,97 @@
+"""attention_divergence in Triton: sizes around its tiles, strips of rows of a mean, small gradients, and what it refuses.
+
+The rest stands in tests/ops/test_attention_divergence.py.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import vlattn_fast as va
+from tests.helpers.compare import as_dtype, assert_all_close_to, outputs_and_grads
+from tests.helpers.ops.backends import assert_refused
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+
+def make(n: int, m: int, d: int, other_d: int, *, heads: int = 2, others: int = 2, keys: int = 1) -> dict[str, Tensor]:
+    shapes = {"query": (heads, n, d), "key": (keys, m, d), "other_query": (others, n, other_d), "other_key": (others, m, other_d)}
+    return {name: torch.randn(1, *shape, dtype=torch.float64) for name, shape in shapes.items()}
+
+
+def check(inputs: dict[str, Tensor], **options: Any) -> None:
+    options = {"enable_gqa": True, **options}
+    heads = 1 if options.get("head_mean") else inputs["query"].shape[1]
+    calls = (partial(va.attention_divergence, **options, backend="triton"), partial(va.reference.attention_divergence, **options))
+    assert_all_close_to(*calls, inputs, [torch.randn(1, heads, inputs["query"].shape[2])])
+
+
+@pytest.mark.parametrize(
+    "kind, n, m, dtype, options",
+    [
+        ("kl", 70, 131, BF16, {}),
+        ("js", 33, 97, F32, {"beta": 0.8}),
+        ("hellinger", 131, 131, BF16, {"is_causal": True}),
+        ("reverse_kl", 65, 64, F16, {"is_causal": True}),
+        ("total_variation", 1, 65, F32, {}),
+        ("kl", 70, 131, BF16, {"head_mean": True}),
+        ("js", 131, 131, F32, {"head_mean": True, "is_causal": True}),
+    ],
+)
+def test_sizes_either_side_of_a_tile(kind: str, n: int, m: int, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    """Both sides have other features, and other numbers of key heads."""
+    check(as_dtype(make(n, m, 17, 8), dtype), kind=kind, **options)
+
+
+@pytest.mark.parametrize("d, other_d, dtype", [(65, 128, BF16), (5, 160, F32), (200, 9, BF16), (160, 160, F16)])
+def test_head_dims(d: int, other_d: int, dtype: torch.dtype) -> None:
+    check(as_dtype(make(9, 20, d, other_d), dtype), kind="js", scale=0.1, other_scale=0.2)
+
+
+def test_a_mean_of_rows_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 64, 64 and 12 rows, whose gradients of keys are added."""
+    kernels = importlib.import_module("vlattn_fast.kernels.attention_divergence")
+    monkeypatch.setattr(kernels, "_STRIP_BYTES", 8 * 70 * 64)
+    rows: list[int] = []
+    monkeypatch.setattr(kernels, "_terms_kernel", _Watched(kernels._terms_kernel, rows))
+    inputs = as_dtype(make(140, 70, 8, 8, others=3), F32)
+    mask = torch.rand(1, 1, 140, 70) < 0.7
+    check(inputs, kind="kl", head_mean=True, attn_mask=mask)
+    assert rows[:7] == [140, 64, 64, 12, 64, 64, 12]
+
+
+class _Watched:
+    """A kernel of which each launch adds its number of rows to a list."""
+
+    def __init__(self, kernel: Any, rows: list[int]) -> None:
+        self.kernel, self.rows = kernel, rows
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(**named: Any) -> None:
+            self.rows.append(named["rows"])
+            self.kernel[grid](**named)
+
+        return launch
+
+
+def test_small_gradients_of_float16() -> None:
+    """float16 has no number below 6e-8: products take them relative to the largest of a row."""
+    x = as_dtype(make(20, 70, 16, 16), F16)
+    call = partial(va.attention_divergence, kind="js", enable_gqa=True)
+    plain = outputs_and_grads(partial(call, backend="triton"), x, [torch.ones(1, 2, 20)])
+    small = outputs_and_grads(lambda **y: call(**y, backend="triton") * 2.0**-8, x, [torch.ones(1, 2, 20)])
+    for name in x:
+        got, want = small[f"grad {name}"].float() * 2.0**8, plain[f"grad {name}"].float()
+        assert float((got - want).abs().max()) < 2e-2 * float(want.abs().max())
+
+
+@pytest.mark.parametrize("d, other_d", [(257, 8), (8, 257)])
+def test_rows_of_many_features_are_refused(d: int, other_d: int) -> None:
+    x = as_dtype(make(3, 4, d, other_d), F32)
+    assert_refused("triton", "at most 256", partial(va.attention_divergence, **x, enable_gqa=True, backend="triton"))
