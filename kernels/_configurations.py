@@ -415,22 +415,29 @@ LINES: dict[str, list[Line]] = {
         _line((64, 64, 4, 1), "two stages of 128 features exceed shared memory", size=128),
         _line((32, 32, 4, 1), _WIDER),
     ],
-    "attention_divergence terms": [  # size: the features of the side that has more of them
-        *_FLOAT32_FORWARD,
-        _line((64, 64, 4, 2), _ONCE, size=64),
-        _line((64, 64, 4, 1), "two stages of both sides' keys exceed shared memory", size=128),
+    # size: of the side with more features; two sides take twice the shared memory and registers of one
+    "attention_divergence terms": [
+        _FLOAT32_64,
+        _line((64, 16, 4, 1), _FLOAT32, architecture="sm_90", dtype=FLOAT32, size=128),
+        *_FLOAT32_ROWS[1:],
+        _line((64, 32, 4, 3), _ESTIMATED, size=64),
+        _line((64, 32, 4, 2), _ESTIMATED, size=128),
         _line((32, 32, 4, 1), "rows of 256 features fill shared memory"),
     ],
     "attention_divergence backward_q": [
-        *_FLOAT32_WHOLE,
-        _line((64, 64, 4, 2), _ONCE, size=64),
-        _line((64, 32, 4, 1), _WIDE, size=128),
+        _FLOAT32_64,
+        _line((64, 16, 4, 1), _FLOAT32, architecture="sm_90", dtype=FLOAT32, size=128),
+        *_FLOAT32_WHOLE[1:],
+        _line((64, 32, 4, 3), _ESTIMATED, size=64),
+        _line((64, 32, 4, 2), _ESTIMATED, size=128),
         _line((32, 32, 4, 1), _WIDER),
     ],
     "attention_divergence backward_kv": [
         *_FLOAT32_WHOLE,
-        _line((64, 64, 4, 2), _ONCE, size=64),
-        _line((32, 64, 4, 1), _WIDE, size=128),
+        _line((64, 32, 4, 2), _MASK, masked=True, size=64),
+        _line((32, 64, 4, 1), _MASK, masked=True, size=128),
+        _line((64, 64, 4, 2), _ESTIMATED, size=64),
+        _line((64, 64, 4, 1), _ESTIMATED, size=128),
         _line((32, 32, 4, 1), _WIDER),
     ],
     "congruence_loss map": [  # whole: tiles hold the rows of a head
