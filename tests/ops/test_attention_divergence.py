@@ -74,7 +74,8 @@ def test_by_hand(backend: str, kind: str, expected: float) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_mean_of_heads_is_that_of_their_weights(kind: str) -> None:
+@on("reference", *FAST)
+def test_the_mean_of_heads_is_that_of_their_weights(backend: str, kind: str) -> None:
     """Maps of which each row is one product, as a second way to the same numbers."""
     x = tensors(heads=4, others=2)
     sides = (("query", "key"), ("other_query", "other_key"))
@@ -86,10 +87,9 @@ def test_the_mean_of_heads_is_that_of_their_weights(kind: str) -> None:
         "hellinger": 1 - (a * b).sqrt().sum(-1),
         "total_variation": (a - b).abs().sum(-1) / 2,
     }[kind]
-    for backend in ("reference", *FAST):
-        given, eps = as_dtype(x, finest(backend)), torch.finfo(finest(backend)).eps
-        got = va.attention_divergence(**given, kind=kind, beta=0.3, head_mean=True, backend=backend)
-        torch.testing.assert_close(got.double(), expected, rtol=0, atol=450 * eps)
+    given, eps = as_dtype(x, finest(backend)), torch.finfo(finest(backend)).eps
+    got = va.attention_divergence(**given, kind=kind, beta=0.3, head_mean=True, backend=backend)
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=450 * eps)
 
 
 # ------------------------------------------------------------------ every backend against the formula
