@@ -29,7 +29,6 @@ OUTPUTS = {
     "attention_map": ("map",),
     "attention_divergence": ("divergence",),
     "congruence_loss": ("loss",),
-    "attention_divergence": ("divergence",),
     "stacked_cross_attention": ("similarity",),
     "maxsim": ("similarity",),
 }
