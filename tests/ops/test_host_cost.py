@@ -27,6 +27,7 @@ PACKAGE = str(Path(va.__file__).parent)
 WITH_LSE = "attention_map, softcap and sink", "attention_statistics, softcap and sink"
 CHECKING = str(Path(PACKAGE, "checking"))  # where the call is arranged
 FORWARD, BACKWARD = 54, 46  # the most of the package's functions that a pass on the CPU's kernels calls
+DIRECT = 29  # and a forward pass that gives the tensors of the call to the operator
 
 
 def forward_and_backward(every: Example, x: dict[str, Tensor], backend: str) -> tuple[list[Tensor], list[Tensor]]:
@@ -65,6 +66,25 @@ def test_plain_tensors_do_without_the_dispatcher(name: str, backend: str) -> Non
         kernels = 2 if name == "relevancy_attention, softcap and sink" else calls  # rollout through a sink is a step apart
         in_tiles = name == "recurrent_step"  # whose backward pass is that of streaming
         assert ours <= calls * FORWARD and (in_tiles or ours_backward <= kernels * BACKWARD)
+
+
+@pytest.mark.parametrize("options", ({}, {"is_causal": True}, {"softcap": 2.0, "scale": 0.5}, {"key_mask": [True] * 4 + [False]}))
+@on("cpu", "streaming")
+def test_products_of_the_tensors_of_a_call_cost_least(options: dict[str, Any], backend: str) -> None:
+    """The same bits as with a log-sum-exp, for which a call goes through all stages."""
+    options = {name: torch.tensor([x]) if name == "key_mask" else x for name, x in options.items()}
+    every = [torch.randn(1, 2, 5, 8, requires_grad=True) for _ in range(3)]
+
+    def run(**more: Any) -> Any:
+        return va.score_attention(*every, **options, **more, backend=backend)
+
+    out, _ = run(return_lse=True)
+    run()  # makes the plan
+    again, files = functions(run)
+    assert torch.equal(again, out)
+    for ours, others in zip(*(torch.autograd.grad(x.sin().sum(), every) for x in (again, out)), strict=True):
+        assert torch.equal(ours, others)
+    assert backend != "cpu" or sum(file.startswith(PACKAGE) for file in files) <= DIRECT
 
 
 class Seen(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -143,6 +143,9 @@ def score_attention(
     plan = planned(_plan, arguments)
     if plan.backend == "reference":
         return by_formula(load(BACKENDS, "reference").score_attention, arguments, plan.scale)
+    if plan.direct is not None:
+        out, _ = _forward_op(_direct_inputs(arguments, plan.direct))
+        return out
     features = _features(arguments, plan)
     return _finish(arguments, plan, features, _run(arguments, plan, features))
 
@@ -152,13 +155,15 @@ _new_inputs = by_name(ScoreAttentionInputs)
 
 
 class Plan(NamedTuple):
-    """How a call runs. `softcapped`: kind, parameter and scale of the core score with a softcap. `packs`: see `_packs`."""
+    """How a call runs. `softcapped`: kind, parameter and scale of the core score with a softcap. `packs`: see `_packs`. `direct`:
+    the operator's options if it takes the tensors of the call as they are and its output is that of the call; else None."""
 
     backend: str
     masks_padding: bool
     scale: float
     softcapped: tuple[str, float, float] | None
     packs: bool
+    direct: tuple[str, float, float, float, bool, str] | None
 
 
 class Features(NamedTuple):
@@ -219,9 +224,23 @@ def _multiplies_16_bits(query: Tensor) -> bool:
 
 def _plan(x: Any) -> Plan:
     backend = choice.select(BACKENDS, _describe(x), x.backend)
-    scale = scores.resolve(x.score).default_scale(x.query.shape[-1]) if x.scale is None else float(x.scale)
+    score, masks_padding, packs = scores.resolve(x.score), BACKENDS[backend].masks_padding, _packs(x)
+    scale = score.default_scale(x.query.shape[-1]) if x.scale is None else float(x.scale)
     softcapped = None if x.softcap is None else scores.softcapped(scale, x.softcap)
-    return Plan(backend, BACKENDS[backend].masks_padding, scale, softcapped, _packs(x))
+    direct = None
+    if score.is_plain and (masks_padding or x.key_mask is None) and not (backend == "sdpa" or packs or _computes_more(x)):
+        direct = *(("dot", 0.0, scale) if softcapped is None else softcapped), 0.0, x.is_causal, backend
+    return Plan(backend, masks_padding, scale, softcapped, packs, direct)
+
+
+def _computes_more(x: Any) -> bool:
+    """Returns whether a call of products has tensors to compute before the operator, or after it."""
+    more = x.sink, x.group_bias, x.head_gate
+    return x.dropout_p > 0.0 or x.return_lse or autocasts(x.query) or any([tensor is not None for tensor in more])
+
+
+def _direct_inputs(x: Any, options: tuple[Any, ...]) -> ScoreAttentionInputs:
+    return ScoreAttentionInputs(x.query, x.key, x.value, None, x.attn_mask, x.key_mask, *(None,) * 4, *options)
 
 
 def _packs(x: Any) -> bool:
