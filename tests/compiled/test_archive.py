@@ -64,6 +64,23 @@ def test_launches_are_repeated_on_other_tensors(tmp_path: Path) -> None:
     assert seen == ["_forward_kernel", "_backward_q_kernel", "_backward_kv_kernel"]
 
 
+@pytest.mark.slow
+def test_passes_that_are_repeated_are_counted() -> None:
+    """Every forward pass of attention only allocates and launches; torch pads r in every backward pass of relevancy."""
+    counts = compiling("tools.gpu.repeats.counts")
+    repeated, forward, sequences = counts["score_attention.forward"]
+    assert repeated == forward > sequences > 1
+    assert counts["relevancy_attention.backward"][0] == 0 < counts["relevancy_attention.backward"][1]
+
+
+@pytest.mark.slow
+def test_the_host_is_timed_without_a_device() -> None:
+    passes = "forward", "forward+backward"
+    least = compiling("tools.gpu.host.times", ["score_attention"], 2)
+    assert set(least) == {(name, what) for name in ("SDPA", "score_attention") for what in passes}
+    assert all(0.0 < us < float("inf") for us in least.values())
+
+
 def test_a_kernel_is_loaded_once(tmp_path: Path) -> None:
     assert compiling(AHEAD + "loads_of_threads", tmp_path, 8) == ["_forward_kernel"]
 
