@@ -144,7 +144,7 @@ def score_attention(
     if plan.backend == "reference":
         return by_formula(load(BACKENDS, "reference").score_attention, arguments, plan.scale)
     if plan.direct is not None:
-        out, _ = _forward_op(_direct_inputs(arguments, plan.direct))
+        out, _ = _forward_op(ScoreAttentionInputs(query, key, value, None, attn_mask, key_mask, *plan.direct))
         return out
     features = _features(arguments, plan)
     return _finish(arguments, plan, features, _run(arguments, plan, features))
@@ -156,14 +156,14 @@ _new_inputs = by_name(ScoreAttentionInputs)
 
 class Plan(NamedTuple):
     """How a call runs. `softcapped`: kind, parameter and scale of the core score with a softcap. `packs`: see `_packs`. `direct`:
-    the operator's options if it takes the tensors of the call as they are and its output is that of the call; else None."""
+    the operator's inputs after the masks if it takes the tensors of the call as they are and gives its output; else None."""
 
     backend: str
     masks_padding: bool
     scale: float
     softcapped: tuple[str, float, float] | None
     packs: bool
-    direct: tuple[str, float, float, float, bool, str] | None
+    direct: tuple[Any, ...] | None
 
 
 class Features(NamedTuple):
@@ -229,7 +229,8 @@ def _plan(x: Any) -> Plan:
     softcapped = None if x.softcap is None else scores.softcapped(scale, x.softcap)
     direct = None
     if score.is_plain and (masks_padding or x.key_mask is None) and not (backend == "sdpa" or packs or _computes_more(x)):
-        direct = *(("dot", 0.0, scale) if softcapped is None else softcapped), 0.0, x.is_causal, backend
+        core = ("dot", 0.0, scale) if softcapped is None else softcapped
+        direct = None, None, None, None, *core, 0.0, x.is_causal, backend
     return Plan(backend, masks_padding, scale, softcapped, packs, direct)
 
 
@@ -237,10 +238,6 @@ def _computes_more(x: Any) -> bool:
     """Returns whether a call of products has tensors to compute before the operator, or after it."""
     more = x.sink, x.group_bias, x.head_gate
     return x.dropout_p > 0.0 or x.return_lse or autocasts(x.query) or any([tensor is not None for tensor in more])
-
-
-def _direct_inputs(x: Any, options: tuple[Any, ...]) -> ScoreAttentionInputs:
-    return ScoreAttentionInputs(x.query, x.key, x.value, None, x.attn_mask, x.key_mask, *(None,) * 4, *options)
 
 
 def _packs(x: Any) -> bool:
