@@ -311,6 +311,17 @@ def test_tables_and_figures() -> None:
         table.plot(1, "values")
 
 
+class ByMean(nn.Module):
+    """Divides by a mean of sizes, and takes no root."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x / x.abs().mean(-1, keepdim=True)
+
+
 def test_what_cannot_be_split_is_named() -> None:
     model, inputs = llama()
     for call, message in [
@@ -340,6 +351,11 @@ def test_what_cannot_be_split_is_named() -> None:
     packed = DECODERS["Mistral3ForConditionalGeneration"]()
     with pytest.raises(ValueError, match="inputs must have one sample if a tower packs the tokens of several; got 2, and 1 in"):
         va.logit_parts(packed.model.eval(), packed.inputs("left"), 7, tower="vision")
+    decoder: Any = llama()[0]
+    decoder.model.layers[1].input_layernorm = ByMean().double()
+    for call in (lambda: va.score_parts(decoder, inputs, 1), lambda: va.logit_parts(decoder, inputs, 7)):
+        with pytest.raises(ValueError, match=r"norms that \w+ can hold fixed; got 'model.layers.1.input_layernorm' \(ByMean\)"):
+            call()
     for kind in ("Gemma4ForCausalLM", "Qwen4ExpForCausalLM"):
         other, ids = small(kind)
         with pytest.raises(ValueError, match=r"model must add only outputs of attention and of MLPs .* \(\w+Backward0\)"):

@@ -235,6 +235,21 @@ def test_positions_follow_the_cache(kind: str, positions: Any) -> None:
         ids = made.sequences[:, : prompt + step + 1]
 
 
+@pytest.mark.parametrize("edit", [va.Residual(1, "question", scale=0.3), va.Mlp(1, (2, 9), set=0)])
+def test_a_prompt_in_a_batch_is_edited_as_it_is_alone(edit: Any) -> None:
+    """Prompts are padded on the left, and a span counts the tokens of the whole row."""
+    model, inputs = llama()
+    inputs["attention_mask"][1, :2] = 0
+    with va.intervene(model, inputs, edit), torch.no_grad():
+        both = logits(model(**inputs))[:, -1]
+    for row, start in enumerate((0, 2)):
+        one = {name: value[row : row + 1, start:] for name, value in inputs.items()}
+        single = va.Mlp(1, (2 - start, 9 - start), set=0) if isinstance(edit, va.Mlp) else edit
+        with va.intervene(model, one, single), torch.no_grad():
+            torch.testing.assert_close(logits(model(**one))[:, -1], both[row : row + 1], rtol=0, atol=1e-5)  # float32 norms
+        assert not torch.allclose(logits(model(**one))[:, -1], both[row : row + 1], atol=1e-3)
+
+
 def test_beams_are_copies_of_their_prompt() -> None:
     model, inputs = decoder("LlavaForConditionalGeneration")
     chosen = {"max_new_tokens": 3, "num_beams": 3, "do_sample": False}
