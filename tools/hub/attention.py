@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tools.hub.functions import score_attention
-from vlattn_fast.attach.masks import masks_of
+from vlattn_fast._ground.tensors import masks_of
 from vlattn_fast.ops._sinks import with_sink
 
 supports_flash_attn = True  # beside a function of this name transformers passes the masks that it makes for SDPA

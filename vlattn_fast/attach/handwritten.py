@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vlattn_fast.attach.masks import joined
+from vlattn_fast._ground.tensors import joined
 from vlattn_fast.attach.multihead import attend, heads, multihead_attention
 from vlattn_fast.attach.transformers_interface import REPLACED
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast.attach.masks import joined
+from vlattn_fast._ground.tensors import joined
 from vlattn_fast.ops.attention_map import attention_map
 
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlattn_fast._ground.tensors import masks_of
 from vlattn_fast.attach.events import RUNNING
-from vlattn_fast.attach.masks import masks_of
 
 SDPA_NAME, ADDITIVE_NAME = "vlattn", "vlattn_additive"
 CONFIG_NAME = "_attn_implementation_internal"  # where a config of transformers keeps the name

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vlattn_fast._ground.marks import add_mark, new_mark, read_mark
-from vlattn_fast.attach.masks import joined
+from vlattn_fast._ground.tensors import joined
 
 PRODUCTS = (torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vlattn_fast._ground.checks import check_bool, check_choice, check_token_mask
-from vlattn_fast.attach.masks import joined
+from vlattn_fast._ground.tensors import joined
 from vlattn_fast.attach.written import is_masked
 from vlattn_fast.nn.capture_attention import AttentionCapture
 from vlattn_fast.nn.captured_layer import CapturedLayer, QueryKey

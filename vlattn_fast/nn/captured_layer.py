@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.checks import describe
-from vlattn_fast._ground.tensors import scaled_dot_default
-from vlattn_fast.attach.masks import joined
+from vlattn_fast._ground.tensors import joined, scaled_dot_default
 from vlattn_fast.attach.written import is_masked
 from vlattn_fast.ops.token_scores import token_scores
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from vlattn_fast import scores
 from vlattn_fast._ground.checks import check_bool, check_choice
+from vlattn_fast._ground.tensors import masks_of
 from vlattn_fast.attach.handwritten import calls_interface, has_core, with_core
-from vlattn_fast.attach.masks import masks_of
 from vlattn_fast.attach.session import named, split_path, unwrapped
 from vlattn_fast.attach.transformers_interface import CONFIG_NAME, REPLACED, RULE
 from vlattn_fast.nn.score_attention import ScoreFactory, make_score

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from vlattn_fast._ground.groups import columns_of_groups, rows_of_groups
+from vlattn_fast._ground.tensors import joined
 from vlattn_fast.attach.events import RUNNING, SOFTMAX, Attend, Attention, ModuleRun, Subscriber, edits_of, first_argument
-from vlattn_fast.attach.masks import joined
 from vlattn_fast.attach.observer import Observer
 from vlattn_fast.attach.session import Steps, uncompiled
 from vlattn_fast.attach.written import is_masked_score
