@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,11 +32,18 @@ def _chosen(batch: int, queries: int, keys: int, count: int, generator: torch.Ge
     return torch.randint(-1, keys, (batch, queries, count), generator=generator)
 
 
+def _with_chosen(tensors: Tensors) -> dict[str, Any]:
+    """Three keys before each query, one of them twice; for the first queries fewer."""
+    query = tensors["index_query"] if tensors["query"].is_nested else tensors["query"]
+    steps = torch.tensor([0, 1, 1, 3], device=query.device)
+    indices = torch.arange(query.shape[2], device=query.device)[:, None] - steps
+    return {**tensors, "topk_indices": indices.expand(query.shape[0], -1, -1)}
+
+
 def examples(sizes: Sizes) -> Iterator[Example]:
     floats = {"scale": FLOATS}
     yield Example(indexer_divergence, "", _plain(sizes), floats=floats)
-    chosen = _chosen(sizes.batch, sizes.queries, sizes.keys, 5)
-    yield Example(indexer_divergence, "chosen keys", _plain(sizes), {"topk_indices": chosen, "is_causal": True})
+    yield Example(indexer_divergence, "chosen keys", _plain(sizes), {"is_causal": True}, _with_chosen)
 
 
 def verify(generator: torch.Generator, sizes: Sizes) -> Iterator[Example]:
