@@ -28,7 +28,7 @@ def draw_baselines(records: Sequence[Record], path: Path, title: str) -> Path:
         by_module.setdefault(module, {}).setdefault(label.replace("/", ", ") + kind, []).append(record)
     looks = _looks(records)
     columns: list[list[str]] = [[] for _ in range(min(2, len(by_module)) or 1)]
-    heights = {module: 0.9 + 0.17 * len(lines) for module, lines in by_module.items()}  # inches
+    heights = {module: 0.9 + 0.15 * len(lines) for module, lines in by_module.items()}  # inches
     for module in by_module:
         min(columns, key=lambda column: sum(heights[name] for name in column)).append(module)
     tallest = max(sum(heights[name] for name in column) for column in columns)
