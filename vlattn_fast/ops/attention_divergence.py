@@ -20,6 +20,7 @@ from vlattn_fast._ground.checks import (
     describe,
 )
 from vlattn_fast._ground.tensors import (
+    as_fake_outputs,
     cast_by_autocast,
     compute_dtype,
     mask_padding,
@@ -189,9 +190,7 @@ def _forward_fake(inputs: Any) -> Tensor:
 
 def _backward_fake(inputs: AttentionDivergenceBackwardInputs) -> tuple[Tensor, ...]:
     needs = inputs.need_own, inputs.need_own, inputs.need_other, inputs.need_other
-    return tuple(
-        [x.new_empty(x.shape if need else 0) for x, need in zip((getattr(inputs, f) for f in FIELDS), needs, strict=True)]
-    )
+    return as_fake_outputs(inputs.query, [getattr(inputs, f) if need else None for f, need in zip(FIELDS, needs, strict=True)])
 
 
 _forward_op = define("attention_divergence", AttentionDivergenceInputs, "Tensor", launcher(BACKENDS, "forward"), _forward_fake)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vlattn_fast._ground.checks import check_bool, check_device, check_floating, check_masks, check_tensor, describe
 from vlattn_fast._ground.tensors import (
+    as_fake_outputs,
     cast_by_autocast,
     compute_dtype,
     mask_padding,
@@ -155,9 +156,7 @@ def _forward_fake(inputs: Any) -> Tensor:
 
 def _backward_fake(inputs: IndexerDivergenceBackwardInputs) -> tuple[Tensor, ...]:
     needs = *[inputs.need_attention] * 2, *[inputs.need_index] * 3
-    return tuple(
-        [x.new_empty(x.shape if need else 0) for x, need in zip((getattr(inputs, f) for f in FIELDS), needs, strict=True)]
-    )
+    return as_fake_outputs(inputs.query, [getattr(inputs, f) if need else None for f, need in zip(FIELDS, needs, strict=True)])
 
 
 _forward_op = define("indexer_divergence", IndexerDivergenceInputs, "Tensor", launcher(BACKENDS, "forward"), _forward_fake)
