@@ -200,7 +200,7 @@ def _named(outputs: Any) -> Tensors:
     if isinstance(outputs, dict):
         return outputs
     names = getattr(outputs, "_fields", [f"output {i}" for i in range(len(outputs))])
-    return dict(zip(names, outputs, strict=True))
+    return {name: x for name, x in zip(names, outputs, strict=True) if x is not None}
 
 
 # --- measuring ---

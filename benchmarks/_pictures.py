@@ -27,12 +27,12 @@ def draw_baselines(records: Sequence[Record], path: Path, title: str) -> Path:
         kind = "" if len({each["dtype"] for each in records}) == 1 else f" ({record['dtype']})"
         by_module.setdefault(module, {}).setdefault(label.replace("/", ", ") + kind, []).append(record)
     looks = _looks(records)
-    columns: list[list[str]] = [[] for _ in range(min(2, len(by_module)) or 1)]
+    columns: list[list[str]] = [[] for _ in range(min(3, len(by_module)) or 1)]
     heights = {module: 0.9 + 0.15 * len(lines) for module, lines in by_module.items()}  # inches
     for module in by_module:
         min(columns, key=lambda column: sum(heights[name] for name in column)).append(module)
     tallest = max(sum(heights[name] for name in column) for column in columns)
-    figure = Figure(figsize=(9.3 * len(columns), tallest + 1.2), layout="constrained")
+    figure = Figure(figsize=(6.5 * len(columns), tallest + 1.2), layout="constrained")
     for column, part in zip(columns, figure.subfigures(1, len(columns), squeeze=False)[0], strict=True):
         rest = max(tallest - sum(heights[name] for name in column), 1e-3)  # below the shorter column's panels
         *cells, below = part.subplots(len(column) + 1, height_ratios=[*(heights[name] for name in column), rest])
@@ -42,7 +42,7 @@ def draw_baselines(records: Sequence[Record], path: Path, title: str) -> Path:
     figure.suptitle(f"{title}: median time over that of the bound (log scale, less is better)", fontsize=11)
     handles = [Line2D([], [], color=color, marker=marker, linestyle="", label=name) for name, (color, marker) in looks.items()]
     if handles:
-        figure.legend(handles=handles, loc="outside lower center", ncols=4 * len(columns), fontsize=8, frameon=False)
+        figure.legend(handles=handles, loc="outside lower center", ncols=3 * len(columns), fontsize=8, frameon=False)
     figure.savefig(path, dpi=90, metadata={"Software": None})
     return path
 
