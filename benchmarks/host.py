@@ -208,6 +208,8 @@ def measure(device: str = "cpu", *, rounds: int = ROUNDS, options: Sequence[str]
         raise RuntimeError("a call failed, or an option is not pytest's; see above")
     done = [timed for timed in calls.timed.values() if timed.times]
     sdpa = {(backend, what): np.median(x.times) * 1e6 for x in done for backend, name, what in [x.key] if name == SDPA}
+    if missing := {(backend, what) for backend, _, what in (x.key for x in done)} - sdpa.keys():
+        raise RuntimeError(f"SDPA must be among the chosen calls, which are compared with it; it is not in {sorted(missing)}")
     return [x.record(float(sdpa[backend, what])) for x in done for backend, _, what in [x.key]]
 
 

@@ -13,8 +13,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tests.helpers.interpret import decoder_cases
 from tests.helpers.nn.models import BOXES, HEAD_DIM, HEADS, MODELS, WORDS, Joined, answer, uniter, visual_bert
 from tests.helpers.releases import checkpointing
+from vlattn_fast import ScaleHeads, intervene
 from vlattn_fast.backends.reference.congruence_loss import congruence_loss as formula
 from vlattn_fast.nn import CongruenceLoss, capture_attention
 
@@ -173,6 +175,22 @@ def test_modality_by_names() -> None:
             model(**inputs)
 
 
+def test_a_frozen_tower_without_gradients() -> None:
+    """A vision tower under no_grad, as ms-swift runs it: the gradients are those of the tower as part of the graph."""
+    case = decoder_cases.llava()
+    model, inputs = case.model, case.inputs()
+    tower, results = model.get_submodule(case.vision).requires_grad_(False), []
+    for forward in (torch.no_grad()(tower.forward), tower.forward):
+        tower.forward = forward
+        model.zero_grad()
+        with capture_attention(model.train()) as captured:
+            model(**inputs)
+        captured.query.square().sum().backward()
+        results.append([x.grad for x in model.parameters() if x.grad is not None])
+    assert len(results[0]) > 5
+    torch.testing.assert_close(*results)
+
+
 def test_refusals() -> None:
     model, inputs = visual_bert()
     for layers in ([], [True], "last", None, 1.5):
@@ -187,6 +205,10 @@ def test_refusals() -> None:
     no_attention = pytest.raises(ValueError, match="captured no self-attention over all tokens")
     with no_attention, capture_attention(nn.Linear(3, 3)) as captured:
         captured.model(torch.randn(2, 3))
+    decoder, tokens = MODELS["Llama, sdpa"]()
+    edited = intervene(decoder, tokens, ScaleHeads({1: [3]}, 0.0))
+    with pytest.raises(ValueError, match="within `va.intervene` its edits compute"), edited, capture_attention(decoder):
+        decoder(**tokens)
     checkpointing(model, {"use_reentrant": True})
     model.train().get_input_embeddings().weight.requires_grad_(True)
     with pytest.raises(ValueError, match="use_reentrant=True"), capture_attention(model):

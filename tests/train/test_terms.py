@@ -14,6 +14,7 @@ pytest.importorskip("accelerate")
 lightning = pytest.importorskip("lightning")
 
 import vlattn_fast as va  # noqa: E402
+from tests.helpers.interpret import decoder_cases  # noqa: E402
 from tests.helpers.trainers import fresh_state, model_of, weights  # noqa: E402
 from tests.helpers.two_ranks import results_of  # noqa: E402
 
@@ -159,6 +160,18 @@ def test_a_decoders_loss_by_the_number_of_its_tokens() -> None:
         trainer.train()
         changes.append(weights(trainer.model))
     torch.testing.assert_close(changes[0], changes[1], rtol=1e-4, atol=1e-6)
+
+
+def test_a_mask_of_words_and_image_tokens_in_one_is_the_layers_own() -> None:
+    case = decoder_cases.llava()
+    model, inputs = case.model.train(), case.inputs("left")
+    assert not inputs["attention_mask"].all()
+    losses = []
+    for options in ({}, {"text_mask": None}):
+        with va.train.CongruenceTerm(model, va.nn.CongruenceLoss("cacr", weight=1e3), **options):
+            losses.append(model(**inputs, labels=inputs["input_ids"]).loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert losses[0] != pytest.approx(model(**inputs, labels=inputs["input_ids"]).loss.item(), rel=1e-4)
 
 
 class Module(lightning.LightningModule):  # type: ignore[misc, name-defined, unused-ignore]

@@ -7,8 +7,10 @@ their residual stream; the output of cross-attention does not change the kind.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import torch
@@ -62,7 +64,7 @@ class TokenKinds(Subscriber):
         leaves: called with the number of a call and the result of the layer around it.
         outputs: called with the number of a call and the output (B, H, N, Dv) of its heads; not for nn.MultiheadAttention, which
             does not show it.
-        needs_graph: whether calls without gradients in a forward pass with gradients raise a ValueError.
+        needs_graph: whether calls whose graph torch.utils.checkpoint drops in a forward pass with gradients raise a ValueError.
     """
 
     def __init__(
@@ -161,10 +163,10 @@ class TokenKinds(Subscriber):
 
     def on_attention(self, event: Attention, attend: Attend) -> Any:
         """Stores the call."""
-        if self._learns and not torch.is_grad_enabled():
+        if self._learns and not torch.is_grad_enabled() and _runs_in_an_autograd_function():  # not a tower that is frozen
             raise ValueError(
-                "model must keep the graph of its attention; got a call without gradients, e.g. from torch.utils.checkpoint with "
-                "use_reentrant=True"
+                "model must keep the graph of its attention; got a call without it, e.g. from torch.utils.checkpoint with "
+                "use_reentrant=True: pass use_reentrant=False"
             )
         kinds = self._kinds(event.given[:1]), self._kinds(event.given[1:2])
         module = self._modules[event.run]
@@ -222,6 +224,16 @@ def check_modality(modality: Mapping[str, str] | None) -> dict[str, str]:
         if kind not in tuple(_KINDS):
             raise ValueError(f"modality must be one of {tuple(_KINDS)}; got {kind!r} for {name!r}")
     return dict(modality or {})
+
+
+def _runs_in_an_autograd_function() -> bool:
+    """Whether the forward of a torch.autograd.Function runs, as that of torch.utils.checkpoint with use_reentrant=True."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "forward" and frame.f_code.co_varnames[:1] == ("ctx",):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def kind_of(name: str, modality: Mapping[str, str]) -> int:

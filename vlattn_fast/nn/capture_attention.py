@@ -137,10 +137,10 @@ class AttentionCapture:
         }
         lengths = {len(layers) for layers in within.values() if layers}
         if not lengths:
-            raise ValueError(
-                "capture_attention captured no self-attention over all tokens of text or image at once; modality= names the kind "
-                "of inputs with unusual names"
-            )
+            hint = "within `va.intervene` its edits compute the attention: leave one of the two contexts"
+            if calls:
+                hint = "modality= names the kind of inputs with unusual names"
+            raise ValueError(f"capture_attention captured no self-attention over all tokens of text or image at once; {hint}")
         for index in self._layers:
             if any(not -n <= index < n for n in lengths):
                 raise ValueError(f"layers must be among {min(lengths)} layers; got {index}")

@@ -123,8 +123,8 @@ class CongruenceTerm(Term):
         model: any model that `capture_attention` supports; wrappers (DDP, FSDP, torch.compile) are supported, and a compiled
             model runs uncompiled.
         loss: a `CongruenceLoss`, with its weight and schedule.
-        text_mask, image_mask: the names of the model's inputs with 1 for each real token. None, or an input that a batch does not
-            have, means the layer's own mask.
+        text_mask, image_mask: the names of the model's inputs with 1 for each real token. None, an input that a batch does not
+            have, or an attention_mask of words and image tokens in one, as decoders take, means the layer's own mask.
         layers, modality: see `capture_attention`; one layer.
         every: steps from one log to the next.
 
@@ -170,9 +170,11 @@ class CongruenceTerm(Term):
         super()._end_training()
 
     def _value(self, batch: dict[str, Any], outputs: Any) -> Tensor:
-        masks = {}
+        masks, joint = {}, self._capture.layer.joint
         for name, key in self._masks.items():
             mask = None if key is None else batch.get(key)
+            if key == _MASK and mask is not None and joint is not None and mask.shape[1] == joint[0].shape[2]:
+                continue  # of words and image tokens in one: the layer's own
             if mask is not None:
                 masks[name] = mask.bool()
             elif key not in {None, _MASK, *batch} and key not in inspect.signature(self.model.forward).parameters:
