@@ -118,6 +118,22 @@ def test_trainer_trains_as_by_hand(name: str, way: str) -> None:
     assert not trainer.model._forward_hooks and not trainer.model._forward_pre_hooks  # of the term
 
 
+def test_the_loss_of_each_step_is_logged_beside_the_term() -> None:
+    losses = {}
+    for with_term in (False, True):
+        trainer = trainer_of("congruence", logging_strategy="steps", logging_steps=1, learning_rate=0.0)
+        term = term_of("congruence", trainer.model, every=1)
+        if with_term:
+            trainer.add_callback(term.trainer_callback(trainer))
+        trainer.train()
+        rows = trainer.state.log_history
+        losses[with_term] = [row["loss"] for row in rows if "loss" in row]
+    terms = [row[term.name] for row in rows if term.name in row]
+    assert len(losses[False]) == len(terms) == 2
+    for plain, loss, value in zip(losses[False], losses[True], terms, strict=True):
+        assert loss - plain == pytest.approx(value, rel=1e-3, abs=1e-5)
+
+
 @pytest.mark.parametrize("name", TERMS)
 def test_the_term_moves_the_model(name: str) -> None:
     trainer = trainer_of(name, remove_unused_columns=True)

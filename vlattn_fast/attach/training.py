@@ -70,9 +70,11 @@ class TrainingContext:
             def on_step_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
                 context._begin_step(state.global_step)
 
-            def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
                 if values := context._end_step(state.global_step, state.is_world_process_zero):
+                    due = control.should_log
                     log(values)
+                    control.should_log = due  # which a log clears; the loss of this step is yet to come
 
             def on_evaluate(self, *_: Any, **__: Any) -> None:
                 context._end_evaluation()
