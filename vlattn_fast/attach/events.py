@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -176,8 +177,28 @@ class Attends(Protocol):
     ) -> Tensor: ...
 
 
-# The innermost run of this thread.
-RUNNING: contextvars.ContextVar[Attends | None] = contextvars.ContextVar("vlattn_trace", default=None)
+class _Running:
+    """The innermost run of this thread and context.
+
+    A run is only that of the thread that set it: a thread may have a copy of another one's context. Free-threaded Python starts
+    each thread with one, other Pythons do so if they are asked (`-X thread_inherit_context=1`), and so does asyncio.to_thread.
+    """
+
+    def __init__(self) -> None:
+        self._set = contextvars.ContextVar[tuple[int, Attends | None]]("vlattn_running", default=(0, None))
+
+    def get(self) -> Attends | None:
+        thread, run = self._set.get()
+        return run if thread == threading.get_ident() else None
+
+    def set(self, run: Attends | None) -> contextvars.Token[tuple[int, Attends | None]]:
+        return self._set.set((threading.get_ident(), run))
+
+    def reset(self, token: contextvars.Token[tuple[int, Attends | None]]) -> None:
+        self._set.reset(token)
+
+
+RUNNING = _Running()
 SOFTMAX = (torch.softmax, functional.softmax, Tensor.softmax)
 SCORE_ATTENTION = torch.ops.vlattn.score_attention
 

@@ -60,9 +60,20 @@ def select(backends: Table, call: Call, backend: Any) -> str:
 
 
 def load(backends: Table, name: str) -> ModuleType:
-    """Returns the backend's module, from sys.modules if possible: torch.compile cannot trace an import."""
-    module = sys.modules.get(backends[name].module)
-    return importlib.import_module(backends[name].module) if module is None else module
+    """Returns the backend's module, imported at its first use."""
+    path = backends[name].module
+    module = _imported.get(path)
+    return _import(path) if module is None else module
+
+
+def _import(path: str) -> ModuleType:
+    if torch.compiler.is_compiling() and path in sys.modules:  # torch.compile cannot trace an import
+        return sys.modules[path]
+    module = _imported[path] = importlib.import_module(path)
+    return module
+
+
+_imported: dict[str, ModuleType] = {}  # as a whole; sys.modules also has those that another thread is importing
 
 
 def launcher(backends: Table, name: str) -> Callable[..., Any]:

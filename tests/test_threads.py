@@ -1,0 +1,157 @@
+"""Eight threads of operators and of `explain` at once, with a GIL and, in a free-threaded Python, without one: the bits of one
+thread.
+
+`python -X gil=0 -m pytest tests/test_threads.py` is the test without the GIL; the modules of other packages may turn it on again
+otherwise.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import json
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import vlattn_fast as va
+from tests.helpers import programs
+from vlattn_fast.attach.events import RUNNING
+from vlattn_fast.checking import verify
+from vlattn_fast.checking.cases import Sizes
+from vlattn_fast.ops import OPERATORS
+
+THREADS = 8
+BACKENDS = ("cpu", "sdpa", "streaming", "reference")
+SIZES = Sizes(queries=9, keys=11, head_dim=8, value_dim=8, regions=6, words=5, features=8, rows=2, images=2, captions=2)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def switching() -> Iterator[None]:
+    """With a GIL threads take turns a hundred times as often as by default."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(5e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
+def in_threads(calls: Sequence[Callable[[], Any]]) -> list[list[Any]]:
+    """The results of all calls in each thread. All begin together, each with another call."""
+    begin = threading.Barrier(THREADS)
+
+    def run(number: int) -> list[Any]:
+        begin.wait()
+        results: list[Any] = [None] * len(calls)
+        for i in range(len(calls)):
+            each = (i + number * len(calls) // THREADS) % len(calls)
+            results[each] = calls[each]()
+        return results
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(run, range(THREADS)))
+
+
+def equal_bits(got: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return got.keys() == expected.keys() and all(
+        torch.equal(torch.nan_to_num(got[name]), torch.nan_to_num(x)) for name, x in expected.items()
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_operators(dtype: torch.dtype) -> None:
+    """Outputs and gradients of every operator on every backend of a CPU. (torch has one level of forward mode for all threads.)"""
+    named = {}
+    for case in verify.cases(sizes=SIZES):
+        tensors = case.in_dtype(dtype)
+        for backend in BACKENDS:
+            if not OPERATORS[case.operator].refusals(backend, case.arguments(tensors)):
+                named.setdefault((case.operator, backend), (case, tensors))
+    assert {operator for operator, _ in named} == {*OPERATORS}
+    calls = [
+        lambda case=case, tensors=tensors, backend=backend: verify._run(case, tensors, backend)
+        for (_, backend), (case, tensors) in named.items()
+    ]
+    expected = [call() for call in calls]
+    for results in in_threads(calls):
+        wrong = [name for name, got, one in zip(named, results, expected, strict=True) if not equal_bits(got, one)]
+        assert not wrong
+
+
+def test_first_calls() -> None:
+    """All threads make the first calls of a new process at once: libraries, modules and kernels are loaded then."""
+    done = programs.run(
+        """
+import json, sys, threading, torch
+import vlattn_fast as va
+torch.manual_seed(0)
+q, carrier, begin, results = torch.randn(2, 3, 9, 8), torch.rand(2, 3, 9), threading.Barrier(8), []
+sys.setswitchinterval(5e-6)
+def first():
+    begin.wait()
+    x = q.clone().requires_grad_()
+    out, r = va.relevancy_attention(x, q, q, carrier, rule="attention")
+    (out.sum() + va.score_attention(x, q, q, score=va.scores.Cosine()).sum()).backward()
+    results.append([out, r, x.grad, va.attention_statistics(q, q).entropy])
+threads = [threading.Thread(target=first) for _ in range(8)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(json.dumps([len(results), all(torch.equal(a, b) for one in results for a, b in zip(one, results[0], strict=True))]))
+"""
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [THREADS, True]
+
+
+@pytest.fixture(scope="module")
+def explained() -> list[Callable[[], dict[str, Tensor]]]:
+    """Explanations of models that all threads share, of two inputs and by several methods."""
+    pytest.importorskip("transformers")
+    from tests.helpers.interpret.cases import CASES, lively
+
+    calls: list[Callable[[], dict[str, Tensor]]] = []
+    for name in ("vit", "llava"):
+        torch.manual_seed(0)
+        case = CASES[name]()
+        model, inputs = lively(case.model).eval(), case.inputs
+        flipped = {key: x.flip(0) if isinstance(x, Tensor) else x for key, x in inputs.items()}
+        for method, given in (("gradient", inputs), ("gradient", flipped), ("weighted", inputs), ("input_gradient", inputs)):
+            calls.append(lambda a=model, b=given, c=method: va.explain(a, b, method=c).relevancy)
+    return calls
+
+
+def test_explain(explained: list[Callable[[], dict[str, Tensor]]]) -> None:
+    expected = [call() for call in explained]
+    for results in in_threads(explained):
+        assert [i for i, (got, one) in enumerate(zip(results, expected, strict=True)) if not equal_bits(got, one)] == []
+
+
+def test_a_run_is_that_of_its_thread() -> None:
+    """Also if a thread has a copy of the context of a run, as each has in a free-threaded Python."""
+    pytest.importorskip("transformers")
+    from tests.helpers.interpret.cases import CASES, lively
+
+    case = CASES["vit"]()
+    model, inputs = lively(case.model).eval(), case.inputs
+    expected, others = va.explain(model, inputs).relevancy, list[Any]()
+
+    def other() -> None:
+        others.append(RUNNING.get())
+        others.append(va.explain(model, inputs).relevancy)
+
+    def within(*_: Any) -> None:
+        if not others and threading.current_thread() is threading.main_thread():
+            thread = threading.Thread(target=contextvars.copy_context().run, args=(other,))
+            assert RUNNING.get() is not None
+            thread.start()
+            thread.join()
+
+    hook = model.register_forward_pre_hook(within)
+    got = va.explain(model, inputs).relevancy
+    hook.remove()
+    assert others[0] is None
+    assert equal_bits(others[1], expected) and equal_bits(got, expected)
