@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tools import navigation
-from tools.lists import Lists
+from tools.lists import VERSIONED, Lists
 from vlattn_fast.interpret.relevancy.methods.registry import first_lines
 
 ROOT = Path(__file__).parents[1]
@@ -43,7 +43,9 @@ def tree(tmp_path: Path) -> Path:
     ignored = shutil.ignore_patterns("*.so", "*.safetensors", "__pycache__", "*.png", "*.jpg")
     for folder in ("vlattn_fast", "docs"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignored)
-    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    (tmp_path / "conda").mkdir()
+    for name in ("pyproject.toml", *VERSIONED):
+        shutil.copy(ROOT / name, tmp_path / name)
     return tmp_path
 
 
@@ -89,6 +91,16 @@ def test_what_is_added_is_written_everywhere(tree: Path) -> None:
     groups = navigation.sections_of(lists.text("mkdocs.yml"))
     assert groups["Guides"][-1] == "guides/see.md" and "operators/toy.md" in groups["Reference"]
     assert lists.stale() == lists.write() == []
+
+
+def test_the_version_is_written_where_it_is_repeated(tree: Path) -> None:
+    lists = Lists(tree)
+    before = {name: lists.text(name).splitlines() for name in VERSIONED}
+    (tree / "pyproject.toml").write_text(lists.text("pyproject.toml").replace(f'"{lists.version()}"', '"12.3.0rc1"'))
+    assert lists.stale() == lists.write() and {*lists.write()} == set()
+    lines = ["version: 12.3.0rc1", '  version: "12.3.0rc1"', "copyright: vlattn_fast 12.3.0rc1"]
+    for (name, old), line in zip(before.items(), lines, strict=True):
+        assert [new for new, was in zip(lists.text(name).splitlines(), old, strict=True) if new != was] == [line], name
 
 
 def test_options_and_order_stay(tree: Path) -> None:

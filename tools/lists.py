@@ -1,11 +1,11 @@
-"""Writes the lists that follow from the code: exports, docs/api.md's entries, the site's navigation, the page of methods.
+"""Writes what follows from the code: exports, docs/api.md's entries, the site's navigation, the page of methods, the version.
 
     python -m tools.lists            # `make lists`: writes them
     python -m tools.lists --check    # names the files that would change, and writes nothing
 
 Sources are read and not imported, so that what is being added need not run yet. A list keeps the order and the options that
 somebody gave it; what is missing is added, and a page that is gone leaves the navigation. An operator without a page gets one to
-fill in. An entry of docs/api.md goes by hand.
+fill in. An entry of docs/api.md goes by hand. The version is that of pyproject.toml.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,6 +37,9 @@ FOLDERS = {
     "experiments": ("Evidence", "Experiments"),
     "": ("Reference",),
 }
+# files that repeat the version, and how; the site shows its copyright at the foot of each page
+VERSIONED = "CITATION.cff", "conda/recipe.yaml", "mkdocs.yml"
+VERSION = re.compile(r'^( *version: "?|copyright: vlattn_fast )[\w.]+', re.M)
 GENERATED = ("report.md",)  # pages that tools/pages makes whole
 PAGE = """# {stem}
 
@@ -94,6 +98,8 @@ class Lists:
         texts["docs/api.md"] = self.api(texts)
         texts["mkdocs.yml"] = self.navigation(texts)
         texts["docs/methods.md"] = self.methods_page()
+        for name in VERSIONED:
+            texts[name] = VERSION.sub(rf"\g<1>{self.version()}", texts.get(name) or self.text(name))
         return texts
 
     def stale(self) -> list[str]:
@@ -106,6 +112,9 @@ class Lists:
         for name in changed:
             (self.root / name).write_text(texts[name], encoding="utf-8")
         return changed
+
+    def version(self) -> str:
+        return str(tomllib.loads(self.text("pyproject.toml"))["project"]["version"])
 
     # exports
 
