@@ -378,7 +378,7 @@ def test_its_libraries_run_on_old_systems(tmp_path: Path) -> None:
         pytest.skip(f"the libraries are not checked: {error}")
     for library in build.LIBRARIES:
         file = ObjectFile(kernel / library)
-        assert (file.check_manylinux(f"manylinux_{build.GLIBC.replace('.', '_')}"), file.check_python_abi("3.9")) == ([], [])
+        assert (file.check_manylinux(f"manylinux_{building.GLIBC.replace('.', '_')}"), file.check_python_abi("3.9")) == ([], [])
 
 
 def test_its_files_have_the_syntax_of_the_oldest_python(folder: Path) -> None:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+GLIBC = "2.28"  # the oldest with which kernels for other machines run; the kernel hub asks for it
 WITHOUT_NVCC = "-DVLATTN_CPU", "-DVLATTN_TORCH", "-DVLATTN_LAUNCH"
 
 

@@ -33,7 +33,6 @@ LIBRARIES = "libvlattn_torch.so", "libvlattn_cpu.so"  # the first one opens the 
 # torch's stable ABI of 2.10 and later (csrc/torch/library.cmake), this processor, this system
 MACHINE = {"arm64": "aarch64"}.get(platform.machine(), platform.machine())
 CPU_VARIANT = f"torch-stable-abi210-cpu-{MACHINE}-{platform.system().lower()}"
-GLIBC = "2.28"  # the oldest that the hub asks for
 NAMESPACE = "vlattn_fast.ops._ops"  # is written anew
 PLACES = {"vlattn_fast.kernels": "kernels", "vlattn_fast": "vlattn_fast", "tools": "tools"}  # of a package's files
 ALLOWED = {"torch", "triton", *sys.stdlib_module_names}
@@ -155,10 +154,10 @@ def write_cpu(out: Path, kernels: Path = ROOT / "vlattn_fast" / "backends" / "cp
 
 
 def _zig() -> tuple[str, ...]:
-    """Options of CMake that compile for GLIBC, with the C++ library inside, which the kernels' library does without."""
+    """Options of CMake that compile for building.GLIBC, with the C++ library inside, which the kernels' library does without."""
     if importlib.util.find_spec("ziglang") is None:
         raise building.Missing("ziglang is not installed; `make hub` installs it")
-    target = f"{MACHINE}-linux-gnu.{GLIBC}"
+    target = f"{MACHINE}-linux-gnu.{building.GLIBC}"
     return f"-DCMAKE_CXX_COMPILER={sys.executable}", f"-DCMAKE_CXX_COMPILER_ARG1=-m ziglang c++ -target {target}"
 
 
