@@ -41,10 +41,10 @@ def run(log: str, *command: str) -> list[str]:
     path = LOGS / f"{log}.log"
     with path.open("w", encoding="utf-8") as file:
         status = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT).returncode
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip() and not line.startswith("make: ")]
     if status != 0:
         words = " ".join(command).replace(HERE, "python")
-        raise Failed(f"`{words}` ended with {status}: {lines[-1] if lines else ''}; see {path.relative_to(ROOT)}")
+        raise Failed(f"`{words}` ended with {status}: {lines[-1] if lines else ''}; mend what {path.relative_to(ROOT)} shows")
     return lines
 
 
@@ -114,16 +114,16 @@ PARTS: dict[str, Callable[[Lists], str]] = {
 }
 
 
-def rehearse(names: list[str]) -> int:
-    """How many parts failed; a part that fails does not keep the others from being tried."""
-    failed = 0
+def rehearse(names: list[str]) -> list[str]:
+    """Which parts failed; a part that fails does not keep the others from being tried."""
+    failed = []
     for name in names:
         start = time.monotonic()
         try:
             state, said = "ok", PARTS[name](Lists())
         except (Failed, subprocess.CalledProcessError) as failure:
             state, said = "FAILED", str(failure)
-            failed += 1
+            failed.append(name)
         lines = said.splitlines() or [""]
         print(f"{name:<10}{state:<8}{lines[0]}  ({time.monotonic() - start:.0f} s)", *lines[1:], sep="\n" + " " * 18, flush=True)
     return failed
@@ -139,7 +139,7 @@ def main() -> None:
     if not options.rehearse:
         parser.error("a release is made by hand, as --help says; --rehearse does all parts but the upload")
     if failed := rehearse(options.parts or [*PARTS]):
-        raise SystemExit(f"{failed} of {len(options.parts or PARTS)} parts failed")
+        raise SystemExit(f"again, once that is done: python -m tools.release --rehearse {' '.join(failed)}")
 
 
 if __name__ == "__main__":
