@@ -22,6 +22,7 @@ IN_BLOCKS = (
     "attention_map",
     "attention_statistics",
     "attention_divergence",
+    "indexer_divergence",
 )
 CASES = [case for case in verify.cases(operators=IN_BLOCKS) if "attn_mask" not in case.options]
 

@@ -22,9 +22,10 @@ from vlattn_fast.backends.reference._softmax import gated
 from vlattn_fast.backends.streaming._dropout import keep_factor
 
 NUMBERS = 2**25  # of a block's map: 256 MiB in float64
-PER_QUERY = ("query", "other_query", "grad_output", "relevancy")  # arguments whose third axis is that of the queries
-SHARED = ("key", "other_key", "value")  # arguments that every block of queries reads
-QUERIES = {"attention_map": 1}  # the axis of the queries in a result; that of the other operators is 2
+# arguments whose third axis is that of the queries
+PER_QUERY = ("query", "other_query", "index_query", "index_weights", "grad_output", "relevancy")
+SHARED = ("key", "other_key", "index_key", "value")  # arguments that every block of queries reads
+QUERIES = {"attention_map": 1, "indexer_divergence": 1}  # the axis of the queries in a result; that of the other operators is 2
 SUMS = {"relevancy_step": (0,), "attention_statistics": (4,)}  # results that are sums over the queries
 
 Arguments = dict[str, Any]
@@ -80,6 +81,8 @@ def _cut(arguments: Arguments, samples: slice, rows: slice) -> Arguments:
     for name in (*PER_QUERY, *SHARED, "key_mask"):
         if isinstance(x := arguments.get(name), Tensor):
             cut[name] = x[samples, :, rows] if name in PER_QUERY else x[samples]
+    if isinstance(x := arguments.get("topk_indices"), Tensor):
+        cut["topk_indices"] = x[samples, rows]
     ranks = {"key_groups": 2, "query_groups": 2, "row_weight": 2, "head_gate": 2, "group_bias": 4}
     for name, rank in ranks.items():  # for each sample, or for all of them
         if isinstance(x := arguments.get(name), Tensor):

@@ -51,4 +51,6 @@ def indexer_divergence(
 
 def _chosen(topk_indices: Tensor, keys: int) -> Tensor:
     """bool (B, 1, N, M): the keys that are among a query's indices."""
-    return (topk_indices[..., None] == torch.arange(keys, device=topk_indices.device)).any(2)[:, None]
+    inside = (topk_indices >= 0) & (topk_indices < keys)
+    chosen = torch.zeros(*topk_indices.shape[:2], keys + 1, dtype=torch.bool, device=topk_indices.device)
+    return chosen.scatter(2, torch.where(inside, topk_indices, keys).long(), True)[:, None, :, :keys]
