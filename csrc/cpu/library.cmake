@@ -1,8 +1,8 @@
 # Each operator's source once per instruction set; which one runs is chosen when the library is loaded (library.cpp).
-set(OPERATORS mask_shifts score_attention score_attention_jvp score_attention_second attention_map abar_backward attention_statistics attention_divergence congruence_loss stacked_cross_attention maxsim paged_attention_statistics recurrent_step relevancy_residual)
+set(OPERATORS mask_shifts score_attention score_attention_jvp score_attention_second attention_map abar_backward attention_statistics attention_divergence indexer_divergence congruence_loss stacked_cross_attention maxsim paged_attention_statistics recurrent_step relevancy_residual)
 # Products by pairs and by tiles are those of bfloat16 alone: for other operators these sets take the kernels of v4 (native.py),
 # whose machine code is the same.
-set(OPERATORS_v4_bf16 score_attention score_attention_jvp score_attention_second attention_map abar_backward attention_statistics attention_divergence congruence_loss)
+set(OPERATORS_v4_bf16 score_attention score_attention_jvp score_attention_second attention_map abar_backward attention_statistics attention_divergence indexer_divergence congruence_loss)
 set(OPERATORS_amx ${OPERATORS_v4_bf16} stacked_cross_attention maxsim tiles_check)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   # x86-64-v3 and -v4, as far as the kernels use them, in options that compilers older than these names take, too

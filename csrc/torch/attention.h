@@ -474,44 +474,52 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_statistics_backward(
     return {grad_query, grad_key, or_empty(grad_weight, q), or_empty(grad_row_bias, q)};
 }
 
-// attention_divergence, forward or backward, but for its outputs
+// One of the divergences, forward or backward, but for its outputs
 struct Divergence {
     const Tensor query, key, other_query, other_key;
-    const Sizes rows;
     Call call;
-    Divergence(const Tensor& q, const Tensor& k, const Tensor& other_q, const Tensor& other_k, const Masks& masks, Text kind,
-               double beta, bool head_mean, double scale, double other_scale)
+    Divergence(Text name, const Tensor& q, const Tensor& k, const Tensor& other_q, const Tensor& other_k, const Masks& masks,
+               bool head_mean, double scale, double other_scale)
         : query(unit_stride(q)),
           key(unit_stride(k)),
           other_query(unit_stride(other_q)),
           other_key(unit_stride(other_k)),
-          rows({q.size(0), head_mean ? 1 : q.size(1), q.size(2)}),
-          call("attention_divergence") {
+          call(name) {
         check("other_query", other_q, {q.size(0), head_mean ? ANY : q.size(1), q.size(2), ANY}, {q.scalar_type()});
         check("other_key", other_k, {q.size(0), ANY, k.size(2), other_q.size(3)}, {q.scalar_type()});
         set_attention(call, query, key, std::nullopt, scale, masks, shifts_of(query, key, masks), "sides[0].");
         set_attention(call, other_query, other_key, std::nullopt, other_scale, masks, shifts_of(other_query, other_key, masks),
                       "sides[1].");
-        call.number("kind", place("kind", kind, {"kl", "reverse_kl", "js", "hellinger", "total_variation"}));
-        call.number("beta", beta).number("head_mean", head_mean);
+        call.number("head_mean", head_mean);
     }
-    // The gradients of a side's query and key
+    // Of a side's query, key or other tensor, which the kernel writes if it has heads and queries to run over
+    Tensor gradient(bool needed, const Tensor& x) const {
+        const bool works = query.size(1) > 0 && query.size(2) > 0;
+        return needed ? (works ? empty : zeros)(x, sizes_of(x), std::nullopt) : empty(x, {0});
+    }
     std::array<Tensor, 2> gradients(Text side, bool needed, const Tensor& q, const Tensor& k) {
-        if (!needed) return {empty(q, {0}), empty(k, {0})};
-        const bool works = query.size(1) > 0 && query.size(2) > 0;  // the kernel runs over them
-        const Tensor grad_query = empty(q, sizes_of(q)), grad_key = (works ? empty : zeros)(k, sizes_of(k), std::nullopt);
-        call.strided("grad_queries[" + side + "]", grad_query).strided("grad_keys[" + side + "]", grad_key);
+        const Tensor grad_query = gradient(needed, q), grad_key = gradient(needed, k);
+        if (needed) call.strided("grad_queries[" + side + "]", grad_query).strided("grad_keys[" + side + "]", grad_key);
         return {grad_query, grad_key};
     }
 };
+Sizes rows_of(const Tensor& query, bool head_mean) { return {query.size(0), head_mean ? 1 : query.size(1), query.size(2)}; }
+Divergence attention_divergence_call(const Tensor& query, const Tensor& key, const Tensor& other_query, const Tensor& other_key,
+                                     const Masks& masks, Text kind, double beta, bool head_mean, double scale,
+                                     double other_scale) {
+    check_four(query, key), check_four(other_query, other_key);
+    Divergence x("attention_divergence", query, key, other_query, other_key, masks, head_mean, scale, other_scale);
+    x.call.number("kind", place("kind", kind, {"kl", "reverse_kl", "js", "hellinger", "total_variation"})).number("beta", beta);
+    return x;
+}
 Tensor attention_divergence(Tensor query, Tensor key, Tensor other_query, Tensor other_key, Maybe attn_mask, Maybe key_mask,
                             Word kind, double beta, bool head_mean, bool is_causal, double scale, double other_scale,
                             Word backend) {
     check_backend(backend);
-    check_four(query, key), check_four(other_query, other_key);
     const Masks masks = {attn_mask, key_mask, std::nullopt, std::nullopt, is_causal};
-    Divergence x(query, key, other_query, other_key, masks, kind, beta, head_mean, scale, other_scale);
-    const Tensor divergence = empty(query, x.rows, ScalarType::Float);
+    Divergence x =
+        attention_divergence_call(query, key, other_query, other_key, masks, kind, beta, head_mean, scale, other_scale);
+    const Tensor divergence = empty(query, rows_of(query, head_mean), ScalarType::Float);
     x.call.pointer("divergence", divergence).run();
     return divergence;
 }
@@ -521,13 +529,55 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_divergence_backward(Tensor 
                                                                          bool is_causal, double scale, double other_scale,
                                                                          bool need_own, bool need_other, Word backend) {
     check_backend(backend);
-    check_four(query, key), check_four(other_query, other_key);
     const Masks masks = {attn_mask, key_mask, std::nullopt, std::nullopt, is_causal};
-    Divergence x(query, key, other_query, other_key, masks, kind, beta, head_mean, scale, other_scale);
-    check("grad", grad, x.rows, {});
+    Divergence x =
+        attention_divergence_call(query, key, other_query, other_key, masks, kind, beta, head_mean, scale, other_scale);
+    check("grad", grad, rows_of(query, head_mean), {});
     const auto own = x.gradients("0", need_own, query, key), other = x.gradients("1", need_other, other_query, other_key);
     x.call.pointer("grad", as(ScalarType::Float, grad)).run();
     return {own[0], own[1], other[0], other[1]};
+}
+
+Tensor of_a_head(const Tensor& key) { return torch::stable::unsqueeze(key, 1); }  // (B, 1, M, Di)
+Tensor in_columns(const Tensor& weights) { return torch::stable::unsqueeze(weights, 3); }  // (B, Hi, N, 1)
+Divergence indexer_divergence_call(const Tensor& query, const Tensor& key, const Tensor& index_query, const Tensor& index_key,
+                                   const Tensor& index_weights, const Maybe& topk_indices, const Masks& masks, double scale) {
+    check_four(query, key), check_four(index_query, key);
+    const Size batch = query.size(0), heads = index_query.size(1), queries = query.size(2);
+    check("index_key", index_key, {batch, key.size(2), index_query.size(3)}, {query.scalar_type()});
+    check("index_weights", index_weights, {batch, heads, queries}, {query.scalar_type()});
+    check("topk_indices", topk_indices, {batch, queries, ANY}, {ScalarType::Int, ScalarType::Long});
+    Divergence x("indexer_divergence", query, key, index_query, of_a_head(index_key), masks, true, scale, 1.0);
+    x.call.strided("weights", in_columns(index_weights));
+    x.call.pointer("topk_indices", as(ScalarType::Long, topk_indices))
+        .number("chosen", topk_indices ? topk_indices->size(2) : -1);
+    return x;
+}
+Tensor indexer_divergence(Tensor query, Tensor key, Tensor index_query, Tensor index_key, Tensor index_weights,
+                          Maybe topk_indices, Maybe attn_mask, Maybe key_mask, bool is_causal, double scale, Word backend) {
+    check_backend(backend);
+    const Masks masks = {attn_mask, key_mask, std::nullopt, std::nullopt, is_causal};
+    Divergence x = indexer_divergence_call(query, key, index_query, index_key, index_weights, topk_indices, masks, scale);
+    const Tensor divergence = empty(query, {query.size(0), query.size(2)}, ScalarType::Float);
+    x.call.pointer("divergence", divergence).run();
+    return divergence;
+}
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> indexer_divergence_backward(
+    Tensor grad, Tensor query, Tensor key, Tensor index_query, Tensor index_key, Tensor index_weights, Maybe topk_indices,
+    Maybe attn_mask, Maybe key_mask, bool is_causal, double scale, bool need_attention, bool need_index, Word backend) {
+    check_backend(backend);
+    const Masks masks = {attn_mask, key_mask, std::nullopt, std::nullopt, is_causal};
+    Divergence x = indexer_divergence_call(query, key, index_query, index_key, index_weights, topk_indices, masks, scale);
+    check("grad", grad, {query.size(0), query.size(2)}, {});
+    const auto own = x.gradients("0", need_attention, query, key);
+    const Tensor grad_query = x.gradient(need_index, index_query), grad_key = x.gradient(need_index, index_key);
+    const Tensor grad_weights = x.gradient(need_index, index_weights);
+    if (need_index) {
+        x.call.strided("grad_queries[1]", grad_query).strided("grad_keys[1]", of_a_head(grad_key));
+        x.call.strided("grad_weights", in_columns(grad_weights));
+    }
+    x.call.pointer("grad", as(ScalarType::Float, grad)).run();
+    return {own[0], own[1], grad_query, grad_key, grad_weights};
 }
 
 // Of T packed tokens of R requests, over keys in a paged cache.

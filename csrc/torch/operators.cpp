@@ -1,5 +1,5 @@
 // The operators of vlattn_fast on the CPU for the kernel hub, and for processes without Python: what AOTInductor and torch.export
-// have packed. Attention, attention_divergence and congruence_loss have their backward operators; autograd, which calls them, stays
+// have packed. Attention, both divergences and congruence_loss have their backward operators; autograd, which calls them, stays
 // in Python.
 //
 // A process that has imported vlattn_fast has the operators already. Others open libvlattn_torch.so, which registers them by
@@ -255,6 +255,13 @@ OPERATORS(VLATTN_NAMESPACE, m) {
         "Tensor? attn_mask, Tensor? key_mask, str kind, float beta, bool head_mean, bool is_causal, float scale, "
         "float other_scale, bool need_own, bool need_other, str backend) -> (Tensor, Tensor, Tensor, Tensor)");
     m.def(
+        "indexer_divergence(Tensor query, Tensor key, Tensor index_query, Tensor index_key, Tensor index_weights, "
+        "Tensor? topk_indices, Tensor? attn_mask, Tensor? key_mask, bool is_causal, float scale, str backend) -> Tensor");
+    m.def(
+        "indexer_divergence_backward(Tensor grad, Tensor query, Tensor key, Tensor index_query, Tensor index_key, "
+        "Tensor index_weights, Tensor? topk_indices, Tensor? attn_mask, Tensor? key_mask, bool is_causal, float scale, "
+        "bool need_attention, bool need_index, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+    m.def(
         "paged_attention_statistics(Tensor query, Tensor key_cache, Tensor block_table, Tensor lengths, Tensor query_starts, "
         "Tensor? key_groups, SymInt num_groups, str statistics, SymInt window, " SCORE
         "str backend) -> (Tensor mass, Tensor entropy, Tensor maximum, Tensor received, Tensor max_logit, Tensor lse)");
@@ -294,6 +301,8 @@ OPERATORS_ON(VLATTN_NAMESPACE, CPU, m) {
     m.impl("attention_statistics_backward", TORCH_BOX(&attention_statistics_backward));
     m.impl("attention_divergence", TORCH_BOX(&attention_divergence));
     m.impl("attention_divergence_backward", TORCH_BOX(&attention_divergence_backward));
+    m.impl("indexer_divergence", TORCH_BOX(&indexer_divergence));
+    m.impl("indexer_divergence_backward", TORCH_BOX(&indexer_divergence_backward));
     m.impl("paged_attention_statistics", TORCH_BOX(&paged_attention_statistics));
     m.impl("recurrent_step", TORCH_BOX(&recurrent_step));
     m.impl("group_rows", TORCH_BOX(&group_rows));

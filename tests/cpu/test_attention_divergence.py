@@ -1,8 +1,9 @@
-"""attention_divergence by the CPU kernel: sizes around tiles of queries and blocks of keys, heads that threads share, and extreme
-differences. The rest stands in tests/ops/test_attention_divergence.py."""
+"""attention_divergence and indexer_divergence by the CPU kernels: sizes around tiles of queries and blocks of keys, heads that
+threads share, and extreme differences. The rest stands in tests/ops/."""
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 from typing import Any
 
@@ -15,38 +16,61 @@ from tests.helpers.compare import as_dtype, assert_all_close_to, outputs_and_gra
 from tests.helpers.ops import tile_edges
 from tests.helpers.ops.backends import LOW, assert_refused
 
+OPERATORS = "attention_divergence", "indexer_divergence"
 
-def tensors(n: int, m: int, d: int = 6, other_d: int = 5, b: int = 1, heads: int = 2, shared: int = 1) -> dict[str, Tensor]:
-    """The other side has as many heads of keys as queries."""
-    shapes = {"query": (heads, n, d), "key": (heads // shared, m, d), "other_query": (heads, n, other_d)}
-    shapes["other_key"] = heads, m, other_d
+
+def tensors(
+    n: int, m: int, d: int = 6, other_d: int = 5, b: int = 1, heads: int = 2, shared: int = 1, operator: str = OPERATORS[0]
+) -> dict[str, Tensor]:
+    """The other side has as many heads of keys as queries, an indexer one for three of queries."""
+    shapes: dict[str, tuple[int, ...]] = {"query": (heads, n, d), "key": (heads // shared, m, d)}
+    if operator == "attention_divergence":
+        shapes |= {"other_query": (heads, n, other_d), "other_key": (heads, m, other_d)}
+    else:
+        shapes |= {"index_query": (3, n, other_d), "index_key": (m, other_d), "index_weights": (3, n)}
     return {name: torch.randn(b, *shape, dtype=torch.float64) for name, shape in shapes.items()}
 
 
+def chosen(inputs: dict[str, Tensor], count: int) -> Tensor:
+    """Indices of keys, a tenth of which are none; each key several times where there are few."""
+    (b, _, n, _), m = inputs["query"].shape, inputs["key"].shape[2]
+    return torch.where(torch.rand(b, n, count) < 0.1, -1, torch.randint(m, (b, n, count)))
+
+
 def check(inputs: dict[str, Tensor], **options: Any) -> None:
-    heads = 1 if options.get("head_mean") else inputs["query"].shape[1]
-    cotangent = torch.randn(*inputs["query"].shape[:1], heads, inputs["query"].shape[2])
-    ours = partial(va.attention_divergence, **options, backend="cpu")
-    assert_all_close_to(ours, partial(va.reference.attention_divergence, **options), inputs, [cotangent])
+    operator = OPERATORS["index_query" in inputs]
+    b, heads, n, _ = inputs["query"].shape
+    shape = (b, n) if operator == "indexer_divergence" else (b, 1 if options.get("head_mean") else heads, n)
+    ours = partial(getattr(va, operator), **options, backend="cpu")
+    assert_all_close_to(ours, partial(getattr(va.reference, operator), **options), inputs, [torch.randn(shape)])
 
 
+@pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("n, m", tile_edges.CPU)
-def test_sizes_either_side_of_a_tile(n: int, m: int) -> None:
-    check(as_dtype(tensors(n, m), torch.float32))
-    check(as_dtype(tensors(n, m, 17, 16), torch.float32), kind="js", is_causal=True, key_mask=torch.rand(1, m) > 0.3)
+def test_sizes_either_side_of_a_tile(n: int, m: int, operator: str) -> None:
+    kind = {"kind": "js"} if operator == "attention_divergence" else {}
+    check(as_dtype(tensors(n, m, operator=operator), torch.float32))
+    masked = as_dtype(tensors(n, m, 17, 16, operator=operator), torch.float32)
+    check(masked, **kind, is_causal=True, key_mask=torch.rand(1, m) > 0.3)
 
 
+@pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("dtype, n", tile_edges.covering(LOW, tile_edges.CPU_COPIED))
-def test_keys_that_are_copied(dtype: torch.dtype, n: int) -> None:
+def test_keys_that_are_copied(dtype: torch.dtype, n: int, operator: str) -> None:
     """Halves and padding, under the causal mask, in means: each head has the tile's keys anew."""
-    inputs = as_dtype(tensors(n, n, heads=4, shared=2), dtype)
-    check(inputs, kind="reverse_kl", head_mean=True, is_causal=True, enable_gqa=True, key_mask=torch.rand(1, n) > 0.3)
+    options = {"kind": "reverse_kl", "head_mean": True} if operator == "attention_divergence" else {}
+    inputs = as_dtype(tensors(n, n, heads=4, shared=2, operator=operator), dtype)
+    check(inputs, **options, is_causal=True, enable_gqa=True, key_mask=torch.rand(1, n) > 0.3)
 
 
-@pytest.mark.parametrize("head_mean", [False, True])
-def test_masks_of_float64(head_mean: bool) -> None:
+@pytest.mark.parametrize("operator, head_mean", [(OPERATORS[0], False), (OPERATORS[0], True), (OPERATORS[1], None)])
+def test_masks_of_float64(operator: str, head_mean: bool | None) -> None:
     mask = 1e6 * torch.randn(2, 1, 20, 1, dtype=torch.float64) + torch.randn(2, 1, 20, 70, dtype=torch.float64)
-    check(as_dtype(tensors(20, 70, b=2), torch.float32), head_mean=head_mean, attn_mask=mask, kind="hellinger")
+    inputs = as_dtype(tensors(20, 70, b=2, operator=operator), torch.float32)
+    options = {"head_mean": head_mean, "kind": "hellinger"} if head_mean is not None else {}
+    check(inputs, **options, attn_mask=mask)
+    if head_mean is None:
+        check(inputs, attn_mask=mask, topk_indices=chosen(inputs, 30))
 
 
 @pytest.mark.parametrize("beta", [1e-6, 0.3, 1 - 1e-3])
@@ -58,12 +82,31 @@ def test_mixtures_of_any_weights(beta: float, size: float) -> None:
     check(x, kind="js", beta=beta)
 
 
+@pytest.mark.parametrize("dtype, count, d", tile_edges.covering(LOW, (1, 3, 4, 33, 300), (1, 16, 17, 65, 130)))
+def test_chosen_keys(dtype: torch.dtype, count: int, d: int) -> None:
+    """Keys of any number and size, of heads that share them; a row has fewer, and none."""
+    inputs = as_dtype(tensors(19, 200, d, d + 1, b=2, heads=4, shared=2, operator=OPERATORS[1]), dtype)
+    indices = chosen(inputs, count)
+    indices[0, 7] = -1
+    check(inputs, topk_indices=indices, enable_gqa=True)
+    visible = {"is_causal": True, "key_mask": torch.rand(2, 200) > 0.3}
+    check(inputs, topk_indices=indices, enable_gqa=True, **visible, attn_mask=torch.rand(2, 1, 19, 200) > 0.2)
+
+
+CALLS: list[tuple[str, dict[str, Any]]] = [
+    (OPERATORS[0], {"is_causal": True}),
+    (OPERATORS[0], {"kind": "js", "head_mean": True}),
+    (OPERATORS[1], {"is_causal": True}),
+    (OPERATORS[1], {"topk_indices": torch.randint(60, (1, 700, 20))}),
+]
+
+
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("options", [{"is_causal": True}, {"kind": "js", "head_mean": True}])
-def test_heads_that_threads_share(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("operator, options", CALLS)
+def test_heads_that_threads_share(operator: str, options: dict[str, Any]) -> None:
     """The heads of two key heads are those of eight of the other side. Any number of threads gives the same bits."""
-    inputs = as_dtype(tensors(700, 60, heads=8, shared=4), torch.float32)
-    run = partial(va.attention_divergence, backend="cpu", enable_gqa=True, **options)
+    inputs = as_dtype(tensors(700, 60, heads=8, shared=4, operator=operator), torch.float32)
+    run = partial(getattr(va, operator), backend="cpu", enable_gqa=True, **options)
     torch.set_num_threads(1)
     check(inputs, enable_gqa=True, **options)
     alone = outputs_and_grads(run, inputs)
@@ -73,15 +116,19 @@ def test_heads_that_threads_share(options: dict[str, Any]) -> None:
             assert torch.equal(value, alone[name]), name
 
 
-def test_nan_stays_in_its_row() -> None:
-    x = as_dtype(tensors(20, 33), torch.float32)
-    clean = va.attention_divergence(**x, backend="cpu")
-    x["other_query"][0, 1, 3, 2] = torch.nan
-    got = va.attention_divergence(**x, backend="cpu")
-    assert got[0, 1, 3].isnan() and got.isnan().sum() == 1
-    assert torch.equal(got[0, 0], clean[0, 0])
+@pytest.mark.parametrize("operator, options", [*itertools.product(OPERATORS, [{}]), CALLS[-1]])
+def test_nan_stays_in_its_row(operator: str, options: dict[str, Any]) -> None:
+    options = {name: x[:, :20] % 33 for name, x in options.items()}
+    x = as_dtype(tensors(20, 33, operator=operator), torch.float32)
+    run = partial(getattr(va, operator), **options, backend="cpu")
+    clean = run(**x)
+    x["other_query" if "other_query" in x else "index_query"][0, 1, 3, 2] = torch.nan
+    got, row = run(**x), (0, 1, 3) if operator == "attention_divergence" else (0, 3)
+    assert got[row].isnan() and got.isnan().sum() == 1
+    assert torch.equal(got[~got.isnan()], clean[~got.isnan()])
 
 
-def test_what_is_refused() -> None:
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_what_is_refused(operator: str) -> None:
     words = "the CPU kernels take float16, bfloat16 and float32"
-    assert_refused("cpu", words, lambda: va.attention_divergence(**tensors(3, 4), backend="cpu"))
+    assert_refused("cpu", words, lambda: getattr(va, operator)(**tensors(3, 4, operator=operator), backend="cpu"))

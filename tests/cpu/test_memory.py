@@ -28,6 +28,7 @@ SCORES: dict[str, Any] = {
     "hadamard": S.Hadamard(torch.ones(1), activation="tanh"),
 }
 OTHERS = "relevancy_attention", "relevancy_step", "its gradients", "attention_statistics", "attention_divergence"
+INDEXERS = "indexer_divergence", "indexer_divergence of chosen keys"
 
 
 def attend(kind: str) -> None:
@@ -39,6 +40,10 @@ def attend(kind: str) -> None:
         outputs = [x for x in outputs if x.requires_grad]
     elif kind == "attention_divergence":
         outputs = [va.attention_divergence(query, key, value, key, backend="cpu")]
+    elif kind in INDEXERS:
+        chosen = torch.arange(N)[None, :, None] - torch.arange(64) if "chosen" in kind else None
+        indexer = query, key[:, 0], value[..., 0]
+        outputs = [va.indexer_divergence(query, key, *indexer, topk_indices=chosen, backend="cpu")]
     elif kind == "relevancy_attention":
         outputs = va.relevancy_attention(query, key, value, torch.zeros(1, 1, N, requires_grad=True), backend="cpu")
     else:
@@ -50,7 +55,7 @@ def attend(kind: str) -> None:
 
 
 @pytest.mark.skipif("VLATTN_TEST_SANITIZED" in os.environ, reason="a sanitizer has memory of its own")
-@pytest.mark.parametrize("kind", (*SCORES, *OTHERS))
+@pytest.mark.parametrize("kind", (*SCORES, *OTHERS, *INDEXERS))
 def test_no_map_of_a_head_is_held(kind: str) -> None:
     attend(kind)  # what is loaded at the first call
     peak, _ = peak_of_call(lambda: attend(kind))

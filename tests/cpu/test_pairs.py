@@ -101,6 +101,16 @@ def test_layouts_of_pairs_in_divergences(size: tuple[int, int], d: int, kind: st
     assert_all_close_to(ours, formula, inputs, [torch.randn(2, 2, size[0])])
 
 
+@pytest.mark.parametrize("size, d, layout", tile_edges.covering(SIZES[:5], (5, 16, 65), LAYOUTS))
+def test_layouts_of_pairs_in_indexers(size: tuple[int, int], d: int, layout: str) -> None:
+    shapes: dict[str, tuple[int, ...]] = {"query": (2, size[0], d), "key": (2, size[1], d), "index_query": (3, size[0], 31)}
+    shapes |= {"index_key": (size[1], 31), "index_weights": (3, size[0])}
+    inputs = {name: lay_out(random(2, *shape), layout) for name, shape in shapes.items()}
+    ours = partial(va.indexer_divergence, is_causal=True, backend="cpu")
+    formula = partial(va.reference.indexer_divergence, is_causal=True)
+    assert_all_close_to(ours, formula, inputs, [torch.randn(2, size[0])])
+
+
 @pytest.mark.parametrize("regions, words, d", tile_edges.covering((16, 36, 600), (1, 20, 51), (16, 33, 100)))
 def test_layouts_of_pairs_in_stacked_cross_attention(regions: int, words: int, d: int) -> None:
     inputs = stacked_cross_attention_cases.tensors((3, 3), regions, words, d, BF16)

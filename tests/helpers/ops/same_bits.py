@@ -28,6 +28,7 @@ OUTPUTS = {
     "recurrent_step": ("relevancy",),
     "attention_map": ("map",),
     "attention_divergence": ("divergence",),
+    "indexer_divergence": ("divergence",),
     "congruence_loss": ("loss",),
     "stacked_cross_attention": ("similarity",),
     "maxsim": ("similarity",),

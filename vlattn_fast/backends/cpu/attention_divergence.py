@@ -15,17 +15,18 @@ from vlattn_fast.backends.native import StridedTensor, Struct, address, each, ke
 from vlattn_fast.backends.reference.attention_divergence import KINDS
 from vlattn_fast.backends.streaming.attention_divergence import AttentionDivergenceBackwardInputs, AttentionDivergenceInputs
 
+# the first members of both divergences: `Divergence` of csrc/cpu/divergence.h
+DIVERGENCE = (
+    ("sides", Attention * 2),
+    ("head_mean", c_int64),
+    *each(c_void_p, "divergence grad"),
+    *each(StridedTensor * 2, "grad_queries grad_keys"),
+)
+
 
 class AttentionDivergence(Struct):
     __slots__ = ()
-    _fields_ = (
-        ("sides", Attention * 2),
-        ("kind", c_int64),
-        ("beta", c_double),
-        ("head_mean", c_int64),
-        *each(c_void_p, "divergence grad"),
-        *each(StridedTensor * 2, "grad_queries grad_keys"),
-    )
+    _fields_ = (*DIVERGENCE, ("kind", c_int64), ("beta", c_double))
 
 
 _run = kernel("attention_divergence", AttentionDivergence)
@@ -43,28 +44,28 @@ def backward(inputs: AttentionDivergenceBackwardInputs) -> tuple[Tensor | None, 
     """Gradients of query, key, other_query and other_key; None for a side that needs none."""
     grad, needs = inputs.grad.float().contiguous(), (inputs.need_own, inputs.need_other)
     sides = (inputs.query, inputs.key), (inputs.other_query, inputs.other_key)
-    made = [
-        (q.new_empty(q.shape), k.new_empty(k.shape)) if need else (None, None) for (q, k), need in zip(sides, needs, strict=True)
-    ]
-    queries, keys = zip(*made, strict=True)
+    own, other = (empty_gradients(side, need) for side, need in zip(sides, needs, strict=True))
+    queries, keys = zip(own, other, strict=True)
     _call(inputs, grad=address(grad), grad_queries=tuple(map(strided, queries)), grad_keys=tuple(map(strided, keys)))
-    if not inputs.query.shape[1] * inputs.query.shape[2]:  # the kernel runs over heads and queries
-        for key in keys:
-            if key is not None:
-                key.zero_()
-    return queries[0], keys[0], queries[1], keys[1]
+    return *own, *other
+
+
+def empty_gradients(side: tuple[Tensor, ...], needed: bool) -> list[Tensor | None]:
+    """Those of a side's queries and keys, which the kernel writes; zeros if it has nothing to run over, no head or no query."""
+    works = side[0].shape[1] * side[0].shape[2] > 0
+    return [(x.new_empty if works else x.new_zeros)(x.shape) if needed else None for x in side]
 
 
 def _call(inputs: Any, **members: Any) -> None:
-    own = _side(inputs, inputs.query, inputs.key, inputs.scale)
-    other = _side(inputs, inputs.other_query, inputs.other_key, inputs.other_scale)
+    own = side_of(inputs, inputs.query, inputs.key, inputs.scale)
+    other = side_of(inputs, inputs.other_query, inputs.other_key, inputs.other_scale)
     call = AttentionDivergence(
         sides=(own[0], other[0]), kind=KINDS.index(inputs.kind), beta=inputs.beta, head_mean=inputs.head_mean, **members
     )
     _run(call)
 
 
-def _side(inputs: Any, query: Tensor, key: Tensor, scale: float) -> tuple[Attention, Any]:
+def side_of(inputs: Any, query: Tensor, key: Tensor, scale: float) -> tuple[Attention, Any]:
     """Returns one of the two attentions, and the tensors in it, which must live until the call is over."""
     query, key = unit_strides(query, key)
     x = SimpleNamespace(
