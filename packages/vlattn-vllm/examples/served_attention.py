@@ -8,6 +8,7 @@ The server is vLLM's own, where vlattn_vllm is installed (README.md):
 
 import argparse
 import json
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 
@@ -28,12 +29,19 @@ def streamed(url: str, model: str, question: str, tokens: int = 64) -> Iterator[
     request = urllib.request.Request(
         f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request) as response:
+    try:
+        response = urllib.request.urlopen(request)
+    except urllib.error.HTTPError as error:
+        raise SystemExit(f"the server refused the request: {error.read().decode()}") from None
+    with response:
         for line in response:
             data = line.decode().removeprefix("data: ").strip()
-            if data in ("", "[DONE]"):
+            if not data.startswith("{"):
                 continue
-            for choice in json.loads(data)["choices"]:
+            chunk = json.loads(data)
+            if "error" in chunk:  # behind the first tokens, with no status of its own
+                raise SystemExit(f"the server stopped: {chunk['error']['message']}")
+            for choice in chunk["choices"]:
                 if "vlattn" in choice:
                     yield choice["delta"].get("content") or "", choice["vlattn"]
 

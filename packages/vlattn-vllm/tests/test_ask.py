@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from vlattn_vllm.ask import Ask, check_ask, groups_of_tokens
+import vlattn_fast as va
+from vlattn_vllm.ask import Ask, check_ask, groups_of_tokens, plain_edits
 
 
 def ask(value: Any, pictures: tuple[tuple[int, int], ...] = ((2, 4), (6, 7))) -> Ask:
-    return check_ask(value, layers=3, prompt=9, pictures=pictures, most=29)
+    return check_ask(value, layers=3, heads=4, prompt=9, pictures=pictures, most=29)
 
 
 def test_an_empty_ask_is_the_mass_of_image_question_and_answer_in_all_layers() -> None:
@@ -38,6 +39,19 @@ def test_an_ask_survives_json() -> None:
     assert Ask.read(json.loads(json.dumps(got.written()))) == got
 
 
+def test_edits_are_those_of_the_core_or_dicts() -> None:
+    written = {"steer": [{"keys": [2, 4], "layers": [-1], "weight": 0}, {"queries": "answer", "heads": 3, "weight": 2.5}]}
+    edits = {"steer": [va.Knockout(keys=(2, 4), layers=[-1]), va.Steer(queries="answer", heads=3, weight=2.5)]}
+    assert plain_edits(edits["steer"])[0]["weight"] == 0
+    for value in (written, edits):
+        cut, more = ask(value).steer
+        assert cut == ((2,), (0, 1, 2, 3), ((0, None),), ((2, 4),), 0)
+        assert more == ((0, 1, 2), (3,), ((9, None),), ((0, None),), 2.5)
+        assert Ask.read(json.loads(json.dumps(ask(value).written()))) == ask(value)
+    alone = ask({"steer": [{"keys": "image", "weight": 0.5}], "statistics": []})
+    assert alone.steer[0].keys == ((2, 4), (6, 7)) and alone.layers == alone.statistics == alone.groups == ()
+
+
 def test_no_groups_without_mass() -> None:
     assert ask({"statistics": ["entropy"]}).groups == ()
 
@@ -45,7 +59,25 @@ def test_no_groups_without_mass() -> None:
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        (["mass"], "must be a dict with some of layers, statistics and groups; got"),
+        ({"top": 2}, "statistics must name 'received' if top is given"),
+        ({"statistics": ["received"], "top": 0}, "top must be at least 1"),
+        ({"compact": 1}, "compact must be True or False"),
+        ({"statistics": []}, "statistics must name at least one"),
+        ({"steer": []}, "steer must be a list of edits"),
+        ({"steer": {"weight": 0}}, "steer must be a list of edits"),
+        ({"steer": ["image"]}, "steer must be a list of edits"),
+        ({"steer": [va.ScaleHeads({0: [1]}, 0.0)]}, "steer must be a list of edits"),
+        ({"steer": [va.Knockout(keys=(0, 2), tower="vision")]}, "tower of an edit must be None at a server"),
+        ({"steer": [va.Knockout(keys="last")]}, "keys of an edit must be among image, question, answer"),
+        ({"steer": [{"keys": [0, 2]}]}, "weight among them"),
+        ({"steer": [{"keys": [0, 2], "weight": 0, "tower": None}]}, "weight among them"),
+        ({"steer": [{"keys": [0, 2], "weight": -1}]}, "weight must be at least 0"),
+        ({"steer": [{"weight": 2, "layers": [0]}]}, "an edit must have queries, keys or heads"),
+        ({"steer": [{"heads": [4], "weight": 2}]}, "a number of heads of an edit must be at most 3"),
+        ({"steer": [{"heads": [], "weight": 2}]}, "heads of an edit must be numbers"),
+        ({"steer": [{"keys": [40, 41], "weight": 2}]}, "a span of keys must lie within the 29 tokens"),
+        ({"steer": [{"heads": [1], "weight": 2}], "statistics": [], "layers": [0]}, "must name one if layers are given"),
+        (["mass"], "must be a dict with some of layers, statistics, groups, top"),
         ({"head": 1}, "must be a dict with some of"),
         ({"layers": []}, "layers must be a list of at least one number"),
         ({"layers": 1}, "layers must be a list"),
@@ -58,24 +90,29 @@ def test_no_groups_without_mass() -> None:
         ({"groups": "image|dog"}, "groups must"),
         ({"groups": {"a": [[1, 3]], "b": [[2, None]]}}, "'a' and 'b', which both have token 2"),
         ({"groups": {"a": [[0, None]], "b": [[5, 6]]}}, "both have token 5"),
-        ({"groups": {"a": [[3, 1]]}}, "the end of a span of 'a' must be at least 4"),
-        ({"groups": {"a": [[3, 3]]}}, "the end of a span of 'a' must be at least 4; got 3"),
+        ({"groups": {"a": [[3, 1]]}}, "the end of a span of groups['a'] must be at least 4"),
+        ({"groups": {"a": [[3, 3]]}}, "the end of a span of groups['a'] must be at least 4; got 3"),
         ({"groups": {"a": []}}, "groups['a'] must be a list of at least one [start, end]"),
         ({"groups": {"a": [[9000, 9005]]}}, "within the 29 tokens of the prompt and its longest answer; got [9000, 9005]"),
         ({"groups": {"a": [[29, None]]}}, "within the 29 tokens of the prompt and its longest answer; got [29, None]"),
         ({"groups": {"a": [[3, 30]]}}, "got [3, 30]. An end of None is the newest token"),
         ({"groups": "image|image"}, "groups must name each once; got ['image', 'image']"),
         ({"statistics": ["mass", "mass"]}, "statistics must name each once"),
-        ({"groups": {"a": [[-1, 1]]}}, "the start of a span of 'a' must be at least 0"),
+        ({"groups": {"a": [[-1, 1]]}}, "the start of a span of groups['a'] must be at least 0"),
         ({"groups": {}}, "groups must have at least one group"),
         ({"groups": {str(n): [] for n in range(65)}}, "groups must be at most 64; got 65"),
         ({"groups": {1: [[0, 1]], "1": [[2, 3]]}}, "each with a string for its name"),
         ({"groups": {"a": [1, 3]}}, "groups['a'] must be a list of at least one [start, end]"),
         ({"groups": {"a": "1-3"}}, "groups['a'] must be a list of at least one [start, end]"),
-        ({"statistics": ["entropy"], "groups": {"a": [[0, 1]]}}, "must name 'mass' where groups are given"),
+        ({"statistics": ["entropy"], "groups": {"a": [[0, 1]]}}, "must name 'mass' if groups are given"),
     ],
 )
 def test_a_wrong_ask_is_named(value: Any, words: str) -> None:
     with pytest.raises((TypeError, ValueError)) as error:
         ask(value)
     assert words in str(error.value)
+
+
+def test_a_text_has_no_image_to_edit() -> None:
+    with pytest.raises(ValueError, match="the prompt has no such token"):
+        ask({"steer": [{"keys": "image", "weight": 0}]}, pictures=())

@@ -18,6 +18,8 @@ SCENARIOS = (
     "pictures",
     "with_torchvision llava",
     "with_torchvision qwen2_vl",
+    "steered",
+    "steered ranks",
     "many",
     "folder",
     "refused guesses",
@@ -26,6 +28,8 @@ SCENARIOS = (
     "server",
     "server pooling",
     "server another_version",
+    "server limits",
+    "server alibi",
 )
 
 

@@ -49,9 +49,9 @@ def posted(path: str, body: bytes, refused: str = "", root: str = "", **state: A
     [
         {"vlattn": ASK},
         {"vlattn": None},
-        {"sampling_params": {"extra_args": {"attention": ASK}}},
-        {"extra_args": {"attention": ASK}},
-        {"vllm_xargs": {"attention": "mass"}},
+        {"sampling_params": {"extra_args": {"vlattn": ASK}}},
+        {"extra_args": {"vlattn": ASK}},
+        {"vllm_xargs": {"vlattn": "mass"}},
     ],
 )
 def test_an_endpoint_without_a_place_for_the_numbers_refuses(body: Any) -> None:
@@ -66,9 +66,9 @@ def test_an_endpoint_without_a_place_for_the_numbers_refuses(body: Any) -> None:
     [
         b"",
         b"no JSON, but it says vlattn",
-        json.dumps({"input": 'a text about "vlattn" and "attention"', "metadata": {"attention": 1}}).encode(),
+        json.dumps({"input": 'a text about "vlattn"', "metadata": {"vlattn": 1}}).encode(),
         json.dumps([{"vlattn": {}}]).encode(),
-        json.dumps({"extra_args": None, "sampling_params": ["attention"]}).encode(),
+        json.dumps({"extra_args": None, "sampling_params": ["vlattn"]}).encode(),
         FORM % b"prompt",
     ],
 )
@@ -139,7 +139,7 @@ def test_another_version_refuses_in_python(monkeypatch: pytest.MonkeyPatch, entr
     plugin._refuse("needs vLLM 0.32.0")
     silent = SimpleNamespace(extra_args=None)
     assert kind().process_inputs("7", "a prompt", silent) == "7"
-    for params in (SimpleNamespace(extra_args={"attention": {}}), SimpleNamespace(extra_kwargs={"attention": {}})):
+    for params in (SimpleNamespace(extra_args={"vlattn": {}}), SimpleNamespace(extra_kwargs={"vlattn": {}})):
         with pytest.raises(ValueError, match=r"needs vLLM 0\.32\.0"):
             kind().process_inputs("7", "a prompt", params=params)
 
@@ -156,7 +156,7 @@ def server_request(parameters: Any = None, **extra: Any) -> Any:
 
 def test_beams_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     module(monkeypatch, "vllm.exceptions", VLLMValidationError=type("VLLMValidationError", (Exception,), {}))
-    for request in (server_request(vlattn=ASK), server_request({"attention": "mass"})):
+    for request in (server_request(vlattn=ASK), server_request({"vlattn": "mass"})):
         with pytest.raises(ValueError, match="vlattn is not answered for beams.*ask without use_beam_search"):
             server._to_beam_search_params(lambda *_: "params", request, 6)
     assert server._to_beam_search_params(lambda *_: "params", server_request(), 6) == "params"

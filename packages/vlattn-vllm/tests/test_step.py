@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast import paged_attention_statistics
-from vlattn_vllm import blocks, worker
+from vlattn_vllm import blocks, steering, worker
 from vlattn_vllm.ask import check_ask, groups_of_tokens
 from vlattn_vllm.worker import Asking, Step, layer_number, refusal, window
 
@@ -31,6 +32,7 @@ def tiles(key: Tensor, isa: str) -> Tensor:
 @pytest.fixture(params=[transposed, tiles])
 def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(blocks, "_written", request.param)
+    monkeypatch.setattr(blocks, "_values_written", request.param)
     blocks._order.cache_clear()
     yield request.param
     blocks._order.cache_clear()
@@ -60,18 +62,36 @@ class Batch:
             block_table=self.table, seq_lens=torch.tensor(lengths).int(), query_start_loc=starts, causal=True
         )
 
+    def with_values(self, order: Any) -> list[Tensor]:
+        """Of each request (keys, key heads, D); only edits read them."""
+        values = [torch.randn_like(keys) for keys in self.keys]
+        for some, row in zip(values, self.table, strict=True):
+            for number in range(-(-len(some) // SIZE)):
+                part = torch.full((SIZE, KEY_HEADS, HEAD_DIM), torch.nan)
+                part[: len(some[number * SIZE : (number + 1) * SIZE])] = some[number * SIZE : (number + 1) * SIZE]
+                for head in range(KEY_HEADS):
+                    block = self.cache[row[number], head]
+                    if order is None:
+                        block[:, HEAD_DIM:] = part[:, head]
+                    else:
+                        block.view(-1)[SIZE * HEAD_DIM :] = order(part[:, head : head + 1], "")
+        return values
+
     def see(self, step: Step, number: int = 0, impl: Any = IMPL) -> None:
         layer = SimpleNamespace(layer_name=f"model.layers.{number}.attn", isa="any")
-        step.see(impl, layer, self.query, self.cache, self.metadata)
+        self.out = torch.zeros_like(self.query)
+        step.see(impl, layer, self.query, self.cache, self.metadata, self.out)
 
-    def maps(self, number: int) -> Tensor:
-        """(queries, heads, keys) of one request."""
+    def maps(self, number: int, edited: Any = None, window: int = 99) -> Tensor:
+        """(queries, heads, keys) of one request; `edited` takes the logits and returns those with edits."""
         first = sum(self.queries[:number])
         query = self.query[first : first + self.queries[number]]
         logits = torch.einsum("nhd,mhd->nhm", query, self.keys[number].repeat_interleave(HEADS // KEY_HEADS, 1)) * IMPL.scale
         length = self.lengths[number]
-        positions = torch.arange(length - self.queries[number], length)
-        return logits.masked_fill(torch.arange(length) > positions[:, None, None], -torch.inf).softmax(-1)
+        positions = torch.arange(length - self.queries[number], length)[:, None, None]
+        logits = logits if edited is None else edited(logits)
+        hidden = (torch.arange(length) > positions) | (torch.arange(length) <= positions - window)
+        return logits.masked_fill(hidden, -torch.inf).softmax(-1)
 
 
 class OnGpu(Batch):
@@ -86,11 +106,14 @@ class OnGpu(Batch):
     def see(self, step: Step, number: int = 0, impl: Any = IMPL) -> None:
         layer, impl = SimpleNamespace(layer_name=f"model.layers.{number}.attn"), SimpleNamespace(**vars(impl))
         impl.sliding_window = (-1, -1)
-        step.see(impl, layer, self.query, self.cache, self.metadata)
+        self.out = torch.zeros_like(self.query)
+        step.see(impl, layer, self.query, self.cache, self.metadata, self.out)
 
 
 def asking(prompt: int, counted: int = 0, **ask: Any) -> Asking:
-    checked = check_ask({"layers": [0], **ask}, 2, prompt, [], prompt + 20)
+    checked = check_ask(
+        {**({} if ask.get("statistics") == [] else {"layers": [0]}), **ask}, 2, 2 * HEADS, prompt, [], prompt + 20
+    )
     return Asking(checked, prompt, groups_of_tokens(checked, prompt + 20), counted)
 
 
@@ -220,8 +243,86 @@ def scheduled(new: list[Any] = (), running: Any = (), finished: Any = ()) -> Any
     )
 
 
+def edit(**fields: Any) -> dict[str, Any]:
+    return {"layers": [0], "weight": 0, **fields}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("at_once", [1, 1 << 24])
+def test_edited_rows_are_those_of_edited_maps(order: Any, monkeypatch: pytest.MonkeyPatch, rank: int, at_once: int) -> None:
+    """A prompt with a cut and more weight, a token of an answer with a head of the second rank, and one without edits."""
+    monkeypatch.setattr(steering, "_AT_ONCE", at_once)
+    batch = Batch(order, [9, 10, 7], [6, 1, 2])
+    values = batch.with_values(order)
+    spans = {"groups": {"a": [[0, 3]], "b": [[4, None]]}, "statistics": ["mass", "entropy", "maximum", "received"]}
+    cut = edit(keys=[1, 3], queries=[[4, 6], [7, None]]), edit(keys="answer", heads=[1, 5], weight=3.0)
+    requests = {
+        "prompt": asking(8, steer=cut, **spans),
+        "token": asking(7, steer=[edit(keys=[0, 4], heads=[5])], statistics=["mass"]),
+        "plain": asking(7, statistics=["mass"]),
+    }
+    step = Step(requests, ids("prompt", "token", "plain"), rank)
+    batch.see(step)
+    got = step.numbers(lambda columns: columns)
+
+    def prompts(logits: Tensor) -> Tensor:
+        logits = logits.clone()
+        logits[1:3, :, 1:3] = logits[4:, :, 1:3] = -torch.inf
+        logits[:, 1, 8:] += math.log(3)  # head 1 of the first rank, and 5 of the second
+        return logits
+
+    def tokens(logits: Tensor) -> Tensor:
+        logits = logits.clone()
+        logits[:, 1, :4] = -torch.inf if rank else logits[:, 1, :4]
+        return logits
+
+    maps = batch.maps(0, prompts), batch.maps(1, tokens)
+    wanted = [torch.einsum("nhm,mhd->nhd", m, v.repeat_interleave(2, 1)) for m, v in zip(maps, values, strict=False)]
+    torch.testing.assert_close(batch.out[:7], torch.cat(wanted))
+    assert not batch.out[7:].any() and (maps[0] - batch.maps(0)).abs().amax() > 0.1
+    last = maps[0][-1]
+    torch.testing.assert_close(got["prompt"].mass[0, 0], torch.stack([last[:, :3].sum(-1), last[:, 4:].sum(-1)], -1))
+    torch.testing.assert_close(got["prompt"].entropy[0, 0], -last.xlogy(last).sum(-1))
+    torch.testing.assert_close(got["prompt"].maximum[0, 0], last.amax(-1))
+    torch.testing.assert_close(got["prompt"].received[0], maps[0].sum(0)[:, :8])
+    torch.testing.assert_close(got["token"].mass[0, 0, :, 1], maps[1][0, :, :7].sum(-1))
+    torch.testing.assert_close(got["plain"].mass[0, 0, :, 1], batch.maps(2)[-1, :, :7].sum(-1))
+
+
+def test_an_edit_in_a_window_reads_no_block_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU. Blocks before the window belong to other requests by then; here they are not numbers."""
+    batch = OnGpu([9, 15], [9, 2])
+    values = batch.with_values(None)[1]
+    batch.cache[batch.table[1, :2].long()] = torch.nan
+    step = Step({"one": asking(9, steer=[edit(keys=[11, 12])], statistics=[])}, ids("plain", "one"))
+    layer = SimpleNamespace(layer_name="model.layers.0.attn")
+    impl = SimpleNamespace(**{**vars(IMPL), "sliding_window": (4, 0)})
+    out = torch.zeros_like(batch.query)
+    step.see(impl, layer, batch.query, batch.cache, batch.metadata, out)
+
+    def cut(logits: Tensor) -> Tensor:
+        logits = logits.clone()
+        logits[..., 11] = -torch.inf
+        return logits
+
+    maps = batch.maps(1, cut, window=5)
+    torch.testing.assert_close(out[9:11], torch.einsum("nhm,mhd->nhd", maps, values.repeat_interleave(2, 1)))
+    assert not out[:9].any() and not out[11:].any()
+    (got,) = step.numbers(lambda columns: columns).values()
+    assert got.is_empty() and got.seconds > 0
+
+
+def test_a_query_without_keys_gives_zeros(order: Any) -> None:
+    batch = Batch(order, [5], [5])
+    batch.with_values(order)
+    step = Step({"one": asking(5, steer=[edit(keys=[0, 9])])}, ids("one"))
+    batch.see(step)
+    assert not batch.out.any()
+    assert not step.numbers(lambda columns: columns)["one"].mass.any()
+
+
 def test_a_worker_forgets_a_request_that_ended() -> None:
-    extra = {"attention": asking(5).ask.written()}
+    extra = {"vlattn": asking(5).ask.written()}
     params = SimpleNamespace(extra_args=extra, max_tokens=3)
     new = SimpleNamespace(req_id="a", sampling_params=params, prompt_len=5)
     plain = SimpleNamespace(req_id="b", sampling_params=SimpleNamespace(extra_args=None), prompt_len=5)

@@ -39,7 +39,7 @@ def stepped(requests: dict[str, Any], numbers: dict[str, Attention], outputs: li
         return {0: SimpleNamespace(outputs=outputs)}
 
     engine._update_from_output(update, scheduler, None, out)
-    packed = [each.kv_transfer_params and each.kv_transfer_params[engine.FIELD] for each in outputs]
+    packed = [each.kv_transfer_params and each.kv_transfer_params[engine.KEY] for each in outputs]
     return [packed and from_bytes(packed) for packed in packed]
 
 
@@ -70,9 +70,9 @@ def test_a_gap_in_received_is_named() -> None:
 @pytest.mark.parametrize(
     ("computed", "extra", "skips"),
     [
-        (64, {"attention": {"statistics": ["mass", "received"]}}, True),
-        (200, {"attention": {"statistics": ["received"]}}, False),  # the cache holds no query that this request has not run
-        (64, {"attention": {"statistics": ["mass"]}}, False),
+        (64, {"vlattn": {"statistics": ["mass", "received"]}}, True),
+        (200, {"vlattn": {"statistics": ["received"]}}, False),  # the cache holds no query that this request has not run
+        (64, {"vlattn": {"statistics": ["mass"]}}, False),
         (64, {}, False),
     ],
 )

@@ -1,6 +1,6 @@
 """Attention statistics of a served model: a plug-in of vLLM.
 
-A request with `SamplingParams(extra_args={"attention": {...}})` gets, with each generated token, the statistics of the attention
+A request with `SamplingParams(extra_args={"vlattn": {...}})` gets, with each generated token, the statistics of the attention
 that chose it. vLLM schedules, batches and shards as always; after its own attention, the operator reads the keys of such requests
 in the paged cache. vLLM finds the plug-in by its entry point; nothing is imported from it before.
 

@@ -1,59 +1,159 @@
-"""The ask of a request: its layers, statistics and groups of tokens, checked and written out."""
+"""The ask of a request: its layers, statistics, groups of tokens and edits, checked and written out."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vlattn_fast._ground.checks import check_integer, check_names, describe
+from vlattn_fast._ground.checks import check_bool, check_integer, check_names, check_number, describe
 
-KEY = "attention"  # in the extra_args of vLLM's SamplingParams
+KEY = "vlattn"  # a field of a request to the server, and a name in the extra_args of vLLM's SamplingParams
 STATISTICS = ("mass", "entropy", "maximum", "received")
 NAMED = ("image", "question", "answer")
 MOST_GROUPS = 64
-DEFAULT = {"statistics": ("mass",), "groups": NAMED}
+FIELDS = ("layers", "statistics", "groups", "top", "compact", "steer")
+EDIT_FIELDS = ("queries", "keys", "layers", "heads", "weight")
 
 Span = tuple[int, int | None]  # None: to the newest token
 
 
+class Edit(NamedTuple):
+    """The attention of these queries to these keys is multiplied by `weight` before it is normalised; 0 cuts it."""
+
+    layers: tuple[int, ...]
+    heads: tuple[int, ...]
+    queries: tuple[Span, ...]
+    keys: tuple[Span, ...]
+    weight: float
+
+
 class Ask(NamedTuple):
-    """`groups`: names with their spans of tokens. Written as JSON, it comes back from `read`."""
+    """`groups`: names with their spans of tokens. `top`: how many tokens `received` keeps by layer and head; None = all. Written
+    as JSON, it comes back from `read`."""
 
     layers: tuple[int, ...]
     statistics: tuple[str, ...]
     groups: tuple[tuple[str, tuple[Span, ...]], ...]
+    top: int | None = None
+    steer: tuple[Edit, ...] = ()
 
     def written(self) -> dict[str, Any]:
-        groups = [[name, [list(span) for span in spans]] for name, spans in self.groups]
-        return {"layers": list(self.layers), "statistics": list(self.statistics), "groups": groups}
+        """Without tuples, as JSON gives it back."""
+        value: dict[str, Any] = json.loads(json.dumps({**self._asdict(), "steer": [edit._asdict() for edit in self.steer]}))
+        return value
 
     @staticmethod
     def read(value: Mapping[str, Any]) -> Ask:
-        groups = tuple((name, tuple((start, end) for start, end in spans)) for name, spans in value["groups"])
-        return Ask(tuple(value["layers"]), tuple(value["statistics"]), groups)
+        groups = tuple((name, _pairs(spans)) for name, spans in value["groups"])
+        edits = tuple(
+            Edit(tuple(one["layers"]), tuple(one["heads"]), _pairs(one["queries"]), _pairs(one["keys"]), one["weight"])
+            for one in value["steer"]
+        )
+        return Ask(tuple(value["layers"]), tuple(value["statistics"]), groups, value["top"], edits)
 
 
-def check_ask(value: Any, layers: int, prompt: int, pictures: Sequence[Span], most: int) -> Ask:
-    """The Ask of a request to a model of so many layers; `prompt`: its number of tokens; `pictures`: their spans in it; `most`:
-    tokens of the prompt and of its longest answer.
+def _pairs(spans: Sequence[Sequence[Any]]) -> tuple[Span, ...]:
+    return tuple((start, end) for start, end in spans)
+
+
+def check_ask(value: Any, layers: int, heads: int, prompt: int, pictures: Sequence[Span], most: int) -> Ask:
+    """The Ask of a request to a model of so many layers and heads.
+
+    `prompt`: its number of tokens; `pictures`: their spans in it; `most`: tokens of the prompt and of its longest answer.
 
     Raises:
         ValueError, TypeError: naming the part of `value` that is wrong.
     """
-    if not isinstance(value, Mapping) or not set(value) <= {"layers", *DEFAULT}:
-        raise ValueError(f"{KEY} must be a dict with some of layers, statistics and groups; got {value!r:.200}")
+    if not isinstance(value, Mapping) or not set(value) <= set(FIELDS):
+        raise ValueError(f"{KEY} must be a dict with some of {', '.join(FIELDS)}; got {value!r:.200}")
+    named = {"image": tuple(pictures), "question": _between(pictures, prompt), "answer": ((prompt, None),)}
+    steer = tuple(_edit(edit, layers, heads, named, most) for edit in plain_edits(value["steer"])) if "steer" in value else ()
+    if steer and value.get("statistics") in ([], ()):
+        if given := sorted({*value} - {"statistics", "steer", "compact"}):
+            raise ValueError(f"statistics must name one if {' and '.join(given)} are given; got none")
+        return Ask((), (), (), None, steer)
     numbers = _layers(value.get("layers"), layers)
-    statistics = _names("statistics", value.get("statistics", DEFAULT["statistics"]), STATISTICS)
+    statistics = _names("statistics", value.get("statistics", ("mass",)), STATISTICS)
+    top = value.get("top")
+    if top is not None:
+        check_integer("top", top, low=1)
+        if "received" not in statistics:
+            raise ValueError(f"statistics must name 'received' if top is given; got {list(statistics)}")
+    check_bool(compact=value.get("compact", False))
     if "mass" not in statistics:
         if "groups" in value:
-            raise ValueError(f"statistics must name 'mass' where groups are given; got {list(statistics)}")
-        return Ask(numbers, statistics, ())
-    groups = _groups(value.get("groups", NAMED), prompt, pictures, most)
+            raise ValueError(f"statistics must name 'mass' if groups are given; got {list(statistics)}")
+        return Ask(numbers, statistics, (), top, steer)
+    groups = _groups(value.get("groups", NAMED), named, most)
     check_disjoint(groups)
-    return Ask(numbers, statistics, groups)
+    return Ask(numbers, statistics, groups, top, steer)
+
+
+def plain_edits(value: Any) -> list[Mapping[str, Any]]:
+    """Each edit as the dict that JSON has: va.Steer and va.Knockout become one."""
+    legend = f"steer must be a list of edits: va.Steer, va.Knockout, or dicts with some of {', '.join(EDIT_FIELDS)}"
+    if isinstance(value, (str, Mapping)) or not isinstance(value, Sequence) or len(value) == 0:
+        raise TypeError(f"{legend}; got {value!r:.200}")
+    edits = []
+    for edit in value:
+        if not isinstance(edit, Mapping):
+            from vlattn_fast import Knockout, Steer
+
+            if not isinstance(edit, (Knockout, Steer)):
+                raise TypeError(f"{legend}; got {describe(edit)}")
+            if edit.tower is not None:
+                raise ValueError(f"tower of an edit must be None at a server, which edits the decoder; got {edit.tower!r}")
+            weight = edit.weight if isinstance(edit, Steer) else 0.0
+            given = {name: getattr(edit, name) for name in EDIT_FIELDS[:-1]}
+            edit = {**{name: each for name, each in given.items() if each is not None}, "weight": weight}
+        if "weight" not in edit or not set(edit) <= set(EDIT_FIELDS):
+            raise ValueError(f"{legend}, weight among them; got {edit!r:.200}")
+        edits.append(edit)
+    return edits
+
+
+def _edit(value: Mapping[str, Any], layers: int, heads: int, named: Mapping[str, tuple[Span, ...]], most: int) -> Edit:
+    check_number("weight", value["weight"])
+    if value["weight"] < 0:
+        raise ValueError(f"weight must be at least 0, which cuts the attention; got {value['weight']!r}")
+    if all(value.get(name) is None for name in ("queries", "keys", "heads")):
+        raise ValueError(f"an edit must have queries, keys or heads, or it edits all attention; got {dict(value)!r:.200}")
+    return Edit(
+        _from_the_end("layers", value.get("layers"), layers),
+        _from_the_end("heads", value.get("heads"), heads),
+        _tokens("queries", value.get("queries"), named, most),
+        _tokens("keys", value.get("keys"), named, most),
+        float(value["weight"]),
+    )
+
+
+def _from_the_end(name: str, value: Any, count: int) -> tuple[int, ...]:
+    """Numbers below `count`, of which negative ones count from the end; None = all."""
+    if value is None:
+        return tuple(range(count))
+    numbers = [value] if isinstance(value, int) else value
+    if isinstance(numbers, str) or not isinstance(numbers, Sequence) or len(numbers) == 0:
+        raise TypeError(f"{name} of an edit must be numbers, at least one; got {describe(value)}")
+    for number in numbers:
+        check_integer(f"a number of {name} of an edit", number, low=-count, high=count - 1)
+    return tuple(sorted({number % count for number in numbers}))
+
+
+def _tokens(name: str, value: Any, named: Mapping[str, tuple[Span, ...]], most: int) -> tuple[Span, ...]:
+    if value is None:
+        return ((0, None),)
+    if isinstance(value, str):
+        (value,) = _names(f"{name} of an edit", [value], NAMED)
+        if not named[value]:
+            raise ValueError(f"{name} of an edit name {value!r}, and the prompt has no such token")
+        return named[value]
+    if isinstance(value, Sequence) and len(value) == 2 and not isinstance(value[0], Sequence):
+        value = [value]
+    return _spans(name, value, most)
 
 
 def _layers(value: Any, layers: int) -> tuple[int, ...]:
@@ -75,16 +175,15 @@ def _names(name: str, value: Any, known: Sequence[str]) -> tuple[str, ...]:
     return names
 
 
-def _groups(value: Any, prompt: int, pictures: Sequence[Span], most: int) -> tuple[tuple[str, tuple[Span, ...]], ...]:
+def _groups(value: Any, named: Mapping[str, tuple[Span, ...]], most: int) -> tuple[tuple[str, tuple[Span, ...]], ...]:
     if isinstance(value, Mapping):
         if not value or not all([isinstance(name, str) for name in value]):
             raise ValueError(f"groups must have at least one group, each with a string for its name; got {value!r:.200}")
         if len(value) > MOST_GROUPS:  # each takes a number for each token, layer and head
             raise ValueError(f"groups must be at most {MOST_GROUPS}; got {len(value)}")
-        return tuple((name, _spans(name, spans, most)) for name, spans in value.items())
+        return tuple((name, _spans(f"groups[{name!r}]", spans, most)) for name, spans in value.items())
     names = value.split("|") if isinstance(value, str) else value
-    spans = {"image": tuple(pictures), "question": _between(pictures, prompt), "answer": ((prompt, None),)}
-    return tuple((name, spans[name]) for name in _names("groups", names, NAMED))
+    return tuple((name, named[name]) for name in _names("groups", names, NAMED))
 
 
 def _between(pictures: Sequence[Span], prompt: int) -> tuple[Span, ...]:
@@ -95,19 +194,19 @@ def _between(pictures: Sequence[Span], prompt: int) -> tuple[Span, ...]:
 
 
 def _spans(name: str, value: Any, most: int) -> tuple[Span, ...]:
-    legend = f"groups[{name!r}] must be a list of at least one [start, end], numbers of tokens, where end may be None"
+    legend = f"{name} must be a list of at least one [start, end], numbers of tokens, where end may be None"
     if isinstance(value, str) or not isinstance(value, Sequence) or len(value) == 0:
         raise TypeError(f"{legend}; got {describe(value)}")
     for span in value:
         if isinstance(span, str) or not isinstance(span, Sequence) or len(span) != 2:
             raise ValueError(f"{legend}; got {value!r:.200}")
         start, end = span
-        check_integer(f"the start of a span of {name!r}", start, low=0)
+        check_integer(f"the start of a span of {name}", start, low=0)
         if end is not None:
-            check_integer(f"the end of a span of {name!r}", end, low=start + 1)
+            check_integer(f"the end of a span of {name}", end, low=start + 1)
         if start >= most or (end is not None and end > most):
             raise ValueError(
-                f"a span of {name!r} must lie within the {most} tokens of the prompt and its longest answer; got {list(span)}. "
+                f"a span of {name} must lie within the {most} tokens of the prompt and its longest answer; got {list(span)}. "
                 f"An end of None is the newest token"
             )
     return tuple((start, end) for start, end in value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 PER_TOKEN = ("mass", "entropy", "maximum")
+TENSORS = (*PER_TOKEN, "received", "tokens")
+_LARGEST = torch.finfo(torch.float16).max
 
 
 @dataclass(frozen=True)
@@ -27,9 +29,11 @@ class Attention:
         entropy: (tokens, layers, heads) in nats.
         maximum: (tokens, layers, heads), the largest weight.
         received: (layers, heads, prompt), what each token of the prompt gets from the queries from queries[0] to queries[1] - 1,
-            added. None in the chunks of a stream but the last.
+            added. None in the chunks of a stream but the last. With `top`: (layers, heads, top), the largest.
         queries: positions. The first is above 0 where vLLM took a prefix out of its cache: these queries did not run.
         refused: why there are no numbers, or none in `received` alone, where only the running engine could tell; empty otherwise.
+        tokens: with `top` (layers, heads, top), the numbers of these tokens of the prompt; else None.
+        seconds: of the worker, for these numbers and edits.
     """
 
     layers: tuple[int, ...]
@@ -40,10 +44,20 @@ class Attention:
     received: Tensor | None = None
     queries: tuple[int, int] | None = None
     refused: str = ""
+    tokens: Tensor | None = None
+    seconds: float = 0.0
 
-    def to_dict(self) -> dict[str, Any]:
-        """Lists and numbers for JSON, without what is None."""
-        values = {name: value.tolist() for name in (*PER_TOKEN, "received") if (value := getattr(self, name)) is not None}
+    def is_empty(self) -> bool:
+        return all(getattr(self, name) is None for name in TENSORS)
+
+    def to_dict(self, compact: bool = False) -> dict[str, Any]:
+        """Lists and numbers for JSON, without what is None.
+
+        compact: each array as {"dtype", "shape", "data"} instead, little-endian bytes in base64. The numbers are float16, or
+            float32 if one is above 65504.
+        """
+        written = _array if compact else Tensor.tolist
+        values = {name: written(value) for name in TENSORS if (value := getattr(self, name)) is not None}
         facts: dict[str, Any] = {"layers": list(self.layers), "groups": list(self.groups), **values}
         if self.queries is not None:
             facts["queries"] = list(self.queries)
@@ -52,37 +66,57 @@ class Attention:
     @staticmethod
     def from_dict(value: Mapping[str, Any]) -> Attention:
         """The Attention of `to_dict`."""
-        tensors = {name: torch.tensor(value[name]) for name in (*PER_TOKEN, "received") if name in value}
+        tensors: dict[str, Any] = {name: _tensor(value[name]) for name in TENSORS if name in value}
         queries = tuple(value["queries"]) if "queries" in value else None
         return Attention(
             tuple(value["layers"]), tuple(value["groups"]), **tensors, queries=queries, refused=value.get("refused", "")
         )
 
 
+def _array(value: Tensor) -> dict[str, Any]:
+    if not value.is_floating_point():
+        value = value.int()
+    elif value.abs().le(_LARGEST).all():
+        value = value.half()
+    data = base64.b64encode(value.numpy().tobytes()).decode()
+    return {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape), "data": data}
+
+
+def _tensor(value: Any) -> Tensor:
+    if not isinstance(value, Mapping):
+        return torch.tensor(value)
+    flat = _flat(base64.b64decode(value["data"]), getattr(torch, value["dtype"]))
+    return (flat.float() if flat.is_floating_point() else flat.long()).view(value["shape"])
+
+
+def _flat(data: bytes, dtype: torch.dtype) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
+
+
 def joined(parts: Sequence[Attention]) -> Attention:
     """Consecutive chunks of one completion as one."""
     last = parts[-1]
     rows = {name: [part for each in parts if (part := getattr(each, name)) is not None] for name in PER_TOKEN}
-    whole = {name: torch.cat(some) if some else None for name, some in rows.items()}
-    return Attention(last.layers, last.groups, **whole, received=last.received, queries=last.queries, refused=last.refused)
+    whole: dict[str, Any] = {name: torch.cat(some) if some else None for name, some in rows.items()}
+    end = {name: getattr(last, name) for name in ("received", "tokens", "queries", "refused")}
+    return Attention(last.layers, last.groups, **whole, **end, seconds=sum(part.seconds for part in parts))
 
 
 def to_bytes(attention: Attention) -> dict[str, Any]:
     """For msgpack, which knows no tensor in a field of any type."""
-    packed: dict[str, Any] = {"layers": list(attention.layers), "groups": list(attention.groups), "refused": attention.refused}
-    for name in (*PER_TOKEN, "received"):
+    packed: dict[str, Any] = {name: getattr(attention, name) for name in ("layers", "groups", "queries", "refused", "seconds")}
+    for name in TENSORS:
         if (value := getattr(attention, name)) is not None:
             packed[name] = [list(value.shape), value.contiguous().numpy().tobytes()]
-    return packed if attention.queries is None else {**packed, "queries": list(attention.queries)}
+    return packed
 
 
 def from_bytes(packed: Mapping[str, Any]) -> Attention:
-    tensors = {}
-    for name in (*PER_TOKEN, "received"):
+    fields = {**packed, "layers": tuple(packed["layers"]), "groups": tuple(packed["groups"])}
+    for name in TENSORS:
         if name in packed:
             shape, data = packed[name]
-            empty = math.prod(shape) == 0
-            flat = torch.empty(0) if empty else torch.frombuffer(bytearray(data), dtype=torch.float32)
-            tensors[name] = flat.reshape(shape)
-    queries = tuple(packed["queries"]) if "queries" in packed else None
-    return Attention(tuple(packed["layers"]), tuple(packed["groups"]), **tensors, queries=queries, refused=packed["refused"])
+            fields[name] = _flat(data, torch.int64 if name == "tokens" else torch.float32).view(shape)
+    if fields["queries"] is not None:
+        fields["queries"] = tuple(fields["queries"])
+    return Attention(**fields)

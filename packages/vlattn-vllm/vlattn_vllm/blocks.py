@@ -35,18 +35,35 @@ def keys_in_blocks(kv_cache: Tensor, isa: str | None, block_table: Tensor) -> tu
     return keys.unflatten(2, (size, head_dim)), table
 
 
+def contents(kv_cache: Tensor, isa: str | None, blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Copies of the keys and the values (tokens, Hkv, D) of some blocks. kv_cache, isa: as above."""
+    used = kv_cache[blocks]
+    size, head_dim = used.shape[2], used.shape[3] // 2
+    if isa is None:
+        halves = used.split(head_dim, 3)
+    else:
+        flat = used.flatten(2).split(size * head_dim, 2)
+        orders = [_order(isa, used.dtype, size, head_dim, of_values)[0] for of_values in (False, True)]
+        halves = tuple(half[..., order].unflatten(2, (size, head_dim)) for half, order in zip(flat, orders, strict=True))
+    keys, values = (half.transpose(1, 2).flatten(0, 1) for half in halves)
+    return keys, values
+
+
 @cache
-def _order(isa: str, dtype: torch.dtype, size: int, head_dim: int) -> tuple[Tensor, tuple[int, int] | None]:
+def _order(
+    isa: str, dtype: torch.dtype, size: int, head_dim: int, of_values: bool = False
+) -> tuple[Tensor, tuple[int, int] | None]:
     """Where number (token, feature) of a block lies (size * head_dim), and its strides if it has any."""
     numbers = torch.arange(size * head_dim)
     source, power = torch.zeros_like(numbers), 1
+    written = _values_written if of_values else _written
     while power < len(numbers):
-        source += _written((numbers // power % _DIGITS).to(dtype).view(size, 1, head_dim), isa).long() * power
+        source += written((numbers // power % _DIGITS).to(dtype).view(size, 1, head_dim), isa).long() * power
         power *= _DIGITS
     order = torch.empty_like(numbers)
     order[source] = numbers
     if not torch.equal(source.sort().values, numbers):
-        raise RuntimeError(f"the key cache of the instruction set {isa!r} with {dtype} has no order that could be read")
+        raise RuntimeError(f"the cache of the instruction set {isa!r} with {dtype} has no order that could be read")
     table = order.view(size, head_dim)
     strides = int(table[1, 0]), int(table[0, 1])
     lies = torch.arange(size)[:, None] * strides[0] + torch.arange(head_dim) * strides[1]
@@ -55,10 +72,18 @@ def _order(isa: str, dtype: torch.dtype, size: int, head_dim: int) -> tuple[Tens
 
 def _written(key: Tensor, isa: str) -> Tensor:
     """The keys' half of a block, into which the engine wrote `key` (block size, 1, D)."""
+    return _in_block(key, torch.zeros_like(key), isa)[:, :, : len(key)].flatten()
+
+
+def _values_written(value: Tensor, isa: str) -> Tensor:
+    return _in_block(torch.zeros_like(value), value, isa)[:, :, len(value) :].flatten()
+
+
+def _in_block(key: Tensor, value: Tensor, isa: str) -> Tensor:
     from vllm import _custom_ops as ops
 
     size, _, head_dim = key.shape
     block = torch.zeros(1, 1, 2 * size, head_dim, dtype=key.dtype)
     halves: Any = block.chunk(2, dim=2)
-    ops.cpu_attn_reshape_and_cache(key, torch.zeros_like(key), *halves, torch.arange(size), isa)
-    return block[:, :, :size].flatten()
+    ops.cpu_attn_reshape_and_cache(key, value, *halves, torch.arange(size), isa)
+    return block

@@ -110,7 +110,7 @@ def collect(
         raise ValueError(f"ids must have one name for each of the {len(prompts)} prompts; got {len(names)}")
     params = SamplingParams() if params is None else params.clone()
     model = engine.llm_engine.model_config.model
-    settings = {"format": FORMAT, "model": model, "params": repr(params), KEY: ask, "dataset": _digest(prompts)}
+    settings = {"format": FORMAT, "model": model, "params": repr(params), "attention": ask, "dataset": _digest(prompts)}
     settings = json.loads(json.dumps(settings))  # as a later run reads them
     params.extra_args = {**(params.extra_args or {}), KEY: ask}
     check_settings(out, settings)

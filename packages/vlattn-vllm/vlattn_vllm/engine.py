@@ -13,7 +13,6 @@ from vlattn_vllm.attention import Attention, to_bytes
 from vlattn_vllm.worker import NUMBERS
 from vlattn_vllm.wrapping import wrap
 
-FIELD = "vlattn"  # in kv_transfer_params
 _SUM = "_vlattn_received"  # an attribute of the core's Request, so that it ends with the request
 
 
@@ -27,10 +26,15 @@ def install() -> None:
 def _preempt_request(original: Any, scheduler: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
     """In the middle of its prompt, a request that sums `received` runs from its first token again: blocks that another request
     cached meanwhile would stand for queries that it never ran."""
-    asked = ((request.sampling_params and request.sampling_params.extra_args) or {}).get(KEY)
+    asked = _asked(request)
     if asked and "received" in asked["statistics"] and request.num_computed_tokens < request.num_prompt_tokens:
         request.skip_reading_prefix_cache = True
     return original(scheduler, request, *args, **kwargs)
+
+
+def _asked(request: Any) -> dict[str, Any]:
+    asked: dict[str, Any] = ((request.sampling_params and request.sampling_params.extra_args) or {}).get(KEY, {})
+    return asked
 
 
 def _update_from_output(original: Any, scheduler: Any, scheduled: Any, out: Any) -> Any:
@@ -71,9 +75,13 @@ def _attach(output: Any, attention: Attention, request: Any) -> None:
     # The front end alone sees a stop string, and then asks the core for nothing more.
     last = output.finish_reason is not None or bool(request.sampling_params.stop)
     if last and total is not None:
-        attention = replace(attention, received=total.received, queries=total.queries, refused=attention.refused or total.refused)
+        received, tokens, top = total.received, None, _asked(request).get("top")
+        if top is not None and received is not None:
+            received, tokens = received.topk(min(top, received.shape[-1]))
+        refused = attention.refused or total.refused
+        attention = replace(attention, received=received, tokens=tokens, queries=total.queries, refused=refused)
     else:
         attention = replace(attention, received=None, queries=None)
     if not output.new_token_ids:
         attention = replace(attention, mass=None, entropy=None, maximum=None)
-    output.kv_transfer_params = {**(output.kv_transfer_params or {}), FIELD: to_bytes(attention)}
+    output.kv_transfer_params = {**(output.kv_transfer_params or {}), KEY: to_bytes(attention)}

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping
+from http import HTTPStatus
 from typing import Any
 
+from vlattn_vllm import counts, limit
 from vlattn_vllm.ask import KEY, Span, check_ask
 from vlattn_vllm.attention import Attention, from_bytes, joined
-from vlattn_vllm.engine import FIELD
 from vlattn_vllm.worker import LAYERS
 from vlattn_vllm.wrapping import wrap
 
+_ASKS = "_vlattn_asks"  # an attribute of the front end's RequestState
 _PARTS = "_vlattn_parts"  # an attribute of the front end's RequestState: chunks that no completion has yet
 
 
@@ -20,6 +25,7 @@ def install() -> None:
 
     CompletionOutput.attention = None
     wrap(InputProcessor, "process_inputs", _process_inputs)
+    wrap(OutputProcessor, "add_request", _add_request)
     wrap(OutputProcessor, "process_outputs", _process_outputs)
     wrap(RequestState, "_new_completion_output", _new_completion_output)
     wrap(RequestOutput, "add", _add)
@@ -53,6 +59,9 @@ def refusals(config: Any, params: Any, resumable: bool) -> list[str]:
         or model.is_attention_free,
         "tokens of a picture see one another in both directions; choose a model with causal attention": model.is_mm_prefix_lm,
         "the request is a session that takes more input; send one request a prompt": resumable,
+        "attention is fused with a quantisation of its output, which no edit can reach; set pass_config.fuse_attn_quant=False": (
+            _steers(params) and bool(config.compilation_config.pass_config.fuse_attn_quant)
+        ),
         "it is a request for a pooling; ask where tokens are generated": not hasattr(params, "max_tokens"),
     }
     return [reason for reason, holds in reasons.items() if holds]
@@ -61,19 +70,25 @@ def refusals(config: Any, params: Any, resumable: bool) -> list[str]:
 def _process_inputs(original: Any, processor: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
     if not asks(params):
         return original(processor, request_id, prompt, params, *args, **kwargs)
+    if limit.most() == 0:
+        raise refused_request(f"{KEY} is turned off at this server ({limit.OPTION} 0); ask without it")
     reasons = refusals(processor.vllm_config, params, bool(kwargs.get("resumable")))
     if reasons:
         raise refused_request(f"{KEY} cannot be answered: {'; '.join(reasons)}")
     request = original(processor, request_id, prompt, params, *args, **kwargs)
     if request.prompt_token_ids is None:
         raise refused_request(f"{KEY} cannot be answered: the prompt is one of embeddings; send tokens")
-    layers, prompt_length = processor.vllm_config.model_config.get_total_num_hidden_layers(), len(request.prompt_token_ids)
+    config, prompt_length = processor.vllm_config.model_config, len(request.prompt_token_ids)
+    layers, heads = config.get_total_num_hidden_layers(), config.model_arch_config.total_num_attention_heads
     most = prompt_length + (request.sampling_params.max_tokens or 0)
     try:
-        ask = check_ask(params.extra_args[KEY], layers, prompt_length, _pictures(request.mm_features or ()), most)
+        ask = check_ask(params.extra_args[KEY], layers, heads, prompt_length, _pictures(request.mm_features or ()), most)
     except (TypeError, ValueError) as error:
         raise refused_request(str(error)) from error
     request.sampling_params.extra_args = {**request.sampling_params.extra_args, KEY: ask.written()}
+    if ask.steer:  # its keys and values are not those of the same tokens without these edits
+        words = json.dumps([request.cache_salt, ask.written()["steer"]])
+        request.cache_salt = hashlib.sha256(words.encode()).hexdigest()
     return request
 
 
@@ -82,12 +97,48 @@ def asks(params: Any) -> bool:
     return any(KEY in (getattr(params, name, None) or {}) for name in ("extra_args", "extra_kwargs"))
 
 
+def _steers(params: Any) -> bool:
+    asked = (getattr(params, "extra_args", None) or {}).get(KEY)
+    return isinstance(asked, Mapping) and "steer" in asked
+
+
 def refused_request(message: str) -> Exception:
     """A ValueError that the server answers with the status 400."""
     from vllm.exceptions import VLLMValidationError
 
+    counts.add("refused")
     refusal: Exception = type("AskRefused", (VLLMValidationError, ValueError), {})(message)
     return refusal
+
+
+def _add_request(
+    original: Any, processor: Any, request: Any, prompt: Any, parent: Any = None, index: int = 0, *args: Any, **kwargs: Any
+) -> Any:
+    """Counts a request that asks once, however many samples it has."""
+    states, asking = processor.request_states, asks(request.sampling_params)
+    if asking and index == 0:
+        if (most := limit.most()) is not None and len({one for state in states.values() if (one := _asking(state))}) >= most:
+            raise _too_many(most)
+        counts.add("asks")
+    out = original(processor, request, prompt, parent, index, *args, **kwargs)
+    if asking:
+        states[request.request_id].__dict__[_ASKS] = True
+    return out
+
+
+def _asking(state: Any) -> int:
+    """The identity of the request that asks, which its samples share; 0 if it does not ask."""
+    return id(state.parent_req or state) if _ASKS in state.__dict__ else 0
+
+
+def _too_many(most: int) -> Exception:
+    """A ValueError that the server answers with the status 429."""
+    from vllm.exceptions import GracefulHTTPError
+
+    counts.add("refused")
+    message = f"{most} requests with {KEY!r} run already, as many as {limit.OPTION} allows; ask again when one of them has ended"
+    error: Exception = type("AskPostponed", (GracefulHTTPError, ValueError), {})(message, HTTPStatus.TOO_MANY_REQUESTS)
+    return error
 
 
 def _pictures(features: Any) -> list[Span]:
@@ -105,13 +156,34 @@ def _pictures(features: Any) -> list[Span]:
 
 
 def _process_outputs(original: Any, processor: Any, outputs: Any, *args: Any, **kwargs: Any) -> Any:
+    ended = []
     for output in outputs:
-        if output.kv_transfer_params is not None and FIELD in output.kv_transfer_params:
-            packed = output.kv_transfer_params.pop(FIELD)
+        if output.kv_transfer_params is not None and KEY in output.kv_transfer_params:
+            packed = output.kv_transfer_params.pop(KEY)
             output.kv_transfer_params = output.kv_transfer_params or None
-            if (state := processor.request_states.get(output.request_id)) is not None:
-                state.__dict__.setdefault(_PARTS, []).append(from_bytes(packed))
-    return original(processor, outputs, *args, **kwargs)
+            attention = from_bytes(packed)
+            counts.add("seconds", attention.seconds)
+            state = processor.request_states.get(output.request_id)
+            if state is None:
+                continue
+            if attention.refused and state.queue is not None and _PARTS not in state.__dict__ and attention.is_empty():
+                ended.append(state)
+            state.__dict__.setdefault(_PARTS, []).append(attention)
+    stopped = _stopped(processor, ended)
+    out = original(processor, outputs, *args, **kwargs)
+    out.reqs_to_abort.extend(stopped)
+    return out
+
+
+def _stopped(processor: Any, states: list[Any]) -> list[str]:
+    """The requests to be aborted: those that a worker refuses, which end with an error before their first token."""
+    names: list[str] = []
+    for state in states:
+        if state.request_id in processor.request_states:  # else another sample of the request ended it
+            whole, reason = state.parent_req or state, state.__dict__[_PARTS][-1].refused
+            names += processor.abort_requests([whole.request_id], internal=True)
+            state.queue.put(refused_request(f"{KEY} cannot be answered: {reason}"))
+    return names
 
 
 def _new_completion_output(original: Any, state: Any, *args: Any, **kwargs: Any) -> Any:

@@ -11,10 +11,10 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from vlattn_vllm import counts
 from vlattn_vllm.ask import KEY
 from vlattn_vllm.wrapping import wrap
 
-FIELD = "vlattn"  # of a request's body
 ANSWERED = ("/v1/completions", "/v1/chat/completions")
 
 
@@ -54,7 +54,7 @@ class Guard:
         while messages[-1].get("more_body"):
             messages.append(await receive())
         if asks(b"".join(message.get("body", b"") for message in messages)):
-            await _refuse(send, self.refused or f"{path} has no place for {FIELD!r}; ask at {' or '.join(ANSWERED)}")
+            await _refuse(send, self.refused or f"{path} has no place for {KEY!r}; ask at {' or '.join(ANSWERED)}")
             return
         read = iter(messages)
 
@@ -66,14 +66,14 @@ class Guard:
 
 def asks(body: bytes) -> bool:
     """Whether a request's body, JSON or a form, asks: by the field, or in the parameters of vLLM that take anything."""
-    if not any(f'"{name}"'.encode() in body for name in (FIELD, KEY)):
+    if f'"{KEY}"'.encode() not in body:
         return False
     try:
         value = json.loads(body)
     except ValueError:
-        return f'name="{FIELD}"'.encode() in body
+        return f'name="{KEY}"'.encode() in body
     return isinstance(value, Mapping) and any(
-        FIELD in part or any(KEY in _dict(part.get(name)) for name in ("extra_args", "vllm_xargs"))
+        KEY in part or any(KEY in _dict(part.get(name)) for name in ("extra_args", "vllm_xargs"))
         for part in (value, _dict(value.get("sampling_params")))
     )
 
@@ -84,7 +84,8 @@ def _dict(value: Any) -> Mapping[str, Any]:
 
 async def _refuse(send: Any, reason: str) -> None:
     """In the form of the server's own errors."""
-    body = json.dumps({"error": {"message": reason, "type": "BadRequestError", "param": FIELD, "code": 400}}).encode()
+    counts.add("refused")
+    body = json.dumps({"error": {"message": reason, "type": "BadRequestError", "param": KEY, "code": 400}}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": 400, "headers": headers})
     await send({"type": "http.response.body", "body": body})

