@@ -8,6 +8,10 @@
 // Bound: multiply-adds, as in attention_divergence. Trick: of chosen keys a tile has only those. Each of its rows has a list, from
 // which it takes a slot for each key that it sees, and a slot stands for a key in all that divergence.h does. Vectors then lie
 // along the numbers of a key, which is read where it lies.
+// Measured in turns with streaming and the formula's compilation on a busy machine, with one thread, heads of 64 numbers in float32,
+// the attention fixed: 2,048 tokens and four heads of both sides forward 4.2 and 2.6 times as fast, with gradients 4.2 and 1.0
+// times; over an eighth of the keys 20 and 13, 15 and 5.1 times. 8,192 tokens and a head with four of the indexer: 6.5 and 3.5,
+// 4.8 and 1.6 times; over an eighth of the keys forward 17 and 15 times.
 #include "divergence.h"
 
 namespace ISA {
@@ -32,8 +36,8 @@ struct Chosen {
     Size stride, slots;  // of the tile: as many as the row with the most keys has
     int32_t* keys;  // (width, stride), filled up to a multiple of AT_ONCE
     Size* count;  // (width)
-    float* added;  // (width, stride): by a mask, but for a row's largest number; null without a mask of numbers
-    double* masks;  // (stride), of a row
+    double* added;  // (width, stride): by a mask of numbers; null without one
+    double* shift;  // (width): of a float64 mask a row's largest number, as masked_by_float64 takes it
     uint8_t* taken;  // (M): whether a row has the key already
     bool is_fresh;
     void plan(const IndexerDivergence& c, Size lanes, Memory& memory) {
@@ -41,7 +45,7 @@ struct Chosen {
         const bool adds = m.mask && m.dtype != BOOL;
         stride = round_up(c.slots(), AT_ONCE), is_fresh = true;
         keys = (int32_t*)memory.take(lanes * stride), count = (Size*)memory.take(2 * lanes);
-        added = adds ? memory.take(lanes * stride) : nullptr, masks = memory.take_doubles(stride);
+        added = adds ? memory.take_doubles(lanes * stride) : nullptr, shift = memory.take_doubles(lanes);
         taken = (uint8_t*)memory.take(round_up(c.any().M, 4) / 4);
     }
     void load(const IndexerDivergence& c, const Tile& t) {
@@ -59,13 +63,14 @@ struct Chosen {
         for (Size k = 0; k < c.chosen; ++k) {
             const Size j = from[k];
             if (j < 0 || j >= a.M || taken[j] || (m.is_causal && j > n) || (m.keys && !m.keys[b * a.M + j])) continue;
-            if (m.mask && (masks[some] = number_of_mask(m, b * m.stride_b + n * m.stride_n + j * m.stride_m)) == -INFINITY)
-                continue;
+            const double mask = m.mask ? number_of_mask(m, b * m.stride_b + n * m.stride_n + j * m.stride_m) : 0;
+            if (mask == -INFINITY) continue;
+            if (added) added[i * stride + some] = mask;
             row[some++] = j, taken[j] = 1;
         }
         for (Size s = 0; s < some; ++s) taken[row[s]] = 0;
         for (Size s = some; some > 0 && s < round_up(some, AT_ONCE); ++s) row[s] = row[some - 1];
-        if (added) load_added(some, added + i * stride);
+        shift[i] = m.mask && m.dtype == FLOAT64 ? largest_of(added + i * stride, some) : 0;
         return some;
     }
     static double number_of_mask(const Masks& m, Size at) {
@@ -74,16 +79,18 @@ struct Chosen {
         load_mask_row(m, at, 1, &x);
         return x;
     }
-    void load_added(Size some, float* to) const {  // softmax does not see the largest: so the others keep their digits beside it
+    static double largest_of(const double* x, Size some) {  // 0 unless it is finite
         double largest = -INFINITY;
-        for (Size s = 0; s < some; ++s) largest = masks[s] > largest ? masks[s] : largest;
-        const double shift = fabs(largest) == INFINITY ? 0 : largest;
-        for (Size s = 0; s < some; ++s) to[s] = (float)finite_in_float32(masks[s] - shift);
+        for (Size s = 0; s < some; ++s) largest = x[s] > largest ? x[s] : largest;
+        return fabs(largest) == INFINITY ? 0 : largest;
     }
     // S: scores become logits, and -Inf where a row has no key
     void mask(const Tile& t, float* S) const {
         for (Size i = 0; i < t.width; ++i) {
-            for (Size s = 0; added && s < count[i]; ++s) S[s * t.width + i] += added[i * stride + s];
+            for (Size s = 0; added && s < count[i]; ++s) {
+                float* score = S + s * t.width + i;
+                *score = masked_by_float64(*score, added[i * stride + s], shift[i]);
+            }
             for (Size s = count[i]; s < slots; ++s) S[s * t.width + i] = -INFINITY;
         }
     }

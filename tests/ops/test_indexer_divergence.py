@@ -122,6 +122,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "chosen keys": {"topk_indices": chosen()},
     "chosen keys, causal": {"topk_indices": chosen(), "is_causal": True, "attn_mask": mask()},
     "chosen keys, float mask": {"topk_indices": chosen(), "attn_mask": torch.where(mask(), torch.randn(2, 1, 7, 9), -torch.inf)},
+    "chosen keys, a finite mask over rows": {
+        "topk_indices": chosen(),
+        "attn_mask": torch.where(mask().index_fill(2, torch.tensor([1]), False), 0.0, torch.finfo(torch.float32).min),
+    },
     "chosen keys, padding": {"topk_indices": chosen(), "key_mask": torch.arange(9) < torch.tensor([[6], [3]])},
     "no keys chosen": {"topk_indices": chosen()[..., :0]},
 }
