@@ -1,7 +1,7 @@
 // What attention_divergence.cpp and indexer_divergence.cpp share: rows of two attentions in a tile, compared, and the way back.
 //
 // Query row i, key j; ' marks the other side. In brackets: the names below.
-//     L_ij = ln A_ij = (S_ij - max_j S_ij) - ln sum_j e^(S_ij - max_j S_ij)                [load_logs: S]
+//     L_ij = ln A_ij = (S_ij - max_j S_ij) - ln sum_j e^(S_ij - max_j S_ij)                [take_logs: S]
 //     ln Abar_ij = ln (1/H sum_h A_hij), a log-sum-exp over the heads                     [take_up_head: mean, weights]
 //     f(e^L, e^L'), and with r = df/dA the products A r, A' r'                            [Terms; divergence_of_tile]
 //     dS_ij = (A r - A sum_j A r) dD_i; of a mean A_h r = (A_h / Abar) Abar r, over H     [logit_gradients]
@@ -115,8 +115,8 @@ static void attention_logits(const Attention& a, AttentionSide& x, const Tile& t
         for (Size i = 0; i < w; i += VL) store(largest + i, maximum(load(largest + i), load(x.logits.top + i)));
     });
 }
-// S (keys, w): logits, which make(largest) makes, become ln A
-template <class Make> static void load_logs(float* S, Size keys, Size w, const Make& make) {
+// make(largest) makes logits S (keys, w); take(at, ln A) takes a vector of their logarithms of weights at each place.
+template <class Make, class Take> static void take_logs(float* S, Size keys, Size w, const Make& make, const Take& take) {
     const Vector nothing = splat(-INFINITY);
     float largest[LANES];
     make(largest);
@@ -127,38 +127,32 @@ template <class Make> static void load_logs(float* S, Size keys, Size w, const M
         sum_rows(keys, total, [&](Size j) { return exp_negative(load(S + j * w + i) - shift); });
         for (Size n = 0; n < VL; ++n) log_total[n] = total[n] == 0 ? 0.f : (float)log(total[n]);
         const Vector rest = load(log_total);
-        for (Size j = 0; j < keys; ++j) {  // the largest first: beside a log-sum-exp of huge logits they would lose their digits
-            float* s = S + j * w + i;
-            store(s, (load(s) - shift) - rest);
-        }
+        for (Size at = i; at < keys * w;
+             at += w)  // the largest first: beside a log-sum-exp of huge logits they would lose digits
+            take(at, (load(S + at) - shift) - rest);
     }
 }
+template <class Make> static void load_logs(float* S, Size keys, Size w, const Make& make) {  // in the place of the logits
+    take_logs(S, keys, w, make, [S](Size at, Vector log_p) { store(S + at, log_p); });
+}
 // The sum of the heads' weights so far is weights e^mean, where mean is the largest logarithm among them.
-static void take_up_head(const AttentionSide& x, Size n, bool first) {
-    if (first) memcpy(x.mean, x.S, n * sizeof(float));
-    for (Size i = 0; i < n; i += VL) {
-        if (first) {
-            store(x.weights + i, splat(1.f));
-            continue;
-        }
-        const Vector before = load(x.mean + i), log_p = load(x.S + i), sum = load(x.weights + i);
-        const Vector e = exp_negative(before == log_p ? Vector{} : -absolute(log_p - before));  // both may be -Inf
-        store(x.weights + i, log_p > before ? sum * e + 1.f : sum + e);
-        store(x.mean + i, maximum(before, log_p));
-    }
+INLINE void take_up_head(const AttentionSide& x, Size at, Vector log_p) {
+    const Vector before = load(x.mean + at), sum = load(x.weights + at);
+    const Vector e = exp_negative(before == log_p ? Vector{} : -absolute(log_p - before));  // both may be -Inf
+    store(x.weights + at, log_p > before ? sum * e + 1.f : sum + e);
+    store(x.mean + at, maximum(before, log_p));
 }
 // make(tile of a head, largest) makes the head's logits.
 template <class Make>
 static void load_side(const Divergence& c, const AttentionSide& x, int side, Tile t, Size keys, const Make& make) {
-    const auto logs = [&] { load_logs(x.S, keys, t.width, [&](float* largest) { make(t, largest); }); };
-    if (!x.mean) return logs();
+    const Size w = t.width;
+    const auto logits = [&](float* largest) { make(t, largest); };
+    if (!x.mean) return load_logs(x.S, keys, w, logits);
+    take_logs(x.S, keys, w, logits, [&](Size at, Vector log_p) { store(x.mean + at, log_p), store(x.weights + at, splat(1.f)); });
     const Attention& a = c.sides[side];
-    for (t.h = 0; t.h < a.H; ++t.h) {
-        logs();
-        take_up_head(x, keys * t.width, t.h == 0);
-    }
+    for (t.h = 1; t.h < a.H; ++t.h) take_logs(x.S, keys, w, logits, [&](Size at, Vector log_p) { take_up_head(x, at, log_p); });
     const Vector heads = splat((float)a.H);
-    for (Size i = 0; i < keys * t.width; i += VL) store(x.mean + i, load(x.mean + i) + log_all(load(x.weights + i) / heads));
+    for (Size at = 0; at < keys * w; at += VL) store(x.mean + at, load(x.mean + at) + log_all(load(x.weights + at) / heads));
 }
 
 // ---- divergence and gradients
