@@ -5,6 +5,7 @@ Formula: reference/attention_divergence.py. Bounded memory: streaming/attention_
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -204,10 +205,16 @@ _backward_op = define(
 _saved = Saved(AttentionDivergenceInputs, AttentionDivergenceBackwardInputs, grads=("grad", "need_own", "need_other"))
 
 
-def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    needs = [any(ctx.needs_input_grad[first : first + 2]) for first in (0, 2)]
-    own, own_key, other, other_key = _backward_op(_saved.inputs(ctx, grad, *needs))
-    return *((own, own_key) if needs[0] else (None, None)), *((other, other_key) if needs[1] else (None, None)), None, None
+def autograd_of_sides(backward: Any, saved: Saved, *sides: slice) -> Callable[..., tuple[Tensor | None, ...]]:
+    """Returns what gives the gradients of the tensors in the order of the call, and asks `backward` for those of a side only if
+    one of its tensors needs one."""
+
+    def autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needs = [any(ctx.needs_input_grad[side]) for side in sides]
+        made = backward(saved.inputs(ctx, grad, *needs))
+        return tuple([x if need else None for side, need in zip(sides, needs, strict=True) for x in made[side]])
+
+    return autograd
 
 
 _derivatives = Derivatives(
@@ -221,6 +228,7 @@ _derivatives = Derivatives(
     second=launcher(BACKENDS, "second"),
     fake=_forward_fake,
 )
+_autograd = autograd_of_sides(_backward_op, _saved, slice(0, 2), slice(2, 4))
 differentiable("attention_divergence", _autograd, lambda ctx, inputs, output: _saved.save(ctx, inputs), _derivatives.of_forward)
 
 describe_call = described(Arguments, _describe)

@@ -34,7 +34,7 @@ from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._derivatives import Derivatives
 from vlattn_fast.ops._registration import Saved, define, differentiable
 from vlattn_fast.ops._stages import arguments_of, described
-from vlattn_fast.ops.attention_divergence import check_key
+from vlattn_fast.ops.attention_divergence import autograd_of_sides, check_key
 
 BACKENDS = table("indexer_divergence", triton=None)
 _SHAPES = dict(zip(FIELDS, ("(B, H, N, D)", "(B, Hkv, M, D)", "(B, Hi, N, Di)", "(B, M, Di)", "(B, Hi, N)"), strict=True))
@@ -170,12 +170,6 @@ _backward_op = define(
 _saved = Saved(IndexerDivergenceInputs, IndexerDivergenceBackwardInputs, grads=("grad", "need_attention", "need_index"))
 
 
-def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    needs = any(ctx.needs_input_grad[:2]), any(ctx.needs_input_grad[2:5])
-    made = _backward_op(_saved.inputs(ctx, grad, *needs))
-    return *(made[:2] if needs[0] else (None, None)), *(made[2:] if needs[1] else (None, None, None)), None, None, None
-
-
 _derivatives = Derivatives(
     "indexer_divergence",
     (IndexerDivergenceBackwardInputs, IndexerDivergenceJvpInputs, IndexerDivergenceSecondInputs),
@@ -187,6 +181,7 @@ _derivatives = Derivatives(
     second=launcher(BACKENDS, "second"),
     fake=_forward_fake,
 )
+_autograd = autograd_of_sides(_backward_op, _saved, slice(0, 2), slice(2, 5))
 differentiable("indexer_divergence", _autograd, lambda ctx, inputs, output: _saved.save(ctx, inputs), _derivatives.of_forward)
 
 describe_call = described(Arguments, _describe)
