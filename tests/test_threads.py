@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from tests.helpers import programs
 from vlattn_fast.attach.events import RUNNING
 from vlattn_fast.checking import verify
 from vlattn_fast.checking.cases import Sizes
+from vlattn_fast.models.uniter import UNITER, UNITERConfig
 from vlattn_fast.ops import OPERATORS
 
 THREADS = 8
@@ -64,7 +66,7 @@ def equal_bits(got: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_operators(dtype: torch.dtype) -> None:
-    """Outputs and gradients of every operator on every backend of a CPU. (torch has one level of forward mode for all threads.)"""
+    """Outputs and gradients on every backend of a CPU; torch has one level of forward mode for all threads."""
     named = {}
     for case in verify.cases(sizes=SIZES):
         tensors = case.in_dtype(dtype)
@@ -107,17 +109,27 @@ print(json.dumps([len(results), all(torch.equal(a, b) for one in results for a, 
     assert json.loads(done.stdout) == [THREADS, True]
 
 
+def uniter() -> tuple[torch.nn.Module, dict[str, Tensor]]:
+    """A model of this package, which needs no transformers, and its inputs."""
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=9)
+    torch.manual_seed(0)
+    model = UNITER(UNITERConfig(**sizes, max_position_embeddings=12, region_dim=10, position_dim=7)).eval()
+    regions = {"region_features": torch.randn(3, 5, 10), "region_positions": torch.rand(3, 5, 7)}
+    masks = {"attention_mask": torch.ones(3, 6, dtype=torch.bool), "region_mask": torch.rand(3, 5) > 0.2}
+    return model, {"input_ids": torch.randint(9, (3, 6)), **regions, **masks}
+
+
 @pytest.fixture(scope="module")
 def explained() -> list[Callable[[], dict[str, Tensor]]]:
     """Explanations of models that all threads share, of two inputs and by several methods."""
-    pytest.importorskip("transformers")
-    from tests.helpers.interpret.cases import CASES, lively
+    models = [uniter()]
+    if find_spec("transformers") is not None:
+        from tests.helpers.interpret.cases import llava, vit
+
+        models += [(case.model.eval(), case.inputs) for case in (vit(), llava())]
 
     calls: list[Callable[[], dict[str, Tensor]]] = []
-    for name in ("vit", "llava"):
-        torch.manual_seed(0)
-        case = CASES[name]()
-        model, inputs = lively(case.model).eval(), case.inputs
+    for model, inputs in models:
         flipped = {key: x.flip(0) if isinstance(x, Tensor) else x for key, x in inputs.items()}
         for method, given in (("gradient", inputs), ("gradient", flipped), ("weighted", inputs), ("input_gradient", inputs)):
             calls.append(lambda a=model, b=given, c=method: va.explain(a, b, method=c).relevancy)
@@ -132,11 +144,7 @@ def test_explain(explained: list[Callable[[], dict[str, Tensor]]]) -> None:
 
 def test_a_run_is_that_of_its_thread() -> None:
     """Also if a thread has a copy of the context of a run, as each has in a free-threaded Python."""
-    pytest.importorskip("transformers")
-    from tests.helpers.interpret.cases import CASES, lively
-
-    case = CASES["vit"]()
-    model, inputs = lively(case.model).eval(), case.inputs
+    model, inputs = uniter()
     expected, others = va.explain(model, inputs).relevancy, list[Any]()
 
     def other() -> None:
