@@ -10,7 +10,8 @@
 # make docs      the site, with its tables of stored rows, into site/; a warning or a page that lacks something is an error
 # make gpu       on a machine with a GPU, torch, triton and pytest, whatever is installed: checks and measurements, nine minutes a call;
 #                each call goes on; PARTS=verify, ARGS="--device cpu"
-# make venv      .venv, which all of these use; WORKERS=2 processes for tests
+# make venv      .venv, which all of these use, with the versions of tools/lock.txt; WORKERS=2 processes for tests
+# make lock      tools/lock.txt out of .venv: `make venv LOCK= VENV=.venv-next` takes the newest versions, `make test lock` keeps them
 # Further tools are commands of Python: `.venv/bin/python -m tools` lists them.
 
 PYTHON ?= python3
@@ -19,6 +20,8 @@ WORKERS ?= 2
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.9.0
 MODELS ?= transformers==5.23.* diffusers==0.42.*
+# the versions of all other packages, as constraints: `make venv LOCK=` takes the newest, and `make lock` writes what .venv has
+LOCK ?= tools/lock.txt
 
 PY := $(VENV)/bin/python
 CXX_SOURCES = $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu tests/cpu/*.cpp packages/ptx/*/*/*.h packages/ptx/*/*/*.cpp packages/ptx/tests/*.h packages/ptx/tests/*.cu tests/compiled/*.cu)
@@ -27,10 +30,10 @@ READY := $(VENV)/.kernels
 TESTED := $(VENV)/.tested
 # Python compiles a module when it is first imported and keeps it, even if the variable below says otherwise. pip would compile all
 # of them, which takes nearly as long as the rest of the install.
-PIP := $(PY) -m pip --disable-pip-version-check install --quiet --no-compile
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet --no-compile $(addprefix --constraint=,$(LOCK))
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-all suite cpus lint format lists bench hub docs gpu venv clean
+.PHONY: demo test test-all suite cpus lint format lists bench hub docs gpu venv lock clean
 
 demo: $(READY)
 	@$(PY) -m vlattn_fast demo --out demo
@@ -95,6 +98,11 @@ gpu:
 
 venv: $(READY) $(TESTED)
 
+# `make` itself names torch and triton
+lock: $(READY) $(TESTED)
+	@$(PY) -m pip --disable-pip-version-check freeze --all --exclude-editable $(addprefix --exclude ,pip torch triton) >build/lock.txt
+	@mv build/lock.txt tools/lock.txt
+
 BUILD_CPU = mkdir -p build && PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) setup.py --quiet build_cpu --inplace >build/install.log 2>&1
 
 # torch is installed first and by itself: with a range, pip would take the newest torch and its CUDA libraries.
@@ -102,7 +110,7 @@ BUILD_CPU = mkdir -p build && PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) setup.p
 # use the environment's cmake and ninja: with others the second build would begin anew. A stamp is written last; two makes take turns.
 define INSTALL
 set -e
-if [ $(INSTALLED) -nt pyproject.toml ] && [ $(INSTALLED) -nt setup.py ]; then exit 0; fi
+if [ $(INSTALLED) -nt pyproject.toml ] && [ $(INSTALLED) -nt setup.py ] && [ $(INSTALLED) -nt "$(LOCK)" ]; then exit 0; fi
 echo "installing into $(VENV), which takes minutes the first time"
 test -x $(PY) || $(PYTHON) -m venv $(VENV)
 $(PIP) "setuptools>=77" "cmake>=3.25" ninja
@@ -121,7 +129,7 @@ IN_TURN := $(if $(shell command -v flock),flock $(VENV)/.lock)
 IN_TREE := PATH="$(abspath $(VENV))/bin:$$PATH" $(PIP) --no-build-isolation --no-deps
 PACKAGES := $(wildcard packages/ptx packages/vlattn-lab packages/vlattn-vllm)
 
-$(INSTALLED): pyproject.toml setup.py
+$(INSTALLED): pyproject.toml setup.py $(LOCK)
 	@mkdir -p $(VENV)
 	@$(IN_TURN) sh -c "$$INSTALL"
 

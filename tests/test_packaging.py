@@ -446,8 +446,9 @@ def test_lint_runs_in_a_folder_with_a_blank_in_its_name(tmp_path):
     for folder in ("vlattn_fast", *MAPPED, ".venv/bin"):
         (tree / folder).mkdir(parents=True)
     (tree / "vlattn_fast" / "ops.py").touch()
-    for name in ("Makefile", "pyproject.toml", "setup.py"):
-        shutil.copy(ROOT / name, tree)
+    (tree / "tools").mkdir()
+    for name in ("Makefile", "pyproject.toml", "setup.py", "tools/lock.txt"):
+        shutil.copy(ROOT / name, tree / name)
     for name in ("python", "clang-format"):
         (tree / ".venv/bin" / name).write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >>"{tree}/log"\n')
         (tree / ".venv/bin" / name).chmod(0o755)
