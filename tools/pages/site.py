@@ -25,6 +25,8 @@ TABLES = {  # by name the function that makes it, of this package or of vlattn_l
     "tiles": "tools.pages.kernel_measured.changes_of_tiles",
     "tile times": "tools.compiled.tile_times.table",
     "commands": "tools.pages.commands.commands",
+    "requirements": "tools.versions.requirements",
+    "versions": "tools.versions.runs",
     "measured models": "vlattn_lab.pages.models_page.measured_models",
     "listed models": "vlattn_lab.pages.models_page.listed_models",
     "evaluation": "vlattn_lab.pages.evaluation_page.evaluation",
