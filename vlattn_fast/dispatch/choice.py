@@ -60,20 +60,12 @@ def select(backends: Table, call: Call, backend: Any) -> str:
 
 
 def load(backends: Table, name: str) -> ModuleType:
-    """Returns the backend's module, imported at its first use."""
+    """Returns the backend's module, from sys.modules if possible: torch.compile cannot trace an import."""
     path = backends[name].module
-    module = _imported.get(path)
-    return _import(path) if module is None else module
-
-
-def _import(path: str) -> ModuleType:
-    if torch.compiler.is_compiling() and path in sys.modules:  # torch.compile cannot trace an import
-        return sys.modules[path]
-    module = _imported[path] = importlib.import_module(path)
+    module = sys.modules.get(path)
+    if module is None or getattr(getattr(module, "__spec__", None), "_initializing", False):  # another thread is importing it
+        return importlib.import_module(path)
     return module
-
-
-_imported: dict[str, ModuleType] = {}  # as a whole; sys.modules also has those that another thread is importing
 
 
 def launcher(backends: Table, name: str) -> Callable[..., Any]:
