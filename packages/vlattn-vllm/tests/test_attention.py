@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import torch
@@ -37,6 +38,17 @@ def test_both_forms_give_back_the_same() -> None:
         assert same(from_bytes(to_bytes(attention)), attention)
         if attention.mass is None or attention.mass.numel():
             assert same(Attention.from_dict(json.loads(json.dumps(attention.to_dict()))), attention)
+
+
+def test_compact_arrays_are_float16_or_float32_above_its_range() -> None:
+    given = Attention((0,), ("a",), mass=torch.rand(2, 1, 4, 1), tokens=torch.tensor([[[70000, 3]]]))
+    given = dataclasses.replace(given, received=torch.tensor([[[70000.0, 1e-3]]]), entropy=torch.rand(0, 1, 4))
+    written = json.loads(json.dumps(given.to_dict(compact=True)))
+    assert [written[name]["dtype"] for name in ("mass", "received", "tokens")] == ["float16", "float32", "int32"]
+    got = Attention.from_dict(written)
+    torch.testing.assert_close(got.mass, given.mass, rtol=2**-11, atol=2**-25)
+    assert torch.equal(got.received, given.received) and torch.equal(got.tokens, given.tokens)
+    assert got.entropy.shape == (0, 1, 4) and got.mass.dtype == torch.float32
 
 
 def test_chunks_are_joined() -> None:

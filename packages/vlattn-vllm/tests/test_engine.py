@@ -19,6 +19,7 @@ SCENARIOS = (
     "with_torchvision llava",
     "with_torchvision qwen2_vl",
     "steered",
+    "compiled",
     "steered ranks",
     "many",
     "folder",

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from vlattn_vllm import guard, plugin, server
+from vlattn_vllm import guard, plugin, server, versions
 from vlattn_vllm.guard import ANSWERED, Guard, asks
 
 ASK = {"statistics": ["median"]}  # which no place that answers would take
@@ -86,8 +86,14 @@ def test_places_that_answer_are_left_alone(root: str) -> None:
     assert [posted(path, body, root=root) for path in ANSWERED] == [(200, body)] * 2
 
 
+def test_versions_of_any_build() -> None:
+    assert [versions.refused_version(name) for name in ("0.31.0", "0.32.0", "0.32.0+cpu")] == [""] * 3
+    for name in ("0.32.1", "0.33.0", "0.30.0", "0.32.0rc1"):
+        assert f"needs vLLM 0.31.0 or 0.32.0 and found {name}" in versions.refused_version(name)
+
+
 def test_another_version_refuses_at_every_endpoint() -> None:
-    reason = plugin.refused_version("0.31.0")
+    reason = versions.refused_version("0.30.0")
     for path in (*ANSWERED, "/v1/messages"):
         status, answer = posted(path, json.dumps({"vlattn": {}}).encode(), refused=reason)
         assert status == 400 and json.loads(answer)["error"]["message"] == reason
@@ -126,12 +132,12 @@ class Processor:
 
 @pytest.fixture
 def no_entrance(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in plugin.ENTRANCES:
+    for name in versions.ENTRANCES:
         monkeypatch.setitem(sys.modules, name, None)  # an import raises
 
 
 @pytest.mark.usefixtures("no_entrance")
-@pytest.mark.parametrize("entrance", plugin.ENTRANCES.items())
+@pytest.mark.parametrize("entrance", versions.ENTRANCES.items())
 def test_another_version_refuses_in_python(monkeypatch: pytest.MonkeyPatch, entrance: tuple[str, str]) -> None:
     where, name = entrance
     kind = type(name, (), {"process_inputs": Processor.process_inputs})

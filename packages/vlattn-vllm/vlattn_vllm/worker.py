@@ -304,8 +304,10 @@ def layer_number(name: str) -> int:
 
 def install(device: str) -> None:
     """Wraps the model runner and the attention layers of this process, whose device is of this kind."""
+    from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+    wrap(CudagraphDispatcher, "dispatch", _dispatch)
     wrap(GPUModelRunner, "execute_model", _execute_model)
     wrap(GPUModelRunner, "sample_tokens", _sample_tokens)
     for module, kind in LAYERS[device].items():
@@ -320,6 +322,15 @@ def _forward(
     if step is not None and metadata is not None and impl.attn_type == "decoder":
         step.see(impl, layer, query, kv_cache, metadata, out)
     return out
+
+
+def _dispatch(original: Any, dispatcher: Any, *args: Any, **kwargs: Any) -> Any:
+    """No layer can be seen in a full CUDA graph. So a batch that asks runs in graphs that leave attention out, or in none."""
+    if getattr(_NOW, "step", None) is not None:
+        from vllm.config import CUDAGraphMode
+
+        kwargs["invalid_modes"] = {CUDAGraphMode.FULL, *(kwargs.get("invalid_modes") or ())}
+    return original(dispatcher, *args, **kwargs)
 
 
 def _execute_model(original: Any, runner: Any, scheduled: Any, *args: Any, **kwargs: Any) -> Any:

@@ -45,7 +45,23 @@ def main() -> None:
             assert "earlier runs" in str(error), error
         else:
             raise AssertionError(changed)
+    several(llm, maps, out.with_name("several"))
     a_thousand(llm, maps, out.with_name("thousand"))
+
+
+def several(llm: Any, maps: Maps, out: Path) -> None:
+    """Three samples of a prompt are three answers; a run that was killed goes on with the next prompt."""
+    some = prompts(20, 9)
+    params = sampling(4, n=3, seed=3, temperature=1.5)
+    assert len(collect(llm, [*some[:1], {"prompt_token_ids": [5] * 300}], out, everything(), params=params)) == 3
+    answers = collect(llm, some, out.with_name("more"), everything(), params=params, ids=["a", "b"])
+    assert answers.ids == ["a/0", "a/1", "a/2", "b/0", "b/1", "b/2"] and load(out).failures[0]["item"] == 3
+    assert len({tuple(answer.tokens) for answer in answers[:3]}) > 1
+    for number, answer in enumerate(answers):
+        prompt = some[number // 3]["prompt_token_ids"]
+        maps.check(SimpleNamespace(token_ids=answer.tokens, attention=answer.attention), prompt, answer.attention.queries[0])
+    again = collect(llm, some, out.with_name("more"), everything(), params=params, ids=["a", "b"])
+    assert again.ids == answers.ids
 
 
 def a_thousand(llm: Any, maps: Maps, out: Path) -> None:

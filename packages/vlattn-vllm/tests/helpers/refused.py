@@ -43,18 +43,38 @@ def refused(llm: Any, words: str) -> None:
 
 
 def on_gpus(config: Any) -> None:
-    """CUDA graphs hide the layers; without them nothing is refused, and the layers take what `worker` hands on."""
+    """Nothing is refused, a batch that asks runs without full CUDA graphs, and the layers take what `worker` hands on."""
     from vllm import platforms
-    from vllm.config import CUDAGraphMode
+    from vllm.config import CompilationMode, CUDAGraphMode
+    from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
 
     with mock.patch.object(platforms, "_current_platform", SimpleNamespace(device_type="cuda")):
-        for mode, count in (("FULL_AND_PIECEWISE", 1), ("PIECEWISE", 0), ("NONE", 0)):
-            graphs = replaced(config.compilation_config, cudagraph_mode=CUDAGraphMode[mode])
-            reasons = front.refusals(replaced(config, compilation_config=graphs), sampling(), False)
-            assert len(reasons) == count and all("CUDA graphs" in reason for reason in reasons), reasons
+        assert not front.refusals(config, sampling(), False)
+        quantised = replaced(config.compilation_config.pass_config, fuse_attn_quant=True)
+        fused = replaced(config, compilation_config=replaced(config.compilation_config, pass_config=quantised))
+        assert not front.refusals(fused, sampling(2, {}), False)
+        (reason,) = front.refusals(fused, sampling(2, {"steer": [{"heads": 0, "weight": 0}]}), False)
+        assert "fuse_attn_quant=False" in reason
     with mock.patch.object(platforms, "_current_platform", SimpleNamespace(device_type="xpu")):
         assert "'xpu'" in front.refusals(config, sampling(), False)[0]
     worker.install("cuda")  # each class is there, and has the method
+    compiled = {"mode": CompilationMode.VLLM_COMPILE, "cudagraph_capture_sizes": [1, 2, 4], "max_cudagraph_capture_size": 4}
+    compiled["splitting_ops"] = [*config.compilation_config._attention_ops]
+    for mode, silent, asked in (
+        ("FULL_AND_PIECEWISE", "FULL", "PIECEWISE"),
+        ("PIECEWISE", "PIECEWISE", "PIECEWISE"),
+        ("FULL", "FULL", "NONE"),
+        ("FULL_DECODE_ONLY", "FULL", "NONE"),
+    ):
+        graphs = replaced(config.compilation_config, cudagraph_mode=CUDAGraphMode[mode], **compiled)
+        dispatcher = CudagraphDispatcher(replaced(config, compilation_config=graphs))
+        dispatcher.initialize_cudagraph_keys(CUDAGraphMode[mode])
+        modes = []
+        for step in (None, object()):
+            worker._NOW.step = step
+            modes.append(dispatcher.dispatch(num_tokens=3, uniform_decode=True)[0].name)
+        worker._NOW.step = None
+        assert modes == [silent, asked], (mode, modes)
 
 
 def replaced(config: Any, **fields: Any) -> Any:

@@ -10,6 +10,7 @@ import http.client
 import json
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -19,7 +20,9 @@ from typing import Any
 
 import torch
 
+import vlattn_fast as va
 from tests.helpers.tiny import Maps, everything, saved, with_tokenizer
+from vlattn_vllm import collect
 from vlattn_vllm.attention import Attention, joined
 from vlattn_vllm.guard import ANSWERED
 
@@ -32,8 +35,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 ANOTHER_VERSION = """
 import runpy
-from vlattn_vllm import plugin
-plugin.VERSION = "0.1.0"
+from vlattn_vllm import versions
+versions.SUPPORTED = ("0.1.0",)
 runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__")
 """
 
@@ -62,6 +65,7 @@ def main(kind: str = "") -> None:
             return
         completions(Maps(folder))
         chats(Maps(folder))
+        collected(Maps(folder))
         refusals()
         clients_that_go()
         counted = counters()
@@ -164,6 +168,32 @@ def chats(maps: Maps) -> None:
 
 def checked(maps: Maps, numbers: dict[str, Any], prompt: list[int], tokens: list[int], first: int = 0) -> None:
     maps.check(SimpleNamespace(attention=Attention.from_dict(numbers), token_ids=tokens), prompt, first)
+
+
+def collected(maps: Maps) -> None:
+    """Texts, token ids and chats; a prompt that is too long; edits; what is there already is not asked again."""
+    out = Path(tempfile.mkdtemp()) / "answers"
+    some = [WORDS, [*range(30, 50)], [{"role": "user", "content": WORDS}], [5] * 300]
+    params = {"max_tokens": 5, "temperature": 1.5, "n": 2, "ignore_eos": True}
+    answers = collect(URL, some, out, everything(), params=params, ids=["a", "b", "c", "d"])
+    assert answers.ids == ["a/0", "a/1", "b/0", "b/1", "c/0", "c/1"] and [one["id"] for one in answers.failures] == ["d"]
+    assert "256" in answers.failures[0]["error"], answers.failures
+    assert all(answer.text.split() for answer in answers), [answer.text for answer in answers]
+    whole = [*range(20, 60)], [*range(30, 50)], [3, *range(20, 60), 4]
+    for answer, prompt in zip(answers, [prompt for prompt in whole for _ in range(2)], strict=True):
+        checked(maps, answer.attention.to_dict(), prompt, answer.tokens, answer.attention.queries[0])
+    before = counters()["asks"]
+    assert collect(URL, some, out, everything(), params=params, ids=["a", "b", "c", "d"]).ids == answers.ids
+    assert counters()["asks"] == before
+    cut = everything(steer=[va.Knockout(keys=(3, 5))], compact=True)
+    (edited,) = collect(URL, [WORDS], out.with_name("edited"), cut, params={"max_tokens": 5, "temperature": 0})
+    assert edited.attention.received[:, :, 3:5].abs().max() == 0 and edited.attention.received[:, :, :3].min() > 0
+    try:
+        collect(URL, some, out, {}, params=params)
+    except ValueError as error:
+        assert "earlier runs" in str(error), error
+    else:
+        raise AssertionError("another ask")
 
 
 def counters() -> dict[str, float]:

@@ -77,7 +77,8 @@ def sampling(tokens: int = 6, ask: dict[str, Any] | None = None, **options: Any)
     from vllm import SamplingParams
 
     extra = None if ask is None else {"vlattn": ask}
-    return SamplingParams(max_tokens=tokens, detokenize=False, temperature=0, ignore_eos=True, extra_args=extra, **options)
+    usual = {"max_tokens": tokens, "detokenize": False, "temperature": 0, "ignore_eos": True, "extra_args": extra}
+    return SamplingParams(**{**usual, **options})
 
 
 def everything(**options: Any) -> dict[str, Any]:

