@@ -52,7 +52,7 @@ def main() -> None:
 def several(llm: Any, maps: Maps, out: Path) -> None:
     """Three samples of a prompt are three answers; a run that was killed goes on with the next prompt."""
     some = prompts(20, 9)
-    params = sampling(4, n=3, seed=3, temperature=1.5)
+    params = sampling(4, n=3, temperature=1.5)  # with a seed, a prompt in chunks ends the CPU engine
     assert len(collect(llm, [*some[:1], {"prompt_token_ids": [5] * 300}], out, everything(), params=params)) == 3
     answers = collect(llm, some, out.with_name("more"), everything(), params=params, ids=["a", "b"])
     assert answers.ids == ["a/0", "a/1", "a/2", "b/0", "b/1", "b/2"] and load(out).failures[0]["item"] == 3

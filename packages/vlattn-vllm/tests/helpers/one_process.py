@@ -93,7 +93,7 @@ def refused(llm: Any) -> None:
         "groups must name each once": {"groups": "image|image"},
         "within the 7 tokens": {"groups": {"a": [[9000, 9005]]}},
         "some of layers, statistics, groups, top, compact, steer": {"heads": [1]},
-        "'mass' where groups": {"statistics": ["entropy"], "groups": {"a": [[0, 1]]}},
+        "'mass' if groups": {"statistics": ["entropy"], "groups": {"a": [[0, 1]]}},
     }
     for words, ask in wrong.items():
         try:

@@ -48,14 +48,14 @@ def on_gpus(config: Any) -> None:
     from vllm.config import CompilationMode, CUDAGraphMode
     from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
 
-    with mock.patch.object(platforms, "_current_platform", SimpleNamespace(device_type="cuda")):
+    with mock.patch.object(platforms, "_current_platform", SimpleNamespace(device_type="cuda", is_rocm=lambda: False)):
         assert not front.refusals(config, sampling(), False)
         quantised = replaced(config.compilation_config.pass_config, fuse_attn_quant=True)
         fused = replaced(config, compilation_config=replaced(config.compilation_config, pass_config=quantised))
         assert not front.refusals(fused, sampling(2, {}), False)
         (reason,) = front.refusals(fused, sampling(2, {"steer": [{"heads": 0, "weight": 0}]}), False)
         assert "fuse_attn_quant=False" in reason
-    with mock.patch.object(platforms, "_current_platform", SimpleNamespace(device_type="xpu")):
+    with mock.patch.object(platforms, "_current_platform", SimpleNamespace(device_type="xpu", is_rocm=lambda: False)):
         assert "'xpu'" in front.refusals(config, sampling(), False)[0]
     worker.install("cuda")  # each class is there, and has the method
     compiled = {"mode": CompilationMode.VLLM_COMPILE, "cudagraph_capture_sizes": [1, 2, 4], "max_cudagraph_capture_size": 4}
