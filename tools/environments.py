@@ -80,7 +80,7 @@ def vllm(at: Environment, version: str = VLLM[-1]) -> None:
     at.pip(version, VISION, "pytest>=9,<10")
     subprocess.run([at.python, "-m", "pip", "uninstall", "--quiet", "--yes", "torchaudio", "torchcodec"], check=True)
     (site,) = (at.folder / "lib").glob("python3*/site-packages")
-    for file in (ROOT / "packages/vlattn-vllm/torchvision_on_cpus").iterdir():
+    for file in (ROOT / "packages/vlattn-vllm/examples/torchvision_on_cpus").iterdir():
         shutil.copy(file, site)
     at.pip("--no-deps", "--editable", ".", "--editable", "packages/vlattn-vllm")
 
