@@ -44,6 +44,13 @@ def test_they_are_the_formulas(case: Example) -> None:
         close(got, expected)
 
 
+def test_statistics_that_were_not_asked_for() -> None:
+    arguments = {"query": torch.randn(2, 2, 9, 4), "key": torch.randn(2, 2, 9, 4), "statistics": ["received"], "is_causal": True}
+    got = blocks.formula("attention_statistics", 100)(**arguments)
+    assert got.entropy is None
+    close(got.received, OPERATORS["attention_statistics"].formula(**arguments).received, rtol=1e-5)
+
+
 class Largest(TorchFunctionMode):
     """The most numbers that a function of torch has returned."""
 

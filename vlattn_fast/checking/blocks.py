@@ -105,7 +105,8 @@ def _map(join: Callable[[tuple[Tensor, ...], int], Tensor], results: list[Any]) 
     first = results[0]
     if isinstance(first, Tensor):
         return join(tuple(results), 0)
-    joined = [join(each, number) for number, each in enumerate(zip(*results, strict=True))]
+    parts = enumerate(zip(*results, strict=True))
+    joined = [None if each[0] is None else join(each, number) for number, each in parts]  # a statistic that was not asked for
     return type(first)(*joined) if hasattr(first, "_fields") else tuple(joined)
 
 
