@@ -124,6 +124,7 @@ _AHEAD = "products of 128 features take longer than instructions: the next tile'
 _FOUR = "measured on an H100: an SM has three or four programs, which fill one another's waits"
 _TWO = "norms take registers: an SM would have one program of eight warps, and it should have two"
 _ESTIMATED = "an SM holds two programs or three, which by the estimate of tools/compiled/tile_times.py take less time"
+_AS_DIVERGENCE = "as for attention_divergence, whose kernels have the same products"
 _AFTER = "with 704 tokens an H100 takes 15 % less time than with products ahead and two stages; longer ones were not measured so"
 _THIRD = "as for dot products on an H100: a third stage saves an eighth of the time or more"
 _LONG = "16,384 tokens took 5,962 µs on an H100, and 3,405 by cuDNN; between 704 and these none was measured"
@@ -438,6 +439,28 @@ LINES: dict[str, list[Line]] = {
         _line((32, 64, 4, 1), _MASK, masked=True, size=128),
         _line((64, 64, 4, 2), _ESTIMATED, size=64),
         _line((64, 64, 4, 1), _ESTIMATED, size=128),
+        _line((32, 32, 4, 1), _WIDER),
+    ],
+    # size: of the indexer. The kernels of attention_divergence, which run as well, have their own lines
+    "indexer_divergence rows": [
+        _FLOAT32_64,
+        _line((64, 16, 4, 1), _FLOAT32, architecture="sm_90", dtype=FLOAT32, size=128),
+        *_FLOAT32_ROWS[1:],
+        _line((64, 64, 4, 2), _AS_DIVERGENCE, size=128),
+        _line((32, 32, 4, 1), "rows of 256 features fill shared memory"),
+    ],
+    "indexer_divergence backward_q": [
+        _FLOAT32_64,
+        _line((64, 16, 4, 1), _FLOAT32, architecture="sm_90", dtype=FLOAT32, size=128),
+        *_FLOAT32_WHOLE[1:],
+        _line((64, 32, 4, 3), _AS_DIVERGENCE, size=64),
+        _line((64, 32, 4, 2), _AS_DIVERGENCE, size=128),
+        _line((32, 32, 4, 1), _WIDER),
+    ],
+    "indexer_divergence backward_kv": [
+        *_FLOAT32_WHOLE,
+        _line((64, 64, 4, 2), _AS_DIVERGENCE, size=64),
+        _line((64, 64, 4, 1), _AS_DIVERGENCE, size=128),
         _line((32, 32, 4, 1), _WIDER),
     ],
     "congruence_loss map": [  # whole: tiles hold the rows of a head

@@ -46,6 +46,7 @@ from vlattn_fast.kernels._tiles import (
     mask_logits,
     masks_and_kind,
     masks_at,
+    relu,
     row_products,
     store_sums,
     store_tile,
@@ -78,7 +79,11 @@ class Constants(NamedTuple):
 
 
 class Side(NamedTuple):
-    """One of the two attentions. p_max, p_weight (B, H, N): each row's largest logit and weight, as `_statistics` gives them."""
+    """One of the two attentions. p_max, p_weight (B, H, N): each row's largest logit and weight, as `_statistics` gives them.
+
+    With p_factors (B, H, N) it is an indexer (kernels/indexer_divergence.py): one map of H heads, whose p_max and p_weight are
+    (B, N).
+    """
 
     q: Heads
     k: Heads
@@ -87,6 +92,7 @@ class Side(NamedTuple):
     H: int
     GROUP_K: int
     scale_log2: float
+    p_factors: Tensor | None = None
     end: None = None
 
 
@@ -98,10 +104,18 @@ def forward(inputs: AttentionDivergenceInputs) -> Tensor:
     if 0 in (*rows, num_k):
         return query.new_zeros(rows, dtype=torch.float32)
     own, other = _sides(inputs)
-    kind = inputs.kind
-    if kind == "reverse_kl":
-        own, other, kind = other, own, "kl"
-    call, config = _call(inputs, own, other, kind, inputs.beta, "terms")
+    if inputs.kind == "reverse_kl":
+        return divergences(inputs, other, own, "kl")
+    return divergences(inputs, own, other, inputs.kind)
+
+
+def divergences(
+    inputs: AttentionDivergenceInputs | AttentionDivergenceBackwardInputs, own: Side, other: Side, kind: str
+) -> Tensor:
+    """D (B, H or 1, N) of these sides. There is a query, and a key."""
+    query, num_k = inputs.query, inputs.key.shape[2]
+    rows = query.shape[0], 1 if inputs.head_mean else query.shape[1], query.shape[2]
+    call, config = call_of(inputs, own, other, kind, inputs.beta, "terms")
     parts = min(_PARTS, cdiv(num_k, config["BLOCK_KV"])) if inputs.head_mean else 1
     keys = cdiv(cdiv(num_k, parts), config["BLOCK_KV"]) * config["BLOCK_KV"]
     parts = cdiv(num_k, keys)
@@ -118,12 +132,12 @@ def backward(inputs: AttentionDivergenceBackwardInputs) -> tuple[Tensor | None, 
     exchanged = other, own, _EXCHANGED.get(inputs.kind, inputs.kind), 1.0 - inputs.beta, inputs.other_scale
     none = None, None
     return (
-        *(_gradients(inputs, own, other, inputs.kind, inputs.beta, inputs.scale) if inputs.need_own else none),
-        *(_gradients(inputs, *exchanged) if inputs.need_other else none),
+        *(gradients(inputs, own, other, inputs.kind, inputs.beta, inputs.scale) if inputs.need_own else none),
+        *(gradients(inputs, *exchanged) if inputs.need_other else none),
     )
 
 
-def _gradients(
+def gradients(
     inputs: AttentionDivergenceBackwardInputs, own: Side, other: Side, kind: str, beta: float, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Those of query and key of the side `own`."""
@@ -133,13 +147,10 @@ def _gradients(
         return grad_q, grad_k
     (batch, heads, num_q, _), (_, key_heads, num_k, _) = query.shape, key.shape
     mean = inputs.head_mean
-    call, config = _call(inputs, own, other, kind, beta, "backward_q")
-    _, config_k = _call(inputs, own, other, kind, beta, "backward_kv")
-    of_means, config_r = _call(inputs, own, other, kind, beta, "terms")
-    rows = num_q
-    if mean:
-        most = max(1, _STRIP_BYTES // (8 * num_k * ROW_MULTIPLE.value)) * ROW_MULTIPLE.value
-        rows = min(num_q, most)
+    call, config = call_of(inputs, own, other, kind, beta, "backward_q")
+    _, config_k = call_of(inputs, own, other, kind, beta, "backward_kv")
+    of_means, config_r = call_of(inputs, own, other, kind, beta, "terms")
+    rows = rows_of_strips(num_q, num_k) if mean else num_q
     grads = {
         "p_grad": inputs.grad.float().contiguous(),
         "p_mean": query.new_empty((batch, heads, num_q), dtype=torch.float32),
@@ -152,9 +163,7 @@ def _gradients(
         if mean:
             strip = query.new_zeros((2, batch, size, num_k), dtype=torch.float32)
             part["strip"] = strip[0], strip[1]
-            keys = config_r["BLOCK_KV"]
-            grid = (cdiv(size, config_r["BLOCK_Q"]) * cdiv(num_k, keys) * batch,)
-            _terms_kernel[grid](**launched(of_means), **part, p_sums=None, keys=keys, **config_r)
+            fill_strip(of_means, config_r, **part)
         grid = (cdiv(size, config["BLOCK_Q"]) * batch * heads,)
         _backward_q_kernel[grid](**launched(call), **grads, **part, p_grad_q=grad_q, **config)
         grid = (cdiv(num_k, config_k["BLOCK_KV"]) * batch * key_heads,)
@@ -164,12 +173,24 @@ def _gradients(
     return grad_q, parts[0].to(key.dtype)
 
 
+def rows_of_strips(num_q: int, num_k: int) -> int:
+    return min(num_q, max(1, _STRIP_BYTES // (8 * num_k * ROW_MULTIPLE.value)) * ROW_MULTIPLE.value)
+
+
+def fill_strip(call: dict[str, Any], config: dict[str, int], strip: tuple[Tensor, ...], first: int, rows: int) -> None:
+    """Of `rows` queries from the `first` on, A r of the mean, and log2 A if the strip has two tensors of zeros (B, rows, M)."""
+    batch, _, keys = strip[0].shape
+    block = config["BLOCK_KV"]
+    grid = (cdiv(rows, config["BLOCK_Q"]) * cdiv(keys, block) * batch,)
+    _terms_kernel[grid](**launched(call), strip=strip, p_sums=None, first=first, rows=rows, keys=block, **config)
+
+
 def _sides(inputs: AttentionDivergenceInputs | AttentionDivergenceBackwardInputs) -> tuple[Side, Side]:
-    own = _side(inputs, aligned(inputs.query), aligned(inputs.key), inputs.scale)
-    return own, _side(inputs, aligned(inputs.other_query), aligned(inputs.other_key), inputs.other_scale)
+    own = side_of(inputs, aligned(inputs.query), aligned(inputs.key), inputs.scale)
+    return own, side_of(inputs, aligned(inputs.other_query), aligned(inputs.other_key), inputs.other_scale)
 
 
-def _side(
+def side_of(
     inputs: AttentionDivergenceInputs | AttentionDivergenceBackwardInputs, query: Tensor, key: Tensor, scale: float
 ) -> Side:
     maximum = AttentionStatisticsInputs(
@@ -193,7 +214,7 @@ def _side(
     return Side(heads_of(query), heads_of(key), p_max, p_weight, heads, heads // max(1, key.shape[1]), scale * LOG2_E)
 
 
-def _call(
+def call_of(
     inputs: AttentionDivergenceInputs | AttentionDivergenceBackwardInputs,
     own: Side,
     other: Side,
@@ -244,8 +265,8 @@ def _terms_kernel(
 ):
     """The sum of f over a part of `keys` keys j, for a tile of queries i of one head or of the heads' mean.
 
-    With a strip no sums, but A r and log2 A of the mean for its queries, `rows` from the `first` on; 0 for pairs that no head
-    sees.
+    With a strip no sums, but A r of the mean for its queries, `rows` from the `first` on, and log2 A if it has two tensors; 0 for
+    pairs that no head sees.
     """
     parts = tl.cdiv(M, keys)
     i, i_bh, i_b, i_h, _ = block_and_head(tl.cdiv(rows, BLOCK_Q) * parts, 1 if C.MEAN else own.H, 1)
@@ -261,19 +282,20 @@ def _terms_kernel(
     for start in range(i_part * keys, end, BLOCK_KV):
         o_kv = start + tl.arange(0, BLOCK_KV)
         if C.MEAN:
-            b_a = _log_mean(own, masks, i_b, start, o_q, o_kv, N, M, C.D, C.BLOCK_D, C.FOLDED, C)
-            b_b = _log_mean(other, masks, i_b, start, o_q, o_kv, N, M, C.OTHER_D, C.OTHER_BLOCK_D, C.OTHER_FOLDED, C)
+            b_a = _log_map(own, masks, i_b, start, o_q, o_kv, N, M, C.D, C.BLOCK_D, C.FOLDED, C)
+            b_b = _log_map(other, masks, i_b, start, o_q, o_kv, N, M, C.OTHER_D, C.OTHER_BLOCK_D, C.OTHER_FOLDED, C)
         else:
-            b_keys = _keys(own, at_head, i_b, i_h, o_kv, M, C.D, C.BLOCK_D, C.KEY_MASK)
+            b_keys = keys_of(own, at_head, i_b, i_h, o_kv, M, C.D, C.BLOCK_D, C.KEY_MASK)
             b_a = _logs(queries, b_keys, at_head, start, o_q, o_kv, N, M, own.scale_log2, C.D, C.FOLDED, C)
-            b_theirs = _keys(other, at_head, i_b, i_h, o_kv, M, C.OTHER_D, C.OTHER_BLOCK_D, C.KEY_MASK)
+            b_theirs = keys_of(other, at_head, i_b, i_h, o_kv, M, C.OTHER_D, C.OTHER_BLOCK_D, C.KEY_MASK)
             b_b = _logs(others, b_theirs, at_head, start, o_q, o_kv, N, M, other.scale_log2, C.OTHER_D, C.OTHER_FOLDED, C)
         if strip is None:
             b_sum += _divergence(b_a, b_b, beta, C.KIND)
         else:
-            b_log = tl.where(b_a == float("-inf"), 0.0, b_a)
             store_tile(strip[0] + i_b * rows * M, M, o_q - first, o_kv, rows, M, _weighted(b_a, b_b, beta, C.KIND))
-            store_tile(strip[1] + i_b * rows * M, M, o_q - first, o_kv, rows, M, b_log)
+            if len(strip) > 1:
+                b_log = tl.where(b_a == float("-inf"), 0.0, b_a)
+                store_tile(strip[1] + i_b * rows * M, M, o_q - first, o_kv, rows, M, b_log)
     if strip is None:
         tl.store(p_sums + (i_bh * parts + i_part) * N + o_q, tl.sum(b_sum, axis=1), mask=o_q < N)
 
@@ -313,8 +335,8 @@ def _backward_q_kernel(
     b_sum = tl.zeros([BLOCK_Q, BLOCK_KV], dtype=tl.float32)
     for start in range(0, end, BLOCK_KV):
         o_kv = start + tl.arange(0, BLOCK_KV)
-        b_keys = _keys(own, at_head, i_b, i_h, o_kv, M, C.D, C.BLOCK_D, C.KEY_MASK)
-        b_theirs = b_keys if C.MEAN else _keys(other, at_head, i_b, i_h, o_kv, M, C.OTHER_D, C.OTHER_BLOCK_D, C.KEY_MASK)
+        b_keys = keys_of(own, at_head, i_b, i_h, o_kv, M, C.D, C.BLOCK_D, C.KEY_MASK)
+        b_theirs = b_keys if C.MEAN else keys_of(other, at_head, i_b, i_h, o_kv, M, C.OTHER_D, C.OTHER_BLOCK_D, C.KEY_MASK)
         b_sum += _log_and_weighted(
             own, other, strip, place, beta, queries, b_keys, others, b_theirs, at_head, start, o_q, o_kv, C
         )[1]
@@ -324,13 +346,13 @@ def _backward_q_kernel(
     b_sums = zero_sums(own.q.p.dtype.element_ty, BLOCK_Q, C.D, C.BLOCK_D)
     for start in range(0, end, BLOCK_KV):
         o_kv = start + tl.arange(0, BLOCK_KV)
-        b_keys = _keys(own, at_head, i_b, i_h, o_kv, M, C.D, C.BLOCK_D, C.KEY_MASK)
-        b_theirs = b_keys if C.MEAN else _keys(other, at_head, i_b, i_h, o_kv, M, C.OTHER_D, C.OTHER_BLOCK_D, C.KEY_MASK)
+        b_keys = keys_of(own, at_head, i_b, i_h, o_kv, M, C.D, C.BLOCK_D, C.KEY_MASK)
+        b_theirs = b_keys if C.MEAN else keys_of(other, at_head, i_b, i_h, o_kv, M, C.OTHER_D, C.OTHER_BLOCK_D, C.KEY_MASK)
         b_log, b_weighted = _log_and_weighted(
             own, other, strip, place, beta, queries, b_keys, others, b_theirs, at_head, start, o_q, o_kv, C
         )
         b_ds = (b_weighted - tl.exp2(b_log) * b_mean[:, None]) * b_grad[:, None]
-        b_sums = _add_small(b_sums, b_ds, b_keys[0], b_keys[1], C.D, C.PRECISION)
+        b_sums = add_small(b_sums, b_ds, b_keys[0], b_keys[1], C.D, C.PRECISION)
     store_sums(p_grad_q + i_bh * N * C.D, C.D, o_q, tl.arange(0, C.BLOCK_D), N, C.D, b_sums)
 
 
@@ -357,14 +379,14 @@ def _backward_kv_kernel(
     `_backward_q_kernel`: dk_j = scale sum_i dS_ij q_i."""
     i_kv, i_bh, i_b, i_hk, _ = block_and_head(tl.cdiv(M, BLOCK_KV), own.H // own.GROUP_K, 1)
     o_kv = i_kv * BLOCK_KV + tl.arange(0, BLOCK_KV)
-    b_keys = _keys(own, masks_at(masks, i_b, 0, M), i_b, i_hk * own.GROUP_K, o_kv, M, C.D, C.BLOCK_D, C.KEY_MASK)
+    b_keys = keys_of(own, masks_at(masks, i_b, 0, M), i_b, i_hk * own.GROUP_K, o_kv, M, C.D, C.BLOCK_D, C.KEY_MASK)
     begin = tl.maximum(first, i_kv * BLOCK_KV // BLOCK_Q * BLOCK_Q) if C.CAUSAL else first
     place = i_b, N, M, first, rows
     b_sums = zero_sums(own.q.p.dtype.element_ty, BLOCK_KV, C.D, C.BLOCK_D, True)
     for head in range(0, own.GROUP_K):
         i_h = i_hk * own.GROUP_K + head
         at_head = masks_at(masks, i_b, i_h, M)
-        b_theirs = b_keys if C.MEAN else _keys(other, at_head, i_b, i_h, o_kv, M, C.OTHER_D, C.OTHER_BLOCK_D, C.KEY_MASK)
+        b_theirs = b_keys if C.MEAN else keys_of(other, at_head, i_b, i_h, o_kv, M, C.OTHER_D, C.OTHER_BLOCK_D, C.KEY_MASK)
         for start in range(begin, first + rows, BLOCK_Q):
             o_q = start + tl.arange(0, BLOCK_Q)
             queries = _queries(own, i_b, i_h, o_q, N, C.D, C.BLOCK_D)
@@ -377,7 +399,7 @@ def _backward_kv_kernel(
             b_mean = tl.load(p_mean + o_row, mask=o_q < N, other=0.0)
             b_grad = tl.load(p_grad + (i_b * N + o_q if C.MEAN else o_row), mask=o_q < N, other=0.0) * factor
             b_ds = (b_weighted - tl.exp2(b_log) * b_mean[:, None]) * b_grad[:, None]
-            b_sums = _add_small(b_sums, tl.trans(b_ds), queries[0], queries[1], C.D, C.PRECISION)
+            b_sums = add_small(b_sums, tl.trans(b_ds), queries[0], queries[1], C.D, C.PRECISION)
     store_sums(p_grad_k + i_bh * M * C.D, C.D, o_kv, tl.arange(0, C.BLOCK_D), M, C.D, b_sums)
 
 
@@ -385,15 +407,21 @@ def _backward_kv_kernel(
 def _queries(side, i_b, i_h, o_q, N, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """A tile of queries [q,D] of one head, where it lies, and of each row the largest logit and log2 of the largest weight."""
     of_q = head_side(side.q, i_b, i_h, o_q, N, D)
-    o_row = (i_b * side.H + i_h) * N + o_q
-    b_max = tl.load(side.p_max + o_row, mask=o_q < N, other=float("inf"))
-    b_weight = tl.load(side.p_weight + o_row, mask=o_q < N, other=1.0)
-    b_weight = tl.where(b_weight == 0.0, 1.0, b_weight)  # in a row without keys, whose largest logit is inf
-    return load_side(of_q, tl.arange(0, BLOCK_D), D), of_q, b_max, tl.log2(b_weight)
+    b_max, b_largest = _largest(side, i_b * side.H + i_h, o_q, N)
+    return load_side(of_q, tl.arange(0, BLOCK_D), D), of_q, b_max, b_largest
 
 
 @triton.jit
-def _keys(side, masks, i_b, i_h, o_kv, M, D: tl.constexpr, BLOCK_D: tl.constexpr, KEY_MASK: tl.constexpr):
+def _largest(side, i_map, o_q, N):
+    """Of each row [q] of a map the largest logit and log2 of the largest weight."""
+    o_row = i_map * N + o_q
+    b_max = tl.load(side.p_max + o_row, mask=o_q < N, other=float("inf"))
+    b_weight = tl.load(side.p_weight + o_row, mask=o_q < N, other=1.0)
+    return b_max, tl.log2(tl.where(b_weight == 0.0, 1.0, b_weight))  # 0 in a row without keys, whose largest logit is inf
+
+
+@triton.jit
+def keys_of(side, masks, i_b, i_h, o_kv, M, D: tl.constexpr, BLOCK_D: tl.constexpr, KEY_MASK: tl.constexpr):
     """A tile of keys [kv,D] for a query head, and where it lies."""
     of_k = key_side(head_at(side.k, i_b, i_h // side.GROUP_K, D), side.k.stride_n, masks.p_keys, o_kv, M, D, KEY_MASK)
     return load_side(of_k, tl.arange(0, BLOCK_D), D), of_k
@@ -412,6 +440,42 @@ def _logs(queries, keys, masks, start, o_q, o_kv, N, M, scale_log2, D: tl.conste
 
 
 @triton.jit
+def _log_map(
+    side, masks, i_b, start, o_q, o_kv, N, M, D: tl.constexpr, BLOCK_D: tl.constexpr, FOLDED: tl.constexpr, C: tl.constexpr
+):
+    """log2 A [q,kv] of an indexer, or of the heads' mean."""
+    if side.p_factors is None:
+        return _log_mean(side, masks, i_b, start, o_q, o_kv, N, M, D, BLOCK_D, FOLDED, C)
+    else:
+        b_s = index_logits(side, masks_at(masks, i_b, 0, M), i_b, start, o_q, o_kv, N, M, D, BLOCK_D, FOLDED, C)
+        b_max, b_largest = _largest(side, i_b, o_q, N)
+        return below_max(b_s, b_max, side.scale_log2, FOLDED) + b_largest[:, None]
+
+
+@triton.jit
+def index_logits(
+    side, masks, i_b, start, o_q, o_kv, N, M, D: tl.constexpr, BLOCK_D: tl.constexpr, FOLDED: tl.constexpr, C: tl.constexpr
+):
+    """Logits [q,kv] of an indexer for `below_max`: sum_h w_h relu(z_h), -inf for masked pairs and outside of N x M."""
+    b_k, of_k = keys_of(side, masks, i_b, i_b * 0, o_kv, M, D, BLOCK_D, C.KEY_MASK)
+    b_s = tl.zeros([o_q.shape[0], o_kv.shape[0]], dtype=tl.float32)
+    for h in range(side.H):
+        b_q, of_q, b_factor = index_queries(side, i_b, i_b * 0 + h, o_q, N, D, BLOCK_D)
+        b_s += b_factor[:, None] * relu(row_products(b_q, of_q, b_k, of_k, D, C.PRECISION))
+    if FOLDED:
+        b_s *= side.scale_log2
+    return mask_logits(b_s, masks, start, o_q, o_kv, N, M, C.MASK, C.KEY_MASK, C.CAUSAL)
+
+
+@triton.jit
+def index_queries(side, i_b, i_h, o_q, N, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A tile of queries [q,D] of one head of an indexer, where it lies, and the head's factors [q]."""
+    of_q = head_side(side.q, i_b, i_h, o_q, N, D)
+    b_factor = tl.load(side.p_factors + (i_b * side.H + i_h) * N + o_q, mask=o_q < N, other=0.0).to(tl.float32)
+    return load_side(of_q, tl.arange(0, BLOCK_D), D), of_q, b_factor
+
+
+@triton.jit
 def _log_mean(
     side, masks, i_b, start, o_q, o_kv, N, M, D: tl.constexpr, BLOCK_D: tl.constexpr, FOLDED: tl.constexpr, C: tl.constexpr
 ):
@@ -422,7 +486,7 @@ def _log_mean(
         i_h = i_b * 0 + h
         at_head = masks_at(masks, i_b, i_h, M)
         queries = _queries(side, i_b, i_h, o_q, N, D, BLOCK_D)
-        keys = _keys(side, at_head, i_b, i_h, o_kv, M, D, BLOCK_D, C.KEY_MASK)
+        keys = keys_of(side, at_head, i_b, i_h, o_kv, M, D, BLOCK_D, C.KEY_MASK)
         b_log = _logs(queries, keys, at_head, start, o_q, o_kv, N, M, side.scale_log2, D, FOLDED, C)
         b_above = b_log - b_high
         b_less = tl.exp2(-tl.abs(b_above))
@@ -449,7 +513,7 @@ def _log_and_weighted(
 
 
 @triton.jit
-def _add_small(b_sums, b_ds, b_y, y, SIZE: tl.constexpr, PRECISION: tl.constexpr):
+def add_small(b_sums, b_ds, b_y, y, SIZE: tl.constexpr, PRECISION: tl.constexpr):
     """b_sums + b_ds b_y for gradients b_ds of any magnitude, and a tile b_y at side y."""
     if b_y.dtype == tl.float16:
         return (b_sums[0] + dot_small(b_ds, b_y, PRECISION),)

@@ -49,6 +49,9 @@ KERNELS = {
         _products_backward._backward_q_kernel _products_backward._backward_kv_kernel _group_bias._group_bias_kernel""",
     "attention_divergence": """attention_statistics._rows_kernel attention_divergence._terms_kernel
         attention_divergence._backward_q_kernel attention_divergence._backward_kv_kernel""",
+    "indexer_divergence": """attention_statistics._rows_kernel attention_divergence._terms_kernel
+        attention_divergence._backward_q_kernel attention_divergence._backward_kv_kernel
+        indexer_divergence._rows_kernel indexer_divergence._backward_q_kernel indexer_divergence._backward_kv_kernel""",
     "congruence_loss": """congruence_maps.map_kernel congruence_maps.statistics_kernel congruence_maps.gradient_kernel
         congruence_maps.gradient_q_kernel congruence_loss._divergence_kernel congruence_loss._target_backward_kernel""",
     "maxsim": "maxsim._largest_kernel maxsim._query_gradient_kernel maxsim._document_gradient_kernel",

@@ -412,7 +412,7 @@ def test_triton_kernels_are_checked_while_nvcc_compiles(tree, monkeypatch):
     triton = [name for name in everything if not name.endswith("/cuda")]
     without_kernel = {name.split("/")[0] for name in everything if name.endswith("/streaming")}
     by_table = {name for name in OPERATORS if production.backends_of(name) == ("streaming",)}
-    assert without_kernel == {"indexer_divergence", "recurrent_step"} == by_table
+    assert without_kernel == {"recurrent_step"} == by_table
     for built in (True, False):
         tree.built = SimpleNamespace(done=lambda: False, result=lambda: pytest.fail("it waits"))
         assert run.verify(tree, first=True)

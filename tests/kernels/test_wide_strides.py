@@ -79,6 +79,11 @@ def attention_divergence(query: Tensor, key: Tensor, value: Tensor, grad_output:
     return va.attention_divergence(query, key, grad_output, value, attn_mask=mask, backend="triton")
 
 
+def indexer_divergence(query: Tensor, key: Tensor, value: Tensor, grad_output: Tensor, mask: Tensor) -> Any:
+    indexer = grad_output, value[:, 0], torch.ones(query.shape[:3], dtype=query.dtype)
+    return va.indexer_divergence(query, key, *indexer, attn_mask=mask[:, :1], backend="triton")
+
+
 def congruence_loss(query: Tensor, key: Tensor, value: Tensor, grad_output: Tensor) -> Any:
     return va.congruence_loss((query, key), (value, grad_output), backend="triton")
 
@@ -99,6 +104,7 @@ CALLS: dict[str, Callable[..., Any]] = {
             attention_map,
             attention_statistics,
             attention_divergence,
+            indexer_divergence,
             congruence_loss,
             stacked_cross_attention,
         )

@@ -16,7 +16,8 @@ from tests.helpers.ops.backends import F64, HALVES, core, each, finest, on
 from tests.helpers.ops.score_cases import LAYOUTS, lay_out
 from vlattn_fast.backends.streaming import _tiles
 
-FAST = ("streaming", "cpu")
+FAST = ("streaming", "cpu", "triton")
+CHOOSING = FAST[:2]  # these take topk_indices
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +77,6 @@ def test_by_hand(backend: str) -> None:
     call = partial(va.indexer_divergence, query, key, index_query, index_key, weights, enable_gqa=True, backend=backend)
     got = call()
     assert got.shape == (1, 1) and abs(float(got) - expected) < 45 * torch.finfo(dtype).eps
-    assert float(call(topk_indices=torch.tensor([[[1, -1]]]))) == 0.0  # of one key
 
 
 @on("reference", *FAST)
@@ -91,7 +91,13 @@ def test_an_indexer_of_one_head_without_a_negative_product_is_an_attention(backe
     torch.testing.assert_close(got, want, rtol=0, atol=450 * torch.finfo(got.dtype).eps)
 
 
-@on("reference", *FAST)
+@on("reference", *CHOOSING)
+def test_one_chosen_key_has_no_divergence(backend: str) -> None:
+    x = as_dtype(tensors(), finest(backend))
+    assert not va.indexer_divergence(**x, topk_indices=torch.tensor([1, -1]).expand(2, 7, 2), backend=backend).any()
+
+
+@on("reference", *CHOOSING)
 def test_chosen_keys_are_those_of_a_mask(backend: str) -> None:
     x, indices = as_dtype(tensors(), finest(backend)), chosen()
     kept = torch.zeros(2, 1, 7, 9, dtype=torch.bool)
@@ -131,8 +137,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-@on(*FAST)
+ALL_KEYS = [name for name, options in OPTIONS.items() if "topk_indices" not in options]
+
+
+@each("name", **dict.fromkeys(CHOOSING, OPTIONS), triton=ALL_KEYS)
 def test_masks_and_options(backend: str, name: str) -> None:
     got = check(backend, as_dtype(tensors(), finest(backend)), **OPTIONS[name])
     assert got["out0"].any() == (name != "no keys chosen")
@@ -243,9 +251,16 @@ def test_training_finds_the_keys_of_the_attention() -> None:
     assert mass() > before + 0.2
 
 
-@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"topk_indices": torch.tensor([[[0, 1], [2, -1]]])}])
-@on(*FAST)
-def test_gradcheck_and_opcheck(backend: str, options: dict[str, Any]) -> None:
+SMALL: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "chosen keys": {"topk_indices": torch.tensor([[[0, 1], [2, -1]]])},
+}
+
+
+@each("name", **dict.fromkeys(CHOOSING, SMALL), triton=("plain", "causal"))
+def test_gradcheck_and_opcheck(backend: str, name: str) -> None:
+    options = SMALL[name]
     small = as_dtype(tensors(1, 1, 2, n=2, m=3), finest(backend))
     x = {name: value[:1, ..., :2].contiguous().requires_grad_() for name, value in small.items()}
     call = partial(va.indexer_divergence, **options, backend=backend)

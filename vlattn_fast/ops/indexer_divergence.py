@@ -36,7 +36,15 @@ from vlattn_fast.ops._registration import Saved, define, differentiable
 from vlattn_fast.ops._stages import arguments_of, described
 from vlattn_fast.ops.attention_divergence import autograd_of_sides, check_key
 
-BACKENDS = table("indexer_divergence", triton=None)
+
+def _triton_limits(call: Call) -> list[tuple[str, bool]]:
+    return [
+        ("Triton kernels take no topk_indices", call.flags["topk"]),
+        ("Triton kernels take a head_dim of index_query of at most 256", call.sizes["index_dim"] > 256),
+    ]
+
+
+BACKENDS = table("indexer_divergence", triton=_triton_limits)
 _SHAPES = dict(zip(FIELDS, ("(B, H, N, D)", "(B, Hkv, M, D)", "(B, Hi, N, Di)", "(B, M, Di)", "(B, Hi, N)"), strict=True))
 
 
@@ -79,7 +87,7 @@ def indexer_divergence(
             attention took; a key counts once. Indices outside [0, M), e.g. -1, mean no key. Default: all keys.
         attn_mask, key_mask, is_causal: of both sides, as in score_attention; attn_mask broadcasts to (B, 1, N, M).
         scale: multiplies the scores of query and key. Default: 1/sqrt(D).
-        backend: "auto", "reference", "streaming" or "cpu".
+        backend: "auto", "reference", "streaming", "cpu" or "triton".
 
     Returns:
         D (B, N) in nats, float32 (float64 for float64 input). 0 for a query without a visible key. Small divergences keep their

@@ -85,6 +85,9 @@ CALLS = {
         attention_divergence._backward_q_kernel attention_divergence._backward_kv_kernel""",
     ("attention_divergence", "means of other heads"): """attention_statistics._rows_kernel attention_divergence._terms_kernel
         attention_divergence._backward_q_kernel attention_divergence._backward_kv_kernel""",
+    ("indexer_divergence", "causal"): """attention_statistics._rows_kernel attention_divergence._terms_kernel
+        attention_divergence._backward_q_kernel attention_divergence._backward_kv_kernel
+        indexer_divergence._rows_kernel indexer_divergence._backward_q_kernel indexer_divergence._backward_kv_kernel""",
     ("congruence_loss", "iais_singular"): """congruence_maps.map_kernel congruence_maps.gradient_kernel
         congruence_loss._divergence_kernel congruence_loss._target_backward_kernel""",
     ("congruence_loss", "iais_singular, long rows"): """congruence_maps.statistics_kernel congruence_maps.map_kernel
@@ -128,7 +131,7 @@ PAIRS = (
 )
 # on sm_80, in float16, these divide rows of a tile by their largest entry: other tiles, other quotients. No program has all keys
 # of a head there
-RELATIVE = ("congruence_loss", "attention_divergence")
+RELATIVE = ("congruence_loss", "attention_divergence", "indexer_divergence")
 SM_80 = tuple(item for item in PAIRS if item.operator not in RELATIVE and not item.case.endswith("all keys"))
 ITEMS = {90: (*(Item("consan", *call) for call in CALLS), *PAIRS), 80: SM_80}
 
