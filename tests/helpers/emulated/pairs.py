@@ -85,7 +85,7 @@ CALLS = {
         attention_divergence._backward_q_kernel attention_divergence._backward_kv_kernel""",
     ("attention_divergence", "means of other heads"): """attention_statistics._rows_kernel attention_divergence._terms_kernel
         attention_divergence._backward_q_kernel attention_divergence._backward_kv_kernel""",
-    ("indexer_divergence", "causal"): """attention_statistics._rows_kernel attention_divergence._terms_kernel
+    ("indexer_divergence", "padding"): """attention_statistics._rows_kernel attention_divergence._terms_kernel
         attention_divergence._backward_q_kernel attention_divergence._backward_kv_kernel
         indexer_divergence._rows_kernel indexer_divergence._backward_q_kernel indexer_divergence._backward_kv_kernel""",
     ("congruence_loss", "iais_singular"): """congruence_maps.map_kernel congruence_maps.gradient_kernel

@@ -49,7 +49,7 @@ def examples(sizes: Sizes) -> Iterator[Example]:
 def verify(generator: torch.Generator, sizes: Sizes) -> Iterator[Example]:
     qkv, key_mask = verified(generator, sizes)
     tensors = {"query": qkv["query"], "key": qkv["key"], **_indexer(sizes, normal(generator))}
-    yield Example(indexer_divergence, "all keys", tensors, {"key_mask": without_second_sample(key_mask)})
+    yield Example(indexer_divergence, "padding", tensors, {"key_mask": without_second_sample(key_mask)})
     yield Example(indexer_divergence, "causal", tensors, {"is_causal": True})
     chosen = _chosen(sizes.batch, sizes.queries, sizes.keys, 9, generator)
     shared = {"key": qkv["key"][:, :1], "index_query": tensors["index_query"][:, :1]}
