@@ -160,6 +160,7 @@ _FLOAT32_ROWS = [
     _line((32, 64, 4, 1), _PARTS, dtype=FLOAT32),
 ]
 _FLOAT32_64 = _line((64, 32, 4, 1), _FLOAT32, dtype=FLOAT32, size=64)
+_FLOAT32_TWO_SIDES = [_FLOAT32_64, _line((64, 16, 4, 1), _FLOAT32, architecture="sm_90", dtype=FLOAT32, size=128)]
 _FLOAT32_FORWARD, _FLOAT32_WHOLE_FORWARD = [_FLOAT32_64, *_FLOAT32_ROWS], [_FLOAT32_64, *_FLOAT32_WHOLE]
 _FLOAT32_KEYS = [
     _line((32, 64, 4, 1), _FLOAT32, architecture="sm_90", dtype=FLOAT32, size=128),
@@ -418,16 +419,14 @@ LINES: dict[str, list[Line]] = {
     ],
     # size: of the side with more features; two sides take twice the shared memory and registers of one
     "attention_divergence terms": [
-        _FLOAT32_64,
-        _line((64, 16, 4, 1), _FLOAT32, architecture="sm_90", dtype=FLOAT32, size=128),
+        *_FLOAT32_TWO_SIDES,
         *_FLOAT32_ROWS[1:],
         _line((64, 32, 4, 3), _ESTIMATED, size=64),
         _line((64, 32, 4, 2), _ESTIMATED, size=128),
         _line((32, 32, 4, 1), "rows of 256 features fill shared memory"),
     ],
     "attention_divergence backward_q": [
-        _FLOAT32_64,
-        _line((64, 16, 4, 1), _FLOAT32, architecture="sm_90", dtype=FLOAT32, size=128),
+        *_FLOAT32_TWO_SIDES,
         *_FLOAT32_WHOLE[1:],
         _line((64, 32, 4, 3), _ESTIMATED, size=64),
         _line((64, 32, 4, 2), _ESTIMATED, size=128),
@@ -443,15 +442,13 @@ LINES: dict[str, list[Line]] = {
     ],
     # size: of the indexer. The kernels of attention_divergence, which run as well, have their own lines
     "indexer_divergence rows": [
-        _FLOAT32_64,
-        _line((64, 16, 4, 1), _FLOAT32, architecture="sm_90", dtype=FLOAT32, size=128),
+        *_FLOAT32_TWO_SIDES,
         *_FLOAT32_ROWS[1:],
         _line((64, 64, 4, 2), _AS_DIVERGENCE, size=128),
         _line((32, 32, 4, 1), "rows of 256 features fill shared memory"),
     ],
     "indexer_divergence backward_q": [
-        _FLOAT32_64,
-        _line((64, 16, 4, 1), _FLOAT32, architecture="sm_90", dtype=FLOAT32, size=128),
+        *_FLOAT32_TWO_SIDES,
         *_FLOAT32_WHOLE[1:],
         _line((64, 32, 4, 3), _AS_DIVERGENCE, size=64),
         _line((64, 32, 4, 2), _AS_DIVERGENCE, size=128),
