@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from vlattn_fast._ground.hooks import add_hook, add_pre_hook
 from vlattn_fast.attach.events import SCORE_ATTENTION, SOFTMAX, first_argument, is_map
 from vlattn_fast.attach.session import Steps, Stepwise, as_mode, named
 from vlattn_fast.ops._sinks import with_sink
@@ -70,8 +71,8 @@ class Frozen(Stepwise, TorchFunctionMode):
             return
         yield from as_mode(self)
         for module in self._written:
-            yield module.register_forward_pre_hook(lambda *_: self._step(1)).remove
-            yield module.register_forward_hook(lambda *_: self._step(-1), always_call=True).remove
+            yield add_pre_hook(module, lambda *_: self._step(1))
+            yield add_hook(module, lambda *_: self._step(-1), always_call=True)
 
     @contextlib.contextmanager
     def holding(self) -> Iterator[None]:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from vlattn_fast._ground.hooks import add_hook, add_pre_hook
 from vlattn_fast.attach.events import (
     RUNNING,
     SCORE_ATTENTION,
@@ -122,17 +123,17 @@ class Observer(Stepwise, TorchFunctionMode):
             RUNNING.set(self)
         yield from as_mode(self)
         if self.explains:  # torch's global hooks also see modules of other models, which a hook may run
-            yield nn.modules.module.register_module_forward_pre_hook(self._enter_module).remove
-            yield nn.modules.module.register_module_forward_hook(self._leave_module, always_call=True).remove
+            yield add_pre_hook(None, self._enter_module)
+            yield add_hook(None, self._leave_module, always_call=True)
         else:  # and warn if a compiled model is called
             for module in self.model.modules():
-                yield module.register_forward_pre_hook(self.hook(self._enter_module)).remove
-                yield module.register_forward_hook(self.hook(self._leave_module), always_call=True).remove
+                yield add_pre_hook(module, self.hook(self._enter_module))
+                yield add_hook(module, self.hook(self._leave_module), always_call=True)
         for subscriber in self._subscribers:
             for module in self.model.modules():
                 if subscriber.takes_arguments(module):
                     hook = self.hook(functools.partial(self._tell_arguments, subscriber))
-                    yield module.register_forward_pre_hook(hook, with_kwargs=True).remove
+                    yield add_pre_hook(module, hook, with_kwargs=True)
             yield from subscriber.begins(self)
 
     def _end(self) -> None:

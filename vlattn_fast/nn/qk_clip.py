@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vlattn_fast._ground.checks import check_number
+from vlattn_fast._ground.hooks import add_hook, add_pre_hook
 from vlattn_fast._ground.tensors import resolve_scale, scaled_dot_default
 from vlattn_fast.attach.session import uncompiled, unwrapped
 from vlattn_fast.attach.token_kinds import AttentionCall, TokenKinds
@@ -102,10 +103,10 @@ class QKClip(TrainingContext):
         kinds = TokenKinds(self.model, {}, sees=self._see, needs_graph=False)
         stack.enter_context(kinds.observer(parts=self._projections))
         for module, projections in self._projections.items():
-            stack.callback(module.register_forward_pre_hook(self._begin).remove)
-            stack.callback(module.register_forward_hook(self._end, always_call=True).remove)
+            stack.callback(add_pre_hook(module, self._begin))
+            stack.callback(add_hook(module, self._end, always_call=True))
             for each in projections.modules():
-                stack.callback(each.register_forward_hook(self._projected).remove)
+                stack.callback(add_hook(each, self._projected))
 
     @torch.no_grad()
     def step(self) -> dict[str, dict[int, float]]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vlattn_fast._ground.checks import check_callable, check_tensor, check_token_mask, describe
+from vlattn_fast._ground.hooks import add_pre_hook
 from vlattn_fast.attach.session import uncompiled
 from vlattn_fast.attach.token_kinds import IMAGE, TEXT, AttentionCall, TokenKinds, check_modality
 from vlattn_fast.attach.written import is_masked
@@ -74,7 +75,7 @@ class AttentionLog(Attached):
 
     def _enter(self, stack: ExitStack) -> None:
         self._means.clear()
-        stack.callback(self.model.register_forward_pre_hook(self._begin_pass, with_kwargs=True).remove)
+        stack.callback(add_pre_hook(self.model, self._begin_pass, with_kwargs=True))
         stack.enter_context(uncompiled(self.model))
         stack.enter_context(TokenKinds(self.model, self._modality, sees=self._see, needs_graph=False).observer())
 

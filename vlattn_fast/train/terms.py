@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vlattn_fast._ground.checks import check_callable, check_number, describe
+from vlattn_fast._ground.hooks import add_hook, add_pre_hook
 from vlattn_fast.attach.events import RUNNING
 from vlattn_fast.attach.token_kinds import AttentionCall
 from vlattn_fast.nn.capture_attention import AttentionCapture
@@ -43,8 +44,8 @@ class Term(Attached):
         raise NotImplementedError
 
     def _enter(self, stack: ExitStack) -> None:
-        stack.callback(self.model.register_forward_pre_hook(self._begin_pass, with_kwargs=True).remove)
-        stack.callback(self.model.register_forward_hook(self._end_pass, with_kwargs=True).remove)
+        stack.callback(add_pre_hook(self.model, self._begin_pass, with_kwargs=True))
+        stack.callback(add_hook(self.model, self._end_pass, with_kwargs=True))
 
     def _counts(self) -> bool:
         running = RUNNING.get()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Iterable, Mapping
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vlattn_fast._ground.extras import with_progress
+from vlattn_fast._ground.hooks import add_pre_hook
 from vlattn_fast.attach.session import at_rest
 from vlattn_fast.interpret.evaluating.box_scores import BOX_SCORES
 from vlattn_fast.interpret.evaluating.curves import BOTH, CURVES, PARTS
@@ -151,12 +153,10 @@ def _cascade(model: nn.Module, inputs: Mapping[str, Any], stages: int) -> list[l
             order.append(module)
 
     holders = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
-    handles = [module.register_forward_pre_hook(note) for module in holders]
-    try:
+    with contextlib.ExitStack() as stack:
+        for module in holders:
+            stack.callback(add_pre_hook(module, note))
         model(**inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
     never = [module for module in holders if module not in order]  # other modules read their parameters
     groups: list[list[nn.Parameter]] = []
     done: set[int] = set()

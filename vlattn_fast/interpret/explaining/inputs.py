@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlattn_fast._ground.hooks import add_pre_hook
 from vlattn_fast.interpret.adapters.adapter import Adapter, indices, prompt_shape
 
 Packs = Mapping[str, tuple[str, ...]]  # the names of the entries of each input that is a dict
@@ -138,12 +139,12 @@ def packing(model: nn.Module, packs: Packs) -> Iterator[None]:
     def pack(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         return None if all(name in kwargs for name in packs) else (args, packed(kwargs, packs))  # None = called as ever
 
-    handle = model.register_forward_pre_hook(pack, prepend=True, with_kwargs=True) if packs else None
+    remove = add_pre_hook(model, pack, prepend=True, with_kwargs=True) if packs else None
     try:
         yield
     finally:
-        if handle is not None:
-            handle.remove()
+        if remove is not None:
+            remove()
 
 
 def is_empty(arguments: Mapping[str, Any]) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vlattn_fast._ground.groups import columns_of_groups, rows_of_groups
+from vlattn_fast._ground.hooks import add_hook
 from vlattn_fast._ground.tensors import joined
 from vlattn_fast.attach.events import RUNNING, SOFTMAX, Attend, Attention, ModuleRun, Subscriber, edits_of, first_argument
 from vlattn_fast.attach.observer import Observer
@@ -127,7 +128,7 @@ class EditedCalls(Subscriber):
         """The hooks through which modules return edited states in the runs of an observer. They come before those with which
         transformers collects hidden states: LLaVA goes on with the collected ones of its vision tower."""
         for module in self._states:
-            yield module.register_forward_hook(observer.hook(self._edit_states), prepend=True).remove
+            yield add_hook(module, observer.hook(self._edit_states), prepend=True)
 
     def _edit_states(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         number = self._state_runs[module]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vlattn_fast._ground.hooks import add_hook, add_pre_hook
 from vlattn_fast.attach.events import Attention, ModuleRun, Subscriber
 from vlattn_fast.attach.frozen import AllRoots
 from vlattn_fast.attach.observer import Observer
@@ -205,9 +206,9 @@ class _Stream(Subscriber):
         self._first, self._has_begun = model.get_submodule(entry.path), False
 
     def begins(self, observer: Observer) -> Steps:
-        yield self._first.register_forward_pre_hook(observer.hook(self._enter), with_kwargs=True).remove
+        yield add_pre_hook(self._first, observer.hook(self._enter), with_kwargs=True)
         for module in self._mixing:
-            yield module.register_forward_hook(observer.hook(self._mixed), prepend=True).remove
+            yield add_hook(module, observer.hook(self._mixed), prepend=True)
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._has_begun:  # a module that is all layers, as in ALBERT

@@ -15,6 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from vlattn_fast._ground.hooks import add_hook, add_pre_hook
 from vlattn_fast._ground.tensors import compute_dtype
 from vlattn_fast.attach.events import Subscriber, edits_of
 from vlattn_fast.attach.observer import Observer
@@ -97,12 +98,12 @@ class EmbeddingTrace(Subscriber):
         for tower in self.towers:
             hook = observer.hook(functools.partial(self._enter_layer, tower))
             for layer in (layer for layers in tower.calls.lists for layer in self.model.get_submodule(layers).children()):
-                yield layer.register_forward_pre_hook(hook, with_kwargs=True).remove  # the first that runs
+                yield add_pre_hook(layer, hook, with_kwargs=True)  # the first that runs
         for module in () if self.adapter.towers else self.model.modules():
             if isinstance(module, nn.Embedding):
-                yield module.register_forward_hook(observer.hook(self._at_ids)).remove
+                yield add_hook(module, observer.hook(self._at_ids))
         for module in self._names:
-            yield module.register_forward_hook(observer.hook(self._at_output)).remove
+            yield add_hook(module, observer.hook(self._at_output))
 
     def prepare(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments that the model is called with: numbers among them are embeddings if no adapter names towers."""

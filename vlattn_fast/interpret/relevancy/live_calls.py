@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from vlattn_fast._ground.checks import is_wrapped
+from vlattn_fast._ground.hooks import Hook
 from vlattn_fast.attach.frozen import Frozen
 from vlattn_fast.attach.session import is_checkpointed, named
 from vlattn_fast.attach.transformers_interface import ADDITIVE_NAME, CONFIG_NAME, SDPA_NAME
-from vlattn_fast.interpret.relevancy.method import BackwardPass, CarriedMethod, Hook, Method
+from vlattn_fast.interpret.relevancy.method import BackwardPass, CarriedMethod, Method
 from vlattn_fast.interpret.relevancy.sink_detection import KEEP
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import TracedCall, as_factor

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from vlattn_fast._ground.checks import check_choice, check_names
+from vlattn_fast._ground.hooks import Hook
 from vlattn_fast.attach.frozen import Frozen
 from vlattn_fast.interpret.adapters.adapter import Adapter, Tower
 from vlattn_fast.interpret.adapters.tokens import decoder_inputs
@@ -21,7 +22,6 @@ from vlattn_fast.interpret.relevancy.sink_detection import CHOICES, KEEP, REMOVE
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import Recursion, TracedCall
 
-Hook = Callable[..., Any]
 NORMS, ATTENTION = FREEZABLE = ("norms", "attention")
 LOGIT, LOG_PROBABILITY, MARGIN = EXPLAINED = ("logit", "log_probability", "margin")
 
@@ -239,8 +239,8 @@ class Method:
     # --- the forward pass ---
 
     def hooks(self, model: nn.Module, towers: Sequence[TowerTrace], within_run: Callable[[Hook], Hook]) -> Iterator[Any]:
-        """Registers further hooks; yields their handles. `towers` are those with an adapter:
-        others are found while the model runs. `within_run` makes a hook that is silent in other runs of the same model."""
+        """Adds further hooks; yields the functions that remove them. `towers` are those with an adapter: others are
+        found while the model runs. `within_run` makes a hook that is silent in other runs of the same model."""
         yield from ()
 
     def judged(self, tower: TowerTrace, source: TowerTrace, call: TracedCall) -> TracedCall:

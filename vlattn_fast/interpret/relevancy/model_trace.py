@@ -98,8 +98,7 @@ class Trace(SeesMixers, Subscriber):
 
     def begins(self, observer: Observer) -> Iterator[Any]:
         yield from self._marks.across_processes(self.model, observer.hook)
-        for handle in self.method.hooks(self.model, self.towers, observer.hook):
-            yield handle.remove
+        yield from self.method.hooks(self.model, self.towers, observer.hook)
 
     def on_end(self) -> None:
         self._marks.forget()

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlattn_fast._ground.hooks import Hook, add_pre_hook
 from vlattn_fast._ground.marks import new_mark
 from vlattn_fast._ground.tensors import over_sums
 from vlattn_fast.backends.reference.relevancy_residual import WEIGHTINGS, Weighting, residual_weights
-from vlattn_fast.interpret.relevancy.method import BackwardPass, Hook, Link
+from vlattn_fast.interpret.relevancy.method import BackwardPass, Link
 from vlattn_fast.interpret.relevancy.methods.gradient import GradientMethod, vectors_by_equations
 from vlattn_fast.interpret.relevancy.sink_detection import KEEP
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
@@ -97,7 +98,7 @@ class Weighted(GradientMethod):
     # --- the forward pass ---
 
     def hooks(self, model: nn.Module, towers: Sequence[TowerTrace], within_run: Callable[[Hook], Hook]) -> Iterator[Any]:
-        yield nn.modules.module.register_module_forward_pre_hook(within_run(self._enter))
+        yield add_pre_hook(None, within_run(self._enter))
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         # They return their input, which may be any tensor.

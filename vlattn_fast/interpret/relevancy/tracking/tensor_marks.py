@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vlattn_fast._ground.checks import is_dtensor
+from vlattn_fast._ground.hooks import add_hook, add_pre_hook
 from vlattn_fast._ground.marks import add_mark, new_mark, read_mark
 
 # The lowest bits: functions of the run made the tensor; it came from the first, second, ... tensor that the model was given (the
@@ -73,8 +74,8 @@ class TensorMarks:
 
         for module in model.modules():
             if not module._modules and any(map(is_dtensor, module.parameters())):
-                yield module.register_forward_pre_hook(within_run(enters), prepend=True).remove
-                yield module.register_forward_hook(within_run(leaves), always_call=True).remove
+                yield add_pre_hook(module, within_run(enters), prepend=True)
+                yield add_hook(module, within_run(leaves), always_call=True)
 
     def calls(self, values: Iterable[Any]) -> int:
         """The calls that the tensors among `values`, also in nested tuples and lists, came through."""

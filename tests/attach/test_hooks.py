@@ -1,0 +1,157 @@
+"""Hooks come and go while a module's hooks run, and the hooks of others stay as they are."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import vlattn_fast as va
+from tests.test_threads import uniter
+from vlattn_fast._ground.hooks import add_hook, add_pre_hook
+
+X = torch.ones(2)
+
+
+class Fails(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        raise ArithmeticError
+
+
+def dicts(*modules: nn.Module) -> list[Any]:
+    """The dicts of hooks that torch goes through in a call."""
+    kinds = ("forward_pre_hooks", "forward_hooks")
+    owners = [(vars(nn.modules.module), "_global_"), *((vars(module), "_") for module in modules)]
+    return [owner[prefix + kind] for owner, prefix in owners for kind in kinds]
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_options_are_those_of_torch(ours: bool) -> None:
+    """The same calls with the hooks of torch and with ours."""
+    module, calls = nn.Identity(), list[Any]()
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda module, *args: calls.append((name, len(args)))
+
+    before, after = (add_pre_hook, add_hook) if ours else (nn.Module.register_forward_pre_hook, nn.Module.register_forward_hook)
+    for name, options in {"a": {}, "b": {"prepend": True}, "c": {"with_kwargs": True}, "d": {"prepend": True}}.items():
+        before(module, note(name), **options)
+        after(module, note(name + "2"), **options)
+    module(X)
+    assert calls == [("d", 1), ("b", 1), ("a", 1), ("c", 2), ("d2", 2), ("b2", 2), ("a2", 2), ("c2", 3)]
+
+
+def test_hooks_of_all_modules() -> None:
+    module, calls = nn.Sequential(nn.Identity(), Fails()), list[str]()
+    removes = [add_pre_hook(None, lambda module, args: calls.append(f"into {type(module).__name__}"))]
+    removes += [add_hook(None, lambda module, args, output: calls.append(f"out of {type(module).__name__}"), always_call=True)]
+    with pytest.raises(ArithmeticError):
+        module(X)
+    for remove in removes:
+        remove()
+    with pytest.raises(ArithmeticError):
+        module(X)
+    into, out = ["into Sequential", "into Identity", "out of Identity", "into Fails"], ["out of Fails", "out of Sequential"]
+    assert calls == into + out
+    assert not any(dicts(module)) and not nn.modules.module._global_forward_hooks_always_called
+
+
+def test_a_result_replaces_that_of_the_module() -> None:
+    module = nn.Identity()
+    add_pre_hook(module, lambda module, args, kwargs: ((args[0] + 1,), kwargs), with_kwargs=True)
+    remove = add_hook(module, lambda module, args, kwargs, output: output * 10, with_kwargs=True)
+    assert module(X).tolist() == [20.0, 20.0]
+    remove()
+    assert module(X).tolist() == [2.0, 2.0]
+
+
+def test_explaining_in_the_middle_of_a_call() -> None:
+    """torch is within the dicts of a model's hooks while another thread explains the model, and this one observes it."""
+    model, inputs = uniter()
+    modules = [*model.modules()]
+    plain = [id(each) for each in dicts(*modules)]
+    expected = va.explain(model, inputs, method="weighted").relevancy
+    passes, others = list[Iterator[Any]](), list[Any]()
+
+    def observe(*args: Any) -> None:
+        passes.extend(iter(each.items()) for each in dicts(*modules))
+        for each in passes:
+            next(each, None)
+        others.append(va.explain(model, inputs, method="weighted").relevancy)
+
+    def within(*args: Any) -> None:
+        if not others and threading.current_thread() is threading.main_thread():
+            thread = threading.Thread(target=observe)
+            thread.start()
+            thread.join()
+
+    remove = add_pre_hook(modules[-1], within)
+    got = va.explain(model, inputs, method="weighted").relevancy
+    remove()
+    for each in passes:
+        list(each)  # "OrderedDict mutated during iteration"
+    assert all(torch.equal(others[0][name], x) and torch.equal(got[name], x) for name, x in expected.items())
+    assert [id(each) for each in dicts(*modules)] == plain
+
+
+@pytest.mark.parametrize("first", ["ours", "theirs"])
+@pytest.mark.parametrize("last", ["ours", "theirs"])
+def test_hooks_of_others_stay(first: str, last: str) -> None:
+    """Before ours and within ours, removed before ours and after."""
+    module, calls = nn.Identity(), list[str]()
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda *_: calls.append(name)
+
+    def called() -> set[str]:
+        calls.clear()
+        module(X)
+        return set(calls)
+
+    removes = {}
+    for name in (first, "ours" if first == "theirs" else "theirs"):
+        removes[name] = add_hook(module, note(name)) if name == "ours" else module.register_forward_hook(note(name)).remove
+    more = add_hook(module, note("more"))
+    assert called() == {"ours", "theirs", "more"}
+    removes["ours" if last == "theirs" else "theirs"]()
+    assert called() == {last, "more"}
+    removes[last]()
+    assert called() == {"more"}
+    more()
+    assert called() == set() and not module._forward_hooks
+
+
+def test_copies_and_models_that_are_gone() -> None:
+    """A copy has the hooks that the model had, and a model of the same id those of its own."""
+    module, calls = nn.Identity(), list[str]()
+    remove = add_hook(module, lambda *_: calls.append("ours"))
+    twin = copy.deepcopy(module)
+    remove()
+    twin(X)
+    assert calls == ["ours"] and not module._forward_hooks
+    remove = add_hook(twin, lambda *_: calls.append("its own"))
+    twin(X)
+    remove()
+    twin(X)
+    assert calls == ["ours"] * 2 + ["its own"] + ["ours"]
+    for _ in range(50):
+        add_hook(module := nn.Identity(), lambda *_: None)
+        module = nn.Identity()
+        own = module._forward_hooks
+        add_hook(module, lambda *_: calls.append("gone"))()
+        assert module._forward_hooks is own
+
+
+def test_removed_in_the_middle_of_a_call() -> None:
+    """A hook with kwargs of which torch has a copy, as other threads have, is not called with fewer arguments."""
+    module, calls = nn.Identity(), list[Any]()
+    removes = list[Callable[[], None]]()
+    add_pre_hook(module, lambda *_: removes[0]())
+    removes.append(add_pre_hook(module, lambda module, args, kwargs: calls.append(kwargs), with_kwargs=True))
+    module(X)
+    assert calls == []
