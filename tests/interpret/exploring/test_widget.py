@@ -363,7 +363,8 @@ document.querySelector(".vlattn-explorer").remove();
 const answer = {answer}, sent = [];
 const state = {{ page: stored.page, edited: {{ number: 0, edits: [], panes: [], answers: [], problem: "" }} }};
 let heard = null;
-const model = {{ get: (name) => state[name], send: (content) => sent.push(content) }};
+const model = {{ get: (name) => state[name], send: (content) => sent.push(content), save_changes: () => {{}} }};
+model.set = (name, value) => {{ results.told = [name, value]; }};
 model.on = (name, call) => {{ heard = [name, call]; }};
 model.off = (name, call) => {{ results.off = name === heard[0] && call === heard[1]; }};
 const end = explore(model, document.getElementById("explorer"));
@@ -413,6 +414,7 @@ end();
     assert found["shown"]["pixels"] != found["first"]["pixels"] and found["off"] is True
     (asked,) = [message for message in found["sent"] if "parts" in message]
     assert asked == {"parts": EDGE} == found["sent"][-1] and found["computing"].startswith("Computing the parts")
+    assert found["told"] == ["shown", 8]
     assert found["without"] == 0 and found["stays"] == "true", "parts do not change what is shown"
     assert found["why"] == [[row[0] for row in widget.edited["parts"]["models"][0][0]], ""]
     assert [message["edits"] for message in found["sent"][:-1]] == [
@@ -434,7 +436,7 @@ def test_the_module_that_notebooks_load_draws(page: tuple[str, Any], browse: Bro
     source = """<!DOCTYPE html><html><body><div id="el"></div><script type="module">
 const [source, page, edited] = %s;
 const module = await import(URL.createObjectURL(new Blob([source], { type: "text/javascript" })));
-const model = { get: (name) => ({ page, edited })[name], on: () => {}, off: () => {}, send: () => {} };
+const model = { get: (name) => ({ page, edited })[name], on: () => {}, off: () => {}, send: () => {}, set: () => {} };
 module.default.render({ model, el: document.getElementById("el") });
 const count = (what) => document.querySelectorAll(what).length;
 document.body.dataset.results = JSON.stringify({ canvases: count("canvas"), cells: count("td button") });

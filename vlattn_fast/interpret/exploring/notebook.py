@@ -29,6 +29,7 @@ class Explorer(anywidget.AnyWidget):
     _css = (_HERE / "exploring.css").read_text(encoding="utf-8")
     page = traitlets.Dict().tag(sync=True)  # what stays
     edited = traitlets.Dict().tag(sync=True)  # the edits, and what they changed; the parts of a head
+    shown = traitlets.Int().tag(sync=True)  # set by the page: marimo runs cells with the widget again if the page sets a value
 
     def __init__(self, exploration: Exploration, image: Any, labels: Any, crop: Any, processor: Any, cmap: str) -> None:
         first = next(iter(exploration.plain.explanations.values()))

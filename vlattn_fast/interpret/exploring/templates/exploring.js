@@ -1,5 +1,6 @@
-/* Models whose heads and edges are edited by clicks. `model` is what anywidget gives: get, on and send. A stored page has get alone:
-   it shows everything, and computes nothing. "page" stays unchanged; "edited" holds the edits and what they changed. */
+/* Models whose heads and edges are edited by clicks. `model` is what anywidget gives: get, set, on and send. A stored page has get
+   alone: it shows everything, and computes nothing. "page" stays unchanged; "edited" holds the edits and what they changed;
+   "shown" is the number of the answer that is shown. */
 function explore(model, el) {
   const page = model.get("page"), live = typeof model.send === "function";
   const root = make("div", el, { className: "vlattn-explorer" });
@@ -300,6 +301,8 @@ function explore(model, el) {
     waits = "";
     parts.status.textContent = edited().problem;
     show();
+    model.set("shown", edited().number);
+    model.save_changes();
   };
   model.on("change:edited", answered);
   return () => model.off("change:edited", answered);
