@@ -325,7 +325,7 @@ class ByMean(nn.Module):
 def test_what_cannot_be_split_is_named() -> None:
     model, inputs = llama()
     for call, message in [
-        (lambda: va.score_parts(model, inputs, 3), "layers must be from -3 to 2 in tower 'language', which has 3; got 3"),
+        (lambda: va.score_parts(model, inputs, 3), "layer must be from -3 to 2 in tower 'language', which has 3; got 3"),
         (lambda: va.score_parts(model, inputs, 1, heads=4), "heads must be from -4 to 3"),
         (lambda: va.score_parts(model, inputs, 1, parts="tokens"), "parts must be one of"),
         (lambda: va.score_parts(model, inputs, 1, groups=["image"]), r"groups\['image'\]='image' has no meaning in tower"),

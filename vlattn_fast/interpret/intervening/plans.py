@@ -196,19 +196,19 @@ class Plans:
         _check_one("groups", chosen, problems or across)
         return chosen
 
-    def layers(self, pairs: Iterable[Pair], numbers: Iterable[int] | None) -> list[CallPlan]:
+    def layers(self, pairs: Iterable[Pair], numbers: Iterable[int] | None, name: str = "layers") -> list[CallPlan]:
         """The plans of the calls of some layers between these towers; None = of all layers. Negative numbers count from the
-        tower's end. ValueError for an unknown layer."""
+        tower's end. ValueError, which names the argument `name`, for an unknown layer."""
         pairs = set(pairs)
         plans = [plan for plan in self.calls if plan.pair in pairs]
         if numbers is None:
             return plans
         known, tower = sorted({plan.call.layer for plan in plans}), plans[0].call.tower
         mixing = {layer: f"{place}, without a softmax" for layer, place in self.without_edges(pairs).items()}
-        chosen = {check_index("layers", number, self._depth(tower), f"tower '{tower.name}'") for number in numbers}
+        chosen = {check_index(name, number, self._depth(tower), f"tower '{tower.name}'") for number in numbers}
         for layer in sorted(chosen.difference(known)):
             what = mixing.get(layer, f"which does not attend to {', '.join(repr(pair[1].name) for pair in pairs)}")
-            raise ValueError(f"layers must be among {known}, which have attention; got {layer}, {what}")
+            raise ValueError(f"{name} must be among {known}, which have attention; got {layer}, {what}")
         return [plan for plan in plans if plan.call.layer in chosen]
 
     def _depth(self, tower: TracedTower) -> int:

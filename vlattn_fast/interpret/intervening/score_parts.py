@@ -151,7 +151,7 @@ def split_scores(
     """`score_parts` of a model whose calls and tokens are known."""
     plans = Plans(traced)
     pair = plans.self_pair("score_parts", tower)
-    (plan, *more) = plans.layers([pair], check_numbers("layer", layer))
+    (plan, *more) = plans.layers([pair], check_numbers("layer", layer), "layer")
     if more or type(layer) is not int:
         raise ValueError(f"layer must be a number of a layer that attends once; got {layer!r}")
     if plan.call.problem:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -49,15 +51,24 @@ def main(kind: str = "") -> None:
     start = ["-c", ANOTHER_VERSION] if kind == "another_version" else ["-m", "vllm.entrypoints.openai.api_server"]
     command = [sys.executable, *start, "--model", folder, "--served-model-name", "tiny"]
     options = ["--port", str(PORT), "--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "8"]
-    server = subprocess.Popen([*command, *options, *MORE.get(kind, ())])
+    log = Path(folder, "server.log")
+    with log.open("w") as file:
+        variables = {**os.environ, "VLLM_LOG_STATS_INTERVAL": "1"}
+        command += [*options, *MORE.get(kind, ())]
+        server = subprocess.Popen(command, env=variables, stdout=file, stderr=subprocess.STDOUT)
     try:
         wait(server)
         if kind == "another_version":
             every_endpoint("needs vLLM 0.1.0 and found", ())
             assert answer("/v1/completions", prompt=WORDS)["choices"]
             return
-        if kind in ("limits", "alibi"):
-            {"limits": limits, "alibi": alibi}[kind]()
+        if kind == "alibi":
+            alibi()
+            return
+        if kind == "limits":
+            limits()
+            line = "vlattn since the start: 2 asks, 2 refused, "
+            until(lambda: line in log.read_text(), f"a line of the log with {line!r}")
             return
         every_endpoint("has no place for 'vlattn'; ask at /v1/completions or /v1/chat/completions", ANSWERED)
         if kind == "pooling":
@@ -86,6 +97,7 @@ def main(kind: str = "") -> None:
     finally:
         server.terminate()
         server.wait()
+        print(log.read_text())
 
 
 def wait(server: subprocess.Popen[bytes]) -> None:
@@ -294,14 +306,20 @@ def clients_that_go() -> None:
 
 
 def until_idle() -> None:
-    for _ in range(60):
+    def idle() -> bool:
         with urllib.request.urlopen(f"{URL}/metrics") as response:
             running = [line for line in response.read().decode().splitlines() if line.startswith("vllm:num_requests_running")]
-        if all(line.endswith(" 0.0") for line in running):
-            break
+        return all(line.endswith(" 0.0") for line in running)
+
+    until(idle, "an idle server")
+
+
+def until(holds: Callable[[], bool], what: str) -> None:
+    for _ in range(120):
+        if holds():
+            return
         time.sleep(0.5)
-    else:
-        raise AssertionError(running)
+    raise AssertionError(f"no {what} after a minute")
 
 
 if __name__ == "__main__":
