@@ -53,7 +53,7 @@ def main(kind: str = "") -> None:
     options = ["--port", str(PORT), "--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "8"]
     log = Path(folder, "server.log")
     with log.open("w") as file:
-        variables = {**os.environ, "VLLM_LOG_STATS_INTERVAL": "1"}
+        variables = {**os.environ, "VLLM_LOG_STATS_INTERVAL": "1", "VLLM_LOGGING_LEVEL": "INFO"}
         command += [*options, *MORE.get(kind, ())]
         server = subprocess.Popen(command, env=variables, stdout=file, stderr=subprocess.STDOUT)
     try:
