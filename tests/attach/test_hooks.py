@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import copy
+import dis
+import functools
+import gc
+import itertools
+import sys
 import threading
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from types import CodeType, FrameType
 from typing import Any
 
 import pytest
@@ -13,6 +21,7 @@ from torch import Tensor, nn
 
 import vlattn_fast as va
 from tests.test_threads import uniter
+from vlattn_fast._ground import hooks
 from vlattn_fast._ground.hooks import add_hook, add_pre_hook
 
 X = torch.ones(2)
@@ -155,3 +164,73 @@ def test_removed_in_the_middle_of_a_call() -> None:
     removes.append(add_pre_hook(module, lambda module, args, kwargs: calls.append(kwargs), with_kwargs=True))
     module(X)
     assert calls == []
+
+
+def test_a_model_is_freed_with_its_hooks() -> None:
+    module = nn.Sequential(nn.Identity())
+    add_hook(module, lambda *_, held=module: held)
+    gone = weakref.ref(module)
+    del module
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("meanwhile", ["removed by a finalizer", "added by others"])
+def test_in_the_middle_of_a_step(monkeypatch: pytest.MonkeyPatch, meanwhile: str) -> None:
+    """Python may run a finalizer while a dict is made, and switch to a thread that adds a hook in torch's way."""
+    module, calls = nn.Identity(), list[str]()
+    remove = add_hook(module, lambda *_: calls.append("first"))
+
+    def make(items: Any) -> OrderedDict[Any, Any]:
+        monkeypatch.undo()
+        if meanwhile == "removed by a finalizer":
+            remove()
+        else:
+            module.register_forward_hook(lambda *_: calls.append("theirs"))
+        return OrderedDict(items)
+
+    monkeypatch.setattr(hooks, "OrderedDict", make)
+    remove_last = add_hook(module, lambda *_: calls.append("last"))
+    module(X)
+    assert calls == (["last"] if meanwhile == "removed by a finalizer" else ["first", "theirs", "last"])
+    remove()
+    remove_last()
+    assert len(module._forward_hooks) == (meanwhile == "added by others")
+
+
+def test_ctrl_c_leaves_no_hook() -> None:
+    """In each of the two steps, wherever Python looks for it: after calls and before it jumps back."""
+    at, ended = 0, False
+    while not ended:
+        module, count, before = nn.Identity(), 0, sys.gettrace()
+
+        def interrupt(frame: FrameType, event: str, _: Any, at: int = at) -> Any:
+            nonlocal count
+            if frame.f_code.co_filename != hooks.__file__ or frame.f_code.co_name in ("add_hook", "remove"):  # their first steps
+                return None
+            frame.f_trace_opcodes = True
+            if event == "opcode" and frame.f_lasti in looks(frame.f_code):
+                count += 1
+                if count > at:
+                    sys.settrace(None)
+                    raise KeyboardInterrupt
+            return interrupt
+
+        sys.settrace(interrupt)
+        try:
+            add_hook(module, lambda *_: None, with_kwargs=True, always_call=True)()
+            ended = True
+        except KeyboardInterrupt:
+            at += 1
+        finally:
+            sys.settrace(before)
+        assert not module._forward_hooks and not module._forward_hooks_with_kwargs and not module._forward_hooks_always_called
+    assert at > 20
+
+
+@functools.cache
+def looks(code: CodeType) -> set[int]:
+    """The places in code before which Python looks for Ctrl-C."""
+    steps = [*dis.get_instructions(code)]
+    names = "CALL", "JUMP_BACKWARD", "RESUME"
+    return {after.offset for step, after in itertools.pairwise(steps) if step.opname.startswith(names)}

@@ -11,24 +11,14 @@ import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 Hook = Callable[..., Any]
 
-
-class _Set(NamedTuple):
-    """A dict that is set in place of another one."""
-
-    hooks: dict[int, Hook]
-    ids: set[int]  # of this package's hooks, which are all unless others have added theirs
-    before: dict[int, Hook]  # the other one, which is empty
-
-
 _lock = threading.RLock()  # Python may run a finalizer in the middle of a step, and it may remove hooks
-_sets: dict[tuple[int, str], _Set] = {}  # by the id of the owner's attributes, and the name of the dict
 
 
 def add_pre_hook(module: nn.Module | None, hook: Hook, *, prepend: bool = False, with_kwargs: bool = False) -> Callable[[], None]:
@@ -49,41 +39,56 @@ def _add(module: nn.Module | None, kind: str, hook: Hook, prepend: bool, flags: 
     owner, name = (vars(nn.modules.module), f"_global_{kind}") if module is None else (vars(module), f"_{kind}")
     count = 3 if kind == "forward_pre_hooks" else 4
     with _lock:
-        hooks = owner[name]
-        number = RemovableHandle(hooks).id
+        number = RemovableHandle(owner[name]).id
+
+    def take_away() -> None:
+        _put(owner, name, number, None)
         for flag in flags:
-            owner[f"{name}_{flag}"][number] = True
-        given = {number: functools.partial(_unless_removed, hook, count) if "with_kwargs" in flags else hook}
-        if _is_ours(owner, name) or not hooks:
-            _replace(owner, name, {**given, **hooks} if prepend else {**hooks, **given})
-        else:
-            hooks.update(given)
-            hooks.move_to_end(number, last=not prepend)
+            owner[f"{name}_{flag}"].pop(number, None)
 
     def remove() -> None:
-        with _lock:
+        try:
+            take_away()
+        except KeyboardInterrupt:
+            take_away()
+            raise
+
+    try:
+        for flag in flags:
+            owner[f"{name}_{flag}"][number] = True
+        _put(owner, name, number, functools.partial(_unless_removed, hook, count) if "with_kwargs" in flags else hook, prepend)
+        return remove
+    except BaseException:  # Ctrl-C, also after the hook has been put there
+        remove()
+        raise
+
+
+def _put(owner: dict[str, Any], name: str, number: int, hook: Hook | None, prepend: bool = False) -> None:
+    """Puts a hook into the dict, as the last one or the first; None = removes the one of this number.
+
+    A dict that is set here has two attributes, which copies of a model have as well: the `ids` of its hooks, which are all unless
+    others have added theirs, and the empty dict that was there `before`.
+    """
+    with _lock:
+        while True:
             hooks = owner[name]
-            if _is_ours(owner, name):
-                _replace(owner, name, {key: value for key, value in hooks.items() if key != number})
-            else:
-                hooks.pop(number, None)
-            for flag in flags:
-                owner[f"{name}_{flag}"].pop(number, None)
-
-    return remove
-
-
-def _is_ours(owner: dict[str, Any], name: str) -> bool:
-    """Whether the dict was set here and has no hooks of others."""
-    held = _sets.get((id(owner), name))
-    return held is not None and held.hooks is owner[name] and held.hooks.keys() == held.ids
-
-
-def _replace(owner: dict[str, Any], name: str, hooks: dict[int, Hook]) -> None:
-    before = _sets.pop((id(owner), name)).before if _is_ours(owner, name) else owner[name]
-    if hooks:
-        held = _sets[id(owner), name] = _Set(OrderedDict(hooks), {*hooks}, before)
-    owner[name] = held.hooks if hooks else before
+            ids: set[int] = getattr(hooks, "ids", set())
+            if hooks.keys() != ids:
+                if hook is None:
+                    hooks.pop(number, None)
+                else:
+                    hooks[number] = hook
+                    hooks.move_to_end(number, last=not prepend)
+                return
+            given, others = {} if hook is None else {number: hook}, dict.copy(hooks)  # which no other thread interrupts
+            others.pop(number, None)
+            made, before = OrderedDict({**given, **others} if prepend else {**others, **given}), getattr(hooks, "before", hooks)
+            vars(made).update(ids={*made}, before=before)
+            made = made or before
+            # A finalizer may have set another dict meanwhile, or a hook of others have come. Neither can happen after `keys`.
+            if hooks.keys() == ids and owner[name] is hooks:
+                owner[name] = made
+                return
 
 
 def _unless_removed(hook: Hook, count: int, *args: Any) -> Any:
