@@ -23,6 +23,7 @@ from torch import Tensor
 import vlattn_fast as va
 from tests.helpers import programs
 from vlattn_fast.attach.events import RUNNING
+from vlattn_fast.attach.observer import Observer
 from vlattn_fast.checking import verify
 from vlattn_fast.checking.cases import Sizes
 from vlattn_fast.models.uniter import UNITER, UNITERConfig
@@ -163,3 +164,69 @@ def test_a_run_is_that_of_its_thread() -> None:
     hook.remove()
     assert others[0] is None
     assert equal_bits(others[1], expected) and equal_bits(got, expected)
+
+
+def test_a_run_that_a_finalizer_ends_in_another_thread() -> None:
+    """Python collects a suspended generator in any thread, within a run of its own."""
+    model, inputs = uniter()
+    expected, others = va.explain(model, inputs).relevancy, list[Any]()
+    left = Observer(torch.nn.Identity(), [], parts=[])
+    left.__enter__()
+
+    def other() -> None:
+        hook = model.register_forward_pre_hook(lambda *_: left.__exit__())
+        others.append(va.explain(model, inputs).relevancy)
+        hook.remove()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    torch.overrides._pop_mode()  # of this thread, which the other one does not see
+    assert RUNNING.get() is None
+    assert equal_bits(others[0], expected)
+
+
+class TakesDict(torch.nn.Module):
+    """A forward with one dict, of which the pixels may be absent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.meanwhile = torch.nn.Embedding(9, 4), list[Callable[[], None]]()
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        if self.meanwhile:
+            self.meanwhile.pop()()
+        pixels = batch.get("pixel_values")
+        states = self.embedding(batch["input_ids"]).sum(1)
+        return states if pixels is None else states * pixels.mean()
+
+
+def test_inputs_that_are_dicts() -> None:
+    """Another thread's run, of other entries, begins within a run of several passes, and ends after it."""
+    torch.manual_seed(0)
+    model, method, others = TakesDict().eval(), va.methods.IntegratedGradients(n_steps=2), list[Any]()
+    text = {"batch": {"input_ids": torch.tensor([[1, 2, 3]])}}
+    both = {"batch": {**text["batch"], "pixel_values": torch.rand(1, 3, 4, 4)}}
+
+    def explained(inputs: dict[str, Any]) -> dict[str, Tensor]:
+        return va.explain(model, inputs, method=method, target=2).relevancy
+
+    expected, begun, ended = (explained(text), explained(both)), threading.Event(), threading.Event()
+    thread = threading.Thread(target=lambda: others.append(explained(text)))
+
+    def within() -> None:
+        begun.set()
+        assert ended.wait(10)
+
+    def start() -> None:
+        model.meanwhile.append(within)
+        thread.start()
+        assert begun.wait(10)
+
+    model.meanwhile.append(start)
+    try:
+        got = explained(both)
+    finally:
+        ended.set()
+        thread.join()
+    assert equal_bits(others[0], expected[0]) and equal_bits(got, expected[1])

@@ -166,10 +166,12 @@ class Subscriber:
 
 class Attends(Protocol):
     """Takes the calls of transformers' attention interface during a run. `explains`: the run belongs to `explain`. `trains`: the
-    model runs as it is, with its dropout. `edits`: what changes the attention in it, as `intervene` does, if anything."""
+    model runs as it is, with its dropout. `edits`: what changes the attention in it, as `intervene` does, if anything. `is_over`:
+    it has ended, maybe in another thread, as the run of a generator that Python collects there."""
 
     explains: bool
     trains: bool
+    is_over: bool
     edits: Any
 
     def attend(
@@ -189,7 +191,7 @@ class _Running:
 
     def get(self) -> Attends | None:
         thread, run = self._set.get()
-        return run if thread == threading.get_ident() else None
+        return run if thread == threading.get_ident() and run is not None and not run.is_over else None
 
     def set(self, run: Attends | None) -> contextvars.Token[tuple[int, Attends | None]]:
         return self._set.set((threading.get_ident(), run))
@@ -213,7 +215,7 @@ def is_map(scores: Tensor, dim: Any) -> bool:
 class Plain:
     """Attends as torch does."""
 
-    explains = trains = False
+    explains = trains = is_over = False
     edits: Any = None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Any], module: nn.Module | None = None) -> Tensor:

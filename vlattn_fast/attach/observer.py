@@ -97,7 +97,7 @@ class Observer(Stepwise, TorchFunctionMode):
         self.runs: list[ModuleRun] = []  # under way, the outermost first
         self._count = 0  # of the runs so far
         self._before_sink: ScoreAttentionInputs | None = None  # of the operator that ran last, if a sink counts next
-        self._is_over, self._is_aside = True, False
+        self.is_over, self._is_aside = True, False
 
     def _those_with(self, name: str) -> list[Any]:
         """The methods of this name of the subscribers that define one."""
@@ -117,7 +117,7 @@ class Observer(Stepwise, TorchFunctionMode):
         yield changes.__exit__
         changes.__enter__()
         yield self._end
-        self._is_over = False
+        self.is_over = False
         self.runs[:] = [ModuleRun(None, "", 0)] if self._starts is None else []
         if self._parts is not None:
             RUNNING.set(self)
@@ -137,9 +137,9 @@ class Observer(Stepwise, TorchFunctionMode):
             yield from subscriber.begins(self)
 
     def _end(self) -> None:
-        if self._parts is not None:
+        if RUNNING.get() is self:  # not in a finalizer, which may come in another run and another thread
             RUNNING.set(self._around)
-        self._is_over = True
+        self.is_over = True
         self.runs.clear()
         for subscriber in self._subscribers:
             subscriber.on_end()
@@ -201,7 +201,7 @@ class Observer(Stepwise, TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         # torch takes a mode off for each call, and may put it back after Ctrl-C in a run that has ended
-        if self._is_over or self._is_aside or not self.runs or not self.is_on():
+        if self.is_over or self._is_aside or not self.runs or not self.is_on():
             return func(*args, **kwargs)
         run, told = self.runs[-1], self._told
         takes_calls = bool(told["on_attention"]) and (not told["takes_calls"] or self._takes_calls())
@@ -227,7 +227,7 @@ class Observer(Stepwise, TorchFunctionMode):
                 break
         else:
             result = func(*args, **kwargs)
-        if self._is_over:
+        if self.is_over:
             return result
         if takes_calls:
             follow = self._scores if self._parts is None else self._map
@@ -365,7 +365,7 @@ class Observer(Stepwise, TorchFunctionMode):
         return self._recur if self._told["on_recurrence"] else None
 
     def _recur(self, reader: Any, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not (self._is_over or self._is_aside):
+        if not (self.is_over or self._is_aside):
             for on_recurrence in self._told["on_recurrence"]:
                 result = on_recurrence(self.runs[-1], reader, function, args, kwargs)
                 if result is not NotImplemented:

@@ -37,8 +37,9 @@ class _Overridden:
     runs: int = 0
 
 
-_lock = threading.Lock()
+_lock = threading.RLock()
 _overridden: dict[tuple[int, str], _Overridden] = {}
+_ended: list[list[tuple[int, str]]] = []  # what runs entered that have ended, until their attributes are put back
 
 
 class overridden:  # used as a function is
@@ -50,6 +51,9 @@ class overridden:  # used as a function is
 
     Ctrl-C may come while attributes are set or put back. A generator would then stay suspended as long as somebody holds the
     traceback, so the context is a class. Only Python's first step into `__exit__`, before its first line, is unprotected.
+
+    Python may collect a generator that is suspended in such a context while this thread enters or leaves another one: its
+    attributes are put back after that.
     """
 
     def __init__(self, changes: Iterable[tuple[Any, str, Any]]) -> None:
@@ -60,15 +64,17 @@ class overridden:  # used as a function is
             with _lock:
                 for target, name, value in self._changes:
                     _enter(target, name, value, self._entered)
+            _put_back()
         except BaseException:
             self.__exit__()
             raise
 
     def __exit__(self, *error: Any) -> None:
+        _ended.append(self._entered)
         try:
-            _leave(self._entered)
+            _put_back()
         except KeyboardInterrupt:
-            _leave(self._entered)  # the attributes that an interrupt left
+            _put_back()  # the attributes that an interrupt left
             raise
 
 
@@ -89,21 +95,33 @@ def _enter(target: Any, name: str, value: Any, entered: list[tuple[int, str]]) -
         setattr(target, name, value)
 
 
+def _put_back() -> None:
+    """Takes ended runs off each attribute that they entered, last first; may be called again after an interrupt. Does nothing
+    in a finalizer while its thread holds the lock, and calls it afterwards."""
+    while _ended and not _lock._is_owned():  # type: ignore[attr-defined]
+        with _lock:
+            while _ended:
+                try:
+                    _leave(_ended[0])
+                except Exception:  # not to be tried again, as after an interrupt
+                    del _ended[0]
+                    raise
+                del _ended[0]
+
+
 def _leave(entered: list[tuple[int, str]]) -> None:
-    """Takes this run off each attribute of `entered`, last first; may be called again after an interrupt."""
-    with _lock:
-        while entered:
-            key = entered[-1]
-            held = _overridden[key]
-            if held.runs > 1:
-                held.runs -= 1
-            else:
-                if held.before is _ABSENT:
-                    vars(held.target).pop(key[1], None)
-                elif getattr(held.target, key[1]) is not held.before:
-                    setattr(held.target, key[1], held.before)
-                del _overridden[key]
-            entered.pop()
+    while entered:
+        key = entered[-1]
+        held = _overridden[key]
+        if held.runs > 1:
+            held.runs -= 1
+        else:
+            if held.before is _ABSENT:
+                vars(held.target).pop(key[1], None)
+            elif getattr(held.target, key[1]) is not held.before:
+                setattr(held.target, key[1], held.before)
+            del _overridden[key]
+        entered.pop()
 
 
 # --- the model ---

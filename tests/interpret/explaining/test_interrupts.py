@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 import transformers
@@ -45,6 +47,37 @@ def test_ctrl_c_while_attributes_are_set_or_put_back(after, place):
     with pytest.raises(KeyboardInterrupt), overridden((module, "training", False) for module in modules):
         assert after == 2
     assert all(module.training for module in modules)
+    assert not _overridden
+
+
+def test_a_context_that_a_finalizer_leaves_while_another_one_is_entered():
+    """Python may collect a suspended generator at any time."""
+    one, other = nn.Identity(), nn.Identity()
+
+    def suspended():
+        with overridden([(one, "training", False)]):
+            yield
+
+    generator = suspended()
+    next(generator)
+    states = []
+
+    def changes():
+        yield other, "training", False
+        generator.close()
+        states.append(one.training)
+        yield one, "training", False
+
+    def enter():
+        with overridden(changes()):
+            states.append(one.training)
+        states.append(one.training)
+
+    thread = threading.Thread(target=enter, daemon=True)
+    thread.start()
+    thread.join(10)  # of a deadlock
+    assert states == [False, False, True]
+    assert other.training
     assert not _overridden
 
 

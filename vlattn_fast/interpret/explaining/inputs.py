@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import threading
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -134,10 +135,13 @@ def packed(arguments: Mapping[str, Any], packs: Packs) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def packing(model: nn.Module, packs: Packs) -> Iterator[None]:
-    """A context in which the model also takes arguments that are `opened`."""
+    """A context in which the model also takes arguments that are `opened`, in this thread."""
+    thread = threading.get_ident()
 
     def pack(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        return None if all(name in kwargs for name in packs) else (args, packed(kwargs, packs))  # None = called as ever
+        if threading.get_ident() != thread or all(name in kwargs for name in packs):
+            return None  # called as ever
+        return args, packed(kwargs, packs)
 
     remove = add_pre_hook(model, pack, prepend=True, with_kwargs=True) if packs else None
     try:
