@@ -263,3 +263,13 @@ def test_what_leads_on_a_gpu(what: str, size: int, dtype: torch.dtype, taken: st
     operator, rows = OPERATORS["score_attention"], torch.ones(1, 1, 3, size, dtype=dtype)
     call = operator.describe(query=rows, key=rows, value=rows, **options)
     assert choice.select(operator.backends, call._replace(device_type="cuda", capability=(9, 0)), "auto") == taken
+
+
+def test_another_thread_may_clear_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Cleared(dict[Any, Any]):
+        def __setitem__(self, key: Any, value: Any) -> None:
+            self.clear()
+
+    monkeypatch.setattr(choice, "_SORTS", Cleared())
+    monkeypatch.setattr(choice, "_PLANS", Cleared())
+    assert Asked().during((X,), (1,)) == 1

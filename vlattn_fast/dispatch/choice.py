@@ -194,8 +194,8 @@ def _sort(kinds: tuple[type, ...]) -> _Sorts:
     has_all = len(plain) + len(tensors) + len(with_parts) == len(kinds)
     if len(_SORTS) >= 4096:
         _SORTS.clear()
-    _SORTS[kinds] = _Sorts(_picking(plain), _picking(tensors), with_parts, has_all)
-    return _SORTS[kinds]
+    made = _SORTS[kinds] = _Sorts(_picking(plain), _picking(tensors), with_parts, has_all)
+    return made  # another thread may clear them meanwhile
 
 
 def _picking(numbers: list[int]) -> Pick:

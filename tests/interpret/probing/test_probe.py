@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+import warnings
 from functools import partial
 from typing import Any
 
@@ -436,6 +438,29 @@ def test_a_linear_probe_parts_no_input() -> None:
     assert abs(linear_probe(features, labels, inputs, 0).value - 0.5) < 0.2
     assert linear_probe(features, labels, np.arange(240), 0).value > 0.9
     assert linear_probe(features[:12], labels[:12], inputs[:12], 0).note in ("fewer than 5 inputs", "only one class")
+
+
+def test_probes_in_two_threads_leave_the_filters_of_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sklearn.cluster import KMeans
+
+    fit_predict, begun, ended = KMeans.fit_predict, threading.Event(), threading.Event()
+    states, image = np.eye(8), np.arange(8) > 3
+
+    def waiting(self: Any, x: Any) -> Any:
+        if threading.current_thread() is threading.main_thread():
+            thread.start()
+            begun.wait(0.2)
+        else:
+            begun.set()
+            assert ended.wait(10)
+        return fit_predict(self, x)
+
+    monkeypatch.setattr(KMeans, "fit_predict", waiting)
+    thread, before = threading.Thread(target=fusion, args=(states, image, 0, image)), [*warnings.filters]
+    fusion(states, image, 0, image)
+    ended.set()
+    thread.join()
+    assert before == warnings.filters
 
 
 def test_labels_are_not_shuffled_as_the_folds_are() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +44,6 @@ def linear_probe(features: Array, labels: Sequence[Any], groups: Sequence[int], 
 
 
 def _held_out(features: Array, labels: Array, folds: Array) -> float:
-    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -55,8 +56,7 @@ def _held_out(features: Array, labels: Array, folds: Array) -> float:
             right += int((labels[test] == present[0]).sum())
             continue
         probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
+        with _converging():
             right += int((probe.fit(features[train], labels[train]).predict(features[test]) == labels[test]).sum())
     return right / len(labels)
 
@@ -64,10 +64,21 @@ def _held_out(features: Array, labels: Array, folds: Array) -> float:
 def fusion(states: Array, image: Array, seed: int, shuffled: Array) -> tuple[float, float]:
     """Normalised mutual information (arithmetic mean) of two clusters of states (N, C) with image (N), and with shuffled (N)."""
     from sklearn.cluster import KMeans
-    from sklearn.exceptions import ConvergenceWarning
     from sklearn.metrics import normalized_mutual_info_score
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # for equal states, one cluster
+    with _converging():  # for equal states, to one cluster
         clusters = KMeans(n_clusters=2, n_init=4, random_state=seed).fit_predict(states)
     return tuple(float(normalized_mutual_info_score(labels, clusters)) for labels in (image, shuffled))  # type: ignore[return-value]
+
+
+_lock = threading.Lock()  # the filters of warnings are those of all threads, and each would put back what it found
+
+
+@contextlib.contextmanager
+def _converging() -> Iterator[None]:
+    """A context without scikit-learn's warnings that a fit did not converge."""
+    from sklearn.exceptions import ConvergenceWarning
+
+    with _lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        yield
