@@ -133,6 +133,9 @@ def test_hooks_of_others_stay(first: str, last: str) -> None:
     assert called() == {"more"}
     more()
     assert called() == set() and not module._forward_hooks
+    left = module._forward_hooks
+    add_hook(module, note("again"))
+    assert called() == {"again"} and not left
 
 
 def test_copies_and_models_that_are_gone() -> None:
@@ -206,10 +209,11 @@ def test_ctrl_c_leaves_no_hook() -> None:
 
         def interrupt(frame: FrameType, event: str, _: Any, at: int = at) -> Any:
             nonlocal count
-            if frame.f_code.co_filename != hooks.__file__ or frame.f_code.co_name in ("add_hook", "remove"):  # their first steps
+            code = frame.f_code
+            if code.co_filename != hooks.__file__ or code.co_name in ("add_hook", "remove"):  # their first steps
                 return None
             frame.f_trace_opcodes = True
-            if event == "opcode" and frame.f_lasti in looks(frame.f_code):
+            if event == "opcode" and frame.f_lasti in looks(code):
                 count += 1
                 if count > at:
                     sys.settrace(None)

@@ -72,21 +72,22 @@ def _put(owner: dict[str, Any], name: str, number: int, hook: Hook | None, prepe
     with _lock:
         while True:
             hooks = owner[name]
-            ids: set[int] = getattr(hooks, "ids", set())
-            if hooks.keys() != ids:
+            others = dict.copy(hooks)  # which no other thread interrupts
+            seen = {*others}
+            if seen and seen != getattr(hooks, "ids", None):
                 if hook is None:
                     hooks.pop(number, None)
                 else:
                     hooks[number] = hook
                     hooks.move_to_end(number, last=not prepend)
                 return
-            given, others = {} if hook is None else {number: hook}, dict.copy(hooks)  # which no other thread interrupts
             others.pop(number, None)
+            given = {} if hook is None else {number: hook}
             made, before = OrderedDict({**given, **others} if prepend else {**others, **given}), getattr(hooks, "before", hooks)
             vars(made).update(ids={*made}, before=before)
             made = made or before
             # A finalizer may have set another dict meanwhile, or a hook of others have come. Neither can happen after `keys`.
-            if hooks.keys() == ids and owner[name] is hooks:
+            if hooks.keys() == seen and owner[name] is hooks:
                 owner[name] = made
                 return
 
