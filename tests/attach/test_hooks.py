@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 import vlattn_fast as va
 from tests.test_threads import uniter
-from vlattn_fast._ground import hooks
-from vlattn_fast._ground.hooks import add_hook, add_pre_hook
+from vlattn_fast._ground import attachments
+from vlattn_fast._ground.attachments import add_hook, add_pre_hook
 
 X = torch.ones(2)
 
@@ -192,7 +192,7 @@ def test_in_the_middle_of_a_step(monkeypatch: pytest.MonkeyPatch, meanwhile: str
             module.register_forward_hook(lambda *_: calls.append("theirs"))
         return OrderedDict(items)
 
-    monkeypatch.setattr(hooks, "OrderedDict", make)
+    monkeypatch.setattr(attachments, "OrderedDict", make)
     remove_last = add_hook(module, lambda *_: calls.append("last"))
     module(X)
     assert calls == (["last"] if meanwhile == "removed by a finalizer" else ["first", "theirs", "last"])
@@ -210,7 +210,7 @@ def test_ctrl_c_leaves_no_hook() -> None:
         def interrupt(frame: FrameType, event: str, _: Any, at: int = at) -> Any:
             nonlocal count
             code = frame.f_code
-            if code.co_filename != hooks.__file__ or code.co_name in ("add_hook", "remove"):  # their first steps
+            if code.co_filename != attachments.__file__ or code.co_name in ("add_hook", "remove"):  # their first steps
                 return None
             frame.f_trace_opcodes = True
             if event == "opcode" and frame.f_lasti in looks(code):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from vlattn_fast._ground.hooks import add_hook, add_pre_hook
+from vlattn_fast._ground.attachments import add_hook, add_pre_hook
 from vlattn_fast.attach.events import SCORE_ATTENTION, SOFTMAX, first_argument, is_map
 from vlattn_fast.attach.session import Steps, Stepwise, as_mode, named
 from vlattn_fast.ops._sinks import with_sink

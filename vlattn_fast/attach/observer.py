@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from vlattn_fast._ground.hooks import add_hook, add_pre_hook
+from vlattn_fast._ground.attachments import add_hook, add_pre_hook
 from vlattn_fast.attach.events import (
     RUNNING,
     SCORE_ATTENTION,

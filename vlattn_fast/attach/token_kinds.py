@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast._ground.marks import add_mark, new_mark, read_mark
+from vlattn_fast._ground.attachments import add_mark, new_mark, read_mark
 from vlattn_fast.attach.events import Attend, Attention, ModuleRun, Subscriber
 from vlattn_fast.attach.observer import Observer
 from vlattn_fast.attach.written import PRODUCTS

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vlattn_fast._ground.marks import add_mark, new_mark, read_mark
+from vlattn_fast._ground.attachments import add_mark, new_mark, read_mark
 from vlattn_fast._ground.tensors import joined
 
 PRODUCTS = (torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__)

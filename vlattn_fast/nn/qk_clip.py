@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlattn_fast._ground.attachments import add_hook, add_pre_hook
 from vlattn_fast._ground.checks import check_number
-from vlattn_fast._ground.hooks import add_hook, add_pre_hook
 from vlattn_fast._ground.tensors import resolve_scale, scaled_dot_default
 from vlattn_fast.attach.session import uncompiled, unwrapped
 from vlattn_fast.attach.token_kinds import AttentionCall, TokenKinds

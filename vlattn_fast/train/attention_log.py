@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlattn_fast._ground.attachments import add_pre_hook
 from vlattn_fast._ground.checks import check_callable, check_tensor, check_token_mask, describe
-from vlattn_fast._ground.hooks import add_pre_hook
 from vlattn_fast.attach.session import uncompiled
 from vlattn_fast.attach.token_kinds import IMAGE, TEXT, AttentionCall, TokenKinds, check_modality
 from vlattn_fast.attach.written import is_masked

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlattn_fast._ground.attachments import add_hook, add_pre_hook
 from vlattn_fast._ground.checks import check_callable, check_number, describe
-from vlattn_fast._ground.hooks import add_hook, add_pre_hook
 from vlattn_fast.attach.events import RUNNING
 from vlattn_fast.attach.token_kinds import AttentionCall
 from vlattn_fast.nn.capture_attention import AttentionCapture

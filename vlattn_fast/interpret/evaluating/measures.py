@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlattn_fast._ground.attachments import add_pre_hook
 from vlattn_fast._ground.extras import with_progress
-from vlattn_fast._ground.hooks import add_pre_hook
 from vlattn_fast.attach.session import at_rest
 from vlattn_fast.interpret.evaluating.box_scores import BOX_SCORES
 from vlattn_fast.interpret.evaluating.curves import BOTH, CURVES, PARTS

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast._ground.hooks import add_pre_hook
+from vlattn_fast._ground.attachments import add_pre_hook
 from vlattn_fast.interpret.adapters.adapter import Adapter, indices, prompt_shape
 
 Packs = Mapping[str, tuple[str, ...]]  # the names of the entries of each input that is a dict

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vlattn_fast._ground.attachments import add_hook
 from vlattn_fast._ground.groups import columns_of_groups, rows_of_groups
-from vlattn_fast._ground.hooks import add_hook
 from vlattn_fast._ground.tensors import joined
 from vlattn_fast.attach.events import RUNNING, SOFTMAX, Attend, Attention, ModuleRun, Subscriber, edits_of, first_argument
 from vlattn_fast.attach.observer import Observer

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vlattn_fast._ground.hooks import add_hook, add_pre_hook
+from vlattn_fast._ground.attachments import add_hook, add_pre_hook
 from vlattn_fast.attach.events import Attention, ModuleRun, Subscriber
 from vlattn_fast.attach.frozen import AllRoots
 from vlattn_fast.attach.observer import Observer

@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast._ground.hooks import add_hook, add_pre_hook
+from vlattn_fast._ground.attachments import add_hook, add_pre_hook
 from vlattn_fast._ground.tensors import compute_dtype
 from vlattn_fast.attach.events import Subscriber, edits_of
 from vlattn_fast.attach.observer import Observer

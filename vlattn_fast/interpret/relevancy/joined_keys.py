@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from vlattn_fast._ground.attachments import new_mark
 from vlattn_fast._ground.checks import is_wrapped
-from vlattn_fast._ground.marks import new_mark
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import TracedCall
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlattn_fast._ground.attachments import Hook
 from vlattn_fast._ground.checks import is_wrapped
-from vlattn_fast._ground.hooks import Hook
 from vlattn_fast.attach.frozen import Frozen
 from vlattn_fast.attach.session import is_checkpointed, named
 from vlattn_fast.attach.transformers_interface import ADDITIVE_NAME, CONFIG_NAME, SDPA_NAME

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from vlattn_fast._ground.attachments import Hook
 from vlattn_fast._ground.checks import check_choice, check_names
-from vlattn_fast._ground.hooks import Hook
 from vlattn_fast.attach.frozen import Frozen
 from vlattn_fast.interpret.adapters.adapter import Adapter, Tower
 from vlattn_fast.interpret.adapters.tokens import decoder_inputs

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vlattn_fast._ground.marks import add_mark, new_mark, read_mark
+from vlattn_fast._ground.attachments import add_mark, new_mark, read_mark
 from vlattn_fast._ground.tensors import compute_dtype, expand_heads, mask_padding
 from vlattn_fast.attach.events import Attend, Attention, ModuleRun, Subscriber, edits_of, is_map
 from vlattn_fast.attach.observer import Observer

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast._ground.hooks import Hook, add_pre_hook
-from vlattn_fast._ground.marks import new_mark
+from vlattn_fast._ground.attachments import Hook, add_pre_hook, new_mark
 from vlattn_fast._ground.tensors import over_sums
 from vlattn_fast.backends.reference.relevancy_residual import WEIGHTINGS, Weighting, residual_weights
 from vlattn_fast.interpret.relevancy.method import BackwardPass, Link

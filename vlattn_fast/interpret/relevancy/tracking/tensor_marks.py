@@ -10,9 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vlattn_fast._ground.attachments import add_hook, add_mark, add_pre_hook, new_mark, read_mark
 from vlattn_fast._ground.checks import is_dtensor
-from vlattn_fast._ground.hooks import add_hook, add_pre_hook
-from vlattn_fast._ground.marks import add_mark, new_mark, read_mark
 
 # The lowest bits: functions of the run made the tensor; it came from the first, second, ... tensor that the model was given (the
 # last bit for all further ones); through the first, second, ... states that entered a layer. Bits of calls are above them.

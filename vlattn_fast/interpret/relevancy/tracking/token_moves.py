@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vlattn_fast._ground.marks import new_mark
+from vlattn_fast._ground.attachments import new_mark
 from vlattn_fast.interpret.relevancy.tracking.token_numbers import (
     ANY,
     BROADCASTS,

@@ -1,20 +1,54 @@
-"""Hooks of modules that may come and go while other threads call the modules.
-
-torch goes through a module's dict of hooks with each call, and fails if another thread changes it meanwhile: "OrderedDict mutated
-during iteration". So a dict with our hooks never changes. Each step sets another one in its place, and the last one puts back
-the empty dict that was there. A dict with hooks of others is changed in place, as torch does: their handles refer to it.
-"""
+"""What a run attaches to a model: marks on tensors, names of attributes with bits that a result takes over from what it was
+computed from; and hooks of modules, which come and go while other threads call the modules."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+# --- marks on tensors ---
+
+_numbers = itertools.count()
+
+
+def new_mark(name: str) -> str:
+    """A new name for the marks of a run on tensors; an id() would not do: models may keep tensors that earlier runs marked."""
+    return f"_vlattn_{name}_{next(_numbers)}"
+
+
+def read_mark(values: Iterable[Any], mark: str) -> int:
+    """The union of the bits that the tensors in `values`, also in nested tuples and lists, have as `mark`."""
+    bits = 0
+    for value in values:
+        if isinstance(value, Tensor):
+            bits |= getattr(value, mark, 0)
+        elif isinstance(value, (tuple, list)):
+            bits |= read_mark(value, mark)
+    return bits
+
+
+def add_mark(value: Any, mark: str, bits: int, keep: bool = True) -> None:
+    """Marks a tensor, or each in a tuple, list or mapping, with `bits`, in addition to those that it has if they are to stay."""
+    if isinstance(value, Tensor):
+        setattr(value, mark, bits | (getattr(value, mark, 0) if keep else 0))
+    elif isinstance(value, (tuple, list, Mapping)):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            add_mark(part, mark, bits, keep)
+
+
+# --- hooks of modules ---
+
+# torch goes through a module's dict of hooks with each call, and fails if another thread changes it meanwhile: "OrderedDict
+# mutated during iteration". So a dict with our hooks never changes. Each step sets another one in its place, and the last one
+# puts back the empty dict that was there. A dict with hooks of others is changed in place, as torch does: their handles refer
+# to it.
 
 Hook = Callable[..., Any]
 
