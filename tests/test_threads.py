@@ -166,6 +166,32 @@ def test_a_run_is_that_of_its_thread() -> None:
     assert equal_bits(others[1], expected) and equal_bits(got, expected)
 
 
+@pytest.mark.skipif(find_spec("transformers") is None, reason="needs transformers")
+def test_other_tools_in_the_middle_of_a_run() -> None:
+    """Each runs the model several times while another thread explains it."""
+    from tests.helpers.interpret.cases import llava
+
+    case, others = llava(), list[Any]()
+    model, inputs = case.model.eval(), case.inputs
+
+    def tools() -> list[Tensor]:
+        edges = va.attribute_edges(model, inputs, ["image", "last"], target=7).matrix("image", "last")
+        return [va.lens(model, inputs).probability, va.logit_parts(model, inputs, 7).parts, torch.as_tensor(edges)]
+
+    def within(*_: Any) -> None:
+        if not others and threading.current_thread() is threading.main_thread():
+            thread = threading.Thread(target=lambda: others.append(tools()))
+            thread.start()
+            thread.join()
+
+    expected, relevancy = tools(), va.explain(model, inputs).relevancy
+    hook = model.register_forward_pre_hook(within)
+    got = va.explain(model, inputs).relevancy
+    hook.remove()
+    assert all(torch.equal(one, other) for one, other in zip(expected, others[0], strict=True))
+    assert equal_bits(got, relevancy)
+
+
 def test_a_run_that_a_finalizer_ends_in_another_thread() -> None:
     """Python collects a suspended generator in any thread, within a run of its own."""
     model, inputs = uniter()

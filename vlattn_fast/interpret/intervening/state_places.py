@@ -82,7 +82,8 @@ def find_states(traced: TracedModel) -> StatePlaces:
                 places[kind].setdefault(tower, {})[layer] = f"{where} is in no list of layers"
     mixing = {call.path for call in traced.calls} | {path for _, _, path in traced.mixing}
     notes = _Notes(traced.model, layers, mixing)
-    with torch.inference_mode(False), torch.no_grad(), at_rest(traced.model), Observer(traced.model, [notes]):
+    observer = Observer(traced.model, [notes], parts=traced.roots)  # another thread may have replaced them
+    with torch.inference_mode(False), torch.no_grad(), at_rest(traced.model), observer:
         traced.model(**traced.arguments)
     for path, towers in layers.items():
         for tower, numbers in towers.items():
