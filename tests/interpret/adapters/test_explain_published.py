@@ -224,7 +224,7 @@ def test_position_bias_is_added_to_the_mask():
     scores = query @ key.transpose(-1, -2) * 0.3 + bias
 
     class Recorded:
-        trains = False
+        trains = is_over = False
 
         def attend(self, query, key, value, masks, module):
             return torch.nn.functional.scaled_dot_product_attention(query, key, value, **masks)
