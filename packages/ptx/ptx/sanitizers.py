@@ -2,8 +2,9 @@
 
 FpSan puts integers modulo 2^w in place of floats of w bits: sums and products are exact, and exp2(x + y) = exp2(x) exp2(y).
 Infinity is a number like any other there, and 2^-inf is not 0, so that a masked key would count. Here infinities are what masks
-take them for: -inf is the least number, infinity minus or times a number is infinity, and 2^-inf = 0. One integer of 256, or of
-32 in float16, looks like NaN. Each equals itself here, but for the one that a NaN in the kernel's text has.
+take them for: -inf is the least number, infinity plus, minus or times a number is infinity, and 2^-inf = 0. Its quotients and
+logarithms stay numbers like any other. One integer of 256, or of 32 in float16, looks like NaN. Each equals itself here, but for
+the one that a NaN in the kernel's text has.
 
     with ptx.sanitizers.fpsan(90):
         kernel[grid](x, out, BLOCK=64)  # compare with another launch under FpSan alone
@@ -167,13 +168,26 @@ def _host() -> Iterator[None]:
 @contextmanager
 def _infinities() -> Iterator[None]:  # noqa: C901
     """Within it what Triton compiles treats infinities as masks need it."""
-    names = "sub", "mul", "maximum", "minimum", "equal", "not_equal"
+    names = "add", "sub", "mul", "maximum", "minimum", "equal", "not_equal"
     before = [getattr(TritonSemantic, name) for name in names]
     powers, assembly = (tl.exp, tl.exp2), tl.inline_asm_elementwise
-    sub, mul, maximum, minimum, equals, differs = before
+    add, sub, mul, maximum, minimum, equals, differs = before
 
     def infinite(semantic: Any, x: Any) -> Any:
         return semantic.or_(semantic.equal(x, INFINITY), semantic.equal(x, -INFINITY))
+
+    def absorbed(compute: Any) -> Any:
+        """A sum or a product, which is infinite if x or y is."""
+
+        def computed(semantic: Any, x: Any, y: Any, sanitize_overflow: bool) -> Any:
+            result = compute(semantic, x, y, sanitize_overflow)
+            if not result.dtype.is_floating():
+                return result
+            for one in semantic.binary_op_type_checking_impl(x, y):
+                result = semantic.where(infinite(semantic, one), one, result)
+            return result
+
+        return computed
 
     def subtract(semantic: Any, x: Any, y: Any, sanitize_overflow: bool) -> Any:
         difference = sub(semantic, x, y, sanitize_overflow)
@@ -183,15 +197,6 @@ def _infinities() -> Iterator[None]:  # noqa: C901
         difference = semantic.where(semantic.equal(y, INFINITY), -INFINITY, difference)
         difference = semantic.where(semantic.equal(y, -INFINITY), INFINITY, difference)
         return semantic.where(infinite(semantic, x), x, difference)
-
-    def multiply(semantic: Any, x: Any, y: Any, sanitize_overflow: bool) -> Any:
-        product = mul(semantic, x, y, sanitize_overflow)
-        if not product.dtype.is_floating():
-            return product
-        x, y = semantic.binary_op_type_checking_impl(x, y)
-        for one in (x, y):
-            product = semantic.where(infinite(semantic, one), one, product)
-        return product
 
     def extreme(compare: Any, precedes: Any, least: float) -> Any:
         """An order from `least` over what looks like NaN, which a maximum passes over, to the other numbers and -`least`; the
@@ -248,8 +253,9 @@ def _infinities() -> Iterator[None]:  # noqa: C901
         for name, function in zip(
             names,
             (
+                absorbed(add),
                 subtract,
-                multiply,
+                absorbed(mul),
                 extreme(maximum, TritonSemantic.greater_than, -INFINITY),
                 extreme(minimum, TritonSemantic.less_than, INFINITY),
                 equal,

@@ -56,11 +56,14 @@ def test_infinities_mask() -> None:
     """As where FpSan is not: 2^-inf is 0, a masked number is less than all, and a minimum passes over NaN."""
     x, out = sanitizing("tests.helpers.sanitized.infinities")
     even = torch.arange(len(x)) % 2 == 0
-    power, exponential, nothing, largest, least, passed = out
+    power, exponential, nothing, largest, least, passed, left, right, total = out
     assert (power[even] == 1).all() and (power[~even] == 0).all()
     assert (exponential[even] != 0).all() and (exponential[~even] == 0).all()
     assert (nothing == 0).all() and torch.equal(largest, x) and torch.equal(least, x)
     assert torch.equal(passed[even], x[even]) and passed[~even].isneginf().all()
+    for one in (left, right):
+        assert (one[even] != 0).all() and (one[~even] == 0).all()
+    assert total.isneginf().all()
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,9 @@ CALLS = {
     ("indexer_divergence", "padding"): """attention_statistics._rows_kernel attention_divergence._terms_kernel
         attention_divergence._backward_q_kernel attention_divergence._backward_kv_kernel
         indexer_divergence._rows_kernel indexer_divergence._backward_q_kernel indexer_divergence._backward_kv_kernel""",
+    ("indexer_divergence", "causal"): """attention_statistics._rows_kernel attention_divergence._terms_kernel
+        attention_divergence._backward_q_kernel attention_divergence._backward_kv_kernel
+        indexer_divergence._rows_kernel indexer_divergence._backward_q_kernel indexer_divergence._backward_kv_kernel""",
     ("congruence_loss", "iais_singular"): """congruence_maps.map_kernel congruence_maps.gradient_kernel
         congruence_loss._divergence_kernel congruence_loss._target_backward_kernel""",
     ("congruence_loss", "iais_singular, long rows"): """congruence_maps.statistics_kernel congruence_maps.map_kernel
@@ -121,6 +124,9 @@ PAIRS = (
     Item("tiles", "maxsim", "masks", torch.float32),
     Item("rounded tiles", "score_attention", "scaled_dot causal"),
     Item("causal", "score_attention", "scaled_dot causal"),
+    Item("causal", "attention_divergence", "js"),
+    Item("causal", "attention_divergence", "means of other heads"),
+    Item("causal", "indexer_divergence", "causal"),
     Item("heads", "score_attention", "scaled_dot causal"),
     Item("heads", "score_attention", "scaled_dot causal, tangents"),
     Item("split", "score_attention", "additive"),

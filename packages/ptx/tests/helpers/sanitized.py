@@ -40,8 +40,11 @@ def _infinities(x, out, N: tl.constexpr):
         tl.maximum(masked, a),
         tl.minimum(float("inf"), a),
         tl.minimum(masked, float("nan")),
+        tl.exp2(masked + a),
+        tl.exp2(a + masked),
+        tl.sum(masked, axis=0) + a,
     )
-    for k in tl.static_range(6):
+    for k in tl.static_range(9):
         tl.store(out + k * N + i, results[k])
 
 
@@ -93,7 +96,7 @@ def products() -> tuple[list[list[list[int]]], list[list[int]], list[list[int]]]
 
 
 def infinities() -> tuple[torch.Tensor, torch.Tensor]:
-    x, out = torch.randn(LENGTH, generator=torch.Generator().manual_seed(0)), torch.empty(6, LENGTH)
+    x, out = torch.randn(LENGTH, generator=torch.Generator().manual_seed(0)), torch.empty(9, LENGTH)
     with ptx.sanitizers.fpsan(90):
         _infinities[(1,)](x, out, N=LENGTH)
     return x, out
