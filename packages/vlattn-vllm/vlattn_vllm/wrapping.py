@@ -6,6 +6,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+WRAPPED: list[tuple[Any, str]] = []  # in this process
+
 
 def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
     """Puts `around(original, *args, **kwargs)` in the place of a method. A second time changes nothing."""
@@ -19,3 +21,4 @@ def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
 
     method.__vlattn__ = True  # type: ignore[attr-defined]
     setattr(owner, name, method)
+    WRAPPED.append((owner, name))

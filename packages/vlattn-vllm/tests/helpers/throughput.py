@@ -28,7 +28,7 @@ from tests.helpers.tiny import engine, prompts, sampling, saved
 from vlattn_fast.benchmarks._records import append, check_path, device_name, provenance
 from vlattn_vllm import engine as core
 from vlattn_vllm import front, worker
-from vlattn_vllm.wrapping import wrap
+from vlattn_vllm.wrapping import WRAPPED, wrap
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 BARE = "without the plug-in"
@@ -110,6 +110,7 @@ def added(requests: int) -> float:
     outputs = [SimpleNamespace(kv_transfer_params=None) for _ in range(requests)]
     parts = (  # what is put around, its arguments, and calls a step
         (worker._execute_model, (scheduled,), 1),
+        (worker._dispatch, (), 1),
         (worker._forward, (None,) * 6, LAYERS),
         (worker._sample_tokens, (), 1),
         (core._update_from_output, (scheduled, SimpleNamespace()), 1),
@@ -129,18 +130,7 @@ def added(requests: int) -> float:
 @contextmanager
 def bare(out: bool) -> Iterator[None]:
     """vLLM's own methods, for a while, in the place of those that the plug-in wraps."""
-    from vllm.outputs import RequestOutput
-    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
-    from vllm.v1.core.sched.scheduler import Scheduler
-    from vllm.v1.engine.input_processor import InputProcessor
-    from vllm.v1.engine.output_processor import OutputProcessor, RequestState
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
-    classes = (RequestOutput, CPUAttentionBackendImpl, Scheduler, InputProcessor, OutputProcessor, RequestState, GPUModelRunner)
-    wrapped = [
-        (owner, name, method) for owner in classes for name, method in vars(owner).items() if hasattr(method, "__vlattn__")
-    ]
-    assert len(wrapped) == 9, wrapped  # OutputProcessor.add_request comes once a request, in no step
+    wrapped = [(owner, name, getattr(owner, name)) for owner, name in WRAPPED]
     for owner, name, method in wrapped if out else ():
         setattr(owner, name, method.__wrapped__)
     try:
