@@ -159,18 +159,6 @@ def test_a_step_is_rehearsed_by_its_name(tmp_path):
 
 
 @pytest.mark.slow
-def test_gluon_stores_times(rehearsed):
-    call, _ = rehearsed
-    (row,) = call.by_item("gluon").values()
-    assert row["passed"] and row["us"].keys() == row["ratios"].keys() == {
-        "Triton",
-        "Gluon, products ahead",
-        "Gluon, groups in turn",
-    }
-    assert len(call.by_item("cudnn")) == 2
-
-
-@pytest.mark.slow
 def test_ncu_stores_times_stalls_and_pipes(rehearsed):
     call, (_, (_, said)) = rehearsed
     rows = call.by_item("ncu")
@@ -477,4 +465,4 @@ def test_an_unknown_part_is_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         run.main()
     assert end.value.code == 2
-    assert "PART must be one of verify, tiles, gluon, benchmarks, cudnn, tests, ncu; got measure" in capsys.readouterr().err
+    assert "PART must be one of verify, tiles, benchmarks, cudnn, tests, ncu; got measure" in capsys.readouterr().err

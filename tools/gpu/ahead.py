@@ -4,7 +4,7 @@
 
 Triton finds a compiled kernel by its source and by Triton's own files. So the Python of this process needs the minor version of
 the other machine's, and the same wheels of torch and Triton. build/kernels.tar.xz then holds the kernels of the first steps of a
-call: what no device has run, the candidates of `tiles`, the trial in Gluon, the named benchmarks, and the lengths beside cuDNN.
+call: what no device has run, the candidates of `tiles`, the named benchmarks, and the lengths beside cuDNN.
 `make gpu` unpacks it there. With --tiles it compiles only candidates of the hot launches whose names match, and prints them, the
 best by the estimate (tools/compiled/tile_times.py) first.
 """
@@ -48,7 +48,7 @@ def main() -> None:
         return
     tasks: list[tuple[Callable[..., str], Any]] = [(benchmark, name) for name in production.NAMED]
     tasks += [(check, one.item) for one in production.untried(of_devices("verify"))]
-    tasks += [(of_length, length) for length in lengths.EVERY] + [(trial, "relevancy_step in Gluon")]
+    tasks += [(of_length, length) for length in lengths.EVERY]
     with tiles.new_pool(options.processes) as pool:
         for done in [pool.submit(task, what, options.architecture) for task, what in tasks]:
             print(done.result(), flush=True)
@@ -77,16 +77,6 @@ def of_length(length: Any, architecture: int) -> str:
             if name.startswith("ours"):
                 call()
     return str(length.item)
-
-
-def trial(name: str, architecture: int) -> str:
-    from tools.gpu import gluon
-    from tools.gpu.tiles import for_a_gpu
-
-    with for_a_gpu(architecture):
-        for call in gluon.calls("cpu")[0].values():
-            call()
-    return name
 
 
 def check(item: str, architecture: int) -> str:

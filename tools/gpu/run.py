@@ -7,7 +7,6 @@ verify:     every Triton and CUDA kernel against the formula, by the tolerance r
             run on `streaming`.
 tiles:      tiles, warps and stages of the hottest launches by themselves (tiles.py); the fastest right ones go to
             kernels/configurations.json.
-gluon:      the trial of docs/gluon.md beside Triton's kernel.
 benchmarks: first ours beside SDPA and FlexAttention, then all of `python -m vlattn_fast.benchmarks`: calls and CUDA graphs, and
             the host's time. A variant of this package that breaks the rule has no time, and fails.
 cudnn:      cuDNN's attention beside ours by length; from how many tokens on it is faster goes to kernels/configurations.json.
@@ -263,7 +262,7 @@ def benchmarks(run: Session, first: bool = False) -> bool:
     return done
 
 
-# --- cuDNN by length, and the trial in Gluon ---
+# --- cuDNN by length ---
 
 
 def cudnn(run: Session) -> bool:
@@ -276,13 +275,6 @@ def cudnn(run: Session) -> bool:
     finally:
         run.close()
         write_table(run)
-
-
-def gluon(run: Session) -> bool:
-    try:
-        return run.run("gluon", run.selected([{"item": "relevancy_step"}]), run.worker)
-    finally:
-        run.close()
 
 
 # --- tiles ---
@@ -375,7 +367,6 @@ REST = math.inf
 ORDER = (
     Step("verify", "what no device has run", 60, partial(verify, first=True)),
     Step("tiles", "launches that had one program an SM, or no time", 120, partial(tiles, first=True)),
-    Step("gluon", "the trial beside Triton's kernel", 30, gluon),
     Step("benchmarks", "the named ones, beside SDPA and FlexAttention", 180, partial(benchmarks, first=True)),
     Step("cudnn", "cuDNN beside ours by length", 60, cudnn),
     Step("tests", "what only a device shows", 50, suite.device_only),
@@ -385,7 +376,6 @@ ORDER = (
     Step("verify", "all", REST, verify),
     Step("tiles", "all", REST, tiles),
     Step("cudnn", "all", REST, cudnn),
-    Step("gluon", "all", REST, gluon),
     Step("benchmarks", "all", REST, benchmarks),
     Step("tests", "all", REST, suite.everything),
     Step("ncu", "all", REST, profile),

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from tools.gpu import full, gluon, launches, lengths, production, tiles
+from tools.gpu import full, launches, lengths, production, tiles
 from tools.gpu.session import ROW, Item, Row, emulate, hung
 from vlattn_fast.benchmarks._choice import choose
 from vlattn_fast.benchmarks._formula import OURS, WRONG
@@ -42,7 +42,7 @@ def main(device: str) -> None:
     emulate()  # once, for all processes
     for line in sys.stdin:
         start, item = time.monotonic(), json.loads(line)
-        shared = item["part"] in ("tiles", "benchmarks", "cudnn", "gluon")
+        shared = item["part"] in ("tiles", "benchmarks", "cudnn")
         if item.get("sizes") in production.SIZES:
             production.cases(item["sizes"])  # made once, for all processes
         row = answered(item, device) if shared else apart(item, device)
@@ -54,8 +54,8 @@ def main(device: str) -> None:
 
 def answered(item: Item, device: str) -> Row:
     parts = {"verify": verified, "ncu": kernels, "ncu compiled": compiled, "benchmarks": benchmarked}
-    parts |= {"cudnn": lengths.measured, "gluon": gluon.measured}
     parts |= {"benchmarks compiled": compiled_variants, "tiles": tiles.tried, "tiles compiled": tiles.compiled}
+    parts["cudnn"] = lengths.measured
     try:
         return parts[item["part"]](item, device)
     except Exception as error:
