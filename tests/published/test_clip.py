@@ -107,6 +107,7 @@ def test_notebook(start_layer: int, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = our_clip(theirs)
     for dtype in (torch.float64, torch.float32):
         inputs: dict[str, Tensor] = {"input_ids": ids, "pixel_values": pixels.to(dtype)}
-        explanation = va.explain(copy.deepcopy(ours).to(dtype), inputs, method=va.methods.Gradient(start_layer=start_layer))
+        method = va.methods.Gradient(start_layer=start_layer, freeze=())
+        explanation = va.explain(copy.deepcopy(ours).to(dtype), inputs, method=method)
         assert_equal(explanation.image.flatten(1), patches.detach().double(), "image")
         assert_equal(explanation.relevancy["text"], words[range(3), ends].detach().double(), "text")

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 import vlattn_fast as va
 from tests.helpers.published.authors import assert_equal, defined, on_cpu
+from vlattn_fast.interpret.relevancy.methods.registry import published as as_published
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what their code warns of
 
@@ -146,6 +147,6 @@ def test_lxmert(method: str) -> None:
         torch.set_default_dtype(default)
     for dtype in (torch.float64, torch.float32):
         ours = {key: x.to(dtype) if x.is_floating_point() else x for key, x in inputs.items()}
-        explanation = va.explain(copy.deepcopy(model).to(dtype), ours, method=method)
+        explanation = va.explain(copy.deepcopy(model).to(dtype), ours, method=as_published(method))
         for tower, published in zip(("text", "vision"), found, strict=True):
             assert_equal(explanation.relevancy[tower][0], published[0].detach().double(), f"{tower} {dtype}")
