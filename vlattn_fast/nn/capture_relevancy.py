@@ -37,7 +37,7 @@ from vlattn_fast.interpret.explaining.question import (
     warn_of_missed_norms,
     warn_of_other_keys,
 )
-from vlattn_fast.interpret.explaining.request import Position, Prompt, Request, check_position, renamed
+from vlattn_fast.interpret.explaining.request import Position, Prompt, Request, check_position
 from vlattn_fast.interpret.relevancy.live_calls import LiveCalls
 from vlattn_fast.interpret.relevancy.method import Method
 from vlattn_fast.interpret.relevancy.methods.registry import method_of
@@ -45,7 +45,6 @@ from vlattn_fast.interpret.relevancy.model_trace import Trace
 from vlattn_fast.interpret.relevancy.tower_trace import find_positions
 
 
-@renamed
 def capture_relevancy(model: nn.Module, *, method: str | Method = "gradient", higher_order: bool = False) -> RelevancyCapture:
     """Captures the forward pass of a training step, so that its relevancy has a gradient with respect to the model's parameters.
 
@@ -174,7 +173,6 @@ class RelevancyCapture:
     # --- afterwards ---
 
     @never_compiled
-    @renamed
     def relevancy(
         self, score: Tensor | None = None, position: None | Position | Mapping[str, Position] = None
     ) -> Tensor | dict[str, Tensor]:

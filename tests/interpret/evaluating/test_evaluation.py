@@ -334,8 +334,6 @@ WRONG = lambda model, inputs, target: SimpleNamespace(image=torch.ones(2, 4, 4))
         ({"probability": len}, ValueError, "probability must be given with .* insertion, .*synergy; got tests positive,"),
         ({"methods": (len, "random"), "position": "first"}, ValueError, "position must be given with methods of explain"),
         ({"batch_size": 0}, ValueError, "batch_size must be"),
-        ({"weighting": "norm"}, TypeError, r"write method=va.methods.Weighted\(weighting='norm'\)"),
-        ({"read": "cls"}, TypeError, r"evaluate\(\) has no parameter 'read'; write position='cls'"),
         ({"sanity_stages": True}, TypeError, "sanity_stages must be an int"),
         ({"sanity_stages": 10**6}, ValueError, "sanity_stages must be at most 1000"),
         ({"methods": {"nan": NAN}}, ValueError, "methods must return finite maps"),

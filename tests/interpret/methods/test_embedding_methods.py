@@ -299,10 +299,6 @@ def test_evaluated(case):
     methods = ("input_gradient", "input_gradient:norm", "input_gradient:absolute", "glimpse")
     table = evaluate(case.model, [(case.inputs, None, None)], methods=methods, tests=("deletion",)).table
     assert {row["method"] for row in table} == set(methods)
-    with pytest.raises(
-        TypeError, match=r"evaluate\(\) has no parameter 'per'; write va.explain_layers\(model, inputs, per='layer'\)"
-    ):
-        evaluate(case.model, [(case.inputs, None, None)], per="layer")
 
 
 # --- integrated gradients ---

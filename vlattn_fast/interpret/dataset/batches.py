@@ -20,7 +20,6 @@ from vlattn_fast.interpret.dataset.items import Item, Items
 from vlattn_fast.interpret.dataset.pieces import split
 from vlattn_fast.interpret.explaining.answer import BareAnswer, token_ids
 from vlattn_fast.interpret.explaining.explain import explain
-from vlattn_fast.interpret.explaining.former_names import check_names
 from vlattn_fast.interpret.explaining.inputs import prepare_inputs
 from vlattn_fast.interpret.explaining.loading import build_inputs, check_parts, generate, on_device
 from vlattn_fast.interpret.explaining.similarity import SIMILARITY
@@ -51,7 +50,6 @@ class Options:
             raise TypeError(f"model must be a directory or an id, which each process loads; got {type(model).__name__}")
         known = [field.name for field in fields(cls) if field.name != "model"]
         if unknown := [name for name in options if name not in known]:
-            check_names("explain_dataset", dict.fromkeys(unknown), {**options, "method": method})
             raise TypeError(f"options must be among {', '.join(known)}; got {', '.join(unknown)}")
         text, dtype = options.get("text", ()), options.get("dtype")
         if dtype is not None and not (isinstance(dtype, str) and isinstance(getattr(torch, dtype, None), torch.dtype)):

@@ -21,12 +21,11 @@ from vlattn_fast.interpret.evaluating.measures import check_samples, compare_ran
 from vlattn_fast.interpret.evaluating.model_answers import Judge
 from vlattn_fast.interpret.evaluating.perturbation import Words
 from vlattn_fast.interpret.evaluating.plan import CustomMethod, Plan
-from vlattn_fast.interpret.explaining.request import Position, renamed
+from vlattn_fast.interpret.explaining.request import Position
 from vlattn_fast.interpret.relevancy.method import Method
 
 
 @never_compiled
-@renamed
 def evaluate(
     model: nn.Module,
     dataset: Iterable[tuple[Mapping[str, Any], Any, Any]],

@@ -34,7 +34,7 @@ from vlattn_fast.interpret.explaining.question import (
     warn_of_other_keys,
     warn_of_remarks,
 )
-from vlattn_fast.interpret.explaining.request import Position, Prompt, Request, Target, lay_out, renamed
+from vlattn_fast.interpret.explaining.request import Position, Prompt, Request, Target, lay_out
 from vlattn_fast.interpret.relevancy.embedding_method import BaselineMethod
 from vlattn_fast.interpret.relevancy.layer_maps import LayerMaps, Selection
 from vlattn_fast.interpret.relevancy.method import LOG_PROBABILITY, BackwardPass, Method
@@ -61,7 +61,6 @@ class Vectors(NamedTuple):
 
 
 @never_compiled
-@renamed
 @lists_methods
 def explain(
     model: nn.Module,
@@ -138,7 +137,6 @@ def explain(
 
 
 @never_compiled
-@renamed
 def explain_layers(
     model: nn.Module,
     inputs: Mapping[str, Any],
@@ -190,7 +188,6 @@ def explain_layers(
 
 
 @never_compiled
-@renamed
 def find_sinks(model: nn.Module, inputs: Mapping[str, Any], *, processor: Any = None, patches: PatchGrid | None = None) -> Sinks:
     """Finds the tokens that receive attention without content.
 

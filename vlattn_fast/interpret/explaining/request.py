@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +27,6 @@ from vlattn_fast.interpret.explaining.answer import (
     prepare_answer,
     start_tokens,
 )
-from vlattn_fast.interpret.explaining.former_names import check_names
 from vlattn_fast.interpret.explaining.inputs import Packs, check_inputs, is_empty, opened, packed, packing, prepare_inputs
 from vlattn_fast.interpret.explaining.naming import special_ids, token_target, tokenizer_of
 from vlattn_fast.interpret.explaining.similarity import NAMED_POSITIONS, SIMILARITY
@@ -40,23 +37,8 @@ from vlattn_fast.interpret.relevancy.methods.registry import method_of
 from vlattn_fast.interpret.relevancy.model_trace import Trace
 
 _OF_NO_SAMPLE = ("logits_to_keep", "cache_position")  # tensors without an entry for each sample
-P = ParamSpec("P")
-R = TypeVar("R")
 Target = None | int | str | Tensor | Sequence[int] | Sequence[str] | Action | Callable[..., Tensor]
 Position = str | int | Tensor | Sequence[float]
-
-
-def renamed(function: Callable[P, R]) -> Callable[P, R]:
-    """`function`, with a TypeError that shows the new line for a former name of an argument."""
-    names = inspect.signature(function).parameters
-
-    @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not kwargs.keys() <= names.keys():
-            check_names(function.__name__, {name: value for name, value in kwargs.items() if name not in names}, kwargs)
-        return function(*args, **kwargs)
-
-    return call
 
 
 @dataclass(frozen=True)

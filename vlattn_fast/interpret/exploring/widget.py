@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from vlattn_fast._ground.extras import extra
-from vlattn_fast.interpret.explaining.request import renamed
 from vlattn_fast.interpret.exploring.exploration import Exploration
 from vlattn_fast.interpret.intervening.token_sets import TokenGroup
 from vlattn_fast.interpret.relevancy.method import Method
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
     from vlattn_fast.interpret.exploring.notebook import Explorer
 
 
-@renamed
 def widget(
     models: nn.Module | Mapping[str, nn.Module],
     inputs: Mapping[str, Any],

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from vlattn_fast._ground.checks import check_integer, check_items, describe
 from vlattn_fast._ground.extras import with_progress
 from vlattn_fast.attach.session import never_compiled
-from vlattn_fast.interpret.explaining.request import renamed
 from vlattn_fast.interpret.intervening.asking import Asked, check_scores, repeated_set
 from vlattn_fast.interpret.intervening.edges import Edge, EdgeTable, as_edge
 from vlattn_fast.interpret.intervening.edits import check_tower
@@ -24,7 +23,6 @@ Sets = dict[str, TokenSet]
 
 
 @never_compiled
-@renamed
 def attribute_edges(
     model: nn.Module,
     inputs: Mapping[str, Any],
@@ -133,7 +131,6 @@ def _gradients(scores: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor | None,
 
 
 @never_compiled
-@renamed
 def intervene_each(
     model: nn.Module,
     inputs: Mapping[str, Any],

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from vlattn_fast._ground.checks import check_integer, check_items, describe
 from vlattn_fast._ground.extras import extra, with_progress
 from vlattn_fast.attach.session import never_compiled
-from vlattn_fast.interpret.explaining.request import renamed
 from vlattn_fast.interpret.intervening.asking import Asked, check_scores, repeated_set
 from vlattn_fast.interpret.intervening.edits import Knockout, Numbers
 from vlattn_fast.interpret.intervening.plans import Pair, Plans, Term, heads_of
@@ -77,7 +76,6 @@ class FlowCurve:
 
 
 @never_compiled
-@renamed
 def information_flow(
     model: nn.Module,
     dataset: Iterable[tuple[Mapping[str, Any], Any]],

@@ -13,7 +13,6 @@ from vlattn_fast._ground.extras import extra, with_progress
 from vlattn_fast.attach.session import at_rest, never_compiled, unwrapped
 from vlattn_fast.attach.token_kinds import check_modality
 from vlattn_fast.interpret.adapters.registry import find_adapter
-from vlattn_fast.interpret.explaining.request import renamed
 from vlattn_fast.interpret.probing.gathered import Gathered
 from vlattn_fast.interpret.probing.labels import read_item
 from vlattn_fast.interpret.probing.layout import Layouts, Parts
@@ -28,7 +27,6 @@ TESTS = (
 
 
 @never_compiled
-@renamed
 def probe(
     model: nn.Module,
     dataset: Iterable[tuple[Mapping[str, Any], Any]],

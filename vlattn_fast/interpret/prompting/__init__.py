@@ -2,5 +2,5 @@
 
 In: a pipeline and a prompt.
 Out: `PromptMaps`.
-Imports: interpret.explaining, interpret.adapters, interpret.result, attach, ops, _ground.
+Imports: interpret.adapters, interpret.result, attach, ops, _ground.
 """

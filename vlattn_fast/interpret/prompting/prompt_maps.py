@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from vlattn_fast._ground.checks import check_callable, check_choice, describe
 from vlattn_fast.attach.session import uncompiled, unwrapped
 from vlattn_fast.interpret.adapters.patch_grid import PatchGrid
-from vlattn_fast.interpret.explaining.request import renamed
 from vlattn_fast.interpret.prompting.diffusion_trace import Grid, TextAttention
 from vlattn_fast.interpret.result.explanation import Explanation
 from vlattn_fast.interpret.result.numbers.words import join_tokens
@@ -23,7 +22,6 @@ _KINDS = ("", "Img2Img", "Inpaint", "ControlNet")
 _IN_BATCH = {f"StableDiffusion{version}{kind}Pipeline" for version in ("", "XL", "3") for kind in _KINDS} | {"SanaPipeline"}
 
 
-@renamed
 @contextlib.contextmanager
 def prompt_maps(
     model: Any,
@@ -138,7 +136,6 @@ class PromptMaps:
         total = total / self._trace.maps
         return total[:, 0] if isinstance(columns, int) else total
 
-    @renamed
     def word_map(
         self,
         word: str,
@@ -170,7 +167,6 @@ class PromptMaps:
             maps.append(self.token_maps(chosen, size=size, mode=mode)[number].sum(0))
         return torch.stack(maps)
 
-    @renamed
     def explanation(
         self, prompt: str | Sequence[str], processor: Any, *, first: int = 0, size: Grid | None = None, mode: str = "bicubic"
     ) -> Explanation:

@@ -1,0 +1,41 @@
+"""The parameters of `explain`, and the options of methods."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+import vlattn_fast as va
+from vlattn_fast.interpret.relevancy.methods.registry import ABLATIONS, METHODS, with_options
+
+EXPLAIN = ["model", "inputs", "target", "answer", "per_token", "method", "position", "processor", "patches"]
+
+
+def test_the_parameters_of_explain() -> None:
+    parameters = inspect.signature(va.explain).parameters
+    assert list(parameters) == EXPLAIN
+    assert all(parameters[name].kind is inspect.Parameter.KEYWORD_ONLY for name in EXPLAIN[2:])
+    defaults = {"per_token": True, "method": "gradient"}
+    assert {name: parameters[name].default for name in EXPLAIN[2:]} == {**dict.fromkeys(EXPLAIN[2:]), **defaults}
+    assert list(inspect.signature(va.find_sinks).parameters) == ["model", "inputs", "processor", "patches"]
+    of_layers = [*EXPLAIN[:2], "per", "layers", "heads", *(name for name in EXPLAIN[2:] if name != "per_token")]
+    assert list(inspect.signature(va.explain_layers).parameters) == of_layers
+
+
+@pytest.mark.parametrize("name", [*METHODS, *ABLATIONS])
+def test_options_are_keywords_that_the_label_shows(name: str) -> None:
+    kind = {**METHODS, **ABLATIONS}[name]
+    assert kind().label == name and kind().options == {}
+    others = {"start_layer": -1, "sinks": "remove", "freeze": ("attention",), "of": "margin", "weighting": "norm"}
+    others |= {"n_steps": 3, "n_samples": 3, "noise": 0.5, "seed": 1, "window": 2, "stride": 2, "baseline": 7, "fill": 7}
+    for option in kind.option_names():
+        parameter = inspect.signature(kind).parameters[option]
+        if option in ("start_layer", "sinks", "freeze", "of", "weighting", "through_connector", "batch_size"):
+            assert parameter.kind is inspect.Parameter.KEYWORD_ONLY
+        if option in others:
+            beside = {"window": 2} if option == "stride" else {}
+            method = with_options(name, **{option: others[option], **beside})
+            shown = "attention" if option == "freeze" else others[option]
+            assert method.options[option] == others[option] and f"{option}={shown}" in method.label
+            assert method.for_call().label == method.label
