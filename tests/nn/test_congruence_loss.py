@@ -53,8 +53,6 @@ def test_schedule_weight_and_state() -> None:
     with torch.no_grad():
         loss.train()(*parts)
     assert loss.calls == 6  # counted in training alone, and with gradients
-    again.load_state_dict({"_extra_state": {"calls": 5}})  # a file of an earlier version
-    assert again.calls == 5
     for step in (-1, 1.5, True):
         with pytest.raises(ValueError, match=f"step must be an int from 0 on; got {step}"):
             CongruenceLoss()(*parts, step=step)  # type: ignore[arg-type]

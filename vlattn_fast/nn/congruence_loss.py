@@ -130,8 +130,8 @@ class CongruenceLoss(nn.Module):
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self.calls, device="cpu")  # safetensors, in which Trainer stores a model, supports only tensors
 
-    def set_extra_state(self, state: Tensor | dict[str, int]) -> None:
-        self.calls = int(state["calls"] if isinstance(state, dict) else state)  # a dict in older files
+    def set_extra_state(self, state: Tensor) -> None:
+        self.calls = int(state)
 
     def extra_repr(self) -> str:
         options = f"{self.kind!r}, direction={self.direction!r}, scale={self.scale}, reduction={self.reduction!r}"

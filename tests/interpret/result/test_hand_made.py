@@ -219,40 +219,12 @@ def test_one_nan_does_not_hide_a_map(tmp_path):
 # --- files ---
 
 
-def test_a_file_of_the_format_before(tmp_path):
-    """It calls `text_positions` by another name, and the published form of a method by the method's name."""
-    safetensors = pytest.importorskip("safetensors")
-    positions, path = [[1, 2, 3], [4]], tmp_path / "one.safetensors"
-    made(text_positions=positions, method="gradient").save(path)
-    with safetensors.safe_open(path, framework="pt") as file:
-        facts, values = json.loads(file.metadata()["explanation"]), {name: file.get_tensor(name) for name in file.keys()}
-    older = facts | {"format": "vlattn_fast.explanation.3", "places": facts.pop("text_positions")}
-    safetensors.torch.save_file(values, path, metadata={"explanation": json.dumps(older)})
-    read = Explanation.load(path)
-    assert (read.text_positions, read.method) == (positions, "gradient(freeze=())")
-
-
-def test_files_that_have_a_field_by_its_former_name_are_read(tmp_path):
-    safetensors = pytest.importorskip("safetensors")
-    contribution = {"vision": torch.rand(2, 5)}
-    written = Explanation({"vision": torch.rand(2, 5)}, contribution=contribution).save(tmp_path / "now.safetensors")
-    with safetensors.safe_open(written, "pt") as file:
-        facts = json.loads(file.metadata()["explanation"])
-        tensors = {name.replace("contribution", "brought"): file.get_tensor(name) for name in file.keys()}
-    facts["towers"]["brought"] = facts["towers"].pop("contribution")
-    facts["image_rows"] = facts.pop("image_samples")
-    facts["format"] = "vlattn_fast.explanation.5"
-    former = tmp_path / "former.safetensors"
-    safetensors.torch.save_file(tensors, former, metadata={"explanation": json.dumps(facts)})
-    assert torch.equal(Explanation.load(former).contribution["vision"], contribution["vision"])
-
-
 def test_load_names_what_is_broken(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     whole = made().save(tmp_path / "whole.safetensors")
     broken = tmp_path / "broken.safetensors"
     values = {f"relevancy.{name}": tensor for name, tensor in made().relevancy.items()}
-    facts = json.dumps({"format": "vlattn_fast.explanation.5", "towers": {"relevancy": ["vision"]}})
+    facts = json.dumps({"format": "vlattn_fast.explanation.7", "towers": {"relevancy": ["vision"]}})
     damages = [
         lambda: broken.write_bytes(whole.read_bytes()[:300]),
         lambda: broken.write_bytes(whole.read_bytes()[:-40]),

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from vlattn_fast.interpret.result.explanation import Explanation
-from vlattn_fast.interpret.result.numbers.explained import with_names_of_today
 from vlattn_fast.interpret.result.numbers.samples import some_samples
 
 _TENSOR, _TUPLE = "$tensor", "$tuple"
@@ -60,4 +59,4 @@ def unpack(metadata: Mapping[str, Any], read: Callable[[str], Tensor]) -> Explan
             return {name: walk(one) for name, one in value.items()}
         return [walk(one) for one in value] if isinstance(value, list) else value
 
-    return Explanation(**{name: walk(value) for name, value in with_names_of_today(metadata).items()})
+    return Explanation(**{name: walk(value) for name, value in metadata.items()})

@@ -87,8 +87,7 @@ class Evaluation(Report):
             value, sd = ("-" if entry[name] is None else f"{entry[name]:.4f}" for name in ("value", "sd"))
             head = f"{entry['method']:{width}}  {entry['test']:{wide}}  {entry['part']:5}"
             counts = f"{entry['samples']:7}  {entry['left_out']:8}"
-            note = entry.get("note") or ""  # missing in older files
-            lines.append(f"{head}  {value:>7}  {sd:>7}  {counts}  {note}".rstrip())
+            lines.append(f"{head}  {value:>7}  {sd:>7}  {counts}  {entry['note'] or ''}".rstrip())
         return "\n".join(lines)
 
 

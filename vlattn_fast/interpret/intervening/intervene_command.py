@@ -36,7 +36,7 @@ def cut_of(text: str, tower: str | None) -> Knockout:
     except ValueError:
         form = f'"KEYS->QUERIES[:LAYERS[:HEADS]]" in quotes, e.g. "image->last:10-15", with names among {", ".join(known)}'
         first, second, *rest = [*text.split(":"), ""]
-        if first in known and second in known:  # the order of earlier versions
+        if first in known and second in known:  # the order in which one says "A attends to B"
             form += f'; information flows from keys to queries: "{":".join([f"{second}->{first}", *rest]).rstrip(":")}"'
         raise ValueError(f"cut must be {form}; got {text!r}") from None
     sides = {"keys": keys, "queries": queries}

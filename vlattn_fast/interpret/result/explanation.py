@@ -18,7 +18,7 @@ from vlattn_fast.interpret.result.figures.overlay import overlay
 from vlattn_fast.interpret.result.figures.page import Page, render
 from vlattn_fast.interpret.result.figures.photos import read_boxes, read_images
 from vlattn_fast.interpret.result.numbers import table
-from vlattn_fast.interpret.result.numbers.explained import FORMER_FIELDS, Explained, with_names_of_today
+from vlattn_fast.interpret.result.numbers.explained import Explained
 from vlattn_fast.interpret.result.numbers.interference import subtract_earlier
 from vlattn_fast.interpret.result.numbers.samples import chosen_rows, some_samples
 from vlattn_fast.interpret.result.numbers.table import Comparison, Entry
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
 
 _FORMAT = "vlattn_fast.explanation.7"
-_BEFORE = ("vlattn_fast.explanation.5", "vlattn_fast.explanation.6")  # differ only in the names of fields
-_OLDER = ("vlattn_fast.explanation.3", "vlattn_fast.explanation.4")
-_HELD = ("gradient", "weighted", "input_gradient", "gradcam")  # whose names meant the published forms in older files
 _OF_TOWERS = ("relevancy", "position", "contribution")
 _TENSORS = ("text", "regions", "boxes", "scores", "gap")
 _METADATA = (
@@ -167,12 +164,8 @@ class Explanation(Explained):
             ValueError: `path` holds something else, or a truncated file.
         """
         with open_tensors(Path(path), f"path must be a file that Explanation.save wrote ({_FORMAT}); got {path}") as file:
-            metadata = with_names_of_today(json.loads((file.metadata() or {}).get("explanation", "{}")))
-            if metadata.get("format") in _OLDER:
-                metadata["text_positions"] = metadata.get("text_positions", metadata.get("places"))
-                method = metadata.get("method")
-                metadata["method"] = f"{method}(freeze=())" if method in _HELD else method
-            elif metadata.get("format") not in (_FORMAT, *_BEFORE):
+            metadata = json.loads((file.metadata() or {}).get("explanation", "{}"))
+            if metadata.get("format") != _FORMAT:
                 raise ValueError(f"its format is {metadata.get('format')}")
             further: dict[str, Any] = json.loads(metadata.get("of_class") or "{}")
             if set(further) != set(cls._further()):
@@ -185,7 +178,7 @@ class Explanation(Explained):
             }
             towers = metadata["tower_images"]
             tower_fields: dict[str, Any] = {
-                FORMER_FIELDS.get(of, of): None if names is None else {name: tensors[f"{of}.{name}"] for name in names}
+                of: None if names is None else {name: tensors[f"{of}.{name}"] for name in names}
                 for of, names in metadata["towers"].items()
             }
             fields: dict[str, Any] = {name: tensors.get(name) for name in _TENSORS}

@@ -40,8 +40,6 @@ class Report:
             whole = None
         if not isinstance(whole, dict) or whole.pop("format", None) != cls.FORMAT:
             raise ValueError(f"path must be a file that {cls.__name__}.save wrote ({cls.FORMAT}); got {path}")
-        if "facts" in whole:  # the name of `metadata` in earlier files
-            whole["metadata"] = whole.pop("facts")
         return cls(**whole)
 
 

@@ -16,12 +16,6 @@ from vlattn_fast.interpret.result.numbers.sink_tokens import Sink, as_sinks
 _BY_SAMPLE = ("text", "regions", "boxes", "scores", "gap", "target", "answer", "text_positions", "sinks")
 _OF_TEXT = ("words", "token_ids")
 _INTEGERS = ("image_samples", "token_ids", "target", "answer", "text_positions", "photos")
-FORMER_FIELDS = {"brought": "contribution", "image_rows": "image_samples"}  # in files of earlier formats
-
-
-def with_names_of_today(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Stored fields, renamed if a file of an earlier format has them by another name."""
-    return {FORMER_FIELDS.get(name, name): value for name, value in fields.items()}
 
 
 @dataclass(frozen=True, eq=False)
