@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -22,7 +23,6 @@ except ModuleNotFoundError as missing:
 from vlattn_fast import __version__
 from vlattn_fast._ground.checks import check_writable
 from vlattn_fast._ground.extras import with_progress
-from vlattn_fast.backends.reference.relevancy_residual import WEIGHTINGS
 from vlattn_fast.checking import verify as checks
 from vlattn_fast.dispatch.table import BACKEND_NAMES
 from vlattn_fast.interpret.dataset.batches import Options
@@ -35,9 +35,8 @@ from vlattn_fast.interpret.evaluating.plan import TESTS as EVALUATION_TESTS
 from vlattn_fast.interpret.explaining.loading import check_model, load_model, load_without_weights
 from vlattn_fast.interpret.intervening.intervene_command import cut_of, intervene_one, scale_of
 from vlattn_fast.interpret.probing.probe_dataset import TESTS
-from vlattn_fast.interpret.relevancy.method import EXPLAINED
-from vlattn_fast.interpret.relevancy.methods.registry import ABLATIONS, METHODS, with_options
-from vlattn_fast.interpret.relevancy.sink_detection import CHOICES as SINKS
+from vlattn_fast.interpret.relevancy.method import Method
+from vlattn_fast.interpret.relevancy.methods.registry import ABLATIONS, METHODS
 from vlattn_fast.ops import OPERATORS
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -46,37 +45,67 @@ BACKENDS = checks.BACKENDS
 MODEL_DTYPES = ("float64", "float32", "bfloat16", "float16")
 DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in checks.DTYPES)
 
-# options of methods, for each command that explains
-StartLayer = Annotated[int | None, typer.Option(help="First layer to include; -1 is the last. Default: 0.")]
-Weighting = Annotated[
-    str | None, typer.Option(help=f"Weights of the method weighted: {', '.join(WEIGHTINGS)}. Default: {WEIGHTINGS[0]}.")
-]
-ThroughConnector = Annotated[bool, typer.Option("--through-connector", help="Carry relevancy on into the vision tower.")]
-SinksOption = Annotated[str | None, typer.Option(help=f"Attention sinks: {', '.join(SINKS)}. Default: {SINKS[0]}.")]
-Freeze = Annotated[
-    list[str] | None, typer.Option(help="Constants of the backward pass: norms, attention or none. Default: the method's.")
-]
-Of = Annotated[str | None, typer.Option(help=f"Explained number: {', '.join(EXPLAINED)}. Default: the method's.")]
+
+def _method_options() -> Iterator[inspect.Parameter]:
+    """Each option of the methods' classes as one of a command; not those that change no number."""
+    having: dict[str, dict[type[Method], inspect.Parameter]] = {}
+    for kind in METHODS.values():
+        for name, parameter in inspect.signature(kind).parameters.items():
+            if name not in kind.unlabelled:
+                having.setdefault(name, {})[kind] = parameter
+    for name, kinds in having.items():
+        parameter = next(iter(kinds.values()))
+        default, repeated = parameter.default, "Sequence" in str(parameter.annotation)
+        taken: Any = list[str] if repeated else str if default is None else type(default)
+        lines = [_first_sentence(name, kinds), f"Of {', '.join(kind.name for kind in kinds)}."]
+        lines += [] if default is False else [f"Default: {default if default is not None else 'of the method'}."]
+        option = typer.Option(f"--{name.replace('_', '-')}", help=" ".join(lines), rich_help_panel="Options of methods")
+        yield inspect.Parameter(name, parameter.KEYWORD_ONLY, default=None, annotation=Annotated[taken | None, option])
 
 
-def _method_options(
-    start_layer: int | None,
-    weighting: str | None,
-    through_connector: bool,
-    sinks: str | None,
-    freeze: list[str] | None,
-    of: str | None,
-) -> dict[str, Any]:
-    """Returns the options that were given, by their names in the classes of methods."""
-    _check_known("--sinks", [sinks], SINKS)
-    asked: dict[str, Any] = {"start_layer": start_layer, "weighting": weighting, "sinks": sinks, "of": of}
-    asked |= {"through_connector": through_connector or None}
-    asked |= {} if freeze is None else {"freeze": () if freeze == ["none"] else tuple(freeze)}
-    return {name: value for name, value in asked.items() if value is not None}
+def _first_sentence(name: str, kinds: Iterable[type[Method]]) -> str:
+    """What the docstrings say of an option, without references to another class."""
+    entry = re.compile(rf"^    (?:\w+, )*{name}(?:, \w+)*:\s(?!see )(.+?\.)(?:\s|$)", re.M | re.S)
+    places = (inspect.getdoc(part.__init__) or "" for kind in kinds for part in kind.__mro__)
+    found = next((" ".join(match[1].split()) for match in map(entry.search, places) if match), "")
+    return found[:1].upper() + found[1:]
+
+
+def _with_given(names: Iterable[str], options: dict[str, Any]) -> list[Method | str]:
+    """The methods with those of the given options that each has, and as names those that are none of `explain`'s. ValueError for
+    an option that no method has."""
+    given = {name: _read(value) for name, value in options.items() if value is not None}
+    kinds = {**METHODS, **ABLATIONS}
+    known = {name: kinds[name].option_names() if name in kinds else [] for name in names}
+    for option in given:
+        if not any(option in has for has in known.values()):
+            have = "; ".join(f"{name} has {', '.join(has) or 'none'}" for name, has in known.items())
+            raise ValueError(f"{option} must be an option of a chosen method: {have}; got {options[option]!r}")
+    return [
+        kinds[name](**{option: value for option, value in given.items() if option in has}) if name in kinds else name
+        for name, has in known.items()
+    ]
+
+
+def _read(value: Any) -> Any:
+    """The value of a method's option: "none" stands for None and ()."""
+    if isinstance(value, list):
+        return () if value == ["none"] else tuple(value)
+    return None if value == "none" else _number(value)
+
+
+def _number(value: Any) -> Any:
+    return int(value) if isinstance(value, str) and value.lstrip("-").isdecimal() else value
 
 
 def _command(run: Callable[..., None]) -> Callable[..., None]:
-    """Registers a command whose help only the terminal wraps; typer keeps line breaks of all paragraphs but the first."""
+    """Registers a command whose help only the terminal wraps; typer keeps line breaks of all paragraphs but the first.
+    Options of methods stand in place of its `**`."""
+    parameters = list(inspect.signature(run, eval_str=True).parameters.values())
+    if parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD:
+        parameters[-1:] = _method_options()
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     paragraphs = (inspect.getdoc(run) or "").split("\n\n")
     return app.command(help="\n\n".join(" ".join(each.split()) for each in paragraphs))(run)
 
@@ -314,16 +343,10 @@ def explain(
     position: Annotated[
         str | None, typer.Option(help="Explained token: cls, last, mean or an index. Default: the model's.")
     ] = None,
-    start_layer: StartLayer = None,
-    weighting: Weighting = None,
-    through_connector: ThroughConnector = False,
     per: Annotated[
         str | None, typer.Option(help="One map per layer or per head, on one sheet: layer or head. Default: one map of all.")
     ] = None,
-    sinks: SinksOption = None,
     find_sinks: Annotated[bool, typer.Option("--find-sinks", help="Also print the tokens that are attention sinks.")] = False,
-    freeze: Freeze = None,
-    of: Of = None,
     answer: Annotated[str | None, typer.Option(help="Answer to explain token by token. Only decoders.")] = None,
     generate: Annotated[int | None, typer.Option(min=1, help="Number of tokens to generate and explain. Only decoders.")] = None,
     dtype: Annotated[str | None, typer.Option(help=f"Dtype of the model: {', '.join(MODEL_DTYPES)}. Default: as stored.")] = None,
@@ -336,6 +359,7 @@ def explain(
     batch_size: Annotated[int | None, typer.Option(min=1, help="Inputs explained together, with --dataset. Default: 8.")] = None,
     shard_size: Annotated[int | None, typer.Option(min=1, help="Explanations per file, with --dataset. Default: 256.")] = None,
     workers: Annotated[int | None, typer.Option(min=0, help="Threads that load images, with --dataset. Default: 2.")] = None,
+    **method_options: Any,
 ) -> None:
     """Explain which parts of an image and a text a model's output depends on.
 
@@ -348,6 +372,8 @@ def explain(
 
     --target similarity explains the cosine of two texts that an encoder embeds: the mean of its tokens' states, or the state at
     --position.
+
+    Options of methods are those of the classes in va.methods; none stands for None and ().
     """
     methods = list(dict.fromkeys(method or ["gradient"]))
     _check_known("--method", methods, METHODS)
@@ -369,14 +395,12 @@ def explain(
     if sizes and dataset is None:
         names = ", ".join("--" + name.replace("_", "-") for name in sizes)
         raise typer.BadParameter(f"--dataset must be given with {names}; got none")
-    chosen, place = (int(x) if x is not None and x.lstrip("-").isdecimal() else x for x in (target, position))
-    by_name: dict[str, Any] = {"text": text or (), "target": chosen, "position": place}
+    by_name: dict[str, Any] = {"text": text or (), "target": _number(target), "position": _number(position)}
     by_name |= {"answer": answer, "generate": generate, "dtype": dtype}
-    options = _method_options(start_layer, weighting, through_connector, sinks, freeze, of)
     try:
         with _as_usage_errors(ImportError, TypeError, ValueError, command=explain):
             check_model(model)  # before `out`: users fix what is named first
-            objects = [with_options(name, **options) for name in methods]
+            objects = _with_given(methods, method_options)
             by_name["method"] = objects[0]
             if dataset is None:
                 if out.suffix not in (".html", ".png"):
@@ -451,12 +475,6 @@ def evaluate(
         list[str] | None,
         typer.Option(help=f"Method; repeat it for several: {', '.join(METHODS)}, an ablation, random. Default: gradient."),
     ] = None,
-    start_layer: StartLayer = None,
-    weighting: Weighting = None,
-    through_connector: ThroughConnector = False,
-    sinks: SinksOption = None,
-    freeze: Freeze = None,
-    of: Of = None,
     test: Annotated[
         list[str] | None,
         typer.Option(help=f"Test; repeat it for several: {', '.join(EVALUATION_TESTS)}. Default: positive, negative, pointing."),
@@ -464,25 +482,20 @@ def evaluate(
     text: Annotated[list[str] | None, typer.Option(help="Text for inputs without one; repeat it for several.")] = None,
     dtype: Annotated[str | None, typer.Option(help=f"Dtype of the model: {', '.join(MODEL_DTYPES)}. Default: as stored.")] = None,
     device: Annotated[str | None, typer.Option(help="Device: cpu, cuda, ... Default: cpu.")] = None,
+    **method_options: Any,
 ) -> None:
     """Evaluate how well maps show the parts of an input that a model's output depends on.
 
     Prints a table of the tests. The columns of the data set are image, text, target, id and boxes: a list of boxes x1,
-    y1, x2, y2, relative to the image as the model processes it, or the file of a mask.
+    y1, x2, y2, relative to the image as the model processes it, or the file of a mask. Options of methods are as in explain.
     """
     from vlattn_fast.interpret.dataset.samples import samples
     from vlattn_fast.interpret.evaluating.evaluate import evaluate as run
     from vlattn_fast.measuring.provenance import commit
 
     _check_outcome(model, (".json", ".png"), out, dtype, device)
-    options = _method_options(start_layer, weighting, through_connector, sinks, freeze, of)
     with _as_usage_errors(ImportError, TypeError, ValueError, command=evaluate):
-        named = method or ["gradient"]
-        known = {**METHODS, **ABLATIONS} if options else {}  # others, such as "random", have none
-        if options and not known.keys() & {*named}:
-            option = next(iter(options)).replace("_", "-")
-            raise ValueError(f"method must be one of explain's with --{option}; got {', '.join(named)}")
-        methods = [with_options(name, **options) if name in known else name for name in named]
+        methods = _with_given(dict.fromkeys(method or ["gradient"]), method_options)
         loaded, processor = _load(model, dtype, device)
         outcome = run(loaded, samples(loaded, processor, dataset, text or ()), methods=methods, tests=test)
     typer.echo(str(outcome))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("typer")
+typer = pytest.importorskip("typer")
 transformers = pytest.importorskip("transformers")
 
 from tests.helpers import saved_models  # noqa: E402
@@ -60,8 +60,37 @@ def test_constants_and_the_explained_number(llava, picture, tmp_path):
     refused = vlattn(*run, "--out", tmp_path / "out.html", "--method", "rollout", "--of", "logit")
     assert (
         refused.exit_code == 2
-        and "--of must be an option of method 'rollout', which has start_layer, sinks; got 'logit'" in said(refused)
+        and "--of must be an option of a chosen method: rollout has start_layer, sinks; got 'logit'" in said(refused)
     )
+
+
+def test_options_of_methods_reach_those_that_have_them(monkeypatch, vit, picture, tmp_path):
+    asked = []
+    monkeypatch.setattr(cli, "explain_one", lambda options, methods, *rest: asked.append([each.label for each in methods]) or [])
+    run = ("explain", "--model", vit, "--image", picture, "--out", tmp_path / "out.html")
+    names = ("integrated_gradients", "smoothgrad", "occlusion", "rollout")
+    given = ("--n-steps", 2, "--n-samples", 3, "--noise", 0.5, "--window", 4, "--fill", "none", "--seed", 1)
+    result = vlattn(*run, *(word for name in names for word in ("--method", name)), *given)
+    assert result.exit_code == 0, result.output
+    assert asked == [
+        [
+            "integrated_gradients(n_steps=2)",
+            "smoothgrad(n_samples=3, noise=0.5, seed=1)",
+            "occlusion(window=4, fill=None)",
+            "rollout",
+        ]
+    ]
+    refused = vlattn(*run, "--method", "rollout", "--n-steps", 2)
+    assert "--n-steps must be an option of a chosen method: rollout has start_layer, sinks; got 2" in said(refused)
+    assert refused.exit_code == 2 and len(asked) == 1
+
+
+@pytest.mark.parametrize("command", ["explain", "evaluate"])
+def test_each_option_of_a_method_is_one_of_the_command(command):
+    flags = {flag for parameter in typer.main.get_command(cli.app).commands[command].params for flag in parameter.opts}
+    for name, kind in METHODS.items():
+        options = {f"--{option.replace('_', '-')}" for option in kind.option_names() if option not in kind.unlabelled}
+        assert options <= flags, name
 
 
 def test_a_long_text_is_no_title(bert, tmp_path):

@@ -74,9 +74,9 @@ def test_sinks_are_named_and_removed(vit, picture, tmp_path):
     line = next(line for line in removed.output.splitlines() if "without content" in line)
     assert line in html.unescape((tmp_path / "page.html").read_text())
     refused = vlattn(*asked, "--sinks", "drop")
-    assert refused.exit_code == 2 and "--sinks must be one of keep, remove; got drop" in said(refused)
+    assert refused.exit_code == 2 and "--sinks must be one of ('keep', 'remove'); got 'drop'" in said(refused)
     refused = vlattn(*asked, "--sinks", "remove", "--method", "gradcam")
-    assert refused.exit_code == 2 and "--sinks must be an option of method 'gradcam', which has freeze, of" in said(refused)
+    assert refused.exit_code == 2 and "--sinks must be an option of a chosen method: gradcam has freeze, of" in said(refused)
     refused = vlattn(*asked[:3], "--dataset", picture.parent, "--out", tmp_path / "folder", "--find-sinks")
     assert refused.exit_code == 2 and "--find-sinks must be given without --dataset" in said(refused)
 
@@ -116,8 +116,8 @@ def test_evaluate_prints_the_table(vit, picture, tmp_path):
         named = vlattn("evaluate", *(word for pair in options.items() for word in pair))
         assert named.exit_code == 2 and f"{option} must be" in said(named)
     for method, option, message in (
-        ("rollout", ("--weighting", "norm"), "--weighting must be an option of method 'rollout'"),
-        ("random", ("--start-layer", "1"), "--method must be one of explain's with --start-layer; got random"),
+        ("rollout", ("--weighting", "norm"), "--weighting must be an option of a chosen method"),
+        ("random", ("--start-layer", "1"), "--start-layer must be an option of a chosen method: random has none; got 1"),
     ):
         asked = ("--method", method, *option)
         refused = vlattn("evaluate", "--model", vit, "--dataset", dataset, *asked)
