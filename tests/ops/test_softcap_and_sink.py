@@ -21,6 +21,7 @@ from tests.helpers.ops import map_cases, relevancy_cases
 from tests.helpers.ops.backends import F64, HALVES, LOW, assert_refused, each, finest, on
 from tests.helpers.ops.score_cases import MASKS, D, H, N, tensors
 from vlattn_fast import scores as S
+from vlattn_fast.ops._sinks import lse_with_sink, share_of_keys
 
 OPTIONS = ("softcap", "sink", "both")
 SIZES = {"streaming": {}, "cpu": {"n": 34, "m": 37}, "triton": {"b": 1}}
@@ -125,6 +126,15 @@ def test_second_derivatives_of_the_log_sum_exp(backend: str) -> None:
 
     for got, exact in zip(second(backend, dtype), second("reference", F64), strict=True):
         torch.testing.assert_close(got, exact.to(dtype))
+
+
+@pytest.mark.parametrize("function", (lse_with_sink, share_of_keys))
+def test_small_shares_keep_their_digits_in_second_derivatives(function: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Those of torch's logsigmoid subtract 1 from a share that rounds to 1."""
+    second = torch.func.vmap(torch.func.hessian(function, (0, 1)))
+    lse, sink = torch.full((6,), 2.0), torch.tensor([-30.0, -16.0, 1.0, 3.0, 20.0, 30.0])
+    exact = second(lse.double(), sink.double())
+    torch.testing.assert_close(second(lse, sink), exact, rtol=1e-5, atol=0.0, check_dtype=False)
 
 
 @on("reference", "streaming", "cpu")

@@ -8,7 +8,6 @@ sink's logit is broadcastable to (B, H, N), e.g. (H, 1).
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
@@ -34,9 +33,9 @@ def share_of_keys(lse: Tensor, logit: Tensor) -> Tensor:
 def lse_with_sink(lse: Tensor, logit: Tensor) -> Tensor:
     """Returns log(e^lse + e^sink), (B, H, N): the sink for a query without a visible key."""
     x, logit = _above_sink(lse, logit), as_dtype(logit, lse.dtype)
-    # torch.logaddexp has NaN for second derivatives if the two are far apart
-    below = torch.where(torch.isneginf(logit), -torch.inf, logit - F.logsigmoid(-x))
-    return torch.where(x > 0, lse - F.logsigmoid(x), below)
+    # torch's own second derivatives, if the two are far apart, are NaN for logaddexp and without digits for logsigmoid
+    smaller = torch.exp(torch.where(x > 0, -x, x)).log1p()
+    return smaller + torch.where(x > 0, lse, torch.where(torch.isneginf(logit), -torch.inf, logit))
 
 
 def _above_sink(lse: Tensor, logit: Tensor) -> Tensor:
