@@ -137,6 +137,21 @@ def test_json_lines_with_bad_inputs_that_are_mended(models, pictures, tmp_path):
     assert_same(mended[5], alone(models["clip"], picture(pictures, 3), ["a circle"]))
 
 
+def test_a_corrected_input_is_tried_again(models, pictures, tmp_path):
+    rows = [{"image": "gone.png", "text": "a", "id": "first"}, {"image": str(picture(pictures, 0)), "text": "a"}]
+    dataset = write_lines(tmp_path / "pairs.jsonl", rows)
+    run = ("explain", "--model", models["clip"], "--dataset", dataset, "--out", out := tmp_path / "out")
+    assert closing(vlattn(*run)) == f"done 1, failed 1, skipped 0 (done before), of 2: {out}"
+    rows[0]["image"] = str(picture(pictures, 1))
+    write_lines(dataset, [*rows, {"image": str(picture(pictures, 2)), "text": "a"}])
+    result = vlattn(*run)
+    assert result.exit_code == 0, result.output
+    assert closing(result) == f"done 2, failed 0, skipped 1 (done before), of 3: {out}"
+    assert va.load_explanations(out).ids == ["first", "1", "2"]
+    write_lines(dataset, rows[1:])
+    assert vlattn(*run).exit_code == 2  # what was explained is not there, or at another place
+
+
 def test_csv_with_targets(models, pictures, tmp_path):
     dataset = tmp_path / "classes.csv"
     with dataset.open("w", newline="") as file:
@@ -251,7 +266,7 @@ def test_what_is_refused(models, pictures, tmp_path):
         with store.locked(held, shared=shared):
             assert f"must not be written by another run; got {out}" in refused(*run)
     write_lines(dataset, [{"image": "x.png", "text": "a"}])
-    assert f"--dataset must be the one of the earlier runs in {out}" in refused(*run)
+    assert f"--dataset must be one whose input number 0 is still '0', unchanged, since {out} explains it" in refused(*run)
     below = dataset / "out"  # nobody may write here, root included
     assert f"--out must be a directory that can be written; got {below}" in refused(*run[:-1], below)
     for other in (tmp_path, dataset):

@@ -92,12 +92,12 @@ def explain_dataset(
     with joined() as ranks, contextlib.ExitStack() as stack:
         items = Items(dataset)
         model_name = str(Path(asked.model).resolve()) if Path(asked.model).is_dir() else asked.model
-        settings = {"format": FORMAT, **asked.settings, "model": model_name, "dataset": items.digest}
-        _by_first(ranks, lambda: check_settings(out, settings))
+        settings = {"format": FORMAT, **asked.settings, "model": model_name}
+        _by_first(ranks, lambda: check_settings(out, settings, items.digests))
         _by_first(ranks, lambda: check_place("out", out))
         batches = Batches(*_load(asked, ranks, device), asked)
         batches.check_parts(items)
-        done = _by_first(ranks, lambda: begin(out, settings, stack))
+        done = _by_first(ranks, lambda: begin(out, settings, stack, items.digests))
         if ranks.rank > 0:
             stack.enter_context(locked(out / SETTINGS, shared=True))
             stack.enter_context(without_progress())  # the first rank's bar counts all inputs
@@ -116,7 +116,7 @@ def explain_dataset(
                         failures.append({"item": one.number, **entry})
                         writer.lines.append(failures[-1])
                     else:
-                        writer.add(one.number, one.item.id, one.item.path, result)
+                        writer.add(one.number, one.item.id, one.item.path, items.digests[one.number], result)
                 if len(writer.lines) >= shard_size or time.monotonic() - written > _SECONDS:
                     writer.flush()
                     written = time.monotonic()

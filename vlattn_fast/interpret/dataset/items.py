@@ -71,7 +71,8 @@ class Items(Sequence[Item]):
             self._entries = _from_json(self.source)
         else:
             raise ValueError(f"dataset must end in .csv or .jsonl, or be a folder; got {self.source.name}")
-        digest, ids = hashlib.sha256(), set()
+        self.digests: list[str] = []  # of each input, by which a later run knows it
+        ids = set()
         self.parts: set[tuple[bool, bool]] = set()  # of its readable inputs: whether they have an image, and a text
         for number, entry in enumerate(self._entries if without_images is None else without_images):
             identity = _id(entry, number)
@@ -82,10 +83,10 @@ class Items(Sequence[Item]):
                 has_column = without_images is not None and "image" in self._entries.column_names
                 image = has_column or (without_images is None and _filled(entry, "image") is not None)
                 self.parts.add((image, bool(_filled(entry, "text"))))
-            digest.update(json.dumps([identity, *(str(entry.get(name)) for name in COLUMNS)]).encode())
+            text = json.dumps([identity, *(str(entry.get(name)) for name in COLUMNS)])
+            self.digests.append(hashlib.sha256(text.encode()).hexdigest()[:16])
         if not ids:
             raise ValueError(f"dataset must have at least one input; got none in {self.source}")
-        self.digest = digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self._entries)

@@ -4,9 +4,10 @@ A file is written under another name, synchronised and renamed. A shard counts o
 the half-written files of a killed one. A shard that was truncated or deleted later, or whose header was damaged, does not count
 either.
 
-    settings.json           the options that decide the results, and a digest of the dataset
+    settings.json           the options that decide the results
     shards/R-N.safetensors  the N-th shard of rank R: tensors "<item>/<key>", and in the header the metadata of each item
-    shards/R-N.jsonl        its lines: {"item", "id", "image"}, and for an input that failed also {"text", "error"}; then {"seal"}
+    shards/R-N.jsonl        its lines: {"item", "id", "image", "digest" of the input}; of an input that failed with "text" and "error"
+                            in place of the digest; then {"seal"}
     failures.jsonl          the inputs that failed, written when a run ends
 """
 
@@ -18,7 +19,7 @@ import os
 import re
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,8 +95,9 @@ def read_settings(directory: Path, form: str = FORMAT) -> dict[str, Any] | None:
     return settings
 
 
-def check_settings(directory: Path, settings: Mapping[str, Any]) -> None:
-    """ValueError if `directory` was begun with other options, or holds something else."""
+def check_settings(directory: Path, settings: Mapping[str, Any], digests: Sequence[str] | None = None) -> None:
+    """ValueError if `directory` was begun with other options, or holds something else, or explains an input that the dataset
+    with these `digests` does not have. Inputs that failed may have been corrected, and others added."""
     there = read_settings(directory, settings.get("format", FORMAT))
     if there is None:
         # A run that was killed early may have left half-written settings.
@@ -109,6 +111,13 @@ def check_settings(directory: Path, settings: Mapping[str, Any]) -> None:
                 raise ValueError(f"dataset must be the one of the earlier runs in {directory}; got another or a changed one")
             was, now = (json.dumps(one.get(name), ensure_ascii=False) for one in (there, settings))
             raise ValueError(f"{name} must be {was}, as in the earlier runs in {directory}; got {now}")
+    shards = [] if digests is None else finished(directory)
+    for line in (line for shard in shards if shard.fault is None for line in shard.lines if "error" not in line):
+        if [line.get("digest")] != (digests or [])[line["item"] : line["item"] + 1]:
+            same = f"number {line['item']} is still {line['id']!r}, unchanged"
+            raise ValueError(
+                f"dataset must be one whose input {same}, since {directory} explains it; got another. Change out"
+            )
 
 
 Line = dict[str, Any]  # of an item, in a shard's lines
@@ -219,7 +228,7 @@ def locked(path: Path, shared: bool = False) -> Iterator[None]:
         os.close(handle)
 
 
-def begin(out: Path, settings: dict[str, Any], stack: contextlib.ExitStack) -> set[int]:
+def begin(out: Path, settings: dict[str, Any], stack: contextlib.ExitStack, digests: Sequence[str] | None = None) -> set[int]:
     """Makes or resumes the directory and locks it; returns the numbers of the finished items.
 
     The first rank locks the directory for itself. The other ranks share a lock of the settings, so no run begins if the first
@@ -228,7 +237,7 @@ def begin(out: Path, settings: dict[str, Any], stack: contextlib.ExitStack) -> s
     try:
         out.mkdir(parents=True, exist_ok=True)
         stack.enter_context(locked(out))
-        check_settings(out, settings)  # again: another run may have begun while the model was loaded
+        check_settings(out, settings, digests)  # again: another run may have begun while the model was loaded
         if not (out / SETTINGS).exists():
             write_text(out / SETTINGS, to_lines([settings]))
     except OSError as error:
@@ -248,8 +257,9 @@ class ShardWriter:
         self._metadata: dict[str, str] = {}
         self.lines: list[dict[str, Any]] = []
 
-    def add(self, item: int, identity: str, image: str | None, explanation: Explanation) -> None:
+    def add(self, item: int, identity: str, image: str | None, digest: str, explanation: Explanation) -> None:
         self.put(item, identity, image, *pack(explanation))
+        self.lines[-1]["digest"] = digest
 
     def put(self, item: int, identity: str, image: str | None, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
         self._tensors |= {f"{item}/{place}": value for place, value in tensors.items()}
