@@ -30,6 +30,17 @@ def test_half_of_the_numbers_move_to_a_neighbour(dtype: torch.dtype) -> None:
     assert torch.equal(moved[x == x[200]], moved[200].expand((x == x[200]).sum()))  # ties are kept
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_numbers_below_the_least_normal_one_move(dtype: torch.dtype) -> None:
+    """In float16 those below 6e-5, which are farther apart than their size says: gradients beside a large sink are as small."""
+    least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # the least of all
+    x = least * torch.randint(1, 100, (10_000,)).to(dtype) * torch.tensor([-1, 1]).repeat(5000)
+    with OtherRoundings("seed", dtype, keeps_ties=False):
+        moved = x * 1.0
+    steps = (moved.double() - x.double()) / least
+    assert 0.45 < (steps != 0).double().mean() < 0.55 and set(steps.unique().tolist()) == {-1.0, 0.0, 1.0}
+
+
 def test_equal_numbers_may_become_different() -> None:
     x = torch.tensor([0.0, 0.3]).repeat(5000)
     with OtherRoundings("seed", torch.float32, keeps_ties=False):

@@ -67,7 +67,9 @@ class OtherRoundings(TorchDispatchMode):
         of = x.abs().double().log() if self.keeps_ties else torch.arange(x.numel(), device=x.device).view(x.shape)
         chance = torch.sin(frequency * of + phase)  # beyond +-0.707 for half of its period
         away = (chance > 0.707).double() - (chance < -0.707).double()
-        neighbours = (x.double() * (1.0 + away * torch.finfo(x.dtype).eps)).to(x.dtype)
+        wide, eps, least = x.double(), torch.finfo(x.dtype).eps, torch.finfo(x.dtype).smallest_normal
+        step = wide.abs().clamp(min=least) * eps  # numbers below the least normal one, of float16 6e-5, are as far apart as there
+        neighbours = (wide + wide.sign() * away * step).to(x.dtype)
         return torch.where(neighbours.isfinite() & (away != 0), neighbours, x)  # the largest number has none beyond it
 
 
