@@ -348,12 +348,23 @@ def test_errors_of_arguments(arguments, kind, message):
         va.evaluate(model, [(inputs, None, None)], **arguments)
 
 
+def test_a_target_may_be_a_name():
+    """As in `explain`."""
+    model, inputs = made("vit")
+    by_name, by_number = (
+        va.evaluate(model, [(inputs, target, None)], tests=("deletion",)) for target in (["LABEL_1", "LABEL_3"], [1, 3])
+    )
+    assert by_name.table == by_number.table
+
+
 @pytest.mark.parametrize(
     ("item", "kind", "message"),
     [
         (("inputs", None), TypeError, r"dataset must yield \(inputs, target, boxes or None\); got 2"),
         ((7, None, None), TypeError, "inputs must be a mapping"),
         (("inputs", 9, None), ValueError, "target must be from 0 to 4"),
+        (("inputs", "dog", None), ValueError, "target must be one of 'LABEL_0', .*; got 'dog'"),
+        (("inputs", "similarity", None), ValueError, "target must be of one sample, .*; got 'similarity'"),
         (("inputs", [0], None), ValueError, "target must be one index or 2"),
         (("inputs", None, [[[0, 0, 1, 1]]]), ValueError, "one set of boxes or one mask for each of the 2 samples; got 1"),
         (("inputs", None, [[[0, 0, 2, 1]], None]), ValueError, "boxes must be x1 < x2"),

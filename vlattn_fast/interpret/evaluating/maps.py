@@ -19,6 +19,8 @@ from vlattn_fast.interpret.evaluating.model_answers import Judge, Question
 from vlattn_fast.interpret.evaluating.perturbation import Sample, split
 from vlattn_fast.interpret.evaluating.plan import EDGES, RANDOM, CustomMethod, Plan
 from vlattn_fast.interpret.explaining.explain import explain
+from vlattn_fast.interpret.explaining.naming import token_target, tokenizer_of
+from vlattn_fast.interpret.explaining.similarity import Similarity
 from vlattn_fast.interpret.relevancy.method import Method
 from vlattn_fast.interpret.result.explanation import Explanation
 
@@ -42,6 +44,11 @@ def explain_batch(plan: Plan, judge: Judge, item: Any, generator: torch.Generato
         got = f"{len(item)} of them" if isinstance(item, (tuple, list)) else type(item).__name__
         raise TypeError(f"dataset must yield (inputs, target, boxes or None); got {got}")
     inputs, target, boxes = item
+    if judge.adapter is not None:
+        tokenizer = tokenizer_of(plan.options.get("processor"))
+        target = token_target(target, tokenizer, plan.model, judge.adapter, plan.options.get("position"))
+    if isinstance(target, Similarity):
+        raise ValueError(f"target must be of one sample, whose input is changed; got {item[1]!r}, of two. Pass a callable")
     question = judge.ask(inputs, target)
     if question is None:
         return None
