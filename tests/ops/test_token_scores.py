@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -166,6 +167,22 @@ def test_ragged_samples_are_those_without_padding(rule: str, side: str, backend:
         if rule in ("h2o", "snapkv"):
             front[..., -6:] = rule == "h2o"
         torch.testing.assert_close(row[front], want[front], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("rule", RULES)
+def test_padding_gives_no_attention_in_a_later_part_of_a_prompt(rule: str, causal: bool) -> None:
+    """The queries are those of the last tokens, padding among them, whether or not they attend to later ones."""
+    query, key = inputs(queries=12)
+    raters = torch.rand(B, 12) < 0.6
+    for function, length in itertools.product((va.token_scores, va.reference.token_scores), (N - 5, N - 2)):
+        rows, options = length - (N - 12), calls(rule) | {"is_causal": causal}
+        of_all, of_real = ({"queries": x} if rule == "sparsevlm" else {} for x in (raters, raters[:, :rows]))
+        real = (torch.arange(N) < length).expand(B, N)
+        padded = function(query, key, rule, key_mask=real, **options | of_all)[..., :length]
+        alone = function(query[:, :, :rows], key[:, :, :length], rule, **options | of_real)
+        kept = alone == rows + 1  # in any case, with a score by the number of queries
+        torch.testing.assert_close(padded.masked_fill(kept, 0.0), alone.masked_fill(kept, 0.0))
 
 
 @backends

@@ -76,7 +76,10 @@ class QueryKey(tuple[Tensor, Tensor]):
         known = {name: x for name, x in self._options.items() if name in ("attn_mask", "scale", "softcap", "sink")}
         if self._options["is_causal"]:
             known["is_causal"] = True
-        return token_scores(*self, rule, **{**known, "key_mask": self.real_keys(known["attn_mask"]), **options})
+        causal = options.get("is_causal", known.get("is_causal", rule != "visionzip"))
+        if causal or self[0].shape[2] == self[1].shape[2]:  # other queries are not tokens; the mask hides padding from them
+            known["key_mask"] = self.real_keys(known["attn_mask"])
+        return token_scores(*self, rule, **{**known, **options})
 
     def real_keys(self, mask: Tensor | None) -> Tensor | None:
         """Returns bool (B, M), False = a key that no query attends to under the mask."""

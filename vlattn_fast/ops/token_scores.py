@@ -82,7 +82,8 @@ def token_scores(
     SnapKV, and chooses a number of tokens for each layer.
 
     Args:
-        query: (B, H, N, D), those of the last N of the M tokens.
+        query: (B, H, N, D), those of the last N of the M tokens. Queries that are not tokens, such as a pooling head's: leave out
+            key_mask, and mask padding by attn_mask.
         key: (B, Hkv, M, D), Hkv = H, or a divisor of H with enable_gqa.
         rule: "snapkv", "h2o", "tova", "fastv", "sparsevlm" or "visionzip".
         queries: whose attention counts: "all", "last", "first", the number of last queries, or bool (B, N). Default: the rule's.
@@ -131,7 +132,7 @@ def _plan(x: Any) -> Plan:
     how = resolve_rule(x.query, x.rule, x.queries, x.kernel_size, x.pooling, x.recent, x.per_head, x.is_causal)
     check_masks(x.query, x.key, x.attn_mask, x.key_mask, how.is_causal)
     names_mask, rows = isinstance(how.queries, Tensor), None
-    if not names_mask and real_queries(how, x.query, x.key, x.key_mask) is None:
+    if not names_mask and real_queries(x.query, x.key, x.key_mask) is None:
         num_queries, few = x.query.shape[2], _fewest(how, x.query)
         rows = (0, few) if how.queries == "first" else (num_queries - few, num_queries)
     statistics = make_statistics_plan(_statistics_arguments(how, rows, x))

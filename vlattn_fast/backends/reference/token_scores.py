@@ -156,12 +156,10 @@ def _check_queries(queries: Any, query: Tensor) -> None:
         check_integer("queries", queries)
 
 
-def real_queries(how: Rule, query: Tensor, key: Tensor, key_mask: Tensor | None) -> Tensor | None:
-    """Returns bool (B, N), the queries of real tokens; None = all. Queries that are not tokens of the keys are real."""
-    num_queries, num_keys = query.shape[2], key.shape[2]
-    if key_mask is None or not (num_queries == num_keys or (how.is_causal and num_queries < num_keys)):
-        return None
-    return key_mask[:, num_keys - num_queries :]
+def real_queries(query: Tensor, key: Tensor, key_mask: Tensor | None) -> Tensor | None:
+    """Returns bool (B, N), the queries of real tokens; None = all, also if there are more than tokens."""
+    before = key.shape[2] - query.shape[2]
+    return None if key_mask is None or before < 0 else key_mask[:, before:]
 
 
 def last_of(real: Tensor, count: int) -> Tensor:
@@ -175,7 +173,7 @@ def first_of(real: Tensor) -> Tensor:
 
 def chosen_queries(how: Rule, query: Tensor, key: Tensor, key_mask: Tensor | None) -> Tensor:
     """bool (B, N): the queries whose attention counts."""
-    real = real_queries(how, query, key, key_mask)
+    real = real_queries(query, key, key_mask)
     if real is None:
         real = query.new_ones(query.shape[0], query.shape[2], dtype=torch.bool)
     if isinstance(how.queries, Tensor):
