@@ -95,7 +95,8 @@ def congruence_loss(
     - "cacr": sym(softmax(LL), softmax(LV VV LV^T)), LV a constant (Pandey et al., ACL 2023, "soft").
     - "iais_singular": sym(LL, softmax(VV[c, c])), c_i the image token that text token i attends to most (Ren et al., ACL 2021,
       "singular").
-    - "iais_distributed": sym(LL, LV VL), 1e-6 added in the logarithms (Ren et al., ACL 2021, "distributed").
+    - "iais_distributed": sym(LL, LV VL) with e = 1e-6 in the denominators, p log(p / (t + e)) + t log(t / (p + e)) (Ren et al.,
+      ACL 2021, "distributed").
 
     Args:
         text: (query, key), each (B, H, L, D), of the text tokens; float16, bfloat16, float32 or float64.

@@ -67,7 +67,8 @@ def evaluate(
       entries stay, truncated as in the published code. Areas are trapezoids over the fraction removed, not normalised, so from 0
       to 1.
     - "insertion", "deletion": the area under the probability while the most relevant entries are put into an empty input (or
-      removed from the whole one) (Petsiuk, Das, Saenko, BMVC 2018, with removed entries instead of a blurred image).
+      removed from the whole one): int(step n) of n (Petsiuk, Das, Saenko, BMVC 2018, with removed entries instead of a blurred
+      image).
     - "comprehensiveness", "sufficiency": the drop of the probability without the most relevant entries (equation 1), or with only
       these (equation 2), averaged over the most relevant 1, 5, 10, 20 and 50 % (rounded up) (DeYoung et al., "ERASER", ACL 2020).
       A good map has much of the first and little of the second.
