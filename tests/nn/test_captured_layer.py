@@ -115,30 +115,44 @@ class Written(nn.Module):
             scores = (2.0 * scores.float() / 8).masked_fill(~keep[:, None, None], -1e9)
         elif self.way == "soft cap":
             scores = 3 * torch.tanh(scores / 3)
+        elif self.way == "scaled mask":
+            scores = (scores * 0.5 + torch.where(keep, 1.0, -3.0)[:, None, None]) * 0.5
+        elif self.way == "cap over a mask":
+            scores = (scores + torch.where(keep, 1.0, -3.0)[:, None, None]).tanh()
+        elif self.way == "divisor":
+            scores = 1 / scores
         elif self.way == "set":
             scores = scores / 4
             scores[:, :, :, :2] = -torch.inf
         return scores.softmax(-1) @ x
 
 
-@pytest.mark.parametrize("way", ["in place", "fill", "soft cap", "set"])
-def test_scale_and_mask_of_a_module_of_ones_own(way: str) -> None:
+def written(way: str) -> tuple[Any, Tensor, Tensor]:
+    """The capture, the output of the module, and the mask of its keys."""
     text, image, keep = torch.randn(2, 5, 8), torch.randn(2, 3, 8), torch.ones(2, 8, dtype=torch.bool)
     keep[0, 6:] = False
     with capture_attention(Written(way)) as captured:
-        out = captured.model(text, image, keep)
-    if way in ("soft cap", "set"):
+        return captured, captured.model(text, image, keep), keep
+
+
+def test_scale_and_mask_of_a_module_of_ones_own() -> None:
+    for way in ("in place", "fill"):
+        captured, out, keep = written(way)
+        torch.testing.assert_close(attention_of(captured.joint) @ captured.query, out)
+        assert captured.scale == 0.25 and torch.equal(captured.joint.key_mask, keep)
+        parts = captured.split()
+        assert torch.equal(parts[0].key_mask, keep[:, 3:]) and torch.equal(parts[1].key_mask, keep[:, :3])
+        with pytest.raises(ValueError, match="num_text_tokens must be the number of words before the image; got 5"):
+            captured.split(5)
+
+
+def test_scores_that_are_not_scaled_and_then_masked_have_no_scale() -> None:
+    for way in ("soft cap", "scaled mask", "cap over a mask", "divisor", "set"):
+        captured, _, _ = written(way)
         for name in ("scale", "is_causal", "attn_mask"):
             with pytest.raises(ValueError, match=f"a layer has {name} only if it does no more than scale and mask"):
                 getattr(captured, name)
         assert captured.split()[0][0].shape == (2, 1, 5, 8)
-        return
-    torch.testing.assert_close(attention_of(captured.joint) @ captured.query, out)
-    assert captured.scale == 0.25 and torch.equal(captured.joint.key_mask, keep)
-    parts = captured.split()
-    assert torch.equal(parts[0].key_mask, keep[:, 3:]) and torch.equal(parts[1].key_mask, keep[:, :3])
-    with pytest.raises(ValueError, match="num_text_tokens must be the number of words before the image; got 5"):
-        captured.split(5)
 
 
 @pytest.mark.parametrize(
@@ -170,6 +184,18 @@ def test_masks_of_torchs_layer(fast: bool) -> None:
     with capture_attention(layer.train(not fast), modality={"query": "text"}) as captured:
         layer(x, x, x, need_weights=False)
     assert captured.attn_mask is None and captured.text.key_mask is None and not captured.is_causal
+
+
+def test_a_layer_of_torch_with_one_more_key_has_no_scale() -> None:
+    """The captured keys are those of tokens, which share the attention with that key."""
+    x = torch.randn(2, 5, 16)
+    for key in ("add_zero_attn", "add_bias_kv"):
+        layer = nn.MultiheadAttention(16, 2, batch_first=True, **{key: True})
+        with capture_attention(layer, modality={"query": "text"}) as captured:
+            layer(x, x, x)
+        assert captured.key.shape == (2, 2, 5, 8)
+        with pytest.raises(ValueError, match="a layer has scale only if it does no more than scale and mask"):
+            _ = captured.scale
 
 
 @pytest.mark.parametrize("name", ["VisualBERT", "LXMERT", "UNITER"])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import vlattn_fast as va
 from tests.helpers.interpret.decoder_cases import DECODERS
-from tests.helpers.interpret.edited_maps import biased
+from tests.helpers.interpret.edited_maps import biased, hooked, llama
 
 NEW = 4
 
@@ -116,6 +116,30 @@ def test_beams_are_copies_of_their_prompt() -> None:
 
 def _of_beams(bias: Any) -> Any:
     return bias.repeat_interleave(3, 0) if isinstance(bias, Tensor) and len(bias) > 1 else bias
+
+
+def test_beams_are_patched_with_the_outputs_of_their_prompt() -> None:
+    """Two beams: all go on from the first row of their prompt, and of three, row 3 is the second prompt's in any order."""
+    model, inputs = llama()
+    model.generation_config.eos_token_id = None
+    chosen: Any = {"max_new_tokens": NEW, "num_beams": 2, "num_return_sequences": 2, "do_sample": False}
+    chosen |= {"output_scores": True, "return_dict_in_generate": True}
+    run = va.record_heads(model, {**inputs, "input_ids": inputs["input_ids"].flip(1)}, layers=1)
+    assert run.outputs is not None
+    other = run.outputs[1][:, 2].repeat_interleave(2, 0)  # (B, N, Dv) of head 2
+
+    def changed(states: Tensor) -> Tensor:
+        states[:, : other.shape[1], 2] = other
+        return states
+
+    layer = model.model.layers[1].self_attn.o_proj
+    with torch.no_grad():
+        with hooked(layer, changed, 4):
+            expected = model.generate(**inputs, **chosen, use_cache=False)
+        with va.intervene(model, inputs, va.Patch(run, {1: [2]})):
+            patched = model.generate(**inputs, **chosen)
+    assert torch.equal(patched.sequences, expected.sequences)
+    torch.testing.assert_close(patched.sequences_scores, expected.sequences_scores)
 
 
 def test_last_among_the_keys_is_the_row_that_runs() -> None:

@@ -370,6 +370,44 @@ def test_a_query_without_a_key_gives_zeros(kind: str) -> None:
     assert float(states[[0, 1], rows - 1].abs().min()) > 0.0
 
 
+class Sloped(nn.Module):
+    """Attention with a bias of distances and padding in one float mask, of which each layer and run makes its own."""
+
+    def __init__(self, slope: float) -> None:
+        super().__init__()
+        self.qkv, self.slope = nn.Linear(8, 24), slope
+
+    def forward(self, x: Tensor, keep: Tensor, cut: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        place = torch.arange(x.shape[1])
+        mask = (place - place[:, None]).abs().to(x) * -self.slope
+        mask = mask.masked_fill(~keep[:, None, None], torch.finfo(x.dtype).min).masked_fill(cut, -math.inf)
+        output = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return x + output.transpose(1, 2).flatten(2)
+
+
+class SlopedStack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Sloped(slope) for slope in (0.3, 1.5))
+
+    def forward(self, x: Tensor, keep: Tensor, cut: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, keep, cut)
+        return x
+
+
+def test_each_layer_and_run_has_its_own_float_mask() -> None:
+    model, x = SlopedStack().double(), torch.randn(2, 6, 8, dtype=torch.float64)
+    keep, cut = torch.ones(2, 6, dtype=torch.bool), torch.zeros(6, 6, dtype=torch.bool)
+    keep[1, 4:] = False
+    edges = cut.index_put((torch.tensor([[2], [3]]), torch.tensor([[0, 1, 3]])), torch.tensor(True))
+    with va.intervene(model, {"x": x, "keep": keep, "cut": cut}, va.Knockout(queries=(2, 4), keys=[(0, 2), (3, 4)])):
+        outputs = [model(x, real, cut) for real in (keep, keep.flip(0))]
+    for output, real in zip(outputs, (keep, keep.flip(0)), strict=True):
+        torch.testing.assert_close(output, model(x, real, edges), **CLOSE)
+
+
 def test_compiled_models_run_as_plain_python() -> None:
     model, inputs, _ = model_of("llama")
     names = EDGES["llama"][0]

@@ -119,6 +119,11 @@ def test_queries_are_means_over_their_tokens() -> None:
     both = va.score_parts(model, inputs, 1, queries=[(4, 5), (6, 7)], groups=GROUPS)
     torch.testing.assert_close(both.keys, (spans[0].keys + spans[1].keys) / 2, **CLOSE)
     torch.testing.assert_close(both.push["later"], (spans[0].push["later"] + spans[1].push["later"]) / 2, **CLOSE)
+    inputs["attention_mask"][1, :2] = 0  # which are not among the queries of the mean
+    padded, real = (va.score_parts(model, inputs, 1, queries=(n, 5), groups=GROUPS) for n in (0, 2))
+    torch.testing.assert_close(padded.keys[1], real.keys[1], **CLOSE)
+    torch.testing.assert_close(padded.push["later"][1], real.push["later"][1], **CLOSE)
+    assert not torch.allclose(padded.keys[0], real.keys[0], atol=1e-3)
 
 
 def frozen_norm(part: Tensor, x: Tensor, norm: Any) -> Tensor:

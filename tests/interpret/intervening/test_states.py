@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -416,26 +416,33 @@ def test_a_layer_that_returns_two_states_is_named() -> None:
 
 
 class Returns(nn.Module):
-    """A layer whose output is a dict."""
+    """A layer whose output is a dict or a named tuple."""
 
     def __init__(self, of: Callable[..., Any]) -> None:
         super().__init__()
         self.attention, self.of = nn.MultiheadAttention(16, 4, batch_first=True), of
 
     def forward(self, x: Any) -> Any:
-        x = x["last_hidden_state"] if isinstance(x, dict) else x
+        x = x["last_hidden_state"] if isinstance(x, dict) else x.last_hidden_state if isinstance(x, Named) else x
         return self.of(last_hidden_state=x + self.attention(x, x, x, need_weights=False)[0])
 
 
-@pytest.mark.parametrize("of", [dict, transformers.modeling_outputs.BaseModelOutput])
-def test_layers_that_return_dicts(of: Callable[..., Any]) -> None:
-    model, inputs = nn.Sequential(Returns(of), Returns(of)).eval(), {"input": torch.randn(2, 6, 16)}
-    with torch.no_grad(), va.intervene(model, inputs, va.Residual(1, (1, 3), set=2.0)):
-        edited = model(**inputs)
-    plain = model(**inputs)["last_hidden_state"]
-    plain[:, 1:3] = 2.0
-    assert type(edited) is of
-    torch.testing.assert_close(edited["last_hidden_state"], plain)
+class Named(NamedTuple):
+    last_hidden_state: Tensor
+    others: int = 3
+
+
+def test_layers_that_return_dicts_and_named_tuples() -> None:
+    for of in (dict, transformers.modeling_outputs.BaseModelOutput, Named):
+        model, inputs = nn.Sequential(Returns(of), Returns(of)).eval(), {"input": torch.randn(2, 6, 16)}
+        with torch.no_grad(), va.intervene(model, inputs, va.Residual(1, (1, 3), set=2.0)):
+            edited = model(**inputs)
+        outputs = model(**inputs)
+        states = [each.last_hidden_state if isinstance(each, Named) else each["last_hidden_state"] for each in (edited, outputs)]
+        states[1][:, 1:3] = 2.0
+        assert type(edited) is of
+        torch.testing.assert_close(*states)
+        assert not isinstance(edited, Named) or edited.others == 3
 
 
 def test_a_first_layer_that_is_dropped_is_named() -> None:
