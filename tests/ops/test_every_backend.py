@@ -1,14 +1,24 @@
-"""Every backend gives the formula, with all masks and grouped heads at once."""
+"""Every backend gives the formula, with all masks and grouped heads at once, and the same of tensors of any strides."""
 
 from __future__ import annotations
 
+import inspect
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import vlattn_fast as va
+from tests.helpers.ops.backends import each, finest
+from tests.helpers.ops.every_call import WITH_CPU, every_call, gradients, outputs_of, small
 from vlattn_fast import scores as S
+from vlattn_fast.checking.cases import Example, cases_of
+from vlattn_fast.checking.cases._dice import VECTOR_LAYOUTS, lay_out
+from vlattn_fast.ops import OPERATORS
 
 
 @pytest.mark.parametrize("backend", ("reference", "streaming", "auto"))
@@ -26,3 +36,35 @@ def test_each_backend_gives_the_formula(backend: str) -> None:
     torch.testing.assert_close(
         va.relevancy_step(c, q, k, v, grad, backend=backend, **options), va.reference.relevancy_step(c, q, k, v, grad, **options)
     )
+
+
+def results(example: Example, tensors: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
+    """Outputs and gradients by name."""
+    inputs = {name: x.detach().requires_grad_(example.differentiable and x.is_floating_point()) for name, x in tensors.items()}
+    outputs = [x for x in outputs_of(example.run(inputs, backend=backend)) if x is not None]
+    grads = dict(zip(inputs, gradients(outputs, inputs), strict=False))
+    return {str(n): x.detach() for n, x in enumerate(outputs)} | {f"gradient of {name}": x for name, x in grads.items()}
+
+
+def with_masks(operator: str) -> Iterator[Example]:
+    """What `vlattn verify` calls, and the same with the masks that it leaves out."""
+    masks = torch.rand(5, 5) < 0.8, torch.randn(2, 1, 5, 5)
+    for example in cases_of(operator).verify(torch.Generator().manual_seed(0), small(5)):
+        yield example
+        if "attn_mask" in inspect.signature(example.call).parameters:
+            yield from (replace(example, options={**example.options, "attn_mask": mask}) for mask in masks)
+
+
+@each("operator", streaming=OPERATORS, cpu={every_call(title, 2).operator for title in WITH_CPU} & {*OPERATORS})
+def test_strides_change_nothing(backend: str, operator: str) -> None:
+    """Neither those of inputs nor those of masks, groups, biases, lengths and parameters; NaN lies between their numbers."""
+    for example, layout in itertools.product(with_masks(operator), ("features first", "every second number", "fused")):
+
+        def placed(x: Any, layout: str = layout) -> Any:
+            return lay_out(x, layout if x.dim() > 1 else VECTOR_LAYOUTS[0]) if isinstance(x, Tensor) and x.dim() else x
+
+        tensors = example.in_dtype(finest(backend))
+        expected = results(example, tensors, backend)
+        strided = replace(example, options={name: placed(x) for name, x in example.options.items()})
+        for name, x in results(strided, {name: placed(x) for name, x in tensors.items()}, backend).items():
+            assert torch.allclose(x, expected[name], rtol=1e-4, atol=1e-5), (example.title, layout, name)

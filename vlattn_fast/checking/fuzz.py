@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from vlattn_fast.checking.cases import Example, Tensors, cases_of
-from vlattn_fast.checking.cases._dice import FEW_PAIRS, LAYOUTS, PAIRS, Dice, lay_out
+from vlattn_fast.checking.cases._dice import FEW_PAIRS, LAYOUTS, PAIRS, VECTOR_LAYOUTS, Dice, lay_out
 from vlattn_fast.checking.roundings import OtherRoundings, unluckiest
 from vlattn_fast.checking.tolerance import draws, settle
 from vlattn_fast.checking.verify import command, outputs_and_gradients
@@ -75,6 +75,7 @@ def run(seed: int, *, operators: Iterable[str] | None = None, backends: tuple[st
     nan = backend != "reference" or dtype.itemsize > 2
     dice = Dice(f"{operator} {backend} {seed}", FEW_PAIRS if backend in ("triton", "cuda") else PAIRS, nan)
     example: Example = cases_of(operator).draw(dice, dtype)
+    example = _with_other_layouts(example, dice, seed)
     # which gradients are NaN depends on the order of the sums, and autograd leaves NaN out of those of a relu
     if dice.drawn.get("mask") == "float, NaN" or dice.drawn.get("group_bias") == "NaN":
         example = replace(example, differentiable=False)
@@ -98,6 +99,21 @@ def drawn(
     operator = random.Random(f"operator {seed}").choice(tuple(OPERATORS if operators is None else operators))
     backend = random.Random(f"backend {seed}").choice(backends)
     return operator, backend, random.Random(f"dtype {seed}").choice(DTYPES)
+
+
+def _with_other_layouts(example: Example, dice: Dice, seed: int) -> Example:
+    """The call with half of its tensors that are contiguous, masks, groups and parameters among them, in another layout."""
+    chance = random.Random(f"layouts {seed}")
+
+    def placed(name: str, x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.dim() or not x.is_contiguous() or chance.random() < 0.5:
+            return x
+        layouts = LAYOUTS[1 if x.dim() == 4 else 2 : -3] if x.dim() > 1 else VECTOR_LAYOUTS  # without those that repeat a part
+        dice.drawn[f"layout of {name}"] = layout = chance.choice(layouts)
+        return lay_out(x, layout, dice.gap)
+
+    tensors, options = ({name: placed(name, x) for name, x in named.items()} for named in (example.tensors, example.options))
+    return replace(example, tensors=tensors, options=options)
 
 
 def _judge(example: Example, dtype: torch.dtype, backend: str, dice: Dice) -> tuple[float, str, str]:

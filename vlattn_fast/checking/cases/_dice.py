@@ -22,6 +22,7 @@ LAYOUTS = (
     "fused",  # one of three tensors inside one, such as after a joint projection
     *("one batch for all", "one head for all", "one row for all"),  # stride 0
 )
+VECTOR_LAYOUTS = ("every second number", "offset by one")
 VALUES = ("normal", "normal", "normal", "small", "large", "constant", "signs", "one-hot", "with zero rows", "cancelling")
 EXTREME_VALUES = ("overflowing norms", "vanishing norms")  # for scores that do not depend on lengths
 MASKS = (
@@ -98,8 +99,8 @@ class Dice:
 
 
 def lay_out(x: Tensor, layout: str, gap: float = torch.nan) -> Tensor:
-    """`x` (two dimensions or more) in another memory layout, with `gap` in the gaps; layouts of stride 0 repeat the first
-    part."""
+    """`x` in another memory layout, with `gap`, or 0 if its dtype has no NaN, in the gaps; layouts of stride 0 repeat the first
+    part. Vectors have those of VECTOR_LAYOUTS."""
     rank, shape = x.dim(), list(x.shape)
     match layout:
         case "heads last" if rank == 4:
@@ -114,7 +115,7 @@ def lay_out(x: Tensor, layout: str, gap: float = torch.nan) -> Tensor:
             return x[..., :1, :].contiguous().expand(shape)
     around = {
         "rows padded": ([*shape[:-1], shape[-1] + 3], (..., slice(0, shape[-1]))),
-        "every second row": ([*shape[:-2], 2 * shape[-2], shape[-1]], (..., slice(None, None, 2), slice(None))),
+        "every second row": ([*shape[:-2], 2 * math.prod(shape[-2:-1]), shape[-1]], (..., slice(None, None, 2), slice(None))),
         "every second number": ([*shape[:-1], 2 * shape[-1]], (..., slice(None, None, 2))),
         "part of a longer batch": ([shape[0] + 2, *shape[1:]], (slice(1, shape[0] + 1),)),
         "fused": ([*shape[:-1], 3 * shape[-1]], (..., slice(shape[-1], 2 * shape[-1]))),
@@ -123,7 +124,7 @@ def lay_out(x: Tensor, layout: str, gap: float = torch.nan) -> Tensor:
     if layout not in around:
         return x
     size, index = around[layout]
-    part = torch.full(size, gap, dtype=x.dtype)[index]
+    part = torch.full(size, gap if x.is_floating_point() else 0, dtype=x.dtype)[index]
     if layout == "offset by one":
         part = part.view(shape)
     return part.copy_(x)

@@ -33,7 +33,8 @@ def verify(generator: torch.Generator, sizes: Sizes) -> Iterator[Example]:
 
 
 def draw(dice: Dice, dtype: torch.dtype) -> Example:
-    counts = {"queries": dice.pick("A", (0, 1, 2, 3)), "documents": dice.pick("B", (0, 1, 2, 5))}
+    few = (0,) * dice.chance(0.1)
+    counts = {"queries": dice.pick("A", (1, 2, 3, *few)), "documents": dice.pick("B", (1, 2, 5, *few))}
     lengths = {"queries": dice.pick("N", LENGTHS[:15]), "documents": dice.pick("M", LENGTHS)}
     features = dice.pick("D", DIMS)
     tensors, options = {}, dict[str, Any]()
