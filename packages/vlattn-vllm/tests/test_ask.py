@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import vlattn_fast as va
-from vlattn_vllm.ask import Ask, check_ask, groups_of_tokens, plain_edits
+from vlattn_vllm.ask import Ask, check_ask, groups_of_sets, groups_of_tokens, plain_edits
 
 
 def ask(value: Any, pictures: tuple[tuple[int, int], ...] = ((2, 4), (6, 7))) -> Ask:
@@ -52,6 +52,16 @@ def test_edits_are_those_of_the_core_or_dicts() -> None:
     assert alone.steer[0].keys == ((2, 4), (6, 7)) and alone.layers == alone.statistics == alone.groups == ()
 
 
+def test_many_edits_have_few_groups() -> None:
+    """Their number does not matter; tokens that the same edits name are one group, as is that of none, which does not count."""
+    steer = [{"keys": [n, n + 1], "heads": [head], "weight": 0.5} for n in range(16) for head in range(4)]
+    assert len(ask({"steer": steer}).steer) == 64
+    groups, members = groups_of_sets([((0, 5),), ((3, 9), (12, None)), ((0, 5),)], 14)
+    names = [members[:, number].tolist() for number in groups]
+    first, both, second, none = [True, False, True], [True] * 3, [False, True, False], [False] * 3
+    assert names == [first] * 3 + [both] * 2 + [second] * 4 + [none] * 3 + [second] * 2 and members.shape == (3, 4)
+
+
 def test_no_groups_without_mass() -> None:
     assert ask({"statistics": ["entropy"]}).groups == ()
 
@@ -77,6 +87,9 @@ def test_no_groups_without_mass() -> None:
         ({"steer": [{"heads": [], "weight": 2}]}, "heads of an edit must be numbers"),
         ({"steer": [{"keys": [40, 41], "weight": 2}]}, "a span of keys must lie within the 29 tokens"),
         ({"steer": [{"heads": [1], "weight": 2}], "statistics": [], "layers": [0]}, "must name one if layers are given"),
+        ({"groups": {"a" * (1 << 16): [[0, 1]]}}, "must have at most 65536 bytes as JSON; got 65"),
+        ({"steer": [{"keys": [n, n + 1], "weight": 0} for n in range(17)]}, "at most 16 groups of keys"),
+        ({"steer": [{"queries": [0, n + 1], "weight": 2} for n in range(17)]}, "at most 16 groups of queries"),
         (["mass"], "must be a dict with some of layers, statistics, groups, top"),
         ({"head": 1}, "must be a dict with some of"),
         ({"layers": []}, "layers must be a list of at least one number"),

@@ -23,6 +23,9 @@ SCENARIOS = (
     "steered ranks",
     "many",
     "folder",
+    "odd_layers",
+    "faults",
+    "guide",
     "refused guesses",
     "refused others",
     "ranks",
@@ -31,6 +34,8 @@ SCENARIOS = (
     "server another_version",
     "server limits",
     "server alibi",
+    "server chunks",
+    "server faults",
 )
 
 

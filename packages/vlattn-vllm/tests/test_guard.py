@@ -61,10 +61,30 @@ def test_an_endpoint_without_a_place_for_the_numbers_refuses(body: Any) -> None:
     assert "/v1/responses has no place for 'vlattn'; ask at /v1/completions or /v1/chat/completions" in error["message"]
 
 
+ASKED = json.dumps({"input": "w9", "vlattn": ASK})
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        ASKED.replace("vlattn", "vl\\u0061ttn").encode(),
+        *[ASKED.encode(encoding) for encoding in ("utf-16", "utf-16-le", "utf-32", "utf-8-sig")],
+        b'{"extra_args": {"\\u0076lattn": null}}',
+        b"file=x&vlattn={}",
+        FORM % b"vlattn",
+        (FORM % b"vlattn").replace(b'"', b""),
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages", "/tokenize"])
+def test_a_key_is_found_however_it_is_written(path: str, body: bytes) -> None:
+    assert posted(path, body)[0] == 400
+
+
 @pytest.mark.parametrize(
     "body",
     [
         b"",
+        b"[" * 100_000,
         b"no JSON, but it says vlattn",
         json.dumps({"input": 'a text about "vlattn"', "metadata": {"vlattn": 1}}).encode(),
         json.dumps([{"vlattn": {}}]).encode(),
@@ -74,10 +94,6 @@ def test_an_endpoint_without_a_place_for_the_numbers_refuses(body: Any) -> None:
 )
 def test_what_does_not_ask_goes_through_whole(body: bytes) -> None:
     assert not asks(body) and posted("/v1/responses", body) == (200, body)
-
-
-def test_a_form_asks_by_its_field() -> None:
-    assert posted("/v1/audio/transcriptions", FORM % b"vlattn")[0] == 400
 
 
 @pytest.mark.parametrize("root", ["", "/behind/a/proxy"])
@@ -166,6 +182,19 @@ def test_beams_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(ValueError, match="vlattn is not answered for beams.*ask without use_beam_search"):
             server._to_beam_search_params(lambda *_: "params", request, 6)
     assert server._to_beam_search_params(lambda *_: "params", server_request(), 6) == "params"
+
+
+def test_a_server_allows_no_edits_unless_it_is_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    module(monkeypatch, "vllm.exceptions", VLLMValidationError=type("VLLMValidationError", (Exception,), {}))
+    edits = server_request(vlattn={"steer": [{"keys": [0, 4], "weight": 0}]})
+    params = SimpleNamespace(extra_args=None)
+    with pytest.raises(
+        ValueError, match=r"steer must be left out: this server allows no edits \(it runs without --vlattn-edits\)"
+    ):
+        server._to_sampling_params(lambda *_: params, edits, 6)
+    assert server._to_sampling_params(lambda *_: params, server_request(vlattn=ASK), 6).extra_args == {"vlattn": ASK}
+    monkeypatch.setenv("VLATTN_EDITS", "1")
+    assert "steer" in server._to_sampling_params(lambda *_: params, edits, 6).extra_args["vlattn"]
 
 
 async def lines(*texts: str) -> AsyncIterator[str]:

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from vlattn_fast import paged_attention_statistics
 from vlattn_vllm import blocks, steering, worker
-from vlattn_vllm.ask import check_ask, groups_of_tokens
+from vlattn_vllm.ask import check_ask, groups_of_tokens, inside
+from vlattn_vllm.steering import Edits
 from vlattn_vllm.worker import Asking, Step, layer_number, refusal, window
 
 SIZE, HEADS, KEY_HEADS, HEAD_DIM = 4, 4, 2, 8
-IMPL = SimpleNamespace(scale=0.5, logits_soft_cap=0, sliding_window=-1)
+IMPL = SimpleNamespace(scale=0.5, logits_soft_cap=0, sliding_window=-1, attn_type="decoder")
 
 
 def transposed(key: Tensor, isa: str) -> Tensor:
@@ -77,8 +78,8 @@ class Batch:
                         block.view(-1)[SIZE * HEAD_DIM :] = order(part[:, head : head + 1], "")
         return values
 
-    def see(self, step: Step, number: int = 0, impl: Any = IMPL) -> None:
-        layer = SimpleNamespace(layer_name=f"model.layers.{number}.attn", isa="any")
+    def see(self, step: Step, number: int = 0, impl: Any = IMPL, name: str = "", **of_layer: Any) -> None:
+        layer = SimpleNamespace(layer_name=name or f"model.layers.{number}.attn", isa="any", **of_layer)
         self.out = torch.zeros_like(self.query)
         step.see(impl, layer, self.query, self.cache, self.metadata, self.out)
 
@@ -110,15 +111,24 @@ class OnGpu(Batch):
         step.see(impl, layer, self.query, self.cache, self.metadata, self.out)
 
 
-def asking(prompt: int, counted: int = 0, **ask: Any) -> Asking:
-    checked = check_ask(
-        {**({} if ask.get("statistics") == [] else {"layers": [0]}), **ask}, 2, 2 * HEADS, prompt, [], prompt + 20
-    )
-    return Asking(checked, prompt, groups_of_tokens(checked, prompt + 20), counted)
+def asking(prompt: int, counted: int = 0, rank: int = 0, **ask: Any) -> Asking:
+    most, usual = prompt + 20, {} if ask.get("statistics") == [] else {"layers": [0]}
+    checked = check_ask({**usual, **ask}, 2, 2 * HEADS, prompt, [], most)
+    edits = Edits(checked.steer, most, range(rank * HEADS, (rank + 1) * HEADS)) if checked.steer else None
+    return Asking(checked, prompt, groups_of_tokens(checked, most), edits, counted)
 
 
-def ids(*names: str) -> Any:
-    return SimpleNamespace(req_ids=[*names])
+def begun(batch: Batch, requests: dict[str, Asking], *names: str) -> Step:
+    """A step of the batch, whose requests have these names."""
+    names = names or tuple(requests)
+    before = [length - queries for length, queries in zip(batch.lengths, batch.queries, strict=True)]
+    running = SimpleNamespace(req_ids=[*names], num_computed_tokens_cpu=before)
+    return Step(requests, running, dict(zip(names, batch.queries, strict=True)), HEADS)
+
+
+def same(columns: Tensor) -> Tensor:
+    """Of one rank."""
+    return columns
 
 
 BOTH = ["mass", "received"]
@@ -133,13 +143,13 @@ def test_a_batch_has_the_numbers_of_its_maps(order: Any) -> None:
         "middle": asking(8, statistics=["mass"], **spans),
         "token": asking(7, layers=[1, 0], statistics=["entropy", "maximum"]),
     }
-    step = Step(requests, ids("whole", "middle", "silent", "token"))
+    step = begun(batch, requests, "whole", "middle", "silent", "token")
     batch.see(step)
     batch.query = -batch.query
     batch.see(step, 1)
     ones = batch.maps(3)[0]
     batch.query = -batch.query
-    got = step.numbers(lambda columns: columns)
+    got = step.numbers(same)
     assert set(got) == {"whole", "token"}, "no token is chosen in the middle of a prompt"
     maps = batch.maps(0)
     mass = torch.stack([maps[-1, :, :3].sum(-1), maps[-1, :, 4:].sum(-1)], -1)
@@ -155,15 +165,15 @@ def test_queries_that_ran_before_count_once(order: Any) -> None:
     """A preempted request of 10 tokens, whose first 7 queries are in `received`, runs again; then once more as far as token 5."""
     batch = Batch(order, [10], [10])
     one = asking(6, counted=7, statistics=BOTH)
-    step = Step({"one": one}, ids("one"))
+    step = begun(batch, {"one": one})
     batch.see(step)
-    got = step.numbers(lambda columns: columns)["one"]
+    got = step.numbers(same)["one"]
     torch.testing.assert_close(got.received, batch.maps(0)[7:, :, :6].sum(0)[None])
     assert got.queries == (7, 10) and one.counted == 10
     batch = Batch(order, [8], [8])
-    step = Step({"one": one}, ids("one"))
+    step = begun(batch, {"one": one})
     batch.see(step)
-    got = step.numbers(lambda columns: columns)["one"]
+    got = step.numbers(same)["one"]
     assert got.received is None and got.mass is not None and one.counted == 10
 
 
@@ -176,9 +186,9 @@ def test_requests_of_a_batch_have_groups_of_their_own(order: Any) -> None:
         "short": asking(5, groups={"a": [[0, None]]}),
     }
     requests["short"].groups = requests["short"].groups[:5]
-    step = Step(requests, ids(*requests))
+    step = begun(batch, requests)
     batch.see(step)
-    got = step.numbers(lambda columns: columns)
+    got = step.numbers(same)
     ends = {"one": [(0, 3)], "three": [(0, 2), (2, 3), (3, 6)], "short": [(0, 5)]}
     for number, (name, spans) in enumerate(ends.items()):
         mass = torch.stack([batch.maps(number)[-1, :, start:end].sum(-1) for start, end in spans], -1)
@@ -190,9 +200,9 @@ def test_layers_of_gpus_hand_over_keys_in_front_of_values(monkeypatch: pytest.Mo
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(worker, "paged_attention_statistics", partial(paged_attention_statistics, backend="triton"))
     batch = OnGpu([9, 6], [9, 1])
-    step = Step({"one": asking(9, statistics=BOTH), "two": asking(5, statistics=["maximum"])}, ids("one", "two"))
+    step = begun(batch, {"one": asking(9, statistics=BOTH), "two": asking(5, statistics=["maximum"])})
     batch.see(step)
-    got = step.numbers(lambda columns: columns)
+    got = step.numbers(same)
     maps = batch.maps(0)
     torch.testing.assert_close(got["one"].received, maps.sum(0)[None])
     torch.testing.assert_close(got["two"].maximum[0, 0], batch.maps(1)[0].amax(-1))
@@ -201,11 +211,11 @@ def test_layers_of_gpus_hand_over_keys_in_front_of_values(monkeypatch: pytest.Mo
 
 def test_ranks_have_parts_of_the_heads(order: Any) -> None:
     batch = Batch(order, [9], [9])
-    step = Step({"one": asking(9, statistics=BOTH)}, ids("one"))
+    step = begun(batch, {"one": asking(9, statistics=BOTH)})
     batch.see(step)
-    got = step.numbers(lambda columns: torch.cat([columns, columns + 1]))["one"]
+    got = step.numbers(lambda columns: torch.cat([columns, 2 * columns]))["one"]
     assert got.mass.shape == (1, 1, 2 * HEADS, 3) and got.received.shape == (1, 2 * HEADS, 9)
-    torch.testing.assert_close(got.received[:, HEADS:], got.received[:, :HEADS] + 1)
+    torch.testing.assert_close(got.received[:, HEADS:], 2 * got.received[:, :HEADS])
 
 
 @pytest.mark.parametrize(
@@ -221,15 +231,15 @@ def test_ranks_have_parts_of_the_heads(order: Any) -> None:
 def test_what_the_operator_does_not_compute_is_refused_by_name(order: Any, impl: Any, metadata: Any, words: str) -> None:
     batch = Batch(order, [9], [9])
     vars(batch.metadata).update(metadata)
-    step = Step({"one": asking(9)}, ids("one"))
+    step = begun(batch, {"one": asking(9)})
     batch.see(step, impl=SimpleNamespace(**{**vars(IMPL), **impl}))
-    got = step.numbers(lambda columns: columns)["one"]
+    got = step.numbers(same)["one"]
     assert words in got.refused and got.mass is None
 
 
 def test_another_backend_is_refused_by_name() -> None:
     assert "must be one of CPU_ATTN, FLASH_ATTN, TRITON_ATTN; got SimpleNamespace" in refusal(
-        SimpleNamespace(), SimpleNamespace()
+        SimpleNamespace(), SimpleNamespace(), SimpleNamespace()
     )
 
 
@@ -257,13 +267,13 @@ def test_edited_rows_are_those_of_edited_maps(order: Any, monkeypatch: pytest.Mo
     spans = {"groups": {"a": [[0, 3]], "b": [[4, None]]}, "statistics": ["mass", "entropy", "maximum", "received"]}
     cut = edit(keys=[1, 3], queries=[[4, 6], [7, None]]), edit(keys="answer", heads=[1, 5], weight=3.0)
     requests = {
-        "prompt": asking(8, steer=cut, **spans),
-        "token": asking(7, steer=[edit(keys=[0, 4], heads=[5])], statistics=["mass"]),
+        "prompt": asking(8, rank=rank, steer=cut, **spans),
+        "token": asking(7, rank=rank, steer=[edit(keys=[0, 4], heads=[5])], statistics=["mass"]),
         "plain": asking(7, statistics=["mass"]),
     }
-    step = Step(requests, ids("prompt", "token", "plain"), rank)
+    step = begun(batch, requests, "prompt", "token", "plain")
     batch.see(step)
-    got = step.numbers(lambda columns: columns)
+    got = step.numbers(same)
 
     def prompts(logits: Tensor) -> Tensor:
         logits = logits.clone()
@@ -294,7 +304,7 @@ def test_an_edit_in_a_window_reads_no_block_before_it(monkeypatch: pytest.Monkey
     batch = OnGpu([9, 15], [9, 2])
     values = batch.with_values(None)[1]
     batch.cache[batch.table[1, :2].long()] = torch.nan
-    step = Step({"one": asking(9, steer=[edit(keys=[11, 12])], statistics=[])}, ids("plain", "one"))
+    step = begun(batch, {"one": asking(9, steer=[edit(keys=[11, 12])], statistics=[])}, "plain", "one")
     layer = SimpleNamespace(layer_name="model.layers.0.attn")
     impl = SimpleNamespace(**{**vars(IMPL), "sliding_window": (4, 0)})
     out = torch.zeros_like(batch.query)
@@ -308,25 +318,32 @@ def test_an_edit_in_a_window_reads_no_block_before_it(monkeypatch: pytest.Monkey
     maps = batch.maps(1, cut, window=5)
     torch.testing.assert_close(out[9:11], torch.einsum("nhm,mhd->nhd", maps, values.repeat_interleave(2, 1)))
     assert not out[:9].any() and not out[11:].any()
-    (got,) = step.numbers(lambda columns: columns).values()
+    (got,) = step.numbers(same).values()
     assert got.is_empty() and got.seconds > 0
 
 
 def test_a_query_without_keys_gives_zeros(order: Any) -> None:
     batch = Batch(order, [5], [5])
     batch.with_values(order)
-    step = Step({"one": asking(5, steer=[edit(keys=[0, 9])])}, ids("one"))
+    step = begun(batch, {"one": asking(5, steer=[edit(keys=[0, 9])])})
     batch.see(step)
     assert not batch.out.any()
-    assert not step.numbers(lambda columns: columns)["one"].mass.any()
+    assert not step.numbers(same)["one"].mass.any()
 
 
-def test_a_worker_forgets_a_request_that_ended() -> None:
+def a_runner(*names: str) -> Any:
+    batch = SimpleNamespace(req_ids=[*names], num_computed_tokens_cpu=[0] * len(names))
+    config = SimpleNamespace(get_num_attention_heads=lambda parallel: HEADS)
+    return SimpleNamespace(input_batch=batch, max_model_len=30, model_config=config, parallel_config=None)
+
+
+def test_a_worker_forgets_a_request_that_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "_gathered", same)
     extra = {"vlattn": asking(5).ask.written()}
     params = SimpleNamespace(extra_args=extra, max_tokens=3)
     new = SimpleNamespace(req_id="a", sampling_params=params, prompt_len=5)
     plain = SimpleNamespace(req_id="b", sampling_params=SimpleNamespace(extra_args=None), prompt_len=5)
-    runner = SimpleNamespace(input_batch=SimpleNamespace(req_ids=["b", "a"]))
+    runner = a_runner("b", "a")
     steps = []
 
     def execute(*_: Any) -> None:
@@ -337,3 +354,159 @@ def test_a_worker_forgets_a_request_that_ended() -> None:
     assert list(runner._vlattn_asking) == ["a"] and steps[0].batch.req_ids == ["b", "a"] and steps[1] is None
     worker._execute_model(execute, runner, scheduled([], ["b"], ["a"]))
     assert not runner._vlattn_asking and steps[2] is None and worker._NOW.step is None
+
+
+# --- what is refused, and whom it concerns ---
+
+CUT = {"steer": [edit(keys=[0, 4])], "statistics": []}
+
+
+def test_rows_that_are_not_the_requests_refuse_those_who_ask(order: Any) -> None:
+    """Chunks of attention make virtual batches: a second row of the first request looks like the second request."""
+    batch = Batch(order, [9, 6], [9, 1])
+    batch.with_values(order)
+    requests = {"asks": asking(9), "edits": asking(5, **CUT)}
+    step = begun(batch, requests)
+    batch.see(step)
+    assert batch.out.any(1).tolist() == [[False] * 8] * 9 + [[True] * 8], "rows as they are"
+    virtual = torch.tensor([0, 4, 9, 10]).int(), torch.tensor([4, 9, 6]).int()
+    batch.metadata = SimpleNamespace(
+        block_table=batch.table[[0, 0, 1]], query_start_loc=virtual[0], seq_lens=virtual[1], causal=True
+    )
+    batch.see(step)
+    assert not batch.out.any(), "no row is edited"
+    got = step.numbers(same)
+    for name in requests:
+        assert "the rows of model.layers.0.attn are not the requests of the batch" in got[name].refused and got[name].is_empty()
+
+
+@pytest.mark.parametrize(
+    ("starts", "lengths", "right"),
+    [
+        ([0, 9, 10, 10], [9, 6, 0], True),  # filled up on a GPU
+        ([0, 9, 10, 11], [9, 6, 1], False),
+        ([0, 9, 10], [9, 5], False),
+        ([0, 8, 10], [9, 6], False),
+        ([0, 9], [9], False),
+    ],
+)
+def test_rows_are_compared_with_the_batch(order: Any, starts: list[int], lengths: list[int], right: bool) -> None:
+    batch = Batch(order, [9, 6], [9, 1])
+    vars(batch.metadata).update(query_start_loc=torch.tensor(starts), seq_lens=torch.tensor(lengths))
+    step = begun(batch, {"one": asking(9)}, "one", "silent")
+    batch.see(step)
+    assert bool(step.numbers(same)["one"].refused) != right
+
+
+def test_a_layer_is_refused_to_those_who_name_it(order: Any) -> None:
+    """Layer 1 attends within chunks; the request that asks for layer 0 alone has its numbers."""
+    batch = Batch(order, [9, 6], [9, 1])
+    step = begun(batch, {"zero": asking(9), "one": asking(5, layers=[1])})
+    batch.see(step)
+    batch.see(step, 1, attention_chunk_size=4)
+    got = step.numbers(same)
+    assert got["zero"].mass is not None and not got["zero"].refused
+    assert "model.layers.1.attn, which attends within chunks" in got["one"].refused
+
+
+def test_layers_with_other_heads_or_none_are_refused(order: Any) -> None:
+    batch = Batch(order, [9], [9])
+    step = begun(batch, {"one": asking(9, layers=[0, 1])})
+    step.heads = 2 * HEADS
+    batch.see(step)
+    assert "model.layers.0.attn has 4 heads, and the model 8" in step.numbers(same)["one"].refused
+    for ask in ({"layers": [0, 1]}, {"layers": [0], "steer": [edit(keys=[0, 4], layers=[1])]}):
+        step = begun(batch, {"one": asking(9, **ask)})
+        batch.see(step)
+        assert "layers [1] have no attention" in step.numbers(same)["one"].refused
+
+
+def test_a_layer_that_attends_twice_is_refused(order: Any) -> None:
+    batch = Batch(order, [9], [9])
+    step = begun(batch, {"one": asking(9)})
+    batch.see(step)
+    batch.see(step, name="model.layers.0.cross.attn")
+    assert "layer 0 attends twice" in step.numbers(same)["one"].refused
+
+
+def test_a_fault_refuses_its_request_from_then_on(order: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = Batch(order, [9, 6], [9, 1])
+    requests = {"edits": asking(9, **CUT), "asks": asking(5)}
+    step = begun(batch, requests)
+    with monkeypatch.context() as patched:
+        patched.setattr(worker, "edited_attention", lambda *_, **__: 1 / 0)
+        batch.see(step)
+    got = step.numbers(same)
+    assert "ZeroDivisionError: division by zero" in got["edits"].refused and not got["asks"].refused
+    step = begun(batch, requests)
+    batch.see(step)
+    got = step.numbers(same)
+    assert "ZeroDivisionError" in got["edits"].refused and not batch.out.any() and got["asks"].mass is not None
+    monkeypatch.setattr(worker, "paged_attention_statistics", lambda *_, **__: 1 / 0)
+    step = begun(batch, requests)
+    batch.see(step)
+    assert "ZeroDivisionError" in step.numbers(same)["asks"].refused
+
+
+def test_ranks_refuse_together(order: Any) -> None:
+    """Those that gather different numbers would wait for one another."""
+    batch = Batch(order, [9, 6], [9, 1])
+    step, shapes = begun(batch, {"one": asking(9), "two": asking(5)}), []
+
+    def gathered(columns: Tensor) -> Tensor:
+        shapes.append(columns.shape[1])
+        return torch.cat([columns, torch.tensor([[1.0, 0.0]]) if len(shapes) == 1 else columns])
+
+    batch.see(step)
+    got = step.numbers(gathered)
+    assert "another rank" in got["one"].refused and got["two"].mass.shape == (1, 1, 2 * HEADS, 3) and shapes == [2, 3]
+
+
+def test_received_of_an_edited_prompt_in_pieces_counts_new_queries(order: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first seven ran before a preemption; the prompt is cut into pieces of one query."""
+    monkeypatch.setattr(steering, "_AT_ONCE", 1)
+    batch = Batch(order, [10], [10])
+    batch.with_values(order)
+    step = begun(batch, {"one": asking(10, counted=7, steer=[edit(keys=[0, 4], heads=[2], weight=2)], statistics=["received"])})
+    batch.see(step)
+
+    def more(logits: Tensor) -> Tensor:
+        logits = logits.clone()
+        logits[:, 2, :4] += math.log(2)
+        return logits
+
+    got = step.numbers(same)["one"]
+    torch.testing.assert_close(got.received[0], batch.maps(0, more)[7:].sum(0))
+    assert got.received.abs().sum() > 1 and got.queries == (7, 10)
+
+
+def test_edits_become_one_bias_of_groups() -> None:
+    """Against edits one by one; hundreds of them cost what one does."""
+    spans = [[[0, 5]], [[3, 9], [12, None]], [[0, None]], [[7, 8]], [[4, 6]]]
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda count: int(torch.randint(count, (1,), generator=generator))  # noqa: E731
+    edits = [
+        {"keys": spans[draw(5)], "queries": spans[draw(5)], "heads": [draw(4)], "layers": [draw(2)], "weight": draw(40) / 8}
+        for _ in range(300)
+    ]
+    steer = check_ask({"steer": edits, "statistics": []}, 2, 4, 10, [], 20).steer
+    made = Edits(steer, 20, range(1, 4))
+    positions = torch.arange(20)
+    for layer in (0, 1):
+        bias = made.bias(layer)[:, made.queries][:, :, made.keys]
+        assert made.bias(layer).shape[1:].numel() <= 17 * 17 and bias.isneginf().any() and bias.isfinite().any()
+        wanted = torch.zeros(3, 20, 20)
+        for one in (one for one in steer if layer in one.layers):
+            edge = inside(one.queries, positions)[:, None] & inside(one.keys, positions)
+            for head in (head for head in one.heads if head > 0):
+                wanted[head - 1] += torch.where(edge, math.log(one.weight) if one.weight else -torch.inf, 0.0)
+        torch.testing.assert_close(bias, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_an_answer_without_end_has_as_many_groups_as_the_model_has_tokens() -> None:
+    """max_tokens may be any number in Python."""
+    params = SimpleNamespace(extra_args={}, max_tokens=10**11)
+    new = SimpleNamespace(req_id="a", sampling_params=params, prompt_len=5)
+    one = worker._begun(new, asking(5).ask.written(), a_runner())
+    assert not one.refused and one.groups.shape == (30,)
+    assert "KeyError" in worker._begun(new, {}, a_runner()).refused

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
+import dataclasses
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from vlattn_vllm import engine, front, plugin
-from vlattn_vllm.attention import Attention, from_bytes
+from vlattn_vllm import engine, front, limit, plugin
+from vlattn_vllm.ask import Ask
+from vlattn_vllm.attention import Attention, from_bytes, joined
 from vlattn_vllm.server import Waiting
 from vlattn_vllm.worker import NUMBERS
-from vlattn_vllm.wrapping import wrap
+from vlattn_vllm.wrapping import harmless, wrap
 
 
 def part(value: float, queries: tuple[int, int] | None = None) -> Attention:
@@ -172,3 +176,120 @@ def test_nothing_imports_vllm() -> None:
         "assert not any(name.split('.')[0] in ('vllm', 'transformers') for name in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_fault_of_the_plug_in_never_reaches_vllm() -> None:
+    """The original runs once, with its own result and errors; who asked is told."""
+    told: list[Any] = []
+    calls: list[int] = []
+
+    def original(x: int) -> int:
+        calls.append(x)
+        return 10 // x
+
+    def before(original: Any, x: int) -> int:
+        raise KeyError("before")
+
+    def after(original: Any, x: int) -> int:
+        original(x)
+        raise KeyError("after")
+
+    for around in (before, after, lambda original, x: original(x)):
+        guarded = harmless(around, lambda *parts: told.append(parts))
+        assert guarded(original, 5) == 2
+        with pytest.raises(ZeroDivisionError):
+            guarded(original, 0)
+    assert calls == [5, 0] * 3
+    assert [(reason.partition(";")[0], *rest) for reason, *rest in told] == [
+        ("vlattn_vllm failed (KeyError: 'before')", None, 5),
+        ("vlattn_vllm failed (KeyError: 'before')", 2, 5),
+        ("vlattn_vllm failed (KeyError: 'before')", None, 0),
+        ("vlattn_vllm failed (KeyError: 'after')", 2, 5),
+    ]
+    assert harmless(before, lambda *_: 1 / 0)(original, 5) == 2, "nor does one of who is told"
+
+
+def test_a_token_without_its_numbers_is_a_reason() -> None:
+    """Where the core or a worker failed; a prompt in chunks has outputs without tokens."""
+    states = {"asks": SimpleNamespace(**{front._ASKS: True}, queue=None), "silent": SimpleNamespace(queue=None)}
+    processor = SimpleNamespace(request_states=states)
+    out = SimpleNamespace(reqs_to_abort=[])
+    for tokens in ([], [5]):
+        outputs = [core_output(name, tokens) for name in states]
+        assert front._process_outputs(lambda *_: out, processor, outputs) is out
+    (part,) = states["asks"].__dict__[front._PARTS]
+    assert "a token came without its numbers" in part.refused and front._PARTS not in states["silent"].__dict__
+    broken = core_output("asks", [6])
+    broken.kv_transfer_params = {"vlattn": {"mass": 1}, "remote": 2}
+    front._process_outputs(lambda *_: out, processor, [broken])
+    assert "vlattn_vllm failed (" in states["asks"].__dict__[front._PARTS][1].refused
+    assert broken.kv_transfer_params == {"remote": 2}
+
+
+def test_numbers_that_do_not_join_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("vllm.sampling_params")
+    module.RequestOutputKind = SimpleNamespace(DELTA=1)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
+    monkeypatch.setitem(sys.modules, "vllm.sampling_params", module)
+    wide = Attention((0,), ("a",), mass=torch.ones(1, 1, 3, 1))
+    state = SimpleNamespace(**{front._PARTS: [part(1.0), wide]}, output_kind=0)
+    completion = front._new_completion_output(lambda *_: SimpleNamespace(attention=None), state)
+    assert "RuntimeError" in completion.attention.refused and completion.attention.is_empty()
+    assert joined([part(1.0), part(2.0).refusing("why"), part(3.0)]).refused == "why"
+
+
+class Cache:
+    """The manager of the core's blocks."""
+
+    def __init__(self) -> None:
+        self.evicted: set[int] = set()
+
+    def get_block_ids(self, name: str) -> Any:
+        return [1, 2], [7]
+
+    def evict_blocks(self, blocks: set[int]) -> None:
+        self.evicted = blocks
+
+
+def test_a_refused_edit_leaves_no_keys_to_others_with_the_same_edit() -> None:
+    """Its keys are those of the model without the edit, under the salt of the edit."""
+    for steer, evicted in (([], set()), ([{"weight": 0}], {1, 2, 7})):
+        one, cache = request(vlattn={"statistics": [], "steer": steer}), Cache()
+        one.request_id = "one"
+        scheduler = SimpleNamespace(requests={"one": one}, kv_cache_manager=cache)
+        refused = Attention((0,), (), refused="why")
+        output = core_output("one", [5])
+        step = {0: SimpleNamespace(outputs=[output])}
+        engine._update_from_output(lambda *_, step=step: step, scheduler, None, SimpleNamespace(**{NUMBERS: {"one": refused}}))
+        assert cache.evicted == evicted and from_bytes(output.kv_transfer_params["vlattn"]).refused == "why"
+
+
+def test_a_fault_in_the_core_refuses_one_request() -> None:
+    """Here `received` of the second part has another shape."""
+    one, two = request(), request()
+    stepped({"one": one, "two": two}, {"one": part(1.0, (0, 3)), "two": part(1.0, (0, 3))}, [])
+    wrong = dataclasses.replace(part(1.0, (3, 5)), received=torch.ones(1, 2, 4))
+    outputs = [core_output(name, [5]) for name in ("one", "two")]
+    first, second = stepped({"one": one, "two": two}, {"one": wrong, "two": part(2.0, (3, 5))}, outputs)
+    assert "vlattn_vllm failed (RuntimeError" in first.refused and first.is_empty() and not second.refused
+    (last,) = stepped({"one": one}, {"one": part(1.0, (5, 6))}, [core_output("one", [6], "stop")])
+    assert "RuntimeError" in last.refused and last.received is None
+
+
+def test_limits_are_a_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    parser = limit._with_options(lambda parser: parser, argparse.ArgumentParser())
+    monkeypatch.setattr(limit, "_serving", False)
+    assert limit.most(limit.ASKS) is limit.most(limit.BYTES) is None
+    limit.serve()
+    assert (limit.most(limit.ASKS), limit.most(limit.BYTES), limit.edits()) == (32, 262144, False)
+    for name in ("VLATTN_MAX_ASKS", "VLATTN_MAX_BYTES", "VLATTN_EDITS"):
+        monkeypatch.setenv(name, "")  # which the options below replace
+    parser.parse_args(["--vlattn-max-asks", "0", "--vlattn-max-bytes", "8", "--vlattn-edits"])
+    assert (limit.most(limit.ASKS), limit.most(limit.BYTES), limit.edits()) == (0, 8, True)
+    asked = Ask((0, 1), ("mass", "received"), (("a", ()), ("b", ())))  # 3 numbers, 2 layers, 4 heads
+    with pytest.raises(
+        ValueError, match="at most 8 bytes of numbers for each token .--vlattn-max-bytes.; got 96, for 2 layers and 4"
+    ):
+        front._check_bytes(asked, 4)
+    os.environ["VLATTN_MAX_BYTES"] = "96"
+    front._check_bytes(asked, 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,8 @@ KEY = "vlattn"  # a field of a request to the server, and a name in the extra_ar
 STATISTICS = ("mass", "entropy", "maximum", "received")
 NAMED = ("image", "question", "answer")
 MOST_GROUPS = 64
+MOST_EDITED_GROUPS = 16  # of queries, and of keys
+MOST_BYTES = 1 << 16  # of an ask as JSON
 FIELDS = ("layers", "statistics", "groups", "top", "compact", "steer")
 EDIT_FIELDS = ("queries", "keys", "layers", "heads", "weight")
 
@@ -70,8 +73,11 @@ def check_ask(value: Any, layers: int, heads: int, prompt: int, pictures: Sequen
     """
     if not isinstance(value, Mapping) or not set(value) <= set(FIELDS):
         raise ValueError(f"{KEY} must be a dict with some of {', '.join(FIELDS)}; got {value!r:.200}")
+    if (size := len(json.dumps(value, default=str))) > MOST_BYTES:
+        raise ValueError(f"{KEY} must have at most {MOST_BYTES} bytes as JSON; got {size}")
     named = {"image": tuple(pictures), "question": _between(pictures, prompt), "answer": ((prompt, None),)}
     steer = tuple(_edit(edit, layers, heads, named, most) for edit in plain_edits(value["steer"])) if "steer" in value else ()
+    check_edited_groups(steer, most)
     if steer and value.get("statistics") in ([], ()):
         if given := sorted({*value} - {"statistics", "steer", "compact"}):
             raise ValueError(f"statistics must name one if {' and '.join(given)} are given; got none")
@@ -114,6 +120,17 @@ def plain_edits(value: Any) -> list[Mapping[str, Any]]:
             raise ValueError(f"{legend}, weight among them; got {edit!r:.200}")
         edits.append(edit)
     return edits
+
+
+def check_edited_groups(edits: Sequence[Edit], most: int) -> None:
+    """ValueError for edits whose sets of tokens overlap in too many ways."""
+    for side in ("queries", "keys") if edits else ():
+        _, members = groups_of_sets([getattr(edit, side) for edit in edits], most)
+        if (count := int(members.any(0).sum())) > MOST_EDITED_GROUPS:
+            raise ValueError(
+                f"steer must have at most {MOST_EDITED_GROUPS} groups of {side}, each with the tokens that the same edits name; "
+                f"got {count}"
+            )
 
 
 def _edit(value: Mapping[str, Any], layers: int, heads: int, named: Mapping[str, tuple[Span, ...]], most: int) -> Edit:
@@ -227,3 +244,23 @@ def groups_of_tokens(ask: Ask, length: int) -> Tensor:
         for start, end in spans:
             groups[start:end] = number
     return groups
+
+
+def groups_of_sets(sets: Sequence[tuple[Span, ...]], tokens: int) -> tuple[Tensor, Tensor]:
+    """(tokens,) the number of each token's group, and (sets, groups) which set has which group.
+
+    The tokens of a group are in the same sets; one group may be in none.
+    """
+    numbers = {spans: number for number, spans in enumerate(dict.fromkeys(sets))}
+    ends = {end for spans in numbers for span in spans for end in span if end is not None}
+    starts = torch.tensor(sorted(end for end in {0, *ends} if end < tokens))  # from each to the next, tokens are in the same sets
+    members, groups = torch.stack([inside(spans, starts) for spans in numbers]).unique(dim=1, return_inverse=True)
+    return groups[torch.bucketize(torch.arange(tokens), starts, right=True) - 1], members[[numbers[spans] for spans in sets]]
+
+
+def inside(spans: Sequence[Span], positions: Tensor) -> Tensor:
+    """Whether each position lies in one of the spans."""
+    within = torch.zeros_like(positions, dtype=torch.bool)
+    for start, end in spans:
+        within |= (positions >= start) & (positions < (math.inf if end is None else end))
+    return within

@@ -31,7 +31,8 @@ class Attention:
         received: (layers, heads, prompt), what each token of the prompt gets from the queries from queries[0] to queries[1] - 1,
             added. None in the chunks of a stream but the last. With `top`: (layers, heads, top), the largest.
         queries: positions. The first is above 0 where vLLM took a prefix out of its cache: these queries did not run.
-        refused: why there are no numbers, or none in `received` alone, where only the running engine could tell; empty otherwise.
+        refused: why there are no numbers, no more of them, or none in `received` alone, where only the running engine could tell;
+            empty otherwise. From then on attention is not edited either.
         tokens: with `top` (layers, heads, top), the numbers of these tokens of the prompt; else None.
         seconds: of the worker, for these numbers and edits.
     """
@@ -49,6 +50,10 @@ class Attention:
 
     def is_empty(self) -> bool:
         return all(getattr(self, name) is None for name in TENSORS)
+
+    def refusing(self, reason: str) -> Attention:
+        """The same without its numbers."""
+        return Attention(self.layers, self.groups, refused=reason, seconds=self.seconds)
 
     def to_dict(self, compact: bool = False) -> dict[str, Any]:
         """Lists and numbers for JSON, without what is None.
@@ -98,8 +103,11 @@ def joined(parts: Sequence[Attention]) -> Attention:
     last = parts[-1]
     rows = {name: [part for each in parts if (part := getattr(each, name)) is not None] for name in PER_TOKEN}
     whole: dict[str, Any] = {name: torch.cat(some) if some else None for name, some in rows.items()}
-    end = {name: getattr(last, name) for name in ("received", "tokens", "queries", "refused")}
-    return Attention(last.layers, last.groups, **whole, **end, seconds=sum(part.seconds for part in parts))
+    end = {name: getattr(last, name) for name in ("received", "tokens", "queries")}
+    refused = next((part.refused for part in parts if part.refused), "")
+    return Attention(
+        parts[0].layers, parts[0].groups, **whole, **end, refused=refused, seconds=sum(part.seconds for part in parts)
+    )
 
 
 def to_bytes(attention: Attention) -> dict[str, Any]:

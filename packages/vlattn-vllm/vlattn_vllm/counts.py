@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vlattn_vllm.wrapping import wrap
+from vlattn_vllm.wrapping import harmless, wrap
 
 HELP = {
     "asks": "requests that ask for attention or edit it",
@@ -31,7 +31,7 @@ def install() -> None:
     for name, meaning in HELP.items():
         if name not in _counters:
             _counters[name] = Counter(f"vlattn:{name}", f"vlattn_vllm: {meaning}.")
-    wrap(LoggingStatLogger, "log", _log)
+    wrap(LoggingStatLogger, "log", harmless(_log))
 
 
 def _log(original: Any, logger: Any, *args: Any, **kwargs: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 from vlattn_vllm.ask import KEY
 from vlattn_vllm.attention import Attention, to_bytes
 from vlattn_vllm.worker import NUMBERS
-from vlattn_vllm.wrapping import wrap
+from vlattn_vllm.wrapping import fault, harmless, wrap
 
 _SUM = "_vlattn_received"  # an attribute of the core's Request, so that it ends with the request
 
@@ -19,8 +19,8 @@ _SUM = "_vlattn_received"  # an attribute of the core's Request, so that it ends
 def install() -> None:
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    wrap(Scheduler, "update_from_output", _update_from_output)
-    wrap(Scheduler, "_preempt_request", _preempt_request)
+    wrap(Scheduler, "update_from_output", harmless(_update_from_output))
+    wrap(Scheduler, "_preempt_request", harmless(_preempt_request))
 
 
 def _preempt_request(original: Any, scheduler: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
@@ -42,15 +42,28 @@ def _update_from_output(original: Any, scheduler: Any, scheduled: Any, out: Any)
     if not numbers:
         return original(scheduler, scheduled, out)
     requests = {name: scheduler.requests.get(name) for name in numbers}  # finished ones leave the scheduler below
-    for name, attention in numbers.items():
-        if requests[name] is not None and attention.received is not None:
-            _add(requests[name], attention)
+    for name, request in requests.items():
+        if request is not None:
+            numbers[name] = _begun(scheduler, request, numbers[name])
     outputs = original(scheduler, scheduled, out)
     for each in outputs.values():
         for one in each.outputs:
             if one.request_id in numbers:
                 _attach(one, numbers[one.request_id], requests[one.request_id])
     return outputs
+
+
+def _begun(scheduler: Any, request: Any, attention: Attention) -> Attention:
+    """Adds `received` up. What is refused leaves no keys without its edits to others with the same edits."""
+    try:
+        if attention.received is not None:
+            _add(request, attention)
+        if attention.refused and _asked(request)["steer"]:
+            cache = scheduler.kv_cache_manager
+            cache.evict_blocks({block for group in cache.get_block_ids(request.request_id) for block in group})
+    except Exception as error:
+        attention = request.__dict__[_SUM] = attention.refusing(fault(error))
+    return attention
 
 
 def _add(request: Any, attention: Attention) -> None:
@@ -71,6 +84,17 @@ def _add(request: Any, attention: Attention) -> None:
 
 
 def _attach(output: Any, attention: Attention, request: Any) -> None:
+    try:
+        attention = _of_output(output, attention, request)
+    except Exception as error:
+        attention = attention.refusing(fault(error))
+    output.kv_transfer_params = {**(output.kv_transfer_params or {}), KEY: to_bytes(attention)}
+
+
+def _of_output(output: Any, attention: Attention, request: Any) -> Attention:
+    """With `received` in the last output of a request alone, and rows for its new tokens alone."""
+    if attention.refused:
+        return attention
     total = request.__dict__.get(_SUM)
     # The front end alone sees a stop string, and then asks the core for nothing more.
     last = output.finish_reason is not None or bool(request.sampling_params.stop)
@@ -78,10 +102,9 @@ def _attach(output: Any, attention: Attention, request: Any) -> None:
         received, tokens, top = total.received, None, _asked(request).get("top")
         if top is not None and received is not None:
             received, tokens = received.topk(min(top, received.shape[-1]))
-        refused = attention.refused or total.refused
-        attention = replace(attention, received=received, tokens=tokens, queries=total.queries, refused=refused)
+        attention = replace(attention, received=received, tokens=tokens, queries=total.queries, refused=total.refused)
     else:
         attention = replace(attention, received=None, queries=None)
     if not output.new_token_ids:
         attention = replace(attention, mass=None, entropy=None, maximum=None)
-    output.kv_transfer_params = {**(output.kv_transfer_params or {}), KEY: to_bytes(attention)}
+    return attention

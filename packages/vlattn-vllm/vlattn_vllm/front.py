@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
+import torch
+
 from vlattn_vllm import counts, limit
-from vlattn_vllm.ask import KEY, Span, check_ask
+from vlattn_vllm.ask import KEY, Ask, Span, check_ask
 from vlattn_vllm.attention import Attention, from_bytes, joined
 from vlattn_vllm.worker import LAYERS
-from vlattn_vllm.wrapping import wrap
+from vlattn_vllm.wrapping import fault, harmless, wrap
 
 _ASKS = "_vlattn_asks"  # an attribute of the front end's RequestState
 _PARTS = "_vlattn_parts"  # an attribute of the front end's RequestState: chunks that no completion has yet
@@ -26,9 +28,9 @@ def install() -> None:
     CompletionOutput.attention = None
     wrap(InputProcessor, "process_inputs", _process_inputs)
     wrap(OutputProcessor, "add_request", _add_request)
-    wrap(OutputProcessor, "process_outputs", _process_outputs)
+    wrap(OutputProcessor, "process_outputs", harmless(_process_outputs, _refuse_outputs))
     wrap(RequestState, "_new_completion_output", _new_completion_output)
-    wrap(RequestOutput, "add", _add)
+    wrap(RequestOutput, "add", harmless(_add, _refuse_sum))
 
 
 def refusals(config: Any, params: Any, resumable: bool) -> list[str]:
@@ -42,6 +44,9 @@ def refusals(config: Any, params: Any, resumable: bool) -> list[str]:
         ),
         "the model runner is version 2; set VLLM_USE_V2_MODEL_RUNNER=0": config.use_v2_model_runner,
         "the model runs in several pipeline stages; use tensor parallelism": parallel.pipeline_parallel_size > 1,
+        "a batch runs in two halves, in other threads (dual-batch overlap); leave out enable_dbo and ubatch_size": (
+            parallel.use_ubatching
+        ),
         "contexts run in parallel; use tensor parallelism": parallel.decode_context_parallel_size > 1
         or getattr(parallel, "prefill_context_parallel_size", 1) > 1,
         "tokens are guessed ahead (speculative decoding), and the guesses' queries would count; leave out speculative_config": (
@@ -66,8 +71,8 @@ def refusals(config: Any, params: Any, resumable: bool) -> list[str]:
 def _process_inputs(original: Any, processor: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
     if not asks(params):
         return original(processor, request_id, prompt, params, *args, **kwargs)
-    if limit.most() == 0:
-        raise refused_request(f"{KEY} is turned off at this server ({limit.OPTION} 0); ask without it")
+    if limit.most(limit.ASKS) == 0:
+        raise refused_request(f"{KEY} is turned off at this server ({limit.ASKS.option} 0); ask without it")
     reasons = refusals(processor.vllm_config, params, bool(kwargs.get("resumable")))
     if reasons:
         raise refused_request(f"{KEY} cannot be answered: {'; '.join(reasons)}")
@@ -76,9 +81,10 @@ def _process_inputs(original: Any, processor: Any, request_id: str, prompt: Any,
         raise refused_request(f"{KEY} cannot be answered: the prompt is one of embeddings; send tokens")
     config, prompt_length = processor.vllm_config.model_config, len(request.prompt_token_ids)
     layers, heads = config.get_total_num_hidden_layers(), config.model_arch_config.total_num_attention_heads
-    most = prompt_length + (request.sampling_params.max_tokens or 0)
+    most = min(prompt_length + (request.sampling_params.max_tokens or 0), config.max_model_len)
     try:
         ask = check_ask(params.extra_args[KEY], layers, heads, prompt_length, _pictures(request.mm_features or ()), most)
+        _check_bytes(ask, heads)
     except (TypeError, ValueError) as error:
         raise refused_request(str(error)) from error
     request.sampling_params.extra_args = {**request.sampling_params.extra_args, KEY: ask.written()}
@@ -86,6 +92,17 @@ def _process_inputs(original: Any, processor: Any, request_id: str, prompt: Any,
         words = json.dumps([request.cache_salt, ask.written()["steer"]])
         request.cache_salt = hashlib.sha256(words.encode()).hexdigest()
     return request
+
+
+def _check_bytes(ask: Ask, heads: int) -> None:
+    """ValueError for more numbers than a server gives for each token."""
+    numbers = len(ask.layers) * heads * (len(ask.groups) + len({*ask.statistics} - {"mass"}))
+    most = limit.most(limit.BYTES)
+    if most is not None and (size := numbers * torch.float32.itemsize) > most:
+        raise ValueError(
+            f"{KEY} must ask for at most {most} bytes of numbers for each token ({limit.BYTES.option}); got {size}, for "
+            f"{len(ask.layers)} layers and {heads} heads. Name fewer layers, groups or statistics"
+        )
 
 
 def asks(params: Any) -> bool:
@@ -113,7 +130,8 @@ def _add_request(
     """Counts a request that asks once, however many samples it has."""
     states, asking = processor.request_states, asks(request.sampling_params)
     if asking and index == 0:
-        if (most := limit.most()) is not None and len({one for state in states.values() if (one := _asking(state))}) >= most:
+        running, most = {one for state in states.values() if (one := _asking(state))}, limit.most(limit.ASKS)
+        if most is not None and len(running) >= most:
             raise _too_many(most)
         counts.add("asks")
     out = original(processor, request, prompt, parent, index, *args, **kwargs)
@@ -132,7 +150,7 @@ def _too_many(most: int) -> Exception:
     from vllm.exceptions import GracefulHTTPError
 
     counts.add("refused")
-    message = f"{most} requests with {KEY!r} run already, as many as {limit.OPTION} allows; ask again when one of them has ended"
+    message = f"{most} requests with {KEY!r} run already, as many as {limit.ASKS.option} allows; ask again when one has ended"
     error: Exception = type("AskPostponed", (GracefulHTTPError, ValueError), {})(message, HTTPStatus.TOO_MANY_REQUESTS)
     return error
 
@@ -154,21 +172,39 @@ def _pictures(features: Any) -> list[Span]:
 def _process_outputs(original: Any, processor: Any, outputs: Any, *args: Any, **kwargs: Any) -> Any:
     ended = []
     for output in outputs:
-        if output.kv_transfer_params is not None and KEY in output.kv_transfer_params:
-            packed = output.kv_transfer_params.pop(KEY)
-            output.kv_transfer_params = output.kv_transfer_params or None
-            attention = from_bytes(packed)
-            counts.add("seconds", attention.seconds)
-            state = processor.request_states.get(output.request_id)
-            if state is None:
-                continue
-            if attention.refused and state.queue is not None and _PARTS not in state.__dict__ and attention.is_empty():
-                ended.append(state)
-            state.__dict__.setdefault(_PARTS, []).append(attention)
+        state = processor.request_states.get(output.request_id)
+        if state is None or _ASKS not in state.__dict__ or (attention := _taken(output)) is None:
+            continue
+        if attention.refused and state.queue is not None and _PARTS not in state.__dict__ and attention.is_empty():
+            ended.append(state)
+        state.__dict__.setdefault(_PARTS, []).append(attention)
     stopped = _stopped(processor, ended)
     out = original(processor, outputs, *args, **kwargs)
     out.reqs_to_abort.extend(stopped)
     return out
+
+
+def _refuse_outputs(reason: str, result: Any, processor: Any, outputs: Any, *args: Any) -> None:
+    for output in outputs:
+        (output.kv_transfer_params or {}).pop(KEY, None)
+        state = processor.request_states.get(output.request_id)
+        if state is not None and _ASKS in state.__dict__:
+            state.__dict__[_PARTS] = [Attention((), (), refused=reason)]
+
+
+def _taken(output: Any) -> Attention | None:
+    """The numbers of an output, which leave it. A token of a request that asks has some, unless the core or a worker failed."""
+    params = output.kv_transfer_params or {}
+    packed = params.pop(KEY, None)
+    output.kv_transfer_params = params or None
+    if packed is None:
+        return Attention((), (), refused="a token came without its numbers; the log says why") if output.new_token_ids else None
+    try:
+        attention = from_bytes(packed)
+        counts.add("seconds", attention.seconds)
+    except Exception as error:
+        return Attention((), (), refused=fault(error))
+    return attention
 
 
 def _stopped(processor: Any, states: list[Any]) -> list[str]:
@@ -186,9 +222,12 @@ def _new_completion_output(original: Any, state: Any, *args: Any, **kwargs: Any)
     completion = original(state, *args, **kwargs)
     parts = state.__dict__.get(_PARTS)
     if parts:
+        try:
+            completion.attention = joined(parts)
+        except Exception as error:
+            completion.attention = parts[0].refusing(fault(error))
         from vllm.sampling_params import RequestOutputKind
 
-        completion.attention = joined(parts)
         delta = state.output_kind == RequestOutputKind.DELTA
         state.__dict__[_PARTS] = [] if delta else [completion.attention]
     return completion
@@ -205,3 +244,9 @@ def _add(original: Any, output: Any, following: Any, aggregate: bool) -> None:
         ]
         if parts and completion.index in before:
             completion.attention = joined(parts)
+
+
+def _refuse_sum(reason: str, result: Any, output: Any, *args: Any) -> None:
+    for completion in output.outputs:
+        if completion.attention is not None:
+            completion.attention = completion.attention.refusing(reason)

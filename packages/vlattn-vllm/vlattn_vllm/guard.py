@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from vlattn_vllm import counts
 from vlattn_vllm.ask import KEY
 from vlattn_vllm.wrapping import wrap
 
+_FIELD = re.compile(rf'\bname="?{KEY}"?\s*[;\r\n]|(^|&){KEY}='.encode())  # of a form in parts, and of one in a line
 ANSWERED = ("/v1/completions", "/v1/chat/completions")
 
 
@@ -66,12 +68,10 @@ class Guard:
 
 def asks(body: bytes) -> bool:
     """Whether a request's body, JSON or a form, asks: by the field, or in the parameters of vLLM that take anything."""
-    if f'"{KEY}"'.encode() not in body:
-        return False
     try:
-        value = json.loads(body)
-    except ValueError:
-        return f'name="{KEY}"'.encode() in body
+        value = json.loads(body)  # as the endpoint reads it, in any encoding and with any escapes
+    except (ValueError, RecursionError):
+        return _FIELD.search(body) is not None
     return isinstance(value, Mapping) and any(
         KEY in part or any(KEY in _dict(part.get(name)) for name in ("extra_args", "vllm_xargs"))
         for part in (value, _dict(value.get("sampling_params")))

@@ -11,7 +11,7 @@ from contextlib import aclosing
 from http import HTTPStatus
 from typing import Any
 
-from vlattn_vllm import counts
+from vlattn_vllm import counts, limit
 from vlattn_vllm.ask import KEY
 from vlattn_vllm.attention import Attention, joined
 from vlattn_vllm.front import refused_request
@@ -26,6 +26,7 @@ def install() -> None:
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
     from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 
+    limit.serve()
     for request in (ChatCompletionRequest, CompletionRequest):
         wrap(request, "to_sampling_params", _to_sampling_params)
         wrap(request, "to_beam_search_params", _to_beam_search_params)
@@ -56,7 +57,10 @@ def _written(attention: Attention, compact: bool) -> dict[str, Any]:
 def _to_sampling_params(original: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
     params = original(request, *args, **kwargs)
     if KEY in (request.model_extra or {}):
-        params.extra_args = {**(params.extra_args or {}), KEY: request.model_extra[KEY]}
+        asked = request.model_extra[KEY]
+        if isinstance(asked, Mapping) and "steer" in asked and not limit.edits():
+            raise refused_request(f"steer must be left out: this server allows no edits (it runs without {limit.EDITS})")
+        params.extra_args = {**(params.extra_args or {}), KEY: asked}
     return params
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from vlattn_fast import paged_attention_statistics
-from vlattn_vllm.ask import KEY, Ask, Edit, groups_of_tokens
+from vlattn_vllm.ask import KEY, Ask, groups_of_tokens
 from vlattn_vllm.attention import PER_TOKEN, Attention
 from vlattn_vllm.blocks import contents, keys_in_blocks
-from vlattn_vllm.steering import edited_attention
-from vlattn_vllm.wrapping import wrap
+from vlattn_vllm.steering import Edits, edited_attention
+from vlattn_vllm.wrapping import fault, harmless, wrap
 
 NUMBERS = "vlattn_numbers"  # an attribute of ModelRunnerOutput: Attention by request, `received` of this step alone
 _ASKING = "_vlattn_asking"  # an attribute of the model runner: Asking by request
@@ -41,8 +41,25 @@ class Asking:
     ask: Ask
     prompt: int
     groups: Tensor  # (tokens at the most,)
+    edits: Edits | None = None
     counted: int = 0
     seconds: float = 0.0  # since its last numbers left
+    refused: str = ""  # why it has had no numbers and no edits since then
+
+    @property
+    def edited(self) -> frozenset[int]:
+        """The layers whose attention it edits."""
+        return frozenset() if self.edits is None else self.edits.layers
+
+
+class Place(NamedTuple):
+    """Where a request is in a batch. `length`: of its keys."""
+
+    name: str
+    number: int
+    first: int
+    queries: int
+    length: int
 
 
 class Rows(NamedTuple):
@@ -60,42 +77,103 @@ class Rows(NamedTuple):
 
 
 class Step:
-    """The statistics of one batch: `see` for each layer, then `numbers`."""
+    """The statistics of one batch: `see` for each layer, then `numbers`. What goes wrong refuses the requests that it concerns.
 
-    def __init__(self, asking: dict[str, Asking], batch: Any, rank: int = 0) -> None:
-        self.rank = rank  # of this worker among those that share the heads
-        self.asking, self.batch = asking, batch  # its req_ids are in their order when the first layer runs
+    Args:
+        batch: its req_ids are in their order when the first layer runs.
+        scheduled: how many queries each request has.
+        heads: of this worker, as the model's configuration has them.
+    """
+
+    def __init__(self, asking: dict[str, Asking], batch: Any, scheduled: Mapping[str, int], heads: int) -> None:
+        self.asking, self.batch, self.scheduled, self.heads = asking, batch, scheduled, heads
+        self._places: dict[str, Place] | None = None  # of those that ask
+        self._starts, self._lengths = [0], list[int]()  # of all requests
+        self._checked: list[Any] = []  # metadata whose rows are these requests
+        self._layers: dict[int, str] = {}  # that ran
         self._rows: dict[tuple[str, ...], Rows | None] = {}
-        self._places: list[tuple[str, int, int, int]] | None = None  # name, number, first query, queries
-        self._lengths: dict[str, int] = {}
         self._seen: dict[str, dict[int, dict[str, Tensor]]] = {}
-        self._refused = ""
+
+    @property
+    def _running(self) -> list[str]:
+        return [name for name in self.batch.req_ids if name in self.asking]
 
     def see(self, impl: Any, layer: Any, query: Tensor, kv_cache: Tensor, metadata: Any, out: Tensor) -> None:
         """`out` (tokens, heads, D): the engine's attention, in which edited rows are replaced."""
         begin = time.perf_counter()
-        self._see(impl, layer, query, kv_cache, metadata, out)
+        try:
+            if metadata is not None and impl.attn_type == "decoder":
+                self._see(impl, layer, query, kv_cache, metadata, out)
+        except Exception as error:
+            self._refuse(self._running, fault(error))
         self._spent(begin)
+
+    def _refuse(self, names: Iterable[str], reason: str) -> None:
+        for name in names:
+            self.asking[name].refused = self.asking[name].refused or reason
 
     def _spent(self, begin: float) -> None:
         """On a GPU this is the time in which the host hands over the work."""
-        running = [self.asking[name] for name in self.batch.req_ids if name in self.asking]
-        for one in running:
-            one.seconds += (time.perf_counter() - begin) / len(running)
+        running = self._running
+        for name in running:
+            self.asking[name].seconds += (time.perf_counter() - begin) / len(running)
 
     def _see(self, impl: Any, layer: Any, query: Tensor, kv_cache: Tensor, metadata: Any, out: Tensor) -> None:
-        if self._refused or (refused := refusal(impl, metadata)):
-            self._refused = self._refused or refused
-            return
         if self._places is None:
-            self._places = self._placed(metadata)
+            self._places = self._placed()
         number = layer_number(layer.layer_name)
-        steered = set()
-        for place in self._places:
-            if edits := [edit for edit in self.asking[place[0]].ask.steer if number in edit.layers]:
-                steered.add(place[0])
-                self._steer(number, edits, place, impl, layer, query, kv_cache, metadata, out)
-        names = tuple(name for name, *_ in self._places if number in self.asking[name].ask.layers and name not in steered)
+        self._layers.setdefault(number, layer.layer_name)
+        asks = {
+            name: number in one.edited
+            for name in self._places
+            if not (one := self.asking[name]).refused and (number in one.ask.layers or number in one.edited)
+        }
+        if not asks:
+            return
+        if refused := self._refusal(number, impl, layer, query, metadata):
+            self._refuse(asks, refused)
+            return
+        for name in (name for name, edited in asks.items() if edited):
+            try:
+                self._steer(number, self._places[name], impl, layer, query, kv_cache, metadata, out)
+            except Exception as error:
+                self._refuse([name], fault(error))
+        names = tuple(name for name, edited in asks.items() if not edited)
+        try:
+            self._read(number, names, impl, layer, query, kv_cache, metadata)
+        except Exception as error:
+            self._refuse(names, fault(error))
+
+    def _placed(self) -> dict[str, Place]:
+        places = {}
+        for number, name in enumerate(self.batch.req_ids):
+            first, queries = self._starts[-1], self.scheduled[name]
+            self._starts.append(first + queries)
+            self._lengths.append(int(self.batch.num_computed_tokens_cpu[number]) + queries)
+            if name in self.asking:
+                places[name] = Place(name, number, first, queries, self._lengths[-1])
+        return places
+
+    def _refusal(self, number: int, impl: Any, layer: Any, query: Tensor, metadata: Any) -> str:
+        """Why the attention of a layer is not what is computed here; empty where it is."""
+        if refused := refusal(impl, layer, metadata):
+            return refused
+        if self._layers[number] != layer.layer_name:
+            return f"layer {number} attends twice, in {self._layers[number]} and {layer.layer_name}; name other layers"
+        if query.shape[1] != self.heads:
+            return f"{layer.layer_name} has {query.shape[1]} heads, and the model {self.heads}; name other layers"
+        if not any(metadata is checked for checked in self._checked):
+            starts, lengths, size = metadata.query_start_loc.tolist(), metadata.seq_lens.tolist(), len(self._lengths)
+            starts = starts[: size + 1] + [start for start in starts[size + 1 :] if start != starts[size]]  # filled up on GPUs
+            if (starts, lengths[:size]) != (self._starts, self._lengths):
+                return f"the rows of {layer.layer_name} are not the requests of the batch; name other layers"
+            self._checked.append(metadata)
+        return ""
+
+    def _read(
+        self, number: int, names: tuple[str, ...], impl: Any, layer: Any, query: Tensor, kv_cache: Tensor, metadata: Any
+    ) -> None:
+        """The numbers of requests without edits in this layer."""
         if names not in self._rows:
             self._rows[names] = self._packed(names, query.device)
         rows = self._rows[names]
@@ -117,49 +195,32 @@ class Step:
         )
         self._keep(number, rows, results)
 
-    def _placed(self, metadata: Any) -> list[tuple[str, int, int, int]]:
-        starts, lengths = metadata.query_start_loc.tolist(), metadata.seq_lens.tolist()
-        places = []
-        for number, name in enumerate(self.batch.req_ids):
-            if name in self.asking:
-                self._lengths[name] = lengths[number]
-                places.append((name, number, starts[number], starts[number + 1] - starts[number]))
-        return places
-
-    def _new(self, name: str, queries: int) -> tuple[int, bool]:
+    def _new(self, place: Place) -> tuple[int, bool]:
         """How many queries of a request ran before a preemption, and whether the others count in its `received`."""
-        one = self.asking[name]
-        old = max(0, one.counted - (self._lengths[name] - queries))
-        return old, "received" in one.ask.statistics and old < queries
+        one = self.asking[place.name]
+        old = max(0, one.counted - (place.length - place.queries))
+        return old, "received" in one.ask.statistics and old < place.queries
 
     def _steer(
-        self,
-        number: int,
-        edits: list[Edit],
-        place: tuple[str, int, int, int],
-        impl: Any,
-        layer: Any,
-        query: Tensor,
-        kv_cache: Tensor,
-        metadata: Any,
-        out: Tensor,
+        self, number: int, place: Place, impl: Any, layer: Any, query: Tensor, kv_cache: Tensor, metadata: Any, out: Tensor
     ) -> None:
         """The rows of one request, with edits; and its numbers, which the operator cannot know."""
-        name, row, first, queries = place
-        one, length, size = self.asking[name], self._lengths[name], kv_cache.shape[2]
+        name, row, first, queries, length = place
+        one, size = self.asking[name], kv_cache.shape[2]
+        assert one.edits is not None
         start, seen = length - queries, window(impl)
         low = 0 if seen is None else max(0, start - seen + 1) // size  # blocks before it may be another request's by now
         blocks = metadata.block_table[row, low : -(-length // size)]
         keys, values = (each[: length - low * size] for each in contents(kv_cache, getattr(layer, "isa", None), blocks))
-        old, all_new = self._new(name, queries)
+        old, all_new = self._new(place)
+        edits = one.edits.bias(number), one.edits.queries[start:length], one.edits.keys[low * size : length]
         rows, last, received = edited_attention(
             query[first : first + queries],
             keys,
             values,
-            edits,
+            *(part.to(query.device) for part in edits),
             start=start,
             first_key=low * size,
-            first_head=self.rank * query.shape[1],
             scale=impl.scale,
             softcap=impl.logits_soft_cap or None,
             window=seen,
@@ -184,39 +245,36 @@ class Step:
     def _packed(self, names: tuple[str, ...], device: torch.device) -> Rows | None:
         """A request that asks for `received` has all its new queries here. Any other one has its last query, and none in the
         middle of its prompt, where no token is chosen."""
-        chosen: list[str] = []
+        chosen: list[Place] = []
         counts: list[bool] = []
-        batch_numbers: list[int] = []
         tokens: list[int] = []
         starts = [0]
-        for name, number, first, queries in self._places or ():
-            if name not in names:
+        assert self._places is not None
+        for place in (self._places[name] for name in names):
+            old, all_new = self._new(place)
+            if not all_new and place.length < self.asking[place.name].prompt:
                 continue
-            old, all_new = self._new(name, queries)
-            if not all_new and self._lengths[name] < self.asking[name].prompt:
-                continue
-            chosen.append(name)
+            chosen.append(place)
             counts.append(all_new)
-            batch_numbers.append(number)
-            tokens += range(first + (old if all_new else queries - 1), first + queries)
+            tokens += range(place.first + (old if all_new else place.queries - 1), place.first + place.queries)
             starts.append(len(tokens))
         if not chosen:
             return None
-        asks = [self.asking[name].ask for name in chosen]
+        asks = [self.asking[place.name].ask for place in chosen]
         statistics = [name for name in (*PER_TOKEN, "received") if any(name in ask.statistics for ask in asks)]
-        lengths = [self._lengths[name] for name in chosen]
+        lengths = [place.length for place in chosen]
         groups = None
         if "mass" in statistics:
             groups = torch.full((len(chosen), max(lengths)), -1, dtype=torch.int32)
-            for row, name, length in zip(groups, chosen, lengths, strict=True):
-                token_groups = self.asking[name].groups[:length]
+            for row, place in zip(groups, chosen, strict=True):
+                token_groups = self.asking[place.name].groups[: place.length]
                 row[: len(token_groups)] = token_groups
+            groups = groups.to(device)
         most = max(len(ask.groups) for ask in asks)
-        groups = None if groups is None else groups.to(device)
         batch, queries_of, ends, keys = (
-            torch.tensor(values, device=device) for values in (batch_numbers, tokens, starts, lengths)
+            torch.tensor(values, device=device) for values in ([place.number for place in chosen], tokens, starts, lengths)
         )
-        return Rows(chosen, counts, batch, queries_of, ends, keys, groups, most, statistics)
+        return Rows([place.name for place in chosen], counts, batch, queries_of, ends, keys, groups, most, statistics)
 
     def _keep(self, layer: int, rows: Rows, results: Any) -> None:
         last = rows.starts[1:] - 1
@@ -227,56 +285,71 @@ class Step:
             if "mass" in kept:
                 kept["mass"] = kept["mass"][:, : len(one.ask.groups)]
             if rows.counts[number]:
-                received = results.received[number, :, : min(one.prompt, self._lengths[name])]
+                received = results.received[number, :, : one.prompt]
                 kept["received"] = torch.nn.functional.pad(received, (0, one.prompt - received.shape[1]))
             self._seen.setdefault(name, {})[layer] = kept
 
     def numbers(self, gathered: Callable[[Tensor], Tensor]) -> dict[str, Attention]:
         """Attention by request. `gathered` takes (heads of this rank, columns) and returns those of all heads."""
-        begin = time.perf_counter()
-        numbers = self._numbers(gathered)
-        self._spent(begin)
-        for name, attention in numbers.items():
-            numbers[name] = replace(attention, seconds=self.asking[name].seconds)
-            self.asking[name].seconds = 0.0
-        return numbers
-
-    def _numbers(self, gathered: Callable[[Tensor], Tensor]) -> dict[str, Attention]:
-        if self._refused:
-            nothing = {name: self.asking[name].ask for name in self.batch.req_ids if name in self.asking}
-            return {
-                name: Attention(ask.layers, tuple(group for group, _ in ask.groups), refused=self._refused)
-                for name, ask in nothing.items()
-            }
-        stacks = {
-            (name, key): torch.stack([by_layer[layer][key] for layer in self.asking[name].ask.layers], 1)
-            for name, by_layer in self._seen.items()
-            for key in next(iter(by_layer.values()))
-        }  # (heads, layers, ...)
+        begin, running = time.perf_counter(), self._running
+        for name in running:
+            one = self.asking[name]
+            if missing := sorted({*one.ask.layers, *one.edited}.difference(self._layers)):
+                self._refuse([name], f"layers {missing} have no attention that can be seen; name other layers")
+        stacks = self._stacks(running)
+        # what one rank alone refuses, all leave out: they gather the same
+        refused = gathered(torch.tensor([[bool(self.asking[name].refused) for name in running]], dtype=torch.float32)).amax(0)
+        self._refuse((name for name, flag in zip(running, refused.tolist(), strict=True) if flag), "another rank refused it")
+        stacks = {(name, key): stack for (name, key), stack in stacks.items() if not self.asking[name].refused}
         if stacks:
             columns = gathered(torch.cat([stack.flatten(1) for stack in stacks.values()], 1)).cpu()
             parts = columns.split([stack[0].numel() for stack in stacks.values()], 1)
             stacks = {key: part.view(-1, *stacks[key].shape[1:]).transpose(0, 1) for key, part in zip(stacks, parts, strict=True)}
-        edited = {name for name in self._lengths if not self.asking[name].ask.layers}  # and ask for no numbers
-        return {
-            **{name: Attention((), ()) for name in edited if self._lengths[name] >= self.asking[name].prompt},
-            **{name: self._attention(name, stacks) for name in self._seen},
-        }
+        self._spent(begin)
+        numbers = {}
+        for name in running:
+            one = self.asking[name]
+            attention = nothing(one) if one.refused else self._attention(name, stacks)
+            if attention is not None:
+                numbers[name], one.seconds = replace(attention, seconds=one.seconds), 0.0
+        return numbers
 
-    def _attention(self, name: str, stacks: dict[tuple[str, str], Tensor]) -> Attention:
-        one, length = self.asking[name], self._lengths[name]
+    def _stacks(self, running: list[str]) -> dict[tuple[str, str], Tensor]:
+        """(heads, layers, ...) by request and statistic."""
+        stacks = {}
+        for name in running:
+            layers = [] if self.asking[name].refused or name not in self._seen else self.asking[name].ask.layers
+            try:
+                by_layer = [self._seen[name][layer] for layer in layers]
+                stacks |= {(name, key): torch.stack([each[key] for each in by_layer], 1) for key in (by_layer or [{}])[0]}
+            except Exception as error:
+                self._refuse([name], fault(error))
+        return stacks
+
+    def _attention(self, name: str, stacks: dict[tuple[str, str], Tensor]) -> Attention | None:
+        """None in the middle of a prompt, where no token is chosen and no query counts."""
+        assert self._places is not None
+        one, place = self.asking[name], self._places[name]
+        if not one.ask.layers:  # it edits, and asks for no numbers
+            return Attention((), ()) if place.length >= one.prompt else None
         values = {key: stack for (of, key), stack in stacks.items() if of == name}
+        if not values:
+            return None
         received = values.pop("received", None)
         queries = None
         if received is not None:
-            first = next(length - count for of, _, _, count in self._places or () if of == name)
-            queries, one.counted = (max(first, one.counted), length), length
+            queries, one.counted = (max(place.length - place.queries, one.counted), place.length), place.length
         mass, entropy, maximum = (None if key not in values else values[key][None].contiguous() for key in PER_TOKEN)
         groups = tuple(group for group, _ in one.ask.groups)
         return Attention(one.ask.layers, groups, mass, entropy, maximum, received, queries)
 
 
-def refusal(impl: Any, metadata: Any) -> str:
+def nothing(one: Asking) -> Attention:
+    """For a request that is refused."""
+    return Attention(one.ask.layers, tuple(group for group, _ in one.ask.groups), refused=one.refused)
+
+
+def refusal(impl: Any, layer: Any, metadata: Any) -> str:
     """Why the attention of a layer is not what the operator computes; empty where it is."""
     if not hasattr(metadata, "block_table") or not hasattr(impl, "logits_soft_cap"):
         names = ", ".join(name.upper() for on_device in LAYERS.values() for name in on_device)
@@ -285,6 +358,8 @@ def refusal(impl: Any, metadata: Any) -> str:
         return "attention statistics of ALiBi are not computed; choose a model without it"
     if getattr(impl, "sinks", None) is not None:
         return "attention statistics of attention sinks are not computed; choose a model without them"
+    if getattr(layer, "attention_chunk_size", None) is not None:
+        return f"attention statistics of {layer.layer_name}, which attends within chunks, are not computed; name other layers"
     if metadata.causal is not True or any(getattr(metadata, name, None) is not None for name in _NOT_CAUSAL):
         return "attention statistics are those of causal attention; this model's attention is not causal"
     return ""
@@ -307,9 +382,9 @@ def install(device: str) -> None:
     from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    wrap(CudagraphDispatcher, "dispatch", _dispatch)
-    wrap(GPUModelRunner, "execute_model", _execute_model)
-    wrap(GPUModelRunner, "sample_tokens", _sample_tokens)
+    wrap(CudagraphDispatcher, "dispatch", harmless(_dispatch))
+    wrap(GPUModelRunner, "execute_model", harmless(_execute_model, _refuse_all))
+    wrap(GPUModelRunner, "sample_tokens", harmless(_sample_tokens, _refuse_all))
     for module, kind in LAYERS[device].items():
         wrap(getattr(importlib.import_module(f"vllm.v1.attention.backends.{module}"), kind), "forward", _forward)
 
@@ -318,8 +393,8 @@ def _forward(
     original: Any, impl: Any, layer: Any, query: Any, key: Any, value: Any, kv_cache: Any, metadata: Any, *args: Any, **rest: Any
 ) -> Any:
     out = original(impl, layer, query, key, value, kv_cache, metadata, *args, **rest)
-    step = getattr(_NOW, "step", None)
-    if step is not None and metadata is not None and impl.attn_type == "decoder":
+    step: Step | None = getattr(_NOW, "step", None)
+    if step is not None:
         step.see(impl, layer, query, kv_cache, metadata, out)
     return out
 
@@ -340,12 +415,10 @@ def _execute_model(original: Any, runner: Any, scheduled: Any, *args: Any, **kwa
     for new in scheduled.scheduled_new_reqs:
         extra = None if new.sampling_params is None else new.sampling_params.extra_args
         if extra and KEY in extra and new.req_id not in asking:
-            ask = Ask.read(extra[KEY])
-            most = new.prompt_len + (new.sampling_params.max_tokens or 0)
-            asking[new.req_id] = Asking(ask, new.prompt_len, groups_of_tokens(ask, most))
+            asking[new.req_id] = _begun(new, extra[KEY], runner)
     if asking.keys().isdisjoint(scheduled.num_scheduled_tokens):
         return original(runner, scheduled, *args, **kwargs)
-    step = Step(asking, runner.input_batch, _rank() if any(one.ask.steer for one in asking.values()) else 0)
+    step = Step(asking, runner.input_batch, scheduled.num_scheduled_tokens, _heads(runner))
     _NOW.step = step
     try:
         out = original(runner, scheduled, *args, **kwargs)
@@ -355,17 +428,41 @@ def _execute_model(original: Any, runner: Any, scheduled: Any, *args: Any, **kwa
     return out
 
 
-def _rank() -> int:
+def _begun(new: Any, written: Mapping[str, Any], runner: Any) -> Asking:
+    try:
+        ask = Ask.read(written)
+        most = min(new.prompt_len + (new.sampling_params.max_tokens or 0), runner.max_model_len)
+        edits = Edits(ask.steer, most, _heads_here(runner)) if ask.steer else None
+        return Asking(ask, new.prompt_len, groups_of_tokens(ask, most), edits)
+    except Exception as error:
+        return Asking(Ask((), (), ()), new.prompt_len, torch.empty(0), refused=fault(error))
+
+
+def _refuse_all(reason: str, result: Any, runner: Any, *args: Any) -> None:
+    asking: dict[str, Asking] = runner.__dict__.get(_ASKING, {})
+    for one in asking.values():
+        one.refused = one.refused or reason
+    runner.__dict__[NUMBERS] = {name: nothing(one) for name, one in asking.items()}
+
+
+def _heads(runner: Any) -> int:
+    heads: int = runner.model_config.get_num_attention_heads(runner.parallel_config)
+    return heads
+
+
+def _heads_here(runner: Any) -> range:
     from vllm.distributed.parallel_state import get_tp_group
 
-    rank: int = get_tp_group().rank_in_group
-    return rank
+    heads = _heads(runner)
+    first = get_tp_group().rank_in_group * heads
+    return range(first, first + heads)
 
 
 def _gathered(columns: Tensor) -> Tensor:
     from vllm.distributed.parallel_state import get_tp_group
 
-    return get_tp_group().all_gather(columns, 0)
+    group = get_tp_group()
+    return group.all_gather(columns.to(group.device), 0)
 
 
 def _sample_tokens(original: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:

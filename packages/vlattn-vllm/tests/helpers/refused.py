@@ -27,6 +27,9 @@ def main(kind: str) -> None:
     quantised = replaced(config, cache_config=replaced(config.cache_config, cache_dtype="fp8"))  # which the CPU does not run
     with mock.patch.object(llm.llm_engine.input_processor, "vllm_config", quantised):
         refused(llm, "the cache is quantised (kv_cache_dtype=fp8)")
+    halves = replaced(config, parallel_config=replaced(config.parallel_config, enable_dbo=True))  # which CPUs have not
+    with mock.patch.object(llm.llm_engine.input_processor, "vllm_config", halves):
+        refused(llm, "a batch runs in two halves, in other threads (dual-batch overlap)")
     on_gpus(config)
 
 

@@ -1,7 +1,8 @@
 """Scenario: vLLM's OpenAI server. Streams, answers at once, a cancelled stream, a killed client, wrong asks; and the example.
 
 `pooling`: the server of a model of embeddings. `another_version`: the server where the plug-in is for another version of vLLM.
-Both refuse every ask. `limits`: one request that asks at a time. `alibi`: a model that only the worker refuses.
+Both refuse every ask. `limits`: one request that asks at a time, and no edits. `alibi`: a model that only the worker refuses;
+`chunks`: one of which it refuses some layers; `faults`: it fails whenever a layer has numbers.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,17 +45,32 @@ runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__")
 """
 
 
-MORE = {"pooling": ["--runner", "pooling"], "limits": ["--vlattn-max-asks", "1"]}
+FAULTS = """
+from vlattn_vllm import worker
+def fail(*_): raise ZeroDivisionError("planted")
+worker.Step._read = fail
+"""
+MORE = {
+    "": ["--vlattn-edits"],
+    "pooling": ["--runner", "pooling"],
+    "limits": ["--vlattn-max-asks", "1"],
+    "chunks": ["--vlattn-edits", "--block-size", "32"],
+}
+CHUNKS = {"intermediate_size_mlp": 64, "num_local_experts": 2, "num_hidden_layers": 4, "head_dim": 32, "attention_chunk_size": 32}
+MODELS: dict[str, Any] = {"alibi": {"kind": "Bloom"}, "chunks": {"kind": "Llama4Text", "of": "Llama4ForCausalLM", **CHUNKS}}
 
 
 def main(kind: str = "") -> None:
-    folder = with_tokenizer(saved("Bloom" if kind == "alibi" else "Llama"))  # Qwen 2 has a class of tokenizers of its own
+    folder = with_tokenizer(saved(**MODELS.get(kind, {"kind": "Llama"})))  # Qwen 2 has a class of tokenizers of its own
     start = ["-c", ANOTHER_VERSION] if kind == "another_version" else ["-m", "vllm.entrypoints.openai.api_server"]
     command = [sys.executable, *start, "--model", folder, "--served-model-name", "tiny"]
     options = ["--port", str(PORT), "--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "8"]
     log = Path(folder, "server.log")
     with log.open("w") as file:
         variables = {**os.environ, "VLLM_LOG_STATS_INTERVAL": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+        if kind == "faults":  # in each of its processes
+            Path(folder, "sitecustomize.py").write_text(FAULTS)
+            variables["PYTHONPATH"] = folder
         command += [*options, *MORE.get(kind, ())]
         server = subprocess.Popen(command, env=variables, stdout=file, stderr=subprocess.STDOUT)
     try:
@@ -65,9 +82,12 @@ def main(kind: str = "") -> None:
         if kind == "alibi":
             alibi()
             return
+        if kind in ("chunks", "faults"):
+            {"chunks": chunked, "faults": failed}[kind]()
+            return
         if kind == "limits":
             limits()
-            line = "vlattn since the start: 2 asks, 2 refused, "
+            line = "vlattn since the start: 2 asks, 4 refused, "
             until(lambda: line in log.read_text(), f"a line of the log with {line!r}")
             return
         every_endpoint("has no place for 'vlattn'; ask at /v1/completions or /v1/chat/completions", ANSWERED)
@@ -111,11 +131,11 @@ def wait(server: subprocess.Popen[bytes]) -> None:
             time.sleep(1)
 
 
-def posted(path: str, **body: Any) -> Any:
-    body = {"model": "tiny", "temperature": 0, "ignore_eos": True, "max_tokens": 6, "return_token_ids": True, **body}
-    return urllib.request.urlopen(
-        urllib.request.Request(URL + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    )
+def posted(path: str, body: bytes = b"", **fields: Any) -> Any:
+    """The answer to a request with these fields, or with this body."""
+    usual = {"model": "tiny", "temperature": 0, "ignore_eos": True, "max_tokens": 6, "return_token_ids": True}
+    body = body or json.dumps({**usual, **fields}).encode()
+    return urllib.request.urlopen(urllib.request.Request(URL + path, body, {"Content-Type": "application/json"}))
 
 
 def answer(path: str, **body: Any) -> Any:
@@ -200,6 +220,13 @@ def collected(maps: Maps) -> None:
     cut = everything(steer=[va.Knockout(keys=(3, 5))], compact=True)
     (edited,) = collect(URL, [WORDS], out.with_name("edited"), cut, params={"max_tokens": 5, "temperature": 0})
     assert edited.attention.received[:, :, 3:5].abs().max() == 0 and edited.attention.received[:, :, :3].min() > 0
+    # 300 edits that add up to the same one
+    many = [{"keys": [3, 5], "heads": [number % 4], "layers": [number // 4 % 2], "weight": 0} for number in range(300)]
+    (choice,) = answer("/v1/completions", prompt=WORDS, max_tokens=5, vlattn=everything(steer=many))["choices"]
+    assert choice["token_ids"] == edited.tokens
+    torch.testing.assert_close(Attention.from_dict(choice["vlattn"]).mass, edited.attention.mass, rtol=1e-3, atol=1e-6)
+    sets = [{"keys": [number, number + 1], "weight": 2} for number in range(17)]
+    refused("/v1/completions", "at most 16 groups of keys", prompt=WORDS, vlattn={"steer": sets})
     try:
         collect(URL, some, out, {}, params=params)
     except ValueError as error:
@@ -226,6 +253,34 @@ def limits() -> None:
     stream.close()
     until_idle()
     assert answer("/v1/completions", prompt=WORDS, vlattn=ASK)["choices"][0]["vlattn"]
+    edits = {"steer": [{"keys": [0, 4], "weight": 0}]}
+    refused("/v1/completions", "this server allows no edits (it runs without --vlattn-edits)", prompt=WORDS, vlattn=edits)
+    messages = [{"role": "user", "content": WORDS}]
+    refused("/v1/chat/completions", "--vlattn-edits", messages=messages, vlattn=edits, stream=True)
+
+
+def chunked() -> None:
+    """A request that edits such a layer ends with the status 400; one that edits another layer does not; others see neither."""
+    edit = {"keys": [0, 4], "weight": 0}
+    (alone,) = answer("/v1/completions", prompt=WORDS)["choices"]
+    with ThreadPoolExecutor(3) as pool:
+        plain = pool.submit(answer, "/v1/completions", prompt=WORDS)
+        words = "model.layers.0.self_attn.attn, which attends within chunks"
+        ended = pool.submit(refused, "/v1/completions", words, prompt=WORDS, vlattn={"steer": [edit], "statistics": []})
+        some = {"layers": [3], "steer": [{**edit, "layers": [3]}]}
+        edited = pool.submit(answer, "/v1/completions", prompt=WORDS, vlattn=some)
+        ended.result()
+        assert plain.result()["choices"][0]["token_ids"] == alone["token_ids"]
+        assert len(edited.result()["choices"][0]["vlattn"]["mass"]) == 6
+    until_idle()
+
+
+def failed() -> None:
+    """Each ask ends with the status 400 and the error; the server goes on."""
+    for _ in range(2):
+        for stream in (False, True):
+            refused("/v1/completions", "vlattn_vllm failed (ZeroDivisionError: planted)", prompt=WORDS, vlattn=ASK, stream=stream)
+        assert len(answer("/v1/completions", prompt=WORDS)["choices"][0]["token_ids"]) == 6
 
 
 def alibi() -> None:
@@ -259,6 +314,9 @@ def every_endpoint(words: str, answered: tuple[str, ...]) -> None:
         for stream in (False, True):
             refused(path, words, vlattn={"statistics": ["median"]}, input=WORDS, prompt=WORDS, stream=stream)
         refused(path, words, sampling_params={"extra_args": {"vlattn": ASK}}, token_ids=[5, 6, 7])
+        written = json.dumps({"model": "tiny", "input": WORDS, "prompt": WORDS, "vlattn": ASK})
+        for body in (written.replace("vlattn", "vl\\u0061ttn").encode(), written.encode("utf-16")):
+            refused(path, words, body=body)
 
 
 def refusals() -> None:

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -28,7 +28,7 @@ from tests.helpers.tiny import engine, prompts, sampling, saved
 from vlattn_fast.benchmarks._records import append, check_path, device_name, provenance
 from vlattn_vllm import engine as core
 from vlattn_vllm import front, worker
-from vlattn_vllm.wrapping import WRAPPED, wrap
+from vlattn_vllm.wrapping import WRAPPED, harmless, wrap
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 BARE = "without the plug-in"
@@ -104,20 +104,22 @@ def added(requests: int) -> float:
     out = SimpleNamespace(reqs_to_abort=[])
 
     class Engine:
+        request_states: ClassVar[dict[str, Any]] = {}
+
         def method(self, *_: Any) -> Any:
             return out
 
     scheduled = SimpleNamespace(
         finished_req_ids=set(), scheduled_new_reqs=[], num_scheduled_tokens={str(number): 1 for number in range(requests)}
     )
-    outputs = [SimpleNamespace(kv_transfer_params=None) for _ in range(requests)]
+    outputs = [SimpleNamespace(request_id="", kv_transfer_params=None) for _ in range(requests)]
     parts = (  # what is put around, its arguments, and calls a step
-        (worker._execute_model, (scheduled,), 1),
-        (worker._dispatch, (), 1),
+        (harmless(worker._execute_model), (scheduled,), 1),
+        (harmless(worker._dispatch), (), 1),
         (worker._forward, (None,) * 6, LAYERS),
-        (worker._sample_tokens, (), 1),
-        (core._update_from_output, (scheduled, SimpleNamespace()), 1),
-        (front._process_outputs, (outputs,), 1),
+        (harmless(worker._sample_tokens), (), 1),
+        (harmless(core._update_from_output), (scheduled, SimpleNamespace()), 1),
+        (harmless(front._process_outputs), (outputs,), 1),
         (front._new_completion_output, (), requests),
     )
     total, calls = 0.0, 2000

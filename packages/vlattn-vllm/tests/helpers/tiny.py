@@ -25,13 +25,13 @@ SIZES = {
 SPANS = {"begin": [[0, 3]], "rest": [[3, 5], [6, None]]}  # token 5 has no group
 
 
-def saved(kind: str = "Qwen2", **options: Any) -> str:
-    """A folder with a random model, whose attention is far from even."""
+def saved(kind: str = "Qwen2", of: str = "", **options: Any) -> str:
+    """A folder with a random model, whose attention is far from even. of: its class, if its name is not the configuration's."""
     import transformers
 
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**{**SIZES, **options})
-    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    model = getattr(transformers, of or f"{kind}ForCausalLM")(config)
     for name, weight in model.named_parameters():
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             weight.data.mul_(6)
