@@ -109,6 +109,12 @@ def test_heads_that_share_keys(n: int, dtype: torch.dtype) -> None:
         )
 
 
+def test_parts_of_the_keys_of_few_queries() -> None:
+    """From 4,096 keys on each 2,048 are a part (few_rows.h), of the groups and masks of its own keys."""
+    inputs, masks = attention(1, 6144, 7), {"attn_mask": torch.randn(6144), "key_mask": torch.rand(1, 6144) < 0.9}
+    check("score_attention", inputs, return_lse=True, **grouped(1, 1, 6144, 7), **masks)
+
+
 @pytest.mark.parametrize("n, m", [(20, 40), (2, 900), (60, 900)])
 def test_a_float64_mask_keeps_its_digits_beside_a_bias(n: int, m: int) -> None:
     """An offset of the row, which the bias takes back for a group, and a group that hides the mask's largest values."""

@@ -147,12 +147,12 @@ def test_of_tokens_with_nan_the_first_is_chosen(first: int, second: int, backend
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_a_query_token_reaches_the_gradient_of_what_it_chose_alone(value: float, dtype: torch.dtype, backend: str) -> None:
     """One number of one token is not finite: so is one number of the gradient of each document."""
-    inputs = as_dtype(tensors(m=70), dtype)
+    inputs, weight = as_dtype(tensors(m=70), dtype), torch.rand(3, 4) + 0.5
     real = torch.ones(3, 7, dtype=torch.bool)
     real[1, 2] = False
-    without = outputs_and_grads(partial(va.maxsim, query_mask=real, backend=backend), inputs)["grad documents"]
+    without = outputs_and_grads(partial(va.maxsim, query_mask=real, backend=backend), inputs, [weight])["grad documents"]
     inputs["queries"][1, 2, 3] = value
-    got = outputs_and_grads(partial(va.maxsim, backend=backend), inputs)["grad documents"]
+    got = outputs_and_grads(partial(va.maxsim, backend=backend), inputs, [weight])["grad documents"]
     reached = ~got.isfinite()
     assert (reached.sum((1, 2)) == 1).all() and reached[..., 3].any(1).all()
     others = ~reached.any(-1)
