@@ -89,6 +89,27 @@ def test_maps_of_layers_and_heads(per: str) -> None:
     assert float(maps.relevancy["language"][0][..., :3].min()) > 0
 
 
+@pytest.mark.parametrize("method", ["gradient", "attention", "rollout"])
+def test_edits_within_edits_add_up(method: str) -> None:
+    """The outer ones are in the weights of a copy."""
+    model, inputs = llama()
+    explained = {"method": method, "target": 7}
+    scaled = va.ScaleHeads({1: [0, 3]}, 0.25)
+    cut = [va.Residual(1, (2, 5), scale=0.5), va.Knockout(queries="last", keys=(0, 3), layers=2)]
+    changed = without_heads(model, "model.layers.1.self_attn.o_proj", [0, 3], 0.25)
+    with va.intervene(changed, inputs, cut):
+        expected, logits = va.explain(changed, inputs, **explained), changed(**inputs).logits.detach()
+    with va.intervene(model, inputs, scaled):
+        outer = model(**inputs).logits.detach()
+        with va.intervene(model, inputs, cut):
+            torch.testing.assert_close(model(**inputs).logits.detach(), logits, rtol=0, atol=1e-9)
+            edited = va.explain(model, inputs, **explained)
+        assert torch.equal(model(**inputs).logits, outer)
+    torch.testing.assert_close(edited.relevancy["language"], expected.relevancy["language"], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(edited.scores, expected.scores, rtol=0, atol=1e-10)
+    assert float((logits - outer).abs().max()) > 1e-3
+
+
 def test_an_answer_of_the_edited_model() -> None:
     """The answer's tokens stand behind those of the context's inputs."""
     model, inputs = made("llava")

@@ -142,6 +142,36 @@ def test_beams_are_patched_with_the_outputs_of_their_prompt() -> None:
     torch.testing.assert_close(patched.sequences_scores, expected.sequences_scores)
 
 
+def test_a_prompt_may_run_in_parts() -> None:
+    """`prefill_chunk_size` runs the prompt part by part: groups count on from the cache, as in a run on the whole prompt."""
+    model, inputs = llama()
+    model.generation_config.eos_token_id = None
+    inputs["attention_mask"][1, :3] = 0
+    other = {**inputs, "input_ids": inputs["input_ids"].flip(1)}
+    run, states = va.record_heads(model, other, layers=0), va.record_states(model, other, layers=1)
+    edits = [
+        va.Knockout(queries=(2, 7), keys=[(1, 3), (4, 5)], layers=2),
+        va.Steer(queries="last", keys=(3, 6), weight=3.0),
+        va.Steer(keys="last", weight=0.3, layers=1),
+        va.Patch(run, {0: [1]}, queries=(3, 8)),
+        va.Residual(1, (2, 6), set=states),
+        va.Mlp(2, "last", scale=0.5),
+    ]
+    chosen: Any = {"max_new_tokens": NEW, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    with torch.no_grad(), va.intervene(model, inputs, edits):
+        whole = torch.stack(model.generate(**inputs, **chosen).logits)
+        for further in ({}, {"cache_implementation": "static"}, {"num_beams": 2}):
+            parts = model.generate(**inputs, **chosen, **further, prefill_chunk_size=4)
+            if "num_beams" in further:
+                assert torch.equal(parts.sequences, model.generate(**inputs, **chosen, **further).sequences)
+            else:
+                torch.testing.assert_close(torch.stack(parts.logits), whole, rtol=0, atol=1e-5)
+        for ids in (other["input_ids"], inputs["input_ids"][:, :5]):  # parts of other inputs have no groups
+            with pytest.raises(ValueError, match="must run on the 9 tokens .* part by part with a cache, .*; got [46]"):
+                model.generate(ids, max_new_tokens=6, do_sample=False, prefill_chunk_size=4)
+    assert not torch.allclose(torch.stack(model.generate(**inputs, **chosen).logits), whole, atol=1e-2)
+
+
 def test_last_among_the_keys_is_the_row_that_runs() -> None:
     """Its own key is cut in each step, and no earlier one."""
     model, inputs = decoder("LlamaForCausalLM")

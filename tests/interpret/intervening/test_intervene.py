@@ -165,14 +165,18 @@ def test_a_patch_puts_the_outputs_of_another_run_in(family: str) -> None:
     assert not torch.allclose(actual, output(family, model, inputs), atol=1e-3)
 
 
-def test_means_of_a_data_set_are_those_of_its_tokens() -> None:
+def test_means_of_a_data_set_are_those_of_its_tokens_and_one_item_is_a_run() -> None:
     model, inputs, _ = model_of("llama")
     inputs["attention_mask"][1, 6:] = 0
     rows = [{name: value[row : row + 1] for name, value in inputs.items()} for row in range(2)]
     record, whole = va.record_heads(model, rows), va.record_heads(model, inputs)
     assert record.outputs is None and record.count == whole.count == 15
+    one = va.record_heads(model, [inputs])
+    assert one.outputs is not None and whole.outputs is not None and one.count == 15
     for layer, means in whole.means.items():
         torch.testing.assert_close(record.means[layer], means, **CLOSE)
+        torch.testing.assert_close(one.means[layer], means, **CLOSE)
+        assert torch.equal(one.outputs[layer], whole.outputs[layer])
 
 
 def test_a_record_of_an_encoder_decoder_needs_no_decoder_tokens() -> None:
@@ -305,7 +309,7 @@ def test_a_context_that_is_entered_within_itself() -> None:
     before, context = state(model), va.intervene(model, inputs, va.Knockout(keys=(0, 2)))
     with context:
         expected = model(**inputs).logits
-        with pytest.raises(ValueError, match="model must not be inside of va.intervene"):
+        with pytest.raises(ValueError, match="va.intervene must be entered where it was made"):
             context.__enter__()
         assert torch.equal(model(**inputs).logits, expected)
     assert state(model) == before and RUNNING.get() is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -138,14 +139,19 @@ def test_runs_within_runs() -> None:
     expected = model(**inputs).logits
     with va.intervene(model, inputs, cut):
         for call in (
-            lambda: va.intervene(model, inputs, cut),
+            lambda: va.intervene(other, inputs, cut),
             lambda: va.explain(other, inputs),
             lambda: va.explain(model, inputs, method="input_gradient"),  # which sees no attention
             lambda: va.attribute_edges(other, inputs, ["text", "last"]),
         ):
             with pytest.raises(ValueError, match="must not be inside of va.intervene when another run observes"):
                 call()
+        inside = va.intervene(model, inputs, cut)
     waiting = va.intervene(model, inputs, cut)
+    for context in (inside, waiting):  # each in the other's place
+        around = va.intervene(model, inputs, va.ScaleHeads({0: 0}, 0.5)) if context is waiting else contextlib.nullcontext()
+        with around, pytest.raises(ValueError, match="va.intervene must be entered where it was made"):
+            context.__enter__()
     # The second would run the model, and so this hook, before its context is entered.
     for call in (waiting.__enter__, lambda: va.intervene(model, inputs, cut)):
         hook = model.model.layers[1].register_forward_hook(lambda *_, call=call: call())

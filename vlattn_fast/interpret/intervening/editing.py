@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from vlattn_fast.attach.observer import Observer
 from vlattn_fast.attach.session import Steps, uncompiled
 from vlattn_fast.attach.written import is_masked_score
 from vlattn_fast.backends.inputs import ScoreAttentionInputs
+from vlattn_fast.interpret.intervening.edits import Edit
 from vlattn_fast.interpret.intervening.plans import CallPlan, Plans
 from vlattn_fast.interpret.intervening.state_places import StatePlace
 from vlattn_fast.interpret.intervening.state_plans import StatePlan
@@ -48,12 +49,18 @@ class EditedCalls(Subscriber):
     """Edits the attention calls of a model by `plans`.
 
     A model that generates runs on one new token after the other: its queries are the last of the tokens so far, which its cache
-    counts.
+    counts. It may run on its inputs part by part, too.
+
+    Args:
+        given: the edits of `intervene` that the plans have; None = the plans are those of another function.
+        around: the edits around it in the same thread, which `given` has, too; it can only be entered there.
     """
 
     edits = True
 
-    def __init__(self, plans: Plans) -> None:
+    def __init__(self, plans: Plans, given: Sequence[Edit] | None = None, around: EditedCalls | None = None) -> None:
+        self.given, self._around = given, around
+        self._ids = plans.traced.arguments.get("input_ids")
         self.model, self._parts, self._plans = plans.traced.model, plans.traced.roots, plans.finished()
         self._of_modules: dict[nn.Module, list[CallPlan]] = {}  # each module's calls in their order
         for plan in self._plans:
@@ -76,6 +83,7 @@ class EditedCalls(Subscriber):
         self._attending: list[_Attending] = []
         self._mask: tuple[Tensor, Tensor] | None = None  # a float mask and what `_with_zeros` made of it
         self._cached: dict[TracedTower, int | None] = {}  # tokens in the cache; None = there is no cache
+        self._is_part = False  # the model runs on a part of its inputs, after those in its cache
 
     def observer(self) -> Observer:
         return Observer(self.model, [self], parts=self._parts)
@@ -85,19 +93,28 @@ class EditedCalls(Subscriber):
         return ExplainedEdits(self)
 
     def before_run(self) -> None:
-        edits_of(None)
+        running = RUNNING.get()
+        if self.given is None:
+            edits_of(None)
+        elif (None if running is None else running.edits) is not self._around:
+            raise ValueError(
+                "va.intervene must be entered where it was made, inside of the same other va.intervene or of none; got another "
+                "place. Make it there, or put all edits into one"
+            )
         check_not_explained()
         self.count_anew()
 
     def count_anew(self) -> Callable[[], None]:
         """Begins a run of the model; returns a function that continues the run that is under way, if any."""
-        before = self._numbers, self._state_runs, self._entry_runs, self._sizes, self._attending, self._cached
+        before = self._numbers, self._state_runs, self._entry_runs, self._sizes
+        call_before = self._attending, self._cached, self._is_part
 
         def go_on() -> None:
-            self._numbers, self._state_runs, self._entry_runs, self._sizes, self._attending, self._cached = before
+            self._numbers, self._state_runs, self._entry_runs, self._sizes = before
+            self._attending, self._cached, self._is_part = call_before
 
         self._begin_pass()
-        self._attending, self._cached = [], {}
+        self._attending, self._cached, self._is_part = [], {}, False
         return go_on
 
     def _begin_pass(self) -> None:
@@ -142,7 +159,7 @@ class EditedCalls(Subscriber):
                         "got a run without this layer. Set the layer drop to 0, or call model.eval()"
                     )
                 total = sizes[1] + (self._cached[tower] or 0)
-                _check_whole(tower, total)
+                self._check_whole(tower, total)
                 change = functools.partial(plan.changed, start=total - sizes[1], total=total)
                 output = plan.place.replaced(output, sizes, change)
         return output
@@ -161,10 +178,12 @@ class EditedCalls(Subscriber):
             self._attending.append(_Attending(run.module))
 
     def takes_arguments(self, module: nn.Module) -> bool:
-        return module in self._firsts or self.begins_tower(module)
+        return module is self.model or module in self._firsts or self.begins_tower(module)
 
     def on_arguments(self, run: ModuleRun, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert run.module is not None
+        if run.module is self.model:
+            self._is_part = self._takes_part(kwargs.get("input_ids", args[0] if args else None), _cached(kwargs.values()))
         self.enter_tower(run.module, (*args, *kwargs.values()))
         for tower, number in self._firsts.get(run.module, ()):
             if self._numbers[run.module] == number:  # a model that runs its layers again has filled its cache meanwhile
@@ -318,8 +337,23 @@ class EditedCalls(Subscriber):
             total = keys - (plan.call.keys - len(columns))
         else:
             total = (count if plan.call.crosses else max(count, keys)) if cached is None else cached + count
-        _check_whole(tower, total)
+        self._check_whole(tower, total)
         return total - count, total
+
+    def _takes_part(self, ids: Any, cached: int | None) -> bool:
+        """Whether a run on `ids` takes the next tokens of the inputs, but not the last one, after those in its cache."""
+        if cached is None or not isinstance(ids, Tensor) or not isinstance(self._ids, Tensor) or len(ids) % len(self._ids):
+            return False
+        part = self._ids[:, cached : cached + ids.shape[1]].repeat_interleave(len(ids) // len(self._ids), 0)
+        return cached + ids.shape[1] < self._ids.shape[1] and torch.equal(ids, part.to(ids))
+
+    def _check_whole(self, tower: TracedTower, total: int) -> None:
+        """ValueError for fewer tokens than the inputs have, unless they are the first ones of these."""
+        if total < tower.shape[1] and not (self._is_part and self._cached.get(tower) is not None):
+            raise ValueError(
+                f"model must run on the {tower.shape[1]} tokens of tower '{tower.name}' of va.intervene's inputs at once, or "
+                f"part by part with a cache, as by prefill_chunk_size, and then on tokens after them; got {total}"
+            )
 
 
 class ExplainedEdits(Subscriber):
@@ -399,15 +433,6 @@ def token_groups(
     return plan.queries.of(start, queries, total, batch, device), key_groups
 
 
-def _check_whole(tower: TracedTower, total: int) -> None:
-    """ValueError for fewer tokens than the inputs have."""
-    if total < tower.shape[1]:
-        raise ValueError(
-            f"model must run on the {tower.shape[1]} tokens of tower '{tower.name}' of va.intervene's inputs at once, "
-            f"and then on tokens after them; got {total}"
-        )
-
-
 def _groups(plan: CallPlan, queries: Tensor, keys: int, start: int, total: int) -> dict[str, Any]:
     """The groups and the bias of queries (B, H, N, *) with so many keys."""
     with torch.inference_mode(False):  # other runs, with gradients, use the same tensors
@@ -447,7 +472,7 @@ def with_heads(plan: CallPlan, output: Tensor, start: int) -> Tensor:
     return output if plan.through is None else plan.through(output)
 
 
-def _cached(arguments: Sequence[Any]) -> int | None:
+def _cached(arguments: Iterable[Any]) -> int | None:
     """How many tokens a cache among a module's arguments has; None without one."""
     for argument in arguments:
         count = getattr(argument, "get_seq_length", None)

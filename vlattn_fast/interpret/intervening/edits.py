@@ -166,7 +166,7 @@ class Patch(HeadEdit):
             raise TypeError(f"other_run must be a result of va.record_heads; got {describe(self.other_run)}")
         if self.other_run.outputs is None:
             raise ValueError(
-                "other_run must be of one run, va.record_heads(model, inputs); got that of a data set, which has only means"
+                "other_run must be of one run, va.record_heads(model, inputs); got that of several, which has only means"
             )
         object.__setattr__(self, "heads", check_heads(self.heads))
         check_group("queries", self.queries)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vlattn_fast._ground.checks import check_choice, check_items, describe
 from vlattn_fast._ground.extras import with_progress
+from vlattn_fast.attach.events import edits_of, plain
 from vlattn_fast.attach.observer import Observer
 from vlattn_fast.attach.session import at_rest, unwrapped
 from vlattn_fast.interpret.intervening.editing import EditedCalls, check_not_explained
@@ -44,9 +45,10 @@ def intervene(model: nn.Module, inputs: Mapping[str, Any], edits: Edit | Sequenc
     `inputs`; other inputs of the same sizes have the same groups. Tokens that the model generates after them belong to "answer"
     and "text", and the newest one is "last". Beams and several sequences per prompt are copies of their prompt.
 
-    `explain` inside of the context explains the edited model, with methods that use attention. Call backward() inside of the
-    context, too, if the model checkpoints gradients. The model may be in train or eval mode; compiled parts run as plain Python.
-    Other threads are not affected, but must not explain, train or run the model meanwhile.
+    An `intervene` inside of another one adds its edits to those around it. `explain` inside of the context explains the edited
+    model, with methods that use attention. Call backward() inside of the context, too, if the model checkpoints gradients. The
+    model may be in train or eval mode; compiled parts run as plain Python. Other threads are not affected, but must not explain,
+    train or run the model meanwhile.
 
     Args:
         model: a model that `explain` supports, including its wrappers.
@@ -57,7 +59,7 @@ def intervene(model: nn.Module, inputs: Mapping[str, Any], edits: Edit | Sequenc
         TypeError, ValueError: no edit, or an unknown layer, head or tower; a group that is empty, or has another length than the
             tokens; a group that several towers have; heads that are patched and scaled; a model whose attention is not supported,
             or is in windows if edges are edited; a layer whose states are not found, or have another size than the values; an
-            intervene inside of another one, or inside of `explain`.
+            intervene inside of `explain`, or entered inside of another one in which it was not made.
             In the context: inputs of other sizes, or another run that uses attention, such as `attribute_edges`, or `explain` of
             another model.
     """
@@ -67,8 +69,13 @@ def intervene(model: nn.Module, inputs: Mapping[str, Any], edits: Edit | Sequenc
     if not edits:
         raise ValueError("edits must have at least one; got none")
     check_not_explained()
-    with torch.inference_mode(False):  # the context may train
-        return EditedCalls(Plans(trace_model(model, inputs, map(tower_of, edits)), edits)).observer()
+    around = edits_of(unwrapped(model))
+    if around is not None and around.given is None:
+        edits_of(None)  # another function edits the model, such as attribute_edges
+    edits = [*(() if around is None else around.given), *edits]
+    with torch.inference_mode(False), plain():  # the context may train; it is found without the edits around it
+        plans = Plans(trace_model(model, inputs, map(tower_of, edits)), edits)
+        return EditedCalls(plans, edits, around).observer()
 
 
 def record_heads(
@@ -106,8 +113,8 @@ def record_heads(
     """
     chosen = check_numbers("layers", layers)
     check_tower(tower)
-    record, means, count = _recorded(inputs, lambda one: _heads_of_run(model, one, chosen, tower))
-    return record if means is None else replace(record, means=means, outputs=None, count=count)
+    record, runs = _recorded(inputs, lambda one: _heads_of_run(model, one, chosen, tower))
+    return record if runs == 1 else replace(record, outputs=None)
 
 
 def record_states(
@@ -151,20 +158,20 @@ def record_states(
     check_choice("of", of, KINDS)
     chosen = check_numbers("layers", layers)
     check_tower_name(tower)
-    record, means, count = _recorded(inputs, lambda one: _states_of_run(model, one, chosen, of, tower))
-    return record if means is None else replace(record, means=means, states=None, count=count)
+    record, _ = _recorded(inputs, lambda one: _states_of_run(model, one, chosen, of, tower))
+    return record if isinstance(inputs, Mapping) else replace(record, states=None)
 
 
 R = TypeVar("R", HeadRecord, StateRecord)
 
 
-def _recorded(inputs: Any, of_one: Callable[[Mapping[str, Any]], R]) -> tuple[R, dict[int, Tensor] | None, int]:
-    """The record of one run; for a data set that of its last item, with the means and the number of tokens of all items."""
+def _recorded(inputs: Any, of_one: Callable[[Mapping[str, Any]], R]) -> tuple[R, int]:
+    """The record of the last run, with the means and the number of tokens of all runs, and how many there were."""
     if isinstance(inputs, Mapping):
-        return of_one(inputs), None, 0
+        return of_one(inputs), 1
     check_items("inputs", inputs, "a mapping of the model's keyword arguments, or several")
     sums: dict[int, Tensor] = {}
-    count, record = 0, None
+    runs, count, record = 0, 0, None
     for one in with_progress(inputs, "recording"):
         if not isinstance(one, Mapping):
             raise TypeError(f"inputs must be mappings of the model's keyword arguments; got {describe(one)}")
@@ -172,10 +179,10 @@ def _recorded(inputs: Any, of_one: Callable[[Mapping[str, Any]], R]) -> tuple[R,
         for layer, means in record.means.items():
             part = means.double() * record.count
             sums[layer] = sums[layer] + part if layer in sums else part
-        count += record.count
+        runs, count = runs + 1, count + record.count
     if record is None:
         raise ValueError("inputs must have at least one item; got an empty data set")
-    return record, {layer: total / count for layer, total in sums.items()}, count
+    return replace(record, means={layer: total / count for layer, total in sums.items()}, count=count), runs
 
 
 def _states_of_run(

@@ -15,7 +15,7 @@ class HeadRecord:
     Args:
         tower: the tower of the queries, and that of the keys, by their names.
         means: layer -> (H, Dv), over all real tokens of all samples.
-        outputs: layer -> (B, H, N, Dv) of one run; None for a data set.
+        outputs: layer -> (B, H, N, Dv) of one run; None for a data set of several items.
         count: the number of tokens in the means.
         model: the class of the model. Edits of a model of another class raise a ValueError.
     """
