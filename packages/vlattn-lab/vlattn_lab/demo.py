@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from vlattn_lab.uniter import log_odds
 SEED = 1  # draws the scenes
 SCENES = 200
 LAYERS = 2  # of CLIP, whose costs are compared
+ALL_LAYERS = "6.9 to 8.1 times as long in benchmarks/results/cpu.json"  # the published procedure, on 24 layers
 BACKEND = "cpu" if native.library.exists else "streaming"  # of the explanations
 VARIANTS = ("plain forward+backward", BACKEND, "maps stored, one backward", "published")
 
@@ -45,12 +49,13 @@ def check() -> bool:
     print(f"Checks: outputs and gradients of the {BACKEND} backend against the formula in float64.")
     print("Error as a multiple of what is allowed: root mean square twice that of the formula in the same dtype, plus one ulp,")
     print("and the largest error four times the formula's largest, plus two ulps.\n")
-    print(f"{'operator':25}{'dtype':10}{'checks':>6}{'worst':>7}")
     results = list(verify((BACKEND,), (torch.float32,)))
+    width = max(len(result.operator) for result in results) + 2
+    print(f"{'operator':{width}}{'dtype':10}{'checks':>6}{'worst':>7}")
     for result in results:
         dtype = str(result.dtype).removeprefix("torch.")
         verdict = "passed" if result.passed else f"FAILED at {result.worst}"
-        print(f"{result.operator:25}{dtype:10}{result.checks:6}{result.ratio:7.2f}  {verdict}")
+        print(f"{result.operator:{width}}{dtype:10}{result.checks:6}{result.ratio:7.2f}  {verdict}")
     good = sum(result.passed for result in results)
     print(f"\n{good} of {len(results)} passed. `vlattn verify` checks other dtypes and backends, too.\n", flush=True)
     return good == len(results)
@@ -77,6 +82,18 @@ def picture(out: Path) -> None:
     print(flush=True)
 
 
+@contextmanager
+def _noted() -> Iterator[None]:
+    """Prints what `explain` warns of below the table, once each."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for text in dict.fromkeys(str(warning.message) for warning in said):
+        print(f"Note: {text}")
+    print(flush=True)
+
+
+@_noted()
 def region_pointing() -> None:
     model, _ = lab.load_uniter()
     scenes = lab.digit_scenes(SCENES, seed=SEED)
@@ -87,9 +104,10 @@ def region_pointing() -> None:
         assert regions is not None  # UNITER has regions
         hit = scenes.named.gather(1, regions.topk(2).indices).double()
         print(f"{method:12}{hit[:, 0].mean():22.1%}{hit.prod(1).mean():24.1%}")
-    print(f"{'chance':12}{1 / 2:22.1%}{1 / 6:24.1%}\n", flush=True)
+    print(f"{'chance':12}{1 / 2:22.1%}{1 / 6:24.1%}")
 
 
+@_noted()
 def answers() -> None:
     print("The same of questions: how often the digit with the largest part of the map is the one that it is about.\n")
     heads = {"answer": "what is left of a six", "there": "is there a three", "is": "is a three left of a six", "word": "words"}
@@ -98,7 +116,7 @@ def answers() -> None:
         shares = pointing.question_pointing(method, count=SCENES, seed=SEED)
         shares |= pointing.word_pointing(method, count=SCENES, seed=SEED)
         print(f"{method:12}" + "".join(f"{shares[name]:26.1%}" for name in heads))
-    print(f"{'chance':12}" + "".join(f"{pointing.CHANCE[name]:26.1%}" for name in heads) + "\n", flush=True)
+    print(f"{'chance':12}" + "".join(f"{pointing.CHANCE[name]:26.1%}" for name in heads))
 
 
 def compare() -> None:
@@ -118,7 +136,10 @@ def compare() -> None:
     seconds = {record["variant"]: record.get("p50_us", 0.0) for record in records}
     if seconds[BACKEND] and seconds["published"]:
         times = seconds["published"] / seconds[BACKEND]
-        print(f"\nThe published procedure takes {times:.1f} times as long as vlattn_fast ({BACKEND}).", flush=True)
+        print(f"\nThe published procedure takes {times:.1f} times as long as vlattn_fast ({BACKEND}). Of all 24 layers it takes")
+        print(
+            f"{ALL_LAYERS}, since it takes a gradient for each layer; `vlattn bench task_explain_clip` measures it.", flush=True
+        )
 
 
 def _cost(record: dict[str, Any], bare: dict[str, Any]) -> str:
