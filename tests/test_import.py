@@ -81,6 +81,7 @@ FIRST_USE = """
 import inspect, sys
 import vlattn_fast as va
 packages = {"interpret", "models", "nn"}
+assert dir(va.scores) == sorted(va.scores.__all__)
 assert packages <= set(dir(va)) == {*va._PACKAGES, *va.__all__, "__version__"}, set(dir(va)) - set(va.__all__)
 for name in ("explain", "evaluate", "probe", "prompt_maps", "explain_dataset", "load_explanations"):
     function = getattr(va, name)

@@ -41,6 +41,11 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    """Returns the public names."""
+    return sorted(__all__)
+
+
 def scores_in_folder() -> dict[str, type[Score]]:
     """Returns the score functions by their names: each class with a name in a file of this folder."""
     by_name: dict[str, type[Score]] = {}

@@ -46,6 +46,15 @@ def scores(panes: list[dict[str, Any]]) -> list[list[float]]:
     return [[choice["score"] for choice in pane["choices"]] for pane in panes]
 
 
+def test_groups_are_those_that_the_tower_has() -> None:
+    model, inputs = made("llava")
+    names = ["image", "question", "last", "special"]
+    found, named = (va.widget(model, inputs, *groups, generate=0).page["models"] for groups in ((), (names,)))
+    assert found == named
+    vit, pixels = made("vit")
+    assert list(va.attribute_edges(vit, pixels).groups) == ["image", "special"]
+
+
 def test_a_click_changes_the_answer_and_the_map() -> None:
     model, inputs = made("llava")
     widget = va.widget(model, inputs, GROUPS, image=PHOTOS, methods=["gradient", "rollout"], generate=3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 
 import vlattn_fast as va
 from tests.helpers.interpret.edited_maps import llama, made
@@ -43,6 +44,15 @@ def test_answers_and_single_samples_are_joined() -> None:
     assert frame["probability"].tolist() == both.probability.flatten().tolist()
     axes = both.plot().axes[0]
     assert axes.get_lines()[0].get_ydata() == pytest.approx((100 * both.change.mean(0)).tolist())
+
+
+def test_a_window_is_a_quarter_of_the_layers() -> None:
+    config = transformers.LlamaConfig(
+        hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=9, vocab_size=9
+    )
+    model, inputs = transformers.LlamaForCausalLM(config).eval(), {"input_ids": torch.tensor([[1, 2, 3, 4]])}
+    default, two = (va.information_flow(model, [(inputs, None)], keys=(0, 2), **how) for how in ({}, {"window": 2}))
+    assert default.window == 2 and torch.equal(default.probability, two.probability)
 
 
 def test_a_probability_that_is_nan_is_refused() -> None:

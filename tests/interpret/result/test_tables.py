@@ -57,6 +57,12 @@ def test_top_of_other_towers():
     assert {(e.tower, e.part, e.value) for e in through.top(1)} == {("vision", "patch", 0.0), ("language", "patch", 2.0)}
 
 
+def test_top_of_several_towers_is_in_one_order():
+    two = Explanation({"text": torch.tensor([[0.0, 0.3, 0.1]]), "vision": torch.tensor([[0.2, 0.0, torch.nan]])})
+    found = [round(entry.value, 3) for entry in two.top(3)]
+    assert found[:5] == [0.3, 0.2, 0.1, 0.0, 0.0] and found[5] != found[5]
+
+
 def test_top_refuses():
     assert made().top(0) == []
     with pytest.raises(ValueError, match="k must be at least 0; got -1"):

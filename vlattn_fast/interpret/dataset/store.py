@@ -6,8 +6,8 @@ either.
 
     settings.json           the options that decide the results
     shards/R-N.safetensors  the N-th shard of rank R: tensors "<item>/<key>", and in the header the metadata of each item
-    shards/R-N.jsonl        its lines: {"item", "id", "image", "digest" of the input}; of an input that failed with "text" and "error"
-                            in place of the digest; then {"seal"}
+    shards/R-N.jsonl        its lines: {"item", "id", "image", "digest" of the input}, and of one that failed {"text", "error"} too,
+                            without a digest; then {"seal"}
     failures.jsonl          the inputs that failed, written when a run ends
 """
 
@@ -115,9 +115,7 @@ def check_settings(directory: Path, settings: Mapping[str, Any], digests: Sequen
     for line in (line for shard in shards if shard.fault is None for line in shard.lines if "error" not in line):
         if [line.get("digest")] != (digests or [])[line["item"] : line["item"] + 1]:
             same = f"number {line['item']} is still {line['id']!r}, unchanged"
-            raise ValueError(
-                f"dataset must be one whose input {same}, since {directory} explains it; got another. Change out"
-            )
+            raise ValueError(f"dataset must be one whose input {same}, since {directory} explains it; got another. Change out")
 
 
 Line = dict[str, Any]  # of an item, in a shard's lines

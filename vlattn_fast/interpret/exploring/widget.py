@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def widget(
     models: nn.Module | Mapping[str, nn.Module],
     inputs: Mapping[str, Any],
-    groups: Mapping[str, TokenGroup] | Sequence[str],
+    groups: Mapping[str, TokenGroup] | Sequence[str] | None = None,
     *,
     image: Any = None,
     methods: str | Method | Sequence[str | Method] = "gradient",

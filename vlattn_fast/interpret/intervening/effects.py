@@ -26,7 +26,7 @@ Sets = dict[str, TokenSet]
 def attribute_edges(
     model: nn.Module,
     inputs: Mapping[str, Any],
-    groups: Mapping[str, TokenGroup] | Sequence[str],
+    groups: Mapping[str, TokenGroup] | Sequence[str] | None = None,
     *,
     target: Any = None,
     answer: Any = None,
@@ -58,7 +58,8 @@ def attribute_edges(
         inputs: the model's keyword arguments.
         groups: names that `Knockout` knows, such as ["image", "question", "last"]; or {name: tokens}, with tokens as for
             `Knockout`. The table has each token once: a token with several names belongs to "answer", "last" or "special", in
-            this order; other groups must not overlap.
+            this order; other groups must not overlap. None = each of "image", "question", "answer", "last" and "special" that
+            has tokens, in the tower with the most of these.
         target: as in `explain`: the score is a logit, or the result of a callable.
         answer: as in `explain`, instead of a target: the score is the sum of `of` over its tokens.
         processor: as in `explain`.
@@ -73,14 +74,14 @@ def attribute_edges(
         TypeError, ValueError: an argument is invalid; a group that is empty, or that several towers have; groups that overlap; a
             score that does not depend on the attention, or is NaN; and what `explain` and `intervene` raise.
     """
-    named = checked_groups(groups)
+    named = None if groups is None else checked_groups(groups)
     check_tower(tower)
     question = {"target": target, "answer": answer, "of": of, "tower": tower, "processor": processor}
     with torch.inference_mode(False), torch.enable_grad():
         notes = KeepsCalls()
         asked = Asked.check(model, inputs, **question, notes=notes)
         plans = Plans(asked.traced)
-        pair, named, queries, keys = plans.with_groups(named, tower)
+        pair, named, queries, keys = plans.with_groups(plans.named_groups(tower) if named is None else named, tower)
         chosen = plans.layers([pair], None)
         for plan in chosen:
             check_edges(plan)

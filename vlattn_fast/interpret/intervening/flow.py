@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +80,7 @@ def information_flow(
     model: nn.Module,
     dataset: Iterable[tuple[Mapping[str, Any], Any]],
     *,
-    window: int,
+    window: int | None = None,
     queries: TokenGroup | None = "last",
     keys: TokenGroup | None = "image",
     heads: Numbers = None,
@@ -109,7 +109,7 @@ def information_flow(
         queries, keys, heads, tower: as in `Knockout`; the edge is keys -> queries. Tokens of both groups belong to one of them,
             as in `attribute_edges`.
         window: the number of layers that are cut together: for layer l those from l - (window - 1) // 2 to l + window // 2, if
-            they exist.
+            they exist. None = a quarter of the layers with this attention: one layer hands on what another one does not.
         target: for samples without an answer, as in `explain`: None = the token or class that the unedited model chooses. A
             callable returns (B,) numbers that replace the probability.
         processor: as in `explain`.
@@ -119,7 +119,7 @@ def information_flow(
         TypeError, ValueError: an argument is invalid; an item that is not a pair; no sample; samples that go through different
             layers; a dual encoder, whose similarities are not probabilities; and what `intervene` and `explain` raise.
     """
-    for name, value in (("window", window), ("batch_size", batch_size)):
+    for name, value in (("window", 1 if window is None else window), ("batch_size", batch_size)):
         check_integer(name, value, low=1)
     cut = Knockout(queries=queries, keys=keys, heads=heads, tower=tower)
     check_items("dataset", dataset, "(inputs, answer) for each sample or batch")
@@ -138,7 +138,12 @@ def information_flow(
     if len(layers) > 1:
         raise ValueError(f"dataset must have samples that go through the same layers; got {sorted(layers)}")
     label = f"{_in_words(keys)} -> {_in_words(queries)}"
-    return FlowCurve(torch.cat(bases), torch.cat(curves), layers.pop(), window, label)
+    numbers = layers.pop()
+    return FlowCurve(torch.cat(bases), torch.cat(curves), numbers, _size(window, numbers), label)
+
+
+def _size(window: int | None, layers: Sequence[int]) -> int:
+    return max(1, round(len(layers) / 4)) if window is None else window
 
 
 def _in_words(group: Any) -> str:
@@ -163,7 +168,7 @@ def _apart(plans: Plans, cut: Knockout) -> dict[Pair, tuple[TokenSet, TokenSet]]
 
 
 @torch.no_grad()
-def _of_one(asked: Asked, cut: Knockout, window: int, batch_size: int) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+def _of_one(asked: Asked, cut: Knockout, window: int | None, batch_size: int) -> tuple[Tensor, Tensor, tuple[int, ...]]:
     """The probabilities (B,) and (B, L) of one batch, and the numbers of the layers."""
     outputs = asked.run(Plans(asked.traced))
     scores, chosen = asked.scores(outputs)
@@ -172,13 +177,13 @@ def _of_one(asked: Asked, cut: Knockout, window: int, batch_size: int) -> tuple[
     plans = Plans(asked.traced)
     by_pair = _apart(plans, cut)
     layers = sorted({plan.call.layer for plan in plans.layers(by_pair, None)})
-    parts = []
+    size, parts = _size(window, layers), []
     for first in with_progress(range(0, len(layers), batch_size), "cutting windows", leave=False):
         middles = torch.tensor(layers[first : first + batch_size])
         plans, copies = Plans(asked.traced), len(middles)
         sets = {pair: (repeated_set(q, copies), repeated_set(k, copies)) for pair, (q, k) in by_pair.items()}
         for plan in plans.layers(by_pair, None):
-            is_cut = (middles - (window - 1) // 2 <= plan.call.layer) & (plan.call.layer <= middles + window // 2)
+            is_cut = (middles - (size - 1) // 2 <= plan.call.layer) & (plan.call.layer <= middles + size // 2)
             bias = torch.zeros(copies, plan.call.tower.shape[0], plan.call.heads)
             for copy in is_cut.nonzero()[:, 0].tolist():
                 bias[copy, :, heads_of(plan.call, cut.heads)] = -torch.inf  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ from vlattn_fast.interpret.intervening.grouping import Groups
 from vlattn_fast.interpret.intervening.records import HeadRecord, StateRecord
 from vlattn_fast.interpret.intervening.state_places import StatePlace, StatePlaces, find_states
 from vlattn_fast.interpret.intervening.state_plans import Change, StatePlan, change_of, chosen_places, entry_of
-from vlattn_fast.interpret.intervening.token_sets import TokenSet, disjoint, token_set
+from vlattn_fast.interpret.intervening.token_sets import PARTS, TokenSet, disjoint, token_set
 from vlattn_fast.interpret.intervening.traced_model import ModelCall, TowerName, TracedModel, TracedTower
 
 Pair = tuple[TracedTower, TracedTower]  # of the queries and of the keys
@@ -178,6 +178,19 @@ class Plans:
         (pair,) = self._of_groups(groups, tower)
         apart = disjoint(groups, pair)
         return Grouped(pair, apart, *self._of_groups(apart, tower)[pair])
+
+    def named_groups(self, tower: TowerName) -> dict[str, str]:
+        """The names of which a tower has tokens; None = the tower that has the most of them. ValueError if none has one."""
+
+        def has(name: str, of: TracedTower) -> bool:
+            found = token_set("groups", name, of)
+            return isinstance(found, TokenSet) and bool(found.mask.any())
+
+        pairs = [pair for pair in self.pairs(tower) if pair[0] is pair[1] or isinstance(tower, tuple)]
+        named = [{name: name for name in PARTS if any(has(name, of) for of in pair)} for pair in pairs]
+        if not any(named):
+            raise ValueError("groups must be given for a tower whose kinds of tokens are not known; got None")
+        return max(named, key=len)
 
     def _of_groups(self, groups: Mapping[str, Any], tower: TowerName) -> dict[Pair, tuple[dict[str, TokenSet], ...]]:
         chosen: dict[Pair, tuple[dict[str, TokenSet], ...]] = {}

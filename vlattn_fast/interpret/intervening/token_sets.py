@@ -17,6 +17,7 @@ from vlattn_fast.interpret.adapters.tokens import Patches, TextPatches, Tokens
 from vlattn_fast.interpret.intervening.traced_model import TracedTower
 
 NAMES = ("image", "text", "question", "answer", "last", "special")
+PARTS = tuple(name for name in NAMES if name != "text")  # a text is a question and an answer
 _ONE_IMAGE = re.compile(r"image:(\d+)$")
 _LESS = " - "  # "question - last": the tokens of one name without those of another
 _KEEP = ("answer", "last", "special")  # in a table a token with several names belongs to the first of these

@@ -199,8 +199,8 @@ class Explanation(Explained):
     def top(self, k: int = 5) -> list[Entry]:
         """Returns the `k` largest entries of each tower, per sample and per token of an answer, largest first.
 
-        The entries are a tower's patches, words or regions if these are known, else all its tokens. You can compare entries of
-        one tower, but not entries of different towers.
+        The entries are a tower's patches, words or regions if these are known, else all its tokens. Towers have scales of their
+        own.
 
         Examples:
             >>> explanation = Explanation({"text": torch.tensor([[0.0, 0.3, 0.5]])})

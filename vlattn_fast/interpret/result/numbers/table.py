@@ -118,7 +118,7 @@ def largest(explanation: Explained, k: int) -> list[Entry]:
             word = None if part.words is None else part.words[position]
             place = None if part.image is None else (part.image, *divmod(position, part.width))
             entries.append(Entry(sample, answer, tower, part.kind, position, place, word, float(values[i])))
-    return entries
+    return sorted(entries, key=lambda e: (e.sample, e.answer or 0, math.isnan(e.value), -e.value))
 
 
 def to_frame(explanation: Explained) -> pd.DataFrame:
