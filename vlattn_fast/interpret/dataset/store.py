@@ -6,8 +6,8 @@ either.
 
     settings.json           the options that decide the results
     shards/R-N.safetensors  the N-th shard of rank R: tensors "<item>/<key>", and in the header the metadata of each item
-    shards/R-N.jsonl        its lines: {"item", "id", "image", "digest" of the input}, and of one that failed {"text", "error"} too,
-                            without a digest; then {"seal"}
+    shards/R-N.jsonl        its lines: {"item", "id", "image", "digest" of the input}, and with {"text", "error"} instead of the
+                            digest for an input that failed; then {"seal"}
     failures.jsonl          the inputs that failed, written when a run ends
 """
 
