@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -59,6 +60,15 @@ def check(example: Example, backend: str, products: tuple[str, ...] = tuple(PROD
 @each("title", streaming=TITLES, reference=TITLES, cpu=OF_CPU)
 def test_every_call(backend: str, title: str) -> None:
     check(every_call(title, 4), backend)
+
+
+@each("title", streaming=("relevancy_step", "attention_map"), cpu=("relevancy_step", "attention_map"))
+def test_of_a_log_sum_exp_with_a_gradient(backend: str, title: str) -> None:
+    """It is a variable of its own in each product with a derivative by it: queries and keys have no gradient through it."""
+    example = every_call(title, 4)
+    lse = va.score_attention(*(example.tensors[name] for name in ("query", "key", "value")), return_lse=True)[1]
+    products = ("forward", "forward_over_reverse", "reverse_over_forward", "reverse_over_reverse", "each_alone")
+    check(replace(example, tensors={**example.tensors, "lse": lse}), backend, products)
 
 
 @on("triton")

@@ -77,6 +77,12 @@ def reverse_over_reverse(f: Function, x: Tensors, u: Tensors) -> Any:
     return grad(lambda *y: sum((g * t).sum() for g, t in zip(f.gradient(*y), u, strict=True)), numbers)(*x)
 
 
+def each_alone(f: Function, x: Tensors, u: Tensors) -> Any:
+    """The derivatives of each gradient by itself: what is left out where others are None shows here."""
+    numbers = tuple(n for n, name in enumerate(f.example.tensors) if "carrier" not in name)
+    return [grad(lambda *y, n=n: (f.gradient(*y)[n] * u[n]).sum(), numbers)(*x) for n in range(len(x))]
+
+
 def dual_level(f: Function, x: Tensors, u: Tensors) -> Any:
     """Without functorch; the backward pass comes after the level."""
     leaves = [y.clone().requires_grad_() for y in x]
@@ -115,6 +121,7 @@ PRODUCTS: dict[str, Callable[[Function, Tensors, Tensors], Any]] = {
         forward_over_reverse,
         reverse_over_forward,
         reverse_over_reverse,
+        each_alone,
         dual_level,
         jacobian,
         hessian,

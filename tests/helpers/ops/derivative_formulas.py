@@ -128,9 +128,12 @@ def abar_of_heads(
     grad_output: Tensor | None = None,
     rule: str = "gradient",
     enable_gqa: bool = False,
+    lse: Tensor | None = None,
     **o: Any,
 ) -> Tensor:
-    prob, _ = attention(query, key, **o)
+    """lse: a log-sum-exp that is a variable of its own."""
+    prob, computed = attention(query, key, **o)
+    prob = prob if lse is None else prob * torch.exp(computed - lse)[..., None]
     if rule == "attention":
         return prob
     return F.relu(prob * (grad_output @ heads_as(without_padding(value, o.get("key_mask")), query).mT))
@@ -147,7 +150,7 @@ def attention_map(*, rule: str = "attention", row_normalize: bool = False, head_
     return (normalised(reduced, row_normalize),)
 
 
-def relevancy_step(relevancy: Tensor, *, row_normalize: bool = False, lse: Any = None, **x: Any) -> Outputs:
+def relevancy_step(relevancy: Tensor, *, row_normalize: bool = False, **x: Any) -> Outputs:
     return (relevancy @ normalised(abar_of_heads(**x).mean(1), row_normalize),)
 
 
