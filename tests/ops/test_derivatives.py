@@ -91,7 +91,6 @@ OPTIONS_OF_CPU = [title for title, example in OPTIONS.items() if example.operato
 
 
 @each("title", streaming=OPTIONS, cpu=OPTIONS_OF_CPU)
-@pytest.mark.slow
 def test_options(backend: str, title: str) -> None:
     check(OPTIONS[title], backend, ("forward", "forward_over_reverse", "reverse_over_forward", "batched"))
 
