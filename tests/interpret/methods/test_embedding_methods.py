@@ -255,6 +255,135 @@ def test_an_encoder_decoder_without_an_adapter():
         torch.testing.assert_close(got.relevancy["decoder_input_ids"][:, token], (said * of_said).sum(-1).detach())
 
 
+TRANSLATES = ["MarianMTModel", "BartForConditionalGeneration"]
+FURTHER = [
+    *("BigBirdPegasus", "Blenderbot", "BlenderbotSmall", "M2M100", "MBart", "Mvp", "PLBart", "Pegasus"),
+    *("LED", "ProphetNet", "T5"),
+]
+
+
+@pytest.mark.parametrize("copies", [False, True], ids=["translates", "copies"])
+@pytest.mark.parametrize(
+    "name", [*TRANSLATES, *(pytest.param(f"{kind}ForConditionalGeneration", marks=pytest.mark.slow) for kind in FURTHER)]
+)
+def test_only_words_are_words(name, copies):
+    """A table of positions is an nn.Embedding, too. It may take the ids themselves, only their shape, or numbers that equal ids;
+    and a decoder may begin with the very ids of its encoder."""
+    torch.manual_seed(0)
+    config = transformers.LEDConfig(**LED) if name.startswith("LED") else None
+    model = getattr(transformers, name)(config) if config else small_model(getattr(transformers, name))
+    model = lively(model).eval().double()
+    ids = torch.tensor([[0, 1, 2, 3, 4, 5], [9, 8, 7, 6, 5, 4]]) + 2
+    inputs = {"input_ids": ids, "decoder_input_ids": ids if copies else ids[:, 2:]}
+    words = [model.get_input_embeddings()(part).detach() for part in inputs.values()]
+    last = lambda outputs: outputs.logits[:, -1, 7]  # noqa: E731
+
+    def score(read, said):
+        return last(model(inputs_embeds=read, decoder_inputs_embeds=said, use_cache=False))
+
+    def products(scale):
+        scaled = [(part * scale).requires_grad_() for part in words]
+        grads = torch.autograd.grad(score(*scaled).sum(), scaled)
+        return [(part * grad).sum(-1) for part, grad in zip(words, grads, strict=True)]
+
+    drops = [torch.zeros(part.shape, dtype=torch.float64) for part in inputs.values()]
+    with torch.no_grad():
+        for number, part in enumerate(words):
+            for token in range(part.shape[1]):
+                cut = [part.index_fill(1, torch.tensor(token), 0.0) if other is part else other for other in words]
+                drops[number][:, token] = score(*words) - score(*cut)
+    plain, steps = products(1.0), [products(scale) for scale in (0.25, 0.75)]
+    expected = {
+        va.methods.InputGradient(freeze=()): plain,
+        va.methods.SmoothGrad(1, noise=0.0): plain,
+        va.methods.IntegratedGradients(2): [(first + second) / 2 for first, second in zip(*steps, strict=True)],
+        va.methods.Occlusion(): drops,
+    }
+    for method, rows in expected.items():
+        got = explain(model, inputs, target=last, method=method).relevancy
+        assert set(got) == set(inputs)
+        for part, row in zip(inputs, rows, strict=True):
+            close(got[part], row)
+
+
+LED = dict(vocab_size=60, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=24, decoder_ffn_dim=24) | dict(
+    encoder_attention_heads=2, decoder_attention_heads=2, attention_window=4, max_encoder_position_embeddings=32
+)
+
+
+@pytest.mark.parametrize("kind", ["Bart", "RoFormer", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("MBart", "T5"))])
+def test_every_use_of_a_word_counts(kind):
+    """Classifiers that are encoder-decoders shift the ids themselves into the decoder: the gradient at a row of the table is that
+    of all its uses."""
+    torch.manual_seed(0)
+    model = lively(small_model(getattr(transformers, f"{kind}ForSequenceClassification"))).eval().double()
+    ids = torch.tensor([[10, 11, 12, 13, 14, model.config.eos_token_id or 15]])
+    got = explain(model, {"input_ids": ids}, target=1, method=va.methods.InputGradient(freeze=()))
+    table = model.get_input_embeddings().weight
+    (grad,) = torch.autograd.grad(model(input_ids=ids).logits[0, 1], table)
+    close(got.relevancy["input_ids"][:, :5], (table * grad).sum(-1)[ids[:, :5]].detach())
+
+
+class Rearranged(nn.Module):
+    """Looks words up in two halves, the second one backwards and after padding, one of them as another word."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.places, self.head = nn.Embedding(60, 6), nn.Embedding(60, 6), nn.Linear(6, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        first, second = ids.chunk(2, 1)
+        second = nn.functional.pad(second.flip(1), (1, 0), value=1).contiguous()
+        second[:, -1] = 5
+        states = torch.cat([self.words(first.t()).transpose(0, 1), self.words(second)], 1)
+        places = self.places(torch.arange(states.shape[1]).expand(len(ids), -1))
+        return self.head((states + places).tanh() * torch.arange(1, states.shape[1] + 1)[:, None]).sum(1)
+
+
+def test_words_that_a_model_rearranges():
+    """Padding is no word, and neither is what the model puts in a word's place: here the first of the second half."""
+    model = Rearranged().double()
+    ids = torch.tensor([[0, 1, 2, 3, 4, 5], [9, 8, 7, 6, 5, 4]])
+    got = explain(model, {"ids": ids}, target=1, method="input_gradient").relevancy["ids"]
+    words = model.words(ids).detach().requires_grad_()
+    padding, instead = (model.words(torch.full((2, 1), word)) for word in (1, 5))
+    states = torch.cat([words[:, :3], padding, words[:, 4:].flip(1), instead], 1) + model.places(torch.arange(7))
+    logits = model.head(states.tanh() * torch.arange(1, 8)[:, None]).sum(1)
+    (grad,) = torch.autograd.grad(logits[:, 1].sum(), words)
+    close(got, (words * grad).sum(-1).detach())
+    assert (got[:, 3] == 0).all()
+
+
+class Hears(nn.Module):
+    """Convolves features (B, C, N), or (B, N, C) after a transposition."""
+
+    def __init__(self, transposes: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.transposes, self.convolution, self.head = transposes, nn.Conv1d(4, 6, 3, 2, 1), nn.Linear(6, 3)
+
+    def forward(self, sound: Tensor) -> Tensor:
+        sound = (sound - 0.1) / 2
+        sound = nn.functional.pad(sound.transpose(1, 2).contiguous() if self.transposes else sound, (1, 1))
+        return self.head(self.convolution(sound).tanh().sum(2))
+
+
+@pytest.mark.parametrize("count", [4, 7])  # as many tokens as features, or others
+@pytest.mark.parametrize("transposes", [False, True], ids=["(B, C, N)", "(B, N, C)"])
+def test_tokens_of_sound_lie_along_its_convolution(transposes, count):
+    model, features = Hears(transposes).double(), 2 if transposes else 1
+    sound = torch.randn(2, count, 4) if transposes else torch.randn(2, 4, count)
+    x = sound.double().requires_grad_()
+    (grad,) = torch.autograd.grad(model(x)[:, 1].sum(), x)
+    got = explain(model, {"sound": x.detach()}, target=1, method="input_gradient").relevancy["sound"]
+    close(got, (x * grad).sum(features).detach())
+    drops = explain(model, {"sound": x.detach()}, target=1, method="occlusion").relevancy["sound"]
+    for token in range(count):
+        cut = x.detach().index_fill(3 - features, torch.tensor(token), 0.0)
+        torch.testing.assert_close(drops[:, token], (model(x) - model(cut))[:, 1].detach())
+
+
 def test_a_module_in_which_the_gradient_ends_is_named():
     class Cut(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:

@@ -2,22 +2,25 @@
 
 The embeddings of a tower with an entry are the input (B, N, C) of the first of its layers that runs. A model without an adapter
 has a tower for each input, with the input's name: the embeddings of ids, the pixels of images (B, C, H, W), features (B, N, C),
-other numbers one by one.
+or (B, C, N) if the model convolves them over N, other numbers one by one. Ids are followed from the input to where they are
+looked up: a table of positions is looked up with other numbers, which may be equal.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from vlattn_fast._ground.attachments import add_hook, add_pre_hook
+from vlattn_fast._ground.attachments import add_hook, add_pre_hook, new_mark
 from vlattn_fast._ground.tensors import compute_dtype
-from vlattn_fast.attach.events import Subscriber, edits_of
+from vlattn_fast.attach.events import ModuleRun, Subscriber, edits_of
 from vlattn_fast.attach.observer import Observer
 from vlattn_fast.attach.session import Steps
 from vlattn_fast.interpret.adapters.adapter import Adapter
@@ -25,6 +28,13 @@ from vlattn_fast.interpret.adapters.image_grids import square_patches
 from vlattn_fast.interpret.adapters.pixels import Shape
 from vlattn_fast.interpret.relevancy.method import Link, Method
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace, note_lost_gradient
+from vlattn_fast.interpret.relevancy.tracking.token_numbers import LAYOUTS, LOST, NONE, name_of
+
+# Functions that models call on ids before they look them up, and that leave each in its position.
+_ELEMENTWISE = {
+    *"clone contiguous detach to type type_as long int cpu cuda".split(),
+    *"clamp clip add radd sub mul remainder masked_fill where".split(),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +76,9 @@ class EmbeddingTrace(Subscriber):
         self.calls: list[Link] = []  # none is traced
         self.without_gradient: list[str] = []  # the innermost modules in which a gradient ends
         self._names = {module: path for path, module in model.named_modules()}
-        self._ids: dict[str, Tensor] = {}  # the inputs that hold integers, where no adapter names towers
+        self._ids: dict[str, tuple[int, ...]] = {}  # the inputs that hold integers, where no adapter names towers: their shapes
+        self._dims: dict[str, int | None] = {}  # of the features of each input, as an earlier run found them
+        self._mark = new_mark("input")  # of a tensor: the input that it is from, and which entry of it each position holds
         # Attention is frozen at its calls of torch's and this package's functions.
         is_frozen = method.frozen is not None and method.frozen.attention
         self._observer = Observer(model, [self], parts=[model] if is_frozen else [])
@@ -92,6 +104,7 @@ class EmbeddingTrace(Subscriber):
 
     def before_run(self) -> None:
         edits_of(None)
+        self._dims = {tower.name: parts[0].dim for tower, parts in self.method.cached.items()}
         self.method.cached.clear()  # of an earlier step
 
     def begins(self, observer: Observer) -> Steps:
@@ -99,9 +112,6 @@ class EmbeddingTrace(Subscriber):
             hook = observer.hook(functools.partial(self._enter_layer, tower))
             for layer in (layer for layers in tower.calls.lists for layer in self.model.get_submodule(layers).children()):
                 yield add_pre_hook(layer, hook, with_kwargs=True)  # the first that runs
-        for module in () if self.adapter.towers else self.model.modules():
-            if isinstance(module, nn.Embedding):
-                yield add_hook(module, observer.hook(self._at_ids))
         for module in self._names:
             yield add_hook(module, observer.hook(self._at_output))
 
@@ -111,9 +121,13 @@ class EmbeddingTrace(Subscriber):
         for name, value in () if self.adapter.towers else arguments.items():
             if isinstance(value, Tensor) and value.ndim > 1 and not name.endswith("mask"):
                 if value.is_floating_point():
-                    prepared[name] = self._enter_input(name, value, {3: 2, 4: 1}.get(value.ndim))
+                    prepared[name] = self._enter_input(name, value, self._dims.get(name, {3: 2, 4: 1}.get(value.ndim)))
                 else:
-                    self._ids[name] = value
+                    self._ids[name] = tuple(value.shape)
+                    prepared[name] = value.detach()  # one tensor may be several inputs
+                if value.ndim == 3 or name in self._ids:
+                    numbers = torch.arange(value.numel(), device=value.device).view(value.shape)
+                    setattr(prepared[name], self._mark, (name, numbers))
         return prepared
 
     # --- embeddings ---
@@ -132,17 +146,74 @@ class EmbeddingTrace(Subscriber):
             return (*args[:number], passed, *args[number + 1 :]), kwargs
         return args, {**kwargs, number: passed}
 
-    def _at_ids(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        for name, ids in self._ids.items():
-            if args and args[0].numel() == ids.numel() and bool((args[0].flatten() == ids.flatten().to(args[0].device)).all()):
-                return self._enter_input(name, output.reshape(*ids.shape, -1), -1).reshape(output.shape)
-        return None
+    def on_call(self, run: ModuleRun, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Follows inputs of a model without an adapter to the function that embeds them."""
+        several = func in (torch.where, Tensor.__setitem__)
+        source = next((x for x in (args if several else (*args, kwargs.get("input"))[:1]) if hasattr(x, self._mark)), None)
+        if source is None:
+            return NotImplemented
+        of, numbers = getattr(source, self._mark)
+        if func is functional.conv1d:
+            self._note_convolution(of, numbers)
+        result = func(*args, **kwargs)
+        if func is functional.embedding:
+            return self._looked_up(of, numbers, result)
+        into = args[0] if func is Tensor.__setitem__ else result
+        try:
+            moved = self._numbers_after(func, args, kwargs, source, into)
+        except LOST:  # a form of the function that does not take numbers
+            moved = None
+        for part, part_numbers in zip(into, moved, strict=True) if isinstance(moved, (tuple, list)) else [(into, moved)]:
+            if part_numbers is not None:
+                setattr(part, self._mark, (of, part_numbers))
+            elif part is source:
+                delattr(part, self._mark)
+        return result
+
+    def _numbers_after(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], source: Tensor, result: Any) -> Any:
+        """The numbers of the result of a function; None = it does not hold the input any more."""
+        (of, numbers), name = getattr(source, self._mark), name_of(func)
+        numbers = numbers.to(source.device)
+        if func is Tensor.__setitem__:
+            base, index, value = args
+            after = numbers.clone() if base is source else torch.full(base.shape, NONE, device=base.device)
+            owner, written = getattr(value, self._mark, (None, None))
+            after[index] = written if owner == of else NONE
+            return after
+        if name == "pad":
+            return func(numbers, *args[1:3], **{"value": NONE} | {x: kwargs[x] for x in ("pad", "mode") if x in kwargs})
+        if name in LAYOUTS:
+            kwargs = {x: numbers if value is source else value for x, value in kwargs.items()}
+            return func(*(numbers if value is source else value for value in args), **kwargs)
+        stays = name in _ELEMENTWISE or (source.is_floating_point() and name != "zeros")
+        return numbers if stays and isinstance(result, Tensor) and result.shape == source.shape else None
+
+    def _looked_up(self, name: str, numbers: Tensor, output: Tensor) -> Tensor:
+        """The embeddings of ids that are looked up, maybe in another order or some of them only, after they have entered."""
+        if not (name in self._ids and output.is_floating_point()):
+            return output
+        shape, at = self._ids[name], numbers.to(output.device).flatten()
+        flat, is_token = output.reshape(len(at), output.shape[-1]), at != NONE
+        values = flat.new_zeros(prod(shape), flat.shape[1]).index_copy(0, at[is_token], flat[is_token])
+        passed = self._enter_input(name, values.view(*shape, -1), -1).reshape(values.shape)
+        if not len(values):
+            return output
+        return torch.where(is_token[:, None], passed[at.clamp(min=0)], flat).view(output.shape)
+
+    def _note_convolution(self, name: str, numbers: Tensor) -> None:
+        """Notes along which dimension of features a convolution goes: their tokens lie along it."""
+        places = numbers.flatten(0, -2)[0]  # of one channel
+        tower = next(tower for tower in self.towers if tower.name == name)
+        columns = places[places != NONE] % self.method.cached[tower][0].values.shape[2]
+        if len(columns.unique()) > 1:
+            parts = self.method.cached[tower] = [replace(part, dim=1) for part in self.method.cached[tower]]
+            tower.size = parts[0].values.shape[2]
 
     def _enter_input(self, name: str, values: Tensor, dim: int | None) -> Tensor:
         tower = next((tower for tower in self.towers if tower.name == name), None)
         if tower is None:
             tower = TowerTrace(None, self.model, keeps=False)
-            tower.name, tower.grid = name, (values.shape[2], values.shape[3]) if dim == 1 else None
+            tower.name, tower.grid = name, (values.shape[2], values.shape[3]) if values.ndim == 4 and dim == 1 else None
             self.towers.append(tower)
         return self._enter(tower, name, values, dim)
 
