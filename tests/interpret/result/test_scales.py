@@ -34,7 +34,8 @@ def test_a_nearly_even_map_is_drawn_nearly_even(photo):
     drawn = next(axis.images[-1] for axis in figure.axes if axis.images and axis.images[-1].get_array().shape == (3, 4))
     assert drawn.get_clim() == pytest.approx((0, 0.0966))
     if photo is not None:
-        assert drawn.get_alpha().min() > 0.8
+        alpha = drawn.get_alpha()
+        assert 0.4 < alpha.min() == pytest.approx(alpha.max(), rel=0.1) and alpha.max() < 0.5  # the photo stays visible
         shown = np.asarray(explanation.overlay(photo)).astype(int)
         assert np.abs(shown - shown[0, 0]).max() < 40  # of 255
     (bar,) = bars(figure)
@@ -51,8 +52,9 @@ def test_a_map_with_numbers_below_zero_has_a_scale_of_two_sides():
     np.testing.assert_allclose(colors[1], colors[2], atol=0.05)
     over = explanation.plot(PHOTO, samples=[0])
     alpha = next(axis.images[1] for axis in over.axes if len(axis.images) == 2).get_alpha()
-    near_zero = 0.85 * (1.5 * float(SIGNED[0, 1, 0]) / 2) ** 1.5
-    np.testing.assert_allclose(alpha.ravel()[[0, 4, 11]], [0.85 * 0.75**1.5, near_zero, 0.85], rtol=1e-4)
+    most = 0.85 * (1 - float(SIGNED[0].abs().flatten().sort()[0][1]) / 4)  # nine tenths are larger
+    near_zero = most * (1.5 * float(SIGNED[0, 1, 0]) / 2) ** 1.5
+    np.testing.assert_allclose(alpha.ravel()[[0, 4, 11]], [most * 0.75**1.5, near_zero, most], rtol=1e-4)
     shown = np.asarray(explanation.overlay(PHOTO)).astype(int)
     assert shown[3, 5, 2] > shown[3, 5, 0] and shown[27, 35, 0] > shown[27, 35, 2]
 

@@ -93,8 +93,9 @@ function explore(model, el) {
     }
     const views = compared(i, (each) => each.views[""]).filter((each) => each.figures.length);
     const [low, high] = rangeOf(views, parts.clip.checked);
+    const opacity = opacityFor(view.figures, page, low, high, parts.opacity.value);
     view.figures.forEach((figure, number) => {
-      paint(pane.canvases[number], figure, page, low, high, parts.opacity.value, parts.patches.checked);
+      paint(pane.canvases[number], figure, page, low, high, opacity, parts.patches.checked);
       pane.canvases[number].setAttribute("aria-label", `Map of ${page.panes[i].name} for ${one.label}`);
     });
     pane.range.textContent = view.figures.length ? `${rangeText(view, low, high)}, in colours from ${format(low)} to ${format(high)}.` : "";

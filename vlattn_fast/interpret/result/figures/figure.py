@@ -22,7 +22,16 @@ from vlattn_fast.interpret.result.figures.figure_parts import (
 )
 from vlattn_fast.interpret.result.figures.panel_names import panel_names
 from vlattn_fast.interpret.result.figures.photos import each_once, read_boxes, read_images
-from vlattn_fast.interpret.result.figures.scale import check_scale, colors, for_scale, joint, scale_of, shares, strengths
+from vlattn_fast.interpret.result.figures.scale import (
+    check_scale,
+    colors,
+    evenness,
+    for_scale,
+    joint,
+    scale_of,
+    shares,
+    strengths,
+)
 from vlattn_fast.interpret.result.numbers.choices import (
     WHOLE,
     Array,
@@ -142,6 +151,12 @@ class Painter:
         """The ends of the scale that some maps have."""
         return scale_of(*(patch.values for patch in patches), scale=self.scale) if self.shared is None else self.shared
 
+    def fitted(self, patches: Sequence[Patch]) -> tuple[Painter, float, float]:
+        """A painter for some maps, which leaves the image visible where they are nearly even, and the ends of their scale."""
+        low, high = self.range(patches)
+        even = evenness(low, high, *(patch.values for patch in patches))
+        return replace(self, alpha=self.alpha * (1 - even / 2)), low, high
+
     def panels(self, choice: Choice) -> list[list[Patch]]:
         return panels(choice.patches, self.images, self.crops)
 
@@ -207,7 +222,7 @@ class Painter:
         `outlined`: with a frame around a map of a part of the image."""
         from PIL import Image
 
-        (low, high), image = self.range(patches), self.image([*patches])
+        (painter, low, high), image = self.fitted(patches), self.image([*patches])
         if image is None:
             tall = self.shape([*patches])
             width, height = (max(1, round(side * part / max(1, tall))) for part in (1, tall))
@@ -222,7 +237,7 @@ class Painter:
             size = max(1, right - left), max(1, bottom - top)
             large = np.asarray(Image.fromarray(share.astype(np.float32)).resize(size, smooth)).clip(0, 1)
             colored = for_scale(self.cmap, low)(large)
-            colored[..., 3] = self.opacity(large, low)
+            colored[..., 3] = painter.opacity(large, low)
             layer = Image.new("RGBA", shown.size)
             layer.paste(Image.fromarray(np.rint(255 * colored).astype(np.uint8)), (left, top))
             shown = Image.alpha_composite(shown, layer)
@@ -315,7 +330,7 @@ def _draw_panels(
     part: Any, axes: Sequence[Any], cells: Sequence[tuple[str | None, list[Patch]]], choice: Choice, painter: Painter
 ) -> None:
     """Draws the maps of a choice and their photos, with one scale."""
-    low, high = painter.range(choice.patches)
+    painter, low, high = painter.fitted(choice.patches)
     for axis, (name, patches) in zip(axes, cells, strict=True):
         if name is None:
             painter.photo(axis, patches)
@@ -376,15 +391,15 @@ def _draw_maps(part: Any, sample: Sample, painter: Painter, lines: int) -> None:
     if painter.images is not None:
         painter.photo(next(free), painter.panels(sample.choices[0])[0])
     for choice in sample.choices:
-        low, high = painter.range(choice.patches)
+        fitted, low, high = painter.fitted(choice.patches)
         for name, patches in painter.named(choice):
             axis = next(free)
-            drawn = painter.overlay(axis, patches, low, high)
+            drawn = fitted.overlay(axis, patches, low, high)
             probability = "" if choice.score is None else f"p {exp(choice.score):.2g}"
             label = f"{choice.label} ({name})" if name else choice.label
             set_title(axis.set_title("", fontsize=9), label, probability, _SMALL)
             if high > low:
-                draw_bar(part, drawn.norm, painter.shades(low), [axis], location="bottom", of=choice.patches)
+                draw_bar(part, drawn.norm, fitted.shades(low), [axis], location="bottom", of=choice.patches)
 
 
 def _draw_sheet(part: Any, named: list[tuple[str, list[Patch]]], painter: Painter, with_photo: bool = False) -> None:

@@ -232,8 +232,8 @@ class Multiples:
             for place, painter, choice in zip(places, painters, choices, strict=True):
                 if isinstance(place, str):
                     notes[place] = _note(painter, choice)
-                    low, high = painter.range(choice.patches)
-                    bars |= {place: Bar(low, high, painter.shades(low), choice.patches)} if high > low else {}
+                    fitted, low, high = painter.fitted(choice.patches)
+                    bars |= {place: Bar(low, high, fitted.shades(low), choice.patches)} if high > low else {}
             tiles = [
                 _tile(painter, choice, side, outlined=bool(notes)) for painter, choice in zip(painters, choices, strict=True)
             ]

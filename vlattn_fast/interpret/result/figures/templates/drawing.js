@@ -43,6 +43,13 @@ function shadesOf(data, bare, low, opacity) {
   return palette.map((color, i) => [...color, most * (bare ? 1 : Math.min(1, 1.5 * strength(i)) ** 1.5)]);
 }
 
+/* An opacity for figures on a scale from low to high: less if nine tenths of their maps are strong, so that the photo stays visible. */
+function opacityFor(figures, data, low, high, opacity) {
+  const values = figures.flatMap((figure) => figure.maps.flatMap((map) => map.cells.filter((cell) => cell !== null).map((cell) => map.low + (cell / data.steps) * (map.high - map.low))));
+  const end = Math.max(high, -low), strengths = values.map((value) => Math.min(1, Math.abs(value) / end)).sort((one, other) => one - other);
+  return end > 0 && strengths.length ? opacity * (1 - strengths[Math.floor(0.1 * (strengths.length - 1))] / 2) : opacity;
+}
+
 /* A figure with its photo and its name, if it has them, and a canvas for its maps. */
 function frame(holder, figure, data) {
   const image = data.images[figure.image], [rows, columns] = figure.maps[0].size;

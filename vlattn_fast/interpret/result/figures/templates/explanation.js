@@ -16,6 +16,7 @@ function range(choice) {
 
 function showFigure(choice) {
   const view = viewOf(choice), [low, high] = range(choice), any = view.figures.length > 0;
+  const opacity = opacityFor(view.figures, data, low, high, element("opacity").value);
   const holder = element("figures"), layout = JSON.stringify(view.figures.map((f) => [f.image, f.maps.map((m) => m.size)]));
   if (holder.dataset.layout !== layout) {
     holder.replaceChildren();
@@ -28,7 +29,7 @@ function showFigure(choice) {
   }
   [...holder.querySelectorAll("canvas")].forEach((canvas, i) => {
     canvas.setAttribute("aria-label", `Relevancy of the image to ${choice.label}, strongest at the ${strongest([view.figures[i]]).place}`);
-    paint(canvas, view.figures[i], data, low, high, element("opacity").value, element("patches").checked);
+    paint(canvas, view.figures[i], data, low, high, opacity, element("patches").checked);
   });
   const patches = view.figures.some((figure) => figure.maps.some((map) => map.cells.length > 1));
   element("stage").hidden = !any;
@@ -36,7 +37,7 @@ function showFigure(choice) {
   element("opaque").hidden = !any || data.images.length === 0;
   element("grid").hidden = !patches || data.images.length === 0;
   document.querySelector("main").classList.toggle("wordsonly", !any);
-  const shades = shadesOf(data, data.images.length === 0, low, element("opacity").value).map(([r, g, b, alpha]) => `rgb(${r} ${g} ${b} / ${alpha / 255})`);
+  const shades = shadesOf(data, data.images.length === 0, low, opacity).map(([r, g, b, alpha]) => `rgb(${r} ${g} ${b} / ${alpha / 255})`);
   element("bar").style.background = `linear-gradient(to right, ${shades.join(", ")})`;
   element("low").textContent = any ? format(low) : "";
   element("high").textContent = any ? format(high) : "";
