@@ -65,6 +65,9 @@ def test_gallery(run):
     assert "Five &lt;pictures&gt;" in page and "3 of 3 explanations, 2 failures" in page and "score" in page
     assert re.search(r"<td>2</td><td>image must be .*</td><td>3.png, 4.png</td>", page)
     assert page.count("<figure>") == 3 and "http" not in page.replace("http-equiv", "")
+    scales = re.findall(r'class="scale"><span>0</span><i style="background: linear.*?"></i><span>(.*?)</span>', page)
+    largest = [float(explanations.mean_map().max()), *(float(one.image.max()) for one in explanations)]
+    assert [float(end) for end in scales] == pytest.approx(largest, rel=0.01)  # of the mean, and of each map
     sources = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', page)
     mean, *thumbnails = [image_module.open(io.BytesIO(base64.b64decode(one))) for one in sources]
     assert mean.size == (240, 240) and [one.size for one in thumbnails] == [(240, 120)] * 3

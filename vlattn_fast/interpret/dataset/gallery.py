@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -13,6 +13,7 @@ from vlattn_fast._ground.extras import with_progress
 from vlattn_fast.interpret.dataset.failures import summary
 from vlattn_fast.interpret.result.explanation import Explanation
 from vlattn_fast.interpret.result.figures.figure import Painter
+from vlattn_fast.interpret.result.figures.multiples import Bar
 from vlattn_fast.interpret.result.figures.page import Page, data_uri, fill_template
 from vlattn_fast.interpret.result.figures.photos import open_image, read_boxes, read_images
 from vlattn_fast.interpret.result.figures.scale import colors, limits
@@ -25,6 +26,13 @@ TEMPLATE = Path(__file__).parent / "templates" / "gallery.html"
 SIDE = 240  # the longer side of a thumbnail, in pixels
 
 
+class _Shown(NamedTuple):
+    """A map as an image for a page, and its scale."""
+
+    source: str
+    bar: Bar
+
+
 def gallery(explanations: Any, processor: Any, limit: int | None, title: str, cmap: str) -> Page:
     """See `Explanations.to_html`."""
     shown = explanations if limit is None else explanations[:limit]
@@ -32,7 +40,7 @@ def gallery(explanations: Any, processor: Any, limit: int | None, title: str, cm
     cards = [card for index in numbers for card in _cards(shown, index, processor, cmap)]
     counts = f"{len(shown)} of {len(explanations)} explanations, {len(explanations.failures)} failures"
     try:
-        mean = _source(_without_photo(explanations.mean_map(), cmap))
+        mean = _without_photo(explanations.mean_map(), cmap)
     except ValueError:  # no maps, or several grids
         mean = None
     return Page(
@@ -47,13 +55,13 @@ def _cards(explanations: Any, index: int, processor: Any, cmap: str) -> Iterator
         first = sample.choices[0] if sample.choices else None
         score = None if first is None or explanation.per_token else first.score
         try:
-            image = _thumbnail(explanation, sample, photo, processor, cmap)
+            shown = _thumbnail(explanation, sample, photo, processor, cmap)
         except ValueError as error:  # maps without a photo under them
-            image, note = _thumbnail(explanation, sample, None, None, cmap), str(error)
+            shown, note = _thumbnail(explanation, sample, None, None, cmap), str(error)
         yield {
             "name": name if len(explanation) == 1 else f"{name}, sample {number}",
             "scored": score_text(score, explained_as(explanation)),
-            "source": None if image is None else _source(image),
+            "map": shown,
             "words": _words(sample),
             "note": note,
         }
@@ -71,7 +79,7 @@ def _photo(path: str | None) -> tuple[PILImage | None, str]:
     return photo, ""
 
 
-def _thumbnail(explanation: Explanation, sample: Sample, photo: PILImage | None, processor: Any, cmap: str) -> PILImage | None:
+def _thumbnail(explanation: Explanation, sample: Sample, photo: PILImage | None, processor: Any, cmap: str) -> _Shown | None:
     """The first panel of a sample's maps, those of an answer's words added up, over its photo if there is one."""
     images = read_images(explanation, photo)
     if images is None and explanation.image is None:
@@ -84,12 +92,18 @@ def _thumbnail(explanation: Explanation, sample: Sample, photo: PILImage | None,
     total = [
         Patch(parts[0].index, np.sum([part.values for part in parts], 0), parts[0].box) for parts in zip(*panels, strict=True)
     ]
-    return painter.laid_over(total, SIDE)
+    return _shown(painter, total)
 
 
-def _without_photo(values: Tensor, cmap: str) -> PILImage:
+def _without_photo(values: Tensor, cmap: str) -> _Shown:
     """A map (h, w) without a photo."""
-    return Painter(None, [(0.0, 0.0, 1.0, 1.0)], colors(cmap), 1.0).laid_over([Patch(0, to_array(values))], SIDE)
+    return _shown(Painter(None, [(0.0, 0.0, 1.0, 1.0)], colors(cmap), 1.0), [Patch(0, to_array(values))])
+
+
+def _shown(painter: Painter, patches: list[Patch]) -> _Shown:
+    fitted, low, high = painter.fitted(patches)
+    image = painter.laid_over(patches, SIDE)
+    return _Shown(data_uri(image.save, "jpeg", quality=85), Bar(low, high, fitted.shades(low), patches))
 
 
 def _words(sample: Sample) -> list[dict[str, Any]]:
@@ -103,7 +117,3 @@ def _words(sample: Sample) -> list[dict[str, Any]]:
         {"text": word.text, "space": word.space, "share": f"{share:.2f}", "value": f"{value:.4g}"}
         for word, share, value in zip(sample.words, shares, sums, strict=True)
     ]
-
-
-def _source(image: PILImage) -> str:
-    return data_uri(image.save, "jpeg", quality=85)
