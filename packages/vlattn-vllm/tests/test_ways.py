@@ -276,6 +276,44 @@ def test_a_fault_in_the_core_refuses_one_request() -> None:
     assert "RuntimeError" in last.refused and last.received is None
 
 
+# what refuses an engine: a field of its configuration, its value, and a word of the reason
+REFUSED = {
+    "use_v2_model_runner": (True, "version 2"),
+    "speculative_config": (object(), "guessed ahead"),
+    "parallel_config.pipeline_parallel_size": (2, "pipeline stages"),
+    "parallel_config.use_ubatching": (True, "dual-batch overlap"),
+    "parallel_config.decode_context_parallel_size": (2, "contexts run in parallel"),
+    "parallel_config.prefill_context_parallel_size": (2, "contexts run in parallel"),
+    "cache_config.cache_dtype": ("fp8", "kv_cache_dtype=fp8"),
+    "model_config.use_mla": (True, "MLA"),
+    "model_config.is_encoder_decoder": (True, "an encoder and a decoder"),
+    "model_config.is_hybrid": (True, "layers without attention"),
+    "model_config.is_attention_free": (True, "layers without attention"),
+    "model_config.is_mm_prefix_lm": (True, "both directions"),
+}
+
+
+@pytest.mark.parametrize("field", [None, *REFUSED])
+def test_an_engine_refuses_by_its_configuration(monkeypatch: pytest.MonkeyPatch, field: str | None) -> None:
+    platforms = ModuleType("vllm.platforms")
+    platforms.current_platform = SimpleNamespace(device_type="cpu")  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
+    monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
+    parts: dict[str, Any] = {"compilation_config": {"pass_config": SimpleNamespace(fuse_attn_quant=False)}}
+    for each in REFUSED:
+        part, _, name = each.rpartition(".")
+        plain = {
+            "pipeline_parallel_size": 1,
+            "decode_context_parallel_size": 1,
+            "cache_dtype": "auto",
+            "speculative_config": None,
+        }
+        parts.setdefault(part, {})[name] = REFUSED[each][0] if each == field else plain.get(name, False)
+    config = SimpleNamespace(**parts.pop(""), **{name: SimpleNamespace(**values) for name, values in parts.items()})
+    reasons = front.refusals(config, SimpleNamespace(extra_args={}, max_tokens=5), False)
+    assert len(reasons) == (field is not None) and (field is None or REFUSED[field][1] in reasons[0])
+
+
 def test_limits_are_a_servers(monkeypatch: pytest.MonkeyPatch) -> None:
     parser = limit._with_options(lambda parser: parser, argparse.ArgumentParser())
     monkeypatch.setattr(limit, "_serving", False)
