@@ -202,9 +202,12 @@ class Plans:
                 continue
             sets = [{name: token_set(f"groups[{name!r}]", group, of) for name, group in groups.items()} for of in pair]
             queries, keys = ({name: each for name, each in of.items() if isinstance(each, TokenSet)} for of in sets)
-            missing = [str(sets[0][name]) for name in groups if name not in queries and name not in keys]
-            problems += missing
-            if not missing:
+            wrong = [str(sets[0][name]) for name in groups if name not in queries and name not in keys]
+            if not wrong:
+                sides = zip(pair, ("queries", "keys"), (queries, keys), strict=True)
+                wrong = [f"none is of tokens of '{of.name}', the tower of the {side}" for of, side, sets in sides if not sets]
+            problems += wrong
+            if not wrong:
                 chosen[pair] = queries, keys if pair[0] is not pair[1] else queries
         _check_one("groups", chosen, problems or across)
         return chosen
