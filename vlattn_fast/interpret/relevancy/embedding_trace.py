@@ -177,7 +177,7 @@ class EmbeddingTrace(Subscriber):
         if func is Tensor.__setitem__:
             base, index, value = args
             after = numbers.clone() if base is source else torch.full(base.shape, NONE, device=base.device)
-            owner, written = getattr(value, self._mark, (None, None))
+            owner, written = getattr(value, self._mark, (None, numbers))
             after[index] = written if owner == of else NONE
             return after
         if name == "pad":
