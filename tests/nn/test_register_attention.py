@@ -14,6 +14,8 @@ from transformers import AttentionInterface
 
 from tests.helpers.nn.models import DEEP, MODELS, answer, words
 from vlattn_fast import explain, scores
+from vlattn_fast.checking.models.inputs import texts
+from vlattn_fast.checking.models.shrink import small_model
 from vlattn_fast.nn import register_attention, replace_attention
 
 NAMES = ["CLIP, sdpa", "Llama, sdpa", "BERT", "ViT"]
@@ -111,7 +113,57 @@ def test_sliding_windows_come_as_masks() -> None:
     torch.testing.assert_close(answer(model(**inputs)), wanted, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize(("option", "value"), [("cache", object()), ("sliding_window", 3)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "DeepseekV32ForCausalLM",  # whose indexer chooses keys
+        "MiniMaxM3SparseForConditionalGeneration",  # whose indexer chooses blocks of keys
+        "DeepseekV4ForCausalLM",  # adds masks by hand
+        "T5ForConditionalGeneration",  # learns a bias of positions
+    ],
+)
+def test_models_with_masks_of_their_own(name: str) -> None:
+    """Values and gradients are those of the model's own attention, for prompts that are padded on either side."""
+    model: Any = small_model(getattr(hf, name))
+    inputs = texts(model, "both")
+
+    def run() -> list[Tensor]:
+        logits = model(**inputs).logits
+        real = logits[inputs["attention_mask"].bool()] if "decoder_input_ids" not in inputs else logits
+        leaves = [x for x in model.parameters() if x.requires_grad]
+        grads = torch.autograd.grad(real.square().mean(), leaves, allow_unused=True)
+        return [real.detach(), torch.cat([grad.flatten() for grad in grads if grad is not None])]
+
+    before = run()
+    by_name(model, "scaled_dot")
+    for got, wanted in zip(run(), before, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
+
+
+def test_the_last_queries_of_a_causal_model() -> None:
+    """Gemma 4 leaves out the queries whose logits nobody asks for; the keys of a static cache go beyond the prompt."""
+    sizes = {"vocab_size": 99, "vocab_size_per_layer_input": 99, "head_dim": 8, "global_head_dim": 8, **DEEP}
+    sizes |= {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    model = hf.Gemma4ForCausalLM(hf.Gemma4TextConfig(**sizes, hidden_size_per_layer_input=8, pad_token_id=0)).eval()
+    ids = torch.randint(1, 99, (2, 9))
+    options: dict[str, Any] = {"max_new_tokens": 2, "cache_implementation": "static", "do_sample": False}
+    options |= {"return_dict_in_generate": True, "output_logits": True}
+    wanted, generated = answer(model(ids, logits_to_keep=2)), torch.stack(model.generate(ids, **options).logits)
+    by_name(model, "scaled_dot")
+    torch.testing.assert_close(answer(model(ids, logits_to_keep=2)), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.stack(model.generate(ids, **options).logits), generated, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["BloomForCausalLM", "LukeModel"])
+def test_models_that_write_attention_out_by_hand_are_refused(name: str) -> None:
+    """They would add bool masks to their scores, and no score would be replaced."""
+    register_attention("by_dot", "dot")
+    model = small_model(getattr(hf, name), attention="by_dot")
+    with pytest.raises(ValueError, match=f"{name[:4]}.*, which writes it out by hand, with attn_implementation='by_dot'"):
+        model(**texts(model, "both"))
+
+
+@pytest.mark.parametrize(("option", "value"), [("cache", object()), ("sliding_window", 3), ("chosen_tomorrow", 0)])
 def test_what_no_operator_supports_is_refused_by_name(option: str, value: Any) -> None:
     register_attention("by_dot", "dot")
     query = torch.zeros(2, 4, 7, 8)

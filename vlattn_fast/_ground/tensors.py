@@ -231,6 +231,23 @@ def joined(first: Tensor | None, second: Tensor) -> Tensor:
     return torch.where(visible, added, -torch.inf)
 
 
+# What models also hand to transformers' attention interface, and why it changes no attention here.
+_HARMLESS = {
+    "position_ids": "queries and keys have been turned by them, and masks tell packed sequences apart",
+    "cache_position": "masks hold it",
+    "use_cache": "the keys are those of the cache",
+    "do_sample": "of generation",
+    "logits_to_keep": "of the head",
+    "num_items_in_batch": "of the loss",
+    "output_hidden_states": "models collect them",
+    "output_router_logits": "models collect them",
+    "vision_feature_layer": "which of the collected ones",
+    "image_sizes": "of the pixels",
+    "image_num_crops": "of the pixels",
+    "deterministic": "of flash attention's backward pass",
+}
+
+
 def masks_of(
     module: torch.nn.Module,
     query: Tensor,
@@ -240,27 +257,34 @@ def masks_of(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    sinks: Tensor | None = None,
     position_bias: Tensor | None = None,
-    cache: Any = None,
-    cu_seq_lens_q: Tensor | None = None,
+    indices: Tensor | None = None,
+    block_indices: Tensor | None = None,
+    output_attentions: bool | None = None,
     *,
     causal_by_module: bool,
-    **kwargs: Any,
+    are_first: bool = True,
+    **options: Any,
 ) -> dict[str, Any]:
     """attn_mask, is_causal and enable_gqa of a call of transformers' interface for SDPA; and softcap and sink for
     score_attention, if the call has them.
 
     A mask already contains causality and windows. Without a mask `is_causal` decides; if `is_causal` is None,
-    `module.is_causal` decides if `causal_by_module` is set (SDPA's rule).
+    `module.is_causal` decides if `causal_by_module` is set (SDPA's rule). Then several causal queries are the first of all tokens
+    if `are_first`, else the last ones. An indexer's keys, `indices` (B, N, K) or `block_indices` (B, Hkv, N, K) with -1 for none,
+    are a further mask.
 
     Raises:
-        ValueError: paged or packed sequences; a window without a mask.
+        ValueError: an option that no attention operator supports; a window without a mask.
     """
-    unsupported = {"sinks": sinks, "cache": cache, "cu_seq_lens_q": cu_seq_lens_q}
-    for name, option in unsupported.items():
-        if option is not None:
-            raise ValueError(f"model must not use {name}, which no attention operator supports; got {type(module).__name__}")
+    if output_attentions:
+        raise ValueError(f"model must not ask for attention maps; got output_attentions=True in {type(module).__name__}")
+    for name, option in options.items():
+        if option is not None and name not in _HARMLESS:
+            raise ValueError(
+                f"model must not call attention with {name!r}, which no attention operator supports; got it from "
+                f"{type(module).__name__}. Use the model's own attention, attn_implementation='eager'"
+            )
     if attention_mask is None and sliding_window is not None and sliding_window < key.shape[2]:
         raise ValueError(
             f"model must pass the mask of a sliding window; got {type(module).__name__} with window {sliding_window} and no mask"
@@ -269,12 +293,34 @@ def masks_of(
     causal = attention_mask is None and query.shape[2] > 1
     if causal:
         causal = getattr(module, "is_causal", True) if is_causal is None and causal_by_module else bool(is_causal)
-    if position_bias is not None:
-        if causal:
-            attention_mask = torch.ones(position_bias.shape[-2:], dtype=torch.bool, device=position_bias.device).tril()
-        attention_mask, causal = joined(attention_mask, position_bias), False
+    more = [_chosen_keys(module, query, key, indices, block_indices), position_bias]
+    before = 0 if are_first else max(0, key.shape[2] - query.shape[2])
+    if causal and (before or any(mask is not None for mask in more)):
+        size = query.shape[2], key.shape[2]
+        attention_mask, causal = torch.ones(size, dtype=torch.bool, device=query.device).tril(before), False
+    for mask in (mask for mask in more if mask is not None):
+        attention_mask = joined(attention_mask, mask)
     also = {name: option for name, option in (("softcap", softcap), ("sink", s_aux)) if option is not None}
     return {"attn_mask": attention_mask, "is_causal": causal, "enable_gqa": key.shape[1] != query.shape[1], **also}
+
+
+def _chosen_keys(module: Any, query: Tensor, key: Tensor, indices: Tensor | None, blocks: Tensor | None) -> Tensor | None:
+    """Returns the keys that an indexer has chosen, bool (B, 1 or H, N, M); None = all."""
+    chosen = None
+    if indices is not None:
+        chosen = _scattered(indices[:, None], key.shape[2])
+    if blocks is not None:
+        size = module.indexer.block_size
+        chosen_blocks = expand_heads(_scattered(blocks, -(-key.shape[2] // size)), query.shape[1])
+        chosen = joined(chosen, chosen_blocks.repeat_interleave(size, -1)[..., : key.shape[2]])
+    return chosen
+
+
+def _scattered(indices: Tensor, size: int) -> Tensor:
+    """Returns bool (..., N, size), True at the indices (..., N, K); -1 = none."""
+    indices = indices.long()
+    marks = torch.zeros(*indices.shape[:-1], size + 1, dtype=torch.bool, device=indices.device)
+    return marks.scatter(-1, indices.where(indices >= 0, size), True)[..., :size]
 
 
 def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -5,14 +5,16 @@ transformers looks its attention function up by the name in the config. Two name
 - "vlattn" gets the masks that SDPA gets (bool, or None if the pattern is causal or complete), for models that support SDPA;
 - "vlattn_additive" gets eager attention's float masks, for models that also add the mask by hand somewhere.
 
-A config may belong to several models, so each module has a copy that names our function during the run.
+A config may belong to several models, so each module has a copy that names our function during the run. Names that
+`nn.register_attention` registers get the masks of one or the other, by the models of the config.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +53,7 @@ def attention_function(
             f"model must run inside of explain while its attention is '{SDPA_NAME}'; got {type(module).__name__} outside"
         )
     with torch._C.DisableTorchFunction():  # a run's mode would see each x.shape
-        masks = masks_of(module, query, key, attention_mask, causal_by_module=causal_by_module, **options)
+        masks = masks_of(module, query, key, attention_mask, causal_by_module=causal_by_module, are_first=False, **options)
     options = {**masks, "scale": scaling, **({"dropout_p": dropout} if trace.trains else {})}
     output = trace.attend(query, key, value, options, module)
     return output.transpose(1, 2).contiguous(), None
@@ -64,11 +66,73 @@ def sdpa_function(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
 
 def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import eager_mask, sdpa_mask
+    from transformers.masking_utils import eager_mask
 
     for name, function, mask in ((SDPA_NAME, sdpa_function, sdpa_mask), (ADDITIVE_NAME, attention_function, eager_mask)):
         AttentionInterface.register(name, function)
         AttentionMaskInterface.register(name, mask)
+
+
+def masks_by_name(*, config: Any, **options: Any) -> Tensor | None:
+    """The masks that a model of this config gets under a name of `nn.register_attention`: SDPA's or eager attention's.
+
+    ValueError: the model writes attention out by hand, so the name would have no effect.
+    """
+    from transformers.masking_utils import eager_mask
+
+    supports_sdpa, by_hand = models_of(type(config))
+    if by_hand:
+        raise ValueError(
+            f"model must call its attention through transformers' AttentionInterface to have another by name; got {by_hand}, "
+            f"which writes it out by hand, with attn_implementation={getattr(config, CONFIG_NAME)!r}. Use 'eager', and try "
+            "replace_attention"
+        )
+    mask: Tensor | None = (sdpa_mask if supports_sdpa else eager_mask)(config=config, **options)
+    return mask
+
+
+def sdpa_mask(*, q_length: int, kv_length: int, allow_is_causal_skip: bool = True, **options: Any) -> Tensor | None:
+    """SDPA's mask, but for a prompt in a longer static cache, where SDPA needs none. So without a mask several causal queries are
+    the last tokens: Gemma 4 leaves out the first ones."""
+    from transformers import masking_utils
+
+    skips = allow_is_causal_skip and q_length in (1, kv_length)
+    mask: Tensor | None = masking_utils.sdpa_mask(q_length=q_length, kv_length=kv_length, allow_is_causal_skip=skips, **options)
+    return mask
+
+
+def causal_by_module(config: Any) -> bool:
+    """Whether `module.is_causal` decides without a mask, since the masks under the name in a config are SDPA's; eager ones hold
+    causality."""
+    name = getattr(config, CONFIG_NAME, None)
+    return models_of(type(config))[0] if name in SCORES_BY_NAME else name != "eager"
+
+
+def models_of(kind: type) -> tuple[bool, str]:
+    """Whether all models with configs of this class, or else of the nearest base, support SDPA: others may add masks to scores by
+    hand, also beside calls of the interface. And the name of one of them if none calls attention by the name in its config."""
+    from transformers import PreTrainedModel
+
+    return _models_of(kind, len(PreTrainedModel.__subclasses__()))  # as many as there are imported files, or nearly
+
+
+# As by torch.compiler.assume_constant_result, which would import all of torch.compile
+models_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _models_of(kind: type, imported: int) -> tuple[bool, str]:
+    from transformers import PreTrainedModel
+
+    classes: list[Any] = [PreTrainedModel]
+    for each in classes:  # which grows
+        classes += each.__subclasses__()
+    for base in kind.__mro__:
+        models = [each for each in classes if base in (get_args(each.config_class) or (each.config_class,))]
+        if models:
+            takes_names = any(each._can_set_attn_implementation() for each in models)
+            return all(each._supports_sdpa for each in models), "" if takes_names else models[0].__name__
+    return False, ""
 
 
 def configs(roots: Iterable[nn.Module], keeps_sdpa: bool = False) -> Iterator[tuple[nn.Module, str, Any]]:

@@ -1,7 +1,7 @@
 """A score function by name in transformers' attention interface: `attn_implementation="additive"`.
 
-The model looks our function up by the name in its config and makes the masks that SDPA gets. The parameters of a learned score
-become a part of each attention module, under the name `registered.attribute`, so the model trains, moves and saves them.
+The model looks our function up by the name in its config, and another one that makes its masks. The parameters of a learned
+score become a part of each attention module, under the name `registered.attribute`, so the model trains, moves and saves them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vlattn_fast._ground.checks import check_bool, check_choice, describe
 from vlattn_fast.attach.session import unwrapped
-from vlattn_fast.attach.transformers_interface import CONFIG_NAME, SCORES_BY_NAME
+from vlattn_fast.attach.transformers_interface import CONFIG_NAME, SCORES_BY_NAME, causal_by_module, masks_by_name
 from vlattn_fast.nn.replace_attention import Held, attention_of, by_interface, calls_configured_attention, placed, sizes_of
 from vlattn_fast.nn.score_attention import ScoreFactory, make_score
 from vlattn_fast.ops import BACKEND_NAMES
@@ -34,8 +34,9 @@ def register_attention(
     """Registers a score function with transformers by `name`, for `attn_implementation=` and `set_attn_implementation`.
 
     Returns a handle whose `scores(model)` are the score's parameters. All attention of a model that is called by that name uses
-    the score; to change only some layers, or models that write attention out by hand, use `replace_attention`. The cost of a call
-    is that of score_attention.
+    the score; to change only some layers, use `replace_attention`. Models that write attention out by hand, such as Bloom's, have
+    no names: they raise ValueError when they ask for masks, and `scores(model)` does. The cost of a call is that of
+    score_attention.
 
     Examples:
         >>> import vlattn_fast as va
@@ -46,8 +47,9 @@ def register_attention(
         >>> len(additive.scores(model)), sum("attention_score_additive" in name for name, _ in model.named_parameters())
         (2, 8)
 
-    "scaled_dot" gives the outputs of "sdpa". Masks, causality, grouped heads and dropout are those of the model. Sinks work with
-    every score, a softcap only with dot products. A call with a paged cache, or with a sliding window but without its mask,
+    "scaled_dot" gives the outputs of "sdpa". Masks, causality, the keys that an indexer chooses, learned position biases with
+    their gradients, grouped heads and dropout are those of the model. Sinks work with every score, a softcap only with dot
+    products. A call with a paged cache, with a sliding window but without its mask, or with an option that no operator supports,
     raises ValueError.
 
     A score with parameters gets new ones in each attention module, initialised as in `ScoreAttention`, at its first call or by
@@ -79,10 +81,9 @@ def register_attention(
     SCORES_BY_NAME[name] = made
 
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(name, made._attend)
-    AttentionMaskInterface.register(name, sdpa_mask)
+    AttentionMaskInterface.register(name, masks_by_name)
     return made
 
 
@@ -151,4 +152,6 @@ class RegisteredAttention(NamedTuple):
                 "optimizer, load saved parameters, or compile",
                 stacklevel=2,
             )
-        return by_interface(module, query, *call, held=held, backend=self.backend, causal_by_module=True, **options)
+        rule = causal_by_module(getattr(module, "config", None))
+        options |= {"causal_by_module": rule, "are_first": False}
+        return by_interface(module, query, *call, held=held, backend=self.backend, **options)

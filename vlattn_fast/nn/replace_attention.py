@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vlattn_fast import scores
@@ -19,7 +20,7 @@ from vlattn_fast._ground.checks import check_bool, check_choice
 from vlattn_fast._ground.tensors import masks_of
 from vlattn_fast.attach.handwritten import calls_interface, has_core, with_core
 from vlattn_fast.attach.session import named, split_path, unwrapped
-from vlattn_fast.attach.transformers_interface import CONFIG_NAME, REPLACED, RULE
+from vlattn_fast.attach.transformers_interface import CONFIG_NAME, REPLACED, RULE, causal_by_module
 from vlattn_fast.nn.score_attention import ScoreFactory, make_score
 from vlattn_fast.ops import BACKEND_NAMES
 from vlattn_fast.ops.score_attention import score_attention
@@ -58,8 +59,8 @@ def replace_attention(
 
     Args:
         model: a transformers model, or a wrapper around one, whose attention goes through transformers' interface (BERT, ViT,
-            CLIP, decoders, ...) or is that of LXMERT, ViLT, VisualBERT, FLAVA. Other attention, such as T5's in a BLIP-2,
-            stays unchanged: the handle's `scores` lists the replaced modules.
+            CLIP, T5, decoders, ...) or is that of LXMERT, ViLT, VisualBERT, FLAVA. Other attention, such as a Q-Former's of
+            another class in a BLIP-2, stays unchanged: the handle's `scores` lists the replaced modules.
         score, per_head, score_options, backend: see `ScoreAttention`.
         layers: an index or several, counted in each list of layers, negative from the end; or a function of an attention module's
             path that returns whether to replace it, e.g. `lambda path: "visual_attention" in path`. Default: all.
@@ -144,7 +145,8 @@ def calls_configured_attention(module: nn.Module) -> bool:
 
 def _sizes_of(module: nn.Module) -> tuple[int, int] | None:
     """Returns number and size of the heads of an attention module; None for other modules."""
-    sizes = [getattr(module, name, None) for name in ("attention_head_size", "head_dim", "head_size")]
+    names = ("attention_head_size", "head_dim", "head_size", "qk_head_dim", "key_value_proj_dim")
+    sizes = [getattr(module, name, None) for name in names]
     size = next((size for size in sizes if isinstance(size, int)), None)
     if size is None:
         return None
@@ -244,7 +246,7 @@ def _by_interface(module: nn.Module, *call: Any, **options: Any) -> tuple[Tensor
     """Implements transformers' attention interface, with the score of the module."""
     rule = getattr(module, RULE)
     if rule is None:
-        rule = getattr(module._attention_config, CONFIG_NAME) != "eager"  # eager masks hold causality
+        rule = causal_by_module(module._attention_config)
     held, backend = getattr(module, REPLACED), str(module._attention_backend)
     return by_interface(module, *call, held=held, backend=backend, causal_by_module=rule, **options)
 
@@ -272,9 +274,19 @@ def by_interface(
         kind = type(attention_mask).__name__
         raise ValueError(f"a replaced score needs masks that are tensors; got a mask of {kind}: set_attn_implementation('sdpa')")
     masks = masks_of(module, query, key, attention_mask, causal_by_module=causal_by_module, **options)
+    mask = masks["attn_mask"]
+    if mask is not None and mask.requires_grad and torch.is_grad_enabled():
+        masks |= _as_groups(query, key, mask)
     masks |= {"key_mask": key_mask, "backend": backend}
     output = _attend(held, query, key, value, dropout if module.training else 0.0, scaling, **masks)
     return output.transpose(1, 2).contiguous(), None
+
+
+def _as_groups(query: Tensor, key: Tensor, mask: Tensor) -> dict[str, Any]:
+    """A learned mask, such as a position bias, as the bias of groups of one token each: score_attention has its gradient."""
+    queries, keys = query.shape[2], key.shape[2]
+    groups = {name: torch.arange(n, device=query.device) for name, n in (("query_groups", queries), ("key_groups", keys))}
+    return {"attn_mask": None, **groups, "group_bias": mask.expand(*query.shape[:2], queries, keys)}
 
 
 def _attend(

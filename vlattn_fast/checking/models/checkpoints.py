@@ -65,6 +65,7 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "lilt": {"hidden_size": 96},
     "mamba2": {"head_dim": 32, "n_groups": 2},
+    "minimax_m3_vl": {"text_config": {"layer_types": ["full_attention", "minimax_m3_sparse"], "index_n_heads": 2}},
     "mllama": {"vision_config": {"vision_output_dim": 128}},
     "mobilebert": {"intra_bottleneck_size": 64},
     "molmo2": {"vision_config": {"num_position_embeddings": 16}, "adapter_config": {"vision_feature_layer": [1, 0]}},
