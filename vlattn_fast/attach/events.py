@@ -201,7 +201,7 @@ class _Running:
 
 
 RUNNING = _Running()
-SOFTMAX = (torch.softmax, functional.softmax, Tensor.softmax)
+SOFTMAX = (torch.softmax, functional.softmax, Tensor.softmax, torch.special.softmax)
 SCORE_ATTENTION = torch.ops.vlattn.score_attention
 
 

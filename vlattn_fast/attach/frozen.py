@@ -4,20 +4,18 @@ A norm is y = (x - mean(x)) / d(x) * weight + bias, or the same without the mean
 gradient that comes back through it is orthogonal to x, so the contributions of tokens to x cancel. With a constant d, y is linear
 in x (Ali et al., ICML 2022; studies of circuits linearise models so).
 
-torch's own functions are replaced by one with this gradient. A module that writes its norm out is found by what it computes: a
-copy of it runs on test inputs, and on a multiple of them. If the output is the same, it divides by a norm of its input,
-and the roots that it takes become constants. The gradient shows whether that is all: a linear function has <gradient, x> =
-<cotangent, y - bias>, a norm has <gradient, x> = 0.
+torch's own functions are replaced by one with this gradient. A norm that a model writes out is found in the graph of its run: a
+root of sums of squares of x that divides x, or a reciprocal root that multiplies it. Nothing goes back through that root. Vectors
+of unit length, whose squares are summed, may also be those of a similarity, as CLIP's embeddings are: they are a norm's if a
+module around them gives a tensor of its input's shape, as layers and norms do.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
-import inspect
 import threading
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -26,20 +24,21 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from vlattn_fast._ground.attachments import add_hook, add_pre_hook
-from vlattn_fast.attach.events import SCORE_ATTENTION, SOFTMAX, first_argument, is_map
+from vlattn_fast.attach.events import SCORE_ATTENTION, is_map
 from vlattn_fast.attach.session import Steps, Stepwise, as_mode, named
 from vlattn_fast.ops._sinks import with_sink
 
-_ROOTS: tuple[Any, ...] = (
-    *(torch.sqrt, torch.rsqrt, torch.std, torch.norm, torch.linalg.norm, torch.linalg.vector_norm),
-    *(Tensor.sqrt, Tensor.rsqrt, Tensor.std, Tensor.norm),
-)
-_POWERS = (torch.pow, Tensor.pow, Tensor.__pow__)
-_LARGER = 64.0  # an input so many times as large has the same normalised output, except for the eps in the denominator
-_EQUAL = 0.02  # relative to the largest number: below, outputs are the same, and a gradient is as expected
+_HELD = "vlattn_held"  # a key in the metadata of a node of the graph through which no gradient goes back, or may not
 
-_NONE, _HELD, _MISSED = "no norm", "held fixed", "not held fixed"
-_kinds: weakref.WeakKeyDictionary[type[nn.Module], str] = weakref.WeakKeyDictionary()
+
+@dataclass(eq=False)
+class _Run:
+    """A module that runs."""
+
+    module: nn.Module
+    lengths: list[Any] = field(default_factory=list)  # roots in it by which vectors get unit length
+    others: set[Any] = field(default_factory=set)  # what is divided in it by a magnitude of another kind: nodes
+    runs_others: bool = False
 
 
 class Frozen(Stepwise, TorchFunctionMode):
@@ -50,29 +49,30 @@ class Frozen(Stepwise, TorchFunctionMode):
         norms: the denominators of norms are constants.
         attention: so are attention weights. A run that computes attention itself calls `constant` for queries and keys.
         trains: the model trains on the same graph: values are constants only while `holds` is set.
+        similarities: the denominators of vectors of unit length are constants wherever they are.
 
     Attributes:
         differentiable: the gradients with these constants are differentiated themselves, if the model trains.
-        missed: the modules, named, that divide by a norm of their input which keeps its derivative.
+        missed: the modules that ran, named, that divide by a norm of their input which keeps its derivative.
     """
 
-    def __init__(self, model: nn.Module, norms: bool = True, attention: bool = False, trains: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, norms: bool = True, attention: bool = False, trains: bool = False, similarities: bool = False
+    ) -> None:
         super().__init__()
         self.norms, self.attention, self.trains, self.holds = norms, attention, trains, not trains
-        self.differentiable = False
-        self._thread, self._within = threading.get_ident(), 0
-        modules = model.named_modules() if norms else ()
-        written = [(path, module, _kind(module)) for path, module in modules if _may_be_written(module)]
-        self._written = [module for _, module, kind in written if kind == _HELD]
-        self.missed = [named(path, module) for path, module, kind in written if kind == _MISSED]
+        self.differentiable, self._similarities = False, similarities
+        self._thread, self._runs = threading.get_ident(), list[_Run]()
+        self._paths = {module: path for path, module in model.named_modules()} if norms else {}
+        self.missed = list[str]()
 
     def _steps(self) -> Steps:
         if not (self.norms or self.attention):
             return
         yield from as_mode(self)
-        for module in self._written:
-            yield add_pre_hook(module, lambda *_: self._step(1))
-            yield add_hook(module, lambda *_: self._step(-1), always_call=True)
+        if self.norms:
+            yield add_pre_hook(None, self._enter)
+            yield add_hook(None, self._leave, with_kwargs=True, always_call=True)
 
     @contextlib.contextmanager
     def holding(self) -> Iterator[None]:
@@ -92,17 +92,11 @@ class Frozen(Stepwise, TorchFunctionMode):
         switched: Tensor = _Switch.apply(plain, lambda: self, x, norm)
         return switched
 
-    def _step(self, into: int) -> None:
-        if threading.get_ident() == self._thread:
-            self._within += into
-
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return self.followed(func, args, kwargs or {}, roots=self._within > 0)
-
-    def followed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], roots: bool) -> Any:
-        """The result of a function of torch: a norm's with the gradient of a linear function, a root's as a constant."""
+        """The result of a function of torch: a norm's with the gradient of a linear function."""
+        kwargs = kwargs or {}
         if self.norms and func in _NORMS:
             return _NORMS[func](self, func, *args, **kwargs)
         if self.attention and func in (functional.scaled_dot_product_attention, SCORE_ATTENTION):
@@ -110,17 +104,74 @@ class Frozen(Stepwise, TorchFunctionMode):
         if self.attention and func is with_sink:
             out, lse, logit = args  # the log-sum-exp has the part of a score that only a sink sees
             return func(out, self.constant(lse), self.constant(logit))
-        if roots and func is functional.normalize:
-            return _normalize(self.constant, *args, **kwargs)
         result = func(*args, **kwargs)
-        is_constant = roots and (
-            func in _ROOTS or (func in _POWERS and len(args) > 1 and isinstance(args[1], float) and abs(args[1]) == 0.5)
-        )
-        if self.attention and func in SOFTMAX:
-            scores = first_argument(args, kwargs)
-            is_constant = is_map(scores, args[1] if len(args) > 1 else kwargs.get("dim"))
-            is_constant = is_constant and (scores.ndim == 4 or _is_of_products(scores))
-        return self.constant(result) if is_constant else result
+        node = result.grad_fn if isinstance(result, Tensor) else None
+        if node is not None:
+            kind = node.name().partition("Backward")[0]
+            if self.norms and kind in ("Mul", "Div"):
+                self._find_norm(node, kind)
+            elif self.attention and kind in _SOFTMAX and _is_attention(node, result):
+                self._hold(node)
+        return result
+
+    # --- nodes of the graph ---
+
+    def _hold(self, node: Any) -> None:
+        """No gradient goes back through the node, from its first output."""
+        node.metadata[_HELD] = True
+        node.register_prehook(lambda grads: (None, *grads[1:]) if self.holds else None)
+
+    def _find_norm(self, node: Any, kind: str) -> None:
+        """Holds what one factor is divided by, if that is a norm of the other factor."""
+        factors = [factor for factor, _ in node.next_functions]
+        if len(factors) < 2 or None in factors:
+            return
+        for number, factor in enumerate(factors):
+            for divisor in _divisors(factor, -1 if kind == "Div" and number else 1):
+                measured = _measured(divisor)
+                if _HELD not in divisor.metadata and not measured.nodes.isdisjoint(_near(factors[1 - number])):
+                    self._divides(divisor, measured)
+
+    def _divides(self, divisor: Any, measured: _Measured) -> None:
+        """A tensor is divided by this magnitude of its own."""
+        run = self._runs[-1] if self._runs else _Run(nn.Identity())
+        if not measured.is_of_squares:
+            run.others |= measured.nodes
+        elif measured.is_mean or self._similarities:
+            self._hold(divisor)
+        else:
+            divisor.metadata[_HELD] = False
+            run.lengths.append(divisor)
+
+    # --- modules ---
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if threading.get_ident() == self._thread and module in self._paths:
+            self._runs.append(_Run(module))
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        runs = self._runs
+        if threading.get_ident() != self._thread or module not in [run.module for run in reversed(runs)]:
+            return
+        while (run := runs.pop()).module is not module:
+            pass  # left by an error that the model has caught
+        around = runs[-1] if runs else _Run(module)
+        around.runs_others = True
+        if run.runs_others and not (run.lengths or run.others):
+            return
+        with torch._C.DisableTorchFunction():
+            first = output[0] if isinstance(output, (tuple, list)) and output else output
+            inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()]
+            if not isinstance(first, Tensor) or first.shape not in [x.shape for x in inputs]:
+                around.lengths += run.lengths
+                return
+            for root in run.lengths:
+                self._hold(root)
+            starts = {torch.autograd.graph.get_gradient_edge(x).node for x in inputs if x.requires_grad}
+            if not run.others.isdisjoint(starts) or (not run.runs_others and _ends_in_fused_norm(first.grad_fn, starts)):
+                self.missed = [*dict.fromkeys([*self.missed, named(self._paths[module], module)])]
+
+    # --- calls ---
 
     def _attention(self, func: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Any:
         """The call with everything but the values constant: a mask may be computed from tokens."""
@@ -251,10 +302,134 @@ def _trailing(x: Tensor, normalized_shape: Sequence[int]) -> tuple[int, ...]:
     return (*x.shape[: x.ndim - len(normalized_shape)], -1)
 
 
-def _is_of_products(scores: Tensor) -> bool:
-    """Whether scores are products of activations, and not those of a router (B, N, experts) with as many experts as tokens, which
-    a linear layer gives."""
-    nodes, visited = [scores.grad_fn], set[Any]()
+_NORMS: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys((functional.layer_norm, torch.layer_norm), _layer_norm),
+    **dict.fromkeys((functional.rms_norm, torch.rms_norm), _rms_norm),
+    **dict.fromkeys((functional.group_norm, torch.group_norm), _group_norm),
+}
+
+
+# --- the graph of a run ---
+
+# Nodes that keep each number, or compute it with one of another tensor.
+_ELEMENTWISE = frozenset(
+    "Add Sub Rsub Mul Div Neg Abs Reciprocal Clamp ClampMin ClampMax Maximum Minimum Where MaskedFill NativeDropout "
+    "ToCopy Clone torch::autograd::Copy torch::autograd::CopySlices Alias View UnsafeView ReshapeAlias AsStrided Expand Repeat "
+    "Unsqueeze Squeeze Permute Transpose T Slice Select Split SplitWithSizes Unbind Cat Stack".split()
+)
+_ROOTS = ("Sqrt", "Rsqrt", "Std", "StdMean", "LinalgVectorNorm")
+_REDUCTIONS = ("Mean", "Sum", "Cumsum", "Amax", "Max")
+_SOFTMAX = ("Softmax", "SafeSoftmax", "MaskedSoftmax", "Exp")
+_FAR = 40  # nodes; a norm has fewer
+
+
+def is_held(node: Any) -> bool:
+    """Whether no gradient goes back through this node."""
+    return node.metadata.get(_HELD, False) is True
+
+
+class _Measured(NamedTuple):
+    """What a divisor is the magnitude of."""
+
+    nodes: set[Any]  # of the tensor; empty = the divisor is no magnitude
+    is_of_squares: bool = False  # it is the root of the tensor's squares
+    is_mean: bool = False  # of their mean
+
+
+def _walk(start: Any, through: Container[str], ends: Container[Any] = ()) -> dict[Any, str]:
+    """The nodes that `start` is computed from, nearest first, and their kinds: "Mul" for MulBackward0. They do not go beyond
+    nodes of other kinds than `through`, nor beyond `ends`."""
+    nodes, ahead = {start: ""}, [start]
+    for node in ahead:
+        kind = nodes[node] = node.name().partition("Backward")[0]
+        if kind in through and node not in ends and len(nodes) < _FAR:
+            for before, _ in node.next_functions:
+                if before is not None and before not in nodes:
+                    nodes[before] = ""
+                    ahead.append(before)
+    return nodes
+
+
+def _near(start: Any) -> set[Any]:
+    """The nodes of the tensors that a tensor has its numbers from. Parameters are left out: a norm of them is no token's."""
+    return {node for node in _walk(start, _ELEMENTWISE) if not isinstance(getattr(node, "variable", None), nn.Parameter)}
+
+
+def _exponent(node: Any) -> float:
+    """That of a power; 1.0 = it is none, or a tensor."""
+    return float(node._saved_exponent) if node.name() == "PowBackward0" else 1.0
+
+
+def _divisors(start: Any, sign: int) -> list[Any]:
+    """The roots and reductions that a factor divides by, with `sign` -1 those that a divisor multiplies by."""
+    divisors, ahead, seen = [], [(start, sign)], {start}
+    for node, sign in ahead:
+        kind, exponent = node.name().partition("Backward")[0], _exponent(node)
+        if kind in _ROOTS or kind in _REDUCTIONS or exponent % 1:
+            divisors += [node] if (sign < 0) != (kind == "Rsqrt" or exponent < 0) else []
+        elif (kind in _ELEMENTWISE or exponent == -1) and len(ahead) < _FAR:
+            for number, (before, _) in enumerate(node.next_functions):
+                if before is not None and before not in seen:
+                    inverts = kind == "Reciprocal" or exponent == -1 or (kind == "Div" and number == 1)
+                    ahead.append((before, -sign if inverts else sign))
+                    seen.add(before)
+    return divisors
+
+
+def _measured(divisor: Any) -> _Measured:
+    kind, start = divisor.name().partition("Backward")[0], divisor.next_functions[0][0]
+    if start is None:
+        return _Measured(set())
+    if kind in ("Std", "StdMean", "LinalgVectorNorm"):
+        return _Measured(_near(start), kind != "LinalgVectorNorm" or divisor._saved_ord == 2, kind != "LinalgVectorNorm")
+    is_root, squares, others, mean = kind in ("Sqrt", "Rsqrt") or abs(_exponent(divisor)) == 0.5, set[Any](), set[Any](), False
+    ahead = [(start if is_root or kind == "Pow" else divisor, False, False)]
+    for node, is_reduced, is_mean in ahead:
+        kind, exponent = node.name().partition("Backward")[0], _exponent(node)
+        before = [each for each, _ in node.next_functions if each is not None]
+        both = _near(before[0]) & _near(before[1]) if kind in ("Mul", "Bmm") and len(before) == 2 else set[Any]()
+        if kind in ("Var", "VarMean"):
+            squares, mean = squares | _near(before[0]), True
+        elif (is_reduced and exponent == 2) or (both and (is_reduced or kind == "Bmm")):
+            squares, mean = squares | (both or _near(before[0])), mean or is_mean
+        elif is_reduced and (kind in ("Abs", "LinalgVectorNorm") or kind == "Pow"):
+            others |= _near(before[0])
+        elif (kind in _ELEMENTWISE or kind in _REDUCTIONS) and len(ahead) < _FAR:
+            is_mean = is_mean or kind == "Mean" or (kind in ("Mul", "Div") and len(before) == 1)
+            ahead += [(each, is_reduced or kind in _REDUCTIONS, is_mean) for each in before]
+    return _Measured(squares, True, mean) if is_root and squares else _Measured(others)
+
+
+def _ends_in_fused_norm(end: Any, starts: set[Any]) -> bool:
+    """Whether the last that a module computes from `starts` is a norm in one node, which shows nothing but its name."""
+    for node, kind in _walk(end, _ELEMENTWISE, starts).items() if starts and end is not None else ():
+        if (
+            "norm" in kind.lower()
+            and kind != "LinalgVectorNorm"
+            and node not in starts
+            and getattr(node, "_saved_training", True)
+        ):
+            return True
+    return False
+
+
+def _is_attention(node: Any, weights: Tensor) -> bool:
+    """Whether the weights, the result of `node`, are a softmax over keys."""
+    if node.name().startswith("Exp"):  # of a log_softmax
+        node = node.next_functions[0][0]
+        if node is None or not node.name().startswith("LogSoftmax"):
+            return False
+    dim = -1 if node._saved_dim == 2**64 - 1 else node._saved_dim
+    is_one_query = weights.ndim == 4 and weights.shape[2] == 1 and dim in (-1, 3)
+    if is_one_query or (weights.ndim == 3 and is_map(weights, dim)):
+        return _is_of_products(node)
+    return is_map(weights, dim)
+
+
+def _is_of_products(softmax: Any) -> bool:
+    """Whether its scores are products of activations, and not those of a router (B, N, experts) with as many experts as tokens,
+    which a linear layer gives."""
+    nodes, visited = [softmax], set[Any]()
     while nodes and len(visited) < 100:
         node = nodes.pop()
         if node is None or node in visited or node.name().startswith(("MmBackward", "AddmmBackward")):
@@ -264,111 +439,3 @@ def _is_of_products(scores: Tensor) -> bool:
         visited.add(node)
         nodes += [before for before, _ in node.next_functions]
     return False
-
-
-_NORMS: dict[Any, Callable[..., Any]] = {
-    **dict.fromkeys((functional.layer_norm, torch.layer_norm), _layer_norm),
-    **dict.fromkeys((functional.rms_norm, torch.rms_norm), _rms_norm),
-    **dict.fromkeys((functional.group_norm, torch.group_norm), _group_norm),
-}
-
-
-# --- norms that a module writes out ---
-
-
-def _may_be_written(module: nn.Module) -> bool:
-    """Whether a module may write a norm out: it has no parts, and no parameters but vectors."""
-    is_torchs = type(module).__module__.startswith("torch.nn.modules.")
-    return not is_torchs and next(module.children(), None) is None and all(x.ndim < 2 for x in module.parameters())
-
-
-def _reduces(kind: type[nn.Module]) -> bool:
-    """Whether the code of a class, or its name, mentions a norm or a reduction. Other modules are never tried."""
-    bases = [one for one in kind.__mro__ if one is not nn.Module and issubclass(one, nn.Module)]
-    codes = [one.__code__ for base in bases for one in vars(base).values() if inspect.isfunction(one)]
-    code_names = " ".join([*(base.__name__ for base in bases), *(name for code in codes for name in code.co_names)]).lower()
-    return any(name in code_names for name in ("norm", "std", "var", "mean", "sum", "max", "dot"))
-
-
-def _kind(module: nn.Module) -> str:
-    kind = _kinds.get(type(module))
-    if kind is None:
-        with torch.random.fork_rng(devices=[]):  # a module may draw numbers
-            tried = [_kind_of(module, x) for x in _numbers(module)] if _reduces(type(module)) else []
-        kind = _kinds[type(module)] = next((each for each in tried if each != _NONE), _NONE)
-    return kind
-
-
-def _numbers(module: nn.Module) -> Iterator[Tensor]:
-    """Inputs that a norm of the module's size may take, with features last or second."""
-    size = max((x.numel() for x in module.parameters()), default=0)
-    size = size if size > 1 else 12
-    numbers = torch.sin(torch.arange(1.0, 6 * size + 1).square())
-    yield numbers.reshape(2, 3, size)
-    yield numbers[: 4 * size].reshape(1, size, 2, 2)
-
-
-def _alike(module: nn.Module) -> nn.Module:
-    """A copy of a module, with test numbers as parameters, since those of a model may be on another device. Its code
-    changes nothing of the module."""
-    made = copy.copy(module)
-    parts = {name: x for name, x in vars(module).items() if name[0] != "_"}
-    copies: dict[str, Any] = {name: copy.deepcopy(x) for name, x in parts.items() if isinstance(x, (list, dict, set))}
-    copies |= {name: x.detach().clone() for name, x in parts.items() if isinstance(x, Tensor)}
-    buffers = {name: None if x is None else x.detach().to("cpu", copy=True) for name, x in module._buffers.items()}
-    vectors = {
-        n: None if p is None else 1 + torch.cos(torch.arange(1.0, p.numel() + 1)) / 2 for n, p in module._parameters.items()
-    }
-    weights = {name: None if x is None else nn.Parameter(x, requires_grad=False) for name, x in vectors.items()}
-    vars(made).update(copies, training=False, _buffers=buffers, _parameters=weights)
-    return made
-
-
-def _kind_of(module: nn.Module, x: Tensor) -> str:
-    """The kind of a module, by a copy of it that runs on `x`."""
-    try:
-        alike = _alike(module)
-    except Exception:  # as of tensors without storage
-        return _NONE
-    for gates in ((), (torch.ones_like(x),)):  # some take a gate, and have none by default
-
-        def run(numbers: Tensor, gates: tuple[Tensor, ...] = gates) -> Tensor:
-            output: Tensor = type(module).forward(alike, numbers, *gates)
-            return output
-
-        try:
-            with torch.no_grad():
-                output, larger, bias, unlike = run(x), run(x * _LARGER), run(torch.zeros_like(x)), run(x.roll(1, -1).square())
-            bias = bias.nan_to_num(0.0)  # of a norm without eps
-            largest = (output - bias).abs().max()
-            if output.shape != x.shape or not bool((larger - output).abs().max() < _EQUAL * largest):
-                continue
-            if bool((unlike - output).abs().max() < _EQUAL * largest):
-                continue
-            return _HELD if _is_linear(run, x, (output - bias).detach()) else _MISSED
-        except Exception:  # a module of another kind takes other arguments, or none
-            continue
-    return _NONE
-
-
-def _is_linear(run: Callable[[Tensor], Tensor], x: Tensor, linear: Tensor) -> bool:
-    """Whether the module has the gradient of a linear function if its roots are constants."""
-    x = x.clone().requires_grad_()
-    with torch.enable_grad(), AllRoots(nn.Module()):
-        output = run(x)
-    (grad,) = torch.autograd.grad(output, x, linear)
-    expected = linear.square().sum()
-    return bool(((grad * x).sum() - expected).abs() < _EQUAL * expected)
-
-
-class AllRoots(Frozen):
-    """Roots are constants wherever they are taken."""
-
-    def followed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], roots: bool = True) -> Any:
-        return super().followed(func, args, kwargs, roots=True)
-
-
-def _normalize(
-    constant: Callable[[Tensor], Tensor], input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: None = None
-) -> Tensor:
-    return input / constant(input.norm(p, dim, keepdim=True).clamp_min(eps)).expand_as(input)

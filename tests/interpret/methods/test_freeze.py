@@ -7,6 +7,7 @@ import functools
 import importlib
 import threading
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 import vlattn_fast as va
 from tests.helpers.interpret.cases import CASES, in_double, lively
-from vlattn_fast.attach.frozen import AllRoots, Frozen
+from vlattn_fast.attach.frozen import Frozen
 
 METHODS = [va.methods.Gradient, va.methods.Weighted, va.methods.GradCam, va.methods.InputGradient, va.methods.Glimpse]
 
@@ -145,6 +146,48 @@ def test_a_bias_is_constant_and_a_router_is_not(method: type[va.methods.Method])
         assert method.needs == "attention" or not torch.allclose(plain.relevancy[tower], row)
 
 
+SOFTMAXES: dict[str, Callable[[Tensor], Tensor]] = {
+    "torch": lambda scores: torch.softmax(scores, dim=3),
+    "functional": lambda scores: nn.functional.softmax(input=scores, dim=-1, dtype=torch.float64),
+    "tensor": lambda scores: scores.softmax(-1),
+    "special": lambda scores: torch.special.softmax(scores, -1),
+    "module": nn.Softmax(dim=-1),
+    "logarithm": lambda scores: torch.log_softmax(scores, -1).exp(),
+}
+
+
+@pytest.mark.parametrize("queries", [5, 1])
+@pytest.mark.parametrize("name", SOFTMAXES)
+def test_a_softmax_by_any_name_is_attention(name: str, queries: int) -> None:
+    x, projections = torch.randn(2, 2, 5, 4, dtype=torch.float64), torch.randn(3, 4, 4, dtype=torch.float64)
+
+    def attends(x: Tensor, hold: Hold = lambda weights: weights) -> Tensor:
+        query, key, value = (x @ each for each in projections)
+        return hold(SOFTMAXES[name](query[:, :, :queries] @ key.mT)) @ value
+
+    x.requires_grad_()
+    with Frozen(nn.Identity(), norms=False, attention=True):
+        output = attends(x)
+        logits = SOFTMAXES[name](x)[0, 0, 0, 0] if queries == 1 and name != "torch" else x.sum()
+    grads = [torch.autograd.grad(y.square().sum(), x)[0] for y in (output, attends(x, Tensor.detach), attends(x))]
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(grads[2], grads[1], rtol=1e-2) and logits.requires_grad
+
+
+def test_a_refused_question_leaves_training_as_it_is() -> None:
+    """The loss of the same pass has the plain derivatives after it."""
+    case = CASES["vit"]()
+    inputs, model = in_double(case), case.model.eval()
+    with va.nn.capture_relevancy(model, method=va.methods.Gradient()) as captured:
+        logits = model(**inputs).logits
+    with pytest.raises(ValueError, match="position"):
+        captured.relevancy(logits[:, 1], position=99)
+    of_loss = torch.autograd.grad(logits.square().sum(), list(model.parameters()), allow_unused=True)
+    plain = torch.autograd.grad(model(**inputs).logits.square().sum(), list(model.parameters()), allow_unused=True)
+    for one, another in zip(of_loss, plain, strict=True):
+        assert one is another is None or (one is not None and torch.allclose(one, another, rtol=1e-10, atol=0))
+
+
 def test_training_keeps_its_gradients() -> None:
     """The loss has the plain derivatives, the relevancy those of constant denominators, from one forward pass."""
     torch.manual_seed(0)
@@ -233,17 +276,179 @@ class Squash(nn.Module):
 
 def test_norms_are_found_by_what_they_compute() -> None:
     model = nn.ModuleDict({"gated": Gated(12), "largest": ByLargest(), "squash": Squash(), "power": ByPower(), "gelu": nn.GELU()})
-    frozen = Frozen(model)
-    assert frozen.missed == ["'largest' (ByLargest)"]
     x = torch.randn(3, 12, dtype=torch.float64, requires_grad=True)
     gate, cotangent = torch.randn(3, 12).double(), torch.randn(3, 12).double()
-    with frozen:
+    with Frozen(model) as frozen:
         gated, powered, squashed = model["gated"](x, gate), model["power"](x), model["squash"](x)
+        model["largest"](model["gelu"](x))
+    assert frozen.missed == ["'largest' (ByLargest)"]
     for output, is_norm in ((gated, True), (powered, True), (squashed, False)):
         (grad,) = torch.autograd.grad(output, x, cotangent, retain_graph=True)
         assert bool(torch.isclose((grad * x).sum(), (cotangent * output).sum())) == is_norm
     (grad,) = torch.autograd.grad(model["gated"](x, gate), x, cotangent)
     assert (grad * x).sum().abs() < 1e-4  # it is plain again
+
+
+def root(squares: Tensor) -> Tensor:
+    return (squares + 1e-6).sqrt()
+
+
+def squares(x: Tensor) -> Tensor:
+    return x.square().mean(-1, keepdim=True)
+
+
+def deviations(x: Tensor) -> Tensor:
+    return x - x.mean(-1, keepdim=True)
+
+
+WEIGHT = torch.linspace(0.5, 2.0, 36, dtype=torch.float64).view(3, 12)
+Hold = Callable[[Tensor], Tensor]
+WRITTEN: dict[str, Callable[[Tensor, Hold], Tensor]] = {  # norms of x (2, 3, 12), with `hold` around their denominators
+    "power": lambda x, hold: x / hold((squares(x) + 1e-6).pow(0.5)),
+    "negative power": lambda x, hold: x * hold((squares(x) + 1e-6) ** -0.5),
+    "reciprocal": lambda x, hold: hold(root(squares(x))).reciprocal() * x,
+    "power of -1": lambda x, hold: x * hold(root(squares(x))) ** -1,
+    "weight of the root": lambda x, hold: x * (WEIGHT / hold(root(squares(x)))),
+    "matrix of weights": lambda x, hold: WEIGHT * (deviations(x) * hold(1 / root(squares(deviations(x))))),
+    "var": lambda x, hold: deviations(x) * hold((x.var(-1, correction=0, keepdim=True) + 1e-6).rsqrt()),
+    "var of moments": lambda x, hold: deviations(x) / hold(root(squares(x) - x.mean(-1, keepdim=True) ** 2)),
+    "std": lambda x, hold: deviations(x) / (hold(x.std(-1, keepdim=True)) + 1e-6),
+    "std and mean": lambda x, hold: (x - torch.std_mean(x, -1, keepdim=True)[1]) / hold(torch.std_mean(x, -1, keepdim=True)[0]),
+    "in place": lambda x, hold: x.clone().div_(hold(squares(x).add_(1e-6).sqrt_())),
+    "product": lambda x, hold: x / hold(root((x * x).sum(-1, keepdim=True) / 12)),
+    "einsum": lambda x, hold: x / hold(root(torch.einsum("bnc,bnc->bn", x, x)))[..., None],
+    "norm": lambda x, hold: x / (hold(x.norm(dim=-1, keepdim=True)) / 12**0.5).clamp_min(1e-6),
+    "length": lambda x, hold: hold(torch.linalg.vector_norm(x, dim=-1, keepdim=True)) ** -1 * x * WEIGHT,
+    "normalize": lambda x, hold: x / hold(x.norm(dim=-1, keepdim=True).clamp_min(1e-12)),
+    "groups": lambda x, hold: (x.unflatten(-1, (2, 6)) / hold(root(squares(x.unflatten(-1, (2, 6)))))).flatten(-2),
+    "another dtype": lambda x, hold: (x.float() * hold(torch.rsqrt(squares(x.float()) + 1e-6))).to(x.dtype),
+    "gate": lambda x, hold: x * x.sigmoid() / hold(root(squares(x * x.sigmoid()))),
+    "cumulative": lambda x, hold: x / hold(root(x.square().sum(-1, keepdim=True).cumsum(1) / 12)),
+}
+
+
+class Written(nn.Module):
+    """A norm; `dropout`: with a child module. `width`: after a projection, in a layer."""
+
+    def __init__(self, name: str, width: int = 0, switched_off: bool = False) -> None:
+        super().__init__()
+        self.name, self.dropout, self.switched_off = name, nn.Dropout(), switched_off
+        self.query = nn.Linear(12, width, dtype=torch.float64) if width else nn.Identity()
+
+    def forward(self, x: Tensor, hold: Hold = lambda denominator: denominator) -> Tensor:
+        if self.switched_off:
+            return x
+        if self.name == "normalize" and x.requires_grad and hold is not Tensor.detach:
+            return self.dropout(nn.functional.normalize(self.query(x), dim=-1))
+        return self.dropout(WRITTEN[self.name](self.query(x), hold))
+
+
+@pytest.mark.parametrize("place", ["module", "layer"])
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_written_norm_has_a_constant_denominator(name: str, place: str) -> None:
+    """In a module of its own, with child modules and weights of any shape, and in a layer that writes it between other steps."""
+    torch.manual_seed(0)
+    model = Written(name, 12 if place == "layer" else 0).eval()
+    x, cotangent = torch.randn(2, 3, 12, dtype=torch.float64).requires_grad_(), torch.randn(2, 3, 12, dtype=torch.float64)
+    with Frozen(model) as frozen:
+        output = model(x)
+    expected = model(x, Tensor.detach)
+    assert torch.equal(output, model(x)) and not frozen.missed
+    grads = [torch.autograd.grad(y, x, cotangent)[0] for y in (output, expected, model(x))]
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-6 if name == "another dtype" else 1e-12, atol=1e-12)
+    assert not torch.allclose(grads[2], grads[1], rtol=1e-2)
+
+
+def test_nothing_of_a_run_is_kept_for_another() -> None:
+    """A class whose first instance has its norm switched off, and is seen on no device with numbers of half precision."""
+    off, on = Written("power", switched_off=True), Written("power").eval()
+    with torch.device("meta"):
+        x = torch.randn(2, 3, 12, dtype=torch.float16, requires_grad=True)
+        with Frozen(off):
+            off(x)
+    x = torch.randn(2, 3, 12, dtype=torch.float64, requires_grad=True)
+    with Frozen(on):
+        output = on(x)
+    (grad,) = torch.autograd.grad(output, x, output.detach())
+    torch.testing.assert_close((grad * x).sum(), output.square().sum())
+
+
+class Similar(nn.Module):
+    """The cosines of two embeddings, whose vectors get unit length outside of layers; `norm`: after a norm in a function."""
+
+    def __init__(self, norm: bool = False) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.Linear(12, 6, dtype=torch.float64), norm
+
+    def forward(self, x: Tensor, hold: Hold = lambda denominator: denominator) -> Tensor:
+        if self.norm:
+            x = WRITTEN["power"](x, hold)
+        embeds = self.layer(x)[:, 0]
+        embeds = embeds / embeds.pow(2).sum(-1, keepdim=True).pow(0.5)
+        return embeds @ nn.functional.normalize(self.layer(x)[:, 1], dim=-1).T
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_the_vectors_of_a_similarity_are_no_norm(norm: bool) -> None:
+    """They belong to the score. A root of a mean of squares is a norm's wherever it is."""
+    torch.manual_seed(0)
+    model, x = Similar(norm), torch.randn(2, 3, 12, dtype=torch.float64, requires_grad=True)
+    with Frozen(model) as frozen:
+        output = model(x)
+    assert not frozen.missed
+    grads = [torch.autograd.grad(y.square().sum(), x)[0] for y in (output, model(x, Tensor.detach))]
+    torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
+
+
+class NormFunction(torch.autograd.Function):
+    """A norm in one node, as a kernel has it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return nn.functional.rms_norm(x, x.shape[-1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(nn.functional.rms_norm(x, x.shape[-1:]), x, grad)[0]
+
+
+class Fused(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * NormFunction.apply(x)
+
+
+class Gates(nn.Module):
+    """Products of x with a share that is no denominator: its lengths, its gate, a curve of each number; and shares of experts."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        experts = x.softmax(-1)
+        x = x + experts / experts.norm(p=1, dim=-1, keepdim=True)
+        squares = x.square()
+        lengths = squares.sum(-1, keepdim=True).sqrt()
+        share = lengths / lengths.mean(1, keepdim=True)
+        return (
+            x * share
+            + x * squares.mean(-1, keepdim=True).sigmoid()
+            + x / (1 + squares).sqrt()
+            + x / x.exp().sum(-1, keepdim=True)
+        )
+
+
+def test_what_is_not_held_is_named_and_other_products_are_not_norms() -> None:
+    model = nn.ModuleDict(
+        {"fused": Fused(), "instance": nn.InstanceNorm1d(4), "batch": nn.BatchNorm1d(4), "gates": Gates()}
+    ).eval()
+    x = torch.randn(2, 4, 6, requires_grad=True)
+    with Frozen(model) as frozen:
+        outputs = [module(nn.functional.dropout(model["fused"](x))) for module in model.values()]
+        gated = model["gates"](x)
+    assert frozen.missed == ["'fused' (Fused)", "'instance' (InstanceNorm1d)"] and len(outputs) == 4
+    grads = [torch.autograd.grad(y.sum(), x)[0] for y in (gated, model["gates"](x))]
+    assert torch.equal(*grads)
 
 
 @pytest.mark.parametrize("groups", [1, 3])
@@ -275,7 +480,7 @@ def test_roots_outside_of_modules() -> None:
     x = torch.randn(3, 12, dtype=torch.float64, requires_grad=True)
     cotangent = torch.randn(3, 12, dtype=torch.float64)
     for divided in (lambda: x / x.norm(dim=-1, keepdim=True), lambda: nn.functional.normalize(x, dim=-1)):
-        with AllRoots(nn.Identity()):
+        with Frozen(nn.Identity(), similarities=True):
             output = divided()
             assert torch.equal(torch.pow(x, torch.full_like(x, 2.0)), x * x)
         (grad,) = torch.autograd.grad(output, x, cotangent)
@@ -314,7 +519,7 @@ class Missed(Attends):
         self.norm = ByLargest()
 
     def forward(self, features: Tensor) -> Tensor:
-        return super().forward(self.norm(features))
+        return self.norm(super().forward(features))
 
 
 def test_a_norm_that_is_not_reached_is_said() -> None:
@@ -325,27 +530,6 @@ def test_a_norm_that_is_not_reached_is_said() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         va.explain(model, inputs, method=va.methods.Gradient(freeze=()), **how)
-
-
-class Counts(nn.Module):
-    """A norm that counts its calls, and draws a number at each."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("calls", torch.zeros(()))
-        self.numbers: list[float] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        self.numbers.append(float(torch.rand(())))
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
-
-
-def test_a_trial_changes_nothing_of_the_module() -> None:
-    module, before = Counts(), torch.get_rng_state()
-    frozen = Frozen(module)
-    assert frozen._written == [module] and not frozen.missed
-    assert float(module.calls) == 0 and module.numbers == [] and torch.equal(torch.get_rng_state(), before)
 
 
 class Overwrites(nn.Module):
@@ -401,6 +585,7 @@ NORMS = {  # of transformers, each with the arguments of its class and the shape
     "gemma.GemmaRMSNorm": ((12,), (2, 3, 12)),
     "gemma3.Gemma3RMSNorm": ((12,), (2, 3, 12)),
     "cohere.CohereLayerNorm": ((12,), (2, 3, 12)),
+    "cohere2.Cohere2LayerNorm": (((3, 4),), (2, 5, 3, 4)),
     "olmo.OlmoLayerNorm": ((12,), (2, 3, 12)),
     "nemotron.NemotronLayerNorm1P": ((12,), (2, 3, 12)),
     "bamba.BambaRMSNormGated": ((12, 4), (2, 3, 12)),
@@ -417,10 +602,9 @@ def test_norms_of_transformers(name: str) -> None:
     norm = getattr(importlib.import_module(f"transformers.models.{module}.modeling_{module}"), kind)(*arguments)
     model, x = nn.Sequential(norm), torch.randn(shape, requires_grad=True)
     cotangent = torch.randn(shape)
-    frozen = Frozen(model)
-    assert not frozen.missed
-    with frozen:
+    with Frozen(model) as frozen:
         output = model(x)
+    assert not frozen.missed
     (grad,) = torch.autograd.grad(output, x, cotangent)
     assert torch.equal(output, model(x))
     linear = output - model(torch.zeros(shape)).nan_to_num(0.0)
@@ -432,12 +616,11 @@ def test_norms_of_transformers(name: str) -> None:
 def test_a_batch_norm_is_none() -> None:
     """Its denominators are constants anyway."""
     detr = importlib.import_module("transformers.models.detr.modeling_detr")
-    frozen = Frozen(nn.Sequential(detr.DetrFrozenBatchNorm2d(4), nn.Dropout(), nn.SiLU()))
-    assert not frozen.missed
+    model = nn.Sequential(detr.DetrFrozenBatchNorm2d(4), nn.Dropout(), nn.SiLU())
     x = torch.randn(1, 4, 2, 2, requires_grad=True)
-    with frozen:
-        outputs = detr.DetrFrozenBatchNorm2d(4)(x)
-    assert outputs.requires_grad
+    with Frozen(model) as frozen:
+        outputs = model(x)
+    assert outputs.requires_grad and not frozen.missed
 
 
 def test_a_score_beside_a_sink_is_constant() -> None:

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from vlattn_fast._ground.attachments import add_hook, add_pre_hook
 from vlattn_fast.attach.events import Attention, ModuleRun, Subscriber
-from vlattn_fast.attach.frozen import AllRoots
+from vlattn_fast.attach.frozen import Frozen, is_held
 from vlattn_fast.attach.observer import Observer
 from vlattn_fast.attach.session import Steps, named
 from vlattn_fast.interpret.intervening.editing import EditedCalls
@@ -97,9 +97,7 @@ def run_with_leaves(plans: Plans, tower: TracedTower, what: str, last: ModelCall
     `last`: the run ends at this call, and the leaves are those of the layers before. None = those of all layers.
     """
     traced, model, leaves = plans.traced, plans.traced.model, Leaves()
-    frozen = AllRoots(model)  # also those of cosines between towers
-    if frozen.missed:
-        raise ValueError(f"model must have norms that {what} can hold fixed; got {', '.join(frozen.missed[:3])}")
+    frozen = Frozen(model, similarities=True)
     mlps = plans.state_places["mlp"][tower]
     attending = [plan for plan in plans.calls if plan.call.tower is tower]
     for plan in attending:
@@ -121,6 +119,8 @@ def run_with_leaves(plans: Plans, tower: TracedTower, what: str, last: ModelCall
     observer = Observer(model, [EditedCalls(plans), stream], parts=traced.roots)
     with torch.inference_mode(False), torch.enable_grad(), frozen, observer, contextlib.suppress(_Found):
         leaves.outputs = model(**traced.arguments)
+    if frozen.missed:
+        raise ValueError(f"model must have norms that {what} can hold fixed; got {', '.join(frozen.missed[:3])}")
     without = [f"layer {number}, which {place}" for number, place in mlps.items() if isinstance(place, str)]
     if last is None:
         _check_linear(ends, leaves, what, without)
@@ -156,7 +156,7 @@ def _curved(outputs: Iterable[Tensor], leaves: Leaves) -> str | None:
     stack = [output.grad_fn for output in outputs]
     while stack:
         node = stack[-1]
-        before = [] if node is None else [each for each, _ in node.next_functions if each is not None]
+        before = [] if node is None or is_held(node) else [each for each, _ in node.next_functions if each is not None]
         if ahead := [each for each in before if each not in depends]:
             stack += ahead
             continue
