@@ -251,12 +251,13 @@ template <int COLUMNS, class Finish> static void panel_of_tiles(Size rows, const
     }
 }
 
-// As product_of_some, for whole tiles of columns: the number of these columns, or 0 where the product is too small. The limits come
-// from a count of instructions, not from time: a tile always has 16 rows and 16 pairs, used or not.
+// As product_of_some, for whole tiles of columns: the number of these columns, or 0 where the depth is too small. The limit comes
+// from a count of instructions, not from time: a tile always has 16 pairs, used or not. Few rows, which fill no tile either, are the
+// last keys of many: one that is equal to an earlier key has the same product.
 template <class Finish>
 static Size product_by_tiles(Size rows, Size columns, Size depth, const Pair* A, Size lda, const Pair* B, Size ldb, float* C,
                              Size ldc, bool add, const Finish& finish, Size ahead) {
-    if (rows < TILE_SIDE || depth < TILE_SIDE / 2) return 0;
+    if (depth < TILE_SIDE / 2) return 0;
     Size n = 0;
     while (columns - n >= TILE_SIDE) {
         const Panel<Pair, Finish> p = {depth, A, lda, B + n, ldb, C + n, ldc, add, n, finish, n == 0 ? ahead : 0};

@@ -57,6 +57,16 @@ def test_the_first_of_alike_keys(n: int, dtype: torch.dtype) -> None:
         assert va.attention_statistics(**inputs, backend="cpu").argmax.eq(0).all()
 
 
+@pytest.mark.parametrize("keys", [1025, 1032])
+def test_the_last_of_alike_keys_fill_no_tile(keys: int) -> None:
+    """Their products have the bits of the others', also those of AMX: the first key is the largest, and has maxsim's gradient."""
+    query, key = torch.randn(1, 2, 40, 64).bfloat16(), torch.randn(1, 2, 1, 64).bfloat16().expand(-1, -1, keys, -1)
+    assert not va.attention_statistics(query, key, statistics=["argmax"], backend="cpu").argmax.any()
+    documents = key[0].clone().requires_grad_()
+    (grad,) = torch.autograd.grad(va.maxsim(query[0], documents, backend="cpu").sum(), documents)
+    assert grad[:, 0].any() and not grad[:, 1:].any()
+
+
 @pytest.mark.parametrize("n, group", [(1, 32), (3, 8), (8, 2), (16, 2)])
 def test_few_queries_of_shared_keys(n: int, group: int) -> None:
     """Query heads that share a key head meet its keys together, up to 16 rows at once; in any order of groups, with any mask."""
