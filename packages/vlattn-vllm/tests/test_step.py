@@ -30,10 +30,13 @@ def tiles(key: Tensor, isa: str) -> Tensor:
     return key[:, 0].unflatten(1, (-1, 2)).transpose(0, 1).flatten()
 
 
+OF_VALUES = {transposed: tiles, tiles: transposed}
+
+
 @pytest.fixture(params=[transposed, tiles])
 def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(blocks, "_written", request.param)
-    monkeypatch.setattr(blocks, "_values_written", request.param)
+    monkeypatch.setattr(blocks, "_values_written", OF_VALUES[request.param])
     blocks._order.cache_clear()
     yield request.param
     blocks._order.cache_clear()
@@ -75,7 +78,7 @@ class Batch:
                     if order is None:
                         block[:, HEAD_DIM:] = part[:, head]
                     else:
-                        block.view(-1)[SIZE * HEAD_DIM :] = order(part[:, head : head + 1], "")
+                        block.view(-1)[SIZE * HEAD_DIM :] = OF_VALUES[order](part[:, head : head + 1], "")
         return values
 
     def see(self, step: Step, number: int = 0, impl: Any = IMPL, name: str = "", **of_layer: Any) -> None:
@@ -299,11 +302,13 @@ def test_edited_rows_are_those_of_edited_maps(order: Any, monkeypatch: pytest.Mo
     torch.testing.assert_close(got["plain"].mass[0, 0, :, 1], batch.maps(2)[-1, :, :7].sum(-1))
 
 
-def test_an_edit_in_a_window_reads_no_block_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU. Blocks before the window belong to other requests by then; here they are not numbers."""
-    batch = OnGpu([9, 15], [9, 2])
+@pytest.mark.parametrize(("length", "before"), [(15, 2), (13, 1)])
+def test_an_edit_in_a_window_reads_no_block_before_it(length: int, before: int) -> None:
+    """As on a GPU. Blocks before the window belong to other requests by then; here they are not numbers. The second prompt's
+    window begins with the last token of a block."""
+    batch = OnGpu([9, length], [9, 2])
     values = batch.with_values(None)[1]
-    batch.cache[batch.table[1, :2].long()] = torch.nan
+    batch.cache[batch.table[1, :before].long()] = torch.nan
     step = begun(batch, {"one": asking(9, steer=[edit(keys=[11, 12])], statistics=[])}, "plain", "one")
     layer = SimpleNamespace(layer_name="model.layers.0.attn")
     impl = SimpleNamespace(**{**vars(IMPL), "sliding_window": (4, 0)})

@@ -308,15 +308,20 @@ class Step:
         self._spent(begin)
         numbers = {}
         for name in running:
-            one = self.asking[name]
-            attention = nothing(one) if one.refused else self._attention(name, stacks)
+            one, attention = self.asking[name], None
+            try:
+                attention = None if one.refused else self._attention(name, stacks)
+            except Exception as error:
+                self._refuse([name], fault(error))
+            if one.refused:
+                attention = nothing(one)
             if attention is not None:
                 numbers[name], one.seconds = replace(attention, seconds=one.seconds), 0.0
         return numbers
 
     def _stacks(self, running: list[str]) -> dict[tuple[str, str], Tensor]:
         """(heads, layers, ...) by request and statistic."""
-        stacks = {}
+        stacks: dict[tuple[str, str], Tensor] = {}
         for name in running:
             layers = [] if self.asking[name].refused or name not in self._seen else self.asking[name].ask.layers
             try:
