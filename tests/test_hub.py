@@ -297,6 +297,15 @@ for cls, config, own in models:
     for x, y in zip(ours, wanted, strict=True):
         if x is not None:
             torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5 * float(largest), msg=cls.__name__)
+x, bias = torch.randn(1, 2, 3, 8), torch.zeros(1, 2, 3, 3, requires_grad=True)
+with torch.no_grad():
+    hub.flash_attn_forward(torch.nn.Identity(), x, x, x, None, position_bias=bias)
+try:
+    hub.flash_attn_forward(torch.nn.Identity(), x, x, x, None, position_bias=bias)
+except ValueError as error:
+    assert "model must have a constant position bias" in str(error), error
+else:
+    raise AssertionError("a bias of positions would stay as it is")
 print("transformers")
 """
 # `kernelize` takes the forward of a layer; without the package what it does to one.

@@ -12,7 +12,7 @@ import transformers as hf
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from tests.helpers.nn.models import DEEP, MODELS, answer, words
+from tests.helpers.nn.models import DEEP, MODELS, answer, of_real_tokens, words
 from vlattn_fast import explain, scores
 from vlattn_fast.checking.models.inputs import texts
 from vlattn_fast.checking.models.shrink import small_model
@@ -126,17 +126,9 @@ def test_models_with_masks_of_their_own(name: str) -> None:
     """Values and gradients are those of the model's own attention, for prompts that are padded on either side."""
     model: Any = small_model(getattr(hf, name))
     inputs = texts(model, "both")
-
-    def run() -> list[Tensor]:
-        logits = model(**inputs).logits
-        real = logits[inputs["attention_mask"].bool()] if "decoder_input_ids" not in inputs else logits
-        leaves = [x for x in model.parameters() if x.requires_grad]
-        grads = torch.autograd.grad(real.square().mean(), leaves, allow_unused=True)
-        return [real.detach(), torch.cat([grad.flatten() for grad in grads if grad is not None])]
-
-    before = run()
+    before = of_real_tokens(model, inputs)
     by_name(model, "scaled_dot")
-    for got, wanted in zip(run(), before, strict=True):
+    for got, wanted in zip(of_real_tokens(model, inputs), before, strict=True):
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
 
 

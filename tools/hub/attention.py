@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tools.hub.functions import score_attention
@@ -26,9 +27,14 @@ def flash_attn_forward(
     """transformers' attention interface: query (B, H, N, D), key and value (B, Hkv, M, D) in, (output (B, N, H, Dv), None) out.
 
     Caches, padding, sliding windows and causality come as the mask of SDPA; grouped keys, softcaps, sinks and a position bias are
-    those of the model. Trains.
+    those of the model. Trains, but no position bias.
     """
     masks = masks_of(module, query, key, attention_mask, causal_by_module=True, **options)
+    if (mask := masks["attn_mask"]) is not None and mask.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"model must have a constant position bias, since its gradient is not computed; got one that requires a gradient in "
+            f"{type(module).__name__}. Run it under torch.no_grad(), or set_attn_implementation('sdpa')"
+        )
     softcap, sink = masks.pop("softcap", None), masks.pop("sink", None)
     del masks["enable_gqa"]
     scale = query.shape[3] ** -0.5 if scaling is None else scaling

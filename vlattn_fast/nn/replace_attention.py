@@ -59,8 +59,8 @@ def replace_attention(
 
     Args:
         model: a transformers model, or a wrapper around one, whose attention goes through transformers' interface (BERT, ViT,
-            CLIP, T5, decoders, ...) or is that of LXMERT, ViLT, VisualBERT, FLAVA. Other attention, such as a Q-Former's of
-            another class in a BLIP-2, stays unchanged: the handle's `scores` lists the replaced modules.
+            CLIP, T5, decoders, ...) or is that of LXMERT, ViLT, VisualBERT, FLAVA. Other attention of
+            the same model stays unchanged: the handle's `scores` lists the replaced modules.
         score, per_head, score_options, backend: see `ScoreAttention`.
         layers: an index or several, counted in each list of layers, negative from the end; or a function of an attention module's
             path that returns whether to replace it, e.g. `lambda path: "visual_attention" in path`. Default: all.
