@@ -34,6 +34,12 @@ def test_tables_and_pictures_are_those_of_the_rows(name):
         assert f"({picture}.png)" in page and (ROOT / "docs" / "experiments" / f"{picture}.png").is_file()
 
 
+def test_the_figure_of_six_tasks_is_as_wide_as_a_page():
+    rows = json.loads(STORED["scores"].read_text())["rows"]
+    figure = experiment("scores").figures["scores"](rows)
+    assert figure.get_size_inches()[0] < 10 and sum(axes.axison for axes in figure.axes) == 2 * 6
+
+
 def test_weighted_relevancy_runs(tmp_path, capsys):
     out = tmp_path / "rows.json"
     main(["weighted_relevancy", "--smoke", "--seeds", "1", "--out", str(out), "--processes", "1"])

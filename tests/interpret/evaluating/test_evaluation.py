@@ -260,6 +260,7 @@ def test_it_is_saved_and_read_back(tmp_path):
     titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
     assert titles == ["positive of the image", "positive of the text", "mass of the image"]
     assert len(figure.axes[0].lines) == 2 and len(figure.axes[2].patches) == 2
+    assert figure.get_size_inches()[0] < 8  # legible on a page
     with pytest.raises(ValueError, match="method, test and part must name an entry"):
         again.value("truth", "iou")
     (tmp_path / "other.json").write_text("{}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
@@ -44,6 +46,9 @@ def test_answers_and_single_samples_are_joined() -> None:
     assert frame["probability"].tolist() == both.probability.flatten().tolist()
     axes = both.plot().axes[0]
     assert axes.get_lines()[0].get_ydata() == pytest.approx((100 * both.change.mean(0)).tolist())
+    assert axes.get_lines()[0].get_xdata().tolist() == [0, 1, 2]
+    two = replace(both, probability=both.probability[:, 1:], layers=(4, 5)).plot().axes[0]
+    assert two.get_lines()[0].get_xdata().tolist() == [4, 5] and all(tick == round(tick) for tick in two.get_xticks())
 
 
 def test_a_window_is_a_quarter_of_the_layers() -> None:

@@ -55,11 +55,11 @@ class Evaluation(Report):
         known = [entry for entry in self.table if entry["value"] is not None]
         tests = list(dict.fromkeys((entry["test"], entry["part"]) for entry in known))
         with extra("viz"):
-            figure, axes = panels(len(tests), most=4, width=4)
+            figure, axes = panels(len(tests))
         # a bare dollar sign would start a formula
         plain = {entry["method"]: entry["method"].replace("$", r"\$") for entry in self.table}
         for axis, test in zip(axes, tests, strict=True):
-            axis.set_title(f"{test[0]} of {'both parts' if test[1] == BOTH else f'the {test[1]}'}", fontsize=10)
+            axis.set_title(f"{test[0]} of {'both parts' if test[1] == BOTH else f'the {test[1]}'}")
             drawn, entries = (
                 {entry["method"]: entry for entry in some if (entry["test"], entry["part"]) == test}
                 for some in (self.curves, known)
@@ -72,10 +72,10 @@ class Evaluation(Report):
                     entry = entries[method]
                     axis.bar(index, entry["value"], yerr=entry["sd"] or 0, color=f"C{index % 10}", capsize=3)
             if drawn:
-                axis.set_xlabel(_AXES[test[0]], fontsize=8)
-                axis.legend(fontsize=7)
+                axis.set_xlabel(_AXES[test[0]])
+                axis.legend(fontsize=9)
             else:
-                axis.set_xticks(range(len(plain)), list(plain.values()), rotation=30, fontsize=8, ha="right")
+                axis.set_xticks(range(len(plain)), list(plain.values()), rotation=30, ha="right")
         return figure
 
     def __str__(self) -> str:

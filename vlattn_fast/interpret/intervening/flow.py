@@ -66,9 +66,8 @@ class FlowCurve:
             from matplotlib.figure import Figure
         figure = Figure(figsize=(5, 3), layout="constrained")
         axes = figure.subplots()
-        axes.plot(
-            range(self.probability.shape[1]), (100 * self.change.mean(0)).tolist(), marker="o", markersize=3, label=self.label
-        )
+        axes.plot(self.layers, (100 * self.change.mean(0)).tolist(), marker="o", markersize=3, label=self.label)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.axhline(0, color="0.7", linewidth=0.8)
         axes.set(xlabel=f"layer (window of {self.window})", ylabel="change of the probability, %")
         axes.legend(frameon=False)

@@ -66,18 +66,18 @@ class ProbeReport(Report):
             if entry["layer"] is not None and entry["value"] is not None:
                 tests.setdefault((entry["test"], entry["kind"]), []).append(entry)
         with extra("viz"):
-            figure, axes = panels(len(tests), most=3, width=4.4)
+            figure, axes = panels(len(tests))
         for axis, ((test, kind), entries) in zip(axes, tests.items(), strict=True):
-            axis.set_title((test if kind is None else f"{test}: {kind}").replace("$", r"\$"), fontsize=10)
+            axis.set_title((test if kind is None else f"{test}: {kind}").replace("$", r"\$"))
             unit = _VALUES.get(test, "accuracy")
             heads = [entry for entry in entries if entry["head"] is not None]
             if heads:
                 cells = np.full([1 + max(entry[name] for entry in heads) for name in ("layer", "head")], np.nan)
                 for entry in heads:
                     cells[entry["layer"], entry["head"]] = entry["value"]
-                figure.colorbar(axis.imshow(cells, aspect="auto", vmin=0, vmax=1), ax=axis).set_label(unit, fontsize=8)
-                axis.set_xlabel("head", fontsize=8)
-                axis.set_ylabel("layer", fontsize=8)
+                figure.colorbar(axis.imshow(cells, aspect="auto", vmin=0, vmax=1), ax=axis).set_label(unit)
+                axis.set_xlabel("head")
+                axis.set_ylabel("layer")
                 for count, label in ((cells.shape[0], axis.set_yticks), (cells.shape[1], axis.set_xticks)):
                     label(range(0, count, 1 + (count - 1) // 12))
                 continue
@@ -86,10 +86,10 @@ class ProbeReport(Report):
                 if points:
                     axis.plot(*zip(*points, strict=True), style, label=name)
             axis.set_ylim(0, 1.02)
-            axis.set_ylabel(unit, fontsize=8)
+            axis.set_ylabel(unit)
             axis.set_xticks(sorted({entry["layer"] for entry in entries}))
-            axis.set_xlabel("layer", fontsize=8)
-            axis.legend(fontsize=7)
+            axis.set_xlabel("layer")
+            axis.legend(fontsize=9)
         return figure
 
     def plot_patterns(

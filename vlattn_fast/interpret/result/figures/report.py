@@ -43,8 +43,8 @@ class Report:
         return cls(**whole)
 
 
-def panels(count: int, most: int, width: float) -> tuple[Figure, list[Any]]:
-    """A figure with `count` axes, at most `most` side by side, of `width` inches each."""
+def panels(count: int, most: int = 2, width: float = 3.8) -> tuple[Figure, list[Any]]:
+    """A figure with `count` axes, at most `most` side by side, of `width` inches each: as wide as a page, on which it is read."""
     from matplotlib.figure import Figure
 
     columns = min(max(count, 1), most)

@@ -201,10 +201,13 @@ def accuracy_and_interpretability(records: Sequence[Record]) -> Figure:
         arm: place for place, arm in enumerate(dict.fromkeys(arm for task in tasks(records) for arm in scores_of(records, task)))
     }
     shown = {"focus": "share on its region / chance", "gap": "least first − most first,\narea under the accuracy"}
-    figure, grid = panels(len(shown), len(tasks(records)), (3.2 * len(tasks(records)), 6.8), sharex="col")
-    for column, task in enumerate(tasks(records)):
+    columns = min(3, len(tasks(records)))  # as many as a page can show
+    lines = -(-len(tasks(records)) // columns)
+    figure, grid = panels(len(shown) * lines, columns, (3.2 * columns, 3.2 * len(shown) * lines))
+    for place, task in enumerate(tasks(records)):
+        block, column = divmod(place, columns)
         for line, (name, label) in enumerate(shown.items()):
-            axes = grid[line][column]
+            axes = grid[len(shown) * block + line][column]
             for arm in (arm for arm in arms(records, task) if arm in (*places, UNIFORM)):
                 (x, dx), (y, dy) = (mean_and_deviation(values(records, task, arm, key)) for key in ("accuracy", name))
                 colour = "0.5" if arm == UNIFORM else colours(places[arm])
@@ -216,8 +219,10 @@ def accuracy_and_interpretability(records: Sequence[Record]) -> Figure:
                 axes.set_ylabel(label)
             if line == len(shown) - 1:
                 axes.set_xlabel({"generation": "R-precision"}.get(task, "accuracy") + f" ({task})")
-    shown_arms = {label: handle for axes in grid[0] for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(shown_arms.values(), shown_arms, loc="outside lower center", ncols=6, frameon=False)
+    for axes in grid[-len(shown) :, len(tasks(records)) - columns * (lines - 1) :].flat:
+        axes.set_axis_off()
+    shown_arms = {label: handle for axes in grid.flat for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(shown_arms.values(), shown_arms, loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
