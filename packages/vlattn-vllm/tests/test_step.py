@@ -327,6 +327,29 @@ def test_an_edit_in_a_window_reads_no_block_before_it(length: int, before: int) 
     assert got.is_empty() and got.seconds > 0
 
 
+def test_softcap_and_window_are_the_layers(order: Any) -> None:
+    """Of a request that asks, and of one whose attention is edited, after the softcap."""
+    batch = Batch(order, [12, 12], [12, 12])
+    values = batch.with_values(order)[1]
+    requests = {"asks": asking(12, statistics=BOTH), "edits": asking(12, steer=[edit(keys=[8, 10], weight=3)], statistics=BOTH)}
+    step = begun(batch, requests)
+    batch.see(step, impl=SimpleNamespace(**{**vars(IMPL), "logits_soft_cap": 1.5, "sliding_window": 5}))
+
+    def capped(logits: Tensor) -> Tensor:
+        return (logits / 1.5).tanh() * 1.5
+
+    def more(logits: Tensor) -> Tensor:
+        logits = capped(logits)
+        logits[..., 8:10] += math.log(3)
+        return logits
+
+    got = step.numbers(same)
+    maps = batch.maps(0, capped, window=5), batch.maps(1, more, window=5)
+    for name, each in zip(requests, maps, strict=True):
+        torch.testing.assert_close(got[name].received[0], each.sum(0))
+    torch.testing.assert_close(batch.out[12:], torch.einsum("nhm,mhd->nhd", maps[1], values.repeat_interleave(2, 1)))
+
+
 def test_a_query_without_keys_gives_zeros(order: Any) -> None:
     batch = Batch(order, [5], [5])
     batch.with_values(order)

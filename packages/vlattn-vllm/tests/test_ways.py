@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from vlattn_vllm import engine, front, limit, plugin
+from vlattn_vllm import counts, engine, front, limit, plugin
 from vlattn_vllm.ask import Ask
 from vlattn_vllm.attention import Attention, from_bytes, joined
 from vlattn_vllm.server import Waiting
@@ -276,42 +276,101 @@ def test_a_fault_in_the_core_refuses_one_request() -> None:
     assert "RuntimeError" in last.refused and last.received is None
 
 
-# what refuses an engine: a field of its configuration, its value, and a word of the reason
-REFUSED = {
-    "use_v2_model_runner": (True, "version 2"),
-    "speculative_config": (object(), "guessed ahead"),
-    "parallel_config.pipeline_parallel_size": (2, "pipeline stages"),
-    "parallel_config.use_ubatching": (True, "dual-batch overlap"),
-    "parallel_config.decode_context_parallel_size": (2, "contexts run in parallel"),
-    "parallel_config.prefill_context_parallel_size": (2, "contexts run in parallel"),
-    "cache_config.cache_dtype": ("fp8", "kv_cache_dtype=fp8"),
-    "model_config.use_mla": (True, "MLA"),
-    "model_config.is_encoder_decoder": (True, "an encoder and a decoder"),
-    "model_config.is_hybrid": (True, "layers without attention"),
-    "model_config.is_attention_free": (True, "layers without attention"),
-    "model_config.is_mm_prefix_lm": (True, "both directions"),
+# fields of an engine's configuration: a value that runs, one that is refused, and a word of the reason
+FIELDS: dict[str, tuple[Any, Any, str]] = {
+    "use_v2_model_runner": (False, True, "version 2"),
+    "speculative_config": (None, object(), "guessed ahead"),
+    "parallel_config.pipeline_parallel_size": (1, 2, "pipeline stages"),
+    "parallel_config.use_ubatching": (False, True, "dual-batch overlap"),
+    "parallel_config.decode_context_parallel_size": (1, 2, "contexts run in parallel"),
+    "parallel_config.prefill_context_parallel_size": (1, 2, "contexts run in parallel"),
+    "cache_config.cache_dtype": ("auto", "fp8", "kv_cache_dtype=fp8"),
+    "model_config.use_mla": (False, True, "MLA"),
+    "model_config.is_encoder_decoder": (False, True, "an encoder and a decoder"),
+    "model_config.is_hybrid": (False, True, "layers without attention"),
+    "model_config.is_attention_free": (False, True, "layers without attention"),
+    "model_config.is_mm_prefix_lm": (False, True, "both directions"),
 }
 
 
-@pytest.mark.parametrize("field", [None, *REFUSED])
-def test_an_engine_refuses_by_its_configuration(monkeypatch: pytest.MonkeyPatch, field: str | None) -> None:
-    platforms = ModuleType("vllm.platforms")
-    platforms.current_platform = SimpleNamespace(device_type="cpu")  # type: ignore[attr-defined]
+@pytest.fixture
+def configured(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function of a field, which returns the configuration of an engine that is refused for it."""
+    modules = {"vllm.platforms": {"current_platform": SimpleNamespace(device_type="cpu")}}
+    modules["vllm.exceptions"] = {"VLLMValidationError": type("VLLMValidationError", (Exception,), {})}
     monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
-    monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
-    parts: dict[str, Any] = {"compilation_config": {"pass_config": SimpleNamespace(fuse_attn_quant=False)}}
-    for each in REFUSED:
-        part, _, name = each.rpartition(".")
-        plain = {
-            "pipeline_parallel_size": 1,
-            "decode_context_parallel_size": 1,
-            "cache_dtype": "auto",
-            "speculative_config": None,
-        }
-        parts.setdefault(part, {})[name] = REFUSED[each][0] if each == field else plain.get(name, False)
-    config = SimpleNamespace(**parts.pop(""), **{name: SimpleNamespace(**values) for name, values in parts.items()})
-    reasons = front.refusals(config, SimpleNamespace(extra_args={}, max_tokens=5), False)
-    assert len(reasons) == (field is not None) and (field is None or REFUSED[field][1] in reasons[0])
+    for name, values in modules.items():
+        module = ModuleType(name)
+        vars(module).update(values)
+        monkeypatch.setitem(sys.modules, name, module)
+
+    def configuration(field: str | None = None) -> Any:
+        model = {"get_total_num_hidden_layers": lambda: 2, "max_model_len": 30}
+        model["model_arch_config"] = SimpleNamespace(total_num_attention_heads=4)
+        parts: dict[str, Any] = {"compilation_config": {"pass_config": SimpleNamespace()}, "model_config": model}
+        for each, (usual, refused, _) in FIELDS.items():
+            part, _, name = each.rpartition(".")
+            parts.setdefault(part, {})[name] = refused if each == field else usual
+        return SimpleNamespace(**parts.pop(""), **{name: SimpleNamespace(**values) for name, values in parts.items()})
+
+    return configuration
+
+
+@pytest.mark.parametrize("field", [None, *FIELDS])
+def test_an_engine_refuses_by_its_configuration(configured: Any, field: str | None) -> None:
+    reasons = front.refusals(configured(field), SimpleNamespace(extra_args={}, max_tokens=5), False)
+    assert len(reasons) == (field is not None) and (field is None or FIELDS[field][2] in reasons[0])
+
+
+def processed(config: Any, ask: Any, salt: str | None = None) -> Any:
+    """The request that the front end makes of a prompt of six tokens."""
+    params = SimpleNamespace(extra_args={"vlattn": ask}, max_tokens=10**11)
+    config.compilation_config.pass_config.fuse_attn_quant = False
+    made = SimpleNamespace(prompt_token_ids=[5] * 6, sampling_params=params, mm_features=None, cache_salt=salt)
+    return front._process_inputs(lambda *_: made, SimpleNamespace(vllm_config=config), "7", "a prompt", params)
+
+
+def test_edits_salt_the_prefix_cache(configured: Any) -> None:
+    """Blocks are shared by requests with the same edits, under the client's own salt."""
+    cut, more = ({"steer": [{"keys": [0, 4], "weight": weight}]} for weight in (0, 2))
+    asks = [({}, None), ({}, "mine"), (cut, None), (cut, "mine"), (more, None), (more, "mine")]
+    salts = [processed(configured(), ask, salt).cache_salt for ask, salt in asks]
+    assert salts[:2] == [None, "mine"] and len({*salts}) == 6
+    assert processed(configured(), {**cut, "layers": [0]}).cache_salt == salts[2], "numbers do not change keys"
+
+
+def test_spans_end_where_the_model_does(configured: Any) -> None:
+    """Whatever max_tokens says."""
+    assert processed(configured(), {"groups": {"a": [[29, 30]]}}).sampling_params.extra_args["vlattn"]["layers"] == [0, 1]
+    with pytest.raises(ValueError, match="within the 30 tokens"):
+        processed(configured(), {"groups": {"a": [[29, 31]]}})
+
+
+def state(parent: Any = None, asks: bool = True) -> Any:
+    return SimpleNamespace(parent_req=parent, queue=[], **({front._ASKS: True} if asks else {}))
+
+
+def test_samples_of_a_request_are_one_ask(monkeypatch: pytest.MonkeyPatch, configured: Any) -> None:
+    """Where two may run at a time."""
+    exceptions = sys.modules["vllm.exceptions"]
+    vars(exceptions)["GracefulHTTPError"] = type("GracefulHTTPError", (Exception,), {})
+    monkeypatch.setenv("VLATTN_MAX_ASKS", "2")
+    parent = object()
+    processor = SimpleNamespace(request_states={name: state(parent) for name in "ab"} | {"c": state(asks=False)})
+
+    def added(name: str, index: int, **extra: Any) -> None:
+        one = SimpleNamespace(request_id=name, sampling_params=SimpleNamespace(extra_args=extra))
+        add = lambda *_: processor.request_states.update({name: state(parent, False)})  # noqa: E731
+        front._add_request(add, processor, one, "", parent, index)
+
+    before = counts.totals["asks"]
+    added("d", 2, vlattn={})
+    assert counts.totals["asks"] == before and front._ASKS in processor.request_states["d"].__dict__
+    processor.request_states["e"] = state()
+    added("f", 0)
+    added("d2", 3, vlattn={})
+    with pytest.raises(ValueError, match="2 requests with 'vlattn' run already"):
+        added("g", 0, vlattn={})
 
 
 def test_limits_are_a_servers(monkeypatch: pytest.MonkeyPatch) -> None:
