@@ -41,7 +41,7 @@ def main() -> None:
             for number in range(256):
                 maps = relevancy[:, 1:].reshape(1, 24, 24)
                 explanation = Explanation({"vision": relevancy}, maps, [0], scores=torch.rand(1), target=[1])
-                writer.add(number, str(number), f"{number}.jpg", explanation)
+                writer.add(number, str(number), f"{number}.jpg", 16 * "0", explanation)
             writer.flush()
 
         each = _milliseconds(shard, 4) / 256

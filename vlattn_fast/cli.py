@@ -66,12 +66,12 @@ def _method_options() -> Iterator[inspect.Parameter]:
 def _first_sentence(name: str, kinds: Iterable[type[Method]]) -> str:
     """What the docstrings say of an option, without references to another class."""
     entry = re.compile(rf"^    (?:\w+, )*{name}(?:, \w+)*:\s(?!see )(.+?\.)(?:\s|$)", re.M | re.S)
-    places = (inspect.getdoc(part.__init__) or "" for kind in kinds for part in kind.__mro__)
+    places = (inspect.getdoc(vars(part).get("__init__")) or "" for kind in kinds for part in kind.__mro__)
     found = next((" ".join(match[1].split()) for match in map(entry.search, places) if match), "")
     return found[:1].upper() + found[1:]
 
 
-def _with_given(names: Iterable[str], options: dict[str, Any]) -> list[Method | str]:
+def _with_given(names: Iterable[str], options: dict[str, Any]) -> list[Any]:
     """The methods with those of the given options that each has, and as names those that are none of `explain`'s. ValueError for
     an option that no method has."""
     given = {name: _read(value) for name, value in options.items() if value is not None}

@@ -64,10 +64,11 @@ class FlowCurve:
         """Draws the curve. ModuleNotFoundError without matplotlib."""
         with extra("viz"):
             from matplotlib.figure import Figure
+            from matplotlib.ticker import MaxNLocator
         figure = Figure(figsize=(5, 3), layout="constrained")
         axes = figure.subplots()
         axes.plot(self.layers, (100 * self.change.mean(0)).tolist(), marker="o", markersize=3, label=self.label)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.axhline(0, color="0.7", linewidth=0.8)
         axes.set(xlabel=f"layer (window of {self.window})", ylabel="change of the probability, %")
         axes.legend(frameon=False)
