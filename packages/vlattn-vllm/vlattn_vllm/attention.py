@@ -31,8 +31,8 @@ class Attention:
         received: (layers, heads, prompt), what each token of the prompt gets from the queries from queries[0] to queries[1] - 1,
             added. None in the chunks of a stream but the last. With `top`: (layers, heads, top), the largest.
         queries: positions. The first is above 0 where vLLM took a prefix out of its cache: these queries did not run.
-        refused: why there are no numbers, no more of them, or none in `received` alone, where only the running engine could tell;
-            empty otherwise. From then on attention is not edited either.
+        refused: why there are no numbers and no edits from some token on, or no `received`, if only the running engine could
+            tell; else empty.
         tokens: with `top` (layers, heads, top), the numbers of these tokens of the prompt; else None.
         seconds: of the worker, for these numbers and edits.
     """
