@@ -159,6 +159,74 @@ def test_what_generate_returned_is_an_answer():
         explain(model, inputs, answer=torch.cat([PROMPTS[:, :4], torch.tensor([[17], [2]])], 1))
 
 
+LANGUAGES = dict(lang_to_id={"<|en|>": 51, "<|fr|>": 52}, task_to_id={"transcribe": 53, "translate": 54}, is_multilingual=True)
+
+
+def whisper(**settings):
+    torch.manual_seed(0)
+    layers = dict(encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, d_model=16)
+    sizes = dict(encoder_ffn_dim=24, decoder_ffn_dim=24, vocab_size=60, num_mel_bins=8, max_source_positions=20)
+    ends = dict(decoder_start_token_id=50, bos_token_id=2, eos_token_id=2, pad_token_id=3)
+    model = lively(transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**layers, **sizes, **ends))).eval()
+    model.generation_config.suppress_tokens = [*range(50, 60)] if "return_timestamps" not in settings else None
+    for name, value in settings.items():
+        setattr(model.generation_config, name, value)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("settings", "options"),
+    [
+        ({"no_timestamps_token_id": 55}, {}),
+        ({"no_timestamps_token_id": 55, "forced_decoder_ids": [[1, 55]], "is_multilingual": False}, {}),
+        ({"no_timestamps_token_id": 55, "return_timestamps": True, "is_multilingual": False}, {}),
+        ({"no_timestamps_token_id": 55, **LANGUAGES, "language": "French", "task": "translate"}, {}),
+        ({"no_timestamps_token_id": 55, **LANGUAGES, "language": "<|en|>"}, {}),
+        ({"no_timestamps_token_id": 55, **LANGUAGES, "forced_decoder_ids": [[1, 52], [2, 53]]}, {}),
+        ({"no_timestamps_token_id": 55, **LANGUAGES}, {"return_dict_in_generate": True}),
+        ({"no_timestamps_token_id": 55, **LANGUAGES}, {"return_dict_in_generate": True, "language": "fr", "task": "translate"}),
+    ],
+)
+def test_tokens_that_whisper_leaves_out_of_its_answer(settings, options):
+    """Its `generate` begins with a language, a task and the like, and returns what comes after."""
+    model, sound = whisper(**settings), {"input_features": torch.randn(2, 8, 40)}
+    begun = []
+    handle = model.model.decoder.register_forward_pre_hook(lambda *a: begun.append(a[2]["input_ids"]), with_kwargs=True)
+    answer = model.generate(**sound, max_new_tokens=4, do_sample=False, **options)
+    handle.remove()
+    got = explain(model, sound, answer=answer, method="attention")
+    start = next(ids for ids in begun if ids.shape[1] > 1 or "return_timestamps" in settings)
+    assert start[0, 0] == 50 and not set(sum(got.answer, [])) & {2, 3, *range(50, 56)}
+    given = explain(model, {**sound, "decoder_input_ids": start}, answer=got.answer, method="attention")
+    assert torch.equal(got.scores, given.scores) and got.answer == given.answer
+
+
+def test_a_language_that_whisper_finds_out_must_be_given():
+    model, sound = whisper(no_timestamps_token_id=55, **LANGUAGES), {"input_features": torch.randn(1, 8, 40)}
+    with pytest.raises(ValueError, match=r"must contain 'decoder_input_ids' .* got language=None.*return_dict_in_generate=True"):
+        explain(model, sound, answer=model.generate(**sound, max_new_tokens=4))
+    told = model.generate(**sound, max_new_tokens=4, language="fr", prompt_ids=torch.tensor([7, 8]), return_dict_in_generate=True)
+    model.generation_config.language = "fr"
+    with pytest.raises(ValueError, match="answer must begin with the start token 50, or not contain it; got other tokens before"):
+        explain(model, sound, answer=told)
+
+
+def test_the_first_token_that_a_translation_model_is_made_to_say_belongs_to_its_prompt():
+    torch.manual_seed(0)
+    sizes = dict(
+        d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, vocab_size=60
+    )
+    model = lively(transformers.MBartForConditionalGeneration(transformers.MBartConfig(**sizes, decoder_start_token_id=2))).eval()
+    model.generation_config.forced_bos_token_id = 50
+    text = {"input_ids": PROMPTS}
+    want = explain(model, {**text, "decoder_input_ids": torch.tensor([[2, 50], [2, 50]])}, answer=[[17, 30], [5, 9]])
+    for form in ([[17, 30], [5, 9]], [[2, 50, 17, 30, 2], [2, 50, 5, 9, 2]], ["17 30", "5 9"]):
+        got = explain(model, text, answer=form, processor=Words())
+        assert got.answer == want.answer and torch.equal(got.scores, want.scores)
+    other = explain(model, text, answer=[[2, 49, 17, 30], [2, 49, 5, 9]])  # generate(forced_bos_token_id=49)
+    assert other.answer == [[49, 17, 30], [49, 5, 9]]
+
+
 def test_a_text_that_begins_as_its_prompt_does_is_whole():
     model, inputs = decoder(), {"input_ids": PROMPTS[:1, :2]}
     for text in ("4 9 17", ["4 9 17"]):

@@ -92,20 +92,24 @@ class BareAnswer(list[list[int]]):
 
 
 def prepare_answer(answer: Any, tokenizer: Any, inputs: Mapping[str, Any], adapter: Adapter, model: nn.Module) -> Answer:
-    """`answer` after the prompts of `inputs`; in an encoder-decoder after the decoder's prompt, by default only its start token.
+    """`answer` after the prompts of `inputs`; in an encoder-decoder after the decoder's prompt, by default the tokens that
+    `generate` begins with.
 
     Raises:
         TypeError: neither token ids nor texts.
         ValueError: no tokenizer for texts; no tokens; no prompt; an input with an entry for each token that the
-            answer cannot make longer; labels of an encoder-decoder.
+            answer cannot make longer; labels of an encoder-decoder; tokens before the answer that are not known.
     """
-    if adapter.answers not in inputs and adapter.answers != "input_ids":
-        inputs = {**inputs, adapter.answers: start_tokens(model, inputs)}
-    prompts = inputs.get(adapter.answers)
+    begins = adapter.answers not in inputs and adapter.answers != "input_ids"
+    prompts = start_tokens(model, inputs) if begins else inputs.get(adapter.answers)
     if not isinstance(prompts, Tensor) or prompts.ndim != 2:
         raise ValueError(f"inputs must contain '{adapter.answers}' (B, N), the prompt of the answer; got none")
     ids = token_ids(answer, tokenizer, len(prompts))
-    if not (isinstance(answer, BareAnswer) or _is_text(answer)):  # a text may begin like its prompt
+    is_bare = isinstance(answer, BareAnswer) or _is_text(answer)  # a text may begin like its prompt
+    if begins:
+        prompts, ids = _after_start(ids, prompts, model, is_bare)
+        inputs = {**inputs, adapter.answers: prompts}
+    elif not is_bare:
         ids = _after_prompts(ids, prompts, model)
     if adapter.answers == "input_ids":  # a decoder after an encoder may have another vocabulary
         _check_vocabulary(ids, model)
@@ -285,6 +289,60 @@ def start_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
             f"decoder_start_token_id; got {sorted(inputs)}"
         )
     return torch.full((len(first), 1), start, device=first.device)
+
+
+def _after_start(ids: list[list[int]], start: Tensor, model: nn.Module, is_bare: bool) -> tuple[Tensor, list[list[int]]]:
+    """What an encoder-decoder's answers follow, (B, N), and the answers alone. `ids` may contain the start token (B, 1) and what
+    follows it without the model's choice, as most of transformers' `generate` return them; Whisper's leaves them out."""
+    first, ends = start[:1].flatten().tolist(), set[Any](end_tokens(model))
+    config: Any = getattr(model, "generation_config", None)
+    if ids and not is_bare and all(len(row) > 1 and row[:1] == first for row in ids):
+        tables = (getattr(config, name, None) or {} for name in ("lang_to_id", "task_to_id"))
+        forced = {token for table in tables for token in table.values()}
+        forced |= {getattr(config, "no_timestamps_token_id", None), *_forced(model)}
+        count = min(next((n for n, token in enumerate(row) if n and token not in forced), 1) for row in ids)
+        return start.new_tensor([row[:count] for row in ids]), without_ends([row[count:] for row in ids], ends)
+    before = start.new_tensor(_before_answers(model, ids))
+    if len(before) and not is_bare:  # without an end token, shorter answers are filled up
+        ends.add(getattr(config, "pad_token_id", None))
+        if any(first[0] in row and first[0] not in ends for row in ids):
+            raise ValueError(f"answer must begin with the start token {first[0]}, or not contain it; got other tokens before it")
+        ids = without_ends(ids, ends)
+    return torch.cat([start, before.expand(len(start), -1)], 1), ids
+
+
+def _forced(model: nn.Module) -> list[int | None]:
+    """The tokens that the config puts after the start token; None = one that the model finds out, as the language of speech."""
+    configs = [getattr(model, name, None) for name in ("generation_config", "config")]
+    tables = (getattr(config, "forced_decoder_ids", None) for config in configs)
+    bos = getattr(configs[0], "forced_bos_token_id", None)
+    return [*([] if bos is None else [bos]), *dict(next(filter(None, tables), [])).values()]
+
+
+def _before_answers(model: nn.Module, ids: list[list[int]]) -> list[int]:
+    """The tokens between the start token and answers `ids`. In Whisper these are the language and the task, and one that says
+    that there are no time stamps. ValueError if the config does not say them."""
+    before, config = _forced(model), getattr(model, "generation_config", None)
+    names = ("language", "task", "lang_to_id", "task_to_id", "no_timestamps_token_id")
+    settings: list[Any] = [getattr(config, name, None) for name in names]
+    language, task, languages, tasks, no_times = settings
+    if languages and (language is not None or task is not None):
+        from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
+
+        name = str(language).lower()
+        spellings = (name, f"<|{name}|>", f"<|{TO_LANGUAGE_CODE.get(name)}|>")
+        before = [next((languages[key] for key in spellings if key in languages), None), tasks[task or "transcribe"]]
+    if languages and before[:1] in ([], [None]):
+        raise ValueError(
+            "inputs must contain 'decoder_input_ids' (B, N), the tokens before the answer, if the generation config does not say "
+            f"the language; got language={language!r}. model.generate(..., return_dict_in_generate=True) returns them with the "
+            "answer"
+        )
+    if no_times is not None:
+        before = [token for token in before if token != no_times]
+        has_times = getattr(config, "return_timestamps", False) or (ids and all(row[0] > no_times for row in ids))
+        before += [] if has_times else [no_times]
+    return [token for token in before if token is not None]
 
 
 def without_ends(answers: list[list[int]], ends: set[int]) -> list[list[int]]:
