@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 from tests.helpers.interpret import decoder_cases
 from tests.helpers.nn.models import BOXES, HEAD_DIM, HEADS, MODELS, WORDS, Joined, answer, uniter, visual_bert
 from tests.helpers.releases import checkpointing
-from vlattn_fast import ScaleHeads, intervene
 from vlattn_fast.backends.reference.congruence_loss import congruence_loss as formula
 from vlattn_fast.nn import CongruenceLoss, capture_attention
 
@@ -202,13 +201,9 @@ def test_refusals() -> None:
         pass
     with pytest.raises(ValueError, match="captured no forward pass"):
         _ = captured.query
-    no_attention = pytest.raises(ValueError, match="captured no self-attention over all tokens")
+    no_attention = pytest.raises(ValueError, match="captured no self-attention over all tokens .*; its attention must be")
     with no_attention, capture_attention(nn.Linear(3, 3)) as captured:
         captured.model(torch.randn(2, 3))
-    decoder, tokens = MODELS["Llama, sdpa"]()
-    edited = intervene(decoder, tokens, ScaleHeads({1: [3]}, 0.0))
-    with pytest.raises(ValueError, match="within `va.intervene` its edits compute"), edited, capture_attention(decoder):
-        decoder(**tokens)
     checkpointing(model, {"use_reentrant": True})
     model.train().get_input_embeddings().weight.requires_grad_(True)
     with pytest.raises(ValueError, match="use_reentrant=True"), capture_attention(model):

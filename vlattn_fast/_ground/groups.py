@@ -27,6 +27,12 @@ def columns_of_groups(table: Tensor, groups: Tensor) -> Tensor:
     return padded.gather(3, index[:, None, None].expand(-1, table.shape[1], table.shape[2], -1))
 
 
+def mask_of_groups(query: Tensor, query_groups: Tensor, key_groups: Tensor, group_bias: Tensor) -> Tensor:
+    """The bias (B, H, N, M) of each query (B, H, N, *) and key by their groups (B, N) and (B, M), from (B, H, Gq, Gk)."""
+    table = group_bias.to(query.dtype).expand(len(query), *group_bias.shape[-3:])
+    return columns_of_groups(rows_of_groups(table, query_groups), key_groups)
+
+
 def _index(groups: Tensor, num_groups: int) -> Tensor:
     """Returns the groups, and for a token without one the index after the last, at which a table is padded with zeros."""
     return torch.where((groups >= 0) & (groups < num_groups), groups, num_groups)

@@ -101,6 +101,7 @@ class Subscriber:
 
     explains: ClassVar[bool] = False  # it belongs to `explain`, and others do not observe its runs
     edits: ClassVar[bool] = False  # it changes the attention, as `intervene` does
+    of_user: bool = False  # the user runs the edited model, so other observers that only watch are told of its attention
     trains: bool = True  # the model runs as it is, with its dropout
 
     def before_run(self) -> None:
@@ -166,11 +167,12 @@ class Subscriber:
 
 class Attends(Protocol):
     """Takes the calls of transformers' attention interface during a run. `explains`: the run belongs to `explain`. `trains`: the
-    model runs as it is, with its dropout. `edits`: what changes the attention in it, as `intervene` does, if anything. `is_over`:
-    it has ended, maybe in another thread, as the run of a generator that Python collects there."""
+    model runs as it is, with its dropout. `edits`: what changes the attention in it, as `intervene` does, if anything. `of_user`:
+    others observe it. `is_over`: it has ended, maybe in another thread, as the run of a generator that Python collects there."""
 
     explains: bool
     trains: bool
+    of_user: bool
     is_over: bool
     edits: Any
 
@@ -215,7 +217,7 @@ def is_map(scores: Tensor, dim: Any) -> bool:
 class Plain:
     """Attends as torch does."""
 
-    explains = trains = is_over = False
+    explains = trains = of_user = is_over = False
     edits: Any = None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Any], module: nn.Module | None = None) -> Tensor:
@@ -233,8 +235,8 @@ def edits_of(model: nn.Module | None) -> Any:
         return None
     if running.model is not model:
         raise ValueError(
-            "model must not be inside of va.intervene when another run observes its attention; got a call inside. Put all "
-            "edits into one intervene; inside of it, va.explain supports only the edited model and methods that use its attention"
+            "model must not be inside of va.intervene when another run observes its attention; got a call inside. There, use "
+            "only va.intervene, and va.explain with methods that use attention, both with the edited model"
         )
     return running.edits
 

@@ -31,6 +31,7 @@ from vlattn_fast.attach.events import (
     RUNNING,
     SCORE_ATTENTION,
     SOFTMAX,
+    Attend,
     Attention,
     ModuleRun,
     Subscriber,
@@ -65,7 +66,7 @@ class Observer(Stepwise, TorchFunctionMode):
         model: the model, without wrappers.
         subscribers: in the order in which a call goes through them.
         parts: the parts of the model whose attention is replaced for the run, so that subscribers may compute it. None = the
-            model runs unchanged, and subscribers only observe its attention.
+            model runs unchanged, and subscribers only observe its attention; in a run of `va.intervene` the edited one.
         within: the part of the model whose modules have paths; "" = the whole model.
         starts: the modules whose run starts the observation; None = it observes everything.
         keeps_sdpa: configs of `parts` that name SDPA stay, since a mode of torch sees its calls.
@@ -90,6 +91,7 @@ class Observer(Stepwise, TorchFunctionMode):
         self.explains = any(each.explains for each in subscribers)
         self.trains = all(each.trains for each in subscribers)
         self.edits = next((each for each in subscribers if each.edits), None)
+        self.of_user = any(each.of_user for each in subscribers)
         self._paths, self._starts = ModulePaths(model, within), None if starts is None else {*starts}
         self._changes, self._keeps_order = (keeps_sdpa, further), keeps_order or parts is not None
         self._told = {name: self._those_with(name) for name in vars(Subscriber) if name.startswith(("on_", "heads_", "takes_"))}
@@ -121,6 +123,8 @@ class Observer(Stepwise, TorchFunctionMode):
         self.runs[:] = [ModuleRun(None, "", 0)] if self._starts is None else []
         if self._parts is not None:
             RUNNING.set(self)
+        else:
+            _WATCHING.append(self)
         yield from as_mode(self)
         if self.explains:  # torch's global hooks also see modules of other models, which a hook may run
             yield add_pre_hook(None, self._enter_module)
@@ -139,6 +143,8 @@ class Observer(Stepwise, TorchFunctionMode):
     def _end(self) -> None:
         if RUNNING.get() is self:  # not in a finalizer, which may come in another run and another thread
             RUNNING.set(self._around)
+        if self in _WATCHING:
+            _WATCHING.remove(self)
         self.is_over = True
         self.runs.clear()
         for subscriber in self._subscribers:
@@ -150,7 +156,7 @@ class Observer(Stepwise, TorchFunctionMode):
         running = RUNNING.get()
         if self._parts is not None:
             return running is self
-        return threading.get_ident() == self._thread and (running is None or running is self._around or not running.explains)
+        return threading.get_ident() == self._thread and (running is None or running is self._around or running.of_user)
 
     def hook(self, hook: Callable[..., Any]) -> Callable[..., Any]:
         """The hook of a module, silent in runs that are not observed, and in copies of the model."""
@@ -192,6 +198,11 @@ class Observer(Stepwise, TorchFunctionMode):
 
     # --- functions ---
 
+    def _is_told(self) -> bool:
+        """Whether it only watches, and the run that edits the attention tells it of the call that comes."""
+        running = RUNNING.get()
+        return self._parts is None and isinstance(running, Observer) and running.of_user and running._takes_calls()
+
     def _takes_calls(self) -> bool:
         """Whether a subscriber takes the attention that runs now."""
         return any(each.takes_calls() for each in self._subscribers)
@@ -205,6 +216,8 @@ class Observer(Stepwise, TorchFunctionMode):
             return func(*args, **kwargs)
         run, told = self.runs[-1], self._told
         takes_calls = bool(told["on_attention"]) and (not told["takes_calls"] or self._takes_calls())
+        if takes_calls and func in _ATTENTION and self._is_told():
+            return func(*args, **kwargs)
         if takes_calls:
             if func is functional.scaled_dot_product_attention:
                 return self._sdpa(run, args, kwargs)
@@ -314,7 +327,8 @@ class Observer(Stepwise, TorchFunctionMode):
         elif func in SOFTMAX:
             product, scores = run.product, first_argument(args, kwargs)
             if product is not None and product.shape == scores.shape:
-                query, key, masks = product.query, product.transposed_key, product.masks(scores)
+                query, key = product.query, product.transposed_key
+                masks = None if self._is_told() else product.masks(scores)  # which edits may change
                 run.product = None
                 event = Attention(run, query, key.transpose(-1, -2), None, masks, (query, key, None), written=product)
                 for each in self._subscribers:
@@ -340,10 +354,12 @@ class Observer(Stepwise, TorchFunctionMode):
 
     def _answer(self, event: Attention, compute: Callable[[Attention], Any]) -> Any:
         """What the model continues with: the output of the call, computed by `compute`, after the subscribers."""
+        watching = [_Watching(each) for each in [*_WATCHING] if each.runs and each.is_on()] if self.of_user else []
+        subscribers = (*self._subscribers, *watching)
         with self._unobserved():
-            output = self._through(self._subscribers, event, compute)
+            output = self._through(subscribers, event, compute)
             result = output if self._parts is None else event.as_given(output)
-            for subscriber in self._subscribers:
+            for subscriber in subscribers:
                 subscriber.on_output(event, output, result)
         return result
 
@@ -375,6 +391,28 @@ class Observer(Stepwise, TorchFunctionMode):
     def aside(self) -> _Aside:
         """A context in which nothing is observed; other modes of torch see what runs."""
         return _Aside(self)
+
+
+_ATTENTION = (functional.scaled_dot_product_attention, SCORE_ATTENTION, with_sink)
+_WATCHING: list[Observer] = []  # those that only watch, of all threads
+
+
+class _Watching(Subscriber):
+    """An observer that only watches, told of the attention calls of an edited model, as they are computed. It follows attention
+    that is written out by hand itself."""
+
+    def __init__(self, observer: Observer) -> None:
+        self._observer = observer
+
+    def on_attention(self, event: Attention, attend: Attend) -> Any:
+        watching = self._observer
+        if event.written is not None:
+            return attend(event)
+        return watching._through(watching._subscribers, replace(event, run=watching.runs[-1]), attend)
+
+    def on_output(self, event: Attention, output: Any, result: Any) -> None:
+        for subscriber in self._observer._subscribers:
+            subscriber.on_output(event, output, result)
 
 
 class ModulePaths:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from vlattn_fast._ground.attachments import add_mark, new_mark, read_mark
+from vlattn_fast._ground.groups import mask_of_groups
+from vlattn_fast._ground.tensors import joined
 from vlattn_fast.attach.events import Attend, Attention, ModuleRun, Subscriber
 from vlattn_fast.attach.observer import Observer
 from vlattn_fast.attach.written import PRODUCTS
@@ -248,7 +250,12 @@ def kind_of(name: str, modality: Mapping[str, str]) -> int:
 def options_of(event: Attention) -> tuple[Mapping[str, Any] | None, str]:
     """The options of a call for `attention_statistics`, and its core score."""
     if event.inputs is None:
-        return event.masks, "dot"
+        masks = event.masks
+        if masks is not None and "group_bias" in masks:  # of edited edges
+            groups = {name: masks[name] for name in ("query_groups", "key_groups", "group_bias")}
+            mask = joined(masks["attn_mask"], mask_of_groups(event.query, **groups))
+            masks = {**{name: value for name, value in masks.items() if name not in groups}, "attn_mask": mask}
+        return masks, "dot"
     inputs = event.inputs
     options = {name: getattr(inputs, name) for name in ("attn_mask", "key_mask", "is_causal", "scale")}
     options["enable_gqa"] = inputs.key.shape[1] != inputs.query.shape[1]

@@ -25,7 +25,8 @@ def capture_attention(
     """Captures the queries and keys of some layers during the model's forward pass, with their gradients.
 
     Returns a context. Afterwards it holds the layers of the last forward pass that ran inside. Memory is that of the captured
-    queries and keys, O(N) per layer; no map is stored, and the model computes its attention as before.
+    queries and keys, O(N) per layer; no map is stored, and the model computes its attention as before. With `va.intervene` it
+    holds those of the edited model, and edited edges are a mask (B, H, N, M).
 
     Examples:
         >>> import torch, vlattn_fast as va
@@ -137,7 +138,7 @@ class AttentionCapture:
         }
         lengths = {len(layers) for layers in within.values() if layers}
         if not lengths:
-            hint = "within `va.intervene` its edits compute the attention: leave one of the two contexts"
+            hint = "its attention must be a function of torch or of this package, or matmul, softmax, matmul"
             if calls:
                 hint = "modality= names the kind of inputs with unusual names"
             raise ValueError(f"capture_attention captured no self-attention over all tokens of text or image at once; {hint}")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vlattn_fast._ground.attachments import add_hook
-from vlattn_fast._ground.groups import columns_of_groups, rows_of_groups
+from vlattn_fast._ground.groups import mask_of_groups
 from vlattn_fast._ground.tensors import joined
 from vlattn_fast.attach.events import RUNNING, SOFTMAX, Attend, Attention, ModuleRun, Subscriber, edits_of, first_argument
 from vlattn_fast.attach.observer import Observer
@@ -59,7 +59,7 @@ class EditedCalls(Subscriber):
     edits = True
 
     def __init__(self, plans: Plans, given: Sequence[Edit] | None = None, around: EditedCalls | None = None) -> None:
-        self.given, self._around = given, around
+        self.given, self._around, self.of_user = given, around, given is not None
         self._ids = plans.traced.arguments.get("input_ids")
         self.model, self._parts, self._plans = plans.traced.model, plans.traced.roots, plans.finished()
         self._of_modules: dict[nn.Module, list[CallPlan]] = {}  # each module's calls in their order
@@ -250,7 +250,7 @@ class EditedCalls(Subscriber):
         if mask is None or not mask.requires_grad or not torch.is_grad_enabled():
             return replace(event, masks={**masks, **groups})
         # score_attention takes a mask for a constant, and this one, which the model learns, is N x M anyway
-        return replace(event, masks={**masks, "attn_mask": joined(mask, _as_mask(query, **groups))})
+        return replace(event, masks={**masks, "attn_mask": joined(mask, mask_of_groups(query, **groups))})
 
     def on_inputs(self, run: ModuleRun, inputs: ScoreAttentionInputs) -> ScoreAttentionInputs:
         """score_attention computes with the bias of the edited edges."""
@@ -303,7 +303,7 @@ class EditedCalls(Subscriber):
         with torch._C.DisableTorchFunction():
             scores = taken if taken.ndim == 4 else taken.unflatten(0, (-1, plan.call.share.count))
             groups = _groups(plan, scores, scores.shape[3], *self.rows(plan, *scores.shape[2:]))
-            edited, masked = scores + _as_mask(scores, **groups), is_masked_score(scores)
+            edited, masked = scores + mask_of_groups(scores, **groups), is_masked_score(scores)
             edited = edited.masked_fill(masked & ~masked.all(-1, keepdim=True), -torch.inf)  # see `_with_zeros`
             empty = edited.isneginf().all(-1, keepdim=True) & ~scores.isneginf().all(-1, keepdim=True)
             edited = edited.masked_fill(empty, 0.0).reshape(taken.shape)
@@ -443,12 +443,6 @@ def _groups(plan: CallPlan, queries: Tensor, keys: int, start: int, total: int) 
 def _is_by_head(scores: Tensor, heads: int) -> bool:
     """Whether scores may be (B, H, N, M), or (B * H, N, M)."""
     return scores.ndim == 4 or (scores.ndim == 3 and len(scores) % heads == 0)
-
-
-def _as_mask(query: Tensor, query_groups: Tensor, key_groups: Tensor, group_bias: Tensor) -> Tensor:
-    """The bias of each query and key, (B, H, N, M), by torch's functions."""
-    table = group_bias.to(query.dtype).expand(len(query), *group_bias.shape[-3:])
-    return columns_of_groups(rows_of_groups(table, query_groups), key_groups)
 
 
 def with_heads(plan: CallPlan, output: Tensor, start: int) -> Tensor:

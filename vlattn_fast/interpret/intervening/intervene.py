@@ -70,7 +70,7 @@ def intervene(model: nn.Module, inputs: Mapping[str, Any], edits: Edit | Sequenc
         raise ValueError("edits must have at least one; got none")
     check_not_explained()
     around = edits_of(unwrapped(model))
-    if around is not None and around.given is None:
+    if around is not None and not around.of_user:
         edits_of(None)  # another function edits the model, such as attribute_edges
     edits = [*(() if around is None else around.given), *edits]
     with torch.inference_mode(False), plain():  # the context may train; it is found without the edits around it
