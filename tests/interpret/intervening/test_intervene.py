@@ -15,6 +15,7 @@ from tests.helpers.interpret.cases import lively
 from tests.helpers.interpret.decoder_cases import DECODERS
 from tests.helpers.interpret.edited_maps import Cut, biased, hooked, llama, made
 from tests.helpers.interpret.encoder_cases import MADE
+from tests.interpret.relevancy.test_found_towers import TwoBranches, sequences, stack
 from vlattn_fast.attach.events import RUNNING
 from vlattn_fast.attach.session import dispatched
 from vlattn_fast.interpret.intervening.traced_model import trace_model
@@ -372,6 +373,50 @@ def test_a_query_without_a_key_gives_zeros(kind: str) -> None:
     (states,) = outputs
     assert float(states[[0, 1], rows].abs().max()) == 0.0
     assert float(states[[0, 1], rows - 1].abs().min()) > 0.0
+
+
+def test_a_layer_with_two_maps_has_both_edited() -> None:
+    """DiffLlama attends twice in a layer, with two halves of the values; there is no rule to explain their difference."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.DiffLlamaConfig(**sizes, num_hidden_layers=2, vocab_size=60)
+    model = lively(transformers.DiffLlamaForCausalLM(config)).double().eval()
+    model.generation_config.eos_token_id = None
+    inputs = {"input_ids": torch.randint(3, 50, (2, 9))}
+    cut, edited = torch.zeros(4, 9, 9), model.model.layers[1].self_attn
+    cut[1:3, 3:9, :2] = -math.inf
+    with torch.no_grad():
+        with biased(model, lambda module, *_: cut if module is edited else 0.0):
+            expected = model(**inputs).logits
+        with va.intervene(model, inputs, va.Knockout(queries=(3, 9), keys=(0, 2), layers=1, heads=[1, 2])):
+            torch.testing.assert_close(model(**inputs).logits, expected, **CLOSE)
+        both, ids = [va.ScaleHeads({0: [1]}, 0.0), va.Knockout(layers=0, heads=1)], inputs["input_ids"]
+        outputs = []
+        for edit in both:
+            with va.intervene(model, inputs, edit):
+                outputs.append(model(**inputs).logits)
+                for _ in range(3):
+                    ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+                assert torch.equal(model.generate(**inputs, max_new_tokens=3, do_sample=False), ids)
+                ids = inputs["input_ids"]
+        torch.testing.assert_close(*outputs, **CLOSE)
+        assert not torch.allclose(outputs[0], model(**inputs).logits, atol=1e-3)
+    for call in (lambda: va.record_heads(model, inputs), lambda: va.logit_parts(model, inputs, 7)):
+        with pytest.raises(ValueError, match="model must attend once in a layer if .*; got layer 0, which does 2 times"):
+            call()
+
+
+def test_a_layer_that_adds_two_attentions_has_both_edited() -> None:
+    for inside in (True, False):  # of one module
+        model = stack("torch", "torch")
+        model.blocks.extend(lively(TwoBranches(inside)) for _ in range(2))
+        model, inputs = model.double().eval(), {name: x.double() for name, x in sequences().items()}
+        queries, keys = (torch.zeros(trace_model(model, inputs).towers[0].shape, dtype=torch.bool) for _ in range(2))
+        queries[:, 1:], keys[:, :2] = True, True
+        with torch.no_grad(), dispatched(model), Cut(queries, keys) as cut:
+            expected = model(**inputs)
+        with torch.no_grad(), va.intervene(model, inputs, va.Knockout(queries=queries, keys=keys, heads=[0, 1])):
+            torch.testing.assert_close(model(**inputs), expected, **CLOSE)
+        assert cut.count == 6 and [call.layer for call in trace_model(model, inputs).calls] == [0, 1, 2, 2, 3, 3]
 
 
 class Sloped(nn.Module):

@@ -14,7 +14,7 @@ from vlattn_fast.attach.session import at_rest, never_compiled
 from vlattn_fast.interpret.explaining.inputs import packing
 from vlattn_fast.interpret.intervening.asking import Asked, check_scores
 from vlattn_fast.interpret.intervening.part_table import PartTable, bars
-from vlattn_fast.interpret.intervening.plans import Plans
+from vlattn_fast.interpret.intervening.plans import Plans, check_once
 from vlattn_fast.interpret.intervening.stream_leaves import PARTS, Leaves, constant_options, run_with_leaves
 from vlattn_fast.ops.score_attention import score_attention
 
@@ -98,8 +98,9 @@ def logit_parts(
     of = None if callable(target) else "logit"
     asked = Asked.check(model, inputs, target=target, answer=answer, processor=processor, tower=tower, of=of)
     plans = Plans(asked.traced)
-    own = plans.self_pair("logit_parts", tower)[0]
-    model = asked.traced.model
+    pair = plans.self_pair("logit_parts", tower)
+    check_once(plans.layers([pair], None), "logits are split")
+    own, model = pair[0], asked.traced.model
     with at_rest(model), packing(model, asked.prompt.packs):
         leaves = run_with_leaves(plans, own, "logit_parts")
         with torch.enable_grad():

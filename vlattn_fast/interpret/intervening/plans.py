@@ -236,12 +236,10 @@ class Plans:
         """Those of `layers`, for a pair whose outputs are read by layer and token. ValueError, with what the caller is `doing`,
         for attention in windows and for several calls in a layer."""
         plans = self.layers([pair], numbers)
-        by_layer = Counter(plan.call.layer for plan in plans)
         for plan in plans:
             if plan.call.problem:
                 raise ValueError(f"model must attend over whole inputs if {doing}; got {plan.call.problem}")
-            if by_layer[plan.call.layer] > 1:
-                raise ValueError(f"model must attend once in a layer if {doing}; got layer {plan.call.layer}")
+        check_once(plans, doing)
         return plans
 
     def without_edges(self, pairs: Iterable[Pair]) -> dict[int, str]:
@@ -369,6 +367,13 @@ def check_edges(plan: CallPlan) -> None:
     """ValueError for a call whose queries and keys have no groups."""
     if plan.call.problem:
         raise ValueError(f"model must attend over whole inputs if edges are edited; got {plan.call.problem}")
+
+
+def check_once(plans: Iterable[CallPlan], doing: str) -> None:
+    """ValueError, with what the caller is `doing`, for several calls in a layer, such as DiffLlama's."""
+    for layer, count in Counter(plan.call.layer for plan in plans).items():
+        if count > 1:
+            raise ValueError(f"model must attend once in a layer if {doing}; got layer {layer}, which does {count} times")
 
 
 def heads_of(call: ModelCall, numbers: Sequence[int] | None) -> Tensor:

@@ -121,7 +121,8 @@ class Method:
         by_layer: it has a map of each layer: relu(A * dA) if it takes gradients, else A.
         adds_parallel: the maps of attention and of a recurrence over the same tokens are added. Other
             methods do not support such layers.
-        needs_mixer_rules: what mixes tokens in parallel to attention counts, so that a rule must cover it.
+        needs_mixer_rules: what mixes tokens in parallel to a layer's attention counts, and so does further attention over its
+            tokens, so that a rule must cover it.
         holds_start: a relevancy vector begins as the weights of the explained positions, and the layers add to it. If it
             equals these weights at the end, the score does not depend on the explained position, and `explain` raises an error.
         trains: the model runs as it is, in train mode or not, and the calls keep their graph.

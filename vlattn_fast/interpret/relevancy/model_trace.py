@@ -331,7 +331,9 @@ class Trace(SeesMixers, Subscriber):
     def _attend_to_itself(self, run: ModuleRun, tower: TowerTrace, new: _NewCall) -> Tensor:
         parallel = tower.calls.is_parallel(new.call, new.calls) and self.method.adds_parallel and not self.finds_towers
         call = replace(new.call, parallel=parallel)
-        call = tower.enter(call, len(self._owners), self._is_chunk(run, tower, call, new.calls), self.moves)
+        same_layer = not self.method.needs_mixer_rules and self._repeats(run, tower, new)
+        is_chunk = not same_layer and self._is_chunk(run, tower, call, new.calls)
+        call = tower.enter(call, len(self._owners), is_chunk, self.moves, same_layer=same_layer)
         tower.calls.came_through, tower.calls.mixes = new.calls, call.is_mixing
         add_mark(call.key, self._key_mark, 1 << self.towers.index(tower))
         tower.note_others(call, measures=not self.trains)
@@ -348,13 +350,20 @@ class Trace(SeesMixers, Subscriber):
         self._keep(tower, source, call, output, new.key_calls)
         return output
 
+    def _repeats(self, run: ModuleRun, tower: TowerTrace, new: _NewCall) -> bool:
+        """Whether a run of a module attends from the tokens of its last call again, as DiffLlama does to other values."""
+        last = ids_of(tower.positions.latest, new.call.query)
+        again = tower.calls.path == new.call.path and tower.calls.run == run.number
+        return again and last is not None and new.ids is not None and torch.equal(last, new.ids)
+
     def _is_chunk(self, run: ModuleRun, tower: TowerTrace, call: TracedCall, calls: int) -> bool:
         """Whether a call takes a further part of the tower's sequence: a module may attend to a long one in chunks. One run of it
         calls again then, with queries that did not come through the last call."""
         queries = call.query.shape[0] * call.query.shape[2]
         again = tower.calls.path == call.path and tower.calls.run == run.number and tower.calls.last is not None
         apart = not call.parallel and tower.calls.last is not None and not calls >> tower.calls.last & 1
-        if apart and (calls or tower.calls.is_parallel(call, calls)) and not again:
+        has_rules = self.method.needs_mixer_rules
+        if apart and (calls or tower.calls.is_parallel(call, calls)) and not again and has_rules:
             raise ValueError(
                 f"model must run the attention layers of a tower one after another; got '{call.path}' in parallel to "
                 f"'{tower.calls.path}', over the same tokens, and no published rule joins their relevancies. Methods 'gradient' "

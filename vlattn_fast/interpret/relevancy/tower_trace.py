@@ -253,17 +253,23 @@ class TowerTrace:
     # --- attention calls ---
 
     def enter(
-        self, call: TracedCall, number: int, chunk: bool = False, moves: TokenMoves | None = None, source: bool = False
+        self,
+        call: TracedCall,
+        number: int,
+        chunk: bool = False,
+        moves: TokenMoves | None = None,
+        source: bool = False,
+        same_layer: bool = False,
     ) -> TracedCall:
         """Take a call of this tower's tokens in, the run's number `number`; returns it with what the tower knows of it. `moves`
-        has the numbers of its tokens; `source`: its keys are another tower's."""
+        has the numbers of its tokens; `source`: its keys are another tower's; `same_layer`: it is of the last call's layer."""
         path, query = call.path, call.query
         if self.batch is None:
             self.batch, self.dtype, self.device = query.shape[0], compute_dtype(query), query.device
             self.carriers.dtype = self.dtype
         if not self._has_masks and not call.is_mixing:
             self._has_masks, self.attended = True, None if chunk else _attended(call)
-        if not chunk:
+        if not chunk and not same_layer:
             self.numbers.enter(path, source)
         if self.calls.enter(path, number, chunk):
             self.size += query.shape[2]
