@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from functools import partial
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -538,3 +539,16 @@ def test_an_answer_without_end_has_as_many_groups_as_the_model_has_tokens() -> N
     one = worker._begun(new, asking(5).ask.written(), a_runner())
     assert not one.refused and one.groups.shape == (30,)
     assert "KeyError" in worker._begun(new, {}, a_runner()).refused
+
+
+def test_a_rank_has_the_edits_of_its_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Head 5 is the second of the second rank."""
+    module = ModuleType("vllm.distributed.parallel_state")
+    module.get_tp_group = lambda: SimpleNamespace(rank_in_group=1)  # type: ignore[attr-defined]
+    for name in ("vllm", "vllm.distributed"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    new = SimpleNamespace(req_id="a", sampling_params=SimpleNamespace(max_tokens=3), prompt_len=5)
+    ask = asking(5, steer=[edit(keys=[0, 4], heads=[5])], statistics=[]).ask
+    made = worker._begun(new, ask.written(), a_runner()).edits
+    assert made is not None and made.bias(0).isneginf().flatten(1).any(1).tolist() == [False, True, False, False]

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import dataclasses
 import importlib.metadata
+import io
 import json
 import os
 import subprocess
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from vlattn_vllm import counts, engine, front, limit, plugin
+from vlattn_vllm import client, counts, engine, front, limit, plugin, server
 from vlattn_vllm.ask import Ask
 from vlattn_vllm.attention import Attention, from_bytes, joined
 from vlattn_vllm.server import Waiting
@@ -69,6 +70,20 @@ def test_a_gap_in_received_is_named() -> None:
     (last,) = stepped({"one": one}, {"one": part(3.0, (12, 13))}, [core_output("one", [6], "stop")])
     assert last is not None and last.received is last.queries is None and last.mass is not None
     assert "received lacks the queries of positions 6 to 8" in last.refused and "enable_prefix_caching=False" in last.refused
+
+
+def test_a_gap_of_one_query_is_a_gap() -> None:
+    one = request()
+    stepped({"one": one}, {"one": part(1.0, (4, 6))}, [])
+    (last,) = stepped({"one": one}, {"one": part(2.0, (7, 8))}, [core_output("one", [5], "stop")])
+    assert last is not None and last.received is None and "positions 6 to 6" in last.refused
+
+
+def test_top_keeps_the_largest() -> None:
+    given = dataclasses.replace(part(1.0, (0, 3)), received=torch.tensor([[[0.1, 0.7, 0.2], [0.5, 0.1, 0.4]]]))
+    (got,) = stepped({"one": request(vlattn={"top": 2})}, {"one": given}, [core_output("one", [5], "stop")])
+    assert got is not None and got.tokens.tolist() == [[[1, 2], [0, 2]]]
+    torch.testing.assert_close(got.received, torch.tensor([[[0.7, 0.2], [0.5, 0.4]]]))
 
 
 @pytest.mark.parametrize(
@@ -146,6 +161,52 @@ def test_a_stream_has_the_numbers_beside_their_text() -> None:
     choices = [json.loads(line[6:])["choices"][0] for line in got[:3]]
     assert "vlattn" not in choices[0] and got[3] == "data: [DONE]\n\n" and "ö" in got[2]
     assert [len(choice["vlattn"]["mass"]) for choice in choices[1:]] == [2, 1]
+
+
+def test_numbers_go_to_the_choice_of_their_prompt_and_sample() -> None:
+    """Two samples of each of two prompts."""
+
+    async def lines(serving: Any, request: Any, inputs: Any, outputs: AsyncIterator[Any]) -> AsyncIterator[str]:
+        async for prompt, output in outputs:
+            choice = {"index": 2 * prompt + output.outputs[0].index, "text": "word"}
+            yield f"data: {json.dumps({'choices': [choice]})}\n\n"
+
+    places = [(1, 1), (0, 1), (0, 0), (1, 0)]
+    outputs = [
+        (prompt, SimpleNamespace(outputs=[SimpleNamespace(index=sample, attention=part(10.0 * prompt + sample))]))
+        for prompt, sample in places
+    ]
+    asked = SimpleNamespace(model_extra={"vlattn": {}}, vllm_xargs=None, n=2)
+    got = asyncio.run(listed(server._completion_chunks(lines, None, asked, None, each(outputs))))
+    masses = {choice["index"]: choice["vlattn"]["mass"][0][0][0] for line in got for choice in json.loads(line[6:])["choices"]}
+    assert masses == {3: [11.0], 1: [1.0], 0: [0.0], 2: [10.0]}
+
+
+def test_a_client_takes_choices_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    choices = [{"index": n, "text": str(n), "token_ids": [n], "vlattn": {"layers": [0], "groups": []}} for n in (2, 0, 1)]
+    answers = iter([{"data": [{"id": "tiny"}]}, {"choices": choices}])
+    monkeypatch.setattr(client.urllib.request, "urlopen", lambda *_: io.BytesIO(json.dumps(next(answers)).encode()))
+    (got,) = client.Server("http://nowhere", {}, {"n": 3}).answers(["w9"])
+    assert [one.text for one in got] == ["0", "1", "2"]
+
+
+def test_a_refused_sample_ends_its_whole_request(configured: Any) -> None:
+    whole, ended, put = SimpleNamespace(request_id="whole"), [], []
+    reason = Attention((), (), refused="why")
+    states = [
+        SimpleNamespace(request_id=name, parent_req=whole, queue=SimpleNamespace(put=put.append), **{front._PARTS: [reason]})
+        for name in ("0_whole", "1_whole")
+    ]
+    processor = SimpleNamespace(request_states={one.request_id: one for one in states})
+
+    def abort(names: list[str], internal: bool) -> list[str]:
+        ended.append(names)
+        processor.request_states.clear()
+        return ["0_whole", "1_whole"]
+
+    processor.abort_requests = abort
+    assert front._stopped(processor, states) == ["0_whole", "1_whole"] and ended == [["whole"]]
+    assert [str(error) for error in put] == ["vlattn cannot be answered: why"]
 
 
 def test_a_method_is_wrapped_once() -> None:
@@ -235,6 +296,11 @@ def test_numbers_that_do_not_join_are_refused(monkeypatch: pytest.MonkeyPatch) -
     state = SimpleNamespace(**{front._PARTS: [part(1.0), wide]}, output_kind=0)
     completion = front._new_completion_output(lambda *_: SimpleNamespace(attention=None), state)
     assert "RuntimeError" in completion.attention.refused and completion.attention.is_empty()
+    for kind, left in ((0, [2]), (1, [])):  # chunks of a stream have their own tokens alone
+        state = SimpleNamespace(**{front._PARTS: [part(1.0), part(2.0)]}, output_kind=kind)
+        completion = front._new_completion_output(lambda *_: SimpleNamespace(attention=None), state)
+        assert completion.attention.mass.shape[0] == 2
+        assert [len(each.mass) for each in state.__dict__[front._PARTS]] == left
     assert joined([part(1.0), part(2.0).refusing("why"), part(3.0)]).refused == "why"
 
 
