@@ -329,6 +329,21 @@ def composed(model: Planned, method: str) -> Tensor:
     return r[:, 1].sum(0).view(2, SIZE).detach()
 
 
+def padded_windows(attend, x):
+    """Windows of five, the last one with padding, after attention over all: padding is none of the model's tokens."""
+    x = functional.pad(attend(0, x), (0, 0, 0, 3))
+    x = attend(1, x.unflatten(1, (3, 5)).flatten(0, 1)).unflatten(0, (-1, 3)).flatten(1, 2)
+    return attend(2, x[:, :SIZE])
+
+
+def test_windows_may_have_padding():
+    """The tokens of features that enter from outside are numbered from 0 on."""
+    model = made(Planned, padded_windows).double()
+    for method in ("gradient", "rollout"):
+        got = explain(model, {"x": inputs()["x"].double()}, position=1, target=target, method=method)
+        assert_close(got.relevancy["tower0"], composed(model, method))
+
+
 @pytest.mark.parametrize("method", ["gradient", "weighted", "rollout"])
 @pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.__name__)
 def test_tokens_that_do_not_all_attend(plan, method):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tests.helpers.interpret.decoder_cases import next_logits
 from vlattn_fast.attach.session import overridden
 from vlattn_fast.checking.models.mixers import Mixed, each_within
-from vlattn_fast.checking.models.shrink import small_model
+from vlattn_fast.checking.models.shrink import lively, small_model
 from vlattn_fast.checking.models.stored import Double, Maps, in_double, stored_rows
 from vlattn_fast.interpret import explain, explain_layers
 from vlattn_fast.interpret.relevancy.recurrent_calls import replacements
@@ -83,6 +83,24 @@ def test_rollout_carries_shares(kind: str, double: None) -> None:
     near(row(made(kind), method="rollout") * real, carried[:, 0] * real)
 
 
+def test_both_mixers_of_a_layer_have_their_share(double: None) -> None:
+    """One layer and four words of FalconH1, whose attention and state space take the same tokens, so that it takes no time."""
+    config, words = made("FalconH1", "eager").config, {"input_ids": IDS[:1, :4]}
+    config.num_hidden_layers = 1
+    model = lively(transformers.FalconH1ForCausalLM(config)).eval()
+    with Maps(model) as kept:
+        scores = model(**words, use_cache=False).logits[:, -1, 7]
+    maps, last = kept.with_size(4), torch.eye(4)[3:]
+    expected = {"gradient": stored_rows(maps, scores, last)}
+    expected["rollout"] = (last + sum(last @ one[0] for one in by_attention(maps, torch.ones(1, 4)))) / 3
+    model.set_attn_implementation("sdpa")
+    for method, want in expected.items():
+        with each_within(model, Double):
+            got = explain(model, words, target=7, method=method).relevancy["language"]
+        torch.testing.assert_close(got, want.detach(), rtol=0, atol=1e-9)
+        assert (want[0, :3] > 1e-4).all()
+
+
 def by_attention(maps: Sequence[Tensor | Mixed], real: Tensor) -> list[Tensor]:
     """The mean over the heads of each layer's map: of a recurrence |A|, rows over their sums, times that of its convolution.
     Padding, whose values are zero, counts for nothing."""
@@ -94,7 +112,7 @@ def by_attention(maps: Sequence[Tensor | Mixed], real: Tensor) -> list[Tensor]:
         means.append(shares(torch.cat(one.maps, 1).detach().abs() * real[:, None, None]).mean(1))
         if one.before:
             band = torch.cat(one.before, 1).detach().abs().mean(1) * real[:, None]
-            means[-1] = means[-1] @ torch.where(band.sum(-1, keepdim=True) == 0, torch.eye(9), shares(band))
+            means[-1] = means[-1] @ torch.where(band.sum(-1, keepdim=True) == 0, torch.eye(band.shape[-1]), shares(band))
     return means
 
 
