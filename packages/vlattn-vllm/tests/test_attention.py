@@ -55,4 +55,5 @@ def test_chunks_are_joined() -> None:
     parts = [chunk(2), chunk(1), Attention((1, 0), ("a", "b", "c"), received=torch.ones(2, 4, 7), queries=(0, 9))]
     whole = joined(parts)
     assert torch.equal(whole.mass, torch.cat([parts[0].mass, parts[1].mass])) and whole.entropy.shape == (3, 2, 4)
+    assert joined([dataclasses.replace(one, seconds=2.0) for one in parts]).seconds == 6
     assert whole.maximum is None and torch.equal(whole.received, torch.ones(2, 4, 7)) and whole.queries == (0, 9)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
+import functools
 import importlib.metadata
 import io
 import json
@@ -12,13 +13,14 @@ import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from vlattn_vllm import client, counts, engine, front, limit, plugin, server
+from vlattn_vllm import client, collect, counts, engine, front, limit, plugin, server
 from vlattn_vllm.ask import Ask
 from vlattn_vllm.attention import Attention, from_bytes, joined
 from vlattn_vllm.server import Waiting
@@ -188,6 +190,28 @@ def test_a_client_takes_choices_in_their_order(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(client.urllib.request, "urlopen", lambda *_: io.BytesIO(json.dumps(next(answers)).encode()))
     (got,) = client.Server("http://nowhere", {}, {"n": 3}).answers(["w9"])
     assert [one.text for one in got] == ["0", "1", "2"]
+
+
+def test_a_resumed_run_asks_for_the_prompts_that_it_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of each prompt there are two answers."""
+    asked: list[str] = []
+
+    def urlopen(request: Any) -> Any:
+        if isinstance(request, str):
+            return io.BytesIO(b'{"data": [{"id": "tiny"}]}')
+        asked.append(json.loads(request.data)["prompt"])
+        if asked == ["a", "b", "c"]:
+            raise OSError("the server went away")
+        choices = [
+            {"index": n, "text": f"{asked[-1]}{n}", "token_ids": [n], "vlattn": {"layers": [0], "groups": []}} for n in (0, 1)
+        ]
+        return io.BytesIO(json.dumps({"choices": choices}).encode())
+
+    monkeypatch.setattr(client.urllib.request, "urlopen", urlopen)
+    run = functools.partial(collect, "http://nowhere", [*"abc"], tmp_path / "out", params={"n": 2}, shard_size=1)
+    with pytest.raises(OSError, match="went away"):
+        run()
+    assert [answer.text for answer in run()] == ["a0", "a1", "b0", "b1", "c0", "c1"] and asked == [*"abcc"]
 
 
 def test_a_refused_sample_ends_its_whole_request(configured: Any) -> None:
