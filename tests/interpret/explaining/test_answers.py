@@ -174,21 +174,29 @@ def whisper(**settings):
     return model
 
 
-@pytest.mark.parametrize(
-    ("settings", "options"),
-    [
-        ({"no_timestamps_token_id": 55}, {}),
-        ({"no_timestamps_token_id": 55, "forced_decoder_ids": [[1, 55]], "is_multilingual": False}, {}),
-        ({"no_timestamps_token_id": 55, "return_timestamps": True, "is_multilingual": False}, {}),
-        ({"no_timestamps_token_id": 55, **LANGUAGES, "language": "French", "task": "translate"}, {}),
-        ({"no_timestamps_token_id": 55, **LANGUAGES, "language": "<|en|>"}, {}),
-        ({"no_timestamps_token_id": 55, **LANGUAGES, "forced_decoder_ids": [[1, 52], [2, 53]]}, {}),
-        ({"no_timestamps_token_id": 55, **LANGUAGES}, {"return_dict_in_generate": True}),
-        ({"no_timestamps_token_id": 55, **LANGUAGES}, {"return_dict_in_generate": True, "language": "fr", "task": "translate"}),
-    ],
-)
-def test_tokens_that_whisper_leaves_out_of_its_answer(settings, options):
+def test_tokens_that_whisper_leaves_out_of_its_answer():
     """Its `generate` begins with a language, a task and the like, and returns what comes after."""
+    english = {"no_timestamps_token_id": 55, "is_multilingual": False}
+    assert_scored_as_generated(english)
+    assert_scored_as_generated(english | {"forced_decoder_ids": [[1, 55]]})
+    assert_scored_as_generated(english | {"return_timestamps": True})
+
+
+def test_the_language_of_whisper_is_that_of_its_config():
+    several = {"no_timestamps_token_id": 55, **LANGUAGES}
+    assert_scored_as_generated(several | {"language": "French", "task": "translate"})
+    assert_scored_as_generated(several | {"language": "<|en|>"})
+    assert_scored_as_generated(several | {"forced_decoder_ids": [[1, 52], [2, 53]]})
+
+
+def test_the_language_of_whisper_may_stand_in_the_answer():
+    several = {"no_timestamps_token_id": 55, **LANGUAGES}
+    assert_scored_as_generated(several, return_dict_in_generate=True)
+    assert_scored_as_generated(several, return_dict_in_generate=True, language="fr", task="translate")
+
+
+def assert_scored_as_generated(settings, **options):
+    """The tokens of the answer have the scores that they have after what the decoder began with."""
     model, sound = whisper(**settings), {"input_features": torch.randn(2, 8, 40)}
     begun = []
     handle = model.model.decoder.register_forward_pre_hook(lambda *a: begun.append(a[2]["input_ids"]), with_kwargs=True)

@@ -187,14 +187,16 @@ def test_cross_attention_has_edges_by_the_names_of_both_towers() -> None:
         va.attribute_edges(model, inputs, ["text"], tower=("tower1", "tower0"))
 
 
-@pytest.mark.parametrize(("size", "lacks"), [(7, "'tower1', the tower of the queries"), (3, "'tower0', the tower of the keys")])
-def test_edges_between_towers_need_groups_of_both(size: int, lacks: str) -> None:
+def test_edges_between_towers_need_groups_of_both() -> None:
     sizes = dict(d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=2, vocab_size=30, decoder_start_token_id=0)
     model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)).eval()
     inputs = {"input_ids": torch.arange(5, 12)[None], "decoder_input_ids": torch.tensor([[0, 4, 3]])}
-    first = torch.arange(size) < 2
-    with pytest.raises(ValueError, match=f"groups must be of tokens that attend to one another: none is of tokens of {lacks}"):
-        va.attribute_edges(model, inputs, {"first": first, "rest": ~first}, tower=("tower1", "tower0"), target=3)
+    for size, lacks in ((7, "'tower1', the tower of the queries"), (3, "'tower0', the tower of the keys")):
+        first = torch.arange(size) < 2
+        with pytest.raises(
+            ValueError, match=f"groups must be of tokens that attend to one another: none is of tokens of {lacks}"
+        ):
+            va.attribute_edges(model, inputs, {"first": first, "rest": ~first}, tower=("tower1", "tower0"), target=3)
 
 
 def test_a_table_is_a_sequence_and_a_data_frame() -> None:

@@ -255,20 +255,33 @@ def test_an_encoder_decoder_without_an_adapter():
         torch.testing.assert_close(got.relevancy["decoder_input_ids"][:, token], (said * of_said).sum(-1).detach())
 
 
-TRANSLATES = ["MarianMTModel", "BartForConditionalGeneration"]
 FURTHER = [
     *("BigBirdPegasus", "Blenderbot", "BlenderbotSmall", "M2M100", "MBart", "Mvp", "PLBart", "Pegasus"),
     *("LED", "ProphetNet", "T5"),
 ]
 
 
-@pytest.mark.parametrize("copies", [False, True], ids=["translates", "copies"])
-@pytest.mark.parametrize(
-    "name", [*TRANSLATES, *(pytest.param(f"{kind}ForConditionalGeneration", marks=pytest.mark.slow) for kind in FURTHER)]
-)
-def test_only_words_are_words(name, copies):
-    """A table of positions is an nn.Embedding, too. It may take the ids themselves, only their shape, or numbers that equal ids;
-    and a decoder may begin with the very ids of its encoder."""
+def test_a_table_of_positions_that_takes_a_shape():
+    assert_only_words_count("MarianMTModel", copies=False)
+
+
+def test_a_table_of_positions_that_takes_ids():
+    assert_only_words_count("BartForConditionalGeneration", copies=False)
+
+
+def test_a_decoder_that_begins_with_the_very_ids_of_its_encoder():
+    assert_only_words_count("BartForConditionalGeneration", copies=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FURTHER)
+def test_translation_models(kind):
+    for copies in (False, True):
+        assert_only_words_count(f"{kind}ForConditionalGeneration", copies)
+
+
+def assert_only_words_count(name, copies):
+    """Rows of each method are those of embeddings that enter by hand: positions, whose numbers may equal ids, are no words."""
     torch.manual_seed(0)
     config = transformers.LEDConfig(**LED) if name.startswith("LED") else None
     model = getattr(transformers, name)(config) if config else small_model(getattr(transformers, name))
@@ -311,10 +324,18 @@ LED = dict(vocab_size=60, d_model=16, encoder_layers=1, decoder_layers=1, encode
 )
 
 
-@pytest.mark.parametrize("kind", ["Bart", "RoFormer", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("MBart", "T5"))])
-def test_every_use_of_a_word_counts(kind):
-    """Classifiers that are encoder-decoders shift the ids themselves into the decoder: the gradient at a row of the table is that
-    of all its uses."""
+def test_every_use_of_a_word_counts():
+    """BART's classifier shifts the ids themselves into the decoder."""
+    assert_every_use_counts("Bart")
+
+
+@pytest.mark.parametrize("kind", ["RoFormer", "MBart", "T5"])
+def test_every_use_of_a_word_counts_in_other_classifiers(kind):
+    assert_every_use_counts(kind)
+
+
+def assert_every_use_counts(kind):
+    """The gradient at a row of the table is that of all its uses."""
     torch.manual_seed(0)
     model = lively(small_model(getattr(transformers, f"{kind}ForSequenceClassification"))).eval().double()
     ids = torch.tensor([[10, 11, 12, 13, 14, model.config.eos_token_id or 15]])
@@ -369,9 +390,13 @@ class Hears(nn.Module):
         return self.head(self.convolution(sound).tanh().sum(2))
 
 
-@pytest.mark.parametrize("count", [4, 7])  # as many tokens as features, or others
-@pytest.mark.parametrize("transposes", [False, True], ids=["(B, C, N)", "(B, N, C)"])
-def test_tokens_of_sound_lie_along_its_convolution(transposes, count):
+def test_tokens_of_sound_lie_along_its_convolution():
+    for count in (4, 7):  # as many tokens as features, or others
+        for transposes in (False, True):
+            assert_tokens_lie_along_a_convolution(transposes, count)
+
+
+def assert_tokens_lie_along_a_convolution(transposes, count):
     model, features = Hears(transposes).double(), 2 if transposes else 1
     sound = torch.randn(2, count, 4) if transposes else torch.randn(2, 4, count)
     x = sound.double().requires_grad_()
