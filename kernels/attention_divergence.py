@@ -119,10 +119,11 @@ def divergences(
     parts = min(_PARTS, cdiv(num_k, config["BLOCK_KV"])) if inputs.head_mean else 1
     keys = cdiv(cdiv(num_k, parts), config["BLOCK_KV"]) * config["BLOCK_KV"]
     parts = cdiv(num_k, keys)
-    sums = query.new_empty((*rows[:2], parts, rows[2]), dtype=torch.float32)
+    signs = 2 if kind == "total_variation" else 1
+    sums = query.new_empty((signs, *rows[:2], parts, rows[2]), dtype=torch.float32)
     grid = (cdiv(rows[2], config["BLOCK_Q"]) * parts * rows[0] * rows[1],)
     _terms_kernel[grid](**launched(call), strip=None, p_sums=sums, first=0, rows=rows[2], keys=keys, **config)
-    return sums.sum(2)
+    return sums.sum(3).amax(0)
 
 
 @on_device
@@ -263,7 +264,8 @@ def _terms_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
 ):
-    """The sum of f over a part of `keys` keys j, for a tile of queries i of one head or of the heads' mean.
+    """The sum of f over a part of `keys` keys j, for a tile of queries i of one head or of the heads' mean. For total variation there
+    are two sums (see `_divergence`).
 
     With a strip no sums, but A r of the mean for its queries, `rows` from the `first` on, and log2 A if it has two tensors; 0 for
     pairs that no head sees.
@@ -279,6 +281,7 @@ def _terms_kernel(
         queries = _queries(own, i_b, i_h, o_q, N, C.D, C.BLOCK_D)
         others = _queries(other, i_b, i_h, o_q, N, C.OTHER_D, C.OTHER_BLOCK_D)
     b_sum = tl.zeros([BLOCK_Q, BLOCK_KV], dtype=tl.float32)  # over its columns once, at the end
+    b_negative = tl.zeros([BLOCK_Q, BLOCK_KV], dtype=tl.float32)
     for start in range(i_part * keys, end, BLOCK_KV):
         o_kv = start + tl.arange(0, BLOCK_KV)
         if C.MEAN:
@@ -290,7 +293,11 @@ def _terms_kernel(
             b_theirs = keys_of(other, at_head, i_b, i_h, o_kv, M, C.OTHER_D, C.OTHER_BLOCK_D, C.KEY_MASK)
             b_b = _logs(others, b_theirs, at_head, start, o_q, o_kv, N, M, other.scale_log2, C.OTHER_D, C.OTHER_FOLDED, C)
         if strip is None:
-            b_sum += _divergence(b_a, b_b, beta, C.KIND)
+            b_f = _divergence(b_a, b_b, beta, C.KIND)
+            if C.KIND == "total_variation":
+                b_negative += tl.where(b_f > 0.0, 0.0, -b_f)  # NaN stays in both
+                b_f = tl.where(b_f < 0.0, 0.0, b_f)
+            b_sum += b_f
         else:
             store_tile(strip[0] + i_b * rows * M, M, o_q - first, o_kv, rows, M, _weighted(b_a, b_b, beta, C.KIND))
             if len(strip) > 1:
@@ -298,6 +305,9 @@ def _terms_kernel(
                 store_tile(strip[1] + i_b * rows * M, M, o_q - first, o_kv, rows, M, b_log)
     if strip is None:
         tl.store(p_sums + (i_bh * parts + i_part) * N + o_q, tl.sum(b_sum, axis=1), mask=o_q < N)
+        if C.KIND == "total_variation":
+            p_negative = p_sums + tl.num_programs(0).to(tl.int64) // tl.cdiv(rows, BLOCK_Q) * N
+            tl.store(p_negative + (i_bh * parts + i_part) * N + o_q, tl.sum(b_negative, axis=1), mask=o_q < N)
 
 
 @triton.jit
@@ -553,7 +563,12 @@ def _from_mixture(b_d, beta):
 
 @triton.jit
 def _divergence(b_a, b_b, beta, KIND: tl.constexpr):
-    """f(p, q) of a = log2 p and b = log2 q: no term is negative, so that small divergences keep their digits."""
+    """f(p, q) of a = log2 p and b = log2 q: no term is negative, so that small divergences keep their digits.
+
+    Of total variation p - q, and 0 for a key with more than half of the weight, whose difference has no digits beside 1. The
+    differences of all keys add up to 0, so that its own is what the others leave: the larger of the sums of positive and negative
+    terms is the divergence.
+    """
     b_d = _difference(b_a, b_b)
     b_p, b_q = tl.exp2(b_a), tl.exp2(b_b)
     if KIND == "kl":
@@ -566,7 +581,7 @@ def _divergence(b_a, b_b, beta, KIND: tl.constexpr):
         b_root = tl.exp2(b_a * 0.5) - tl.exp2(b_b * 0.5)
         return b_root * b_root * 0.5
     else:
-        return tl.abs(b_p - b_q) * 0.5
+        return tl.where(b_a > -1.0, 0.0, b_p - b_q)
 
 
 @triton.jit

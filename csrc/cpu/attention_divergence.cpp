@@ -52,13 +52,20 @@ struct HellingerTerms {
     }
 };
 struct TotalVariationTerms {
-    METHOD Terms operator()(Vector a, Vector b) const {
-        const Vector d = a - b, half = splat(0.5f), lowest = splat(-87.f);
+    static METHOD Vector difference(Vector a, Vector b) {  // p - q
+        const Vector d = a - b, lowest = splat(-87.f);
         const Vector change = exp_negative(maximum(a, b)) * expm1_bounded(maximum(lowest, -absolute(d)));
+        return d > Vector{} ? -change : change;
+    }
+    static METHOD Integers is_most(Vector a) { return a > splat(-0.69314718f); }
+    METHOD Vector unless_most(Vector a, Vector b) const { return is_most(a) ? Vector{} : difference(a, b); }
+    METHOD Terms operator()(Vector a, Vector b, Vector left) const {
+        const Vector half = splat(0.5f), d = is_most(a) ? left : difference(a, b);
         const Vector sign = d > Vector{} ? half : d < Vector{} ? -half : half * d;  // 0, or NaN
-        return {-half * change, exp_negative(a) * sign, -exp_negative(b) * sign};
+        return {half * absolute(d), exp_negative(a) * sign, -exp_negative(b) * sign};
     }
 };
+template <> constexpr bool IS_LINEAR<TotalVariationTerms> = true;
 template <class F> static void with_terms(const AttentionDivergence& c, const F& f) {
     switch (c.kind) {
         case KL: return f(KlTerms{});

@@ -157,19 +157,35 @@ static void load_side(const Divergence& c, const AttentionSide& x, int side, Til
 
 // ---- divergence and gradients
 
+// Whether f is linear in p - q. Of a key with more than half of the weight that is what the other keys leave: beside 1 it has no
+// digits of its own.
+template <class TermsOf> constexpr bool IS_LINEAR = false;
+
 // Of ln A and ln A' forward the divergence of the tile's rows, backward A r and A' r' unless they are null
 template <class TermsOf>
 static void divergence_of_tile(const Divergence& c, const Tile& t, Size keys, const float* own, const float* other,
                                float* own_weights, float* other_weights, const TermsOf& terms_of) {
     const Size w = t.width;
     const Vector masked = splat(-INFINITY);
+    alignas(64) float left[LANES] = {};  // by the other keys, where f is linear
     const auto terms_at = [&](Size at) {
         const Vector a = load(own + at), b = load(other + at);
         const Integers is_masked = (a == masked) | (b == masked);
-        Terms x = terms_of(is_masked ? Vector{} : a, is_masked ? Vector{} : b);
+        Terms x;
+        if constexpr (IS_LINEAR<TermsOf>) x = terms_of(is_masked ? Vector{} : a, is_masked ? Vector{} : b, load(left + at % w));
+        else x = terms_of(is_masked ? Vector{} : a, is_masked ? Vector{} : b);
         x.f = is_masked ? Vector{} : x.f, x.own = is_masked ? Vector{} : x.own, x.other = is_masked ? Vector{} : x.other;
         return x;
     };
+    if constexpr (IS_LINEAR<TermsOf>)
+        for (Size i = 0; i < w; i += VL) {
+            double total[VL];
+            sum_rows(keys, total, [&](Size j) {
+                const Vector a = load(own + j * w + i), b = load(other + j * w + i);
+                return (a == masked) | (b == masked) ? Vector{} : terms_of.unless_most(a, b);
+            });
+            for (Size n = 0; n < VL; ++n) left[i + n] = (float)-total[n];
+        }
     for (Size i = 0; c.divergence && i < w; i += VL) {
         double total[VL];
         sum_rows(keys, total, [&](Size j) { return terms_at(j * w + i).f; });

@@ -159,7 +159,7 @@ def test_weights_below_the_least_float(backend: str, kind: str) -> None:
             assert value.isfinite().all()
 
 
-@pytest.mark.parametrize("kind", ["kl", "reverse_kl", "js", "hellinger"])
+@pytest.mark.parametrize("kind", ["kl", "reverse_kl", "js", "hellinger"])  # total variation grows as the difference
 @pytest.mark.parametrize("size", [1e-2, 1e-3, 1e-4])
 @on(*FAST)
 def test_small_divergences_keep_their_digits(backend: str, kind: str, size: float) -> None:
@@ -170,6 +170,21 @@ def test_small_divergences_keep_their_digits(backend: str, kind: str, size: floa
     got = va.attention_divergence(query, key, other, key, kind=kind, backend=backend)
     assert float(((got - exact) / exact).abs().max()) < 1e-6 / size
     assert float(exact.max()) < 3 * size**2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@on(*FAST)
+def test_a_divergence_beside_a_key_with_all_the_weight_keeps_its_digits(backend: str, kind: str) -> None:
+    """Its two weights round to 1, or to what lies next to it; the other keys have 1e-9 and less."""
+    query, key = torch.randn(1, 1, 16, 8), torch.randn(1, 1, 40, 8)
+    other = query + 0.5 * torch.randn_like(query)
+    query[..., 0], other[..., 0], key[..., 0] = 30.0, 30.0, 0.0
+    key[:, :, 7] = torch.eye(8)[0]
+    run = partial(va.attention_divergence, kind=kind, scale=1.0, other_scale=1.0)
+    exact = run(*(x.double() for x in (query, key, other, key)), backend="reference")
+    got = run(query, key, other, key, backend=backend)
+    assert float(exact.max()) < 1e-6
+    torch.testing.assert_close(got, exact.float(), rtol=1e-4, atol=0.0)
 
 
 @on(*FAST)

@@ -283,7 +283,9 @@ def _terms(kind: str, a: Tensor, b: Tensor, beta: float) -> tuple[Tensor, Tensor
     if kind == "hellinger":
         x, y = (torch.where(masked, 0.0, (each / 2).exp()) for each in (a, b))
         return (x - y).square() / 2, x * (x - y) / 2, y * (y - x) / 2
-    difference = p - q
+    # Of a key with more than half of the weight, the difference is what those of all others leave: beside 1 it has no digits.
+    difference, is_most = p - q, p > 0.5
+    difference = torch.where(is_most, -difference.masked_fill(is_most, 0.0).sum(-1, keepdim=True), difference)
     return difference.abs() / 2, p * difference.sign() / 2, -q * difference.sign() / 2
 
 
