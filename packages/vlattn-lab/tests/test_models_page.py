@@ -10,14 +10,14 @@ import pytest
 
 from vlattn_fast.interpret.adapters.encoders import ENCODERS
 from vlattn_fast.interpret.adapters.two_towers import LINKED
-from vlattn_lab.model_classes.run import EDITS, HELD, TABLE
+from vlattn_lab.model_classes.run import EDITS, HELD, TABLE, UNCHANGED
 from vlattn_lab.pages.models_page import KINDS, MAPPED, listed_models, measured_models, row
 
 
 def test_the_tables_show_every_class():
     """What was measured, by a line or among those that are equal, and each listed record."""
     measured, listed = measured_models(), listed_models()
-    for number, file in enumerate((TABLE, EDITS, HELD)):
+    for number, file in enumerate((TABLE, EDITS, HELD, UNCHANGED)):
         part = measured.split("\n## ")[number]
         for mapping, rows in json.loads(file.read_text(encoding="utf-8")).items():
             if mapping in MAPPED:

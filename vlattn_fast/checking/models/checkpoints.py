@@ -9,6 +9,7 @@ _HYBRID = ["linear_attention", "full_attention"]
 _INDEXER = {"n_heads": 2, "kv_heads": 1, "head_dim": 16, "budget": 4, "compress_ratio": 2}
 _INDEXED = {f"indexer_{name}": value for name, value in _INDEXER.items()}
 _SPARSE = ["dense", "sparse"]
+_BLOCKS = {"layer_types": ["full_attention", "minimax_m3_sparse"], "index_n_heads": 2}
 _ZAMBA = {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2}
 _ZAMBA |= {"attention_hidden_size": 128, "attention_head_dim": 32}
 _TOKENS = {"<image>": 98, "<|extra_200|>": 97, **{f"<|visual token {n:06}|>": 60 + n for n in range(16)}}
@@ -65,7 +66,8 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "lilt": {"hidden_size": 96},
     "mamba2": {"head_dim": 32, "n_groups": 2},
-    "minimax_m3_vl": {"text_config": {"layer_types": ["full_attention", "minimax_m3_sparse"], "index_n_heads": 2}},
+    "minimax_m3_vl": {"text_config": _BLOCKS},
+    "minimax_m3_vl_text": _BLOCKS,
     "mllama": {"vision_config": {"vision_output_dim": 128}},
     "mobilebert": {"intra_bottleneck_size": 64},
     "molmo2": {"vision_config": {"num_position_embeddings": 16}, "adapter_config": {"vision_feature_layer": [1, 0]}},

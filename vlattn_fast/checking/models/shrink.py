@@ -17,7 +17,8 @@ HIDDEN = HEADS * HEAD
 SIZES = [
     (r"(^|_)(num|n)_(hidden_)?layers?$|(encoder|decoder|hidden|mem)_(layers|blocks)$|^depths?$|_depth$|num_\w*layers$", LAYERS),
     (r"^d_head$", HEAD),
-    (r"tokens_per_image$|^(sliding|attention)_window(_size)?$|^attention_chunk_size$|^local_attention$|^index_topk$", 4),
+    (r"tokens_per_image$|^(sliding|attention)_window(_size)?$|^attention_chunk_size$|^index_topk$", 4),
+    (r"^local_attention$", 8),  # on both sides together
     (r"^index_(topk_blocks|block_size|kpool)$", 2),
     (r"num_(nextn_predict|mtp)\w*|mtp_num\w*", 0),
     (r"^((q|kv|o|gate)_)?lora_rank$|_lora_rank$|_rank$", 8),

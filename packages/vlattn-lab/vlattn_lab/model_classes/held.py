@@ -1,7 +1,8 @@
 """One model of one class with norms held fixed, beside norms written out with detached denominators, in float64.
 
 The plain implementation is told nothing by the package. A call of torch's norm functions is written out. A module that has "norm"
-in its class's name is written out by the first of a few formulas that gives the module's own output. Three numbers are compared:
+in its class's name is written out by the first of a few formulas that gives the module's own output. In layers, what other
+modules divide rows by is detached, if it is a Euclidean norm. Three numbers are compared:
 the gradient of the score by the embeddings, and the rows of `va.explain` with norms, then with norms and attention held fixed,
 which the published rule makes of stored maps of the plain implementation.
 """
@@ -56,7 +57,9 @@ class Detached(TorchFunctionMode):
     def __init__(self, model: nn.Module, attention: bool = False) -> None:
         super().__init__()
         self.model, self.attention, self.norms, self.kept = model, attention, 0, dict[str, None]()
-        self._stack: list[tuple[nn.Module, int]] = []  # and how many norms there were in front of it
+        self._stack: list[tuple[nn.Module, int, int]] = []  # and how many norms and roots there were in front of it
+        self._layers = {module for path, module in model.named_modules() if any(part.isdigit() for part in path.split("."))}
+        self._roots = 0  # of rows, in layers
 
     def __enter__(self) -> Detached:
         self._handles = []
@@ -74,7 +77,7 @@ class Detached(TorchFunctionMode):
             handle.remove()
 
     def _begin(self, module: nn.Module, args: Any) -> None:
-        self._stack.append((module, self.norms))
+        self._stack.append((module, self.norms, self._roots))
 
     def _end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         try:
@@ -95,7 +98,8 @@ class Detached(TorchFunctionMode):
             if written.shape == output.shape and bool((written - output).abs().max() <= EQUAL * output.abs().max()):
                 self.norms += 1
                 return written
-        self.kept[type(module).__name__] = None
+        if self._stack[-1][2] == self._roots:
+            self.kept[type(module).__name__] = None
         return None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -107,9 +111,15 @@ class Detached(TorchFunctionMode):
             return func(Constant.apply(args[0]), Constant.apply(args[1]), *args[2:], **kwargs)
         if self.attention and (func is torch.logsumexp or func in SOFTMAX) and are_scores(args[0]):
             return func(Constant.apply(args[0]), *args[1:], **kwargs)
-        result = func(*args, **kwargs)
         inside = self._stack[-1][0] if self._stack else self.model
+        if func is functional.normalize and inside in self._layers:
+            self._roots += 1
+            return args[0] / args[0].norm(dim=kwargs.get("dim", 1), keepdim=True).clamp_min(1e-12).detach()
+        result = func(*args, **kwargs)
         is_root = func in ROOTS or (func in POWERS and isinstance(args[1], float) and abs(args[1]) == 0.5)
+        if is_root and inside in self._layers and result.shape[-1:] == (1,) and kwargs.get("p", 2) == 2:
+            self._roots += 1
+            return result.detach()
         if is_root and result.requires_grad and not is_norm(inside):
             self.kept[type(inside).__name__] = None
         return result
@@ -274,6 +284,8 @@ def compared(mapping: str, model: nn.Module, eager: nn.Module, inputs: dict[str,
     if distance(plain, expected) < SEEN_CHANGE:
         return Row("cannot be compared", f"constant denominators do not change its gradient{kept}")
     shares = [distance(got, expected)]
+    if not shares[0] <= BOUND and written.kept:
+        return Row("cannot be compared", f"the plain implementation does not tell whether a norm is in {', '.join(written.kept)}")
     if not shares[0] <= BOUND:
         return Row("wrong", f"gradients differ by {shares[0]:.1e} of their largest value{kept}")
     said_of_rows = []

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from vlattn_lab.model_classes import edited, held
+from vlattn_lab.model_classes import edited, held, unchanged
 from vlattn_lab.model_classes.compare import Judge, Row, compared, outcome_of
 
 EDITS = Path(__file__).with_name("edits.json")
 HELD = Path(__file__).with_name("held.json")
+UNCHANGED = Path(__file__).with_name("unchanged.json")
 TABLE = Path(__file__).with_name("table.json")
 MAPPINGS = {
     "causal": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
@@ -70,11 +71,14 @@ def main() -> None:
     options.add_argument("--show", action="store_true", help="print and store nothing")
     options.add_argument("--edits", action="store_true", help="edited attention in place of explanations, into edits.json")
     options.add_argument("--held", action="store_true", help="gradients and rows with norms held fixed instead, into held.json")
+    options.add_argument("--unchanged", action="store_true", help="functions that change nothing, into unchanged.json")
     options.add_argument("--missing", action="store_true", help="only model types that the file lacks")
     asked = options.parse_args()
-    if asked.edits and asked.held:
-        options.error("--edits and --held must be given in runs of their own; got both")
-    path, judge = (EDITS, edited.compared) if asked.edits else (HELD, held.compared) if asked.held else (TABLE, compared)
+    checks = {"edits": (EDITS, edited.compared), "held": (HELD, held.compared), "unchanged": (UNCHANGED, unchanged.compared)}
+    chosen = [name for name in checks if getattr(asked, name)]
+    if len(chosen) > 1:
+        options.error(f"--edits, --held and --unchanged must be given in runs of their own; got {' and '.join(chosen)}")
+    path, judge = checks[chosen[0]] if chosen else (TABLE, compared)
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     _name_operators_of_torchvision()

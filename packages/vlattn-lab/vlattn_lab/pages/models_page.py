@@ -14,7 +14,8 @@ from vlattn_fast.interpret.adapters.two_towers import LINKED
 from vlattn_lab.model_classes.compare import BOUND
 from vlattn_lab.model_classes.edited import WITHOUT
 from vlattn_lab.model_classes.held import KEPT
-from vlattn_lab.model_classes.run import EDITS, HELD, TABLE
+from vlattn_lab.model_classes.run import EDITS, HELD, TABLE, UNCHANGED
+from vlattn_lab.model_classes.unchanged import LOSS, WAYS
 
 KINDS = {"Encoders": ENCODERS, "Decoders": DECODERS, "Towers that attend to one another": LINKED}
 MAPPED = {
@@ -110,6 +111,30 @@ classes have one (in brackets the module, if it is not the model's own): {", ".j
     return text + outcomes(table, names_equal=False)
 
 
+def unchanged(table: dict[str, Any]) -> str:
+    """The stored outcomes of functions that must change nothing."""
+    lines = ""
+    for mapping in (mapping for mapping in MAPPED if mapping in table):
+        reasons = [reason for _, _, reason in table[mapping].values()]
+        counts = [Counter(match[1] for reason in reasons if (match := re.search(rf"{way}: ([a-z ]+),", reason))) for way in WAYS]
+        cells = (", ".join(f"{n} {SHOWN.get(outcome, outcome)}" for outcome, n in count.most_common()) for count in counts)
+        lines += f"| {MAPPED[mapping]} | {len(reasons)} | {' | '.join(cells)} |\n"
+    text = f"""## Attention by a name
+
+`python -m vlattn_lab.model_classes --unchanged` uses the same models, with three functions that must change nothing: "scaled_dot"
+*by name* (`va.nn.register_attention`), *edited* with `Steer(weight=1.0)` in `va.intervene`, and *replaced* by "scaled_dot"
+(`va.nn.replace_attention`). Prompts are padded on either side; windows and indexers leave out keys. *Equal* is a difference from
+eager attention, or from the model's default attention, of at most {BOUND:.0e} of the largest value in float64, and of {LOSS:.0f}
+times the model's own error in float32 and bfloat16: of the logits, of the gradients of all parameters, and of the logits of three
+tokens that the model generates without a cache, with a dynamic and with a static one. Models that write attention out by hand are
+not supported by name.
+
+| | model types | {" | ".join(WAYS)} |
+| --- | ---: |{" --- |" * len(WAYS)}
+{lines}"""
+    return text + outcomes(table, names_equal=False)
+
+
 def _compared(table: dict[str, Any], explained: dict[str, Any]) -> str:
     """How many model types were measured, and how many of them have rows that are equal as well."""
     lines = ""
@@ -146,9 +171,10 @@ def _short(reason: str) -> str:
 
 
 def measured_models() -> str:
-    """What `python -m vlattn_lab.model_classes` stored, in three sections."""
-    explained, stored_edits, stored_held = (json.loads(path.read_text(encoding="utf-8")) for path in (TABLE, EDITS, HELD))
-    return f"{measured(explained)}\n{edited(stored_edits)}\n{held(stored_held, explained)}"
+    """What `python -m vlattn_lab.model_classes` stored, in four sections."""
+    explained, *others = (json.loads(path.read_text(encoding="utf-8")) for path in (TABLE, EDITS, HELD, UNCHANGED))
+    stored_edits, stored_held, stored_unchanged = others
+    return "\n".join([measured(explained), edited(stored_edits), held(stored_held, explained), unchanged(stored_unchanged)])
 
 
 def listed_models() -> str:
