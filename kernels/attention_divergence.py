@@ -264,9 +264,9 @@ def _terms_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
 ):
-    """The sum of f over a part of `keys` keys j, for a tile of queries i of one head or of the heads' mean. For total variation there
-    are two sums (see `_divergence`).
+    """The sum of f over a part of `keys` keys j, for a tile of queries i of one head or of the heads' mean.
 
+    Total variation has two sums, see `_divergence`.
     With a strip no sums, but A r of the mean for its queries, `rows` from the `first` on, and log2 A if it has two tensors; 0 for
     pairs that no head sees.
     """
