@@ -120,7 +120,7 @@ class Written(nn.Module):
         elif self.way == "cap over a mask":
             scores = (scores + torch.where(keep, 1.0, -3.0)[:, None, None]).tanh()
         elif self.way == "divisor":
-            scores = 1 / scores
+            scores = torch.tensor(1.0) / scores
         elif self.way == "set":
             scores = scores / 4
             scores[:, :, :, :2] = -torch.inf
@@ -153,6 +153,9 @@ def test_scores_that_are_not_scaled_and_then_masked_have_no_scale() -> None:
             with pytest.raises(ValueError, match=f"a layer has {name} only if it does no more than scale and mask"):
                 getattr(captured, name)
         assert captured.split()[0][0].shape == (2, 1, 5, 8)
+        if way == "soft cap":
+            maps = (3 * torch.tanh(captured.query @ captured.key.mT / 3)).softmax(-1)
+            torch.testing.assert_close(captured.joint.token_scores(queries="all"), maps.mean((1, 2)))
 
 
 @pytest.mark.parametrize(
@@ -184,6 +187,31 @@ def test_masks_of_torchs_layer(fast: bool) -> None:
     with capture_attention(layer.train(not fast), modality={"query": "text"}) as captured:
         layer(x, x, x, need_weights=False)
     assert captured.attn_mask is None and captured.text.key_mask is None and not captured.is_causal
+
+
+def test_a_call_of_one_head_without_a_dimension_of_heads() -> None:
+    class OneHead(nn.Module):
+        def forward(self, text: Tensor, mask: Tensor) -> Tensor:
+            return nn.functional.scaled_dot_product_attention(text, text, text, attn_mask=mask)
+
+    text, mask = torch.randn(2, 5, 8), torch.ones(2, 5, 5, dtype=torch.bool)
+    mask[0, 1, 2:], mask[1, :, 4] = False, False
+    with capture_attention(OneHead()) as captured:
+        out = captured.model(text, mask)
+    torch.testing.assert_close((attention_of(captured.text) @ text[:, None])[:, 0], out)
+
+
+def test_a_layer_of_torch_with_weights_of_its_own_for_each_input_and_one_without_a_batch() -> None:
+    x, values, padding = torch.randn(2, 5, 16), torch.randn(2, 5, 12), torch.zeros(2, 5, dtype=torch.bool)
+    padding[:, 3:] = True
+    for layer, value, part in (
+        (nn.MultiheadAttention(16, 2, vdim=12, batch_first=True), values, slice(None)),
+        (nn.MultiheadAttention(16, 2, batch_first=True), x, 1),
+    ):
+        with capture_attention(layer, modality={"query": "text", "key": "text"}) as captured:
+            inputs = {"query": x[part], "key": x[part], "value": value[part], "key_padding_mask": padding[part]}
+            _, maps = layer(**inputs, average_attn_weights=False)
+        torch.testing.assert_close(attention_of(captured.text), maps if maps.ndim == 4 else maps[None])
 
 
 def test_a_layer_of_torch_with_one_more_key_has_no_scale() -> None:

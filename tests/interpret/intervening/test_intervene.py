@@ -430,7 +430,8 @@ class Sloped(nn.Module):
         query, key, value = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
         place = torch.arange(x.shape[1])
         mask = (place - place[:, None]).abs().to(x) * -self.slope
-        mask = mask.masked_fill(~keep[:, None, None], torch.finfo(x.dtype).min).masked_fill(cut, -math.inf)
+        hidden = ~(keep[:, None, None] & keep[:, None, :, None])  # queries of padding attend evenly
+        mask = mask.masked_fill(hidden, torch.finfo(x.dtype).min).masked_fill(cut, -math.inf)
         output = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return x + output.transpose(1, 2).flatten(2)
 

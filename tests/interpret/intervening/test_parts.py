@@ -259,6 +259,12 @@ def test_without_biases_nothing_is_left(kind: str) -> None:
     assert float(table.parts[:, -1].abs().max()) < 1e-6 < 1e-3 < float(table.parts[:, 0].abs().max())
 
 
+def test_scores_have_the_scale_of_the_model() -> None:
+    """Granite multiplies by 1, and not by 1 / sqrt(head_dim)."""
+    table = va.score_parts(*small("GraniteForCausalLM"), 1, queries=(2, 7))
+    torch.testing.assert_close(table.scores, table.entropy_gap, **CLOSE)
+
+
 def test_a_layer_may_add_to_a_part_in_place() -> None:
     model, inputs = small("FalconForCausalLM")
     seen = recorded(model, inputs, {"end": ("transformer.ln_f", "input"), "mlp": ("transformer.h.0.mlp", "output")})

@@ -252,13 +252,22 @@ def test_a_prompt_in_a_batch_is_edited_as_it_is_alone(edit: Any) -> None:
 
 def test_beams_are_copies_of_their_prompt() -> None:
     model, inputs = decoder("LlavaForConditionalGeneration")
-    chosen = {"max_new_tokens": 3, "num_beams": 3, "do_sample": False}
+    chosen: Any = {"max_new_tokens": 3, "num_beams": 3, "do_sample": False}
     vector = torch.randn(32, dtype=torch.float64)
     with torch.no_grad():
         with hooked(model.get_submodule("model.language_model.layers.1"), lambda x: x + vector):
             expected = model.generate(**inputs, **chosen)
         with va.intervene(model, inputs, va.Residual(1, add=vector)):
             assert torch.equal(model.generate(**inputs, **chosen), expected)
+    chosen |= {"num_beams": 2, "output_scores": True, "return_dict_in_generate": True}
+    model, inputs = llama()
+    model.generation_config.eos_token_id, size = None, inputs["input_ids"].shape[1]
+    values = torch.randn(2, size, 32, dtype=torch.float64)
+    with torch.no_grad():
+        with hooked(model.get_submodule("model.layers.1"), lambda x: torch.cat([values.repeat_interleave(2, 0), x[:, size:]], 1)):
+            expected = model.generate(**inputs, **chosen, use_cache=False).sequences_scores
+        with va.intervene(model, inputs, va.Residual(1, set=values)):
+            torch.testing.assert_close(model.generate(**inputs, **chosen).sequences_scores, expected)
 
 
 @pytest.mark.parametrize("method", ["gradient", "input_gradient", "rollout"])
