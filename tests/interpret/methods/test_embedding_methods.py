@@ -358,7 +358,7 @@ class Rearranged(nn.Module):
         second = nn.functional.pad(second.flip(1), (1, 0), value=1).contiguous()
         second[:, -1] = 5
         states = torch.cat([self.words(first.t()).transpose(0, 1), self.words(second)], 1)
-        places = self.places(torch.arange(states.shape[1]).expand(len(ids), -1))
+        places = nn.functional.pad(self.places(ids.ne(60).long().cumsum(1)), (0, 0, 1, 0))  # of what is no padding
         return self.head((states + places).tanh() * torch.arange(1, states.shape[1] + 1)[:, None]).sum(1)
 
 
@@ -369,7 +369,8 @@ def test_words_that_a_model_rearranges():
     got = explain(model, {"ids": ids}, target=1, method="input_gradient").relevancy["ids"]
     words = model.words(ids).detach().requires_grad_()
     padding, instead = (model.words(torch.full((2, 1), word)) for word in (1, 5))
-    states = torch.cat([words[:, :3], padding, words[:, 4:].flip(1), instead], 1) + model.places(torch.arange(7))
+    places = torch.cat([torch.zeros(1, 6), model.places(torch.arange(1, 7))])
+    states = torch.cat([words[:, :3], padding, words[:, 4:].flip(1), instead], 1) + places
     logits = model.head(states.tanh() * torch.arange(1, 8)[:, None]).sum(1)
     (grad,) = torch.autograd.grad(logits[:, 1].sum(), words)
     close(got, (words * grad).sum(-1).detach())

@@ -185,7 +185,7 @@ class EmbeddingTrace(Subscriber):
         if name in LAYOUTS:
             kwargs = {x: numbers if value is source else value for x, value in kwargs.items()}
             return func(*(numbers if value is source else value for value in args), **kwargs)
-        stays = name in _ELEMENTWISE or (source.is_floating_point() and name != "zeros")
+        stays = name in _ELEMENTWISE or source.is_floating_point()
         return numbers if stays and isinstance(result, Tensor) and result.shape == source.shape else None
 
     def _looked_up(self, name: str, numbers: Tensor, output: Tensor) -> Tensor:
