@@ -35,7 +35,7 @@ _HELD = "vlattn_held"  # a key in the metadata of a node of the graph through wh
 class _Run:
     """A module that runs."""
 
-    module: nn.Module
+    module: nn.Module | None  # None = what runs outside of the model's modules
     lengths: list[Any] = field(default_factory=list)  # roots in it by which vectors get unit length
     others: set[Any] = field(default_factory=set)  # what is divided in it by a magnitude of another kind: nodes
     runs_others: bool = False
@@ -53,7 +53,7 @@ class Frozen(Stepwise, TorchFunctionMode):
 
     Attributes:
         differentiable: the gradients with these constants are differentiated themselves, if the model trains.
-        missed: the modules that ran, named, that divide by a norm of their input which keeps its derivative.
+        missed: the modules that ran, named, that are a norm of another kind, which keeps its derivative.
     """
 
     def __init__(
@@ -129,12 +129,12 @@ class Frozen(Stepwise, TorchFunctionMode):
         for number, factor in enumerate(factors):
             for divisor in _divisors(factor, -1 if kind == "Div" and number else 1):
                 measured = _measured(divisor)
-                if _HELD not in divisor.metadata and not measured.nodes.isdisjoint(_near(factors[1 - number])):
+                if _HELD not in divisor.metadata and not measured.nodes.isdisjoint(_near(factors[1 - number], _LINEAR)):
                     self._divides(divisor, measured)
 
     def _divides(self, divisor: Any, measured: _Measured) -> None:
         """A tensor is divided by this magnitude of its own."""
-        run = self._runs[-1] if self._runs else _Run(nn.Identity())
+        run = self._runs[-1] if self._runs else _Run(None)
         if not measured.is_of_squares:
             run.others |= measured.nodes
         elif measured.is_mean or self._similarities:
@@ -155,7 +155,7 @@ class Frozen(Stepwise, TorchFunctionMode):
             return
         while (run := runs.pop()).module is not module:
             pass  # left by an error that the model has caught
-        around = runs[-1] if runs else _Run(module)
+        around = runs[-1] if runs else _Run(None)
         around.runs_others = True
         if run.runs_others and not (run.lengths or run.others):
             return
@@ -317,6 +317,7 @@ _ELEMENTWISE = frozenset(
     "ToCopy Clone torch::autograd::Copy torch::autograd::CopySlices Alias View UnsafeView ReshapeAlias AsStrided Expand Repeat "
     "Unsqueeze Squeeze Permute Transpose T Slice Select Split SplitWithSizes Unbind Cat Stack".split()
 )
+_LINEAR = _ELEMENTWISE | {"Mm", "Addmm"}
 _ROOTS = ("Sqrt", "Rsqrt", "Std", "StdMean", "LinalgVectorNorm")
 _REDUCTIONS = ("Mean", "Sum", "Cumsum", "Amax", "Max")
 _SOFTMAX = ("Softmax", "SafeSoftmax", "MaskedSoftmax", "Exp")
@@ -350,9 +351,9 @@ def _walk(start: Any, through: Container[str], ends: Container[Any] = ()) -> dic
     return nodes
 
 
-def _near(start: Any) -> set[Any]:
+def _near(start: Any, through: Container[str] = _ELEMENTWISE) -> set[Any]:
     """The nodes of the tensors that a tensor has its numbers from. Parameters are left out: a norm of them is no token's."""
-    return {node for node in _walk(start, _ELEMENTWISE) if not isinstance(getattr(node, "variable", None), nn.Parameter)}
+    return {node for node in _walk(start, through) if not isinstance(getattr(node, "variable", None), nn.Parameter)}
 
 
 def _exponent(node: Any) -> float:

@@ -174,6 +174,24 @@ def test_a_softmax_by_any_name_is_attention(name: str, queries: int) -> None:
     assert not torch.allclose(grads[2], grads[1], rtol=1e-2) and logits.requires_grad
 
 
+def test_written_norms_and_maps_are_constants_of_a_training_only_while_asked() -> None:
+    x, cotangent = torch.randn(2, 2, 3, 12, dtype=torch.float64).requires_grad_(), torch.randn(2, 2, 3, 12, dtype=torch.float64)
+
+    def output(hold: Hold = lambda constant: constant) -> Tensor:
+        y = WRITTEN["power"](x, hold)
+        return hold((y @ x.detach().mT).softmax(-1)) @ y
+
+    with Frozen(nn.Identity(), attention=True, trains=True) as frozen:
+        trained = output()
+    plain, constant, before = (
+        torch.autograd.grad(y, x, cotangent, retain_graph=True)[0] for y in (output(), output(Tensor.detach), trained)
+    )
+    with frozen.holding():
+        (held,) = torch.autograd.grad(trained, x, cotangent, retain_graph=True)
+    (after,) = torch.autograd.grad(trained, x, cotangent)
+    torch.testing.assert_close((before, held, after), (plain, constant, plain), rtol=1e-10, atol=1e-12)
+
+
 def test_a_refused_question_leaves_training_as_it_is() -> None:
     """The loss of the same pass has the plain derivatives after it."""
     case = CASES["vit"]()
@@ -289,6 +307,9 @@ def test_norms_are_found_by_what_they_compute() -> None:
     assert (grad * x).sum().abs() < 1e-4  # it is plain again
 
 
+Hold = Callable[[Tensor], Tensor]
+
+
 def root(squares: Tensor) -> Tensor:
     return (squares + 1e-6).sqrt()
 
@@ -301,8 +322,12 @@ def deviations(x: Tensor) -> Tensor:
     return x - x.mean(-1, keepdim=True)
 
 
+def by_both(deviation: Tensor, mean: Tensor, x: Tensor, hold: Hold) -> Tensor:
+    """One node computes the root and the mean, which keeps its derivative."""
+    return (x - mean) / hold(deviation)
+
+
 WEIGHT = torch.linspace(0.5, 2.0, 36, dtype=torch.float64).view(3, 12)
-Hold = Callable[[Tensor], Tensor]
 WRITTEN: dict[str, Callable[[Tensor, Hold], Tensor]] = {  # norms of x (2, 3, 12), with `hold` around their denominators
     "power": lambda x, hold: x / hold((squares(x) + 1e-6).pow(0.5)),
     "negative power": lambda x, hold: x * hold((squares(x) + 1e-6) ** -0.5),
@@ -313,7 +338,7 @@ WRITTEN: dict[str, Callable[[Tensor, Hold], Tensor]] = {  # norms of x (2, 3, 12
     "var": lambda x, hold: deviations(x) * hold((x.var(-1, correction=0, keepdim=True) + 1e-6).rsqrt()),
     "var of moments": lambda x, hold: deviations(x) / hold(root(squares(x) - x.mean(-1, keepdim=True) ** 2)),
     "std": lambda x, hold: deviations(x) / (hold(x.std(-1, keepdim=True)) + 1e-6),
-    "std and mean": lambda x, hold: (x - torch.std_mean(x, -1, keepdim=True)[1]) / hold(torch.std_mean(x, -1, keepdim=True)[0]),
+    "std and mean": lambda x, hold: by_both(*torch.std_mean(x, -1, keepdim=True), x, hold),
     "in place": lambda x, hold: x.clone().div_(hold(squares(x).add_(1e-6).sqrt_())),
     "product": lambda x, hold: x / hold(root((x * x).sum(-1, keepdim=True) / 12)),
     "einsum": lambda x, hold: x / hold(root(torch.einsum("bnc,bnc->bn", x, x)))[..., None],
@@ -323,6 +348,7 @@ WRITTEN: dict[str, Callable[[Tensor, Hold], Tensor]] = {  # norms of x (2, 3, 12
     "groups": lambda x, hold: (x.unflatten(-1, (2, 6)) / hold(root(squares(x.unflatten(-1, (2, 6)))))).flatten(-2),
     "another dtype": lambda x, hold: (x.float() * hold(torch.rsqrt(squares(x.float()) + 1e-6))).to(x.dtype),
     "gate": lambda x, hold: x * x.sigmoid() / hold(root(squares(x * x.sigmoid()))),
+    "after a projection": lambda x, hold: (x @ WEIGHT.T @ WEIGHT) * hold(torch.rsqrt(squares(x) + 1e-6)),
     "cumulative": lambda x, hold: x / hold(root(x.square().sum(-1, keepdim=True).cumsum(1) / 12)),
 }
 
@@ -357,6 +383,42 @@ def test_a_written_norm_has_a_constant_denominator(name: str, place: str) -> Non
     grads = [torch.autograd.grad(y, x, cotangent)[0] for y in (output, expected, model(x))]
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-6 if name == "another dtype" else 1e-12, atol=1e-12)
     assert not torch.allclose(grads[2], grads[1], rtol=1e-2)
+
+
+class Half(nn.Module):
+    """Vectors of unit length, half as wide as the input; `meanwhile` another thread runs this module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.meanwhile = nn.Linear(12, 6, dtype=torch.float64), nn.Identity()
+
+    def forward(self, x: Tensor, hold: Hold = lambda denominator: denominator) -> Tensor:
+        thread = threading.Thread(target=self.meanwhile, args=(x,))
+        thread.start()
+        thread.join()
+        x = self.down(x)
+        return x / hold(x.norm(dim=-1, keepdim=True))
+
+
+class Doubles(nn.Module):
+    """A layer around it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lengths, self.up = Half(), nn.Linear(6, 12, dtype=torch.float64)
+
+    def forward(self, x: Tensor, *hold: Hold) -> Tensor:
+        return self.up(self.lengths(x, *hold)).square()
+
+
+def test_a_layer_holds_the_lengths_of_its_parts() -> None:
+    """Of those that give tensors of another shape; what another thread runs meanwhile is no part."""
+    torch.manual_seed(0)
+    model, x = Doubles(), torch.randn(2, 3, 12, dtype=torch.float64, requires_grad=True)
+    with Frozen(model):
+        output = model(x)
+    grads = [torch.autograd.grad(y.sum(), x)[0] for y in (output, model(x, Tensor.detach))]
+    torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
 
 
 def test_nothing_of_a_run_is_kept_for_another() -> None:
