@@ -135,6 +135,19 @@ def test_a_capture_has_the_attention_of_an_edited_model() -> None:
             torch.testing.assert_close(*maps, rtol=0, atol=1e-9)
 
 
+def test_runs_that_find_or_record_within_a_capture_do_not_count() -> None:
+    model, inputs = MODELS["Llama, sdpa"]()
+    with capture_attention(model.eval()) as captured:
+        model(**inputs)
+        kept = captured.layer
+        edited = va.intervene(model, inputs, va.Residual(0, scale=0.5))
+        va.record_heads(model, inputs)
+        assert captured.layer is kept
+        with edited:
+            model(**inputs)
+        assert captured.layer is not kept
+
+
 def test_a_capture_of_an_edited_model_knows_its_two_streams() -> None:
     """The output of cross-attention has the kind of its queries."""
     model, inputs = MODELS["LXMERT"]()
