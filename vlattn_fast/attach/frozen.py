@@ -153,8 +153,9 @@ class Frozen(Stepwise, TorchFunctionMode):
         runs = self._runs
         if threading.get_ident() != self._thread or module not in [run.module for run in reversed(runs)]:
             return
-        while (run := runs.pop()).module is not module:
-            pass  # left by an error that the model has caught
+        while (run := runs.pop()).module is not module:  # left by an error, after which the one around it went on
+            runs[-1].lengths += run.lengths
+            runs[-1].others |= run.others
         around = runs[-1] if runs else _Run(None)
         around.runs_others = True
         if run.runs_others and not (run.lengths or run.others):
