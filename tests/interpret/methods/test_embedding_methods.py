@@ -359,7 +359,8 @@ class Rearranged(nn.Module):
         second[:, -1] = 5
         states = torch.cat([self.words(first.t()).transpose(0, 1), self.words(second)], 1)
         places = nn.functional.pad(self.places(ids.ne(60).long().cumsum(1)), (0, 0, 1, 0))  # of what is no padding
-        return self.head((states + places).tanh() * torch.arange(1, states.shape[1] + 1)[:, None]).sum(1)
+        same = self.head(self.words(first.clone().fill_(5))).sum(1)  # of no input
+        return self.head((states + places).tanh() * torch.arange(1, states.shape[1] + 1)[:, None]).sum(1) + same
 
 
 def test_words_that_a_model_rearranges():
