@@ -68,3 +68,20 @@ def test_strides_change_nothing(backend: str, operator: str) -> None:
         strided = replace(example, options={name: placed(x) for name, x in example.options.items()})
         for name, x in results(strided, {name: placed(x) for name, x in tensors.items()}, backend).items():
             assert torch.allclose(x, expected[name], rtol=1e-4, atol=1e-5), (example.title, layout, name)
+
+
+WITH_MASKS = [name for name, each in OPERATORS.items() if "attn_mask" in inspect.signature(each.call).parameters]
+
+
+@each("operator", streaming=WITH_MASKS, cpu=WITH_MASKS)
+def test_a_key_that_a_float_mask_hides_may_be_infinite(backend: str, operator: str) -> None:
+    """Its score plus -inf is NaN; in every operator the pair is masked."""
+    example = next(iter(cases_of(operator).verify(torch.Generator().manual_seed(0), small(5))))
+    mask = torch.randn(5, 5).index_fill(1, torch.tensor(3), -torch.inf)
+    example, found = replace(example, options={**example.options, "attn_mask": mask}, differentiable=False), []
+    for number in (0.0, torch.inf):
+        tensors = example.in_dtype(finest(backend))
+        tensors["key"][..., 3, :] = number
+        found.append(results(example, tensors, backend))
+    for name, x in found[0].items():
+        assert torch.allclose(x, found[1][name], rtol=1e-4, atol=1e-5, equal_nan=False), name

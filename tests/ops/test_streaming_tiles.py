@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import vlattn_fast as va
 from vlattn_fast.backends.streaming import _tiles
 from vlattn_fast.checking import verify
 from vlattn_fast.checking.cases import Example
@@ -33,3 +34,15 @@ def test_the_same_numbers(case: Example, elements: int, monkeypatch: pytest.Monk
     got = verify._run(case, tensors, "streaming")
     for name, x in wanted.items():
         torch.testing.assert_close(got[name], x, rtol=1e-9, atol=1e-12, equal_nan=True)
+
+
+def test_gradients_of_keys_are_summed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over the tiles of queries, and rounded once: so nearly all have the bits that one tile gives."""
+    tensors = [torch.randn(1, 1, n, 16).bfloat16().requires_grad_() for n in (256, 32, 32)]
+    found = []
+    for elements in (1 << 19, 64):
+        monkeypatch.setattr(_tiles, "TILE_ELEMENTS", elements)
+        out = va.score_attention(*tensors, softcap=5.0, backend="streaming")
+        found.append(torch.autograd.grad(out.square().sum(), tensors[1:]))
+    for one, many in zip(*found, strict=True):
+        assert (one != many).double().mean() < 0.05
