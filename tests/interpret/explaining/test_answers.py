@@ -184,10 +184,10 @@ def test_tokens_that_whisper_leaves_out_of_its_answer():
 
 def test_answers_of_whisper_that_differ_in_length_and_one_with_a_time_in_it():
     model, sound = whisper(no_timestamps_token_id=55, is_multilingual=False), {"input_features": torch.randn(2, 8, 40)}
-    got = explain(model, sound, answer=torch.tensor([[7, 57, 8], [9, 3, 3]]), method="attention")  # padding is 3
+    got = explain(model, sound, answer=torch.tensor([[57, 7, 8], [9, 3, 3]]), method="attention")  # padding is 3
     start = torch.tensor([[50, 55], [50, 55]])
-    given = explain(model, {**sound, "decoder_input_ids": start}, answer=[[7, 57, 8], [9]], method="attention")
-    assert got.answer == [[7, 57, 8], [9]] and torch.equal(got.scores, given.scores)
+    given = explain(model, {**sound, "decoder_input_ids": start}, answer=[[57, 7, 8], [9]], method="attention")
+    assert got.answer == [[57, 7, 8], [9]] and torch.equal(got.scores, given.scores)
 
 
 def test_the_language_of_whisper_is_that_of_its_config():

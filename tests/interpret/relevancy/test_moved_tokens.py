@@ -330,10 +330,13 @@ def composed(model: Planned, method: str) -> Tensor:
 
 
 def padded_windows(attend, x):
-    """Windows of five, the last one with padding, after attention over all: padding is none of the model's tokens."""
-    x = functional.pad(attend(0, x), (0, 0, 0, 3))
-    x = attend(1, x.unflatten(1, (3, 5)).flatten(0, 1)).unflatten(0, (-1, 3)).flatten(1, 2)
-    return attend(2, x[:, :SIZE])
+    """Windows of five and of seven, the last one with padding, after attention over all: padding is none of the model's tokens.
+    Padded features are the same tokens."""
+    x = attend(0, x)
+    for layer, size in ((1, 5), (2, 7)):
+        x = functional.pad(x, (0, 4, 0, -SIZE % size))[..., :-4]
+        x = attend(layer, x.unflatten(1, (-1, size)).flatten(0, 1)).unflatten(0, (2, -1)).flatten(1, 2)[:, :SIZE]
+    return x
 
 
 def test_windows_may_have_padding():
